@@ -1,0 +1,54 @@
+"""Write the laptop model's tokenizer: bytes, plus whole tokens for the phrases of the task.
+
+A byte-level vocabulary encodes any UTF-8 text without loss; the phrases of the question template and
+the tags are single tokens on top, so that a prompt costs about a dozen tokens; every digit is one token.
+
+    python -m examples.laptop.make_tokenizer examples/laptop/model
+"""
+
+import sys
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+SPECIAL = ["<bos>", "<eos>", "<pad>"]
+PHRASES = [
+    "<think>",
+    "</think>",
+    "<answer>",
+    "</answer>",
+    "User: ",
+    "\nAssistant: ",
+    "State the final answer to the following arithmetic problem: ",
+    " + ",
+    " - ",
+    " = ",
+    " =",
+    "wait",
+    "so",
+    " ",
+]
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level tokenizer of 256 + ``len(SPECIAL + PHRASES)`` tokens, ids in that order of lists."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    phrases = [phrase for phrase in PHRASES if phrase not in alphabet]
+    vocab = {token: i for i, token in enumerate([*SPECIAL, *phrases, *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL])
+    tokenizer.add_tokens([AddedToken(phrase, special=False, normalized=False) for phrase in phrases])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=SPECIAL[0],
+        eos_token=SPECIAL[1],
+        pad_token=SPECIAL[2],
+        clean_up_tokenization_spaces=False,
+        model_max_length=512,
+    )
+
+
+if __name__ == "__main__":
+    make_tokenizer().save_pretrained(sys.argv[1])

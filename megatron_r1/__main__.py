@@ -1,0 +1,7 @@
+"""`python -m megatron_r1 …` is `megatron-r1 …`."""
+
+import sys
+
+from megatron_r1.cli import main
+
+sys.exit(main())

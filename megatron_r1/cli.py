@@ -1,0 +1,117 @@
+"""`megatron-r1 VERB RECIPE.yaml [--section.key value …]`: parsing and dispatch."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+import sys
+from typing import Any
+
+import yaml
+
+from megatron_r1 import config as configuration
+
+VERBS = {
+    "sft": "megatron_r1.stages.sft",
+    "rl": "megatron_r1.stages.rl",
+}
+"""Each a module with `run(config)` and REQUIRED, the keys a recipe must set for it."""
+
+USAGE = f"""usage: megatron-r1 VERB RECIPE.yaml [--section.key value …]
+
+verbs: {", ".join(VERBS)}
+The same command continues a run that was stopped. Under torchrun: torchrun … -m megatron_r1 VERB RECIPE.yaml
+Every key, its default and meaning: megatron-r1 keys"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit status: 0 done, 1 a failure at run time, 2 a mistake in the command or recipe, 130 stopped."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        return _dispatch(arguments)
+    except ValueError as error:
+        print(f"megatron-r1: {error}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:  # TrainerError, EngineError: the message is the diagnosis
+        print(f"megatron-r1: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("megatron-r1: stopped; the same command continues from here", file=sys.stderr)
+        return 130
+
+
+def _dispatch(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(USAGE)
+        return 0 if arguments else 2
+    if arguments[0] == "keys":
+        print(describe_keys())
+        return 0
+    verb, *rest = arguments
+    if verb not in VERBS:
+        near = difflib.get_close_matches(verb, VERBS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"use one of {', '.join(VERBS)}"
+        raise ValueError(f"unknown verb {verb}; {hint}")
+    if not rest or rest[0].startswith("--"):
+        raise ValueError(f"{verb} needs a recipe: megatron-r1 {verb} RECIPE.yaml")
+    recipe, *options = rest
+    stage = importlib.import_module(VERBS[verb])
+    config = configuration.load(recipe, parse_overrides(options), required=stage.REQUIRED)
+    if _is_rank():
+        return _serve_as_rank(config, arguments)
+    stage.run(config)
+    return 0
+
+
+def parse_overrides(options: list[str]) -> dict[str, Any]:
+    """`--rl.group_size 8 --data.task=chain_sum` → {"rl.group_size": 8, "data.task": "chain_sum"}.
+
+    Values are YAML. Raises ValueError for an option without a value or without a section.
+    """
+    overrides: dict[str, Any] = {}
+    pending = list(options)
+    while pending:
+        option = pending.pop(0)
+        if not option.startswith("--"):
+            raise ValueError(f"unexpected argument {option}: settings are --section.key value")
+        key, equals, value = option[2:].partition("=")
+        if not equals:
+            if not pending:
+                raise ValueError(f"--{key} needs a value")
+            value = pending.pop(0)
+        if "." not in key:
+            near = difflib.get_close_matches(key, configuration.known_keys(), n=1, cutoff=0.4)
+            hint = f"; did you mean --{near[0]}?" if near else ""
+            raise ValueError(f"unknown option --{key}: settings are --section.key value{hint}")
+        overrides[key] = yaml.safe_load(value)
+    return overrides
+
+
+def describe_keys() -> str:
+    """Every `section.key`, its default and its meaning, a line each."""
+    lines = []
+    for section, field in configuration.Config.model_fields.items():
+        for key, setting in field.annotation.model_fields.items():
+            default = setting.get_default(call_default_factory=True)
+            meaning = setting.description or ""
+            lines.append(f"{section}.{key} = {default!r}" + (f"   # {meaning}" if meaning else ""))
+    return "\n".join(lines)
+
+
+def _is_rank() -> bool:
+    """Whether torchrun, or srun in its manner, started this process as one of the trainer's ranks."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def _serve_as_rank(config: configuration.Config, arguments: list[str]) -> int:
+    """Be a trainer rank; rank 0 also starts the controller and takes over its exit status."""
+    from megatron_r1.stages import launch
+    from megatron_r1.training import worker
+
+    if int(os.environ["RANK"]) != 0:
+        worker.serve_under_torchrun(config, None)
+        return 0
+    controller, address = launch.start_controller(arguments)
+    worker.serve_under_torchrun(config, address)
+    return controller.wait()

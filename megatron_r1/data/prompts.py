@@ -1,0 +1,165 @@
+"""Questions with their truths, split into train and held-out.
+
+A question is held out or not by the hash of its text alone, so the two sides stay disjoint whatever
+the seed, the size, the order or the file: a base model trained on one set of questions from here
+has not seen the held-out questions of another.
+"""
+
+import hashlib
+import unicodedata
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_r1.data.records import read_records, require_text
+from megatron_r1.data.tasks import generate_items
+from megatron_r1.rewards import resolve
+
+RESERVED_FIELDS = ("response", "truth", "kind")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """id: hash of the question, stable between runs. kind: the reward that grades it. truth: what
+    that reward compares with. fields: what else it is called with, plain JSON values."""
+
+    id: str
+    question: str
+    kind: str
+    truth: Any
+    fields: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class PromptSplit:
+    """No normalized question text occurs twice, within or between the two lists."""
+
+    train: list[Prompt]
+    heldout: list[Prompt]
+
+
+def load_prompts(
+    *,
+    path: str | Path | None = None,
+    heldout_path: str | Path | None = None,
+    task: str | None = None,
+    parameters: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    kind: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    num_train: int | None = None,
+    num_heldout: int | None = None,
+    heldout_fraction: float = 0.1,
+) -> PromptSplit:
+    """Prompts from a file or from a reasoning-gym task.
+
+    path: JSONL or Parquet rows with `question`, `truth` and optionally `kind` (default: `kind`,
+    else math); other columns go to the reward. columns: our name → the file's.
+    task: a reasoning-gym dataset, made with `parameters` and `seed`. Without `kind` (or with
+    "logic") its own scorer grades; any other kind gets the item's answer as its truth.
+    heldout_path: a file that is held out whole, its questions dropped from train; without it, the
+    share `heldout_fraction` of all possible questions is. num_train, num_heldout: how many of each,
+    the first ones; None: all there are (a task needs the numbers).
+    Raises ValueError for a bad row (with file and line), an unknown task, parameter or kind, and
+    when there are not enough questions.
+    """
+    if (path is None) == (task is None):
+        raise ValueError(f"give either data.path or data.task, got path={path}, task={task}")
+    if not 0.0 <= heldout_fraction < 1.0:
+        raise ValueError(f"heldout_fraction must be at least 0 and below 1: {heldout_fraction}")
+    if num_heldout and not heldout_fraction and heldout_path is None:
+        raise ValueError(f"num_heldout={num_heldout} needs heldout_fraction > 0 or a heldout_path")
+    if kind is not None:
+        resolve(kind)
+    heldout = [] if heldout_path is None else list(_from_file(heldout_path, kind, columns))
+    if path is not None:
+        prompts: Iterable[Prompt] = _from_file(path, kind, columns)
+    else:
+        if num_train is None or (num_heldout is None and heldout_path is None):
+            raise ValueError(
+                f"task {task!r} makes any number of questions: set num_train and num_heldout"
+            )
+        # So many draws without enough new questions, and the task is taken to be exhausted.
+        num_attempts = 1_000 + 50 * (num_train + (num_heldout or 0))
+        prompts = _from_task(task, dict(parameters or {}), seed, num_attempts, kind)
+    fraction = heldout_fraction if heldout_path is None else 0.0
+    split = _split(prompts, heldout, fraction, num_train, num_heldout)
+    _require("train", split.train, num_train, task or path)
+    _require("held-out", split.heldout, num_heldout, heldout_path or task or path)
+    return split
+
+
+def make_prompt(question: str, kind: str, truth: Any, fields: dict[str, Any]) -> Prompt:
+    """A prompt with its id, a hash of its normalized question."""
+    return Prompt(_digest(question).hex()[:16], question, kind, truth, fields)
+
+
+def normalize(question: str) -> str:
+    """Text that two spellings of one question share: NFKC, case folded, white space collapsed."""
+    return " ".join(unicodedata.normalize("NFKC", question).casefold().split())
+
+
+def is_heldout(question: str, fraction: float) -> bool:
+    """Whether this question belongs to the held-out share, by its text alone."""
+    return int.from_bytes(_digest(question)[-8:], "big") < fraction * 2**64
+
+
+def _split(
+    prompts: Iterable[Prompt],
+    heldout: list[Prompt],
+    fraction: float,
+    num_train: int | None,
+    num_heldout: int | None,
+) -> PromptSplit:
+    sides = {False: {}, True: {prompt.id: prompt for prompt in heldout}}
+    limits = {False: num_train, True: num_heldout if fraction else 0}
+    for prompt in prompts:
+        if all(limit is not None and len(sides[side]) >= limit for side, limit in limits.items()):
+            break
+        if prompt.id in sides[False] or prompt.id in sides[True]:
+            continue
+        side = is_heldout(prompt.question, fraction)
+        if limits[side] is None or len(sides[side]) < limits[side]:
+            sides[side][prompt.id] = prompt
+    return PromptSplit(list(sides[False].values()), list(sides[True].values())[:num_heldout])
+
+
+def _require(side: str, prompts: list[Prompt], wanted: int | None, source: object) -> None:
+    if len(prompts) < (1 if wanted is None and side == "train" else wanted or 0):
+        raise ValueError(
+            f"{source}: only {len(prompts)} distinct {side} questions, {wanted or 'some'} wanted; "
+            f"ask for fewer, change the held-out share, or make the questions more varied"
+        )
+
+
+def _from_file(
+    path: str | Path, kind: str | None, columns: Mapping[str, str] | None
+) -> Iterator[Prompt]:
+    for place, row in read_records(path, columns):
+        question = require_text(place, row, "question")
+        row_kind = row.get("kind") or kind or "math"
+        if "truth" not in row and row_kind != "logic":
+            raise ValueError(f"{place}: 'truth' is missing (has {', '.join(row)})")
+        try:
+            resolve(row_kind)
+        except (ValueError, AttributeError, TypeError) as error:
+            raise ValueError(f"{place}: {error}") from error
+        fields = {name: value for name, value in row.items() if name not in RESERVED_FIELDS}
+        fields.pop("question")
+        yield make_prompt(question, row_kind, row.get("truth"), fields)
+
+
+def _from_task(
+    task: str, parameters: dict[str, Any], seed: int, num_items: int, kind: str | None
+) -> Iterator[Prompt]:
+    for item in generate_items(task, parameters, seed, num_items):
+        if kind in (None, "logic"):
+            fields = {"task": task, "parameters": parameters, "entry": item}
+            yield make_prompt(item["question"], "logic", item["answer"], fields)
+        else:
+            yield make_prompt(item["question"], kind, item["answer"], {})
+
+
+def _digest(question: str) -> bytes:
+    return hashlib.sha256(normalize(question).encode("utf-8", "replace")).digest()

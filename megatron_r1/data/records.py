@@ -1,0 +1,73 @@
+"""Records of a JSONL or Parquet file, each with the place it came from."""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+Record = dict[str, Any]
+
+
+def read_records(
+    path: str | Path, columns: Mapping[str, str] | None = None
+) -> Iterator[tuple[str, Record]]:
+    """Yields ("file:line", record) for each row of a `.jsonl` or `.parquet` file, in file order.
+
+    columns: our name → the file's name, for files that call things differently; the other columns
+    are kept. Blank JSONL lines are skipped. Raises ValueError with file and line for a row that is
+    not an object or lacks a mapped column, and for a file that is missing or of another type.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"no such file: {path}")
+    if path.suffix == ".parquet":
+        rows = _read_parquet(path)
+    elif path.suffix == ".jsonl":
+        rows = _read_jsonl(path)
+    else:
+        raise ValueError(f"{path}: expected a .jsonl or .parquet file")
+    for place, row in rows:
+        yield place, _rename(place, row, columns or {})
+
+
+def require_text(place: str, record: Record, name: str) -> str:
+    """record[name], which must be a string that is not blank; ValueError naming the place."""
+    value = record.get(name)
+    if not isinstance(value, str) or not value.strip():
+        found = f"is {value!r}" if name in record else f"is missing (has {', '.join(record)})"
+        raise ValueError(f"{place}: {name!r} must be a string that is not blank, it {found}")
+    return value
+
+
+def _rename(place: str, row: Record, columns: Mapping[str, str]) -> Record:
+    if missing := [theirs for theirs in columns.values() if theirs not in row]:
+        raise ValueError(f"{place}: no column {missing[0]!r}; it has {', '.join(row)}")
+    kept = {name: value for name, value in row.items() if name not in columns.values()}
+    return kept | {ours: row[theirs] for ours, theirs in columns.items()}
+
+
+def _read_jsonl(path: Path) -> Iterator[tuple[str, Record]]:
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            place = f"{path}:{number}"
+            try:
+                row = json.loads(line)
+            except ValueError as error:  # UnicodeDecodeError is one too
+                raise ValueError(f"{place}: not JSON: {error}") from error
+            if not isinstance(row, dict):
+                raise ValueError(f"{place}: expected an object, got {type(row).__name__}")
+            yield place, row
+
+
+def _read_parquet(path: Path) -> Iterator[tuple[str, Record]]:
+    try:
+        import pyarrow.parquet as parquet
+    except ImportError:
+        raise ValueError(f"{path}: reading Parquet needs pyarrow: pip install pyarrow") from None
+    number = 0
+    for batch in parquet.ParquetFile(path).iter_batches(batch_size=1024):
+        for row in batch.to_pylist():
+            number += 1
+            yield f"{path}:{number}", row

@@ -1,0 +1,77 @@
+"""Items drawn without replacement, epoch after epoch, in an order that survives a restart."""
+
+import hashlib
+import random
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, TypeVar
+
+from megatron_r1.data.prompts import Prompt
+
+Item = TypeVar("Item")
+
+
+class EpochSampler(Generic[Item]):
+    """Draws from `items`; each epoch is a fresh shuffle that depends on (seed, epoch) only.
+
+    key: text that identifies an item; a state is refused where the items have changed.
+    """
+
+    def __init__(self, items: Sequence[Item], seed: int, key: Callable[[Item], str] = repr) -> None:
+        if not items:
+            raise ValueError("there is nothing to sample from: the list is empty")
+        self.items = items
+        self.seed = seed
+        self.epoch = 0
+        self.position = 0
+        digest = hashlib.sha256()
+        for item in items:
+            digest.update(hashlib.sha256(key(item).encode("utf-8", "replace")).digest())
+        self._fingerprint = digest.hexdigest()[:16]
+        self._order = self._shuffle()
+
+    def next(self, n: int) -> list[Item]:
+        """The next `n` items; may run over the end of an epoch into the next, and repeat there."""
+        drawn = []
+        while len(drawn) < n:
+            if self.position == len(self.items):
+                self.epoch, self.position = self.epoch + 1, 0
+                self._order = self._shuffle()
+            end = min(len(self.items), self.position + n - len(drawn))
+            drawn += [self.items[index] for index in self._order[self.position : end]]
+            self.position = end
+        return drawn
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON: where the next draw starts, and what was being drawn from."""
+        return {
+            "seed": self.seed,
+            "epoch": self.epoch,
+            "position": self.position,
+            "fingerprint": self._fingerprint,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues where `state` was taken. Raises ValueError if the items or the seed differ."""
+        for name, mine in (("fingerprint", self._fingerprint), ("seed", self.seed)):
+            if state[name] != mine:
+                what = "items" if name == "fingerprint" else name
+                raise ValueError(
+                    f"the checkpoint sampled other {what} ({state[name]}) than this run ({mine}); "
+                    f"restore the data settings or start a new run"
+                )
+        self.epoch, self.position = state["epoch"], state["position"]
+        self._order = self._shuffle()
+
+    def _shuffle(self) -> list[int]:
+        order = list(range(len(self.items)))
+        random.Random(f"{self.seed}/{self.epoch}").shuffle(order)
+        return order
+
+
+class PromptSampler(EpochSampler[Prompt]):
+    """Draws prompts; a state is refused where a question, a truth or a kind has changed."""
+
+    def __init__(self, prompts: Sequence[Prompt], seed: int) -> None:
+        super().__init__(
+            prompts, seed, key=lambda prompt: f"{prompt.id}{prompt.kind}{prompt.truth}"
+        )

@@ -1,0 +1,39 @@
+"""Supervised examples: a prompt text and the response to learn."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_r1.data.records import read_records, require_text
+from megatron_r1.data.sampler import EpochSampler
+
+
+@dataclass(frozen=True)
+class Example:
+    """prompt: text as the model sees it, template included; no loss there. response: the rest."""
+
+    prompt: str
+    response: str
+
+
+def load_examples(path: str | Path, columns: Mapping[str, str] | None = None) -> list[Example]:
+    """The rows {"prompt", "response"} of a JSONL or Parquet file; `columns`: our name → the file's.
+
+    Raises ValueError with file and line for a bad row, and for a file without any.
+    """
+    examples = [
+        Example(require_text(place, row, "prompt"), require_text(place, row, "response"))
+        for place, row in read_records(path, columns)
+    ]
+    if not examples:
+        raise ValueError(f"{path}: it holds no examples")
+    return examples
+
+
+class ExampleSampler(EpochSampler[Example]):
+    """Draws examples in shuffled epochs; see `EpochSampler` for order and state."""
+
+    def __init__(self, examples: Sequence[Example], seed: int) -> None:
+        super().__init__(
+            examples, seed, key=lambda example: f"{example.prompt}\0{example.response}"
+        )

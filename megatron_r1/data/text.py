@@ -1,0 +1,46 @@
+"""Questions → prompt tokens, response tokens → text: the tokenizer and the template together."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron_r1.data.templates import find_template, render
+
+
+class PromptText:
+    """The tokenizer of a Hugging Face folder with one prompt template."""
+
+    def __init__(self, model_path: str, template: str):
+        """Raises ValueError when the folder has no tokenizer, the tokenizer names no end token, or the
+        template is none."""
+        from transformers import AutoTokenizer  # takes a second; only commands that run need it
+
+        self._chat = template == "chat"
+        if not self._chat:
+            find_template(template)
+        self._template = template
+        try:
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(model_path)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"model.path {model_path}: no usable tokenizer: {error}") from None
+        if self._tokenizer.eos_token_id is None:
+            raise ValueError(f"model.path {model_path}: the tokenizer names no eos_token")
+        self.end: int = self._tokenizer.eos_token_id
+
+    def encode(self, question: str) -> list[int]:
+        """Token ids of the templated question, with what the tokenizer itself puts in front."""
+        if self._chat:
+            turns = [{"role": "user", "content": question}]
+            encoded = self._tokenizer.apply_chat_template(turns, add_generation_prompt=True)
+            return list(encoded["input_ids"])
+        return self._tokenizer.encode(render(self._template, question))
+
+    def encode_response(self, text: str) -> list[int]:
+        """Token ids of a response, with the end token."""
+        return [*self._tokenizer.encode(text, add_special_tokens=False), self.end]
+
+    def decode(self, token_ids: list[int]) -> str:
+        """The text of a response. Tags may be special tokens, so only the end token is left out."""
+        if token_ids and token_ids[-1] == self.end:
+            token_ids = token_ids[:-1]
+        return self._tokenizer.decode(token_ids, skip_special_tokens=False)

@@ -1,0 +1,73 @@
+"""RMSNorm for the CPU, and the one choice of which classes a layer is built from."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_decoder_block_spec,
+    get_gpt_mtp_block_spec,
+)
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from torch import Tensor
+
+from megatron_r1.models.attention import CoreAttention
+
+
+class RMSNorm(torch.nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight, with the interface of Megatron's norms.
+
+    The mean is taken in fp32 and the product with the weight in the input's dtype, as transformers does.
+    Megatron's own (WrappedTorchNorm) refuses sequence parallelism.
+    """
+
+    def __init__(self, config, hidden_size: int, eps: float = 1e-6):
+        super().__init__()
+        self.eps = eps
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        # finalize_model_grads sums the gradients of parameters so marked over the tensor-parallel group.
+        self.weight.sequence_parallel = config.sequence_parallel
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (..., hidden_size), any float dtype -> the same shape and dtype."""
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * wide.to(x.dtype)
+
+
+def block_specs(config, *, vp_stage: int | None = None):
+    """This stage's decoder spec and, where the stage holds MTP layers, their spec (else None).
+
+    config.transformer_impl decides: "transformer_engine" takes Megatron's Transformer Engine classes as they
+    are; "local" takes Megatron's own linear layers with our RMSNorm and CoreAttention.
+    """
+    transformer_engine = config.transformer_impl == "transformer_engine"
+    block = get_gpt_decoder_block_spec(
+        config, transformer_engine, normalization="RMSNorm", vp_stage=vp_stage
+    )
+    if not transformer_engine:
+        block = TransformerBlockSubmodules(
+            layer_specs=[_local_layer(spec) for spec in block.layer_specs], layer_norm=RMSNorm
+        )
+    if not config.mtp_num_layers:
+        return block, None
+    mtp = get_gpt_mtp_block_spec(config, block, transformer_engine, vp_stage=vp_stage)
+    if mtp is not None and not transformer_engine:
+        for spec in mtp.layer_specs:
+            parts = spec.submodules
+            parts.enorm = parts.hnorm = parts.layer_norm = RMSNorm
+    return block, mtp
+
+
+def _local_layer(spec: ModuleSpec) -> ModuleSpec:
+    spec = copy.deepcopy(spec)
+    layer, attention = spec.submodules, spec.submodules.self_attention.submodules
+    layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
+    attention.core_attention = CoreAttention
+    for norm in ("q_layernorm", "k_layernorm", "kv_layernorm"):
+        if getattr(attention, norm, None) not in (None, IdentityOp):
+            setattr(attention, norm, RMSNorm)
+    return spec

@@ -1,0 +1,61 @@
+"""Llama 3 (arXiv 2407.21783): grouped-query attention, SwiGLU, frequency-scaled rotary embeddings."""
+
+from __future__ import annotations
+
+from megatron_r1.models.hf_config import need, require, rope_parameters
+
+LATENT_ATTENTION = False
+
+
+def config_fields(hf: dict) -> dict:
+    """TransformerConfig fields for this `config.json`; ValueError for what would silently compute otherwise."""
+    require(hf, attention_bias=False, mlp_bias=False)
+    return grouped_query_fields(hf)
+
+
+def grouped_query_fields(hf: dict) -> dict:
+    """Fields of every decoder with grouped-query attention and without experts."""
+    need(hf, "num_attention_heads", "hidden_size")
+    num_heads = hf["num_attention_heads"]
+    return {
+        "num_query_groups": hf.get("num_key_value_heads") or num_heads,
+        "kv_channels": hf.get("head_dim") or hf["hidden_size"] // num_heads,
+    }
+
+
+def model_arguments(hf: dict) -> dict:
+    """Arguments of GPTModel beside the configuration."""
+    rope = rope_parameters(hf)
+    if rope["rope_type"] not in ("default", "llama3"):
+        raise ValueError(
+            f"rope_type={rope['rope_type']!r} is not supported for {hf['architectures'][0]}, "
+            "only default and llama3"
+        )
+    return {
+        "position_embedding_type": "rope",
+        "rotary_base": rope["rope_theta"],
+        "share_embeddings_and_output_weights": bool(hf.get("tie_word_embeddings")),
+    }
+
+
+def rope_scaling(hf: dict) -> dict | None:
+    """Arguments of RotaryEmbedding._apply_scaling, or None when frequencies are not scaled.
+
+    GPTModel passes on the factor alone; the other three are Llama 3.1's own in Megatron, any in config.json.
+    """
+    rope = rope_parameters(hf)
+    if rope["rope_type"] != "llama3":
+        return None
+    names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    need(rope, *names)
+    return {name: rope[name] for name in names}
+
+
+def divisions(hf: dict, transformer_engine: bool) -> list[tuple[str, int, str]]:
+    """(field, size, parallel setting that must divide it)."""
+    num_heads = hf["num_attention_heads"]
+    return [
+        ("num_attention_heads", num_heads, "tensor_parallel"),
+        ("num_key_value_heads", hf.get("num_key_value_heads") or num_heads, "tensor_parallel"),
+        ("intermediate_size", hf["intermediate_size"], "tensor_parallel"),
+    ]

@@ -1,0 +1,167 @@
+"""GPTModel whose last stage returns hidden states, so that the loss can be one fused operation with the LM head.
+
+The trainer's loss takes hidden states and the vocabulary-parallel head weight and never holds tokens x vocabulary
+logits. What Megatron's output layer does to its *input* still happens here (LMHead), so each rank may treat its
+part of the vocabulary alone and the gradients of the hidden states still come out summed.
+"""
+
+from __future__ import annotations
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
+from megatron.core.transformer.multi_token_prediction import (
+    MTPLossAutoScaler,
+    MTPLossLoggingHelper,
+    roll_tensor,
+)
+from megatron.core.utils import unwrap_model
+from torch import Tensor
+
+
+class LMHead(ColumnParallelLinear):
+    """Megatron's output layer up to the matrix product: holds the weight, returns the hidden states.
+
+    It stays a module that is called in the forward pass, because Megatron's overlapped parameter gathering
+    waits for a module's parameters in that module's forward hook.
+    """
+
+    @classmethod
+    def replacing(cls, layer: ColumnParallelLinear, config) -> LMHead:
+        """An LMHead with the weight, marks included, of the output layer GPTModel made."""
+        head = cls(
+            layer.input_size,
+            layer.output_size,
+            config=config,
+            init_method=config.init_method,
+            bias=False,
+            skip_weight_param_allocation=True,
+            tp_group=layer.tp_group,
+        )
+        head.weight = layer.weight
+        return head
+
+    def forward(
+        self,
+        input_: Tensor,
+        weight: Tensor | None = None,
+        runtime_gather_output: bool | None = None,
+    ) -> tuple[Tensor, None]:
+        """input_: (s, b, h), s split over tensor ranks under sequence parallelism -> (s, b, h) whole.
+
+        In the backward pass each rank brings the gradient through its own part of the vocabulary; they are
+        summed over the tensor-parallel group (all-reduce, or reduce-scatter under sequence parallelism).
+        """
+        if self.sequence_parallel:
+            return gather_from_sequence_parallel_region(
+                input_, tensor_parallel_output_grad=True, group=self.tp_group
+            ), None
+        return copy_to_tensor_model_parallel_region(input_, group=self.tp_group), None
+
+    def project(self, hidden: Tensor, weight: Tensor) -> Tensor:
+        """hidden: (s, b, h) as `forward` takes it -> this rank's logits (s, b, vocabulary / tensor_parallel)."""
+        return ColumnParallelLinear.forward(self, hidden, weight=weight)[0]
+
+
+class PolicyModel(GPTModel):
+    """GPTModel that returns hidden states (b, s, h), after the final norm, from its last pipeline stage.
+
+    With `labels` (b, s), where labels[i] follows input_ids[i], and `loss_mask` (b, s), the loss of the MTP
+    layers joins the backward pass of what is returned (scaled as Megatron does: mtp_loss_scaling_factor and
+    the token count); the hidden states themselves are the same. Without labels MTP layers are not run.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        # Rows of the embedding and head beyond this are padding, never a token.
+        self.num_tokens = self.vocab_size
+        if self.post_process:
+            self.output_layer = LMHead.replacing(self.output_layer, self.config)
+
+    def _postprocess(
+        self,
+        hidden_states: Tensor,
+        labels: Tensor | None = None,
+        loss_mask: Tensor | None = None,
+        mtp_in_postprocess: bool | None = None,
+        runtime_gather_output: bool | None = None,
+        decoder_input: Tensor | None = None,
+        inference_context=None,
+        extra_block_kwargs: dict | None = None,
+        **context,
+    ) -> Tensor:
+        if not self.post_process:
+            return hidden_states
+        if mtp_in_postprocess and labels is not None:
+            context |= extra_block_kwargs or {}
+            stages = self.mtp(hidden_states=hidden_states, embedding=self.embedding, **context)
+            hidden_states, *predicted = stages.chunk(1 + self.config.mtp_num_layers)
+            hidden_states = self._with_mtp_loss(
+                hidden_states, predicted, labels, loss_mask, context["packed_seq_params"]
+            )
+        hidden_states, _ = self.output_layer(hidden_states, weight=lm_head_weight(self))
+        return hidden_states.transpose(0, 1).contiguous()
+
+    def _with_mtp_loss(self, hidden, predicted, labels, loss_mask, packed_seq_params) -> Tensor:
+        """`hidden` unchanged, its backward pass carrying -log p(label k+1 further on) of MTP layer k."""
+        mask = torch.ones_like(labels, dtype=torch.float32) if loss_mask is None else loss_mask
+        scale = self.config.mtp_loss_scaling_factor / self.config.mtp_num_layers
+        roll = {"shifts": -1, "dims": -1, "cp_group": self.cp_group}
+        for layer, states in enumerate(predicted):
+            labels, _ = roll_tensor(labels, packed_seq_params=packed_seq_params, **roll)
+            mask, num_tokens = roll_tensor(mask, packed_seq_params=packed_seq_params, **roll)
+            logits = self.output_layer.project(states, lm_head_weight(self))
+            losses = mask * self.compute_language_model_loss(labels, _mask_padding(self, logits))
+            if self.training:
+                MTPLossLoggingHelper.save_loss_to_tracker(
+                    losses.sum() / num_tokens.clamp(min=1),
+                    layer,
+                    self.config.mtp_num_layers,
+                    avg_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
+                )
+            share = 1 if self.config.calculate_per_token_loss else num_tokens.clamp(min=1)
+            hidden = MTPLossAutoScaler.apply(hidden, scale * losses / share)
+        return hidden
+
+
+def lm_head_weight(model) -> Tensor:
+    """The head's rows on this rank, (padded vocabulary / tensor_parallel, h); with tied embeddings, theirs.
+
+    model: a last pipeline stage, bare or wrapped. Rows outside `vocab_shard` are padding.
+    """
+    model = unwrap_model(model)
+    weight = model.output_layer.weight
+    return model.shared_embedding_or_output_weight() if weight is None else weight
+
+
+def vocab_shard(model) -> range:
+    """The token ids whose head rows this rank holds: row i of `lm_head_weight` is token vocab_shard[i].
+
+    Shorter than the weight where the vocabulary was padded to divide the tensor-parallel size; those last
+    rows must be left out of every softmax (their logits set to -inf, or the weight cut to len(vocab_shard)).
+    """
+    model = unwrap_model(model)
+    num_rows = model.output_layer.output_size_per_partition
+    start = num_rows * model.output_layer.tp_group.rank()
+    return range(min(start, model.num_tokens), min(start + num_rows, model.num_tokens))
+
+
+def logits(model, hidden: Tensor) -> Tensor:
+    """hidden: (b, s, h) as the last stage returns it -> this rank's logits (b, s, padded vocabulary / tp).
+
+    Logits of padding rows are -inf. For tests and small uses: the training loss never forms them.
+    """
+    return _mask_padding(unwrap_model(model), hidden @ lm_head_weight(model).t())
+
+
+def _mask_padding(model, logits: Tensor) -> Tensor:
+    num_real = len(vocab_shard(model))
+    if num_real == logits.shape[-1]:
+        return logits
+    padding = torch.arange(logits.shape[-1], device=logits.device) >= num_real
+    return logits.masked_fill(padding, float("-inf"))

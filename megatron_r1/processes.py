@@ -1,0 +1,51 @@
+"""Child processes that die with their parent and say why they died."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+from pathlib import Path
+
+PR_SET_PDEATHSIG = 1
+
+
+def die_with_parent() -> None:
+    """Have the kernel kill this process when the thread that started it ends, even by kill -9 (Linux)."""
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def start(command: list[str], log: Path, environment: dict[str, str]) -> subprocess.Popen:
+    """Start `command` with its output appended to `log`; it dies with this process."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "ab") as output:
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **environment},
+            preexec_fn=die_with_parent,
+            start_new_session=True,  # Ctrl-C is the controller's to handle, not theirs
+        )
+
+
+def stop(process: subprocess.Popen, timeout_seconds: float = 10.0) -> None:
+    """Ask, wait, then kill."""
+    if process.poll() is None:
+        process.terminate()
+        try:
+            process.wait(timeout_seconds)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def last_lines(log: Path, count: int = 15) -> str:
+    """The end of a log, for an error message."""
+    try:
+        text = log.read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return "(no output)"
+    return "\n".join(text.strip().splitlines()[-count:]) or "(no output)"

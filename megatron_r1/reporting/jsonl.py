@@ -1,0 +1,132 @@
+"""Append-only JSON-lines files that survive kill -9: a line is whole, or the torn last one."""
+
+import json
+import math
+import numbers
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_r1.reporting.files import atomic_write, fsync_folder
+
+
+def append_lines(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
+    """Append one strict JSON line per record in one write, then flush and fsync.
+
+    A torn last line (a crash in the middle of an earlier write) is cut off first, so that it cannot
+    swallow the new one.
+    """
+    if not records:
+        return
+    is_new = not path.exists()
+    if not is_new:
+        _cut_torn_line(path)
+    lines = [json.dumps(strict(record), ensure_ascii=False, allow_nan=False) for record in records]
+    # A lone surrogate (half an emoji from a byte-level tokenizer) has no UTF-8 form.
+    payload = ("\n".join(lines) + "\n").encode("utf-8", errors="replace")
+    with open(path, "ab") as file:
+        file.write(payload)
+        file.flush()
+        os.fsync(file.fileno())
+    if is_new:
+        fsync_folder(path.parent)
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the records in order; a torn last line is left out, a missing file has none.
+
+    Raises ValueError naming the file and the line if any other line is not a JSON object.
+    """
+    if not path.exists():
+        return
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith(b"\n"):
+                return
+            yield _parse(path, number, line)
+
+
+def keep_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> int:
+    """Drop every record for which `keep` is false and any torn last line; return how many went.
+
+    The file is replaced atomically, and only if something goes.
+    """
+    if not path.exists():
+        return 0
+    with open(path, "rb") as file:
+        lines = list(file)
+    kept = [
+        line
+        for number, line in enumerate(lines, start=1)
+        if line.endswith(b"\n") and keep(_parse(path, number, line))
+    ]
+    if len(kept) < len(lines):
+        atomic_write(path, b"".join(kept))
+    return len(lines) - len(kept)
+
+
+def strict(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy that strict JSON can hold: NaN and infinities become null and are named.
+
+    `{"kl": nan}` becomes `{"kl": null, "nonfinite": {"kl": "nan"}}`: any JSON reader takes the
+    line, and what happened is not lost. Raises ValueError for a value JSON has no word for.
+    """
+    nonfinite: dict[str, str] = {}
+    clean = {str(key): _strict_value(value, str(key), nonfinite) for key, value in record.items()}
+    if nonfinite:
+        clean["nonfinite"] = nonfinite
+    return clean
+
+
+def _strict_value(value: Any, name: str, nonfinite: dict[str, str]) -> Any:
+    if value is None or isinstance(value, (str, bool)):
+        return value
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    if hasattr(value, "item") and getattr(value, "ndim", None) == 0:
+        return _strict_value(value.item(), name, nonfinite)
+    if isinstance(value, numbers.Real):
+        if math.isfinite(value):
+            return float(value)
+        nonfinite[name] = str(float(value))
+        return None
+    if isinstance(value, Mapping):
+        return {
+            str(key): _strict_value(item, f"{name}.{key}", nonfinite) for key, item in value.items()
+        }
+    if isinstance(value, (list, tuple)):
+        return [_strict_value(v, f"{name}[{i}]", nonfinite) for i, v in enumerate(value)]
+    raise ValueError(
+        f"{name}: cannot write a {type(value).__name__} to a JSON line; "
+        "pass a number, text, or a list or mapping of those"
+    )
+
+
+def _parse(path: Path, number: int, line: bytes) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        record = None
+    if not isinstance(record, dict):
+        raise ValueError(
+            f"{path}, line {number}: not a JSON object ({line[:60]!r}); "
+            "delete that line, or restore the file"
+        )
+    return record
+
+
+def _cut_torn_line(path: Path) -> None:
+    with open(path, "r+b") as file:
+        end = position = file.seek(0, os.SEEK_END)
+        while position > 0:
+            start = max(0, position - 65536)
+            file.seek(start)
+            newline = file.read(position - start).rfind(b"\n")
+            if newline >= 0:
+                position = start + newline + 1
+                break
+            position = start
+        if position < end:
+            file.truncate(position)
+            os.fsync(file.fileno())

@@ -1,0 +1,218 @@
+"""The live view of a run: a calm picture on a terminal, one plain line per step in a log."""
+
+import contextlib
+import sys
+import time
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TextIO
+
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+from megatron_r1.reporting.live_frame import LiveState, frame
+from megatron_r1.reporting.wording import (
+    METRICS,
+    clock,
+    duration,
+    finite,
+    is_right,
+    number,
+    printable,
+)
+
+REFRESHES_PER_SECOND = 2
+# Samples stay this long on the screen, however fast the steps: long enough to read one.
+SAMPLE_HOLD_SECONDS = 5.0
+PLAIN_METRICS = (
+    "accuracy",
+    "reward/mean",
+    "response_length/mean",
+    "loss",
+    "kl",
+    "entropy",
+    "logprob_diff/mean",
+    "grad_norm",
+    "tokens_per_second",
+)
+
+
+class LiveView:
+    """Shows a run while it trains. Nothing it is given can stop the run: odd metrics show as "–".
+
+        with LiveView("r1-zero", 120, facts=["1.4M parameters"]) as view:
+            view.phase("rollout", "256 samples")
+            view.step(metrics, samples)
+
+    stream: where to show, sys.stdout by default. The picture is drawn only on a UTF-8 terminal;
+    anything else (a file, CI, a Slurm log) gets plain lines without control characters.
+    facts: short texts for the header: model, parameters, task.
+    history: metrics lines of the steps before this process, on resume.
+    """
+
+    def __init__(
+        self,
+        title: str,
+        total_steps: int,
+        stream: TextIO | None = None,
+        *,
+        facts: Sequence[str] = (),
+        history: Iterable[Mapping[str, Any]] = (),
+    ):
+        self._stream = stream or sys.stdout
+        now = time.monotonic()
+        self._state = LiveState(title, total_steps, tuple(facts), started=now, phase_started=now)
+        self._seen_phases: set[str] = set()
+        self._step_times: deque[float] = deque([now], maxlen=21)
+        self._samples_until = 0.0
+        for metrics in history:
+            self._remember(metrics)
+        self._console: Console | None = None
+        self._live: Live | None = None
+        if _is_terminal(self._stream):
+            self._console = Console(file=self._stream, highlight=False)
+            self._live = Live(
+                get_renderable=self._frame,
+                console=self._console,
+                refresh_per_second=REFRESHES_PER_SECOND,
+                vertical_overflow="crop",
+            )
+            self._live.start()
+        else:
+            self._print(" · ".join([title, *facts]) + f" · {total_steps} steps")
+
+    def phase(self, name: str, detail: str = "") -> None:
+        """Say what the run is doing now. A log gets a line the first time each phase is entered."""
+        state = self._state
+        if name != state.phase:
+            state.phase_started = time.monotonic()
+        state.phase, state.detail = name, detail
+        if self._live is None and name not in self._seen_phases:
+            self._seen_phases.add(name)
+            self._print(f"{name}: {detail}" if detail else name)
+
+    def step(self, metrics: Mapping[str, Any], samples: Sequence[Mapping[str, Any]] = ()) -> None:
+        """Show a finished step: its metrics line and some of its samples (as in samples.jsonl)."""
+        now = time.monotonic()
+        self._step_times.append(now)
+        self._state.seconds_per_step = (now - self._step_times[0]) / (len(self._step_times) - 1)
+        self._remember(metrics)
+        if samples and now >= self._samples_until:
+            self._state.samples = _choose(samples)
+            self._samples_until = now + SAMPLE_HOLD_SECONDS
+        if self._live is None:
+            self._print(self._plain_step(metrics))
+
+    def evaluation(self, metrics: Mapping[str, Any]) -> None:
+        """Show a held-out evaluation: "eval/…" keys, with "step" unless it is the last step's."""
+        step = self._evaluated(metrics)
+        if self._live is None:
+            parts = [
+                f"{key.removeprefix('eval/')} {_worded_evaluation(key, metrics)}"
+                for key in metrics
+                if str(key).startswith("eval/")
+            ]
+            self._print(f"held-out at step {step}: " + ", ".join(parts))
+
+    def message(self, text: str) -> None:
+        """Print a line that stays: above the picture, or into the log."""
+        if self._live is None or self._console is None:
+            self._print(text)
+            return
+        with contextlib.suppress(OSError):
+            self._console.print(Text(printable(text, keep_newlines=True)))
+
+    def close(self, outcome: str = "finished") -> None:
+        """Leave the last picture standing; outcome is "finished" or why the run ended."""
+        state = self._state
+        if state.ended:
+            return
+        state.ended_at = time.monotonic()
+        state.ended = f"{outcome} in {duration(state.ended_at - state.started)}"
+        if self._live is None:
+            self._print(state.ended)
+            return
+        with contextlib.suppress(OSError):
+            self._live.stop()
+
+    def __enter__(self) -> "LiveView":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        if kind is None:
+            self.close()
+        else:
+            word = "interrupted" if kind is KeyboardInterrupt else f"stopped by {kind.__name__}"
+            self.close(f"{word} at step {self._state.step},")
+
+    def _frame(self) -> Any:
+        assert self._console is not None, "drawn without a terminal"
+        return frame(self._state, self._console, time.monotonic())
+
+    def _remember(self, metrics: Mapping[str, Any]) -> None:
+        state = self._state
+        metrics = {str(key): value for key, value in metrics.items()}
+        step = finite(metrics, "step")
+        state.step = state.step + 1 if step is None else int(step)
+        state.metrics = metrics
+        # The base model's evaluation is a line of its own: it has no training curve to add to.
+        if "time/train" in metrics or "loss" in metrics or "accuracy" in metrics:
+            for key in ("accuracy", "response_length/mean", "loss", "grad_norm"):
+                if key in metrics:
+                    state.history.setdefault(key, []).append(finite(metrics, key))
+        if any(key.startswith("eval/") for key in metrics):
+            self._evaluated(metrics)
+
+    def _evaluated(self, metrics: Mapping[str, Any]) -> int:
+        step = finite(metrics, "step")
+        step = self._state.step if step is None else int(step)
+        self._state.evaluations = {**self._state.evaluations, step: dict(metrics)}
+        return step
+
+    def _plain_step(self, metrics: Mapping[str, Any]) -> str:
+        state = self._state
+        parts = [f"step {state.step}/{state.total_steps}"]
+        for key in PLAIN_METRICS:
+            if key in metrics:
+                parts.append(f"{METRICS[key].label} {METRICS[key].worded(finite(metrics, key))}")
+        if state.seconds_per_step is not None:
+            parts.append(f"{number(state.seconds_per_step)} s a step")
+            parts.append(f"{clock(state.seconds_left() or 0.0)} left")
+        return "  ".join(parts)
+
+    def _print(self, text: str) -> None:
+        line = f"{time.strftime('%H:%M:%S')}  {printable(text)}\n"
+        encoding = getattr(self._stream, "encoding", None) or "utf-8"
+        # A log that went away (full disk, closed pipe) is not a reason to lose a training run.
+        with contextlib.suppress(OSError, ValueError):
+            self._stream.write(line.encode(encoding, errors="replace").decode(encoding))
+            self._stream.flush()
+
+
+def _is_terminal(stream: TextIO) -> bool:
+    encoding = (getattr(stream, "encoding", None) or "").lower()
+    if not stream.isatty() or not encoding.startswith("utf"):
+        return False
+    return not Console(file=stream).is_dumb_terminal
+
+
+def _choose(samples: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Up to four samples of different questions: a right one, a wrong one, and others."""
+    chosen: list[dict[str, Any]] = []
+    questions: set[str] = set()
+    for wanted in (True, False, None, None):
+        for sample in samples:
+            question = str(sample.get("question", ""))
+            if question not in questions and wanted in (None, is_right(sample)):
+                chosen.append(dict(sample))
+                questions.add(question)
+                break
+    return chosen
+
+
+def _worded_evaluation(key: str, metrics: Mapping[str, Any]) -> str:
+    value = finite(metrics, key)
+    if value is None:
+        return "–"
+    return f"{100 * value:.1f}%" if "@" in key else number(value)

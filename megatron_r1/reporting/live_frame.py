@@ -1,0 +1,275 @@
+"""One frame of the live view: from the state of a run to lines of text of a given size."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from rich.console import Console, Group
+from rich.text import Text
+
+from megatron_r1.reporting.charts import columns, shares
+from megatron_r1.reporting.wording import (
+    METRICS,
+    PHASES,
+    clock,
+    finite,
+    is_right,
+    last_line,
+    percent,
+    printable,
+)
+
+PHASE_STYLES = {
+    "rollout": "blue",
+    "reward": "green",
+    "train": "yellow",
+    "push": "magenta",
+    "other": "bright_black",
+}
+CHARTS = {
+    "accuracy": "cyan",
+    "response_length/mean": "yellow",
+    "loss": "cyan",
+    "grad_norm": "yellow",
+}
+NUMBERS = (
+    "reward/mean",
+    "kl",
+    "entropy",
+    "logprob_diff/mean",
+    "clip_fraction",
+    "grad_norm",
+    "tokens_per_second",
+    "loss",
+    "learning_rate",
+    "format/mean",
+    "groups/zero_variance",
+    "truncated",
+    "staleness",
+)
+RL_CHARTS = ("accuracy", "response_length/mean")
+SFT_CHARTS = ("loss", "grad_norm")
+MAX_HEIGHT = 46
+MAX_WIDTH = 140
+
+
+@dataclass
+class LiveState:
+    """What the view knows. Times are seconds on the monotonic clock."""
+
+    title: str
+    total_steps: int
+    facts: tuple[str, ...] = ()
+    started: float = 0.0
+    phase: str = "starting"
+    detail: str = ""
+    phase_started: float = 0.0
+    step: int = 0
+    seconds_per_step: float | None = None
+    metrics: dict[str, Any] = field(default_factory=dict)
+    history: dict[str, list[float | None]] = field(default_factory=dict)
+    evaluations: dict[int, dict[str, Any]] = field(default_factory=dict)
+    samples: list[dict[str, Any]] = field(default_factory=list)
+    ended: str = ""
+    ended_at: float = 0.0
+
+    @property
+    def charts(self) -> tuple[str, str]:
+        """The two curves worth the space: R1-Zero's, or loss and gradient norm without rewards."""
+        is_sft = "loss" in self.history and "accuracy" not in self.history
+        return SFT_CHARTS if is_sft else RL_CHARTS
+
+    def seconds_left(self) -> float | None:
+        if self.seconds_per_step is None:
+            return None
+        return max(0, self.total_steps - self.step) * self.seconds_per_step
+
+
+def frame(state: LiveState, console: Console, now: float) -> Group:
+    """The whole view, exactly as wide and (less one line for the cursor) at most as high as the
+    terminal, so that every refresh covers the one before it."""
+    width = min(console.size.width - 1, MAX_WIDTH)
+    height = min(console.size.height - 1, MAX_HEIGHT)
+    roomy = height >= 32
+    lines = [_title(state), _progress(state, width, now), _phase(state, now), Text()]
+    lines += _curves(state, width, rows=6 if roomy else 2)
+    lines += [Text(), *_numbers(state, width), Text(), *_time_split(state, width)]
+    lines += [Text()] if roomy else []
+    lines += [_held_out(state, width), Text()]
+    lines += _samples(state, console, width, height - len(lines), most=4 if roomy else 2)
+    if not state.ended:
+        lines += [Text()] * (height - len(lines))
+    for line in lines:
+        line.no_wrap = True
+        line.truncate(width, overflow="ellipsis")
+    return Group(*lines[:height])
+
+
+def _title(state: LiveState) -> Text:
+    line = Text(printable(state.title), style="bold")
+    for fact in state.facts:
+        line.append(f" · {printable(fact)}", style="not bold bright_black")
+    return line
+
+
+def _progress(state: LiveState, width: int, now: float) -> Text:
+    elapsed = (state.ended_at or now) - state.started
+    left = state.seconds_left()
+    head = f"step {state.step}/{state.total_steps}  "
+    tail = f"  {clock(elapsed)} elapsed"
+    if left is not None and not state.ended:
+        tail += f"  {clock(left)} left"
+    room = max(4, width - len(head) - len(tail))
+    done = min(room, room * state.step // max(1, state.total_steps))
+    return Text.assemble(
+        (head, "bold"), ("━" * done, "cyan"), ("─" * (room - done), "bright_black"), tail
+    )
+
+
+def _phase(state: LiveState, now: float) -> Text:
+    if state.ended:
+        good = state.ended.startswith("finished")
+        return Text(("✓ " if good else "■ ") + state.ended, style="green" if good else "yellow")
+    style = PHASE_STYLES.get(state.phase, "cyan")
+    line = Text.assemble(("● ", style), printable(state.phase))
+    if state.detail:
+        line.append(f"  {printable(state.detail)}", style="bright_black")
+    waited = now - state.phase_started
+    if waited >= 3:
+        line.append(f"  {clock(waited)}", style="bright_black")
+    return line
+
+
+def _curves(state: LiveState, width: int, rows: int) -> list[Text]:
+    gap = 4
+    half = (width - gap) // 2
+    lines = [Text() for _ in range(rows + 1)]
+    for position, key in enumerate(state.charts):
+        metric, style = METRICS[key], CHARTS[key]
+        values = state.history.get(key, [])
+        present = [value for value in values if value is not None]
+        highest = max(present, default=0.0)
+        top = 1.0 if metric.unit == "%" else highest if highest > 0 else 1.0
+        latest = metric.worded(finite(state.metrics, key))
+        label = f"{metric.label} "
+        scale = f"top {'100%' if metric.unit == '%' else metric.worded(top)}" if present else ""
+        space = " " * max(1, half - len(label) - len(latest) - len(scale))
+        lines[0].append_text(
+            Text.assemble(label, (latest, f"bold {style}"), (space + scale, "bright_black"))
+        )
+        for line, row in zip(lines[1:], columns(values, half, rows, top), strict=True):
+            line.append(row.ljust(half), style=style)
+        if position == 0:
+            for line in lines:
+                line.append(" " * gap)
+    return lines
+
+
+def _numbers(state: LiveState, width: int) -> list[Text]:
+    labels, values = Text(style="bright_black"), Text(style="bold")
+    room = width
+    for metric in map(METRICS.__getitem__, NUMBERS):
+        shown = metric.key not in state.charts and metric.key in state.metrics
+        cell = max(len(metric.label), 7) + 3
+        if not shown or cell > room:
+            continue
+        room -= cell
+        value = metric.worded(finite(state.metrics, metric.key))
+        labels.append(metric.label.ljust(cell))
+        values.append(value.ljust(cell))
+    return [labels, values]
+
+
+def _time_split(state: LiveState, width: int) -> list[Text]:
+    seconds = {phase: max(0.0, finite(state.metrics, f"time/{phase}") or 0.0) for phase in PHASES}
+    step = finite(state.metrics, "time/step")
+    if step is not None:
+        seconds["other"] = max(0.0, step - sum(seconds.values()))
+    bar, legend = Text(), Text()
+    total = sum(seconds.values())
+    cells = shares(list(seconds.values()), width)
+    for (phase, value), count in zip(seconds.items(), cells, strict=True):
+        if value <= 0 or value < 0.005 * total:
+            continue
+        bar.append("▆" * count, style=PHASE_STYLES[phase])
+        if phase != "other" or width >= 100:
+            legend.append("■ ", style=PHASE_STYLES[phase])
+            legend.append(phase)
+            legend.append(f" {value:.2f} s  ", style="bright_black")
+    if step:
+        legend.append(f"{step:.2f} s a step", style="bright_black")
+    return [bar, legend]
+
+
+def _held_out(state: LiveState, width: int) -> Text:
+    line = Text("held-out  ", style="bold")
+    if not state.evaluations:
+        return line.append("not evaluated yet", style="not bold bright_black")
+    points = []
+    for step, metrics in sorted(state.evaluations.items()):
+        passed = finite(metrics, "eval/pass@1")
+        if passed is not None:
+            points.append((f"step {step} ", percent(passed)))
+    tail = _majority(state.evaluations[max(state.evaluations)])
+    room = width - len(line) - len(tail)
+    size = [len(step) + len(value) + 2 for step, value in points]
+    if sum(size) > room and points:
+        kept = [0]
+        room -= size[0] + 2
+        latest = []
+        for i in range(len(points) - 1, 0, -1):
+            if size[i] > room:
+                break
+            room -= size[i]
+            latest.append(i)
+        kept += reversed(latest)
+    else:
+        kept = list(range(len(points)))
+    for before, i in zip([-1, *kept], kept, strict=False):
+        line.append("… " if i - before > 1 else "", style="not bold bright_black")
+        line.append(points[i][0], style="not bold bright_black")
+        line.append(f"{points[i][1]}  ", style="not bold" if i < len(points) - 1 else "green")
+    return line.append(tail, style="not bold bright_black")
+
+
+def _majority(metrics: dict[str, Any]) -> str:
+    for key in metrics:
+        value = finite(metrics, key)
+        if key.startswith("eval/cons@") and value is not None:
+            return f"majority of {key.removeprefix('eval/cons@')} {percent(value)}"
+    return ""
+
+
+def _samples(state: LiveState, console: Console, width: int, height: int, most: int) -> list[Text]:
+    """Questions and responses; of a long response the beginning and the last line, the answer."""
+    chosen = state.samples[:most]
+    if not chosen or height < 2:
+        return []
+    lines: list[Text] = []
+    for i, sample in enumerate(chosen):
+        room = (height - len(lines)) // (len(chosen) - i)
+        right = is_right(sample)
+        style = "green" if right else "red"
+        length = finite(sample, "length")
+        question = Text.assemble(
+            ("✓ " if right else "✗ ", style),
+            (printable(last_line(sample.get("question", "")))[:width], "bold"),
+            (f"  {length:.0f} tokens" if length else "", "bright_black"),
+        )
+        lines.append(question)
+        wrapped = list(_response(sample, style).wrap(console, width - 2))
+        if len(wrapped) > room - 1:
+            wrapped = wrapped[: room - 2] + [Text("… ", "bright_black") + wrapped[-1]]
+        lines += [Text("  ") + line for line in wrapped[: max(0, room - 1)]]
+        if i < len(chosen) - 1 and len(wrapped) < room - 1:
+            lines.append(Text())
+    return lines
+
+
+def _response(sample: dict[str, Any], style: str) -> Text:
+    response = str(sample.get("response", ""))
+    if len(response) > 4000:
+        response = response[:3000] + " … " + response[-600:]
+    response = printable(response.strip()) or "(empty)"
+    start = response.rfind("<answer>")
+    start = len(response) if start < 0 else start
+    return Text.assemble((response[:start], "bright_black"), (response[start:], style))

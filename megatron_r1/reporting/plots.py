@@ -1,0 +1,231 @@
+"""Plots as inline SVG whose colours follow the page: each is a CSS variable, light or dark."""
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+# Stand-ins that matplotlib draws with; in the SVG they become var(--name).
+INKS = {
+    "ink": "#010101",
+    "muted": "#020202",
+    "grid": "#030303",
+    "page": "#040404",
+    "accent": "#050505",
+    "second": "#060606",
+    "rollout": "#070707",
+    "reward": "#080808",
+    "train": "#090909",
+    "push": "#0a0a0a",
+    "other": "#0b0b0b",
+}
+MAX_POINTS = 300
+STYLE = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "megatron-r1",
+    "font.size": 9,
+    "axes.edgecolor": INKS["muted"],
+    "axes.labelcolor": INKS["muted"],
+    "text.color": INKS["ink"],
+    "xtick.color": INKS["muted"],
+    "ytick.color": INKS["muted"],
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.spines.left": False,
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "grid.color": INKS["grid"],
+    "grid.linewidth": 0.7,
+    "xtick.major.size": 3,
+    "ytick.major.size": 0,
+    "lines.linewidth": 1.8,
+    "legend.frameon": False,
+    "legend.fontsize": 8.5,
+    "legend.handlelength": 1.4,
+}
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One quantity over steps; `values` may hold NaN where nothing was measured.
+
+    steps, values: [points] float64. low, high: [points] ends of the error bars, NaN for none.
+    marker: draw points (held-out evaluations) instead of a smoothed line over the raw one.
+    noisy: False for what is exact, such as a schedule: drawn as it is.
+    """
+
+    label: str
+    steps: np.ndarray
+    values: np.ndarray
+    ink: str = "accent"
+    marker: str = ""
+    low: np.ndarray | None = None
+    high: np.ndarray | None = None
+    noisy: bool = True
+
+
+def curve_plot(
+    name: str,
+    curves: Sequence[Curve],
+    size: tuple[float, float] = (3.4, 1.9),
+    percent: bool = False,
+    log_scale: bool = False,
+    from_zero: bool = False,
+) -> str:
+    """The SVG of one or more curves over steps. name: unique on the page; size: inches."""
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _axes(size)
+        for curve in curves:
+            _draw(axes, curve)
+        if log_scale and any((curve.values > 0).any() for curve in curves):
+            axes.set_yscale("log")
+            axes.minorticks_off()
+            axes.margins(y=0.15)
+        elif from_zero:
+            axes.set_ylim(bottom=0)
+        if percent:
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{100 * y:.4g}%"))
+            _bound_percent(axes, curves)
+        elif not log_scale:
+            axes.yaxis.set_major_formatter(FuncFormatter(_short))
+        if len(curves) > 1:
+            axes.legend(loc="best")
+        return _svg(figure, name)
+
+
+def stacked_plot(
+    name: str,
+    steps: np.ndarray,
+    parts: Mapping[str, np.ndarray],
+    size: tuple[float, float] = (10.7, 2.3),
+) -> str:
+    """The SVG of parts (names of inks, [points] each) stacked over steps."""
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _axes(size)
+        thinned = [thin(steps, np.nan_to_num(values)) for values in parts.values()]
+        positions = thinned[0][0]
+        heights = [values for _, values in thinned]
+        colors = [INKS[part] for part in parts]
+        if len(positions) == 1:
+            bottom = 0.0
+            for height, color, part in zip(heights, colors, parts, strict=True):
+                axes.bar(positions, height, bottom=bottom, color=color, label=part, width=0.3)
+                bottom += float(height[0])
+            axes.set_xlim(positions[0] - 1, positions[0] + 1)
+        else:
+            axes.stackplot(positions, *heights, colors=colors, labels=list(parts), linewidth=0)
+            axes.set_xlim(positions[0], positions[-1])
+        # One slow step (a first compilation, a pause) must not flatten all the others.
+        total = np.sum(heights, axis=0)
+        axes.set_ylim(0, min(1.05 * total.max(), 2.5 * np.median(total)) or 1)
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:.3g} s"))
+        axes.legend(loc="upper left", bbox_to_anchor=(0, 1.2), ncols=len(parts))
+        return _svg(figure, name)
+
+
+def smooth(values: np.ndarray) -> np.ndarray:
+    """Centred moving mean over a twelfth of the run, ignoring NaN; [points] in and out."""
+    half = max(1, len(values) // 24)
+    padded = np.pad(values.astype(float), half, constant_values=np.nan)
+    windows = np.lib.stride_tricks.sliding_window_view(padded, 2 * half + 1)
+    known = ~np.isnan(windows)
+    counts = known.sum(axis=1)
+    sums = np.where(known, windows, 0.0).sum(axis=1)
+    return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
+
+
+def thin(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """At most MAX_POINTS points: means of equal shares of the run, so that the file stays small."""
+    if len(steps) <= MAX_POINTS:
+        return steps, values
+    shares = zip(np.array_split(steps, MAX_POINTS), np.array_split(values, MAX_POINTS), strict=True)
+    means = [
+        (s.mean(), v[~np.isnan(v)].mean() if (~np.isnan(v)).any() else np.nan) for s, v in shares
+    ]
+    return np.array([s for s, _ in means]), np.array([v for _, v in means])
+
+
+def _axes(size: tuple[float, float]) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=size, layout="constrained")
+    FigureCanvasSVG(figure)
+    axes = figure.add_subplot()
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(4))
+    figure.patch.set_visible(False)
+    axes.patch.set_visible(False)
+    axes.margins(x=0.02, y=0.08)
+    return figure, axes
+
+
+def _draw(axes: Axes, curve: Curve) -> None:
+    color = INKS[curve.ink]
+    if curve.marker:
+        face = color if curve.marker == "o" else INKS["page"]
+        if curve.low is not None and curve.high is not None:
+            axes.vlines(curve.steps, curve.low, curve.high, color=color, linewidth=1.2, alpha=0.6)
+        axes.plot(
+            curve.steps,
+            curve.values,
+            linestyle="none",
+            marker=curve.marker,
+            markersize=5,
+            markerfacecolor=face,
+            markeredgecolor=color,
+            label=curve.label,
+            zorder=4,
+            clip_on=False,
+        )
+        return
+    steps, raw = thin(curve.steps, curve.values)
+    if len(steps) < 12:
+        axes.plot(steps, raw, color=color, marker="o", markersize=3.5, label=curve.label)
+        return
+    if not curve.noisy:
+        axes.plot(steps, raw, color=color, label=curve.label)
+        return
+    axes.plot(steps, raw, color=color, linewidth=0.8, alpha=0.3)
+    axes.plot(steps, smooth(raw), color=color, label=curve.label)
+
+
+def _short(value: float, _: int) -> str:
+    if 0 < abs(value) < 0.001:
+        mantissa, exponent = f"{value:.1e}".split("e")
+        return f"{mantissa}e{int(exponent)}"
+    return f"{value:,.5g}"
+
+
+def _bound_percent(axes: Axes, curves: Sequence[Curve]) -> None:
+    low, high = axes.get_ylim()
+    known = np.concatenate([curve.values[~np.isnan(curve.values)] for curve in curves])
+    if len(known) and known.max() > 0.5:
+        axes.set_ylim(0, 1.03)
+        axes.set_yticks([0, 0.25, 0.5, 0.75, 1])
+    elif low < 0:
+        axes.set_ylim(0, max(high, 1e-4))
+
+
+def _svg(figure: Figure, name: str) -> str:
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
+    # Its <style> would hold for the whole page.
+    svg = re.sub(r"<(metadata|style).*?</\1>", "", svg, flags=re.DOTALL)
+    # Several SVGs share one page: their ids must not meet.
+    svg = re.sub(r'id="([^"]+)"', rf'id="{name}-\1"', svg)
+    svg = re.sub(r'(xlink:href="|url\()#', rf"\g<1>#{name}-", svg)
+    for ink, color in INKS.items():
+        svg = svg.replace(color, f"var(--{ink})")
+    svg = re.sub(r"font-family: [^;\"]+", "font-family: inherit", svg)
+    # Full width of its figure on the page, at its own aspect ratio.
+    svg = re.sub(r'<svg ([^>]*?)width="[^"]+"', r"<svg \1", svg, count=1)
+    svg = re.sub(r'<svg ([^>]*?)height="[^"]+"', r"<svg \1", svg, count=1)
+    return svg.replace("<svg ", f'<svg role="img" aria-label="{name}" ', 1)

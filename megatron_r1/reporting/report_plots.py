@@ -1,0 +1,128 @@
+"""The plots of a report: which quantities are drawn, how, and under which words."""
+
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any
+
+import numpy as np
+
+from megatron_r1.reporting.outcome import Evaluation, Score
+from megatron_r1.reporting.plots import Curve, curve_plot, stacked_plot
+from megatron_r1.reporting.wording import METRICS, PHASES, finite
+
+HERO_SIZE = (5.2, 2.7)
+SMALL = (
+    "reward/mean",
+    "kl",
+    "entropy",
+    "logprob_diff/mean",
+    "clip_fraction",
+    "grad_norm",
+    "loss",
+    "learning_rate",
+    "tokens_per_second",
+    "format/mean",
+    "groups/zero_variance",
+    "truncated",
+)
+# These mean something only against zero; the others are read by their shape.
+FROM_ZERO = {"kl", "clip_fraction", "grad_norm", "tokens_per_second", "response_length/mean"}
+
+Metrics = Sequence[Mapping[str, Any]]
+
+
+def two_curves(metrics: Metrics, evaluations: Sequence[Evaluation]) -> str:
+    """Accuracy and response length side by side, with the held-out evaluations as points."""
+    accuracy = _trained(metrics, "accuracy", "training samples", "accent")
+    passed = [(e.step, e.passed) for e in evaluations if e.passed]
+    majority = [(e.step, e.majority) for e in evaluations if e.majority]
+    votes = max((e.num_votes or 0 for e in evaluations), default=0)
+    accuracy += _points("held-out, pass@1", passed, "ink", "o")
+    accuracy += _points(f"held-out, majority of {votes}", majority, "ink", "D")
+    length = _trained(metrics, "response_length/mean", "training samples", "second")
+    lengths = [(e.step, Score(e.length)) for e in evaluations if e.length is not None]
+    length += _points("held-out", lengths, "ink", "o")
+    figures = []
+    if accuracy:
+        plot = curve_plot("accuracy", accuracy, HERO_SIZE, percent=True)
+        figures.append(_figure("Accuracy", "fraction of right answers", plot))
+    if length:
+        plot = curve_plot("length", length, HERO_SIZE, from_zero=True)
+        figures.append(_figure("Response length", "tokens, mean", plot))
+    return f'<div class="plots pair">{"".join(figures)}</div>' if figures else ""
+
+
+def small_plots(metrics: Metrics) -> str:
+    """One small plot per quantity that was recorded, in a fixed order."""
+    figures = []
+    for key in SMALL:
+        metric = METRICS[key]
+        curves = _trained(metrics, key, "mean", "accent")
+        if not curves:
+            continue
+        if key == "logprob_diff/mean":
+            curves += _trained(metrics, "logprob_diff/max", "largest", "second")
+        plot = curve_plot(
+            key.replace("/", "-"),
+            curves,
+            percent=metric.unit == "%",
+            log_scale=metric.log_scale,
+            from_zero=key in FROM_ZERO,
+        )
+        last = next(v for m in reversed(metrics) if (v := finite(m, key)) is not None)
+        label = metric.label[:1].upper() + metric.label[1:]
+        figures.append(_figure(label, metric.meaning, plot, metric.worded(last)))
+    return f'<div class="plots">{"".join(figures)}</div>' if figures else ""
+
+
+def time_split(metrics: Metrics) -> str:
+    """Seconds of each step by phase, stacked; what no phase claims is "other"."""
+    timed = [m for m in metrics if any(finite(m, f"time/{phase}") for phase in PHASES)]
+    if not timed:
+        return ""
+    parts = {
+        phase: np.array([max(0.0, finite(m, f"time/{phase}") or 0.0) for m in timed])
+        for phase in PHASES
+    }
+    parts = {phase: values for phase, values in parts.items() if values.any()}
+    claimed = np.sum(list(parts.values()), axis=0)
+    total = np.array([finite(m, "time/step") or 0.0 for m in timed])
+    other = np.maximum(total - claimed, 0.0)
+    if other.sum() > 0.005 * claimed.sum():
+        parts["other"] = other
+    plot = stacked_plot("time", _steps(timed), parts)
+    mean = float((claimed + other).mean())
+    figure = _figure("Where the time goes", "seconds per step", plot, f"{mean:.3g} s on average")
+    return f'<div class="plots one">{figure}</div>'
+
+
+def _trained(metrics: Metrics, key: str, label: str, ink: str) -> list[Curve]:
+    present = [m for m in metrics if key in m]
+    values = np.array([np.nan if (v := finite(m, key)) is None else v for m in present])
+    if not len(values) or np.isnan(values).all():
+        return []
+    noisy = key != "learning_rate"
+    return [Curve(label, _steps(present), values, ink, noisy=noisy)]
+
+
+def _points(label: str, scores: Sequence[tuple[int, Score]], ink: str, marker: str) -> list[Curve]:
+    if not scores:
+        return []
+    values = [score for _, score in scores]
+    ends = [
+        np.array([np.nan if end is None else end for end in side])
+        for side in ([s.low for s in values], [s.high for s in values])
+    ]
+    steps = np.array([step for step, _ in scores], dtype=float)
+    return [Curve(label, steps, np.array([s.value for s in values]), ink, marker, *ends)]
+
+
+def _steps(metrics: Metrics) -> np.ndarray:
+    return np.array([finite(m, "step") or 0.0 for m in metrics])
+
+
+def _figure(label: str, meaning: str, plot: str, value: str = "") -> str:
+    return (
+        f"<figure><figcaption><b>{escape(label)}</b><span>{escape(meaning)}</span>"
+        f"<output>{escape(value)}</output></figcaption>{plot}</figure>"
+    )

@@ -1,0 +1,224 @@
+"""A run's folder: one process writes it at a time, and every step is in it exactly once."""
+
+import fcntl
+import os
+import socket
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_r1.reporting.files import atomic_write
+from megatron_r1.reporting.jsonl import append_lines, keep_lines, read_lines
+
+
+class RunFolder:
+    """The files of one run. Reading needs nothing; a run that writes holds the lock:
+
+        with RunFolder("runs/demo") as folder:      # ValueError if another process has it
+            folder.write_config(config)
+            folder.truncate_after(checkpoint_step)  # on resume
+            folder.append_metrics({"step": 1, "loss": 2.5})
+
+    `config.yaml` (resolved settings), `metrics.jsonl` (a line per step), `evaluations.jsonl`
+    (a line per held-out evaluation), `samples.jsonl`, `checkpoints/`, `hf/`, `tensorboard/`,
+    `report.html`.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.config_path = self.path / "config.yaml"
+        self.metrics_path = self.path / "metrics.jsonl"
+        self.samples_path = self.path / "samples.jsonl"
+        self.evaluations_path = self.path / "evaluations.jsonl"
+        self.checkpoints = self.path / "checkpoints"
+        self.hf = self.path / "hf"
+        self.tensorboard = self.path / "tensorboard"
+        self.report_path = self.path / "report.html"
+        self._lock: _Lock | None = None
+        self._last_step: int | None = None
+
+    def __enter__(self) -> "RunFolder":
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = _Lock(self.path / ".lock")
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._lock:
+            self._lock.release()
+            self._lock = None
+
+    def write_config(self, config: Mapping[str, Any], may_change: Collection[str] = ()) -> None:
+        """Write `config.yaml`, or check that a run already here was started with the same settings.
+
+        config: nested sections of plain values (paths and tuples become text and lists).
+        may_change: dotted keys ("rl.num_steps") or whole sections ("eval") that a re-run may change
+        and that are updated in the file. Any other difference raises ValueError naming each key
+        with both values.
+        """
+        new = _plain(config)
+        if self.config_path.exists():
+            before, after = flatten(self.read_config()), flatten(new)
+            changed = [
+                key
+                for key in sorted(before.keys() | after.keys())
+                if before.get(key, _ABSENT) != after.get(key, _ABSENT)
+            ]
+            refused = [key for key in changed if not _is_allowed(key, may_change)]
+            if refused:
+                raise ValueError(self._refusal(refused, before, after))
+            if not changed:
+                return
+        atomic_write(self.config_path, yaml.safe_dump(new, sort_keys=False, allow_unicode=True))
+
+    def read_config(self) -> dict[str, Any]:
+        """The settings the run was started with; empty if there are none yet."""
+        if not self.config_path.exists():
+            return {}
+        config = yaml.safe_load(self.config_path.read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError(
+                f"{self.config_path}: not a YAML mapping; restore it or start a new run"
+            )
+        return config
+
+    def append_metrics(self, metrics: Mapping[str, Any]) -> None:
+        """Append the line of one step: durable when this returns.
+
+        metrics["step"] must be larger than every step already there (ValueError), so that a step is
+        never in the file twice. NaN and infinities are written as null and named in "nonfinite".
+        """
+        step = _integer_step(metrics, "a metrics line")
+        if self._last_step is None:
+            steps = [line["step"] for line in self.read_metrics()]
+            self._last_step = max(steps, default=step - 1)
+        if step <= self._last_step:
+            raise ValueError(
+                f"{self.metrics_path} already has step {self._last_step}, cannot append step "
+                f"{step}; "
+                "call truncate_after(checkpoint step) before continuing a run"
+            )
+        append_lines(self.metrics_path, [metrics])
+        self._last_step = step
+
+    def append_samples(self, samples: Sequence[Mapping[str, Any]]) -> None:
+        """Append one line per sample, each with its integer "step"; durable when this returns."""
+        for sample in samples:
+            _integer_step(sample, "a sample")
+        append_lines(self.samples_path, samples)
+
+    def append_evaluation(self, metrics: Mapping[str, Any]) -> None:
+        """Append the line of one held-out evaluation: its integer "step" and "eval/..." numbers."""
+        _integer_step(metrics, "an evaluation")
+        append_lines(self.evaluations_path, [metrics])
+
+    def truncate_after(self, step: int) -> int:
+        """Forget everything written after `step`, and torn last lines: back to that checkpoint.
+
+        Returns the number of lines dropped. A run that restarts from nothing passes -1.
+        """
+        self._last_step = None
+        paths = (self.metrics_path, self.samples_path, self.evaluations_path)
+        return sum(keep_lines(path, lambda line: line["step"] <= step) for path in paths)
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """Every step's line, in order, without a torn last one."""
+        return list(read_lines(self.metrics_path))
+
+    def read_evaluations(self) -> list[dict[str, Any]]:
+        """The held-out evaluations in order of steps; of a step evaluated twice, the later."""
+        by_step = {line["step"]: line for line in read_lines(self.evaluations_path)}
+        return [by_step[step] for step in sorted(by_step)]
+
+    def read_samples(self) -> Iterator[dict[str, Any]]:
+        """The samples one by one: the file of a long run need not fit in memory."""
+        return read_lines(self.samples_path)
+
+    def _refusal(self, keys: list[str], before: dict[str, Any], after: dict[str, Any]) -> str:
+        lines = [
+            f"  {key}: {_worded(before, key)} in the folder, {_worded(after, key)} now"
+            for key in keys
+        ]
+        return "\n".join(
+            [
+                f"{self.path} holds a run with other settings:",
+                *lines,
+                "To continue that run, give it the settings it has; "
+                "to start another one, choose another folder or remove this one.",
+            ]
+        )
+
+
+_ABSENT = object()
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested sections as one mapping of dotted keys, in order; lists stay values."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping) and value:
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _integer_step(record: Mapping[str, Any], what: str) -> int:
+    step = record.get("step")
+    if not isinstance(step, int) or isinstance(step, bool):
+        raise ValueError(f"{what} has step {step!r}; give it the integer number of its step")
+    return step
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def _is_allowed(key: str, may_change: Collection[str]) -> bool:
+    return any(key == allowed or key.startswith(f"{allowed}.") for allowed in may_change)
+
+
+def _worded(flat: dict[str, Any], key: str) -> str:
+    return repr(flat[key]) if key in flat else "not set"
+
+
+class _Lock:
+    """An exclusive lock on a file, dropped by the kernel however its process ends.
+
+    POSIX (lockf) rather than flock: a flock is inherited by forked workers, which would keep the
+    folder locked when they outlive a killed parent. The price is that a process does not exclude
+    itself, hence `_held`.
+    """
+
+    _held: set[str] = set()
+
+    def __init__(self, path: Path):
+        self.key = str(path.resolve())
+        if self.key in self._held:
+            raise ValueError(
+                f"{path.parent} is already in use by this process; close that run first"
+            )
+        self.file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - held open for the lock
+        try:
+            fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self.file.seek(0)
+            owner = self.file.read().strip() or "unknown"
+            self.file.close()
+            raise ValueError(
+                f"{path.parent} is in use by another run ({owner}); "
+                "wait for it, stop it, or choose another folder"
+            ) from error
+        self.file.truncate(0)
+        self.file.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
+        self.file.flush()
+        self._held.add(self.key)
+
+    def release(self) -> None:
+        self._held.discard(self.key)
+        self.file.close()

@@ -1,0 +1,128 @@
+"""How numbers, times and samples are put into words: one manner for terminal and report."""
+
+import math
+import numbers
+import unicodedata
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One key of metrics.jsonl as a person reads it.
+
+    unit "%" shows a fraction as a percentage, "s" as seconds, "" as a plain number.
+    """
+
+    key: str
+    label: str
+    meaning: str
+    unit: str = ""
+    log_scale: bool = False
+
+    def worded(self, value: float | None) -> str:
+        if value is None:
+            return "–"
+        if self.unit == "%":
+            return percent(value)
+        return number(value) + (" s" if self.unit == "s" else "")
+
+
+METRICS = {
+    metric.key: metric
+    for metric in [
+        Metric("accuracy", "accuracy", "right answers among the step's samples", "%"),
+        Metric("response_length/mean", "response length", "tokens per response, mean"),
+        Metric("reward/mean", "reward", "mean over the step's samples"),
+        Metric("kl", "KL", "to the reference policy, nats per token"),
+        Metric("entropy", "entropy", "of the policy, nats per token"),
+        Metric("logprob_diff/mean", "logprob gap", "engine against trainer, mean |Δ|", "", True),
+        Metric("logprob_diff/max", "logprob gap, max", "largest |Δ| of the step", "", True),
+        Metric("clip_fraction", "clipped", "tokens whose ratio was clipped", "%"),
+        Metric("grad_norm", "grad norm", "before clipping"),
+        Metric("loss", "loss", "as the optimizer sees it"),
+        Metric("learning_rate", "learning rate", "of the last optimizer step"),
+        Metric("tokens_per_second", "tokens/s", "over the whole step"),
+        Metric("format/mean", "format", "responses in the asked-for form", "%"),
+        Metric("groups/zero_variance", "equal groups", "groups that taught nothing", "%"),
+        Metric("truncated", "truncated", "responses cut at the length limit", "%"),
+        Metric("staleness", "staleness", "policy versions between sampling and training"),
+    ]
+}
+PHASES = ("rollout", "reward", "train", "push")
+
+
+def finite(metrics: Mapping[str, Any], key: str) -> float | None:
+    """The metric as a float, or None where it is missing, null, text, NaN or infinite."""
+    value = metrics.get(key)
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return None
+    value = float(value)
+    return value if math.isfinite(value) else None
+
+
+def number(value: float) -> str:
+    """About three significant digits: 0.451, 61.3, 3,412, 3.2e-06."""
+    size = abs(value)
+    if value == 0:
+        return "0"
+    if size < 0.001 or size >= 1e7:
+        return f"{value:.1e}"
+    if size >= 99.95:
+        return f"{value:,.0f}"
+    # Decimals chosen after rounding, so that 9.996 reads 10.0 and not 10.00.
+    return f"{value:.1f}" if size >= 9.995 else f"{value:.2f}" if size >= 0.9995 else f"{value:.3f}"
+
+
+def percent(fraction: float) -> str:
+    return f"{100 * fraction:.1f}%"
+
+
+def clock(seconds: float) -> str:
+    """0:07, 12:34, 1:02:03."""
+    whole = max(0, int(seconds))
+    hours, minutes, rest = whole // 3600, whole // 60 % 60, whole % 60
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def duration(seconds: float) -> str:
+    """7.2 s, 6 min 12 s, 3 h 20 min, 2 d 4 h."""
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    if whole < 86400:
+        return f"{whole // 3600} h {whole // 60 % 60} min"
+    return f"{whole // 86400} d {whole // 3600 % 24} h"
+
+
+def printable(text: Any, keep_newlines: bool = False) -> str:
+    """Text safe for a terminal or a log: control and bidirectional characters become a mark.
+
+    A model under training writes anything, escape sequences included.
+    """
+    kept = "\n" if keep_newlines else ""
+    text = str(text).replace("\t", "    ")
+    return "".join(
+        char
+        if char in kept or unicodedata.category(char)[0] != "C"
+        else ("↵" if char == "\n" else "�")
+        for char in text
+    )
+
+
+def is_right(sample: Mapping[str, Any]) -> bool:
+    """Whether a sample's answer was right: its accuracy reward, or the whole reward without one."""
+    rewards = sample.get("rewards")
+    parts = rewards if isinstance(rewards, Mapping) else {}
+    score = finite(parts, "accuracy")
+    return ((finite(sample, "reward") or 0.0) if score is None else score) >= 0.5
+
+
+def last_line(text: Any) -> str:
+    """The last line with anything on it: of a prompt in the R1-Zero template, the question."""
+    lines = [line.strip() for line in str(text).splitlines() if line.strip()]
+    asked = [line for line in lines if not line.startswith("Assistant:")] or lines
+    return asked[-1].removeprefix("User: ") if asked else ""

@@ -1,0 +1,30 @@
+"""What every reward returns: a number between 0 and 1 and the reason for it."""
+
+from dataclasses import dataclass
+
+MAX_REASON_CHARS = 500
+
+
+@dataclass(frozen=True)
+class Grade:
+    """One grader's verdict on one response.
+
+    reward: float in [0, 1]. reason: one line for a person who audits the sample, at most 500
+    characters (longer ones are cut). Raises ValueError for a reward outside [0, 1] or NaN.
+    """
+
+    reward: float
+    reason: str
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.reward <= 1.0:
+            raise ValueError(f"reward must be between 0 and 1, got {self.reward!r} ({self.reason})")
+        object.__setattr__(self, "reward", float(self.reward))
+        object.__setattr__(self, "reason", shorten(self.reason, MAX_REASON_CHARS))
+
+
+def shorten(text: object, max_chars: int = 80) -> str:
+    """`text` as one line of at most `max_chars` characters, an ellipsis where it was cut."""
+    # Cut before splitting: the text may be megabytes of model output.
+    line = " ".join(str(text)[: max_chars + 1].split())
+    return line if len(line) <= max_chars else line[: max_chars - 1] + "…"

@@ -1,0 +1,25 @@
+"""Format reward: the response is `<think>…</think><answer>…</answer>` and nothing else."""
+
+from megatron_r1.rewards.answer import ANSWER, END_ANSWER, END_THINK, THINK
+from megatron_r1.rewards.base import Grade
+
+TAGS = (THINK, END_THINK, ANSWER, END_ANSWER)
+
+
+def grade(response: str, truth: object = None, *, opened: bool = False, **entry: object) -> Grade:
+    """1 when the four tags each occur once, in order, with only white space outside them; else 0.
+
+    opened: the prompt ended with `<think>`, so the response starts inside the thought and must not
+    open it again. Thought and answer may be empty: what they hold is not the format's business.
+    """
+    text = (THINK + response if opened else response).strip()
+    for tag in TAGS:
+        if (num_found := text.count(tag)) != 1:
+            return Grade(0.0, f"bad format: {tag} occurs {num_found} times")
+    positions = [text.find(tag) for tag in TAGS]
+    if positions != sorted(positions):
+        return Grade(0.0, "bad format: the tags are out of order")
+    between = text[positions[1] + len(END_THINK) : positions[2]]
+    if positions[0] != 0 or between.strip() or not text.endswith(END_ANSWER):
+        return Grade(0.0, "bad format: text outside the tags")
+    return Grade(1.0, "format as asked")

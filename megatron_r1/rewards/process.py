@@ -1,0 +1,110 @@
+"""One reward worker process as its parent sees it: start, send, receive, kill."""
+
+import asyncio
+import contextlib
+import os
+import signal
+import sys
+
+import msgspec
+
+from megatron_r1.rewards.protocol import LENGTH, MAX_REPLY_BYTES, Reply
+
+START_TIMEOUT_SECONDS = 120.0
+STDERR_BYTES = 4096
+
+
+class WorkerLost(Exception):
+    """The process ended, or said something that is no reply."""
+
+
+class WorkerProcess:
+    """Made by `start`. The process leads a process group of its own, so that `kill` takes along
+    whatever it has started."""
+
+    def __init__(self, process: asyncio.subprocess.Process) -> None:
+        self.process = process
+        self.loaded: set[str] = set()
+        self.seconds_per_job = 1.0
+        self._decoder = msgspec.json.Decoder(Reply)
+        self._stderr = b""
+        self._is_killed = False
+        self._stderr_reader = asyncio.create_task(self._keep_stderr())
+
+    @classmethod
+    async def start(cls, memory_limit_bytes: int) -> "WorkerProcess":
+        """A worker that is ready for jobs. Raises RuntimeError with its last words otherwise."""
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            "megatron_r1.rewards.worker",
+            str(os.getpid()),
+            str(memory_limit_bytes),
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+            start_new_session=True,
+            env=_environment(),
+        )
+        worker = cls(process)
+        try:
+            async with asyncio.timeout(START_TIMEOUT_SECONDS):
+                await worker.receive()
+        except (WorkerLost, TimeoutError) as error:
+            await worker.kill()
+            raise RuntimeError(
+                f"a reward worker did not start ({worker.last_words or error or 'no message'}); "
+                f"its memory limit is {memory_limit_bytes} bytes: raise it if that is too little"
+            ) from None
+        except BaseException:
+            await worker.kill()
+            raise
+        return worker
+
+    def send(self, frame: bytes) -> None:
+        with contextlib.suppress(ConnectionError):  # `receive` reports the loss
+            self.process.stdin.write(frame)
+
+    async def receive(self) -> Reply:
+        """The next reply. Raises WorkerLost."""
+        try:
+            header = await self.process.stdout.readexactly(LENGTH.size)
+            (num_bytes,) = LENGTH.unpack(header)
+            if num_bytes > MAX_REPLY_BYTES:
+                raise WorkerLost(f"a reply of {num_bytes} bytes")
+            return self._decoder.decode(await self.process.stdout.readexactly(num_bytes))
+        except (asyncio.IncompleteReadError, ConnectionError, msgspec.MsgspecError) as error:
+            raise WorkerLost(type(error).__name__) from error
+
+    async def kill(self) -> int:
+        """Ends the process and its group at once; returns its exit status. Safe to call again."""
+        if not self._is_killed:  # once: later the number may belong to another process
+            self._is_killed = True
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+        status = await self.process.wait()
+        # A grandchild that left the group may hold the pipes open: they are not waited for, and the
+        # transport, which would, has no public name.
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._stderr_reader, timeout=0.2)
+        self.process._transport.close()
+        await asyncio.sleep(0)
+        return status
+
+    @property
+    def last_words(self) -> str:
+        """The last line the process wrote to its standard error."""
+        lines = self._stderr.decode("utf-8", "replace").split("\n")
+        return next((line.strip() for line in reversed(lines) if line.strip()), "")
+
+    async def _keep_stderr(self) -> None:
+        while chunk := await self.process.stderr.read(65536):
+            self._stderr = (self._stderr + chunk)[-STDERR_BYTES:]
+
+
+def _environment() -> dict[str, str]:
+    # One thread per worker: numerical libraries otherwise start one per core and map memory for
+    # each. A fixed hash seed: sympy's results may depend on the order of sets.
+    threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+    path = os.pathsep.join(entry for entry in sys.path if entry)
+    return {**os.environ, **threads, "PYTHONHASHSEED": "0", "PYTHONPATH": path}

@@ -1,0 +1,91 @@
+"""A reward worker: `python -m megatron_r1.rewards.worker PARENT_PID MEMORY_LIMIT_BYTES`.
+
+Reads jobs from stdin, grades them one after the other, writes replies to what was stdout. It dies
+with its parent, and everything else about its life (time limits, replacement) is the parent's.
+"""
+
+import ctypes
+import importlib
+import os
+import resource
+import signal
+import sys
+from collections.abc import Callable
+from typing import BinaryIO
+
+import msgspec
+
+from megatron_r1.rewards.base import MAX_REASON_CHARS, Grade, shorten
+from megatron_r1.rewards.protocol import LENGTH, Job, Reply, frame
+
+PR_SET_PDEATHSIG = 1
+
+
+def main(parent_pid: int, memory_limit_bytes: int) -> None:
+    _die_with(parent_pid)
+    resource.setrlimit(resource.RLIMIT_AS, (memory_limit_bytes, memory_limit_bytes))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    jobs, replies = _private_streams()
+    decoder = msgspec.json.Decoder(Job)
+    graders: dict[str, Callable[..., Grade]] = {}
+
+    def send(reply: Reply) -> None:
+        replies.write(frame(reply))
+        replies.flush()
+
+    send(Reply("ready"))
+    while header := jobs.read(LENGTH.size):
+        payload = jobs.read(LENGTH.unpack(header)[0])
+        job = decoder.decode(payload)
+        if job.target not in graders:
+            try:
+                graders[job.target] = _load(job.target)
+            except BaseException as error:
+                send(Reply("unloadable", job.id, reason=_describe(error)))
+                continue
+            send(Reply("loaded", job.id))
+        reply = _grade(graders[job.target], job)
+        send(reply)
+        if reply.status == "memory":
+            return
+
+
+def _grade(grader: Callable[..., Grade], job: Job) -> Reply:
+    try:
+        grade = grader(job.response, job.truth, **job.fields)
+        if not isinstance(grade, Grade):
+            raise TypeError(f"{job.target} must return a Grade, got {type(grade).__name__}")
+        return Reply("graded", job.id, grade.reward, grade.reason)
+    except MemoryError:
+        return Reply("memory", job.id, reason="ran over the memory limit")
+    except BaseException as error:  # SystemExit too: one answer must not end the worker
+        return Reply("failed", job.id, reason=f"cannot be graded: {_describe(error)}")
+
+
+def _load(target: str) -> Callable[..., Grade]:
+    module, _, function = target.partition(":")
+    return getattr(importlib.import_module(module), function)
+
+
+def _describe(error: BaseException) -> str:
+    return shorten(f"{type(error).__name__}: {error}", MAX_REASON_CHARS - 50)
+
+
+def _die_with(parent_pid: int) -> None:
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent_pid:  # it died before the call above
+        os._exit(1)
+
+
+def _private_streams() -> tuple[BinaryIO, BinaryIO]:
+    """Moves the pipes away from descriptors 0 and 1, where a grader could read or print."""
+    jobs, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
+    null = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(null, 0)
+    os.close(null)
+    os.dup2(2, 1)
+    return jobs, replies
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]))

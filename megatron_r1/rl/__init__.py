@@ -1,0 +1,1 @@
+"""Reinforcement learning: advantages, policy losses, rollouts, and the loop that joins them."""

@@ -1,0 +1,182 @@
+"""Everything around the algorithm: the three roles, the run folder, resuming, evaluating, measuring."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import fmean
+
+from megatron_r1.config import Config
+from megatron_r1.data.sampler import PromptSampler
+from megatron_r1.evaluation.heldout import evaluate
+from megatron_r1.reporting.recorder import Recorder
+from megatron_r1.rl.metrics import rollout_metrics, sample_records
+from megatron_r1.rollout.fleet import RolloutFleet
+from megatron_r1.rollout.sampling import Collected, Rollouts, Sampling
+from megatron_r1.stopping import StopRequest
+from megatron_r1.training.client import TrainerClient
+from megatron_r1.training.schedule import learning_rate
+
+
+class Session:
+    """One RL run in progress. `step` counts rollouts, from 1; `state.optimizer_step` updates."""
+
+    def __init__(
+        self,
+        config: Config,
+        recorder: Recorder,
+        trainer: TrainerClient,
+        fleet: RolloutFleet,
+        rollouts: Rollouts,
+        prompts: PromptSampler,
+        heldout: list,
+        staging: Path,
+        stop: StopRequest,
+    ):
+        self.config, self.recorder = config, recorder
+        self.trainer, self.fleet, self.rollouts = trainer, fleet, rollouts
+        self.prompts, self.heldout, self.staging = prompts, heldout, staging
+        self.state = recorder.state
+        self.step = self.state.step
+        self.stop = stop
+        self._seconds: dict[str, float] = {}
+        self._began = 0.0
+        limit = config.rollout.max_response_tokens
+        rollout = config.rollout
+        self.train_sampling = Sampling(
+            config.rl.group_size, rollout.temperature, rollout.top_p, limit
+        )
+        self.eval_sampling = Sampling(
+            config.eval.samples, config.eval.temperature, config.eval.top_p, limit
+        )
+
+    async def begin(self) -> None:
+        """Put the run where it was left, or at its beginning, on trainer and engines alike."""
+        if self.recorder.checkpoint is not None:
+            self.recorder.view.phase("loading checkpoint", self.recorder.checkpoint.name)
+            await self.trainer.call(
+                "load_checkpoint",
+                folder=str(self.recorder.checkpoint),
+                reference=self.uses_reference,
+            )
+            self.prompts.load_state_dict(self.state.sampler)
+        elif self.uses_reference:
+            await self.trainer.call("keep_reference")
+        await self.push_weights()
+        if self.step == 0:
+            await self.evaluate()
+            await self._save()
+
+    @property
+    def uses_reference(self) -> bool:
+        return self.config.rl.kl_beta > 0
+
+    def next_step(self) -> bool:
+        """Go on to the next rollout; False at the end, or when asked to stop."""
+        if self.stop.requested or self.step >= self.config.run.steps:
+            return False
+        self.step += 1
+        self._seconds = {}
+        self._began = time.perf_counter()
+        return True
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Show `name` and add up the seconds spent in it."""
+        self.recorder.view.phase(name)
+        start = time.perf_counter()
+        yield
+        self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
+
+    async def score_old_and_reference(self) -> dict[str, float]:
+        """Log-probabilities under π_old and π_ref stay with the trainer; how far the engines were off."""
+        return await self.trainer.call(
+            "score",
+            temperature=self.config.rollout.temperature,
+            reference=self.uses_reference,
+        )
+
+    async def update(self, index: int, loss: str) -> dict[str, float]:
+        """One optimizer step on mini-batch `index`."""
+        rl = self.config.rl
+        self.state.optimizer_step += 1
+        total = self.config.run.steps * rl.minibatches
+        rate = learning_rate(self.config.optimizer, self.state.optimizer_step, total)
+        settings = {
+            "temperature": self.config.rollout.temperature,
+            "average": rl.loss_average,
+            "clip_low": rl.clip_low,
+            "clip_high": rl.clip_high,
+            "kl_beta": rl.kl_beta,
+        }
+        metrics = await self.trainer.call(
+            "update", index=index, loss=loss, settings=settings, learning_rate=rate
+        )
+        return {**metrics, "learning_rate": rate}
+
+    async def refresh_reference_if_due(self) -> None:
+        """Replace the reference by the policy every `rl.reference_refresh` optimizer steps."""
+        rl, done = self.config.rl, self.state.optimizer_step
+        every = rl.reference_refresh
+        if self.uses_reference and every and done // every > (done - rl.minibatches) // every:
+            await self.trainer.call("keep_reference")
+
+    async def push_weights(self) -> None:
+        """The trainer's present weights become version `step` on every engine."""
+        path = self.staging / f"version_{self.step}.safetensors"
+        try:
+            await self.trainer.call(
+                "write_weights", path=str(path), dtype=self.config.rollout.dtype
+            )
+            update = {"path": str(path), "num_bytes": path.stat().st_size}
+            await self.fleet.push(update, self.step)
+        finally:
+            path.unlink(missing_ok=True)
+
+    async def finish_step(
+        self, rollout: Collected, agreement: dict[str, float], updates: list[dict[str, float]]
+    ) -> None:
+        """Record the step, evaluate and checkpoint when due."""
+        seconds = {
+            "time/rollout": rollout.rollout_seconds,
+            "time/reward": rollout.reward_seconds,
+            "time/train": self._seconds["train"],
+            "time/push": self._seconds["push"],
+            "time/step": time.perf_counter() - self._began,
+        }
+        metrics = {"step": self.step, "optimizer_step": self.state.optimizer_step}
+        metrics |= rollout_metrics(rollout.groups, self.step - 1)
+        metrics |= agreement | mean_of_updates(updates) | seconds
+        metrics["tokens_per_second"] = metrics.pop("response_tokens") / seconds["time/step"]
+        records = sample_records(rollout.groups, self.step, "train", self.config.run.log_samples)
+        self.recorder.step(metrics, records)
+        every = self.config.eval.every
+        last = self.step == self.config.run.steps
+        if last or (every and self.step % every == 0):
+            await self.evaluate()
+        if last or self.stop.requested or self.step % self.config.checkpoint.every == 0:
+            await self._save()
+
+    async def evaluate(self) -> None:
+        """Held-out accuracy of the present policy; with step 0, the base model's."""
+        if not self.heldout:
+            return
+        self.recorder.view.phase("evaluation", f"{len(self.heldout)} held-out questions")
+        metrics, groups = await evaluate(self.rollouts, self.heldout, self.eval_sampling)
+        records = sample_records(groups, self.step, "eval", None)
+        self.recorder.evaluation({"step": self.step, **metrics}, records)
+
+    async def _save(self) -> None:
+        self.state.step, self.state.sampler = self.step, self.prompts.state_dict()
+        await self.recorder.save(self.trainer, self.config.checkpoint.keep)
+
+
+def mean_of_updates(updates: list[dict[str, float]]) -> dict[str, float]:
+    """Over the mini-batches of a rollout: means, but the maximum of what is a maximum."""
+    names = updates[0].keys()
+    return {
+        name: (max if name.endswith("/max") else fmean)([u[name] for u in updates])
+        for name in names
+    }

@@ -1,0 +1,227 @@
+"""Talk to one engine: token ids in, sampled token ids with log-probabilities and policy versions out; weight updates."""
+
+import asyncio
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import aiohttp
+import msgspec
+
+from megatron_r1.rollout.errors import EngineError
+
+BODY_EXCERPT_CHARS = 500
+LOWEST_LOGPROB = -9999.0  # vLLM sends this for NaN and -inf (token_in_token_out/serving.py, _clamp_logprob)
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One sampled response. All three lists have one entry per token."""
+
+    token_ids: list[int]
+    """Including the stop token, if one ended it."""
+    logprobs: list[float]
+    """Natural logarithm of the probability each token was drawn with: softmax(logits / temperature), top-p cut applied."""
+    policy_versions: list[int]
+    """Of the weights that made each token."""
+    finish_reason: str
+    """"stop": a stop token. "length": max_tokens or max_model_len. "abort": cut by a pause with mode abort."""
+
+
+class TokenLogprob(msgspec.Struct):
+    logprob: float
+
+
+class Logprobs(msgspec.Struct):
+    content: list[TokenLogprob] | None = None
+
+
+class VersionSpan(msgspec.Struct):
+    version: str
+    start: int
+    end: int
+
+
+class Choice(msgspec.Struct):
+    finish_reason: str | None = None
+    token_ids: list[int] | None = None
+    logprobs: Logprobs | None = None
+    weight_versions: list[VersionSpan] | None = None
+
+
+class GenerateResponse(msgspec.Struct):
+    choices: list[Choice]
+
+
+decode_response = msgspec.json.Decoder(GenerateResponse).decode
+
+
+class EngineClient:
+    """Asynchronous client of one vLLM server. Use as `async with EngineClient(url) as client`, or call `close`."""
+
+    def __init__(self, url: str, *, timeout_seconds: float = 1800.0) -> None:
+        """
+        Args:
+            url: `http://host:port`.
+            timeout_seconds: for one call, from sending to the last byte.
+        """
+        self.url = url.rstrip("/")
+        self.timeout_seconds = timeout_seconds
+        self._session: aiohttp.ClientSession | None = None
+
+    async def __aenter__(self) -> "EngineClient":
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        if self._session is not None:
+            await self._session.close()
+            self._session = None
+
+    async def generate(
+        self,
+        prompt_token_ids: Sequence[int],
+        *,
+        n: int,
+        max_tokens: int,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        stop_token_ids: Sequence[int] = (),
+        seed: int | None = None,
+    ) -> list[Completion]:
+        """Sample n responses to one prompt in one request.
+
+        Args:
+            temperature: 0 is greedy; the log-probabilities then are those at temperature 1.
+            seed: makes the n responses reproducible for the same weights and the same batch composition; the engine
+                then draws sequence by sequence, which is slower. None: from the engine's own seed.
+
+        Raises:
+            EngineError: the call failed, or the answer is not n responses with one finite log-probability per token.
+        """
+        sampling = {
+            "n": n,
+            "max_tokens": max_tokens,
+            "temperature": temperature,
+            "top_p": top_p,
+            "stop_token_ids": list(stop_token_ids),
+            "logprobs": 0,  # the sampled token's only
+            "detokenize": False,
+            "seed": seed,
+        }
+        body = {"token_ids": list(prompt_token_ids), "sampling_params": sampling}
+        answer = await self._call("POST", "/inference/v1/generate", body)
+        try:
+            choices = decode_response(answer).choices
+            completions = [completion_of(choice) for choice in choices]
+        except (msgspec.MsgspecError, ValueError) as error:
+            raise EngineError(f"{self.url}/inference/v1/generate: {error}: {shorten(answer)}") from error
+        if len(completions) != n:
+            raise EngineError(f"{self.url}: asked for {n} responses, got {len(completions)}")
+        return completions
+
+    async def pause(self, mode: Literal["keep", "wait", "abort"] = "keep") -> None:
+        """Stop sampling: `keep` freezes what runs, `wait` lets it finish, `abort` returns it as it is."""
+        await self._call("POST", f"/pause?mode={mode}")
+
+    async def resume(self) -> None:
+        await self._call("POST", "/resume")
+
+    async def init_weight_transfer(self, init_info: Mapping[str, Any] | None = None) -> None:
+        """Once per engine, before the first update. The shared-memory backend needs no `init_info`."""
+        await self._call("POST", "/init_weight_transfer_engine", {"init_info": dict(init_info or {})})
+
+    async def update_weights(
+        self, update_info: Mapping[str, Any] | Sequence[Mapping[str, Any]], version: int
+    ) -> None:
+        """Replace the weights and stamp what follows with `version`. The engine must be paused.
+
+        Args:
+            update_info: of the engine's backend; for shared memory {"path": ..., "num_bytes": ...}. A sequence is
+                handed out in order, one per worker.
+
+        Raises:
+            EngineError: the engine now holds a mixture of two versions and must not be resumed.
+        """
+        await self._call("POST", "/start_weight_update")
+        await self._call("POST", "/update_weights", {"update_info": update_info})
+        await self._call("POST", "/finish_weight_update", {"weight_version": str(version)})
+        await self.reset_prefix_cache()
+
+    async def reset_prefix_cache(self) -> None:
+        """Forget keys and values of earlier weights, except those of sequences still running."""
+        await self._call("POST", "/reset_prefix_cache")
+
+    async def set_version(self, version: int) -> None:
+        """Name the weights that the engine holds already."""
+        await self._call("POST", "/update_weight_version", {"new_version": str(version)})
+
+    async def version(self) -> str:
+        """The engine's name for its weights: a number once one was set."""
+        answer = await self._call("GET", "/weight_info")
+        return str(msgspec.json.decode(answer)["weight_version"])
+
+    async def _call(self, method: str, path: str, body: Any = None) -> bytes:
+        if self._session is None:
+            self._session = aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(limit=0),  # the default of 100 would hold groups back
+                timeout=aiohttp.ClientTimeout(total=self.timeout_seconds),
+            )
+        payload = None if body is None else msgspec.json.encode(body)
+        headers = {} if body is None else {"Content-Type": "application/json"}
+        try:
+            async with self._session.request(
+                method, self.url + path, data=payload, headers=headers
+            ) as response:
+                answer = await response.read()
+        except asyncio.TimeoutError as error:
+            raise EngineError(f"{self.url}{path}: no answer in {self.timeout_seconds:.0f} seconds") from error
+        except aiohttp.ClientError as error:
+            raise EngineError(f"{self.url}{path}: {type(error).__name__}: {error}") from error
+        if response.status != 200:
+            raise EngineError(f"{self.url}{path}: status {response.status}: {shorten(answer)}")
+        return answer
+
+
+def completion_of(choice: Choice) -> Completion:
+    """Check one choice and turn it round: versions per token instead of spans.
+
+    Raises:
+        ValueError: says what is wrong with it.
+    """
+    token_ids = choice.token_ids or []
+    content = choice.logprobs.content if choice.logprobs else None
+    logprobs = [entry.logprob for entry in content or []]
+    if len(logprobs) != len(token_ids):
+        raise ValueError(f"{len(token_ids)} tokens but {len(logprobs)} log-probabilities")
+    for token, logprob in zip(token_ids, logprobs, strict=True):
+        if not math.isfinite(logprob) or logprob <= LOWEST_LOGPROB:
+            raise ValueError(f"the log-probability of token {token} is {logprob}")
+    return Completion(
+        token_ids, logprobs, versions_per_token(choice.weight_versions or [], len(token_ids)),
+        choice.finish_reason or "abort",
+    )
+
+
+def versions_per_token(spans: Sequence[VersionSpan], num_tokens: int) -> list[int]:
+    """Spread spans [start, end) over tokens.
+
+    Raises:
+        ValueError: a version is not a number, or the spans do not cover exactly the tokens.
+    """
+    versions: list[int] = []
+    for span in spans:
+        if span.start != len(versions) or span.end <= span.start:
+            raise ValueError(f"weight_versions do not follow each other: {spans}")
+        versions += [int(span.version)] * (span.end - span.start)
+    if len(versions) != num_tokens:
+        raise ValueError(f"weight_versions cover {len(versions)} of {num_tokens} tokens")
+    return versions
+
+
+def shorten(body: bytes) -> str:
+    text = body.decode(errors="replace")
+    return text if len(text) <= BODY_EXCERPT_CHARS else text[:BODY_EXCERPT_CHARS] + "..."

@@ -1,0 +1,214 @@
+"""One vLLM API server as a child process: its command line, its environment, its log, its end."""
+
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+from megatron_r1.rollout.errors import EngineError
+
+STOP_GRACE_SECONDS = 5.0
+POLL_SECONDS = 0.05
+# "ValueError: ...", also behind vLLM's "(EngineCore pid=12) " and "ERROR 01-31 12:00:00 [core.py:1] ".
+ERROR_LINE = re.compile(r"(?:^|[\s\]])((?:\w+\.)*\w*(?:Error|Exception)\w*: \S.*)$")
+LOG_PREFIX = re.compile(r"^(\(\w+ pid=\d+\) )?([A-Z]+ [\d-]+ [\d:]+ \[[^\]]+\] )?")
+
+
+class EngineServer:
+    """A vLLM API server and the processes under it.
+
+    They end with this process, whatever ends it, and also with the thread that calls `start`: call it from one that lives
+    as long as the engine should (the main thread).
+
+    Log-probabilities are `processed_logprobs`: log softmax(logits / temperature) of the sampled token, in fp32, after the
+    top-p cut if there is one. So a trainer equals them by dividing its logits by the same temperature, and only with
+    top_p = 1: a cut renormalizes over the tokens that are left. Greedy sampling (temperature 0) reports the
+    distribution at temperature 1.
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str],
+        log_path: str | os.PathLike[str],
+        *,
+        device: Literal["cpu", "cuda"] = "cpu",
+        dtype: str = "float32",
+        max_model_len: int = 1024,
+        max_num_seqs: int = 256,
+        seed: int = 0,
+        num_threads: int = 2,
+        kv_cache_gib: int = 1,
+        prefix_caching: bool = True,
+        weight_transfer_backend: str = "megatron_r1_shm",
+        host: str = "127.0.0.1",
+        extra_args: Sequence[str] = (),
+        extra_env: Mapping[str, str] | None = None,
+    ) -> None:
+        """Note the settings; `start` begins.
+
+        Args:
+            model: folder with `config.json` (Hugging Face) and the first weights.
+            log_path: receives everything the engine prints; appended to.
+            dtype: of weights, activations and KV cache.
+            max_model_len: prompt plus response, tokens.
+            max_num_seqs: sequences decoded together.
+            num_threads: OpenMP threads (CPU only).
+            kv_cache_gib: memory for keys and values (CPU only; on a GPU see vLLM's --gpu-memory-utilization).
+            prefix_caching: share the prompt's keys and values within a group. vLLM turns it off for MLA on CPU.
+            weight_transfer_backend: a name registered by `vllm_plugin`.
+            extra_args, extra_env: handed to vLLM as they are; they win.
+        """
+        self.model = Path(model)
+        self.log_path = Path(log_path)
+        self.host, self.device = host, device
+        self.process: subprocess.Popen[bytes] | None = None
+        self._log_start = 0
+        self._url: str | None = None
+        self._args = [
+            *("--model", str(self.model), "--served-model-name", "policy", "--host", host),
+            *("--dtype", dtype, "--max-model-len", str(max_model_len)),
+            *("--max-num-seqs", str(max_num_seqs), "--seed", str(seed)),
+            "--enable-prefix-caching" if prefix_caching else "--no-enable-prefix-caching",
+            *("--weight-transfer-config", json.dumps({"backend": weight_transfer_backend})),
+            *("--logprobs-mode", "processed_logprobs", "--generation-config", "vllm"),
+            *("--enable-scale-out", "--skip-tokenizer-init", "--disable-uvicorn-access-log"),
+            *(["--enforce-eager"] if device == "cpu" else []),
+            *extra_args,
+        ]
+        self._env = engine_environment(device, num_threads, kv_cache_gib) | dict(extra_env or {})
+
+    @property
+    def url(self) -> str:
+        """`http://host:port`, known after `start`."""
+        if self._url is None:
+            raise EngineError("the engine has not been started")
+        return self._url
+
+    def start(self) -> None:
+        """Start the process on a free port and return at once.
+
+        Raises:
+            EngineError: the model folder cannot be one.
+        """
+        check_model_folder(self.model)
+        with socket.socket() as probe:
+            probe.bind((self.host, 0))
+            port = probe.getsockname()[1]
+        self._url = f"http://{self.host}:{port}"
+        self.log_path.parent.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-m", "megatron_r1.rollout.vllm_plugin.serve", *self._args]
+        with self.log_path.open("ab") as log:
+            self._log_start = log.tell()
+            self.process = subprocess.Popen(
+                [*command, "--port", str(port)],
+                env=os.environ | self._env,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # Ctrl-C is the controller's to handle; stop() signals the whole group
+            )
+
+    def wait_ready(self, timeout_seconds: float = 300.0) -> None:
+        """Block until the server answers.
+
+        Raises:
+            EngineError: the process ended (noticed at once) or the time is over; quotes the log.
+        """
+        deadline = time.monotonic() + timeout_seconds
+        while time.monotonic() < deadline:
+            if not self.is_alive():
+                raise EngineError(f"the engine did not start: {self.describe_end()}")
+            with contextlib.suppress(urllib.error.URLError, OSError):
+                if urllib.request.urlopen(f"{self.url}/health", timeout=5).status == 200:
+                    return
+            time.sleep(POLL_SECONDS)
+        self.stop()
+        raise EngineError(
+            f"the engine was not ready after {timeout_seconds:.0f} seconds; its log ends:\n{self.log_excerpt()}"
+        )
+
+    def is_alive(self) -> bool:
+        return self.process is not None and self.process.poll() is None
+
+    def stop(self) -> None:
+        """End the process and everything under it; harmless if it has ended."""
+        if self.process is None:
+            return
+        if self.is_alive():
+            self.process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(STOP_GRACE_SECONDS)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+    def describe_end(self) -> str:
+        """How the process ended and what its log says, root cause first."""
+        code = self.process.poll() if self.process else None
+        how = f"signal {signal.Signals(-code).name}" if code is not None and code < 0 else f"exit code {code}"
+        return f"{how}; from {self.log_path}:\n{self.log_excerpt()}"
+
+    def log_excerpt(self) -> str:
+        """The root cause and the last lines of what this process wrote."""
+        with self.log_path.open("rb") as log:
+            log.seek(self._log_start)
+            return excerpt(log.read().decode(errors="replace"))
+
+
+def excerpt(log: str, num_last_lines: int = 5) -> str:
+    """The first line that names an error (later ones are its echoes in other processes), then the last lines."""
+    lines = [LOG_PREFIX.sub("", line).rstrip() for line in log.splitlines()]
+    lines = [line for line in lines if line.strip(" ^~")]
+    cause = next((m.group(1) for line in lines if (m := ERROR_LINE.search(line))), None)
+    last = lines[-num_last_lines:]
+    shown = ([cause] if cause else []) + [line for line in last if line != cause]
+    return "\n".join(f"  {line}" for line in shown) or "  (the log is empty)"
+
+
+def check_model_folder(model: Path) -> None:
+    """Refuse what vLLM would refuse only after importing everything.
+
+    Raises:
+        EngineError: no folder, no `config.json`, or one that names no architecture.
+    """
+    config = model / "config.json"
+    if not config.is_file():
+        raise EngineError(f"{model} is not a model folder: it has no config.json (export one with `tools/convert to-hf`)")
+    try:
+        architectures = json.loads(config.read_text(encoding="utf-8")).get("architectures")
+    except (ValueError, AttributeError) as error:
+        raise EngineError(f"{config} is not a JSON object: {error}") from error
+    if not architectures:
+        raise EngineError(f'{config} has no "architectures": vLLM cannot tell which model this is')
+
+
+def engine_environment(device: str, num_threads: int, kv_cache_gib: int) -> dict[str, str]:
+    """Environment variables of an engine, over those of this process."""
+    env = {
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_SERVER_DEV_MODE": "1",  # pause, resume and the weight-transfer calls exist only then
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_LOGGING_LEVEL": "WARNING",
+        "PYTHONUNBUFFERED": "1",
+    }
+    if device == "cpu":
+        env |= {
+            "VLLM_CPU_KVCACHE_SPACE": str(kv_cache_gib),
+            # The model runs inside the engine core: one process and two copies per step less.
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "OMP_NUM_THREADS": str(num_threads),
+            # Threads that wait for work must not spin: the trainer computes on the same cores.
+            "OMP_WAIT_POLICY": "passive",
+        }
+    return env

@@ -1,0 +1,26 @@
+"""The part of megatron-r1 that runs inside vLLM. Imports torch and vllm (with what they bring), nothing of the rest.
+
+vLLM calls `register` in every one of its processes (entry point group `vllm.general_plugins`). A new way of moving
+weights is one new file beside `shm.py` plus one line in `BACKENDS`.
+"""
+
+import multiprocessing
+
+# name for --weight-transfer-config  ->  (module, class)
+BACKENDS = {
+    "megatron_r1_shm": ("megatron_r1.rollout.vllm_plugin.shm", "SharedMemoryEngine"),
+}
+
+
+def register() -> None:
+    """Add our weight-transfer backends to vLLM and mend its CPU build. Safe to call more than once."""
+    from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+
+    from megatron_r1.rollout.vllm_plugin import cpu_mends, lifetime
+
+    for name, (module, class_name) in BACKENDS.items():
+        if name not in WeightTransferEngineFactory._registry:
+            WeightTransferEngineFactory.register_engine(name, module, class_name)
+    cpu_mends.mend_strided_rotary()
+    if multiprocessing.parent_process() is not None:
+        lifetime.die_with_parent()

@@ -1,0 +1,58 @@
+"""Two bugs of vLLM 0.32's CPU build that give wrong log-probabilities without any error. Each mend is active on CPU only
+and goes when upstream is fixed; tests/system/test_engine.py compares with transformers and would show it.
+"""
+
+import torch
+from vllm.platforms import current_platform
+
+
+def heads_are_adjacent(x: torch.Tensor | None, head_size: int) -> bool:
+    """Whether `x`, [num_tokens, heads * head_size] or [num_tokens, heads, head_size], holds a token's heads in one run."""
+    if x is None:
+        return True
+    if x.dim() == 3 and x.shape[1] > 1 and x.stride(1) != head_size:
+        return False
+    return x.stride(-1) == 1
+
+
+def mend_strided_rotary() -> None:
+    """Rotate MLA's q_pe correctly when rope is plain (YaRN has its own class, which never takes this path).
+
+    Answers vllm/model_executor/layers/rotary_embedding/base.py:298 (`RotaryEmbedding.forward_cpu`): the C++ operator
+    assumes that a token's heads lie head_size apart, but MLA passes the view q[..., nope:], whose heads lie
+    nope + rope apart. Such views take the PyTorch version; every other model keeps the C++ operator.
+    """
+    if not current_platform.is_cpu():
+        return
+    from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
+
+    upstream = RotaryEmbedding.forward_cpu
+    if getattr(upstream, "mended", False):
+        return
+
+    def forward_cpu(
+        self: RotaryEmbedding,
+        positions: torch.Tensor,
+        query: torch.Tensor,
+        key: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        adjacent = all(heads_are_adjacent(x, self.head_size) for x in (query, key))
+        return (upstream if adjacent else type(self).forward_native)(self, positions, query, key)
+
+    forward_cpu.mended = True
+    RotaryEmbedding.forward_cpu = forward_cpu
+
+
+def forget_moe_kernels(model: torch.nn.Module) -> None:
+    """Make the next layerwise reload repack the experts' weights. Call before `initialize_layerwise_reload`.
+
+    Answers vllm/model_executor/layers/fused_moe/unquantized_fused_moe_method.py:166 (`_setup_kernel`): once
+    `moe_kernel` is set it skips `fused_experts.process_weights_after_loading`, which on CPU is what packs w13 and w2
+    into the layout of the grouped matrix product, so that a push leaves the experts of the previous version in place.
+    """
+    if not current_platform.is_cpu():
+        return
+    for module in model.modules():
+        method = getattr(module, "quant_method", None)
+        if getattr(method, "moe_kernel", None) is not None:
+            method.moe_kernel = None

@@ -1,0 +1,44 @@
+"""vLLM's API server, started the way this project needs it: `python -m megatron_r1.rollout.vllm_plugin.serve ARGS`.
+
+ARGS are those of `vllm serve`. Two things differ from vLLM's own entry: the server and its children die with their
+parent, and on CPU the engine core is forked instead of spawned, as vLLM does on GPU, so that torch and vllm are
+imported once and not twice (or three times).
+"""
+
+import os
+
+from megatron_r1.rollout.vllm_plugin import lifetime
+
+
+def fork_on_cpu() -> None:
+    """Let vLLM fork its engine core on CPU.
+
+    Answers vllm/platforms/cpu.py:389 (`CpuPlatform.check_and_update_config`), which forces spawn so that each child
+    reads its own OpenMP settings when it loads. `EngineServer` sets them before the first process starts instead.
+    """
+    from vllm.platforms.cpu import CpuPlatform
+
+    upstream = CpuPlatform.check_and_update_config.__func__
+
+    @classmethod
+    def check_and_update_config(cls: type[CpuPlatform], vllm_config: object) -> None:
+        upstream(cls, vllm_config)
+        os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
+
+    CpuPlatform.check_and_update_config = check_and_update_config
+
+
+def main() -> None:
+    """Serve until told to stop."""
+    lifetime.die_with_parent()
+    os.register_at_fork(after_in_child=lifetime.die_with_parent)
+    from vllm.entrypoints.launchers.api_server.entry import main as serve
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        fork_on_cpu()
+    serve()
+
+
+if __name__ == "__main__":
+    main()

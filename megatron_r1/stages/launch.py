@@ -1,0 +1,96 @@
+"""Start a stage's trainer, open its run folder, run its loop, export, report - and stop cleanly."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Awaitable, Callable, Sequence
+
+from megatron_r1 import processes
+from megatron_r1.config import RESUMABLE, Config
+from megatron_r1.reporting.recorder import Recorder
+from megatron_r1.reporting.report import write_report
+from megatron_r1.reporting.run_folder import RunFolder
+from megatron_r1.stopping import StopRequest
+from megatron_r1.training.client import TrainerClient
+
+PORT, WORLD_SIZE = "MEGATRON_R1_PORT", "MEGATRON_R1_WORLD_SIZE"
+"""Set for a controller that torchrun's rank 0 started: where its ranks come to, and how many."""
+
+TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def start_controller(arguments: list[str]) -> tuple[subprocess.Popen, str]:
+    """Under torchrun, on rank 0: start the controller beside this rank; also its address for all."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        port = probe.getsockname()[1]
+    environment = {k: v for k, v in os.environ.items() if k not in TORCHRUN}
+    environment |= {PORT: str(port), WORLD_SIZE: os.environ["WORLD_SIZE"]}
+    controller = subprocess.Popen(
+        [sys.executable, "-m", "megatron_r1", *arguments],
+        env=environment,
+        preexec_fn=processes.die_with_parent,
+    )
+    return controller, f"tcp://{os.environ['MASTER_ADDR']}:{port}"
+
+
+Body = Callable[[Recorder, TrainerClient, StopRequest], Awaitable[None]]
+
+
+def run_stage(
+    config: Config,
+    name: str,
+    facts: Sequence[str],
+    body: Body,
+    next_commands: Sequence[tuple[str, str]] = (),
+) -> None:
+    """Run `body` between start and export. Raises what ended it: TrainerError, EngineError, ValueError;
+    KeyboardInterrupt when a person or the scheduler asked it to stop."""
+    asyncio.run(_run_stage(config, name, facts, body, next_commands))
+
+
+async def _run_stage(config, name, facts, body: Body, next_commands) -> None:
+    stop = StopRequest()
+    stop.listen()
+    with RunFolder(config.run.folder) as folder:
+        recorder = Recorder(
+            folder,
+            config.model_dump(),
+            may_change=RESUMABLE,
+            title=f"{name} · {folder.path.name}",
+            total_steps=config.run.steps,
+            facts=facts,
+        )
+        port, ranks = os.environ.get(PORT), int(os.environ.get(WORLD_SIZE, 0))
+        bind = f"tcp://*:{port}" if port else "tcp://127.0.0.1:*"
+        trainer = TrainerClient(config, folder.path / "logs", bind)
+        outcome = "stopped"
+        try:
+            if recorder.resumed:
+                recorder.view.message(f"continuing after step {recorder.state.step}")
+            recorder.view.phase("starting trainer")
+            if not ranks:
+                trainer.launch()
+            start = time.perf_counter()
+            await trainer.connect(ranks or config.parallel.processes)
+            recorder.view.message(
+                f"trainer ready in {time.perf_counter() - start:.0f} s: "
+                f"{trainer.num_parameters / 1e6:,.2f}M parameters"
+            )
+            await body(recorder, trainer, stop)
+            if recorder.state.step >= config.run.steps:
+                recorder.view.phase("exporting", str(folder.hf))
+                await trainer.call("export", folder=str(folder.hf))
+                outcome = "finished"
+            elif stop.requested:
+                raise KeyboardInterrupt
+        finally:
+            await trainer.close()
+            recorder.close(outcome)
+            if folder.read_metrics():
+                write_report(folder, next_commands=next_commands)

@@ -1,0 +1,69 @@
+"""Supervised fine-tuning: teach responses by example. Also what makes the laptop's base model."""
+
+from __future__ import annotations
+
+import time
+
+from megatron_r1.config import Config
+from megatron_r1.data.sampler import EpochSampler
+from megatron_r1.data.sft import ExampleSampler, load_examples
+from megatron_r1.data.text import PromptText
+from megatron_r1.reporting.recorder import Recorder
+from megatron_r1.stages.launch import run_stage
+from megatron_r1.stopping import StopRequest
+from megatron_r1.training.client import TrainerClient
+from megatron_r1.training.schedule import learning_rate
+from megatron_r1.training.wire import Sample
+
+LOSS = "megatron_r1.training.losses:supervised"
+REQUIRED = ("run.folder", "model.path", "sft.data")
+
+
+def run(config: Config) -> None:
+    """Train on `sft.data` for `run.steps` batches. Raises ValueError before any long work starts."""
+    text = PromptText(config.model.path, "{problem}")
+    examples = ExampleSampler(load_examples(config.sft.data), config.run.seed)
+    facts = [config.model.path, f"{len(examples.items):,} examples"]
+
+    async def body(recorder: Recorder, trainer: TrainerClient, stop: StopRequest) -> None:
+        await _train(config, recorder, trainer, text, examples, stop)
+
+    run_stage(config, "sft", facts, body)
+
+
+async def _train(
+    config: Config,
+    recorder: Recorder,
+    trainer: TrainerClient,
+    text: PromptText,
+    examples: EpochSampler,
+    stop: StopRequest,
+) -> None:
+    state = recorder.state
+    if recorder.checkpoint is not None:
+        folder = str(recorder.checkpoint)
+        await trainer.call("load_checkpoint", folder=folder, reference=False)
+        examples.load_state_dict(state.sampler)
+    recorder.view.phase("train")
+    while state.step < config.run.steps:
+        began = time.perf_counter()
+        batch = [
+            Sample.pack(text.encode(e.prompt), text.encode_response(e.response))
+            for e in examples.next(config.sft.batch_size)
+        ]
+        state.step += 1
+        state.optimizer_step += 1
+        rate = learning_rate(config.optimizer, state.step, config.run.steps)
+        await trainer.load([batch])
+        metrics = await trainer.call("update", index=0, loss=LOSS, settings={}, learning_rate=rate)
+        seconds = time.perf_counter() - began
+        tokens = sum(len(sample) for sample in batch)
+        timing = {"time/train": seconds, "time/step": seconds}
+        timing["tokens_per_second"] = tokens / seconds
+        recorder.step({"step": state.step, **metrics, "learning_rate": rate, **timing}, [])
+        state.sampler = examples.state_dict()
+        last = state.step == config.run.steps
+        if last or stop.requested or state.step % config.checkpoint.every == 0:
+            await recorder.save(trainer, config.checkpoint.keep)
+        if stop.requested:
+            return

@@ -1,0 +1,88 @@
+"""Checkpoints of a run: Megatron's distributed checkpoint plus the run's own state, whole or not at all.
+
+    checkpoints/step_00000012/          one Megatron distributed checkpoint (torch_dist)
+        run_state.json                  step, versions, sampler position: the controller's
+Ranks write into a folder of another name; it gets its final name only when every file is on disk.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.transformer import MegatronModule
+
+from megatron_r1.training.reference import Reference
+
+SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
+
+
+def save(
+    folder: Path,
+    model: MegatronModule,
+    optimizer: Any,
+    reference: Reference | None,
+    state: dict[str, Any],
+) -> None:
+    """Write `folder` atomically; on every rank together. `state` must be JSON."""
+    folder = Path(folder)
+    partial = folder.with_name(f".{folder.name}.partial")
+    if dist.get_rank() == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    dist.barrier()
+    dist_checkpointing.save(_sharded(model, optimizer, reference, loading=False), str(partial))
+    dist.barrier()
+    if dist.get_rank() == 0:
+        (partial / "run_state.json").write_text(json.dumps(state), encoding="utf-8")
+        for path in [*partial.rglob("*"), partial]:
+            _sync(path)
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+        _sync(folder.parent)
+    dist.barrier()
+
+
+def load(folder: Path, model: MegatronModule, optimizer: Any, reference: Reference | None) -> None:
+    """Read `folder` into the model, the optimizer and the reference, at any parallel layout.
+
+    Raises ValueError, naming the folder, when its tensors do not fit the model.
+    """
+    wanted = _sharded(model, optimizer, reference, loading=True)
+    try:
+        found = dist_checkpointing.load(wanted, str(folder))
+    except (KeyError, RuntimeError, dist_checkpointing.core.CheckpointingException) as error:
+        raise ValueError(
+            f"checkpoint {folder} does not fit this model and recipe ({error}); "
+            "continue with the recipe that wrote it, or start in another run.folder"
+        ) from error
+    model.load_state_dict(found["model"])
+    optimizer.load_state_dict(found["optimizer"])
+    if reference is not None:
+        kept = {name.removeprefix("reference."): t for name, t in found["reference"].items()}
+        reference.load(model, kept)
+
+
+def _sharded(model, optimizer, reference: Reference | None, loading: bool) -> dict[str, Any]:
+    weights = model.sharded_state_dict()
+    tree = {
+        "model": weights,
+        "optimizer": optimizer.sharded_state_dict(weights, is_loading=loading, metadata=SHARDING),
+    }
+    if reference is not None:
+        with reference.in_place():
+            tree["reference"] = model.sharded_state_dict(prefix="reference.")
+    return tree
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,137 @@
+"""The controller's handle on the trainer ranks."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket as sockets
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import zmq
+import zmq.asyncio
+
+from megatron_r1 import processes
+from megatron_r1.config import Config
+from megatron_r1.training.packing import pack
+from megatron_r1.training.wire import Call, Microbatches, Reply, Sample
+
+
+class TrainerError(RuntimeError):
+    """A trainer rank failed or vanished; the message says which and why."""
+
+
+class TrainerClient:
+    """All trainer ranks as one: every call runs on all of them and returns the last stage's answer."""
+
+    def __init__(self, config: Config, log_folder: Path, bind: str = "tcp://127.0.0.1:*"):
+        self.config, self.log_folder = config, Path(log_folder)
+        self._socket = zmq.asyncio.Context.instance().socket(zmq.ROUTER)
+        self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        self._socket.bind(bind)
+        self.address = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
+        self._processes: list[subprocess.Popen] = []
+        self._places: list[dict[str, Any]] = []
+        self._decode = msgspec.msgpack.Decoder(Reply).decode
+        self._busy = asyncio.Lock()
+
+    @property
+    def num_parameters(self) -> int:
+        return self._places[0]["num_parameters"]
+
+    @property
+    def data_size(self) -> int:
+        return self._places[0]["data_size"]
+
+    def launch(self) -> None:
+        """Start `parallel.processes` ranks on this machine, each with its log in the log folder."""
+        count = self.config.parallel.processes
+        with sockets.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        settings = self.config.model_dump_json()
+        for rank in range(count):
+            environment = {
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(count),
+                "LOCAL_WORLD_SIZE": str(count),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+            }
+            command = [sys.executable, "-m", "megatron_r1.training.worker", settings, self.address]
+            self._processes.append(processes.start(command, self._log(rank), environment))
+
+    async def connect(self, world_size: int) -> None:
+        """Wait until every rank has built its model. Raises TrainerError with the first rank's reason."""
+        replies = await self._gather(world_size)
+        self._places = [replies[rank] for rank in range(world_size)]
+
+    async def load(self, minibatches: list[list[Sample]]) -> None:
+        """Send each data-parallel rank its own share of every mini-batch, packed into micro-batches."""
+        limit = self.config.parallel.tokens_per_microbatch
+        shares: list[list[Microbatches]] = [[] for _ in range(self.data_size)]
+        for samples in minibatches:
+            plan = pack([len(s) for s in samples], self.data_size, limit)
+            for rank, share in enumerate(plan):
+                shares[rank].append(Microbatches([[samples[i] for i in m] for m in share]))
+        await self._everywhere("load", [shares[p["data_rank"]] for p in self._places])
+
+    async def call(self, operation: str, **arguments: Any) -> dict[str, Any]:
+        """Run `operation` on every rank; the answer is the last pipeline stage's."""
+        return await self._everywhere(operation, None, arguments)
+
+    async def close(self) -> None:
+        """Stop the ranks."""
+        if self._places and all(p.poll() is None for p in self._processes):
+            with contextlib.suppress(TimeoutError, TrainerError):
+                await asyncio.wait_for(self.call("stop"), timeout=10)
+        self.kill()
+        self._socket.close(linger=0)
+
+    def kill(self) -> None:
+        for process in self._processes:
+            processes.stop(process, timeout_seconds=5)
+
+    async def _everywhere(self, operation, minibatches=None, arguments=None) -> dict[str, Any]:
+        async with self._busy:
+            for rank in range(len(self._places)):
+                call = Call(operation, arguments or {}, minibatches and minibatches[rank])
+                try:
+                    message = [str(rank).encode(), msgspec.msgpack.encode(call)]
+                    await self._socket.send_multipart(message)
+                except zmq.ZMQError:
+                    raise TrainerError(self._obituary(rank)) from None
+            replies = await self._gather(len(self._places))
+        return next(replies[p["rank"]] for p in self._places if p["last_stage"])
+
+    async def _gather(self, count: int) -> dict[int, dict[str, Any]]:
+        replies: dict[int, dict[str, Any]] = {}
+        while len(replies) < count:
+            if not await self._socket.poll(timeout=500):
+                self._check_alive(replies)
+                continue
+            _, payload = await self._socket.recv_multipart()
+            reply = self._decode(payload)
+            if reply.error is not None:
+                raise TrainerError(reply.error)
+            replies[reply.rank] = reply.result or {}
+        return replies
+
+    def _check_alive(self, replies: dict[int, Any]) -> None:
+        for rank, process in enumerate(self._processes):
+            if rank not in replies and process.poll() is not None:
+                raise TrainerError(self._obituary(rank))
+
+    def _obituary(self, rank: int) -> str:
+        if rank >= len(self._processes):
+            return f"trainer rank {rank} is gone"
+        code, log = self._processes[rank].poll(), self._log(rank)
+        how = f"was killed by signal {-code}" if code and code < 0 else f"exited with code {code}"
+        return f"trainer rank {rank} {how}; the end of {log}:\n{processes.last_lines(log)}"
+
+    def _log(self, rank: int) -> Path:
+        return self.log_folder / f"trainer_{rank}.log"

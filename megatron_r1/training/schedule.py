@@ -1,0 +1,21 @@
+"""The learning rate of each optimizer step."""
+
+from __future__ import annotations
+
+import math
+
+from megatron_r1.config import OptimizerConfig
+
+
+def learning_rate(settings: OptimizerConfig, step: int, total: int) -> float:
+    """Rate of optimizer step `step` (from 1) of `total`: linear warm-up, then the decay to the minimum."""
+    if step <= settings.warmup:
+        return settings.learning_rate * step / settings.warmup
+    if settings.decay == "constant":
+        return settings.learning_rate
+    progress = min(1.0, (step - settings.warmup) / max(1, total - settings.warmup))
+    left = (
+        1.0 - progress if settings.decay == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+    )
+    low = settings.min_learning_rate
+    return low + (settings.learning_rate - low) * left

@@ -1,0 +1,117 @@
+"""A trainer rank's process: joins the grid, then does what the controller asks.
+
+    python -m megatron_r1.training.worker RECIPE_JSON CONTROLLER_ADDRESS
+
+with torchrun's environment variables set (RANK, WORLD_SIZE, …).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+import traceback
+from typing import Any
+
+import msgspec
+import zmq
+
+from megatron_r1.config import Config, parse
+from megatron_r1.training import distributed
+from megatron_r1.training.distributed import Place
+from megatron_r1.training.wire import Call, Reply
+
+
+def serve_under_torchrun(config: Config, address: str | None) -> None:
+    """As `serve`, where only rank 0 knows the controller's address and tells the others."""
+    place = distributed.initialize(config.parallel, config.run.seed)
+    serve(config, distributed.from_rank_zero(address), place)
+
+
+def serve(config: Config, address: str, place: Place | None = None) -> None:
+    """Connect to the controller at `address` (tcp://host:port) and answer until it says "stop".
+
+    A failed operation is answered with its traceback and ends the process: its peers may already be
+    waiting in a collective, and only a fresh start brings all ranks to the same place.
+    """
+    rank = int(os.environ["RANK"])
+    socket = zmq.Context.instance().socket(zmq.DEALER)
+    socket.setsockopt(zmq.IDENTITY, str(rank).encode())
+    # A controller that vanished without a word is noticed within a minute, on any host.
+    socket.setsockopt(zmq.HEARTBEAT_IVL, 10_000)
+    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 60_000)
+    monitor = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+    socket.connect(address)
+    encode, decode = msgspec.msgpack.encode, msgspec.msgpack.Decoder(Call).decode
+
+    def reply(result: dict[str, Any] | None, error: str | None = None) -> None:
+        socket.send(encode(Reply(rank, result, error)))
+
+    try:
+        operations = Operations(
+            config, place or distributed.initialize(config.parallel, config.run.seed)
+        )
+        reply(operations.describe())
+        poller = zmq.Poller()
+        poller.register(socket, zmq.POLLIN)
+        poller.register(monitor, zmq.POLLIN)
+        while True:
+            ready = dict(poller.poll())
+            if socket not in ready:
+                sys.exit(f"trainer rank {rank}: the controller at {address} is gone")
+            call = decode(socket.recv())
+            if call.operation == "stop":
+                reply({})
+                return
+            reply(operations.run(call))
+    except Exception as error:
+        told = str(error) if isinstance(error, ValueError) else traceback.format_exc()
+        reply(None, told)
+        socket.close(linger=5_000)
+        raise
+
+
+class Operations:
+    """The verbs a controller may call; each returns a JSON-like dict."""
+
+    def __init__(self, config: Config, place: Place):
+        from megatron_r1.training.trainer import Trainer  # Megatron: after the platform is prepared
+
+        self.place = place
+        self.trainer = Trainer(config, self.place)
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            **dataclasses.asdict(self.place),
+            "num_parameters": self.trainer.num_parameters,
+            "process": os.getpid(),
+        }
+
+    def run(self, call: Call) -> dict[str, Any]:
+        trainer = self.trainer
+        if call.operation == "load":
+            trainer.load(call.minibatches or [])
+            return {}
+        if call.operation not in OPERATIONS:
+            raise ValueError(f"unknown operation {call.operation!r}: use {', '.join(OPERATIONS)}")
+        return getattr(trainer, call.operation)(**call.arguments) or {}
+
+
+OPERATIONS = (
+    "score",
+    "update",
+    "keep_reference",
+    "write_weights",
+    "export",
+    "save_checkpoint",
+    "load_checkpoint",
+)
+
+
+def main() -> None:
+    config_json, address = sys.argv[1:]
+    serve(parse(msgspec.json.decode(config_json)), address)
+
+
+if __name__ == "__main__":
+    main()

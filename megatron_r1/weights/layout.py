@@ -1,0 +1,169 @@
+"""Where every parameter of a model lies: computed from `config.json` and parallel coordinates alone.
+
+No model is built, so a resharding plan or a memory budget for thousands of ranks is made on a laptop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from importlib import import_module
+
+from megatron_r1.models.hf_config import architecture
+from megatron_r1.weights.rules import Piece, Rule, Shape, Table, whole
+
+Rank = tuple[int, int]
+"""(rank, ranks) along one parallel axis."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """What one rank holds: which layers of the pipeline, and which part of each.
+
+    layers: global indices of its decoder layers, in order. embedding, head, mtp: whether the embedding, the final
+    norm with the LM head, and the MTP layers are on it. transformer_engine: whose parameter names it uses.
+    """
+
+    layers: tuple[int, ...]
+    embedding: bool = True
+    head: bool = True
+    mtp: bool = True
+    tp: Rank = (0, 1)
+    ep: Rank = (0, 1)
+    etp: Rank = (0, 1)
+    transformer_engine: bool = False
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One parameter of one rank.
+
+    shape: this rank's. pieces: the HF tensors in it; rows without a piece are vocabulary padding.
+    owner: whether, of the ranks that hold the same pieces along the tensor and pipeline axes, this is the one
+    that writes them. expert: whether its replicas are the expert-data-parallel group. dtype: its own, or None.
+    """
+
+    shape: Shape
+    pieces: tuple[Piece, ...]
+    owner: bool
+    expert: bool
+    dtype: str | None
+
+
+def table(hf: dict) -> Table:
+    """The weight table of the architecture `hf` names; ValueError if there is none."""
+    return import_module(f"megatron_r1.weights.{architecture(hf)}").table(hf)
+
+
+def hf_tensors(hf: dict, *, with_mtp: bool = True) -> dict[str, tuple[Shape, str]]:
+    """Every tensor of the full HF checkpoint: name -> (shape, dtype), in checkpoint order.
+
+    The dtype is config.json's ("bfloat16" if it says nothing), except for tensors that keep their own.
+    """
+    rules, default = table(hf), hf.get("dtype") or hf.get("torch_dtype") or "bfloat16"
+    tensors = {}
+    for prefix, rule in _placed(rules, with_mtp):
+        for source in rule.sources:
+            for expert in range(rules.num_experts if rule.expert else 1):
+                name = prefix + source.name.replace("{e}", str(expert))
+                tensors.setdefault(name, (source.shape, rule.dtype or default))
+    if with_mtp:
+        tensors |= {name: tensors[original] for name, original in rules.copies.items()}
+    return tensors
+
+
+def stage_layers(num_layers: int, pp: Rank = (0, 1), vp: Rank = (0, 1)) -> tuple[int, ...]:
+    """Decoder layers of a pipeline stage (and virtual stage) when they are spread evenly, as Megatron does."""
+    (rank, ranks), (stage, stages) = pp, vp
+    if num_layers % (ranks * stages):
+        raise ValueError(
+            f"num_hidden_layers={num_layers} is not a multiple of pipeline stages "
+            f"{ranks} x virtual stages {stages}"
+        )
+    length = num_layers // (ranks * stages)
+    start = (stage * ranks + rank) * length
+    return tuple(range(start, start + length))
+
+
+def shard(
+    hf: dict,
+    *,
+    tp: Rank = (0, 1),
+    pp: Rank = (0, 1),
+    ep: Rank = (0, 1),
+    etp: Rank = (0, 1),
+    vp: Rank = (0, 1),
+    with_mtp: bool = True,
+    transformer_engine: bool = False,
+) -> Shard:
+    """The Shard at these coordinates of an evenly spread pipeline."""
+    last = pp[0] == pp[1] - 1 and vp[0] == vp[1] - 1
+    return Shard(
+        layers=stage_layers(hf["num_hidden_layers"], pp, vp),
+        embedding=pp[0] == 0 and vp[0] == 0,
+        head=last,
+        mtp=last and with_mtp and bool(table(hf).mtp),
+        tp=tp,
+        ep=ep,
+        etp=etp,
+        transformer_engine=transformer_engine,
+    )
+
+
+def layout(hf: dict, at: Shard) -> dict[str, Entry]:
+    """Megatron parameter name -> Entry, for everything the rank at `at` holds."""
+    rules = table(hf)
+    entries: dict[str, Entry] = {}
+
+    def add(rule: Rule, megatron: str, prefix: str, owner: bool = True) -> None:
+        for name, entry in _entries(rule, prefix, at, rules.num_experts):
+            entries[megatron + name] = replace(entry, owner=entry.owner and owner)
+
+    if at.embedding or at.mtp:
+        for rule in rules.embedding:
+            add(rule, "", "", owner=at.embedding)
+    for local, layer in enumerate(at.layers):
+        for rule in rules.layers[layer]:
+            add(rule, f"decoder.layers.{local}.", f"model.layers.{layer}.")
+    if at.head:
+        embedded = {source.name for rule in rules.embedding for source in rule.sources}
+        for rule in rules.head:
+            tied = rule.sources[0].name in embedded
+            # Megatron keeps one parameter for both where both are on one stage, else a second copy.
+            if not (tied and (at.embedding or at.mtp)):
+                add(rule, "", "", owner=not tied)
+    if at.mtp:
+        for index, layer_rules in enumerate(rules.mtp):
+            for rule in layer_rules:
+                add(rule, f"mtp.layers.{index}.", f"model.layers.{len(rules.layers) + index}.")
+    return entries
+
+
+def _placed(rules: Table, with_mtp: bool) -> Iterator[tuple[str, Rule]]:
+    layers: Iterable[list[Rule]] = rules.layers + (rules.mtp if with_mtp else [])
+    yield from (("", rule) for rule in rules.embedding)
+    for index, layer in enumerate(layers):
+        yield from ((f"model.layers.{index}.", rule) for rule in layer)
+    yield from (("", rule) for rule in rules.head)
+
+
+def _entries(rule: Rule, prefix: str, at: Shard, num_experts: int) -> Iterator[tuple[str, Entry]]:
+    name, split = rule.megatron, rule.split
+    if at.transformer_engine:
+        name, split = rule.te or name, rule.te_split or split
+    rank, ranks = at.etp if rule.expert else at.tp
+    shape, pieces = split(rule.sources, rank, ranks)
+    # Replicas of an expert along the tensor axis belong to the expert-data-parallel group.
+    owner = rule.expert or rank == 0 or split is not whole
+    group, groups = at.ep
+    if rule.expert and num_experts % groups:
+        raise ValueError(f"expert_parallel={groups} does not divide n_routed_experts={num_experts}")
+    num_local = num_experts // groups if rule.expert else 1
+    for local in range(num_local):
+        expert = str(group * num_local + local)
+        placed = tuple(
+            replace(piece, hf_name=prefix + piece.hf_name.replace("{e}", expert))
+            for piece in pieces
+        )
+        entry = Entry(shape, placed, owner, rule.expert, rule.dtype)
+        yield name.replace("{e}", str(local)), entry

@@ -1,0 +1,144 @@
+"""The vocabulary of a weight table: rules, pieces, and the ways a parameter is split over ranks.
+
+A rule ties one Megatron parameter to the Hugging Face tensors it is made of. A split turns a rule and a rank into
+pieces: rectangular runs of rows or columns of one HF tensor that lie at some offset of that rank's parameter.
+Import, export, the push to the engines and the memory planner all work on pieces. Pure Python: no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Source:
+    """One tensor of a Hugging Face checkpoint: its name (relative to its layer) and full shape."""
+
+    name: str
+    shape: Shape
+
+
+@dataclass(frozen=True)
+class Piece:
+    """`length` rows (dim 0) or columns (dim 1) of an HF tensor, and where they lie in a rank's parameter.
+
+    hf[name].narrow(dim, hf_start, length) equals parameter.narrow(dim, local_start, length).
+    """
+
+    hf_name: str
+    dim: int
+    hf_start: int
+    local_start: int
+    length: int
+
+
+Split = Callable[[tuple[Source, ...], int, int], tuple[Shape, list[Piece]]]
+"""(sources, rank, ranks) -> the shape of that rank's parameter and its pieces."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One Megatron parameter (or buffer) and the HF tensors it holds.
+
+    megatron: name relative to its layer, with Megatron's own layers. te, te_split: name and split where
+    Transformer Engine's layers differ. `{e}` in a name is an expert: the local index on the Megatron side, the
+    global one on the HF side. dtype: set where the tensor keeps its own, whatever the model's.
+    """
+
+    megatron: str
+    sources: tuple[Source, ...]
+    split: Split
+    te: str | None = None
+    te_split: Split | None = None
+    dtype: str | None = None
+
+    @property
+    def expert(self) -> bool:
+        """Whether there is one such parameter for every expert."""
+        return "{e}" in self.megatron
+
+
+@dataclass(frozen=True)
+class Table:
+    """All rules of a model, by place.
+
+    layers[i] are the rules of decoder layer i (Megatron `decoder.layers.`, HF `model.layers.i.`), mtp[k] those of
+    MTP layer k (Megatron `mtp.layers.k.`, HF `model.layers.<num_layers + k>.`). copies: HF tensors that repeat
+    another one; written on export, passed over on import.
+    """
+
+    embedding: list[Rule]
+    layers: list[list[Rule]]
+    head: list[Rule]
+    mtp: list[list[Rule]] = field(default_factory=list)
+    copies: dict[str, str] = field(default_factory=dict)
+    num_experts: int = 0
+
+
+def whole(sources: tuple[Source, ...], rank: int, ranks: int) -> tuple[Shape, list[Piece]]:
+    """Every rank holds all of it."""
+    (source,) = sources
+    return source.shape, [Piece(source.name, 0, 0, 0, source.shape[0])]
+
+
+def columns(sources: tuple[Source, ...], rank: int, ranks: int) -> tuple[Shape, list[Piece]]:
+    """Column-parallel: rows (output features) are split; several sources lie one behind another, as in
+    [gate of this rank; up of this rank]."""
+    return _interleave(sources, blocks=ranks, first=rank, count=1)
+
+
+def rows(sources: tuple[Source, ...], rank: int, ranks: int) -> tuple[Shape, list[Piece]]:
+    """Row-parallel: columns (input features) are split."""
+    (source,) = sources
+    height, width = source.shape
+    length = _divide(width, ranks, source)
+    return (height, length), [Piece(source.name, 1, rank * length, 0, length)]
+
+
+def vocabulary(sources: tuple[Source, ...], rank: int, ranks: int) -> tuple[Shape, list[Piece]]:
+    """Vocabulary-parallel: rows are split after padding to a multiple of `ranks`; padding has no piece."""
+    (source,) = sources
+    num_tokens, width = source.shape
+    height = -(-num_tokens // ranks)
+    start = min(rank * height, num_tokens)
+    length = min(height, num_tokens - start)
+    pieces = [Piece(source.name, 0, start, 0, length)] if length else []
+    return (height, width), pieces
+
+
+def query_groups(num_groups: int) -> Split:
+    """Grouped-query attention: per group its queries, its key, its value; whole groups are split over ranks."""
+
+    def split(sources: tuple[Source, ...], rank: int, ranks: int) -> tuple[Shape, list[Piece]]:
+        count = num_groups // ranks
+        if count * ranks != num_groups:
+            raise ValueError(
+                f"tensor_parallel={ranks} does not divide num_key_value_heads={num_groups}"
+            )
+        return _interleave(sources, blocks=num_groups, first=rank * count, count=count)
+
+    return split
+
+
+def _interleave(
+    sources: tuple[Source, ...], *, blocks: int, first: int, count: int
+) -> tuple[Shape, list[Piece]]:
+    """Cut every source into `blocks` runs of rows; take runs first … first + count - 1, sources in turn."""
+    lengths = [_divide(source.shape[0], blocks, source) for source in sources]
+    pieces, end = [], 0
+    for block in range(first, first + count):
+        for source, length in zip(sources, lengths, strict=True):
+            pieces.append(Piece(source.name, 0, block * length, end, length))
+            end += length
+    return (end, *sources[0].shape[1:]), pieces
+
+
+def _divide(size: int, parts: int, source: Source) -> int:
+    if size % parts:
+        raise ValueError(
+            f"{source.name} of shape {source.shape} cannot be split into {parts} parts"
+        )
+    return size // parts

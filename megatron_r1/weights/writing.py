@@ -1,0 +1,179 @@
+"""Export: all ranks together write safetensors files, each its own pieces straight into place.
+
+Every rank computes the same header from the weight table. Rank 0 makes the file at its full size under a temporary
+name, every owner maps it and copies its pieces where they belong (nothing is gathered; no rank ever holds a whole
+tensor), rank 0 renames it. The same function exports checkpoints and pushes weights through shared memory.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import defaultdict
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import torch
+
+from megatron_r1.weights.layout import Shape, hf_tensors, table
+from megatron_r1.weights.local import has_mtp, local_pieces
+
+_STORED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+
+
+@dataclass(frozen=True)
+class Placed:
+    """One tensor of a file: shape, dtype and the file offset of its first byte."""
+
+    shape: Shape
+    dtype: torch.dtype
+    offset: int
+
+    @property
+    def num_bytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class FilePlan:
+    """A safetensors file before it exists: its header, its tensors in order, and its size in bytes."""
+
+    header: bytes
+    tensors: dict[str, Placed]
+    num_bytes: int
+
+
+def write_hf(
+    model_chunks: Sequence,
+    hf: dict,
+    path: str | Path,
+    *,
+    dtype: torch.dtype,
+    names: Collection[str] | None = None,
+    durable: bool = False,
+) -> None:
+    """Write the model (or those HF tensors of it in `names`) as one safetensors file; call on every rank.
+
+    path: seen by all ranks; replaced atomically. Under /dev/shm this is the push to the engines: a reader that
+    still maps the previous file keeps the previous weights. dtype: of the stored tensors, except those that keep
+    their own (the router's correction bias stays float32). durable: fsync before renaming.
+    Raises ValueError on every rank when the file cannot be made (no such folder, not enough space) and for
+    unknown `names`.
+    """
+    plan = plan_file(stored_tensors(hf, dtype, with_mtp=has_mtp(model_chunks), names=names))
+    write_files(model_chunks, hf, {Path(path): plan}, durable=durable)
+
+
+def stored_tensors(
+    hf: dict, dtype: torch.dtype, *, with_mtp: bool, names: Collection[str] | None = None
+) -> dict[str, tuple[Shape, torch.dtype]]:
+    """name -> (shape, dtype on disk) of what an export holds; ValueError for names the model has not."""
+    own = {name for name, (_, kept) in hf_tensors({**hf, "dtype": "any"}).items() if kept != "any"}
+    tensors = {
+        name: (shape, torch.float32 if name in own else dtype)
+        for name, (shape, _) in hf_tensors(hf, with_mtp=with_mtp).items()
+    }
+    if names is None:
+        return tensors
+    if unknown := sorted(set(names) - tensors.keys()):
+        raise ValueError(f"the model has no tensor {', '.join(unknown)}")
+    return {name: kept for name, kept in tensors.items() if name in set(names)}
+
+
+def plan_file(tensors: Mapping[str, tuple[Shape, torch.dtype]]) -> FilePlan:
+    """Lay tensors out in a safetensors file: 8-byte header length, JSON padded to 8 bytes, data without gaps."""
+    # Widest dtype first, so that without gaps every tensor still starts at a multiple of its element size.
+    order = sorted(tensors.items(), key=lambda item: -item[1][1].itemsize)
+    entries, placed, end = {"__metadata__": {"format": "pt"}}, {}, 0
+    for name, (shape, dtype) in order:
+        start, end = end, end + prod(shape) * dtype.itemsize
+        stored = _STORED[str(dtype).removeprefix("torch.")]
+        entries[name] = {"dtype": stored, "shape": list(shape), "data_offsets": [start, end]}
+        placed[name] = Placed(shape, dtype, start)
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    header = len(text).to_bytes(8, "little") + text
+    tensors = {n: Placed(p.shape, p.dtype, p.offset + len(header)) for n, p in placed.items()}
+    return FilePlan(header, tensors, len(header) + end)
+
+
+def write_files(
+    model_chunks: Sequence, hf: dict, plans: Mapping[Path, FilePlan], *, durable: bool
+) -> None:
+    """Write several planned files at once; call on every rank with the same plans."""
+    unfinished = {path: path.with_name(path.name + ".incomplete") for path in plans}
+    on_first_rank(lambda: [_create(unfinished[path], plan) for path, plan in plans.items()])
+    copies = defaultdict(list)
+    for copy, original in table(hf).copies.items():
+        copies[original].append(copy)
+    home = {name: path for path, plan in plans.items() for name in plan.tensors}
+    views: dict[Path, torch.Tensor] = {}
+    with torch.no_grad():
+        for parameter, pieces, owner in local_pieces(model_chunks, hf):
+            for piece in pieces if owner else ():
+                values = parameter.narrow(piece.dim, piece.local_start, piece.length)
+                for name in (piece.hf_name, *copies[piece.hf_name]):
+                    if name not in home:
+                        continue
+                    path = home[name]
+                    if path not in views:
+                        views[path] = torch.from_file(
+                            str(unfinished[path]),
+                            shared=True,
+                            size=plans[path].num_bytes,
+                            dtype=torch.uint8,
+                        )
+                    target = _view(views[path], plans[path].tensors[name])
+                    target.narrow(piece.dim, piece.hf_start, piece.length).copy_(values)
+    if durable:
+        for path in views:
+            _sync(unfinished[path])
+    views.clear()
+    barrier()
+    on_first_rank(lambda: [os.replace(unfinished[path], path) for path in plans])
+
+
+def on_first_rank(action: Callable[[], object]) -> None:
+    """Run `action` on rank 0 while the others wait; an OSError there is a ValueError everywhere."""
+    outcome: list[str | None] = [None]
+    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+        try:
+            action()
+        except OSError as error:
+            outcome = [f"cannot write {error.filename}: {error.strerror}"]
+    if torch.distributed.is_initialized():
+        torch.distributed.broadcast_object_list(outcome, src=0)
+    if outcome[0]:
+        raise ValueError(outcome[0])
+
+
+def barrier() -> None:
+    """Wait for every rank; nothing when there is one."""
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+
+
+def _create(path: Path, plan: FilePlan) -> None:
+    with open(path, "wb") as file:
+        file.write(plan.header)
+        try:
+            # Reserved, not only sized: writing through a map into a full filesystem is a bus error.
+            os.posix_fallocate(file.fileno(), 0, plan.num_bytes)
+        except OSError as error:
+            raise OSError(
+                error.errno, f"{error.strerror} ({plan.num_bytes} bytes)", path
+            ) from error
+
+
+def _view(mapped: torch.Tensor, at: Placed) -> torch.Tensor:
+    return mapped[at.offset : at.offset + at.num_bytes].view(at.dtype).view(at.shape)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,251 @@
+"""Compare Megatron with transformers on these ranks: `against_transformers.py ORACLE OUT GRID…`.
+
+A grid is written tp2, ep2, pp2, vp2, etp2 or several joined by x. For every small model that allows it: the loss
+and every gradient (as Hugging Face tensors), the logits of packed and padded batches, and the round trip of the
+checkpoint. Prints one line per comparison with the largest difference; fails on the first that is too large.
+"""
+
+import re
+import sys
+from pathlib import Path
+
+from megatron_r1 import platform
+
+platform.prepare()
+
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+from megatron.core import parallel_state  # noqa: E402
+from megatron.core.distributed import (  # noqa: E402
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.packed_seq_params import PackedSeqParams  # noqa: E402
+from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
+from megatron.core.tensor_parallel import (  # noqa: E402
+    gather_from_tensor_model_parallel_region,
+    model_parallel_cuda_manual_seed,
+    vocab_parallel_cross_entropy,
+)
+from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
+from small_models import MODELS  # noqa: E402
+
+from megatron_r1 import models, weights  # noqa: E402
+
+# fp32 and another order of sums; logits have a standard deviation of 1.
+LOGIT_TOLERANCE = 2e-5
+LOSS_TOLERANCE = 2e-6
+# Of each gradient's largest element.
+GRADIENT_TOLERANCE = 5e-5
+
+
+def pack(sequences, multiple=4):
+    """Sequences (1, n) end to end, filled up to a multiple of tokens by a last sequence that has no targets."""
+    filler = -sum(ids.shape[1] for ids in sequences) % multiple
+    sequences = [*sequences, *([torch.zeros(1, filler, dtype=torch.long)] if filler else [])]
+    lengths = torch.tensor([ids.shape[1] for ids in sequences])
+    ends = lengths.cumsum(0)
+    ids = torch.cat(sequences, 1)
+    mask = torch.ones(ids.shape)
+    mask[0, ends - 1] = 0
+    if filler:
+        mask[0, -filler:] = 0
+    bounds = torch.cat([torch.zeros(1), ends]).int()
+    longest = int(lengths.max())
+    return {
+        "input_ids": ids,
+        "position_ids": torch.cat([torch.arange(n) for n in lengths])[None],
+        "labels": ids.roll(-1, 1),
+        "loss_mask": mask,
+        "packed_seq_params": PackedSeqParams(
+            qkv_format="thd",
+            cu_seqlens_q=bounds,
+            cu_seqlens_kv=bounds,
+            max_seqlen_q=longest,
+            max_seqlen_kv=longest,
+        ),
+    }
+
+
+def packed_step(batches, model):
+    batch = next(batches)
+    hidden = model(attention_mask=None, **batch)
+
+    def loss_function(hidden):
+        logits = models.logits(model, hidden)
+        losses = vocab_parallel_cross_entropy(logits, batch["labels"]) * batch["loss_mask"]
+        whole = gather_from_tensor_model_parallel_region(logits.detach())[0]
+        return losses.sum(), batch["loss_mask"].sum().int(), {"loss": losses.sum(), "logits": whole}
+
+    return hidden, loss_function
+
+
+def padded_step(batches, model):
+    ids = next(batches)
+    positions = torch.arange(ids.shape[1])[None]
+    hidden = model(ids, positions, None)
+
+    def loss_function(hidden):
+        whole = gather_from_tensor_model_parallel_region(models.logits(model, hidden))[0]
+        return whole.sum(), torch.tensor(1), {"logits": whole}
+
+    return hidden, loss_function
+
+
+def run(step, chunks, batches, forward_only):
+    iterators = [iter(batches) for _ in chunks]
+    return get_forward_backward_func()(
+        forward_step_func=step,
+        data_iterator=iterators if len(chunks) > 1 else iterators[0],
+        model=chunks if len(chunks) > 1 else chunks[0],
+        num_microbatches=len(batches),
+        seq_length=256,
+        micro_batch_size=1,
+        forward_only=forward_only,
+    )
+
+
+def report(name, grid, what, difference, tolerance):
+    worst = torch.tensor(float(difference))
+    dist.all_reduce(worst, op=dist.ReduceOp.MAX)
+    if dist.get_rank() == 0:
+        print(f"{name} {grid} {what}: {worst.item():.1e}", flush=True)
+    assert worst <= tolerance, f"{name} at {grid}: {what} differs by {worst.item():.1e} > {tolerance}"
+
+
+def build(hf, sizes):
+    """This rank's chunks in Megatron's DDP, and their configuration."""
+    config = models.transformer_config(
+        hf,
+        params_dtype=torch.float32,
+        tensor_parallel=sizes["tp"],
+        pipeline_parallel=sizes["pp"],
+        expert_parallel=sizes["ep"],
+        expert_tensor_parallel=sizes["etp"],
+        virtual_pipeline_model_parallel_size=sizes["vp"] if sizes["vp"] > 1 else None,
+    )
+    config.finalize_model_grads_func = finalize_model_grads
+    stages = range(sizes["vp"]) if sizes["vp"] > 1 else [None]
+    ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=False, overlap_grad_reduce=False)
+    return [
+        DistributedDataParallel(config, ddp, models.build_model(hf, config, vp_stage=stage))
+        for stage in stages
+    ]
+
+
+def compare(name, hf, grid, sizes, oracle, out):
+    """All comparisons of one model at one grid."""
+    model_folder, sequences = oracle / name, torch.load(oracle / "sequences.pt")
+    answers = torch.load(model_folder / "answers.pt")
+    chunks = build(hf, sizes)
+    weights.load_hf(chunks, hf, model_folder)
+    same_checkpoint(name, hf, grid, chunks, model_folder, out)
+
+    # The same four packed batches whatever the number of data-parallel ranks that share them.
+    groups = [sequences[0:1], sequences[1:2], sequences[2:5], sequences[5:6]]
+    ranks, rank = (
+        parallel_state.get_data_parallel_world_size(),
+        parallel_state.get_data_parallel_rank(),
+    )
+    mine = range(rank * len(groups) // ranks, (rank + 1) * len(groups) // ranks)
+    for chunk in chunks:
+        chunk.train()
+        chunk.zero_grad_buffer()
+    MTPLossLoggingHelper.tracker.clear()
+    results = run(packed_step, chunks, [pack(groups[i]) for i in mine], forward_only=False)
+    if parallel_state.is_pipeline_last_stage(ignore_virtual=True):
+        difference = 0.0
+        for index, result in zip(mine, results, strict=True):
+            start = sum(len(group) for group in groups[:index])
+            expected = torch.cat(answers["logits"][start : start + len(groups[index])])
+            got = result["logits"][: len(expected), : hf["vocab_size"]]
+            difference = max(difference, (got - expected).abs().max())
+        loss = torch.stack([sum(result["loss"] for result in results)])
+        dist.all_reduce(loss, group=parallel_state.get_data_parallel_group())
+        num_targets = sum(ids.shape[1] - 1 for ids in sequences)
+        loss_difference = abs(loss.item() / num_targets - answers["loss"])
+    else:
+        difference = loss_difference = 0.0
+    report(name, grid, "packed logits", difference, LOGIT_TOLERANCE)
+    report(name, grid, "loss", loss_difference, LOSS_TOLERANCE * 3)
+    same_gradients(name, hf, grid, chunks, model_folder, out)
+
+    results = run(padded_step, chunks, sequences, forward_only=True)
+    difference = max(
+        (
+            (result["logits"][:, : hf["vocab_size"]] - expected).abs().max()
+            for result, expected in zip(results, answers["logits"], strict=False)
+        ),
+        default=0.0,
+    )
+    report(name, grid, "padded logits", difference, LOGIT_TOLERANCE)
+
+
+def same_checkpoint(name, hf, grid, chunks, model_folder, out):
+    """Megatron → one file, and → a folder of several files, equal the checkpoint bit for bit."""
+    expected = load_file(model_folder / "model.safetensors")
+    weights.write_hf(chunks, hf, out / "pushed.safetensors", dtype=torch.float32)
+    weights.save_hf(chunks, hf, model_folder, out / "hf", torch.float32, max_shard_bytes=100_000)
+    if dist.get_rank() == 0:
+        pushed = load_file(out / "pushed.safetensors")
+        files = sorted((out / "hf").glob("*.safetensors"))
+        assert len(files) > 1, "the export was to be in several files"
+        saved = {key: value for file in files for key, value in load_file(file).items()}
+        for tensors in (pushed, saved):
+            assert tensors.keys() == expected.keys(), tensors.keys() ^ expected.keys()
+            different = [n for n in expected if not torch.equal(tensors[n], expected[n])]
+            assert not different, f"{name} at {grid}: the round trip changed {different}"
+        print(f"{name} {grid} round trip: {len(expected)} tensors equal", flush=True)
+    dist.barrier()
+    # What was exported in several files is a checkpoint itself.
+    weights.load_hf(chunks, hf, out / "hf")
+
+
+def same_gradients(name, hf, grid, chunks, model_folder, out):
+    """Gradients, exported as if they were the weights, equal transformers' gradients."""
+    with torch.no_grad():
+        for chunk in chunks:
+            for parameter in chunk.parameters():
+                parameter.grad, kept = None, parameter.data.clone()
+                parameter.kept = kept
+                parameter.data.copy_(parameter.main_grad)
+        weights.write_hf(chunks, hf, out / "gradients.safetensors", dtype=torch.float32)
+        for chunk in chunks:
+            for parameter in chunk.parameters():
+                parameter.data.copy_(parameter.kept)
+    expected = load_file(model_folder / "gradients.safetensors")
+    got = load_file(out / "gradients.safetensors")
+    assert expected.keys() <= got.keys(), expected.keys() - got.keys()
+    worst, where = 0.0, None
+    for key, gradient in expected.items():
+        scale = gradient.abs().max().clamp(min=1e-4)
+        difference = ((got[key] - gradient).abs().max() / scale).item()
+        if difference > worst:
+            worst, where = difference, key
+    report(name, grid, f"{len(expected)} gradients ({where})", worst, GRADIENT_TOLERANCE)
+
+
+def main(oracle: Path, out: Path, grids: list[str]) -> None:
+    dist.init_process_group(platform.distributed_backend())
+    for grid in grids:
+        sizes = {"tp": 1, "pp": 1, "vp": 1, "ep": 1, "etp": 1}
+        sizes |= {axis: int(size) for axis, size in re.findall(r"([a-z]+)(\d+)", grid.replace("x", " "))}
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=sizes["tp"],
+            pipeline_model_parallel_size=sizes["pp"],
+            virtual_pipeline_model_parallel_size=sizes["vp"] if sizes["vp"] > 1 else None,
+            expert_model_parallel_size=sizes["ep"],
+            expert_tensor_parallel_size=sizes["etp"],
+        )
+        model_parallel_cuda_manual_seed(1)
+        for name, hf in MODELS.items():
+            if hf.get("n_routed_experts") or (sizes["ep"], sizes["etp"]) == (1, 1):
+                compare(name, hf, grid, sizes, oracle, out)
+        parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])

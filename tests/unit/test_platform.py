@@ -1,0 +1,59 @@
+import importlib.metadata
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_r1 import platform
+
+CORE = Path(importlib.util.find_spec("megatron").submodule_search_locations[0]) / "core"
+
+
+@pytest.mark.parametrize("patch", platform.PATCHES, ids=lambda patch: patch.name)
+def test_the_upstream_line_that_needs_the_patch_is_still_there(patch):
+    file, line = patch.upstream.split(":")
+    text = (CORE / file).read_text().splitlines()[int(line) - 1]
+    assert patch.text in text, f"megatron-core moved: {patch.upstream} now reads {text.strip()!r}"
+
+
+def test_the_pinned_megatron_is_installed():
+    assert importlib.metadata.version("megatron-core") == platform.MEGATRON_VERSION
+
+
+def run(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.mark.skipif(platform.has_gpu(), reason="the patches are for machines without a GPU")
+def test_prepare_lets_cuda_habits_run_on_the_cpu():
+    run(
+        """
+import torch
+from megatron_r1 import platform
+platform.prepare()
+assert torch.zeros(2, device="cuda").device == platform.CPU
+assert torch.ones(2).cuda().to("cuda").type() == "torch.cuda.FloatTensor"
+torch.cuda.manual_seed(3); state = torch.cuda.get_rng_state(); a = torch.rand(4)
+torch.cuda.set_rng_state(state); assert torch.equal(a, torch.rand(4))
+with torch.cuda.stream(torch.cuda.Stream()): torch.cuda.synchronize()
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention
+from megatron.core.jit import jit_fuser
+import megatron.core.fusions.fused_bias_swiglu as f
+assert torch.allclose(f.swiglu(torch.ones(1, 4)), torch.nn.functional.silu(torch.ones(1, 2)))
+"""
+    )
+
+
+def test_importing_the_platform_patches_nothing():
+    run(
+        """
+import torch
+before = (torch.zeros, torch.Tensor.to, torch.cuda.current_device, torch.Tensor.type)
+import megatron_r1.platform
+assert before == (torch.zeros, torch.Tensor.to, torch.cuda.current_device, torch.Tensor.type)
+"""
+    )

@@ -1,0 +1,266 @@
+"""The graders themselves, called in this process."""
+
+import contextlib
+import io
+import json
+import random
+from fractions import Fraction
+
+import pytest
+import reasoning_gym
+from reasoning_gym.factory import DATASETS
+
+from megatron_r1.rewards import REGISTRY, Grade, resolve
+from megatron_r1.rewards import format as format_reward
+from megatron_r1.rewards import logic as logic_reward
+from megatron_r1.rewards import math as math_reward
+from megatron_r1.rewards.answer import extract, last_boxed, unwrap
+from megatron_r1.rewards.combine import combine
+
+GOOD = "<think>2 + 11</think><answer>13</answer>"
+
+
+def test_a_grade_is_a_number_between_0_and_1():
+    assert Grade(1, "fine").reward == 1.0
+    for reward in (-0.1, 1.1, float("nan")):
+        with pytest.raises(ValueError, match="between 0 and 1"):
+            Grade(reward, "?")
+
+
+def test_a_reason_is_one_short_line():
+    reason = Grade(0.0, "a\nb " + "x" * 10_000).reason
+    assert reason.startswith("a b x") and len(reason) <= 500
+
+
+def test_an_unknown_kind_names_the_nearest_and_a_path_stands_for_itself():
+    assert resolve("math") == REGISTRY["math"]
+    assert resolve("mine.rewards:brevity") == "mine.rewards:brevity"
+    for kind, nearest in {"maths": "math", "formatt": "format", "a b:c": ""}.items():
+        with pytest.raises(ValueError, match=f"did you mean '{nearest}"):
+            resolve(kind)
+
+
+@pytest.mark.parametrize("response", [GOOD, f"\n {GOOD}\n", GOOD.replace("><", ">\n\n<")])
+def test_the_asked_format_gets_1(response):
+    assert format_reward.grade(response).reward == 1.0
+
+
+@pytest.mark.parametrize(
+    ("response", "reason"),
+    [
+        ("", "<think> occurs 0"),
+        ("13", "<think> occurs 0"),
+        ("2 + 11</think><answer>13</answer>", "<think> occurs 0"),
+        ("<think>2 + 11<answer>13</answer>", "</think> occurs 0"),
+        ("<think>2 + 11</think>13", "<answer> occurs 0"),
+        ("<think>2 + 11</think><answer>13", "</answer> occurs 0"),
+        (GOOD + GOOD, "<think> occurs 2"),
+        (GOOD + "<answer>14</answer>", "<answer> occurs 2"),
+        ("<think><answer>13</answer></think>", "order"),
+        ("<answer>13</answer><think>2 + 11</think>", "order"),
+        ("so: " + GOOD, "outside"),
+        (GOOD + ".", "outside"),
+        (GOOD.replace("><", ">so<"), "outside"),
+        ("<Think>2 + 11</Think><answer>13</answer>", "<think> occurs 0"),
+    ],
+)
+def test_any_other_format_gets_0_and_the_reason(response, reason):
+    grade = format_reward.grade(response)
+    assert grade.reward == 0.0 and reason in grade.reason
+
+
+def test_a_thought_opened_by_the_prompt_must_not_be_opened_again():
+    assert format_reward.grade("2 + 11</think><answer>13</answer>", opened=True).reward == 1.0
+    assert format_reward.grade(GOOD, opened=True).reward == 0.0
+
+
+@pytest.mark.parametrize(
+    ("response", "options", "answer"),
+    [
+        (GOOD, {}, "13"),
+        ("<answer>13</answer>", {}, "13"),
+        ("<answer> 13\n</answer> and so on", {}, "13"),
+        (r"so \boxed{\frac{1}{2}}.", {}, r"\frac{1}{2}"),
+        (r"\boxed{12}, no: \boxed{\sqrt{\frac{3}{4}}}", {}, r"\sqrt{\frac{3}{4}}"),
+        (r"\boxed{\{1, 2\}}", {}, r"\{1, 2\}"),
+        (r"<think>\boxed{12}</think>\boxed{13}", {}, "13"),
+        ("<think><answer>12</answer></think><answer>13</answer>", {}, "13"),
+        ("thinking</think><answer>13</answer>", {"opened": True}, "13"),
+        ("so\n13\n\n", {"plain_line": True}, "13"),
+        ("13", {"plain_line": True}, "13"),
+        ("13", {}, None),
+        ("", {"plain_line": True}, None),
+        ("<answer></answer>", {}, None),
+        ("<answer> 13", {}, None),
+        ("13 </answer>", {}, None),
+        ("</answer>13<answer>", {}, None),
+        ("<answer>12</answer><answer>13</answer>", {}, None),
+        ("<answer>12<answer>13</answer></answer>", {}, None),
+        ("<think><answer>13</answer></think>", {}, None),
+        ("<think><answer>13</answer>", {}, None),
+        ("<answer>13</answer><think>", {}, None),
+        ("<answer>13</answer>", {"opened": True}, None),
+        (r"<think>\boxed{13}", {"plain_line": True}, None),
+        (r"\boxed{13", {}, None),
+        (r"\boxed{}", {}, None),
+    ],
+)
+def test_the_answer_is_what_the_response_commits_to(response, options, answer):
+    assert extract(response, **options).text == answer
+
+
+def test_nested_braces_and_decoration_come_off():
+    assert last_boxed(r"\boxed{a\}{b}}") == r"a\}{b}"
+    assert last_boxed(r"\boxed 13") is None
+    for decorated in ("13", " 13. ", "$13$", r"\(13\)", r"\boxed{13}", r"$\boxed{13}.$", "$$13$$"):
+        assert unwrap(decorated) == "13"
+    assert unwrap(r"\text{north}") == "north"
+    assert unwrap(r"\text{a} + \text{b}") == r"\text{a} + \text{b}"
+    assert unwrap("$1$ or $2$") == "$1$ or $2$"
+
+
+@pytest.mark.parametrize(
+    ("truth", "answer", "reward"),
+    [
+        (13, "13", 1),
+        ("13", "13.0", 1),
+        ("13", "12", 0),
+        ("1/2", r"\frac{1}{2}", 1),
+        ("1/2", "0.5", 1),
+        ("1/3", "0.333333", 1),
+        ("1/3", "0.33", 0),
+        (0.5, r"50\%", 1),
+        ("1000", "1,000", 1),
+        (r"\boxed{13}", r"$x = 13$", 1),
+        ("x^2 + 2x + 1", "(x + 1)^2", 1),
+        ("x^2 + 2x + 1", "(x + 2)^2", 0),
+        (r"\text{north}", "North", 1),
+        ("north", "south", 0),
+        ("2x + z = 1", "1", 0),
+        ("13", "12, 13, 14", 0),
+        ("13", "12 or 13", 0),
+        ("13", r"\{12, 13\}", 0),
+        ("13", "The answer is any number, such as 13", 0),
+        ("13", "12} or {13", 0),
+        ("13", "x^2 + 13", 0),
+    ],
+)
+def test_math_answers_are_compared_by_what_they_mean(truth, answer, reward):
+    grade = math_reward.grade(f"<think>…</think><answer>{answer}</answer>", truth)
+    assert grade.reward == reward, grade.reason
+
+
+def test_math_reasons_say_what_was_read():
+    assert math_reward.grade("<answer>12</answer>", 13).reason == "wrong: 12, expected 13"
+    assert math_reward.grade("<answer>13</answer>", 13).reason == "correct: 13"
+    assert math_reward.grade("I give up", 13).reason == "no answer found"
+    assert "too long" in math_reward.grade(f"<answer>{'1' * 5_000}</answer>", 13).reason
+    assert "2 <answer> blocks" in math_reward.grade("<answer>13</answer>" * 2, 13).reason
+
+
+def test_decorations_nested_a_thousand_deep_are_taken_off():
+    assert math_reward.grade(f"<answer>{'$' * 900}13{'$' * 900}</answer>", 13).reward in (0.0, 1.0)
+
+
+@pytest.mark.parametrize("truth", [None, True, [13], "", "  ", "$ $"])
+def test_a_truth_that_cannot_be_compared_is_an_error(truth):
+    with pytest.raises(ValueError, match="truth of a math answer"):
+        math_reward.grade("<answer>13</answer>", truth)
+
+
+def test_the_quick_comparison_agrees_with_math_verify():
+    rng = random.Random(0)
+    spellings = (
+        lambda n: str(n),
+        lambda n: f"{n}.0",
+        lambda n: f"{n / 4}",
+        lambda n: f"{2 * n}/4",
+        lambda n: f"{n}/{rng.randint(1, 12)}",
+        lambda n: f"+{abs(n)}",
+        lambda n: f"{'-' if n < 0 else ''}00{abs(n)}",
+        lambda n: str(n * 10**25),
+        lambda n: f"{n}.12345678901234567890",
+    )
+    num_decided = 0
+    for _ in range(400):
+        number = rng.randint(-12, 12)
+        other = rng.choice((number, number, number + 1, -number))
+        pair = rng.choice(spellings)(number), rng.choice(spellings)(other)
+        quick = math_reward.equal_numbers(*pair)
+        if quick is not None:
+            num_decided += 1
+            assert quick == math_reward.verified(*pair), pair
+    assert num_decided > 100
+
+
+def test_the_quick_comparison_is_exact_and_knows_its_limits():
+    assert math_reward.equal_numbers("0.1", "1/10") is True
+    assert math_reward.equal_numbers(str(10**40), str(10**40 + 1)) is False
+    assert math_reward.equal_numbers("1/3", "0.333333") is None
+    assert math_reward.equal_numbers("1/0", "1") is None
+    assert math_reward.equal_numbers("1٣", "13") is None
+    third = Fraction(1, 3)
+    assert math_reward.equal_numbers(f"{third}", "2/6") is True
+
+
+def test_logic_uses_the_scorer_of_the_task():
+    entry = reasoning_gym.create_dataset("chain_sum", size=1, seed=3)[0]
+    answer = entry["answer"]
+    fields = {"task": "chain_sum", "entry": entry}
+    right = logic_reward.grade(f"<answer>{answer}</answer>", None, **fields)
+    wrong = logic_reward.grade("<answer>no idea</answer>", None, **fields)
+    assert (right.reward, wrong.reward) == (1.0, 0.0)
+    assert wrong.reason == f"wrong: no idea, expected {answer}"
+
+
+def test_partial_credit_is_0_unless_asked_for():
+    entry = {"question": "4 - 1 =", "answer": "3", "metadata": {}}
+    fields = {"task": "chain_sum", "entry": entry}
+    # chain_sum's scorer gives len(truth) / len(answer) where the answer contains the truth.
+    assert logic_reward.grade("<answer>it's 3</answer>", None, **fields).reward == 0.0
+    partial = logic_reward.grade("<answer>it's 3</answer>", None, exact=False, **fields)
+    assert partial.reward == pytest.approx(1 / 6)
+
+
+@pytest.mark.parametrize("task", ["arc_agi", "rearc", "countdown", "n_queens", "number_sorting"])
+def test_an_entry_that_travelled_as_json_scores_the_same(task):
+    item = reasoning_gym.create_dataset(task, size=1, seed=5)[0]
+    entry = json.loads(json.dumps(item))
+    grade = logic_reward.grade(f"<answer>{item['answer']}</answer>", None, task=task, entry=entry)
+    assert grade.reward == 1.0, grade.reason
+
+
+def test_logic_errors_name_the_task_and_what_is_missing():
+    entry = {"question": "?", "answer": "3", "metadata": {}}
+    with pytest.raises(ValueError, match="no task 'chain_summ'"):
+        logic_reward.grade("<answer>3</answer>", None, task="chain_summ", entry=entry)
+    with pytest.raises(ValueError, match="needs 'answer' and 'metadata'"):
+        logic_reward.grade("<answer>3</answer>", None, task="chain_sum", entry={"answer": "3"})
+
+
+@pytest.mark.parametrize("template", ["open({!r}, 'w')", "__import__('os').mkdir({!r})"])
+def test_no_scorer_runs_the_answer_as_code(template, tmp_path):
+    trace = tmp_path / "trace"
+    response = f"<answer>{template.format(str(trace))}</answer>"
+    for task in sorted(DATASETS.keys() - {"composite"}):
+        entry = reasoning_gym.create_dataset(task, size=1, seed=5)[0]
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(Exception):
+            assert logic_reward.grade(response, None, task=task, entry=entry).reward == 0.0, task
+        assert not trace.exists(), task
+
+
+def test_formulas_are_told_from_programs():
+    for formula in ("(3 + 4) * 5", "-34*x**8/15 - 5*x/4 + C", "sin(x)^2 + 2x", "1.5*exp(X)"):
+        assert logic_reward.is_formula(formula), formula
+    for program in ("open(1)", "x.y", "eval (x)", "S('1')", "x__y", "[1]", "ｅｖａｌ(1)", "x2"):
+        assert not logic_reward.is_formula(program), program
+
+
+def test_terms_are_weighted_and_named():
+    grades = {"accuracy": Grade(1.0, "correct: 13"), "format": Grade(1.0, "format as asked")}
+    assert combine(grades).total == pytest.approx(1.1)
+    assert combine(grades).terms == {"accuracy": 1.0, "format": 1.0}
+    assert combine(grades).reason == "correct: 13; format as asked"
+    assert combine(grades, {"accuracy": 0.5}).total == 0.5
+    with pytest.raises(ValueError, match="names 'language', which was not graded"):
+        combine(grades, {"language": 1.0})
