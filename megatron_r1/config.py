@@ -78,7 +78,7 @@ class RolloutConfig(Section):
     )
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     max_num_seqs: int = Field(256, gt=0, description="sequences an engine decodes at once")
-    kv_cache_gib: float = Field(1.0, gt=0, description="KV cache on a CPU, GiB")
+    kv_cache_gib: int = Field(1, gt=0, description="KV cache on a CPU, GiB")
     start_timeout_seconds: float = Field(600.0, gt=0)
     request_timeout_seconds: float = Field(3600.0, gt=0)
 

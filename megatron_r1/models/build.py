@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from importlib import import_module
 
 from megatron.core import parallel_state
@@ -24,12 +23,11 @@ def build_model(
     """This rank's pipeline stage (of virtual stage `vp_stage`) with Megatron's random weights.
 
     Megatron's process groups must exist and agree with `config`. The vocabulary is padded to a multiple of the
-    tensor-parallel size (see `vocab_shard`). with_mtp=False leaves the multi-token-prediction layers out; the
-    model then carries its own copy of `config` that says so, and exports no MTP weights.
+    tensor-parallel size (see `vocab_shard`). with_mtp=False leaves the multi-token-prediction layers out and
+    clears `config.mtp_num_layers`, which Megatron's schedules and gradient reduction also read.
     Raises ValueError for full recomputation together with MTP.
     """
-    if config.mtp_num_layers and not with_mtp:
-        config = copy.copy(config)
+    if not with_mtp:
         config.mtp_num_layers = None
     if config.mtp_num_layers and config.recompute_granularity == "full":
         raise ValueError(
@@ -53,11 +51,28 @@ def build_model(
         **model.model_arguments(hf),
     )
     built.num_tokens = hf["vocab_size"]
+    _mark_experts(built)
     scaling = None if model.LATENT_ATTENTION else model.rope_scaling(hf)
     if scaling:
         rotary = built.rotary_pos_emb
         rotary.inv_freq = rotary._apply_scaling(rotary.inv_freq, **scaling)
     return built
+
+
+def _mark_experts(model: PolicyModel) -> None:
+    """Have DDP sum experts' gradients over the expert-data-parallel group wherever that differs.
+
+    Megatron marks them so (`allreduce` False) only when expert_parallel > 1 (tensor_parallel/layers.py). With
+    tensor_parallel 2 and both expert sizes 1, two ranks hold the same experts and see different tokens, and
+    nobody would add their gradients up.
+    """
+    config = model.config
+    if config.num_moe_experts and (
+        config.expert_tensor_parallel_size != config.tensor_model_parallel_size
+    ):
+        for name, parameter in model.named_parameters():
+            if ".mlp.experts." in name:
+                parameter.allreduce = False
 
 
 def freeze_mtp(model: PolicyModel) -> None:

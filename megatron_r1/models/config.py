@@ -67,6 +67,11 @@ def transformer_config(
     _check_sizes(hf, model, sizes, overrides, has_experts, transformer_engine)
     if sequence_parallel is None:
         sequence_parallel = tensor_parallel > 1 and has_experts
+    if has_experts and tensor_parallel > 1 and not sequence_parallel:
+        raise ValueError(
+            f"sequence_parallel=False with tensor_parallel={tensor_parallel} is not possible for a model "
+            "with experts: Megatron splits their tokens along the sequence"
+        )
     fields |= _shared_fields(hf, params_dtype, transformer_engine) | _RECOMPUTE[recompute]
     if has_experts:
         fields |= {
@@ -129,6 +134,12 @@ def _check_sizes(hf, model, sizes, overrides, has_experts, transformer_engine) -
             raise ValueError(f"parallel.{name}={size!r} must be a positive integer")
         if name.startswith("expert") and size > 1 and not has_experts:
             raise ValueError(f"parallel.{name}={size} needs a model with experts")
+    if min(sizes["expert_parallel"], sizes["expert_tensor_parallel"]) > 1 and not platform.has_gpu():
+        raise ValueError(
+            f"parallel.expert_tensor_parallel={sizes['expert_tensor_parallel']} together with "
+            f"expert_parallel={sizes['expert_parallel']} needs gathers of uneven length, which gloo lacks; "
+            "set expert_tensor_parallel to 1 on a CPU"
+        )
     rules = model.divisions(hf, transformer_engine)
     uneven = (
         "num_layers_in_first_pipeline_stage",

@@ -54,7 +54,7 @@ def divisions(hf: dict, transformer_engine: bool) -> list[tuple[str, int, str]]:
         ("moe_intermediate_size", hf["moe_intermediate_size"], "expert_tensor_parallel"),
     ]
     if not transformer_engine:
-        # Megatron's own layers split the down-projections too; Transformer Engine's keep them whole.
+        # MLASelfAttention makes column-parallel down-projections before LatentAttention replaces them.
         latent = hf["kv_lora_rank"] + hf["qk_rope_head_dim"]
         rules.append(("kv_lora_rank + qk_rope_head_dim", latent, "tensor_parallel"))
         if hf.get("q_lora_rank"):

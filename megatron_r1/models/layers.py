@@ -1,4 +1,4 @@
-"""RMSNorm for the CPU, and the one choice of which classes a layer is built from."""
+"""Layers Megatron-Core lacks on a CPU, and the one choice of which classes a layer is built from."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_mtp_block_spec,
 )
 from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from torch import Tensor
@@ -36,6 +37,44 @@ class RMSNorm(torch.nn.Module):
         wide = x.float()
         wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
         return self.weight * wide.to(x.dtype)
+
+
+class ReplicatedLinear(torch.nn.Module):
+    """y = x W^T with all of W on every tensor-parallel rank, as TELinear's parallel_mode "duplicated"."""
+
+    def __init__(self, input_size: int, output_size: int, config):
+        super().__init__()
+        device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
+        self.weight = torch.nn.Parameter(
+            torch.empty(output_size, input_size, dtype=config.params_dtype, device=device)
+        )
+        if config.perform_initialization:
+            config.init_method(self.weight)
+        # Each rank sees its part of the sequence, so gradients are summed as those of norms are.
+        self.weight.sequence_parallel = config.sequence_parallel
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        """x: (..., input_size) -> ((..., output_size), no bias), as Megatron's linear layers return it."""
+        return torch.nn.functional.linear(x, self.weight), None
+
+
+class LatentAttention(MLASelfAttention):
+    """MLASelfAttention whose down-projections are whole on every rank, as with Transformer Engine.
+
+    With Megatron's own column-parallel layers the gradient of the shared rotary key is wrong for
+    tensor_parallel > 1: each rank's heads contribute to it, and gather_from_tensor_model_parallel_region does
+    not add them up (multi_latent_attention.py:607, Megatron-Core 0.16.1). Replicated, it passes through a
+    gather over the sequence that does.
+    """
+
+    def __init__(self, config, *args, **kwargs):
+        super().__init__(config, *args, **kwargs)
+        latent = config.kv_lora_rank + config.qk_pos_emb_head_dim
+        self.linear_kv_down_proj = ReplicatedLinear(config.hidden_size, latent, config)
+        if config.q_lora_rank is not None:
+            self.linear_q_down_proj = ReplicatedLinear(
+                config.hidden_size, config.q_lora_rank, config
+            )
 
 
 def block_specs(config, *, vp_stage: int | None = None):
@@ -66,6 +105,8 @@ def _local_layer(spec: ModuleSpec) -> ModuleSpec:
     spec = copy.deepcopy(spec)
     layer, attention = spec.submodules, spec.submodules.self_attention.submodules
     layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
+    if layer.self_attention.module is MLASelfAttention:
+        layer.self_attention.module = LatentAttention
     attention.core_attention = CoreAttention
     for norm in ("q_layernorm", "k_layernorm", "kv_layernorm"):
         if getattr(attention, norm, None) not in (None, IdentityOp):

@@ -96,6 +96,7 @@ class LiveView:
         """Show a finished step: its metrics line and some of its samples (as in samples.jsonl)."""
         now = time.monotonic()
         self._step_times.append(now)
+        self._state.phase_started = now
         self._state.seconds_per_step = (now - self._step_times[0]) / (len(self._step_times) - 1)
         self._remember(metrics)
         if samples and now >= self._samples_until:

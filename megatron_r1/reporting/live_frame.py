@@ -234,8 +234,9 @@ def _held_out(state: LiveState, width: int) -> Text:
 def _majority(metrics: dict[str, Any]) -> str:
     for key in metrics:
         value = finite(metrics, key)
-        if key.startswith("eval/cons@") and value is not None:
-            return f"majority of {key.removeprefix('eval/cons@')} {percent(value)}"
+        votes = key.removeprefix("eval/cons@")
+        if votes not in (key, "1") and value is not None:
+            return f"majority of {votes} {percent(value)}"
     return ""
 
 

@@ -1,13 +1,14 @@
 """What a run achieved: held-out scores with their uncertainty, from its metrics and samples."""
 
 import re
-from collections import Counter, defaultdict
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from megatron_r1.evaluation.voting import majority
 from megatron_r1.reporting.wording import finite, is_right
 
 NUM_RESAMPLES = 2000
@@ -35,26 +36,28 @@ class Evaluation:
 
 @dataclass
 class Answers:
-    """The held-out answers of one step: per question, each sample's (answer, was it right)."""
+    """The held-out answers of one step: per question, each sample's (response, was it right)."""
 
-    by_question: dict[str, list[tuple[Hashable, bool]]] = field(
+    by_question: dict[str, list[tuple[str, bool]]] = field(
         default_factory=lambda: defaultdict(list)
     )
 
     def add(self, sample: Mapping[str, Any]) -> None:
-        final = sample.get("answer")
-        if final is None:
-            final = final_answer(str(sample.get("response", "")))
-        question = str(sample.get("question", ""))
-        self.by_question[question].append((str(final).strip(), is_right(sample)))
+        question = sample.get("id", sample.get("question", ""))
+        right = is_right(sample)
+        self.by_question[str(question)].append((str(sample.get("response", "")), right))
 
     def passed(self) -> np.ndarray:
         """[questions] float64: the fraction of each question's samples that are right."""
         return np.array([np.mean([ok for _, ok in s]) for s in self.by_question.values()])
 
-    def majority(self) -> np.ndarray:
-        """[questions] float64: whether the commonest answer is right; a tie counts by its share."""
-        return np.array([majority_is_right(samples) for samples in self.by_question.values()])
+    def voted(self) -> np.ndarray:
+        """[questions] float64: whether the majority's answer is right, 1 or 0."""
+        chosen = [
+            (samples, majority([response for response, _ in samples]))
+            for samples in self.by_question.values()
+        ]
+        return np.array([0.0 if i is None else float(samples[i][1]) for samples, i in chosen])
 
 
 def evaluations(
@@ -74,13 +77,14 @@ def evaluations(
             by_step[int(finite(line, "step") or 0)].update(scores)
     found = []
     for step, line in sorted(by_step.items()):
-        votes = next((k for k in line if re.fullmatch(r"eval/cons@\d+", k)), "")
+        # The majority of one answer is that answer: pass@1 again.
+        votes = next((k for k in line if re.fullmatch(r"eval/cons@(\d{2,}|[2-9])", k)), "")
         known = answers.get(step)
         found.append(
             Evaluation(
                 step,
                 _score(finite(line, "eval/pass@1"), known.passed() if known else None),
-                _score(finite(line, votes), known.majority() if known else None),
+                _score(finite(line, votes), known.voted() if known else None),
                 int(votes.split("@")[1]) if votes else None,
                 finite(line, "eval/response_length"),
             )
@@ -95,25 +99,6 @@ def collect_answers(samples: Iterable[Mapping[str, Any]]) -> dict[int, Answers]:
         if sample.get("split") == "eval":
             by_step[int(sample["step"])].add(sample)
     return dict(by_step)
-
-
-def final_answer(response: str) -> str:
-    """The last <answer>…</answer>, else the last \\boxed{…}, else the last line."""
-    for pattern in (r"<answer>(.*?)(?:</answer>|$)", r"\\boxed\{([^{}]*)\}"):
-        matches = re.findall(pattern, response, flags=re.DOTALL)
-        if matches:
-            return matches[-1].strip()
-    lines = response.strip().splitlines()
-    return lines[-1].strip() if lines else ""
-
-
-def majority_is_right(samples: Sequence[tuple[Hashable, bool]]) -> float:
-    """1.0 if the commonest answer is right; among tied ones, the share of them that is right."""
-    counts = Counter(answer for answer, _ in samples)
-    most = max(counts.values())
-    right = {answer for answer, ok in samples if ok}
-    tied = [answer for answer, count in counts.items() if count == most]
-    return sum(answer in right for answer in tied) / len(tied)
 
 
 def bootstrap_interval(per_question: np.ndarray, seed: int = 0) -> tuple[float, float]:

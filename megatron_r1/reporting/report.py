@@ -78,12 +78,14 @@ def outcome_sentence(metrics: Metrics, found: Sequence[Evaluation]) -> str:
 
 def _change(first: Evaluation, last: Evaluation) -> str:
     assert first.passed and last.passed, "called with scored evaluations only"
-    text = f"held-out pass@1 {_went(first.passed.value, last.passed.value, percent)}"
+    passed = _went(first.passed.value, last.passed.value, percent)
+    text = f"held-out pass@1 {passed}"
     if first.step > 0:
         text += f" since step {first.step}"
     if first.majority and last.majority:
-        text += f" and the majority vote of {last.num_votes} "
-        text += _went(first.majority.value, last.majority.value, percent)
+        voted = _went(first.majority.value, last.majority.value, percent)
+        verb = passed.split()[0]
+        text += f" and the majority vote of {last.num_votes} {voted.removeprefix(f'{verb} ')}"
     if first.length is not None and last.length is not None:
         text += (
             f", while the mean response {_went(first.length, last.length, number, 'grew')} tokens"

@@ -36,7 +36,8 @@ figcaption b { font-weight: 600; white-space: nowrap; }
 figcaption span { color: var(--muted); font-size: 12.5px; flex: 1; min-width: 0; overflow: hidden;
   text-overflow: ellipsis; white-space: nowrap; }
 figcaption output { font-variant-numeric: tabular-nums; white-space: nowrap; }
-svg { display: block; width: 100%; height: auto; }
+svg { display: block; overflow: visible; width: 100%; height: auto; }
+.plots.one figure { overflow-x: auto; } .plots.one svg { min-width: 640px; }
 .question { font-weight: 600; margin: 26px 0 10px; white-space: pre-wrap; overflow-wrap: anywhere; }
 .question small { font-weight: 400; color: var(--muted); font-size: 14px; margin-left: 8px; }
 .samples { display: grid; gap: 14px; grid-template-columns: repeat(3, minmax(0, 1fr)); }

@@ -100,16 +100,15 @@ class RewardPool:
 
     async def close(self) -> None:
         """Kills the workers; a `grade` still waiting raises RuntimeError. Safe to call again."""
-        tasks, self._tasks = self._tasks, []
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
         self._fail(RuntimeError("the reward pool is closed"))
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def _tend(self) -> None:
         """Keeps one worker alive for as long as the pool is."""
         try:
-            while True:
+            while self._failure is None:
                 await self._work.wait()
                 worker = await WorkerProcess.start(self.memory_limit_bytes)
                 try:

@@ -85,8 +85,8 @@ class WorkerProcess:
         status = await self.process.wait()
         # A grandchild that left the group may hold the pipes open: they are not waited for, and the
         # transport, which would, has no public name.
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._stderr_reader, timeout=0.2)
+        await asyncio.wait({self._stderr_reader}, timeout=0.2)
+        self._stderr_reader.cancel()
         self.process._transport.close()
         await asyncio.sleep(0)
         return status

@@ -19,6 +19,7 @@ from megatron_r1.training.wire import Sample
 
 LOSS = "megatron_r1.rl.grpo:grpo_loss"
 
+
 async def train(session: Session) -> None:
     """Run rollouts until `run.steps`, or until the session is asked to stop."""
     rl = session.config.rl

@@ -67,7 +67,6 @@ class Session:
         await self.push_weights()
         if self.step == 0:
             await self.evaluate()
-            await self._save()
 
     @property
     def uses_reference(self) -> bool:

@@ -1,1 +1,4 @@
-"""Rollout engines: vLLM servers in processes of their own, driven over HTTP. Imports neither torch nor vllm."""
+"""Rollout engines: vLLM servers in processes of their own, driven over HTTP.
+
+Imports neither torch nor vllm.
+"""

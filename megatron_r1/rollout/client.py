@@ -1,6 +1,5 @@
-"""Talk to one engine: token ids in, sampled token ids with log-probabilities and policy versions out; weight updates."""
+"""Talk to one engine: token ids in, sampled tokens out; weight updates."""
 
-import asyncio
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +11,8 @@ import msgspec
 from megatron_r1.rollout.errors import EngineError
 
 BODY_EXCERPT_CHARS = 500
-LOWEST_LOGPROB = -9999.0  # vLLM sends this for NaN and -inf (token_in_token_out/serving.py, _clamp_logprob)
+# What vLLM sends for NaN and -inf (scale_out/token_in_token_out/serving.py, _clamp_logprob).
+LOWEST_LOGPROB = -9999.0
 
 
 @dataclass(frozen=True)
@@ -22,11 +22,11 @@ class Completion:
     token_ids: list[int]
     """Including the stop token, if one ended it."""
     logprobs: list[float]
-    """Natural logarithm of the probability each token was drawn with: softmax(logits / temperature), top-p cut applied."""
+    """log softmax(logits / temperature) of each token, after the top-p cut if there is one."""
     policy_versions: list[int]
     """Of the weights that made each token."""
     finish_reason: str
-    """"stop": a stop token. "length": max_tokens or max_model_len. "abort": cut by a pause with mode abort."""
+    """`stop`: a stop token. `length`: max_tokens or max_model_len. `abort`: cut by a pause."""
 
 
 class TokenLogprob(msgspec.Struct):
@@ -58,7 +58,7 @@ decode_response = msgspec.json.Decoder(GenerateResponse).decode
 
 
 class EngineClient:
-    """Asynchronous client of one vLLM server. Use as `async with EngineClient(url) as client`, or call `close`."""
+    """Asynchronous client of one vLLM server: `async with EngineClient(url) as client`."""
 
     def __init__(self, url: str, *, timeout_seconds: float = 1800.0) -> None:
         """
@@ -95,12 +95,15 @@ class EngineClient:
         """Sample n responses to one prompt in one request.
 
         Args:
+            stop_token_ids: the only tokens that end a response.
             temperature: 0 is greedy; the log-probabilities then are those at temperature 1.
-            seed: makes the n responses reproducible for the same weights and the same batch composition; the engine
-                then draws sequence by sequence, which is slower. None: from the engine's own seed.
+            seed: makes the n responses reproducible for the same weights and the same batch
+                composition; the engine then draws sequence by sequence, which is slower. None: from
+                the engine's own seed.
 
         Raises:
-            EngineError: the call failed, or the answer is not n responses with one finite log-probability per token.
+            EngineError: the call failed, or the answer is not n responses with one finite
+                log-probability per token.
         """
         sampling = {
             "n": n,
@@ -108,6 +111,7 @@ class EngineClient:
             "temperature": temperature,
             "top_p": top_p,
             "stop_token_ids": list(stop_token_ids),
+            "ignore_eos": True,  # config.json's eos_token_id stops nothing unless it is named
             "logprobs": 0,  # the sampled token's only
             "detokenize": False,
             "seed": seed,
@@ -118,30 +122,37 @@ class EngineClient:
             choices = decode_response(answer).choices
             completions = [completion_of(choice) for choice in choices]
         except (msgspec.MsgspecError, ValueError) as error:
-            raise EngineError(f"{self.url}/inference/v1/generate: {error}: {shorten(answer)}") from error
+            raise EngineError(
+                f"{self.url}/inference/v1/generate: {error}: {shorten(answer)}"
+            ) from error
         if len(completions) != n:
             raise EngineError(f"{self.url}: asked for {n} responses, got {len(completions)}")
         return completions
 
     async def pause(self, mode: Literal["keep", "wait", "abort"] = "keep") -> None:
-        """Stop sampling: `keep` freezes what runs, `wait` lets it finish, `abort` returns it as it is."""
+        """Stop sampling: `keep` freezes what runs, `wait` lets it end, `abort` returns it as is."""
         await self._call("POST", f"/pause?mode={mode}")
 
     async def resume(self) -> None:
         await self._call("POST", "/resume")
 
     async def init_weight_transfer(self, init_info: Mapping[str, Any] | None = None) -> None:
-        """Once per engine, before the first update. The shared-memory backend needs no `init_info`."""
-        await self._call("POST", "/init_weight_transfer_engine", {"init_info": dict(init_info or {})})
+        """Once per engine, before the first update. Shared memory needs no `init_info`."""
+        await self._call(
+            "POST", "/init_weight_transfer_engine", {"init_info": dict(init_info or {})}
+        )
 
     async def update_weights(
         self, update_info: Mapping[str, Any] | Sequence[Mapping[str, Any]], version: int
     ) -> None:
         """Replace the weights and stamp what follows with `version`. The engine must be paused.
 
+        A sequence in flight goes on under the new weights, keys and values of its earlier tokens
+        included, so that each token's log-probability is that of the policy it is stamped with.
+
         Args:
-            update_info: of the engine's backend; for shared memory {"path": ..., "num_bytes": ...}. A sequence is
-                handed out in order, one per worker.
+            update_info: of the engine's backend; for shared memory {"path": ..., "num_bytes": ...}.
+                A sequence is handed out in order, one per worker.
 
         Raises:
             EngineError: the engine now holds a mixture of two versions and must not be resumed.
@@ -152,8 +163,14 @@ class EngineClient:
         await self.reset_prefix_cache()
 
     async def reset_prefix_cache(self) -> None:
-        """Forget keys and values of earlier weights, except those of sequences still running."""
-        await self._call("POST", "/reset_prefix_cache")
+        """Forget all keys and values. Sequences in flight compute theirs again when they go on.
+
+        Without `reset_running_requests` vLLM keeps the whole cache while any sequence is in flight
+        and answers success=false: new groups would then attend to keys of the weights before.
+        """
+        answer = await self._call("POST", "/reset_prefix_cache?reset_running_requests=true")
+        if not msgspec.json.decode(answer).get("success"):
+            raise EngineError(f"{self.url}/reset_prefix_cache: not reset: {shorten(answer)}")
 
     async def set_version(self, version: int) -> None:
         """Name the weights that the engine holds already."""
@@ -167,7 +184,8 @@ class EngineClient:
     async def _call(self, method: str, path: str, body: Any = None) -> bytes:
         if self._session is None:
             self._session = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(limit=0),  # the default of 100 would hold groups back
+                # The default limit of 100 connections would hold groups back.
+                connector=aiohttp.TCPConnector(limit=0),
                 timeout=aiohttp.ClientTimeout(total=self.timeout_seconds),
             )
         payload = None if body is None else msgspec.json.encode(body)
@@ -177,12 +195,15 @@ class EngineClient:
                 method, self.url + path, data=payload, headers=headers
             ) as response:
                 answer = await response.read()
-        except asyncio.TimeoutError as error:
-            raise EngineError(f"{self.url}{path}: no answer in {self.timeout_seconds:.0f} seconds") from error
+        except TimeoutError as error:
+            raise EngineError(
+                f"{self.url}{path}: no answer in {self.timeout_seconds:.0f} seconds"
+            ) from error
         except aiohttp.ClientError as error:
             raise EngineError(f"{self.url}{path}: {type(error).__name__}: {error}") from error
         if response.status != 200:
-            raise EngineError(f"{self.url}{path}: status {response.status}: {shorten(answer)}")
+            message = f"{self.url}{path}: status {response.status}: {shorten(answer)}"
+            raise EngineError(message, response.status)
         return answer
 
 
@@ -201,7 +222,9 @@ def completion_of(choice: Choice) -> Completion:
         if not math.isfinite(logprob) or logprob <= LOWEST_LOGPROB:
             raise ValueError(f"the log-probability of token {token} is {logprob}")
     return Completion(
-        token_ids, logprobs, versions_per_token(choice.weight_versions or [], len(token_ids)),
+        token_ids,
+        logprobs,
+        versions_per_token(choice.weight_versions or [], len(token_ids)),
         choice.finish_reason or "abort",
     )
 

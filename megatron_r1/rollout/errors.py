@@ -2,4 +2,12 @@
 
 
 class EngineError(RuntimeError):
-    """An engine did not start, died, refused a call or answered nonsense. The message says which and where to look."""
+    """An engine did not start, died, refused a call or answered nonsense. The message says which,
+    and where to look.
+
+    `status` is the HTTP status if there was an answer.
+    """
+
+    def __init__(self, message: str, status: int | None = None) -> None:
+        super().__init__(message)
+        self.status = status

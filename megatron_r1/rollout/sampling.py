@@ -61,7 +61,9 @@ class Collected:
 class Rollouts:
     """Joins engines, tokenizer, prompt template and reward workers."""
 
-    def __init__(self, fleet: RolloutFleet, pool: RewardPool, text: PromptText, rewards: RewardsConfig):
+    def __init__(
+        self, fleet: RolloutFleet, pool: RewardPool, text: PromptText, rewards: RewardsConfig
+    ):
         self.fleet, self.pool, self.text, self.rewards = fleet, pool, text, rewards
 
     async def collect(self, prompts: list[Prompt], sampling: Sampling) -> Collected:

@@ -19,7 +19,7 @@ from megatron_r1.rollout.errors import EngineError
 
 STOP_GRACE_SECONDS = 5.0
 POLL_SECONDS = 0.05
-# "ValueError: ...", also behind vLLM's "(EngineCore pid=12) " and "ERROR 01-31 12:00:00 [core.py:1] ".
+# "ValueError: ...", also behind what vLLM puts before it: "(EngineCore pid=12) ERROR ... ".
 ERROR_LINE = re.compile(r"(?:^|[\s\]])((?:\w+\.)*\w*(?:Error|Exception)\w*: \S.*)$")
 LOG_PREFIX = re.compile(r"^(\(\w+ pid=\d+\) )?([A-Z]+ [\d-]+ [\d:]+ \[[^\]]+\] )?")
 
@@ -27,13 +27,13 @@ LOG_PREFIX = re.compile(r"^(\(\w+ pid=\d+\) )?([A-Z]+ [\d-]+ [\d:]+ \[[^\]]+\] )
 class EngineServer:
     """A vLLM API server and the processes under it.
 
-    They end with this process, whatever ends it, and also with the thread that calls `start`: call it from one that lives
-    as long as the engine should (the main thread).
+    They end with this process, whatever ends it, and also with the thread that calls `start`: call
+    it from one that lives as long as the engine should (the main thread).
 
-    Log-probabilities are `processed_logprobs`: log softmax(logits / temperature) of the sampled token, in fp32, after the
-    top-p cut if there is one. So a trainer equals them by dividing its logits by the same temperature, and only with
-    top_p = 1: a cut renormalizes over the tokens that are left. Greedy sampling (temperature 0) reports the
-    distribution at temperature 1.
+    Log-probabilities are `processed_logprobs`: log softmax(logits / temperature) of the sampled
+    token, in fp32, after the top-p cut if there is one. So a trainer equals them by dividing its
+    logits by the same temperature, and only with top_p = 1: a cut renormalizes over the tokens that
+    are left. Greedy sampling (temperature 0) reports the distribution at temperature 1.
     """
 
     def __init__(
@@ -63,8 +63,10 @@ class EngineServer:
             max_model_len: prompt plus response, tokens.
             max_num_seqs: sequences decoded together.
             num_threads: OpenMP threads (CPU only).
-            kv_cache_gib: memory for keys and values (CPU only; on a GPU see vLLM's --gpu-memory-utilization).
-            prefix_caching: share the prompt's keys and values within a group. vLLM turns it off for MLA on CPU.
+            kv_cache_gib: memory for keys and values (CPU only; on a GPU see vLLM's
+                --gpu-memory-utilization).
+            prefix_caching: share the prompt's keys and values within a group. vLLM turns it off for
+                MLA on CPU.
             weight_transfer_backend: a name registered by `vllm_plugin`.
             extra_args, extra_env: handed to vLLM as they are; they win.
         """
@@ -81,7 +83,8 @@ class EngineServer:
             "--enable-prefix-caching" if prefix_caching else "--no-enable-prefix-caching",
             *("--weight-transfer-config", json.dumps({"backend": weight_transfer_backend})),
             *("--logprobs-mode", "processed_logprobs", "--generation-config", "vllm"),
-            *("--enable-scale-out", "--skip-tokenizer-init", "--disable-uvicorn-access-log"),
+            *("--enable-scale-out", "--skip-tokenizer-init"),
+            *("--disable-log-stats", "--disable-uvicorn-access-log"),
             *(["--enforce-eager"] if device == "cpu" else []),
             *extra_args,
         ]
@@ -115,7 +118,8 @@ class EngineServer:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,  # Ctrl-C is the controller's to handle; stop() signals the whole group
+                # Ctrl-C is the controller's to handle, and stop() signals the whole group.
+                start_new_session=True,
             )
 
     def wait_ready(self, timeout_seconds: float = 300.0) -> None:
@@ -134,7 +138,8 @@ class EngineServer:
             time.sleep(POLL_SECONDS)
         self.stop()
         raise EngineError(
-            f"the engine was not ready after {timeout_seconds:.0f} seconds; its log ends:\n{self.log_excerpt()}"
+            f"the engine was not ready after {timeout_seconds:.0f} seconds; {self.log_path} says:\n"
+            f"{self.log_excerpt()}"
         )
 
     def is_alive(self) -> bool:
@@ -155,7 +160,11 @@ class EngineServer:
     def describe_end(self) -> str:
         """How the process ended and what its log says, root cause first."""
         code = self.process.poll() if self.process else None
-        how = f"signal {signal.Signals(-code).name}" if code is not None and code < 0 else f"exit code {code}"
+        how = (
+            f"signal {signal.Signals(-code).name}"
+            if code is not None and code < 0
+            else f"exit code {code}"
+        )
         return f"{how}; from {self.log_path}:\n{self.log_excerpt()}"
 
     def log_excerpt(self) -> str:
@@ -166,7 +175,7 @@ class EngineServer:
 
 
 def excerpt(log: str, num_last_lines: int = 5) -> str:
-    """The first line that names an error (later ones are its echoes in other processes), then the last lines."""
+    """The first line that names an error (later ones are its echoes), then the last lines."""
     lines = [LOG_PREFIX.sub("", line).rstrip() for line in log.splitlines()]
     lines = [line for line in lines if line.strip(" ^~")]
     cause = next((m.group(1) for line in lines if (m := ERROR_LINE.search(line))), None)
@@ -183,7 +192,10 @@ def check_model_folder(model: Path) -> None:
     """
     config = model / "config.json"
     if not config.is_file():
-        raise EngineError(f"{model} is not a model folder: it has no config.json (export one with `tools/convert to-hf`)")
+        raise EngineError(
+            f"{model} is not a model folder: it has no config.json; name a folder in Hugging Face "
+            "format, such as the hf/ of a run"
+        )
     try:
         architectures = json.loads(config.read_text(encoding="utf-8")).get("architectures")
     except (ValueError, AttributeError) as error:
@@ -210,5 +222,8 @@ def engine_environment(device: str, num_threads: int, kv_cache_gib: int) -> dict
             "OMP_NUM_THREADS": str(num_threads),
             # Threads that wait for work must not spin: the trainer computes on the same cores.
             "OMP_WAIT_POLICY": "passive",
+            # vLLM compiles a function that ranks the sampled token; nobody asks for ranks, and gcc
+            # takes 20 s.
+            "TORCHDYNAMO_DISABLE": "1",
         }
     return env

@@ -7,7 +7,6 @@ import os
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Awaitable, Callable, Sequence
 
 from megatron_r1 import processes
@@ -40,6 +39,7 @@ def start_controller(arguments: list[str]) -> tuple[subprocess.Popen, str]:
 
 
 Body = Callable[[Recorder, TrainerClient, StopRequest], Awaitable[None]]
+"""Gets the trainer while its ranks are still starting: it awaits `trainer.connect()`."""
 
 
 def run_stage(
@@ -68,20 +68,13 @@ async def _run_stage(config, name, facts, body: Body, next_commands) -> None:
         )
         port, ranks = os.environ.get(PORT), int(os.environ.get(WORLD_SIZE, 0))
         bind = f"tcp://*:{port}" if port else "tcp://127.0.0.1:*"
-        trainer = TrainerClient(config, folder.path / "logs", bind)
+        trainer = TrainerClient(config, folder.path / "logs", bind, ranks or None)
         outcome = "stopped"
         try:
             if recorder.resumed:
                 recorder.view.message(f"continuing after step {recorder.state.step}")
-            recorder.view.phase("starting trainer")
             if not ranks:
                 trainer.launch()
-            start = time.perf_counter()
-            await trainer.connect(ranks or config.parallel.processes)
-            recorder.view.message(
-                f"trainer ready in {time.perf_counter() - start:.0f} s: "
-                f"{trainer.num_parameters / 1e6:,.2f}M parameters"
-            )
             await body(recorder, trainer, stop)
             if recorder.state.step >= config.run.steps:
                 recorder.view.phase("exporting", str(folder.hf))

@@ -11,6 +11,7 @@ from megatron_r1.config import Config
 from megatron_r1.data.prompts import PromptSplit, load_prompts
 from megatron_r1.data.sampler import PromptSampler
 from megatron_r1.data.text import PromptText
+from megatron_r1.models import read_hf_config
 from megatron_r1.reporting.recorder import Recorder
 from megatron_r1.rewards.pool import RewardPool
 from megatron_r1.rl.loop import train
@@ -30,8 +31,8 @@ def run(config: Config) -> None:
     if config.model.init != "load":
         raise ValueError("model.init: rl needs a model to start from; make one with sft, then load")
     text = PromptText(config.model.path, config.data.template)
-    questions = config.data.model_dump(exclude={"template"})
-    prompts = load_prompts(**questions)
+    _model_length(config)
+    prompts = load_prompts(**config.data.model_dump(exclude={"template"}))
     facts = [
         config.model.path,
         config.data.task or str(config.data.path),
@@ -57,11 +58,14 @@ async def _with_engines(
         config.rewards.timeout_seconds,
         int(config.rewards.memory_gib * 1024**3),
     )
-    fleet = RolloutFleet(...)
+    fleet = _fleet(config, recorder.folder.path / "logs", first_step=recorder.state.step)
     staging = _staging_folder(recorder.folder.path)
     try:
-        recorder.view.phase("starting engines", f"{config.rollout.engines} x vLLM")
-        await fleet.start()
+        recorder.view.phase("starting", f"trainer and {config.rollout.engines} x vLLM")
+        # Every engine gets the trainer's weights before it samples; those it starts with do not matter.
+        engines_start = fleet.start(config.model.path, version=recorder.state.step - 1)
+        await asyncio.gather(trainer.connect(), engines_start)
+        recorder.view.message(f"{trainer.num_parameters / 1e6:,.2f}M parameters")
         session = Session(
             config,
             recorder,
@@ -78,6 +82,43 @@ async def _with_engines(
     finally:
         await asyncio.gather(fleet.close(), pool.close())
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _fleet(config: Config, logs: Path, first_step: int) -> RolloutFleet:
+    from megatron_r1 import platform  # imports torch; the trainer is starting meanwhile
+
+    rollout = config.rollout
+    return RolloutFleet(
+        rollout.engines,
+        logs,
+        start_timeout_seconds=rollout.start_timeout_seconds,
+        request_timeout_seconds=rollout.request_timeout_seconds,
+        device="cuda" if platform.has_gpu() else "cpu",
+        dtype=rollout.dtype,
+        max_model_len=_model_length(config),
+        max_num_seqs=rollout.max_num_seqs,
+        # A run that continues must not draw the numbers of its beginning again.
+        seed=config.run.seed * 1_000_003 + first_step,
+        kv_cache_gib=rollout.kv_cache_gib,
+        extra_args=["--load-format", "dummy"],
+    )
+
+
+def _model_length(config: Config) -> int:
+    """Tokens of prompt and response an engine has room for."""
+    limit = int(read_hf_config(config.model.path)["max_position_embeddings"])
+    wanted = config.rollout.max_model_len or limit
+    if wanted > limit:
+        raise ValueError(
+            f"rollout.max_model_len: {wanted} is more than the model's {limit} positions "
+            f"({config.model.path}/config.json: max_position_embeddings)"
+        )
+    if config.rollout.max_response_tokens >= wanted:
+        raise ValueError(
+            f"rollout.max_response_tokens: {config.rollout.max_response_tokens} leaves no room for "
+            f"a prompt within {wanted} tokens; lower it"
+        )
+    return wanted
 
 
 def _staging_folder(run_folder: Path) -> Path:

@@ -40,6 +40,9 @@ async def _train(
     stop: StopRequest,
 ) -> None:
     state = recorder.state
+    recorder.view.phase("starting trainer")
+    await trainer.connect()
+    recorder.view.message(f"{trainer.num_parameters / 1e6:,.2f}M parameters")
     if recorder.checkpoint is not None:
         folder = str(recorder.checkpoint)
         await trainer.call("load_checkpoint", folder=folder, reference=False)

@@ -27,7 +27,15 @@ class TrainerError(RuntimeError):
 class TrainerClient:
     """All trainer ranks as one: every call runs on all of them and returns the last stage's answer."""
 
-    def __init__(self, config: Config, log_folder: Path, bind: str = "tcp://127.0.0.1:*"):
+    def __init__(
+        self,
+        config: Config,
+        log_folder: Path,
+        bind: str = "tcp://127.0.0.1:*",
+        world_size: int | None = None,
+    ):
+        """bind: where ranks come to; world_size: how many, if others start them (torchrun)."""
+        self._world_size = world_size or config.parallel.processes
         self.config, self.log_folder = config, Path(log_folder)
         self._socket = zmq.asyncio.Context.instance().socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
@@ -65,10 +73,10 @@ class TrainerClient:
             command = [sys.executable, "-m", "megatron_r1.training.worker", settings, self.address]
             self._processes.append(processes.start(command, self._log(rank), environment))
 
-    async def connect(self, world_size: int) -> None:
-        """Wait until every rank has built its model. Raises TrainerError with the first rank's reason."""
-        replies = await self._gather(world_size)
-        self._places = [replies[rank] for rank in range(world_size)]
+    async def connect(self) -> None:
+        """Wait until every rank has built its model. Raises TrainerError with the first one's reason."""
+        replies = await self._gather(self._world_size)
+        self._places = [replies[rank] for rank in range(self._world_size)]
 
     async def load(self, minibatches: list[list[Sample]]) -> None:
         """Send each data-parallel rank its own share of every mini-batch, packed into micro-batches."""

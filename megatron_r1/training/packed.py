@@ -21,7 +21,8 @@ class PackedBatch:
 
     input_ids, position_ids: (1, T) int64; packed_seq_params: sample borders, for attention;
     targets: (T,) int64; is_response: (T,) bool, whether the target is a response token;
-    sample_index: (T,) int64; response_lengths: (S,) int64; advantages: (T,) fp32;
+    sample_index: (T,) int64; response_lengths: (S,) int64, and a 0 more where there is padding;
+    num_samples: S; advantages: (T,) fp32;
     rollout_logprobs: (T,) fp32, the engine's, 0 outside responses;
     logprobs: fp32 (T,) by name ("old", "reference"), filled in by the trainer.
     """
@@ -33,24 +34,23 @@ class PackedBatch:
     is_response: Tensor
     sample_index: Tensor
     response_lengths: Tensor
+    num_samples: int
     advantages: Tensor
     rollout_logprobs: Tensor
     logprobs: dict[str, Tensor] = field(default_factory=dict)
 
-    @property
-    def num_samples(self) -> int:
-        return len(self.response_lengths)
-
 
 def packed_batch(samples: list[Sample], multiple_of: int, device: torch.device) -> PackedBatch:
-    """Pack `samples`; T is padded to `multiple_of` (sequence parallelism splits it) by a dummy sample."""
+    """Pack `samples`, possibly none. T is padded to `multiple_of`, which sequence parallelism splits,
+    by a sample that counts nothing."""
     ids = [torch.frombuffer(bytearray(s.token_ids), dtype=torch.int32).long() for s in samples]
-    lengths = torch.tensor([len(i) for i in ids])
-    response_lengths = lengths - torch.tensor([s.prompt_length for s in samples])
-    padding = -int(lengths.sum()) % multiple_of
+    prompt_lengths = [s.prompt_length for s in samples]
+    padding = -sum(len(i) for i in ids) % multiple_of if ids else multiple_of
     if padding:
         ids.append(torch.zeros(padding, dtype=torch.int64))
-        lengths = torch.cat([lengths, torch.tensor([padding])])
+        prompt_lengths.append(padding)
+    lengths = torch.tensor([len(i) for i in ids])
+    response_lengths = lengths - torch.tensor(prompt_lengths)
     tokens = torch.cat(ids)
     ends = lengths.cumsum(0)
     starts = ends - lengths
@@ -81,8 +81,9 @@ def packed_batch(samples: list[Sample], multiple_of: int, device: torch.device) 
         packed_seq_params=params,
         targets=torch.roll(tokens, -1).to(device),
         is_response=is_response.to(device),
-        sample_index=sample_index.clamp(max=len(samples) - 1).to(device),
+        sample_index=sample_index.to(device),
         response_lengths=response_lengths.to(device),
+        num_samples=len(samples),
         advantages=advantages.to(device),
         rollout_logprobs=rollout_logprobs.to(device),
     )

@@ -14,7 +14,8 @@ def pack(lengths: list[int], ranks: int, limit: int) -> list[list[list[int]]]:
     """Distribute samples of `lengths` tokens: result[rank][microbatch] = sample indices.
 
     Longest first onto the lightest bin, with the fewest micro-batches per rank that respect `limit`.
-    No micro-batch is empty. Raises ValueError when there are fewer samples than ranks.
+    A micro-batch is empty only where samples are too few to go round.
+    Raises ValueError when there are fewer samples than ranks.
     """
     if len(lengths) < ranks:
         raise ValueError(
@@ -22,14 +23,13 @@ def pack(lengths: list[int], ranks: int, limit: int) -> list[list[list[int]]]:
             "use larger mini-batches or fewer ranks"
         )
     longest = max(lengths)
-    most = len(lengths) // ranks
-    fewest = max(1, -(-sum(lengths) // (ranks * limit)))
-    bins: list[list[int]] = []
-    for per_rank in range(min(fewest, most), most + 1):
+    per_rank = -(-sum(lengths) // (ranks * limit))
+    while True:
         bins = _longest_first(lengths, ranks * per_rank)
-        heaviest = max(sum(lengths[i] for i in members) for members in bins)
-        if heaviest <= max(limit, longest):
+        # Ends at the latest when every sample has a bin of its own.
+        if max(sum(lengths[i] for i in members) for members in bins) <= max(limit, longest):
             break
+        per_rank += 1
     # Bins of like weight side by side: micro-batch m of every rank runs at the same time.
     bins.sort(key=lambda members: -sum(lengths[i] for i in members))
     return [bins[rank::ranks] for rank in range(ranks)]

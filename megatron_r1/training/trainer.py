@@ -54,9 +54,7 @@ class Trainer:
             expert_bias_update_rate=config.model.expert_bias_update_rate,
             init_method_std=config.model.init_std,
         )
-        model = models.build_model(
-            self.hf, self.transformer, with_mtp=config.model.mtp != "none"
-        )
+        model = models.build_model(self.hf, self.transformer, with_mtp=config.model.mtp != "none")
         if config.model.mtp == "frozen":
             models.freeze_mtp(model)
         self.bare = [model.to(platform.device())]
@@ -167,10 +165,9 @@ class Trainer:
         metrics |= {"grad_norm": float(grad_norm), "step_taken": float(succeeded)}
         return metrics
 
-    def write_weights(self, path: str, dtype: str) -> int:
-        """All ranks together lay the present weights out at `path` in safetensors format; its bytes."""
+    def write_weights(self, path: str, dtype: str) -> None:
+        """All ranks together lay the present weights out at `path`, in safetensors format."""
         weights.write_hf(self.bare, self.hf, Path(path), dtype=DTYPES[dtype])
-        return Path(path).stat().st_size
 
     def export(self, folder: str, dtype: str | None = None) -> None:
         """Write a complete Hugging Face folder: weights, config and tokenizer."""
@@ -196,7 +193,8 @@ class Trainer:
         for chunk in self.chunks:
             chunk.eval()
         compute = partial(self._logprobs_only, name, temperature)
-        self._run(batches, compute, forward_only=True)
+        with torch.no_grad():  # forward_only alone leaves Megatron recording a graph
+            self._run(batches, compute, forward_only=True)
 
     def _run(self, batches: list[PackedBatch], compute, forward_only: bool) -> list[Any]:
         """Megatron's pipeline schedule over `batches`; what `compute` reported, on the last stage."""
@@ -207,7 +205,10 @@ class Trainer:
             batch = next(iterator)
             labels = {}
             if train_mtp:
-                labels = {"labels": batch.targets[None], "loss_mask": batch.is_response[None].float()}
+                labels = {
+                    "labels": batch.targets[None],
+                    "loss_mask": batch.is_response[None].float(),
+                }
             hidden = model(
                 batch.input_ids,
                 batch.position_ids,

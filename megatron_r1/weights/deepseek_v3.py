@@ -55,13 +55,11 @@ def _attention(hf: dict) -> list[Rule]:
     if rank := hf.get("q_lora_rank"):
         up, query_shape = m + "linear_q_up_proj.", (heads * (nope + rope), rank)
         query = [
-            # Megatron's own layers split the down-projections; Transformer Engine's keep them whole.
             _rule(
                 m + "linear_q_down_proj.weight",
                 h + "q_a_proj.weight",
                 (rank, hidden),
-                columns,
-                te_split=whole,
+                whole,
             ),
             _rule(
                 m + "q_layernorm.weight", h + "q_a_layernorm.weight", (rank,), whole, te=up + norm
@@ -73,7 +71,7 @@ def _attention(hf: dict) -> list[Rule]:
     return [
         _rule("input_layernorm.weight", "input_layernorm.weight", (hidden,), whole),
         *query,
-        _rule(down + "weight", h + "kv_a_proj_with_mqa.weight", kv_a, columns, te_split=whole),
+        _rule(down + "weight", h + "kv_a_proj_with_mqa.weight", kv_a, whole),
         _rule(
             m + "kv_layernorm.weight", h + "kv_a_layernorm.weight", (latent,), whole, te=up + norm
         ),

@@ -148,13 +148,11 @@ def _placed(rules: Table, with_mtp: bool) -> Iterator[tuple[str, Rule]]:
 
 
 def _entries(rule: Rule, prefix: str, at: Shard, num_experts: int) -> Iterator[tuple[str, Entry]]:
-    name, split = rule.megatron, rule.split
-    if at.transformer_engine:
-        name, split = rule.te or name, rule.te_split or split
+    name = (at.transformer_engine and rule.te) or rule.megatron
     rank, ranks = at.etp if rule.expert else at.tp
-    shape, pieces = split(rule.sources, rank, ranks)
+    shape, pieces = rule.split(rule.sources, rank, ranks)
     # Replicas of an expert along the tensor axis belong to the expert-data-parallel group.
-    owner = rule.expert or rank == 0 or split is not whole
+    owner = rule.expert or rank == 0 or rule.split is not whole
     group, groups = at.ep
     if rule.expert and num_experts % groups:
         raise ValueError(f"expert_parallel={groups} does not divide n_routed_experts={num_experts}")

@@ -43,8 +43,8 @@ Split = Callable[[tuple[Source, ...], int, int], tuple[Shape, list[Piece]]]
 class Rule:
     """One Megatron parameter (or buffer) and the HF tensors it holds.
 
-    megatron: name relative to its layer, with Megatron's own layers. te, te_split: name and split where
-    Transformer Engine's layers differ. `{e}` in a name is an expert: the local index on the Megatron side, the
+    megatron: name relative to its layer, with Megatron's own layers. te: its name where Transformer
+    Engine's layers call it otherwise. `{e}` in a name is an expert: the local index on the Megatron side, the
     global one on the HF side. dtype: set where the tensor keeps its own, whatever the model's.
     """
 
@@ -52,7 +52,6 @@ class Rule:
     sources: tuple[Source, ...]
     split: Split
     te: str | None = None
-    te_split: Split | None = None
     dtype: str | None = None
 
     @property

@@ -1,7 +1,8 @@
-"""The part of megatron-r1 that runs inside vLLM. Imports torch and vllm (with what they bring), nothing of the rest.
+"""The part of megatron-r1 that runs inside vLLM. Imports torch and vllm (with what they bring),
+nothing of the rest.
 
-vLLM calls `register` in every one of its processes (entry point group `vllm.general_plugins`). A new way of moving
-weights is one new file beside `shm.py` plus one line in `BACKENDS`.
+vLLM calls `register` in every one of its processes (entry point group `vllm.general_plugins`). A
+new way of moving weights is one new file beside `shm.py` plus one line in `BACKENDS`.
 """
 
 import multiprocessing
@@ -13,7 +14,7 @@ BACKENDS = {
 
 
 def register() -> None:
-    """Add our weight-transfer backends to vLLM and mend its CPU build. Safe to call more than once."""
+    """Add our weight-transfer backends and mend vLLM's CPU build. Safe to call repeatedly."""
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
     from megatron_r1.rollout.vllm_plugin import cpu_mends, lifetime

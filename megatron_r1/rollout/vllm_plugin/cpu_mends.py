@@ -1,5 +1,6 @@
-"""Two bugs of vLLM 0.32's CPU build that give wrong log-probabilities without any error. Each mend is active on CPU only
-and goes when upstream is fixed; tests/system/test_engine.py compares with transformers and would show it.
+"""Two bugs of vLLM 0.32's CPU build that give wrong log-probabilities without any error. Each mend
+is active on CPU only and goes when upstream is fixed; tests/system/test_engine.py compares with
+transformers and would show it.
 """
 
 import torch
@@ -7,7 +8,10 @@ from vllm.platforms import current_platform
 
 
 def heads_are_adjacent(x: torch.Tensor | None, head_size: int) -> bool:
-    """Whether `x`, [num_tokens, heads * head_size] or [num_tokens, heads, head_size], holds a token's heads in one run."""
+    """Whether a token's heads lie in one run.
+
+    x: [num_tokens, heads * head_size] or [num_tokens, heads, head_size], possibly strided.
+    """
     if x is None:
         return True
     if x.dim() == 3 and x.shape[1] > 1 and x.stride(1) != head_size:
@@ -16,11 +20,13 @@ def heads_are_adjacent(x: torch.Tensor | None, head_size: int) -> bool:
 
 
 def mend_strided_rotary() -> None:
-    """Rotate MLA's q_pe correctly when rope is plain (YaRN has its own class, which never takes this path).
+    """Rotate MLA's q_pe correctly when rope is plain (YaRN has its own class, which never takes
+    this path).
 
-    Answers vllm/model_executor/layers/rotary_embedding/base.py:298 (`RotaryEmbedding.forward_cpu`): the C++ operator
-    assumes that a token's heads lie head_size apart, but MLA passes the view q[..., nope:], whose heads lie
-    nope + rope apart. Such views take the PyTorch version; every other model keeps the C++ operator.
+    Answers vllm/model_executor/layers/rotary_embedding/base.py:298 (`RotaryEmbedding.forward_cpu`):
+    the C++ operator assumes that a token's heads lie head_size apart, but MLA passes the view
+    q[..., nope:], whose heads lie nope + rope apart. Such views take the PyTorch version; every
+    other model keeps the C++ operator.
     """
     if not current_platform.is_cpu():
         return
@@ -44,11 +50,14 @@ def mend_strided_rotary() -> None:
 
 
 def forget_moe_kernels(model: torch.nn.Module) -> None:
-    """Make the next layerwise reload repack the experts' weights. Call before `initialize_layerwise_reload`.
+    """Make the next layerwise reload repack the experts' weights. Call before
+    `initialize_layerwise_reload`.
 
-    Answers vllm/model_executor/layers/fused_moe/unquantized_fused_moe_method.py:166 (`_setup_kernel`): once
-    `moe_kernel` is set it skips `fused_experts.process_weights_after_loading`, which on CPU is what packs w13 and w2
-    into the layout of the grouped matrix product, so that a push leaves the experts of the previous version in place.
+    Answers vllm/model_executor/layers/fused_moe/unquantized_fused_moe_method.py:166
+    (`_setup_kernel`): once `moe_kernel` is set it skips
+    `fused_experts.process_weights_after_loading`, which on CPU is what packs w13 and w2 into the
+    layout of the grouped matrix product, so that a push leaves the experts of the previous version
+    in place.
     """
     if not current_platform.is_cpu():
         return

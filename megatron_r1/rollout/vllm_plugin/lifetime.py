@@ -10,8 +10,8 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 def die_with_parent() -> None:
     """Ask the kernel to SIGKILL this process when the thread that created it ends (Linux).
 
-    vLLM's engine core notices a vanished API server only at its next message, that is, never when idle: it would keep
-    its memory and its cores. Does nothing on systems without prctl.
+    vLLM's engine core notices a vanished API server only at its next message, that is, never when
+    idle: it would keep its memory and its cores. Does nothing on systems without prctl.
 
     Raises:
         OSError: the kernel refused.

@@ -1,8 +1,9 @@
-"""vLLM's API server, started the way this project needs it: `python -m megatron_r1.rollout.vllm_plugin.serve ARGS`.
+"""vLLM's API server, started the way this project needs it: `python -m
+megatron_r1.rollout.vllm_plugin.serve ARGS`.
 
-ARGS are those of `vllm serve`. Two things differ from vLLM's own entry: the server and its children die with their
-parent, and on CPU the engine core is forked instead of spawned, as vLLM does on GPU, so that torch and vllm are
-imported once and not twice (or three times).
+ARGS are those of `vllm serve`. Two things differ from vLLM's own entry: the server and its children
+die with their parent, and on CPU the engine core is forked instead of spawned, as vLLM does on GPU,
+so that torch and vllm are imported once and not twice (or three times).
 """
 
 import os
@@ -13,8 +14,9 @@ from megatron_r1.rollout.vllm_plugin import lifetime
 def fork_on_cpu() -> None:
     """Let vLLM fork its engine core on CPU.
 
-    Answers vllm/platforms/cpu.py:389 (`CpuPlatform.check_and_update_config`), which forces spawn so that each child
-    reads its own OpenMP settings when it loads. `EngineServer` sets them before the first process starts instead.
+    Answers vllm/platforms/cpu.py:389 (`CpuPlatform.check_and_update_config`), which forces spawn so
+    that each child reads its own OpenMP settings when it loads. `EngineServer` sets them before the
+    first process starts instead.
     """
     from vllm.platforms.cpu import CpuPlatform
 

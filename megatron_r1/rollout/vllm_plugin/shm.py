@@ -1,8 +1,10 @@
-"""Weight transfer on one host: the trainer writes a safetensors file into shared memory, the engine maps and reads it.
+"""Weight transfer on one host: the trainer writes a safetensors file into shared memory, the engine
+maps and reads it.
 
-The bytes are copied twice: file -> layer in checkpoint form -> the live tensor in kernel form (vLLM's layerwise reload,
-model_loader/reload/layerwise.py, which also refreshes MLA's absorbed W_UK_T and W_UV). Views of the mapping live until
-`finish_weight_update`, so a file must not be written again before then: one file per version.
+The bytes are copied twice: file -> layer in checkpoint form -> the live tensor in kernel form
+(vLLM's layerwise reload, model_loader/reload/layerwise.py, which also refreshes MLA's absorbed
+W_UK_T and W_UV). Views of the mapping live until `finish_weight_update`, so a file must not be
+written again before then: one file per version.
 """
 
 import os
@@ -53,15 +55,18 @@ class SharedMemoryEngine(WeightTransferEngine[SharedMemoryInit, SharedMemoryUpda
     def start_weight_update(self) -> None:
         """Put every layer into its checkpoint form, waiting for weights."""
         forget_moe_kernels(self.model)
+        distinct = {name for name, _ in self.model.named_parameters()}
+        every = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
         initialize_layerwise_reload(self.model)
-        self.missing = {name for name, _ in self.model.named_parameters()}
+        in_checkpoint_form = {name for name, _ in self.model.named_parameters()}
+        self.missing = in_checkpoint_form - (every - distinct)  # a tied head comes as embedding
 
     def receive_weights(self, update_info: SharedMemoryUpdate) -> None:
         """Load the tensors of one file. A version may come in several files.
 
         Raises:
-            ValueError: the file is absent, has another size, is not in safetensors format, or names a tensor that
-                the model does not know.
+            ValueError: the file is absent, has another size, is not in safetensors format, or names
+                a tensor that the model does not know.
         """
         loaded = self.model.load_weights(read_tensors(update_info))
         if not loaded:
@@ -72,7 +77,8 @@ class SharedMemoryEngine(WeightTransferEngine[SharedMemoryInit, SharedMemoryUpda
         """Bring the new weights into kernel form and let go of the files.
 
         Raises:
-            ValueError: the update was incomplete; the engine then holds a mixture and must not serve.
+            ValueError: the update was incomplete; the engine then holds a mixture and must not
+                serve.
         """
         problems = sorted(self.missing) + partly_loaded(self.model)
         finalize_layerwise_reload(self.model, self.model_config)
@@ -103,7 +109,8 @@ def read_tensors(update: SharedMemoryUpdate) -> Iterator[tuple[str, torch.Tensor
 
 
 def partly_loaded(model: torch.nn.Module) -> list[str]:
-    """Names of layers that got some of their elements but not all: a missing half of a fused tensor, or an expert.
+    """Names of layers that got some of their elements but not all: a missing half of a fused
+    tensor, or an expert.
 
     Call before finalize. Embeddings are exempt, as vLLM pads their rows.
     """

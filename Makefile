@@ -1,0 +1,47 @@
+# Everything a newcomer or CI types. Each target sets up what it needs.
+#   TORCH_INDEX=URL   wheel index that has the CPU build of torch, where the default one does not (see README)
+#   PYTHON=python3.12 the interpreter for .venv
+
+PYTHON ?= python3
+TORCH_INDEX ?=
+VENV := .venv
+BIN := $(VENV)/bin
+LOCK := requirements/cpu.lock
+INSTALLED := $(VENV)/.installed
+INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+
+.PHONY: setup demo test test-all lint format bench clean
+
+setup: $(INSTALLED)
+
+$(INSTALLED): $(LOCK) setup.py pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, found %d.%d: make PYTHON=python3.12" % sys.version_info[:2])'
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "this Python cannot make virtual environments: install python3-venv (apt-get install python3-venv)"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(INDEX) -r $(LOCK)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@$(BIN)/python -c 'import torch' 2>/dev/null || { echo "torch does not import: the index in use serves its CUDA build only. Run: make setup TORCH_INDEX=<the URL of PyTorch's CPU wheels, on its Get Started page>"; exit 1; }
+	@touch $@
+
+demo: setup
+	$(BIN)/python -m examples.laptop.demo
+
+test: setup
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: setup
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: setup
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: setup
+	$(BIN)/python tools/bench step
+
+clean:
+	rm -rf $(VENV) runs build *.egg-info

@@ -1,0 +1,425 @@
+"""A real vLLM server against transformers: log-probabilities, pushes, versions, and how things end.
+
+Oracle: fp32 log-probabilities by transformers of the tokens that the engine sampled.
+"""
+
+import asyncio
+import concurrent.futures
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_r1.rollout.client import EngineClient
+from megatron_r1.rollout.errors import EngineError
+from megatron_r1.rollout.fleet import RolloutFleet
+from megatron_r1.rollout.server import EngineServer
+
+# fp32 on both sides, sums of a few hundred terms in another order: about 4e-6 is seen.
+TOLERANCE = 1e-4
+ENGINE = {"max_model_len": 256, "max_num_seqs": 64}
+PROMPTS = [[5, 9, 33, 12], [60], list(range(3, 40))]
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+}
+# vLLM's MLA kernel for the CPU wants kv_lora_rank 512 and qk_rope_head_dim 64.
+DEEPSEEK = {
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "model_type": "deepseek_v3",
+    "vocab_size": 67,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "moe_intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "n_shared_experts": 1,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "n_group": 2,
+    "topk_group": 1,
+    "routed_scaling_factor": 2.5,
+    "first_k_dense_replace": 1,
+    "moe_layer_freq": 1,
+    "norm_topk_prob": True,
+    "topk_method": "noaux_tc",
+    "scoring_func": "sigmoid",
+    "q_lora_rank": 96,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 32,
+    "hidden_act": "silu",
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-6,
+    "rope_parameters": YARN,
+    "rope_interleave": True,
+    "attention_bias": False,
+    "tie_word_embeddings": False,
+    "num_nextn_predict_layers": 0,
+}
+PLAIN_ROPE = DEEPSEEK | {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
+QWEN = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "model_type": "qwen2",
+    "vocab_size": 67,
+    "hidden_size": 128,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "hidden_act": "silu",
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-6,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    "tie_word_embeddings": True,
+}
+
+
+def write_model(folder, config, seed):
+    """Write random weights of `config` as transformers would, under per-expert names."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config | {"torch_dtype": "float32"}))
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)).float()
+    draw = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for _, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            if tensor.requires_grad and tensor.dim() == 1:
+                tensor.copy_(1 + 0.2 * torch.randn(tensor.shape, generator=draw))
+            elif tensor.requires_grad:
+                tensor.copy_(0.08 * torch.randn(tensor.shape, generator=draw))
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.copy_(0.1 * torch.randn(buffer.shape, generator=draw))
+    model.save_pretrained(folder)
+    (folder / "config.json").write_text(json.dumps(config | {"torch_dtype": "float32"}))
+
+
+def reference_logprobs(folder, prompt, responses, temperature):
+    """log softmax(logits / temperature) of each response's tokens, by transformers in fp32."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    answers = []
+    with torch.no_grad():
+        for response in responses:
+            logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
+            table = torch.log_softmax(logits.float() / temperature, -1)
+            answers.append(table.gather(1, torch.tensor(response)[:, None])[:, 0].tolist())
+    return answers
+
+
+def write_broken(source, target, *, drop=None, rename=None):
+    """Copy a weights file without the tensor `drop`, or with `rename` called something else."""
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(source)
+    if drop:
+        del tensors[drop]
+    if rename:
+        tensors["model.nonsense.weight"] = tensors.pop(rename)
+    save_file(tensors, target)
+
+
+@pytest.fixture(scope="module")
+def oracle():
+    """Runs functions of this file in a process of its own: transformers stays out of this one."""
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
+        yield lambda function, *args, **kwargs: pool.submit(function, *args, **kwargs).result()
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory, oracle):
+    """Folder with the models `a`, `b` (DeepSeek), `plain-a`, `plain-b`, `qwen-a`, `qwen-b`."""
+    folder = tmp_path_factory.mktemp("models")
+    for prefix, config in [("", DEEPSEEK), ("plain-", PLAIN_ROPE), ("qwen-", QWEN)]:
+        for seed, name in enumerate("ab"):
+            oracle(write_model, folder / f"{prefix}{name}", config, seed)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def loop():
+    with asyncio.Runner() as runner:
+        yield runner.run
+
+
+@pytest.fixture(scope="module")
+def fleet(models, loop, tmp_path_factory):
+    fleet = RolloutFleet(1, tmp_path_factory.mktemp("logs"), **ENGINE)
+    loop(fleet.start(models / "a", version=0))
+    yield fleet
+    loop(fleet.close())
+
+
+@pytest.fixture
+def push(models, loop, fleet):
+    """Push the model of that name as the next version: through /dev/shm, deleted after."""
+
+    async def send(name):
+        path = Path("/dev/shm") / f"test-engine-{os.getpid()}-{fleet.version + 1}"
+        shutil.copy(models / name / "model.safetensors", path)
+        try:
+            await fleet.push(update_of(path), fleet.version + 1)
+        finally:
+            path.unlink()
+
+    return send
+
+
+def update_of(path):
+    return {"path": str(path), "num_bytes": path.stat().st_size}
+
+
+async def sample(engine, *, temperature=1.0, n=4, max_tokens=24):
+    """A group for each prompt, all at once; `engine` is a fleet or a client."""
+    calls = (
+        engine.generate(prompt, n=n, max_tokens=max_tokens, temperature=temperature)
+        for prompt in PROMPTS
+    )
+    return await asyncio.gather(*calls)
+
+
+def largest_difference(oracle, folder, groups, temperature=1.0):
+    largest = 0.0
+    for prompt, group in zip(PROMPTS, groups, strict=True):
+        responses = [completion.token_ids for completion in group]
+        expected = oracle(reference_logprobs, folder, prompt, responses, temperature)
+        for completion, reference in zip(group, expected, strict=True):
+            pairs = zip(completion.logprobs, reference, strict=True)
+            largest = max(largest, *(abs(x - y) for x, y in pairs))
+    return largest
+
+
+def stamped(groups):
+    return {v for group in groups for completion in group for v in completion.policy_versions}
+
+
+def test_logprobs_equal_transformers_through_pushes_a_b_a(models, oracle, loop, fleet, push):
+    greedy = []
+    for name in "aba":
+        if greedy:
+            loop(push(name))
+        groups = loop(sample(fleet))
+        assert stamped(groups) == {fleet.version}
+        assert all(len(c.token_ids) == 24 for group in groups for c in group)
+        assert largest_difference(oracle, models / name, groups) <= TOLERANCE, name
+        greedy.append(loop(sample(fleet, temperature=0.0, n=1)))
+        assert largest_difference(oracle, models / name, greedy[-1]) <= TOLERANCE, name
+    tokens = [[group[0].token_ids for group in groups] for groups in greedy]
+    assert tokens[0] != tokens[1]
+    assert tokens[0] == tokens[2]
+
+
+def test_logprobs_are_those_of_the_tempered_distribution(models, oracle, loop, fleet, push):
+    loop(push("a"))
+    groups = loop(sample(fleet, temperature=0.7))
+    assert largest_difference(oracle, models / "a", groups, 0.7) <= TOLERANCE
+    assert largest_difference(oracle, models / "a", groups, 1.0) > 100 * TOLERANCE
+
+
+def test_responses_of_a_group_differ_and_a_seed_repeats_them(loop, fleet):
+    def draw(seed):
+        [*group] = loop(fleet.generate(PROMPTS[0], n=4, max_tokens=16, seed=seed))
+        return [completion.token_ids for completion in group]
+
+    first = draw(3)
+    assert len({tuple(tokens) for tokens in first}) == 4
+    assert draw(3) == first
+    assert draw(4) != first
+
+
+def test_a_stop_token_ends_a_response_and_is_part_of_it(loop, fleet):
+    [greedy] = loop(fleet.generate(PROMPTS[0], n=1, max_tokens=8, temperature=0.0))
+    stop = greedy.token_ids[-1]
+    [stopped] = loop(
+        fleet.generate(PROMPTS[0], n=1, max_tokens=8, temperature=0.0, stop_token_ids=[stop])
+    )
+    first = greedy.token_ids.index(stop)
+    assert stopped.token_ids == greedy.token_ids[: first + 1]
+    assert (stopped.finish_reason, greedy.finish_reason) == ("stop", "length")
+
+
+def test_a_push_amid_a_response_stamps_each_token_with_its_policy(
+    models, oracle, loop, fleet, push
+):
+    """And the log-probabilities after it are those of the new weights given all earlier tokens."""
+    loop(push("a"))
+    before = fleet.version
+
+    async def push_amid():
+        running = asyncio.ensure_future(sample(fleet, max_tokens=200))
+        await asyncio.sleep(0.4)
+        await push("b")
+        return await running
+
+    groups = loop(push_amid())
+    assert stamped(groups) == {before, before + 1}
+    for prompt, group in zip(PROMPTS, groups, strict=True):
+        responses = [completion.token_ids for completion in group]
+        by_a = oracle(reference_logprobs, models / "a", prompt, responses, 1.0)
+        by_b = oracle(reference_logprobs, models / "b", prompt, responses, 1.0)
+        for completion, a, b in zip(group, by_a, by_b, strict=True):
+            versions = completion.policy_versions
+            assert versions == sorted(versions)
+            for logprob, version, x, y in zip(completion.logprobs, versions, a, b, strict=True):
+                assert abs(logprob - (x if version == before else y)) <= TOLERANCE
+
+
+def test_versions_only_rise(models, loop, fleet):
+    with pytest.raises(ValueError, match=f"engines hold version {fleet.version}"):
+        loop(fleet.push(update_of(models / "a" / "model.safetensors"), fleet.version))
+
+
+@pytest.mark.parametrize(
+    ("broken", "says"),
+    [
+        ({"drop": "model.layers.1.mlp.experts.5.up_proj.weight"}, "left out 1 tensors.*experts"),
+        ({"drop": "model.layers.2.self_attn.o_proj.weight"}, "left out.*o_proj"),
+        ({"drop": "model.layers.0.self_attn.q_a_proj.weight"}, "left out.*fused_qkv_a_proj"),
+        ({"rename": "model.norm.weight"}, "nonsense"),
+        ({"num_bytes": 17}, "announced were 17"),
+        ({"path": "/dev/shm/no-such-file"}, "does not exist"),
+    ],
+)
+def test_an_update_that_is_not_whole_is_refused(
+    models, oracle, loop, fleet, tmp_path, broken, says
+):
+    """Sent past the fleet, which would refuse to go on: the next whole update must still work."""
+    client = fleet.engines[0].client
+    whole = models / "a" / "model.safetensors"
+    update = update_of(whole) | {k: v for k, v in broken.items() if k in ("path", "num_bytes")}
+    if broken.keys() & {"drop", "rename"}:
+        oracle(write_broken, whole, tmp_path / "file", **broken)
+        update = update_of(tmp_path / "file")
+
+    async def send_both():
+        await client.pause()
+        try:
+            with pytest.raises(EngineError, match=says):
+                await client.update_weights(update, 1000)
+        finally:
+            await client.update_weights(update_of(whole), fleet.version)
+            await client.resume()
+
+    loop(send_both())
+    assert largest_difference(oracle, models / "a", loop(sample(fleet))) <= TOLERANCE
+
+
+def test_a_killed_engine_fails_its_calls_at_once_and_can_be_restarted(
+    models, oracle, loop, fleet, push
+):
+    loop(push("b"))
+
+    async def kill_amid():
+        running = asyncio.ensure_future(sample(fleet, max_tokens=200))
+        await asyncio.sleep(0.3)
+        began = time.monotonic()
+        os.kill(engine_core_of(fleet.engines[0].server.process.pid), signal.SIGKILL)
+        with pytest.raises(EngineError, match=r"engine-0 died: .*engine-0\.log"):
+            await running
+        return time.monotonic() - began
+
+    assert loop(kill_amid()) < 20
+    with pytest.raises(EngineError, match="engine-0 died"):
+        loop(sample(fleet))
+    loop(fleet.restart(0, update_of(models / "b" / "model.safetensors")))
+    groups = loop(sample(fleet))
+    assert stamped(groups) == {fleet.version}
+    assert largest_difference(oracle, models / "b", groups) <= TOLERANCE
+
+
+def engine_core_of(pid):
+    [child] = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return int(child)
+
+
+def test_an_architecture_vllm_does_not_know_is_named_first(tmp_path):
+    (tmp_path / "config.json").write_text(
+        json.dumps(QWEN | {"architectures": ["AbacusForCausalLM"]})
+    )
+    server = EngineServer(tmp_path, tmp_path / "engine.log", **ENGINE)
+    server.start()
+    with pytest.raises(EngineError, match=r"did not start: exit code 1; .*\n.*Abacus"):
+        server.wait_ready(120)
+
+
+START_AND_WAIT = """
+import sys, time
+from megatron_r1.rollout.server import EngineServer
+server = EngineServer(sys.argv[1], sys.argv[2], max_model_len=256, max_num_seqs=64)
+server.start()
+server.wait_ready(120)
+print(server.url, server.process.pid, flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("family", ["plain", "qwen"])
+def test_other_models_and_no_orphans(family, models, oracle, tmp_path):
+    """Plain rope in MLA; grouped-query attention, tied embeddings and prefix caching.
+
+    The parent of the engine is then killed with SIGKILL: nothing of the engine may be left.
+    """
+    a, b = models / f"{family}-a", models / f"{family}-b"
+    command = [sys.executable, "-c", START_AND_WAIT, str(a), str(tmp_path / "engine.log")]
+    parent = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        url, pid = parent.stdout.readline().split()
+
+        async def sample_and_push():
+            async with EngineClient(url) as client:
+                await client.init_weight_transfer()
+                await client.set_version(0)
+                before = await sample(client)
+                running = asyncio.ensure_future(client.generate([7] * 40, n=2, max_tokens=200))
+                await asyncio.sleep(0.2)
+                await client.pause()
+                await client.update_weights(update_of(b / "model.safetensors"), 1)
+                await client.resume()
+                after = await sample(client)
+                await running
+                return before, after
+
+        before, after = asyncio.run(sample_and_push())
+        core = engine_core_of(int(pid))
+    finally:
+        parent.kill()
+        parent.wait()
+    assert largest_difference(oracle, a, before) <= TOLERANCE
+    assert largest_difference(oracle, b, after) <= TOLERANCE
+    assert (stamped(before), stamped(after)) == ({0}, {1})
+    deadline = time.monotonic() + 10
+    while any(is_running(p) for p in (int(pid), core)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not is_running(int(pid))
+    assert not is_running(core)
+
+
+def is_running(pid):
+    """A process that ended but was not waited for (a zombie) is not running."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False

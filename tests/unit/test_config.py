@@ -1,0 +1,107 @@
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megatron_r1 import config as configuration
+from megatron_r1.cli import describe_keys, main, parse_overrides
+from megatron_r1.training.schedule import learning_rate
+
+ROOT = Path(__file__).parents[2]
+
+
+def recipe(tmp_path, tree):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def test_defaults_are_the_papers_r1_zero():
+    c = configuration.Config()
+    assert (c.optimizer.learning_rate, c.rl.clip_high, c.rl.kl_beta) == (3e-6, 10.0, 0.001)
+    assert c.rl.questions_per_rollout * c.rl.group_size == 8_192
+    assert c.rl.questions_per_rollout * c.rl.group_size / c.rl.minibatches == 512
+    assert c.run.steps * c.rl.minibatches == 10_400
+    assert (c.rl.reference_refresh, c.rollout.max_response_tokens) == (400, 32_768)
+    assert (c.rewards.weights["accuracy"], c.rewards.weights["format"]) == (1.0, 0.1)
+
+
+def test_a_preset_fills_what_the_recipe_leaves_out(tmp_path):
+    path = recipe(tmp_path, {"rl": {"preset": "grpo_v1", "kl_beta": 0.02}})
+    c = configuration.load(path)
+    assert (c.rl.group_size, c.rl.clip_low, c.rl.kl_beta) == (64, 0.2, 0.02)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "right"),
+    [
+        ({"rl": {"group_sise": 8}}, "did you mean rl.group_size?"),
+        ({"optimizer": {"lr": 1e-3}}, "unknown key optimizer.lr"),
+        ({"rl": {"learning_rate": 1e-3}}, "did you mean optimizer.learning_rate?"),
+        ({"rollouts": {}}, "did you mean rollout?"),
+        ({"rl": {"group_size": "many"}}, "rl.group_size: input should be a valid integer"),
+        ({"rl": {"group_size": 1}}, "greater than or equal to 2, got 1"),
+        ({"rl": {"minibatches": 7}}, "rl.minibatches: 7 does not divide the 8192 outputs"),
+    ],
+)
+def test_a_wrong_key_or_value_names_itself_and_the_remedy(tmp_path, wrong, right):
+    with pytest.raises(ValueError) as error:
+        configuration.load(recipe(tmp_path, wrong))
+    assert right in str(error.value)
+
+
+def test_what_is_written_is_what_is_read(tmp_path):
+    c = configuration.Config(rl={"group_size": 8})
+    path = tmp_path / "c.yaml"
+    path.write_text(configuration.dump(c))
+    assert configuration.load(path) == c
+
+
+def test_overrides_are_yaml_values_of_dotted_keys():
+    options = ["--rl.group_size", "8", "--data.task=chain_sum", "--model.path", "a b"]
+    expected = {"rl.group_size": 8, "data.task": "chain_sum", "model.path": "a b"}
+    assert parse_overrides(options) == expected
+    with pytest.raises(ValueError, match="did you mean --rl.group_size"):
+        parse_overrides(["--group_size", "8"])
+    with pytest.raises(ValueError, match="needs a value"):
+        parse_overrides(["--rl.group_size"])
+
+
+def test_every_recipe_in_the_repository_is_valid():
+    recipes = sorted((ROOT / "examples").rglob("*.yaml"))
+    for path in recipes:
+        configuration.load(path)
+
+
+def test_every_key_is_described():
+    lines = describe_keys().splitlines()
+    assert len(lines) == len(configuration.known_keys())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["rl", "nowhere.yaml"], "recipe nowhere.yaml: no such file"),
+        (["train", "x.yaml"], "unknown verb train"),
+        (["rl"], "rl needs a recipe"),
+    ],
+)
+def test_a_wrong_command_is_one_sentence_and_exit_status_two(capsys, arguments, message):
+    assert main(arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_missing_setting_is_named(tmp_path, capsys):
+    assert main(["rl", str(recipe(tmp_path, {}))]) == 2
+    assert "run.folder, model.path must be set" in capsys.readouterr().err
+
+
+def test_learning_rate_warms_up_and_decays_to_the_minimum():
+    settings = configuration.OptimizerConfig(
+        learning_rate=1.0, min_learning_rate=0.1, warmup=4, decay="linear"
+    )
+    rates = [learning_rate(settings, step, 14) for step in (1, 4, 9, 14, 99)]
+    assert rates == pytest.approx([0.25, 1.0, 0.55, 0.1, 0.1])
+    cosine = settings.model_copy(update={"decay": "cosine"})
+    assert learning_rate(cosine, 9, 14) == pytest.approx(0.55)
+    assert learning_rate(configuration.OptimizerConfig(), 5_000, 10_400) == 3e-6

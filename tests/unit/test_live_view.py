@@ -1,0 +1,229 @@
+"""The live view: a picture of fixed size on terminals, plain lines in logs, never an exception."""
+
+import io
+import math
+import os
+import pty
+import re
+import sys
+import unicodedata
+
+import pytest
+from rich.console import Console
+
+from megatron_r1.reporting.charts import columns, shares
+from megatron_r1.reporting.live import LiveView
+from megatron_r1.reporting.live_frame import frame
+from megatron_r1.reporting.wording import clock, duration, last_line, number, printable
+
+RL = {
+    "step": 3,
+    "accuracy": 0.412,
+    "reward/mean": 0.451,
+    "response_length/mean": 61.3,
+    "kl": 0.0123,
+    "entropy": 0.83,
+    "logprob_diff/mean": 3.2e-6,
+    "logprob_diff/max": 2e-5,
+    "tokens_per_second": 3412.0,
+    "time/rollout": 0.3,
+    "time/reward": 0.1,
+    "time/train": 0.5,
+    "time/push": 0.1,
+    "time/step": 1.1,
+}
+SAMPLES = [
+    {
+        "question": "…between User and Assistant.\nUser: What is 2 + 3?\nAssistant:",
+        "response": "<think>2 + 3 = 5</think><answer>5</answer>",
+        "rewards": {"accuracy": 1.0},
+        "length": 17,
+    },
+    {
+        "question": "What is [bold]4 + 4[/bold]?",
+        "response": "\x1b[2J\x1b]0;owned\x07<answer>9</answer>\r\u202e",
+        "rewards": {"accuracy": 0.0},
+    },
+    {"question": "数学题：一加一等于几？" * 30, "response": "等于二。" * 5000, "reward": 1.0},
+]
+ODD = {
+    "step": 4,
+    "accuracy": None,
+    "reward/mean": float("nan"),
+    "response_length/mean": "long",
+    "kl": float("-inf"),
+    "entropy": {"a": 1},
+    "time/rollout": -1.0,
+    "time/train": float("inf"),
+    "time/step": None,
+    "loss": True,
+    7: 8,
+}
+
+
+def picture(view, width, height):
+    console = Console(file=io.StringIO(), width=width, height=height, force_terminal=False)
+    console.print(frame(view._state, console, view._state.started + 10))
+    return console.file.getvalue().splitlines()
+
+
+def view_of(*metrics, samples=(), stream=None):
+    view = LiveView("demo", 10, stream or io.StringIO(), facts=["1.4M parameters"])
+    for line in metrics:
+        view.step(line, samples)
+    return view
+
+
+def has_control_characters(text):
+    return [c for c in text if c != "\n" and unicodedata.category(c).startswith("C")]
+
+
+def test_a_log_gets_one_plain_line_per_step_and_one_per_new_phase():
+    stream = io.StringIO()
+    with LiveView("demo", 3, stream) as view:
+        for step in (1, 2, 3):
+            for phase in ("rollout", "train"):
+                view.phase(phase, f"detail {step}")
+            view.step({**RL, "step": step}, SAMPLES)
+        view.evaluation({"step": 3, "eval/pass@1": 0.705, "eval/response_length": 64.25})
+        view.message("saved")
+    lines = [re.sub(r"^\d\d:\d\d:\d\d  ", "", line) for line in stream.getvalue().splitlines()]
+    assert lines[0] == "demo · 3 steps"
+    assert lines[1:3] == ["rollout: detail 1", "train: detail 1"]
+    assert [line.split("  ")[0] for line in lines[3:6]] == ["step 1/3", "step 2/3", "step 3/3"]
+    for part in ("accuracy 41.2%", "reward 0.451", "response length 61.3", "logprob gap 3.2e-06"):
+        assert part in lines[3]
+    assert lines[6:8] == ["held-out at step 3: pass@1 70.5%, response_length 64.2", "saved"]
+    assert lines[8].startswith("finished in ") and len(lines) == 9
+    assert not has_control_characters(stream.getvalue())
+
+
+def test_a_log_in_ascii_is_written_without_an_error():
+    raw = io.BytesIO()
+    stream = io.TextIOWrapper(raw, encoding="ascii")
+    view_of(RL, stream=stream).close()
+    assert b"accuracy 41.2%" in raw.getvalue()
+
+
+@pytest.mark.parametrize("size", [(80, 24), (120, 40), (200, 60), (40, 12), (20, 5)])
+@pytest.mark.parametrize("metrics", [(), (RL,), (RL, ODD), ({"step": 1, "loss": 2.5},)])
+def test_the_picture_fits_any_terminal_and_does_not_change_its_height(size, metrics):
+    width, height = size
+    view = view_of(*metrics, samples=SAMPLES)
+    view.evaluation({"step": 1, "eval/pass@1": 0.5, "eval/cons@16": math.nan})
+    lines = picture(view, width, height)
+    assert len(lines) == min(height - 1, 46)
+    cells = Console(width=width).measure
+    assert all(cells(line).maximum <= width for line in lines)
+    assert not has_control_characters("\n".join(lines))
+
+
+def test_the_picture_says_what_the_metrics_say():
+    view = view_of({**RL, "step": 2}, RL, samples=SAMPLES)
+    view.evaluation({"step": 0, "eval/pass@1": 0.182})
+    view.evaluation({"step": 3, "eval/pass@1": 0.7, "eval/cons@16": 0.75})
+    text = "\n".join(picture(view, 80, 24))
+    for part in (
+        "demo · 1.4M parameters",
+        "step 3/10",
+        "accuracy 41.2%",
+        "response length 61.3",
+        "■ train 0.50 s",
+        "1.10 s a step",
+        "step 0 18.2%",
+        "step 3 70.0%",
+        "majority of 16 75.0%",
+        "✓ What is 2 + 3?",
+        "✗ What is [bold]4 + 4[/bold]?",
+        "<answer>5</answer>",
+    ):
+        assert part in text, part
+    bar = next(line for line in text.splitlines() if "▆" in line)
+    assert len(bar) == 79
+
+
+def test_a_supervised_run_shows_loss_instead_of_reward():
+    steps = [{"step": s, "loss": 3.0 - s, "grad_norm": 1.0, "time/train": 0.1} for s in (1, 2)]
+    text = "\n".join(picture(view_of(*steps), 80, 24))
+    assert "loss 1.00" in text and "grad norm 1.00" in text
+    assert "accuracy" not in text and "reward" not in text
+
+
+def test_resumed_runs_start_with_their_history():
+    history = [{**RL, "step": s} for s in (1, 2, 3)] + [{"step": 3, "eval/pass@1": 0.4}]
+    view = LiveView("demo", 10, io.StringIO(), history=history)
+    text = "\n".join(picture(view, 80, 24))
+    assert "step 3/10" in text and "step 3 40.0%" in text
+    assert len(view._state.history["accuracy"]) == 3
+
+
+def test_odd_metrics_never_raise():
+    for stream in (io.StringIO(), None):
+        view = LiveView("demo", 0, stream or io.StringIO())
+        view.step({})
+        view.step(ODD, [{}, {"rewards": None, "response": None, "reward": "x"}])
+        view.evaluation({"eval/pass@1": None, "step": float("nan")})
+        picture(view, 80, 24)
+        view.close()
+        view.close()
+
+
+def test_a_closed_log_does_not_stop_the_run():
+    stream = io.StringIO()
+    view = LiveView("demo", 3, stream)
+    stream.close()
+    view.step(RL)
+    view.close()
+
+
+def test_an_exception_is_passed_on_and_named_in_the_last_line():
+    stream = io.StringIO()
+    with pytest.raises(RuntimeError), LiveView("demo", 3, stream) as view:
+        view.step(RL)
+        raise RuntimeError("engine died")
+    assert "stopped by RuntimeError at step 3, in " in stream.getvalue()
+
+
+def test_a_terminal_gets_the_picture_and_its_cursor_back(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("LINES", "24")
+    master, slave = pty.openpty()
+    with os.fdopen(slave, "w", encoding="utf-8") as stream:
+        with LiveView("demo", 3, stream) as view:
+            view.message("[not markup] stays")
+            view.step(RL, SAMPLES)
+        out = b""
+        while not out.endswith(b"\x1b[?25h"):
+            out += os.read(master, 65536)
+    os.close(master)
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", out.decode())
+    assert "[not markup] stays" in text and "step 3/3" in text and "finished in" in text
+    assert b"\x1b[2J" not in out and b"owned\x07" not in out
+    assert sys.stdout is not None and out.count(b"\x1b[?25l") == out.count(b"\x1b[?25h")
+
+
+def test_columns_are_the_hand_drawn_chart():
+    assert columns([0.0, 0.5, 1.0, None], 10, 1, 1.0) == ["▁▄█ "]
+    assert columns([0.25, 0.75, 1.0], 10, 2, 1.0) == [" ▄█", "▄██"]
+    assert columns([0.0, 1.0, 1.0, None, 0.5, 0.5], 3, 1, 1.0) == ["▄█▄"]
+    assert columns([], 5, 2, 1.0) == ["", ""]
+
+
+@pytest.mark.parametrize("width", [1, 7, 79])
+def test_shares_always_add_up(width):
+    assert shares([0.3, 0.1, 0.5, 0.1], 10) == [3, 1, 5, 1]
+    assert sum(shares([1, 1, 1], width)) == width
+    assert shares([0, 0], width) == [0, 0]
+
+
+def test_words_for_numbers_and_times():
+    values = [0, 0.451, 9.996, 61.34, 99.97, 3412.4, 3.2e-6, -0.02, 0.9996]
+    words = ["0", "0.451", "10.0", "61.3", "100", "3,412", "3.2e-06", "-0.020", "1.00"]
+    assert [number(value) for value in values] == words
+    assert [clock(s) for s in (7, 754, 3723)] == ["0:07", "12:34", "1:02:03"]
+    times = [duration(s) for s in (7.24, 59.97, 372, 12000, 187200)]
+    assert times == ["7.2 s", "1 min 0 s", "6 min 12 s", "3 h 20 min", "2 d 4 h"]
+    assert printable("a\x1b[0m\n\u202eb\tc") == "a�[0m↵�b    c"
+    assert last_line("Instructions.\nUser: 1 + 1?\nAssistant: <think>") == "1 + 1?"
+    assert last_line("") == "" and last_line("Assistant: hm") == "Assistant: hm"

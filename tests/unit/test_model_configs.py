@@ -1,0 +1,146 @@
+import json
+
+import pytest
+import torch
+
+from megatron_r1 import models
+
+DEEPSEEK = {
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "moe_intermediate_size": 16,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "n_shared_experts": 1,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 4,
+    "n_group": 4,
+    "topk_group": 2,
+    "first_k_dense_replace": 1,
+    "norm_topk_prob": True,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 24,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 8,
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+}
+QWEN = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-6,
+}
+LLAMA = {**QWEN, "architectures": ["LlamaForCausalLM"]}
+YARN = {"factor": 40, "original_max_position_embeddings": 4096, "mscale": 1.0, "mscale_all_dim": 1.0}
+
+
+def build(hf, **settings):
+    return models.transformer_config(hf, params_dtype=torch.float32, **settings)
+
+
+def test_read_hf_config_names_what_is_wrong(tmp_path):
+    with pytest.raises(ValueError, match="nowhere/config.json does not exist"):
+        models.read_hf_config(tmp_path / "nowhere")
+    file = tmp_path / "config.json"
+    file.write_text("{")
+    with pytest.raises(ValueError, match="not valid JSON"):
+        models.read_hf_config(tmp_path)
+    file.write_text(json.dumps({"architectures": ["BertForMaskedLM"]}))
+    with pytest.raises(ValueError, match="BertForMaskedLM.*DeepseekV3.*Qwen2.*Llama"):
+        models.read_hf_config(tmp_path)
+
+
+def test_read_hf_config_resolves_the_names_transformers_may_write(tmp_path):
+    (tmp_path / "config.json").write_text(
+        json.dumps({"architectures": ["DeepseekV3ForCausalLM"], "num_mtp_layers": 1})
+    )
+    assert models.read_hf_config(tmp_path)["num_nextn_predict_layers"] == 1
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"scoring_func": "softmax"}, "scoring_func='softmax'"),
+        ({"topk_method": "greedy"}, "topk_method='greedy'"),
+        ({"num_experts_per_tok": 2}, "num_experts_per_tok=2 must be twice topk_group=2"),
+        ({"n_group": 3}, "n_routed_experts=8 is not a multiple of n_group=3"),
+        ({"attention_bias": True}, "attention_bias=True"),
+        ({"rope_interleave": False}, "rope_interleave=False"),
+        ({"num_key_value_heads": 2}, "num_key_value_heads=2"),
+        ({"norm_topk_prob": False}, "norm_topk_prob=False"),
+        ({"rms_norm_eps": 1e-5}, "rms_norm_eps=1e-05"),
+        ({"kv_lora_rank": None}, "lacks kv_lora_rank"),
+        ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
+        ({"rope_scaling": {"type": "linear", "factor": 2}}, "rope_type='linear'"),
+        ({"rope_scaling": {"type": "yarn", **YARN, "mscale": None}}, "mscale=0.0"),
+    ],
+)
+def test_deepseek_refuses_what_it_would_compute_otherwise(changes, message):
+    with pytest.raises(ValueError, match=message):
+        build({**DEEPSEEK, **changes})
+
+
+@pytest.mark.parametrize(
+    "hf, changes, message",
+    [
+        (QWEN, {"use_sliding_window": True}, "use_sliding_window=True"),
+        (LLAMA, {"attention_bias": True}, "attention_bias=True"),
+        (LLAMA, {"mlp_bias": True}, "mlp_bias=True"),
+    ],
+)
+def test_dense_models_refuse_what_they_would_compute_otherwise(hf, changes, message):
+    with pytest.raises(ValueError, match=message):
+        build({**hf, **changes})
+
+
+@pytest.mark.parametrize(
+    "hf, settings, message",
+    [
+        (QWEN, {"tensor_parallel": 3}, "parallel.tensor_parallel=3 does not divide num_attention_heads=4"),
+        (QWEN, {"tensor_parallel": 4}, "tensor_parallel=4 does not divide num_key_value_heads=2"),
+        (QWEN, {"pipeline_parallel": 4}, "pipeline_parallel=4 does not divide num_hidden_layers=6"),
+        (QWEN, {"expert_parallel": 2}, "expert_parallel=2 needs a model with experts"),
+        (DEEPSEEK, {"expert_parallel": 3}, "expert_parallel=3 does not divide n_routed_experts=8"),
+        (DEEPSEEK, {"tensor_parallel": 0}, "tensor_parallel=0 must be a positive integer"),
+        (DEEPSEEK, {"tensor_parallel": 2, "sequence_parallel": False}, "sequence_parallel=False"),
+        (DEEPSEEK, {"recompute": "some"}, "recompute='some'"),
+        (DEEPSEEK, {"no_such_field": 1}, "no field no_such_field"),
+    ],
+)
+def test_sizes_that_cannot_be_say_so(hf, settings, message):
+    with pytest.raises(ValueError, match=message):
+        build(hf, **settings)
+
+
+def test_deepseek_fields_reach_megatron():
+    hf = {**DEEPSEEK, "rope_scaling": {"type": "yarn", **YARN}, "num_nextn_predict_layers": 1}
+    config = build(hf, tensor_parallel=2, expert_parallel=4, expert_bias_update_rate=1e-3)
+    assert config.multi_latent_attention and config.rope_type == "yarn"
+    assert (config.rotary_scaling_factor, config.mscale_all_dim) == (40, 1.0)
+    assert config.moe_layer_freq == [0, 1, 1, 1]
+    assert (config.moe_router_num_groups, config.moe_router_group_topk) == (4, 2)
+    assert config.mtp_num_layers == 1 and config.moe_router_bias_update_rate == 1e-3
+    assert config.sequence_parallel and config.expert_tensor_parallel_size == 1
+
+
+def test_one_group_of_experts_means_no_group_limit():
+    config = build({**DEEPSEEK, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 3})
+    assert config.moe_router_num_groups is None and config.moe_router_topk == 3
+
+
+def test_dense_models_keep_whole_sequences_under_tensor_parallelism():
+    config = build(QWEN, tensor_parallel=2)
+    assert not config.sequence_parallel
+    assert config.add_qkv_bias and config.num_query_groups == 2
+    assert not build(LLAMA).add_qkv_bias

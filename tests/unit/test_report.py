@@ -1,0 +1,277 @@
+"""The report: right numbers, whatever was or was not recorded, in one safe file."""
+
+import re
+from html.parser import HTMLParser
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+
+from megatron_r1.reporting.outcome import (
+    Answers,
+    bootstrap_interval,
+    collect_answers,
+    evaluations,
+)
+from megatron_r1.reporting.plots import Curve, curve_plot, smooth, stacked_plot, thin
+from megatron_r1.reporting.report import outcome_sentence, write_report
+from megatron_r1.reporting.run_folder import RunFolder
+
+VOID = {"meta", "br", "path", "use", "rect", "link"}
+
+
+class Balance(HTMLParser):
+    """Fails on tags that do not close, ids that are not unique and anything to be loaded."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.ids, self.words = [], [], []
+
+    def handle_starttag(self, tag, attributes):
+        names = dict(attributes)
+        assert tag not in {"script", "link", "img", "iframe"}, tag
+        assert not any(name.startswith("on") for name in names), names
+        for name in ("src", "href", "xlink:href"):
+            assert names.get(name, "#").startswith("#"), names
+        if "id" in names:
+            self.ids.append(names["id"])
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.handle_starttag(tag, attributes)
+        if tag not in VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag):
+        if tag not in VOID:
+            assert self.open.pop() == tag, tag
+
+    def handle_data(self, text):
+        if "style" not in self.open:
+            self.words.append(text)
+
+
+def read_page(path):
+    html = path.read_text(encoding="utf-8")
+    page = Balance()
+    page.feed(html)
+    page.close()
+    assert page.open == []
+    assert len(page.ids) == len(set(page.ids)), "two elements share an id"
+    for svg in re.findall(r"<svg.*?</svg>", html, flags=re.DOTALL):
+        ElementTree.fromstring(svg)
+        assert "#0" not in re.sub(r"#[\w-]+-", "", svg), "a colour that is no CSS variable"
+    return html, " ".join(" ".join(page.words).split())
+
+
+def metrics_line(step, num_steps=30):
+    x = step / num_steps
+    return {
+        "step": step,
+        "accuracy": 0.2 + 0.6 * x,
+        "reward/mean": 0.3 + 0.6 * x,
+        "response_length/mean": 20 + 40 * x,
+        "kl": 0.01 * x,
+        "entropy": 1 - x / 2,
+        "logprob_diff/mean": 2e-6,
+        "logprob_diff/max": 3e-5,
+        "clip_fraction": 0.0,
+        "grad_norm": 1.0,
+        "tokens_per_second": 3000.0,
+        "time/rollout": 0.4,
+        "time/reward": 0.1,
+        "time/train": 0.4,
+        "time/push": 0.05,
+        "time/step": 1.0,
+    }
+
+
+def eval_samples(step, right_of):
+    """right_of: per question, how many of its 4 samples are right."""
+    return [
+        {
+            "step": step,
+            "question": f"What is {q} + 1?",
+            "truth": q + 1,
+            "response": f"<think>step {step}</think><answer>{q + 1 + (i >= right)}</answer>",
+            "reward": 1.1 if i < right else 0.1,
+            "rewards": {"accuracy": float(i < right), "format": 1.0},
+            "reason": "compared",
+            "length": 10 + step,
+            "split": "eval",
+        }
+        for q, right in enumerate(right_of)
+        for i in range(4)
+    ]
+
+
+def full_run(path):
+    with RunFolder(path) as folder:
+        folder.write_config({"rl": {"group_size": 16, "clip": None}, "seed": 1})
+        for step in (0, 15, 30):
+            right_of = [0, 1, 1, 2] if step == 0 else [4, 4, 3, 3]
+            folder.append_samples(eval_samples(step, right_of))
+            folder.append_evaluation(
+                {
+                    "step": step,
+                    "eval/pass@1": sum(right_of) / 16,
+                    "eval/cons@4": [0.25, 1.0][step > 0],
+                    "eval/response_length": 10.0 + step,
+                }
+            )
+        for step in range(1, 31):
+            folder.append_metrics(metrics_line(step))
+    return folder
+
+
+def test_a_full_run_is_told_with_its_numbers(tmp_path):
+    path = write_report(
+        full_run(tmp_path / "run"),
+        title="sums <1>",
+        facts={"model": "DeepSeek-V3 & small"},
+        next_commands=[("Look", "tensorboard --logdir 'a' && echo <b>")],
+    )
+    html, words = read_page(path)
+    assert path.name == "report.html"
+    assert "held-out pass@1 rose from 25.0% to 87.5%" in words
+    assert "the majority vote of 4 from 25.0% to 100.0%" in words
+    assert "the mean response grew from 10.0 to 40.0 tokens" in words
+    assert words.count("95%:") == 2 and "sums <1>" in words and "DeepSeek-V3 & small" in words
+    assert "tensorboard --logdir 'a' && echo <b>" in words
+    assert "time in steps 30.0 s" in words and "group_size" in words
+    assert words.count("· 0 of 4 answers right") == 1
+    assert html.count("<svg") == 2 + 7 + 1
+
+
+def test_what_the_model_writes_cannot_become_markup(tmp_path):
+    attack = "</div><script>alert(1)</script><img src=x onerror=alert(1)>\x1b[31m<answer>&lt;"
+    with RunFolder(tmp_path) as folder:
+        folder.append_metrics(metrics_line(1))
+        folder.append_samples(
+            [{"step": 1, "question": attack, "response": attack, "reason": attack, "truth": attack}]
+        )
+        html, words = read_page(write_report(folder, title=attack))
+    assert "<script" not in html and "<img" not in html and "\x1b" not in html
+    assert "<script>alert(1)</script>" in words
+
+
+@pytest.mark.parametrize(
+    "lines, sentence",
+    [
+        ([], "Nothing to report yet: metrics.jsonl is empty or missing."),
+        ([{"step": 1}], "In one step, neither accuracy nor loss was recorded."),
+        ([metrics_line(1)], "In one step, accuracy on the training samples stayed at 22.0%"),
+        ([{"step": 1, "loss": None}, {"step": 2, "loss": float("nan")}], "In 2 steps, neither"),
+        (
+            [{"step": s, "loss": 4.0 - s / 10, "time/train": 0.1} for s in range(1, 21)],
+            "In 20 steps, the loss fell from 3.85 to 2.05; nothing was evaluated held-out.",
+        ),
+        ([{"step": 9, "eval/pass@1": 0.5}], "At step 9, held-out pass@1 is 50.0%."),
+    ],
+)
+def test_any_run_has_a_report(tmp_path, lines, sentence):
+    folder = RunFolder(tmp_path)
+    for line in lines:
+        folder.append_metrics(line)
+    _, words = read_page(write_report(tmp_path))
+    assert sentence in words
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(ValueError, match="nowhere is not a folder"):
+        write_report(tmp_path / "nowhere")
+
+
+def test_a_fall_is_not_called_a_rise():
+    lines = [
+        {"step": 10, "eval/pass@1": 0.5, "eval/response_length": 40.0},
+        {"step": 20, "eval/pass@1": 0.4, "eval/response_length": 30.0},
+    ]
+    sentence = outcome_sentence(lines, evaluations(lines, {}))
+    assert sentence == (
+        "In 20 steps, held-out pass@1 fell from 50.0% to 40.0% since step 10, "
+        "while the mean response shrank from 40.0 to 30.0 tokens."
+    )
+
+
+def test_training_samples_are_shown_where_nothing_was_evaluated(tmp_path):
+    with RunFolder(tmp_path) as folder:
+        for step in range(1, 10):
+            folder.append_metrics(metrics_line(step))
+            folder.append_samples(
+                [{"step": step, "question": f"q{step}-{i}", "response": "r"} for i in range(5)]
+            )
+        _, words = read_page(write_report(folder))
+    assert sorted(set(re.findall(r"q\d-\d", words))) == [
+        f"q{step}-{i}" for step in (1, 5, 9) for i in (0, 1, 2)
+    ]
+
+
+def test_intervals_are_given_only_where_the_samples_are_the_whole_evaluation():
+    answers = collect_answers(eval_samples(5, [0, 1, 3, 4]))
+    whole = evaluations([{"step": 5, "eval/pass@1": 0.5, "eval/cons@4": 0.5}], answers)[0]
+    assert whole.passed.low < 0.5 < whole.passed.high and whole.num_votes == 4
+    part = evaluations([{"step": 5, "eval/pass@1": 0.6}], answers)[0]
+    assert part.passed.value == 0.6 and part.passed.low is None
+
+
+def test_the_bootstrap_agrees_with_the_normal_interval_of_many_questions():
+    generator = np.random.default_rng(1)
+    scores = generator.random(2000)
+    low, high = bootstrap_interval(scores)
+    half = 1.96 * scores.std() / np.sqrt(len(scores))
+    # The bootstrap's own noise with 2,000 resamples is about a twentieth of the half width.
+    assert abs(low - (scores.mean() - half)) < 0.15 * half
+    assert abs(high - (scores.mean() + half)) < 0.15 * half
+    assert bootstrap_interval(np.ones(7)) == (1.0, 1.0)
+
+
+def test_the_interval_resamples_questions_not_samples():
+    """Sixteen equal samples per question say no more than one of each."""
+    once, often = Answers(), Answers()
+    for q in range(50):
+        sample = {"question": str(q), "response": "a", "reward": float(q % 2)}
+        once.add(sample)
+        for _ in range(16):
+            often.add(sample)
+    assert bootstrap_interval(once.passed()) == bootstrap_interval(often.passed())
+
+
+def test_votes_are_counted_as_the_evaluation_counts_them():
+    """Spellings of one number vote together; a tie goes to the first; no answer, no vote."""
+    answers = Answers()
+    for question, given in {
+        "same number": [("12", True), ("7", False), ("12.0", True), ("9", False)],
+        "tie": [("5", False), ("6", True)],
+        "none": [("", False)],
+    }.items():
+        for text, right in given:
+            response = f"<answer>{text}</answer>" if text else "I do not know"
+            answers.add({"id": question, "response": response, "reward": float(right)})
+    assert answers.voted().tolist() == [1.0, 0.0, 0.0]
+    assert answers.passed().tolist() == [0.5, 0.5, 0.0]
+
+
+def test_smoothing_keeps_constants_and_lines_and_skips_gaps():
+    assert np.allclose(smooth(np.full(100, 3.0)), 3.0)
+    line = np.arange(100.0)
+    assert np.allclose(smooth(line)[10:-10], line[10:-10])
+    gaps = np.array([1.0, np.nan, 1.0, np.nan, np.nan, np.nan, np.nan])
+    assert np.array_equal(smooth(gaps), [1, 1, 1, 1, np.nan, np.nan, np.nan], equal_nan=True)
+
+
+def test_a_long_run_is_thinned_and_keeps_its_mean():
+    steps, values = thin(np.arange(30000.0), np.tile([0.0, 2.0], 15000))
+    assert len(steps) == len(values) == 300
+    assert np.allclose(values, 1.0) and steps.mean() == pytest.approx(29999 / 2)
+
+
+@pytest.mark.parametrize("values", [[0.5], [np.nan, 0.0], [0.0, 0.0, 0.0], [-1e-9, 1e9]])
+def test_plots_of_degenerate_curves_are_valid_svg(values):
+    values = np.array(values)
+    steps = np.arange(1.0, len(values) + 1)
+    curve = Curve("c", steps, values)
+    ElementTree.fromstring(curve_plot("a", [curve], percent=True, from_zero=True))
+    ElementTree.fromstring(curve_plot("b", [curve, curve], log_scale=True))
+    ElementTree.fromstring(stacked_plot("c", steps, {"rollout": np.abs(values)}))
