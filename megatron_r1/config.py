@@ -234,7 +234,15 @@ class Config(Section):
         return self
 
 
-RESUMABLE = ("run.steps", "checkpoint.", "eval.", "rollout.engines", "rewards.workers", "parallel.")
+RESUMABLE = (
+    "run.steps",
+    "run.log_samples",
+    "checkpoint",
+    "eval",
+    "rollout.engines",
+    "rewards.workers",
+    *(f"parallel.{k}" for k in ParallelConfig.model_fields if k != "distributed_optimizer"),
+)
 """Keys that may differ when a run continues: they change how long, how often or where, not what is learned."""
 
 

@@ -221,6 +221,20 @@ def _splits_as_numpy() -> None:
     moe_utils.maybe_move_tensor_to_cpu = token_dispatcher.maybe_move_tensor_to_cpu = to_numpy
 
 
+def _adam_step_on_load() -> None:
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    set_state = DistributedOptimizer._set_main_param_and_optimizer_states
+
+    def with_step(self, model_param, tensors):
+        # The step count was restored before, apart from the tensors: hand it back unchanged.
+        group, order = self.model_param_group_index_map[model_param]
+        state = self.optimizer.state[self.optimizer.param_groups[group]["params"][order]]
+        set_state(self, model_param, {"step": state["step"], **tensors})
+
+    DistributedOptimizer._set_main_param_and_optimizer_states = with_step
+
+
 PATCHES = (
     Patch("no torch.compile", "jit.py:21", "jit_fuser = torch.compile", _disable_compile),
     Patch(
@@ -278,5 +292,11 @@ PATCHES = (
         "transformer/moe/moe_utils.py:1093",
         "tensor.is_cuda",
         _splits_as_numpy,
+    ),
+    Patch(
+        "loading torch's AdamW, whose state has a step that Megatron saves elsewhere",
+        "optimizer/distrib_optimizer.py:939",
+        "for key in dst_tensors:",
+        _adam_step_on_load,
     ),
 )

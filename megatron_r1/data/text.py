@@ -4,20 +4,22 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron_r1.data.templates import find_template, render
+from megatron_r1.data.templates import find_template, is_opened, render
 
 
 class PromptText:
     """The tokenizer of a Hugging Face folder with one prompt template."""
 
     def __init__(self, model_path: str, template: str):
-        """Raises ValueError when the folder has no tokenizer, the tokenizer names no end token, or the
-        template is none."""
+        """opens_thought: whether prompts end with `<think>`, which responses then do not repeat.
+
+        Raises ValueError when the folder has no tokenizer, the tokenizer names no end token, or the
+        template is none.
+        """
         from transformers import AutoTokenizer  # takes a second; only commands that run need it
 
         self._chat = template == "chat"
-        if not self._chat:
-            find_template(template)
+        self.opens_thought = not self._chat and is_opened(find_template(template))
         self._template = template
         try:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(model_path)

@@ -1,7 +1,7 @@
 """Models on Megatron-Core, built from Hugging Face configurations.
 
-Only `read_hf_config` is free of torch and Megatron; the rest is imported when first asked for, after
-`megatron_r1.platform.prepare()`.
+Only `read_hf_config` is free of torch and Megatron; the rest is imported when first asked for,
+after `megatron_r1.platform.prepare()`.
 """
 
 from megatron_r1.models.hf_config import read_hf_config

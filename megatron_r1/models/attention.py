@@ -1,12 +1,13 @@
-"""Causal self-attention for the CPU, on padded and on packed batches, as a Megatron core-attention module.
+"""Causal self-attention for the CPU, on padded and packed batches, as Megatron's core attention.
 
-A packed batch is many short sequences of uneven length, end to end. They are scattered into a few right-padded
-batches of nearly equal length, so 256 sequences cost a handful of matrix products and no Python loop over
-sequences. Padding stands behind the real tokens of its own row: the causal mask alone keeps every real query
-from seeing it, and no query can see another sequence. On a GPU Transformer Engine's attention takes this place.
+A packed batch is many short sequences of uneven length, end to end. They are scattered into a few
+right-padded batches of nearly equal length, so 256 sequences cost a handful of matrix products and
+no Python loop over sequences. Padding stands behind the real tokens of its own row: the causal mask
+alone keeps every real query from seeing it, and no query can see another sequence. On a GPU
+Transformer Engine's attention takes this place.
 
-Shapes: s tokens, b sequences, t = all tokens of a packed batch, h query heads, g key/value heads (g divides h),
-d head size of queries and keys, e head size of values.
+Shapes: s tokens, b sequences, t = all tokens of a packed batch, h query heads, g key/value heads (g
+divides h), d head size of queries and keys, e head size of values.
 """
 
 from __future__ import annotations
@@ -17,13 +18,14 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-# Lengths are rounded up to this. 256 sequences of 40-80 tokens, 4 heads of 96: 120 ms forward and backward in
-# one bucket, 88 ms in buckets of 16; in buckets of 8 there are more products and no gain.
+# Lengths are rounded up to this. 256 sequences of 40-80 tokens, 4 heads of 96: 120 ms forward and
+# backward in one bucket, 88 ms in buckets of 16; in buckets of 8 there are more products and no
+# gain.
 BUCKET_TOKENS = 16
 
 
 class CoreAttention(MegatronModule):
-    """Causal attention with the interface of Megatron's DotProductAttention; no weights, no dropout."""
+    """Causal attention with the interface of Megatron's DotProductAttention; no dropout."""
 
     def __init__(
         self,
@@ -53,9 +55,9 @@ class CoreAttention(MegatronModule):
     ) -> Tensor:
         """Attend causally within each sequence.
 
-        query (s, b, h, d), key (s, b, g, d), value (s, b, g, e) give (s, b, h*e); with packed_seq_params,
-        query (t, h, d), key (t, g, d), value (t, g, e) give (t, h*e). Sequences of the packed batch are
-        delimited by cu_seqlens_q, int32 of (sequences + 1,), from 0 to t.
+        query (s, b, h, d), key (s, b, g, d), value (s, b, g, e) give (s, b, h*e); with
+        packed_seq_params, query (t, h, d), key (t, g, d), value (t, g, e) give (t, h*e). Sequences
+        of the packed batch are delimited by cu_seqlens_q, int32 of (sequences + 1,), from 0 to t.
         """
         assert attention_mask is None and attention_bias is None, "only causal masking is built in"
         if packed_seq_params is None:
@@ -68,7 +70,7 @@ class CoreAttention(MegatronModule):
 def attend_packed(
     query: Tensor, key: Tensor, value: Tensor, lengths: Tensor, scale: float
 ) -> Tensor:
-    """query (t, h, d), key (t, g, d), value (t, g, e), lengths int64 (sequences,) summing to t -> (t, h, e)."""
+    """query (t, h, d), key (t, g, d), value (t, g, e), int64 lengths summing to t -> (t, h, e)."""
     num_tokens = query.shape[0]
     padded = (lengths + BUCKET_TOKENS - 1) // BUCKET_TOKENS * BUCKET_TOKENS
     order = padded.argsort(stable=True)

@@ -22,18 +22,13 @@ def build_model(
 ) -> PolicyModel:
     """This rank's pipeline stage (of virtual stage `vp_stage`) with Megatron's random weights.
 
-    Megatron's process groups must exist and agree with `config`. The vocabulary is padded to a multiple of the
-    tensor-parallel size (see `vocab_shard`). with_mtp=False leaves the multi-token-prediction layers out and
-    clears `config.mtp_num_layers`, which Megatron's schedules and gradient reduction also read.
-    Raises ValueError for full recomputation together with MTP.
+    Megatron's process groups must exist and agree with `config`. The vocabulary is padded to a
+    multiple of the tensor-parallel size (see `vocab_shard`). with_mtp=False leaves the
+    multi-token-prediction layers out and clears `config.mtp_num_layers`, which Megatron's schedules
+    and gradient reduction also read.
     """
     if not with_mtp:
         config.mtp_num_layers = None
-    if config.mtp_num_layers and config.recompute_granularity == "full":
-        raise ValueError(
-            "recompute='full' with multi-token-prediction layers does not work on packed batches in "
-            "Megatron-Core 0.16.1; use recompute='selective' or leave MTP out (model.mtp: false)"
-        )
     model = import_module(f"megatron_r1.models.{architecture(hf)}")
     block, mtp = block_specs(config, vp_stage=vp_stage)
     tensor_parallel = config.tensor_model_parallel_size
@@ -50,7 +45,7 @@ def build_model(
         vp_stage=vp_stage,
         **model.model_arguments(hf),
     )
-    built.num_tokens = hf["vocab_size"]
+    built.unpadded_vocab_size = hf["vocab_size"]
     _mark_experts(built)
     scaling = None if model.LATENT_ATTENTION else model.rope_scaling(hf)
     if scaling:
@@ -62,9 +57,9 @@ def build_model(
 def _mark_experts(model: PolicyModel) -> None:
     """Have DDP sum experts' gradients over the expert-data-parallel group wherever that differs.
 
-    Megatron marks them so (`allreduce` False) only when expert_parallel > 1 (tensor_parallel/layers.py). With
-    tensor_parallel 2 and both expert sizes 1, two ranks hold the same experts and see different tokens, and
-    nobody would add their gradients up.
+    Megatron marks them so (`allreduce` False) only when expert_parallel > 1
+    (tensor_parallel/layers.py). With tensor_parallel 2 and both expert sizes 1, two ranks hold the
+    same experts and see different tokens, and nobody would add their gradients up.
     """
     config = model.config
     if config.num_moe_experts and (
@@ -78,7 +73,8 @@ def _mark_experts(model: PolicyModel) -> None:
 def freeze_mtp(model: PolicyModel) -> None:
     """Exclude the MTP layers from training; call before wrapping in DistributedDataParallel.
 
-    For RL, which gives no labels: parameters without gradients would still be shrunk by weight decay.
+    For RL, which gives no labels: parameters without gradients would still be shrunk by weight
+    decay.
     """
     model = unwrap_model(model)
     if getattr(model, "mtp", None) is not None:

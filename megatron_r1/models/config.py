@@ -36,16 +36,16 @@ def transformer_config(
     recompute: str | None = None,
     **overrides,
 ) -> TransformerConfig:
-    """The Megatron configuration of the model `hf` describes, an MLATransformerConfig for latent attention.
+    """The Megatron configuration of the model `hf` describes (with latent attention, an MLA one).
 
-    sequence_parallel defaults to whether tensor_parallel > 1 for models with experts (Megatron demands it
-    there; a packed batch must then have a multiple of tensor_parallel tokens) and to False for others.
-    expert_bias_update_rate: step of the router's load-balancing bias per optimizer step; 0 keeps it fixed.
-    recompute: None, "selective" (attention only) or "full" (every layer).
-    overrides: any further field of Megatron's configuration, last word.
+    sequence_parallel defaults to whether tensor_parallel > 1 for models with experts (Megatron
+    demands it there; a packed batch must then have a multiple of tensor_parallel tokens) and to
+    False for others. expert_bias_update_rate: step of the router's load-balancing bias per
+    optimizer step; 0 keeps it fixed. recompute: None, "selective" (attention only) or "full" (every
+    layer). overrides: any further field of Megatron's configuration, last word.
 
-    Raises ValueError for a configuration this stack would compute wrongly, for sizes that do not divide, and
-    for an unknown override.
+    Raises ValueError for a configuration this stack would compute wrongly, for sizes that do not
+    divide, and for an unknown override.
     """
     model = import_module(f"megatron_r1.models.{architecture(hf)}")
     need(hf, "num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size")
@@ -69,8 +69,8 @@ def transformer_config(
         sequence_parallel = tensor_parallel > 1 and has_experts
     if has_experts and tensor_parallel > 1 and not sequence_parallel:
         raise ValueError(
-            f"sequence_parallel=False with tensor_parallel={tensor_parallel} is not possible for a model "
-            "with experts: Megatron splits their tokens along the sequence"
+            f"sequence_parallel=False with tensor_parallel={tensor_parallel} is not possible for a "
+            "model with experts: Megatron splits their tokens along the sequence"
         )
     fields |= _shared_fields(hf, params_dtype, transformer_engine) | _RECOMPUTE[recompute]
     if has_experts:
@@ -134,11 +134,14 @@ def _check_sizes(hf, model, sizes, overrides, has_experts, transformer_engine) -
             raise ValueError(f"parallel.{name}={size!r} must be a positive integer")
         if name.startswith("expert") and size > 1 and not has_experts:
             raise ValueError(f"parallel.{name}={size} needs a model with experts")
-    if min(sizes["expert_parallel"], sizes["expert_tensor_parallel"]) > 1 and not platform.has_gpu():
+    if (
+        min(sizes["expert_parallel"], sizes["expert_tensor_parallel"]) > 1
+        and not platform.has_gpu()
+    ):
         raise ValueError(
             f"parallel.expert_tensor_parallel={sizes['expert_tensor_parallel']} together with "
-            f"expert_parallel={sizes['expert_parallel']} needs gathers of uneven length, which gloo lacks; "
-            "set expert_tensor_parallel to 1 on a CPU"
+            f"expert_parallel={sizes['expert_parallel']} needs gathers of uneven length, which "
+            "gloo lacks; set expert_tensor_parallel to 1 on a CPU"
         )
     rules = model.divisions(hf, transformer_engine)
     uneven = (
@@ -156,6 +159,6 @@ def _check_sizes(hf, model, sizes, overrides, has_experts, transformer_engine) -
             )
     if sizes["context_parallel"] > 1 and not transformer_engine:
         raise ValueError(
-            f"parallel.context_parallel={sizes['context_parallel']} needs Transformer Engine's attention; "
-            "set it to 1 on a CPU"
+            f"parallel.context_parallel={sizes['context_parallel']} needs Transformer Engine's "
+            "attention; set it to 1 on a CPU"
         )

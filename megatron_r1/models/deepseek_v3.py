@@ -8,7 +8,7 @@ LATENT_ATTENTION = True
 
 
 def config_fields(hf: dict) -> dict:
-    """TransformerConfig fields for this `config.json`; ValueError for what would silently compute otherwise."""
+    """TransformerConfig fields for this `config.json`; ValueError for what `check` refuses."""
     check(hf)
     num_layers, num_dense = hf["num_hidden_layers"], hf.get("first_k_dense_replace") or 0
     expert_size = hf["moe_intermediate_size"]
@@ -54,7 +54,8 @@ def divisions(hf: dict, transformer_engine: bool) -> list[tuple[str, int, str]]:
         ("moe_intermediate_size", hf["moe_intermediate_size"], "expert_tensor_parallel"),
     ]
     if not transformer_engine:
-        # MLASelfAttention makes column-parallel down-projections before LatentAttention replaces them.
+        # MLASelfAttention makes column-parallel down-projections before LatentAttention replaces
+        # them.
         latent = hf["kv_lora_rank"] + hf["qk_rope_head_dim"]
         rules.append(("kv_lora_rank + qk_rope_head_dim", latent, "tensor_parallel"))
         if hf.get("q_lora_rank"):
@@ -63,7 +64,7 @@ def divisions(hf: dict, transformer_engine: bool) -> list[tuple[str, int, str]]:
 
 
 def check(hf: dict) -> None:
-    """Raise ValueError for a configuration that Megatron 0.16.1 would compute differently from transformers."""
+    """Raise ValueError for what Megatron 0.16.1 would compute differently from transformers."""
     need(hf, "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
     need(hf, "n_routed_experts", "n_shared_experts", "num_experts_per_tok", "moe_intermediate_size")
     require(hf, scoring_func="sigmoid", topk_method="noaux_tc", moe_layer_freq=1)
@@ -79,8 +80,9 @@ def _groups(hf: dict) -> dict:
     num_groups, chosen = hf.get("n_group") or 1, hf.get("topk_group") or 1
     if chosen >= num_groups:
         return {}
-    # Megatron scores a group by its best topk / topk_group experts (moe_utils.py, group_limited_topk),
-    # transformers and vLLM always by its best two: elsewhere than at two the routing silently differs.
+    # Megatron scores a group by its best topk / topk_group experts (moe_utils.py,
+    # group_limited_topk), transformers and vLLM always by its best two: elsewhere than at two the
+    # routing silently differs.
     if hf["num_experts_per_tok"] != 2 * chosen:
         raise ValueError(
             f"num_experts_per_tok={hf['num_experts_per_tok']} must be twice topk_group={chosen} "
@@ -101,15 +103,16 @@ def _rope(hf: dict) -> dict:
         return {**fields, "rope_type": "rope", "rotary_scaling_factor": 1.0, "mscale_all_dim": 0.0}
     if rope["rope_type"] != "yarn":
         raise ValueError(
-            f"rope_type={rope['rope_type']!r} is not supported for DeepSeek-V3, only default and yarn"
+            f"rope_type={rope['rope_type']!r} is not supported for DeepSeek-V3, only "
+            "default and yarn"
         )
     require(rope, attention_factor=None, truncate=True)
     need(rope, "factor", "original_max_position_embeddings")
     mscale, mscale_all_dim = rope.get("mscale") or 0.0, rope.get("mscale_all_dim") or 0.0
     if not mscale_all_dim and mscale not in (0.0, 1.0) or mscale_all_dim and not mscale:
         raise ValueError(
-            f"mscale={mscale} with mscale_all_dim={mscale_all_dim} in config.json means different things "
-            "to transformers and vLLM; give both or leave both out"
+            f"mscale={mscale} with mscale_all_dim={mscale_all_dim} in config.json means different "
+            "things to transformers and vLLM; give both or leave both out"
         )
     return {
         **fields,

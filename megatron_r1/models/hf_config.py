@@ -1,4 +1,4 @@
-"""Reading a Hugging Face `config.json`. Imports neither torch nor Megatron, so that a wrong path fails at once."""
+"""Reading a Hugging Face `config.json`; without torch or Megatron, so that errors come at once."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ ARCHITECTURES = {
     "Qwen2ForCausalLM": "qwen2",
     "LlamaForCausalLM": "llama",
 }
-"""HF architecture -> the module of that name in models/ (its configuration) and in weights/ (its table)."""
+"""HF architecture -> the module with its configuration in models/ and its table in weights/."""
 
 # transformers 5 reads both names of each of these and may write either.
 _ALIASES = {"num_mtp_layers": "num_nextn_predict_layers", "num_local_experts": "n_routed_experts"}
@@ -19,7 +19,8 @@ _ALIASES = {"num_mtp_layers": "num_nextn_predict_layers", "num_local_experts": "
 def read_hf_config(path: str | Path) -> dict:
     """The contents of `config.json` in the folder `path`, aliases resolved.
 
-    Raises ValueError when the file is missing or unreadable, or its architecture is not in ARCHITECTURES.
+    Raises ValueError when the file is missing or unreadable, or its architecture is not in
+    ARCHITECTURES.
     """
     file = Path(path) / "config.json"
     if not file.is_file():
@@ -36,7 +37,7 @@ def read_hf_config(path: str | Path) -> dict:
 
 
 def architecture(hf: dict) -> str:
-    """The module name (in models/ and weights/) that serves this configuration; ValueError if none does."""
+    """The module in models/ and weights/ that serves this configuration; ValueError if none."""
     names = hf.get("architectures") or []
     for name in names:
         if name in ARCHITECTURES:
@@ -55,8 +56,8 @@ def num_mtp_layers(hf: dict) -> int:
 def rope_parameters(hf: dict) -> dict:
     """Rotary settings as one flat dict with `rope_type` and `rope_theta`.
 
-    transformers 5 writes `rope_parameters`; earlier versions `rope_theta` beside `rope_scaling`, whose kind is
-    called `rope_type` or `type`.
+    transformers 5 writes `rope_parameters`; earlier versions `rope_theta` beside `rope_scaling`,
+    whose kind is called `rope_type` or `type`.
     """
     rope = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
     rope["rope_type"] = rope.get("rope_type") or rope.pop("type", None) or "default"
@@ -65,7 +66,7 @@ def rope_parameters(hf: dict) -> dict:
 
 
 def require(hf: dict, **allowed) -> None:
-    """Raise ValueError for a field of `hf` that is present, not None, and not the value allowed here."""
+    """Raise ValueError for a field of `hf` that is set and not to the value allowed here."""
     for name, value in allowed.items():
         found = hf.get(name)
         if found is not None and found != value:

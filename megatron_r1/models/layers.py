@@ -1,4 +1,4 @@
-"""Layers Megatron-Core lacks on a CPU, and the one choice of which classes a layer is built from."""
+"""Layers Megatron-Core lacks on a CPU, and the one choice of what a layer is built from."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from megatron_r1.models.attention import CoreAttention
 class RMSNorm(torch.nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight, with the interface of Megatron's norms.
 
-    The mean is taken in fp32 and the product with the weight in the input's dtype, as transformers does.
-    Megatron's own (WrappedTorchNorm) refuses sequence parallelism.
+    The mean is taken in fp32 and the product with the weight in the input's dtype, as transformers
+    does. Megatron's own (WrappedTorchNorm) refuses sequence parallelism.
     """
 
     def __init__(self, config, hidden_size: int, eps: float = 1e-6):
         super().__init__()
         self.eps = eps
         self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
-        # finalize_model_grads sums the gradients of parameters so marked over the tensor-parallel group.
+        # finalize_model_grads sums gradients of parameters so marked over the tensor group.
         self.weight.sequence_parallel = config.sequence_parallel
 
     def forward(self, x: Tensor) -> Tensor:
@@ -40,7 +40,7 @@ class RMSNorm(torch.nn.Module):
 
 
 class ReplicatedLinear(torch.nn.Module):
-    """y = x W^T with all of W on every tensor-parallel rank, as TELinear's parallel_mode "duplicated"."""
+    """y = x W^T, all of W on every tensor-parallel rank: TELinear's parallel_mode "duplicated"."""
 
     def __init__(self, input_size: int, output_size: int, config):
         super().__init__()
@@ -54,7 +54,7 @@ class ReplicatedLinear(torch.nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel
 
     def forward(self, x: Tensor) -> tuple[Tensor, None]:
-        """x: (..., input_size) -> ((..., output_size), no bias), as Megatron's linear layers return it."""
+        """x: (..., input_size) -> (..., output_size) and no bias, as Megatron's linear layers."""
         return torch.nn.functional.linear(x, self.weight), None
 
 
@@ -62,9 +62,9 @@ class LatentAttention(MLASelfAttention):
     """MLASelfAttention whose down-projections are whole on every rank, as with Transformer Engine.
 
     With Megatron's own column-parallel layers the gradient of the shared rotary key is wrong for
-    tensor_parallel > 1: each rank's heads contribute to it, and gather_from_tensor_model_parallel_region does
-    not add them up (multi_latent_attention.py:607, Megatron-Core 0.16.1). Replicated, it passes through a
-    gather over the sequence that does.
+    tensor_parallel > 1: each rank's heads contribute to it, and
+    gather_from_tensor_model_parallel_region does not add them up (multi_latent_attention.py:607,
+    Megatron-Core 0.16.1). Replicated, it passes through a gather over the sequence that does.
     """
 
     def __init__(self, config, *args, **kwargs):
@@ -80,8 +80,9 @@ class LatentAttention(MLASelfAttention):
 def block_specs(config, *, vp_stage: int | None = None):
     """This stage's decoder spec and, where the stage holds MTP layers, their spec (else None).
 
-    config.transformer_impl decides: "transformer_engine" takes Megatron's Transformer Engine classes as they
-    are; "local" takes Megatron's own linear layers with our RMSNorm and CoreAttention.
+    config.transformer_impl decides: "transformer_engine" takes Megatron's Transformer Engine
+    classes as they are; "local" takes Megatron's own linear layers with our RMSNorm and
+    CoreAttention.
     """
     transformer_engine = config.transformer_impl == "transformer_engine"
     block = get_gpt_decoder_block_spec(

@@ -1,4 +1,4 @@
-"""Llama 3 (arXiv 2407.21783): grouped-query attention, SwiGLU, frequency-scaled rotary embeddings."""
+"""Llama 3 (arXiv 2407.21783): grouped-query attention, SwiGLU, scaled rotary frequencies."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ LATENT_ATTENTION = False
 
 
 def config_fields(hf: dict) -> dict:
-    """TransformerConfig fields for this `config.json`; ValueError for what would silently compute otherwise."""
+    """TransformerConfig fields for this `config.json`; ValueError for what is not supported."""
     require(hf, attention_bias=False, mlp_bias=False)
     return grouped_query_fields(hf)
 
@@ -41,7 +41,8 @@ def model_arguments(hf: dict) -> dict:
 def rope_scaling(hf: dict) -> dict | None:
     """Arguments of RotaryEmbedding._apply_scaling, or None when frequencies are not scaled.
 
-    GPTModel passes on the factor alone; the other three are Llama 3.1's own in Megatron, any in config.json.
+    GPTModel passes on the factor alone; the other three are Llama 3.1's own in Megatron, any in
+    config.json.
     """
     rope = rope_parameters(hf)
     if rope["rope_type"] != "llama3":

@@ -1,8 +1,9 @@
-"""GPTModel whose last stage returns hidden states, so that the loss can be one fused operation with the LM head.
+"""GPTModel whose last stage returns hidden states, for losses that are one with the LM head.
 
-The trainer's loss takes hidden states and the vocabulary-parallel head weight and never holds tokens x vocabulary
-logits. What Megatron's output layer does to its *input* still happens here (LMHead), so each rank may treat its
-part of the vocabulary alone and the gradients of the hidden states still come out summed.
+The trainer's loss takes hidden states and the vocabulary-parallel head weight and never holds
+tokens x vocabulary logits. What Megatron's output layer does to its *input* still happens here
+(LMHead), so each rank may treat its part of the vocabulary alone and the gradients of the hidden
+states still come out summed.
 """
 
 from __future__ import annotations
@@ -25,10 +26,10 @@ from torch import Tensor
 
 
 class LMHead(ColumnParallelLinear):
-    """Megatron's output layer up to the matrix product: holds the weight, returns the hidden states.
+    """Megatron's output layer without its product: holds the weight, returns the hidden states.
 
-    It stays a module that is called in the forward pass, because Megatron's overlapped parameter gathering
-    waits for a module's parameters in that module's forward hook.
+    It stays a module that is called in the forward pass, because Megatron's overlapped parameter
+    gathering waits for a module's parameters in that module's forward hook.
     """
 
     @classmethod
@@ -52,10 +53,11 @@ class LMHead(ColumnParallelLinear):
         weight: Tensor | None = None,
         runtime_gather_output: bool | None = None,
     ) -> tuple[Tensor, None]:
-        """input_: (s, b, h), s split over tensor ranks under sequence parallelism -> (s, b, h) whole.
+        """input_: (s, b, h), under sequence parallelism this rank's part of s -> (s, b, h) whole.
 
-        In the backward pass each rank brings the gradient through its own part of the vocabulary; they are
-        summed over the tensor-parallel group (all-reduce, or reduce-scatter under sequence parallelism).
+        In the backward pass each rank brings the gradient through its own part of the vocabulary;
+        they are summed over the tensor-parallel group (all-reduce, or reduce-scatter under sequence
+        parallelism).
         """
         if self.sequence_parallel:
             return gather_from_sequence_parallel_region(
@@ -64,22 +66,24 @@ class LMHead(ColumnParallelLinear):
         return copy_to_tensor_model_parallel_region(input_, group=self.tp_group), None
 
     def project(self, hidden: Tensor, weight: Tensor) -> Tensor:
-        """hidden: (s, b, h) as `forward` takes it -> this rank's logits (s, b, vocabulary / tensor_parallel)."""
+        """hidden: (s, b, h) as `forward` takes it -> logits (s, b, this rank's vocabulary)."""
         return ColumnParallelLinear.forward(self, hidden, weight=weight)[0]
 
 
 class PolicyModel(GPTModel):
-    """GPTModel that returns hidden states (b, s, h), after the final norm, from its last pipeline stage.
+    """GPTModel that returns hidden states (b, s, h), after the final norm, from its last stage.
 
-    With `labels` (b, s), where labels[i] follows input_ids[i], and `loss_mask` (b, s), the loss of the MTP
-    layers joins the backward pass of what is returned (scaled as Megatron does: mtp_loss_scaling_factor and
-    the token count); the hidden states themselves are the same. Without labels MTP layers are not run.
+    With `labels` (b, s), where labels[i] follows input_ids[i], and `loss_mask` (b, s), the loss of
+    the MTP layers joins the backward pass of what is returned (scaled as Megatron does:
+    mtp_loss_scaling_factor and the token count); the hidden states themselves are the same. Without
+    labels MTP layers are not run. Raises ValueError for labels under full recomputation, which
+    Megatron-Core 0.16.1 cannot do for MTP layers on packed batches.
     """
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         # Rows of the embedding and head beyond this are padding, never a token.
-        self.num_tokens = self.vocab_size
+        self.unpadded_vocab_size = self.vocab_size
         if self.post_process:
             self.output_layer = LMHead.replacing(self.output_layer, self.config)
 
@@ -98,6 +102,11 @@ class PolicyModel(GPTModel):
         if not self.post_process:
             return hidden_states
         if mtp_in_postprocess and labels is not None:
+            if self.config.recompute_granularity == "full" and self.training:
+                raise ValueError(
+                    "recompute='full' cannot train multi-token-prediction layers on "
+                    "packed batches; use recompute='selective', or freeze them or leave them out (model.mtp)"
+                )
             context |= extra_block_kwargs or {}
             stages = self.mtp(hidden_states=hidden_states, embedding=self.embedding, **context)
             hidden_states, *predicted = stages.chunk(1 + self.config.mtp_num_layers)
@@ -108,7 +117,7 @@ class PolicyModel(GPTModel):
         return hidden_states.transpose(0, 1).contiguous()
 
     def _with_mtp_loss(self, hidden, predicted, labels, loss_mask, packed_seq_params) -> Tensor:
-        """`hidden` unchanged, its backward pass carrying -log p(label k+1 further on) of MTP layer k."""
+        """`hidden`, its backward pass carrying MTP layer k's -log p(the label k + 1 further)."""
         mask = torch.ones_like(labels, dtype=torch.float32) if loss_mask is None else loss_mask
         scale = self.config.mtp_loss_scaling_factor / self.config.mtp_num_layers
         roll = {"shifts": -1, "dims": -1, "cp_group": self.cp_group}
@@ -130,7 +139,7 @@ class PolicyModel(GPTModel):
 
 
 def lm_head_weight(model) -> Tensor:
-    """The head's rows on this rank, (padded vocabulary / tensor_parallel, h); with tied embeddings, theirs.
+    """The head's rows on this rank, (padded vocabulary / tensor_parallel, h); tied ones included.
 
     model: a last pipeline stage, bare or wrapped. Rows outside `vocab_shard` are padding.
     """
@@ -140,19 +149,22 @@ def lm_head_weight(model) -> Tensor:
 
 
 def vocab_shard(model) -> range:
-    """The token ids whose head rows this rank holds: row i of `lm_head_weight` is token vocab_shard[i].
+    """The tokens whose head rows this rank holds: row i of `lm_head_weight` is vocab_shard[i].
 
-    Shorter than the weight where the vocabulary was padded to divide the tensor-parallel size; those last
-    rows must be left out of every softmax (their logits set to -inf, or the weight cut to len(vocab_shard)).
+    Shorter than the weight where the vocabulary was padded to divide the tensor-parallel size;
+    those last rows must be left out of every softmax (their logits set to -inf, or the weight cut
+    to len(vocab_shard)).
     """
     model = unwrap_model(model)
     num_rows = model.output_layer.output_size_per_partition
     start = num_rows * model.output_layer.tp_group.rank()
-    return range(min(start, model.num_tokens), min(start + num_rows, model.num_tokens))
+    return range(
+        min(start, model.unpadded_vocab_size), min(start + num_rows, model.unpadded_vocab_size)
+    )
 
 
 def logits(model, hidden: Tensor) -> Tensor:
-    """hidden: (b, s, h) as the last stage returns it -> this rank's logits (b, s, padded vocabulary / tp).
+    """hidden: (b, s, h) as the last stage returns it -> logits (b, s, this rank's vocabulary).
 
     Logits of padding rows are -inf. For tests and small uses: the training loss never forms them.
     """

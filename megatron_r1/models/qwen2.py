@@ -1,4 +1,4 @@
-"""Qwen2 and Qwen2.5 (arXiv 2407.10671): Llama's decoder with biased query, key and value projections."""
+"""Qwen2 and Qwen2.5 (arXiv 2407.10671): Llama's decoder with biases on query, key and value."""
 
 from __future__ import annotations
 
@@ -16,6 +16,6 @@ __all__ = ["config_fields", "divisions", "model_arguments", "rope_scaling"]
 
 
 def config_fields(hf: dict) -> dict:
-    """TransformerConfig fields for this `config.json`; ValueError for what would silently compute otherwise."""
+    """TransformerConfig fields for this `config.json`; ValueError for what is not supported."""
     require(hf, use_sliding_window=False, attention_bias=True)
     return {**grouped_query_fields(hf), "add_qkv_bias": True}

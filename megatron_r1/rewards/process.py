@@ -28,7 +28,7 @@ class WorkerProcess:
         self.seconds_per_job = 1.0
         self._decoder = msgspec.json.Decoder(Reply)
         self._stderr = b""
-        self._is_killed = False
+        self._ending: asyncio.Task[int] | None = None
         self._stderr_reader = asyncio.create_task(self._keep_stderr())
 
     @classmethod
@@ -77,11 +77,21 @@ class WorkerProcess:
             raise WorkerLost(type(error).__name__) from error
 
     async def kill(self) -> int:
-        """Ends the process and its group at once; returns its exit status. Safe to call again."""
-        if not self._is_killed:  # once: later the number may belong to another process
-            self._is_killed = True
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.process.pid, signal.SIGKILL)
+        """Ends the process and its group at once; returns its exit status. Safe to call again, and
+        goes on where its caller is cancelled: then call it again to wait for the end."""
+        if self._ending is None:
+            self._ending = asyncio.create_task(self._end())
+        return await asyncio.shield(self._ending)
+
+    @property
+    def last_words(self) -> str:
+        """The last line the process wrote to its standard error."""
+        lines = self._stderr.decode("utf-8", "replace").split("\n")
+        return next((line.strip() for line in reversed(lines) if line.strip()), "")
+
+    async def _end(self) -> int:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
         status = await self.process.wait()
         # A grandchild that left the group may hold the pipes open: they are not waited for, and the
         # transport, which would, has no public name.
@@ -90,12 +100,6 @@ class WorkerProcess:
         self.process._transport.close()
         await asyncio.sleep(0)
         return status
-
-    @property
-    def last_words(self) -> str:
-        """The last line the process wrote to its standard error."""
-        lines = self._stderr.decode("utf-8", "replace").split("\n")
-        return next((line.strip() for line in reversed(lines) if line.strip()), "")
 
     async def _keep_stderr(self) -> None:
         while chunk := await self.process.stderr.read(65536):

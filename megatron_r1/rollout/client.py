@@ -184,8 +184,10 @@ class EngineClient:
     async def _call(self, method: str, path: str, body: Any = None) -> bytes:
         if self._session is None:
             self._session = aiohttp.ClientSession(
-                # The default limit of 100 connections would hold groups back.
-                connector=aiohttp.TCPConnector(limit=0),
+                # One connection per call: vLLM closes idle ones after 5 seconds, and any after a
+                # status 500, unannounced; a call on such a one would fail. No limit on their
+                # number, as the default of 100 would hold groups back.
+                connector=aiohttp.TCPConnector(limit=0, force_close=True),
                 timeout=aiohttp.ClientTimeout(total=self.timeout_seconds),
             )
         payload = None if body is None else msgspec.json.encode(body)

@@ -95,10 +95,10 @@ class Rollouts:
         return Collected([g.result() for g in groups], sampled_at - start, end - sampled_at)
 
     async def _grade(self, prompt: Prompt, completion: Completion) -> Output:
-        text = self.text.decode(completion.token_ids)
+        text, opened = self.text.decode(completion.token_ids), self.text.opens_thought
         accuracy, form = await asyncio.gather(
-            self.pool.grade(prompt.kind, text, prompt.truth, **prompt.fields),
-            self.pool.grade("format", text, None),
+            self.pool.grade(prompt.kind, text, prompt.truth, opened=opened, **prompt.fields),
+            self.pool.grade("format", text, None, opened=opened),
         )
         reward = combine({"accuracy": accuracy, "format": form}, self.rewards.weights)
         return Output(completion, text, reward.terms, reward.total, reward.reason)

@@ -19,8 +19,11 @@ from megatron_r1.rollout.errors import EngineError
 
 STOP_GRACE_SECONDS = 5.0
 POLL_SECONDS = 0.05
-# "ValueError: ...", also behind what vLLM puts before it: "(EngineCore pid=12) ERROR ... ".
-ERROR_LINE = re.compile(r"(?:^|[\s\]])((?:\w+\.)*\w*(?:Error|Exception)\w*: \S.*)$")
+LINE_CHARS = 300  # vLLM names its several hundred architectures when it does not know one
+# "ValueError: ..." or pydantic's "Value error, ...", whatever stands before it.
+ERROR_LINE = re.compile(
+    r"(?:^|[\s\]])((?:\w+\.)*\w*(?:Error|Exception)\w*: (?!\d+ validation).+|Value error, .+)$"
+)
 LOG_PREFIX = re.compile(r"^(\(\w+ pid=\d+\) )?([A-Z]+ [\d-]+ [\d:]+ \[[^\]]+\] )?")
 
 
@@ -180,8 +183,8 @@ def excerpt(log: str, num_last_lines: int = 5) -> str:
     lines = [line for line in lines if line.strip(" ^~")]
     cause = next((m.group(1) for line in lines if (m := ERROR_LINE.search(line))), None)
     last = lines[-num_last_lines:]
-    shown = ([cause] if cause else []) + [line for line in last if line != cause]
-    return "\n".join(f"  {line}" for line in shown) or "  (the log is empty)"
+    shown = ([cause] if cause else []) + [line for line in last if not cause or cause not in line]
+    return "\n".join(f"  {line[:LINE_CHARS]}" for line in shown) or "  (the log is empty)"
 
 
 def check_model_folder(model: Path) -> None:

@@ -13,6 +13,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.transformer import MegatronModule
@@ -57,8 +58,9 @@ def load(folder: Path, model: MegatronModule, optimizer: Any, reference: Referen
     try:
         found = dist_checkpointing.load(wanted, str(folder))
     except (KeyError, RuntimeError, dist_checkpointing.core.CheckpointingException) as error:
+        detail = " ".join(str(error).split())
         raise ValueError(
-            f"checkpoint {folder} does not fit this model and recipe ({error}); "
+            f"checkpoint {folder} does not fit this model and recipe ({detail[:300]} …); "
             "continue with the recipe that wrote it, or start in another run.folder"
         ) from error
     model.load_state_dict(found["model"])
@@ -69,15 +71,42 @@ def load(folder: Path, model: MegatronModule, optimizer: Any, reference: Referen
 
 
 def _sharded(model, optimizer, reference: Reference | None, loading: bool) -> dict[str, Any]:
-    weights = model.sharded_state_dict()
+    _allocate_state(optimizer)
+    weights = _without_extra_state(model.sharded_state_dict())
     tree = {
         "model": weights,
         "optimizer": optimizer.sharded_state_dict(weights, is_loading=loading, metadata=SHARDING),
     }
     if reference is not None:
         with reference.in_place():
-            tree["reference"] = model.sharded_state_dict(prefix="reference.")
+            tree["reference"] = _without_extra_state(model.sharded_state_dict(prefix="reference."))
     return tree
+
+
+def _without_extra_state(weights: dict[str, Any]) -> dict[str, Any]:
+    # Filled by Transformer Engine's delayed FP8 scaling only, and named by the number of shards: an
+    # empty one would tie the checkpoint to the layout that wrote it.
+    return {name: tensor for name, tensor in weights.items() if "_extra_state" not in name}
+
+
+def _allocate_state(optimizer) -> None:
+    """Give optimizers that have not stepped yet their moments, by a step that changes nothing.
+
+    Megatron's distributed optimizer over torch's AdamW can neither save nor load without them.
+    """
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        inner = part.optimizer
+        if inner.state:
+            continue
+        rates = [group["lr"] for group in inner.param_groups]
+        for group in inner.param_groups:
+            group["lr"] = 0.0
+            for parameter in group["params"]:
+                parameter.grad = torch.zeros_like(parameter)
+        inner.step()
+        inner.zero_grad()
+        for group, rate in zip(inner.param_groups, rates, strict=True):
+            group["lr"] = rate
 
 
 def _sync(path: Path) -> None:

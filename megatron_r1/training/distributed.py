@@ -56,9 +56,10 @@ def initialize(parallel: ParallelConfig, seed: int) -> Place:
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
-    dist.init_process_group(
-        platform.distributed_backend(), device_id=device if platform.has_gpu() else None
-    )
+    if not dist.is_initialized():
+        dist.init_process_group(
+            platform.distributed_backend(), device_id=device if platform.has_gpu() else None
+        )
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,

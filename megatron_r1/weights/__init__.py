@@ -1,7 +1,7 @@
 """One table of names, shapes and shards per architecture, and everything that follows from it.
 
-`hf_tensors`, `layout` and `shard` need a configuration only; the rest works on Megatron model chunks and is
-imported when first asked for.
+`hf_tensors`, `layout` and `shard` need a configuration only; the rest works on Megatron model
+chunks and is imported when first asked for.
 """
 
 from megatron_r1.weights.layout import Entry, Shard, hf_tensors, layout, shard, stage_layers

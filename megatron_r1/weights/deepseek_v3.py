@@ -4,132 +4,99 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from megatron_r1.weights.rules import Rule, Source, Table, columns, rows, vocabulary, whole
-
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+from megatron_r1.weights.rules import (
+    Rule,
+    Source,
+    Table,
+    columns,
+    gated,
+    rows,
+    vocabulary,
+    weight,
+    whole,
+)
 
 
 def table(hf: dict) -> Table:
     """The rules for this `config.json`, MTP layers included."""
-    vocab, hidden, num_layers = hf["vocab_size"], hf["hidden_size"], hf["num_hidden_layers"]
+    hidden, vocab, num_layers = hf["hidden_size"], hf["vocab_size"], hf["num_hidden_layers"]
     num_mtp = hf.get("num_nextn_predict_layers") or 0
-    dense, sparse = _attention(hf) + _mlp(hf), _attention(hf) + _experts(hf)
     num_dense = min(hf.get("first_k_dense_replace") or 0, num_layers)
+    dense, sparse = _attention(hf) + _mlp(hf), _attention(hf) + _experts(hf)
+    layers = [dense] * num_dense + [sparse] * (num_layers - num_dense)
     copies = {}
     for layer in range(num_layers, num_layers + num_mtp):
-        copies[f"model.layers.{layer}.embed_tokens.weight"] = EMBEDDING
-        copies[f"model.layers.{layer}.shared_head.head.weight"] = HEAD
+        copies[f"model.layers.{layer}.embed_tokens.weight"] = "model.embed_tokens.weight"
+        copies[f"model.layers.{layer}.shared_head.head.weight"] = "lm_head.weight"
     return Table(
         embedding=[
-            _rule("embedding.word_embeddings.weight", EMBEDDING, (vocab, hidden), vocabulary)
+            weight("embedding.word_embeddings", "model.embed_tokens", (vocab, hidden), vocabulary)
         ],
-        layers=[dense] * num_dense + [sparse] * (num_layers - num_dense),
+        layers=layers,
         head=[
-            _rule("decoder.final_layernorm.weight", "model.norm.weight", (hidden,), whole),
-            _rule("output_layer.weight", HEAD, (vocab, hidden), vocabulary),
+            weight("decoder.final_layernorm", "model.norm", (hidden,), whole),
+            weight("output_layer", "lm_head", (vocab, hidden), vocabulary),
         ],
         # An MTP layer is built like the last decoder layer.
-        mtp=[_mtp(hf, sparse if num_dense < num_layers else dense)] * num_mtp,
+        mtp=[_mtp(hf, layers[-1])] * num_mtp,
         copies=copies,
         num_experts=hf["n_routed_experts"],
     )
-
-
-def _rule(megatron, name, shape, split, **more) -> Rule:
-    return Rule(megatron, (Source(name, shape),), split, **more)
 
 
 def _attention(hf: dict) -> list[Rule]:
     hidden, heads, latent = hf["hidden_size"], hf["num_attention_heads"], hf["kv_lora_rank"]
     nope, rope, value = hf["qk_nope_head_dim"], hf["qk_rope_head_dim"], hf["v_head_dim"]
     m, h = "self_attention.", "self_attn."
-    norm = "layer_norm_weight"
-    query = [
-        _rule(
-            m + "linear_q_proj.weight",
-            h + "q_proj.weight",
-            (heads * (nope + rope), hidden),
-            columns,
-        )
-    ]
+    query_height, kv_height = heads * (nope + rope), heads * (nope + value)
+    q_norm, kv_norm = (f"{m}linear_{x}_up_proj.layer_norm_weight" for x in ("q", "kv"))
     if rank := hf.get("q_lora_rank"):
-        up, query_shape = m + "linear_q_up_proj.", (heads * (nope + rope), rank)
         query = [
-            _rule(
-                m + "linear_q_down_proj.weight",
-                h + "q_a_proj.weight",
-                (rank, hidden),
-                whole,
-            ),
-            _rule(
-                m + "q_layernorm.weight", h + "q_a_layernorm.weight", (rank,), whole, te=up + norm
-            ),
-            _rule(up + "weight", h + "q_b_proj.weight", query_shape, columns),
+            weight(m + "linear_q_down_proj", h + "q_a_proj", (rank, hidden), whole),
+            weight(m + "q_layernorm", h + "q_a_layernorm", (rank,), whole, q_norm),
+            weight(m + "linear_q_up_proj", h + "q_b_proj", (query_height, rank), columns),
         ]
-    down, up = m + "linear_kv_down_proj.", m + "linear_kv_up_proj."
-    kv_a, kv_b = (latent + rope, hidden), (heads * (nope + value), latent)
+    else:
+        query = [weight(m + "linear_q_proj", h + "q_proj", (query_height, hidden), columns)]
+    down = (latent + rope, hidden)
     return [
-        _rule("input_layernorm.weight", "input_layernorm.weight", (hidden,), whole),
+        weight("input_layernorm", "input_layernorm", (hidden,), whole),
         *query,
-        _rule(down + "weight", h + "kv_a_proj_with_mqa.weight", kv_a, whole),
-        _rule(
-            m + "kv_layernorm.weight", h + "kv_a_layernorm.weight", (latent,), whole, te=up + norm
-        ),
-        _rule(up + "weight", h + "kv_b_proj.weight", kv_b, columns),
-        _rule(m + "linear_proj.weight", h + "o_proj.weight", (hidden, heads * value), rows),
+        weight(m + "linear_kv_down_proj", h + "kv_a_proj_with_mqa", down, whole),
+        weight(m + "kv_layernorm", h + "kv_a_layernorm", (latent,), whole, kv_norm),
+        weight(m + "linear_kv_up_proj", h + "kv_b_proj", (kv_height, latent), columns),
+        weight(m + "linear_proj", h + "o_proj", (hidden, heads * value), rows),
     ]
 
 
 def _mlp(hf: dict) -> list[Rule]:
-    post = "post_attention_layernorm.weight"
+    hidden, norm = hf["hidden_size"], "mlp.linear_fc1.layer_norm_weight"
     return [
-        _rule(
-            "pre_mlp_layernorm.weight",
-            post,
-            (hf["hidden_size"],),
-            whole,
-            te="mlp.linear_fc1.layer_norm_weight",
-        ),
-        *_gated("mlp.", "mlp.", hf["hidden_size"], hf["intermediate_size"]),
-    ]
-
-
-def _gated(megatron: str, name: str, hidden: int, inner: int, te: str | None = None) -> list[Rule]:
-    gate_up = tuple(Source(f"{name}{n}_proj.weight", (inner, hidden)) for n in ("gate", "up"))
-    down = (Source(f"{name}down_proj.weight", (hidden, inner)),)
-    return [
-        Rule(
-            megatron + "linear_fc1.weight", gate_up, columns, te=te and te.format(fc="linear_fc1")
-        ),
-        Rule(megatron + "linear_fc2.weight", down, rows, te=te and te.format(fc="linear_fc2")),
+        weight("pre_mlp_layernorm", "post_attention_layernorm", (hidden,), whole, norm),
+        *gated("mlp", "mlp", hidden, hf["intermediate_size"]),
     ]
 
 
 def _experts(hf: dict) -> list[Rule]:
     hidden, inner, experts = hf["hidden_size"], hf["moe_intermediate_size"], hf["n_routed_experts"]
-    shared, bias = "mlp.shared_experts.", "mlp.gate.e_score_correction_bias"
+    bias = (Source("mlp.gate.e_score_correction_bias", (experts,)),)
+    local, shared = "mlp.experts.local_experts.{e}", "mlp.shared_experts"
+    grouped = ("mlp.experts.linear_fc1.weight{e}", "mlp.experts.linear_fc2.weight{e}")
     return [
-        _rule("pre_mlp_layernorm.weight", "post_attention_layernorm.weight", (hidden,), whole),
-        _rule("mlp.router.weight", "mlp.gate.weight", (experts, hidden), whole),
-        _rule("mlp.router.expert_bias", bias, (experts,), whole, dtype="float32"),
-        *_gated(
-            "mlp.experts.local_experts.{e}.",
-            "mlp.experts.{e}.",
-            hidden,
-            inner,
-            "mlp.experts.{fc}.weight{{e}}",
-        ),
-        *_gated(shared, shared, hidden, inner * hf["n_shared_experts"]),
+        weight("pre_mlp_layernorm", "post_attention_layernorm", (hidden,), whole),
+        weight("mlp.router", "mlp.gate", (experts, hidden), whole),
+        Rule("mlp.router.expert_bias", bias, whole, dtype="float32"),
+        *gated(local, "mlp.experts.{e}", hidden, inner, grouped),
+        *gated(shared, shared, hidden, inner * hf["n_shared_experts"]),
     ]
 
 
 def _mtp(hf: dict, decoder_layer: list[Rule]) -> list[Rule]:
-    hidden = hf["hidden_size"]
-    inner = "transformer_layer."
+    hidden, inner = hf["hidden_size"], "transformer_layer."
     return [
-        _rule("enorm.weight", "enorm.weight", (hidden,), whole),
-        _rule("hnorm.weight", "hnorm.weight", (hidden,), whole),
-        _rule("eh_proj.weight", "eh_proj.weight", (hidden, 2 * hidden), columns),
+        weight("enorm", "enorm", (hidden,), whole),
+        weight("hnorm", "hnorm", (hidden,), whole),
+        weight("eh_proj", "eh_proj", (hidden, 2 * hidden), columns),
         *(replace(r, megatron=inner + r.megatron, te=r.te and inner + r.te) for r in decoder_layer),
-        _rule("final_layernorm.weight", "shared_head.norm.weight", (hidden,), whole),
+        weight("final_layernorm", "shared_head.norm", (hidden,), whole),
     ]

@@ -14,7 +14,8 @@ import torch
 from megatron_r1.weights.local import has_mtp
 from megatron_r1.weights.writing import on_first_rank, plan_file, stored_tensors, write_files
 
-# Everything small a model folder carries beside its weights: configuration, tokenizer, chat template.
+# Everything small a model folder carries beside its weights: configuration, tokenizer, chat
+# template.
 _CARRIED = (".json", ".jinja", ".txt", ".model")
 _INDEX = "model.safetensors.index.json"
 
@@ -28,11 +29,12 @@ def save_hf(
     *,
     max_shard_bytes: int = 5 * 10**9,
 ) -> None:
-    """Write `out_folder`, loadable by transformers and vLLM, with the files of `source_folder` beside the weights.
+    """Write `out_folder`, which transformers and vLLM load; call on every rank.
 
-    Call on every rank; both folders must be seen by all. The folder appears complete or not at all (an existing
-    one is replaced). Weights are split into files of at most max_shard_bytes, but for larger single tensors.
-    Raises ValueError on every rank when something cannot be written.
+    Beside the weights it gets the configuration and tokenizer files of `source_folder`; both
+    folders must be seen by all ranks. The folder appears complete or not at all
+    (an existing one is replaced). Weights are split into files of at most max_shard_bytes, but for
+    larger single tensors. Raises ValueError on every rank when something cannot be written.
     """
     out = Path(out_folder)
     unfinished = out.with_name(out.name + ".incomplete")
@@ -90,7 +92,8 @@ def _finish(unfinished: Path, out: Path, shards: dict[str, dict]) -> None:
             "weight_map": {name: file for file, shard in shards.items() for name in shard},
         }
         _write_text(unfinished / _INDEX, json.dumps(index, indent=2) + "\n")
-    # A folder cannot be renamed over another: for an instant neither name exists, but both are on disk.
+    # A folder cannot be renamed over another: for an instant neither name exists, but both are on
+    # disk.
     previous = out.with_name(out.name + ".previous")
     shutil.rmtree(previous, ignore_errors=True)
     if out.exists():

@@ -1,6 +1,6 @@
-"""Where every parameter of a model lies: computed from `config.json` and parallel coordinates alone.
+"""Where every parameter of a model lies, from `config.json` and parallel coordinates alone.
 
-No model is built, so a resharding plan or a memory budget for thousands of ranks is made on a laptop.
+No model is built: a resharding plan or memory budget for thousands of ranks is made on a laptop.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ Rank = tuple[int, int]
 class Shard:
     """What one rank holds: which layers of the pipeline, and which part of each.
 
-    layers: global indices of its decoder layers, in order. embedding, head, mtp: whether the embedding, the final
-    norm with the LM head, and the MTP layers are on it. transformer_engine: whose parameter names it uses.
+    layers: global indices of its decoder layers, in order. embedding, head, mtp: whether the
+    embedding, the final norm with the LM head, and the MTP layers are on it. transformer_engine:
+    whose parameter names it uses.
     """
 
     layers: tuple[int, ...]
@@ -39,8 +40,9 @@ class Entry:
     """One parameter of one rank.
 
     shape: this rank's. pieces: the HF tensors in it; rows without a piece are vocabulary padding.
-    owner: whether, of the ranks that hold the same pieces along the tensor and pipeline axes, this is the one
-    that writes them. expert: whether its replicas are the expert-data-parallel group. dtype: its own, or None.
+    owner: whether, of the ranks that hold the same pieces along the tensor and pipeline axes, this
+    is the one that writes them. expert: whether its replicas are the expert-data-parallel group.
+    dtype: its own, or None.
     """
 
     shape: Shape
@@ -58,7 +60,8 @@ def table(hf: dict) -> Table:
 def hf_tensors(hf: dict, *, with_mtp: bool = True) -> dict[str, tuple[Shape, str]]:
     """Every tensor of the full HF checkpoint: name -> (shape, dtype), in checkpoint order.
 
-    The dtype is config.json's ("bfloat16" if it says nothing), except for tensors that keep their own.
+    The dtype is config.json's ("bfloat16" if it says nothing), except for tensors that keep their
+    own.
     """
     rules, default = table(hf), hf.get("dtype") or hf.get("torch_dtype") or "bfloat16"
     tensors = {}
@@ -73,7 +76,10 @@ def hf_tensors(hf: dict, *, with_mtp: bool = True) -> dict[str, tuple[Shape, str
 
 
 def stage_layers(num_layers: int, pp: Rank = (0, 1), vp: Rank = (0, 1)) -> tuple[int, ...]:
-    """Decoder layers of a pipeline stage (and virtual stage) when they are spread evenly, as Megatron does."""
+    """Decoder layers of a pipeline stage (and virtual stage), spread evenly as Megatron does.
+
+    Raises ValueError when they do not divide.
+    """
     (rank, ranks), (stage, stages) = pp, vp
     if num_layers % (ranks * stages):
         raise ValueError(

@@ -17,9 +17,9 @@ def local_pieces(
 ) -> Iterator[tuple[Tensor, tuple[Piece, ...], bool]]:
     """(parameter, pieces, owner) of everything on this rank, the router's bias buffers included.
 
-    model_chunks: this rank's virtual pipeline stages, bare or wrapped. owner: exactly one rank of the job owns
-    each piece, so the owners together write every HF tensor once.
-    Raises ValueError for a parameter no rule covers and for one of another shape than its rule gives.
+    model_chunks: this rank's virtual pipeline stages, bare or wrapped. owner: exactly one rank of
+    the job owns each piece, so the owners together write every HF tensor once. Raises ValueError
+    for a parameter no rule covers and for one of another shape than its rule gives.
     """
     for tensor, entry in local_entries(model_chunks, hf):
         yield tensor, entry.pieces, entry.owner and _first_replica(entry.expert)

@@ -12,19 +12,20 @@ import torch
 from safetensors import safe_open
 
 from megatron_r1.weights.layout import hf_tensors, table
-from megatron_r1.weights.local import has_mtp, local_entries, local_pieces
+from megatron_r1.weights.local import has_mtp, local_pieces
 
 FLOATS = ("F32", "BF16", "F16")
-# Named so, a checkpoint may hold what no table lists: tied heads, and what older transformers stored.
+# Named so, a checkpoint may hold what no table lists: tied heads, and what older transformers
+# stored.
 _IGNORED = ("lm_head.weight", ".rotary_emb.inv_freq")
 
 
 def load_hf(model_chunks: Sequence, hf: dict, path: str | Path) -> None:
-    """Fill this rank's parameters from the safetensors checkpoint in the folder `path`, casting to their dtype.
+    """Fill this rank's parameters, in their dtype, from the safetensors checkpoint in `path`.
 
-    Reads `model.safetensors.index.json` and its files, or one `model.safetensors`. MTP layers' copies of the
-    embedding and head are passed over. Vocabulary padding becomes zero.
-    Raises ValueError naming every missing, unexpected or mis-shaped tensor.
+    Reads `model.safetensors.index.json` and its files, or one `model.safetensors`. MTP layers'
+    copies of the embedding and head are passed over. Vocabulary padding becomes zero. Raises
+    ValueError naming every missing, unexpected or mis-shaped tensor.
     """
     with ExitStack() as stack:
         files = {
@@ -46,8 +47,8 @@ def load_hf(model_chunks: Sequence, hf: dict, path: str | Path) -> None:
 def initialize(model_chunks: Sequence, hf: dict, *, std: float, seed: int) -> None:
     """Fill this rank's parameters with random weights that do not depend on how the model is split.
 
-    Matrices are drawn from N(0, std^2), each HF tensor from a generator seeded by `seed` and its name; norms
-    become 1, biases 0. Each tensor is drawn whole, in fp32, one at a time.
+    Matrices are drawn from N(0, std^2), each HF tensor from a generator seeded by `seed` and its
+    name; norms become 1, biases 0. Each tensor is drawn whole, in fp32, one at a time.
     """
     shapes = hf_tensors(hf)
     with torch.no_grad():
@@ -107,7 +108,7 @@ def _check(found: dict, hf: dict, with_mtp: bool, path) -> None:
         if any(
             n.split(".layers.")[-1].split(".")[0] == str(hf["num_hidden_layers"]) for n in missing
         ):
-            hint = "; leave the MTP layers out (model.mtp: false) if the checkpoint has none"
+            hint = "; leave the MTP layers out (model.mtp: none) if the checkpoint has none"
         raise ValueError(
             f"checkpoint {path} does not fit its config.json: {'; '.join(problems)}{hint}"
         )

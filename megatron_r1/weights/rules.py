@@ -1,8 +1,9 @@
 """The vocabulary of a weight table: rules, pieces, and the ways a parameter is split over ranks.
 
-A rule ties one Megatron parameter to the Hugging Face tensors it is made of. A split turns a rule and a rank into
-pieces: rectangular runs of rows or columns of one HF tensor that lie at some offset of that rank's parameter.
-Import, export, the push to the engines and the memory planner all work on pieces. Pure Python: no torch.
+A rule ties one Megatron parameter to the Hugging Face tensors it is made of. A split turns a rule
+and a rank into pieces: rectangular runs of rows or columns of one HF tensor that lie at some offset
+of that rank's parameter. Import, export, the push to the engines and the memory planner all work on
+pieces. Pure Python: no torch.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Piece:
-    """`length` rows (dim 0) or columns (dim 1) of an HF tensor, and where they lie in a rank's parameter.
+    """`length` rows (dim 0) or columns (dim 1) of an HF tensor, and their place on a rank.
 
     hf[name].narrow(dim, hf_start, length) equals parameter.narrow(dim, local_start, length).
     """
@@ -44,8 +45,9 @@ class Rule:
     """One Megatron parameter (or buffer) and the HF tensors it holds.
 
     megatron: name relative to its layer, with Megatron's own layers. te: its name where Transformer
-    Engine's layers call it otherwise. `{e}` in a name is an expert: the local index on the Megatron side, the
-    global one on the HF side. dtype: set where the tensor keeps its own, whatever the model's.
+    Engine's layers call it otherwise. `{e}` in a name is an expert: the local index on the Megatron
+    side, the global one on the HF side. dtype: set where the tensor keeps its own, whatever the
+    model's.
     """
 
     megatron: str
@@ -64,9 +66,9 @@ class Rule:
 class Table:
     """All rules of a model, by place.
 
-    layers[i] are the rules of decoder layer i (Megatron `decoder.layers.`, HF `model.layers.i.`), mtp[k] those of
-    MTP layer k (Megatron `mtp.layers.k.`, HF `model.layers.<num_layers + k>.`). copies: HF tensors that repeat
-    another one; written on export, passed over on import.
+    layers[i] are the rules of decoder layer i (Megatron `decoder.layers.`, HF `model.layers.i.`),
+    mtp[k] those of MTP layer k (Megatron `mtp.layers.k.`, HF `model.layers.<num_layers + k>.`).
+    copies: HF tensors that repeat another one; written on export, passed over on import.
     """
 
     embedding: list[Rule]
@@ -77,6 +79,27 @@ class Table:
     num_experts: int = 0
 
 
+def weight(megatron: str, name: str, shape: Shape, split: Split, te: str | None = None) -> Rule:
+    """The rule of one `.weight` made of one HF `.weight`; names without the ending, but `te`."""
+    return Rule(f"{megatron}.weight", (Source(f"{name}.weight", shape),), split, te)
+
+
+def gated(
+    megatron: str, name: str, hidden: int, inner: int, te: tuple[str, str] = ("", "")
+) -> list[Rule]:
+    """The rules of a SwiGLU with `inner` features: gate and up are one Megatron parameter.
+
+    te: the names of both parameters where Transformer Engine has others.
+    """
+    gate_up = tuple(
+        Source(f"{name}.{part}_proj.weight", (inner, hidden)) for part in ("gate", "up")
+    )
+    return [
+        Rule(f"{megatron}.linear_fc1.weight", gate_up, columns, te[0] or None),
+        weight(f"{megatron}.linear_fc2", f"{name}.down_proj", (hidden, inner), rows, te[1] or None),
+    ]
+
+
 def whole(sources: tuple[Source, ...], rank: int, ranks: int) -> tuple[Shape, list[Piece]]:
     """Every rank holds all of it."""
     (source,) = sources
@@ -84,8 +107,10 @@ def whole(sources: tuple[Source, ...], rank: int, ranks: int) -> tuple[Shape, li
 
 
 def columns(sources: tuple[Source, ...], rank: int, ranks: int) -> tuple[Shape, list[Piece]]:
-    """Column-parallel: rows (output features) are split; several sources lie one behind another, as in
-    [gate of this rank; up of this rank]."""
+    """Column-parallel: rows (output features) are split.
+
+    Several sources lie one behind another: [gate of this rank; up of this rank].
+    """
     return _interleave(sources, blocks=ranks, first=rank, count=1)
 
 
@@ -98,7 +123,7 @@ def rows(sources: tuple[Source, ...], rank: int, ranks: int) -> tuple[Shape, lis
 
 
 def vocabulary(sources: tuple[Source, ...], rank: int, ranks: int) -> tuple[Shape, list[Piece]]:
-    """Vocabulary-parallel: rows are split after padding to a multiple of `ranks`; padding has no piece."""
+    """Vocabulary-parallel: rows are split, padded to a multiple of `ranks`; padding is no piece."""
     (source,) = sources
     num_tokens, width = source.shape
     height = -(-num_tokens // ranks)
@@ -109,7 +134,7 @@ def vocabulary(sources: tuple[Source, ...], rank: int, ranks: int) -> tuple[Shap
 
 
 def query_groups(num_groups: int) -> Split:
-    """Grouped-query attention: per group its queries, its key, its value; whole groups are split over ranks."""
+    """Grouped-query attention: [queries; key; value] of each group; ranks hold whole groups."""
 
     def split(sources: tuple[Source, ...], rank: int, ranks: int) -> tuple[Shape, list[Piece]]:
         count = num_groups // ranks
@@ -125,7 +150,7 @@ def query_groups(num_groups: int) -> Split:
 def _interleave(
     sources: tuple[Source, ...], *, blocks: int, first: int, count: int
 ) -> tuple[Shape, list[Piece]]:
-    """Cut every source into `blocks` runs of rows; take runs first … first + count - 1, sources in turn."""
+    """Cut each source into `blocks` runs of rows; take `count` from `first` on, sources in turn."""
     lengths = [_divide(source.shape[0], blocks, source) for source in sources]
     pieces, end = [], 0
     for block in range(first, first + count):

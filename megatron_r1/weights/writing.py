@@ -1,8 +1,9 @@
 """Export: all ranks together write safetensors files, each its own pieces straight into place.
 
-Every rank computes the same header from the weight table. Rank 0 makes the file at its full size under a temporary
-name, every owner maps it and copies its pieces where they belong (nothing is gathered; no rank ever holds a whole
-tensor), rank 0 renames it. The same function exports checkpoints and pushes weights through shared memory.
+Every rank computes the same header from the weight table. Rank 0 makes the file at its full size
+under a temporary name, every owner maps it and copies its pieces where they belong (nothing is
+gathered; no rank ever holds a whole tensor), rank 0 renames it. The same function exports
+checkpoints and pushes weights through shared memory.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class Placed:
 
 @dataclass(frozen=True)
 class FilePlan:
-    """A safetensors file before it exists: its header, its tensors in order, and its size in bytes."""
+    """A safetensors file before it exists: its header, its tensors in order, its size."""
 
     header: bytes
     tensors: dict[str, Placed]
@@ -54,13 +55,13 @@ def write_hf(
     names: Collection[str] | None = None,
     durable: bool = False,
 ) -> None:
-    """Write the model (or those HF tensors of it in `names`) as one safetensors file; call on every rank.
+    """Write the model, or its HF tensors in `names`, as one safetensors file; call on every rank.
 
-    path: seen by all ranks; replaced atomically. Under /dev/shm this is the push to the engines: a reader that
-    still maps the previous file keeps the previous weights. dtype: of the stored tensors, except those that keep
-    their own (the router's correction bias stays float32). durable: fsync before renaming.
-    Raises ValueError on every rank when the file cannot be made (no such folder, not enough space) and for
-    unknown `names`.
+    path: seen by all ranks; replaced atomically. Under /dev/shm this is the push to the engines: a
+    reader that still maps the previous file keeps the previous weights. dtype: of the stored
+    tensors, except those that keep their own (the router's correction bias stays float32). durable:
+    fsync before renaming. Raises ValueError on every rank when the file cannot be made (no such
+    folder, not enough space) and for unknown `names`.
     """
     plan = plan_file(stored_tensors(hf, dtype, with_mtp=has_mtp(model_chunks), names=names))
     write_files(model_chunks, hf, {Path(path): plan}, durable=durable)
@@ -69,7 +70,7 @@ def write_hf(
 def stored_tensors(
     hf: dict, dtype: torch.dtype, *, with_mtp: bool, names: Collection[str] | None = None
 ) -> dict[str, tuple[Shape, torch.dtype]]:
-    """name -> (shape, dtype on disk) of what an export holds; ValueError for names the model has not."""
+    """name -> (shape, dtype on disk) of what an export holds; ValueError for unknown `names`."""
     own = {name for name, (_, kept) in hf_tensors({**hf, "dtype": "any"}).items() if kept != "any"}
     tensors = {
         name: (shape, torch.float32 if name in own else dtype)
@@ -83,8 +84,9 @@ def stored_tensors(
 
 
 def plan_file(tensors: Mapping[str, tuple[Shape, torch.dtype]]) -> FilePlan:
-    """Lay tensors out in a safetensors file: 8-byte header length, JSON padded to 8 bytes, data without gaps."""
-    # Widest dtype first, so that without gaps every tensor still starts at a multiple of its element size.
+    """Lay tensors out: 8 bytes of header length, JSON padded to 8, data without gaps."""
+    # Widest dtype first, so that without gaps every tensor still starts at a multiple of its
+    # element size.
     order = sorted(tensors.items(), key=lambda item: -item[1][1].itemsize)
     entries, placed, end = {"__metadata__": {"format": "pt"}}, {}, 0
     for name, (shape, dtype) in order:

@@ -1,8 +1,9 @@
 """Compare Megatron with transformers on these ranks: `against_transformers.py ORACLE OUT GRID…`.
 
-A grid is written tp2, ep2, pp2, vp2, etp2 or several joined by x. For every small model that allows it: the loss
-and every gradient (as Hugging Face tensors), the logits of packed and padded batches, and the round trip of the
-checkpoint. Prints one line per comparison with the largest difference; fails on the first that is too large.
+A grid is written tp2, ep2, pp2, vp2, etp2 or several joined by x. For every small model that allows
+it: the loss and every gradient (as Hugging Face tensors), the logits of packed and padded batches,
+and the round trip of the checkpoint. Prints one line per comparison with the largest difference;
+fails on the first that is too large.
 """
 
 import re
@@ -42,7 +43,7 @@ GRADIENT_TOLERANCE = 5e-5
 
 
 def pack(sequences, multiple=4):
-    """Sequences (1, n) end to end, filled up to a multiple of tokens by a last sequence that has no targets."""
+    """Sequences (1, n) end to end, filled up by a last sequence that has no targets."""
     filler = -sum(ids.shape[1] for ids in sequences) % multiple
     sequences = [*sequences, *([torch.zeros(1, filler, dtype=torch.long)] if filler else [])]
     lengths = torch.tensor([ids.shape[1] for ids in sequences])
@@ -85,7 +86,8 @@ def packed_step(batches, model):
 
 def padded_step(batches, model):
     ids = next(batches)
-    # A multiple of every tensor-parallel size, as sequence parallelism wants; behind the real tokens.
+    # A multiple of every tensor-parallel size, as sequence parallelism wants; behind the real
+    # tokens.
     ids = torch.nn.functional.pad(ids, (0, -ids.shape[1] % 4))
     positions = torch.arange(ids.shape[1])[None]
     hidden = model(ids, positions, None)
@@ -115,7 +117,9 @@ def report(name, grid, what, difference, tolerance):
     dist.all_reduce(worst, op=dist.ReduceOp.MAX)
     if dist.get_rank() == 0:
         print(f"{name} {grid} {what}: {worst.item():.1e}", flush=True)
-    assert worst <= tolerance, f"{name} at {grid}: {what} differs by {worst.item():.1e} > {tolerance}"
+    assert worst <= tolerance, (
+        f"{name} at {grid}: {what} differs by {worst.item():.1e} > {tolerance}"
+    )
 
 
 def build(hf, sizes):
@@ -237,7 +241,9 @@ def main(oracle: Path, out: Path, grids: list[str]) -> None:
     dist.init_process_group(platform.distributed_backend())
     for grid in grids:
         sizes = {"tp": 1, "pp": 1, "vp": 1, "ep": 1, "etp": 1}
-        sizes |= {axis: int(size) for axis, size in re.findall(r"([a-z]+)(\d+)", grid.replace("x", " "))}
+        sizes |= {
+            axis: int(size) for axis, size in re.findall(r"([a-z]+)(\d+)", grid.replace("x", " "))
+        }
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=sizes["tp"],
             pipeline_model_parallel_size=sizes["pp"],

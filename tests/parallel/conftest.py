@@ -1,4 +1,4 @@
-"""Running a script of this folder on several ranks, and the answers of transformers they are compared with."""
+"""Running a script of this folder on several ranks, and transformers' answers to compare with."""
 
 import os
 import socket
@@ -12,7 +12,7 @@ HERE = Path(__file__).parent
 
 
 def run_script(command: list[str], timeout_seconds: int = 600) -> str:
-    """Run a script of this folder with this Python; returns its output, or fails the test with it."""
+    """Run a script of this folder; returns its output, or fails the test with it."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
     done = subprocess.run(
         [sys.executable, *command],
@@ -40,7 +40,7 @@ def run_ranks(num_ranks: int, script: str, *arguments: str) -> str:
 
 @pytest.fixture(scope="session")
 def oracle(tmp_path_factory) -> Path:
-    """A folder with every small model in Hugging Face format and what transformers computes with it."""
+    """A folder with every small model in HF format and what transformers computes with it."""
     folder = tmp_path_factory.mktemp("oracle")
     run_script(["oracle.py", str(folder)])
     return folder

@@ -1,6 +1,7 @@
-"""Write every small model as transformers saves it, with transformers' logits and gradients: `oracle.py FOLDER`.
+"""Write every small model with transformers' own logits and gradients: `oracle.py FOLDER`.
 
-Runs in a process of its own: transformers must not see the CUDA stand-ins that Megatron needs on a CPU.
+Runs in a process of its own: transformers must not see the CUDA stand-ins that Megatron needs on a
+CPU.
 """
 
 import json

@@ -30,3 +30,8 @@ def test_logits_gradients_and_checkpoints_equal_transformers(oracle, out, num_ra
         assert sum("round trip" in line for line in compared) == num_models, output[-3000:]
         if "vp" not in grid:
             assert sum("gradients" in line for line in compared) == num_models, output[-3000:]
+
+
+def test_weight_files_that_do_not_fit_are_refused_and_others_are_exact(oracle, tmp_path):
+    output = run_ranks(2, "weight_files.py", str(oracle), str(tmp_path))
+    assert "random_weights_do_not_depend_on_the_split" in output

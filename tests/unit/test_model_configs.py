@@ -42,7 +42,12 @@ QWEN = {
     "rms_norm_eps": 1e-6,
 }
 LLAMA = {**QWEN, "architectures": ["LlamaForCausalLM"]}
-YARN = {"factor": 40, "original_max_position_embeddings": 4096, "mscale": 1.0, "mscale_all_dim": 1.0}
+YARN = {
+    "factor": 40,
+    "original_max_position_embeddings": 4096,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+}
 
 
 def build(hf, **settings):
@@ -107,7 +112,11 @@ def test_dense_models_refuse_what_they_would_compute_otherwise(hf, changes, mess
 @pytest.mark.parametrize(
     "hf, settings, message",
     [
-        (QWEN, {"tensor_parallel": 3}, "parallel.tensor_parallel=3 does not divide num_attention_heads=4"),
+        (
+            QWEN,
+            {"tensor_parallel": 3},
+            "parallel.tensor_parallel=3 does not divide num_attention_heads=4",
+        ),
         (QWEN, {"tensor_parallel": 4}, "tensor_parallel=4 does not divide num_key_value_heads=2"),
         (QWEN, {"pipeline_parallel": 4}, "pipeline_parallel=4 does not divide num_hidden_layers=6"),
         (QWEN, {"expert_parallel": 2}, "expert_parallel=2 needs a model with experts"),

@@ -1,4 +1,5 @@
 import math
+import subprocess
 import sys
 from collections import Counter
 from itertools import product
@@ -144,9 +145,7 @@ def test_a_split_that_does_not_divide_says_what():
 @pytest.mark.parametrize(
     "hf, total",
     [
-        # Published: 671B; 685B on disk with the MTP layer and its copies of embedding and head.
         ({**DEEPSEEK_V3, "num_nextn_predict_layers": 0}, 671_026_419_200),
-        (DEEPSEEK_V3, 684_531_386_000),
         (QWEN_1_5B, 1_543_714_304),
         (LLAMA_8B, 8_030_261_248),
     ],
@@ -154,6 +153,15 @@ def test_a_split_that_does_not_divide_says_what():
 def test_the_tables_add_up_to_the_published_sizes(hf, total):
     tensors = weights.hf_tensors(hf)
     assert sum(math.prod(shape) for shape, _ in tensors.values()) == total
+
+
+def test_deepseek_v3_adds_up_to_its_release_with_mtp_and_fp8_scales():
+    # huggingface.co/deepseek-ai/DeepSeek-V3: 684,531,386,000 elements, one scale per 128 x 128
+    # block of every projection in a layer but eh_proj among them.
+    tensors = {name: shape for name, (shape, _) in weights.hf_tensors(DEEPSEEK_V3).items()}
+    quantized = [s for n, s in tensors.items() if "_proj" in n and "eh_proj" not in n]
+    num_scales = sum(math.prod(-(-size // 128) for size in shape) for shape in quantized)
+    assert sum(map(math.prod, tensors.values())) + num_scales == 684_531_386_000
 
 
 def test_tensors_have_the_checkpoints_names_and_keep_their_own_dtype():
@@ -174,7 +182,9 @@ def grids(hf):
 
 
 @pytest.mark.parametrize("transformer_engine", [False, True])
-@pytest.mark.parametrize("hf", [SMALL_DEEPSEEK, SMALL_QWEN, SMALL_LLAMA], ids=lambda hf: hf["architectures"][0])
+@pytest.mark.parametrize(
+    "hf", [SMALL_DEEPSEEK, SMALL_QWEN, SMALL_LLAMA], ids=lambda hf: hf["architectures"][0]
+)
 def test_owners_hold_every_element_exactly_once_on_every_grid(hf, transformer_engine):
     expected = weights.hf_tensors(hf)
     copies = {n for n in expected if n.endswith((".embed_tokens.weight", ".head.weight"))}
@@ -233,10 +243,8 @@ def test_virtual_stages_take_turns():
 
 
 def test_layouts_need_neither_torch_nor_megatron():
-    import subprocess
-
     code = (
-        "import sys; from megatron_r1 import weights; from megatron_r1.models import read_hf_config;"
+        "import sys; from megatron_r1 import weights, models; models.read_hf_config;"
         "bad = {'torch', 'megatron'} & sys.modules.keys(); assert not bad, bad"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

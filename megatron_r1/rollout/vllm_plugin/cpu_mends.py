@@ -1,9 +1,10 @@
-"""Two bugs of vLLM 0.32's CPU build that give wrong log-probabilities without any error. Each mend
+"""Three bugs of vLLM 0.32's CPU build that give wrong log-probabilities without any error. Each mend
 is active on CPU only and goes when upstream is fixed; tests/system/test_engine.py compares with
 transformers and would show it.
 """
 
 import torch
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.platforms import current_platform
 
 
@@ -65,3 +66,18 @@ def forget_moe_kernels(model: torch.nn.Module) -> None:
         method = getattr(module, "quant_method", None)
         if getattr(method, "moe_kernel", None) is not None:
             method.moe_kernel = None
+
+
+def repack_output_head(model: torch.nn.Module) -> None:
+    """Give a head that shares the embedding's weights the new ones. Call after finalize.
+
+    Answers vllm/model_executor/layers/vocab_parallel_embedding.py:67: on CPU the head multiplies by
+    a packed copy of its weights. A tied head is never loaded itself, so that the reload
+    (model_loader/reload/layerwise.py, `finalize_layerwise_processing`, "place kernel tensors
+    back") does not pack again: it would go on with the embedding of the first version.
+    """
+    if not current_platform.is_cpu():
+        return
+    for module in model.modules():
+        if isinstance(module, ParallelLMHead):
+            module.quant_method.process_weights_after_loading(module)

@@ -27,7 +27,7 @@ from vllm.model_executor.model_loader.reload import (
 )
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
-from megatron_r1.rollout.vllm_plugin.cpu_mends import forget_moe_kernels
+from megatron_r1.rollout.vllm_plugin.cpu_mends import forget_moe_kernels, repack_output_head
 
 
 @dataclass
@@ -49,15 +49,20 @@ class SharedMemoryEngine(WeightTransferEngine[SharedMemoryInit, SharedMemoryUpda
     init_info_cls = SharedMemoryInit
     update_info_cls = SharedMemoryUpdate
 
+    unfinished = False
+
     def init_transfer_engine(self, init_info: SharedMemoryInit) -> None:
         pass
 
     def start_weight_update(self) -> None:
         """Put every layer into its checkpoint form, waiting for weights."""
+        if self.unfinished:  # an update failed half way: first back to kernel form
+            finalize_layerwise_reload(self.model, self.model_config)
         forget_moe_kernels(self.model)
         distinct = {name for name, _ in self.model.named_parameters()}
         every = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
         initialize_layerwise_reload(self.model)
+        self.unfinished = True
         in_checkpoint_form = {name for name, _ in self.model.named_parameters()}
         self.missing = in_checkpoint_form - (every - distinct)  # a tied head comes as embedding
 
@@ -82,6 +87,8 @@ class SharedMemoryEngine(WeightTransferEngine[SharedMemoryInit, SharedMemoryUpda
         """
         problems = sorted(self.missing) + partly_loaded(self.model)
         finalize_layerwise_reload(self.model, self.model_config)
+        repack_output_head(self.model)
+        self.unfinished, self.missing = False, set()
         if problems:
             shown = ", ".join(problems[:5]) + (", ..." if len(problems) > 5 else "")
             raise ValueError(f"the update left out {len(problems)} tensors of the model: {shown}")

@@ -1,0 +1,57 @@
+"""The trainer's metrics, updates and checkpoints do not depend on how the model and the batch are split."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import run_ranks
+from safetensors.torch import load_file
+
+# fp32 sums in another order, through two updates with a large learning rate.
+TOLERANCE = 2e-4
+
+
+@pytest.fixture(scope="module")
+def single(oracle, tmp_path_factory) -> Path:
+    """One process's results, without and with the distributed optimizer."""
+    out = tmp_path_factory.mktemp("trainer")
+    run_ranks(1, "trainer_steps.py", str(oracle / MODEL), str(out), "plain", "one")
+    return out
+
+
+MODEL = "deepseek-yarn-mtp"
+
+
+def close(got: dict, expected: dict, where: str) -> None:
+    for name, value in expected.items():
+        assert got[name] == pytest.approx(value, rel=TOLERANCE, abs=TOLERANCE), f"{where}: {name}"
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "grids"),
+    [(2, ["dp", "tp2", "pp2", "ep2"]), (4, ["tp2ep2", "pp2ep2"])],
+)
+def test_every_split_gives_one_process_s_metrics_and_weights(single, oracle, num_ranks, grids):
+    # Each grid also continues from the checkpoint that the grid before it wrote.
+    shutil.copytree(single / "checkpoint_one", single / "checkpoint", dirs_exist_ok=True)
+    run_ranks(num_ranks, "trainer_steps.py", str(oracle / MODEL), str(single), *grids)
+    expected = json.loads((single / "one.json").read_text())
+    weights = load_file(single / "one.safetensors")
+    start = load_file(oracle / MODEL / "model.safetensors")
+    moved = max((weights[n] - start[n]).abs().max().item() for n in weights)
+    for grid in grids:
+        report = json.loads((single / f"{grid}.json").read_text())
+        for part in ("score", "first", "second"):
+            close(report[part], expected[part], f"{grid} {part}")
+        close(report["continued"], expected["second"], f"{grid} continued from another split")
+        for name, tensor in load_file(single / f"{grid}.safetensors").items():
+            gap = (tensor - weights[name]).abs().max().item()
+            assert gap <= TOLERANCE * moved, f"{grid} {name}: {gap}, updates moved up to {moved}"
+
+
+def test_the_distributed_optimizer_makes_the_same_update(single):
+    plain = load_file(single / "plain.safetensors")
+    for name, tensor in load_file(single / "one.safetensors").items():
+        torch.testing.assert_close(tensor, plain[name], rtol=0, atol=1e-6)

@@ -1,0 +1,108 @@
+"""Two GRPO updates of the real trainer on these ranks: `trainer_steps.py MODEL OUT GRID…`.
+
+Every grid sees the same two mini-batches, spread as the controller spreads them. Writes for each the metrics
+of both updates (OUT/GRID.json) and the weights after them (OUT/GRID.safetensors), and a checkpoint between
+the two that the next grid continues from as well (OUT/GRID.continued.json).
+"""
+
+import json
+import random
+import re
+import sys
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megatron_r1.config import Config
+from megatron_r1.training import distributed
+from megatron_r1.training.packing import pack
+from megatron_r1.training.wire import Microbatches, Sample
+
+SETTINGS = {
+    "temperature": 0.8,
+    "average": "sequence",
+    "clip_low": 0.2,
+    "clip_high": 0.3,
+    "kl_beta": 0.1,
+}
+LOSS = "megatron_r1.rl.grpo:grpo_loss"
+
+
+def samples(seed: int) -> list[Sample]:
+    draw = random.Random(seed)
+    made = []
+    for _ in range(12):
+        prompt = [draw.randrange(67) for _ in range(draw.randrange(1, 6))]
+        response = [draw.randrange(67) for _ in range(draw.randrange(1, 30))]
+        logprobs = [-draw.uniform(3, 6) for _ in response]
+        made.append(Sample.pack(prompt, response, logprobs, draw.uniform(-2, 2)))
+    return made
+
+
+def config(model: str, grid: str) -> Config:
+    sizes = {k: int(n) for k, n in re.findall(r"([a-z]+)(\d+)", grid)}
+    return Config.model_validate(
+        {
+            "model": {"path": model, "dtype": "float32"},
+            # A large epsilon makes Adam's step smooth in the gradient, where tiny differences of tiny
+            # gradients would else decide its sign.
+            "optimizer": {"learning_rate": 0.1, "epsilon": 1.0, "weight_decay": 0.01},
+            "parallel": {
+                "tensor": sizes.get("tp", 1),
+                "pipeline": sizes.get("pp", 1),
+                "expert": sizes.get("ep", 1),
+                "tokens_per_microbatch": 80,
+                "distributed_optimizer": "plain" not in grid,
+                "threads": 1,
+            },
+        }
+    )
+
+
+def load(trainer, place) -> None:
+    steps = []
+    for seed in (1, 2):
+        made = samples(seed)
+        plan = pack([len(s) for s in made], place.data_size, 80)[place.data_rank]
+        steps.append(Microbatches([[made[i] for i in members] for members in plan]))
+    trainer.load(steps)
+
+
+def update(trainer, index):
+    return trainer.update(index, LOSS, SETTINGS, 0.1)
+
+
+def main() -> None:
+    model, out, *grids = sys.argv[1:]
+    out = Path(out)
+    previous = out / "checkpoint"
+    for grid in grids:
+        settings = config(model, grid)
+        place = distributed.initialize(settings.parallel, seed=0)
+        from megatron.core import parallel_state
+
+        from megatron_r1.training.trainer import Trainer
+
+        trainer = Trainer(settings, place)
+        trainer.keep_reference()
+        load(trainer, place)
+        report = {"score": trainer.score(0.8, reference=True), "first": update(trainer, 0)}
+        trainer.save_checkpoint(str(out / f"checkpoint_{grid}"), {"grid": grid})
+        report["second"] = update(trainer, 1)
+        trainer.write_weights(str(out / f"{grid}.safetensors"), "float32")
+        if previous.exists():
+            other = Trainer(settings, place)
+            other.load_checkpoint(str(previous), reference=True)
+            load(other, place)
+            other.score(0.8, reference=True)
+            report["continued"] = update(other, 1)
+        if place.last_stage and place.data_rank == 0 and place.tensor_rank == 0:
+            (out / f"{grid}.json").write_text(json.dumps(report))
+        dist.barrier()
+        if grid != "plain":
+            previous = out / f"checkpoint_{grid}"
+        parallel_state.destroy_model_parallel()
+
+
+if __name__ == "__main__":
+    main()
