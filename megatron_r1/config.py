@@ -167,9 +167,6 @@ class ParallelConfig(Section):
     tokens_per_microbatch: int = Field(
         16_384, gt=0, description="upper limit; a longer sample gets a micro-batch alone"
     )
-    distributed_optimizer: bool = Field(
-        True, description="shard optimizer state over data-parallel ranks"
-    )
     threads: int | None = Field(
         None, description="CPU threads per trainer rank; default: cores / ranks"
     )
@@ -241,7 +238,7 @@ RESUMABLE = (
     "eval",
     "rollout.engines",
     "rewards.workers",
-    *(f"parallel.{k}" for k in ParallelConfig.model_fields if k != "distributed_optimizer"),
+    "parallel",
 )
 """Keys that may differ when a run continues: they change how long, how often or where, not what is learned."""
 

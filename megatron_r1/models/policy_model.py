@@ -104,8 +104,8 @@ class PolicyModel(GPTModel):
         if mtp_in_postprocess and labels is not None:
             if self.config.recompute_granularity == "full" and self.training:
                 raise ValueError(
-                    "recompute='full' cannot train multi-token-prediction layers on "
-                    "packed batches; use recompute='selective', or freeze them or leave them out (model.mtp)"
+                    "recompute='full' cannot train multi-token-prediction layers on packed "
+                    "batches; use 'selective', or freeze them or leave them out (model.mtp)"
                 )
             context |= extra_block_kwargs or {}
             stages = self.mtp(hidden_states=hidden_states, embedding=self.embedding, **context)

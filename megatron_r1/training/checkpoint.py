@@ -15,12 +15,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
+from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.transformer import MegatronModule
 
 from megatron_r1.training.reference import Reference
 
-SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
+FORMAT = "fully_reshardable"
+"""Of the distributed optimizer's state: whole moments per parameter, for any layout to load."""
 
 
 def save(
@@ -64,7 +65,11 @@ def load(folder: Path, model: MegatronModule, optimizer: Any, reference: Referen
             "continue with the recipe that wrote it, or start in another run.folder"
         ) from error
     model.load_state_dict(found["model"])
-    optimizer.load_state_dict(found["optimizer"])
+    for part, state in zip(_parts(optimizer), found["optimizer"], strict=True):
+        whole = part.state_dict()
+        for group in whole["optimizer"]["param_groups"]:
+            group["step"] = found["optimizer_step"]
+        part.load_state_dict({**whole, **state, "param_state_sharding_type": FORMAT})
     if reference is not None:
         kept = {name.removeprefix("reference."): t for name, t in found["reference"].items()}
         reference.load(model, kept)
@@ -72,21 +77,40 @@ def load(folder: Path, model: MegatronModule, optimizer: Any, reference: Referen
 
 def _sharded(model, optimizer, reference: Reference | None, loading: bool) -> dict[str, Any]:
     _allocate_state(optimizer)
-    weights = _without_extra_state(model.sharded_state_dict())
+    weights = _weights(model, "")
+    kind = {"distrib_optim_sharding_type": FORMAT}
+    states = [
+        part.sharded_state_dict(weights, is_loading=loading, metadata=kind)
+        for part in _parts(optimizer)
+    ]
+    # Megatron keeps experts' state in an optimizer of its own in some layouts and not in others, and its
+    # chained state says so. Tensors are named by their parameter; the only other thing that has to
+    # survive is the step count, the same everywhere.
     tree = {
         "model": weights,
-        "optimizer": optimizer.sharded_state_dict(weights, is_loading=loading, metadata=SHARDING),
+        "optimizer": [{"param_state": state["param_state"]} for state in states],
+        "optimizer_step": states[0]["optimizer"]["param_groups"][0].get("step"),
     }
     if reference is not None:
         with reference.in_place():
-            tree["reference"] = _without_extra_state(model.sharded_state_dict(prefix="reference."))
+            kept = _weights(model, "reference.")
+            for tensor in kept.values():
+                # The entries hold the parameters themselves, which are the policy's again in a moment.
+                tensor.data = tensor.data.detach()
+            tree["reference"] = kept
     return tree
 
 
-def _without_extra_state(weights: dict[str, Any]) -> dict[str, Any]:
+def _weights(model: MegatronModule, prefix: str) -> dict[str, Any]:
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    entries = model.sharded_state_dict(prefix=prefix, metadata={"dp_cp_group": group})
     # Filled by Transformer Engine's delayed FP8 scaling only, and named by the number of shards: an
     # empty one would tie the checkpoint to the layout that wrote it.
-    return {name: tensor for name, tensor in weights.items() if "_extra_state" not in name}
+    return {name: entry for name, entry in entries.items() if "_extra_state" not in name}
+
+
+def _parts(optimizer) -> list:
+    return getattr(optimizer, "chained_optimizers", [optimizer])
 
 
 def _allocate_state(optimizer) -> None:
@@ -94,7 +118,7 @@ def _allocate_state(optimizer) -> None:
 
     Megatron's distributed optimizer over torch's AdamW can neither save nor load without them.
     """
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+    for part in _parts(optimizer):
         inner = part.optimizer
         if inner.state:
             continue

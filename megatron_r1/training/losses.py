@@ -20,7 +20,7 @@ from megatron_r1.training.packed import PackedBatch
 class LossTerms(NamedTuple):
     """loss: () fp32 sum; denominator: () int; sums, maxima: metrics to add up or take the maximum of.
 
-    A sum named "a/b" is divided by the sum named "b" once everything is added up.
+    A sum named "a/b" is divided by the sum named "b" once everything is added up, and called "a".
     """
 
     loss: Tensor

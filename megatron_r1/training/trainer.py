@@ -52,7 +52,6 @@ class Trainer:
             expert_tensor_parallel=parallel.expert_tensor,
             context_parallel=parallel.context,
             expert_bias_update_rate=config.model.expert_bias_update_rate,
-            init_method_std=config.model.init_std,
         )
         model = models.build_model(self.hf, self.transformer, with_mtp=config.model.mtp != "none")
         if config.model.mtp == "frozen":
@@ -60,12 +59,14 @@ class Trainer:
         self.bare = [model.to(platform.device())]
         if config.model.init == "load":
             weights.load_hf(self.bare, self.hf, config.model.path)
+        else:
+            weights.initialize(self.bare, self.hf, std=config.model.init_std, seed=config.run.seed)
         self.chunks = [
             DistributedDataParallel(
                 self.transformer,
                 DistributedDataParallelConfig(
                     grad_reduce_in_fp32=dtype != torch.float32,
-                    use_distributed_optimizer=parallel.distributed_optimizer,
+                    use_distributed_optimizer=True,
                     overlap_grad_reduce=platform.has_gpu(),
                 ),
                 chunk,
@@ -96,7 +97,7 @@ class Trainer:
                 clip_grad=settings.clip_grad,
                 bf16=dtype == "bfloat16",
                 params_dtype=DTYPES[dtype],
-                use_distributed_optimizer=self.config.parallel.distributed_optimizer,
+                use_distributed_optimizer=True,
             ),
             self.chunks,
         )
@@ -130,17 +131,15 @@ class Trainer:
             assert self.reference is not None, "keep_reference() comes first"
             with self.reference.in_place():
                 self._score(batches, "reference", temperature)
-        sums = torch.zeros(2, dtype=torch.float64)
-        largest = torch.zeros(1, dtype=torch.float64)
+        gap, count, largest = 0.0, 0, 0.0
         for batch in batches if self.place.last_stage else []:
-            gap = (batch.logprobs["old"] - batch.rollout_logprobs)[batch.is_response].abs()
-            sums += torch.tensor([gap.sum().item(), gap.numel()], dtype=torch.float64)
-            if gap.numel():
-                largest = torch.maximum(largest, gap.amax().double().cpu())
-        total = self._reduce_over_data(
-            {"gap/tokens": sums[0], "tokens": sums[1]}, {"max": largest[0]}
-        )
-        return {"logprob_diff/mean": total["gap"], "logprob_diff/max": total["max"]}
+            gaps = (batch.logprobs["old"] - batch.rollout_logprobs)[batch.is_response].abs()
+            gap, count = gap + gaps.double().sum().item(), count + gaps.numel()
+            largest = max(largest, gaps.max().item() if gaps.numel() else 0.0)
+        sums = {"logprob_diff/mean/tokens": gap, "tokens": count}
+        total = self._reduce_over_data(sums, {"logprob_diff/max": largest})
+        total.pop("tokens", None)
+        return total
 
     def update(
         self, index: int, loss: str, settings: dict[str, Any], learning_rate: float
@@ -268,8 +267,8 @@ class Trainer:
         total = dict(zip(sums, added.tolist(), strict=True))
         metrics = dict(zip(maxima, largest.tolist(), strict=True))
         for name, value in total.items():
-            part, _, whole = name.partition("/")
-            if whole:
+            part, _, whole = name.rpartition("/")
+            if part:
                 metrics[part] = value / total[whole] if total[whole] else 0.0
             else:
                 metrics[name] = value

@@ -1,8 +1,8 @@
-"""Two GRPO updates of the real trainer on these ranks: `trainer_steps.py MODEL OUT GRID…`.
+"""GRPO updates of the real trainer on these ranks: `trainer_steps.py MODEL OUT GRID…`.
 
-Every grid sees the same two mini-batches, spread as the controller spreads them. Writes for each the metrics
-of both updates (OUT/GRID.json) and the weights after them (OUT/GRID.safetensors), and a checkpoint between
-the two that the next grid continues from as well (OUT/GRID.continued.json).
+Every grid sees the same mini-batches, spread as the controller spreads them: two updates, the weights
+(OUT/GRID.safetensors), a checkpoint, and the first update of the next rollout. That one is made once more by
+a fresh trainer from the checkpoint of the grid before. All metrics go to OUT/GRID.json.
 """
 
 import json
@@ -52,23 +52,23 @@ def config(model: str, grid: str) -> Config:
                 "pipeline": sizes.get("pp", 1),
                 "expert": sizes.get("ep", 1),
                 "tokens_per_microbatch": 80,
-                "distributed_optimizer": "plain" not in grid,
                 "threads": 1,
             },
         }
     )
 
 
-def load(trainer, place) -> None:
+def load(trainer, place, seeds) -> dict:
     steps = []
-    for seed in (1, 2):
+    for seed in seeds:
         made = samples(seed)
         plan = pack([len(s) for s in made], place.data_size, 80)[place.data_rank]
         steps.append(Microbatches([[made[i] for i in members] for members in plan]))
     trainer.load(steps)
+    return trainer.score(SETTINGS["temperature"], reference=True)
 
 
-def update(trainer, index):
+def update(trainer, index) -> dict:
     return trainer.update(index, LOSS, SETTINGS, 0.1)
 
 
@@ -85,22 +85,19 @@ def main() -> None:
 
         trainer = Trainer(settings, place)
         trainer.keep_reference()
-        load(trainer, place)
-        report = {"score": trainer.score(0.8, reference=True), "first": update(trainer, 0)}
-        trainer.save_checkpoint(str(out / f"checkpoint_{grid}"), {"grid": grid})
-        report["second"] = update(trainer, 1)
+        report = {"score": load(trainer, place, (1, 2))}
+        report |= {"first": update(trainer, 0), "second": update(trainer, 1)}
         trainer.write_weights(str(out / f"{grid}.safetensors"), "float32")
+        trainer.save_checkpoint(str(out / f"checkpoint_{grid}"), {"grid": grid})
+        report["next rollout"] = load(trainer, place, (3,)) | update(trainer, 0)
         if previous.exists():
             other = Trainer(settings, place)
             other.load_checkpoint(str(previous), reference=True)
-            load(other, place)
-            other.score(0.8, reference=True)
-            report["continued"] = update(other, 1)
+            report["continued"] = load(other, place, (3,)) | update(other, 0)
         if place.last_stage and place.data_rank == 0 and place.tensor_rank == 0:
             (out / f"{grid}.json").write_text(json.dumps(report))
         dist.barrier()
-        if grid != "plain":
-            previous = out / f"checkpoint_{grid}"
+        previous = out / f"checkpoint_{grid}"
         parallel_state.destroy_model_parallel()
 
 

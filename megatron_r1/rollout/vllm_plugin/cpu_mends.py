@@ -1,6 +1,7 @@
-"""Three bugs of vLLM 0.32's CPU build that give wrong log-probabilities without any error. Each mend
-is active on CPU only and goes when upstream is fixed; tests/system/test_engine.py compares with
-transformers and would show it.
+"""Three bugs of vLLM 0.32's CPU build that give wrong log-probabilities without any error.
+
+Each mend is active on CPU only and goes when upstream is fixed; tests/system/test_engine.py
+compares with transformers and fails without any one of them.
 """
 
 import torch

@@ -1,0 +1,117 @@
+"""Load a run's exported model with plain transformers and with plain vLLM, and ask both the held-out questions.
+
+    python -m examples.laptop.check_export runs/demo/r1_zero
+
+Neither knows anything of this project: what they answer is what anyone gets who downloads the folder. Greedy
+decoding, so that both can be compared word for word.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from megatron_r1 import config as configuration
+from megatron_r1.data.prompts import load_prompts
+from megatron_r1.data.text import PromptText
+from megatron_r1.rewards import logic, math
+
+QUESTIONS = 100
+GRADERS = {"math": math.grade, "logic": logic.grade}
+
+
+def answers_of_transformers(folder: str, prompts: list[list[int]], limit: int) -> list[list[int]]:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    end = model.generation_config.eos_token_id
+    answers: list[list[int]] = [[] for _ in prompts]
+    # Prompts of one length make a batch without padding.
+    for length in sorted({len(p) for p in prompts}):
+        chosen = [i for i, p in enumerate(prompts) if len(p) == length]
+        batch = torch.tensor([prompts[i] for i in chosen])
+        with torch.no_grad():
+            made = model.generate(
+                batch,
+                attention_mask=torch.ones_like(batch),
+                max_new_tokens=limit,
+                do_sample=False,
+                pad_token_id=end,
+            )
+        for i, row in zip(chosen, made[:, length:].tolist(), strict=True):
+            answers[i] = row[: row.index(end) + 1] if end in row else row
+    return answers
+
+
+def answers_of_vllm(folder: str, prompts: list[list[int]], limit: int) -> list[list[int]]:
+    from vllm import LLM, SamplingParams
+
+    engine = LLM(folder, dtype="float32", enforce_eager=True, max_model_len=512, seed=0)
+    settings = SamplingParams(temperature=0.0, max_tokens=limit)
+    asked = [{"prompt_token_ids": p} for p in prompts]
+    return [list(r.outputs[0].token_ids) for r in engine.generate(asked, settings, use_tqdm=False)]
+
+
+LIBRARIES = {"transformers": answers_of_transformers, "vllm": answers_of_vllm}
+
+
+def ask(library: str, folder: str, prompts: list[list[int]], limit: int) -> subprocess.Popen:
+    """Both libraries patch what they import: each gets a process of its own."""
+    environment = {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "TORCHDYNAMO_DISABLE": "1",
+    }
+    job = subprocess.Popen(
+        [sys.executable, "-m", "examples.laptop.check_export", "--answer", library, folder],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+    assert job.stdin is not None
+    job.stdin.write(json.dumps([prompts, limit]))
+    job.stdin.close()
+    job.stdin = None
+    return job
+
+
+def main() -> None:
+    if sys.argv[1] == "--answer":
+        _, _, library, folder = sys.argv
+        prompts, limit = json.load(sys.stdin)
+        answers = LIBRARIES[library](folder, prompts, limit)
+        print("\n" + json.dumps(answers))
+        return
+    run = Path(sys.argv[1])
+    config = configuration.load(run / "config.yaml")
+    questions = load_prompts(**config.data.model_dump(exclude={"template"})).heldout[:QUESTIONS]
+    text = PromptText(str(run / "hf"), config.data.template)
+    prompts = [text.encode(q.question) for q in questions]
+    limit = config.rollout.max_response_tokens
+    jobs = {name: ask(name, str(run / "hf"), prompts, limit) for name in LIBRARIES}
+    answers = {}
+    for name, job in jobs.items():
+        output, errors = job.communicate()
+        if job.returncode:
+            sys.exit(f"{name} could not load {run / 'hf'}:\n{errors[-3000:]}")
+        answers[name] = json.loads(output.strip().splitlines()[-1])
+        right = [
+            GRADERS[q.kind](text.decode(a), q.truth, **q.fields).reward
+            for q, a in zip(questions, answers[name], strict=True)
+        ]
+        print(f"{name:12} loads {run / 'hf'}; greedy accuracy {sum(right) / len(right):.1%}")
+    first, second = answers.values()
+    same = sum(a == b for a, b in zip(first, second, strict=True))
+    print(f"{same} of {len(first)} answers are the same, token for token")
+
+
+if __name__ == "__main__":
+    main()
