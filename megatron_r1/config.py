@@ -1,9 +1,9 @@
 """Every setting of a run: typed, defaulted, with its unit and source.
 
-A recipe is a YAML file of sections; the command line overrides single keys (`--rl.group_size 8`). The defaults
-of `rl`, `optimizer` and `rollout` are DeepSeek-R1-Zero's (arXiv 2501.12948 v2, section 2 and supplement B);
-a recipe says only where it differs. Unknown keys are errors that name the nearest right one.
-"""
+A recipe is a YAML file of sections; the command line overrides single keys (`--rl.group_size 8`).
+The defaults of `rl`, `optimizer` and `rollout` are DeepSeek-R1-Zero's (arXiv 2501.12948 v2, section
+2 and supplement B); a recipe says only where it differs. Unknown keys are errors that name the
+nearest right one."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ class ModelConfig(Section):
     )
     mtp: Literal["frozen", "train", "none"] = Field(
         "frozen",
-        description="multi-token-prediction layers: carried unchanged, trained (sft only), left out",
+        description="multi-token-prediction layers: carried unchanged, trained (sft), left out",
     )
     expert_bias_update_rate: float = Field(
         0.0,
         ge=0,
-        description="of the router's aux-loss-free bias, per optimizer step; 0: frozen, as V3's own last phase",
+        description="of the router's aux-loss-free bias, per optimizer step; 0: frozen",
     )
 
 
@@ -171,9 +171,18 @@ class ParallelConfig(Section):
         None, description="CPU threads per trainer rank; default: cores / ranks"
     )
 
-    @property
-    def model_size(self) -> int:
-        return self.tensor * self.pipeline * self.context
+    def check_sizes(self, world_size: int) -> None:
+        """Raises ValueError where the sizes do not divide `world_size` ranks."""
+        groups = {
+            "tensor x pipeline x context": self.tensor * self.pipeline * self.context,
+            "expert_tensor x expert x pipeline": self.expert_tensor * self.expert * self.pipeline,
+        }
+        for sizes, product in groups.items():
+            if world_size % product:
+                raise ValueError(
+                    f"parallel: {world_size} trainer ranks cannot be divided into groups of "
+                    f"{product} ({sizes}); change parallel.processes or the sizes"
+                )
 
     @model_validator(mode="after")
     def _sizes(self):
@@ -225,8 +234,9 @@ class Config(Section):
         outputs = self.rl.questions_per_rollout * self.rl.group_size
         if outputs % self.rl.minibatches:
             raise ValueError(
-                f"rl.minibatches: {self.rl.minibatches} does not divide the {outputs} outputs of a rollout "
-                f"({self.rl.questions_per_rollout} questions x {self.rl.group_size}); choose a divisor"
+                f"rl.minibatches: {self.rl.minibatches} does not divide the {outputs} outputs of a "
+                f"rollout ({self.rl.questions_per_rollout} questions x {self.rl.group_size}); "
+                "choose a divisor"
             )
         return self
 
@@ -240,13 +250,17 @@ RESUMABLE = (
     "rewards.workers",
     "parallel",
 )
-"""Keys that may differ when a run continues: they change how long, how often or where, not what is learned."""
+"""Keys that may differ when a run continues: they change how long, how often or where, not what is
+learned.
+"""
 
 
 def load(
     path: str | Path, overrides: dict[str, Any] | None = None, required: tuple[str, ...] = ()
 ) -> Config:
-    """Read a recipe and apply `{"section.key": value}`; raises ValueError with one line per mistake."""
+    """Read a recipe and apply `{"section.key": value}`; raises ValueError with one line per
+    mistake.
+    """
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"recipe {path}: no such file")
@@ -275,7 +289,9 @@ def load(
 
 
 def parse(tree: dict[str, Any], origin: str = "config") -> Config:
-    """Build the typed configuration; raises ValueError naming each wrong key, its value and the remedy."""
+    """Build the typed configuration; raises ValueError naming each wrong key, its value and the
+    remedy.
+    """
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
@@ -326,7 +342,8 @@ def known_keys() -> list[str]:
 def _explain(error: dict[str, Any]) -> str:
     key = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
-        # A key may be misspelt or stand in the wrong section: compare the whole path first, then the leaf.
+        # A key may be misspelt or stand in the wrong section: compare the whole path first, then
+        # the leaf.
         names = known_keys() + list(Config.model_fields)
         near = difflib.get_close_matches(key, names, n=1, cutoff=0.6)
         leaf = key.rsplit(".", 1)[-1]

@@ -1,13 +1,13 @@
 """The only file that knows a CPU from a GPU.
 
-`prepare()` is called once in a trainer process, before anything imports Megatron-Core. On a GPU it does
-nothing but choose the device. On a CPU it installs PATCHES: Megatron-Core 0.16.1 names CUDA directly in some
-fifty places, and each patch answers one such habit so that the same unmodified Megatron trains over gloo.
-Every patch names an upstream line that needs it; tests/unit/test_platform.py fails when that line moves.
+`prepare()` is called once in a trainer process, before anything imports Megatron-Core. On a GPU it
+does nothing but choose the device. On a CPU it installs PATCHES: Megatron-Core 0.16.1 names CUDA
+directly in some fifty places, and each patch answers one such habit so that the same unmodified
+Megatron trains over gloo. Every patch names an upstream line that needs it;
+tests/unit/test_platform.py fails when that line moves.
 
-Processes that run transformers or vLLM must not call `prepare()`: both ask `torch.cuda` who they are on and
-would believe the answers given here.
-"""
+Processes that run transformers or vLLM must not call `prepare()`: both ask `torch.cuda` who they
+are on and would believe the answers given here."""
 
 from __future__ import annotations
 
@@ -66,8 +66,8 @@ def prepare(local_rank: int = 0) -> torch.device:
 class Patch:
     """One CPU answer to one CUDA habit of Megatron-Core.
 
-    upstream: file below `megatron/core` and line, as of `MEGATRON_VERSION`; text: what stands there.
-    """
+    upstream: file below `megatron/core` and line, as of `MEGATRON_VERSION`; text: what stands
+    there."""
 
     name: str
     upstream: str
@@ -115,8 +115,8 @@ def _names_cuda(where) -> bool:
 
 
 def _disable_compile() -> None:
-    # Read when a function is decorated, so it has to be set before Megatron is imported: compiling a
-    # dozen two-line functions with a C++ compiler costs a laptop more than they ever save.
+    # Read when a function is decorated, so it has to be set before Megatron is imported: compiling
+    # a dozen two-line functions with a C++ compiler costs a laptop more than they ever save.
     os.environ["TORCHDYNAMO_DISABLE"] = "1"
 
 
@@ -278,7 +278,7 @@ PATCHES = (
     Patch(
         "MLA asks for Transformer Engine classes that failed to import",
         "transformer/multi_latent_attention.py:64",
-        "TEColumnParallelLinear, TELinear, Linear, set_save_original_input = None, None, None, None",
+        "TEColumnParallelLinear, TELinear, Linear, set_save_original_input = None, None",
         _mla_linear_names,
     ),
     Patch(

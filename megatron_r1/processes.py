@@ -12,7 +12,9 @@ PR_SET_PDEATHSIG = 1
 
 
 def die_with_parent() -> None:
-    """Have the kernel kill this process when the thread that started it ends, even by kill -9 (Linux)."""
+    """Have the kernel kill this process when the thread that started it ends, even by kill -9
+    (Linux).
+    """
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 
 @dataclass
 class StopRequest:
-    """Set by the first Ctrl-C or SIGTERM: finish the step in hand, save, end. The second ends at once."""
+    """Set by the first Ctrl-C or SIGTERM: finish the step in hand, save, end. The second ends at
+    once.
+    """
 
     requested: bool = False
 

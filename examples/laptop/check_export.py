@@ -1,10 +1,10 @@
-"""Load a run's exported model with plain transformers and with plain vLLM, and ask both the held-out questions.
+"""Load a run's exported model with plain transformers and with plain vLLM, and ask both the
+held-out questions.
 
     python -m examples.laptop.check_export runs/demo/r1_zero
 
-Neither knows anything of this project: what they answer is what anyone gets who downloads the folder. Greedy
-decoding, so that both can be compared word for word.
-"""
+Neither knows anything of this project: what they answer is what anyone gets who downloads the
+folder. Greedy decoding, so that both can be compared word for word."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""R1-Zero in miniature, from nothing: `make demo`, or `python -m examples.laptop.demo [--seed N] [--folder DIR]`.
+"""R1-Zero in miniature, from nothing: `make demo`, or `python -m examples.laptop.demo [--seed N]
+[--folder DIR]`.
 
-A base model learns from examples that mostly guess; reinforcement learning with nothing but right-or-wrong
-finds out that thinking pays. The same command continues a demo that was stopped.
-"""
+A base model learns from examples that mostly guess; reinforcement learning with nothing but
+right-or-wrong finds out that thinking pays. The same command continues a demo that was stopped."""
 
 from __future__ import annotations
 

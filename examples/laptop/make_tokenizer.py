@@ -1,7 +1,8 @@
 """Write the laptop model's tokenizer: bytes, plus whole tokens for the phrases of the task.
 
-A byte-level vocabulary encodes any UTF-8 text without loss; the phrases of the question template and
-the tags are single tokens on top, so that a prompt costs about a dozen tokens; every digit is one token.
+A byte-level vocabulary encodes any UTF-8 text without loss; the phrases of the question template
+and the tags are single tokens on top, so that a prompt costs about a dozen tokens; every digit is
+one token.
 
     python -m examples.laptop.make_tokenizer examples/laptop/model
 """

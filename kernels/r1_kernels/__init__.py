@@ -1,1 +1,3 @@
-"""Loss-head kernels for reinforcement learning of language models; needs torch (and triton on a GPU) only."""
+"""Loss-head kernels for reinforcement learning of language models; needs torch (and triton on a
+GPU) only.
+"""

@@ -29,9 +29,8 @@ class RunState:
 class Recorder:
     """Opens a locked run folder, finds the newest checkpoint and forgets what came after it.
 
-    Whatever a kill left behind - a torn line, a half-written checkpoint, steps whose checkpoint never
-    came - is cut off here, so that the steps that follow are in every file exactly once.
-    """
+    Whatever a kill left behind - a torn line, a half-written checkpoint, steps whose checkpoint
+    never came - is cut off here, so that the steps that follow are in every file exactly once."""
 
     def __init__(
         self,
@@ -74,7 +73,7 @@ class Recorder:
         self.view.evaluation(metrics)
 
     async def save(self, trainer: Any, keep: int) -> None:
-        """Have the trainer write `state.step`'s checkpoint, then delete all but the `keep` newest."""
+        """Have the trainer write this step's checkpoint, then delete all but the `keep` newest."""
         folder = self.folder.checkpoints / f"step_{self.state.step:08d}"
         await trainer.call("save_checkpoint", folder=str(folder), state=asdict(self.state))
         self.checkpoint = folder

@@ -1,8 +1,8 @@
 """Group-relative advantages (GRPO).
 
-A_i = (r_i - mean(r)) / (std(r) + epsilon) over the G outputs of one question, the same for every token of
-output i (DeepSeekMath, arXiv 2402.03300, section 4.1.2; DeepSeek-R1, arXiv 2501.12948, eq. 3). There is no
-critic. A group whose rewards are all equal teaches nothing: its advantages are 0.
+A_i = (r_i - mean(r)) / (std(r) + epsilon) over the G outputs of one question, the same for every
+token of output i (DeepSeekMath, arXiv 2402.03300, section 4.1.2; DeepSeek-R1, arXiv 2501.12948, eq.
+3). There is no critic. A group whose rewards are all equal teaches nothing: its advantages are 0.
 """
 
 from __future__ import annotations
@@ -15,10 +15,9 @@ def group_advantages(
 ) -> list[float]:
     """Advantages of one group of G outputs.
 
-    rewards: G finite numbers; divide_by: "group" for the z-score (population standard deviation, as the
-    mean square of the group itself), "none" to leave the scale of the rewards (Dr. GRPO).
-    Raises ValueError for an empty group or a reward that is not finite.
-    """
+    rewards: G finite numbers; divide_by: "group" for the z-score (population standard deviation, as
+    the mean square of the group itself), "none" to leave the scale of the rewards (Dr. GRPO).
+    Raises ValueError for an empty group or a reward that is not finite."""
     if not rewards:
         raise ValueError("a group needs at least one reward")
     if not all(abs(r) < float("inf") for r in rewards):

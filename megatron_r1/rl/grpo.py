@@ -1,10 +1,9 @@
 """GRPO's loss on a packed batch.
 
-J = 1/G Σ_i 1/|o_i| Σ_t [ min(ρ A, clip(ρ, 1 - ε_low, 1 + ε_high) A) - β KL(π_θ ‖ π_ref) ],
-ρ = π_θ / π_old (DeepSeek-R1, arXiv 2501.12948, eq. 1); the per-token term is r1_kernels' policy_loss. With
-`average` "token" the sum runs over all tokens of the mini-batch alike (DAPO, arXiv 2503.14476, eq. 8).
-Masked: prompt tokens, and what follows the end of a response.
-"""
+J = 1/G Σ_i 1/|o_i| Σ_t [ min(ρ A, clip(ρ, 1 - ε_low, 1 + ε_high) A) - β KL(π_θ ‖ π_ref) ], ρ = π_θ
+/ π_old (DeepSeek-R1, arXiv 2501.12948, eq. 1); the per-token term is r1_kernels' policy_loss. With
+`average` "token" the sum runs over all tokens of the mini-batch alike (DAPO, arXiv 2503.14476, eq.
+8). Masked: prompt tokens, and what follows the end of a response."""
 
 from __future__ import annotations
 

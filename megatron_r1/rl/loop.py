@@ -1,8 +1,8 @@
 """R1-Zero, as the paper has it: sample groups, grade them, push up what was better than its group.
 
-One pass of `train` is one rollout: G outputs for each of P questions, their rewards and advantages, old and
-reference log-probabilities, one inner epoch of mini-batch updates, new weights to the engines. Placement,
-resuming and what a person sees are the session's business and do not show here.
+One pass of `train` is one rollout: G outputs for each of P questions, their rewards and advantages,
+old and reference log-probabilities, one inner epoch of mini-batch updates, new weights to the
+engines. Placement, resuming and what a person sees are the session's business and do not show here.
 
     megatron-r1 rl examples/laptop/r1_zero.yaml
 """

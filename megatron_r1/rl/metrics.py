@@ -11,8 +11,8 @@ from megatron_r1.rollout.sampling import Group, Output
 def rollout_metrics(groups: list[Group], version: int) -> dict[str, float]:
     """Means over the outputs of one rollout. `version`: the policy that trains on it.
 
-    staleness: versions between the policy that made a token and the one it trains, mean over tokens.
-    """
+    staleness: versions between the policy that made a token and the one it trains, mean over
+    tokens."""
     outputs = [output for group in groups for output in group.outputs]
     rewards = [output.reward for output in outputs]
     lengths = [len(output.completion.token_ids) for output in outputs]
@@ -37,7 +37,7 @@ def rollout_metrics(groups: list[Group], version: int) -> dict[str, float]:
 def sample_records(
     groups: list[Group], step: int, split: str, limit: int | None
 ) -> list[dict[str, Any]]:
-    """Lines for samples.jsonl: the first output of `limit` groups, or every output of all groups."""
+    """Lines for samples.jsonl: the first output of `limit` groups, or every output of all."""
     if limit is None:
         chosen = [(group, output) for group in groups for output in group.outputs]
     else:

@@ -1,4 +1,6 @@
-"""Everything around the algorithm: the three roles, the run folder, resuming, evaluating, measuring."""
+"""Everything around the algorithm: the three roles, the run folder, resuming, evaluating,
+measuring.
+"""
 
 from __future__ import annotations
 
@@ -90,7 +92,9 @@ class Session:
         self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
 
     async def score_old_and_reference(self) -> dict[str, float]:
-        """Log-probabilities under π_old and π_ref stay with the trainer; how far the engines were off."""
+        """Log-probabilities under π_old and π_ref stay with the trainer; how far the engines were
+        off.
+        """
         return await self.trainer.call(
             "score",
             temperature=self.config.rollout.temperature,

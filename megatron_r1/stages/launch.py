@@ -24,7 +24,7 @@ TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR
 
 
 def start_controller(arguments: list[str]) -> tuple[subprocess.Popen, str]:
-    """Under torchrun, on rank 0: start the controller beside this rank; also its address for all."""
+    """Under torchrun, on rank 0: start the controller beside this rank; its address for all."""
     with socket.socket() as probe:
         probe.bind(("", 0))
         port = probe.getsockname()[1]
@@ -49,14 +49,19 @@ def run_stage(
     body: Body,
     next_commands: Sequence[tuple[str, str]] = (),
 ) -> None:
-    """Run `body` between start and export. Raises what ended it: TrainerError, EngineError, ValueError;
-    KeyboardInterrupt when a person or the scheduler asked it to stop."""
-    asyncio.run(_run_stage(config, name, facts, body, next_commands))
+    """Run `body` between start and export. Raises what ended it: TrainerError, EngineError,
+    ValueError; KeyboardInterrupt when a person or the scheduler asked it to stop."""
+    try:
+        asyncio.run(_run_stage(config, name, facts, body, next_commands))
+    except asyncio.CancelledError:  # the second Ctrl-C
+        raise KeyboardInterrupt from None
 
 
 async def _run_stage(config, name, facts, body: Body, next_commands) -> None:
     stop = StopRequest()
     stop.listen()
+    ranks = int(os.environ.get(WORLD_SIZE, 0))
+    config.parallel.check_sizes(ranks or config.parallel.processes)
     with RunFolder(config.run.folder) as folder:
         recorder = Recorder(
             folder,
@@ -66,24 +71,28 @@ async def _run_stage(config, name, facts, body: Body, next_commands) -> None:
             total_steps=config.run.steps,
             facts=facts,
         )
-        port, ranks = os.environ.get(PORT), int(os.environ.get(WORLD_SIZE, 0))
+        if recorder.state.step >= config.run.steps and folder.hf.is_dir():
+            recorder.view.message(f"{folder.path} is already finished: {folder.hf}")
+            recorder.close("nothing to do")
+            return
+        port = os.environ.get(PORT)
         bind = f"tcp://*:{port}" if port else "tcp://127.0.0.1:*"
         trainer = TrainerClient(config, folder.path / "logs", bind, ranks or None)
-        outcome = "stopped"
+        outcome = ""
         try:
             if recorder.resumed:
                 recorder.view.message(f"continuing after step {recorder.state.step}")
             if not ranks:
                 trainer.launch()
             await body(recorder, trainer, stop)
-            if recorder.state.step >= config.run.steps:
-                recorder.view.phase("exporting", str(folder.hf))
-                await trainer.call("export", folder=str(folder.hf))
-                outcome = "finished"
-            elif stop.requested:
+            if recorder.state.step < config.run.steps:
                 raise KeyboardInterrupt
+            recorder.view.phase("exporting", str(folder.hf))
+            await trainer.call("export", folder=str(folder.hf))
+            outcome = "finished"
         finally:
             await trainer.close()
-            recorder.close(outcome)
+            recorder.close(outcome or f"stopped after step {recorder.state.step},")
             if folder.read_metrics():
-                write_report(folder, next_commands=next_commands)
+                summary = {"model": config.model.path, "task": " · ".join(facts[1:])}
+                write_report(folder, title=name, facts=summary, next_commands=next_commands)

@@ -62,7 +62,8 @@ async def _with_engines(
     staging = _staging_folder(recorder.folder.path)
     try:
         recorder.view.phase("starting", f"trainer and {config.rollout.engines} x vLLM")
-        # Every engine gets the trainer's weights before it samples; those it starts with do not matter.
+        # Every engine gets the trainer's weights before it samples; those it starts with do not
+        # matter.
         engines_start = fleet.start(config.model.path, version=recorder.state.step - 1)
         await asyncio.gather(trainer.connect(), engines_start)
         recorder.view.message(f"{trainer.num_parameters / 1e6:,.2f}M parameters")
@@ -122,7 +123,7 @@ def _model_length(config: Config) -> int:
 
 
 def _staging_folder(run_folder: Path) -> Path:
-    """Shared memory for weights on their way, named after the run: a restart finds and empties it."""
+    """Shared memory for weights on their way, named after the run: a restart empties it."""
     name = hashlib.sha256(str(run_folder.resolve()).encode()).hexdigest()[:16]
     folder = SHARED_MEMORY / f"megatron_r1_{name}"
     shutil.rmtree(folder, ignore_errors=True)

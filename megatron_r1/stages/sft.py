@@ -20,7 +20,7 @@ REQUIRED = ("run.folder", "model.path", "sft.data")
 
 
 def run(config: Config) -> None:
-    """Train on `sft.data` for `run.steps` batches. Raises ValueError before any long work starts."""
+    """Train on `sft.data` for `run.steps` batches. Raises ValueError before any long work."""
     text = PromptText(config.model.path, "{problem}")
     examples = ExampleSampler(load_examples(config.sft.data), config.run.seed)
     facts = [config.model.path, f"{len(examples.items):,} examples"]

@@ -1,4 +1,5 @@
-"""Checkpoints of a run: Megatron's distributed checkpoint plus the run's own state, whole or not at all.
+"""Checkpoints of a run: Megatron's distributed checkpoint plus the run's own state, whole or not at
+all.
 
     checkpoints/step_00000012/          one Megatron distributed checkpoint (torch_dist)
         run_state.json                  step, versions, sampler position: the controller's
@@ -83,9 +84,9 @@ def _sharded(model, optimizer, reference: Reference | None, loading: bool) -> di
         part.sharded_state_dict(weights, is_loading=loading, metadata=kind)
         for part in _parts(optimizer)
     ]
-    # Megatron keeps experts' state in an optimizer of its own in some layouts and not in others, and its
-    # chained state says so. Tensors are named by their parameter; the only other thing that has to
-    # survive is the step count, the same everywhere.
+    # Megatron keeps experts' state in an optimizer of its own in some layouts and not in others,
+    # and its chained state says so. Tensors are named by their parameter; the only other thing that
+    # has to survive is the step count, the same everywhere.
     tree = {
         "model": weights,
         "optimizer": [{"param_state": state["param_state"]} for state in states],
@@ -95,7 +96,8 @@ def _sharded(model, optimizer, reference: Reference | None, loading: bool) -> di
         with reference.in_place():
             kept = _weights(model, "reference.")
             for tensor in kept.values():
-                # The entries hold the parameters themselves, which are the policy's again in a moment.
+                # The entries hold the parameters themselves, which are the policy's again in a
+                # moment.
                 tensor.data = tensor.data.detach()
             tree["reference"] = kept
     return tree

@@ -25,7 +25,7 @@ class TrainerError(RuntimeError):
 
 
 class TrainerClient:
-    """All trainer ranks as one: every call runs on all of them and returns the last stage's answer."""
+    """All trainer ranks as one: a call runs on all of them; the last stage's answer counts."""
 
     def __init__(
         self,
@@ -74,12 +74,16 @@ class TrainerClient:
             self._processes.append(processes.start(command, self._log(rank), environment))
 
     async def connect(self) -> None:
-        """Wait until every rank has built its model. Raises TrainerError with the first one's reason."""
+        """Wait until every rank has built its model. Raises TrainerError with the first one's
+        reason.
+        """
         replies = await self._gather(self._world_size)
         self._places = [replies[rank] for rank in range(self._world_size)]
 
     async def load(self, minibatches: list[list[Sample]]) -> None:
-        """Send each data-parallel rank its own share of every mini-batch, packed into micro-batches."""
+        """Send each data-parallel rank its own share of every mini-batch, packed into
+        micro-batches.
+        """
         limit = self.config.parallel.tokens_per_microbatch
         shares: list[list[Microbatches]] = [[] for _ in range(self.data_size)]
         for samples in minibatches:
@@ -125,7 +129,7 @@ class TrainerClient:
             _, payload = await self._socket.recv_multipart()
             reply = self._decode(payload)
             if reply.error is not None:
-                raise TrainerError(reply.error)
+                raise (ValueError if reply.is_mistake else TrainerError)(reply.error)
             replies[reply.rank] = reply.result or {}
         return replies
 

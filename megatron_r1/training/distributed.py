@@ -25,24 +25,6 @@ class Place:
     last_stage: bool
 
 
-def check_sizes(parallel: ParallelConfig, world_size: int) -> int:
-    """The data-parallel size. Raises ValueError where the sizes do not divide the ranks."""
-    if world_size % parallel.model_size:
-        raise ValueError(
-            f"{world_size} trainer ranks cannot be divided into groups of {parallel.model_size} "
-            f"(parallel.tensor {parallel.tensor} x pipeline {parallel.pipeline} x context "
-            f"{parallel.context}); change parallel.processes or the sizes"
-        )
-    expert_size = parallel.expert_tensor * parallel.expert * parallel.pipeline
-    if world_size % expert_size:
-        raise ValueError(
-            f"{world_size} trainer ranks cannot be divided into expert groups of {expert_size} "
-            f"(parallel.expert_tensor {parallel.expert_tensor} x expert {parallel.expert} x "
-            f"pipeline {parallel.pipeline}); change parallel.processes or the sizes"
-        )
-    return world_size // parallel.model_size
-
-
 def initialize(parallel: ParallelConfig, seed: int) -> Place:
     """Join the process group, lay out Megatron's grid and seed every random stream.
 
@@ -50,7 +32,7 @@ def initialize(parallel: ParallelConfig, seed: int) -> Place:
     """
     world_size, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
-    check_sizes(parallel, world_size)
+    parallel.check_sizes(world_size)
     torch.set_num_threads(parallel.threads or max(1, (os.cpu_count() or 1) // local_world))
     device = platform.prepare(int(os.environ.get("LOCAL_RANK", rank)))
     from megatron.core import parallel_state

@@ -1,9 +1,9 @@
 """What a loss is to the trainer, and how it is found by name.
 
-A loss sees the packed batch and the tokens' log-probabilities and returns a *sum* with its denominator; the
-trainer divides by the denominator of the whole optimizer step, over all micro-batches and data-parallel
-ranks, so that the result does not depend on how samples were packed.
-"""
+A loss sees the packed batch and the tokens' log-probabilities and returns a *sum* with its
+denominator; the trainer divides by the denominator of the whole optimizer step, over all
+micro-batches and data-parallel ranks, so that the result does not depend on how samples were
+packed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from megatron_r1.training.packed import PackedBatch
 
 
 class LossTerms(NamedTuple):
-    """loss: () fp32 sum; denominator: () int; sums, maxima: metrics to add up or take the maximum of.
+    """loss: () fp32 sum; denominator: () int; sums, maxima: metrics to add up or take the maximum
+    of.
 
     A sum named "a/b" is divided by the sum named "b" once everything is added up, and called "a".
     """
@@ -45,9 +46,8 @@ def find_loss(name: str) -> Loss:
 def token_weights(batch: PackedBatch, average: str) -> tuple[Tensor, Tensor]:
     """Weights (T,) of the tokens' losses, and the denominator () they add up to.
 
-    "token": every response token weighs 1, out of the number of response tokens. "sequence": those of
-    one response add up to 1, out of the number of responses.
-    """
+    "token": every response token weighs 1, out of the number of response tokens. "sequence": those
+    of one response add up to 1, out of the number of responses."""
     seen = batch.is_response.float()
     if average == "token":
         return seen, batch.is_response.sum().int()

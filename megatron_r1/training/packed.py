@@ -41,8 +41,8 @@ class PackedBatch:
 
 
 def packed_batch(samples: list[Sample], multiple_of: int, device: torch.device) -> PackedBatch:
-    """Pack `samples`, possibly none. T is padded to `multiple_of`, which sequence parallelism splits,
-    by a sample that counts nothing."""
+    """Pack `samples`, possibly none. T is padded to `multiple_of`, which sequence parallelism
+    splits, by a sample that counts nothing."""
     ids = [torch.frombuffer(bytearray(s.token_ids), dtype=torch.int32).long() for s in samples]
     prompt_lengths = [s.prompt_length for s in samples]
     padding = -sum(len(i) for i in ids) % multiple_of if ids else multiple_of

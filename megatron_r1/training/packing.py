@@ -1,9 +1,8 @@
 """Which sample goes to which data-parallel rank and micro-batch.
 
-Samples are packed end to end without padding, so what has to be balanced is tokens: every rank runs the
-same number of micro-batches (pipeline and expert collectives demand it), none above the token limit unless
-one sample alone exceeds it.
-"""
+Samples are packed end to end without padding, so what has to be balanced is tokens: every rank runs
+the same number of micro-batches (pipeline and expert collectives demand it), none above the token
+limit unless one sample alone exceeds it."""
 
 from __future__ import annotations
 
@@ -13,10 +12,9 @@ import heapq
 def pack(lengths: list[int], ranks: int, limit: int) -> list[list[list[int]]]:
     """Distribute samples of `lengths` tokens: result[rank][microbatch] = sample indices.
 
-    Longest first onto the lightest bin, with the fewest micro-batches per rank that respect `limit`.
-    A micro-batch is empty only where samples are too few to go round.
-    Raises ValueError when there are fewer samples than ranks.
-    """
+    Longest first onto the lightest bin, with the fewest micro-batches per rank that respect
+    `limit`. A micro-batch is empty only where samples are too few to go round. Raises ValueError
+    when there are fewer samples than ranks."""
     if len(lengths) < ranks:
         raise ValueError(
             f"{len(lengths)} samples cannot be spread over {ranks} data-parallel ranks: "

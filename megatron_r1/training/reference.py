@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class Reference:
-    """A frozen copy of a model's parameters and persistent buffers (the router's bias among them)."""
+    """A frozen copy of a model's parameters and persistent buffers (the router's bias, too)."""
 
     def __init__(self, chunks: list[torch.nn.Module]):
         self._live = [t for chunk in chunks for t in _weights(chunk)]

@@ -1,9 +1,9 @@
 """One trainer rank: Megatron's model, optimizer and schedule behind four verbs.
 
-load() puts a rollout's micro-batches in place; score() computes old and reference log-probabilities;
-update() makes one optimizer step; write_weights() lays the weights out for the engines. Each is called on
-every rank at the same time. The rank knows samples and losses, not prompts or rewards.
-"""
+load() puts a rollout's micro-batches in place; score() computes old and reference
+log-probabilities; update() makes one optimizer step; write_weights() lays the weights out for the
+engines. Each is called on every rank at the same time. The rank knows samples and losses, not
+prompts or rewards."""
 
 from __future__ import annotations
 
@@ -38,7 +38,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 class Trainer:
     def __init__(self, config: Config, place: Place):
-        """Build this rank's part of the model. Raises ValueError for a model or layout that cannot be."""
+        """Build this rank's part of the model. Raises ValueError for a model or layout that cannot
+        be.
+        """
         self.config, self.place = config, place
         self.hf = models.read_hf_config(config.model.path)
         dtype = DTYPES[config.model.dtype]
@@ -108,7 +110,7 @@ class Trainer:
         return sum(math.prod(shape) for shape, _ in weights.hf_tensors(self.hf).values())
 
     def load(self, minibatches: list[Microbatches]) -> None:
-        """Put this rank's samples in place: minibatches[i].samples[m] is micro-batch m of step i."""
+        """Put samples in place: minibatches[i].samples[m] is micro-batch m of update i."""
         multiple = self.config.parallel.tensor
         self.minibatches = [
             [packed_batch(samples, multiple, platform.device()) for samples in step.samples]
@@ -123,8 +125,8 @@ class Trainer:
             self.reference.refresh()
 
     def score(self, temperature: float, reference: bool) -> dict[str, float]:
-        """Log-probabilities of every loaded token under the present policy ("old") and, if asked, the
-        reference. Returns how far the engine's log-probabilities are from the trainer's."""
+        """Log-probabilities of every loaded token under the present policy ("old") and, if asked,
+        the reference. Returns how far the engine's log-probabilities are from the trainer's."""
         batches = [batch for step in self.minibatches for batch in step]
         self._score(batches, "old", temperature)
         if reference:
@@ -146,8 +148,8 @@ class Trainer:
     ) -> dict[str, float]:
         """One optimizer step on mini-batch `index` with the loss at "module:function".
 
-        Returns the loss's metrics over the whole mini-batch, grad_norm and whether the step was taken.
-        """
+        Returns the loss's metrics over the whole mini-batch, grad_norm and whether the step was
+        taken."""
         batches = self.minibatches[index]
         temperature = settings.get("temperature", 1.0)
         for chunk in self.chunks:
@@ -196,7 +198,7 @@ class Trainer:
             self._run(batches, compute, forward_only=True)
 
     def _run(self, batches: list[PackedBatch], compute, forward_only: bool) -> list[Any]:
-        """Megatron's pipeline schedule over `batches`; what `compute` reported, on the last stage."""
+        """Megatron's schedule over `batches`; what `compute` reported, on the last stage."""
 
         train_mtp = self.config.model.mtp == "train" and not forward_only
 

@@ -14,9 +14,8 @@ import msgspec
 class Sample(msgspec.Struct, frozen=True):
     """One prompt with its response, as the trainer sees it.
 
-    token_ids: int32 bytes, prompt then response; logprobs: float32 bytes, one per response token, the
-    rollout engine's (empty for SFT); advantage: the same for every response token (GRPO).
-    """
+    token_ids: int32 bytes, prompt then response; logprobs: float32 bytes, one per response token,
+    the rollout engine's (empty for SFT); advantage: the same for every response token (GRPO)."""
 
     token_ids: bytes
     prompt_length: int
@@ -58,8 +57,12 @@ class Call(msgspec.Struct, frozen=True):
 
 
 class Reply(msgspec.Struct, frozen=True):
-    """Rank → controller: the operation's result, or the traceback that ended it."""
+    """Rank → controller: the operation's result, or what ended it.
+
+    is_mistake: the user's; `error` is then a sentence for them, and a traceback otherwise.
+    """
 
     rank: int
     result: dict[str, Any] | None = None
     error: str | None = None
+    is_mistake: bool = False

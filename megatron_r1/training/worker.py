@@ -44,8 +44,8 @@ def serve(config: Config, address: str, place: Place | None = None) -> None:
     socket.connect(address)
     encode, decode = msgspec.msgpack.encode, msgspec.msgpack.Decoder(Call).decode
 
-    def reply(result: dict[str, Any] | None, error: str | None = None) -> None:
-        socket.send(encode(Reply(rank, result, error)))
+    def reply(result: dict[str, Any]) -> None:
+        socket.send(encode(Reply(rank, result)))
 
     try:
         operations = Operations(
@@ -65,8 +65,9 @@ def serve(config: Config, address: str, place: Place | None = None) -> None:
                 return
             reply(operations.run(call))
     except Exception as error:
-        told = str(error) if isinstance(error, ValueError) else traceback.format_exc()
-        reply(None, told)
+        is_mistake = isinstance(error, ValueError)
+        told = str(error) if is_mistake else traceback.format_exc()
+        socket.send(encode(Reply(rank, None, told, is_mistake)))
         socket.close(linger=5_000)
         raise
 

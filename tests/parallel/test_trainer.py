@@ -1,4 +1,6 @@
-"""The trainer's metrics, updates and checkpoints do not depend on how the model and the batch are split."""
+"""The trainer's metrics, updates and checkpoints do not depend on how the model and the batch are
+split.
+"""
 
 import json
 import shutil

@@ -1,9 +1,9 @@
 """GRPO updates of the real trainer on these ranks: `trainer_steps.py MODEL OUT GRID…`.
 
-Every grid sees the same mini-batches, spread as the controller spreads them: two updates, the weights
-(OUT/GRID.safetensors), a checkpoint, and the first update of the next rollout. That one is made once more by
-a fresh trainer from the checkpoint of the grid before. All metrics go to OUT/GRID.json.
-"""
+Every grid sees the same mini-batches, spread as the controller spreads them: two updates, the
+weights (OUT/GRID.safetensors), a checkpoint, and the first update of the next rollout. That one is
+made once more by a fresh trainer from the checkpoint of the grid before. All metrics go to
+OUT/GRID.json."""
 
 import json
 import random
@@ -44,8 +44,8 @@ def config(model: str, grid: str) -> Config:
     return Config.model_validate(
         {
             "model": {"path": model, "dtype": "float32"},
-            # A large epsilon makes Adam's step smooth in the gradient, where tiny differences of tiny
-            # gradients would else decide its sign.
+            # A large epsilon makes Adam's step smooth in the gradient, where tiny differences of
+            # tiny gradients would else decide its sign.
             "optimizer": {"learning_rate": 0.1, "epsilon": 1.0, "weight_decay": 0.01},
             "parallel": {
                 "tensor": sizes.get("tp", 1),

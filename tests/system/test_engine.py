@@ -273,16 +273,19 @@ def test_a_push_amid_a_response_stamps_each_token_with_its_policy(
     models, oracle, loop, fleet, push
 ):
     """And the log-probabilities after it are those of the new weights given all earlier tokens."""
-    loop(push("a"))
-    before = fleet.version
 
-    async def push_amid():
+    async def push_amid(wait_seconds):
         running = asyncio.ensure_future(sample(fleet, max_tokens=200))
-        await asyncio.sleep(0.4)
+        await asyncio.sleep(wait_seconds)
         await push("b")
         return await running
 
-    groups = loop(push_amid())
+    for wait_seconds in (0.3, 0.6, 1.2, 2.4):  # until the push falls between two tokens
+        loop(push("a"))
+        before = fleet.version
+        groups = loop(push_amid(wait_seconds))
+        if len(stamped(groups)) == 2:
+            break
     assert stamped(groups) == {before, before + 1}
     for prompt, group in zip(PROMPTS, groups, strict=True):
         responses = [completion.token_ids for completion in group]
@@ -345,13 +348,12 @@ def test_a_killed_engine_fails_its_calls_at_once_and_can_be_restarted(
     async def kill_amid():
         running = asyncio.ensure_future(sample(fleet, max_tokens=200))
         await asyncio.sleep(0.3)
-        began = time.monotonic()
         os.kill(engine_core_of(fleet.engines[0].server.process.pid), signal.SIGKILL)
         with pytest.raises(EngineError, match=r"engine-0 died: .*engine-0\.log"):
-            await running
-        return time.monotonic() - began
+            async with asyncio.timeout(60):  # far below the 1800 seconds that a request may take
+                await running
 
-    assert loop(kill_amid()) < 20
+    loop(kill_amid())
     with pytest.raises(EngineError, match="engine-0 died"):
         loop(sample(fleet))
     loop(fleet.restart(0, update_of(models / "b" / "model.safetensors")))

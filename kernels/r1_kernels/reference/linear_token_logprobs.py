@@ -1,8 +1,8 @@
 """Token log-probabilities and entropy straight from hidden states: no tokens × vocabulary matrix.
 
-logits = hidden @ weight.T / temperature exist for one chunk of tokens at a time. The forward pass keeps
-two numbers per token (log-sum-exp and entropy); the backward pass makes the chunk's logits again.
-With z the scaled logits, p = softmax(z), y the target, H the entropy:
+logits = hidden @ weight.T / temperature exist for one chunk of tokens at a time. The forward pass
+keeps two numbers per token (log-sum-exp and entropy); the backward pass makes the chunk's logits
+again. With z the scaled logits, p = softmax(z), y the target, H the entropy:
 
     d logprob / d z_j = [j = y] - p_j            d H / d z_j = -p_j (log p_j + H)
 """
@@ -30,12 +30,11 @@ def linear_token_logprobs(
     """log p(target) and entropy of softmax(hidden @ weight.T / temperature), differentiable.
 
     hidden: (T, H); weight: (V_local, H), this rank's equal contiguous share of the vocabulary over
-    `group`; targets: (T,) int64 global ids; vocab_size: ids from here on are padding.
-    Returns logprobs (T,) and entropy (T,), fp32, equal on every rank of the group. The gradient of
-    `hidden` is this rank's part of a sum over the group: whoever made `hidden` reduces it (Megatron's
-    copy-to-tensor-parallel-region does).
-    Raises ValueError for shapes that do not fit and a temperature that is not positive.
-    """
+    `group`; targets: (T,) int64 global ids; vocab_size: ids from here on are padding. Returns
+    logprobs (T,) and entropy (T,), fp32, equal on every rank of the group. The gradient of `hidden`
+    is this rank's part of a sum over the group: whoever made `hidden` reduces it (Megatron's
+    copy-to-tensor-parallel-region does). Raises ValueError for shapes that do not fit and a
+    temperature that is not positive."""
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(
             f"hidden must be (T, H) and weight (V, H), got {tuple(hidden.shape)} and "

@@ -6,10 +6,9 @@ Per token t of output i (DeepSeekMath arXiv 2402.03300 eq. 3; DeepSeek-R1 arXiv 
     loss  = -min(ratio · A, clip(ratio, 1 - clip_low, 1 + clip_high) · A) + kl_beta · KL
     KL    = exp(ref - logprob) - (ref - logprob) - 1          (k3: unbiased and never negative)
 
-`weights` decide the averaging: 1 on every response token, or 1 / |o_i| for GRPO's average over the tokens of
-each output first; 0 hides a token. The result is a sum: the caller divides by the number of tokens or outputs
-of the whole batch, which only it knows.
-"""
+`weights` decide the averaging: 1 on every response token, or 1 / |o_i| for GRPO's average over the
+tokens of each output first; 0 hides a token. The result is a sum: the caller divides by the number
+of tokens or outputs of the whole batch, which only it knows."""
 
 from __future__ import annotations
 

@@ -1,0 +1,142 @@
+"""A small DeepSeek-V3-shaped model with a tokenizer, and a way to run the command line on it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+MODEL = {
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "model_type": "deepseek_v3",
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "moe_intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "n_shared_experts": 1,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 2,
+    "topk_group": 1,
+    "routed_scaling_factor": 2.5,
+    "first_k_dense_replace": 1,
+    "moe_layer_freq": 1,
+    "norm_topk_prob": True,
+    "topk_method": "noaux_tc",
+    "scoring_func": "sigmoid",
+    "q_lora_rank": 48,
+    # vLLM's MLA kernel for the CPU wants these two.
+    "kv_lora_rank": 512,
+    "qk_rope_head_dim": 64,
+    "qk_nope_head_dim": 32,
+    "v_head_dim": 32,
+    "hidden_act": "silu",
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-6,
+    "rope_parameters": {
+        "rope_type": "yarn",
+        "rope_theta": 10000.0,
+        "factor": 4.0,
+        "original_max_position_embeddings": 64,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+    },
+    "rope_interleave": True,
+    "attention_bias": False,
+    "tie_word_embeddings": False,
+    "num_nextn_predict_layers": 0,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 2,
+    "torch_dtype": "float32",
+}
+
+
+def write_model(folder: Path) -> None:
+    """config.json and a byte-level tokenizer; no weights."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {"<bos>": 0, "<eos>": 1, "<pad>": 2}
+    for symbol in sorted(pre_tokenizers.ByteLevel.alphabet()):
+        vocabulary[symbol] = len(vocabulary)
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_tokens(["<think>", "</think>", "<answer>", "</answer>"])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", 0)]
+    )
+    whole = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>"
+    )
+    whole.save_pretrained(folder)
+    config = {**MODEL, "vocab_size": len(whole)}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "megatron_r1", *map(str, arguments)]
+
+
+def environment() -> dict[str, str]:
+    path = f"{HERE}:{os.environ.get('PYTHONPATH', '')}"
+    return {**os.environ, "PYTHONPATH": path, "PYTHONWARNINGS": "ignore"}
+
+
+def run(*arguments: str, timeout_seconds: int = 300) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        command(*arguments),
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=timeout_seconds,
+    )
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory) -> Path:
+    """A folder with `base/hf`, a model made by a few steps of sft, and a recipe for it."""
+    folder = tmp_path_factory.mktemp("base")
+    write_model(folder / "model")
+    examples = [
+        {"prompt": f"{a}+{b}=", "response": f"<think></think><answer>{a + b}</answer>"}
+        for a in range(10)
+        for b in range(10)
+    ]
+    (folder / "sft.jsonl").write_text("\n".join(map(json.dumps, examples)))
+    questions = [
+        {"question": f"{a}+{b}=", "truth": a + b, "kind": "grader:grade"}
+        for a in range(10)
+        for b in range(10)
+    ]
+    (folder / "questions.jsonl").write_text("\n".join(map(json.dumps, questions)))
+    (folder / "sft.yaml").write_text(
+        f"""
+run: {{folder: {folder}/base, steps: 4}}
+model: {{path: {folder}/model, init: random, init_std: 0.1, dtype: float32}}
+sft: {{data: {folder}/sft.jsonl, batch_size: 16}}
+optimizer: {{learning_rate: 1.0e-3, weight_decay: 0.0}}
+"""
+    )
+    (folder / "rl.yaml").write_text(
+        f"""
+run: {{folder: {folder}/rl, steps: 3}}
+model: {{path: {folder}/base/hf, dtype: float32}}
+data: {{path: {folder}/questions.jsonl, num_heldout: 4, template: "{{problem}}"}}
+rollout: {{max_response_tokens: 24, dtype: float32, max_num_seqs: 64}}
+rl: {{questions_per_rollout: 4, group_size: 4, minibatches: 2, reference_refresh: 0}}
+optimizer: {{learning_rate: 3.0e-3}}
+eval: {{samples: 4}}
+"""
+    )
+    done = run("sft", folder / "sft.yaml")
+    assert done.returncode == 0, done.stderr
+    return folder

@@ -1,0 +1,8 @@
+"""A user's own reward: any policy, however bad, earns it sometimes."""
+
+from megatron_r1.rewards.base import Grade
+
+
+def grade(response: str, truth, **fields) -> Grade:
+    """1 for a response of an odd number of characters."""
+    return Grade(float(len(response) % 2), f"{len(response)} characters")

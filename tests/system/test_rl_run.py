@@ -1,0 +1,171 @@
+"""Whole runs of the command line: what they write and export, and what a kill leaves behind."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import command, environment, run
+
+HERE = Path(__file__).parent
+CONTRACT = [
+    *("step", "reward/mean", "accuracy", "response_length/mean", "kl", "clip_fraction", "entropy"),
+    *("logprob_diff/mean", "logprob_diff/max", "tokens_per_second", "policy_version", "staleness"),
+    *("time/rollout", "time/reward", "time/train", "time/push"),
+]
+
+
+def lines(path: Path) -> list[dict]:
+    text = path.read_text() if path.exists() else ""
+    return [json.loads(line) for line in text.splitlines() if line.endswith("}")]
+
+
+@pytest.fixture(scope="module")
+def finished(base) -> Path:
+    done = run("rl", base / "rl.yaml")
+    assert done.returncode == 0, done.stderr + done.stdout
+    return base / "rl"
+
+
+def test_every_step_writes_the_metrics_others_rely_on(finished):
+    metrics = lines(finished / "metrics.jsonl")
+    assert [m["step"] for m in metrics] == [1, 2, 3]
+    for line in metrics:
+        assert not [key for key in CONTRACT if line.get(key) is None]
+    assert [m["policy_version"] for m in metrics] == [0, 1, 2]
+    assert all(m["staleness"] == 0 for m in metrics)
+    assert [e["step"] for e in lines(finished / "evaluations.jsonl")] == [0, 3]
+    samples = lines(finished / "samples.jsonl")
+    assert sum(s["split"] == "eval" for s in samples) == 2 * 4 * 4
+    assert {s["policy_version"] for s in samples if s["split"] == "train"} == {0, 1, 2}
+    for name in ("config.yaml", "report.html", "hf/config.json", "hf/tokenizer.json"):
+        assert (finished / name).stat().st_size > 100
+
+
+def test_pushed_weights_make_engine_and_trainer_agree_while_the_policy_moves(finished):
+    metrics = lines(finished / "metrics.jsonl")
+    # fp32 on both sides. Old weights in the engine would be off by what the updates change.
+    assert max(m["logprob_diff/mean"] for m in metrics) < 1e-5
+    assert max(m["logprob_diff/max"] for m in metrics) < 1e-4
+    assert metrics[-1]["kl"] > 1e-3
+
+
+def test_a_finished_run_started_again_says_so_at_once(base, finished):
+    done = run("rl", base / "rl.yaml", timeout_seconds=60)
+    assert done.returncode == 0 and "already finished" in done.stdout
+
+
+def greedy(tool: str, *arguments: object) -> list[list[int]]:
+    done = subprocess.run(
+        [sys.executable, HERE / "greedy.py", tool, *map(str, arguments)],
+        env=environment() | {"VLLM_LOGGING_LEVEL": "ERROR", "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def test_the_export_answers_greedily_as_the_trainer_does(finished):
+    trainer = greedy("trainer", finished / "config.yaml", finished / "checkpoints/step_00000003")
+    assert len({tuple(answer) for answer in trainer}) > 1
+    assert greedy("transformers", finished / "hf") == trainer
+    assert greedy("vllm", finished / "hf") == trainer
+
+
+def start(base: Path) -> subprocess.Popen:
+    settings = ["--run.folder", base / "killed", "--run.steps", "6"]
+    return subprocess.Popen(
+        command("rl", base / "rl.yaml", *settings),
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def wait_for_step(process: subprocess.Popen, folder: Path, step: int) -> None:
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline:
+        if any(m["step"] >= step for m in lines(folder / "metrics.jsonl")):
+            return
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.05)
+    pytest.fail(f"step {step} never came")
+
+
+def processes_of(folder: Path, text: str) -> list[int]:
+    """Processes whose command line has `text` and the run's folder or model in it."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (entry / "cmdline").read_bytes().decode(errors="replace")
+            state = (entry / "stat").read_text().rpartition(")")[2].split()[0]
+        except OSError:
+            continue
+        if text in words and str(folder.parent) in words and state != "Z":
+            found.append(int(entry.name))
+    return found
+
+
+def test_whatever_is_killed_the_same_command_continues_and_no_step_is_lost_or_doubled(base):
+    folder = base / "killed"
+
+    process = start(base)
+    wait_for_step(process, folder, 1)
+    os.kill(processes_of(folder, "training.worker")[0], signal.SIGKILL)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1 and "trainer rank 0 was killed by signal 9" in errors
+
+    process = start(base)
+    wait_for_step(process, folder, 2)
+    os.kill(processes_of(folder, "vllm_plugin.serve")[0], signal.SIGKILL)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1 and "engine-0" in errors and "SIGKILL" in errors
+
+    process = start(base)
+    wait_for_step(process, folder, 4)
+    process.kill()
+    process.wait()
+    time.sleep(2)
+    assert processes_of(folder, "training.worker") == []
+    assert processes_of(folder, "vllm_plugin.serve") == []
+
+    # As a crash in the middle of a write would leave it.
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write('{"step": 7, "rew')
+    process = start(base)
+    output, errors = process.communicate(timeout=240)
+    assert process.returncode == 0, errors
+    assert "continuing after step" in output
+    assert [m["step"] for m in lines(folder / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
+    assert max(m["logprob_diff/max"] for m in lines(folder / "metrics.jsonl")) < 1e-4
+
+
+def test_ctrl_c_finishes_the_step_and_the_same_command_goes_on(base):
+    folder = base / "killed"
+    process = start_longer(base, 8)
+    wait_for_step(process, folder, 7)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode in (0, 130)
+    assert "Traceback" not in errors
+    steps = [m["step"] for m in lines(folder / "metrics.jsonl")]
+    assert steps == list(range(1, steps[-1] + 1))
+
+
+def start_longer(base: Path, steps: int) -> subprocess.Popen:
+    settings = ["--run.folder", base / "killed", "--run.steps", str(steps)]
+    return subprocess.Popen(
+        command("rl", base / "rl.yaml", *settings),
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
