@@ -1,0 +1,41 @@
+"""`python tools/bench WHAT [options]`: measure on this machine, in one run, and say how.
+
+step    whole RL steps of a recipe: seconds of each phase, tokens per second
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import platform
+import sys
+from pathlib import Path
+
+import step
+
+BENCHES = {"step": step}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="tools/bench", description=__doc__)
+    choices = parser.add_subparsers(dest="what", required=True)
+    for name, bench in BENCHES.items():
+        options = choices.add_parser(name, description=bench.__doc__)
+        options.add_argument("--json", type=Path, help="also write the result here")
+        bench.add_options(options)
+    chosen = parser.parse_args()
+    result = BENCHES[chosen.what].run(chosen)
+    if chosen.json:
+        about = {
+            "command": " ".join(["python tools/bench", *sys.argv[1:]]),
+            "date": datetime.date.today().isoformat(),
+            "machine": f"{platform.machine()}, {step.cores()} cores",
+            "python": platform.python_version(),
+        }
+        chosen.json.write_text(json.dumps({**about, **result}, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
