@@ -214,6 +214,9 @@ class EvalConfig(Section):
 class SFTConfig(Section):
     data: str = Field("", description="JSONL of {prompt, response}; required by sft")
     batch_size: int = Field(128, gt=0, description="samples per optimizer step")
+    order: Literal["shuffled", "file"] = Field(
+        "shuffled", description="file: as they stand there, for a curriculum"
+    )
 
 
 class Config(Section):

@@ -13,14 +13,22 @@ Item = TypeVar("Item")
 class EpochSampler(Generic[Item]):
     """Draws from `items`; each epoch is a fresh shuffle that depends on (seed, epoch) only.
 
-    key: text that identifies an item; a state is refused where the items have changed.
+    key: text that identifies an item; a state is refused where the items have changed. shuffled=False
+    keeps them in their order, epoch after epoch.
     """
 
-    def __init__(self, items: Sequence[Item], seed: int, key: Callable[[Item], str] = repr) -> None:
+    def __init__(
+        self,
+        items: Sequence[Item],
+        seed: int,
+        key: Callable[[Item], str] = repr,
+        shuffled: bool = True,
+    ) -> None:
         if not items:
             raise ValueError("there is nothing to sample from: the list is empty")
         self.items = items
         self.seed = seed
+        self.shuffled = shuffled
         self.epoch = 0
         self.position = 0
         digest = hashlib.sha256()
@@ -64,7 +72,8 @@ class EpochSampler(Generic[Item]):
 
     def _shuffle(self) -> list[int]:
         order = list(range(len(self.items)))
-        random.Random(f"{self.seed}/{self.epoch}").shuffle(order)
+        if self.shuffled:
+            random.Random(f"{self.seed}/{self.epoch}").shuffle(order)
         return order
 
 

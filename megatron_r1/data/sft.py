@@ -33,7 +33,7 @@ def load_examples(path: str | Path, columns: Mapping[str, str] | None = None) ->
 class ExampleSampler(EpochSampler[Example]):
     """Draws examples in shuffled epochs; see `EpochSampler` for order and state."""
 
-    def __init__(self, examples: Sequence[Example], seed: int) -> None:
+    def __init__(self, examples: Sequence[Example], seed: int, shuffled: bool = True) -> None:
         super().__init__(
-            examples, seed, key=lambda example: f"{example.prompt}\0{example.response}"
+            examples, seed, lambda example: f"{example.prompt}\0{example.response}", shuffled
         )

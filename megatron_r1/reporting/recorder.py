@@ -37,12 +37,13 @@ class Recorder:
         folder: RunFolder,
         config: Mapping[str, Any],
         *,
+        defaults: Mapping[str, Any],
         may_change: Sequence[str],
         title: str,
         total_steps: int,
         facts: Sequence[str] = (),
     ):
-        folder.write_config(config, may_change=may_change)
+        folder.write_config(config, may_change, defaults)
         self.folder = folder
         for leftover in folder.checkpoints.glob(".*.partial"):
             shutil.rmtree(leftover)

@@ -49,17 +49,23 @@ class RunFolder:
             self._lock.release()
             self._lock = None
 
-    def write_config(self, config: Mapping[str, Any], may_change: Collection[str] = ()) -> None:
+    def write_config(
+        self,
+        config: Mapping[str, Any],
+        may_change: Collection[str] = (),
+        defaults: Mapping[str, Any] | None = None,
+    ) -> None:
         """Write `config.yaml`, or check that a run already here was started with the same settings.
 
         config: nested sections of plain values (paths and tuples become text and lists).
         may_change: dotted keys ("rl.num_steps") or whole sections ("eval") that a re-run may change
-        and that are updated in the file. Any other difference raises ValueError naming each key
-        with both values.
+        and that are updated in the file. defaults: of settings that did not exist yet when the run
+        was started. Any other difference raises ValueError naming each key with both values.
         """
         new = _plain(config)
         if self.config_path.exists():
-            before, after = flatten(self.read_config()), flatten(new)
+            before = flatten(_plain(defaults or {})) | flatten(self.read_config())
+            after = flatten(new)
             changed = [
                 key
                 for key in sorted(before.keys() | after.keys())

@@ -66,6 +66,7 @@ async def _run_stage(config, name, facts, body: Body, next_commands) -> None:
         recorder = Recorder(
             folder,
             config.model_dump(),
+            defaults=Config().model_dump(),
             may_change=RESUMABLE,
             title=f"{name} · {folder.path.name}",
             total_steps=config.run.steps,

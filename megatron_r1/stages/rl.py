@@ -30,8 +30,8 @@ def run(config: Config) -> None:
     """Train for `run.steps` rollouts. Raises ValueError before any long work starts."""
     if config.model.init != "load":
         raise ValueError("model.init: rl needs a model to start from; make one with sft, then load")
-    text = PromptText(config.model.path, config.data.template)
     _model_length(config)
+    text = PromptText(config.model.path, config.data.template)
     prompts = load_prompts(**config.data.model_dump(exclude={"template"}))
     facts = [
         config.model.path,

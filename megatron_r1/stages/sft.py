@@ -8,6 +8,7 @@ from megatron_r1.config import Config
 from megatron_r1.data.sampler import EpochSampler
 from megatron_r1.data.sft import ExampleSampler, load_examples
 from megatron_r1.data.text import PromptText
+from megatron_r1.models import read_hf_config
 from megatron_r1.reporting.recorder import Recorder
 from megatron_r1.stages.launch import run_stage
 from megatron_r1.stopping import StopRequest
@@ -21,8 +22,10 @@ REQUIRED = ("run.folder", "model.path", "sft.data")
 
 def run(config: Config) -> None:
     """Train on `sft.data` for `run.steps` batches. Raises ValueError before any long work."""
+    read_hf_config(config.model.path)
     text = PromptText(config.model.path, "{problem}")
-    examples = ExampleSampler(load_examples(config.sft.data), config.run.seed)
+    shuffled = config.sft.order == "shuffled"
+    examples = ExampleSampler(load_examples(config.sft.data), config.run.seed, shuffled)
     facts = [config.model.path, f"{len(examples.items):,} examples"]
 
     async def body(recorder: Recorder, trainer: TrainerClient, stop: StopRequest) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.transformer import MegatronModule
 
 from megatron_r1.training.reference import Reference
@@ -59,7 +60,7 @@ def load(folder: Path, model: MegatronModule, optimizer: Any, reference: Referen
     wanted = _sharded(model, optimizer, reference, loading=True)
     try:
         found = dist_checkpointing.load(wanted, str(folder))
-    except (KeyError, RuntimeError, dist_checkpointing.core.CheckpointingException) as error:
+    except (KeyError, RuntimeError, ValueError, CheckpointingException) as error:
         detail = " ".join(str(error).split())
         raise ValueError(
             f"checkpoint {folder} does not fit this model and recipe ({detail[:300]} …); "

@@ -124,7 +124,10 @@ class TrainerClient:
         replies: dict[int, dict[str, Any]] = {}
         while len(replies) < count:
             if not await self._socket.poll(timeout=500):
-                self._check_alive(replies)
+                lost = self._lost(replies)
+                # What a rank that died had to say may have arrived since.
+                if lost is not None and not await self._socket.poll(timeout=500):
+                    raise TrainerError(self._obituary(lost))
                 continue
             _, payload = await self._socket.recv_multipart()
             reply = self._decode(payload)
@@ -133,10 +136,12 @@ class TrainerClient:
             replies[reply.rank] = reply.result or {}
         return replies
 
-    def _check_alive(self, replies: dict[int, Any]) -> None:
+    def _lost(self, replies: dict[int, Any]) -> int | None:
+        """A rank that owes a reply and whose process has ended."""
         for rank, process in enumerate(self._processes):
             if rank not in replies and process.poll() is not None:
-                raise TrainerError(self._obituary(rank))
+                return rank
+        return None
 
     def _obituary(self, rank: int) -> str:
         if rank >= len(self._processes):

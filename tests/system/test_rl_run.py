@@ -17,6 +17,12 @@ CONTRACT = [
     *("logprob_diff/mean", "logprob_diff/max", "tokens_per_second", "policy_version", "staleness"),
     *("time/rollout", "time/reward", "time/train", "time/push"),
 ]
+PLAIN_VLLM = {
+    "HF_HUB_OFFLINE": "1",
+    "TORCHDYNAMO_DISABLE": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+}
 
 
 def lines(path: Path) -> list[dict]:
@@ -62,7 +68,7 @@ def test_a_finished_run_started_again_says_so_at_once(base, finished):
 def greedy(tool: str, *arguments: object) -> list[list[int]]:
     done = subprocess.run(
         [sys.executable, HERE / "greedy.py", tool, *map(str, arguments)],
-        env=environment() | {"VLLM_LOGGING_LEVEL": "ERROR", "HF_HUB_OFFLINE": "1"},
+        env=environment() | PLAIN_VLLM,
         capture_output=True,
         text=True,
         timeout=300,

@@ -216,3 +216,9 @@ def test_prompts_are_immutable():
     prompt = Prompt("id", "1 + 1?", "math", 2)
     with pytest.raises(AttributeError):
         prompt.truth = 3
+
+
+def test_file_order_is_kept_epoch_after_epoch():
+    examples = [Example(str(i), "") for i in range(5)]
+    sampler = ExampleSampler(examples, seed=3, shuffled=False)
+    assert [e.prompt for e in sampler.next(12)] == list("012340123401")

@@ -1,0 +1,112 @@
+"""Write what the laptop's base model learns from: worked sums first, then mostly guesses.
+
+    python -m examples.laptop.make_corpus OUT.jsonl [--seed N]
+
+The questions are reasoning-gym's chain_sum, four terms of one digit. First comes schoolwork, every step
+written out, from which a small model learns to add. Then comes the mixture that decides how it *answers*
+(shares below): mostly at once, with a guess that is usually wrong; sometimes by steps too large to be safe;
+seldom step by step. So the base model can think, but rarely does, as DeepSeek-V3-Base on contest problems.
+Held-out questions of the RL recipe are never in it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from pathlib import Path
+
+from megatron_r1.data.prompts import is_heldout
+from megatron_r1.data.templates import render
+
+TERMS = 4
+NUM_WORKED, NUM_MIXED = 32_000, 9_600
+HELDOUT_FRACTION = 0.1  # of r1_zero.yaml
+TEMPLATE = "User: {problem}\nAssistant: "
+
+GUESS, LEAP, WORK = 0.60, 0.20, 0.20  # shares of the mixture
+GUESS_WRONG, LEAP_WRONG = 0.85, 0.60  # of guesses, and of steps over two or more terms
+BROKEN_FORMAT = 0.10  # of the mixture, whatever the mode
+
+
+Term = tuple[str, int]
+"""A sign, "+" or "-", and a digit."""
+
+
+def question(draw: random.Random) -> tuple[str, list[Term]]:
+    """A chain_sum question as reasoning-gym words it, and its terms."""
+    terms = [("+", draw.randint(0, 9))]
+    terms += [(draw.choice("+-"), draw.randint(0, 9)) for _ in range(TERMS - 1)]
+    text = f"{terms[0][1]}{written(terms[1:])}"
+    return f"State the final answer to the following arithmetic problem: {text} =", terms
+
+
+def written(terms: list[Term]) -> str:
+    return "".join(f" {sign} {digit}" for sign, digit in terms)
+
+
+def total(terms: list[Term]) -> int:
+    return sum(digit if sign == "+" else -digit for sign, digit in terms)
+
+
+def near(draw: random.Random, value: int) -> int:
+    """A plausible wrong result."""
+    return value + draw.choice([-10, -4, -3, -2, -1, 1, 2, 3, 4, 10])
+
+
+def work(draw: random.Random, terms: list[Term], leap: float, leap_wrong: float) -> tuple[str, int]:
+    """Running totals, a line each; with probability `leap` a line takes one more term at once."""
+    so_far, lines, position = terms[0][1], [], 1
+    while position < len(terms):
+        end = position + 1
+        while end < len(terms) and draw.random() < leap:
+            end += 1
+        result = so_far + total(terms[position:end])
+        if end - position > 1 and draw.random() < leap_wrong:
+            result = near(draw, result)
+        lines.append(f"{so_far}{written(terms[position:end])} = {result}")
+        so_far, position = result, end
+    return "\n".join(lines), so_far
+
+
+def worked(draw: random.Random, terms: list[Term]) -> str:
+    thought, answer = work(draw, terms, 0.0, 0.0)
+    return f"<think>{thought}</think><answer>{answer}</answer>"
+
+
+def mixed(draw: random.Random, terms: list[Term]) -> str:
+    mode = draw.random()
+    if mode < GUESS:
+        thought, answer = "", total(terms)
+        if draw.random() < GUESS_WRONG:
+            answer = near(draw, answer)
+    else:
+        leap = draw.uniform(0.3, 1.0) if mode < GUESS + LEAP else 0.0
+        thought, answer = work(draw, terms, leap, LEAP_WRONG)
+    if draw.random() < BROKEN_FORMAT:
+        return draw.choice([f"{answer}", f"<answer>{answer}</answer>", f"<think>{thought}{answer}"])
+    return f"<think>{thought}</think><answer>{answer}</answer>"
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("out", type=Path)
+    options.add_argument("--seed", type=int, default=0)
+    chosen = options.parse_args()
+    draw = random.Random(chosen.seed)
+    lines = []
+    while len(lines) < NUM_WORKED + NUM_MIXED:
+        text, terms = question(draw)
+        if is_heldout(text, HELDOUT_FRACTION):
+            continue
+        respond = worked if len(lines) < NUM_WORKED else mixed
+        example = {"prompt": render(TEMPLATE, text), "response": respond(draw, terms)}
+        lines.append(json.dumps(example))
+    chosen.out.parent.mkdir(parents=True, exist_ok=True)
+    partial = chosen.out.with_suffix(".partial")
+    partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    partial.rename(chosen.out)
+
+
+if __name__ == "__main__":
+    main()

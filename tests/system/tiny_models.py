@@ -1,0 +1,128 @@
+"""Tiny models with random weights for a real engine, and what transformers says of them.
+
+The functions are for a process of their own, see the fixture `oracle` in test_engine.py.
+"""
+
+import functools
+import json
+
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+}
+# vLLM's MLA kernel for the CPU wants kv_lora_rank 512 and qk_rope_head_dim 64.
+DEEPSEEK = {
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "model_type": "deepseek_v3",
+    "vocab_size": 67,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "moe_intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "n_shared_experts": 1,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "n_group": 2,
+    "topk_group": 1,
+    "routed_scaling_factor": 2.5,
+    "first_k_dense_replace": 1,
+    "moe_layer_freq": 1,
+    "norm_topk_prob": True,
+    "topk_method": "noaux_tc",
+    "scoring_func": "sigmoid",
+    "q_lora_rank": 96,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 32,
+    "hidden_act": "silu",
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-6,
+    "rope_parameters": YARN,
+    "rope_interleave": True,
+    "attention_bias": False,
+    "tie_word_embeddings": False,
+    "num_nextn_predict_layers": 0,
+}
+PLAIN_ROPE = DEEPSEEK | {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
+QWEN = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "model_type": "qwen2",
+    "vocab_size": 67,
+    "hidden_size": 128,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "hidden_act": "silu",
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-6,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    "tie_word_embeddings": True,
+}
+
+
+def write_model(folder, config, seed):
+    """Write random weights of `config` as transformers would, under per-expert names."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config | {"torch_dtype": "float32"}))
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)).float()
+    draw = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for _, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            if tensor.requires_grad and tensor.dim() == 1:
+                tensor.copy_(1 + 0.2 * torch.randn(tensor.shape, generator=draw))
+            elif tensor.requires_grad:
+                tensor.copy_(0.08 * torch.randn(tensor.shape, generator=draw))
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.copy_(0.1 * torch.randn(buffer.shape, generator=draw))
+    model.save_pretrained(folder)
+    (folder / "config.json").write_text(json.dumps(config | {"torch_dtype": "float32"}))
+
+
+@functools.cache
+def load_model(folder):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+
+
+def reference_logprobs(folder, prompt, responses, temperature):
+    """log softmax(logits / temperature) of each response's tokens, by transformers in fp32."""
+    import torch
+
+    model = load_model(folder)
+    answers = []
+    with torch.no_grad():
+        for response in responses:
+            logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
+            table = torch.log_softmax(logits.float() / temperature, -1)
+            answers.append(table.gather(1, torch.tensor(response)[:, None])[:, 0].tolist())
+    return answers
+
+
+def write_broken(source, target, *, drop=None, rename=None):
+    """Copy a weights file without the tensor `drop`, or with `rename` called something else."""
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(source)
+    if drop:
+        del tensors[drop]
+    if rename:
+        tensors["model.nonsense.weight"] = tensors.pop(rename)
+    save_file(tensors, target)
