@@ -2,11 +2,11 @@
 
     python -m examples.laptop.make_corpus OUT.jsonl [--seed N]
 
-The questions are reasoning-gym's chain_sum, four terms of one digit. First comes schoolwork, every step
-written out, from which a small model learns to add. Then comes the mixture that decides how it *answers*
-(shares below): mostly at once, with a guess that is usually wrong; sometimes by steps too large to be safe;
-seldom step by step. So the base model can think, but rarely does, as DeepSeek-V3-Base on contest problems.
-Held-out questions of the RL recipe are never in it.
+The questions are reasoning-gym's chain_sum, three terms of one digit. First comes schoolwork,
+every step written out, from which a small model learns to add. Then comes the mixture that decides
+how it *answers* (shares below): mostly at once, with a guess that is usually wrong; sometimes by a
+leap over both steps; seldom step by step. So the base model can think, but rarely does, as
+DeepSeek-V3-Base on contest problems. Held-out questions of the RL recipe are never in it.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from pathlib import Path
 from megatron_r1.data.prompts import is_heldout
 from megatron_r1.data.templates import render
 
-TERMS = 4
-NUM_WORKED, NUM_MIXED = 32_000, 9_600
+TERMS = 3
+NUM_WORKED, NUM_MIXED = 14_400, 4_800
 HELDOUT_FRACTION = 0.1  # of r1_zero.yaml
 TEMPLATE = "User: {problem}\nAssistant: "
 
-GUESS, LEAP, WORK = 0.60, 0.20, 0.20  # shares of the mixture
-GUESS_WRONG, LEAP_WRONG = 0.85, 0.60  # of guesses, and of steps over two or more terms
+GUESS, LEAP = 0.63, 0.15  # shares of the mixture; the rest is worked out
+GUESS_WRONG, LEAP_WRONG = 0.95, 0.60  # of guesses, and of leaps
 BROKEN_FORMAT = 0.10  # of the mixture, whatever the mode
 
 

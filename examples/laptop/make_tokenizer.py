@@ -32,7 +32,7 @@ PHRASES = [
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level tokenizer of 256 + ``len(SPECIAL + PHRASES)`` tokens, ids in that order of lists."""
+    """SPECIAL, PHRASES and the 256 bytes, with ids in this order."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     phrases = [phrase for phrase in PHRASES if phrase not in alphabet]
     vocab = {token: i for i, token in enumerate([*SPECIAL, *phrases, *alphabet])}
