@@ -24,7 +24,7 @@ NUM_WORKED, NUM_MIXED = 14_400, 4_800
 HELDOUT_FRACTION = 0.1  # of r1_zero.yaml
 TEMPLATE = "User: {problem}\nAssistant: "
 
-GUESS, LEAP = 0.63, 0.15  # shares of the mixture; the rest is worked out
+GUESS, LEAP = 0.66, 0.16  # shares of the mixture; the rest is worked out
 GUESS_WRONG, LEAP_WRONG = 0.95, 0.60  # of guesses, and of leaps
 BROKEN_FORMAT = 0.10  # of the mixture, whatever the mode
 

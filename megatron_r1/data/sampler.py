@@ -13,8 +13,8 @@ Item = TypeVar("Item")
 class EpochSampler(Generic[Item]):
     """Draws from `items`; each epoch is a fresh shuffle that depends on (seed, epoch) only.
 
-    key: text that identifies an item; a state is refused where the items have changed. shuffled=False
-    keeps them in their order, epoch after epoch.
+    key: text that identifies an item; a state is refused where the items have changed.
+    shuffled=False keeps them in their order, epoch after epoch.
     """
 
     def __init__(

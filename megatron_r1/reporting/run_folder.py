@@ -64,8 +64,9 @@ class RunFolder:
         """
         new = _plain(config)
         if self.config_path.exists():
-            before = flatten(_plain(defaults or {})) | flatten(self.read_config())
             after = flatten(new)
+            unknown_then = {k: v for k, v in flatten(_plain(defaults or {})).items() if k in after}
+            before = unknown_then | flatten(self.read_config())
             changed = [
                 key
                 for key in sorted(before.keys() | after.keys())

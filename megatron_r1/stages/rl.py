@@ -42,7 +42,22 @@ def run(config: Config) -> None:
     async def body(recorder: Recorder, trainer: TrainerClient, stop: StopRequest) -> None:
         await _with_engines(config, recorder, trainer, stop, text, prompts)
 
-    run_stage(config, "rl", facts, body)
+    run_stage(config, "rl", facts, body, _next_commands(config))
+
+
+def _next_commands(config: Config) -> list[tuple[str, str]]:
+    folder, more = config.run.folder, config.run.steps + config.run.steps // 2
+    return [
+        ("the curves, live", f"tensorboard --logdir {folder}"),
+        (
+            "train on from here",
+            f"megatron-r1 rl {folder}/config.yaml --run.steps {more}",
+        ),
+        (
+            "serve the model over an OpenAI-compatible API",
+            f"python -m vllm.entrypoints.openai.api_server --model {folder}/hf --port 8000",
+        ),
+    ]
 
 
 async def _with_engines(

@@ -281,3 +281,13 @@ def test_tensorboard_steps_are_readable_before_the_log_is_closed(tmp_path):
     with TensorBoardLog(tmp_path) as log:
         log.write({"step": 1, "eval/pass@1": 0.5})
         assert scalars(tmp_path, "eval/pass@1") == [(1, 0.5)]
+
+
+def test_a_setting_that_is_newer_than_the_run_counts_as_its_default(tmp_path):
+    with RunFolder(tmp_path) as folder:
+        folder.write_config({"data": {"parameters": {"size": 3}}})
+        defaults = {"data": {"parameters": {}}, "sft": {"order": "shuffled"}}
+        newer = {"data": {"parameters": {"size": 3}}, "sft": {"order": "shuffled"}}
+        folder.write_config(newer, defaults=defaults)
+        with pytest.raises(ValueError, match="sft.order"):
+            folder.write_config({**newer, "sft": {"order": "file"}}, defaults=defaults)

@@ -1,0 +1,38 @@
+"""The same command under torchrun: its processes are the ranks, rank 0 starts the controller."""
+
+import json
+import subprocess
+import sys
+
+from conftest import environment
+
+
+def torchrun(*arguments: object) -> subprocess.CompletedProcess:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    return subprocess.run(
+        [*launcher, "-m", "megatron_r1", *map(str, arguments)],
+        env=environment() | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_torchrun_trains_tensor_parallel_what_one_process_trains(base, tmp_path):
+    settings = ["--run.folder", tmp_path / "run", "--parallel.tensor", "2"]
+    done = torchrun("sft", base / "sft.yaml", *settings)
+    assert done.returncode == 0, done.stderr[-3000:]
+    split, single = (
+        [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        for folder in (tmp_path / "run", base / "base")
+    )
+    assert [m["step"] for m in split] == [m["step"] for m in single] == [1, 2, 3, 4]
+    for a, b in zip(split, single, strict=True):
+        assert abs(a["loss"] - b["loss"]) < 1e-4 and abs(a["grad_norm"] - b["grad_norm"]) < 1e-3
+
+
+def test_a_mistake_under_torchrun_is_told_and_ends_all_ranks(base, tmp_path):
+    settings = ["--run.folder", tmp_path / "run", "--parallel.tensor", "4"]
+    done = torchrun("sft", base / "sft.yaml", *settings)
+    assert done.returncode != 0
+    assert "2 trainer ranks cannot be divided into groups of 4" in done.stderr + done.stdout
