@@ -124,9 +124,6 @@ class RLConfig(Section):
         "sequence",
         description="sequence: each output weighs the same (GRPO, eq. 1); token: each token (DAPO)",
     )
-    entropy_every_token: bool = Field(
-        True, description="measure the entropy of the policy on every token"
-    )
 
 
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {

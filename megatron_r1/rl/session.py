@@ -114,9 +114,7 @@ class Session:
             "clip_high": rl.clip_high,
             "kl_beta": rl.kl_beta,
         }
-        metrics = await self.trainer.call(
-            "update", index=index, loss=loss, settings=settings, learning_rate=rate
-        )
+        metrics = await self.trainer.update(index, loss, settings, rate)
         return {**metrics, "learning_rate": rate}
 
     async def refresh_reference_if_due(self) -> None:
@@ -159,7 +157,12 @@ class Session:
         last = self.step == self.config.run.steps
         if last or (every and self.step % every == 0):
             await self.evaluate()
-        if last or self.stop.requested or self.step % self.config.checkpoint.every == 0:
+        if last or self.step % self.config.checkpoint.every == 0:
+            await self._save()
+
+    async def finish(self) -> None:
+        """Keep what was done since the last checkpoint, when the loop was asked to stop."""
+        if self.step != self.state.step:
             await self._save()
 
     async def evaluate(self) -> None:

@@ -96,4 +96,9 @@ async def _run_stage(config, name, facts, body: Body, next_commands) -> None:
             recorder.close(outcome or f"stopped after step {recorder.state.step},")
             if folder.read_metrics():
                 summary = {"model": config.model.path, "task": " · ".join(facts[1:])}
-                write_report(folder, title=name, facts=summary, next_commands=next_commands)
+                write_report(
+                    folder,
+                    title=f"{name} · {folder.path.name}",
+                    facts=summary,
+                    next_commands=next_commands,
+                )

@@ -95,6 +95,7 @@ async def _with_engines(
         )
         await session.begin()
         await train(session)
+        await session.finish()
     finally:
         await asyncio.gather(fleet.close(), pool.close())
         shutil.rmtree(staging, ignore_errors=True)

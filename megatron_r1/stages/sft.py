@@ -61,7 +61,7 @@ async def _train(
         state.optimizer_step += 1
         rate = learning_rate(config.optimizer, state.step, config.run.steps)
         await trainer.load([batch])
-        metrics = await trainer.call("update", index=0, loss=LOSS, settings={}, learning_rate=rate)
+        metrics = await trainer.update(0, LOSS, {}, rate)
         seconds = time.perf_counter() - began
         tokens = sum(len(sample) for sample in batch)
         timing = {"time/train": seconds, "time/step": seconds}
@@ -69,7 +69,8 @@ async def _train(
         recorder.step({"step": state.step, **metrics, "learning_rate": rate, **timing}, [])
         state.sampler = examples.state_dict()
         last = state.step == config.run.steps
-        if last or stop.requested or state.step % config.checkpoint.every == 0:
+        stopping = stop.requested
+        if last or stopping or state.step % config.checkpoint.every == 0:
             await recorder.save(trainer, config.checkpoint.keep)
-        if stop.requested:
+        if stopping:
             return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import socket as sockets
 import subprocess
 import sys
@@ -91,6 +92,24 @@ class TrainerClient:
             for rank, share in enumerate(plan):
                 shares[rank].append(Microbatches([[samples[i] for i in m] for m in share]))
         await self._everywhere("load", [shares[p["data_rank"]] for p in self._places])
+
+    async def update(
+        self, index: int, loss: str, settings: dict[str, Any], learning_rate: float
+    ) -> dict[str, float]:
+        """One optimizer step on mini-batch `index`; its metrics.
+
+        Raises TrainerError when loss or gradient is not a number: the weights are then lost, and
+        the newest checkpoint is from before.
+        """
+        arguments = {"index": index, "loss": loss, "settings": settings}
+        metrics = await self.call("update", **arguments, learning_rate=learning_rate)
+        for name in ("loss", "grad_norm"):
+            if not math.isfinite(metrics[name]):
+                raise TrainerError(
+                    f"{name} is {metrics[name]}: the run stops before a checkpoint is made of it. "
+                    "The newest checkpoint is good; lower optimizer.learning_rate in a new run"
+                )
+        return metrics
 
     async def call(self, operation: str, **arguments: Any) -> dict[str, Any]:
         """Run `operation` on every rank; the answer is the last pipeline stage's."""

@@ -139,9 +139,7 @@ class Trainer:
             gap, count = gap + gaps.double().sum().item(), count + gaps.numel()
             largest = max(largest, gaps.max().item() if gaps.numel() else 0.0)
         sums = {"logprob_diff/mean/tokens": gap, "tokens": count}
-        total = self._reduce_over_data(sums, {"logprob_diff/max": largest})
-        total.pop("tokens", None)
-        return total
+        return self._reduce_over_data(sums, {"logprob_diff/max": largest})
 
     def update(
         self, index: int, loss: str, settings: dict[str, Any], learning_rate: float
@@ -255,7 +253,7 @@ class Trainer:
         return parallel_state.get_tensor_model_parallel_group()
 
     def _reduce_over_data(self, sums: dict[str, Any], maxima: dict[str, Any]) -> dict[str, float]:
-        """Add up over the data-parallel ranks of the last stage, then resolve "a/b" into a / b."""
+        """Add up over the data-parallel ranks of the last stage; of "a/b" and "b", a / b stays."""
         if not self.place.last_stage:
             return {}
         group = parallel_state.get_data_parallel_group(with_context_parallel=True)
@@ -268,11 +266,12 @@ class Trainer:
         dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
         total = dict(zip(sums, added.tolist(), strict=True))
         metrics = dict(zip(maxima, largest.tolist(), strict=True))
+        wholes = {name.rpartition("/")[2] for name in total if "/" in name}
         for name, value in total.items():
             part, _, whole = name.rpartition("/")
             if part:
                 metrics[part] = value / total[whole] if total[whole] else 0.0
-            else:
+            elif name not in wholes:
                 metrics[name] = value
         return metrics
 

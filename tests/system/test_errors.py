@@ -64,3 +64,12 @@ def test_an_engine_that_cannot_start_is_one_message(base, tmp_path):
     done = run("rl", recipe(base, tmp_path), "--rollout.kv_cache_gib", "4000")
     assert done.returncode == 1
     assert "engine-0" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_run_that_diverges_stops_before_it_saves_what_is_lost(base, tmp_path):
+    settings = ["--run.folder", tmp_path / "run", "--optimizer.learning_rate", "1.0e+30"]
+    done = run("sft", base / "sft.yaml", *settings)
+    assert done.returncode == 1 and "lower optimizer.learning_rate" in done.stderr
+    lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    saved = sorted(path.name for path in (tmp_path / "run/checkpoints").glob("step_*"))
+    assert saved[-1] == f"step_{len(lines):08d}"
