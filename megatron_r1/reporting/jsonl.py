@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_r1.reporting.files import atomic_write, fsync_folder
+from megatron_r1.files import atomic_write, fsync
 
 
 def append_lines(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
@@ -30,7 +30,7 @@ def append_lines(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
         file.flush()
         os.fsync(file.fileno())
     if is_new:
-        fsync_folder(path.parent)
+        fsync(path.parent)
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:

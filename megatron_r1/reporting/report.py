@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_r1.reporting.files import atomic_write
+from megatron_r1.files import atomic_write
 from megatron_r1.reporting.outcome import Evaluation, Score, collect_answers, evaluations
 from megatron_r1.reporting.report_plots import small_plots, time_split, two_curves
 from megatron_r1.reporting.report_samples import samples_section

@@ -9,7 +9,6 @@ Ranks write into a folder of another name; it gets its final name only when ever
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.transformer import MegatronModule
 
+from megatron_r1.files import fsync
 from megatron_r1.training.reference import Reference
 
 FORMAT = "fully_reshardable"
@@ -45,10 +45,10 @@ def save(
     if dist.get_rank() == 0:
         (partial / "run_state.json").write_text(json.dumps(state), encoding="utf-8")
         for path in [*partial.rglob("*"), partial]:
-            _sync(path)
+            fsync(path)
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
-        _sync(folder.parent)
+        fsync(folder.parent)
     dist.barrier()
 
 
@@ -134,11 +134,3 @@ def _allocate_state(optimizer) -> None:
         inner.zero_grad()
         for group, rate in zip(inner.param_groups, rates, strict=True):
             group["lr"] = rate
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

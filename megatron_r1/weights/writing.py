@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from megatron_r1.files import fsync
 from megatron_r1.weights.layout import Shape, hf_tensors, table
 from megatron_r1.weights.local import has_mtp, local_pieces
 
@@ -131,7 +132,7 @@ def write_files(
                     target.narrow(piece.dim, piece.hf_start, piece.length).copy_(values)
     if durable:
         for path in views:
-            _sync(unfinished[path])
+            fsync(unfinished[path])
     views.clear()
     barrier()
     on_first_rank(lambda: [os.replace(unfinished[path], path) for path in plans])
@@ -171,11 +172,3 @@ def _create(path: Path, plan: FilePlan) -> None:
 
 def _view(mapped: torch.Tensor, at: Placed) -> torch.Tensor:
     return mapped[at.offset : at.offset + at.num_bytes].view(at.dtype).view(at.shape)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -84,8 +84,8 @@ def test_the_export_answers_greedily_as_the_trainer_does(finished):
     assert greedy("vllm", finished / "hf") == trainer
 
 
-def start(base: Path) -> subprocess.Popen:
-    settings = ["--run.folder", base / "killed", "--run.steps", "6"]
+def start(base: Path, steps: int = 6) -> subprocess.Popen:
+    settings = ["--run.folder", base / "killed", "--run.steps", str(steps)]
     return subprocess.Popen(
         command("rl", base / "rl.yaml", *settings),
         env=environment(),
@@ -156,7 +156,7 @@ def test_whatever_is_killed_the_same_command_continues_and_no_step_is_lost_or_do
 
 def test_ctrl_c_finishes_the_step_and_the_same_command_goes_on(base):
     folder = base / "killed"
-    process = start_longer(base, 8)
+    process = start(base, steps=8)
     wait_for_step(process, folder, 7)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
@@ -164,14 +164,3 @@ def test_ctrl_c_finishes_the_step_and_the_same_command_goes_on(base):
     assert "Traceback" not in errors
     steps = [m["step"] for m in lines(folder / "metrics.jsonl")]
     assert steps == list(range(1, steps[-1] + 1))
-
-
-def start_longer(base: Path, steps: int) -> subprocess.Popen:
-    settings = ["--run.folder", base / "killed", "--run.steps", str(steps)]
-    return subprocess.Popen(
-        command("rl", base / "rl.yaml", *settings),
-        env=environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )

@@ -23,13 +23,13 @@ def atomic_write(path: str | Path, content: str | bytes) -> Path:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    fsync_folder(path.parent)
+    fsync(path.parent)
     return path
 
 
-def fsync_folder(path: str | Path) -> None:
-    """Make the names in a folder durable: a new or renamed file is on disk only after this."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+def fsync(path: str | Path) -> None:
+    """Make a file's content durable, or a folder's names: a rename is on disk only after this."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
