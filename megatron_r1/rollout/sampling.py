@@ -89,8 +89,12 @@ class Rollouts:
             outputs = await asyncio.gather(*(self._grade(prompt, c) for c in completions))
             return Group(prompt, prompt_ids, list(outputs))
 
-        async with asyncio.TaskGroup() as tasks:
-            groups = [tasks.create_task(one(prompt)) for prompt in prompts]
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                groups = [tasks.create_task(one(prompt)) for prompt in prompts]
+        except ExceptionGroup as failures:
+            # When an engine dies, all its requests say so; the first is enough.
+            raise failures.exceptions[0] from None
         end = time.perf_counter()
         return Collected([g.result() for g in groups], sampled_at - start, end - sampled_at)
 
