@@ -20,7 +20,7 @@ from megatron_r1.data.prompts import is_heldout
 from megatron_r1.data.templates import render
 
 TERMS = 3
-NUM_WORKED, NUM_MIXED = 14_400, 4_800
+NUM_WORKED, NUM_MIXED = 17_600, 4_800
 HELDOUT_FRACTION = 0.1  # of r1_zero.yaml
 TEMPLATE = "User: {problem}\nAssistant: "
 

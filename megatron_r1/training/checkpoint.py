@@ -18,6 +18,7 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.transformer import MegatronModule
+from torch.distributed.checkpoint.api import CheckpointException  # a BaseException
 
 from megatron_r1.files import fsync
 from megatron_r1.training.reference import Reference
@@ -60,10 +61,16 @@ def load(folder: Path, model: MegatronModule, optimizer: Any, reference: Referen
     wanted = _sharded(model, optimizer, reference, loading=True)
     try:
         found = dist_checkpointing.load(wanted, str(folder))
-    except (KeyError, RuntimeError, ValueError, CheckpointingException) as error:
-        detail = " ".join(str(error).split())
+    except (
+        KeyError,
+        RuntimeError,
+        ValueError,
+        CheckpointingException,
+        CheckpointException,
+    ) as error:
+        cause = str(error).strip().splitlines()[-1].strip()  # the first lines are a traceback
         raise ValueError(
-            f"checkpoint {folder} does not fit this model and recipe ({detail[:300]} …); "
+            f"checkpoint {folder} does not fit this model and recipe ({cause[:300]}); "
             "continue with the recipe that wrote it, or start in another run.folder"
         ) from error
     model.load_state_dict(found["model"])
