@@ -20,7 +20,7 @@ VERBS = {
 
 USAGE = f"""usage: megatron-r1 VERB RECIPE.yaml [--section.key value …]
 
-verbs: {", ".join(VERBS)}
+verbs: {", ".join(VERBS)}; keys lists every setting
 The same command continues a run that was stopped.
 On many GPUs: torchrun … -m megatron_r1 VERB RECIPE.yaml
 Every key, its default and meaning: megatron-r1 keys"""
@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _dispatch(arguments: list[str]) -> int:
-    if not arguments or arguments[0] in ("-h", "--help", "help"):
+    if not arguments or arguments[0] == "help" or {"-h", "--help"} & set(arguments):
         print(USAGE)
         return 0 if arguments else 2
     if arguments[0] == "keys":
@@ -87,7 +87,10 @@ def parse_overrides(options: list[str]) -> dict[str, Any]:
             near = difflib.get_close_matches(key, configuration.known_keys(), n=1, cutoff=0.4)
             hint = f"; did you mean --{near[0]}?" if near else ""
             raise ValueError(f"unknown option --{key}: settings are --section.key value{hint}")
-        overrides[key] = yaml.safe_load(value)
+        try:
+            overrides[key] = yaml.safe_load(value) if value else ""
+        except yaml.YAMLError:
+            overrides[key] = value  # text that is no YAML, such as a template
     return overrides
 
 

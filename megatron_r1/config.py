@@ -272,6 +272,7 @@ def load(
         raise ValueError(
             f"recipe {path}: must be a mapping of sections, found {type(tree).__name__}"
         )
+    tree = {section: keys for section, keys in tree.items() if keys is not None}
     for dotted, value in (overrides or {}).items():
         _put(tree, dotted, value)
     preset = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -34,7 +35,7 @@ def start(command: list[str], log: Path, environment: dict[str, str]) -> subproc
 
 
 def stop(process: subprocess.Popen, timeout_seconds: float = 10.0) -> None:
-    """Ask, wait, then kill."""
+    """Ask, wait, then kill, with everything it started."""
     if process.poll() is None:
         process.terminate()
         try:
@@ -42,6 +43,8 @@ def stop(process: subprocess.Popen, timeout_seconds: float = 10.0) -> None:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def last_lines(log: Path, count: int = 15) -> str:

@@ -50,12 +50,13 @@ def answers_of_transformers(folder: str, prompts: list[list[int]], limit: int) -
 def answers_of_vllm(folder: str, prompts: list[list[int]], limit: int) -> list[list[int]]:
     from vllm import LLM, SamplingParams
 
-    engine = LLM(folder, dtype="float32", enforce_eager=True, max_model_len=512, seed=0)
+    engine = LLM(folder, dtype="float32", enforce_eager=True, max_model_len=512, **SMALL)
     settings = SamplingParams(temperature=0.0, max_tokens=limit)
     asked = [{"prompt_token_ids": p} for p in prompts]
     return [list(r.outputs[0].token_ids) for r in engine.generate(asked, settings, use_tqdm=False)]
 
 
+SMALL = {"seed": 0, "gpu_memory_utilization": 0.3}  # of memory, on a CPU the computer's
 LIBRARIES = {"transformers": answers_of_transformers, "vllm": answers_of_vllm}
 
 

@@ -5,6 +5,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
+from statistics import fmean
 from typing import Any, TextIO
 
 from rich.console import Console
@@ -64,7 +65,8 @@ class LiveView:
         now = time.monotonic()
         self._state = LiveState(title, total_steps, tuple(facts), started=now, phase_started=now)
         self._seen_phases: set[str] = set()
-        self._step_times: deque[float] = deque([now], maxlen=21)
+        self._step_times: deque[float] = deque(maxlen=20)
+        self._step_ended = now
         self._samples_until = 0.0
         for metrics in history:
             self._remember(metrics)
@@ -95,14 +97,18 @@ class LiveView:
     def step(self, metrics: Mapping[str, Any], samples: Sequence[Mapping[str, Any]] = ()) -> None:
         """Show a finished step: its metrics line and some of its samples (as in samples.jsonl)."""
         now = time.monotonic()
-        self._step_times.append(now)
-        self._state.phase_started = now
-        self._state.seconds_per_step = (now - self._step_times[0]) / (len(self._step_times) - 1)
+        # A step's own time, where it says so: start-up and evaluations are not steps.
+        self._step_times.append(finite(metrics, "time/step") or now - self._step_ended)
+        self._step_ended = self._state.phase_started = now
+        self._state.seconds_per_step = fmean(self._step_times)
         self._remember(metrics)
         if samples and now >= self._samples_until:
             self._state.samples = _choose(samples)
             self._samples_until = now + SAMPLE_HOLD_SECONDS
-        if self._live is None:
+        # A log of a long run gets about fifty lines of steps.
+        state = self._state
+        every = max(1, state.total_steps // 50)
+        if self._live is None and (state.step % every == 0 or state.step in (1, state.total_steps)):
             self._print(self._plain_step(metrics))
 
     def evaluation(self, metrics: Mapping[str, Any]) -> None:

@@ -225,10 +225,10 @@ class RewardPool:
 
     def _raise(self, pending: _Pending, reason: str) -> None:
         if not pending.result.done():
-            limit = f"rewards.memory_limit_bytes is {self.memory_limit_bytes}"
-            pending.result.set_exception(
-                ValueError(f"reward {pending.target!r} cannot be used: {reason} ({limit})")
-            )
+            if "MemoryError" in reason:
+                reason += f" (within {self.memory_limit_bytes:,} bytes: rewards.memory_gib)"
+            error = ValueError(f"reward {pending.target!r} cannot be used: {reason}")
+            pending.result.set_exception(error)
 
     def _fail(self, error: Exception) -> None:
         self._failure = self._failure or error

@@ -14,6 +14,9 @@ from megatron_r1.rewards.pool import RewardPool
 from megatron_r1.rollout.client import Completion
 from megatron_r1.rollout.fleet import RolloutFleet
 
+UNGRADED = "cannot be graded"
+"""How the reason of a grade begins when the reward function itself raised."""
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -96,13 +99,29 @@ class Rollouts:
             # When an engine dies, all its requests say so; the first is enough.
             raise failures.exceptions[0] from None
         end = time.perf_counter()
-        return Collected([g.result() for g in groups], sampled_at - start, end - sampled_at)
+        collected = [g.result() for g in groups]
+        _refuse_broken_reward(collected)
+        return Collected(collected, sampled_at - start, end - sampled_at)
+
+    async def check_rewards(self, prompts: list[Prompt]) -> None:
+        """Call the reward of every kind once. Raises ValueError for one that cannot be imported."""
+        for prompt in {p.kind: p for p in prompts}.values():
+            await self.pool.grade(prompt.kind, "", prompt.truth, **prompt.fields)
 
     async def _grade(self, prompt: Prompt, completion: Completion) -> Output:
-        text, opened = self.text.decode(completion.token_ids), self.text.opens_thought
+        text = self.text.decode(completion.token_ids)
+        opened = {"opened": True} if self.text.opens_thought else {}
         accuracy, form = await asyncio.gather(
-            self.pool.grade(prompt.kind, text, prompt.truth, opened=opened, **prompt.fields),
-            self.pool.grade("format", text, None, opened=opened),
+            self.pool.grade(prompt.kind, text, prompt.truth, **opened, **prompt.fields),
+            self.pool.grade("format", text, None, **opened),
         )
         reward = combine({"accuracy": accuracy, "format": form}, self.rewards.weights)
         return Output(completion, text, reward.terms, reward.total, reward.reason)
+
+
+def _refuse_broken_reward(groups: list[Group]) -> None:
+    """One answer may break a grader; every answer does not."""
+    reasons = [output.reason for group in groups for output in group.outputs]
+    if reasons and all(reason.startswith(UNGRADED) for reason in reasons):
+        kind = groups[0].prompt.kind
+        raise ValueError(f"reward {kind!r} failed on all {len(reasons)} answers: {reasons[0]}")

@@ -24,6 +24,8 @@ LINE_CHARS = 300  # vLLM names its several hundred architectures when it does no
 ERROR_LINE = re.compile(
     r"(?:^|[\s\]])((?:\w+\.)*\w*(?:Error|Exception)\w*: (?!\d+ validation).+|Value error, .+)$"
 )
+# Warnings name errors that were survived; the rest is what Python extensions say on their way out.
+NOISE = re.compile(r" (WARNING|INFO) [\d-]+ [\d:]+ \[|nanobind: | - leaked |INFO: +")
 LOG_PREFIX = re.compile(r"^(\(\w+ pid=\d+\) )?([A-Z]+ [\d-]+ [\d:]+ \[[^\]]+\] )?")
 
 
@@ -179,7 +181,8 @@ class EngineServer:
 
 def excerpt(log: str, num_last_lines: int = 5) -> str:
     """The first line that names an error (later ones are its echoes), then the last lines."""
-    lines = [LOG_PREFIX.sub("", line).rstrip() for line in log.splitlines()]
+    told = [line for line in log.splitlines() if not NOISE.search(line)]
+    lines = [LOG_PREFIX.sub("", line).rstrip() for line in told]
     lines = [line for line in lines if line.strip(" ^~")]
     cause = next((m.group(1) for line in lines if (m := ERROR_LINE.search(line))), None)
     last = lines[-num_last_lines:]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import shutil
+import sys
 from pathlib import Path
 
 from megatron_r1.config import Config
@@ -33,6 +34,12 @@ def run(config: Config) -> None:
     _model_length(config)
     text = PromptText(config.model.path, config.data.template)
     prompts = load_prompts(**config.data.model_dump(exclude={"template"}))
+    if not prompts.heldout:
+        print(
+            "no held-out questions, so nothing will be evaluated: raise data.heldout_fraction or "
+            "give data.heldout_path",
+            file=sys.stderr,
+        )
     facts = [
         config.model.path,
         config.data.task or str(config.data.path),
@@ -55,7 +62,8 @@ def _next_commands(config: Config) -> list[tuple[str, str]]:
         ),
         (
             "serve the model over an OpenAI-compatible API",
-            f"python -m vllm.entrypoints.openai.api_server --model {folder}/hf --port 8000",
+            f"python -m vllm.entrypoints.openai.api_server --model {folder}/hf --dtype float32 "
+            "--enforce-eager --gpu-memory-utilization 0.3",
         ),
     ]
 
@@ -74,8 +82,10 @@ async def _with_engines(
         int(config.rewards.memory_gib * 1024**3),
     )
     fleet = _fleet(config, recorder.folder.path / "logs", first_step=recorder.state.step)
+    rollouts = Rollouts(fleet, pool, text, config.rewards)
     staging = _staging_folder(recorder.folder.path)
     try:
+        await rollouts.check_rewards(prompts.train + prompts.heldout)
         recorder.view.phase("starting", f"trainer and {config.rollout.engines} x vLLM")
         # Every engine gets the trainer's weights before it samples; those it starts with do not
         # matter.
@@ -87,7 +97,7 @@ async def _with_engines(
             recorder,
             trainer,
             fleet,
-            Rollouts(fleet, pool, text, config.rewards),
+            rollouts,
             PromptSampler(prompts.train, config.run.seed),
             prompts.heldout,
             staging,

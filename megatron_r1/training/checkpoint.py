@@ -9,6 +9,7 @@ Ranks write into a folder of another name; it gets its final name only when ever
 from __future__ import annotations
 
 import json
+import queue
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.transformer import MegatronModule
 from torch.distributed.checkpoint.api import CheckpointException  # a BaseException
 
@@ -41,6 +43,9 @@ def save(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     dist.barrier()
+    # Megatron would start a server process for results that never leave this one, and leave it
+    # behind when this one ends.
+    filesystem_async._results_queue = queue.Queue()
     dist_checkpointing.save(_sharded(model, optimizer, reference, loading=False), str(partial))
     dist.barrier()
     if dist.get_rank() == 0:

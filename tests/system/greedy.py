@@ -8,6 +8,7 @@ import sys
 
 PROMPTS = [[0, 22, 13, 24], [0, 40], [0, 5, 6, 7, 8, 9, 10, 11]]
 LENGTH = 20
+SMALL = {"gpu_memory_utilization": 0.3}  # of memory, which others use too
 
 
 def by_trainer(config_path: str, checkpoint: str) -> list[list[int]]:
@@ -60,7 +61,7 @@ def by_transformers(folder: str) -> list[list[int]]:
 def by_vllm(folder: str) -> list[list[int]]:
     from vllm import LLM, SamplingParams
 
-    engine = LLM(folder, dtype="float32", enforce_eager=True, max_model_len=128)
+    engine = LLM(folder, dtype="float32", enforce_eager=True, max_model_len=128, **SMALL)
     settings = SamplingParams(temperature=0.0, max_tokens=LENGTH, ignore_eos=True)
     asked = [{"prompt_token_ids": p} for p in PROMPTS]
     return [list(r.outputs[0].token_ids) for r in engine.generate(asked, settings, use_tqdm=False)]

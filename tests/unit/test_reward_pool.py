@@ -240,7 +240,7 @@ def test_a_grader_that_cannot_be_imported_is_an_error_and_not_a_grade(graders, t
 
 def test_a_memory_limit_too_small_for_the_grader_is_an_error_and_not_a_grade():
     async def scenario(pool):
-        with pytest.raises(ValueError, match="rewards.memory_limit_bytes is 60000000"):
+        with pytest.raises(ValueError, match="within 60,000,000 bytes: rewards.memory_gib"):
             await pool.grade("math", "<answer>13</answer>", 13)
 
     run_in_pool(scenario, memory_limit_bytes=60_000_000)
