@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 
 MAX_REASON_CHARS = 500
+UNGRADED = "cannot be graded"
+"""How the reason of a grade begins when the reward function itself raised."""
 
 
 @dataclass(frozen=True)

@@ -4,21 +4,18 @@ Reads jobs from stdin, grades them one after the other, writes replies to what w
 with its parent, and everything else about its life (time limits, replacement) is the parent's.
 """
 
-import ctypes
 import importlib
 import os
 import resource
-import signal
 import sys
 from collections.abc import Callable
 from typing import BinaryIO
 
 import msgspec
 
-from megatron_r1.rewards.base import MAX_REASON_CHARS, Grade, shorten
+from megatron_r1.processes import die_with_parent
+from megatron_r1.rewards.base import MAX_REASON_CHARS, UNGRADED, Grade, shorten
 from megatron_r1.rewards.protocol import LENGTH, Job, Reply, frame
-
-PR_SET_PDEATHSIG = 1
 
 
 def main(parent_pid: int, memory_limit_bytes: int) -> None:
@@ -59,7 +56,7 @@ def _grade(grader: Callable[..., Grade], job: Job) -> Reply:
     except MemoryError:
         return Reply("memory", job.id, reason="ran over the memory limit")
     except BaseException as error:  # SystemExit too: one answer must not end the worker
-        return Reply("failed", job.id, reason=f"cannot be graded: {_describe(error)}")
+        return Reply("failed", job.id, reason=f"{UNGRADED}: {_describe(error)}")
 
 
 def _load(target: str) -> Callable[..., Grade]:
@@ -72,7 +69,7 @@ def _describe(error: BaseException) -> str:
 
 
 def _die_with(parent_pid: int) -> None:
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    die_with_parent()
     if os.getppid() != parent_pid:  # it died before the call above
         os._exit(1)
 

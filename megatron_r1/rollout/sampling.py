@@ -9,13 +9,11 @@ from dataclasses import dataclass
 from megatron_r1.config import RewardsConfig
 from megatron_r1.data.prompts import Prompt
 from megatron_r1.data.text import PromptText
+from megatron_r1.rewards.base import UNGRADED
 from megatron_r1.rewards.combine import combine
 from megatron_r1.rewards.pool import RewardPool
 from megatron_r1.rollout.client import Completion
 from megatron_r1.rollout.fleet import RolloutFleet
-
-UNGRADED = "cannot be graded"
-"""How the reason of a grade begins when the reward function itself raised."""
 
 
 @dataclass(frozen=True)

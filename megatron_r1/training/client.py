@@ -75,8 +75,9 @@ class TrainerClient:
             self._processes.append(processes.start(command, self._log(rank), environment))
 
     async def connect(self) -> None:
-        """Wait until every rank has built its model. Raises TrainerError with the first one's
-        reason.
+        """Wait until every rank has built its model.
+
+        Raises the first one's reason: ValueError for the user's mistake, else TrainerError.
         """
         replies = await self._gather(self._world_size)
         self._places = [replies[rank] for rank in range(self._world_size)]
