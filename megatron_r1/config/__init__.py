@@ -1,0 +1,40 @@
+"""Every setting of a run: typed, defaulted, with its unit and source.
+
+A recipe is a YAML file of sections; the command line overrides single keys (`--rl.group_size 8`).
+The defaults of `rl`, `optimizer` and `rollout` are DeepSeek-R1-Zero's (arXiv 2501.12948 v2, section
+2 and supplement B); a recipe says only where it differs. Unknown keys are errors that name the
+nearest right one."""
+
+from megatron_r1.config.recipe import (
+    RESUMABLE,
+    Config,
+    dump,
+    from_overrides,
+    known_keys,
+    load,
+    parse,
+)
+from megatron_r1.config.rl import PRESETS, RewardsConfig, RLConfig, RolloutConfig
+from megatron_r1.config.run import CheckpointConfig, DataConfig, ModelConfig, RunConfig
+from megatron_r1.config.training import OptimizerConfig, ParallelConfig, SFTConfig
+
+__all__ = [
+    "PRESETS",
+    "RESUMABLE",
+    "CheckpointConfig",
+    "Config",
+    "DataConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "ParallelConfig",
+    "RLConfig",
+    "RewardsConfig",
+    "RolloutConfig",
+    "RunConfig",
+    "SFTConfig",
+    "dump",
+    "from_overrides",
+    "known_keys",
+    "load",
+    "parse",
+]

@@ -1,0 +1,156 @@
+"""A recipe: all sections together, read from YAML and the command line, with errors a person can
+act on."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError, model_validator
+
+from megatron_r1.config.rl import PRESETS, RewardsConfig, RLConfig, RolloutConfig
+from megatron_r1.config.run import CheckpointConfig, DataConfig, ModelConfig, RunConfig
+from megatron_r1.config.section import Section
+from megatron_r1.config.training import OptimizerConfig, ParallelConfig, SFTConfig
+from megatron_r1.evaluation.settings import EvalConfig
+
+
+class Config(Section):
+    run: RunConfig = RunConfig()
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    rewards: RewardsConfig = RewardsConfig()
+    rl: RLConfig = RLConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    eval: EvalConfig = EvalConfig()
+    sft: SFTConfig = SFTConfig()
+
+    @model_validator(mode="after")
+    def _across_sections(self):
+        outputs = self.rl.questions_per_rollout * self.rl.group_size
+        if outputs % self.rl.minibatches:
+            raise ValueError(
+                f"rl.minibatches: {self.rl.minibatches} does not divide the {outputs} outputs of a "
+                f"rollout ({self.rl.questions_per_rollout} questions x {self.rl.group_size}); "
+                "choose a divisor"
+            )
+        return self
+
+
+RESUMABLE = (
+    "run.steps",
+    "run.log_samples",
+    "checkpoint",
+    "eval",
+    "rollout.engines",
+    "rewards.workers",
+    "parallel",
+)
+"""Keys that may differ when a run continues: they change how long, how often or where, not what is
+learned.
+"""
+
+
+def load(
+    path: str | Path, overrides: dict[str, Any] | None = None, required: tuple[str, ...] = ()
+) -> Config:
+    """Read a recipe and apply `{"section.key": value}`; raises ValueError with one line per
+    mistake.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"recipe {path}: no such file")
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"recipe {path}: not YAML: {error}") from None
+    if not isinstance(tree, dict):
+        raise ValueError(
+            f"recipe {path}: must be a mapping of sections, found {type(tree).__name__}"
+        )
+    tree = {section: keys for section, keys in tree.items() if keys is not None}
+    for dotted, value in (overrides or {}).items():
+        _put(tree, dotted, value)
+    preset = (
+        (tree.get("rl") or {}).get("preset", "r1_zero")
+        if isinstance(tree.get("rl", {}), dict)
+        else "r1_zero"
+    )
+    for section, values in PRESETS.get(preset, {}).items():
+        tree[section] = {**values, **(tree.get(section) or {})}
+    config = parse(tree, str(path))
+    missing = [key for key in required if not _get(config, key)]
+    if missing:
+        raise ValueError(f"recipe {path}: {', '.join(missing)} must be set")
+    return config
+
+
+def from_overrides(overrides: dict[str, Any]) -> Config:
+    """The configuration of a command without a recipe: the defaults and `{"section.key": value}`;
+    raises ValueError.
+    """
+    tree: dict[str, Any] = {}
+    for dotted, value in overrides.items():
+        _put(tree, dotted, value)
+    return parse(tree, "command line")
+
+
+def parse(tree: dict[str, Any], origin: str = "config") -> Config:
+    """Build the typed configuration; raises ValueError naming each wrong key, its value and the
+    remedy.
+    """
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise ValueError(f"{origin}: " + "; ".join(_explain(e) for e in error.errors())) from None
+
+
+def dump(config: Config) -> str:
+    """The resolved configuration as YAML, every key present."""
+    return yaml.safe_dump(config.model_dump(), sort_keys=False)
+
+
+def _put(tree: dict[str, Any], dotted: str, value: Any) -> None:
+    *parents, leaf = dotted.split(".")
+    for parent in parents:
+        tree = tree.setdefault(parent, {})
+        if not isinstance(tree, dict):
+            raise ValueError(f"--{dotted}: {parent} is not a section")
+    tree[leaf] = value
+
+
+def _get(config: Config, dotted: str) -> Any:
+    value: Any = config
+    for key in dotted.split("."):
+        value = getattr(value, key)
+    return value
+
+
+def known_keys() -> list[str]:
+    """Every `section.key` there is."""
+    return [
+        f"{s}.{k}"
+        for s, field in Config.model_fields.items()
+        for k in field.annotation.model_fields
+    ]
+
+
+def _explain(error: dict[str, Any]) -> str:
+    key = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        # A key may be misspelt or stand in the wrong section: compare the whole path first, then
+        # the leaf.
+        names = known_keys() + list(Config.model_fields)
+        near = difflib.get_close_matches(key, names, n=1, cutoff=0.6)
+        leaf = key.rsplit(".", 1)[-1]
+        near = near or [n for n in names if n.rsplit(".", 1)[-1] == leaf]
+        near = near or difflib.get_close_matches(leaf, names, n=1, cutoff=0.4)
+        return f"unknown key {key}" + (f"; did you mean {near[0]}?" if near else "")
+    if error["type"] == "value_error":
+        return str(error["ctx"]["error"])
+    return f"{key}: {error['msg'][0].lower()}{error['msg'][1:]}, got {error.get('input')!r}"

@@ -1,0 +1,130 @@
+"""Rollouts, their rewards, and what is learned from them.
+
+The defaults are DeepSeek-R1-Zero's (arXiv 2501.12948 v2, section 2 and supplement B)."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, field_validator
+
+from megatron_r1.config.section import Section
+from megatron_r1.rewards.combine import DEFAULT_WEIGHTS, Weight, read_weights
+from megatron_r1.rewards.options import read_options
+
+
+class RolloutConfig(Section):
+    engines: int = Field(1, ge=1, description="vLLM servers, each a process of its own")
+    temperature: float = Field(1.0, gt=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    max_response_tokens: int = Field(32_768, gt=0)
+    max_model_len: int | None = Field(
+        None, description="tokens, prompt and response; default: the model's own limit"
+    )
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    max_num_seqs: int = Field(256, gt=0, description="sequences an engine decodes at once")
+    kv_cache_gib: int = Field(1, gt=0, description="KV cache on a CPU, GiB")
+    start_timeout_seconds: float = Field(600.0, gt=0)
+    request_timeout_seconds: float = Field(3600.0, gt=0)
+
+
+class RewardsConfig(Section):
+    weights: dict[str, float | Weight] = Field(
+        default_factory=lambda: dict(DEFAULT_WEIGHTS),
+        description="reward = sum of weight x term: a number, or {weight, from_step, to_step}",
+    )
+    options: dict[str, dict[str, Any]] = Field(
+        default_factory=dict, description="reward: its options, such as language: {target: zh}"
+    )
+    workers: int = Field(2, ge=1, description="grader processes")
+    timeout_seconds: float = Field(
+        5.0, gt=0, description="for one answer; then its grader is killed and it gets 0"
+    )
+    memory_gib: float = Field(4.0, gt=0, description="address space of one grader")
+
+    @property
+    def memory_bytes(self) -> int:
+        return int(self.memory_gib * 1024**3)
+
+    @field_validator("weights", mode="before")
+    @classmethod
+    def _weights(cls, weights: Any) -> Any:
+        return read_weights(weights) if isinstance(weights, dict) else weights
+
+    @field_validator("options", mode="before")
+    @classmethod
+    def _options(cls, options: Any) -> Any:
+        return read_options(options) if isinstance(options, dict) else options
+
+
+class RLConfig(Section):
+    preset: Literal["r1_zero", "grpo_v1"] = Field(
+        "r1_zero", description="values below that a recipe leaves out"
+    )
+    group_size: int = Field(16, ge=2, description="outputs per question, G")
+    questions_per_rollout: int = Field(
+        512, gt=0, description="512 x 16 = the paper's 8,192 outputs"
+    )
+    minibatches: int = Field(16, gt=0, description="optimizer steps per rollout, one inner epoch")
+    clip_low: float = Field(
+        10.0, gt=0, description="epsilon: the ratio is clipped below 1 - clip_low"
+    )
+    clip_high: float = Field(
+        10.0, gt=0, description="epsilon: the ratio is clipped above 1 + clip_high"
+    )
+    dual_clip: float | None = Field(
+        None, gt=1, description="a negative advantage's ratio counts at most this; null: no limit"
+    )
+    ratio_level: Literal["token", "sequence"] = Field(
+        "token", description="sequence: one ratio per output, the mean of its logarithm (GSPO)"
+    )
+    importance_cap: float | None = Field(
+        None,
+        gt=0,
+        description="weigh by trainer's over engine's probability, at most this; null: do not",
+    )
+    kl_beta: float = Field(
+        0.001, ge=0, description="weight of the estimate of KL to the reference, in the loss"
+    )
+    kl_estimator: Literal["k1", "k2", "k3"] = Field("k3", description="k3: the paper's")
+    entropy_coef: float = Field(0.0, ge=0, description="weight of an entropy bonus")
+    reference_refresh: int = Field(
+        400, ge=0, description="optimizer steps between replacing the reference; 0: never"
+    )
+    advantage_std: Literal["group", "none"] = Field(
+        "group", description="divide by the group's standard deviation, or not"
+    )
+    advantage_epsilon: float = Field(1e-6, ge=0, description="added to the standard deviation")
+    loss_average: Literal["sequence", "token"] = Field(
+        "sequence",
+        description="sequence: each output weighs the same (GRPO, eq. 1); token: each token (DAPO)",
+    )
+
+    @property
+    def loss_settings(self) -> dict[str, Any]:
+        """What `rl.grpo.grpo_loss` is told."""
+        names = (
+            "clip_low",
+            "clip_high",
+            "dual_clip",
+            "ratio_level",
+            "importance_cap",
+            "kl_beta",
+            "kl_estimator",
+            "entropy_coef",
+        )
+        return {"average": self.loss_average, **{name: getattr(self, name) for name in names}}
+
+
+PRESETS: dict[str, dict[str, dict[str, Any]]] = {
+    "r1_zero": {},
+    "grpo_v1": {
+        "rl": {
+            "group_size": 64,
+            "clip_low": 0.2,
+            "clip_high": 0.2,
+            "kl_beta": 0.04,
+            "reference_refresh": 0,
+        },
+    },
+}

@@ -1,0 +1,65 @@
+"""The run, its model, its data and its checkpoints."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from megatron_r1.config.section import Section
+
+
+class RunConfig(Section):
+    folder: str = Field("", description="where everything of this run is written; required")
+    seed: int = Field(0, description="of sampling prompts, generation and initialization")
+    steps: int = Field(
+        650,
+        gt=0,
+        description="rollouts (rl; 650 x 16 = the paper's 10,400 optimizer steps), batches (sft)",
+    )
+    log_samples: int = Field(8, ge=0, description="training samples written down per step")
+
+
+class ModelConfig(Section):
+    path: str = Field(
+        "", description="Hugging Face folder: config.json, tokenizer, weights; required"
+    )
+    init: Literal["load", "random"] = Field(
+        "load", description="random: train from nothing; the folder needs no weights"
+    )
+    init_std: float = Field(0.02, gt=0, description="standard deviation of random weights")
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "bfloat16", description="of the trainer's parameters"
+    )
+    mtp: Literal["frozen", "train", "none"] = Field(
+        "frozen",
+        description="multi-token-prediction layers: carried unchanged, trained (sft), left out",
+    )
+    expert_bias_update_rate: float = Field(
+        0.0,
+        ge=0,
+        description="of the router's aux-loss-free bias, per optimizer step; 0: frozen",
+    )
+
+
+class DataConfig(Section):
+    path: str | None = Field(None, description="JSONL or Parquet of questions and truths")
+    heldout_path: str | None = Field(None, description="a file held out whole, for evaluation")
+    task: str | None = Field(None, description="a reasoning-gym task, instead of a file")
+    parameters: dict[str, Any] = Field(default_factory=dict, description="the task's own settings")
+    kind: str | None = Field(
+        None, description="the reward that grades; default: the row's, or math"
+    )
+    columns: dict[str, str] | None = Field(None, description="our name: the file's column")
+    num_train: int | None = Field(None, gt=0, description="questions to train on; a task needs it")
+    num_heldout: int | None = Field(None, ge=0, description="questions kept out of training")
+    heldout_fraction: float = Field(0.1, ge=0, lt=1, description="share of all questions held out")
+    seed: int = Field(0, description="of making a task's questions")
+    template: str = Field("r1_zero", description="r1_zero, plain, chat, or a text with {problem}")
+
+
+class CheckpointConfig(Section):
+    every: int = Field(
+        1, ge=1, description="steps between checkpoints; at most this many are lost by a kill"
+    )
+    keep: int = Field(2, ge=1, description="newest checkpoints kept")
