@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from megatron_r1.data.templates import find_template, is_opened, render
@@ -50,8 +51,8 @@ class PromptText:
         """Token ids of a response, with the end token."""
         return [*self._tokenizer.encode(text, add_special_tokens=False), self.end]
 
-    def decode(self, token_ids: list[int]) -> str:
+    def decode(self, token_ids: Sequence[int]) -> str:
         """The text of a response. Tags may be special tokens, so only the end token is left out."""
         if token_ids and token_ids[-1] == self.end:
             token_ids = token_ids[:-1]
-        return self._tokenizer.decode(token_ids, skip_special_tokens=False)
+        return self._tokenizer.decode(list(token_ids), skip_special_tokens=False)

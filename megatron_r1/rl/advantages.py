@@ -11,23 +11,28 @@ from statistics import fmean, pstdev
 
 
 def group_advantages(
-    rewards: list[float], *, divide_by: str = "group", epsilon: float = 1e-6
+    rewards: list[float | None], *, divide_by: str = "group", epsilon: float = 1e-6
 ) -> list[float]:
     """Advantages of one group of G outputs.
 
-    rewards: G finite numbers; divide_by: "group" for the z-score (population standard deviation, as
-    the mean square of the group itself), "none" to leave the scale of the rewards (Dr. GRPO).
-    Raises ValueError for an empty group or a reward that is not finite."""
+    rewards: G finite numbers, or None for an output that nobody could grade: mean and standard
+    deviation are those of the others, and its own advantage is 0. divide_by: "group" for the
+    z-score (population standard deviation, as the mean square of the group itself), "none" to leave
+    the scale of the rewards (Dr. GRPO). Raises ValueError for an empty group or a reward that is
+    not finite.
+    """
     if not rewards:
         raise ValueError("a group needs at least one reward")
-    if not all(abs(r) < float("inf") for r in rewards):
+    graded = [r for r in rewards if r is not None]
+    if not all(abs(r) < float("inf") for r in graded):
         raise ValueError(f"rewards must be finite, got {rewards}")
-    mean = fmean(rewards)
-    if max(rewards) == min(rewards):
+    if len(set(graded)) < 2:
         return [0.0] * len(rewards)
     if divide_by == "none":
-        return [r - mean for r in rewards]
-    if divide_by == "group":
-        scale = pstdev(rewards) + epsilon
-        return [(r - mean) / scale for r in rewards]
-    raise ValueError(f"divide_by {divide_by!r}: use group or none")
+        scale = 1.0
+    elif divide_by == "group":
+        scale = pstdev(graded) + epsilon
+    else:
+        raise ValueError(f"divide_by {divide_by!r}: use group or none")
+    mean = fmean(graded)
+    return [0.0 if r is None else (r - mean) / scale for r in rewards]

@@ -31,21 +31,24 @@ async def train(session: Session) -> None:
         random.Random(f"{session.config.run.seed}:{session.step}").shuffle(samples)
 
         with session.phase("train"):
-            await session.trainer.load(minibatches(samples, rl.minibatches))
-            agreement = await session.score_old_and_reference()
+            measured = await session.trainer.load(minibatches(samples, rl.minibatches))
+            measured |= await session.score_old_and_reference()
             updates = [await session.update(i, LOSS) for i in range(rl.minibatches)]
             await session.refresh_reference_if_due()
         with session.phase("push"):
             await session.push_weights()
-        await session.finish_step(rollout, agreement, updates)
+        await session.finish_step(rollout, measured, updates)
 
 
 def training_samples(groups: list[Group], rl: RLConfig) -> list[Sample]:
-    """Every output with its group-relative advantage, in the order of the groups."""
+    """Every output with its group-relative advantage, in the order of the groups.
+
+    One that nobody could grade has none: it neither moves its group's mean nor is pushed itself.
+    """
     samples = []
     for group in groups:
         advantages = group_advantages(
-            [output.reward for output in group.outputs],
+            [output.reward if output.is_graded else None for output in group.outputs],
             divide_by=rl.advantage_std,
             epsilon=rl.advantage_epsilon,
         )

@@ -11,27 +11,33 @@ from megatron_r1.rollout.sampling import Group, Output
 def rollout_metrics(groups: list[Group], version: int) -> dict[str, float]:
     """Means over the outputs of one rollout. `version`: the policy that trains on it.
 
+    Rewards: of the outputs that were graded; rewards/ungraded is the share of the others.
     staleness: versions between the policy that made a token and the one it trains, mean over
     tokens."""
     outputs = [output for group in groups for output in group.outputs]
-    rewards = [output.reward for output in outputs]
+    rewards = [output.reward for output in outputs if output.is_graded] or [0.0]
     lengths = [len(output.completion.token_ids) for output in outputs]
-    versions = [v for output in outputs for v in output.completion.policy_versions]
-    equal = [len({output.reward for output in group.outputs}) == 1 for group in groups]
-    terms = outputs[0].rewards
+    versions = sum(sum(output.completion.policy_versions) for output in outputs)
+    equal = [len({o.reward for o in group.outputs if o.is_graded}) < 2 for group in groups]
+    means = {term: _mean(term, outputs) for term in outputs[0].rewards}
     return {
         "reward/mean": fmean(rewards),
         "reward/std": pstdev(rewards),
-        "accuracy": fmean(output.rewards["accuracy"] for output in outputs),
-        **{f"{t}/mean": fmean(o.rewards[t] for o in outputs) for t in terms if t != "accuracy"},
+        "accuracy": means.pop("accuracy"),
+        **{f"{term}/mean": mean for term, mean in means.items()},
+        "rewards/ungraded": fmean(not output.is_graded for output in outputs),
         "response_length/mean": fmean(lengths),
         "response_length/max": max(lengths),
         "truncated": fmean(output.truncated for output in outputs),
         "groups/zero_variance": fmean(equal),
         "policy_version": version,
-        "staleness": version - fmean(versions) if versions else 0.0,
+        "staleness": version - versions / sum(lengths) if any(lengths) else 0.0,
         "response_tokens": sum(lengths),
     }
+
+
+def _mean(term: str, outputs: list[Output]) -> float:
+    return fmean([o.rewards[term] for o in outputs if term not in o.ungraded] or [0.0])
 
 
 def sample_records(

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import fmean
@@ -14,6 +15,7 @@ from megatron_r1.config import Config
 from megatron_r1.data.sampler import PromptSampler
 from megatron_r1.evaluation.heldout import evaluate
 from megatron_r1.reporting.recorder import Recorder
+from megatron_r1.rewards.runtime.meter import LEVELS
 from megatron_r1.rl.metrics import rollout_metrics, sample_records
 from megatron_r1.rollout.fleet import RolloutFleet
 from megatron_r1.rollout.sampling import Collected, Rollouts, Sampling
@@ -43,18 +45,19 @@ class Session:
         self.state = recorder.state
         self.step = self.state.step
         self.stop = stop
+        self._rewards_before: Counter[str] = Counter()
         self._seconds: dict[str, float] = {}
         self._began = 0.0
 
     async def begin(self) -> None:
         """Put the run where it was left, or at its beginning, on trainer and engines alike."""
-        if self.recorder.checkpoint is not None:
-            self.recorder.view.phase("loading checkpoint", self.recorder.checkpoint.name)
-            await self.trainer.call(
-                "load_checkpoint",
-                folder=str(self.recorder.checkpoint),
-                reference=self.uses_reference,
-            )
+        if self.recorder.resumed:
+            self.recorder.view.phase("loading checkpoint")
+            await self.recorder.load(self.trainer, reference=self.uses_reference)
+            self.step = self.state.step
+            self._rewards_before = Counter(self.state.rewards)
+            counts = ", ".join(f"{n:,} {name}" for name, n in self._rewards_before.items())
+            self.recorder.view.message(f"answers so far: {counts or 'none graded'}")
             self.prompts.load_state_dict(self.state.sampler)
         elif self.uses_reference:
             await self.trainer.call("keep_reference")
@@ -142,9 +145,9 @@ class Session:
             path.unlink(missing_ok=True)
 
     async def finish_step(
-        self, rollout: Collected, agreement: dict[str, float], updates: list[dict[str, float]]
+        self, rollout: Collected, measured: dict[str, float], updates: list[dict[str, float]]
     ) -> None:
-        """Record the step, evaluate and checkpoint when due."""
+        """Record the step, evaluate and checkpoint when due. measured: packing and agreement."""
         seconds = {
             "time/rollout": rollout.rollout_seconds,
             "time/reward": rollout.reward_seconds,
@@ -154,8 +157,9 @@ class Session:
         }
         metrics = {"step": self.step, "optimizer_step": self.state.optimizer_step}
         metrics |= rollout_metrics(rollout.groups, self.step - 1)
-        metrics |= rollout.service | agreement | mean_of_updates(updates) | seconds
+        metrics |= rollout.service | measured | mean_of_updates(updates) | seconds
         metrics["tokens_per_second"] = metrics.pop("response_tokens") / seconds["time/step"]
+        metrics |= await self.recorder.checkpoints.news(self.trainer)
         records = sample_records(rollout.groups, self.step, "train", self.config.run.log_samples)
         self.recorder.step(metrics, records)
         every = self.config.eval.every
@@ -181,7 +185,9 @@ class Session:
 
     async def _save(self) -> None:
         self.state.step, self.state.sampler = self.step, self.prompts.state_dict()
-        await self.recorder.save(self.trainer, self.config.checkpoint.keep)
+        done = {k: n for k, n in self.rollouts.pool.snapshot().items() if k not in LEVELS}
+        self.state.rewards = dict(self._rewards_before + Counter(done))
+        await self.recorder.save(self.trainer)
 
 
 def mean_of_updates(updates: list[dict[str, float]]) -> dict[str, float]:

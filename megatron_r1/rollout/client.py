@@ -1,6 +1,9 @@
 """Talk to one engine: token ids in, sampled tokens out; weight updates."""
 
+from __future__ import annotations
+
 import math
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -17,14 +20,15 @@ LOWEST_LOGPROB = -9999.0
 
 @dataclass(frozen=True)
 class Completion:
-    """One sampled response. All three lists have one entry per token."""
+    """One sampled response. All three arrays have one entry per token: 12 bytes, where lists of
+    Python's numbers take 70 and a rollout has 2e8 tokens."""
 
-    token_ids: list[int]
-    """Including the stop token, if one ended it."""
-    logprobs: list[float]
-    """log softmax(logits / temperature) of each token, after the top-p cut if there is one."""
-    policy_versions: list[int]
-    """Of the weights that made each token."""
+    token_ids: array[int]
+    """int32, including the stop token, if one ended it."""
+    logprobs: array[float]
+    """float32: log softmax(logits / temperature) of each token, after the top-p cut if any."""
+    policy_versions: array[int]
+    """int32: of the weights that made each token."""
     finish_reason: str
     """`stop`: a stop token. `length`: max_tokens or max_model_len. `abort`: cut by a pause."""
 
@@ -70,7 +74,7 @@ class EngineClient:
         self.timeout_seconds = timeout_seconds
         self._session: aiohttp.ClientSession | None = None
 
-    async def __aenter__(self) -> "EngineClient":
+    async def __aenter__(self) -> EngineClient:
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -224,24 +228,24 @@ def completion_of(choice: Choice) -> Completion:
         if not math.isfinite(logprob) or logprob <= LOWEST_LOGPROB:
             raise ValueError(f"the log-probability of token {token} is {logprob}")
     return Completion(
-        token_ids,
-        logprobs,
+        array("i", token_ids),
+        array("f", logprobs),
         versions_per_token(choice.weight_versions or [], len(token_ids)),
         choice.finish_reason or "abort",
     )
 
 
-def versions_per_token(spans: Sequence[VersionSpan], num_tokens: int) -> list[int]:
+def versions_per_token(spans: Sequence[VersionSpan], num_tokens: int) -> array[int]:
     """Spread spans [start, end) over tokens.
 
     Raises:
         ValueError: a version is not a number, or the spans do not cover exactly the tokens.
     """
-    versions: list[int] = []
+    versions = array("i")
     for span in spans:
         if span.start != len(versions) or span.end <= span.start:
             raise ValueError(f"weight_versions do not follow each other: {spans}")
-        versions += [int(span.version)] * (span.end - span.start)
+        versions.extend([int(span.version)] * (span.end - span.start))
     if len(versions) != num_tokens:
         raise ValueError(f"weight_versions cover {len(versions)} of {num_tokens} tokens")
     return versions

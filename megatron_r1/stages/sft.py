@@ -46,9 +46,8 @@ async def _train(
     recorder.view.phase("starting trainer")
     await trainer.connect()
     recorder.view.message(f"{trainer.num_parameters / 1e6:,.2f}M parameters")
-    if recorder.checkpoint is not None:
-        folder = str(recorder.checkpoint)
-        await trainer.call("load_checkpoint", folder=folder, reference=False)
+    if recorder.resumed:
+        await recorder.load(trainer, reference=False)
         examples.load_state_dict(state.sampler)
     recorder.view.phase("train")
     while state.step < config.run.steps:
@@ -60,17 +59,18 @@ async def _train(
         state.step += 1
         state.optimizer_step += 1
         rate = learning_rate(config.optimizer, state.step, config.run.steps)
-        await trainer.load([batch])
-        metrics = await trainer.update(0, LOSS, {}, rate)
+        metrics = await trainer.load([batch])
+        metrics |= await trainer.update(0, LOSS, {}, rate)
         seconds = time.perf_counter() - began
         tokens = sum(len(sample) for sample in batch)
         timing = {"time/train": seconds, "time/step": seconds}
         timing["tokens_per_second"] = tokens / seconds
+        metrics |= await recorder.checkpoints.news(trainer)
         recorder.step({"step": state.step, **metrics, "learning_rate": rate, **timing}, [])
         state.sampler = examples.state_dict()
         last = state.step == config.run.steps
         stopping = stop.requested
         if last or stopping or state.step % config.checkpoint.every == 0:
-            await recorder.save(trainer, config.checkpoint.keep)
+            await recorder.save(trainer)
         if stopping:
             return

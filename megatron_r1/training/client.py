@@ -9,6 +9,7 @@ import socket as sockets
 import subprocess
 import sys
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import msgspec
@@ -17,8 +18,10 @@ import zmq.asyncio
 
 from megatron_r1 import processes
 from megatron_r1.config import Config
+from megatron_r1.models import read_hf_config
+from megatron_r1.training.cost import sample_cost
 from megatron_r1.training.packing import pack
-from megatron_r1.training.wire import Call, Microbatches, Reply, Sample
+from megatron_r1.training.wire import Call, Microbatches, Reply, Sample, Share
 
 
 class TrainerError(RuntimeError):
@@ -46,6 +49,7 @@ class TrainerClient:
         self._places: list[dict[str, Any]] = []
         self._decode = msgspec.msgpack.Decoder(Reply).decode
         self._busy = asyncio.Lock()
+        self._cost = sample_cost(read_hf_config(config.model.path))
 
     @property
     def num_parameters(self) -> int:
@@ -82,17 +86,29 @@ class TrainerClient:
         replies = await self._gather(self._world_size)
         self._places = [replies[rank] for rank in range(self._world_size)]
 
-    async def load(self, minibatches: list[list[Sample]]) -> None:
-        """Send each data-parallel rank its own share of every mini-batch, packed into
-        micro-batches.
+    async def load(self, minibatches: list[list[Sample]]) -> dict[str, float]:
+        """Send each model replica its own share of every mini-batch, packed into micro-batches.
+
+        Returns how well that went: `packing/waste`, `packing/fill` (`packing.Packing`),
+        `packing/microbatches` per rank and update, and `packing/padding`, the share of tokens that
+        stand for nothing.
         """
         limit = self.config.parallel.tokens_per_microbatch
         shares: list[list[Microbatches]] = [[] for _ in range(self.data_size)]
-        for samples in minibatches:
-            plan = pack([len(s) for s in samples], self.data_size, limit)
-            for rank, share in enumerate(plan):
+        packings = [
+            pack([len(s) for s in samples], self.data_size, limit, cost=self._cost)
+            for samples in minibatches
+        ]
+        for samples, packing in zip(minibatches, packings, strict=True):
+            for rank, share in enumerate(packing.shares):
                 shares[rank].append(Microbatches([[samples[i] for i in m] for m in share]))
-        await self._everywhere("load", [shares[p["data_rank"]] for p in self._places])
+        loaded = await self._everywhere("load", shares=shares)
+        return {
+            "packing/waste": fmean(p.waste for p in packings),
+            "packing/fill": fmean(p.fill for p in packings),
+            "packing/microbatches": fmean(len(p.shares[0]) for p in packings),
+            **loaded,
+        }
 
     async def update(
         self, index: int, loss: str, settings: dict[str, Any], learning_rate: float
@@ -114,7 +130,7 @@ class TrainerClient:
 
     async def call(self, operation: str, **arguments: Any) -> dict[str, Any]:
         """Run `operation` on every rank; the answer is the last pipeline stage's."""
-        return await self._everywhere(operation, None, arguments)
+        return await self._everywhere(operation, arguments)
 
     async def close(self) -> None:
         """Stop the ranks."""
@@ -128,13 +144,21 @@ class TrainerClient:
         for process in self._processes:
             processes.stop(process, timeout_seconds=5)
 
-    async def _everywhere(self, operation, minibatches=None, arguments=None) -> dict[str, Any]:
+    async def _everywhere(
+        self,
+        operation: str,
+        arguments: dict[str, Any] | None = None,
+        shares: list[list[Microbatches]] | None = None,
+    ) -> dict[str, Any]:
+        encode = msgspec.msgpack.encode
         async with self._busy:
-            for rank in range(len(self._places)):
-                call = Call(operation, arguments or {}, minibatches and minibatches[rank])
+            for rank, place in enumerate(self._places):
+                share = None
+                if shares and place["leads_replica"]:
+                    share = encode(Share(shares[place["data_rank"]]))
+                call = Call(operation, arguments or {}, share)
                 try:
-                    message = [str(rank).encode(), msgspec.msgpack.encode(call)]
-                    await self._socket.send_multipart(message)
+                    await self._socket.send_multipart([str(rank).encode(), encode(call)])
                 except zmq.ZMQError:
                     raise TrainerError(self._obituary(rank)) from None
             replies = await self._gather(len(self._places))

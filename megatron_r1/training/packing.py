@@ -1,43 +1,94 @@
 """Which sample goes to which data-parallel rank and micro-batch.
 
-Samples are packed end to end without padding, so what has to be balanced is tokens: every rank runs
-the same number of micro-batches (pipeline and expert collectives demand it), none above the token
-limit unless one sample alone exceeds it."""
+Samples are packed end to end without padding. Every rank runs the same number of micro-batches
+(pipeline and expert collectives demand it) and all ranks run micro-batch m at the same time, so
+what has to be equal is the cost of micro-batch m on every rank; what bounds a micro-batch is its
+tokens, for they are its memory."""
 
 from __future__ import annotations
 
 import heapq
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import count
+
+Bins = list[list[int]]
 
 
-def pack(lengths: list[int], ranks: int, limit: int) -> list[list[list[int]]]:
-    """Distribute samples of `lengths` tokens: result[rank][microbatch] = sample indices.
+@dataclass(frozen=True)
+class Packing:
+    """shares[rank][m]: the samples of micro-batch m on that rank. waste: the share of all ranks'
+    time spent waiting for the rank with the costliest micro-batch. fill: tokens per micro-batch
+    over the limit, mean."""
 
-    Longest first onto the lightest bin, with the fewest micro-batches per rank that respect
-    `limit`. A micro-batch is empty only where samples are too few to go round. Raises ValueError
-    when there are fewer samples than ranks."""
+    shares: list[Bins]
+    waste: float
+    fill: float
+
+
+def pack(
+    lengths: list[int],
+    ranks: int,
+    limit: int,
+    *,
+    cost: Callable[[int], float] = float,
+    multiple_of: int = 1,
+) -> Packing:
+    """Distribute samples of `lengths` tokens over `ranks`.
+
+    limit: tokens of a micro-batch; only a sample longer than that exceeds it, and is then alone.
+    cost: of a sample of some length (`cost.sample_cost`). multiple_of: of the number of
+    micro-batches per rank, which is otherwise the smallest that respects the limit. A micro-batch
+    is empty only where samples are too few to go round. More micro-batches than needed never waste
+    less (measured on log-normal lengths). Raises ValueError when there are fewer
+    samples than ranks."""
     if len(lengths) < ranks:
         raise ValueError(
             f"{len(lengths)} samples cannot be spread over {ranks} data-parallel ranks: "
             "use larger mini-batches or fewer ranks"
         )
-    longest = max(lengths)
-    per_rank = -(-sum(lengths) // (ranks * limit))
-    while True:
-        bins = _longest_first(lengths, ranks * per_rank)
-        # Ends at the latest when every sample has a bin of its own.
-        if max(sum(lengths[i] for i in members) for members in bins) <= max(limit, longest):
-            break
-        per_rank += 1
-    # Bins of like weight side by side: micro-batch m of every rank runs at the same time.
-    bins.sort(key=lambda members: -sum(lengths[i] for i in members))
-    return [bins[rank::ranks] for rank in range(ranks)]
+    costs = [cost(length) for length in lengths]
+    fewest = -(-sum(lengths) // (ranks * limit))
+    for per_rank in count(-(-fewest // multiple_of) * multiple_of, multiple_of):
+        bins = _costliest_first(costs, lengths, ranks * per_rank, limit)
+        if all(len(b) <= 1 or sum(lengths[i] for i in b) <= limit for b in bins):
+            return _side_by_side(bins, lengths, costs, ranks, limit)
+    raise AssertionError("at the latest a bin for every sample fits")
 
 
-def _longest_first(lengths: list[int], count: int) -> list[list[int]]:
-    bins: list[list[int]] = [[] for _ in range(count)]
-    heap = [(0, index) for index in range(count)]
-    for sample in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        weight, index = heapq.heappop(heap)
-        bins[index].append(sample)
-        heapq.heappush(heap, (weight + lengths[sample], index))
-    return bins
+def _side_by_side(
+    bins: Bins, lengths: list[int], costs: list[float], ranks: int, limit: int
+) -> Packing:
+    """Bins of like cost at the same m, the costliest first: no rank waits long for another."""
+    totals = {id(b): sum(costs[i] for i in b) for b in bins}
+    ordered = sorted(bins, key=lambda b: -totals[id(b)])
+    rows = [ordered[i : i + ranks] for i in range(0, len(ordered), ranks)]
+    waited = ranks * sum(totals[id(row[0])] for row in rows)
+    # The rank that has the costliest of one row gets the cheapest of the next.
+    shares = [
+        [row[rank if m % 2 == 0 else ranks - 1 - rank] for m, row in enumerate(rows)]
+        for rank in range(ranks)
+    ]
+    waste = 1 - sum(totals.values()) / waited if waited else 0.0
+    return Packing(shares, max(0.0, waste), sum(lengths) / (limit * len(bins)))
+
+
+def _costliest_first(costs: list[float], lengths: list[int], bins: int, limit: int) -> Bins:
+    """Each sample, the costliest first, into the cheapest bin that still has room for it."""
+    members: Bins = [[] for _ in range(bins)]
+    tokens = [0] * bins
+    heap = [(0.0, b) for b in range(bins)]
+    for sample in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
+        passed = []
+        while heap:
+            total, best = heapq.heappop(heap)
+            if not members[best] or tokens[best] + lengths[sample] <= limit:
+                break
+            passed.append((total, best))
+        else:
+            total, best = passed.pop(0)  # no room anywhere: this way will not fit
+        members[best].append(sample)
+        tokens[best] += lengths[sample]
+        for entry in (*passed, (total + costs[sample], best)):
+            heapq.heappush(heap, entry)
+    return members

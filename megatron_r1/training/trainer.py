@@ -15,25 +15,21 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.distributed import (
-    DistributedDataParallel,
-    DistributedDataParallelConfig,
-    finalize_model_grads,
-)
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_r1 import models, platform, weights
 from megatron_r1.config import Config
-from megatron_r1.training import checkpoint
+from megatron_r1.models import fp8
+from megatron_r1.training import construction
+from megatron_r1.training.checkpoints import contents, loading
+from megatron_r1.training.checkpoints.writer import CheckpointWriter
+from megatron_r1.training.construction import DTYPES
 from megatron_r1.training.distributed import Place
 from megatron_r1.training.head import Head
 from megatron_r1.training.losses import Loss, find_loss
-from megatron_r1.training.packed import PackedBatch, packed_batch
+from megatron_r1.training.packed import PackedBatch, Split, packed_batch
 from megatron_r1.training.reference import Reference
-from megatron_r1.training.wire import Microbatches
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+from megatron_r1.training.wire import Microbatches, Sample
 
 
 class Trainer:
@@ -43,84 +39,53 @@ class Trainer:
         """
         self.config, self.place = config, place
         self.hf = models.read_hf_config(config.model.path)
-        dtype = DTYPES[config.model.dtype]
-        parallel = config.parallel
-        self.transformer = models.transformer_config(
-            self.hf,
-            params_dtype=dtype,
-            tensor_parallel=parallel.tensor,
-            pipeline_parallel=parallel.pipeline,
-            expert_parallel=parallel.expert,
-            expert_tensor_parallel=parallel.expert_tensor,
-            context_parallel=parallel.context,
-            expert_bias_update_rate=config.model.expert_bias_update_rate,
-        )
-        model = models.build_model(self.hf, self.transformer, with_mtp=config.model.mtp != "none")
-        if config.model.mtp == "frozen":
-            models.freeze_mtp(model)
-        self.bare = [model.to(platform.device())]
-        if config.model.init == "load":
-            weights.load_hf(self.bare, self.hf, config.model.path)
-        else:
-            weights.initialize(self.bare, self.hf, std=config.model.init_std, seed=config.run.seed)
-        self.chunks = [
-            DistributedDataParallel(
-                self.transformer,
-                DistributedDataParallelConfig(
-                    grad_reduce_in_fp32=dtype != torch.float32,
-                    use_distributed_optimizer=True,
-                    overlap_grad_reduce=platform.has_gpu(),
-                ),
-                chunk,
-            )
-            for chunk in self.bare
-        ]
-        for chunk in self.chunks:
-            chunk.broadcast_params()
-        self.transformer.finalize_model_grads_func = finalize_model_grads
-        self.transformer.no_sync_func = [c.no_sync for c in self.chunks][0]
-        self.optimizer = self._new_optimizer()
+        self.transformer = construction.transformer(config, self.hf)
+        self.bare = construction.model_chunks(config, self.hf, self.transformer)
+        self.chunks = construction.with_gradients(self.transformer, self.bare)
+        self.optimizer = construction.new_optimizer(config, self.chunks)
         self.transformer.grad_scale_func = self.optimizer.scale_loss
         self.reference: Reference | None = None
+        self.saving = CheckpointWriter()
+        self._verified: str | None = None
         self.minibatches: list[list[PackedBatch]] = []
-        self.schedule = get_forward_backward_func()
-
-    def _new_optimizer(self):
-        settings, dtype = self.config.optimizer, self.config.model.dtype
-        return get_megatron_optimizer(
-            OptimizerConfig(
-                optimizer="adam",
-                lr=settings.learning_rate,
-                min_lr=settings.min_learning_rate,
-                weight_decay=settings.weight_decay,
-                adam_beta1=settings.beta1,
-                adam_beta2=settings.beta2,
-                adam_eps=settings.epsilon,
-                clip_grad=settings.clip_grad,
-                bf16=dtype == "bfloat16",
-                params_dtype=DTYPES[dtype],
-                use_distributed_optimizer=True,
-            ),
-            self.chunks,
+        self.split = Split(
+            config.parallel.tensor,
+            config.parallel.context,
+            parallel_state.get_context_parallel_rank(),
+            fp8.token_multiple(config.fp8),
         )
+        self.schedule = get_forward_backward_func()
 
     @property
     def num_parameters(self) -> int:
         """Of the whole model, from its table of tensors."""
         return sum(math.prod(shape) for shape, _ in weights.hf_tensors(self.hf).values())
 
-    def load(self, minibatches: list[Microbatches]) -> None:
-        """Put samples in place: minibatches[i].samples[m] is micro-batch m of update i."""
-        multiple = self.config.parallel.tensor
+    def load(self, minibatches: list[Microbatches]) -> dict[str, float]:
+        """Put samples in place: minibatches[i].samples[m] is micro-batch m of update i.
+
+        Returns the share of padding in what is computed, "packing/padding"."""
         self.minibatches = [
-            [packed_batch(samples, multiple, platform.device()) for samples in step.samples]
+            [packed_batch(s, self.split, platform.device()) for s in self._in_rounds(step.samples)]
             for step in minibatches
         ]
+        samples = [s for step in minibatches for batch in step.samples for s in batch]
+        # Ranks along the context axis hold parts of the same samples, and are added up as well.
+        own = sum(len(s) for s in samples) / self.config.parallel.context
+        slots = sum(batch.input_ids.numel() for step in self.minibatches for batch in step)
+        return self._reduce_over_data({"packing/padding/slots": slots - own, "slots": slots}, {})
+
+    def _in_rounds(self, microbatches: list[list[Sample]]) -> list[list[Sample]]:
+        """With empty ones added where chunks are interleaved: that schedule goes in rounds of as
+        many micro-batches as there are pipeline ranks."""
+        missing = -len(microbatches) % self.config.parallel.pipeline if len(self.chunks) > 1 else 0
+        return microbatches + [[]] * missing
 
     def keep_reference(self) -> None:
         """Make the present policy the reference."""
         if self.reference is None:
-            self.reference = Reference(self.bare)
+            on_host = self.config.parallel.reference_offload == "host"
+            self.reference = Reference(self.bare, on_host)
         else:
             self.reference.refresh()
 
@@ -180,14 +145,40 @@ class Trainer:
         )
 
     def save_checkpoint(self, folder: str, state: dict[str, Any]) -> None:
-        """Everything a run needs to go on, with the controller's `state` beside it."""
-        checkpoint.save(Path(folder), self.bare[0], self.optimizer, self.reference, state)
+        """Start to write everything a run needs to go on, with the controller's `state` beside it.
 
-    def load_checkpoint(self, folder: str, reference: bool) -> None:
-        """Continue from `folder`; `reference`: whether it holds a reference policy."""
+        Returns when the tensors are copied; `checkpoint_progress` tells the rest."""
+        parts = (self.bare, self.optimizer, self.reference)
+        self.saving.save(Path(folder), partial(contents.sharded, *parts, loading=False), state)
+
+    def checkpoint_progress(self, wait: bool = False) -> dict[str, Any]:
+        """Of the latest `save_checkpoint`: is_done, error (a sentence or None), seconds."""
+        progress = self.saving.progress(wait)
+        assert progress is not None, "save_checkpoint() comes first"
+        return {
+            "is_done": progress.is_done,
+            "error": progress.error,
+            "seconds": progress.seconds,
+        }
+
+    def verify_checkpoint(self, folder: str) -> dict[str, Any]:
+        """What is damaged in `folder`, as thoroughly as `checkpoint.verify` says; a line each."""
+        damage = loading.damage(Path(folder), self.config.checkpoint.verify)
+        self._verified = None if damage else folder
+        return {"damage": damage}
+
+    def load_checkpoint(self, folder: str, reference: bool) -> dict[str, Any]:
+        """Continue from `folder`, verified before; `reference`: whether it holds a reference policy.
+
+        Returns is_same_layout: whether random streams continued too, or stay seeded anew."""
+        if folder != self._verified:
+            damage = self.verify_checkpoint(folder)["damage"]
+            if damage:
+                raise ValueError(f"checkpoint {folder} is damaged: {'; '.join(damage[:5])}")
         if reference:
             self.keep_reference()
-        checkpoint.load(Path(folder), self.bare[0], self.optimizer, self.reference)
+        is_same = loading.load(Path(folder), self.bare, self.optimizer, self.reference)
+        return {"is_same_layout": is_same}
 
     def _score(self, batches: list[PackedBatch], name: str, temperature: float) -> None:
         for chunk in self.chunks:
@@ -198,7 +189,6 @@ class Trainer:
 
     def _run(self, batches: list[PackedBatch], compute, forward_only: bool) -> list[Any]:
         """Megatron's schedule over `batches`; what `compute` reported, on the last stage."""
-
         train_mtp = self.config.model.mtp == "train" and not forward_only
 
         def forward_step(iterator, model):
@@ -218,9 +208,10 @@ class Trainer:
             )
             return hidden, partial(compute, batch)
 
+        interleaved = len(self.chunks) > 1
         return self.schedule(
             forward_step_func=forward_step,
-            data_iterator=iter(batches),
+            data_iterator=[iter(batches) for _ in self.chunks] if interleaved else iter(batches),
             model=self.chunks,
             num_microbatches=len(batches),
             seq_length=max(batch.input_ids.shape[1] for batch in batches),
@@ -236,6 +227,7 @@ class Trainer:
             temperature,
             parallel_state.get_tensor_model_parallel_group(),
             self.hf["vocab_size"],
+            parallel_state.get_context_parallel_group(),
         )
 
     def _logprobs_only(self, name: str, temperature: float, batch: PackedBatch, hidden):

@@ -6,6 +6,7 @@ Imports neither torch nor Megatron, so that the controller stays light.
 from __future__ import annotations
 
 from array import array
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -25,17 +26,17 @@ class Sample(msgspec.Struct, frozen=True):
     @classmethod
     def pack(
         cls,
-        prompt: list[int],
-        response: list[int],
-        logprobs: list[float] | None = None,
+        prompt: Sequence[int],
+        response: Sequence[int],
+        logprobs: Sequence[float] | None = None,
         advantage: float = 0.0,
     ) -> Sample:
-        if not prompt:
+        if not len(prompt):
             raise ValueError("a sample needs at least one prompt token")
         if logprobs is not None and len(logprobs) != len(response):
             raise ValueError(f"{len(response)} response tokens but {len(logprobs)} logprobs")
         ids = array("i", [*prompt, *response]).tobytes()
-        floats = array("f", logprobs or []).tobytes()
+        floats = array("f", logprobs if logprobs is not None else []).tobytes()
         return cls(ids, len(prompt), floats, advantage)
 
     def __len__(self) -> int:
@@ -43,17 +44,25 @@ class Sample(msgspec.Struct, frozen=True):
 
 
 class Microbatches(msgspec.Struct, frozen=True):
-    """One optimizer step's share of one data-parallel rank."""
+    """One optimizer step's share of one model replica; samples[m] is micro-batch m."""
 
     samples: list[list[Sample]]
 
 
+class Share(msgspec.Struct, frozen=True):
+    """What one model replica trains on: minibatches[i] is optimizer step i's."""
+
+    minibatches: list[Microbatches]
+
+
 class Call(msgspec.Struct, frozen=True):
-    """Controller → rank: run `operation` with `arguments`."""
+    """Controller → rank: run `operation` with `arguments`.
+
+    share: an encoded `Share`, for the leader of a replica; the rank passes it on as it is."""
 
     operation: str
     arguments: dict[str, Any] = {}
-    minibatches: list[Microbatches] | None = None
+    share: bytes | None = None
 
 
 class Reply(msgspec.Struct, frozen=True):

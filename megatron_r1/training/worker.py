@@ -19,7 +19,8 @@ import zmq
 from megatron_r1.config import Config, parse
 from megatron_r1.training import distributed
 from megatron_r1.training.distributed import Place
-from megatron_r1.training.wire import Call, Reply
+from megatron_r1.training.replica import Replica
+from megatron_r1.training.wire import Call, Reply, Share
 
 
 def serve_under_torchrun(config: Config, address: str | None) -> None:
@@ -78,12 +79,13 @@ class Operations:
     def __init__(self, config: Config, place: Place):
         from megatron_r1.training.trainer import Trainer  # Megatron: after the platform is prepared
 
-        self.place = place
+        self.place, self.replica = place, Replica(place)
         self.trainer = Trainer(config, self.place)
 
     def describe(self) -> dict[str, Any]:
         return {
             **dataclasses.asdict(self.place),
+            "leads_replica": self.replica.leads,
             "num_parameters": self.trainer.num_parameters,
             "process": os.getpid(),
         }
@@ -91,8 +93,8 @@ class Operations:
     def run(self, call: Call) -> dict[str, Any]:
         trainer = self.trainer
         if call.operation == "load":
-            trainer.load(call.minibatches or [])
-            return {}
+            share = msgspec.msgpack.decode(self.replica.share(call.share), type=Share)
+            return trainer.load(share.minibatches)
         if call.operation not in OPERATIONS:
             raise ValueError(f"unknown operation {call.operation!r}: use {', '.join(OPERATIONS)}")
         return getattr(trainer, call.operation)(**call.arguments) or {}
@@ -105,6 +107,8 @@ OPERATIONS = (
     "write_weights",
     "export",
     "save_checkpoint",
+    "checkpoint_progress",
+    "verify_checkpoint",
     "load_checkpoint",
 )
 

@@ -7,11 +7,11 @@ OUT/GRID.json."""
 
 import json
 import random
-import re
 import sys
 from pathlib import Path
 
 import torch.distributed as dist
+from grids import parallel_settings
 
 from megatron_r1.config import Config
 from megatron_r1.training import distributed
@@ -45,7 +45,6 @@ def samples(seed: int) -> list[Sample]:
 
 
 def config(model: str, grid: str) -> Config:
-    sizes = {k: int(n) for k, n in re.findall(r"([a-z]+)(\d+)", grid)}
     return Config.model_validate(
         {
             "model": {"path": model, "dtype": "float32"},
@@ -53,9 +52,7 @@ def config(model: str, grid: str) -> Config:
             # tiny gradients would else decide its sign.
             "optimizer": {"learning_rate": 0.1, "epsilon": 1.0, "weight_decay": 0.01},
             "parallel": {
-                "tensor": sizes.get("tp", 1),
-                "pipeline": sizes.get("pp", 1),
-                "expert": sizes.get("ep", 1),
+                **parallel_settings(grid),
                 "tokens_per_microbatch": 80,
                 "threads": 1,
             },
@@ -67,7 +64,7 @@ def load(trainer, place, seeds) -> dict:
     steps = []
     for seed in seeds:
         made = samples(seed)
-        plan = pack([len(s) for s in made], place.data_size, 80)[place.data_rank]
+        plan = pack([len(s) for s in made], place.data_size, 80).shares[place.data_rank]
         steps.append(Microbatches([[made[i] for i in members] for members in plan]))
     trainer.load(steps)
     return trainer.score(SETTINGS["temperature"], reference=True)
@@ -95,12 +92,15 @@ def main() -> None:
         report |= {"first": update(trainer, 0), "second": update(trainer, 1)}
         trainer.write_weights(str(out / f"{grid}.safetensors"), "float32")
         trainer.save_checkpoint(str(out / f"checkpoint_{grid}"), {"grid": grid})
+        # Trains on while it is written: that must not be in the checkpoint.
         report["next rollout"] = load(trainer, place, (3,)) | update(trainer, 0)
+        assert trainer.checkpoint_progress(wait=True)["error"] is None
         if previous.exists():
             other = Trainer(settings, place)
             other.load_checkpoint(str(previous), reference=True)
             report["continued"] = load(other, place, (3,)) | update(other, 0)
-        if place.last_stage and place.data_rank == 0 and place.tensor_rank == 0:
+        is_first_context = parallel_state.get_context_parallel_rank() == 0
+        if place.last_stage and place.data_rank == place.tensor_rank == 0 and is_first_context:
             (out / f"{grid}.json").write_text(json.dumps(report))
         dist.barrier()
         previous = out / f"checkpoint_{grid}"

@@ -65,9 +65,9 @@ def generate(client, n=1):
 def test_versions_are_spread_over_the_tokens_their_spans_name():
     answer = {"choices": [choice([7, 8, 1], [-0.5, -0.25, 0.0], [("4", 0, 1), ("6", 1, 3)])]}
     [completion], seen = ask(answer, generate)
-    assert completion.token_ids == [7, 8, 1]
-    assert completion.logprobs == [-0.5, -0.25, 0.0]
-    assert completion.policy_versions == [4, 6, 6]
+    assert completion.token_ids.tolist() == [7, 8, 1]
+    assert completion.logprobs.tolist() == [-0.5, -0.25, 0.0]
+    assert completion.policy_versions.tolist() == [4, 6, 6]
     assert completion.finish_reason == "stop"
     method, path, body = seen[0]
     assert (method, path) == ("POST", "/inference/v1/generate")
@@ -77,7 +77,8 @@ def test_versions_are_spread_over_the_tokens_their_spans_name():
 
 def test_an_aborted_response_without_tokens_is_empty():
     [completion], _ = ask({"choices": [choice([], [], [], "abort")]}, generate)
-    assert completion.token_ids == completion.logprobs == completion.policy_versions == []
+    made = (completion.token_ids, completion.logprobs, completion.policy_versions)
+    assert [len(part) for part in made] == [0, 0, 0]
 
 
 @pytest.mark.parametrize(

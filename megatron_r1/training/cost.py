@@ -1,0 +1,48 @@
+"""What a sample costs to train on, so that ranks can be given equal work rather than equal tokens.
+
+A token costs 2 P products forward, P the parameters it meets, and as many again per token it
+attends to: 2 L h (d_qk + d_v) / 2, L layers, h heads, half of the sample on average. So a sample of
+s tokens costs s (1 + s / s_0) in units of one token without attention, where s_0, the length at
+which attention costs as much as all else, is 2 P / (L h (d_qk + d_v)). For DeepSeek-V3 s_0 is about
+30,000 tokens: one of 65,536 costs as much as thirteen of 10,000, not as much as seven.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import prod
+
+from megatron_r1.weights import hf_tensors
+
+
+def sample_cost(hf: dict) -> Callable[[int], float]:
+    """Length in tokens -> cost in tokens of no length, for the model `hf` describes."""
+    balance = balance_length(hf)
+    return lambda length: length * (1 + length / balance)
+
+
+def balance_length(hf: dict) -> float:
+    """s_0, in tokens: the length of a sample whose attention costs as much as everything else."""
+    heads = hf["num_attention_heads"]
+    if hf.get("kv_lora_rank"):
+        sizes = hf["qk_nope_head_dim"] + hf["qk_rope_head_dim"] + hf["v_head_dim"]
+    else:
+        sizes = 2 * (hf.get("head_dim") or hf["hidden_size"] // heads)
+    return 2 * active_parameters(hf) / (hf["num_hidden_layers"] * heads * sizes)
+
+
+def active_parameters(hf: dict) -> float:
+    """Weights of the matrix products one token meets: its own experts, the head, no embedding and
+    no multi-token-prediction layers."""
+    experts, chosen = hf.get("n_routed_experts"), hf.get("num_experts_per_tok")
+    total = 0.0
+    for name, (shape, _) in hf_tensors(hf, with_mtp=False).items():
+        if len(shape) < 2 or (name == "model.embed_tokens.weight" and not _is_head(hf)):
+            continue
+        share = chosen / experts if experts and ".mlp.experts." in name else 1.0
+        total += prod(shape) * share
+    return total
+
+
+def _is_head(hf: dict) -> bool:
+    return bool(hf.get("tie_word_embeddings"))

@@ -1,0 +1,36 @@
+"""What each rank is handed when only the leader of its replica was sent something.
+
+`replica_shares.py OUT GRID…`; a grid is (tensor, pipeline), the rest of the ranks are replicas."""
+
+import json
+import sys
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megatron_r1.config import ParallelConfig
+from megatron_r1.training import distributed
+from megatron_r1.training.replica import Replica
+
+
+def main() -> None:
+    out, *grids = sys.argv[1:]
+    for grid in grids:
+        tensor, pipeline = map(int, grid.split("x"))
+        place = distributed.initialize(ParallelConfig(tensor=tensor, pipeline=pipeline), seed=0)
+        from megatron.core import parallel_state
+
+        replica = Replica(place)
+        sent = (
+            [f"share of replica {place.data_rank}".encode(), b""] if replica.leads else [None] * 2
+        )
+        got = [replica.share(payload).decode() for payload in sent]
+        everyone = [None] * place.world_size
+        dist.all_gather_object(everyone, (place.data_rank, replica.leads, got))
+        if place.rank == 0:
+            Path(out, f"{grid}.json").write_text(json.dumps(everyone))
+        parallel_state.destroy_model_parallel()
+
+
+if __name__ == "__main__":
+    main()
