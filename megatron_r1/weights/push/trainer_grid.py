@@ -1,0 +1,69 @@
+"""Megatron's grid as arithmetic: which global ranks hold which shard.
+
+Dense parameters are laid out tensor fastest, then context, data, pipeline; experts' expert-tensor
+fastest, then expert, expert-data, pipeline (Megatron-Core's default order tp-cp-ep-dp-pp, in which
+one of cp and ep is absent from each of its two grids).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class TrainerGrid:
+    """Sizes of the trainer's parallel axes over `world` ranks."""
+
+    world: int
+    tensor: int = 1
+    pipeline: int = 1
+    context: int = 1
+    expert: int = 1
+    expert_tensor: int = 1
+
+    def __post_init__(self):
+        for name, size in (("dense", self.dense_model), ("experts", self.expert_model)):
+            if self.world % (size * self.pipeline):
+                raise ValueError(
+                    f"{self.world} trainer ranks cannot be divided into groups of "
+                    f"{size * self.pipeline} ({name})"
+                )
+
+    @property
+    def dense_model(self) -> int:
+        """Ranks of one pipeline stage that differ in tensor or context coordinate."""
+        return self.tensor * self.context
+
+    @property
+    def expert_model(self) -> int:
+        return self.expert_tensor * self.expert
+
+    @property
+    def stage_ranks(self) -> int:
+        return self.world // self.pipeline
+
+    def stage(self, rank: int) -> int:
+        return rank // self.stage_ranks
+
+    def tensor_rank(self, rank: int) -> int:
+        return rank % self.tensor
+
+    def expert_place(self, rank: int) -> tuple[int, int]:
+        """(expert-tensor rank, expert rank)."""
+        within = rank % self.expert_model
+        return within % self.expert_tensor, within // self.expert_tensor
+
+    def dense_replicas(self, stage: int, tensor: int) -> range:
+        """Ranks that hold the same part of a tensor-parallel parameter, in order."""
+        start = stage * self.stage_ranks
+        return range(start + tensor, start + self.stage_ranks, self.tensor)
+
+    def whole_replicas(self, stage: int) -> range:
+        """Ranks that hold a parameter that no axis splits: all of the stage."""
+        return range(stage * self.stage_ranks, (stage + 1) * self.stage_ranks)
+
+    def expert_replicas(self, stage: int, expert_tensor: int, expert: int) -> range:
+        """Ranks that hold the same part of the same experts, in order."""
+        start = stage * self.stage_ranks
+        first = expert * self.expert_tensor + expert_tensor
+        return range(start + first, start + self.stage_ranks, self.expert_model)
