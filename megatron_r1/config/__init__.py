@@ -16,7 +16,7 @@ from megatron_r1.config.recipe import (
 )
 from megatron_r1.config.rl import PRESETS, RewardsConfig, RLConfig, RolloutConfig
 from megatron_r1.config.run import CheckpointConfig, DataConfig, ModelConfig, RunConfig
-from megatron_r1.config.training import OptimizerConfig, ParallelConfig, SFTConfig
+from megatron_r1.config.training import FP8Config, OptimizerConfig, ParallelConfig, SFTConfig
 
 __all__ = [
     "PRESETS",
@@ -24,6 +24,7 @@ __all__ = [
     "CheckpointConfig",
     "Config",
     "DataConfig",
+    "FP8Config",
     "ModelConfig",
     "OptimizerConfig",
     "ParallelConfig",

@@ -5,15 +5,15 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
-from pydantic import ValidationError, model_validator
+from pydantic import BaseModel, ValidationError, model_validator
 
 from megatron_r1.config.rl import PRESETS, RewardsConfig, RLConfig, RolloutConfig
 from megatron_r1.config.run import CheckpointConfig, DataConfig, ModelConfig, RunConfig
 from megatron_r1.config.section import Section
-from megatron_r1.config.training import OptimizerConfig, ParallelConfig, SFTConfig
+from megatron_r1.config.training import FP8Config, OptimizerConfig, ParallelConfig, SFTConfig
 from megatron_r1.evaluation.settings import EvalConfig
 
 
@@ -29,6 +29,7 @@ class Config(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     eval: EvalConfig = EvalConfig()
     sft: SFTConfig = SFTConfig()
+    fp8: FP8Config = FP8Config()
 
     @model_validator(mode="after")
     def _across_sections(self):
@@ -49,6 +50,7 @@ RESUMABLE = (
     "eval",
     "rollout.engines",
     "rewards.workers",
+    "rewards.max_ungraded",
     "parallel",
 )
 """Keys that may differ when a run continues: they change how long, how often or where, not what is
@@ -143,14 +145,36 @@ def known_keys() -> list[str]:
 def _explain(error: dict[str, Any]) -> str:
     key = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
-        # A key may be misspelt or stand in the wrong section: compare the whole path first, then
-        # the leaf.
-        names = known_keys() + list(Config.model_fields)
-        near = difflib.get_close_matches(key, names, n=1, cutoff=0.6)
-        leaf = key.rsplit(".", 1)[-1]
-        near = near or [n for n in names if n.rsplit(".", 1)[-1] == leaf]
-        near = near or difflib.get_close_matches(leaf, names, n=1, cutoff=0.4)
-        return f"unknown key {key}" + (f"; did you mean {near[0]}?" if near else "")
+        return f"unknown key {key}{_hint(error['loc'])}"
+    if error["type"] == "missing":
+        return f"{key} must be set"
     if error["type"] == "value_error":
         return str(error["ctx"]["error"])
     return f"{key}: {error['msg'][0].lower()}{error['msg'][1:]}, got {error.get('input')!r}"
+
+
+def _hint(location: tuple[str | int, ...]) -> str:
+    """What an unknown key may have been meant to be: it is misspelt, or in a wrong section."""
+    *parents, leaf = map(str, location)
+    here = _keys_at(location[:-1])
+    elsewhere = [name for name in known_keys() if name.rpartition(".")[2] == leaf]
+    near = [".".join([*parents, name]) for name in difflib.get_close_matches(leaf, here, n=1)]
+    for meant in near + elsewhere:
+        return f"; did you mean {meant}?"
+    return f"; {'.'.join(parents) or 'a recipe'} has {', '.join(here)}"
+
+
+def _keys_at(location: tuple[str | int, ...]) -> list[str]:
+    """The keys of a section, or of a model within it, such as an entry of eval.benchmarks."""
+    model: type[BaseModel] = Config
+    for part in location:
+        if isinstance(part, str):  # a number is an entry of a list, of the list's own type
+            model = _model_within(model.model_fields[part].annotation)
+    return list(model.model_fields)
+
+
+def _model_within(annotation: Any) -> type[BaseModel]:
+    """The model in a type such as list[Model] or Model | None."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next(model for part in get_args(annotation) if (model := _model_within(part)))

@@ -36,6 +36,13 @@ class RewardsConfig(Section):
     options: dict[str, dict[str, Any]] = Field(
         default_factory=dict, description="reward: its options, such as language: {target: zh}"
     )
+    max_ungraded: float = Field(
+        0.1,
+        ge=0,
+        le=1,
+        description="share of a rollout's answers that graders may fail on, rounded up; with more "
+        "the run stops",
+    )
     workers: int = Field(2, ge=1, description="grader processes")
     timeout_seconds: float = Field(
         5.0, gt=0, description="for one answer; then its grader is killed and it gets 0"
@@ -98,6 +105,12 @@ class RLConfig(Section):
     loss_average: Literal["sequence", "token"] = Field(
         "sequence",
         description="sequence: each output weighs the same (GRPO, eq. 1); token: each token (DAPO)",
+    )
+
+    routing_replay: bool = Field(
+        False,
+        description="train every token through the experts the engine chose for it; a mixture of "
+        "experts only. See docs/routing_replay.md",
     )
 
     @property

@@ -60,6 +60,15 @@ class DataConfig(Section):
 
 class CheckpointConfig(Section):
     every: int = Field(
-        1, ge=1, description="steps between checkpoints; at most this many are lost by a kill"
+        1,
+        ge=1,
+        description="steps between checkpoints; a kill loses at most these, and those since the "
+        "checkpoint that was still being written",
     )
     keep: int = Field(2, ge=1, description="newest checkpoints kept")
+    asynchronous: bool = Field(
+        True, description="train on while a checkpoint is written; costs a copy in host memory"
+    )
+    verify: Literal["full", "size", "none"] = Field(
+        "full", description="before loading: checksum of every byte, sizes only, or nothing"
+    )

@@ -19,6 +19,9 @@ class OptimizerConfig(Section):
     epsilon: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.1, ge=0)
     clip_grad: float = Field(1.0, gt=0, description="global gradient norm")
+    moments: Literal["float32", "bfloat16"] = Field(
+        "float32", description="of Adam; bfloat16: DeepSeek-V3's, 4 bytes a parameter less"
+    )
 
 
 class ParallelConfig(Section):
@@ -30,6 +33,32 @@ class ParallelConfig(Section):
     expert: int = Field(1, ge=1)
     context: int = Field(1, ge=1)
     expert_tensor: int = Field(1, ge=1)
+    virtual_pipeline: int = Field(
+        1, ge=1, description="model chunks per pipeline rank, interleaved to shorten the bubble"
+    )
+    pipeline_layout: str | None = Field(
+        None,
+        description="what each chunk holds, in Megatron's letters: E embedding, t decoder layer, "
+        "m MTP layers, L head and loss, as in Et*3|(tt|)*29mL; default: layers spread evenly",
+    )
+    recompute: Literal["none", "selective", "full"] = Field(
+        "none",
+        description="activations computed again in the backward pass; selective: those of "
+        "recompute_modules",
+    )
+    recompute_modules: list[str] = Field(
+        ["core_attn"],
+        description="core_attn, layernorm, mla_up_proj, mlp, moe, moe_act, shared_experts",
+    )
+    optimizer_offload: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="share of the optimizer's state and update on the host; on a CPU all is there",
+    )
+    reference_offload: Literal["host", "device"] = Field(
+        "host", description="where the reference's weights wait; device: always on the GPU"
+    )
     tokens_per_microbatch: int = Field(
         16_384, gt=0, description="upper limit; a longer sample gets a micro-batch alone"
     )
@@ -50,10 +79,37 @@ class ParallelConfig(Section):
                     f"{product} ({sizes}); change parallel.processes or the sizes"
                 )
 
+
+class FP8Config(Section):
+    recipe: Literal["none", "blockwise", "tensorwise", "mxfp8"] = Field(
+        "none",
+        description="of the linear layers' products; blockwise: DeepSeek-V3's. See docs/fp8.md",
+    )
+    format: Literal["e4m3", "hybrid"] | None = Field(
+        None, description="hybrid: output gradients in e5m2; default: e4m3, for tensorwise hybrid"
+    )
+    scales: Literal["power_of_two", "float32"] | None = Field(
+        None, description="of a tile; default: power_of_two, for tensorwise float32"
+    )
+
+    @property
+    def gradient_format(self) -> str:
+        """e4m3 or e5m2: what output gradients are rounded to."""
+        chosen = self.format or ("hybrid" if self.recipe == "tensorwise" else "e4m3")
+        return "e5m2" if chosen == "hybrid" else "e4m3"
+
+    @property
+    def scale_kind(self) -> str:
+        """power_of_two or float32: what a tile's scale may be."""
+        return self.scales or ("float32" if self.recipe == "tensorwise" else "power_of_two")
+
     @model_validator(mode="after")
-    def _sizes(self):
-        if self.context > 1:
-            raise ValueError("parallel.context: context parallelism is not supported yet; use 1")
+    def _scales_of_recipe(self):
+        if self.recipe == "mxfp8" and self.scales == "float32":
+            raise ValueError(
+                "fp8.scales: float32 is not possible with fp8.recipe mxfp8, whose scales are "
+                "powers of two by definition; use power_of_two, or fp8.recipe blockwise"
+            )
         return self
 
 

@@ -97,6 +97,16 @@ def make_prompt(question: str, kind: str, truth: Any, fields: dict[str, Any]) ->
     return Prompt(_digest(question).hex()[:16], question, kind, truth, fields)
 
 
+def one_of_each(prompts: Iterable[Prompt]) -> list[Prompt]:
+    """A prompt of every kind, language and set of fields, to try their rewards on: the row that
+    lacks a column must not be found out by the step that draws it."""
+    chosen = {
+        (prompt.kind, str(prompt.fields.get("language")), frozenset(prompt.fields)): prompt
+        for prompt in prompts
+    }
+    return list(chosen.values())
+
+
 def normalize(question: str) -> str:
     """Text that two spellings of one question share: NFKC, case folded, white space collapsed."""
     return " ".join(unicodedata.normalize("NFKC", question).casefold().split())

@@ -39,6 +39,16 @@ def require_text(place: str, record: Record, name: str) -> str:
     return value
 
 
+def describe_json_error(error: Exception) -> str:
+    """What is wrong with one line of JSONL, and at which of its columns.
+
+    The decoder counts lines within the text it is given, which is a line of the file already.
+    """
+    if isinstance(error, json.JSONDecodeError):
+        return f"{error.msg} at column {error.pos + 1}"
+    return "nested too deeply" if isinstance(error, RecursionError) else str(error)
+
+
 def _rename(place: str, row: Record, columns: Mapping[str, str]) -> Record:
     if missing := [theirs for theirs in columns.values() if theirs not in row]:
         raise ValueError(f"{place}: no column {missing[0]!r}; it has {', '.join(row)}")
@@ -53,9 +63,9 @@ def _read_jsonl(path: Path) -> Iterator[tuple[str, Record]]:
                 continue
             place = f"{path}:{number}"
             try:
-                row = json.loads(line)
-            except ValueError as error:  # UnicodeDecodeError is one too
-                raise ValueError(f"{place}: not JSON: {error}") from error
+                row = json.loads(line.strip())
+            except (ValueError, RecursionError) as error:  # UnicodeDecodeError is one too
+                raise ValueError(f"{place}: not JSON: {describe_json_error(error)}") from error
             if not isinstance(row, dict):
                 raise ValueError(f"{place}: expected an object, got {type(row).__name__}")
             yield place, row

@@ -2,10 +2,11 @@
 
 import contextlib
 import dataclasses
-import difflib
 import io
 from collections.abc import Iterator
 from typing import Any
+
+from megatron_r1.suggestion import did_you_mean
 
 
 def generate_items(
@@ -44,8 +45,8 @@ def _make_dataset(task: str, settings: dict[str, Any]) -> Any:
     from reasoning_gym.factory import DATASETS
 
     if task not in DATASETS:
-        nearest = difflib.get_close_matches(task, DATASETS, n=1, cutoff=0.0)[0]
-        raise ValueError(f"reasoning-gym has no task {task!r}: did you mean {nearest!r}?")
+        hint = did_you_mean(task, DATASETS) or f"; it has {', '.join(sorted(DATASETS))}"
+        raise ValueError(f"reasoning-gym has no task {task!r}{hint}")
     known = {field.name for field in dataclasses.fields(DATASETS[task][1])}
     if unknown := sorted(settings.keys() - known):
         raise ValueError(

@@ -6,6 +6,7 @@ import asyncio
 from statistics import fmean
 
 from megatron_r1.data.prompts import Prompt
+from megatron_r1.evaluation.estimators import estimate
 from megatron_r1.evaluation.voting import majority_score
 from megatron_r1.rollout.sampling import Group, Rollouts, Sampling
 
@@ -17,6 +18,7 @@ async def evaluate(
 
     eval/pass@1: mean accuracy over all samples (DeepSeek-R1, arXiv 2501.12948, section 3);
     eval/cons@N: share of questions whose majority answer is right (`voting.majority_score`).
+    interval/…/low, /high: their 95% intervals (`estimators.estimate`).
     """
     collected = await rollouts.collect(prompts, sampling)
     opened = rollouts.text.opens_thought
@@ -28,11 +30,17 @@ async def evaluate(
         votes.append(majority_score(rollouts.pool, group.prompt.kind, texts, scores, opened))
         lengths += [len(output.completion.token_ids) for output in group.outputs]
         forms += [output.rewards["format"] for output in group.outputs]
+    scores = {
+        "pass@1": estimate(right),
+        f"cons@{sampling.num_samples}": estimate(await asyncio.gather(*votes)),
+    }
     metrics = {
-        "eval/pass@1": fmean(right),
-        f"eval/cons@{sampling.num_samples}": fmean(await asyncio.gather(*votes)),
+        **{f"eval/{name}": score.value for name, score in scores.items()},
         "eval/format": fmean(forms),
         "eval/response_length": fmean(lengths),
         "time/eval": collected.rollout_seconds + collected.reward_seconds,
     }
+    for name, score in scores.items():
+        if score.low is not None and score.high is not None:  # of a single question, there is none
+            metrics |= {f"interval/{name}/low": score.low, f"interval/{name}/high": score.high}
     return metrics, collected.groups

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
+from megatron_r1.training.checkpoints.finding import STATE_FILE, whole
+
 NUM_BLOCKS, BLOCK_BYTES = 16, 65_536
 WEIGHTS = ("*.safetensors", "*.bin", "*.json", "tokenizer.model")
 
@@ -18,9 +20,9 @@ def find_model(path: str) -> tuple[Path, bool]:
     folder = Path(path)
     if (folder / "config.json").is_file():
         return folder, False
-    if (folder / "run_state.json").is_file():
+    if (folder / STATE_FILE).is_file():
         return folder, True
-    checkpoints = sorted((folder / "checkpoints").glob("step_*"))
+    checkpoints = whole(folder / "checkpoints")
     exported = folder / "hf" / "config.json"
     is_newest = exported.is_file() and (
         not checkpoints or exported.stat().st_mtime >= checkpoints[-1].stat().st_mtime

@@ -6,14 +6,15 @@ import asyncio
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
-from megatron_r1.data.prompts import Prompt
+from megatron_r1.data.prompts import Prompt, one_of_each
 from megatron_r1.evaluation.ledger import Key, Ledger
 from megatron_r1.evaluation.policies import Answer, Policy
 from megatron_r1.evaluation.questions import QuestionSet
-from megatron_r1.rewards import REGISTRY
 from megatron_r1.rewards.base import UNGRADED, Grade, shorten
+from megatron_r1.rewards.check import find_fault
 from megatron_r1.rewards.options import call_fields
 from megatron_r1.rewards.runtime.pool import RewardPool
 
@@ -60,11 +61,10 @@ class Runner:
         """Call the reward of every kind of question once. Raises ValueError for one that cannot be
         used."""
         for found in self._sets:
-            for prompt in {prompt.kind: prompt for prompt in found.prompts}.values():
-                grade = await self._call_reward(prompt, Answer("", 0, False, False))
-                # Rewards of our own grade any text, an empty one too.
-                if prompt.kind in REGISTRY and grade.reason.startswith(UNGRADED):
-                    raise ValueError(f"benchmark {found.title}: an answer {grade.reason}")
+            for prompt in one_of_each(found.prompts):
+                grade = partial(self._try_reward, prompt)
+                if fault := await find_fault(prompt.kind, prompt.truth, grade):
+                    raise ValueError(f"benchmark {found.title}: an answer {fault}")
 
     async def run(self) -> None:
         """Until every sample is graded and written. Raises what made an engine, a server or a
@@ -124,6 +124,9 @@ class Runner:
         )
         if not answer.refusal:
             self._watch(found, reason)
+
+    async def _try_reward(self, prompt: Prompt, response: str) -> Grade:
+        return await self._call_reward(prompt, Answer(response, 0, False, False))
 
     async def _call_reward(self, prompt: Prompt, answer: Answer) -> Grade:
         facts: dict[str, Any] = {"question": prompt.question}

@@ -8,6 +8,7 @@ import msgspec
 
 from megatron_r1.data.templates import find_template, is_opened, render
 from megatron_r1.evaluation.policies import Answer, Decoding
+from megatron_r1.evaluation.server_wait import saying_what_is_waited_for, wait_until_listening
 from megatron_r1.evaluation.settings import ServerConfig
 from megatron_r1.rewards.answer import END_THINK, THINK
 from megatron_r1.rewards.remote.service import Service, ServiceError, Ungradable
@@ -63,11 +64,16 @@ class ServerPolicy:
         }
 
     async def start(self) -> None:
-        """Ask for one token: a wrong address, name or key shows now."""
-        try:
-            await self._service.ask(self._body(TINY_QUESTION, 0) | {"max_tokens": 1})
-        except Ungradable as error:
-            raise ServiceError(f"{self._server.url}: {error}; check eval.server") from None
+        """Ask for one token: a wrong address, name or key shows now. A server that listens and
+        says that it is loading has `retry_seconds`, one that nobody reaches `wait_seconds`."""
+        url, failures = self._server.url, [""]
+        name = f"model {self._server.model} at {url}"
+        async with saying_what_is_waited_for(name, lambda: self._service.trouble or failures[-1]):
+            await wait_until_listening(url, self._server.wait_seconds, failures.append)
+            try:
+                await self._service.ask(self._body(TINY_QUESTION, 0) | {"max_tokens": 1})
+            except Ungradable as error:
+                raise ServiceError(f"{url}: {error}; check eval.server") from None
 
     async def answer(self, question: str, seed: int) -> Answer:
         try:

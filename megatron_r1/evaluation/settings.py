@@ -47,6 +47,9 @@ class ServerConfig(ServiceSettings):
         description="chat: the question as a user's message, in the server's template; "
         "completions: the text that data.template makes",
     )
+    wait_seconds: float = Field(
+        10.0, ge=0, description="at the start, for a server that nobody can reach yet"
+    )
     timeout_seconds: float = Field(3600.0, gt=0, description="for one answer")
     concurrency: int = Field(64, ge=1, description="answers under way at once")
 

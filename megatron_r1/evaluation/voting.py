@@ -115,11 +115,6 @@ async def majority_score(
     return 0.0 if chosen is None else scores[chosen]
 
 
-def majority(responses: Sequence[str]) -> int | None:
-    """`majority_of` by numbers and texts alone, which needs no worker processes."""
-    return majority_of([vote and vote.key for vote in map(read_vote, responses)])
-
-
 async def _by_meaning(pool: RewardPool, votes: Sequence[Vote]) -> dict[str | Fraction, int]:
     """Numbers for answers of distinct keys: each joins the first earlier one of its meaning.
 

@@ -6,10 +6,10 @@ import what it likes: nothing here is imported by the controller. `remote/` is f
 a served model; `sandbox/` runs programs.
 """
 
-import difflib
 import sys
 
 from megatron_r1.rewards.base import Grade
+from megatron_r1.suggestion import did_you_mean
 
 REGISTRY: dict[str, str] = {
     "code": "megatron_r1.rewards.code:grade",
@@ -31,8 +31,8 @@ REMOTE: dict[str, str] = {
 def resolve(kind: str) -> str:
     """The "module:function" that grades `kind`: a registered name, or such a path itself.
 
-    Raises ValueError naming the nearest registered kind, and for a path into Python's own library:
-    a row of a data set could otherwise name `builtins:exec` and bring its program along.
+    Raises ValueError for an unknown kind, naming those there are, and for a path into Python's own
+    library: a row of a data set could otherwise name `builtins:exec` and bring its program along.
     """
     known = REGISTRY | REMOTE
     if kind in known:
@@ -42,10 +42,9 @@ def resolve(kind: str) -> str:
         if module.split(".")[0] in sys.stdlib_module_names:
             raise ValueError(f"reward kind {kind!r} is Python's own function, not a reward")
         return kind
-    nearest = difflib.get_close_matches(kind.lower(), known, n=1, cutoff=0.0)
     raise ValueError(
-        f"unknown reward kind {kind!r}: did you mean {nearest[0]!r}? Known: "
-        f"{', '.join(sorted(known))}; your own is written 'package.module:function'"
+        f"unknown reward kind {kind!r}{did_you_mean(kind, known)} (known: "
+        f"{', '.join(sorted(known))}; your own is written 'package.module:function')"
     )
 
 

@@ -1,13 +1,24 @@
 """The final answer of a response, found the same way for every reward that needs one."""
 
+import itertools
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megatron_r1.rewards.base import shorten
 
 THINK, END_THINK = "<think>", "</think>"
 ANSWER, END_ANSWER = "<answer>", "</answer>"
-BOXED = r"\boxed"
+BOXES = (r"\boxed", r"\fbox")
+# `\boxed 13`, too: TeX would box the 1 alone, but every reader takes it for 13.
+OPENED_BOX = re.compile(r"\\(?:boxed|fbox)\s*(?:\{|(?P<bare>[+-]?\d(?:[\d.,/]*\d)?))")
+MARKER = "####"
+"""Before the final answer of GSM8K's solutions, and of models that were trained on them."""
+MARKED_NUMBER = re.compile(r"####\s*([-+$\\.\d][^\n#]*)")
+# Another candidate beside the box: `12 or \boxed{13}`, `\boxed{13} or 12`.
+OR_BOX = re.compile(r"(?<=[\s$*,])or[\s$*]{1,9}\\f?box")
+BOX_OR = re.compile(r"\}[\s$*,]{1,9}or[\s$*]{1,9}([-+.\d\\][^\s$*]{0,80})")
+MAX_BESIDE_CHARS = 80
 # Boxes with nothing else between them are one answer of several parts, not corrections.
 BETWEEN_BOXES = re.compile(
     r"(?:\s|[$,;]|\\[()\[\],:; ]|\\q?quad|\\text\s*\{\s*(?:,?\s*(?:and|or))?\s*\}"
@@ -18,6 +29,8 @@ BRACES = re.compile(r"\\.|[{}]", re.DOTALL)
 DELIMITERS = (
     *(("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ("**", "**"), ("`", "`")),
     *((rf"\{font}{{", "}") for font in ("text", "textbf", "textit", "mathbf", "mathrm")),
+    (r"\underline{", "}"),
+    *((box + "{", "}") for box in BOXES),
 )
 DISPLAYS = ((r"\[", r"\]"), ("$$", "$$"))
 
@@ -58,29 +71,35 @@ def extract(response: str, *, opened: bool = False, plain_line: bool = False) ->
 
 
 def last_boxed(text: str) -> str | None:
-    r"""What the last `\boxed{…}` holds, nested braces included; None without a complete one.
+    r"""What the last `\boxed{…}` or `\fbox{…}` holds, nested braces included; None without a
+    complete one.
 
     Boxes joined by nothing but "and", "or" or a comma are one answer: `\boxed{12} or \boxed{13}` is
     "12, 13", and not 13.
     """
-    start = text.rfind(BOXED + "{")
-    contents: list[str] = []
-    following = None
-    while start >= 0 and len(contents) < MAX_BOXES:
-        inner = start + len(BOXED) + 1
-        end = _closing_brace(text, inner)
-        if end is None or (following is not None and not _are_joined(text, end + 1, following)):
-            break
-        if text[inner:end] not in contents:
-            contents.insert(0, text[inner:end])
-        following, start = start, text.rfind(BOXED + "{", 0, start)
-    return ", ".join(contents) if contents else None
+    return next(_boxed_from_the_end(text), None)
+
+
+def final_answers(block: str) -> list[str]:
+    r"""The answers that a short text commits to: one, unless it contradicts itself.
+
+    What different boxes hold, with words between them, and what an "or" puts beside one; or,
+    without a box, what stands after the last `####` and after others that a number follows; or the
+    text as it is. The one that counts, if only one may, is the last.
+    """
+    if boxed := list(_boxed_from_the_end(block)):
+        return list(dict.fromkeys((*_beside_boxes(block), *boxed[1:], boxed[0])))
+    _, found, last = block.rpartition(MARKER)
+    if found and last.strip() and "\n" not in last.strip():
+        marked = [match[1].strip() for match in MARKED_NUMBER.finditer(block)]
+        return list(dict.fromkeys((*marked, last.strip())))
+    return [block]
 
 
 def unwrap(answer: str) -> str:
-    r"""`answer` without its decoration: `\boxed{}`, dollar signs, `\text{}`, a full stop."""
-    if (boxed := last_boxed(answer)) is not None:
-        answer = boxed
+    r"""`answer` without its decoration: `\boxed{}`, dollar signs, `\text{}`, a full stop, and the
+    solution before `####`."""
+    answer = final_answers(answer)[-1]
     answer, before = answer.strip(), None
     while answer != before:
         before = answer
@@ -99,6 +118,49 @@ def after_thought(response: str, opened: bool) -> str | None:
     if THINK in tail:
         return None
     return tail
+
+
+def _boxed_from_the_end(text: str) -> Iterator[str]:
+    """What boxes hold, the last one first, up to one that is not complete; joined ones as one."""
+    contents: list[str] = []
+    following = None
+    for start, inner, end, stop in itertools.islice(_boxes_from_the_end(text), MAX_BOXES):
+        content = text[inner:end]
+        if following is not None and stop > following:
+            contents = []  # it encloses those before, which are a part of it
+        elif following is not None and not _are_joined(text, stop, following):
+            yield ", ".join(contents)
+            contents = []
+        if content not in contents:
+            contents.insert(0, content)
+        following = start
+    if contents:
+        yield ", ".join(contents)
+
+
+def _beside_boxes(text: str) -> list[str]:
+    """What an "or" joins to a box without being in one itself."""
+    words = [match[1] for match in BOX_OR.finditer(text)]
+    for match in OR_BOX.finditer(text):
+        before = text[max(match.start() - MAX_BESIDE_CHARS, 0) : match.start()]
+        words += before.replace("$", " ").replace("*", " ").rstrip(" ,\n").split()[-1:]
+    return [word for word in words if not any(box in word for box in BOXES)]
+
+
+def _boxes_from_the_end(text: str) -> Iterator[tuple[int, int, int, int]]:
+    """Where each box starts, where its content starts and ends, and where the box itself ends."""
+    nearest = {box: text.rfind(box) for box in BOXES}
+    while (start := max(nearest.values())) >= 0:
+        match = OPENED_BOX.match(text, start)
+        if match is not None and match["bare"]:
+            yield start, *match.span("bare"), match.end()
+        elif match is not None:
+            if (end := _closing_brace(text, match.end())) is None:
+                return
+            yield start, match.end(), end, end + 1
+        for box, position in nearest.items():
+            if position == start:
+                nearest[box] = text.rfind(box, 0, start)
 
 
 def _are_joined(text: str, end: int, start: int) -> bool:

@@ -4,7 +4,6 @@ DeepSeek-R1 adds its rewards up (arXiv 2501.12948 v2: accuracy, format and langu
 the reasoning stage; preference rewards only in the last 400 of the final stage's 1,700 steps).
 """
 
-import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -12,6 +11,7 @@ from typing import Any
 
 from megatron_r1.rewards import resolve
 from megatron_r1.rewards.base import UNGRADED, Grade
+from megatron_r1.suggestion import did_you_mean
 
 ACCURACY = "accuracy"
 """The term that is graded by each prompt's own kind of reward."""
@@ -38,12 +38,14 @@ Weights = Mapping[str, float | Weight]
 @dataclass(frozen=True)
 class Reward:
     """total: weighted sum, what the policy is trained on. terms: each reward alone, in [0, 1].
-    reason: the terms' reasons, one line. ungraded: terms whose grader raised."""
+    reason: the terms' reasons, one line. ungraded: terms whose grader raised. is_graded: none of
+    them counts in the total, which otherwise says nothing of the response."""
 
     total: float
     terms: dict[str, float]
     reason: str
     ungraded: tuple[str, ...] = ()
+    is_graded: bool = True
 
 
 def weights_at(weights: Weights, step: int) -> dict[str, float]:
@@ -63,11 +65,13 @@ def combine(grades: Mapping[str, Grade], weights: Mapping[str, float] = DEFAULT_
             f"rewards.weights names {missing[0]!r}, which was not graded; "
             f"graded: {', '.join(sorted(grades)) or 'nothing'}"
         )
+    ungraded = tuple(t for t, grade in grades.items() if grade.reason.startswith(UNGRADED))
     return Reward(
         total=sum(weight * grades[term].reward for term, weight in weights.items()),
         terms={term: grade.reward for term, grade in grades.items()},
         reason="; ".join(grade.reason for grade in grades.values()),
-        ungraded=tuple(t for t, grade in grades.items() if grade.reason.startswith(UNGRADED)),
+        ungraded=ungraded,
+        is_graded=not any(weights.get(term) for term in ungraded),
     )
 
 
@@ -75,9 +79,16 @@ def read_weights(weights: Mapping[str, Any]) -> dict[str, float | Weight]:
     """A recipe's `rewards.weights`: term → number or {weight, from_step, to_step}.
 
     Raises ValueError naming the term and the key for a term that is no reward, an unknown key, a
-    value of the wrong type and a schedule that never counts.
+    value of the wrong type and a schedule that never counts, and where nothing is rewarded.
     """
-    return {name: _read_weight(f"rewards.weights.{name}", name, w) for name, w in weights.items()}
+    read = {name: _read_weight(f"rewards.weights.{name}", name, w) for name, w in weights.items()}
+    numbers = {name: w.weight if isinstance(w, Weight) else w for name, w in read.items()}
+    if not any(number > 0 for number in numbers.values()):
+        raise ValueError(
+            f"rewards.weights: no weight is above 0 (got {numbers}), so no answer would be "
+            f"rewarded; give one, such as {ACCURACY}: 1.0"
+        )
+    return read
 
 
 def _read_weight(place: str, name: str, value: Any) -> float | Weight:
@@ -93,8 +104,10 @@ def _read_weight(place: str, name: str, value: Any) -> float | Weight:
     known = [field.name for field in fields(Weight)]
     for key in value:
         if key not in known:
-            nearest = difflib.get_close_matches(str(key), known, n=1, cutoff=0.0)[0]
-            raise ValueError(f"{place}: unknown key {key}; did you mean {nearest}?")
+            names = ", ".join(known)
+            raise ValueError(
+                f"{place}: unknown key {key}{did_you_mean(key, known, '{}')} ({names})"
+            )
     if "weight" not in value:
         raise ValueError(f"{place}: a schedule needs its weight: {{weight: 0.1, from_step: 100}}")
     weight = Weight(**value)

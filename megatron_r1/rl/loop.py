@@ -54,7 +54,8 @@ def training_samples(groups: list[Group], rl: RLConfig) -> list[Sample]:
         )
         for output, advantage in zip(group.outputs, advantages, strict=True):
             made = output.completion
-            samples.append(Sample.pack(group.prompt_ids, made.token_ids, made.logprobs, advantage))
+            sampled = (group.prompt_ids, made.token_ids, made.logprobs)
+            samples.append(Sample.pack(*sampled, advantage, made.routing))
     return samples
 
 

@@ -8,12 +8,15 @@ import contextlib
 import time
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 
 from megatron_r1.config import Config
 from megatron_r1.data.sampler import PromptSampler
 from megatron_r1.evaluation.heldout import evaluate
+from megatron_r1.models import read_hf_config
+from megatron_r1.models.routing_shape import routing_shape
 from megatron_r1.reporting.recorder import Recorder
 from megatron_r1.rewards.runtime.meter import LEVELS
 from megatron_r1.rl.metrics import rollout_metrics, sample_records
@@ -45,6 +48,8 @@ class Session:
         self.state = recorder.state
         self.step = self.state.step
         self.stop = stop
+        replays = config.rl.routing_replay
+        self._routing = routing_shape(read_hf_config(config.model.path)) if replays else None
         self._rewards_before: Counter[str] = Counter()
         self._seconds: dict[str, float] = {}
         self._began = 0.0
@@ -67,9 +72,9 @@ class Session:
 
     @property
     def train_sampling(self) -> Sampling:
-        return self._sampling(
-            self.config.rl.group_size, self.config.rollout.temperature, self.config.rollout.top_p
-        )
+        rollout = self.config.rollout
+        sampling = self._sampling(self.config.rl.group_size, rollout.temperature, rollout.top_p)
+        return replace(sampling, routing=self._routing)
 
     @property
     def eval_sampling(self) -> Sampling:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from dataclasses import dataclass, field
 
 from megatron_r1.config import RewardsConfig
-from megatron_r1.data.prompts import Prompt
+from megatron_r1.data.prompts import Prompt, one_of_each
 from megatron_r1.data.text import PromptText
-from megatron_r1.rewards import REGISTRY
-from megatron_r1.rewards.base import UNGRADED, Grade
+from megatron_r1.models.routing_shape import RoutingShape
+from megatron_r1.rewards.base import Grade
+from megatron_r1.rewards.check import find_fault
 from megatron_r1.rewards.combine import ACCURACY, combine, weights_at
 from megatron_r1.rewards.options import FORM_REWARDS, call_fields
 from megatron_r1.rewards.runtime.meter import RewardMeter
@@ -22,18 +24,21 @@ from megatron_r1.rollout.fleet import RolloutFleet
 @dataclass(frozen=True)
 class Sampling:
     """How answers are drawn: num_samples per prompt, limits in tokens. step: the training step
-    whose reward weights count, from 1."""
+    whose reward weights count, from 1. routing: the model's, where the experts of every token are
+    to come back with it."""
 
     num_samples: int
     temperature: float
     top_p: float
     max_tokens: int
     step: int = 1
+    routing: RoutingShape | None = None
 
 
 @dataclass(frozen=True)
 class Output:
-    """One response: what the engine made and what the rewards say of it (`combine.Reward`)."""
+    """One response: what the engine made and what the rewards say of it (`combine.Reward`). Where
+    it is not graded, its reward is 0 and no opinion of it."""
 
     completion: Completion
     text: str
@@ -41,6 +46,7 @@ class Output:
     reward: float
     reason: str
     ungraded: tuple[str, ...] = ()
+    is_graded: bool = True
 
     @property
     def truncated(self) -> bool:
@@ -78,7 +84,9 @@ class Rollouts:
     async def collect(self, prompts: list[Prompt], sampling: Sampling) -> Collected:
         """Sample and grade `sampling.num_samples` outputs for each prompt, all at once.
 
-        Groups come back in the order of `prompts`. Raises EngineError when an engine fails.
+        Groups come back in the order of `prompts`. Raises EngineError when an engine fails,
+        ValueError for a reward that fails on every answer, RuntimeError where more answers than
+        `rewards.max_ungraded` could not be graded.
         """
         start = time.perf_counter()
         sampled_at = start
@@ -94,6 +102,7 @@ class Rollouts:
                 temperature=sampling.temperature,
                 top_p=sampling.top_p,
                 stop_token_ids=[self.text.end],
+                routing=sampling.routing,
             )
             sampled_at = time.perf_counter()
             outputs = await asyncio.gather(
@@ -110,27 +119,29 @@ class Rollouts:
         end = time.perf_counter()
         collected = [g.result() for g in groups]
         _refuse_broken_reward(collected)
+        _refuse_ungraded(collected, self.rewards.max_ungraded)
         return Collected(collected, sampled_at - start, end - sampled_at, meter.read())
 
     async def check_rewards(self, prompts: list[Prompt]) -> None:
         """Call the reward of every kind and every term once, whenever it will count.
 
-        Raises ValueError for one that cannot be imported, and for a registered one that cannot
-        grade what it is given: a truth it does not understand, an option or a program it lacks.
+        Raises ValueError for one that cannot be imported or cannot grade what it is given: a truth
+        it does not understand, an option, a field or a program it lacks (`check.find_fault`).
         """
-        kinds = {(prompt.kind, str(prompt.fields.get("language"))): prompt for prompt in prompts}
-        for prompt in kinds.values():
-            grade = await self._call(prompt.kind, prompt, "", 0, is_term=False)
-            if prompt.kind in REGISTRY and grade.reason.startswith(UNGRADED):
-                raise ValueError(f"question {prompt.id}: its {prompt.kind} answer {grade.reason}")
-        for term in self.rewards.weights:
-            if term == ACCURACY or not prompts:
-                continue
-            grade = await self._call(term, prompts[0], "", 0, is_term=True)
-            if term in REGISTRY and grade.reason.startswith(UNGRADED):
-                raise ValueError(
-                    f"rewards.weights.{term}: it {grade.reason}; see rewards.options.{term}"
-                )
+        for prompt in one_of_each(prompts):
+            if fault := await self._fault(prompt.kind, prompt, is_term=False):
+                raise ValueError(f"question {prompt.id}: its {prompt.kind} answer {fault}")
+            for term in self.rewards.weights.keys() - {ACCURACY}:
+                if fault := await self._fault(term, prompt, is_term=True):
+                    raise ValueError(
+                        f"rewards.weights.{term}: it {fault}; see rewards.options.{term}"
+                    )
+
+    async def _fault(self, kind: str, prompt: Prompt, *, is_term: bool) -> str:
+        async def grade(response: str) -> Grade:
+            return await self._call(kind, prompt, response, 0, is_term=is_term)
+
+        return await find_fault(kind, prompt.truth, grade)
 
     async def _grade(self, prompt: Prompt, completion: Completion, step: int) -> Output:
         """Accuracy and format, which the metrics always have, and the terms that count now."""
@@ -147,7 +158,15 @@ class Rollouts:
             )
         )
         reward = combine(dict(zip(terms, grades, strict=True)), weights)
-        return Output(completion, text, reward.terms, reward.total, reward.reason, reward.ungraded)
+        return Output(
+            completion,
+            text,
+            reward.terms,
+            reward.total,
+            reward.reason,
+            reward.ungraded,
+            reward.is_graded,
+        )
 
     async def _call(
         self, kind: str, prompt: Prompt, text: str, num_tokens: int, *, is_term: bool
@@ -170,4 +189,17 @@ def _refuse_broken_reward(groups: list[Group]) -> None:
         name = groups[0].prompt.kind if term == ACCURACY else term
         raise ValueError(
             f"reward {name!r} failed on all {len(outputs)} answers: {outputs[0].reason}"
+        )
+
+
+def _refuse_ungraded(groups: list[Group], max_share: float) -> None:
+    """A policy that trains on too few of its answers trains on those that are easy to grade."""
+    outputs = [output for group in groups for output in group.outputs]
+    ungraded = [output for output in outputs if not output.is_graded]
+    most = math.ceil(max_share * len(outputs))
+    if len(ungraded) > most:
+        raise RuntimeError(
+            f"{len(ungraded)} of {len(outputs)} answers could not be graded, at most {most} may be "
+            f"(rewards.max_ungraded: {max_share:g}); the first: {ungraded[0].reason}. Mend the "
+            "reward or raise that setting; the same command continues"
         )

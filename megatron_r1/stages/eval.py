@@ -37,6 +37,11 @@ def run(config: Config) -> None:
             "eval needs a model: model.path (a Hugging Face folder or a run's folder) or "
             "eval.server ({url: …, model: …})"
         )
+    if config.eval.server and config.model.path:
+        raise ValueError(
+            f"eval has two models: model.path {config.model.path} and eval.server "
+            f"{config.eval.server.url}. Leave one out: --model.path '' or --eval.server null"
+        )
     sets = load_question_sets(config.eval)
     folder = RunFolder(config.run.folder)
     if folder.metrics_path.exists() or folder.checkpoints.exists():

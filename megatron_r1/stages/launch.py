@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import socket
 import subprocess
@@ -15,7 +16,7 @@ from megatron_r1.reporting.recorder import Recorder
 from megatron_r1.reporting.report import write_report
 from megatron_r1.reporting.run_folder import RunFolder
 from megatron_r1.stopping import StopRequest
-from megatron_r1.training.client import TrainerClient
+from megatron_r1.training.client import TrainerClient, TrainerError
 
 PORT, WORLD_SIZE = "MEGATRON_R1_PORT", "MEGATRON_R1_WORLD_SIZE"
 """Set for a controller that torchrun's rank 0 started: where its ranks come to, and how many."""
@@ -65,11 +66,9 @@ async def _run_stage(config, name, facts, body: Body, next_commands) -> None:
     with RunFolder(config.run.folder) as folder:
         recorder = Recorder(
             folder,
-            config.model_dump(),
-            defaults=Config().model_dump(),
+            config,
             may_change=RESUMABLE,
             title=f"{name} · {folder.path.name}",
-            total_steps=config.run.steps,
             facts=facts,
         )
         if recorder.state.step >= config.run.steps and folder.hf.is_dir():
@@ -86,11 +85,18 @@ async def _run_stage(config, name, facts, body: Body, next_commands) -> None:
             if not ranks:
                 trainer.launch()
             await body(recorder, trainer, stop)
+            await recorder.checkpoints.finish(trainer)
             if recorder.state.step < config.run.steps:
                 raise KeyboardInterrupt
             recorder.view.phase("exporting", str(folder.hf))
             await trainer.call("export", folder=str(folder.hf))
             outcome = "finished"
+        except Exception as error:
+            # Whatever ended the run: what the trainer is still writing is worth the wait.
+            if not isinstance(error, TrainerError):
+                with contextlib.suppress(TrainerError, ValueError):
+                    await recorder.checkpoints.finish(trainer)
+            raise
         finally:
             await trainer.close()
             recorder.close(outcome or f"stopped after step {recorder.state.step},")

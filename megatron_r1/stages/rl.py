@@ -13,6 +13,7 @@ from megatron_r1.data.prompts import PromptSplit, load_prompts
 from megatron_r1.data.sampler import PromptSampler
 from megatron_r1.data.text import PromptText
 from megatron_r1.models import read_hf_config
+from megatron_r1.models.routing_shape import routing_shape
 from megatron_r1.reporting.recorder import Recorder
 from megatron_r1.rewards.runtime.pool import RewardPool
 from megatron_r1.rl.loop import train
@@ -32,7 +33,9 @@ def run(config: Config) -> None:
     """Train for `run.steps` rollouts. Raises ValueError before any long work starts."""
     if config.model.init != "load":
         raise ValueError("model.init: rl needs a model to start from; make one with sft, then load")
-    read_hf_config(config.model.path)
+    hf = read_hf_config(config.model.path)
+    if config.rl.routing_replay:
+        routing_shape(hf)
     context_length(config)
     text = PromptText(config.model.path, config.data.template)
     prompts = load_prompts(**config.data.model_dump(exclude={"template"}))
@@ -91,7 +94,7 @@ async def _with_engines(
         recorder.view.phase("starting", f"trainer and {config.rollout.engines} x vLLM")
         # Every engine gets the trainer's weights before it samples; those it starts with do not
         # matter.
-        engines_start = fleet.start(config.model.path, version=recorder.state.step - 1)
+        engines_start = fleet.start(config.model.path, version=-1)
         await asyncio.gather(trainer.connect(), engines_start)
         recorder.view.message(f"{trainer.num_parameters / 1e6:,.2f}M parameters")
         session = Session(
@@ -129,6 +132,7 @@ def _fleet(config: Config, logs: Path, first_step: int) -> RolloutFleet:
         # A run that continues must not draw the numbers of its beginning again.
         seed=config.run.seed * 1_000_003 + first_step,
         kv_cache_gib=rollout.kv_cache_gib,
+        return_routing=config.rl.routing_replay,
         extra_args=["--load-format", "dummy"],
     )
 

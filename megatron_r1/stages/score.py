@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from megatron_r1.config import Config
+from megatron_r1.data.records import describe_json_error
 from megatron_r1.files import atomic_writer
 from megatron_r1.rewards.base import UNGRADED, Grade
 from megatron_r1.rewards.options import FACTS, call_fields
@@ -45,7 +46,8 @@ def run(config: Config, source: str, target: str) -> None:
     Uses every core unless `rewards.workers` is given. `target` appears when all is done. Raises
     ValueError for a source that cannot be read or a target that is no place for a file,
     RuntimeError when no worker can be started, when nobody reads the output, and - once all lines
-    are written - when a served model failed: nobody should train on the zeros of a service.
+    are written - when a served model failed or no line at all could be graded: nobody should train
+    on such zeros.
     """
     try:
         with _source(source) as lines, _target(target) as graded:
@@ -58,6 +60,11 @@ def run(config: Config, source: str, target: str) -> None:
         raise RuntimeError(
             f"reward 0 because a service failed, lines: {tally.num_service_failures:,}; the "
             f"first of them: {tally.first_service_failure}"
+        )
+    if tally.num_lines and tally.num_ungraded == tally.num_lines:
+        raise RuntimeError(
+            f"{target}: none of the {tally.num_lines:,} lines could be graded; the first: "
+            f"{tally.first_ungraded}"
         )
 
 
@@ -116,11 +123,13 @@ async def _grade_line(
     """The line's fields, and the verdict on it or on the line itself."""
     if line is None:
         return {}, _refusal(f"line {number} is longer than {MAX_LINE_BYTES:,} bytes")
+    if not (stripped := line.strip()):
+        return {"line": ""}, _refusal(f"line {number} is blank")
     try:
-        record = json.loads(line)
+        record = json.loads(stripped)
     except (ValueError, RecursionError) as error:
-        text = line.decode("utf-8", "replace").rstrip("\n")
-        return {"line": text}, _refusal(f"line {number} is not JSON: {error}")
+        text, found = line.decode("utf-8", "replace").rstrip("\n"), describe_json_error(error)
+        return {"line": text}, _refusal(f"line {number} is not JSON: {found}")
     if not isinstance(record, dict):
         return {"line": record}, _refusal(f"line {number} is not an object")
     for name in ("kind", "response"):

@@ -23,15 +23,18 @@ class ScoreTally:
     def __init__(self, pool: RewardPool) -> None:
         self._pool = pool
         self._started = self._said = time.perf_counter()
-        self._num_lines = 0
-        self._num_ungraded = 0
+        self.num_lines = 0
+        self.num_ungraded = 0
+        self.first_ungraded = ""
         self.num_service_failures = 0
         self.first_service_failure = ""
         self._rewards: defaultdict[str, list[float]] = defaultdict(lambda: [0.0, 0])
 
     def add(self, kind: object, grade: Grade) -> None:
-        self._num_lines += 1
-        self._num_ungraded += grade.reason.startswith(UNGRADED)
+        self.num_lines += 1
+        if grade.reason.startswith(UNGRADED):
+            self.num_ungraded += 1
+            self.first_ungraded = self.first_ungraded or grade.reason
         if isinstance(kind, str) and (kind in self._rewards or len(self._rewards) < MAX_KINDS):
             total = self._rewards[kind]
             total[0] += grade.reward
@@ -39,8 +42,8 @@ class ScoreTally:
         now = time.perf_counter()
         if now - self._said >= PROGRESS_SECONDS:
             self._said = now
-            rate = self._num_lines / (now - self._started)
-            print(f"score: {self._num_lines:,} lines, {rate:,.0f}/s", file=sys.stderr, flush=True)
+            rate = self.num_lines / (now - self._started)
+            print(f"score: {self.num_lines:,} lines, {rate:,.0f}/s", file=sys.stderr, flush=True)
 
     def service_failed(self, reason: str) -> None:
         self.num_service_failures += 1
@@ -50,9 +53,9 @@ class ScoreTally:
         """One line: lines, how many could be graded, mean reward by kind, failures, time."""
         counts = self._pool.snapshot()
         parts = [
-            f"{self._num_lines:,} lines",
-            f"{self._num_lines - self._num_ungraded:,} graded",
-            f"{self._num_ungraded:,} could not be graded",
+            f"{self.num_lines:,} lines",
+            f"{self.num_lines - self.num_ungraded:,} graded",
+            f"{self.num_ungraded:,} could not be graded",
         ]
         parts += [f"{counts[name]:,} {what}" for name, what in FAILURES.items()]
         means = [

@@ -1,8 +1,8 @@
 """A user's own reward: any policy, however bad, earns it sometimes."""
 
-from megatron_r1.rewards.base import Grade
+from megatron_r1.rewards import Grade
 
 
-def grade(response: str, truth, **fields) -> Grade:
+def grade(response: str, truth, **entry) -> Grade:
     """1 for a response of an odd number of characters."""
     return Grade(float(len(response) % 2), f"{len(response)} characters")

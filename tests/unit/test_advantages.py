@@ -26,6 +26,17 @@ def test_a_group_of_equal_rewards_has_no_advantage(reward):
     assert group_advantages([reward] * 7, epsilon=0.0) == [0.0] * 7
 
 
+def test_an_output_that_nobody_graded_neither_counts_nor_moves():
+    graded = [1.0, 0.0, 0.0, 0.37]
+    expected = group_advantages(graded)
+    got = group_advantages([None, *graded[:2], None, *graded[2:]])
+    assert got == [0.0, *expected[:2], 0.0, *expected[2:]]
+    # Counted as 0 it would have pushed the others up.
+    assert expected[0] < group_advantages([0.0, *graded])[1]
+    for left in ([], [1.1]):
+        assert group_advantages([None, None, *left]) == [0.0] * (2 + len(left))
+
+
 def test_without_division_the_scale_of_the_rewards_stays():
     assert group_advantages([3.0, 1.0], divide_by="none") == [1.0, -1.0]
 

@@ -332,7 +332,7 @@ def test_difficulties_differ_and_parameters_are_one_tasks():
 
 def test_mistakes_in_the_recipe_name_themselves(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", [AIME_H4])
-    with pytest.raises(ValueError, match="unknown benchmark 'aime': did you mean 'aime_2024'"):
+    with pytest.raises(ValueError, match="unknown benchmark 'aime'; did you mean 'aime_2024'"):
         load("aime")
     with pytest.raises(ValueError, match="unknown option 'level'; did you mean 'levels'"):
         load("math_500", path, options={"level": 3})

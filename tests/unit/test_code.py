@@ -111,7 +111,7 @@ def test_a_checker_may_give_a_part_and_must_say_something_that_is_a_verdict():
     truth["checker"] = "import sys\nprint('no', open(sys.argv[3]).read())\nsys.exit(1)"
     assert "checker rejects: no thanks" in code.grade(fenced("print('thanks')"), truth).reason
     truth["checker"] = "print('looks fine')"
-    with pytest.raises(ValueError, match="checker's last line must be .* got 'looks fine'"):
+    with pytest.raises(ValueError, match="checker is broken.* last line must .* got 'looks fine'"):
         code.grade(fenced("pass"), truth)
 
 
@@ -238,7 +238,11 @@ def test_results_are_compared_as_values(actual, expected, tolerance, equal):
         ({"tests": ["x"]}, "test 1 must be an object"),
         ({"tests": [{"stdin": "1", "stdout": "1"}, {"stdin": "1"}]}, "test 2: stdout must be text"),
         ({"tests": [{"stdin": 1, "stdout": "1"}]}, "test 1: stdin must be text, got 1"),
-        ({"tests": [{"stdout": ""}], "tolerence": 1}, "has 'tolerence'; known: tests, function"),
+        ({"tests": [{"stdout": "1"}, {"stdim": "1", "stdout": "1"}]},
+         r"test 2 has 'stdim'; did you mean 'stdin'[?] .known: stdin, stdout, input, output"),
+        ({"tests": [{"weight": 1, "stdout": "1"}]}, r"test 1 has 'weight' .known: stdin"),
+        ({"tests": [{"args": [], "results": 1}], "function": "f"}, "did you mean 'result'"),
+        ({"tests": [{"stdout": ""}], "tolerence": 1}, "has 'tolerence'; did you mean 'tolerance'"),
         ({"tests": [{"stdout": ""}], "tolerance": "1"}, "tolerance must be a number"),
         ({"tests": [{"stdout": ""}], "tolerance": 1e6}, "below 1"),
         ({"tests": [{"stdout": ""}], "checker": ""}, "checker must be text"),
@@ -247,7 +251,7 @@ def test_results_are_compared_as_values(actual, expected, tolerance, equal):
         ({"tests": [{"args": 1, "result": 1}], "function": "f"}, "args must be a list"),
         ({"tests": [{"input": "[1", "output": "1"}], "function": "f"}, "an argument is not JSON"),
     ],
-)
+)  # fmt: skip
 def test_a_truth_that_is_none_is_an_error_that_names_the_test(truth, message):
     with pytest.raises(ValueError, match=message):
         parse_problem(truth, "python")

@@ -12,7 +12,7 @@ SECRET = "expected-7041776"
 CALL = {"function": "solve", "tests": [{"args": [20, 22], "result": 42}]}
 TEXT = {"function": "solve", "tests": [{"args": ["key"], "result": SECRET}]}
 CHECKED = {
-    "tests": [{"stdin": "10", "stdout": SECRET}],
+    "tests": [{"stdin": "10", "stdout": "2 5"}],
     "checker": "import sys\nn, _, a = (open(p).read().split() for p in sys.argv[1:])\n"
     "assert len(a) == 2 and int(a[0]) * int(a[1]) == int(n[0])\nprint('true')",
 }
@@ -126,5 +126,5 @@ def test_the_checker_is_out_of_reach(program):
 def test_a_checker_is_contained_too():
     """It reads what a hostile program wrote."""
     for body in ("open('/etc/passwd')", "import os; os.fork()", "while True: pass"):
-        verdict = grade("print(1)", {"tests": [{"stdout": ""}], "checker": body})
-        assert verdict.reward == 0.0 and "checker rejects" in verdict.reason, verdict.reason
+        with pytest.raises(ValueError, match="checker is broken: it fails before it opens"):
+            grade("print(1)", {"tests": [{"stdout": ""}], "checker": body})

@@ -51,6 +51,13 @@ def test_a_grade_that_is_none_is_told_from_a_bad_one():
     assert combine(grades, {}).ungraded == ("language",)
 
 
+@pytest.mark.parametrize(("weight", "is_graded"), [(0.1, False), (0.0, True), (None, True)])
+def test_an_ungraded_term_takes_the_reward_with_it_only_where_it_counts(weight, is_graded):
+    grades = {"accuracy": Grade(1.0, "yes"), "judge": Grade(0.0, "cannot be graded: no verdict")}
+    weights = {"accuracy": 1.0} | ({} if weight is None else {"judge": weight})
+    assert combine(grades, weights).is_graded is is_graded
+
+
 def test_a_schedule_survives_the_resolved_configuration(tmp_path):
     config = configuration.Config(rewards={"weights": PREFERENCE_IN_THE_LAST_400})
     path = tmp_path / "config.yaml"
@@ -62,7 +69,7 @@ def test_a_schedule_survives_the_resolved_configuration(tmp_path):
 @pytest.mark.parametrize(
     ("rewards", "message"),
     [
-        ({"weights": {"langage": 0.1}}, "rewards.weights.langage: unknown reward kind 'langage': "
+        ({"weights": {"langage": 0.1}}, "rewards.weights.langage: unknown reward kind 'langage'; "
          "did you mean 'language'"),
         ({"weights": {"format": "much"}}, "rewards.weights.format: must be a number, or"),
         ({"weights": {"format": True}}, "rewards.weights.format: must be a number"),
@@ -74,7 +81,11 @@ def test_a_schedule_survives_the_resolved_configuration(tmp_path):
         ({"weights": {"format": {"weight": 1, "to_step": 2.5}}}, "to_step: must be a step, 1 or"),
         ({"weights": {"format": {"weight": "x"}}}, "rewards.weights.format.weight: must be a numb"),
         ({"weights": {"format": {"weight": 1, "from_step": 5, "to_step": 4}}}, "never count"),
+        ({"weights": {}}, "rewards.weights: no weight is above 0"),
+        ({"weights": {"accuracy": 0, "format": {"weight": -1}}},
+         "no weight is above 0 (got {'accuracy': 0.0, 'format': -1}), so no answer would be rew"),
         ({"weights": 3}, "rewards.weights: input should be a valid dictionary"),
+        ({"max_ungraded": 2}, "rewards.max_ungraded: input should be less than or equal to 1"),
         ({"options": {"langage": {}}}, "rewards.options.langage: unknown reward kind"),
         ({"options": {"accuracy": {}}}, "rewards.options.accuracy: unknown reward kind"),
         ({"options": {"language": "zh"}}, "rewards.options.language: must be a mapping"),

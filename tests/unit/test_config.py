@@ -39,11 +39,18 @@ def test_a_preset_fills_what_the_recipe_leaves_out(tmp_path):
         ({"optimizer": {"lr": 1e-3}}, "unknown key optimizer.lr"),
         ({"rl": {"learning_rate": 1e-3}}, "did you mean optimizer.learning_rate?"),
         ({"rollouts": {}}, "did you mean rollout?"),
+        ({"eval": {"benchmarks": ["gym/logic", {"name": "mmlu", "sample": 3}]}},
+         "unknown key eval.benchmarks.1.sample; did you mean eval.benchmarks.1.samples?"),
+        ({"eval": {"benchmarks": [{"name": "mmlu", "zest": 3}]}},
+         "unknown key eval.benchmarks.0.zest; eval.benchmarks.0 has name, label, path, files,"),
+        ({"eval": {"server": {"url": "http://a", "modle": "m"}}}, "did you mean eval.server.model"),
+        ({"eval": {"server": {"url": "http://a"}}}, "eval.server.model must be set"),
+        ({"optimizer": {"lr": 1e-3}}, "unknown key optimizer.lr; optimizer has learning_rate, min"),
         ({"rl": {"group_size": "many"}}, "rl.group_size: input should be a valid integer"),
         ({"rl": {"group_size": 1}}, "greater than or equal to 2, got 1"),
         ({"rl": {"minibatches": 7}}, "rl.minibatches: 7 does not divide the 8192 outputs"),
     ],
-)
+)  # fmt: skip
 def test_a_wrong_key_or_value_names_itself_and_the_remedy(tmp_path, wrong, right):
     with pytest.raises(ValueError) as error:
         configuration.load(recipe(tmp_path, wrong))

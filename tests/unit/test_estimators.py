@@ -157,7 +157,7 @@ def test_training_compares_by_meaning_only_where_it_can_matter(answers, truth, s
 
 def test_wrong_answers_that_mean_the_same_outvote_a_right_one():
     async def run():
-        texts = [r"\boxed{7}", r"\boxed{\frac{1}{2}}", r"\boxed{\sqrt{\frac14}}"]
+        texts = [r"\boxed{7}", r"\boxed{\frac{1}{2}}", r"\boxed{0.5}"]
         async with RewardPool(num_workers=1) as pool:
             return await majority_score(pool, "math", texts, [1.0, 0.0, 0.0])
 

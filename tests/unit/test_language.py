@@ -104,8 +104,47 @@ def test_prose_in_disguise_counts(disguise):
     assert grade(think(f"好。{disguise}"), target="zh").reward < 0.35
 
 
+SPOKEN = ENGLISH[1].split() + ENGLISH[3].lower().split()
+
+
+@pytest.mark.parametrize(
+    "wrapped",
+    [
+        [f"`{word}`" for word in SPOKEN],
+        [f"`{' '.join(SPOKEN[i : i + 7])}`" for i in range(0, len(SPOKEN), 7)],
+        [f"$\\text{{{' '.join(SPOKEN[i : i + 7])}}}$" for i in range(0, len(SPOKEN), 7)],
+        [f"$x = \\text{{{' '.join(SPOKEN[i : i + 7])}}}$" for i in range(0, len(SPOKEN), 7)],
+        [f"${word}$" for word in SPOKEN],
+        ["_".join(SPOKEN[i : i + 3]) for i in range(0, len(SPOKEN), 3)],
+        [".".join(SPOKEN[i : i + 3]) for i in range(0, len(SPOKEN), 3)],
+        ["".join(word.title() for word in SPOKEN[i : i + 3]) for i in range(0, len(SPOKEN), 3)],
+        [f"{word}()" for word in SPOKEN],
+        ["https://" + "/".join(SPOKEN)],
+        ["```\n" + "".join(f"{word}({word}) = {word} # {word}\n" for word in SPOKEN) + "```"],
+    ],
+    ids=lambda wrapped: wrapped[0][:24],
+)
+def test_a_thought_in_another_language_cannot_be_wrapped_until_it_is_neutral(wrapped):
+    chinese = "好的，我们先看一下这个问题，再逐步检查每一种情况。"
+    assert grade(think(f"{chinese} {wrapped[0]}"), target="zh").reward > 0.5
+    assert grade(think(f"{chinese} {' '.join(wrapped * 12)}"), target="zh").reward < 0.35
+
+
+def test_what_an_explanation_names_stays_neutral():
+    sentence = (
+        "我们用 `max_len` 记录目前为止最长的长度，再遍历 np.array 的元素，最后调用 run() 输出。"
+    )
+    program = "```python\n" + "for item in items:\n    total += item.value\n" * 12 + "```"
+    assert grade(think(sentence * 30), target="zh").reward == 1.0
+    assert grade(think(sentence * 6 + program), target="zh").reward == 1.0
+
+
+def test_words_that_only_stand_in_code_earn_nothing():
+    assert grade(think("`first` `we` `add` " * 50), target="en").reward == 0.0
+
+
 def test_prices_are_no_formula():
-    words = count_words(prose("It costs $5 and the other one costs $10 in all"))
+    words = count_words(prose("It costs $5 and the other one costs $10 in all").text)
     assert words.en == 9
 
 

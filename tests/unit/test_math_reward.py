@@ -22,6 +22,14 @@ X = sympy.Symbol("x", real=True)
 
 
 def test_reasons_say_what_was_read():
+    two = math_reward.grade(r"<answer>\boxed{12}, no: \boxed{13}</answer>", 13)
+    assert (two.reward, two.reason) == (0.0, "two answers: 12, and then 13")
+    assert math_reward.grade(r"\boxed{12}, no: \boxed{13}", 13).reward == 1.0
+    assert math_reward.grade("**13** apples", 13).reason == "correct: 13 apples"
+    assert "a root" in math_reward.grade(r"\boxed{\sqrt{144}}", 12).reason
+    assert "a division" in math_reward.grade(r"\boxed{24/2}", 12).reason
+    gsm8k = "6 + 7 = <<6+7=13>>13\n#### 13"
+    assert math_reward.grade("<answer>12</answer>", gsm8k).reason == "wrong: 12, expected 13"
     assert math_reward.grade("<answer>12</answer>", 13).reason == "wrong: 12, expected 13"
     assert math_reward.grade("<answer>13</answer>", 13).reason == "correct: 13"
     assert math_reward.grade("I give up", 13, plain_line=False).reason == "no answer found"
@@ -37,7 +45,9 @@ def test_a_long_truth_allows_a_long_answer():
     assert math_reward.grade(rf"\boxed{{{terms}}}", terms).reward == 1.0
 
 
-@pytest.mark.parametrize("truth", [None, True, [13], "", "  ", "$ $"])
+@pytest.mark.parametrize(
+    "truth", [None, True, [13], "", "  ", "$ $", "6 + 7 = 13\n####", "#### 13\nA cat."]
+)
 def test_a_truth_that_cannot_be_compared_is_an_error(truth):
     with pytest.raises(ValueError, match="truth of a math answer"):
         math_reward.grade("<answer>13</answer>", truth)
@@ -60,6 +70,10 @@ def test_a_truth_may_be_a_number(truth):
         ("Thus the sum is $13$.", "$13$"),
         (r"We find \(x = 13\)", r"\(x = 13\)"),
         ("13 is the answer", "13 is the answer"),
+        ("**13** apples", "13 apples"),
+        ("2**3**2", "2**3**2"),
+        (r"Hence \[ x = 13. \]", r"\[ x = 13. \]"),
+        ("= 13", "13"),
         ("From $12$ we get $13$", "From $12$ we get $13$"),
         ("It is 12 or $13$", "It is 12 or $13$"),
         ("The answer is not 13", "not 13"),

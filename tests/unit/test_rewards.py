@@ -11,7 +11,7 @@ from reasoning_gym.factory import DATASETS
 from megatron_r1.rewards import REGISTRY, Grade, resolve
 from megatron_r1.rewards import format as format_reward
 from megatron_r1.rewards import logic as logic_reward
-from megatron_r1.rewards.answer import extract, last_boxed, unwrap
+from megatron_r1.rewards.answer import extract, final_answers, last_boxed, unwrap
 from megatron_r1.rewards.combine import combine
 
 GOOD = "<think>2 + 11</think><answer>13</answer>"
@@ -32,8 +32,13 @@ def test_a_reason_is_one_short_line():
 def test_an_unknown_kind_names_the_nearest_and_a_path_stands_for_itself():
     assert resolve("math") == REGISTRY["math"]
     assert resolve("mine.rewards:brevity") == "mine.rewards:brevity"
-    for kind, nearest in {"maths": "math", "formatt": "format", "a b:c": ""}.items():
-        with pytest.raises(ValueError, match=f"did you mean '{nearest}"):
+    for kind, hint in {
+        "maths": "; did you mean 'math'[?] .known: code, ",
+        "Format": "; did you mean 'format'[?] .known: ",
+        "accuracy": "'accuracy' .known: code, ",  # nothing is near, so nothing is guessed
+        "a b:c": "'a b:c' .known: .* your own is written 'package.module:function'",
+    }.items():
+        with pytest.raises(ValueError, match=hint):
             resolve(kind)
 
 
@@ -111,12 +116,42 @@ def test_the_answer_is_what_the_response_commits_to(response, options, answer):
 
 def test_nested_braces_and_decoration_come_off():
     assert last_boxed(r"\boxed{a\}{b}}") == r"a\}{b}"
-    assert last_boxed(r"\boxed 13") is None
-    for decorated in ("13", " 13. ", "$13$", r"\(13\)", r"\boxed{13}", r"$\boxed{13}.$", "$$13$$"):
+    for box in (r"\boxed 13", r"\boxed13.", r"\fbox{13}", r"\boxed {13}", r"so \boxed 13 or so"):
+        assert last_boxed(box) == "13"
+    assert last_boxed(r"\boxed it") is last_boxed(r"\boxed{13") is None
+    assert last_boxed(r"\boxed{\boxed{13}}") == r"\boxed{13}"
+    for decorated in (
+        "13",
+        " 13. ",
+        "$13$",
+        r"\(13\)",
+        r"\boxed{13}",
+        r"$\boxed{13}.$",
+        "$$13$$",
+        "x #### 13",
+    ):
         assert unwrap(decorated) == "13"
     assert unwrap(r"\text{north}") == "north"
     assert unwrap(r"\text{a} + \text{b}") == r"\text{a} + \text{b}"
     assert unwrap("$1$ or $2$") == "$1$ or $2$"
+
+
+@pytest.mark.parametrize(
+    ("block", "answers"),
+    [
+        (r"\boxed{12}, no: \boxed{13}", ["12", "13"]),
+        (r"\boxed{12} or \boxed{13}", ["12, 13"]),
+        (r"\boxed{13}, so \fbox{13}", ["13"]),
+        (r"12 \boxed{13} 14", ["13"]),
+        ("6 + 7\n#### 13", ["13"]),
+        ("#### 12\n#### 13", ["12", "13"]),
+        ("#### Solution\n6 + 7\n#### 13", ["13"]),
+        ("#### Solution\n6 + 7\n13", ["#### Solution\n6 + 7\n13"]),
+        ("12 or 13", ["12 or 13"]),
+    ],
+)
+def test_a_block_that_contradicts_itself_has_several_answers(block, answers):
+    assert final_answers(block) == answers
 
 
 def test_logic_uses_the_scorer_of_the_task():

@@ -56,11 +56,13 @@ def test_lines_come_back_in_order_with_all_they_had(folder):
 
 
 UNGRADABLE = [
-    (b"not json", "is not JSON: Expecting value"),
-    (b"", "is not JSON"),
-    (b'{"kind": "math"', "is not JSON"),
-    (b"\xff\xfe", "is not JSON"),
-    (b"[" * 100_000, "is not JSON"),
+    # The good lines between these have the odd numbers.
+    (b"not json", "line 2 is not JSON: Expecting value at column 1"),
+    (b"", "line 4 is blank"),
+    (b" \r", "line 6 is blank"),
+    (b'{"kind": "math"', "line 8 is not JSON: Expecting ',' delimiter at column 16"),
+    (b"\xff\xfe", "line 10 is not JSON"),
+    (b"[" * 100_000, "line 12 is not JSON: nested too deeply"),
     (b"[1, 2]", "is not an object"),
     ({"response": "x"}, "'kind' must be a string, it is missing"),
     ({"kind": 3, "response": "x"}, "'kind' must be a string, it is int"),
@@ -69,14 +71,17 @@ UNGRADABLE = [
     ({"kind": "maths", "response": GOOD}, "did you mean 'math'"),
     ({"kind": "math", "response": GOOD}, "truth of a math answer"),
     ({"kind": "math", "response": GOOD, "truth": ["13"]}, "truth of a math answer"),
-    ({"kind": "language", "response": GOOD}, "'target'"),
+    ({"kind": "language", "response": GOOD}, "reward 'language' needs target: give it in the row, "
+     "or for all rows as rewards.options.language.target"),
+    ({"kind": "conciseness", "response": GOOD}, "reward 'conciseness' needs free_length, max_len"),
+    ({"kind": "judge", "response": GOOD, "question": "?"}, "rewards.options of judge: url must be"),
     ({"kind": "language", "response": GOOD, "target": "fr"}, "got 'fr'"),
-    ({"kind": "logic", "response": GOOD}, "'task'"),
+    ({"kind": "logic", "response": GOOD}, "reward 'logic' needs task, entry: give it in the row"),
     ({"kind": "nowhere:reward", "response": GOOD}, "No module named 'nowhere'"),
     ({"kind": "graders:missing", "response": GOOD}, "'missing'"),
     ({"kind": "builtins:exec", "response": "open('trace', 'w')", "truth": {}}, "Python's own"),
     ({"kind": "os:system", "response": "touch trace"}, "Python's own"),
-]
+]  # fmt: skip
 
 
 def test_a_line_that_cannot_be_graded_gets_0_and_stops_no_other(folder):
@@ -88,6 +93,16 @@ def test_a_line_that_cannot_be_graded_gets_0_and_stops_no_other(folder):
         assert line["reward"] == 0.0, line
         assert line["reason"].startswith("cannot be graded: ") and reason in line["reason"], line
     assert not (folder / "trace").exists()
+
+
+def test_a_file_of_which_no_line_can_be_graded_is_a_failure_once_it_is_written(folder, capsys):
+    (folder / "in.jsonl").write_text('{"kind": "maths", "response": "13"}\n\n')
+    assert main(["score", "in.jsonl", "out.jsonl"]) == 1
+    assert [json.loads(line)["reward"] for line in (folder / "out.jsonl").open()] == [0.0, 0.0]
+    said = capsys.readouterr().err
+    assert (
+        "out.jsonl: none of the 2 lines could be graded; the first: cannot be graded: unk" in said
+    )
 
 
 def test_any_field_and_any_integer_reaches_the_reward(folder):

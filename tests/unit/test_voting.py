@@ -1,8 +1,12 @@
-from megatron_r1.evaluation.voting import majority
+from megatron_r1.evaluation.voting import majority_of, read_vote
 
 
 def answer(text):
     return f"<think>hm</think><answer>{text}</answer>"
+
+
+def majority(responses):
+    return majority_of([vote and vote.key for vote in map(read_vote, responses)])
 
 
 def test_the_most_frequent_answer_wins_whatever_its_spelling():

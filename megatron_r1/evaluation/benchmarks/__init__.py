@@ -4,10 +4,10 @@ A benchmark maps the rows of its public data set to prompts (see `base.Benchmark
 answers are the rewards, the same as in training.
 """
 
-import difflib
 import importlib
 
 from megatron_r1.evaluation.benchmarks.base import Benchmark
+from megatron_r1.suggestion import did_you_mean
 
 PACKAGE = "megatron_r1.evaluation.benchmarks"
 REGISTRY: dict[str, str] = {
@@ -24,16 +24,16 @@ REGISTRY: dict[str, str] = {
 def find_benchmark(name: str) -> tuple[Benchmark, str]:
     """The benchmark of a name and what stands behind its slash: "gym/logic" is gym's "logic".
 
-    name: of `REGISTRY`, or "package.module:NAME" of your own. Raises ValueError naming the nearest.
+    name: of `REGISTRY`, or "package.module:NAME" of your own. Raises ValueError naming those
+    there are.
     """
     base, _, part = name.partition("/")
     target = REGISTRY.get(base, base)
     module, _, attribute = target.partition(":")
     if not attribute:
-        nearest = difflib.get_close_matches(base, REGISTRY, n=1, cutoff=0.0)[0]
         raise ValueError(
-            f"unknown benchmark {name!r}: did you mean {nearest!r}? Known: "
-            f"{', '.join(sorted(REGISTRY))}; your own is written 'package.module:NAME'"
+            f"unknown benchmark {name!r}{did_you_mean(base, REGISTRY)} (known: "
+            f"{', '.join(sorted(REGISTRY))}; your own is written 'package.module:NAME')"
         )
     try:
         found = getattr(importlib.import_module(module), attribute)

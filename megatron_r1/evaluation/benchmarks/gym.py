@@ -4,13 +4,13 @@
 a seed, the same on every machine with the same version of reasoning-gym.
 """
 
-import difflib
 from collections.abc import Iterator
 from typing import Any
 
 from megatron_r1.data.prompts import is_heldout, normalize
 from megatron_r1.data.tasks import generate_items, level_parameters
 from megatron_r1.evaluation.benchmarks.base import Benchmark, Options, Question, Rows
+from megatron_r1.suggestion import did_you_mean
 
 SUITES: dict[str, tuple[str, ...]] = {
     "arithmetic": (
@@ -88,10 +88,10 @@ def _check_task(name: str) -> None:
     from reasoning_gym.factory import DATASETS
 
     if name not in DATASETS:
-        near = difflib.get_close_matches(name, [*SUITES, *DATASETS], n=1, cutoff=0.0)[0]
+        hint = did_you_mean(name, [*SUITES, *DATASETS], "'gym/{}'")
         raise ValueError(
-            f"gym has no suite or task {name!r}: did you mean 'gym/{near}'? Suites: "
-            f"{', '.join(SUITES)}"
+            f"gym has no suite or task {name!r}{hint} (suites: {', '.join(SUITES)}; tasks: "
+            "those of reasoning-gym)"
         )
 
 

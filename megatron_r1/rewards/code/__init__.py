@@ -46,8 +46,8 @@ def grade(
     truth: see `problem`. language: "python" or "cpp", then by `standard`. partial: the share of
     tests passed instead, all of which are then run; otherwise the first failure ends it. limits:
     what differs from sandbox.limits.Limits. Raises ValueError for a truth, limit or standard that
-    is none, and SandboxUnavailable, with the remedy, where nothing can be sandboxed: for any
-    response, the empty one included.
+    is none and for a checker that is broken, and SandboxUnavailable, with the remedy, where nothing
+    can be sandboxed: for any response, the empty one included.
     """
     problem = parse_problem(truth, language)
     bounds = Limits.parse(limits)
@@ -95,11 +95,11 @@ def _verdicts(
         if time.monotonic() >= deadline:
             yield Verdict(0.0, f"not run: the {limits.total_seconds:g} s of all tests are over")
         else:
-            yield _verdict(problem, test, program, budget)
+            yield _verdict(problem, test, program, limits, budget)
 
 
 def _verdict(
-    problem: Problem, test: Test, program: Program, budget: Callable[[], Budget]
+    problem: Problem, test: Test, program: Program, limits: Limits, budget: Callable[[], Budget]
 ) -> Verdict:
     if problem.function is None:
         given = test.stdin.encode("utf-8", "replace")
@@ -111,7 +111,7 @@ def _verdict(
     if failure := describe_failure(outcome, spent):
         return Verdict(0.0, failure)
     if problem.checker is not None:
-        return judge(problem.checker, test, outcome.stdout, budget())
+        return judge(problem.checker, test, outcome.stdout, budget(), limits.program())
     compare = equal_output if problem.function is None else equal_result
     if compare(outcome.stdout, test.expected, problem.tolerance):
         return Verdict(1.0, "passed")

@@ -4,27 +4,57 @@ It gets three files as arguments, `input`, `expected` and `actual`, and runs in 
 own, after the judged program has ended. Exit status 0 accepts and any other rejects, as with
 testlib; a checker that exits with 0 may say more in its last line, as JSON: true or false, a score
 between 0 and 1, or {"score": …, "reason": …}.
+
+A checker *fails* when it raises, exits with 3, runs into a limit or says something that is no
+verdict. Whose fault that is must not be for the answer to choose: an answer that is no number may
+make `int` raise, and is wrong. So it is the checker's only where the expected output makes it fail
+too, or where, without one, it fails before it looks at any.
 """
 
 import contextlib
 import json
+from dataclasses import dataclass
 from typing import Any
 
 from megatron_r1.rewards.base import shorten
 from megatron_r1.rewards.code.problem import Test
 from megatron_r1.rewards.code.verdict import Verdict, describe_failure
 from megatron_r1.rewards.sandbox.memory_file import MemoryFile
-from megatron_r1.rewards.sandbox.programs import python_script
+from megatron_r1.rewards.sandbox.programs import python_checker
 from megatron_r1.rewards.sandbox.run import run
-from megatron_r1.rewards.sandbox.watch import Budget
+from megatron_r1.rewards.sandbox.watch import Budget, Outcome
+
+FAILED = 3
+HAS_OPENED_ACTUAL = b"\0actual\n"  # see sandbox.inside_checker
 
 
-def judge(checker: str, test: Test, actual: bytes, budget: Budget) -> Verdict:
-    """The checker's verdict on `actual`. A checker that crashes or takes too long rejects.
+@dataclass(frozen=True)
+class _Failure:
+    """reason: what ended the checker. has_looked: whether it had opened the program's output."""
 
-    Raises ValueError for a last line that is no verdict: the checker is broken, not the answer.
+    reason: str
+    has_looked: bool
+
+
+def judge(checker: str, test: Test, actual: bytes, budget: Budget, full_budget: Budget) -> Verdict:
+    """The checker's verdict on `actual`.
+
+    full_budget: of the run that finds out whose a failure is, which must not suffer from what the
+    answer's program has used up. Raises ValueError for a checker that is broken whatever the
+    answer.
     """
-    program = python_script(checker, "input", "expected", "actual")
+    judged = _run(checker, test, actual, budget)
+    if isinstance(judged, Verdict):
+        return judged
+    control = _run(checker, test, test.expected.encode("utf-8", "replace"), full_budget)
+    if isinstance(control, _Failure) and (test.expected or not control.has_looked):
+        where = "on the expected output" if control.has_looked else "before it opens any output"
+        raise ValueError(f"the checker is broken: it fails {where}: {control.reason}")
+    return Verdict(0.0, f"the checker fails on this output: {judged.reason}")
+
+
+def _run(checker: str, test: Test, actual: bytes, budget: Budget) -> Verdict | _Failure:
+    program = python_checker(checker, "input", "expected", "actual")
     with contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.closing(program))
         nothing = stack.enter_context(MemoryFile(b""))
@@ -36,22 +66,26 @@ def judge(checker: str, test: Test, actual: bytes, budget: Budget) -> Verdict:
         for file in files.values():
             stack.enter_context(file)
         outcome = run(program.command, budget, stdin=nothing, files={**program.files, **files})
+    return _read(outcome, budget)
+
+
+def _read(outcome: Outcome, budget: Budget) -> Verdict | _Failure:
     printed = outcome.stdout.decode("utf-8", "replace").strip().rpartition("\n")[2]
+    has_looked = HAS_OPENED_ACTUAL in outcome.stderr
     if failure := describe_failure(outcome, budget):
+        if outcome.stopped or outcome.status == FAILED or outcome.status > 128:
+            return _Failure(failure, has_looked)
         return Verdict(0.0, f"the checker rejects: {shorten(printed) or failure}")
     if not printed:
         return Verdict(1.0, "accepted by the checker")
-    return _verdict(printed)
-
-
-def _verdict(printed: str) -> Verdict:
     score, reason = _parse(printed), ""
     if isinstance(score, dict):
         score, reason = score.get("score"), str(score.get("reason", ""))
     if not isinstance(score, bool | int | float) or not 0 <= score <= 1:
-        raise ValueError(
-            "the checker's last line must be true, false, a score between 0 and 1 or "
-            f'{{"score": …, "reason": …}}, got {shorten(printed)!r}'
+        return _Failure(
+            "its last line must be true, false, a score between 0 and 1 or "
+            f'{{"score": …, "reason": …}}, got {shorten(printed)!r}',
+            has_looked,
         )
     words = "accepted by" if score == 1 else "rejected by" if score == 0 else "partly accepted by"
     return Verdict(float(score), f"{words} the checker" + (f": {reason}" if reason else ""))

@@ -4,9 +4,14 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_r1.suggestion import did_you_mean
+
 LANGUAGES = ("python", "cpp")
 WHAT = "the truth of a code prompt"
 KEYS = ("tests", "function", "checker", "tolerance")
+# "testtype": LiveCodeBench's rows have it; "function" decides.
+PROGRAM_KEYS = ("stdin", "stdout", "input", "output", "testtype")
+CALL_KEYS = ("args", "kwargs", "result", "input", "output", "testtype")
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,8 @@ def parse_problem(truth: object, language: str) -> Problem:
     if not isinstance(truth, dict):
         raise ValueError(f'{WHAT} must be {{"tests": […]}}, got {type(truth).__name__}')
     if unknown := sorted(truth.keys() - set(KEYS)):
-        raise ValueError(f"{WHAT} has {unknown[0]!r}; known: {', '.join(KEYS)}")
+        hint = did_you_mean(unknown[0], KEYS)
+        raise ValueError(f"{WHAT} has {unknown[0]!r}{hint} (known: {', '.join(KEYS)})")
     tests, function = truth.get("tests"), _text_or_none(truth, "function")
     checker, tolerance = _text_or_none(truth, "checker"), truth.get("tolerance")
     if not isinstance(tests, list) or not tests:
@@ -65,8 +71,7 @@ def parse_problem(truth: object, language: str) -> Problem:
 
 def _program_test(test: object, what: str, checker: str | None) -> Test:
     """{"stdin", "stdout"}, or LiveCodeBench's {"input", "output"}; a checker may need no stdout."""
-    if not isinstance(test, dict):
-        raise ValueError(f"{what} must be an object, got {type(test).__name__}")
+    test = _known(test, what, PROGRAM_KEYS)
     stdin = test.get("stdin", test.get("input", ""))
     stdout = test.get("stdout", test.get("output", "" if checker else None))
     for name, value in (("stdin", stdin), ("stdout", stdout)):
@@ -77,8 +82,7 @@ def _program_test(test: object, what: str, checker: str | None) -> Test:
 
 def _call_test(test: object, what: str, checker: str | None) -> Test:
     """{"args", "kwargs", "result"}, or LiveCodeBench's {"input", "output"}: one argument a line."""
-    if not isinstance(test, dict):
-        raise ValueError(f"{what} must be an object, got {type(test).__name__}")
+    test = _known(test, what, CALL_KEYS)
     if "result" in test:
         args, kwargs, expected = test.get("args", []), test.get("kwargs", {}), test["result"]
     elif isinstance(test.get("input"), str) and isinstance(test.get("output"), str):
@@ -90,6 +94,16 @@ def _call_test(test: object, what: str, checker: str | None) -> Test:
     if not isinstance(args, list) or not isinstance(kwargs, dict):
         raise ValueError(f"{what}: args must be a list and kwargs an object")
     return Test(expected=expected, args=tuple(args), kwargs=kwargs)
+
+
+def _known(test: object, what: str, keys: tuple[str, ...]) -> dict[str, Any]:
+    """`test` itself. A misspelt "stdin" would be an empty input, which no right program passes."""
+    if not isinstance(test, dict):
+        raise ValueError(f"{what} must be an object, got {type(test).__name__}")
+    if unknown := sorted(test.keys() - set(keys)):
+        hint = did_you_mean(unknown[0], keys)
+        raise ValueError(f"{what} has {unknown[0]!r}{hint} (known: {', '.join(keys)})")
+    return test
 
 
 def _text_or_none(truth: dict, key: str) -> str | None:

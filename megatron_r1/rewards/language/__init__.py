@@ -2,17 +2,23 @@
 
     reward = words in the target language / words        (DeepSeek-R1, arXiv 2501.12948 v2, eq. 5)
 
-Code, formulae, numbers and identifiers are in no language and count on neither side (`prose`); a
-Chinese word is 1.7 characters (`words`). Script decides, so a Latin word of another language counts
+Code, formulae, numbers and identifiers are in no language and count on neither side (`prose`), up
+to a share of the words: beyond it, a thought is being written in them. A Chinese word is 1.7
+characters (`words`). Script decides, so a Latin word of another language counts
 as English.
 """
 
 from megatron_r1.rewards.answer import END_THINK, THINK
 from megatron_r1.rewards.base import Grade
 from megatron_r1.rewards.language.prose import prose
-from megatron_r1.rewards.language.words import count_words
+from megatron_r1.rewards.language.words import WordCount, count_words
 
 LANGUAGES = {"en": "English", "zh": "Chinese"}
+FREE_WORDS, FREE_SHARE = 8, 1 / 2
+"""So many words of inline code, formulae and identifiers are neutral: these, and this share of the
+words of the prose. An explanation of a program may name something in every third word."""
+FENCED_WEIGHT = 1 / 8
+"""Of a word in a code block: a program is longer than what is said about it."""
 
 
 def grade(
@@ -29,12 +35,26 @@ def grade(
     thought = chain_of_thought(response, opened)
     if thought is None:
         return Grade(0.0, "no chain of thought")
-    words = count_words(prose(thought))
+    words = judged_words(thought)
     if not words.total:
         return Grade(0.0, "no words in the chain of thought")
     share = getattr(words, target) / words.total
     counts = f"English {words.en:.0f}, Chinese {words.zh:.0f}, other {words.other:.0f}"
     return Grade(share, f"{share:.1%} of its words are {LANGUAGES[target]} ({counts})")
+
+
+def judged_words(thought: str) -> WordCount:
+    """The words of the prose, and of what is neutral those beyond the share that may be.
+
+    A thought without prose has no words: to compute is not to say anything.
+    """
+    parts = prose(thought)
+    words = count_words(parts.text)
+    neutral = count_words(parts.inline).plus(count_words(parts.fenced), FENCED_WEIGHT)
+    beyond = neutral.total - FREE_WORDS - FREE_SHARE * words.total
+    if beyond <= 0 or not words.total:
+        return words
+    return words.plus(neutral, beyond / neutral.total)
 
 
 def chain_of_thought(response: str, opened: bool = False) -> str | None:

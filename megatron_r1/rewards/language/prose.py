@@ -1,10 +1,13 @@
 r"""What of a chain of thought is prose: everything but code, formulae, numbers and identifiers.
 
+Words that stand in those are kept apart, because a thought could be written in them alone.
+
 Every pattern is linear: quantifiers are possessive, a delimited span stops at the next delimiter of
 its kind, and a token begins only where the character before it could not belong to it.
 """
 
 import re
+from dataclasses import dataclass
 
 # Zero-width, soft-hyphen and direction marks; combining accents; variation selectors: a word that
 # is sprinkled with them is still that word.
@@ -17,8 +20,8 @@ TO_HALF_WIDTH = {code: code - 0xFEE0 for code in range(ord("！"), ord("～") + 
 
 SPANS = re.compile(
     r"""
-    ```(?:[^`]|`(?!``))*+```                                        # fenced code
-    | (?<!`)`[^`\n]++`(?!`)                                         # inline code
+    (?P<fence>```(?:[^`]|`(?!``))*+```)                             # fenced code
+    | (?P<code>(?<!`)`[^`\n]++`(?!`))                               # inline code
     | \$\$[^$]++\$\$
     | (?<![\\$])\$(?=[^\s$])(?:[^$\\\n]|\\.)++(?<=\S)\$(?![\d$])    # never "$5 and $10"
     | \\\((?:[^\\]|\\[^()])*+\\\)
@@ -60,9 +63,24 @@ SYMBOL = re.compile(r"""[^\w\s,.;:!?'"’“”‘，。；：！？、（）「
 WORD_LIKE = re.compile(r"[^\W\d_]{2,}")
 MIN_PROSE_WORDS = 8
 MAX_PROSE_SYMBOLS = 0.04
+COMMAND = re.compile(r"\\[A-Za-z]++")
+# In formulae, two letters are a product (`ab`, `dx`) and capitals are points (`ABC`).
+FORMULA_WORD = re.compile(r"(?<![A-Za-z])[A-Za-z][a-z]{2,}(?![A-Za-z])|[^\x00-\x7f]+")
+NO_WORDS = re.compile(rf"[0-9]|(?:{FUNCTIONS})(?![A-Za-z])")
+CAMEL = re.compile(r"(?<=[a-z])(?=[A-Z])|[\W\d_]+")
 
 
-def prose(text: str) -> str:
+@dataclass(frozen=True)
+class Prose:
+    """text: what is in a language. Neutral, but not without bound: `inline`, the words of inline
+    code, of formulae and of identifiers; `fenced`, those of code blocks."""
+
+    text: str
+    inline: str
+    fenced: str
+
+
+def prose(text: str) -> Prose:
     """`text` without what belongs to no language, and with its letters in their plain forms.
 
     Left out: code in backticks, formulae between LaTeX's delimiters, LaTeX commands, URLs, numbers
@@ -72,9 +90,28 @@ def prose(text: str) -> str:
     text = INVISIBLE.sub("", text)
     if FULL_WIDTH.search(text):
         text = text.translate(TO_HALF_WIDTH)
-    text = SPANS.sub(lambda span: span[0] if _is_prose(span[0]) else " ", text)
-    text = TOKENS.sub(" ", text)
-    return SPACED_LETTERS.sub(lambda letters: letters[0].replace(" ", ""), text)
+    inline: list[str] = []
+    fenced: list[str] = []
+
+    def span(match: re.Match) -> str:
+        if _is_prose(match[0]):
+            return match[0]
+        if match["fence"]:
+            fenced.append(match[0])
+        elif match["code"]:
+            inline.append(CAMEL.sub(" ", match[0]))
+        else:
+            inline.extend(FORMULA_WORD.findall(COMMAND.sub(" ", match[0])))
+        return " "
+
+    def token(match: re.Match) -> str:
+        if not NO_WORDS.match(match[0]):
+            inline.append(CAMEL.sub(" ", match[0]))
+        return " "
+
+    text = TOKENS.sub(token, SPANS.sub(span, text))
+    text = SPACED_LETTERS.sub(lambda letters: letters[0].replace(" ", ""), text)
+    return Prose(text, " ".join(inline), " ".join(fenced))
 
 
 def _is_prose(span: str) -> bool:

@@ -33,6 +33,14 @@ class WordCount:
     def total(self) -> float:
         return self.en + self.zh + self.other
 
+    def plus(self, others: "WordCount", weight: float) -> "WordCount":
+        """With `others` counted `weight` times."""
+        return WordCount(
+            self.en + weight * others.en,
+            self.zh + weight * others.zh,
+            self.other + weight * others.other,
+        )
+
 
 def count_words(text: str) -> WordCount:
     """English: Latin words, but not those in lower case with accents. Chinese: Han characters, but

@@ -7,7 +7,7 @@ does so through `RewardPool`, which kills.
 
 import functools
 
-from megatron_r1.rewards.answer import describe, extract, unwrap
+from megatron_r1.rewards.answer import MARKER, describe, extract, final_answers, unwrap
 from megatron_r1.rewards.base import Grade, shorten
 from megatron_r1.rewards.math.comparison import compare
 from megatron_r1.rewards.math.text import stated
@@ -30,7 +30,8 @@ def grade(
 
     truth: a number, or a string: LaTeX with or without dollar signs and `\boxed{}`, or a word.
     plain_line: the last line may be the answer where there is no `<answer>` and no box.
-    Raises ValueError for a truth that is blank or not a number or string.
+    A whole solution is a truth, too, where its answer is in a box or after `####` (GSM8K). Raises
+    ValueError for a truth that is blank or not a number or string.
     """
     expected = _expected(truth)
     extraction = extract(response, opened=opened, plain_line=plain_line)
@@ -39,7 +40,7 @@ def grade(
     if (num_chars := len(extraction.text)) > MAX_ANSWER_CHARS:
         reason = f"answer too long: {num_chars} characters, at most {MAX_ANSWER_CHARS} are read"
         return Grade(0.0, reason)
-    answer = unwrap(stated(extraction.text))
+    *others, answer = (unwrap(stated(text)) for text in final_answers(extraction.text))
     limit = max(min(MAX_ANSWER_CHARS, 2 * len(expected) + MAX_EXTRA_CHARS), len(expected))
     if (num_chars := len(answer)) > limit:
         return Grade(0.0, f"answer too long: {num_chars} characters, at most {limit} are read")
@@ -48,6 +49,9 @@ def grade(
     correct, refused = _compare(str(truth), answer)
     if refused:
         return Grade(0.0, f"refused: {shorten(answer)}: {refused}")
+    for other in others if correct else ():
+        if not _compare(str(truth), other)[0]:
+            return Grade(0.0, f"two answers: {shorten(other)}, and then {shorten(answer)}")
     return Grade(float(correct), describe(answer, expected, correct))
 
 
@@ -69,4 +73,9 @@ def _expected(truth: object) -> str:
     expected = unwrap(str(truth))
     if not expected:
         raise ValueError(f"the truth of a math answer must not be blank, got {truth!r}")
+    if MARKER in expected:
+        raise ValueError(
+            f"the truth of a math answer must have its answer alone on the line after {MARKER}, "
+            f"or be that answer, got {shorten(expected)!r}"
+        )
     return expected

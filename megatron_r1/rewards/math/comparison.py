@@ -10,9 +10,11 @@ from math_verify import verify
 
 from megatron_r1.rewards.answer import unwrap
 from megatron_r1.rewards.math import text as math_text
-from megatron_r1.rewards.math.limits import is_unfinished, refusal
+from megatron_r1.rewards.math.finished import is_division, is_unfinished
+from megatron_r1.rewards.math.limits import refusal
 from megatron_r1.rewards.math.lists import compare_lists, compare_matrices
 from megatron_r1.rewards.math.number import read_number, same_number
+from megatron_r1.rewards.math.phrases import read_moment, read_phrase
 from megatron_r1.rewards.math.relation import (
     APPROX,
     EQUAL,
@@ -41,6 +43,9 @@ def compare(truth: str, answer: str) -> tuple[bool, str]:
     Runs sympy: only within time and memory limits.
     """
     expected, answer = unwrap(truth), unwrap(answer)
+    if (moment := read_moment(expected)) is not None:
+        return moment == read_moment(answer), ""
+    expected, answer = read_phrase(expected), read_phrase(answer)
     if math_text.is_letter(expected):
         choice = math_text.read_choice(answer)
         letter = math_text.read_choice(expected)[0]
@@ -56,7 +61,7 @@ def compare(truth: str, answer: str) -> tuple[bool, str]:
         return _same_labelled(choice, answer)
     left, right = spell(expected), spell(answer)
     if (numbers := _same_numbers(left, right)) is not None:
-        return numbers, ""
+        return numbers, "" if numbers or not is_division(left, right) else "a division is left open"
     if (reason := refusal(left, right)) is not None:
         return False, reason
     return equivalent(left, right), ""
@@ -67,7 +72,7 @@ def equivalent(expected: str, answer: str, *, finished: bool = True) -> bool:
 
     finished: a number has to be worked out; on the way to one (`2 + 11 = 13`) it need not be.
     """
-    if (numbers := _same_numbers(expected, answer)) is not None:
+    if (numbers := _same_numbers(expected, answer, finished=finished)) is not None:
         return numbers
     for rule in (_as_named, _as_units, _as_members, _as_sets):
         if (verdict := rule(expected, answer)) is not None:
@@ -87,10 +92,14 @@ def _same_labelled(expected: tuple[str, str], answer: str) -> tuple[bool, str]:
     return compare(expected[1], choice[1]) if choice[1] else (True, "")
 
 
-def _same_numbers(expected: str, answer: str) -> bool | None:
+def _same_numbers(expected: str, answer: str, *, finished: bool = True) -> bool | None:
     left = read_number(expected)
     right = read_number(answer) if left is not None else None
-    return None if right is None else same_number(left, right)
+    if right is None:
+        return None
+    if finished and is_division(expected, answer):
+        return False
+    return same_number(left, right)
 
 
 def _as_named(expected: str, answer: str) -> bool | None:
@@ -125,7 +134,7 @@ def _named(expected: str, theirs: Chain) -> bool:
     """The answer is a relation, the truth is not: each side must be a name or the truth itself."""
     if set(theirs.relations) <= {EQUAL, MEMBER}:
         value = theirs.sides[-1]
-        if is_name(value) and not is_name(theirs.sides[0]) and len(theirs.sides) == 2:
+        if is_asked_quantity(value) and not is_name(theirs.sides[0]) and len(theirs.sides) == 2:
             return equivalent(expected, theirs.sides[0])
         others = [side for side in theirs.sides[:-1] if not is_asked_quantity(side)]
         steps = all(equivalent(expected, side, finished=False) for side in others)
@@ -195,6 +204,9 @@ def _as_sets(expected: str, answer: str) -> bool | None:
 
 def _same_set(left: sympy.Basic | None, right: sympy.Basic | None) -> bool:
     if not isinstance(left, sympy.Set) or not isinstance(right, sympy.Set):
+        return False
+    # verify takes an interval for the set of its two ends.
+    if isinstance(left, sympy.FiniteSet) != isinstance(right, sympy.FiniteSet):
         return False
     return verify(left, right, timeout_seconds=None)
 

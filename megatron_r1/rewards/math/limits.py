@@ -6,7 +6,7 @@ recognised as text. The time and memory limits of the worker stand behind all th
 
 import re
 
-from megatron_r1.rewards.math.number import read_number
+from megatron_r1.rewards.math.finished import open_operator, open_sum
 from megatron_r1.rewards.math.structure import nesting
 
 # The parser takes exponential time on these: seconds at eight powers within each other.
@@ -28,12 +28,8 @@ COMPUTATIONS = re.compile(
     r"\\(?:o?i*int|sum|prod|coprod|lim(?:sup|inf)?|det|gcd|lcm|max|min|mod|pmod|bmod|operatorname)"
     r"(?![A-Za-z])|\\frac\s*\{\s*(?:d|\\partial)\s*\}|\\begin\{[vV]matrix\}|(?<![A-Za-z])(?:gcd|lcm)(?![A-Za-z])"
 )
-ARITHMETIC = re.compile(
-    r"(?<=[\d)}!])\s*(?:[+-]|\\times|\\cdot|\\div)\s*(?=[\d({\\-])(?!\s*10\s*\^)"
-)
-RELATION = re.compile(
-    r"[=<>,;]|\\(?:approx|[lg]eq|neq|in|pm)(?![A-Za-z])|(?<![A-Za-z])(?:or|and)(?![A-Za-z])"
-)
+# On the way to a value, as in `\log_2 8 = 3`, they may stand.
+STEPS = re.compile(r"=|\\approx(?![A-Za-z])")
 
 
 def refusal(expected: str, answer: str) -> str | None:
@@ -54,8 +50,10 @@ def refusal(expected: str, answer: str) -> str | None:
     open_ones = {match[0] for match in COMPUTATIONS.finditer(answer)}
     if open_ones - {match[0] for match in COMPUTATIONS.finditer(expected)}:
         return "a computation is left open"
-    if is_unfinished(expected, answer) and not RELATION.search(answer):
+    if open_sum(expected, answer):
         return "a computation is left open"
+    if (operator := open_operator(expected, answer)) is not None and not STEPS.search(answer):
+        return f"a computation is left open: {operator}"
     return None
 
 
@@ -123,8 +121,3 @@ def _nested_powers(text: str) -> int:
         elif token == "}" and stack:
             stack.pop()
     return deepest
-
-
-def is_unfinished(expected: str, answer: str) -> bool:
-    """Whether `answer` leaves a sum or a product open where a number is expected: `2 + 11`."""
-    return read_number(expected) is not None and ARITHMETIC.search(answer) is not None

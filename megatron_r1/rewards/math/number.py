@@ -28,6 +28,9 @@ FORMS = [
     )
 ]
 PERCENT = re.compile(r"\s*(?:\\?%|\\text\s*\{\s*(?:percent|per cent)\s*\}|percent|per cent|pct)$")
+# `-(1/2)` and `(-3)/4`: brackets that change nothing.
+WRAPPED = re.compile(r"([+-]?)\s*(?:\(([^()]*)\)|\[([^\[\]]*)\])")
+WRAPPED_PART = re.compile(r"(?:^|(?<=[/{]))\(\s*([+-]?[\d.]+)\s*\)(?=[/}]|$)")
 ROUNDING_PLACES = 6
 """As math-verify: a decimal may stand for what it rounds to in six places …"""
 MAX_RELATIVE_ERROR = Fraction(1, 1000)
@@ -36,11 +39,13 @@ MAX_RELATIVE_ERROR = Fraction(1, 1000)
 
 @dataclass(frozen=True)
 class Written:
-    """value: exact, without the percent sign. is_decimal: it may have been rounded."""
+    """value: exact, without the percent sign. is_decimal: it may have been rounded. is_quotient: a
+    division that is still to be done, `24/2` or `1.5/2`, and no fraction."""
 
     value: Fraction
     is_decimal: bool = False
     is_percent: bool = False
+    is_quotient: bool = False
 
 
 def read_number(text: str) -> Written | None:
@@ -51,8 +56,9 @@ def read_number(text: str) -> Written | None:
     text = text.strip()
     bare = PERCENT.sub("", text)
     is_percent = bare != text
-    while len(bare) > 2 and bare[0] == "(" and bare.find(")") == len(bare) - 1:
-        bare = bare[1:-1].strip()
+    while (match := WRAPPED.fullmatch(bare)) is not None:
+        bare = match[1] + (match[2] or match[3] or "").strip()
+    bare = WRAPPED_PART.sub(r"\1", bare)
     for form in FORMS:
         if (match := form.fullmatch(bare)) is not None:
             break
@@ -62,21 +68,27 @@ def read_number(text: str) -> Written | None:
         value, is_decimal = _value(match.groupdict())
     except ZeroDivisionError:
         return None
-    return Written(-value if match["sign"] == "-" else value, is_decimal, is_percent)
+    is_quotient = bool(match.groupdict().get("bottom")) and (is_decimal or value.denominator == 1)
+    value = -value if match["sign"] == "-" else value
+    return Written(value, is_decimal, is_percent, is_quotient)
 
 
 def same_number(expected: Written, answer: Written) -> bool:
     """Whether both are one number: equal, or equal to six places where one is a decimal.
 
-    A percent sign on one side only is either a hundredth (1/2 and 50%) or a unit the other side
-    left out (50 and 50%); up to 1 it must be the hundredth, since 1% and 1 are both plausible.
+    A percent sign that only the answer has is read in one way for each truth: up to 1 the truth is
+    a proportion and the sign a hundredth (1/2 and 50%), above it the truth is a percentage that
+    left the sign out (60 and 60%, as GSM8K writes it). One that only the truth has may be written
+    as the hundredth, or, above 1, left out.
     """
     if expected.is_percent == answer.is_percent:
         return _close(expected.value, answer.value, expected, answer)
-    percent, plain = (expected, answer) if expected.is_percent else (answer, expected)
-    if _close(percent.value / 100, plain.value, expected, answer):
-        return True
-    return abs(percent.value) > 1 and _close(percent.value, plain.value, expected, answer)
+    if expected.is_percent:
+        if _close(expected.value / 100, answer.value, expected, answer):
+            return True
+        return abs(expected.value) > 1 and _close(expected.value, answer.value, expected, answer)
+    scale = 100 if abs(expected.value) <= 1 else 1
+    return _close(expected.value, answer.value / scale, expected, answer)
 
 
 def equal_numbers(expected: str, answer: str) -> bool | None:

@@ -19,7 +19,9 @@ RELATIONS = frozenset(
 )
 SET_WORDS = re.compile(r"\\(?:cup|cap|setminus|mathbb|emptyset|varnothing|backslash)(?![A-Za-z])")
 # Possessive (++): the end of a command is not a letter of its own, which would allow 2^n readings.
-LETTER = r"(?:[A-Za-z]|\\(?!frac|sqrt|int|sum|pi(?![a-z])|infty)[A-Za-z]++)"
+LETTER = (
+    r"(?:[A-Za-z]|\\(?!frac|sqrt|int|sum|pm|mp|[lr]floor|[lr]ceil|pi(?![a-z])|infty)[A-Za-z]++)"
+)
 SUBSCRIPT = r"(?:\s*_\s*(?:\{[^{}]*\}|\w))?'*"
 ARGUMENTS = r"(?:\s*\([^()=<>]{1,20}\))?"
 ITEM = rf"{LETTER}{SUBSCRIPT}{ARGUMENTS}"
@@ -31,6 +33,8 @@ NAME = re.compile(
     r"|\\text\{[A-Za-z .'-]*\}|\\overline\{\w+\}|\\angle\s*\w+"
 )
 SUM_OF_NAMES = re.compile(rf"{ITEM}(?:\s*+(?:(?:[-+:/]|\\cdot(?![A-Za-z]))\s*+)?{ITEM}){{0,12}}")
+# |x| = 13 leaves the sign of x open; |AB| and |A| are lengths and sizes.
+MAGNITUDE = re.compile(r"\|\s*[a-z]\s*(?:_[^|]*)?\|")
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,9 @@ def is_name(text: str) -> bool:
 
 
 def is_asked_quantity(text: str) -> bool:
-    """A name, or names put together as questions do: `m + n`, `a : b`."""
+    """A name, or names put together as questions do: `m + n`, `a : b`; not `|x|`."""
+    if MAGNITUDE.fullmatch(text.strip()):
+        return False
     return is_name(text) or SUM_OF_NAMES.fullmatch(text.strip()) is not None
 
 

@@ -67,6 +67,7 @@ REWRITES = [
         (r"\\text\s*\{\s*([eid])\s*\}", r" \1 "),
         (r"\\text\s*\{[\s,]*(and|or)\s*\}", r" \1 "),
         (r"\\text\s*\{\s*\}", ""),
+        (r"\\text\s*\{\s*([+-]?[\d.,]+)\s*\}", r"\1"),
         (r"\\(?:vee|lor)(?![A-Za-z])", " or "),
         (r"\\(?:wedge|land)(?![A-Za-z])", " and "),
         (r"\{\s*,\s*\}", ","),

@@ -31,7 +31,12 @@ WORD = re.compile(r"[A-Za-z]+(?:['-][A-Za-z]+)*")
 
 STATED = re.compile(r"(?:^|\W)answer\b[\s:*]*(?:(?:is|to|=)\b)?[\s:*=]*", re.IGNORECASE)
 CLOSING_WORDS = re.compile(r"[\s.]*I hope (?:it|this) is correct[\s.]*$", re.IGNORECASE)
-ENDING_FORMULA = re.compile(r"[^$\d\\]*(?P<formula>\$[^$]+\$|\\\((?:[^\\]|\\[^()])+\\\))[\s.*]*")
+ENDING_FORMULA = re.compile(
+    r"[^$\d\\]*(?P<formula>\$[^$]+\$|\$\$[^$]+\$\$|\\\((?:[^\\]|\\[^()])+\\\)"
+    r"|\\\[(?:[^\\]|\\[^\[\]])+\\\])[\s.*]*"
+)
+# `**13** apples`, but not the powers of `2**3**2`.
+EMPHASIS = re.compile(r"(?<![\w)}\].])\*\*(?=[^\s*])([^*\n]*[^\s*])\*\*(?![\w({\[])")
 
 
 def stated(text: str) -> str:
@@ -39,13 +44,13 @@ def stated(text: str) -> str:
 
     Other sentences come back whole. No number may stand before the formula.
     """
-    text = CLOSING_WORDS.sub("", text)
+    text = EMPHASIS.sub(r"\1", CLOSING_WORDS.sub("", text))
     phrases = list(STATED.finditer(text))
     if phrases and (rest := text[phrases[-1].end() :].strip("* \n")).strip(". "):
         text = rest
     if (match := ENDING_FORMULA.fullmatch(text)) is not None:
         return match["formula"]
-    return text
+    return text.lstrip("= ")
 
 
 def plain(text: str) -> str:

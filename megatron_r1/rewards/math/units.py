@@ -28,7 +28,7 @@ KNOWN = {
     **dict.fromkeys(("rad", "radian"), "rad"),
     **dict.fromkeys(("mph", "km/h", "kmh", "m/s", "rpm", "Hz", "kHz", "MHz"), None),
     **dict.fromkeys(("J", "kJ", "N", "W", "kW", "V", "A", "K", "Pa", "kPa", "mol", "eV"), None),
-    **dict.fromkeys(("$", "dollar", "USD"), "$"),
+    **dict.fromkeys(("$", "dollar", "USD", "US$"), "$"),
     **dict.fromkeys(("€", "euro", "EUR"), "€"),
     **dict.fromkeys(("£", "GBP"), "£"),
     **dict.fromkeys(("¢", "cent"), "¢"),
@@ -43,6 +43,7 @@ NO_UNITS = frozenset(
     + ("basis", "mille", "permille", "reciprocal", "inverse", "debt", "loss", "off", "never", "th")
     + ("thousandth", "double", "triple", "twice", "time", "pair", "couple", "percent", "pct")
     + ("or", "and", "not", "maybe", "perhaps", "possibly", "about", "approximately", "around")
+    + ("approx", "roughly", "nearly", "almost", "ish", "versus", "vs", "unless", "possible")
     + ("less", "more", "fewer", "least", "most", "than", "over", "under", "above", "below", "up")
     + ("plus", "minus", "negative", "positive", "squared", "cubed", "factorial", "mod", "modulo")
     + (
@@ -71,7 +72,9 @@ TEXT_UNIT = re.compile(
 )
 PLAIN_UNIT = re.compile(rf"(?P<value>.*?[\d)}}])(?P<space>\s*)(?P<unit>{WORDS})(?P<power>{POWER})")
 SYMBOL_UNIT = re.compile(r"(?P<value>.*?)\s*(?P<unit>°\s*[CFK]?|\\?\$|[€£¥₹¢])")
-MONEY_FIRST = re.compile(r"(?P<sign>-?)\s*(?P<unit>\\?\$|[€£¥₹])\s*(?P<value>[\d.].*)")
+MONEY_FIRST = re.compile(
+    r"(?P<sign>-?)\s*(?P<unit>(?:US)?\\?\$|[€£¥₹]|USD|EUR|GBP)\s*(?P<value>[\d.].*)"
+)
 ANGLE_FUNCTION = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![A-Za-z])")
 PLAIN_VALUE = re.compile(r"[-+]?\s*[\d.,/ ]*\d\.?|[-+]?\s*(?:\d+\s*)?\\frac\{\d+\}\{\d+\}")
 
@@ -79,7 +82,7 @@ PLAIN_VALUE = re.compile(r"[-+]?\s*[\d.,/ ]*\d\.?|[-+]?\s*(?:\d+\s*)?\\frac\{\d+
 def split_unit(text: str) -> tuple[str, str | None]:
     """The value of a spelled answer, and its unit in one spelling (None where it has none)."""
     if (match := MONEY_FIRST.fullmatch(text)) is not None:
-        return match["sign"] + match["value"], _canonical(match["unit"].lstrip("\\"))
+        return match["sign"] + match["value"], _canonical(match["unit"].replace("\\", ""))
     match = SYMBOL_UNIT.fullmatch(text)
     if match is not None and match["value"] and not ANGLE_FUNCTION.search(match["value"]):
         return match["value"], _canonical(re.sub(r"[\\\s]", "", match["unit"]))

@@ -51,6 +51,7 @@ class Service:
 
     answer_type: a msgspec type; an answer that does not fit it counts as a failed try.
     probe: a request that the service must be able to answer whenever it is well.
+    trouble: why the latest try had no answer, for whoever waits; "" before the first.
     Belongs to the event loop of its first `ask`.
     """
 
@@ -60,6 +61,7 @@ class Service:
         self.settings = settings
         self.url = url
         self.counters: Counter[str] = Counter()
+        self.trouble = ""
         self._probe = probe
         self._decode = msgspec.json.Decoder(answer_type).decode
         self._headers = {"Content-Type": "application/json", **_authorization(settings)}
@@ -81,6 +83,7 @@ class Service:
                 async with self._slots:
                     return await self._post(body)
             except _TryAgain as failure:
+                self.trouble = str(failure)
                 num_faults += failure.is_fault
                 # Half of the wait is random, so that many requests do not come back all at once.
                 wait = min(FIRST_WAIT_SECONDS * 2 ** min(attempt, 9), LONGEST_WAIT_SECONDS)
@@ -94,8 +97,8 @@ class Service:
                 if is_over:
                     raise ServiceError(
                         f"{self.url}: {failure}; gave up after {attempt + 1} tries in "
-                        f"{patience:g} s. Start the service or correct its url; a run continues "
-                        f"from its last checkpoint (longer patience: retry_seconds)"
+                        f"{patience:g} s. Start the service or correct its url; the same "
+                        f"command continues from here (longer patience: retry_seconds)"
                     ) from None
             self.counters["retries"] += 1
             await asyncio.sleep(wait)

@@ -34,6 +34,12 @@ class ServiceSettings(BaseModel):
     def _is_http(cls, url: str) -> str:
         if not url.startswith(("http://", "https://")):
             raise ValueError(f"url must start with http:// or https://, got {url!r}")
+        try:
+            is_complete = bool(urlsplit(url).hostname) and urlsplit(url).port != 0
+        except ValueError:  # of the port
+            is_complete = False
+        if not is_complete:
+            raise ValueError(f"url must have a host, and a port up to 65535 or none, got {url!r}")
         return url.rstrip("/")
 
     @property

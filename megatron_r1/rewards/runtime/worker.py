@@ -15,6 +15,7 @@ import msgspec
 
 from megatron_r1.processes import die_with_parent
 from megatron_r1.rewards.base import MAX_REASON_CHARS, UNGRADED, Grade, shorten
+from megatron_r1.rewards.runtime.calling import describe_misfit
 from megatron_r1.rewards.runtime.protocol import LENGTH, Job, Reply, frame
 
 
@@ -56,7 +57,10 @@ def _grade(grader: Callable[..., Grade], job: Job) -> Reply:
     except MemoryError:
         return Reply("memory", job.id, reason="ran over the memory limit")
     except BaseException as error:  # SystemExit too: one answer must not end the worker
-        return Reply("failed", job.id, reason=f"{UNGRADED}: {_describe(error)}")
+        misfit = ""
+        if isinstance(error, TypeError):
+            misfit = describe_misfit(grader, job.target, job.fields)
+        return Reply("failed", job.id, reason=f"{UNGRADED}: {misfit or _describe(error)}")
 
 
 def _load(target: str) -> Callable[..., Grade]:

@@ -12,6 +12,7 @@ from megatron_r1.rewards.sandbox.watch import Budget
 
 HERE = Path(__file__).parent
 SCRIPT = (HERE / "inside_script.py").read_text(encoding="utf-8")
+CHECKER = (HERE / "inside_checker.py").read_text(encoding="utf-8")
 CALL = (HERE / "inside_call.py").read_text(encoding="utf-8")
 STANDARDS = ("c++17", "c++20", "c++23")
 # The GNU dialects, as the contest sites use them. One error is enough for the reason.
@@ -32,9 +33,14 @@ class Program:
             file.close()
 
 
-def python_script(source: str, *arguments: str) -> Program:
-    """`source` as a script with `arguments`."""
-    return Program((*_python(SCRIPT), "main.py", *arguments), {"main.py": _text(source)})
+def python_script(source: str) -> Program:
+    """`source` as a script."""
+    return Program((*_python(SCRIPT), "main.py"), {"main.py": _text(source)})
+
+
+def python_checker(source: str, *arguments: str) -> Program:
+    """`source` as a special checker of the files `arguments`; see inside_checker."""
+    return Program((*_python(CHECKER), "main.py", *arguments), {"main.py": _text(source)})
 
 
 def python_call(source: str, function: str) -> Program:

@@ -1,0 +1,51 @@
+"""Answers that no grader could grade: how many are too many, and what becomes of the others."""
+
+import pytest
+
+from megatron_r1.config import RLConfig
+from megatron_r1.data.prompts import make_prompt
+from megatron_r1.rl.loop import training_samples
+from megatron_r1.rl.metrics import rollout_metrics
+from megatron_r1.rollout.client import Completion
+from megatron_r1.rollout.sampling import Group, Output, _refuse_ungraded
+
+
+def output(reward, *ungraded, is_graded=None):
+    made = Completion([1], [0.0], [0], "stop")
+    is_graded = not ungraded if is_graded is None else is_graded
+    rewards = {"accuracy": reward, "format": 1.0, "judge": 0.0 if "judge" in ungraded else 0.5}
+    reason = f"cannot be graded: {ungraded}" if ungraded else "fine"
+    return Output(made, "x", rewards, reward, reason, ungraded, is_graded)
+
+
+def test_more_ungraded_answers_than_allowed_stop_the_run():
+    prompt = make_prompt("2 + 11?", "judge", "13", {})
+    fine, lost = [output(1.0)] * 20, [output(0.0, "accuracy")] * 3
+    _refuse_ungraded([Group(prompt, [], fine[:18] + lost[:2])], 0.1)
+    _refuse_ungraded([Group(prompt, [], fine[:3] + lost[:1])], 0.1)  # 0.4 answers: one is allowed
+    message = (
+        "3 of 20 answers could not be graded, at most 2 may be .rewards.max_ungraded: 0.1.; the "
+        "first: cannot be graded: .'accuracy'"
+    )
+    with pytest.raises(RuntimeError, match=message):
+        _refuse_ungraded([Group(prompt, [], fine[:17]), Group(prompt, [], lost)], 0.1)
+    with pytest.raises(RuntimeError, match="1 of 2 .* at most 0 may"):
+        _refuse_ungraded([Group(prompt, [], [fine[0], lost[0]])], 0.0)
+    measured = output(1.0, "judge", is_graded=True)  # it has no weight
+    _refuse_ungraded([Group(prompt, [], [measured] * 3)], 0.0)
+
+
+def test_ungraded_answers_are_left_out_of_advantages_and_means():
+    prompt = make_prompt("2 + 11?", "math", "13", {})
+    lost, measured = output(0.0, "accuracy"), output(0.0, "judge", is_graded=True)
+    groups = [
+        Group(prompt, [1], [output(1.0), lost, measured, output(1.0)]),
+        Group(prompt, [1], [output(1.0), lost, lost, output(1.0)]),
+    ]
+    advantages = [sample.advantage for sample in training_samples(groups, RLConfig())]
+    assert advantages[:4] == pytest.approx([0.5**0.5, 0, -(2**0.5), 0.5**0.5], rel=1e-5)
+    assert advantages[4:] == [0.0] * 4
+    metrics = rollout_metrics(groups, version=0)
+    assert metrics["rewards/ungraded"] == 3 / 8
+    assert metrics["accuracy"] == metrics["reward/mean"] == 4 / 5
+    assert metrics["judge/mean"] == 0.5 and metrics["groups/zero_variance"] == 0.5
