@@ -6,6 +6,7 @@ from setuptools import find_packages, setup
 
 # Ranges say what the code is written against; requirements/*.lock say what is tested.
 TRAINER = [
+    "blake3",
     "torch>=2.11",
     "megatron-core>=0.16.1,<0.17",
     "transformers>=5.5",

@@ -221,6 +221,47 @@ def _splits_as_numpy() -> None:
     moe_utils.maybe_move_tensor_to_cpu = token_dispatcher.maybe_move_tensor_to_cpu = to_numpy
 
 
+def _uneven_gathers() -> None:
+    import torch.distributed as dist
+    from megatron.core.tensor_parallel import mappings
+
+    gather, scatter = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
+
+    def padded(parts: list[torch.Tensor], length: int) -> torch.Tensor:
+        whole = parts[0].new_zeros(len(parts), length, *parts[0].shape[1:])
+        for row, part in zip(whole, parts, strict=True):
+            row[: len(part)] = part
+        return whole.flatten(0, 1)
+
+    def gather_uneven(input_, group, output_split_sizes=None, use_global_buffer=False):
+        if output_split_sizes is None or group.size() == 1:
+            return gather(input_, group, output_split_sizes, use_global_buffer)
+        sizes = [int(size) for size in output_split_sizes]
+        rows = gather(padded([input_], max(sizes)), group).unflatten(0, (len(sizes), -1))
+        return torch.cat([row[:size] for row, size in zip(rows, sizes, strict=True)])
+
+    def scatter_uneven(input_, group, input_split_sizes=None, use_global_buffer=False):
+        if input_split_sizes is None or group.size() == 1:
+            return scatter(input_, group, input_split_sizes, use_global_buffer)
+        sizes = [int(size) for size in input_split_sizes]
+        parts = padded(list(input_.split(sizes)), max(sizes))
+        return scatter(parts, group)[: sizes[dist.get_rank(group)]].contiguous()
+
+    mappings._gather_along_first_dim = gather_uneven
+    mappings._reduce_scatter_along_first_dim = scatter_uneven
+
+
+def _recompute_without_fp8() -> None:
+    from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
+
+    init = CheckpointWithoutOutput.__init__
+
+    def without_fp8(self, fp8=None):
+        init(self, fp8 or None)
+
+    CheckpointWithoutOutput.__init__ = without_fp8
+
+
 def _adam_step_on_load() -> None:
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
@@ -230,6 +271,9 @@ def _adam_step_on_load() -> None:
         # The step count was restored before, apart from the tensors: hand it back unchanged.
         group, order = self.model_param_group_index_map[model_param]
         state = self.optimizer.state[self.optimizer.param_groups[group]["params"][order]]
+        # Megatron gives all parameters one tensor (distrib_optimizer.py:825), which AdamW would
+        # then count up once per parameter.
+        state["step"] = state["step"].clone()
         set_state(self, model_param, {"step": state["step"], **tensors})
 
     DistributedOptimizer._set_main_param_and_optimizer_states = with_step
@@ -292,6 +336,18 @@ PATCHES = (
         "transformer/moe/moe_utils.py:1093",
         "tensor.is_cuda",
         _splits_as_numpy,
+    ),
+    Patch(
+        "gathers of uneven length, as experts split over tensor ranks need, which gloo lacks",
+        "tensor_parallel/mappings.py:150",
+        "torch.distributed.all_gather(output_tensor_list, input_, group=group)",
+        _uneven_gathers,
+    ),
+    Patch(
+        "recomputing a norm takes fp8=False for FP8 and asks Transformer Engine",
+        "tensor_parallel/random.py:636",
+        "self.fp8 = fp8 is not None",
+        _recompute_without_fp8,
     ),
     Patch(
         "loading torch's AdamW, whose state has a step that Megatron saves elsewhere",

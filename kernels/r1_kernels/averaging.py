@@ -5,7 +5,9 @@ from __future__ import annotations
 from types import ModuleType
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from r1_kernels.arguments import check_cu_seqlens
 
@@ -14,16 +16,29 @@ RATIO_LEVELS = ("token", "sequence")
 
 
 class Sequences:
-    """S sequences laid end to end in T tokens; sums over them, and values spread back over them."""
+    """S sequences laid end to end in T tokens; sums over them, and values spread back over them.
 
-    def __init__(self, cu_seqlens: Tensor, tokens: int, primitives: ModuleType):
+    With a group, each of its ranks holds some tokens of every sequence; sums are the whole
+    sequences', on every rank."""
+
+    def __init__(
+        self,
+        cu_seqlens: Tensor,
+        tokens: int,
+        primitives: ModuleType,
+        group: ProcessGroup | None = None,
+    ):
         """cu_seqlens: (S + 1,) integers from 0 to T. Raises ValueError for anything else."""
         check_cu_seqlens(cu_seqlens, tokens)
         self.cu_seqlens, self.tokens, self.primitives = cu_seqlens, tokens, primitives
+        self.group = group
 
     def sums(self, values: Tensor) -> Tensor:
         """(T,) → (S,)."""
-        return self.primitives.segment_sums(values, self.cu_seqlens)
+        sums = self.primitives.segment_sums(values, self.cu_seqlens)
+        if self.group is not None:
+            dist.all_reduce(sums, group=self.group)
+        return sums
 
     def spread(self, values: Tensor) -> Tensor:
         """(S,) → (T,): each token its sequence's value."""
@@ -38,7 +53,12 @@ class Sequences:
 
 
 def find_sequences(
-    cu_seqlens: Tensor | None, tokens: int, average: str, ratio_level: str, primitives: ModuleType
+    cu_seqlens: Tensor | None,
+    tokens: int,
+    average: str,
+    ratio_level: str,
+    primitives: ModuleType,
+    group: ProcessGroup | None = None,
 ) -> Sequences | None:
     """The batch's sequences, if `average` or `ratio_level` needs them. Raises ValueError for names
     that do not exist and for borders that are missing or wrong."""
@@ -51,7 +71,21 @@ def find_sequences(
     if cu_seqlens is None:
         what = "average" if average == "sequence" else "ratio_level"
         raise ValueError(f'{what}="sequence" needs cu_seqlens, the borders of the sequences')
-    return Sequences(cu_seqlens, tokens, primitives)
+    return Sequences(cu_seqlens, tokens, primitives, group)
+
+
+def sequence_group_of(
+    group: ProcessGroup | None, denominator: float | Tensor | None
+) -> ProcessGroup | None:
+    """`group`, or None where it is one rank. Raises ValueError for a group without a denominator:
+    a rank cannot count the other ranks' tokens."""
+    if group is None or dist.get_world_size(group) == 1:
+        return None
+    if denominator is None:
+        raise ValueError(
+            "sequence_group needs a denominator: give the number over all ranks, or 1 for the sum"
+        )
+    return group
 
 
 def token_weights(

@@ -29,7 +29,7 @@ from r1_kernels.arguments import (
     check_tensors,
     check_tokens,
 )
-from r1_kernels.averaging import find_sequences, token_weights
+from r1_kernels.averaging import find_sequences, sequence_group_of, token_weights
 from r1_kernels.gemm import wide
 from r1_kernels.linear_head import HeadGradients, LinearHead, Rows
 from r1_kernels.linear_token_logprobs import head_logprobs, make_head
@@ -78,6 +78,7 @@ def linear_policy_loss(
     average: str = "token",
     denominator: float | Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    sequence_group: ProcessGroup | None = None,
     chunk_tokens: int | None = None,
     reduce_hidden_grad: bool = True,
     backend: str | None = None,
@@ -108,7 +109,14 @@ def linear_policy_loss(
         hidden=hidden, weight=weight, targets=targets, **tensors, mask=mask, cu_seqlens=cu_seqlens
     )
     check_floats(**tensors)
-    sequences = find_sequences(cu_seqlens, len(hidden), average, ratio_level, head.primitives)
+    sequences = find_sequences(
+        cu_seqlens,
+        len(hidden),
+        average,
+        ratio_level,
+        head.primitives,
+        sequence_group_of(sequence_group, denominator),
+    )
     weights = token_weights(mask, average, denominator, sequences, wide(hidden.dtype))
     rows = _seen_rows(weights)
     check_targets(targets, len(hidden), head.shard.size, None if isinstance(rows, int) else rows)
@@ -128,6 +136,7 @@ def linear_policy_loss(
             average=average,
             denominator=denominator,
             cu_seqlens=cu_seqlens,
+            sequence_group=sequence_group,
             backend=backend,
         )
         return LinearPolicyLoss(terms.loss, logprobs.detach(), entropy.detach(), *terms[1:])

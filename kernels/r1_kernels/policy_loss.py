@@ -12,9 +12,15 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from r1_kernels.arguments import check_floats, check_same_device, check_tensors, check_tokens
-from r1_kernels.averaging import Sequences, find_sequences, token_weights
+from r1_kernels.averaging import (
+    Sequences,
+    find_sequences,
+    sequence_group_of,
+    token_weights,
+)
 from r1_kernels.backends import choose
 from r1_kernels.gemm import wide
 from r1_kernels.policy_terms import PolicySettings, PolicyTerms, TokenTensors
@@ -53,6 +59,7 @@ def policy_loss(
     average: str = "token",
     denominator: float | Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    sequence_group: ProcessGroup | None = None,
     backend: str | None = None,
 ) -> PolicyLoss:
     """The loss of (T,) tokens of packed outputs; differentiable in logprobs and entropy.
@@ -62,7 +69,9 @@ def policy_loss(
     rollout_logprobs: (T,), the engine's, or None for no correction; mask: (T,) bool, integers or
     float weights ≥ 0, where 0 hides a token whatever it holds; entropy: (T,), for a bonus of
     entropy_coef · entropy; cu_seqlens: (S + 1,) borders of the outputs, for ratio_level or average
-    "sequence". average and denominator: see `averaging.token_weights`; denominator=1 gives the sum.
+    "sequence"; sequence_group: ranks that each hold some tokens of every output, as context
+    parallelism spreads them (cu_seqlens: the borders in this rank's T; the losses of the ranks add
+    up). average and denominator: see `averaging.token_weights`; denominator=1 gives the sum.
     clip_low, clip_high: ε on either side; 10, DeepSeek-R1's, hardly clips, where PPO's is 0.2.
     Formulae and the other settings: `policy_terms`.
     Raises ValueError for shapes, dtypes, devices and settings that do not fit, by name.
@@ -87,7 +96,8 @@ def policy_loss(
     settings = PolicySettings(clip_low, clip_high, dual_clip, kl_beta, kl_estimator, importance_cap)
     settings.check(ref_logprobs)
     primitives = choose(logprobs, backend)
-    sequences = find_sequences(cu_seqlens, len(logprobs), average, ratio_level, primitives)
+    group = sequence_group_of(sequence_group, denominator)
+    sequences = find_sequences(cu_seqlens, len(logprobs), average, ratio_level, primitives, group)
     tokens = TokenTensors(
         logprobs.detach(),
         old_logprobs.detach(),

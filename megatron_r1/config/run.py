@@ -24,6 +24,11 @@ class ModelConfig(Section):
     path: str = Field(
         "", description="Hugging Face folder: config.json, tokenizer, weights; required"
     )
+    checkpoint: str | None = Field(
+        None,
+        description="Megatron checkpoint (of tools/convert or a run) to take the weights from, "
+        "instead of path's",
+    )
     init: Literal["load", "random"] = Field(
         "load", description="random: train from nothing; the folder needs no weights"
     )

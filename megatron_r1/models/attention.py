@@ -6,6 +6,12 @@ no Python loop over sequences. Padding stands behind the real tokens of its own 
 alone keeps every real query from seeing it, and no query can see another sequence. On a GPU
 Transformer Engine's attention takes this place.
 
+Under context parallelism a rank's queries are two chunks of every sample (`models.context`). Keys
+and values of all ranks are gathered, and each chunk attends to the keys up to its own end and to no
+others: the work is shared out, the memory is not. Every rank holds the keys and values of the whole
+batch, T * heads * (d + e) numbers, until the layer's backward pass. Transformer Engine passes them
+around instead.
+
 Shapes: s tokens, b sequences, t = all tokens of a packed batch, h query heads, g key/value heads (g
 divides h), d head size of queries and keys, e head size of values.
 """
@@ -13,10 +19,15 @@ divides h), d head size of queries and keys, e head size of values.
 from __future__ import annotations
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.nn.functional import scaled_dot_product_attention
+
+from megatron_r1.models.context import sample_order, spans
 
 # Lengths are rounded up to this. 256 sequences of 40-80 tokens, 4 heads of 96: 120 ms forward and
 # backward in one bucket, 88 ms in buckets of 16; in buckets of 8 there are more products and no
@@ -42,6 +53,9 @@ class CoreAttention(MegatronModule):
     ):
         super().__init__(config=config)
         self.softmax_scale = softmax_scale or (k_channels or config.kv_channels) ** -0.5
+        self.group = parallel_state.get_context_parallel_group()
+        if pg_collection is not None:
+            self.group = pg_collection.cp
 
     def forward(
         self,
@@ -57,48 +71,112 @@ class CoreAttention(MegatronModule):
 
         query (s, b, h, d), key (s, b, g, d), value (s, b, g, e) give (s, b, h*e); with
         packed_seq_params, query (t, h, d), key (t, g, d), value (t, g, e) give (t, h*e). Sequences
-        of the packed batch are delimited by cu_seqlens_q, int32 of (sequences + 1,), from 0 to t.
+        of the packed batch are delimited by cu_seqlens_q, int32 of (sequences + 1,), from 0 to t
+        times the context-parallel ranks, of whose tokens this rank brings its own.
         """
         assert attention_mask is None and attention_bias is None, "only causal masking is built in"
         if packed_seq_params is None:
+            assert self.group.size() == 1, "context parallelism works on packed batches"
             rows = (x.transpose(0, 1) for x in (query, key, value))
             return _attend(*rows, self.softmax_scale).transpose(0, 1).flatten(2)
-        lengths = packed_seq_params.cu_seqlens_q.diff().long()
-        return attend_packed(query, key, value, lengths, self.softmax_scale).flatten(1)
+        borders = packed_seq_params.cu_seqlens_q.long()
+        if self.group.size() > 1:
+            parts = query, key, value, borders
+            return attend_split(*parts, self.softmax_scale, self.group).flatten(1)
+        return attend_packed(query, key, value, borders.diff(), self.softmax_scale).flatten(1)
+
+
+def attend_split(
+    query: Tensor, key: Tensor, value: Tensor, borders: Tensor, scale: float, group: ProcessGroup
+) -> Tensor:
+    """query (t, h, d), key (t, g, d), value (t, g, e): what this rank of `group` holds of the batch
+    with these int64 borders (S + 1,) -> (t, h, e)."""
+    rank, ranks = group.rank(), group.size()
+    # Over the context group: all keys and values; their gradients come back added up.
+    key, value = (
+        gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=True, group=group)
+        for x in (key, value)
+    )
+    order, chunk = sample_order(borders, ranks), borders.diff() // (2 * ranks)
+    attended, places = [], []
+    for half, number in enumerate((rank, 2 * ranks - 1 - rank)):
+        mine = spans(borders[:-1] // ranks + half * chunk, chunk)
+        reach = (number + 1) * chunk
+        seen = order[spans(borders[:-1], reach)]
+        attended.append(attend_packed(query[mine], key[seen], value[seen], chunk, scale, reach))
+        places.append(mine)
+    both = torch.cat(attended)
+    return torch.empty_like(both).index_copy(0, torch.cat(places), both)
 
 
 def attend_packed(
-    query: Tensor, key: Tensor, value: Tensor, lengths: Tensor, scale: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lengths: Tensor,
+    scale: float,
+    key_lengths: Tensor | None = None,
 ) -> Tensor:
-    """query (t, h, d), key (t, g, d), value (t, g, e), int64 lengths summing to t -> (t, h, e)."""
-    num_tokens = query.shape[0]
+    """query (t, h, d), key (k, g, d), value (k, g, e) -> (t, h, e).
+
+    lengths: int64, of the sequences' queries, summing to t. key_lengths: of their keys, summing to
+    k, none below the queries' (its queries are the last ones of the sequence); None: the same.
+    """
     padded = (lengths + BUCKET_TOKENS - 1) // BUCKET_TOKENS * BUCKET_TOKENS
     order = padded.argsort(stable=True)
-    row_starts = torch.empty_like(padded)
-    row_starts[order] = padded[order].cumsum(0) - padded[order]
-    moved_by = row_starts - (lengths.cumsum(0) - lengths)
-    places = torch.arange(num_tokens, device=query.device)
-    places += moved_by.repeat_interleave(lengths, output_size=num_tokens)
-
-    widths, rows = padded[order].unique_consecutive(return_counts=True)
-    widths, sizes = widths.tolist(), (widths * rows).tolist()
-    buckets = [
-        x.new_zeros(sum(sizes), *x.shape[1:]).index_copy(0, places, x).split(sizes)
-        for x in (query, key, value)
-    ]
-    attended = [
-        _attend(*(x.unflatten(0, (-1, width)) for x in bucket), scale).flatten(0, 1)
-        for width, *bucket in zip(widths, *buckets, strict=True)
-        if width
-    ]
+    widths, bucket, rows = padded.unique(return_inverse=True, return_counts=True)
+    places = _places(lengths, padded, order)
+    if key_lengths is None:
+        key_widths, key_places = widths, places
+        earlier = [None] * len(rows)
+    else:
+        key_widths = torch.zeros_like(widths).scatter_reduce(0, bucket, key_lengths, "amax")
+        key_places = _places(key_lengths, key_widths[bucket], order)
+        earlier = (key_lengths - lengths)[order].split(rows.tolist())
+    buckets = zip(
+        _rows(query, places, widths, rows),
+        _rows(key, key_places, key_widths, rows),
+        _rows(value, key_places, key_widths, rows),
+        earlier,
+        strict=True,
+    )
+    attended = [_attend(q, k, v, scale, e).flatten(0, 1) for q, k, v, e in buckets if q.numel()]
     return torch.cat(attended).index_select(0, places)
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """query (b, s, h, d), key (b, s, g, d), value (b, s, g, e) -> (b, s, h, e)."""
+def _places(lengths: Tensor, padded: Tensor, order: Tensor) -> Tensor:
+    """Where each token goes when sequences are laid out in `order`, each `padded` long."""
+    starts = torch.empty_like(padded)
+    starts[order] = padded[order].cumsum(0) - padded[order]
+    return spans(starts, lengths)
+
+
+def _rows(x: Tensor, places: Tensor, widths: Tensor, rows: Tensor) -> list[Tensor]:
+    """x (t, …) spread to `places`: one right-padded batch (rows, width, …) per bucket."""
+    sizes = (widths * rows).tolist()
+    spread = x.new_zeros(sum(sizes), *x.shape[1:]).index_copy(0, places, x)
+    shapes = zip(spread.split(sizes), rows.tolist(), widths.tolist(), strict=True)
+    return [part.unflatten(0, (count, width)) for part, count, width in shapes]
+
+
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, earlier: Tensor | None = None
+) -> Tensor:
+    """query (b, s, h, d), key (b, k, g, d), value (b, k, g, e) -> (b, s, h, e).
+
+    earlier: (b,) int64, keys before the first query; None: none, and k = s."""
+    mask = None
+    if earlier is not None:
+        last_seen = earlier[:, None] + torch.arange(query.shape[1], device=query.device)
+        mask = torch.arange(key.shape[1], device=key.device) <= last_seen[:, None, :, None]
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-    grouped = query.shape[1] != key.shape[1]
     out = scaled_dot_product_attention(
-        query, key, value, is_causal=True, scale=scale, enable_gqa=grouped
+        query,
+        key,
+        value,
+        attn_mask=mask,
+        is_causal=mask is None,
+        scale=scale,
+        enable_gqa=query.shape[1] != key.shape[1],
     )
     return out.transpose(1, 2)

@@ -18,17 +18,12 @@ def build_model(
     config: TransformerConfig,
     *,
     vp_stage: int | None = None,
-    with_mtp: bool = True,
 ) -> PolicyModel:
     """This rank's pipeline stage (of virtual stage `vp_stage`) with Megatron's random weights.
 
     Megatron's process groups must exist and agree with `config`. The vocabulary is padded to a
-    multiple of the tensor-parallel size (see `vocab_shard`). with_mtp=False leaves the
-    multi-token-prediction layers out and clears `config.mtp_num_layers`, which Megatron's schedules
-    and gradient reduction also read.
+    multiple of the tensor-parallel size (see `vocab_shard`).
     """
-    if not with_mtp:
-        config.mtp_num_layers = None
     model = import_module(f"megatron_r1.models.{architecture(hf)}")
     block, mtp = block_specs(config, vp_stage=vp_stage)
     tensor_parallel = config.tensor_model_parallel_size

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from importlib import import_module
 
 import torch
@@ -10,16 +11,8 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 
 from megatron_r1 import platform
 from megatron_r1.models.hf_config import architecture, need
-
-_RECOMPUTE = {
-    None: {},
-    "selective": {"recompute_granularity": "selective"},
-    "full": {
-        "recompute_granularity": "full",
-        "recompute_method": "uniform",
-        "recompute_num_layers": 1,
-    },
-}
+from megatron_r1.models.recompute import recompute_fields
+from megatron_r1.weights.stages import pipeline_stages
 
 
 def transformer_config(
@@ -31,18 +24,25 @@ def transformer_config(
     expert_parallel: int = 1,
     expert_tensor_parallel: int = 1,
     context_parallel: int = 1,
+    virtual_pipeline: int = 1,
+    pipeline_layout: str | None = None,
     sequence_parallel: bool | None = None,
+    with_mtp: bool = True,
     expert_bias_update_rate: float = 0.0,
-    recompute: str | None = None,
+    recompute: str = "none",
+    recompute_modules: Sequence[str] = ("core_attn",),
     **overrides,
 ) -> TransformerConfig:
     """The Megatron configuration of the model `hf` describes (with latent attention, an MLA one).
 
+    virtual_pipeline: model chunks per pipeline rank, for the interleaved schedule. pipeline_layout:
+    what each chunk holds, as `weights.stages` reads it; None: layers spread evenly.
     sequence_parallel defaults to whether tensor_parallel > 1 for models with experts (Megatron
     demands it there; a packed batch must then have a multiple of tensor_parallel tokens) and to
-    False for others. expert_bias_update_rate: step of the router's load-balancing bias per
-    optimizer step; 0 keeps it fixed. recompute: None, "selective" (attention only) or "full" (every
-    layer). overrides: any further field of Megatron's configuration, last word.
+    False for others. with_mtp=False leaves the multi-token-prediction layers out.
+    expert_bias_update_rate: step of the router's load-balancing bias per optimizer step; 0 keeps it
+    fixed. recompute and recompute_modules: see `models.recompute`. overrides: any further field of
+    Megatron's configuration, last word.
 
     Raises ValueError for a configuration this stack would compute wrongly, for sizes that do not
     divide, and for an unknown override.
@@ -52,8 +52,6 @@ def transformer_config(
     need(hf, "vocab_size", "rms_norm_eps")
     if hf.get("hidden_act", "silu") != "silu":
         raise ValueError(f"hidden_act={hf['hidden_act']!r} is not supported, only 'silu' is")
-    if recompute not in _RECOMPUTE:
-        raise ValueError(f"recompute={recompute!r} must be one of None, 'selective', 'full'")
     transformer_engine = platform.uses_transformer_engine()
     sizes = {
         "tensor_parallel": tensor_parallel,
@@ -63,16 +61,13 @@ def transformer_config(
         "context_parallel": context_parallel,
     }
     fields = model.config_fields(hf)
+    if not with_mtp:
+        fields["mtp_num_layers"] = None
     has_experts = bool(fields.get("num_moe_experts"))
-    _check_sizes(hf, model, sizes, overrides, has_experts, transformer_engine)
-    if sequence_parallel is None:
-        sequence_parallel = tensor_parallel > 1 and has_experts
-    if has_experts and tensor_parallel > 1 and not sequence_parallel:
-        raise ValueError(
-            f"sequence_parallel=False with tensor_parallel={tensor_parallel} is not possible for a "
-            "model with experts: Megatron splits their tokens along the sequence"
-        )
-    fields |= _shared_fields(hf, params_dtype, transformer_engine) | _RECOMPUTE[recompute]
+    _check_sizes(hf, model, sizes, has_experts, transformer_engine)
+    fields |= _pipeline_fields(fields, hf, pipeline_parallel, virtual_pipeline, pipeline_layout)
+    fields |= _shared_fields(hf, params_dtype, transformer_engine)
+    fields |= recompute_fields(recompute, recompute_modules, fields)
     if has_experts:
         fields |= {
             "moe_router_bias_update_rate": expert_bias_update_rate,
@@ -84,13 +79,52 @@ def transformer_config(
         "pipeline_model_parallel_size": pipeline_parallel,
         "expert_model_parallel_size": expert_parallel,
         "context_parallel_size": context_parallel,
-        "sequence_parallel": sequence_parallel,
+        "sequence_parallel": _sequence_parallel(sequence_parallel, tensor_parallel, has_experts),
     }
     kind = MLATransformerConfig if model.LATENT_ATTENTION else TransformerConfig
     unknown = overrides.keys() - {field.name for field in dataclasses.fields(kind)}
     if unknown:
         raise ValueError(f"{kind.__name__} has no field {', '.join(sorted(unknown))}")
     return kind(**{**fields, **overrides})
+
+
+def _sequence_parallel(wanted: bool | None, tensor_parallel: int, has_experts: bool) -> bool:
+    if wanted is None:
+        return tensor_parallel > 1 and has_experts
+    if has_experts and tensor_parallel > 1 and not wanted:
+        raise ValueError(
+            f"sequence_parallel=False with tensor_parallel={tensor_parallel} is not possible for a "
+            "model with experts: Megatron splits their tokens along the sequence"
+        )
+    return wanted
+
+
+def _pipeline_fields(
+    fields: dict, hf: dict, pipeline: int, virtual: int, layout: str | None
+) -> dict:
+    num_layers, num_mtp = hf["num_hidden_layers"], fields.get("mtp_num_layers") or 0
+    stages = pipeline_stages(num_layers, pipeline, virtual, num_mtp=num_mtp, layout=layout)
+    if pipeline == 1:
+        if len(stages[0]) > 1:
+            raise ValueError(
+                f"parallel.virtual_pipeline={len(stages[0])} needs parallel.pipeline > 1: one rank "
+                "has nobody to interleave with"
+            )
+        return {}
+    if any(stage.mtp for stage in stages[0][1:]):
+        raise ValueError(
+            f"parallel.pipeline_layout={layout!r}: MTP layers (m) cannot be on a later chunk of "
+            "the first pipeline rank, whose two embeddings nothing would keep equal; use another"
+        )
+    interleaved = len(stages[0]) > 1
+    return {
+        "pipeline_model_parallel_layout": layout,
+        "virtual_pipeline_model_parallel_size": len(stages[0]) if interleaved else None,
+        # With two pipeline ranks both neighbours are one rank, and shapes that travel to both at
+        # once arrive swapped (p2p_communication.py:221, Megatron-Core 0.16.1). Overlapped, each
+        # direction is a message of its own.
+        "overlap_p2p_comm": interleaved,
+    }
 
 
 def _shared_fields(hf: dict, params_dtype: torch.dtype, transformer_engine: bool) -> dict:
@@ -128,37 +162,16 @@ def _shared_fields(hf: dict, params_dtype: torch.dtype, transformer_engine: bool
     }
 
 
-def _check_sizes(hf, model, sizes, overrides, has_experts, transformer_engine) -> None:
+def _check_sizes(hf, model, sizes, has_experts, transformer_engine) -> None:
     for name, size in sizes.items():
         if not isinstance(size, int) or size < 1:
             raise ValueError(f"parallel.{name}={size!r} must be a positive integer")
         if name.startswith("expert") and size > 1 and not has_experts:
             raise ValueError(f"parallel.{name}={size} needs a model with experts")
-    if (
-        min(sizes["expert_parallel"], sizes["expert_tensor_parallel"]) > 1
-        and not platform.has_gpu()
-    ):
-        raise ValueError(
-            f"parallel.expert_tensor_parallel={sizes['expert_tensor_parallel']} together with "
-            f"expert_parallel={sizes['expert_parallel']} needs gathers of uneven length, which "
-            "gloo lacks; set expert_tensor_parallel to 1 on a CPU"
-        )
     rules = model.divisions(hf, transformer_engine)
-    uneven = (
-        "num_layers_in_first_pipeline_stage",
-        "num_layers_in_last_pipeline_stage",
-        "pipeline_model_parallel_layout",
-    )
-    if not any(overrides.get(name) for name in uneven):
-        rules.append(("num_hidden_layers", hf["num_hidden_layers"], "pipeline_parallel"))
     for field, size, setting in rules:
         if size % sizes[setting]:
             raise ValueError(
                 f"parallel.{setting}={sizes[setting]} does not divide {field}={size}; "
                 f"choose a divisor of {size}"
             )
-    if sizes["context_parallel"] > 1 and not transformer_engine:
-        raise ValueError(
-            f"parallel.context_parallel={sizes['context_parallel']} needs Transformer Engine's "
-            "attention; set it to 1 on a CPU"
-        )

@@ -5,12 +5,15 @@ from __future__ import annotations
 import copy
 
 import torch
+from megatron.core import tensor_parallel
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_decoder_block_spec,
+    get_gpt_decoder_layer_specs,
     get_gpt_mtp_block_spec,
 )
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
+from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionLayer
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from torch import Tensor
@@ -55,7 +58,11 @@ class ReplicatedLinear(torch.nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, None]:
         """x: (..., input_size) -> (..., output_size) and no bias, as Megatron's linear layers."""
-        return torch.nn.functional.linear(x, self.weight), None
+        return self._forward_impl(x, self.weight), None
+
+    def _forward_impl(self, input: Tensor, weight: Tensor) -> Tensor:
+        # The product, under the name it has in Megatron's layers: FP8 emulation replaces it.
+        return torch.nn.functional.linear(input, weight)
 
 
 class LatentAttention(MLASelfAttention):
@@ -77,6 +84,25 @@ class LatentAttention(MLASelfAttention):
             )
 
 
+class PackedMTPLayer(MultiTokenPredictionLayer):
+    """An MTP layer that can be recomputed whole on packed batches.
+
+    Megatron hands every argument to its checkpoint function, which saves them as tensors
+    (multi_token_prediction.py:800, Megatron-Core 0.16.1); sample borders are none.
+    """
+
+    def _checkpointed_forward(self, forward_func, *, hidden_states, decoder_input, **context):
+        if self.config.fp8:  # Transformer Engine's takes any argument
+            parts = {"hidden_states": hidden_states, "decoder_input": decoder_input}
+            return super()._checkpointed_forward(forward_func, **parts, **context)
+
+        def forward(hidden_states, decoder_input):
+            return forward_func(hidden_states, decoder_input, **context)
+
+        save_in_parts = self.config.distribute_saved_activations
+        return tensor_parallel.checkpoint(forward, save_in_parts, hidden_states, decoder_input)
+
+
 def block_specs(config, *, vp_stage: int | None = None):
     """This stage's decoder spec and, where the stage holds MTP layers, their spec (else None).
 
@@ -94,12 +120,21 @@ def block_specs(config, *, vp_stage: int | None = None):
         )
     if not config.mtp_num_layers:
         return block, None
-    mtp = get_gpt_mtp_block_spec(config, block, transformer_engine, vp_stage=vp_stage)
-    if mtp is not None and not transformer_engine:
-        for spec in mtp.layer_specs:
+    mtp = get_gpt_mtp_block_spec(
+        config, _last_layer(config, transformer_engine), transformer_engine, vp_stage=vp_stage
+    )
+    for spec in mtp.layer_specs if mtp is not None else []:
+        spec.module = PackedMTPLayer
+        if not transformer_engine:
             parts = spec.submodules
             parts.enorm = parts.hnorm = parts.layer_norm = RMSNorm
     return block, mtp
+
+
+def _last_layer(config, transformer_engine: bool) -> ModuleSpec:
+    """The last decoder layer's spec, which MTP layers follow, whichever stage holds that layer."""
+    layers = get_gpt_decoder_layer_specs(config, transformer_engine, normalization="RMSNorm")
+    return layers[-1] if transformer_engine else _local_layer(layers[-1])
 
 
 def _local_layer(spec: ModuleSpec) -> ModuleSpec:

@@ -73,8 +73,8 @@ class PolicyModel(GPTModel):
     With `labels` (b, s), where labels[i] follows input_ids[i], and `loss_mask` (b, s), the loss of
     the MTP layers joins the backward pass of what is returned (scaled as Megatron does:
     mtp_loss_scaling_factor and the token count); the hidden states themselves are the same. Without
-    labels MTP layers are not run. Raises ValueError for labels under full recomputation, which
-    Megatron-Core 0.16.1 cannot do for MTP layers on packed batches.
+    labels MTP layers are not run. Where they are on an earlier stage than the head, that stage
+    sends their hidden states on behind its own, and the last one makes the loss.
     """
 
     def __init__(self, *args, **kwargs):
@@ -96,17 +96,17 @@ class PolicyModel(GPTModel):
         extra_block_kwargs: dict | None = None,
         **context,
     ) -> Tensor:
+        predicts = labels is not None and self.config.mtp_num_layers
+        if predicts and mtp_in_postprocess:
+            hidden_states = self.mtp(
+                hidden_states=hidden_states,
+                embedding=self.embedding,
+                **(context | (extra_block_kwargs or {})),
+            )
         if not self.post_process:
             return hidden_states
-        if mtp_in_postprocess and labels is not None:
-            if self.config.recompute_granularity == "full" and self.training:
-                raise ValueError(
-                    "recompute='full' cannot train multi-token-prediction layers on packed "
-                    "batches; use 'selective', or freeze them or leave them out (model.mtp)"
-                )
-            context |= extra_block_kwargs or {}
-            stages = self.mtp(hidden_states=hidden_states, embedding=self.embedding, **context)
-            hidden_states, *predicted = stages.chunk(1 + self.config.mtp_num_layers)
+        if predicts:
+            hidden_states, *predicted = hidden_states.chunk(1 + self.config.mtp_num_layers)
             hidden_states = self._with_mtp_loss(
                 hidden_states, predicted, labels, loss_mask, context["packed_seq_params"]
             )

@@ -111,6 +111,18 @@ class LiveView:
         if self._live is None and (state.step % every == 0 or state.step in (1, state.total_steps)):
             self._print(self._plain_step(metrics))
 
+    def rewind(
+        self, history: Iterable[Mapping[str, Any]], evaluations: Iterable[Mapping[str, Any]]
+    ) -> None:
+        """Show these steps instead of those so far: the run went back to an older checkpoint."""
+        state = self._state
+        state.step, state.metrics, state.evaluations = 0, {}, {}
+        state.history.clear()
+        for metrics in history:
+            self._remember(metrics)
+        for metrics in evaluations:
+            self._evaluated(metrics)
+
     def evaluation(self, metrics: Mapping[str, Any]) -> None:
         """Show a held-out evaluation: "eval/…" keys, with "step" unless it is the last step's."""
         step = self._evaluated(metrics)

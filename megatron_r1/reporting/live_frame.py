@@ -46,6 +46,7 @@ NUMBERS = (
     "groups/zero_variance",
     "truncated",
     "staleness",
+    "routing/agreement",
     "rewards/busy",
     "rewards/timeouts",
 )

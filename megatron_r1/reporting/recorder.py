@@ -1,29 +1,32 @@
-"""A run as it is written down: folder, TensorBoard, terminal, and where it was left."""
+"""A run as it is written down: folder, checkpoints, TensorBoard, terminal; where it was left."""
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
+from megatron_r1.config import Config
 from megatron_r1.reporting.live import LiveView
 from megatron_r1.reporting.run_folder import RunFolder
 from megatron_r1.reporting.tensorboard import TensorBoardLog
+from megatron_r1.training.checkpoints.series import CheckpointSeries
+from megatron_r1.training.client import TrainerClient
 
 
 @dataclass
 class RunState:
     """What the controller has to remember across a restart; saved inside every checkpoint.
 
-    step: finished steps; optimizer_step: finished updates; sampler: position in the data.
+    step: finished steps; optimizer_step: finished updates, from which the learning rate follows;
+    sampler: position in the data; rewards: what reward workers and services did since the run
+    began (`RewardPool.snapshot`).
     """
 
     step: int = 0
     optimizer_step: int = 0
     sampler: dict[str, Any] = field(default_factory=dict)
+    rewards: dict[str, int] = field(default_factory=dict)
 
 
 class Recorder:
@@ -35,29 +38,43 @@ class Recorder:
     def __init__(
         self,
         folder: RunFolder,
-        config: Mapping[str, Any],
+        config: Config,
         *,
-        defaults: Mapping[str, Any],
         may_change: Sequence[str],
         title: str,
-        total_steps: int,
         facts: Sequence[str] = (),
     ):
-        folder.write_config(config, may_change, defaults)
+        """Raises ValueError for settings other than the run's, or if damage left no checkpoint."""
+        folder.write_config(config.model_dump(), may_change, Config().model_dump())
         self.folder = folder
-        for leftover in folder.checkpoints.glob(".*.partial"):
-            shutil.rmtree(leftover)
-        self.checkpoint = newest_checkpoint(folder.checkpoints)
         self.state = RunState()
-        if self.checkpoint is not None:
-            self.state = RunState(**json.loads((self.checkpoint / STATE_FILE).read_text()))
-        self.resumed = self.checkpoint is not None
-        folder.truncate_after(self.state.step if self.resumed else -1)
-        purge = self.state.step + 1 if self.resumed else None
-        self._tensorboard = TensorBoardLog(folder.tensorboard, purge_step=purge)
-        self.view = LiveView(title, total_steps, facts=facts, history=folder.read_metrics())
+        notes: list[str] = []
+        self.checkpoints = CheckpointSeries(folder.checkpoints, config.checkpoint, notes.append)
+        self._go_back()
+        self.view = LiveView(title, config.run.steps, facts=facts, history=folder.read_metrics())
         for line in folder.read_evaluations():
             self.view.evaluation(line)
+        for note in notes:
+            self.view.message(note)
+        self.checkpoints.say = self.view.message
+
+    @property
+    def resumed(self) -> bool:
+        """Whether the run continues from a checkpoint."""
+        return self.checkpoints.latest is not None
+
+    async def load(self, trainer: TrainerClient, reference: bool) -> None:
+        """Put the trainer where the run was left; goes further back where a checkpoint is damaged.
+
+        reference: whether it holds a reference policy. Raises ValueError when none is good.
+        """
+        found = self.checkpoints.latest
+        await self.checkpoints.verify(trainer)
+        if self.checkpoints.latest != found:
+            self._tensorboard.close()
+            self._go_back()
+            self.view.rewind(self.folder.read_metrics(), self.folder.read_evaluations())
+        await self.checkpoints.load(trainer, reference)
 
     def step(self, metrics: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> None:
         """Write a finished step down everywhere."""
@@ -73,26 +90,18 @@ class Recorder:
         self._tensorboard.write(metrics)
         self.view.evaluation(metrics)
 
-    async def save(self, trainer: Any, keep: int) -> None:
-        """Have the trainer write this step's checkpoint, then delete all but the `keep` newest."""
-        folder = self.folder.checkpoints / f"step_{self.state.step:08d}"
-        await trainer.call("save_checkpoint", folder=str(folder), state=asdict(self.state))
-        self.checkpoint = folder
-        for old in _checkpoints(self.folder.checkpoints)[:-keep]:
-            shutil.rmtree(old)
+    async def save(self, trainer: TrainerClient) -> None:
+        """Have the trainer write this step's checkpoint; it is final a while later."""
+        await self.checkpoints.save(trainer, self.state.step, asdict(self.state))
 
     def close(self, outcome: str = "finished") -> None:
         self._tensorboard.close()
         self.view.close(outcome)
 
-
-STATE_FILE = "run_state.json"
-
-
-def newest_checkpoint(folder: Path) -> Path | None:
-    """The last complete checkpoint in `folder`, or None."""
-    return next(iter(reversed(_checkpoints(folder))), None)
-
-
-def _checkpoints(folder: Path) -> list[Path]:
-    return sorted(f for f in folder.glob("step_*") if (f / STATE_FILE).is_file())
+    def _go_back(self) -> None:
+        """Be where the newest checkpoint was: state, and every file cut back to its step."""
+        saved = self.checkpoints.state()
+        vars(self.state).update(vars(RunState(**saved or {})))
+        self.folder.truncate_after(self.state.step if self.resumed else -1)
+        purge = self.state.step + 1 if self.resumed else None
+        self._tensorboard = TensorBoardLog(self.folder.tensorboard, purge_step=purge)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from megatron_r1.files import atomic_write
-from megatron_r1.reporting.outcome import Evaluation, Score, collect_answers, evaluations
+from megatron_r1.reporting.outcome import Evaluation, Score, evaluations
 from megatron_r1.reporting.report_plots import small_plots, time_split, two_curves
 from megatron_r1.reporting.report_samples import samples_section
 from megatron_r1.reporting.report_style import page
@@ -38,8 +38,7 @@ def write_report(
         raise ValueError(f"{folder.path} is not a folder; give the folder of a run")
     title = escape(printable(title or folder.path.resolve().name))
     metrics = folder.read_metrics()
-    lines = [*metrics, *folder.read_evaluations()]
-    found = evaluations(lines, collect_answers(folder.read_samples()))
+    found = evaluations([*metrics, *folder.read_evaluations()])
     sections = [
         f"<h1>{title}</h1>",
         _facts({**(facts or {}), **_measured_facts(folder, metrics)}),
@@ -171,6 +170,10 @@ def _tiles(metrics: Metrics, found: Sequence[Evaluation]) -> str:
     if gaps:
         largest = [g for line in metrics if (g := finite(line, "logprob_diff/max")) is not None]
         below = f"largest {number(max(largest))}" if largest else ""
+        if own := [
+            g for line in metrics if (g := finite(line, "logprob_diff/without_replay")) is not None
+        ]:
+            below += f"; without routing replay {number(float(np.mean(own)))}"
         tiles.append(("logprob gap to the engine", number(float(np.mean(gaps))), below))
     speeds = [s for line in metrics if (s := finite(line, "tokens_per_second")) is not None]
     if speeds:

@@ -16,6 +16,7 @@ SMALL = (
     "kl",
     "entropy",
     "logprob_diff/mean",
+    "routing/agreement",
     "clip_fraction",
     "grad_norm",
     "loss",
@@ -62,6 +63,7 @@ def small_plots(metrics: Metrics) -> str:
             continue
         if key == "logprob_diff/mean":
             curves += _trained(metrics, "logprob_diff/max", "largest", "second")
+            curves += _trained(metrics, "logprob_diff/without_replay", "without replay", "ink")
         plot = curve_plot(
             key.replace("/", "-"),
             curves,

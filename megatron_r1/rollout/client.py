@@ -11,7 +11,9 @@ from typing import Any, Literal
 import aiohttp
 import msgspec
 
+from megatron_r1.models.routing_shape import RoutingShape
 from megatron_r1.rollout.errors import EngineError
+from megatron_r1.rollout.routing import decode_routing
 
 BODY_EXCERPT_CHARS = 500
 # What vLLM sends for NaN and -inf (scale_out/token_in_token_out/serving.py, _clamp_logprob).
@@ -31,6 +33,9 @@ class Completion:
     """int32: of the weights that made each token."""
     finish_reason: str
     """`stop`: a stop token. `length`: max_tokens or max_model_len. `abort`: cut by a pause."""
+    routing: bytes = b""
+    """If asked for: indices of the experts that prompt and response passed through, without the
+    last token; see `rollout.routing`."""
 
 
 class TokenLogprob(msgspec.Struct):
@@ -52,6 +57,7 @@ class Choice(msgspec.Struct):
     token_ids: list[int] | None = None
     logprobs: Logprobs | None = None
     weight_versions: list[VersionSpan] | None = None
+    routed_experts: str | None = None
 
 
 class GenerateResponse(msgspec.Struct):
@@ -95,6 +101,7 @@ class EngineClient:
         top_p: float = 1.0,
         stop_token_ids: Sequence[int] = (),
         seed: int | None = None,
+        routing: RoutingShape | None = None,
     ) -> list[Completion]:
         """Sample n responses to one prompt in one request.
 
@@ -104,10 +111,12 @@ class EngineClient:
             seed: makes the n responses reproducible for the same weights and the same batch
                 composition; the engine then draws sequence by sequence, which is slower. None: from
                 the engine's own seed.
+            routing: the model's, to be given the experts of every token; the engine must have been
+                started for it.
 
         Raises:
             EngineError: the call failed, or the answer is not n responses with one finite
-                log-probability per token.
+                log-probability per token (and the experts of every token, if asked for).
         """
         sampling = {
             "n": n,
@@ -124,7 +133,9 @@ class EngineClient:
         answer = await self._call("POST", "/inference/v1/generate", body)
         try:
             choices = decode_response(answer).choices
-            completions = [completion_of(choice) for choice in choices]
+            completions = [
+                completion_of(choice, len(prompt_token_ids), routing) for choice in choices
+            ]
         except (msgspec.MsgspecError, ValueError) as error:
             raise EngineError(
                 f"{self.url}/inference/v1/generate: {error}: {shorten(answer)}"
@@ -213,8 +224,10 @@ class EngineClient:
         return answer
 
 
-def completion_of(choice: Choice) -> Completion:
-    """Check one choice and turn it round: versions per token instead of spans.
+def completion_of(
+    choice: Choice, prompt_length: int = 0, routing: RoutingShape | None = None
+) -> Completion:
+    """Check one choice and turn it round: versions per token instead of spans, experts as bytes.
 
     Raises:
         ValueError: says what is wrong with it.
@@ -227,11 +240,14 @@ def completion_of(choice: Choice) -> Completion:
     for token, logprob in zip(token_ids, logprobs, strict=True):
         if not math.isfinite(logprob) or logprob <= LOWEST_LOGPROB:
             raise ValueError(f"the log-probability of token {token} is {logprob}")
+    num_tokens = prompt_length + len(token_ids)
+    experts = decode_routing(choice.routed_experts, routing, num_tokens) if routing else b""
     return Completion(
         array("i", token_ids),
         array("f", logprobs),
         versions_per_token(choice.weight_versions or [], len(token_ids)),
         choice.finish_reason or "abort",
+        experts,
     )
 
 

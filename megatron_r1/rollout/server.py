@@ -55,6 +55,7 @@ class EngineServer:
         kv_cache_gib: int = 1,
         prefix_caching: bool = True,
         weight_transfer_backend: str = "megatron_r1_shm",
+        return_routing: bool = False,
         host: str = "127.0.0.1",
         extra_args: Sequence[str] = (),
         extra_env: Mapping[str, str] | None = None,
@@ -73,6 +74,9 @@ class EngineServer:
             prefix_caching: share the prompt's keys and values within a group. vLLM turns it off for
                 MLA on CPU.
             weight_transfer_backend: a name registered by `vllm_plugin`.
+            return_routing: have every answer carry the experts of every token (a model with experts
+                only). On a GPU vLLM has this in its second model runner and with prefix caching; on
+                a CPU `vllm_plugin.cpu_routing` adds it, without.
             extra_args, extra_env: handed to vLLM as they are; they win.
         """
         self.model = Path(model)
@@ -81,6 +85,8 @@ class EngineServer:
         self.process: subprocess.Popen[bytes] | None = None
         self._log_start = 0
         self._url: str | None = None
+        if return_routing:
+            prefix_caching = device != "cpu"
         self._args = [
             *("--model", str(self.model), "--served-model-name", "policy", "--host", host),
             *("--dtype", dtype, "--max-model-len", str(max_model_len)),
@@ -91,9 +97,13 @@ class EngineServer:
             *("--enable-scale-out", "--skip-tokenizer-init"),
             *("--disable-log-stats", "--disable-uvicorn-access-log"),
             *(["--enforce-eager"] if device == "cpu" else []),
+            *(["--enable-return-routed-experts"] if return_routing else []),
             *extra_args,
         ]
-        self._env = engine_environment(device, num_threads, kv_cache_gib) | dict(extra_env or {})
+        self._env = engine_environment(device, num_threads, kv_cache_gib)
+        if return_routing and device != "cpu":
+            self._env["VLLM_USE_V2_MODEL_RUNNER"] = "1"
+        self._env |= extra_env or {}
 
     @property
     def url(self) -> str:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
 
 from megatron_r1 import platform
 from megatron_r1.config import ParallelConfig
+from megatron_r1.weights.stages import parse_layout
 
 
 @dataclass(frozen=True)
@@ -45,9 +48,11 @@ def initialize(parallel: ParallelConfig, seed: int) -> Place:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=_chunks(parallel),
         context_parallel_size=parallel.context,
         expert_model_parallel_size=parallel.expert,
         expert_tensor_parallel_size=parallel.expert_tensor,
+        get_embedding_ranks=partial(embedding_ranks, parallel.pipeline_layout),
     )
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed)
@@ -60,6 +65,27 @@ def initialize(parallel: ParallelConfig, seed: int) -> Place:
         pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
         last_stage=parallel_state.is_pipeline_last_stage(),
     )
+
+
+def _chunks(parallel: ParallelConfig) -> int | None:
+    chunks = parallel.virtual_pipeline
+    if parallel.pipeline_layout:
+        chunks = len(parse_layout(parallel.pipeline_layout)) // parallel.pipeline
+    return chunks if chunks > 1 else None
+
+
+def embedding_ranks(pipeline_layout: str | None, pipeline: Sequence[int]) -> list[int]:
+    """Of the ranks of one pipeline, those that keep a copy of the embedding in step: the first, and
+    the one with the MTP layers, which without a layout is the last.
+
+    Where MTP layers stand apart from the head, the last rank's head would else be taken for a copy
+    (Megatron-Core 0.16.1, language_module.py:47).
+    """
+    with_copy = pipeline[-1]
+    for index, stage in enumerate(parse_layout(pipeline_layout) if pipeline_layout else []):
+        if "m" in stage:
+            with_copy = pipeline[index % len(pipeline)]
+    return list(dict.fromkeys([pipeline[0], with_copy]))
 
 
 def from_rank_zero(value: str | None) -> str:

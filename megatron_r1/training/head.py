@@ -19,7 +19,8 @@ class Head:
     """One micro-batch in front of the head.
 
     hidden: (T, H), whose gradient Megatron sums over `group`; weight: (V_local, H), this rank's
-    rows; vocab_size: ids from here on are padding."""
+    rows; vocab_size: ids from here on are padding; context_group: the ranks that hold the other
+    parts of the samples."""
 
     batch: PackedBatch
     hidden: Tensor
@@ -27,6 +28,7 @@ class Head:
     temperature: float
     group: ProcessGroup
     vocab_size: int
+    context_group: ProcessGroup | None = None
 
     def logprobs(self) -> tuple[Tensor, Tensor]:
         """Log-probabilities and entropy (T,) fp32 of the response tokens, 0 elsewhere."""
@@ -39,7 +41,8 @@ class Head:
 
     def policy_loss(self, **settings) -> LinearPolicyLoss:
         """The loss of the response tokens under `batch.advantages`, with what scoring left there:
-        old and, if any, reference log-probabilities. settings: those of r1_kernels' policy_loss."""
+        old and, if any, reference log-probabilities. settings: those of r1_kernels' policy_loss;
+        with a context_group the denominator must be among them."""
         batch = self.batch
         return linear_policy_loss(
             self.hidden,
@@ -49,7 +52,8 @@ class Head:
             batch.logprobs.get("reference"),
             batch.advantages,
             batch.is_response,
-            cu_seqlens=batch.packed_seq_params.cu_seqlens_q,
+            cu_seqlens=batch.borders,
+            sequence_group=self.context_group,
             **settings,
             **self._options(),
         )

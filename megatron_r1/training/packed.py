@@ -1,34 +1,73 @@
-"""Samples → one packed micro-batch of tensors: no padding between samples, none attends to another.
+"""Samples → one packed micro-batch of tensors: end to end, none attends to another.
 
 Position t of a sample predicts token t + 1, so the response's tokens are targets at positions
 prompt_length - 1 … length - 2; the last position of every sample predicts nothing.
+
+With context parallelism every sample is padded to a multiple of 2 * ranks, the micro-batch is made
+whole, and each rank keeps its positions of everything (`models.context`): targets and advantages
+are therefore those of the whole sample. Padding counts as part of its sample for attention, where
+nothing real sees it, and is no response.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
+from megatron_r1.models.context import held_positions
+from megatron_r1.models.replay import Recorded
+from megatron_r1.training.routing import RoutingPart, packed_routing
 from megatron_r1.training.wire import Sample
+
+
+@dataclass(frozen=True)
+class Split:
+    """How the ranks that share a micro-batch split its tokens, and this rank's place among them.
+
+    tensor: ranks of sequence parallelism, which divide what a context rank holds; context: ranks of
+    context parallelism, of which this is number context_rank; token_multiple: of the tokens that
+    each rank ends up with, where its products need one (FP8)."""
+
+    tensor: int = 1
+    context: int = 1
+    context_rank: int = 0
+    token_multiple: int = 1
+
+    @property
+    def sample_multiple(self) -> int:
+        """What every sample is padded to a multiple of."""
+        return 2 * self.context if self.context > 1 else 1
+
+    @property
+    def batch_multiple(self) -> int:
+        """What the whole micro-batch is padded to a multiple of."""
+        return math.lcm(self.sample_multiple, self.tensor * self.context * self.token_multiple)
 
 
 @dataclass
 class PackedBatch:
-    """T tokens of S samples laid end to end. Everything (T,) is indexed by the predicting position.
+    """T tokens of S samples laid end to end: all of a micro-batch, or a context-parallel rank's.
+    Everything (T,) is indexed by the predicting position.
 
-    input_ids, position_ids: (1, T) int64; packed_seq_params: sample borders, for attention;
-    targets: (T,) int64; is_response: (T,) bool, whether the target is a response token;
-    response_rows: int64, the positions where it is; num_samples: S; advantages: (T,) fp32;
-    rollout_logprobs: (T,) fp32, the engine's, 0 outside responses;
-    logprobs: fp32 (T,) by name ("old", "reference"), filled in by the trainer.
+    input_ids, position_ids: (1, T) int64; packed_seq_params: sample borders of the whole
+    micro-batch, for attention; borders: (S + 1,) int32, from 0 to T; targets: (T,) int64;
+    is_response: (T,) bool, whether the target is a response token; response_rows: int64, the
+    positions where it is; num_samples: S without padding (on the first context rank; 0 on the
+    others, so that their sum is S); advantages: (T,) fp32; rollout_logprobs: (T,) fp32, the
+    engine's, 0 outside responses;
+    logprobs: fp32 (T,) by name ("old", "reference"), filled in by the trainer;
+    routing: the experts to replay on this rank (`models.replay`), of its own layers and, under
+    sequence parallelism, its own part of the T tokens; None without routing replay.
     """
 
     input_ids: Tensor
     position_ids: Tensor
     packed_seq_params: PackedSeqParams
+    borders: Tensor
     targets: Tensor
     is_response: Tensor
     response_rows: Tensor
@@ -36,33 +75,55 @@ class PackedBatch:
     advantages: Tensor
     rollout_logprobs: Tensor
     logprobs: dict[str, Tensor] = field(default_factory=dict)
+    routing: Recorded | None = None
 
 
-def packed_batch(samples: list[Sample], multiple_of: int, device: torch.device) -> PackedBatch:
-    """Pack `samples`, possibly none. T is padded to `multiple_of`, which sequence parallelism
-    splits, by a sample that counts nothing."""
+def packed_batch(
+    samples: list[Sample],
+    split: Split,
+    device: torch.device,
+    routing: RoutingPart | None = None,
+) -> PackedBatch:
+    """Pack `samples`, possibly none; this rank's part of them. The batch is padded to
+    `split.batch_multiple` by a sample that counts nothing. routing: what of the samples' routing
+    this rank replays, if any."""
     ids = [torch.frombuffer(bytearray(s.token_ids), dtype=torch.int32).long() for s in samples]
-    padding = -sum(len(i) for i in ids) % multiple_of if ids else multiple_of
-    if padding:
-        ids.append(torch.zeros(padding, dtype=torch.int64))
-    lengths = torch.tensor([len(i) for i in ids])
-    tokens = torch.cat(ids)
-    ends = lengths.cumsum(0)
-    starts = ends - lengths
-    sample_index = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
-    position = torch.arange(len(tokens)) - starts[sample_index]
-    is_response = torch.zeros(len(tokens), dtype=torch.bool)
-    rollout_logprobs = torch.zeros(len(tokens))
-    advantages = torch.zeros(len(tokens))
-    for sample, start, end in zip(samples, starts.tolist(), ends.tolist(), strict=False):
-        response = slice(start + sample.prompt_length - 1, end - 1)
+    lengths = [len(i) for i in ids]
+    padded = [length + -length % split.sample_multiple for length in lengths]
+    filler = -sum(padded) % split.batch_multiple if padded else split.batch_multiple
+    borders = torch.tensor([0, *padded, *([filler] if filler else [])]).cumsum(0)
+    total = int(borders[-1])
+    tokens = torch.zeros(total, dtype=torch.int64)
+    is_response = torch.zeros(total, dtype=torch.bool)
+    rollout_logprobs, advantages = torch.zeros(total), torch.zeros(total)
+    starts = borders.tolist()[: len(samples)]
+    for sample, own_ids, start, length in zip(samples, ids, starts, lengths, strict=True):
+        tokens[start : start + length] = own_ids
+        response = slice(start + sample.prompt_length - 1, start + length - 1)
         is_response[response] = True
         advantages[response] = sample.advantage
         if sample.logprobs:
             floats = torch.frombuffer(bytearray(sample.logprobs), dtype=torch.float32)
             rollout_logprobs[response] = floats
-    borders = torch.cat([torch.zeros(1, dtype=torch.int64), ends]).int().to(device)
-    longest = int(lengths.max())
+    position = torch.arange(total) - borders[:-1].repeat_interleave(borders.diff())
+    held = held_positions(borders, split.context_rank, split.context)
+    return PackedBatch(
+        input_ids=tokens[held][None].to(device),
+        position_ids=position[held][None].to(device),
+        packed_seq_params=_attention_borders(borders.int().to(device), split),
+        borders=(borders // split.context).int().to(device),
+        targets=tokens.roll(-1)[held].to(device),
+        is_response=is_response[held].to(device),
+        response_rows=is_response[held].nonzero()[:, 0].to(device),
+        num_samples=len(samples) if split.context_rank == 0 else 0,
+        advantages=advantages[held].to(device),
+        rollout_logprobs=rollout_logprobs[held].to(device),
+        routing=packed_routing(samples, starts, held, routing, device) if routing else None,
+    )
+
+
+def _attention_borders(borders: Tensor, split: Split) -> PackedSeqParams:
+    longest = int(borders.diff().max())
     params = PackedSeqParams(
         qkv_format="thd",
         cu_seqlens_q=borders,
@@ -70,14 +131,8 @@ def packed_batch(samples: list[Sample], multiple_of: int, device: torch.device) 
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
     )
-    return PackedBatch(
-        input_ids=tokens[None].to(device),
-        position_ids=position[None].to(device),
-        packed_seq_params=params,
-        targets=torch.roll(tokens, -1).to(device),
-        is_response=is_response.to(device),
-        response_rows=is_response.nonzero()[:, 0].to(device),
-        num_samples=len(samples),
-        advantages=advantages.to(device),
-        rollout_logprobs=rollout_logprobs.to(device),
-    )
+    if split.context > 1:
+        # The same tensor: padding belongs to its sample. Transformer Engine would take other real
+        # borders as gaps between samples, which its flash attention does not do.
+        params.cu_seqlens_q_padded = params.cu_seqlens_kv_padded = borders
+    return params

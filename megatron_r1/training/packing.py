@@ -32,16 +32,13 @@ def pack(
     limit: int,
     *,
     cost: Callable[[int], float] = float,
-    multiple_of: int = 1,
 ) -> Packing:
     """Distribute samples of `lengths` tokens over `ranks`.
 
     limit: tokens of a micro-batch; only a sample longer than that exceeds it, and is then alone.
-    cost: of a sample of some length (`cost.sample_cost`). multiple_of: of the number of
-    micro-batches per rank, which is otherwise the smallest that respects the limit. A micro-batch
-    is empty only where samples are too few to go round. More micro-batches than needed never waste
-    less (measured on log-normal lengths). Raises ValueError when there are fewer
-    samples than ranks."""
+    cost: of a sample of some length (`cost.sample_cost`). There are as few micro-batches as the
+    limit allows: more never waste less (measured on log-normal lengths). One is empty only where
+    samples are too few to go round. Raises ValueError when there are fewer samples than ranks."""
     if len(lengths) < ranks:
         raise ValueError(
             f"{len(lengths)} samples cannot be spread over {ranks} data-parallel ranks: "
@@ -49,7 +46,7 @@ def pack(
         )
     costs = [cost(length) for length in lengths]
     fewest = -(-sum(lengths) // (ranks * limit))
-    for per_rank in count(-(-fewest // multiple_of) * multiple_of, multiple_of):
+    for per_rank in count(fewest):
         bins = _costliest_first(costs, lengths, ranks * per_rank, limit)
         if all(len(b) <= 1 or sum(lengths[i] for i in b) <= limit for b in bins):
             return _side_by_side(bins, lengths, costs, ranks, limit)

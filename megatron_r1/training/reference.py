@@ -1,6 +1,7 @@
 """The reference policy: a second set of this rank's weights, put in place only while it is asked.
 
-It lives on the CPU; on a GPU it is copied over for the time of the forward pass.
+On the host it costs the GPU nothing but while it is asked: then policy and reference are both
+there. On the device it is there always, and nothing is copied.
 """
 
 from __future__ import annotations
@@ -11,24 +12,26 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from megatron_r1 import platform
+
 
 class Reference:
     """A frozen copy of a model's parameters and persistent buffers (the router's bias, too)."""
 
-    def __init__(self, chunks: list[torch.nn.Module]):
+    def __init__(self, chunks: list[torch.nn.Module], on_host: bool = True):
+        """on_host: keep the weights in the CPU's memory, pinned, instead of beside the policy's."""
         self._live = [t for chunk in chunks for t in _weights(chunk)]
-        self._kept = [t.detach().cpu().clone() for t in self._live]
+        pinned = on_host and platform.has_gpu()
+        self._kept = [
+            torch.empty_like(t, device="cpu" if on_host else None, pin_memory=pinned)
+            for t in self._live
+        ]
+        self.refresh()
 
     def refresh(self) -> None:
         """Replace the reference by the present policy."""
         for kept, live in zip(self._kept, self._live, strict=True):
             kept.copy_(live.detach())
-
-    def load(self, model: torch.nn.Module, state: dict[str, Tensor]) -> None:
-        """Take `state`, as `model.state_dict()` names it, as the reference."""
-        with self.in_place():
-            model.load_state_dict(state)
-            self.refresh()
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
@@ -36,7 +39,7 @@ class Reference:
         policy = [live.data for live in self._live]
         try:
             for live, kept in zip(self._live, self._kept, strict=True):
-                live.data = kept.to(live.device)
+                live.data = kept.to(live.device, non_blocking=True)
             yield
         finally:
             for live, data in zip(self._live, policy, strict=True):

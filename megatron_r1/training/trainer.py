@@ -20,6 +20,8 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron_r1 import models, platform, weights
 from megatron_r1.config import Config
 from megatron_r1.models import fp8
+from megatron_r1.models.replay import Replay
+from megatron_r1.models.routing_shape import routing_shape
 from megatron_r1.training import construction
 from megatron_r1.training.checkpoints import contents, loading
 from megatron_r1.training.checkpoints.writer import CheckpointWriter
@@ -29,6 +31,7 @@ from megatron_r1.training.head import Head
 from megatron_r1.training.losses import Loss, find_loss
 from megatron_r1.training.packed import PackedBatch, Split, packed_batch
 from megatron_r1.training.reference import Reference
+from megatron_r1.training.routing import RoutingPart
 from megatron_r1.training.wire import Microbatches, Sample
 
 
@@ -54,6 +57,10 @@ class Trainer:
             parallel_state.get_context_parallel_rank(),
             fp8.token_multiple(config.fp8),
         )
+        shape = routing_shape(self.hf) if config.rl.routing_replay else None
+        self.replay = Replay(self.bare, shape)
+        split = (place.tensor_rank, config.parallel.tensor)
+        self.routing = RoutingPart(shape, self.replay.layers, *split) if shape else None
         self.schedule = get_forward_backward_func()
 
     @property
@@ -66,7 +73,10 @@ class Trainer:
 
         Returns the share of padding in what is computed, "packing/padding"."""
         self.minibatches = [
-            [packed_batch(s, self.split, platform.device()) for s in self._in_rounds(step.samples)]
+            [
+                packed_batch(s, self.split, platform.device(), self.routing)
+                for s in self._in_rounds(step.samples)
+            ]
             for step in minibatches
         ]
         samples = [s for step in minibatches for batch in step.samples for s in batch]
@@ -91,20 +101,37 @@ class Trainer:
 
     def score(self, temperature: float, reference: bool) -> dict[str, float]:
         """Log-probabilities of every loaded token under the present policy ("old") and, if asked,
-        the reference. Returns how far the engine's log-probabilities are from the trainer's."""
+        the reference. Returns how far the engine's log-probabilities are from the trainer's.
+
+        With routing replay also how far they are without it, of the first micro-batches. The
+        reference always routes for itself: it is a model, not a view of the policy's samples."""
         batches = [batch for step in self.minibatches for batch in step]
-        self._score(batches, "old", temperature)
-        if reference:
-            assert self.reference is not None, "keep_reference() comes first"
-            with self.reference.in_place():
-                self._score(batches, "reference", temperature)
+        with self.replay.measured():
+            self._score(batches, "old", temperature)
+        with self.replay.paused():
+            if reference:
+                assert self.reference is not None, "keep_reference() comes first"
+                with self.reference.in_place():
+                    self._score(batches, "reference", temperature)
+            first = batches[: len(self._in_rounds([[]]))] if self.replay.is_on else []
+            if first:
+                self._score(first, "own_routing", temperature)
+        gap, count, largest = self._gap(batches, "old")
+        sums = {"logprob_diff/mean/tokens": gap, "tokens": count}
+        if first:
+            gap, count, _ = self._gap(first, "own_routing")
+            sums |= {"logprob_diff/without_replay/first": gap, "first": count}
+        metrics = self._reduce_over_data(sums, {"logprob_diff/max": largest})
+        return metrics | self.replay.agreement(platform.device())
+
+    def _gap(self, batches: list[PackedBatch], name: str) -> tuple[float, int, float]:
+        """Sum, number and largest of |trainer's - engine's log-probability| of response tokens."""
         gap, count, largest = 0.0, 0, 0.0
         for batch in batches if self.place.last_stage else []:
-            gaps = (batch.logprobs["old"] - batch.rollout_logprobs)[batch.is_response].abs()
+            gaps = (batch.logprobs[name] - batch.rollout_logprobs)[batch.is_response].abs()
             gap, count = gap + gaps.double().sum().item(), count + gaps.numel()
             largest = max(largest, gaps.max().item() if gaps.numel() else 0.0)
-        sums = {"logprob_diff/mean/tokens": gap, "tokens": count}
-        return self._reduce_over_data(sums, {"logprob_diff/max": largest})
+        return gap, count, largest
 
     def update(
         self, index: int, loss: str, settings: dict[str, Any], learning_rate: float
@@ -149,7 +176,7 @@ class Trainer:
 
         Returns when the tensors are copied; `checkpoint_progress` tells the rest."""
         parts = (self.bare, self.optimizer, self.reference)
-        self.saving.save(Path(folder), partial(contents.sharded, *parts, loading=False), state)
+        self.saving.save(Path(folder), partial(contents.sharded, *parts), state)
 
     def checkpoint_progress(self, wait: bool = False) -> dict[str, Any]:
         """Of the latest `save_checkpoint`: is_done, error (a sentence or None), seconds."""
@@ -168,7 +195,7 @@ class Trainer:
         return {"damage": damage}
 
     def load_checkpoint(self, folder: str, reference: bool) -> dict[str, Any]:
-        """Continue from `folder`, verified before; `reference`: whether it holds a reference policy.
+        """Verify `folder` and continue from it; `reference`: whether it holds a reference policy.
 
         Returns is_same_layout: whether random streams continued too, or stay seeded anew."""
         if folder != self._verified:
@@ -193,6 +220,7 @@ class Trainer:
 
         def forward_step(iterator, model):
             batch = next(iterator)
+            self.replay.begin(model, batch.routing)
             labels = {}
             if train_mtp:
                 labels = {
@@ -209,7 +237,7 @@ class Trainer:
             return hidden, partial(compute, batch)
 
         interleaved = len(self.chunks) > 1
-        return self.schedule(
+        reports = self.schedule(
             forward_step_func=forward_step,
             data_iterator=[iter(batches) for _ in self.chunks] if interleaved else iter(batches),
             model=self.chunks,
@@ -218,6 +246,8 @@ class Trainer:
             micro_batch_size=1,
             forward_only=forward_only,
         )
+        self.replay.end()
+        return reports
 
     def _head(self, batch: PackedBatch, hidden, temperature: float) -> Head:
         return Head(

@@ -16,12 +16,16 @@ class Sample(msgspec.Struct, frozen=True):
     """One prompt with its response, as the trainer sees it.
 
     token_ids: int32 bytes, prompt then response; logprobs: float32 bytes, one per response token,
-    the rollout engine's (empty for SFT); advantage: the same for every response token (GRPO)."""
+    the rollout engine's (empty for SFT); advantage: the same for every response token (GRPO);
+    routing: indices [rows, moe layers, topk] of the experts the engine chose, of 1 or 2 bytes each
+    (`models.routing_shape`), for the tokens up to the last but one; empty without routing replay.
+    """
 
     token_ids: bytes
     prompt_length: int
     logprobs: bytes = b""
     advantage: float = 0.0
+    routing: bytes = b""
 
     @classmethod
     def pack(
@@ -30,6 +34,7 @@ class Sample(msgspec.Struct, frozen=True):
         response: Sequence[int],
         logprobs: Sequence[float] | None = None,
         advantage: float = 0.0,
+        routing: bytes = b"",
     ) -> Sample:
         if not len(prompt):
             raise ValueError("a sample needs at least one prompt token")
@@ -37,7 +42,7 @@ class Sample(msgspec.Struct, frozen=True):
             raise ValueError(f"{len(response)} response tokens but {len(logprobs)} logprobs")
         ids = array("i", [*prompt, *response]).tobytes()
         floats = array("f", logprobs if logprobs is not None else []).tobytes()
-        return cls(ids, len(prompt), floats, advantage)
+        return cls(ids, len(prompt), floats, advantage, routing)
 
     def __len__(self) -> int:
         return len(self.token_ids) // 4

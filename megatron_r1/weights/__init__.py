@@ -4,27 +4,32 @@
 chunks and is imported when first asked for.
 """
 
-from megatron_r1.weights.layout import Entry, Shard, hf_tensors, layout, shard, stage_layers
+from megatron_r1.weights.layout import Entry, Shard, hf_tensors, layout, shard, stage_shards
 from megatron_r1.weights.rules import Piece
+from megatron_r1.weights.stages import Stage, pipeline_stages
 
 __all__ = [
     "Entry",
     "Piece",
     "Shard",
+    "Stage",
     "hf_tensors",
     "initialize",
     "layout",
     "load_hf",
+    "load_megatron",
     "local_pieces",
+    "pipeline_stages",
     "save_hf",
     "shard",
-    "stage_layers",
+    "stage_shards",
     "write_hf",
 ]
 
 _HOME = {
     "initialize": "reading",
     "load_hf": "reading",
+    "load_megatron": "reading",
     "local_pieces": "local",
     "save_hf": "export",
     "write_hf": "writing",

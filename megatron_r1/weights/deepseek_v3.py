@@ -33,10 +33,8 @@ def table(hf: dict) -> Table:
             weight("embedding.word_embeddings", "model.embed_tokens", (vocab, hidden), vocabulary)
         ],
         layers=layers,
-        head=[
-            weight("decoder.final_layernorm", "model.norm", (hidden,), whole),
-            weight("output_layer", "lm_head", (vocab, hidden), vocabulary),
-        ],
+        final_norm=[weight("decoder.final_layernorm", "model.norm", (hidden,), whole)],
+        head=[weight("output_layer", "lm_head", (vocab, hidden), vocabulary)],
         # An MTP layer is built like the last decoder layer.
         mtp=[_mtp(hf, layers[-1])] * num_mtp,
         copies=copies,

@@ -11,6 +11,7 @@ from importlib import import_module
 
 from megatron_r1.models.hf_config import architecture
 from megatron_r1.weights.rules import Piece, Rule, Shape, Table, whole
+from megatron_r1.weights.stages import pipeline_stages
 
 Rank = tuple[int, int]
 """(rank, ranks) along one parallel axis."""
@@ -20,13 +21,14 @@ Rank = tuple[int, int]
 class Shard:
     """What one rank holds: which layers of the pipeline, and which part of each.
 
-    layers: global indices of its decoder layers, in order. embedding, head, mtp: whether the
-    embedding, the final norm with the LM head, and the MTP layers are on it. transformer_engine:
-    whose parameter names it uses.
+    layers: global indices of its decoder layers, in order. embedding, final_norm, head, mtp:
+    whether the embedding, the norm after the last decoder layer, the LM head and the MTP layers are
+    on it. transformer_engine: whose parameter names it uses.
     """
 
     layers: tuple[int, ...]
     embedding: bool = True
+    final_norm: bool = True
     head: bool = True
     mtp: bool = True
     tp: Rank = (0, 1)
@@ -75,20 +77,23 @@ def hf_tensors(hf: dict, *, with_mtp: bool = True) -> dict[str, tuple[Shape, str
     return tensors
 
 
-def stage_layers(num_layers: int, pp: Rank = (0, 1), vp: Rank = (0, 1)) -> tuple[int, ...]:
-    """Decoder layers of a pipeline stage (and virtual stage), spread evenly as Megatron does.
+def stage_shards(
+    hf: dict,
+    pipeline: int = 1,
+    virtual: int = 1,
+    *,
+    pipeline_layout: str | None = None,
+    with_mtp: bool = True,
+) -> list[list[Shard]]:
+    """What every model chunk of the pipeline holds, whole along the other axes.
 
-    Raises ValueError when they do not divide.
+    result[pipeline rank][virtual stage]; errors as `pipeline_stages`.
     """
-    (rank, ranks), (stage, stages) = pp, vp
-    if num_layers % (ranks * stages):
-        raise ValueError(
-            f"num_hidden_layers={num_layers} is not a multiple of pipeline stages "
-            f"{ranks} x virtual stages {stages}"
-        )
-    length = num_layers // (ranks * stages)
-    start = (stage * ranks + rank) * length
-    return tuple(range(start, start + length))
+    num_mtp = len(table(hf).mtp) if with_mtp else 0
+    stages = pipeline_stages(
+        hf["num_hidden_layers"], pipeline, virtual, num_mtp=num_mtp, layout=pipeline_layout
+    )
+    return [[Shard(**vars(stage)) for stage in chunks] for chunks in stages]
 
 
 def shard(
@@ -99,21 +104,14 @@ def shard(
     ep: Rank = (0, 1),
     etp: Rank = (0, 1),
     vp: Rank = (0, 1),
+    pipeline_layout: str | None = None,
     with_mtp: bool = True,
     transformer_engine: bool = False,
 ) -> Shard:
-    """The Shard at these coordinates of an evenly spread pipeline."""
-    last = pp[0] == pp[1] - 1 and vp[0] == vp[1] - 1
-    return Shard(
-        layers=stage_layers(hf["num_hidden_layers"], pp, vp),
-        embedding=pp[0] == 0 and vp[0] == 0,
-        head=last,
-        mtp=last and with_mtp and bool(table(hf).mtp),
-        tp=tp,
-        ep=ep,
-        etp=etp,
-        transformer_engine=transformer_engine,
-    )
+    """The Shard at these coordinates."""
+    (rank, ranks), (chunk, chunks) = pp, vp
+    every = stage_shards(hf, ranks, chunks, pipeline_layout=pipeline_layout, with_mtp=with_mtp)
+    return replace(every[rank][chunk], tp=tp, ep=ep, etp=etp, transformer_engine=transformer_engine)
 
 
 def layout(hf: dict, at: Shard) -> dict[str, Entry]:
@@ -131,6 +129,9 @@ def layout(hf: dict, at: Shard) -> dict[str, Entry]:
     for local, layer in enumerate(at.layers):
         for rule in rules.layers[layer]:
             add(rule, f"decoder.layers.{local}.", f"model.layers.{layer}.")
+    if at.final_norm:
+        for rule in rules.final_norm:
+            add(rule, "", "")
     if at.head:
         embedded = {source.name for rule in rules.embedding for source in rule.sources}
         for rule in rules.head:
@@ -150,7 +151,7 @@ def _placed(rules: Table, with_mtp: bool) -> Iterator[tuple[str, Rule]]:
     yield from (("", rule) for rule in rules.embedding)
     for index, layer in enumerate(layers):
         yield from ((f"model.layers.{index}.", rule) for rule in layer)
-    yield from (("", rule) for rule in rules.head)
+    yield from (("", rule) for rule in rules.final_norm + rules.head)
 
 
 def _entries(rule: Rule, prefix: str, at: Shard, num_experts: int) -> Iterator[tuple[str, Entry]]:

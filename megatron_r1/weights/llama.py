@@ -29,10 +29,8 @@ def decoder(hf: dict, qkv_bias: bool) -> Table:
     return Table(
         embedding=[weight("embedding.word_embeddings", embedding, (vocab, hidden), vocabulary)],
         layers=[layer] * hf["num_hidden_layers"],
-        head=[
-            weight("decoder.final_layernorm", "model.norm", (hidden,), whole),
-            weight("output_layer", head, (vocab, hidden), vocabulary),
-        ],
+        final_norm=[weight("decoder.final_layernorm", "model.norm", (hidden,), whole)],
+        head=[weight("output_layer", head, (vocab, hidden), vocabulary)],
     )
 
 

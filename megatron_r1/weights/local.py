@@ -29,8 +29,7 @@ def local_entries(model_chunks: Sequence, hf: dict) -> Iterator[tuple[Tensor, En
     """(parameter, layout entry) of everything on this rank; errors as `local_pieces`."""
     for chunk in model_chunks:
         chunk = unwrap_model(chunk)
-        tensors = dict(chunk.named_parameters())
-        tensors |= {n: b for n, b in chunk.named_buffers() if n.endswith(".expert_bias")}
+        tensors = model_tensors(chunk)
         entries = layout(hf, shard_of(chunk))
         if unruled := sorted(tensors.keys() - entries.keys()):
             raise ValueError(f"no weight rule covers the Megatron parameter {', '.join(unruled)}")
@@ -47,12 +46,20 @@ def local_entries(model_chunks: Sequence, hf: dict) -> Iterator[tuple[Tensor, En
             yield tensors[name], entry
 
 
+def model_tensors(chunk) -> dict[str, Tensor]:
+    """What the weight table must cover: parameters and the router's bias buffers, by name."""
+    chunk = unwrap_model(chunk)
+    biases = {n: b for n, b in chunk.named_buffers() if n.endswith(".expert_bias")}
+    return dict(chunk.named_parameters()) | biases
+
+
 def shard_of(chunk) -> Shard:
     """What this rank's model chunk holds, read from the chunk and Megatron's process groups."""
     chunk = unwrap_model(chunk)
     return Shard(
         layers=tuple(layer.layer_number - 1 for layer in chunk.decoder.layers),
         embedding=chunk.pre_process,
+        final_norm=chunk.decoder.final_layernorm is not None,
         head=chunk.post_process,
         mtp=bool(chunk.mtp_process),
         tp=(

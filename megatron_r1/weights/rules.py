@@ -73,6 +73,7 @@ class Table:
 
     embedding: list[Rule]
     layers: list[list[Rule]]
+    final_norm: list[Rule]
     head: list[Rule]
     mtp: list[list[Rule]] = field(default_factory=list)
     copies: dict[str, str] = field(default_factory=dict)
@@ -144,6 +145,7 @@ def query_groups(num_groups: int) -> Split:
             )
         return _interleave(sources, blocks=num_groups, first=rank * count, count=count)
 
+    split.num_groups = num_groups  # for who splits the same tensors otherwise (weights/push)
     return split
 
 

@@ -1,12 +1,12 @@
 """Compare Megatron with transformers on these ranks: `against_transformers.py ORACLE OUT GRID…`.
 
-A grid is written tp2, ep2, pp2, vp2, etp2 or several joined by x. For every small model that allows
-it: the loss and every gradient (as Hugging Face tensors), the logits of packed and padded batches,
-and the round trip of the checkpoint. Prints one line per comparison with the largest difference;
+Grids are named as in `grids`. For every small model that allows it: the loss and every gradient (as
+Hugging Face tensors), the logits of packed and padded batches, and the round trip of the
+checkpoint. Prints one line per comparison with the largest difference;
 fails on the first that is too large.
 """
 
-import re
+import os
 import sys
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from megatron_r1 import platform
 
 platform.prepare()
 
+import grids  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from megatron.core import parallel_state  # noqa: E402
@@ -26,7 +27,6 @@ from megatron.core.packed_seq_params import PackedSeqParams  # noqa: E402
 from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
 from megatron.core.tensor_parallel import (  # noqa: E402
     gather_from_tensor_model_parallel_region,
-    model_parallel_cuda_manual_seed,
     vocab_parallel_cross_entropy,
 )
 from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper  # noqa: E402
@@ -34,6 +34,9 @@ from safetensors.torch import load_file  # noqa: E402
 from small_models import MODELS  # noqa: E402
 
 from megatron_r1 import models, weights  # noqa: E402
+from megatron_r1.config import ParallelConfig  # noqa: E402
+from megatron_r1.models.context import held_positions, sample_order  # noqa: E402
+from megatron_r1.training import distributed  # noqa: E402
 
 # fp32 and another order of sums; logits have a standard deviation of 1.
 LOGIT_TOLERANCE = 2e-5
@@ -42,32 +45,54 @@ LOSS_TOLERANCE = 2e-6
 GRADIENT_TOLERANCE = 5e-5
 
 
-def pack(sequences, multiple=4):
-    """Sequences (1, n) end to end, filled up by a last sequence that has no targets."""
-    filler = -sum(ids.shape[1] for ids in sequences) % multiple
-    sequences = [*sequences, *([torch.zeros(1, filler, dtype=torch.long)] if filler else [])]
-    lengths = torch.tensor([ids.shape[1] for ids in sequences])
-    ends = lengths.cumsum(0)
-    ids = torch.cat(sequences, 1)
-    mask = torch.ones(ids.shape)
-    mask[0, ends - 1] = 0
-    if filler:
-        mask[0, -filler:] = 0
-    bounds = torch.cat([torch.zeros(1), ends]).int()
-    longest = int(lengths.max())
+def pack(sequences):
+    """Sequences (1, n) end to end, each filled up for context parallelism, all by a last sequence
+    for sequence parallelism; fillings have no targets. This context rank's part."""
+    rank, ranks = context_place()
+    each = 2 * ranks if ranks > 1 else 1
+    lengths = [ids.shape[1] for ids in sequences]
+    wide = [torch.nn.functional.pad(ids, (0, -ids.shape[1] % each)) for ids in sequences]
+    filler = -sum(ids.shape[1] for ids in wide) % 8
+    wide = [*wide, *([torch.zeros(1, filler, dtype=torch.long)] if filler else [])]
+    bounds = torch.tensor([0, *(ids.shape[1] for ids in wide)]).cumsum(0)
+    ids = torch.cat(wide, 1)
+    mask = torch.zeros(ids.shape)
+    for start, length in zip(bounds.tolist(), lengths, strict=False):
+        mask[0, start : start + length - 1] = 1
+    positions = torch.cat([torch.arange(part.shape[1]) for part in wide])[None]
+    held = held_positions(bounds, rank, ranks)
+    longest = int(bounds.diff().max())
     return {
-        "input_ids": ids,
-        "position_ids": torch.cat([torch.arange(n) for n in lengths])[None],
-        "labels": ids.roll(-1, 1),
-        "loss_mask": mask,
+        "input_ids": ids[:, held],
+        "position_ids": positions[:, held],
+        "labels": ids.roll(-1, 1)[:, held],
+        "loss_mask": mask[:, held],
         "packed_seq_params": PackedSeqParams(
             qkv_format="thd",
-            cu_seqlens_q=bounds,
-            cu_seqlens_kv=bounds,
+            cu_seqlens_q=bounds.int(),
+            cu_seqlens_kv=bounds.int(),
             max_seqlen_q=longest,
             max_seqlen_kv=longest,
         ),
     }
+
+
+def context_place():
+    return (
+        parallel_state.get_context_parallel_rank(),
+        parallel_state.get_context_parallel_world_size(),
+    )
+
+
+def unpack(logits, sequences):
+    """This context rank's (T, V) of pack(sequences), of all ranks and without fillings."""
+    group, ranks = parallel_state.get_context_parallel_group(), context_place()[1]
+    bounds = pack(sequences)["packed_seq_params"].cu_seqlens_q.long()
+    parts = [torch.empty_like(logits) for _ in range(ranks)]
+    dist.all_gather(parts, logits.contiguous(), group=group)
+    whole = torch.cat(parts)[sample_order(bounds, ranks)]
+    pairs = zip(bounds.tolist(), sequences, strict=False)
+    return torch.cat([whole[start : start + ids.shape[1]] for start, ids in pairs])
 
 
 def packed_step(batches, model):
@@ -131,10 +156,13 @@ def build(hf, sizes):
         pipeline_parallel=sizes["pp"],
         expert_parallel=sizes["ep"],
         expert_tensor_parallel=sizes["etp"],
-        virtual_pipeline_model_parallel_size=sizes["vp"] if sizes["vp"] > 1 else None,
+        context_parallel=sizes["cp"],
+        virtual_pipeline=sizes["vp"],
+        pipeline_layout=sizes["layout"],
     )
     config.finalize_model_grads_func = finalize_model_grads
-    stages = range(sizes["vp"]) if sizes["vp"] > 1 else [None]
+    num_chunks = config.virtual_pipeline_model_parallel_size
+    stages = range(num_chunks) if num_chunks else [None]
     ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=False, overlap_grad_reduce=False)
     return [
         DistributedDataParallel(config, ddp, models.build_model(hf, config, vp_stage=stage))
@@ -149,10 +177,6 @@ def compare(name, hf, grid, sizes, oracle, out):
     chunks = build(hf, sizes)
     weights.load_hf(chunks, hf, model_folder)
     same_checkpoint(name, hf, grid, chunks, model_folder, out)
-    if sizes["vp"] > 1:
-        # Over gloo the messages of the interleaved schedule between two stages overtake each other.
-        return
-
     # The same four packed batches whatever the number of data-parallel ranks that share them.
     groups = [sequences[0:1], sequences[1:2], sequences[2:5], sequences[5:6]]
     ranks, rank = (
@@ -170,10 +194,11 @@ def compare(name, hf, grid, sizes, oracle, out):
         for index, result in zip(mine, results, strict=True):
             start = sum(len(group) for group in groups[:index])
             expected = torch.cat(answers["logits"][start : start + len(groups[index])])
-            got = result["logits"][: len(expected), : hf["vocab_size"]]
+            got = unpack(result["logits"], groups[index])[:, : hf["vocab_size"]]
             difference = max(difference, (got - expected).abs().max())
         loss = torch.stack([sum(result["loss"] for result in results)])
-        dist.all_reduce(loss, group=parallel_state.get_data_parallel_group())
+        group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        dist.all_reduce(loss, group=group)
         num_targets = sum(ids.shape[1] - 1 for ids in sequences)
         loss_difference = abs(loss.item() / num_targets - answers["loss"])
     else:
@@ -182,6 +207,8 @@ def compare(name, hf, grid, sizes, oracle, out):
     report(name, grid, "loss", loss_difference, LOSS_TOLERANCE * 3)
     same_gradients(name, hf, grid, chunks, model_folder, out)
 
+    if sizes["cp"] > 1:
+        return  # packed batches only
     results = run(padded_step, chunks, sequences, forward_only=True)
     difference = max(
         (
@@ -237,25 +264,16 @@ def same_gradients(name, hf, grid, chunks, model_folder, out):
     report(name, grid, f"{len(expected)} gradients ({where})", worst, GRADIENT_TOLERANCE)
 
 
-def main(oracle: Path, out: Path, grids: list[str]) -> None:
-    dist.init_process_group(platform.distributed_backend())
-    for grid in grids:
-        sizes = {"tp": 1, "pp": 1, "vp": 1, "ep": 1, "etp": 1}
-        sizes |= {
-            axis: int(size) for axis, size in re.findall(r"([a-z]+)(\d+)", grid.replace("x", " "))
-        }
-        parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=sizes["tp"],
-            pipeline_model_parallel_size=sizes["pp"],
-            virtual_pipeline_model_parallel_size=sizes["vp"] if sizes["vp"] > 1 else None,
-            expert_model_parallel_size=sizes["ep"],
-            expert_tensor_parallel_size=sizes["etp"],
-        )
-        model_parallel_cuda_manual_seed(1)
-        for name, hf in MODELS.items():
-            if hf.get("n_routed_experts") or (sizes["ep"], sizes["etp"]) == (1, 1):
-                compare(name, hf, grid, sizes, oracle, out)
-        parallel_state.destroy_model_parallel()
+def main(oracle: Path, out: Path, names: list[str]) -> None:
+    for grid in names:
+        for name in grids.models_on(grid, int(os.environ["WORLD_SIZE"])):
+            hf = MODELS[name]
+            with_mtp = bool(hf.get("num_nextn_predict_layers"))
+            sizes = grids.sizes(grid, with_mtp)
+            settings = grids.parallel_settings(grid, with_mtp)
+            distributed.initialize(ParallelConfig.model_validate(settings), seed=1)
+            compare(name, hf, grid, sizes, oracle, out)
+            parallel_state.destroy_model_parallel()
     dist.destroy_process_group()
 
 

@@ -37,8 +37,8 @@ def grid(**sizes):
     settings = {f"{names[axis]}_parallel": size for axis, size in sizes.items()}
 
     def build(hf, dtype=torch.float32, with_mtp=True):
-        config = models.transformer_config(hf, params_dtype=dtype, **settings)
-        return [models.build_model(hf, config, with_mtp=with_mtp)]
+        config = models.transformer_config(hf, params_dtype=dtype, with_mtp=with_mtp, **settings)
+        return [models.build_model(hf, config)]
 
     yield build
     parallel_state.destroy_model_parallel()

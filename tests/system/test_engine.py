@@ -15,9 +15,19 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
-from tiny_models import DEEPSEEK, PLAIN_ROPE, QWEN, reference_logprobs, write_broken, write_model
+from tiny_models import (
+    DEEPSEEK,
+    PLAIN_ROPE,
+    QWEN,
+    reference_logprobs,
+    reference_routing,
+    write_broken,
+    write_model,
+)
 
+from megatron_r1.models.routing_shape import routing_shape
 from megatron_r1.rollout.client import EngineClient
 from megatron_r1.rollout.errors import EngineError
 from megatron_r1.rollout.fleet import RolloutFleet
@@ -26,6 +36,7 @@ from megatron_r1.rollout.server import EngineServer
 # fp32 on both sides, sums of a few hundred terms in another order: about 4e-6 is seen.
 TOLERANCE = 1e-4
 ENGINE = {"max_model_len": 256, "max_num_seqs": 64}
+ROUTING = routing_shape(DEEPSEEK)
 PROMPTS = [[5, 9, 33, 12], [60], list(range(3, 40))]
 
 
@@ -55,7 +66,7 @@ def loop():
 
 @pytest.fixture(scope="module")
 def fleet(models, loop, tmp_path_factory):
-    fleet = RolloutFleet(1, tmp_path_factory.mktemp("logs"), **ENGINE)
+    fleet = RolloutFleet(1, tmp_path_factory.mktemp("logs"), return_routing=True, **ENGINE)
     loop(fleet.start(models / "a", version=0))
     yield fleet
     loop(fleet.close())
@@ -80,19 +91,16 @@ def update_of(path):
     return {"path": str(path), "num_bytes": path.stat().st_size}
 
 
-async def sample(engine, *, temperature=1.0, n=4, max_tokens=24):
+async def sample(engine, *, n=4, max_tokens=24, **sampling):
     """A group for each prompt, all at once; `engine` is a fleet or a client."""
-    calls = (
-        engine.generate(prompt, n=n, max_tokens=max_tokens, temperature=temperature)
-        for prompt in PROMPTS
-    )
+    calls = (engine.generate(prompt, n=n, max_tokens=max_tokens, **sampling) for prompt in PROMPTS)
     return await asyncio.gather(*calls)
 
 
 def largest_difference(oracle, folder, groups, temperature=1.0):
     largest = 0.0
     for prompt, group in zip(PROMPTS, groups, strict=True):
-        responses = [completion.token_ids for completion in group]
+        responses = [list(completion.token_ids) for completion in group]
         expected = oracle(reference_logprobs, folder, prompt, responses, temperature)
         for completion, reference in zip(group, expected, strict=True):
             pairs = zip(completion.logprobs, reference, strict=True)
@@ -152,10 +160,11 @@ def test_a_stop_token_ends_a_response_and_is_part_of_it(loop, fleet):
 def test_a_push_amid_a_response_stamps_each_token_with_its_policy(
     models, oracle, loop, fleet, push
 ):
-    """And the log-probabilities after it are those of the new weights given all earlier tokens."""
+    """And the log-probabilities after it are those of the new weights given all earlier tokens, and
+    the experts that were returned are those that computed them."""
 
     async def push_amid(wait_seconds):
-        running = asyncio.ensure_future(sample(fleet, max_tokens=200))
+        running = asyncio.ensure_future(sample(fleet, max_tokens=200, routing=ROUTING))
         await asyncio.sleep(wait_seconds)
         await push("b")
         return await running
@@ -168,14 +177,23 @@ def test_a_push_amid_a_response_stamps_each_token_with_its_policy(
             break
     assert stamped(groups) == {before, before + 1}
     for prompt, group in zip(PROMPTS, groups, strict=True):
-        responses = [completion.token_ids for completion in group]
+        responses = [list(completion.token_ids) for completion in group]
         by_a = oracle(reference_logprobs, models / "a", prompt, responses, 1.0)
         by_b = oracle(reference_logprobs, models / "b", prompt, responses, 1.0)
         for completion, a, b in zip(group, by_a, by_b, strict=True):
-            versions = completion.policy_versions
+            versions = list(completion.policy_versions)
             assert versions == sorted(versions)
             for logprob, version, x, y in zip(completion.logprobs, versions, a, b, strict=True):
                 assert abs(logprob - (x if version == before else y)) <= TOLERANCE
+        experts_a = oracle(reference_routing, models / "a", prompt, responses)
+        experts_b = oracle(reference_routing, models / "b", prompt, responses)
+        for completion, a, b in zip(group, experts_a, experts_b, strict=True):
+            made_by = [before] * (len(prompt) - 1) + list(completion.policy_versions)
+            expected = [x if v == before else y for v, x, y in zip(made_by, a, b, strict=True)]
+            rows = np.frombuffer(completion.routing, np.uint8)
+            rows = np.sort(rows.reshape(-1, len(ROUTING.moe_layers), ROUTING.topk), -1)
+            # A near tie may fall either way; of rows by the other weights nine in ten differ.
+            assert (rows == np.array(expected)).all((1, 2)).mean() > 0.98
 
 
 def test_versions_only_rise(models, loop, fleet):

@@ -116,6 +116,26 @@ def reference_logprobs(folder, prompt, responses, temperature):
     return answers
 
 
+def reference_routing(folder, prompt, responses):
+    """Per response, token (but the last) and MoE layer the experts that transformers chooses,
+    sorted."""
+    import torch
+
+    model = load_model(folder)
+    gates = [layer.mlp.gate for layer in model.model.layers if hasattr(layer.mlp, "gate")]
+    chosen = []
+    hooks = [g.register_forward_hook(lambda _, __, out: chosen.append(out[2])) for g in gates]
+    answers = []
+    with torch.no_grad():
+        for response in responses:
+            chosen.clear()
+            model(torch.tensor([prompt + response[:-1]]))
+            answers.append(torch.stack(chosen, 1).sort(-1).values.tolist())
+    for hook in hooks:
+        hook.remove()
+    return answers
+
+
 def write_broken(source, target, *, drop=None, rename=None):
     """Copy a weights file without the tensor `drop`, or with `rename` called something else."""
     from safetensors.torch import load_file, save_file

@@ -1,5 +1,6 @@
 """`megatron-r1 eval` against a served model: what it asks, writes, continues and refuses."""
 
+import asyncio
 import json
 import re
 
@@ -7,6 +8,7 @@ import pytest
 from fake_server import FakeServer
 
 from megatron_r1.cli import main
+from megatron_r1.evaluation import server_wait
 
 PROBLEMS = [
     {"id": f"q{i}", "problem": f"What is {i} + {i}?", "answer": str(2 * i)} for i in range(4)
@@ -229,6 +231,72 @@ def test_busy_servers_are_asked_again_and_keys_come_from_the_environment(
     assert "EVAL_TEST_KEY is not set" in capsys.readouterr().err
 
 
+def test_a_server_that_is_loading_is_waited_for_aloud(recipe, capsys, monkeypatch):
+    monkeypatch.setattr(server_wait, "SAY_SECONDS", 0.05)
+    busy = {"left": 2}
+
+    def say(question, body):
+        busy["left"] -= 1
+        return (503, "loading the weights") if busy["left"] >= 0 else right(question, body)
+
+    with FakeServer(say) as server:
+        assert main(["eval", recipe(server.url, samples=1)]) == 0
+    first, second, *_ = capsys.readouterr().out.splitlines()
+    assert first == f"waiting for model m at {server.url}"
+    assert second.startswith(first) and "s: status 503: " in second, second
+    assert "loading the weights" in second
+
+
+def test_an_address_where_nobody_listens_is_named_at_once(recipe, capsys):
+    with FakeServer(right) as server:
+        url = server.url  # free again afterwards
+    assert main(["eval", recipe(url), "--eval.server.wait_seconds", "0"]) == 1
+    said = capsys.readouterr()
+    assert said.out == f"waiting for model m at {url}\n"
+    for words in (f"{url}: nobody answers there (", "Connect", "raise eval.server.wait_seconds"):
+        assert words in said.err, said.err
+
+
+def test_a_server_may_come_up_late(recipe):
+    async def run():
+        listening, failures = [], []
+
+        async def listen(port):
+            listening.append(await asyncio.start_server(lambda r, w: None, "127.0.0.1", port))
+
+        def failed(reason):
+            failures.append(asyncio.create_task(listen(port)))
+
+        await listen(0)
+        port = listening[0].sockets[0].getsockname()[1]
+        listening.pop().close()
+        url = f"http://127.0.0.1:{port}/v1"
+        await server_wait.wait_until_listening(url, 60, failed)
+        assert len(failures) == len(listening) == 1
+        listening.pop().close()
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--model.path", "runs/mine"], "two models: model.path runs/mine and eval.server http"),
+        (["--eval.server.url", "http://"], "url must have a host, and a port up to 65535 or none"),
+        (["--eval.server.url", "http://a:99999"], "got 'http://a:99999'"),
+        (["--eval.server.modle", "m"], "did you mean eval.server.model?"),
+        (["--eval.benchmarks", "[{name: aime_2024, sample: 3}]"], "did you mean eval.benchmarks.0"),
+    ],
+)
+def test_a_mistake_in_the_recipe_is_named_before_anything_is_asked(
+    recipe, capsys, options, message
+):
+    with FakeServer(right) as server:
+        assert main(["eval", recipe(server.url), *options]) == 2
+        assert not server.requests
+    assert message in capsys.readouterr().err
+
+
 def test_completions_get_the_template_and_gym_needs_no_data(recipe, tmp_path):
     def say(question, body):
         return 200, "<think>no idea</think><answer>0</answer>"
@@ -253,7 +321,8 @@ def test_a_broken_grader_stops_the_run_and_its_samples_are_graded_again(
     (tmp_path / "shaky_grader.py").write_text(
         "from pathlib import Path\n"
         "from megatron_r1.rewards.base import Grade\n"
-        "def grade(response, truth, **fields):\n"
+        "def grade(response, truth, **entry):\n"
+        "    if '<answer>' in response: return Grade(0.0, 'only tried')\n"
         f"    if not Path({str(tmp_path / 'mended')!r}).exists():\n"
         "        raise OSError('no sandbox')\n"
         "    return Grade(1.0, 'fine')\n"

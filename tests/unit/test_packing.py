@@ -54,13 +54,6 @@ def test_tokens_fill_the_microbatches_that_memory_allows():
     assert packing.fill > 0.9
 
 
-def test_the_number_of_microbatches_is_a_multiple_where_the_schedule_asks_for_it():
-    lengths = [100] * 50
-    for multiple in (1, 4):
-        shares = pack(lengths, 2, 500, multiple_of=multiple).shares
-        assert len(shares[0]) == {1: 5, 4: 8}[multiple]
-
-
 def test_fewer_samples_than_ranks_is_refused():
     with pytest.raises(ValueError, match="3 samples cannot be spread over 4"):
         pack([1, 1, 1], 4, 100)

@@ -7,12 +7,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from megatron_r1.reporting.outcome import (
-    Answers,
-    bootstrap_interval,
-    collect_answers,
-    evaluations,
-)
+from megatron_r1.reporting.outcome import Score, evaluations
 from megatron_r1.reporting.plots import Curve, curve_plot, smooth, stacked_plot, thin
 from megatron_r1.reporting.report import outcome_sentence, write_report
 from megatron_r1.reporting.run_folder import RunFolder
@@ -118,6 +113,10 @@ def full_run(path):
                     "eval/pass@1": sum(right_of) / 16,
                     "eval/cons@4": [0.25, 1.0][step > 0],
                     "eval/response_length": 10.0 + step,
+                    "interval/pass@1/low": sum(right_of) / 16 - 0.1,
+                    "interval/pass@1/high": sum(right_of) / 16 + 0.1,
+                    "interval/cons@4/low": [0.1, 0.9][step > 0],
+                    "interval/cons@4/high": [0.4, 1.0][step > 0],
                 }
             )
         for step in range(1, 31):
@@ -137,7 +136,8 @@ def test_a_full_run_is_told_with_its_numbers(tmp_path):
     assert "held-out pass@1 rose from 25.0% to 87.5%" in words
     assert "the majority vote of 4 from 25.0% to 100.0%" in words
     assert "the mean response grew from 10.0 to 40.0 tokens" in words
-    assert words.count("95%:") == 2 and "sums <1>" in words and "DeepSeek-V3 & small" in words
+    assert "95%: 15–35% → 78–98%" in words and "95%: 10–40% → 90–100%" in words
+    assert "sums <1>" in words and "DeepSeek-V3 & small" in words
     assert "tensorboard --logdir 'a' && echo <b>" in words
     assert "time in steps 30.0 s" in words and "group_size" in words
     assert words.count("· 0 of 4 answers right") == 1
@@ -188,7 +188,7 @@ def test_a_fall_is_not_called_a_rise():
         {"step": 10, "eval/pass@1": 0.5, "eval/response_length": 40.0},
         {"step": 20, "eval/pass@1": 0.4, "eval/response_length": 30.0},
     ]
-    sentence = outcome_sentence(lines, evaluations(lines, {}))
+    sentence = outcome_sentence(lines, evaluations(lines))
     assert sentence == (
         "In 20 steps, held-out pass@1 fell from 50.0% to 40.0% since step 10, "
         "while the mean response shrank from 40.0 to 30.0 tokens."
@@ -208,49 +208,13 @@ def test_training_samples_are_shown_where_nothing_was_evaluated(tmp_path):
     ]
 
 
-def test_intervals_are_given_only_where_the_samples_are_the_whole_evaluation():
-    answers = collect_answers(eval_samples(5, [0, 1, 3, 4]))
-    whole = evaluations([{"step": 5, "eval/pass@1": 0.5, "eval/cons@4": 0.5}], answers)[0]
-    assert whole.passed.low < 0.5 < whole.passed.high and whole.num_votes == 4
-    part = evaluations([{"step": 5, "eval/pass@1": 0.6}], answers)[0]
-    assert part.passed.value == 0.6 and part.passed.low is None
-
-
-def test_the_bootstrap_agrees_with_the_normal_interval_of_many_questions():
-    generator = np.random.default_rng(1)
-    scores = generator.random(2000)
-    low, high = bootstrap_interval(scores)
-    half = 1.96 * scores.std() / np.sqrt(len(scores))
-    # The bootstrap's own noise with 2,000 resamples is about a twentieth of the half width.
-    assert abs(low - (scores.mean() - half)) < 0.15 * half
-    assert abs(high - (scores.mean() + half)) < 0.15 * half
-    assert bootstrap_interval(np.ones(7)) == (1.0, 1.0)
-
-
-def test_the_interval_resamples_questions_not_samples():
-    """Sixteen equal samples per question say no more than one of each."""
-    once, often = Answers(), Answers()
-    for q in range(50):
-        sample = {"question": str(q), "response": "a", "reward": float(q % 2)}
-        once.add(sample)
-        for _ in range(16):
-            often.add(sample)
-    assert bootstrap_interval(once.passed()) == bootstrap_interval(often.passed())
-
-
-def test_votes_are_counted_as_the_evaluation_counts_them():
-    """Spellings of one number vote together; a tie goes to the first; no answer, no vote."""
-    answers = Answers()
-    for question, given in {
-        "same number": [("12", True), ("7", False), ("12.0", True), ("9", False)],
-        "tie": [("5", False), ("6", True)],
-        "none": [("", False)],
-    }.items():
-        for text, right in given:
-            response = f"<answer>{text}</answer>" if text else "I do not know"
-            answers.add({"id": question, "response": response, "reward": float(right)})
-    assert answers.voted().tolist() == [1.0, 0.0, 0.0]
-    assert answers.passed().tolist() == [0.5, 0.5, 0.0]
+def test_scores_have_the_intervals_that_their_evaluation_wrote():
+    ends = {"interval/pass@1/low": 0.4, "interval/pass@1/high": 0.6}
+    lines = [{"step": 5, "loss": 1.0}, {"step": 5, "eval/pass@1": 0.5, "eval/cons@4": 0.7, **ends}]
+    (found,) = evaluations(lines)
+    assert found.passed == Score(0.5, 0.4, 0.6) and found.majority == Score(0.7)
+    assert found.num_votes == 4 and found.length is None
+    assert evaluations([{"step": 5, **ends}, {"step": 6, "eval/cons@1": 0.5}])[0].majority is None
 
 
 def test_smoothing_keeps_constants_and_lines_and_skips_gaps():

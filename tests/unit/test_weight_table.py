@@ -234,14 +234,6 @@ def test_transformer_engines_names_replace_megatrons():
     assert "decoder.layers.3.self_attention.linear_qkv.layer_norm_weight" in dense
 
 
-def test_virtual_stages_take_turns():
-    # Megatron's interleaved schedule: 8 layers, 2 stages, 2 virtual stages.
-    held = [weights.stage_layers(8, (rank, 2), (stage, 2)) for stage in (0, 1) for rank in (0, 1)]
-    assert held == [(0, 1), (2, 3), (4, 5), (6, 7)]
-    with pytest.raises(ValueError, match="num_hidden_layers=61"):
-        weights.stage_layers(61, (0, 16))
-
-
 def test_layouts_need_neither_torch_nor_megatron():
     code = (
         "import sys; from megatron_r1 import weights, models; models.read_hf_config;"

@@ -1,6 +1,7 @@
 """`python tools/bench WHAT [options]`: measure on this machine, in one run, and say how.
 
 step       whole RL steps of a recipe: seconds of each phase, tokens per second
+fp8        what FP8 training does to the loss, against bf16
 kernels    r1_kernels against every public peer: time, memory, error
 rewards    grades per second of each reward, and a soak with hostile responses
 resources  what r1_kernels' Triton kernels compile to, without a GPU: registers, instructions
@@ -15,13 +16,14 @@ import platform
 import sys
 from pathlib import Path
 
+import fp8
 import resources
 import rewards
 import step
 
 import kernels
 
-BENCHES = {"kernels": kernels, "resources": resources, "rewards": rewards, "step": step}
+BENCHES = {"fp8": fp8, "kernels": kernels, "resources": resources, "rewards": rewards, "step": step}
 
 
 def main() -> int:

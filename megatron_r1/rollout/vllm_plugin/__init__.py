@@ -17,11 +17,12 @@ def register() -> None:
     """Add our weight-transfer backends and mend vLLM's CPU build. Safe to call repeatedly."""
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
-    from megatron_r1.rollout.vllm_plugin import cpu_mends, lifetime
+    from megatron_r1.rollout.vllm_plugin import cpu_mends, cpu_routing, lifetime
 
     for name, (module, class_name) in BACKENDS.items():
         if name not in WeightTransferEngineFactory._registry:
             WeightTransferEngineFactory.register_engine(name, module, class_name)
     cpu_mends.mend_strided_rotary()
+    cpu_routing.return_routing_on_cpu()
     if multiprocessing.parent_process() is not None:
         lifetime.die_with_parent()

@@ -1,0 +1,49 @@
+"""Which tokens of a packed batch a context-parallel rank holds: the split of Transformer Engine.
+
+A causal query late in a sample costs more than an early one, so each sample is cut into 2 * ranks
+equal chunks and rank r holds chunks r and 2 * ranks - 1 - r: every rank has the same tokens and the
+same work. A rank lays its two chunks of the first sample down, then those of the second, and so on;
+so what it holds is itself a packed batch whose borders are the global ones divided by the ranks.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def held_positions(borders: Tensor, rank: int, ranks: int) -> Tensor:
+    """Positions (T / ranks,) int64 of the whole batch that `rank` holds, in its own order.
+
+    borders: (S + 1,) integers from 0 to T; every sample's length must be a multiple of 2 * ranks
+    (where ranks > 1), or ValueError.
+    """
+    borders = borders.long()
+    if ranks == 1:
+        return torch.arange(int(borders[-1]), device=borders.device)
+    lengths = borders.diff()
+    if (lengths % (2 * ranks)).any():
+        raise ValueError(
+            f"sample lengths {lengths.tolist()[:8]} must be multiples of {2 * ranks} to be split "
+            f"over {ranks} context-parallel ranks: pad them"
+        )
+    chunk = lengths // (2 * ranks)
+    first, second = borders[:-1] + rank * chunk, borders[1:] - (rank + 1) * chunk
+    starts = torch.stack([first, second], 1).flatten()
+    return spans(starts, chunk.repeat_interleave(2))
+
+
+def sample_order(borders: Tensor, ranks: int) -> Tensor:
+    """Index (T,) that puts the ranks' tokens, gathered rank after rank, back into sample order."""
+    gathered = torch.cat([held_positions(borders, rank, ranks) for rank in range(ranks)])
+    order = torch.empty_like(gathered)
+    order[gathered] = torch.arange(len(gathered), device=gathered.device)
+    return order
+
+
+def spans(starts: Tensor, lengths: Tensor) -> Tensor:
+    """start, start + 1, … start + length - 1 of each, end to end; int64."""
+    ends = lengths.cumsum(0)
+    total = int(ends[-1]) if len(ends) else 0
+    shift = (starts - (ends - lengths)).repeat_interleave(lengths, output_size=total)
+    return torch.arange(total, device=starts.device) + shift

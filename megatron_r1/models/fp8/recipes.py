@@ -1,0 +1,67 @@
+"""What each FP8 recipe quantises, with which tiles, scales and number formats.
+
+A linear layer y = x Wᵀ makes three products, each of two FP8 operands summed in fp32:
+
+    fprop  y  = x · Wᵀ      summed along the input features
+    dgrad  dx = dy · W      summed along the output features
+    wgrad  dW = dyᵀ · x     summed along the tokens
+
+A scale may not change along a tile, and a tile lies along what is summed: x and dy are cut anew for
+wgrad, in columns of tokens where fprop and dgrad have rows of features. DeepSeek-V3 (arXiv
+2412.19437 section 3.3): tiles of 128 for x and dy, blocks of 128 x 128 for W, e4m3 everywhere.
+MXFP8 (OCP Microscaling Formats 1.0): 32 for all three, scales that are powers of two."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from megatron_r1.config import FP8Config
+
+E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+
+Tile = tuple[int, int]
+"""Rows and columns that share a scale; 0: all of them."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """input_tile, weight_tile, gradient_tile: of x (tokens, in), W (out, in) and dy (tokens, out)
+    where columns are summed; turned by 90 degrees where rows are. size_multiple: of every feature
+    size, and of an expert's tokens (which Megatron pads): what the matrix units take.
+    token_multiple: of the tokens of a micro-batch on each tensor-parallel rank."""
+
+    name: str
+    input_tile: Tile
+    weight_tile: Tile
+    gradient_tile: Tile
+    gradient_dtype: torch.dtype
+    power_of_two: bool
+    size_multiple: int
+    token_multiple: int
+
+
+def find_recipe(fp8: FP8Config) -> Recipe | None:
+    """The recipe that section `fp8` asks for; None where it asks for none."""
+    if fp8.recipe == "none":
+        return None
+    tiles, size_multiple, token_multiple = _SHAPES[fp8.recipe]
+    return Recipe(
+        fp8.recipe,
+        *tiles,
+        gradient_dtype=E5M2 if fp8.gradient_format == "e5m2" else E4M3,
+        power_of_two=fp8.scale_kind == "power_of_two",
+        size_multiple=size_multiple,
+        token_multiple=token_multiple,
+    )
+
+
+# 16 and 32 are Megatron's get_fp8_align_size. Blockwise takes 16 tokens, too, but Transformer
+# Engine gathers a sequence-parallel input in FP8 only where a rank's part is whole tiles
+# (Float8BlockQuantizer.is_quantizable).
+_SHAPES: dict[str, tuple[tuple[Tile, Tile, Tile], int, int]] = {
+    "blockwise": (((1, 128), (128, 128), (1, 128)), 16, 128),
+    "tensorwise": (((0, 0), (0, 0), (0, 0)), 16, 16),
+    "mxfp8": (((1, 32), (1, 32), (1, 32)), 32, 32),
+}

@@ -1,0 +1,141 @@
+"""Routing replay (R3, arXiv 2510.11370): Megatron's routers take the experts the engine chose.
+
+Only the choice is replayed: the weights of the chosen experts are the trainer's own scores,
+normalised over the chosen, so gradients reach the router as ever. The expert bias and the limit on
+groups shape nothing but the choice and so play no part in a replayed token.
+
+A router asks whatever stands in its `router_replay` for the top k (moe_utils.py:706, Megatron-Core
+0.16.1). Megatron's own object there (router_replay.py) replays all tokens or none, and has to be
+told whether a pass is a forward pass or its recomputation, which a schedule that interleaves the
+two gives no moment for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import deque
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from megatron.core.utils import unwrap_model
+from torch import Tensor
+
+from megatron_r1.models.routing_shape import RoutingShape
+
+
+class Recorded(NamedTuple):
+    """The engine's choices for the T tokens a router of this rank sees of a micro-batch.
+
+    experts: (T, L, topk) uint8 or int16, L MoE layers of this rank; known: (T,) bool, the tokens
+    that have any. The others are routed by the trainer."""
+
+    experts: Tensor
+    known: Tensor
+
+
+class LayerReplay:
+    """Stands in `router.router_replay`; `slot` is the layer's place in `Recorded.experts`."""
+
+    def __init__(self, router: torch.nn.Module, slot: int):
+        self.router, self.slot = router, slot
+        self.current: Recorded | None = None
+        self.waiting: deque[Recorded | None] = deque()
+        self.measures = False
+        self.agreed, self.asked = 0, 0
+
+    def get_replay_topk(
+        self, scores: Tensor, topk: int, num_groups, group_topk, default_compute_topk
+    ) -> tuple[Tensor, Tensor]:
+        """scores: (T, experts), what the choice is made by -> those of the chosen and their indices
+        (T, topk) int64."""
+        own_scores, own = default_compute_topk(
+            scores, topk, num_groups=num_groups, group_topk=group_topk
+        )
+        recorded = self._of_this_pass()
+        if recorded is None:
+            return own_scores, own
+        experts = recorded.experts[:, self.slot].long()
+        assert len(experts) == len(scores), f"{len(experts)} recorded for {len(scores)} tokens"
+        known = recorded.known[:, None]
+        if self.measures:
+            same = (experts[:, :, None] == own[:, None, :]).any(-1) & known
+            self.agreed, self.asked = self.agreed + same.sum(), self.asked + known.sum() * topk
+        chosen = torch.where(known, experts, own)
+        return scores.gather(1, chosen), chosen
+
+    def _of_this_pass(self) -> Recorded | None:
+        """What recomputation drops is first computed without a graph and later again with one, in
+        the same order of micro-batches; by then another micro-batch is the current one."""
+        if torch.is_grad_enabled():
+            return self.waiting.popleft() if self.waiting else self.current
+        if self.router.training:
+            self.waiting.append(self.current)
+        return self.current
+
+
+class Replay:
+    """The routers of this rank's chunks. Without a shape: nothing is replayed, nothing changes."""
+
+    def __init__(self, chunks: Sequence[torch.nn.Module], shape: RoutingShape | None):
+        self.is_on = shape is not None
+        self.layers: list[int] = []
+        """Which of shape.moe_layers this rank has, by their place there."""
+        self._chunks: dict[int, list[LayerReplay]] = {}
+        self._paused = False
+        for chunk in chunks if shape else []:
+            replays = self._chunks.setdefault(id(unwrap_model(chunk)), [])
+            for layer in unwrap_model(chunk).decoder.layers:
+                if hasattr(layer.mlp, "router"):
+                    replay = LayerReplay(layer.mlp.router, slot=len(self.layers))
+                    self.layers.append(shape.moe_layers.index(layer.layer_number - 1))
+                    layer.mlp.router.router_replay = replay
+                    replays.append(replay)
+
+    def begin(self, chunk: torch.nn.Module, recorded: Recorded | None) -> None:
+        """A forward pass of `chunk` over the tokens of `recorded` is about to start."""
+        for replay in self._chunks.get(id(unwrap_model(chunk)), []):
+            replay.current = None if self._paused else recorded
+
+    def end(self) -> None:
+        """All passes over all micro-batches are through."""
+        for replay in self._all():
+            assert not replay.waiting, f"{len(replay.waiting)} passes were never recomputed"
+            replay.current = None
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Within: every token is routed by the trainer."""
+        self._paused = True
+        try:
+            yield
+        finally:
+            self._paused = False
+
+    @contextlib.contextmanager
+    def measured(self) -> Iterator[None]:
+        """Within: counts how many of the engine's choices the routers would make themselves, each
+        given the replayed choices of the layers below."""
+        for replay in self._all():
+            replay.measures, replay.agreed, replay.asked = True, 0, 0
+        try:
+            yield
+        finally:
+            for replay in self._all():
+                replay.measures = False
+
+    def agreement(self, device: torch.device) -> dict[str, float]:
+        """routing/agreement, of what was measured last, over all ranks: every router of every rank
+        sees other tokens or is another layer. Empty when nothing was replayed."""
+        if not self.is_on:
+            return {}
+        counts = [sum(int(getattr(r, name)) for r in self._all()) for name in ("agreed", "asked")]
+        total = torch.tensor(counts, dtype=torch.int64, device=device)
+        dist.all_reduce(total)
+        agreed, asked = total.tolist()
+        return {"routing/agreement": agreed / asked} if asked else {}
+
+    def _all(self) -> Iterator[LayerReplay]:
+        for replays in self._chunks.values():
+            yield from replays

@@ -1,0 +1,44 @@
+"""What there is to know of a model's routing from its config.json: what engine and trainer say."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_r1.models.hf_config import need
+
+
+@dataclass(frozen=True)
+class RoutingShape:
+    """Of the decoder: num_layers of them, those with routed experts by index in `moe_layers`, topk
+    of num_experts for every token."""
+
+    num_layers: int
+    moe_layers: tuple[int, ...]
+    topk: int
+    num_experts: int
+
+    @property
+    def index_bytes(self) -> int:
+        """Of one expert's index: unsigned, 1 or 2."""
+        return 1 if self.num_experts <= 256 else 2
+
+    @property
+    def token_bytes(self) -> int:
+        """Of one token's routing: moe layers x topk indices."""
+        return len(self.moe_layers) * self.topk * self.index_bytes
+
+
+def routing_shape(hf: dict) -> RoutingShape:
+    """Of the model `hf` describes; raises ValueError for one without experts."""
+    if not hf.get("n_routed_experts"):
+        architecture = (hf.get("architectures") or ["this model"])[0]
+        raise ValueError(
+            f"rl.routing_replay: {architecture} has no routed experts whose choice could be "
+            "replayed; set it to false"
+        )
+    need(hf, "num_hidden_layers", "num_experts_per_tok")
+    num_layers = hf["num_hidden_layers"]
+    moe_layers = range(hf.get("first_k_dense_replace") or 0, num_layers)
+    return RoutingShape(
+        num_layers, tuple(moe_layers), hf["num_experts_per_tok"], hf["n_routed_experts"]
+    )

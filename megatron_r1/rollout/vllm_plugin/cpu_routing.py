@@ -1,0 +1,92 @@
+"""Routed experts from vLLM's CPU build: its own capture, scheduler and answer, joined by hand.
+
+vLLM 0.32 wires --enable-return-routed-experts to its second model runner only
+(config/vllm.py:1135, `_verify_aux_output_compatibility`), which needs Triton and so never runs on a
+CPU. Its capturer, the scheduler's part and the HTTP answer do not depend on the runner: here the
+first runner captures, and hands each step's rows to the scheduler. Without prefix caching, which
+`EngineServer` turns off, every row of a sequence passes through the model and none has to be kept
+for another sequence. Goes when upstream supports it.
+"""
+
+import numpy as np
+import torch
+from vllm.distributed.aux_output_connector.connector import AuxRequestOutput
+from vllm.platforms import current_platform
+
+
+class RowCollector:
+    """The rows (layers, topk) of each request's tokens, from the forward pass to the scheduler."""
+
+    def __init__(self, model: torch.nn.Module, vllm_config: object) -> None:
+        from vllm.model_executor.layers.fused_moe import routed_experts_capturer as upstream
+
+        limit = vllm_config.scheduler_config.max_num_batched_tokens
+        self.capturer = upstream.RoutedExpertsCapturer(limit, vllm_config)
+        upstream.bind_routed_experts_capturer(model, self.capturer)
+        # Of prompts in parts: first position and rows so far.
+        self._parts: dict[str, tuple[int, np.ndarray]] = {}
+
+    def collect(self, runner: object, scheduled: object, sampled: list) -> dict:
+        """request id → rows from the position the scheduler wants on, where a token was sampled.
+
+        sampled: for each request of the runner's batch, in order, the tokens of this step."""
+        metadata, batch = scheduled.aux_output_connector_metadata, runner.input_batch
+        for request in metadata.finished_requests:
+            self._parts.pop(request, None)
+        total = scheduled.total_num_scheduled_tokens
+        captured = self.capturer.snapshot_routing_data(total).numpy()
+        outputs, end = {}, 0
+        for index, request in enumerate(batch.req_ids):
+            begin, end = end, end + scheduled.num_scheduled_tokens[request]
+            position, rows = int(batch.num_computed_tokens_cpu[index]), captured[begin:end]
+            first, before = self._parts.pop(request, (position, rows[:0]))
+            if first + len(before) != position:  # preempted, and computed again
+                first, before = position, rows[:0]
+            rows = np.concatenate([before, rows])
+            if not sampled[index]:
+                self._parts[request] = (first, rows)
+                continue
+            wanted = metadata.requests[request]
+            assert wanted >= first, f"rows {wanted} to {first} of {request} were never captured"
+            outputs[request] = AuxRequestOutput(wanted, rows[wanted - first :])
+        return outputs
+
+
+def return_routing_on_cpu() -> None:
+    """Make --enable-return-routed-experts work with the CPU model runner. Safe to call again."""
+    if not current_platform.is_cpu():
+        return
+    from vllm.config import VllmConfig
+    from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+
+    if hasattr(CPUModelRunner, "row_collector"):
+        return
+    load_model, execute_model = CPUModelRunner.load_model, CPUModelRunner.execute_model
+    sample_tokens = CPUModelRunner.sample_tokens
+
+    def verify(config: VllmConfig) -> None:
+        wanted = config.aux_output_config.enabled
+        if wanted and not config.model_config.is_moe:
+            raise ValueError("--enable-return-routed-experts needs a model with experts")
+
+    def load(self: CPUModelRunner, *args: object, **kwargs: object) -> None:
+        load_model(self, *args, **kwargs)
+        if self.vllm_config.aux_output_config.enabled:
+            self.row_collector = RowCollector(self.model, self.vllm_config)
+
+    def execute(self: CPUModelRunner, scheduler_output: object, *args: object) -> object:
+        self.step_scheduled = scheduler_output
+        return execute_model(self, scheduler_output, *args)
+
+    def sample(self: CPUModelRunner, *args: object) -> object:
+        output = sample_tokens(self, *args)
+        if self.row_collector is not None:
+            output.aux_output_connector_output = self.row_collector.collect(
+                self, self.step_scheduled, output.sampled_token_ids
+            )
+        return output
+
+    CPUModelRunner.row_collector = None
+    VllmConfig._verify_aux_output_compatibility = verify
+    CPUModelRunner.load_model, CPUModelRunner.execute_model = load, execute
+    CPUModelRunner.sample_tokens = sample

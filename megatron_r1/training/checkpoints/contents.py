@@ -1,0 +1,190 @@
+"""What a rank puts into a checkpoint and takes out of it: one tree of Megatron's sharded entries.
+
+model            weights and persistent buffers of every model chunk of this rank, under the names
+                 that Megatron's sharded_state_dict gives them
+optimizer        fp32 master weights and both moments, whole per parameter (FORMAT)
+optimizer_step   finished updates, for Adam's bias correction
+reference        the reference policy, as "model" with names that begin with "reference."
+rng              the random streams of every rank, where somebody continues at the same layout
+layout           the layout that wrote them
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import random
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.dist_checkpointing import ShardedObject
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from megatron.core.transformer import MegatronModule
+
+from megatron_r1 import platform
+from megatron_r1.training.checkpoints.gathering import gathering
+from megatron_r1.training.checkpoints.host_memory import HostMemory
+from megatron_r1.training.reference import Reference
+
+FORMAT = "fully_reshardable"
+"""Of the distributed optimizer's state: whole moments per parameter, for any layout to load."""
+
+Chunks = Sequence[MegatronModule]
+
+
+def sharded(
+    chunks: Chunks,
+    optimizer: Any,
+    reference: Reference | None,
+    memory: HostMemory | None = None,
+) -> dict[str, Any]:
+    """The tree of this rank. Its tensors are the model's own: copy before either changes.
+
+    memory: where the optimizer's shards are gathered; None to make room for what is read.
+    """
+    loading = memory is None
+    _allocate_state(optimizer)
+    weights = [_weights(chunk, "") for chunk in chunks]
+    kind = {"distrib_optim_sharding_type": FORMAT}
+    # Parameters of all chunks belong to one optimizer, which finds them by identity.
+    by_chunk = dict(enumerate(weights))
+    states = []
+    for index, part in enumerate(_parts(optimizer)):
+        with gathering(part, index, memory), _little_to_collect():
+            states.append(part.sharded_state_dict(by_chunk, is_loading=loading, metadata=kind))
+    # Megatron keeps experts' state in an optimizer of its own in some layouts and not in others,
+    # and its chained state says so. Tensors are named by their parameter; the only other thing that
+    # has to survive is the step count, the same everywhere.
+    tree = {
+        "model": weights,
+        "optimizer": [{"param_state": state["param_state"]} for state in states],
+        "optimizer_step": states[0]["optimizer"]["param_groups"][0].get("step"),
+    }
+    if not loading:
+        tree |= {"layout": layout(chunks), "rng": rng_entry(loading=False)}
+    if reference is not None:
+        with reference.in_place():
+            tree["reference"] = [_weights(chunk, "reference.") for chunk in chunks]
+            for tensor in (t for kept in tree["reference"] for t in kept.values()):
+                # The entries hold the parameters themselves, which are the policy's again in a
+                # moment.
+                tensor.data = tensor.data.detach()
+    return tree
+
+
+def put_back(
+    found: dict[str, Any], chunks: Chunks, optimizer: Any, reference: Reference | None
+) -> None:
+    """Give the model, the optimizer and the reference what was read into their tree."""
+    for chunk, weights in zip(chunks, found["model"], strict=True):
+        chunk.load_state_dict(weights)
+    for part, state in zip(_parts(optimizer), found["optimizer"], strict=True):
+        whole = part.state_dict()
+        for group in whole["optimizer"]["param_groups"]:
+            group["step"] = found["optimizer_step"]
+        part.load_state_dict({**whole, **state, "param_state_sharding_type": FORMAT})
+        _separate_steps(part.optimizer)
+    if reference is not None:
+        with reference.in_place():
+            for chunk, weights in zip(chunks, found["reference"], strict=True):
+                own = {name.removeprefix("reference."): t for name, t in weights.items()}
+                chunk.load_state_dict(own)
+            reference.refresh()
+
+
+def layout(chunks: Chunks) -> dict[str, int]:
+    """Where every rank stands: random streams mean the same on an equal layout only."""
+    return {
+        "ranks": dist.get_world_size(),
+        "tensor": parallel_state.get_tensor_model_parallel_world_size(),
+        "pipeline": parallel_state.get_pipeline_model_parallel_world_size(),
+        "context": parallel_state.get_context_parallel_world_size(),
+        "expert": parallel_state.get_expert_model_parallel_world_size(),
+        "expert_tensor": parallel_state.get_expert_tensor_parallel_world_size(),
+        "chunks": len(chunks),
+    }
+
+
+def rng_entry(loading: bool) -> ShardedObject:
+    """This rank's random streams: torch's, the GPU's, Megatron's per tensor rank, Python's."""
+    streams: dict[str, Any] = {}
+    if not loading:
+        streams = {
+            "torch": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state() if platform.has_gpu() else None,
+            "megatron": get_cuda_rng_tracker().get_states(),
+            "python": random.getstate(),
+        }
+    return ShardedObject("rng", streams, (dist.get_world_size(),), (dist.get_rank(),))
+
+
+def put_back_rng(streams: dict[str, Any]) -> None:
+    torch.set_rng_state(streams["torch"])
+    if platform.has_gpu() and streams["cuda"] is not None:
+        torch.cuda.set_rng_state(streams["cuda"])
+    get_cuda_rng_tracker().set_states(streams["megatron"])
+    random.setstate(streams["python"])
+
+
+def _weights(chunk: MegatronModule, prefix: str) -> dict[str, Any]:
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    entries = chunk.sharded_state_dict(prefix=prefix, metadata={"dp_cp_group": group})
+    # Filled by Transformer Engine's delayed FP8 scaling only, and named by the number of shards: an
+    # empty one would tie the checkpoint to the layout that wrote it.
+    return {name: entry for name, entry in entries.items() if "_extra_state" not in name}
+
+
+def _parts(optimizer) -> list:
+    return getattr(optimizer, "chained_optimizers", [optimizer])
+
+
+@contextlib.contextmanager
+def _little_to_collect() -> Iterator[None]:
+    """Within: garbage collection does not look at what was there before.
+
+    Megatron collects after every part, 0.4 s a time for the objects of its imports alone.
+    """
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
+def _separate_steps(inner) -> None:
+    """Undo that Megatron gives every parameter of torch's AdamW the same step tensor.
+
+    distrib_optimizer.py:825: the next update would count it up once per parameter, and Adam's bias
+    correction would be over in one step. On a GPU the step is a number of the group.
+    """
+    for state in inner.state.values():
+        if torch.is_tensor(state.get("step")):
+            state["step"] = state["step"].clone()
+
+
+def _allocate_state(optimizer) -> None:
+    """Give optimizers that have not stepped yet their moments, by a step that changes nothing.
+
+    Megatron's distributed optimizer over torch's AdamW can neither save nor load without them.
+    """
+    for part in _parts(optimizer):
+        inner = part.optimizer
+        if inner.state:
+            continue
+        rates = [group["lr"] for group in inner.param_groups]
+        for group in inner.param_groups:
+            group["lr"] = 0.0
+            for parameter in group["params"]:
+                parameter.grad = torch.zeros_like(parameter)
+        inner.step()
+        inner.zero_grad()
+        for group, rate in zip(inner.param_groups, rates, strict=True):
+            group["lr"] = rate
+            if "step" in group:
+                group["step"] = 0
+        for state in inner.state.values():
+            if torch.is_tensor(state.get("step")):
+                state["step"].zero_()  # it was none

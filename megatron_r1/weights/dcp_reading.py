@@ -1,0 +1,272 @@
+"""Reading rectangles of a Megatron distributed checkpoint (torch_dist), without Megatron.
+
+`.metadata` is torch.distributed.checkpoint's own: the tensors, the chunks each was saved in, and
+for every chunk the file and the bytes that hold it, written by `torch.save`: an uncompressed zip of
+a pickle that describes the tensor and its raw data. Only the pieces asked for are read, so that no
+chunk, however large, is ever whole in memory.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+import zipfile
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint import FileSystemReader, TensorStorageMetadata
+
+from megatron_r1.weights.raw import read_box
+
+Box = Sequence[int]
+_STORAGES = {
+    "FloatStorage": torch.float32,
+    "BFloat16Storage": torch.bfloat16,
+    "HalfStorage": torch.float16,
+    "DoubleStorage": torch.float64,
+}
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """One saved rectangle of a tensor, and the bytes of its `torch.save`."""
+
+    starts: tuple[int, ...]
+    sizes: tuple[int, ...]
+    file: str
+    offset: int
+    length: int
+
+
+class DistributedCheckpoint:
+    """The tensors of the checkpoint in `folder`: `shapes` and `dtypes` by key.
+
+    Raises ValueError when the folder is no such checkpoint, or a file of it is missing or cut off.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.path = Path(folder)
+        metadata = _metadata(self.path)
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, torch.dtype] = {}
+        for key, entry in metadata.state_dict_metadata.items():
+            if isinstance(entry, TensorStorageMetadata):
+                self.shapes[key] = tuple(entry.size)
+                self.dtypes[key] = entry.properties.dtype
+        self._metadata = metadata
+        self._files: dict[str, int] = {}
+        self._data_offsets: dict[tuple[str, int], int] = {}
+        self._check_files()
+
+    def close(self) -> None:
+        for file in self._files.values():
+            os.close(file)
+        self._files.clear()
+
+    @cached_property
+    def num_bytes(self) -> int:
+        """Of all files together."""
+        return sum(file.stat().st_size for file in self.path.glob("*.distcp"))
+
+    def read(self, key: str, starts: Box, sizes: Box) -> Tensor:
+        """A rectangle of the tensor `key`, in its stored dtype, put together from its chunks."""
+        out = torch.empty(tuple(sizes), dtype=self.dtypes[key])
+        covered = 0
+        for chunk in self._near(key, starts, sizes):
+            box = _overlap(starts, sizes, chunk)
+            if box is None:
+                continue
+            first, size = box
+            inside = tuple(f - c for f, c in zip(first, chunk.starts, strict=True))
+            target = out
+            for axis, (f, start, n) in enumerate(zip(first, starts, size, strict=True)):
+                target = target.narrow(axis, f - start, n)
+            target.copy_(self._read_chunk(key, chunk, inside, size))
+            covered += prod(size)
+        if covered != out.numel():
+            raise ValueError(
+                f"{self.path} holds {covered} of the {out.numel()} elements of {key} at "
+                f"{tuple(starts)}: it is not complete; use another checkpoint"
+            )
+        return out
+
+    @cached_property
+    def _chunks(self) -> dict[str, dict[int, list[_Chunk]]]:
+        """key -> index along the first axis -> chunks that begin there."""
+        sizes = {
+            (key, tuple(chunk.offsets)): tuple(chunk.sizes)
+            for key, entry in self._metadata.state_dict_metadata.items()
+            if key in self.shapes
+            for chunk in entry.chunks
+        }
+        found: dict[str, dict[int, list[_Chunk]]] = defaultdict(lambda: defaultdict(list))
+        for index, at in self._metadata.storage_data.items():
+            if index.fqn in self.shapes:
+                starts = tuple(index.offset)
+                size = sizes[index.fqn, starts]
+                chunk = _Chunk(starts, size, at.relative_path, at.offset, at.length)
+                found[index.fqn][starts[0] if starts else 0].append(chunk)
+        return found
+
+    def _near(self, key: str, starts: Box, sizes: Box) -> list[_Chunk]:
+        """The chunks that may overlap the rectangle; of stacked tensors only those of its layer."""
+        buckets = self._chunks[key]
+        if len(starts) == 3:
+            wanted = range(starts[0], starts[0] + sizes[0])
+            near = [chunk for index in wanted for chunk in buckets.get(index, [])]
+            if near and all(chunk.sizes[0] == 1 for chunk in near):
+                return near
+        return [chunk for bucket in buckets.values() for chunk in bucket]
+
+    def _read_chunk(self, key: str, chunk: _Chunk, starts: Box, sizes: Box) -> Tensor:
+        file = self._open(chunk.file)
+        where = f"{key} at {chunk.starts} in {self.path / chunk.file}"
+        try:
+            at = self._data_offset(file, key, chunk)
+            return read_box(file, at, chunk.sizes, self.dtypes[key], starts, sizes)
+        except (zipfile.BadZipFile, pickle.UnpicklingError, KeyError, EOFError) as error:
+            raise ValueError(f"{where} is damaged ({error}); use another checkpoint") from error
+
+    def _data_offset(self, file: int, key: str, chunk: _Chunk) -> int:
+        known = self._data_offsets.get((chunk.file, chunk.offset))
+        if known is None:
+            dtype, shape, offset = describe_saved(file, chunk.offset, chunk.length)
+            if (dtype, shape) != (self.dtypes[key], chunk.sizes):
+                raise KeyError(f"the metadata says {chunk.sizes}, the file {dtype} {shape}")
+            known = self._data_offsets[chunk.file, chunk.offset] = offset
+        return known
+
+    def _open(self, name: str) -> int:
+        if name not in self._files:
+            self._files[name] = os.open(self.path / name, os.O_RDONLY)
+        return self._files[name]
+
+    def _check_files(self) -> None:
+        ends: dict[str, int] = defaultdict(int)
+        for at in self._metadata.storage_data.values():
+            ends[at.relative_path] = max(ends[at.relative_path], at.offset + at.length)
+        absent = sorted(name for name in ends if not (self.path / name).is_file())
+        if absent:
+            raise ValueError(f"checkpoint {self.path} lacks files: {', '.join(absent)}")
+        for name, end in sorted(ends.items()):
+            size = (self.path / name).stat().st_size
+            if size < end:
+                raise ValueError(
+                    f"{self.path / name} has {size} bytes of at least {end}: it is cut off; use "
+                    "another checkpoint"
+                )
+
+
+def _metadata(folder: Path):
+    about = folder / "metadata.json"
+    if not about.is_file() or not (folder / ".metadata").is_file():
+        raise ValueError(
+            f"{folder} is no Megatron distributed checkpoint: it lacks metadata.json or .metadata"
+        )
+    backend = json.loads(about.read_text(encoding="utf-8")).get("sharded_backend")
+    if backend != "torch_dist":
+        raise ValueError(
+            f"{folder} was written in Megatron's format {backend!r}; save it as 'torch_dist'"
+        )
+    try:
+        return FileSystemReader(folder).read_metadata()
+    except (pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError) as error:
+        raise ValueError(
+            f"{folder / '.metadata'} is damaged ({error}); use another checkpoint"
+        ) from error
+
+
+def _overlap(starts: Box, sizes: Box, chunk: _Chunk) -> tuple[Box, Box] | None:
+    first = tuple(max(a, b) for a, b in zip(starts, chunk.starts, strict=True))
+    ends = zip(starts, sizes, chunk.starts, chunk.sizes, first, strict=True)
+    size = tuple(min(s + n, c + m) - f for s, n, c, m, f in ends)
+    return None if any(n <= 0 for n in size) else (first, size)
+
+
+def describe_saved(file: int, at: int, length: int) -> tuple[torch.dtype, tuple[int, ...], int]:
+    """(dtype, shape, file offset of the raw data) of a contiguous tensor written by `torch.save`.
+
+    Raises BadZipFile, UnpicklingError or KeyError for what is not one.
+    """
+    with zipfile.ZipFile(_Slice(file, at, length)) as archive:
+        root = archive.namelist()[0].split("/")[0]
+        described = _Description(io.BytesIO(archive.read(f"{root}/data.pkl"))).load()
+        data = archive.getinfo(f"{root}/data/{described.storage}")
+    if data.compress_type != zipfile.ZIP_STORED or not described.contiguous:
+        raise KeyError("its tensor is not plain")
+    if data.file_size != prod(described.shape) * described.dtype.itemsize:
+        raise KeyError(f"its data has {data.file_size} bytes, its shape is {described.shape}")
+    # A local file header: 30 bytes, of which the last four give the lengths of what follows it.
+    header = os.pread(file, 30, at + data.header_offset)
+    name, extra = (int.from_bytes(header[i : i + 2], "little") for i in (26, 28))
+    return described.dtype, described.shape, at + data.header_offset + 30 + name + extra
+
+
+@dataclass(frozen=True)
+class _Described:
+    storage: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    contiguous: bool
+
+
+class _Description(pickle.Unpickler):
+    """Reads the pickle of one tensor; builds nothing and runs nothing that is named in it."""
+
+    def find_class(self, module: str, name: str):
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+            return self._describe
+        if (module, name) == ("collections", "OrderedDict"):
+            return dict
+        if module == "torch" and name in _STORAGES:
+            return _STORAGES[name]
+        raise pickle.UnpicklingError(f"unexpected {module}.{name}")
+
+    def persistent_load(self, saved):
+        kind, dtype, key, _, _ = saved
+        if kind != "storage" or not isinstance(dtype, torch.dtype):
+            raise pickle.UnpicklingError(f"unexpected {kind}")
+        return key, dtype
+
+    @staticmethod
+    def _describe(storage, offset, shape, strides, *rest) -> _Described:
+        key, dtype = storage
+        expected = tuple(prod(shape[axis + 1 :]) for axis in range(len(shape)))
+        same = all(a == b for a, b, n in zip(strides, expected, shape, strict=True) if n > 1)
+        return _Described(key, dtype, tuple(shape), same and not offset)
+
+
+class _Slice(io.RawIOBase):
+    """`length` bytes of a file from `at` on, as a file of their own."""
+
+    def __init__(self, file: int, at: int, length: int):
+        self.source, self.at, self.length, self.position = file, at, length, 0
+
+    def seekable(self) -> bool:
+        return True
+
+    def readable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self.position, os.SEEK_END: self.length}[whence]
+        self.position = base + offset
+        return self.position
+
+    def tell(self) -> int:
+        return self.position
+
+    def readinto(self, buffer) -> int:
+        count = max(0, min(len(buffer), self.length - self.position))
+        found = os.pread(self.source, count, self.at + self.position)
+        buffer[: len(found)] = found
+        self.position += len(found)
+        return len(found)

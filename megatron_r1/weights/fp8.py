@@ -1,0 +1,118 @@
+"""The FP8 layout of DeepSeek's published checkpoints: which tensors, which names, which scales.
+
+The weight W of a projection is stored as float8_e4m3fn, and beside it `W_scale_inv`, one fp32 per
+128x128 block (the last ones cut off by the edge): W = q · scale_inv (deepseek-ai/DeepSeek-V3,
+README_WEIGHTS.md). Quantised are the linear layers of attention, MLPs, shared and routed experts,
+MTP's included. Embedding, head, norms, the router and MTP's eh_proj are not
+(deepseek-ai/DeepSeek-V3, inference/model.py; vLLM's deepseek_mtp.py makes eh_proj a plain Linear).
+"""
+
+from __future__ import annotations
+
+import re
+
+import torch
+from r1_kernels import dequantize_blockwise, quantize_blockwise
+from torch import Tensor
+
+BLOCK = 128
+STORED = "float8_e4m3fn"
+CONFIG = {
+    "activation_scheme": "dynamic",
+    "fmt": "e4m3",
+    "quant_method": "fp8",
+    "weight_block_size": [BLOCK, BLOCK],
+}
+"""`quantization_config` of config.json, as published."""
+
+_SCALE = "_scale_inv"
+_PROJECTION = re.compile(r"\.(self_attn|mlp)\.(.*\.)?\w+_proj(_with_mqa)?\.weight$")
+
+
+def is_quantised(name: str) -> bool:
+    """Whether an FP8 checkpoint holds the HF tensor `name` as FP8."""
+    return bool(_PROJECTION.search(name))
+
+
+def scale_name(name: str) -> str:
+    """The name of the scales of `name`."""
+    return name + _SCALE
+
+
+def is_scale(name: str) -> bool:
+    """Whether `name` is the scales of another tensor."""
+    return name.endswith(".weight" + _SCALE)
+
+
+def scale_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of the scales of a weight of `shape`."""
+    return tuple(-(-size // BLOCK) for size in shape)
+
+
+def check_config(hf: dict) -> None:
+    """Raise ValueError for a `quantization_config` that is not this layout."""
+    found = hf.get("quantization_config") or CONFIG
+    for key in ("quant_method", "fmt", "weight_block_size"):
+        if found.get(key, CONFIG[key]) != CONFIG[key]:
+            raise ValueError(
+                f"quantization_config.{key}={found[key]!r} in config.json cannot be read, only "
+                f"{CONFIG[key]!r}: convert a bf16 checkpoint of the model instead"
+            )
+
+
+def dequantise(q: Tensor, scale_inv: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """q · scale_inv of whole blocks; q (M, N) float8_e4m3fn, scale_inv (⌈M/128⌉, ⌈N/128⌉) fp32."""
+    return dequantize_blockwise(q, scale_inv, dtype=dtype)
+
+
+def quantise(
+    x: Tensor, known: Tensor | None = None, *, power_of_two: bool = False
+) -> tuple[Tensor, Tensor]:
+    """(q, scale_inv) of whole blocks x (M, N) of fp32 or bf16.
+
+    A block's scale is amax / 448 (rounded up to a power of two if `power_of_two`, for checkpoints
+    whose quantization_config says scale_fmt "ue8m0"). known: scales (⌈M/128⌉, ⌈N/128⌉) the weights
+    may once have been read with: a block that is *exactly* what FP8 numbers times its known scale
+    give, in fp32 or rounded to bf16, keeps that scale, and with it every bit. This is what makes
+    FP8 → bf16 → FP8 the identity: bf16 rounding moves a number by at most 2^-8 of itself, half the
+    distance between two e4m3 numbers is at least 2^-5 of them, so the codes come back; the scale
+    would not (amax has been rounded too). A block that training has changed gets a scale of its
+    own.
+    """
+    x = x.float()
+    q, scale = quantize_blockwise(x)
+    if power_of_two:
+        scale = _next_power_of_two(scale)
+        q = _codes(x, scale)
+    if known is None:
+        return q, scale
+    candidate = _codes(x, known)
+    exact = dequantise(candidate, known)
+    same = _whole_blocks(exact == x) | _whole_blocks(exact.bfloat16().float() == x)
+    chosen = spread(same, x.shape)
+    q = torch.where(chosen, candidate.view(torch.uint8), q.view(torch.uint8))
+    return q.view(torch.float8_e4m3fn), torch.where(same, known, scale)
+
+
+def _codes(x: Tensor, scale: Tensor) -> Tensor:
+    inverse = torch.where(scale > 0, 1.0 / scale, 0.0)
+    return (x * spread(inverse, x.shape)).to(torch.float8_e4m3fn)
+
+
+def spread(per_block: Tensor, shape: torch.Size) -> Tensor:
+    """(⌈M/128⌉, ⌈N/128⌉) -> (M, N): every element gets its block's entry."""
+    tall = per_block.repeat_interleave(BLOCK, 0)[: shape[0]]
+    return tall.repeat_interleave(BLOCK, 1)[:, : shape[1]]
+
+
+def _whole_blocks(equal: Tensor) -> Tensor:
+    """(M, N) of bools -> (⌈M/128⌉, ⌈N/128⌉): whether all of a block is True."""
+    rows, columns = equal.shape
+    padded = torch.nn.functional.pad(equal, (0, -columns % BLOCK, 0, -rows % BLOCK), value=True)
+    down, across = scale_shape(equal.shape)
+    return padded.view(down, BLOCK, across, BLOCK).all(3).all(1)
+
+
+def _next_power_of_two(scale: Tensor) -> Tensor:
+    mantissa, exponent = torch.frexp(scale)
+    return torch.ldexp(torch.ones_like(scale), exponent - (mantissa == 0.5).int())

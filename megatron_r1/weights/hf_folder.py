@@ -1,0 +1,83 @@
+"""What a Hugging Face folder has beside its tensors: configuration, tokenizer, index, names."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from math import prod
+from pathlib import Path
+
+import torch
+
+from megatron_r1.files import atomic_write
+from megatron_r1.weights import fp8
+from megatron_r1.weights.layout import Shape
+
+Tensors = Mapping[str, tuple[Shape, torch.dtype]]
+
+INDEX = "model.safetensors.index.json"
+# Everything small a model folder carries beside its weights: configuration, tokenizer, chat
+# template.
+_CARRIED = (".json", ".jinja", ".txt", ".model")
+
+
+def split_into_files(tensors: Tensors, max_bytes: int) -> dict[str, dict]:
+    """File name -> its tensors, at most max_bytes each but for larger single tensors.
+
+    The scales of an FP8 weight stay in its file: whoever writes one has both in hand.
+    """
+    shards, size = [{}], 0
+    for name, (shape, dtype) in tensors.items():
+        num_bytes = prod(shape) * dtype.itemsize
+        if shards[-1] and size + num_bytes > max_bytes and not fp8.is_scale(name):
+            shards.append({})
+            size = 0
+        shards[-1][name] = (shape, dtype)
+        size += num_bytes
+    if len(shards) == 1:
+        return {"model.safetensors": shards[0]}
+    count = len(shards)
+    return {
+        f"model-{number:05d}-of-{count:05d}.safetensors": shard
+        for number, shard in enumerate(shards, 1)
+    }
+
+
+def write_index(folder: Path, files: Mapping[str, Tensors]) -> None:
+    """The index of a checkpoint in several files; nothing for one."""
+    if len(files) == 1:
+        return
+    total = sum(prod(s) * d.itemsize for tensors in files.values() for s, d in tensors.values())
+    index = {
+        "metadata": {"total_size": total},
+        "weight_map": {name: file for file, tensors in files.items() for name in tensors},
+    }
+    atomic_write(folder / INDEX, json.dumps(index, indent=2) + "\n")
+
+
+def carry_files(source: Path, folder: Path) -> None:
+    """Copy what `source` has beside its weights and config.json: tokenizer, generation settings."""
+    for file in sorted(source.iterdir()):
+        if file.is_file() and file.suffix in _CARRIED and file.name not in (INDEX, "config.json"):
+            shutil.copyfile(file, folder / file.name)
+
+
+def write_config(source: Path, folder: Path, dtype: torch.dtype, with_mtp: bool) -> None:
+    """The config.json of `source`, saying what the weights now are.
+
+    dtype: of the weights; float8_e4m3fn for the published FP8 layout, whose other tensors are bf16.
+    """
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    # Loaders believe these over the files.
+    quantisation = config.pop("quantization_config", None)
+    config.pop("torch_dtype", None)
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    if dtype == torch.float8_e4m3fn:
+        config["dtype"] = "bfloat16"
+        config["quantization_config"] = quantisation or fp8.CONFIG
+    if not with_mtp:
+        for name in ("num_nextn_predict_layers", "num_mtp_layers"):
+            if name in config:
+                config[name] = 0
+    atomic_write(folder / "config.json", json.dumps(config, indent=2) + "\n")

@@ -1,0 +1,106 @@
+"""The weights in a Megatron distributed checkpoint, read as Hugging Face tensors."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from itertools import product
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_r1.weights.dcp_reading import DistributedCheckpoint
+from megatron_r1.weights.layout import Shape, hf_tensors, table
+from megatron_r1.weights.stored_layout import StoredLayout, stored_layout
+
+
+class MegatronWeights:
+    """The HF tensors inside the checkpoint in `folder`, whose model has the configuration `hf`.
+
+    Whatever layout saved it, with Megatron's own layers or Transformer Engine's, with layers one by
+    one or stacked. Raises ValueError when the folder is no complete checkpoint of this model.
+    """
+
+    def __init__(self, folder: str | Path, hf: dict):
+        self.path, self.hf = Path(folder), hf
+        self.checkpoint = DistributedCheckpoint(folder)
+        self.with_mtp = any(key.startswith("mtp.") for key in self.checkpoint.shapes)
+        self.layout = self._recognise()
+        self.copies = table(hf).copies
+        self._places = self.layout.by_hf_name()
+        self._check_shapes()
+
+    def __enter__(self) -> MegatronWeights:
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.checkpoint.close()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the model's parameters, but for those that keep their own."""
+        return self.checkpoint.dtypes["embedding.word_embeddings.weight"]
+
+    @cached_property
+    def tensors(self) -> dict[str, tuple[Shape, str]]:
+        """name -> (shape, stored dtype), the copies an HF checkpoint has of some included."""
+        found = {}
+        for name, (shape, _) in hf_tensors(self.hf, with_mtp=self.with_mtp).items():
+            key = self._places[self.copies.get(name, name)][0][0].key
+            found[name] = (shape, str(self.checkpoint.dtypes[key]).removeprefix("torch."))
+        return found
+
+    def read(self, name: str, dim: int, start: int, length: int) -> Tensor:
+        """`length` rows (dim 0) or columns (dim 1) of an HF tensor, in the stored dtype."""
+        parts = []
+        for slot, run in self._places[self.copies.get(name, name)]:
+            first, end = run.hf_start, run.hf_start + run.length
+            if dim == 0:
+                first, end = max(first, start), min(end, start + length)
+            if first >= end:
+                continue
+            starts = [run.start + first - run.hf_start, *(0 for _ in slot.shape[1:])]
+            sizes = [end - first, *slot.shape[1:]]
+            if dim == 1:
+                starts[1], sizes[1] = start, length
+            ones = (1,) * len(slot.index)
+            values = self.checkpoint.read(slot.key, (*slot.index, *starts), (*ones, *sizes))
+            parts.append(values.view(sizes))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def check(self, with_mtp: bool) -> None:
+        """Raise ValueError when MTP layers are wanted and the checkpoint has none."""
+        if with_mtp and not self.with_mtp and table(self.hf).mtp:
+            raise ValueError(
+                f"checkpoint {self.path} has no MTP layers; leave them out (model.mtp: none)"
+            )
+
+    def _recognise(self) -> StoredLayout:
+        """The naming whose tensors the checkpoint has."""
+        fewest: list[str] | None = None
+        for stacked, engine in product((None, True, False), (False, True)):
+            tried = stored_layout(
+                self.hf, with_mtp=self.with_mtp, transformer_engine=engine, stacked=stacked
+            )
+            missing = sorted(tried.shapes.keys() - self.checkpoint.shapes.keys())
+            if not missing:
+                return tried
+            if fewest is None or len(missing) < len(fewest):
+                fewest = missing
+        assert fewest is not None
+        raise ValueError(
+            f"checkpoint {self.path} does not fit the configuration of "
+            f"{self.hf['architectures'][0]}: it lacks {', '.join(fewest[:4])}"
+            f"{f' … and {len(fewest) - 4} more' if len(fewest) > 4 else ''}; give the "
+            "config.json it was trained with"
+        )
+
+    def _check_shapes(self) -> None:
+        for key, expected in self.layout.shapes.items():
+            found = self.checkpoint.shapes[key]
+            padded = key in self.layout.vocabulary and found[0] > expected[0]
+            if found != expected and not (padded and found[1:] == expected[1:]):
+                raise ValueError(
+                    f"checkpoint {self.path} holds {key} as {found}, the configuration says "
+                    f"{expected}: give the config.json it was trained with"
+                )

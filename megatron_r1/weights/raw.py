@@ -1,0 +1,73 @@
+"""Reading rectangles of tensors that lie in files, without mapping the files.
+
+A mapped page counts as this process's memory, and a converter touches every page of a file; reads
+into a buffer keep its memory at the size of the buffer.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from math import prod
+
+import torch
+from torch import Tensor
+
+STRIPE_BYTES = 16 << 20
+
+
+def read_box(
+    file: int,
+    at: int,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    starts: Sequence[int],
+    sizes: Sequence[int],
+) -> Tensor:
+    """tensor[starts[0] : starts[0] + sizes[0], …] of the contiguous tensor at offset `at`.
+
+    file: a file descriptor. Only the rows asked for are read; where just some columns of them are,
+    in stripes of STRIPE_BYTES. Raises EOFError when the file ends before.
+    """
+    out = torch.empty(tuple(sizes), dtype=dtype)
+    if not out.numel():
+        return out
+    if tuple(sizes[1:]) == tuple(shape[1:]):
+        row = prod(shape[1:]) * dtype.itemsize
+        read_into(file, at + starts[0] * row if starts else at, out)
+    elif len(shape) == 2:
+        rows = max(1, STRIPE_BYTES // (shape[1] * dtype.itemsize))
+        for first in range(0, sizes[0], rows):
+            count = min(rows, sizes[0] - first)
+            box = (starts[0] + first, 0), (count, shape[1])
+            stripe = read_box(file, at, shape, dtype, *box)
+            out[first : first + count] = stripe[:, starts[1] : starts[1] + sizes[1]]
+    else:
+        step = prod(shape[1:]) * dtype.itemsize
+        for index in range(sizes[0]):
+            inner = at + (starts[0] + index) * step
+            out[index] = read_box(file, inner, shape[1:], dtype, starts[1:], sizes[1:])
+    return out
+
+
+def read_into(file: int, at: int, out: Tensor) -> None:
+    """Fill the contiguous `out` from offset `at`; EOFError when the file ends before."""
+    buffer = memoryview(as_bytes(out).numpy())
+    while buffer:
+        count = os.preadv(file, [buffer], at)
+        if not count:
+            raise EOFError(f"{len(buffer)} bytes are missing at offset {at}")
+        buffer, at = buffer[count:], at + count
+
+
+def write_at(file: int, at: int, values: Tensor) -> None:
+    """Write all of a contiguous tensor at offset `at`."""
+    buffer = memoryview(as_bytes(values.contiguous()).numpy())
+    while buffer:
+        count = os.pwrite(file, buffer, at)
+        buffer, at = buffer[count:], at + count
+
+
+def as_bytes(tensor: Tensor) -> Tensor:
+    """A contiguous tensor's bytes, as a view (N,) of uint8."""
+    return tensor.reshape(-1).view(torch.uint8)

@@ -1,0 +1,150 @@
+"""Which layers each pipeline stage holds: spread evenly or spelled out; pure Python.
+
+The meaning is Megatron-Core 0.16.1's (transformer/pipeline_parallel_layer_layout.py and
+transformer_block.py), whose own classes ask the process groups who they are. A *stage* here is one
+model chunk: pipeline rank p of P holds the chunks (0, p) … (V - 1, p) of V virtual stages, and
+micro-batches pass the chunks in the order (0, 0), (0, 1) … (0, P - 1), (1, 0) …
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+_ITEM = re.compile(r"\(([^()]*)\)\*(\d+)|([EtmL|])(?:\*(\d+))?")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One model chunk: decoder layers by global index, and what else lies on it.
+
+    final_norm: the norm after the last decoder layer, which a model with MTP layers applies where
+    that layer is, not where the head is.
+    """
+
+    layers: tuple[int, ...]
+    embedding: bool = True
+    mtp: bool = False
+    final_norm: bool = True
+    head: bool = True
+
+
+def pipeline_stages(
+    num_layers: int,
+    pipeline: int = 1,
+    virtual: int = 1,
+    *,
+    num_mtp: int = 0,
+    layout: str | None = None,
+) -> list[list[Stage]]:
+    """result[pipeline rank][virtual stage].
+
+    layout: Megatron's string, one group per chunk in the order micro-batches pass them, split by
+    "|": E embedding, t decoder layer, m MTP layer, L head and loss; x*3 and (xy|)*3 repeat, commas
+    do not count. Its number of groups sets the virtual stages. Otherwise the layers are spread
+    evenly, the embedding on the first chunk, MTP layers and head on the last.
+    num_mtp: MTP layers of the model as built; 0 where it is built without.
+
+    Raises ValueError for what Megatron would refuse or silently build otherwise.
+    """
+    if layout:
+        return _spelled_out(layout, num_layers, pipeline, virtual, num_mtp)
+    if num_layers % (pipeline * virtual):
+        raise ValueError(
+            f"num_hidden_layers={num_layers} is not a multiple of pipeline stages {pipeline} x "
+            f"virtual stages {virtual}; spell the stages out with parallel.pipeline_layout"
+        )
+    length = num_layers // (pipeline * virtual)
+    return [
+        [
+            _even_stage(chunk * pipeline + rank, length, num_layers, num_mtp)
+            for chunk in range(virtual)
+        ]
+        for rank in range(pipeline)
+    ]
+
+
+def _even_stage(index: int, length: int, num_layers: int, num_mtp: int) -> Stage:
+    start, last = index * length, (index + 1) * length == num_layers
+    return Stage(
+        layers=tuple(range(start, start + length)),
+        embedding=index == 0,
+        mtp=last and num_mtp > 0,
+        final_norm=last,
+        head=last,
+    )
+
+
+def _spelled_out(layout, num_layers, pipeline, virtual, num_mtp) -> list[list[Stage]]:
+    groups = parse_layout(layout)
+    _check(layout, groups, num_layers, pipeline, virtual, num_mtp)
+    stages: list[list[Stage]] = [[] for _ in range(pipeline)]
+    start = 0
+    for index, group in enumerate(groups):
+        end = start + group.count("t")
+        last_layer = start < end == num_layers
+        head = "L" in group
+        stages[index % pipeline].append(
+            Stage(
+                layers=tuple(range(start, end)),
+                embedding="E" in group,
+                mtp="m" in group,
+                final_norm=last_layer if num_mtp else head,
+                head=head,
+            )
+        )
+        start = end
+    return stages
+
+
+def parse_layout(layout: str) -> list[str]:
+    """ "Et|(tt|)*2mL" -> ["Et", "tt", "tt", "mL"]; ValueError for anything else than that."""
+    text = re.sub(r"[,\s]", "", layout)
+    return "".join(_unrolled(text, layout)).split("|")
+
+
+def _unrolled(text: str, layout: str) -> Iterator[str]:
+    position = 0
+    while position < len(text):
+        found = _ITEM.match(text, position)
+        if not found:
+            raise ValueError(
+                f"parallel.pipeline_layout={layout!r}: {text[position:]!r} is not understood; "
+                "write E, t, m, L and | with repetitions: t*3, (tt|)*29, no bracket within another"
+            )
+        group, times, item, repeats = found.groups()
+        if item:
+            yield item * int(repeats or 1)
+        else:
+            yield "".join(_unrolled(group, layout)) * int(times)
+        position = found.end()
+
+
+def _check(layout, groups, num_layers, pipeline, virtual, num_mtp) -> None:
+    def refuse(reason: str) -> None:
+        raise ValueError(f"parallel.pipeline_layout={layout!r}: {reason}")
+
+    if len(groups) % pipeline:
+        refuse(f"{len(groups)} stages are not a multiple of parallel.pipeline={pipeline}")
+    if virtual > 1 and virtual != len(groups) // pipeline:
+        refuse(
+            f"{len(groups)} stages over parallel.pipeline={pipeline} are {len(groups) // pipeline} "
+            f"virtual stages, parallel.virtual_pipeline is {virtual}"
+        )
+    flat = "".join(groups)
+    for kind, name, wanted in (
+        ("E", "the embedding", 1),
+        ("L", "the loss", 1),
+        ("t", "decoder layers", num_layers),
+        ("m", "MTP layers", num_mtp),
+    ):
+        if flat.count(kind) != wanted:
+            refuse(f"{name} ({kind}) must stand there {wanted} times, not {flat.count(kind)}")
+    if flat[0] != "E" or flat[-1] != "L":
+        refuse("it must begin with E and end with L")
+    if "m" in flat and flat.rindex("t") > flat.index("m"):
+        refuse("MTP layers (m) come after all decoder layers (t)")
+    with_mtp = [index for index, group in enumerate(groups) if "m" in group]
+    if len(with_mtp) > 1 or with_mtp and with_mtp[0] < len(groups) - pipeline:
+        refuse("MTP layers (m) must be together in the last virtual stage of their rank")

@@ -1,0 +1,118 @@
+"""Which tensors a Megatron distributed checkpoint holds, and which rows of them are which HF rows.
+
+Megatron names and cuts tensors by rules of its own (`sharded_state_dict`): the experts of a layer
+are one tensor with the expert as first axis; the layers of a model whose layers are all alike are
+one tensor with the layer as first axis; grouped-query layers carry the norms inside the linear
+layers behind them, as Transformer Engine's do, whatever they are built from. All of it follows from
+the weight table; tests compare it with what Megatron saves. Pure Python: no torch.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from dataclasses import dataclass, field, replace
+
+from megatron_r1.weights.layout import Shape, layout, shard, table
+
+_EXPERT = re.compile(
+    r"(?P<prefix>.*\.mlp\.experts)\."
+    r"(?:local_experts\.(?P<own>\d+)\.(?P<fc>linear_fc[12])\.weight"
+    r"|(?P<te_fc>linear_fc[12])\.weight(?P<te>\d+))"
+)
+_LAYER = re.compile(r"decoder\.layers\.(?P<layer>\d+)\.(?P<rest>.*)")
+
+
+@dataclass(frozen=True)
+class Run:
+    """Rows [start, start + length) of a slot are rows [hf_start, …) of an HF tensor."""
+
+    hf_name: str
+    hf_start: int
+    start: int
+    length: int
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One Megatron parameter inside a stored tensor: stored[index] has `shape` and these runs."""
+
+    key: str
+    index: tuple[int, ...]
+    shape: Shape
+    runs: tuple[Run, ...]
+
+
+@dataclass
+class StoredLayout:
+    """shapes: key -> shape of the whole stored tensor, prepended axes first. dtypes: of tensors
+    that keep their own. vocabulary: keys whose rows may be padded."""
+
+    slots: list[Slot] = field(default_factory=list)
+    shapes: dict[str, Shape] = field(default_factory=dict)
+    dtypes: dict[str, str] = field(default_factory=dict)
+    vocabulary: set[str] = field(default_factory=set)
+
+    def by_hf_name(self) -> dict[str, list[tuple[Slot, Run]]]:
+        """HF tensor -> where its rows are, in their order."""
+        found = defaultdict(list)
+        for slot in self.slots:
+            for run in slot.runs:
+                found[run.hf_name].append((slot, run))
+        for places in found.values():
+            places.sort(key=lambda place: place[1].hf_start)
+        return dict(found)
+
+
+def stored_layout(
+    hf: dict,
+    *,
+    with_mtp: bool = True,
+    transformer_engine: bool = False,
+    stacked: bool | None = None,
+) -> StoredLayout:
+    """The layout of the model `hf` describes, without vocabulary padding.
+
+    transformer_engine: whose layers save it; only latent attention's names differ. stacked: whether
+    layers are one axis; None: as Megatron 0.16 does, which is for models without experts.
+    """
+    rules = table(hf)
+    if stacked is None:
+        stacked = not rules.num_experts
+    fused_norms = transformer_engine or not hf.get("kv_lora_rank")
+    at = replace(shard(hf, with_mtp=with_mtp), transformer_engine=fused_norms)
+    found = StoredLayout()
+    first_axes: dict[str, list[int]] = {}
+    for name, entry in layout(hf, at).items():
+        key, index = _stored_name(name, stacked)
+        runs = tuple(_run(piece, entry.shape) for piece in entry.pieces)
+        found.slots.append(Slot(key, index, entry.shape, runs))
+        sizes = first_axes.setdefault(key, [0] * len(index))
+        for axis, position in enumerate(index):
+            sizes[axis] = max(sizes[axis], position + 1)
+        found.shapes[key] = (*sizes, *entry.shape)
+        if entry.dtype:
+            found.dtypes[key] = entry.dtype
+    found.vocabulary = {"embedding.word_embeddings.weight", "output_layer.weight"}
+    found.vocabulary &= found.shapes.keys()
+    return found
+
+
+def _stored_name(name: str, stacked: bool) -> tuple[str, tuple[int, ...]]:
+    index: tuple[int, ...] = ()
+    if expert := _EXPERT.fullmatch(name):
+        fc = expert["fc"] or expert["te_fc"]
+        name = f"{expert['prefix']}.experts.{fc}.weight"
+        index = (int(expert["own"] or expert["te"]),)
+    if stacked and (layer := _LAYER.fullmatch(name)):
+        name, index = f"decoder.layers.{layer['rest']}", (int(layer["layer"]), *index)
+    return name, index
+
+
+def _run(piece, shape: Shape) -> Run:
+    if piece.dim == 0:
+        return Run(piece.hf_name, piece.hf_start, piece.local_start, piece.length)
+    assert (piece.hf_start, piece.local_start, piece.length) == (0, 0, shape[1]), (
+        "one rank holds whole rows"
+    )
+    return Run(piece.hf_name, 0, 0, shape[0])

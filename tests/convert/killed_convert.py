@@ -1,0 +1,46 @@
+"""tools/convert that is killed in the middle of a file: `killed_convert.py COUNT ARGUMENT…`.
+
+kill -9, when the COUNT-th tensor or chunk is about to be written.
+"""
+
+import itertools
+import os
+import signal
+import sys
+from pathlib import Path
+
+TOOL = Path(__file__).parents[2] / "tools" / "convert"
+sys.path[:0] = [str(TOOL), str(Path(__file__).parents[2])]
+
+import chunks  # noqa: E402
+import from_hf  # noqa: E402
+import to_hf  # noqa: E402
+
+count = int(sys.argv.pop(1))
+calls = itertools.count(1)
+chunks.FILE_BYTES = 60_000
+
+
+def killing(function):
+    def run(*arguments):
+        if next(calls) == count:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*arguments)
+
+    return run
+
+
+def killing_each(function):
+    def run(*arguments):
+        for item in function(*arguments):
+            if next(calls) == count:
+                os.kill(os.getpid(), signal.SIGKILL)
+            yield item
+
+    return run
+
+
+to_hf._write_tensor = killing(to_hf._write_tensor)
+from_hf._values = killing_each(from_hf._values)
+sys.argv[0] = str(TOOL)
+exec(compile((TOOL / "__main__.py").read_text(), "__main__.py", "exec"))

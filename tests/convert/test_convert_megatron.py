@@ -1,0 +1,50 @@
+import shutil
+from pathlib import Path
+
+import pytest
+import reload_check
+import torch
+from conftest import write_folder
+from fp8_folder import publish
+from ranks import run_ranks
+from safetensors.torch import load_file, save_file
+from small_models import MODELS
+from test_convert_round_trips import WIDE
+
+CHECKED = {**MODELS, "wide": WIDE}
+
+
+def test_converted_checkpoints_are_what_megatron_saves_and_loads(convert, tmp_path):
+    for name, hf in CHECKED.items():
+        source = write_folder(tmp_path / f"{name}-hf", hf, torch.bfloat16)
+        assert convert("from-hf", source, tmp_path / f"{name}-converted")[0] == 0
+    # Two ranks cut 300 rows in the middle of a block.
+    values = publish(tmp_path / "wide-hf", tmp_path / "wide-fp8", "odd")
+    plain = tmp_path / "wide-fp8-values"
+    shutil.copytree(tmp_path / "wide-hf", plain)
+    save_file(values, plain / "model.safetensors", metadata={"format": "pt"})
+    for ranks in (1, 2):
+        output = run_ranks(Path(__file__).parent, ranks, "saved_by_megatron.py", str(tmp_path))
+        for name in CHECKED:
+            assert f"{name} on {ranks}: saved = converted" in output
+            assert f"{name} on {ranks}: Megatron loads what was converted" in output
+        assert f"wide on {ranks}: FP8 read" in output
+
+
+@pytest.mark.parametrize("model, dtype", [("qwen-tied", "bfloat16"), ("deepseek-yarn-mtp", "fp8")])
+def test_the_result_computes_the_checkpoints_logits(convert, oracle, tmp_path, model, dtype):
+    assert convert("from-hf", oracle / model, tmp_path / "megatron")[0] == 0
+    arguments = ("--dtype", dtype, "--config", oracle / model)
+    status, said = convert("to-hf", tmp_path / "megatron", tmp_path / "out", *arguments)
+    assert status == 0 and "transformers' logits are Megatron's" in said, said
+
+
+def test_a_result_that_computes_something_else_is_refused(convert, oracle, tmp_path):
+    checkpoint, out = tmp_path / "megatron", tmp_path / "out"
+    assert convert("from-hf", oracle / "llama3", checkpoint)[0] == 0
+    assert convert("to-hf", checkpoint, out, "--no-check")[0] == 0
+    tensors = load_file(out / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][5] *= 1.5
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="logits of .* differ from Megatron's"):
+        reload_check.check(checkpoint, out, out, torch.float32, 1)

@@ -1,0 +1,91 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import write_folder
+from small_models import MODELS
+
+from megatron_r1.training.checkpoints import manifest
+
+KILLED = Path(__file__).parent / "killed_convert.py"
+
+
+def run_killed(count, *arguments):
+    done = subprocess.run(
+        [sys.executable, str(KILLED), str(count), *map(str, arguments)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    return done
+
+
+def marks(folder, pattern):
+    """Of every finished file: what changes when somebody writes it again."""
+    return {f.name: (f.stat().st_ino, f.stat().st_mtime_ns) for f in folder.glob(pattern)}
+
+
+@pytest.mark.parametrize("verb", ["from-hf", "to-hf"])
+def test_a_killed_conversion_is_continued_by_the_same_command(convert, tmp_path, verb):
+    source = write_folder(tmp_path / "hf", MODELS["deepseek-yarn-mtp"], torch.bfloat16)
+    pattern, options = "__*.distcp", ()
+    if verb == "to-hf":
+        assert convert("from-hf", source, tmp_path / "megatron")[0] == 0
+        source, pattern = tmp_path / "megatron", "model-*.safetensors"
+        options = ("--max-file-bytes", 60_000, "--no-check")
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    done = run_killed(10**9, verb, source, whole, *options)
+    assert done.returncode == 0, done.stderr
+
+    done = run_killed(100, verb, source, out, *options)
+    assert done.returncode == -9, done.stderr
+    unfinished = tmp_path / "out.incomplete"
+    assert not out.exists()
+    before = marks(unfinished, pattern)
+    files = sorted(f.name for f in whole.glob(pattern))
+    assert 1 < len(before) < len(files), (len(before), len(files))
+    assert len(list(unfinished.glob(".*.tmp"))) == 1, "killed inside a file"
+
+    done = run_killed(10**9, verb, source, out, *options)
+    assert done.returncode == 0, done.stderr
+    assert not unfinished.exists()
+    after = marks(out, pattern)
+    assert {name: after[name] for name in before} == before, "a finished file was written again"
+    assert sorted(f.name for f in out.iterdir()) == sorted(f.name for f in whole.iterdir())
+    assert all((out / n).read_bytes() == (whole / n).read_bytes() for n in files)
+    if verb == "from-hf":
+        assert manifest.damage(out, "full") == []
+    assert convert("verify", source, out)[0] == 0
+
+
+def test_an_interrupted_conversion_is_not_mixed_with_another(convert, tmp_path):
+    source = write_folder(tmp_path / "hf", MODELS["llama3"], torch.float32)
+    out = tmp_path / "out"
+    assert run_killed(20, "from-hf", source, out).returncode == -9
+    status, said = convert("from-hf", source, out, "--dtype", "bfloat16")
+    assert status == 2
+    assert "unfinished conversion of something else (dtype float32 there, bfloat16 now)" in said
+    os.utime(source / "model.safetensors")
+    status, said = convert("from-hf", source, out)
+    assert status == 2 and "source's files" in said, said
+
+
+def test_several_processes_write_the_same_files(tmp_path):
+    source = write_folder(tmp_path / "hf", MODELS["deepseek-yarn-mtp"], torch.bfloat16)
+    tool = str(KILLED.parents[2] / "tools" / "convert")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+    def run(*arguments):
+        command = [sys.executable, tool, *map(str, arguments)]
+        subprocess.run(command, check=True, env=environment, capture_output=True)
+
+    run("from-hf", source, tmp_path / "megatron")
+    small = ("--max-file-bytes", 60_000, "--no-check")
+    run("to-hf", tmp_path / "megatron", tmp_path / "one", *small)
+    run("to-hf", tmp_path / "megatron", tmp_path / "two", *small, "--workers", 2)
+    run("verify", tmp_path / "one", tmp_path / "two", "--workers", 2)
+    for file in (tmp_path / "one").iterdir():
+        assert file.read_bytes() == (tmp_path / "two" / file.name).read_bytes(), file.name

@@ -1,0 +1,174 @@
+"""Checkpoints of the real trainer on these ranks: `checkpoint_steps.py SCENE MODEL GRID OUT`.
+
+    straight   four updates without a stop; a checkpoint of the second is written meanwhile
+    continued  a fresh trainer loads that checkpoint and makes the last two
+    both       the one after the other in one process, for every grid of GRID+GRID…
+    full       no file may grow beyond LIMIT bytes on the last rank
+    killed     the last rank is killed with signal 9 while it writes
+    damaged    what all ranks find in a checkpoint of which the last byte of each file was flipped
+What came of it goes to OUT/SCENE.json.
+"""
+
+import hashlib
+import json
+import os
+import random
+import resource
+import signal
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from trainer_steps import LOSS, SETTINGS, config, load
+
+from megatron_r1.training import distributed
+
+LIMIT = 10_000
+
+
+def update(trainer, place, seed: int) -> dict:
+    metrics = load(trainer, place, (seed,))
+    metrics |= trainer.update(0, LOSS, SETTINGS, 0.1)
+    # Streams that training may draw from: each draw has to go on where the last one stopped.
+    metrics["draws"] = [torch.rand(1).item(), random.random(), forked_draw()]
+    return metrics
+
+
+def forked_draw() -> float:
+    from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+    with get_cuda_rng_tracker().fork():
+        return torch.rand(1).item()
+
+
+def digest(trainer) -> str:
+    """Of this rank's weights, buffers, master weights, moments and reference, bit for bit."""
+    hasher = hashlib.sha256()
+    for chunk in trainer.bare:
+        for _, tensor in sorted(chunk.state_dict(keep_vars=True).items()):
+            if torch.is_tensor(tensor):
+                hasher.update(tensor.detach().contiguous().view(torch.uint8).numpy().tobytes())
+    with trainer.reference.in_place():
+        for chunk in trainer.bare:
+            for parameter in chunk.parameters():
+                hasher.update(parameter.detach().numpy().tobytes())
+    for part in getattr(trainer.optimizer, "chained_optimizers", [trainer.optimizer]):
+        for group in part.optimizer.param_groups:
+            for parameter in group["params"]:
+                state = part.optimizer.state[parameter]
+                for tensor in (parameter.detach(), state["exp_avg"], state["exp_avg_sq"]):
+                    hasher.update(tensor.numpy().tobytes())
+    return hasher.hexdigest()
+
+
+def report(out: Path, scene: str, mine: dict) -> None:
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    if dist.get_rank() == 0:
+        (out / f"{scene}.json").write_text(json.dumps(everyone))
+
+
+def straight(trainer, place, out: Path) -> dict:
+    trainer.keep_reference()
+    update(trainer, place, 1)
+    trainer.keep_reference()
+    update(trainer, place, 2)
+    trainer.save_checkpoint(str(out / "step_00000002"), {"step": 2})
+    steps = [update(trainer, place, 3), update(trainer, place, 4)]
+    progress = trainer.checkpoint_progress(wait=True)
+    again = []
+    try:
+        trainer.save_checkpoint(str(out / "step_00000002"), {"step": 2})
+    except ValueError as error:
+        again = [str(error)]
+    return {"steps": steps, "digest": digest(trainer), "error": progress["error"], "again": again}
+
+
+def continued(trainer, place, out: Path) -> dict:
+    random.seed(99)
+    answer = trainer.load_checkpoint(str(out / "step_00000002"), reference=True)
+    steps = [update(trainer, place, 3), update(trainer, place, 4)]
+    return {"steps": steps, "digest": digest(trainer), **answer}
+
+
+def full(trainer, place, out: Path) -> dict:
+    trainer.keep_reference()
+    if dist.get_rank() == dist.get_world_size() - 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (LIMIT, resource.RLIM_INFINITY))
+    trainer.save_checkpoint(str(out / "step_00000005"), {"step": 5})
+    update(trainer, place, 1)
+    error = trainer.checkpoint_progress(wait=True)["error"]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    left = sorted(path.name for path in out.iterdir())
+    try:
+        trainer.save_checkpoint(str(out / "step_00000006"), {"step": 6})
+        next_save = None
+    except ValueError as refusal:
+        next_save = str(refusal)
+    return {"error": error, "left": left, "next": next_save}
+
+
+def killed(trainer, place, out: Path) -> dict:
+    from megatron_r1.training.checkpoints.files import HashedFile
+
+    write = HashedFile.write
+
+    def die(self, piece):
+        if self.tell() > LIMIT:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return write(self, piece)
+
+    trainer.keep_reference()
+    if dist.get_rank() == dist.get_world_size() - 1:
+        HashedFile.write = die
+    trainer.save_checkpoint(str(out / "step_00000007"), {"step": 7})
+    error = trainer.checkpoint_progress(wait=True)["error"]
+    (out / f"killed_{dist.get_rank()}.json").write_text(json.dumps(error))
+    sys.exit(1)
+
+
+def damaged(trainer, place, out: Path) -> dict:
+    folder = out / "flipped"
+    found = trainer.verify_checkpoint(str(folder))["damage"]
+    try:
+        trainer.load_checkpoint(str(folder), reference=True)
+        refusal = None
+    except ValueError as error:
+        refusal = str(error)
+    return {"damage": found, "refusal": refusal}
+
+
+def both(model: str, grid: str, out: Path) -> dict:
+    from megatron.core import parallel_state
+
+    out = out / grid
+    trainer, place = make(model, grid)
+    result = {"straight": straight(trainer, place, out)}
+    torch.manual_seed(1)
+    fresh = type(trainer)(trainer.config, place)
+    result["continued"] = continued(fresh, place, out)
+    parallel_state.destroy_model_parallel()
+    return result
+
+
+def make(model: str, grid: str):
+    settings = config(model, grid)
+    place = distributed.initialize(settings.parallel, seed=0)
+    from megatron_r1.training.trainer import Trainer
+
+    return Trainer(settings, place), place
+
+
+def main() -> None:
+    scene, model, grids, out = sys.argv[1:]
+    if scene == "both":
+        report(Path(out), scene, {grid: both(model, grid, Path(out)) for grid in grids.split("+")})
+        return
+    scenes = (straight, continued, full, killed, damaged)
+    play = {one.__name__: one for one in scenes}[scene]
+    report(Path(out), scene, play(*make(model, grids), Path(out)))
+
+
+if __name__ == "__main__":
+    main()

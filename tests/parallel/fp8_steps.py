@@ -1,0 +1,142 @@
+"""Supervised updates of the real trainer with emulated FP8:
+`fp8_steps.py OUT NAME:RECIPE:DTYPE:GRID …`.
+
+Each case trains from the same random weights on the same samples. OUT/NAME.json: losses, gradient
+norms, which layers are emulated, what the trainer computes for the first batch before training;
+OUT/NAME.safetensors: weights before, after one update and after all. A case called "saved" also
+writes a checkpoint half-way, and "continued" goes on from it."""
+
+import json
+import random
+import re
+import sys
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megatron_r1.config import Config
+from megatron_r1.training import distributed
+from megatron_r1.training.packing import pack
+from megatron_r1.training.wire import Microbatches, Sample
+
+LOSS = "megatron_r1.training.losses:supervised"
+STEPS = 6
+
+# Every shard of every weight is whole tiles of 128, at tensor parallel 1 and 2.
+MODEL = {
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "model_type": "deepseek_v3",
+    "vocab_size": 67,
+    "hidden_size": 256,
+    "intermediate_size": 256,
+    "moe_intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "n_shared_experts": 2,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 2,
+    "topk_group": 1,
+    "routed_scaling_factor": 1.0,
+    "first_k_dense_replace": 1,
+    "norm_topk_prob": True,
+    "topk_method": "noaux_tc",
+    "scoring_func": "sigmoid",
+    "q_lora_rank": 128,
+    "kv_lora_rank": 96,
+    "qk_nope_head_dim": 64,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 64,
+    "hidden_act": "silu",
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-6,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    "attention_bias": False,
+    "tie_word_embeddings": False,
+    "num_nextn_predict_layers": 1,
+    "torch_dtype": "float32",
+}
+
+
+def samples(seed: int) -> list[Sample]:
+    """Counting up from a number in steps of another: something to learn."""
+    draw = random.Random(seed)
+    made = []
+    for _ in range(16):
+        first, step = draw.randrange(67), draw.randrange(1, 4)
+        made.append(Sample.pack([first, step], [(first + step * i) % 67 for i in range(1, 16)]))
+    return made
+
+
+def settings(folder: str, recipe: str, dtype: str, grid: str, smooth: bool) -> Config:
+    sizes = {k: int(n) for k, n in re.findall(r"([a-z]+)(\d+)", grid)}
+    # A large epsilon makes Adam's step smooth in the gradient: for comparing layouts.
+    optimizer = {"learning_rate": 0.1, "epsilon": 1.0} if smooth else {"learning_rate": 1e-3}
+    return Config.model_validate(
+        {
+            "model": {
+                "path": folder,
+                "dtype": dtype,
+                "init": "random",
+                "init_std": 0.05,
+                "mtp": "train",
+            },
+            "fp8": {"recipe": recipe},
+            "optimizer": {**optimizer, "weight_decay": 0.0},
+            "parallel": {
+                "tensor": sizes.get("tp", 1),
+                "pipeline": sizes.get("pp", 1),
+                "expert": sizes.get("ep", 1),
+                "tokens_per_microbatch": 256,
+                "threads": 1,
+            },
+        }
+    )
+
+
+def load(trainer, place, seed: int) -> None:
+    made = samples(seed)
+    plan = pack([len(s) for s in made], place.data_size, 256).shares[place.data_rank]
+    trainer.load([Microbatches([[made[i] for i in members] for members in plan])])
+
+
+def main() -> None:
+    out, *cases = sys.argv[1:]
+    out = Path(out)
+    folder = out / "model"
+    for case in cases:
+        name, recipe, dtype, grid = case.split(":")
+        config = settings(str(folder), recipe, dtype, grid, smooth=grid != "learn")
+        place = distributed.initialize(config.parallel, seed=0)
+        from megatron.core import parallel_state
+
+        from megatron_r1.training.trainer import Trainer
+
+        trainer = Trainer(config, place)
+        emulated = [n for n, m in trainer.bare[0].named_modules() if "_forward_impl" in vars(m)]
+        trainer.write_weights(str(out / f"{name}_before.safetensors"), "float32")
+        report = {"loss": [], "grad_norm": [], "emulated": emulated}
+        start = 0
+        if name == "continued":
+            trainer.load_checkpoint(str(out / "checkpoint"), reference=False)
+            start = STEPS // 2
+        for step in range(start, STEPS):
+            load(trainer, place, step)
+            metrics = trainer.update(0, LOSS, {}, config.optimizer.learning_rate)
+            for key in ("loss", "grad_norm"):
+                report[key].append(metrics.get(key))
+            if step == 0:
+                trainer.write_weights(str(out / f"{name}_one.safetensors"), "float32")
+            if name == "saved" and step == STEPS // 2 - 1:
+                trainer.save_checkpoint(str(out / "checkpoint"), {})
+                trainer.checkpoint_progress(wait=True)
+        trainer.write_weights(str(out / f"{name}_all.safetensors"), "float32")
+        if place.last_stage and place.data_rank == 0 and place.tensor_rank == 0:
+            (out / f"{name}.json").write_text(json.dumps(report))
+        dist.barrier()
+        parallel_state.destroy_model_parallel()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,59 @@
+"""Names of parallel grids: tp2, dp2, cp2 … joined by x, a layout of pipeline stages by its word;
+"one" is one process.
+
+pp2xvp2 is two pipeline ranks with two chunks each; pp4xapart is four with LAYOUTS["apart"].
+"""
+
+import re
+
+from small_models import MODELS
+
+LAYOUTS = {
+    # The last decoder layer, and so the final norm, before the head's stage; stages of 1, 2, 1, 0.
+    "uneven": "Et|tt|t|mL",
+    # MTP layers on a stage of their own, whose output the head's stage turns into a loss.
+    "apart": "Ettt|t|m|L",
+}
+
+TIED = ("tp2xpp2", "tp2xcp2", "pp2xvp2xtp2")
+"""Grids of four ranks where a model with one parameter for embedding and head is compared too."""
+
+AXES = ("tp", "pp", "vp", "ep", "etp", "cp", "dp")
+
+
+def sizes(grid: str, with_mtp: bool = True) -> dict:
+    """Ranks along every axis of AXES, and "layout": stages spelled out, or None."""
+    found = dict.fromkeys(AXES, 1) | {"layout": None}
+    for part in grid.split("x") if grid != "one" else []:
+        axis, number = re.fullmatch(r"([a-z]+)(\d*)", part).groups()
+        if axis in LAYOUTS:
+            found["layout"] = LAYOUTS[axis] if with_mtp else LAYOUTS[axis].replace("m", "")
+        elif axis in AXES:
+            found[axis] = int(number)
+        else:
+            raise ValueError(f"grid {grid}: {part} is neither an axis nor a layout")
+    return found
+
+
+def parallel_settings(grid: str, with_mtp: bool = True) -> dict:
+    """The grid as a recipe's `parallel` section."""
+    at = sizes(grid, with_mtp)
+    return {
+        "tensor": at["tp"],
+        "pipeline": at["pp"],
+        "virtual_pipeline": at["vp"],
+        "pipeline_layout": at["layout"],
+        "expert": at["ep"],
+        "expert_tensor": at["etp"],
+        "context": at["cp"],
+    }
+
+
+def models_on(grid: str, num_ranks: int) -> list[str]:
+    """The small models that are compared on `grid`: all that it allows on one or two ranks, on four
+    one with experts and MTP layers, for the time it takes."""
+    if num_ranks > 2:
+        return ["deepseek-yarn-mtp"] + ["qwen-tied"] * (grid in TIED)
+    at = sizes(grid)
+    dense = at["ep"] == at["etp"] == 1
+    return [name for name, hf in MODELS.items() if dense or hf.get("n_routed_experts")]

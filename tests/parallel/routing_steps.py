@@ -1,0 +1,121 @@
+"""The trainer with routing replay on these ranks: `routing_steps.py MODEL OUT GRID…`.
+
+Scores OUT/samples.json, whose log-probabilities stand for the engine's, and makes one update. A
+grid may end in +full or +moe, for what is recomputed. "own" instead of a grid: whether replaying
+the trainer's own choice changes a bit. Metrics go to OUT/GRID.json, weights to
+OUT/GRID.safetensors.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from grids import parallel_settings
+
+from megatron_r1.config import Config
+from megatron_r1.training import distributed
+from megatron_r1.training.packing import pack
+from megatron_r1.training.wire import Microbatches, Sample
+
+LOSS = "megatron_r1.training.losses:supervised"
+RECOMPUTE = {
+    "": {},
+    "full": {"recompute": "full"},
+    "moe": {"recompute": "selective", "recompute_modules": ["moe"]},
+}
+
+
+def config(model: str, grid: str, replay: bool = True) -> Config:
+    grid, _, recompute = grid.partition("+")
+    parallel = {**parallel_settings(grid), **RECOMPUTE[recompute], "threads": 1}
+    return Config.model_validate(
+        {
+            "model": {"path": model, "dtype": "float32"},
+            "rl": {"routing_replay": replay},
+            "optimizer": {"epsilon": 1.0, "weight_decay": 0.0, "clip_grad": 1e9},
+            "parallel": {**parallel, "tokens_per_microbatch": 50},
+        }
+    )
+
+
+def sample_of(entry: dict) -> Sample:
+    ids, length = entry["ids"], entry["prompt_length"]
+    flat = torch.tensor(entry["routing"], dtype=torch.uint8).flatten().tolist()
+    return Sample.pack(ids[:length], ids[length:], entry["logprobs"], routing=bytes(flat))
+
+
+def record_own(model: str, samples: list[Sample]) -> list[Sample]:
+    """The samples with what a trainer without replay routes them to, as Megatron records it."""
+    from megatron.core.transformer.moe.router_replay import RouterReplay, RouterReplayAction
+
+    from megatron_r1.training.trainer import Trainer
+
+    trainer = Trainer(config(model, "one", replay=False), PLACE)
+    recorders = []
+    for layer in trainer.bare[0].decoder.layers:
+        if hasattr(layer.mlp, "router"):
+            recorders.append(RouterReplay())
+            recorders[-1].set_router_replay_action(RouterReplayAction.RECORD)
+            layer.mlp.router.router_replay = recorders[-1]
+    trainer.load([Microbatches([samples])])
+    trainer.score(1.0, reference=False)
+    chosen = torch.stack([r.get_recorded_indices() for r in recorders], 1).to(torch.uint8)
+    made, start = [], 0
+    for sample in samples:
+        rows = chosen[start : start + len(sample) - 1].flatten().tolist()
+        made.append(Sample(sample.token_ids, sample.prompt_length, sample.logprobs, 0, bytes(rows)))
+        start += len(sample)
+    return made, trainer.minibatches[0][0].logprobs["old"]
+
+
+def replay_own(model: str, samples: list[Sample]) -> dict:
+    from megatron_r1.training.trainer import Trainer
+
+    recorded, without = record_own(model, samples)
+    trainer = Trainer(config(model, "one"), PLACE)
+    trainer.load([Microbatches([recorded])])
+    metrics = trainer.score(1.0, reference=False)
+    same = torch.equal(trainer.minibatches[0][0].logprobs["old"], without)
+    return {"same": same, "agreement": metrics["routing/agreement"]}
+
+
+def steps(model: str, grid: str, samples: list[Sample], out: Path) -> dict:
+    from megatron_r1.training.trainer import Trainer
+
+    trainer = Trainer(config(model, grid), PLACE)
+    plan = pack([len(s) for s in samples], PLACE.data_size, 50).shares[PLACE.data_rank]
+    trainer.load([Microbatches([[samples[i] for i in members] for members in plan])])
+    trainer.keep_reference()
+    report = trainer.score(1.0, reference=True)
+    report["microbatches"] = len(plan)
+    for batch in trainer.minibatches[0] if PLACE.last_stage else []:
+        gap = (batch.logprobs["reference"] - batch.logprobs["old"]).abs().max()
+        report["reference_gap"] = max(report.get("reference_gap", 0.0), gap.item())
+    report |= trainer.update(0, LOSS, {}, 0.1)
+    trainer.write_weights(str(out / f"{grid}.safetensors"), "float32")
+    return report
+
+
+def main() -> None:
+    global PLACE
+    model, folder, *grids = sys.argv[1:]
+    out = Path(folder)
+    samples = [sample_of(s) for s in json.loads((out / "samples.json").read_text())["samples"]]
+    for grid in grids:
+        settings = config(model, "one" if grid == "own" else grid)
+        PLACE = distributed.initialize(settings.parallel, seed=0)
+        from megatron.core import parallel_state
+
+        is_own = grid == "own"
+        report = replay_own(model, samples) if is_own else steps(model, grid, samples, out)
+        is_first_context = parallel_state.get_context_parallel_rank() == 0
+        if PLACE.last_stage and PLACE.data_rank == PLACE.tensor_rank == 0 and is_first_context:
+            (out / f"{grid}.json").write_text(json.dumps(report))
+        dist.barrier()
+        parallel_state.destroy_model_parallel()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""What the ranks write, survive and refuse; loading at other layouts is in test_trainer.py."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from ranks import run_ranks
+
+from megatron_r1.training.checkpoints import finding, manifest
+
+HERE = Path(__file__).parent
+# fp32 sums in another order, through two updates with a large learning rate.
+TOLERANCE = 2e-4
+MODEL = "deepseek-yarn-mtp"
+
+
+def play(scene: str, oracle: Path, out: Path, grid: str = "tp2", num_ranks: int = 2) -> list[dict]:
+    run_ranks(HERE, num_ranks, "checkpoint_steps.py", scene, str(oracle / MODEL), grid, str(out))
+    return json.loads((out / f"{scene}.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def straight(oracle, tmp_path_factory) -> tuple[Path, list[dict]]:
+    """A folder with the checkpoint of two ranks, and what they did after it."""
+    out = tmp_path_factory.mktemp("checkpoints")
+    return out, play("straight", oracle, out)
+
+
+def same(continued: dict, uninterrupted: dict, where: str) -> None:
+    assert continued["is_same_layout"] and uninterrupted["error"] is None
+    assert continued["steps"] == uninterrupted["steps"], where
+    assert continued["digest"] == uninterrupted["digest"], where
+
+
+def test_a_continued_run_equals_an_uninterrupted_one_bit_for_bit(straight, oracle):
+    out, expected = straight
+    got = play("continued", oracle, out)
+    for rank, (mine, theirs) in enumerate(zip(got, expected, strict=True)):
+        same(mine, theirs, f"rank {rank}")
+    draws = expected[0]["steps"][0]["draws"]
+    assert len(set(draws)) == 3 and draws != expected[0]["steps"][1]["draws"]
+
+
+def test_so_it_does_along_every_other_axis(oracle, tmp_path):
+    grids = ["dp2", "ep2", "pp2", "pp2xvp2"]
+    for rank, reports in enumerate(play("both", oracle, tmp_path, "+".join(grids))):
+        for grid in grids:
+            same(reports[grid]["continued"], reports[grid]["straight"], f"{grid} rank {rank}")
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "grid"), [(1, "dp1"), (2, "dp2"), (4, "tp2xep2"), (4, "pp2xvp2xdp2")]
+)
+def test_what_two_ranks_wrote_continues_on_one_and_on_four(straight, oracle, num_ranks, grid):
+    out, written = straight
+    got = play("continued", oracle, out, grid, num_ranks)
+    assert len(got) == num_ranks and not any(mine["is_same_layout"] for mine in got)
+    assert got[0]["steps"][0]["draws"] != written[0]["steps"][0]["draws"]
+    last_stage = next(mine for mine in got if "loss" in mine["steps"][0])
+    for mine, theirs in zip(last_stage["steps"], written[0]["steps"], strict=True):
+        for name in theirs.keys() - {"draws"}:
+            assert mine[name] == pytest.approx(theirs[name], rel=TOLERANCE, abs=TOLERANCE), name
+
+
+def test_every_file_of_every_rank_is_in_the_manifest_and_a_name_is_taken_once(straight):
+    out, expected = straight
+    folder = out / "step_00000002"
+    assert manifest.damage(folder, "full") == []
+    names = set(manifest.read(folder))
+    assert names == {path.name for path in folder.iterdir()} - {"manifest.json"}
+    assert {"__0_0.distcp", "__1_0.distcp", ".metadata", "run_state.json"} <= names
+    for rank in expected:
+        assert "is there already" in rank["again"][0]
+
+
+def test_a_disk_that_fills_on_one_rank_is_told_to_all_and_leaves_nothing_behind(straight, oracle):
+    out, _ = straight
+    for rank in play("full", oracle, out):
+        assert (
+            "step_00000005 could not be written (rank 1: [Errno 27] File too large" in rank["error"]
+        )
+        assert "make room" in rank["error"]
+        assert rank["next"] == rank["error"], "a failure that nobody asked about must not be lost"
+        assert not [name for name in rank["left"] if "step_00000005" in name]
+    assert finding.newest(out, "full") == (out / "step_00000002", [])
+
+
+def test_a_rank_killed_while_it_writes_leaves_the_last_good_one(straight, oracle):
+    out, _ = straight
+    with pytest.raises(pytest.fail.Exception):
+        play("killed", oracle, out)
+    assert (out / ".step_00000007.partial").is_dir() and not (out / "step_00000007").exists()
+    assert finding.remove_partial(out) == ["step_00000007"]
+    assert finding.newest(out, "full") == (out / "step_00000002", [])
+    told = out / "killed_0.json"
+    assert not told.exists() or "lost each other" in json.loads(told.read_text())
+
+
+def test_ranks_find_every_flipped_byte_between_them(straight, oracle):
+    out, _ = straight
+    folder = shutil.copytree(out / "step_00000002", out / "flipped")
+    names = [name for name in manifest.read(folder) if name.endswith(".distcp")]
+    for name in names:
+        content = bytearray((folder / name).read_bytes())
+        content[-1] ^= 1
+        (folder / name).write_bytes(content)
+    for rank in play("damaged", oracle, out, "dp2"):
+        expected = [f"{name} does not have the checksum it was written with" for name in names]
+        assert rank["damage"] == sorted(expected)
+        assert "is damaged: " in rank["refusal"] and names[0] in rank["refusal"]

@@ -1,0 +1,79 @@
+"""The plan against what is really built: memory of small runs, parameters of the 671B ranks."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from plan_allocation import config
+from ranks import run_ranks, run_script
+from small_models import DEEPSEEK
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+
+from tools.plan.hardware import HARDWARE  # noqa: E402
+from tools.plan.job import Job  # noqa: E402
+from tools.plan.memory import PERSISTENT, rank_memory  # noqa: E402
+
+# Large enough that what Megatron rounds up and forgets to share is small, as in a real run.
+MODEL = {
+    **DEEPSEEK,
+    "vocab_size": 1021,
+    "hidden_size": 192,
+    "intermediate_size": 320,
+    "moe_intermediate_size": 96,
+    "q_lora_rank": 64,
+    "kv_lora_rank": 48,
+    "num_nextn_predict_layers": 1,
+}
+
+
+@pytest.mark.parametrize(
+    "num_ranks, grids",
+    [
+        (1, ["one_float32", "one_bfloat16", "one_mtp_bfloat16"]),
+        (2, ["dp_bfloat16", "tp2_bfloat16", "pp2_float32", "ep2_bfloat16", "pp2vp2_bfloat16"]),
+    ],
+)
+def test_persistent_memory_is_within_five_percent_of_the_plan(tmp_path, num_ranks, grids):
+    (tmp_path / "config.json").write_text(json.dumps(MODEL))
+    script = "plan_allocation.py"
+    run_ranks(Path(__file__).parent, num_ranks, script, str(tmp_path), str(tmp_path), *grids)
+    for grid in grids:
+        job = Job(MODEL, config(str(tmp_path), grid), num_ranks, HARDWARE["H800"])
+        planned = rank_memory(job)
+        for rank in range(num_ranks):
+            measured = json.loads((tmp_path / f"{grid}_{rank}.json").read_text())
+            plan = planned[measured["pipeline_rank"]].training
+            for kind in PERSISTENT:
+                assert plan[kind] == pytest.approx(measured[kind], rel=0.05), (grid, rank, kind)
+
+
+def build(*pipeline_ranks: int) -> str:
+    """What building these stages of the 2,048-GPU recipe on the meta device reports."""
+    chosen = f"[{', '.join(map(str, pipeline_ranks))}]" if pipeline_ranks else "None"
+    code = (
+        "from megatron_r1 import config\n"
+        "from megatron_r1.models import read_hf_config\n"
+        "from tools.plan.build import build_ranks\n"
+        "from tools.plan.hardware import HARDWARE\n"
+        "from tools.plan.job import Job\n"
+        "settings = config.load('examples/deepseek_r1/r1_zero.yaml')\n"
+        "hf = read_hf_config(settings.model.path)\n"
+        f"print(build_ranks(Job(hf, settings, 2048, HARDWARE['H800']), {chosen}))"
+    )
+    return run_script(ROOT, ["-c", code])
+
+
+def test_ranks_of_the_671b_layout_are_what_the_plan_and_the_weight_table_say():
+    # The first stage has the embedding and a dense layer, the last MTP and head.
+    assert "256 ranks (16 different) equal the weight table" in build(0, 15)
+
+
+@pytest.mark.slow
+def test_all_2048_ranks_together_hold_the_model_once():
+    # 671,026,419,200 values and 11,610,068,224 of the MTP layer.
+    said = build()
+    assert "2,048 ranks (128 different)" in said
+    assert "together they own 682,636,487,424 values" in said

@@ -1,0 +1,85 @@
+"""The split of a packed batch over context-parallel ranks, and attention on a rank's share."""
+
+import pytest
+import torch
+
+from megatron_r1.models.attention import attend_packed
+from megatron_r1.models.context import held_positions, sample_order, spans
+from megatron_r1.training.packed import Split, packed_batch
+from megatron_r1.training.wire import Sample
+
+BORDERS = torch.tensor([0, 8, 12, 24])
+
+
+def test_each_rank_holds_an_early_and_the_matching_late_chunk_by_hand():
+    assert held_positions(BORDERS, 0, 2).tolist() == [0, 1, 6, 7, 8, 11, 12, 13, 14, 21, 22, 23]
+    assert held_positions(BORDERS, 1, 2).tolist() == [2, 3, 4, 5, 9, 10, 15, 16, 17, 18, 19, 20]
+    assert held_positions(BORDERS, 0, 1).tolist() == list(range(24))
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+def test_the_ranks_together_hold_every_token_once_and_gathering_restores_the_order(ranks):
+    borders = torch.tensor([0, 1, 3, 3, 8]) * 2 * ranks
+    shares = [held_positions(borders, rank, ranks) for rank in range(ranks)]
+    assert {len(share) for share in shares} == {16}
+    gathered = torch.cat(shares)
+    assert gathered[sample_order(borders, ranks)].tolist() == list(range(16 * ranks))
+
+
+def test_a_sample_that_cannot_be_split_is_refused():
+    with pytest.raises(ValueError, match="must be multiples of 4 to be split over 2"):
+        held_positions(torch.tensor([0, 6]), 0, 2)
+
+
+def test_spans_by_hand():
+    assert spans(torch.tensor([3, 9, 5]), torch.tensor([2, 0, 3])).tolist() == [3, 4, 5, 6, 7]
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_the_shares_of_a_batch_are_the_batch_padded_sample_by_sample(ranks):
+    cpu = torch.device("cpu")
+    samples = [
+        Sample.pack([7, 8, 9], [10, 11], [-0.5, -0.25], advantage=2.0),
+        Sample.pack([5], [6, 1, 2, 4, 3, 2, 1, 9], [-1.0] * 8, advantage=-1.0),
+    ]
+    shares = [packed_batch(samples, Split(2, ranks, rank), cpu) for rank in range(ranks)]
+    borders = shares[0].packed_seq_params.cu_seqlens_q.long()
+    order = sample_order(borders, ranks)
+    # Lengths 5 and 9 up to multiples of 2 * ranks, all to one of 2 * ranks tokens.
+    assert borders.tolist() == {2: [0, 8, 20], 4: [0, 8, 24]}[ranks]
+
+    def whole(name):
+        parts = [getattr(share, name).reshape(-1) for share in shares]
+        return torch.cat(parts)[order]
+
+    seen = whole("is_response")
+    assert whole("targets")[seen].tolist() == [10, 11, 6, 1, 2, 4, 3, 2, 1, 9]
+    assert whole("advantages")[seen].tolist() == [2.0] * 2 + [-1.0] * 8
+    assert whole("rollout_logprobs")[seen].tolist() == [-0.5, -0.25] + [-1.0] * 8
+    assert whole("position_ids")[:8].tolist() == list(range(8))
+    assert sum(share.num_samples for share in shares) == 2
+    for share in shares:
+        assert share.borders[-1] == share.input_ids.shape[1] == len(order) // ranks
+        assert torch.equal(share.response_rows, share.is_response.nonzero()[:, 0])
+
+
+def test_late_queries_see_the_keys_before_them_and_no_later_ones():
+    generator = torch.Generator().manual_seed(0)
+    lengths = [20, 3, 37]
+    shape = {"generator": generator, "dtype": torch.float64}
+    query = torch.randn(sum(lengths), 4, 6, **shape).requires_grad_()
+    key = torch.randn(sum(lengths), 2, 6, **shape).requires_grad_()
+    value = torch.randn(sum(lengths), 2, 5, **shape).requires_grad_()
+    whole = attend_packed(query, key, value, torch.tensor(lengths), 0.4)
+    # Of each sequence only the queries from `first` on, with the keys up to `end`.
+    cuts = [(11, 17), (1, 2), (0, 37)]
+    starts = torch.tensor([0, 20, 23])
+    first, end = (torch.tensor(edge) for edge in zip(*cuts, strict=True))
+    queries, keys = spans(starts + first, end - first), spans(starts, end)
+    part = attend_packed(query[queries], key[keys], value[keys], end - first, 0.4, end)
+    torch.testing.assert_close(part, whole[queries], rtol=0, atol=1e-12)
+    inputs, weight = (query, key, value), torch.randn(part.shape, **shape)
+    got = torch.autograd.grad((part * weight).sum(), inputs)
+    expected = torch.autograd.grad((whole[queries] * weight).sum(), inputs)
+    for ours, theirs in zip(got, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)

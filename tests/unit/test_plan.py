@@ -1,0 +1,271 @@
+"""tools/plan against published figures, Megatron's own schedule and the weight table."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+
+from megatron_r1 import config as configuration  # noqa: E402
+from megatron_r1 import weights  # noqa: E402
+from megatron_r1.models import read_hf_config  # noqa: E402
+from tools.plan.__main__ import main  # noqa: E402
+from tools.plan.activations import in_flight, layer_activations  # noqa: E402
+from tools.plan.bill import Bill  # noqa: E402
+from tools.plan.communication import groups  # noqa: E402
+from tools.plan.flops import forward_flops  # noqa: E402
+from tools.plan.hardware import HARDWARE  # noqa: E402
+from tools.plan.job import Job  # noqa: E402
+from tools.plan.loss_head import GPU_CHUNK_ELEMENTS, GPU_CHUNK_TOKENS  # noqa: E402
+from tools.plan.memory import rank_memory  # noqa: E402
+from tools.plan.parameters import ModelCounts, RankCounts  # noqa: E402
+from tools.plan.rollout import cache_bytes_per_token  # noqa: E402
+from tools.plan.samples import samples_section  # noqa: E402
+from tools.plan.search import even_layout, nearest  # noqa: E402
+
+RECIPE = ROOT / "examples/deepseek_r1/r1_zero.yaml"
+V3 = read_hf_config(ROOT / "examples/deepseek_r1/model")
+LLAMA_405B = {
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 128256,
+    "hidden_size": 16384,
+    "intermediate_size": 53248,
+    "num_hidden_layers": 126,
+    "num_attention_heads": 128,
+    "num_key_value_heads": 8,
+}
+QWEN_72B = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "vocab_size": 152064,
+    "hidden_size": 8192,
+    "intermediate_size": 29568,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+}
+
+
+def real_job(**parallel) -> Job:
+    config = configuration.load(RECIPE, {f"parallel.{k}": v for k, v in parallel.items()})
+    return Job(V3, config, 2048, HARDWARE["H800"])
+
+
+@pytest.mark.parametrize(
+    "count, published",
+    [
+        # DeepSeek-V3's README_WEIGHTS.md: 671B; 36.6B active, the head's 0.9B among them; MTP 11.5B
+        # of its own, "14B of the Multi-Token Prediction (MTP) Module weights" with its copies.
+        ("total", 671e9),
+        ("multiplied", 36.6e9),
+        ("mtp_own", 11.5e9),
+        ("active", 37e9),
+    ],
+)
+def test_deepseek_v3_has_its_published_parameters(count, published):
+    assert getattr(ModelCounts(V3), count) == pytest.approx(published, rel=0.02)
+
+
+def test_the_released_685b_are_671b_and_the_mtp_layers_with_their_copies():
+    counts = ModelCounts(V3)
+    assert counts.total == 671_026_419_200
+    assert round(counts.mtp / 1e9) == 13 and round((counts.total + counts.mtp) / 1e9) == 684
+    # Two copies: of the embedding and of the head.
+    assert counts.mtp - counts.mtp_own == 2 * 129_280 * 7168
+
+
+@pytest.mark.parametrize("hf", [V3, LLAMA_405B, {**QWEN_72B, "tie_word_embeddings": True}])
+def test_counts_are_those_of_the_weight_table(hf):
+    main_model = weights.hf_tensors(hf, with_mtp=False)
+    assert ModelCounts(hf).total == sum(math.prod(shape) for shape, _ in main_model.values())
+    every = weights.hf_tensors(hf)
+    assert ModelCounts(hf).total + ModelCounts(hf).mtp == sum(
+        math.prod(shape) for shape, _ in every.values()
+    )
+
+
+@pytest.mark.parametrize(
+    "hf, gflop", [(V3, 250), (LLAMA_405B, 2448)], ids=["DeepSeek-V3", "Llama-3.1-405B"]
+)
+def test_training_flops_per_token_are_the_published_ones(hf, gflop):
+    # arXiv 2505.09343, table 2: training, 4,096 tokens.
+    assert 3 * forward_flops(hf, 4096) / 1e9 == pytest.approx(gflop, rel=0.015)
+
+
+@pytest.mark.parametrize(
+    "hf, num_bytes", [(V3, 70_272), (QWEN_72B, 327_680), (LLAMA_405B, 516_096)]
+)
+def test_the_cache_of_a_token_is_the_published_one(hf, num_bytes):
+    # arXiv 2505.09343, table 1: bf16.
+    assert cache_bytes_per_token(hf) == num_bytes
+
+
+def test_every_rank_s_count_is_its_layout_s():
+    job = real_job(tensor=2, context=4, expert=4)
+    counts = RankCounts(job)
+    for rank in (0, 3, 15):
+        expected = 0
+        for chunk in job.stages[rank]:
+            at = {"tp": (0, 2), "ep": (0, 4), "etp": (0, 1)}
+            entries = weights.layout(V3, weights.Shard(**{**vars(chunk), **at}))
+            expected += sum(math.prod(entry.shape) for entry in entries.values())
+        found = counts.of_rank(rank)
+        assert found.parameters + found.buffers == expected, rank
+
+
+@pytest.mark.parametrize(
+    "pipeline, virtual, microbatches", [(4, 1, 9), (4, 1, 2), (4, 2, 9), (8, 3, 8)]
+)
+def test_micro_batches_in_flight_are_those_of_megatron_s_schedule(pipeline, virtual, microbatches):
+    from megatron.core.pipeline_parallel.schedules import (
+        get_pp_rank_microbatches,
+        get_schedule_table,
+    )
+
+    for rank in range(pipeline):
+        group = SimpleNamespace(size=lambda: pipeline, rank=lambda rank=rank: rank)
+        place = SimpleNamespace(
+            pp_group=group, virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None
+        )
+        total, _, warmup, _ = get_pp_rank_microbatches(
+            microbatches, virtual, pipeline, p2p_communicator=place
+        )
+        held = in_flight(rank, pipeline, virtual, microbatches)
+        forwards = get_schedule_table(microbatches, virtual, pipeline)[: min(total, warmup + 1)]
+        chunks = [chunk for _, chunk in forwards]
+        assert held == [chunks.count(chunk) for chunk in range(virtual)], rank
+
+
+def test_constants_taken_from_the_kernels_are_theirs():
+    from r1_kernels import linear_head
+
+    assert linear_head.GPU_CHUNK_TOKENS == GPU_CHUNK_TOKENS
+    assert linear_head.GPU_CHUNK_ELEMENTS == GPU_CHUNK_ELEMENTS
+
+
+def test_recomputing_a_module_frees_its_tensors_and_full_leaves_the_input():
+    job = real_job()
+    layer = layer_activations(job, sparse=True)
+    tokens = 33_280 // 2 // 4
+
+    def kept(recompute, *modules):
+        changed = job.with_parallel(recompute=recompute, recompute_modules=list(modules))
+        return layer.kept(changed.parallel)
+
+    assert kept("full") == tokens * 7168 * 2
+    # Queries and keys of 192 and values of 128, 32 heads of each on a rank, of all its tokens.
+    assert kept("none") - kept("selective", "mla_up_proj") == 16_640 * 32 * 512 * 2
+    assert kept("selective", "moe") == kept("selective", "moe", "moe_act", "shared_experts")
+    assert kept("none") > kept("selective", "moe_act") > kept("selective", "moe") > kept("full")
+
+
+def test_what_a_rank_sends_by_hand():
+    sent = groups(real_job(), 3)
+    # 512 samples of 8,704 tokens over 16 replicas in 17 micro-batches, over context 2 and tensor 4.
+    split = 32 * 8704 / 17 / 8
+    assert sent["pipeline"].microbatch == pytest.approx(split * 7168 * 2 * 2 * 2)
+    assert sent["expert"].forward == pytest.approx(4 * 2 * 8 * 1.2 * split * 7168 * 2 * 7 / 8)
+    assert sent["data"].size == 32 and sent["data"].microbatch == 0
+
+
+def test_a_rollout_s_routing_is_58_layers_of_8_experts_a_token():
+    sent = samples_section(real_job())
+    assert sent["routed experts"].value == 8192 * 8704 * 58 * 8
+    assert sent["ids, log-probabilities"].value == 8192 * (8704 + 8192) * 4
+
+
+def test_the_real_recipe_fits_and_leaves_room_for_65536_tokens():
+    bill = Bill(real_job())
+    assert bill.job.data == 16 and bill.problems() == []
+    config = configuration.load(RECIPE, {"rollout.max_response_tokens": 65_536})
+    assert Bill(Job(V3, config, 2048, HARDWARE["H800"])).problems() == []
+
+
+def test_a_layout_that_cannot_work_names_the_number_and_those_that_can(capsys):
+    assert main([str(RECIPE), "--gpus", "2048", "--parallel.recompute", "none"]) == 1
+    said = capsys.readouterr().out
+    assert "does not fit: pipeline rank" in said and "of it activations: set parallel.recom" in said
+    assert "--parallel.recompute full" in said
+    job = real_job(recompute="none")
+    for found in nearest(job, 3):
+        assert Bill(job.with_parallel(**found.changes)).problems() == []
+
+
+@pytest.mark.parametrize(
+    "options, status, message",
+    [
+        (["--gpus", "2000"], 1, "2000 trainer ranks cannot be divided into groups of 128"),
+        (["--parallel.expert", "3"], 1, "parallel.expert=3 does not divide|groups of"),
+        (["--parallel.pipeline_layout", "Et"], 1, "pipeline_layout='Et'"),
+        (["--parallel.tokens_per_microbatch", "33280"], 1, "fewer than parallel.pipeline=16"),
+        (["--rollout.engines", "2048"], 1, "an engine GPU has 0 B for KV cache"),
+        (
+            ["--rl.minibatches", "1024"],
+            1,
+            "8 samples of an optimizer step cannot be spread over 16",
+        ),
+        (["--gpus", "-1"], 2, "--gpus: -1"),
+        (["--response-tokens", "99999"], 2, "above rollout.max_response_tokens=32768"),
+        (["--parallel.tensr", "2"], 2, "did you mean parallel.tensor"),
+    ],
+)
+def test_what_is_wrong_is_said_in_a_sentence(capsys, monkeypatch, options, status, message):
+    monkeypatch.setattr("tools.plan.__main__.nearest", lambda job: [])
+    assert main([str(RECIPE), "--gpus", "2048", *options]) == status
+    captured = capsys.readouterr()
+    assert any(part in captured.out + captured.err for part in message.split("|"))
+
+
+def test_json_holds_every_number_with_its_formula(tmp_path, capsys):
+    file = tmp_path / "plan.json"
+    assert main([str(RECIPE), "--json", str(file)]) == 0
+    capsys.readouterr()
+    plan = json.loads(file.read_text())
+    total = plan["sections"]["parameters"]["total"]
+    assert total["value"] == 671_026_419_200 and "weight table" in total["formula"]
+    assert len(plan["ranks"]) == 16
+    for section in plan["sections"].values():
+        for name, quantity in section.items():
+            assert quantity.keys() == {"value", "unit", "formula"}, name
+    fullest = max(plan["ranks"], key=lambda rank: sum(rank["scoring"].values()))
+    assert sum(fullest["scoring"].values()) == Bill(real_job()).worst.peak
+
+
+def test_more_ranks_never_need_more_of_one_gpu():
+    peaks = {}
+    for expert in (4, 8, 16):
+        peaks[expert] = max(rank.persistent for rank in rank_memory(real_job(expert=expert)))
+    assert peaks[4] > peaks[8] > peaks[16]
+
+
+@pytest.mark.parametrize("chunks", [2, 4, 8, 16, 32])
+def test_suggested_layouts_hold_every_layer(chunks):
+    layout = even_layout(61, 1, chunks)
+    stages = weights.pipeline_stages(61, chunks, num_mtp=1, layout=layout)
+    PipelineParallelLayerLayout(layout, chunks).validate_layer_layout(61, 1)
+    lengths = [len(stage.layers) for rank in stages for stage in rank]
+    assert sum(lengths) == 61 and max(lengths[:-1]) - min(lengths[:-1]) <= 1
+    assert 1 <= lengths[-1] <= max(lengths)
+
+
+def test_every_recipe_of_a_dense_or_small_model_can_be_planned(capsys):
+    recipe = str(ROOT / "examples/laptop/r1_zero.yaml")
+    options = ["--model.path", str(ROOT / "examples/laptop/model")]
+    assert main([recipe, *options]) == 0
+    assert "pipeline 1 x 1" in capsys.readouterr().out
+
+
+def test_planning_needs_no_torch():
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        "from tools.plan.__main__ import main\n"
+        f"main([{str(RECIPE)!r}])\n"
+        "assert not {'torch', 'megatron'} & sys.modules.keys()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)

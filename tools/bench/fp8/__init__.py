@@ -1,0 +1,123 @@
+"""What FP8 training does to the loss: the same small DeepSeek-V3 trained in each of the numerics.
+
+Same weights, same sentences, several seeds. FP8 is emulated where there is no GPU; the figures are
+about numerics, and the seconds are those of an emulation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from . import curves
+from .text import ENTROPY
+from .variants import BASELINE, MODEL, VARIANTS
+
+BENCH = Path(__file__).parents[1]
+COLUMNS = (
+    "{:24}{:>10}{:>12}{:>12}{:>12}{:>14}{:>12}{:>10}",
+    ("", "held out", "mean", "|mean|", "largest", "|dlogp| mean", "max", "s/step"),
+)
+
+
+def add_options(options: argparse.ArgumentParser) -> None:
+    options.add_argument("--steps", type=int, default=150)
+    options.add_argument("--seeds", type=int, default=3)
+    options.add_argument("--sentences", type=int, default=16, help="of 64 tokens, a step")
+    options.add_argument("--threads", type=int, default=1)
+    options.add_argument("--jobs", type=int, default=2, help="runs at a time")
+    options.add_argument("--only", action="append", choices=VARIANTS, help="repeatable")
+
+
+def run(chosen: argparse.Namespace) -> dict[str, Any]:
+    """By variant and seed: losses, held-out loss, distance from bf16 numerics; and a summary."""
+    names = [n for n in VARIANTS if not chosen.only or n in chosen.only or n == BASELINE]
+    with tempfile.TemporaryDirectory() as folder:
+        model = Path(folder, "model")
+        model.mkdir()
+        (model / "config.json").write_text(json.dumps(MODEL))
+        runs = _runs(names, chosen, folder)
+    summary = _summary(names, runs, chosen.seeds)
+    print(f"loss after {chosen.steps} steps, {chosen.seeds} seeds; the language's: {ENTROPY:.3f}")
+    print(f"relative loss error: second half of training, against {BASELINE}, smoothed")
+    print(COLUMNS[0].format(*COLUMNS[1]))
+    for name, row in summary.items():
+        print(COLUMNS[0].format(name, *_cells(row)))
+    sizes = {"steps": chosen.steps, "seeds": chosen.seeds, "sentences": chosen.sentences}
+    return {**sizes, "entropy": ENTROPY, "model": MODEL, "summary": summary, "runs": runs}
+
+
+def _runs(names: list[str], chosen: argparse.Namespace, folder: str) -> dict[str, list[dict]]:
+    waiting = [(name, seed) for seed in range(chosen.seeds) for name in names]
+    running: list[tuple[subprocess.Popen, str, int, Path]] = []
+    runs: dict[str, list[dict]] = {name: [{}] * chosen.seeds for name in names}
+    try:
+        while waiting or running:
+            while waiting and len(running) < chosen.jobs:
+                running.append(_start(*waiting.pop(0), chosen, folder))
+            process, name, seed, out = running.pop(0)
+            if process.wait():
+                log = out.with_suffix(".log").read_text()
+                sys.exit(f"{name}, seed {seed} ended with {process.returncode}:\n{log[-4000:]}")
+            runs[name][seed] = json.loads(out.read_text())
+            shown = runs[name][seed]
+            print(f"{name}, seed {seed}: held out {shown['heldout_loss']:.4f}", file=sys.stderr)
+    finally:
+        for process, *_ in running:
+            process.kill()
+    return runs
+
+
+def _start(name: str, seed: int, chosen: argparse.Namespace, folder: str):
+    stem = f"{list(VARIANTS).index(name)}_{seed}"
+    task, out = Path(folder, f"{stem}_task.json"), Path(folder, f"{stem}.json")
+    sizes = {"steps": chosen.steps, "sentences": chosen.sentences, "threads": chosen.threads}
+    about = {"variant": name, "seed": seed, "model": f"{folder}/model"}
+    task.write_text(json.dumps({**about, **sizes}))
+    environment = {
+        "OMP_WAIT_POLICY": "passive",
+        "OMP_NUM_THREADS": str(chosen.threads),
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(BENCH), os.environ.get("PYTHONPATH")])),
+    }
+    with out.with_suffix(".log").open("w") as log:
+        command = [sys.executable, "-m", "fp8.worker", str(task), str(out)]
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+    return process, name, seed, out
+
+
+def _summary(names: list[str], runs: dict[str, list[dict]], num_seeds: int) -> dict[str, dict]:
+    summary = {}
+    for name in names:
+        pairs = list(zip(runs[name], runs[BASELINE], strict=True))
+        errors = [curves.compared(ours["losses"], theirs["losses"]) for ours, theirs in pairs]
+        heldout = [ours["heldout_loss"] / theirs["heldout_loss"] - 1 for ours, theirs in pairs]
+        summary[name] = {
+            "heldout_loss": mean(r["heldout_loss"] for r in runs[name]),
+            "heldout_error": heldout,
+            "loss_error": {key: [e[key] for e in errors] for key in errors[0]},
+            "logprob_diff_mean": mean(r["logprob_diff"]["mean"] for r in runs[name]),
+            "logprob_diff_max": max(r["logprob_diff"]["max"] for r in runs[name]),
+            "seconds_per_step": mean(r["seconds_per_step"] for r in runs[name]),
+        }
+    return summary
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    error = row["loss_error"]
+    return [
+        f"{row['heldout_loss']:.4f}",
+        f"{mean(error['mean']):+.3%}",
+        f"{mean(error['mean_magnitude']):.3%}",
+        f"{max(error['largest']):.3%}",
+        f"{row['logprob_diff_mean']:.2e}",
+        f"{row['logprob_diff_max']:.2e}",
+        f"{row['seconds_per_step']:.2f}",
+    ]

@@ -1,0 +1,93 @@
+"""One training run in a process of its own: `python -m fp8.worker TASK.json OUT.json`.
+
+The real trainer (Megatron's model, optimizer and schedule) on one rank, with the loss of SFT."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from .text import Language
+from .variants import BASELINE, VOCABULARY, WARMUP_STEPS, settings
+
+LOSS = "megatron_r1.training.losses:supervised"
+
+
+def main() -> None:
+    task = json.loads(Path(sys.argv[1]).read_text())
+    place = _alone(task)
+    Path(sys.argv[2]).write_text(json.dumps(_train(task, place)))
+
+
+def _alone(task: dict[str, Any]):
+    from megatron_r1.config import parse
+    from megatron_r1.training import distributed
+
+    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    return distributed.initialize(parse(_settings(task)).parallel, seed=task["seed"])
+
+
+def _settings(task: dict[str, Any], **model: Any) -> dict[str, Any]:
+    tree = settings(task["variant"], task["model"], task["seed"], task["threads"])
+    tree["model"] |= model
+    return tree
+
+
+def _train(task: dict[str, Any], place) -> dict[str, Any]:
+    from megatron_r1.config import parse
+    from megatron_r1.training.trainer import Trainer
+
+    language = Language(VOCABULARY, task["seed"])
+    config = parse(_settings(task))
+    trainer = Trainer(config, place)
+    losses, began = [], time.perf_counter()
+    for step in range(task["steps"]):
+        _load(trainer, language.batch(f"{task['seed']} {step}", task["sentences"]))
+        rate = config.optimizer.learning_rate * min(1.0, (step + 1) / WARMUP_STEPS)
+        losses.append(round(trainer.update(0, LOSS, {}, rate)["loss"], 5))
+        print(f"{step + 1} {losses[-1]:.4f}", flush=True)
+    seconds = time.perf_counter() - began
+    heldout = language.batch(f"{task['seed']} held out", 4 * task["sentences"])
+    logprobs = _logprobs(trainer, heldout)
+    report = {
+        "losses": losses,
+        "heldout_loss": -logprobs.mean().item(),
+        "seconds_per_step": seconds / task["steps"],
+    }
+    folder = Path(task["model"]).with_name(f"trained_{os.getpid()}")
+    folder.mkdir()
+    (folder / "config.json").write_bytes((Path(task["model"]) / "config.json").read_bytes())
+    trainer.write_weights(str(folder / "model.safetensors"), "bfloat16")
+    # An engine computes in bf16 with the pushed weights: how far is the trainer from that?
+    loaded = _settings({**task, "variant": BASELINE}, init="load", path=str(folder))
+    gap = (_logprobs(Trainer(parse(loaded), place), heldout) - logprobs).abs()
+    return report | {"logprob_diff": {"mean": gap.mean().item(), "max": gap.max().item()}}
+
+
+def _load(trainer, sentences: list[list[int]]) -> None:
+    from megatron_r1.training.packing import pack
+    from megatron_r1.training.wire import Microbatches, Sample
+
+    made = [Sample.pack(tokens[:2], tokens[2:]) for tokens in sentences]
+    limit = trainer.config.parallel.tokens_per_microbatch
+    plan = pack([len(s) for s in made], 1, limit).shares[0]
+    trainer.load([Microbatches([[made[i] for i in members] for members in plan])])
+
+
+def _logprobs(trainer, sentences: list[list[int]]):
+    """fp32 log-probability of every predicted token, in an order that depends on `sentences`."""
+    import torch
+
+    _load(trainer, sentences)
+    trainer.score(temperature=1.0, reference=False)
+    batches = trainer.minibatches[0]
+    return torch.cat([batch.logprobs["old"][batch.is_response] for batch in batches])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,124 @@
+"""Comparing two sets of weights tensor by tensor, a stripe at a time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+
+import parts
+import torch
+from sources import open_weights
+from stripes import stripes
+from torch import Tensor
+
+from megatron_r1.weights import fp8
+from megatron_r1.weights.hf_weights import HfWeights
+from megatron_r1.weights.raw import as_bytes
+
+# From exact to coarse: two dtypes are compared in the later one.
+_ORDER = ("float64", "float32", "float16", "bfloat16")
+
+
+@dataclass(frozen=True)
+class Sides:
+    """The two models to compare: paths, and where a checkpoint's config.json is."""
+
+    a: Path
+    b: Path
+    config: Path | None
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Of one tensor: how many elements have other bits, the largest |a - b|, where it is."""
+
+    name: str
+    count: int
+    largest: float
+    where: tuple[int, ...]
+
+
+def compare(sides: Sides, names: list[str], workers: int) -> list[Difference]:
+    """Every tensor of `names` whose values differ."""
+    step = max(1, len(names) // (workers * 64))
+    batches = [names[first : first + step] for first in range(0, len(names), step)]
+    found = parts.run(partial(_compare_batch, sides), batches, workers, "batch")
+    return [difference for batch in found for difference in batch]
+
+
+@cache
+def _opened(sides: Sides):
+    return open_weights(sides.a, sides.config), open_weights(sides.b, sides.config)
+
+
+def _compare_batch(sides: Sides, names: list[str]) -> list[Difference]:
+    found = [_compare_tensor(sides, name) for name in names]
+    return [difference for difference in found if difference is not None]
+
+
+def _compare_tensor(sides: Sides, name: str) -> Difference | None:
+    pair = _opened(sides)
+    (shape, a), (_, b) = (entry_of(side, name) for side in pair)
+    dtype, lossy = common_dtype(a, b), (a == fp8.STORED) != (b == fp8.STORED)
+    count, largest, where = 0, -1.0, ()
+    for first, rows in stripes(shape, fp8.BLOCK):
+        x, y = (side.read(name, 0, first, rows) for side in pair)
+        if lossy:
+            unequal = _beyond_rounding(pair, name, first, x.float(), y.float())
+        else:
+            x, y = x.to(dtype), y.to(dtype)
+            unequal = _other_bits(x, y)
+        if not unequal.any():
+            continue
+        gaps = (x.double() - y.double()).abs().nan_to_num(torch.inf, torch.inf)
+        gaps = torch.where(unequal, gaps, -1.0)
+        place = int(gaps.argmax())
+        if gaps.flatten()[place] > largest:
+            largest = float(gaps.flatten()[place])
+            inside = [int(i) for i in torch.unravel_index(torch.tensor(place), gaps.shape)]
+            where = (inside[0] + first, *inside[1:])
+        count += int(unequal.sum())
+    if not count and not lossy and _scales_differ(*pair, name):
+        return Difference(fp8.scale_name(name), 1, 0.0, ())
+    return Difference(name, count, largest, where) if count else None
+
+
+def entry_of(weights, name: str) -> tuple[tuple[int, ...], str]:
+    """(shape, stored dtype) of a tensor that the weights hold, or hold as another one's copy."""
+    return weights.tensors.get(name) or weights.tensors[weights.copies[name]]
+
+
+def common_dtype(a: str, b: str) -> torch.dtype:
+    """In which two stored dtypes are compared: the coarser; FP8 values are fp32 numbers."""
+    known = ["float32" if name == fp8.STORED else name for name in (a, b)]
+    return getattr(torch, max(known, key=_ORDER.index))
+
+
+def _other_bits(a: Tensor, b: Tensor) -> Tensor:
+    """Elementwise, so that NaN equals itself and -0 is not 0."""
+    different = as_bytes(a.contiguous()) != as_bytes(b.contiguous())
+    return different.view(-1, a.itemsize).any(1).view(a.shape)
+
+
+def _beyond_rounding(pair, name: str, first: int, x: Tensor, y: Tensor) -> Tensor:
+    """Elementwise: whether FP8 values and what they may come from are more than a rounding apart.
+
+    Half the distance between two e4m3 numbers is at most 2^-4 of them, for the smallest 2^-10 of
+    the scale. NaN is beyond.
+    """
+    one = next(s for s in pair if entry_of(s, name)[1] == fp8.STORED)
+    plain = x if one is pair[1] else y
+    rows = slice(first // fp8.BLOCK, -(-(first + len(x)) // fp8.BLOCK))
+    scale = fp8.spread(one.scales(name)[rows], x.shape)
+    allowed = torch.maximum(plain.abs() * 2**-4, scale * 2**-10)
+    # The scale itself has been rounded, and so may the plain values have been, to bf16.
+    return ~((x - y).abs() <= allowed * (1 + 2**-7))
+
+
+def _scales_differ(a, b, name: str) -> bool:
+    """Of two FP8 tensors with equal values, which a block of zeros has whatever its scale."""
+    if not (isinstance(a, HfWeights) and isinstance(b, HfWeights)):
+        return False
+    first, second = a.scales(name), b.scales(name)
+    return first is not None and second is not None and not torch.equal(first, second)

@@ -1,0 +1,145 @@
+"""a Megatron checkpoint as a Hugging Face folder"""
+
+from __future__ import annotations
+
+import os
+from argparse import Namespace
+from dataclasses import dataclass
+from functools import cache, partial
+from math import prod
+from pathlib import Path
+
+import parts
+import reload_check
+import torch
+from sources import (
+    check_manifest,
+    find_checkpoint,
+    find_hf_files,
+    fingerprint,
+)
+from stripes import stripes
+from work_folder import WorkFolder
+
+from megatron_r1.files import fsync
+from megatron_r1.models.hf_config import read_hf_config
+from megatron_r1.weights import fp8
+from megatron_r1.weights.file_plan import plan_file, stored_tensors
+from megatron_r1.weights.hf_folder import carry_files, split_into_files, write_config, write_index
+from megatron_r1.weights.known_scales import KnownScales
+from megatron_r1.weights.megatron_weights import MegatronWeights
+from megatron_r1.weights.raw import write_at
+
+FP8 = torch.float8_e4m3fn
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every worker needs. hf_files: the folder of the model's config.json."""
+
+    checkpoint: Path
+    hf_files: Path
+    folder: Path
+    dtype: torch.dtype
+
+
+def run(chosen: Namespace) -> int:
+    """Convert, then compare what was written with the checkpoint unless told not to."""
+    checkpoint = find_checkpoint(chosen.checkpoint)
+    hf_files = find_hf_files(checkpoint, chosen.config)
+    hf = read_hf_config(hf_files)
+    with MegatronWeights(checkpoint, hf) as weights:
+        dtype = _dtype(chosen.dtype) or weights.dtype
+        with_mtp = weights.with_mtp
+    if dtype == FP8:
+        fp8.check_config(hf)
+    files = split_into_files(hf_tensors_on_disk(hf, dtype, with_mtp), chosen.max_file_bytes)
+    plan = {
+        "checkpoint": str(checkpoint.resolve()),
+        "checkpoint's files": fingerprint(checkpoint),
+        "dtype": str(dtype).removeprefix("torch."),
+        "max-file-bytes": chosen.max_file_bytes,
+    }
+    check_manifest(checkpoint, "size" if chosen.checksums == "full" else chosen.checksums)
+    work = WorkFolder(chosen.out, plan)
+    work.check_space(sum(plan_file(tensors).num_bytes for tensors in files.values()))
+    if chosen.checksums == "full" and not work.continued:
+        try:
+            check_manifest(checkpoint, "full")
+        except ValueError:
+            work.abandon_empty()
+            raise
+    job = Job(checkpoint, hf_files, work.path, dtype)
+    parts.run(partial(write_file, job), list(files.items()), chosen.workers)
+    carry_files(hf_files, work.path)
+    write_config(hf_files, work.path, dtype, with_mtp)
+    write_index(work.path, files)
+    if not chosen.no_check:
+        reload_check.check(checkpoint, hf_files, work.path, dtype, chosen.workers)
+    work.finish()
+    print(f"{chosen.out}: {sum(map(len, files.values()))} tensors in {len(files)} files")
+    return 0
+
+
+def hf_tensors_on_disk(hf: dict, dtype: torch.dtype, with_mtp: bool) -> dict:
+    """name -> (shape, dtype); as FP8 is published, projections with scales and the rest in bf16."""
+    if dtype != FP8:
+        return stored_tensors(hf, dtype, with_mtp=with_mtp)
+    found = {}
+    plain = stored_tensors(hf, torch.bfloat16, with_mtp=with_mtp)
+    for name, (shape, kept) in plain.items():
+        if fp8.is_quantised(name):
+            found[name] = (shape, FP8)
+            found[fp8.scale_name(name)] = (fp8.scale_shape(shape), torch.float32)
+        else:
+            found[name] = (shape, kept)
+    return found
+
+
+def write_file(job: Job, part: tuple[str, dict]) -> None:
+    """Write one safetensors file, whole or not at all; nothing to do where it is there."""
+    name, tensors = part
+    path = job.folder / name
+    if path.exists():
+        return
+    plan, partial_path = plan_file(tensors), path.with_name(f".{name}.tmp")
+    file = os.open(partial_path, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+    try:
+        os.posix_fallocate(file, 0, plan.num_bytes)
+        os.pwrite(file, plan.header, 0)
+        for tensor, placed in plan.tensors.items():
+            if not fp8.is_scale(tensor):
+                scales = plan.tensors.get(fp8.scale_name(tensor))
+                _write_tensor(job, file, tensor, placed, scales)
+    finally:
+        os.close(file)
+    fsync(partial_path)
+    partial_path.rename(path)
+    fsync(job.folder)
+
+
+def _write_tensor(job: Job, file: int, name: str, placed, scales) -> None:
+    weights, known = _inputs(job)
+    row = prod(placed.shape[1:]) * placed.dtype.itemsize
+    scale_row = scales.shape[1] * scales.dtype.itemsize if scales else 0
+    for first, count in stripes(placed.shape, fp8.BLOCK if scales else 1):
+        values = weights.read(name, 0, first, count)
+        if scales:
+            values, inverse = fp8.quantise(
+                values,
+                known.rows(name, first, count),
+                power_of_two=known.power_of_two,
+            )
+            write_at(file, scales.offset + first // fp8.BLOCK * scale_row, inverse)
+        write_at(file, placed.offset + first * row, values.to(placed.dtype))
+
+
+@cache
+def _inputs(job: Job) -> tuple[MegatronWeights, KnownScales]:
+    """Opened once per process."""
+    hf = read_hf_config(job.hf_files)
+    return MegatronWeights(job.checkpoint, hf), KnownScales(job.hf_files, hf)
+
+
+def _dtype(name: str | None) -> torch.dtype | None:
+    return None if name is None else FP8 if name == "fp8" else getattr(torch, name)

@@ -1,0 +1,75 @@
+"""compare two models of either kind, tensor by tensor"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections import Counter
+
+from comparison import Sides, common_dtype, compare, entry_of
+from sources import is_hf, open_weights
+
+from megatron_r1.weights import fp8
+
+SHOWN = 20
+
+
+def run(chosen: Namespace) -> int:
+    """0 where everything is equal, 1 where not; prints what is not."""
+    config = chosen.config or next((side for side in (chosen.a, chosen.b) if is_hf(side)), None)
+    sides = Sides(chosen.a, chosen.b, config)
+    with open_weights(chosen.a, config) as a, open_weights(chosen.b, config) as b:
+        names, alone, reshaped = _sort_names(a, b)
+        explained = _explain(a, b, names)
+    differing = compare(sides, names, chosen.workers)
+    for text in (*alone, *reshaped):
+        print(text)
+    for one in sorted(differing, key=lambda d: -d.largest)[:SHOWN]:
+        at = f" at {list(one.where)}" if one.where else ""
+        print(f"{one.name}: {one.count:,} elements differ, max |Δ| {one.largest:.6g}{at}")
+    if len(differing) > SHOWN:
+        print(f"… and {len(differing) - SHOWN} more tensors that differ less")
+    for text in explained:
+        print(text)
+    num_bad = len(alone) + len(reshaped) + len(differing)
+    print(
+        f"{len(names) - len(differing)} of {len(names) + len(alone) + len(reshaped)} tensors equal"
+    )
+    return 1 if num_bad else 0
+
+
+def _sort_names(a, b) -> tuple[list[str], list[str], list[str]]:
+    """(names both have, what one lacks, what has another shape), the last two in words."""
+    both, alone, reshaped = [], [], []
+    for name in [*a.tensors, *(n for n in b.tensors if n not in a.tensors)]:
+        lacking = [side for side in (a, b) if not _has(side, name)]
+        if lacking:
+            alone.append(f"{name}: only in one, {lacking[0].path} lacks it")
+            continue
+        first, second = entry_of(a, name)[0], entry_of(b, name)[0]
+        if first != second:
+            reshaped.append(f"{name}: {first} in A, {second} in B")
+        else:
+            both.append(name)
+    return both, alone, reshaped
+
+
+def _has(weights, name: str) -> bool:
+    return name in weights.tensors or weights.copies.get(name) in weights.tensors
+
+
+def _explain(a, b, names: list[str]) -> list[str]:
+    """A line for each pair of different dtypes: what equal means there."""
+    pairs = Counter((entry_of(a, name)[1], entry_of(b, name)[1]) for name in names)
+    told = []
+    for (first, second), count in pairs.items():
+        if first == second:
+            continue
+        how = f"compared after rounding to {_coarser(first, second)}"
+        if fp8.STORED in (first, second):
+            how = "compared within FP8's rounding (half a step)"
+        told.append(f"{count} tensors are {first} in A and {second} in B: {how}")
+    return told
+
+
+def _coarser(a: str, b: str) -> str:
+    return str(common_dtype(a, b)).removeprefix("torch.")

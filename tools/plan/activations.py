@@ -1,0 +1,117 @@
+"""Activations: bytes a layer keeps for the backward pass, and what recomputing saves of them.
+
+Counted as Korthikanti et al. count them (arXiv 2205.05198, section 4.1): every tensor an operation
+needs again, once, bf16 unless said otherwise; here for multi-head latent attention, routed experts
+and flash attention, which keeps its output and one fp32 number per head and token instead of
+scores. Two token counts: `split` tokens where sequence parallelism cuts the sequence over the
+tensor-parallel ranks (norms, residuals, latents, routed experts), `whole` where a rank has all
+tokens but its part of heads or features.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_r1.config import ParallelConfig
+from tools.plan.job import Job
+
+VALUE = 2
+"""Bytes of an activation: the trainer computes in bf16 (fp32 runs double it)."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Bytes of one layer and one micro-batch, by the module whose recomputation frees them.
+
+    always: what stays but under full recomputation; input: the layer's input; dispatch: buffers of
+    the token exchange while the layer runs.
+    """
+
+    input: int
+    always: int
+    modules: dict[str, int]
+    dispatch: int
+
+    @property
+    def everything(self) -> int:
+        return self.input + self.always + sum(self.modules.values())
+
+    def kept(self, parallel: ParallelConfig) -> int:
+        """From the forward pass to the backward pass."""
+        if parallel.recompute == "full":
+            return self.input
+        dropped = parallel.recompute_modules if parallel.recompute == "selective" else ()
+        return (
+            self.input
+            + self.always
+            + sum(
+                num_bytes
+                for name, num_bytes in self.modules.items()
+                if name not in dropped and not (name in _INSIDE_MOE and "moe" in dropped)
+            )
+        )
+
+    def working(self, parallel: ParallelConfig) -> int:
+        """While its backward pass runs: what had been dropped is there again."""
+        return self.everything - self.kept(parallel) + self.dispatch
+
+
+_INSIDE_MOE = ("moe", "moe_act", "shared_experts")
+
+
+def layer_activations(job: Job, sparse: bool, tokens: int | None = None) -> Layer:
+    """A decoder layer, with experts (sparse) or a dense MLP, on `tokens` of a micro-batch (default:
+    the largest)."""
+    hf, tensor = job.hf, job.parallel.tensor
+    whole = (tokens or job.microbatch_tokens) / job.parallel.context
+    # Dense models keep whole sequences under tensor parallelism (models/config.py).
+    split = whole / tensor if job.has_experts else whole
+    value = 2 * VALUE if job.config.model.dtype == "float32" else VALUE
+    hidden, heads = hf["hidden_size"], hf["num_attention_heads"]
+    modules = {"layernorm": 2 * hidden * split * value}
+    always = hidden * split * value  # the residual between attention and MLP
+    if job.latent_attention:
+        query, key = hf.get("q_lora_rank") or 0, hf["kv_lora_rank"]
+        rope, out = hf["qk_rope_head_dim"], hf["v_head_dim"]
+        head = hf["qk_nope_head_dim"] + rope
+        latents = (2 * query + 2 * key + rope) * split
+        always += (latents + heads / tensor * out * whole) * value
+        modules["mla_up_proj"] = heads / tensor * (2 * head + out) * whole * value
+    else:
+        size = hf.get("head_dim") or hidden // heads
+        groups = hf.get("num_key_value_heads") or heads
+        always += (2 * heads + 2 * groups) / tensor * size * whole * value
+    modules["core_attn"] = 4 * heads / tensor * whole
+    dispatch = 0.0
+    if sparse:
+        routed, inner = hf["num_experts_per_tok"] * split, hf["moe_intermediate_size"]
+        routed *= job.assumptions.expert_imbalance
+        inner_local = inner / job.parallel.expert_tensor
+        at_expert = routed * job.parallel.expert_tensor
+        scores = 3 * 4 * hf["n_routed_experts"] * split
+        modules["moe"] = at_expert * (hidden + 2 * inner_local) * value + scores
+        modules["moe_act"] = at_expert * inner_local * value
+        modules["shared_experts"] = 3 * inner * hf["n_shared_experts"] / tensor * whole * value
+        # Sent and received, sorted by expert, are there at once.
+        dispatch = 2 * at_expert * hidden * value
+    else:
+        modules["mlp"] = 3 * hf["intermediate_size"] / tensor * whole * value
+    rounded = {name: round(num_bytes) for name, num_bytes in modules.items()}
+    return Layer(round(hidden * split * value), round(always), rounded, round(dispatch))
+
+
+def in_flight(rank: int, pipeline: int, virtual: int, microbatches: int) -> list[int]:
+    """Micro-batches whose activations each chunk of a pipeline rank holds at the peak.
+
+    One forward, one backward: the forwards of the warm-up and one more (schedules.py,
+    get_pp_rank_microbatches); with virtual stages they go round the chunks, `pipeline` at a time.
+    """
+    if virtual == 1:
+        return [min(microbatches, pipeline - rank)]
+    count = min(2 * (pipeline - rank - 1) + (virtual - 1) * pipeline + 1, virtual * microbatches)
+    held = [0] * virtual
+    for start in range(0, microbatches, pipeline):
+        together = min(pipeline, microbatches - start)
+        for chunk in range(virtual):
+            held[chunk] += min(together, count - sum(held))
+    return held

@@ -1,0 +1,123 @@
+"""The whole bill of a job: every section, and what, if anything, does not fit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from tools.plan.communication import communication_section
+from tools.plan.flops import flops_section
+from tools.plan.job import Job
+from tools.plan.memory import RankMemory, memory_section, rank_memory
+from tools.plan.parameters import parameter_section
+from tools.plan.quantity import Quantity, Section
+from tools.plan.rollout import Engines, push_section, rollout_section
+from tools.plan.samples import samples_section
+from tools.plan.timing import StepTime, time_section
+
+
+@dataclass(frozen=True)
+class Bill:
+    """Of a job whose sizes divide (Job.check)."""
+
+    job: Job
+
+    @cached_property
+    def ranks(self) -> list[RankMemory]:
+        return rank_memory(self.job)
+
+    @cached_property
+    def worst(self) -> RankMemory:
+        return max(self.ranks, key=lambda rank: rank.peak)
+
+    @cached_property
+    def engines(self) -> Engines:
+        shared = not self.job.rollout_gpus
+        resident = max(rank.persistent for rank in self.ranks) if shared else 0
+        return Engines(self.job, resident)
+
+    @cached_property
+    def times(self) -> StepTime:
+        return StepTime(self.job, self.engines)
+
+    @property
+    def step_seconds(self) -> float:
+        return time_section(self.times)["step"].value
+
+    def sections(self) -> dict[str, Section]:
+        rank = self.worst.rank
+        return {
+            "parameters": parameter_section(self.job),
+            f"memory of pipeline rank {rank}, the fullest": memory_section(self.job, self.worst),
+            "host memory of a node": self._host(),
+            "engine memory of a GPU": rollout_section(self.engines),
+            "samples of a rollout": samples_section(self.job),
+            "push": push_section(self.job, self.engines),
+            "sent by a rank per optimizer step": communication_section(self.job, rank),
+            "operations": flops_section(self.job),
+            "time": time_section(self.times),
+        }
+
+    def problems(self) -> list[str]:
+        """One sentence for each thing that cannot work: the number, its limit, the way out."""
+        return [text for text in (self._gpu(), self._host_problem(), self._cache()) if text]
+
+    def _gpu(self) -> str | None:
+        worst, memory = self.worst, self.job.hardware.memory
+        if worst.peak <= memory:
+            return None
+        training = sum(worst.training.values()) == worst.peak
+        parts = worst.training if training else worst.scoring
+        largest = max(parts, key=parts.get)
+        fix = {
+            "activations": "set parallel.recompute to full, or raise parallel.context or .tensor",
+            "layer in work": "raise parallel.context or .tensor, or lower tokens_per_microbatch",
+            "loss head": "raise parallel.tensor or .context",
+            "optimizer": "raise parallel.optimizer_offload, or use more GPUs",
+            "reference": "keep it away from the fullest rank: raise parallel.expert or .pipeline",
+        }.get(largest, "raise parallel.expert, .pipeline or .tensor")
+        return (
+            f"pipeline rank {worst.rank} needs {_size(worst.peak)} of {_size(memory)} while it "
+            f"{'trains' if training else 'scores'}, {_size(parts[largest])} of it {largest}: {fix}"
+        )
+
+    def _host(self) -> Section:
+        """Of the node whose ranks need most: ranks of one pipeline stage share a node."""
+        job = self.job
+        per_node = min(job.hardware.gpus_per_node, job.world_size)
+        fullest = max(self.ranks, key=lambda rank: sum(rank.host.values()))
+        return {
+            kind: Quantity(num_bytes * per_node, "B", f"{per_node} ranks x {_size(num_bytes)}")
+            for kind, num_bytes in fullest.host.items()
+        }
+
+    def _host_problem(self) -> str | None:
+        parts = self._host()
+        needed = sum(part.value for part in parts.values())
+        hardware = self.job.hardware
+        memory = hardware.host_memory * min(hardware.gpus_per_node, self.job.world_size)
+        if needed <= memory:
+            return None
+        largest = max(parts, key=lambda kind: parts[kind].value)
+        return (
+            f"a host needs {_size(needed)} of {_size(memory)}, {parts[largest]} of it {largest}: "
+            "raise parallel.expert or .pipeline, or lower parallel.optimizer_offload"
+        )
+
+    def _cache(self) -> str | None:
+        engines, job = self.engines, self.job
+        needed = engines.token_bytes * job.longest_sample
+        if engines.cache >= needed:
+            return None
+        resident = f" and {_size(engines.resident)} of the trainer" if engines.resident else ""
+        beside = f"{_size(engines.weights)} of weights{resident}"
+        return (
+            f"an engine GPU has {_size(max(0, engines.cache))} for KV cache beside {beside}; one "
+            f"sample of {job.longest_sample:,} tokens needs {_size(needed)}: lower "
+            f"rollout.engines={job.config.rollout.engines} (more GPUs each), raise "
+            "parallel.expert or .pipeline, or give the engines GPUs of their own (--rollout-gpus)"
+        )
+
+
+def _size(num_bytes: float) -> str:
+    return str(Quantity(num_bytes, "B", ""))

@@ -1,0 +1,203 @@
+"""Build the real ranks of a layout on torch's meta device, and hold the plan against them.
+
+A process group that only knows its size stands for the cluster (torch's "fake" backend): Megatron
+lays out its groups and builds the model as it would there, without a byte of weights. Ranks of one
+pipeline stage have the same parameters by name and shape; one of each stage is built, and every
+rank of the job is then compared with the weight table's entry for its place.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from math import prod
+
+from megatron_r1 import platform
+from megatron_r1.weights.layout import Entry, Shard, layout
+from tools.plan.job import Job
+from tools.plan.parameters import ModelCounts, RankCounts
+
+
+@dataclass(frozen=True)
+class Place:
+    """A rank's coordinates, as Megatron gives them. first_*: whether it is the first of the ranks
+    with the same dense or expert parameters."""
+
+    pipeline: int
+    tensor: int
+    expert: int
+    expert_tensor: int
+    first_dense: bool
+    first_expert: bool
+
+
+def build_ranks(job: Job, pipeline_ranks: Iterable[int] | None = None) -> str:
+    """Build and compare the ranks of `pipeline_ranks` (default: all); what was done, as a sentence.
+
+    Raises ValueError for the first parameter that differs, and where all ranks together do not hold
+    every value of the model once.
+    """
+    platform.prepare()
+    started = time.perf_counter()
+    chosen = list(pipeline_ranks or range(job.parallel.pipeline))
+    counts = RankCounts(job)
+    built = {}
+    for rank in chosen:
+        built[rank] = _build_stage(job, rank)
+        _compare_count(rank, built[rank], counts)
+    seconds = time.perf_counter() - started
+    ranks, distinct, owned = _compare_ranks(job, built)
+    whole = ModelCounts(job.hf)
+    expected = whole.total + (whole.mtp_own if job.with_mtp else 0)
+    if len(chosen) == job.parallel.pipeline and owned != expected:
+        raise ValueError(f"all ranks together own {owned:,} values, the model has {expected:,}")
+    total = time.perf_counter() - started
+    return (
+        f"built {len(chosen)} pipeline ranks on the meta device in {seconds:.0f} s; {ranks:,} "
+        f"ranks ({distinct} different) equal the weight table by name and shape, together they own "
+        f"{owned:,} values; {total:.0f} s in all"
+    )
+
+
+def _build_stage(job: Job, pipeline_rank: int) -> list[dict[str, tuple[int, ...]]]:
+    """Shapes by name of every chunk of the stage's first rank; checked against the weight table as
+    a run checks them."""
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    from megatron_r1 import models
+    from megatron_r1.training import construction
+    from megatron_r1.weights.local import local_entries, model_tensors
+
+    parallel = job.parallel
+    rank = pipeline_rank * (job.world_size // parallel.pipeline)
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=job.world_size)
+    try:
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=parallel.tensor,
+            pipeline_model_parallel_size=parallel.pipeline,
+            virtual_pipeline_model_parallel_size=job.virtual if job.virtual > 1 else None,
+            context_parallel_size=parallel.context,
+            expert_model_parallel_size=parallel.expert,
+            expert_tensor_parallel_size=parallel.expert_tensor,
+            create_gloo_process_groups=False,
+        )
+        transformer = construction.transformer(job.config, job.hf)
+        transformer.perform_initialization = False
+        with weightless():
+            chunks = [
+                models.build_model(job.hf, transformer, vp_stage=stage)
+                for stage in (range(job.virtual) if job.virtual > 1 else [None])
+            ]
+        for _ in local_entries(chunks, job.hf):
+            pass
+        return [{n: tuple(t.shape) for n, t in model_tensors(chunk).items()} for chunk in chunks]
+    finally:
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def weightless() -> Iterator[None]:
+    """Within: tensors made without naming a device have a shape and no memory.
+
+    What torch.device("meta") does, but for the functions that platform.prepare() wrapped: torch
+    would look for the wrappers.
+    """
+    from torch.overrides import TorchFunctionMode
+    from torch.utils._device import _device_constructors
+
+    constructors = {getattr(make, "__wrapped__", make) for make in _device_constructors()}
+
+    class OnMeta(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            kwargs = dict(kwargs or {})
+            if function in constructors and kwargs.get("device") is None:
+                kwargs["device"] = "meta"
+            return function(*args, **kwargs)
+
+    with OnMeta():
+        yield
+
+
+def _compare_count(rank: int, built: list[dict], counts: RankCounts) -> None:
+    number = sum(prod(shape) for shapes in built for shape in shapes.values())
+    planned = counts.of_rank(rank)
+    if number != planned.parameters + planned.buffers:
+        raise ValueError(
+            f"pipeline rank {rank} has {number:,} values, the plan says "
+            f"{planned.parameters + planned.buffers:,}"
+        )
+
+
+def _compare_ranks(job: Job, built: dict[int, list[dict]]) -> tuple[int, int, int]:
+    """(ranks compared, different ones among them, values they own together)."""
+    parallel = job.parallel
+    entries: dict[tuple, tuple[int, int]] = {}
+    ranks = owned = 0
+    for place in places(job):
+        if place.pipeline not in built:
+            continue
+        ranks += 1
+        key = (place.pipeline, place.tensor, place.expert, place.expert_tensor)
+        if key not in entries:
+            at = {
+                "tp": (place.tensor, parallel.tensor),
+                "ep": (place.expert, parallel.expert),
+                "etp": (place.expert_tensor, parallel.expert_tensor),
+            }
+            entries[key] = _compare(job, place.pipeline, built[place.pipeline], at)
+        dense, expert = entries[key]
+        owned += dense * place.first_dense + expert * place.first_expert
+    return ranks, len(entries), owned
+
+
+def _compare(job: Job, pipeline_rank: int, built: list[dict], at: dict) -> tuple[int, int]:
+    """Values a rank owns: (dense, expert). ValueError where it differs from the built one."""
+    owned = defaultdict(int)
+    for chunk, shapes in zip(job.stages[pipeline_rank], built, strict=True):
+        # The names are those of the layers that were built, which without a GPU are Megatron's.
+        shard: Shard = replace(chunk, **at, transformer_engine=platform.uses_transformer_engine())
+        entries = layout(job.hf, shard)
+        if different := {n: e.shape for n, e in entries.items()}.items() ^ shapes.items():
+            raise ValueError(f"pipeline rank {pipeline_rank}: {sorted(different)[:4]} differ")
+        for entry in entries.values():
+            if entry.owner:
+                owned[entry.expert] += _held(entry)
+    return owned[False], owned[True]
+
+
+def _held(entry: Entry) -> int:
+    """Values of Hugging Face tensors in it: padding is none."""
+    across = [prod(entry.shape) // entry.shape[piece.dim] for piece in entry.pieces]
+    return sum(n * piece.length for n, piece in zip(across, entry.pieces, strict=True))
+
+
+def places(job: Job) -> Iterator[Place]:
+    """Of every rank, in order, from the generators Megatron makes its groups with."""
+    from megatron.core.parallel_state import RankGenerator
+
+    parallel, order = job.parallel, "tp-cp-ep-dp-pp"
+    dense = RankGenerator(parallel.tensor, 1, job.data, parallel.pipeline, parallel.context, order)
+    expert = RankGenerator(
+        parallel.expert_tensor, parallel.expert, job.expert_replicas, parallel.pipeline, 1, order
+    )
+    axes = [
+        _coordinates(dense.get_ranks("pp")),
+        _coordinates(dense.get_ranks("tp")),
+        _coordinates(expert.get_ranks("ep")),
+        _coordinates(expert.get_ranks("tp")),
+        _coordinates(dense.get_ranks("dp-cp")),
+        _coordinates(expert.get_ranks("dp")),
+    ]
+    for rank in range(job.world_size):
+        *at, dense_replica, expert_replica = (axis[rank] for axis in axes)
+        yield Place(*at, dense_replica == 0, expert_replica == 0)
+
+
+def _coordinates(groups: list[list[int]]) -> dict[int, int]:
+    return {rank: index for group in groups for index, rank in enumerate(group)}

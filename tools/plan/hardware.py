@@ -1,0 +1,66 @@
+"""What the GPUs of a plan can do, and how much of it a run is assumed to reach.
+
+Peaks are the manufacturer's (dense, without sparsity), one direction of a link. H800: an H100 whose
+NVLink is cut to 400 GB/s, both directions together (DeepSeek-V3 report, arXiv 2412.19437, section
+3.1); its nodes have one 400 Gb/s InfiniBand adapter per GPU, as the others are assumed to.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+GIB = 1024**3
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """One GPU and its share of a node. Bytes, FLOP/s, bytes/s in one direction."""
+
+    name: str
+    memory: float
+    bf16: float
+    fp8: float
+    memory_bandwidth: float
+    nvlink: float
+    network: float = 50e9
+    host_link: float = 55e9
+    host_memory: float = 2e12 / 8
+    gpus_per_node: int = 8
+
+
+HARDWARE = {
+    hardware.name: hardware
+    for hardware in (
+        Hardware("H800", 80e9, 989e12, 1979e12, 3.35e12, 200e9),
+        Hardware("H100", 80e9, 989e12, 1979e12, 3.35e12, 450e9),
+        Hardware("H200", 141e9, 989e12, 1979e12, 4.8e12, 450e9),
+        Hardware("B200", 180e9, 2250e12, 4500e12, 7.7e12, 900e9),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Assumptions:
+    """What no table says. Each is one number of the estimate, to be replaced by a measurement."""
+
+    compute_efficiency: float = 0.45
+    """Of the bf16 peak, while a stage computes, without bubbles and communication. DeepSeek-V3 had
+    38.9% (causal) of its bf16 peak over whole steps in FP8 (arXiv 2505.09343, table 4)."""
+    bandwidth_efficiency: float = 0.6
+    """Of a GPU's memory bandwidth while an engine decodes."""
+    link_efficiency: float = 0.75
+    """Of NVLink's and the network's rate, in a collective."""
+    decode_latency_per_layer: float = 150e-6
+    """Seconds a decoding step cannot fall below in each layer: two all-to-alls and small kernels,
+    whatever the batch."""
+    reserved: float = 6 * GIB
+    """Bytes a GPU has not got for a run: CUDA context, NCCL's buffers, fragmentation."""
+    expert_imbalance: float = 1.2
+    """Tokens of the fullest rank of an expert-parallel group over the mean."""
+    prompt_tokens: int = 512
+    """Of a prompt, at most, and on average."""
+
+    def __post_init__(self):
+        for name in ("compute_efficiency", "bandwidth_efficiency", "link_efficiency"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)} must lie in (0, 1]")

@@ -1,0 +1,183 @@
+"""Parameters: of the whole model, of one token's path, of every pipeline rank; from the weight
+table."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, replace
+from math import prod
+from operator import add
+
+from megatron_r1.weights.layout import Entry, Shard, layout, table
+from megatron_r1.weights.rules import Rule
+from tools.plan.job import Job
+from tools.plan.quantity import Quantity, Section
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Numbers of values on a rank.
+
+    dense, expert: trained parameters, by who shares their gradients; frozen: carried unchanged;
+    dense_padded, expert_padded: with every parameter at a multiple of 64, as they lie in Megatron's
+    gradient buffers (param_and_grad_buffer.py, _pad_start_of_param_if_needed); buffers: fp32 values
+    that are no parameters.
+    """
+
+    dense: int = 0
+    expert: int = 0
+    frozen: int = 0
+    dense_padded: int = 0
+    expert_padded: int = 0
+    buffers: int = 0
+
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(*map(add, vars(self).values(), vars(other).values()))
+
+    def __mul__(self, times: int) -> Counts:
+        return Counts(*(value * times for value in vars(self).values()))
+
+    @property
+    def trained(self) -> int:
+        return self.dense + self.expert
+
+    @property
+    def padded(self) -> int:
+        return self.dense_padded + self.expert_padded
+
+    @property
+    def parameters(self) -> int:
+        return self.trained + self.frozen
+
+
+class RankCounts:
+    """Counts of any model chunk of a job, each kind of layer counted once."""
+
+    def __init__(self, job: Job):
+        self.job = job
+        parallel = job.parallel
+        self._at = replace(
+            Shard((), False, False, False, False),
+            tp=(0, parallel.tensor),
+            ep=(0, parallel.expert),
+            etp=(0, parallel.expert_tensor),
+            transformer_engine=True,
+        )
+        sizes = (parallel.tensor, parallel.expert, parallel.expert_tensor)
+        self._known: dict = job.shared.setdefault(("counts", *sizes), {})
+
+    def of_rank(self, pipeline_rank: int) -> Counts:
+        """All model chunks of one pipeline rank."""
+        return sum(map(self.of_chunk, self.job.stages[pipeline_rank]), Counts())
+
+    def of_chunk(self, chunk: Shard) -> Counts:
+        ends = (chunk.embedding, chunk.final_norm, chunk.head, chunk.mtp)
+        kinds = Counter(self.job.sparse[layer] for layer in chunk.layers)
+        key = (ends, *sorted(kinds.items()))
+        if key not in self._known:
+            first = {self.job.sparse[layer]: layer for layer in chunk.layers}
+            self._known[key] = self._counted(ends, (), *ends) + sum(
+                (self.of_layer(first[kind]) * times for kind, times in kinds.items()), Counts()
+            )
+        return self._known[key]
+
+    def of_layer(self, layer: int) -> Counts:
+        """One decoder layer."""
+        return self._counted(self.job.sparse[layer], (layer,))
+
+    def _counted(self, key, layers, embedding=False, final_norm=False, head=False, mtp=False):
+        if key not in self._known:
+            at = replace(
+                self._at,
+                layers=layers,
+                embedding=embedding,
+                final_norm=final_norm,
+                head=head,
+                mtp=mtp,
+            )
+            entries = layout(self.job.hf, at)
+            self._known[key] = sum(
+                (self._of_entry(name, entry) for name, entry in entries.items()), Counts()
+            )
+        return self._known[key]
+
+    def _of_entry(self, name: str, entry: Entry) -> Counts:
+        count = prod(entry.shape)
+        if entry.dtype:
+            return Counts(buffers=count)
+        if name.startswith("mtp.") and self.job.config.model.mtp == "frozen":
+            return Counts(frozen=count)
+        padded = -(-count // 64) * 64
+        if entry.expert:
+            return Counts(expert=count, expert_padded=padded)
+        return Counts(dense=count, dense_padded=padded)
+
+
+class ModelCounts:
+    """Of the whole model, whatever the layout. hf: its config.json."""
+
+    def __init__(self, hf: dict):
+        rules = table(hf)
+        experts, chosen = rules.num_experts, hf.get("num_experts_per_tok", 0)
+        # The layers of a kind are one list of the table.
+        kinds = Counter(map(id, rules.layers))
+        layers = {id(layer): layer for layer in rules.layers}
+        expert = sum(times * _size(layers[kind], True) for kind, times in kinds.items())
+        ends = _size(rules.embedding) + _size(rules.final_norm) + _size(rules.head)
+        tied = bool(hf.get("tie_word_embeddings"))
+        if tied:
+            ends -= _size(rules.embedding)
+        self.shared = ends + sum(n * _size(layers[kind], False) for kind, n in kinds.items())
+        """All but the routed experts; without MTP layers."""
+        self.routed = experts * expert
+        self.total = self.shared + self.routed
+        self.active = self.shared + chosen * expert
+        """Parameters one token meets: all but the experts it is not sent to."""
+        self.multiplied = self.active - (0 if tied else _size(rules.embedding))
+        """Those one token is multiplied with: of the embedding it reads a row."""
+        self.mtp_own = sum(
+            _size(layer, False) + experts * _size(layer, True) for layer in rules.mtp
+        )
+        """Of the MTP layers, without their copies of embedding and head."""
+        copies = _size(rules.embedding) + _size(rules.head)
+        self.mtp = self.mtp_own + len(rules.mtp) * copies
+        """Of the MTP layers as the checkpoint has them."""
+
+
+def _size(rules: list[Rule], expert: bool = False) -> int:
+    """Values of the rules of one expert, or of all other rules."""
+    return sum(
+        prod(source.shape) for rule in rules if rule.expert == expert for source in rule.sources
+    )
+
+
+def parameter_section(job: Job) -> Section:
+    counts = ModelCounts(job.hf)
+    experts, chosen = job.hf.get("n_routed_experts"), job.hf.get("num_experts_per_tok")
+    ranks = RankCounts(job)
+    by_rank = [ranks.of_rank(rank).parameters for rank in range(job.parallel.pipeline)]
+    fullest = by_rank.index(max(by_rank))
+    least = Quantity(min(by_rank), "parameters", "")
+    section = {
+        "total": Quantity(
+            counts.total, "parameters", "sum of the weight table's shapes, without MTP layers"
+        ),
+        "active": Quantity(
+            counts.active,
+            "parameters",
+            f"total - routed experts x (1 - {chosen} / {experts})" if experts else "all",
+        ),
+        "per_rank": Quantity(
+            by_rank[fullest],
+            "parameters",
+            f"pipeline rank {fullest}, the fullest; least: {least}",
+        ),
+    }
+    if counts.mtp:
+        section["mtp"] = Quantity(
+            counts.mtp,
+            "parameters",
+            "the checkpoint's MTP layers, copies of embedding, head included",
+        )
+        section["mtp_own"] = Quantity(counts.mtp_own, "parameters", "the same without those copies")
+    return section

@@ -1,0 +1,41 @@
+"""A number of the plan: its value, its unit, and the formula it comes from."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+Section = dict[str, "Quantity"]
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """unit: "B", "parameters", "tokens", "FLOP", "s", "share" (of 1) or "" for a count."""
+
+    value: float
+    unit: str
+    formula: str
+
+    def as_json(self) -> dict:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        if self.unit == "B":
+            return scaled(self.value, 1024, ("B", "KiB", "MiB", "GiB", "TiB", "PiB"))
+        if self.unit == "s":
+            return f"{self.value:.3g} s" if self.value < 1000 else f"{self.value:,.0f} s"
+        if self.unit == "share":
+            return f"{self.value:.1%}"
+        if self.unit == "FLOP":
+            return scaled(self.value, 1000, ("FLOP", *(p + "FLOP" for p in "kMGTPEZ")))
+        if self.unit == "parameters":
+            return scaled(self.value, 1000, ("", "k", "M", "B", "T"))
+        return f"{self.value:,.0f} {self.unit}".rstrip()
+
+
+def scaled(value: float, base: int, units: tuple[str, ...]) -> str:
+    """`value` with the largest of `units`, each `base` of the one before, that leaves it >= 1."""
+    index = 0
+    while abs(value) >= base and index < len(units) - 1:
+        value, index = value / base, index + 1
+    digits = 0 if index == 0 else 2
+    return f"{value:,.{digits}f} {units[index]}".rstrip()

@@ -1,0 +1,98 @@
+"""The bill as text and as JSON."""
+
+from __future__ import annotations
+
+import shlex
+import textwrap
+from typing import Any
+
+from tools.plan.bill import Bill
+from tools.plan.job import Job
+from tools.plan.quantity import Quantity
+from tools.plan.search import Found
+
+WIDTH = 110
+_NAME, _VALUE = 24, 14
+
+
+def as_text(bill: Bill) -> str:
+    """Every number, and beside it the formula it comes from."""
+    lines = [_title(bill)]
+    for title, section in bill.sections().items():
+        lines += ["", title]
+        for name, quantity in section.items():
+            head = f"  {name:{_NAME}} {quantity!s:>{_VALUE}}  "
+            wrapped = textwrap.wrap(
+                quantity.formula, WIDTH, initial_indent=head, subsequent_indent=" " * len(head)
+            )
+            lines += wrapped or [head.rstrip()]
+    return "\n".join(lines)
+
+
+def as_json(bill: Bill, problems: list[str], others: list[Found]) -> dict[str, Any]:
+    """The same, for programs: {section: {name: {value, unit, formula}}}, every pipeline rank's
+    memory in bytes, the assumptions, and what does not fit."""
+    job = bill.job
+    return {
+        "gpus": job.world_size,
+        "hardware": vars(job.hardware),
+        "assumptions": vars(job.assumptions) | {"response_tokens": job.response_tokens},
+        "parallel": job.parallel.model_dump() | {"data": job.data},
+        "sections": {
+            title: {name: quantity.as_json() for name, quantity in section.items()}
+            for title, section in bill.sections().items()
+        },
+        "ranks": [
+            {
+                "pipeline_rank": rank.rank,
+                "parameters": rank.counts.parameters,
+                "training": rank.training,
+                "scoring": rank.scoring,
+                "host": rank.host,
+            }
+            for rank in bill.ranks
+        ],
+        "problems": problems,
+        "layouts": [vars(found) for found in others],
+    }
+
+
+def layouts_text(job: Job, others: list[Found], title: str) -> str:
+    """A line per layout: what to change, and what it costs."""
+    if not others:
+        return (
+            f"{title}: none on {job.world_size:,} {job.hardware.name} with rollout.engines="
+            f"{job.config.rollout.engines}; use fewer engines, more GPUs, or GPUs with more memory"
+        )
+    lines = [f"{title}:"]
+    for found in others:
+        changes = " ".join(f"--parallel.{k} {_value(v)}" for k, v in found.changes.items())
+        peak = Quantity(found.peak, "B", "")
+        lines.append(
+            f"  {peak!s:>10}, {found.seconds:6,.0f} s a step   {changes or '(the recipe)'}"
+        )
+    return "\n".join(lines)
+
+
+def _value(value: Any) -> str:
+    """As a shell and then YAML read it."""
+    if isinstance(value, list):
+        value = f"[{', '.join(value)}]"
+    return "null" if value is None else shlex.quote(str(value))
+
+
+def _title(bill: Bill) -> str:
+    job, parallel = bill.job, bill.job.parallel
+    sizes = (
+        f"tensor {parallel.tensor}, pipeline {parallel.pipeline} x {job.virtual}, context "
+        f"{parallel.context}, expert {parallel.expert} x {parallel.expert_tensor}, data {job.data}"
+    )
+    where = "GPUs of their own" if job.rollout_gpus else "the same GPUs, in turn"
+    return (
+        f"{job.config.model.path} on {job.world_size:,} {job.hardware.name} "
+        f"({Quantity(job.hardware.memory, 'B', '')} each)\n"
+        f"trainer: {sizes}; {job.num_microbatches} micro-batches an optimizer step\n"
+        f"engines: {job.config.rollout.engines} of {job.engine_gpus} GPUs, on {where}\n"
+        f"assumed: responses of {job.response_tokens:,} tokens on average, prompts of "
+        f"{job.assumptions.prompt_tokens:,}; rates and efficiencies: tools/plan/hardware.py"
+    )

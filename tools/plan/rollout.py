@@ -1,0 +1,193 @@
+"""The engines: weights and KV cache on a GPU, seconds of a rollout, bytes of a push.
+
+An engine of g GPUs is planned as vLLM serves such models: attention and shared experts
+tensor-parallel within a node and data-parallel over nodes, routed experts spread over all g.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+from tools.plan.flops import decode_flops, forward_flops
+from tools.plan.job import BYTES, Job
+from tools.plan.parameters import ModelCounts
+from tools.plan.quantity import Quantity, Section
+
+
+def cache_bytes_per_token(hf: dict, value: int = 2) -> int:
+    """Of one token in all layers: with latent attention the latent and the rotary key, once for all
+    heads (70,272 B for DeepSeek-V3 in bf16, as published: arXiv 2505.09343, table 1)."""
+    if hf.get("kv_lora_rank"):
+        values = hf["kv_lora_rank"] + hf["qk_rope_head_dim"]
+    else:
+        heads = hf["num_attention_heads"]
+        size = hf.get("head_dim") or hf["hidden_size"] // heads
+        values = 2 * (hf.get("num_key_value_heads") or heads) * size
+    return hf["num_hidden_layers"] * values * value
+
+
+@dataclass(frozen=True)
+class Engines:
+    """All engines of a job. resident: bytes of the trainer that stay on the same GPU."""
+
+    job: Job
+    resident: int = 0
+
+    @property
+    def value(self) -> int:
+        return BYTES[self.job.config.rollout.dtype]
+
+    @property
+    def gpus(self) -> int:
+        """GPUs of all engines together."""
+        return self.job.rollout_gpus or self.job.world_size
+
+    @property
+    def tensor(self) -> int:
+        """GPUs that share the attention of one sequence."""
+        return min(self.job.engine_gpus, self.job.hardware.gpus_per_node)
+
+    @cached_property
+    def counts(self) -> ModelCounts:
+        return ModelCounts(self.job.hf)
+
+    @property
+    def weights(self) -> int:
+        """Bytes of an engine's weights on one of its GPUs."""
+        routed = self.counts.routed / self.job.engine_gpus
+        return round((self.counts.shared / self.tensor + routed) * self.value)
+
+    @property
+    def cache(self) -> int:
+        """Bytes left for KV cache on one GPU; negative where even the weights do not fit."""
+        assumptions = self.job.assumptions
+        free = self.job.hardware.memory - assumptions.reserved - self.resident - self.weights
+        return round(free)
+
+    @property
+    def token_bytes(self) -> float:
+        """Cache of a token on each GPU that attends to it: latents whole, heads shared out."""
+        whole = cache_bytes_per_token(self.job.hf, self.value)
+        if self.job.latent_attention:
+            return whole
+        return whole / min(self.tensor, self.job.hf.get("num_key_value_heads") or self.tensor)
+
+    @property
+    def sequences(self) -> float:
+        """Of a rollout, for each group of `tensor` GPUs."""
+        return self.job.outputs * self.tensor / self.gpus
+
+    @property
+    def at_once(self) -> float:
+        """Sequences such a group decodes together: limited by cache and settings."""
+        room = max(0.0, self.cache / (self.token_bytes * self._cached))
+        return min(self.sequences, room, self.job.config.rollout.max_num_seqs)
+
+    @property
+    def _cached(self) -> float:
+        """Tokens in the cache of a sequence, averaged over its time."""
+        return self.job.assumptions.prompt_tokens + self.job.response_tokens / 2
+
+    def step_seconds(self, sequences: float) -> float:
+        """One token for each of `sequences` in a group: its GPUs read weights and caches, or
+        compute, whichever is longer, and wait for each layer's exchanges."""
+        job, hardware, assumed = self.job, self.job.hardware, self.job.assumptions
+        read = self._weights_read(sequences) + sequences * self._cached * self.token_bytes
+        flops = sequences * decode_flops(job.hf, self._cached) / self.tensor
+        latency = 0.0
+        if job.engine_gpus > 1:
+            latency = assumed.decode_latency_per_layer * job.hf["num_hidden_layers"]
+        return latency + max(
+            read / (hardware.memory_bandwidth * assumed.bandwidth_efficiency),
+            flops / (hardware.bf16 * assumed.compute_efficiency),
+        )
+
+    def _weights_read(self, sequences: float) -> float:
+        """Experts nobody is sent to are not read."""
+        if not self.counts.routed:
+            return self.weights
+        experts, chosen = self.job.hf["n_routed_experts"], self.job.hf["num_experts_per_tok"]
+        together = sequences * self.job.engine_gpus / self.tensor
+        idle = (1 - chosen / experts) ** together
+        return self.weights - self.counts.routed / self.job.engine_gpus * self.value * idle
+
+    def seconds(self) -> tuple[float, str]:
+        """(time of one rollout, formula)."""
+        job, together = self.job, self.at_once
+        if together <= 0:
+            return math.inf, "no room for a sequence's cache"
+        tokens = self.sequences * job.response_tokens
+        throughput = tokens / together * self.step_seconds(together)
+        # The last sequence alone decides the end: its neighbours are done and experts idle.
+        alone = self.step_seconds(min(together, 1.0))
+        longest = job.config.rollout.max_response_tokens * alone
+        prompt = job.assumptions.prompt_tokens
+        compute = job.hardware.bf16 * job.assumptions.compute_efficiency * self.tensor
+        first = self.sequences * prompt * forward_flops(job.hf, prompt) / compute
+        text = (
+            f"prefill {first:.2g} s + the longer of: {self.sequences:.0f} x "
+            f"{job.response_tokens:,} tokens on {self.tensor} GPUs, {together:.0f} at once, "
+            f"{self.step_seconds(together) * 1e3:.0f} ms a token: {throughput:.0f} s; one "
+            f"response of {job.config.rollout.max_response_tokens:,} at {alone * 1e3:.0f} ms: "
+            f"{longest:.0f} s"
+        )
+        return first + max(throughput, longest), text
+
+
+def rollout_section(engines: Engines) -> Section:
+    """Memory of one engine GPU."""
+    job = engines.job
+    per_token = cache_bytes_per_token(job.hf, engines.value)
+    how = f"{engines.counts.shared:,} shared / {engines.tensor}"
+    if job.has_experts:
+        how += f" + {engines.counts.routed:,} routed / {job.engine_gpus}"
+    section = {
+        "weights": Quantity(engines.weights, "B", f"({how} GPUs) x {engines.value} B"),
+        "KV cache of a token": Quantity(
+            per_token,
+            "B",
+            f"{job.hf['num_hidden_layers']} layers x values a layer x {engines.value} B",
+        ),
+        "KV cache": Quantity(
+            engines.cache,
+            "B",
+            "memory - reserved - weights"
+            + (f" - trainer's {Quantity(engines.resident, 'B', '')}" if engines.resident else ""),
+        ),
+        "tokens cached": Quantity(
+            max(0, int(engines.cache / engines.token_bytes)), "tokens", "KV cache / a token's bytes"
+        ),
+        "sequences at once": Quantity(
+            round(engines.at_once, 2),
+            "",
+            f"on {engines.tensor} GPUs; least of cache, rollout.max_num_seqs and its "
+            f"{engines.sequences:.0f} of the rollout",
+        ),
+    }
+    return section
+
+
+def push_section(job: Job, engines: Engines) -> Section:
+    """Bytes of one weight push; a lower bound: each byte an engine GPU holds arrives once."""
+    hardware = job.hardware
+    counts = engines.counts
+    model = (counts.total + (counts.mtp if job.with_mtp else 0)) * engines.value
+    received = engines.weights
+    seconds = received / (hardware.network * job.assumptions.link_efficiency)
+    return {
+        "the model": Quantity(model, "B", f"tensors of the checkpoint x {engines.value} B"),
+        "into each engine GPU": Quantity(
+            received, "B", f"its weights, once; {seconds:.2g} s through its network adapter"
+        ),
+        "into all engines": Quantity(
+            received * engines.gpus, "B", f"{engines.gpus} GPUs x the above"
+        ),
+        "out of each trainer rank": Quantity(
+            received * engines.gpus / job.world_size, "B", f"the above / {job.world_size} ranks"
+        ),
+        "through one host": Quantity(
+            model, "B", "today's push: one file in the shared memory of the engines' host"
+        ),
+    }

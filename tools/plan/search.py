@@ -1,0 +1,128 @@
+"""Other layouts of the same job: those that fit, nearest to the recipe's or fastest first."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import groupby, product
+from operator import attrgetter
+
+from tools.plan.bill import Bill
+from tools.plan.job import Job
+
+
+@dataclass(frozen=True)
+class Found:
+    """A layout that fits. changes: the keys of `parallel` that differ; seconds: of a step."""
+
+    changes: dict
+    distance: float
+    peak: int
+    seconds: float
+
+
+def nearest(job: Job, count: int = 5) -> list[Found]:
+    """The layouts that fit, fewest and smallest changes first."""
+    found: list[Found] = []
+    for distance, changes in sorted(_candidates(job), key=lambda pair: pair[0]):
+        if fitting := _fitting(job, changes, distance):
+            found.append(fitting)
+            if len(found) == count:
+                break
+    return sorted(found, key=attrgetter("distance", "seconds"))
+
+
+def fastest(job: Job, count: int = 10) -> list[Found]:
+    """The layouts that fit, shortest estimated step first."""
+    found = [fitting for pair in _candidates(job) if (fitting := _fitting(job, *pair[::-1]))]
+    return sorted(found, key=attrgetter("seconds"))[:count]
+
+
+def even_layout(num_layers: int, num_mtp: int, chunks: int) -> str | None:
+    """A pipeline layout that counts the head as one more layer; None where the default is even."""
+    if chunks == 1 or num_layers % chunks == 0:
+        return None
+    last = max(1, (num_layers + 1) // chunks - 1)
+    short, longer = divmod(num_layers - last, chunks - 1)
+    lengths = [short + (index >= chunks - 1 - longer) for index in range(chunks - 1)]
+    if not short:
+        return None
+    text = ""
+    for length, run in groupby(lengths):
+        stage, times = f"{_layers(length)}|", len(list(run))
+        text += stage if times == 1 else f"({stage})*{times}"
+    return f"E{text}{_layers(last)}{'m' * num_mtp}L"
+
+
+def _layers(count: int) -> str:
+    return "t" if count == 1 else f"t*{count}"
+
+
+def _candidates(job: Job) -> Iterator[tuple[float, dict]]:
+    """(distance, changes of parallel) of every layout worth a look."""
+    powers = [2**n for n in range(11)]
+    experts = [n for n in powers if n <= max(1, job.rules.num_experts)]
+    layers = job.hf["num_hidden_layers"]
+    for tensor, context, pipeline, expert, virtual, recompute in product(
+        [n for n in powers if n <= job.hardware.gpus_per_node],
+        [n for n in powers if n <= 64],
+        [n for n in powers if n <= layers],
+        experts,
+        (1, 2),
+        ("none", "selective", "full"),
+    ):
+        if job.world_size % (tensor * context * pipeline) or virtual > 1 == pipeline:
+            continue
+        if job.world_size % (expert * pipeline) or pipeline * virtual > layers:
+            continue
+        changes = {
+            "tensor": tensor,
+            "context": context,
+            "pipeline": pipeline,
+            "expert": expert,
+            "expert_tensor": 1,
+            "virtual_pipeline": virtual,
+            "recompute": recompute,
+        }
+        yield _distance(job, changes), changes
+
+
+def _cheap_modules(job: Job) -> list[str]:
+    """Quick to compute again: no product but the latents' up-projection (DeepSeek-V3 report,
+    section 3.2.3)."""
+    latent, experts = ["mla_up_proj"] * job.latent_attention, ["moe_act"] * job.has_experts
+    return ["layernorm", *latent, *experts]
+
+
+def _distance(job: Job, changes: dict) -> float:
+    """Doublings and halvings of sizes; another way to recompute counts as one."""
+    total = 0.0
+    for key, value in changes.items():
+        present = getattr(job.parallel, key)
+        if key == "recompute":
+            total += value != present
+        else:
+            total += abs(math.log2(value / present))
+    return total
+
+
+def _fitting(job: Job, changes: dict, distance: float) -> Found | None:
+    changes = dict(changes)
+    chunks = changes["pipeline"] * changes["virtual_pipeline"]
+    same = all(getattr(job.parallel, k) == changes[k] for k in ("pipeline", "virtual_pipeline"))
+    if not same:
+        num_mtp = len(job.rules.mtp) if job.with_mtp else 0
+        changes["pipeline_layout"] = even_layout(job.hf["num_hidden_layers"], num_mtp, chunks)
+    if changes["recompute"] == "selective" != job.parallel.recompute:
+        changes["recompute_modules"] = _cheap_modules(job)
+    other = job.with_parallel(**changes)
+    try:
+        other.check()
+    except ValueError:
+        return None
+    bill = Bill(other)
+    if bill.problems():
+        return None
+    differing = {k: v for k, v in changes.items() if getattr(job.parallel, k) != v}
+    return Found(differing, distance, bill.worst.peak, bill.step_seconds)

@@ -1,0 +1,140 @@
+"""Seconds of one step - rollout, scoring, optimizer steps, push - under the stated assumptions."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+from tools.plan.communication import Group, groups
+from tools.plan.flops import attention_flops, head_flops, layer_flops
+from tools.plan.job import Job
+from tools.plan.quantity import Quantity, Section
+from tools.plan.rollout import Engines
+
+HIDDEN = ("data", "pipeline")
+"""Axes whose traffic runs behind the computation (overlap_grad_reduce, asynchronous sends).
+Context parallelism's runs behind attention as far as that lasts; tensor's and expert's is waited
+for, which is pessimistic where Transformer Engine overlaps it."""
+
+
+class StepTime:
+    """Of a job whose engines are given."""
+
+    def __init__(self, job: Job, engines: Engines):
+        self.job, self.engines = job, engines
+        self.length = job.sample_tokens
+        self._groups: dict[int, dict[str, Group]] = {}
+
+    @cached_property
+    def busiest(self) -> int:
+        """The pipeline rank whose micro-batch takes longest."""
+        return max(range(self.job.parallel.pipeline), key=lambda r: self.microbatch(r, True))
+
+    def compute(self, rank: int, backward: bool) -> float:
+        """Seconds of one mean micro-batch's products on a pipeline rank."""
+        job = self.job
+        counts = zip(self._layer_flops, job.layers(rank), strict=True)
+        flops = sum(each * count for each, count in counts) * self._passes(backward)
+        if any(chunk.head for chunk in job.stages[rank]):
+            flops += head_flops(job.hf) * (3 if backward else 1)
+        return self._seconds(flops)
+
+    def exposed(self, rank: int, backward: bool) -> float:
+        """Seconds of one micro-batch's communication that nothing hides."""
+        if rank not in self._groups:
+            self._groups[rank] = groups(self.job, rank)
+        seconds = {
+            name: group.seconds(self.job, group.microbatch if backward else group.forward)
+            for name, group in self._groups[rank].items()
+            if name not in HIDDEN
+        }
+        if "context" in seconds:
+            attention = attention_flops(self.job.hf, self.length) * sum(self.job.layers(rank))
+            behind = self._seconds(attention * self._passes(backward))
+            seconds["context"] = max(0.0, seconds["context"] - behind)
+        return sum(seconds.values())
+
+    @cached_property
+    def _layer_flops(self) -> tuple[float, float]:
+        """Forward, of a token through a dense and a sparse layer; 0 where the model has none."""
+        job = self.job
+        first = {sparse: layer for layer, sparse in enumerate(job.sparse)}
+        return tuple(
+            layer_flops(job, first[sparse], self.length) if sparse in first else 0.0
+            for sparse in (False, True)
+        )
+
+    def _passes(self, backward: bool) -> int:
+        """Of a layer, in forward passes."""
+        again = 1 if self.job.parallel.recompute == "full" else 0
+        return 3 + again if backward else 1
+
+    def _seconds(self, flops: float) -> float:
+        """Of a token's `flops` for a rank's share of a mean micro-batch."""
+        job = self.job
+        samples = job.outputs / job.config.rl.minibatches / job.data
+        tokens = samples * self.length / job.num_microbatches
+        share = tokens / job.parallel.context / job.parallel.tensor
+        return flops * share / (job.hardware.bf16 * job.assumptions.compute_efficiency)
+
+    def microbatch(self, rank: int, backward: bool) -> float:
+        return self.compute(rank, backward) + self.exposed(rank, backward)
+
+    def bubble(self, microbatches: int) -> float:
+        """Share of a pipeline's time in which a rank waits: (P - 1) / (V m + P - 1)."""
+        stages = self.job.parallel.pipeline - 1
+        return stages / (self.job.virtual * microbatches + stages)
+
+    def optimizer_step(self) -> float:
+        """Forward and backward passes of all micro-batches, then the gradients' last bytes."""
+        rank, count = self.busiest, self.job.num_microbatches
+        pipeline = self.microbatch(rank, True) * count / (1 - self.bubble(count))
+        data = self._groups[rank].get("data")
+        traffic = data.seconds(self.job, data.step) if data else 0.0
+        # Half of it, the reduce-scatter, runs while the last micro-batches are computed.
+        return pipeline + traffic / 2
+
+    def scoring(self) -> float:
+        job = self.job
+        count = job.num_microbatches * job.config.rl.minibatches
+        once = self.microbatch(self.busiest, False) * count / (1 - self.bubble(count))
+        return once * (2 if job.config.rl.kl_beta else 1)
+
+    def push(self) -> float:
+        return self.engines.weights / (
+            self.job.hardware.network * self.job.assumptions.link_efficiency
+        )
+
+
+def time_section(times: StepTime) -> Section:
+    """Seconds of one step and its parts."""
+    job = times.job
+    rollout, how = times.engines.seconds()
+    scoring, push = times.scoring(), times.push()
+    count, rank = job.num_microbatches, times.busiest
+    update = times.optimizer_step()
+    training = update * job.config.rl.minibatches
+    step = rollout + scoring + training + push
+    tokens = job.outputs * job.sample_tokens
+    return {
+        "rollout": Quantity(rollout, "s", how),
+        "scoring": Quantity(scoring, "s", "forward passes of policy and reference"),
+        "optimizer step": Quantity(
+            update,
+            "s",
+            f"{count} micro-batches x ({times.compute(rank, True):.2g} s compute + "
+            f"{times.exposed(rank, True):.2g} s communication) / (1 - bubble)",
+        ),
+        "bubble": Quantity(
+            times.bubble(count),
+            "share",
+            f"(P - 1) / ({job.virtual} x {count} + P - 1), P = {job.parallel.pipeline} stages",
+        ),
+        "training": Quantity(training, "s", f"{job.config.rl.minibatches} optimizer steps"),
+        "push": Quantity(push, "s", "bytes into an engine GPU / its network adapter"),
+        "step": Quantity(step, "s", "rollout + scoring + training + push"),
+        "share of rollout": Quantity(rollout / step, "share", "rollout / step"),
+        "tokens per second": Quantity(tokens / step, "tokens", f"{tokens:,} tokens / step"),
+        "run": Quantity(
+            step * job.config.run.steps / 3600, "hours", f"step x run.steps={job.config.run.steps}"
+        ),
+    }
