@@ -40,6 +40,11 @@ class Config(Section):
                 f"rollout ({self.rl.questions_per_rollout} questions x {self.rl.group_size}); "
                 "choose a divisor"
             )
+        if self.rl.staleness and self.rl.importance_cap is None:
+            raise ValueError(
+                f"rl.staleness={self.rl.staleness} trains on tokens of older policies, which only "
+                "an importance weight makes right: set rl.importance_cap, to 2.0 for instance"
+            )
         return self
 
 

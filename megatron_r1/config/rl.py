@@ -98,6 +98,18 @@ class RLConfig(Section):
     reference_refresh: int = Field(
         400, ge=0, description="optimizer steps between replacing the reference; 0: never"
     )
+    staleness: int = Field(
+        0,
+        ge=0,
+        description="versions a sampled token may be behind the policy that trains on it; 0: "
+        "rollout and training take turns, 1: one step off, more: further ahead",
+    )
+    dynamic_sampling: bool = Field(
+        False, description="replace groups whose outputs all have the same reward (DAPO)"
+    )
+    dynamic_sampling_rounds: int = Field(
+        4, ge=1, description="times prompts are drawn for one rollout, before it is filled up"
+    )
     advantage_std: Literal["group", "none"] = Field(
         "group", description="divide by the group's standard deviation, or not"
     )

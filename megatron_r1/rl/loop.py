@@ -24,9 +24,8 @@ async def train(session: Session) -> None:
     """Run rollouts until `run.steps`, or until the session is asked to stop."""
     rl = session.config.rl
     while session.next_step():
-        prompts = session.prompts.next(rl.questions_per_rollout)
         with session.phase("rollout"):
-            rollout = await session.rollouts.collect(prompts, session.train_sampling)
+            rollout = await session.rollout()
         samples = training_samples(rollout.groups, rl)
         random.Random(f"{session.config.run.seed}:{session.step}").shuffle(samples)
 

@@ -5,15 +5,17 @@ from __future__ import annotations
 from statistics import fmean, pstdev
 from typing import Any
 
-from megatron_r1.rollout.sampling import Group, Output
+from megatron_r1.rollout.sampling import Collected, Group, Output
 
 
-def rollout_metrics(groups: list[Group], version: int) -> dict[str, float]:
-    """Means over the outputs of one rollout. `version`: the policy that trains on it.
+def rollout_metrics(rollout: Collected, version: int) -> dict[str, float]:
+    """Means over the outputs of one rollout, those that are not trained on included. `version`: the
+    policy that trains on it.
 
     Rewards: of the outputs that were graded; rewards/ungraded is the share of the others.
     staleness: versions between the policy that made a token and the one it trains, mean over
     tokens."""
+    groups = rollout.groups + rollout.passed_over
     outputs = [output for group in groups for output in group.outputs]
     rewards = [output.reward for output in outputs if output.is_graded] or [0.0]
     lengths = [len(output.completion.token_ids) for output in outputs]
@@ -30,6 +32,7 @@ def rollout_metrics(groups: list[Group], version: int) -> dict[str, float]:
         "response_length/max": max(lengths),
         "truncated": fmean(output.truncated for output in outputs),
         "groups/zero_variance": fmean(equal),
+        "groups/passed_over": len(rollout.passed_over),
         "policy_version": version,
         "staleness": version - versions / sum(lengths) if any(lengths) else 0.0,
         "response_tokens": sum(lengths),

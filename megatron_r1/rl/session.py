@@ -8,7 +8,8 @@ import contextlib
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 
@@ -18,13 +19,23 @@ from megatron_r1.evaluation.heldout import evaluate
 from megatron_r1.models import read_hf_config
 from megatron_r1.models.routing_shape import routing_shape
 from megatron_r1.reporting.recorder import Recorder
-from megatron_r1.rewards.runtime.meter import LEVELS
+from megatron_r1.rewards.runtime.meter import LEVELS, RewardMeter
+from megatron_r1.rl.dynamic_sampling import collect_informative
 from megatron_r1.rl.metrics import rollout_metrics, sample_records
 from megatron_r1.rollout.fleet import RolloutFleet
 from megatron_r1.rollout.sampling import Collected, Rollouts, Sampling
+from megatron_r1.rollout.stream import RolloutStream
 from megatron_r1.stopping import StopRequest
 from megatron_r1.training.client import TrainerClient
 from megatron_r1.training.schedule import learning_rate
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One step's rollout; sampler: where the prompts after it begin."""
+
+    rollout: Collected
+    sampler: dict
 
 
 class Session:
@@ -53,6 +64,8 @@ class Session:
         self._rewards_before: Counter[str] = Counter()
         self._seconds: dict[str, float] = {}
         self._began = 0.0
+        self._stream: RolloutStream[Batch] | None = None
+        self._sampler: dict = {}
 
     async def begin(self) -> None:
         """Put the run where it was left, or at its beginning, on trainer and engines alike."""
@@ -69,12 +82,33 @@ class Session:
         await self.push_weights()
         if self.step == 0:
             await self.evaluate()
+        rl, steps = self.config.rl, self.config.run.steps
+        self._stream = RolloutStream(
+            self._sample, self.step + 1, steps, rl.staleness, one_at_a_time=rl.dynamic_sampling
+        )
 
-    @property
-    def train_sampling(self) -> Sampling:
-        rollout = self.config.rollout
-        sampling = self._sampling(self.config.rl.group_size, rollout.temperature, rollout.top_p)
-        return replace(sampling, routing=self._routing)
+    async def rollout(self) -> Collected:
+        """This step's rollout; those of the steps after it go on being sampled, as far as
+        `rl.staleness` lets them."""
+        assert self._stream is not None, "begin() comes first"
+        self._stream.pushed(self.step - 1)
+        batch = await self._stream.take(self.step)
+        self._sampler = batch.sampler
+        return batch.rollout
+
+    async def _sample(self, step: int) -> Batch:
+        rl, rollout = self.config.rl, self.config.rollout
+        sampling = self._sampling(rl.group_size, rollout.temperature, rollout.top_p)
+        sampling = replace(sampling, routing=self._routing, step=step)
+        collect = partial(self.rollouts.collect, sampling=sampling)
+        wanted = rl.questions_per_rollout
+        if rl.dynamic_sampling:
+            draw, rounds = self.prompts.next, rl.dynamic_sampling_rounds
+            collected = await collect_informative(collect, draw, wanted, rounds)
+            return Batch(collected, self.prompts.state_dict())
+        prompts = self.prompts.next(wanted)
+        after = self.prompts.state_dict()  # the next batch may draw before this one is back
+        return Batch(await collect(prompts), after)
 
     @property
     def eval_sampling(self) -> Sampling:
@@ -96,6 +130,7 @@ class Session:
             return False
         self.step += 1
         self._seconds = {}
+        self._meter = RewardMeter(self.rollouts.pool)
         self._began = time.perf_counter()
         return True
 
@@ -148,6 +183,8 @@ class Session:
             await self.fleet.push(update, self.step)
         finally:
             path.unlink(missing_ok=True)
+        if self._stream is not None and self.config.rl.staleness:
+            self._stream.pushed(self.step)
 
     async def finish_step(
         self, rollout: Collected, measured: dict[str, float], updates: list[dict[str, float]]
@@ -155,14 +192,15 @@ class Session:
         """Record the step, evaluate and checkpoint when due. measured: packing and agreement."""
         seconds = {
             "time/rollout": rollout.rollout_seconds,
+            "time/wait": self._seconds["rollout"],
             "time/reward": rollout.reward_seconds,
             "time/train": self._seconds["train"],
             "time/push": self._seconds["push"],
             "time/step": time.perf_counter() - self._began,
         }
         metrics = {"step": self.step, "optimizer_step": self.state.optimizer_step}
-        metrics |= rollout_metrics(rollout.groups, self.step - 1)
-        metrics |= rollout.service | measured | mean_of_updates(updates) | seconds
+        metrics |= rollout_metrics(rollout, self.step - 1)
+        metrics |= self._meter.read() | measured | mean_of_updates(updates) | seconds
         metrics["tokens_per_second"] = metrics.pop("response_tokens") / seconds["time/step"]
         metrics |= await self.recorder.checkpoints.news(self.trainer)
         records = sample_records(rollout.groups, self.step, "train", self.config.run.log_samples)
@@ -179,6 +217,11 @@ class Session:
         if self.step != self.state.step:
             await self._save()
 
+    async def close(self) -> None:
+        """Give up what is still being sampled."""
+        if self._stream is not None:
+            await self._stream.close()
+
     async def evaluate(self) -> None:
         """Held-out accuracy of the present policy; with step 0, the base model's."""
         if not self.heldout:
@@ -189,7 +232,7 @@ class Session:
         self.recorder.evaluation({"step": self.step, **metrics}, records)
 
     async def _save(self) -> None:
-        self.state.step, self.state.sampler = self.step, self.prompts.state_dict()
+        self.state.step, self.state.sampler = self.step, self._sampler
         done = {k: n for k, n in self.rollouts.pool.snapshot().items() if k not in LEVELS}
         self.state.rewards = dict(self._rewards_before + Counter(done))
         await self.recorder.save(self.trainer)

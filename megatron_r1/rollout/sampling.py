@@ -15,7 +15,6 @@ from megatron_r1.rewards.base import Grade
 from megatron_r1.rewards.check import find_fault
 from megatron_r1.rewards.combine import ACCURACY, combine, weights_at
 from megatron_r1.rewards.options import FORM_REWARDS, call_fields
-from megatron_r1.rewards.runtime.meter import RewardMeter
 from megatron_r1.rewards.runtime.pool import RewardPool
 from megatron_r1.rollout.client import Completion
 from megatron_r1.rollout.fleet import RolloutFleet
@@ -64,13 +63,13 @@ class Group:
 
 @dataclass(frozen=True)
 class Collected:
-    """A rollout; seconds until the last token, and from there until the last grade. service: what
-    the reward workers did meanwhile (`RewardMeter.read`)."""
+    """A rollout; seconds until the last token, and from there until the last grade. passed_over:
+    sampled and graded, and not trained on (`rl.dynamic_sampling`)."""
 
     groups: list[Group]
     rollout_seconds: float
     reward_seconds: float
-    service: dict[str, float] = field(default_factory=dict)
+    passed_over: list[Group] = field(default_factory=list)
 
 
 class Rollouts:
@@ -90,7 +89,6 @@ class Rollouts:
         """
         start = time.perf_counter()
         sampled_at = start
-        meter = RewardMeter(self.pool)
 
         async def one(prompt: Prompt) -> Group:
             nonlocal sampled_at
@@ -120,7 +118,7 @@ class Rollouts:
         collected = [g.result() for g in groups]
         _refuse_broken_reward(collected)
         _refuse_ungraded(collected, self.rewards.max_ungraded)
-        return Collected(collected, sampled_at - start, end - sampled_at, meter.read())
+        return Collected(collected, sampled_at - start, end - sampled_at)
 
     async def check_rewards(self, prompts: list[Prompt]) -> None:
         """Call the reward of every kind and every term once, whenever it will count.

@@ -108,9 +108,12 @@ async def _with_engines(
             staging,
             stop,
         )
-        await session.begin()
-        await train(session)
-        await session.finish()
+        try:
+            await session.begin()
+            await train(session)
+            await session.finish()
+        finally:
+            await session.close()
     finally:
         await asyncio.gather(fleet.close(), pool.close())
         shutil.rmtree(staging, ignore_errors=True)

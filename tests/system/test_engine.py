@@ -192,7 +192,7 @@ def test_a_push_amid_a_response_stamps_each_token_with_its_policy(
             expected = [x if v == before else y for v, x, y in zip(made_by, a, b, strict=True)]
             rows = np.frombuffer(completion.routing, np.uint8)
             rows = np.sort(rows.reshape(-1, len(ROUTING.moe_layers), ROUTING.topk), -1)
-            # A near tie may fall either way; of rows by the other weights nine in ten differ.
+            # A near tie may fall either way.
             assert (rows == np.array(expected)).all((1, 2)).mean() > 0.98
 
 

@@ -52,6 +52,23 @@ def test_every_step_writes_the_metrics_others_rely_on(finished):
         assert (finished / name).stat().st_size > 100
 
 
+def test_one_step_off_samples_the_next_batch_while_this_one_is_trained_on(base, tmp_path):
+    settings = ["--run.folder", tmp_path / "run", "--run.steps", 4, "--rl.staleness", 1]
+    done = run("rl", base / "rl.yaml", *map(str, settings), "--rl.importance_cap", "2.0")
+    assert done.returncode == 0, done.stderr + done.stdout
+    metrics = lines(tmp_path / "run" / "metrics.jsonl")
+    assert [m["step"] for m in metrics] == [1, 2, 3, 4]
+    # Step 1 and 2 are sampled from the first policy; no token is older than one version.
+    assert metrics[0]["staleness"] == 0 and 0 < metrics[1]["staleness"] <= 1
+    assert all(0 <= m["staleness"] <= 1 for m in metrics)
+    assert all(0 < m["importance"] <= 2.0 for m in metrics)
+    # Every question is drawn once, though batches overlap.
+    state = json.loads(
+        (tmp_path / "run/checkpoints/step_00000004/run_state.json").read_text(encoding="utf-8")
+    )
+    assert state["sampler"]["position"] == 4 * 4
+
+
 def test_terms_count_from_their_step_on_and_the_workers_are_measured(finished):
     first, *later = lines(finished / "metrics.jsonl")
     assert "conciseness/mean" not in first and len(later) == 2

@@ -57,6 +57,24 @@ def real_job(**parallel) -> Job:
     return Job(V3, config, 2048, HARDWARE["H800"])
 
 
+def test_the_configuration_is_deepseek_v3_s_as_transformers_knows_it():
+    code = (
+        "import json; from transformers import DeepseekV3Config\n"
+        "print(json.dumps(DeepseekV3Config().to_dict()))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    theirs = json.loads(done.stdout)
+    ours = {name: V3[name] for name in V3.keys() & theirs.keys()}
+    differing = {name for name, value in ours.items() if value != theirs[name]}
+    # The published file allows 163,840 = 40 x 4,096 tokens by YaRN; the default is without.
+    assert differing == {"architectures", "max_position_embeddings", "transformers_version"}
+    assert (
+        V3["rope_scaling"]["factor"] * V3["rope_scaling"]["original_max_position_embeddings"]
+        == (V3["max_position_embeddings"])
+    )
+    assert V3["quantization_config"]["weight_block_size"] == [128, 128]
+
+
 @pytest.mark.parametrize(
     "count, published",
     [
@@ -167,8 +185,8 @@ def test_recomputing_a_module_frees_its_tensors_and_full_leaves_the_input():
 
 def test_what_a_rank_sends_by_hand():
     sent = groups(real_job(), 3)
-    # 512 samples of 8,704 tokens over 16 replicas in 17 micro-batches, over context 2 and tensor 4.
-    split = 32 * 8704 / 17 / 8
+    # 512 samples of 8,704 tokens over 16 replicas in 16 micro-batches, over context 2 and tensor 4.
+    split = 32 * 8704 / 16 / 8
     assert sent["pipeline"].microbatch == pytest.approx(split * 7168 * 2 * 2 * 2)
     assert sent["expert"].forward == pytest.approx(4 * 2 * 8 * 1.2 * split * 7168 * 2 * 7 / 8)
     assert sent["data"].size == 32 and sent["data"].microbatch == 0
@@ -178,6 +196,17 @@ def test_a_rollout_s_routing_is_58_layers_of_8_experts_a_token():
     sent = samples_section(real_job())
     assert sent["routed experts"].value == 8192 * 8704 * 58 * 8
     assert sent["ids, log-probabilities"].value == 8192 * (8704 + 8192) * 4
+
+
+def test_virtual_stages_round_micro_batches_up_and_pay_for_it():
+    # 278,528 tokens of a replica: 16 micro-batches fill a round of 16 stages, 17 begin another.
+    sixteen, seventeen = real_job(), real_job(tokens_per_microbatch=16_384)
+    assert (sixteen.num_microbatches, sixteen.slots) == (16, 16)
+    assert (seventeen.num_microbatches, seventeen.slots) == (17, 32)
+    assert Bill(sixteen).times.bubble(16, 16) == pytest.approx(15 / 47)
+    assert Bill(seventeen).step_seconds > Bill(sixteen).step_seconds
+    plain = Bill(real_job(virtual_pipeline=1, pipeline_layout="Et*4|(t*4|)*14tmL"))
+    assert plain.times.bubble(16, plain.job.slots) == pytest.approx(15 / 31)
 
 
 def test_the_real_recipe_fits_and_leaves_room_for_65536_tokens():
@@ -203,7 +232,6 @@ def test_a_layout_that_cannot_work_names_the_number_and_those_that_can(capsys):
         (["--gpus", "2000"], 1, "2000 trainer ranks cannot be divided into groups of 128"),
         (["--parallel.expert", "3"], 1, "parallel.expert=3 does not divide|groups of"),
         (["--parallel.pipeline_layout", "Et"], 1, "pipeline_layout='Et'"),
-        (["--parallel.tokens_per_microbatch", "33280"], 1, "fewer than parallel.pipeline=16"),
         (["--rollout.engines", "2048"], 1, "an engine GPU has 0 B for KV cache"),
         (
             ["--rl.minibatches", "1024"],

@@ -7,7 +7,7 @@ from megatron_r1.data.prompts import make_prompt
 from megatron_r1.rl.loop import training_samples
 from megatron_r1.rl.metrics import rollout_metrics
 from megatron_r1.rollout.client import Completion
-from megatron_r1.rollout.sampling import Group, Output, _refuse_ungraded
+from megatron_r1.rollout.sampling import Collected, Group, Output, _refuse_ungraded
 
 
 def output(reward, *ungraded, is_graded=None):
@@ -45,7 +45,7 @@ def test_ungraded_answers_are_left_out_of_advantages_and_means():
     advantages = [sample.advantage for sample in training_samples(groups, RLConfig())]
     assert advantages[:4] == pytest.approx([0.5**0.5, 0, -(2**0.5), 0.5**0.5], rel=1e-5)
     assert advantages[4:] == [0.0] * 4
-    metrics = rollout_metrics(groups, version=0)
+    metrics = rollout_metrics(Collected(groups, 1.0, 1.0), version=0)
     assert metrics["rewards/ungraded"] == 3 / 8
     assert metrics["accuracy"] == metrics["reward/mean"] == 4 / 5
     assert metrics["judge/mean"] == 0.5 and metrics["groups/zero_variance"] == 0.5

@@ -57,7 +57,8 @@ class WorkFolder:
         (self.path / _PLAN).unlink()
         (self.path / _LOCK).unlink()
         last(self.path)
-        fsync(self.path)
+        for path in [*self.path.rglob("*"), self.path]:
+            fsync(path)
         self.path.rename(self.out)
         self._lock.close()
         fsync(self.out.parent)

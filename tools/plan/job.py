@@ -142,6 +142,14 @@ class Job:
         return max(1, -(-int(tokens) // (self.data * limit)))
 
     @property
+    def slots(self) -> int:
+        """Places for micro-batches in the schedule: virtual stages work in rounds of one for each
+        pipeline rank, the last filled up with empty ones."""
+        if self.virtual == 1:
+            return self.num_microbatches
+        return -(-self.num_microbatches // self.parallel.pipeline) * self.parallel.pipeline
+
+    @property
     def engine_gpus(self) -> int:
         """GPUs of one engine."""
         return max(1, (self.rollout_gpus or self.world_size) // self.config.rollout.engines)
@@ -180,9 +188,4 @@ class Job:
                 "data-parallel ranks; raise parallel.context, .tensor or .pipeline, or lower "
                 "rl.minibatches"
             )
-        if self.virtual > 1 and self.num_microbatches < self.parallel.pipeline:
-            raise ValueError(
-                f"{self.num_microbatches} micro-batches an optimizer step are fewer than "
-                f"parallel.pipeline={self.parallel.pipeline}, which virtual stages need at least; "
-                f"lower parallel.tokens_per_microbatch={self.parallel.tokens_per_microbatch}"
-            )
+        assert self.stages, "building them checks the layout"

@@ -102,7 +102,7 @@ def _of_rank(job: Job, ranks: RankCounts, layers: dict[bool, Layer], rank: int) 
 def _activations(job: Job, rank: int, layers: dict[bool, Layer]) -> tuple[int, int]:
     """(kept for the micro-batches in flight, needed beside by the layer in work)."""
     parallel, stages = job.parallel, job.stages[rank]
-    flights = in_flight(rank, parallel.pipeline, len(stages), job.num_microbatches)
+    flights = microbatches_held(job, rank)
     kept_by = {sparse: layer.kept(parallel) for sparse, layer in layers.items()}
     # A chunk's output stays when it has been sent on (deallocate_pipeline_outputs is off).
     kept = sum(
@@ -110,6 +110,12 @@ def _activations(job: Job, rank: int, layers: dict[bool, Layer]) -> tuple[int, i
         for chunk, count in zip(stages, flights, strict=True)
     )
     return kept, max(layer.working(parallel) for layer in _held(job, rank, layers))
+
+
+def microbatches_held(job: Job, rank: int) -> list[int]:
+    """Whose activations each chunk of a pipeline rank holds at the peak; empty ones have none."""
+    held = in_flight(rank, job.parallel.pipeline, job.virtual, job.slots)
+    return [min(count, job.num_microbatches) for count in held]
 
 
 def _held(job: Job, rank: int, layers: dict[bool, Layer]) -> list[Layer]:
@@ -133,9 +139,7 @@ def memory_section(job: Job, rank: RankMemory) -> Section:
     parallel, value = job.parallel, job.parameter_bytes
     c = rank.counts
     dense, expert = f"{c.dense:,} dense", f"{c.expert:,} expert"
-    flights = in_flight(
-        rank.rank, parallel.pipeline, len(job.stages[rank.rank]), job.num_microbatches
-    )
+    flights = microbatches_held(job, rank.rank)
     state = ADAM if value == 2 else 8
     left = 1 - parallel.optimizer_offload
     part = f" x {left:.2g}, the rest on the host" if parallel.optimizer_offload else ""

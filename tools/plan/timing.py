@@ -79,15 +79,15 @@ class StepTime:
     def microbatch(self, rank: int, backward: bool) -> float:
         return self.compute(rank, backward) + self.exposed(rank, backward)
 
-    def bubble(self, microbatches: int) -> float:
-        """Share of a pipeline's time in which a rank waits: (P - 1) / (V m + P - 1)."""
-        stages = self.job.parallel.pipeline - 1
-        return stages / (self.job.virtual * microbatches + stages)
+    def bubble(self, microbatches: int, slots: int) -> float:
+        """Share of a pipeline's time in which a rank waits: 1 - V m / (V slots + P - 1)."""
+        virtual, stages = self.job.virtual, self.job.parallel.pipeline
+        return 1 - virtual * microbatches / (virtual * slots + stages - 1)
 
     def optimizer_step(self) -> float:
         """Forward and backward passes of all micro-batches, then the gradients' last bytes."""
         rank, count = self.busiest, self.job.num_microbatches
-        pipeline = self.microbatch(rank, True) * count / (1 - self.bubble(count))
+        pipeline = self.microbatch(rank, True) * count / (1 - self.bubble(count, self.job.slots))
         data = self._groups[rank].get("data")
         traffic = data.seconds(self.job, data.step) if data else 0.0
         # Half of it, the reduce-scatter, runs while the last micro-batches are computed.
@@ -96,7 +96,8 @@ class StepTime:
     def scoring(self) -> float:
         job = self.job
         count = job.num_microbatches * job.config.rl.minibatches
-        once = self.microbatch(self.busiest, False) * count / (1 - self.bubble(count))
+        slots = job.slots * job.config.rl.minibatches
+        once = self.microbatch(self.busiest, False) * count / (1 - self.bubble(count, slots))
         return once * (2 if job.config.rl.kl_beta else 1)
 
     def push(self) -> float:
@@ -125,9 +126,10 @@ def time_section(times: StepTime) -> Section:
             f"{times.exposed(rank, True):.2g} s communication) / (1 - bubble)",
         ),
         "bubble": Quantity(
-            times.bubble(count),
+            times.bubble(count, job.slots),
             "share",
-            f"(P - 1) / ({job.virtual} x {count} + P - 1), P = {job.parallel.pipeline} stages",
+            f"1 - V x {count} / (V x {job.slots} slots + P - 1), V = {job.virtual} chunks, "
+            f"P = {job.parallel.pipeline} stages",
         ),
         "training": Quantity(training, "s", f"{job.config.rl.minibatches} optimizer steps"),
         "push": Quantity(push, "s", "bytes into an engine GPU / its network adapter"),
