@@ -72,7 +72,7 @@ class CheckpointConfig(Section):
     )
     keep: int = Field(2, ge=1, description="newest checkpoints kept")
     asynchronous: bool = Field(
-        True, description="train on while a checkpoint is written; costs a copy in host memory"
+        True, description="train on while one is written, and hold the host memory for its copy"
     )
     verify: Literal["full", "size", "none"] = Field(
         "full", description="before loading: checksum of every byte, sizes only, or nothing"

@@ -15,7 +15,7 @@ from megatron_r1.rollout.server import EngineServer
 T = TypeVar("T")
 WATCH_SECONDS = 0.2
 # A server whose engine core died fails its requests first and ends a moment later.
-LAST_WORDS_SECONDS = 3.0
+LAST_WORDS_SECONDS = 10.0
 
 
 @dataclass

@@ -48,7 +48,7 @@ class Trainer:
         self.optimizer = construction.new_optimizer(config, self.chunks)
         self.transformer.grad_scale_func = self.optimizer.scale_loss
         self.reference: Reference | None = None
-        self.saving = CheckpointWriter()
+        self.saving = CheckpointWriter(keep_memory=config.checkpoint.asynchronous)
         self._verified: str | None = None
         self.minibatches: list[list[PackedBatch]] = []
         self.split = Split(

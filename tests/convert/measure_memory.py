@@ -11,11 +11,9 @@ import datetime
 import json
 import os
 import platform
-import resource
 import shutil
 import subprocess
 import sys
-import threading
 import time
 from math import prod
 from pathlib import Path
@@ -108,27 +106,24 @@ def random_pools() -> dict:
 def convert(*arguments) -> dict:
     """Run a conversion; its command, seconds and memory."""
     command = [sys.executable, str(ROOT / "tools" / "convert"), *map(str, arguments)]
-    began, peak = time.monotonic(), [0]
+    began, peak = time.monotonic(), 0
     child = subprocess.Popen(command, start_new_session=True)
-    watcher = threading.Thread(target=watch, args=(child, peak))
-    watcher.start()
-    child.wait()
-    watcher.join()
+    while True:
+        ended, status, usage = os.wait4(child.pid, os.WNOHANG)
+        if ended:
+            break
+        peak = max(peak, sum(pss(pid) for pid in session(child.pid)))
+        time.sleep(0.2)
+    child.returncode = os.waitstatus_to_exitcode(status)
     if child.returncode:
         sys.exit(f"{' '.join(command)} ended with {child.returncode}")
     names = [Path(str(a)).name if "/" in str(a) else str(a) for a in arguments]
     return {
         "command": " ".join(["tools/convert", *names]),
         "seconds": round(time.monotonic() - began),
-        "peak_mib": round(peak[0] / 1024),
-        "largest_process_mib": round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024),
+        "peak_mib": round(peak / 1024),
+        "largest_process_mib": round(usage.ru_maxrss / 1024),
     }
-
-
-def watch(child: subprocess.Popen, peak: list[int]) -> None:
-    while child.poll() is None:
-        peak[0] = max(peak[0], sum(pss(pid) for pid in session(child.pid)))
-        time.sleep(0.2)
 
 
 def session(leader: int) -> list[int]:
@@ -164,7 +159,7 @@ def main(folder: Path, result_file: Path | None) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     published, held = folder / "fp8", folder / "megatron"
     again, plain, second = folder / "fp8_again", folder / "bf16", folder / "megatron_again"
-    size = write_fp8(published)
+    load, size = os.getloadavg()[0], write_fp8(published)
     both = ("--workers", 2)
     steps = [convert("from-hf", published, held, *both)]
     fast = ("--no-check", *both)
@@ -187,6 +182,7 @@ def main(folder: Path, result_file: Path | None) -> None:
         "command": "python tests/convert/measure_memory.py FOLDER JSON",
         "date": datetime.date.today().isoformat(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "load_before": load,
         "fp8_bytes": size,
         "bf16_bytes": plain_size,
         "identical": same,

@@ -209,6 +209,7 @@ def test_an_empty_run_begins_and_a_half_written_first_checkpoint_is_removed(tmp_
     series, said = open_and_verify(tmp_path / "not there yet")
     assert series.latest is None and series.state() is None and said == []
     make(tmp_path, 3).rename(tmp_path / ".step_00000003.partial")
+    make(tmp_path, 2).rename(tmp_path / ".step_00000002.deleted")
     series, said = open_and_verify(tmp_path)
     assert series.latest is None and list(tmp_path.iterdir()) == []
     assert said == ["step_00000003 was still being written when the run ended; removed"]

@@ -9,7 +9,7 @@ from math import prod
 from megatron_r1.weights.dcp_writing import Chunk
 from megatron_r1.weights.stored_layout import Run, Slot
 
-CHUNK_BYTES = 64 << 20
+CHUNK_BYTES = 32 << 20
 """Of a chunk: what a worker has in hand, a few times over. Megatron loads chunks of any size."""
 
 FILE_BYTES = 1 << 30

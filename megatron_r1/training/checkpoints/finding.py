@@ -106,7 +106,9 @@ def set_aside(damaged: Damaged) -> Path:
 
 
 def remove_partial(checkpoints: Path) -> list[str]:
-    """Delete what a kill left half-written; the names it would have had."""
+    """Delete what a kill left half-written, or half-deleted; the names of the former."""
+    for doomed in checkpoints.glob(".*.deleted"):
+        shutil.rmtree(doomed)
     leftovers = sorted(checkpoints.glob(".*.partial"))
     for leftover in leftovers:
         shutil.rmtree(leftover)
@@ -117,11 +119,8 @@ def prune(checkpoints: Path, keep: int) -> None:
     """Delete all but the `keep` newest good ones; a damaged one does not count, and stays."""
     good = [folder for folder in whole(checkpoints) if not faults(folder, "size")]
     for old in good[:-keep]:
-        # Unnamed first: a kill in between must not leave half a folder under a good name.
-        doomed = partial_of(old)
-        shutil.rmtree(doomed, ignore_errors=True)
-        old.rename(doomed)
-        shutil.rmtree(doomed)
+        # A kill in between must not leave half a folder under a good name.
+        shutil.rmtree(old.rename(old.with_name(f".{old.name}.deleted")))
 
 
 def faults(folder: Path, verify: Verify) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 from collections.abc import Callable
@@ -111,7 +112,7 @@ class CheckpointSeries:
             "checkpoint/seconds": progress["seconds"],
         }
         self.latest = saving.folder
-        finding.prune(self._folder, self._settings.keep)
+        await asyncio.to_thread(finding.prune, self._folder, self._settings.keep)
 
     def _newest(self, below: Path | None = None) -> tuple[Path | None, list[Damaged]]:
         return finding.newest(self._folder, self._settings.verify, below)

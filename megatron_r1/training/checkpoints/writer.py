@@ -63,7 +63,9 @@ class Progress:
 class CheckpointWriter:
     """This rank's part in saving; every method is called on all ranks together."""
 
-    def __init__(self) -> None:
+    def __init__(self, keep_memory: bool = True) -> None:
+        """keep_memory: hold the buffers from one save to the next, which makes it wait less."""
+        self._keep_memory = keep_memory
         self._memory = HostMemory()
         self._thread: threading.Thread | None = None
         self._group: dist.ProcessGroup | None = None
@@ -103,6 +105,8 @@ class CheckpointWriter:
         if wait and self._thread is not None:
             self._thread.join()
             self._thread = None
+            if not self._keep_memory:
+                self._memory = HostMemory()
         return self._progress
 
     def _write(
