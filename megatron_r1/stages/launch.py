@@ -91,9 +91,9 @@ async def _run_stage(config, name, facts, body: Body, next_commands) -> None:
             recorder.view.phase("exporting", str(folder.hf))
             await trainer.call("export", folder=str(folder.hf))
             outcome = "finished"
-        except Exception as error:
+        except Exception:
             # Whatever ended the run: what the trainer is still writing is worth the wait.
-            if not isinstance(error, TrainerError):
+            if trainer.is_usable:
                 with contextlib.suppress(TrainerError, ValueError):
                     await recorder.checkpoints.finish(trainer)
             raise

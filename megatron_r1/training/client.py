@@ -49,6 +49,8 @@ class TrainerClient:
         self._places: list[dict[str, Any]] = []
         self._decode = msgspec.msgpack.Decoder(Reply).decode
         self._busy = asyncio.Lock()
+        self.is_usable = True
+        """False once a call did not come to its end: the ranks may be anywhere."""
         self._cost = sample_cost(read_hf_config(config.model.path))
 
     @property
@@ -160,8 +162,11 @@ class TrainerClient:
                 try:
                     await self._socket.send_multipart([str(rank).encode(), encode(call)])
                 except zmq.ZMQError:
+                    self.is_usable = False
                     raise TrainerError(self._obituary(rank)) from None
+            self.is_usable = False
             replies = await self._gather(len(self._places))
+            self.is_usable = True
         return next(replies[p["rank"]] for p in self._places if p["last_stage"])
 
     async def _gather(self, count: int) -> dict[int, dict[str, Any]]:

@@ -19,6 +19,8 @@ from megatron.core import dist_checkpointing, parallel_state  # noqa: E402
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed  # noqa: E402
 
 from megatron_r1 import models, weights  # noqa: E402
+from megatron_r1.config import Config  # noqa: E402
+from megatron_r1.training import construction  # noqa: E402
 from megatron_r1.weights.dcp_reading import DistributedCheckpoint  # noqa: E402
 from megatron_r1.weights.hf_weights import HfWeights  # noqa: E402
 from megatron_r1.weights.megatron_weights import MegatronWeights  # noqa: E402
@@ -76,10 +78,13 @@ def same_as_saved(name, folder, size):
         dist_checkpointing.load({"model": entries(other)}, str(converted))["model"]
     )
     same_parameters(model, other)
-    for held in (converted, saved):
-        third = build(hf, size)
-        weights.load_megatron([third], hf, held)
-        same_parameters(model, third)
+    third = build(hf, size)
+    weights.load_megatron([third], hf, saved)
+    same_parameters(model, third)
+    settings = {"path": str(source), "checkpoint": str(converted), "dtype": "bfloat16"}
+    recipe = Config(model=settings, parallel={"tensor": size, "processes": size})
+    transformer = construction.transformer(recipe, hf)
+    same_parameters(model, construction.model_chunks(recipe, hf, transformer)[0])
     print(f"{name} on {size}: Megatron loads what was converted", flush=True)
 
 

@@ -32,9 +32,13 @@ def find_checkpoint(path: Path) -> Path:
     if is_hf(path):
         raise ValueError(f"{path} is a Hugging Face folder; a Megatron checkpoint is wanted here")
     if (path / "checkpoints").is_dir():
-        newest, _ = finding.newest(path / "checkpoints", "size")
+        newest, damaged = finding.newest(path / "checkpoints", "size")
         if newest is None:
-            raise ValueError(f"{path / 'checkpoints'} has no undamaged checkpoint")
+            found = "; ".join(map(str, damaged)) or "it has none"
+            raise ValueError(
+                f"{path / 'checkpoints'} has no undamaged checkpoint ({found}); to convert one as "
+                "it is, give its folder and --checksums none"
+            )
         return newest
     what = "does not exist" if not path.exists() else "has no metadata.json and no checkpoints/"
     raise ValueError(f"{path} {what}: give a checkpoint's folder or a run's folder")
