@@ -9,9 +9,14 @@ from pathlib import Path
 
 import torch
 
-from megatron_r1.weights.file_plan import plan_file, stored_tensors
-from megatron_r1.weights.hf_folder import carry_files, split_into_files, write_config, write_index
 from megatron_r1.weights.local import has_mtp
+from megatron_r1.weights.stored.file_plan import plan_file, stored_tensors
+from megatron_r1.weights.stored.hf_folder import (
+    carry_files,
+    split_into_files,
+    write_config,
+    write_index,
+)
 from megatron_r1.weights.writing import on_first_rank, write_files
 
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 
-from megatron_r1.weights.hf_weights import HfWeights
 from megatron_r1.weights.layout import hf_tensors
 from megatron_r1.weights.local import has_mtp, local_pieces
-from megatron_r1.weights.megatron_weights import MegatronWeights
+from megatron_r1.weights.stored.hf_weights import HfWeights
+from megatron_r1.weights.stored.megatron_weights import MegatronWeights
 
 
 def load_hf(model_chunks: Sequence, hf: dict, path: str | Path) -> None:

@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 
 from megatron_r1.files import fsync
-from megatron_r1.weights.file_plan import FilePlan, Placed, plan_file, stored_tensors
 from megatron_r1.weights.layout import table
 from megatron_r1.weights.local import has_mtp, local_pieces
+from megatron_r1.weights.stored.file_plan import FilePlan, Placed, plan_file, stored_tensors
 
 
 def write_hf(

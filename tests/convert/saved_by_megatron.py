@@ -21,9 +21,9 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed  # noq
 from megatron_r1 import models, weights  # noqa: E402
 from megatron_r1.config import Config  # noqa: E402
 from megatron_r1.training import construction  # noqa: E402
-from megatron_r1.weights.dcp_reading import DistributedCheckpoint  # noqa: E402
-from megatron_r1.weights.hf_weights import HfWeights  # noqa: E402
-from megatron_r1.weights.megatron_weights import MegatronWeights  # noqa: E402
+from megatron_r1.weights.stored.dcp_reading import DistributedCheckpoint  # noqa: E402
+from megatron_r1.weights.stored.hf_weights import HfWeights  # noqa: E402
+from megatron_r1.weights.stored.megatron_weights import MegatronWeights  # noqa: E402
 
 
 def build(hf, tensor_parallel):

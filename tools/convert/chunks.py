@@ -6,8 +6,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from math import prod
 
-from megatron_r1.weights.dcp_writing import Chunk
-from megatron_r1.weights.stored_layout import Run, Slot
+from megatron_r1.weights.stored.dcp_writing import Chunk
+from megatron_r1.weights.stored.megatron_names import Run, Slot
 
 CHUNK_BYTES = 32 << 20
 """Of a chunk: what a worker has in hand, a few times over. Megatron loads chunks of any size."""

@@ -12,9 +12,9 @@ from sources import open_weights
 from stripes import stripes
 from torch import Tensor
 
-from megatron_r1.weights import fp8
-from megatron_r1.weights.hf_weights import HfWeights
-from megatron_r1.weights.raw import as_bytes
+from megatron_r1.weights.stored import fp8, fp8_blocks
+from megatron_r1.weights.stored.hf_weights import HfWeights
+from megatron_r1.weights.stored.raw import as_bytes
 
 # From exact to coarse: two dtypes are compared in the later one.
 _ORDER = ("float64", "float32", "float16", "bfloat16")
@@ -110,7 +110,7 @@ def _beyond_rounding(pair, name: str, first: int, x: Tensor, y: Tensor) -> Tenso
     one = next(s for s in pair if entry_of(s, name)[1] == fp8.STORED)
     plain = x if one is pair[1] else y
     rows = slice(first // fp8.BLOCK, -(-(first + len(x)) // fp8.BLOCK))
-    scale = fp8.spread(one.scales(name)[rows], x.shape)
+    scale = fp8_blocks.spread(one.scales(name)[rows], x.shape)
     allowed = torch.maximum(plain.abs() * 2**-4, scale * 2**-10)
     # The scale itself has been rounded, and so may the plain values have been, to bf16.
     return ~((x - y).abs() <= allowed * (1 + 2**-7))

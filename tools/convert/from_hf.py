@@ -19,13 +19,13 @@ from work_folder import WorkFolder
 from megatron_r1.files import atomic_write
 from megatron_r1.models.hf_config import read_hf_config
 from megatron_r1.training.checkpoints import manifest
-from megatron_r1.weights import fp8, known_scales
-from megatron_r1.weights.dcp_writing import Chunk, Written, write_chunks, write_metadata
-from megatron_r1.weights.file_plan import plan_file
-from megatron_r1.weights.hf_folder import carry_files, write_config
-from megatron_r1.weights.hf_weights import HfWeights
-from megatron_r1.weights.raw import write_at
-from megatron_r1.weights.stored_layout import StoredLayout, stored_layout
+from megatron_r1.weights.stored import fp8, known_scales
+from megatron_r1.weights.stored.dcp_writing import Chunk, Written, write_chunks, write_metadata
+from megatron_r1.weights.stored.file_plan import plan_file
+from megatron_r1.weights.stored.hf_folder import carry_files, write_config
+from megatron_r1.weights.stored.hf_weights import HfWeights
+from megatron_r1.weights.stored.megatron_names import StoredLayout, stored_layout
+from megatron_r1.weights.stored.raw import write_at
 
 
 @dataclass(frozen=True)

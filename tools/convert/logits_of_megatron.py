@@ -18,7 +18,7 @@ from megatron.core import dist_checkpointing, parallel_state  # noqa: E402
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed  # noqa: E402
 
 from megatron_r1 import models, weights  # noqa: E402
-from megatron_r1.weights.dcp_reading import DistributedCheckpoint  # noqa: E402
+from megatron_r1.weights.stored.dcp_reading import DistributedCheckpoint  # noqa: E402
 
 
 def load(model, hf: dict, checkpoint: Path, folder: Path, dtype: str) -> None:

@@ -19,7 +19,7 @@ from safetensors.torch import save_file  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
 
 from megatron_r1.models.hf_config import read_hf_config  # noqa: E402
-from megatron_r1.weights.hf_weights import HfWeights  # noqa: E402
+from megatron_r1.weights.stored.hf_weights import HfWeights  # noqa: E402
 
 
 def plain_copy(folder: Path, out: Path) -> None:

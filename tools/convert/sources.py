@@ -8,8 +8,8 @@ import yaml
 
 from megatron_r1.models.hf_config import read_hf_config
 from megatron_r1.training.checkpoints import finding, manifest
-from megatron_r1.weights.hf_weights import HfWeights
-from megatron_r1.weights.megatron_weights import MegatronWeights
+from megatron_r1.weights.stored.hf_weights import HfWeights
+from megatron_r1.weights.stored.megatron_weights import MegatronWeights
 
 HF_FILES = "huggingface"
 """In a converted checkpoint: config.json, tokenizer and FP8 scales of the folder it came from."""

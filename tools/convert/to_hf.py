@@ -23,12 +23,17 @@ from work_folder import WorkFolder
 
 from megatron_r1.files import fsync
 from megatron_r1.models.hf_config import read_hf_config
-from megatron_r1.weights import fp8
-from megatron_r1.weights.file_plan import plan_file, stored_tensors
-from megatron_r1.weights.hf_folder import carry_files, split_into_files, write_config, write_index
-from megatron_r1.weights.known_scales import KnownScales
-from megatron_r1.weights.megatron_weights import MegatronWeights
-from megatron_r1.weights.raw import write_at
+from megatron_r1.weights.stored import fp8, fp8_blocks
+from megatron_r1.weights.stored.file_plan import plan_file, stored_tensors
+from megatron_r1.weights.stored.hf_folder import (
+    carry_files,
+    split_into_files,
+    write_config,
+    write_index,
+)
+from megatron_r1.weights.stored.known_scales import KnownScales
+from megatron_r1.weights.stored.megatron_weights import MegatronWeights
+from megatron_r1.weights.stored.raw import write_at
 
 FP8 = torch.float8_e4m3fn
 
@@ -125,7 +130,7 @@ def _write_tensor(job: Job, file: int, name: str, placed, scales) -> None:
     for first, count in stripes(placed.shape, fp8.BLOCK if scales else 1):
         values = weights.read(name, 0, first, count)
         if scales:
-            values, inverse = fp8.quantise(
+            values, inverse = fp8_blocks.quantise(
                 values,
                 known.rows(name, first, count),
                 power_of_two=known.power_of_two,

@@ -8,7 +8,7 @@ from collections import Counter
 from comparison import Sides, common_dtype, compare, entry_of
 from sources import is_hf, open_weights
 
-from megatron_r1.weights import fp8
+from megatron_r1.weights.stored import fp8
 
 SHOWN = 20
 

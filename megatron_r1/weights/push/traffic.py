@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_r1.weights.fp8 import BLOCK, is_quantised
 from megatron_r1.weights.push.plan import Planner
 from megatron_r1.weights.push.region import Region
+from megatron_r1.weights.stored.fp8 import BLOCK, is_quantised
 
 ByteCount = Callable[[str, str | None, Region], float]
 """(HF name, the tensor's own dtype or None, region) -> bytes on the wire."""

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from megatron_r1.weights import fp8
-from megatron_r1.weights.safetensors_file import SafetensorsFile
+from megatron_r1.weights.stored import fp8
+from megatron_r1.weights.stored.safetensors_file import SafetensorsFile
 
 FILE = "fp8_scales.safetensors"
 """In a converted checkpoint: the scales alone, 1/4096 of the FP8 weights' bytes."""

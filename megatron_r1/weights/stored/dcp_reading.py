@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader, TensorStorageMetadata
 
-from megatron_r1.weights.raw import read_box
-from megatron_r1.weights.saved_tensor import describe_saved
+from megatron_r1.weights.stored.raw import read_box
+from megatron_r1.weights.stored.saved_tensor import describe_saved
 
 Box = Sequence[int]
 

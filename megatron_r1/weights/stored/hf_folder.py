@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 
 from megatron_r1.files import atomic_write
-from megatron_r1.weights import fp8
 from megatron_r1.weights.layout import Shape
+from megatron_r1.weights.stored import fp8
 
 Tensors = Mapping[str, tuple[Shape, torch.dtype]]
 

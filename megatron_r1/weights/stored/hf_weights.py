@@ -8,9 +8,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from megatron_r1.weights import fp8
 from megatron_r1.weights.layout import Shape, hf_tensors, table
-from megatron_r1.weights.safetensors_file import SafetensorsFile
+from megatron_r1.weights.stored import fp8, fp8_blocks
+from megatron_r1.weights.stored.safetensors_file import SafetensorsFile
 
 FLOATS = {
     "F32": "float32",
@@ -73,7 +73,7 @@ class HfWeights:
         q = file.read(name, outer, tuple(e - o for e, o in zip(ends, outer, strict=True)))
         blocks = tuple(x - f for x, f in zip(last, first, strict=True))
         scales = self.read_stored(fp8.scale_name(name), first, blocks)
-        values = fp8.dequantise(q, scales)
+        values = fp8_blocks.dequantise(q, scales)
         for axis, (outside, inside, size) in enumerate(zip(outer, starts, sizes, strict=True)):
             values = values.narrow(axis, inside - outside, size)
         return values

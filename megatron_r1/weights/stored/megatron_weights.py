@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_r1.weights.dcp_reading import DistributedCheckpoint
 from megatron_r1.weights.layout import Shape, hf_tensors, table
-from megatron_r1.weights.stored_layout import StoredLayout, stored_layout
+from megatron_r1.weights.stored.dcp_reading import DistributedCheckpoint
+from megatron_r1.weights.stored.megatron_names import StoredLayout, stored_layout
 
 
 class MegatronWeights:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_r1.weights.raw import read_box
+from megatron_r1.weights.stored.raw import read_box
 
 DTYPES = {
     "F64": torch.float64,

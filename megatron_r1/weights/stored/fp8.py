@@ -1,0 +1,56 @@
+"""The FP8 layout of DeepSeek's published checkpoints: which tensors, which names, which scales.
+
+The weight W of a projection is stored as float8_e4m3fn, and beside it `W_scale_inv`, one fp32 per
+128x128 block (the last ones cut off by the edge): W = q · scale_inv (deepseek-ai/DeepSeek-V3,
+README_WEIGHTS.md). Quantised are the linear layers of attention, MLPs, shared and routed experts,
+MTP's included. Embedding, head, norms, the router and MTP's eh_proj are not
+(deepseek-ai/DeepSeek-V3, inference/model.py; vLLM's deepseek_mtp.py makes eh_proj a plain Linear).
+"""
+
+from __future__ import annotations
+
+import re
+
+BLOCK = 128
+STORED = "float8_e4m3fn"
+CONFIG = {
+    "activation_scheme": "dynamic",
+    "fmt": "e4m3",
+    "quant_method": "fp8",
+    "weight_block_size": [BLOCK, BLOCK],
+}
+"""`quantization_config` of config.json, as published."""
+
+_SCALE = "_scale_inv"
+_PROJECTION = re.compile(r"\.(self_attn|mlp)\.(.*\.)?\w+_proj(_with_mqa)?\.weight$")
+
+
+def is_quantised(name: str) -> bool:
+    """Whether an FP8 checkpoint holds the HF tensor `name` as FP8."""
+    return bool(_PROJECTION.search(name))
+
+
+def scale_name(name: str) -> str:
+    """The name of the scales of `name`."""
+    return name + _SCALE
+
+
+def is_scale(name: str) -> bool:
+    """Whether `name` is the scales of another tensor."""
+    return name.endswith(".weight" + _SCALE)
+
+
+def scale_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of the scales of a weight of `shape`."""
+    return tuple(-(-size // BLOCK) for size in shape)
+
+
+def check_config(hf: dict) -> None:
+    """Raise ValueError for a `quantization_config` that is not this layout."""
+    found = hf.get("quantization_config") or CONFIG
+    for key in ("quant_method", "fmt", "weight_block_size"):
+        if found.get(key, CONFIG[key]) != CONFIG[key]:
+            raise ValueError(
+                f"quantization_config.{key}={found[key]!r} in config.json cannot be read, only "
+                f"{CONFIG[key]!r}: convert a bf16 checkpoint of the model instead"
+            )
