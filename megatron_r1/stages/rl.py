@@ -136,8 +136,17 @@ def _fleet(config: Config, logs: Path, first_step: int) -> RolloutFleet:
         seed=config.run.seed * 1_000_003 + first_step,
         kv_cache_gib=rollout.kv_cache_gib,
         return_routing=config.rl.routing_replay,
-        extra_args=["--load-format", "dummy"],
+        extra_args=_model_as_pushed(config.model.path),
     )
+
+
+def _model_as_pushed(path: str) -> list[str]:
+    """Engine arguments for a model whose weights come by push: none are read from the folder, and
+    they are plain, also where the folder's are FP8."""
+    arguments = ["--load-format", "dummy"]
+    if "quantization_config" in read_hf_config(path):
+        arguments += ["--hf-overrides", '{"quantization_config": null}']
+    return arguments
 
 
 def _staging_folder(run_folder: Path) -> Path:
