@@ -10,8 +10,9 @@ from tools.plan.flops import flops_section
 from tools.plan.job import Job
 from tools.plan.memory import RankMemory, memory_section, rank_memory
 from tools.plan.parameters import parameter_section
+from tools.plan.push import push_section
 from tools.plan.quantity import Quantity, Section
-from tools.plan.rollout import Engines, push_section, rollout_section
+from tools.plan.rollout import Engines, rollout_section
 from tools.plan.samples import samples_section
 from tools.plan.timing import StepTime, time_section
 
@@ -52,7 +53,7 @@ class Bill:
             "host memory of a node": self._host(),
             "engine memory of a GPU": rollout_section(self.engines),
             "samples of a rollout": samples_section(self.job),
-            "push": push_section(self.job, self.engines),
+            "push": push_section(self.job),
             "sent by a rank per optimizer step": communication_section(self.job, rank),
             "operations": flops_section(self.job),
             "time": time_section(self.times),

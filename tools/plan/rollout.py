@@ -1,8 +1,4 @@
-"""The engines: weights and KV cache on a GPU, seconds of a rollout, bytes of a push.
-
-An engine of g GPUs is planned as vLLM serves such models: attention and shared experts
-tensor-parallel within a node and data-parallel over nodes, routed experts spread over all g.
-"""
+"""The engines: weights and KV cache on a GPU, seconds of a rollout."""
 
 from __future__ import annotations
 
@@ -13,6 +9,7 @@ from functools import cached_property
 from tools.plan.flops import decode_flops, forward_flops
 from tools.plan.job import BYTES, Job
 from tools.plan.parameters import ModelCounts
+from tools.plan.push import engine_layout, engine_rank_bytes
 from tools.plan.quantity import Quantity, Section
 
 
@@ -47,7 +44,7 @@ class Engines:
     @property
     def tensor(self) -> int:
         """GPUs that share the attention of one sequence."""
-        return min(self.job.engine_gpus, self.job.hardware.gpus_per_node)
+        return engine_layout(self.job).tensor
 
     @cached_property
     def counts(self) -> ModelCounts:
@@ -56,8 +53,7 @@ class Engines:
     @property
     def weights(self) -> int:
         """Bytes of an engine's weights on one of its GPUs."""
-        routed = self.counts.routed / self.job.engine_gpus
-        return round((self.counts.shared / self.tensor + routed) * self.value)
+        return engine_rank_bytes(self.job)
 
     @property
     def cache(self) -> int:
@@ -140,11 +136,13 @@ def rollout_section(engines: Engines) -> Section:
     """Memory of one engine GPU."""
     job = engines.job
     per_token = cache_bytes_per_token(job.hf, engines.value)
-    how = f"{engines.counts.shared:,} shared / {engines.tensor}"
-    if job.has_experts:
-        how += f" + {engines.counts.routed:,} routed / {job.engine_gpus}"
     section = {
-        "weights": Quantity(engines.weights, "B", f"({how} GPUs) x {engines.value} B"),
+        "weights": Quantity(
+            engines.weights,
+            "B",
+            f"its part of every tensor: attention over {engines.tensor} GPUs, routed experts over "
+            f"{job.engine_gpus}; norms, routers, latent down-projections whole",
+        ),
         "KV cache of a token": Quantity(
             per_token,
             "B",
@@ -167,27 +165,3 @@ def rollout_section(engines: Engines) -> Section:
         ),
     }
     return section
-
-
-def push_section(job: Job, engines: Engines) -> Section:
-    """Bytes of one weight push; a lower bound: each byte an engine GPU holds arrives once."""
-    hardware = job.hardware
-    counts = engines.counts
-    model = (counts.total + (counts.mtp if job.with_mtp else 0)) * engines.value
-    received = engines.weights
-    seconds = received / (hardware.network * job.assumptions.link_efficiency)
-    return {
-        "the model": Quantity(model, "B", f"tensors of the checkpoint x {engines.value} B"),
-        "into each engine GPU": Quantity(
-            received, "B", f"its weights, once; {seconds:.2g} s through its network adapter"
-        ),
-        "into all engines": Quantity(
-            received * engines.gpus, "B", f"{engines.gpus} GPUs x the above"
-        ),
-        "out of each trainer rank": Quantity(
-            received * engines.gpus / job.world_size, "B", f"the above / {job.world_size} ranks"
-        ),
-        "through one host": Quantity(
-            model, "B", "today's push: one file in the shared memory of the engines' host"
-        ),
-    }

@@ -9,11 +9,13 @@ FusedMoE's.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megatron_r1.weights.layout import table
 from megatron_r1.weights.push.region import Region
-from megatron_r1.weights.rules import Rule, Shape, columns, rows, vocabulary, whole
+from megatron_r1.weights.push.tensors import Tensor, is_tied, tensors
+from megatron_r1.weights.rules import Shape, columns, rows, vocabulary, whole
 
 VOCABULARY_MULTIPLE = 64
 """vLLM pads the vocabulary to this (DEFAULT_VOCAB_PADDING_SIZE) before it splits it."""
@@ -83,27 +85,45 @@ class EngineNeeds:
             )
         self.layers = _stage_layers(len(self.table.layers), layout.pipeline)
         self._stage_of = [stage for stage, layers in enumerate(self.layers) for _ in layers]
-        embedded = {source.name for rule in self.table.embedding for source in rule.sources}
-        tied = any(s.name in embedded for rule in self.table.head for s in rule.sources)
-        self.embedding_stages = {0, layout.pipeline - 1} if tied else {0}
-        self._embedding = set(map(id, self.table.embedding))
-
-    def places(self, layer: int | None, expert: int | None, rule: Rule) -> list[Place]:
-        """Who needs a part of a tensor of `rule`, in a fixed order."""
-        if layer is not None:
-            stages = [self._stage_of[layer]]
-        else:
-            at_end = [self.layout.pipeline - 1]
-            stages = sorted(self.embedding_stages) if id(rule) in self._embedding else at_end
-        places = [
-            (stage, data, tensor)
-            for stage in stages
-            for data in range(self.layout.data)
-            for tensor in range(self.layout.tensor)
+        self._embedding_stages = sorted({0, layout.pipeline - 1} if is_tied(self.table) else {0})
+        self._places = [
+            [
+                (stage, data, tensor)
+                for data in range(layout.data)
+                for tensor in range(layout.tensor)
+            ]
+            for stage in range(layout.pipeline)
         ]
-        if expert is None or not self.layout.expert_parallel:
-            return places
-        return [places[self._owner(expert)]]
+
+    def tensors(self, at: EnginePlace) -> Iterator[Tensor]:
+        """What the rank at `at` needs a part of, in checkpoint order."""
+        parts = {"layers"}
+        if at.pipeline in self._embedding_stages:
+            parts.add("embedding")
+        if at.pipeline == self.layout.pipeline - 1:
+            parts |= {"final_norm", "head"}
+        spread = self.layout.expert_parallel
+        experts = self.experts_of(at) if spread else range(self.table.num_experts)
+        return tensors(self.table, parts, self.layers[at.pipeline], experts)
+
+    def needed(self, at: EnginePlace) -> Iterator[tuple[Tensor, Region]]:
+        """The part of each tensor that the rank at `at` needs."""
+        for tensor in self.tensors(at):
+            region = self.region(tensor, (at.pipeline, at.data, at.tensor))
+            if region is not None:
+                yield tensor, region
+
+    def places(self, tensor: Tensor) -> list[Place]:
+        """Who needs a part of `tensor`, in a fixed order."""
+        if tensor.layer is not None:
+            stages = [self._stage_of[tensor.layer]]
+        elif tensor.part == "embedding":
+            stages = self._embedding_stages
+        else:
+            stages = [self.layout.pipeline - 1]
+        if tensor.expert is not None and self.layout.expert_parallel:
+            return [self._places[stages[0]][self._owner(tensor.expert)]]
+        return [place for stage in stages for place in self._places[stage]]
 
     def experts_of(self, at: EnginePlace) -> range:
         """Routed experts, whole, on the rank at `at` under expert parallelism (FusedMoE, linear
@@ -113,13 +133,13 @@ class EngineNeeds:
         start = rank * each + min(rank, more)
         return range(start, start + each + (rank < more))
 
-    def region(self, rule: Rule, source: int, expert: int | None, place: Place) -> Region | None:
-        """What the rank at `place` needs of one source of `rule`; None for nothing."""
-        shape = rule.sources[source].shape
+    def region(self, tensor: Tensor, place: Place) -> Region | None:
+        """What the rank at `place` needs of `tensor`; None for nothing."""
+        rule, shape = tensor.rule, tensor.shape
         rank, ranks = place[2], self.layout.tensor
         if rule.split is whole:
             return Region.whole(shape)
-        if expert is not None:
+        if tensor.expert is not None:
             if self.layout.expert_parallel:
                 return Region.whole(shape)
             # Without expert parallelism vLLM splits experts over data x tensor ranks alike.
@@ -133,7 +153,7 @@ class EngineNeeds:
             start, end = rank * padded // ranks, min((rank + 1) * padded // ranks, shape[0])
             return Region.along(shape, 0, start, end - start) if start < end else None
         groups = rule.split.num_groups  # query_groups, the only other split
-        if source == 0 or groups % ranks == 0:
+        if tensor.source == 0 or groups % ranks == 0:
             return _share(shape, 0, rank, ranks)
         return _share(shape, 0, rank * groups // ranks, groups)  # several ranks share a head
 

@@ -13,10 +13,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megatron_r1.weights.layout import Shard, stage_shards
-from megatron_r1.weights.push.engine_layout import EngineLayout, EngineNeeds, EnginePlace
+from megatron_r1.weights.push.engine_layout import EngineLayout, EngineNeeds, EnginePlace, Place
 from megatron_r1.weights.push.region import Region
+from megatron_r1.weights.push.tensors import Tensor, tensors
 from megatron_r1.weights.push.trainer_grid import TrainerGrid
-from megatron_r1.weights.rules import Rule, Shape, whole
+from megatron_r1.weights.rules import Shape, whole
 
 
 @dataclass(frozen=True)
@@ -32,22 +33,6 @@ class Transfer:
     sender: int
     receiver: int
     dtype: str | None
-
-
-@dataclass(frozen=True)
-class _Tensor:
-    """One HF tensor as the trainer holds it. expert: its global index, or None."""
-
-    rule: Rule
-    source: int
-    name: str
-    stage: int
-    layer: int | None
-    expert: int | None
-
-    @property
-    def shape(self) -> Shape:
-        return self.rule.sources[self.source].shape
 
 
 @dataclass(frozen=True)
@@ -100,6 +85,7 @@ class Planner:
             part: next(r for r, chunks in enumerate(stages) for c in chunks if getattr(c, part))
             for part in ("embedding", "final_norm", "head")
         }
+        self._found: dict[tuple, list[tuple[Place, Region]]] = {}
         experts = self.table.num_experts
         if experts and experts % grid.expert:
             raise ValueError(f"parallel.expert={grid.expert} does not divide {experts} experts")
@@ -108,7 +94,7 @@ class Planner:
         """What trainer rank `rank` sends, layer by layer."""
         stage, tensor = self.grid.stage(rank), self.grid.tensor_rank(rank)
         expert_tensor, expert_rank = self.grid.expert_place(rank)
-        for item in self._tensors(stage, expert_rank):
+        for item in self._held(stage, expert_rank):
             own = expert_tensor if item.expert is not None else tensor
             for holder in self._holders(item, own):
                 wanting = self._wanting(item, holder.region)
@@ -121,7 +107,7 @@ class Planner:
     def receives(self, rank: int) -> Iterator[Transfer]:
         """What engine rank `rank` gets, layer by layer."""
         at = self.engines.place(rank)
-        for item in self._wanted(at):
+        for item in self.needs.tensors(at):
             for holder in self._holders(item):
                 wanting = self._wanting(item, holder.region)
                 for index, (place, region) in enumerate(wanting):
@@ -134,7 +120,7 @@ class Planner:
         """Everything that moves, once; for adding up without a million transfers."""
         for stage in range(self.grid.pipeline):
             for expert_rank in range(self.grid.expert):
-                for item in self._tensors(stage, expert_rank):
+                for item in self._held(stage, expert_rank):
                     if item.expert is None and expert_rank:
                         continue
                     for holder in self._holders(item):
@@ -149,76 +135,56 @@ class Planner:
         receiver = self.engines.rank(EnginePlace(engine, *place))
         return Transfer(item.name, item.shape, region, sender, receiver, item.rule.dtype)
 
-    def _tensors(self, stage: int, expert_rank: int) -> Iterator[_Tensor]:
+    def _held(self, stage: int, expert_rank: int) -> Iterator[Tensor]:
         """What a trainer rank of `stage` holds."""
         per_rank = self.table.num_experts // self.grid.expert
-        local = range(expert_rank * per_rank, (expert_rank + 1) * per_rank)
-        if self._stage_with["embedding"] == stage:
-            yield from _of_rules(self.table.embedding, "", stage, None, local)
-        for layer, rules in enumerate(self.table.layers):
-            if self._stage_of[layer] == stage:
-                yield from _of_rules(rules, f"model.layers.{layer}.", stage, layer, local)
-        yield from self._ends(stage)
+        experts = range(expert_rank * per_rank, (expert_rank + 1) * per_rank)
+        layers = [layer for layer, at in self._stage_of.items() if at == stage]
+        ends = {part for part, at in self._stage_with.items() if at == stage}
+        return tensors(self.table, {"layers", *ends}, sorted(layers), experts)
 
-    def _wanted(self, at: EnginePlace) -> Iterator[_Tensor]:
-        """What the engine rank at `at` needs a part of."""
-        spread = self.engines.expert_parallel
-        local = self.needs.experts_of(at) if spread else range(self.table.num_experts)
-        if at.pipeline in self.needs.embedding_stages:
-            stage = self._stage_with["embedding"]
-            yield from _of_rules(self.table.embedding, "", stage, None, local)
-        for layer in self.needs.layers[at.pipeline]:
-            stage = self._stage_of[layer]
-            rules = self.table.layers[layer]
-            yield from _of_rules(rules, f"model.layers.{layer}.", stage, layer, local)
-        if at.pipeline == self.engines.pipeline - 1:
-            yield from self._ends(None)
+    def _stage(self, item: Tensor) -> int:
+        """The pipeline rank that holds it."""
+        return self._stage_with[item.part] if item.layer is None else self._stage_of[item.layer]
 
-    def _ends(self, stage: int | None) -> Iterator[_Tensor]:
-        """The final norm and the head, where they lie on `stage` (None: wherever)."""
-        embedded = {source.name for rule in self.table.embedding for source in rule.sources}
-        for part, rules in (("final_norm", self.table.final_norm), ("head", self.table.head)):
-            at = self._stage_with[part]
-            own = [rule for rule in rules if rule.sources[0].name not in embedded]
-            if stage in (None, at):
-                yield from _of_rules(own, "", at, None, range(0))
-
-    def _holders(self, item: _Tensor, only: int | None = None) -> Iterator[_Holder]:
+    def _holders(self, item: Tensor, only: int | None = None) -> Iterator[_Holder]:
         """The parts of a tensor over the trainer's ranks; `only`: that of one (expert-)tensor
         rank."""
-        grid, rule = self.grid, item.rule
+        grid, rule, stage = self.grid, item.rule, self._stage(item)
         if rule.split is whole:
-            yield _Holder(Region.whole(item.shape), grid.whole_replicas(item.stage))
+            yield _Holder(Region.whole(item.shape), grid.whole_replicas(stage))
             return
         ranks = grid.tensor if item.expert is None else grid.expert_tensor
         name = rule.sources[item.source].name
         for part in range(ranks) if only is None else (only,):
             if item.expert is None:
-                replicas = grid.dense_replicas(item.stage, part)
+                replicas = grid.dense_replicas(stage, part)
             else:
                 owner = item.expert * grid.expert // self.table.num_experts
-                replicas = grid.expert_replicas(item.stage, part, owner)
+                replicas = grid.expert_replicas(stage, part, owner)
             for piece in rule.split(rule.sources, part, ranks)[1]:
                 if piece.hf_name == name:
                     yield _Holder(Region.of(piece, item.shape), replicas)
 
-    def _wanting(self, item: _Tensor, held: Region) -> list[tuple[tuple[int, int, int], Region]]:
-        """Within one engine: the (pipeline, data, tensor) places that want a part of `held`."""
+    def _wanting(self, item: Tensor, held: Region) -> list[tuple[Place, Region]]:
+        """Within one engine: the places that want a part of `held`."""
+        if item.expert is not None and self.engines.expert_parallel:
+            return self._wanted_of(item, held)
+        # Layers on the same engine stage are split alike.
+        stage = self.needs.places(item)[0][0]
+        key = (id(item.rule), item.source, held, stage)
+        if key not in self._found:
+            self._found[key] = self._wanted_of(item, held)
+        return self._found[key]
+
+    def _wanted_of(self, item: Tensor, held: Region) -> list[tuple[Place, Region]]:
         found = []
-        for place in self.needs.places(item.layer, item.expert, item.rule):
-            region = self.needs.region(item.rule, item.source, item.expert, place)
+        for place in self.needs.places(item):
+            region = self.needs.region(item, place)
             part = region and held.meet(region)
             if part:
                 found.append((place, part))
         return found
-
-
-def _of_rules(rules, prefix: str, stage: int, layer: int | None, experts) -> Iterator[_Tensor]:
-    for rule in rules:
-        for expert in experts if rule.expert else (None,):
-            for index, source in enumerate(rule.sources):
-                name = prefix + source.name.replace("{e}", str(expert))
-                yield _Tensor(rule, index, name, stage, layer, expert)
 
 
 def _offset(name: str) -> int:

@@ -1,0 +1,80 @@
+"""Bytes of one weight push, added up from the plan that the push itself follows (weights/push)."""
+
+from __future__ import annotations
+
+import json
+from functools import lru_cache
+
+from megatron_r1.weights.push import EngineLayout, Planner, TrainerGrid
+from megatron_r1.weights.push.engine_layout import EngineNeeds
+from megatron_r1.weights.push.traffic import fp8_bytes, plain_bytes, traffic
+from tools.plan.job import Job
+from tools.plan.quantity import Quantity, Section
+
+
+def engine_layout(job: Job) -> EngineLayout:
+    """As vLLM serves such models: attention tensor-parallel within a node and data-parallel over
+    nodes, routed experts spread over all GPUs of an engine."""
+    tensor = min(job.engine_gpus, job.hardware.gpus_per_node)
+    return EngineLayout(
+        engines=job.config.rollout.engines,
+        tensor=tensor,
+        data=job.engine_gpus // tensor,
+        expert_parallel=job.has_experts and job.engine_gpus > 1,
+    )
+
+
+def engine_rank_bytes(job: Job) -> int:
+    """Weights of the first GPU of an engine, in the engines' dtype."""
+    return _rank_bytes(json.dumps(job.hf), engine_layout(job), job.config.rollout.dtype)
+
+
+@lru_cache
+def _rank_bytes(hf: str, layout: EngineLayout, dtype: str) -> int:
+    num_bytes = plain_bytes(dtype)
+    needed = EngineNeeds(json.loads(hf), layout).needed(layout.place(0))
+    return sum(num_bytes(t.name, t.rule.dtype, region) for t, region in needed)
+
+
+def push_section(job: Job) -> Section:
+    """What one push moves, and how evenly."""
+    parallel, engines, dtype = job.parallel, engine_layout(job), job.config.rollout.dtype
+    grid = TrainerGrid(
+        job.world_size,
+        parallel.tensor,
+        parallel.pipeline,
+        parallel.context,
+        parallel.expert,
+        parallel.expert_tensor,
+    )
+    planner = Planner(job.hf, grid, engines, job.stages)
+    moved, half = (traffic(planner, count) for count in (plain_bytes(dtype), fp8_bytes))
+    link = job.hardware.network * job.assumptions.link_efficiency
+    into, out = moved.received.max(), moved.sent.max()
+    return {
+        "into an engine GPU": Quantity(
+            into,
+            "B",
+            f"its part of every tensor, once, in {dtype}; {into / link:.2g} s through its network "
+            f"adapter",
+        ),
+        "into all engines": Quantity(
+            moved.received.sum(), "B", f"{engines.num_ranks} GPUs, each what it needs and no more"
+        ),
+        "out of a trainer rank": Quantity(
+            out,
+            "B",
+            f"the busiest, {moved.busiest_sender:.2f} x the average of {grid.world}; replicas take "
+            "turns",
+        ),
+        "in FP8": Quantity(
+            half.received.max(),
+            "B",
+            "into an engine GPU with projections quantised on the way, 1 B + 4 B / 128 x 128",
+        ),
+        "through one host": Quantity(
+            _rank_bytes(json.dumps(job.hf), EngineLayout(), dtype),
+            "B",
+            "today's push: one file in the shared memory of the engines' host",
+        ),
+    }
