@@ -54,6 +54,8 @@ RESUMABLE = (
     "checkpoint",
     "eval",
     "rollout.engines",
+    "rollout.max_restarts",
+    "rollout.unresponsive_seconds",
     "rewards.workers",
     "rewards.max_ungraded",
     "parallel",

@@ -26,6 +26,12 @@ class RolloutConfig(Section):
     kv_cache_gib: int = Field(1, gt=0, description="KV cache on a CPU, GiB")
     start_timeout_seconds: float = Field(600.0, gt=0)
     request_timeout_seconds: float = Field(3600.0, gt=0)
+    max_restarts: int = Field(
+        10, ge=0, description="dead engines replaced while a command runs; then the run stops"
+    )
+    unresponsive_seconds: float = Field(
+        120.0, gt=0, description="an engine that has not answered for so long counts as dead"
+    )
 
 
 class RewardsConfig(Section):

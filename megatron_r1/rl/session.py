@@ -66,6 +66,7 @@ class Session:
         self._began = 0.0
         self._stream: RolloutStream[Batch] | None = None
         self._sampler: dict = {}
+        self._pushed: Path | None = None
 
     async def begin(self) -> None:
         """Put the run where it was left, or at its beginning, on trainer and engines alike."""
@@ -175,14 +176,13 @@ class Session:
     async def push_weights(self) -> None:
         """The trainer's present weights become version `step` on every engine."""
         path = self.staging / f"version_{self.step}.safetensors"
-        try:
-            await self.trainer.call(
-                "write_weights", path=str(path), dtype=self.config.rollout.dtype
-            )
-            update = {"path": str(path), "num_bytes": path.stat().st_size}
-            await self.fleet.push(update, self.step)
-        finally:
-            path.unlink(missing_ok=True)
+        await self.trainer.call("write_weights", path=str(path), dtype=self.config.rollout.dtype)
+        update = {"path": str(path), "num_bytes": path.stat().st_size}
+        await self.fleet.push(update, self.step)
+        # An engine that has to be replaced gets this version; none needs the one before.
+        if self._pushed is not None:
+            self._pushed.unlink(missing_ok=True)
+        self._pushed = path
         if self._stream is not None and self.config.rl.staleness:
             self._stream.pushed(self.step)
 
@@ -200,6 +200,7 @@ class Session:
         }
         metrics = {"step": self.step, "optimizer_step": self.state.optimizer_step}
         metrics |= rollout_metrics(rollout, self.step - 1)
+        metrics["engines/restarts"] = self.fleet.num_restarts
         metrics |= self._meter.read() | measured | mean_of_updates(updates) | seconds
         metrics["tokens_per_second"] = metrics.pop("response_tokens") / seconds["time/step"]
         metrics |= await self.recorder.checkpoints.news(self.trainer)

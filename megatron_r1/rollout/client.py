@@ -196,6 +196,11 @@ class EngineClient:
         answer = await self._call("GET", "/weight_info")
         return str(msgspec.json.decode(answer)["weight_version"])
 
+    async def is_sleeping(self) -> bool:
+        """Asks the engine core, which answers between two of its steps."""
+        answer = await self._call("GET", "/is_sleeping")
+        return bool(msgspec.json.decode(answer)["is_sleeping"])
+
     async def _call(self, method: str, path: str, body: Any = None) -> bytes:
         if self._session is None:
             self._session = aiohttp.ClientSession(

@@ -1,4 +1,4 @@
-"""The one exception of this package."""
+"""What engines do wrong."""
 
 
 class EngineError(RuntimeError):
@@ -11,3 +11,8 @@ class EngineError(RuntimeError):
     def __init__(self, message: str, status: int | None = None) -> None:
         super().__init__(message)
         self.status = status
+
+
+class EngineDied(EngineError):
+    """The engine's process has ended, or does nothing any more: another may do what it was asked
+    for."""

@@ -1,40 +1,31 @@
-"""All rollout engines: who gets which group, one policy version everywhere, death noticed."""
+"""All rollout engines: who gets which group, one policy version everywhere, dead ones replaced."""
+
+from __future__ import annotations
 
 import asyncio
 import contextlib
 import os
-from collections.abc import Coroutine, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from megatron_r1.rollout.client import Completion, EngineClient
-from megatron_r1.rollout.errors import EngineError
-from megatron_r1.rollout.server import EngineServer
+from megatron_r1.rollout.engine import Engine
+from megatron_r1.rollout.errors import EngineDied, EngineError
 
-T = TypeVar("T")
 WATCH_SECONDS = 0.2
-# A server whose engine core died fails its requests first and ends a moment later.
-LAST_WORDS_SECONDS = 10.0
+PROBE_SECONDS = 10.0
 
-
-@dataclass
-class Engine:
-    """One server, its client, and what the fleet knows of it."""
-
-    name: str
-    server: EngineServer
-    client: EngineClient
-    num_running: int = 0
-    """Sequences asked for and not yet back."""
-    died: asyncio.Event = field(default_factory=asyncio.Event)
+UpdateInfo = Mapping[str, Any] | Sequence[Mapping[str, Any]]
 
 
 class RolloutFleet:
     """N engines that hold the same weights.
 
-    Use as `async with RolloutFleet(...) as fleet`, or call `close`. A push that fails on any engine
-    leaves the fleet refusing every call: it never serves a mixture of versions.
+    Use as `async with RolloutFleet(...) as fleet`, or call `close`. An engine that ends, or no
+    longer answers, is replaced while the others go on, given the current weights, and what it was
+    asked for is asked for again. A push that a living engine refuses leaves the fleet refusing
+    every call: it never serves a mixture of versions.
     """
 
     def __init__(
@@ -42,33 +33,43 @@ class RolloutFleet:
         num_engines: int,
         log_folder: str | os.PathLike[str],
         *,
+        max_restarts: int = 0,
         start_timeout_seconds: float = 300.0,
         request_timeout_seconds: float = 1800.0,
+        unresponsive_seconds: float = 120.0,
+        say: Callable[[str], None] = lambda message: None,
         **server_settings: Any,
     ) -> None:
         """
         Args:
             log_folder: gets `engine-0.log`, `engine-1.log`, ...
-            server_settings: of `EngineServer`, the same for all; each engine samples from its own
-                seed.
+            max_restarts: engines replaced in all; the death after that fails its calls.
+            unresponsive_seconds: an engine that has not answered for so long counts as dead.
+            say: told when an engine is replaced.
+            server_settings: of `EngineServer`, the same for all.
 
         Raises:
             ValueError: num_engines < 1.
         """
         if num_engines < 1:
             raise ValueError(f"num_engines is {num_engines}; it must be at least 1")
-        self.num_engines = num_engines
-        self.log_folder = Path(log_folder)
+        self.num_engines, self.log_folder = num_engines, Path(log_folder)
+        self.max_restarts, self.num_restarts = max_restarts, 0
         self.start_timeout_seconds = start_timeout_seconds
         self.request_timeout_seconds = request_timeout_seconds
+        self.unresponsive_seconds = unresponsive_seconds
+        self.say = say
         self.server_settings = server_settings
         self.engines: list[Engine] = []
         self.version = -1
+        self._weights: UpdateInfo | None = None
         self._model: Path | None = None
         self._broken: str | None = None
-        self._watch: asyncio.Task[None] | None = None
+        self._pushing = asyncio.Lock()
+        self._watching: list[asyncio.Task[None]] = []
+        self._repairs: set[asyncio.Task[None]] = set()
 
-    async def __aenter__(self) -> "RolloutFleet":
+    async def __aenter__(self) -> RolloutFleet:
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -86,155 +87,172 @@ class RolloutFleet:
         try:
             for index in range(self.num_engines):
                 self.engines.append(self._launch(index))
-            await asyncio.gather(*(self._prepare(engine, version) for engine in self.engines))
+            timeout = self.start_timeout_seconds
+            await asyncio.gather(*(engine.prepare(version, timeout) for engine in self.engines))
         except BaseException:
             await self.close()
             raise
         self.version = version
-        self._watch = asyncio.create_task(self.watch())
+        self._watching = [asyncio.create_task(self._watch()), asyncio.create_task(self._probe())]
 
     async def generate(
         self, prompt_token_ids: Sequence[int], *, n: int, **sampling: Any
     ) -> list[Completion]:
-        """Sample a group of n responses on the least loaded engine.
+        """Sample a group of n responses on the least loaded engine; once more on another where it
+        dies.
 
         Args:
             sampling: further arguments of `EngineClient.generate`.
 
         Raises:
-            EngineError: the call failed or its engine died; says which, how, and what its log says.
+            EngineError: the call failed, or its engine died and no restart is left; says which,
+                how, and what its log says.
         """
-        self._refuse_if_broken()
-        engine = min(self.engines, key=lambda engine: engine.num_running)
-        engine.num_running += n
-        try:
-            return await self._unless_dead(
-                engine, engine.client.generate(prompt_token_ids, n=n, **sampling)
-            )
-        finally:
-            engine.num_running -= n
+        while True:
+            engine = await self._least_loaded()
+            engine.num_running += n
+            try:
+                call = engine.client.generate(prompt_token_ids, n=n, **sampling)
+                return await engine.unless_dead(call)
+            except EngineDied as death:
+                self._replace(engine, death)
+            finally:
+                engine.num_running -= n
 
-    async def push(
-        self, update_info: Mapping[str, Any] | Sequence[Mapping[str, Any]], version: int
-    ) -> None:
-        """Give all engines new weights; the weights file may be deleted when this returns.
+    async def push(self, update_info: UpdateInfo, version: int) -> None:
+        """Give all engines new weights, which must stay readable until the next push: an engine
+        that is replaced gets them too.
 
         Sequences in flight go on under the new weights; their earlier tokens keep their version.
 
         Raises:
             ValueError: `version` is not above the current one.
-            EngineError: an engine failed; the fleet is unusable from then on.
+            EngineError: an engine refused them, or died without a restart left; the fleet is
+                unusable from then on.
         """
         self._refuse_if_broken()
         if version <= self.version:
             raise ValueError(
                 f"push of version {version}, but the engines hold version {self.version}"
             )
-        try:
-            await self._on_all(lambda client: client.pause("keep"))
-            await self._on_all(lambda client: client.update_weights(update_info, version))
-            await self._on_all(lambda client: client.resume())
-        except BaseException as error:
-            self._broken = f"the push of version {version} failed: {error}"
-            raise
-        self.version = version
-
-    async def restart(
-        self,
-        index: int,
-        update_info: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
-    ) -> None:
-        """Replace engine `index`, dead or alive, by a new one that holds the current version.
-
-        Args:
-            update_info: the current weights. None: those in the model folder, right only before the
-                first push.
-
-        Raises:
-            EngineError: it did not start.
-        """
-        self._refuse_if_broken()
-        await self._end(self.engines[index])
-        engine = self._launch(index)
-        try:
-            await self._prepare(engine, self.version)
-            if update_info is not None:
-                await engine.client.pause("keep")
-                await engine.client.update_weights(update_info, self.version)
-                await engine.client.resume()
-        except BaseException:
-            await self._end(engine)
-            raise
-        self.engines[index] = engine
-
-    async def watch(self) -> None:
-        """Notice ended engines, so that calls waiting for them fail at once. Run by `start`."""
-        while True:
-            for engine in self.engines:
-                if not engine.server.is_alive():
-                    engine.died.set()
-            await asyncio.sleep(WATCH_SECONDS)
+        async with self._pushing:
+            engines = [engine for engine in self.engines if engine.is_up]
+            try:
+                for step in (
+                    lambda client: client.pause("keep"),
+                    lambda client: client.update_weights(update_info, version),
+                    lambda client: client.resume(),
+                ):
+                    engines = await self._on(engines, step)
+            except BaseException as error:
+                self._broken = f"the push of version {version} failed: {error}"
+                raise
+            self.version, self._weights = version, update_info
 
     async def close(self) -> None:
         """End all engines. Safe to call more than once."""
-        if self._watch is not None:
-            self._watch.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._watch
-            self._watch = None
-        await asyncio.gather(*(self._end(engine) for engine in self.engines))
+        tasks = [*self._watching, *self._repairs]
+        self._watching, self._repairs = [], set()
+        for task in tasks:
+            task.cancel()
+        for task in tasks:
+            with contextlib.suppress(asyncio.CancelledError, EngineError):
+                await task
+        await asyncio.gather(*(engine.end() for engine in self.engines))
         self.engines = []
 
     def _launch(self, index: int) -> Engine:
         assert self._model is not None, "start() was not called"
-        name = f"engine-{index}"
-        settings = self.server_settings | {"seed": self.server_settings.get("seed", 0) + index}
-        server = EngineServer(self._model, self.log_folder / f"{name}.log", **settings)
-        server.start()
-        return Engine(
-            name, server, EngineClient(server.url, timeout_seconds=self.request_timeout_seconds)
-        )
+        timeout = self.request_timeout_seconds
+        return Engine.launch(index, self._model, self.log_folder, timeout, **self.server_settings)
 
-    async def _prepare(self, engine: Engine, version: int) -> None:
-        try:
-            await asyncio.to_thread(engine.server.wait_ready, self.start_timeout_seconds)
-        except EngineError as error:
-            raise EngineError(f"{engine.name}: {error}") from error
-        await engine.client.init_weight_transfer()
-        await engine.client.set_version(version)
+    async def _least_loaded(self) -> Engine:
+        """Of the engines that serve; waits for one where all are being replaced."""
+        while True:
+            self._refuse_if_broken()
+            up = [engine for engine in self.engines if engine.is_up]
+            if up:
+                return min(up, key=lambda engine: engine.num_running)
+            await asyncio.wait(self._repairs, return_when=asyncio.FIRST_COMPLETED)
 
-    async def _end(self, engine: Engine) -> None:
-        engine.died.set()
-        await engine.client.close()
-        await asyncio.to_thread(engine.server.stop)
+    async def _on(self, engines: list[Engine], step: Callable[[EngineClient], Any]) -> list[Engine]:
+        """Take a step of a push on each; those that are alive after it."""
+        calls = (engine.unless_dead(step(engine.client)) for engine in engines)
+        outcomes = await asyncio.gather(*calls, return_exceptions=True)
+        for engine, outcome in zip(engines, outcomes, strict=True):
+            if isinstance(outcome, EngineDied):
+                self._replace(engine, outcome)
+            elif isinstance(outcome, BaseException):
+                raise outcome
+        return [engine for engine in engines if engine.is_up]
 
-    async def _on_all(self, call: Any) -> None:
-        await asyncio.gather(
-            *(self._unless_dead(engine, call(engine.client)) for engine in self.engines)
-        )
+    def _replace(self, engine: Engine, death: EngineDied) -> None:
+        """Begin to replace a dead engine, unless that is under way; raises `death` when no restart
+        is left."""
+        if not engine.is_up:
+            return
+        engine.is_up = False
+        if self.num_restarts >= self.max_restarts:
+            self._broken = str(death)
+            raise death
+        task = asyncio.create_task(self._revive(engine, death))
+        self._repairs.add(task)
+        task.add_done_callback(self._repairs.discard)
 
-    async def _unless_dead(self, engine: Engine, call: Coroutine[Any, Any, T]) -> T:
-        """Await `call`, or fail as soon as the engine's process has ended."""
-        request = asyncio.ensure_future(call)
-        death = asyncio.ensure_future(engine.died.wait())
-        try:
-            await asyncio.wait({request, death}, return_when=asyncio.FIRST_COMPLETED)
-            if request.done():
-                error = request.exception()
-                if not isinstance(error, EngineError) or (error.status or 500) < 500:
-                    return request.result()
-                await asyncio.wait({death}, timeout=LAST_WORDS_SECONDS)
-            if not death.done():
-                return request.result()
-            raise EngineError(f"{engine.name} died: {engine.server.describe_end()}")
-        finally:
-            request.cancel()
-            death.cancel()
+    async def _revive(self, dead: Engine, reason: EngineError) -> None:
+        """A new engine in the place of `dead`, with the current weights; tries again while restarts
+        are left, then leaves the fleet broken."""
+        await dead.end()
+        while self.num_restarts < self.max_restarts:
+            self.num_restarts += 1
+            count = f"restart {self.num_restarts} of at most {self.max_restarts}"
+            self.say(f"{reason}\n{count}; its requests go to the others or wait")
+            engine = self._launch(dead.index)
+            try:
+                await engine.prepare(self.version, self.start_timeout_seconds)
+                # A push is over before these weights are chosen, or begins after they are loaded.
+                async with self._pushing:
+                    if self._weights is not None:
+                        await engine.client.pause("keep")
+                        await engine.client.update_weights(self._weights, self.version)
+                        await engine.client.resume()
+                    self.engines[dead.index] = engine
+                return
+            except EngineError as error:
+                reason = error
+                await engine.end()
+            except BaseException:
+                await engine.end()
+                raise
+        self._broken = str(reason)
+
+    async def _watch(self) -> None:
+        """Notice ended engines, so that calls waiting for them fail at once."""
+        while True:
+            for engine in self.engines:
+                if not engine.server.is_alive() and not engine.died.is_set():
+                    engine.died.set()
+                    death = EngineDied(f"{engine.name} died: {engine.server.describe_end()}")
+                    with contextlib.suppress(EngineDied):  # the next call says so
+                        self._replace(engine, death)
+            await asyncio.sleep(WATCH_SECONDS)
+
+    async def _probe(self) -> None:
+        """Notice engines that are alive and do nothing."""
+        while True:
+            await asyncio.sleep(PROBE_SECONDS)
+            up = [engine for engine in self.engines if engine.is_up]
+            answers = await asyncio.gather(*(e.answers(self.unresponsive_seconds) for e in up))
+            for engine, is_alive in zip(up, answers, strict=True):
+                if not is_alive and engine.is_up:
+                    seconds = self.unresponsive_seconds
+                    reason = EngineDied(f"{engine.name} has not answered for {seconds:g} seconds")
+                    with contextlib.suppress(EngineDied):
+                        self._replace(engine, reason)
+                    engine.died.set()
 
     def _refuse_if_broken(self) -> None:
         if self._broken is not None:
-            raise EngineError(
-                f"the engines may hold different weights, stop and resume the run: {self._broken}"
-            )
+            raise EngineError(f"no engine can be used; stop and resume the run: {self._broken}")
         if not self.engines:
             raise EngineError("the fleet has no engines: call start() first")

@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from megatron_r1.config import Config
@@ -86,7 +87,8 @@ async def _with_engines(
         config.rewards.timeout_seconds,
         config.rewards.memory_bytes,
     )
-    fleet = _fleet(config, recorder.folder.path / "logs", first_step=recorder.state.step)
+    logs, first_step = recorder.folder.path / "logs", recorder.state.step
+    fleet = _fleet(config, logs, first_step, recorder.view.message)
     rollouts = Rollouts(fleet, pool, text, config.rewards)
     staging = _staging_folder(recorder.folder.path)
     try:
@@ -119,7 +121,7 @@ async def _with_engines(
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def _fleet(config: Config, logs: Path, first_step: int) -> RolloutFleet:
+def _fleet(config: Config, logs: Path, first_step: int, say: Callable[[str], None]) -> RolloutFleet:
     from megatron_r1 import platform  # imports torch; the trainer is starting meanwhile
 
     rollout = config.rollout
@@ -128,6 +130,9 @@ def _fleet(config: Config, logs: Path, first_step: int) -> RolloutFleet:
         logs,
         start_timeout_seconds=rollout.start_timeout_seconds,
         request_timeout_seconds=rollout.request_timeout_seconds,
+        max_restarts=rollout.max_restarts,
+        unresponsive_seconds=rollout.unresponsive_seconds,
+        say=say,
         device="cuda" if platform.has_gpu() else "cpu",
         dtype=rollout.dtype,
         max_model_len=context_length(config),

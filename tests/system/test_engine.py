@@ -66,7 +66,8 @@ def loop():
 
 @pytest.fixture(scope="module")
 def fleet(models, loop, tmp_path_factory):
-    fleet = RolloutFleet(1, tmp_path_factory.mktemp("logs"), return_routing=True, **ENGINE)
+    logs = tmp_path_factory.mktemp("logs")
+    fleet = RolloutFleet(1, logs, max_restarts=2, return_routing=True, **ENGINE)
     loop(fleet.start(models / "a", version=0))
     yield fleet
     loop(fleet.close())
@@ -74,17 +75,17 @@ def fleet(models, loop, tmp_path_factory):
 
 @pytest.fixture
 def push(models, loop, fleet):
-    """Push the model of that name as the next version: through /dev/shm, deleted after."""
+    """Push the model of that name as the next version: through /dev/shm, deleted in the end."""
+    paths = []
 
     async def send(name):
-        path = Path("/dev/shm") / f"test-engine-{os.getpid()}-{fleet.version + 1}"
-        shutil.copy(models / name / "model.safetensors", path)
-        try:
-            await fleet.push(update_of(path), fleet.version + 1)
-        finally:
-            path.unlink()
+        paths.append(Path("/dev/shm") / f"test-engine-{os.getpid()}-{fleet.version + 1}")
+        shutil.copy(models / name / "model.safetensors", paths[-1])
+        await fleet.push(update_of(paths[-1]), fleet.version + 1)
 
-    return send
+    yield send
+    for path in paths:
+        path.unlink()
 
 
 def update_of(path):
@@ -238,26 +239,44 @@ def test_an_update_that_is_not_whole_is_refused(
     assert largest_difference(oracle, models / "a", loop(sample(fleet))) <= TOLERANCE
 
 
-def test_a_killed_engine_fails_its_calls_at_once_and_can_be_restarted(
-    models, oracle, loop, fleet, push
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_an_engine_that_dies_or_hangs_is_replaced_and_its_calls_are_answered(
+    how, models, oracle, loop, fleet, push
 ):
     loop(push("b"))
+    said, restarts = [], fleet.num_restarts
+    fleet.say, fleet.unresponsive_seconds = said.append, 3.0
 
-    async def kill_amid():
-        running = asyncio.ensure_future(sample(fleet, max_tokens=200))
+    async def stop_amid():
+        running = asyncio.ensure_future(sample(fleet, max_tokens=100))
         await asyncio.sleep(0.3)
-        os.kill(engine_core_of(fleet.engines[0].server.process.pid), signal.SIGKILL)
-        with pytest.raises(EngineError, match=r"engine-0 died: .*engine-0\.log"):
-            async with asyncio.timeout(60):  # far below the 1800 seconds that a request may take
-                await running
+        os.kill(engine_core_of(fleet.engines[0].server.process.pid), how)
+        async with asyncio.timeout(180):  # far below the 1800 seconds that a request may take
+            return await running
 
-    loop(kill_amid())
-    with pytest.raises(EngineError, match="engine-0 died"):
-        loop(sample(fleet))
-    loop(fleet.restart(0, update_of(models / "b" / "model.safetensors")))
-    groups = loop(sample(fleet))
+    groups = loop(stop_amid())
+    fleet.unresponsive_seconds = 120.0
+    assert fleet.num_restarts == restarts + 1
+    reason = "died: " if how == signal.SIGKILL else "has not answered for 3 seconds"
+    assert f"engine-0 {reason}" in said[0] and "engine-0" in said[0]
+    # The new engine was started on the model `a`, and given what was pushed last.
     assert stamped(groups) == {fleet.version}
     assert largest_difference(oracle, models / "b", groups) <= TOLERANCE
+
+
+def test_without_a_restart_left_a_death_fails_its_calls_with_the_reason(models, loop, tmp_path):
+    async def run():
+        async with RolloutFleet(1, tmp_path, **ENGINE) as fleet:
+            await fleet.start(models / "a")
+            running = asyncio.ensure_future(sample(fleet, max_tokens=100))
+            await asyncio.sleep(0.3)
+            os.kill(engine_core_of(fleet.engines[0].server.process.pid), signal.SIGKILL)
+            with pytest.raises(EngineError, match=r"engine-0 died: .*engine-0\.log"):
+                await running
+            with pytest.raises(EngineError, match="no engine can be used.*engine-0 died"):
+                await sample(fleet)
+
+    loop(run())
 
 
 def engine_core_of(pid):

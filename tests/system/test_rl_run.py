@@ -131,8 +131,8 @@ def test_the_export_answers_greedily_as_the_trainer_does(finished):
     assert greedy("vllm", finished / "hf") == trainer
 
 
-def start(base: Path, steps: int = 6) -> subprocess.Popen:
-    settings = ["--run.folder", base / "killed", "--run.steps", str(steps)]
+def start(base: Path, *more: str, steps: int = 6) -> subprocess.Popen:
+    settings = ["--run.folder", base / "killed", "--run.steps", str(steps), *more]
     return subprocess.Popen(
         command("rl", base / "rl.yaml", *settings),
         env=environment(),
@@ -176,15 +176,19 @@ def test_whatever_is_killed_the_same_command_continues_and_no_step_is_lost_or_do
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 1 and "trainer rank 0 was killed by signal 9" in errors
 
-    process = start(base)
+    process = start(base, "--rollout.max_restarts", "0")
     wait_for_step(process, folder, 2)
     os.kill(processes_of(folder, "vllm_plugin.serve")[0], signal.SIGKILL)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 1 and "engine-0 died: signal SIGKILL" in errors
     assert "Traceback" not in errors
 
+    # With restarts left, which is the default, the run does not end at all.
     process = start(base)
-    wait_for_step(process, folder, 4)
+    wait_for_step(process, folder, 3)
+    os.kill(processes_of(folder, "vllm_plugin.serve")[0], signal.SIGKILL)
+    wait_for_step(process, folder, 5)
+    assert lines(folder / "metrics.jsonl")[-1]["engines/restarts"] == 1
     process.kill()
     process.wait()
     time.sleep(2)
