@@ -164,14 +164,15 @@ def _shared_fields(hf: dict, params_dtype: torch.dtype, transformer_engine: bool
 
 def _check_sizes(hf, model, sizes, has_experts, transformer_engine) -> None:
     for name, size in sizes.items():
+        key = f"parallel.{name.removesuffix('_parallel')}"
         if not isinstance(size, int) or size < 1:
-            raise ValueError(f"parallel.{name}={size!r} must be a positive integer")
+            raise ValueError(f"{key}={size!r} must be a positive integer")
         if name.startswith("expert") and size > 1 and not has_experts:
-            raise ValueError(f"parallel.{name}={size} needs a model with experts")
+            raise ValueError(f"{key}={size} needs a model with experts")
     rules = model.divisions(hf, transformer_engine)
     for field, size, setting in rules:
         if size % sizes[setting]:
             raise ValueError(
-                f"parallel.{setting}={sizes[setting]} does not divide {field}={size}; "
-                f"choose a divisor of {size}"
+                f"parallel.{setting.removesuffix('_parallel')}={sizes[setting]} does not divide "
+                f"{field}={size}; choose a divisor of {size}"
             )

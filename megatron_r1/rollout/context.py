@@ -23,6 +23,7 @@ def context_length(config: Config) -> int:
         raise ValueError(
             f"rollout.max_response_tokens: {config.rollout.max_response_tokens} leaves no room for "
             f"a prompt within {wanted} tokens; lower it"
+            + (f", or raise rollout.max_model_len (at most {limit})" if wanted < limit else "")
         )
     return wanted
 

@@ -115,9 +115,9 @@ def test_dense_models_refuse_what_they_would_compute_otherwise(hf, changes, mess
         (
             QWEN,
             {"tensor_parallel": 3},
-            "parallel.tensor_parallel=3 does not divide num_attention_heads=4",
+            "parallel.tensor=3 does not divide num_attention_heads=4",
         ),
-        (QWEN, {"tensor_parallel": 4}, "tensor_parallel=4 does not divide num_key_value_heads=2"),
+        (QWEN, {"tensor_parallel": 4}, "parallel.tensor=4 does not divide num_key_value_heads=2"),
         (QWEN, {"pipeline_parallel": 4}, "num_hidden_layers=6 is not a multiple of pipeline"),
         (QWEN, {"virtual_pipeline": 2}, "virtual_pipeline=2 needs parallel.pipeline > 1"),
         (
@@ -125,9 +125,9 @@ def test_dense_models_refuse_what_they_would_compute_otherwise(hf, changes, mess
             {"pipeline_parallel": 2, "pipeline_layout": "Et*3|t*2L"},
             "decoder layers \\(t\\) must stand there 6 times, not 5",
         ),
-        (QWEN, {"expert_parallel": 2}, "expert_parallel=2 needs a model with experts"),
-        (DEEPSEEK, {"expert_parallel": 3}, "expert_parallel=3 does not divide n_routed_experts=8"),
-        (DEEPSEEK, {"tensor_parallel": 0}, "tensor_parallel=0 must be a positive integer"),
+        (QWEN, {"expert_parallel": 2}, "parallel.expert=2 needs a model with experts"),
+        (DEEPSEEK, {"expert_parallel": 3}, "parallel.expert=3 does not divide n_routed_experts=8"),
+        (DEEPSEEK, {"tensor_parallel": 0}, "parallel.tensor=0 must be a positive integer"),
         (DEEPSEEK, {"tensor_parallel": 2, "sequence_parallel": False}, "sequence_parallel=False"),
         (DEEPSEEK, {"recompute": "some"}, "parallel.recompute='some'"),
         (

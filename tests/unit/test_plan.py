@@ -239,6 +239,8 @@ def test_a_layout_that_cannot_work_names_the_number_and_those_that_can(capsys):
             "8 samples of an optimizer step cannot be spread over 16",
         ),
         (["--gpus", "-1"], 2, "--gpus: -1"),
+        (["--memory-gib", "0"], 2, "--memory-gib: 0.0 is not above 0"),
+        (["--rollout.max_response_tokens", "65536"], 2, "or raise rollout.max_model_len"),
         (["--response-tokens", "99999"], 2, "above rollout.max_response_tokens=32768"),
         (["--parallel.tensr", "2"], 2, "did you mean parallel.tensor"),
     ],
@@ -287,6 +289,14 @@ def test_every_recipe_of_a_dense_or_small_model_can_be_planned(capsys):
     options = ["--model.path", str(ROOT / "examples/laptop/model")]
     assert main([recipe, *options]) == 0
     assert "pipeline 1 x 1" in capsys.readouterr().out
+
+
+def test_bf16_moments_take_two_bytes_each(capsys):
+    bills = []
+    for moments in ("float32", "bfloat16"):
+        assert main([str(RECIPE), "--optimizer.moments", moments]) == 0
+        bills.append(capsys.readouterr().out)
+    assert "12 B x (dense" in bills[0] and "8 B x (dense" in bills[1]
 
 
 def test_planning_needs_no_torch():

@@ -22,6 +22,7 @@ from megatron_r1 import config as configuration  # noqa: E402
 from megatron_r1.cli import parse_overrides  # noqa: E402
 from megatron_r1.files import atomic_write  # noqa: E402
 from megatron_r1.models.hf_config import read_hf_config  # noqa: E402
+from megatron_r1.rollout.context import context_length  # noqa: E402
 from tools.plan.bill import Bill  # noqa: E402
 from tools.plan.hardware import GIB, HARDWARE, Assumptions  # noqa: E402
 from tools.plan.job import Job  # noqa: E402
@@ -76,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--hardware", choices=HARDWARE, default="H800")
     parser.add_argument("--memory-gib", type=float, help="of a GPU, instead of the hardware's")
     parser.add_argument("--host-memory-gib", type=float, help="per GPU, instead of 233")
-    parser.add_argument("--rollout-gpus", type=int, default=0, help="GPUs the engines have alone")
+    parser.add_argument("--rollout-gpus", type=int, help="GPUs the engines have alone")
     parser.add_argument("--response-tokens", type=int, help="mean; default: a quarter of the limit")
     parser.add_argument("--prompt-tokens", type=int, default=512, help="mean and longest prompt")
     parser.add_argument("--search", action="store_true", help="also list the fastest layouts")
@@ -88,16 +89,20 @@ def _parser() -> argparse.ArgumentParser:
 def _job(chosen: argparse.Namespace, overrides: dict) -> Job:
     config = configuration.load(chosen.recipe, overrides, required=("model.path",))
     hardware = HARDWARE[chosen.hardware]
-    if chosen.memory_gib:
+    _check_positive(chosen)
+    if config.sft.data:
+        print(
+            f"{chosen.recipe} is a recipe of sft: its model and layout are planned for rl; rollout, "
+            "scoring and push do not apply",
+            file=sys.stderr,
+        )
+    else:
+        context_length(config)
+    if chosen.memory_gib is not None:
         hardware = replace(hardware, memory=chosen.memory_gib * GIB)
-    if chosen.host_memory_gib:
+    if chosen.host_memory_gib is not None:
         hardware = replace(hardware, host_memory=chosen.host_memory_gib * GIB)
     gpus = chosen.gpus or config.parallel.processes
-    least = {"--gpus": (gpus, 1), "--rollout-gpus": (chosen.rollout_gpus, 0)}
-    least["--prompt-tokens"] = (chosen.prompt_tokens, 1)
-    for name, (value, minimum) in least.items():
-        if value < minimum:
-            raise ValueError(f"{name}: {value} is below {minimum}")
     limit = config.rollout.max_response_tokens
     mean = chosen.response_tokens or max(1, limit // 4)
     if mean > limit:
@@ -110,9 +115,17 @@ def _job(chosen: argparse.Namespace, overrides: dict) -> Job:
         world_size=gpus,
         hardware=hardware,
         assumptions=Assumptions(prompt_tokens=chosen.prompt_tokens),
-        rollout_gpus=chosen.rollout_gpus,
+        rollout_gpus=chosen.rollout_gpus or 0,
         response_tokens=mean,
     )
+
+
+def _check_positive(chosen: argparse.Namespace) -> None:
+    names = "gpus memory_gib host_memory_gib rollout_gpus response_tokens prompt_tokens"
+    for name in names.split():
+        value = getattr(chosen, name)
+        if value is not None and value <= 0:
+            raise ValueError(f"--{name.replace('_', '-')}: {value} is not above 0")
 
 
 if __name__ == "__main__":

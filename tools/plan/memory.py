@@ -6,14 +6,16 @@ import math
 from dataclasses import dataclass
 
 from tools.plan.activations import Layer, in_flight, layer_activations
-from tools.plan.job import Job
+from tools.plan.job import BYTES, Job
 from tools.plan.loss_head import head_bytes
 from tools.plan.parameters import Counts, RankCounts
 from tools.plan.quantity import Quantity, Section
 
-ADAM = 12
-"""Bytes of a bf16 parameter's optimizer state: fp32 master copy and two moments. An fp32
-parameter is its own master: 8."""
+
+def adam_bytes(job: Job) -> int:
+    """Of one parameter's optimizer state: two moments and, for a bf16 one, an fp32 master copy."""
+    master = 4 if job.parameter_bytes == 2 else 0
+    return master + 2 * BYTES[job.config.optimizer.moments]
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ def persistent_bytes(job: Job, counts: Counts) -> dict[str, int]:
     value = job.parameter_bytes
     dense = _padded(counts.dense_padded, job.dense_replicas)
     expert = _padded(counts.expert_padded, job.expert_replicas)
-    state = ADAM if value == 2 else 8
+    state = adam_bytes(job)
     shared = dense / job.dense_replicas + expert / job.expert_replicas
     return {
         "parameters": (dense + expert + counts.frozen) * value + 4 * counts.buffers,
@@ -140,7 +142,7 @@ def memory_section(job: Job, rank: RankMemory) -> Section:
     c = rank.counts
     dense, expert = f"{c.dense:,} dense", f"{c.expert:,} expert"
     flights = microbatches_held(job, rank.rank)
-    state = ADAM if value == 2 else 8
+    state = adam_bytes(job)
     left = 1 - parallel.optimizer_offload
     part = f" x {left:.2g}, the rest on the host" if parallel.optimizer_offload else ""
     formulas = {
