@@ -92,7 +92,7 @@ def _job(chosen: argparse.Namespace, overrides: dict) -> Job:
     _check_positive(chosen)
     if config.sft.data:
         print(
-            f"{chosen.recipe} is a recipe of sft: its model and layout are planned for rl; rollout, "
+            f"{chosen.recipe} is a recipe of sft: model and layout are planned for rl; rollout, "
             "scoring and push do not apply",
             file=sys.stderr,
         )
