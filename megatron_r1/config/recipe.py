@@ -49,6 +49,7 @@ class Config(Section):
 
 
 RESUMABLE = (
+    "run.folder",
     "run.steps",
     "run.log_samples",
     "checkpoint",

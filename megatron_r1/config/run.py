@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from megatron_r1.config.section import Section
 
@@ -45,6 +45,15 @@ class ModelConfig(Section):
         ge=0,
         description="of the router's aux-loss-free bias, per optimizer step; 0: frozen",
     )
+
+    @model_validator(mode="after")
+    def _weights_are_loaded_or_random(self):
+        if self.checkpoint and self.init == "random":
+            raise ValueError(
+                f"model.checkpoint: {self.checkpoint} would not be read with model.init: random; "
+                "set model.init to load, or leave model.checkpoint out"
+            )
+        return self
 
 
 class DataConfig(Section):

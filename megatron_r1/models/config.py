@@ -10,7 +10,7 @@ import torch
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 from megatron_r1 import platform
-from megatron_r1.models.hf_config import architecture, need
+from megatron_r1.models.hf_config import architecture, check_supported
 from megatron_r1.models.recompute import recompute_fields
 from megatron_r1.weights.stages import pipeline_stages
 
@@ -48,10 +48,7 @@ def transformer_config(
     divide, and for an unknown override.
     """
     model = import_module(f"megatron_r1.models.{architecture(hf)}")
-    need(hf, "num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size")
-    need(hf, "vocab_size", "rms_norm_eps")
-    if hf.get("hidden_act", "silu") != "silu":
-        raise ValueError(f"hidden_act={hf['hidden_act']!r} is not supported, only 'silu' is")
+    check_supported(hf)
     transformer_engine = platform.uses_transformer_engine()
     sizes = {
         "tensor_parallel": tensor_parallel,

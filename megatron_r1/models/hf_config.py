@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib import import_module
 from pathlib import Path
 
 ARCHITECTURES = {
@@ -46,6 +47,17 @@ def architecture(hf: dict) -> str:
         f"architecture {', '.join(names) or 'missing'} in config.json is not supported; "
         f"supported are {', '.join(ARCHITECTURES)}"
     )
+
+
+def check_supported(hf: dict) -> None:
+    """Raise ValueError for what this stack would not compute as transformers and vLLM do."""
+    need(hf, "num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size")
+    need(hf, "vocab_size", "rms_norm_eps")
+    if hf.get("hidden_act", "silu") != "silu":
+        raise ValueError(f"hidden_act={hf['hidden_act']!r} is not supported, only 'silu' is")
+    model = import_module(f"megatron_r1.models.{architecture(hf)}")
+    model.config_fields(hf)
+    model.model_arguments(hf)
 
 
 def num_mtp_layers(hf: dict) -> int:

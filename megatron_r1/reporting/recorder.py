@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from megatron_r1.config import Config
 from megatron_r1.reporting.live import LiveView
 from megatron_r1.reporting.run_folder import RunFolder
 from megatron_r1.reporting.tensorboard import TensorBoardLog
+from megatron_r1.training.checkpoints import starting
 from megatron_r1.training.checkpoints.series import CheckpointSeries
 from megatron_r1.training.client import TrainerClient
 
@@ -45,10 +47,12 @@ class Recorder:
         facts: Sequence[str] = (),
     ):
         """Raises ValueError for settings other than the run's, or if damage left no checkpoint."""
+        # First, so that a mistake is not written down as the run's settings.
+        note = _note_on_start(config)
         folder.write_config(config.model_dump(), may_change, Config().model_dump())
         self.folder = folder
         self.state = RunState()
-        notes: list[str] = []
+        notes = [note] if note else []
         self.checkpoints = CheckpointSeries(folder.checkpoints, config.checkpoint, notes.append)
         self._go_back()
         self.view = LiveView(title, config.run.steps, facts=facts, history=folder.read_metrics())
@@ -105,3 +109,10 @@ class Recorder:
         self.folder.truncate_after(self.state.step if self.resumed else -1)
         purge = self.state.step + 1 if self.resumed else None
         self._tensorboard = TensorBoardLog(self.folder.tensorboard, purge_step=purge)
+
+
+def _note_on_start(config: Config) -> str | None:
+    """What a person should know of `model.checkpoint`. Raises ValueError for a wrong one."""
+    if not config.model.checkpoint:
+        return None
+    return starting.check_folder(Path(config.model.checkpoint))

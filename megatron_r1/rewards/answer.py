@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megatron_r1.rewards.base import shorten
+from megatron_r1.rewards.beside import numbers_beside, stated_numbers
 
 THINK, END_THINK = "<think>", "</think>"
 ANSWER, END_ANSWER = "<answer>", "</answer>"
@@ -25,6 +26,7 @@ BETWEEN_BOXES = re.compile(
     r"|\band\b|\bor\b){0,40}"
 )
 MAX_BOXES = 100
+STOPS = ".,。，"
 BRACES = re.compile(r"\\.|[{}]", re.DOTALL)
 DELIMITERS = (
     *(("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ("**", "**"), ("`", "`")),
@@ -83,29 +85,32 @@ def last_boxed(text: str) -> str | None:
 def final_answers(block: str) -> list[str]:
     r"""The answers that a short text commits to: one, unless it contradicts itself.
 
-    What different boxes hold, with words between them, and what an "or" puts beside one; or,
+    What different boxes hold, with words between them, what an "or" puts beside one, and a bare
+    number beside it; or,
     without a box, what stands after the last `####` and after others that a number follows; or the
     text as it is. The one that counts, if only one may, is the last.
     """
     if boxed := list(_boxed_from_the_end(block)):
-        return list(dict.fromkeys((*_beside_boxes(block), *boxed[1:], boxed[0])))
+        others = [*_beside_boxes(block), *stated_numbers(block), *_within_box(boxed[0])]
+        return list(dict.fromkeys((*others, *boxed[1:], boxed[0])))
     _, found, last = block.rpartition(MARKER)
     if found and last.strip() and "\n" not in last.strip():
         marked = [match[1].strip() for match in MARKED_NUMBER.finditer(block)]
-        return list(dict.fromkeys((*marked, last.strip())))
+        beside = numbers_beside(block[: block.find(MARKER)])
+        return list(dict.fromkeys((*beside, *marked, last.strip())))
     return [block]
 
 
 def unwrap(answer: str) -> str:
-    r"""`answer` without its decoration: `\boxed{}`, dollar signs, `\text{}`, a full stop, and the
+    r"""`answer` without its decoration: `\boxed{}`, dollar signs, `\text{}`, full stops, and the
     solution before `####`."""
     answer = final_answers(answer)[-1]
     answer, before = answer.strip(), None
     while answer != before:
         before = answer
-        answer = answer.removesuffix(".").rstrip()
+        answer = answer.rstrip(STOPS).rstrip()
         for left, right in DELIMITERS:
-            if _encloses(left, right, answer):
+            if encloses(left, right, answer):
                 answer = answer[len(left) : len(answer) - len(right)].strip()
     return answer
 
@@ -144,7 +149,15 @@ def _beside_boxes(text: str) -> list[str]:
     for match in OR_BOX.finditer(text):
         before = text[max(match.start() - MAX_BESIDE_CHARS, 0) : match.start()]
         words += before.replace("$", " ").replace("*", " ").rstrip(" ,\n").split()[-1:]
-    return [word for word in words if not any(box in word for box in BOXES)]
+    words = [word for word in words if not any(box in word for box in BOXES)]
+    spans = list(itertools.islice(_boxes_from_the_end(text), MAX_BOXES))
+    start, stop = min(span[0] for span in spans), max(span[3] for span in spans)
+    return words + numbers_beside(text[:start], text[stop:])
+
+
+def _within_box(content: str) -> list[str]:
+    r"""What stands beside a box inside a box: the 12 of `\boxed{12\boxed{13}}`."""
+    return _beside_boxes(content) if last_boxed(content) is not None else []
 
 
 def _boxes_from_the_end(text: str) -> Iterator[tuple[int, int, int, int]]:
@@ -180,7 +193,8 @@ def _present(answer: str) -> Extraction:
     return Extraction(answer) if answer else Extraction(None, "no answer found: it is empty")
 
 
-def _encloses(left: str, right: str, answer: str) -> bool:
+def encloses(left: str, right: str, answer: str) -> bool:
+    """Whether `left` at the start of `answer` belongs to `right` at its end."""
     if not (answer.startswith(left) and answer.endswith(right)):
         return False
     if right == "}":

@@ -4,15 +4,14 @@ import ast
 import functools
 import importlib
 import json
-import re
-import unicodedata
 from collections.abc import Callable
 
 import reasoning_gym
 from reasoning_gym.factory import DATASETS
 
-from megatron_r1.rewards.answer import describe, extract
+from megatron_r1.rewards.answer import BOXES, describe, encloses, extract
 from megatron_r1.rewards.base import Grade, shorten
+from megatron_r1.rewards.logic_formula import refusal
 
 # These scorers call eval() on the answer, to forgive one that is a Python list.
 EVALUATING_MODULES = (
@@ -29,13 +28,10 @@ FORMULA_TASKS = {
     "puzzle24",
     "simple_integration",
 }
-FORMULA_CHARS = re.compile(r"[0-9A-Za-z+\-*/^().,\s]*")
-FORMULA_NAMES = frozenset(
-    ("Abs", "acos", "asin", "atan", "cos", "cosh", "cot", "csc", "exp")
-    + ("ln", "log", "pi", "sec", "sin", "sinh", "sqrt", "tan", "tanh")
-)
 # These compare grids with ==, and a grid that travelled as JSON comes back as lists.
 TUPLE_TASKS = {"arc_agi", "rearc"}
+DECORATION = (("$$", "$$"), ("$", "$"), *((box + "{", "}") for box in BOXES))
+MAX_DECORATIONS = 3
 MAX_ANSWER_CHARS = 20_000
 
 
@@ -64,11 +60,11 @@ def grade(
     extraction = extract(response, opened=opened, plain_line=plain_line)
     if extraction.text is None:
         return Grade(0.0, extraction.reason)
-    answer = extraction.text
+    answer = _undecorated(extraction.text, entry["answer"])
     if len(answer) > MAX_ANSWER_CHARS:
         return Grade(0.0, f"answer too long: {len(answer)} characters")
-    if task in FORMULA_TASKS and not is_formula(answer):
-        return Grade(0.0, f"refused: {shorten(answer)} is not a plain formula")
+    if task in FORMULA_TASKS and (reason := refusal(answer)):
+        return Grade(0.0, f"refused: {shorten(answer)}: {reason}")
     if task in TUPLE_TASKS:
         entry = _as_tuples(entry)
     score = min(max(float(scorer(answer, entry)), 0.0), 1.0)
@@ -78,13 +74,14 @@ def grade(
     return Grade(score, f"partly right ({score:.2f}): {shorten(answer)}")
 
 
-def is_formula(answer: str) -> bool:
-    """Whether `answer` holds only numbers, operators, one-letter symbols and common functions."""
-    plain = unicodedata.normalize("NFKC", answer)
-    if not FORMULA_CHARS.fullmatch(plain) or re.search(r"\.\s*[A-Za-z]", plain):
-        return False
-    names = re.findall(r"[A-Za-z][A-Za-z0-9]*", plain)
-    return all(len(name) == 1 or name in FORMULA_NAMES for name in names)
+def _undecorated(answer: str, expected: object) -> str:
+    """`answer` out of a box and dollar signs that hold all of it, unless the truth has them."""
+    for _ in range(MAX_DECORATIONS):
+        for left, right in DECORATION:
+            if encloses(left, right, answer) and not str(expected).startswith(left):
+                answer = answer[len(left) : len(answer) - len(right)].strip()
+                break
+    return answer
 
 
 @functools.lru_cache(maxsize=256)

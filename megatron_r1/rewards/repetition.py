@@ -13,7 +13,7 @@ import re
 import numpy as np
 
 from megatron_r1.rewards.base import Grade
-from megatron_r1.rewards.language.prose import INVISIBLE
+from megatron_r1.rewards.language.folding import INVISIBLE
 
 NUMBER = re.compile(r"\d+")
 WHITE_SPACE = re.compile(r"\s+")

@@ -3,6 +3,7 @@ optimizer, each from the recipe. Called on every rank together."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from megatron_r1 import models, platform, weights
 from megatron_r1.config import Config
 from megatron_r1.models import fp8
 from megatron_r1.models.policy_model import PolicyModel
+from megatron_r1.training.checkpoints import loading, starting
 from megatron_r1.training.moments import moment_fields, round_moments
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -55,12 +57,25 @@ def model_chunks(config: Config, hf: dict, transformer: TransformerConfig) -> li
             models.freeze_mtp(chunk)
         chunks.append(chunk.to(platform.device()))
     if config.model.init == "load" and config.model.checkpoint:
+        _verify(Path(config.model.checkpoint), config)
         weights.load_megatron(chunks, hf, config.model.checkpoint)
     elif config.model.init == "load":
         weights.load_hf(chunks, hf, config.model.path)
     else:
         weights.initialize(chunks, hf, std=config.model.init_std, seed=config.run.seed)
     return chunks
+
+
+def _verify(checkpoint: Path, config: Config) -> None:
+    """Raise ValueError, on every rank, where `checkpoint` is not what its manifest says."""
+    starting.check_folder(checkpoint)
+    if not starting.has_manifest(checkpoint):
+        return
+    if faults := loading.damage(checkpoint, config.checkpoint.verify):
+        raise ValueError(
+            f"model.checkpoint: {checkpoint} is damaged: {'; '.join(faults[:5])}; put a good copy "
+            "there, or load it as it is with checkpoint.verify: none"
+        )
 
 
 def with_gradients(

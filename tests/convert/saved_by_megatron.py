@@ -82,10 +82,35 @@ def same_as_saved(name, folder, size):
     weights.load_megatron([third], hf, saved)
     same_parameters(model, third)
     settings = {"path": str(source), "checkpoint": str(converted), "dtype": "bfloat16"}
-    recipe = Config(model=settings, parallel={"tensor": size, "processes": size})
+    layout = {"tensor": size, "processes": size}
+    recipe = Config(model=settings, parallel=layout)
     transformer = construction.transformer(recipe, hf)
     same_parameters(model, construction.model_chunks(recipe, hf, transformer)[0])
     print(f"{name} on {size}: Megatron loads what was converted", flush=True)
+    damaged_is_refused(hf, settings, layout, folder / f"{name}-damaged")
+    print(f"{name} on {size}: a flipped bit is refused on every rank", flush=True)
+
+
+def damaged_is_refused(hf, model, layout, damaged):
+    """One bit differs, in a file that one of the ranks verifies for all."""
+    if dist.get_rank() == 0:
+        shutil.copytree(model["checkpoint"], damaged)
+        data = bytearray((damaged / "__0_0.distcp").read_bytes())
+        data[len(data) // 2] ^= 1
+        (damaged / "__0_0.distcp").write_bytes(data)
+    dist.barrier()
+    recipe = Config(model={**model, "checkpoint": str(damaged)}, parallel=layout)
+    transformer = construction.transformer(recipe, hf)
+    try:
+        construction.model_chunks(recipe, hf, transformer)
+    except ValueError as error:
+        told = f"model.checkpoint: {damaged} is damaged: __0_0.distcp does not have the checksum"
+        assert told in str(error), error
+    else:
+        raise AssertionError("a damaged checkpoint was loaded")
+    dist.barrier()
+    if dist.get_rank() == 0:
+        shutil.rmtree(damaged)
 
 
 def fp8_is_read_at_any_split(name, folder, size):

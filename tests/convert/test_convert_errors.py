@@ -45,7 +45,7 @@ def test_verify_finds_one_flipped_bit_and_says_where(convert, hf, tmp_path):
     assert status == 1
     changed = load_file(hf / "model.safetensors")[name].float() - tensors[name].float()
     gap = f"{changed.abs().max().item():.6g}"
-    assert f"{name}: 1 elements differ, max |Δ| {gap} at [3, 7]" in said
+    assert f"{name}: 1 element differs, max |Δ| {gap} at [3, 7]" in said
     assert "172 of 173 tensors equal" in said
 
 
@@ -61,7 +61,7 @@ def test_verify_tells_other_dtypes_from_other_values(convert, hf, megatron, tmp_
     save_file(tensors, wide / "model.safetensors", metadata={"format": "pt"})
     status, said = convert("verify", megatron, wide, "--config", hf)
     assert status == 1
-    assert "lm_head.weight: 1 elements differ" in said and " at [0, 0]" in said, said
+    assert "lm_head.weight: 1 element differs" in said and " at [0, 0]" in said, said
     assert "model.layers.4.hnorm.weight: only in one" in said
 
 
@@ -85,6 +85,8 @@ def test_a_damaged_hugging_face_folder_is_not_converted(convert, hf, tmp_path):
     content = weights.read_bytes()
     weights.write_bytes(content[:-10])
     refused(convert("from-hf", hf, out), str(weights), "it is cut off")
+    weights.write_bytes(content + b"more")
+    refused(convert("from-hf", hf, out), str(weights), f"the file at {len(content) + 4}")
     weights.write_bytes(b"\xff" * 8 + content[8:])
     refused(convert("from-hf", hf, out), str(weights), "its header claims")
     weights.unlink()
@@ -97,6 +99,10 @@ def test_what_cannot_be_converted_is_refused_before_anything_is_written(
     convert, hf, megatron, tmp_path, monkeypatch
 ):
     refused(convert("from-hf", hf, megatron), f"{megatron} exists already; remove it")
+    refused(convert("from-hf", hf, hf / "inside"), f"is inside {hf}")
+    refused(convert("to-hf", megatron, megatron / "in" / "side"), f"is inside {megatron}")
+    none = ("--max-file-bytes", "0")
+    refused(convert("to-hf", megatron, tmp_path / "out", *none), "0 must be at least 1")
     refused(convert("to-hf", hf, tmp_path / "out"), "is a Hugging Face folder")
     refused(convert("to-hf", tmp_path / "ghost", tmp_path / "out"), "ghost does not exist")
     refused(convert("from-hf", megatron, tmp_path / "out"), "has no config.json")
@@ -113,4 +119,8 @@ def test_what_cannot_be_converted_is_refused_before_anything_is_written(
     config = json.loads((hf / "config.json").read_text())
     (hf / "config.json").write_text(json.dumps({**config, "architectures": ["Gpt2LMHeadModel"]}))
     refused(convert("from-hf", hf, tmp_path / "out"), "Gpt2LMHeadModel", "supported are")
+    (hf / "config.json").write_text(json.dumps({**config, "num_experts_per_tok": 3}))
+    refused(convert("from-hf", hf, tmp_path / "out"), "num_experts_per_tok=3", "topk_group")
+    arguments = (megatron, tmp_path / "out", "--config", hf)
+    refused(convert("to-hf", *arguments), "num_experts_per_tok=3", "topk_group")
     assert not list(tmp_path.glob("out*"))

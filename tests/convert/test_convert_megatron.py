@@ -28,6 +28,7 @@ def test_converted_checkpoints_are_what_megatron_saves_and_loads(convert, tmp_pa
         for name in CHECKED:
             assert f"{name} on {ranks}: saved = converted" in output
             assert f"{name} on {ranks}: Megatron loads what was converted" in output
+            assert f"{name} on {ranks}: a flipped bit is refused on every rank" in output
         assert f"wide on {ranks}: FP8 read" in output
 
 
@@ -36,7 +37,8 @@ def test_the_result_computes_the_checkpoints_logits(convert, oracle, tmp_path, m
     assert convert("from-hf", oracle / model, tmp_path / "megatron")[0] == 0
     arguments = ("--dtype", dtype, "--config", oracle / model)
     status, said = convert("to-hf", tmp_path / "megatron", tmp_path / "out", *arguments)
-    assert status == 0 and "transformers' logits are Megatron's" in said, said
+    assert status == 0 and "transformers' logits are Megatron's, both on the weights" in said, said
+    assert f"rounded to {dtype.replace('fp8', 'FP8')} (" in said
 
 
 def test_a_result_that_computes_something_else_is_refused(convert, oracle, tmp_path):

@@ -42,6 +42,7 @@ def test_a_continued_run_equals_an_uninterrupted_one_bit_for_bit(straight, oracl
     assert len(set(draws)) == 3 and draws != expected[0]["steps"][1]["draws"]
 
 
+@pytest.mark.slow
 def test_so_it_does_along_every_other_axis(oracle, tmp_path):
     grids = ["dp2", "ep2", "pp2", "pp2xvp2"]
     for rank, reports in enumerate(play("both", oracle, tmp_path, "+".join(grids))):
@@ -50,7 +51,13 @@ def test_so_it_does_along_every_other_axis(oracle, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("num_ranks", "grid"), [(1, "dp1"), (2, "dp2"), (4, "tp2xep2"), (4, "pp2xvp2xdp2")]
+    ("num_ranks", "grid"),
+    [
+        (1, "dp1"),
+        (2, "dp2"),
+        (4, "tp2xep2"),
+        pytest.param(4, "pp2xvp2xdp2", marks=pytest.mark.slow),
+    ],
 )
 def test_what_two_ranks_wrote_continues_on_one_and_on_four(straight, oracle, num_ranks, grid):
     out, written = straight

@@ -167,6 +167,69 @@ COMMITTED: dict[str, list[tuple[str, str, int, str]]] = {
         ("€5", "EUR 5", 1, "one currency"),
         ("€5", "USD 5", 0, "another currency"),
     ],
+    "two answers in one block": [
+        *(
+            ("13", answer, 0, "a second number, as an answer")
+            for answer in (
+                *(r"\boxed{13}, 12", r"\boxed{13} 12", r"12, so \boxed{13}", r"12 \boxed{13}"),
+                *(r"\boxed{12\boxed{13}}", "12 #### 13", "The answer is 12. The answer is 13"),
+                *("answer: 12 answer: 13", r"The answer is 12. \boxed{13}", "答案是12。答案是13"),
+            )
+        ),
+        ("13", r"2 + 11 = \boxed{13}", 1, "a calculation"),
+        ("13", r"x = 13, so \boxed{13}", 1, "an explanation"),
+        ("13", r"13, so \boxed{13}", 1, "one value twice"),
+        ("13", r"1. \boxed{13}", 1, "an item of a list"),
+        ("13", r"There are 4 boxes of 3 and one more, so \boxed{13}", 1, "an explanation"),
+        ("1/2", "The answer is 1/2. The answer is 1/2", 1, "one value twice"),
+        ("3x", "The answer is 3x. Final answer: 3x", 1, "one value twice"),
+    ],
+    "Chinese": [
+        *(
+            ("13", answer, 1, "a unit, a prefix or a full stop")
+            for answer in (
+                *(
+                    "13。",
+                    "13元",
+                    "13个",
+                    "13 厘米",
+                    "￥13",
+                    "答案是13",
+                    "答案为13。",
+                    "答案：13个",
+                ),
+                *("13平方厘米", r"13\text{厘米}", "答案是 $13$。", "13只猫"),
+            )
+        ),
+        ("5 cm", "5 厘米", 1, "one unit in two languages"),
+        ("13元", "13", 1, "a unit that one side leaves out"),
+        ("5 cm", "5 米", 0, "another unit"),
+        ("5 苹果", "5 橘子", 0, "another thing"),
+        *(
+            ("13", answer, 0, "another value")
+            for answer in (
+                *("13万", "13千", "13个半", "13多", "13倍", "13以上", "13或12", "12。13", "13点5"),
+                *("13分之1", "答案不是13", "不是13", "13打", "13双", "13平方"),
+            )
+        ),
+    ],
+    "sentences and spellings": [
+        ("13", "There are 13 apples.", 1, "one number in a sentence"),
+        ("13", "The value of $x$ is 13", 1, "one number in a sentence"),
+        ("13", "((13))", 1, "brackets"),
+        ("13", "13,", 1, "a comma at the end"),
+        ("13", "x := 13", 1, "a definition"),
+        ("infinity", r"\infty", 1, "a word and its sign"),
+        ("none", r"\emptyset", 1, "a word and its sign"),
+        (r"\emptyset", "none", 1, "a word and its sign"),
+        ("13", "There are 13 million people", 0, "a word that counts"),
+        ("13", "There are 13 or 12 apples", 0, "two candidates"),
+        ("13", "There are no 13 apples", 0, "the opposite"),
+        ("13", "The value of 12 is 13", 0, "two numbers"),
+        ("13", "The value is not 13", 0, "the opposite"),
+        ("13", "The reciprocal is 13", 0, "of another value"),
+        ("13", "((13)(1))", 0, "a product"),
+    ],
     "phrases, dates and times": [
         ("DNE", "does not exist", 1, "an abbreviation"),
         ("undefined", r"\text{DNE}", 1, "one meaning"),

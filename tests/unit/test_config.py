@@ -48,6 +48,8 @@ def test_a_preset_fills_what_the_recipe_leaves_out(tmp_path):
         ({"optimizer": {"lr": 1e-3}}, "unknown key optimizer.lr; optimizer has learning_rate, min"),
         ({"rl": {"group_size": "many"}}, "rl.group_size: input should be a valid integer"),
         ({"rl": {"group_size": 1}}, "greater than or equal to 2, got 1"),
+        ({"model": {"checkpoint": "a/b", "init": "random"}},
+         "model.checkpoint: a/b would not be read with model.init: random"),
         ({"rl": {"minibatches": 7}}, "rl.minibatches: 7 does not divide the 8192 outputs"),
     ],
 )  # fmt: skip

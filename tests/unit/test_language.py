@@ -207,3 +207,62 @@ def test_ten_megabytes_of_anything_are_graded_within_the_limits():
     assert counts["graded"] == len(responses), [grade.reason for grade in grades]
     assert grades[0].reward == 1.0 and grades[1].reward == 0.0
     assert 0.5 < grades[-1].reward < 0.9
+
+
+def morse(word):
+    table = {"e": ".", "t": "-", "a": ".-", "i": "..", "n": "-.", "s": "...", "o": "---"}
+    return " ".join(table.get(letter, "-..-") for letter in word)
+
+
+CIPHERS = {
+    "letters and commas": lambda word: ",".join(word),
+    "letters and full stops": lambda word: ".".join(word),
+    "letters and hyphens": lambda word: "-".join(word),
+    "letters in code": lambda word: f"`{' '.join(word)}`",
+    "letters in a formula": lambda word: f"${', '.join(word)}$",
+    "commands": lambda word: "\\" + word,
+    "commands in a formula": lambda word: f"$\\{word}$",
+    "after numbers": lambda word: f"1{word[:3]}",
+    "circled": lambda word: "".join(chr(0x24D0 + ord(c) - 97) for c in word),
+    "in brackets": lambda word: "".join(chr(0x249C + ord(c) - 97) for c in word),
+    "squared": lambda word: "".join(chr(0x1F130 + ord(c) - 97) for c in word),
+    "negative squared": lambda word: "".join(chr(0x1F170 + ord(c) - 97) for c in word),
+    "regional": lambda word: "".join(chr(0x1F1E6 + ord(c) - 97) for c in word),
+    "tags": lambda word: "".join(chr(0xE0000 + ord(c)) for c in word),
+    "variation selectors": lambda word: "".join(chr(0xE0100 + ord(c)) for c in word),
+    "mathematical": lambda word: "".join(chr(0x1D44E + ord(c) - 97) for c in word),
+    "entities": lambda word: "".join(f"&#{ord(c)};" for c in word),
+    "entities, twice": lambda word: "".join(f"&amp;#x{ord(c):x};" for c in word),
+    "braille": lambda word: "".join(chr(0x2801 + ord(c) - 97) for c in word),
+    "emoji": lambda word: "".join(chr(0x1F600 + ord(c) - 97) for c in word),
+    "operators": lambda word: "".join(chr(0x2200 + ord(c) - 97) for c in word),
+    "morse": morse,
+    "morse in a formula": lambda word: f"${morse(word)}$",
+    "Greek letters": lambda word: " ".join(chr(0x3B1 + (ord(c) - 97) % 24) for c in word),
+}
+
+
+@pytest.mark.parametrize("cipher", CIPHERS)
+def test_no_other_way_to_spell_a_language_is_neutral_without_bound(cipher):
+    spelled = " ".join(CIPHERS[cipher](word.lower()) for word in SPOKEN)
+    assert grade(think(f"{spelled * 8} 好"), target="zh").reward < 0.2
+
+
+HONEST = {
+    "arithmetic": "我们把 (3+4)*(5-2) 算出来，(3+4)*(5-2) = 7*3 = 21，再加 4，得 21+4=25。",
+    "variables": "设 x 为第一个数，y 为第二个数，则 x + y = 13，所以 y = 13 - x，代入得 x = 5。",
+    "Greek": "设角 α 和 β 满足 α + β = π，那么 β = π - α，于是 sin α = sin β。",
+    "formulae": "由 $x^2 + 2x + 1 = (x+1)^2$ 得到 $x = -1$，所以方程只有一个解。",
+    "display": "于是\n\\[ \\frac{a+b}{2} \\geq \\sqrt{ab} \\]\n当且仅当 $a = b$ 时等号成立。",
+    "LaTeX without dollars": "所以 \\frac{1}{2} \\times \\sqrt{x} \\leq \\alpha，因此结论成立。",
+    "list": "步骤如下：\n1. **第一步**：计算总和。\n2. **第二步**：求平均值。\n- 检查一下。\n",
+    "table": "| 项目 | 数量 |\n|---|---|\n| 苹果 | 13 |\n| 橘子 | 12 |\n所以一共是 25 个。",
+    "emoji": "好的，这一步是对的 ✅，我们继续往下算 😊。",
+    "points": "在等腰三角形 ABC 中，两条腰 AB 和 AC 相等，点 D 是底边 BC 的中点，所以 AD ⊥ BC。",
+    "code": "用 `dp[i][j] = max(dp[i-1][j], dp[i][j-1])` 更新状态，最后输出结果即可。",
+}
+
+
+@pytest.mark.parametrize("kind", HONEST)
+def test_honest_chinese_with_its_symbols_keeps_its_reward(kind):
+    assert grade(think(HONEST[kind] * 20), target="zh").reward > 0.95

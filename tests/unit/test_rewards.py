@@ -13,6 +13,7 @@ from megatron_r1.rewards import format as format_reward
 from megatron_r1.rewards import logic as logic_reward
 from megatron_r1.rewards.answer import extract, final_answers, last_boxed, unwrap
 from megatron_r1.rewards.combine import combine
+from megatron_r1.rewards.logic_formula import is_formula, refusal
 
 GOOD = "<think>2 + 11</think><answer>13</answer>"
 
@@ -142,7 +143,11 @@ def test_nested_braces_and_decoration_come_off():
         (r"\boxed{12}, no: \boxed{13}", ["12", "13"]),
         (r"\boxed{12} or \boxed{13}", ["12, 13"]),
         (r"\boxed{13}, so \fbox{13}", ["13"]),
-        (r"12 \boxed{13} 14", ["13"]),
+        (r"12 \boxed{13} 14", ["12", "14", "13"]),
+        (r"so 12 boxes, \boxed{13} each", ["13"]),
+        (r"\boxed{12\boxed{13}}", ["12", r"12\boxed{13}"]),
+        (r"The answer is 12. \boxed{13}", ["12", "13"]),
+        ("12 #### 13", ["12", "13"]),
         ("6 + 7\n#### 13", ["13"]),
         ("#### 12\n#### 13", ["12", "13"]),
         ("#### Solution\n6 + 7\n#### 13", ["13"]),
@@ -202,9 +207,49 @@ def test_no_scorer_runs_the_answer_as_code(template, tmp_path):
 
 def test_formulas_are_told_from_programs():
     for formula in ("(3 + 4) * 5", "-34*x**8/15 - 5*x/4 + C", "sin(x)^2 + 2x", "1.5*exp(X)"):
-        assert logic_reward.is_formula(formula), formula
+        assert is_formula(formula), formula
     for program in ("open(1)", "x.y", "eval (x)", "S('1')", "x__y", "[1]", "ｅｖａｌ(1)", "x2"):
-        assert not logic_reward.is_formula(program), program
+        assert not is_formula(program), program
+
+
+@pytest.mark.parametrize(
+    "formula",
+    [
+        "3+5+7+0*9**9**9",
+        "9^9^9",
+        "(x + y)**(9**9)",
+        "((x + 1)**60)**60",
+        "2**-9**9",
+        "2**(10**5)",
+        "exp(exp(exp(9)))",
+        "1*" * 900 + "9**9**" * 30 + "9",
+        "(" * 900 + "1" + ")" * 900,
+        "09**9**9",
+    ],
+)
+def test_no_scorer_evaluates_what_is_too_large(formula):
+    entry = {"answer": None, "metadata": {"numbers": [3, 5, 7], "target": 15}}
+    grade = logic_reward.grade(f"<answer>{formula}</answer>", task="countdown", entry=entry)
+    assert grade.reward == 0.0 and grade.reason.startswith("refused"), grade.reason
+
+
+def test_formulas_of_honest_size_may_be_evaluated():
+    for formula in ("3 + 5 + 7", "(3 + 4) * 5 / 2", "-34*x**8/15 - 5*x/4 + C", "2*exp(3*x)"):
+        assert refusal(formula) == "", formula
+    for task in ("countdown", "puzzle24", "polynomial_multiplication", "simple_integration"):
+        data = reasoning_gym.create_dataset(task, size=20, seed=5)
+        for item in data:
+            if item["answer"]:
+                assert refusal(item["answer"]) == "", item["answer"]
+
+
+@pytest.mark.parametrize("form", [r"\boxed{3}", "$3$", r"$\boxed{3}$", "$$3$$", r"\fbox{ 3 }"])
+def test_logic_reads_an_answer_in_a_box_or_dollar_signs(form):
+    entry = {"question": "4 - 1 =", "answer": "3", "metadata": {}}
+    fields = {"task": "chain_sum", "entry": entry}
+    assert logic_reward.grade(f"<answer>{form}</answer>", **fields).reward == 1.0
+    assert logic_reward.grade(f"<answer>2 {form}</answer>", **fields).reward == 0.0
+    assert logic_reward.grade("<answer>$3$ $4$</answer>", **fields).reward == 0.0
 
 
 def test_terms_are_weighted_and_named():

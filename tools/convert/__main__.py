@@ -77,10 +77,13 @@ def _config(verb: argparse.ArgumentParser) -> None:
 
 def main() -> int:
     chosen = parser().parse_args()
+    chosen.arguments = sys.argv[1:]
     verb = {"to-hf": to_hf, "from-hf": from_hf, "verify": verify}[chosen.verb]
     try:
         if chosen.workers < 1:
             raise ValueError(f"--workers {chosen.workers} must be at least 1")
+        if chosen.verb == "to-hf" and chosen.max_file_bytes < 1:
+            raise ValueError(f"--max-file-bytes {chosen.max_file_bytes} must be at least 1")
         return verb.run(chosen)
     except ValueError as error:
         print(f"tools/convert: {error}", file=sys.stderr)

@@ -13,7 +13,8 @@ from pathlib import Path
 import parts
 import torch
 from chunks import Piece, cut, group
-from sources import HF_FILES, fingerprint, is_hf
+from sources import HF_FILES, fingerprint, is_hf, read_supported_config, refuse_inside
+from wording import counted
 from work_folder import WorkFolder
 
 from megatron_r1.files import atomic_write
@@ -53,7 +54,8 @@ def run(chosen: Namespace) -> int:
     """Convert; the folder appears when it is whole."""
     if not is_hf(chosen.hf):
         raise ValueError(f"{chosen.hf} has no config.json: give a Hugging Face model folder")
-    hf = read_hf_config(chosen.hf)
+    refuse_inside(chosen.out, chosen.hf)
+    hf = read_supported_config(chosen.hf)
     with HfWeights(chosen.hf, hf) as weights:
         with_mtp = _has_mtp(weights, hf)
         weights.check(with_mtp)
@@ -75,7 +77,10 @@ def run(chosen: Namespace) -> int:
     files = group(p for slot in found.slots for p in cut(slot, job.dtype_of(slot.key).itemsize))
     done = parts.run(partial(write_file, job), list(enumerate(files)), chosen.workers)
     _finish(work, job, found, done, with_mtp)
-    print(f"{chosen.out}: {len(found.shapes)} tensors, {plan['dtype']}, in {len(files)} files")
+    print(
+        f"{chosen.out}: {counted(len(found.shapes), 'tensor')}, {plan['dtype']}, in "
+        f"{counted(len(files), 'file')}"
+    )
     return 0
 
 

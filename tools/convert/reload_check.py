@@ -43,7 +43,9 @@ def check(checkpoint: Path, hf_files: Path, folder: Path, dtype: torch.dtype, wo
     if not fits or dtype == torch.float8_e4m3fn:
         _same_tensors(checkpoint, hf_files, folder, workers)
     if fits:
-        _same_logits(checkpoint, folder, dtype)
+        with open_weights(checkpoint, hf_files) as source:
+            rounded = _rounding(source.dtype, dtype)
+        _same_logits(checkpoint, folder, dtype, rounded)
 
 
 def _same_tensors(checkpoint: Path, hf_files: Path, folder: Path, workers: int) -> None:
@@ -59,7 +61,17 @@ def _same_tensors(checkpoint: Path, hf_files: Path, folder: Path, workers: int) 
     print(f"reread: {len(names)} tensors are the checkpoint's")
 
 
-def _same_logits(checkpoint: Path, folder: Path, dtype: torch.dtype) -> None:
+def _rounding(stored: torch.dtype, dtype: torch.dtype) -> str:
+    """What the weights go through before either library has them, in words."""
+    if dtype == torch.float8_e4m3fn:
+        return ", both on the weights rounded to FP8 (what rounding changes is not compared)"
+    if torch.promote_types(stored, dtype) == dtype:
+        return ""
+    name = str(dtype).removeprefix("torch.")
+    return f", both on the weights rounded to {name} (what rounding changes is not compared)"
+
+
+def _same_logits(checkpoint: Path, folder: Path, dtype: torch.dtype, rounded: str) -> None:
     name = str(dtype).removeprefix("torch.")
     with tempfile.TemporaryDirectory() as scratch:
         ours, theirs = Path(scratch) / "megatron.pt", Path(scratch) / "transformers.pt"
@@ -73,7 +85,7 @@ def _same_logits(checkpoint: Path, folder: Path, dtype: torch.dtype) -> None:
             f"of their standard deviation (at most {TOLERANCE:g}): do not use it; compare the "
             "tensors with tools/convert verify"
         )
-    print(f"reloaded: transformers' logits are Megatron's, max |Δ| / σ = {gap:.1e}")
+    print(f"reloaded: transformers' logits are Megatron's{rounded}: max |Δ| / σ = {gap:.1e}")
 
 
 def _ask(script: str, *arguments) -> None:

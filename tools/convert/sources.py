@@ -1,4 +1,4 @@
-"""What the paths on the command line are: a Hugging Face folder, a checkpoint, a run."""
+"""The models on both sides: their configuration, their weights, whether they are still the same."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ from pathlib import Path
 
 import yaml
 
-from megatron_r1.models.hf_config import read_hf_config
-from megatron_r1.training.checkpoints import finding, manifest
+from megatron_r1.models.hf_config import check_supported, read_hf_config
 from megatron_r1.weights.stored.hf_weights import HfWeights
 from megatron_r1.weights.stored.megatron_weights import MegatronWeights
 
@@ -22,37 +21,23 @@ def is_hf(path: Path) -> bool:
     return (path / "config.json").is_file()
 
 
-def find_checkpoint(path: Path) -> Path:
-    """The checkpoint that `path` means: itself, or a run's newest undamaged one.
+def read_supported_config(folder: Path) -> dict:
+    """The config.json in `folder`; ValueError for a model that could not be trained here.
 
-    Raises ValueError when it is neither.
+    A converted model that the trainer refuses, or routes otherwise than vLLM does, helps nobody.
     """
-    if (path / "metadata.json").is_file():
-        return path
-    if is_hf(path):
-        raise ValueError(f"{path} is a Hugging Face folder; a Megatron checkpoint is wanted here")
-    if (path / "checkpoints").is_dir():
-        newest, damaged = finding.newest(path / "checkpoints", "size")
-        if newest is None:
-            found = "; ".join(map(str, damaged)) or "it has none"
-            raise ValueError(
-                f"{path / 'checkpoints'} has no undamaged checkpoint ({found}); to convert one as "
-                "it is, give its folder and --checksums none"
-            )
-        return newest
-    what = "does not exist" if not path.exists() else "has no metadata.json and no checkpoints/"
-    raise ValueError(f"{path} {what}: give a checkpoint's folder or a run's folder")
+    hf = read_hf_config(folder)
+    try:
+        check_supported(hf)
+    except ValueError as error:
+        raise ValueError(f"{folder / 'config.json'}: {error}") from error
+    return hf
 
 
-def check_manifest(checkpoint: Path, how: str) -> None:
-    """Raise ValueError naming the files that are not what was written; needs a manifest."""
-    if not (checkpoint / manifest.NAME).is_file():
-        return
-    if faults := manifest.damage(checkpoint, how):
-        raise ValueError(
-            f"{checkpoint} is damaged: {'; '.join(faults[:5])}; convert another checkpoint, or "
-            "this one as it is with --checksums none"
-        )
+def refuse_inside(out: Path, source: Path) -> None:
+    """Raise ValueError where `out` would change the folder that is being read."""
+    if source.resolve() in (out.resolve(), *out.resolve().parents) and not out.exists():
+        raise ValueError(f"{out} is inside {source}, which is read: give an OUT beside it")
 
 
 def find_hf_files(checkpoint: Path, given: Path | None) -> Path:
@@ -82,13 +67,12 @@ def find_hf_files(checkpoint: Path, given: Path | None) -> Path:
 
 
 def open_weights(path: Path, config: Path | None) -> Weights:
-    """The weights at `path`, of any kind, with their files found whole."""
+    """The weights in a Hugging Face folder or a checkpoint, with their files found whole."""
     if is_hf(path):
         weights = HfWeights(path, read_hf_config(path))
         weights.check(with_mtp=False)
         return weights
-    checkpoint = find_checkpoint(path)
-    return MegatronWeights(checkpoint, read_hf_config(find_hf_files(checkpoint, config)))
+    return MegatronWeights(path, read_hf_config(find_hf_files(path, config)))
 
 
 def fingerprint(path: Path) -> dict[str, list[int]]:

@@ -12,17 +12,15 @@ from pathlib import Path
 import parts
 import reload_check
 import torch
-from sources import (
-    check_manifest,
-    find_checkpoint,
-    find_hf_files,
-    fingerprint,
-)
+from checkpoints import check_manifest, find_checkpoint
+from sources import find_hf_files, fingerprint, read_supported_config, refuse_inside
 from stripes import stripes
+from wording import counted
 from work_folder import WorkFolder
 
 from megatron_r1.files import fsync
 from megatron_r1.models.hf_config import read_hf_config
+from megatron_r1.training.checkpoints import manifest
 from megatron_r1.weights.stored import fp8, fp8_blocks
 from megatron_r1.weights.stored.file_plan import plan_file, stored_tensors
 from megatron_r1.weights.stored.hf_folder import (
@@ -50,9 +48,13 @@ class Job:
 
 def run(chosen: Namespace) -> int:
     """Convert, then compare what was written with the checkpoint unless told not to."""
-    checkpoint = find_checkpoint(chosen.checkpoint)
+    found = find_checkpoint(chosen.checkpoint)
+    checkpoint = found.folder
+    refuse_inside(chosen.out, checkpoint)
+    # Before the files are read, some of which may be what is missing.
+    check_manifest(found, "size" if chosen.checksums == "full" else chosen.checksums, chosen)
     hf_files = find_hf_files(checkpoint, chosen.config)
-    hf = read_hf_config(hf_files)
+    hf = read_supported_config(hf_files)
     with MegatronWeights(checkpoint, hf) as weights:
         dtype = _dtype(chosen.dtype) or weights.dtype
         with_mtp = weights.with_mtp
@@ -65,12 +67,12 @@ def run(chosen: Namespace) -> int:
         "dtype": str(dtype).removeprefix("torch."),
         "max-file-bytes": chosen.max_file_bytes,
     }
-    check_manifest(checkpoint, "size" if chosen.checksums == "full" else chosen.checksums)
     work = WorkFolder(chosen.out, plan)
     work.check_space(sum(plan_file(tensors).num_bytes for tensors in files.values()))
-    if chosen.checksums == "full" and not work.continued:
+    # Files are begun after this check only: one that is there says that it was passed.
+    if chosen.checksums == "full" and not any(work.path.glob("*.safetensors")):
         try:
-            check_manifest(checkpoint, "full")
+            check_manifest(found, "full", chosen)
         except ValueError:
             work.abandon_empty()
             raise
@@ -82,7 +84,12 @@ def run(chosen: Namespace) -> int:
     if not chosen.no_check:
         reload_check.check(checkpoint, hf_files, work.path, dtype, chosen.workers)
     work.finish()
-    print(f"{chosen.out}: {sum(map(len, files.values()))} tensors in {len(files)} files")
+    if not (checkpoint / manifest.NAME).is_file():
+        print(f"{checkpoint} has no {manifest.NAME}: no checksum of it was verified")
+    print(
+        f"{chosen.out}: {counted(sum(map(len, files.values())), 'tensor')} in "
+        f"{counted(len(files), 'file')}"
+    )
     return 0
 
 

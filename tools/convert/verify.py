@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections import Counter
+from pathlib import Path
 
+from checkpoints import check_manifest, find_checkpoint
 from comparison import Sides, common_dtype, compare, entry_of
 from sources import is_hf, open_weights
+from wording import counted
 
 from megatron_r1.weights.stored import fp8
 
@@ -16,8 +19,8 @@ SHOWN = 20
 def run(chosen: Namespace) -> int:
     """0 where everything is equal, 1 where not; prints what is not."""
     config = chosen.config or next((side for side in (chosen.a, chosen.b) if is_hf(side)), None)
-    sides = Sides(chosen.a, chosen.b, config)
-    with open_weights(chosen.a, config) as a, open_weights(chosen.b, config) as b:
+    sides = Sides(_model(chosen.a, chosen), _model(chosen.b, chosen), config)
+    with open_weights(sides.a, config) as a, open_weights(sides.b, config) as b:
         names, alone, reshaped = _sort_names(a, b)
         explained = _explain(a, b, names)
     differing = compare(sides, names, chosen.workers)
@@ -25,7 +28,8 @@ def run(chosen: Namespace) -> int:
         print(text)
     for one in sorted(differing, key=lambda d: -d.largest)[:SHOWN]:
         at = f" at {list(one.where)}" if one.where else ""
-        print(f"{one.name}: {one.count:,} elements differ, max |Δ| {one.largest:.6g}{at}")
+        differ = f"{counted(one.count, 'element')} differ{'s' if one.count == 1 else ''}"
+        print(f"{one.name}: {differ}, max |Δ| {one.largest:.6g}{at}")
     if len(differing) > SHOWN:
         print(f"… and {len(differing) - SHOWN} more tensors that differ less")
     for text in explained:
@@ -35,6 +39,19 @@ def run(chosen: Namespace) -> int:
         f"{len(names) - len(differing)} of {len(names) + len(alone) + len(reshaped)} tensors equal"
     )
     return 1 if num_bad else 0
+
+
+def _model(path: Path, chosen: Namespace) -> Path:
+    """The folder that `path` means; of a run its newest checkpoint, which must be undamaged.
+
+    A checkpoint that is given itself is compared as it is.
+    """
+    if is_hf(path):
+        return path
+    found = find_checkpoint(path)
+    if found.run is not None:
+        check_manifest(found, "full", chosen)
+    return found.folder
 
 
 def _sort_names(a, b) -> tuple[list[str], list[str], list[str]]:

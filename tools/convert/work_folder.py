@@ -31,7 +31,7 @@ class WorkFolder:
             fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise ValueError(f"{self.path} is being written by another conversion") from error
-        self.continued = self._check(plan)
+        self._check(plan)
         for leftover in self.path.glob(".*.tmp"):
             leftover.unlink()
 
@@ -63,11 +63,11 @@ class WorkFolder:
         self._lock.close()
         fsync(self.out.parent)
 
-    def _check(self, plan: dict) -> bool:
+    def _check(self, plan: dict) -> None:
         path = self.path / _PLAN
         if not path.exists():
             atomic_write(path, json.dumps(plan))
-            return False
+            return
         before = json.loads(path.read_text(encoding="utf-8"))
         now = json.loads(json.dumps(plan))
         if changed := [key for key in now if before.get(key) != now[key]]:
@@ -79,4 +79,3 @@ class WorkFolder:
                 f"{self.path} holds an unfinished conversion of something else ({'; '.join(told)} "
                 "now); continue that one, or remove the folder"
             )
-        return True

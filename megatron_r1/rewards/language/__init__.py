@@ -2,7 +2,7 @@
 
     reward = words in the target language / words        (DeepSeek-R1, arXiv 2501.12948 v2, eq. 5)
 
-Code, formulae, numbers and identifiers are in no language and count on neither side (`prose`), up
+Code, formulae, numbers, identifiers and symbols are in no language and count on neither side, up
 to a share of the words: beyond it, a thought is being written in them. A Chinese word is 1.7
 characters (`words`). Script decides, so a Latin word of another language counts
 as English.
@@ -10,15 +10,13 @@ as English.
 
 from megatron_r1.rewards.answer import END_THINK, THINK
 from megatron_r1.rewards.base import Grade
-from megatron_r1.rewards.language.prose import prose
+from megatron_r1.rewards.language.prose import FENCED_WEIGHT, prose
 from megatron_r1.rewards.language.words import WordCount, count_words
 
 LANGUAGES = {"en": "English", "zh": "Chinese"}
 FREE_WORDS, FREE_SHARE = 8, 1 / 2
 """So many words of inline code, formulae and identifiers are neutral: these, and this share of the
 words of the prose. An explanation of a program may name something in every third word."""
-FENCED_WEIGHT = 1 / 8
-"""Of a word in a code block: a program is longer than what is said about it."""
 
 
 def grade(
@@ -51,6 +49,7 @@ def judged_words(thought: str) -> WordCount:
     parts = prose(thought)
     words = count_words(parts.text)
     neutral = count_words(parts.inline).plus(count_words(parts.fenced), FENCED_WEIGHT)
+    neutral = neutral.plus(WordCount(0, 0, parts.marks), 1)
     beyond = neutral.total - FREE_WORDS - FREE_SHARE * words.total
     if beyond <= 0 or not words.total:
         return words

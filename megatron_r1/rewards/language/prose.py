@@ -9,14 +9,10 @@ its kind, and a token begins only where the character before it could not belong
 import re
 from dataclasses import dataclass
 
-# Zero-width, soft-hyphen and direction marks; combining accents; variation selectors: a word that
-# is sprinkled with them is still that word.
-INVISIBLE = re.compile(
-    "[\u00ad\u034f\u0300-\u036f\u061c\u180e\u1ab0-\u1aff\u1dc0-\u1dff\u200b-\u200f\u202a-\u202e"
-    "\u2060-\u206f\u20d0-\u20ff\ufe00-\ufe0f\ufe20-\ufe2f\ufeff\U000e0000-\U000e01ef]+"
-)
-FULL_WIDTH = re.compile("[！-～]")
-TO_HALF_WIDTH = {code: code - 0xFEE0 for code in range(ord("！"), ord("～") + 1)}
+from megatron_r1.rewards.language.folding import fold
+from megatron_r1.rewards.language.latex import formula_words, letter_rows
+from megatron_r1.rewards.language.marks import count_marks, count_symbols
+from megatron_r1.rewards.language.words import GLUED_WORD_LETTERS
 
 SPANS = re.compile(
     r"""
@@ -61,23 +57,28 @@ SPACED_LETTERS = re.compile(r"(?<![^\W_])[A-Za-z](?:[ ][A-Za-z](?![^\W_])){4,}+"
 
 SYMBOL = re.compile(r"""[^\w\s,.;:!?'"’“”‘，。；：！？、（）「」《》…—-]|[_\d]""")
 WORD_LIKE = re.compile(r"[^\W\d_]{2,}")
+FENCED_WEIGHT = 1 / 8
+"""Of a word in a code block: a program is longer than what is said about it."""
 MIN_PROSE_WORDS = 8
 MAX_PROSE_SYMBOLS = 0.04
-COMMAND = re.compile(r"\\[A-Za-z]++")
-# In formulae, two letters are a product (`ab`, `dx`) and capitals are points (`ABC`).
-FORMULA_WORD = re.compile(r"(?<![A-Za-z])[A-Za-z][a-z]{2,}(?![A-Za-z])|[^\x00-\x7f]+")
 NO_WORDS = re.compile(rf"[0-9]|(?:{FUNCTIONS})(?![A-Za-z])")
+# `1the`: no unit, and not one of `2x` and `3rd`'s letters that could be meant.
+AFTER_NUMBER = re.compile(rf"(?<=[0-9.,])(?!(?:{UNITS}|st|nd|rd|th)$)[A-Za-z]{{2,3}}$")
+# Stands for what was left out, so that the symbols on its sides stay apart.
+OPERAND = " 0 "
 CAMEL = re.compile(r"(?<=[a-z])(?=[A-Z])|[\W\d_]+")
 
 
 @dataclass(frozen=True)
 class Prose:
     """text: what is in a language. Neutral, but not without bound: `inline`, the words of inline
-    code, of formulae and of identifiers; `fenced`, those of code blocks."""
+    code, of formulae and of identifiers; `fenced`, those of code blocks; `marks`, what symbols and
+    single letters may stand for, in words (see `marks`)."""
 
     text: str
     inline: str
     fenced: str
+    marks: float
 
 
 def prose(text: str) -> Prose:
@@ -87,31 +88,38 @@ def prose(text: str) -> Prose:
     with their units, identifiers (`x1`, `max_len`, `np.array`, `leftSum`), functions (`sin`),
     lone acronyms. Kept: a code block or formula that is prose in disguise, see `_is_prose`.
     """
-    text = INVISIBLE.sub("", text)
-    if FULL_WIDTH.search(text):
-        text = text.translate(TO_HALF_WIDTH)
+    text, num_invisible = fold(text)
+    marks = num_invisible / GLUED_WORD_LETTERS
     inline: list[str] = []
     fenced: list[str] = []
 
     def span(match: re.Match) -> str:
+        nonlocal marks
         if _is_prose(match[0]):
             return match[0]
+        marks += count_symbols(match[0].strip("`$")) * (FENCED_WEIGHT if match["fence"] else 1)
         if match["fence"]:
             fenced.append(match[0])
         elif match["code"]:
-            inline.append(CAMEL.sub(" ", match[0]))
+            inline.extend((CAMEL.sub(" ", match[0]), *letter_rows(match[0])))
         else:
-            inline.extend(FORMULA_WORD.findall(COMMAND.sub(" ", match[0])))
-        return " "
+            inline.extend(formula_words(match[0]))
+        return OPERAND
 
     def token(match: re.Match) -> str:
+        nonlocal marks
         if not NO_WORDS.match(match[0]):
-            inline.append(CAMEL.sub(" ", match[0]))
-        return " "
+            parts = CAMEL.sub(" ", match[0])
+            marks += count_marks(parts)
+            inline.append(parts)
+        else:
+            inline.extend(AFTER_NUMBER.findall(match[0]))
+        return OPERAND
 
     text = TOKENS.sub(token, SPANS.sub(span, text))
     text = SPACED_LETTERS.sub(lambda letters: letters[0].replace(" ", ""), text)
-    return Prose(text, " ".join(inline), " ".join(fenced))
+    marks += count_marks(text)
+    return Prose(text, " ".join(inline), " ".join(fenced), marks)
 
 
 def _is_prose(span: str) -> bool:

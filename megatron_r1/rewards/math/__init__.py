@@ -9,6 +9,7 @@ import functools
 
 from megatron_r1.rewards.answer import MARKER, describe, extract, final_answers, unwrap
 from megatron_r1.rewards.base import Grade, shorten
+from megatron_r1.rewards.beside import stated_numbers
 from megatron_r1.rewards.math.comparison import compare
 from megatron_r1.rewards.math.text import stated
 
@@ -41,6 +42,7 @@ def grade(
         reason = f"answer too long: {num_chars} characters, at most {MAX_ANSWER_CHARS} are read"
         return Grade(0.0, reason)
     *others, answer = (unwrap(stated(text)) for text in final_answers(extraction.text))
+    others += stated_numbers(extraction.text)[:-1]
     limit = max(min(MAX_ANSWER_CHARS, 2 * len(expected) + MAX_EXTRA_CHARS), len(expected))
     if (num_chars := len(answer)) > limit:
         return Grade(0.0, f"answer too long: {num_chars} characters, at most {limit} are read")

@@ -10,6 +10,7 @@ from math_verify import verify
 
 from megatron_r1.rewards.answer import unwrap
 from megatron_r1.rewards.math import text as math_text
+from megatron_r1.rewards.math.chinese import split_han_unit
 from megatron_r1.rewards.math.finished import is_division, is_unfinished
 from megatron_r1.rewards.math.limits import refusal
 from megatron_r1.rewards.math.lists import compare_lists, compare_matrices
@@ -42,7 +43,9 @@ def compare(truth: str, answer: str) -> tuple[bool, str]:
 
     Runs sympy: only within time and memory limits.
     """
-    expected, answer = unwrap(truth), unwrap(answer)
+    (expected, ours), (answer, theirs) = map(split_han_unit, (unwrap(truth), unwrap(answer)))
+    if not same_unit(ours, theirs):
+        return False, ""
     if (moment := read_moment(expected)) is not None:
         return moment == read_moment(answer), ""
     expected, answer = read_phrase(expected), read_phrase(answer)

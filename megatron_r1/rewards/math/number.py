@@ -30,6 +30,8 @@ FORMS = [
 PERCENT = re.compile(r"\s*(?:\\?%|\\text\s*\{\s*(?:percent|per cent)\s*\}|percent|per cent|pct)$")
 # `-(1/2)` and `(-3)/4`: brackets that change nothing.
 WRAPPED = re.compile(r"([+-]?)\s*(?:\(([^()]*)\)|\[([^\[\]]*)\])")
+WRAPPED_TWICE = re.compile(r"\(\s*(\([^()]*\))\s*\)")
+MAX_WRAPS = 4
 WRAPPED_PART = re.compile(r"(?:^|(?<=[/{]))\(\s*([+-]?[\d.]+)\s*\)(?=[/}]|$)")
 ROUNDING_PLACES = 6
 """As math-verify: a decimal may stand for what it rounds to in six places …"""
@@ -56,6 +58,8 @@ def read_number(text: str) -> Written | None:
     text = text.strip()
     bare = PERCENT.sub("", text)
     is_percent = bare != text
+    for _ in range(MAX_WRAPS):
+        bare = WRAPPED_TWICE.sub(r"\1", bare)
     while (match := WRAPPED.fullmatch(bare)) is not None:
         bare = match[1] + (match[2] or match[3] or "").strip()
     bare = WRAPPED_PART.sub(r"\1", bare)

@@ -5,7 +5,8 @@ import re
 from megatron_r1.rewards.math.text import plain
 
 PHRASES = {
-    r"\emptyset": (*("empty set", "the empty set", r"\varnothing", r"\{\}", r"\{ \}"),),
+    r"\emptyset": (*("empty set", "the empty set", "none", r"\varnothing", r"\{\}", r"\{ \}"),),
+    r"\infty": ("infinity", "positive infinity"),
     r"\mathbb{R}": ("all real numbers", "all reals", "every real number", "the real numbers"),
     "does not exist": (
         *("dne", "d.n.e", "doesn't exist", "do not exist", "undefined", "is undefined"),

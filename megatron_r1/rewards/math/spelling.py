@@ -43,7 +43,7 @@ COMMANDS = {
         "ρ": r"\rho ",
         "σ": r"\sigma ",
     },
-    **{"τ": r"\tau ", "φ": r"\phi ", "ω": r"\omega ", "Δ": r"\Delta ", "、": ","},
+    **{"τ": r"\tau ", "φ": r"\phi ", "ω": r"\omega ", "Δ": r"\Delta ", "、": ",", "￥": "¥"},
     **dict.fromkeys("\t\n\r\u00a0\u2002\u2003\u2009\u202f\u3000", " "),
     # Full-width forms of ! to ~ are the ASCII characters 0xFEE0 below them.
     **{chr(code + 0xFEE0): chr(code) for code in range(0x21, 0x7F)},
@@ -79,6 +79,7 @@ REWRITES = [
         (r"\\neq?(?![A-Za-z])|!=", r"\\neq "),
         (r"\\lt(?![A-Za-z])", "<"),
         (r"\\gt(?![A-Za-z])", ">"),
+        (r":=|≔", "="),
         (r"\*\*", "^"),
         (r"\*", r"\\cdot "),
         (r"\^\s*\{?\s*\\circ\s*\}?|\\degree(?![A-Za-z])", "°"),

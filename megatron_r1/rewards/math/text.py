@@ -6,6 +6,8 @@ r"""Answers that are words: the letter of a choice, or a text. Compared as text,
 import re
 import unicodedata
 
+from megatron_r1.rewards.math.units import NO_UNITS
+
 LETTER = r"[A-J]"
 WRAPPED = re.compile(
     r"\\(?:text|textbf|textit|mathrm|mathbf|textrm|mathit|textsf|mathsf|boldsymbol|mbox|emph)\s*\{([^{}]*)\}"
@@ -30,6 +32,16 @@ WORD = re.compile(r"[A-Za-z]+(?:['-][A-Za-z]+)*")
 
 
 STATED = re.compile(r"(?:^|\W)answer\b[\s:*]*(?:(?:is|to|=)\b)?[\s:*=]*", re.IGNORECASE)
+STATED_IN_CHINESE = re.compile(r"答案?(?:是|为|等于|[:：])[\s:：*=]*")
+# One number, and words around it that say what it is of.
+THERE_ARE = re.compile(
+    r"there (?:is|are|were|was|will be) (?P<number>\d[\d.,]*(?: [a-z]+){0,3})[.\s]*", re.IGNORECASE
+)
+THE_IS = re.compile(
+    r"(?:(?:so|thus|hence|therefore),? )?the (?P<name>[a-z][a-z' ]{0,80}) (?:is|equals) "
+    r"(?P<number>[-+]?\d[\d.,/]*(?: [a-z]+){0,3})[.\s]*",
+    re.IGNORECASE,
+)
 CLOSING_WORDS = re.compile(r"[\s.]*I hope (?:it|this) is correct[\s.]*$", re.IGNORECASE)
 ENDING_FORMULA = re.compile(
     r"[^$\d\\]*(?P<formula>\$[^$]+\$|\$\$[^$]+\$\$|\\\((?:[^\\]|\\[^()])+\\\)"
@@ -45,12 +57,23 @@ def stated(text: str) -> str:
     Other sentences come back whole. No number may stand before the formula.
     """
     text = EMPHASIS.sub(r"\1", CLOSING_WORDS.sub("", text))
-    phrases = list(STATED.finditer(text))
+    phrases = list(STATED.finditer(text)) or list(STATED_IN_CHINESE.finditer(text))
     if phrases and (rest := text[phrases[-1].end() :].strip("* \n")).strip(". "):
         text = rest
     if (match := ENDING_FORMULA.fullmatch(text)) is not None:
         return match["formula"]
-    return text.lstrip("= ")
+    return _in_sentence(text) or text.lstrip("= ")
+
+
+def _in_sentence(text: str) -> str | None:
+    """The number, with its unit, of `There are 13 apples` and `The value of x is 13`."""
+    text = text.strip().replace("$", "")
+    if (match := THERE_ARE.fullmatch(text)) is not None:
+        return match["number"]
+    match = THE_IS.fullmatch(text)
+    if match is None or any(word in NO_UNITS for word in match["name"].lower().split()):
+        return None
+    return match["number"]
 
 
 def plain(text: str) -> str:

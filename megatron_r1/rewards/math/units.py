@@ -32,7 +32,8 @@ KNOWN = {
     **dict.fromkeys(("€", "euro", "EUR"), "€"),
     **dict.fromkeys(("£", "GBP"), "£"),
     **dict.fromkeys(("¢", "cent"), "¢"),
-    **dict.fromkeys(("¥", "yuan", "yen", "₹", "rupee"), None),
+    **dict.fromkeys(("¥", "yuan"), "¥"),
+    **dict.fromkeys(("yen", "₹", "rupee"), None),
 }
 # Words that change the value, or name another one: `13 million`, `13 or less`, `13 squared`.
 NO_UNITS = frozenset(

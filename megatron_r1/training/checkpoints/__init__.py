@@ -4,6 +4,7 @@ again.
     finding.py    which folders are there, which is chosen, what is kept    pure Python
     manifest.py   size and checksum of every file                           pure Python
     series.py     the controller's part: save, learn the outcome, load      pure Python
+    starting.py   the one that a run's first weights come from              pure Python
     contents.py   what a rank puts in and takes out
     gathering.py  the optimizer's shards put together
     host_memory.py  buffers that are kept between checkpoints

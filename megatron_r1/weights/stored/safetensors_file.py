@@ -69,7 +69,7 @@ class SafetensorsFile:
         try:
             entries = json.loads(os.pread(self.file, length, 8))
             entries.pop("__metadata__", None)
-            found = {}
+            found, last = {}, 0
             for name, entry in entries.items():
                 start, end = entry["data_offsets"]
                 found[name] = Stored(entry["dtype"], tuple(entry["shape"]), 8 + length + start)
@@ -77,9 +77,12 @@ class SafetensorsFile:
                     raise ValueError(
                         f"{name} ends at byte {8 + length + end}, the file at {size}: it is cut off"
                     )
+                last = max(last, end)
                 known = DTYPES.get(entry["dtype"])
                 if known and prod(entry["shape"]) * known.itemsize != end - start:
                     raise ValueError(f"{name} has {end - start} bytes, its shape says otherwise")
+            if 8 + length + last != size:
+                raise ValueError(f"its tensors end at byte {8 + length + last}, the file at {size}")
         except (KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
             raise ValueError(f"its header is not one of safetensors ({error!r})") from error
         return found

@@ -1,0 +1,92 @@
+"""Which checkpoint of a run is converted, and what happens where that one is damaged."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import write_folder
+from small_models import MODELS
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def run(convert, tmp_path):
+    """A run's folder with the steps 2 and 4, other weights in each."""
+    folder = tmp_path / "run"
+    for step, scale in ((2, 1), (4, 2)):
+        hf = write_folder(tmp_path / f"hf{step}", MODELS["qwen-tied"], torch.float32)
+        rescale(hf / "model.safetensors", scale)
+        assert convert("from-hf", hf, folder / f"checkpoints/step_{step:08d}")[0] == 0
+    return folder
+
+
+def rescale(path, factor):
+    from safetensors.torch import load_file, save_file
+
+    tensors = {name: values * factor for name, values in load_file(path).items()}
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def flip(folder):
+    data = bytearray((folder / "__0_0.distcp").read_bytes())
+    data[len(data) // 2] ^= 1
+    (folder / "__0_0.distcp").write_bytes(data)
+
+
+DAMAGE = {
+    "no manifest": (lambda folder: (folder / "manifest.json").unlink(), "manifest.json is missing"),
+    "no metadata": (lambda folder: (folder / "metadata.json").unlink(), "metadata.json is missing"),
+    "a flipped bit": (flip, "__0_0.distcp does not have the checksum"),
+}
+
+
+def test_the_newest_is_taken_and_named(convert, run, tmp_path):
+    status, said = convert("to-hf", run, tmp_path / "out", "--no-check")
+    assert status == 0 and f"{run}: step 4, its newest" in said, said
+    assert "in 1 file\n" in said
+    assert convert("verify", tmp_path / "out", tmp_path / "hf4")[0] == 0
+    status, said = convert("verify", run, tmp_path / "hf2")
+    assert status == 1 and f"{run}: step 4, its newest" in said, said
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_an_older_one_is_not_taken_for_a_damaged_newest_but_offered(convert, run, tmp_path, kind):
+    break_it, fault = DAMAGE[kind]
+    break_it(run / "checkpoints/step_00000004")
+    out = tmp_path / "out"
+    for arguments in (
+        ("to-hf", run, out, "--no-check", "--dtype", "bfloat16"),
+        ("verify", run, tmp_path / "hf2"),
+    ):
+        status, said = convert(*arguments)
+        assert status == 2 and "step_00000004 is damaged" in said and fault in said, said
+        assert "of step 2" in said and not list(tmp_path.glob("out*"))
+        command = said.strip().splitlines()[-1].split()
+        assert command[:2] == ["python", "tools/convert"]
+        older = subprocess.run([sys.executable, *command[1:]], cwd=REPOSITORY, timeout=300)
+        assert older.returncode == 0
+        shutil.rmtree(out, ignore_errors=True)
+
+
+def test_with_nothing_undamaged_or_set_aside_that_is_said(convert, run, tmp_path):
+    for step in (2, 4):
+        flip(run / f"checkpoints/step_{step:08d}")
+    status, said = convert("to-hf", run, tmp_path / "out")
+    assert status == 2 and "has no older one that is undamaged" in said, said
+    aside = run / "checkpoints/step_00000004.damaged"
+    (run / "checkpoints/step_00000004").rename(aside)
+    said = convert("to-hf", run, tmp_path / "out")[1]
+    assert "step 2, its newest" in said and f"set aside as damaged: {aside.name}" in said
+
+
+def test_without_a_manifest_nothing_was_verified_and_that_is_said(convert, run, tmp_path):
+    checkpoint = run / "checkpoints/step_00000004"
+    said = convert("to-hf", checkpoint, tmp_path / "whole", "--no-check")[1]
+    assert "manifest.json" not in said
+    (checkpoint / "manifest.json").unlink()
+    status, said = convert("to-hf", checkpoint, tmp_path / "out", "--no-check")
+    assert status == 0 and f"{checkpoint} has no manifest.json: no checksum" in said, said
