@@ -99,8 +99,8 @@ class Session:
 
     async def _sample(self, step: int) -> Batch:
         rl, rollout = self.config.rl, self.config.rollout
-        sampling = self._sampling(rl.group_size, rollout.temperature, rollout.top_p)
-        sampling = replace(sampling, routing=self._routing, step=step)
+        sampling = self._sampling(rl.group_size, rollout.temperature, rollout.top_p, step)
+        sampling = replace(sampling, routing=self._routing)
         collect = partial(self.rollouts.collect, sampling=sampling)
         wanted = rl.questions_per_rollout
         if rl.dynamic_sampling:
@@ -114,12 +114,13 @@ class Session:
     @property
     def eval_sampling(self) -> Sampling:
         settings = self.config.eval
-        return self._sampling(settings.samples, settings.temperature, settings.top_p)
-
-    def _sampling(self, num_samples: int, temperature: float, top_p: float) -> Sampling:
-        limit = self.config.rollout.max_response_tokens
         # The base model is evaluated as step 0, with the weights of the first step.
-        return Sampling(num_samples, temperature, top_p, limit, step=max(1, self.step))
+        step = max(1, self.step)
+        return self._sampling(settings.samples, settings.temperature, settings.top_p, step)
+
+    def _sampling(self, num_samples: int, temperature: float, top_p: float, step: int) -> Sampling:
+        limit = self.config.rollout.max_response_tokens
+        return Sampling(num_samples, temperature, top_p, limit, step)
 
     @property
     def uses_reference(self) -> bool:

@@ -23,26 +23,27 @@ def sample_cost(hf: dict) -> Callable[[int], float]:
 
 def balance_length(hf: dict) -> float:
     """s_0, in tokens: the length of a sample whose attention costs as much as everything else."""
-    heads = hf["num_attention_heads"]
+    width = hf["num_attention_heads"] * sum(head_sizes(hf))
+    return 2 * active_parameters(hf) / (hf["num_hidden_layers"] * width)
+
+
+def head_sizes(hf: dict) -> tuple[int, int]:
+    """Features of a query and of a value head."""
     if hf.get("kv_lora_rank"):
-        sizes = hf["qk_nope_head_dim"] + hf["qk_rope_head_dim"] + hf["v_head_dim"]
-    else:
-        sizes = 2 * (hf.get("head_dim") or hf["hidden_size"] // heads)
-    return 2 * active_parameters(hf) / (hf["num_hidden_layers"] * heads * sizes)
+        return hf["qk_nope_head_dim"] + hf["qk_rope_head_dim"], hf["v_head_dim"]
+    size = hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"]
+    return size, size
 
 
 def active_parameters(hf: dict) -> float:
     """Weights of the matrix products one token meets: its own experts, the head, no embedding and
     no multi-token-prediction layers."""
     experts, chosen = hf.get("n_routed_experts"), hf.get("num_experts_per_tok")
+    tied = hf.get("tie_word_embeddings")
     total = 0.0
     for name, (shape, _) in hf_tensors(hf, with_mtp=False).items():
-        if len(shape) < 2 or (name == "model.embed_tokens.weight" and not _is_head(hf)):
+        if len(shape) < 2 or (name == "model.embed_tokens.weight" and not tied):
             continue
         share = chosen / experts if experts and ".mlp.experts." in name else 1.0
         total += prod(shape) * share
     return total
-
-
-def _is_head(hf: dict) -> bool:
-    return bool(hf.get("tie_word_embeddings"))

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_r1.models import read_hf_config
 from megatron_r1.training.cost import active_parameters, balance_length, sample_cost
 from megatron_r1.training.packing import pack
 
@@ -59,24 +60,7 @@ def test_fewer_samples_than_ranks_is_refused():
         pack([1, 1, 1], 4, 100)
 
 
-DEEPSEEK_V3 = {
-    "architectures": ["DeepseekV3ForCausalLM"],
-    "num_hidden_layers": 61,
-    "first_k_dense_replace": 3,
-    "hidden_size": 7168,
-    "num_attention_heads": 128,
-    "q_lora_rank": 1536,
-    "kv_lora_rank": 512,
-    "qk_nope_head_dim": 128,
-    "qk_rope_head_dim": 64,
-    "v_head_dim": 128,
-    "n_routed_experts": 256,
-    "num_experts_per_tok": 8,
-    "n_shared_experts": 1,
-    "moe_intermediate_size": 2048,
-    "intermediate_size": 18432,
-    "vocab_size": 129_280,
-}
+DEEPSEEK_V3 = read_hf_config("examples/deepseek_r1/model")
 
 
 def test_a_long_sample_costs_what_its_attention_does():

@@ -6,6 +6,7 @@ from math import prod
 import numpy as np
 import pytest
 
+from megatron_r1.models import read_hf_config
 from megatron_r1.weights import layout, shard
 from megatron_r1.weights.layout import stage_shards
 from megatron_r1.weights.push import EngineLayout, Planner, Region, TrainerGrid
@@ -40,21 +41,7 @@ QWEN = {
     "vocab_size": 130,
     "tie_word_embeddings": True,
 }
-DEEPSEEK_V3 = DEEPSEEK | {
-    "num_hidden_layers": 61,
-    "first_k_dense_replace": 3,
-    "hidden_size": 7168,
-    "num_attention_heads": 128,
-    "q_lora_rank": 1536,
-    "kv_lora_rank": 512,
-    "qk_nope_head_dim": 128,
-    "qk_rope_head_dim": 64,
-    "v_head_dim": 128,
-    "n_routed_experts": 256,
-    "moe_intermediate_size": 2048,
-    "intermediate_size": 18432,
-    "vocab_size": 129_280,
-}
+DEEPSEEK_V3 = read_hf_config("examples/deepseek_r1/model")
 WORLDS = [
     (DEEPSEEK, TrainerGrid(1), EngineLayout()),
     (DEEPSEEK, TrainerGrid(4, tensor=2, expert=2), EngineLayout(2, tensor=2)),

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from math import prod
 
+from megatron_r1.training.cost import head_sizes
 from tools.plan.job import Job
 from tools.plan.parameters import ModelCounts
 from tools.plan.quantity import Quantity, Section
@@ -17,7 +18,7 @@ from tools.plan.quantity import Quantity, Section
 
 def attention_flops(hf: dict, length: float) -> float:
     """Forward, of one token and one layer, averaged over a causal sequence of `length` tokens."""
-    return 2 * hf["num_attention_heads"] * sum(_head_sizes(hf)) * length / 2
+    return 2 * hf["num_attention_heads"] * sum(head_sizes(hf)) * length / 2
 
 
 def forward_flops(hf: dict, length: float) -> float:
@@ -32,7 +33,7 @@ def decode_flops(hf: dict, length: float) -> float:
     if hf.get("kv_lora_rank"):
         sizes = 2 * hf["kv_lora_rank"] + hf["qk_rope_head_dim"]
     else:
-        sizes = sum(_head_sizes(hf))
+        sizes = sum(head_sizes(hf))
     attention = 2 * hf["num_attention_heads"] * sizes * length
     return 2 * ModelCounts(hf).multiplied + hf["num_hidden_layers"] * attention
 
@@ -87,11 +88,3 @@ def flops_section(job: Job) -> Section:
             f"prefill {prefill:.2e} + {decoded:,} decoded tokens at {half:,.0f} cached on average",
         ),
     }
-
-
-def _head_sizes(hf: dict) -> tuple[int, int]:
-    """Features of a query and of a value head."""
-    if hf.get("kv_lora_rank"):
-        return hf["qk_nope_head_dim"] + hf["qk_rope_head_dim"], hf["v_head_dim"]
-    size = hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"]
-    return size, size

@@ -66,12 +66,3 @@ class Traffic:
     def busiest_sender(self) -> float:
         """The busiest rank's bytes over the average of all ranks."""
         return self.sent.max() / self.sent.mean()
-
-    @property
-    def busiest_receiver(self) -> float:
-        return self.received.max() / self.received.mean()
-
-    def seconds(self, bytes_per_second: float) -> float:
-        """max(out, in) over ranks / bandwidth: every rank has one link of `bytes_per_second`, sends
-        and receives at once, and nothing else is slower."""
-        return max(self.sent.max(), self.received.max()) / bytes_per_second
