@@ -10,7 +10,7 @@ LOCK := requirements/cpu.lock
 INSTALLED := $(VENV)/.installed
 INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: system-packages setup demo test test-all lint format bench clean
+.PHONY: system-packages cluster-packages setup demo test test-all lint format bench clean
 
 setup: system-packages $(INSTALLED)
 
@@ -20,6 +20,13 @@ system-packages:
 	{ [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && echo "installing bubblewrap and g++" && \
 	{ apt-get install -y -qq bubblewrap g++ || { apt-get update -qq && apt-get install -y -qq bubblewrap g++; }; } >/dev/null 2>&1; } || \
 	echo "the code reward needs bubblewrap and g++, which are not installed (its tests are skipped): sudo apt-get install bubblewrap g++"
+
+# For tests/cluster: a Slurm that the tests start themselves, and network namespaces. The rest works without.
+cluster-packages:
+	@PATH=$$PATH:/usr/sbin:/sbin; command -v slurmctld >/dev/null && command -v munged >/dev/null && command -v ip >/dev/null || \
+	{ [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && echo "installing slurm, munge and iproute2" && \
+	{ apt-get install -y -qq slurm-wlm munge iproute2 || { apt-get update -qq && apt-get install -y -qq slurm-wlm munge iproute2; }; } >/dev/null 2>&1; } || \
+	echo "the tests of the Slurm scripts need slurm, munge and root (they are skipped): sudo apt-get install slurm-wlm munge iproute2"
 
 $(INSTALLED): $(LOCK) setup.py pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, found %d.%d: make PYTHON=python3.12" % sys.version_info[:2])'
@@ -37,7 +44,7 @@ demo: setup
 test: setup
 	$(BIN)/python -m pytest -m "not slow"
 
-test-all: setup
+test-all: setup cluster-packages
 	$(BIN)/python -m pytest
 
 lint: setup

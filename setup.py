@@ -13,6 +13,7 @@ TRAINER = [
     "safetensors",
     "einops",
     "numpy",
+    "xxhash",
 ]
 CONTROLLER = [
     "aiohttp",

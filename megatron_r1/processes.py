@@ -47,6 +47,13 @@ def stop(process: subprocess.Popen, timeout_seconds: float = 10.0) -> None:
         os.killpg(process.pid, signal.SIGKILL)
 
 
+def kill(process: subprocess.Popen) -> None:
+    """End it and everything it started at once; harmless if it has ended."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
 def last_lines(log: Path, count: int = 15) -> str:
     """The end of a log, for an error message."""
     try:

@@ -10,6 +10,7 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, ValidationError, model_validator
 
+from megatron_r1.config.push import PushConfig
 from megatron_r1.config.rl import PRESETS, RewardsConfig, RLConfig, RolloutConfig
 from megatron_r1.config.run import CheckpointConfig, DataConfig, ModelConfig, RunConfig
 from megatron_r1.config.section import Section
@@ -22,6 +23,7 @@ class Config(Section):
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     rollout: RolloutConfig = RolloutConfig()
+    push: PushConfig = PushConfig()
     rewards: RewardsConfig = RewardsConfig()
     rl: RLConfig = RLConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -45,6 +47,11 @@ class Config(Section):
                 f"rl.staleness={self.rl.staleness} trains on tokens of older policies, which only "
                 "an importance weight makes right: set rl.importance_cap, to 2.0 for instance"
             )
+        if self.rollout.colocated and self.rl.staleness:
+            raise ValueError(
+                f"rollout.colocated: the engines sleep while the trainer computes, so that nothing "
+                f"can be sampled ahead of it; set rl.staleness: 0 (it is {self.rl.staleness})"
+            )
         return self
 
 
@@ -52,9 +59,29 @@ RESUMABLE = (
     "run.folder",
     "run.steps",
     "run.log_samples",
+    "push.transport",
+    "push.memory_gib",
+    "push.timeout_seconds",
+    "push.probes",
+    "push.probe_tolerance",
+    "run.hang_seconds",
+    "run.on_hang",
+    "run.max_trainer_restarts",
+    "run.health_port",
+    "rl.sample_log",
     "checkpoint",
     "eval",
     "rollout.engines",
+    "rollout.placement",
+    "rollout.hosts_port",
+    "rollout.hosts_address",
+    "rollout.host_silence_seconds",
+    "rollout.tensor",
+    "rollout.pipeline",
+    "rollout.data",
+    "rollout.expert_parallel",
+    "rollout.colocated",
+    "rollout.gpu_memory",
     "rollout.max_restarts",
     "rollout.unresponsive_seconds",
     "rewards.workers",

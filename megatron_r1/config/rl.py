@@ -14,7 +14,43 @@ from megatron_r1.rewards.options import read_options
 
 
 class RolloutConfig(Section):
-    engines: int = Field(1, ge=1, description="vLLM servers, each a process of its own")
+    engines: int = Field(
+        1, ge=1, description="vLLM servers; with placement: hosts those waited for, more may join"
+    )
+    placement: Literal["local", "hosts"] = Field(
+        "local",
+        description="where engines run: the controller's host, or hosts that come to it "
+        "(`python -m megatron_r1.rollout.host`). See docs/slurm.md",
+    )
+    hosts_port: int = Field(
+        0, ge=0, le=65_535, description="where engine hosts come to; 0: any free one"
+    )
+    hosts_address: str | None = Field(
+        None, description="of the controller's host, for engine hosts; default: its name"
+    )
+    host_silence_seconds: float = Field(
+        30.0, gt=0, description="a host that has not been heard from for so long has vanished"
+    )
+    tensor: int = Field(1, ge=1, description="ranks of an engine that share every layer")
+    pipeline: int = Field(1, ge=1, description="stages of layers in an engine")
+    data: int = Field(
+        1, ge=1, description="copies of tensor x pipeline ranks behind one engine's address"
+    )
+    expert_parallel: bool = Field(
+        False,
+        description="spread routed experts whole over tensor x data ranks; else each is split",
+    )
+    colocated: bool = Field(
+        False,
+        description="engines sleep on the trainer's own GPUs while it computes; see "
+        "docs/rollout.md",
+    )
+    gpu_memory: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="share of its GPU's memory that an engine takes; default: vLLM's own",
+    )
     temperature: float = Field(1.0, gt=0)
     top_p: float = Field(1.0, gt=0, le=1)
     max_response_tokens: int = Field(32_768, gt=0)
@@ -27,7 +63,10 @@ class RolloutConfig(Section):
     start_timeout_seconds: float = Field(600.0, gt=0)
     request_timeout_seconds: float = Field(3600.0, gt=0)
     max_restarts: int = Field(
-        10, ge=0, description="dead engines replaced while a command runs; then the run stops"
+        10,
+        ge=0,
+        description="dead, slow or garbling engines replaced while a command runs; a death after "
+        "that stops the run",
     )
     unresponsive_seconds: float = Field(
         120.0, gt=0, description="an engine that has not answered for so long counts as dead"
@@ -129,6 +168,12 @@ class RLConfig(Section):
         False,
         description="train every token through the experts the engine chose for it; a mixture of "
         "experts only. See docs/routing_replay.md",
+    )
+
+    sample_log: bool = Field(
+        True,
+        description="write every finished group down, so that a run that is killed does not sample "
+        "it again; needs the disk of the steps since the oldest checkpoint kept",
     )
 
     @property

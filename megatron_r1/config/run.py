@@ -18,6 +18,24 @@ class RunConfig(Section):
         description="rollouts (rl; 650 x 16 = the paper's 10,400 optimizer steps), batches (sft)",
     )
     log_samples: int = Field(8, ge=0, description="training samples written down per step")
+    hang_seconds: float = Field(
+        1800.0,
+        ge=0,
+        description="without any progress, after which a report says what everything waits for; "
+        "0: never. See docs/supervision.md",
+    )
+    on_hang: Literal["stop", "restart", "report"] = Field(
+        "stop", description="then; restart: kill what hangs and go on, where that is possible"
+    )
+    max_trainer_restarts: int = Field(
+        3, ge=0, description="times lost trainer ranks are started again while a command runs"
+    )
+    health_port: int | None = Field(
+        0,
+        ge=0,
+        le=65_535,
+        description="of GET /health and /metrics (Prometheus); 0: any free one; null: none",
+    )
 
 
 class ModelConfig(Section):

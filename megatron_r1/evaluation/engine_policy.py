@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from megatron_r1.evaluation.model_folder import fingerprint
 from megatron_r1.evaluation.policies import Answer, Decoding
 from megatron_r1.rollout.context import context_length
 from megatron_r1.rollout.fleet import RolloutFleet
+from megatron_r1.rollout.parallelism import check_engines, engine_settings
 
 
 class EnginePolicy:
@@ -26,8 +28,9 @@ class EnginePolicy:
         self._log_folder = log_folder
         self._text = PromptText(str(model), config.data.template)
         self._room = context_length(config)
+        check_engines(config, json.loads((model / "config.json").read_text(encoding="utf-8")))
         self._fleet: RolloutFleet | None = None
-        self.concurrency = rollout.engines * rollout.max_num_seqs
+        self.concurrency = rollout.engines * rollout.data * rollout.max_num_seqs
         self.identity: dict[str, Any] = {
             "weights": fingerprint(model),
             "rollout.dtype": rollout.dtype,
@@ -45,10 +48,8 @@ class EnginePolicy:
             start_timeout_seconds=rollout.start_timeout_seconds,
             request_timeout_seconds=rollout.request_timeout_seconds,
             device="cuda" if platform.has_gpu() else "cpu",
-            dtype=rollout.dtype,
             max_model_len=self._room,
-            max_num_seqs=rollout.max_num_seqs,
-            kv_cache_gib=rollout.kv_cache_gib,
+            **engine_settings(rollout),
         )
         await self._fleet.start(self._model)
 

@@ -94,6 +94,11 @@ class LiveView:
             self._seen_phases.add(name)
             self._print(f"{name}: {detail}" if detail else name)
 
+    @property
+    def doing(self) -> tuple[str, str]:
+        """The phase and its detail, as said last."""
+        return self._state.phase, self._state.detail
+
     def step(self, metrics: Mapping[str, Any], samples: Sequence[Mapping[str, Any]] = ()) -> None:
         """Show a finished step: its metrics line and some of its samples (as in samples.jsonl)."""
         now = time.monotonic()

@@ -52,6 +52,8 @@ class Recorder:
         folder.write_config(config.model_dump(), may_change, Config().model_dump())
         self.folder = folder
         self.state = RunState()
+        self.latest: Mapping[str, Any] = {}
+        """The metrics line of the newest step of this process."""
         notes = [note] if note else []
         self.checkpoints = CheckpointSeries(folder.checkpoints, config.checkpoint, notes.append)
         self._go_back()
@@ -75,10 +77,13 @@ class Recorder:
         found = self.checkpoints.latest
         await self.checkpoints.verify(trainer)
         if self.checkpoints.latest != found:
-            self._tensorboard.close()
-            self._go_back()
-            self.view.rewind(self.folder.read_metrics(), self.folder.read_evaluations())
+            self._rewind()
         await self.checkpoints.load(trainer, reference)
+
+    def go_back(self) -> None:
+        """Be where the newest checkpoint was, because the ranks were lost with what came after."""
+        self.checkpoints.start_again()
+        self._rewind()
 
     def step(self, metrics: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> None:
         """Write a finished step down everywhere."""
@@ -86,6 +91,7 @@ class Recorder:
         self.folder.append_metrics(metrics)
         self._tensorboard.write(metrics)
         self.view.step(metrics, samples)
+        self.latest = dict(metrics)
 
     def evaluation(self, metrics: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> None:
         """Write down a held-out evaluation: "step" and "eval/…"."""
@@ -101,6 +107,11 @@ class Recorder:
     def close(self, outcome: str = "finished") -> None:
         self._tensorboard.close()
         self.view.close(outcome)
+
+    def _rewind(self) -> None:
+        self._tensorboard.close()
+        self._go_back()
+        self.view.rewind(self.folder.read_metrics(), self.folder.read_evaluations())
 
     def _go_back(self) -> None:
         """Be where the newest checkpoint was: state, and every file cut back to its step."""

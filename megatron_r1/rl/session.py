@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from statistics import fmean
 
 from megatron_r1.config import Config
@@ -22,20 +21,25 @@ from megatron_r1.reporting.recorder import Recorder
 from megatron_r1.rewards.runtime.meter import LEVELS, RewardMeter
 from megatron_r1.rl.dynamic_sampling import collect_informative
 from megatron_r1.rl.metrics import rollout_metrics, sample_records
+from megatron_r1.rl.sample_log import SampleLog
+from megatron_r1.rl.weight_bridge import WeightBridge
 from megatron_r1.rollout.fleet import RolloutFleet
 from megatron_r1.rollout.sampling import Collected, Rollouts, Sampling
 from megatron_r1.rollout.stream import RolloutStream
 from megatron_r1.stopping import StopRequest
+from megatron_r1.training.checkpoints.finding import step_of, whole
 from megatron_r1.training.client import TrainerClient
 from megatron_r1.training.schedule import learning_rate
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One step's rollout; sampler: where the prompts after it begin."""
+    """One step's rollout; sampler: where the prompts after it begin. num_replayed: groups that came
+    from the sample log."""
 
     rollout: Collected
     sampler: dict
+    num_replayed: int = 0
 
 
 class Session:
@@ -50,23 +54,24 @@ class Session:
         rollouts: Rollouts,
         prompts: PromptSampler,
         heldout: list,
-        staging: Path,
+        bridge: WeightBridge,
         stop: StopRequest,
+        log: SampleLog | None = None,
     ):
         self.config, self.recorder = config, recorder
         self.trainer, self.fleet, self.rollouts = trainer, fleet, rollouts
-        self.prompts, self.heldout, self.staging = prompts, heldout, staging
+        self.prompts, self.heldout, self.bridge = prompts, heldout, bridge
         self.state = recorder.state
         self.step = self.state.step
-        self.stop = stop
+        self.stop, self.log = stop, log
         replays = config.rl.routing_replay
         self._routing = routing_shape(read_hf_config(config.model.path)) if replays else None
         self._rewards_before: Counter[str] = Counter()
         self._seconds: dict[str, float] = {}
         self._began = 0.0
         self._stream: RolloutStream[Batch] | None = None
-        self._sampler: dict = {}
-        self._pushed: Path | None = None
+        self._batch: Batch | None = None
+        self._push_metrics: dict[str, float] = {}
 
     async def begin(self) -> None:
         """Put the run where it was left, or at its beginning, on trainer and engines alike."""
@@ -80,6 +85,9 @@ class Session:
             self.prompts.load_state_dict(self.state.sampler)
         elif self.uses_reference:
             await self.trainer.call("keep_reference")
+        # The pool may be older than this session: what it counted before is not of this one.
+        self._rewards_before.subtract(self._rewards_done())
+        await self.bridge.open()
         await self.push_weights()
         if self.step == 0:
             await self.evaluate()
@@ -94,22 +102,31 @@ class Session:
         assert self._stream is not None, "begin() comes first"
         self._stream.pushed(self.step - 1)
         batch = await self._stream.take(self.step)
-        self._sampler = batch.sampler
+        if self.config.rollout.colocated:
+            await self.fleet.sleep()  # until the next push
+        self._batch = batch
         return batch.rollout
 
     async def _sample(self, step: int) -> Batch:
         rl, rollout = self.config.rl, self.config.rollout
         sampling = self._sampling(rl.group_size, rollout.temperature, rollout.top_p, step)
         sampling = replace(sampling, routing=self._routing)
-        collect = partial(self.rollouts.collect, sampling=sampling)
         wanted = rl.questions_per_rollout
+        # Drawn before anything is awaited: the next batch may draw before this one is back.
+        prompts = [] if rl.dynamic_sampling else self.prompts.next(wanted)
+        after = self.prompts.state_dict()
+        memory = await self.log.step(step) if self.log else None
+        collect = partial(self.rollouts.collect, sampling=sampling, memory=memory)
         if rl.dynamic_sampling:
             draw, rounds = self.prompts.next, rl.dynamic_sampling_rounds
             collected = await collect_informative(collect, draw, wanted, rounds)
-            return Batch(collected, self.prompts.state_dict())
-        prompts = self.prompts.next(wanted)
-        after = self.prompts.state_dict()  # the next batch may draw before this one is back
-        return Batch(await collect(prompts), after)
+            after = self.prompts.state_dict()
+        else:
+            collected = await collect(prompts)
+        if memory is None:
+            return Batch(collected, after)
+        await memory.accept()
+        return Batch(collected, after, memory.num_recalled)
 
     @property
     def eval_sampling(self) -> Sampling:
@@ -157,6 +174,7 @@ class Session:
     async def update(self, index: int, loss: str) -> dict[str, float]:
         """One optimizer step on mini-batch `index`."""
         rl = self.config.rl
+        await self.bridge.hold()
         self.state.optimizer_step += 1
         total = self.config.run.steps * rl.minibatches
         rate = learning_rate(self.config.optimizer, self.state.optimizer_step, total)
@@ -176,14 +194,7 @@ class Session:
 
     async def push_weights(self) -> None:
         """The trainer's present weights become version `step` on every engine."""
-        path = self.staging / f"version_{self.step}.safetensors"
-        await self.trainer.call("write_weights", path=str(path), dtype=self.config.rollout.dtype)
-        update = {"path": str(path), "num_bytes": path.stat().st_size}
-        await self.fleet.push(update, self.step)
-        # An engine that has to be replaced gets this version; none needs the one before.
-        if self._pushed is not None:
-            self._pushed.unlink(missing_ok=True)
-        self._pushed = path
+        self._push_metrics = await self.bridge.push(self.step)
         if self._stream is not None and self.config.rl.staleness:
             self._stream.pushed(self.step)
 
@@ -201,10 +212,13 @@ class Session:
         }
         metrics = {"step": self.step, "optimizer_step": self.state.optimizer_step}
         metrics |= rollout_metrics(rollout, self.step - 1)
-        metrics["engines/restarts"] = self.fleet.num_restarts
+        metrics |= self.fleet.metrics() | self._push_metrics
+        metrics["trainer/restarts"] = self.trainer.num_restarts
         metrics |= self._meter.read() | measured | mean_of_updates(updates) | seconds
         metrics["tokens_per_second"] = metrics.pop("response_tokens") / seconds["time/step"]
+        metrics["groups/replayed"] = self._batch.num_replayed if self._batch else 0
         metrics |= await self.recorder.checkpoints.news(self.trainer)
+        await self._prune_log()
         records = sample_records(rollout.groups, self.step, "train", self.config.run.log_samples)
         self.recorder.step(metrics, records)
         every = self.config.eval.every
@@ -214,6 +228,12 @@ class Session:
         if last or self.step % self.config.checkpoint.every == 0:
             await self._save()
 
+    async def _prune_log(self) -> None:
+        """Steps that even the oldest checkpoint is past will not be done again."""
+        kept = whole(self.recorder.folder.checkpoints)
+        if self.log and kept:
+            await self.log.prune(step_of(kept[0]))
+
     async def finish(self) -> None:
         """Keep what was done since the last checkpoint, when the loop was asked to stop."""
         if self.step != self.state.step:
@@ -221,6 +241,7 @@ class Session:
 
     async def close(self) -> None:
         """Give up what is still being sampled."""
+        self.bridge.close()
         if self._stream is not None:
             await self._stream.close()
 
@@ -234,10 +255,13 @@ class Session:
         self.recorder.evaluation({"step": self.step, **metrics}, records)
 
     async def _save(self) -> None:
-        self.state.step, self.state.sampler = self.step, self._sampler
-        done = {k: n for k, n in self.rollouts.pool.snapshot().items() if k not in LEVELS}
-        self.state.rewards = dict(self._rewards_before + Counter(done))
+        assert self._batch is not None, "rollout() comes first"
+        self.state.step, self.state.sampler = self.step, self._batch.sampler
+        self.state.rewards = dict(self._rewards_before + Counter(self._rewards_done()))
         await self.recorder.save(self.trainer)
+
+    def _rewards_done(self) -> dict[str, int]:
+        return {k: n for k, n in self.rollouts.pool.snapshot().items() if k not in LEVELS}
 
 
 def mean_of_updates(updates: list[dict[str, float]]) -> dict[str, float]:

@@ -12,7 +12,7 @@ import aiohttp
 import msgspec
 
 from megatron_r1.models.routing_shape import RoutingShape
-from megatron_r1.rollout.errors import EngineError
+from megatron_r1.rollout.errors import EngineError, EngineFault, EngineTimeout
 from megatron_r1.rollout.routing import decode_routing
 
 BODY_EXCERPT_CHARS = 500
@@ -70,14 +70,17 @@ decode_response = msgspec.json.Decoder(GenerateResponse).decode
 class EngineClient:
     """Asynchronous client of one vLLM server: `async with EngineClient(url) as client`."""
 
-    def __init__(self, url: str, *, timeout_seconds: float = 1800.0) -> None:
+    def __init__(
+        self, url: str, *, timeout_seconds: float = 1800.0, vocab_size: int | None = None
+    ) -> None:
         """
         Args:
             url: `http://host:port`.
             timeout_seconds: for one call, from sending to the last byte.
+            vocab_size: of the model; tokens beyond it are an error.
         """
         self.url = url.rstrip("/")
-        self.timeout_seconds = timeout_seconds
+        self.timeout_seconds, self.vocab_size = timeout_seconds, vocab_size
         self._session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> EngineClient:
@@ -115,8 +118,10 @@ class EngineClient:
                 started for it.
 
         Raises:
-            EngineError: the call failed, or the answer is not n responses with one finite
-                log-probability per token (and the experts of every token, if asked for).
+            EngineFault: the answer is not n responses of known tokens with one finite
+                log-probability per token (and the experts of every token, if asked for), or the
+                engine failed to answer.
+            EngineError: it refused, or took too long.
         """
         sampling = {
             "n": n,
@@ -134,14 +139,15 @@ class EngineClient:
         try:
             choices = decode_response(answer).choices
             completions = [
-                completion_of(choice, len(prompt_token_ids), routing) for choice in choices
+                completion_of(choice, len(prompt_token_ids), routing, self.vocab_size)
+                for choice in choices
             ]
         except (msgspec.MsgspecError, ValueError) as error:
-            raise EngineError(
+            raise EngineFault(
                 f"{self.url}/inference/v1/generate: {error}: {shorten(answer)}"
             ) from error
         if len(completions) != n:
-            raise EngineError(f"{self.url}: asked for {n} responses, got {len(completions)}")
+            raise EngineFault(f"{self.url}: asked for {n} responses, got {len(completions)}")
         return completions
 
     async def pause(self, mode: Literal["keep", "wait", "abort"] = "keep") -> None:
@@ -151,11 +157,9 @@ class EngineClient:
     async def resume(self) -> None:
         await self._call("POST", "/resume")
 
-    async def init_weight_transfer(self, init_info: Mapping[str, Any] | None = None) -> None:
-        """Once per engine, before the first update. Shared memory needs no `init_info`."""
-        await self._call(
-            "POST", "/init_weight_transfer_engine", {"init_info": dict(init_info or {})}
-        )
+    async def init_weight_transfer(self, init_info: Mapping[str, Any]) -> None:
+        """Connect it to a trainer (`vllm_plugin.backend.LandingInit`), before the first update."""
+        await self._call("POST", "/init_weight_transfer_engine", {"init_info": dict(init_info)})
 
     async def update_weights(
         self, update_info: Mapping[str, Any] | Sequence[Mapping[str, Any]], version: int
@@ -166,11 +170,12 @@ class EngineClient:
         included, so that each token's log-probability is that of the policy it is stamped with.
 
         Args:
-            update_info: of the engine's backend; for shared memory {"path": ..., "num_bytes": ...}.
-                A sequence is handed out in order, one per worker.
+            update_info: of the engine's backend (`vllm_plugin.backend.LandingUpdate`). A sequence
+                is handed out in order, one per worker.
 
         Raises:
-            EngineError: the engine now holds a mixture of two versions and must not be resumed.
+            EngineError: the push did not arrive as it was sent, or the engine could not load it;
+                then it must not be resumed.
         """
         await self._call("POST", "/start_weight_update")
         await self._call("POST", "/update_weights", {"update_info": update_info})
@@ -196,6 +201,16 @@ class EngineClient:
         answer = await self._call("GET", "/weight_info")
         return str(msgspec.json.decode(answer)["weight_version"])
 
+    async def sleep(self, level: Literal[1, 2] = 2) -> None:
+        """Give the GPU's memory away: caches are dropped; weights are dropped too (2), or kept in
+        host memory (1). Nothing may be in flight."""
+        await self._call("POST", f"/sleep?level={level}&mode=wait")
+
+    async def wake(self, tag: Literal["weights", "kv_cache"]) -> None:
+        """Take memory back. After level 2 the weights hold nothing until they are updated; the
+        engine samples again once it has both."""
+        await self._call("POST", f"/wake_up?tags={tag}")
+
     async def is_sleeping(self) -> bool:
         """Asks the engine core, which answers between two of its steps."""
         answer = await self._call("GET", "/is_sleeping")
@@ -218,19 +233,23 @@ class EngineClient:
             ) as response:
                 answer = await response.read()
         except TimeoutError as error:
-            raise EngineError(
+            raise EngineTimeout(
                 f"{self.url}{path}: no answer in {self.timeout_seconds:.0f} seconds"
             ) from error
         except aiohttp.ClientError as error:
-            raise EngineError(f"{self.url}{path}: {type(error).__name__}: {error}") from error
+            raise EngineFault(f"{self.url}{path}: {type(error).__name__}: {error}") from error
         if response.status != 200:
             message = f"{self.url}{path}: status {response.status}: {shorten(answer)}"
-            raise EngineError(message, response.status)
+            fault = EngineFault if response.status >= 500 else EngineError
+            raise fault(message, response.status)
         return answer
 
 
 def completion_of(
-    choice: Choice, prompt_length: int = 0, routing: RoutingShape | None = None
+    choice: Choice,
+    prompt_length: int = 0,
+    routing: RoutingShape | None = None,
+    vocab_size: int | None = None,
 ) -> Completion:
     """Check one choice and turn it round: versions per token instead of spans, experts as bytes.
 
@@ -245,6 +264,8 @@ def completion_of(
     for token, logprob in zip(token_ids, logprobs, strict=True):
         if not math.isfinite(logprob) or logprob <= LOWEST_LOGPROB:
             raise ValueError(f"the log-probability of token {token} is {logprob}")
+    if vocab_size and token_ids and not 0 <= min(token_ids) <= max(token_ids) < vocab_size:
+        raise ValueError(f"tokens {min(token_ids)} to {max(token_ids)} of {vocab_size}")
     num_tokens = prompt_length + len(token_ids)
     experts = decode_routing(choice.routed_experts, routing, num_tokens) if routing else b""
     return Completion(

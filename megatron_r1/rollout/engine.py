@@ -1,47 +1,70 @@
-"""One engine of a fleet: a server, its client, and how its death is noticed."""
+"""One engine of a fleet: a server, its client, what it is doing, and how its death is noticed."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Coroutine
+import time
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 from megatron_r1.rollout.client import EngineClient
-from megatron_r1.rollout.errors import EngineDied, EngineError
+from megatron_r1.rollout.errors import EngineDied, EngineError, EngineTimeout
+from megatron_r1.rollout.pace import Pace
+from megatron_r1.rollout.remote_server import RemoteServer
 from megatron_r1.rollout.server import EngineServer
 
 T = TypeVar("T")
+MakeServer = Callable[..., EngineServer | RemoteServer]
+"""Where engines run: on this host (`EngineServer`), or in a `HostPool` (`HostPool.server`)."""
 
 # A server whose engine core died fails its requests first and ends a moment later.
 LAST_WORDS_SECONDS = 10.0
+DRAIN_POLL_SECONDS = 0.1
+PACE_SECONDS = 300.0
+"""So long an engine has to be slow to be called so: longer than a push, a cold cache or another
+program on its host take."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Engine:
-    """num_running: sequences asked for and not yet back. is_up: whether it serves; an engine that
-    is being replaced does not."""
+    """index: its name, never given to another at the same time. num_running: sequences asked for
+    and not yet back; num_occupied, tokens_expected: what `Dispatch` expects of them. is_up: it
+    answers and holds the weights, so it gets every push. is_open: it takes new groups as well; one
+    that is drained does not. is_leaving: it is not to be replaced."""
 
     index: int
-    server: EngineServer
+    server: EngineServer | RemoteServer
     client: EngineClient
     num_running: int = 0
+    num_occupied: float = 0.0
+    tokens_expected: float = 0.0
     is_up: bool = True
+    is_open: bool = True
+    is_leaving: bool = False
     died: asyncio.Event = field(default_factory=asyncio.Event)
+    pace: Pace = field(default_factory=lambda: Pace(time.monotonic(), PACE_SECONDS))
 
     @classmethod
     def launch(
-        cls, index: int, model: Path, log_folder: Path, request_timeout: float, **settings: Any
+        cls,
+        index: int,
+        model: Path,
+        log_folder: Path,
+        request_timeout: float,
+        make_server: MakeServer = EngineServer,
+        vocab_size: int | None = None,
+        **settings: Any,
     ) -> Engine:
         """Start its processes, which end with the calling thread, and return at once. Each engine
         samples from its own seed."""
         seed = settings.get("seed", 0) + index
         log = log_folder / f"engine-{index}.log"
-        server = EngineServer(model, log, **(settings | {"seed": seed}))
+        server = make_server(model, log, **(settings | {"seed": seed}))
         server.start()
-        client = EngineClient(server.url, timeout_seconds=request_timeout)
+        client = EngineClient("", timeout_seconds=request_timeout, vocab_size=vocab_size)
         return cls(index, server, client)
 
     @property
@@ -54,7 +77,8 @@ class Engine:
             await asyncio.to_thread(self.server.wait_ready, timeout_seconds)
         except EngineError as error:
             raise EngineError(f"{self.name}: {error}") from error
-        await self.client.init_weight_transfer()
+        self.client.url = self.server.url  # another host's is known only now
+        self.pace = Pace(time.monotonic(), self.pace.window)
         await self.client.set_version(version)
 
     async def end(self) -> None:
@@ -65,23 +89,38 @@ class Engine:
 
     async def unless_dead(self, call: Coroutine[Any, Any, T]) -> T:
         """Await `call`; raises EngineDied as soon as the engine's process has ended."""
+        if self.died.is_set():
+            call.close()
+            raise self.death()
         request = asyncio.ensure_future(call)
         death = asyncio.ensure_future(self.died.wait())
         try:
             await asyncio.wait({request, death}, return_when=asyncio.FIRST_COMPLETED)
             if request.done():
                 error = request.exception()
-                if not isinstance(error, EngineError) or (error.status or 500) < 500:
+                if not isinstance(error, EngineError) or _is_final(error):
                     return request.result()
                 await asyncio.wait({death}, timeout=LAST_WORDS_SECONDS)
             if not death.done():
                 return request.result()
-            raise EngineDied(f"{self.name} died: {self.server.describe_end()}")
+            raise self.death()
         finally:
             request.cancel()
             death.cancel()
             with contextlib.suppress(asyncio.CancelledError, EngineError):
                 await request
+
+    def death(self) -> EngineDied:
+        return EngineDied(f"{self.name} died: {self.server.describe_end()}")
+
+    async def drained(self, within_seconds: float) -> bool:
+        """Whether nothing is in flight any more, or it has died, in time."""
+        deadline = time.monotonic() + within_seconds
+        while self.num_running and not self.died.is_set():
+            if time.monotonic() >= deadline:
+                return False
+            await asyncio.sleep(DRAIN_POLL_SECONDS)
+        return True
 
     async def answers(self, within_seconds: float) -> bool:
         """Whether the engine core, not only the server before it, answers in time."""
@@ -93,3 +132,8 @@ class Engine:
         except EngineError:
             pass  # an answer of a kind; a death is noticed elsewhere
         return True
+
+
+def _is_final(error: EngineError) -> bool:
+    """Whether it says nothing about the engine's death."""
+    return isinstance(error, EngineTimeout) or (error.status or 500) < 500

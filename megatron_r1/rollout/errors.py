@@ -16,3 +16,12 @@ class EngineError(RuntimeError):
 class EngineDied(EngineError):
     """The engine's process has ended, or does nothing any more: another may do what it was asked
     for."""
+
+
+class EngineTimeout(EngineError):
+    """No answer in the time that a request may take."""
+
+
+class EngineFault(EngineError):
+    """The engine lives, but what came back cannot be used: a dropped connection, an error of its
+    own, or an answer that does not add up. Worth asking again."""

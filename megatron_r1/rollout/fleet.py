@@ -1,31 +1,41 @@
-"""All rollout engines: who gets which group, one policy version everywhere, dead ones replaced."""
+"""All rollout engines: one policy version everywhere, groups to whoever has room."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_r1.rollout.asking import Asking
 from megatron_r1.rollout.client import Completion, EngineClient
 from megatron_r1.rollout.engine import Engine
 from megatron_r1.rollout.errors import EngineDied, EngineError
-
-WATCH_SECONDS = 0.2
-PROBE_SECONDS = 10.0
+from megatron_r1.rollout.launching import share_of_gpus, vocabulary
+from megatron_r1.rollout.repairs import DRAIN_SECONDS, Repairs
 
 UpdateInfo = Mapping[str, Any] | Sequence[Mapping[str, Any]]
 
+Feed = Callable[[Engine], contextlib.AbstractAsyncContextManager[None]]
+"""On entry it brings the engine the weights that the fleet's have; no push begins before the
+exit."""
+
+
+@contextlib.asynccontextmanager
+async def _nothing_to_bring(engine: Engine) -> AsyncIterator[None]:
+    yield
+
 
 class RolloutFleet:
-    """N engines that hold the same weights.
+    """Engines that hold the same weights.
 
-    Use as `async with RolloutFleet(...) as fleet`, or call `close`. An engine that ends, or no
-    longer answers, is replaced while the others go on, given the current weights, and what it was
-    asked for is asked for again. A push that a living engine refuses leaves the fleet refusing
-    every call: it never serves a mixture of versions.
+    Use as `async with RolloutFleet(...) as fleet`, or call `close`. An engine that ends, hangs,
+    answers nonsense or crawls is replaced while the others go on, given the current weights, and
+    what it was asked for is asked for again (`repairs`). Engines may join and leave at any time. A
+    push that a living engine refuses leaves the fleet refusing every call: it never serves a
+    mixture of versions.
     """
 
     def __init__(
@@ -45,8 +55,8 @@ class RolloutFleet:
             log_folder: gets `engine-0.log`, `engine-1.log`, ...
             max_restarts: engines replaced in all; the death after that fails its calls.
             unresponsive_seconds: an engine that has not answered for so long counts as dead.
-            say: told when an engine is replaced.
-            server_settings: of `EngineServer`, the same for all.
+            say: told when an engine is replaced, comes or goes.
+            server_settings: of `Engine.launch` and `EngineServer`, the same for all.
 
         Raises:
             ValueError: num_engines < 1.
@@ -54,7 +64,7 @@ class RolloutFleet:
         if num_engines < 1:
             raise ValueError(f"num_engines is {num_engines}; it must be at least 1")
         self.num_engines, self.log_folder = num_engines, Path(log_folder)
-        self.max_restarts, self.num_restarts = max_restarts, 0
+        self.max_restarts = max_restarts
         self.start_timeout_seconds = start_timeout_seconds
         self.request_timeout_seconds = request_timeout_seconds
         self.unresponsive_seconds = unresponsive_seconds
@@ -62,18 +72,27 @@ class RolloutFleet:
         self.server_settings = server_settings
         self.engines: list[Engine] = []
         self.version = -1
-        self._weights: UpdateInfo | None = None
+        self.awake = asyncio.Event()
+        """Clear while the engines' memory is the trainer's."""
+        self.awake.set()
+        self.repairs = Repairs(self)
+        per_copy = server_settings.get("max_num_seqs", 256)
+        self.asking = Asking(self, per_copy * server_settings.get("data", 1))
+        self.feed: Feed = _nothing_to_bring
+        """What brings a new engine the others' weights (`rl.weight_bridge`)."""
         self._model: Path | None = None
         self._broken: str | None = None
         self._pushing = asyncio.Lock()
-        self._watching: list[asyncio.Task[None]] = []
-        self._repairs: set[asyncio.Task[None]] = set()
 
     async def __aenter__(self) -> RolloutFleet:
         return self
 
     async def __aexit__(self, *_: object) -> None:
         await self.close()
+
+    @property
+    def num_restarts(self) -> int:
+        return self.repairs.num_restarts
 
     async def start(self, model_path: str | os.PathLike[str], version: int = 0) -> None:
         """Start all engines on the weights in `model_path` and call these `version`.
@@ -86,42 +105,41 @@ class RolloutFleet:
         self._model = Path(model_path)
         try:
             for index in range(self.num_engines):
-                self.engines.append(self._launch(index))
+                self.engines.append(self.launch(index))
             timeout = self.start_timeout_seconds
             await asyncio.gather(*(engine.prepare(version, timeout) for engine in self.engines))
         except BaseException:
             await self.close()
             raise
         self.version = version
-        self._watching = [asyncio.create_task(self._watch()), asyncio.create_task(self._probe())]
+        self.open_changed()
+        self.repairs.begin()
 
     async def generate(
-        self, prompt_token_ids: Sequence[int], *, n: int, **sampling: Any
+        self,
+        prompt_token_ids: Sequence[int],
+        *,
+        n: int,
+        max_tokens: int,
+        kind: str = "",
+        order: int = 0,
+        **sampling: Any,
     ) -> list[Completion]:
-        """Sample a group of n responses on the least loaded engine; once more on another where it
-        dies.
+        """Sample a group of n responses on one engine; on another where it dies or fails.
 
         Args:
+            kind: of question: those of one kind are expected to have responses of one length.
+            order: groups with a lower one go first.
             sampling: further arguments of `EngineClient.generate`.
 
         Raises:
-            EngineError: the call failed, or its engine died and no restart is left; says which,
-                how, and what its log says.
+            EngineError: the call was refused, no engine could do it, or its engine died and no
+                restart is left; says which, how, and what its log says.
         """
-        while True:
-            engine = await self._least_loaded()
-            engine.num_running += n
-            try:
-                call = engine.client.generate(prompt_token_ids, n=n, **sampling)
-                return await engine.unless_dead(call)
-            except EngineDied as death:
-                self._replace(engine, death)
-            finally:
-                engine.num_running -= n
+        return await self.asking.group(prompt_token_ids, n, max_tokens, kind, order, sampling)
 
     async def push(self, update_info: UpdateInfo, version: int) -> None:
-        """Give all engines new weights, which must stay readable until the next push: an engine
-        that is replaced gets them too.
+        """Have all engines bring into use what has landed with them.
 
         Sequences in flight go on under the new weights; their earlier tokens keep their version.
 
@@ -130,7 +148,7 @@ class RolloutFleet:
             EngineError: an engine refused them, or died without a restart left; the fleet is
                 unusable from then on.
         """
-        self._refuse_if_broken()
+        self.refuse_if_broken()
         if version <= self.version:
             raise ValueError(
                 f"push of version {version}, but the engines hold version {self.version}"
@@ -138,42 +156,136 @@ class RolloutFleet:
         async with self._pushing:
             engines = [engine for engine in self.engines if engine.is_up]
             try:
-                for step in (
-                    lambda client: client.pause("keep"),
-                    lambda client: client.update_weights(update_info, version),
-                    lambda client: client.resume(),
-                ):
-                    engines = await self._on(engines, step)
+                engines = await self._wake(engines, "weights")
+                engines = await self._on(engines, lambda client: client.pause("keep"))
+                engines = await self._on(
+                    engines, lambda client: client.update_weights(update_info, version)
+                )
+                engines = await self._wake(engines, "kv_cache")
+                await self._on(engines, lambda client: client.resume())
             except BaseException as error:
-                self._broken = f"the push of version {version} failed: {error}"
+                self.break_down(EngineError(f"the push of version {version} failed: {error}"))
                 raise
-            self.version, self._weights = version, update_info
+            self.version = version
+            self.awake.set()
+
+    async def sleep(self) -> None:
+        """Give the engines' memory to the trainer: weights and caches are dropped, until the next
+        push brings new ones. Nothing may be in flight.
+
+        Raises:
+            EngineError: an engine refused.
+        """
+        self.refuse_if_broken()
+        async with self._pushing:
+            self.awake.clear()
+            engines = [engine for engine in self.engines if engine.is_up]
+            await self._on(engines, lambda client: client.sleep())
+
+    async def add_engine(self) -> Engine:
+        """Start one more, give it the current weights, and let it serve.
+
+        Raises:
+            EngineError: it did not start.
+        """
+        self.refuse_if_broken()
+        await self.awake.wait()
+        engine = self.launch(1 + max((engine.index for engine in self.engines), default=-1))
+        self.engines.append(engine)
+        engine.is_up = engine.is_open = False
+        try:
+            await self.enlist(engine, instead_of=engine)
+        except BaseException:
+            self.engines.remove(engine)
+            await engine.end()
+            raise
+        self.say(f"{engine.name} has joined: {len(self.engines)} engines")
+        return engine
+
+    async def remove_engine(self, index: int) -> None:
+        """Let an engine finish what it does, at most for two minutes, and end it; the others do
+        what is left.
+
+        Raises:
+            ValueError: there is no such engine, or no other.
+        """
+        engine = next((engine for engine in self.engines if engine.index == index), None)
+        if engine is None:
+            raise ValueError(f"no engine {index}; there are {[e.index for e in self.engines]}")
+        if len(self.engines) == 1:
+            raise ValueError(f"engine {index} is the only one; close the fleet instead")
+        engine.is_open, engine.is_leaving = False, True
+        self.open_changed()
+        await engine.drained(DRAIN_SECONDS)
+        async with self._pushing:
+            self.forget(engine)
+        await engine.end()
+        self.say(f"{engine.name} has left: {len(self.engines)} engines")
+
+    def metrics(self) -> dict[str, float]:
+        """For a step's line."""
+        return {
+            "engines/up": sum(engine.is_open for engine in self.engines),
+            "engines/restarts": self.num_restarts,
+            "engines/requeued": self.asking.num_requeued,
+        }
 
     async def close(self) -> None:
         """End all engines. Safe to call more than once."""
-        tasks = [*self._watching, *self._repairs]
-        self._watching, self._repairs = [], set()
-        for task in tasks:
-            task.cancel()
-        for task in tasks:
-            with contextlib.suppress(asyncio.CancelledError, EngineError):
-                await task
+        await self.repairs.close()
+        self.asking.dispatch.fail(EngineError("the fleet was closed"))
         await asyncio.gather(*(engine.end() for engine in self.engines))
         self.engines = []
 
-    def _launch(self, index: int) -> Engine:
+    def launch(self, index: int) -> Engine:
+        """Start an engine's processes and return at once."""
         assert self._model is not None, "start() was not called"
-        timeout = self.request_timeout_seconds
-        return Engine.launch(index, self._model, self.log_folder, timeout, **self.server_settings)
+        return Engine.launch(
+            index,
+            self._model,
+            self.log_folder,
+            self.request_timeout_seconds,
+            vocab_size=vocabulary(self._model),
+            **share_of_gpus(self.server_settings, index, self.num_engines),
+        )
 
-    async def _least_loaded(self) -> Engine:
-        """Of the engines that serve; waits for one where all are being replaced."""
-        while True:
-            self._refuse_if_broken()
-            up = [engine for engine in self.engines if engine.is_up]
-            if up:
-                return min(up, key=lambda engine: engine.num_running)
-            await asyncio.wait(self._repairs, return_when=asyncio.FIRST_COMPLETED)
+    async def enlist(self, engine: Engine, instead_of: Engine) -> None:
+        """Wait until `engine` answers, give it the current weights, and let it serve.
+
+        Raises:
+            EngineError: it did not start, or refused them.
+        """
+        await engine.prepare(self.version, self.start_timeout_seconds)
+        async with self.feed(engine):
+            engine.is_up = engine.is_open = True
+            self.engines[self.engines.index(instead_of)] = engine
+        self.open_changed()
+
+    def lose(self, engine: Engine, reason: EngineDied) -> None:
+        """It can be used no more: replace it, unless that is under way. Raises `reason` when no
+        restart is left."""
+        self.repairs.replace(engine, reason)
+
+    def forget(self, engine: Engine) -> None:
+        """It is no longer one of the fleet's."""
+        engine.is_up = engine.is_open = False
+        if engine in self.engines:
+            self.engines.remove(engine)
+        self.open_changed()
+
+    def open_changed(self) -> None:
+        """Some engine has begun or ceased to take new groups."""
+        self.asking.dispatch.serve_with(engine for engine in self.engines if engine.is_open)
+
+    def break_down(self, reason: Exception) -> None:
+        """From now on every call says why none can be answered."""
+        self._broken = str(reason)
+        self.asking.dispatch.fail(self._refusal())
+
+    async def _wake(self, engines: list[Engine], tag: str) -> list[Engine]:
+        if self.awake.is_set():
+            return engines
+        return await self._on(engines, lambda client: client.wake(tag))
 
     async def _on(self, engines: list[Engine], step: Callable[[EngineClient], Any]) -> list[Engine]:
         """Take a step of a push on each; those that are alive after it."""
@@ -181,78 +293,17 @@ class RolloutFleet:
         outcomes = await asyncio.gather(*calls, return_exceptions=True)
         for engine, outcome in zip(engines, outcomes, strict=True):
             if isinstance(outcome, EngineDied):
-                self._replace(engine, outcome)
+                self.repairs.replace(engine, outcome)
             elif isinstance(outcome, BaseException):
                 raise outcome
         return [engine for engine in engines if engine.is_up]
 
-    def _replace(self, engine: Engine, death: EngineDied) -> None:
-        """Begin to replace a dead engine, unless that is under way; raises `death` when no restart
-        is left."""
-        if not engine.is_up:
-            return
-        engine.is_up = False
-        if self.num_restarts >= self.max_restarts:
-            self._broken = str(death)
-            raise death
-        task = asyncio.create_task(self._revive(engine, death))
-        self._repairs.add(task)
-        task.add_done_callback(self._repairs.discard)
-
-    async def _revive(self, dead: Engine, reason: EngineError) -> None:
-        """A new engine in the place of `dead`, with the current weights; tries again while restarts
-        are left, then leaves the fleet broken."""
-        await dead.end()
-        while self.num_restarts < self.max_restarts:
-            self.num_restarts += 1
-            count = f"restart {self.num_restarts} of at most {self.max_restarts}"
-            self.say(f"{reason}\n{count}; its requests go to the others or wait")
-            engine = self._launch(dead.index)
-            try:
-                await engine.prepare(self.version, self.start_timeout_seconds)
-                # A push is over before these weights are chosen, or begins after they are loaded.
-                async with self._pushing:
-                    if self._weights is not None:
-                        await engine.client.pause("keep")
-                        await engine.client.update_weights(self._weights, self.version)
-                        await engine.client.resume()
-                    self.engines[dead.index] = engine
-                return
-            except EngineError as error:
-                reason = error
-                await engine.end()
-            except BaseException:
-                await engine.end()
-                raise
-        self._broken = str(reason)
-
-    async def _watch(self) -> None:
-        """Notice ended engines, so that calls waiting for them fail at once."""
-        while True:
-            for engine in self.engines:
-                if not engine.server.is_alive() and not engine.died.is_set():
-                    engine.died.set()
-                    death = EngineDied(f"{engine.name} died: {engine.server.describe_end()}")
-                    with contextlib.suppress(EngineDied):  # the next call says so
-                        self._replace(engine, death)
-            await asyncio.sleep(WATCH_SECONDS)
-
-    async def _probe(self) -> None:
-        """Notice engines that are alive and do nothing."""
-        while True:
-            await asyncio.sleep(PROBE_SECONDS)
-            up = [engine for engine in self.engines if engine.is_up]
-            answers = await asyncio.gather(*(e.answers(self.unresponsive_seconds) for e in up))
-            for engine, is_alive in zip(up, answers, strict=True):
-                if not is_alive and engine.is_up:
-                    seconds = self.unresponsive_seconds
-                    reason = EngineDied(f"{engine.name} has not answered for {seconds:g} seconds")
-                    with contextlib.suppress(EngineDied):
-                        self._replace(engine, reason)
-                    engine.died.set()
-
-    def _refuse_if_broken(self) -> None:
+    def refuse_if_broken(self) -> None:
+        """Raises EngineError where no call can be answered any more, or none yet."""
         if self._broken is not None:
-            raise EngineError(f"no engine can be used; stop and resume the run: {self._broken}")
+            raise self._refusal()
         if not self.engines:
             raise EngineError("the fleet has no engines: call start() first")
+
+    def _refusal(self) -> EngineError:
+        return EngineError(f"no engine can be used; stop and resume the run: {self._broken}")

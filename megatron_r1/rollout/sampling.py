@@ -6,6 +6,7 @@ import asyncio
 import math
 import time
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from megatron_r1.config import RewardsConfig
 from megatron_r1.data.prompts import Prompt, one_of_each
@@ -18,6 +19,7 @@ from megatron_r1.rewards.options import FORM_REWARDS, call_fields
 from megatron_r1.rewards.runtime.pool import RewardPool
 from megatron_r1.rollout.client import Completion
 from megatron_r1.rollout.fleet import RolloutFleet
+from megatron_r1.rollout.flow import Flow
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,15 @@ class Collected:
     passed_over: list[Group] = field(default_factory=list)
 
 
+class Memory(Protocol):
+    """Groups of a step that were finished before its run was killed (`rl.sample_log.StepLog`)."""
+
+    def reserve(self, count: int) -> range: ...
+    def recall(self, position: int, prompt: Prompt) -> Group | None: ...
+    def is_final(self, group: Group) -> bool: ...
+    def keep(self, position: int, group: Group) -> None: ...
+
+
 class Rollouts:
     """Joins engines, tokenizer, prompt template and reward workers."""
 
@@ -79,38 +90,48 @@ class Rollouts:
         self, fleet: RolloutFleet, pool: RewardPool, text: PromptText, rewards: RewardsConfig
     ):
         self.fleet, self.pool, self.text, self.rewards = fleet, pool, text, rewards
+        self.flow = Flow()
 
-    async def collect(self, prompts: list[Prompt], sampling: Sampling) -> Collected:
+    async def collect(
+        self, prompts: list[Prompt], sampling: Sampling, memory: Memory | None = None
+    ) -> Collected:
         """Sample and grade `sampling.num_samples` outputs for each prompt, all at once.
 
-        Groups come back in the order of `prompts`. Raises EngineError when an engine fails,
-        ValueError for a reward that fails on every answer, RuntimeError where more answers than
-        `rewards.max_ungraded` could not be graded.
+        Groups come back in the order of `prompts`; what `memory` has is not sampled again. Raises
+        EngineError when an engine fails, ValueError for a reward that fails on every answer,
+        RuntimeError where more answers than `rewards.max_ungraded` could not be graded.
         """
         start = time.perf_counter()
         sampled_at = start
 
-        async def one(prompt: Prompt) -> Group:
+        async def one(prompt: Prompt, position: int) -> Group:
             nonlocal sampled_at
-            prompt_ids = self.text.encode(prompt.question)
-            completions = await self.fleet.generate(
-                prompt_ids,
-                n=sampling.num_samples,
-                max_tokens=sampling.max_tokens,
-                temperature=sampling.temperature,
-                top_p=sampling.top_p,
-                stop_token_ids=[self.text.end],
-                routing=sampling.routing,
-            )
-            sampled_at = time.perf_counter()
-            outputs = await asyncio.gather(
-                *(self._grade(prompt, made, sampling.step) for made in completions)
-            )
-            return Group(prompt, prompt_ids, list(outputs))
+            known = memory.recall(position, prompt) if memory else None
+            if known is not None and memory.is_final(known):
+                return known
+            with self.flow.group(prompt) as doing:
+                if known is None:
+                    prompt_ids, completions = await self._sample(prompt, sampling)
+                else:
+                    prompt_ids = known.prompt_ids
+                    completions = [output.completion for output in known.outputs]
+                sampled_at = time.perf_counter()
+                doing.sampled(completions)
+                outputs = await asyncio.gather(
+                    *(self._grade(prompt, made, sampling.step) for made in completions)
+                )
+            group = Group(prompt, prompt_ids, list(outputs))
+            if memory:
+                memory.keep(position, group)
+            return group
 
+        positions = memory.reserve(len(prompts)) if memory else range(len(prompts))
         try:
             async with asyncio.TaskGroup() as tasks:
-                groups = [tasks.create_task(one(prompt)) for prompt in prompts]
+                groups = [
+                    tasks.create_task(one(prompt, position))
+                    for prompt, position in zip(prompts, positions, strict=True)
+                ]
         except ExceptionGroup as failures:
             # When an engine dies, all its requests say so; the first is enough.
             raise failures.exceptions[0] from None
@@ -119,6 +140,24 @@ class Rollouts:
         _refuse_broken_reward(collected)
         _refuse_ungraded(collected, self.rewards.max_ungraded)
         return Collected(collected, sampled_at - start, end - sampled_at)
+
+    async def _sample(
+        self, prompt: Prompt, sampling: Sampling
+    ) -> tuple[list[int], list[Completion]]:
+        """The prompt's token ids and its responses."""
+        prompt_ids = self.text.encode(prompt.question)
+        completions = await self.fleet.generate(
+            prompt_ids,
+            n=sampling.num_samples,
+            max_tokens=sampling.max_tokens,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            stop_token_ids=[self.text.end],
+            routing=sampling.routing,
+            kind=prompt.kind,
+            order=sampling.step,
+        )
+        return prompt_ids, completions
 
     async def check_rewards(self, prompts: list[Prompt]) -> None:
         """Call the reward of every kind and every term once, whenever it will count.

@@ -41,6 +41,9 @@ class EngineServer:
     are left. Greedy sampling (temperature 0) reports the distribution at temperature 1.
     """
 
+    is_lost = False
+    """As `RemoteServer.is_lost`; its host is this one."""
+
     def __init__(
         self,
         model: str | os.PathLike[str],
@@ -56,7 +59,14 @@ class EngineServer:
         prefix_caching: bool = True,
         weight_transfer_backend: str = "megatron_r1_shm",
         return_routing: bool = False,
+        tensor: int = 1,
+        pipeline: int = 1,
+        data: int = 1,
+        expert_parallel: bool = False,
+        gpu_memory: float | None = None,
+        sleeps: bool = False,
         host: str = "127.0.0.1",
+        port: int | None = None,
         extra_args: Sequence[str] = (),
         extra_env: Mapping[str, str] | None = None,
     ) -> None:
@@ -67,21 +77,24 @@ class EngineServer:
             log_path: receives everything the engine prints; appended to.
             dtype: of weights, activations and KV cache.
             max_model_len: prompt plus response, tokens.
-            max_num_seqs: sequences decoded together.
-            num_threads: OpenMP threads (CPU only).
-            kv_cache_gib: memory for keys and values (CPU only; on a GPU see vLLM's
-                --gpu-memory-utilization).
+            max_num_seqs: sequences decoded together, by each of `data` copies.
+            num_threads: OpenMP threads of all ranks together (CPU only).
+            kv_cache_gib: memory of a rank for keys and values (CPU only).
             prefix_caching: share the prompt's keys and values within a group. vLLM turns it off for
                 MLA on CPU.
             weight_transfer_backend: a name registered by `vllm_plugin`.
             return_routing: have every answer carry the experts of every token (a model with experts
                 only). On a GPU vLLM has this in its second model runner and with prefix caching; on
                 a CPU `vllm_plugin.cpu_routing` adds it, without.
+            tensor, pipeline, data, expert_parallel: how ranks share the model; see `RolloutConfig`.
+            gpu_memory: share of each GPU's memory it takes (GPU only); None: vLLM's default.
+            sleeps: whether it can give its memory away and take it back (GPU only).
+            port: to listen on; None: any that is free.
             extra_args, extra_env: handed to vLLM as they are; they win.
         """
         self.model = Path(model)
         self.log_path = Path(log_path)
-        self.host, self.device = host, device
+        self.host, self.port, self.device = host, port, device
         self.process: subprocess.Popen[bytes] | None = None
         self._log_start = 0
         self._url: str | None = None
@@ -98,9 +111,15 @@ class EngineServer:
             *("--disable-log-stats", "--disable-uvicorn-access-log"),
             *(["--enforce-eager"] if device == "cpu" else []),
             *(["--enable-return-routed-experts"] if return_routing else []),
+            *(["--enable-sleep-mode"] if sleeps and device != "cpu" else []),
+            *(["--gpu-memory-utilization", str(gpu_memory)] if gpu_memory else []),
+            *("--tensor-parallel-size", str(tensor), "--pipeline-parallel-size", str(pipeline)),
+            *("--data-parallel-size", str(data)),
+            *(["--enable-expert-parallel"] if expert_parallel else []),
             *extra_args,
         ]
-        self._env = engine_environment(device, num_threads, kv_cache_gib)
+        ranks = tensor * pipeline * data
+        self._env = engine_environment(device, max(1, num_threads // ranks), kv_cache_gib)
         if return_routing and device != "cpu":
             self._env["VLLM_USE_V2_MODEL_RUNNER"] = "1"
         self._env |= extra_env or {}
@@ -117,10 +136,12 @@ class EngineServer:
 
         Raises:
             EngineError: the model folder cannot be one.
+            OSError: the port is taken.
         """
         check_model_folder(self.model)
         with socket.socket() as probe:
-            probe.bind((self.host, 0))
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as vLLM's own does
+            probe.bind((self.host, self.port or 0))
             port = probe.getsockname()[1]
         self._url = f"http://{self.host}:{port}"
         self.log_path.parent.mkdir(parents=True, exist_ok=True)

@@ -5,21 +5,27 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import secrets
 import socket
 import subprocess
 import sys
 from collections.abc import Awaitable, Callable, Sequence
 
 from megatron_r1 import processes
+from megatron_r1.authentication import RANKS_ENVIRONMENT
 from megatron_r1.config import RESUMABLE, Config
 from megatron_r1.reporting.recorder import Recorder
 from megatron_r1.reporting.report import write_report
 from megatron_r1.reporting.run_folder import RunFolder
 from megatron_r1.stopping import StopRequest
+from megatron_r1.supervision.supervisor import Supervisor
 from megatron_r1.training.client import TrainerClient, TrainerError
 
 PORT, WORLD_SIZE = "MEGATRON_R1_PORT", "MEGATRON_R1_WORLD_SIZE"
 """Set for a controller that torchrun's rank 0 started: where its ranks come to, and how many."""
+
+SPANS_HOSTS = "MEGATRON_R1_SPANS_HOSTS"
+"""Set for such a controller where the ranks are on more hosts than this."""
 
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -29,8 +35,11 @@ def start_controller(arguments: list[str]) -> tuple[subprocess.Popen, str]:
     with socket.socket() as probe:
         probe.bind(("", 0))
         port = probe.getsockname()[1]
+    os.environ[RANKS_ENVIRONMENT] = secrets.token_hex(32)  # this rank hands it on
     environment = {k: v for k, v in os.environ.items() if k not in TORCHRUN}
     environment |= {PORT: str(port), WORLD_SIZE: os.environ["WORLD_SIZE"]}
+    if os.environ.get("LOCAL_WORLD_SIZE", environment[WORLD_SIZE]) != environment[WORLD_SIZE]:
+        environment[SPANS_HOSTS] = "1"
     controller = subprocess.Popen(
         [sys.executable, "-m", "megatron_r1", *arguments],
         env=environment,
@@ -39,7 +48,7 @@ def start_controller(arguments: list[str]) -> tuple[subprocess.Popen, str]:
     return controller, f"tcp://{os.environ['MASTER_ADDR']}:{port}"
 
 
-Body = Callable[[Recorder, TrainerClient, StopRequest], Awaitable[None]]
+Body = Callable[[Recorder, TrainerClient, StopRequest, Supervisor], Awaitable[None]]
 """Gets the trainer while its ranks are still starting: it awaits `trainer.connect()`."""
 
 
@@ -64,6 +73,7 @@ async def _run_stage(config, name, facts, body: Body, next_commands) -> None:
     ranks = int(os.environ.get(WORLD_SIZE, 0))
     config.parallel.check_sizes(ranks or config.parallel.processes)
     with RunFolder(config.run.folder) as folder:
+        stop.watch(folder.path)
         recorder = Recorder(
             folder,
             config,
@@ -78,18 +88,25 @@ async def _run_stage(config, name, facts, body: Body, next_commands) -> None:
         port = os.environ.get(PORT)
         bind = f"tcp://*:{port}" if port else "tcp://127.0.0.1:*"
         trainer = TrainerClient(config, folder.path / "logs", bind, ranks or None)
+        supervisor = Supervisor(config, recorder, trainer, spans_hosts=SPANS_HOSTS in os.environ)
+
+        async def work() -> None:
+            await body(recorder, trainer, stop, supervisor)
+            await recorder.checkpoints.finish(trainer)
+            if recorder.state.step == config.run.steps:
+                recorder.view.phase("exporting", str(folder.hf))
+                await trainer.call("export", folder=str(folder.hf))
+
         outcome = ""
         try:
             if recorder.resumed:
                 recorder.view.message(f"continuing after step {recorder.state.step}")
             if not ranks:
                 trainer.launch()
-            await body(recorder, trainer, stop)
-            await recorder.checkpoints.finish(trainer)
+            await supervisor.run(work())
             if recorder.state.step < config.run.steps:
+                stop.done()
                 raise KeyboardInterrupt
-            recorder.view.phase("exporting", str(folder.hf))
-            await trainer.call("export", folder=str(folder.hf))
             outcome = "finished"
         except Exception:
             # Whatever ended the run: what the trainer is still writing is worth the wait.

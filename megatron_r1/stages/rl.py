@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,16 +16,21 @@ from megatron_r1.models.routing_shape import routing_shape
 from megatron_r1.reporting.recorder import Recorder
 from megatron_r1.rewards.runtime.pool import RewardPool
 from megatron_r1.rl.loop import train
+from megatron_r1.rl.sample_log import SampleLog
 from megatron_r1.rl.session import Session
+from megatron_r1.rl.weight_bridge import PROBE_TOKENS, weight_bridge
 from megatron_r1.rollout.context import context_length
 from megatron_r1.rollout.fleet import RolloutFleet
+from megatron_r1.rollout.host_pool import HostPool
+from megatron_r1.rollout.parallelism import check_engines, check_pushes, engine_settings
+from megatron_r1.rollout.placement import growing, placed, server_maker
 from megatron_r1.rollout.sampling import Rollouts
 from megatron_r1.stages.launch import run_stage
 from megatron_r1.stopping import StopRequest
+from megatron_r1.supervision.supervisor import Supervisor
 from megatron_r1.training.client import TrainerClient
 
 REQUIRED = ("run.folder", "model.path")
-SHARED_MEMORY = Path("/dev/shm")
 
 
 def run(config: Config) -> None:
@@ -38,6 +41,8 @@ def run(config: Config) -> None:
     if config.rl.routing_replay:
         routing_shape(hf)
     context_length(config)
+    check_engines(config, hf)
+    check_pushes(config, hf)
     text = PromptText(config.model.path, config.data.template)
     prompts = load_prompts(**config.data.model_dump(exclude={"template"}))
     if not prompts.heldout:
@@ -52,8 +57,14 @@ def run(config: Config) -> None:
         f"{len(prompts.train):,} questions, {len(prompts.heldout):,} held out",
     ]
 
-    async def body(recorder: Recorder, trainer: TrainerClient, stop: StopRequest) -> None:
-        await _with_engines(config, recorder, trainer, stop, text, prompts)
+    async def body(
+        recorder: Recorder, trainer: TrainerClient, stop: StopRequest, supervisor: Supervisor
+    ) -> None:
+        folder, say = recorder.folder.path, recorder.view.message
+        one_memory = config.push.transport == "shm"
+        async with placed(config.rollout, folder, one_memory, say) as hosts:
+            roles = (recorder, trainer, stop, supervisor)
+            await _with_engines(config, *roles, text, prompts, hosts)
 
     run_stage(config, "rl", facts, body, _next_commands(config))
 
@@ -79,8 +90,10 @@ async def _with_engines(
     recorder: Recorder,
     trainer: TrainerClient,
     stop: StopRequest,
+    supervisor: Supervisor,
     text: PromptText,
     prompts: PromptSplit,
+    hosts: HostPool | None,
 ) -> None:
     pool = RewardPool(
         config.rewards.workers,
@@ -88,10 +101,13 @@ async def _with_engines(
         config.rewards.memory_bytes,
     )
     logs, first_step = recorder.folder.path / "logs", recorder.state.step
-    fleet = _fleet(config, logs, first_step, recorder.view.message)
+    fleet = _fleet(config, logs, first_step, recorder.view.message, hosts)
     rollouts = Rollouts(fleet, pool, text, config.rewards)
-    staging = _staging_folder(recorder.folder.path)
+    log = SampleLog(recorder.folder.path / "sample_log", recorder.view.message)
+    supervisor.watch_rollouts(rollouts)
     try:
+        if not config.rl.sample_log:
+            await log.clear()  # what is in it would not be of this run's policies any more
         await rollouts.check_rewards(prompts.train + prompts.heldout)
         recorder.view.phase("starting", f"trainer and {config.rollout.engines} x vLLM")
         # Every engine gets the trainer's weights before it samples; those it starts with do not
@@ -99,29 +115,41 @@ async def _with_engines(
         engines_start = fleet.start(config.model.path, version=-1)
         await asyncio.gather(trainer.connect(), engines_start)
         recorder.view.message(f"{trainer.num_parameters / 1e6:,.2f}M parameters")
-        session = Session(
-            config,
-            recorder,
-            trainer,
-            fleet,
-            rollouts,
-            PromptSampler(prompts.train, config.run.seed),
-            prompts.heldout,
-            staging,
-            stop,
-        )
-        try:
-            await session.begin()
-            await train(session)
-            await session.finish()
-        finally:
-            await session.close()
+
+        async def attempt() -> None:
+            session = Session(
+                config,
+                recorder,
+                trainer,
+                fleet,
+                rollouts,
+                PromptSampler(prompts.train, config.run.seed),
+                prompts.heldout,
+                weight_bridge(config, trainer, fleet, _probes(config, text, prompts)),
+                stop,
+                log if config.rl.sample_log else None,
+            )
+            fleet.version = -1  # ranks that went back push versions that were pushed before
+            try:
+                await session.begin()
+                async with growing(fleet, hosts):
+                    await train(session)
+                await session.finish()
+            finally:
+                await session.close()
+
+        await supervisor.with_restarts(attempt)
     finally:
-        await asyncio.gather(fleet.close(), pool.close())
-        shutil.rmtree(staging, ignore_errors=True)
+        await asyncio.gather(fleet.close(), pool.close(), log.close())
 
 
-def _fleet(config: Config, logs: Path, first_step: int, say: Callable[[str], None]) -> RolloutFleet:
+def _fleet(
+    config: Config,
+    logs: Path,
+    first_step: int,
+    say: Callable[[str], None],
+    hosts: HostPool | None,
+) -> RolloutFleet:
     from megatron_r1 import platform  # imports torch; the trainer is starting meanwhile
 
     rollout = config.rollout
@@ -133,15 +161,16 @@ def _fleet(config: Config, logs: Path, first_step: int, say: Callable[[str], Non
         max_restarts=rollout.max_restarts,
         unresponsive_seconds=rollout.unresponsive_seconds,
         say=say,
+        make_server=server_maker(hosts),
+        weight_transfer_backend=f"megatron_r1_{config.push.transport}",
         device="cuda" if platform.has_gpu() else "cpu",
-        dtype=rollout.dtype,
+        sleeps=rollout.colocated,
         max_model_len=context_length(config),
-        max_num_seqs=rollout.max_num_seqs,
         # A run that continues must not draw the numbers of its beginning again.
         seed=config.run.seed * 1_000_003 + first_step,
-        kv_cache_gib=rollout.kv_cache_gib,
         return_routing=config.rl.routing_replay,
         extra_args=_model_as_pushed(config.model.path),
+        **engine_settings(rollout),
     )
 
 
@@ -154,10 +183,8 @@ def _model_as_pushed(path: str) -> list[str]:
     return arguments
 
 
-def _staging_folder(run_folder: Path) -> Path:
-    """Shared memory for weights on their way, named after the run: a restart empties it."""
-    name = hashlib.sha256(str(run_folder.resolve()).encode()).hexdigest()[:16]
-    folder = SHARED_MEMORY / f"megatron_r1_{name}"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    return folder
+def _probes(config: Config, text: PromptText, prompts: PromptSplit) -> list[list[int]]:
+    """What engines are asked after every push."""
+    room = context_length(config) - PROBE_TOKENS
+    first = prompts.train[: config.push.probes]
+    return [text.encode(prompt.question)[:room] for prompt in first]

@@ -12,6 +12,7 @@ from megatron_r1.models import read_hf_config
 from megatron_r1.reporting.recorder import Recorder
 from megatron_r1.stages.launch import run_stage
 from megatron_r1.stopping import StopRequest
+from megatron_r1.supervision.supervisor import Supervisor
 from megatron_r1.training.client import TrainerClient
 from megatron_r1.training.schedule import learning_rate
 from megatron_r1.training.wire import Sample
@@ -28,8 +29,22 @@ def run(config: Config) -> None:
     examples = ExampleSampler(load_examples(config.sft.data), config.run.seed, shuffled)
     facts = [config.model.path, f"{len(examples.items):,} examples"]
 
-    async def body(recorder: Recorder, trainer: TrainerClient, stop: StopRequest) -> None:
-        await _train(config, recorder, trainer, text, examples, stop)
+    start = examples.state_dict()
+
+    async def body(
+        recorder: Recorder, trainer: TrainerClient, stop: StopRequest, supervisor: Supervisor
+    ) -> None:
+        recorder.view.phase("starting trainer")
+        await trainer.connect()
+        recorder.view.message(f"{trainer.num_parameters / 1e6:,.2f}M parameters")
+
+        async def attempt() -> None:
+            if recorder.resumed:
+                await recorder.load(trainer, reference=False)
+            examples.load_state_dict(recorder.state.sampler or start)
+            await _train(config, recorder, trainer, text, examples, stop)
+
+        await supervisor.with_restarts(attempt)
 
     run_stage(config, "sft", facts, body)
 
@@ -43,12 +58,6 @@ async def _train(
     stop: StopRequest,
 ) -> None:
     state = recorder.state
-    recorder.view.phase("starting trainer")
-    await trainer.connect()
-    recorder.view.message(f"{trainer.num_parameters / 1e6:,.2f}M parameters")
-    if recorder.resumed:
-        await recorder.load(trainer, reference=False)
-        examples.load_state_dict(state.sampler)
     recorder.view.phase("train")
     while state.step < config.run.steps:
         began = time.perf_counter()
@@ -65,6 +74,7 @@ async def _train(
         tokens = sum(len(sample) for sample in batch)
         timing = {"time/train": seconds, "time/step": seconds}
         timing["tokens_per_second"] = tokens / seconds
+        metrics["trainer/restarts"] = trainer.num_restarts
         metrics |= await recorder.checkpoints.news(trainer)
         recorder.step({"step": state.step, **metrics, "learning_rate": rate, **timing}, [])
         state.sampler = examples.state_dict()

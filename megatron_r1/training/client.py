@@ -5,27 +5,47 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
+import os
+import secrets
 import socket as sockets
 import subprocess
 import sys
+import time
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, NoReturn
 
 import msgspec
 import zmq
-import zmq.asyncio
 
 from megatron_r1 import processes
+from megatron_r1.authentication import RANKS_ENVIRONMENT
 from megatron_r1.config import Config
 from megatron_r1.models import read_hf_config
 from megatron_r1.training.cost import sample_cost
 from megatron_r1.training.packing import pack
+from megatron_r1.training.rank_socket import RankSocket
 from megatron_r1.training.wire import Call, Microbatches, Reply, Sample, Share
+
+POLL_SECONDS = 0.5
 
 
 class TrainerError(RuntimeError):
     """A trainer rank failed or vanished; the message says which and why."""
+
+
+class TrainerLost(TrainerError):
+    """The ranks are of no use any more; started anew from a checkpoint they may go on."""
+
+
+@dataclass
+class Waiting:
+    """A call that has not come back. since: time.monotonic(); missing: ranks that owe a reply."""
+
+    operation: str
+    since: float
+    missing: set[int]
 
 
 class TrainerClient:
@@ -41,25 +61,41 @@ class TrainerClient:
         """bind: where ranks come to; world_size: how many, if others start them (torchrun)."""
         self._world_size = world_size or config.parallel.processes
         self.config, self.log_folder = config, Path(log_folder)
-        self._socket = zmq.asyncio.Context.instance().socket(zmq.ROUTER)
-        self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
-        self._socket.bind(bind)
-        self.address = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
+        self._bind = bind
+        self._token = os.environ.get(RANKS_ENVIRONMENT) or secrets.token_hex(32)
+        self.socket = RankSocket(bind, self._token)
         self._processes: list[subprocess.Popen] = []
-        self._places: list[dict[str, Any]] = []
-        self._decode = msgspec.msgpack.Decoder(Reply).decode
+        self.places: list[dict[str, Any]] = []
+        """Of each rank, what it says of itself (`worker.Operations.describe`)."""
         self._busy = asyncio.Lock()
         self.is_usable = True
         """False once a call did not come to its end: the ranks may be anywhere."""
+        self.waiting: Waiting | None = None
+        self.num_replies = 0
+        self.num_restarts = 0
         self._cost = sample_cost(read_hf_config(config.model.path))
 
     @property
+    def address(self) -> str:
+        """Where the ranks come to."""
+        return self.socket.address
+
+    @property
+    def can_restart(self) -> bool:
+        """Whether the ranks are this process's to start; torchrun's are not."""
+        return bool(self._processes)
+
+    @property
+    def world_size(self) -> int:
+        return self._world_size
+
+    @property
     def num_parameters(self) -> int:
-        return self._places[0]["num_parameters"]
+        return self.places[0]["num_parameters"]
 
     @property
     def data_size(self) -> int:
-        return self._places[0]["data_size"]
+        return self.places[0]["data_size"]
 
     def launch(self) -> None:
         """Start `parallel.processes` ranks on this machine, each with its log in the log folder."""
@@ -76,6 +112,7 @@ class TrainerClient:
                 "LOCAL_WORLD_SIZE": str(count),
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": str(port),
+                RANKS_ENVIRONMENT: self._token,
             }
             command = [sys.executable, "-m", "megatron_r1.training.worker", settings, self.address]
             self._processes.append(processes.start(command, self._log(rank), environment))
@@ -85,8 +122,8 @@ class TrainerClient:
 
         Raises the first one's reason: ValueError for the user's mistake, else TrainerError.
         """
-        replies = await self._gather(self._world_size)
-        self._places = [replies[rank] for rank in range(self._world_size)]
+        replies = await self._gather("start", self._world_size)
+        self.places = [replies[rank] for rank in range(self._world_size)]
 
     async def load(self, minibatches: list[list[Sample]]) -> dict[str, float]:
         """Send each model replica its own share of every mini-batch, packed into micro-batches.
@@ -104,7 +141,7 @@ class TrainerClient:
         for samples, packing in zip(minibatches, packings, strict=True):
             for rank, share in enumerate(packing.shares):
                 shares[rank].append(Microbatches([[samples[i] for i in m] for m in share]))
-        loaded = await self._everywhere("load", shares=shares)
+        loaded = self._last_stage(await self._everywhere("load", shares=shares))
         return {
             "packing/waste": fmean(p.waste for p in packings),
             "packing/fill": fmean(p.fill for p in packings),
@@ -132,58 +169,101 @@ class TrainerClient:
 
     async def call(self, operation: str, **arguments: Any) -> dict[str, Any]:
         """Run `operation` on every rank; the answer is the last pipeline stage's."""
-        return await self._everywhere(operation, arguments)
+        return self._last_stage(await self._everywhere(operation, arguments))
+
+    async def call_all(self, operation: str, **arguments: Any) -> list[dict[str, Any]]:
+        """Run `operation` on every rank; all answers, by rank."""
+        replies = await self._everywhere(operation, arguments)
+        return [replies[rank] for rank in range(len(self.places))]
+
+    async def restart(self) -> None:
+        """Kill what is left of the ranks and start all anew, which know nothing of what was before;
+        returns when they have built their model. Raises as `connect`."""
+        assert self.can_restart, "the ranks are not ours"
+        self.num_restarts += 1
+        await asyncio.to_thread(self.kill)
+        self.socket.close()
+        self.socket = RankSocket(self._bind, self._token)
+        self._processes, self.places = [], []
+        self.launch()
+        await self.connect()
+        self.is_usable = True
 
     async def close(self) -> None:
         """Stop the ranks."""
-        if self._places and all(p.poll() is None for p in self._processes):
+        alive = all(p.poll() is None for p in self._processes)
+        if self.places and alive and self.is_usable:
             with contextlib.suppress(TimeoutError, TrainerError):
                 await asyncio.wait_for(self.call("stop"), timeout=10)
+            for process in self._processes:
+                processes.stop(process, timeout_seconds=5)
         self.kill()
-        self._socket.close(linger=0)
+        self.socket.close()
 
     def kill(self) -> None:
+        """End all ranks at once, stopped or stuck ones too."""
         for process in self._processes:
-            processes.stop(process, timeout_seconds=5)
+            processes.kill(process)
+
+    def process_of(self, rank: int) -> int | None:
+        """The process id of a rank that this process started."""
+        return self._processes[rank].pid if rank < len(self._processes) else None
 
     async def _everywhere(
         self,
         operation: str,
         arguments: dict[str, Any] | None = None,
         shares: list[list[Microbatches]] | None = None,
-    ) -> dict[str, Any]:
-        encode = msgspec.msgpack.encode
+    ) -> dict[int, dict[str, Any]]:
         async with self._busy:
-            for rank, place in enumerate(self._places):
+            for rank, place in enumerate(self.places):
                 share = None
                 if shares and place["leads_replica"]:
-                    share = encode(Share(shares[place["data_rank"]]))
-                call = Call(operation, arguments or {}, share)
+                    share = msgspec.msgpack.encode(Share(shares[place["data_rank"]]))
                 try:
-                    await self._socket.send_multipart([str(rank).encode(), encode(call)])
+                    await self.socket.send(rank, Call(operation, arguments or {}, share))
                 except zmq.ZMQError:
                     self.is_usable = False
-                    raise TrainerError(self._obituary(rank)) from None
+                    raise TrainerLost(self._obituary(rank)) from None
             self.is_usable = False
-            replies = await self._gather(len(self._places))
+            replies = await self._gather(operation, len(self.places))
             self.is_usable = True
-        return next(replies[p["rank"]] for p in self._places if p["last_stage"])
-
-    async def _gather(self, count: int) -> dict[int, dict[str, Any]]:
-        replies: dict[int, dict[str, Any]] = {}
-        while len(replies) < count:
-            if not await self._socket.poll(timeout=500):
-                lost = self._lost(replies)
-                # What a rank that died had to say may have arrived since.
-                if lost is not None and not await self._socket.poll(timeout=500):
-                    raise TrainerError(self._obituary(lost))
-                continue
-            _, payload = await self._socket.recv_multipart()
-            reply = self._decode(payload)
-            if reply.error is not None:
-                raise (ValueError if reply.is_mistake else TrainerError)(reply.error)
-            replies[reply.rank] = reply.result or {}
         return replies
+
+    def _last_stage(self, replies: dict[int, dict[str, Any]]) -> dict[str, Any]:
+        return next(replies[p["rank"]] for p in self.places if p["last_stage"])
+
+    async def _gather(self, operation: str, count: int) -> dict[int, dict[str, Any]]:
+        """The replies of all ranks to what they were told."""
+        replies: dict[int, dict[str, Any]] = {}
+        self.waiting = Waiting(operation, time.monotonic(), set(range(count)))
+        try:
+            while self.waiting.missing:
+                reply = await self.socket.reply(POLL_SECONDS)
+                if reply is None:
+                    lost = self._lost(replies)
+                    # What a rank that died had to say may have arrived since.
+                    reply = await self.socket.reply(POLL_SECONDS) if lost is not None else None
+                    if reply is None and lost is not None:
+                        raise TrainerLost(self._obituary(lost))
+                if reply is not None:
+                    if reply.error is not None:
+                        await self._fail(reply)
+                    replies[reply.rank] = reply.result or {}
+                    self.waiting.missing.discard(reply.rank)
+                    self.num_replies += 1
+        finally:
+            self.waiting = None
+        return replies
+
+    async def _fail(self, reply: Reply) -> NoReturn:
+        """Raise what a rank says went wrong, or that another was killed, of which it suffers."""
+        assert reply.error is not None
+        if reply.is_mistake:
+            raise ValueError(reply.error)
+        await asyncio.sleep(POLL_SECONDS)
+        killed = [r for r, p in enumerate(self._processes) if (p.poll() or 0) < 0]
+        raise TrainerLost(self._obituary(killed[0]) if killed else reply.error)
 
     def _lost(self, replies: dict[int, Any]) -> int | None:
         """A rank that owes a reply and whose process has ended."""

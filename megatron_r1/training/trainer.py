@@ -1,7 +1,7 @@
 """One trainer rank: Megatron's model, optimizer and schedule behind four verbs.
 
 load() puts a rollout's micro-batches in place; score() computes old and reference
-log-probabilities; update() makes one optimizer step; write_weights() lays the weights out for the
+log-probabilities; update() makes one optimizer step; send_weights() brings the weights to the
 engines. Each is called on every rank at the same time. The rank knows samples and losses, not
 prompts or rewards."""
 
@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -32,6 +33,7 @@ from megatron_r1.training.losses import Loss, find_loss
 from megatron_r1.training.packed import PackedBatch, Split, packed_batch
 from megatron_r1.training.reference import Reference
 from megatron_r1.training.routing import RoutingPart
+from megatron_r1.training.weight_push import weight_sender
 from megatron_r1.training.wire import Microbatches, Sample
 
 
@@ -160,6 +162,30 @@ class Trainer:
     def write_weights(self, path: str, dtype: str) -> None:
         """All ranks together lay the present weights out at `path`, in safetensors format."""
         weights.write_hf(self.bare, self.hf, Path(path), dtype=DTYPES[dtype])
+
+    def open_push(self) -> dict[str, Any]:
+        """Before the first engine is connected: where engines find this trainer."""
+        self.sender, address = weight_sender(self.bare, self.hf, self.config.parallel)
+        return {"store": address}
+
+    def connect_engine(self, **engine: Any) -> dict[str, Any]:
+        """`WeightSender.connect`."""
+        return self.sender.connect(**engine)
+
+    def send_weights(self, push: int, engines: list[int]) -> dict[str, Any]:
+        """`WeightSender.send`."""
+        return self.sender.send(push, engines)
+
+    def probe(self, samples: list[dict[str, Any]]) -> dict[str, float]:
+        """How far an engine's log-probabilities, at temperature 1, are from the trainer's: of these
+        samples (`wire.Sample`), the same on every rank; loaded ones stay."""
+        own = msgspec.convert(samples, list[Sample])
+        batches = [packed_batch(s, self.split, platform.device()) for s in self._in_rounds([own])]
+        with self.replay.paused():
+            self._score(batches, "old", 1.0)
+        gap, count, largest = self._gap(batches, "old")
+        sums = {"probe/mean/tokens": gap, "tokens": count}
+        return self._reduce_over_data(sums, {"probe/max": largest})
 
     def export(self, folder: str, dtype: str | None = None) -> None:
         """Write a complete Hugging Face folder: weights, config and tokenizer."""

@@ -11,6 +11,18 @@ from typing import Any
 
 import msgspec
 
+WITNESS = b"witness-"
+
+
+def identity(rank: int) -> bytes:
+    """Of a rank's connection to the controller, for calls and replies."""
+    return str(rank).encode()
+
+
+def witness_identity(rank: int) -> bytes:
+    """Of the connection of a rank's side thread (`training.witness`)."""
+    return WITNESS + str(rank).encode()
+
 
 class Sample(msgspec.Struct, frozen=True):
     """One prompt with its response, as the trainer sees it.
@@ -80,3 +92,22 @@ class Reply(msgspec.Struct, frozen=True):
     result: dict[str, Any] | None = None
     error: str | None = None
     is_mistake: bool = False
+
+
+class ThreadAt(msgspec.Struct, frozen=True):
+    """Where a thread of a rank is. frames: "file:line in function: source", the innermost last.
+    collective: that it waits in, with the ranks and who asked for it; None: in none."""
+
+    name: str
+    frames: list[str]
+    collective: str | None = None
+
+
+class Whereabouts(msgspec.Struct, frozen=True):
+    """Rank → controller, from a side thread: what it does and since when. question: which one this
+    answers; threads: the main one first."""
+
+    question: int
+    operation: str
+    seconds: float
+    threads: list[ThreadAt]

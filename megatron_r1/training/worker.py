@@ -11,21 +11,26 @@ import dataclasses
 import os
 import sys
 import traceback
+from functools import partial
 from typing import Any
 
 import msgspec
 import zmq
 
+from megatron_r1.authentication import RANKS_ENVIRONMENT, protect_client
 from megatron_r1.config import Config, parse
 from megatron_r1.training import distributed
 from megatron_r1.training.distributed import Place
 from megatron_r1.training.replica import Replica
-from megatron_r1.training.wire import Call, Reply, Share
+from megatron_r1.training.wire import Call, Reply, Share, identity, witness_identity
+from megatron_r1.training.witness import IDLE, Witness
 
 
 def serve_under_torchrun(config: Config, address: str | None) -> None:
     """As `serve`, where only rank 0 knows the controller's address and tells the others."""
     place = distributed.initialize(config.parallel, config.run.seed)
+    token = distributed.from_rank_zero(os.environ.get(RANKS_ENVIRONMENT))
+    os.environ[RANKS_ENVIRONMENT] = token
     serve(config, distributed.from_rank_zero(address), place)
 
 
@@ -36,13 +41,10 @@ def serve(config: Config, address: str, place: Place | None = None) -> None:
     waiting in a collective, and only a fresh start brings all ranks to the same place.
     """
     rank = int(os.environ["RANK"])
-    socket = zmq.Context.instance().socket(zmq.DEALER)
-    socket.setsockopt(zmq.IDENTITY, str(rank).encode())
-    # A controller that vanished without a word is noticed within a minute, on any host.
-    socket.setsockopt(zmq.HEARTBEAT_IVL, 10_000)
-    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 60_000)
+    socket = _dealer(identity(rank))
     monitor = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
     socket.connect(address)
+    witness = Witness(partial(_connected, witness_identity(rank), address))
     encode, decode = msgspec.msgpack.encode, msgspec.msgpack.Decoder(Call).decode
 
     def reply(result: dict[str, Any]) -> None:
@@ -57,11 +59,14 @@ def serve(config: Config, address: str, place: Place | None = None) -> None:
         poller.register(socket, zmq.POLLIN)
         poller.register(monitor, zmq.POLLIN)
         while True:
+            witness.now_in(IDLE)
             ready = dict(poller.poll())
             if socket not in ready:
                 sys.exit(f"trainer rank {rank}: the controller at {address} is gone")
             call = decode(socket.recv())
+            witness.now_in(call.operation)
             if call.operation == "stop":
+                witness.rest()
                 reply({})
                 return
             reply(operations.run(call))
@@ -71,6 +76,22 @@ def serve(config: Config, address: str, place: Place | None = None) -> None:
         socket.send(encode(Reply(rank, None, told, is_mistake)))
         socket.close(linger=5_000)
         raise
+
+
+def _dealer(name: bytes) -> zmq.Socket:
+    socket = zmq.Context.instance().socket(zmq.DEALER)
+    socket.setsockopt(zmq.IDENTITY, name)
+    protect_client(socket, os.environ[RANKS_ENVIRONMENT])
+    # A controller that vanished without a word is noticed within a minute, on any host.
+    socket.setsockopt(zmq.HEARTBEAT_IVL, 10_000)
+    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 60_000)
+    return socket
+
+
+def _connected(name: bytes, address: str) -> zmq.Socket:
+    socket = _dealer(name)
+    socket.connect(address)
+    return socket
 
 
 class Operations:
@@ -83,8 +104,11 @@ class Operations:
         self.trainer = Trainer(config, self.place)
 
     def describe(self) -> dict[str, Any]:
+        from megatron.core import parallel_state
+
         return {
             **dataclasses.asdict(self.place),
+            "expert_rank": parallel_state.get_expert_model_parallel_rank(),
             "leads_replica": self.replica.leads,
             "num_parameters": self.trainer.num_parameters,
             "process": os.getpid(),
@@ -104,7 +128,10 @@ OPERATIONS = (
     "score",
     "update",
     "keep_reference",
-    "write_weights",
+    "open_push",
+    "connect_engine",
+    "send_weights",
+    "probe",
     "export",
     "save_checkpoint",
     "checkpoint_progress",

@@ -1,6 +1,8 @@
 """A small DeepSeek-V3-shaped model with a tokenizer, and a way to run the command line on it."""
 
+import concurrent.futures
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -110,3 +112,11 @@ rewards:
     done = run("sft", folder / "sft.yaml")
     assert done.returncode == 0, done.stderr
     return folder
+
+
+@pytest.fixture(scope="module")
+def oracle():
+    """Runs functions of tiny_models.py in a process of its own, without transformers in this."""
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
+        yield lambda function, *args, **kwargs: pool.submit(function, *args, **kwargs).result()

@@ -4,11 +4,8 @@ Oracle: fp32 log-probabilities by transformers of the tokens that the engine sam
 """
 
 import asyncio
-import concurrent.futures
 import json
-import multiprocessing
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -17,35 +14,27 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from file_trainer import FileBridge, FileTrainer
+from sampled import PROMPTS, TOLERANCE, largest_difference, sample, stamped
 from tiny_models import (
     DEEPSEEK,
     PLAIN_ROPE,
     QWEN,
     reference_logprobs,
     reference_routing,
-    write_broken,
     write_model,
 )
 
+from megatron_r1.landing import copy_with_checksum
+from megatron_r1.landing.transports import shared_memory
 from megatron_r1.models.routing_shape import routing_shape
 from megatron_r1.rollout.client import EngineClient
 from megatron_r1.rollout.errors import EngineError
 from megatron_r1.rollout.fleet import RolloutFleet
 from megatron_r1.rollout.server import EngineServer
 
-# fp32 on both sides, sums of a few hundred terms in another order: about 4e-6 is seen.
-TOLERANCE = 1e-4
 ENGINE = {"max_model_len": 256, "max_num_seqs": 64}
 ROUTING = routing_shape(DEEPSEEK)
-PROMPTS = [[5, 9, 33, 12], [60], list(range(3, 40))]
-
-
-@pytest.fixture(scope="module")
-def oracle():
-    """Runs functions of tiny_models.py in a process of its own, without transformers in this."""
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
-        yield lambda function, *args, **kwargs: pool.submit(function, *args, **kwargs).result()
 
 
 @pytest.fixture(scope="module")
@@ -73,44 +62,15 @@ def fleet(models, loop, tmp_path_factory):
     loop(fleet.close())
 
 
+@pytest.fixture(scope="module")
+def bridge(fleet):
+    return FileBridge(DEEPSEEK, fleet)
+
+
 @pytest.fixture
-def push(models, loop, fleet):
-    """Push the model of that name as the next version: through /dev/shm, deleted in the end."""
-    paths = []
-
-    async def send(name):
-        paths.append(Path("/dev/shm") / f"test-engine-{os.getpid()}-{fleet.version + 1}")
-        shutil.copy(models / name / "model.safetensors", paths[-1])
-        await fleet.push(update_of(paths[-1]), fleet.version + 1)
-
-    yield send
-    for path in paths:
-        path.unlink()
-
-
-def update_of(path):
-    return {"path": str(path), "num_bytes": path.stat().st_size}
-
-
-async def sample(engine, *, n=4, max_tokens=24, **sampling):
-    """A group for each prompt, all at once; `engine` is a fleet or a client."""
-    calls = (engine.generate(prompt, n=n, max_tokens=max_tokens, **sampling) for prompt in PROMPTS)
-    return await asyncio.gather(*calls)
-
-
-def largest_difference(oracle, folder, groups, temperature=1.0):
-    largest = 0.0
-    for prompt, group in zip(PROMPTS, groups, strict=True):
-        responses = [list(completion.token_ids) for completion in group]
-        expected = oracle(reference_logprobs, folder, prompt, responses, temperature)
-        for completion, reference in zip(group, expected, strict=True):
-            pairs = zip(completion.logprobs, reference, strict=True)
-            largest = max(largest, *(abs(x - y) for x, y in pairs))
-    return largest
-
-
-def stamped(groups):
-    return {v for group in groups for completion in group for v in completion.policy_versions}
+def push(models, bridge):
+    """Push the model of that name as the next version."""
+    return lambda name: bridge.push(models / name)
 
 
 def test_logprobs_equal_transformers_through_pushes_a_b_a(models, oracle, loop, fleet, push):
@@ -197,46 +157,57 @@ def test_a_push_amid_a_response_stamps_each_token_with_its_policy(
             assert (rows == np.array(expected)).all((1, 2)).mean() > 0.98
 
 
-def test_versions_only_rise(models, loop, fleet):
+def test_versions_only_rise(loop, fleet):
     with pytest.raises(ValueError, match=f"engines hold version {fleet.version}"):
-        loop(fleet.push(update_of(models / "a" / "model.safetensors"), fleet.version))
+        loop(fleet.push({"push": 1}, fleet.version))
 
 
-@pytest.mark.parametrize(
-    ("broken", "says"),
-    [
-        ({"drop": "model.layers.1.mlp.experts.5.up_proj.weight"}, "left out 1 tensors.*experts"),
-        ({"drop": "model.layers.2.self_attn.o_proj.weight"}, "left out.*o_proj"),
-        ({"drop": "model.layers.0.self_attn.q_a_proj.weight"}, "left out.*fused_qkv_a_proj"),
-        ({"rename": "model.norm.weight"}, "nonsense"),
-        ({"num_bytes": 17}, "announced were 17"),
-        ({"path": "/dev/shm/no-such-file"}, "does not exist"),
-    ],
-)
-def test_an_update_that_is_not_whole_is_refused(
-    models, oracle, loop, fleet, tmp_path, broken, says
+def test_a_push_that_arrives_otherwise_than_it_was_sent_changes_nothing(
+    models, oracle, loop, fleet, bridge, push, monkeypatch
 ):
-    """Sent past the fleet, which would refuse to go on: the next whole update must still work."""
-    client = fleet.engines[0].client
-    whole = models / "a" / "model.safetensors"
-    update = update_of(whole) | {k: v for k, v in broken.items() if k in ("path", "num_bytes")}
-    if broken.keys() & {"drop", "rename"}:
-        oracle(write_broken, whole, tmp_path / "file", **broken)
-        update = update_of(tmp_path / "file")
+    """It is refused by the tensor's name, and the engine goes on with the weights before."""
+    name, client = "model.layers.1.mlp.experts.5.up_proj.weight", fleet.engines[0].client
+    loop(push("a"))
+    link = bridge.trainer.sender._links[0][0]
+    names = (link.sender.table.slots[d.slot].name for d in link.sender.deliveries)
 
-    async def send_both():
+    def damaged(target, source):
+        return copy_with_checksum(target, source) ^ (next(names) == name)
+
+    async def send_damaged():
+        bridge.trainer.load(models / "b")
+        bridge.trainer.sender.send(1000, [0])
         await client.pause()
-        try:
-            with pytest.raises(EngineError, match=says) as info:
-                await client.update_weights(update, 1000)
-            if "/finish_weight_update" in str(info.value):
-                await client._call("POST", "/finish_weight_update")  # vLLM still counts it open
-        finally:
-            await client.update_weights(update_of(whole), fleet.version)
-            await client.resume()
+        with pytest.raises(EngineError, match=rf"1 tensors arrived otherwise.*{name}"):
+            await client.update_weights({"push": 1000}, 1000)
+        await client.resume()
 
-    loop(send_both())
+    monkeypatch.setattr(shared_memory, "copy_with_checksum", damaged)
+    loop(send_damaged())
     assert largest_difference(oracle, models / "a", loop(sample(fleet))) <= TOLERANCE
+
+
+def test_a_push_that_does_not_come_to_its_end_changes_nothing(models, oracle, loop, fleet, push):
+    client = fleet.engines[0].client
+    loop(push("a"))
+
+    async def update():
+        await client.pause()
+        with pytest.raises(EngineError, match="trainer ranks 0 have not brought all of it"):
+            await client.update_weights({"push": 2000, "timeout_seconds": 0.5}, 2000)
+        await client.resume()
+
+    loop(update())
+    assert largest_difference(oracle, models / "a", loop(sample(fleet))) <= TOLERANCE
+
+
+def test_a_model_without_one_of_the_engines_tensors_is_refused(loop, fleet, bridge):
+    name = "model.layers.2.self_attn.o_proj.weight"
+    tensors = [[n, list(shape)] for n, shape in bridge.trainer.shapes.items() if n != name]
+    store = ["127.0.0.1", bridge.trainer.store.port]
+    init = {"store": store, "engine": "other", "tensors": tensors, "timeout_seconds": 5}
+    with pytest.raises(EngineError, match=r"o_proj.*0 of its"):
+        loop(fleet.engines[0].client.init_weight_transfer(init))
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
@@ -319,13 +290,15 @@ def test_other_models_and_no_orphans(family, models, oracle, tmp_path):
 
         async def sample_and_push():
             async with EngineClient(url) as client:
-                await client.init_weight_transfer()
                 await client.set_version(0)
                 before = await sample(client)
+                trainer = FileTrainer(QWEN if family == "qwen" else PLAIN_ROPE)
+                trainer.load(b)
+                await connect(client, trainer)
                 running = asyncio.ensure_future(client.generate([7] * 40, n=2, max_tokens=200))
-                await asyncio.sleep(0.2)
+                await trainer.call("send_weights", push=1, engines=[0])
                 await client.pause()
-                await client.update_weights(update_of(b / "model.safetensors"), 1)
+                await client.update_weights({"push": 1}, 1)
                 await client.resume()
                 after = await sample(client)
                 await running
@@ -344,6 +317,22 @@ def test_other_models_and_no_orphans(family, models, oracle, tmp_path):
         time.sleep(0.05)
     assert not is_running(int(pid))
     assert not is_running(core)
+
+
+async def connect(client, trainer):
+    store = (await trainer.call("open_push"))["store"]
+    tensors = [[name, list(shape)] for name, shape in trainer.shapes.items()]
+    init = {"store": store, "engine": "alone", "tensors": tensors}
+    agreeing = trainer.call(
+        "connect_engine",
+        engine=0,
+        name="alone",
+        layout={},
+        transport="shm",
+        timeout_seconds=60,
+    )
+    _, answer = await asyncio.gather(client.init_weight_transfer(init), agreeing)
+    assert "problem" not in answer
 
 
 def is_running(pid):

@@ -170,7 +170,7 @@ def processes_of(folder: Path, text: str) -> list[int]:
 def test_whatever_is_killed_the_same_command_continues_and_no_step_is_lost_or_doubled(base):
     folder = base / "killed"
 
-    process = start(base)
+    process = start(base, "--run.max_trainer_restarts", "0")
     wait_for_step(process, folder, 1)
     os.kill(processes_of(folder, "training.worker")[0], signal.SIGKILL)
     _, errors = process.communicate(timeout=60)

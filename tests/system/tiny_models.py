@@ -136,13 +136,10 @@ def reference_routing(folder, prompt, responses):
     return answers
 
 
-def write_broken(source, target, *, drop=None, rename=None):
-    """Copy a weights file without the tensor `drop`, or with `rename` called something else."""
+def write_nan(source, target, name):
+    """Copy a weights file with one tensor that is not a number anywhere."""
     from safetensors.torch import load_file, save_file
 
     tensors = load_file(source)
-    if drop:
-        del tensors[drop]
-    if rename:
-        tensors["model.nonsense.weight"] = tensors.pop(rename)
+    tensors[name].fill_(float("nan"))
     save_file(tensors, target)

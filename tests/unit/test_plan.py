@@ -26,10 +26,12 @@ from tools.plan.job import Job  # noqa: E402
 from tools.plan.loss_head import GPU_CHUNK_ELEMENTS, GPU_CHUNK_TOKENS  # noqa: E402
 from tools.plan.memory import rank_memory  # noqa: E402
 from tools.plan.parameters import ModelCounts, RankCounts  # noqa: E402
+from tools.plan.push import engine_layout  # noqa: E402
 from tools.plan.rollout import cache_bytes_per_token  # noqa: E402
 from tools.plan.samples import samples_section  # noqa: E402
 from tools.plan.search import even_layout, nearest  # noqa: E402
 
+ONE_GPU = ["--rollout.tensor", "1", "--rollout.data", "1"]
 RECIPE = ROOT / "examples/deepseek_r1/r1_zero.yaml"
 V3 = read_hf_config(ROOT / "examples/deepseek_r1/model")
 LLAMA_405B = {
@@ -55,6 +57,18 @@ QWEN_72B = {
 def real_job(**parallel) -> Job:
     config = configuration.load(RECIPE, {f"parallel.{k}": v for k, v in parallel.items()})
     return Job(V3, config, 2048, HARDWARE["H800"])
+
+
+def test_an_engine_is_laid_out_as_the_recipe_says_or_as_vllm_serves_such_models():
+    config = configuration.load(RECIPE)
+    told = engine_layout(Job(V3, config, 2048, HARDWARE["H800"]))
+    assert (told.tensor, told.data, told.expert_parallel) == (8, 16, True)
+    changed = {"rollout.tensor": 16, "rollout.data": 8}
+    wide = engine_layout(Job(V3, configuration.load(RECIPE, changed), 2048, HARDWARE["H800"]))
+    assert (wide.tensor, wide.data, wide.engines) == (16, 8, 16)
+    silent = {"rollout.tensor": 1, "rollout.data": 1, "rollout.expert_parallel": False}
+    assumed = engine_layout(Job(V3, configuration.load(RECIPE, silent), 2048, HARDWARE["H800"]))
+    assert assumed == told
 
 
 def test_the_configuration_is_deepseek_v3_s_as_transformers_knows_it():
@@ -232,7 +246,10 @@ def test_a_layout_that_cannot_work_names_the_number_and_those_that_can(capsys):
         (["--gpus", "2000"], 1, "2000 trainer ranks cannot be divided into groups of 128"),
         (["--parallel.expert", "3"], 1, "parallel.expert=3 does not divide|groups of"),
         (["--parallel.pipeline_layout", "Et"], 1, "pipeline_layout='Et'"),
-        (["--rollout.engines", "2048"], 1, "an engine GPU has 0 B for KV cache"),
+        (["--rollout.engines", "2048", *ONE_GPU], 1, "an engine GPU has 0 B for KV cache"),
+        (["--rollout.engines", "32"], 1, "rollout.data=16 = 128, but an engine has 64 GPUs"),
+        (["--rollout.tensor", "3"], 1, "rollout.tensor=3 does not divide num_attention_heads=128"),
+        (["--rollout.pipeline", "2"], 1, "rollout.pipeline=2: engines with stages"),
         (
             ["--rl.minibatches", "1024"],
             1,

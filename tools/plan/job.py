@@ -8,6 +8,7 @@ from importlib import import_module
 
 from megatron_r1.config import Config, ParallelConfig
 from megatron_r1.models.hf_config import architecture
+from megatron_r1.rollout.parallelism import check_engines
 from megatron_r1.weights.layout import Shard, stage_shards, table
 from megatron_r1.weights.rules import Table
 from tools.plan.hardware import Assumptions, Hardware
@@ -181,6 +182,7 @@ class Job:
                 f"rollout.engines={self.config.rollout.engines} does not divide {gpus} GPUs; "
                 "choose a divisor"
             )
+        self._check_engines()
         per_step = self.outputs // self.config.rl.minibatches
         if per_step < self.data:
             raise ValueError(
@@ -189,3 +191,18 @@ class Job:
                 "rl.minibatches"
             )
         assert self.stages, "building them checks the layout"
+
+    def _check_engines(self) -> None:
+        check_engines(self.config, self.hf)
+        rollout = self.config.rollout
+        if rollout.pipeline > 1:
+            raise ValueError(
+                f"rollout.pipeline={rollout.pipeline}: engines with stages are not planned for; "
+                "use 1"
+            )
+        ranks = rollout.tensor * rollout.data
+        if ranks not in (1, self.engine_gpus):
+            raise ValueError(
+                f"rollout.tensor={rollout.tensor} x rollout.data={rollout.data} = {ranks}, but an "
+                f"engine has {self.engine_gpus} GPUs; change them or rollout.engines"
+            )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from functools import lru_cache
 
+from megatron_r1.rollout.parallelism import engine_layout as layout_of
 from megatron_r1.weights.push import EngineLayout, Planner, TrainerGrid
 from megatron_r1.weights.push.engine_layout import EngineNeeds
 from megatron_r1.weights.push.traffic import fp8_bytes, plain_bytes, traffic
@@ -13,8 +14,12 @@ from tools.plan.quantity import Quantity, Section
 
 
 def engine_layout(job: Job) -> EngineLayout:
-    """As vLLM serves such models: attention tensor-parallel within a node and data-parallel over
-    nodes, routed experts spread over all GPUs of an engine."""
+    """The recipe's, or where it does not say (all of rollout.tensor, .data and .pipeline are 1) as
+    vLLM serves such models: attention tensor-parallel within a node and data-parallel over nodes,
+    routed experts spread over all GPUs of an engine."""
+    recipes = layout_of(job.config)
+    if recipes.ranks_per_engine > 1:
+        return recipes
     tensor = min(job.engine_gpus, job.hardware.gpus_per_node)
     return EngineLayout(
         engines=job.config.rollout.engines,

@@ -10,13 +10,15 @@ import itertools
 import math
 import time
 from collections import Counter, deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+import msgspec
 
 from megatron_r1.rewards import REMOTE, resolve
 from megatron_r1.rewards.base import Grade
 from megatron_r1.rewards.remote.runner import RemoteRewards
 from megatron_r1.rewards.runtime.process import START_TIMEOUT_SECONDS, WorkerLost, WorkerProcess
-from megatron_r1.rewards.runtime.protocol import Job, Reply, frame
+from megatron_r1.rewards.runtime.protocol import LENGTH, Job, Reply, frame
 from megatron_r1.rewards.runtime.time_limits import time_limit
 
 # Jobs handed to a worker ahead of time: enough that its pipe never runs dry, and no more work than
@@ -34,6 +36,19 @@ class _Pending:
     timeout_seconds: float
     result: asyncio.Future
     num_crashes: int = 0
+    process: int | None = None
+    since: float = field(default_factory=time.monotonic)
+
+
+@dataclass(frozen=True)
+class JobAt:
+    """A job that is not done. process: of the worker that has it, None in the queue; seconds: since
+    it got there; question: of its prompt, where it says one."""
+
+    target: str
+    process: int | None
+    seconds: float
+    question: str | None
 
 
 class RewardPool:
@@ -116,6 +131,13 @@ class RewardPool:
         counts |= {"queued": len(self._queue), "running": len(self._running)}
         return counts | self._remote.snapshot()
 
+    def jobs(self, most: int = 20) -> list[JobAt]:
+        """What workers have and what is queued, those that have been there longest first."""
+        outstanding = [*self._running.values(), *self._queue]
+        outstanding.sort(key=lambda pending: (pending.process is None, pending.since))
+        now = time.monotonic()
+        return [JobAt(p.target, p.process, now - p.since, _question(p)) for p in outstanding[:most]]
+
     async def close(self) -> None:
         """Kills the workers; a `grade` still waiting raises RuntimeError. Safe to call again."""
         self._fail(RuntimeError("the reward pool is closed"))
@@ -154,6 +176,7 @@ class RewardPool:
         finally:
             for pending in line:
                 self._running.pop(pending.id, None)
+                pending.process = None
             self._queue.extendleft(reversed(line))
             self._work.set()
 
@@ -167,6 +190,7 @@ class RewardPool:
             if pending.result.done():  # whoever asked has gone
                 continue
             line.append(pending)
+            pending.process, pending.since = worker.process.pid, time.monotonic()
             self._running[pending.id] = pending
             worker.send(pending.frame)
 
@@ -258,3 +282,8 @@ class RewardPool:
         for pending in outstanding:
             if not pending.result.done():
                 pending.result.set_exception(error)
+
+
+def _question(pending: _Pending) -> str | None:
+    fields = msgspec.json.decode(pending.frame[LENGTH.size :], type=Job).fields
+    return fields.get("question")

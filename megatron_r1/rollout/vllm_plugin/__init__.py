@@ -1,15 +1,17 @@
-"""The part of megatron-r1 that runs inside vLLM. Imports torch and vllm (with what they bring),
-nothing of the rest.
+"""The part of megatron-r1 that runs inside vLLM. Imports torch and vllm (with what they bring) and
+`megatron_r1.landing`, nothing of the rest.
 
 vLLM calls `register` in every one of its processes (entry point group `vllm.general_plugins`). A
-new way of moving weights is one new file beside `shm.py` plus one line in `BACKENDS`.
+new way of moving weights is one new file in `landing/transports` plus one line here.
 """
 
 import multiprocessing
 
 # name for --weight-transfer-config  ->  (module, class)
 BACKENDS = {
-    "megatron_r1_shm": ("megatron_r1.rollout.vllm_plugin.shm", "SharedMemoryEngine"),
+    "megatron_r1_shm": ("megatron_r1.rollout.vllm_plugin.backend", "SharedMemoryEngine"),
+    "megatron_r1_gloo": ("megatron_r1.rollout.vllm_plugin.backend", "GlooEngine"),
+    "megatron_r1_nccl": ("megatron_r1.rollout.vllm_plugin.backend", "NcclEngine"),
 }
 
 
@@ -17,12 +19,20 @@ def register() -> None:
     """Add our weight-transfer backends and mend vLLM's CPU build. Safe to call repeatedly."""
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
-    from megatron_r1.rollout.vllm_plugin import cpu_mends, cpu_routing, lifetime
+    from megatron_r1.rollout.vllm_plugin import (
+        cpu_mends,
+        cpu_parallel,
+        cpu_routing,
+        lifetime,
+        stacks,
+    )
 
     for name, (module, class_name) in BACKENDS.items():
         if name not in WeightTransferEngineFactory._registry:
             WeightTransferEngineFactory.register_engine(name, module, class_name)
     cpu_mends.mend_strided_rotary()
+    cpu_parallel.mend()
     cpu_routing.return_routing_on_cpu()
+    stacks.answer_signal()
     if multiprocessing.parent_process() is not None:
         lifetime.die_with_parent()

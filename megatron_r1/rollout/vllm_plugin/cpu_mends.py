@@ -51,9 +51,8 @@ def mend_strided_rotary() -> None:
     RotaryEmbedding.forward_cpu = forward_cpu
 
 
-def forget_moe_kernels(model: torch.nn.Module) -> None:
-    """Make the next layerwise reload repack the experts' weights. Call before
-    `initialize_layerwise_reload`.
+def forget_moe_kernel(method: object) -> None:
+    """Make a layer's next post-processing repack its experts' weights. Call before it.
 
     Answers vllm/model_executor/layers/fused_moe/unquantized_fused_moe_method.py:166
     (`_setup_kernel`): once `moe_kernel` is set it skips
@@ -61,21 +60,16 @@ def forget_moe_kernels(model: torch.nn.Module) -> None:
     layout of the grouped matrix product, so that a push leaves the experts of the previous version
     in place.
     """
-    if not current_platform.is_cpu():
-        return
-    for module in model.modules():
-        method = getattr(module, "quant_method", None)
-        if getattr(method, "moe_kernel", None) is not None:
-            method.moe_kernel = None
+    if current_platform.is_cpu() and getattr(method, "moe_kernel", None) is not None:
+        method.moe_kernel = None
 
 
 def repack_output_head(model: torch.nn.Module) -> None:
-    """Give a head that shares the embedding's weights the new ones. Call after finalize.
+    """Give a head that shares the embedding's weights the new ones. Call when all are loaded.
 
     Answers vllm/model_executor/layers/vocab_parallel_embedding.py:67: on CPU the head multiplies by
-    a packed copy of its weights. A tied head is never loaded itself, so that the reload
-    (model_loader/reload/layerwise.py, `finalize_layerwise_processing`, "place kernel tensors
-    back") does not pack again: it would go on with the embedding of the first version.
+    a packed copy of its weights. A tied head is never loaded itself, so that nothing packs it
+    again: it would go on with the embedding of the first version.
     """
     if not current_platform.is_cpu():
         return

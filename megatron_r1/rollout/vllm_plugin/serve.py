@@ -8,7 +8,7 @@ so that torch and vllm are imported once and not twice (or three times).
 
 import os
 
-from megatron_r1.rollout.vllm_plugin import lifetime
+from megatron_r1.rollout.vllm_plugin import lifetime, stacks
 
 
 def fork_on_cpu() -> None:
@@ -32,6 +32,7 @@ def fork_on_cpu() -> None:
 
 def main() -> None:
     """Serve until told to stop."""
+    stacks.answer_signal()
     lifetime.die_with_parent()
     os.register_at_fork(after_in_child=lifetime.die_with_parent)
     from vllm.entrypoints.launchers.api_server.entry import main as serve

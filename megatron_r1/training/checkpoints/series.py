@@ -36,8 +36,13 @@ class CheckpointSeries:
 
         Raises ValueError when there are damaged ones only."""
         self._folder, self._settings, self.say = folder, settings, say
-        for name in finding.remove_partial(folder):
-            say(f"{name} was still being written when the run ended; removed")
+        self.start_again()
+
+    def start_again(self) -> None:
+        """Take the newest good checkpoint; forget the one that ranks which are gone were writing,
+        unless it became whole. Raises ValueError when there are damaged ones only."""
+        for name in finding.remove_partial(self._folder):
+            self.say(f"{name} was still being written when the run ended; removed")
         self._take(*self._newest())
         self._saving: _Saving | None = None
         self._news: dict[str, float] = {}

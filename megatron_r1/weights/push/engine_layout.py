@@ -125,6 +125,13 @@ class EngineNeeds:
             return [self._places[stages[0]][self._owner(tensor.expert)]]
         return [place for stage in stages for place in self._places[stage]]
 
+    def alike(self, tensor: Tensor) -> object:
+        """Tensors with the same answer are wanted alike: those of layers on one engine stage. None
+        where there are too few."""
+        if tensor.expert is not None and self.layout.expert_parallel:
+            return None
+        return id(tensor.rule), tensor.source, self.places(tensor)[0][0]
+
     def experts_of(self, at: EnginePlace) -> range:
         """Routed experts, whole, on the rank at `at` under expert parallelism (FusedMoE, linear
         placement: the first ranks have one more where they do not divide)."""

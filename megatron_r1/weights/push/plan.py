@@ -11,6 +11,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from megatron_r1.weights.layout import Shard, stage_shards
 from megatron_r1.weights.push.engine_layout import EngineLayout, EngineNeeds, EnginePlace, Place
@@ -18,6 +19,9 @@ from megatron_r1.weights.push.region import Region
 from megatron_r1.weights.push.tensors import Tensor, tensors
 from megatron_r1.weights.push.trainer_grid import TrainerGrid
 from megatron_r1.weights.rules import Shape, whole
+
+if TYPE_CHECKING:  # it needs torch, and a plan does not
+    from megatron_r1.weights.push.told import ToldNeeds
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,8 @@ class Planner:
     cannot be.
 
     stages: what each pipeline rank's virtual stages hold (`weights.layout.stage_shards`), default
-    an even spread.
+    an even spread. needs: what an engine said it needs (`told.ToldNeeds`), default what vLLM is
+    known to.
     """
 
     def __init__(
@@ -70,9 +75,10 @@ class Planner:
         grid: TrainerGrid,
         engines: EngineLayout,
         stages: list[list[Shard]] | None = None,
+        needs: EngineNeeds | ToldNeeds | None = None,
     ):
         self.grid, self.engines = grid, engines
-        self.needs = EngineNeeds(hf, engines)
+        self.needs = needs or EngineNeeds(hf, engines)
         self.table = self.needs.table
         stages = stages or stage_shards(hf, grid.pipeline, with_mtp=False)
         self._stage_of = {
@@ -90,19 +96,24 @@ class Planner:
         if experts and experts % grid.expert:
             raise ValueError(f"parallel.expert={grid.expert} does not divide {experts} experts")
 
-    def sends(self, rank: int) -> Iterator[Transfer]:
-        """What trainer rank `rank` sends, layer by layer."""
+    def sends(self, rank: int, engine: int | None = None) -> Iterator[Transfer]:
+        """What trainer rank `rank` sends, layer by layer; `engine`: to this one only."""
         stage, tensor = self.grid.stage(rank), self.grid.tensor_rank(rank)
         expert_tensor, expert_rank = self.grid.expert_place(rank)
         for item in self._held(stage, expert_rank):
             own = expert_tensor if item.expert is not None else tensor
             for holder in self._holders(item, own):
                 wanting = self._wanting(item, holder.region)
-                count, turns = len(wanting) * self.engines.engines, len(holder.replicas)
-                mine = holder.replicas.index(rank)
-                for turn in range((mine - _offset(item.name)) % turns, count, turns):
-                    engine, index = divmod(turn, len(wanting))
-                    yield self._transfer(item, rank, engine, *wanting[index])
+                if not wanting:
+                    continue
+                first, count = 0, len(wanting) * self.engines.engines
+                if engine is not None:
+                    first, count = engine * len(wanting), (engine + 1) * len(wanting)
+                turns = len(holder.replicas)
+                mine = holder.replicas.index(rank) - _offset(item.name)
+                for turn in range(first + (mine - first) % turns, count, turns):
+                    of, index = divmod(turn, len(wanting))
+                    yield self._transfer(item, rank, of, *wanting[index])
 
     def receives(self, rank: int) -> Iterator[Transfer]:
         """What engine rank `rank` gets, layer by layer."""
@@ -168,11 +179,10 @@ class Planner:
 
     def _wanting(self, item: Tensor, held: Region) -> list[tuple[Place, Region]]:
         """Within one engine: the places that want a part of `held`."""
-        if item.expert is not None and self.engines.expert_parallel:
+        alike = self.needs.alike(item)
+        if alike is None:
             return self._wanted_of(item, held)
-        # Layers on the same engine stage are split alike.
-        stage = self.needs.places(item)[0][0]
-        key = (id(item.rule), item.source, held, stage)
+        key = (alike, held)
         if key not in self._found:
             self._found[key] = self._wanted_of(item, held)
         return self._found[key]

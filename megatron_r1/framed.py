@@ -1,0 +1,90 @@
+"""Files of records that only grow: each framed and checksummed, so that damage costs what it hit.
+
+A frame is a mark, the payload's length, the first 16 bytes of BLAKE3 over length and payload, and
+the payload. A kill in the middle of a write leaves a torn last frame, which is cut off before more
+is appended. A flipped byte costs its own record: reading goes on at the next mark whose checksum is
+right.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from blake3 import blake3
+
+# UTF-8 text has no byte 0xf5, so no text within a payload looks like a mark.
+MARK = b"\xf5mr1"
+HEADER = struct.Struct("<4sI16s")
+MAX_PAYLOAD_BYTES = 2**32 - 1
+
+
+def frame_header(payload: bytes) -> bytes:
+    """What stands before `payload`. Raises ValueError for one that is too long."""
+    if len(payload) > MAX_PAYLOAD_BYTES:
+        raise ValueError(
+            f"a record of {len(payload):,} bytes: a frame holds at most {MAX_PAYLOAD_BYTES:,}"
+        )
+    return HEADER.pack(MARK, len(payload), _digest(payload))
+
+
+def append_frame(descriptor: int, payload: bytes) -> None:
+    """Write one frame at the end of an open file; not synced. Raises OSError."""
+    for part in (frame_header(payload), payload):
+        view = memoryview(part)
+        while view:
+            view = view[os.write(descriptor, view) :]
+
+
+@dataclass
+class FramedFile:
+    """The whole records of a file as they were when it was read. num_damaged_bytes: in between and
+    behind them, that are part of no whole record."""
+
+    spans: list[tuple[int, int]] = field(default_factory=list)
+    num_damaged_bytes: int = 0
+    _content: mmap.mmap | bytes = b""
+
+    @classmethod
+    def read(cls, path: Path) -> FramedFile:
+        """Checks every byte; what follows the last whole record is cut off the file. A missing file
+        has no records."""
+        try:
+            with open(path, "rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                content = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) if size else b""
+        except FileNotFoundError:
+            return cls()
+        spans = list(_whole(content))
+        end = spans[-1][1] if spans else 0
+        if end < size:
+            os.truncate(path, end)
+        used = sum(stop - start + HEADER.size for start, stop in spans)
+        return cls(spans, size - used, content)
+
+    def __iter__(self) -> Iterator[bytes]:
+        return (self._content[start:stop] for start, stop in self.spans)
+
+
+def _whole(content: mmap.mmap | bytes) -> Iterator[tuple[int, int]]:
+    """Where the payloads of whole frames begin and end, in order."""
+    position = 0
+    while (position := content.find(MARK, position)) >= 0:
+        start = position + HEADER.size
+        if start > len(content):
+            return
+        _, length, digest = HEADER.unpack(content[position:start])
+        stop = start + length
+        if stop <= len(content) and _digest(content[start:stop]) == digest:
+            yield start, stop
+            position = stop
+        else:
+            position += 1
+
+
+def _digest(payload: bytes) -> bytes:
+    return blake3(struct.pack("<I", len(payload))).update(payload).digest(length=16)

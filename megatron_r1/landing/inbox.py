@@ -1,0 +1,92 @@
+"""What has arrived of the push under way, and whether it is what was sent."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from megatron_r1.landing.checksum import checksum
+from megatron_r1.landing.coverage import check_coverage
+from megatron_r1.landing.table import Delivery, Table, place
+
+MISMATCHES_SHOWN = 5
+
+
+class Inbox:
+    """Of one engine rank. deliveries[sender] are what each trainer rank brings with every push, in
+    its order; a push has a number, counted from 1.
+
+    A transport writes into `memory` and reports each delivery to `arrived`, from any thread; the
+    engine waits in `wait`. Raises ValueError where the deliveries do not make up the table.
+    """
+
+    def __init__(
+        self, table: Table, memory: torch.Tensor, deliveries: Mapping[int, Sequence[Delivery]]
+    ):
+        check_coverage(table, [d for brought in deliveries.values() for d in brought])
+        self.table, self.memory, self.deliveries = table, memory, deliveries
+        self._last = {
+            sender: self._last_of_windows(brought) for sender, brought in deliveries.items()
+        }
+        self._push = dict.fromkeys(deliveries, 0)
+        self._count = dict.fromkeys(deliveries, 0)
+        self._wrong: dict[int, list[str]] = {}
+        self._failure: Exception | None = None
+        self._changed = threading.Condition()
+
+    def arrived(self, sender: int, push: int, index: int, sent: int) -> None:
+        """deliveries[sender][index] of `push` is in the memory; `sent`: the sender's checksum."""
+        delivery = self.deliveries[sender][index]
+        slot = self.table.slots[delivery.slot]
+        is_right = checksum(place(self.memory, slot, delivery)) == sent
+        with self._changed:
+            if not is_right:
+                self._wrong.setdefault(push, []).append(f"{slot.name} (from rank {sender})")
+            self._push[sender], self._count[sender] = push, index + 1
+            self._changed.notify_all()
+
+    def failed(self, error: Exception) -> None:
+        """Nothing will arrive any more."""
+        with self._changed:
+            self._failure = error
+            self._changed.notify_all()
+
+    def wait(self, push: int, window: int, timeout_seconds: float) -> None:
+        """Until all of `window` of `push` is there.
+
+        Raises ValueError naming the tensors that arrived otherwise than they were sent, or the
+        trainer ranks that brought nothing in time.
+        """
+        deadline = time.monotonic() + timeout_seconds
+        with self._changed:
+            while late := self._late(push, window):
+                left = deadline - time.monotonic()
+                if self._failure is not None:
+                    raise ValueError(f"push {push} broke off: {self._failure}")
+                if left <= 0 or not self._changed.wait(left):
+                    raise ValueError(
+                        f"push {push}: after {timeout_seconds:g} s trainer ranks "
+                        f"{', '.join(map(str, late))} have not brought all of it"
+                    )
+            wrong = self._wrong.get(push, [])
+        if wrong:
+            shown = ", ".join(wrong[:MISMATCHES_SHOWN]) + (", ..." if len(wrong) > 5 else "")
+            raise ValueError(
+                f"push {push}: {len(wrong)} tensors arrived otherwise than they were sent: {shown}"
+            )
+
+    def _late(self, push: int, window: int) -> list[int]:
+        """Senders whose part of the window is not there."""
+        return [
+            sender
+            for sender, last in self._last.items()
+            if last[window] and (self._push[sender], self._count[sender]) < (push, last[window])
+        ]
+
+    def _last_of_windows(self, brought: Sequence[Delivery]) -> list[int]:
+        """By window: how many of a sender's deliveries there are up to its end."""
+        windows = [self.table.slots[d.slot].window for d in brought]
+        return [sum(at <= window for at in windows) for window in range(self.table.num_windows)]

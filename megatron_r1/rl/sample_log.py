@@ -1,0 +1,186 @@
+"""The durable sample log: a finished group is on disk as soon as it is graded.
+
+A file per step in the run's folder. After a kill of whatever part, the same command finds the
+groups of the steps after its checkpoint there, and only samples what was unfinished. Training is a
+function of weights and samples, so steps that are done again from the log end in the weights they
+ended in before, and what was already sampled from those weights is of the policy it says it is.
+
+Durability: a group survives a kill of any process as soon as it is written, and a power cut within
+`SYNC_SECONDS`; a batch is trained on only once all of it is synced. So the log never holds samples
+of a policy whose own samples are lost. Writing happens in a thread of its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import msgspec
+
+from megatron_r1.data.prompts import Prompt
+from megatron_r1.files import fsync
+from megatron_r1.framed import FramedFile, append_frame
+from megatron_r1.rl.sample_record import Accepted, GroupRecord, decode, encode, pack, unpack
+from megatron_r1.rollout.sampling import Group
+
+SYNC_SECONDS = 1.0
+_NAME = re.compile(r"step_(\d{8,})\.log")
+
+
+class SampleLog:
+    """The logs of a run's steps. Belongs to the event loop that uses it; one process at a time."""
+
+    def __init__(self, folder: Path, say: Callable[[str], None] = lambda line: None) -> None:
+        """say: told what of a file was damaged."""
+        self.folder, self._say = folder, say
+        self._thread = ThreadPoolExecutor(1, "sample-log")
+        self._open: dict[Path, int] = {}
+        self._unsynced: set[int] = set()
+        self._timer: asyncio.TimerHandle | None = None
+        self._failure: OSError | None = None
+
+    async def step(self, step: int) -> StepLog:
+        """What there is of `step`'s batch, to be continued."""
+        path = self.folder / f"step_{step:08d}.log"
+        log = await self._in_thread(lambda: StepLog(self, path))
+        if log.num_damaged_bytes:
+            self._say(
+                f"{path}: {log.num_damaged_bytes:,} bytes are no whole record, as a kill leaves "
+                "them; what is whole is used, the rest is sampled again"
+            )
+        return log
+
+    def append(self, path: Path, make: Callable[[], GroupRecord | Accepted]) -> None:
+        """Have a record written; `make` is called in the thread. `finish` raises what fails."""
+        self._thread.submit(self._append, path, make)
+        if self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(SYNC_SECONDS, self._sync_later)
+
+    async def finish(self, path: Path) -> None:
+        """Wait until all that was appended is on disk, and close `path`. Raises RuntimeError where
+        it cannot be."""
+        await self._in_thread(lambda: (self._sync(), self._close(path)))
+        if self._failure is not None:
+            raise RuntimeError(
+                f"{self.folder}: samples cannot be written down ({self._failure}); make room, or "
+                "set rl.sample_log: false, and run the same command again"
+            )
+
+    async def prune(self, step: int) -> None:
+        """Forget the steps up to `step`, which no run will go back to."""
+        await self._in_thread(lambda: self._remove(lambda number: number <= step))
+
+    async def clear(self) -> None:
+        """Forget everything: samples of a policy that will not come again."""
+        await self._in_thread(lambda: self._remove(lambda number: True))
+
+    async def close(self) -> None:
+        """Sync and end. Safe to call more than once."""
+        if self._timer is not None:
+            self._timer.cancel()
+        await asyncio.to_thread(self._thread.shutdown)
+        self._sync()
+        for path in list(self._open):
+            self._close(path)
+
+    async def _in_thread(self, work: Callable):
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+
+    def _sync_later(self) -> None:
+        self._timer = None
+        self._thread.submit(self._sync)
+
+    def _append(self, path: Path, make: Callable[[], GroupRecord | Accepted]) -> None:
+        if self._failure is not None:
+            return
+        try:
+            if path not in self._open:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
+                self._open[path] = os.open(path, flags, 0o644)
+                fsync(path.parent)
+            append_frame(self._open[path], encode(make()))
+            self._unsynced.add(self._open[path])
+        except OSError as error:
+            self._failure = error
+
+    def _sync(self) -> None:
+        try:
+            for descriptor in self._unsynced:
+                os.fsync(descriptor)
+        except OSError as error:
+            self._failure = self._failure or error
+        self._unsynced.clear()
+
+    def _remove(self, is_doomed: Callable[[int], bool]) -> None:
+        for path in self.folder.glob("step_*.log"):
+            match = _NAME.fullmatch(path.name)
+            if match and is_doomed(int(match[1])):
+                path.unlink()
+                self._close(path)
+
+    def _close(self, path: Path) -> None:
+        if (descriptor := self._open.pop(path, None)) is not None:
+            self._unsynced.discard(descriptor)
+            os.close(descriptor)
+
+
+class StepLog:
+    """One step's groups by the position of their prompt among all that the step draws, so that
+    batches which draw in rounds (`rl.dynamic_sampling`) are continued where they were."""
+
+    def __init__(self, log: SampleLog, path: Path) -> None:
+        """Raises ValueError for records of another format."""
+        self._log, self._path = log, path
+        self._records: dict[int, GroupRecord] = {}
+        self.is_accepted = False
+        file = FramedFile.read(path)
+        self.num_damaged_bytes = file.num_damaged_bytes
+        for payload in file:
+            try:
+                record = decode(payload)
+            except msgspec.MsgspecError as error:
+                raise ValueError(
+                    f"{path}: written by another version of this program ({error}); delete it, and "
+                    "its samples are made again"
+                ) from None
+            if isinstance(record, Accepted):
+                self.is_accepted = True
+            else:
+                self._records[record.position] = record
+        self._drawn = 0
+        self.num_recalled = 0
+
+    def reserve(self, count: int) -> range:
+        """Positions for the `count` prompts that the step draws next."""
+        self._drawn += count
+        return range(self._drawn - count, self._drawn)
+
+    def recall(self, position: int, prompt: Prompt) -> Group | None:
+        """The finished group of `prompt`, if there is one."""
+        record = self._records.pop(position, None)
+        if record is None or record.prompt_id != prompt.id:
+            return None
+        self.num_recalled += 1
+        return unpack(record, prompt)
+
+    def is_final(self, group: Group) -> bool:
+        """Whether a recalled group's grades count. An answer that nobody could grade is graded
+        again - the reward may have been mended - unless the batch was trained on as it was."""
+        return self.is_accepted or not any(output.ungraded for output in group.outputs)
+
+    def keep(self, position: int, group: Group) -> None:
+        """Write down a finished group."""
+        self._log.append(self._path, lambda: pack(position, group))
+
+    async def accept(self) -> None:
+        """The batch is complete and will be trained on: returns when all of it is on disk. Raises
+        RuntimeError where that fails."""
+        if not self.is_accepted:
+            self._log.append(self._path, Accepted)
+            self.is_accepted = True
+        await self._log.finish(self._path)

@@ -1,0 +1,241 @@
+"""From the trainer's weights to the engines': who is connected, one push after another, proof.
+
+A push first lands beside the weights that an engine generates with; the engines pause only while
+what has landed is brought into use. Then each answers a few prompts, and the trainer must find the
+same log-probabilities.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Sequence
+from typing import Any, Protocol
+
+from megatron_r1.config import Config
+from megatron_r1.config.push import PushConfig
+from megatron_r1.models import read_hf_config
+from megatron_r1.rollout.engine import Engine
+from megatron_r1.rollout.errors import EngineDied, EngineError
+from megatron_r1.rollout.fleet import RolloutFleet
+from megatron_r1.training.wire import Sample
+from megatron_r1.weights import hf_tensors
+
+PROBE_TOKENS = 8
+EXACT_TOLERANCE, TOLERANCE = 1e-3, 0.3
+"""Of probes where both sides compute in float32, and else. In float32 about 1e-6 is seen, in
+bfloat16 0.01 to 0.05 (an expert chosen otherwise); weights of another version give more than 1."""
+
+
+class Trainer(Protocol):
+    """What a bridge needs of `TrainerClient`."""
+
+    async def call(self, operation: str, **arguments: Any) -> dict[str, Any]: ...
+
+    async def call_all(self, operation: str, **arguments: Any) -> list[dict[str, Any]]: ...
+
+
+def weight_bridge(
+    config: Config, trainer: Trainer, fleet: RolloutFleet, probes: Sequence[Sequence[int]]
+) -> WeightBridge:
+    """The bridge of a run; probes: prompts' token ids."""
+    shapes = hf_tensors(read_hf_config(config.model.path), with_mtp=False)
+    rollout = config.rollout
+    is_exact = config.model.dtype == rollout.dtype == "float32"
+    return WeightBridge(
+        trainer,
+        fleet,
+        config.push,
+        [(name, shape) for name, (shape, _) in shapes.items()],
+        {
+            "tensor": rollout.tensor,
+            "pipeline": rollout.pipeline,
+            "data": rollout.data,
+            "expert_parallel": rollout.expert_parallel,
+        },
+        probes,
+        config.push.probe_tolerance or (EXACT_TOLERANCE if is_exact else TOLERANCE),
+    )
+
+
+class WeightBridge:
+    """Of one trainer: `open` once, then `hold` before its weights change and `push` after.
+
+    Used as the fleet's `feed`: an engine that is replaced, or joins, is brought the trainer's
+    weights while these are what the others have.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        fleet: RolloutFleet,
+        settings: PushConfig,
+        tensors: Sequence[tuple[str, Sequence[int]]],
+        layout: dict[str, Any],
+        probes: Sequence[Sequence[int]] = (),
+        tolerance: float = 1e-3,
+    ):
+        """tensors: name and shape of what a checkpoint of the model holds. layout: of an engine
+        (`weights.push.EngineLayout`'s fields). probes: prompts' token ids. tolerance: of the mean
+        difference of log-probabilities."""
+        self.trainer, self.fleet, self.settings = trainer, fleet, settings
+        self.tensors = [[name, list(shape)] for name, shape in tensors]
+        self.layout, self.probes, self.tolerance = layout, probes, tolerance
+        self._store: list = []
+        self._settled = asyncio.Lock()
+        self._number = 0
+        self._connections = 0
+        self._windows = 1
+        self._version: int | None = None
+        self._is_closed = False
+
+    async def open(self) -> None:
+        """Connect trainer and engines; the first push is to follow. Raises EngineError."""
+        await self._settled.acquire()
+        (first, *_) = await self.trainer.call_all("open_push")
+        self._store = first["store"]
+        self.fleet.feed = self.feed
+        for engine in [engine for engine in self.fleet.engines if engine.is_up]:
+            try:
+                await engine.unless_dead(self._connect(engine))
+            except EngineDied as death:
+                self.fleet.lose(engine, death)
+
+    async def hold(self) -> None:
+        """The trainer's weights are about to change: until the next push nobody is brought them."""
+        if self._version is not None:
+            await self._settled.acquire()
+            self._version = None
+
+    async def push(self, version: int) -> dict[str, float]:
+        """The trainer's present weights become `version` on every engine: how that went.
+
+        Raises:
+            EngineError: they did not arrive as they were sent, or an engine computes something else
+                with them than the trainer.
+        """
+        assert self._settled.locked(), "open() or hold() comes first"
+        start = time.perf_counter()
+        engines = [engine for engine in self.fleet.engines if engine.is_up]
+        self._number += 1
+        sending = asyncio.create_task(self._send(engines))
+        if self._windows == 1:
+            await sending
+        staged = time.perf_counter()
+        await self.fleet.push(self._update(), version)
+        await sending
+        live = time.perf_counter()
+        proof = await self._prove([engine for engine in engines if engine.is_up])
+        self._version = version
+        self._settled.release()
+        return {"push/transfer": staged - start, "push/pause": live - staged, **proof}
+
+    @contextlib.asynccontextmanager
+    async def feed(self, engine: Engine) -> AsyncIterator[None]:
+        """Bring `engine`, which is none of the fleet's yet, what the others have; no push begins
+        within. Waits while the trainer's weights are between two versions."""
+        async with self._settled:
+            if self._is_closed:
+                raise EngineError(f"{engine.name}: the trainer that had weights for it is gone")
+            await engine.unless_dead(self._connect(engine))
+            self._number += 1
+            sending = asyncio.create_task(self._send([engine]))
+            if self._windows == 1:
+                await sending
+            await engine.client.pause("keep")
+            await engine.client.update_weights(self._update(), self._version)
+            await engine.client.resume()
+            await sending
+            await self._prove([engine])
+            yield
+
+    def close(self) -> None:
+        """Its trainer is gone, or going: whoever waits for weights is told so."""
+        self._is_closed = True
+        if self._settled.locked():
+            self._settled.release()
+
+    async def _connect(self, engine: Engine) -> None:
+        self._connections += 1
+        name = f"{engine.name}.{self._connections}.{self._store[1]}"
+        seconds = self.settings.timeout_seconds
+        memory = self.settings.memory_gib
+        init = {
+            "store": self._store,
+            "engine": name,
+            "tensors": self.tensors,
+            "memory_bytes": memory and int(memory * 2**30),
+            "timeout_seconds": seconds,
+        }
+        receiving = asyncio.create_task(engine.client.init_weight_transfer(init))
+        connecting = self.trainer.call_all(
+            "connect_engine",
+            engine=engine.index,
+            name=name,
+            layout=self.layout,
+            transport=self.settings.transport,
+            timeout_seconds=seconds,
+        )
+        try:
+            answers = await connecting
+            await receiving
+        finally:
+            receiving.cancel()
+            with contextlib.suppress(asyncio.CancelledError, EngineError):
+                await receiving
+        for rank, answer in enumerate(answers):
+            if "problem" in answer:
+                raise EngineError(
+                    f"{engine.name}: trainer rank {rank} cannot connect to it: {answer['problem']}"
+                )
+        self._windows = max(self._windows, *(answer["num_windows"] for answer in answers))
+
+    async def _send(self, engines: Sequence[Engine]) -> None:
+        indices = [engine.index for engine in engines]
+        answers = await self.trainer.call_all("send_weights", push=self._number, engines=indices)
+        for rank, answer in enumerate(answers):
+            for engine in engines:
+                problem = answer["problems"].get(str(engine.index))
+                if problem and engine.is_up:
+                    reason = f"{engine.name}: trainer rank {rank} lost it: {problem}"
+                    self.fleet.lose(engine, EngineDied(reason))
+
+    def _update(self) -> dict[str, Any]:
+        return {"push": self._number, "timeout_seconds": self.settings.timeout_seconds}
+
+    async def _prove(self, engines: Sequence[Engine]) -> dict[str, float]:
+        """Let each engine answer the probes; raises EngineError where the trainer disagrees."""
+        if not self.probes:
+            return {}
+        worst = 0.0
+        for engine in engines:
+            try:
+                gap = await self._gap(engine)
+            except EngineDied as death:
+                self.fleet.lose(engine, death)
+                continue
+            worst = max(worst, gap)
+            if not gap <= self.tolerance:
+                raise EngineError(
+                    f"after push {self._number} the log-probabilities of {engine.name} differ from "
+                    f"the trainer's by {gap:.3g} in the mean (push.probe_tolerance: "
+                    f"{self.tolerance:g}), although every tensor arrived as it was sent: the "
+                    "engine loads or computes something else. Nothing was trained on its answers"
+                )
+        return {"push/probe_diff": worst}
+
+    async def _gap(self, engine: Engine) -> float:
+        answers = await asyncio.gather(
+            *(
+                engine.unless_dead(
+                    engine.client.generate(probe, n=1, max_tokens=PROBE_TOKENS, seed=0)
+                )
+                for probe in self.probes
+            )
+        )
+        samples = [
+            Sample.pack(probe, made.token_ids, made.logprobs)
+            for probe, (made,) in zip(self.probes, answers, strict=True)
+        ]
+        return (await self.trainer.call("probe", samples=samples))["probe/mean"]

@@ -1,0 +1,98 @@
+"""How the ranks of an engine share a model, refused early where vLLM would refuse it late."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron_r1.config import Config, RolloutConfig
+from megatron_r1.weights.push import EngineLayout
+from megatron_r1.weights.push.engine_layout import EngineNeeds
+
+
+def engine_layout(config: Config) -> EngineLayout:
+    """All engines, as the recipe has them."""
+    rollout = config.rollout
+    return EngineLayout(
+        engines=rollout.engines,
+        tensor=rollout.tensor,
+        data=rollout.data,
+        pipeline=rollout.pipeline,
+        expert_parallel=rollout.expert_parallel,
+    )
+
+
+def engine_settings(rollout: RolloutConfig) -> dict[str, Any]:
+    """What `EngineServer` is told of a recipe, the same for every job of its engines."""
+    names = (
+        "dtype",
+        "max_num_seqs",
+        "kv_cache_gib",
+        "tensor",
+        "pipeline",
+        "data",
+        "expert_parallel",
+        "gpu_memory",
+    )
+    return {name: getattr(rollout, name) for name in names}
+
+
+def check_engines(config: Config, hf: dict) -> None:
+    """Refuse what no engine can serve, of any model whose `config.json` is `hf`.
+
+    Raises:
+        ValueError: names the setting, its value and the remedy.
+    """
+    rollout = config.rollout
+    language = hf.get("text_config") or hf
+    heads = language.get("num_attention_heads", rollout.tensor)
+    kv_heads = language.get("num_key_value_heads") or heads
+    if heads % rollout.tensor:
+        raise ValueError(
+            f"rollout.tensor={rollout.tensor} does not divide num_attention_heads={heads}; choose "
+            "a divisor"
+        )
+    latent = bool(language.get("kv_lora_rank"))
+    if not latent and kv_heads % rollout.tensor and rollout.tensor % kv_heads:
+        raise ValueError(
+            f"rollout.tensor={rollout.tensor} neither divides num_key_value_heads={kv_heads} nor "
+            "is a multiple of it; choose one that does"
+        )
+    layers = language.get("num_hidden_layers", rollout.pipeline)
+    if rollout.pipeline > layers:
+        raise ValueError(
+            f"rollout.pipeline={rollout.pipeline} is more than the model's {layers} layers; lower "
+            "it"
+        )
+    experts = num_experts(language)
+    if rollout.expert_parallel and not experts:
+        raise ValueError("rollout.expert_parallel: the model has no experts; set it to false")
+    ranks = rollout.tensor * rollout.data
+    if rollout.expert_parallel and ranks > experts:
+        raise ValueError(
+            f"rollout.expert_parallel: {ranks} ranks (rollout.tensor x rollout.data) for {experts} "
+            "experts leave some with none; use more rollout.engines of fewer ranks"
+        )
+    if config.rl.routing_replay and rollout.pipeline > 1:
+        raise ValueError(
+            f"rollout.pipeline={rollout.pipeline}: vLLM returns the experts of one stage only; set "
+            "rl.routing_replay: false, or rollout.pipeline: 1"
+        )
+
+
+def check_pushes(config: Config, hf: dict) -> None:
+    """Refuse ranks between which the trainer's weights cannot be divided.
+
+    Raises:
+        ValueError: names the tensor's size, and the divisors to choose from.
+    """
+    layout = engine_layout(config)
+    needs = EngineNeeds(hf, layout)
+    for rank in range(0, layout.ranks_per_engine, layout.tensor):  # one of each stage and copy
+        for _ in needs.needed(layout.place(rank)):
+            pass
+
+
+def num_experts(language: dict) -> int:
+    """Routed experts of a model, by the names that architectures have for them; 0: it is dense."""
+    names = ("n_routed_experts", "num_local_experts", "num_experts")
+    return next((count for name in names if (count := language.get(name))), 0)

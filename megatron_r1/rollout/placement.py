@@ -1,0 +1,102 @@
+"""Where engines run: on the controller's host, or on hosts that come to it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+from megatron_r1.authentication import make_token
+from megatron_r1.config import RolloutConfig
+from megatron_r1.rollout.engine import Engine, MakeServer
+from megatron_r1.rollout.errors import EngineError
+from megatron_r1.rollout.fleet import RolloutFleet
+from megatron_r1.rollout.host_pool import HostPool
+from megatron_r1.rollout.host_wire import publish_address, withdraw_address
+from megatron_r1.rollout.server import EngineServer
+
+LOOK_SECONDS = 1.0
+RETRY_SECONDS = 60.0
+"""After an engine that could not join: what is wrong with its host is rarely over at once."""
+
+
+@contextlib.asynccontextmanager
+async def placed(
+    rollout: RolloutConfig, folder: Path, needs_shared_memory: bool, say: Callable[[str], None]
+) -> AsyncIterator[HostPool | None]:
+    """The pool of engine hosts of a run in `folder`, if it takes any; told that the run is over at
+    the end. Hosts find it by the folder.
+
+    Raises:
+        ValueError: the port is taken, or this host's name means nothing.
+    """
+    if rollout.placement == "local":
+        yield None
+        return
+    address = rollout.hosts_address or socket.gethostname()
+    try:
+        socket.getaddrinfo(address, None)
+    except OSError as error:
+        raise ValueError(
+            f"rollout.hosts_address: {address} has no address ({error}); set one of this host's "
+            "that engine hosts can reach"
+        ) from error
+    pool = HostPool(
+        f"tcp://*:{rollout.hosts_port or '*'}",
+        make_token(folder),
+        silence_seconds=rollout.host_silence_seconds,
+        needs_shared_memory=needs_shared_memory,
+        say=_from_any_thread(say),
+    )
+    try:
+        where = f"tcp://{address}:{pool.port}"
+        publish_address(folder, where)
+        say(f"engine hosts come to {where}: python -m megatron_r1.rollout.host --folder {folder}")
+        yield pool
+    finally:
+        withdraw_address(folder)
+        await asyncio.to_thread(pool.close)
+
+
+def server_maker(pool: HostPool | None) -> MakeServer:
+    return EngineServer if pool is None else pool.server
+
+
+@contextlib.asynccontextmanager
+async def growing(fleet: RolloutFleet, pool: HostPool | None) -> AsyncIterator[None]:
+    """Meanwhile the fleet takes in every engine that a host brings room for."""
+    task = asyncio.create_task(_take_in(fleet, pool)) if pool is not None else None
+    try:
+        yield
+    finally:
+        if task is not None:
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+
+
+async def _take_in(fleet: RolloutFleet, pool: HostPool) -> None:
+    while True:
+        await asyncio.sleep(LOOK_SECONDS)
+        joining = (fleet.add_engine() for _ in range(pool.num_free))
+        outcomes = await asyncio.gather(*joining, return_exceptions=True)
+        for outcome in outcomes:
+            if isinstance(outcome, EngineError):
+                fleet.say(f"an engine could not join: {outcome}")
+            elif isinstance(outcome, BaseException):
+                raise outcome
+        if not all(isinstance(outcome, Engine) for outcome in outcomes):
+            await asyncio.sleep(RETRY_SECONDS)
+
+
+def _from_any_thread(say: Callable[[str], None]) -> Callable[[str], None]:
+    """The pool has a thread of its own; what a person sees belongs to the controller's."""
+    loop = asyncio.get_running_loop()
+
+    def tell(message: str) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop has ended: nobody is left to tell
+            loop.call_soon_threadsafe(say, message)
+
+    return tell

@@ -1,0 +1,105 @@
+"""vLLM's weight-transfer backend of this project, for every transport.
+
+Weights land while the engine generates (`landing.Inbox`); an update, for which the engine is
+paused, waits until all of a push is there and right, and brings it into use layer by layer. An
+engine whose update fails before that holds its old weights whole; what fails later leaves it
+unusable, and says so.
+"""
+
+from dataclasses import dataclass
+
+from torch.distributed import TCPStore
+from vllm.distributed.weight_transfer.base import (
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
+
+from megatron_r1.landing.rendezvous import Rendezvous
+from megatron_r1.landing.transports import Receiver, receiver_class
+from megatron_r1.rollout.vllm_plugin import swap
+from megatron_r1.rollout.vllm_plugin.memory_layout import lay_out
+from megatron_r1.rollout.vllm_plugin.recorder import record
+
+
+@dataclass
+class LandingInit(WeightTransferInitInfo):
+    store: list
+    """[host, port] of the trainer's store."""
+    engine: str
+    """This start of this engine: a name that no other has."""
+    tensors: list
+    """[name, shape] of every tensor of the checkpoint."""
+    memory_bytes: int | None = None
+    """For landing weights, per rank; None: as many as they have."""
+    timeout_seconds: float = 600.0
+    """For the trainer to connect."""
+
+
+@dataclass
+class LandingUpdate(WeightTransferUpdateInfo):
+    push: int
+    """Its number."""
+    timeout_seconds: float = 600.0
+    """For all of it to arrive."""
+
+
+class LandingEngine(WeightTransferEngine[LandingInit, LandingUpdate]):
+    """Weight-transfer backend `megatron_r1_<transport>`."""
+
+    init_info_cls = LandingInit
+    update_info_cls = LandingUpdate
+    transport = ""
+
+    _receiver: Receiver | None = None
+
+    def init_transfer_engine(self, init_info: LandingInit) -> None:
+        """Find out what this rank needs, say so, and begin to receive. May be called again, when
+        another trainer has taken over."""
+        self.shutdown()
+        self._placed, table = lay_out(record(self.model, init_info.tensors), init_info.memory_bytes)
+        host, port = init_info.store
+        store = TCPStore(host, port, is_master=False)
+        meeting = Rendezvous(store, init_info.engine, init_info.timeout_seconds)
+        parallel = self.vllm_config.parallel_config
+        self._rank = parallel.data_parallel_index * parallel.world_size + parallel.rank
+        self._receiver = receiver_class(self.transport)(meeting, self._rank, table)
+
+    def start_weight_update(self) -> None:
+        if self._receiver is None:
+            raise ValueError("no trainer is connected: init_weight_transfer_engine comes first")
+
+    def receive_weights(self, update_info: LandingUpdate) -> None:
+        """Wait for the push and bring it into use.
+
+        Raises:
+            ValueError: it did not arrive as it was sent. With all weights in one window, nothing
+                has changed then.
+        """
+        receiver, push = self._receiver, update_info.push
+        for window in range(receiver.table.num_windows):
+            receiver.inbox.wait(push, window, update_info.timeout_seconds)
+            placed = [at for at in self._placed if at.window == window]
+            swap.load(placed, receiver.memory)
+            receiver.meeting.release(self._rank, push, window)
+        swap.finish(self.model, self.model_config)
+
+    def finish_weight_update(self) -> None:
+        pass
+
+    def shutdown(self) -> None:
+        if self._receiver is not None:
+            self._receiver.close()
+            self._receiver = None
+
+
+class SharedMemoryEngine(LandingEngine):
+    transport = "shm"
+
+
+class GlooEngine(LandingEngine):
+    transport = "gloo"
+
+
+class NcclEngine(LandingEngine):
+    transport = "nccl"

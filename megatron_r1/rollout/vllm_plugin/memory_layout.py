@@ -1,0 +1,70 @@
+"""Where in the landing memory each parameter lies, and the table that says so to the trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+
+from megatron_r1.landing import Slot, Table
+from megatron_r1.rollout.vllm_plugin.recorder import Copy, Parameter
+
+ALIGNMENT = 64
+"""Bytes; a parameter is a view of the memory while its layer loads."""
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A parameter in checkpoint form at byte `offset` of the memory, while `window` is there."""
+
+    parameter: Parameter
+    offset: int
+    window: int
+
+    def view(self, memory: torch.Tensor) -> torch.Tensor:
+        at = self.parameter
+        start = self.offset // at.dtype.itemsize
+        return memory.view(at.dtype).as_strided(at.shape, at.strides, start)
+
+
+def lay_out(
+    copies: Mapping[Parameter, Sequence[Copy]], limit_bytes: int | None = None
+) -> tuple[list[Placed], Table]:
+    """Side by side where everything fits into limit_bytes. Else in windows that take turns in two
+    halves of the memory, so that one is filled while the other is loaded; a layer's parameters are
+    in one window.
+
+    Raises ValueError where two layers do not fit into limit_bytes.
+    """
+    layers = [list(group) for _, group in groupby(copies, key=lambda p: id(p.layer))]
+    sizes = [sum(_aligned(p.num_bytes) for p in layer) for layer in layers]
+    total = sum(sizes)
+    is_whole = limit_bytes is None or total <= limit_bytes
+    half = total if is_whole else limit_bytes // 2 // ALIGNMENT * ALIGNMENT
+    if max(sizes) > half:
+        raise ValueError(
+            f"push.memory_gib: {limit_bytes / 2**30:.3g} GiB cannot hold two layers of "
+            f"{max(sizes) / 2**30:.3g} GiB; raise it to {2 * max(sizes) / 2**30:.3g} or more"
+        )
+    placed, window, end = [], 0, 0
+    for layer, size in zip(layers, sizes, strict=True):
+        if end + size > half:
+            window, end = window + 1, 0
+        for parameter in layer:
+            placed.append(Placed(parameter, window % 2 * half + end, window))
+            end += _aligned(parameter.num_bytes)
+    slots = [_slot(at, copy) for at in placed for copy in copies[at.parameter]]
+    return placed, Table(total if is_whole else 2 * half, slots)
+
+
+def _slot(at: Placed, copy: Copy) -> Slot:
+    size = at.parameter.dtype.itemsize
+    dtype = str(at.parameter.dtype).removeprefix("torch.")
+    offset, pitch = at.offset + copy.offset * size, copy.pitch * size
+    return Slot(copy.name, *copy.rectangle, offset, pitch, dtype, at.window)
+
+
+def _aligned(num_bytes: int) -> int:
+    return -(-num_bytes // ALIGNMENT) * ALIGNMENT

@@ -1,0 +1,208 @@
+"""What this engine rank needs of every Hugging Face tensor, told by vLLM's own loaders.
+
+The model's layers are put into checkpoint form without memory, its `load_weights` is run on tensors
+without memory, and every copy that its loaders make is written down: which rectangle of which
+tensor goes where in which parameter. Fused, split, expert-parallel and padded parameters come out
+right by construction, and a receiver of exactly those rectangles needs no loader any more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from vllm.model_executor.layers.attention import is_deferred_attention_layer
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+from vllm.model_executor.model_loader.reload import layerwise, meta
+from vllm.model_executor.model_loader.reload.utils import get_layer_params_buffers
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A parameter or buffer in checkpoint form. title: with its layer's name. is_live: vLLM keeps it
+    in this form while serving (a bias), so that a new value is copied into it."""
+
+    layer: torch.nn.Module
+    name: str
+    title: str
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+    is_live: bool
+
+    @property
+    def num_bytes(self) -> int:
+        return self.dtype.itemsize * (
+            1
+            + sum(
+                (size - 1) * stride for size, stride in zip(self.shape, self.strides, strict=True)
+            )
+        )
+
+
+@dataclass(frozen=True)
+class Copy:
+    """Rectangle (top, bottom, left, right) of HF tensor `name`; offset and pitch, in elements: of
+    its first element and between its rows, within the parameter."""
+
+    name: str
+    rectangle: tuple[int, int, int, int]
+    offset: int
+    pitch: int
+
+
+def record(
+    model: torch.nn.Module, tensors: Iterable[tuple[str, Sequence[int]]]
+) -> dict[Parameter, list[Copy]]:
+    """Run the loaders on (name, shape) of a checkpoint's tensors: what each parameter gets, in the
+    order of loading. The model is as before afterwards; it must not be in use meanwhile.
+
+    Raises ValueError where a loader does more than copy rectangles, or leaves part of a parameter
+    unloaded.
+    """
+    layers = list(model.modules())
+    infos = [layerwise.get_layerwise_info(layer) for layer in layers]
+    tied = _tied(layers)
+    torchao, model._do_torchao_reload = getattr(model, "_do_torchao_reload", False), False
+    for layer, info in zip(layers, infos, strict=True):
+        info.kernel_tensors = get_layer_params_buffers(layer)
+        info.kernel_non_persistent_buffers = set(layer._non_persistent_buffers_set)
+        meta.restore_layer_on_meta(layer, info)
+    try:
+        recorder = _Recorder(dict(model.named_modules()), tied)
+        with recorder, torch.no_grad():
+            model.load_weights(recorder.source(name, shape) for name, shape in tensors)
+    finally:
+        for layer, info in zip(layers, infos, strict=True):
+            layerwise._place_kernel_tensors(layer, info)
+            info.reset()
+        model._do_torchao_reload = torchao
+    recorder.check_whole()
+    return recorder.copies
+
+
+class _Recorder(TorchDispatchMode):
+    def __init__(
+        self, layers: dict[str, torch.nn.Module], tied: set[tuple[torch.nn.Module, str]]
+    ) -> None:
+        super().__init__()
+        self._tied = tied
+        self.copies: dict[Parameter, list[Copy]] = {}
+        self._sources: dict[int, tuple[str, torch.Tensor]] = {}
+        self._parameters: dict[int, Parameter] = {}
+        for title, layer in layers.items():
+            parameters, buffers = get_layer_params_buffers(layer)
+            for name, tensor in (parameters | buffers).items():
+                found = Parameter(
+                    layer,
+                    name,
+                    f"{title}.{name}",
+                    tuple(tensor.shape),
+                    tensor.stride(),
+                    tensor.dtype,
+                    not tensor.is_meta,
+                )
+                self._parameters.setdefault(_storage(tensor), found)
+
+    def source(self, name: str, shape: Sequence[int]) -> tuple[str, torch.Tensor]:
+        """What a loader is given for the HF tensor `name`."""
+        tensor = torch.empty(tuple(shape), dtype=torch.bfloat16, device="meta")
+        self._sources[_storage(tensor)] = (name, tensor)
+        return name, tensor
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.copy_.default:
+            self._note(*args[:2])
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+    def _note(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        parameter = self._parameters.get(_storage(target))
+        if parameter is None:
+            return  # a temporary of the loader's own
+        name, whole = self._sources.get(_storage(source), (None, None))
+        if name is None:
+            raise ValueError(
+                f"the loader of {parameter.title} computes with what it is given, where only "
+                "copies can be received piece by piece; push whole tensors instead"
+            )
+        rectangle = _rectangle(source, whole)
+        pitch = _pitch(target)
+        if rectangle is None or pitch is None:
+            raise ValueError(
+                f"the loader of {parameter.title} takes elements of {name} (shape "
+                f"{tuple(whole.shape)}) that are no rectangle of rows and columns"
+            )
+        copy = Copy(name, rectangle, target.storage_offset(), pitch)
+        self.copies.setdefault(parameter, []).append(copy)
+
+    def check_whole(self) -> None:
+        """Every parameter is loaded whole, but for a vocabulary's padding, the second of two that
+        are one, and the scales of attention, which are no weights."""
+        for parameter in self._parameters.values():
+            copies = self.copies.get(parameter, [])
+            loaded = sum(
+                (bottom - top) * (right - left)
+                for top, bottom, left, right in (copy.rectangle for copy in copies)
+            )
+            layer = parameter.layer
+            if not copies and (
+                parameter.name not in layer._parameters
+                or (layer, parameter.name) in self._tied
+                or is_deferred_attention_layer(layer)
+            ):
+                continue
+            size = torch.Size(parameter.shape).numel()
+            is_padded = isinstance(parameter.layer, VocabParallelEmbedding)
+            if loaded != size and not (is_padded and loaded < size):
+                raise ValueError(
+                    f"{parameter.title} gets {loaded} of its {size} elements: the tensors of the "
+                    "trainer's model and the engine's do not go together"
+                )
+
+
+def _tied(layers: list[torch.nn.Module]) -> set[tuple[torch.nn.Module, str]]:
+    """(layer, name) of parameters that an earlier layer has too."""
+    seen: set[int] = set()
+    found = set()
+    for layer in layers:
+        for name, parameter in get_layer_params_buffers(layer)[0].items():
+            if id(parameter) in seen:
+                found.add((layer, name))
+            seen.add(id(parameter))
+    return found
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _rectangle(view: torch.Tensor, whole: torch.Tensor) -> tuple[int, int, int, int] | None:
+    """Which rows and columns of the contiguous `whole` a view of it is."""
+    columns = whole.shape[1] if whole.dim() > 1 else 1
+    if whole.dim() > 2 or view.numel() == 0:
+        return None
+    flat = view.reshape(-1, 1) if whole.dim() < 2 else view.squeeze()
+    if whole.dim() == 2 and flat.dim() < 2:
+        flat = flat.reshape(-1, columns) if view.numel() % columns == 0 else None
+    if flat is None or flat.dim() != 2:
+        return None
+    top, left = divmod(view.storage_offset(), columns)
+    height, width = flat.shape
+    if (height > 1 and flat.stride(0) != columns) or (width > 1 and flat.stride(1) != 1):
+        return None
+    return top, top + height, left, left + width
+
+
+def _pitch(view: torch.Tensor) -> int | None:
+    """Elements between the rows of a view; None where its rows are not runs of elements."""
+    if view.dim() == 1:
+        return view.stride(0)
+    rows = view.squeeze()
+    if rows.dim() == 1:
+        return rows.shape[0]
+    if rows.dim() != 2 or rows.stride(1) != 1:
+        return None
+    return rows.stride(0)

@@ -1,0 +1,92 @@
+"""Which collective a thread is in, read off its frames.
+
+gloo waits inside the call, so the frames name it. NCCL's calls return at once and the thread waits
+wherever it next needs a result, whose frames are then all there is.
+"""
+
+from __future__ import annotations
+
+import sys
+from types import FrameType
+
+C10D = ("torch/distributed/distributed_c10d.py", "torch/distributed/c10d_logger.py")
+# Where Megatron waits for requests it made before, outside of torch's own functions.
+MEGATRON = (
+    "megatron/core/pipeline_parallel/p2p_communication.py",
+    "megatron/core/distributed/param_and_grad_buffer.py",
+)
+AXES = {
+    "tensor": "get_tensor_model_parallel_group",
+    "pipeline": "get_pipeline_model_parallel_group",
+    "data": "get_data_parallel_group",
+    "context": "get_context_parallel_group",
+    "expert": "get_expert_model_parallel_group",
+    "expert data": "get_expert_data_parallel_group",
+    "embedding": "get_embedding_group",
+}
+
+
+def collective(innermost: FrameType) -> str | None:
+    """Such as "all_reduce among ranks 0, 1 (tensor), asked for by _reduce (mappings.py:32)"; None
+    for a thread that is in none."""
+    frame: FrameType | None = innermost
+    while frame is not None:
+        for files in (C10D, MEGATRON):
+            if _is_in(frame, files):
+                return _describe(_outermost(frame, files))
+        frame = frame.f_back
+    return None
+
+
+def _is_in(frame: FrameType, files: tuple[str, ...]) -> bool:
+    return frame.f_code.co_filename.endswith(files)
+
+
+def _outermost(frame: FrameType, files: tuple[str, ...]) -> FrameType:
+    """The public function: what is below it, and torch's wrapper around it, are in these files."""
+    public = frame
+    while frame.f_back is not None and _is_in(frame.f_back, files):
+        frame = frame.f_back
+        if frame.f_code.co_name != "wrapper":
+            public = frame
+    return public
+
+
+def _describe(frame: FrameType) -> str:
+    caller = frame.f_back
+    while caller is not None and (_is_in(caller, C10D) or caller.f_code.co_name == "wrapper"):
+        caller = caller.f_back
+    words = f"{frame.f_code.co_name}{_among(frame)}"
+    if caller is None:
+        return words
+    file = caller.f_code.co_filename.rpartition("/")[2]
+    return f"{words}, asked for by {caller.f_code.co_name} ({file}:{caller.f_lineno})"
+
+
+def _among(frame: FrameType) -> str:
+    """Between which ranks, from the function's own argument; "" where it cannot be told."""
+    import torch.distributed as dist
+
+    if "group" not in frame.f_code.co_varnames or not dist.is_initialized():
+        return ""
+    group = frame.f_locals.get("group")
+    if group is not None and not isinstance(group, dist.ProcessGroup):
+        return ""
+    group = group or dist.group.WORLD
+    ranks, axes = dist.get_process_group_ranks(group), _axes_of(group)
+    shown = ", ".join(map(str, ranks[:16])) + (f", … {len(ranks)} in all" if ranks[16:] else "")
+    return f" among ranks {shown}" + (f" ({' and '.join(axes)})" if axes else "")
+
+
+def _axes_of(group: object) -> list[str]:
+    """The parallel axes that communicate over `group`, or else those with the same ranks."""
+    import torch.distributed as dist
+
+    parallel_state = sys.modules.get("megatron.core.parallel_state")
+    if parallel_state is None or not parallel_state.model_parallel_is_initialized():
+        return []
+    groups = {axis: getattr(parallel_state, name)() for axis, name in AXES.items()}
+    groups = {axis: g for axis, g in groups.items() if isinstance(g, dist.ProcessGroup)}
+    ranks = dist.get_process_group_ranks(group)
+    same = [axis for axis, g in groups.items() if dist.get_process_group_ranks(g) == ranks]
+    return [axis for axis, g in groups.items() if g is group] or same

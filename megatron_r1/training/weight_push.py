@@ -1,0 +1,53 @@
+"""The sender of a trainer rank's weights, from its model and its place in Megatron's grid."""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Sequence
+
+import torch.distributed as dist
+
+from megatron_r1.config.training import ParallelConfig
+from megatron_r1.training import distributed
+from megatron_r1.weights.layout import stage_shards
+from megatron_r1.weights.local import local_entries
+from megatron_r1.weights.push import TrainerGrid
+from megatron_r1.weights.push.sender import WeightSender
+
+
+def weight_sender(
+    model_chunks: Sequence, hf: dict, parallel: ParallelConfig
+) -> tuple[WeightSender, list]:
+    """model_chunks: this rank's virtual stages. Call on all ranks; rank 0 then hosts the store in
+    which engines find them, at the [host, port] that is returned."""
+    grid = TrainerGrid(
+        dist.get_world_size(),
+        parallel.tensor,
+        parallel.pipeline,
+        parallel.context,
+        parallel.expert,
+        parallel.expert_tensor,
+    )
+    stages = stage_shards(
+        hf,
+        parallel.pipeline,
+        parallel.virtual_pipeline,
+        pipeline_layout=parallel.pipeline_layout,
+        with_mtp=False,
+    )
+    held = defaultdict(list)
+    for parameter, entry in local_entries(model_chunks, hf):
+        for piece in entry.pieces:
+            held[piece.hf_name].append((parameter, piece))
+    store, address = _store()
+    return WeightSender(hf, grid, held, store, rank=dist.get_rank(), stages=stages), address
+
+
+def _store() -> tuple[dist.TCPStore, list]:
+    host = os.environ.get("MASTER_ADDR", "127.0.0.1")
+    store = None
+    if dist.get_rank() == 0:
+        store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
+    port = int(distributed.from_rank_zero(store and str(store.port)))
+    return store or dist.TCPStore(host, port, is_master=False), [host, port]

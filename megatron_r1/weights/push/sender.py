@@ -1,0 +1,164 @@
+"""A trainer rank's part in pushing weights: it brings every engine rank the slices that are its to
+bring, straight from where they lie in the model.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from torch.distributed import Store
+
+from megatron_r1.landing.rendezvous import Rendezvous
+from megatron_r1.landing.transports import Sender, sender_class
+from megatron_r1.weights.layout import Shard
+from megatron_r1.weights.push.engine_layout import EngineLayout
+from megatron_r1.weights.push.plan import Planner
+from megatron_r1.weights.push.region import Region
+from megatron_r1.weights.push.told import ToldNeeds
+from megatron_r1.weights.push.trainer_grid import TrainerGrid
+from megatron_r1.weights.rules import Piece
+
+Held = Mapping[str, Sequence[tuple[Tensor, Piece]]]
+"""HF name -> the parameters that hold pieces of it."""
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Where in a parameter a delivery lies."""
+
+    parameter: Tensor
+    piece: Piece
+    region: Region
+
+    @property
+    def is_here(self) -> bool:
+        piece, region = self.piece, self.region
+        start, end = (region.top, region.bottom) if piece.dim == 0 else (region.left, region.right)
+        return piece.hf_start <= start and end <= piece.hf_start + piece.length
+
+    def values(self) -> Tensor:
+        """(height, width); a view."""
+        matrix = self.parameter.detach()
+        matrix = matrix if matrix.dim() > 1 else matrix[:, None]
+        region, piece = self.region, self.piece
+        move = piece.local_start - piece.hf_start
+        down, right = (move, 0) if piece.dim == 0 else (0, move)
+        rows = slice(region.top + down, region.bottom + down)
+        return matrix[rows, region.left + right : region.right + right]
+
+
+@dataclass(frozen=True)
+class _Link:
+    """To one engine rank. sources[i] is what its i-th delivery is copied from."""
+
+    sender: Sender
+    sources: list[_Source]
+
+    def send(self, push: int, window: int) -> None:
+        if window < self.sender.table.num_windows:
+            self.sender.send(push, window, [source.values() for source in self.sources])
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(d.num_bytes(self.sender.table) for d in self.sender.deliveries)
+
+
+class WeightSender:
+    """Rank `rank` of `grid`, which holds `held` of the model `hf` describes.
+
+    stages: what the pipeline's virtual stages hold, default an even spread. store: where trainer
+    and engine ranks meet. Every method is called on all ranks.
+    """
+
+    def __init__(
+        self,
+        hf: dict,
+        grid: TrainerGrid,
+        held: Held,
+        store: Store,
+        *,
+        rank: int = 0,
+        stages: list[list[Shard]] | None = None,
+    ):
+        self.hf, self.grid, self.held, self.stages = hf, grid, held, stages
+        self.store, self.rank = store, rank
+        self._links: dict[int, list[_Link]] = {}
+
+    def connect(
+        self,
+        engine: int,
+        name: str,
+        layout: dict[str, Any],
+        transport: str,
+        timeout_seconds: float,
+    ) -> dict[str, Any]:
+        """Agree with all ranks of an engine on what this rank brings them.
+
+        engine: its index; which of the ranks that hold the same brings it follows from that. name:
+        of this start of it. layout: `EngineLayout`'s fields, of one engine. Returns "problem", or
+        num_windows and the bytes that this rank sends with every push.
+        """
+        self.disconnect(engine)
+        meeting = Rendezvous(self.store, name, timeout_seconds)
+        try:
+            self._links[engine] = self._agree(meeting, engine, EngineLayout(**layout), transport)
+        except (OSError, RuntimeError, ValueError) as error:  # torch.distributed's are the second
+            return {"problem": f"{type(error).__name__}: {error}"}
+        links = self._links[engine]
+        return {
+            "num_windows": max((link.sender.table.num_windows for link in links), default=1),
+            "num_bytes": sum(link.num_bytes for link in links),
+        }
+
+    def disconnect(self, engine: int) -> None:
+        for link in self._links.pop(engine, []):
+            link.sender.close()
+
+    def send(self, push: int, engines: Sequence[int]) -> dict[str, Any]:
+        """Bring the present weights to these engines, as push number `push` of each.
+
+        Returns "problems" by engine: an engine that is lost on the way does not stop the others."""
+        problems: dict[str, str] = {}
+        links = {engine: self._links.get(engine, []) for engine in engines}
+        tables = [link.sender.table for found in links.values() for link in found]
+        for window in range(max((table.num_windows for table in tables), default=0)):
+            for engine, found in links.items():
+                try:
+                    for link in found if str(engine) not in problems else []:
+                        link.send(push, window)
+                except (OSError, RuntimeError) as error:  # torch.distributed's are the latter
+                    problems[str(engine)] = f"{type(error).__name__}: {error}"
+        return {"problems": problems}
+
+    def _agree(
+        self, meeting: Rendezvous, engine: int, layout: EngineLayout, transport: str
+    ) -> list[_Link]:
+        offers = meeting.offers(layout.num_ranks)
+        needs = ToldNeeds(self.hf, layout, [offer.table for offer in offers])
+        planner = Planner(self.hf, self.grid, layout, self.stages, needs)
+        deliveries = defaultdict(list)
+        for transfer in planner.sends(self.rank, engine):
+            rank = transfer.receiver % layout.ranks_per_engine
+            delivery = needs.delivery(rank, transfer.name, transfer.region)
+            deliveries[rank].append((delivery, self._source(transfer.name, transfer.region)))
+        links, plans = [], {}
+        for rank, found in deliveries.items():
+            found.sort(key=lambda item: item[0].slot)
+            sender = sender_class(transport)(meeting, self.rank, rank, offers[rank])
+            plans[rank] = sender.plan([delivery for delivery, _ in found])
+            links.append(_Link(sender, [source for _, source in found]))
+        meeting.plan(self.rank, self.grid.world, plans, layout.num_ranks)
+        for link in links:
+            link.sender.connect()
+        return links
+
+    def _source(self, name: str, region: Region) -> _Source:
+        for parameter, piece in self.held.get(name, ()):
+            source = _Source(parameter, piece, region)
+            if source.is_here:
+                return source
+        raise ValueError(f"this rank does not hold {region} of {name}")

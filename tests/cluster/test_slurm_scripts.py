@@ -1,0 +1,124 @@
+"""The scripts of examples/slurm under a real Slurm: each runs a recipe to its end, also when it is
+requeued in the middle, runs out of time, or is asked to end.
+
+The nodes are this machine's; engines share its memory, so weights travel through /dev/shm.
+"""
+
+import re
+import sys
+import time
+
+import pytest
+import slurm_cluster
+from small_run import ROOT, environment, metrics
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(slurm_cluster.obstacle() is not None, reason=str(slurm_cluster.obstacle())),
+]
+SCRIPTS = ROOT / "examples" / "slurm"
+MINUTES = 60
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    with slurm_cluster.Cluster(tmp_path_factory.mktemp("slurm"), num_nodes=2) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def submit(cluster, recipe, tmp_path):
+    """Submits a script as a user would; the job's number. Output and run are in `tmp_path`."""
+    jobs = []
+
+    def submit(script, *options, sbatch=(), **variables):
+        text = (SCRIPTS / script).read_text()
+        # The two nodes of this cluster: one for each pool.
+        text = re.sub(r"(#SBATCH --nodes=)2\b", r"\g<1>1", text) if "hetjob" in text else text
+        (tmp_path / script).write_text(text)
+        env = environment() | {
+            "RECIPE": str(recipe),
+            "RUN": str(tmp_path / "run"),
+            "PYTHON": sys.executable,
+            "RANKS": "1",
+            "GLOO_SOCKET_IFNAME": "lo",
+        }
+        remote = [] if script == "one_node.sbatch" else ["--rollout.hosts_address", "127.0.0.1"]
+        jobs.append(
+            cluster.submit(
+                *(f"--output={tmp_path}/output", *sbatch, tmp_path / script, *remote, *options),
+                env=env | variables,
+                folder=ROOT,
+            )
+        )
+        return jobs[-1]
+
+    yield submit
+    for job in jobs:
+        cluster.run("scancel", job)
+        cluster.wait(job, "CANCELLED", "COMPLETED", "FAILED", seconds=60)
+
+
+def completed(cluster, job, tmp_path):
+    state = cluster.wait(job, "COMPLETED", "FAILED", seconds=6 * MINUTES)
+    assert state == "COMPLETED", (tmp_path / "output").read_text()[-3000:]
+    assert (tmp_path / "run" / "hf" / "config.json").is_file()
+    return [line["step"] for line in metrics(tmp_path / "run")]
+
+
+def until_step(tmp_path, step, seconds=4 * MINUTES):
+    file, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + seconds
+    while not file.is_file() or len(file.read_text().splitlines()) < step:
+        output = tmp_path / "output"
+        said = output.read_text()[-3000:] if output.is_file() else ""
+        assert time.monotonic() < deadline, f"step {step} not within {seconds} s:\n{said}"
+        time.sleep(0.2)
+
+
+def again_at_once(cluster, job):
+    """Slurm lets a requeued job wait for two minutes; nobody else is waiting here."""
+    cluster.wait(job, "PENDING", "RUNNING", seconds=MINUTES)
+    cluster.run("scontrol", "update", f"JobId={job}", "StartTime=now")
+
+
+def test_one_node_runs_out_of_time_and_goes_on(cluster, submit, tmp_path):
+    job = submit("one_node.sbatch", "--run.steps", "200", RANKS="2")
+    until_step(tmp_path, 2)
+    # What Slurm does 900 seconds before the end of the job's time.
+    cluster.run("scancel", "--batch", "--signal=TERM", job)
+    cluster.wait(job, "PENDING", seconds=2 * MINUTES)
+    output = (tmp_path / "output").read_text()
+    assert "stopped; the same command continues from here" in output
+    assert not (tmp_path / "run" / "stop").exists()
+    before = len(metrics(tmp_path / "run"))
+    again_at_once(cluster, job)
+    until_step(tmp_path, before + 2)
+    cluster.run("scancel", job)
+    cluster.wait(job, "CANCELLED", seconds=MINUTES)
+    steps = [line["step"] for line in metrics(tmp_path / "run")]
+    assert steps == list(range(1, len(steps) + 1)) and len(steps) < 200
+    assert cluster.field(job, "Restarts") == "1"
+    assert "continuing after step" in (tmp_path / "output").read_text()
+
+
+def test_a_mistake_fails_the_job_and_is_told(cluster, submit, tmp_path):
+    job = submit("one_node.sbatch", "--parallel.tensor", "4")
+    assert cluster.wait(job, "COMPLETED", "FAILED", seconds=2 * MINUTES) == "FAILED"
+    assert "1 trainer ranks cannot be divided into groups of 4" in (tmp_path / "output").read_text()
+    assert cluster.field(job, "Restarts") == "0"
+
+
+def test_every_node_trains_and_samples(cluster, submit, tmp_path):
+    job = submit("colocated.sbatch", "--parallel.tensor", "2")
+    assert completed(cluster, job, tmp_path) == [1, 2, 3]
+    assert len(list((tmp_path / "run" / "logs").glob("engine-*.log"))) == 2
+    assert list((tmp_path / "run" / "logs" / "ranks").rglob("stdout.log"))
+
+
+def test_pools_are_requeued_in_the_middle(cluster, submit, tmp_path):
+    job = submit("pools.sbatch", "--run.steps", "40")
+    until_step(tmp_path, 2)
+    cluster.run("scontrol", "requeue", job)
+    again_at_once(cluster, job)
+    assert completed(cluster, job, tmp_path) == list(range(1, 41))
+    assert "continuing after step" in (tmp_path / "output").read_text()

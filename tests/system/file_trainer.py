@@ -1,0 +1,70 @@
+"""The trainer's end of the bridge for weights that lie in a safetensors file: one rank that holds
+every tensor whole. Engines see no difference; tests of the real trainer are in test_push.py."""
+
+import asyncio
+
+import torch
+from safetensors.torch import load_file
+from torch.distributed import TCPStore
+
+from megatron_r1.config.push import PushConfig
+from megatron_r1.rl.weight_bridge import WeightBridge
+from megatron_r1.weights import hf_tensors
+from megatron_r1.weights.push import TrainerGrid
+from megatron_r1.weights.push.sender import WeightSender
+from megatron_r1.weights.rules import Piece
+
+
+class FileTrainer:
+    """Of the model that `config` describes; `load` puts a folder's weights in place."""
+
+    def __init__(self, config):
+        self.shapes = {n: shape for n, (shape, _) in hf_tensors(config, with_mtp=False).items()}
+        self.tensors = {name: torch.zeros(shape) for name, shape in self.shapes.items()}
+        self.store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        held = {
+            name: [(tensor, Piece(name, 0, 0, 0, tensor.shape[0]))]
+            for name, tensor in self.tensors.items()
+        }
+        self.sender = WeightSender(config, TrainerGrid(1), held, self.store)
+
+    def load(self, folder):
+        for name, tensor in load_file(folder / "model.safetensors").items():
+            if name in self.tensors:
+                self.tensors[name].copy_(tensor)
+
+    async def call(self, operation, **arguments):
+        operations = {
+            "open_push": lambda: {"store": ["127.0.0.1", self.store.port]},
+            "connect_engine": self.sender.connect,
+            "send_weights": self.sender.send,
+        }
+        return await asyncio.to_thread(operations[operation], **arguments)
+
+    async def call_all(self, operation, **arguments):
+        return [await self.call(operation, **arguments)]
+
+
+class FileBridge:
+    """A bridge from such a trainer to a fleet: `await push(folder)` is the next version."""
+
+    def __init__(self, config, fleet, *, layout=None, tensors=None, **settings):
+        self.trainer = FileTrainer(config)
+        self.fleet = fleet
+        self.bridge = WeightBridge(
+            self.trainer,
+            fleet,
+            PushConfig(**settings),
+            tensors or list(self.trainer.shapes.items()),
+            layout or {},
+        )
+        self._is_open = False
+
+    async def push(self, folder):
+        if self._is_open:
+            await self.bridge.hold()
+        else:
+            await self.bridge.open()
+        self._is_open = True
+        self.trainer.load(folder)
+        return await self.bridge.push(self.fleet.version + 1)

@@ -1,0 +1,122 @@
+"""A fleet whose engines run on engine hosts: agents come, vanish, come back, and it goes on."""
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+from tiny_models import QWEN, write_model
+
+from megatron_r1.authentication import known_token
+from megatron_r1.config import RolloutConfig
+from megatron_r1.rollout.errors import EngineError
+from megatron_r1.rollout.fleet import RolloutFleet
+from megatron_r1.rollout.placement import growing, placed, server_maker
+
+SMALL = {"dtype": "float32", "max_model_len": 128, "max_num_seqs": 8, "num_threads": 1}
+
+
+def agent(folder, *options):
+    command = [sys.executable, "-m", "megatron_r1.rollout.host", "--folder", folder, *options]
+    quiet = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+    return subprocess.Popen([*map(str, command)], env=os.environ | quiet)
+
+
+async def until(condition, seconds):
+    async with asyncio.timeout(seconds):
+        while not condition():
+            await asyncio.sleep(0.05)
+
+
+def engine_processes(agent):
+    """Of an agent, those that it started."""
+    found = subprocess.run(["pgrep", "-P", str(agent.pid)], capture_output=True, text=True)
+    return [int(process) for process in found.stdout.split()]
+
+
+def gone(process):
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return True
+    return False
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models") / "qwen"
+    write_model(folder, QWEN, seed=0)
+    return folder
+
+
+@pytest.mark.slow
+def test_hosts_join_vanish_and_bring_engines_again(model, tmp_path):
+    agents, said = [], []
+
+    async def scenario():
+        rollout = RolloutConfig(placement="hosts", hosts_address="127.0.0.1")
+        async with placed(rollout, tmp_path, True, said.append) as pool:
+            agents.append(agent(tmp_path))
+            fleet = RolloutFleet(
+                1,
+                tmp_path,
+                make_server=server_maker(pool),
+                say=said.append,
+                max_restarts=2,
+                **SMALL,
+            )
+            async with fleet, growing(fleet, pool):
+                await fleet.start(model)
+                first = await fleet.generate([1, 2, 3], n=1, max_tokens=8, temperature=0.0)
+                (engine,) = fleet.engines
+                assert engine.server.host_name and engine.is_up
+                # Another host during the run: its engine joins, on the same weights.
+                agents.append(agent(tmp_path))
+                await until(lambda: sum(e.is_open for e in fleet.engines) == 2, 240)
+                # The first host dies with a request in flight: its engine dies with it, the
+                # request is answered by the other, and nobody is restarted.
+                (process,) = engine_processes(agents[0])
+                asked = [
+                    asyncio.create_task(fleet.generate([1, 2, 3], n=2, max_tokens=100))
+                    for _ in range(4)
+                ]
+                await asyncio.sleep(0.2)
+                agents[0].send_signal(signal.SIGKILL)
+                async with asyncio.timeout(60):
+                    groups = await asyncio.gather(*asked)
+                assert [len(c.token_ids) for g in groups for c in g] == [100] * 8
+                await until(lambda: gone(process), 10)
+                await until(lambda: len(fleet.engines) == 1, 30)
+                assert fleet.num_restarts == 0
+                again = await fleet.generate([1, 2, 3], n=1, max_tokens=8, temperature=0.0)
+                assert [c.token_ids for c in again] == [c.token_ids for c in first]
+                # kill -9 of an engine: its host starts another, with what its log says.
+                (process,) = engine_processes(agents[1])
+                os.kill(process, signal.SIGKILL)
+                await until(lambda: fleet.num_restarts == 1, 30)
+                await until(lambda: any(e.is_open for e in fleet.engines), 240)
+                assert any("on host" in line and "SIGKILL" in line for line in said)
+        assert agents[1].wait(20) == 0  # the run is over
+
+    try:
+        asyncio.run(scenario())
+    finally:
+        for process in agents:
+            process.kill()
+    assert known_token(tmp_path / "token")
+
+
+def test_no_host_is_an_error_and_no_hang(model, tmp_path):
+    async def scenario():
+        rollout = RolloutConfig(placement="hosts", hosts_address="127.0.0.1")
+        async with placed(rollout, tmp_path, True, print) as pool:
+            make = server_maker(pool)
+            async with RolloutFleet(
+                1, tmp_path, make_server=make, start_timeout_seconds=0.5, **SMALL
+            ) as fleet:
+                with pytest.raises(EngineError, match="no host had room for it .no host has come"):
+                    await fleet.start(model)
+
+    asyncio.run(scenario())

@@ -1,0 +1,106 @@
+"""Engines whose ranks share a model: log-probabilities and experts as transformers has them."""
+
+import asyncio
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+from sampled import PROMPTS, TOLERANCE, largest_difference, sample
+from tiny_models import DEEPSEEK, QWEN, reference_routing, write_model
+
+from megatron_r1.models.routing_shape import routing_shape
+from megatron_r1.rollout.fleet import RolloutFleet
+
+MODELS = {"deepseek": DEEPSEEK, "qwen": QWEN}
+
+
+@pytest.mark.parametrize(
+    ("family", "layout"),
+    [
+        ("deepseek", {"tensor": 2, "expert_parallel": True}),
+        pytest.param("deepseek", {"tensor": 2}, marks=pytest.mark.slow),
+        pytest.param("deepseek", {"pipeline": 2}, marks=pytest.mark.slow),
+        pytest.param("deepseek", {"data": 2}, marks=pytest.mark.slow),
+        pytest.param("deepseek", {"data": 2, "expert_parallel": True}, marks=pytest.mark.slow),
+        pytest.param("qwen", {"tensor": 2}, marks=pytest.mark.slow),
+        pytest.param("qwen", {"pipeline": 2}, marks=pytest.mark.slow),
+        pytest.param("qwen", {"data": 2}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_an_engine_of_two_ranks_samples_as_transformers_would(family, layout, oracle, tmp_path):
+    model = tmp_path / "model"
+    oracle(write_model, model, MODELS[family], 0)
+    replays = family == "deepseek" and "pipeline" not in layout
+    routing = {"routing": routing_shape(DEEPSEEK)} if replays else {}
+
+    async def start_and_sample():
+        settings = {"max_model_len": 256, "max_num_seqs": 64, "return_routing": replays}
+        async with RolloutFleet(1, tmp_path, **settings, **layout) as fleet:
+            await fleet.start(model)
+            return await sample(fleet, n=8, **routing)
+
+    groups = asyncio.run(start_and_sample())
+    assert largest_difference(oracle, model, groups) <= TOLERANCE
+    if replays:
+        assert share_of_equal_experts(oracle, model, groups, routing["routing"]) > 0.98
+
+
+def share_of_equal_experts(oracle, folder, groups, shape):
+    """Of tokens, by transformers; a near tie may fall either way."""
+    equal = []
+    for prompt, group in zip(PROMPTS, groups, strict=True):
+        responses = [list(completion.token_ids) for completion in group]
+        expected = oracle(reference_routing, folder, prompt, responses)
+        for completion, rows in zip(group, expected, strict=True):
+            got = np.frombuffer(completion.routing, np.uint8)
+            got = np.sort(got.reshape(-1, len(shape.moe_layers), shape.topk), -1)
+            equal.extend((got == np.array(rows)).all((1, 2)))
+    return np.mean(equal)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_rank_that_dies_or_hangs_takes_its_engine_with_it(how, oracle, tmp_path):
+    model = tmp_path / "model"
+    oracle(write_model, model, QWEN, 0)
+
+    async def stop_amid():
+        settings = {"max_model_len": 256, "tensor": 2, "max_restarts": 1}
+        async with RolloutFleet(1, tmp_path, unresponsive_seconds=5.0, **settings) as fleet:
+            await fleet.start(model)
+            first = processes_under(fleet.engines[0].server.process.pid)
+            [rank] = [pid for pid, name in first.items() if name == "VLLM::Worker_TP1"]
+            running = asyncio.ensure_future(sample(fleet, max_tokens=200))
+            await asyncio.sleep(0.3)
+            os.kill(rank, how)
+            async with asyncio.timeout(180):
+                groups = await running
+            second = processes_under(fleet.engines[0].server.process.pid)
+            return groups, first, second, fleet.num_restarts
+
+    groups, first, second, restarts = asyncio.run(stop_amid())
+    assert restarts == 1
+    assert largest_difference(oracle, model, groups) <= TOLERANCE
+    assert set(first.values()) == set(second.values()) and not first.keys() & second.keys()
+    left = [pid for pid in first | second if is_running(pid)]
+    assert not left
+
+
+def processes_under(pid):
+    """pid → name of a process and all below it."""
+    found = {pid: Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[0].decode()}
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        for child in (task / "children").read_text().split():
+            found |= processes_under(int(child))
+    return found
+
+
+def is_running(pid):
+    """A process that ended but was not waited for (a zombie) is not running."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False

@@ -1,0 +1,132 @@
+"""Two real engines: one is spoiled, one joins, one leaves, and all sleep; every group is answered
+with the right log-probabilities."""
+
+import asyncio
+import shutil
+
+import pytest
+from sampled import TOLERANCE, largest_difference, sample
+from tiny_models import QWEN, write_model, write_nan
+
+from megatron_r1.rollout.fleet import RolloutFleet
+from megatron_r1.rollout.server import EngineServer
+
+pytestmark = pytest.mark.slow  # four starts of vLLM; the rules alone: tests/unit/test_fleet.py
+ENGINES = {"max_model_len": 256, "max_num_seqs": 16, "num_threads": 1}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory, oracle):
+    """`good`, and `spoiled`, whose answers are not numbers."""
+    folder = tmp_path_factory.mktemp("models")
+    oracle(write_model, folder / "good", QWEN, 0)
+    shutil.copytree(folder / "good", folder / "spoiled")
+    weights = "model.safetensors"
+    oracle(write_nan, folder / "good" / weights, folder / "spoiled" / weights, "model.norm.weight")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def loop():
+    with asyncio.Runner() as runner:
+        yield runner.run
+
+
+@pytest.fixture(scope="module")
+def fleet(models, loop, tmp_path_factory):
+    """Of two; the first starts with spoiled weights."""
+    is_first = True
+
+    def make_server(model, log, **settings):
+        nonlocal is_first
+        model, is_first = models / "spoiled" if is_first else model, False
+        return EngineServer(model, log, **settings)
+
+    logs = tmp_path_factory.mktemp("logs")
+    fleet = RolloutFleet(2, logs, max_restarts=2, make_server=make_server, **ENGINES)
+    loop(fleet.start(models / "good"))
+    yield fleet
+    loop(fleet.close())
+
+
+async def rounds(fleet, count):
+    """Many groups at once, as a batch asks for them."""
+    return await asyncio.gather(*(sample(fleet, n=2, max_tokens=40) for _ in range(count)))
+
+
+def assert_right(oracle, models, made):
+    for groups in made:
+        assert largest_difference(oracle, models / "good", groups) <= TOLERANCE
+
+
+def test_an_engine_that_answers_nonsense_is_found_and_replaced(models, oracle, loop, fleet):
+    """Nothing but its answers tells that it is ill."""
+    spoiled, said = fleet.engines[0], []
+    fleet.say = said.append
+
+    async def sample_until_replaced():
+        made = await rounds(fleet, 4)
+        async with asyncio.timeout(180):
+            while fleet.repairs.under_way:
+                await asyncio.sleep(0.2)
+        return made + await rounds(fleet, 4)
+
+    made = loop(sample_until_replaced())
+    assert fleet.num_restarts == 1, said
+    assert "engine-0 cannot go on" in said[0] and "log-probability of token" in said[0]
+    assert fleet.metrics()["engines/requeued"] >= 2
+    assert fleet.engines[0] is not spoiled and not spoiled.server.is_alive()
+    assert_right(oracle, models, made)
+
+
+def test_engines_share_a_batch_evenly(loop, fleet):
+    def made():
+        return [sum(answer.tokens for answer in e.pace._answers) for e in fleet.engines]
+
+    before = made()
+    loop(rounds(fleet, 8))
+    first, second = (now - then for now, then in zip(made(), before, strict=True))
+    assert first + second == 8 * 3 * 2 * 40
+    assert 0.5 < first / second < 2
+    assert all(engine.num_running == 0 for engine in fleet.engines)
+
+
+def test_engines_join_and_leave_amid_a_batch(models, oracle, loop, fleet):
+    async def change():
+        running = asyncio.ensure_future(rounds(fleet, 4))
+        added = await fleet.add_engine()
+        first = await running
+        running = asyncio.ensure_future(rounds(fleet, 12))
+        await asyncio.sleep(0.1)
+        await fleet.remove_engine(0)
+        return added, first + await running
+
+    added, made = loop(change())
+    assert [engine.index for engine in fleet.engines] == [1, 2]
+    assert added.pace.tokens_per_second(added.pace.began + 60) > 0  # it took part
+    assert_right(oracle, models, made)
+
+
+def test_sleeping_engines_sample_again_only_once_they_have_both_memories(
+    models, oracle, loop, fleet
+):
+    """A CPU has no memory to give away; what is tested is that vLLM takes the calls in this order,
+    and samples nothing in between."""
+
+    async def sleep_and_wake():
+        clients = [engine.client for engine in fleet.engines]
+        sleeping = []
+        await fleet.sleep()
+        early = asyncio.ensure_future(sample(fleet))
+        for tag in ("weights", "kv_cache"):
+            done, _ = await asyncio.wait({early}, timeout=0.5)
+            sleeping.append([await client.is_sleeping() for client in clients])
+            assert not done
+            await asyncio.gather(*(client.wake(tag) for client in clients))
+        sleeping.append([await client.is_sleeping() for client in clients])
+        fleet.awake.set()
+        return sleeping, await early
+
+    sleeping, groups = loop(sleep_and_wake())
+    assert sleeping == [[True, True], [True, True], [False, False]]
+    assert_right(oracle, models, [groups])

@@ -1,0 +1,160 @@
+"""Runs that lose their controller or a trainer rank, or that hang: what is kept, said and mended."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+from conftest import command, environment
+from prometheus_client.parser import text_string_to_metric_families
+
+from megatron_r1.framed import FramedFile
+from megatron_r1.rl.sample_record import Accepted, decode
+
+TWO = ["--parallel.processes", "2", "--parallel.tensor", "2"]
+NOT_OF_THE_SAMPLES = ("time/", "rewards/", "tokens_per_second", "groups/replayed", "/restarts")
+NOT_OF_THE_SAMPLES += ("engines/", "checkpoint/", "push/")
+
+
+def start(verb: str, recipe: Path, folder: Path, *more: object) -> subprocess.Popen:
+    settings = ["--run.folder", folder, *TWO, *more]
+    return subprocess.Popen(
+        command(verb, recipe, *settings),
+        env=environment() | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def wait_for(process: subprocess.Popen, what: str, is_so) -> None:
+    deadline = time.monotonic() + 240
+    while not is_so():
+        if process.poll() is not None:
+            pytest.fail(f"ended before {what}: {process.communicate()}")
+        assert time.monotonic() < deadline, f"not {what} in time"
+        time.sleep(0.002)
+
+
+def metrics_of(folder: Path) -> list[dict]:
+    path = folder / "metrics.jsonl"
+    text = path.read_text() if path.exists() else ""
+    return [json.loads(line) for line in text.splitlines() if line.endswith("}")]
+
+
+def of_the_samples(line: dict) -> dict:
+    """What of a metrics line follows from samples and weights alone."""
+    return {k: v for k, v in line.items() if not any(word in k for word in NOT_OF_THE_SAMPLES)}
+
+
+def ranks_of(folder: Path) -> list[int]:
+    """Trainer processes, in the order of their ranks."""
+    found = {}
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            output = Path(os.readlink(entry / "fd/1"))
+        except OSError:
+            continue
+        if output.parent == folder / "logs" and output.name.startswith("trainer_"):
+            found[output.stem] = int(entry.name)
+    return [found[name] for name in sorted(found)]
+
+
+def get(folder: Path, path: str) -> str:
+    address = (folder / "health_address").read_text().strip()
+    with urllib.request.urlopen(address + path, timeout=30) as answer:
+        return answer.read().decode()
+
+
+def records(folder: Path, step: int) -> tuple[list[int], bool]:
+    """Positions of the groups in a step's log, and whether it was accepted."""
+    found = [decode(r) for r in FramedFile.read(folder / f"sample_log/step_{step:08d}.log")]
+    is_accepted = Accepted() in found
+    return [r.position for r in found if not isinstance(r, Accepted)], is_accepted
+
+
+def test_no_finished_sample_is_lost_whoever_is_killed(base, tmp_path):
+    """The controller amid a rollout, then a trainer rank: one checkpoint, none before step 4."""
+    folder = tmp_path / "run"
+    settings = ["--run.steps", 6, "--checkpoint.every", 4, "--eval.every", 0]
+    # An engine that makes one group at a time, so that a rollout has a middle.
+    settings += ["--rl.questions_per_rollout", 8, "--rollout.max_num_seqs", 4]
+    process = start("rl", base / "rl.yaml", folder, *settings)
+    third = folder / "sample_log/step_00000003.log"
+    wait_for(process, "in the third rollout", lambda: third.exists() and third.stat().st_size > 4e3)
+    process.kill()
+    process.wait()
+    time.sleep(1)
+    before = metrics_of(folder)
+    assert [m["step"] for m in before] == [1, 2] and not any(folder.glob("checkpoints/step_*"))
+    kept, is_accepted = records(folder, 3)
+    assert 0 < len(kept) < 8 and not is_accepted, f"killed too late or too early: {kept}"
+    assert [len(records(folder, step)[0]) for step in (1, 2)] == [8, 8]
+
+    process = start("rl", base / "rl.yaml", folder, *settings)
+    wait_for(process, "past step 4", lambda: len(metrics_of(folder)) >= 4)
+    replayed = metrics_of(folder)
+    assert [m["groups/replayed"] for m in replayed[:3]] == [8, 8, len(kept)]
+    assert [of_the_samples(m) for m in replayed[:2]] == [of_the_samples(m) for m in before]
+
+    health = json.loads(get(folder, "/health"))
+    assert health["status"] == "ok" and health["engines"]["up"] == 1
+    os.kill(ranks_of(folder)[1], signal.SIGKILL)
+    output, errors = process.communicate(timeout=240)
+    assert process.returncode == 0, errors
+    assert "trainer rank 1 was killed by signal 9" in output and "restart 1 of at most 3" in output
+    after = metrics_of(folder)
+    assert [m["step"] for m in after] == [1, 2, 3, 4, 5, 6]
+    assert after[-1]["trainer/restarts"] == 1 and after[-1]["engines/restarts"] == 0
+    assert [of_the_samples(m) for m in after[:3]] == [of_the_samples(m) for m in replayed[:3]]
+    assert max(m["logprob_diff/max"] for m in after) < 1e-4
+    # Of what lies before the checkpoint nothing is left to replay.
+    steps = sorted(path.name for path in (folder / "sample_log").iterdir())
+    assert steps[0] > "step_00000004.log" or not any(folder.glob("checkpoints/step_00000004"))
+
+
+def test_a_stopped_rank_is_named_with_the_collective_and_the_run_ends_or_mends_itself(
+    base, tmp_path
+):
+    folder = tmp_path / "run"
+    settings = ["--run.steps", 400, "--checkpoint.every", 10, "--run.hang_seconds", 10]
+    process = start("sft", base / "sft.yaml", folder, *settings)
+    wait_for(process, "past its second step", lambda: len(metrics_of(folder)) >= 2)
+    os.kill(ranks_of(folder)[1], signal.SIGSTOP)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 1 and "Traceback" not in errors
+    assert "nothing has moved for" in errors and "continues from the newest checkpoint" in errors
+    (report,) = (folder / "logs").glob("hang-*.txt")
+    text = report.read_text()
+    for told in (errors, text):
+        assert "rank 1 does not answer" in told and "is stopped" in told
+        assert "rank 0 in " in told and " among ranks 0, 1 (tensor" in told
+    assert "rank 0 (tensor 0, pipeline 0, expert 0, data 0)" in text
+    assert "distributed_c10d.py" in text, "the stack of the rank that waits"
+
+    process = start("sft", base / "sft.yaml", folder, *settings, "--run.on_hang", "restart")
+    begun = len(metrics_of(folder)) + 3
+    wait_for(process, "a few steps on", lambda: len(metrics_of(folder)) >= begun)
+    os.kill(ranks_of(folder)[1], signal.SIGSTOP)
+
+    def restarts() -> float:
+        metrics = text_string_to_metric_families(get(folder, "/metrics"))
+        return {m.name: m for m in metrics}["megatron_r1_trainer_restarts"].samples[0].value
+
+    wait_for(process, "killed and restarted", lambda: restarts() == 1)
+    here = metrics_of(folder)[-1]["step"]
+    wait_for(process, "training again", lambda: metrics_of(folder)[-1]["step"] > here + 2)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    after = metrics_of(folder)
+    assert [m["step"] for m in after] == list(range(1, len(after) + 1))
+    assert after[-1]["trainer/restarts"] == 1
+    # One process trained the same first four steps.
+    for line, alone in zip(after, metrics_of(base / "base"), strict=False):
+        assert line["loss"] == pytest.approx(alone["loss"], abs=1e-4)

@@ -1,0 +1,277 @@
+"""What a fleet does with answers that cannot be used: peers on loopback that fail in ways in which
+a real engine fails rarely."""
+
+import asyncio
+import json
+
+import pytest
+from aiohttp import web
+
+from megatron_r1.rollout.errors import EngineError
+from megatron_r1.rollout.fleet import RolloutFleet
+
+GARBAGE = {
+    "no number": {"logprobs": {"content": [{"logprob": -9999.0}]}},
+    "no log-probabilities": {"logprobs": None},
+    "no such token": {"token_ids": [10]},
+    "no such version": {"weight_versions": [{"version": "default", "start": 0, "end": 1}]},
+}
+
+
+def choice(**wrong):
+    right = {
+        "finish_reason": "stop",
+        "token_ids": [7],
+        "logprobs": {"content": [{"logprob": -0.5}]},
+        "weight_versions": [{"version": "0", "start": 0, "end": 1}],
+    }
+    return right | wrong
+
+
+class Peer:
+    """In the place of an engine's server. say: its answer to the k-th request for samples, from 0:
+    a response's wrong fields, a status with a text, or `cut` to close the connection."""
+
+    def __init__(self, say):
+        self.say, self.num_asked, self.is_running = say, 0, False
+        self.is_lost, self.called = False, []
+
+    def __call__(self, model, log, **settings):
+        self.is_running = True
+        return self
+
+    async def open(self):
+        app = web.Application()
+        app.router.add_route("*", "/{path:.*}", self._answer)
+        self.runner = web.AppRunner(app, shutdown_timeout=0.1)
+        await self.runner.setup()
+        await web.TCPSite(self.runner, "127.0.0.1", 0).start()
+        self.url = f"http://127.0.0.1:{self.runner.addresses[0][1]}"
+
+    async def _answer(self, request):
+        body = await request.read()
+        if request.path != "/inference/v1/generate":
+            self.called.append(request.path_qs)
+            return web.json_response({"is_sleeping": False, "success": True})
+        said = self.say(self.num_asked)
+        self.num_asked += 1
+        if said == "cut":
+            request.transport.close()
+            return web.Response()
+        if isinstance(said, tuple):
+            return web.Response(status=said[0], text=said[1])
+        n = json.loads(body)["sampling_params"]["n"]
+        return web.json_response({"choices": [choice(**said)] * n})
+
+    def start(self): ...
+
+    def wait_ready(self, timeout_seconds): ...
+
+    def is_alive(self):
+        return self.is_running
+
+    def stop(self):
+        self.is_running = False
+
+    def describe_end(self):
+        return "stopped by the test"
+
+
+def good(_):
+    return {}
+
+
+def run(tmp_path, peers, story, *, num_engines=1, max_restarts=0):
+    """peers: of the engines in the order in which they are started."""
+    (tmp_path / "config.json").write_text('{"vocab_size": 10}')
+    waiting = list(peers)
+
+    async def whole():
+        for peer in peers:
+            await peer.open()
+        fleet = RolloutFleet(
+            num_engines,
+            tmp_path,
+            max_restarts=max_restarts,
+            make_server=lambda *args, **settings: waiting.pop(0)(*args, **settings),
+        )
+        try:
+            async with fleet:
+                await fleet.start(tmp_path)
+                async with asyncio.timeout(30):
+                    return await story(fleet)
+        finally:
+            for peer in peers:
+                await peer.runner.cleanup()
+
+    return asyncio.run(whole())
+
+
+@pytest.fixture(autouse=True)
+def no_waiting_for_last_words(monkeypatch):
+    monkeypatch.setattr("megatron_r1.rollout.engine.LAST_WORDS_SECONDS", 0.0)
+
+
+async def ask(fleet, count=1):
+    calls = (fleet.generate([3], n=2, max_tokens=4) for _ in range(count))
+    return [[one.token_ids.tolist() for one in made] for made in await asyncio.gather(*calls)]
+
+
+@pytest.mark.parametrize("first", [*GARBAGE.values(), (500, "boom"), (503, "busy"), "cut"], ids=str)
+def test_what_cannot_be_used_is_asked_for_again(tmp_path, first):
+    async def story(fleet):
+        return await ask(fleet), fleet.metrics()
+
+    peer = Peer(lambda k: first if k == 0 else {})
+    made, metrics = run(tmp_path, [peer], story)
+    assert made == [[[7], [7]]]
+    assert metrics == {"engines/up": 1, "engines/restarts": 0, "engines/requeued": 2}
+
+
+def test_a_refusal_is_the_callers_mistake_and_is_not_repeated(tmp_path):
+    peer = Peer(lambda k: (400, "prompt too long"))
+    with pytest.raises(EngineError, match="status 400: prompt too long"):
+        run(tmp_path, [peer], ask)
+    assert peer.num_asked == 1
+
+
+@pytest.mark.parametrize("wrong", [GARBAGE["no number"], "cut"], ids=str)
+def test_an_engine_that_fails_often_is_replaced_and_attracts_no_more_work(tmp_path, wrong):
+    """Its useless answers come at once: the least loaded engine is the broken one."""
+    broken, fine, fresh = Peer(lambda k: wrong), Peer(good), Peer(good)
+
+    async def story(fleet):
+        said = []
+        fleet.say = said.append
+        made = await ask(fleet, count=40)
+        while len(fleet.repairs.under_way):
+            await asyncio.sleep(0.01)
+        return made, said, [engine.server for engine in fleet.engines], fleet.num_restarts
+
+    made, said, servers, restarts = run(
+        tmp_path, [broken, fine, fresh], story, num_engines=2, max_restarts=3
+    )
+    assert made == [[[7], [7]]] * 40
+    assert servers == [fresh, fine]
+    assert restarts == 1
+    assert "engine-0 cannot go on" in said[0]
+    assert not broken.is_alive()
+
+
+def test_one_that_ran_out_of_memory_is_replaced_at_once(tmp_path):
+    full, fresh = Peer(lambda k: (500, "CUDA out of memory. Tried to allocate")), Peer(good)
+
+    async def story(fleet):
+        return await ask(fleet), fleet.num_restarts
+
+    assert run(tmp_path, [full, fresh], story, max_restarts=1) == ([[[7], [7]]], 1)
+    assert full.num_asked == 1
+
+
+def test_where_fresh_engines_fail_too_the_run_is_told(tmp_path):
+    peers = [Peer(lambda k: GARBAGE["no number"]) for _ in range(3)]
+    with pytest.raises(EngineError, match="5 times in a row.*token 7 is -9999"):
+        run(tmp_path, peers, ask, max_restarts=2)
+    assert sum(peer.num_asked for peer in peers) == 5
+    assert peers[1].num_asked > 0  # it met a fresh one
+
+
+def test_a_slow_engine_is_drained_before_it_is_replaced(tmp_path):
+    peers = [Peer(good), Peer(good), Peer(good)]
+
+    async def story(fleet):
+        slow = fleet.engines[0]
+        slow.num_running += 1  # something is in flight
+        fleet.repairs.retire(slow, EngineError("engine-0 made 1 token a second"))
+        await ask(fleet, count=3)
+        in_between = slow.is_up, slow.is_open, slow.server.is_alive()
+        slow.num_running -= 1
+        while fleet.repairs.under_way:
+            await asyncio.sleep(0.01)
+        return in_between, fleet.engines[0].server
+
+    between, server = run(tmp_path, peers, story, num_engines=2, max_restarts=1)
+    assert between == (True, False, True)
+    assert server is peers[2]
+    assert not peers[0].is_alive()
+
+
+def test_without_a_restart_left_a_slow_engine_stays(tmp_path):
+    async def story(fleet):
+        fleet.repairs.retire(fleet.engines[0], EngineError("slow"))
+        return await ask(fleet), fleet.engines[0].is_open
+
+    assert run(tmp_path, [Peer(good)], story) == ([[[7], [7]]], True)
+
+
+def test_engines_join_and_leave(tmp_path):
+    peers = [Peer(good) for _ in range(3)]
+
+    async def story(fleet):
+        added = await fleet.add_engine()
+        await fleet.remove_engine(0)
+        indices = [engine.index for engine in fleet.engines]
+        made = await ask(fleet, count=4)
+        with pytest.raises(ValueError, match="no engine 0; there are"):
+            await fleet.remove_engine(0)
+        again = await fleet.add_engine()
+        await fleet.remove_engine(again.index)
+        with pytest.raises(ValueError, match="engine 1 is the only one"):
+            await fleet.remove_engine(1)
+        return added.index, indices, again.index, made
+
+    assert run(tmp_path, peers, story) == (1, [1], 2, [[[7], [7]]] * 4)
+    assert [peer.is_alive() for peer in peers] == [False, False, False]
+
+
+def test_a_leaving_engine_that_dies_is_not_replaced(tmp_path):
+    peers = [Peer(good), Peer(good)]
+
+    async def story(fleet):
+        leaving = fleet.engines[0]
+        leaving.num_running += 1
+        removal = asyncio.create_task(fleet.remove_engine(0))
+        await asyncio.sleep(0)
+        peers[0].is_running = False
+        await removal
+        return [engine.index for engine in fleet.engines], fleet.num_restarts
+
+    assert run(tmp_path, peers, story, num_engines=2, max_restarts=5) == ([1], 0)
+
+
+def test_engines_wake_for_a_push_weights_first_and_their_cache_last(tmp_path):
+    """An update while the weights sleep kills vLLM, and so does a step without a cache."""
+    peer = Peer(good)
+
+    async def story(fleet):
+        del peer.called[:]
+        await fleet.sleep()
+        await fleet.push({}, 1)
+        asleep = list(peer.called)
+        del peer.called[:]
+        await fleet.push({}, 2)
+        return asleep, list(peer.called)
+
+    asleep, awake = run(tmp_path, [peer], story)
+    assert asleep[:3] == ["/sleep?level=2&mode=wait", "/wake_up?tags=weights", "/pause?mode=keep"]
+    assert asleep.index("/finish_weight_update") < asleep.index("/wake_up?tags=kv_cache")
+    assert asleep[-1] == "/resume" and asleep[-2] == "/wake_up?tags=kv_cache"
+    assert [path for path in awake if "wake" in path] == []
+
+
+def test_nobody_is_replaced_while_the_memory_is_the_trainers(tmp_path):
+    peers = [Peer(good), Peer(good)]
+
+    async def story(fleet):
+        await fleet.sleep()
+        peers[0].is_running = False
+        while not fleet.repairs.under_way:
+            await asyncio.sleep(0.01)
+        for _ in range(20):
+            await asyncio.sleep(0)
+        early = peers[1].is_running
+        fleet.awake.set()
+        made = await ask(fleet)
+        return early, made
+
+    assert run(tmp_path, peers, story, max_restarts=1) == (False, [[[7], [7]]])

@@ -1,0 +1,203 @@
+"""Weights on their way: both ends of each transport in one process, against plain slicing."""
+
+import threading
+
+import pytest
+import torch
+import xxhash
+from torch.distributed import TCPStore
+
+from megatron_r1.landing import Delivery, Slot, Table, check_coverage, checksum, copy_with_checksum
+from megatron_r1.landing.rendezvous import Rendezvous
+from megatron_r1.landing.table import place
+from megatron_r1.landing.transports import process_group, receiver_class, sender_class
+
+TENSORS = {
+    "norm": torch.arange(5, dtype=torch.float32)[:, None] + 0.5,
+    "weight": torch.arange(12 * 8, dtype=torch.float32).reshape(12, 8) / 7,
+    "experts": torch.randn(6, 10, generator=torch.Generator().manual_seed(1)),
+}
+# An engine rank that wants all of a vector, rows 4-12 of a matrix, and half the columns of another
+# one in bfloat16, beside something else in the same rows.
+SLOTS = [
+    Slot("norm", 0, 5, 0, 1, 0, 4, "float32"),
+    Slot("weight", 4, 12, 0, 8, 64, 32, "float32"),
+    Slot("experts", 0, 6, 5, 10, 320, 32, "bfloat16"),
+]
+WINDOWED = [
+    Slot("norm", 0, 5, 0, 1, 0, 4, "float32", 0),
+    Slot("weight", 4, 8, 0, 8, 256, 32, "float32", 1),
+    Slot("experts", 0, 6, 5, 10, 0, 32, "bfloat16", 2),
+    Slot("norm", 0, 5, 0, 1, 256, 4, "float32", 3),
+]
+BY_TWO = {
+    0: [Delivery(0, 0, 5, 0, 1), Delivery(1, 0, 3, 0, 8), Delivery(2, 0, 6, 3, 5)],
+    1: [Delivery(1, 3, 8, 0, 8), Delivery(2, 0, 6, 0, 3)],
+}
+WINDOWED_BY_TWO = {
+    0: [Delivery(0, 0, 5, 0, 1), Delivery(2, 0, 6, 0, 5)],
+    1: [Delivery(1, 0, 4, 0, 8), Delivery(3, 0, 5, 0, 1)],
+}
+TRANSPORTS = ("shm", "gloo")
+
+
+def wanted(slot: Slot) -> torch.Tensor:
+    part = TENSORS[slot.name][slot.top : slot.bottom, slot.left : slot.right]
+    return part.to(getattr(torch, slot.dtype))
+
+
+def sources(table: Table, deliveries: list[Delivery]) -> list[torch.Tensor]:
+    """As the trainer has them: float32, and not converted yet."""
+    found = []
+    for d in deliveries:
+        slot = table.slots[d.slot]
+        whole = TENSORS[slot.name][slot.top : slot.bottom, slot.left : slot.right]
+        found.append(whole[d.top : d.bottom, d.left : d.right])
+    return found
+
+
+class World:
+    """One receiver and its senders."""
+
+    def __init__(self, transport, slots, deliveries, num_bytes=1024):
+        self.table = Table(num_bytes, slots)
+        self.deliveries = deliveries
+        self.store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        made = {}
+
+        def receive():
+            meeting = Rendezvous(self.client(), f"test.{self.store.port}", 10)
+            made["receiver"] = receiver_class(transport)(meeting, 0, self.table)
+
+        def connect(sender):
+            meeting = Rendezvous(self.client(), f"test.{self.store.port}", 10)
+            (offer,) = meeting.offers(1)
+            end = sender_class(transport)(meeting, sender, 0, offer)
+            meeting.plan(sender, len(deliveries), {0: end.plan(deliveries[sender])}, 1)
+            end.connect()
+            made[sender] = end
+
+        threads = [threading.Thread(target=receive)]
+        threads += [threading.Thread(target=connect, args=(sender,)) for sender in deliveries]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        self.receiver = made.pop("receiver")
+        self.senders = made
+
+    def client(self):
+        return TCPStore("127.0.0.1", self.store.port, is_master=False)
+
+    def send(self, push, senders=None):
+        def run(sender, end):
+            for window in range(self.table.num_windows):
+                end.send(push, window, sources(self.table, self.deliveries[sender]))
+
+        threads = [
+            threading.Thread(target=run, args=item)
+            for item in self.senders.items()
+            if senders is None or item[0] in senders
+        ]
+        for thread in threads:
+            thread.start()
+        return threads
+
+    def close(self):
+        for end in self.senders.values():
+            end.close()
+        self.receiver.close()
+
+
+@pytest.fixture
+def world():
+    made = []
+
+    def make(*args):
+        made.append(World(*args))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.close()
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize("bucket_bytes", [1 << 20, 40])
+def test_what_lands_is_the_slices_in_the_engines_dtype(world, transport, bucket_bytes, monkeypatch):
+    monkeypatch.setattr(process_group, "BUCKET_BYTES", bucket_bytes)
+    made = world(transport, SLOTS, BY_TWO)
+    for push in (1, 2):
+        TENSORS["weight"].add_(1)
+        threads = made.send(push)
+        made.receiver.inbox.wait(push, 0, 20)
+        for thread in threads:
+            thread.join()
+        for slot in SLOTS:
+            assert torch.equal(place(made.receiver.memory, slot), wanted(slot)), slot.name
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_a_window_is_not_overwritten_before_it_is_released(world, transport):
+    made = world(transport, WINDOWED, WINDOWED_BY_TWO, 512)
+    threads = made.send(1)
+    for window, slot in enumerate(WINDOWED):
+        made.receiver.inbox.wait(1, window, 20)
+        threads[0].join(0.1)  # time to do what must not be done
+        assert torch.equal(place(made.receiver.memory, slot), wanted(slot)), slot
+        made.receiver.meeting.release(0, 1, window)
+    for thread in threads:
+        thread.join()
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_who_brings_nothing_is_named(world, transport):
+    made = world(transport, SLOTS, BY_TWO)
+    made.send(1, senders=[0])[0].join()
+    with pytest.raises(ValueError, match="trainer ranks 1 have not brought all of it"):
+        made.receiver.inbox.wait(1, 0, 0.5)
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_a_tensor_that_arrives_otherwise_is_named(world, transport, monkeypatch):
+    made = world(transport, SLOTS, BY_TWO)
+    arrived = made.receiver.inbox.arrived
+
+    def corrupted(sender, push, index, sent):
+        if (sender, index) == (1, 1):  # one bit of one element of `experts`
+            slot = SLOTS[2]
+            part = place(made.receiver.memory.view(torch.uint8), slot, BY_TWO[1][1])
+            part.view(torch.int16)[3, 1] ^= 1
+        arrived(sender, push, index, sent)
+
+    monkeypatch.setattr(made.receiver.inbox, "arrived", corrupted)
+    made.send(1)
+    with pytest.raises(ValueError, match=r"1 tensors arrived otherwise.*experts \(from rank 1\)"):
+        made.receiver.inbox.wait(1, 0, 20)
+
+
+def test_checksums_are_of_the_elements_in_order_whatever_the_strides():
+    wide = torch.randn(300, 2000)
+    part = wide[7:290, 3:1501]
+    target = torch.zeros(283, 1600)[:, 50 : 50 + 1498]
+    known = xxhash.xxh3_64_intdigest(part.contiguous().numpy().tobytes())
+    assert checksum(part) == known
+    assert copy_with_checksum(target, part) == known and torch.equal(target, part)
+    assert copy_with_checksum(target.clone(), part.to(torch.bfloat16)) != known
+
+
+@pytest.mark.parametrize(
+    ("broken", "said"),
+    [
+        ({1: None}, "weight"),
+        ({0: Delivery(0, 0, 4, 0, 1)}, "norm"),
+        ({1: Delivery(1, 2, 5, 0, 8)}, "weight"),
+        ({4: Delivery(2, 0, 6, 1, 4)}, "experts"),
+    ],
+    ids=["none", "too little", "rows twice", "columns twice"],
+)
+def test_a_plan_that_leaves_out_or_doubles_elements_is_refused(broken, said):
+    every = dict(enumerate([*BY_TWO[0], *BY_TWO[1]]))
+    check_coverage(Table(1024, SLOTS), every.values())
+    with pytest.raises(ValueError, match=f"1 tensors would not .*{said}"):
+        check_coverage(Table(1024, SLOTS), [d for d in (every | broken).values() if d])
