@@ -23,6 +23,7 @@ MakeServer = Callable[..., EngineServer | RemoteServer]
 # A server whose engine core died fails its requests first and ends a moment later.
 LAST_WORDS_SECONDS = 10.0
 DRAIN_POLL_SECONDS = 0.1
+RETRY_SECONDS = 0.5
 PACE_SECONDS = 300.0
 """So long an engine has to be slow to be called so: longer than a push, a cold cache or another
 program on its host take."""
@@ -123,14 +124,20 @@ class Engine:
         return True
 
     async def answers(self, within_seconds: float) -> bool:
-        """Whether the engine core, not only the server before it, answers in time."""
+        """Whether the engine core, not only the server before it, answers in time; an error is an
+        answer, a connection that cannot be made is none."""
         try:
             async with asyncio.timeout(within_seconds):
-                await self.client.is_sleeping()
+                while not self.died.is_set():
+                    try:
+                        await self.client.is_sleeping()
+                        return True
+                    except EngineError as error:
+                        if error.status is not None:
+                            return True  # a death is noticed elsewhere
+                    await asyncio.sleep(RETRY_SECONDS)
         except TimeoutError:
             return False
-        except EngineError:
-            pass  # an answer of a kind; a death is noticed elsewhere
         return True
 
 

@@ -4,6 +4,7 @@ Debian: apt-get install slurm-wlm munge. Everything is in one folder and ends wi
 is installed as a service is not touched.
 """
 
+import contextlib
 import os
 import secrets
 import shutil
@@ -12,6 +13,8 @@ import stat
 import subprocess
 import time
 from pathlib import Path
+
+from megatron_r1 import processes
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "sinfo")
 CONFIGURATION = """
@@ -96,14 +99,10 @@ class Cluster:
         return self
 
     def __exit__(self, *_: object) -> None:
-        subprocess.run(["scancel", "--user=root"], env=self.env, capture_output=True, timeout=30)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            subprocess.run(["scancel", "--user=root"], env=self.env, capture_output=True, timeout=9)
         for daemon in reversed(self._daemons):
-            daemon.terminate()
-        for daemon in self._daemons:
-            try:
-                daemon.wait(10)
-            except subprocess.TimeoutExpired:
-                daemon.kill()
+            processes.stop(daemon)
 
     def run(self, *command: object) -> str:
         """What a Slurm command prints; raises with its own error."""
@@ -144,7 +143,12 @@ class Cluster:
         with (self.folder / f"{command[0]}.out").open("ab") as output:
             self._daemons.append(
                 subprocess.Popen(
-                    list(map(str, command)), env=self.env, stdout=output, stderr=output
+                    list(map(str, command)),
+                    env=self.env,
+                    stdout=output,
+                    stderr=output,
+                    start_new_session=True,
+                    preexec_fn=processes.die_with_parent,
                 )
             )
 

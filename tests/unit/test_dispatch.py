@@ -152,6 +152,19 @@ def test_what_failed_on_an_engine_waits_for_another_and_goes_first_there():
     assert run(story) == ([None, 0], [1], [0])
 
 
+def test_what_is_asked_for_again_goes_before_what_is_new():
+    async def story():
+        told = Told(capacity=1, num_engines=2)
+        told.engines[1].num_occupied = 2
+        told.open(0, 1)
+        told.ask("new", work(n=2, longest=5000))
+        told.ask("again", work(n=2, avoid=[told.engines[1]]))
+        await settle()
+        return told.places
+
+    assert run(story) == [(0, "again")]
+
+
 def test_who_gives_up_leaves_no_load_behind():
     async def story():
         told = Told(capacity=1, num_engines=1)

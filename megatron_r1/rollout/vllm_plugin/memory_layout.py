@@ -17,16 +17,21 @@ ALIGNMENT = 64
 
 @dataclass(frozen=True)
 class Placed:
-    """A parameter in checkpoint form at byte `offset` of the memory, while `window` is there."""
+    """A parameter in checkpoint form at byte `offset` of the memory, while `window` is there.
+    num_rows: those that come; the rest is a vocabulary's padding."""
 
     parameter: Parameter
     offset: int
     window: int
+    num_rows: int
 
-    def view(self, memory: torch.Tensor) -> torch.Tensor:
+    def value(self, memory: torch.Tensor) -> torch.Tensor:
+        """What has landed; a view. Padding is zero, as vLLM's own loader leaves it."""
         at = self.parameter
         start = self.offset // at.dtype.itemsize
-        return memory.view(at.dtype).as_strided(at.shape, at.strides, start)
+        value = memory.view(at.dtype).as_strided(at.shape, at.strides, start)
+        value[self.num_rows :] = 0
+        return value
 
 
 def lay_out(
@@ -53,10 +58,17 @@ def lay_out(
         if end + size > half:
             window, end = window + 1, 0
         for parameter in layer:
-            placed.append(Placed(parameter, window % 2 * half + end, window))
+            rows = _num_rows(parameter, copies[parameter])
+            placed.append(Placed(parameter, window % 2 * half + end, window, rows))
             end += _aligned(parameter.num_bytes)
     slots = [_slot(at, copy) for at in placed for copy in copies[at.parameter]]
     return placed, Table(total if is_whole else 2 * half, slots)
+
+
+def _num_rows(parameter: Parameter, copies: Sequence[Copy]) -> int:
+    if len(parameter.shape) != 2:
+        return parameter.shape[0]
+    return max(copy.offset // parameter.strides[0] + copy.height for copy in copies)
 
 
 def _slot(at: Placed, copy: Copy) -> Slot:

@@ -21,7 +21,7 @@ from vllm.model_executor.model_loader.reload.utils import get_layer_params_buffe
 
 @dataclass(frozen=True)
 class Parameter:
-    """A parameter or buffer in checkpoint form. title: with its layer's name. is_live: vLLM keeps it
+    """A parameter or buffer in checkpoint form. title: with its layer. is_live: vLLM keeps it
     in this form while serving (a bias), so that a new value is copied into it."""
 
     layer: torch.nn.Module
@@ -51,6 +51,17 @@ class Copy:
     rectangle: tuple[int, int, int, int]
     offset: int
     pitch: int
+
+    @property
+    def height(self) -> int:
+        top, bottom, _, _ = self.rectangle
+        return bottom - top
+
+    @property
+    def size(self) -> int:
+        """Elements."""
+        _, _, left, right = self.rectangle
+        return self.height * (right - left)
 
 
 def record(
@@ -143,10 +154,7 @@ class _Recorder(TorchDispatchMode):
         are one, and the scales of attention, which are no weights."""
         for parameter in self._parameters.values():
             copies = self.copies.get(parameter, [])
-            loaded = sum(
-                (bottom - top) * (right - left)
-                for top, bottom, left, right in (copy.rectangle for copy in copies)
-            )
+            loaded = sum(copy.size for copy in copies)
             layer = parameter.layer
             if not copies and (
                 parameter.name not in layer._parameters

@@ -7,6 +7,7 @@ so that torch and vllm are imported once and not twice (or three times).
 """
 
 import os
+import signal
 
 from megatron_r1.rollout.vllm_plugin import lifetime, stacks
 
@@ -30,11 +31,22 @@ def fork_on_cpu() -> None:
     CpuPlatform.check_and_update_config = check_and_update_config
 
 
+def begin_child() -> None:
+    """In every process forked from here on.
+
+    The event loop's wakeup descriptor is inherited: a SIGTERM to a rank, which vLLM sends when
+    another rank has died, would reach the server as its own. It would then begin to shut down and
+    wait for ever for requests that nobody computes any more, instead of failing them.
+    """
+    lifetime.die_with_parent()
+    signal.set_wakeup_fd(-1)
+
+
 def main() -> None:
     """Serve until told to stop."""
     stacks.answer_signal()
     lifetime.die_with_parent()
-    os.register_at_fork(after_in_child=lifetime.die_with_parent)
+    os.register_at_fork(after_in_child=begin_child)
     from vllm.entrypoints.launchers.api_server.entry import main as serve
     from vllm.platforms import current_platform
 

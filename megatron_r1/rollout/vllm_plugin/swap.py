@@ -33,9 +33,9 @@ def load(placed: Sequence[Placed], memory: torch.Tensor) -> None:
         of_layer = list(group)
         for at in of_layer:
             if at.parameter.is_live:
-                getattr(at.parameter.layer, at.parameter.name).copy_(at.view(memory))
+                getattr(at.parameter.layer, at.parameter.name).copy_(at.value(memory))
         arrived = {
-            at.parameter.name: at.view(memory) for at in of_layer if not at.parameter.is_live
+            at.parameter.name: at.value(memory) for at in of_layer if not at.parameter.is_live
         }
         if arrived:
             _load_layer(of_layer[0].parameter.layer, arrived)

@@ -1,0 +1,122 @@
+"""Real Megatron ranks push to real vLLM ranks, laid out otherwise.
+
+Oracles: an engine that was started on the same weights, tensor for tensor (vLLM's own checksums of
+what it computes with), and transformers' log-probabilities.
+"""
+
+import asyncio
+
+import msgspec
+import pytest
+from file_trainer import FileBridge
+from sampled import PROMPTS, TOLERANCE, largest_difference, sample
+from tiny_models import DEEPSEEK, QWEN, write_model
+
+from megatron_r1.config import Config
+from megatron_r1.rl.weight_bridge import WeightBridge
+from megatron_r1.rollout.fleet import RolloutFleet
+from megatron_r1.training.client import TrainerClient
+from megatron_r1.weights import hf_tensors
+
+MODELS = {"deepseek": DEEPSEEK, "qwen": QWEN}
+ENGINE = {"max_model_len": 256, "max_num_seqs": 64, "num_threads": 1}
+TRAINERS = {
+    "deepseek": [
+        {"tensor": 2},
+        {"pipeline": 2},
+        {"expert": 2},
+        {"tensor": 2, "expert": 2, "expert_tensor": 1},
+        {"tensor": 2, "expert_tensor": 2},
+    ],
+    "qwen": [{"tensor": 2}, {"pipeline": 2}, {"processes": 2}],
+}
+SMALL = 4e-3
+"""GiB of landing memory: about half of what the models have, so that it comes in windows."""
+
+
+@pytest.mark.parametrize(
+    ("family", "layout", "trainers", "push"),
+    [
+        pytest.param(
+            "deepseek",
+            {"tensor": 2, "expert_parallel": True},
+            [{"tensor": 2, "expert": 2, "expert_tensor": 1}],
+            {"transport": "gloo", "memory_gib": SMALL},
+            id="deepseek-one",
+        ),
+        *(
+            pytest.param(
+                family,
+                layout,
+                TRAINERS[family],
+                {"transport": transport},
+                id=f"{family}-{'-'.join(layout) or 'one'}-{transport}",
+                marks=pytest.mark.slow,
+            )
+            for family, layout, transport in [
+                ("deepseek", {}, "shm"),
+                ("deepseek", {"tensor": 2}, "gloo"),
+                ("deepseek", {"tensor": 2, "expert_parallel": True}, "shm"),
+                ("deepseek", {"data": 2, "expert_parallel": True}, "shm"),
+                ("deepseek", {"pipeline": 2}, "shm"),
+                ("qwen", {}, "gloo"),
+                ("qwen", {"tensor": 2}, "shm"),
+                ("qwen", {"pipeline": 2}, "shm"),
+            ]
+        ),
+    ],
+)
+def test_after_a_push_an_engine_is_as_if_started_on_the_trainers_weights(
+    family, layout, trainers, push, oracle, tmp_path
+):
+    config = MODELS[family]
+    for seed, name in enumerate("ab"):
+        oracle(write_model, tmp_path / name, config, seed)
+    before, trained = tmp_path / "a", tmp_path / "b"
+
+    async def run():
+        async with RolloutFleet(1, tmp_path / "started", **ENGINE, **layout) as fleet:
+            await fleet.start(trained)
+            expected = await checksums(fleet)
+        backend = f"megatron_r1_{push['transport']}"
+        settings = ENGINE | layout | {"weight_transfer_backend": backend}
+        async with RolloutFleet(1, tmp_path / "pushed", **settings) as fleet:
+            await fleet.start(before)
+            for parallel in trainers:
+                # So that every trainer finds other weights than its own.
+                await FileBridge(config, fleet, layout=layout, **push).push(before)
+                assert await checksums(fleet) != expected
+                said = await push_from(trained, config, parallel, fleet, layout, push)
+                assert await checksums(fleet) == expected, parallel
+                assert said["push/probe_diff"] < TOLERANCE
+                groups = await sample(fleet, n=2)
+                assert largest_difference(oracle, trained, groups) < TOLERANCE, parallel
+
+    async def push_from(folder, hf, parallel, fleet, layout, push):
+        settings = {
+            "model": {"path": str(folder), "dtype": "float32"},
+            "parallel": {"processes": 2, "threads": 1, **parallel},
+            "push": push,
+        }
+        recipe = Config.model_validate(settings)
+        trainer = TrainerClient(recipe, tmp_path / "trainer")
+        trainer.launch()
+        try:
+            await trainer.connect()
+            shapes = hf_tensors(hf, with_mtp=False)
+            tensors = [(name, shape) for name, (shape, _) in shapes.items()]
+            bridge = WeightBridge(trainer, fleet, recipe.push, tensors, layout, PROMPTS)
+            await bridge.open()
+            return await bridge.push(fleet.version + 1)
+        finally:
+            await trainer.close()
+
+    asyncio.run(run())
+
+
+async def checksums(fleet):
+    """Of all tensors that the engine computes with, by its own count."""
+    answer = await fleet.engines[0].client._call("POST", "/weight_checker", {"action": "checksum"})
+    found = msgspec.json.decode(answer)["checksums"]
+    assert len(found) > 20
+    return found
