@@ -20,6 +20,7 @@ CONTROLLER = [
     "math-verify",
     "matplotlib",
     "msgspec",
+    "prometheus_client",
     "pydantic>=2.10",
     "pyyaml",
     "pyzmq",

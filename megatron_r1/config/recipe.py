@@ -84,6 +84,7 @@ RESUMABLE = (
     "rollout.gpu_memory",
     "rollout.max_restarts",
     "rollout.unresponsive_seconds",
+    "rollout.threads",
     "rewards.workers",
     "rewards.max_ungraded",
     "parallel",

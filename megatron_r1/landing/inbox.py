@@ -41,7 +41,8 @@ class Inbox:
         """deliveries[sender][index] of `push` is in the memory; `sent`: the sender's checksum."""
         delivery = self.deliveries[sender][index]
         slot = self.table.slots[delivery.slot]
-        is_right = checksum(place(self.memory, slot, delivery)) == sent
+        area = self.table.area(self.memory, push)
+        is_right = checksum(place(area, slot, delivery)) == sent
         with self._changed:
             if not is_right:
                 self._wrong.setdefault(push, []).append(f"{slot.name} (from rank {sender})")

@@ -34,10 +34,20 @@ class Slot(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Table(msgspec.Struct, frozen=True):
-    """All slots of one engine rank, by window and then in checkpoint order."""
+    """All slots of one engine rank, by window and then in checkpoint order.
+
+    num_bytes: of one area. areas: 1, or 2 where the engine computes with what landed as it lies, so
+    that the next push has to land beside it.
+    """
 
     num_bytes: int
     slots: list[Slot]
+    areas: int = 1
+
+    def area(self, memory: torch.Tensor, push: int) -> torch.Tensor:
+        """The part of `memory` (areas x num_bytes bytes) where this push lands."""
+        start = push % self.areas * self.num_bytes
+        return memory[start : start + self.num_bytes]
 
     @property
     def num_windows(self) -> int:

@@ -11,6 +11,7 @@ from megatron.core.utils import unwrap_model
 from megatron_r1.models.hf_config import architecture
 from megatron_r1.models.layers import block_specs
 from megatron_r1.models.policy_model import PolicyModel
+from megatron_r1.models.rotary import gather_angles_at_once
 
 
 def build_model(
@@ -25,6 +26,7 @@ def build_model(
     multiple of the tensor-parallel size (see `vocab_shard`).
     """
     model = import_module(f"megatron_r1.models.{architecture(hf)}")
+    gather_angles_at_once()
     block, mtp = block_specs(config, vp_stage=vp_stage)
     tensor_parallel = config.tensor_model_parallel_size
     stage = {"ignore_virtual": False, "vp_stage": vp_stage}

@@ -19,27 +19,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from torch import Tensor
 
 from megatron_r1.models.attention import CoreAttention
-
-
-class RMSNorm(torch.nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight, with the interface of Megatron's norms.
-
-    The mean is taken in fp32 and the product with the weight in the input's dtype, as transformers
-    does. Megatron's own (WrappedTorchNorm) refuses sequence parallelism.
-    """
-
-    def __init__(self, config, hidden_size: int, eps: float = 1e-6):
-        super().__init__()
-        self.eps = eps
-        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
-        # finalize_model_grads sums gradients of parameters so marked over the tensor group.
-        self.weight.sequence_parallel = config.sequence_parallel
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x: (..., hidden_size), any float dtype -> the same shape and dtype."""
-        wide = x.float()
-        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * wide.to(x.dtype)
+from megatron_r1.models.norm import RMSNorm
 
 
 class ReplicatedLinear(torch.nn.Module):

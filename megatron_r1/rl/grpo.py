@@ -17,8 +17,8 @@ from megatron_r1.training.packed import PackedBatch
 
 def grpo_loss(batch: PackedBatch, head: Head, settings: dict[str, Any]) -> LossTerms:
     """settings: those of r1_kernels' policy_loss; importance_cap None leaves what the engine's
-    log-probabilities differ by alone. Needs batch.logprobs["old"] and, with kl_beta > 0,
-    ["reference"]."""
+    log-probabilities differ by alone. Needs batch.logprobs["old"], except at the policy they are
+    of, and, with kl_beta > 0, ["reference"]."""
     corrected = settings["importance_cap"] is not None
     terms = head.policy_loss(
         **settings,

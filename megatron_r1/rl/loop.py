@@ -33,6 +33,7 @@ async def train(session: Session) -> None:
             measured = await session.trainer.load(minibatches(samples, rl.minibatches))
             measured |= await session.score_old_and_reference()
             updates = [await session.update(i, LOSS) for i in range(rl.minibatches)]
+            measured |= await session.engine_agreement()
             await session.refresh_reference_if_due()
         with session.phase("push"):
             await session.push_weights()

@@ -162,14 +162,18 @@ class Session:
         self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
 
     async def score_old_and_reference(self) -> dict[str, float]:
-        """Log-probabilities under π_old and π_ref stay with the trainer; how far the engines were
-        off.
-        """
+        """Log-probabilities under π_old and π_ref, which stay with the trainer. Those of the first
+        mini-batch under π_old come with its update; only replayed routing is measured before."""
         return await self.trainer.call(
             "score",
             temperature=self.config.rollout.temperature,
             reference=self.uses_reference,
+            first_old=self.config.rl.routing_replay,
         )
+
+    async def engine_agreement(self) -> dict[str, float]:
+        """How far the engines' log-probabilities were from those under π_old."""
+        return await self.trainer.call("agreement")
 
     async def update(self, index: int, loss: str) -> dict[str, float]:
         """One optimizer step on mini-batch `index`."""

@@ -139,7 +139,7 @@ class WeightBridge:
             if self._is_closed:
                 raise EngineError(f"{engine.name}: the trainer that had weights for it is gone")
             await engine.unless_dead(self._connect(engine))
-            self._number += 1
+            # With the others' last number: pushes to an engine are numbered without gaps.
             sending = asyncio.create_task(self._send([engine]))
             if self._windows == 1:
                 await sending

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from megatron_r1.config import Config, RolloutConfig
@@ -33,7 +34,10 @@ def engine_settings(rollout: RolloutConfig) -> dict[str, Any]:
         "expert_parallel",
         "gpu_memory",
     )
-    return {name: getattr(rollout, name) for name in names}
+    # The server that takes requests, and the controller, need a core besides: with 2 threads on 2
+    # cores a rollout of 256 short answers takes 1.14 s, with 1 thread 0.92 s.
+    threads = rollout.threads or max(1, min(2, (os.cpu_count() or 1) - 1))
+    return {name: getattr(rollout, name) for name in names} | {"num_threads": threads}
 
 
 def check_engines(config: Config, hf: dict) -> None:

@@ -41,14 +41,15 @@ class Head:
 
     def policy_loss(self, **settings) -> LinearPolicyLoss:
         """The loss of the response tokens under `batch.advantages`, with what scoring left there:
-        old and, if any, reference log-probabilities. settings: those of r1_kernels' policy_loss;
-        with a context_group the denominator must be among them."""
+        old and, if any, reference log-probabilities. Without old ones the present policy is the
+        old one (ratio 1), and its log-probabilities are left there. settings: those of r1_kernels'
+        policy_loss; with a context_group the denominator must be among them."""
         batch = self.batch
-        return linear_policy_loss(
+        terms = linear_policy_loss(
             self.hidden,
             self.weight,
             batch.targets,
-            batch.logprobs["old"],
+            batch.logprobs.get("old"),
             batch.logprobs.get("reference"),
             batch.advantages,
             batch.is_response,
@@ -57,6 +58,8 @@ class Head:
             **settings,
             **self._options(),
         )
+        batch.logprobs.setdefault("old", terms.logprobs)
+        return terms
 
     def _options(self) -> dict:
         return {

@@ -101,15 +101,20 @@ class Trainer:
         else:
             self.reference.refresh()
 
-    def score(self, temperature: float, reference: bool) -> dict[str, float]:
+    def score(
+        self, temperature: float, reference: bool, first_old: bool = True
+    ) -> dict[str, float]:
         """Log-probabilities of every loaded token under the present policy ("old") and, if asked,
-        the reference. Returns how far the engine's log-probabilities are from the trainer's.
+        the reference. first_old False: those of mini-batch 0 under the present policy are left to
+        its update, which is made at that very policy and has them anyway.
 
-        With routing replay also how far they are without it, of the first micro-batches. The
-        reference always routes for itself: it is a model, not a view of the policy's samples."""
+        With routing replay returns how far the engine's are from the trainer's without it, of the
+        first micro-batches. The reference always routes for itself: it is a model, not a view of
+        the policy's samples."""
         batches = [batch for step in self.minibatches for batch in step]
+        later = batches if first_old else batches[len(self.minibatches[0]) :]
         with self.replay.measured():
-            self._score(batches, "old", temperature)
+            self._score(later, "old", temperature)
         with self.replay.paused():
             if reference:
                 assert self.reference is not None, "keep_reference() comes first"
@@ -118,13 +123,20 @@ class Trainer:
             first = batches[: len(self._in_rounds([[]]))] if self.replay.is_on else []
             if first:
                 self._score(first, "own_routing", temperature)
-        gap, count, largest = self._gap(batches, "old")
-        sums = {"logprob_diff/mean/tokens": gap, "tokens": count}
+        metrics = self.replay.agreement(platform.device())
         if first:
             gap, count, _ = self._gap(first, "own_routing")
-            sums |= {"logprob_diff/without_replay/first": gap, "first": count}
-        metrics = self._reduce_over_data(sums, {"logprob_diff/max": largest})
-        return metrics | self.replay.agreement(platform.device())
+            sums = {"logprob_diff/without_replay/first": gap, "first": count}
+            metrics |= self._reduce_over_data(sums, {})
+        return metrics
+
+    def agreement(self) -> dict[str, float]:
+        """How far the engine's log-probabilities of the loaded samples are from the trainer's
+        "old" ones, once these are known: mean and largest difference over response tokens."""
+        batches = [batch for step in self.minibatches for batch in step]
+        gap, count, largest = self._gap(batches, "old")
+        sums = {"logprob_diff/mean/tokens": gap, "tokens": count}
+        return self._reduce_over_data(sums, {"logprob_diff/max": largest})
 
     def _gap(self, batches: list[PackedBatch], name: str) -> tuple[float, int, float]:
         """Sum, number and largest of |trainer's - engine's log-probability| of response tokens."""
@@ -234,6 +246,8 @@ class Trainer:
         return {"is_same_layout": is_same}
 
     def _score(self, batches: list[PackedBatch], name: str, temperature: float) -> None:
+        if not batches:
+            return
         for chunk in self.chunks:
             chunk.eval()
         compute = partial(self._logprobs_only, name, temperature)

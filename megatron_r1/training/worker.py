@@ -126,6 +126,7 @@ class Operations:
 
 OPERATIONS = (
     "score",
+    "agreement",
     "update",
     "keep_reference",
     "open_push",

@@ -88,7 +88,7 @@ def steps(model: str, grid: str, samples: list[Sample], out: Path) -> dict:
     plan = pack([len(s) for s in samples], PLACE.data_size, 50).shares[PLACE.data_rank]
     trainer.load([Microbatches([[samples[i] for i in members] for members in plan])])
     trainer.keep_reference()
-    report = trainer.score(1.0, reference=True)
+    report = trainer.score(1.0, reference=True) | trainer.agreement()
     report["microbatches"] = len(plan)
     for batch in trainer.minibatches[0] if PLACE.last_stage else []:
         gap = (batch.logprobs["reference"] - batch.logprobs["old"]).abs().max()

@@ -176,10 +176,12 @@ def test_a_push_that_arrives_otherwise_than_it_was_sent_changes_nothing(
 
     async def send_damaged():
         bridge.trainer.load(models / "b")
-        bridge.trainer.sender.send(1000, [0])
+        number = bridge.bridge._number + 1
+        bridge.bridge._number += 2  # the next one lands where this does
+        bridge.trainer.sender.send(number, [0])
         await client.pause()
         with pytest.raises(EngineError, match=rf"1 tensors arrived otherwise.*{name}"):
-            await client.update_weights({"push": 1000}, 1000)
+            await client.update_weights({"push": number}, 1000)
         await client.resume()
 
     monkeypatch.setattr(shared_memory, "copy_with_checksum", damaged)

@@ -1,4 +1,4 @@
-"""Runs that lose their controller or a trainer rank, or that hang: what is kept, said and mended."""
+"""Runs that lose their controller or a trainer rank, or hang: what is kept, said and mended."""
 
 import json
 import os
@@ -118,6 +118,7 @@ def test_no_finished_sample_is_lost_whoever_is_killed(base, tmp_path):
     assert steps[0] > "step_00000004.log" or not any(folder.glob("checkpoints/step_00000004"))
 
 
+@pytest.mark.slow  # two waits for a hang, three starts of two ranks
 def test_a_stopped_rank_is_named_with_the_collective_and_the_run_ends_or_mends_itself(
     base, tmp_path
 ):

@@ -205,6 +205,8 @@ def test_lengths_are_learned_by_kind_and_size_of_the_prompt():
     assert (expected.mean, expected.longest) == (200, 300)
     assert lengths.expect("math", 900, 4000).longest == 3000
     assert lengths.expect("code", 10, 4000).mean == pytest.approx(1100)  # as all together
+    lengths.learn("code", 10, [1100])  # one group says little
+    assert lengths.expect("code", 10, 4000).longest > 1500
     assert lengths.expect("math", 900, 500).longest == 500  # no more than the limit
 
 

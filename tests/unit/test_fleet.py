@@ -7,7 +7,7 @@ import json
 import pytest
 from aiohttp import web
 
-from megatron_r1.rollout.errors import EngineError
+from megatron_r1.rollout.errors import EngineDied, EngineError
 from megatron_r1.rollout.fleet import RolloutFleet
 
 GARBAGE = {
@@ -156,6 +156,31 @@ def test_an_engine_that_fails_often_is_replaced_and_attracts_no_more_work(tmp_pa
     assert restarts == 1
     assert "engine-0 cannot go on" in said[0]
     assert not broken.is_alive()
+
+
+def test_without_a_restart_left_the_others_still_answer(tmp_path):
+    broken, fine = Peer(lambda k: GARBAGE["no number"]), Peer(good)
+
+    async def story(fleet):
+        return await ask(fleet, count=20), [engine.is_open for engine in fleet.engines]
+
+    made, is_open = run(tmp_path, [broken, fine], story, num_engines=2)
+    assert made == [[[7], [7]]] * 20
+    assert is_open == [True, True]
+
+
+def test_a_dead_engine_is_not_asked(tmp_path):
+    async def story(fleet):
+        engine = fleet.engines[0]
+        engine.died.set()
+        await engine.client.close()
+        with pytest.raises(EngineDied, match="engine-0 died: stopped by the test"):
+            await engine.unless_dead(engine.client.generate([3], n=1, max_tokens=1))
+        return engine.client._session
+
+    peer = Peer(good)
+    assert run(tmp_path, [peer], story) is None  # nothing was opened that nobody would close
+    assert peer.num_asked == 0
 
 
 def test_one_that_ran_out_of_memory_is_replaced_at_once(tmp_path):

@@ -2,6 +2,7 @@
 
 step       whole RL steps of a recipe: seconds of each phase, tokens per second
 fp8        what FP8 training does to the loss, against bf16
+push       the weight push, here and at the real size
 kernels    r1_kernels against every public peer: time, memory, error
 rewards    grades per second of each reward, and a soak with hostile responses
 resources  what r1_kernels' Triton kernels compile to, without a GPU: registers, instructions
@@ -17,13 +18,21 @@ import sys
 from pathlib import Path
 
 import fp8
+import push
 import resources
 import rewards
 import step
 
 import kernels
 
-BENCHES = {"fp8": fp8, "kernels": kernels, "resources": resources, "rewards": rewards, "step": step}
+BENCHES = {
+    "fp8": fp8,
+    "kernels": kernels,
+    "push": push,
+    "resources": resources,
+    "rewards": rewards,
+    "step": step,
+}
 
 
 def main() -> int:

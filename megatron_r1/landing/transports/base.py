@@ -21,7 +21,7 @@ class Receiver(ABC):
     """An engine rank's end. Making it publishes `table`, waits for all trainer ranks' plans, and
     then receives in the background whatever they send.
 
-    memory: `table.num_bytes` bytes on the host.
+    memory: of all areas, on the host.
     """
 
     def __init__(self, meeting: Rendezvous, rank: int, table: Table):

@@ -62,7 +62,7 @@ class ProcessGroupReceiver(Receiver):
         self._threads: list[threading.Thread] = []
         self._is_closing = False
         self._groups: list[dist.ProcessGroup] = []
-        return torch.empty(self.table.num_bytes, dtype=torch.uint8)
+        return torch.empty(self.table.areas * self.table.num_bytes, dtype=torch.uint8)
 
     def connect(self, plans: dict[int, Plan]) -> None:
         for sender in plans:
@@ -95,6 +95,7 @@ class ProcessGroupReceiver(Receiver):
     ) -> None:
         deliveries = self.inbox.deliveries[sender]
         indices = of_window(self.table, deliveries, window)
+        area = self.table.area(self.memory, push)
         arriving: tuple[dist.Work, torch.Tensor, list[Chunk]] | None = None
         for bucket in buckets(self.table, deliveries, indices):
             buffer = torch.empty(
@@ -104,10 +105,10 @@ class ProcessGroupReceiver(Receiver):
             )
             work = group.recv([buffer], 1, 0)
             if arriving:
-                self._unpack(deliveries, *arriving)
+                self._unpack(area, deliveries, *arriving)
             arriving = (work, buffer, bucket)
         if arriving:
-            self._unpack(deliveries, *arriving)
+            self._unpack(area, deliveries, *arriving)
         sums = torch.empty(len(indices), dtype=torch.int64, device=self.device)
         group.recv([sums], 1, 0).wait()
         for index, sent in zip(indices, sums.tolist(), strict=True):
@@ -115,6 +116,7 @@ class ProcessGroupReceiver(Receiver):
 
     def _unpack(
         self,
+        area: torch.Tensor,
         deliveries: Sequence[Delivery],
         work: dist.Work,
         buffer: torch.Tensor,
@@ -125,7 +127,7 @@ class ProcessGroupReceiver(Receiver):
         for chunk in bucket:
             index, top, bottom = chunk
             slot = self.table.slots[deliveries[index].slot]
-            target = place(self.memory, slot, deliveries[index])[top:bottom]
+            target = place(area, slot, deliveries[index])[top:bottom]
             start, end = end, end + target.numel() * target.element_size()
             target.copy_(buffer[start:end].clone().view(target.dtype).view(target.shape))
 

@@ -34,15 +34,16 @@ class SharedMemoryReceiver(Receiver):
         name = self.meeting.engine.replace("/", "-")
         self.path = FOLDER / f"megatron_r1_{name}_{self.rank}"
         self._closing = threading.Event()
+        num_bytes = self.table.areas * self.table.num_bytes
         try:
-            _reserve(self.path, self.table.num_bytes)
+            _reserve(self.path, num_bytes)
         except OSError as error:
             raise ValueError(
-                f"{self.path}: {error.strerror}: {self.table.num_bytes / 2**30:.3g} GiB are needed "
+                f"{self.path}: {error.strerror}: {num_bytes / 2**30:.3g} GiB are needed "
                 f"in {FOLDER}; lower push.memory_gib or make it larger"
             ) from error
         self.address = str(self.path)
-        return _map(self.path, self.table.num_bytes)
+        return _map(self.path, num_bytes)
 
     def connect(self, plans: dict[int, Plan]) -> None:
         sheets = {sender: np.memmap(plan.address, np.uint64, "r") for sender, plan in plans.items()}
@@ -88,7 +89,7 @@ class SharedMemorySender(Sender):
         self.address = f"{self.offer.address}_from_{self.sender}"
         _reserve(Path(self.address), 8 * (SUMS + len(deliveries)))
         self._sheet = np.memmap(self.address, np.uint64, "r+")
-        self._memory = _map(Path(self.offer.address), self.table.num_bytes)
+        self._memory = _map(Path(self.offer.address), self.table.areas * self.table.num_bytes)
         return super().plan(deliveries)
 
     def connect(self) -> None:
@@ -100,9 +101,10 @@ class SharedMemorySender(Sender):
         if int(sheet[PUSH]) != push:
             sheet[COUNT] = 0
             sheet[PUSH] = push
+        area = self.table.area(self._memory, push)
         for index in self.of_window(window):
             delivery = self.deliveries[index]
-            target = place(self._memory, self.table.slots[delivery.slot], delivery)
+            target = place(area, self.table.slots[delivery.slot], delivery)
             sheet[SUMS + index] = copy_with_checksum(target, sources[index])
             sheet[COUNT] = index + 1
 

@@ -20,6 +20,7 @@ def register() -> None:
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
     from megatron_r1.rollout.vllm_plugin import (
+        cpu_fp8,
         cpu_mends,
         cpu_parallel,
         cpu_routing,
@@ -31,7 +32,9 @@ def register() -> None:
         if name not in WeightTransferEngineFactory._registry:
             WeightTransferEngineFactory.register_engine(name, module, class_name)
     cpu_mends.mend_strided_rotary()
+    cpu_mends.keep_matrices_plain()
     cpu_parallel.mend()
+    cpu_fp8.multiply_without_amx()
     cpu_routing.return_routing_on_cpu()
     stacks.answer_signal()
     if multiprocessing.parent_process() is not None:

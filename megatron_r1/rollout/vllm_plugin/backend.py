@@ -14,6 +14,7 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferInitInfo,
     WeightTransferUpdateInfo,
 )
+from vllm.platforms import current_platform
 
 from megatron_r1.landing.rendezvous import Rendezvous
 from megatron_r1.landing.transports import Receiver, receiver_class
@@ -39,7 +40,7 @@ class LandingInit(WeightTransferInitInfo):
 @dataclass
 class LandingUpdate(WeightTransferUpdateInfo):
     push: int
-    """Its number."""
+    """Its number: one more than that of the push before, on this engine."""
     timeout_seconds: float = 600.0
     """For all of it to arrive."""
 
@@ -57,7 +58,8 @@ class LandingEngine(WeightTransferEngine[LandingInit, LandingUpdate]):
         """Find out what this rank needs, say so, and begin to receive. May be called again, when
         another trainer has taken over."""
         self.shutdown()
-        self._placed, table = lay_out(record(self.model, init_info.tensors), init_info.memory_bytes)
+        needed, keeps = record(self.model, init_info.tensors), current_platform.is_cpu()
+        self._placed, table = lay_out(needed, init_info.memory_bytes, keeps=keeps)
         host, port = init_info.store
         store = TCPStore(host, port, is_master=False)
         meeting = Rendezvous(store, init_info.engine, init_info.timeout_seconds)
@@ -80,7 +82,8 @@ class LandingEngine(WeightTransferEngine[LandingInit, LandingUpdate]):
         for window in range(receiver.table.num_windows):
             receiver.inbox.wait(push, window, update_info.timeout_seconds)
             placed = [at for at in self._placed if at.window == window]
-            swap.load(placed, receiver.memory)
+            area = receiver.table.area(receiver.memory, push)
+            swap.load(placed, area, keep=receiver.table.areas > 1)
             receiver.meeting.release(self._rank, push, window)
         swap.finish(self.model, self.model_config)
 

@@ -1,12 +1,17 @@
-"""Three bugs of vLLM 0.32's CPU build that give wrong log-probabilities without any error.
+"""Three bugs of vLLM 0.32's CPU build that give wrong log-probabilities without any error, and a
+habit that makes pushes slow.
 
 Each mend is active on CPU only and goes when upstream is fixed; tests/system/test_engine.py
-compares with transformers and fails without any one of them.
+compares with transformers and fails without any one of the three.
 """
+
+import os
 
 import torch
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.platforms import current_platform
+
+PLAIN_MATRICES = "MEGATRON_R1_PLAIN_MATRICES"
 
 
 def heads_are_adjacent(x: torch.Tensor | None, head_size: int) -> bool:
@@ -76,3 +81,16 @@ def repack_output_head(model: torch.nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, ParallelLMHead):
             module.quant_method.process_weights_after_loading(module)
+
+
+def keep_matrices_plain() -> None:
+    """Multiply by matrices as they lie in memory, where the environment says so.
+
+    Answers vllm/model_executor/layers/utils.py (`dispatch_cpu_unquantized_gemm`), which on CPU
+    packs every matrix for oneDNN, at 0.3 (bfloat16) to 1 GB/s (float32) on one core: with new
+    weights every few seconds that is most of a push.
+    """
+    if current_platform.is_cpu() and os.environ.get(PLAIN_MATRICES):
+        from vllm import _custom_ops
+
+        _custom_ops._supports_onednn = False

@@ -35,9 +35,13 @@ class Placed:
 
 
 def lay_out(
-    copies: Mapping[Parameter, Sequence[Copy]], limit_bytes: int | None = None
+    copies: Mapping[Parameter, Sequence[Copy]],
+    limit_bytes: int | None = None,
+    *,
+    keeps: bool = False,
 ) -> tuple[list[Placed], Table]:
-    """Side by side where everything fits into limit_bytes. Else in windows that take turns in two
+    """Side by side where everything fits into limit_bytes; keeps: twice, as the engine computes
+    with what landed until the next push has. Else in windows that take turns in two
     halves of the memory, so that one is filled while the other is loaded; a layer's parameters are
     in one window.
 
@@ -46,6 +50,7 @@ def lay_out(
     layers = [list(group) for _, group in groupby(copies, key=lambda p: id(p.layer))]
     sizes = [sum(_aligned(p.num_bytes) for p in layer) for layer in layers]
     total = sum(sizes)
+    areas = 2 if keeps and (limit_bytes is None or 2 * total <= limit_bytes) else 1
     is_whole = limit_bytes is None or total <= limit_bytes
     half = total if is_whole else limit_bytes // 2 // ALIGNMENT * ALIGNMENT
     if max(sizes) > half:
@@ -62,7 +67,7 @@ def lay_out(
             placed.append(Placed(parameter, window % 2 * half + end, window, rows))
             end += _aligned(parameter.num_bytes)
     slots = [_slot(at, copy) for at in placed for copy in copies[at.parameter]]
-    return placed, Table(total if is_whole else 2 * half, slots)
+    return placed, Table(total if is_whole else 2 * half, slots, areas)
 
 
 def _num_rows(parameter: Parameter, copies: Sequence[Copy]) -> int:

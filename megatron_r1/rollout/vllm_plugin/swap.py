@@ -26,9 +26,12 @@ from megatron_r1.rollout.vllm_plugin.memory_layout import Placed
 
 
 @torch.no_grad()
-def load(placed: Sequence[Placed], memory: torch.Tensor) -> None:
+def load(placed: Sequence[Placed], memory: torch.Tensor, *, keep: bool = False) -> None:
     """Bring these parameters, whole layers of them, into use. The engine must not compute
-    meanwhile; afterwards the memory may be written again."""
+    meanwhile; afterwards the memory may be written again.
+
+    keep: it may not. The engine then computes with parameters that no post-processing changes where
+    they lie, which is for engines that captured no addresses: on a CPU."""
     for _, group in groupby(placed, key=lambda at: id(at.parameter.layer)):
         of_layer = list(group)
         for at in of_layer:
@@ -38,7 +41,7 @@ def load(placed: Sequence[Placed], memory: torch.Tensor) -> None:
             at.parameter.name: at.value(memory) for at in of_layer if not at.parameter.is_live
         }
         if arrived:
-            _load_layer(of_layer[0].parameter.layer, arrived)
+            _load_layer(of_layer[0].parameter.layer, arrived, keep)
 
 
 @torch.no_grad()
@@ -50,7 +53,7 @@ def finish(model: torch.nn.Module, config: ModelConfig) -> None:
     repack_output_head(model)
 
 
-def _load_layer(layer: torch.nn.Module, arrived: dict[str, torch.Tensor]) -> None:
+def _load_layer(layer: torch.nn.Module, arrived: dict[str, torch.Tensor], keep: bool) -> None:
     info = layerwise.get_layerwise_info(layer)
     in_use = get_layer_params_buffers(layer)
     info.kernel_tensors = in_use
@@ -64,7 +67,11 @@ def _load_layer(layer: torch.nn.Module, arrived: dict[str, torch.Tensor]) -> Non
     for name, tensor in (in_use[0] | in_use[1]).items():
         # What neither arrived nor was made of what arrived keeps its value.
         if name in arrived or name not in waiting:
-            tensor.data.copy_(getattr(layer, name))
+            made = getattr(layer, name)
+            if keep and name in arrived and made.data_ptr() == arrived[name].data_ptr():
+                tensor.data = made.data
+            else:
+                tensor.data.copy_(made)
     layerwise._place_kernel_tensors(layer, info)
     info.reset()
 

@@ -1,4 +1,4 @@
-"""Whole RL steps: run a recipe for a few steps and report the median of each phase.
+"""The phases of a recipe's steps: run it for a few and report the median of each.
 
 The first step of a run pays for warming up and is left out. The model is the given one if it has
 weights, else a random one of the same shape (its answers are long and wrong: a worst case).
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -16,22 +15,12 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 PHASES = ("time/rollout", "time/reward", "time/train", "time/push", "time/step")
 SHOWN = ("tokens_per_second", "response_length/mean", "logprob_diff/mean", "logprob_diff/max")
 
 
-def add_options(options: argparse.ArgumentParser) -> None:
-    options.add_argument("--recipe", default=str(ROOT / "examples/laptop/r1_zero.yaml"))
-    options.add_argument("--model", default=str(ROOT / "examples/laptop/model"))
-    options.add_argument("--steps", type=int, default=6)
-
-
-def cores() -> int:
-    return len(os.sched_getaffinity(0))
-
-
-def run(chosen: argparse.Namespace) -> dict[str, Any]:
+def run(chosen: argparse.Namespace, cores: int) -> dict[str, Any]:
     """Medians over the steps after the first, by metric name."""
     with tempfile.TemporaryDirectory() as folder:
         model = chosen.model
@@ -47,7 +36,7 @@ def run(chosen: argparse.Namespace) -> dict[str, Any]:
         text = Path(folder, "rl/metrics.jsonl").read_text(encoding="utf-8")
         lines = [json.loads(line) for line in text.splitlines()][1:]
     medians = {name: median(line[name] for line in lines) for name in (*PHASES, *SHOWN)}
-    print(f"median of {len(lines)} steps of {chosen.recipe} on {cores()} cores")
+    print(f"median of {len(lines)} steps of {chosen.recipe} on {cores} cores")
     for name, value in medians.items():
         share = f"{value / medians['time/step']:6.1%}" if name in PHASES else ""
         print(f"  {name:24} {value:12.4g}  {share}")

@@ -1,0 +1,130 @@
+"""A real trainer rank and a real vLLM engine on this machine, through shared memory.
+
+Of every push: the transfer (trainer's parameters to the engine's landing memory, checksums on both
+sides, while the engine could generate) and the pause (checks, and vLLM's own post-processing, which
+on a CPU packs every matrix for oneDNN). Beside it, in turns: one core's memory copies of as many
+bytes, and what a push replaces: the trainer exports a Hugging Face folder, the engine reloads it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from megatron_r1.config import Config
+from megatron_r1.rl.weight_bridge import WeightBridge
+from megatron_r1.rollout.fleet import RolloutFleet
+from megatron_r1.training.client import TrainerClient
+from megatron_r1.weights import hf_tensors
+
+
+def model(hidden: int, layers: int, dtype: str) -> dict[str, Any]:
+    return {
+        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
+        "vocab_size": 32_000,
+        "hidden_size": hidden,
+        "intermediate_size": 3 * hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": hidden // 64,
+        "num_key_value_heads": max(1, hidden // 256),
+        "hidden_act": "silu",
+        "max_position_embeddings": 512,
+        "rms_norm_eps": 1e-6,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        "tie_word_embeddings": False,
+        "torch_dtype": dtype,
+    }
+
+
+async def measure(
+    folder: Path, hidden: int, layers: int, dtype: str, repeats: int
+) -> dict[str, Any]:
+    """Medians of seconds and the ratios that follow."""
+    os.environ["OMP_WAIT_POLICY"] = "passive"
+    shape = model(hidden, layers, dtype)
+    (folder / "model").mkdir()
+    (folder / "model/config.json").write_text(json.dumps(shape))
+    config = Config.model_validate(
+        {
+            "model": {"path": str(folder / "model"), "init": "random", "dtype": dtype},
+            "rollout": {"dtype": dtype},
+        }
+    )
+    trainer = TrainerClient(config, folder / "logs")
+    trainer.launch()
+    settings = {"max_model_len": 512, "max_num_seqs": 4, "dtype": dtype}
+    try:
+        await trainer.connect()
+        await trainer.call("export", folder=str(folder / "export"))
+        async with RolloutFleet(1, folder / "logs", **settings) as fleet:
+            await fleet.start(folder / "export", version=-1)
+            return await _in_turns(trainer, fleet, config, shape, folder, repeats)
+    finally:
+        await trainer.close()
+
+
+async def _in_turns(trainer, fleet, config, shape, folder: Path, repeats: int) -> dict[str, Any]:
+    shapes = hf_tensors(shape, with_mtp=False)
+    tensors = [(name, size) for name, (size, _) in shapes.items()]
+    width = 4 if config.rollout.dtype == "float32" else 2
+    num_bytes = width * sum(torch.Size(size).numel() for _, size in tensors)
+    bridge = WeightBridge(trainer, fleet, config.push, tensors, {})
+    await bridge.open()
+    rounds = []
+    for version in range(repeats + 1):
+        if version:
+            await bridge.hold()
+        start = time.perf_counter()
+        seconds = await bridge.push(version)
+        seconds["push"] = time.perf_counter() - start
+        seconds["copy"] = _copy_seconds(num_bytes)
+        seconds |= await _export_and_reload(trainer, fleet, folder / "export")
+        rounds.append(seconds)
+    found = {name: median(r[name] for r in rounds[1:]) for name in rounds[0]}
+    return {
+        "model": f"Qwen2 shape, {num_bytes / 2e9 * 2 / width:.3g}B parameters in "
+        f"{config.rollout.dtype}, {num_bytes / 1e9:.3g} GB",
+        "memory copy, one core, GB/s": num_bytes / found["copy"] / 1e9,
+        "transfer, seconds": found["push/transfer"],
+        "transfer, GB/s": num_bytes / found["push/transfer"] / 1e9,
+        "transfer over memory copy": found["copy"] / found["push/transfer"],
+        "pause, seconds": found["push/pause"],
+        "push, seconds": found["push"],
+        "push over memory copy": found["copy"] / found["push"],
+        "export, seconds": found["export"],
+        "reload, seconds": found["reload"],
+        "export and reload over push": (found["export"] + found["reload"]) / found["push"],
+    }
+
+
+def _copy_seconds(num_bytes: int) -> float:
+    """One core, memory that has been touched before."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    source, target = (torch.ones(num_bytes, dtype=torch.uint8) for _ in range(2))
+    start = time.perf_counter()
+    target.copy_(source)
+    seconds = time.perf_counter() - start
+    torch.set_num_threads(threads)
+    return seconds
+
+
+async def _export_and_reload(trainer, fleet, folder: Path) -> dict[str, float]:
+    """The disk's way: a folder written and synced, and read by vLLM's own reload_weights."""
+    start = time.perf_counter()
+    await trainer.call("export", folder=str(folder))
+    exported = time.perf_counter()
+    client = fleet.engines[0].client
+    await client.pause()
+    rpc = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
+    await client._call("POST", "/collective_rpc", rpc)
+    await client.reset_prefix_cache()
+    await client.resume()
+    return {"export": exported - start, "reload": time.perf_counter() - exported}

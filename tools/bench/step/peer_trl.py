@@ -1,0 +1,89 @@
+"""TRL's GRPOTrainer on the same work, in a process of its own: `peer_trl.py WORK MODEL QUESTIONS
+STEPS` prints a line of JSON per step but the first.
+
+Its settings are what is best on a CPU: all answers of a step in one batch of transformers' generate
+(its vLLM mode is for versions of vLLM without our pin), one forward and backward pass per update,
+no checkpoints, no logging, no gradient checkpointing. Where one update follows a rollout, TRL takes
+the old log-probabilities from the update itself.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from trl import GRPOConfig, GRPOTrainer
+from work import Work, reward
+
+
+class StepTimes(TrainerCallback):
+    """When each optimizer step ended."""
+
+    def __init__(self):
+        self.marks: list[tuple[float, float]] = []
+
+    def on_step_end(self, args, state, control, **context):
+        self.marks.append((time.perf_counter(), time.process_time()))
+
+
+def main() -> None:
+    settings, model, questions, steps = sys.argv[1:]
+    work, steps = Work(**json.loads(settings)), int(steps)
+    lengths: list[int] = []
+
+    def count_and_reward(completions, completion_ids, **_) -> list[float]:
+        lengths.append(sum(map(len, completion_ids)))
+        return [reward(text) for text in completions]
+
+    rows = [json.loads(line)["question"] for line in Path(questions).read_text().splitlines()]
+    clock = StepTimes()
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = GRPOTrainer(
+            model=AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32),
+            reward_funcs=count_and_reward,
+            args=_arguments(work, folder, steps + 1),
+            train_dataset=Dataset.from_dict({"prompt": rows}),
+            processing_class=AutoTokenizer.from_pretrained(model),
+            callbacks=[clock],
+        )
+        trainer.train()
+    ends = clock.marks[work.minibatches - 1 :: work.minibatches]
+    for start, end, tokens in zip(ends[:-1], ends[1:], lengths[1:], strict=True):
+        seconds, core_seconds = (b - a for a, b in zip(start, end, strict=True))
+        line = {"seconds": seconds, "core_seconds": core_seconds, "response_tokens": tokens}
+        print(json.dumps(line))
+
+
+def _arguments(work: Work, folder: str, rollouts: int) -> GRPOConfig:
+    return GRPOConfig(
+        output_dir=folder,
+        use_cpu=True,
+        bf16=False,
+        max_steps=rollouts * work.minibatches,
+        per_device_train_batch_size=work.answers // work.minibatches,
+        steps_per_generation=work.minibatches,
+        num_generations=work.group,
+        max_completion_length=work.limit,
+        temperature=work.temperature,
+        beta=work.kl_beta,
+        epsilon=work.clip,
+        loss_type="grpo",
+        learning_rate=work.learning_rate,
+        lr_scheduler_type="constant",
+        weight_decay=0.0,
+        gradient_checkpointing=False,
+        logging_strategy="no",
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+
+
+if __name__ == "__main__":
+    main()
