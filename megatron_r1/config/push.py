@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from megatron_r1.config.section import Section
 
@@ -20,6 +20,19 @@ class PushConfig(Section):
         description="host memory an engine rank may use for weights on their way; with less than "
         "all its weights engines pause while they travel; default: as much as they have",
     )
+    fp8: bool = Field(
+        False,
+        description="quantise projections on their way, in blocks of 128 x 128: half of bf16's "
+        "bytes, and engines compute with FP8 weights",
+    )
+    delta: bool = Field(
+        False,
+        description="over gloo and nccl send only what changed since the push before; for slow "
+        "links, at the cost of host memory for what was sent last",
+    )
+    full_every: int = Field(
+        50, ge=1, description="with delta: after so many pushes to an engine one is whole"
+    )
     timeout_seconds: float = Field(600.0, gt=0, description="for one push")
     probes: int = Field(
         2,
@@ -33,3 +46,12 @@ class PushConfig(Section):
         description="mean difference at which the run stops; default 0.001 where trainer and "
         "engine compute in float32, 0.3 in bfloat16",
     )
+
+    @model_validator(mode="after")
+    def _delta_travels(self):
+        if self.delta and self.transport == "shm":
+            raise ValueError(
+                "push.delta: with push.transport: shm nothing travels, weights are written to "
+                "where they are wanted; set push.delta: false, or another transport"
+            )
+        return self

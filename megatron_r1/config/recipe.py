@@ -47,6 +47,11 @@ class Config(Section):
                 f"rl.staleness={self.rl.staleness} trains on tokens of older policies, which only "
                 "an importance weight makes right: set rl.importance_cap, to 2.0 for instance"
             )
+        if self.push.fp8 and self.rollout.dtype == "float32":
+            raise ValueError(
+                "push.fp8: vLLM computes with FP8 weights in 16 bits only; set rollout.dtype: "
+                "bfloat16 (it is float32), or push.fp8: false"
+            )
         if self.rollout.colocated and self.rl.staleness:
             raise ValueError(
                 f"rollout.colocated: the engines sleep while the trainer computes, so that nothing "
@@ -61,6 +66,8 @@ RESUMABLE = (
     "run.log_samples",
     "push.transport",
     "push.memory_gib",
+    "push.delta",
+    "push.full_every",
     "push.timeout_seconds",
     "push.probes",
     "push.probe_tolerance",

@@ -16,10 +16,11 @@ from megatron_r1.landing.table import Delivery, Table
 
 
 class Offer(msgspec.Struct, frozen=True):
-    """An engine rank: what it wants, and the transport's word on where."""
+    """An engine rank: what it wants, and the transport's word on where; or why there is none."""
 
     table: Table
     address: str = ""
+    problem: str = ""
 
 
 class Plan(msgspec.Struct, frozen=True):
@@ -43,6 +44,10 @@ class Rendezvous:
         """Engine rank: publish it."""
         self.store.set(f"offer/{rank}", msgspec.msgpack.encode(offer))
 
+    def withdraw(self, rank: int, problem: str) -> None:
+        """Engine rank: there will be no offer, so that nobody waits for it."""
+        self.offer(rank, Offer(Table(0, []), problem=problem))
+
     def plans(self, rank: int) -> dict[int, Plan]:
         """Engine rank: the plan of every trainer rank that brings it something."""
         self.store.wait(["planned"])
@@ -53,11 +58,14 @@ class Rendezvous:
         }
 
     def offers(self, num_ranks: int) -> list[Offer]:
-        """Trainer rank: those of all ranks of the engine."""
-        return [
-            msgspec.msgpack.decode(self.store.get(f"offer/{rank}"), type=Offer)
-            for rank in range(num_ranks)
-        ]
+        """Trainer rank: those of all ranks of the engine. Raises ValueError where one has none."""
+        found = []
+        for rank in range(num_ranks):
+            offer = msgspec.msgpack.decode(self.store.get(f"offer/{rank}"), type=Offer)
+            if offer.problem:
+                raise ValueError(f"engine rank {rank}: {offer.problem}")
+            found.append(offer)
+        return found
 
     def plan(self, sender: int, num_senders: int, plans: Mapping[int, Plan], ranks: int) -> None:
         """Trainer rank `sender` of `num_senders`: publish its plans by engine rank."""

@@ -92,4 +92,5 @@ def place(memory: torch.Tensor, slot: Slot, part: Delivery | None = None) -> tor
     )
     start = (slot.offset + top * slot.pitch) // size + left
     shape = (bottom - top, right - left)
-    return memory.view(dtype).as_strided(shape, (slot.pitch // size, 1), start)
+    elements = memory.view(dtype)[start:]  # as_strided would count from where the storage begins
+    return elements.as_strided(shape, (slot.pitch // size, 1), elements.storage_offset())

@@ -20,9 +20,12 @@ from megatron_r1.rollout.engine import Engine
 from megatron_r1.rollout.errors import EngineDied, EngineError
 from megatron_r1.rollout.fleet import RolloutFleet
 from megatron_r1.training.wire import Sample
-from megatron_r1.weights import hf_tensors
+from megatron_r1.weights.push.blocks import pushed_tensors
 
 PROBE_TOKENS = 8
+CONNECT_SECONDS = 120.0
+"""For the ranks of an engine and of the trainer to find each other; an engine that dies meanwhile
+is waited for so long."""
 EXACT_TOLERANCE, TOLERANCE = 1e-3, 0.3
 """Of probes where both sides compute in float32, and else. In float32 about 1e-6 is seen, in
 bfloat16 0.01 to 0.05 (an expert chosen otherwise); weights of another version give more than 1."""
@@ -40,14 +43,13 @@ def weight_bridge(
     config: Config, trainer: Trainer, fleet: RolloutFleet, probes: Sequence[Sequence[int]]
 ) -> WeightBridge:
     """The bridge of a run; probes: prompts' token ids."""
-    shapes = hf_tensors(read_hf_config(config.model.path), with_mtp=False)
-    rollout = config.rollout
-    is_exact = config.model.dtype == rollout.dtype == "float32"
+    rollout, fp8 = config.rollout, config.push.fp8
+    is_exact = config.model.dtype == rollout.dtype == "float32" and not fp8
     return WeightBridge(
         trainer,
         fleet,
         config.push,
-        [(name, shape) for name, (shape, _) in shapes.items()],
+        pushed_tensors(read_hf_config(config.model.path), fp8=fp8),
         {
             "tensor": rollout.tensor,
             "pipeline": rollout.pipeline,
@@ -57,6 +59,10 @@ def weight_bridge(
         probes,
         config.push.probe_tolerance or (EXACT_TOLERANCE if is_exact else TOLERANCE),
     )
+
+
+async def _join(task: asyncio.Task[None]) -> None:
+    await task
 
 
 class WeightBridge:
@@ -123,8 +129,12 @@ class WeightBridge:
         if self._windows == 1:
             await sending
         staged = time.perf_counter()
-        await self.fleet.push(self._update(), version)
-        await sending
+        try:
+            async with asyncio.TaskGroup() as both:
+                both.create_task(self.fleet.push(self._update(), version))
+                both.create_task(_join(sending))
+        except ExceptionGroup as failures:
+            raise failures.exceptions[0] from None
         live = time.perf_counter()
         proof = await self._prove([engine for engine in engines if engine.is_up])
         self._version = version
@@ -159,7 +169,7 @@ class WeightBridge:
     async def _connect(self, engine: Engine) -> None:
         self._connections += 1
         name = f"{engine.name}.{self._connections}.{self._store[1]}"
-        seconds = self.settings.timeout_seconds
+        seconds = min(CONNECT_SECONDS, self.settings.timeout_seconds)
         memory = self.settings.memory_gib
         init = {
             "store": self._store,
@@ -169,17 +179,19 @@ class WeightBridge:
             "timeout_seconds": seconds,
         }
         receiving = asyncio.create_task(engine.client.init_weight_transfer(init))
-        connecting = self.trainer.call_all(
-            "connect_engine",
-            engine=engine.index,
-            name=name,
-            layout=self.layout,
-            transport=self.settings.transport,
-            timeout_seconds=seconds,
-        )
         try:
-            answers = await connecting
-            await receiving
+            # The ranks of an engine that cannot take part tell the trainer's so in the store.
+            answers = await self.trainer.call_all(
+                "connect_engine",
+                engine=engine.index,
+                name=name,
+                layout=self.layout,
+                transport=self.settings.transport,
+                timeout_seconds=seconds,
+                full_every=self.settings.full_every if self.settings.delta else 1,
+            )
+            if not any("problem" in answer for answer in answers):
+                await receiving
         finally:
             receiving.cancel()
             with contextlib.suppress(asyncio.CancelledError, EngineError):

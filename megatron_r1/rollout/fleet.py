@@ -78,6 +78,7 @@ class RolloutFleet:
         self.repairs = Repairs(self)
         per_copy = server_settings.get("max_num_seqs", 256)
         self.asking = Asking(self, per_copy * server_settings.get("data", 1))
+        self.num_pushes = 0
         self.feed: Feed = _nothing_to_bring
         """What brings a new engine the others' weights (`rl.weight_bridge`)."""
         self._model: Path | None = None
@@ -163,10 +164,11 @@ class RolloutFleet:
                 )
                 engines = await self._wake(engines, "kv_cache")
                 await self._on(engines, lambda client: client.resume())
-            except BaseException as error:
+            except Exception as error:
                 self.break_down(EngineError(f"the push of version {version} failed: {error}"))
                 raise
             self.version = version
+            self.num_pushes += 1
             self.awake.set()
 
     async def sleep(self) -> None:

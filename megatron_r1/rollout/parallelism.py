@@ -7,6 +7,7 @@ from typing import Any
 
 from megatron_r1.config import Config, RolloutConfig
 from megatron_r1.weights.push import EngineLayout
+from megatron_r1.weights.push.blocks import check_blocks
 from megatron_r1.weights.push.engine_layout import EngineNeeds
 
 
@@ -84,16 +85,19 @@ def check_engines(config: Config, hf: dict) -> None:
 
 
 def check_pushes(config: Config, hf: dict) -> None:
-    """Refuse ranks between which the trainer's weights cannot be divided.
+    """Refuse ranks between which the trainer's weights cannot be divided, or not in FP8 blocks.
 
     Raises:
-        ValueError: names the tensor's size, and the divisors to choose from.
+        ValueError: names the tensor's size, and the divisors to choose from, or the setting.
     """
     layout = engine_layout(config)
     needs = EngineNeeds(hf, layout)
     for rank in range(0, layout.ranks_per_engine, layout.tensor):  # one of each stage and copy
         for _ in needs.needed(layout.place(rank)):
             pass
+    if config.push.fp8:
+        parallel = config.parallel
+        check_blocks(hf, layout, tensor=parallel.tensor, expert_tensor=parallel.expert_tensor)
 
 
 def num_experts(language: dict) -> int:

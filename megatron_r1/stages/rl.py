@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +30,7 @@ from megatron_r1.stages.launch import run_stage
 from megatron_r1.stopping import StopRequest
 from megatron_r1.supervision.supervisor import Supervisor
 from megatron_r1.training.client import TrainerClient
+from megatron_r1.weights.stored import fp8
 
 REQUIRED = ("run.folder", "model.path")
 
@@ -169,17 +171,18 @@ def _fleet(
         # A run that continues must not draw the numbers of its beginning again.
         seed=config.run.seed * 1_000_003 + first_step,
         return_routing=config.rl.routing_replay,
-        extra_args=_model_as_pushed(config.model.path),
+        extra_args=_model_as_pushed(config),
         **engine_settings(rollout),
     )
 
 
-def _model_as_pushed(path: str) -> list[str]:
+def _model_as_pushed(config: Config) -> list[str]:
     """Engine arguments for a model whose weights come by push: none are read from the folder, and
-    they are plain, also where the folder's are FP8."""
+    they are plain, also where the folder's are FP8, or FP8, also where the folder's are plain."""
     arguments = ["--load-format", "dummy"]
-    if "quantization_config" in read_hf_config(path):
-        arguments += ["--hf-overrides", '{"quantization_config": null}']
+    if config.push.fp8 or "quantization_config" in read_hf_config(config.model.path):
+        form = {"quantization_config": fp8.CONFIG if config.push.fp8 else None}
+        arguments += ["--hf-overrides", json.dumps(form)]
     return arguments
 
 

@@ -11,7 +11,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools" / "bench"))
 
-from step import SETTINGS, WORKS, figures, ours, work  # noqa: E402
+from step import SETTINGS, WORKS, figures, ours, page, work  # noqa: E402
 from step.model import Tail, write_model  # noqa: E402
 
 from megatron_r1.config import parse  # noqa: E402
@@ -38,6 +38,21 @@ def test_an_overlapped_step_is_compared_with_the_slower_of_its_parts():
     assert overlap["ratio"] == pytest.approx(1.1)
     slower = phases | {"time/train": 4.0}
     assert figures.overlapped([step(6.5, 1, **slower)], [step(4.3, 1)])["ratio"] == 1.0
+
+
+def test_the_page_shows_the_figures_it_was_given():
+    both = figures.compared([step(1, 500)], [step(4, 400)])
+    phases = {"time/rollout": 2.0, "time/reward": 0.0, "time/train": 1.0, "time/push": 0.0}
+    result = {
+        "packages": {"trl": "1.2.3"},
+        "load": (0.25, 1.0),
+        "work": {name: vars(work) for name, work in WORKS.items()},
+        "comparisons": {"short": both},
+        "overlap": figures.overlapped([step(3, 1, **phases)], [step(2.2, 1)]),
+    }
+    text = page.as_page(result, cores=3)
+    for shown in ("trl 1.2.3", "3 cores", "0.2 to 1.0", "5.00", "2.20 s = 1.10 x", "at 256 tokens"):
+        assert shown in text
 
 
 def test_every_recipe_of_ours_is_one_the_command_takes(tmp_path):

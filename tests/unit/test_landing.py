@@ -10,7 +10,7 @@ from torch.distributed import TCPStore
 from megatron_r1.landing import Delivery, Slot, Table, check_coverage, checksum, copy_with_checksum
 from megatron_r1.landing.rendezvous import Rendezvous
 from megatron_r1.landing.table import place
-from megatron_r1.landing.transports import process_group, receiver_class, sender_class
+from megatron_r1.landing.transports import buckets, receiver_class, sender_class
 
 TENSORS = {
     "norm": torch.arange(5, dtype=torch.float32)[:, None] + 0.5,
@@ -59,8 +59,8 @@ def sources(table: Table, deliveries: list[Delivery]) -> list[torch.Tensor]:
 class World:
     """One receiver and its senders."""
 
-    def __init__(self, transport, slots, deliveries, num_bytes=1024):
-        self.table = Table(num_bytes, slots)
+    def __init__(self, transport, slots, deliveries, num_bytes=1024, areas=1):
+        self.table = Table(num_bytes, slots, areas)
         self.deliveries = deliveries
         self.store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         made = {}
@@ -125,7 +125,7 @@ def world():
 @pytest.mark.parametrize("transport", TRANSPORTS)
 @pytest.mark.parametrize("bucket_bytes", [1 << 20, 40])
 def test_what_lands_is_the_slices_in_the_engines_dtype(world, transport, bucket_bytes, monkeypatch):
-    monkeypatch.setattr(process_group, "BUCKET_BYTES", bucket_bytes)
+    monkeypatch.setattr(buckets, "BUCKET_BYTES", bucket_bytes)
     made = world(transport, SLOTS, BY_TWO)
     for push in (1, 2):
         TENSORS["weight"].add_(1)
@@ -135,6 +135,23 @@ def test_what_lands_is_the_slices_in_the_engines_dtype(world, transport, bucket_
             thread.join()
         for slot in SLOTS:
             assert torch.equal(place(made.receiver.memory, slot), wanted(slot)), slot.name
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_with_two_areas_a_push_leaves_the_one_before_as_it_is(world, transport):
+    made = world(transport, SLOTS, BY_TWO, 1024, 2)
+    landed = {}
+    for push in (1, 2, 3):
+        TENSORS["weight"].add_(1)
+        landed[push] = [wanted(slot).clone() for slot in SLOTS]
+        threads = made.send(push)
+        made.receiver.inbox.wait(push, 0, 20)
+        for thread in threads:
+            thread.join()
+        for age in (0, 1) if push > 1 else (0,):
+            area = made.table.area(made.receiver.memory, push - age)
+            for slot, expected in zip(SLOTS, landed[push - age], strict=True):
+                assert torch.equal(place(area, slot), expected), (push, age, slot.name)
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)

@@ -1,6 +1,6 @@
 """`python tools/bench WHAT [options]`: measure on this machine, in one run, and say how.
 
-step       whole RL steps of a recipe: seconds of each phase, tokens per second
+step       whole RL steps beside TRL: tokens per second, overlap; or the phases of a recipe
 fp8        what FP8 training does to the loss, against bf16
 push       the weight push, here and at the real size
 kernels    r1_kernels against every public peer: time, memory, error

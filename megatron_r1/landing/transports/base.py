@@ -55,11 +55,16 @@ class Receiver(ABC):
 
 class Sender(ABC):
     """A trainer rank's end towards one engine rank. In order: `plan`, `connect`, then for every
-    push `send` window by window."""
+    push `send` window by window.
 
-    def __init__(self, meeting: Rendezvous, sender: int, rank: int, offer: Offer):
+    full_every: of so many pushes the first is sent whole, and of the others what changed; where
+    nothing travels, it makes no difference."""
+
+    def __init__(
+        self, meeting: Rendezvous, sender: int, rank: int, offer: Offer, full_every: int = 1
+    ):
         self.meeting, self.sender, self.rank, self.offer = meeting, sender, rank, offer
-        self.table = offer.table
+        self.table, self.full_every = offer.table, full_every
 
     address = ""
 

@@ -1,57 +1,41 @@
 """Many hosts: torch.distributed point to point, over gloo (host memory) or NCCL (GPUs).
 
 Every pair of a trainer and an engine rank that have something to exchange is a process group of
-two, so that the loss of one rank is the loss of its pairs only. A push is a stream: the deliveries
-are cut into chunks, chunks are packed into buckets, and of two buckets one is on the wire while the
-other is packed, or unpacked; the checksums follow each window.
+two, so that the loss of one rank is the loss of its pairs only. A push is a stream of buckets, of
+which one is on the wire while another is packed, or unpacked; the checksums follow each window. It
+is whole, or the difference to the push that this pair exchanged before: then every bucket's length
+comes first.
 """
 
 from __future__ import annotations
 
 import datetime
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 import xxhash
 
+from megatron_r1.landing import delta
 from megatron_r1.landing.checksum import as_bytes
 from megatron_r1.landing.rendezvous import Plan
-from megatron_r1.landing.table import Delivery, Table, dtype_of, place
+from megatron_r1.landing.table import Delivery, dtype_of
 from megatron_r1.landing.transports.base import Receiver, Sender, of_window
+from megatron_r1.landing.transports.buckets import Chunk, buckets, num_bytes, pack, unpack
 
-BUCKET_BYTES = 32 << 20
-HEADER = 2
-"""int64: push, window."""
 IDLE_SECONDS = 30 * 24 * 3600.0
 """How long a receiver waits for the next push to begin."""
-Chunk = tuple[int, int, int]
-"""(index of the delivery, first row, end row)."""
 
 
-def buckets(
-    table: Table, deliveries: Sequence[Delivery], indices: Sequence[int]
-) -> Iterator[list[Chunk]]:
-    """What travels together, in order; the same on both sides. A row is never cut."""
-    bucket: list[Chunk] = []
-    room = BUCKET_BYTES
-    for index in indices:
-        delivery = deliveries[index]
-        slot = table.slots[delivery.slot]
-        height = delivery.bottom - delivery.top
-        row = (delivery.right - delivery.left) * dtype_of(slot).itemsize
-        start = 0
-        while start < height:
-            rows = min(height - start, max(room // row, 0 if bucket else 1))
-            if rows:
-                bucket.append((index, start, start + rows))
-                start, room = start + rows, room - rows * row
-            if start < height:
-                yield bucket
-                bucket, room = [], BUCKET_BYTES
-    if bucket:
-        yield bucket
+class Header(NamedTuple):
+    """Goes before each window. base: the push to which this one is the difference; 0: it is
+    whole."""
+
+    push: int
+    window: int
+    base: int
 
 
 class ProcessGroupReceiver(Receiver):
@@ -78,63 +62,84 @@ class ProcessGroupReceiver(Receiver):
             group.abort()
 
     def _receive(self, sender: int) -> None:
+        last = 0
         try:
             group = pair(self.backend, self.meeting, sender, self.rank, is_sender=False)
             self._groups.append(group)
             while not self._is_closing:
-                header = torch.empty(HEADER, dtype=torch.int64, device=self.device)
-                group.recv([header], 1, 0).wait(datetime.timedelta(seconds=IDLE_SECONDS))
-                push, window = header.tolist()
-                self._receive_window(group, sender, push, window)
+                fields = torch.empty(len(Header._fields), dtype=torch.int64, device=self.device)
+                group.recv([fields], 1, 0).wait(datetime.timedelta(seconds=IDLE_SECONDS))
+                header = Header(*fields.tolist())
+                if header.base not in (0, last):
+                    raise ValueError(
+                        f"push {header.push} is the difference to push {header.base}, but what is "
+                        f"here is push {last}"
+                    )
+                self._receive_window(group, sender, header)
+                last = header.push
         except Exception as error:
             if not self._is_closing:
                 self.inbox.failed(RuntimeError(f"trainer rank {sender}: {error}"))
 
-    def _receive_window(
-        self, group: dist.ProcessGroup, sender: int, push: int, window: int
-    ) -> None:
+    def _receive_window(self, group: dist.ProcessGroup, sender: int, header: Header) -> None:
         deliveries = self.inbox.deliveries[sender]
-        indices = of_window(self.table, deliveries, window)
-        area = self.table.area(self.memory, push)
+        indices = of_window(self.table, deliveries, header.window)
         arriving: tuple[dist.Work, torch.Tensor, list[Chunk]] | None = None
         for bucket in buckets(self.table, deliveries, indices):
-            buffer = torch.empty(
-                sum(_chunk_bytes(self.table, deliveries, chunk) for chunk in bucket),
-                dtype=torch.uint8,
-                device=self.device,
-            )
+            size = num_bytes(self.table, deliveries, bucket)
+            if header.base:
+                said = torch.empty(1, dtype=torch.int64, device=self.device)
+                group.recv([said], 1, 0).wait()
+                size = int(said)
+            buffer = torch.empty(size, dtype=torch.uint8, device=self.device)
             work = group.recv([buffer], 1, 0)
             if arriving:
-                self._unpack(area, deliveries, *arriving)
+                self._unpack(header, deliveries, *arriving)
             arriving = (work, buffer, bucket)
         if arriving:
-            self._unpack(area, deliveries, *arriving)
+            self._unpack(header, deliveries, *arriving)
         sums = torch.empty(len(indices), dtype=torch.int64, device=self.device)
         group.recv([sums], 1, 0).wait()
         for index, sent in zip(indices, sums.tolist(), strict=True):
-            self.inbox.arrived(sender, push, index, sent % 2**64)
+            self.inbox.arrived(sender, header.push, index, sent % 2**64)
 
     def _unpack(
         self,
-        area: torch.Tensor,
+        header: Header,
         deliveries: Sequence[Delivery],
         work: dist.Work,
         buffer: torch.Tensor,
         bucket: list[Chunk],
     ) -> None:
         work.wait()
-        buffer, end = buffer.cpu(), 0
-        for chunk in bucket:
-            index, top, bottom = chunk
-            slot = self.table.slots[deliveries[index].slot]
-            target = place(area, slot, deliveries[index])[top:bottom]
-            start, end = end, end + target.numel() * target.element_size()
-            target.copy_(buffer[start:end].clone().view(target.dtype).view(target.shape))
+        packed, table = buffer.cpu(), self.table
+        if header.base:
+            # Where the base landed, which is beside this push where areas alternate.
+            state = pack(table, deliveries, table.area(self.memory, header.base), bucket)
+            delta.patch(state, packed)
+            packed = state
+        unpack(table, deliveries, table.area(self.memory, header.push), bucket, packed)
 
 
 class ProcessGroupSender(Sender):
     backend = ""
     device = torch.device("cpu")
+
+    _base = 0
+    """The push that `_sent`, by bucket, is the bytes of; 0: none that the other side has whole."""
+    _since_full = 0
+    num_bytes_sent = 0
+    """Of the last window, as it travelled."""
+
+    def plan(self, deliveries: Sequence[Delivery]) -> Plan:
+        self._sent: list[torch.Tensor] = []
+        if self.full_every > 1 and self.table.num_windows > 1:
+            raise ValueError(
+                f"push.delta: weights come to an engine rank in {self.table.num_windows} windows, "
+                "and each overwrites what the next push would be the difference to; raise "
+                "push.memory_gib until all fit, or set push.delta: false"
+            )
+        return super().plan(deliveries)
 
     def connect(self) -> None:
         self._group = pair(self.backend, self.meeting, self.sender, self.rank, is_sender=True)
@@ -144,30 +149,54 @@ class ProcessGroupSender(Sender):
         group, indices = self._group, self.of_window(window)
         if not indices:
             return
-        header = torch.tensor([push, window], dtype=torch.int64, device=self.device)
-        group.send([header], 0, 0).wait()
+        is_full = self._base == 0 or self._since_full + 1 >= self.full_every
+        header = Header(push, window, 0 if is_full else self._base)
+        self._base = 0  # what breaks off leaves nothing to build on
+        group.send([self._integers(header)], 0, 0).wait()
         hashes = {index: xxhash.xxh3_64() for index in indices}
-        on_the_wire: tuple[dist.Work, torch.Tensor] | None = None
-        for bucket in buckets(self.table, self.deliveries, indices):
-            packed = []
-            for index, top, bottom in bucket:
-                dtype = dtype_of(self.table.slots[self.deliveries[index].slot])
-                values = sources[index][top:bottom].to("cpu", dtype).contiguous()
-                hashes[index].update(as_bytes(values))
-                packed.append(values.reshape(-1).view(torch.uint8))
-            buffer = torch.cat(packed).to(self.device)
-            if on_the_wire:
-                on_the_wire[0].wait()
-            on_the_wire = (group.send([buffer], 0, 0), buffer)
-        if on_the_wire:
-            on_the_wire[0].wait()
+        on_the_wire: list[tuple[dist.Work, torch.Tensor]] = []
+        self.num_bytes_sent = 0
+        for number, bucket in enumerate(buckets(self.table, self.deliveries, indices)):
+            packed = self._packed(bucket, sources, hashes)
+            travels = self._travelling(number, packed, header)
+            for work, _ in on_the_wire:
+                work.wait()
+            on_the_wire = [(group.send([buffer], 0, 0), buffer) for buffer in travels]
+            self.num_bytes_sent += sum(buffer.nbytes for buffer in travels)
+        for work, _ in on_the_wire:
+            work.wait()
         sums = [hashes[index].intdigest() for index in indices]
-        signed = torch.tensor([s - 2**64 if s >= 2**63 else s for s in sums], dtype=torch.int64)
-        group.send([signed.to(self.device)], 0, 0).wait()
+        group.send([self._integers(s - 2**64 if s >= 2**63 else s for s in sums)], 0, 0).wait()
+        if self.full_every > 1:
+            self._base, self._since_full = push, 0 if is_full else self._since_full + 1
 
     def close(self) -> None:
+        self._sent = []
         if hasattr(self, "_group"):
             self._group.abort()
+
+    def _packed(self, bucket: list[Chunk], sources, hashes: dict[int, xxhash.xxh3_64]):
+        """A bucket's bytes on the host, in the engine's dtypes; hashed."""
+        packed = []
+        for index, top, bottom in bucket:
+            dtype = dtype_of(self.table.slots[self.deliveries[index].slot])
+            values = sources[index][top:bottom].to("cpu", dtype).contiguous()
+            hashes[index].update(as_bytes(values))
+            packed.append(values.reshape(-1).view(torch.uint8))
+        return torch.cat(packed)
+
+    def _travelling(self, number: int, packed: torch.Tensor, header: Header) -> list[torch.Tensor]:
+        """What is sent of bucket `number`; with deltas it is remembered for the next push."""
+        travels = [packed.to(self.device)]
+        if header.base:
+            encoded = delta.encode(packed, self._sent[number])
+            travels = [self._integers([len(encoded)]), encoded.to(self.device)]
+        if self.full_every > 1:
+            self._sent[number : number + 1] = [packed]
+        return travels
+
+    def _integers(self, values) -> torch.Tensor:
+        return torch.tensor(list(values), dtype=torch.int64, device=self.device)
 
 
 def pair(backend: str, meeting, sender: int, rank: int, *, is_sender: bool) -> dist.ProcessGroup:
@@ -180,13 +209,6 @@ def pair(backend: str, meeting, sender: int, rank: int, *, is_sender: bool) -> d
     options = dist.ProcessGroupNCCL.Options()
     options._timeout = timeout
     return dist.ProcessGroupNCCL(store, place_in, 2, options)
-
-
-def _chunk_bytes(table: Table, deliveries: Sequence[Delivery], chunk: Chunk) -> int:
-    index, top, bottom = chunk
-    delivery = deliveries[index]
-    size = dtype_of(table.slots[delivery.slot]).itemsize
-    return (bottom - top) * (delivery.right - delivery.left) * size
 
 
 class GlooReceiver(ProcessGroupReceiver):

@@ -57,15 +57,20 @@ class LandingEngine(WeightTransferEngine[LandingInit, LandingUpdate]):
     def init_transfer_engine(self, init_info: LandingInit) -> None:
         """Find out what this rank needs, say so, and begin to receive. May be called again, when
         another trainer has taken over."""
-        self.shutdown()
-        needed, keeps = record(self.model, init_info.tensors), current_platform.is_cpu()
-        self._placed, table = lay_out(needed, init_info.memory_bytes, keeps=keeps)
         host, port = init_info.store
         store = TCPStore(host, port, is_master=False)
         meeting = Rendezvous(store, init_info.engine, init_info.timeout_seconds)
         parallel = self.vllm_config.parallel_config
         self._rank = parallel.data_parallel_index * parallel.world_size + parallel.rank
-        self._receiver = receiver_class(self.transport)(meeting, self._rank, table)
+        try:
+            needed, keeps = record(self.model, init_info.tensors), current_platform.is_cpu()
+            placed, table = lay_out(needed, init_info.memory_bytes, keeps=keeps)
+            self.shutdown()
+            self._placed = placed
+            self._receiver = receiver_class(self.transport)(meeting, self._rank, table)
+        except ValueError as error:
+            meeting.withdraw(self._rank, str(error))
+            raise
 
     def start_weight_update(self) -> None:
         if self._receiver is None:

@@ -28,8 +28,8 @@ class Placed:
     def value(self, memory: torch.Tensor) -> torch.Tensor:
         """What has landed; a view. Padding is zero, as vLLM's own loader leaves it."""
         at = self.parameter
-        start = self.offset // at.dtype.itemsize
-        value = memory.view(at.dtype).as_strided(at.shape, at.strides, start)
+        elements = memory.view(at.dtype)[self.offset // at.dtype.itemsize :]
+        value = elements.as_strided(at.shape, at.strides, elements.storage_offset())
         value[self.num_rows :] = 0
         return value
 

@@ -192,7 +192,7 @@ def _rectangle(view: torch.Tensor, whole: torch.Tensor) -> tuple[int, int, int, 
     columns = whole.shape[1] if whole.dim() > 1 else 1
     if whole.dim() > 2 or view.numel() == 0:
         return None
-    flat = view.reshape(-1, 1) if whole.dim() < 2 else view.squeeze()
+    flat = view.reshape(-1, 1) if whole.dim() < 2 else _matrix(view)
     if whole.dim() == 2 and flat.dim() < 2:
         flat = flat.reshape(-1, columns) if view.numel() % columns == 0 else None
     if flat is None or flat.dim() != 2:
@@ -208,9 +208,16 @@ def _pitch(view: torch.Tensor) -> int | None:
     """Elements between the rows of a view; None where its rows are not runs of elements."""
     if view.dim() == 1:
         return view.stride(0)
-    rows = view.squeeze()
+    rows = _matrix(view)
     if rows.dim() == 1:
         return rows.shape[0]
-    if rows.dim() != 2 or rows.stride(1) != 1:
+    if rows.dim() != 2 or (rows.shape[1] > 1 and rows.stride(1) != 1):
         return None
-    return rows.stride(0)
+    return rows.stride(0) if rows.shape[0] > 1 else rows.shape[1]
+
+
+def _matrix(view: torch.Tensor) -> torch.Tensor:
+    """A view without dimensions of size 1, but for rows and columns, which may be one."""
+    if view.dim() >= 2 and view.shape[:-2].numel() == 1:
+        return view.view(view.shape[-2:])
+    return view.squeeze()

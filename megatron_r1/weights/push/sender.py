@@ -18,6 +18,7 @@ from megatron_r1.weights.layout import Shard
 from megatron_r1.weights.push.engine_layout import EngineLayout
 from megatron_r1.weights.push.plan import Planner
 from megatron_r1.weights.push.region import Region
+from megatron_r1.weights.push.source import Form, Outgoing, Source
 from megatron_r1.weights.push.told import ToldNeeds
 from megatron_r1.weights.push.trainer_grid import TrainerGrid
 from megatron_r1.weights.rules import Piece
@@ -27,40 +28,15 @@ Held = Mapping[str, Sequence[tuple[Tensor, Piece]]]
 
 
 @dataclass(frozen=True)
-class _Source:
-    """Where in a parameter a delivery lies."""
-
-    parameter: Tensor
-    piece: Piece
-    region: Region
-
-    @property
-    def is_here(self) -> bool:
-        piece, region = self.piece, self.region
-        start, end = (region.top, region.bottom) if piece.dim == 0 else (region.left, region.right)
-        return piece.hf_start <= start and end <= piece.hf_start + piece.length
-
-    def values(self) -> Tensor:
-        """(height, width); a view."""
-        matrix = self.parameter.detach()
-        matrix = matrix if matrix.dim() > 1 else matrix[:, None]
-        region, piece = self.region, self.piece
-        move = piece.local_start - piece.hf_start
-        down, right = (move, 0) if piece.dim == 0 else (0, move)
-        rows = slice(region.top + down, region.bottom + down)
-        return matrix[rows, region.left + right : region.right + right]
-
-
-@dataclass(frozen=True)
 class _Link:
-    """To one engine rank. sources[i] is what its i-th delivery is copied from."""
+    """To one engine rank. sources[i] is what its i-th delivery is made from."""
 
     sender: Sender
-    sources: list[_Source]
+    sources: list[tuple[Source, Form]]
 
     def send(self, push: int, window: int) -> None:
         if window < self.sender.table.num_windows:
-            self.sender.send(push, window, [source.values() for source in self.sources])
+            self.sender.send(push, window, Outgoing(self.sources))
 
     @property
     def num_bytes(self) -> int:
@@ -95,17 +71,21 @@ class WeightSender:
         layout: dict[str, Any],
         transport: str,
         timeout_seconds: float,
+        full_every: int = 1,
     ) -> dict[str, Any]:
         """Agree with all ranks of an engine on what this rank brings them.
 
         engine: its index; which of the ranks that hold the same brings it follows from that. name:
-        of this start of it. layout: `EngineLayout`'s fields, of one engine. Returns "problem", or
+        of this start of it. layout: `EngineLayout`'s fields, of one engine. full_every: pushes, of
+        which the first is sent whole, and of the others what changed. Returns "problem", or
         num_windows and the bytes that this rank sends with every push.
         """
         self.disconnect(engine)
         meeting = Rendezvous(self.store, name, timeout_seconds)
         try:
-            self._links[engine] = self._agree(meeting, engine, EngineLayout(**layout), transport)
+            self._links[engine] = self._agree(
+                meeting, engine, EngineLayout(**layout), transport, full_every
+            )
         except (OSError, RuntimeError, ValueError) as error:  # torch.distributed's are the second
             return {"problem": f"{type(error).__name__}: {error}"}
         links = self._links[engine]
@@ -135,7 +115,12 @@ class WeightSender:
         return {"problems": problems}
 
     def _agree(
-        self, meeting: Rendezvous, engine: int, layout: EngineLayout, transport: str
+        self,
+        meeting: Rendezvous,
+        engine: int,
+        layout: EngineLayout,
+        transport: str,
+        full_every: int,
     ) -> list[_Link]:
         offers = meeting.offers(layout.num_ranks)
         needs = ToldNeeds(self.hf, layout, [offer.table for offer in offers])
@@ -143,12 +128,13 @@ class WeightSender:
         deliveries = defaultdict(list)
         for transfer in planner.sends(self.rank, engine):
             rank = transfer.receiver % layout.ranks_per_engine
-            delivery = needs.delivery(rank, transfer.name, transfer.region)
-            deliveries[rank].append((delivery, self._source(transfer.name, transfer.region)))
+            source = self._source(transfer.name, transfer.region)
+            for delivery, form in needs.deliveries(rank, transfer):
+                deliveries[rank].append((delivery, (source, form)))
         links, plans = [], {}
         for rank, found in deliveries.items():
             found.sort(key=lambda item: item[0].slot)
-            sender = sender_class(transport)(meeting, self.rank, rank, offers[rank])
+            sender = sender_class(transport)(meeting, self.rank, rank, offers[rank], full_every)
             plans[rank] = sender.plan([delivery for delivery, _ in found])
             links.append(_Link(sender, [source for _, source in found]))
         meeting.plan(self.rank, self.grid.world, plans, layout.num_ranks)
@@ -156,9 +142,9 @@ class WeightSender:
             link.sender.connect()
         return links
 
-    def _source(self, name: str, region: Region) -> _Source:
+    def _source(self, name: str, region: Region) -> Source:
         for parameter, piece in self.held.get(name, ()):
-            source = _Source(parameter, piece, region)
+            source = Source(parameter, piece, region)
             if source.is_here:
                 return source
         raise ValueError(f"this rank does not hold {region} of {name}")

@@ -7,10 +7,15 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 from megatron_r1.landing import Delivery, Table
+from megatron_r1.landing.table import dtype_of
 from megatron_r1.weights.layout import table
+from megatron_r1.weights.push.blocks import cut, scales_of
 from megatron_r1.weights.push.engine_layout import EngineLayout, Place
+from megatron_r1.weights.push.plan import Transfer
 from megatron_r1.weights.push.region import Region
+from megatron_r1.weights.push.source import Form
 from megatron_r1.weights.push.tensors import Tensor
+from megatron_r1.weights.stored.fp8 import BLOCK, STORED, scale_name
 
 
 class ToldNeeds:
@@ -20,7 +25,7 @@ class ToldNeeds:
     """
 
     def __init__(self, hf: dict, layout: EngineLayout, tables: Sequence[Table]):
-        self.layout, self.table = layout, table(hf)
+        self.layout, self.table, self._tables = layout, table(hf), tables
         self._regions: dict[str, dict[Place, Region]] = defaultdict(dict)
         self._slots: dict[tuple[int, str], int] = {}
         for rank, told in enumerate(tables):
@@ -46,8 +51,33 @@ class ToldNeeds:
         """Tensors with the same answer are wanted alike; here each is asked for itself."""
         return tensor.name
 
-    def delivery(self, rank: int, name: str, region: Region) -> Delivery:
-        """`region` of tensor `name` as a part of the slot that engine rank `rank` has for it."""
+    def deliveries(self, rank: int, transfer: Transfer) -> list[tuple[Delivery, Form]]:
+        """`transfer` as a part of the slot that engine rank `rank` has for it; with that of its
+        scales, where the slot is of FP8 blocks.
+
+        Raises ValueError for FP8 of another kind, and for parts of blocks."""
+        name, region = transfer.name, transfer.region
+        slot = self._tables[rank].slots[self._slots[rank, name]]
+        if dtype_of(slot).itemsize > 1:
+            return [(self._delivery(rank, name, region), "plain")]
+        scales = scale_name(name)
+        if slot.dtype != STORED or (rank, scales) not in self._slots:
+            raise ValueError(
+                f"engine rank {rank} wants {name} as {slot.dtype} without {scales}: only FP8 in "
+                f"blocks of {BLOCK} x {BLOCK} can be made of weights on their way"
+            )
+        at = cut(region, transfer.shape)
+        if at is not None:
+            raise ValueError(
+                f"{name} {transfer.shape} is cut at {at}, within a block of {BLOCK} x {BLOCK}, "
+                "which has one scale; set push.fp8: false, or fewer tensor parallel ranks"
+            )
+        return [
+            (self._delivery(rank, name, region), "codes"),
+            (self._delivery(rank, scales, scales_of(region)), "scales"),
+        ]
+
+    def _delivery(self, rank: int, name: str, region: Region) -> Delivery:
         at = self.layout.place(rank)
         wanted = self._regions[name][at.pipeline, at.data, at.tensor]
         return Delivery(

@@ -19,6 +19,7 @@ from typing import Any
 from . import ours, recipe, theirs
 from .figures import compared, overlapped, table
 from .model import Tail, write_model
+from .page import as_page
 from .work import Work, write_questions
 
 ROOT = Path(__file__).parents[3]
@@ -40,6 +41,7 @@ def add_options(options: argparse.ArgumentParser) -> None:
     options.add_argument(
         "--peer-python", default=sys.executable, help="one that has requirements/bench.txt"
     )
+    options.add_argument("--page", type=Path, help="also write the figures here, for people")
 
 
 def cores() -> int:
@@ -53,28 +55,37 @@ def run(chosen: argparse.Namespace) -> dict[str, Any]:
     versions = {name: metadata.version(name) for name in PACKAGES}
     versions["trl"] = theirs.version(chosen.peer_python)
     with tempfile.TemporaryDirectory() as folder:
-        steps = _measure(chosen, Path(folder))
+        steps, loads = _measure(chosen, Path(folder))
     comparisons = {name: compared(steps[name, "ours"], steps[name, "trl"]) for name in WORKS}
     overlap = overlapped(steps["long tail", "in turns"], steps["long tail", "overlapped"])
     print(table(comparisons, overlap))
-    return {
+    result = {
         "packages": versions,
+        "load": (min(loads), max(loads)),
         "work": {name: vars(work) for name, work in WORKS.items()},
         "comparisons": comparisons,
         "overlap": overlap,
         "steps": {f"{name}, {system}": lines for (name, system), lines in steps.items()},
     }
+    if chosen.page:
+        chosen.page.write_text(as_page(result, cores()), encoding="utf-8")
+    return result
 
 
-def _measure(chosen: argparse.Namespace, folder: Path) -> dict[tuple[str, str], list[dict]]:
-    """The steps of each system on each work, those of all its runs together."""
+def _measure(
+    chosen: argparse.Namespace, folder: Path
+) -> tuple[dict[tuple[str, str], list[dict]], list[float]]:
+    """The steps of each system on each work, those of all its runs together; the load average
+    before each run."""
     model = write_model(folder / "model", TOKENIZER, Tail())
     questions = write_questions(folder / "questions.jsonl", 256)
     steps: dict[tuple[str, str], list[dict]] = {}
+    loads: list[float] = []
     turns = [(name, system) for name in WORKS for system in SYSTEMS[name]]
     for repeat in range(chosen.repeats):
         for name, system in turns:
-            work, load = WORKS[name], os.getloadavg()[0]
+            work = WORKS[name]
+            loads.append(os.getloadavg()[0])
             if system == "trl":
                 # Where answers are long, a step of theirs takes as long as several of ours.
                 count = chosen.steps if name == "short" else max(2, chosen.steps // 3)
@@ -84,5 +95,5 @@ def _measure(chosen: argparse.Namespace, folder: Path) -> dict[tuple[str, str], 
                 lines = ours.run(work, model, questions, place, chosen.steps, SETTINGS[system])
             steps.setdefault((name, system), []).extend(lines)
             seconds = ", ".join(f"{line['seconds']:.2f}" for line in lines)
-            print(f"{name}, {system}: {seconds} s a step; load before {load:.1f}", flush=True)
-    return steps
+            print(f"{name}, {system}: {seconds} s a step; load before {loads[-1]:.1f}", flush=True)
+    return steps, loads

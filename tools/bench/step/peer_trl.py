@@ -1,10 +1,10 @@
 """TRL's GRPOTrainer on the same work, in a process of its own: `peer_trl.py WORK MODEL QUESTIONS
 STEPS` prints a line of JSON per step but the first.
 
-Its settings are what is best on a CPU: all answers of a step in one batch of transformers' generate
-(its vLLM mode is for versions of vLLM without our pin), one forward and backward pass per update,
-no checkpoints, no logging, no gradient checkpointing. Where one update follows a rollout, TRL takes
-the old log-probabilities from the update itself.
+All answers of a step are one batch of transformers' generate (TRL 1.16 knows vLLM up to 0.31 only),
+an update is one forward and backward pass (smaller micro-batches were no faster), and nothing is
+logged, saved or recomputed. Where one update follows a rollout, TRL takes the old log-probabilities
+from the update itself, as we do.
 """
 
 from __future__ import annotations
