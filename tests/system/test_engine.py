@@ -221,7 +221,7 @@ def test_an_engine_that_dies_or_hangs_is_replaced_and_its_calls_are_answered(
     fleet.say, fleet.unresponsive_seconds = said.append, 3.0
 
     async def stop_amid():
-        running = asyncio.ensure_future(sample(fleet, max_tokens=100))
+        running = asyncio.ensure_future(sample(fleet, max_tokens=200))
         await asyncio.sleep(0.3)
         os.kill(engine_core_of(fleet.engines[0].server.process.pid), how)
         async with asyncio.timeout(180):  # far below the 1800 seconds that a request may take

@@ -23,7 +23,7 @@ ENGINE = {"max_model_len": 256, "max_num_seqs": 64, "num_threads": 1}
 TRAINERS = {
     "deepseek": [
         {"tensor": 2},
-        {"pipeline": 2},
+        {"pipeline": 2, "pipeline_layout": "Ett|tL"},
         {"expert": 2},
         {"tensor": 2, "expert": 2, "expert_tensor": 1},
         {"tensor": 2, "expert_tensor": 2},
