@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -144,3 +144,13 @@ class Engine:
 def _is_final(error: EngineError) -> bool:
     """Whether it says nothing about the engine's death."""
     return isinstance(error, EngineTimeout) or (error.status or 500) < 500
+
+
+Feed = Callable[[Engine], contextlib.AbstractAsyncContextManager[None]]
+"""On entry it brings the engine the weights that the fleet's have; no push begins before the
+exit."""
+
+
+@contextlib.asynccontextmanager
+async def nothing_to_bring(engine: Engine) -> AsyncIterator[None]:
+    yield

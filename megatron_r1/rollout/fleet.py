@@ -3,29 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_r1.rollout.asking import Asking
 from megatron_r1.rollout.client import Completion, EngineClient
-from megatron_r1.rollout.engine import Engine
+from megatron_r1.rollout.engine import Engine, Feed, nothing_to_bring
 from megatron_r1.rollout.errors import EngineDied, EngineError
 from megatron_r1.rollout.launching import share_of_gpus, vocabulary
 from megatron_r1.rollout.repairs import DRAIN_SECONDS, Repairs
 
 UpdateInfo = Mapping[str, Any] | Sequence[Mapping[str, Any]]
-
-Feed = Callable[[Engine], contextlib.AbstractAsyncContextManager[None]]
-"""On entry it brings the engine the weights that the fleet's have; no push begins before the
-exit."""
-
-
-@contextlib.asynccontextmanager
-async def _nothing_to_bring(engine: Engine) -> AsyncIterator[None]:
-    yield
 
 
 class RolloutFleet:
@@ -79,7 +69,7 @@ class RolloutFleet:
         per_copy = server_settings.get("max_num_seqs", 256)
         self.asking = Asking(self, per_copy * server_settings.get("data", 1))
         self.num_pushes = 0
-        self.feed: Feed = _nothing_to_bring
+        self.feed: Feed = nothing_to_bring
         """What brings a new engine the others' weights (`rl.weight_bridge`)."""
         self._model: Path | None = None
         self._broken: str | None = None

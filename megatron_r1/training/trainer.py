@@ -1,8 +1,8 @@
 """One trainer rank: Megatron's model, optimizer and schedule behind four verbs.
 
 load() puts a rollout's micro-batches in place; score() computes old and reference
-log-probabilities; update() makes one optimizer step; send_weights() brings the weights to the
-engines. Each is called on every rank at the same time. The rank knows samples and losses, not
+log-probabilities; update() makes one optimizer step; probe() compares a few tokens with an
+engine. Each is called on every rank at the same time. The rank knows samples and losses, not
 prompts or rewards."""
 
 from __future__ import annotations
@@ -33,7 +33,6 @@ from megatron_r1.training.losses import Loss, find_loss
 from megatron_r1.training.packed import PackedBatch, Split, packed_batch
 from megatron_r1.training.reference import Reference
 from megatron_r1.training.routing import RoutingPart
-from megatron_r1.training.weight_push import weight_sender
 from megatron_r1.training.wire import Microbatches, Sample
 
 
@@ -174,19 +173,6 @@ class Trainer:
     def write_weights(self, path: str, dtype: str) -> None:
         """All ranks together lay the present weights out at `path`, in safetensors format."""
         weights.write_hf(self.bare, self.hf, Path(path), dtype=DTYPES[dtype])
-
-    def open_push(self) -> dict[str, Any]:
-        """Before the first engine is connected: where engines find this trainer."""
-        self.sender, address = weight_sender(self.bare, self.hf, self.config.parallel)
-        return {"store": address}
-
-    def connect_engine(self, **engine: Any) -> dict[str, Any]:
-        """`WeightSender.connect`."""
-        return self.sender.connect(**engine)
-
-    def send_weights(self, push: int, engines: list[int]) -> dict[str, Any]:
-        """`WeightSender.send`."""
-        return self.sender.send(push, engines)
 
     def probe(self, samples: list[dict[str, Any]]) -> dict[str, float]:
         """How far an engine's log-probabilities, at temperature 1, are from the trainer's: of these

@@ -1,10 +1,12 @@
-"""The sender of a trainer rank's weights, from its model and its place in Megatron's grid."""
+"""The verbs of a push on a trainer rank, and the sender behind them, from its model and its place
+in Megatron's grid."""
 
 from __future__ import annotations
 
 import os
 from collections import defaultdict
 from collections.abc import Sequence
+from typing import Any
 
 import torch.distributed as dist
 
@@ -14,6 +16,29 @@ from megatron_r1.weights.layout import stage_shards
 from megatron_r1.weights.local import local_entries
 from megatron_r1.weights.push import TrainerGrid
 from megatron_r1.weights.push.sender import WeightSender
+
+
+class WeightPush:
+    """model_chunks: this rank's virtual stages. Every method is called on all ranks."""
+
+    def __init__(self, model_chunks: Sequence, hf: dict, parallel: ParallelConfig):
+        self._model = (model_chunks, hf, parallel)
+        self._sender: WeightSender | None = None
+
+    def open_push(self) -> dict[str, Any]:
+        """Before the first engine is connected: where engines find this trainer, "store"."""
+        self._sender, address = weight_sender(*self._model)
+        return {"store": address}
+
+    def connect_engine(self, **engine: Any) -> dict[str, Any]:
+        """`WeightSender.connect`."""
+        assert self._sender is not None, "open_push() comes first"
+        return self._sender.connect(**engine)
+
+    def send_weights(self, push: int, engines: list[int]) -> dict[str, Any]:
+        """`WeightSender.send`."""
+        assert self._sender is not None, "open_push() comes first"
+        return self._sender.send(push, engines)
 
 
 def weight_sender(

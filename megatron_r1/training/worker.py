@@ -98,10 +98,13 @@ class Operations:
     """The verbs a controller may call; each returns a JSON-like dict."""
 
     def __init__(self, config: Config, place: Place):
-        from megatron_r1.training.trainer import Trainer  # Megatron: after the platform is prepared
+        # Megatron: after the platform is prepared.
+        from megatron_r1.training.trainer import Trainer
+        from megatron_r1.training.weight_push import WeightPush
 
         self.place, self.replica = place, Replica(place)
         self.trainer = Trainer(config, self.place)
+        self.push = WeightPush(self.trainer.bare, self.trainer.hf, config.parallel)
 
     def describe(self) -> dict[str, Any]:
         from megatron.core import parallel_state
@@ -121,17 +124,17 @@ class Operations:
             return trainer.load(share.minibatches)
         if call.operation not in OPERATIONS:
             raise ValueError(f"unknown operation {call.operation!r}: use {', '.join(OPERATIONS)}")
-        return getattr(trainer, call.operation)(**call.arguments) or {}
+        home = self.push if call.operation in PUSH_OPERATIONS else trainer
+        return getattr(home, call.operation)(**call.arguments) or {}
 
 
+PUSH_OPERATIONS = ("open_push", "connect_engine", "send_weights")
 OPERATIONS = (
     "score",
     "agreement",
     "update",
     "keep_reference",
-    "open_push",
-    "connect_engine",
-    "send_weights",
+    *PUSH_OPERATIONS,
     "probe",
     "export",
     "save_checkpoint",

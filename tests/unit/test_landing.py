@@ -59,6 +59,8 @@ def sources(table: Table, deliveries: list[Delivery]) -> list[torch.Tensor]:
 class World:
     """One receiver and its senders."""
 
+    full_every = 1
+
     def __init__(self, transport, slots, deliveries, num_bytes=1024, areas=1):
         self.table = Table(num_bytes, slots, areas)
         self.deliveries = deliveries
@@ -72,7 +74,7 @@ class World:
         def connect(sender):
             meeting = Rendezvous(self.client(), f"test.{self.store.port}", 10)
             (offer,) = meeting.offers(1)
-            end = sender_class(transport)(meeting, sender, 0, offer)
+            end = sender_class(transport)(meeting, sender, 0, offer, self.full_every)
             meeting.plan(sender, len(deliveries), {0: end.plan(deliveries[sender])}, 1)
             end.connect()
             made[sender] = end
@@ -85,6 +87,9 @@ class World:
             thread.join()
         self.receiver = made.pop("receiver")
         self.senders = made
+
+    def make_table(self, num_bytes, slots):
+        return Table(num_bytes, slots)
 
     def client(self):
         return TCPStore("127.0.0.1", self.store.port, is_master=False)

@@ -34,7 +34,7 @@ def register() -> None:
     cpu_mends.mend_strided_rotary()
     cpu_mends.keep_matrices_plain()
     cpu_parallel.mend()
-    cpu_fp8.multiply_without_amx()
+    cpu_fp8.mend()
     cpu_routing.return_routing_on_cpu()
     stacks.answer_signal()
     if multiprocessing.parent_process() is not None:

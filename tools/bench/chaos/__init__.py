@@ -1,0 +1,125 @@
+"""A whole run while things break: engines, trainer ranks and the controller are killed and stopped,
+connections dropped, the disk filled, a checkpoint corrupted, by a seeded list. The same command is
+typed again whenever it ends. Then: is every step there once, is no finished sample lost, is the
+model as good as that of the same recipe left in peace?
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import shutil
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from . import oracle, task
+from .disk import small_disk
+from .faults import FAULTS, Scene, possible
+from .schedule import Report, as_dicts, disturb
+from .user import User
+
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+DISK_MEBIBYTES = 96
+
+
+def add_options(options: argparse.ArgumentParser) -> None:
+    options.add_argument("--steps", type=int, default=200)
+    options.add_argument("--seed", type=int, default=0, help="of the faults and of the run")
+    options.add_argument("--gap", type=int, nargs=2, default=(3, 8), help="steps between faults")
+    options.add_argument("--undisturbed", type=int, default=2, help="runs to compare with")
+    options.add_argument("--only", action="append", choices=list(FAULTS), help="repeatable")
+    options.add_argument("--keep", type=Path, help="an empty folder that everything stays in")
+
+
+def run(chosen: argparse.Namespace) -> dict[str, Any]:
+    """A report per fault, and "broken": what does not hold."""
+    names, skipped = possible()
+    if chosen.only:
+        names, skipped = [n for n in names if n in chosen.only], []
+    for name in skipped:
+        print(f"SKIPPED, as it takes root: {name}")
+    with tempfile.TemporaryDirectory(prefix="chaos") as scratch:
+        folder = chosen.keep or Path(scratch)
+        base = task.make_base(folder / "model", chosen.seed)
+        undisturbed = [
+            _left_in_peace(folder / f"undisturbed_{i}", base, chosen)
+            for i in range(chosen.undisturbed)
+        ]
+        with small_disk(folder / "disk", DISK_MEBIBYTES) as disk:
+            user, reports = _disturbed(disk, base, names, chosen)
+            result = _judged(user, reports, disk / "run", undisturbed, chosen)
+            if chosen.keep:
+                shutil.copytree(disk / "run", folder / "run")
+    return {"skipped": skipped, **result}
+
+
+def _recipe(folder: Path, base: Path, chosen: argparse.Namespace) -> list[str]:
+    """The command of a run in `folder`/run."""
+    questions = task.write_questions(folder / "questions.jsonl")
+    settings = task.recipe(base, folder / "run", questions, chosen.steps, chosen.seed)
+    return task.command("rl", task.write_recipe(folder / "recipe.yaml", settings))
+
+
+def _left_in_peace(folder: Path, base: Path, chosen: argparse.Namespace) -> Path:
+    folder.mkdir(parents=True)
+    user = User(_recipe(folder, base, chosen), folder / "run", ENVIRONMENT)
+    try:
+        while not user.is_done:
+            user.follow(1.0)
+    finally:
+        user.close()
+    print(
+        f"undisturbed: accuracy {oracle.accuracy(user.run):.3f} in {user.seconds:.0f} s", flush=True
+    )
+    return user.run
+
+
+def _disturbed(
+    disk: Path, base: Path, names: list[str], chosen: argparse.Namespace
+) -> tuple[User, list[Report]]:
+    user = User(_recipe(disk, base, chosen), disk / "run", ENVIRONMENT)
+    draw = random.Random(chosen.seed)
+    try:
+        reports = disturb(Scene(user, disk), names, chosen.steps, tuple(chosen.gap), draw, _tell)
+    finally:
+        user.close()
+    return user, reports
+
+
+def _tell(report: Report) -> None:
+    print(
+        f"step {report.step:4}  {report.fault:36}{report.seconds_to_next_step:8.1f} s  "
+        f"{report.what.splitlines()[-1][:120]}",
+        flush=True,
+    )
+
+
+def _judged(
+    user: User, reports: list[Report], run: Path, undisturbed: list[Path], chosen
+) -> dict[str, Any]:
+    broken = oracle.all_wrong(user, run, undisturbed, chosen.steps)
+    mean, allowed = oracle.allowed_gap(undisturbed)
+    again = len(user.sightings) - chosen.steps
+    result = {
+        "steps": chosen.steps,
+        "seed": chosen.seed,
+        "seconds": round(user.seconds),
+        "commands": len(user.ends),
+        "faults": dict(Counter(report.fault for report in reports)),
+        "steps_done_again": again,
+        "accuracy": oracle.accuracy(run),
+        "accuracy_undisturbed": [oracle.accuracy(folder) for folder in undisturbed],
+        "accuracy_allowed_gap": allowed,
+        "broken": broken,
+        "reports": as_dicts(reports),
+    }
+    print(
+        f"{chosen.steps} steps, {len(reports)} faults, {len(user.ends)} commands, {again} steps "
+        f"done again, {user.seconds:.0f} s; accuracy {result['accuracy']:.3f}, undisturbed "
+        f"{mean:.3f} (may differ by {allowed:.3f})"
+    )
+    for wrong in broken:
+        print(f"BROKEN  {wrong}")
+    return result

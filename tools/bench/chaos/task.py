@@ -101,7 +101,7 @@ def recipe(base: Path, folder: Path, questions: Path, steps: int, seed: int) -> 
             "minibatches": MINIBATCHES,
             "reference_refresh": 100,
         },
-        "optimizer": {"learning_rate": 2e-5, "weight_decay": 0.0},
+        "optimizer": {"learning_rate": 1.5e-4, "weight_decay": 0.0},
         "parallel": {"processes": 2, "tensor": 2, "threads": 1},
         "checkpoint": {"every": 3, "keep": 2},
         "eval": {"every": 50, "samples": 16},

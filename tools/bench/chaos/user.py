@@ -1,0 +1,156 @@
+"""A person who types the same command again whenever it has ended, and reads the metrics."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import tempfile
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from megatron_r1.framed import FramedFile
+from megatron_r1.rl.sample_record import Accepted, decode
+
+from .roles import Roles
+
+POLL_SECONDS = 0.02
+PATIENCE = 4
+"""Times in a row that the command may end without a new step."""
+
+
+@dataclass
+class Sighting:
+    """A line of metrics.jsonl when it was first seen there. start: of which command, from 0."""
+
+    line: dict[str, Any]
+    seconds: float
+    start: int
+
+
+@dataclass
+class End:
+    """Of a command. said: on standard error. kept: finished groups in the sample log, by step."""
+
+    seconds: float
+    status: int
+    said: str
+    kept: dict[int, int]
+
+
+@dataclass
+class User:
+    """`follow` is to be called all the time; seconds count from the first command."""
+
+    command: list[str]
+    run: Path
+    environment: dict[str, str]
+    sightings: list[Sighting] = field(default_factory=list)
+    ends: list[End] = field(default_factory=list)
+    best: int = 0
+    """The highest step ever seen finished."""
+    is_done: bool = False
+    may_type: bool = True
+    """False while something is being broken between two commands."""
+
+    def __post_init__(self) -> None:
+        self._began = time.monotonic()
+        self._seen: dict[int, str] = {}
+        self._mark: tuple[int, int] | None = None
+        self._best_at_start = [-1] * PATIENCE
+        self.process: subprocess.Popen | None = None
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self._began
+
+    @property
+    def is_running(self) -> bool:
+        return self.process is not None and self.process.poll() is None
+
+    def roles(self) -> Roles | None:
+        """Of the command that runs."""
+        if not self.is_running:
+            return None
+        return Roles(psutil.Process(self.process.pid), self.run)
+
+    def follow(self, seconds: float = 0.0) -> None:
+        """Read and type for so long. Raises RuntimeError when the command cannot be got to go."""
+        until = time.monotonic() + seconds
+        while True:
+            self._read()
+            if not self.is_running:
+                self._note_end()
+                if not self.is_done and self.may_type:
+                    self._type()
+            if time.monotonic() >= until or self.is_done:
+                return
+            time.sleep(POLL_SECONDS)
+
+    def close(self) -> None:
+        """Whatever happens: nothing of the run is left."""
+        if self.process is not None:
+            if self.is_running:
+                self.process.kill()
+            self.process.wait()
+
+    def _type(self) -> None:
+        self._best_at_start.append(self.best)
+        if self._best_at_start[-PATIENCE - 1] == self.best:
+            told = "\n---\n".join(end.said[-3000:] for end in self.ends[-PATIENCE:])
+            raise RuntimeError(f"typed {PATIENCE} times without a step more:\n{told}")
+        self._output, self._errors = tempfile.TemporaryFile(), tempfile.TemporaryFile()
+        self.process = subprocess.Popen(
+            self.command,
+            env=os.environ | self.environment,
+            stdin=subprocess.DEVNULL,
+            stdout=self._output,
+            stderr=self._errors,
+            start_new_session=True,
+        )
+
+    def _note_end(self) -> None:
+        if self.process is None:
+            return
+        status = self.process.wait()
+        self._errors.seek(0)
+        said = self._errors.read().decode(errors="replace")
+        self.process = None
+        self.ends.append(End(self.seconds, status, said, kept_groups(self.run / "sample_log")))
+        self.is_done = status == 0
+
+    def _read(self) -> None:
+        path = self.run / "metrics.jsonl"
+        try:
+            found = path.stat()
+        except FileNotFoundError:
+            return
+        mark = (found.st_size, found.st_mtime_ns)
+        if mark == self._mark:
+            return
+        self._mark = mark
+        text = path.read_text(errors="replace")
+        for raw in text[: text.rfind("\n") + 1].splitlines():
+            line = json.loads(raw)
+            step = line["step"]
+            if self._seen.get(step) != raw:
+                self._seen[step] = raw
+                self.sightings.append(Sighting(line, self.seconds, len(self.ends)))
+                self.best = max(self.best, step)
+
+
+def kept_groups(log: Path) -> dict[int, int]:
+    """Whole groups on disk, by step; read from copies, as reading cuts a torn end off."""
+    kept = Counter()
+    with tempfile.TemporaryDirectory() as folder:
+        for path in sorted(log.glob("step_*.log")):
+            copy = shutil.copy(path, folder)
+            records = map(decode, FramedFile.read(Path(copy)))
+            kept[int(path.stem[5:])] = sum(not isinstance(r, Accepted) for r in records)
+    return dict(kept)
