@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import os
+import random
 import signal
+import socket
 import subprocess
 from pathlib import Path
 
@@ -32,6 +35,19 @@ def start(command: list[str], log: Path, environment: dict[str, str]) -> subproc
             preexec_fn=die_with_parent,
             start_new_session=True,  # Ctrl-C is the controller's to handle, not theirs
         )
+
+
+def free_port(host: str = "") -> int:
+    """A TCP port that nobody listens on, for a process that will only after a while.
+
+    Not one of those that the system gives to outgoing connections (Linux: from 32,768 on), which
+    would be taken by then.
+    """
+    for port in random.SystemRandom().sample(range(20_000, 32_000), 100):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind((host, port))
+            return port
+    raise OSError(errno.EADDRINUSE, "100 ports between 20,000 and 32,000 are all taken")
 
 
 def stop(process: subprocess.Popen, timeout_seconds: float = 10.0) -> None:

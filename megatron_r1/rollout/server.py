@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
+from megatron_r1.processes import free_port
 from megatron_r1.rollout.errors import EngineError
 
 STOP_GRACE_SECONDS = 5.0
@@ -139,10 +140,10 @@ class EngineServer:
             OSError: the port is taken.
         """
         check_model_folder(self.model)
+        port = self.port or free_port(self.host)
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as vLLM's own does
-            probe.bind((self.host, self.port or 0))
-            port = probe.getsockname()[1]
+            probe.bind((self.host, port))
         self._url = f"http://{self.host}:{port}"
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-m", "megatron_r1.rollout.vllm_plugin.serve", *self._args]

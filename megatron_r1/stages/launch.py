@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import os
 import secrets
-import socket
 import subprocess
 import sys
 from collections.abc import Awaitable, Callable, Sequence
@@ -32,9 +31,7 @@ TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR
 
 def start_controller(arguments: list[str]) -> tuple[subprocess.Popen, str]:
     """Under torchrun, on rank 0: start the controller beside this rank; its address for all."""
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        port = probe.getsockname()[1]
+    port = processes.free_port()
     os.environ[RANKS_ENVIRONMENT] = secrets.token_hex(32)  # this rank hands it on
     environment = {k: v for k, v in os.environ.items() if k not in TORCHRUN}
     environment |= {PORT: str(port), WORLD_SIZE: os.environ["WORLD_SIZE"]}

@@ -7,7 +7,6 @@ import contextlib
 import math
 import os
 import secrets
-import socket as sockets
 import subprocess
 import sys
 import time
@@ -100,9 +99,7 @@ class TrainerClient:
     def launch(self) -> None:
         """Start `parallel.processes` ranks on this machine, each with its log in the log folder."""
         count = self.config.parallel.processes
-        with sockets.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = processes.free_port("127.0.0.1")
         settings = self.config.model_dump_json()
         for rank in range(count):
             environment = {

@@ -118,5 +118,5 @@ async def checksums(fleet):
     """Of all tensors that the engine computes with, by its own count."""
     answer = await fleet.engines[0].client._call("POST", "/weight_checker", {"action": "checksum"})
     found = msgspec.json.decode(answer)["checksums"]
-    assert len(found) > 20
+    assert len(found) > 10
     return found

@@ -24,16 +24,22 @@ pytestmark = pytest.mark.skipif(
     reason="vLLM multiplies FP8 on a CPU only with AVX-512 and bf16",
 )
 ENGINE = {"max_model_len": 256, "max_num_seqs": 64, "num_threads": 1, "dtype": "bfloat16"}
+ENGINE["device"] = "cuda" if torch.cuda.is_available() else "cpu"
 # Sizes at which vLLM can divide blocks of 128 between fused projections and over two ranks.
 MODELS = {
-    "deepseek": DEEPSEEK | {"q_lora_rank": 128, "moe_intermediate_size": 256, "num_attention_heads": 8, "num_key_value_heads": 8},
-    "qwen": QWEN
-    | {"hidden_size": 256, "intermediate_size": 256, "num_attention_heads": 2, "vocab_size": 67},
+    "deepseek": DEEPSEEK
+    | {
+        "q_lora_rank": 128,
+        "moe_intermediate_size": 256,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 8,
+    },
+    "qwen": QWEN | {"hidden_size": 256, "intermediate_size": 256, "num_attention_heads": 2},
 }
 
 
 def blockwise(w):
-    """DeepSeek's published form, in float64 where it may be: (codes, scales) of w (M, N)."""
+    """DeepSeek's published form: (codes, scales) of w (M, N)."""
     height, width = (-(-size // 128) for size in w.shape)
     codes, scales = torch.empty(w.shape, dtype=torch.float8_e4m3fn), torch.empty(height, width)
     for i in range(height):
@@ -69,7 +75,9 @@ def write_fp8(plain, folder, *, dequantised=False):
     [
         pytest.param("deepseek", {}, "gloo", id="deepseek-one"),
         *(
-            pytest.param(*each, id=f"{each[0]}-{'-'.join(each[1]) or 'one'}", marks=pytest.mark.slow)
+            pytest.param(
+                *each, id=f"{each[0]}-{'-'.join(each[1]) or 'one'}", marks=pytest.mark.slow
+            )
             for each in [
                 ("deepseek", {"tensor": 2, "expert_parallel": True}, "gloo"),
                 ("qwen", {}, "shm"),
@@ -94,9 +102,7 @@ def test_after_an_fp8_push_an_engine_is_as_if_started_on_the_fp8_checkpoint(
             await fleet.start(tmp_path / "stored")
             expected = await checksums(fleet)
         settings = ENGINE | layout | {"weight_transfer_backend": f"megatron_r1_{transport}"}
-        async with RolloutFleet(
-            1, tmp_path / "pushed", **settings, extra_args=arguments
-        ) as fleet:
+        async with RolloutFleet(1, tmp_path / "pushed", **settings, extra_args=arguments) as fleet:
             await fleet.start(before)
             tensors = pushed_tensors(config, fp8=True)
             bridge = FileBridge(
@@ -109,9 +115,9 @@ def test_after_an_fp8_push_an_engine_is_as_if_started_on_the_fp8_checkpoint(
             return await sample(fleet, n=2)
 
     groups = asyncio.run(run())
-    # Activations are bf16 on one side: 0.06 is seen, 0.2 from weights that are not quantised.
+    # Activations are bf16 on one side: 0.01 to 0.06 is seen (an expert chosen otherwise), and 0.07
+    # to 0.2 from weights that are not quantised.
     gap = mean_difference(oracle, tmp_path / "meant", groups)
-    print("GAPS", gap, mean_difference(oracle, trained, groups))
     assert gap < 0.1
     assert gap < 0.6 * mean_difference(oracle, trained, groups)
 

@@ -6,6 +6,8 @@ experts. Each mend names the upstream lines it answers, does nothing on a GPU, a
 upstream has it; tests/system/test_engine_parallel.py fails without any one of them.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 from vllm.platforms import current_platform
@@ -46,19 +48,22 @@ def keep_what_stages_receive() -> None:
 def compute_local_experts_only() -> None:
     """Let a rank compute the experts it holds, and add nothing for those of other ranks.
 
-    Answers vllm/model_executor/layers/fused_moe/experts/cpu_moe.py:266 (`apply`), which hands the
+    Answers vllm/model_executor/layers/fused_moe/experts/cpu_moe.py:266 and 526 (`apply`, of plain
+    and of FP8 experts), which hands the
     kernel the model-wide numbers of the experts and ignores `expert_map`: the kernel then reads
     past the end of this rank's weights. Here a foreign expert becomes a local one of weight zero,
     spread over all so that no expert gets most of the tokens.
     """
-    from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
+    from vllm.model_executor.layers.fused_moe.experts import cpu_moe
 
-    upstream = CPUUnquantizedExperts.apply
-    if hasattr(upstream, "local_only"):
-        return
+    for experts in (cpu_moe.CPUUnquantizedExperts, cpu_moe.CPUExpertsFp8):
+        if not hasattr(experts.apply, "local_only"):
+            experts.apply = _with_local_choice(experts.apply)
 
+
+def _with_local_choice(upstream: Callable[..., None]) -> Callable[..., None]:
     def apply(
-        self: CPUUnquantizedExperts,
+        self: object,
         output: torch.Tensor,
         hidden_states: torch.Tensor,
         w1: torch.Tensor,
@@ -77,7 +82,7 @@ def compute_local_experts_only() -> None:
         upstream(self, *arguments, global_num_experts, expert_map, *others, **named)
 
     apply.local_only = True
-    CPUUnquantizedExperts.apply = apply
+    return apply
 
 
 def local_choice(
