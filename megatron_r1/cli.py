@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import importlib
 import os
 import sys
@@ -21,6 +22,8 @@ VERBS = {
 COMMANDS = {"score": "megatron_r1.stages.score"}
 """Verbs that take no recipe: each a module with `run(config, *arguments)` and ARGUMENTS, what these
 are called."""
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 USAGE = f"""usage: megatron-r1 VERB RECIPE.yaml [--section.key value …]
 
@@ -43,6 +46,14 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     except RuntimeError as error:  # TrainerError, EngineError: the message is the diagnosis
         print(f"megatron-r1: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        print(
+            f"megatron-r1: the disk is full: {error}; make room and run the same command again",
+            file=sys.stderr,
+        )
         return 1
     except KeyboardInterrupt:
         again = "starts over" if arguments[0] in COMMANDS else "continues from here"

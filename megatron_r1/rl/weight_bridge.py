@@ -19,6 +19,7 @@ from megatron_r1.models import read_hf_config
 from megatron_r1.rollout.engine import Engine
 from megatron_r1.rollout.errors import EngineDied, EngineError
 from megatron_r1.rollout.fleet import RolloutFleet
+from megatron_r1.training.client import TrainerError
 from megatron_r1.training.wire import Sample
 from megatron_r1.weights.push.blocks import pushed_tensors
 
@@ -65,6 +66,11 @@ async def _join(task: asyncio.Task[None]) -> None:
     await task
 
 
+def _hear(task: asyncio.Task[None]) -> None:
+    if not task.cancelled():
+        task.exception()
+
+
 class WeightBridge:
     """Of one trainer: `open` once, then `hold` before its weights change and `push` after.
 
@@ -90,6 +96,8 @@ class WeightBridge:
         self.layout, self.probes, self.tolerance = layout, probes, tolerance
         self._store: list = []
         self._settled = asyncio.Lock()
+        self._is_held = False
+        """Whether the lock is `open`'s or `hold`'s, and not a feeder's."""
         self._number = 0
         self._connections = 0
         self._windows = 1
@@ -99,12 +107,13 @@ class WeightBridge:
     async def open(self) -> None:
         """Connect trainer and engines; the first push is to follow. Raises EngineError."""
         await self._settled.acquire()
+        self._is_held = True
         (first, *_) = await self.trainer.call_all("open_push")
         self._store = first["store"]
         self.fleet.feed = self.feed
         for engine in [engine for engine in self.fleet.engines if engine.is_up]:
             try:
-                await engine.unless_dead(self._connect(engine))
+                await engine.unless_lost(self._connect(engine))
             except EngineDied as death:
                 self.fleet.lose(engine, death)
 
@@ -112,7 +121,7 @@ class WeightBridge:
         """The trainer's weights are about to change: until the next push nobody is brought them."""
         if self._version is not None:
             await self._settled.acquire()
-            self._version = None
+            self._is_held, self._version = True, None
 
     async def push(self, version: int) -> dict[str, float]:
         """The trainer's present weights become `version` on every engine: how that went.
@@ -138,7 +147,7 @@ class WeightBridge:
         live = time.perf_counter()
         proof = await self._prove([engine for engine in engines if engine.is_up])
         self._version = version
-        self._settled.release()
+        self._release()
         return {"push/transfer": staged - start, "push/pause": live - staged, **proof}
 
     @contextlib.asynccontextmanager
@@ -148,23 +157,45 @@ class WeightBridge:
         async with self._settled:
             if self._is_closed:
                 raise EngineError(f"{engine.name}: the trainer that had weights for it is gone")
-            await engine.unless_dead(self._connect(engine))
-            # With the others' last number: pushes to an engine are numbered without gaps.
-            sending = asyncio.create_task(self._send([engine]))
-            if self._windows == 1:
-                await sending
+            try:
+                await self._bring(engine)
+            except TrainerError as error:  # the session hears of it as well, and may mend it
+                raise EngineError(f"{engine.name}: no weights for it: {error}") from error
+            yield
+
+    async def _bring(self, engine: Engine) -> None:
+        await engine.unless_dead(self._connect(engine))
+        # With the others' last number: pushes to an engine are numbered without gaps.
+        sending = asyncio.create_task(self._send([engine]))
+        sending.add_done_callback(_hear)  # where the engine fails first, nobody awaits it
+        if self._windows == 1:
+            await sending
+        # Nobody watches an engine that is not the fleet's yet, and the next push waits for it.
+        async with self._in_time(engine):
             await engine.client.pause("keep")
             await engine.client.update_weights(self._update(), self._version)
             await engine.client.resume()
-            await sending
-            await self._prove([engine])
-            yield
+        await sending
+        await self._prove([engine])
+
+    @contextlib.asynccontextmanager
+    async def _in_time(self, engine: Engine) -> AsyncIterator[None]:
+        seconds = self.settings.timeout_seconds
+        try:
+            async with asyncio.timeout(seconds):
+                yield
+        except TimeoutError:
+            raise EngineDied(f"{engine.name} has not answered for {seconds:g} seconds") from None
+
+    def _release(self) -> None:
+        if self._is_held:
+            self._is_held = False
+            self._settled.release()
 
     def close(self) -> None:
         """Its trainer is gone, or going: whoever waits for weights is told so."""
         self._is_closed = True
-        if self._settled.locked():
-            self._settled.release()
+        self._release()
 
     async def _connect(self, engine: Engine) -> None:
         self._connections += 1
@@ -191,7 +222,8 @@ class WeightBridge:
                 full_every=self.settings.full_every if self.settings.delta else 1,
             )
             if not any("problem" in answer for answer in answers):
-                await receiving
+                async with self._in_time(engine):
+                    await receiving
         finally:
             receiving.cancel()
             with contextlib.suppress(asyncio.CancelledError, EngineError):
@@ -238,14 +270,12 @@ class WeightBridge:
         return {"push/probe_diff": worst}
 
     async def _gap(self, engine: Engine) -> float:
-        answers = await asyncio.gather(
-            *(
-                engine.unless_dead(
-                    engine.client.generate(probe, n=1, max_tokens=PROBE_TOKENS, seed=0)
-                )
-                for probe in self.probes
-            )
+        calls = (
+            engine.unless_lost(engine.client.generate(probe, n=1, max_tokens=PROBE_TOKENS, seed=0))
+            for probe in self.probes
         )
+        async with self._in_time(engine):
+            answers = await asyncio.gather(*calls)
         samples = [
             Sample.pack(probe, made.token_ids, made.logprobs)
             for probe, (made,) in zip(self.probes, answers, strict=True)

@@ -12,7 +12,12 @@ import aiohttp
 import msgspec
 
 from megatron_r1.models.routing_shape import RoutingShape
-from megatron_r1.rollout.errors import EngineError, EngineFault, EngineTimeout
+from megatron_r1.rollout.errors import (
+    ConnectionBroken,
+    EngineError,
+    EngineFault,
+    EngineTimeout,
+)
 from megatron_r1.rollout.routing import decode_routing
 
 BODY_EXCERPT_CHARS = 500
@@ -237,7 +242,8 @@ class EngineClient:
                 f"{self.url}{path}: no answer in {self.timeout_seconds:.0f} seconds"
             ) from error
         except aiohttp.ClientError as error:
-            raise EngineFault(f"{self.url}{path}: {type(error).__name__}: {error}") from error
+            told = f"{self.url}{path}: {type(error).__name__}: {error}"
+            raise ConnectionBroken(told) from error
         if response.status != 200:
             message = f"{self.url}{path}: status {response.status}: {shorten(answer)}"
             fault = EngineFault if response.status >= 500 else EngineError

@@ -11,7 +11,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from megatron_r1.rollout.client import EngineClient
-from megatron_r1.rollout.errors import EngineDied, EngineError, EngineTimeout
+from megatron_r1.rollout.errors import (
+    ConnectionBroken,
+    EngineDied,
+    EngineError,
+    EngineTimeout,
+)
 from megatron_r1.rollout.pace import Pace
 from megatron_r1.rollout.remote_server import RemoteServer
 from megatron_r1.rollout.server import EngineServer
@@ -110,6 +115,14 @@ class Engine:
             death.cancel()
             with contextlib.suppress(asyncio.CancelledError, EngineError):
                 await request
+
+    async def unless_lost(self, call: Coroutine[Any, Any, T]) -> T:
+        """As `unless_dead`, for what must not be asked twice: an engine whose connection breaks
+        amid a push may hold the old weights, the new ones, or be paused, so it counts as dead."""
+        try:
+            return await self.unless_dead(call)
+        except ConnectionBroken as broken:
+            raise EngineDied(f"{self.name} was lost: {broken}") from broken
 
     def death(self) -> EngineDied:
         return EngineDied(f"{self.name} died: {self.server.describe_end()}")

@@ -25,3 +25,7 @@ class EngineTimeout(EngineError):
 class EngineFault(EngineError):
     """The engine lives, but what came back cannot be used: a dropped connection, an error of its
     own, or an answer that does not add up. Worth asking again."""
+
+
+class ConnectionBroken(EngineFault):
+    """There is no answer, and nobody knows how far the engine came with what it was asked for."""

@@ -281,7 +281,7 @@ class RolloutFleet:
 
     async def _on(self, engines: list[Engine], step: Callable[[EngineClient], Any]) -> list[Engine]:
         """Take a step of a push on each; those that are alive after it."""
-        calls = (engine.unless_dead(step(engine.client)) for engine in engines)
+        calls = (engine.unless_lost(step(engine.client)) for engine in engines)
         outcomes = await asyncio.gather(*calls, return_exceptions=True)
         for engine, outcome in zip(engines, outcomes, strict=True):
             if isinstance(outcome, EngineDied):

@@ -116,8 +116,10 @@ class Repairs:
             except EngineError as error:
                 reason = error
                 await engine.end()
-            except BaseException:
+            except BaseException as error:
                 await engine.end()
+                if isinstance(error, Exception):  # else nobody would ever hear of it
+                    fleet.break_down(error)
                 raise
         fleet.break_down(reason)
 

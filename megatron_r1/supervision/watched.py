@@ -30,9 +30,10 @@ class Watched:
 
     @property
     def is_starting(self) -> bool:
-        """Whether ranks or engines are being started, at first or again."""
+        """Whether ranks or engines are being started, at first or again. While the trainer owes an
+        answer, an engine that starts is not what everything waits for."""
         engines = self.rollouts.fleet.engines if self.rollouts else []
-        is_down = any(not engine.is_up for engine in engines)
+        is_down = self.trainer.waiting is None and any(not engine.is_up for engine in engines)
         return is_down or "starting" in self.recorder.view.doing[0]
 
     def pulse(self) -> Hashable:

@@ -274,6 +274,8 @@ class TrainerClient:
             return f"trainer rank {rank} is gone"
         code, log = self._processes[rank].poll(), self._log(rank)
         how = f"was killed by signal {-code}" if code and code < 0 else f"exited with code {code}"
+        if code is None:  # its connection went first
+            how = "is gone"
         return f"trainer rank {rank} {how}; the end of {log}:\n{processes.last_lines(log)}"
 
     def _log(self, rank: int) -> Path:

@@ -30,9 +30,11 @@ def choice(**wrong):
 
 class Peer:
     """In the place of an engine's server. say: its answer to the k-th request for samples, from 0:
-    a response's wrong fields, a status with a text, or `cut` to close the connection."""
+    a response's wrong fields, a status with a text, or `cut` to close the connection. cuts: a
+    path it closes the connection on, whatever is asked."""
 
-    def __init__(self, say):
+    def __init__(self, say, cuts=None):
+        self.cuts = cuts
         self.say, self.num_asked, self.is_running = say, 0, False
         self.is_lost, self.called = False, []
 
@@ -50,6 +52,9 @@ class Peer:
 
     async def _answer(self, request):
         body = await request.read()
+        if request.path == self.cuts:
+            request.transport.close()
+            return web.Response()
         if request.path != "/inference/v1/generate":
             self.called.append(request.path_qs)
             return web.json_response({"is_sleeping": False, "success": True})
@@ -300,3 +305,22 @@ def test_nobody_is_replaced_while_the_memory_is_the_trainers(tmp_path):
         return early, made
 
     assert run(tmp_path, peers, story, max_restarts=1) == (False, [[[7], [7]]])
+
+
+@pytest.mark.parametrize("path", ["/pause", "/update_weights", "/resume"])
+def test_an_engine_whose_connection_breaks_amid_a_push_is_replaced_by_one_with_its_weights(
+    tmp_path, path
+):
+    """It may be paused, or hold either version: it must serve nothing more."""
+    peers = [Peer(good, cuts=path), Peer(good), Peer(good)]
+
+    async def story(fleet):
+        await fleet.push({}, 1)
+        while fleet.repairs.under_way:
+            await asyncio.sleep(0.01)
+        return fleet.version, [engine.server for engine in fleet.engines], fleet.num_restarts
+
+    version, servers, restarts = run(tmp_path, peers, story, num_engines=2, max_restarts=1)
+    assert (version, servers, restarts) == (1, [peers[2], peers[1]], 1)
+    assert not peers[0].is_alive()
+    assert "/update_weight_version" in peers[2].called

@@ -88,9 +88,6 @@ class World:
         self.receiver = made.pop("receiver")
         self.senders = made
 
-    def make_table(self, num_bytes, slots):
-        return Table(num_bytes, slots)
-
     def client(self):
         return TCPStore("127.0.0.1", self.store.port, is_master=False)
 

@@ -39,11 +39,8 @@ class Pair(World):
     """A World whose senders send deltas; areas as an engine on a CPU or a GPU has."""
 
     def __init__(self, slots, deliveries, full_every, areas):
-        self.full_every, self.areas = full_every, areas
-        super().__init__("gloo", slots, deliveries, 1 << 19)
-
-    def make_table(self, num_bytes, slots):
-        return Table(num_bytes, slots, self.areas)
+        self.full_every = full_every
+        super().__init__("gloo", slots, deliveries, 1 << 19, areas)
 
     def push(self, number, tensors):
         """Send from `tensors`; all that landed must be right. Bytes that travelled."""
@@ -119,11 +116,12 @@ def test_slices_of_several_tensors_and_dtypes_and_memory_between_them(pair, area
 def test_a_landing_memory_that_is_not_what_was_sent_is_found_and_named(pair):
     made = pair()
     made.push(1, {})
-    place(made.receiver.memory, LARGE[0])[300, 17] += 1
+    place(made.table.area(made.receiver.memory, 1), LARGE[0])[300, 17] += 1
     with pytest.raises(ValueError, match=r"1 tensors arrived otherwise.*large \(from rank 1\)"):
         made.push(2, trained(2))
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # the sender's
 def test_a_receiver_that_has_another_base_says_so(pair):
     made = pair()
     made.push(1, {})

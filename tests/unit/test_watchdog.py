@@ -17,8 +17,11 @@ from megatron_r1.data.text import PromptText
 from megatron_r1.reporting.recorder import Recorder
 from megatron_r1.reporting.run_folder import RunFolder
 from megatron_r1.rewards.runtime.pool import RewardPool
+from megatron_r1.rollout.client import EngineClient
+from megatron_r1.rollout.engine import Engine
 from megatron_r1.rollout.fleet import RolloutFleet
 from megatron_r1.rollout.sampling import Rollouts
+from megatron_r1.rollout.server import EngineServer
 from megatron_r1.supervision.supervisor import Supervisor
 from megatron_r1.supervision.watchdog import HangError
 from megatron_r1.training.client import TrainerClient
@@ -95,6 +98,22 @@ def graders(tmp_path, monkeypatch):
     folder.mkdir()
     (folder / "graders.py").write_text(textwrap.dedent(GRADERS))
     monkeypatch.syspath_prepend(str(folder))
+
+
+def test_an_engine_that_starts_does_not_hide_a_trainer_that_hangs(tmp_path):
+    """It may wait for the trainer's weights itself, and then for as long as the trainer hangs."""
+    run = Run(tmp_path, hang_seconds=0.5)
+
+    async def body(work):
+        async with run.supervised() as supervisor:
+            server = EngineServer(run.config.model.path, tmp_path / "engine-0.log")
+            engine = Engine(0, server, EngineClient(""), is_up=False)
+            run.rollouts.fleet.engines.append(engine)
+            await supervisor.run(work())
+
+    asyncio.run(body(lambda: asyncio.sleep(1.5)))  # nothing moves, but an engine starts
+    with pytest.raises(HangError, match="Everything waits for trainer: 'start' since"):
+        asyncio.run(body(lambda: run.trainer.connect()))
 
 
 def test_a_reward_that_hangs_stops_the_run_and_is_named(tmp_path):

@@ -3,6 +3,7 @@
 step       whole RL steps beside TRL: tokens per second, overlap; or the phases of a recipe
 fp8        what FP8 training does to the loss, against bf16
 push       the weight push, here and at the real size
+chaos      a run in which everything breaks: is it the run it would have been?
 kernels    r1_kernels against every public peer: time, memory, error
 rewards    grades per second of each reward, and a soak with hostile responses
 resources  what r1_kernels' Triton kernels compile to, without a GPU: registers, instructions
@@ -17,6 +18,7 @@ import platform
 import sys
 from pathlib import Path
 
+import chaos
 import fp8
 import push
 import resources
@@ -26,6 +28,7 @@ import step
 import kernels
 
 BENCHES = {
+    "chaos": chaos,
     "fp8": fp8,
     "kernels": kernels,
     "push": push,
@@ -52,7 +55,7 @@ def main() -> int:
             "python": platform.python_version(),
         }
         chosen.json.write_text(json.dumps({**about, **result}, indent=1) + "\n")
-    return 0
+    return 1 if result.get("broken") else 0
 
 
 if __name__ == "__main__":

@@ -62,7 +62,7 @@ class ProcessGroupReceiver(Receiver):
             group.abort()
 
     def _receive(self, sender: int) -> None:
-        last = 0
+        last, group = 0, None
         try:
             group = pair(self.backend, self.meeting, sender, self.rank, is_sender=False)
             self._groups.append(group)
@@ -80,6 +80,10 @@ class ProcessGroupReceiver(Receiver):
         except Exception as error:
             if not self._is_closing:
                 self.inbox.failed(RuntimeError(f"trainer rank {sender}: {error}"))
+                # Closes the connection, so that the sender need not wait for its timeout.
+                if group in self._groups:
+                    self._groups.remove(group)
+                group = None
 
     def _receive_window(self, group: dist.ProcessGroup, sender: int, header: Header) -> None:
         deliveries = self.inbox.deliveries[sender]
@@ -174,6 +178,7 @@ class ProcessGroupSender(Sender):
         self._sent = []
         if hasattr(self, "_group"):
             self._group.abort()
+            del self._group  # closes the connection
 
     def _packed(self, bucket: list[Chunk], sources, hashes: dict[int, xxhash.xxh3_64]):
         """A bucket's bytes on the host, in the engine's dtypes; hashed."""

@@ -27,6 +27,9 @@ AHEAD_SECONDS = 0.02
 MAX_AHEAD = 64
 COUNTERS = ("graded", "timeouts", "crashes", "out_of_memory", "errors")
 
+SMALL_LIMIT_BYTES = 512 * 2**20
+"""About what the largest grader, with sympy, takes to be loaded."""
+
 
 @dataclass(eq=False)
 class _Pending:
@@ -270,7 +273,8 @@ class RewardPool:
 
     def _raise(self, pending: _Pending, reason: str) -> None:
         if not pending.result.done():
-            if "MemoryError" in reason:
+            # Libraries that run out of memory while they load say all kinds of things.
+            if "MemoryError" in reason or self.memory_limit_bytes < SMALL_LIMIT_BYTES:
                 reason += f" (within {self.memory_limit_bytes:,} bytes: rewards.memory_gib)"
             error = ValueError(f"reward {pending.target!r} cannot be used: {reason}")
             pending.result.set_exception(error)

@@ -22,6 +22,7 @@ from .user import User
 
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
 DISK_MEBIBYTES = 96
+SAID_CHARS = 600
 
 
 def add_options(options: argparse.ArgumentParser) -> None:
@@ -37,21 +38,23 @@ def run(chosen: argparse.Namespace) -> dict[str, Any]:
     """A report per fault, and "broken": what does not hold."""
     names, skipped = possible()
     if chosen.only:
-        names, skipped = [n for n in names if n in chosen.only], []
-    for name in skipped:
-        print(f"SKIPPED, as it takes root: {name}")
+        names = [name for name in names if name in chosen.only]
+    for name, reason in skipped.items():
+        print(f"SKIPPED  {name}: {reason}")
     with tempfile.TemporaryDirectory(prefix="chaos") as scratch:
-        folder = chosen.keep or Path(scratch)
+        folder = (chosen.keep or Path(scratch)).resolve()
         base = task.make_base(folder / "model", chosen.seed)
         undisturbed = [
             _left_in_peace(folder / f"undisturbed_{i}", base, chosen)
             for i in range(chosen.undisturbed)
         ]
         with small_disk(folder / "disk", DISK_MEBIBYTES) as disk:
-            user, reports = _disturbed(disk, base, names, chosen)
+            try:
+                user, reports = _disturbed(disk, folder / "commands", base, names, chosen)
+            finally:
+                if chosen.keep and (disk / "run").exists():
+                    shutil.copytree(disk / "run", folder / "run")
             result = _judged(user, reports, disk / "run", undisturbed, chosen)
-            if chosen.keep:
-                shutil.copytree(disk / "run", folder / "run")
     return {"skipped": skipped, **result}
 
 
@@ -64,7 +67,7 @@ def _recipe(folder: Path, base: Path, chosen: argparse.Namespace) -> list[str]:
 
 def _left_in_peace(folder: Path, base: Path, chosen: argparse.Namespace) -> Path:
     folder.mkdir(parents=True)
-    user = User(_recipe(folder, base, chosen), folder / "run", ENVIRONMENT)
+    user = User(_recipe(folder, base, chosen), folder / "run", folder / "commands", ENVIRONMENT)
     try:
         while not user.is_done:
             user.follow(1.0)
@@ -77,9 +80,9 @@ def _left_in_peace(folder: Path, base: Path, chosen: argparse.Namespace) -> Path
 
 
 def _disturbed(
-    disk: Path, base: Path, names: list[str], chosen: argparse.Namespace
+    disk: Path, logs: Path, base: Path, names: list[str], chosen: argparse.Namespace
 ) -> tuple[User, list[Report]]:
-    user = User(_recipe(disk, base, chosen), disk / "run", ENVIRONMENT)
+    user = User(_recipe(disk, base, chosen), disk / "run", logs, ENVIRONMENT)
     draw = random.Random(chosen.seed)
     try:
         reports = disturb(Scene(user, disk), names, chosen.steps, tuple(chosen.gap), draw, _tell)
@@ -89,11 +92,10 @@ def _disturbed(
 
 
 def _tell(report: Report) -> None:
-    print(
-        f"step {report.step:4}  {report.fault:36}{report.seconds_to_next_step:8.1f} s  "
-        f"{report.what.splitlines()[-1][:120]}",
-        flush=True,
-    )
+    seconds = report.seconds_to_next_step
+    took = "    the end" if seconds is None else f"{seconds:9.1f} s"
+    what = report.what.splitlines()[-1][:120]
+    print(f"step {report.step:4}  {report.fault:36}{took}  {what}", flush=True)
 
 
 def _judged(
@@ -113,6 +115,7 @@ def _judged(
         "accuracy_undisturbed": [oracle.accuracy(folder) for folder in undisturbed],
         "accuracy_allowed_gap": allowed,
         "broken": broken,
+        "ends": [[round(end.seconds), end.status, end.said[-SAID_CHARS:]] for end in user.ends],
         "reports": as_dicts(reports),
     }
     print(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import shutil
 import signal
 import subprocess
 from collections.abc import Callable
@@ -183,10 +184,14 @@ FAULTS: dict[str, Fault] = {
     "disk full": fill_disk,
     "checkpoint corrupted": corrupt_checkpoint,
 }
-ROOT_ONLY = ("engine's connections dropped", "trainer's connections dropped", "disk full")
+DROPS = ("engine's connections dropped", "trainer's connections dropped")
 
 
-def possible() -> tuple[list[str], list[str]]:
-    """Those that this user may do, and those that take root."""
-    skipped = [] if may_mount() else list(ROOT_ONLY)
+def possible() -> tuple[list[str], dict[str, str]]:
+    """Those that can be done here, and what the others lack."""
+    skipped = {}
+    if not may_mount():
+        skipped = dict.fromkeys(("disk full", *DROPS), "it takes root")
+    elif shutil.which("ss") is None:
+        skipped = dict.fromkeys(DROPS, "it takes `ss`, of iproute2")
     return [name for name in FAULTS if name not in skipped], skipped

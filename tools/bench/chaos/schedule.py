@@ -17,8 +17,8 @@ LATEST_RECOVERY_SECONDS = 420.0
 
 @dataclass
 class Report:
-    """Of one fault. step: the last finished one then; seconds_to_next_step: until one more than
-    ever before was finished."""
+    """Of one fault. step: the last one finished when it was done; seconds_to_next_step: from its
+    beginning until one more than ever before was finished."""
 
     fault: str
     step: int
@@ -45,7 +45,7 @@ def disturb(
     user, reports = scene.user, []
     faults = order(names, draw)
     _until(user, lambda: user.best >= 1)
-    wait = draw.randint(1, gap[0])
+    num_told, wait = 0, draw.randint(1, gap[0])
     while not user.is_done:
         due = user.best + wait
         _until(user, lambda due=due: user.best >= min(due, steps - 1))
@@ -58,26 +58,27 @@ def disturb(
             reports.append(_inject(scene, next(faults), draw))
         at = reports[-1].step
         _until(user, lambda at=at: user.best > at)
-        for report in reports:
-            if report.seconds_to_next_step is None:
-                first = next(s.seconds for s in user.sightings if s.line["step"] > report.step)
-                report.seconds_to_next_step = round(first - report.at_seconds, 2)
-                tell(report)
-        wait = draw.randint(*gap)
+        for report in reports[num_told:]:
+            later = [seen.seconds for seen in user.sightings if seen.line["step"] > report.step]
+            if later:  # else it came in the run's last step, or after
+                report.seconds_to_next_step = round(later[0] - report.at_seconds, 2)
+            tell(report)
+        num_told, wait = len(reports), draw.randint(*gap)
     _until(user, lambda: user.is_done)
     return reports
 
 
 def _inject(scene: Scene, name: str, draw: random.Random) -> Report:
-    """Do it as soon as there is what it breaks."""
+    """Do it as soon as there is what it breaks. Raises RuntimeError where that never comes."""
     user = scene.user
-    while True:
-        step, seconds = user.best, user.seconds
-        if what := FAULTS[name](scene, draw):
-            return Report(name, step, round(seconds, 2), what)
+    deadline = user.seconds + LATEST_RECOVERY_SECONDS
+    while user.seconds < deadline:
+        seconds = user.seconds
+        what = FAULTS[name](scene, draw)
+        if what or user.is_done:
+            return Report(name, user.best, round(seconds, 2), what or "came too late")
         user.follow(0.02)
-        if user.is_done:
-            return Report(name, step, round(seconds, 2), "came too late")
+    raise RuntimeError(f"nothing found to do this to after step {user.best}: {name}")
 
 
 def _until(user, is_so: Callable[[], bool]) -> None:

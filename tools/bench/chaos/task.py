@@ -92,6 +92,7 @@ def recipe(base: Path, folder: Path, questions: Path, steps: int, seed: int) -> 
             "dtype": "float32",
             "max_num_seqs": 16,
             "max_restarts": 1000,
+            "start_timeout_seconds": 180,
             "unresponsive_seconds": 15,
         },
         "push": {"timeout_seconds": 60},

@@ -46,10 +46,12 @@ class End:
 
 @dataclass
 class User:
-    """`follow` is to be called all the time; seconds count from the first command."""
+    """`follow` is to be called all the time; seconds count from the first command. run: its folder;
+    logs: a folder for what each command prints."""
 
     command: list[str]
     run: Path
+    logs: Path
     environment: dict[str, str]
     sightings: list[Sighting] = field(default_factory=list)
     ends: list[End] = field(default_factory=list)
@@ -60,6 +62,7 @@ class User:
     """False while something is being broken between two commands."""
 
     def __post_init__(self) -> None:
+        self.logs.mkdir(parents=True, exist_ok=True)
         self._began = time.monotonic()
         self._seen: dict[int, str] = {}
         self._mark: tuple[int, int] | None = None
@@ -105,25 +108,28 @@ class User:
         if self._best_at_start[-PATIENCE - 1] == self.best:
             told = "\n---\n".join(end.said[-3000:] for end in self.ends[-PATIENCE:])
             raise RuntimeError(f"typed {PATIENCE} times without a step more:\n{told}")
-        self._output, self._errors = tempfile.TemporaryFile(), tempfile.TemporaryFile()
-        self.process = subprocess.Popen(
-            self.command,
-            env=os.environ | self.environment,
-            stdin=subprocess.DEVNULL,
-            stdout=self._output,
-            stderr=self._errors,
-            start_new_session=True,
-        )
+        with open(self._log("out"), "wb") as output, open(self._log("err"), "wb") as errors:
+            self.process = subprocess.Popen(
+                self.command,
+                env=os.environ | self.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=errors,
+                start_new_session=True,
+            )
 
     def _note_end(self) -> None:
         if self.process is None:
             return
         status = self.process.wait()
-        self._errors.seek(0)
-        said = self._errors.read().decode(errors="replace")
+        said = self._log("err").read_text(errors="replace").strip()
         self.process = None
         self.ends.append(End(self.seconds, status, said, kept_groups(self.run / "sample_log")))
         self.is_done = status == 0
+
+    def _log(self, kind: str) -> Path:
+        """Of the present command, on a disk that nobody fills."""
+        return self.logs / f"command_{len(self.ends)}.{kind}"
 
     def _read(self) -> None:
         path = self.run / "metrics.jsonl"
