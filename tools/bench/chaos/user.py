@@ -16,6 +16,7 @@ from typing import Any
 import psutil
 
 from megatron_r1.framed import FramedFile
+from megatron_r1.processes import die_with_parent
 from megatron_r1.rl.sample_record import Accepted, decode
 
 from .roles import Roles
@@ -116,6 +117,7 @@ class User:
                 stdout=output,
                 stderr=errors,
                 start_new_session=True,
+                preexec_fn=die_with_parent,  # where the bench itself is killed
             )
 
     def _note_end(self) -> None:
