@@ -1,4 +1,4 @@
-"""tools/bench chaos: its oracle finds what it is there to find, and its faults come as they should."""
+"""tools/bench chaos: its oracle finds what it is there for, and every fault gets its turn."""
 
 import json
 import random

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import datetime
 import threading
+import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -25,6 +26,7 @@ from megatron_r1.landing.table import Delivery, dtype_of
 from megatron_r1.landing.transports.base import Receiver, Sender, of_window
 from megatron_r1.landing.transports.buckets import Chunk, buckets, num_bytes, pack, unpack
 
+CLOSE_SECONDS = 2.0
 IDLE_SECONDS = 30 * 24 * 3600.0
 """How long a receiver waits for the next push to begin."""
 
@@ -60,6 +62,10 @@ class ProcessGroupReceiver(Receiver):
         self._is_closing = True
         for group in self._groups:
             group.abort()
+        # A thread that is still in a call when the interpreter ends would abort the process.
+        deadline = time.monotonic() + CLOSE_SECONDS
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
 
     def _receive(self, sender: int) -> None:
         last, group = 0, None
