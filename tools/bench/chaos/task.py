@@ -1,9 +1,8 @@
 """What is learned while things break: the smallest task on which reinforcement learning shows.
 
-A base model answers sums of two digits in one of two manners: seldom with a thought, and then
-rightly, mostly with a guess that is wrong. Reinforcement learning finds out that thinking pays, on
-questions that it is not asked later. The base model saw all of them; which manner it takes to those
-that are held out is what it learns here.
+A base model is asked to repeat a number of three digits, and does so in one of two manners: seldom
+with a thought, and then rightly, mostly with a guess of which one digit is wrong. Reinforcement
+learning finds out that thinking pays, and is evaluated on numbers that it did not meet.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ MODEL = {
     "torch_dtype": "float32",
 }
 QUESTIONS, GROUP, MINIBATCHES = 8, 8, 2
-PAIRS = [(a, b) for a in range(10) for b in range(10)]
+NUMBERS = range(100, 1000)
 
 
 def make_base(folder: Path, seed: int) -> Path:
@@ -83,7 +82,7 @@ def recipe(base: Path, folder: Path, questions: Path, steps: int, seed: int) -> 
             "max_trainer_restarts": 1000,
         },
         "model": {"path": str(base), "dtype": "float32"},
-        "data": {"path": str(questions), "heldout_fraction": 0.25, "template": TEMPLATE},
+        "data": {"path": str(questions), "num_heldout": 60, "template": TEMPLATE},
         "rollout": {
             "engines": 2,
             "threads": 1,
@@ -102,16 +101,16 @@ def recipe(base: Path, folder: Path, questions: Path, steps: int, seed: int) -> 
             "minibatches": MINIBATCHES,
             "reference_refresh": 100,
         },
-        "optimizer": {"learning_rate": 1.5e-4, "weight_decay": 0.0},
+        "optimizer": {"learning_rate": 2e-5, "weight_decay": 0.0},
         "parallel": {"processes": 2, "tensor": 2, "threads": 1},
         "checkpoint": {"every": 3, "keep": 2},
-        "eval": {"every": 50, "samples": 16},
+        "eval": {"every": 50, "samples": 8, "temperature": 1.0},
     }
 
 
 def write_questions(path: Path) -> Path:
-    """Every sum, once."""
-    return write_lines(path, [{"question": f"{a}+{b}=", "truth": str(a + b)} for a, b in PAIRS])
+    """Every number, once."""
+    return write_lines(path, [{"question": f"{n}=", "truth": str(n)} for n in NUMBERS])
 
 
 def write_lines(path: Path, records: list[dict[str, Any]]) -> Path:
@@ -129,9 +128,11 @@ def command(verb: str, recipe: Path) -> list[str]:
 
 
 def _example(draw: random.Random) -> dict[str, str]:
-    a, b = draw.choice(PAIRS)
-    thought, answer = "so", a + b
+    number = draw.choice(NUMBERS)
+    thought, answer = "so", str(number)
     if draw.random() >= THINKS:
-        thought, answer = "", a + b + draw.choice([-3, -2, -1, 1, 2, 3])
+        thought, place = "", draw.randrange(3)
+        wrong = draw.choice([d for d in "123456789" if d != answer[place]])
+        answer = answer[:place] + wrong + answer[place + 1 :]
     response = f"<think>{thought}</think><answer>{answer}</answer>"
-    return {"prompt": f"{a}+{b}=", "response": response}
+    return {"prompt": f"{number}=", "response": response}
