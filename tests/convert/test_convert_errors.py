@@ -4,7 +4,7 @@ from collections import namedtuple
 
 import pytest
 import torch
-from conftest import write_folder
+from random_folder import write_folder
 from safetensors.torch import load_file, save_file
 from small_models import MODELS
 

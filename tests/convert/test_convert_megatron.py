@@ -4,8 +4,8 @@ from pathlib import Path
 import pytest
 import reload_check
 import torch
-from conftest import write_folder
 from fp8_folder import publish
+from random_folder import write_folder
 from ranks import run_ranks
 from safetensors.torch import load_file, save_file
 from small_models import MODELS

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import write_folder
+from random_folder import write_folder
 from small_models import MODELS
 
 from megatron_r1.training.checkpoints import manifest

@@ -2,8 +2,8 @@ import json
 
 import pytest
 import torch
-from conftest import write_folder
 from fp8_folder import dequantise, publish
+from random_folder import write_folder
 from safetensors.torch import load_file
 from small_models import DEEPSEEK, MODELS
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import write_folder
+from random_folder import write_folder
 from small_models import MODELS
 
 REPOSITORY = Path(__file__).parents[2]

@@ -1,73 +1,12 @@
-"""A small DeepSeek-V3-shaped model with a tokenizer, and a way to run the command line on it."""
+"""A base model for runs of the command line, and transformers in a process of its own."""
 
 import concurrent.futures
 import json
 import multiprocessing
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from tiny_models import DEEPSEEK
-
-HERE = Path(__file__).parent
-MODEL = DEEPSEEK | {
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "moe_intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "n_routed_experts": 4,
-    "q_lora_rank": 48,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "pad_token_id": 2,
-    "torch_dtype": "float32",
-}
-
-
-def write_model(folder: Path) -> None:
-    """config.json and a byte-level tokenizer; no weights."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
-
-    vocabulary = {"<bos>": 0, "<eos>": 1, "<pad>": 2}
-    for symbol in sorted(pre_tokenizers.ByteLevel.alphabet()):
-        vocabulary[symbol] = len(vocabulary)
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_tokens(["<think>", "</think>", "<answer>", "</answer>"])
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<bos> $A", special_tokens=[("<bos>", 0)]
-    )
-    whole = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>"
-    )
-    whole.save_pretrained(folder)
-    config = {**MODEL, "vocab_size": len(whole)}
-    (folder / "config.json").write_text(json.dumps(config))
-
-
-def command(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "megatron_r1", *map(str, arguments)]
-
-
-def environment() -> dict[str, str]:
-    path = f"{HERE}:{os.environ.get('PYTHONPATH', '')}"
-    return {**os.environ, "PYTHONPATH": path, "PYTHONWARNINGS": "ignore"}
-
-
-def run(*arguments: str, timeout_seconds: int = 300) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        command(*arguments),
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=timeout_seconds,
-    )
+from command_line import run, write_model
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from conftest import command, environment, run
+from command_line import command, environment, run
 from safetensors.torch import load_file
 
 TWO = ["--parallel.processes", "2", "--parallel.tensor", "2"]

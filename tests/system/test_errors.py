@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from conftest import run
+from command_line import run
 
 
 def recipe(base, folder, **changes) -> str:

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import run
+from command_line import run
 
 
 def lines(path: Path) -> list[dict]:

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from conftest import environment, run
+from command_line import environment, run
 
 ROOT = Path(__file__).parents[2]
 

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import command, environment, run
+from command_line import command, environment, run
 
 HERE = Path(__file__).parent
 CONTRACT = [

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import run, write_model
+from command_line import run, write_model
 
 # Enough experts and layers that a bf16 engine sometimes chooses otherwise than the fp32 trainer.
 SIZES = {

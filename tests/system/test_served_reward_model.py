@@ -15,7 +15,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from conftest import write_model
+from command_line import write_model
 from tiny_models import QWEN
 
 from megatron_r1.rewards.base import UNGRADED

@@ -9,7 +9,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from conftest import command, environment
+from command_line import command, environment
 from prometheus_client.parser import text_string_to_metric_families
 
 from megatron_r1.framed import FramedFile

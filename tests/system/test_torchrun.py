@@ -4,7 +4,7 @@ import json
 import subprocess
 import sys
 
-from conftest import environment
+from command_line import environment
 
 
 def torchrun(*arguments: object) -> subprocess.CompletedProcess:
