@@ -28,8 +28,8 @@ LIMIT = 10_000
 
 
 def update(trainer, place, seed: int) -> dict:
-    metrics = load(trainer, place, (seed,))
-    metrics |= trainer.update(0, LOSS, SETTINGS, 0.1)
+    load(trainer, place, (seed,))
+    metrics = trainer.update(0, LOSS, SETTINGS, 0.1) | trainer.agreement()
     # Streams that training may draw from: each draw has to go on where the last one stopped.
     metrics["draws"] = [torch.rand(1).item(), random.random(), forked_draw()]
     return metrics

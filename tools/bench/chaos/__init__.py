@@ -18,7 +18,7 @@ from . import oracle, task
 from .disk import small_disk
 from .faults import FAULTS, Scene, possible
 from .schedule import Report, as_dicts, disturb
-from .user import User
+from .user import End, User
 
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
 DISK_MEBIBYTES = 96
@@ -98,6 +98,12 @@ def _tell(report: Report) -> None:
     print(f"step {report.step:4}  {report.fault:36}{took}  {what}", flush=True)
 
 
+def _told(end: End, run: Path) -> dict[str, Any]:
+    """How a command ended, without the names of folders that are gone."""
+    said = end.said[-SAID_CHARS:].replace(str(run), "RUN")
+    return {"at_seconds": round(end.seconds), "status": end.status, "said": said}
+
+
 def _judged(
     user: User, reports: list[Report], run: Path, undisturbed: list[Path], chosen
 ) -> dict[str, Any]:
@@ -115,7 +121,7 @@ def _judged(
         "accuracy_undisturbed": [oracle.accuracy(folder) for folder in undisturbed],
         "accuracy_allowed_gap": allowed,
         "broken": broken,
-        "ends": [[round(end.seconds), end.status, end.said[-SAID_CHARS:]] for end in user.ends],
+        "ends": [_told(end, run) for end in user.ends],
         "reports": as_dicts(reports),
     }
     print(

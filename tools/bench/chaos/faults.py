@@ -141,8 +141,10 @@ def fill_disk(scene: Scene, draw: random.Random) -> str | None:
     finally:
         make_room(scene.disk)
         user.may_type = True
-    said = user.ends[-1].said.strip() if not user.is_running else "it went on"
-    return f"full until it ended, saying: {said[-400:]}"
+    if user.is_running:
+        return f"full for {HOLD_SECONDS:.0f} s, and it went on"
+    last = user.ends[-1].said.splitlines() or ["nothing"]
+    return f"full until it ended, saying: {last[-1].replace(str(user.run), 'RUN')}"
 
 
 def corrupt_checkpoint(scene: Scene, draw: random.Random) -> str | None:
