@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from push.here import measure
+from push.here import measure, model
 from push.real_size import plan_of_671b
 
 
@@ -18,6 +18,9 @@ def add_options(options: argparse.ArgumentParser) -> None:
     options.add_argument("--hidden", type=int, default=1024, help="of the model pushed here")
     options.add_argument("--layers", type=int, default=8)
     options.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
+    options.add_argument(
+        "--plain-matrices", action="store_true", help="an engine that packs none for oneDNN"
+    )
 
 
 def run(chosen: argparse.Namespace) -> dict[str, Any]:
@@ -30,8 +33,9 @@ def run(chosen: argparse.Namespace) -> dict[str, Any]:
                 f"    {key:44} {value:.4g}" if isinstance(value, float) else f"    {key}: {value}"
             )
     with tempfile.TemporaryDirectory() as folder:
-        shape = (chosen.hidden, chosen.layers, chosen.dtype)
-        here = asyncio.run(measure(Path(folder), *shape, chosen.repeats))
+        shape = model(chosen.hidden, chosen.layers, chosen.dtype)
+        environment = {"MEGATRON_R1_PLAIN_MATRICES": "1"} if chosen.plain_matrices else {}
+        here = asyncio.run(measure(Path(folder), shape, environment, chosen.repeats))
     print(f"here, {here['model']}: medians of {chosen.repeats} after one to warm up")
     for key, value in here.items():
         if isinstance(value, float):

@@ -44,11 +44,11 @@ def model(hidden: int, layers: int, dtype: str) -> dict[str, Any]:
 
 
 async def measure(
-    folder: Path, hidden: int, layers: int, dtype: str, repeats: int
+    folder: Path, shape: dict[str, Any], environment: dict[str, str], repeats: int
 ) -> dict[str, Any]:
-    """Medians of seconds and the ratios that follow."""
+    """Medians of seconds and the ratios that follow. environment: the engine's, beside its own."""
     os.environ["OMP_WAIT_POLICY"] = "passive"
-    shape = model(hidden, layers, dtype)
+    dtype = shape["torch_dtype"]
     (folder / "model").mkdir()
     (folder / "model/config.json").write_text(json.dumps(shape))
     config = Config.model_validate(
@@ -59,7 +59,7 @@ async def measure(
     )
     trainer = TrainerClient(config, folder / "logs")
     trainer.launch()
-    settings = {"max_model_len": 512, "max_num_seqs": 4, "dtype": dtype}
+    settings = {"max_model_len": 512, "max_num_seqs": 4, "dtype": dtype, "extra_env": environment}
     try:
         await trainer.connect()
         await trainer.call("export", folder=str(folder / "export"))
@@ -100,6 +100,7 @@ async def _in_turns(trainer, fleet, config, shape, folder: Path, repeats: int) -
         "push over memory copy": found["copy"] / found["push"],
         "export, seconds": found["export"],
         "reload, seconds": found["reload"],
+        "load average of the machine": os.getloadavg()[0],
         "export and reload over push": (found["export"] + found["reload"]) / found["push"],
     }
 
