@@ -10,14 +10,15 @@ from megatron_r1.config.section import Section
 
 
 class PushConfig(Section):
-    transport: Literal["shm", "gloo", "nccl"] = Field(
+    transport: Literal["shm", "cuda_ipc", "gloo", "nccl"] = Field(
         "shm",
-        description="shm: trainer and engines on one host; gloo, nccl: on many. See docs/push.md",
+        description="shm, or cuda_ipc between GPUs: trainer and engines on one host; gloo, nccl: "
+        "on many. See docs/push.md",
     )
     memory_gib: float | None = Field(
         None,
         gt=0,
-        description="host memory an engine rank may use for weights on their way; with less than "
+        description="memory an engine rank may use for weights on their way; with less than "
         "all its weights engines pause while they travel; default: as much as they have",
     )
     fp8: bool = Field(
@@ -49,9 +50,14 @@ class PushConfig(Section):
 
     @model_validator(mode="after")
     def _delta_travels(self):
-        if self.delta and self.transport == "shm":
+        if self.delta and self.on_one_host:
             raise ValueError(
-                "push.delta: with push.transport: shm nothing travels, weights are written to "
-                "where they are wanted; set push.delta: false, or another transport"
+                f"push.delta: with push.transport: {self.transport} nothing travels, weights are "
+                "written to where they are wanted; set push.delta: false, or gloo or nccl"
             )
         return self
+
+    @property
+    def on_one_host(self) -> bool:
+        """Whether trainer ranks write into engine ranks' memory."""
+        return self.transport in ("shm", "cuda_ipc")

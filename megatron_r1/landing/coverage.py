@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from megatron_r1.landing.table import Delivery, Table
 
@@ -21,8 +21,14 @@ def check_coverage(table: Table, deliveries: Iterable[Delivery]) -> None:
         if size != slot.height * slot.width or _overlap(brought):
             problems.append(f"{slot.name} ({size} of {slot.height * slot.width} elements)")
     if problems:
-        shown = ", ".join(problems[:5]) + (", ..." if len(problems) > 5 else "")
-        raise ValueError(f"{len(problems)} tensors would not be brought whole and once: {shown}")
+        raise ValueError(
+            f"{len(problems)} tensors would not be brought whole and once: {first_few(problems)}"
+        )
+
+
+def first_few(tensors: Sequence[str], count: int = 5) -> str:
+    """For an error message about any number of them."""
+    return ", ".join(tensors[:count]) + (", ..." if len(tensors) > count else "")
 
 
 def _overlap(parts: list[Delivery]) -> bool:

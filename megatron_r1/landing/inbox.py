@@ -5,14 +5,13 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 
 import torch
 
 from megatron_r1.landing.checksum import checksum
-from megatron_r1.landing.coverage import check_coverage
-from megatron_r1.landing.table import Delivery, Table, place
-
-MISMATCHES_SHOWN = 5
+from megatron_r1.landing.coverage import check_coverage, first_few
+from megatron_r1.landing.table import Delivery, Table, by_window, place
 
 
 class Inbox:
@@ -28,8 +27,10 @@ class Inbox:
     ):
         check_coverage(table, [d for brought in deliveries.values() for d in brought])
         self.table, self.memory, self.deliveries = table, memory, deliveries
+        self.windows = {sender: by_window(table, found) for sender, found in deliveries.items()}
+        # By window: how many of a sender's deliveries there are up to its end.
         self._last = {
-            sender: self._last_of_windows(brought) for sender, brought in deliveries.items()
+            sender: list(accumulate(map(len, windows))) for sender, windows in self.windows.items()
         }
         self._push = dict.fromkeys(deliveries, 0)
         self._count = dict.fromkeys(deliveries, 0)
@@ -74,9 +75,9 @@ class Inbox:
                     )
             wrong = self._wrong.get(push, [])
         if wrong:
-            shown = ", ".join(wrong[:MISMATCHES_SHOWN]) + (", ..." if len(wrong) > 5 else "")
             raise ValueError(
-                f"push {push}: {len(wrong)} tensors arrived otherwise than they were sent: {shown}"
+                f"push {push}: {len(wrong)} tensors arrived otherwise than they were sent: "
+                f"{first_few(wrong)}"
             )
 
     def _late(self, push: int, window: int) -> list[int]:
@@ -86,8 +87,3 @@ class Inbox:
             for sender, last in self._last.items()
             if last[window] and (self._push[sender], self._count[sender]) < (push, last[window])
         ]
-
-    def _last_of_windows(self, brought: Sequence[Delivery]) -> list[int]:
-        """By window: how many of a sender's deliveries there are up to its end."""
-        windows = [self.table.slots[d.slot].window for d in brought]
-        return [sum(at <= window for at in windows) for window in range(self.table.num_windows)]

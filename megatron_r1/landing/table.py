@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import msgspec
 import torch
 
@@ -76,6 +78,14 @@ class Delivery(msgspec.Struct, frozen=True, array_like=True):
 
     def num_bytes(self, table: Table) -> int:
         return self.size * dtype_of(table.slots[self.slot]).itemsize
+
+
+def by_window(table: Table, deliveries: Sequence[Delivery]) -> list[list[int]]:
+    """The indices of the deliveries of each window."""
+    found: list[list[int]] = [[] for _ in range(table.num_windows)]
+    for index, delivery in enumerate(deliveries):
+        found[table.slots[delivery.slot].window].append(index)
+    return found
 
 
 def dtype_of(slot: Slot) -> torch.dtype:

@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import asdict, replace
 from typing import Any, Protocol
 
 from megatron_r1.config import Config
@@ -19,6 +20,7 @@ from megatron_r1.models import read_hf_config
 from megatron_r1.rollout.engine import Engine
 from megatron_r1.rollout.errors import EngineDied, EngineError
 from megatron_r1.rollout.fleet import RolloutFleet
+from megatron_r1.rollout.parallelism import engine_layout
 from megatron_r1.training.client import TrainerError
 from megatron_r1.training.wire import Sample
 from megatron_r1.weights.push.blocks import pushed_tensors
@@ -44,19 +46,14 @@ def weight_bridge(
     config: Config, trainer: Trainer, fleet: RolloutFleet, probes: Sequence[Sequence[int]]
 ) -> WeightBridge:
     """The bridge of a run; probes: prompts' token ids."""
-    rollout, fp8 = config.rollout, config.push.fp8
-    is_exact = config.model.dtype == rollout.dtype == "float32" and not fp8
+    fp8 = config.push.fp8
+    is_exact = config.model.dtype == config.rollout.dtype == "float32" and not fp8
     return WeightBridge(
         trainer,
         fleet,
         config.push,
         pushed_tensors(read_hf_config(config.model.path), fp8=fp8),
-        {
-            "tensor": rollout.tensor,
-            "pipeline": rollout.pipeline,
-            "data": rollout.data,
-            "expert_parallel": rollout.expert_parallel,
-        },
+        asdict(replace(engine_layout(config), engines=1)),
         probes,
         config.push.probe_tolerance or (EXACT_TOLERANCE if is_exact else TOLERANCE),
     )

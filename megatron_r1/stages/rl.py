@@ -63,7 +63,7 @@ def run(config: Config) -> None:
         recorder: Recorder, trainer: TrainerClient, stop: StopRequest, supervisor: Supervisor
     ) -> None:
         folder, say = recorder.folder.path, recorder.view.message
-        one_memory = config.push.transport == "shm"
+        one_memory = config.push.on_one_host
         async with placed(config.rollout, folder, one_memory, say) as hosts:
             roles = (recorder, trainer, stop, supervisor)
             await _with_engines(config, *roles, text, prompts, hosts)
@@ -153,6 +153,13 @@ def _fleet(
     hosts: HostPool | None,
 ) -> RolloutFleet:
     from megatron_r1 import platform  # imports torch; the trainer is starting meanwhile
+
+    transport = config.push.transport
+    if transport in ("cuda_ipc", "nccl") and not platform.has_gpu():
+        raise ValueError(
+            f"push.transport: {transport} moves memory of GPUs, and there is none here; set shm, "
+            "or gloo where engines are on other hosts"
+        )
 
     rollout = config.rollout
     return RolloutFleet(

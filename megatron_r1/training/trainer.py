@@ -170,10 +170,6 @@ class Trainer:
         metrics |= {"grad_norm": float(grad_norm), "step_taken": float(succeeded)}
         return metrics
 
-    def write_weights(self, path: str, dtype: str) -> None:
-        """All ranks together lay the present weights out at `path`, in safetensors format."""
-        weights.write_hf(self.bare, self.hf, Path(path), dtype=DTYPES[dtype])
-
     def probe(self, samples: list[dict[str, Any]]) -> dict[str, float]:
         """How far an engine's log-probabilities, at temperature 1, are from the trainer's: of these
         samples (`wire.Sample`), the same on every rank; loaded ones stay."""

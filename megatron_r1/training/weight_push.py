@@ -46,14 +46,7 @@ def weight_sender(
 ) -> tuple[WeightSender, list]:
     """model_chunks: this rank's virtual stages. Call on all ranks; rank 0 then hosts the store in
     which engines find them, at the [host, port] that is returned."""
-    grid = TrainerGrid(
-        dist.get_world_size(),
-        parallel.tensor,
-        parallel.pipeline,
-        parallel.context,
-        parallel.expert,
-        parallel.expert_tensor,
-    )
+    grid = TrainerGrid.of(parallel, dist.get_world_size())
     stages = stage_shards(
         hf,
         parallel.pipeline,

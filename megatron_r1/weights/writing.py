@@ -2,8 +2,7 @@
 
 Every rank computes the same header from the weight table. Rank 0 makes the file at its full size
 under a temporary name, every owner maps it and copies its pieces where they belong (nothing is
-gathered; no rank ever holds a whole tensor), rank 0 renames it. The same function exports
-checkpoints and pushes weights through shared memory.
+gathered; no rank ever holds a whole tensor), rank 0 renames it.
 """
 
 from __future__ import annotations
@@ -32,8 +31,8 @@ def write_hf(
 ) -> None:
     """Write the model, or its HF tensors in `names`, as one safetensors file; call on every rank.
 
-    path: seen by all ranks; replaced atomically. Under /dev/shm this is the push to the engines: a
-    reader that still maps the previous file keeps the previous weights. dtype: of the stored
+    path: seen by all ranks; replaced atomically: a reader that still maps the previous file
+    keeps the previous weights. dtype: of the stored
     tensors, except those that keep their own (the router's correction bias stays float32). durable:
     fsync before renaming. Raises ValueError on every rank when the file cannot be made (no such
     folder, not enough space) and for unknown `names`.

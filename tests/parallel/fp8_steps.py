@@ -12,8 +12,10 @@ import re
 import sys
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
+from megatron_r1 import weights
 from megatron_r1.config import Config
 from megatron_r1.training import distributed
 from megatron_r1.training.packing import pack
@@ -115,7 +117,9 @@ def main() -> None:
 
         trainer = Trainer(config, place)
         emulated = [n for n, m in trainer.bare[0].named_modules() if "_forward_impl" in vars(m)]
-        trainer.write_weights(str(out / f"{name}_before.safetensors"), "float32")
+        weights.write_hf(
+            trainer.bare, trainer.hf, out / f"{name}_before.safetensors", dtype=torch.float32
+        )
         report = {"loss": [], "grad_norm": [], "emulated": emulated}
         start = 0
         if name == "continued":
@@ -127,11 +131,15 @@ def main() -> None:
             for key in ("loss", "grad_norm"):
                 report[key].append(metrics.get(key))
             if step == 0:
-                trainer.write_weights(str(out / f"{name}_one.safetensors"), "float32")
+                weights.write_hf(
+                    trainer.bare, trainer.hf, out / f"{name}_one.safetensors", dtype=torch.float32
+                )
             if name == "saved" and step == STEPS // 2 - 1:
                 trainer.save_checkpoint(str(out / "checkpoint"), {})
                 trainer.checkpoint_progress(wait=True)
-        trainer.write_weights(str(out / f"{name}_all.safetensors"), "float32")
+        weights.write_hf(
+            trainer.bare, trainer.hf, out / f"{name}_all.safetensors", dtype=torch.float32
+        )
         if place.last_stage and place.data_rank == 0 and place.tensor_rank == 0:
             (out / f"{name}.json").write_text(json.dumps(report))
         dist.barrier()

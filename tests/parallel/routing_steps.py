@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from grids import parallel_settings
 
+from megatron_r1 import weights
 from megatron_r1.config import Config
 from megatron_r1.training import distributed
 from megatron_r1.training.packing import pack
@@ -94,7 +95,7 @@ def steps(model: str, grid: str, samples: list[Sample], out: Path) -> dict:
         gap = (batch.logprobs["reference"] - batch.logprobs["old"]).abs().max()
         report["reference_gap"] = max(report.get("reference_gap", 0.0), gap.item())
     report |= trainer.update(0, LOSS, {}, 0.1)
-    trainer.write_weights(str(out / f"{grid}.safetensors"), "float32")
+    weights.write_hf(trainer.bare, trainer.hf, out / f"{grid}.safetensors", dtype=torch.float32)
     return report
 
 

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from grids import parallel_settings
 from safetensors.torch import load_file, save_file
 
+from megatron_r1 import weights
 from megatron_r1.config import Config
 from megatron_r1.training import distributed
 from megatron_r1.training.packing import pack
@@ -92,7 +93,7 @@ def the_bias_is_one_process_s_on_every_rank(model: str, grid: str, place, out: P
 
     settings = config(model, grid, RATE)
     trainer, _ = trained(settings, place)
-    trainer.write_weights(str(out / "all.safetensors"), "bfloat16")
+    weights.write_hf(trainer.bare, trainer.hf, out / "all.safetensors", dtype=torch.bfloat16)
     exported = {n: t for n, t in load_file(out / "all.safetensors").items() if n.endswith(BIAS)}
     start = load_file(Path(model) / "model.safetensors")
     if grid == "one":

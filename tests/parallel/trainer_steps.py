@@ -10,9 +10,11 @@ import random
 import sys
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 from grids import parallel_settings
 
+from megatron_r1 import weights
 from megatron_r1.config import Config
 from megatron_r1.training import distributed
 from megatron_r1.training.packing import pack
@@ -30,7 +32,7 @@ SETTINGS = {
     "kl_estimator": "k3",
     "entropy_coef": 0.01,
 }
-LOSS = "megatron_r1.rl.grpo:grpo_loss"
+LOSS = "megatron_r1.rl.algorithms.grpo:loss"
 
 
 def samples(seed: int) -> list[Sample]:
@@ -91,7 +93,7 @@ def main() -> None:
         load(trainer, place, (1, 2))
         report = {"score": trainer.agreement()}
         report |= {"first": update(trainer, 0), "second": update(trainer, 1)}
-        trainer.write_weights(str(out / f"{grid}.safetensors"), "float32")
+        weights.write_hf(trainer.bare, trainer.hf, out / f"{grid}.safetensors", dtype=torch.float32)
         trainer.save_checkpoint(str(out / f"checkpoint_{grid}"), {"grid": grid})
         # Trains on while it is written: that must not be in the checkpoint.
         load(trainer, place, (3,))

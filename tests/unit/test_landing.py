@@ -8,6 +8,7 @@ import xxhash
 from torch.distributed import TCPStore
 
 from megatron_r1.landing import Delivery, Slot, Table, check_coverage, checksum, copy_with_checksum
+from megatron_r1.landing.checksum import MIXER, sums
 from megatron_r1.landing.rendezvous import Rendezvous
 from megatron_r1.landing.table import place
 from megatron_r1.landing.transports import buckets, receiver_class, sender_class
@@ -203,6 +204,21 @@ def test_checksums_are_of_the_elements_in_order_whatever_the_strides():
     assert checksum(part) == known
     assert copy_with_checksum(target, part) == known and torch.equal(target, part)
     assert copy_with_checksum(target.clone(), part.to(torch.bfloat16)) != known
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "bfloat16", "float32"])
+def test_sums_are_those_of_a_loop_and_tell_what_changed(dtype, monkeypatch):
+    values = (torch.randn(37, 50) * 9).to(getattr(torch, dtype))[:, 3:44]
+    bits = {"uint8": torch.int8, "bfloat16": torch.int16, "float32": torch.int32}[dtype]
+    words = values.contiguous().view(bits).flatten().tolist()
+    expected = sum(words) + MIXER * sum((2 * i + 1) * w for i, w in enumerate(words))
+    for at_once in (1 << 22, 100):  # whole, and in runs of rows
+        monkeypatch.setitem(sums.__globals__, "SUMMED_ELEMENTS", at_once)
+        assert sums(values) == expected % 2**64
+    swapped, flipped = values.clone(), values.clone().contiguous()
+    swapped[[4, 20]] = swapped[[20, 4]]
+    flipped.view(bits)[11, 7] ^= 1
+    assert len({sums(values), sums(swapped), sums(flipped)}) == 3
 
 
 @pytest.mark.parametrize(

@@ -44,14 +44,7 @@ def _rank_bytes(hf: str, layout: EngineLayout, dtype: str) -> int:
 def push_section(job: Job) -> Section:
     """What one push moves, and how evenly."""
     parallel, engines, dtype = job.parallel, engine_layout(job), job.config.rollout.dtype
-    grid = TrainerGrid(
-        job.world_size,
-        parallel.tensor,
-        parallel.pipeline,
-        parallel.context,
-        parallel.expert,
-        parallel.expert_tensor,
-    )
+    grid = TrainerGrid.of(parallel, job.world_size)
     planner = Planner(job.hf, grid, engines, job.stages)
     moved, half = (traffic(planner, count) for count in (plain_bytes(dtype), fp8_bytes))
     link = job.hardware.network * job.assumptions.link_efficiency

@@ -11,6 +11,7 @@ from megatron_r1.landing.transports.base import Receiver, Sender
 # name -> (module, receiver, sender)
 TRANSPORTS = {
     "shm": ("shared_memory", "SharedMemoryReceiver", "SharedMemorySender"),
+    "cuda_ipc": ("device_memory", "DeviceReceiver", "DeviceSender"),
     "gloo": ("process_group", "GlooReceiver", "GlooSender"),
     "nccl": ("process_group", "NcclReceiver", "NcclSender"),
 }

@@ -9,19 +9,14 @@ import torch
 
 from megatron_r1.landing.inbox import Inbox
 from megatron_r1.landing.rendezvous import Offer, Plan, Rendezvous
-from megatron_r1.landing.table import Delivery, Table
-
-
-def of_window(table: Table, deliveries: Sequence[Delivery], window: int) -> list[int]:
-    """Indices of the deliveries of one window."""
-    return [i for i, d in enumerate(deliveries) if table.slots[d.slot].window == window]
+from megatron_r1.landing.table import Delivery, Table, by_window
 
 
 class Receiver(ABC):
     """An engine rank's end. Making it publishes `table`, waits for all trainer ranks' plans, and
     then receives in the background whatever they send.
 
-    memory: of all areas, on the host.
+    memory: of all areas.
     """
 
     def __init__(self, meeting: Rendezvous, rank: int, table: Table):
@@ -71,6 +66,7 @@ class Sender(ABC):
     def plan(self, deliveries: Sequence[Delivery]) -> Plan:
         """What it will bring with every push, for the receiver."""
         self.deliveries = list(deliveries)
+        self.windows = by_window(self.table, self.deliveries)
         return Plan(self.deliveries, self.address)
 
     @abstractmethod
@@ -92,7 +88,3 @@ class Sender(ABC):
         """Until the memory for this window may be written."""
         if window >= 2:
             self.meeting.await_release(self.rank, push, window - 2)
-
-    def of_window(self, window: int) -> list[int]:
-        """Indices of this window's deliveries."""
-        return of_window(self.table, self.deliveries, window)

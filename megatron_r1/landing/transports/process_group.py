@@ -23,7 +23,7 @@ from megatron_r1.landing import delta
 from megatron_r1.landing.checksum import as_bytes
 from megatron_r1.landing.rendezvous import Plan
 from megatron_r1.landing.table import Delivery, dtype_of
-from megatron_r1.landing.transports.base import Receiver, Sender, of_window
+from megatron_r1.landing.transports.base import Receiver, Sender
 from megatron_r1.landing.transports.buckets import Chunk, buckets, num_bytes, pack, unpack
 
 CLOSE_SECONDS = 2.0
@@ -93,7 +93,7 @@ class ProcessGroupReceiver(Receiver):
 
     def _receive_window(self, group: dist.ProcessGroup, sender: int, header: Header) -> None:
         deliveries = self.inbox.deliveries[sender]
-        indices = of_window(self.table, deliveries, header.window)
+        indices = self.inbox.windows[sender][header.window]
         arriving: tuple[dist.Work, torch.Tensor, list[Chunk]] | None = None
         for bucket in buckets(self.table, deliveries, indices):
             size = num_bytes(self.table, deliveries, bucket)
@@ -156,7 +156,7 @@ class ProcessGroupSender(Sender):
 
     def send(self, push: int, window: int, sources: Sequence[torch.Tensor]) -> None:
         self.await_room(push, window)
-        group, indices = self._group, self.of_window(window)
+        group, indices = self._group, self.windows[window]
         if not indices:
             return
         is_full = self._base == 0 or self._since_full + 1 >= self.full_every

@@ -29,12 +29,16 @@ PUSH, COUNT, SUMS = 0, 1, 2
 
 class SharedMemoryReceiver(Receiver):
     _thread: threading.Thread | None = None
+    path: Path | None = None
+    """Of the memory, until all have mapped it."""
 
     def allocate(self) -> torch.Tensor:
-        name = self.meeting.engine.replace("/", "-")
-        self.path = FOLDER / f"megatron_r1_{name}_{self.rank}"
         self._closing = threading.Event()
-        num_bytes = self.table.areas * self.table.num_bytes
+        return self.reserve(self.table.areas * self.table.num_bytes)
+
+    def reserve(self, num_bytes: int) -> torch.Tensor:
+        """The memory, and in `address` what senders open it with."""
+        self.path = FOLDER / _name(self.meeting.engine, self.rank)
         try:
             _reserve(self.path, num_bytes)
         except OSError as error:
@@ -47,8 +51,10 @@ class SharedMemoryReceiver(Receiver):
 
     def connect(self, plans: dict[int, Plan]) -> None:
         sheets = {sender: np.memmap(plan.address, np.uint64, "r") for sender, plan in plans.items()}
-        for path in (self.path, *(Path(plan.address) for plan in plans.values())):
-            path.unlink()
+        for plan in plans.values():
+            Path(plan.address).unlink()
+        if self.path is not None:
+            self.path.unlink()
         self._thread = threading.Thread(
             target=self._follow, args=(sheets,), name="landing", daemon=True
         )
@@ -58,7 +64,8 @@ class SharedMemoryReceiver(Receiver):
         self._closing.set()
         if self._thread is not None:
             self._thread.join()
-        self.path.unlink(missing_ok=True)
+        if self.path is not None:
+            self.path.unlink(missing_ok=True)
 
     def _follow(self, sheets: dict[int, np.ndarray]) -> None:
         """Check each delivery as its sender's count passes it."""
@@ -86,11 +93,16 @@ class SharedMemorySender(Sender):
     _sheet: np.ndarray | None = None
 
     def plan(self, deliveries: Sequence[Delivery]) -> Plan:
-        self.address = f"{self.offer.address}_from_{self.sender}"
+        name = _name(self.meeting.engine, self.rank)
+        self.address = str(FOLDER / f"{name}_from_{self.sender}")
         _reserve(Path(self.address), 8 * (SUMS + len(deliveries)))
         self._sheet = np.memmap(self.address, np.uint64, "r+")
-        self._memory = _map(Path(self.offer.address), self.table.areas * self.table.num_bytes)
+        self._memory = self.open()
         return super().plan(deliveries)
+
+    def open(self) -> torch.Tensor:
+        """The receiver's memory."""
+        return _map(Path(self.offer.address), self.table.areas * self.table.num_bytes)
 
     def connect(self) -> None:
         pass
@@ -102,7 +114,7 @@ class SharedMemorySender(Sender):
             sheet[COUNT] = 0
             sheet[PUSH] = push
         area = self.table.area(self._memory, push)
-        for index in self.of_window(window):
+        for index in self.windows[window]:
             delivery = self.deliveries[index]
             target = place(area, self.table.slots[delivery.slot], delivery)
             sheet[SUMS + index] = copy_with_checksum(target, sources[index])
@@ -111,6 +123,10 @@ class SharedMemorySender(Sender):
     def close(self) -> None:
         self._sheet = None
         Path(self.address).unlink(missing_ok=True)
+
+
+def _name(engine: str, rank: int) -> str:
+    return f"megatron_r1_{engine.replace('/', '-')}_{rank}"
 
 
 def _reserve(path: Path, num_bytes: int) -> None:

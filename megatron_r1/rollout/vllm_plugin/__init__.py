@@ -10,6 +10,7 @@ import multiprocessing
 # name for --weight-transfer-config  ->  (module, class)
 BACKENDS = {
     "megatron_r1_shm": ("megatron_r1.rollout.vllm_plugin.backend", "SharedMemoryEngine"),
+    "megatron_r1_cuda_ipc": ("megatron_r1.rollout.vllm_plugin.backend", "DeviceEngine"),
     "megatron_r1_gloo": ("megatron_r1.rollout.vllm_plugin.backend", "GlooEngine"),
     "megatron_r1_nccl": ("megatron_r1.rollout.vllm_plugin.backend", "NcclEngine"),
 }

@@ -105,6 +105,10 @@ class SharedMemoryEngine(LandingEngine):
     transport = "shm"
 
 
+class DeviceEngine(LandingEngine):
+    transport = "cuda_ipc"
+
+
 class GlooEngine(LandingEngine):
     transport = "gloo"
 

@@ -8,6 +8,10 @@ one of cp and ep is absent from each of its two grids).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from megatron_r1.config.training import ParallelConfig
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,18 @@ class TrainerGrid:
                     f"{self.world} trainer ranks cannot be divided into groups of "
                     f"{size * self.pipeline} ({name})"
                 )
+
+    @classmethod
+    def of(cls, parallel: ParallelConfig, world: int) -> TrainerGrid:
+        """Of `world` ranks that a recipe lays out so."""
+        return cls(
+            world,
+            parallel.tensor,
+            parallel.pipeline,
+            parallel.context,
+            parallel.expert,
+            parallel.expert_tensor,
+        )
 
     @property
     def dense_model(self) -> int:

@@ -39,6 +39,9 @@ def _settings(task: dict[str, Any], **model: Any) -> dict[str, Any]:
 
 
 def _train(task: dict[str, Any], place) -> dict[str, Any]:
+    import torch
+
+    from megatron_r1 import weights
     from megatron_r1.config import parse
     from megatron_r1.training.trainer import Trainer
 
@@ -62,7 +65,7 @@ def _train(task: dict[str, Any], place) -> dict[str, Any]:
     folder = Path(task["model"]).with_name(f"trained_{os.getpid()}")
     folder.mkdir()
     (folder / "config.json").write_bytes((Path(task["model"]) / "config.json").read_bytes())
-    trainer.write_weights(str(folder / "model.safetensors"), "bfloat16")
+    weights.write_hf(trainer.bare, trainer.hf, folder / "model.safetensors", dtype=torch.bfloat16)
     # An engine computes in bf16 with the pushed weights: how far is the trainer from that?
     loaded = _settings({**task, "variant": BASELINE}, init="load", path=str(folder))
     gap = (_logprobs(Trainer(parse(loaded), place), heldout) - logprobs).abs()

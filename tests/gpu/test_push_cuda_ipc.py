@@ -1,0 +1,62 @@
+"""Weights written by another process straight into this one's GPU memory."""
+
+import multiprocessing
+
+import pytest
+import torch
+from torch.distributed import TCPStore
+
+from megatron_r1.landing import Delivery, Slot, Table
+from megatron_r1.landing.rendezvous import Rendezvous
+from megatron_r1.landing.table import place
+from megatron_r1.landing.transports import receiver_class, sender_class
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+ENGINE = "ipc.0"
+SLOTS = [
+    Slot("vector", 0, 700, 0, 1, 0, 4, "float32"),
+    Slot("matrix", 0, 512, 0, 300, 4096, 640, "bfloat16"),
+]
+TABLE = Table(4096 + 512 * 640, SLOTS)
+DELIVERIES = [Delivery(0, 0, 700, 0, 1), Delivery(1, 0, 512, 0, 300)]
+
+
+def sources(push):
+    generator = torch.Generator().manual_seed(push)
+    return [torch.randn(700, 1, generator=generator), torch.randn(512, 300, generator=generator)]
+
+
+def bring(port, pushes, done):
+    meeting = Rendezvous(TCPStore("127.0.0.1", port, is_master=False), ENGINE, 60)
+    (offer,) = meeting.offers(1)
+    sender = sender_class("cuda_ipc")(meeting, 0, 0, offer)
+    meeting.plan(0, 1, {0: sender.plan(DELIVERIES)}, 1)
+    sender.connect()
+    for push in iter(pushes.get, None):
+        sender.send(push, 0, [part.cuda() for part in sources(push)])
+    done.wait(60)  # its handles must outlive what reads through them
+    sender.close()
+
+
+def test_what_another_process_writes_is_here_and_its_checksums_agree():
+    spawn = multiprocessing.get_context("spawn")
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    pushes, done = spawn.Queue(), spawn.Event()
+    other = spawn.Process(target=bring, args=(store.port, pushes, done), daemon=True)
+    other.start()
+    meeting = Rendezvous(TCPStore("127.0.0.1", store.port, is_master=False), ENGINE, 60)
+    receiver = receiver_class("cuda_ipc")(meeting, 0, TABLE)
+    try:
+        for push in (1, 2):
+            pushes.put(push)
+            receiver.inbox.wait(push, 0, 60)
+            assert receiver.memory.is_cuda
+            for slot, sent in zip(SLOTS, sources(push), strict=True):
+                landed = place(receiver.memory, slot).cpu()
+                assert torch.equal(landed, sent.to(landed.dtype)), slot.name
+    finally:
+        pushes.put(None)
+        done.set()
+        other.join(60)
+        receiver.close()
