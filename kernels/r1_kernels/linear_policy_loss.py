@@ -73,6 +73,7 @@ def linear_policy_loss(
     kl_estimator: str = "k3",
     rollout_logprobs: Tensor | None = None,
     importance_cap: float | None = 2.0,
+    objective: str = "ppo",
     entropy_coef: float = 0.0,
     ratio_level: str = "token",
     average: str = "token",
@@ -101,7 +102,9 @@ def linear_policy_loss(
         "rollout_logprobs": rollout_logprobs,
     }
     check_tensors(hidden=hidden, weight=weight, targets=targets, advantages=advantages, mask=mask)
-    settings = PolicySettings(clip_low, clip_high, dual_clip, kl_beta, kl_estimator, importance_cap)
+    settings = PolicySettings(
+        clip_low, clip_high, dual_clip, kl_beta, kl_estimator, importance_cap, objective
+    )
     settings.check(ref_logprobs)
     head = make_head(hidden, weight, temperature, group, vocab_size, chunk_tokens, backend)
     check_tokens(len(hidden), **tensors, mask=mask)
@@ -184,7 +187,7 @@ class _Run(NamedTuple):
         grad_entropy = None
         if self.entropy_coef:
             grad_entropy = -self.entropy_coef * self.tokens.weights[rows]
-        grad_logprobs = terms.grad_ratio + terms.grad_kl
+        grad_logprobs = terms.grad_ratio + terms.grad_logprob
         return self.head.gradient(
             logits, self.targets[rows], softmax[1:], grad_logprobs, grad_entropy, out
         )

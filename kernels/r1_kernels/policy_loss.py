@@ -1,4 +1,4 @@
-"""The clipped policy-gradient loss of PPO, GRPO, DAPO and GSPO, from log-probabilities.
+"""The clipped policy-gradient loss of PPO, GRPO, DAPO, GSPO and CISPO, from log-probabilities.
 
 One pass over the tokens computes the loss, its derivative and every metric (formulae:
 `policy_terms`); the backward pass multiplies by the upstream gradient. With a sequence-level ratio
@@ -53,6 +53,7 @@ def policy_loss(
     kl_estimator: str = "k3",
     rollout_logprobs: Tensor | None = None,
     importance_cap: float | None = 2.0,
+    objective: str = "ppo",
     entropy: Tensor | None = None,
     entropy_coef: float = 0.0,
     ratio_level: str = "token",
@@ -93,7 +94,9 @@ def policy_loss(
     check_floats(logprobs=logprobs, **tensors)
     if entropy_coef and entropy is None:
         raise ValueError(f"entropy_coef is {entropy_coef}, but there is no entropy")
-    settings = PolicySettings(clip_low, clip_high, dual_clip, kl_beta, kl_estimator, importance_cap)
+    settings = PolicySettings(
+        clip_low, clip_high, dual_clip, kl_beta, kl_estimator, importance_cap, objective
+    )
     settings.check(ref_logprobs)
     primitives = choose(logprobs, backend)
     group = sequence_group_of(sequence_group, denominator)
@@ -122,7 +125,7 @@ def _with_ratio_level(
     """The terms, and the derivative (T,) of the loss by the log-probabilities."""
     if level == "token":
         terms = primitives.policy_terms(tokens, settings)
-        return terms, terms.grad_ratio + terms.grad_kl
+        return terms, terms.grad_ratio + terms.grad_logprob
     seen = ~(tokens.weights <= 0)
     dtype = wide(tokens.logprobs.dtype)
     gap = tokens.logprobs.to(dtype) - tokens.old_logprobs.to(dtype)
@@ -131,7 +134,7 @@ def _with_ratio_level(
     total = sequences.sums(terms.grad_ratio)
     count = sequences.sums(seen.to(total.dtype)).clamp(min=1)
     shared = torch.where(seen, sequences.spread(total / count), 0.0)
-    return terms, shared + terms.grad_kl
+    return terms, shared + terms.grad_logprob
 
 
 class _Loss(torch.autograd.Function):

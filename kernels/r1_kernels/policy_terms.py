@@ -1,11 +1,16 @@
 """The policy loss of one token, and its derivative: what both sets of primitives compute.
 
-With x = logprob - old_logprob and ρ = e^x (PPO, arXiv 1707.06347 eq. 7; GRPO, arXiv 2402.03300 eq.
-3; DeepSeek-R1, arXiv 2501.12948 eq. 1-2):
+With x = logprob - old_logprob and ρ = e^x, the objective "ppo" (PPO, arXiv 1707.06347 eq. 7; GRPO,
+arXiv 2402.03300 eq. 3; DeepSeek-R1, arXiv 2501.12948 eq. 1-2):
 
     surrogate = min(ρ A, clip(ρ, 1 - clip_low, 1 + clip_high) A)
     surrogate = max(surrogate, dual_clip A)            where A < 0 (Dual-clip PPO, 1912.09729 eq. 3)
     loss      = w (-v surrogate + kl_beta KL)
+
+and the objective "cispo" (MiniMax-M1, arXiv 2506.13585 section 3.1), where the clipped ratio is a
+constant and no token loses its gradient:
+
+    surrogate = stop_gradient(clip(ρ, 1 - clip_low, 1 + clip_high)) A logprob
 
     v  = min(e^(old_logprob - rollout_logprob), importance_cap): the trainer's policy over the
          engine's, truncated, a constant
@@ -26,6 +31,7 @@ MAX_LOG_RATIO = 20.0
 """e^20 ≈ 5e8: far beyond any clip, and its square still fits in fp32."""
 
 KL_ESTIMATORS = ("k1", "k2", "k3")
+OBJECTIVES = ("ppo", "cispo")
 
 
 class PolicySettings(NamedTuple):
@@ -37,6 +43,7 @@ class PolicySettings(NamedTuple):
     kl_beta: float
     kl_estimator: str
     importance_cap: float | None
+    objective: str = "ppo"
 
     def check(self, ref_logprobs: Tensor | None) -> None:
         """Raises ValueError for a value that makes no sense, by name."""
@@ -51,6 +58,13 @@ class PolicySettings(NamedTuple):
             )
         if self.kl_estimator not in KL_ESTIMATORS:
             raise ValueError(f"kl_estimator is {self.kl_estimator!r}: use k1, k2 or k3")
+        if self.objective not in OBJECTIVES:
+            raise ValueError(f"objective is {self.objective!r}: use ppo or cispo")
+        if self.objective == "cispo" and self.dual_clip is not None:
+            raise ValueError(
+                f"dual_clip is {self.dual_clip}, but cispo clips a weight on either side already: "
+                "use None"
+            )
         if ref_logprobs is None and self.kl_beta:
             raise ValueError(f"kl_beta is {self.kl_beta}, but there are no ref_logprobs")
 
@@ -72,12 +86,13 @@ class TokenTensors(NamedTuple):
 class PolicyTerms(NamedTuple):
     """loss: (blocks,), to be added up; the rest (T,), 0 where the weight is 0.
 
-    grad_ratio: derivative of the loss by the log-ratio; grad_kl: of the KL term by the logprob.
-    clipped: 1 where a clip left the surrogate without a derivative, else 0."""
+    grad_ratio: derivative of the loss by the log-ratio, which cispo does not have; grad_logprob: by
+    the logprob itself, of the KL term and of cispo's surrogate. clipped: 1 where the clip holds,
+    which leaves ppo's surrogate without a derivative; else 0."""
 
     loss: Tensor
     grad_ratio: Tensor
-    grad_kl: Tensor
+    grad_logprob: Tensor
     ratio: Tensor
     clipped: Tensor
     kl: Tensor

@@ -39,6 +39,7 @@ async def collect_informative(
         passed_over=equal[missing:],
         rollout_seconds=sum(r.rollout_seconds for r in rounds),
         reward_seconds=sum(r.reward_seconds for r in rounds),
+        teacher_seconds=sum(r.teacher_seconds for r in rounds),
     )
 
 

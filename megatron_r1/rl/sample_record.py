@@ -12,8 +12,8 @@ from megatron_r1.rollout.sampling import Group, Output
 
 
 class OutputRecord(msgspec.Struct, array_like=True, frozen=True):
-    """One response; the arrays as in `Completion`, little-endian. text, reason: UTF-8 that may hold
-    lone surrogates, which msgpack's strings must not."""
+    """One response; the arrays as in `Completion` and `Output`, little-endian. text, reason: UTF-8
+    that may hold lone surrogates, which msgpack's strings must not."""
 
     token_ids: bytes
     logprobs: bytes
@@ -26,6 +26,7 @@ class OutputRecord(msgspec.Struct, array_like=True, frozen=True):
     reason: bytes
     ungraded: tuple[str, ...]
     is_graded: bool
+    teacher_logprobs: bytes | None = None
 
 
 class GroupRecord(msgspec.Struct, array_like=True, frozen=True, tag="group"):
@@ -60,7 +61,7 @@ def unpack(record: GroupRecord, prompt: Prompt) -> Group:
 
 
 def _pack_output(output: Output) -> OutputRecord:
-    made = output.completion
+    made, taught = output.completion, output.teacher_logprobs
     return OutputRecord(
         made.token_ids.tobytes(),
         made.logprobs.tobytes(),
@@ -73,6 +74,7 @@ def _pack_output(output: Output) -> OutputRecord:
         output.reason.encode("utf-8", "surrogatepass"),
         output.ungraded,
         output.is_graded,
+        None if taught is None else taught.tobytes(),
     )
 
 
@@ -92,6 +94,7 @@ def _unpack_output(record: OutputRecord) -> Output:
         record.reason.decode("utf-8", "surrogatepass"),
         record.ungraded,
         record.is_graded,
+        None if record.teacher_logprobs is None else _array("f", record.teacher_logprobs),
     )
 
 

@@ -19,6 +19,7 @@ from megatron_r1.models import read_hf_config
 from megatron_r1.models.routing_shape import routing_shape
 from megatron_r1.reporting.recorder import Recorder
 from megatron_r1.rewards.runtime.meter import LEVELS, RewardMeter
+from megatron_r1.rl.algorithms import Algorithm
 from megatron_r1.rl.dynamic_sampling import collect_informative
 from megatron_r1.rl.metrics import rollout_metrics, sample_records
 from megatron_r1.rl.sample_log import SampleLog
@@ -110,7 +111,8 @@ class Session:
     async def _sample(self, step: int) -> Batch:
         rl, rollout = self.config.rl, self.config.rollout
         sampling = self._sampling(rl.group_size, rollout.temperature, rollout.top_p, step)
-        sampling = replace(sampling, routing=self._routing)
+        is_scored = self.rollouts.teacher is not None
+        sampling = replace(sampling, routing=self._routing, is_scored=is_scored)
         wanted = rl.questions_per_rollout
         # Drawn before anything is awaited: the next batch may draw before this one is back.
         prompts = [] if rl.dynamic_sampling else self.prompts.next(wanted)
@@ -161,15 +163,27 @@ class Session:
         yield
         self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
 
-    async def score_old_and_reference(self) -> dict[str, float]:
-        """Log-probabilities under π_old and π_ref, which stay with the trainer. Those of the first
-        mini-batch under π_old come with its update; only replayed routing is measured before."""
+    async def score(self, algorithm: Algorithm) -> dict[str, float]:
+        """Log-probabilities under π_old and π_ref, and the critic's values, which stay with the
+        trainer. Those of the first mini-batch under π_old come with its update, unless advantages
+        are made of them or replayed routing is measured before."""
+        if algorithm.CRITIC:
+            await self.trainer.call("values")
+        makes_advantages = algorithm.TOKEN_ADVANTAGES is not None
         return await self.trainer.call(
             "score",
             temperature=self.config.rollout.temperature,
             reference=self.uses_reference,
-            first_old=self.config.rl.routing_replay,
+            first_old=makes_advantages or self.config.rl.routing_replay,
         )
+
+    async def token_advantages(self, algorithm: Algorithm) -> dict[str, float]:
+        """Each token its own advantage, where the algorithm says so."""
+        function = algorithm.TOKEN_ADVANTAGES
+        if function is None:
+            return {}
+        settings = self.config.rl.token_settings
+        return await self.trainer.call("token_advantages", function=function, settings=settings)
 
     async def engine_agreement(self) -> dict[str, float]:
         """How far the engines' log-probabilities were from those under π_old."""
@@ -184,10 +198,25 @@ class Session:
         rate = learning_rate(self.config.optimizer, self.state.optimizer_step, total)
         settings = {
             "temperature": self.config.rollout.temperature,
+            "max_response_tokens": self.config.rollout.max_response_tokens,
             **rl.loss_settings,
         }
         metrics = await self.trainer.update(index, loss, settings, rate)
         return {**metrics, "learning_rate": rate}
+
+    @property
+    def is_warming_up(self) -> bool:
+        """Whether only the critic learns as yet, if there is one."""
+        return self.step <= self.config.critic.warmup_steps
+
+    async def update_critic(self, index: int) -> dict[str, float]:
+        """One optimizer step of the critic on mini-batch `index`; its rate decays as the policy's,
+        over all steps of the run, those of the warm-up too."""
+        rl, settings = self.config.rl, self.config.optimizer
+        settings = settings.model_copy(update={"learning_rate": self.config.critic.learning_rate})
+        done, total = ((n * rl.minibatches) for n in (self.step - 1, self.config.run.steps))
+        rate = learning_rate(settings, done + index + 1, total)
+        return await self.trainer.update_critic(index, rate)
 
     async def refresh_reference_if_due(self) -> None:
         """Replace the reference by the policy every `rl.reference_refresh` optimizer steps."""
@@ -198,6 +227,7 @@ class Session:
 
     async def push_weights(self) -> None:
         """The trainer's present weights become version `step` on every engine."""
+        await self.bridge.hold()  # no update did, where the policy waits for its critic
         self._push_metrics = await self.bridge.push(self.step)
         if self._stream is not None and self.config.rl.staleness:
             self._stream.pushed(self.step)
@@ -217,6 +247,9 @@ class Session:
         metrics = {"step": self.step, "optimizer_step": self.state.optimizer_step}
         metrics |= rollout_metrics(rollout, self.step - 1)
         metrics |= self.fleet.metrics() | self._push_metrics
+        if (teacher := self.rollouts.teacher) is not None:
+            seconds["time/teacher"] = rollout.teacher_seconds
+            metrics |= {f"teacher/{name}": value for name, value in teacher.metrics().items()}
         metrics["trainer/restarts"] = self.trainer.num_restarts
         metrics |= self._meter.read() | measured | mean_of_updates(updates) | seconds
         metrics["tokens_per_second"] = metrics.pop("response_tokens") / seconds["time/step"]

@@ -37,21 +37,28 @@ Loss = Callable[[PackedBatch, Head, dict[str, Any]], LossTerms]
 
 def find_loss(name: str) -> Loss:
     """The loss at "package.module:function". Raises ValueError for a name that leads nowhere."""
+    return find_function(name, "loss")
+
+
+def find_function(name: str, what: str) -> Callable:
+    """What is at "package.module:function". Raises ValueError, which calls it a `what`, for a name
+    that leads nowhere."""
     module, _, function = name.partition(":")
     try:
         return getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
-        raise ValueError(f"loss {name}: {error}; expected package.module:function") from None
+        raise ValueError(f"{what} {name}: {error}; expected package.module:function") from None
 
 
 def denominator(batch: PackedBatch, average: str) -> Tensor:
     """What a sum of the batch's losses is divided by, (): "token": the number of response tokens;
-    "sequence": the number of responses, of each of which the sum holds the mean."""
+    "sequence": the number of responses, of each of which the sum holds the mean; "constant": the
+    same, of each of which it holds the sum over a constant."""
     if average == "token":
         return batch.is_response.sum().int()
-    if average == "sequence":
+    if average in ("sequence", "constant"):
         return torch.tensor(batch.num_samples, dtype=torch.int, device=batch.is_response.device)
-    raise ValueError(f"loss average {average!r}: use token or sequence")
+    raise ValueError(f"loss average {average!r}: use token, sequence or constant")
 
 
 def supervised(batch: PackedBatch, head: Head, settings: dict[str, Any]) -> LossTerms:

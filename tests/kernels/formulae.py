@@ -56,6 +56,7 @@ def policy_loss(
     kl_estimator="k3",
     rollout=None,
     importance_cap=None,
+    objective="ppo",
     entropy=None,
     entropy_coef=0.0,
     ratio_level="token",
@@ -79,7 +80,10 @@ def policy_loss(
         if ratio_level == "sequence":
             x = x.mean().expand(len(x))
         ratio, a = x.exp(), advantages[tokens][kept]
-        surrogate = torch.min(ratio * a, ratio.clamp(1 - clip_low, 1 + clip_high) * a)
+        limited = ratio.clamp(1 - clip_low, 1 + clip_high)
+        surrogate = torch.min(ratio * a, limited * a)
+        if objective == "cispo":
+            surrogate = limited.detach() * a * new[tokens][kept]
         if dual_clip is not None:
             surrogate = torch.where(a < 0, torch.max(surrogate, dual_clip * a), surrogate)
         if rollout is not None:

@@ -65,7 +65,9 @@ def ours(h, w, y, p, settings, dtype=torch.float32, temperature=0.8, **options):
 
 @pytest.mark.parametrize("average", ["token", "sequence"])
 @pytest.mark.parametrize("ratio_level", ["token", "sequence"])
-@pytest.mark.parametrize("name", ["dapo, asymmetric", "dual clip", "k3", "importance", "entropy"])
+@pytest.mark.parametrize(
+    "name", ["dapo, asymmetric", "dual clip", "k3", "importance", "entropy", "cispo"]
+)
 def test_loss_metrics_and_gradients_match_fp64_autograd(backend, name, ratio_level, average):
     problem, settings = whole_problem(), SETTINGS[name]
     levels = {"ratio_level": ratio_level, "average": average}

@@ -18,6 +18,14 @@ SETTINGS = {
     "importance": {"clip_low": 0.2, "clip_high": 0.2, "importance_cap": 1.1},
     "importance, no cap": {"clip_low": 0.2, "clip_high": 0.2, "importance_cap": None},
     "entropy": {"clip_low": 0.2, "clip_high": 0.2, "entropy_coef": 0.07},
+    "cispo": {"clip_low": 0.2, "clip_high": 0.3, "kl_beta": 0.3, "objective": "cispo"},
+    "cispo, no lower bound": {"clip_low": 10.0, "clip_high": 0.3, "objective": "cispo"},
+    "cispo, importance": {
+        "clip_low": 0.2,
+        "clip_high": 0.3,
+        "importance_cap": 1.1,
+        "objective": "cispo",
+    },
 }
 
 
@@ -127,6 +135,22 @@ def test_a_hand_computation(backend):
     assert mean.loss.item() == pytest.approx(expected / 2, rel=1e-6)
 
 
+def test_cispo_clips_the_weight_and_keeps_the_gradient_of_every_token(backend):
+    # ratios 2, 0.5 and 1; the weight stays within 0.8 and 1.2, whatever the advantage's sign.
+    old = torch.tensor([-1.0, -1.0, -1.0, 7.0])
+    new = torch.tensor([-1.0 + math.log(2), -1.0 - math.log(2), -1.0, math.nan])
+    adv = torch.tensor([-1.0, 1.0, 2.0, 1.0])
+    mask = torch.tensor([1.0, 1.0, 1.0, 0.0])
+    settings = {"clip_low": 0.2, "clip_high": 0.2, "kl_beta": 0.0, "objective": "cispo"}
+    new.requires_grad_()
+    out = policy_loss(new, old, None, adv, mask, **settings, denominator=1, backend=backend)
+    out.loss.backward()
+    assert new.grad.tolist() == pytest.approx([1.2, -0.8, -2.0, 0.0])
+    assert out.clipped.tolist() == [1.0, 1.0, 0.0, 0.0]
+    expected = 1.2 * (math.log(2) - 1) - 0.8 * (-math.log(2) - 1) - 2 * -1
+    assert out.loss.item() == pytest.approx(expected, rel=1e-6)
+
+
 def test_without_old_logprobs_the_ratio_is_one_and_its_gradient_is_not_lost(backend):
     new = torch.tensor([-1.0, -2.0], requires_grad=True)
     adv = torch.tensor([3.0, -1.0])
@@ -227,6 +251,8 @@ def test_strided_inputs(backend):
         ({"clip_low": -0.1}, "clip_low is -0.1"),
         ({"clip_high": math.nan}, "clip_high is nan"),
         ({"dual_clip": 1.0}, "dual_clip is 1.0: it must be more than 1"),
+        ({"objective": "gspo"}, "objective is 'gspo': use ppo or cispo"),
+        ({"objective": "cispo", "dual_clip": 3.0}, "dual_clip is 3.0, but cispo clips"),
         ({"importance_cap": 0.0}, "importance_cap is 0.0"),
         ({"denominator": 0}, "denominator is 0: it must be positive"),
         ({"entropy_coef": 0.1}, "entropy_coef is 0.1, but there is no entropy"),

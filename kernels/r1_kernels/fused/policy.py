@@ -33,12 +33,20 @@ def _read(tensor, token, inside):
 
 
 @triton.jit
-def _surrogate(ratio, advantage, clip_low, clip_high, dual_clip, HAS_DUAL_CLIP: tl.constexpr):
-    """The clipped surrogate, and whether a clip holds the token back."""
-    free = ratio * advantage
+def _limited(ratio, clip_low, clip_high):
+    """The clipped ratio, and whether the clip holds it."""
     low = 1.0 - clip_low
     high = 1.0 + clip_high
-    limited = tl.where(ratio < low, low, tl.where(ratio > high, high, ratio)) * advantage
+    limited = tl.where(ratio < low, low, tl.where(ratio > high, high, ratio))
+    return limited, limited != ratio
+
+
+@triton.jit
+def _surrogate(ratio, advantage, clip_low, clip_high, dual_clip, HAS_DUAL_CLIP: tl.constexpr):
+    """PPO's surrogate, and whether a clip holds the token back."""
+    free = ratio * advantage
+    limited, _ = _limited(ratio, clip_low, clip_high)
+    limited = limited * advantage
     clipped = limited < free
     surrogate = tl.where(clipped, limited, free)
     if HAS_DUAL_CLIP:
@@ -76,7 +84,7 @@ def policy_terms_kernel(
     weights,
     log_ratio,
     loss,  # out (blocks,) fp32
-    outputs,  # out (6, T) fp32: grad_ratio, grad_kl, ratio, clipped, kl, importance
+    outputs,  # out (6, T) fp32: grad_ratio, grad_logprob, ratio, clipped, kl, importance
     num_tokens,
     clip_low,
     clip_high,
@@ -88,6 +96,7 @@ def policy_terms_kernel(
     HAS_ROLLOUT: tl.constexpr,
     HAS_LOG_RATIO: tl.constexpr,
     HAS_DUAL_CLIP: tl.constexpr,
+    IS_CISPO: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     block = tl.program_id(0).to(tl.int64)
@@ -109,28 +118,43 @@ def policy_terms_kernel(
     advantage = tl.where(seen, advantage, 0.0)
     x = tl.where(seen, x, 0.0)
     ratio = tl.exp(tl.where(x > MAX_EXPONENT, MAX_EXPONENT, x))
-    surrogate, clipped = _surrogate(ratio, advantage, clip_low, clip_high, dual_clip, HAS_DUAL_CLIP)
+    if IS_CISPO:
+        limited, clipped = _limited(ratio, clip_low, clip_high)
+        by_logprob = limited * advantage
+        surrogate = by_logprob * tl.where(seen, logprob, 0.0)
+    else:
+        surrogate, clipped = _surrogate(
+            ratio, advantage, clip_low, clip_high, dual_clip, HAS_DUAL_CLIP
+        )
     importance = tl.where(seen, 1.0, 0.0)
     if HAS_ROLLOUT:
         gap = old - rollout
         trust = tl.exp(tl.where(gap > MAX_EXPONENT, MAX_EXPONENT, gap))
         trust = tl.where(trust > importance_cap, importance_cap, trust)
         importance = tl.where(seen, trust, 0.0)
-    held = clipped | (x > MAX_EXPONENT)
-    grad_ratio = tl.where(held, 0.0, -weight * importance * (ratio * advantage))
+    if IS_CISPO:
+        grad_ratio = tl.zeros((BLOCK,), tl.float32)
+        grad_logprob = -weight * importance * by_logprob
+    else:
+        grad_logprob = tl.zeros((BLOCK,), tl.float32)
+        held = clipped | (x > MAX_EXPONENT)
+        grad_ratio = tl.where(held, 0.0, -weight * importance * (ratio * advantage))
     total = -importance * surrogate
     kl = tl.zeros((BLOCK,), tl.float32)
-    grad_kl = tl.zeros((BLOCK,), tl.float32)
     if HAS_REF:
         kl, slope = _kl(tl.where(seen, ref - logprob, 0.0), ESTIMATOR)
         total += kl_beta * kl
-        grad_kl = weight * kl_beta * slope  # 0 where nothing is seen: the weight is
+        by_kl = weight * kl_beta * slope  # 0 where nothing is seen: the weight is
+        if IS_CISPO:
+            grad_logprob += by_kl
+        else:
+            grad_logprob = by_kl
     tl.store(loss + block, tl.sum(weight * total, 0))
     # A step at a time: 5 * num_tokens may not fit in 32 bits.
     out = outputs + token
     tl.store(out, grad_ratio, mask=inside)
     out += num_tokens
-    tl.store(out, grad_kl, mask=inside)
+    tl.store(out, grad_logprob, mask=inside)
     out += num_tokens
     tl.store(out, tl.where(seen, ratio, 0.0), mask=inside)
     out += num_tokens
@@ -172,6 +196,7 @@ def policy_terms(tokens: TokenTensors, settings: PolicySettings) -> PolicyTerms:
                 HAS_ROLLOUT=given.rollout_logprobs is not None,
                 HAS_LOG_RATIO=given.log_ratio is not None,
                 HAS_DUAL_CLIP=settings.dual_clip is not None,
+                IS_CISPO=settings.objective == "cispo",
                 BLOCK=BLOCK,
                 num_warps=NUM_WARPS,
                 enable_fp_fusion=True,

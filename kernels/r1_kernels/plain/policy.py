@@ -23,15 +23,15 @@ def policy_terms(tokens: TokenTensors, settings: PolicySettings) -> PolicyTerms:
         x = tokens.logprobs - tokens.old_logprobs
     x = torch.where(seen, x, 0.0)
     ratio = x.clamp(max=MAX_LOG_RATIO).exp()
-    free = ratio * advantage
-    limited = ratio.clamp(1.0 - settings.clip_low, 1.0 + settings.clip_high) * advantage
-    clipped = limited < free
-    surrogate = torch.where(clipped, limited, free)
-    if settings.dual_clip is not None:
-        floor = settings.dual_clip * advantage
-        below = (advantage < 0) & (surrogate < floor)
-        surrogate = torch.where(below, floor, surrogate)
-        clipped = clipped | below
+    limited = ratio.clamp(1.0 - settings.clip_low, 1.0 + settings.clip_high)
+    if settings.objective == "cispo":
+        clipped = limited != ratio
+        by_ratio, by_logprob = torch.zeros_like(ratio), limited * advantage
+        surrogate = by_logprob * torch.where(seen, tokens.logprobs, 0.0)
+    else:
+        surrogate, clipped = _clipped_surrogate(ratio, limited, advantage, settings.dual_clip)
+        by_ratio = torch.where(clipped | (x > MAX_LOG_RATIO), 0.0, ratio * advantage)
+        by_logprob = torch.zeros_like(ratio)
     importance = seen.to(dtype)
     if tokens.rollout_logprobs is not None:
         gap = torch.where(seen, tokens.old_logprobs - tokens.rollout_logprobs, 0.0)
@@ -39,24 +39,38 @@ def policy_terms(tokens: TokenTensors, settings: PolicySettings) -> PolicyTerms:
         if settings.importance_cap is not None:
             trust = trust.clamp(max=settings.importance_cap)
         importance = torch.where(seen, trust, 0.0)
-    held = clipped | (x > MAX_LOG_RATIO)
-    grad_ratio = torch.where(held, 0.0, -weight * importance * free)
     total = -importance * surrogate
-    kl = grad_kl = torch.zeros_like(ratio)
+    grad_logprob = -weight * importance * by_logprob
+    kl = torch.zeros_like(ratio)
     if tokens.ref_logprobs is not None:
         g = torch.where(seen, tokens.ref_logprobs - tokens.logprobs, 0.0)
         kl, slope = _kl(g, settings.kl_estimator)
         total = total + settings.kl_beta * kl
-        grad_kl = weight * settings.kl_beta * slope
+        grad_logprob = grad_logprob + weight * settings.kl_beta * slope
     return PolicyTerms(
         loss=(weight * total).sum()[None],
-        grad_ratio=grad_ratio,
-        grad_kl=grad_kl,
+        grad_ratio=-weight * importance * by_ratio,
+        grad_logprob=grad_logprob,
         ratio=ratio * seen,
         clipped=clipped.to(dtype),
         kl=kl,
         importance=importance,
     )
+
+
+def _clipped_surrogate(
+    ratio: Tensor, limited: Tensor, advantage: Tensor, dual_clip: float | None
+) -> tuple[Tensor, Tensor]:
+    """PPO's surrogate, and whether a clip holds the token back."""
+    free, bounded = ratio * advantage, limited * advantage
+    clipped = bounded < free
+    surrogate = torch.where(clipped, bounded, free)
+    if dual_clip is not None:
+        floor = dual_clip * advantage
+        below = (advantage < 0) & (surrogate < floor)
+        surrogate = torch.where(below, floor, surrogate)
+        clipped = clipped | below
+    return surrogate, clipped
 
 
 def _kl(g: Tensor, estimator: str) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,26 @@
+"""DAPO: decoupled clip and dynamic sampling policy optimization (arXiv 2503.14476, eq. 8).
+
+    J = 1/Σ_i |o_i| Σ_i Σ_t min(ρ A, clip(ρ, 1 - ε_low, 1 + ε_high) A),  A as GRPO's
+
+GRPO with four changes, each a setting: ε_high above ε_low, so that unlikely tokens may grow
+(section 3.1); groups without a difference are replaced (`dynamic_sampling`, 3.2); every token
+weighs the same, those of long outputs too (`loss_average`, 3.3); a soft punishment of the last
+tokens before the length limit (`overlong_buffer`, 3.4: 4,096 of 20,480). No KL.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron_r1.rl.algorithms.grpo import LOSS, advantages
+
+__all__ = ["DEFAULTS", "LOSS", "advantages"]
+
+DEFAULTS: dict[str, Any] = {
+    "clip_low": 0.2,
+    "clip_high": 0.28,
+    "dynamic_sampling": True,
+    "loss_average": "token",
+    "overlong_buffer": 0.2,
+    "kl_beta": 0.0,
+}

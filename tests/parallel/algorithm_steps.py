@@ -1,0 +1,120 @@
+"""Estimators that give every token its own advantage, on these ranks: `algorithm_steps.py MODEL OUT
+GRID…`.
+
+Every grid sees the same rollouts, one for each estimator, spread as the controller spreads them, of
+a policy that has moved away from its reference. OUT/GRID.json: of each estimator every token's
+advantage (and return) by sample and position, gathered from all ranks, and the metrics of two
+updates; OUT/GRID.safetensors: the weights after all of them."""
+
+import json
+import math
+import random
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from trainer_steps import config
+
+from megatron_r1 import weights
+from megatron_r1.config import Config
+from megatron_r1.rl import algorithms
+from megatron_r1.training import distributed
+from megatron_r1.training.packing import pack
+from megatron_r1.training.wire import Microbatches, Sample
+
+SETTINGS = {
+    "rloo": {"kl_beta": 0.5},
+    "reinforce_pp": {"kl_beta": 0.5, "discount": 0.9},
+    "ppo": {"kl_beta": 0.5, "discount": 0.97, "gae_lambda": 0.9},
+    "on_policy_distillation": {"discount": 0.5},
+}
+TEMPERATURE, RATE, LIMIT = 0.8, 0.05, 40
+
+
+def samples(seed: int) -> list[Sample]:
+    """Twelve, one of which nobody could grade, with what a teacher would say of them."""
+    draw = random.Random(seed)
+    made = []
+    for i in range(12):
+        prompt = [draw.randrange(67) for _ in range(draw.randrange(1, 6))]
+        response = [draw.randrange(67) for _ in range(draw.choice((1, 7, 20, LIMIT)))]
+        logprobs, teacher = ([-draw.uniform(3, 6) for _ in response] for _ in range(2))
+        reward = math.nan if i == 5 else draw.uniform(-1, 1)
+        made.append(Sample.pack(prompt, response, logprobs, reward, teacher=teacher))
+    return made
+
+
+def load(trainer, place, seeds) -> list[list[list[str]]]:
+    """Names of the samples of each micro-batch of each update of this rank."""
+    steps, names = [], []
+    for seed in seeds:
+        made = samples(seed)
+        plan = pack([len(s) for s in made], place.data_size, 80).shares[place.data_rank]
+        steps.append(Microbatches([[made[i] for i in members] for members in plan]))
+        names.append([[f"{seed}.{i}" for i in members] for members in plan])
+    trainer.load(steps)
+    return names
+
+
+def by_position(batch, names: list[str]) -> dict[str, list[float]]:
+    """Advantage, and return if any, of the response tokens this rank holds."""
+    borders, found = batch.borders.tolist(), {}
+    for name, start, end in zip(names, borders, borders[1:], strict=False):
+        for t in range(start, end):
+            if batch.is_response[t]:
+                numbers = [batch.advantages, *([] if batch.returns is None else [batch.returns])]
+                position = int(batch.position_ids[0, t])
+                found[f"{name}:{position}"] = [float(n[t]) for n in numbers]
+    return found
+
+
+def advantages_of(trainer, place, name: str, rl, names) -> dict[str, list[float]]:
+    batches = [batch for step in trainer.minibatches for batch in step]
+    for batch in batches:
+        guess = (0.3 * batch.targets + 0.11 * batch.position_ids[0]).sin()
+        batch.values = torch.where(batch.is_response, guess, 0.0)
+    trainer.token_advantages(algorithms.find(name).TOKEN_ADVANTAGES, rl.token_settings)
+    found: dict[str, list[float]] = {}
+    if place.last_stage:
+        for batch, own in zip(batches, [own for step in names for own in step], strict=False):
+            found |= by_position(batch, own)
+    everybody = [{} for _ in range(place.world_size)]
+    dist.all_gather_object(everybody, found)
+    return {key: numbers for part in everybody for key, numbers in part.items()}
+
+
+def main() -> None:
+    model, out, *grids = sys.argv[1:]
+    out = Path(out)
+    for grid in grids:
+        settings = config(model, grid)
+        place = distributed.initialize(settings.parallel, seed=0)
+        from megatron.core import parallel_state
+
+        from megatron_r1.training.trainer import Trainer
+
+        trainer, report = Trainer(settings, place), {}
+        trainer.keep_reference()
+        for turn, (name, chosen) in enumerate(SETTINGS.items()):
+            rl = Config(rl={"algorithm": name, **chosen}).rl
+            names = load(trainer, place, (10 * turn + 1, 10 * turn + 2))
+            trainer.score(TEMPERATURE, reference=True)
+            told = {
+                **rl.loss_settings,
+                "temperature": TEMPERATURE,
+                "max_response_tokens": LIMIT,
+            }
+            report[name] = {"advantages": advantages_of(trainer, place, name, rl, names)}
+            loss = algorithms.find(name).LOSS
+            report[name]["updates"] = [trainer.update(i, loss, told, RATE) for i in (0, 1)]
+        weights.write_hf(trainer.bare, trainer.hf, out / f"{grid}.safetensors", dtype=torch.float32)
+        first = place.data_rank == place.tensor_rank == 0
+        if place.last_stage and first and parallel_state.get_context_parallel_rank() == 0:
+            (out / f"{grid}.json").write_text(json.dumps(report))
+        dist.barrier()
+        parallel_state.destroy_model_parallel()
+
+
+if __name__ == "__main__":
+    main()

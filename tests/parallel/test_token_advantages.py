@@ -1,0 +1,57 @@
+"""Advantages of single tokens do not depend on which ranks hold which tokens and samples."""
+
+import json
+from pathlib import Path
+
+import pytest
+from ranks import run_ranks
+from safetensors.torch import load_file
+
+HERE = Path(__file__).parent
+MODEL = "qwen-untied"
+# fp32 log-probabilities in another order, summed over 40 tokens; then eight large updates.
+TOLERANCE = 2e-4
+
+
+@pytest.fixture(scope="module")
+def single(oracle, tmp_path_factory) -> Path:
+    """One process's advantages, metrics and weights."""
+    out = tmp_path_factory.mktemp("algorithms")
+    run_ranks(HERE, 1, "algorithm_steps.py", str(oracle / MODEL), str(out), "one")
+    return out
+
+
+@pytest.mark.parametrize(("num_ranks", "grids"), [(2, ["dp2", "cp2", "pp2"]), (4, ["cp2xdp2"])])
+def test_every_split_gives_one_process_s_advantages_and_updates(single, oracle, num_ranks, grids):
+    run_ranks(HERE, num_ranks, "algorithm_steps.py", str(oracle / MODEL), str(single), *grids)
+    expected = json.loads((single / "one.json").read_text())
+    weights = load_file(single / "one.safetensors")
+    start = load_file(oracle / MODEL / "model.safetensors")
+    moved = max((weights[n] - start[n]).abs().max().item() for n in weights)
+    for grid in grids:
+        report = json.loads((single / f"{grid}.json").read_text())
+        for name, wanted in expected.items():
+            got = report[name]
+            assert got["advantages"].keys() == wanted["advantages"].keys(), f"{grid} {name}"
+            for where, numbers in wanted["advantages"].items():
+                near = pytest.approx(numbers, rel=TOLERANCE, abs=TOLERANCE)
+                assert got["advantages"][where] == near, f"{grid} {name} {where}"
+            for one, other in zip(got["updates"], wanted["updates"], strict=True):
+                assert one == pytest.approx(other, rel=TOLERANCE, abs=TOLERANCE), f"{grid} {name}"
+        for name, tensor in load_file(single / f"{grid}.safetensors").items():
+            gap = (tensor - weights[name]).abs().max().item()
+            assert gap <= TOLERANCE * moved, f"{grid} {name}: {gap}, updates moved up to {moved}"
+
+
+def test_the_advantages_are_those_of_the_estimator(single):
+    """Of one process, by facts of the definitions: see tests/unit/test_algorithms.py."""
+    found = json.loads((single / "one.json").read_text())
+    normal = [numbers[0] for numbers in found["reinforce_pp"]["advantages"].values()]
+    graded = [a for a in normal if a != 0.0]
+    mean = sum(graded) / len(graded)
+    square = sum(a * a for a in graded) / len(graded)
+    assert mean == pytest.approx(0, abs=1e-5) and square == pytest.approx(1, rel=1e-4)
+    ungraded = [key for key, (a,) in found["reinforce_pp"]["advantages"].items() if a == 0.0]
+    assert {key.split(":")[0] for key in ungraded} == {"11.5", "12.5"}
+    assert all(len(numbers) == 2 for numbers in found["ppo"]["advantages"].values())
+    assert found["rloo"]["updates"][0]["kl"] >= 0

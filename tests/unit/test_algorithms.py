@@ -1,0 +1,357 @@
+"""Each estimator, from rewards to the gradient of a packed mini-batch, against its formula."""
+
+import math
+import random
+
+import estimator_formulae as formulae
+import pytest
+import torch
+
+from megatron_r1.config import Config
+from megatron_r1.rl import algorithms
+from megatron_r1.training.head import Head
+from megatron_r1.training.losses import find_function, find_loss
+from megatron_r1.training.packed import Split, packed_batch
+from megatron_r1.training.token_advantages import Responses, Scored
+from megatron_r1.training.wire import Sample
+
+HIDDEN, VOCABULARY, TEMPERATURE, LIMIT = 5, 11, 0.7, 12
+REWARDS = [
+    [1.0, 0.0, None, 0.3],
+    [0.7, 0.7, 0.7, 0.7],
+    [None, None, None, 0.4],
+    [1.1, None, 0.1, 0.1],
+]
+EXACT = {"rtol": 1e-9, "atol": 1e-12}
+
+
+class Problem:
+    """16 outputs of 4 questions, in two mini-batches of two micro-batches. The policy has moved
+    between them: in the second, the old log-probabilities are not the present ones."""
+
+    def __init__(self, seed=0):
+        g = torch.Generator().manual_seed(seed)
+        draw = random.Random(seed)
+        self.weight = torch.randn(VOCABULARY, HIDDEN, generator=g, dtype=torch.float64)
+        self.weight.requires_grad_()
+        self.rewards = [reward for group in REWARDS for reward in group]
+        self.texts = []
+        for _ in self.rewards:
+            tokens = [draw.randrange(VOCABULARY) for _ in range(draw.randint(2, 13))]
+            split = draw.randint(1, min(4, len(tokens) - 1))
+            self.texts.append((tokens[:split], tokens[split:]))
+        order = list(range(16))
+        draw.shuffle(order)
+        self.minibatches = [order[:8], order[8:]]
+
+        def states(spread=1.0):
+            return [
+                spread * torch.randn(len(p) + len(r), HIDDEN, generator=g, dtype=torch.float64)
+                for p, r in self.texts
+            ]
+
+        self.hidden = [h.requires_grad_() for h in states()]
+        moved = states(0.1)
+        self.outputs = []
+        for i, reward in enumerate(self.rewards):
+            new = self.logprobs(i, self.hidden[i])
+            old = new.detach()
+            if i in self.minibatches[1]:
+                old = self.logprobs(i, self.hidden[i] + moved[i]).detach()
+            ref, teacher = (
+                old + 0.5 * torch.randn(len(new), generator=g, dtype=torch.float64)
+                for _ in range(2)
+            )
+            values = torch.randn(len(new), generator=g, dtype=torch.float64)
+            self.outputs.append(formulae.Output(i // 4, reward, new, old, ref, teacher, values))
+
+    def logprobs(self, i, hidden):
+        prompt, response = self.texts[i]
+        rows = hidden[len(prompt) - 1 : len(prompt) + len(response) - 1]
+        logits = rows @ self.weight.t() / TEMPERATURE
+        return torch.log_softmax(logits, -1).gather(-1, torch.tensor(response)[:, None])[:, 0]
+
+    def batch(self, members, numbers, first_old):
+        """A packed micro-batch of `members`, and its hidden states."""
+        made = [Sample.pack(*self.texts[i], [0.0] * len(self.texts[i][1])) for i in members]
+        batch = packed_batch(made, Split(tensor=4), torch.device("cpu"))
+        hidden = [self.hidden[i] for i in members]
+        filler = batch.input_ids.shape[1] - sum(map(len, hidden))
+        padding = torch.full((filler, HIDDEN), 7.0, dtype=torch.float64)
+
+        def spread(tensors):
+            whole = torch.zeros(batch.input_ids.shape[1], dtype=torch.float64)
+            whole[batch.is_response] = torch.cat(tensors)
+            return whole
+
+        own = [self.outputs[i] for i in members]
+        lengths = [len(o) for o in own]
+        batch.advantages = spread(
+            [
+                torch.full((n,), numbers[i], dtype=torch.float64)
+                for i, n in zip(members, lengths, strict=True)
+            ]
+        )
+        batch.logprobs["reference"] = spread([o.ref for o in own])
+        batch.logprobs["teacher"] = spread([o.teacher for o in own])
+        # Whatever a critic says outside of responses must not be asked.
+        batch.values = spread([o.values for o in own]).where(batch.is_response, 7.0)
+        if first_old or members[0] in self.minibatches[1]:
+            batch.logprobs["old"] = spread([o.old for o in own])
+        return batch, torch.cat([*hidden, padding])
+
+    def gradients(self):
+        found = [torch.zeros_like(h) if h.grad is None else h.grad for h in self.hidden]
+        found.append(self.weight.grad)
+        for tensor in (*self.hidden, self.weight):
+            tensor.grad = None
+        return torch.cat([g.flatten() for g in found])
+
+
+def ours(problem, name, settings):
+    """Of each mini-batch: its loss, gradients, metrics and batches, as controller and trainer make
+    them."""
+    rl = {"group_size": 4, "questions_per_rollout": 4, "minibatches": 2, **settings}
+    config = Config(rl={"algorithm": name, **rl}, rollout={"max_response_tokens": LIMIT})
+    algorithm = algorithms.find(name)
+    by_group = algorithm.advantages(REWARDS, config.rl)
+    numbers = [number for group in by_group for number in group]
+    first_old = algorithm.TOKEN_ADVANTAGES is not None
+    steps = [
+        [problem.batch(members[a : a + 4], numbers, first_old) for a in (0, 4)]
+        for members in problem.minibatches
+    ]
+    if first_old:
+        every = [batch for step in steps for batch, _ in step]
+        function = find_function(algorithm.TOKEN_ADVANTAGES, "token advantages")
+        function(Scored(every), config.rl.token_settings)
+    settings = {**config.rl.loss_settings, "max_response_tokens": LIMIT}
+    for step in steps:
+        terms = []
+        for batch, hidden in step:
+            head = Head(batch, hidden, problem.weight, TEMPERATURE, None, VOCABULARY)
+            terms.append(find_loss(algorithm.LOSS)(batch, head, settings))
+        total = sum(t.loss for t in terms) / sum(t.denominator for t in terms)
+        total.backward()
+        yield total.detach(), problem.gradients(), terms, [batch for batch, _ in step]
+
+
+def check(name, settings, make_advantages, term, average, clips=None):
+    problem = Problem()
+    advantages = make_advantages(problem.outputs)
+    for step, (loss, gradient, terms, _) in enumerate(ours(problem, name, settings)):
+        members = problem.minibatches[step]
+        outputs = [problem.outputs[i] for i in members]
+        own = [advantages[i].detach() for i in members]
+        expected = formulae.loss(outputs, own, term, average, LIMIT)
+        expected.backward(retain_graph=True)
+        wanted = problem.gradients()
+        assert wanted.abs().max() > 1e-4, "a problem that teaches nothing"
+        torch.testing.assert_close(gradient, wanted, **EXACT)
+        torch.testing.assert_close(loss, expected.detach(), **EXACT)
+        clipped = sum(t.sums["clip_fraction/tokens"] for t in terms).item()
+        if clips and step == 1:
+            assert formulae.is_clipped_on_both_sides(outputs, own, *clips) and clipped > 0
+        elif not clips:
+            assert clipped == 0
+
+
+def plain(low, high):
+    return lambda o, a: formulae.clipped(o, a, low, high)
+
+
+def with_kl(low, high, beta):
+    return lambda o, a: formulae.clipped(o, a, low, high) - beta * formulae.k3(o)
+
+
+def weighted_by_the_ratio(o, a):
+    return (o.new - o.old).exp() * a
+
+
+def cispo(low, high):
+    def term(o, a):
+        ratio = (o.new - o.old).exp().clamp(1 - low, 1 + high).detach()
+        return ratio * a * o.new
+
+    return term
+
+
+def test_grpo():
+    check("grpo", {}, formulae.group_relative, with_kl(10, 10, 0.001), "sequence")
+    narrow = {"clip_low": 0.2, "clip_high": 0.2, "kl_beta": 0.04}
+    check("grpo", narrow, formulae.group_relative, with_kl(0.2, 0.2, 0.04), "sequence", (0.2, 0.2))
+
+
+def test_grpo_with_the_deviation_of_the_rollout():
+    def advantages(outputs):
+        return formulae.over_rollout(outputs, formulae.group_relative(outputs, by_std=False))
+
+    check("grpo", {"advantage_std": "batch"}, advantages, with_kl(10, 10, 0.001), "sequence")
+
+
+def test_dapo():
+    check("dapo", {}, formulae.group_relative, plain(0.2, 0.28), "token", (0.2, 0.28))
+
+
+def test_dr_grpo():
+    def advantages(outputs):
+        return formulae.group_relative(outputs, by_std=False)
+
+    check("dr_grpo", {}, advantages, plain(0.2, 0.2), "constant", (0.2, 0.2))
+
+
+def test_gspo():
+    def term(o, a):
+        ratio = formulae.sequence_ratio(o)
+        return formulae.clipped(o, a[:1], 3e-4, 4e-4, ratio)
+
+    check("gspo", {}, formulae.group_relative, term, "sequence", (3e-4, 4e-4))
+
+
+def test_cispo():
+    narrow = {"clip_low": 0.2, "clip_high": 0.3}
+    check("cispo", narrow, formulae.group_relative, cispo(0.2, 0.3), "token", (0.2, 0.3))
+    check("cispo", {}, formulae.group_relative, cispo(10, 4), "token")
+
+
+def test_reinforce():
+    advantages = formulae.less_the_rollouts_mean
+    check("reinforce", {}, advantages, weighted_by_the_ratio, "constant")
+
+    def scaled(outputs):
+        return formulae.over_rollout(outputs, advantages(outputs))
+
+    check("reinforce", {"advantage_std": "batch"}, scaled, weighted_by_the_ratio, "constant")
+
+
+def test_rloo():
+    for beta in (0.03, 0.0):
+
+        def advantages(outputs, beta=beta):
+            return formulae.leave_one_out_and_kl(outputs, beta)
+
+        check("rloo", {"kl_beta": beta}, advantages, weighted_by_the_ratio, "constant")
+
+
+def test_reinforce_pp():
+    def advantages(outputs):
+        return formulae.reinforce_pp(outputs, 0.01)
+
+    check("reinforce_pp", {}, advantages, plain(0.2, 0.2), "token", (0.2, 0.2))
+
+
+def test_ppo_normalises_over_the_rollout_and_leaves_returns_for_the_critic():
+    settings = {"kl_beta": 0.1, "gae_lambda": 0.9, "discount": 0.95}
+
+    def advantages(outputs):
+        made, _ = formulae.gae(outputs, 0.1, 0.95, 0.9)
+        return formulae.normalised_over_tokens(outputs, made)
+
+    check("ppo", settings, advantages, plain(0.2, 0.2), "sequence", (0.2, 0.2))
+
+    def as_they_are(outputs):
+        return formulae.gae(outputs, 0.1, 0.95, 0.9)[0]
+
+    whole = {**settings, "advantage_std": "none"}
+    check("ppo", whole, as_they_are, plain(0.2, 0.2), "sequence", (0.2, 0.2))
+
+    problem = Problem()
+    _, returns = formulae.gae(problem.outputs, 0.1, 0.95, 0.9)
+    for step, (*_, batches) in enumerate(ours(problem, "ppo", settings)):
+        wanted = torch.cat([returns[i] for i in problem.minibatches[step]])
+        got = torch.cat([batch.returns[batch.is_response] for batch in batches])
+        torch.testing.assert_close(got, wanted, **EXACT)
+
+
+def test_on_policy_distillation_teaches_ungraded_outputs_too():
+    for discount in (0.0, 0.5, 1.0):
+
+        def advantages(outputs, discount=discount):
+            return formulae.distillation(outputs, discount)
+
+        settings = {"discount": discount}
+        check("on_policy_distillation", settings, advantages, weighted_by_the_ratio, "token")
+
+
+def test_distillation_and_rloo_have_the_gradients_of_the_divergences_they_are_named_after():
+    """All two-token responses at once, weighed by their probabilities: the estimators' expected
+    gradients are those of the exact divergences."""
+    g = torch.Generator().manual_seed(4)
+    first = torch.randn(4, generator=g, dtype=torch.float64).requires_grad_()
+    second = torch.randn(4, 4, generator=g, dtype=torch.float64).requires_grad_()
+    other = torch.log_softmax(torch.randn(4, generator=g, dtype=torch.float64), -1)
+    others = torch.log_softmax(torch.randn(4, 4, generator=g, dtype=torch.float64), -1)
+    p, q = torch.log_softmax(first, -1), torch.log_softmax(second, -1)
+    joint = (p[:, None] + q).exp().detach()
+    both = torch.stack([p[:, None].expand(4, 4), q])
+    gaps = torch.stack([(p - other)[:, None].expand(4, 4), q - others]).detach()
+
+    def gradients(value):
+        return torch.cat(
+            [x.flatten() for x in torch.autograd.grad(value, (first, second), retain_graph=True)]
+        )
+
+    def estimated(to_go):
+        return gradients((joint * -(to_go * both).sum(0)).sum())
+
+    # Over whole outputs: rloo's penalties to go (β 1, no reward), distillation at discount 1.
+    whole = ((p[:, None] + q).exp() * (p[:, None] + q - other[:, None] - others)).sum()
+    to_go = torch.stack([gaps[0] + gaps[1], gaps[1]])
+    torch.testing.assert_close(estimated(-to_go), gradients(whole), **EXACT)
+    # Token by token, at the states that the old policy visits: distillation at discount 0.
+    per_token = (p.exp() * (p - other)).sum()
+    per_token = per_token + (p.exp().detach()[:, None] * q.exp() * (q - others)).sum()
+    torch.testing.assert_close(estimated(-gaps), gradients(per_token), **EXACT)
+
+
+def test_rewards_that_are_all_equal_are_normalised_to_0():
+    batch = packed_batch(
+        [Sample.pack([1], [2] * n, None, 0.7) for n in (1, 4, 9)], Split(), torch.device("cpu")
+    )
+    settings = {"kl_beta": 0.0, "discount": 1.0, "advantage_epsilon": 0.0}
+    find_function(algorithms.find("reinforce_pp").TOKEN_ADVANTAGES, "x")(Scored([batch]), settings)
+    assert batch.advantages.abs().max() < 1e-6
+
+
+def test_a_group_of_equal_rewards_has_no_leave_one_out_advantage():
+    rl = Config(rl={"algorithm": "rloo"}).rl
+    third = 0.1 + 0.2
+    equal, alone, mixed = algorithms.find("rloo").advantages(
+        [[third] * 7, [None, 0.4, None], [1.0, None, 0.0, 0.5]], rl
+    )
+    assert equal == [0.0] * 7
+    assert alone[1] == 0.0 and math.isnan(alone[0]) and math.isnan(alone[2])
+    assert mixed[0] == 0.75 and math.isnan(mixed[1]) and mixed[2:] == [-0.75, 0.0]
+
+
+@pytest.mark.parametrize("discount", [0.0, 0.5, 0.999, 1.0])
+def test_discounted_sums_are_the_loop_s_of_any_length(discount):
+    draw = random.Random(1)
+    lengths = [1, 700, 0, 2, 3, 64, 65, 127, 1]
+    made = [Sample.pack([1, 2], [3] * n) for n in lengths]
+    batch = packed_batch(made, Split(tensor=8), torch.device("cpu"))
+    values = [[draw.gauss(0, 1) for _ in range(n)] for n in lengths]
+    whole = torch.full((batch.input_ids.shape[1],), math.nan, dtype=torch.float64)
+    whole[batch.is_response] = torch.tensor(sum(values, []), dtype=torch.float64)
+    got = Responses(batch).discounted_sums(whole, discount)
+    wanted = sum([formulae.naive_sums(own, discount) for own in values], [])
+    assert got[batch.is_response].tolist() == pytest.approx(wanted, rel=1e-12, abs=1e-12)
+    assert (got[~batch.is_response] == 0).all()
+
+
+def test_a_micro_batch_without_samples_is_left_as_it_is():
+    batch = packed_batch([], Split(tensor=2), torch.device("cpu"))
+    batch.logprobs["old"] = batch.logprobs["reference"] = torch.zeros(2)
+    scored = Scored([batch])
+    settings = {"kl_beta": 0.1, "discount": 1.0, "advantage_epsilon": 1e-6}
+    find_function(algorithms.find("reinforce_pp").TOKEN_ADVANTAGES, "x")(scored, settings)
+    assert batch.advantages.tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("name", sorted({*algorithms.NAMES} - {"on_policy_distillation"}))
+def test_rewards_that_are_no_numbers_are_refused(name):
+    rl = Config(rl={"algorithm": name}).rl
+    with pytest.raises(ValueError, match="must be finite"):
+        algorithms.find(name).advantages([[1.0, 0.0], [math.inf, 0.0]], rl)
+    with pytest.raises(ValueError, match="at least one"):
+        algorithms.find(name).advantages([[]], rl)
