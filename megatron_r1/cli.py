@@ -15,13 +15,18 @@ from megatron_r1 import config as configuration
 
 VERBS = {
     "sft": "megatron_r1.stages.sft",
+    "reward-model": "megatron_r1.stages.reward_model",
     "rl": "megatron_r1.stages.rl",
     "eval": "megatron_r1.stages.eval",
+    "sample": "megatron_r1.stages.sample",
 }
-"""Each a module with `run(config)` and REQUIRED, the keys a recipe must set for it."""
+"""Each a module with `run(config)` and REQUIRED, the keys a recipe must set for it; perhaps IMPLIED,
+what the verb says beside them."""
 COMMANDS = {"score": "megatron_r1.stages.score"}
 """Verbs that take no recipe: each a module with `run(config, *arguments)` and ARGUMENTS, what these
 are called."""
+PIPELINE = "pipeline"
+"""The verb that runs the others, with a recipe of its own kind."""
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -29,6 +34,7 @@ USAGE = f"""usage: megatron-r1 VERB RECIPE.yaml [--section.key value …]
 
 verbs: {", ".join(VERBS)}; keys lists every setting
        megatron-r1 score IN.jsonl OUT.jsonl [--rewards.key value …]   (- is a pipe)
+       megatron-r1 pipeline RECIPE.yaml [--pipeline.key value …]   several of them, as a graph
 The same command continues a run that was stopped.
 On many GPUs: torchrun … -m megatron_r1 VERB RECIPE.yaml
 Every key, its default and meaning: megatron-r1 keys"""
@@ -69,10 +75,12 @@ def _dispatch(arguments: list[str]) -> int:
         print(describe_keys())
         return 0
     verb, *rest = arguments
+    if verb == PIPELINE:
+        return _run_pipeline(rest)
     if verb in COMMANDS:
         return _run_command(verb, rest)
     if verb not in VERBS:
-        verbs = [*VERBS, *COMMANDS]
+        verbs = [*VERBS, *COMMANDS, PIPELINE]
         near = difflib.get_close_matches(verb, verbs, n=1)
         hint = f"did you mean {near[0]}?" if near else f"use one of {', '.join(verbs)}"
         raise ValueError(f"unknown verb {verb}; {hint}")
@@ -80,10 +88,21 @@ def _dispatch(arguments: list[str]) -> int:
         raise ValueError(f"{verb} needs a recipe: megatron-r1 {verb} RECIPE.yaml")
     recipe, *options = rest
     stage = importlib.import_module(VERBS[verb])
-    config = configuration.load(recipe, parse_overrides(options), required=stage.REQUIRED)
+    overrides = {**getattr(stage, "IMPLIED", {}), **parse_overrides(options)}
+    config = configuration.load(recipe, overrides, required=stage.REQUIRED)
     if _is_rank():
         return _serve_as_rank(config, arguments)
     stage.run(config)
+    return 0
+
+
+def _run_pipeline(rest: list[str]) -> int:
+    from megatron_r1.stages import pipeline
+
+    if not rest or rest[0].startswith("--"):
+        raise ValueError(f"{PIPELINE} needs a recipe: megatron-r1 {PIPELINE} RECIPE.yaml")
+    recipe, *options = rest
+    pipeline.run(recipe, parse_overrides(options), VERBS)
     return 0
 
 

@@ -5,17 +5,22 @@ The defaults of `rl`, `optimizer` and `rollout` are DeepSeek-R1-Zero's (arXiv 25
 2 and supplement B); a recipe says only where it differs. Unknown keys are errors that name the
 nearest right one."""
 
+from megatron_r1.config.critic import CriticConfig
 from megatron_r1.config.recipe import (
     RESUMABLE,
     Config,
     dump,
     from_overrides,
+    from_tree,
     known_keys,
     load,
     parse,
 )
+from megatron_r1.config.reward_model import RewardModelConfig
 from megatron_r1.config.rl import PRESETS, RewardsConfig, RLConfig, RolloutConfig
 from megatron_r1.config.run import CheckpointConfig, DataConfig, ModelConfig, RunConfig
+from megatron_r1.config.sample import SampleConfig
+from megatron_r1.config.teacher import TeacherConfig
 from megatron_r1.config.training import FP8Config, OptimizerConfig, ParallelConfig, SFTConfig
 
 __all__ = [
@@ -23,18 +28,23 @@ __all__ = [
     "RESUMABLE",
     "CheckpointConfig",
     "Config",
+    "CriticConfig",
     "DataConfig",
     "FP8Config",
     "ModelConfig",
     "OptimizerConfig",
     "ParallelConfig",
     "RLConfig",
+    "RewardModelConfig",
     "RewardsConfig",
     "RolloutConfig",
     "RunConfig",
     "SFTConfig",
+    "SampleConfig",
+    "TeacherConfig",
     "dump",
     "from_overrides",
+    "from_tree",
     "known_keys",
     "load",
     "parse",

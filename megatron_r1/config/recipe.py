@@ -10,10 +10,14 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, ValidationError, model_validator
 
+from megatron_r1.config.critic import CriticConfig
 from megatron_r1.config.push import PushConfig
+from megatron_r1.config.reward_model import RewardModelConfig
 from megatron_r1.config.rl import PRESETS, RewardsConfig, RLConfig, RolloutConfig
 from megatron_r1.config.run import CheckpointConfig, DataConfig, ModelConfig, RunConfig
+from megatron_r1.config.sample import SampleConfig
 from megatron_r1.config.section import Section
+from megatron_r1.config.teacher import TeacherConfig
 from megatron_r1.config.training import FP8Config, OptimizerConfig, ParallelConfig, SFTConfig
 from megatron_r1.evaluation.settings import EvalConfig
 
@@ -26,11 +30,15 @@ class Config(Section):
     push: PushConfig = PushConfig()
     rewards: RewardsConfig = RewardsConfig()
     rl: RLConfig = RLConfig()
+    teacher: TeacherConfig = TeacherConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     parallel: ParallelConfig = ParallelConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     eval: EvalConfig = EvalConfig()
     sft: SFTConfig = SFTConfig()
+    reward_model: RewardModelConfig = RewardModelConfig()
+    critic: CriticConfig = CriticConfig()
+    sample: SampleConfig = SampleConfig()
     fp8: FP8Config = FP8Config()
 
     @model_validator(mode="after")
@@ -83,6 +91,7 @@ RESUMABLE = (
     "rollout.hosts_port",
     "rollout.hosts_address",
     "rollout.host_silence_seconds",
+    "rollout.hosts_per_engine",
     "rollout.tensor",
     "rollout.pipeline",
     "rollout.data",
@@ -92,6 +101,21 @@ RESUMABLE = (
     "rollout.max_restarts",
     "rollout.unresponsive_seconds",
     "rollout.threads",
+    "teacher.url",
+    "teacher.engines",
+    "teacher.tensor",
+    "teacher.pipeline",
+    "teacher.data",
+    "teacher.expert_parallel",
+    "teacher.gpu_memory",
+    "teacher.max_num_seqs",
+    "teacher.tokens_at_once",
+    "teacher.threads",
+    "teacher.max_restarts",
+    "teacher.unresponsive_seconds",
+    "rewards.options.helpful.url",
+    "rewards.options.judge.url",
+    "rewards.options.safety.url",
     "rewards.workers",
     "rewards.max_ungraded",
     "parallel",
@@ -121,6 +145,14 @@ def load(
     tree = {section: keys for section, keys in tree.items() if keys is not None}
     for dotted, value in (overrides or {}).items():
         _put(tree, dotted, value)
+    return from_tree(tree, str(path), required)
+
+
+def from_tree(tree: dict[str, Any], origin: str, required: tuple[str, ...] = ()) -> Config:
+    """The configuration that sections of a recipe make, their preset filled in. origin: what errors
+    call it. Raises ValueError with one line per mistake.
+    """
+    tree = dict(tree)
     preset = (
         (tree.get("rl") or {}).get("preset", "r1_zero")
         if isinstance(tree.get("rl", {}), dict)
@@ -128,10 +160,10 @@ def load(
     )
     for section, values in PRESETS.get(preset, {}).items():
         tree[section] = {**values, **(tree.get(section) or {})}
-    config = parse(tree, str(path))
+    config = parse(tree, origin)
     missing = [key for key in required if not _get(config, key)]
     if missing:
-        raise ValueError(f"recipe {path}: {', '.join(missing)} must be set")
+        raise ValueError(f"recipe {origin}: {', '.join(missing)} must be set")
     return config
 
 

@@ -6,11 +6,12 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from megatron_r1.config.section import Section
 from megatron_r1.rewards.combine import DEFAULT_WEIGHTS, Weight, read_weights
 from megatron_r1.rewards.options import read_options
+from megatron_r1.rl import algorithms
 
 
 class RolloutConfig(Section):
@@ -30,6 +31,12 @@ class RolloutConfig(Section):
     )
     host_silence_seconds: float = Field(
         30.0, gt=0, description="a host that has not been heard from for so long has vanished"
+    )
+    hosts_per_engine: int = Field(
+        1,
+        ge=1,
+        description="hosts that share an engine's copies (data), with placement: hosts; an engine "
+        "gets all of them at once",
     )
     tensor: int = Field(1, ge=1, description="ranks of an engine that share every layer")
     pipeline: int = Field(1, ge=1, description="stages of layers in an engine")
@@ -75,6 +82,21 @@ class RolloutConfig(Section):
         120.0, gt=0, description="an engine that has not answered for so long counts as dead"
     )
 
+    @model_validator(mode="after")
+    def _spreads_over_hosts(self):
+        hosts = self.hosts_per_engine
+        if hosts > 1 and self.placement != "hosts":
+            raise ValueError(
+                f"rollout.hosts_per_engine: {hosts} needs engine hosts to spread an engine over; "
+                "set rollout.placement: hosts, or rollout.hosts_per_engine: 1"
+            )
+        if self.data % hosts:
+            raise ValueError(
+                f"rollout.hosts_per_engine: {hosts} does not divide rollout.data: {self.data}, the "
+                "copies that the hosts share out; choose a divisor"
+            )
+        return self
+
 
 class RewardsConfig(Section):
     weights: dict[str, float | Weight] = Field(
@@ -116,7 +138,14 @@ class RLConfig(Section):
     preset: Literal["r1_zero", "grpo_v1"] = Field(
         "r1_zero", description="values below that a recipe leaves out"
     )
-    group_size: int = Field(16, ge=2, description="outputs per question, G")
+    algorithm: str = Field(
+        "grpo",
+        description="the policy-gradient estimator, with its own defaults for what recipe and "
+        f"preset leave out: {', '.join(algorithms.NAMES)}. See docs/algorithms.md",
+    )
+    group_size: int = Field(
+        16, ge=1, description="outputs per question, G; 2 or more where a group is the baseline"
+    )
     questions_per_rollout: int = Field(
         512, gt=0, description="512 x 16 = the paper's 8,192 outputs"
     )
@@ -139,9 +168,14 @@ class RLConfig(Section):
         description="weigh by trainer's over engine's probability, at most this; null: do not",
     )
     kl_beta: float = Field(
-        0.001, ge=0, description="weight of the estimate of KL to the reference, in the loss"
+        0.001,
+        ge=0,
+        description="weight of the estimate of KL to the reference, in the loss; of rloo, "
+        "reinforce_pp and ppo in the reward",
     )
-    kl_estimator: Literal["k1", "k2", "k3"] = Field("k3", description="k3: the paper's")
+    kl_estimator: Literal["k1", "k2", "k3"] = Field(
+        "k3", description="in loss and metrics (in a reward it is k1); k3: the paper's"
+    )
     entropy_coef: float = Field(0.0, ge=0, description="weight of an entropy bonus")
     reference_refresh: int = Field(
         400, ge=0, description="optimizer steps between replacing the reference; 0: never"
@@ -158,13 +192,35 @@ class RLConfig(Section):
     dynamic_sampling_rounds: int = Field(
         4, ge=1, description="times prompts are drawn for one rollout, before it is filled up"
     )
-    advantage_std: Literal["group", "none"] = Field(
-        "group", description="divide by the group's standard deviation, or not"
+    advantage_std: Literal["group", "batch", "none"] = Field(
+        "group",
+        description="divide by the standard deviation of the group, of the rollout, or not",
     )
     advantage_epsilon: float = Field(1e-6, ge=0, description="added to the standard deviation")
-    loss_average: Literal["sequence", "token"] = Field(
+    loss_average: Literal["sequence", "token", "constant"] = Field(
         "sequence",
-        description="sequence: each output weighs the same (GRPO, eq. 1); token: each token (DAPO)",
+        description="sequence: each output weighs the same (GRPO, eq. 1); token: each token "
+        "(DAPO); constant: each token, over max_response_tokens per output (Dr. GRPO)",
+    )
+    discount: float = Field(
+        1.0,
+        ge=0,
+        le=1,
+        description="gamma: of what follows a token (rloo, reinforce_pp, ppo, "
+        "on_policy_distillation)",
+    )
+    gae_lambda: float = Field(
+        1.0, ge=0, le=1, description="lambda of generalized advantage estimation (ppo)"
+    )
+    overlong_buffer: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="share of max_response_tokens, at its end, over which a growing punishment is "
+        "taken from the reward (DAPO: 0.2); 0: none",
+    )
+    overlong_penalty: float = Field(
+        1.0, ge=0, description="that punishment at max_response_tokens (DAPO, eq. 13: 1)"
     )
 
     routing_replay: bool = Field(
@@ -179,9 +235,31 @@ class RLConfig(Section):
         "it again; needs the disk of the steps since the oldest checkpoint kept",
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_the_algorithm(cls, given: Any) -> Any:
+        if not isinstance(given, dict) or not isinstance(given.get("algorithm", ""), str):
+            return given
+        return {**algorithms.find(given.get("algorithm", "grpo")).DEFAULTS, **given}
+
+    @model_validator(mode="after")
+    def _fits_the_algorithm(self):
+        algorithm = algorithms.find(self.algorithm)
+        if self.group_size < algorithm.MIN_GROUP_SIZE:
+            raise ValueError(
+                f"rl.group_size: must be greater than or equal to {algorithm.MIN_GROUP_SIZE}, got "
+                f"{self.group_size}: the group is {self.algorithm}'s baseline"
+            )
+        if self.advantage_std not in algorithm.ADVANTAGE_STDS:
+            raise ValueError(
+                f"rl.advantage_std: {self.advantage_std} is not what {self.algorithm} does; use "
+                f"{' or '.join(algorithm.ADVANTAGE_STDS)}, or leave it out"
+            )
+        return self
+
     @property
     def loss_settings(self) -> dict[str, Any]:
-        """What `rl.grpo.grpo_loss` is told."""
+        """What the algorithm's loss is told, but for max_response_tokens."""
         names = (
             "clip_low",
             "clip_high",
@@ -192,7 +270,16 @@ class RLConfig(Section):
             "kl_estimator",
             "entropy_coef",
         )
-        return {"average": self.loss_average, **{name: getattr(self, name) for name in names}}
+        settings = {name: getattr(self, name) for name in names}
+        if algorithms.find(self.algorithm).KL_IN_REWARD:
+            settings["kl_beta"] = 0.0
+        return {"average": self.loss_average, **settings}
+
+    @property
+    def token_settings(self) -> dict[str, Any]:
+        """What the algorithm's token advantages are told."""
+        names = ("kl_beta", "discount", "gae_lambda", "advantage_std", "advantage_epsilon")
+        return {name: getattr(self, name) for name in names}
 
 
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {

@@ -47,6 +47,10 @@ class ModelConfig(Section):
         description="Megatron checkpoint (of tools/convert or a run) to take the weights from, "
         "instead of path's",
     )
+    head: Literal["language", "score"] = Field(
+        "language",
+        description="score: one number per token instead of logits; reward-model sets it",
+    )
     init: Literal["load", "random"] = Field(
         "load", description="random: train from nothing; the folder needs no weights"
     )
@@ -72,6 +76,13 @@ class ModelConfig(Section):
                 "set model.init to load, or leave model.checkpoint out"
             )
         return self
+
+    def require_language_head(self) -> None:
+        """Raise ValueError where the recipe is that of a reward model."""
+        if self.head != "language":
+            raise ValueError(
+                f"model.head: {self.head} is for the verb reward-model; leave it out here"
+            )
 
 
 class DataConfig(Section):

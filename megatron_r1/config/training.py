@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from megatron_r1.config.mixture import MixturePart, read_parts
 from megatron_r1.config.section import Section
 
 
@@ -114,8 +115,20 @@ class FP8Config(Section):
 
 
 class SFTConfig(Section):
-    data: str = Field("", description="JSONL of {prompt, response}; required by sft")
+    data: str | list[MixturePart] = Field(
+        "",
+        description="JSONL of {prompt, response}, or a list of {path, share|count|repeat}; "
+        "required by sft",
+    )
+    epochs: float | None = Field(
+        None, gt=0, description="instead of run.steps: passes over the data (the paper: 2)"
+    )
     batch_size: int = Field(128, gt=0, description="samples per optimizer step")
     order: Literal["shuffled", "file"] = Field(
         "shuffled", description="file: as they stand there, for a curriculum"
     )
+
+    @field_validator("data", mode="before")
+    @classmethod
+    def _parts(cls, data: Any) -> Any:
+        return read_parts(data) if isinstance(data, list) else data

@@ -112,9 +112,10 @@ def normalize(question: str) -> str:
     return " ".join(unicodedata.normalize("NFKC", question).casefold().split())
 
 
-def is_heldout(question: str, fraction: float) -> bool:
-    """Whether this question belongs to the held-out share, by its text alone."""
-    return int.from_bytes(_digest(question)[-8:], "big") < fraction * 2**64
+def is_heldout(question: str, fraction: float, of: str = "") -> bool:
+    """Whether this question belongs to the held-out share, by its text alone. of: what it is held
+    out of, where that is to be independent of what other data hold out."""
+    return int.from_bytes(_digest(of + question)[-8:], "big") < fraction * 2**64
 
 
 def _split(

@@ -41,13 +41,18 @@ class EpochSampler(Generic[Item]):
         """The next `n` items; may run over the end of an epoch into the next, and repeat there."""
         drawn = []
         while len(drawn) < n:
-            if self.position == len(self.items):
+            if self.position == len(self._order):
                 self.epoch, self.position = self.epoch + 1, 0
                 self._order = self._shuffle()
-            end = min(len(self.items), self.position + n - len(drawn))
+            end = min(len(self._order), self.position + n - len(drawn))
             drawn += [self.items[index] for index in self._order[self.position : end]]
             self.position = end
         return drawn
+
+    @property
+    def epoch_size(self) -> int:
+        """Items drawn in one epoch."""
+        return len(self._order)
 
     def state_dict(self) -> dict[str, Any]:
         """JSON: where the next draw starts, and what was being drawn from."""

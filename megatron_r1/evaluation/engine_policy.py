@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_r1.config import Config
+from megatron_r1.data.shots import FewShotText, Shots
 from megatron_r1.data.text import PromptText
 from megatron_r1.evaluation.model_folder import fingerprint
 from megatron_r1.evaluation.policies import Answer, Decoding
@@ -18,15 +19,26 @@ from megatron_r1.rollout.parallelism import check_engines, engine_settings
 class EnginePolicy:
     """The same engines, prompts and sampling as in training (`rollout`)."""
 
-    def __init__(self, config: Config, model: Path, decoding: Decoding, log_folder: Path) -> None:
-        """Raises ValueError for a folder without config or tokenizer."""
+    def __init__(
+        self,
+        config: Config,
+        model: Path,
+        decoding: Decoding,
+        log_folder: Path,
+        shots: Shots | None = None,
+    ) -> None:
+        """shots: worked examples before every question. Raises ValueError for a folder without
+        config or tokenizer."""
         config = config.model_copy(
             update={"model": config.model.model_copy(update={"path": str(model)})}
         )
         rollout = config.rollout
         self._config, self._model, self._decoding = config, model, decoding
         self._log_folder = log_folder
-        self._text = PromptText(str(model), config.data.template)
+        template = config.data.template
+        self._text = (
+            FewShotText(str(model), template, shots) if shots else PromptText(str(model), template)
+        )
         self._room = context_length(config)
         check_engines(config, json.loads((model / "config.json").read_text(encoding="utf-8")))
         self._fleet: RolloutFleet | None = None
@@ -47,6 +59,9 @@ class EnginePolicy:
             self._log_folder,
             start_timeout_seconds=rollout.start_timeout_seconds,
             request_timeout_seconds=rollout.request_timeout_seconds,
+            max_restarts=rollout.max_restarts,
+            unresponsive_seconds=rollout.unresponsive_seconds,
+            say=lambda message: print(message, flush=True),
             device="cuda" if platform.has_gpu() else "cpu",
             max_model_len=self._room,
             **engine_settings(rollout),

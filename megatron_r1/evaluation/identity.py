@@ -31,7 +31,7 @@ def settings_that_matter(config: Config, policy: Mapping[str, Any]) -> dict[str,
 
 
 def keep_identity(path: Path, settings: Mapping[str, Any], has_samples: bool) -> None:
-    """Write `settings` into a new evaluation's folder; in one that has samples, compare.
+    """Write `settings` into a new folder; in one that has samples already, compare.
 
     Raises ValueError naming each difference with both values.
     """
@@ -46,10 +46,10 @@ def keep_identity(path: Path, settings: Mapping[str, Any], has_samples: bool) ->
             f"  {n}: {before.get(n)!r} in the folder, {settings.get(n)!r} now" for n in changed
         ]
         raise ValueError(
-            f"{path.parent} holds an evaluation with other settings:\n"
+            f"{path.parent} holds answers that were made with other settings:\n"
             + "\n".join(lines)
-            + "\nTo continue it, give it the settings it has; to start another one, choose another "
-            "run.folder or remove this one."
+            + "\nTo continue, restore those; to start anew, choose another run.folder or remove "
+            "this one."
         )
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import msgspec
 
+from megatron_r1.data.shots import Shots
 from megatron_r1.data.templates import find_template, is_opened, render
 from megatron_r1.evaluation.policies import Answer, Decoding
 from megatron_r1.evaluation.server_wait import saying_what_is_waited_for, wait_until_listening
@@ -43,10 +44,18 @@ class ServerPolicy:
     (`rewards.remote.service`).
     """
 
-    def __init__(self, server: ServerConfig, template: str, decoding: Decoding) -> None:
-        """template: used with api "completions" only. Raises ValueError for one that does not
-        render here, and for an api_key_env that is not set."""
-        self._server, self._decoding = server, decoding
+    def __init__(
+        self,
+        server: ServerConfig,
+        template: str,
+        decoding: Decoding,
+        shots: Shots | None = None,
+        key: str = "eval.server",
+    ) -> None:
+        """template: used with api "completions" only. shots: worked examples before every question.
+        key: of the recipe, for errors. Raises ValueError for a template that does not render here,
+        and for an api_key_env that is not set."""
+        self._server, self._decoding, self._shots, self._key = server, decoding, shots, key
         self._chat = server.api == "chat"
         if not self._chat:
             find_template(template)
@@ -58,8 +67,8 @@ class ServerPolicy:
         self.concurrency = server.concurrency
         # Not the address: a server that comes back on another node is the same model.
         self.identity: dict[str, Any] = {
-            "eval.server.model": server.model,
-            "eval.server.api": server.api,
+            f"{key}.model": server.model,
+            f"{key}.api": server.api,
             "data.template": None if self._chat else template,
         }
 
@@ -73,7 +82,7 @@ class ServerPolicy:
             try:
                 await self._service.ask(self._body(TINY_QUESTION, 0) | {"max_tokens": 1})
             except Ungradable as error:
-                raise ServiceError(f"{url}: {error}; check eval.server") from None
+                raise ServiceError(f"{url}: {error}; check {self._key}") from None
 
     async def answer(self, question: str, seed: int) -> Answer:
         try:
@@ -109,9 +118,14 @@ class ServerPolicy:
         self._takes_limits = True
 
     def _body(self, question: str, seed: int) -> dict[str, Any]:
-        content: dict[str, Any] = {"prompt": render(self._template, question)}
+        shots, content = self._shots, dict[str, Any]()
         if self._chat:
-            content = {"messages": [{"role": "user", "content": question}]}
+            turns = [{"role": "user", "content": question}]
+            content["messages"] = shots.turns(question) if shots else turns
+        else:
+            template = self._template
+            prompt = shots.text(template, question) if shots else render(template, question)
+            content["prompt"] = prompt
         return {
             "model": self._server.model,
             **content,

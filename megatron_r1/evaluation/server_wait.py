@@ -17,13 +17,13 @@ SAY_SECONDS = 5.0
 
 
 async def wait_until_listening(
-    url: str, patience: float, on_failure: Callable[[str], None]
+    url: str, patience: float, on_failure: Callable[[str], None], key: str = "eval.server"
 ) -> None:
     """Return when something accepts connections at `url`'s host and port.
 
-    patience: seconds. on_failure: told why it could not be reached, each time. Raises ServiceError
-    when that lasts longer, with the remedies: a wrong address should show at once, and only whoever
-    started the server knows how long it takes to load.
+    patience: seconds. on_failure: told why it could not be reached, each time. key: of the recipe,
+    for the error. Raises ServiceError when that lasts longer, with the remedies: a wrong address
+    should show at once, and only whoever started the server knows how long it takes to load.
     """
     place = urlsplit(url)
     port = place.port or {"http": 80, "https": 443}[place.scheme]
@@ -42,8 +42,8 @@ async def wait_until_listening(
         if time.monotonic() + PAUSE_SECONDS > began + patience:
             raise ServiceError(
                 f"{url}: nobody answers there ({failure}). Start the server or correct "
-                f"eval.server.url; for a server that is still loading, raise "
-                f"eval.server.wait_seconds, now {patience:g}"
+                f"{key}.url; for a server that is still loading, raise {key}.wait_seconds, now "
+                f"{patience:g}"
             )
         await asyncio.sleep(PAUSE_SECONDS)
 

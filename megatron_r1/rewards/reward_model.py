@@ -10,21 +10,18 @@ Sources: arXiv 2501.12948 v2, section 3.1 and supplement B.3.
 from __future__ import annotations
 
 import math
-import re
 from typing import Any
 
 import msgspec
 from pydantic import Field, field_validator
 
 from megatron_r1.rewards.base import Grade
-from megatron_r1.rewards.remote.hostile_text import cut_middle, defuse
 from megatron_r1.rewards.remote.service import Service, ServiceError, Ungradable
 from megatron_r1.rewards.remote.settings import ServiceSettings
-from megatron_r1.rewards.remote.shown import shown_part
+from megatron_r1.rewards.remote.shown import check_template, fill, shown_texts, turns
 
 CHECK_SECONDS = 10.0
 CHECK_QUESTION, CHECK_RESPONSE = "What is 7 + 5?", "<think>7 + 5 = 12</think>The answer is 12."
-PLACES = re.compile(r"\{(question|response)\}")
 
 
 class RewardModelSettings(ServiceSettings):
@@ -40,9 +37,7 @@ class RewardModelSettings(ServiceSettings):
     @field_validator("template")
     @classmethod
     def _has_its_places(cls, template: str | None) -> str | None:
-        if template is not None and "{response}" not in template:
-            raise ValueError(f"template must contain {{response}}, got {template!r}")
-        return template
+        return check_template(template)
 
 
 class _Classes(msgspec.Struct):
@@ -102,11 +97,10 @@ class RewardModel:
         a question, Ungradable, ServiceError. opened: the prompt ended with `<think>`."""
         if not isinstance(question, str):
             raise ValueError("a reward model needs the question: add it to the row")
-        part = shown_part(response, self.part, opened)
-        if part.text is None:
-            return Grade(0.0, part.reason)
-        shown = cut_middle(defuse(part.text), self.settings.max_chars)
-        answer = await self.service.ask(self._body(defuse(question), shown))
+        asked, shown = shown_texts(question, response, self.part, opened, self.settings.max_chars)
+        if shown.text is None:
+            return Grade(0.0, shown.reason)
+        answer = await self.service.ask(self._body(asked, shown.text))
         try:
             return self._reward(answer)
         except ValueError as error:
@@ -137,12 +131,9 @@ class RewardModel:
     def _body(self, question: str, response: str) -> dict[str, Any]:
         body: dict[str, Any] = {"model": self.settings.model, "use_activation": False}
         if self.settings.template is not None:
-            texts = {"question": question, "response": response}
-            # One pass: a question that contains "{response}" keeps it.
-            text = PLACES.sub(lambda place: texts[place[1]], self.settings.template)
+            text = fill(self.settings.template, question, response)
             return body | {"input": text, "add_special_tokens": False}
-        turns = (("user", question), ("assistant", response))
-        return body | {"messages": [{"role": role, "content": text} for role, text in turns]}
+        return body | {"messages": turns(question, response)}
 
 
 class Helpful(RewardModel):

@@ -13,7 +13,6 @@ from megatron_r1.config import Config
 from megatron_r1.evaluation.figure import write_figure
 from megatron_r1.evaluation.identity import keep_identity, settings_that_matter, versions
 from megatron_r1.evaluation.ledger import Ledger
-from megatron_r1.evaluation.model_folder import find_model
 from megatron_r1.evaluation.policies import Decoding, Policy
 from megatron_r1.evaluation.progress import Progress
 from megatron_r1.evaluation.questions import QuestionSet, load_question_sets
@@ -91,16 +90,9 @@ async def _make_policy(config: Config, folder: Path) -> Policy:
     if evaluated.server:
         return ServerPolicy(evaluated.server, config.data.template, decoding)
     from megatron_r1.evaluation.engine_policy import EnginePolicy
+    from megatron_r1.stages.export import model_to_serve
 
-    model, must_export = find_model(config.model.path)
-    if must_export:
-        from megatron_r1.stages.export import export_checkpoint
-
-        target = folder / f"hf_{model.name}"
-        print(f"exporting {model} to {target}", flush=True)
-        await export_checkpoint(model, target, config.parallel, folder / "logs")
-        model = target
-    print(f"model: {model}", flush=True)
+    model = await model_to_serve(config, folder)
     return EnginePolicy(config, model, decoding, folder / "logs")
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from megatron_r1 import config as configuration
 from megatron_r1.config import Config, ParallelConfig
+from megatron_r1.evaluation.model_folder import find_model
 from megatron_r1.files import fsync
 from megatron_r1.training.client import TrainerClient
 
@@ -41,3 +42,16 @@ async def export_checkpoint(
         await trainer.close()
     partial.rename(target)
     fsync(target.parent)
+
+
+async def model_to_serve(config: Config, folder: Path) -> Path:
+    """The Hugging Face folder that `model.path` means: itself, a run's, or a checkpoint's, which is
+    exported into `folder` first. Raises as `find_model` and `export_checkpoint`."""
+    model, must_export = find_model(config.model.path)
+    if must_export:
+        target = folder / f"hf_{model.name}"
+        print(f"exporting {model} to {target}", flush=True)
+        await export_checkpoint(model, target, config.parallel, folder / "logs")
+        model = target
+    print(f"model: {model}", flush=True)
+    return model

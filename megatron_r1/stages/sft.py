@@ -5,11 +5,13 @@ from __future__ import annotations
 import time
 
 from megatron_r1.config import Config
+from megatron_r1.data.mixture import MixtureSampler, describe, load_mixture
 from megatron_r1.data.sampler import EpochSampler
-from megatron_r1.data.sft import ExampleSampler, load_examples
+from megatron_r1.data.sft import Example, ExampleSampler, load_examples
 from megatron_r1.data.text import PromptText
 from megatron_r1.models import read_hf_config
 from megatron_r1.reporting.recorder import Recorder
+from megatron_r1.stages.epochs import with_steps
 from megatron_r1.stages.launch import run_stage
 from megatron_r1.stopping import StopRequest
 from megatron_r1.supervision.supervisor import Supervisor
@@ -22,12 +24,14 @@ REQUIRED = ("run.folder", "model.path", "sft.data")
 
 
 def run(config: Config) -> None:
-    """Train on `sft.data` for `run.steps` batches. Raises ValueError before any long work."""
+    """Train on `sft.data` for `run.steps` batches, or `sft.epochs`. Raises ValueError before any
+    long work."""
+    config.model.require_language_head()
     read_hf_config(config.model.path)
     text = PromptText(config.model.path, "{problem}")
-    shuffled = config.sft.order == "shuffled"
-    examples = ExampleSampler(load_examples(config.sft.data), config.run.seed, shuffled)
-    facts = [config.model.path, f"{len(examples.items):,} examples"]
+    examples, contents = _examples(config)
+    config = with_steps(config, "sft", examples.epoch_size)
+    facts = [config.model.path, *contents]
 
     start = examples.state_dict()
 
@@ -47,6 +51,16 @@ def run(config: Config) -> None:
         await supervisor.with_restarts(attempt)
 
     run_stage(config, "sft", facts, body)
+
+
+def _examples(config: Config) -> tuple[EpochSampler[Example], list[str]]:
+    """What is drawn from, and what is in it, for the log."""
+    data, shuffled = config.sft.data, config.sft.order == "shuffled"
+    if isinstance(data, str):
+        examples = ExampleSampler(load_examples(data), config.run.seed, shuffled)
+        return examples, [f"{len(examples.items):,} examples"]
+    ingredients = load_mixture(data)
+    return MixtureSampler(ingredients, config.run.seed, shuffled), describe(ingredients)
 
 
 async def _train(

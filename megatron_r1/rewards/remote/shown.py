@@ -1,12 +1,51 @@
-"""Which part of a response a model is shown."""
+"""What of a question and a response a model is shown.
+
+A reward model is trained on the texts it is later asked about, so both go through here.
+"""
 
 from __future__ import annotations
 
+import re
 from typing import Literal
 
 from megatron_r1.rewards.answer import THINK, Extraction, after_thought
+from megatron_r1.rewards.remote.hostile_text import cut_middle, defuse
 
 Part = Literal["summary", "response"]
+PLACES = re.compile(r"\{(question|response)\}")
+
+
+def shown_texts(
+    question: str, response: str, part: Part, opened: bool, max_chars: int
+) -> tuple[str, Extraction]:
+    """The question and that part of the response, without control tokens and at most about
+    `max_chars` of it; the part's text is None where there is none."""
+    found = shown_part(response, part, opened)
+    if found.text is not None:
+        found = Extraction(cut_middle(defuse(found.text), max_chars))
+    return defuse(question), found
+
+
+def fill(template: str, question: str, response: str) -> str:
+    """`template` with both texts in their places."""
+    texts = {"question": question, "response": response}
+    # One pass: a question that contains "{response}" keeps it.
+    return PLACES.sub(lambda place: texts[place[1]], template)
+
+
+def turns(question: str, response: str) -> list[dict[str, str]]:
+    """Both texts as a chat template takes them."""
+    return [
+        {"role": role, "content": text}
+        for role, text in (("user", question), ("assistant", response))
+    ]
+
+
+def check_template(template: str | None) -> str | None:
+    """`template` as it is. Raises ValueError for one without a place for the response."""
+    if template is not None and "{response}" not in template:
+        raise ValueError(f"template must contain {{response}}, got {template!r}")
+    return template
 
 
 def shown_part(response: str, part: Part, opened: bool) -> Extraction:

@@ -1,0 +1,56 @@
+"""Reward models: what they learn from and what of a response they see.
+
+The defaults are DeepSeek-R1's (arXiv 2501.12948 v2, section 3.1 and supplement B.3)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, field_validator
+
+from megatron_r1.config.section import Section
+from megatron_r1.rewards.remote.shown import Part, check_template
+
+
+class RewardModelConfig(Section):
+    data: str = Field(
+        "",
+        description="JSONL or Parquet of {question, chosen, rejected} or of {question, response, "
+        "label}; required by reward-model. See docs/reward_models.md",
+    )
+    kind: Literal["pairwise", "pointwise"] = Field(
+        "pairwise", description="the loss: Bradley-Terry on pairs, or cross entropy on labels"
+    )
+    part: Part | None = Field(
+        None,
+        description="of a response that is scored; default: summary for pairwise (R1's helpful), "
+        "response for pointwise (its safety)",
+    )
+    template: str | None = Field(
+        None,
+        description="text with {question} and {response}, special tokens included; the score is "
+        "read at its last token; default: the tokenizer's chat template",
+    )
+    max_chars: int = Field(
+        20_000, ge=100, description="a longer response is shown without its middle, as in serving"
+    )
+    max_tokens: int | None = Field(
+        None, gt=0, description="longer texts are left out; default: the model's own limit"
+    )
+    epochs: float | None = Field(
+        None, gt=0, description="instead of run.steps: passes over the training rows (the paper: 1)"
+    )
+    batch_size: int = Field(256, gt=0, description="pairs, or labelled responses, per step")
+    heldout_fraction: float = Field(
+        0.1, ge=0, lt=1, description="share of the questions that is held out, by their text"
+    )
+
+    @field_validator("template")
+    @classmethod
+    def _has_its_places(cls, template: str | None) -> str | None:
+        return check_template(template)
+
+    @property
+    def shown(self) -> Part:
+        """The part of a response that is scored."""
+        return self.part or ("summary" if self.kind == "pairwise" else "response")

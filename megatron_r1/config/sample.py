@@ -1,0 +1,183 @@
+"""Answers as training data: how many are drawn, which are kept, and what is written of them.
+
+Defaults are those of DeepSeek-R1's rejection sampling (arXiv 2501.12948: every answer that is
+right, without mixed languages, long paragraphs and code blocks); see docs/sampling.md."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from megatron_r1.config.section import Section
+from megatron_r1.curation.filters import read_filters
+from megatron_r1.evaluation.settings import ServerConfig
+from megatron_r1.rewards.remote.shown import Part
+
+Output = Literal["sft", "pairs", "labels", "answers"]
+SERVED_JUDGE = "judge"
+
+
+class KeepConfig(Section):
+    """Which of a question's graded answers are kept."""
+
+    min_accuracy: float | None = Field(
+        1.0,
+        ge=0,
+        le=1,
+        description="by the question's own kind of reward; null: answers are not graded",
+    )
+    min_reward: float | None = Field(
+        None, description="of the weighted sum of rewards.weights; null: no limit"
+    )
+    per_prompt: int | None = Field(None, ge=1, description="answers of a question; null: all")
+    choose: Literal["random", "shortest", "first", "best"] = Field(
+        "random", description="which of more than per_prompt; best: by reward"
+    )
+    min_pass_rate: float | None = Field(
+        None, ge=0, le=1, description="questions that are right less often are left out"
+    )
+    max_pass_rate: float | None = Field(
+        None, ge=0, le=1, description="questions that are right more often are left out"
+    )
+
+    @model_validator(mode="after")
+    def _has_the_grades_it_needs(self) -> KeepConfig:
+        graded = {
+            "min_reward": self.min_reward is not None,
+            "min_pass_rate": self.min_pass_rate is not None,
+            "max_pass_rate": self.max_pass_rate is not None,
+            "choose: best": self.choose == "best",
+        }
+        needing = [name for name, is_set in graded.items() if is_set]
+        if self.min_accuracy is None and needing:
+            raise ValueError(
+                f"sample.keep.{needing[0]} needs grades, and sample.keep.min_accuracy: null is not "
+                "to grade; set min_accuracy, 0 for any grade"
+            )
+        low, high = self.min_pass_rate, self.max_pass_rate
+        if low is not None and high is not None and low > high:
+            raise ValueError(
+                f"sample.keep: min_pass_rate {low} is above max_pass_rate {high}, so no question "
+                "would be left"
+            )
+        return self
+
+
+class RenderConfig(Section):
+    """The form in which kept answers are written to sft.jsonl."""
+
+    template: str | None = Field(None, description="of the prompt; default: data.template")
+    response: str = Field(
+        "{response}",
+        description="text with {thought}, {summary}, {answer} or {response}, such as "
+        "<think>{thought}</think>{summary}",
+    )
+    tokenizer: str | None = Field(
+        None, description="folder whose chat template renders, for another model; default: ours"
+    )
+
+    @field_validator("response")
+    @classmethod
+    def _says_something(cls, response: str) -> str:
+        if not any(
+            f"{{{name}}}" in response for name in ("thought", "summary", "answer", "response")
+        ):
+            raise ValueError(
+                f"sample.render.response: {response!r} has none of {{thought}}, {{summary}}, "
+                "{answer} and {response}, so all answers would be the same"
+            )
+        return response
+
+
+class PairsConfig(Section):
+    """Preference pairs (arXiv 2501.12948 v2, helpful reward model)."""
+
+    per_prompt: int = Field(1, ge=1, description="pairs of a question, no answer in two of them")
+    margin: float = Field(
+        0.5, ge=0, le=1, description="share of votes won less share lost; with less, a near-tie"
+    )
+    votes: int = Field(
+        4, ge=2, description="calls of a judge function; a served one has rewards.options.judge"
+    )
+    part: Part = Field("summary", description="compared and measured: summary, or response")
+    max_length_bias: float | None = Field(
+        0.05,
+        ge=0,
+        description="mean of log(length of chosen / length of rejected) that may be left, either "
+        "way; null: any",
+    )
+
+    @field_validator("votes")
+    @classmethod
+    def _half_in_each_order(cls, votes: int) -> int:
+        if votes % 2:
+            raise ValueError(
+                f"sample.pairs.votes: {votes} is odd; each answer is to be first equally often, so "
+                f"make it {votes + 1}"
+            )
+        return votes
+
+
+class SampleConfig(Section):
+    samples: int = Field(4, ge=1, description="answers drawn for each question")
+    output: Output = Field(
+        "sft",
+        description="sft: kept answers; pairs: preferences; labels: safe or unsafe; answers: "
+        "graded only",
+    )
+    server: ServerConfig | None = Field(
+        None, description="{url, model, …}: a served model that answers instead of model.path"
+    )
+    shots: str | None = Field(
+        None, description="JSONL of {question, response}: worked examples in front of the question"
+    )
+    num_shots: int | None = Field(
+        None, ge=1, description="of them before each question, drawn anew; default: all"
+    )
+    avoid: list[str] = Field(
+        default_factory=list, description="files of questions that must not be sampled"
+    )
+    avoid_ngram: int = Field(
+        13, ge=0, description="words in a row that such a question must not share; 0: equality only"
+    )
+    keep: KeepConfig = KeepConfig()
+    filters: dict[str, dict[str, Any] | bool] = Field(
+        default_factory=dict,
+        description="name: its options, true, or false to switch it off; over the output's own",
+    )
+    rewrite: str | None = Field(
+        None, description="module:function(question, response) → readable response, or None"
+    )
+    render: RenderConfig = RenderConfig()
+    judge: str = Field(
+        SERVED_JUDGE,
+        description="of pairs and labels: judge (rewards.options.judge), or module:function",
+    )
+    pairs: PairsConfig = PairsConfig()
+
+    @field_validator("filters", mode="before")
+    @classmethod
+    def _filters(cls, filters: Any) -> Any:
+        return read_filters(filters) if isinstance(filters, dict) else filters
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> SampleConfig:
+        if self.output == "pairs" and self.samples < 2:
+            raise ValueError(
+                f"sample.samples: {self.samples} answer cannot be compared with another; "
+                "sample.output: pairs needs 2 or more"
+            )
+        if self.rewrite is not None and self.output != "sft":
+            raise ValueError(
+                f"sample.rewrite: only sample.output: sft has kept answers to rewrite, not "
+                f"{self.output}"
+            )
+        if self.num_shots is not None and self.shots is None:
+            raise ValueError(f"sample.num_shots: {self.num_shots} of which file? set sample.shots")
+        return self
+
+    @property
+    def is_graded(self) -> bool:
+        """Whether rewards grade the answers; preferences and labels come from a judge."""
+        return self.output in ("sft", "answers") and self.keep.min_accuracy is not None

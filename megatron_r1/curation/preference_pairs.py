@@ -1,0 +1,128 @@
+"""pairs.jsonl: two answers to a question, which one a judge prefers, and how clearly.
+
+DeepSeek-R1's helpful reward model learns from 66 thousand pairs: each judged four times with the
+order of the two changing, near-ties dropped, chosen and rejected of comparable length over the
+whole (arXiv 2501.12948 v2, section 3.1 and supplement B.3).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from megatron_r1.config.sample import PairsConfig
+from megatron_r1.curation.candidate import Candidate
+from megatron_r1.curation.curator import Curated
+from megatron_r1.curation.judges import AnswerJudge
+from megatron_r1.curation.length_balance import log_ratio, pairs_to_drop
+from megatron_r1.curation.selection import CHOSEN, REJECTED, UNGRADED, Decision, Selection
+from megatron_r1.data.prompts import Prompt
+from megatron_r1.rewards.judge import Comparison
+from megatron_r1.rewards.remote.service import Ungradable
+
+PairId = tuple[str, int, int]
+"""Question id and the indices of the two answers."""
+
+
+class PreferencePairs:
+    """Compares a question's answers two by two. `log_ratios`: of every pair with a winner, what
+    `length_balance` measures; `balance` chooses those to leave out, once all are known."""
+
+    def __init__(self, selection: Selection, settings: PairsConfig, judge: AnswerJudge) -> None:
+        self._selection, self._settings, self._judge = selection, settings, judge
+        self.log_ratios: dict[PairId, float] = {}
+        self.dropped: set[PairId] = set()
+
+    async def __call__(self, prompt: Prompt, candidates: Sequence[Candidate]) -> Curated:
+        decisions = await self._selection.decide(prompt, candidates)
+        by_index = {c.index: c for c in candidates if decisions[c.index] is None}
+        shown: dict[int, str] = {}
+        for index, candidate in by_index.items():
+            text = candidate.part(self._settings.part)
+            if text is None:
+                decisions[index] = Decision("no_summary", "nothing follows its thought")
+            else:
+                shown[index] = text
+                decisions[index] = Decision("unpaired", "another pair was nearer in length")
+        pairs = pair_up({i: len(text) for i, text in shown.items()}, self._settings.per_prompt)
+        compared = await asyncio.gather(
+            *(self._compare(prompt.question, shown[i], shown[j]) for i, j in pairs)
+        )
+        rows = []
+        for (i, j), outcome in zip(pairs, compared, strict=True):
+            decided, row = self._conclude(prompt, by_index[i], by_index[j], shown, outcome)
+            decisions |= decided
+            rows += row
+        return Curated([decisions[c.index] for c in candidates], rows)
+
+    def balance(self) -> None:
+        """Leave pairs out until `max_length_bias` is kept."""
+        if self._settings.max_length_bias is not None:
+            self.dropped = pairs_to_drop(self.log_ratios, self._settings.max_length_bias)
+
+    def length_bias(self) -> dict[str, float | int]:
+        """Mean of log(chosen / rejected) of all pairs with a winner, and of those that are left."""
+        left = [d for pair, d in self.log_ratios.items() if pair not in self.dropped]
+        means = [math.fsum(ds) / len(ds) if ds else 0.0 for ds in (self.log_ratios.values(), left)]
+        return {"pairs": len(left), "length_bias_before": means[0], "length_bias": means[1]}
+
+    async def _compare(self, question: str, first: str, second: str) -> Comparison | Ungradable:
+        try:
+            return await self._judge.compare(question, first, second)
+        except Ungradable as error:
+            return error
+
+    def _conclude(
+        self,
+        prompt: Prompt,
+        first: Candidate,
+        second: Candidate,
+        shown: dict[int, str],
+        outcome: Comparison | Ungradable,
+    ) -> tuple[dict[int, Decision], list[dict[str, Any]]]:
+        both = (first.index, second.index)
+        if isinstance(outcome, Ungradable):
+            return dict.fromkeys(both, Decision(UNGRADED, str(outcome))), []
+        votes = f"{outcome.wins} : {outcome.losses}, {outcome.ties} ties"
+        winner = outcome.winner(self._settings.margin)
+        if winner is None:
+            code = "tie" if outcome.preference == 0.5 else "near_tie"
+            why = f"answer {first.index} against {second.index}: {votes}"
+            return dict.fromkeys(both, Decision(code, why)), []
+        chosen, rejected = (first, second) if winner == 0 else (second, first)
+        pair = (prompt.id, *both)
+        self.log_ratios[pair] = log_ratio(shown[chosen.index], shown[rejected.index])
+        why = f"answer {chosen.index} over {rejected.index}: {votes}"
+        if pair in self.dropped:
+            return dict.fromkeys(both, Decision("length_balance", why)), []
+        row = {
+            "question": prompt.question,
+            "chosen": chosen.whole,
+            "rejected": rejected.whole,
+            "votes": {
+                "chosen": max(outcome.wins, outcome.losses),
+                "rejected": min(outcome.wins, outcome.losses),
+                "ties": outcome.ties,
+            },
+            "id": prompt.id,
+        }
+        return {chosen.index: Decision(CHOSEN, why), rejected.index: Decision(REJECTED, why)}, [row]
+
+
+def pair_up(lengths: dict[int, int], num_pairs: int) -> list[tuple[int, int]]:
+    """At most `num_pairs` pairs of the answers, none in two of them: always the two that are
+    nearest in length (as a ratio) of those that are left; among equals, the earlier."""
+    distance = {
+        (i, j): abs(math.log(max(1, lengths[i]) / max(1, lengths[j])))
+        for i, j in itertools.combinations(sorted(lengths), 2)
+    }
+    pairs: list[tuple[int, int]] = []
+    taken: set[int] = set()
+    for pair in sorted(distance, key=lambda pair: (distance[pair], pair)):
+        if len(pairs) < num_pairs and taken.isdisjoint(pair):
+            pairs.append(pair)
+            taken.update(pair)
+    return pairs

@@ -1,0 +1,62 @@
+"""A function of the user's own, named in a recipe as "module:function"."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import inspect
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_r1.suggestion import did_you_mean
+
+
+@dataclass(frozen=True)
+class UserFunction:
+    """path: "module:function"; key: of the recipe that names it."""
+
+    path: str
+    key: str
+    function: Callable[..., Any]
+
+    async def __call__(self, *arguments: Any) -> Any:
+        """Its result, awaited where it is a coroutine's; in a thread otherwise, as it may wait for
+        a network. Raises RuntimeError for whatever it raises."""
+        try:
+            if inspect.iscoroutinefunction(self.function):
+                return await self.function(*arguments)
+            return await asyncio.to_thread(self.function, *arguments)
+        except Exception as error:
+            raise RuntimeError(
+                f"{self.key}: {self.path} raised {error!r} for the question {arguments[0][:80]!r}; "
+                "mend it, and run the same command again"
+            ) from error
+
+
+def load_function(path: str, key: str, arguments: str) -> UserFunction:
+    """key: of the recipe; arguments: what it is called with, both for errors.
+
+    Modules are found from the folder the command was started in. Raises ValueError for a path that
+    is none, a module that cannot be imported, and what cannot be called with so many arguments.
+    """
+    module, _, name = path.partition(":")
+    if not (name.isidentifier() and all(part.isidentifier() for part in module.split("."))):
+        raise ValueError(f"{key}: {path!r} is not written as module:function")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        imported = importlib.import_module(module)
+    except Exception as error:
+        raise ValueError(f"{key}: {module} cannot be imported: {error!r}") from error
+    function = getattr(imported, name, None)
+    if not callable(function):
+        public = [n for n in vars(imported) if not n.startswith("_")]
+        raise ValueError(f"{key}: {module} has no function {name}{did_you_mean(name, public)}")
+    try:
+        inspect.signature(function).bind(*arguments.split(", "))
+    except TypeError as error:
+        raise ValueError(f"{key}: {path} is called as {name}({arguments}): {error}") from None
+    return UserFunction(path, key, function)

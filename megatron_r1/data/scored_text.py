@@ -1,0 +1,61 @@
+"""A question and a response as the tokens whose last one a reward model's score is read at.
+
+They are those that the model will be served with: what `rewards.reward_model` sends, tokenized as
+vLLM does.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron_r1.rewards.remote.shown import Part, fill, shown_texts, turns
+
+CHECK_QUESTION, CHECK_RESPONSE = "What is 7 + 5?", "<think>7 + 5 = 12</think>The answer is 12."
+
+
+class ScoredText:
+    """The tokenizer of a Hugging Face folder with one way to show question and response."""
+
+    def __init__(self, model_path: str, template: str | None, part: Part, max_chars: int):
+        """template: text with {question} and {response}; None: the tokenizer's chat template.
+
+        Raises ValueError for a folder without a tokenizer, or without a chat template that shows
+        what is to be scored.
+        """
+        from transformers import AutoTokenizer  # takes a second; only commands that run need it
+
+        self.template, self.part, self.max_chars = template, part, max_chars
+        try:
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(model_path)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"model.path {model_path}: no usable tokenizer: {error}") from None
+        if template is None and not self._tokenizer.chat_template:
+            raise ValueError(
+                f"reward_model.template: the tokenizer of {model_path} has no chat template; give "
+                'a text such as "User: {question}\\nAssistant: {response}<eos>"'
+            )
+        whole, summary = CHECK_RESPONSE, CHECK_RESPONSE.partition("</think>")[2]
+        lengths = [len(self._tokens(CHECK_QUESTION, text)) for text in (whole, summary)]
+        # Chat templates of reasoning models drop the thought from what an assistant said.
+        if part == "response" and lengths[0] <= lengths[1]:
+            raise ValueError(
+                f"reward_model.template: the chat template of {model_path} drops <think>…</think>, "
+                "which reward_model.part: response is to see; give a text with {question} and "
+                "{response}"
+            )
+
+    def encode(self, question: str, response: str, opened: bool = False) -> list[int] | None:
+        """Token ids; None for a response that has no such part, which serving does not score."""
+        asked, shown = shown_texts(question, response, self.part, opened, self.max_chars)
+        return None if shown.text is None else self._tokens(asked, shown.text)
+
+    def decode(self, token_ids: list[int]) -> str:
+        """The text, special tokens included."""
+        return self._tokenizer.decode(token_ids, skip_special_tokens=False)
+
+    def _tokens(self, question: str, response: str) -> list[int]:
+        if self.template is not None:
+            text = fill(self.template, question, response)
+        else:
+            text = self._tokenizer.apply_chat_template(turns(question, response), tokenize=False)
+        return self._tokenizer.encode(text, add_special_tokens=False)

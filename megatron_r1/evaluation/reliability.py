@@ -1,0 +1,68 @@
+"""How good a reward model's scores are on rows it has not seen: accuracy, margin, calibration."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from statistics import fmean
+
+from megatron_r1.evaluation.estimators import estimate
+
+NUM_BINS = 10
+
+
+def pair_measures(
+    questions: Sequence[str], chosen: Sequence[float], rejected: Sequence[float]
+) -> dict[str, float]:
+    """Of pairs, by their scores (logits). accuracy: the share whose chosen response scores higher,
+    by question, with its interval; margin: chosen minus rejected; loss: -log sigmoid(margin);
+    calibration_error of sigmoid(|margin|) as the probability that the higher one is the chosen."""
+    margins = [c - r for c, r in zip(chosen, rejected, strict=True)]
+    certain = [_sigmoid(abs(margin)) for margin in margins]
+    right = [float(margin > 0) for margin in margins]
+    return _measures(questions, margins, certain, right)
+
+
+def label_measures(
+    questions: Sequence[str], scores: Sequence[float], labels: Sequence[float]
+) -> dict[str, float]:
+    """Of labelled responses. accuracy: the share of scores on their label's side of 0; margin: how
+    far they are there; loss: binary cross entropy; calibration_error of sigmoid(score) as the
+    probability of a good response."""
+    margins = [score if label else -score for score, label in zip(scores, labels, strict=True)]
+    return _measures(questions, margins, [_sigmoid(score) for score in scores], labels)
+
+
+def expected_calibration_error(
+    probabilities: Sequence[float], outcomes: Sequence[float], bins: int = NUM_BINS
+) -> float:
+    """Σ_b n_b / n · |mean outcome - mean probability| over equal bins of the probability (Guo et
+    al. 2017, arXiv 1706.04599, eq. 3). outcomes: 0 or 1."""
+    found: dict[int, list[tuple[float, float]]] = defaultdict(list)
+    for probability, outcome in zip(probabilities, outcomes, strict=True):
+        found[min(bins - 1, int(probability * bins))].append((probability, outcome))
+    gaps = (abs(sum(outcome - p for p, outcome in members)) for members in found.values())
+    return sum(gaps) / len(probabilities)
+
+
+def _measures(questions, margins, probabilities, outcomes) -> dict[str, float]:
+    by_question: dict[str, list[float]] = defaultdict(list)
+    for question, margin in zip(questions, margins, strict=True):
+        by_question[question].append(float(margin > 0))
+    accuracy = estimate([fmean(right) for right in by_question.values()])
+    measures = {
+        "eval/accuracy": accuracy.value,
+        "eval/margin": fmean(margins),
+        "eval/loss": fmean(math.log1p(math.exp(-abs(m))) + max(-m, 0.0) for m in margins),
+        "eval/calibration_error": expected_calibration_error(probabilities, outcomes),
+    }
+    if accuracy.low is not None and accuracy.high is not None:
+        ends = {"low": accuracy.low, "high": accuracy.high}
+        measures |= {f"interval/accuracy/{end}": value for end, value in ends.items()}
+    return measures
+
+
+def _sigmoid(x: float) -> float:
+    # exp of a positive number could overflow.
+    return 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))
