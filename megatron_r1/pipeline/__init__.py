@@ -1,0 +1,1 @@
+"""R1's stages as a graph: what is done, what is stale, and running the rest."""

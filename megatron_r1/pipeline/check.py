@@ -1,0 +1,101 @@
+"""Mistakes that can be known before anything runs."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_r1.pipeline.identity import source_of, typed
+from megatron_r1.pipeline.plan import Plan, Stage
+from megatron_r1.pipeline.recipe import MAKE
+from megatron_r1.pipeline.references import REFERENCE, texts
+from megatron_r1.suggestion import did_you_mean
+
+FILES = ("path", "data", "checkpoint")
+"""Last parts of settings that name a file or folder, as in model.path, data.heldout_path."""
+
+
+def check(plan: Plan, verbs: Mapping[str, str], files: bool = True) -> None:
+    """Raises ValueError with a line for every stage that cannot run as it stands.
+
+    verbs: name → module, which says in REQUIRED what a recipe must set. files: whether those named
+    in settings must be there, which is no matter where nothing is to run.
+    """
+    mistakes = []
+    for stage in plan.stages.values():
+        try:
+            _check_stage(plan, stage, verbs)
+            if files:
+                _check_files(plan, stage)
+        except ValueError as error:
+            mistakes.append(str(error))
+    if mistakes:
+        raise ValueError("\n".join(mistakes))
+
+
+def _check_stage(plan: Plan, stage: Stage, verbs: Mapping[str, str]) -> None:
+    config, where = stage.config, f"{plan.path}: stages.{stage.name}"
+    if stage.is_function:
+        _check_function(where, config.function, config.arguments)
+    elif config.verb in verbs:
+        required = importlib.import_module(verbs[config.verb]).REQUIRED
+        typed(plan, stage, required)
+    else:
+        known = [MAKE, *verbs]
+        near = did_you_mean(config.verb, known, "{}") or f"; there are {', '.join(known)}"
+        raise ValueError(f"{where}: unknown verb {config.verb}{near}")
+    for text in (config.launch, *(server.launch for server in config.serve.values())):
+        try:
+            shlex.split(text)
+        except ValueError as error:
+            raise ValueError(f"{where}: launch: {text!r}: {error}") from None
+
+
+def _check_files(plan: Plan, stage: Stage) -> None:
+    where = f"{plan.path}: stages.{stage.name}"
+    for name, server in stage.config.serve.items():
+        _must_exist(f"{where}: serve.{name}.model", server.model)
+    for place, text in texts({} if stage.is_function else stage.told):
+        section, _, key = place.partition(".")
+        # A benchmark's path may be its name on the hub.
+        if key.rpartition("_")[2] in FILES and "." not in key and section != "eval":
+            _must_exist(f"{where}: {section}.{key}", text)
+
+
+def _must_exist(place: str, path: str) -> None:
+    if path and not REFERENCE.search(path) and not Path(path).exists():
+        raise ValueError(f"{place}: {path}: no such file or folder (relative to {Path.cwd()})")
+
+
+def _check_function(where: str, function: str, arguments: Mapping[str, Any]) -> None:
+    name = function.partition(":")[2]
+    try:
+        tree = ast.parse(source_of(function))
+    except (ValueError, SyntaxError) as error:
+        raise ValueError(f"{where}: {error}") from None
+    defined = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
+    if name not in defined:
+        near = did_you_mean(name, defined, "{}") or f"; it has {', '.join(defined) or 'none'}"
+        raise ValueError(f"{where}: function {function}: the module has no function {name}{near}")
+    _check_arguments(f"{where}: arguments of {function}", defined[name].args, arguments)
+
+
+def _check_arguments(where: str, parameters: ast.arguments, given: Mapping[str, Any]) -> None:
+    """The first parameter is the folder; the others are given by name."""
+    positional = [p.arg for p in (*parameters.posonlyargs, *parameters.args)][1:]
+    names = positional + [p.arg for p in parameters.kwonlyargs]
+    for name in given:
+        if name not in names and parameters.kwarg is None:
+            near = did_you_mean(name, names, "{}") or f"; it takes {', '.join(names) or 'none'}"
+            raise ValueError(f"{where}: unknown argument {name}{near}")
+    num_needed = len(positional) - len(parameters.defaults)
+    needed = positional[: max(0, num_needed)]
+    defaults = zip(parameters.kwonlyargs, parameters.kw_defaults, strict=True)
+    needed += [p.arg for p, default in defaults if default is None]
+    missing = [name for name in needed if name not in given]
+    if missing:
+        raise ValueError(f"{where}: {', '.join(missing)} must be given")

@@ -1,0 +1,105 @@
+"""The curves of all RL stages in common figures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from html import escape
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+
+from megatron_r1.pipeline.graph import Graph
+from megatron_r1.pipeline.plan import Plan
+from megatron_r1.reporting.jsonl import read_lines
+from megatron_r1.reporting.plots import Curve, curve_plot
+from megatron_r1.reporting.wording import finite
+
+INKS = ("accent", "second", "reward", "push", "train", "other", "muted", "ink")
+SIZE = (5.2, 2.9)
+QUANTITIES = (
+    ("accuracy", "eval/pass@1", "Accuracy", "training samples; points: held-out", True),
+    ("response_length/mean", "eval/response_length", "Response length", "tokens, mean", False),
+    ("language/mean", "eval/language", "Language purity", "words in the target language", True),
+    ("reward/mean", "", "Reward", "mean over a step's samples", False),
+)
+"""Key in metrics.jsonl, in evaluations.jsonl, label, meaning, whether it is a share."""
+
+Lines = list[dict[str, Any]]
+
+
+def curves_section(plans: Sequence[Plan], graph: Graph) -> str:
+    """One figure per quantity, a curve per RL stage, each over its own steps: the mean of the
+    seeds."""
+    trained = _read(plans, graph, "metrics.jsonl")
+    stages = [
+        name for name, runs in trained.items() if any("reward/mean" in r[-1] for r in runs if r)
+    ]
+    if not stages:
+        return ""
+    heldout = _read(plans, graph, "evaluations.jsonl")
+    figures = []
+    for key, heldout_key, label, meaning, is_share in QUANTITIES:
+        curves = []
+        for name, ink in zip(stages, _inks(len(stages)), strict=True):
+            title = plans[0].stages[name].title
+            curves += _curve(title, trained[name], key, ink)
+            curves += _points(heldout[name], heldout_key, ink)
+        if curves:
+            plot = curve_plot(key.replace("/", "-"), curves, SIZE, is_share, from_zero=not is_share)
+            figures.append(
+                f"<figure><figcaption><b>{escape(label)}</b><span>{escape(meaning)}</span>"
+                f"</figcaption>{plot}</figure>"
+            )
+    seeds = f", the mean of {len(plans)} seeds" if len(plans) > 1 else ""
+    return (
+        f"<h2>Reinforcement learning</h2><p>Every RL stage over its own steps{seeds}; each step "
+        f'faint, the moving mean bold.</p><div class="plots pair">{"".join(figures)}</div>'
+    )
+
+
+def _read(plans: Sequence[Plan], graph: Graph, file: str) -> dict[str, list[Lines]]:
+    return {
+        name: [list(read_lines(plan.folder_of(name) / file)) for plan in plans]
+        for name in graph.order
+    }
+
+
+def _inks(count: int) -> list[str]:
+    return [INKS[index % len(INKS)] for index in range(count)]
+
+
+def _curve(title: str, runs: Sequence[Lines], key: str, ink: str) -> list[Curve]:
+    steps, means = _mean_by_step(runs, key)
+    return [Curve(title, steps, means, ink)] if len(steps) else []
+
+
+def _points(runs: Sequence[Lines], key: str, ink: str) -> list[Curve]:
+    steps, means = _mean_by_step(runs, key)
+    if not len(steps):
+        return []
+    low = high = None
+    if len(runs) == 1:  # of a mean over seeds they would not be the interval
+        by_step = {line["step"]: line for line in runs[0]}
+        name = key.removeprefix("eval/")
+        low, high = (
+            np.array([_or_nan(by_step[step], f"interval/{name}/{end}") for step in steps])
+            for end in ("low", "high")
+        )
+    # matplotlib leaves what begins with _ out of its legend.
+    return [Curve("_held-out", steps, means, ink, "o", low, high)]
+
+
+def _mean_by_step(runs: Sequence[Lines], key: str) -> tuple[np.ndarray, np.ndarray]:
+    by_step: dict[int, list[float]] = {}
+    for run in runs:
+        for line in run:
+            if (value := finite(line, key)) is not None:
+                by_step.setdefault(int(line["step"]), []).append(value)
+    steps = sorted(by_step)
+    return np.array(steps, dtype=float), np.array([fmean(by_step[step]) for step in steps])
+
+
+def _or_nan(line: Mapping[str, Any], key: str) -> float:
+    value = finite(line, key)
+    return np.nan if value is None else value

@@ -1,0 +1,35 @@
+"""Where a pipeline stands, as a table for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from megatron_r1.pipeline.figures import figures_of, headline
+from megatron_r1.pipeline.graph import Graph
+from megatron_r1.pipeline.plan import Plan
+from megatron_r1.pipeline.state import State, Status
+from megatron_r1.reporting.wording import duration, printable
+
+
+def status_lines(plan: Plan, graph: Graph, statuses: Mapping[str, Status]) -> list[str]:
+    """A line per stage: state, name, verb, time, its first number; below it why it is stale."""
+    rows = []
+    for name in graph.order:
+        stage, status = plan.stages[name], statuses[name]
+        took = duration(status.seconds) if status.seconds is not None else ""
+        told = "" if status.state is State.FAILED else headline(figures_of(plan.folder_of(name)))
+        rows.append([str(status.state), name, stage.config.verb, took, told])
+    widths = [max(len(row[column]) for row in rows) for column in range(5)]
+    lines = []
+    for row in rows:
+        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
+        lines.append("  ".join(cells).rstrip())
+        lines += [f"  {reason}" for reason in reasons(statuses[row[1]])]
+    return lines
+
+
+def reasons(status: Status) -> list[str]:
+    """Why a stage is stale or has failed, line by line."""
+    if status.state not in (State.STALE, State.FAILED):
+        return []
+    return [printable(line) for reason in status.reasons for line in reason.splitlines()]
