@@ -10,7 +10,7 @@ LOCK := requirements/cpu.lock
 INSTALLED := $(VENV)/.installed
 INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: system-packages cluster-packages setup demo test test-all lint format bench clean
+.PHONY: system-packages cluster-packages setup demo test test-all lint format bench docs clean
 
 setup: system-packages $(INSTALLED)
 
@@ -59,6 +59,11 @@ bench: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements/bench.txt
 	$(BIN)/python tools/bench kernels
 	$(BIN)/python tools/bench step
+
+# Pages of every module, class and function, from their docstrings: build/docs/index.html.
+docs: setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements/docs.txt
+	$(BIN)/python -W ignore tools/docs build/docs
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info

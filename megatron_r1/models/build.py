@@ -8,10 +8,11 @@ from megatron.core import parallel_state
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import unwrap_model
 
-from megatron_r1.models.hf_config import architecture
+from megatron_r1.models.hf_config import architecture, has_score_head
 from megatron_r1.models.layers import block_specs
 from megatron_r1.models.policy_model import PolicyModel
 from megatron_r1.models.rotary import gather_angles_at_once
+from megatron_r1.models.score_model import ScoreModel
 
 
 def build_model(
@@ -19,7 +20,7 @@ def build_model(
     config: TransformerConfig,
     *,
     vp_stage: int | None = None,
-) -> PolicyModel:
+) -> PolicyModel | ScoreModel:
     """This rank's pipeline stage (of virtual stage `vp_stage`) with Megatron's random weights.
 
     Megatron's process groups must exist and agree with `config`. The vocabulary is padded to a
@@ -30,7 +31,8 @@ def build_model(
     block, mtp = block_specs(config, vp_stage=vp_stage)
     tensor_parallel = config.tensor_model_parallel_size
     stage = {"ignore_virtual": False, "vp_stage": vp_stage}
-    built = PolicyModel(
+    kind = ScoreModel if has_score_head(hf) else PolicyModel
+    built = kind(
         config=config,
         transformer_layer_spec=block,
         mtp_block_spec=mtp,
@@ -51,7 +53,7 @@ def build_model(
     return built
 
 
-def _mark_experts(model: PolicyModel) -> None:
+def _mark_experts(model: PolicyModel | ScoreModel) -> None:
     """Have DDP sum experts' gradients over the expert-data-parallel group wherever that differs.
 
     Megatron marks them so (`allreduce` False) only when expert_parallel > 1

@@ -5,27 +5,39 @@ from __future__ import annotations
 import json
 from importlib import import_module
 from pathlib import Path
+from typing import Literal
 
+Head = Literal["language", "score"]
+"""language: logits over the vocabulary. score: one number per token, for reward models and critics.
+"""
+
+_MODULES = {"DeepseekV3": "deepseek_v3", "Qwen2": "qwen2", "Llama": "llama"}
+_SUFFIXES: dict[Head, str] = {"language": "ForCausalLM", "score": "ForSequenceClassification"}
 ARCHITECTURES = {
-    "DeepseekV3ForCausalLM": "deepseek_v3",
-    "Qwen2ForCausalLM": "qwen2",
-    "LlamaForCausalLM": "llama",
+    name + suffix: module for suffix in _SUFFIXES.values() for name, module in _MODULES.items()
 }
 """HF architecture -> the module with its configuration in models/ and its table in weights/."""
 
 # transformers 5 reads both names of each of these and may write either.
+_MTP_COUNTS = ("num_nextn_predict_layers", "num_mtp_layers")
 _ALIASES = {"num_mtp_layers": "num_nextn_predict_layers", "num_local_experts": "n_routed_experts"}
 
 
-def read_hf_config(path: str | Path) -> dict:
+def read_hf_config(
+    path: str | Path, head: Head | None = "language", key: str = "model.path"
+) -> dict:
     """The contents of `config.json` in the folder `path`, aliases resolved.
 
-    Raises ValueError when the file is missing or unreadable, or its architecture is not in
-    ARCHITECTURES.
+    head: of the model that is wanted. "score" makes of a language model's configuration that of the
+    score model which starts from it (`as_score_model`); None: whichever the folder holds. key: of
+    the recipe, which says `path`.
+
+    Raises ValueError when the file is missing or unreadable, its architecture is not in
+    ARCHITECTURES, or it is a score model where a language model is wanted.
     """
     file = Path(path) / "config.json"
     if not file.is_file():
-        raise ValueError(f"{file} does not exist: model.path must be a Hugging Face model folder")
+        raise ValueError(f"{file} does not exist: {key} must be a Hugging Face model folder")
     try:
         hf = json.loads(file.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
@@ -34,7 +46,46 @@ def read_hf_config(path: str | Path) -> dict:
         if alias in hf:
             hf.setdefault(name, hf.pop(alias))
     architecture(hf)
-    return hf
+    if has_score_head(hf):
+        _check_labels(file, hf)
+    if head == "language" and has_score_head(hf):
+        raise ValueError(
+            f"{file}: {hf['architectures'][0]} is a reward model; give the folder of a language "
+            "model here (megatron-r1 reward-model trains reward models)"
+        )
+    return as_score_model(hf) if head == "score" or has_score_head(hf) else hf
+
+
+def has_score_head(hf: dict) -> bool:
+    """Whether the model gives one number per token instead of logits."""
+    return any(name.endswith(_SUFFIXES["score"]) for name in hf.get("architectures") or [])
+
+
+def as_score_model(hf: dict) -> dict:
+    """The configuration of the score model with the body of `hf`, for transformers and vLLM too.
+
+    What predicts tokens is gone: the LM head, tied or not, and the multi-token-prediction layers.
+    """
+    names = [n.removesuffix(_SUFFIXES["language"]) for n in hf["architectures"]]
+    scored = {
+        **hf,
+        "architectures": [n.removesuffix(_SUFFIXES["score"]) + _SUFFIXES["score"] for n in names],
+        "num_labels": 1,
+        "id2label": {"0": "score"},
+        "label2id": {"score": 0},
+        "tie_word_embeddings": False,
+    }
+    return scored | {name: 0 for name in _MTP_COUNTS if name in hf}
+
+
+def _check_labels(file: Path, hf: dict) -> None:
+    # transformers counts id2label, which without an entry has two labels.
+    count = hf.get("num_labels") or len(hf.get("id2label") or "ab")
+    if count != 1:
+        raise ValueError(
+            f"{file}: a classifier of {count} labels; only score models can be trained and "
+            "converted, with num_labels: 1"
+        )
 
 
 def architecture(hf: dict) -> str:

@@ -52,6 +52,7 @@ NUMBERS = (
 )
 RL_CHARTS = ("accuracy", "response_length/mean")
 SFT_CHARTS = ("loss", "grad_norm")
+REWARD_MODEL_CHARTS = ("accuracy", "loss")
 MAX_HEIGHT = 46
 MAX_WIDTH = 140
 
@@ -78,9 +79,11 @@ class LiveState:
 
     @property
     def charts(self) -> tuple[str, str]:
-        """The two curves worth the space: R1-Zero's, or loss and gradient norm without rewards."""
-        is_sft = "loss" in self.history and "accuracy" not in self.history
-        return SFT_CHARTS if is_sft else RL_CHARTS
+        """The two curves worth the space: R1-Zero's; loss and gradient norm without rewards; a
+        reward model's."""
+        if "loss" not in self.history or RL_CHARTS[1] in self.history:
+            return RL_CHARTS
+        return REWARD_MODEL_CHARTS if "accuracy" in self.history else SFT_CHARTS
 
     def seconds_left(self) -> float | None:
         if self.seconds_per_step is None:
@@ -211,6 +214,7 @@ def _held_out(state: LiveState, width: int) -> Text:
     points = []
     for step, metrics in sorted(state.evaluations.items()):
         passed = finite(metrics, "eval/pass@1")
+        passed = finite(metrics, "eval/accuracy") if passed is None else passed
         if passed is not None:
             points.append((f"step {step} ", percent(passed)))
     tail = _majority(state.evaluations[max(state.evaluations)])

@@ -22,13 +22,15 @@ class Score:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One held-out evaluation: pass@1, the majority vote of `num_votes` and the mean length."""
+    """One held-out evaluation: pass@1, the majority vote of `num_votes` and the mean length; of a
+    reward model the accuracy of its scores."""
 
     step: int
     passed: Score | None
     majority: Score | None
     num_votes: int | None
     length: float | None
+    accuracy: Score | None = None
 
 
 def evaluations(lines: Iterable[Mapping[str, Any]]) -> list[Evaluation]:
@@ -51,6 +53,7 @@ def evaluations(lines: Iterable[Mapping[str, Any]]) -> list[Evaluation]:
                 _score(line, votes),
                 int(votes.split("@")[1]) if votes else None,
                 finite(line, "eval/response_length"),
+                _score(line, "eval/accuracy"),
             )
         )
     return found

@@ -65,6 +65,10 @@ def outcome_sentence(metrics: Metrics, found: Sequence[Evaluation]) -> str:
         if last.majority:
             text += f" and the majority vote of {last.num_votes} {_scored(last.majority)}"
         return f"{text}."
+    judged = [evaluation.accuracy for evaluation in found if evaluation.accuracy]
+    if len(judged) > 1:
+        went = _went(judged[0].value, judged[-1].value, percent)
+        return f"{steps}, the accuracy of held-out scores {went}."
     for key, name, worded in (
         ("accuracy", "accuracy on the training samples", percent),
         ("loss", "the loss", number),
@@ -150,6 +154,7 @@ def _tiles(metrics: Metrics, found: Sequence[Evaluation]) -> str:
     tiles = []
     for name, scores in (
         ("held-out pass@1", [e.passed for e in found if e.passed]),
+        ("held-out accuracy", [e.accuracy for e in found if e.accuracy]),
         (
             f"majority vote of {max((e.num_votes or 0 for e in found), default=0)}",
             [e.majority for e in found if e.majority],

@@ -39,6 +39,8 @@ def two_curves(metrics: Metrics, evaluations: Sequence[Evaluation]) -> str:
     majority = [(e.step, e.majority) for e in evaluations if e.majority]
     votes = max((e.num_votes or 0 for e in evaluations), default=0)
     accuracy += _points("held-out, pass@1", passed, "ink", "o")
+    judged = [(e.step, e.accuracy) for e in evaluations if e.accuracy]
+    accuracy += _points("held-out", judged, "ink", "o")
     accuracy += _points(f"held-out, majority of {votes}", majority, "ink", "D")
     length = _trained(metrics, "response_length/mean", "training samples", "second")
     lengths = [(e.step, Score(e.length)) for e in evaluations if e.length is not None]

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from array import array
+from collections.abc import Callable, Coroutine, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from megatron_r1.rollout.client import Completion
+from megatron_r1.rollout.client import Completion, EngineClient
 from megatron_r1.rollout.dispatch import Dispatch, Work
 from megatron_r1.rollout.errors import EngineDied, EngineError, EngineFault
-from megatron_r1.rollout.lengths import Lengths
+from megatron_r1.rollout.lengths import Expected, Lengths
 from megatron_r1.rollout.pace import Answer
 
 if TYPE_CHECKING:
     from megatron_r1.rollout.fleet import RolloutFleet
 
+T = TypeVar("T")
 MAX_ATTEMPTS = 5
 """More than the faults that get an engine replaced (`pace.MANY_FAULTS`), so that a request also
 meets a fresh engine; where that fails too, the weights or the request are at fault."""
@@ -40,32 +42,52 @@ class Asking:
     ) -> list[Completion]:
         """See `RolloutFleet.generate`."""
         expected = self.lengths.expect(kind, len(prompt), max_tokens)
-        work = Work(n, len(prompt), expected, order)
+        made = await self._until_usable(
+            Work(n, len(prompt), expected, order),
+            lambda client: client.generate(prompt, n=n, max_tokens=max_tokens, **sampling),
+            _lengths,
+        )
+        self.lengths.learn(kind, len(prompt), _lengths(made))
+        return made
+
+    async def scores(self, token_ids: Sequence[int], first: int, order: int) -> array[float]:
+        """See `RolloutFleet.score`."""
+        return await self._until_usable(
+            Work(1, len(token_ids), Expected(1.0, 1.0, num_groups=1), order),
+            lambda client: client.score(token_ids, first),
+            lambda scores: [len(scores)],
+        )
+
+    async def _until_usable(
+        self,
+        work: Work,
+        call: Callable[[EngineClient], Coroutine[Any, Any, T]],
+        lengths: Callable[[T], list[int]],
+    ) -> T:
+        """lengths: tokens of each sequence of an answer."""
         faults = []
         while len(faults) < MAX_ATTEMPTS:
             try:
-                made = await self._ask(work, prompt, {"max_tokens": max_tokens, **sampling})
+                return await self._ask(work, call, lengths)
             except EngineDied:
                 continue  # not the request's doing: as often as there are restarts
             except EngineFault as fault:
                 faults.append(fault)
-                continue
-            self.lengths.learn(kind, len(prompt), [len(one.token_ids) for one in made])
-            return made
         raise EngineError(f"{MAX_ATTEMPTS} times in a row no answer could be used: {faults[-1]}")
 
     async def _ask(
-        self, work: Work, prompt: Sequence[int], sampling: dict[str, Any]
-    ) -> list[Completion]:
+        self,
+        work: Work,
+        call: Callable[[EngineClient], Coroutine[Any, Any, T]],
+        lengths: Callable[[T], list[int]],
+    ) -> T:
         """Ask one engine, and tell of it if it fails. Raises its EngineDied or EngineFault where
         another may do better."""
         self.fleet.refuse_if_broken()
         engine = await self.dispatch.place(work)
         began = time.monotonic()
         try:
-            made = await engine.unless_dead(
-                engine.client.generate(prompt, n=work.num_sequences, **sampling)
-            )
+            answer = await engine.unless_dead(call(engine.client))
         except (EngineDied, EngineFault) as failure:
             work.avoid.add(engine)
             self.num_requeued += work.num_sequences
@@ -76,6 +98,10 @@ class Asking:
             raise
         finally:
             self.dispatch.done(engine, work)
-        now, lengths = time.monotonic(), [len(one.token_ids) for one in made]
-        engine.pace.answered(Answer(now, now - began, sum(lengths), max(lengths)))
-        return made
+        now, tokens = time.monotonic(), lengths(answer)
+        engine.pace.answered(Answer(now, now - began, sum(tokens), max(tokens)))
+        return answer
+
+
+def _lengths(completions: Sequence[Completion]) -> list[int]:
+    return [len(one.token_ids) for one in completions]

@@ -69,7 +69,13 @@ class GenerateResponse(msgspec.Struct):
     choices: list[Choice]
 
 
+class ScoreResponse(msgspec.Struct):
+    prompt_logprobs: list[dict[str, TokenLogprob] | None]
+    """Of each token of the prompt but the first, by its id."""
+
+
 decode_response = msgspec.json.Decoder(GenerateResponse).decode
+decode_scores = msgspec.json.Decoder(ScoreResponse).decode
 
 
 class EngineClient:
@@ -154,6 +160,37 @@ class EngineClient:
         if len(completions) != n:
             raise EngineFault(f"{self.url}: asked for {n} responses, got {len(completions)}")
         return completions
+
+    async def score(self, token_ids: Sequence[int], first: int) -> array[float]:
+        """The log-probabilities of given tokens, each after all before it, at temperature 1.
+
+        Args:
+            token_ids: at most one less than the engine's max_model_len: vLLM always samples one
+                more, which is dropped.
+            first: index of the first token to score, at least 1.
+
+        Returns:
+            float32, one for each of token_ids[first:].
+
+        Raises:
+            EngineFault: the answer is not one finite number for each of these tokens, or the engine
+                failed to answer.
+            EngineError: it refused, or took too long.
+        """
+        sampling = {
+            "max_tokens": 1,
+            "temperature": 0.0,
+            "prompt_logprobs": 0,  # the token's own only
+            "detokenize": False,
+        }
+        body = {"token_ids": list(token_ids), "sampling_params": sampling}
+        answer = await self._call("POST", "/inference/v1/generate", body)
+        try:
+            return scores_of(decode_scores(answer).prompt_logprobs, token_ids, first)
+        except (msgspec.MsgspecError, ValueError) as error:
+            raise EngineFault(
+                f"{self.url}/inference/v1/generate: {error}: {shorten(answer)}"
+            ) from error
 
     async def pause(self, mode: Literal["keep", "wait", "abort"] = "keep") -> None:
         """Stop sampling: `keep` freezes what runs, `wait` lets it end, `abort` returns it as is."""
@@ -281,6 +318,27 @@ def completion_of(
         choice.finish_reason or "abort",
         experts,
     )
+
+
+def scores_of(
+    entries: Sequence[Mapping[str, TokenLogprob] | None], token_ids: Sequence[int], first: int
+) -> array[float]:
+    """The scores of token_ids[first:], float32.
+
+    Raises:
+        ValueError: they are of other tokens, or one is no number.
+    """
+    if len(entries) != len(token_ids):
+        raise ValueError(f"{len(token_ids)} tokens but scores of {len(entries)}")
+    scores = array("f")
+    for entry, token in zip(entries[first:], token_ids[first:], strict=True):
+        scored = (entry or {}).get(str(token))
+        if scored is None:
+            raise ValueError(f"token {token} has no score")
+        if not math.isfinite(scored.logprob) or scored.logprob <= LOWEST_LOGPROB:
+            raise ValueError(f"the log-probability of token {token} is {scored.logprob}")
+        scores.append(scored.logprob)
+    return scores
 
 
 def versions_per_token(spans: Sequence[VersionSpan], num_tokens: int) -> array[int]:

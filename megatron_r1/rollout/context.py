@@ -12,7 +12,7 @@ def context_length(config: Config) -> int:
     Of any model the engine knows, also those that cannot be trained here. Raises ValueError for
     more than the model has positions for, and for responses that would leave no room for a prompt.
     """
-    limit = _positions(Path(config.model.path) / "config.json")
+    limit = positions(Path(config.model.path) / "config.json")
     wanted = config.rollout.max_model_len or limit
     if wanted > limit:
         raise ValueError(
@@ -28,9 +28,10 @@ def context_length(config: Config) -> int:
     return wanted
 
 
-def _positions(file: Path) -> int:
+def positions(file: Path, key: str = "model.path") -> int:
+    """Of the model whose config.json `file` is. Raises ValueError where it does not say."""
     if not file.is_file():
-        raise ValueError(f"{file} does not exist: model.path must be a Hugging Face model folder")
+        raise ValueError(f"{file} does not exist: {key} must be a Hugging Face model folder")
     try:
         hf = json.loads(file.read_text(encoding="utf-8"))
         # Models that also see keep their language model's settings one level down.

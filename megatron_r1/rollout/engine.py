@@ -36,8 +36,8 @@ program on its host take."""
 
 @dataclass(eq=False)
 class Engine:
-    """index: its name, never given to another at the same time. num_running: sequences asked for
-    and not yet back; num_occupied, tokens_expected: what `Dispatch` expects of them. is_up: it
+    """role, index: its name, never given to another at the same time. num_running: sequences asked
+    for and not yet back; num_occupied, tokens_expected: what `Dispatch` expects of them. is_up: it
     answers and holds the weights, so it gets every push. is_open: it takes new groups as well; one
     that is drained does not. is_leaving: it is not to be replaced."""
 
@@ -50,6 +50,7 @@ class Engine:
     is_up: bool = True
     is_open: bool = True
     is_leaving: bool = False
+    role: str = "engine"
     died: asyncio.Event = field(default_factory=asyncio.Event)
     pace: Pace = field(default_factory=lambda: Pace(time.monotonic(), PACE_SECONDS))
 
@@ -62,20 +63,21 @@ class Engine:
         request_timeout: float,
         make_server: MakeServer = EngineServer,
         vocab_size: int | None = None,
+        role: str = "engine",
         **settings: Any,
     ) -> Engine:
         """Start its processes, which end with the calling thread, and return at once. Each engine
         samples from its own seed."""
         seed = settings.get("seed", 0) + index
-        log = log_folder / f"engine-{index}.log"
+        log = log_folder / f"{role}-{index}.log"
         server = make_server(model, log, **(settings | {"seed": seed}))
         server.start()
         client = EngineClient("", timeout_seconds=request_timeout, vocab_size=vocab_size)
-        return cls(index, server, client)
+        return cls(index, server, client, role=role)
 
     @property
     def name(self) -> str:
-        return f"engine-{self.index}"
+        return f"{self.role}-{self.index}"
 
     async def prepare(self, version: int, timeout_seconds: float) -> None:
         """Wait until it answers; its weights are then called `version`. Raises EngineError."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from array import array
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,12 +38,13 @@ class RolloutFleet:
         start_timeout_seconds: float = 300.0,
         request_timeout_seconds: float = 1800.0,
         unresponsive_seconds: float = 120.0,
+        role: str = "engine",
         say: Callable[[str], None] = lambda message: None,
         **server_settings: Any,
     ) -> None:
         """
         Args:
-            log_folder: gets `engine-0.log`, `engine-1.log`, ...
+            log_folder: gets `engine-0.log`, `engine-1.log`, ..., or what the role calls them.
             max_restarts: engines replaced in all; the death after that fails its calls.
             unresponsive_seconds: an engine that has not answered for so long counts as dead.
             say: told when an engine is replaced, comes or goes.
@@ -58,7 +60,7 @@ class RolloutFleet:
         self.start_timeout_seconds = start_timeout_seconds
         self.request_timeout_seconds = request_timeout_seconds
         self.unresponsive_seconds = unresponsive_seconds
-        self.say = say
+        self.role, self.say = role, say
         self.server_settings = server_settings
         self.engines: list[Engine] = []
         self.version = -1
@@ -128,6 +130,15 @@ class RolloutFleet:
                 restart is left; says which, how, and what its log says.
         """
         return await self.asking.group(prompt_token_ids, n, max_tokens, kind, order, sampling)
+
+    async def score(self, token_ids: Sequence[int], first: int, *, order: int = 0) -> array[float]:
+        """The log-probabilities of token_ids[first:] at temperature 1, on one engine; on another
+        where it dies or fails. order: calls with a lower one go first.
+
+        Raises:
+            EngineError: as `generate`.
+        """
+        return await self.asking.scores(token_ids, first, order)
 
     async def push(self, update_info: UpdateInfo, version: int) -> None:
         """Have all engines bring into use what has landed with them.
@@ -238,6 +249,7 @@ class RolloutFleet:
             self.log_folder,
             self.request_timeout_seconds,
             vocab_size=vocabulary(self._model),
+            role=self.role,
             **share_of_gpus(self.server_settings, index, self.num_engines),
         )
 

@@ -1,5 +1,5 @@
-"""What is being sampled and graded at this moment, for whoever wants to know what a run waits
-for."""
+"""What is being sampled, graded and scored at this moment, for whoever wants to know what a run
+waits for."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class OpenGroup:
 
     def __init__(self, flow: Flow, prompt: Prompt) -> None:
         self._flow, self.prompt = flow, prompt
-        self.doing: Literal["sampling", "grading"] = "sampling"
+        self.doing: Literal["sampling", "grading", "scoring"] = "sampling"
         self.since = time.monotonic()
 
     def sampled(self, completions: Sequence[Completion]) -> None:
@@ -27,15 +27,20 @@ class OpenGroup:
         self._flow.num_samples += len(completions)
         self._flow.num_tokens += sum(len(made.token_ids) for made in completions)
 
+    def graded(self) -> None:
+        """Its grades are there; a teacher may still be scoring its responses."""
+        self.doing, self.since = "scoring", time.monotonic()
+
 
 class Flow:
     """num_started: groups asked for since the start; num_groups, num_samples, num_tokens: sampled;
-    num_graded: groups whose grades are back."""
+    num_graded: groups whose grades are back; num_scored: responses that a teacher has scored."""
 
     def __init__(self) -> None:
         self.open: set[OpenGroup] = set()
         self.num_started = 0
         self.num_groups = self.num_samples = self.num_tokens = self.num_graded = 0
+        self.num_scored = 0
 
     @contextlib.contextmanager
     def group(self, prompt: Prompt) -> Iterator[OpenGroup]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from megatron_r1.config import Config, RolloutConfig
+from megatron_r1.config import Config, RolloutConfig, TeacherConfig
 from megatron_r1.weights.push import EngineLayout
 from megatron_r1.weights.push.blocks import check_blocks
 from megatron_r1.weights.push.engine_layout import EngineNeeds
@@ -23,7 +23,7 @@ def engine_layout(config: Config) -> EngineLayout:
     )
 
 
-def engine_settings(rollout: RolloutConfig) -> dict[str, Any]:
+def engine_settings(engines: RolloutConfig | TeacherConfig) -> dict[str, Any]:
     """What `EngineServer` is told of a recipe, the same for every job of its engines."""
     names = (
         "dtype",
@@ -37,50 +37,59 @@ def engine_settings(rollout: RolloutConfig) -> dict[str, Any]:
     )
     # The server that takes requests, and the controller, need a core besides: with 2 threads on 2
     # cores a rollout of 256 short answers takes 1.14 s, with 1 thread 0.92 s.
-    threads = rollout.threads or max(1, min(2, (os.cpu_count() or 1) - 1))
-    return {name: getattr(rollout, name) for name in names} | {"num_threads": threads}
+    threads = engines.threads or max(1, min(2, (os.cpu_count() or 1) - 1))
+    return {name: getattr(engines, name) for name in names} | {"num_threads": threads}
 
 
 def check_engines(config: Config, hf: dict) -> None:
-    """Refuse what no engine can serve, of any model whose `config.json` is `hf`.
+    """Refuse what no rollout engine can serve, of any model whose `config.json` is `hf`.
 
     Raises:
         ValueError: names the setting, its value and the remedy.
     """
     rollout = config.rollout
-    language = hf.get("text_config") or hf
-    heads = language.get("num_attention_heads", rollout.tensor)
-    kv_heads = language.get("num_key_value_heads") or heads
-    if heads % rollout.tensor:
-        raise ValueError(
-            f"rollout.tensor={rollout.tensor} does not divide num_attention_heads={heads}; choose "
-            "a divisor"
-        )
-    latent = bool(language.get("kv_lora_rank"))
-    if not latent and kv_heads % rollout.tensor and rollout.tensor % kv_heads:
-        raise ValueError(
-            f"rollout.tensor={rollout.tensor} neither divides num_key_value_heads={kv_heads} nor "
-            "is a multiple of it; choose one that does"
-        )
-    layers = language.get("num_hidden_layers", rollout.pipeline)
-    if rollout.pipeline > layers:
-        raise ValueError(
-            f"rollout.pipeline={rollout.pipeline} is more than the model's {layers} layers; lower "
-            "it"
-        )
-    experts = num_experts(language)
-    if rollout.expert_parallel and not experts:
-        raise ValueError("rollout.expert_parallel: the model has no experts; set it to false")
-    ranks = rollout.tensor * rollout.data
-    if rollout.expert_parallel and ranks > experts:
-        raise ValueError(
-            f"rollout.expert_parallel: {ranks} ranks (rollout.tensor x rollout.data) for {experts} "
-            "experts leave some with none; use more rollout.engines of fewer ranks"
-        )
+    check_ranks(rollout, hf, "rollout")
     if config.rl.routing_replay and rollout.pipeline > 1:
         raise ValueError(
             f"rollout.pipeline={rollout.pipeline}: vLLM returns the experts of one stage only; set "
             "rl.routing_replay: false, or rollout.pipeline: 1"
+        )
+
+
+def check_ranks(engines: RolloutConfig | TeacherConfig, hf: dict, section: str) -> None:
+    """Refuse engines whose ranks cannot share the model. section: of the recipe, for the error.
+
+    Raises:
+        ValueError: names the setting, its value and the remedy.
+    """
+    language = hf.get("text_config") or hf
+    heads = language.get("num_attention_heads", engines.tensor)
+    kv_heads = language.get("num_key_value_heads") or heads
+    if heads % engines.tensor:
+        raise ValueError(
+            f"{section}.tensor={engines.tensor} does not divide num_attention_heads={heads}; "
+            "choose a divisor"
+        )
+    latent = bool(language.get("kv_lora_rank"))
+    if not latent and kv_heads % engines.tensor and engines.tensor % kv_heads:
+        raise ValueError(
+            f"{section}.tensor={engines.tensor} neither divides num_key_value_heads={kv_heads} nor "
+            "is a multiple of it; choose one that does"
+        )
+    layers = language.get("num_hidden_layers", engines.pipeline)
+    if engines.pipeline > layers:
+        raise ValueError(
+            f"{section}.pipeline={engines.pipeline} is more than the model's {layers} layers; "
+            "lower it"
+        )
+    experts = num_experts(language)
+    if engines.expert_parallel and not experts:
+        raise ValueError(f"{section}.expert_parallel: the model has no experts; set it to false")
+    ranks = engines.tensor * engines.data
+    if engines.expert_parallel and ranks > experts:
+        raise ValueError(
+            f"{section}.expert_parallel: {ranks} ranks ({section}.tensor x {section}.data) for "
+            f"{experts} experts leave some with none; use more {section}.engines of fewer ranks"
         )
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from dataclasses import dataclass, field
+from array import array
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from megatron_r1.config import RewardsConfig
@@ -19,14 +20,14 @@ from megatron_r1.rewards.options import FORM_REWARDS, call_fields
 from megatron_r1.rewards.runtime.pool import RewardPool
 from megatron_r1.rollout.client import Completion
 from megatron_r1.rollout.fleet import RolloutFleet
-from megatron_r1.rollout.flow import Flow
+from megatron_r1.rollout.flow import Flow, OpenGroup
 
 
 @dataclass(frozen=True)
 class Sampling:
     """How answers are drawn: num_samples per prompt, limits in tokens. step: the training step
     whose reward weights count, from 1. routing: the model's, where the experts of every token are
-    to come back with it."""
+    to come back with it. is_scored: the teacher scores every token."""
 
     num_samples: int
     temperature: float
@@ -34,12 +35,14 @@ class Sampling:
     max_tokens: int
     step: int = 1
     routing: RoutingShape | None = None
+    is_scored: bool = False
 
 
 @dataclass(frozen=True)
 class Output:
     """One response: what the engine made and what the rewards say of it (`combine.Reward`). Where
-    it is not graded, its reward is 0 and no opinion of it."""
+    it is not graded, its reward is 0 and no opinion of it. teacher_logprobs: float32, of each token
+    at temperature 1, if it was scored."""
 
     completion: Completion
     text: str
@@ -48,6 +51,7 @@ class Output:
     reason: str
     ungraded: tuple[str, ...] = ()
     is_graded: bool = True
+    teacher_logprobs: array[float] | None = None
 
     @property
     def truncated(self) -> bool:
@@ -65,13 +69,24 @@ class Group:
 
 @dataclass(frozen=True)
 class Collected:
-    """A rollout; seconds until the last token, and from there until the last grade. passed_over:
-    sampled and graded, and not trained on (`rl.dynamic_sampling`)."""
+    """A rollout; seconds until the last token, and from there until the last grade and until the
+    teacher's last score. passed_over: sampled and graded, and not trained on
+    (`rl.dynamic_sampling`)."""
 
     groups: list[Group]
     rollout_seconds: float
     reward_seconds: float
     passed_over: list[Group] = field(default_factory=list)
+    teacher_seconds: float = 0.0
+
+
+@dataclass
+class Ends:
+    """When the last group was through with each so far, time.perf_counter()."""
+
+    sampled: float
+    graded: float
+    scored: float
 
 
 class Memory(Protocol):
@@ -84,28 +99,34 @@ class Memory(Protocol):
 
 
 class Rollouts:
-    """Joins engines, tokenizer, prompt template and reward workers."""
+    """Joins engines, tokenizer, prompt template and reward workers; and a teacher's engines."""
 
     def __init__(
-        self, fleet: RolloutFleet, pool: RewardPool, text: PromptText, rewards: RewardsConfig
+        self,
+        fleet: RolloutFleet,
+        pool: RewardPool,
+        text: PromptText,
+        rewards: RewardsConfig,
+        teacher: RolloutFleet | None = None,
     ):
         self.fleet, self.pool, self.text, self.rewards = fleet, pool, text, rewards
+        self.teacher = teacher
         self.flow = Flow()
 
     async def collect(
         self, prompts: list[Prompt], sampling: Sampling, memory: Memory | None = None
     ) -> Collected:
-        """Sample and grade `sampling.num_samples` outputs for each prompt, all at once.
+        """Sample and grade `sampling.num_samples` outputs for each prompt, all at once; with
+        `sampling.is_scored` the teacher scores a group as soon as it is sampled.
 
         Groups come back in the order of `prompts`; what `memory` has is not sampled again. Raises
         EngineError when an engine fails, ValueError for a reward that fails on every answer,
         RuntimeError where more answers than `rewards.max_ungraded` could not be graded.
         """
         start = time.perf_counter()
-        sampled_at = start
+        ends = Ends(start, start, start)
 
         async def one(prompt: Prompt, position: int) -> Group:
-            nonlocal sampled_at
             known = memory.recall(position, prompt) if memory else None
             if known is not None and memory.is_final(known):
                 return known
@@ -115,12 +136,15 @@ class Rollouts:
                 else:
                     prompt_ids = known.prompt_ids
                     completions = [output.completion for output in known.outputs]
-                sampled_at = time.perf_counter()
+                ends.sampled = time.perf_counter()
                 doing.sampled(completions)
-                outputs = await asyncio.gather(
-                    *(self._grade(prompt, made, sampling.step) for made in completions)
+                outputs, scores = await asyncio.gather(
+                    self._grades(prompt, completions, sampling.step, doing, ends),
+                    self._scores(prompt_ids, completions, sampling, ends),
                 )
-            group = Group(prompt, prompt_ids, list(outputs))
+            scored = zip(outputs, scores, strict=True)
+            outputs = [replace(output, teacher_logprobs=score) for output, score in scored]
+            group = Group(prompt, prompt_ids, outputs)
             if memory:
                 memory.keep(position, group)
             return group
@@ -135,11 +159,15 @@ class Rollouts:
         except ExceptionGroup as failures:
             # When an engine dies, all its requests say so; the first is enough.
             raise failures.exceptions[0] from None
-        end = time.perf_counter()
         collected = [g.result() for g in groups]
         _refuse_broken_reward(collected)
         _refuse_ungraded(collected, self.rewards.max_ungraded)
-        return Collected(collected, sampled_at - start, end - sampled_at)
+        return Collected(
+            collected,
+            ends.sampled - start,
+            max(0.0, ends.graded - ends.sampled),
+            teacher_seconds=max(0.0, ends.scored - ends.sampled),
+        )
 
     async def _sample(
         self, prompt: Prompt, sampling: Sampling
@@ -158,6 +186,39 @@ class Rollouts:
             order=sampling.step,
         )
         return prompt_ids, completions
+
+    async def _grades(
+        self,
+        prompt: Prompt,
+        completions: list[Completion],
+        step: int,
+        doing: OpenGroup,
+        ends: Ends,
+    ) -> list[Output]:
+        """The responses with their grades."""
+        grades = (self._grade(prompt, made, step) for made in completions)
+        outputs = await asyncio.gather(*grades)
+        doing.graded()
+        ends.graded = time.perf_counter()
+        return outputs
+
+    async def _scores(
+        self, prompt_ids: list[int], completions: list[Completion], sampling: Sampling, ends: Ends
+    ) -> list[array[float] | None]:
+        """The teacher's log-probabilities of each response, where there is to be any."""
+        if not sampling.is_scored:
+            return [None] * len(completions)
+        assert self.teacher is not None, "nobody can score"
+
+        async def score(made: Completion) -> array[float]:
+            whole = [*prompt_ids, *made.token_ids]
+            scores = await self.teacher.score(whole, len(prompt_ids), order=sampling.step)
+            self.flow.num_scored += 1
+            return scores
+
+        scores = await asyncio.gather(*(score(made) for made in completions))
+        ends.scored = time.perf_counter()
+        return scores
 
     async def check_rewards(self, prompts: list[Prompt]) -> None:
         """Call the reward of every kind and every term once, whenever it will count.

@@ -26,6 +26,7 @@ from megatron_r1.rollout.host_pool import HostPool
 from megatron_r1.rollout.parallelism import check_engines, check_pushes, engine_settings
 from megatron_r1.rollout.placement import growing, placed, server_maker
 from megatron_r1.rollout.sampling import Rollouts
+from megatron_r1.rollout.teacher import check_teacher, teacher_fleet
 from megatron_r1.stages.launch import run_stage
 from megatron_r1.stopping import StopRequest
 from megatron_r1.supervision.supervisor import Supervisor
@@ -39,12 +40,14 @@ def run(config: Config) -> None:
     """Train for `run.steps` rollouts. Raises ValueError before any long work starts."""
     if config.model.init != "load":
         raise ValueError("model.init: rl needs a model to start from; make one with sft, then load")
+    config.model.require_language_head()
     hf = read_hf_config(config.model.path)
     if config.rl.routing_replay:
         routing_shape(hf)
     context_length(config)
     check_engines(config, hf)
     check_pushes(config, hf)
+    check_teacher(config)
     text = PromptText(config.model.path, config.data.template)
     prompts = load_prompts(**config.data.model_dump(exclude={"template"}))
     if not prompts.heldout:
@@ -104,7 +107,9 @@ async def _with_engines(
     )
     logs, first_step = recorder.folder.path / "logs", recorder.state.step
     fleet = _fleet(config, logs, first_step, recorder.view.message, hosts)
-    rollouts = Rollouts(fleet, pool, text, config.rewards)
+    say = recorder.view.message
+    teacher = teacher_fleet(config, logs, say) if config.teacher.path else None
+    rollouts = Rollouts(fleet, pool, text, config.rewards, teacher)
     log = SampleLog(recorder.folder.path / "sample_log", recorder.view.message)
     supervisor.watch_rollouts(rollouts)
     try:
@@ -114,8 +119,10 @@ async def _with_engines(
         recorder.view.phase("starting", f"trainer and {config.rollout.engines} x vLLM")
         # Every engine gets the trainer's weights before it samples; those it starts with do not
         # matter.
-        engines_start = fleet.start(config.model.path, version=-1)
-        await asyncio.gather(trainer.connect(), engines_start)
+        starts = [trainer.connect(), fleet.start(config.model.path, version=-1)]
+        if teacher is not None:
+            starts.append(teacher.start(config.teacher.path))
+        await asyncio.gather(*starts)
         recorder.view.message(f"{trainer.num_parameters / 1e6:,.2f}M parameters")
 
         async def attempt() -> None:
@@ -142,7 +149,8 @@ async def _with_engines(
 
         await supervisor.with_restarts(attempt)
     finally:
-        await asyncio.gather(fleet.close(), pool.close(), log.close())
+        fleets = [fleet, teacher] if teacher is not None else [fleet]
+        await asyncio.gather(*(each.close() for each in fleets), pool.close(), log.close())
 
 
 def _fleet(

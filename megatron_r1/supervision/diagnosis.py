@@ -7,7 +7,7 @@ import socket
 import time
 import traceback
 
-from megatron_r1.supervision.engine_look import look_at_engines
+from megatron_r1.supervision.engine_look import look_at_engines, look_at_teacher
 from megatron_r1.supervision.findings import Finding, indented, seconds
 from megatron_r1.supervision.reward_look import look_at_rewards
 from megatron_r1.supervision.trainer_look import look_at_trainer
@@ -20,6 +20,8 @@ async def diagnose(watched: Watched) -> list[Finding]:
     looks = [look_at_trainer(watched.trainer)]
     if rollouts is not None:
         looks.append(look_at_engines(rollouts, pushing=_is_pushing(watched)))
+        if rollouts.teacher is not None:
+            looks.append(look_at_teacher(rollouts))
     findings = {finding.role: finding for finding in await asyncio.gather(*looks)}
     if rollouts is not None:
         findings["rewards"] = look_at_rewards(rollouts)
@@ -31,7 +33,7 @@ async def diagnose(watched: Watched) -> list[Finding]:
 def _blamed(watched: Watched) -> str:
     """The role whose answer the controller waits for. Engines may generate for a later step while
     the trainer trains, so an open call to the trainer comes first; a group is graded after it was
-    sampled, so what is sampled comes before what is graded."""
+    sampled, so what is sampled comes before what is graded, and that before what is scored."""
     if watched.trainer.waiting is not None:
         return "trainer"
     rollouts = watched.rollouts
@@ -39,7 +41,9 @@ def _blamed(watched: Watched) -> str:
         return "controller"
     if rollouts.flow.count("sampling") or _is_pushing(watched):
         return "engines"
-    return "rewards" if rollouts.flow.count("grading") else "controller"
+    if rollouts.flow.count("grading"):
+        return "rewards"
+    return "teacher" if rollouts.flow.count("scoring") else "controller"
 
 
 def _is_pushing(watched: Watched) -> bool:

@@ -13,7 +13,8 @@ from pathlib import Path
 import aiohttp
 
 from megatron_r1.rollout.engine import Engine
-from megatron_r1.rollout.flow import OpenGroup
+from megatron_r1.rollout.fleet import RolloutFleet
+from megatron_r1.rollout.flow import Flow, OpenGroup
 from megatron_r1.rollout.sampling import Rollouts
 from megatron_r1.rollout.server import EngineServer
 from megatron_r1.supervision.findings import Finding, indented, seconds
@@ -29,9 +30,32 @@ TOKENS = re.compile(r"^vllm:generation_tokens_total(?:\{.*\})? (\S+)$", re.MULTI
 async def look_at_engines(rollouts: Rollouts, pushing: bool = False) -> Finding:
     """Headline: what is asked of engines, since when, and those that owe it. pushing: they are
     being given weights."""
-    engines = list(rollouts.fleet.engines)
+    fleet, flow = rollouts.fleet, rollouts.flow
+    headline = _owed(flow, "sampling")
+    if pushing:
+        headline = f"given weights after version {fleet.version}"
+    return await _look_at(fleet, "engines", headline, flow.oldest("sampling"))
+
+
+async def look_at_teacher(rollouts: Rollouts) -> Finding:
+    """As `look_at_engines`, of those that score."""
+    assert rollouts.teacher is not None, "there is none"
+    flow = rollouts.flow
+    owed = _owed(flow, "scoring")
+    return await _look_at(rollouts.teacher, "teacher", owed, flow.oldest("scoring"))
+
+
+def _owed(flow: Flow, doing: str) -> str:
+    oldest = flow.oldest(doing)
+    since = f", the oldest for {seconds(time.monotonic() - oldest.since)}" if oldest else ""
+    return f"{flow.count(doing)} groups are not back{since}"
+
+
+async def _look_at(
+    fleet: RolloutFleet, role: str, headline: str, oldest: OpenGroup | None
+) -> Finding:
+    engines = list(fleet.engines)
     states = await asyncio.gather(*(_state(engine) for engine in engines))
-    oldest = rollouts.flow.oldest("sampling")
     details = [f"oldest group: {describe_group(oldest)}"] if oldest else []
     stuck = [e for e, (_, answers) in zip(engines, states, strict=True) if e.is_up and not answers]
     stuck = stuck or [engine for engine in engines if engine.is_up and engine.num_running]
@@ -39,18 +63,13 @@ async def look_at_engines(rollouts: Rollouts, pushing: bool = False) -> Finding:
         details.append(f"{engine.name}: {words}")
         if engine in stuck:
             details += indented((await stacks(engine)).splitlines())
-    headline = f"engines: {rollouts.flow.count('sampling')} groups are not back"
-    if pushing:
-        headline = f"engines: given weights after version {rollouts.fleet.version}"
-    elif oldest:
-        headline += f", the oldest for {seconds(time.monotonic() - oldest.since)}"
     owing = [f"{e.name}: {w}" for e, (w, _) in zip(engines, states, strict=True) if e in stuck]
-    headline = "; ".join([headline, *owing])
+    headline = "; ".join([f"{role}: {headline}", *owing])
 
     async def kill() -> None:
         await asyncio.gather(*(asyncio.to_thread(engine.server.stop) for engine in stuck))
 
-    return Finding("engines", headline, details, kill if stuck else None)
+    return Finding(role, headline, details, kill if stuck else None)
 
 
 async def _state(engine: Engine) -> tuple[str, bool]:

@@ -72,7 +72,7 @@ def _of_the_rollouts(watched: Watched) -> Iterator[Metric]:
     yield _counter("tokens", "of these responses", flow.num_tokens)
     yield _counter("groups", "sampled", flow.num_groups)
     open_groups = GaugeMetricFamily(f"{PREFIX}groups_open", "not finished", labels=["doing"])
-    for doing in ("sampling", "grading"):
+    for doing in ("sampling", "grading", "scoring"):
         open_groups.add_metric([doing], flow.count(doing))
     yield open_groups
     grades = CounterMetricFamily(f"{PREFIX}grader_results", "of reward workers", labels=["result"])

@@ -50,7 +50,7 @@ def health(watchdog: Watchdog) -> dict[str, Any]:
             "policy_version": fleet.version,
             "sequences": {engine.name: engine.num_running for engine in fleet.engines},
         }
-        facts["groups"] = {"sampling": flow.count("sampling"), "grading": flow.count("grading")}
+        facts["groups"] = {d: flow.count(d) for d in ("sampling", "grading", "scoring")}
         facts["rewards"] = rollouts.pool.snapshot()
     if watchdog.is_stalled:
         facts["status"] = "stalled"

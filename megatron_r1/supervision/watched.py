@@ -51,7 +51,8 @@ class Watched:
         if self.rollouts is not None:
             flow, fleet, pool = self.rollouts.flow, self.rollouts.fleet, self.rollouts.pool
             parts += (
-                (flow.num_started, flow.num_groups, flow.num_graded, self.num_engine_tokens),
+                (flow.num_started, flow.num_groups, flow.num_graded, flow.num_scored),
+                self.num_engine_tokens,
                 (fleet.version, fleet.num_restarts, tuple(e.is_up for e in fleet.engines)),
                 tuple(pool.snapshot().items()),
             )

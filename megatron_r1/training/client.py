@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NoReturn
@@ -23,7 +24,7 @@ from megatron_r1.authentication import RANKS_ENVIRONMENT
 from megatron_r1.config import Config
 from megatron_r1.models import read_hf_config
 from megatron_r1.training.cost import sample_cost
-from megatron_r1.training.packing import pack
+from megatron_r1.training.packing import Packing, pack
 from megatron_r1.training.rank_socket import RankSocket
 from megatron_r1.training.wire import Call, Microbatches, Reply, Sample, Share
 
@@ -36,6 +37,15 @@ class TrainerError(RuntimeError):
 
 class TrainerLost(TrainerError):
     """The ranks are of no use any more; started anew from a checkpoint they may go on."""
+
+
+def _require_finite(metrics: dict[str, float], names: tuple[str, ...], rate: str) -> None:
+    for name in names:
+        if not math.isfinite(metrics[name]):
+            raise TrainerError(
+                f"{name} is {metrics[name]}: the run stops before a checkpoint is made of it. "
+                f"The newest checkpoint is good; lower {rate} in a new run"
+            )
 
 
 @dataclass
@@ -72,7 +82,8 @@ class TrainerClient:
         self.waiting: Waiting | None = None
         self.num_replies = 0
         self.num_restarts = 0
-        self._cost = sample_cost(read_hf_config(config.model.path))
+        self._cost = sample_cost(read_hf_config(config.model.path, config.model.head))
+        self._packings: list[Packing] = []
 
     @property
     def address(self) -> str:
@@ -122,9 +133,10 @@ class TrainerClient:
         replies = await self._gather("start", self._world_size)
         self.places = [replies[rank] for rank in range(self._world_size)]
 
-    async def load(self, minibatches: list[list[Sample]]) -> dict[str, float]:
+    async def load(self, minibatches: list[list[Sample]], unit: int = 1) -> dict[str, float]:
         """Send each model replica its own share of every mini-batch, packed into micro-batches.
 
+        unit: so many samples that follow each other stay in one micro-batch, in their order.
         Returns how well that went: `packing/waste`, `packing/fill` (`packing.Packing`),
         `packing/microbatches` per rank and update, and `packing/padding`, the share of tokens that
         stand for nothing.
@@ -132,13 +144,14 @@ class TrainerClient:
         limit = self.config.parallel.tokens_per_microbatch
         shares: list[list[Microbatches]] = [[] for _ in range(self.data_size)]
         packings = [
-            pack([len(s) for s in samples], self.data_size, limit, cost=self._cost)
+            pack([len(s) for s in samples], self.data_size, limit, cost=self._cost, unit=unit)
             for samples in minibatches
         ]
         for samples, packing in zip(minibatches, packings, strict=True):
             for rank, share in enumerate(packing.shares):
                 shares[rank].append(Microbatches([[samples[i] for i in m] for m in share]))
         loaded = self._last_stage(await self._everywhere("load", shares=shares))
+        self._packings = packings
         return {
             "packing/waste": fmean(p.waste for p in packings),
             "packing/fill": fmean(p.fill for p in packings),
@@ -156,13 +169,31 @@ class TrainerClient:
         """
         arguments = {"index": index, "loss": loss, "settings": settings}
         metrics = await self.call("update", **arguments, learning_rate=learning_rate)
-        for name in ("loss", "grad_norm"):
-            if not math.isfinite(metrics[name]):
-                raise TrainerError(
-                    f"{name} is {metrics[name]}: the run stops before a checkpoint is made of it. "
-                    "The newest checkpoint is good; lower optimizer.learning_rate in a new run"
-                )
+        _require_finite(metrics, ("loss", "grad_norm"), "optimizer.learning_rate")
         return metrics
+
+    async def update_critic(self, index: int, learning_rate: float) -> dict[str, float]:
+        """One optimizer step of the critic on mini-batch `index`; its metrics, errors as `update`.
+
+        `values` and what fills in the returns come first.
+        """
+        metrics = await self.call("update_critic", index=index, learning_rate=learning_rate)
+        _require_finite(metrics, ("value/loss", "value/grad_norm"), "critic.learning_rate")
+        return metrics
+
+    async def sample_scores(self) -> list[list[float]]:
+        """Of a score model: the scores of the loaded samples, mini-batches and samples in the order
+        that `load` was given."""
+        replies = await self.call_all("sample_scores")
+        found = [[math.nan] * sum(map(len, chain(*p.shares))) for p in self._packings]
+        for place, reply in zip(self.places, replies, strict=True):
+            for scores, packing, by_microbatch in zip(
+                found, self._packings, reply["scores"], strict=True
+            ):
+                members = packing.shares[place["data_rank"]]
+                for i, score in zip(chain(*members), chain(*by_microbatch), strict=False):
+                    scores[i] = score
+        return found
 
     async def call(self, operation: str, **arguments: Any) -> dict[str, Any]:
         """Run `operation` on every rank; the answer is the last pipeline stage's."""

@@ -18,9 +18,13 @@ from megatron.core.transformer import TransformerConfig
 from megatron_r1 import models, platform, weights
 from megatron_r1.config import Config
 from megatron_r1.models import fp8
+from megatron_r1.models.hf_config import has_score_head
 from megatron_r1.models.policy_model import PolicyModel
+from megatron_r1.models.score_model import ScoreModel
 from megatron_r1.training.checkpoints import loading, starting
 from megatron_r1.training.moments import moment_fields, round_moments
+from megatron_r1.weights.rules import SCORE
+from megatron_r1.weights.stored.dcp_reading import DistributedCheckpoint
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -46,8 +50,14 @@ def transformer(config: Config, hf: dict) -> TransformerConfig:
     )
 
 
-def model_chunks(config: Config, hf: dict, transformer: TransformerConfig) -> list[PolicyModel]:
-    """This rank's chunks, one per virtual pipeline stage, with the weights training starts from."""
+def model_chunks(
+    config: Config, hf: dict, transformer: TransformerConfig, score_std: float | None = None
+) -> list[PolicyModel | ScoreModel]:
+    """This rank's chunks, one per virtual pipeline stage, with the weights training starts from.
+
+    score_std: of a score head that starts new; default 1 / sqrt(hidden_size + 1) (arXiv
+    2009.01325): behind the final norm scores then begin with about unit variance.
+    """
     num_chunks = transformer.virtual_pipeline_model_parallel_size
     chunks = []
     for stage in range(num_chunks) if num_chunks else [None]:
@@ -56,14 +66,31 @@ def model_chunks(config: Config, hf: dict, transformer: TransformerConfig) -> li
         if config.model.mtp == "frozen":
             models.freeze_mtp(chunk)
         chunks.append(chunk.to(platform.device()))
-    if config.model.init == "load" and config.model.checkpoint:
-        _verify(Path(config.model.checkpoint), config)
-        weights.load_megatron(chunks, hf, config.model.checkpoint)
-    elif config.model.init == "load":
-        weights.load_hf(chunks, hf, config.model.path)
-    else:
+    if config.model.init == "random":
         weights.initialize(chunks, hf, std=config.model.init_std, seed=config.run.seed)
+        return chunks
+    if config.model.checkpoint:
+        _verify(Path(config.model.checkpoint), config)
+        body = language_body(config, hf)
+        weights.load_megatron(chunks, hf, config.model.checkpoint, body)
+    else:
+        body = language_body(config, hf)
+        weights.load_hf(chunks, hf, config.model.path, body)
+    if body is not None:
+        std = (hf["hidden_size"] + 1) ** -0.5 if score_std is None else score_std
+        weights.initialize_score(chunks, hf, std=std, seed=config.run.seed)
     return chunks
+
+
+def language_body(config: Config, hf: dict) -> dict | None:
+    """The configuration of the language model whose body the score model `hf` starts from, with a
+    new head; None for what is loaded as it is, or not at all."""
+    if not has_score_head(hf) or config.model.init == "random":
+        return None
+    own = models.read_hf_config(config.model.path, None)
+    if config.model.checkpoint:
+        return None if SCORE in DistributedCheckpoint(config.model.checkpoint).shapes else own
+    return None if has_score_head(own) else own
 
 
 def _verify(checkpoint: Path, config: Config) -> None:
@@ -79,7 +106,7 @@ def _verify(checkpoint: Path, config: Config) -> None:
 
 
 def with_gradients(
-    transformer: TransformerConfig, chunks: list[PolicyModel]
+    transformer: TransformerConfig, chunks: list[PolicyModel | ScoreModel]
 ) -> list[DistributedDataParallel]:
     """The chunks with gradient buffers; `transformer` learns how their gradients are reduced."""
     settings = DistributedDataParallelConfig(

@@ -59,7 +59,12 @@ class PackedBatch:
     positions where it is; num_samples: S without padding (on the first context rank; 0 on the
     others, so that their sum is S); advantages: (T,) fp32; rollout_logprobs: (T,) fp32, the
     engine's, 0 outside responses;
-    logprobs: fp32 (T,) by name ("old", "reference"), filled in by the trainer;
+    last_tokens: (S,) int64, where the last token of each sample without padding is, -1 with another
+    context rank; labels: (S,) fp32, the samples' own;
+    values: (T,) fp32, the critic's before each response token, 0 elsewhere, filled in by the
+    trainer; returns: (T,) fp32, what they should have been, by the advantage estimator;
+    logprobs: fp32 (T,) by name: "old" and "reference" are filled in by the trainer, "teacher" is
+    there where all samples bring it, 0 outside responses;
     routing: the experts to replay on this rank (`models.replay`), of its own layers and, under
     sequence parallelism, its own part of the T tokens; None without routing replay.
     """
@@ -74,8 +79,12 @@ class PackedBatch:
     num_samples: int
     advantages: Tensor
     rollout_logprobs: Tensor
+    last_tokens: Tensor
+    labels: Tensor
     logprobs: dict[str, Tensor] = field(default_factory=dict)
     routing: Recorded | None = None
+    values: Tensor | None = None
+    returns: Tensor | None = None
 
 
 def packed_batch(
@@ -95,7 +104,7 @@ def packed_batch(
     total = int(borders[-1])
     tokens = torch.zeros(total, dtype=torch.int64)
     is_response = torch.zeros(total, dtype=torch.bool)
-    rollout_logprobs, advantages = torch.zeros(total), torch.zeros(total)
+    rollout_logprobs, advantages, teacher = torch.zeros(3, total)
     starts = borders.tolist()[: len(samples)]
     for sample, own_ids, start, length in zip(samples, ids, starts, lengths, strict=True):
         tokens[start : start + length] = own_ids
@@ -105,8 +114,13 @@ def packed_batch(
         if sample.logprobs:
             floats = torch.frombuffer(bytearray(sample.logprobs), dtype=torch.float32)
             rollout_logprobs[response] = floats
+        if sample.teacher:
+            teacher[response] = torch.frombuffer(bytearray(sample.teacher), dtype=torch.float32)
+    is_taught = all(sample.teacher is not None for sample in samples)
     position = torch.arange(total) - borders[:-1].repeat_interleave(borders.diff())
     held = held_positions(borders, split.context_rank, split.context)
+    here = torch.full((total,), -1).index_copy(0, held, torch.arange(len(held)))
+    ends = [start + length - 1 for start, length in zip(starts, lengths, strict=True)]
     return PackedBatch(
         input_ids=tokens[held][None].to(device),
         position_ids=position[held][None].to(device),
@@ -118,6 +132,9 @@ def packed_batch(
         num_samples=len(samples) if split.context_rank == 0 else 0,
         advantages=advantages[held].to(device),
         rollout_logprobs=rollout_logprobs[held].to(device),
+        last_tokens=here[torch.tensor(ends, dtype=torch.int64)].to(device),
+        labels=torch.tensor([s.label for s in samples], dtype=torch.float32, device=device),
+        logprobs={"teacher": teacher[held].to(device)} if is_taught else {},
         routing=packed_routing(samples, starts, held, routing, device) if routing else None,
     )
 

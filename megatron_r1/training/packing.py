@@ -32,25 +32,40 @@ def pack(
     limit: int,
     *,
     cost: Callable[[int], float] = float,
+    unit: int = 1,
 ) -> Packing:
     """Distribute samples of `lengths` tokens over `ranks`.
 
     limit: tokens of a micro-batch; only a sample longer than that exceeds it, and is then alone.
-    cost: of a sample of some length (`cost.sample_cost`). There are as few micro-batches as the
-    limit allows: more never waste less (measured on log-normal lengths). One is empty only where
-    samples are too few to go round. Raises ValueError when there are fewer samples than ranks."""
+    cost: of a sample of some length (`cost.sample_cost`). unit: so many samples that follow each
+    other count as one: they stay together, in their order (a pair of responses). There are as few
+    micro-batches as the limit allows: more never waste less (measured on log-normal lengths). One
+    is empty only where samples are too few to go round. Raises ValueError when there are fewer
+    samples, or units, than ranks."""
+    costs = [cost(length) for length in lengths]
+    starts = range(0, len(lengths), unit)
+    costs, lengths = ([sum(v[i : i + unit]) for i in starts] for v in (costs, lengths))
     if len(lengths) < ranks:
+        samples = "samples" if unit == 1 else f"units of {unit} samples"
         raise ValueError(
-            f"{len(lengths)} samples cannot be spread over {ranks} data-parallel ranks: "
+            f"{len(lengths)} {samples} cannot be spread over {ranks} data-parallel ranks: "
             "use larger mini-batches or fewer ranks"
         )
-    costs = [cost(length) for length in lengths]
     fewest = -(-sum(lengths) // (ranks * limit))
     for per_rank in count(fewest):
         bins = _costliest_first(costs, lengths, ranks * per_rank, limit)
         if all(len(b) <= 1 or sum(lengths[i] for i in b) <= limit for b in bins):
-            return _side_by_side(bins, lengths, costs, ranks, limit)
+            return _opened(_side_by_side(bins, lengths, costs, ranks, limit), unit)
     raise AssertionError("at the latest a bin for every sample fits")
+
+
+def _opened(packing: Packing, unit: int) -> Packing:
+    """With the samples of each unit in its place."""
+    shares = [
+        [[i * unit + k for i in members for k in range(unit)] for members in share]
+        for share in packing.shares
+    ]
+    return Packing(shares, packing.waste, packing.fill)
 
 
 def _side_by_side(

@@ -14,25 +14,33 @@ from typing import Any
 
 import msgspec
 import torch
-import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_r1 import models, platform, weights
 from megatron_r1.config import Config
 from megatron_r1.models import fp8
+from megatron_r1.models.hf_config import has_score_head
 from megatron_r1.models.replay import Replay
 from megatron_r1.models.routing_shape import routing_shape
 from megatron_r1.training import construction
 from megatron_r1.training.checkpoints import contents, loading
 from megatron_r1.training.checkpoints.writer import CheckpointWriter
 from megatron_r1.training.construction import DTYPES
+from megatron_r1.training.critic import Critic, needs_critic
 from megatron_r1.training.distributed import Place
 from megatron_r1.training.head import Head
-from megatron_r1.training.losses import Loss, find_loss
+from megatron_r1.training.losses import Loss, find_function, find_loss
 from megatron_r1.training.packed import PackedBatch, Split, packed_batch
+from megatron_r1.training.passes import (
+    merge_reports,
+    optimizer_step,
+    reduce_over_data,
+    run_passes,
+)
 from megatron_r1.training.reference import Reference
 from megatron_r1.training.routing import RoutingPart
+from megatron_r1.training.scores import Scores
+from megatron_r1.training.token_advantages import Scored
 from megatron_r1.training.wire import Microbatches, Sample
 
 
@@ -42,7 +50,7 @@ class Trainer:
         be.
         """
         self.config, self.place = config, place
-        self.hf = models.read_hf_config(config.model.path)
+        self.hf = models.read_hf_config(config.model.path, config.model.head)
         self.transformer = construction.transformer(config, self.hf)
         self.bare = construction.model_chunks(config, self.hf, self.transformer)
         self.chunks = construction.with_gradients(self.transformer, self.bare)
@@ -62,7 +70,12 @@ class Trainer:
         self.replay = Replay(self.bare, shape)
         split = (place.tensor_rank, config.parallel.tensor)
         self.routing = RoutingPart(shape, self.replay.layers, *split) if shape else None
-        self.schedule = get_forward_backward_func()
+        self.critic = Critic(config, place) if needs_critic(config) else None
+
+    @property
+    def score_is_new(self) -> bool:
+        """Whether the model is a score model whose head was drawn, not loaded."""
+        return construction.language_body(self.config, self.hf) is not None
 
     @property
     def num_parameters(self) -> int:
@@ -84,7 +97,8 @@ class Trainer:
         # Ranks along the context axis hold parts of the same samples, and are added up as well.
         own = sum(len(s) for s in samples) / self.config.parallel.context
         slots = sum(batch.input_ids.numel() for step in self.minibatches for batch in step)
-        return self._reduce_over_data({"packing/padding/slots": slots - own, "slots": slots}, {})
+        sums = {"packing/padding/slots": slots - own, "slots": slots}
+        return reduce_over_data(self.place, sums, {})
 
     def _in_rounds(self, microbatches: list[list[Sample]]) -> list[list[Sample]]:
         """With empty ones added where chunks are interleaved: that schedule goes in rounds of as
@@ -126,16 +140,35 @@ class Trainer:
         if first:
             gap, count, _ = self._gap(first, "own_routing")
             sums = {"logprob_diff/without_replay/first": gap, "first": count}
-            metrics |= self._reduce_over_data(sums, {})
+            metrics |= reduce_over_data(self.place, sums, {})
         return metrics
+
+    def token_advantages(self, function: str, settings: dict[str, Any]) -> None:
+        """Replace the advantages of all loaded samples, which are scored, by those that the
+        `TokenAdvantages` at "module:function" gives each token."""
+        if not self.place.last_stage:
+            return
+        batches = [batch for step in self.minibatches for batch in step]
+        scored = Scored(
+            batches,
+            parallel_state.get_context_parallel_group(),
+            parallel_state.get_data_parallel_group(with_context_parallel=True),
+        )
+        find_function(function, "token advantages")(scored, settings)
 
     def agreement(self) -> dict[str, float]:
         """How far the engine's log-probabilities of the loaded samples are from the trainer's
-        "old" ones, once these are known: mean and largest difference over response tokens."""
+        "old" ones, once these are known: mean and largest difference over response tokens.
+
+        With a teacher also teacher/kl, the sampled estimate of KL(π_old ‖ teacher): the mean of
+        log π_old - log π_teacher over the same tokens."""
         batches = [batch for step in self.minibatches for batch in step]
         gap, count, largest = self._gap(batches, "old")
         sums = {"logprob_diff/mean/tokens": gap, "tokens": count}
-        return self._reduce_over_data(sums, {"logprob_diff/max": largest})
+        if self.config.teacher.path and self.place.last_stage:
+            gaps = (_log_ratio(batch, "old", "teacher") for batch in batches)
+            sums["teacher/kl/tokens"] = sum(gaps)
+        return reduce_over_data(self.place, sums, {"logprob_diff/max": largest})
 
     def _gap(self, batches: list[PackedBatch], name: str) -> tuple[float, int, float]:
         """Sum, number and largest of |trainer's - engine's log-probability| of response tokens."""
@@ -156,19 +189,33 @@ class Trainer:
         batches = self.minibatches[index]
         settings = dict(settings)
         temperature = settings.pop("temperature", 1.0)
-        for chunk in self.chunks:
-            chunk.train()
-            chunk.zero_grad_buffer()
-        self.optimizer.zero_grad()
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
         compute = partial(self._loss, find_loss(loss), settings, temperature)
-        reports = self._run(batches, compute, forward_only=False)
-        succeeded, grad_norm, _ = self.optimizer.step()
-        sums, maxima = _merge(reports)
-        metrics = self._reduce_over_data(sums, maxima)
-        metrics |= {"grad_norm": float(grad_norm), "step_taken": float(succeeded)}
-        return metrics
+        run = partial(self._run, batches, compute, forward_only=False)
+        reports, stepped = optimizer_step(self.chunks, self.optimizer, learning_rate, run)
+        return reduce_over_data(self.place, *merge_reports(reports)) | stepped
+
+    def values(self) -> None:
+        """The critic's values of all loaded samples, into `PackedBatch.values`."""
+        assert self.critic is not None, "the recipe has no critic"
+        self.critic.values([batch for step in self.minibatches for batch in step])
+
+    def update_critic(self, index: int, learning_rate: float) -> dict[str, float]:
+        """One optimizer step of the critic on mini-batch `index`, whose values and returns are
+        there; metrics value/…"""
+        assert self.critic is not None, "the recipe has no critic"
+        return self.critic.update(self.minibatches[index], learning_rate)
+
+    def sample_scores(self) -> dict[str, list[list[list[float]]]]:
+        """Of a score model: scores[i][m] of the samples of micro-batch m of mini-batch i, empty on
+        the ranks that do not know them."""
+        found: list[list[list[float]]] = []
+        for chunk in self.chunks:
+            chunk.eval()
+        for batches in self.minibatches:
+            with torch.no_grad():
+                reports = self._run(batches, self._scores_only, forward_only=True)
+            found.append(reports if self.place.last_stage else [])
+        return {"scores": found}
 
     def probe(self, samples: list[dict[str, Any]]) -> dict[str, float]:
         """How far an engine's log-probabilities, at temperature 1, are from the trainer's: of these
@@ -179,7 +226,7 @@ class Trainer:
             self._score(batches, "old", 1.0)
         gap, count, largest = self._gap(batches, "old")
         sums = {"probe/mean/tokens": gap, "tokens": count}
-        return self._reduce_over_data(sums, {"probe/max": largest})
+        return reduce_over_data(self.place, sums, {"probe/max": largest})
 
     def export(self, folder: str, dtype: str | None = None) -> None:
         """Write a complete Hugging Face folder: weights, config and tokenizer."""
@@ -195,7 +242,7 @@ class Trainer:
         """Start to write everything a run needs to go on, with the controller's `state` beside it.
 
         Returns when the tensors are copied; `checkpoint_progress` tells the rest."""
-        parts = (self.bare, self.optimizer, self.reference)
+        parts = (self.bare, self.optimizer, self.reference, self.critic)
         self.saving.save(Path(folder), partial(contents.sharded, *parts), state)
 
     def checkpoint_progress(self, wait: bool = False) -> dict[str, Any]:
@@ -224,7 +271,8 @@ class Trainer:
                 raise ValueError(f"checkpoint {folder} is damaged: {'; '.join(damage[:5])}")
         if reference:
             self.keep_reference()
-        is_same = loading.load(Path(folder), self.bare, self.optimizer, self.reference)
+        parts = (self.bare, self.optimizer, self.reference, self.critic)
+        is_same = loading.load(Path(folder), *parts)
         return {"is_same_layout": is_same}
 
     def _score(self, batches: list[PackedBatch], name: str, temperature: float) -> None:
@@ -240,38 +288,25 @@ class Trainer:
         """Megatron's schedule over `batches`; what `compute` reported, on the last stage."""
         train_mtp = self.config.model.mtp == "train" and not forward_only
 
-        def forward_step(iterator, model):
-            batch = next(iterator)
+        def inputs(model, batch):
             self.replay.begin(model, batch.routing)
-            labels = {}
-            if train_mtp:
-                labels = {
-                    "labels": batch.targets[None],
-                    "loss_mask": batch.is_response[None].float(),
-                }
-            hidden = model(
-                batch.input_ids,
-                batch.position_ids,
-                None,
-                packed_seq_params=batch.packed_seq_params,
-                **labels,
-            )
-            return hidden, partial(compute, batch)
+            if not train_mtp:
+                return {}
+            return {
+                "labels": batch.targets[None],
+                "loss_mask": batch.is_response[None].float(),
+            }
 
-        interleaved = len(self.chunks) > 1
-        reports = self.schedule(
-            forward_step_func=forward_step,
-            data_iterator=[iter(batches) for _ in self.chunks] if interleaved else iter(batches),
-            model=self.chunks,
-            num_microbatches=len(batches),
-            seq_length=max(batch.input_ids.shape[1] for batch in batches),
-            micro_batch_size=1,
-            forward_only=forward_only,
+        reports = run_passes(
+            self.chunks, batches, compute, forward_only=forward_only, inputs=inputs
         )
         self.replay.end()
         return reports
 
-    def _head(self, batch: PackedBatch, hidden, temperature: float) -> Head:
+    def _head(self, batch: PackedBatch, hidden, temperature: float) -> Head | Scores:
+        if has_score_head(self.hf):
+            group = parallel_state.get_context_parallel_group()
+            return Scores(batch, hidden.view(-1), group)
         return Head(
             batch,
             hidden.reshape(-1, hidden.shape[-1]),
@@ -291,37 +326,12 @@ class Trainer:
         terms = loss(batch, self._head(batch, hidden, temperature), settings)
         return terms.loss, terms.denominator, {"sums": terms.sums, "maxima": terms.maxima}
 
-    def _reduce_over_data(self, sums: dict[str, Any], maxima: dict[str, Any]) -> dict[str, float]:
-        """Add up over the data-parallel ranks of the last stage; of "a/b" and "b", a / b stays."""
-        if not self.place.last_stage:
-            return {}
-        group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-        device = platform.device()
-        added = torch.tensor([float(v) for v in sums.values()], dtype=torch.float64, device=device)
-        largest = torch.tensor(
-            [float(v) for v in maxima.values()], dtype=torch.float64, device=device
-        )
-        dist.all_reduce(added, group=group)
-        dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
-        total = dict(zip(sums, added.tolist(), strict=True))
-        metrics = dict(zip(maxima, largest.tolist(), strict=True))
-        wholes = {name.rpartition("/")[2] for name in total if "/" in name}
-        for name, value in total.items():
-            part, _, whole = name.rpartition("/")
-            if part:
-                metrics[part] = value / total[whole] if total[whole] else 0.0
-            elif name not in wholes:
-                metrics[name] = value
-        return metrics
+    def _scores_only(self, batch: PackedBatch, hidden):
+        zero = torch.zeros((), device=hidden.device)
+        return zero, zero.int(), self._head(batch, hidden, 1.0).of_samples().tolist()
 
 
-def _merge(reports: list[dict[str, dict[str, Any]]]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Add up and take the maximum over micro-batches."""
-    sums: dict[str, Any] = {}
-    maxima: dict[str, Any] = {}
-    for report in reports:
-        for name, value in report["sums"].items():
-            sums[name] = sums.get(name, 0.0) + float(value)
-        for name, value in report["maxima"].items():
-            maxima[name] = max(maxima.get(name, -math.inf), float(value))
-    return sums, maxima
+def _log_ratio(batch: PackedBatch, name: str, other: str) -> float:
+    """Sum of the differences of two policies' log-probabilities over response tokens."""
+    gaps = (batch.logprobs[name] - batch.logprobs[other])[batch.is_response]
+    return gaps.double().sum().item()

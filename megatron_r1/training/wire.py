@@ -30,7 +30,9 @@ class Sample(msgspec.Struct, frozen=True):
     token_ids: int32 bytes, prompt then response; logprobs: float32 bytes, one per response token,
     the rollout engine's (empty for SFT); advantage: the same for every response token (GRPO);
     routing: indices [rows, moe layers, topk] of the experts the engine chose, of 1 or 2 bytes each
-    (`models.routing_shape`), for the tokens up to the last but one; empty without routing replay.
+    (`models.routing_shape`), for the tokens up to the last but one; empty without routing replay;
+    teacher: float32 bytes, the teacher's log-probabilities of the response; None without one;
+    label: of a whole text that a reward model learns from, 1 for a good one, 0 for a bad one.
     """
 
     token_ids: bytes
@@ -38,6 +40,8 @@ class Sample(msgspec.Struct, frozen=True):
     logprobs: bytes = b""
     advantage: float = 0.0
     routing: bytes = b""
+    teacher: bytes | None = None
+    label: float = 0.0
 
     @classmethod
     def pack(
@@ -47,14 +51,19 @@ class Sample(msgspec.Struct, frozen=True):
         logprobs: Sequence[float] | None = None,
         advantage: float = 0.0,
         routing: bytes = b"",
+        teacher: Sequence[float] | None = None,
+        label: float = 0.0,
     ) -> Sample:
         if not len(prompt):
             raise ValueError("a sample needs at least one prompt token")
         if logprobs is not None and len(logprobs) != len(response):
             raise ValueError(f"{len(response)} response tokens but {len(logprobs)} logprobs")
+        if teacher is not None and len(teacher) != len(response):
+            raise ValueError(f"{len(response)} response tokens but {len(teacher)} of the teacher's")
         ids = array("i", [*prompt, *response]).tobytes()
         floats = array("f", logprobs if logprobs is not None else []).tobytes()
-        return cls(ids, len(prompt), floats, advantage, routing)
+        taught = None if teacher is None else array("f", teacher).tobytes()
+        return cls(ids, len(prompt), floats, advantage, routing, taught, label)
 
     def __len__(self) -> int:
         return len(self.token_ids) // 4

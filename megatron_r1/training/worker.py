@@ -114,6 +114,7 @@ class Operations:
             "expert_rank": parallel_state.get_expert_model_parallel_rank(),
             "leads_replica": self.replica.leads,
             "num_parameters": self.trainer.num_parameters,
+            "score_is_new": self.trainer.score_is_new,
             "process": os.getpid(),
         }
 
@@ -131,8 +132,12 @@ class Operations:
 PUSH_OPERATIONS = ("open_push", "connect_engine", "send_weights")
 OPERATIONS = (
     "score",
+    "token_advantages",
     "agreement",
     "update",
+    "values",
+    "update_critic",
+    "sample_scores",
     "keep_reference",
     *PUSH_OPERATIONS,
     "probe",

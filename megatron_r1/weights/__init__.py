@@ -15,6 +15,7 @@ __all__ = [
     "Stage",
     "hf_tensors",
     "initialize",
+    "initialize_score",
     "layout",
     "load_hf",
     "load_megatron",
@@ -28,6 +29,7 @@ __all__ = [
 
 _HOME = {
     "initialize": "reading",
+    "initialize_score": "reading",
     "load_hf": "reading",
     "load_megatron": "reading",
     "local_pieces": "local",

@@ -10,6 +10,7 @@ from megatron_r1.weights.rules import (
     Table,
     columns,
     gated,
+    output_head,
     rows,
     vocabulary,
     weight,
@@ -34,7 +35,7 @@ def table(hf: dict) -> Table:
         ],
         layers=layers,
         final_norm=[weight("decoder.final_layernorm", "model.norm", (hidden,), whole)],
-        head=[weight("output_layer", "lm_head", (vocab, hidden), vocabulary)],
+        head=[output_head(hf, "lm_head")],
         # An MTP layer is built like the last decoder layer.
         mtp=[_mtp(hf, layers[-1])] * num_mtp,
         copies=copies,

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from megatron_r1.models.hf_config import has_score_head
 from megatron_r1.weights.local import has_mtp
 from megatron_r1.weights.stored.file_plan import plan_file, stored_tensors
 from megatron_r1.weights.stored.hf_folder import (
@@ -45,7 +46,7 @@ def save_hf(
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
         carry_files(source, unfinished)
-        write_config(source, unfinished, dtype, with_mtp)
+        write_config(source, unfinished, dtype, with_mtp, has_score_head(hf))
 
     def finish() -> None:
         write_index(unfinished, files)

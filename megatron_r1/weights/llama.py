@@ -7,6 +7,7 @@ from megatron_r1.weights.rules import (
     Source,
     Table,
     gated,
+    output_head,
     query_groups,
     rows,
     vocabulary,
@@ -30,7 +31,7 @@ def decoder(hf: dict, qkv_bias: bool) -> Table:
         embedding=[weight("embedding.word_embeddings", embedding, (vocab, hidden), vocabulary)],
         layers=[layer] * hf["num_hidden_layers"],
         final_norm=[weight("decoder.final_layernorm", "model.norm", (hidden,), whole)],
-        head=[weight("output_layer", head, (vocab, hidden), vocabulary)],
+        head=[output_head(hf, head)],
     )
 
 

@@ -8,38 +8,55 @@ from pathlib import Path
 
 import torch
 
+from megatron_r1.models.hf_config import has_score_head
 from megatron_r1.weights.layout import hf_tensors
 from megatron_r1.weights.local import has_mtp, local_pieces
+from megatron_r1.weights.rules import SCORE, Shape
 from megatron_r1.weights.stored.hf_weights import HfWeights
 from megatron_r1.weights.stored.megatron_weights import MegatronWeights
 
 
-def load_hf(model_chunks: Sequence, hf: dict, path: str | Path) -> None:
+def load_hf(model_chunks: Sequence, hf: dict, path: str | Path, stored: dict | None = None) -> None:
     """Fill this rank's parameters, in their dtype, from the safetensors checkpoint in `path`.
 
+    stored: the configuration of what is in `path`, where that is the language model that a score
+    model `hf` starts from; its heads are passed over and the score's weights stay as they are.
     FP8 checkpoints (fp8.py) are dequantised on the way. MTP layers' copies of the embedding and
     head are passed over. Vocabulary padding becomes zero. Raises ValueError naming every missing,
     unexpected or mis-shaped tensor.
     """
-    with HfWeights(path, hf) as weights:
+    with HfWeights(path, stored or hf) as weights:
         weights.check(has_mtp(model_chunks))
         _fill(model_chunks, hf, weights)
 
 
-def load_megatron(model_chunks: Sequence, hf: dict, path: str | Path) -> None:
+def load_megatron(
+    model_chunks: Sequence, hf: dict, path: str | Path, stored: dict | None = None
+) -> None:
     """Fill this rank's parameters from the weights in the Megatron checkpoint `path`.
 
     It may have been saved at any layout, by Megatron's own or Transformer Engine's layers; what
-    else it holds (optimizer, reference) is passed over. Raises ValueError as `load_hf` does.
+    else it holds (optimizer, reference) is passed over. stored and errors: as of `load_hf`.
     """
-    with MegatronWeights(path, hf) as weights:
+    with MegatronWeights(path, stored or hf) as weights:
         weights.check(has_mtp(model_chunks))
         _fill(model_chunks, hf, weights)
 
 
-def _fill(model_chunks: Sequence, hf: dict, weights: HfWeights | MegatronWeights) -> None:
+def initialize_score(model_chunks: Sequence, hf: dict, *, std: float, seed: int) -> None:
+    """Draw the head of a score model from N(0, std^2), the same however the model is split."""
     with torch.no_grad():
         for parameter, pieces, _ in local_pieces(model_chunks, hf):
+            if [piece.hf_name for piece in pieces] == [SCORE]:
+                parameter.copy_(_drawn(SCORE, tuple(parameter.shape), std, seed))
+
+
+def _fill(model_chunks: Sequence, hf: dict, weights: HfWeights | MegatronWeights) -> None:
+    headless = has_score_head(hf) and not has_score_head(weights.hf)
+    with torch.no_grad():
+        for parameter, pieces, _ in local_pieces(model_chunks, hf):
+            if headless and [piece.hf_name for piece in pieces] == [SCORE]:
+                continue
             _zero_padding(parameter, pieces)
             for piece in pieces:
                 values = weights.read(piece.hf_name, piece.dim, piece.hf_start, piece.length)
@@ -61,11 +78,15 @@ def initialize(model_chunks: Sequence, hf: dict, *, std: float, seed: int) -> No
                 if len(shape) == 1:
                     values = torch.full(shape, float(piece.hf_name.endswith("norm.weight")))
                 else:
-                    generator = torch.Generator()
-                    generator.manual_seed(zlib.crc32(f"{seed}/{piece.hf_name}".encode()))
-                    values = torch.empty(shape).normal_(0.0, std, generator=generator)
+                    values = _drawn(piece.hf_name, shape, std, seed)
                 values = values.narrow(piece.dim, piece.hf_start, piece.length)
                 parameter.narrow(piece.dim, piece.local_start, piece.length).copy_(values)
+
+
+def _drawn(name: str, shape: Shape, std: float, seed: int) -> torch.Tensor:
+    generator = torch.Generator()
+    generator.manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
+    return torch.empty(shape).normal_(0.0, std, generator=generator)
 
 
 def _zero_padding(parameter, pieces) -> None:

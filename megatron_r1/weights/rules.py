@@ -11,6 +11,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from megatron_r1.models.hf_config import has_score_head
+
+SCORE = "score.weight"
+"""The head of a score model, by its Hugging Face name and by Megatron's."""
+
 Shape = tuple[int, ...]
 
 
@@ -83,6 +88,14 @@ class Table:
 def weight(megatron: str, name: str, shape: Shape, split: Split, te: str | None = None) -> Rule:
     """The rule of one `.weight` made of one HF `.weight`; names without the ending, but `te`."""
     return Rule(f"{megatron}.weight", (Source(f"{name}.weight", shape),), split, te)
+
+
+def output_head(hf: dict, name: str) -> Rule:
+    """The rule of the LM head, the HF tensor `name`.weight; of a score model that of its score."""
+    hidden = hf["hidden_size"]
+    if has_score_head(hf):
+        return weight("score", "score", (1, hidden), whole)
+    return weight("output_layer", name, (hf["vocab_size"], hidden), vocabulary)
 
 
 def gated(

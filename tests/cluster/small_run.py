@@ -11,10 +11,10 @@ import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
 from examples.laptop.make_tokenizer import make_tokenizer
-from tiny_models import QWEN, write_model
+import tiny_models
 tokenizer, folder = make_tokenizer(), Path(sys.argv[1])
 ids = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2, "vocab_size": len(tokenizer)}
-write_model(folder, QWEN | ids, seed=0)
+tiny_models.write_model(folder, getattr(tiny_models, sys.argv[3]) | ids, seed=0)
 tokenizer.save_pretrained(folder)
 """
 ROOT = Path(__file__).parents[2]
@@ -26,10 +26,11 @@ def environment() -> dict[str, str]:
     return os.environ | QUIET
 
 
-def write_recipe(folder: Path, steps: int) -> Path:
-    """A model with random weights, questions, and the recipe's path; rl runs in `folder`/run."""
+def write_recipe(folder: Path, steps: int, shape: str = "QWEN") -> Path:
+    """A model with random weights, questions, and the recipe's path; rl runs in `folder`/run.
+    shape: one of tiny_models'."""
     subprocess.run(
-        [sys.executable, "-c", MAKE_MODEL, folder / "model", ROOT / "tests" / "system"],
+        [sys.executable, "-c", MAKE_MODEL, folder / "model", ROOT / "tests" / "system", shape],
         check=True,
         cwd=ROOT,
         env=environment(),

@@ -1,5 +1,5 @@
-"""A run over several hosts: trainer ranks in two network namespaces, an engine in a third, with a
-cable that is pulled.
+"""A run over several hosts: trainer ranks in two network namespaces, an engine in a third or spread
+over two more, with a cable that is pulled.
 
 Processes and files are the machine's own; the network carries everything else, and with
 push.transport gloo the weights too.
@@ -10,7 +10,7 @@ import time
 
 import namespaces
 import pytest
-from small_run import environment, metrics
+from small_run import environment, metrics, write_recipe
 
 from megatron_r1.rollout.vllm_plugin import BACKENDS
 
@@ -57,8 +57,9 @@ class Run:
             for i, host in enumerate(self.trainers)
         ]
 
-    def engines_on(self, host):
-        return host.start([*AGENT, "--folder", self.run], self.folder / "host.log", self.env)
+    def engines_on(self, host, env=None):
+        log = self.folder / "host.log"
+        return host.start([*AGENT, "--folder", self.run], log, self.env if env is None else env)
 
     def said(self):
         return "".join(log.read_text() for log in sorted(self.folder.glob("*.log")))
@@ -87,6 +88,20 @@ def test_trainer_and_engine_on_hosts_of_their_own(network, recipe, tmp_path, tra
     # Two hosts' halves of the model, and a third's copy of it, agree on every token.
     assert all(line["logprob_diff/max"] < 1e-4 for line in metrics(run.run))
     assert agent.wait(30) == 0
+
+
+def test_an_engine_whose_experts_are_on_two_hosts(network, tmp_path):
+    """Nobody says by which interface its ranks reach each other."""
+    recipe = write_recipe(tmp_path, 3, "DEEPSEEK")
+    spread = {"rollout.hosts_per_engine": 2, "rollout.data": 2, "rollout.expert_parallel": "true"}
+    settings = [f"--{key}={value}" for key, value in (spread | {"push.transport": "gloo"}).items()]
+    run = Run(network, recipe, tmp_path, *settings)
+    agents = [run.engines_on(network.host(), environment()) for _ in range(2)]
+    run.until(lambda: all(rank.poll() is not None for rank in run.ranks), 600)
+    assert [rank.returncode for rank in run.ranks] == [0, 0], run.said()[-4000:]
+    assert run.steps() == [1, 2, 3]
+    assert all(line["logprob_diff/max"] < 1e-4 for line in metrics(run.run))
+    assert [agent.wait(30) for agent in agents] == [0, 0]
 
 
 def test_a_cable_is_pulled_and_plugged_in_again(network, recipe, tmp_path):

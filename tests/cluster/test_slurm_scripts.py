@@ -115,6 +115,13 @@ def test_every_node_trains_and_samples(cluster, submit, tmp_path):
     assert list((tmp_path / "run" / "logs" / "ranks").rglob("stdout.log"))
 
 
+def test_an_engine_is_shared_by_all_nodes(cluster, submit, tmp_path):
+    job = submit("colocated.sbatch", "--rollout.data", "2", HOSTS_PER_ENGINE="2")
+    assert completed(cluster, job, tmp_path) == [1, 2, 3]
+    logs = {log.name for log in (tmp_path / "run" / "logs").glob("engine-*.log")}
+    assert logs == {"engine-0.log", "engine-0-part-1.log"}
+
+
 def test_pools_are_requeued_in_the_middle(cluster, submit, tmp_path):
     job = submit("pools.sbatch", "--run.steps", "40")
     until_step(tmp_path, 2)

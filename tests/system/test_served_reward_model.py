@@ -5,22 +5,15 @@ import concurrent.futures
 import json
 import math
 import multiprocessing
-import os
-import socket
-import subprocess
-import sys
-import time
-import urllib.error
-import urllib.request
 from pathlib import Path
 
 import pytest
 from command_line import write_model
+from pooling_server import pooling_server
 from tiny_models import QWEN
 
 from megatron_r1.rewards.base import UNGRADED
 from megatron_r1.rewards.runtime.pool import RewardPool
-from megatron_r1.rollout.server import engine_environment
 
 TEMPLATE = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}"
 QUESTION = "How are you?"
@@ -83,36 +76,8 @@ def model(tmp_path_factory, oracle) -> Path:
 
 @pytest.fixture(scope="module")
 def url(model):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
-    command += ["--served-model-name", "rm", "--runner", "pooling", "--dtype", "float32"]
-    command += ["--max-model-len", "256", "--enforce-eager", "--host", "127.0.0.1"]
-    log_path = model.parent / "server.log"
-    environment = os.environ | engine_environment("cpu", 1, 1)
-    with log_path.open("wb") as log:
-        server = subprocess.Popen(
-            [*command, "--port", str(port)], env=environment, stdout=log, stderr=log
-        )
-    try:
-        address = f"http://127.0.0.1:{port}"
-        deadline = time.monotonic() + 300
-        while True:
-            assert server.poll() is None and time.monotonic() < deadline, log_path.read_text()
-            try:
-                urllib.request.urlopen(f"{address}/health", timeout=5)
-                break
-            except (urllib.error.URLError, OSError):
-                time.sleep(0.5)
+    with pooling_server(model) as address:
         yield address
-    finally:
-        server.terminate()
-        try:
-            server.wait(10)
-        except subprocess.TimeoutExpired:
-            server.kill()
-            server.wait()
 
 
 def grade(url, kind, responses, **settings):

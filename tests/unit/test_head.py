@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_r1.rl.grpo import grpo_loss
+from megatron_r1.rl.algorithms.grpo import loss as grpo_loss
 from megatron_r1.training.head import Head
 from megatron_r1.training.losses import supervised
 from megatron_r1.training.packed import Split, packed_batch

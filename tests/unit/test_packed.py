@@ -43,8 +43,9 @@ def test_a_microbatch_without_samples_counts_nothing():
 
 
 def test_denominators_count_response_tokens_or_responses():
-    assert denominator(batch(), "token") == 5 and denominator(batch(), "sequence") == 2
-    with pytest.raises(ValueError, match="use token or sequence"):
+    assert denominator(batch(), "token") == 5
+    assert denominator(batch(), "sequence") == denominator(batch(), "constant") == 2
+    with pytest.raises(ValueError, match="use token, sequence or constant"):
         denominator(batch(), "sample")
 
 

@@ -76,3 +76,21 @@ def test_a_long_sample_costs_what_its_attention_does():
 def test_the_laptops_model_has_a_cost():
     hf = json.loads(Path("examples/laptop/model/config.json").read_text())
     assert balance_length(hf) > 0
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_pairs_stay_together_in_their_order(ranks):
+    generator = random.Random(ranks)
+    lengths = [generator.randrange(1, 100) for _ in range(40)]
+    packing = pack(lengths, ranks, 256, cost=lambda n: n * (1 + n / 50), unit=2)
+    microbatches = [members for rank in packing.shares for members in rank]
+    assert sorted(i for members in microbatches for i in members) == list(range(40))
+    for members in microbatches:
+        assert all(a % 2 == 0 and b == a + 1 for a, b in zip(*[iter(members)] * 2, strict=True))
+        assert len(members) == 2 or sum(lengths[i] for i in members) <= 256
+    assert packing.fill == pytest.approx(sum(lengths) / (256 * len(microbatches)))
+
+
+def test_fewer_pairs_than_ranks_are_refused():
+    with pytest.raises(ValueError, match="2 units of 2 samples cannot be spread over 3"):
+        pack([1, 1, 1, 1], 3, 100, unit=2)

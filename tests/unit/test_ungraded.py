@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_r1.config import RLConfig
+from megatron_r1.config import Config
 from megatron_r1.data.prompts import make_prompt
 from megatron_r1.rl.loop import training_samples
 from megatron_r1.rl.metrics import rollout_metrics
@@ -42,7 +42,7 @@ def test_ungraded_answers_are_left_out_of_advantages_and_means():
         Group(prompt, [1], [output(1.0), lost, measured, output(1.0)]),
         Group(prompt, [1], [output(1.0), lost, lost, output(1.0)]),
     ]
-    advantages = [sample.advantage for sample in training_samples(groups, RLConfig())]
+    advantages = [sample.advantage for sample in training_samples(groups, Config())]
     assert advantages[:4] == pytest.approx([0.5**0.5, 0, -(2**0.5), 0.5**0.5], rel=1e-5)
     assert advantages[4:] == [0.0] * 4
     metrics = rollout_metrics(Collected(groups, 1.0, 1.0), version=0)

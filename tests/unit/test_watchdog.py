@@ -188,7 +188,32 @@ def test_reported_once_and_health_says_so_until_it_moves(tmp_path, capsys):
     phases = families["megatron_r1_phase_seconds"].samples
     assert [(s.labels, s.value) for s in phases] == [({"phase": "push"}, 3.0)]
     open_groups = families["megatron_r1_groups_open"].samples
-    assert {s.labels["doing"]: s.value for s in open_groups} == {"sampling": 0, "grading": 1}
+    counted = {s.labels["doing"]: s.value for s in open_groups}
+    assert counted == {"sampling": 0, "grading": 1, "scoring": 0}
+
+
+def test_a_teacher_that_says_nothing_is_what_everything_waits_for(tmp_path, monkeypatch):
+    """Once the group's grades are back; the rewards are not to blame."""
+    monkeypatch.setattr("megatron_r1.supervision.engine_look.ANSWER_SECONDS", 0.2)
+    run = Run(tmp_path, hang_seconds=0.5)
+    asked = make_prompt(QUESTION, "math", "1", {})
+
+    async def score():
+        with run.rollouts.flow.group(asked) as group:
+            group.sampled([])
+            group.graded()
+            await asyncio.sleep(60.0)
+
+    async def body():
+        async with run.supervised() as supervisor, EngineClient("") as client:
+            teacher = RolloutFleet(1, tmp_path, role="teacher")
+            server = EngineServer(run.config.model.path, tmp_path / "teacher-0.log")
+            teacher.engines = [Engine(0, server, client, role="teacher", num_running=4)]
+            run.rollouts.teacher = teacher
+            await supervisor.run(score())
+
+    with pytest.raises(HangError, match="teacher: 1 groups are not back.*teacher-0: 4 sequences"):
+        asyncio.run(body())
 
 
 def test_a_controller_that_was_suspended_has_not_hung(tmp_path):

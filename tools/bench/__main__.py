@@ -4,6 +4,7 @@ step       whole RL steps beside TRL: tokens per second, overlap; or the phases 
 fp8        what FP8 training does to the loss, against bf16
 push       the weight push, here and at the real size
 chaos      a run in which everything breaks: is it the run it would have been?
+estimators every algorithm of rl/algorithms on the demo's task: steps to 80%, held-out accuracy
 kernels    r1_kernels against every public peer: time, memory, error
 rewards    grades per second of each reward, and a soak with hostile responses
 resources  what r1_kernels' Triton kernels compile to, without a GPU: registers, instructions
@@ -19,6 +20,7 @@ import sys
 from pathlib import Path
 
 import chaos
+import estimators
 import fp8
 import push
 import resources
@@ -29,6 +31,7 @@ import kernels
 
 BENCHES = {
     "chaos": chaos,
+    "estimators": estimators,
     "fp8": fp8,
     "kernels": kernels,
     "push": push,

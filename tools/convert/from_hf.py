@@ -13,12 +13,18 @@ from pathlib import Path
 import parts
 import torch
 from chunks import Piece, cut, group
-from sources import HF_FILES, fingerprint, is_hf, read_supported_config, refuse_inside
+from sources import (
+    HF_FILES,
+    fingerprint,
+    is_hf,
+    read_config,
+    read_supported_config,
+    refuse_inside,
+)
 from wording import counted
 from work_folder import WorkFolder
 
 from megatron_r1.files import atomic_write
-from megatron_r1.models.hf_config import read_hf_config
 from megatron_r1.training.checkpoints import manifest
 from megatron_r1.weights.stored import fp8, known_scales
 from megatron_r1.weights.stored.dcp_writing import Chunk, Written, write_chunks, write_metadata
@@ -116,7 +122,7 @@ def _values(job: Job, pieces: list[Piece]) -> Iterator[tuple[Chunk, torch.Tensor
 @cache
 def _source(folder: Path) -> HfWeights:
     """Opened once per process."""
-    return HfWeights(folder, read_hf_config(folder))
+    return HfWeights(folder, read_config(folder))
 
 
 def _finish(

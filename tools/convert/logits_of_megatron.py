@@ -1,4 +1,5 @@
-"""`logits_of_megatron.py CHECKPOINT HF_DIR DTYPE OUT`: Megatron's logits of fixed tokens, in fp32.
+"""`logits_of_megatron.py CHECKPOINT HF_DIR DTYPE OUT`: Megatron's logits of fixed tokens, in fp32;
+of a score model the score after each.
 
 The checkpoint is loaded by Megatron's own code and its weights are rounded to DTYPE, as HF_DIR's
 are; the FP8 weights of HF_DIR are read instead where DTYPE is FP8.
@@ -18,6 +19,7 @@ from megatron.core import dist_checkpointing, parallel_state  # noqa: E402
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed  # noqa: E402
 
 from megatron_r1 import models, weights  # noqa: E402
+from megatron_r1.models.hf_config import has_score_head  # noqa: E402
 from megatron_r1.weights.stored.dcp_reading import DistributedCheckpoint  # noqa: E402
 
 
@@ -46,7 +48,7 @@ def main(checkpoint: str, folder: str, dtype: str, out: str) -> None:
     dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     parallel_state.initialize_model_parallel()
     model_parallel_cuda_manual_seed(0)
-    hf = models.read_hf_config(folder)
+    hf = models.read_hf_config(folder, None)
     with_mtp = any(key.startswith("mtp.") for key in DistributedCheckpoint(checkpoint).shapes)
     config = models.transformer_config(hf, params_dtype=torch.float32, with_mtp=with_mtp)
     model = models.build_model(hf, config).to(platform.device()).eval()
@@ -55,7 +57,7 @@ def main(checkpoint: str, folder: str, dtype: str, out: str) -> None:
     positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
     with torch.no_grad():
         hidden = model(tokens, positions, None)
-        logits = models.logits(model, hidden)
+        logits = hidden if has_score_head(hf) else models.logits(model, hidden)
     torch.save(logits.view(*tokens.shape, -1)[..., : hf["vocab_size"]].cpu().clone(), out)
 
 

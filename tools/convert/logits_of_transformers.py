@@ -1,4 +1,5 @@
-"""`logits_of_transformers.py HF_DIR OUT`: logits (2, 48, vocabulary) of fixed tokens, in fp32.
+"""`logits_of_transformers.py HF_DIR OUT`: logits (2, 48, vocabulary) of fixed tokens, in fp32; of a
+score model the score (2, 48, 1) after each.
 
 FP8 weights are handed to it as fp32: its own dequantisation, which it falls back to on a CPU, takes
 the blocks for evenly cut and so refuses or misreads matrices whose last blocks are not whole, such
@@ -16,9 +17,12 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import torch  # noqa: E402
 from fixed_tokens import fixed_tokens  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
-from transformers import AutoModelForCausalLM  # noqa: E402
+from transformers import (  # noqa: E402
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+)
 
-from megatron_r1.models.hf_config import read_hf_config  # noqa: E402
+from megatron_r1.models.hf_config import has_score_head, read_hf_config  # noqa: E402
 from megatron_r1.weights.stored.hf_weights import HfWeights  # noqa: E402
 
 
@@ -27,7 +31,7 @@ def plain_copy(folder: Path, out: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     del config["quantization_config"]
     (out / "config.json").write_text(json.dumps(config))
-    with HfWeights(folder, read_hf_config(folder)) as weights:
+    with HfWeights(folder, read_hf_config(folder, None)) as weights:
         values = {
             name: weights.read(name, 0, 0, shape[0]).float().contiguous()
             for name, (shape, _) in weights.tensors.items()
@@ -40,9 +44,16 @@ def main(folder: Path, out: Path) -> None:
         if "quantization_config" in json.loads((folder / "config.json").read_text()):
             plain_copy(folder, Path(scratch))
             folder = Path(scratch)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).float().eval()
+        scores = has_score_head(read_hf_config(folder, None))
+        kind = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
+        model = kind.from_pretrained(folder, dtype=torch.float32).float().eval()
+    tokens = fixed_tokens(model.config.vocab_size)
     with torch.no_grad():
-        torch.save(model(fixed_tokens(model.config.vocab_size)).logits.clone(), out)
+        if scores:  # the model itself scores the last token only
+            logits = model.score(model.model(tokens).last_hidden_state)
+        else:
+            logits = model(tokens).logits
+    torch.save(logits.clone(), out)
 
 
 main(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -14,9 +14,8 @@ from pathlib import Path
 
 import torch
 from comparison import Sides, compare
-from sources import open_weights
+from sources import open_weights, read_config
 
-from megatron_r1.models.hf_config import read_hf_config
 from megatron_r1.processes import die_with_parent
 from megatron_r1.weights.layout import hf_tensors
 
@@ -29,7 +28,7 @@ _BYTES_PER_PARAMETER = 6  # fp32, and a half for what loading holds besides
 
 def check(checkpoint: Path, hf_files: Path, folder: Path, dtype: torch.dtype, workers: int) -> None:
     """Raise ValueError, with what differs, unless `folder` is the model in `checkpoint`."""
-    hf = read_hf_config(hf_files)
+    hf = read_config(hf_files, checkpoint)
     needed = _BYTES_PER_PARAMETER * sum(
         torch.Size(shape).numel() for shape, _ in hf_tensors(hf).values()
     )

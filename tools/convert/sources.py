@@ -7,6 +7,8 @@ from pathlib import Path
 import yaml
 
 from megatron_r1.models.hf_config import check_supported, read_hf_config
+from megatron_r1.weights.rules import SCORE
+from megatron_r1.weights.stored.dcp_reading import DistributedCheckpoint
 from megatron_r1.weights.stored.hf_weights import HfWeights
 from megatron_r1.weights.stored.megatron_weights import MegatronWeights
 
@@ -21,17 +23,25 @@ def is_hf(path: Path) -> bool:
     return (path / "config.json").is_file()
 
 
-def read_supported_config(folder: Path) -> dict:
+def read_supported_config(folder: Path, checkpoint: Path | None = None) -> dict:
     """The config.json in `folder`; ValueError for a model that could not be trained here.
 
-    A converted model that the trainer refuses, or routes otherwise than vLLM does, helps nobody.
+    checkpoint: holds the model; where that is a score model, so is the configuration, also of a
+    `folder` with the language model it was started from. A converted model that the trainer
+    refuses, or routes otherwise than vLLM does, helps nobody.
     """
-    hf = read_hf_config(folder)
+    hf = read_config(folder, checkpoint)
     try:
         check_supported(hf)
     except ValueError as error:
         raise ValueError(f"{folder / 'config.json'}: {error}") from error
     return hf
+
+
+def read_config(folder: Path, checkpoint: Path | None = None) -> dict:
+    """As `read_supported_config`, of any model."""
+    scores = checkpoint is not None and SCORE in DistributedCheckpoint(checkpoint).shapes
+    return read_hf_config(folder, "score" if scores else None)
 
 
 def refuse_inside(out: Path, source: Path) -> None:
@@ -69,10 +79,10 @@ def find_hf_files(checkpoint: Path, given: Path | None) -> Path:
 def open_weights(path: Path, config: Path | None) -> Weights:
     """The weights in a Hugging Face folder or a checkpoint, with their files found whole."""
     if is_hf(path):
-        weights = HfWeights(path, read_hf_config(path))
+        weights = HfWeights(path, read_config(path))
         weights.check(with_mtp=False)
         return weights
-    return MegatronWeights(path, read_hf_config(find_hf_files(path, config)))
+    return MegatronWeights(path, read_config(find_hf_files(path, config), path))
 
 
 def fingerprint(path: Path) -> dict[str, list[int]]:

@@ -13,13 +13,19 @@ import parts
 import reload_check
 import torch
 from checkpoints import check_manifest, find_checkpoint
-from sources import find_hf_files, fingerprint, read_supported_config, refuse_inside
+from sources import (
+    find_hf_files,
+    fingerprint,
+    read_config,
+    read_supported_config,
+    refuse_inside,
+)
 from stripes import stripes
 from wording import counted
 from work_folder import WorkFolder
 
 from megatron_r1.files import fsync
-from megatron_r1.models.hf_config import read_hf_config
+from megatron_r1.models.hf_config import has_score_head
 from megatron_r1.training.checkpoints import manifest
 from megatron_r1.weights.stored import fp8, fp8_blocks
 from megatron_r1.weights.stored.file_plan import plan_file, stored_tensors
@@ -54,7 +60,7 @@ def run(chosen: Namespace) -> int:
     # Before the files are read, some of which may be what is missing.
     check_manifest(found, "size" if chosen.checksums == "full" else chosen.checksums, chosen)
     hf_files = find_hf_files(checkpoint, chosen.config)
-    hf = read_supported_config(hf_files)
+    hf = read_supported_config(hf_files, checkpoint)
     with MegatronWeights(checkpoint, hf) as weights:
         dtype = _dtype(chosen.dtype) or weights.dtype
         with_mtp = weights.with_mtp
@@ -79,7 +85,7 @@ def run(chosen: Namespace) -> int:
     job = Job(checkpoint, hf_files, work.path, dtype)
     parts.run(partial(write_file, job), list(files.items()), chosen.workers)
     carry_files(hf_files, work.path)
-    write_config(hf_files, work.path, dtype, with_mtp)
+    write_config(hf_files, work.path, dtype, with_mtp, has_score_head(hf))
     write_index(work.path, files)
     if not chosen.no_check:
         reload_check.check(checkpoint, hf_files, work.path, dtype, chosen.workers)
@@ -149,7 +155,7 @@ def _write_tensor(job: Job, file: int, name: str, placed, scales) -> None:
 @cache
 def _inputs(job: Job) -> tuple[MegatronWeights, KnownScales]:
     """Opened once per process."""
-    hf = read_hf_config(job.hf_files)
+    hf = read_config(job.hf_files, job.checkpoint)
     return MegatronWeights(job.checkpoint, hf), KnownScales(job.hf_files, hf)
 
 

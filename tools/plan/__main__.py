@@ -22,10 +22,11 @@ from megatron_r1 import config as configuration  # noqa: E402
 from megatron_r1.cli import parse_overrides  # noqa: E402
 from megatron_r1.files import atomic_write  # noqa: E402
 from megatron_r1.models.hf_config import read_hf_config  # noqa: E402
+from megatron_r1.rl.algorithms import find  # noqa: E402
 from megatron_r1.rollout.context import context_length  # noqa: E402
 from tools.plan.bill import Bill  # noqa: E402
 from tools.plan.hardware import GIB, HARDWARE, Assumptions  # noqa: E402
-from tools.plan.job import Job  # noqa: E402
+from tools.plan.job import Job, verb_of  # noqa: E402
 from tools.plan.report import as_json, as_text, layouts_text  # noqa: E402
 from tools.plan.search import fastest, nearest  # noqa: E402
 
@@ -73,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="tools/plan", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("recipe", type=Path)
-    parser.add_argument("--gpus", type=int, help="trainer ranks; default: parallel.processes")
+    parser.add_argument("--gpus", type=int, help="default: parallel.processes; of sample: engines'")
     parser.add_argument("--hardware", choices=HARDWARE, default="H800")
     parser.add_argument("--memory-gib", type=float, help="of a GPU, instead of the hardware's")
     parser.add_argument("--host-memory-gib", type=float, help="per GPU, instead of 233")
@@ -87,37 +88,45 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _job(chosen: argparse.Namespace, overrides: dict) -> Job:
+    if chosen.recipe.is_file() and "\nstages:" in chosen.recipe.read_text(encoding="utf-8"):
+        raise ValueError(f"{chosen.recipe} is a pipeline; plan the recipes of its stages")
     config = configuration.load(chosen.recipe, overrides, required=("model.path",))
     hardware = HARDWARE[chosen.hardware]
     _check_positive(chosen)
-    if config.sft.data:
-        print(
-            f"{chosen.recipe} is a recipe of sft: model and layout are planned for rl; rollout, "
-            "scoring and push do not apply",
-            file=sys.stderr,
-        )
-    else:
+    verb = verb_of(config)
+    if verb in ("rl", "sample"):
         context_length(config)
+    if verb == "rl" and find(config.rl.algorithm).CRITIC:
+        told = f"rl.algorithm: {config.rl.algorithm} trains a critic besides, which is not planned"
+        print(f"{chosen.recipe}: {told}", file=sys.stderr)
     if chosen.memory_gib is not None:
         hardware = replace(hardware, memory=chosen.memory_gib * GIB)
     if chosen.host_memory_gib is not None:
         hardware = replace(hardware, host_memory=chosen.host_memory_gib * GIB)
-    gpus = chosen.gpus or config.parallel.processes
-    limit = config.rollout.max_response_tokens
-    mean = chosen.response_tokens or max(1, limit // 4)
-    if mean > limit:
-        raise ValueError(
-            f"--response-tokens: {mean} is above rollout.max_response_tokens={limit}; lower it"
-        )
-    return Job(
-        hf=read_hf_config(config.model.path),
+    head = "score" if verb == "reward-model" else "language"
+    job = Job(
+        hf=read_hf_config(config.model.path, head),
         config=config,
-        world_size=gpus,
+        world_size=chosen.gpus or _gpus(config, verb),
         hardware=hardware,
         assumptions=Assumptions(prompt_tokens=chosen.prompt_tokens),
         rollout_gpus=chosen.rollout_gpus or 0,
-        response_tokens=mean,
+        verb=verb,
     )
+    limit = job.longest_response
+    mean = chosen.response_tokens or max(1, limit // 4)
+    if mean > limit:
+        key = "reward_model.max_tokens" if verb == "reward-model" else "rollout.max_response_tokens"
+        raise ValueError(f"--response-tokens: {mean} is above {key}={limit}; lower it")
+    return replace(job, response_tokens=mean)
+
+
+def _gpus(config: configuration.Config, verb: str) -> int:
+    """Of the trainer; of the engines, where there is no trainer."""
+    rollout = config.rollout
+    if verb == "sample":
+        return rollout.engines * rollout.tensor * rollout.data
+    return config.parallel.processes
 
 
 def _check_positive(chosen: argparse.Namespace) -> None:

@@ -14,6 +14,7 @@ from tools.plan.push import push_section
 from tools.plan.quantity import Quantity, Section
 from tools.plan.rollout import Engines, rollout_section
 from tools.plan.samples import samples_section
+from tools.plan.teacher import teacher_section
 from tools.plan.timing import StepTime, time_section
 
 
@@ -25,7 +26,8 @@ class Bill:
 
     @cached_property
     def ranks(self) -> list[RankMemory]:
-        return rank_memory(self.job)
+        """Of the trainer; none where nothing is trained."""
+        return rank_memory(self.job) if self.job.trains else []
 
     @cached_property
     def worst(self) -> RankMemory:
@@ -33,7 +35,7 @@ class Bill:
 
     @cached_property
     def engines(self) -> Engines:
-        shared = not self.job.rollout_gpus
+        shared = self.job.trains and not self.job.rollout_gpus
         resident = max(rank.persistent for rank in self.ranks) if shared else 0
         return Engines(self.job, resident)
 
@@ -46,22 +48,32 @@ class Bill:
         return time_section(self.times)["step"].value
 
     def sections(self) -> dict[str, Section]:
-        rank = self.worst.rank
-        return {
-            "parameters": parameter_section(self.job),
-            f"memory of pipeline rank {rank}, the fullest": memory_section(self.job, self.worst),
-            "host memory of a node": self._host(),
-            "engine memory of a GPU": rollout_section(self.engines),
-            "samples of a rollout": samples_section(self.job),
-            "push": push_section(self.job),
-            "sent by a rank per optimizer step": communication_section(self.job, rank),
-            "operations": flops_section(self.job),
-            "time": time_section(self.times),
-        }
+        """Those of what the verb has: a trainer, engines, or both."""
+        job = self.job
+        made = {"parameters": parameter_section(job)}
+        if job.trains:
+            memory = memory_section(job, self.worst)
+            made[f"memory of pipeline rank {self.worst.rank}, the fullest"] = memory
+            made["host memory of a node"] = self._host()
+        if job.generates:
+            made["engine memory of a GPU"] = rollout_section(self.engines)
+        if job.config.teacher.path:
+            made["engine memory of a teacher's GPU"] = teacher_section(job)
+        if job.trains and job.generates:
+            made["samples of a rollout"] = samples_section(job)
+            made["push"] = push_section(job)
+        if job.trains:
+            sent = communication_section(job, self.worst.rank)
+            made["sent by a rank per optimizer step"] = sent
+        made["operations"] = flops_section(job)
+        made["time"] = time_section(self.times)
+        return made
 
     def problems(self) -> list[str]:
         """One sentence for each thing that cannot work: the number, its limit, the way out."""
-        return [text for text in (self._gpu(), self._host_problem(), self._cache()) if text]
+        found = [self._gpu(), self._host_problem()] if self.job.trains else []
+        found += [self._cache()] if self.job.generates else []
+        return [text for text in found if text]
 
     def _gpu(self) -> str | None:
         worst, memory = self.worst, self.job.hardware.memory

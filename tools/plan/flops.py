@@ -11,6 +11,7 @@ from __future__ import annotations
 from math import prod
 
 from megatron_r1.training.cost import head_sizes
+from megatron_r1.weights.layout import table
 from tools.plan.job import Job
 from tools.plan.parameters import ModelCounts
 from tools.plan.quantity import Quantity, Section
@@ -49,22 +50,22 @@ def layer_flops(job: Job, layer: int, length: float) -> float:
 
 
 def head_flops(hf: dict) -> float:
-    """Forward, of one token through the LM head."""
-    return 2 * hf["vocab_size"] * hf["hidden_size"]
+    """Forward, of one token through the LM or score head."""
+    return 2 * prod(table(hf).head[0].sources[0].shape)
 
 
 def flops_section(job: Job) -> Section:
+    section = _training_flops(job) if job.trains else {}
+    return section | (_rollout_flops(job) if job.generates else {})
+
+
+def _training_flops(job: Job) -> Section:
     length = job.sample_tokens
     forward = forward_flops(job.hf, length)
-    samples = job.outputs / job.config.rl.minibatches
+    samples = job.outputs / job.minibatches
     again = 1 if job.parallel.recompute == "full" else 0
     tokens = samples * length
-    passes = 2 if job.config.rl.kl_beta else 1
-    prompts = job.outputs * job.assumptions.prompt_tokens
-    decoded = job.outputs * job.response_tokens
-    half = job.assumptions.prompt_tokens + job.response_tokens / 2
-    prefill = prompts * forward_flops(job.hf, job.assumptions.prompt_tokens)
-    return {
+    section = {
         "training, per token": Quantity(
             3 * forward,
             "FLOP",
@@ -76,12 +77,24 @@ def flops_section(job: Job) -> Section:
             "FLOP",
             f"{samples:,.0f} samples x {length:,} tokens, {3 + again} forward equivalents",
         ),
-        "scoring a rollout": Quantity(
+    }
+    if job.verb == "rl":
+        passes = 2 if job.has_reference else 1
+        section["scoring a rollout"] = Quantity(
             passes * forward * job.outputs * length,
             "FLOP",
             f"{passes} forward passes (policy{', reference' if passes == 2 else ''}) over "
             f"{job.outputs:,} samples",
-        ),
+        )
+    return section
+
+
+def _rollout_flops(job: Job) -> Section:
+    prompts = job.outputs * job.assumptions.prompt_tokens
+    decoded = job.outputs * job.response_tokens
+    half = job.assumptions.prompt_tokens + job.response_tokens / 2
+    prefill = prompts * forward_flops(job.hf, job.assumptions.prompt_tokens)
+    return {
         "rollout": Quantity(
             prefill + decoded * decode_flops(job.hf, half),
             "FLOP",

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib import import_module
+from typing import Literal
 
-from megatron_r1.config import Config, ParallelConfig
+from megatron_r1.config import Config, ParallelConfig, SampleConfig
 from megatron_r1.models.hf_config import architecture
 from megatron_r1.rollout.parallelism import check_engines
 from megatron_r1.weights.layout import Shard, stage_shards, table
@@ -14,6 +15,19 @@ from megatron_r1.weights.rules import Table
 from tools.plan.hardware import Assumptions, Hardware
 
 BYTES = {"float32": 4, "bfloat16": 2}
+UNKNOWN_QUESTIONS = 10_000
+"""Of a run of sample whose recipe does not say in data.num_train how many there are."""
+
+Verb = Literal["rl", "sft", "reward-model", "sample"]
+
+
+def verb_of(config: Config) -> Verb:
+    """What a recipe is for, by what it sets."""
+    if config.model.head == "score" or config.reward_model.data:
+        return "reward-model"
+    if config.sft.data:
+        return "sft"
+    return "sample" if config.sample != SampleConfig() else "rl"
 
 
 @dataclass(frozen=True)
@@ -21,7 +35,8 @@ class Job:
     """One run on `world_size` trainer ranks, a GPU each.
 
     rollout_gpus: GPUs the engines have to themselves; 0: the trainer's, in turn. response_tokens:
-    mean length of a response.
+    mean length of a response, of an example without its prompt. verb: only rl and sample have
+    engines, and sample has no trainer.
     """
 
     hf: dict
@@ -31,6 +46,7 @@ class Job:
     assumptions: Assumptions = field(default_factory=Assumptions)
     rollout_gpus: int = 0
     response_tokens: int = 8192
+    verb: Verb = "rl"
     shared: dict = field(default_factory=dict, repr=False, compare=False)
     """What does not change between the layouts of one job and takes a while to count."""
 
@@ -117,9 +133,42 @@ class Job:
         return BYTES[self.config.model.dtype]
 
     @property
+    def trains(self) -> bool:
+        return self.verb != "sample"
+
+    @property
+    def generates(self) -> bool:
+        return self.verb in ("rl", "sample")
+
+    @property
+    def has_reference(self) -> bool:
+        return self.verb == "rl" and self.config.rl.kl_beta > 0
+
+    @property
     def outputs(self) -> int:
-        """Samples of one rollout."""
-        return self.config.rl.questions_per_rollout * self.config.rl.group_size
+        """Samples of one rollout; of one batch, where examples are learned; of a whole run of
+        sample."""
+        config = self.config
+        if self.verb == "sft":
+            return config.sft.batch_size
+        if self.verb == "reward-model":
+            pairwise = config.reward_model.kind == "pairwise"
+            return config.reward_model.batch_size * (2 if pairwise else 1)
+        if self.verb == "sample":
+            return (config.data.num_train or UNKNOWN_QUESTIONS) * config.sample.samples
+        return config.rl.questions_per_rollout * config.rl.group_size
+
+    @property
+    def num_steps(self) -> int | None:
+        """Of the whole run; None where the data decides (sft.epochs, reward_model.epochs)."""
+        of_verb = {"sft": self.config.sft, "reward-model": self.config.reward_model}
+        by_data = self.verb in of_verb and of_verb[self.verb].epochs is not None
+        return None if by_data else self.config.run.steps
+
+    @property
+    def minibatches(self) -> int:
+        """Optimizer steps on these samples."""
+        return self.config.rl.minibatches if self.verb == "rl" else 1
 
     @property
     def sample_tokens(self) -> int:
@@ -128,7 +177,14 @@ class Job:
 
     @property
     def longest_sample(self) -> int:
-        return self.assumptions.prompt_tokens + self.config.rollout.max_response_tokens
+        return self.assumptions.prompt_tokens + self.longest_response
+
+    @property
+    def longest_response(self) -> int:
+        limit = self.config.reward_model.max_tokens if self.verb == "reward-model" else None
+        if limit is not None:  # of the whole text
+            return max(1, limit - self.assumptions.prompt_tokens)
+        return self.config.rollout.max_response_tokens
 
     @property
     def microbatch_tokens(self) -> int:
@@ -138,7 +194,7 @@ class Job:
     @property
     def num_microbatches(self) -> int:
         """Of one optimizer step, on each data-parallel rank."""
-        tokens = self.outputs / self.config.rl.minibatches * self.sample_tokens
+        tokens = self.outputs / self.minibatches * self.sample_tokens
         limit = max(self.parallel.tokens_per_microbatch, self.sample_tokens)
         return max(1, -(-int(tokens) // (self.data * limit)))
 
@@ -157,6 +213,12 @@ class Job:
 
     def check(self) -> None:
         """Raise ValueError for sizes that do not divide, by name."""
+        if self.trains:
+            self._check_trainer()
+        if self.generates:
+            self._check_engines()
+
+    def _check_trainer(self) -> None:
         self.parallel.check_sizes(self.world_size)
         sizes = {
             "tensor_parallel": self.parallel.tensor,
@@ -176,23 +238,22 @@ class Job:
             raise ValueError(
                 f"parallel.expert={self.parallel.expert}: the model has no experts; use 1"
             )
+        per_step = self.outputs // self.minibatches
+        if per_step < self.data:
+            lower = "lower rl.minibatches" if self.verb == "rl" else "raise the batch size"
+            raise ValueError(
+                f"{per_step} samples of an optimizer step cannot be spread over {self.data} "
+                f"data-parallel ranks; raise parallel.context, .tensor or .pipeline, or {lower}"
+            )
+        assert self.stages, "building them checks the layout"
+
+    def _check_engines(self) -> None:
         gpus = self.rollout_gpus or self.world_size
         if gpus % self.config.rollout.engines:
             raise ValueError(
                 f"rollout.engines={self.config.rollout.engines} does not divide {gpus} GPUs; "
                 "choose a divisor"
             )
-        self._check_engines()
-        per_step = self.outputs // self.config.rl.minibatches
-        if per_step < self.data:
-            raise ValueError(
-                f"{per_step} samples of an optimizer step cannot be spread over {self.data} "
-                "data-parallel ranks; raise parallel.context, .tensor or .pipeline, or lower "
-                "rl.minibatches"
-            )
-        assert self.stages, "building them checks the layout"
-
-    def _check_engines(self) -> None:
         check_engines(self.config, self.hf)
         rollout = self.config.rollout
         if rollout.pipeline > 1:

@@ -16,8 +16,10 @@ def head_bytes(job: Job) -> tuple[int, str]:
     along the sequence; the weight's gradient in fp32 while it is summed over chunks and in the
     parameter's dtype when it is handed on.
     """
-    hidden = job.hf["hidden_size"]
-    columns = -(-job.hf["vocab_size"] // job.parallel.tensor)
+    outputs, hidden = job.rules.head[0].sources[0].shape
+    if outputs == 1:
+        return _score_head_bytes(job, hidden)
+    columns = -(-outputs // job.parallel.tensor)
     tokens = job.microbatch_tokens // job.parallel.context
     rows = min(tokens, max(GPU_CHUNK_TOKENS, GPU_CHUNK_ELEMENTS // columns))
     value = job.parameter_bytes
@@ -28,3 +30,12 @@ def head_bytes(job: Job) -> tuple[int, str]:
         f"{columns} x {hidden} weight gradient x {4 + value} B"
     )
     return num_bytes, formula
+
+
+def _score_head_bytes(job: Job, hidden: int) -> tuple[int, str]:
+    """The states and the weights in fp32, for the product and its gradient."""
+    tokens = job.microbatch_tokens // job.parallel.context
+    if job.has_experts:  # sequence parallelism
+        tokens //= job.parallel.tensor
+    formula = f"{tokens} x {hidden} states x (4 + 4) B"
+    return tokens * hidden * 8, formula

@@ -75,7 +75,7 @@ def _of_rank(job: Job, ranks: RankCounts, layers: dict[bool, Layer], rank: int) 
     reserved = round(job.assumptions.reserved)
     on_host = round(persistent["optimizer"] * parallel.optimizer_offload)
     persistent["optimizer"] -= on_host
-    host = {"reference": reference if job.config.rl.kl_beta else 0, "optimizer": on_host}
+    host = {"reference": reference if job.has_reference else 0, "optimizer": on_host}
     if job.config.checkpoint.asynchronous:
         host["checkpoint being written"] = (
             counts.parameters * job.parameter_bytes + persistent["optimizer"] + on_host
@@ -98,6 +98,8 @@ def _of_rank(job: Job, ranks: RankCounts, layers: dict[bool, Layer], rank: int) 
     }
     if parallel.reference_offload == "device":
         training["reference"] = host.pop("reference")
+    if job.verb != "rl":
+        scoring = {}
     return RankMemory(rank, counts, training, scoring, host)
 
 
@@ -162,9 +164,11 @@ def memory_section(job: Job, rank: RankMemory) -> Section:
     section = {
         kind: Quantity(num_bytes, "B", formulas[kind]) for kind, num_bytes in rank.training.items()
     }
-    training, scoring = sum(rank.training.values()), sum(rank.scoring.values())
-    section["peak, training"] = Quantity(training, "B", "sum of the above")
-    section["peak, scoring"] = Quantity(
-        scoring, "B", "persistent state, the reference beside the policy, one layer's forward pass"
-    )
+    section["peak, training"] = Quantity(sum(rank.training.values()), "B", "sum of the above")
+    if rank.scoring:
+        section["peak, scoring"] = Quantity(
+            sum(rank.scoring.values()),
+            "B",
+            "persistent state, the reference beside the policy, one layer's forward pass",
+        )
     return section

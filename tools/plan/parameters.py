@@ -154,10 +154,6 @@ def _size(rules: list[Rule], expert: bool = False) -> int:
 def parameter_section(job: Job) -> Section:
     counts = ModelCounts(job.hf)
     experts, chosen = job.hf.get("n_routed_experts"), job.hf.get("num_experts_per_tok")
-    ranks = RankCounts(job)
-    by_rank = [ranks.of_rank(rank).parameters for rank in range(job.parallel.pipeline)]
-    fullest = by_rank.index(max(by_rank))
-    least = Quantity(min(by_rank), "parameters", "")
     section = {
         "total": Quantity(
             counts.total, "parameters", "sum of the weight table's shapes, without MTP layers"
@@ -167,12 +163,17 @@ def parameter_section(job: Job) -> Section:
             "parameters",
             f"total - routed experts x (1 - {chosen} / {experts})" if experts else "all",
         ),
-        "per_rank": Quantity(
+    }
+    if job.trains:
+        ranks = RankCounts(job)
+        by_rank = [ranks.of_rank(rank).parameters for rank in range(job.parallel.pipeline)]
+        fullest = by_rank.index(max(by_rank))
+        least = Quantity(min(by_rank), "parameters", "")
+        section["per_rank"] = Quantity(
             by_rank[fullest],
             "parameters",
             f"pipeline rank {fullest}, the fullest; least: {least}",
-        ),
-    }
+        )
     if counts.mtp:
         section["mtp"] = Quantity(
             counts.mtp,

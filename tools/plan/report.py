@@ -34,6 +34,7 @@ def as_json(bill: Bill, problems: list[str], others: list[Found]) -> dict[str, A
     memory in bytes, the assumptions, and what does not fit."""
     job = bill.job
     return {
+        "verb": job.verb,
         "gpus": job.world_size,
         "hardware": vars(job.hardware),
         "assumptions": vars(job.assumptions) | {"response_tokens": job.response_tokens},
@@ -83,16 +84,24 @@ def _value(value: Any) -> str:
 
 def _title(bill: Bill) -> str:
     job, parallel = bill.job, bill.job.parallel
-    sizes = (
-        f"tensor {parallel.tensor}, pipeline {parallel.pipeline} x {job.virtual}, context "
-        f"{parallel.context}, expert {parallel.expert} x {parallel.expert_tensor}, data {job.data}"
-    )
-    where = "GPUs of their own" if job.rollout_gpus else "the same GPUs, in turn"
-    return (
+    lines = [
         f"{job.config.model.path} on {job.world_size:,} {job.hardware.name} "
-        f"({Quantity(job.hardware.memory, 'B', '')} each)\n"
-        f"trainer: {sizes}; {job.num_microbatches} micro-batches an optimizer step\n"
-        f"engines: {job.config.rollout.engines} of {job.engine_gpus} GPUs, on {where}\n"
+        f"({Quantity(job.hardware.memory, 'B', '')} each)"
+    ]
+    if job.trains:
+        lines.append(
+            f"trainer: tensor {parallel.tensor}, pipeline {parallel.pipeline} x {job.virtual}, "
+            f"context {parallel.context}, expert {parallel.expert} x {parallel.expert_tensor}, "
+            f"data {job.data}; {job.num_microbatches} micro-batches an optimizer step"
+        )
+    if job.generates:
+        where = "the same GPUs, in turn"
+        if job.rollout_gpus or not job.trains:
+            where = "GPUs of their own"
+        engines = job.config.rollout.engines
+        lines.append(f"engines: {engines} of {job.engine_gpus} GPUs, on {where}")
+    lines.append(
         f"assumed: responses of {job.response_tokens:,} tokens on average, prompts of "
         f"{job.assumptions.prompt_tokens:,}; rates and efficiencies: tools/plan/hardware.py"
     )
+    return "\n".join(lines)

@@ -118,7 +118,7 @@ class Engines:
         throughput = tokens / together * self.step_seconds(together)
         # The last sequence alone decides the end: its neighbours are done and experts idle.
         alone = self.step_seconds(min(together, 1.0))
-        longest = job.config.rollout.max_response_tokens * alone
+        longest = job.longest_response * alone
         prompt = job.assumptions.prompt_tokens
         compute = job.hardware.bf16 * job.assumptions.compute_efficiency * self.tensor
         first = self.sequences * prompt * forward_flops(job.hf, prompt) / compute

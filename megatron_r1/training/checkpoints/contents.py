@@ -5,6 +5,8 @@ model            weights and persistent buffers of every model chunk of this ran
 optimizer        fp32 master weights and both moments, whole per parameter (FORMAT)
 optimizer_step   finished updates, for Adam's bias correction
 reference        the reference policy, as "model" with names that begin with "reference."
+critic           PPO's critic, as "model" with names that begin with "critic."; critic_optimizer and
+                 critic_step as the policy's
 rng              the random streams of every rank, where somebody continues at the same layout
 layout           the layout that wrote them
 """
@@ -15,7 +17,7 @@ import contextlib
 import gc
 import random
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -29,8 +31,14 @@ from megatron_r1.training.checkpoints.gathering import gathering
 from megatron_r1.training.checkpoints.host_memory import HostMemory
 from megatron_r1.training.reference import Reference
 
+if TYPE_CHECKING:
+    from megatron_r1.training.critic import Critic  # whose construction reads checkpoints
+
 FORMAT = "fully_reshardable"
 """Of the distributed optimizer's state: whole moments per parameter, for any layout to load."""
+
+REFERENCE, CRITIC = "reference.", "critic."
+"""What the names of their tensors begin with."""
 
 Chunks = Sequence[MegatronModule]
 
@@ -39,6 +47,7 @@ def sharded(
     chunks: Chunks,
     optimizer: Any,
     reference: Reference | None,
+    critic: Critic | None = None,
     memory: HostMemory | None = None,
 ) -> dict[str, Any]:
     """The tree of this rank. Its tensors are the model's own: copy before either changes.
@@ -46,28 +55,18 @@ def sharded(
     memory: where the optimizer's shards are gathered; None to make room for what is read.
     """
     loading = memory is None
-    _allocate_state(optimizer)
     weights = [_weights(chunk, "") for chunk in chunks]
-    kind = {"distrib_optim_sharding_type": FORMAT}
-    # Parameters of all chunks belong to one optimizer, which finds them by identity.
-    by_chunk = dict(enumerate(weights))
-    states = []
-    for index, part in enumerate(_parts(optimizer)):
-        with gathering(part, index, memory), _little_to_collect():
-            states.append(part.sharded_state_dict(by_chunk, is_loading=loading, metadata=kind))
-    # Megatron keeps experts' state in an optimizer of its own in some layouts and not in others,
-    # and its chained state says so. Tensors are named by their parameter; the only other thing that
-    # has to survive is the step count, the same everywhere.
-    tree = {
-        "model": weights,
-        "optimizer": [{"param_state": state["param_state"]} for state in states],
-        "optimizer_step": states[0]["optimizer"]["param_groups"][0].get("step"),
-    }
+    states, step = _optimizer(optimizer, weights, memory)
+    tree = {"model": weights, "optimizer": states, "optimizer_step": step}
+    if critic is not None:
+        weights = [_weights(chunk, CRITIC) for chunk in critic.bare]
+        states, step = _optimizer(critic.optimizer, weights, memory, len(_parts(optimizer)))
+        tree |= {"critic": weights, "critic_optimizer": states, "critic_step": step}
     if not loading:
         tree |= {"layout": layout(chunks), "rng": rng_entry(loading=False)}
     if reference is not None:
         with reference.in_place():
-            tree["reference"] = [_weights(chunk, "reference.") for chunk in chunks]
+            tree["reference"] = [_weights(chunk, REFERENCE) for chunk in chunks]
             for tensor in (t for kept in tree["reference"] for t in kept.values()):
                 # The entries hold the parameters themselves, which are the policy's again in a
                 # moment.
@@ -75,24 +74,57 @@ def sharded(
     return tree
 
 
+def _optimizer(
+    optimizer: Any, weights: list[dict[str, Any]], memory: HostMemory | None, first: int = 0
+) -> tuple[list[dict[str, Any]], Any]:
+    """The sharded state of an optimizer's parts, and its finished updates. weights: the entries of
+    its model's chunks; first: number of its first part among all that are gathered in `memory`."""
+    _allocate_state(optimizer)
+    kind = {"distrib_optim_sharding_type": FORMAT}
+    # Parameters of all chunks belong to one optimizer, which finds them by identity.
+    by_chunk, loading = dict(enumerate(weights)), memory is None
+    states = []
+    for index, part in enumerate(_parts(optimizer), first):
+        with gathering(part, index, memory), _little_to_collect():
+            states.append(part.sharded_state_dict(by_chunk, is_loading=loading, metadata=kind))
+    # Megatron keeps experts' state in an optimizer of its own in some layouts and not in others,
+    # and its chained state says so. Tensors are named by their parameter; the only other thing that
+    # has to survive is the step count, the same everywhere.
+    step = states[0]["optimizer"]["param_groups"][0].get("step")
+    return [{"param_state": state["param_state"]} for state in states], step
+
+
 def put_back(
-    found: dict[str, Any], chunks: Chunks, optimizer: Any, reference: Reference | None
+    found: dict[str, Any],
+    chunks: Chunks,
+    optimizer: Any,
+    reference: Reference | None,
+    critic: Critic | None = None,
 ) -> None:
-    """Give the model, the optimizer and the reference what was read into their tree."""
-    for chunk, weights in zip(chunks, found["model"], strict=True):
-        chunk.load_state_dict(weights)
-    for part, state in zip(_parts(optimizer), found["optimizer"], strict=True):
-        whole = part.state_dict()
-        for group in whole["optimizer"]["param_groups"]:
-            group["step"] = found["optimizer_step"]
-        part.load_state_dict({**whole, **state, "param_state_sharding_type": FORMAT})
-        _separate_steps(part.optimizer)
+    """Give the model, the optimizer, the reference and the critic what was read into their tree."""
+    _load_weights(chunks, found["model"], "")
+    _load_optimizer(optimizer, found["optimizer"], found["optimizer_step"])
+    if critic is not None:
+        _load_weights(critic.bare, found["critic"], CRITIC)
+        _load_optimizer(critic.optimizer, found["critic_optimizer"], found["critic_step"])
     if reference is not None:
         with reference.in_place():
-            for chunk, weights in zip(chunks, found["reference"], strict=True):
-                own = {name.removeprefix("reference."): t for name, t in weights.items()}
-                chunk.load_state_dict(own)
+            _load_weights(chunks, found["reference"], REFERENCE)
             reference.refresh()
+
+
+def _load_weights(chunks: Chunks, found: list[dict[str, Any]], prefix: str) -> None:
+    for chunk, weights in zip(chunks, found, strict=True):
+        chunk.load_state_dict({name.removeprefix(prefix): t for name, t in weights.items()})
+
+
+def _load_optimizer(optimizer: Any, states: list[dict[str, Any]], step: Any) -> None:
+    for part, state in zip(_parts(optimizer), states, strict=True):
+        whole = part.state_dict()
+        for group in whole["optimizer"]["param_groups"]:
+            group["step"] = step
+        part.load_state_dict({**whole, **state, "param_state_sharding_type": FORMAT})
+        _separate_steps(part.optimizer)
 
 
 def layout(chunks: Chunks) -> dict[str, int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
@@ -15,6 +15,9 @@ from megatron_r1.training.checkpoints import contents, manifest
 from megatron_r1.training.checkpoints.contents import Chunks
 from megatron_r1.training.checkpoints.manifest import BadManifest, Verify
 from megatron_r1.training.reference import Reference
+
+if TYPE_CHECKING:
+    from megatron_r1.training.critic import Critic  # whose construction reads checkpoints
 
 UNREADABLE = (
     *(KeyError, RuntimeError, ValueError, OSError, EOFError, UnpicklingError),
@@ -41,13 +44,19 @@ def damage(folder: Path, verify: Verify) -> list[str]:
     return sorted({fault for faults in everyone for fault in faults})
 
 
-def load(folder: Path, chunks: Chunks, optimizer: Any, reference: Reference | None) -> bool:
-    """Read `folder` into the model, the optimizer, the reference and, at the layout that wrote it,
-    every rank's random streams. Returns whether the streams were there.
+def load(
+    folder: Path,
+    chunks: Chunks,
+    optimizer: Any,
+    reference: Reference | None,
+    critic: Critic | None = None,
+) -> bool:
+    """Read `folder` into the model, the optimizer, the reference, the critic and, at the layout
+    that wrote it, every rank's random streams. Returns whether the streams were there.
 
     Raises ValueError, naming the folder, when its tensors do not fit the model.
     """
-    wanted = contents.sharded(chunks, optimizer, reference)
+    wanted = contents.sharded(chunks, optimizer, reference, critic)
     try:
         written_by = dist_checkpointing.load_common_state_dict(str(folder)).get("layout")
         is_same_layout = written_by == contents.layout(chunks)
@@ -60,7 +69,7 @@ def load(folder: Path, chunks: Chunks, optimizer: Any, reference: Reference | No
             f"checkpoint {folder} does not fit this model and recipe ({cause[:300]}); "
             "continue with the recipe that wrote it, or start in another run.folder"
         ) from error
-    contents.put_back(found, chunks, optimizer, reference)
+    contents.put_back(found, chunks, optimizer, reference, critic)
     if is_same_layout:
         contents.put_back_rng(found["rng"])
     return is_same_layout

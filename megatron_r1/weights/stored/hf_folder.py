@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from megatron_r1.files import atomic_write
+from megatron_r1.models.hf_config import as_score_model, has_score_head
 from megatron_r1.weights.layout import Shape
 from megatron_r1.weights.stored import fp8
 
@@ -63,10 +64,13 @@ def carry_files(source: Path, folder: Path) -> None:
             shutil.copyfile(file, folder / file.name)
 
 
-def write_config(source: Path, folder: Path, dtype: torch.dtype, with_mtp: bool) -> None:
+def write_config(
+    source: Path, folder: Path, dtype: torch.dtype, with_mtp: bool, with_score: bool = False
+) -> None:
     """The config.json of `source`, saying what the weights now are.
 
     dtype: of the weights; float8_e4m3fn for the published FP8 layout, whose other tensors are bf16.
+    with_score: they are a score model's, whatever `source` is.
     """
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     # Loaders believe these over the files.
@@ -80,4 +84,6 @@ def write_config(source: Path, folder: Path, dtype: torch.dtype, with_mtp: bool)
         for name in ("num_nextn_predict_layers", "num_mtp_layers"):
             if name in config:
                 config[name] = 0
+    if with_score and not has_score_head(config):
+        config = as_score_model(config)
     atomic_write(folder / "config.json", json.dumps(config, indent=2) + "\n")

@@ -21,7 +21,13 @@ VOCAB = 129_280
 EIGHTH = VOCAB // 8
 WEIGHT = (18_432, 7_168)
 SEQUENCES = 64
-POLICIES = ("", "reference", "reference, rollout", "reference, rollout, dual clip, sequence")
+POLICIES = (
+    "",
+    "reference",
+    "reference, rollout",
+    "reference, rollout, dual clip, sequence",
+    "reference, rollout, cispo",
+)
 
 BF16, FP32 = torch.bfloat16, torch.float32
 NAMES = {BF16: "bf16", FP32: "fp32"}
@@ -125,7 +131,8 @@ def _policy(present: str) -> None:
         log_ratio=given("sequence"),
     )
     dual_clip = 3.0 if "dual clip" in present else None
-    fused.policy_terms(tokens, PolicySettings(0.2, 0.2, dual_clip, 0.001, "k3", 2.0))
+    objective = "cispo" if "cispo" in present else "ppo"
+    fused.policy_terms(tokens, PolicySettings(0.2, 0.2, dual_clip, 0.001, "k3", 2.0, objective))
 
 
 def _segments() -> None:

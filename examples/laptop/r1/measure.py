@@ -1,0 +1,63 @@
+"""Figures of a stage from answers that `sample` wrote: accuracy, language purity, length, and how
+often a judge prefers them to another model's."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from examples.laptop.r1.judge import prefer
+from megatron_r1.evaluation.estimators import estimate
+from megatron_r1.files import atomic_write
+from megatron_r1.reporting.jsonl import read_lines
+from megatron_r1.rewards.remote.shown import shown_part
+
+
+def answers(folder: str, samples: str) -> None:
+    """accuracy, language, length: means over questions, with intervals."""
+    by_question = _by_question(samples)
+    figures = {
+        name: _figure([fmean(map(measured, group)) for group in by_question.values()])
+        for name, measured in MEASURES.items()
+    }
+    _write(folder, figures)
+
+
+def wins(folder: str, samples: str, against: str) -> None:
+    """win_rate: of the first answers to the same questions; a tie is half a win."""
+    first, second = _by_question(samples), _by_question(against)
+    points = [
+        prefer(group[0]["question"], _summary(group[0]), _summary(second[question][0]))
+        for question, group in first.items()
+    ]
+    _write(folder, {"win_rate": _figure(points)})
+
+
+MEASURES = {
+    "accuracy": lambda row: row["rewards"]["accuracy"],
+    "language": lambda row: row["rewards"]["language"],
+    "length": lambda row: row["length"],
+}
+
+
+def _by_question(samples: str) -> dict[str, list[dict[str, Any]]]:
+    found: dict[str, list[dict[str, Any]]] = {}
+    for row in read_lines(Path(samples)):
+        found.setdefault(row["id"], []).append(row)
+    return found
+
+
+def _summary(row: Mapping[str, Any]) -> str:
+    return shown_part(row["response"], "summary").text or ""
+
+
+def _figure(values: list[float]) -> dict[str, float | None]:
+    mean = estimate(values)
+    return {"value": mean.value, "low": mean.low, "high": mean.high}
+
+
+def _write(folder: str, figures: Mapping[str, Any]) -> None:
+    atomic_write(Path(folder) / "figures.json", json.dumps(figures, indent=2) + "\n")

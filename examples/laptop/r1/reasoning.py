@@ -1,0 +1,153 @@
+"""Mathematics and logic from reasoning-gym, and programs: what a rule can check.
+
+The English questions of `chain_sum` and `aiw` are reasoning-gym's own; the Chinese ones say the same
+and have the same truth.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Iterator
+
+from examples.laptop.r1.lesson import LANGUAGES, Lesson, Line
+from megatron_r1.data.tasks import generate_items
+
+SUM = {"min_terms": 3, "max_terms": 3, "min_digits": 1, "max_digits": 1}
+ALICE = {
+    "task_type_weights": [0.5, 0.5, 0.0],
+    "max_entities": 9,
+}  # siblings, friends, no colleagues
+OPERATIONS = {
+    "+": ("plus {k}", "加 {k}"),
+    "-": ("minus {k}", "减 {k}"),
+    "*": ("times {k}", "乘 {k}"),
+}
+
+
+def sums(count: int, seed: int) -> Iterator[Lesson]:
+    for item in generate_items("chain_sum", SUM, seed, count):
+        terms = re.search(r"problem: (.*) =", item["question"])[1]
+        zh = f"请写出这道算式的最后答案：{terms} ="
+        for language, question in zip(LANGUAGES, (item["question"], zh), strict=True):
+            total = int(item["answer"])
+            yield Lesson(
+                "math",
+                language,
+                question,
+                _running(terms),
+                str(total),
+                lambda draw, total=total: str(total + draw.choice([-10, -3, -2, -1, 1, 2, 3, 10])),
+                "math",
+                item["answer"],
+            )
+
+
+def _running(terms: str) -> list[Line]:
+    first, sign, second, other, third = terms.split()
+    before = eval(f"{first} {sign} {second}")  # digits and signs, of our own making
+    last = eval(f"{before} {other} {third}")
+    return [
+        {
+            "en": f"First {first} {sign} {second} = {before}.",
+            "zh": f"先算 {first} {sign} {second} = {before}。",
+        },
+        {
+            "en": f"Then {before} {other} {third} = {last}.",
+            "zh": f"再算 {before} {other} {third} = {last}。",
+        },
+    ]
+
+
+def sisters(count: int, seed: int) -> Iterator[Lesson]:
+    """Alice's brother has one sister more than she has: herself."""
+    for item in generate_items("aiw", ALICE, seed, count):
+        asked, zh = item["question"], _in_chinese(item["question"])
+        answer = int(item["answer"])
+        others = answer - 1
+        lines = [
+            {"en": "She counts too.", "zh": "她自己也算一个。"},
+            {"en": f"So it is {others} + 1 = {answer}.", "zh": f"所以是 {others} + 1 = {answer}。"},
+        ]
+        for language, question in zip(LANGUAGES, (asked, zh), strict=True):
+            yield Lesson(
+                "logic",
+                language,
+                question,
+                lines,
+                str(answer),
+                lambda draw, others=others: str(draw.choice([others, others, others + 2])),
+                "math",
+                str(answer),
+            )
+
+
+def _in_chinese(asked: str) -> str:
+    name, numbers = asked.split()[0], re.findall(r"\d+", asked)
+    if "friends" in asked:
+        male, female = numbers
+        friend = re.search(r"does (\w+), a male", asked)[1]
+        return (
+            f"{name} 有 {male} 个男性朋友和 {female} 个女性朋友，他们互为朋友，没有别的朋友。"
+            f"{name} 的男性朋友 {friend} 有几个女性朋友？"
+        )
+    relations = re.findall(r"(\d+) (brothers|sisters)", asked)
+    have = "和".join(f" {n} 个{'兄弟' if who == 'brothers' else '姐妹'}" for n, who in relations)
+    whose = re.search(r"does (\w+)'s", asked)[1]
+    return f"{name} 有{have}。{whose} 的兄弟有几个姐妹？"
+
+
+def programs(count: int, seed: int) -> Iterator[Lesson]:
+    """Read a number, do two things to it, print it."""
+    draw = random.Random(f"programs {seed}")
+    for _ in range(count):
+        steps = [(draw.choice("+-*"), draw.randint(2, 9)) for _ in range(2)]
+        said = [
+            [OPERATIONS[sign][language].format(k=k) for sign, k in steps]
+            for language in range(len(LANGUAGES))
+        ]
+        numbers = draw.sample(range(-9, 30), 3)
+        tests = [{"stdin": f"{n}\n", "stdout": f"{_computed(n, steps)}\n"} for n in numbers]
+        en = f"Write a Python program that reads a number and prints it {said[0][0]}, then {said[0][1]}."
+        zh = f"写一个 Python 程序：读入一个数，先{said[1][0]}，再{said[1][1]}，输出结果。"
+        for language, question in zip(LANGUAGES, (en, zh), strict=True):
+            yield Lesson(
+                "code",
+                language,
+                question,
+                _worked(steps, said),
+                program(steps),
+                lambda draw, steps=steps: program(_mistaken(steps, draw)),
+                "code",
+                {"tests": tests},
+                {"language": "python"},
+            )
+
+
+def _computed(number: int, steps: list[tuple[str, int]]) -> int:
+    for sign, k in steps:
+        number = {"+": number + k, "-": number - k, "*": number * k}[sign]
+    return number
+
+
+def _worked(steps: list[tuple[str, int]], said: list[list[str]]) -> list[Line]:
+    (first, k), (second, m) = steps
+    return [
+        {"en": f"First {said[0][0]}: n {first} {k}.", "zh": f"先{said[1][0]}：n {first} {k}。"},
+        {"en": f"Then {said[0][1]}: {second} {m}.", "zh": f"再{said[1][1]}：{second} {m}。"},
+    ]
+
+
+def program(steps: list[tuple[str, int]]) -> str:
+    (first, k), (second, m) = steps
+    return f"```python\nn = int(input())\nprint((n {first} {k}) {second} {m})\n```"
+
+
+def _mistaken(steps: list[tuple[str, int]], draw: random.Random) -> list[tuple[str, int]]:
+    wrong = [list(step) for step in steps]
+    step = draw.choice(wrong)
+    if draw.random() < 0.5:
+        step[0] = draw.choice([sign for sign in OPERATIONS if sign != step[0]])
+    else:
+        step[1] = draw.choice([k for k in range(2, 10) if k != step[1]])
+    return [tuple(step) for step in wrong]

@@ -1,0 +1,59 @@
+"""GPTModel whose last stage gives one number per token: reward models and critics.
+
+The head is one row of weights, whole on every tensor-parallel rank. Under sequence parallelism each
+rank multiplies its own part of the tokens and only the scores are gathered, so that both the hidden
+states' gradient and the head's enter once: the first is cut back to the rank's own tokens, the
+second is added up over the tensor ranks like a norm's (`sequence_parallel` on the parameter).
+"""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.transformer import MegatronModule, TransformerConfig
+from torch import Tensor
+
+
+class ScoreHead(MegatronModule):
+    """weight: (1, h) in the model's dtype."""
+
+    def __init__(self, config: TransformerConfig, tp_group: torch.distributed.ProcessGroup):
+        super().__init__(config)
+        self.weight = torch.nn.Parameter(
+            torch.zeros(1, config.hidden_size, dtype=config.params_dtype)
+        )
+        self.weight.sequence_parallel = config.sequence_parallel
+        self.tp_group = tp_group
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """hidden: (s, b, h), under sequence parallelism this rank's part of s -> (s, b) whole, fp32
+        as vLLM's pooling heads compute."""
+        scores = hidden.float() @ self.weight[0].float()
+        if not self.config.sequence_parallel:
+            return scores
+        # Every rank makes the same loss of the gathered scores, so none has to hear of another's
+        # gradient.
+        return gather_from_sequence_parallel_region(
+            scores, tensor_parallel_output_grad=False, group=self.tp_group
+        )
+
+
+class ScoreModel(GPTModel):
+    """GPTModel that returns scores (b, s) fp32 from its last stage, made after the final norm."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.unpadded_vocab_size = self.vocab_size
+        if self.post_process:
+            self.score = ScoreHead(self.config, self.output_layer.tp_group)
+            del self.output_layer
+
+    def _postprocess(self, hidden_states: Tensor, **context) -> Tensor:
+        if not self.post_process:
+            return hidden_states
+        return self.score(hidden_states).transpose(0, 1).contiguous()
+
+    def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
+        """As any module's: what GPTModel adds is about an output layer and tied embeddings."""
+        return MegatronModule.sharded_state_dict(self, prefix, sharded_offsets, metadata)

@@ -1,0 +1,139 @@
+"""PPO's critic: a score model beside the policy, on the same ranks, with an optimizer of its own.
+
+Its score after token t is the value of what has been said so far, V(s_t), from which the policy
+chooses token t + 1: it is read where the policy predicts a response token.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from megatron_r1.config import Config
+from megatron_r1.models.hf_config import read_hf_config
+from megatron_r1.rl import algorithms
+from megatron_r1.training import construction
+from megatron_r1.training.distributed import Place
+from megatron_r1.training.losses import LossTerms
+from megatron_r1.training.packed import PackedBatch
+from megatron_r1.training.passes import (
+    merge_reports,
+    optimizer_step,
+    reduce_over_data,
+    run_passes,
+)
+
+
+def needs_critic(config: Config) -> bool:
+    """Whether the recipe's algorithm has one; a model that is a score itself is no policy."""
+    return config.model.head == "language" and algorithms.find(config.rl.algorithm).CRITIC
+
+
+def critic_config(config: Config) -> Config:
+    """The recipe as if the critic were its model."""
+    critic, model, parallel = config.critic, config.model, config.parallel
+    changes = {"head": "score"}
+    if critic.path is not None:
+        changes |= {"path": critic.path, "checkpoint": None}
+    rate = {"learning_rate": critic.learning_rate}
+    # A score model has no MTP layers (m), wherever the policy's stand.
+    layout = parallel.pipeline_layout and parallel.pipeline_layout.replace("m", "")
+    return config.model_copy(
+        update={
+            "model": model.model_copy(update=changes),
+            "optimizer": config.optimizer.model_copy(update=rate),
+            "parallel": parallel.model_copy(update={"pipeline_layout": layout}),
+        }
+    )
+
+
+class Critic:
+    def __init__(self, config: Config, place: Place):
+        """Build this rank's part. A head that is new begins with zeros: every value is then 0, and
+        the first advantages are those of no critic.
+
+        Raises ValueError for a model or layout that cannot be.
+        """
+        own = critic_config(config)
+        hf = read_hf_config(own.model.path, "score", "critic.path")
+        wanted = read_hf_config(config.model.path)["vocab_size"]
+        if hf["vocab_size"] < wanted:
+            raise ValueError(
+                f"critic.path: {own.model.path} knows {hf['vocab_size']} tokens, the policy "
+                f"{wanted}; give a model with the policy's tokenizer"
+            )
+        self.place, self.value_clip = place, config.critic.value_clip
+        transformer = construction.transformer(own, hf)
+        self.bare = construction.model_chunks(own, hf, transformer, score_std=0.0)
+        self.chunks = construction.with_gradients(transformer, self.bare)
+        self.optimizer = construction.new_optimizer(own, self.chunks)
+        transformer.grad_scale_func = self.optimizer.scale_loss
+
+    def values(self, batches: list[PackedBatch]) -> None:
+        """Fill `PackedBatch.values`, on the last stage."""
+        for chunk in self.chunks:
+            chunk.eval()
+        with torch.no_grad():
+            run_passes(self.chunks, batches, _keep_values, forward_only=True)
+
+    def update(self, batches: list[PackedBatch], learning_rate: float) -> dict[str, float]:
+        """One optimizer step towards `PackedBatch.returns`.
+
+        Returns, over the response tokens of the whole mini-batch, value/loss, value/clip_fraction,
+        value/mean (before the step), value/explained_variance of the values that the rollout had
+        (1: they were the returns; 0: no better than their mean), and value/grad_norm.
+        """
+        compute = partial(_loss, self.value_clip)
+        run = partial(run_passes, self.chunks, batches, compute, forward_only=False)
+        reports, stepped = optimizer_step(self.chunks, self.optimizer, learning_rate, run)
+        metrics = reduce_over_data(self.place, *merge_reports(reports))
+        if metrics:
+            metrics["value/explained_variance"] = _explained(metrics)
+        return metrics | {f"value/{name}": value for name, value in stepped.items()}
+
+
+def value_loss(batch: PackedBatch, values: Tensor, clip: float | None) -> LossTerms:
+    """½ max((V - R)², (clip(V, V_old - ε, V_old + ε) - R)²), averaged over response tokens.
+
+    values: (T,) fp32, V at every position; V_old is `batch.values`, R `batch.returns`, ε `clip`,
+    None for ∞. The clipped term is PPO's first implementation's (arXiv 2005.12729, section 3).
+    """
+    assert batch.values is not None and batch.returns is not None, "values and returns come first"
+    rows = batch.response_rows
+    new, old, returns = values[rows], batch.values[rows], batch.returns[rows]
+    limit = float("inf") if clip is None else clip
+    losses = (new - returns).square()
+    clipped = (old + (new - old).clamp(-limit, limit) - returns).square()
+    count = torch.tensor(len(rows), dtype=torch.int, device=values.device)
+    measured = {
+        "value/loss": 0.5 * torch.maximum(losses, clipped),
+        "value/clip_fraction": clipped > losses,
+        "value/mean": new,
+        "return": returns,
+        "return_squared": returns.double().square(),
+        "error": returns - old,
+        "error_squared": (returns - old).double().square(),
+    }
+    sums = {f"{name}/tokens": x.detach().double().sum() for name, x in measured.items()}
+    return LossTerms(measured["value/loss"].sum(), count, {**sums, "tokens": count}, {})
+
+
+def _loss(clip: float | None, batch: PackedBatch, scores: Tensor):
+    terms = value_loss(batch, scores.view(-1), clip)
+    return terms.loss, terms.denominator, {"sums": terms.sums, "maxima": terms.maxima}
+
+
+def _keep_values(batch: PackedBatch, scores: Tensor):
+    batch.values = torch.where(batch.is_response, scores.view(-1), 0.0)
+    zero = torch.zeros((), device=scores.device)
+    return zero, zero.int(), {}
+
+
+def _explained(metrics: dict[str, float]) -> float:
+    """1 - Var(R - V) / Var(R), from the moments among the metrics, which it takes out."""
+    returns, errors = (
+        metrics.pop(f"{name}_squared") - metrics.pop(name) ** 2 for name in ("return", "error")
+    )
+    return 1 - errors / returns if returns > 0 else 0.0

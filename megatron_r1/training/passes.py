@@ -1,0 +1,114 @@
+"""Megatron's schedule over packed micro-batches, an optimizer step around it, and what the ranks
+report of it, put together. The policy and the critic both go through here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from megatron_r1 import platform
+from megatron_r1.training.distributed import Place
+from megatron_r1.training.packed import PackedBatch
+
+Compute = Callable[[PackedBatch, torch.Tensor], tuple[torch.Tensor, torch.Tensor, Any]]
+"""(batch, what the last stage returned) → (loss, denominator, report), as Megatron wants them."""
+
+Inputs = Callable[[torch.nn.Module, PackedBatch], dict[str, torch.Tensor]]
+"""Called before every forward pass: what else the model is given."""
+
+
+def run_passes(
+    chunks: Sequence[torch.nn.Module],
+    batches: Sequence[PackedBatch],
+    compute: Compute,
+    *,
+    forward_only: bool,
+    inputs: Inputs | None = None,
+) -> list[Any]:
+    """Forward, and backward, over `batches`; what `compute` reported, on the last stage."""
+
+    def forward_step(iterator, model):
+        batch = next(iterator)
+        more = inputs(model, batch) if inputs else {}
+        out = model(
+            batch.input_ids,
+            batch.position_ids,
+            None,
+            packed_seq_params=batch.packed_seq_params,
+            **more,
+        )
+        return out, partial(compute, batch)
+
+    interleaved = len(chunks) > 1
+    return get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=[iter(batches) for _ in chunks] if interleaved else iter(batches),
+        model=chunks,
+        num_microbatches=len(batches),
+        seq_length=max(batch.input_ids.shape[1] for batch in batches),
+        micro_batch_size=1,
+        forward_only=forward_only,
+    )
+
+
+def optimizer_step(
+    chunks: Sequence[torch.nn.Module],
+    optimizer: Any,
+    learning_rate: float,
+    run: Callable[[], list[Any]],
+) -> tuple[list[Any], dict[str, float]]:
+    """One step with the gradients that `run` makes; its reports, grad_norm and step_taken."""
+    for chunk in chunks:
+        chunk.train()
+        chunk.zero_grad_buffer()
+    optimizer.zero_grad()
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+    reports = run()
+    succeeded, grad_norm, _ = optimizer.step()
+    return reports, {"grad_norm": float(grad_norm), "step_taken": float(succeeded)}
+
+
+def merge_reports(
+    reports: list[dict[str, dict[str, Any]]],
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Add up and take the maximum over micro-batches."""
+    sums: dict[str, Any] = {}
+    maxima: dict[str, Any] = {}
+    for report in reports:
+        for name, value in report["sums"].items():
+            sums[name] = sums.get(name, 0.0) + float(value)
+        for name, value in report["maxima"].items():
+            maxima[name] = max(maxima.get(name, -math.inf), float(value))
+    return sums, maxima
+
+
+def reduce_over_data(
+    place: Place, sums: dict[str, Any], maxima: dict[str, Any]
+) -> dict[str, float]:
+    """Add up over the data-parallel ranks of the last stage; of "a/b" and "b", a / b stays."""
+    if not place.last_stage:
+        return {}
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    device = platform.device()
+    added = torch.tensor([float(v) for v in sums.values()], dtype=torch.float64, device=device)
+    largest = torch.tensor([float(v) for v in maxima.values()], dtype=torch.float64, device=device)
+    dist.all_reduce(added, group=group)
+    dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
+    total = dict(zip(sums, added.tolist(), strict=True))
+    metrics = dict(zip(maxima, largest.tolist(), strict=True))
+    wholes = {name.rpartition("/")[2] for name in total if "/" in name}
+    for name, value in total.items():
+        part, _, whole = name.rpartition("/")
+        if part:
+            metrics[part] = value / total[whole] if total[whole] else 0.0
+        elif name not in wholes:
+            metrics[name] = value
+    return metrics

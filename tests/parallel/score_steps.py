@@ -1,0 +1,167 @@
+"""Compare score models with transformers on these ranks: `score_steps.py ORACLE MODELS OUT GRID…`.
+
+ORACLE is of score_oracle.py, MODELS of oracle.py. Of each score model: the round trip of its
+checkpoint, the scores of all texts, both losses and every gradient. Of each language model: the
+score model that starts from it. Prints a line per comparison and fails on the first that is off.
+"""
+
+import os
+import sys
+from functools import partial
+from pathlib import Path
+
+from megatron_r1 import platform
+
+platform.prepare()
+
+import grids  # noqa: E402
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+from against_transformers import build, report, same_checkpoint, same_gradients  # noqa: E402
+from megatron.core import dist_checkpointing, parallel_state  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
+from scored_models import LABELS, models_on  # noqa: E402
+
+from megatron_r1 import models, weights  # noqa: E402
+from megatron_r1.config import ParallelConfig  # noqa: E402
+from megatron_r1.training import distributed, scores  # noqa: E402
+from megatron_r1.training.packed import Split, packed_batch  # noqa: E402
+from megatron_r1.training.packing import pack  # noqa: E402
+from megatron_r1.training.passes import merge_reports, reduce_over_data, run_passes  # noqa: E402
+from megatron_r1.training.wire import Sample  # noqa: E402
+
+# fp32 and another order of sums; scores have a standard deviation of 1.
+SCORE_TOLERANCE = 2e-5
+LOSS_TOLERANCE = 5e-6
+
+
+def own_batches(texts, place, sizes):
+    """This rank's micro-batches, spread as the controller does, and the texts in each."""
+    samples = [
+        Sample.pack(ids[0].tolist(), [], label=label)
+        for ids, label in zip(texts, LABELS, strict=True)
+    ]
+    lengths = [len(sample) for sample in samples]
+    plan = pack(lengths, place.data_size, 60, unit=2).shares[place.data_rank]
+    plan += [[]] * (-len(plan) % sizes["pp"])
+    context = parallel_state.get_context_parallel_rank()
+    split = Split(sizes["tp"], sizes["cp"], context)
+    device = torch.device("cpu")
+    return [packed_batch([samples[i] for i in m], split, device) for m in plan], plan
+
+
+def seen(batch, out):
+    return scores.Scores(batch, out.view(-1), parallel_state.get_context_parallel_group())
+
+
+def keep_scores(batch, out):
+    zero = torch.zeros(())
+    return zero, zero.int(), seen(batch, out).of_samples()
+
+
+def compute(loss, batch, out):
+    terms = loss(batch, seen(batch, out), {})
+    return terms.loss, terms.denominator, {"sums": terms.sums, "maxima": terms.maxima}
+
+
+def compare(name, grid, sizes, place, oracle, out):
+    folder = oracle / name
+    answers, texts = torch.load(folder / "answers.pt"), torch.load(oracle / "texts.pt")
+    hf = models.read_hf_config(folder, None)
+    chunks = build(hf, sizes)
+    weights.load_hf(chunks, hf, folder)
+    same_checkpoint(name, hf, grid, chunks, folder, out)
+    batches, plan = own_batches(texts, place, sizes)
+    with torch.no_grad():
+        found = run_passes(chunks, batches, keep_scores, forward_only=True)
+    pairs = zip(plan, found, strict=True) if place.last_stage else []
+    gaps = [(got - answers["scores"][members]).abs().max() for members, got in pairs if members]
+    report(name, grid, "scores", max(gaps, default=0.0), SCORE_TOLERANCE)
+    for loss in (scores.pairwise, scores.pointwise):
+        for chunk in chunks:
+            chunk.train()
+            chunk.zero_grad_buffer()
+        reports = run_passes(chunks, batches, partial(compute, loss), forward_only=False)
+        metrics = reduce_over_data(place, *merge_reports(reports))
+        gap = abs(metrics["loss"] - answers[loss.__name__]) if metrics else 0.0
+        report(name, grid, f"{loss.__name__} loss", gap, LOSS_TOLERANCE)
+        same_gradients(name, hf, grid, chunks, folder / loss.__name__, out)
+
+
+def started(name, grid, sizes, models_folder, out):
+    """The body is the language model's, bit for bit; the head is the same on every grid."""
+    folder = models_folder / name
+    own = models.read_hf_config(folder)
+    hf = models.read_hf_config(folder, "score")
+    chunks = build(hf, sizes)
+    weights.load_hf(chunks, hf, folder, own)
+    weights.initialize_score(chunks, hf, std=0.5, seed=3)
+    weights.save_hf(chunks, hf, folder, out / "started", torch.float32)
+    if dist.get_rank() == 0:
+        got = load_file(out / "started/model.safetensors")
+        before = load_file(folder / "model.safetensors")
+        head = got.pop("score.weight")
+        assert all(torch.equal(got[key], before[key]) for key in got), f"{name} at {grid}"
+        heads = ("lm_head.", f"model.layers.{hf['num_hidden_layers']}.")
+        missing = [key for key in before.keys() - got.keys() if not key.startswith(heads)]
+        assert not missing, missing
+        assert 0.3 < head.std() < 0.7 and head.shape == (1, hf["hidden_size"])
+        drawn = out / f"{name}_head.pt"
+        if drawn.exists():
+            assert torch.equal(torch.load(drawn), head), f"{name} at {grid}: another head"
+        torch.save(head, drawn)
+        print(f"{name} {grid} starts from a language model", flush=True)
+    dist.barrier()
+    if sizes["pp"] == 1:
+        from_megatron(own, hf, sizes, chunks, folder, out / f"{name}_{grid}_language")
+
+
+def from_megatron(own, hf, sizes, chunks, folder, saved):
+    """The same from a Megatron checkpoint of the language model; a score model's is told apart."""
+    (language,) = build(own, sizes)
+    weights.load_hf([language], own, folder)
+    save(language, saved)
+    (other,) = build(hf, sizes)
+    with torch.no_grad():
+        other.module.score.weight.copy_(chunks[0].module.score.weight)
+    weights.load_megatron([other], hf, saved, own)
+    (scored,), again = chunks, saved.with_name(saved.name + "_scored")
+    save(scored, again)
+    (third,) = build(hf, sizes)
+    weights.load_megatron([third], hf, again)
+    for name, parameter in scored.named_parameters():
+        for model in (other, third):
+            assert torch.equal(dict(model.named_parameters())[name], parameter), name
+    try:
+        weights.load_megatron([third], hf, saved)
+    except ValueError as error:
+        assert "it lacks score.weight" in str(error), error
+    else:
+        raise AssertionError("a language model was taken for a score model")
+
+
+def save(model, folder):
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    entries = model.module.sharded_state_dict(metadata={"dp_cp_group": group})
+    if dist.get_rank() == 0:
+        folder.mkdir()
+    dist.barrier()
+    kept = {name: entry for name, entry in entries.items() if "_extra_state" not in name}
+    dist_checkpointing.save({"model": kept}, str(folder))
+    dist.barrier()
+
+
+def main(oracle: Path, models_folder: Path, out: Path, names: list[str]) -> None:
+    for grid in names:
+        sizes = grids.sizes(grid, with_mtp=False)
+        for name in models_on(grid, int(os.environ["WORLD_SIZE"])):
+            settings = grids.parallel_settings(grid, with_mtp=False)
+            place = distributed.initialize(ParallelConfig.model_validate(settings), seed=1)
+            compare(name, grid, sizes, place, oracle, out)
+            started(name, grid, sizes, models_folder, out)
+            parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*map(Path, sys.argv[1:4]), sys.argv[4:])

@@ -1,0 +1,20 @@
+"""The small score models, the texts they score and where they are compared; pure Python."""
+
+import grids
+
+SCORED = ("deepseek-yarn-mtp", "deepseek-plain-noqlora", "qwen-tied", "llama3")
+"""Of `small_models.MODELS`: those whose body gets a score head."""
+
+LENGTHS = [30, 17, 64, 7, 1, 40, 9, 23, 12, 12]
+"""Tokens of the texts: five pairs, the better one first."""
+
+LABELS = [1, 0, 0, 1, 1, 1, 0, 0, 1, 0]
+"""Of the same texts, each for itself."""
+
+
+def models_on(grid: str, num_ranks: int) -> list[str]:
+    """All that the grid allows on one or two ranks; on four two of them, for the time it takes."""
+    at = grids.sizes(grid)
+    chosen = SCORED if num_ranks <= 2 else ("deepseek-yarn-mtp", "llama3")
+    dense = at["ep"] == at["etp"] == 1
+    return [name for name in chosen if dense or name.startswith("deepseek")]

@@ -1,0 +1,36 @@
+"""PPO's critic equals a naive fp64 loop over transformers' model, whatever the layout."""
+
+from pathlib import Path
+
+import pytest
+from ranks import run_ranks, run_script
+
+HERE = Path(__file__).parent
+NAMES = ["qwen-tied", "deepseek-plain-noqlora"]
+
+
+@pytest.fixture(scope="module")
+def critics(tmp_path_factory) -> Path:
+    """Score models and what the naive loop makes of two of them."""
+    folder = tmp_path_factory.mktemp("critics")
+    run_script(HERE, ["score_oracle.py", str(folder)])
+    run_script(HERE, ["critic_oracle.py", str(folder), *NAMES])
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "name", "grids"),
+    [
+        (1, "qwen-tied", ["one"]),
+        (2, "qwen-tied", ["tp2", "pp2", "cp2", "dp2"]),
+        (2, "deepseek-plain-noqlora", ["tp2", "ep2"]),
+        pytest.param(4, "deepseek-plain-noqlora", ["tp2xpp2", "cp2xdp2"], marks=pytest.mark.slow),
+        pytest.param(4, "qwen-tied", ["pp2xvp2xtp2"], marks=pytest.mark.slow),
+    ],
+)
+def test_values_updates_and_checkpoints(critics, oracle, tmp_path, num_ranks, name, grids):
+    arguments = [str(oracle), str(critics), str(tmp_path), name, *grids]
+    output = run_ranks(HERE, num_ranks, "critic_steps.py", *arguments)
+    for grid in grids:
+        assert f"{name} {grid} weights" in output, output[-3000:]
+        assert f"{name} {grid} continues bit for bit" in output, output[-3000:]

@@ -1,0 +1,38 @@
+"""Score models equal transformers' at every layout; HF → Megatron → HF is bit-identical."""
+
+from pathlib import Path
+
+import pytest
+from ranks import run_ranks, run_script
+from scored_models import models_on
+
+HERE = Path(__file__).parent
+TWO_RANKS = ["tp2", "pp2", "cp2", "dp2", "ep2", "pp2xvp2"]
+FOUR_RANKS = ["tp2xpp2", "tp2xcp2", "tp2xdp2", "cp2xdp2", "tp2xetp2", "pp2xcp2"]
+
+
+@pytest.fixture(scope="module")
+def scored(tmp_path_factory) -> Path:
+    """A folder with score models and what transformers computes with them."""
+    folder = tmp_path_factory.mktemp("scored")
+    run_script(HERE, ["score_oracle.py", str(folder)])
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "grids"),
+    [(1, ["one"]), (2, TWO_RANKS), pytest.param(4, FOUR_RANKS, marks=pytest.mark.slow)],
+    ids=["1", "2", "4"],
+)
+def test_scores_losses_gradients_and_checkpoints_equal_transformers(
+    scored, oracle, tmp_path, num_ranks, grids
+):
+    arguments = [str(scored), str(oracle), str(tmp_path), *grids]
+    output = run_ranks(HERE, num_ranks, "score_steps.py", *arguments)
+    for grid in grids:
+        lines = [line for line in output.splitlines() if f" {grid} " in line]
+        num_models = len(models_on(grid, num_ranks))
+        told = (" scores: ", "round trip", "pairwise loss", "pointwise loss", "starts from a")
+        for what in told:
+            assert sum(what in line for line in lines) == num_models, (what, output[-3000:])
+        assert sum("gradients" in line for line in lines) == 2 * num_models, output[-3000:]
