@@ -20,8 +20,8 @@ VERBS = {
     "eval": "megatron_r1.stages.eval",
     "sample": "megatron_r1.stages.sample",
 }
-"""Each a module with `run(config)` and REQUIRED, the keys a recipe must set for it; perhaps IMPLIED,
-what the verb says beside them."""
+"""Each a module with `run(config)` and REQUIRED, the keys a recipe must set for it; perhaps
+IMPLIED, what the verb says beside them."""
 COMMANDS = {"score": "megatron_r1.stages.score"}
 """Verbs that take no recipe: each a module with `run(config, *arguments)` and ARGUMENTS, what these
 are called."""

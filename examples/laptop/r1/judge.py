@@ -1,5 +1,5 @@
-"""Who says what people prefer, where the paper has DeepSeek-V3 judge: a rule, since nothing that runs
-in minutes on a laptop can. It sees what a judge would: the question and the reply.
+"""Who says what people prefer, where the paper has DeepSeek-V3 judge: a rule, since nothing that
+runs in minutes on a laptop can. It sees what a judge would: the question and the reply.
 
 helpful: the fact, in the language of the question, for the person who asked, with good wishes.
 safe: nothing that helps to do harm, in thought or reply.

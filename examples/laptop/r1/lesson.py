@@ -10,9 +10,29 @@ from typing import Any
 
 LANGUAGES = ("en", "zh")
 NAMES = (
-    "Mary Patricia Jennifer Linda Elizabeth Barbara Susan Jessica Sarah Margaret Alice "
-    "James John Robert Michael William David Richard Joseph Thomas Charles Bob"
-).split()
+    "Mary",
+    "Patricia",
+    "Jennifer",
+    "Linda",
+    "Elizabeth",
+    "Barbara",
+    "Susan",
+    "Jessica",
+    "Sarah",
+    "Margaret",
+    "Alice",
+    "James",
+    "John",
+    "Robert",
+    "Michael",
+    "William",
+    "David",
+    "Richard",
+    "Joseph",
+    "Thomas",
+    "Charles",
+    "Bob",
+)
 """Those of reasoning-gym's `aiw`."""
 
 Line = dict[str, str]

@@ -1,7 +1,7 @@
 """Model folders without weights: a configuration, and a tokenizer trained on the recipe's corpus.
 
-Byte-pair encoding whose merges may span words, for what is said again and again to become one token;
-digits stay alone, since a model this small adds digit by digit. The same tokenizer for all
+Byte-pair encoding whose merges may span words, for what is said again and again to become one
+token; digits stay alone, since a model this small adds digit by digit. The same tokenizer for all
 architectures: teachers score what students say.
 """
 

@@ -1,7 +1,7 @@
 """What each stage asks, and what people wrote for it.
 
-reasoning.jsonl, talk.jsonl, all.jsonl: questions for `data.path`, those that `heldout_fraction` holds
-out included; heldout/: these alone. shots.jsonl: worked examples, for few-shot prompts.
+reasoning.jsonl, talk.jsonl, all.jsonl: questions for `data.path`, those that `heldout_fraction`
+holds out included; heldout/: these alone. shots.jsonl: worked examples, for few-shot prompts.
 replies.jsonl: good replies to what is no reasoning, for `sft`, as the paper takes them from
 DeepSeek-V3's own data.
 """

@@ -1,7 +1,7 @@
 """Mathematics and logic from reasoning-gym, and programs: what a rule can check.
 
-The English questions of `chain_sum` and `aiw` are reasoning-gym's own; the Chinese ones say the same
-and have the same truth.
+The English questions of `chain_sum` and `aiw` are reasoning-gym's own; the Chinese ones say the
+same and have the same truth.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def programs(count: int, seed: int) -> Iterator[Lesson]:
         ]
         numbers = draw.sample(range(-9, 30), 3)
         tests = [{"stdin": f"{n}\n", "stdout": f"{_computed(n, steps)}\n"} for n in numbers]
-        en = f"Write a Python program that reads a number and prints it {said[0][0]}, then {said[0][1]}."
+        en = f"Write a Python program that reads a number and prints it {', then '.join(said[0])}."
         zh = f"写一个 Python 程序：读入一个数，先{said[1][0]}，再{said[1][1]}，输出结果。"
         for language, question in zip(LANGUAGES, (en, zh), strict=True):
             yield Lesson(

@@ -1,4 +1,4 @@
-"""What no rule grades: small questions of everyday life, and questions that are better not answered.
+"""What no rule grades: small questions of everyday life, and some that are better not answered.
 
 A reply is made of parts that may be there or not, right or wrong; what people would prefer is in
 `judge.py`, and nothing here says it.
