@@ -28,7 +28,13 @@ class EnginePolicy:
         shots: Shots | None = None,
     ) -> None:
         """shots: worked examples before every question. Raises ValueError for a folder without
-        config or tokenizer."""
+        config or tokenizer, and for engines on other hosts."""
+        if config.rollout.placement != "local":
+            raise ValueError(
+                f"rollout.placement: {config.rollout.placement} is for rl: sample and eval start "
+                "engines on this host; leave it out, or name a served model (sample.server, "
+                "eval.server)"
+            )
         config = config.model_copy(
             update={"model": config.model.model_copy(update={"path": str(model)})}
         )

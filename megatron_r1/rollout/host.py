@@ -1,4 +1,5 @@
-"""An engine host: a process on each node of an engine pool that runs engines for a controller.
+"""An engine host: a process on each node of an engine pool that runs engines for a controller, or
+parts of engines that are spread over several nodes.
 
     python -m megatron_r1.rollout.host --folder runs/mine                  # a file system both see
     python -m megatron_r1.rollout.host --controller tcp://node0:5557       # and MEGATRON_R1_TOKEN
@@ -166,7 +167,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     where.add_argument("--folder", type=Path, help="the run's, on a file system shared with it")
     where.add_argument("--controller", help="tcp://host:port; the token is in MEGATRON_R1_TOKEN")
     parser.add_argument("--token-file", type=Path, help="with --controller, instead of that")
-    parser.add_argument("--engines", type=int, default=1, help="that fit here; share its GPUs")
+    parser.add_argument(
+        "--engines", type=int, default=1, help="or parts of engines, that fit here and share GPUs"
+    )
     parser.add_argument("--address", help="of this host; default: the one that faces the run's")
     parser.add_argument("--ports", type=int, help="first port of the engines; default: any")
     parser.add_argument("--logs", type=Path, help="folder; default: the run's logs/")

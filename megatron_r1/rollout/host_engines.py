@@ -30,11 +30,13 @@ class Local:
         if self.server is None or not self.server.is_alive():
             end = self.end or (self.server.describe_end() if self.server else "")
             return EngineReport(self.order.engine, "ended", end=end)
-        return EngineReport(self.order.engine, "running", url=self.server.url)
+        url, coordinator = self.server.url, self.server.coordinator
+        return EngineReport(self.order.engine, "running", url=url, coordinator=coordinator)
 
 
 class HostEngines:
-    """At most `num_engines`, each in a slot with its share of the GPUs and a port of its own."""
+    """At most `num_engines`, or parts of engines, each in a slot with its share of the GPUs and a
+    port of its own."""
 
     def __init__(
         self, num_engines: int, address: str, first_port: int | None, logs: Path | None
@@ -89,6 +91,7 @@ class HostEngines:
                 **settings,
                 host=self.address,
                 port=None if self.first_port is None else self.first_port + slot,
+                part=order.part,
                 extra_env=environment,
             )
             engine.server.start()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import msgspec
 import zmq
 
 from megatron_r1.authentication import protect_server
+from megatron_r1.rollout.host_places import Host, chosen
 from megatron_r1.rollout.host_wire import (
     REPORT_SECONDS,
     Orders,
@@ -28,26 +28,9 @@ UNREACHABLE_SECONDS = 5.0
 """A host whose line is closed, not merely silent, has so long to come back."""
 
 
-@dataclass
-class Host:
-    """heard, reached: when it spoke last, and when its line was last open; num_deaths: engines that
-    ended here without being asked to."""
-
-    report: Report
-    heard: float
-    reached: float
-    servers: dict[str, RemoteServer] = field(default_factory=dict)
-    num_deaths: int = 0
-
-    @property
-    def num_free(self) -> int:
-        """Places neither given away nor still taken by an engine on its way out."""
-        running = {engine.engine for engine in self.report.engines}
-        return self.report.num_engines - len(running | self.servers.keys())
-
-
 class HostPool:
-    """Gives engines places on the hosts that report to it. Safe to use from any thread.
+    """Gives engines places on the hosts that report to it, each all of its places at once: none
+    waits for a second host while it keeps another from the first. Safe to use from any thread.
 
     A thread of its own speaks with the hosts, so that a controller deep in work is not taken for
     dead. Nothing here starts again what has died: the fleet decides that.
@@ -58,6 +41,7 @@ class HostPool:
         bind: str,
         token: str,
         *,
+        hosts_per_engine: int = 1,
         silence_seconds: float = 30.0,
         needs_shared_memory: bool = False,
         say: Callable[[str], None] = lambda message: None,
@@ -65,6 +49,7 @@ class HostPool:
         """
         Args:
             bind: where hosts come to, as tcp://*:5557.
+            hosts_per_engine: every engine is spread over so many.
             silence_seconds: a host that has not been heard from for so long has vanished.
             needs_shared_memory: weights travel through this host's /dev/shm; refuse other hosts.
             say: told who comes and goes, from the pool's thread.
@@ -72,6 +57,7 @@ class HostPool:
         Raises:
             ValueError: the port is taken.
         """
+        self.hosts_per_engine = hosts_per_engine
         self.silence_seconds, self.say = silence_seconds, say
         self._memory = shared_memory_identity() if needs_shared_memory else None
         self._socket = zmq.Context.instance().socket(zmq.ROUTER)
@@ -89,6 +75,7 @@ class HostPool:
         """Why a host was turned away, if one was."""
         self._hosts: dict[bytes, Host] = {}
         self._waiting: list[RemoteServer] = []
+        self._placed: dict[str, RemoteServer] = {}
         self._lock = threading.RLock()
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="engine-hosts", daemon=True)
@@ -96,13 +83,17 @@ class HostPool:
 
     def server(self, model: Path, log_path: Path, **settings: Any) -> RemoteServer:
         """In the place of `EngineServer(...)`."""
-        return RemoteServer(self, model, log_path, **settings)
+        return RemoteServer(self, model, log_path, self.hosts_per_engine, **settings)
 
     @property
     def num_free(self) -> int:
         """Engines that could be started now, besides those that already wait."""
         with self._lock:
-            return sum(host.num_free for host in self._hosts.values()) - len(self._waiting)
+            free, count = self._free(), 0
+            while hosts := chosen(free, self.hosts_per_engine):
+                free |= {host: free[host] - 1 for host in hosts}
+                count += 1
+            return count - len(self._waiting)
 
     def describe(self) -> str:
         with self._lock:
@@ -117,14 +108,13 @@ class HostPool:
         with self._lock:
             if server in self._waiting:
                 self._waiting.remove(server)
-            for host in self._hosts.values():
-                host.servers.pop(server.order.engine, None)
+            self._withdraw(server)
 
     def still_has(self, server: RemoteServer) -> bool:
         """Whether a host still reports the engine, as far as is known."""
         with self._lock:
             return any(
-                engine.engine == server.order.engine
+                engine.engine == server.name
                 for host in self._hosts.values()
                 for engine in host.report.engines
             )
@@ -140,6 +130,7 @@ class HostPool:
         while not self._closing:
             self._listen()
             with self._lock:
+                self._judge_ended()
                 self._place_waiting()
                 orders = {identity: self._orders(host) for identity, host in self._hosts.items()}
                 if orders != last or time.monotonic() - spoken > REPORT_SECONDS:
@@ -157,7 +148,9 @@ class HostPool:
         self._socket.close()
 
     def _listen(self) -> None:
-        while self._socket.poll(int(POLL_SECONDS * 1000)):
+        """For so long and no longer: some host of many is always speaking."""
+        deadline = time.monotonic() + POLL_SECONDS
+        while (left := deadline - time.monotonic()) > 0 and self._socket.poll(int(left * 1000)):
             identity, payload = self._socket.recv_multipart()
             report = msgspec.msgpack.decode(payload, type=Report)
             with self._lock:
@@ -176,14 +169,16 @@ class HostPool:
             return
         if host is None:
             host = self._hosts[identity] = Host(report, now, now)
-            self.say(f"host {report.name} is here, with room for {report.num_engines} engines")
+            noun = "engines" if self.hosts_per_engine == 1 else "parts of engines"
+            self.say(f"host {report.name} is here, with room for {report.num_engines} {noun}")
         host.report, host.heard, host.reached = report, now, now
         for engine in report.engines:
-            server = host.servers.get(engine.engine)
-            if server is not None:
-                ended = engine.state == "ended" and server.is_alive()
-                host.num_deaths += ended
-                server.report = engine
+            server = self._placed.get(engine.engine)
+            if server is not None and engine.engine in host.given:
+                part = next(part for part in server.parts if part.host is host)
+                part.report = engine
+                if engine.state == "ended" and part.ended is None:
+                    part.ended = now
 
     def _refuse(self, identity: bytes, report: Report) -> None:
         refusal = (
@@ -195,20 +190,47 @@ class HostPool:
             self.refusal = refusal
             self.say(refusal)
 
+    def _judge_ended(self) -> None:
+        """An engine ends with the first part of it that does. But ranks also end when those on
+        another host vanish, of which only that host's silence tells: before a part is blamed, the
+        hosts of all others have to be heard from."""
+        for server in list(self._placed.values()):
+            ended = [part for part in server.parts if part.ended is not None]
+            if not ended:
+                continue
+            first = min(ended, key=lambda part: part.ended)
+            others = (part for part in server.parts if part is not first)
+            if all(part.host.heard > first.ended for part in others):
+                server.first_ended = first
+                first.host.num_deaths += 1
+                self._withdraw(server)
+
     def _place_waiting(self) -> None:
-        """On the host where fewest engines died; of these the one with most room."""
+        """In the order in which they came, so that those who need many hosts get them."""
         while self._waiting:
-            free = [host for host in self._hosts.values() if host.num_free > 0]
-            if not free:
+            hosts = chosen(self._free(), len(self._waiting[0].parts))
+            if not hosts:
                 return
-            host = min(free, key=lambda host: (host.num_deaths, -host.num_free))
             server = self._waiting.pop(0)
-            host.servers[server.order.engine] = server
-            server.host_name = host.report.name
+            self._placed[server.name] = server
+            for part, host in zip(server.parts, hosts, strict=True):
+                part.host = host
+                host.given.add(server.name)
+
+    def _withdraw(self, server: RemoteServer) -> None:
+        """Have its hosts stop what they run of it."""
+        self._placed.pop(server.name, None)
+        for host in self._hosts.values():
+            host.given.discard(server.name)
+
+    def _free(self) -> dict[Host, int]:
+        return {host: host.num_free for host in self._hosts.values()}
 
     def _orders(self, host: Host) -> Orders:
+        servers = [self._placed[name] for name in sorted(host.given)]
+        parts = [(s, part) for s in servers for part in s.parts if part.host is host]
+        ordered = [order for s, part in parts if (order := s.order(part)) is not None]
         # The host gives up first, so that an engine never runs twice.
-        ordered = [server.order for server in host.servers.values()]
         return Orders(self.silence_seconds * 2 / 3, ordered)
 
     def _tell(self, identity: bytes, orders: Orders) -> bool:
@@ -231,7 +253,9 @@ class HostPool:
 
     def _lose(self, identity: bytes, how: str) -> None:
         host = self._hosts.pop(identity)
-        for server in host.servers.values():
-            server.is_lost = True
-        count = len(host.servers)
+        servers = [self._placed[name] for name in host.given]
+        for server in servers:
+            server.loss = f"host {host.report.name} {how}"
+            self._withdraw(server)
+        count = len(servers)
         self.say(f"host {host.report.name} {how}; {count} engine{'s' * (count != 1)} lost with it")

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import msgspec
 
 from megatron_r1.files import atomic_write
+from megatron_r1.rollout.engine_part import Part
 
 REPORT_SECONDS = 1.0
 """Both sides speak at least so often."""
@@ -22,18 +23,21 @@ ADDRESS_FILE = "controller.json"
 
 
 class EngineReport(msgspec.Struct, frozen=True):
-    """One engine of a host. url: reachable from other hosts, empty before its process started;
-    end: how it ended and what its log says, with state "ended" only."""
+    """One engine of a host, or its part of one. url: reachable from other hosts, empty before its
+    process started and for a part that does not serve; coordinator: where the other parts come to,
+    of the first part only; end: how it ended and what its log says, with state "ended" only."""
 
     engine: str
     state: Literal["running", "stopping", "ended"]
     url: str = ""
     end: str = ""
+    coordinator: str = ""
 
 
 class Report(msgspec.Struct, frozen=True):
-    """Host → controller: what there is. num_engines: how many it has room for; shared_memory: names
-    its /dev/shm, the same only for hosts that share it; leaving: it will answer no more."""
+    """Host → controller: what there is. num_engines: how many it has room for, or parts of them;
+    shared_memory: names its /dev/shm, the same only for hosts that share it; leaving: it will
+    answer no more."""
 
     name: str
     num_engines: int
@@ -43,12 +47,14 @@ class Report(msgspec.Struct, frozen=True):
 
 
 class EngineOrder(msgspec.Struct, frozen=True):
-    """An engine that should run. settings: of `EngineServer`, but for the host's own."""
+    """An engine that should run. settings: of `EngineServer`, but for the host's own; part: what of
+    it, where it is spread over several hosts."""
 
     engine: str
     model: str
     log: str
     settings: dict[str, Any] = {}
+    part: Part | None = None
 
 
 class Orders(msgspec.Struct, frozen=True):

@@ -46,6 +46,7 @@ async def placed(
     pool = HostPool(
         f"tcp://*:{rollout.hosts_port or '*'}",
         make_token(folder),
+        hosts_per_engine=rollout.hosts_per_engine,
         silence_seconds=rollout.host_silence_seconds,
         needs_shared_memory=needs_shared_memory,
         say=_from_any_thread(say),

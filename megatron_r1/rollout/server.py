@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_r1.processes import free_port
+from megatron_r1.rollout import engine_part
+from megatron_r1.rollout.engine_part import Part
 from megatron_r1.rollout.errors import EngineError
 
 STOP_GRACE_SECONDS = 5.0
@@ -68,6 +70,7 @@ class EngineServer:
         sleeps: bool = False,
         host: str = "127.0.0.1",
         port: int | None = None,
+        part: Part | None = None,
         extra_args: Sequence[str] = (),
         extra_env: Mapping[str, str] | None = None,
     ) -> None:
@@ -91,14 +94,18 @@ class EngineServer:
             gpu_memory: share of each GPU's memory it takes (GPU only); None: vLLM's default.
             sleeps: whether it can give its memory away and take it back (GPU only).
             port: to listen on; None: any that is free.
+            part: what of the engine runs here; None: all. Other hosts run the rest.
             extra_args, extra_env: handed to vLLM as they are; they win.
         """
         self.model = Path(model)
         self.log_path = Path(log_path)
         self.host, self.port, self.device = host, port, device
+        self.part, self.data = part, data
         self.process: subprocess.Popen[bytes] | None = None
         self._log_start = 0
         self._url: str | None = None
+        self.coordinator = part.coordinator if part else ""
+        """`host:port` where the parts of an engine meet; the first one's is known after `start`."""
         if return_routing:
             prefix_caching = device != "cpu"
         self._args = [
@@ -119,15 +126,16 @@ class EngineServer:
             *(["--enable-expert-parallel"] if expert_parallel else []),
             *extra_args,
         ]
-        ranks = tensor * pipeline * data
+        ranks = tensor * pipeline * (part.copies(data) if part else data)
         self._env = engine_environment(device, max(1, num_threads // ranks), kv_cache_gib)
         if return_routing and device != "cpu":
             self._env["VLLM_USE_V2_MODEL_RUNNER"] = "1"
+        self._env |= engine_part.environment(host) if part else {}
         self._env |= extra_env or {}
 
     @property
     def url(self) -> str:
-        """`http://host:port`, known after `start`."""
+        """`http://host:port`, known after `start`; empty for a part that does not serve."""
         if self._url is None:
             raise EngineError("the engine has not been started")
         return self._url
@@ -140,17 +148,15 @@ class EngineServer:
             OSError: the port is taken.
         """
         check_model_folder(self.model)
-        port = self.port or free_port(self.host)
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as vLLM's own does
-            probe.bind((self.host, port))
-        self._url = f"http://{self.host}:{port}"
-        self.log_path.parent.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-m", "megatron_r1.rollout.vllm_plugin.serve", *self._args]
+        command += self._where_to_listen()
+        if self.part is not None:
+            command += engine_part.arguments(self.part, self.data, self.coordinator)
+        self.log_path.parent.mkdir(parents=True, exist_ok=True)
         with self.log_path.open("ab") as log:
             self._log_start = log.tell()
             self.process = subprocess.Popen(
-                [*command, "--port", str(port)],
+                command,
                 env=os.environ | self._env,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -203,6 +209,21 @@ class EngineServer:
             else f"exit code {code}"
         )
         return f"{how}; from {self.log_path}:\n{self.log_excerpt()}"
+
+    def _where_to_listen(self) -> list[str]:
+        """Choose the ports; vLLM's argument."""
+        if self.part is not None and not self.part.serves:
+            self._url = ""
+            return []
+        port = self.port or free_port(self.host)
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as vLLM's own does
+            probe.bind((self.host, port))
+            if self.part is not None:  # while this port is taken: it has to be another
+                host = socket.gethostbyname(self.host)  # ZeroMQ listens at no name
+                self.coordinator = f"{host}:{free_port(host)}"
+        self._url = f"http://{self.host}:{port}"
+        return ["--port", str(port)]
 
     def log_excerpt(self) -> str:
         """The root cause and the last lines of what this process wrote."""
