@@ -117,3 +117,11 @@ def test_learning_rate_warms_up_and_decays_to_the_minimum():
     cosine = settings.model_copy(update={"decay": "cosine"})
     assert learning_rate(cosine, 9, 14) == pytest.approx(0.55)
     assert learning_rate(configuration.OptimizerConfig(), 5_000, 10_400) == 3e-6
+
+
+def test_sample_and_eval_refuse_engines_on_other_hosts(tmp_path):
+    from megatron_r1.evaluation.engine_policy import EnginePolicy
+
+    config = configuration.Config.model_validate({"rollout": {"placement": "hosts"}})
+    with pytest.raises(ValueError, match=r"rollout\.placement: hosts is for rl"):
+        EnginePolicy(config, tmp_path, None, tmp_path)
