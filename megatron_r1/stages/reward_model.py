@@ -6,7 +6,6 @@ Sources: arXiv 2501.12948 v2, section 3.1 and supplement B.3; docs/reward_models
 from __future__ import annotations
 
 import hashlib
-import time
 from collections import Counter
 from dataclasses import dataclass
 from itertools import chain
@@ -21,10 +20,10 @@ from megatron_r1.models import read_hf_config
 from megatron_r1.reporting.recorder import Recorder
 from megatron_r1.stages.epochs import with_steps
 from megatron_r1.stages.launch import run_stage
+from megatron_r1.stages.supervised_step import supervised_step
 from megatron_r1.stopping import StopRequest
 from megatron_r1.supervision.supervisor import Supervisor
 from megatron_r1.training.client import TrainerClient
-from megatron_r1.training.schedule import learning_rate
 from megatron_r1.training.wire import Sample
 
 REQUIRED = ("run.folder", "model.path", "reward_model.data")
@@ -154,22 +153,10 @@ async def _train(
         await _evaluate(config, recorder, trainer, heldout)
     while state.step < config.run.steps:
         recorder.view.phase("train")
-        began = time.perf_counter()
         rows = sampler.next(settings.batch_size)
         batch = list(chain.from_iterable(row.samples for row in rows))
-        state.step += 1
-        state.optimizer_step += 1
-        rate = learning_rate(config.optimizer, state.step, config.run.steps)
-        metrics = await trainer.load([batch], unit=len(rows[0].samples))
-        metrics |= await trainer.update(0, loss, {}, rate)
-        seconds = time.perf_counter() - began
-        tokens = sum(len(sample) for sample in batch)
-        timing = {"time/train": seconds, "time/step": seconds}
-        timing["tokens_per_second"] = tokens / seconds
-        metrics["trainer/restarts"] = trainer.num_restarts
-        metrics |= await recorder.checkpoints.news(trainer)
-        recorder.step({"step": state.step, **metrics, "learning_rate": rate, **timing}, [])
-        state.sampler = sampler.state_dict()
+        unit = len(rows[0].samples)
+        await supervised_step(config, recorder, trainer, sampler, batch, loss, unit)
         last, stopping = state.step == config.run.steps, stop.requested
         every = config.eval.every
         if last or (every and state.step % every == 0):

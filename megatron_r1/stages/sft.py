@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 from megatron_r1.config import Config
 from megatron_r1.data.mixture import MixtureSampler, describe, load_mixture
 from megatron_r1.data.sampler import EpochSampler
@@ -13,10 +11,10 @@ from megatron_r1.models import read_hf_config
 from megatron_r1.reporting.recorder import Recorder
 from megatron_r1.stages.epochs import with_steps
 from megatron_r1.stages.launch import run_stage
+from megatron_r1.stages.supervised_step import supervised_step
 from megatron_r1.stopping import StopRequest
 from megatron_r1.supervision.supervisor import Supervisor
 from megatron_r1.training.client import TrainerClient
-from megatron_r1.training.schedule import learning_rate
 from megatron_r1.training.wire import Sample
 
 LOSS = "megatron_r1.training.losses:supervised"
@@ -74,24 +72,11 @@ async def _train(
     state = recorder.state
     recorder.view.phase("train")
     while state.step < config.run.steps:
-        began = time.perf_counter()
         batch = [
             Sample.pack(text.encode(e.prompt), text.encode_response(e.response))
             for e in examples.next(config.sft.batch_size)
         ]
-        state.step += 1
-        state.optimizer_step += 1
-        rate = learning_rate(config.optimizer, state.step, config.run.steps)
-        metrics = await trainer.load([batch])
-        metrics |= await trainer.update(0, LOSS, {}, rate)
-        seconds = time.perf_counter() - began
-        tokens = sum(len(sample) for sample in batch)
-        timing = {"time/train": seconds, "time/step": seconds}
-        timing["tokens_per_second"] = tokens / seconds
-        metrics["trainer/restarts"] = trainer.num_restarts
-        metrics |= await recorder.checkpoints.news(trainer)
-        recorder.step({"step": state.step, **metrics, "learning_rate": rate, **timing}, [])
-        state.sampler = examples.state_dict()
+        await supervised_step(config, recorder, trainer, examples, batch, LOSS)
         last = state.step == config.run.steps
         stopping = stop.requested
         if last or stopping or state.step % config.checkpoint.every == 0:
