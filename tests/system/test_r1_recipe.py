@@ -32,7 +32,7 @@ SETTINGS = {
     "safety.reward_model.heldout_fraction": 0,
     **{f"{name}.run.steps": 1 for name in RL},
     **{f"{name}.eval.every": 0 for name in RL},
-    **{f"{name}.data.num_heldout": 4 for name in RL},
+    **{f"{name}.data.num_heldout": 4 for name in RL[:3]},
     **{f"{name}.rl.questions_per_rollout": 8 for name in RL},
     **{f"{name}.rl.group_size": 4 for name in RL},
     **{f"{name}.data.num_train": 24 for name in SAMPLED},

@@ -1,9 +1,9 @@
 """What each stage asks, and what people wrote for it.
 
-reasoning.jsonl, talk.jsonl, all.jsonl: questions for `data.path`, those that `heldout_fraction`
-holds out included; heldout/: these alone. shots.jsonl: worked examples, for few-shot prompts.
-replies.jsonl: good replies to what is no reasoning, for `sft`, as the paper takes them from
-DeepSeek-V3's own data.
+reasoning.jsonl, talk.jsonl: questions for `data.path`, those that `heldout_fraction` holds out
+included; heldout/: these alone; all.jsonl: both kinds without them. shots.jsonl: worked examples,
+for few-shot prompts. replies.jsonl: good replies to what is no reasoning, for `sft`, as the paper
+takes them from DeepSeek-V3's own data.
 """
 
 from __future__ import annotations
@@ -32,11 +32,13 @@ def write(folder: str, sums_: int = 1200, sisters_: int = 500, programs_: int = 
     place = Path(folder)
     reasoning = [*chain(sums(sums_, SEED), sisters(sisters_, SEED), programs(programs_, SEED))]
     talk = [*chain(facts(), risks())]
-    for name, lessons in (("reasoning", reasoning), ("talk", talk), ("all", reasoning + talk)):
+    for name, lessons in (("reasoning", reasoning), ("talk", talk)):
         random.Random(name).shuffle(lessons)
         _write(place / f"{name}.jsonl", (lesson.row for lesson in lessons))
         hidden = [lesson.row for lesson in lessons if held_out(lesson)]
         _write(place / "heldout" / f"{name}.jsonl", hidden)
+    both = [lesson.row for lesson in reasoning + talk if not held_out(lesson)]
+    _write(place / "all.jsonl", random.Random("all").sample(both, len(both)))
     known = [lesson for lesson in reasoning if not held_out(lesson)]
     _write(place / "shots.jsonl", map(_shot, _some_of_each(known)))
     _write(place / "replies.jsonl", (_in_own_words(x) for x in talk if not held_out(x)))

@@ -1,0 +1,68 @@
+"""`python -m examples.paper [--seeds 0,1,2] [--folder runs/paper] [--only TABLE]`: the paper's
+tables with small models. Runs what is not done of paper.yaml, then writes docs/paper.md.
+
+A few hours for three seeds on two cores. The same command continues what was stopped; options it
+does not know go to `megatron-r1 pipeline`, such as --pipeline.rerun true."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from examples.paper import tables
+from examples.paper.page import write_page
+from examples.paper.results import Results
+from megatron_r1 import cli
+from megatron_r1.pipeline.recipe import load
+
+RECIPE = Path(__file__).with_name("paper.yaml")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    published = tables.load()
+    options = argparse.ArgumentParser(prog="python -m examples.paper", description=__doc__)
+    options.add_argument("--seeds", default="0,1,2")
+    options.add_argument("--folder", type=Path, default=Path("runs/paper"))
+    options.add_argument("--only", choices=published.tables, help="run what this table needs")
+    options.add_argument("--page", type=Path, default=Path("docs/paper.md"))
+    options.add_argument("--page-only", action="store_true", help="run nothing: of what is done")
+    chosen, pipeline_options = options.parse_known_args(arguments)
+
+    told = [str(RECIPE), "--pipeline.folder", str(chosen.folder), "--pipeline.seeds", chosen.seeds]
+    status = 0
+    for more in [] if chosen.page_only else _runs(published, chosen.only):
+        status = cli.main(["pipeline", *told, *pipeline_options, *more])
+        if status:
+            break
+    try:
+        results = Results.read(chosen.folder / "report.json")
+    except ValueError as error:
+        print(f"no page to write: {error}", file=sys.stderr)
+        return status or 2
+    for file in write_page(chosen.page, published, results):
+        print(file)
+    return status
+
+
+def _runs(published: tables.Published, only: str | None) -> list[list[str]]:
+    """Options of each run of the pipeline: one of all, or one for every stage of the table."""
+    if only is None:
+        return [[]]
+    stages = needed(published.tables[only])
+    return [["--pipeline.until", name] for name in stages]
+
+
+def needed(table: tables.Table) -> list[str]:
+    """The stages whose figures a table shows, with those that evaluate them, in the recipe's
+    order."""
+    recipe = load(RECIPE)
+    return [
+        name
+        for name, stage in recipe.stages.items()
+        if name in table.stages or stage.evaluates in table.stages
+    ]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,156 @@
+"""docs/paper.md: every table with the published figures beside ours, and whether the directions
+agree. What it says of our figures is chosen by them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from examples.paper.plots import draw
+from examples.paper.results import Results
+from examples.paper.tables import Column, Published, Row, Table
+from examples.paper.verdict import State, Verdict, summary, verdict
+from megatron_r1.files import atomic_write
+from megatron_r1.pipeline.figures import Spread
+from megatron_r1.reporting.wording import duration, number, percent
+
+NOTHING = "–"
+INTRODUCTION = """# The paper's tables, on a laptop
+
+`python -m examples.paper` makes this page: the comparisons of {paper},
+with models of a few million parameters on sums, riddles and small programs in two languages
+(examples/paper/paper.yaml). The published figures are of other models and other questions: only
+the order of the rows can be compared.
+
+Ours are means over seeds ± their standard deviation. Accuracy is that of sampled answers to
+held-out questions. Every figure is read from the pipeline's report. A direction agrees where it is
+ours in every seed. In the plots: filled, our mean and deviation; points, the seeds; hollow, what
+was published. Process reward models and tree search, which the paper tried and dropped, are left
+out.
+"""
+
+
+def write_page(path: Path, published: Published, results: Results) -> list[Path]:
+    """Write the page and, in the folder of its name beside it, its plots. Returns all files.
+
+    Figures that are not there yet leave their places empty, and the page says so.
+    """
+    files, sections = [], []
+    for name, table in published.tables.items():
+        verdicts = [verdict(table, comparison, results) for comparison in table.compare]
+        plot = draw(table, results)
+        if plot is not None:
+            files.append(atomic_write(path.with_suffix("") / f"{name}.svg", plot))
+        link = f"![{table.title}]({path.stem}/{name}.svg)" if plot is not None else ""
+        sections.append(_section(table, results, verdicts, link))
+    head = [
+        INTRODUCTION.format(paper=published.paper),
+        _facts(results),
+        _overview(published, results),
+    ]
+    text = "\n".join([*head, *sections])
+    return [atomic_write(path, text), *files]
+
+
+def _facts(results: Results) -> str:
+    done, count, seconds = results.progress
+    seeds = ", ".join(results.seeds)
+    when = results.report["written"]
+    facts = f"Seeds {seeds}; {done} of {count} stages done, in {duration(seconds)}; {when}.\n"
+    if done == count:
+        return facts
+    missing = "the same command continues, and what is missing here has not been run"
+    return f"{facts}\n**Not complete**: {missing}.\n"
+
+
+def _overview(published: Published, results: Results) -> str:
+    lines = ["| table | |", "|---|---|"]
+    for table in published.tables.values():
+        verdicts = [verdict(table, comparison, results) for comparison in table.compare]
+        lines.append(f"| [{table.title}](#{_anchor(table.title)}) | {summary(verdicts)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _anchor(title: str) -> str:
+    """As GitHub makes them of headings."""
+    kept = "".join(char for char in title.lower() if char.isalnum() or char in " -_")
+    return kept.replace(" ", "-")
+
+
+def _section(table: Table, results: Results, verdicts: list[Verdict], plot: str) -> str:
+    parts = [
+        f"## {table.title}",
+        table.about.strip(),
+        "\n".join(_rows(table, results)),
+        f"Published: {table.source}.",
+        f"**{summary(verdicts)}**",
+        "\n".join(f"- {_sentence(table, found)}" for found in verdicts),
+        plot,
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _rows(table: Table, results: Results) -> list[str]:
+    published = {name for row in table.rows.values() for name in row.published}
+    heads, rules = [""], ["---"]
+    for name, column in table.columns.items():
+        sides = ["published", "ours"] if name in published else ["ours"]
+        heads += [f"{column.title}, {side}" for side in sides]
+        rules += ["---:"] * len(sides)
+    lines = [f"| {' | '.join(heads)} |", f"|{'|'.join(rules)}|"]
+    for row in table.rows.values():
+        cells = [row.title]
+        for name, column in table.columns.items():
+            if name in published:
+                cells.append(_published(row, name, column))
+            cells.append(_ours(row, name, column, results))
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def _published(row: Row, name: str, column: Column) -> str:
+    said = row.published.get(name, NOTHING)
+    if isinstance(said, str):
+        return said
+    return f"{said:g}%" if column.unit == "share" else f"{said:g}"
+
+
+def _ours(row: Row, name: str, column: Column, results: Results) -> str:
+    spread = results.spread(row.ours[name]) if name in row.ours else None
+    if spread is None:
+        return NOTHING
+    missing = len(results.seeds) - len(spread.values)
+    partly = f" ({len(spread.values)} of {len(results.seeds)} seeds)" if missing else ""
+    return worded(spread, column) + partly
+
+
+def worded(spread: Spread, column: Column) -> str:
+    """`71.0% ± 1.2`, `0.610 ± 0.02`, `2 min 5 s ± 3.1 s`"""
+    word = {"share": percent, "number": number, "seconds": duration}[column.unit]
+    if spread.deviation is None:
+        return word(spread.mean)
+    deviations = {
+        "share": f"{100 * spread.deviation:.1f}",
+        "number": f"{spread.deviation:.2g}",
+        "seconds": duration(spread.deviation),
+    }
+    return f"{word(spread.mean)} ± {deviations[column.unit]}"
+
+
+def _sentence(table: Table, found: Verdict) -> str:
+    comparison, column = found.comparison, table.columns[found.comparison.column]
+    above, below = table.rows[comparison.above].title, table.rows[comparison.below].title
+    claim = f"{column.title}: {above} above {below}"
+    if found.gap is None:
+        return f"{claim}: {found.state}."
+    seeds = f"in {found.num_in_order} of {len(found.gap.values)} seeds"
+    sentence = f"{claim} {seeds} (by {_points(found.gap, column)}): {found.state}."
+    if found.state is State.AGREES:
+        return sentence
+    return f"{sentence} Different here: {comparison.otherwise}"
+
+
+def _points(gap: Spread, column: Column) -> str:
+    if column.unit != "share":
+        return worded(gap, column)
+    deviation = "" if gap.deviation is None else f" ± {100 * gap.deviation:.1f}"
+    return f"{100 * gap.mean:+.1f}{deviation} points"

