@@ -51,7 +51,7 @@ def _by_question(samples: str) -> dict[str, list[dict[str, Any]]]:
 
 
 def _summary(row: Mapping[str, Any]) -> str:
-    return shown_part(row["response"], "summary").text or ""
+    return shown_part(row["response"], "summary", opened=False).text or ""
 
 
 def _figure(values: list[float]) -> dict[str, float | None]:
