@@ -10,7 +10,17 @@ LOCK := requirements/cpu.lock
 INSTALLED := $(VENV)/.installed
 INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: system-packages cluster-packages setup demo test test-all lint format bench docs clean
+.DEFAULT_GOAL := help
+.PHONY: help system-packages cluster-packages setup demo test test-all lint format bench docs clean
+
+help:
+	@echo "make demo      a model learns to think: minutes on two CPU cores"
+	@echo "make setup     install everything into $(VENV) (3.7 GB; the others do it, too)"
+	@echo "make test      the tests that take minutes;  make test-all: the long ones as well"
+	@echo "make lint      style;  make format: mend it"
+	@echo "make bench     kernels and whole steps beside their public peers"
+	@echo "make docs      API pages in build/docs"
+	@echo "make clean     remove $(VENV), runs and build"
 
 setup: system-packages $(INSTALLED)
 

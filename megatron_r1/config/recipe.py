@@ -142,6 +142,8 @@ def load(
         raise ValueError(
             f"recipe {path}: must be a mapping of sections, found {type(tree).__name__}"
         )
+    if "stages" in tree:
+        raise ValueError(f"recipe {path}: it has stages: run it with megatron-r1 pipeline {path}")
     tree = {section: keys for section, keys in tree.items() if keys is not None}
     for dotted, value in (overrides or {}).items():
         _put(tree, dotted, value)

@@ -19,7 +19,8 @@ def read_records(
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"no such file: {path}")
+        what = "a folder, not a file" if path.is_dir() else "no such file"
+        raise ValueError(f"{path}: {what}")
     if path.suffix == ".parquet":
         rows = _read_parquet(path)
     elif path.suffix == ".jsonl":

@@ -25,6 +25,11 @@ class PromptText:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(model_path)
         except (OSError, ValueError) as error:
             raise ValueError(f"model.path {model_path}: no usable tokenizer: {error}") from None
+        if self._chat and not self._tokenizer.chat_template:
+            raise ValueError(
+                f"data.template: chat is the tokenizer's own, and that of {model_path} has none; "
+                "use r1_zero, plain or a text with {problem}"
+            )
         if self._tokenizer.eos_token_id is None:
             raise ValueError(f"model.path {model_path}: the tokenizer names no eos_token")
         self.end: int = self._tokenizer.eos_token_id

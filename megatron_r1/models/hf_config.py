@@ -37,7 +37,9 @@ def read_hf_config(
     """
     file = Path(path) / "config.json"
     if not file.is_file():
-        raise ValueError(f"{file} does not exist: {key} must be a Hugging Face model folder")
+        own = Path(path) / "hf"
+        meant = f"; did you mean {own}?" if (own / "config.json").is_file() else ""
+        raise ValueError(f"{file} does not exist: {key} must be a Hugging Face model folder{meant}")
     try:
         hf = json.loads(file.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:

@@ -40,7 +40,12 @@ class RunFolder:
         self._last_step: int | None = None
 
     def __enter__(self) -> "RunFolder":
-        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError, FileNotFoundError) as error:
+            raise ValueError(
+                f"run.folder {self.path} cannot be a folder ({error.strerror}); choose another"
+            ) from None
         self._lock = _Lock(self.path / ".lock")
         return self
 

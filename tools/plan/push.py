@@ -70,9 +70,4 @@ def push_section(job: Job) -> Section:
             "B",
             "into an engine GPU with projections quantised on the way, 1 B + 4 B / 128 x 128",
         ),
-        "through one host": Quantity(
-            _rank_bytes(json.dumps(job.hf), EngineLayout(), dtype),
-            "B",
-            "today's push: one file in the shared memory of the engines' host",
-        ),
     }
