@@ -36,11 +36,8 @@ def load(placed: Sequence[Placed], memory: torch.Tensor, *, keep: bool = False) 
         of_layer = list(group)
         for at in of_layer:
             if at.parameter.is_live:
-                in_use = getattr(at.parameter.layer, at.parameter.name)
-                if keep:
-                    in_use.data = at.value(memory)
-                else:
-                    in_use.copy_(at.value(memory))
+                # Its storage stays its own, by which the recorder knows it from others.
+                getattr(at.parameter.layer, at.parameter.name).copy_(at.value(memory))
         arrived = {
             at.parameter.name: at.value(memory) for at in of_layer if not at.parameter.is_live
         }
