@@ -89,6 +89,7 @@ def test_there_and_back_is_the_definition_bit_for_bit(backend, size, block, dtyp
     assert_same(back, inverse_definition(expected_q, expected_scale, block, dtype))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", BLOCKS)
 def test_vllm_quantises_to_the_same_bits(block, backend):
     deep_gemm = pytest.importorskip("vllm.utils.deep_gemm")

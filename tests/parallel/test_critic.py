@@ -23,7 +23,7 @@ def critics(tmp_path_factory) -> Path:
     [
         (1, "qwen-tied", ["one"]),
         (2, "qwen-tied", ["tp2", "pp2", "cp2", "dp2"]),
-        (2, "deepseek-plain-noqlora", ["tp2", "ep2"]),
+        pytest.param(2, "deepseek-plain-noqlora", ["tp2", "ep2"], marks=pytest.mark.slow),
         pytest.param(4, "deepseek-plain-noqlora", ["tp2xpp2", "cp2xdp2"], marks=pytest.mark.slow),
         pytest.param(4, "qwen-tied", ["pp2xvp2xtp2"], marks=pytest.mark.slow),
     ],

@@ -22,7 +22,12 @@ def out(tmp_path_factory) -> Path:
 
 # A launch costs seconds of imports, so each one walks through all the grids of its size.
 @pytest.mark.parametrize(
-    "num_ranks, grids", [(1, ["one"]), (2, TWO_RANKS), (4, FOUR_RANKS)], ids=["1", "2", "4"]
+    "num_ranks, grids",
+    [
+        pytest.param(1, ["one"], id="1"),
+        pytest.param(2, TWO_RANKS, id="2"),
+        pytest.param(4, FOUR_RANKS, id="4", marks=pytest.mark.slow),
+    ],
 )
 def test_logits_gradients_and_checkpoints_equal_transformers(oracle, out, num_ranks, grids):
     output = run_ranks(HERE, num_ranks, "against_transformers.py", str(oracle), str(out), *grids)

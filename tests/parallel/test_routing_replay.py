@@ -25,7 +25,7 @@ def forced(oracle, tmp_path_factory) -> Path:
     [
         (1, ["one", "one+full", "one+moe"]),
         (2, ["tp2", "pp2", "ep2", "cp2", "pp2+full", "pp2xvp2+moe", "pp2xuneven"]),
-        (4, ["tp2xep2", "pp2xvp2xcp2"]),
+        pytest.param(4, ["tp2xep2", "pp2xvp2xcp2"], marks=pytest.mark.slow),
     ],
 )
 def test_logprobs_and_gradients_are_those_of_the_forced_experts(oracle, forced, num_ranks, grids):

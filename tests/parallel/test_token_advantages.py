@@ -21,7 +21,10 @@ def single(oracle, tmp_path_factory) -> Path:
     return out
 
 
-@pytest.mark.parametrize(("num_ranks", "grids"), [(2, ["dp2", "cp2", "pp2"]), (4, ["cp2xdp2"])])
+@pytest.mark.parametrize(
+    ("num_ranks", "grids"),
+    [(2, ["dp2", "cp2", "pp2"]), pytest.param(4, ["cp2xdp2"], marks=pytest.mark.slow)],
+)
 def test_every_split_gives_one_process_s_advantages_and_updates(single, oracle, num_ranks, grids):
     run_ranks(HERE, num_ranks, "algorithm_steps.py", str(oracle / MODEL), str(single), *grids)
     expected = json.loads((single / "one.json").read_text())

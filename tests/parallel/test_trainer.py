@@ -35,7 +35,7 @@ def close(got: dict, expected: dict, where: str) -> None:
     ("num_ranks", "grids"),
     [
         (2, ["dp2", "tp2", "pp2", "ep2", "cp2", "pp2xvp2", "pp2xuneven"]),
-        (4, ["tp2xep2", "pp2xvp2xcp2"]),
+        pytest.param(4, ["tp2xep2", "pp2xvp2xcp2"], marks=pytest.mark.slow),
         pytest.param(4, ["pp2xep2", "tp2xcp2", "cp4"], marks=pytest.mark.slow),
     ],
 )

@@ -65,6 +65,7 @@ def test_a_finished_evaluation_needs_no_engine_and_another_model_is_refused(base
     assert other.returncode == 2 and "weights:" in other.stderr
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_exported_first_and_gives_the_same_answers(base, evaluated, tmp_path):
     checkpoint = max((base / "base/checkpoints").glob("step_*"))
     done = run("eval", write_recipe(tmp_path, checkpoint))
