@@ -179,7 +179,7 @@ def test_every_reason_stands_in_the_documentation():
 def test_the_recipes_in_the_documentation_are_valid():
     page = (ROOT / "docs/sampling.md").read_text(encoding="utf-8")
     recipes = re.findall(r"```yaml\n# (\w+)\.yaml\n(.*?)```", page, re.DOTALL)
-    assert [name for name, _ in recipes] == ["cold_start", "rejection", "sft", "pairs", "labels"]
+    assert [name for name, _ in recipes] == ["collect", "rejection", "sft", "pairs", "labels"]
     for name, text in recipes:
         tree = yaml.safe_load(text)
         assert parse(tree, name).run.folder
