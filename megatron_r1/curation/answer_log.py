@@ -7,7 +7,6 @@ thousand questions take about 100 MB.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import json
 from array import array
@@ -15,10 +14,9 @@ from collections.abc import Iterable, Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any
 
-from megatron_r1.reporting.jsonl import append_lines, read_lines
+from megatron_r1.reporting.jsonl import read_lines
+from megatron_r1.reporting.line_writer import LineWriter
 from megatron_r1.rewards.base import UNGRADED
-
-FLUSH_SECONDS = 0.1
 
 
 class AnswerLog:
@@ -34,9 +32,7 @@ class AnswerLog:
         self.digests: dict[str, str] = {}
         self.ungraded: set[tuple[str, int]] = set()
         self._known: dict[str, int] = {}  # question id → a bit for each index
-        self._pending: list[dict[str, Any]] = []
-        self._wake = asyncio.Event()
-        self._writer: asyncio.Task[None] | None = None
+        self._writer = LineWriter(path)
         for line in read_lines(path):
             self._remember(line)
 
@@ -47,13 +43,8 @@ class AnswerLog:
     def add(self, line: Mapping[str, Any]) -> None:
         """line: id, index, digest, seed, kind, question and `candidate.to_line`. Raises what
         stopped the writing."""
-        if self._writer is None:
-            self._writer = asyncio.create_task(self._write())
-        if self._writer.done():
-            self._writer.result()
         self._remember(line)
-        self._pending.append(dict(line))
-        self._wake.set()
+        self._writer.add(line)
 
     def groups(self, questions: Iterable[str], num_samples: int) -> Iterator[list[dict[str, Any]]]:
         """For each question, in the order given, the lines of its first `num_samples` answers. One
@@ -89,12 +80,7 @@ class AnswerLog:
                 yield line
 
     async def close(self) -> None:
-        if self._writer is not None:
-            self._writer.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._writer
-            self._writer = None
-        self._flush()
+        await self._writer.close()
 
     def _remember(self, line: Mapping[str, Any]) -> None:
         try:
@@ -108,24 +94,6 @@ class AnswerLog:
                 "run.folder must be a folder of its own"
             ) from None
         (self.ungraded.add if is_ungraded else self.ungraded.discard)((question, index))
-
-    async def _write(self) -> None:
-        while True:
-            await self._wake.wait()
-            self._wake.clear()
-            lines, self._pending = self._pending, []
-            # In a thread, and to its end: a line must not be written half, nor twice.
-            writing = asyncio.ensure_future(asyncio.to_thread(append_lines, self.path, lines))
-            try:
-                await asyncio.shield(writing)
-            except asyncio.CancelledError:
-                await writing
-                raise
-            await asyncio.sleep(FLUSH_SECONDS)  # what finishes meanwhile shares the next fsync
-
-    def _flush(self) -> None:
-        lines, self._pending = self._pending, []
-        append_lines(self.path, lines)
 
 
 def _id_of(line: bytes) -> str:

@@ -6,15 +6,14 @@ could not be graded (a missing sandbox, say) is graded again when the evaluation
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_r1.evaluation.voting import Vote, read_vote
-from megatron_r1.reporting.jsonl import append_lines, read_lines
+from megatron_r1.reporting.jsonl import read_lines
+from megatron_r1.reporting.line_writer import LineWriter
 from megatron_r1.rewards.base import UNGRADED
 
 Key = tuple[str, str, int]
@@ -40,22 +39,15 @@ class Ledger:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.samples: dict[Key, Graded] = {}
-        self._pending: list[dict[str, Any]] = []
-        self._wake = asyncio.Event()
-        self._writer: asyncio.Task[None] | None = None
+        self._writer = LineWriter(path)
         for line in read_lines(path):
             self._remember(line)
 
     def add(self, line: Mapping[str, Any]) -> None:
         """line: benchmark, id, index, seed, digest, response, opened, reward, reason, length,
         truncated, and whatever else helps to audit it. Raises what stopped the writing."""
-        if self._writer is None:
-            self._writer = asyncio.create_task(self._write())
-        if self._writer.done():
-            self._writer.result()
         self._remember(line)
-        self._pending.append(dict(line))
-        self._wake.set()
+        self._writer.add(line)
 
     def responses(self, keys: Sequence[Key]) -> dict[Key, dict[str, Any]]:
         """The lines of some samples, from the file."""
@@ -64,11 +56,7 @@ class Ledger:
         return {key: line for line in lines if wanted and (key := key_of(line)) in wanted}
 
     async def close(self) -> None:
-        if self._writer is not None:
-            self._writer.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._writer
-        self._flush()
+        await self._writer.close()
 
     def _remember(self, line: Mapping[str, Any]) -> None:
         self.samples[key_of(line)] = Graded(
@@ -79,18 +67,6 @@ class Ledger:
             str(line["reason"]).startswith(UNGRADED),
             read_vote(str(line["response"]), bool(line["opened"])),
         )
-
-    async def _write(self) -> None:
-        while True:
-            await self._wake.wait()
-            self._wake.clear()
-            self._flush()
-            # What finishes in the meantime shares the next fsync.
-            await asyncio.sleep(0.05)
-
-    def _flush(self) -> None:
-        lines, self._pending = self._pending, []
-        append_lines(self.path, lines)
 
 
 def key_of(line: Mapping[str, Any]) -> Key:
