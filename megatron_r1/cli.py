@@ -7,11 +7,12 @@ import errno
 import importlib
 import os
 import sys
+from importlib import metadata
 from typing import Any
 
-import yaml
-
 from megatron_r1 import config as configuration
+from megatron_r1.config.keys import describe, switches
+from megatron_r1.config.overrides import parse_overrides
 
 VERBS = {
     "sft": "megatron_r1.stages.sft",
@@ -32,12 +33,12 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 USAGE = f"""usage: megatron-r1 VERB RECIPE.yaml [--section.key value …]
 
-verbs: {", ".join(VERBS)}; keys lists every setting
+verbs: {", ".join(VERBS)}
        megatron-r1 score IN.jsonl OUT.jsonl [--rewards.key value …]   (- is a pipe)
        megatron-r1 pipeline RECIPE.yaml [--pipeline.key value …]   several of them, as a graph
 The same command continues a run that was stopped.
 On many GPUs: torchrun … -m megatron_r1 VERB RECIPE.yaml
-Every key, its default and meaning: megatron-r1 keys"""
+Every key, its default and meaning: megatron-r1 keys, or keys rl sample.keep for some of them"""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -71,8 +72,11 @@ def _dispatch(arguments: list[str]) -> int:
     if not arguments or arguments[0] == "help" or {"-h", "--help"} & set(arguments):
         print(USAGE)
         return 0 if arguments else 2
+    if arguments[0] in ("version", "--version"):
+        print(f"megatron-r1 {metadata.version('megatron-r1')}")
+        return 0
     if arguments[0] == "keys":
-        print(describe_keys())
+        print(_describe_keys(arguments[1:]))
         return 0
     verb, *rest = arguments
     if verb == PIPELINE:
@@ -88,7 +92,7 @@ def _dispatch(arguments: list[str]) -> int:
         raise ValueError(f"{verb} needs a recipe: megatron-r1 {verb} RECIPE.yaml")
     recipe, *options = rest
     stage = importlib.import_module(VERBS[verb])
-    overrides = {**getattr(stage, "IMPLIED", {}), **parse_overrides(options)}
+    overrides = {**getattr(stage, "IMPLIED", {}), **_overrides(options)}
     config = configuration.load(recipe, overrides, required=stage.REQUIRED)
     if _is_rank():
         return _serve_as_rank(config, arguments)
@@ -97,12 +101,13 @@ def _dispatch(arguments: list[str]) -> int:
 
 
 def _run_pipeline(rest: list[str]) -> int:
+    from megatron_r1.pipeline.recipe import Recipe
     from megatron_r1.stages import pipeline
 
     if not rest or rest[0].startswith("--"):
         raise ValueError(f"{PIPELINE} needs a recipe: megatron-r1 {PIPELINE} RECIPE.yaml")
     recipe, *options = rest
-    pipeline.run(recipe, parse_overrides(options), VERBS)
+    pipeline.run(recipe, parse_overrides(options, switches(Recipe)), VERBS)
     return 0
 
 
@@ -112,46 +117,18 @@ def _run_command(verb: str, rest: list[str]) -> int:
     given, options = rest[:count], rest[count:]
     if len(given) < count or any(argument.startswith("--") for argument in given):
         raise ValueError(f"usage: megatron-r1 {verb} {' '.join(command.ARGUMENTS)} [--key value …]")
-    command.run(configuration.from_overrides(parse_overrides(options)), *given)
+    command.run(configuration.from_overrides(_overrides(options)), *given)
     return 0
 
 
-def parse_overrides(options: list[str]) -> dict[str, Any]:
-    """`--rl.group_size 8 --data.task=chain_sum` → {"rl.group_size": 8, "data.task": "chain_sum"}.
-
-    Values are YAML. Raises ValueError for an option without a value or without a section.
-    """
-    overrides: dict[str, Any] = {}
-    pending = list(options)
-    while pending:
-        option = pending.pop(0)
-        if not option.startswith("--"):
-            raise ValueError(f"unexpected argument {option}: settings are --section.key value")
-        key, equals, value = option[2:].partition("=")
-        if not equals:
-            if not pending:
-                raise ValueError(f"--{key} needs a value")
-            value = pending.pop(0)
-        if "." not in key:
-            near = difflib.get_close_matches(key, configuration.known_keys(), n=1, cutoff=0.4)
-            hint = f"; did you mean --{near[0]}?" if near else ""
-            raise ValueError(f"unknown option --{key}: settings are --section.key value{hint}")
-        try:
-            overrides[key] = yaml.safe_load(value) if value else ""
-        except yaml.YAMLError:
-            overrides[key] = value  # text that is no YAML, such as a template
-    return overrides
+def _overrides(options: list[str]) -> dict[str, Any]:
+    return parse_overrides(options, switches(configuration.Config))
 
 
-def describe_keys() -> str:
-    """Every `section.key`, its default and its meaning, a line each."""
-    lines = []
-    for section, field in configuration.Config.model_fields.items():
-        for key, setting in field.annotation.model_fields.items():
-            default = setting.get_default(call_default_factory=True)
-            meaning = setting.description or ""
-            lines.append(f"{section}.{key} = {default!r}" + (f"   # {meaning}" if meaning else ""))
-    return "\n".join(lines)
+def _describe_keys(wanted: list[str]) -> str:
+    from megatron_r1.pipeline.recipe import Recipe
+
+    return describe([configuration.Config, Recipe], wanted)
 
 
 def _is_rank() -> bool:

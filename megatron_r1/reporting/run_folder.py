@@ -32,6 +32,7 @@ class RunFolder:
         self.metrics_path = self.path / "metrics.jsonl"
         self.samples_path = self.path / "samples.jsonl"
         self.evaluations_path = self.path / "evaluations.jsonl"
+        self.sample_log = self.path / "sample_log"
         self.checkpoints = self.path / "checkpoints"
         self.hf = self.path / "hf"
         self.tensorboard = self.path / "tensorboard"
@@ -60,7 +61,7 @@ class RunFolder:
         may_change: Collection[str] = (),
         defaults: Mapping[str, Any] | None = None,
     ) -> None:
-        """Write `config.yaml`, or check that a run already here was started with the same settings.
+        """Write `config.yaml`, or check that a run which began here did so with the same settings.
 
         config: nested sections of plain values (paths and tuples become text and lists).
         may_change: dotted keys ("rl.num_steps") or whole sections ("eval") that a re-run may change
@@ -68,7 +69,7 @@ class RunFolder:
         was started. Any other difference raises ValueError naming each key with both values.
         """
         new = _plain(config)
-        if self.config_path.exists():
+        if self.config_path.exists() and self.has_begun:
             after = flatten(new)
             unknown_then = {k: v for k, v in flatten(_plain(defaults or {})).items() if k in after}
             before = unknown_then | flatten(self.read_config())
@@ -83,6 +84,15 @@ class RunFolder:
             if not changed:
                 return
         atomic_write(self.config_path, yaml.safe_dump(new, sort_keys=False, allow_unicode=True))
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether there is anything of a run that other settings would not have made: a run that
+        failed before its first line may be started anew."""
+        files = [self.metrics_path, self.samples_path, self.evaluations_path]
+        for place in (self.sample_log, self.checkpoints, self.hf):
+            files += place.rglob("*")
+        return any(path.is_file() and path.stat().st_size for path in files)
 
     def read_config(self) -> dict[str, Any]:
         """The settings the run was started with; empty if there are none yet."""

@@ -9,16 +9,18 @@ import secrets
 import subprocess
 import sys
 from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
 
 from megatron_r1 import processes
 from megatron_r1.authentication import RANKS_ENVIRONMENT
-from megatron_r1.config import RESUMABLE, Config
+from megatron_r1.config import RESUMABLE, Config, ModelConfig
 from megatron_r1.reporting.recorder import Recorder
 from megatron_r1.reporting.report import write_report
 from megatron_r1.reporting.run_folder import RunFolder
 from megatron_r1.stopping import StopRequest
 from megatron_r1.supervision.supervisor import Supervisor
 from megatron_r1.training.client import TrainerClient, TrainerError
+from megatron_r1.weights.stored.weight_files import weight_files
 
 PORT, WORLD_SIZE = "MEGATRON_R1_PORT", "MEGATRON_R1_WORLD_SIZE"
 """Set for a controller that torchrun's rank 0 started: where its ranks come to, and how many."""
@@ -64,6 +66,17 @@ def run_stage(
         raise KeyboardInterrupt from None
 
 
+def _require_weights(model: ModelConfig) -> None:
+    """Raises ValueError now for what ranks and engines would find out once they have started."""
+    if model.init == "load" and not model.checkpoint:
+        try:
+            weight_files(Path(model.path))
+        except ValueError as error:
+            raise ValueError(
+                f"model.path: {error}; give a folder with weights, or model.init: random to sft"
+            ) from None
+
+
 async def _run_stage(config, name, facts, body: Body, next_commands) -> None:
     stop = StopRequest()
     stop.listen()
@@ -98,6 +111,8 @@ async def _run_stage(config, name, facts, body: Body, next_commands) -> None:
         try:
             if recorder.resumed:
                 recorder.view.message(f"continuing after step {recorder.state.step}")
+            else:
+                _require_weights(config.model)
             if not ranks:
                 trainer.launch()
             await supervisor.run(work())

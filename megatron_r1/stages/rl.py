@@ -110,7 +110,7 @@ async def _with_engines(
     say = recorder.view.message
     teacher = teacher_fleet(config, logs, say) if config.teacher.path else None
     rollouts = Rollouts(fleet, pool, text, config.rewards, teacher)
-    log = SampleLog(recorder.folder.path / "sample_log", recorder.view.message)
+    log = SampleLog(recorder.folder.sample_log, recorder.view.message)
     supervisor.watch_rollouts(rollouts)
     try:
         if not config.rl.sample_log:

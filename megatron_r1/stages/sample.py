@@ -221,8 +221,8 @@ async def _decide(
     if not tally.num_kept:
         raise RuntimeError(
             f"{folder}: no answer is kept; most are {tally.decisions.most_common(1)[0][0]} "
-            "(samples.jsonl says why of each). Change what the recipe keeps: the same command then "
-            "decides again without sampling"
+            "(samples.jsonl says why of each). Change sample.keep or sample.filters, such as "
+            "sample.keep.min_accuracy: 0: the same command then decides again without sampling"
         )
 
 

@@ -42,6 +42,13 @@ def test_a_model_of_another_architecture_is_refused_by_name(base, tmp_path):
     assert done.returncode == 2 and "MambaForCausalLM" in done.stderr
 
 
+def test_a_model_without_weights_is_refused_before_anything_starts(base, tmp_path):
+    done = run("rl", recipe(base, tmp_path), "--model.path", base / "model")
+    assert done.returncode == 2, done.stderr
+    assert f"model.path: {base}/model has neither model.safetensors nor" in done.stderr
+    assert list((tmp_path / "run").rglob("*.log")) == []
+
+
 def test_a_checkpoint_of_another_model_is_refused(base, tmp_path):
     sft = base / "sft.yaml"
     first = run("sft", sft, "--run.folder", tmp_path / "run", "--run.steps", "1")

@@ -4,7 +4,8 @@ import pytest
 import yaml
 
 from megatron_r1 import config as configuration
-from megatron_r1.cli import describe_keys, main, parse_overrides
+from megatron_r1.cli import main
+from megatron_r1.config.overrides import parse_overrides
 from megatron_r1.pipeline.recipe import load as load_pipeline
 from megatron_r1.training.schedule import learning_rate
 
@@ -85,9 +86,42 @@ def test_every_recipe_in_the_repository_is_valid():
         (load_pipeline if is_pipeline else configuration.load)(path)
 
 
-def test_every_key_is_described():
-    lines = describe_keys().splitlines()
-    assert len(lines) == len(configuration.known_keys())
+def test_a_template_is_text_and_a_switch_needs_no_value():
+    assert parse_overrides(["--data.template", "{problem}"]) == {"data.template": "{problem}"}
+    assert parse_overrides(["--a.b", "{x: null}"]) == {"a.b": {"x": None}}
+    options = ["--pipeline.dry", "--pipeline.only", "base", "--pipeline.status"]
+    switches = {"pipeline.dry", "pipeline.status"}
+    expected = {"pipeline.dry": True, "pipeline.only": "base", "pipeline.status": True}
+    assert parse_overrides(options, switches) == expected
+
+
+def test_all_keys_with_their_defaults_are_a_recipe_that_changes_nothing(capsys):
+    assert main(["keys"]) == 0
+    tree = {}
+    for line in capsys.readouterr().out.splitlines():
+        key, _, default = line.partition("   # ")[0].partition(": ")
+        *sections, leaf = key.split(".")
+        of_pipelines = sections and sections[0] in ("pipeline", "stages") or not sections
+        if of_pipelines or "[]" in key or default == "(required)" or key.startswith("eval.server"):
+            continue  # entries of what is empty by default
+        if key.startswith("sample.server"):
+            continue
+        at = tree
+        for section in sections:
+            at = at.setdefault(section, {})
+        at[leaf] = yaml.safe_load(default)
+    assert configuration.parse(tree) == configuration.Config()
+    assert set(configuration.Config.model_fields) == tree.keys()
+
+
+def test_keys_of_one_section(capsys):
+    assert main(["keys", "sample.keep", "pipeline"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("sample.keep.min_accuracy: 1.0   # ")
+    assert any(line.startswith("pipeline.seeds: []") for line in lines)
+    assert {line.partition(".")[0] for line in lines} == {"sample", "pipeline"}
+    assert main(["keys", "rewardz"]) == 2
+    assert "did you mean rewards?" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

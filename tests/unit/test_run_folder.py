@@ -177,9 +177,30 @@ def changed(**sections):
     return {name: {**values, **sections.get(name, {})} for name, values in CONFIG.items()}
 
 
-def test_the_same_settings_are_accepted_again(tmp_path):
+def begun(path):
+    folder = RunFolder(path)
+    folder.write_config(CONFIG)
+    folder.append_metrics({"step": 1})
+    return folder
+
+
+@pytest.mark.parametrize(
+    "made", ["metrics.jsonl", "sample_log/1", "checkpoints/step_1/state", "hf/config.json"]
+)
+def test_a_run_that_failed_before_its_first_line_may_start_with_other_settings(tmp_path, made):
     folder = RunFolder(tmp_path)
     folder.write_config(CONFIG)
+    folder.metrics_path.touch()
+    folder.write_config(changed(rl={"group_size": 64}))
+    assert flatten(folder.read_config())["rl.group_size"] == 64
+    (tmp_path / made).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / made).write_text("{}")
+    with pytest.raises(ValueError, match="group_size: 64 in the folder, 16 now"):
+        folder.write_config(CONFIG)
+
+
+def test_the_same_settings_are_accepted_again(tmp_path):
+    folder = begun(tmp_path)
     before = folder.config_path.read_bytes()
     folder.write_config(CONFIG)
     assert folder.config_path.read_bytes() == before
@@ -188,8 +209,7 @@ def test_the_same_settings_are_accepted_again(tmp_path):
 
 
 def test_other_settings_are_refused_with_both_values_and_the_remedy(tmp_path):
-    folder = RunFolder(tmp_path)
-    folder.write_config(CONFIG)
+    folder = begun(tmp_path)
     before = folder.config_path.read_bytes()
     with pytest.raises(ValueError) as error:
         folder.write_config(changed(rl={"group_size": 64, "new": "x"}, eval={"num_samples": 8}))
@@ -202,8 +222,7 @@ def test_other_settings_are_refused_with_both_values_and_the_remedy(tmp_path):
 
 
 def test_settings_that_may_change_are_updated(tmp_path):
-    folder = RunFolder(tmp_path)
-    folder.write_config(CONFIG)
+    folder = begun(tmp_path)
     new = changed(rl={"num_steps": 200}, eval={"num_samples": 8})
     folder.write_config(new, may_change=["rl.num_steps", "eval"])
     assert flatten(folder.read_config())["rl.num_steps"] == 200
@@ -286,6 +305,7 @@ def test_tensorboard_steps_are_readable_before_the_log_is_closed(tmp_path):
 def test_a_setting_that_is_newer_than_the_run_counts_as_its_default(tmp_path):
     with RunFolder(tmp_path) as folder:
         folder.write_config({"data": {"parameters": {"size": 3}}})
+        folder.append_metrics({"step": 1})
         defaults = {"data": {"parameters": {}}, "sft": {"order": "shuffled"}}
         newer = {"data": {"parameters": {"size": 3}}, "sft": {"order": "shuffled"}}
         folder.write_config(newer, defaults=defaults)

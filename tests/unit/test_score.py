@@ -77,8 +77,9 @@ UNGRADABLE = [
     ({"kind": "judge", "response": GOOD, "question": "?"}, "rewards.options of judge: url must be"),
     ({"kind": "language", "response": GOOD, "target": "fr"}, "got 'fr'"),
     ({"kind": "logic", "response": GOOD}, "reward 'logic' needs task, entry: give it in the row"),
-    ({"kind": "nowhere:reward", "response": GOOD}, "No module named 'nowhere'"),
-    ({"kind": "graders:missing", "response": GOOD}, "'missing'"),
+    ({"kind": "nowhere:reward", "response": GOOD}, "No module named 'nowhere': neither installed"),
+    ({"kind": "nowhere.at.all:reward", "response": GOOD}, "neither installed nor in"),
+    ({"kind": "graders:missing", "response": GOOD}, "graders.py has no function missing"),
     ({"kind": "builtins:exec", "response": "open('trace', 'w')", "truth": {}}, "Python's own"),
     ({"kind": "os:system", "response": "touch trace"}, "Python's own"),
 ]  # fmt: skip

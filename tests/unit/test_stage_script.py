@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from megatron_r1 import config as configuration
-from megatron_r1.cli import parse_overrides
+from megatron_r1.config.overrides import parse_overrides
 
 SCRIPT = Path(__file__).parents[2] / "examples/deepseek_r1/stage.sbatch"
 # Each call's words on a line. A trainer, or a sampling process, lasts until it is asked to end.

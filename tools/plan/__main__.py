@@ -19,7 +19,7 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from megatron_r1 import config as configuration  # noqa: E402
-from megatron_r1.cli import parse_overrides  # noqa: E402
+from megatron_r1.config.overrides import parse_overrides  # noqa: E402
 from megatron_r1.files import atomic_write  # noqa: E402
 from megatron_r1.models.hf_config import read_hf_config  # noqa: E402
 from megatron_r1.rl.algorithms import find  # noqa: E402

@@ -17,6 +17,7 @@ from megatron_r1.processes import die_with_parent
 from megatron_r1.rewards.base import MAX_REASON_CHARS, UNGRADED, Grade, shorten
 from megatron_r1.rewards.runtime.calling import describe_misfit
 from megatron_r1.rewards.runtime.protocol import LENGTH, Job, Reply, frame
+from megatron_r1.suggestion import did_you_mean
 
 
 def main(parent_pid: int, memory_limit_bytes: int) -> None:
@@ -64,8 +65,21 @@ def _grade(grader: Callable[..., Grade], job: Job) -> Reply:
 
 
 def _load(target: str) -> Callable[..., Grade]:
-    module, _, function = target.partition(":")
-    return getattr(importlib.import_module(module), function)
+    name, _, function = target.partition(":")
+    try:
+        module = importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if not f"{name}.".startswith(f"{error.name}."):
+            raise  # something that it imports itself
+        raise ModuleNotFoundError(
+            f"{error}: neither installed nor in {os.getcwd()}; start in the folder that has it"
+        ) from None
+    if not hasattr(module, function):
+        public = [known for known in vars(module) if not known.startswith("_")]
+        raise AttributeError(
+            f"{module.__file__} has no function {function}{did_you_mean(function, public)}"
+        )
+    return getattr(module, function)
 
 
 def _describe(error: BaseException) -> str:

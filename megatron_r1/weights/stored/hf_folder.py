@@ -14,10 +14,10 @@ from megatron_r1.files import atomic_write
 from megatron_r1.models.hf_config import as_score_model, has_score_head
 from megatron_r1.weights.layout import Shape
 from megatron_r1.weights.stored import fp8
+from megatron_r1.weights.stored.weight_files import INDEX, SINGLE
 
 Tensors = Mapping[str, tuple[Shape, torch.dtype]]
 
-INDEX = "model.safetensors.index.json"
 # Everything small a model folder carries beside its weights: configuration, tokenizer, chat
 # template.
 _CARRIED = (".json", ".jinja", ".txt", ".model")
@@ -37,7 +37,7 @@ def split_into_files(tensors: Tensors, max_bytes: int) -> dict[str, dict]:
         shards[-1][name] = (shape, dtype)
         size += num_bytes
     if len(shards) == 1:
-        return {"model.safetensors": shards[0]}
+        return {SINGLE: shards[0]}
     count = len(shards)
     return {
         f"model-{number:05d}-of-{count:05d}.safetensors": shard

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from functools import cached_property
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from torch import Tensor
 from megatron_r1.weights.layout import Shape, hf_tensors, table
 from megatron_r1.weights.stored import fp8, fp8_blocks
 from megatron_r1.weights.stored.safetensors_file import SafetensorsFile
+from megatron_r1.weights.stored.weight_files import weight_files
 
 FLOATS = {
     "F32": "float32",
@@ -32,7 +32,7 @@ class HfWeights:
 
     def __init__(self, folder: str | Path, hf: dict):
         self.path, self.hf = Path(folder), hf
-        self.files = [SafetensorsFile(file) for file in checkpoint_files(self.path)]
+        self.files = [SafetensorsFile(file) for file in weight_files(self.path)]
         self._home = {name: file for file in self.files for name in file.tensors}
         self.copies = table(hf).copies
 
@@ -140,23 +140,6 @@ class HfWeights:
         starts = [0] * len(sizes)
         starts[dim], sizes[dim] = start, length
         return tuple(starts), tuple(sizes)
-
-
-def checkpoint_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint; ValueError names those its index lists in vain."""
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        except (ValueError, KeyError) as error:
-            raise ValueError(f"{index} is damaged ({error!r}); fetch it again") from error
-        files = [folder / name for name in sorted(set(weight_map.values()))]
-        if missing := [file.name for file in files if not file.is_file()]:
-            raise ValueError(f"{index} names files that {folder} lacks: {', '.join(missing)}")
-        return files
-    if not single.is_file():
-        raise ValueError(f"{folder} has neither {single.name} nor {index.name}")
-    return [single]
 
 
 def _hint(missing: list[str], hf: dict) -> str:

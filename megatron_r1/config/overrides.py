@@ -1,0 +1,49 @@
+"""`--section.key value` on a command line."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection
+from typing import Any
+
+import yaml
+
+from megatron_r1.config.recipe import known_keys
+
+
+def parse_overrides(options: list[str], switches: Collection[str] = ()) -> dict[str, Any]:
+    """`--rl.group_size 8 --data.task=chain_sum` → {"rl.group_size": 8, "data.task": "chain_sum"}.
+
+    Values are YAML; a template such as `{problem}` is text. switches: keys that are true where
+    nothing follows them. Raises ValueError for an option without a value or without a section.
+    """
+    overrides: dict[str, Any] = {}
+    pending = list(options)
+    while pending:
+        option = pending.pop(0)
+        if not option.startswith("--"):
+            raise ValueError(f"unexpected argument {option}: settings are --section.key value")
+        key, equals, value = option[2:].partition("=")
+        if not equals:
+            is_last = not pending or pending[0].startswith("--")
+            if is_last and key in switches:
+                overrides[key] = True
+                continue
+            if not pending:
+                raise ValueError(f"--{key} needs a value")
+            value = pending.pop(0)
+        if "." not in key:
+            near = difflib.get_close_matches(key, known_keys(), n=1, cutoff=0.4)
+            hint = f"; did you mean --{near[0]}?" if near else ""
+            raise ValueError(f"unknown option --{key}: settings are --section.key value{hint}")
+        overrides[key] = _value(value)
+    return overrides
+
+
+def _value(text: str) -> Any:
+    try:
+        value = yaml.safe_load(text) if text else ""
+    except yaml.YAMLError:
+        return text  # no YAML, such as a template
+    # `{problem}` is YAML, too: a mapping of a name to nothing, which no setting takes.
+    return text if value and isinstance(value, dict) and ":" not in text else value
