@@ -73,6 +73,7 @@ def test_an_interrupted_conversion_is_not_mixed_with_another(convert, tmp_path):
     assert status == 2 and "source's files" in said, said
 
 
+@pytest.mark.slow
 def test_several_processes_write_the_same_files(tmp_path):
     source = write_folder(tmp_path / "hf", MODELS["deepseek-yarn-mtp"], torch.bfloat16)
     tool = str(KILLED.parents[2] / "tools" / "convert")

@@ -21,8 +21,11 @@ def scored(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize(
     ("num_ranks", "grids"),
-    [(1, ["one"]), (2, TWO_RANKS), pytest.param(4, FOUR_RANKS, marks=pytest.mark.slow)],
-    ids=["1", "2", "4"],
+    [
+        pytest.param(1, ["one"], id="1"),
+        pytest.param(2, TWO_RANKS, id="2", marks=pytest.mark.slow),
+        pytest.param(4, FOUR_RANKS, id="4", marks=pytest.mark.slow),
+    ],
 )
 def test_scores_losses_gradients_and_checkpoints_equal_transformers(
     scored, oracle, tmp_path, num_ranks, grids

@@ -141,6 +141,7 @@ checkpoint: {{every: 12}}
     return base / "distilled"
 
 
+@pytest.mark.slow
 def test_a_student_comes_closer_to_its_teacher_on_questions_it_never_saw(base, distilled, oracle):
     records = [json.loads(line) for line in (distilled / "samples.jsonl").read_text().splitlines()]
     heldout = sorted({r["question"] for r in records if r["split"] == "eval"})
@@ -171,14 +172,15 @@ def token_ids(folder, questions):
 def test_a_teacher_with_another_tokenizer_is_refused_before_anything_starts(base, tmp_path):
     other = tmp_path / "other"
     other.mkdir()
-    for file in (base / "teacher/hf").iterdir():
+    for file in (base / "base/hf").iterdir():
         text = file.read_bytes()
         if file.name == "tokenizer.json":
             text = text.replace(b"<think>", b"<ponder>")
         (other / file.name).write_bytes(text)
     folder = tmp_path / "run"
     settings = ["--teacher.path", other, "--run.folder", folder]
-    done = run("rl", base / "distill.yaml", *map(str, settings), timeout_seconds=60)
+    settings += ["--rl.algorithm", "on_policy_distillation"]
+    done = run("rl", base / "rl.yaml", *map(str, settings), timeout_seconds=60)
     assert done.returncode == 2, done.stderr
     assert "'<think>', to the teacher '<ponder>'" in done.stderr
     assert not folder.exists()

@@ -70,19 +70,13 @@ def write_fp8(plain, folder, *, dequantised=False):
     (folder / "config.json").write_text(json.dumps(hf | form))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "layout", "transport"),
     [
-        pytest.param("deepseek", {}, "gloo", id="deepseek-one"),
-        *(
-            pytest.param(
-                *each, id=f"{each[0]}-{'-'.join(each[1]) or 'one'}", marks=pytest.mark.slow
-            )
-            for each in [
-                ("deepseek", {"tensor": 2, "expert_parallel": True}, "gloo"),
-                ("qwen", {}, "shm"),
-            ]
-        ),
+        ("deepseek", {}, "gloo"),
+        ("deepseek", {"tensor": 2, "expert_parallel": True}, "gloo"),
+        ("qwen", {}, "shm"),
     ],
 )
 def test_after_an_fp8_push_an_engine_is_as_if_started_on_the_fp8_checkpoint(

@@ -167,6 +167,7 @@ def processes_of(folder: Path, text: str) -> list[int]:
     return found
 
 
+@pytest.mark.slow  # five starts; each death by itself: test_supervision, test_checkpoint_runs
 def test_whatever_is_killed_the_same_command_continues_and_no_step_is_lost_or_doubled(base):
     folder = base / "killed"
 
