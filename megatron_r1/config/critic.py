@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from pydantic import Field
 
 from megatron_r1.config.section import Section
+
+if TYPE_CHECKING:
+    from megatron_r1.config.recipe import Config
 
 
 class CriticConfig(Section):
@@ -22,4 +27,22 @@ class CriticConfig(Section):
     )
     warmup_steps: int = Field(
         0, ge=0, description="rollouts at the start from which the critic alone learns"
+    )
+
+
+def critic_config(config: Config) -> Config:
+    """The recipe as if the critic were its model."""
+    critic, model, parallel = config.critic, config.model, config.parallel
+    changes = {"head": "score"}
+    if critic.path is not None:
+        changes |= {"path": critic.path, "checkpoint": None}
+    rate = {"learning_rate": critic.learning_rate}
+    # A score model has no MTP layers (m), wherever the policy's stand.
+    layout = parallel.pipeline_layout and parallel.pipeline_layout.replace("m", "")
+    return config.model_copy(
+        update={
+            "model": model.model_copy(update=changes),
+            "optimizer": config.optimizer.model_copy(update=rate),
+            "parallel": parallel.model_copy(update={"pipeline_layout": layout}),
+        }
     )

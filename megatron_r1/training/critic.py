@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_r1.config import Config
+from megatron_r1.config.critic import critic_config
 from megatron_r1.models.hf_config import read_hf_config
 from megatron_r1.rl import algorithms
 from megatron_r1.training import construction
@@ -29,24 +30,6 @@ from megatron_r1.training.passes import (
 def needs_critic(config: Config) -> bool:
     """Whether the recipe's algorithm has one; a model that is a score itself is no policy."""
     return config.model.head == "language" and algorithms.find(config.rl.algorithm).CRITIC
-
-
-def critic_config(config: Config) -> Config:
-    """The recipe as if the critic were its model."""
-    critic, model, parallel = config.critic, config.model, config.parallel
-    changes = {"head": "score"}
-    if critic.path is not None:
-        changes |= {"path": critic.path, "checkpoint": None}
-    rate = {"learning_rate": critic.learning_rate}
-    # A score model has no MTP layers (m), wherever the policy's stand.
-    layout = parallel.pipeline_layout and parallel.pipeline_layout.replace("m", "")
-    return config.model_copy(
-        update={
-            "model": model.model_copy(update=changes),
-            "optimizer": config.optimizer.model_copy(update=rate),
-            "parallel": parallel.model_copy(update={"pipeline_layout": layout}),
-        }
-    )
 
 
 class Critic:

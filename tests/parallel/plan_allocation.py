@@ -1,7 +1,8 @@
 """What this rank's trainer really holds in memory: `plan_allocation.py MODEL OUT GRID…`.
 
 For every grid, bytes of parameters, gradients and optimizer state after one optimizer step go to
-OUT/GRID_RANK.json. A grid is sizes and a dtype, such as tp2_bfloat16.
+OUT/GRID_RANK.json. A grid is sizes and a dtype, such as tp2_bfloat16; of ppo_tp2_bfloat16 also the
+critic's, all together.
 """
 
 import json
@@ -28,7 +29,7 @@ def config(model: str, grid: str) -> Config:
     mtp = "train" if "mtp" in grid else "frozen"
     return Config.model_validate(
         {"model": {"path": model, "init": "random", "dtype": dtype, "mtp": mtp}}
-        | {"parallel": parallel}
+        | {"parallel": parallel, "rl": {"algorithm": "ppo"} if "ppo" in grid else {}}
     )
 
 
@@ -42,6 +43,10 @@ def storages(tensors) -> dict[int, int]:
 
 
 def measure(trainer) -> dict[str, int]:
+    """trainer: or its critic, which is built alike."""
+    for chunk in trainer.chunks:
+        chunk.zero_grad_buffer()
+    trainer.optimizer.step()
     bare = [t for chunk in trainer.bare for t in chunk.parameters()]
     bare += [
         b for chunk in trainer.bare for n, b in chunk.named_buffers() if n.endswith("expert_bias")
@@ -72,10 +77,9 @@ def main() -> None:
         from megatron_r1.training.trainer import Trainer
 
         trainer = Trainer(settings, place)
-        for chunk in trainer.chunks:
-            chunk.zero_grad_buffer()
-        trainer.optimizer.step()
         report = {"pipeline_rank": place.pipeline_rank} | measure(trainer)
+        if trainer.critic is not None:
+            report["critic"] = sum(measure(trainer.critic).values())
         Path(out, f"{grid}_{place.rank}.json").write_text(json.dumps(report))
         parallel_state.destroy_model_parallel()
 

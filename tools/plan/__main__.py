@@ -22,7 +22,6 @@ from megatron_r1 import config as configuration  # noqa: E402
 from megatron_r1.config.overrides import parse_overrides  # noqa: E402
 from megatron_r1.files import atomic_write  # noqa: E402
 from megatron_r1.models.hf_config import read_hf_config  # noqa: E402
-from megatron_r1.rl.algorithms import find  # noqa: E402
 from megatron_r1.rollout.context import context_length  # noqa: E402
 from tools.plan.bill import Bill  # noqa: E402
 from tools.plan.hardware import GIB, HARDWARE, Assumptions  # noqa: E402
@@ -96,9 +95,6 @@ def _job(chosen: argparse.Namespace, overrides: dict) -> Job:
     verb = verb_of(config)
     if verb in ("rl", "sample"):
         context_length(config)
-    if verb == "rl" and find(config.rl.algorithm).CRITIC:
-        told = f"rl.algorithm: {config.rl.algorithm} trains a critic besides, which is not planned"
-        print(f"{chosen.recipe}: {told}", file=sys.stderr)
     if chosen.memory_gib is not None:
         hardware = replace(hardware, memory=chosen.memory_gib * GIB)
     if chosen.host_memory_gib is not None:

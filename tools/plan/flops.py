@@ -56,6 +56,10 @@ def head_flops(hf: dict) -> float:
 
 def flops_section(job: Job) -> Section:
     section = _training_flops(job) if job.trains else {}
+    if job.critic:
+        theirs = _training_flops(job.critic)
+        section["critic's optimizer step"] = theirs["optimizer step"]
+        section["values of a rollout"] = theirs["scoring a rollout"]
     return section | (_rollout_flops(job) if job.generates else {})
 
 
@@ -80,10 +84,11 @@ def _training_flops(job: Job) -> Section:
     }
     if job.verb == "rl":
         passes = 2 if job.has_reference else 1
+        who = "critic" if job.is_critic else "policy"
         section["scoring a rollout"] = Quantity(
             passes * forward * job.outputs * length,
             "FLOP",
-            f"{passes} forward passes (policy{', reference' if passes == 2 else ''}) over "
+            f"{passes} forward passes ({who}{', reference' if passes == 2 else ''}) over "
             f"{job.outputs:,} samples",
         )
     return section

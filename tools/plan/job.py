@@ -8,7 +8,9 @@ from importlib import import_module
 from typing import Literal
 
 from megatron_r1.config import Config, ParallelConfig, SampleConfig
-from megatron_r1.models.hf_config import architecture
+from megatron_r1.config.critic import critic_config
+from megatron_r1.models.hf_config import architecture, read_hf_config
+from megatron_r1.rl.algorithms import find
 from megatron_r1.rollout.parallelism import check_engines
 from megatron_r1.weights.layout import Shard, stage_shards, table
 from megatron_r1.weights.rules import Table
@@ -142,7 +144,21 @@ class Job:
 
     @property
     def has_reference(self) -> bool:
-        return self.verb == "rl" and self.config.rl.kl_beta > 0
+        return self.verb == "rl" and self.config.rl.kl_beta > 0 and not self.is_critic
+
+    @property
+    def is_critic(self) -> bool:
+        return self.verb == "rl" and self.config.model.head == "score"
+
+    @cached_property
+    def critic(self) -> Job | None:
+        """PPO's second model on the same ranks, as a job that scores and trains what this one
+        samples; None for an algorithm without one."""
+        if self.verb != "rl" or self.is_critic or not find(self.config.rl.algorithm).CRITIC:
+            return None
+        config = critic_config(self.config)
+        hf = read_hf_config(config.model.path, "score", "critic.path")
+        return replace(self, hf=hf, config=config, shared={})
 
     @property
     def outputs(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tools.plan.activations import Layer, in_flight, layer_activations
 from tools.plan.job import BYTES, Job
@@ -31,7 +31,7 @@ class RankMemory:
     @property
     def persistent(self) -> int:
         """Parameters, gradients, optimizer state: there from the first step to the last."""
-        return sum(self.training[kind] for kind in PERSISTENT)
+        return sum(self.training.get(kind, 0) for kind in (*PERSISTENT, CRITIC))
 
     @property
     def peak(self) -> int:
@@ -39,13 +39,19 @@ class RankMemory:
 
 
 PERSISTENT = ("parameters", "gradients", "optimizer")
+CRITIC = "critic"
+"""The same three of PPO's critic, which lie beside the policy's."""
 
 
 def rank_memory(job: Job) -> list[RankMemory]:
     """Of each pipeline rank; ranks that differ along other axes only need the same."""
     counts = RankCounts(job)
     layers = {sparse: layer_activations(job, sparse) for sparse in (False, job.has_experts)}
-    return [_of_rank(job, counts, layers, rank) for rank in range(job.parallel.pipeline)]
+    made = [_of_rank(job, counts, layers, rank) for rank in range(job.parallel.pipeline)]
+    if job.critic:
+        critics = RankCounts(job.critic)
+        made = [_with_critic(job.critic, memory, critics.of_rank(memory.rank)) for memory in made]
+    return made
 
 
 def persistent_bytes(job: Job, counts: Counts) -> dict[str, int]:
@@ -101,6 +107,23 @@ def _of_rank(job: Job, ranks: RankCounts, layers: dict[bool, Layer], rank: int) 
     if job.verb != "rl":
         scoring = {}
     return RankMemory(rank, counts, training, scoring, host)
+
+
+def _with_critic(critic: Job, memory: RankMemory, counts: Counts) -> RankMemory:
+    """With the other model's persistent state. The two compute in turn, and a score head needs less
+    than a language head, so the rest stays as it is."""
+    persistent = persistent_bytes(critic, counts)
+    on_host = round(persistent["optimizer"] * critic.parallel.optimizer_offload)
+    num_bytes = sum(persistent.values()) - on_host + _fp8_copies(critic, counts)
+    host = {**memory.host, "critic's optimizer": on_host}
+    if critic.config.checkpoint.asynchronous:
+        host["checkpoint being written"] += (
+            counts.parameters * critic.parameter_bytes + persistent["optimizer"]
+        )
+    training, scoring = (
+        {**kinds, CRITIC: num_bytes} for kinds in (memory.training, memory.scoring)
+    )
+    return replace(memory, training=training, scoring=scoring, host=host)
 
 
 def _activations(job: Job, rank: int, layers: dict[bool, Layer]) -> tuple[int, int]:
@@ -160,6 +183,7 @@ def memory_section(job: Job, rank: RankMemory) -> Section:
         "loss head": head_bytes(job)[1] if rank.training["loss head"] else "not on this rank",
         "reserved": "assumed: CUDA context, NCCL, fragmentation",
         "reference": f"parameters x {value} B",
+        CRITIC: "parameters, gradients and optimizer of a score model, as above",
     }
     section = {
         kind: Quantity(num_bytes, "B", formulas[kind]) for kind, num_bytes in rank.training.items()

@@ -118,6 +118,10 @@ def time_section(times: StepTime) -> Section:
         section["scoring"] = Quantity(times.scoring(), "s", passes)
     if job.trains:
         section |= _training(times)
+    if job.critic:
+        critic = StepTime(job.critic, times.engines)
+        seconds = critic.scoring() + critic.optimizer_step() * job.minibatches
+        section["critic"] = Quantity(seconds, "s", "one forward pass for values, and its training")
     if job.verb == "rl":
         formula = "bytes into an engine GPU / its network adapter"
         section["push"] = Quantity(times.push(), "s", formula)
@@ -134,7 +138,7 @@ def time_section(times: StepTime) -> Section:
     return section
 
 
-PARTS = ("rollout", "scoring", "training", "push")
+PARTS = ("rollout", "scoring", "training", "critic", "push")
 """Of a step, one after the other."""
 
 
