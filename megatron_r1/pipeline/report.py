@@ -1,4 +1,5 @@
-"""The page of a whole pipeline, `report.html`, and its numbers, `report.json`."""
+"""The page of a whole pipeline, `report.html`, its numbers, `report.json`, and their table in
+Markdown, `report.md`."""
 
 from __future__ import annotations
 
@@ -12,11 +13,12 @@ from typing import Any
 from megatron_r1.files import atomic_write
 from megatron_r1.pipeline.curves import curves_section
 from megatron_r1.pipeline.drawing import Box, graph_svg
-from megatron_r1.pipeline.figures import NAMES, Figure, Spread, figures_of, worded
+from megatron_r1.pipeline.figures import Figure, Spread, figures_of
 from megatron_r1.pipeline.graph import Graph
 from megatron_r1.pipeline.plan import Plan, Stage
 from megatron_r1.pipeline.state import State, Status, examine_all
 from megatron_r1.pipeline.status import reasons
+from megatron_r1.pipeline.table import Cell, Table, as_markdown
 from megatron_r1.reporting.report_style import page
 from megatron_r1.reporting.wording import duration, printable
 
@@ -35,7 +37,7 @@ Statuses = Sequence[Mapping[str, Status]]
 
 
 def write_report(root: Path, title: str, plans: Sequence[Plan], graph: Graph) -> Path:
-    """Write `report.json` and `report.html` into `root`; returns the latter's path.
+    """Write `report.json`, `report.md` and `report.html` into `root`; returns the last one's path.
 
     plans: one per seed, of the same stages.
     """
@@ -43,6 +45,7 @@ def write_report(root: Path, title: str, plans: Sequence[Plan], graph: Graph) ->
     result = collect(title or root.resolve().name, plans, graph, statuses)
     text = json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False)
     atomic_write(root / "report.json", text + "\n")
+    atomic_write(root / "report.md", as_markdown(result))
     sections = [
         TABLE_STYLE,
         f"<h1>{escape(printable(result['title']))}</h1>",
@@ -156,44 +159,24 @@ def _seconds(runs: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _table(result: Mapping[str, Any]) -> str:
-    """A row per stage that has numbers, a column per number."""
-    shown = {n: s for n, s in result["stages"].items() if s["figures"] and not s["evaluates"]}
-    if not shown:
+    table = Table.of(result)
+    if not table.rows:
         return ""
-    all_names = {name: None for stage in shown.values() for name in stage["figures"]}
-    columns = [n for n in NAMES if n in all_names] + [n for n in all_names if n not in NAMES]
-    head = "".join(f"<th>{escape(printable(NAMES.get(name, name)))}</th>" for name in columns)
-    rows = []
-    for stage in shown.values():
-        cells = "".join(_cell(stage, name) for name in columns)
-        title = escape(printable(stage["title"]))
-        rows.append(f'<tr><td class="left">{title}</td>{cells}</tr>')
-    spread = (
-        "Means over seeds ± their standard deviation. "
-        if len(result["seeds"]) > 1
-        else "In brackets 95% intervals, where an evaluation gave them. "
-    )
+    head = "".join(f"<th>{escape(text)}</th>" for text in table.heads)
+    rows = [
+        f'<tr><td class="left">{escape(title.text)}</td>{"".join(map(_cell, cells))}</tr>'
+        for title, *cells in table.rows
+    ]
     return (
-        f"<h2>What each stage came to</h2><p>{spread}Point at a number to see where it is from.</p>"
-        f'<div class="wide"><table><tr><th class="left">stage</th>{head}</tr>{"".join(rows)}'
-        "</table></div>"
+        f"<h2>What each stage came to</h2><p>{table.spread} Point at a number to see where it is "
+        f'from.</p><div class="wide"><table><tr><th class="left">stage</th>{head}</tr>'
+        f"{''.join(rows)}</table></div>"
     )
 
 
-def _cell(stage: Mapping[str, Any], name: str) -> str:
-    if name not in stage["figures"]:
-        return "<td>–</td>"
-    by_seed = {
-        seed: Figure(**run["figures"][name])
-        for seed, run in stage["by_seed"].items()
-        if name in run["figures"]
-    }
-    (first, *more) = by_seed.values()
-    text = stage["figures"][name]["worded"] if more else worded(name, first)
-    source = first.source
-    if more:
-        source += "; " + ", ".join(f"seed {s}: {worded(name, f)}" for s, f in by_seed.items())
-    return f'<td title="{escape(source, quote=True)}">{escape(text)}</td>'
+def _cell(cell: Cell) -> str:
+    title = f' title="{escape(cell.source, quote=True)}"' if cell.source else ""
+    return f"<td{title}>{escape(cell.text)}</td>"
 
 
 def _made(plan: Plan, graph: Graph, statuses: Mapping[str, Status]) -> str:

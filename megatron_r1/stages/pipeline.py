@@ -62,7 +62,7 @@ def run(path: str, overrides: Mapping[str, Any], verbs: Mapping[str, str]) -> No
                     _run_plan(config, plan, graph, chosen, signals)
         finally:
             report = write_report(root, config.title, plans, graph)
-            print(f"{report}, report.json beside it", flush=True)
+            print(f"{report}; report.md and report.json beside it", flush=True)
 
 
 def _run_plan(

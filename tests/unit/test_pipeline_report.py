@@ -73,6 +73,9 @@ def test_the_page_shows_what_the_files_say(world):
     assert "R1 &lt;small&gt;" in page and "<small>" not in page
     for quantity in ("Accuracy", "Response length", "Language purity", "Reward"):
         assert quantity in shown[shown.index("Reinforcement learning") :]
+    lines = (world.out / "report.md").read_text().splitlines()
+    assert "| r1 | 55.0% (10.0–95.0) | 90.0% | 103 | 94.9% | 61.0% (50.0–72.0) | 40.0 |" in lines
+    assert len({line.count("|") for line in lines[4:]}) == 1 and "; seeds 0; " in lines[2]
     ids = re.findall(r'\bid="([^"]+)"', page)
     assert len(ids) == len(set(ids))
 
