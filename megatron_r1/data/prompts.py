@@ -12,11 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_r1.data.records import read_records, require_text
+from megatron_r1.data.records import missing, read_records, require_text
 from megatron_r1.data.tasks import generate_items
 from megatron_r1.rewards import resolve
 
 RESERVED_FIELDS = ("response", "truth", "kind")
+COLUMNS = "data.columns"
 WITHOUT_TRUTH = ("helpful", "logic", "safety")
 """Rewards that compare with nothing, or with a field of their own."""
 
@@ -139,9 +140,11 @@ def _split(
 
 
 def _require(side: str, prompts: list[Prompt], wanted: int | None, source: object) -> None:
-    if len(prompts) < (1 if wanted is None and side == "train" else wanted or 0):
+    if not prompts and wanted is None and side == "train":
+        raise ValueError(f"{source}: it holds no questions to train on")
+    if len(prompts) < (wanted or 0):
         raise ValueError(
-            f"{source}: only {len(prompts)} distinct {side} questions, {wanted or 'some'} wanted; "
+            f"{source}: only {len(prompts)} distinct {side} questions, {wanted} wanted; "
             f"ask for fewer, change the held-out share, or make the questions more varied"
         )
 
@@ -150,10 +153,10 @@ def _from_file(
     path: str | Path, kind: str | None, columns: Mapping[str, str] | None
 ) -> Iterator[Prompt]:
     for place, row in read_records(path, columns):
-        question = require_text(place, row, "question")
+        question = require_text(place, row, "question", COLUMNS)
         row_kind = row.get("kind") or kind or "math"
         if "truth" not in row and row_kind not in WITHOUT_TRUTH:
-            raise ValueError(f"{place}: 'truth' is missing (has {', '.join(row)})")
+            raise ValueError(f"{place}: 'truth' {missing(row, 'truth', COLUMNS)}")
         try:
             resolve(row_kind)
         except (ValueError, AttributeError, TypeError) as error:

@@ -31,13 +31,21 @@ def read_records(
         yield place, _rename(place, row, columns or {})
 
 
-def require_text(place: str, record: Record, name: str) -> str:
-    """record[name], which must be a string that is not blank; ValueError naming the place."""
+def require_text(place: str, record: Record, name: str, renaming: str = "") -> str:
+    """record[name], which must be a string that is not blank; ValueError naming the place.
+    renaming: see `missing`."""
     value = record.get(name)
     if not isinstance(value, str) or not value.strip():
-        found = f"is {value!r}" if name in record else f"is missing (has {', '.join(record)})"
+        found = f"is {value!r}" if name in record else missing(record, name, renaming)
         raise ValueError(f"{place}: {name!r} must be a string that is not blank, it {found}")
     return value
+
+
+def missing(record: Record, name: str, renaming: str = "") -> str:
+    """What to say of a row without `name`. renaming: the setting that says what its file calls
+    things."""
+    hint = f"; if one of them is meant: {renaming}: {{{name}: …}}" if renaming and record else ""
+    return f"is missing; the row has {', '.join(record) or 'nothing'}{hint}"
 
 
 def describe_json_error(error: Exception) -> str:

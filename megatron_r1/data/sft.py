@@ -7,6 +7,8 @@ from pathlib import Path
 from megatron_r1.data.records import read_records, require_text
 from megatron_r1.data.sampler import EpochSampler
 
+COLUMNS = "columns, beside its path in sft.data"
+
 
 @dataclass(frozen=True)
 class Example:
@@ -22,7 +24,7 @@ def load_examples(path: str | Path, columns: Mapping[str, str] | None = None) ->
     Raises ValueError with file and line for a bad row, and for a file without any.
     """
     examples = [
-        Example(require_text(place, row, "prompt"), require_text(place, row, "response"))
+        Example(*(require_text(place, row, name, COLUMNS) for name in ("prompt", "response")))
         for place, row in read_records(path, columns)
     ]
     if not examples:

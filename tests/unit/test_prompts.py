@@ -54,7 +54,7 @@ def test_columns_can_have_other_names(tmp_path):
     [
         ("{", "not JSON"),
         ("[1]", "expected an object, got list"),
-        ({"truth": 2}, "'question' must be a string that is not blank, it is missing"),
+        ({"truth": 2}, "it is missing; the row has truth; if one of them is meant: data.columns"),
         ({"question": " ", "truth": 2}, "'question' must be a string that is not blank, it is ' '"),
         ({"question": "1 + 1?"}, "'truth' is missing"),
         ({"question": "1 + 1?", "truth": 2, "kind": "maths"}, "did you mean 'math'"),
@@ -72,6 +72,8 @@ def test_sources_that_cannot_be_are_refused(tmp_path):
         load_prompts(path=tmp_path / "absent.jsonl")
     with pytest.raises(ValueError, match="either data.path or data.task"):
         load_prompts()
+    with pytest.raises(ValueError, match="it holds no questions"):
+        load_prompts(path=write_lines(tmp_path / "empty.jsonl", []))
     with pytest.raises(ValueError, match="expected a .jsonl or .parquet"):
         load_prompts(path=write_lines(tmp_path / "p.csv", ["a,b"]))
     with pytest.raises(ValueError, match="did you mean 'chain_sum'"):
