@@ -100,7 +100,7 @@ def test_the_page_shows_its_figures_and_the_reasons_of_those_that_ran():
         "runs": {"grpo": {"0": a_run(14, 0.9)}, "gspo": {"0": a_run(None, 0.5)}},
     }
     text = page.as_page(result, cores=3)
-    for shown in ("| `grpo` | 14 | 90.0% | 4.00 | 256 |", "| `gspo` | never |", "3 cores", "20.0%"):
+    for shown in ("| `grpo` | 14 | 90.0% | 256 |", "| `gspo` | never |", "3 cores", "20.0%"):
         assert shown in text
     assert CHOICES["gspo"].why in text and CHOICES["ppo"].why not in text
 

@@ -1,8 +1,8 @@
 """Every algorithm of rl/algorithms on the demo's task: the same base model, questions and settings.
 
-How many steps until 80% of a step's answers are right, held-out accuracy at the end, seconds a
-step. A pipeline underneath: runs that were stopped go on, what is done is not done again. About
-three quarters of an hour for a seed on two cores without other work.
+How many steps until 80% of a step's answers are right, and held-out accuracy at the end. A pipeline
+underneath: runs that were stopped go on, what is done is not done again. About three quarters of an
+hour for a seed on two cores without other work.
 """
 
 from __future__ import annotations

@@ -48,7 +48,6 @@ def row(runs: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     return {
         "steps": _steps([run["steps_until_target"] for run in runs]),
         "held-out": Spread.of([run["heldout"] for run in runs]).worded("accuracy"),
-        "s/step": f"{fmean(run['seconds_per_step'] for run in runs):.2f}",
         "answers": f"{fmean(run['answers_per_step'] for run in runs):,.0f}",
     }
 

@@ -21,7 +21,7 @@ seed all begin with the same base model; {before} of its held-out answers are ri
 
 *steps*: until the mean accuracy of {window} steps in a row is {target:.0%}. *held-out*: accuracy
 of sampled answers to held-out questions after the last step, mean over seeds ± deviation.
-*s/step*: the median of a run's steps. *answers*: drawn in a step; more than {outputs} where groups
+*answers*: drawn in a step; more than {outputs} where groups
 without a difference are replaced.
 
 {table}
@@ -30,9 +30,10 @@ What differs from the demo's settings, and from an algorithm's own defaults:
 
 {choices}
 
-Every step's accuracy is in [estimators.json](estimators.json).
+Every step's accuracy and a step's seconds are in [estimators.json](estimators.json); speed is
+`python tools/bench step`'s subject.
 """
-HEADS = ("steps", "held-out", "s/step", "answers")
+HEADS = ("steps", "held-out", "answers")
 
 
 def table(runs: dict[str, dict[str, dict]]) -> str:
