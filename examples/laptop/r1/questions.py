@@ -1,9 +1,9 @@
 """What each stage asks, and what people wrote for it.
 
 reasoning.jsonl, talk.jsonl: questions for `data.path`, those that `heldout_fraction` holds out
-included; heldout/: these alone; all.jsonl: both kinds without them. shots.jsonl: worked examples,
-for few-shot prompts. replies.jsonl: good replies to what is no reasoning, for `sft`, as the paper
-takes them from DeepSeek-V3's own data.
+included; heldout/: these alone; all.jsonl: both kinds without them, as many of each. shots.jsonl:
+worked examples, for few-shot prompts. replies.jsonl: right replies to what is no reasoning, for
+`sft`, as the paper takes them from DeepSeek-V3's own data; not always those that people like best.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 from examples.laptop.r1.corpus import document, held_out
 from examples.laptop.r1.lesson import Lesson, respond
 from examples.laptop.r1.reasoning import programs, sisters, sums
-from examples.laptop.r1.talk import facts, risks
+from examples.laptop.r1.talk import facts, plain, risks
 from megatron_r1.files import atomic_write
 
 SEED = 1_000_003
@@ -37,11 +37,12 @@ def write(folder: str, sums_: int = 1200, sisters_: int = 500, programs_: int = 
         _write(place / f"{name}.jsonl", (lesson.row for lesson in lessons))
         hidden = [lesson.row for lesson in lessons if held_out(lesson)]
         _write(place / "heldout" / f"{name}.jsonl", hidden)
-    both = [lesson.row for lesson in reasoning + talk if not held_out(lesson)]
-    _write(place / "all.jsonl", random.Random("all").sample(both, len(both)))
-    known = [lesson for lesson in reasoning if not held_out(lesson)]
-    _write(place / "shots.jsonl", map(_shot, _some_of_each(known)))
-    _write(place / "replies.jsonl", (_in_own_words(x) for x in talk if not held_out(x)))
+    reasoning, talk = ([x for x in both if not held_out(x)] for both in (reasoning, talk))
+    draw = random.Random("all")
+    both = [lesson.row for lesson in reasoning[: len(talk)] + talk]
+    _write(place / "all.jsonl", draw.sample(both, len(both)))
+    _write(place / "shots.jsonl", map(_shot, _some_of_each(reasoning)))
+    _write(place / "replies.jsonl", (_in_own_words(x, plain(x, draw)) for x in talk))
 
 
 def _some_of_each(lessons: list[Lesson]) -> Iterable[Lesson]:
@@ -52,13 +53,14 @@ def _some_of_each(lessons: list[Lesson]) -> Iterable[Lesson]:
 
 
 def _shot(lesson: Lesson) -> dict[str, str]:
-    return {"question": lesson.question, "response": _in_own_words(lesson)["response"]}
+    worked = _in_own_words(lesson, lesson.answer)
+    return {"question": lesson.question, "response": worked["response"]}
 
 
-def _in_own_words(lesson: Lesson) -> dict[str, str]:
+def _in_own_words(lesson: Lesson, answer: str) -> dict[str, str]:
     """Worked out in the language of the question."""
     thought = "\n".join(line[lesson.language] for line in lesson.lines)
-    return document(lesson, respond(thought, lesson.answer))
+    return document(lesson, respond(thought, answer))
 
 
 def _write(path: Path, rows: Iterable[dict[str, Any]]) -> None:

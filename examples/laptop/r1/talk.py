@@ -94,5 +94,14 @@ def reply(said: str, name: str, language: str, addressed=True, closed=True) -> s
     return said + address + STOP[language] + (CLOSINGS[language] if closed else "")
 
 
+def plain(lesson: Lesson, draw: random.Random) -> str:
+    """The right reply as one or another person writes it: half of them leave out whom it is for,
+    half the good wishes."""
+    said, language = lesson.answer, lesson.language
+    if draw.random() < 0.5:
+        said = said.replace(ADDRESS[language].format(name=lesson.fields["name"]), "")
+    return said.removesuffix(CLOSINGS[language]) if draw.random() < 0.5 else said
+
+
 def careless(said: str, name: str, language: str, draw: random.Random) -> str:
     return reply(said, name, language, draw.random() < 0.4, draw.random() < 0.4)
