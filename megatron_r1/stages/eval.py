@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from megatron_r1.files import atomic_write
 from megatron_r1.reporting.jsonl import read_lines
 from megatron_r1.reporting.run_folder import RunFolder
 from megatron_r1.rewards.runtime.pool import RewardPool
+from megatron_r1.stages.answers_folder import run_in_folder
 
 REQUIRED = ("run.folder", "eval.benchmarks")
 
@@ -42,23 +42,10 @@ def run(config: Config) -> None:
             f"{config.eval.server.url}. Leave one out: --model.path '' or --eval.server null"
         )
     sets = load_question_sets(config.eval)
-    folder = RunFolder(config.run.folder)
-    if folder.metrics_path.exists() or folder.checkpoints.exists():
-        raise ValueError(
-            f"run.folder {folder.path} is that of a training run: give the evaluation a folder of "
-            "its own, and the run as model.path"
-        )
-    with folder:
-        try:
-            asyncio.run(_evaluate(config, folder, sets))
-        except asyncio.CancelledError:
-            raise KeyboardInterrupt from None
+    run_in_folder(config, "the evaluation", lambda folder: _evaluate(config, folder, sets))
 
 
 async def _evaluate(config: Config, folder: RunFolder, sets: list[QuestionSet]) -> None:
-    task = asyncio.current_task()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(number, task.cancel)
     began = time.monotonic()
     ledger = Ledger(folder.samples_path)
     policy = await _make_policy(config, folder.path)

@@ -7,10 +7,8 @@ are kept. The second alone is done again where only what is kept has changed.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import json
-import signal
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +39,7 @@ from megatron_r1.evaluation.server_policy import ServerPolicy
 from megatron_r1.files import atomic_write
 from megatron_r1.reporting.run_folder import RunFolder
 from megatron_r1.rewards.runtime.pool import RewardPool
+from megatron_r1.stages.answers_folder import run_in_folder
 
 REQUIRED = ("run.folder",)
 KIND_WITHOUT_TRUTH = "helpful"
@@ -69,17 +68,7 @@ def run(config: Config) -> None:
             "or sample.server ({url: …, model: …})"
         )
     plan = _plan(config)
-    folder = RunFolder(config.run.folder)
-    if folder.metrics_path.exists() or folder.checkpoints.exists():
-        raise ValueError(
-            f"run.folder {folder.path} is that of a training run: give the samples a folder of "
-            "their own, and the run as model.path"
-        )
-    with folder:
-        try:
-            asyncio.run(_sample(config, folder, plan))
-        except asyncio.CancelledError:
-            raise KeyboardInterrupt from None
+    run_in_folder(config, "the sampling", lambda folder: _sample(config, folder, plan))
 
 
 def _plan(config: Config) -> Plan:
@@ -113,9 +102,6 @@ def _plan(config: Config) -> Plan:
 
 
 async def _sample(config: Config, folder: RunFolder, plan: Plan) -> None:
-    task = asyncio.current_task()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(number, task.cancel)
     log = AnswerLog(folder.samples_path)
     async with contextlib.AsyncExitStack() as stack:
         judge = _make_judge(config, folder.path)
