@@ -30,7 +30,7 @@ Lines = list[dict[str, Any]]
 
 def curves_section(plans: Sequence[Plan], graph: Graph) -> str:
     """One figure per quantity, a curve per RL stage, each over its own steps: the mean of the
-    seeds."""
+    seeds. Held-out points have their 95% interval, of several seeds the lowest and the highest."""
     trained = _read(plans, graph, "metrics.jsonl")
     stages = [
         name for name, runs in trained.items() if any("reward/mean" in r[-1] for r in runs if r)
@@ -51,10 +51,13 @@ def curves_section(plans: Sequence[Plan], graph: Graph) -> str:
                 f"<figure><figcaption><b>{escape(label)}</b><span>{escape(meaning)}</span>"
                 f"</figcaption>{plot}</figure>"
             )
-    seeds = f", the mean of {len(plans)} seeds" if len(plans) > 1 else ""
+    seeds, bars = "", "95% intervals"
+    if len(plans) > 1:
+        seeds, bars = f", the mean of {len(plans)} seeds", "from the lowest seed to the highest"
     return (
         f"<h2>Reinforcement learning</h2><p>Every RL stage over its own steps{seeds}; each step "
-        f'faint, the moving mean bold.</p><div class="plots pair">{"".join(figures)}</div>'
+        f"faint, the moving mean bold; bars: {bars}.</p>"
+        f'<div class="plots pair">{"".join(figures)}</div>'
     )
 
 
@@ -70,34 +73,38 @@ def _inks(count: int) -> list[str]:
 
 
 def _curve(title: str, runs: Sequence[Lines], key: str, ink: str) -> list[Curve]:
-    steps, means = _mean_by_step(runs, key)
-    return [Curve(title, steps, means, ink)] if len(steps) else []
+    by_step = _by_step(runs, key)
+    return [Curve(title, *_means(by_step), ink)] if by_step else []
 
 
 def _points(runs: Sequence[Lines], key: str, ink: str) -> list[Curve]:
-    steps, means = _mean_by_step(runs, key)
-    if not len(steps):
+    by_step = _by_step(runs, key)
+    if not by_step:
         return []
-    low = high = None
-    if len(runs) == 1:  # of a mean over seeds they would not be the interval
-        by_step = {line["step"]: line for line in runs[0]}
-        name = key.removeprefix("eval/")
-        low, high = (
-            np.array([_or_nan(by_step[step], f"interval/{name}/{end}") for step in steps])
+    if len(runs) == 1:
+        lines, name = {line["step"]: line for line in runs[0]}, key.removeprefix("eval/")
+        ends = [
+            [_or_nan(lines[step], f"interval/{name}/{end}") for step in by_step]
             for end in ("low", "high")
-        )
+        ]
+    else:
+        ends = [[end(values) for values in by_step.values()] for end in (min, max)]
     # matplotlib leaves what begins with _ out of its legend.
-    return [Curve("_held-out", steps, means, ink, "o", low, high)]
+    return [Curve("_held-out", *_means(by_step), ink, "o", *map(np.array, ends))]
 
 
-def _mean_by_step(runs: Sequence[Lines], key: str) -> tuple[np.ndarray, np.ndarray]:
+def _by_step(runs: Sequence[Lines], key: str) -> dict[int, list[float]]:
+    """Step → the values of the runs that have one, in the order of steps."""
     by_step: dict[int, list[float]] = {}
     for run in runs:
         for line in run:
             if (value := finite(line, key)) is not None:
                 by_step.setdefault(int(line["step"]), []).append(value)
-    steps = sorted(by_step)
-    return np.array(steps, dtype=float), np.array([fmean(by_step[step]) for step in steps])
+    return dict(sorted(by_step.items()))
+
+
+def _means(by_step: Mapping[int, Sequence[float]]) -> tuple[np.ndarray, np.ndarray]:
+    return np.array([*by_step], dtype=float), np.array([fmean(v) for v in by_step.values()])
 
 
 def _or_nan(line: Mapping[str, Any], key: str) -> float:

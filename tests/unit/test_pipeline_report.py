@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from pipeline_world import World
 
+from megatron_r1.pipeline import curves
 from megatron_r1.pipeline.drawing import BOX_HEIGHT, BOX_WIDTH, Box, graph_svg
 from megatron_r1.pipeline.figures import Figure, Spread, figures_of, headline, worded
 
@@ -87,7 +88,20 @@ def test_several_seeds_are_a_mean_and_its_deviation(world):
     assert figure["accuracy"]["values"] == pytest.approx(values)
     assert figure["accuracy"]["mean"] == pytest.approx(np.mean(values))
     assert figure["accuracy"]["deviation"] == pytest.approx(np.std(values, ddof=1))
-    assert "R1-Zero 38.3% ± 15.3" in text_of((world.out / "report.html").read_text())
+    shown = text_of((world.out / "report.html").read_text())
+    assert "R1-Zero 38.3% ± 15.3" in shown
+    assert "the mean of 3 seeds" in shown and "from the lowest seed to the highest" in shown
+
+
+def test_held_out_points_span_the_seeds_or_their_own_interval():
+    runs = [
+        [{"step": 0, "eval/pass@1": value, "interval/pass@1/low": 0.1, "interval/pass@1/high": 0.9}]
+        for value in (0.2, 0.3, 0.7)
+    ]
+    [several] = curves._points(runs, "eval/pass@1", "accent")
+    assert (several.low[0], several.values[0], several.high[0]) == (0.2, pytest.approx(0.4), 0.7)
+    [one] = curves._points(runs[:1], "eval/pass@1", "accent")
+    assert (one.low[0], one.values[0], one.high[0]) == (0.1, 0.2, 0.9)
 
 
 def test_a_report_of_a_pipeline_that_failed_says_so(world):
