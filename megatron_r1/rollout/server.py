@@ -22,6 +22,7 @@ from megatron_r1.rollout.errors import EngineError
 
 STOP_GRACE_SECONDS = 5.0
 POLL_SECONDS = 0.05
+EXCERPT_BYTES = 2**18  # that are read of a log's beginning, and of its end
 LINE_CHARS = 300  # vLLM names its several hundred architectures when it does not know one
 # "ValueError: ..." or pydantic's "Value error, ...", whatever stands before it.
 ERROR_LINE = re.compile(
@@ -229,7 +230,11 @@ class EngineServer:
         """The root cause and the last lines of what this process wrote."""
         with self.log_path.open("rb") as log:
             log.seek(self._log_start)
-            return excerpt(log.read().decode(errors="replace"))
+            text = log.read(EXCERPT_BYTES)
+            # An engine that dies with hundreds of requests says the same for each of them.
+            end = log.seek(0, os.SEEK_END)
+            log.seek(max(self._log_start + len(text), end - EXCERPT_BYTES))
+            return excerpt((text + log.read()).decode(errors="replace"))
 
 
 def excerpt(log: str, num_last_lines: int = 5) -> str:

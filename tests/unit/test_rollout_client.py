@@ -164,6 +164,14 @@ def test_the_root_cause_comes_before_its_echoes():
     assert shown[-1] == "  RuntimeError: Engine core initialization failed. See root cause above."
 
 
+def test_a_log_that_repeats_itself_for_every_request_is_read_at_both_ends(tmp_path):
+    server = EngineServer(tmp_path, tmp_path / "engine.log")
+    echo = "(APIServer pid=1) ERROR 01-31 12:00:01 [a.py:1] DeadError: see above\n"
+    server.log_path.write_text(f"ValueError: the cause\n{echo * 200_000}OSError: the end\n")
+    shown = server.log_excerpt().splitlines()
+    assert shown[0] == "  ValueError: the cause" and shown[-1] == "  OSError: the end"
+
+
 def test_a_fleet_without_engines_and_a_call_before_start_are_refused(tmp_path):
     with pytest.raises(ValueError, match="num_engines is 0"):
         RolloutFleet(0, tmp_path)

@@ -33,6 +33,7 @@ def register() -> None:
         if name not in WeightTransferEngineFactory._registry:
             WeightTransferEngineFactory.register_engine(name, module, class_name)
     cpu_mends.mend_strided_rotary()
+    cpu_mends.seed_whole_prompts_only()
     cpu_mends.keep_matrices_plain()
     cpu_parallel.mend()
     cpu_fp8.mend()

@@ -1,8 +1,8 @@
-"""Three bugs of vLLM 0.32's CPU build that give wrong log-probabilities without any error, and a
-habit that makes pushes slow.
+"""Three bugs of vLLM 0.32's CPU build that give wrong log-probabilities without any error, one that
+ends the engine, and a habit that makes pushes slow.
 
 Each mend is active on CPU only and goes when upstream is fixed; tests/system/test_engine.py
-compares with transformers and fails without any one of the three.
+compares with transformers and fails without any one of the four.
 """
 
 import os
@@ -81,6 +81,34 @@ def repack_output_head(model: torch.nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, ParallelLMHead):
             module.quant_method.process_weights_after_loading(module)
+
+
+def seed_whole_prompts_only() -> None:
+    """Let a request with a seed draw from its generator once its prompt is computed, not before.
+
+    Answers vllm/v1/worker/gpu_model_runner.py:3500 (`_bookkeeping_sync`): where a step computes a
+    part of a prompt - many have come at once - the token drawn after it is thrown away and the
+    request's generator set back, which a CPU's cannot ("CPU Generator does not use offset"), and
+    the engine is dead.
+    """
+    if not current_platform.is_cpu():
+        return
+    from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+
+    upstream = CPUModelRunner.sample_tokens
+    if getattr(upstream, "mended", False):
+        return
+
+    def sample_tokens(self: CPUModelRunner, *args: object) -> object:
+        generators = self.input_batch.generators
+        is_partial = self.discard_request_mask.np[: self.input_batch.num_reqs]
+        kept = {int(i): generators.pop(int(i)) for i in is_partial.nonzero()[0] if i in generators}
+        output = upstream(self, *args)
+        generators.update(kept)
+        return output
+
+    sample_tokens.mended = True
+    CPUModelRunner.sample_tokens = sample_tokens
 
 
 def keep_matrices_plain() -> None:
