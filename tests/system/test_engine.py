@@ -304,9 +304,9 @@ def test_other_models_and_no_orphans(family, models, oracle, tmp_path):
                 await client.resume()
                 after = await sample(client)
                 await running
-                return before, after
+                return before, after, await seeded(client)
 
-        before, after = asyncio.run(sample_and_push())
+        before, after, (together, alone) = asyncio.run(sample_and_push())
         core = engine_core_of(int(pid))
     finally:
         parent.kill()
@@ -314,11 +314,24 @@ def test_other_models_and_no_orphans(family, models, oracle, tmp_path):
     assert largest_difference(oracle, a, before) <= TOLERANCE
     assert largest_difference(oracle, b, after) <= TOLERANCE
     assert (stamped(before), stamped(after)) == ({0}, {1})
+    assert together == alone
     deadline = time.monotonic() + 10
     while any(is_running(p) for p in (int(pid), core)) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not is_running(int(pid))
     assert not is_running(core)
+
+
+async def seeded(client):
+    """Responses to prompts of which a step computes some in parts, and to the same one by one."""
+    prompts = np.random.default_rng(0).integers(3, 60, (40, 200)).tolist()
+
+    async def respond(number):
+        [only] = await client.generate(prompts[number], n=1, max_tokens=4, seed=number)
+        return only.token_ids
+
+    together = await asyncio.gather(*map(respond, range(40)))
+    return together[::5], [await respond(number) for number in range(0, 40, 5)]
 
 
 async def connect(client, trainer):
