@@ -17,12 +17,12 @@ TEXT = """# Every estimator on the demo's task
 
 Every algorithm of `rl.algorithm` trains the demo's base model on the demo's questions with the
 demo's settings (examples/laptop): sums of three digits, {steps} steps of {outputs} answers. Of a
-seed all begin with the same base model; {before} of its held-out answers are right.
+seed all begin with the same base model; {before} of its held-out answers are right, the mean of
+what the runs measured before their first step.
 
 *steps*: until the mean accuracy of {window} steps in a row is {target:.0%}. *held-out*: accuracy
-of sampled answers to held-out questions after the last step, mean over seeds ± deviation.
-*answers*: drawn in a step; more than {outputs} where groups
-without a difference are replaced.
+of sampled answers to held-out questions after the last step; of several seeds mean ± deviation.
+*answers*: drawn in a step; more than {outputs} where groups without a difference are replaced.
 
 {table}
 
