@@ -4,6 +4,7 @@ import fcntl
 import os
 import socket
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -89,9 +90,9 @@ class RunFolder:
     def has_begun(self) -> bool:
         """Whether there is anything of a run that other settings would not have made: a run that
         failed before its first line may be started anew."""
-        files = [self.metrics_path, self.samples_path, self.evaluations_path]
-        for place in (self.sample_log, self.checkpoints, self.hf):
-            files += place.rglob("*")
+        lines = (self.metrics_path, self.samples_path, self.evaluations_path)
+        places = (self.sample_log, self.checkpoints, self.hf)
+        files = chain(lines, *(place.rglob("*") for place in places))
         return any(path.is_file() and path.stat().st_size for path in files)
 
     def read_config(self) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from megatron_r1.weights.stored import fp8
 from megatron_r1.weights.stored.safetensors_file import SafetensorsFile
+from megatron_r1.weights.stored.weight_files import INDEX, SINGLE
 
 FILE = "fp8_scales.safetensors"
 """In a converted checkpoint: the scales alone, 1/4096 of the FP8 weights' bytes."""
@@ -38,10 +39,10 @@ class KnownScales:
 def _files(folder: Path) -> list[Path]:
     if (folder / FILE).is_file():
         return [folder / FILE]
-    index = folder / "model.safetensors.index.json"
+    index = folder / INDEX
     if index.is_file():
         placed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         # A checkpoint whose weights are elsewhere may still give its configuration.
         names = sorted({file for name, file in placed.items() if fp8.is_scale(name)})
         return [folder / name for name in names if (folder / name).is_file()]
-    return [path for path in [folder / "model.safetensors"] if path.is_file()]
+    return [path for path in [folder / SINGLE] if path.is_file()]
