@@ -202,7 +202,7 @@ def test_what_the_user_got_wrong_raises(graders):
             await pool.grade("maths", "?", None)
         with pytest.raises(ValueError, match="no_such_module"):
             await pool.grade("no_such_module:grade", "?", None)
-        with pytest.raises(ValueError, match="no attribute 'odd'"):
+        with pytest.raises(ValueError, match="has no function odd"):
             await pool.grade("graders:odd", "?", None)
         with pytest.raises(ValueError, match="must be JSON"):
             await pool.grade("math", "?", object())
