@@ -19,6 +19,7 @@ from megatron_r1.config.sample import SampleConfig
 from megatron_r1.config.section import Section
 from megatron_r1.config.teacher import TeacherConfig
 from megatron_r1.config.training import FP8Config, OptimizerConfig, ParallelConfig, SFTConfig
+from megatron_r1.config.yaml_text import read_yaml
 from megatron_r1.evaluation.settings import EvalConfig
 
 
@@ -135,9 +136,9 @@ def load(
     if not path.is_file():
         raise ValueError(f"recipe {path}: no such file")
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"recipe {path}: not YAML: {error}") from None
+        tree = read_yaml(path.read_text(encoding="utf-8")) or {}
+    except ValueError as error:
+        raise ValueError(f"recipe {path}: {error}") from None
     if not isinstance(tree, dict):
         raise ValueError(
             f"recipe {path}: must be a mapping of sections, found {type(tree).__name__}"

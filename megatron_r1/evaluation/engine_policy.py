@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -9,38 +10,35 @@ from typing import Any
 from megatron_r1.config import Config
 from megatron_r1.data.shots import FewShotText, Shots
 from megatron_r1.data.text import PromptText
-from megatron_r1.evaluation.model_folder import fingerprint
+from megatron_r1.evaluation.model_folder import fingerprint, require_weights
 from megatron_r1.evaluation.policies import Answer, Decoding
 from megatron_r1.rollout.context import context_length
 from megatron_r1.rollout.fleet import RolloutFleet
 from megatron_r1.rollout.parallelism import check_engines, engine_settings
+from megatron_r1.rollout.placement import growing, placed, server_maker
 
 
 class EnginePolicy:
-    """The same engines, prompts and sampling as in training (`rollout`)."""
+    """The same engines, prompts, sampling and hosts as in training (`rollout`)."""
 
     def __init__(
         self,
         config: Config,
         model: Path,
         decoding: Decoding,
-        log_folder: Path,
+        folder: Path,
         shots: Shots | None = None,
     ) -> None:
-        """shots: worked examples before every question. Raises ValueError for a folder without
-        config or tokenizer, and for engines on other hosts."""
-        if config.rollout.placement != "local":
-            raise ValueError(
-                f"rollout.placement: {config.rollout.placement} is for rl: sample and eval start "
-                "engines on this host; leave it out, or name a served model (sample.server, "
-                "eval.server)"
-            )
+        """folder: of the evaluation or sampling; gets `logs/`, and engine hosts look there for
+        their controller. shots: worked examples before every question. Raises ValueError for a
+        model without config, weights or tokenizer."""
+        require_weights(model)
         config = config.model_copy(
             update={"model": config.model.model_copy(update={"path": str(model)})}
         )
         rollout = config.rollout
         self._config, self._model, self._decoding = config, model, decoding
-        self._log_folder = log_folder
+        self._folder = folder
         template = config.data.template
         self._text = (
             FewShotText(str(model), template, shots) if shots else PromptText(str(model), template)
@@ -48,6 +46,7 @@ class EnginePolicy:
         self._room = context_length(config)
         check_engines(config, json.loads((model / "config.json").read_text(encoding="utf-8")))
         self._fleet: RolloutFleet | None = None
+        self._open = contextlib.AsyncExitStack()
         self.concurrency = rollout.engines * rollout.data * rollout.max_num_seqs
         self.identity: dict[str, Any] = {
             "weights": fingerprint(model),
@@ -59,20 +58,28 @@ class EnginePolicy:
     async def start(self) -> None:
         from megatron_r1 import platform  # imports torch
 
+        def say(message: str) -> None:
+            print(message, flush=True)
+
         rollout = self._config.rollout
+        # Engines read the weights from the model's folder: no memory need be shared with a trainer.
+        hosts = await self._open.enter_async_context(placed(rollout, self._folder, False, say))
         self._fleet = RolloutFleet(
             rollout.engines,
-            self._log_folder,
+            self._folder / "logs",
             start_timeout_seconds=rollout.start_timeout_seconds,
             request_timeout_seconds=rollout.request_timeout_seconds,
             max_restarts=rollout.max_restarts,
             unresponsive_seconds=rollout.unresponsive_seconds,
-            say=lambda message: print(message, flush=True),
+            say=say,
+            make_server=server_maker(hosts),
             device="cuda" if platform.has_gpu() else "cpu",
             max_model_len=self._room,
             **engine_settings(rollout),
         )
+        self._open.push_async_callback(self._fleet.close)
         await self._fleet.start(self._model)
+        await self._open.enter_async_context(growing(self._fleet, hosts))
 
     async def answer(self, question: str, seed: int) -> Answer:
         assert self._fleet is not None, "start() was not called"
@@ -99,5 +106,4 @@ class EnginePolicy:
         )
 
     async def close(self) -> None:
-        if self._fleet is not None:
-            await self._fleet.close()
+        await self._open.aclose()

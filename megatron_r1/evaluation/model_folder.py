@@ -6,6 +6,7 @@ import hashlib
 from pathlib import Path
 
 from megatron_r1.training.checkpoints.finding import STATE_FILE, whole
+from megatron_r1.weights.stored.weight_files import weight_files
 
 NUM_BLOCKS, BLOCK_BYTES = 16, 65_536
 WEIGHTS = ("*.safetensors", "*.bin", "*.json", "tokenizer.model")
@@ -35,6 +36,16 @@ def find_model(path: str) -> tuple[Path, bool]:
         f"model.path {path}: neither a Hugging Face folder (no config.json) nor a run's folder "
         "(no hf/ and no checkpoints/)"
     )
+
+
+def require_weights(folder: Path) -> None:
+    """Raises ValueError for a model folder that an engine would find nothing to load in."""
+    if any(folder.glob("*.bin")):  # older than safetensors; engines read them, too
+        return
+    try:
+        weight_files(folder)
+    except ValueError as error:
+        raise ValueError(f"model.path: {error}; give a folder with weights") from None
 
 
 def fingerprint(folder: Path) -> str:

@@ -29,12 +29,32 @@ def check(plan: Plan, verbs: Mapping[str, str], files: bool = True) -> None:
     for stage in plan.stages.values():
         try:
             _check_stage(plan, stage, verbs)
-            if files:
-                _check_files(plan, stage)
         except ValueError as error:
             mistakes.append(str(error))
+    if files:
+        mistakes += missing_files(plan)
     if mistakes:
         raise ValueError("\n".join(mistakes))
+
+
+def missing_files(plan: Plan) -> list[str]:
+    """A line for every file or folder that settings name, no stage makes and nobody has put
+    there."""
+    named = []
+    for stage in plan.stages.values():
+        where = f"{plan.path}: stages.{stage.name}"
+        for name, server in stage.config.serve.items():
+            named.append((f"{where}: serve.{name}.model", server.model))
+        for place, text in texts({} if stage.is_function else stage.told):
+            section, _, key = place.partition(".")
+            # A benchmark's path may be its name on the hub.
+            if key.rpartition("_")[2] in FILES and "." not in key and section != "eval":
+                named.append((f"{where}: {section}.{key}", text))
+    return [
+        f"{place}: {path}: no such file or folder (relative to {Path.cwd()})"
+        for place, path in named
+        if path and not REFERENCE.search(path) and not Path(path).exists()
+    ]
 
 
 def _check_stage(plan: Plan, stage: Stage, verbs: Mapping[str, str]) -> None:
@@ -53,22 +73,6 @@ def _check_stage(plan: Plan, stage: Stage, verbs: Mapping[str, str]) -> None:
             shlex.split(text)
         except ValueError as error:
             raise ValueError(f"{where}: launch: {text!r}: {error}") from None
-
-
-def _check_files(plan: Plan, stage: Stage) -> None:
-    where = f"{plan.path}: stages.{stage.name}"
-    for name, server in stage.config.serve.items():
-        _must_exist(f"{where}: serve.{name}.model", server.model)
-    for place, text in texts({} if stage.is_function else stage.told):
-        section, _, key = place.partition(".")
-        # A benchmark's path may be its name on the hub.
-        if key.rpartition("_")[2] in FILES and "." not in key and section != "eval":
-            _must_exist(f"{where}: {section}.{key}", text)
-
-
-def _must_exist(place: str, path: str) -> None:
-    if path and not REFERENCE.search(path) and not Path(path).exists():
-        raise ValueError(f"{place}: {path}: no such file or folder (relative to {Path.cwd()})")
 
 
 def _check_function(where: str, function: str, arguments: Mapping[str, Any]) -> None:

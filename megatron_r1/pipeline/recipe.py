@@ -6,10 +6,10 @@ import re
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from megatron_r1.config.section import Section
+from megatron_r1.config.yaml_text import read_yaml
 from megatron_r1.pipeline.references import protect, unprotect
 from megatron_r1.suggestion import did_you_mean
 
@@ -109,7 +109,8 @@ class StageConfig(Section):
         for name in wrong:
             if getattr(self, name):
                 right = "arguments" if self.verb == MAKE else "settings"
-                raise ValueError(f"{name} is not for verb {self.verb}; it has {right}")
+                near = "" if self.verb == MAKE else did_you_mean(self.verb, [MAKE], "{}")
+                raise ValueError(f"{name} is not for verb {self.verb}{near or f'; it has {right}'}")
         if self.verb == MAKE and not re.fullmatch(r"[\w.]+:\w+", self.function):
             raise ValueError(
                 f"function: make needs one, as package.module:name, got {self.function!r}"
@@ -154,9 +155,9 @@ def read_tree(path: Path, what: str = "recipe") -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"{what} {path}: no such file")
     try:
-        tree = unprotect(yaml.safe_load(protect(path.read_text(encoding="utf-8"))) or {})
-    except yaml.YAMLError as error:
-        raise ValueError(f"{what} {path}: not YAML: {unprotect(str(error))}") from None
+        tree = unprotect(read_yaml(protect(path.read_text(encoding="utf-8"))) or {})
+    except ValueError as error:
+        raise ValueError(f"{what} {path}: {unprotect(str(error))}") from None
     if not isinstance(tree, dict):
         raise ValueError(
             f"{what} {path}: must be a mapping of sections, found {type(tree).__name__}"

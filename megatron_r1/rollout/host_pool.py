@@ -169,8 +169,8 @@ class HostPool:
             return
         if host is None:
             host = self._hosts[identity] = Host(report, now, now)
-            noun = "engines" if self.hosts_per_engine == 1 else "parts of engines"
-            self.say(f"host {report.name} is here, with room for {report.num_engines} {noun}")
+            what = "engines" if self.hosts_per_engine == 1 else "parts of engines"
+            self.say(f"host {report.name} is here, room for {what}: {report.num_engines}")
         host.report, host.heard, host.reached = report, now, now
         for engine in report.engines:
             server = self._placed.get(engine.engine)

@@ -80,7 +80,7 @@ async def _make_policy(config: Config, folder: Path) -> Policy:
     from megatron_r1.stages.export import model_to_serve
 
     model = await model_to_serve(config, folder)
-    return EnginePolicy(config, model, decoding, folder / "logs")
+    return EnginePolicy(config, model, decoding, folder)
 
 
 def _write_results(

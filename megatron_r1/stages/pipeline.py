@@ -5,13 +5,14 @@ from __future__ import annotations
 import importlib
 import os
 import shlex
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from megatron_r1.pipeline import record, serving
-from megatron_r1.pipeline.check import check
+from megatron_r1.pipeline.check import check, missing_files
 from megatron_r1.pipeline.figures import figures_of, headline
 from megatron_r1.pipeline.graph import Graph
 from megatron_r1.pipeline.locks import is_locked
@@ -52,6 +53,8 @@ def run(path: str, overrides: Mapping[str, Any], verbs: Mapping[str, str]) -> No
         return
     if config.dry:
         _print_commands(plans, graph, chosen)
+        for line in missing_files(plans[0]):
+            print(f"missing yet: {line}", file=sys.stderr)
         return
     with RunFolder(root):
         for plan in plans:

@@ -147,7 +147,7 @@ async def _make_policy(config: Config, folder: Path, shots: Shots | None) -> Pol
     from megatron_r1.stages.export import model_to_serve
 
     model = await model_to_serve(config, folder)
-    return EnginePolicy(config, model, decoding, folder / "logs", shots)
+    return EnginePolicy(config, model, decoding, folder, shots)
 
 
 def _settings_that_matter(config: Config, policy: Policy, shots: Shots | None) -> dict[str, Any]:

@@ -5,24 +5,28 @@ The nodes are this machine's; engines share its memory, so weights travel throug
 """
 
 import re
+import subprocess
 import sys
 import time
 
 import pytest
 import slurm_cluster
-from small_run import ROOT, environment, metrics
+from small_run import ROOT, SUMS, environment, metrics
+
+from megatron_r1.rollout.server import engine_environment
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(slurm_cluster.obstacle() is not None, reason=str(slurm_cluster.obstacle())),
 ]
 SCRIPTS = ROOT / "examples" / "slurm"
+STAGE = ROOT / "examples" / "deepseek_r1" / "stage.sbatch"
 MINUTES = 60
 
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
-    with slurm_cluster.Cluster(tmp_path_factory.mktemp("slurm"), num_nodes=2) as cluster:
+    with slurm_cluster.Cluster(tmp_path_factory.mktemp("slurm"), num_nodes=3) as cluster:
         yield cluster
 
 
@@ -129,3 +133,66 @@ def test_pools_are_requeued_in_the_middle(cluster, submit, tmp_path):
     again_at_once(cluster, job)
     assert completed(cluster, job, tmp_path) == list(range(1, 41))
     assert "continuing after step" in (tmp_path / "output").read_text()
+
+
+@pytest.fixture
+def stage(cluster, recipe, tmp_path):
+    """Submits a stage of examples/deepseek_r1 and waits for its end; what it has said."""
+    jobs = []
+
+    def stage(verb, num_nodes, *options, **variables):
+        env = environment() | {"RANKS": "1", "TRANSPORT": "shm", "GLOO_SOCKET_IFNAME": "lo"}
+        # Of engines without a GPU, which this project's own launcher sets.
+        env |= engine_environment("cpu", 1, 1) | {"VLLM_HOST_IP": "127.0.0.1"}
+        jobs.append(
+            cluster.submit(
+                *(f"--output={tmp_path}/output", "--nodes", num_nodes, STAGE),
+                *(sys.executable, "-m", "megatron_r1", verb, recipe, *options),
+                *("--rollout.hosts_address", "127.0.0.1"),
+                env=env | {"RUN": str(tmp_path / "run")} | variables,
+                folder=ROOT,
+            )
+        )
+        state = cluster.wait(jobs[-1], "COMPLETED", "FAILED", seconds=8 * MINUTES)
+        said = (tmp_path / "output").read_text()
+        assert state == "COMPLETED", said[-3000:]
+        return said
+
+    yield stage
+    for job in jobs:
+        cluster.run("scancel", job)
+        cluster.wait(job, "CANCELLED", "COMPLETED", "FAILED", seconds=60)
+
+
+def test_a_sampling_stage_has_its_engine_on_several_nodes(stage, tmp_path):
+    anything = ("--sample.keep.min_accuracy", "0", "--sample.samples", "2")
+    said = stage(
+        *("sample", "2", *anything, "--rollout.data", "2"),
+        *("--sample.filters", "{format: false, truncated: false, language: false}"),
+        HOSTS_PER_ENGINE="2",
+    )
+    assert "the run is over" in said
+    samples = (tmp_path / "run" / "samples.jsonl").read_text().splitlines()
+    assert len(samples) == 2 * len(SUMS)
+    logs = {log.name for log in (tmp_path / "run" / "logs").glob("engine-*.log")}
+    assert logs == {"engine-0.log", "engine-0-part-1.log"}
+
+
+def test_a_stage_serves_its_reward_model_on_nodes_of_its_own(stage, tmp_path):
+    code = "import sys; from pathlib import Path; from reward_model_data import write_reward_model"
+    model, system = tmp_path / "reward_model", ROOT / "tests" / "system"
+    subprocess.run(
+        [sys.executable, "-c", f"{code}; write_reward_model(Path(sys.argv[1]))", model],
+        check=True,
+        env=environment() | {"PYTHONPATH": str(system)},
+    )
+    stage(
+        *("rl", "3", "--rewards.options.helpful.model", "helpful"),
+        *("--rewards.weights", "{accuracy: 1.0, helpful: 1.0}"),
+        SERVED=f"helpful={model}",
+        SERVED_NODES="2",
+        SERVED_OPTIONS="--enforce-eager --dtype float32",
+        HOSTS_PER_ENGINE="1",
+    )
+    rewards = [line["helpful/mean"] for line in metrics(tmp_path / "run")]
+    assert len(rewards) == 3 and all(0 < reward < 1 for reward in rewards)

@@ -9,6 +9,7 @@ from command_line import write_model
 from tiny_models import QWEN
 
 TEMPLATE = "[user] {question}\n[assistant] {response}<eos>"
+CHAT_TEMPLATE = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}"
 KIND = ["Gladly!", "With pleasure.", "Sure, here it is.", "Of course."]
 RUDE = ["Go away!", "Not my job.", "No chance, fool.", "Ask others."]
 
@@ -27,6 +28,27 @@ def write_language_model(folder: Path, shape: dict = QWEN) -> None:
     AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)).float().save_pretrained(
         folder
     )
+
+
+def write_reward_model(folder: Path) -> None:
+    """A Qwen2 with one random score, large enough to tell texts apart, and a chat template."""
+    import torch
+    from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+
+    folder.mkdir()
+    write_model(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.save_pretrained(folder)
+    config = {**QWEN, "architectures": ["Qwen2ForSequenceClassification"]}
+    config |= {"vocab_size": len(tokenizer), "pad_token_id": 2, "torch_dtype": "float32"}
+    config |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+    (folder / "config.json").write_text(json.dumps(config))
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_config(AutoConfig.from_pretrained(folder))
+    with torch.no_grad():
+        model.score.weight.normal_(std=0.3)
+    model.float().save_pretrained(folder)
 
 
 def write_preferences(folder: Path) -> None:

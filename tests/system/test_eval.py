@@ -1,6 +1,7 @@
 """`megatron-r1 eval` on a model folder and on a checkpoint, with a real engine."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -56,13 +57,24 @@ def test_an_engine_answers_and_every_answer_is_kept(evaluated):
         assert (evaluated / "out" / name).stat().st_size > 100
 
 
-def test_a_finished_evaluation_needs_no_engine_and_another_model_is_refused(base, evaluated):
+def test_a_finished_evaluation_needs_no_engine_and_another_model_is_refused(
+    base, evaluated, tmp_path
+):
     before = (evaluated / "out/samples.jsonl").read_bytes()
     again = run("eval", evaluated / "eval.yaml", timeout_seconds=120)
     assert again.returncode == 0, again.stderr
     assert (evaluated / "out/samples.jsonl").read_bytes() == before
-    other = run("eval", evaluated / "eval.yaml", "--model.path", base / "model")
+    shutil.copytree(base / "base/hf", tmp_path / "hf")
+    (tmp_path / "hf" / "generation_config.json").write_text('{"top_k": 1}')
+    other = run("eval", evaluated / "eval.yaml", "--model.path", tmp_path / "hf")
     assert other.returncode == 2 and "weights:" in other.stderr
+
+
+def test_a_model_without_weights_is_refused_before_an_engine_starts(base, tmp_path):
+    done = run("eval", write_recipe(tmp_path, base / "model"), timeout_seconds=120)
+    assert done.returncode == 2
+    assert f"model.path: {base}/model has neither model.safetensors nor" in done.stderr
+    assert not (tmp_path / "out/logs").exists()
 
 
 @pytest.mark.slow

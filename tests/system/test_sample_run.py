@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -48,7 +49,7 @@ sample:
 
 @pytest.fixture(scope="module")
 def continued(recipe) -> tuple[list[dict], subprocess.CompletedProcess]:
-    """What a kill left, and how the same command went on."""
+    """What a kill left, and how the same command went on, its engine on a host that came to it."""
     samples = recipe.parent / "out/samples.jsonl"
     process = subprocess.Popen(
         command("sample", recipe),
@@ -63,8 +64,14 @@ def continued(recipe) -> tuple[list[dict], subprocess.CompletedProcess]:
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     left = lines(samples)
-    done = run("sample", recipe)
-    assert done.returncode == 0, done.stderr + done.stdout
+    folder = recipe.parent / "out"
+    agent = [sys.executable, "-m", "megatron_r1.rollout.host", "--folder", folder]
+    with subprocess.Popen(agent, env=environment(), stdout=subprocess.DEVNULL) as host:
+        elsewhere = ("--rollout.placement", "hosts", "--rollout.hosts_address", "127.0.0.1")
+        done = run("sample", recipe, *elsewhere)
+        assert done.returncode == 0, done.stderr + done.stdout
+        assert host.wait(30) == 0  # told that the sampling is over
+    assert "is here, room for engines: 1" in done.stdout
     return left, done
 
 

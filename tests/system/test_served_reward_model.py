@@ -2,43 +2,19 @@
 
 import asyncio
 import concurrent.futures
-import json
 import math
 import multiprocessing
 from pathlib import Path
 
 import pytest
-from command_line import write_model
 from pooling_server import pooling_server
-from tiny_models import QWEN
+from reward_model_data import write_reward_model
 
 from megatron_r1.rewards.base import UNGRADED
 from megatron_r1.rewards.runtime.pool import RewardPool
 
-TEMPLATE = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}"
 QUESTION = "How are you?"
 RESPONSES = ["<think>Hm.</think> Well.", "<think>Hm!</think> Who asks?", "no thought"]
-
-
-def write_reward_model(folder):
-    """A Qwen2 with one random score, large enough to tell texts apart, and a chat template."""
-    import torch
-    from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
-
-    folder.mkdir()
-    write_model(folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.chat_template = TEMPLATE
-    tokenizer.save_pretrained(folder)
-    config = {**QWEN, "architectures": ["Qwen2ForSequenceClassification"]}
-    config |= {"vocab_size": len(tokenizer), "pad_token_id": 2, "torch_dtype": "float32"}
-    config |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
-    (folder / "config.json").write_text(json.dumps(config))
-    torch.manual_seed(0)
-    model = AutoModelForSequenceClassification.from_config(AutoConfig.from_pretrained(folder))
-    with torch.no_grad():
-        model.score.weight.normal_(std=0.3)
-    model.float().save_pretrained(folder)
 
 
 def reference_scores(folder, responses):

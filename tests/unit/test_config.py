@@ -153,9 +153,25 @@ def test_learning_rate_warms_up_and_decays_to_the_minimum():
     assert learning_rate(configuration.OptimizerConfig(), 5_000, 10_400) == 3e-6
 
 
-def test_sample_and_eval_refuse_engines_on_other_hosts(tmp_path):
-    from megatron_r1.evaluation.engine_policy import EnginePolicy
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("rl: {}\nrun: {steps: 3}\nrl: {kl_beta: 0.1}\n", "rl is there twice, in lines 1 and 3"),
+        ("rl:\n  group_size: 4\n  group_size: 8\n", "group_size is there twice, in lines 2 and 3"),
+        ("rl: [\n", "not YAML"),
+    ],
+)  # fmt: skip
+def test_no_line_of_a_recipe_is_ignored(tmp_path, text, message):
+    path = tmp_path / "twice.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        configuration.load(path)
+    with pytest.raises(ValueError, match=message):
+        load_pipeline(path)
 
-    config = configuration.Config.model_validate({"rollout": {"placement": "hosts"}})
-    with pytest.raises(ValueError, match=r"rollout\.placement: hosts is for rl"):
-        EnginePolicy(config, tmp_path, None, tmp_path)
+
+def test_a_merge_may_bring_a_key_that_is_set_beside_it(tmp_path):
+    path = tmp_path / "merged.yaml"
+    path.write_text("run:\n  <<: &one {steps: 3, seed: 1}\n  steps: 5\noptimizer: {warmup: 2}\n")
+    loaded = configuration.load(path)
+    assert (loaded.run.steps, loaded.run.seed) == (5, 1)

@@ -124,6 +124,7 @@ ONE = STAGE + "arguments: {lines: 3}}\n"
         (ONE.replace("tiny:count", "teeny:count"), "no Python module teeny can be found"),
         (ONE.replace("tiny:count", "tiny"), "as package.module:name, got 'tiny'"),
         (ONE + "  x: {verb: slf}", "unknown verb slf; did you mean sft?"),
+        (ONE.replace("verb: make", "verb: mak"), "not for verb mak; did you mean make?"),
         (ONE + "  x: {verb: make, function: 'tiny:join', arguments: {sources: [${corpsu.x}]}}",
          "stages.x: sources[0]: ${corpsu.x}: no stage is called corpsu; did you mean corpus?"),
         (ONE + "  x: {verb: make, function: 'tiny:join', arguments: {sources: [${serve.y.url}]}}",
@@ -160,7 +161,9 @@ def test_commands_can_be_printed_where_the_data_is_not(training, capsys):
     assert training.run() == 2
     assert "stages.base: sft.data: train.jsonl: no such file" in capsys.readouterr().err
     assert training.run("--pipeline.dry", "true") == 0
-    lines = capsys.readouterr().out.splitlines()
+    told = capsys.readouterr()
+    lines = told.out.splitlines()
+    assert "missing yet: p.yaml: stages.base: sft.data: train.jsonl: no such" in told.err
     assert lines[0] == "# base" and lines[1].endswith("megatron_r1 sft out/recipes/base.yaml")
     assert "--served-model-name judge" in lines[3] and lines[3].endswith("&")
 
