@@ -90,6 +90,12 @@ def percent(fraction: float) -> str:
     return f"{100 * fraction:.1f}%"
 
 
+def counted(count: int, noun: str) -> str:
+    """1 file, 1,300 files, 2 batches."""
+    plural = "es" if noun.endswith("ch") else "s"
+    return f"{count:,} {noun}{'' if count == 1 else plural}"
+
+
 def clock(seconds: float) -> str:
     """0:07, 12:34, 1:02:03."""
     whole = max(0, int(seconds))

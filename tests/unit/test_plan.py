@@ -243,11 +243,11 @@ def test_a_layout_that_cannot_work_names_the_number_and_those_that_can(capsys):
 @pytest.mark.parametrize(
     "options, status, message",
     [
-        (["--gpus", "2000"], 1, "2000 trainer ranks cannot be divided into groups of 128"),
+        (["--parallel.tensor", "6"], 1, "2048 trainer ranks cannot be divided into groups of 192"),
         (["--parallel.expert", "3"], 1, "parallel.expert=3 does not divide|groups of"),
         (["--parallel.pipeline_layout", "Et"], 1, "pipeline_layout='Et'"),
         (["--rollout.engines", "2048", *ONE_GPU], 1, "an engine GPU has 0 B for KV cache"),
-        (["--rollout.engines", "32"], 1, "rollout.data=16 = 128, but an engine has 64 GPUs"),
+        (["--rollout.engines", "3", *ONE_GPU], 1, "does not divide 2,048 GPUs; choose 2 or 4"),
         (["--rollout.tensor", "3"], 1, "rollout.tensor=3 does not divide num_attention_heads=128"),
         (["--rollout.pipeline", "2"], 1, "rollout.pipeline=2: engines with stages"),
         (
@@ -267,6 +267,42 @@ def test_what_is_wrong_is_said_in_a_sentence(capsys, monkeypatch, options, statu
     assert main([str(RECIPE), "--gpus", "2048", *options]) == status
     captured = capsys.readouterr()
     assert any(part in captured.out + captured.err for part in message.split("|"))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "options"),
+    [
+        ("r1_zero", ["--gpus", "512"]),
+        ("r1_zero", ["--gpus", "2047"]),
+        ("r1_zero", ["--gpus", "64"]),
+        ("r1_zero", ["--rollout.engines", "32"]),
+        ("r1_zero", ["--rollout-gpus", "1000"]),
+        ("cold_start_sampling", ["--gpus", "2048"]),
+        ("../distill/qwen2.5-32b_rl", ["--gpus", "2048"]),
+    ],
+)
+def test_engines_that_do_not_make_up_the_gpus_are_told_how_many_would(capsys, recipe, options):
+    path = str(RECIPE.parent / f"{recipe}.yaml")
+    assert main([path, *options]) == 1
+    advice = capsys.readouterr().out.rpartition("; set ")[2].strip()
+    for way in advice.partition(", or lower")[0].split(" or "):
+        main([path, *options, *way.split()])
+        assert "rollout.engines=" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("recipe", ["r1_zero", "cold_start_sampling"])
+def test_a_bill_without_room_has_no_impossible_numbers(tmp_path, capsys, recipe):
+    file = tmp_path / "plan.json"
+    path = str(RECIPE.parent / f"{recipe}.yaml")
+    assert main([path, "--memory-gib", "20", "--json", str(file)]) == 1
+    told = capsys.readouterr().out
+    assert "GiB short" in told
+    words = told.split()
+    assert not {"inf", "nan", "nan%"} & set(words)
+    assert not [word for word in words if word.startswith("-") and word[1:2].isdigit()]
+    plan = json.loads(file.read_text(), parse_constant=pytest.fail)
+    assert plan["sections"]["time"]["rollout"]["value"] is None
+    assert "step" not in plan["sections"]["time"]
 
 
 def test_json_holds_every_number_with_its_formula(tmp_path, capsys):

@@ -21,10 +21,10 @@ from sources import (
     read_supported_config,
     refuse_inside,
 )
-from wording import counted
 from work_folder import WorkFolder
 
 from megatron_r1.files import atomic_write
+from megatron_r1.reporting.wording import counted
 from megatron_r1.training.checkpoints import manifest
 from megatron_r1.weights.stored import fp8, known_scales
 from megatron_r1.weights.stored.dcp_writing import Chunk, Written, write_chunks, write_metadata

@@ -21,11 +21,11 @@ from sources import (
     refuse_inside,
 )
 from stripes import stripes
-from wording import counted
 from work_folder import WorkFolder
 
 from megatron_r1.files import fsync
 from megatron_r1.models.hf_config import has_score_head
+from megatron_r1.reporting.wording import counted
 from megatron_r1.training.checkpoints import manifest
 from megatron_r1.weights.stored import fp8, fp8_blocks
 from megatron_r1.weights.stored.file_plan import plan_file, stored_tensors

@@ -9,8 +9,8 @@ from pathlib import Path
 from checkpoints import check_manifest, find_checkpoint
 from comparison import Sides, common_dtype, compare, entry_of
 from sources import is_hf, open_weights
-from wording import counted
 
+from megatron_r1.reporting.wording import counted
 from megatron_r1.weights.stored import fp8
 
 SHOWN = 20

@@ -41,20 +41,17 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"tools/plan: {error}", file=sys.stderr)
         return 2
-    try:
-        job.check()
-    except ValueError as error:
-        print(f"cannot work: {error}")
-        print(layouts_text(job, nearest(job), NEAREST))
+    if not _can_work(job):
         return 1
     bill = Bill(job)
     problems = bill.problems()
     print(as_text(bill))
     others = []
     if problems:
-        others = nearest(job)
         print("\n" + "\n".join(f"does not fit: {problem}" for problem in problems))
-        print(layouts_text(job, others, NEAREST))
+        if job.trains:
+            others = nearest(job)
+            print(layouts_text(job, others, NEAREST))
     elif chosen.search:
         others = fastest(job)
         print("\n" + layouts_text(job, others, FASTEST))
@@ -66,6 +63,24 @@ def main(arguments: list[str] | None = None) -> int:
 
         print("\n" + build_ranks(job))
     return 1 if problems else 0
+
+
+def _can_work(job: Job) -> bool:
+    """Says what cannot, and which layouts of the trainer can."""
+    try:
+        if job.generates:
+            job.check_engines()
+    except ValueError as error:
+        print(f"cannot work: {error}")
+        return False
+    try:
+        if job.trains:
+            job.check_trainer()
+    except ValueError as error:
+        print(f"cannot work: {error}")
+        print(layouts_text(job, nearest(job), NEAREST))
+        return False
+    return True
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -93,6 +108,9 @@ def _job(chosen: argparse.Namespace, overrides: dict) -> Job:
     hardware = HARDWARE[chosen.hardware]
     _check_positive(chosen)
     verb = verb_of(config)
+    if verb == "sample" and (chosen.search or chosen.build):
+        option = "--search" if chosen.search else "--build"
+        raise ValueError(f"{option}: sample trains nothing, so there are no trainer's ranks")
     if verb in ("rl", "sample"):
         context_length(config)
     if chosen.memory_gib is not None:

@@ -20,7 +20,7 @@ from tools.plan.timing import StepTime, time_section
 
 @dataclass(frozen=True)
 class Bill:
-    """Of a job whose sizes divide (Job.check)."""
+    """Of a job whose sizes divide (`Job.check_trainer`, `.check_engines`)."""
 
     job: Job
 
@@ -126,9 +126,23 @@ class Bill:
         beside = f"{_size(engines.weights)} of weights{resident}"
         return (
             f"an engine GPU has {_size(max(0, engines.cache))} for KV cache beside {beside}; one "
-            f"sample of {job.longest_sample:,} tokens needs {_size(needed)}: lower "
-            f"rollout.engines={job.config.rollout.engines} (more GPUs each), raise "
-            "parallel.expert or .pipeline, or give the engines GPUs of their own (--rollout-gpus)"
+            f"sample of {job.longest_sample:,} tokens needs {_size(needed)}: {self._more_room()}"
+        )
+
+    def _more_room(self) -> str:
+        """What leaves an engine GPU more memory for its cache."""
+        rollout = self.job.config.rollout
+        larger = f"lower rollout.engines={rollout.engines} (more GPUs each)"
+        if rollout.tensor * rollout.data > 1:
+            larger = f"raise rollout.data={rollout.data} (more GPUs for an engine) or .tensor"
+        elif rollout.engines == 1:
+            larger = "use more GPUs"
+        if not self.engines.resident:
+            shorter = ", or lower rollout.max_response_tokens" if self.engines.cache > 0 else ""
+            return larger + shorter
+        return (
+            f"{larger}, raise parallel.expert or .pipeline, or give the engines GPUs of their own "
+            "(--rollout-gpus)"
         )
 
 

@@ -88,8 +88,8 @@ def _training_flops(job: Job) -> Section:
         section["scoring a rollout"] = Quantity(
             passes * forward * job.outputs * length,
             "FLOP",
-            f"{passes} forward passes ({who}{', reference' if passes == 2 else ''}) over "
-            f"{job.outputs:,} samples",
+            f"{'a forward pass' if passes == 1 else '2 forward passes'} ({who}"
+            f"{', reference' if passes == 2 else ''}) over {job.outputs:,} samples",
         )
     return section
 

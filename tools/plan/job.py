@@ -227,14 +227,8 @@ class Job:
         """GPUs of one engine."""
         return max(1, (self.rollout_gpus or self.world_size) // self.config.rollout.engines)
 
-    def check(self) -> None:
-        """Raise ValueError for sizes that do not divide, by name."""
-        if self.trains:
-            self._check_trainer()
-        if self.generates:
-            self._check_engines()
-
-    def _check_trainer(self) -> None:
+    def check_trainer(self) -> None:
+        """Raise ValueError for sizes of `parallel` that do not divide, by name."""
         self.parallel.check_sizes(self.world_size)
         sizes = {
             "tensor_parallel": self.parallel.tensor,
@@ -263,23 +257,45 @@ class Job:
             )
         assert self.stages, "building them checks the layout"
 
-    def _check_engines(self) -> None:
-        gpus = self.rollout_gpus or self.world_size
-        if gpus % self.config.rollout.engines:
-            raise ValueError(
-                f"rollout.engines={self.config.rollout.engines} does not divide {gpus} GPUs; "
-                "choose a divisor"
-            )
+    def check_engines(self) -> None:
+        """Raise ValueError for engines that cannot be, or not on these GPUs, and say how many."""
+        rollout, gpus = self.config.rollout, self.rollout_gpus or self.world_size
         check_engines(self.config, self.hf)
-        rollout = self.config.rollout
         if rollout.pipeline > 1:
             raise ValueError(
                 f"rollout.pipeline={rollout.pipeline}: engines with stages are not planned for; "
                 "use 1"
             )
         ranks = rollout.tensor * rollout.data
-        if ranks not in (1, self.engine_gpus):
+        if ranks == 1 and gpus % rollout.engines:
             raise ValueError(
-                f"rollout.tensor={rollout.tensor} x rollout.data={rollout.data} = {ranks}, but an "
-                f"engine has {self.engine_gpus} GPUs; change them or rollout.engines"
+                f"rollout.engines={rollout.engines} does not divide {gpus:,} GPUs; choose "
+                f"{_or(_nearest_divisors(rollout.engines, gpus))}"
             )
+        if ranks > 1 and ranks * rollout.engines != gpus:
+            raise ValueError(
+                f"rollout.engines={rollout.engines} of {ranks} GPUs (rollout.tensor="
+                f"{rollout.tensor} x rollout.data={rollout.data}) are {ranks * rollout.engines:,} "
+                f"GPUs, not {gpus:,}; {self._engines_that_match(ranks, gpus)}"
+            )
+
+    def _engines_that_match(self, ranks: int, gpus: int) -> str:
+        """The remedy where engines of `ranks` GPUs do not make up `gpus`."""
+        if gpus % ranks == 0:
+            return f"set --rollout.engines {gpus // ranks}"
+        option = "--rollout-gpus" if self.rollout_gpus else "--gpus"
+        below = gpus // ranks
+        counts = [count for count in (below, below + 1) if count]
+        sizes = [f"{option} {count * ranks} --rollout.engines {count}" for count in counts]
+        return f"set {_or(sizes)}{'' if below else ', or lower rollout.data or .tensor'}"
+
+
+def _nearest_divisors(wanted: int, of: int) -> list[int]:
+    """The largest below `wanted` and the smallest above, where there are any."""
+    below = [n for n in range(1, min(wanted, of + 1)) if of % n == 0]
+    above = [n for n in range(wanted + 1, of + 1) if of % n == 0]
+    return [*below[-1:], *above[:1]]
+
+
+def _or(choices: list) -> str:
+    return " or ".join(map(str, choices))

@@ -176,7 +176,7 @@ def memory_section(job: Job, rank: RankMemory) -> Section:
         "optimizer": f"{state} B x (dense / {job.dense_replicas} + expert / {job.expert_replicas} "
         f"replicas){part}",
         "fp8 copies": "two fp8 copies of each linear weight" if rank.training["fp8 copies"] else "",
-        "activations": f"{' + '.join(map(str, flights))} micro-batches in flight x "
+        "activations": f"micro-batches in flight: {' + '.join(map(str, flights))}, x "
         f"{job.microbatch_tokens:,} tokens / context {parallel.context}, recompute "
         f"{parallel.recompute}",
         "layer in work": "what recomputation brings back in one layer, and its token exchange",

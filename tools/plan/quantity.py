@@ -9,9 +9,10 @@ Section = dict[str, "Quantity"]
 
 @dataclass(frozen=True)
 class Quantity:
-    """unit: "B", "parameters", "tokens", "FLOP", "s", "share" (of 1) or "" for a count."""
+    """unit: "B", "parameters", "tokens", "FLOP", "s", "hours", "share" (of 1) or "" for a count;
+    value None: there is none, and the formula says why."""
 
-    value: float
+    value: float | None
     unit: str
     formula: str
 
@@ -19,10 +20,16 @@ class Quantity:
         return asdict(self)
 
     def __str__(self) -> str:
+        if self.value is None:
+            return "-"
         if self.unit == "B":
             return scaled(self.value, 1024, ("B", "KiB", "MiB", "GiB", "TiB", "PiB"))
         if self.unit == "s":
             return f"{self.value:.3g} s" if self.value < 1000 else f"{self.value:,.0f} s"
+        if self.unit == "hours" and self.value < 10:
+            return (
+                f"{self.value * 60:,.0f} minutes" if self.value < 1 else f"{self.value:.1f} hours"
+            )
         if self.unit == "share":
             return f"{self.value:.1%}"
         if self.unit == "FLOP":

@@ -6,6 +6,7 @@ import shlex
 import textwrap
 from typing import Any
 
+from megatron_r1.reporting.wording import counted
 from tools.plan.bill import Bill
 from tools.plan.job import Job
 from tools.plan.quantity import Quantity
@@ -62,8 +63,8 @@ def layouts_text(job: Job, others: list[Found], title: str) -> str:
     """A line per layout: what to change, and what it costs."""
     if not others:
         return (
-            f"{title}: none on {job.world_size:,} {job.hardware.name} with rollout.engines="
-            f"{job.config.rollout.engines}; use fewer engines, more GPUs, or GPUs with more memory"
+            f"{title}: none on {job.world_size:,} {job.hardware.name}; use more GPUs, or GPUs with "
+            "more memory"
         )
     lines = [f"{title}:"]
     for found in others:
@@ -92,14 +93,14 @@ def _title(bill: Bill) -> str:
         lines.append(
             f"trainer: tensor {parallel.tensor}, pipeline {parallel.pipeline} x {job.virtual}, "
             f"context {parallel.context}, expert {parallel.expert} x {parallel.expert_tensor}, "
-            f"data {job.data}; {job.num_microbatches} micro-batches an optimizer step"
+            f"data {job.data}; {counted(job.num_microbatches, 'micro-batch')} an optimizer step"
         )
     if job.generates:
         where = "the same GPUs, in turn"
         if job.rollout_gpus or not job.trains:
             where = "GPUs of their own"
-        engines = job.config.rollout.engines
-        lines.append(f"engines: {engines} of {job.engine_gpus} GPUs, on {where}")
+        engines = counted(job.config.rollout.engines, "engine")
+        lines.append(f"{engines} of {counted(job.engine_gpus, 'GPU')}, on {where}")
     lines.append(
         f"assumed: responses of {job.response_tokens:,} tokens on average, prompts of "
         f"{job.assumptions.prompt_tokens:,}; rates and efficiencies: tools/plan/hardware.py"

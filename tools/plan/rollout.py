@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -109,11 +108,11 @@ class Engines:
         idle = (1 - chosen / experts) ** together
         return self.weights - self.counts.routed / self.job.engine_gpus * self.value * idle
 
-    def seconds(self) -> tuple[float, str]:
-        """(time of one rollout, formula)."""
+    def seconds(self) -> tuple[float | None, str]:
+        """(time of one rollout, formula); None where there is no room for a sequence's cache."""
         job, together = self.job, self.at_once
         if together <= 0:
-            return math.inf, "no room for a sequence's cache"
+            return None, "no room for a sequence's cache"
         tokens = self.sequences * job.response_tokens
         throughput = tokens / together * self.step_seconds(together)
         # The last sequence alone decides the end: its neighbours are done and experts idle.
@@ -149,10 +148,11 @@ def rollout_section(engines: Engines) -> Section:
             f"{job.hf['num_hidden_layers']} layers x values a layer x {engines.value} B",
         ),
         "KV cache": Quantity(
-            engines.cache,
+            max(0, engines.cache),
             "B",
             "memory - reserved - weights"
-            + (f" - trainer's {Quantity(engines.resident, 'B', '')}" if engines.resident else ""),
+            + (f" - trainer's {Quantity(engines.resident, 'B', '')}" if engines.resident else "")
+            + (f": {Quantity(-engines.cache, 'B', '')} short" if engines.cache < 0 else ""),
         ),
         "tokens cached": Quantity(
             max(0, int(engines.cache / engines.token_bytes)), "tokens", "KV cache / a token's bytes"

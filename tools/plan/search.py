@@ -118,7 +118,7 @@ def _fitting(job: Job, changes: dict, distance: float) -> Found | None:
         changes["recompute_modules"] = _cheap_modules(job)
     other = job.with_parallel(**changes)
     try:
-        other.check()
+        other.check_trainer()
     except ValueError:
         return None
     bill = Bill(other)

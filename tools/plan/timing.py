@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import cached_property
 
+from megatron_r1.reporting.wording import counted
 from tools.plan.communication import Group, groups
 from tools.plan.flops import attention_flops, head_flops, layer_flops
 from tools.plan.job import Job
@@ -107,14 +108,17 @@ class StepTime:
 
 
 def time_section(times: StepTime) -> Section:
-    """Seconds of one step and its parts; of all answers, where nothing is trained."""
+    """Seconds of one step and its parts; of all answers, where nothing is trained. No step without
+    a part of it."""
     job = times.job
     section = {}
     if job.generates:
         seconds, how = times.engines.seconds()
         section["rollout"] = Quantity(seconds, "s", how)
     if job.verb == "rl":
-        passes = "forward passes of policy" + (" and reference" if job.has_reference else "")
+        passes = "forward passes of policy and reference"
+        if not job.has_reference:
+            passes = "a forward pass of the policy"
         section["scoring"] = Quantity(times.scoring(), "s", passes)
     if job.trains:
         section |= _training(times)
@@ -126,6 +130,8 @@ def time_section(times: StepTime) -> Section:
         formula = "bytes into an engine GPU / its network adapter"
         section["push"] = Quantity(times.push(), "s", formula)
     parts = [name for name in PARTS if name in section]
+    if any(section[name].value is None for name in parts):
+        return section
     step = sum(section[name].value for name in parts)
     tokens = job.outputs * job.sample_tokens
     section["step"] = Quantity(step, "s", " + ".join(parts))
@@ -149,7 +155,7 @@ def _training(times: StepTime) -> Section:
         "optimizer step": Quantity(
             update,
             "s",
-            f"{count} micro-batches x ({times.compute(rank, True):.2g} s compute + "
+            f"{counted(count, 'micro-batch')} x ({times.compute(rank, True):.2g} s compute + "
             f"{times.exposed(rank, True):.2g} s communication) / (1 - bubble)",
         ),
         "bubble": Quantity(
@@ -158,5 +164,7 @@ def _training(times: StepTime) -> Section:
             f"1 - V x {count} / (V x {job.slots} slots + P - 1), V = {job.virtual} chunks, "
             f"P = {job.parallel.pipeline} stages",
         ),
-        "training": Quantity(update * job.minibatches, "s", f"{job.minibatches} optimizer steps"),
+        "training": Quantity(
+            update * job.minibatches, "s", counted(job.minibatches, "optimizer step")
+        ),
     }
