@@ -24,8 +24,8 @@ VERBS = {
 """Each a module with `run(config)` and REQUIRED, the keys a recipe must set for it; perhaps
 IMPLIED, what the verb says beside them."""
 COMMANDS = {"score": "megatron_r1.stages.score"}
-"""Verbs that take no recipe: each a module with `run(config, *arguments)` and ARGUMENTS, what these
-are called."""
+"""Verbs that take no recipe: each a module with `run(config, *arguments)`, ARGUMENTS, what these
+are called, and SETTINGS, the sections and keys it reads."""
 PIPELINE = "pipeline"
 """The verb that runs the others, with a recipe of its own kind."""
 
@@ -117,7 +117,15 @@ def _run_command(verb: str, rest: list[str]) -> int:
     given, options = rest[:count], rest[count:]
     if len(given) < count or any(argument.startswith("--") for argument in given):
         raise ValueError(f"usage: megatron-r1 {verb} {' '.join(command.ARGUMENTS)} [--key value …]")
-    command.run(configuration.from_overrides(_overrides(options)), *given)
+    overrides = _overrides(options)
+    config = configuration.from_overrides(overrides)
+    for key in overrides:
+        if not key.startswith(tuple(f"{setting}." for setting in command.SETTINGS)) and (
+            key not in command.SETTINGS
+        ):
+            used = ", ".join(command.SETTINGS)
+            raise ValueError(f"--{key}: {verb} does not read it; it reads {used}")
+    command.run(config, *given)
     return 0
 
 

@@ -36,7 +36,8 @@ def read_preferences(
 
     Raises ValueError with file and line for a bad row.
     """
-    for place, row in read_records(path, columns):
+    names = ("question", "prompt", "chosen", "rejected", "response", "label", "opened")
+    for place, row in read_records(path, columns, names):
         question = require_text(place, row, "prompt" if "question" not in row else "question")
         opened = row.get("opened", False)
         if not isinstance(opened, bool):

@@ -152,7 +152,7 @@ def _require(side: str, prompts: list[Prompt], wanted: int | None, source: objec
 def _from_file(
     path: str | Path, kind: str | None, columns: Mapping[str, str] | None
 ) -> Iterator[Prompt]:
-    for place, row in read_records(path, columns):
+    for place, row in read_records(path, columns, ("question", "truth", "kind")):
         question = require_text(place, row, "question", COLUMNS)
         row_kind = row.get("kind") or kind or "math"
         if "truth" not in row and row_kind not in WITHOUT_TRUTH:

@@ -1,21 +1,25 @@
 """Records of a JSONL or Parquet file, each with the place it came from."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
+
+from megatron_r1.suggestion import did_you_mean
 
 Record = dict[str, Any]
 
 
 def read_records(
-    path: str | Path, columns: Mapping[str, str] | None = None
+    path: str | Path, columns: Mapping[str, str] | None = None, names: Collection[str] = ()
 ) -> Iterator[tuple[str, Record]]:
     """Yields ("file:line", record) for each row of a `.jsonl` or `.parquet` file, in file order.
 
     columns: our name → the file's name, for files that call things differently; the other columns
-    are kept. Blank JSONL lines are skipped. Raises ValueError with file and line for a row that is
-    not an object or lacks a mapped column, and for a file that is missing or of another type.
+    are kept. names: those of ours that the caller looks for. Blank JSONL lines are skipped. Raises
+    ValueError with file and line for a row that is not an object or lacks a mapped column, for a
+    file that is missing or of another type, and for one of `names` misspelt in `columns`.
     """
     path = Path(path)
     if not path.is_file():
@@ -27,6 +31,11 @@ def read_records(
         rows = _read_jsonl(path)
     else:
         raise ValueError(f"{path}: expected a .jsonl or .parquet file")
+    for ours in columns or {}:
+        # Any name may be of a field that some reward wants, but hardly one so near.
+        near = [] if ours in names else get_close_matches(ours, names, n=1, cutoff=0.8)
+        if near and near[0] not in columns:
+            raise ValueError(f"{path}: columns.{ours}: did you mean columns.{near[0]}?")
     for place, row in rows:
         yield place, _rename(place, row, columns or {})
 
@@ -59,8 +68,13 @@ def describe_json_error(error: Exception) -> str:
 
 
 def _rename(place: str, row: Record, columns: Mapping[str, str]) -> Record:
-    if missing := [theirs for theirs in columns.values() if theirs not in row]:
-        raise ValueError(f"{place}: no column {missing[0]!r}; it has {', '.join(row)}")
+    for ours, theirs in columns.items():
+        if theirs not in row:
+            near = did_you_mean(theirs, row, "{}")
+            raise ValueError(
+                f"{place}: no column {theirs!r}, as columns.{ours} says{near}; it has "
+                f"{', '.join(row)}"
+            )
     kept = {name: value for name, value in row.items() if name not in columns.values()}
     return kept | {ours: row[theirs] for ours, theirs in columns.items()}
 

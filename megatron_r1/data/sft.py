@@ -25,7 +25,7 @@ def load_examples(path: str | Path, columns: Mapping[str, str] | None = None) ->
     """
     examples = [
         Example(*(require_text(place, row, name, COLUMNS) for name in ("prompt", "response")))
-        for place, row in read_records(path, columns)
+        for place, row in read_records(path, columns, ("prompt", "response"))
     ]
     if not examples:
         raise ValueError(f"{path}: it holds no examples")

@@ -2,7 +2,8 @@
 
     {"kind": "math", "response": "…", "truth": "13"}  →  the same with "reward" and "reason"
 
-As many lines come out as went in, in their order; what cannot be graded gets 0 and says why.
+`--data.kind math` is the kind of lines that name none. As many lines come out as went in, in their
+order; what cannot be graded gets 0 and says why.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import stat
 import sys
 from collections import deque
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -28,6 +30,7 @@ from megatron_r1.rewards.runtime.pool import RewardPool
 from megatron_r1.stages.score_tally import ScoreTally
 
 ARGUMENTS = ("IN.jsonl", "OUT.jsonl")
+SETTINGS = ("rewards", "data.kind")
 PIPE = "-"
 RESERVED = ("kind", "response", "truth", "reward", "reason")
 
@@ -76,15 +79,15 @@ async def _score(config: Config, lines: BinaryIO, graded: BinaryIO) -> ScoreTall
     try:
         async with RewardPool(workers, settings.timeout_seconds, settings.memory_bytes) as pool:
             tally = ScoreTally(pool)
-            await _stream(pool, settings.options, lines, graded, tally, outstanding)
+            grader = _LineGrader(pool, settings.options, config.data.kind, tally)
+            await _stream(grader, lines, graded, tally, outstanding)
     finally:
         await asyncio.gather(*(task for task, _ in outstanding), return_exceptions=True)
     return tally
 
 
 async def _stream(
-    pool: RewardPool,
-    options: Options,
+    grader: _LineGrader,
     lines: BinaryIO,
     graded: BinaryIO,
     tally: ScoreTally,
@@ -95,7 +98,7 @@ async def _stream(
     while batch := await asyncio.to_thread(_read_batch, lines):
         for line in batch:
             number += 1
-            task = asyncio.create_task(_grade_line(pool, options, number, line, tally))
+            task = asyncio.create_task(grader.grade(number, line))
             outstanding.append((task, len(line or b"")))
             num_bytes += len(line or b"")
         while outstanding and (
@@ -117,36 +120,48 @@ async def _write_next(
     return num_bytes
 
 
-async def _grade_line(
-    pool: RewardPool, options: Options, number: int, line: bytes | None, tally: ScoreTally
-) -> tuple[dict[str, Any], Grade]:
-    """The line's fields, and the verdict on it or on the line itself."""
-    if line is None:
-        return {}, _refusal(f"line {number} is longer than {MAX_LINE_BYTES:,} bytes")
-    if not (stripped := line.strip()):
-        return {"line": ""}, _refusal(f"line {number} is blank")
-    try:
-        record = json.loads(stripped)
-    except (ValueError, RecursionError) as error:
-        text, found = line.decode("utf-8", "replace").rstrip("\n"), describe_json_error(error)
-        return {"line": text}, _refusal(f"line {number} is not JSON: {found}")
-    if not isinstance(record, dict):
-        return {"line": record}, _refusal(f"line {number} is not an object")
-    for name in ("kind", "response"):
-        if not isinstance(record.get(name), str):
-            found = f"is {type(record[name]).__name__}" if name in record else "is missing"
-            return record, _refusal(f"{name!r} must be a string, it {found}")
-    kind, truth = record["kind"], record.get("truth")
-    fields = {name: value for name, value in record.items() if name not in RESERVED}
-    facts = {name: fields.pop(name) for name in FACTS if name in fields}
-    try:
-        arguments = call_fields(kind, options, fields, facts)
-        return record, await pool.grade(kind, record["response"], truth, **arguments)
-    except ServiceError as error:
-        tally.service_failed(str(error))
-        return record, _refusal(str(error))
-    except (ValueError, RecursionError) as error:
-        return record, _refusal(str(error))
+@dataclass(frozen=True)
+class _LineGrader:
+    """kind: of lines that name none."""
+
+    pool: RewardPool
+    options: Options
+    kind: str | None
+    tally: ScoreTally
+
+    async def grade(self, number: int, line: bytes | None) -> tuple[dict[str, Any], Grade]:
+        """The line's fields, and the verdict on it or on the line itself."""
+        if line is None:
+            return {}, _refusal(f"line {number} is longer than {MAX_LINE_BYTES:,} bytes")
+        if not (stripped := line.strip()):
+            return {"line": ""}, _refusal(f"line {number} is blank")
+        try:
+            record = json.loads(stripped)
+        except (ValueError, RecursionError) as error:
+            text, found = line.decode("utf-8", "replace").rstrip("\n"), describe_json_error(error)
+            return {"line": text}, _refusal(f"line {number} is not JSON: {found}")
+        if not isinstance(record, dict):
+            return {"line": record}, _refusal(f"line {number} is not an object")
+        if self.kind is not None:
+            record.setdefault("kind", self.kind)
+        return record, await self._grade_record(record)
+
+    async def _grade_record(self, record: dict[str, Any]) -> Grade:
+        for name in ("kind", "response"):
+            if not isinstance(record.get(name), str):
+                found = f"is {type(record[name]).__name__}" if name in record else "is missing"
+                return _refusal(f"{name!r} must be a string, it {found}")
+        kind, truth = record["kind"], record.get("truth")
+        fields = {name: value for name, value in record.items() if name not in RESERVED}
+        facts = {name: fields.pop(name) for name in FACTS if name in fields}
+        try:
+            arguments = call_fields(kind, self.options, fields, facts)
+            return await self.pool.grade(kind, record["response"], truth, **arguments)
+        except ServiceError as error:
+            self.tally.service_failed(str(error))
+            return _refusal(str(error))
+        except (ValueError, RecursionError) as error:
+            return _refusal(str(error))
 
 
 def _refusal(reason: str) -> Grade:

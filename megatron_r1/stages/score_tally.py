@@ -50,7 +50,8 @@ class ScoreTally:
         self.first_service_failure = self.first_service_failure or reason
 
     def summary(self) -> str:
-        """One line: lines, how many could be graded, mean reward by kind, failures, time."""
+        """Lines, how many could be graded, mean reward by kind, failures, time; and on a line of
+        its own why the first could not."""
         counts = self._pool.snapshot()
         parts = [
             f"{self.num_lines:,} lines",
@@ -63,4 +64,8 @@ class ScoreTally:
             for kind, (total, count) in sorted(self._rewards.items())
         ]
         seconds = duration(time.perf_counter() - self._started)
-        return f"score: {', '.join(parts)}; mean reward {', '.join(means) or '-'}; {seconds}"
+        why = f"\nscore: the first that could not: {self.first_ungraded}"
+        return (
+            f"score: {', '.join(parts)}; mean reward {', '.join(means) or '-'}; {seconds}"
+            f"{why if self.num_ungraded else ''}"
+        )

@@ -45,8 +45,13 @@ def test_columns_can_have_other_names(tmp_path):
     columns = {"question": "problem", "truth": "answer"}
     [prompt] = load_prompts(path=path, columns=columns, heldout_fraction=0.0).train
     assert (prompt.question, prompt.truth, prompt.fields) == ("1 + 1?", "2", {"source": "s"})
-    with pytest.raises(ValueError, match=r"p.jsonl:1: no column 'prompt'; it has problem, answer"):
-        load_prompts(path=path, columns={"question": "prompt"})
+    wrong = (
+        r"p.jsonl:1: no column 'problm', as columns.question says; did you mean problem\?; it has"
+    )
+    with pytest.raises(ValueError, match=wrong):
+        load_prompts(path=path, columns={"question": "problm"})
+    with pytest.raises(ValueError, match=r"columns\.questoin: did you mean columns\.question\?"):
+        load_prompts(path=path, columns={"questoin": "problem", "truth": "answer"})
 
 
 @pytest.mark.parametrize(

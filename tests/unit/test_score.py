@@ -55,6 +55,18 @@ def test_lines_come_back_in_order_with_all_they_had(folder):
     assert graded == [line | {"reward": 1.0, "reason": "rested"} for line in lines]
 
 
+def test_a_kind_may_be_given_for_the_lines_that_name_none(folder, capsys):
+    lines = [
+        {"response": GOOD, "truth": "13"},
+        {"kind": "graders:nap", "response": "0"},
+        {"kind": "maths", "response": GOOD},
+    ]
+    graded = scored(folder, lines, "--data.kind", "math")
+    assert [line["reward"] for line in graded] == [1.0, 1.0, 0.0]
+    assert [line["kind"] for line in graded] == ["math", "graders:nap", "maths"]
+    assert "the first that could not: cannot be graded: unknown reward" in capsys.readouterr().out
+
+
 UNGRADABLE = [
     # The good lines between these have the odd numbers.
     (b"not json", "line 2 is not JSON: Expecting value at column 1"),
@@ -220,6 +232,7 @@ def test_the_output_appears_whole_or_not_at_all(folder, monkeypatch):
         (["in.jsonl", "--rewards.workers", "2"], "usage: megatron-r1 score IN.jsonl OUT.jsonl"),
         (["in.jsonl", "out.jsonl", "--rewards.worker", "2"], "did you mean rewards.workers"),
         (["in.jsonl", "out.jsonl", "--rewards.workers", "0"], "rewards.workers: input should be"),
+        (["in.jsonl", "out.jsonl", "--rl.group_size", "2"], "--rl.group_size: score does not read"),
     ],
 )
 def test_a_wrong_command_is_one_line_and_exit_status_2(folder, capsys, arguments, message):
