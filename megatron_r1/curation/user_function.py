@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import importlib
 import inspect
-import os
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_r1.suggestion import did_you_mean
+from megatron_r1.user_code import find_function
 
 
 @dataclass(frozen=True)
@@ -45,16 +42,12 @@ def load_function(path: str, key: str, arguments: str) -> UserFunction:
     module, _, name = path.partition(":")
     if not (name.isidentifier() and all(part.isidentifier() for part in module.split("."))):
         raise ValueError(f"{key}: {path!r} is not written as module:function")
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
     try:
-        imported = importlib.import_module(module)
+        function = find_function(path)
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from None
     except Exception as error:
         raise ValueError(f"{key}: {module} cannot be imported: {error!r}") from error
-    function = getattr(imported, name, None)
-    if not callable(function):
-        public = [n for n in vars(imported) if not n.startswith("_")]
-        raise ValueError(f"{key}: {module} has no function {name}{did_you_mean(name, public)}")
     try:
         inspect.signature(function).bind(*arguments.split(", "))
     except TypeError as error:

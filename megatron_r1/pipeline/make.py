@@ -5,20 +5,18 @@ begins with an empty folder, so it need not know of attempts that were killed.""
 
 from __future__ import annotations
 
-import importlib
 import sys
 from pathlib import Path
 
 import yaml
 
+from megatron_r1.user_code import find_function
+
 
 def main(recipe: Path) -> None:
     """recipe: YAML of function, folder, arguments."""
     told = yaml.safe_load(recipe.read_text(encoding="utf-8"))
-    module, _, name = told["function"].partition(":")
-    if str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
-    function = getattr(importlib.import_module(module), name)
+    function = find_function(told["function"])
     function(Path(told["folder"]), **told["arguments"])
 
 

@@ -4,7 +4,6 @@ Reads jobs from stdin, grades them one after the other, writes replies to what w
 with its parent, and everything else about its life (time limits, replacement) is the parent's.
 """
 
-import importlib
 import os
 import resource
 import sys
@@ -17,7 +16,7 @@ from megatron_r1.processes import die_with_parent
 from megatron_r1.rewards.base import MAX_REASON_CHARS, UNGRADED, Grade, shorten
 from megatron_r1.rewards.runtime.calling import describe_misfit
 from megatron_r1.rewards.runtime.protocol import LENGTH, Job, Reply, frame
-from megatron_r1.suggestion import did_you_mean
+from megatron_r1.user_code import find_function
 
 
 def main(parent_pid: int, memory_limit_bytes: int) -> None:
@@ -38,7 +37,7 @@ def main(parent_pid: int, memory_limit_bytes: int) -> None:
         job = decoder.decode(payload)
         if job.target not in graders:
             try:
-                graders[job.target] = _load(job.target)
+                graders[job.target] = find_function(job.target)
             except BaseException as error:
                 send(Reply("unloadable", job.id, reason=_describe(error)))
                 continue
@@ -62,24 +61,6 @@ def _grade(grader: Callable[..., Grade], job: Job) -> Reply:
         if isinstance(error, TypeError):
             misfit = describe_misfit(grader, job.target, job.fields)
         return Reply("failed", job.id, reason=f"{UNGRADED}: {misfit or _describe(error)}")
-
-
-def _load(target: str) -> Callable[..., Grade]:
-    name, _, function = target.partition(":")
-    try:
-        module = importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if not f"{name}.".startswith(f"{error.name}."):
-            raise  # something that it imports itself
-        raise ModuleNotFoundError(
-            f"{error}: neither installed nor in {os.getcwd()}; start in the folder that has it"
-        ) from None
-    if not hasattr(module, function):
-        public = [known for known in vars(module) if not known.startswith("_")]
-        raise AttributeError(
-            f"{module.__file__} has no function {function}{did_you_mean(function, public)}"
-        )
-    return getattr(module, function)
 
 
 def _describe(error: BaseException) -> str:
