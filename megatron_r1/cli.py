@@ -146,8 +146,11 @@ def _is_rank() -> bool:
 
 def _serve_as_rank(config: configuration.Config, arguments: list[str]) -> int:
     """Be a trainer rank; rank 0 also starts the controller and takes over its exit status."""
-    from megatron_r1.stages import launch
-    from megatron_r1.training import worker
+    from megatron_r1.quick_imports import quick_imports
+
+    with quick_imports():
+        from megatron_r1.stages import launch
+        from megatron_r1.training import worker
 
     if int(os.environ["RANK"]) != 0:
         worker.serve_under_torchrun(config, None)

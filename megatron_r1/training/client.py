@@ -122,7 +122,7 @@ class TrainerClient:
                 "MASTER_PORT": str(port),
                 RANKS_ENVIRONMENT: self._token,
             }
-            command = [sys.executable, "-m", "megatron_r1.training.worker", settings, self.address]
+            command = [sys.executable, "-m", "megatron_r1.training.rank", settings, self.address]
             self._processes.append(processes.start(command, self._log(rank), environment))
 
     async def connect(self) -> None:

@@ -1,9 +1,4 @@
-"""A trainer rank's process: joins the grid, then does what the controller asks.
-
-    python -m megatron_r1.training.worker RECIPE_JSON CONTROLLER_ADDRESS
-
-with torchrun's environment variables set (RANK, WORLD_SIZE, …).
-"""
+"""What a trainer rank does: joins the grid, then what the controller asks."""
 
 from __future__ import annotations
 
@@ -18,7 +13,7 @@ import msgspec
 import zmq
 
 from megatron_r1.authentication import RANKS_ENVIRONMENT, protect_client
-from megatron_r1.config import Config, parse
+from megatron_r1.config import Config
 from megatron_r1.training import distributed
 from megatron_r1.training.distributed import Place
 from megatron_r1.training.replica import Replica
@@ -147,12 +142,3 @@ OPERATIONS = (
     "verify_checkpoint",
     "load_checkpoint",
 )
-
-
-def main() -> None:
-    config_json, address = sys.argv[1:]
-    serve(parse(msgspec.json.decode(config_json)), address)
-
-
-if __name__ == "__main__":
-    main()

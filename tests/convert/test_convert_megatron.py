@@ -14,6 +14,7 @@ from test_convert_round_trips import WIDE
 CHECKED = {**MODELS, "wide": WIDE}
 
 
+@pytest.mark.slow
 def test_converted_checkpoints_are_what_megatron_saves_and_loads(convert, tmp_path):
     for name, hf in CHECKED.items():
         source = write_folder(tmp_path / f"{name}-hf", hf, torch.bfloat16)

@@ -56,6 +56,7 @@ def config(folder, room=POSITIONS, **teacher):
     )
 
 
+@pytest.mark.slow
 def test_scores_in_pieces_equal_transformers(models, oracle, tmp_path):
     """16 tokens a pass: a sample is scored in up to 16 pieces, together with pieces of others."""
     settings = config(models / "deepseek", tokens_at_once=16, max_num_seqs=8)

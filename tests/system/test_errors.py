@@ -49,6 +49,7 @@ def test_a_model_without_weights_is_refused_before_anything_starts(base, tmp_pat
     assert list((tmp_path / "run").rglob("*.log")) == []
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_model_is_refused(base, tmp_path):
     sft = base / "sft.yaml"
     first = run("sft", sft, "--run.folder", tmp_path / "run", "--run.steps", "1")

@@ -6,11 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from command_line import environment, run
 
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 def test_rl_starts_from_an_fp8_folder_and_trainer_and_engine_agree(base, tmp_path):
     folder = tmp_path / "fp8"
     done = subprocess.run(

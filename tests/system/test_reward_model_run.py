@@ -78,6 +78,7 @@ def test_it_learns_which_summary_is_better(helpful):
     assert (out / "report.html").stat().st_size > 100
 
 
+@pytest.mark.slow
 def test_the_converter_makes_the_same_model_of_its_newest_checkpoint(helpful, tmp_path):
     out, _ = helpful
     tool = [sys.executable, "tools/convert", "to-hf", str(out), str(tmp_path / "hf")]
@@ -132,6 +133,7 @@ def test_so_they_do_of_a_deepseek_v3_shape(folder, tmp_path, oracle):
     assert served_rewards(tmp_path / "run/hf", KIND + RUDE) == pytest.approx(expected, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_ends_where_one_without_a_stop_does(helpful, folder):
     for steps in (8, 24):
         more = ["--run.folder", folder / "again", "--run.steps", steps]
@@ -142,6 +144,7 @@ def test_a_run_that_goes_on_ends_where_one_without_a_stop_does(helpful, folder):
     assert [m["step"] for m in lines(folder / "again/metrics.jsonl")] == list(range(1, 25))
 
 
+@pytest.mark.slow
 def test_labels_teach_what_a_thought_may_not_say_on_two_processes(folder):
     settings = {
         "run.folder": folder / "safety",

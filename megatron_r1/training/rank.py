@@ -1,0 +1,24 @@
+"""A trainer rank's process.
+
+    python -m megatron_r1.training.rank RECIPE_JSON CONTROLLER_ADDRESS
+
+with torchrun's environment variables set (RANK, WORLD_SIZE, …).
+"""
+
+import sys
+
+import msgspec
+
+from megatron_r1.quick_imports import quick_imports
+
+
+def main() -> None:
+    with quick_imports():
+        from megatron_r1.config import parse
+        from megatron_r1.training import worker
+    config_json, address = sys.argv[1:]
+    worker.serve(parse(msgspec.json.decode(config_json)), address)
+
+
+if __name__ == "__main__":
+    main()
