@@ -7,7 +7,7 @@ from pathlib import Path
 from megatron_r1.data.records import read_records, require_text
 from megatron_r1.data.sampler import EpochSampler
 
-COLUMNS = "columns, beside its path in sft.data"
+COLUMNS = "in sft.data, beside path, columns"
 
 
 @dataclass(frozen=True)
