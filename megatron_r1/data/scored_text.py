@@ -6,8 +6,7 @@ vLLM does.
 
 from __future__ import annotations
 
-from typing import Any
-
+from megatron_r1.data.tokenizer import load_tokenizer
 from megatron_r1.rewards.remote.shown import Part, fill, shown_texts, turns
 
 CHECK_QUESTION, CHECK_RESPONSE = "What is 7 + 5?", "<think>7 + 5 = 12</think>The answer is 12."
@@ -22,13 +21,8 @@ class ScoredText:
         Raises ValueError for a folder without a tokenizer, or without a chat template that shows
         what is to be scored.
         """
-        from transformers import AutoTokenizer  # takes a second; only commands that run need it
-
         self.template, self.part, self.max_chars = template, part, max_chars
-        try:
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(model_path)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"model.path {model_path}: no usable tokenizer: {error}") from None
+        self._tokenizer = load_tokenizer(model_path, "model.path")
         if template is None and not self._tokenizer.chat_template:
             raise ValueError(
                 f"reward_model.template: the tokenizer of {model_path} has no chat template; give "

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from megatron_r1.data.templates import find_template, is_opened, render
+from megatron_r1.data.tokenizer import load_tokenizer
 
 
 class PromptText:
@@ -17,14 +17,9 @@ class PromptText:
         Raises ValueError when the folder has no tokenizer, the tokenizer names no end token, or the
         template is none.
         """
-        from transformers import AutoTokenizer  # takes a second; only commands that run need it
-
         self._chat = template == "chat"
         self._template = template if self._chat else find_template(template)
-        try:
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(model_path)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"model.path {model_path}: no usable tokenizer: {error}") from None
+        self._tokenizer = load_tokenizer(model_path, "model.path")
         if self._chat and not self._tokenizer.chat_template:
             raise ValueError(
                 f"data.template: chat is the tokenizer's own, and that of {model_path} has none; "

@@ -133,6 +133,11 @@ def load(path: str | Path, overrides: dict[str, Any] | None = None) -> Recipe:
     mistake.
     """
     tree = read_tree(Path(path), "pipeline recipe")
+    if "stages" not in tree:
+        raise ValueError(
+            f"{path}: it has no stages; a recipe of one is run with its verb, such as megatron-r1 "
+            f"rl {path}"
+        )
     for dotted, value in (overrides or {}).items():
         _override(tree, dotted, value)
     try:

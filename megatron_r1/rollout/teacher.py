@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from megatron_r1.config import Config
+from megatron_r1.data.tokenizer import load_tokenizer
 from megatron_r1.rl import algorithms
 from megatron_r1.rollout.context import context_length, positions
 from megatron_r1.rollout.fleet import RolloutFleet
@@ -89,7 +90,8 @@ def check_teacher(config: Config) -> None:
             f"teacher.path {path} knows tokens 0 … {known - 1}, and the student may write any of "
             f"0 … {own - 1}; choose a teacher with a vocab_size of at least {own}"
         )
-    difference = differing_tokens(_tokens(config.model.path), _tokens(path))
+    own = load_tokenizer(config.model.path, "model.path")
+    difference = differing_tokens(own.get_vocab(), load_tokenizer(path, "teacher.path").get_vocab())
     if difference:
         raise ValueError(
             f"teacher.path {path}: its tokenizer is not the student's ({config.model.path}), so "
@@ -110,15 +112,6 @@ def differing_tokens(student: Mapping[str, int], teacher: Mapping[str, int]) -> 
     ]
     more = f" and {len(wrong) - NUM_SHOWN:,} more" if len(wrong) > NUM_SHOWN else ""
     return "; ".join(shown) + more
-
-
-def _tokens(path: str) -> dict[str, int]:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(path).get_vocab()
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: no usable tokenizer: {error}") from None
 
 
 def _hf_config(path: str) -> dict:

@@ -231,5 +231,5 @@ def test_a_template_that_is_none_is_named():
         Rendering(RenderConfig(template="r1_zeroo"), "plain", "")
     with pytest.raises(ValueError, match="sample.render.template: chat needs a tokenizer"):
         Rendering(RenderConfig(template="chat"), "plain", "")
-    with pytest.raises(ValueError, match="no usable tokenizer"):
+    with pytest.raises(ValueError, match=r"/nowhere has no tokenizer \(tokenizer.json\)"):
         Rendering(RenderConfig(template="chat", tokenizer="/nowhere"), "plain", "")

@@ -114,7 +114,7 @@ ONE = STAGE + "arguments: {lines: 3}}\n"
     "recipe, said",
     [
         ("stages: {a: {verb: rl}}", "pipeline.folder must be set"),
-        ("pipeline: {folder: out}", "stages must be set"),
+        ("pipeline: {folder: out}", "it has no stages; a recipe of one is run with its verb"),
         ("pipeline: {foldr: out}\nstages: {a: {verb: rl}}", "did you mean folder"),
         (STAGE + "argument: {lines: 3}}", "unknown key stages.corpus.argument; did you mean argu"),
         (STAGE + "settings: {rl: {}}}", "settings is not for verb make; it has arguments"),
