@@ -288,7 +288,7 @@ def test_a_served_judge_labels_by_its_votes(tmp_path):
         ({"output": "pairs"}, {}, "sample.output: pairs needs a judge: .*url must be set"),
         ({"output": "labels"}, {"url": "http://a"}, r"model must be set .*question, response\)"),
         ({"output": "pairs", "judge": "prefer"}, {}, "'prefer' is not written as module:function"),
-        ({"output": "pairs", "judge": "nowhere:f"}, {}, "sample.judge: nowhere cannot be imported"),
+        ({"output": "pairs", "judge": "nowhere:f"}, {}, "sample.judge: No module named 'nowhere'"),
         ({"output": "pairs", "judge": "user_judges:lenght"}, {}, "did you mean 'length'?"),
         ({"output": "labels", "judge": "user_judges:length"}, {}, r"\(question, response\): miss"),
     ],

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -27,12 +28,15 @@ from tools.plan.loss_head import GPU_CHUNK_ELEMENTS, GPU_CHUNK_TOKENS  # noqa: E
 from tools.plan.memory import rank_memory  # noqa: E402
 from tools.plan.parameters import ModelCounts, RankCounts  # noqa: E402
 from tools.plan.push import engine_layout  # noqa: E402
-from tools.plan.rollout import cache_bytes_per_token  # noqa: E402
+from tools.plan.quantity import Quantity  # noqa: E402
+from tools.plan.rollout import Engines, cache_bytes_per_token  # noqa: E402
 from tools.plan.samples import samples_section  # noqa: E402
 from tools.plan.search import even_layout, nearest  # noqa: E402
 
 ONE_GPU = ["--rollout.tensor", "1", "--rollout.data", "1"]
 RECIPE = ROOT / "examples/deepseek_r1/r1_zero.yaml"
+LAPTOP = [str(ROOT / "examples/laptop/r1_zero.yaml")]
+LAPTOP += ["--model.path", str(ROOT / "examples/laptop/model")]
 V3 = read_hf_config(ROOT / "examples/deepseek_r1/model")
 LLAMA_405B = {
     "architectures": ["LlamaForCausalLM"],
@@ -246,7 +250,7 @@ def test_a_layout_that_cannot_work_names_the_number_and_those_that_can(capsys):
         (["--parallel.tensor", "6"], 1, "2048 trainer ranks cannot be divided into groups of 192"),
         (["--parallel.expert", "3"], 1, "parallel.expert=3 does not divide|groups of"),
         (["--parallel.pipeline_layout", "Et"], 1, "pipeline_layout='Et'"),
-        (["--rollout.engines", "2048", *ONE_GPU], 1, "an engine GPU has 0 B for KV cache"),
+        (["--rollout.engines", "2048", *ONE_GPU], 1, "1.19 TiB short, for KV cache beside"),
         (["--rollout.engines", "3", *ONE_GPU], 1, "does not divide 2,048 GPUs; choose 2 or 4"),
         (["--rollout.tensor", "3"], 1, "rollout.tensor=3 does not divide num_attention_heads=128"),
         (["--rollout.pipeline", "2"], 1, "rollout.pipeline=2: engines with stages"),
@@ -256,10 +260,14 @@ def test_a_layout_that_cannot_work_names_the_number_and_those_that_can(capsys):
             "8 samples of an optimizer step cannot be spread over 16",
         ),
         (["--gpus", "-1"], 2, "--gpus: -1"),
-        (["--memory-gib", "0"], 2, "--memory-gib: 0.0 is not above 0"),
+        (["--memory-gib", "0"], 2, "--memory-gib: 0.0 is not a finite number above 0"),
         (["--rollout.max_response_tokens", "65536"], 2, "or raise rollout.max_model_len"),
         (["--response-tokens", "99999"], 2, "above rollout.max_response_tokens=32768"),
         (["--parallel.tensr", "2"], 2, "did you mean parallel.tensor"),
+        (["--gpuss", "8"], 2, "unknown option --gpuss; did you mean --gpus?"),
+        (["--memory-gib", "nan"], 2, "--memory-gib: nan is not a finite number"),
+        (["--prompt-tokens", "2049"], 2, "there is room for 2048; lower it, or raise rollout.max"),
+        (["--host-memory-gib", "1"], 1, "being written: set checkpoint.asynchronous to false"),
     ],
 )
 def test_what_is_wrong_is_said_in_a_sentence(capsys, monkeypatch, options, status, message):
@@ -273,12 +281,19 @@ def test_what_is_wrong_is_said_in_a_sentence(capsys, monkeypatch, options, statu
     ("recipe", "options"),
     [
         ("r1_zero", ["--gpus", "512"]),
+        ("r1_zero", ["--gpus", "1024"]),
         ("r1_zero", ["--gpus", "2047"]),
+        ("r1_zero", ["--gpus", "100000"]),
         ("r1_zero", ["--gpus", "64"]),
         ("r1_zero", ["--rollout.engines", "32"]),
         ("r1_zero", ["--rollout-gpus", "1000"]),
         ("cold_start_sampling", ["--gpus", "2048"]),
+        ("helpful_pairs", ["--gpus", "2048"]),
+        ("rejection_sampling", ["--gpus", "2000"]),
+        ("safety_labels", ["--gpus", "7"]),
         ("../distill/qwen2.5-32b_rl", ["--gpus", "2048"]),
+        ("../distill/qwen2.5-math-7b_on_policy", ["--gpus", "2048"]),
+        ("../distill/qwen2.5-math-7b_on_policy", ["--gpus", "7"]),
     ],
 )
 def test_engines_that_do_not_make_up_the_gpus_are_told_how_many_would(capsys, recipe, options):
@@ -288,6 +303,44 @@ def test_engines_that_do_not_make_up_the_gpus_are_told_how_many_would(capsys, re
     for way in advice.partition(", or lower")[0].split(" or "):
         main([path, *options, *way.split()])
         assert "rollout.engines=" not in capsys.readouterr().out
+
+
+def test_too_few_samples_are_told_what_gives_more_of_them_and_how_many_gpus_they_feed(capsys):
+    few = ["--rl.questions_per_rollout", "1", "--rl.group_size", "8", "--rl.minibatches", "1"]
+    assert main([str(RECIPE), *few]) == 1
+    told = capsys.readouterr().out
+    assert "8 samples of an optimizer step cannot be spread over 16 data-parallel ranks" in told
+    assert "raise rl.questions_per_rollout, raise" in told and "use at most 1,024 GPUs" in told
+
+
+def test_engines_are_told_the_nearest_numbers_on_both_sides(capsys):
+    assert main([str(RECIPE), "--gpus", "2047"]) == 1
+    told = capsys.readouterr().out
+    assert "rollout.engines=16 of 128 GPUs (rollout.tensor=8 x rollout.data=16)" in told
+    assert "are 2,048 GPUs, not 2,047" in told
+    assert "--gpus 1920 --rollout.engines 15 or --gpus 2048 --rollout.engines 16" in told
+
+
+@pytest.mark.parametrize(
+    ("recipe", "options", "sizes"),
+    [
+        ("distill/llama-3.1-8b", ["--gpus", "7"], ["--gpus 4", "--gpus 8"]),
+        ("distill/llama-3.1-8b", ["--gpus", "100000"], ["--gpus 256"]),
+        ("deepseek_r1/cold_start_sft", ["--gpus", "8"], ["--gpus 512"]),
+        (
+            "deepseek_r1/r1_zero",
+            ["--gpus", "128", "--rollout.engines", "1"],
+            ["--gpus 512 --rollout.engines 4"],
+        ),
+    ],
+)
+def test_where_no_layout_fits_the_numbers_of_gpus_that_do_are_named(capsys, recipe, options, sizes):
+    path = str(ROOT / f"examples/{recipe}.yaml")
+    assert main([path, *options]) == 1
+    named = capsys.readouterr().out.rpartition("the recipe's layout fits with ")[2].strip()
+    assert named.split(" or ") == sizes
+    for size in sizes:
+        assert main([path, *options, *size.split()]) == 0, size
 
 
 @pytest.mark.parametrize("recipe", ["r1_zero", "cold_start_sampling"])
@@ -301,8 +354,111 @@ def test_a_bill_without_room_has_no_impossible_numbers(tmp_path, capsys, recipe)
     assert not {"inf", "nan", "nan%"} & set(words)
     assert not [word for word in words if word.startswith("-") and word[1:2].isdigit()]
     plan = json.loads(file.read_text(), parse_constant=pytest.fail)
-    assert plan["sections"]["time"]["rollout"]["value"] is None
-    assert "step" not in plan["sections"]["time"]
+    for name in ("rollout", "step"):
+        missing = plan["sections"]["time"][name]
+        assert missing["value"] is None and "no room for a sequence's cache" in missing["formula"]
+    assert plan["sections"]["engine memory of a GPU"]["sequences at once"]["value"] == 0
+
+
+def test_room_for_less_than_one_sequence_is_no_room():
+    config = configuration.load(RECIPE)
+    job = Job(V3, config, 128, HARDWARE["H800"], verb="sample")
+    full = Engines(job)
+    one_sequence = full.token_bytes * (512 + 8192 / 2)
+    for part, seconds in ((0.9, False), (1.1, True)):
+        engines = Engines(job, resident=round(full.cache - part * one_sequence))
+        assert (engines.seconds()[0] is not None) == bool(engines.at_once) == seconds, part
+
+
+def test_one_of_a_thing_is_not_named_in_the_plural(capsys):
+    assert main(LAPTOP) == 0
+    told = capsys.readouterr().out
+    assert "1 engine of 1 GPU" in told and "V = 1 chunk, P = 1 stage" in told
+    nouns = "GPUs|ranks|chunks|stages|layers|slots|tokens|samples|engines|micro-batches"
+    assert not re.findall(rf"(?<![\d.,])1 (?:{nouns})\b", told)
+
+
+@pytest.mark.parametrize(
+    ("hours", "said"),
+    [(0.004, "14.4 s"), (0.25, "15 minutes"), (7.25, "7.2 hours"), (1053, "1,053 hours")],
+)
+def test_a_run_s_hours_are_said_in_a_unit_that_leaves_digits(hours, said):
+    assert str(Quantity(hours, "hours", "")) == said
+
+
+def test_several_recipes_have_a_bill_each_and_a_verdict_at_the_end(capsys):
+    recipes = [RECIPE.parent / f"{n}.yaml" for n in ("cold_start_sampling", "pipeline", "r1_zero")]
+    assert main([*map(str, recipes), "--gpus", "128"]) == 2
+    captured = capsys.readouterr()
+    assert [line[3:-3] for line in captured.out.splitlines() if line.startswith("== ")] == [
+        str(path) for path in recipes
+    ]
+    verdicts = [line.rsplit(maxsplit=1) for line in captured.out.splitlines()[-3:]]
+    assert verdicts == [
+        ["fits", str(recipes[0])],
+        ["refused", str(recipes[1])],
+        ["does not fit", str(recipes[2])],
+    ]
+    assert "pipeline.yaml is a pipeline; plan the recipes of its stages" in captured.err
+    assert main([str(recipes[0]), str(recipes[2]), "--gpus", "128"]) == 1
+    assert main([str(recipes[0])] * 2) == 0
+    capsys.readouterr()
+    assert main([*map(str, recipes), "--json", "plan.json"]) == 2
+    assert "--json: one recipe at a time, 3 are named" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("recipe", "options", "message"),
+    [
+        ("deepseek_r1", [], "is a folder; name a recipe in it"),
+        ("deepseek_r1/cold_start_sft.yaml", ["--rollout-gpus", "8"], "sft has no engines; leave"),
+        ("deepseek_r1/helpful_pairs.yaml", ["--rollout-gpus", "8"], "beside its engines; use --g"),
+        ("distill/qwen2.5-math-7b_on_policy.yaml", ["--teacher.path", "gone"], "teacher.path must"),
+        ("laptop/eval.yaml", [], "eval.yaml is for eval (eval.benchmarks, and neither"),
+    ],
+)
+def test_what_cannot_be_planned_is_refused_by_name(capsys, recipe, options, message):
+    assert main([str(ROOT / "examples" / recipe), *options]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_folder_in_place_of_the_json_file_is_refused(tmp_path, capsys):
+    assert main([*LAPTOP, "--json", str(tmp_path)]) == 2
+    assert f"--json: {tmp_path} cannot be written: Is a directory" in capsys.readouterr().err
+
+
+def test_a_teacher_that_cannot_be_counted_is_planned_without(tmp_path, capsys):
+    teacher, file = tmp_path / "teacher", tmp_path / "plan.json"
+    teacher.mkdir()
+    config = {"architectures": ["OtherForCausalLM"], "max_position_embeddings": 32_768}
+    (teacher / "config.json").write_text(json.dumps(config))
+    recipe = str(ROOT / "examples/distill/qwen2.5-math-7b_on_policy.yaml")
+    assert main([recipe, "--teacher.path", str(teacher), "--json", str(file)]) == 0
+    weights_of = json.loads(file.read_text())["sections"]["engine memory of a teacher's GPU"]
+    assert weights_of["weights"]["value"] is None
+    assert "OtherForCausalLM" in weights_of["weights"]["formula"]
+
+
+@pytest.mark.parametrize("gpus", [1, 4, 7, 8, 12])
+def test_an_assumed_engine_uses_all_its_gpus_and_divides_the_heads(gpus):
+    hf = read_hf_config(ROOT / "examples/laptop/model")
+    config = configuration.load(ROOT / "examples/laptop/r1_zero.yaml")
+    layout = engine_layout(Job(hf, config, gpus, HARDWARE["H800"]))
+    assert hf["num_attention_heads"] == 2 and layout.tensor in (1, 2)
+    assert layout.tensor * layout.data == gpus
+    assert layout.tensor == (2 if gpus % 2 == 0 else 1)
+
+
+def test_advice_is_not_what_the_recipe_does_or_its_model_cannot(capsys):
+    dense = str(ROOT / "examples/distill/qwen2.5-32b_rl.yaml")
+    assert main([dense, "--memory-gib", "30"]) == 1
+    told = " ".join(capsys.readouterr().out.split())
+    assert "recompute full" in told and "of it activations: raise parallel.context" in told
+    assert "parallel.expert" not in told and "raise rollout.tensor=8 (more GPUs" in told
+    assert main([*LAPTOP, "--memory-gib", "6.1"]) == 1
+    assert "1.04 GiB of it activations: set parallel.recompute to full" in capsys.readouterr().out
+    assert main([*LAPTOP, "--memory-gib", "5"]) == 1
+    assert "of it reserved: use GPUs with more memory" in capsys.readouterr().out
 
 
 def test_json_holds_every_number_with_its_formula(tmp_path, capsys):
@@ -338,9 +494,7 @@ def test_suggested_layouts_hold_every_layer(chunks):
 
 
 def test_every_recipe_of_a_dense_or_small_model_can_be_planned(capsys):
-    recipe = str(ROOT / "examples/laptop/r1_zero.yaml")
-    options = ["--model.path", str(ROOT / "examples/laptop/model")]
-    assert main([recipe, *options]) == 0
+    assert main(LAPTOP) == 0
     assert "pipeline 1 x 1" in capsys.readouterr().out
 
 

@@ -77,7 +77,9 @@ def test_rl_brings_engine_hosts_which_end_with_it(stage):
     calls = calls_of(stage)
     hosts = next(call for call in calls if "megatron_r1.rollout.host" in call)
     trainer = next(call for call in calls if "torch.distributed.run" in call)
-    assert hosts.endswith(f"-m megatron_r1.rollout.host --folder {stage.run} --engines 1")
+    assert hosts.endswith(
+        f"-m megatron_r1.rollout.host --folder {stage.run} --engines 1 --patience 3600"
+    )
     options = trainer.partition(f"--run.folder {stage.run} ")[2].split()
     settings = parse_overrides(options)
     assert settings.pop("rollout.start_timeout_seconds") > 600
@@ -90,11 +92,15 @@ def test_rl_brings_engine_hosts_which_end_with_it(stage):
     assert config.rollout.engines * config.rollout.hosts_per_engine * 8 == 2048
 
 
-def test_sampling_is_one_process_on_the_first_node(stage):
-    assert stage("sample").wait(30) == 0
-    _, sampling = calls_of(stage)
-    assert sampling.startswith("srun --overlap --nodes 1 --ntasks 1 ")
-    assert "-m megatron_r1 sample " in sampling and "torch.distributed" not in sampling
+def test_sampling_is_one_process_beside_engine_hosts_on_every_node(stage):
+    assert stage("sample", AFTER="megatron_r1.rollout.host").wait(30) == 0
+    calls = calls_of(stage)
+    hosts = next(call for call in calls if "megatron_r1.rollout.host" in call)
+    sampling = next(call for call in calls if "-m megatron_r1 sample " in call)
+    assert hosts.startswith("srun --overlap --nodes 2 --ntasks 2 --nodelist node0,node1 ")
+    assert sampling.startswith("srun --overlap --nodes 1 --ntasks 1 --nodelist node0 ")
+    assert "--rollout.placement hosts --rollout.hosts_per_engine 16 " in sampling
+    assert not any("torch.distributed" in call for call in calls)
 
 
 @pytest.mark.parametrize(("status", "is_requeued"), [("130", True), ("0", False)])

@@ -1,9 +1,10 @@
-"""`python tools/plan RECIPE.yaml [--gpus N] [--json FILE] [--section.key value …]`: the bill before
-a GPU is rented.
+"""`python tools/plan RECIPE.yaml … [--gpus N] [--json FILE] [--section.key value …]`: the bill
+before a GPU is rented.
 
 Parameters, memory of every rank, traffic, operations and time of a recipe's run, each with its
 formula, from the tables and settings the run itself uses. A layout that cannot work ends with what
-breaks it, the nearest layouts that fit, and exit status 1. `--build` also builds the real ranks of
+breaks it, the nearest layouts that fit, and exit status 1. Of several recipes there is a bill for
+each, and a verdict on each at the end. `--build` also builds the real ranks of
 the layout on torch's meta device and compares every parameter with the plan.
 """
 
@@ -11,8 +12,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from dataclasses import replace
+from difflib import get_close_matches
 from pathlib import Path
 
 # In place of this folder, whose file names are not for everyone.
@@ -25,24 +28,48 @@ from megatron_r1.models.hf_config import read_hf_config  # noqa: E402
 from megatron_r1.rollout.context import context_length  # noqa: E402
 from tools.plan.bill import Bill  # noqa: E402
 from tools.plan.hardware import GIB, HARDWARE, Assumptions  # noqa: E402
-from tools.plan.job import Job, verb_of  # noqa: E402
+from tools.plan.job import Job, Verb, text_limit, verb_of  # noqa: E402
+from tools.plan.push import check_engines  # noqa: E402
 from tools.plan.report import as_json, as_text, layouts_text  # noqa: E402
-from tools.plan.search import fastest, nearest  # noqa: E402
+from tools.plan.search import Found, fastest, nearest, nearest_sizes  # noqa: E402
+from tools.plan.teacher import check_teacher  # noqa: E402
 
 NEAREST = "nearest layouts that fit (fullest rank, estimated step)"
 FASTEST = "fastest layouts that fit (fullest rank, estimated step)"
+
+
+FITS, UNFIT, REFUSED = range(3)
+VERDICTS = {FITS: "fits", UNFIT: "does not fit", REFUSED: "refused"}
+"""By exit status. Of several recipes the worst one's is returned."""
 
 
 def main(arguments: list[str] | None = None) -> int:
     """0: it fits; 1: it does not; 2: the recipe or the options are wrong."""
     chosen, rest = _parser().parse_known_args(arguments)
     try:
-        job = _job(chosen, parse_overrides(rest))
+        _check_options(chosen, rest)
+        overrides = parse_overrides(rest)
     except ValueError as error:
-        print(f"tools/plan: {error}", file=sys.stderr)
-        return 2
+        return _refused(error)
+    if len(chosen.recipes) == 1:
+        return _plan(chosen.recipes[0], chosen, overrides)
+    statuses = {}
+    for recipe in chosen.recipes:
+        print(f"== {recipe} ==", flush=True)
+        statuses[recipe] = _plan(recipe, chosen, overrides)
+        print()
+    print("\n".join(f"{VERDICTS[status]:12}  {recipe}" for recipe, status in statuses.items()))
+    return max(statuses.values())
+
+
+def _plan(recipe: Path, chosen: argparse.Namespace, overrides: dict) -> int:
+    """Print the bill of one recipe; its exit status."""
+    try:
+        job = _job(recipe, chosen, overrides)
+    except ValueError as error:
+        return _refused(error)
     if not _can_work(job):
-        return 1
+        return UNFIT
     bill = Bill(job)
     problems = bill.problems()
     print(as_text(bill))
@@ -50,26 +77,42 @@ def main(arguments: list[str] | None = None) -> int:
     if problems:
         print("\n" + "\n".join(f"does not fit: {problem}" for problem in problems))
         if job.trains:
-            others = nearest(job)
-            print(layouts_text(job, others, NEAREST))
+            others = _print_nearest(job)
     elif chosen.search:
         others = fastest(job)
         print("\n" + layouts_text(job, others, FASTEST))
-    if chosen.json:
-        text = json.dumps(as_json(bill, problems, others), indent=1, default=str)
-        atomic_write(chosen.json, text + "\n")
     if chosen.build:
         from tools.plan.build import build_ranks
 
         print("\n" + build_ranks(job))
-    return 1 if problems else 0
+    if chosen.json:
+        try:
+            _write_json(chosen.json, as_json(bill, problems, others))
+        except OSError as error:
+            return _refused(f"--json: {chosen.json} cannot be written: {error.strerror}")
+    return UNFIT if problems else FITS
+
+
+def _refused(error: object) -> int:
+    print(f"tools/plan: {error}", file=sys.stderr)
+    return REFUSED
+
+
+def _write_json(path: Path, plan: dict) -> None:
+    atomic_write(path, json.dumps(plan, indent=1, default=str, allow_nan=False) + "\n")
+
+
+def _print_nearest(job: Job) -> list[Found]:
+    others = nearest(job)
+    print(layouts_text(job, others, NEAREST, () if others else nearest_sizes(job)))
+    return others
 
 
 def _can_work(job: Job) -> bool:
     """Says what cannot, and which layouts of the trainer can."""
     try:
         if job.generates:
-            job.check_engines()
+            check_engines(job)
     except ValueError as error:
         print(f"cannot work: {error}")
         return False
@@ -78,7 +121,7 @@ def _can_work(job: Job) -> bool:
             job.check_trainer()
     except ValueError as error:
         print(f"cannot work: {error}")
-        print(layouts_text(job, nearest(job), NEAREST))
+        _print_nearest(job)
         return False
     return True
 
@@ -87,52 +130,82 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="tools/plan", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("recipe", type=Path)
+    parser.add_argument("recipes", type=Path, nargs="+", metavar="recipe")
     parser.add_argument("--gpus", type=int, help="default: parallel.processes; of sample: engines'")
     parser.add_argument("--hardware", choices=HARDWARE, default="H800")
     parser.add_argument("--memory-gib", type=float, help="of a GPU, instead of the hardware's")
     parser.add_argument("--host-memory-gib", type=float, help="per GPU, instead of 233")
     parser.add_argument("--rollout-gpus", type=int, help="GPUs the engines have alone")
     parser.add_argument("--response-tokens", type=int, help="mean; default: a quarter of the limit")
-    parser.add_argument("--prompt-tokens", type=int, default=512, help="mean and longest prompt")
+    parser.add_argument("--prompt-tokens", type=int, help="mean and longest; default: 512")
     parser.add_argument("--search", action="store_true", help="also list the fastest layouts")
     parser.add_argument("--build", action="store_true", help="build the ranks on the meta device")
     parser.add_argument("--json", type=Path, help="also write everything here")
     return parser
 
 
-def _job(chosen: argparse.Namespace, overrides: dict) -> Job:
-    if chosen.recipe.is_file() and "\nstages:" in chosen.recipe.read_text(encoding="utf-8"):
-        raise ValueError(f"{chosen.recipe} is a pipeline; plan the recipes of its stages")
-    config = configuration.load(chosen.recipe, overrides, required=("model.path",))
-    hardware = HARDWARE[chosen.hardware]
-    _check_positive(chosen)
+def _job(recipe: Path, chosen: argparse.Namespace, overrides: dict) -> Job:
+    config = _config(recipe, overrides)
     verb = verb_of(config)
-    if verb == "sample" and (chosen.search or chosen.build):
-        option = "--search" if chosen.search else "--build"
-        raise ValueError(f"{option}: sample trains nothing, so there are no trainer's ranks")
-    if verb in ("rl", "sample"):
-        context_length(config)
+    _check_verb(chosen, verb)
+    hardware = HARDWARE[chosen.hardware]
     if chosen.memory_gib is not None:
         hardware = replace(hardware, memory=chosen.memory_gib * GIB)
     if chosen.host_memory_gib is not None:
         hardware = replace(hardware, host_memory=chosen.host_memory_gib * GIB)
-    head = "score" if verb == "reward-model" else "language"
+    hf = read_hf_config(config.model.path, "score" if verb == "reward-model" else "language")
     job = Job(
-        hf=read_hf_config(config.model.path, head),
+        hf=hf,
         config=config,
         world_size=chosen.gpus or _gpus(config, verb),
         hardware=hardware,
-        assumptions=Assumptions(prompt_tokens=chosen.prompt_tokens),
+        assumptions=Assumptions(prompt_tokens=_prompt_tokens(chosen, config, verb, hf)),
         rollout_gpus=chosen.rollout_gpus or 0,
         verb=verb,
     )
+    assert job.critic is None or job.critic.is_critic, "reading it checks it"
     limit = job.longest_response
     mean = chosen.response_tokens or max(1, limit // 4)
     if mean > limit:
         key = "reward_model.max_tokens" if verb == "reward-model" else "rollout.max_response_tokens"
         raise ValueError(f"--response-tokens: {mean} is above {key}={limit}; lower it")
     return replace(job, response_tokens=mean)
+
+
+def _config(recipe: Path, overrides: dict) -> configuration.Config:
+    """The recipe of one run; ValueError for other files."""
+    if recipe.is_dir():
+        raise ValueError(f"recipe {recipe} is a folder; name a recipe in it")
+    if recipe.is_file() and "\nstages:" in recipe.read_text(encoding="utf-8"):
+        raise ValueError(f"{recipe} is a pipeline; plan the recipes of its stages")
+    config = configuration.load(recipe, overrides, required=("model.path",))
+    if config.eval.benchmarks and not (config.data.path or config.data.task):
+        raise ValueError(
+            f"{recipe} is for eval (eval.benchmarks, and neither data.path nor data.task), which "
+            "is not planned; plan a recipe of rl, sft, reward-model or sample"
+        )
+    if config.teacher.path:
+        check_teacher(config)
+    return config
+
+
+def _prompt_tokens(
+    chosen: argparse.Namespace, config: configuration.Config, verb: Verb, hf: dict
+) -> int:
+    """The option, or 512 where the context has room for it beside the longest response."""
+    if verb == "sft":
+        return chosen.prompt_tokens or Assumptions.prompt_tokens
+    if verb == "reward-model":
+        key, room = "reward_model.max_tokens", text_limit(config, hf) - 1
+    else:
+        key = "rollout.max_model_len"
+        room = context_length(config) - config.rollout.max_response_tokens
+    if chosen.prompt_tokens is not None and chosen.prompt_tokens > room:
+        raise ValueError(
+            f"--prompt-tokens: {chosen.prompt_tokens} do not fit beside a response, there is room "
+            f"for {room}; lower it, or raise {key}"
+        )
+    return chosen.prompt_tokens or min(Assumptions.prompt_tokens, room)
 
 
 def _gpus(config: configuration.Config, verb: str) -> int:
@@ -143,12 +216,32 @@ def _gpus(config: configuration.Config, verb: str) -> int:
     return config.parallel.processes
 
 
-def _check_positive(chosen: argparse.Namespace) -> None:
+def _check_options(chosen: argparse.Namespace, rest: list[str]) -> None:
+    options = [f"--{name.replace('_', '-')}" for name in vars(chosen) if name != "recipes"]
+    for word in rest:
+        key = word.partition("=")[0]
+        near = get_close_matches(key, options, n=1) if "." not in key else []
+        if key.startswith("--") and near:
+            raise ValueError(f"unknown option {key}; did you mean {near[0]}?")
     names = "gpus memory_gib host_memory_gib rollout_gpus response_tokens prompt_tokens"
     for name in names.split():
         value = getattr(chosen, name)
-        if value is not None and value <= 0:
-            raise ValueError(f"--{name.replace('_', '-')}: {value} is not above 0")
+        if value is not None and not 0 < value < math.inf:
+            option = f"--{name.replace('_', '-')}"
+            raise ValueError(f"{option}: {value} is not a finite number above 0")
+    if chosen.json and len(chosen.recipes) > 1:
+        raise ValueError(f"--json: one recipe at a time, {len(chosen.recipes)} are named")
+
+
+def _check_verb(chosen: argparse.Namespace, verb: Verb) -> None:
+    """Refuse options that would mean nothing for the verb."""
+    if verb == "sample" and (chosen.search or chosen.build):
+        option = "--search" if chosen.search else "--build"
+        raise ValueError(f"{option}: sample trains nothing, so there are no trainer's ranks")
+    if chosen.rollout_gpus and verb != "rl":
+        remedy = "use --gpus" if verb == "sample" else "leave it out"
+        have = "has no trainer beside its engines" if verb == "sample" else "has no engines"
+        raise ValueError(f"--rollout-gpus: {verb} {have}; {remedy}")
 
 
 if __name__ == "__main__":

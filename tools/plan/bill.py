@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
+from megatron_r1.reporting.wording import counted
 from tools.plan.communication import communication_section
 from tools.plan.flops import flops_section
 from tools.plan.job import Job
@@ -81,18 +82,32 @@ class Bill:
             return None
         training = sum(worst.training.values()) == worst.peak
         parts = worst.training if training else worst.scoring
-        largest = max(parts, key=parts.get)
-        fix = {
-            "activations": "set parallel.recompute to full, or raise parallel.context or .tensor",
-            "layer in work": "raise parallel.context or .tensor, or lower tokens_per_microbatch",
-            "loss head": "raise parallel.tensor or .context",
-            "optimizer": "raise parallel.optimizer_offload, or use more GPUs",
-            "reference": "keep it away from the fullest rank: raise parallel.expert or .pipeline",
-        }.get(largest, "raise parallel.expert, .pipeline or .tensor")
+        kinds = parts if parts["reserved"] >= memory else parts.keys() - {"reserved"}
+        largest = max(kinds, key=parts.__getitem__)
         return (
             f"pipeline rank {worst.rank} needs {_size(worst.peak)} of {_size(memory)} while it "
-            f"{'trains' if training else 'scores'}, {_size(parts[largest])} of it {largest}: {fix}"
+            f"{'trains' if training else 'scores'}, {_size(parts[largest])} of it {largest}: "
+            f"{self._less(largest)}"
         )
+
+    def _less(self, kind: str) -> str:
+        """What lowers a kind of a rank's memory."""
+        full = self.job.parallel.recompute == "full"
+        return {
+            "activations": f"{'' if full else 'set parallel.recompute to full, or '}raise "
+            "parallel.context or .tensor",
+            "layer in work": "raise parallel.context or .tensor, or lower "
+            "parallel.tokens_per_microbatch",
+            "loss head": "raise parallel.tensor or .context",
+            "optimizer": "raise parallel.optimizer_offload, or use more GPUs",
+            "reference": f"keep it away from the fullest rank: {self._split()}",
+            "reserved": "use GPUs with more memory",
+        }.get(kind, self._split())
+
+    def _split(self) -> str:
+        """What leaves a rank fewer parameters."""
+        experts = "parallel.expert, .pipeline" if self.job.has_experts else "parallel.pipeline"
+        return f"raise {experts} or .tensor"
 
     def _host(self) -> Section:
         """Of the node whose ranks need most: ranks of one pipeline stage share a node."""
@@ -100,7 +115,9 @@ class Bill:
         per_node = min(job.hardware.gpus_per_node, job.world_size)
         fullest = max(self.ranks, key=lambda rank: sum(rank.host.values()))
         return {
-            kind: Quantity(num_bytes * per_node, "B", f"{per_node} ranks x {_size(num_bytes)}")
+            kind: Quantity(
+                num_bytes * per_node, "B", f"{counted(per_node, 'rank')} x {_size(num_bytes)}"
+            )
             for kind, num_bytes in fullest.host.items()
         }
 
@@ -112,9 +129,14 @@ class Bill:
         if needed <= memory:
             return None
         largest = max(parts, key=lambda kind: parts[kind].value)
+        fix = {
+            "checkpoint being written": "set checkpoint.asynchronous to false, or ",
+            "optimizer": "lower parallel.optimizer_offload, or ",
+            "critic's optimizer": "lower parallel.optimizer_offload, or ",
+        }.get(largest, "")
         return (
             f"a host needs {_size(needed)} of {_size(memory)}, {parts[largest]} of it {largest}: "
-            "raise parallel.expert or .pipeline, or lower parallel.optimizer_offload"
+            f"{fix}{self._split()}"
         )
 
     def _cache(self) -> str | None:
@@ -122,28 +144,35 @@ class Bill:
         needed = engines.token_bytes * job.longest_sample
         if engines.cache >= needed:
             return None
-        resident = f" and {_size(engines.resident)} of the trainer" if engines.resident else ""
-        beside = f"{_size(engines.weights)} of weights{resident}"
+        trainer = f", {_size(engines.resident)} of the trainer" if engines.resident else ""
+        beside = (
+            f"beside {_size(engines.weights)} of weights{trainer} and "
+            f"{_size(job.assumptions.reserved)} reserved"
+        )
+        has = f"has {_size(engines.cache)}"
+        if engines.cache <= 0:
+            has = f"of {_size(job.hardware.memory)} has no room, {_size(-engines.cache)} short,"
         return (
-            f"an engine GPU has {_size(max(0, engines.cache))} for KV cache beside {beside}; one "
-            f"sample of {job.longest_sample:,} tokens needs {_size(needed)}: {self._more_room()}"
+            f"an engine GPU {has} for KV cache {beside}; one sample of {job.longest_sample:,} "
+            f"tokens needs {_size(needed)}: {self._more_room()}"
         )
 
     def _more_room(self) -> str:
         """What leaves an engine GPU more memory for its cache."""
         rollout = self.job.config.rollout
-        larger = f"lower rollout.engines={rollout.engines} (more GPUs each)"
-        if rollout.tensor * rollout.data > 1:
-            larger = f"raise rollout.data={rollout.data} (more GPUs for an engine) or .tensor"
-        elif rollout.engines == 1:
-            larger = "use more GPUs"
-        if not self.engines.resident:
-            shorter = ", or lower rollout.max_response_tokens" if self.engines.cache > 0 else ""
-            return larger + shorter
-        return (
-            f"{larger}, raise parallel.expert or .pipeline, or give the engines GPUs of their own "
-            "(--rollout-gpus)"
-        )
+        fewer = ", fewer engines" if rollout.engines > 1 else ""
+        # Copies of a dense model are whole: only tensor parallelism makes them smaller.
+        larger = "data" if self.job.has_experts else "tensor"
+        size = getattr(rollout, larger)
+        ways = [f"raise rollout.{larger}={size} (more GPUs for an engine{fewer})"]
+        if rollout.tensor * rollout.data == 1:
+            ways = [f"lower rollout.engines={rollout.engines} (more GPUs each)"]
+            ways = ways if rollout.engines > 1 else ["use more GPUs"]
+        if self.engines.resident:
+            ways += [self._split(), "give the engines GPUs of their own (--rollout-gpus)"]
+        elif self.engines.cache > 0:
+            ways.append("lower rollout.max_response_tokens")
+        return ", or ".join(ways)
 
 
 def _size(num_bytes: float) -> str:

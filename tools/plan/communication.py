@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron_r1.reporting.wording import counted
 from tools.plan.activations import VALUE
 from tools.plan.job import Job
 from tools.plan.parameters import Counts, RankCounts
@@ -79,8 +80,8 @@ def _tensor(job: Job, layers: int) -> Group:
         0,
         size,
         size,
-        f"{layers} layers x (gather {gathered} + scatter {scattered} values) x {whole:,.0f} tokens "
-        f"x {VALUE} B x {share:.2f}, backward with the gathers once more",
+        f"{counted(layers, 'layer')} x (gather {gathered} + scatter {scattered} values) x "
+        f"{whole:,.0f} tokens x {VALUE} B x {share:.2f}, backward with the gathers once more",
     )
 
 
@@ -102,8 +103,9 @@ def _context(job: Job, layers: int) -> Group:
         0,
         size,
         size * job.parallel.tensor,
-        f"{layers} layers x {values:,.0f} key and value features x {whole:,.0f} tokens x "
-        f"{size - 1} other ranks x {VALUE} B; backward: again, and their gradients",
+        f"{counted(layers, 'layer')} x {values:,.0f} key and value features x {whole:,.0f} "
+        f"tokens x {counted(size - 1, 'other rank')} x {VALUE} B; backward: again, and their "
+        "gradients",
     )
 
 
@@ -121,8 +123,8 @@ def _expert(job: Job, sparse: int) -> Group | None:
         0,
         size,
         size * job.parallel.expert_tensor,
-        f"{sparse} layers x {job.hf['num_experts_per_tok']} experts x {split:,.0f} tokens x "
-        f"{job.hf['hidden_size']} x {VALUE} B x {(size - 1) / size:.2f} x imbalance "
+        f"{counted(sparse, 'layer')} x {job.hf['num_experts_per_tok']} experts x {split:,.0f} "
+        f"tokens x {job.hf['hidden_size']} x {VALUE} B x {(size - 1) / size:.2f} x imbalance "
         f"{job.assumptions.expert_imbalance}, out and back, {4 + again} times",
     )
 
@@ -136,8 +138,8 @@ def _pipeline(job: Job) -> Group:
         0,
         job.parallel.pipeline,
         job.world_size,
-        f"{split:,.0f} tokens x {job.hf['hidden_size']} x {VALUE} B x {job.virtual} chunks, states "
-        "forward and gradients backward",
+        f"{split:,.0f} tokens x {job.hf['hidden_size']} x {VALUE} B x "
+        f"{counted(job.virtual, 'chunk')}, states forward and gradients backward",
     )
 
 
@@ -162,7 +164,7 @@ def communication_section(job: Job, rank: int) -> Section:
         f"{name} ({group.size} ranks)": Quantity(
             group.microbatch * job.num_microbatches + group.step,
             "B",
-            (f"{job.num_microbatches} micro-batches x " if group.microbatch else "")
+            (f"{counted(job.num_microbatches, 'micro-batch')} x " if group.microbatch else "")
             + group.formula,
         )
         for name, group in groups(job, rank).items()

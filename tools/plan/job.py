@@ -9,7 +9,10 @@ from typing import Literal
 
 from megatron_r1.config import Config, ParallelConfig, SampleConfig
 from megatron_r1.config.critic import critic_config
+from megatron_r1.config.reward_model import RewardModelConfig
+from megatron_r1.config.training import SFTConfig
 from megatron_r1.models.hf_config import architecture, read_hf_config
+from megatron_r1.reporting.wording import counted
 from megatron_r1.rl.algorithms import find
 from megatron_r1.rollout.parallelism import check_engines
 from megatron_r1.weights.layout import Shard, stage_shards, table
@@ -25,11 +28,16 @@ Verb = Literal["rl", "sft", "reward-model", "sample"]
 
 def verb_of(config: Config) -> Verb:
     """What a recipe is for, by what it sets."""
-    if config.model.head == "score" or config.reward_model.data:
+    if config.model.head == "score" or config.reward_model != RewardModelConfig():
         return "reward-model"
-    if config.sft.data:
+    if config.sft != SFTConfig():
         return "sft"
     return "sample" if config.sample != SampleConfig() else "rl"
+
+
+def text_limit(config: Config, hf: dict) -> int:
+    """Tokens of the longest text that a reward model learns from."""
+    return config.reward_model.max_tokens or hf["max_position_embeddings"]
 
 
 @dataclass(frozen=True)
@@ -60,6 +68,16 @@ class Job:
         """The same job in another layout."""
         parallel = self.parallel.model_copy(update=changes)
         return replace(self, config=self.config.model_copy(update={"parallel": parallel}))
+
+    def on(self, world_size: int) -> Job:
+        """The same job on as many GPUs, which engines of several GPUs make up as before."""
+        rollout = self.config.rollout
+        ranks = rollout.tensor * rollout.data
+        if self.rollout_gpus or ranks == 1:
+            return replace(self, world_size=world_size)
+        rollout = rollout.model_copy(update={"engines": world_size // ranks})
+        config = self.config.model_copy(update={"rollout": rollout})
+        return replace(self, world_size=world_size, config=config)
 
     @property
     def rules(self) -> Table:
@@ -197,9 +215,8 @@ class Job:
 
     @property
     def longest_response(self) -> int:
-        limit = self.config.reward_model.max_tokens if self.verb == "reward-model" else None
-        if limit is not None:  # of the whole text
-            return max(1, limit - self.assumptions.prompt_tokens)
+        if self.verb == "reward-model":
+            return max(1, text_limit(self.config, self.hf) - self.assumptions.prompt_tokens)
         return self.config.rollout.max_response_tokens
 
     @property
@@ -250,12 +267,20 @@ class Job:
             )
         per_step = self.outputs // self.minibatches
         if per_step < self.data:
-            lower = "lower rl.minibatches" if self.verb == "rl" else "raise the batch size"
             raise ValueError(
-                f"{per_step} samples of an optimizer step cannot be spread over {self.data} "
-                f"data-parallel ranks; raise parallel.context, .tensor or .pipeline, or {lower}"
+                f"{counted(per_step, 'sample')} of an optimizer step cannot be spread over "
+                f"{self.data:,} data-parallel ranks; {self._more_samples()}, raise "
+                "parallel.context, .tensor or .pipeline, or use at most "
+                f"{counted(per_step * (self.world_size // self.data), 'GPU')}"
             )
         assert self.stages, "building them checks the layout"
+
+    def _more_samples(self) -> str:
+        """What gives an optimizer step more of them."""
+        if self.verb == "rl" and self.minibatches > 1:
+            return f"lower rl.minibatches={self.minibatches}"
+        keys = {"sft": "sft.batch_size", "reward-model": "reward_model.batch_size"}
+        return f"raise {keys.get(self.verb, 'rl.questions_per_rollout')}"
 
     def check_engines(self) -> None:
         """Raise ValueError for engines that cannot be, or not on these GPUs, and say how many."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from functools import lru_cache
 
+from megatron_r1.reporting.wording import counted
 from megatron_r1.rollout.parallelism import engine_layout as layout_of
 from megatron_r1.weights.push import EngineLayout, Planner, TrainerGrid
 from megatron_r1.weights.push.engine_layout import EngineNeeds
@@ -15,18 +16,33 @@ from tools.plan.quantity import Quantity, Section
 
 def engine_layout(job: Job) -> EngineLayout:
     """The recipe's, or where it does not say (all of rollout.tensor, .data and .pipeline are 1) as
-    vLLM serves such models: attention tensor-parallel within a node and data-parallel over nodes,
-    routed experts spread over all GPUs of an engine."""
+    vLLM serves such models: attention tensor-parallel as far as its heads and a node go and
+    data-parallel beyond, routed experts spread over all GPUs of an engine."""
     recipes = layout_of(job.config)
     if recipes.ranks_per_engine > 1:
         return recipes
-    tensor = min(job.engine_gpus, job.hardware.gpus_per_node)
+    largest = min(job.engine_gpus, job.hardware.gpus_per_node)
+    tensor = max(size for size in range(1, largest + 1) if _shares(job, size))
     return EngineLayout(
         engines=job.config.rollout.engines,
         tensor=tensor,
         data=job.engine_gpus // tensor,
         expert_parallel=job.has_experts and job.engine_gpus > 1,
     )
+
+
+def _shares(job: Job, tensor: int) -> bool:
+    """Whether so many GPUs can share the attention of an engine's model, and make up the engine."""
+    heads = job.hf["num_attention_heads"]
+    groups = heads if job.latent_attention else job.hf.get("num_key_value_heads") or heads
+    whole = groups % tensor == 0 or tensor % groups == 0
+    return job.engine_gpus % tensor == 0 and heads % tensor == 0 and whole
+
+
+def check_engines(job: Job) -> None:
+    """Raise ValueError for engines that cannot be on these GPUs, or cannot share the model."""
+    job.check_engines()
+    engine_rank_bytes(job)
 
 
 def engine_rank_bytes(job: Job) -> int:
@@ -57,7 +73,9 @@ def push_section(job: Job) -> Section:
             f"adapter",
         ),
         "into all engines": Quantity(
-            moved.received.sum(), "B", f"{engines.num_ranks} GPUs, each what it needs and no more"
+            moved.received.sum(),
+            "B",
+            f"{counted(engines.num_ranks, 'GPU')}, each what it needs and no more",
         ),
         "out of a trainer rank": Quantity(
             out,

@@ -27,16 +27,22 @@ class Quantity:
         if self.unit == "s":
             return f"{self.value:.3g} s" if self.value < 1000 else f"{self.value:,.0f} s"
         if self.unit == "hours" and self.value < 10:
-            return (
-                f"{self.value * 60:,.0f} minutes" if self.value < 1 else f"{self.value:.1f} hours"
-            )
+            return _few_hours(self.value)
         if self.unit == "share":
             return f"{self.value:.1%}"
         if self.unit == "FLOP":
             return scaled(self.value, 1000, ("FLOP", *(p + "FLOP" for p in "kMGTPEZ")))
         if self.unit == "parameters":
             return scaled(self.value, 1000, ("", "k", "M", "B", "T"))
-        return f"{self.value:,.0f} {self.unit}".rstrip()
+        unit = "token" if self.unit == "tokens" and round(self.value) == 1 else self.unit
+        return f"{self.value:,.0f} {unit}".rstrip()
+
+
+def _few_hours(hours: float) -> str:
+    """In the unit that leaves two digits."""
+    if hours >= 1:
+        return f"{hours:.1f} hours"
+    return f"{hours * 60:.0f} minutes" if hours >= 1 / 30 else f"{hours * 3600:.3g} s"
 
 
 def scaled(value: float, base: int, units: tuple[str, ...]) -> str:

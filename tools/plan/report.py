@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import textwrap
+from collections.abc import Sequence
 from typing import Any
 
 from megatron_r1.reporting.wording import counted
@@ -20,6 +21,8 @@ def as_text(bill: Bill) -> str:
     """Every number, and beside it the formula it comes from."""
     lines = [_title(bill)]
     for title, section in bill.sections().items():
+        if not section:
+            continue
         lines += ["", title]
         for name, quantity in section.items():
             head = f"  {name:{_NAME}} {quantity!s:>{_VALUE}}  "
@@ -59,21 +62,28 @@ def as_json(bill: Bill, problems: list[str], others: list[Found]) -> dict[str, A
     }
 
 
-def layouts_text(job: Job, others: list[Found], title: str) -> str:
-    """A line per layout: what to change, and what it costs."""
+def layouts_text(job: Job, others: list[Found], title: str, other_sizes: Sequence[Job] = ()) -> str:
+    """A line per layout: what to change, and what it costs. other_sizes: the same layout on other
+    numbers of GPUs, named where there are no others."""
     if not others:
-        return (
-            f"{title}: none on {job.world_size:,} {job.hardware.name}; use more GPUs, or GPUs with "
-            "more memory"
-        )
+        remedy = "use more GPUs, or GPUs with more memory"
+        if other_sizes:
+            options = " or ".join(_size_options(job, other) for other in other_sizes)
+            remedy = f"the recipe's layout fits with {options}"
+        return f"{title}: none on {job.world_size:,} {job.hardware.name}; {remedy}"
     lines = [f"{title}:"]
     for found in others:
         changes = " ".join(f"--parallel.{k} {_value(v)}" for k, v in found.changes.items())
-        peak = Quantity(found.peak, "B", "")
-        lines.append(
-            f"  {peak!s:>10}, {found.seconds:6,.0f} s a step   {changes or '(the recipe)'}"
-        )
+        peak, seconds = Quantity(found.peak, "B", ""), Quantity(found.seconds, "s", "")
+        lines.append(f"  {peak!s:>10}, {seconds!s:>8} a step   {changes or '(the recipe)'}")
     return "\n".join(lines)
+
+
+def _size_options(job: Job, other: Job) -> str:
+    """What turns `job` into `other`, which is on another number of GPUs."""
+    engines = other.config.rollout.engines
+    changed = job.generates and engines != job.config.rollout.engines
+    return f"--gpus {other.world_size}" + (f" --rollout.engines {engines}" if changed else "")
 
 
 def _value(value: Any) -> str:
@@ -102,7 +112,7 @@ def _title(bill: Bill) -> str:
         engines = counted(job.config.rollout.engines, "engine")
         lines.append(f"{engines} of {counted(job.engine_gpus, 'GPU')}, on {where}")
     lines.append(
-        f"assumed: responses of {job.response_tokens:,} tokens on average, prompts of "
+        f"assumed: responses of {counted(job.response_tokens, 'token')} on average, prompts of "
         f"{job.assumptions.prompt_tokens:,}; rates and efficiencies: tools/plan/hardware.py"
     )
     return "\n".join(lines)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
+from megatron_r1.reporting.wording import counted
 from tools.plan.flops import decode_flops, forward_flops
 from tools.plan.job import BYTES, Job
 from tools.plan.parameters import ModelCounts
@@ -75,10 +76,15 @@ class Engines:
         return self.job.outputs * self.tensor / self.gpus
 
     @property
+    def room(self) -> float:
+        """Sequences whose cache such a group holds; less than one is none."""
+        room = self.cache / (self.token_bytes * self._cached)
+        return room if room >= 1 else 0.0
+
+    @property
     def at_once(self) -> float:
         """Sequences such a group decodes together: limited by cache and settings."""
-        room = max(0.0, self.cache / (self.token_bytes * self._cached))
-        return min(self.sequences, room, self.job.config.rollout.max_num_seqs)
+        return min(self.sequences, self.room, self.job.config.rollout.max_num_seqs)
 
     @property
     def _cached(self) -> float:
@@ -111,7 +117,7 @@ class Engines:
     def seconds(self) -> tuple[float | None, str]:
         """(time of one rollout, formula); None where there is no room for a sequence's cache."""
         job, together = self.job, self.at_once
-        if together <= 0:
+        if not self.room:
             return None, "no room for a sequence's cache"
         tokens = self.sequences * job.response_tokens
         throughput = tokens / together * self.step_seconds(together)
@@ -122,13 +128,18 @@ class Engines:
         compute = job.hardware.bf16 * job.assumptions.compute_efficiency * self.tensor
         first = self.sequences * prompt * forward_flops(job.hf, prompt) / compute
         text = (
-            f"prefill {first:.2g} s + the longer of: {self.sequences:.0f} x "
-            f"{job.response_tokens:,} tokens on {self.tensor} GPUs, {together:.0f} at once, "
-            f"{self.step_seconds(together) * 1e3:.0f} ms a token: {throughput:.0f} s; one "
-            f"response of {job.config.rollout.max_response_tokens:,} at {alone * 1e3:.0f} ms: "
-            f"{longest:.0f} s"
+            f"prefill {first:.2g} s + the longer of: {_short(self.sequences)} x "
+            f"{counted(job.response_tokens, 'token')} on {counted(self.tensor, 'GPU')}, "
+            f"{_short(together)} at once, {_short(self.step_seconds(together) * 1e3)} ms a token: "
+            f"{_short(throughput)} s; one response of {job.config.rollout.max_response_tokens:,} "
+            f"at {_short(alone * 1e3)} ms: {_short(longest)} s"
         )
         return first + max(throughput, longest), text
+
+
+def _short(value: float) -> str:
+    """Whole from 10 on, two digits below."""
+    return f"{value:.0f}" if value >= 9.95 else f"{value:.2g}"
 
 
 def rollout_section(engines: Engines) -> Section:
@@ -139,8 +150,8 @@ def rollout_section(engines: Engines) -> Section:
         "weights": Quantity(
             engines.weights,
             "B",
-            f"its part of every tensor: attention over {engines.tensor} GPUs, routed experts over "
-            f"{job.engine_gpus}; norms, routers, latent down-projections whole",
+            f"its part of every tensor: attention over {counted(engines.tensor, 'GPU')}, routed "
+            f"experts over {job.engine_gpus}; norms, routers, latent down-projections whole",
         ),
         "KV cache of a token": Quantity(
             per_token,
@@ -150,9 +161,9 @@ def rollout_section(engines: Engines) -> Section:
         "KV cache": Quantity(
             max(0, engines.cache),
             "B",
-            "memory - reserved - weights"
-            + (f" - trainer's {Quantity(engines.resident, 'B', '')}" if engines.resident else "")
-            + (f": {Quantity(-engines.cache, 'B', '')} short" if engines.cache < 0 else ""),
+            (f"no room, {Quantity(-engines.cache, 'B', '')} short: " if engines.cache < 0 else "")
+            + "memory - reserved - weights"
+            + (f" - trainer's {Quantity(engines.resident, 'B', '')}" if engines.resident else ""),
         ),
         "tokens cached": Quantity(
             max(0, int(engines.cache / engines.token_bytes)), "tokens", "KV cache / a token's bytes"
@@ -160,8 +171,8 @@ def rollout_section(engines: Engines) -> Section:
         "sequences at once": Quantity(
             round(engines.at_once, 2),
             "",
-            f"on {engines.tensor} GPUs; least of cache, rollout.max_num_seqs and its "
-            f"{engines.sequences:.0f} of the rollout",
+            f"on {counted(engines.tensor, 'GPU')}; least of cache, rollout.max_num_seqs and its "
+            f"{_short(engines.sequences)} of the rollout",
         ),
     }
     return section

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from megatron_r1.models.routing_shape import routing_shape
+from megatron_r1.reporting.wording import counted
 from tools.plan.job import Job
 from tools.plan.quantity import Quantity, Section
 
@@ -27,6 +28,7 @@ def samples_section(job: Job) -> Section:
             job.outputs * (prompt + response) * shape.token_bytes,
             "B",
             f"with rl.routing_replay: {job.outputs:,} samples x {prompt + response:,} tokens x "
-            f"{len(shape.moe_layers)} layers x {shape.topk} experts x {shape.index_bytes} B",
+            f"{counted(len(shape.moe_layers), 'layer')} x {shape.topk} experts x "
+            f"{shape.index_bytes} B",
         )
     return section

@@ -10,6 +10,7 @@ from operator import attrgetter
 
 from tools.plan.bill import Bill
 from tools.plan.job import Job
+from tools.plan.push import check_engines
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,30 @@ def fastest(job: Job, count: int = 10) -> list[Found]:
     """The layouts that fit, shortest estimated step first."""
     found = [fitting for pair in _candidates(job) if (fitting := _fitting(job, *pair[::-1]))]
     return sorted(found, key=attrgetter("seconds"))[:count]
+
+
+def nearest_sizes(job: Job) -> list[Job]:
+    """The job in its own layout on fewer and on more GPUs: the nearest on which it fits, in steps
+    of a factor of two."""
+    parallel = job.parallel
+    replica = parallel.tensor * parallel.context * parallel.pipeline
+    experts = parallel.expert_tensor * parallel.expert * parallel.pipeline
+    smallest, most = math.lcm(replica, experts), job.outputs // job.minibatches * replica
+    sizes = [smallest * 2**n for n in range(20) if smallest * 2**n <= most]
+    below = (size for size in reversed(sizes) if size < job.world_size)
+    above = (size for size in sizes if size > job.world_size)
+    found = (next(filter(_fits, map(job.on, side)), None) for side in (below, above))
+    return [other for other in found if other]
+
+
+def _fits(job: Job) -> bool:
+    try:
+        if job.generates:
+            check_engines(job)
+        job.check_trainer()
+    except ValueError:
+        return False
+    return not Bill(job).problems()
 
 
 def even_layout(num_layers: int, num_mtp: int, chunks: int) -> str | None:

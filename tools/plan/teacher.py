@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
+from megatron_r1.config import Config
 from megatron_r1.models.hf_config import read_hf_config
+from megatron_r1.reporting.wording import counted
+from megatron_r1.rollout.context import positions
+from megatron_r1.rollout.parallelism import check_ranks
 from tools.plan.flops import forward_flops
 from tools.plan.job import BYTES, Job
 from tools.plan.parameters import ModelCounts
@@ -12,10 +19,21 @@ LOGITS = 4
 """Bytes of a logit. They and their log-softmax exist together."""
 
 
+def check_teacher(config: Config) -> None:
+    """Raise ValueError for a teacher that is not there, or that its ranks cannot share."""
+    file = Path(config.teacher.path) / "config.json"
+    positions(file, "teacher.path")
+    if not config.teacher.url:
+        check_ranks(config.teacher, json.loads(file.read_text(encoding="utf-8")), "teacher")
+
+
 def teacher_section(job: Job) -> Section:
     """On GPUs of its own; of a model that can be counted, which a teacher need not be."""
     teacher = job.config.teacher
-    hf = read_hf_config(teacher.path)
+    try:
+        hf = read_hf_config(teacher.path, key="teacher.path")
+    except ValueError as error:
+        return {"weights": Quantity(None, "B", f"cannot be counted: {error}")}
     ranks = teacher.tensor * teacher.pipeline * teacher.data
     gpus = (len(teacher.url) or teacher.engines) * ranks
     split, value = teacher.tensor * teacher.pipeline, BYTES[teacher.dtype]
@@ -24,7 +42,9 @@ def teacher_section(job: Job) -> Section:
     seconds = flops / (gpus * job.hardware.bf16 * job.assumptions.compute_efficiency)
     return {
         "weights": Quantity(
-            total * value / split, "B", f"{total:,} x {value} B / {split} GPUs of an engine"
+            total * value / split,
+            "B",
+            f"{total:,} x {value} B / {counted(split, 'GPU')} of an engine",
         ),
         "logits": Quantity(
             2 * teacher.tokens_at_once * hf["vocab_size"] * LOGITS,
@@ -35,7 +55,7 @@ def teacher_section(job: Job) -> Section:
         "scoring a rollout": Quantity(
             seconds,
             "s",
-            f"{tokens:,} tokens x {forward_flops(hf, job.sample_tokens):.2e} FLOP on {gpus} GPUs; "
-            "while the students' other answers are sampled",
+            f"{tokens:,} tokens x {forward_flops(hf, job.sample_tokens):.2e} FLOP on "
+            f"{counted(gpus, 'GPU')}; while the students' other answers are sampled",
         ),
     }

@@ -108,8 +108,7 @@ class StepTime:
 
 
 def time_section(times: StepTime) -> Section:
-    """Seconds of one step and its parts; of all answers, where nothing is trained. No step without
-    a part of it."""
+    """Seconds of one step and its parts; of all answers, where nothing is trained."""
     job = times.job
     section = {}
     if job.generates:
@@ -130,7 +129,10 @@ def time_section(times: StepTime) -> Section:
         formula = "bytes into an engine GPU / its network adapter"
         section["push"] = Quantity(times.push(), "s", formula)
     parts = [name for name in PARTS if name in section]
-    if any(section[name].value is None for name in parts):
+    if missing := [name for name in parts if section[name].value is None]:
+        section["step"] = Quantity(
+            None, "s", f"none without {missing[0]}: {section[missing[0]].formula}"
+        )
         return section
     step = sum(section[name].value for name in parts)
     tokens = job.outputs * job.sample_tokens
@@ -161,8 +163,8 @@ def _training(times: StepTime) -> Section:
         "bubble": Quantity(
             times.bubble(count, job.slots),
             "share",
-            f"1 - V x {count} / (V x {job.slots} slots + P - 1), V = {job.virtual} chunks, "
-            f"P = {job.parallel.pipeline} stages",
+            f"1 - V x {count} / (V x {counted(job.slots, 'slot')} + P - 1), "
+            f"V = {counted(job.virtual, 'chunk')}, P = {counted(job.parallel.pipeline, 'stage')}",
         ),
         "training": Quantity(
             update * job.minibatches, "s", counted(job.minibatches, "optimizer step")
