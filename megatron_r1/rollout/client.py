@@ -82,15 +82,22 @@ class EngineClient:
     """Asynchronous client of one vLLM server: `async with EngineClient(url) as client`."""
 
     def __init__(
-        self, url: str, *, timeout_seconds: float = 1800.0, vocab_size: int | None = None
+        self,
+        url: str,
+        *,
+        secret: str = "",
+        timeout_seconds: float = 1800.0,
+        vocab_size: int | None = None,
     ) -> None:
         """
         Args:
             url: `http://host:port`.
+            secret: the server's (`EngineServer`); empty: it has none.
             timeout_seconds: for one call, from sending to the last byte.
             vocab_size: of the model; tokens beyond it are an error.
         """
         self.url = url.rstrip("/")
+        self.headers = {"Authorization": f"Bearer {secret}"} if secret else {}
         self.timeout_seconds, self.vocab_size = timeout_seconds, vocab_size
         self._session: aiohttp.ClientSession | None = None
 
@@ -266,6 +273,7 @@ class EngineClient:
                 # number, as the default of 100 would hold groups back.
                 connector=aiohttp.TCPConnector(limit=0, force_close=True),
                 timeout=aiohttp.ClientTimeout(total=self.timeout_seconds),
+                headers=self.headers,
             )
         payload = None if body is None else msgspec.json.encode(body)
         headers = {} if body is None else {"Content-Type": "application/json"}

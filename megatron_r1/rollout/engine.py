@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass, field
@@ -67,12 +68,14 @@ class Engine:
         **settings: Any,
     ) -> Engine:
         """Start its processes, which end with the calling thread, and return at once. Each engine
-        samples from its own seed."""
-        seed = settings.get("seed", 0) + index
+        samples from its own seed, and has a secret that only its client knows."""
+        own = {"seed": settings.get("seed", 0) + index, "secret": secrets.token_hex(32)}
         log = log_folder / f"{role}-{index}.log"
-        server = make_server(model, log, **(settings | {"seed": seed}))
+        server = make_server(model, log, **(settings | own))
         server.start()
-        client = EngineClient("", timeout_seconds=request_timeout, vocab_size=vocab_size)
+        client = EngineClient(
+            "", secret=own["secret"], timeout_seconds=request_timeout, vocab_size=vocab_size
+        )
         return cls(index, server, client, role=role)
 
     @property

@@ -35,14 +35,7 @@ async def placed(
     if rollout.placement == "local":
         yield None
         return
-    address = rollout.hosts_address or socket.gethostname()
-    try:
-        socket.getaddrinfo(address, None)
-    except OSError as error:
-        raise ValueError(
-            f"rollout.hosts_address: {address} has no address ({error}); set one of this host's "
-            "that engine hosts can reach"
-        ) from error
+    address = hosts_address(rollout)
     pool = HostPool(
         f"tcp://*:{rollout.hosts_port or '*'}",
         make_token(folder),
@@ -59,6 +52,19 @@ async def placed(
     finally:
         withdraw_address(folder)
         await asyncio.to_thread(pool.close)
+
+
+def hosts_address(rollout: RolloutConfig) -> str:
+    """Where engine hosts find the controller. Raises ValueError for a name that means nothing."""
+    address = rollout.hosts_address or socket.gethostname()
+    try:
+        socket.getaddrinfo(address, None)
+    except OSError as error:
+        raise ValueError(
+            f"rollout.hosts_address: {address} has no address ({error}); set one of this host's "
+            "that engine hosts can reach"
+        ) from error
+    return address
 
 
 def server_maker(pool: HostPool | None) -> MakeServer:

@@ -19,7 +19,9 @@ from megatron_r1.processes import free_port
 from megatron_r1.rollout import engine_part
 from megatron_r1.rollout.engine_part import Part
 from megatron_r1.rollout.errors import EngineError
+from megatron_r1.rollout.vllm_plugin import admission
 
+MIDDLEWARE = f"{admission.__name__}.{admission.Admission.__name__}"
 STOP_GRACE_SECONDS = 5.0
 POLL_SECONDS = 0.05
 EXCERPT_BYTES = 2**18  # that are read of a log's beginning, and of its end
@@ -69,6 +71,7 @@ class EngineServer:
         expert_parallel: bool = False,
         gpu_memory: float | None = None,
         sleeps: bool = False,
+        secret: str = "",
         host: str = "127.0.0.1",
         port: int | None = None,
         part: Part | None = None,
@@ -94,6 +97,7 @@ class EngineServer:
             tensor, pipeline, data, expert_parallel: how ranks share the model; see `RolloutConfig`.
             gpu_memory: share of each GPU's memory it takes (GPU only); None: vLLM's default.
             sleeps: whether it can give its memory away and take it back (GPU only).
+            secret: every call but `/health` must bring it (`EngineClient.secret`); empty: none.
             port: to listen on; None: any that is free.
             part: what of the engine runs here; None: all. Other hosts run the rest.
             extra_args, extra_env: handed to vLLM as they are; they win.
@@ -125,6 +129,7 @@ class EngineServer:
             *("--tensor-parallel-size", str(tensor), "--pipeline-parallel-size", str(pipeline)),
             *("--data-parallel-size", str(data)),
             *(["--enable-expert-parallel"] if expert_parallel else []),
+            *(["--middleware", MIDDLEWARE] if secret else []),
             *extra_args,
         ]
         ranks = tensor * pipeline * (part.copies(data) if part else data)
@@ -132,6 +137,7 @@ class EngineServer:
         if return_routing and device != "cpu":
             self._env["VLLM_USE_V2_MODEL_RUNNER"] = "1"
         self._env |= engine_part.environment(host) if part else {}
+        self._env[admission.SECRET] = secret  # also where it is empty: the user's own is not for us
         self._env |= extra_env or {}
 
     @property

@@ -24,7 +24,7 @@ from megatron_r1.rollout.context import context_length
 from megatron_r1.rollout.fleet import RolloutFleet
 from megatron_r1.rollout.host_pool import HostPool
 from megatron_r1.rollout.parallelism import check_engines, check_pushes, engine_settings
-from megatron_r1.rollout.placement import growing, placed, server_maker
+from megatron_r1.rollout.placement import growing, hosts_address, placed, server_maker
 from megatron_r1.rollout.sampling import Rollouts
 from megatron_r1.rollout.teacher import check_teacher, teacher_fleet
 from megatron_r1.stages.launch import run_stage
@@ -48,6 +48,8 @@ def run(config: Config) -> None:
     check_engines(config, hf)
     check_pushes(config, hf)
     check_teacher(config)
+    if config.rollout.placement == "hosts":
+        hosts_address(config.rollout)
     text = PromptText(config.model.path, config.data.template)
     prompts = load_prompts(**config.data.model_dump(exclude={"template"}))
     if not prompts.heldout:

@@ -9,6 +9,7 @@ from megatron_r1.data.sft import Example, ExampleSampler, load_examples
 from megatron_r1.data.text import PromptText
 from megatron_r1.models import read_hf_config
 from megatron_r1.reporting.recorder import Recorder
+from megatron_r1.rl import algorithms
 from megatron_r1.stages.epochs import with_steps
 from megatron_r1.stages.launch import run_stage
 from megatron_r1.stages.supervised_step import supervised_step
@@ -25,6 +26,11 @@ def run(config: Config) -> None:
     """Train on `sft.data` for `run.steps` batches, or `sft.epochs`. Raises ValueError before any
     long work."""
     config.model.require_language_head()
+    if algorithms.find(config.rl.algorithm).CRITIC:
+        raise ValueError(
+            f"rl.algorithm: {config.rl.algorithm} has a critic, which sft would keep in memory and "
+            "not train; leave rl.algorithm out"
+        )
     read_hf_config(config.model.path)
     text = PromptText(config.model.path, "{problem}")
     examples, contents = _examples(config)

@@ -132,7 +132,8 @@ async def count_tokens(rollouts: Rollouts) -> int:
 
     async def of(engine: Engine) -> float:
         with contextlib.suppress(aiohttp.ClientError, TimeoutError, OSError):
-            async with session.get(f"{engine.client.url}/metrics") as answer:
+            url, headers = f"{engine.client.url}/metrics", engine.client.headers
+            async with session.get(url, headers=headers) as answer:
                 return sum(float(count) for count in TOKENS.findall(await answer.text()))
         return 0.0
 

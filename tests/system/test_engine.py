@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import aiohttp
 import numpy as np
 import pytest
 from file_trainer import FileBridge, FileTrainer
@@ -155,6 +156,23 @@ def test_a_push_amid_a_response_stamps_each_token_with_its_policy(
             rows = np.sort(rows.reshape(-1, len(ROUTING.moe_layers), ROUTING.topk), -1)
             # A near tie may fall either way.
             assert (rows == np.array(expected)).all((1, 2)).mean() > 0.98
+
+
+@pytest.mark.parametrize("headers", [{}, {"Authorization": "Bearer " + "0" * 64}])
+def test_an_engine_answers_only_who_knows_its_secret(loop, fleet, headers):
+    """Not even that it was asked to pause, which vLLM's own key leaves open."""
+    client = fleet.engines[0].client
+
+    async def ask(method, path, headers):
+        asked = aiohttp.request(method, client.url + path, headers=headers)
+        async with asked as answer:
+            return answer.status
+
+    for method, path in [("POST", "/pause"), ("POST", "/inference/v1/generate"), ("GET", "/docs")]:
+        assert loop(ask(method, path, headers)) == 401, path
+        assert loop(ask(method, path, client.headers)) != 401, path
+    loop(client.resume())
+    assert loop(ask("GET", "/health", headers)) == 200
 
 
 def test_versions_only_rise(loop, fleet):

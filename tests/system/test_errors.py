@@ -24,8 +24,13 @@ def recipe(base, folder, **changes) -> str:
         (["--parallel.tensor", "3", "--parallel.processes", "3"], 2, "num_attention_heads"),
         (["--parallel.processes", "3", "--parallel.pipeline", "2"], 2, "3 trainer ranks cannot"),
         (["--rollout.max_response_tokens", "999"], 2, "leaves no room for a prompt within 256"),
+        (
+            ["--rollout.placement", "hosts", "--rollout.hosts_address", "nowhere.invalid"],
+            2,
+            "rollout.hosts_address: nowhere.invalid has no address",
+        ),
     ],
-    ids=["key", "model", "data", "tensor size", "ranks", "length"],
+    ids=["key", "model", "data", "tensor size", "ranks", "length", "address"],
 )
 def test_a_wrong_setting_is_one_message(base, tmp_path, settings, status, message):
     done = run("rl", recipe(base, tmp_path), *settings, timeout_seconds=120)
@@ -72,6 +77,12 @@ def test_an_engine_that_cannot_start_is_one_message(base, tmp_path):
     done = run("rl", recipe(base, tmp_path), "--rollout.kv_cache_gib", "4000")
     assert done.returncode == 1
     assert "engine-0" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_sft_has_no_critic_to_train(base, tmp_path):
+    settings = ["--run.folder", tmp_path / "run", "--rl.algorithm", "ppo"]
+    done = run("sft", base / "sft.yaml", *settings)
+    assert done.returncode == 2 and "rl.algorithm: ppo has a critic" in done.stderr
 
 
 def test_a_run_that_diverges_stops_before_it_saves_what_is_lost(base, tmp_path):
