@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,15 @@ from megatron_r1 import config as configuration
 from megatron_r1.config import RESUMABLE, Config
 from megatron_r1.pipeline import digests
 from megatron_r1.pipeline.plan import Plan, Stage
-from megatron_r1.pipeline.references import REFERENCE, substitute, texts
+from megatron_r1.pipeline.references import REFERENCE, references, substitute, texts
 from megatron_r1.reporting.run_folder import flatten
 
 DECIDES = ("run.steps", "eval")
 """May change while a run is unfinished, yet decide what a finished one has come to."""
 
 
+FILE = re.compile(r"\$\{([^{}\n.]+)\}/([^$\n]+)")
+"""`${stage}/file`: that file alone is read."""
 OWN = {
     "sft": ("sft",),
     "rl": ("rl", "push", "critic", "teacher"),
@@ -67,10 +70,14 @@ def typed(plan: Plan, stage: Stage, required: tuple[str, ...] = ()) -> Config:
 def inputs(plan: Plan, stage: Stage, upstream: tuple[str, ...]) -> dict[str, str]:
     """What it reads → digest: what references mean, files named in its settings, its function."""
     found: dict[str, str] = {}
-    for _, reference in stage.references:
-        head = reference.partition(".")[0]
-        if head in upstream:
-            found[f"${{{reference}}}"] = _of_stage(plan, head, reference)
+    for _, text in texts(stage.everything):
+        if (file := FILE.fullmatch(text)) and file[1] in upstream:
+            found[text] = digests.digest(plan.folder_of(file[1]) / file[2])
+            continue
+        for _, reference in references(text):
+            head = reference.partition(".")[0]
+            if head in upstream:
+                found[f"${{{reference}}}"] = _of_stage(plan, head, reference)
     for name in stage.config.after:
         found[f"after {name}"] = digests.of_outputs(digests.outputs(plan.folder_of(name)))
     for place, path in named_files(stage):

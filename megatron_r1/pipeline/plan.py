@@ -30,11 +30,15 @@ class Stage:
         return self.config.verb == MAKE
 
     @cached_property
-    def references(self) -> list[tuple[str, str]]:
-        """(place, name) of all references, those of its servers and its launcher included."""
+    def everything(self) -> dict[str, Any]:
+        """What it is told, its servers and its launcher included."""
         served = {name: server.model_dump() for name, server in self.config.serve.items()}
-        everything = {**self.told, "serve": served, "launch": self.config.launch}
-        return list(references(everything))
+        return {**self.told, "serve": served, "launch": self.config.launch}
+
+    @cached_property
+    def references(self) -> list[tuple[str, str]]:
+        """(place, name) of all references in `everything`."""
+        return list(references(self.everything))
 
 
 @dataclass(frozen=True)

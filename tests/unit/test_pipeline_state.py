@@ -43,7 +43,7 @@ def test_provenance_names_everything_it_was_made_of(done):
     data = hashlib.sha256(b"a0\na1\na2\n").hexdigest()[:16]
     assert made["inputs"]["${corpus.data.jsonl}"] == data
     assert made["inputs"]["sources[2] extra.txt"] == hashlib.sha256(b"x\n").hexdigest()[:16]
-    assert made["inputs"]["${other}"] == done.record("other")["digest"]
+    assert made["inputs"]["${other}/data.jsonl"] == hashlib.sha256(b"b0\nb1\n").hexdigest()[:16]
     assert "function tiny:join" in made["inputs"]
     assert made["upstream"] == ["corpus", "other"] and made["seed"] == 0
     assert {"megatron-r1", "torch", "megatron-core", "python"} <= set(made["versions"])
@@ -130,6 +130,13 @@ def test_what_comes_out_the_same_is_not_done_again_below(world, capsys):
     assert world.run("--pipeline.rerun", "true") == 0
     assert world.calls == [*ALL, "corpus", "both"]
     assert world.states(capsys) == dict.fromkeys(ALL, "done")
+
+
+def test_a_file_that_is_not_read_decides_nothing(done, capsys):
+    done.write(RECIPE.replace("word: b}", "word: b, remark: new}"))
+    assert done.run("--pipeline.rerun", "true") == 0
+    assert done.calls == [*ALL, "other"]
+    assert done.states(capsys) == dict.fromkeys(ALL, "done")
 
 
 def test_a_pipelines_folder_may_be_moved(done, capsys):
