@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
+import importlib.util
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from megatron_r1.suggestion import did_you_mean
@@ -19,7 +22,7 @@ def find_function(path: str) -> Callable[..., Any]:
     """
     name, _, function = path.partition(":")
     if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
+        sys.path.append(os.getcwd())  # last: a folder of a user's may be called as a package is
     try:
         module = importlib.import_module(name)
     except ModuleNotFoundError as error:
@@ -35,3 +38,29 @@ def find_function(path: str) -> Callable[..., Any]:
             f"{module.__file__} has no function {function}{did_you_mean(function, public)}"
         )
     return found
+
+
+def source_of(function: str) -> str:
+    """Of the module of "module:function", which is not run. Raises ValueError where there is
+    none."""
+    module = function.partition(":")[0]
+    importlib.invalidate_caches()
+    known = list(sys.path)
+    sys.path.insert(0, os.getcwd())  # as `python -m` has it, by which functions are called
+    try:
+        found = importlib.util.find_spec(module)
+    except (ImportError, ValueError):
+        found = None
+    finally:
+        sys.path[:] = known
+    if found is None or not found.origin or not found.origin.endswith(".py"):
+        raise ValueError(
+            f"function {function}: no Python module {module} can be found from {Path.cwd()}"
+        )
+    return Path(found.origin).read_text(encoding="utf-8")
+
+
+def syntax_of(function: str) -> str:
+    """What the module of "module:function" says, comments and layout aside: results of one that
+    says the same may be used again. Raises ValueError as `source_of`, SyntaxError."""
+    return ast.dump(ast.parse(source_of(function)))

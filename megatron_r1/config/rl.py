@@ -255,6 +255,21 @@ class RLConfig(Section):
                 f"rl.advantage_std: {self.advantage_std} is not what {self.algorithm} does; use "
                 f"{' or '.join(algorithm.ADVANTAGE_STDS)}, or leave it out"
             )
+        if self.dual_clip is not None and not algorithm.DUAL_CLIP:
+            raise ValueError(
+                f"rl.dual_clip: {self.dual_clip:g}: {self.algorithm} clips its weight on either "
+                "side already; leave it out"
+            )
+        if self.dynamic_sampling and (self.group_size == 1 or algorithm.TEACHER):
+            why = (
+                "learns from its teacher, not from rewards that differ"
+                if algorithm.TEACHER
+                else "with rl.group_size: 1 has no groups whose rewards could differ"
+            )
+            raise ValueError(
+                f"rl.dynamic_sampling: {self.algorithm} {why}, so that nearly all that is sampled "
+                "would be thrown away; set it to false"
+            )
         return self
 
     @property

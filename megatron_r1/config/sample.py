@@ -41,6 +41,10 @@ class KeepConfig(Section):
         None, ge=0, le=1, description="questions that are right more often are left out"
     )
 
+    @property
+    def is_graded(self) -> bool:
+        return self.min_accuracy is not None
+
     @model_validator(mode="after")
     def _has_the_grades_it_needs(self) -> KeepConfig:
         graded = {
@@ -173,11 +177,26 @@ class SampleConfig(Section):
                 f"sample.rewrite: only sample.output: sft has kept answers to rewrite, not "
                 f"{self.output}"
             )
+        if not self.keeps and self.keep != KeepConfig():
+            changed = next(
+                name
+                for name in KeepConfig.model_fields
+                if getattr(self.keep, name) != getattr(KeepConfig(), name)
+            )
+            raise ValueError(
+                f"sample.keep.{changed}: only graded answers are kept or not; the judge decides on "
+                f"sample.output: {self.output}. Leave it out"
+            )
         if self.num_shots is not None and self.shots is None:
             raise ValueError(f"sample.num_shots: {self.num_shots} of which file? set sample.shots")
         return self
 
     @property
+    def keeps(self) -> bool:
+        """Whether `keep` decides; preferences and labels come from a judge."""
+        return self.output in ("sft", "answers")
+
+    @property
     def is_graded(self) -> bool:
-        """Whether rewards grade the answers; preferences and labels come from a judge."""
-        return self.output in ("sft", "answers") and self.keep.min_accuracy is not None
+        """Whether rewards grade the answers."""
+        return self.keeps and self.keep.is_graded

@@ -14,6 +14,10 @@ from megatron_r1.rewards.remote.ballots import JudgeSettings
 from megatron_r1.rewards.remote.settings import read_settings
 from megatron_r1.rewards.remote.verdict import SAFETY
 
+NO_VOTE = frozenset(
+    ("url", "api_key_env", "timeout_seconds", "retry_seconds", "concurrency", "cache")
+)
+"""Settings of a served judge that change none of its votes."""
 ARGUMENTS = {"pairs": "question, first, second", "labels": "question, response"}
 
 
@@ -60,7 +64,7 @@ class FunctionJudge:
     async def check(self) -> None: ...
 
     async def compare(self, question: str, first: str, second: str) -> Comparison:
-        key = ("compare", self._function.path, self._num_votes, question, first, second)
+        key = ("compare", self._function.identity, self._num_votes, question, first, second)
         if key not in self._memo:
             orders = [(first, second), (second, first)] * (self._num_votes // 2)
             votes = await asyncio.gather(*(self._ask(question, *order) for order in orders))
@@ -70,7 +74,7 @@ class FunctionJudge:
         return Comparison(*self._memo[key])
 
     async def safety(self, question: str, response: str) -> float:
-        key = ("safety", self._function.path, question, response)
+        key = ("safety", self._function.identity, question, response)
         if key not in self._memo:
             self._memo[key] = await self._ask(question, response)
         return self._memo[key]
@@ -92,8 +96,8 @@ class ServedJudge:
 
     def __init__(self, judge: Judge, memo: Memo) -> None:
         self._judge, self._memo = judge, memo
-        settings = judge.settings
-        self._identity = [settings.model, settings.num_votes, settings.temperature]
+        settings = judge.settings.model_dump(exclude=NO_VOTE)
+        self._identity = {**settings, "votes": judge.settings.num_votes}
 
     async def check(self) -> None:
         await self._judge.check()

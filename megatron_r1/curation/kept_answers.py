@@ -18,14 +18,14 @@ from megatron_r1.data.prompts import Prompt
 
 class Rewriter:
     """A function that makes an answer readable, as people and a model did for DeepSeek-R1's cold
-    start; asked once for each answer."""
+    start; asked once for each answer, as long as its module stays the same."""
 
     def __init__(self, function: UserFunction, memo: Memo) -> None:
         self._function, self._memo = function, memo
 
     async def __call__(self, question: str, response: str) -> str | None:
         """The response to keep, None to keep none. Raises ValueError for anything else."""
-        key = ("rewrite", self._function.path, question, response)
+        key = ("rewrite", self._function.identity, question, response)
         if key not in self._memo:
             said = await self._function(question, response)
             if said is not None and not isinstance(said, str):
@@ -55,8 +55,7 @@ class KeptAnswers:
     async def __call__(self, prompt: Prompt, candidates: Sequence[Candidate]) -> Curated:
         decisions = await self._selection.decide(prompt, candidates)
         open_to_choice = [c for c in candidates if decisions[c.index] is None]
-        keep = self._selection.keep
-        limit = (keep.per_prompt if keep else None) or len(candidates)
+        limit = self._selection.keep.per_prompt or len(candidates)
         rows: list[dict[str, Any]] = []
         num_kept = 0
         for candidate in self._selection.in_order(prompt, open_to_choice):

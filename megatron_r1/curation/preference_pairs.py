@@ -35,6 +35,8 @@ class PreferencePairs:
         self._selection, self._settings, self._judge = selection, settings, judge
         self.log_ratios: dict[PairId, float] = {}
         self.dropped: set[PairId] = set()
+        self._failed: dict[tuple[str, str, str], Ungradable] = {}
+        """Not asked for again: a pair that succeeded later would not have been balanced."""
 
     async def __call__(self, prompt: Prompt, candidates: Sequence[Candidate]) -> Curated:
         decisions = await self._selection.decide(prompt, candidates)
@@ -70,10 +72,13 @@ class PreferencePairs:
         return {"pairs": len(left), "length_bias_before": means[0], "length_bias": means[1]}
 
     async def _compare(self, question: str, first: str, second: str) -> Comparison | Ungradable:
-        try:
-            return await self._judge.compare(question, first, second)
-        except Ungradable as error:
-            return error
+        texts = (question, first, second)
+        if texts not in self._failed:
+            try:
+                return await self._judge.compare(*texts)
+            except Ungradable as error:
+                self._failed[texts] = error
+        return self._failed[texts]
 
     def _conclude(
         self,

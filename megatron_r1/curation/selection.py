@@ -45,9 +45,9 @@ class Selection:
     """The rules of one recipe."""
 
     def __init__(
-        self, keep: KeepConfig | None, objection: Objection, drops_duplicates: bool, seed: int = 0
+        self, keep: KeepConfig, objection: Objection, drops_duplicates: bool, seed: int = 0
     ) -> None:
-        """keep: None where answers are not graded. seed: of what is chosen at random."""
+        """seed: of what is chosen at random."""
         self.keep, self._objection = keep, objection
         self._drops_duplicates, self._seed = drops_duplicates, seed
 
@@ -80,9 +80,9 @@ class Selection:
         if of_question is not None:
             return of_question
         keep = self.keep
-        if keep is not None:
+        if keep.is_graded:
             accuracy, reward = candidate.rewards[ACCURACY], candidate.reward
-            if keep.min_accuracy is not None and accuracy < keep.min_accuracy:
+            if accuracy < keep.min_accuracy:
                 return Decision("wrong", candidate.reason)
             if keep.min_reward is not None and reward < keep.min_reward:
                 return Decision("low_reward", f"reward {reward:.3g}: {candidate.reason}")
@@ -91,7 +91,7 @@ class Selection:
     def in_order(self, prompt: Prompt, candidates: Sequence[Candidate]) -> list[Candidate]:
         """Those to choose from, first the one to take first. Ties go to the earlier answer; random
         depends on (seed, question) alone."""
-        choose = "first" if self.keep is None else self.keep.choose
+        choose = self.keep.choose
         if choose == "random":
             shuffled = list(candidates)
             random.Random(f"{self._seed}/{prompt.id}").shuffle(shuffled)
@@ -104,7 +104,7 @@ class Selection:
 
     def _question_objection(self, candidates: Sequence[Candidate]) -> Decision | None:
         keep = self.keep
-        if keep is None or keep.min_accuracy is None:
+        if not keep.is_graded:
             return None
         rate = pass_rate(candidates, keep.min_accuracy)
         if rate is None:

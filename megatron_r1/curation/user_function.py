@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_r1.user_code import find_function
+from megatron_r1.user_code import find_function, syntax_of
 
 
 @dataclass(frozen=True)
 class UserFunction:
-    """path: "module:function"; key: of the recipe that names it."""
+    """path: "module:function"; key: of the recipe that names it; identity: path and a digest of its
+    module, which tell whether a result of another day is still its own."""
 
     path: str
     key: str
     function: Callable[..., Any]
+    identity: tuple[str, str]
 
     async def __call__(self, *arguments: Any) -> Any:
         """Its result, awaited where it is a coroutine's; in a thread otherwise, as it may wait for
@@ -52,4 +55,9 @@ def load_function(path: str, key: str, arguments: str) -> UserFunction:
         inspect.signature(function).bind(*arguments.split(", "))
     except TypeError as error:
         raise ValueError(f"{key}: {path} is called as {name}({arguments}): {error}") from None
-    return UserFunction(path, key, function)
+    try:
+        syntax = syntax_of(path)
+    except ValueError:  # compiled: it does not change with the day
+        syntax = ""
+    digest = hashlib.sha256(syntax.encode()).hexdigest()[:16]
+    return UserFunction(path, key, function, (path, digest))

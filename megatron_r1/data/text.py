@@ -47,6 +47,12 @@ class PromptText:
             return list(encoded["input_ids"])
         return self._tokenizer.encode(render(self._template, question))
 
+    def fits(self, question: str, room: int) -> bool:
+        """Whether the prompt leaves a token of `room` for an answer."""
+        # A token is a byte at least, so most need not be encoded; normalization may double some.
+        spare = room - len(self.encode("")) - 2 * len(question.encode("utf-8", "replace"))
+        return spare > 0 or len(self.encode(question)) < room
+
     def encode_response(self, text: str) -> list[int]:
         """Token ids of a response, with the end token."""
         return [*self._tokenizer.encode(text, add_special_tokens=False), self.end]

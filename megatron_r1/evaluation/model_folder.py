@@ -23,18 +23,22 @@ def find_model(path: str) -> tuple[Path, bool]:
         return folder, False
     if (folder / STATE_FILE).is_file():
         return folder, True
-    checkpoints = whole(folder / "checkpoints")
-    exported = folder / "hf" / "config.json"
-    is_newest = exported.is_file() and (
-        not checkpoints or exported.stat().st_mtime >= checkpoints[-1].stat().st_mtime
-    )
-    if is_newest:
+    if has_newest_export(folder):
         return folder / "hf", False
+    checkpoints = whole(folder / "checkpoints")
     if checkpoints:
         return checkpoints[-1], True
     raise ValueError(
         f"model.path {path}: neither a Hugging Face folder (no config.json) nor a run's folder "
         "(no hf/ and no checkpoints/)"
+    )
+
+
+def has_newest_export(run: Path) -> bool:
+    """Whether the `hf/` of a run's folder is there and no older than its newest checkpoint."""
+    exported, checkpoints = run / "hf" / "config.json", whole(run / "checkpoints")
+    return exported.is_file() and (
+        not checkpoints or exported.stat().st_mtime >= checkpoints[-1].stat().st_mtime
     )
 
 

@@ -9,14 +9,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_r1.pipeline.identity import source_of, typed
+from megatron_r1.pipeline.identity import names_a_file, typed
 from megatron_r1.pipeline.plan import Plan, Stage
 from megatron_r1.pipeline.recipe import MAKE
 from megatron_r1.pipeline.references import REFERENCE, texts
 from megatron_r1.suggestion import did_you_mean
-
-FILES = ("path", "data", "checkpoint")
-"""Last parts of settings that name a file or folder, as in model.path, data.heldout_path."""
+from megatron_r1.user_code import source_of
 
 
 def check(plan: Plan, verbs: Mapping[str, str], files: bool = True) -> None:
@@ -46,10 +44,8 @@ def missing_files(plan: Plan) -> list[str]:
         for name, server in stage.config.serve.items():
             named.append((f"{where}: serve.{name}.model", server.model))
         for place, text in texts({} if stage.is_function else stage.told):
-            section, _, key = place.partition(".")
-            # A benchmark's path may be its name on the hub.
-            if key.rpartition("_")[2] in FILES and "." not in key and section != "eval":
-                named.append((f"{where}: {section}.{key}", text))
+            if names_a_file(place):
+                named.append((f"{where}: {place}", text))
     return [
         f"{place}: {path}: no such file or folder (relative to {Path.cwd()})"
         for place, path in named

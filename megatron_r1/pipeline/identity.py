@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import ast
-import importlib.util
 import json
 import re
-import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ from megatron_r1.pipeline import digests
 from megatron_r1.pipeline.plan import Plan, Stage
 from megatron_r1.pipeline.references import REFERENCE, references, substitute, texts
 from megatron_r1.reporting.run_folder import flatten
+from megatron_r1.user_code import source_of, syntax_of
 
 DECIDES = ("run.steps", "eval")
 """May change while a run is unfinished, yet decide what a finished one has come to."""
@@ -23,6 +22,9 @@ DECIDES = ("run.steps", "eval")
 
 FILE = re.compile(r"\$\{([^{}\n.]+)\}/([^$\n]+)")
 """`${stage}/file`: that file alone is read."""
+FILES = ("path", "data", "checkpoint")
+"""Last parts of settings that name a file or folder."""
+FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 OWN = {
     "sft": ("sft",),
     "rl": ("rl", "push", "critic", "teacher"),
@@ -82,11 +84,39 @@ def inputs(plan: Plan, stage: Stage, upstream: tuple[str, ...]) -> dict[str, str
         found[f"after {name}"] = digests.of_outputs(digests.outputs(plan.folder_of(name)))
     for place, path in named_files(stage):
         found[f"{place} {path}"] = digests.digest(Path(path))
-    if stage.is_function:
-        source = source_of(stage.config.function)
-        # Comments and layout do not make data: only the syntax tree counts.
-        found[f"function {stage.config.function}"] = digests.of_value(ast.dump(ast.parse(source)))
+    for function in _functions(stage):
+        found[f"function {function}"] = digests.of_value(syntax_of(function))
     return found
+
+
+def _functions(stage: Stage) -> set[str]:
+    """Of users' own, which it calls: what makes it, rewrites, judges, filters or rewards."""
+    if stage.is_function:
+        return {stage.config.function}
+    return {
+        text
+        for text in _texts_and_keys(stage.told)
+        if FUNCTION.fullmatch(text) and _has_source(text)
+    }
+
+
+def _texts_and_keys(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield str(key)
+            yield from _texts_and_keys(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _texts_and_keys(item)
+
+
+def _has_source(function: str) -> bool:
+    try:
+        return bool(source_of(function))
+    except ValueError:
+        return False
 
 
 def named_files(stage: Stage) -> list[tuple[str, str]]:
@@ -94,7 +124,7 @@ def named_files(stage: Stage) -> list[tuple[str, str]]:
     served = {f"serve.{name}.model": server.model for name, server in stage.config.serve.items()}
     named = []
     for place, text in texts({**stage.told, **served}):
-        looks_like_one = "/" in text or Path(text).suffix
+        looks_like_one = "/" in text or Path(text).suffix or names_a_file(place)
         if (
             place != "run.folder"
             and looks_like_one
@@ -105,21 +135,11 @@ def named_files(stage: Stage) -> list[tuple[str, str]]:
     return named
 
 
-def source_of(function: str) -> str:
-    """The source of the module of `package.module:name`. Raises ValueError where there is none."""
-    module = function.partition(":")[0]
-    if str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))  # the console script does not have it there
-    importlib.invalidate_caches()
-    try:
-        found = importlib.util.find_spec(module)
-    except (ImportError, ValueError):
-        found = None
-    if found is None or not found.origin or not found.origin.endswith(".py"):
-        raise ValueError(
-            f"function {function}: no Python module {module} can be found from {Path.cwd()}"
-        )
-    return Path(found.origin).read_text(encoding="utf-8")
+def names_a_file(place: str) -> bool:
+    """Whether a setting such as model.path or data.heldout_path does."""
+    section, _, key = place.partition(".")
+    # A benchmark's path may be its name on the hub.
+    return key.rpartition("_")[2] in FILES and "." not in key and section != "eval"
 
 
 def changes(

@@ -19,6 +19,7 @@ from megatron_r1.models import read_hf_config
 from megatron_r1.models.routing_shape import routing_shape
 from megatron_r1.reporting.recorder import Recorder
 from megatron_r1.rewards.runtime.meter import LEVELS, RewardMeter
+from megatron_r1.rl import algorithms
 from megatron_r1.rl.algorithms import Algorithm
 from megatron_r1.rl.dynamic_sampling import collect_informative
 from megatron_r1.rl.metrics import rollout_metrics, sample_records
@@ -125,6 +126,7 @@ class Session:
             after = self.prompts.state_dict()
         else:
             collected = await collect(prompts)
+        self.rollouts.check_grades(collected.groups + collected.passed_over)
         if memory is None:
             return Batch(collected, after)
         await memory.accept()
@@ -194,8 +196,7 @@ class Session:
         rl = self.config.rl
         await self.bridge.hold()
         self.state.optimizer_step += 1
-        total = self.config.run.steps * rl.minibatches
-        rate = learning_rate(self.config.optimizer, self.state.optimizer_step, total)
+        rate = learning_rate(self.config.optimizer, self.state.optimizer_step, self._num_updates)
         settings = {
             "temperature": self.config.rollout.temperature,
             "max_response_tokens": self.config.rollout.max_response_tokens,
@@ -203,6 +204,13 @@ class Session:
         }
         metrics = await self.trainer.update(index, loss, settings, rate)
         return {**metrics, "learning_rate": rate}
+
+    @property
+    def _num_updates(self) -> int:
+        """Of the policy, in the whole run: none while its critic warms up."""
+        has_critic = algorithms.find(self.config.rl.algorithm).CRITIC
+        waits = self.config.critic.warmup_steps if has_critic else 0
+        return max(1, self.config.run.steps - waits) * self.config.rl.minibatches
 
     @property
     def is_warming_up(self) -> bool:

@@ -120,8 +120,7 @@ class Rollouts:
         `sampling.is_scored` the teacher scores a group as soon as it is sampled.
 
         Groups come back in the order of `prompts`; what `memory` has is not sampled again. Raises
-        EngineError when an engine fails, ValueError for a reward that fails on every answer,
-        RuntimeError where more answers than `rewards.max_ungraded` could not be graded.
+        EngineError when an engine fails.
         """
         start = time.perf_counter()
         ends = Ends(start, start, start)
@@ -160,14 +159,22 @@ class Rollouts:
             # When an engine dies, all its requests say so; the first is enough.
             raise failures.exceptions[0] from None
         collected = [g.result() for g in groups]
-        _refuse_broken_reward(collected)
-        _refuse_ungraded(collected, self.rewards.max_ungraded)
         return Collected(
             collected,
             ends.sampled - start,
             max(0.0, ends.graded - ends.sampled),
             teacher_seconds=max(0.0, ends.scored - ends.sampled),
         )
+
+    def check_grades(self, groups: list[Group]) -> None:
+        """Look at all that was sampled for a purpose.
+
+        Raises:
+            ValueError: a reward failed on every answer.
+            RuntimeError: more answers than `rewards.max_ungraded` could not be graded.
+        """
+        refuse_broken_reward(groups)
+        refuse_ungraded(groups, self.rewards.max_ungraded)
 
     async def _sample(
         self, prompt: Prompt, sampling: Sampling
@@ -277,7 +284,7 @@ class Rollouts:
         return await self.pool.grade(kind, text, truth, **fields)
 
 
-def _refuse_broken_reward(groups: list[Group]) -> None:
+def refuse_broken_reward(groups: list[Group]) -> None:
     """One answer may break a grader; every answer does not."""
     outputs = [output for group in groups for output in group.outputs]
     if not outputs:
@@ -290,7 +297,7 @@ def _refuse_broken_reward(groups: list[Group]) -> None:
         )
 
 
-def _refuse_ungraded(groups: list[Group], max_share: float) -> None:
+def refuse_ungraded(groups: list[Group], max_share: float) -> None:
     """A policy that trains on too few of its answers trains on those that are easy to grade."""
     outputs = [output for group in groups for output in group.outputs]
     ungraded = [output for output in outputs if not output.is_graded]

@@ -14,6 +14,7 @@ from pathlib import Path
 from megatron_r1 import processes
 from megatron_r1.authentication import RANKS_ENVIRONMENT
 from megatron_r1.config import RESUMABLE, Config, ModelConfig
+from megatron_r1.evaluation.model_folder import has_newest_export
 from megatron_r1.reporting.recorder import Recorder
 from megatron_r1.reporting.report import write_report
 from megatron_r1.reporting.run_folder import RunFolder
@@ -91,7 +92,7 @@ async def _run_stage(config, name, facts, body: Body, next_commands) -> None:
             title=f"{name} · {folder.path.name}",
             facts=facts,
         )
-        if recorder.state.step >= config.run.steps and folder.hf.is_dir():
+        if recorder.state.step >= config.run.steps and has_newest_export(folder.path):
             recorder.view.message(f"{folder.path} is already finished: {folder.hf}")
             recorder.close("nothing to do")
             return
@@ -103,7 +104,7 @@ async def _run_stage(config, name, facts, body: Body, next_commands) -> None:
         async def work() -> None:
             await body(recorder, trainer, stop, supervisor)
             await recorder.checkpoints.finish(trainer)
-            if recorder.state.step == config.run.steps:
+            if recorder.state.step >= config.run.steps:
                 recorder.view.phase("exporting", str(folder.hf))
                 await trainer.call("export", folder=str(folder.hf))
 

@@ -44,7 +44,6 @@ def run(config: Config) -> None:
     hf = read_hf_config(config.model.path)
     if config.rl.routing_replay:
         routing_shape(hf)
-    context_length(config)
     check_engines(config, hf)
     check_pushes(config, hf)
     check_teacher(config)
@@ -52,6 +51,7 @@ def run(config: Config) -> None:
         hosts_address(config.rollout)
     text = PromptText(config.model.path, config.data.template)
     prompts = load_prompts(**config.data.model_dump(exclude={"template"}))
+    prompts = that_fit(prompts, text, context_length(config))
     if not prompts.heldout:
         print(
             "no held-out questions, so nothing will be evaluated: raise data.heldout_fraction or "
@@ -74,6 +74,24 @@ def run(config: Config) -> None:
             await _with_engines(config, *roles, text, prompts, hosts)
 
     run_stage(config, "rl", facts, body, _next_commands(config))
+
+
+def that_fit(prompts: PromptSplit, text: PromptText, room: int) -> PromptSplit:
+    """Without the questions that an engine has no room for, of which the user is told. Raises
+    ValueError where none is left to train on."""
+    train = [prompt for prompt in prompts.train if text.fits(prompt.question, room)]
+    heldout = [prompt for prompt in prompts.heldout if text.fits(prompt.question, room)]
+    left_out = len(prompts.train) - len(train), len(prompts.heldout) - len(heldout)
+    if any(left_out):
+        told = (
+            f"{left_out[0]:,} questions and {left_out[1]:,} held-out ones are longer than the "
+            f"{room:,} tokens an engine has room for, and left out; rollout.max_model_len, or the "
+            "model's own limit, is that room"
+        )
+        if not train:
+            raise ValueError(f"no question is left to train on: {told}")
+        print(told, file=sys.stderr)
+    return PromptSplit(train, heldout)
 
 
 def _next_commands(config: Config) -> list[tuple[str, str]]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_r1.config import Config
+from megatron_r1.config.sample import KeepConfig
 from megatron_r1.curation.answer_log import AnswerLog
 from megatron_r1.curation.collecting import Collector
 from megatron_r1.curation.contamination import contaminated, load_avoided
@@ -180,7 +181,7 @@ async def _decide(
     sample = config.sample
     filters = filters_of(sample.output, sample.filters)
     selection = Selection(
-        sample.keep if sample.is_graded else None,
+        sample.keep if sample.keeps else KeepConfig(min_accuracy=None),
         PooledFilters(pool, filters),
         DUPLICATE in filters,
         config.run.seed,

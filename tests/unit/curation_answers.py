@@ -31,7 +31,7 @@ def selection(keep=None, output="answers", filters=None, seed=0):
         name, why = first_objection(candidate, prompt, chosen)
         return Decision(name, why) if name else None
 
-    settings = None if keep is None else KeepConfig(**keep)
+    settings = KeepConfig(**({"min_accuracy": None} if keep is None else keep))
     return Selection(settings, objection, DUPLICATE in chosen, seed)
 
 

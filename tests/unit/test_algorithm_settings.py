@@ -14,6 +14,7 @@ from megatron_r1.data.prompts import make_prompt
 from megatron_r1.rl import algorithms
 from megatron_r1.rl.loop import training_samples, update
 from megatron_r1.rl.overlong import overlong_punishment
+from megatron_r1.rl.session import Session
 from megatron_r1.rollout.client import Completion
 from megatron_r1.rollout.sampling import Group, Output
 
@@ -164,3 +165,24 @@ def test_only_the_rollouts_of_the_warm_up_are_without_a_policy_update():
         Session.is_warming_up.fget(SimpleNamespace(step=step, config=config)) for step in (1, 2, 3)
     ]
     assert warming == [True, True, False]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"algorithm": "cispo", "dual_clip": 3}, "rl.dual_clip: 3: cispo clips its weight"),
+        ({"algorithm": "ppo", "group_size": 1, "dynamic_sampling": True}, "ppo with rl.group_size"),
+        ({"algorithm": "on_policy_distillation", "dynamic_sampling": True}, "from its teacher"),
+    ],
+)
+def test_what_an_algorithm_has_no_use_for_is_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        parse({"rl": settings})
+
+
+@pytest.mark.parametrize(("algorithm", "updates"), [("ppo", (100 - 40) * 16), ("grpo", 100 * 16)])
+def test_the_policy_s_rate_decays_over_its_own_updates(algorithm, updates):
+    """PPO's critic alone learns in the first 40 of 100 steps; other algorithms have none."""
+    tree = {"rl": {"algorithm": algorithm}, "run": {"steps": 100}, "critic": {"warmup_steps": 40}}
+    session = SimpleNamespace(config=parse(tree))
+    assert Session._num_updates.fget(session) == updates

@@ -17,7 +17,7 @@ from megatron_r1.rewards.runtime.pool import RewardPool
 from megatron_r1.rewards.runtime.time_limits import time_limit
 from megatron_r1.rewards.sandbox.limits import Limits
 from megatron_r1.rollout.client import Completion
-from megatron_r1.rollout.sampling import Group, Rollouts, _refuse_broken_reward
+from megatron_r1.rollout.sampling import Group, Rollouts, refuse_broken_reward
 
 PREFERENCE_IN_THE_LAST_400 = {
     "accuracy": 1.0,
@@ -195,10 +195,10 @@ def test_a_term_that_fails_on_every_answer_stops_the_run():
     options = {"language": {"target": "fr"}}
     outputs = grade_at((1, 1), GOOD, prompt, weights={"language": 1.0}, options=options)
     with pytest.raises(ValueError, match="reward 'language' failed on all 2 answers.*got 'fr'"):
-        _refuse_broken_reward([Group(prompt, [], outputs)])
+        refuse_broken_reward([Group(prompt, [], outputs)])
     fine = grade_at((1,), GOOD, prompt, weights={"accuracy": 1.0})
-    _refuse_broken_reward([Group(prompt, [], outputs + fine)])
-    _refuse_broken_reward([])
+    refuse_broken_reward([Group(prompt, [], outputs + fine)])
+    refuse_broken_reward([])
 
 
 HANGING = """

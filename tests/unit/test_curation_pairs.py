@@ -16,8 +16,10 @@ from megatron_r1.curation.length_balance import log_ratio, pairs_to_drop
 from megatron_r1.curation.memo import Memo
 from megatron_r1.curation.preference_pairs import PreferencePairs, pair_up
 from megatron_r1.curation.safety_labels import SafetyLabels
-from megatron_r1.curation.user_function import UserFunction
+from megatron_r1.curation.user_function import UserFunction, load_function
 from megatron_r1.data.prompts import make_prompt
+from megatron_r1.rewards.judge import Comparison
+from megatron_r1.rewards.remote.service import Ungradable
 
 
 def summary(index, words):
@@ -28,10 +30,12 @@ def longer(question, first, second):
     return 0.5 if len(first) == len(second) else float(len(first) > len(second))
 
 
+def user_function(name, function):
+    return UserFunction(name, "sample.judge", function, (name, "digest"))
+
+
 def function_judge(function, folder, name="j:f", votes=4):
-    return FunctionJudge(
-        UserFunction(name, "sample.judge", function), votes, Memo(folder / "votes.jsonl")
-    )
+    return FunctionJudge(user_function(name, function), votes, Memo(folder / "votes.jsonl"))
 
 
 def pairs_of(tmp_path, function, candidates, name="j:f", prompt=PROMPT, **settings):
@@ -44,7 +48,7 @@ def pairs_of(tmp_path, function, candidates, name="j:f", prompt=PROMPT, **settin
 
     settings = PairsConfig(**settings)
     judge = FunctionJudge(
-        UserFunction(name, "sample.judge", counted), settings.votes, Memo(tmp_path / "votes.jsonl")
+        user_function(name, counted), settings.votes, Memo(tmp_path / "votes.jsonl")
     )
     curator = PreferencePairs(selection(output="pairs"), settings, judge)
     return *curate(curator, candidates, prompt), calls
@@ -188,7 +192,7 @@ def test_lengths_are_those_of_what_is_compared(tmp_path):
     long_thought = answer(0, None, text="<think>" + "so " * 500 + "</think>ab")
     settings = PairsConfig()
     judge = FunctionJudge(
-        UserFunction("j:f", "sample.judge", lambda q, a, b: float(a == "ab")),
+        user_function("j:f", lambda q, a, b: float(a == "ab")),
         4,
         Memo(tmp_path / "v"),
     )
@@ -312,6 +316,34 @@ def test_what_a_function_raises_names_the_function_and_the_question(tmp_path):
 
     with pytest.raises(RuntimeError, match=r"sample.judge: j:f raised .*no network.* 'What is 6 x"):
         pairs_of(tmp_path, fails, [summary(0, 1), summary(1, 2)])
+
+
+def test_a_pair_that_could_not_be_judged_is_not_asked_for_again():
+    """It would get past the balance of lengths, which is of the first pass."""
+    outcomes = [Ungradable("no verdict"), Comparison(4, 0, 0)]
+
+    class Judge:
+        async def compare(self, *texts):
+            outcome = outcomes.pop(0)
+            if isinstance(outcome, Ungradable):
+                raise outcome
+            return outcome
+
+    curator = PreferencePairs(selection(output="pairs"), PairsConfig(), Judge())
+    for _ in range(2):
+        decided, rows = curate(curator, [summary(0, 3), summary(1, 4)])
+        assert (decided, rows) == ({0: "ungraded", 1: "ungraded"}, [])
+    assert len(outcomes) == 1
+
+
+def test_a_function_that_was_edited_is_another_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    source, identities = "def prefer(question, first, second):\n    return 1\n", []
+    for text in (source, source + "# a remark\n", source.replace("1", "0")):
+        (tmp_path / "edited_judge.py").write_text(text)
+        judge = load_function("edited_judge:prefer", "sample.judge", "question, first, second")
+        identities.append(judge.identity)
+    assert identities[0] == identities[1] != identities[2]
 
 
 def test_a_judge_may_be_asynchronous(tmp_path):

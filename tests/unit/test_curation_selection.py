@@ -1,5 +1,6 @@
 """Which answers are kept: against brute force, and case by case."""
 
+import asyncio
 import random
 import re
 from pathlib import Path
@@ -8,11 +9,13 @@ import pytest
 import yaml
 from curation_answers import PROMPT, answer, curate, selection
 
-from megatron_r1.config import parse
+from megatron_r1.config import RewardsConfig, parse
 from megatron_r1.config.sample import RenderConfig, SampleConfig
+from megatron_r1.curation.grading import Grader
 from megatron_r1.curation.kept_answers import KeptAnswers
 from megatron_r1.curation.rendering import Rendering
 from megatron_r1.data.prompts import make_prompt
+from megatron_r1.rewards.base import UNGRADED, Grade
 
 ROOT = Path(__file__).parents[2]
 PLAIN = Rendering(RenderConfig(), "Q: {problem}\nA:", "")
@@ -131,6 +134,28 @@ def test_without_grades_only_filters_decide():
     assert kept(candidates, None, output="sft")[0] == {0: "kept", 1: "truncated"}
 
 
+def test_answers_without_grades_can_be_chosen_from_as_well():
+    candidates = [answer(i, None, num_tokens=n) for i, n in enumerate((9, 5, 7))]
+    keep = {"min_accuracy": None, "per_prompt": 2, "choose": "shortest"}
+    assert kept(candidates, keep)[0] == {0: "not_chosen", 1: "kept", 2: "kept"}
+
+
+@pytest.mark.parametrize(("weight", "is_graded"), [(0.0, True), (0.5, False)])
+def test_a_reward_that_is_only_measured_may_fail(weight, is_graded):
+    """As in training, where it takes no part in the sum."""
+
+    class Pool:
+        async def grade(self, kind, response, truth, **fields):
+            failed = kind == "repetition"
+            return Grade(0.0, f"{UNGRADED}: broken") if failed else Grade(1.0, "right")
+
+    weights = {"accuracy": 1.0, "repetition": weight}
+    grader = Grader(Pool(), RewardsConfig(weights=weights))
+    graded = asyncio.run(grader.grade(PROMPT, answer(0, None)))
+    assert graded.is_ungraded != is_graded
+    assert graded.reward == (1.0 if is_graded else None)
+
+
 def test_a_blank_answer_is_nothing_to_learn_whatever_its_reward():
     blank = answer(0, text=" \n\t")
     assert kept([blank, answer(1)], {}) == ({0: "empty", 1: "kept"}, kept([answer(1)], {})[1])
@@ -151,6 +176,7 @@ def test_rows_are_what_sft_reads_in_the_order_of_choice():
         ({"keep": {"min_accuracy": None, "choose": "best"}}, "keep.choose: best needs grades"),
         ({"keep": {"min_pass_rate": 0.9, "max_pass_rate": 0.1}}, "so no question would be left"),
         ({"output": "pairs", "samples": 1}, "sample.output: pairs needs 2 or more"),
+        ({"output": "pairs", "keep": {"per_prompt": 1}}, "sample.keep.per_prompt: only graded"),
         ({"output": "pairs", "rewrite": "a:b"}, "only sample.output: sft has kept answers"),
         ({"num_shots": 2}, "sample.num_shots: 2 of which file? set sample.shots"),
         ({"render": {"response": "<think></think>"}}, "has none of {thought}, {summary}, {answer}"),

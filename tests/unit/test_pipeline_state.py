@@ -7,7 +7,7 @@ import pytest
 from pipeline_world import FUNCTIONS, RECIPE, World
 
 from megatron_r1.pipeline import digests
-from megatron_r1.pipeline.identity import settings
+from megatron_r1.pipeline.identity import inputs, settings
 from megatron_r1.pipeline.plan import Plan
 from megatron_r1.pipeline.recipe import load
 
@@ -217,6 +217,40 @@ def test_each_seed_has_a_graph_of_its_own(world, capsys):
     assert world.calls == []  # they are noted beside each seed's stages
     notes = [(world.out / "calls.txt").read_text().split()]
     assert notes == [ALL * 3]
+
+
+NAMED = """
+pipeline: {folder: out}
+stages:
+  answers:
+    verb: sample
+    settings:
+      {model: {path: base}, data: {path: questions}, sample: {rewrite: "mine:tidy"},
+       rewards: {weights: {accuracy: 1, "mine:polite": 0.5}}}
+"""
+
+
+def test_what_a_stage_reads_without_saying_that_it_is_a_file(tmp_path, monkeypatch):
+    """A folder and a file whose names look like words, and functions of the user's own."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "base").mkdir()
+    (tmp_path / "questions").write_text("{}")
+    source = "def tidy(question, response): return response\ndef polite(text, truth): return 1\n"
+    (tmp_path / "mine.py").write_text(source)
+    (tmp_path / "p.yaml").write_text(NAMED)
+    plan = Plan.of(load(tmp_path / "p.yaml"), tmp_path / "p.yaml", tmp_path / "out", 0)
+
+    def read():
+        return inputs(plan, plan.stages["answers"], ())
+
+    before = read()
+    functions = {"function mine:tidy", "function mine:polite"}
+    assert set(before) == {"model.path base", "data.path questions"} | functions
+    (tmp_path / "base/config.json").write_text("{}")
+    (tmp_path / "questions").write_text("{} ")
+    (tmp_path / "mine.py").write_text(source.replace("return 1", "return 0"))
+    after = read()
+    assert all(before[name] != after[name] for name in before)
 
 
 TRAINED = """

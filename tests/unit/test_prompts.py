@@ -1,15 +1,25 @@
 """Prompts, templates, SFT examples and the samplers over them."""
 
 import json
+from pathlib import Path
 
 import pytest
 import reasoning_gym
 
-from megatron_r1.data.prompts import Prompt, is_heldout, load_prompts, make_prompt, normalize
+from megatron_r1.data.prompts import (
+    Prompt,
+    PromptSplit,
+    is_heldout,
+    load_prompts,
+    make_prompt,
+    normalize,
+)
 from megatron_r1.data.sampler import PromptSampler
 from megatron_r1.data.sft import Example, ExampleSampler, load_examples
 from megatron_r1.data.templates import find_template, is_opened, render
+from megatron_r1.data.text import PromptText
 from megatron_r1.rewards import logic
+from megatron_r1.stages.rl import that_fit
 
 SUMS = {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 2}
 
@@ -229,3 +239,17 @@ def test_file_order_is_kept_epoch_after_epoch():
     examples = [Example(str(i), "") for i in range(5)]
     sampler = ExampleSampler(examples, seed=3, shuffled=False)
     assert [e.prompt for e in sampler.next(12)] == list("012340123401")
+
+
+def test_questions_longer_than_the_engines_room_are_left_out_and_told_of(capsys):
+    """vLLM refuses a prompt as long as its context, which would end the run for good."""
+    text = PromptText(str(Path(__file__).parents[2] / "examples/laptop/model"), "{problem}")
+    short, long = (make_prompt("1 + 1 " * n, "math", "2", {}) for n in (2, 40))
+    room = len(text.encode(long.question))
+    split = that_fit(PromptSplit([short, long], [long]), text, room)
+    assert (split.train, split.heldout) == ([short], [])
+    assert f"1 questions and 1 held-out ones are longer than the {room}" in capsys.readouterr().err
+    assert that_fit(PromptSplit([long], []), text, room + 1).train == [long]
+    assert capsys.readouterr().err == ""
+    with pytest.raises(ValueError, match="no question is left to train on"):
+        that_fit(PromptSplit([long], []), text, room)

@@ -1,13 +1,24 @@
 """Answers that no grader could grade: how many are too many, and what becomes of the others."""
 
+import asyncio
+from types import SimpleNamespace
+
 import pytest
 
-from megatron_r1.config import Config
+from megatron_r1.config import Config, RewardsConfig
 from megatron_r1.data.prompts import make_prompt
+from megatron_r1.rewards.base import UNGRADED, Grade
 from megatron_r1.rl.loop import training_samples
 from megatron_r1.rl.metrics import rollout_metrics
 from megatron_r1.rollout.client import Completion
-from megatron_r1.rollout.sampling import Collected, Group, Output, _refuse_ungraded
+from megatron_r1.rollout.sampling import (
+    Collected,
+    Group,
+    Output,
+    Rollouts,
+    Sampling,
+    refuse_ungraded,
+)
 
 
 def output(reward, *ungraded, is_graded=None):
@@ -21,18 +32,41 @@ def output(reward, *ungraded, is_graded=None):
 def test_more_ungraded_answers_than_allowed_stop_the_run():
     prompt = make_prompt("2 + 11?", "judge", "13", {})
     fine, lost = [output(1.0)] * 20, [output(0.0, "accuracy")] * 3
-    _refuse_ungraded([Group(prompt, [], fine[:18] + lost[:2])], 0.1)
-    _refuse_ungraded([Group(prompt, [], fine[:3] + lost[:1])], 0.1)  # 0.4 answers: one is allowed
+    refuse_ungraded([Group(prompt, [], fine[:18] + lost[:2])], 0.1)
+    refuse_ungraded([Group(prompt, [], fine[:3] + lost[:1])], 0.1)  # 0.4 answers: one is allowed
     message = (
         "3 of 20 answers could not be graded, at most 2 may be .rewards.max_ungraded: 0.1.; the "
         "first: cannot be graded: .'accuracy'"
     )
     with pytest.raises(RuntimeError, match=message):
-        _refuse_ungraded([Group(prompt, [], fine[:17]), Group(prompt, [], lost)], 0.1)
+        refuse_ungraded([Group(prompt, [], fine[:17]), Group(prompt, [], lost)], 0.1)
     with pytest.raises(RuntimeError, match="1 of 2 .* at most 0 may"):
-        _refuse_ungraded([Group(prompt, [], [fine[0], lost[0]])], 0.0)
+        refuse_ungraded([Group(prompt, [], [fine[0], lost[0]])], 0.0)
     measured = output(1.0, "judge", is_graded=True)  # it has no weight
-    _refuse_ungraded([Group(prompt, [], [measured] * 3)], 0.0)
+    refuse_ungraded([Group(prompt, [], [measured] * 3)], 0.0)
+
+
+def test_a_group_that_cannot_be_graded_is_one_of_many():
+    """Dynamic sampling may draw it alone; what counts is all that the step has sampled."""
+
+    class Broken:
+        async def grade(self, kind, response, truth, **fields):
+            return Grade(0.0, f"{UNGRADED}: broken")
+
+    class Engine:
+        async def generate(self, prompt_ids, n, **sampling):
+            return [Completion([1], [0.0], [0], "stop")] * n
+
+    text = SimpleNamespace(
+        encode=lambda question: [1], decode=lambda ids: "x", end=0, opens_thought=False
+    )
+    rollouts = Rollouts(Engine(), Broken(), text, RewardsConfig(max_ungraded=0.5))
+    prompt = make_prompt("2 + 11?", "math", "13", {})
+    alone = asyncio.run(rollouts.collect([prompt], Sampling(2, 1.0, 1.0, 8)))
+    fine = Group(prompt, [], [output(1.0), output(0.0)])
+    rollouts.check_grades([*alone.groups, fine])
+    with pytest.raises(ValueError, match="reward 'math' failed on all 2 answers"):
+        rollouts.check_grades(alone.groups)
 
 
 def test_ungraded_answers_are_left_out_of_advantages_and_means():

@@ -44,6 +44,7 @@ class Algorithm:
     advantage once the rollout is scored.
     KL_IN_REWARD: `kl_beta` weighs a penalty of every token's reward, and nothing in the loss.
     ADVANTAGE_STDS: what `advantage_std` may be. MIN_GROUP_SIZE: what `group_size` must at least be.
+    DUAL_CLIP: whether `dual_clip` has a meaning.
     CRITIC: needs a critic's values, and trains it. TEACHER: needs a teacher's log-probabilities.
     """
 
@@ -55,6 +56,7 @@ class Algorithm:
     KL_IN_REWARD: bool = False
     ADVANTAGE_STDS: tuple[str, ...] = ("group", "batch", "none")
     MIN_GROUP_SIZE: int = 2
+    DUAL_CLIP: bool = True
     CRITIC: bool = False
     TEACHER: bool = False
 

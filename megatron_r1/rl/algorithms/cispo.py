@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from megatron_r1.training.losses import LossTerms
     from megatron_r1.training.packed import PackedBatch
 
-__all__ = ["DEFAULTS", "LOSS", "advantages", "loss"]
+__all__ = ["DEFAULTS", "DUAL_CLIP", "LOSS", "advantages", "loss"]
 
 DEFAULTS: dict[str, Any] = {
     "clip_low": 10.0,
@@ -31,6 +31,7 @@ DEFAULTS: dict[str, Any] = {
     "overlong_buffer": 0.2,
     "kl_beta": 0.0,
 }
+DUAL_CLIP = False
 LOSS = "megatron_r1.rl.algorithms.cispo:loss"
 
 
