@@ -32,11 +32,19 @@ class Plan(msgspec.Struct, frozen=True):
 
 
 class Rendezvous:
-    """Of one engine. Every call waits for the other side at most `timeout_seconds` and then raises
-    torch.distributed.DistStoreError."""
+    """Of one engine. Every call waits for the other side at most `timeout_seconds`, within a push
+    `push_seconds`, and then raises torch.distributed.DistStoreError."""
 
-    def __init__(self, store: Store, engine: str, timeout_seconds: float):
+    def __init__(
+        self,
+        store: Store,
+        engine: str,
+        timeout_seconds: float,
+        push_seconds: float | None = None,
+    ):
+        """push_seconds: default `timeout_seconds`."""
         self.engine, self.timeout_seconds = engine, timeout_seconds
+        self.push_seconds = timeout_seconds if push_seconds is None else push_seconds
         self.store = PrefixStore(engine, store)
         self.store.set_timeout(datetime.timedelta(seconds=timeout_seconds))
 
@@ -85,4 +93,5 @@ class Rendezvous:
 
     def await_release(self, rank: int, push: int, window: int) -> None:
         """Trainer rank: wait for that."""
-        self.store.wait([f"released/{rank}/{push}/{window}"])
+        key = f"released/{rank}/{push}/{window}"
+        self.store.wait([key], datetime.timedelta(seconds=self.push_seconds))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import asdict, replace
 from typing import Any, Protocol
 
@@ -59,7 +59,16 @@ def weight_bridge(
     )
 
 
-async def _join(task: asyncio.Task[None]) -> None:
+Lose = Callable[[Engine, EngineDied], None]
+"""What is to be done about an engine that can be used no more."""
+
+
+def _refuse(engine: Engine, death: EngineDied) -> None:
+    """One that is not the fleet's yet must not become it."""
+    raise death
+
+
+async def _join(task: Awaitable[None]) -> None:
     await task
 
 
@@ -97,6 +106,8 @@ class WeightBridge:
         """Whether the lock is `open`'s or `hold`'s, and not a feeder's."""
         self._number = 0
         self._connections = 0
+        self._connected: set[int] = set()
+        """Engines that trainer ranks keep something of."""
         self._windows = 1
         self._version: int | None = None
         self._is_closed = False
@@ -108,11 +119,12 @@ class WeightBridge:
         (first, *_) = await self.trainer.call_all("open_push")
         self._store = first["store"]
         self.fleet.feed = self.feed
-        for engine in [engine for engine in self.fleet.engines if engine.is_up]:
-            try:
-                await engine.unless_lost(self._connect(engine))
-            except EngineDied as death:
-                self.fleet.lose(engine, death)
+        with self.fleet.patient(self._connect_seconds):
+            for engine in [engine for engine in self.fleet.engines if engine.is_up]:
+                try:
+                    await engine.unless_lost(self._connect(engine))
+                except EngineDied as death:
+                    self.fleet.lose(engine, death)
 
     async def hold(self) -> None:
         """The trainer's weights are about to change: until the next push nobody is brought them."""
@@ -131,18 +143,24 @@ class WeightBridge:
         start = time.perf_counter()
         engines = [engine for engine in self.fleet.engines if engine.is_up]
         self._number += 1
-        sending = asyncio.create_task(self._send(engines))
+        gone = sorted(self._connected - {engine.index for engine in self.fleet.engines})
+        self._connected.difference_update(gone)
+        sending = asyncio.create_task(self._send(engines, self.fleet.lose, gone))
         if self._windows == 1:
             await sending
         staged = time.perf_counter()
+        # With several windows an engine waits for most of the weights while it brings them in.
+        waits = self.settings.timeout_seconds if self._windows > 1 else 0.0
         try:
-            async with asyncio.TaskGroup() as both:
-                both.create_task(self.fleet.push(self._update(), version))
-                both.create_task(_join(sending))
+            with self.fleet.patient(waits):
+                async with asyncio.TaskGroup() as both:
+                    both.create_task(self.fleet.push(self._update(), version))
+                    both.create_task(_join(sending))
         except ExceptionGroup as failures:
             raise failures.exceptions[0] from None
         live = time.perf_counter()
-        proof = await self._prove([engine for engine in engines if engine.is_up])
+        left = [engine for engine in engines if engine.is_up]
+        proof = await self._prove(left, self.fleet.lose)
         self._version = version
         self._release()
         return {"push/transfer": staged - start, "push/pause": live - staged, **proof}
@@ -163,17 +181,25 @@ class WeightBridge:
     async def _bring(self, engine: Engine) -> None:
         await engine.unless_dead(self._connect(engine))
         # With the others' last number: pushes to an engine are numbered without gaps.
-        sending = asyncio.create_task(self._send([engine]))
+        sending = asyncio.create_task(self._send([engine], _refuse))
         sending.add_done_callback(_hear)  # where the engine fails first, nobody awaits it
         if self._windows == 1:
             await sending
+        try:
+            async with asyncio.TaskGroup() as both:
+                both.create_task(self._bring_in(engine))
+                # The trainer is not to be left in the middle of a call.
+                both.create_task(_join(asyncio.shield(sending)))
+        except ExceptionGroup as failures:
+            raise failures.exceptions[0] from None
+        await self._prove([engine], _refuse)
+
+    async def _bring_in(self, engine: Engine) -> None:
         # Nobody watches an engine that is not the fleet's yet, and the next push waits for it.
         async with self._in_time(engine):
             await engine.client.pause("keep")
             await engine.client.update_weights(self._update(), self._version)
             await engine.client.resume()
-        await sending
-        await self._prove([engine])
 
     @contextlib.asynccontextmanager
     async def _in_time(self, engine: Engine) -> AsyncIterator[None]:
@@ -194,10 +220,15 @@ class WeightBridge:
         self._is_closed = True
         self._release()
 
+    @property
+    def _connect_seconds(self) -> float:
+        return min(CONNECT_SECONDS, self.settings.timeout_seconds)
+
     async def _connect(self, engine: Engine) -> None:
         self._connections += 1
+        self._connected.add(engine.index)
         name = f"{engine.name}.{self._connections}.{self._store[1]}"
-        seconds = min(CONNECT_SECONDS, self.settings.timeout_seconds)
+        seconds = self._connect_seconds
         memory = self.settings.memory_gib
         init = {
             "store": self._store,
@@ -205,6 +236,7 @@ class WeightBridge:
             "tensors": self.tensors,
             "memory_bytes": memory and int(memory * 2**30),
             "timeout_seconds": seconds,
+            "push_seconds": self.settings.timeout_seconds,
         }
         receiving = asyncio.create_task(engine.client.init_weight_transfer(init))
         try:
@@ -216,6 +248,7 @@ class WeightBridge:
                 layout=self.layout,
                 transport=self.settings.transport,
                 timeout_seconds=seconds,
+                push_seconds=self.settings.timeout_seconds,
                 full_every=self.settings.full_every if self.settings.delta else 1,
             )
             if not any("problem" in answer for answer in answers):
@@ -232,20 +265,22 @@ class WeightBridge:
                 )
         self._windows = max(self._windows, *(answer["num_windows"] for answer in answers))
 
-    async def _send(self, engines: Sequence[Engine]) -> None:
+    async def _send(self, engines: Sequence[Engine], lose: Lose, gone: Sequence[int] = ()) -> None:
+        """gone: engines of which the trainer need keep nothing."""
         indices = [engine.index for engine in engines]
-        answers = await self.trainer.call_all("send_weights", push=self._number, engines=indices)
+        answers = await self.trainer.call_all(
+            "send_weights", push=self._number, engines=indices, gone=list(gone)
+        )
         for rank, answer in enumerate(answers):
             for engine in engines:
-                problem = answer["problems"].get(str(engine.index))
-                if problem and engine.is_up:
+                if problem := answer["problems"].get(str(engine.index)):
                     reason = f"{engine.name}: trainer rank {rank} lost it: {problem}"
-                    self.fleet.lose(engine, EngineDied(reason))
+                    lose(engine, EngineDied(reason))
 
     def _update(self) -> dict[str, Any]:
         return {"push": self._number, "timeout_seconds": self.settings.timeout_seconds}
 
-    async def _prove(self, engines: Sequence[Engine]) -> dict[str, float]:
+    async def _prove(self, engines: Sequence[Engine], lose: Lose) -> dict[str, float]:
         """Let each engine answer the probes; raises EngineError where the trainer disagrees."""
         if not self.probes:
             return {}
@@ -254,7 +289,7 @@ class WeightBridge:
             try:
                 gap = await self._gap(engine)
             except EngineDied as death:
-                self.fleet.lose(engine, death)
+                lose(engine, death)
                 continue
             worst = max(worst, gap)
             if not gap <= self.tolerance:

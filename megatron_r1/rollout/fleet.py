@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 from array import array
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from megatron_r1.rollout.asking import Asking
 from megatron_r1.rollout.client import Completion, EngineClient
 from megatron_r1.rollout.engine import Engine, Feed, nothing_to_bring
-from megatron_r1.rollout.errors import EngineDied, EngineError
+from megatron_r1.rollout.errors import EngineDied, EngineError, EngineFault
 from megatron_r1.rollout.launching import share_of_gpus, vocabulary
 from megatron_r1.rollout.repairs import DRAIN_SECONDS, Repairs
 
 UpdateInfo = Mapping[str, Any] | Sequence[Mapping[str, Any]]
+NEVER_CAME = ("broke off", "have not brought all of it")
+"""What `landing.Inbox` says of a push that did not come to its end."""
 
 
 class RolloutFleet:
@@ -71,11 +75,15 @@ class RolloutFleet:
         per_copy = server_settings.get("max_num_seqs", 256)
         self.asking = Asking(self, per_copy * server_settings.get("data", 1))
         self.num_pushes = 0
+        self.patience = 0.0
+        """While engines wait for weights within a step of theirs: seconds in which they need not
+        answer."""
         self.feed: Feed = nothing_to_bring
         """What brings a new engine the others' weights (`rl.weight_bridge`)."""
         self._model: Path | None = None
         self._broken: str | None = None
         self._pushing = asyncio.Lock()
+        self._starting: set[Engine] = set()
 
     async def __aenter__(self) -> RolloutFleet:
         return self
@@ -140,10 +148,20 @@ class RolloutFleet:
         """
         return await self.asking.scores(token_ids, first, order)
 
+    @contextlib.contextmanager
+    def patient(self, seconds: float) -> Iterator[None]:
+        """Within: engines may be silent for so long, as they wait for weights."""
+        self.patience = seconds
+        try:
+            yield
+        finally:
+            self.patience = 0.0
+
     async def push(self, update_info: UpdateInfo, version: int) -> None:
         """Have all engines bring into use what has landed with them.
 
-        Sequences in flight go on under the new weights; their earlier tokens keep their version.
+        Sequences in flight go on under the new weights; their earlier tokens keep their version. An
+        engine that did not get them, or lost its connection, is replaced.
 
         Raises:
             ValueError: `version` is not above the current one.
@@ -160,9 +178,7 @@ class RolloutFleet:
             try:
                 engines = await self._wake(engines, "weights")
                 engines = await self._on(engines, lambda client: client.pause("keep"))
-                engines = await self._on(
-                    engines, lambda client: client.update_weights(update_info, version)
-                )
+                engines = await self._on(engines, partial(_update, update_info, version))
                 engines = await self._wake(engines, "kv_cache")
                 await self._on(engines, lambda client: client.resume())
             except Exception as error:
@@ -182,6 +198,9 @@ class RolloutFleet:
         self.refuse_if_broken()
         async with self._pushing:
             self.awake.clear()
+            # One that starts has no weights yet: it begins anew when the memory is its own again.
+            starting = [engine for engine in self._starting if not engine.is_up]
+            await asyncio.gather(*(engine.end() for engine in starting))
             engines = [engine for engine in self.engines if engine.is_up]
             await self._on(engines, lambda client: client.sleep())
 
@@ -192,16 +211,7 @@ class RolloutFleet:
             EngineError: it did not start.
         """
         self.refuse_if_broken()
-        await self.awake.wait()
-        engine = self.launch(1 + max((engine.index for engine in self.engines), default=-1))
-        self.engines.append(engine)
-        engine.is_up = engine.is_open = False
-        try:
-            await self.enlist(engine, instead_of=engine)
-        except BaseException:
-            self.engines.remove(engine)
-            await engine.end()
-            raise
+        engine = await self.start_one(1 + max((e.index for e in self.engines), default=-1))
         self.say(f"{engine.name} has joined: {len(self.engines)} engines")
         return engine
 
@@ -221,7 +231,7 @@ class RolloutFleet:
         self.open_changed()
         await engine.drained(DRAIN_SECONDS)
         async with self._pushing:
-            self.forget(engine)
+            self.forget(engine)  # or what is to replace it, which then finds it gone
         await engine.end()
         self.say(f"{engine.name} has left: {len(self.engines)} engines")
 
@@ -253,14 +263,40 @@ class RolloutFleet:
             **share_of_gpus(self.server_settings, index, self.num_engines),
         )
 
-    async def enlist(self, engine: Engine, instead_of: Engine) -> None:
-        """Wait until `engine` answers, give it the current weights, and let it serve.
+    async def start_one(self, index: int, instead_of: Engine | None = None) -> Engine:
+        """Start an engine, give it the current weights, and let it serve. Where the trainer needs
+        the memory before that, it begins anew afterwards.
 
         Raises:
-            EngineError: it did not start, or refused them.
+            EngineError: it did not start, or refused them; or `instead_of` has left meanwhile.
         """
+        while True:
+            await self.awake.wait()
+            try:
+                engine = self.launch(index)
+            except OSError as error:  # no memory for a process, no port
+                raise EngineError(f"{self.role}-{index} cannot be started: {error}") from error
+            engine.is_up = engine.is_open = False
+            if instead_of is None:
+                self.engines.append(engine)
+            self._starting.add(engine)
+            try:
+                await self._enlist(engine, instead_of or engine)
+                return engine
+            except BaseException as error:
+                if engine in self.engines:  # nobody has sent it away
+                    self.engines.remove(engine)
+                await engine.end()
+                if self.awake.is_set() or not isinstance(error, EngineError):
+                    raise
+            finally:
+                self._starting.discard(engine)
+
+    async def _enlist(self, engine: Engine, instead_of: Engine) -> None:
         await engine.prepare(self.version, self.start_timeout_seconds)
         async with self.feed(engine):
+            if instead_of not in self.engines:
+                raise EngineError(f"{engine.name} is not needed any more: it has left")
             engine.is_up = engine.is_open = True
             self.engines[self.engines.index(instead_of)] = engine
         self.open_changed()
@@ -306,8 +342,18 @@ class RolloutFleet:
         """Raises EngineError where no call can be answered any more, or none yet."""
         if self._broken is not None:
             raise self._refusal()
-        if not self.engines:
+        if self._model is None:
             raise EngineError("the fleet has no engines: call start() first")
 
     def _refusal(self) -> EngineError:
         return EngineError(f"no engine can be used; stop and resume the run: {self._broken}")
+
+
+async def _update(update_info: UpdateInfo, version: int, client: EngineClient) -> None:
+    """Raises EngineDied where the weights did not come: the engine is of no more use."""
+    try:
+        await client.update_weights(update_info, version)
+    except EngineFault as fault:
+        if any(words in str(fault) for words in NEVER_CAME):
+            raise EngineDied(str(fault)) from fault
+        raise

@@ -62,6 +62,8 @@ class HostPool:
         self._memory = shared_memory_identity() if needs_shared_memory else None
         self._socket = zmq.Context.instance().socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # tells a closed line from a silent one
+        # A host that was cut off comes back while its old line still seems to be open.
+        self._socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
         self._socket.setsockopt(zmq.LINGER, 1000)
         protect_server(self._socket, token)
         try:

@@ -57,7 +57,8 @@ class Repairs:
         if engine.is_leaving:
             self.fleet.forget(engine)
             return
-        if engine.server.is_lost and len(self.fleet.engines) > 1:
+        others = (other for other in self.fleet.engines if other is not engine)
+        if engine.server.is_lost and any(other.is_up for other in others):
             self.fleet.say(f"{death}; the other engines go on without it")
             self.fleet.forget(engine)
             self._start(engine.end())
@@ -103,25 +104,22 @@ class Repairs:
         """A new engine in the place of `dead`, with the current weights; tries again while restarts
         are left, then leaves the fleet broken."""
         fleet = self.fleet
-        await dead.end()
-        while self.num_restarts < fleet.max_restarts:
-            self.num_restarts += 1
-            count = f"restart {self.num_restarts} of at most {fleet.max_restarts}"
-            fleet.say(f"{reason}\n{count}; its requests go to the others or wait")
-            await fleet.awake.wait()  # its memory is the trainer's until then
-            engine = fleet.launch(dead.index)
-            try:
-                await fleet.enlist(engine, instead_of=dead)
-                return
-            except EngineError as error:
-                reason = error
-                await engine.end()
-            except BaseException as error:
-                await engine.end()
-                if isinstance(error, Exception):  # else nobody would ever hear of it
-                    fleet.break_down(error)
-                raise
-        fleet.break_down(reason)
+        try:
+            await dead.end()
+            while self.num_restarts < fleet.max_restarts and not dead.is_leaving:
+                self.num_restarts += 1
+                count = f"restart {self.num_restarts} of at most {fleet.max_restarts}"
+                fleet.say(f"{reason}\n{count}; its requests go to the others or wait")
+                try:
+                    await fleet.start_one(dead.index, instead_of=dead)
+                    return
+                except EngineError as error:
+                    reason = error
+            if not dead.is_leaving:
+                fleet.break_down(reason)
+        except Exception as error:  # nobody would ever hear of it
+            fleet.break_down(error)
+            raise
 
     async def _watch(self) -> None:
         """Notice ended engines, so that calls waiting for them fail at once."""
@@ -137,11 +135,12 @@ class Repairs:
         """Notice engines that are alive and do nothing, or little."""
         while True:
             await asyncio.sleep(PROBE_SECONDS)
-            seconds = self.fleet.unresponsive_seconds
+            seconds = max(self.fleet.unresponsive_seconds, self.fleet.patience)
             up = [engine for engine in self.fleet.engines if engine.is_up]
             answers = await asyncio.gather(*(engine.answers(seconds) for engine in up))
             for engine, is_alive in zip(up, answers, strict=True):
-                if not is_alive and engine.is_up:
+                # A push may have begun while they were asked.
+                if not is_alive and engine.is_up and seconds >= self.fleet.patience:
                     reason = EngineDied(f"{engine.name} has not answered for {seconds:g} seconds")
                     with contextlib.suppress(EngineDied):
                         self.replace(engine, reason)

@@ -19,10 +19,11 @@ from megatron_r1.processes import free_port
 from megatron_r1.rollout import engine_part
 from megatron_r1.rollout.engine_part import Part
 from megatron_r1.rollout.errors import EngineError
-from megatron_r1.rollout.vllm_plugin import admission
+from megatron_r1.rollout.vllm_plugin import admission, lifetime
 
 MIDDLEWARE = f"{admission.__name__}.{admission.Admission.__name__}"
 STOP_GRACE_SECONDS = 5.0
+KILL_SECONDS = 30.0
 POLL_SECONDS = 0.05
 EXCERPT_BYTES = 2**18  # that are read of a log's beginning, and of its end
 LINE_CHARS = 300  # vLLM names its several hundred architectures when it does not know one
@@ -164,7 +165,7 @@ class EngineServer:
             self._log_start = log.tell()
             self.process = subprocess.Popen(
                 command,
-                env=os.environ | self._env,
+                env=os.environ | self._env | {lifetime.PARENT: str(os.getpid())},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -205,7 +206,9 @@ class EngineServer:
                 self.process.wait(STOP_GRACE_SECONDS)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+        # A process in the kernel's hands, of a driver that hangs, does not end even so.
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(KILL_SECONDS)
 
     def describe_end(self) -> str:
         """How the process ended and what its log says, root cause first."""

@@ -35,10 +35,12 @@ class WeightPush:
         assert self._sender is not None, "open_push() comes first"
         return self._sender.connect(**engine)
 
-    def send_weights(self, push: int, engines: list[int]) -> dict[str, Any]:
+    def send_weights(
+        self, push: int, engines: list[int], gone: Sequence[int] = ()
+    ) -> dict[str, Any]:
         """`WeightSender.send`."""
         assert self._sender is not None, "open_push() comes first"
-        return self._sender.send(push, engines)
+        return self._sender.send(push, engines, gone)
 
 
 def weight_sender(

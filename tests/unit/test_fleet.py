@@ -31,10 +31,11 @@ def choice(**wrong):
 class Peer:
     """In the place of an engine's server. say: its answer to the k-th request for samples, from 0:
     a response's wrong fields, a status with a text, or `cut` to close the connection. cuts: a
-    path it closes the connection on, whatever is asked."""
+    path it closes the connection on, whatever is asked. fails: path → text of its status 500.
+    holds: path → event that it waits for."""
 
-    def __init__(self, say, cuts=None):
-        self.cuts = cuts
+    def __init__(self, say, cuts=None, fails=None, holds=None):
+        self.cuts, self.fails, self.holds = cuts, fails or {}, holds or {}
         self.say, self.num_asked, self.is_running = say, 0, False
         self.is_lost, self.called = False, []
 
@@ -55,6 +56,10 @@ class Peer:
         if request.path == self.cuts:
             request.transport.close()
             return web.Response()
+        if request.path in self.holds:
+            await self.holds[request.path].wait()
+        if request.path in self.fails:
+            return web.Response(status=500, text=self.fails[request.path])
         if request.path != "/inference/v1/generate":
             self.called.append(request.path_qs)
             return web.json_response({"is_sleeping": False, "success": True})
@@ -70,7 +75,9 @@ class Peer:
 
     def start(self): ...
 
-    def wait_ready(self, timeout_seconds): ...
+    def wait_ready(self, timeout_seconds):
+        if not self.is_running:
+            raise EngineError("it has ended")
 
     def is_alive(self):
         return self.is_running
@@ -324,3 +331,131 @@ def test_an_engine_whose_connection_breaks_amid_a_push_is_replaced_by_one_with_i
     assert (version, servers, restarts) == (1, [peers[2], peers[1]], 1)
     assert not peers[0].is_alive()
     assert "/update_weight_version" in peers[2].called
+
+
+NEVER_CAME = {
+    "broken link": "push 1 broke off: trainer rank 0: Connection closed by peer",
+    "late": "push 1: after 5 s trainer ranks 3 have not brought all of it",
+}
+
+
+@pytest.mark.parametrize("said", NEVER_CAME.values(), ids=NEVER_CAME)
+def test_an_engine_that_did_not_get_the_weights_is_replaced(tmp_path, said):
+    peers = [Peer(good, fails={"/update_weights": said}), Peer(good), Peer(good)]
+
+    async def story(fleet):
+        await fleet.push({}, 1)
+        while fleet.repairs.under_way:
+            await asyncio.sleep(0.01)
+        return [engine.server for engine in fleet.engines], fleet.num_restarts
+
+    made = run(tmp_path, peers, story, num_engines=2, max_restarts=1)
+    assert made == ([peers[2], peers[1]], 1)
+
+
+def test_weights_that_are_wrong_stop_the_run(tmp_path):
+    said = "push 1: 1 tensors arrived otherwise than they were sent: lm_head.weight (from rank 0)"
+    peers = [Peer(good, fails={"/update_weights": said}), Peer(good)]
+    with pytest.raises(EngineError, match="lm_head.weight"):
+        run(tmp_path, peers, lambda fleet: fleet.push({}, 1), num_engines=2, max_restarts=1)
+
+
+@pytest.mark.parametrize("patience", [0.0, 2.0])
+def test_an_engine_that_waits_for_weights_does_not_hang(tmp_path, monkeypatch, patience):
+    """vLLM answers nothing while a step of its waits for the rest of a push."""
+    monkeypatch.setattr("megatron_r1.rollout.repairs.PROBE_SECONDS", 0.05)
+    release = asyncio.Event()
+    peers = [Peer(good, holds={"/is_sleeping": release, "/update_weights": release}), Peer(good)]
+
+    async def story(fleet):
+        fleet.unresponsive_seconds = 0.2
+        with fleet.patient(patience):
+            pushing = asyncio.create_task(fleet.push({}, 1))
+            await asyncio.sleep(1.0)
+            release.set()
+            await pushing
+        while fleet.repairs.under_way:
+            await asyncio.sleep(0.01)
+        return fleet.num_restarts
+
+    assert run(tmp_path, peers, story, max_restarts=1) == (0 if patience else 1)
+
+
+def test_one_that_cannot_even_be_started_breaks_the_fleet_aloud(tmp_path):
+    """Its groups would wait for ever."""
+    peers = [Peer(good)]
+
+    async def story(fleet):
+        fleet.server_settings["make_server"] = out_of_processes
+        peers[0].is_running = False
+        await ask(fleet)
+
+    def out_of_processes(*arguments, **settings):
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    with pytest.raises(EngineError, match="engine-0 cannot be started: .*temporarily unavailable"):
+        run(tmp_path, peers, story, max_restarts=1)
+
+
+def test_the_only_engine_that_serves_is_revived_though_another_is_joining(tmp_path):
+    """The joining one may fail, and nobody would be left."""
+    stays_away = asyncio.Event()
+    joining = Peer(good, holds={"/update_weight_version": stays_away})
+    peers = [Peer(good), joining, Peer(good)]
+
+    async def story(fleet):
+        adding = asyncio.create_task(fleet.add_engine())
+        while not joining.is_running:
+            await asyncio.sleep(0.01)
+        peers[0].is_lost, peers[0].is_running = True, False
+        made = asyncio.create_task(ask(fleet))
+        while not fleet.num_restarts:
+            await asyncio.sleep(0.01)
+        joining.is_running = False
+        joining.fails["/update_weight_version"] = "gone"
+        stays_away.set()
+        with pytest.raises(EngineError):
+            await adding
+        return await made, fleet.num_restarts
+
+    assert run(tmp_path, peers, story, max_restarts=2) == ([[[7], [7]]], 1)
+
+
+def test_an_engine_that_is_being_replaced_may_leave(tmp_path):
+    held = asyncio.Event()
+    peers = [Peer(good), Peer(good), Peer(good, holds={"/update_weight_version": held})]
+
+    async def story(fleet):
+        peers[0].is_running = False
+        while not peers[2].is_running:
+            await asyncio.sleep(0.01)
+        await fleet.remove_engine(0)
+        held.set()
+        while fleet.repairs.under_way:
+            await asyncio.sleep(0.01)
+        return await ask(fleet), [engine.index for engine in fleet.engines]
+
+    assert run(tmp_path, peers, story, num_engines=2, max_restarts=2) == ([[[7], [7]]], [1])
+    assert not peers[2].is_alive()
+
+
+def test_one_that_was_starting_gives_its_memory_to_the_trainer(tmp_path):
+    """It begins anew when the engines have their memory again; that is no restart."""
+    held = asyncio.Event()
+    starting = Peer(good, holds={"/update_weight_version": held})
+    peers = [Peer(good), Peer(good), starting, Peer(good)]
+
+    async def story(fleet):
+        peers[0].is_running = False
+        while not starting.is_running:
+            await asyncio.sleep(0.01)
+        await fleet.sleep()
+        asleep = starting.is_running, peers[3].is_running
+        held.set()
+        await fleet.push({}, 1)
+        while fleet.repairs.under_way:
+            await asyncio.sleep(0.01)
+        return asleep, [engine.server for engine in fleet.engines], fleet.num_restarts
+
+    made = run(tmp_path, peers, story, num_engines=2, max_restarts=1)
+    assert made == ((False, False), [peers[3], peers[1]], 1)

@@ -1,5 +1,8 @@
 """Weights on their way: both ends of each transport in one process, against plain slicing."""
 
+import os
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -11,7 +14,8 @@ from megatron_r1.landing import Delivery, Slot, Table, check_coverage, checksum,
 from megatron_r1.landing.checksum import MIXER, sums
 from megatron_r1.landing.rendezvous import Rendezvous
 from megatron_r1.landing.table import place
-from megatron_r1.landing.transports import buckets, receiver_class, sender_class
+from megatron_r1.landing.transports import buckets, receiver_class, sender_class, shared_memory
+from megatron_r1.landing.transports.shared_memory import NamedMemory, sweep
 
 TENSORS = {
     "norm": torch.arange(5, dtype=torch.float32)[:, None] + 0.5,
@@ -236,3 +240,34 @@ def test_a_plan_that_leaves_out_or_doubles_elements_is_refused(broken, said):
     check_coverage(Table(1024, SLOTS), every.values())
     with pytest.raises(ValueError, match=f"1 tensors would not .*{said}"):
         check_coverage(Table(1024, SLOTS), [d for d in (every | broken).values() if d])
+
+
+def test_memory_of_a_process_that_was_killed_is_swept_away(monkeypatch):
+    """And not that of one that lives: it is locked."""
+    monkeypatch.setattr(shared_memory, "SWEEP_AGE_SECONDS", -1.0)
+    paths = [shared_memory.FOLDER / f"{shared_memory.PREFIX}test.{os.getpid()}_{i}" for i in (0, 1)]
+    code = (
+        "import sys, time, pathlib\n"
+        "from megatron_r1.landing.transports.shared_memory import NamedMemory\n"
+        "held = NamedMemory(pathlib.Path(sys.argv[1]), 4096)\n"
+        "print('made', flush=True)\n"
+        "time.sleep(60)"
+    )
+    killed = subprocess.Popen([sys.executable, "-c", code, paths[0]], stdout=subprocess.PIPE)
+    assert killed.stdout.readline() == b"made\n"
+    own = NamedMemory(paths[1], 4096)
+    sweep()
+    assert [path.exists() for path in paths] == [True, True]
+    killed.kill()
+    killed.communicate()
+    sweep()
+    assert [path.exists() for path in paths] == [False, True]
+    own.close()
+    assert not paths[1].exists()
+
+
+def test_a_sender_that_comes_too_late_leaves_nothing(tmp_path):
+    gone = tmp_path / "gone"
+    with pytest.raises(FileNotFoundError):
+        shared_memory._map(gone, 64)
+    assert not gone.exists()

@@ -99,7 +99,7 @@ class ProcessGroupReceiver(Receiver):
             size = num_bytes(self.table, deliveries, bucket)
             if header.base:
                 said = torch.empty(1, dtype=torch.int64, device=self.device)
-                group.recv([said], 1, 0).wait()
+                finish(group.recv([said], 1, 0), self)
                 size = int(said)
             buffer = torch.empty(size, dtype=torch.uint8, device=self.device)
             work = group.recv([buffer], 1, 0)
@@ -109,7 +109,7 @@ class ProcessGroupReceiver(Receiver):
         if arriving:
             self._unpack(header, deliveries, *arriving)
         sums = torch.empty(len(indices), dtype=torch.int64, device=self.device)
-        group.recv([sums], 1, 0).wait()
+        finish(group.recv([sums], 1, 0), self)
         for index, sent in zip(indices, sums.tolist(), strict=True):
             self.inbox.arrived(sender, header.push, index, sent % 2**64)
 
@@ -121,7 +121,7 @@ class ProcessGroupReceiver(Receiver):
         buffer: torch.Tensor,
         bucket: list[Chunk],
     ) -> None:
-        work.wait()
+        finish(work, self)
         packed, table = buffer.cpu(), self.table
         if header.base:
             # Where the base landed, which is beside this push where areas alternate.
@@ -162,7 +162,7 @@ class ProcessGroupSender(Sender):
         is_full = self._base == 0 or self._since_full + 1 >= self.full_every
         header = Header(push, window, 0 if is_full else self._base)
         self._base = 0  # what breaks off leaves nothing to build on
-        group.send([self._integers(header)], 0, 0).wait()
+        finish(group.send([self._integers(header)], 0, 0), self)
         hashes = {index: xxhash.xxh3_64() for index in indices}
         on_the_wire: list[tuple[dist.Work, torch.Tensor]] = []
         self.num_bytes_sent = 0
@@ -170,13 +170,14 @@ class ProcessGroupSender(Sender):
             packed = self._packed(bucket, sources, hashes)
             travels = self._travelling(number, packed, header)
             for work, _ in on_the_wire:
-                work.wait()
+                finish(work, self)
             on_the_wire = [(group.send([buffer], 0, 0), buffer) for buffer in travels]
             self.num_bytes_sent += sum(buffer.nbytes for buffer in travels)
         for work, _ in on_the_wire:
-            work.wait()
+            finish(work, self)
         sums = [hashes[index].intdigest() for index in indices]
-        group.send([self._integers(s - 2**64 if s >= 2**63 else s for s in sums)], 0, 0).wait()
+        signed = self._integers(s - 2**64 if s >= 2**63 else s for s in sums)
+        finish(group.send([signed], 0, 0), self)
         if self.full_every > 1:
             self._base, self._since_full = push, 0 if is_full else self._since_full + 1
 
@@ -210,15 +211,23 @@ class ProcessGroupSender(Sender):
         return torch.tensor(list(values), dtype=torch.int64, device=self.device)
 
 
+def finish(work: dist.Work, end: ProcessGroupReceiver | ProcessGroupSender) -> None:
+    """Wait for it as long as a push may take."""
+    if end.backend == "gloo":
+        work.wait(datetime.timedelta(seconds=end.meeting.push_seconds))
+    else:
+        work.wait()  # a time would have the host wait for the GPU; `pair` gave it to the group
+
+
 def pair(backend: str, meeting, sender: int, rank: int, *, is_sender: bool) -> dist.ProcessGroup:
     """The group of a trainer rank (1 in it) and an engine rank (0 in it)."""
     store = dist.PrefixStore(f"pair/{sender}/{rank}", meeting.store)
     place_in = 1 if is_sender else 0
-    timeout = datetime.timedelta(seconds=meeting.timeout_seconds)
     if backend == "gloo":
+        timeout = datetime.timedelta(seconds=meeting.timeout_seconds)
         return dist.ProcessGroupGloo(store, place_in, 2, timeout)
     options = dist.ProcessGroupNCCL.Options()
-    options._timeout = timeout
+    options._timeout = datetime.timedelta(seconds=meeting.push_seconds)
     return dist.ProcessGroupNCCL(store, place_in, 2, options)
 
 

@@ -1,5 +1,6 @@
 """One host: trainer ranks write straight into the engine rank's memory, a file in /dev/shm whose
-name is gone as soon as all have mapped it, so that nothing of it outlives them.
+name is gone as soon as all have mapped it, so that nothing of it outlives them. Who makes a file
+holds a lock on it until then: what a killed one has left is known by that, and swept away.
 
 Beside it lies a sheet for each sender: the number of the push, how many deliveries are there, and
 their checksums. The receiver follows each sender with a checksum of its own, a moment behind it.
@@ -7,6 +8,8 @@ their checksums. The receiver follows each sender with a checksum of its own, a 
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import threading
 import time
@@ -22,6 +25,8 @@ from megatron_r1.landing.table import Delivery, place
 from megatron_r1.landing.transports.base import Receiver, Sender
 
 FOLDER = Path("/dev/shm")
+PREFIX = "megatron_r1_"
+SWEEP_AGE_SECONDS = 60.0
 POLL_SECONDS = 0.002
 PUSH, COUNT, SUMS = 0, 1, 2
 """Fields of a sheet of uint64: push, deliveries made, one checksum each."""
@@ -29,8 +34,7 @@ PUSH, COUNT, SUMS = 0, 1, 2
 
 class SharedMemoryReceiver(Receiver):
     _thread: threading.Thread | None = None
-    path: Path | None = None
-    """Of the memory, until all have mapped it."""
+    _file: NamedMemory | None = None
 
     def allocate(self) -> torch.Tensor:
         self._closing = threading.Event()
@@ -38,23 +42,24 @@ class SharedMemoryReceiver(Receiver):
 
     def reserve(self, num_bytes: int) -> torch.Tensor:
         """The memory, and in `address` what senders open it with."""
-        self.path = FOLDER / _name(self.meeting.engine, self.rank)
+        sweep()
+        path = FOLDER / _name(self.meeting.engine, self.rank)
         try:
-            _reserve(self.path, num_bytes)
+            self._file = NamedMemory(path, num_bytes)
         except OSError as error:
             raise ValueError(
-                f"{self.path}: {error.strerror}: {num_bytes / 2**30:.3g} GiB are needed "
+                f"{path}: {error.strerror}: {num_bytes / 2**30:.3g} GiB are needed "
                 f"in {FOLDER}; lower push.memory_gib or make it larger"
             ) from error
-        self.address = str(self.path)
-        return _map(self.path, num_bytes)
+        self.address = str(path)
+        return _map(path, num_bytes)
 
     def connect(self, plans: dict[int, Plan]) -> None:
         sheets = {sender: np.memmap(plan.address, np.uint64, "r") for sender, plan in plans.items()}
         for plan in plans.values():
             Path(plan.address).unlink()
-        if self.path is not None:
-            self.path.unlink()
+        if self._file is not None:
+            self._file.close()
         self._thread = threading.Thread(
             target=self._follow, args=(sheets,), name="landing", daemon=True
         )
@@ -64,8 +69,8 @@ class SharedMemoryReceiver(Receiver):
         self._closing.set()
         if self._thread is not None:
             self._thread.join()
-        if self.path is not None:
-            self.path.unlink(missing_ok=True)
+        if self._file is not None:
+            self._file.close()
 
     def _follow(self, sheets: dict[int, np.ndarray]) -> None:
         """Check each delivery as its sender's count passes it."""
@@ -91,11 +96,12 @@ class SharedMemoryReceiver(Receiver):
 
 class SharedMemorySender(Sender):
     _sheet: np.ndarray | None = None
+    _file: NamedMemory | None = None
 
     def plan(self, deliveries: Sequence[Delivery]) -> Plan:
         name = _name(self.meeting.engine, self.rank)
         self.address = str(FOLDER / f"{name}_from_{self.sender}")
-        _reserve(Path(self.address), 8 * (SUMS + len(deliveries)))
+        self._file = NamedMemory(Path(self.address), 8 * (SUMS + len(deliveries)))
         self._sheet = np.memmap(self.address, np.uint64, "r+")
         self._memory = self.open()
         return super().plan(deliveries)
@@ -122,23 +128,49 @@ class SharedMemorySender(Sender):
 
     def close(self) -> None:
         self._sheet = None
-        Path(self.address).unlink(missing_ok=True)
+        if self._file is not None:
+            self._file.close()
+
+
+class NamedMemory:
+    """A file in /dev/shm with room for `num_bytes`, locked until it is closed, which also takes its
+    name away, where the other side has not done so. Raises OSError where there is no room."""
+
+    def __init__(self, path: Path, num_bytes: int) -> None:
+        self.path = path
+        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+        self._is_open = True
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX)
+            # Not only sized: a write through a map into a full filesystem is a bus error.
+            os.posix_fallocate(self._descriptor, 0, num_bytes)
+        except OSError:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Harmless if done."""
+        if self._is_open:
+            self._is_open = False
+            self.path.unlink(missing_ok=True)
+            os.close(self._descriptor)
+
+
+def sweep() -> None:
+    """Take away what processes that were killed have left in /dev/shm."""
+    for path in FOLDER.glob(f"{PREFIX}*"):
+        with contextlib.suppress(OSError), open(path, "rb") as file:
+            # A new one may not be locked yet.
+            if time.time() - os.fstat(file.fileno()).st_mtime > SWEEP_AGE_SECONDS:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink()
 
 
 def _name(engine: str, rank: int) -> str:
-    return f"megatron_r1_{engine.replace('/', '-')}_{rank}"
-
-
-def _reserve(path: Path, num_bytes: int) -> None:
-    """Raises OSError, and leaves nothing behind, when there is no room."""
-    with open(path, "wb") as file:
-        try:
-            # Not only sized: a write through a map into a full filesystem is a bus error.
-            os.posix_fallocate(file.fileno(), 0, num_bytes)
-        except OSError:
-            path.unlink()
-            raise
+    return f"{PREFIX}{engine.replace('/', '-')}_{rank}"
 
 
 def _map(path: Path, num_bytes: int) -> torch.Tensor:
+    """Raises OSError where the other side has given up, and its file is gone."""
+    path.stat()  # torch would make one
     return torch.from_file(str(path), shared=True, size=num_bytes, dtype=torch.uint8)

@@ -35,6 +35,8 @@ class LandingInit(WeightTransferInitInfo):
     """For landing weights, per rank; None: as many as they have."""
     timeout_seconds: float = 600.0
     """For the trainer to connect."""
+    push_seconds: float = 600.0
+    """For a push."""
 
 
 @dataclass
@@ -59,7 +61,8 @@ class LandingEngine(WeightTransferEngine[LandingInit, LandingUpdate]):
         another trainer has taken over."""
         host, port = init_info.store
         store = TCPStore(host, port, is_master=False)
-        meeting = Rendezvous(store, init_info.engine, init_info.timeout_seconds)
+        seconds = init_info.timeout_seconds, init_info.push_seconds
+        meeting = Rendezvous(store, init_info.engine, *seconds)
         parallel = self.vllm_config.parallel_config
         self._rank = parallel.data_parallel_index * parallel.world_size + parallel.rank
         try:
@@ -68,8 +71,8 @@ class LandingEngine(WeightTransferEngine[LandingInit, LandingUpdate]):
             self.shutdown()
             self._placed = placed
             self._receiver = receiver_class(self.transport)(meeting, self._rank, table)
-        except ValueError as error:
-            meeting.withdraw(self._rank, str(error))
+        except Exception as error:  # of vLLM's loaders too
+            meeting.withdraw(self._rank, str(error) or repr(error))
             raise
 
     def start_weight_update(self) -> None:

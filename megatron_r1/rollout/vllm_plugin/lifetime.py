@@ -4,7 +4,16 @@ import ctypes
 import os
 import signal
 
+PARENT = "MEGATRON_R1_PARENT"
+"""Environment variable: process id of who started this one."""
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def end_without_parent() -> None:
+    """Once, first of all: `die_with_parent`, also where the parent has ended already."""
+    die_with_parent()
+    if os.environ.pop(PARENT, str(os.getppid())) != str(os.getppid()):
+        os._exit(1)
 
 
 def die_with_parent() -> None:

@@ -62,8 +62,8 @@ def serve_headless() -> None:
 
 def main() -> None:
     """Serve until told to stop."""
+    lifetime.end_without_parent()
     stacks.answer_signal()
-    lifetime.die_with_parent()
     os.register_at_fork(after_in_child=begin_child)
     with quick_imports():
         from vllm.entrypoints.launchers.api_server.entry import main as serve

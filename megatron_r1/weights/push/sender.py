@@ -72,16 +72,18 @@ class WeightSender:
         transport: str,
         timeout_seconds: float,
         full_every: int = 1,
+        push_seconds: float | None = None,
     ) -> dict[str, Any]:
         """Agree with all ranks of an engine on what this rank brings them.
 
         engine: its index; which of the ranks that hold the same brings it follows from that. name:
         of this start of it. layout: `EngineLayout`'s fields, of one engine. full_every: pushes, of
-        which the first is sent whole, and of the others what changed. Returns "problem", or
+        which the first is sent whole, and of the others what changed. push_seconds: that a push
+        may take, default as connecting. Returns "problem", or
         num_windows and the bytes that this rank sends with every push.
         """
         self.disconnect(engine)
-        meeting = Rendezvous(self.store, name, timeout_seconds)
+        meeting = Rendezvous(self.store, name, timeout_seconds, push_seconds)
         try:
             self._links[engine] = self._agree(
                 meeting, engine, EngineLayout(**layout), transport, full_every
@@ -98,10 +100,13 @@ class WeightSender:
         for link in self._links.pop(engine, []):
             link.sender.close()
 
-    def send(self, push: int, engines: Sequence[int]) -> dict[str, Any]:
-        """Bring the present weights to these engines, as push number `push` of each.
+    def send(self, push: int, engines: Sequence[int], gone: Sequence[int] = ()) -> dict[str, Any]:
+        """Bring the present weights to these engines, as push number `push` of each. gone: engines
+        that get no more.
 
         Returns "problems" by engine: an engine that is lost on the way does not stop the others."""
+        for engine in gone:
+            self.disconnect(engine)
         problems: dict[str, str] = {}
         links = {engine: self._links.get(engine, []) for engine in engines}
         tables = [link.sender.table for found in links.values() for link in found]
@@ -132,14 +137,19 @@ class WeightSender:
             for delivery, form in needs.deliveries(rank, transfer):
                 deliveries[rank].append((delivery, (source, form)))
         links, plans = [], {}
-        for rank, found in deliveries.items():
-            found.sort(key=lambda item: item[0].slot)
-            sender = sender_class(transport)(meeting, self.rank, rank, offers[rank], full_every)
-            plans[rank] = sender.plan([delivery for delivery, _ in found])
-            links.append(_Link(sender, [source for _, source in found]))
-        meeting.plan(self.rank, self.grid.world, plans, layout.num_ranks)
-        for link in links:
-            link.sender.connect()
+        try:
+            for rank, found in deliveries.items():
+                found.sort(key=lambda item: item[0].slot)
+                sender = sender_class(transport)(meeting, self.rank, rank, offers[rank], full_every)
+                links.append(_Link(sender, [source for _, source in found]))
+                plans[rank] = sender.plan([delivery for delivery, _ in found])
+            meeting.plan(self.rank, self.grid.world, plans, layout.num_ranks)
+            for link in links:
+                link.sender.connect()
+        except BaseException:
+            for link in links:
+                link.sender.close()
+            raise
         return links
 
     def _source(self, name: str, region: Region) -> Source:
