@@ -26,7 +26,7 @@ MINUTES = 60
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
-    with slurm_cluster.Cluster(tmp_path_factory.mktemp("slurm"), num_nodes=3) as cluster:
+    with slurm_cluster.Cluster(tmp_path_factory.mktemp("slurm"), num_nodes=4) as cluster:
         yield cluster
 
 
@@ -35,10 +35,10 @@ def submit(cluster, recipe, tmp_path):
     """Submits a script as a user would; the job's number. Output and run are in `tmp_path`."""
     jobs = []
 
-    def submit(script, *options, sbatch=(), **variables):
+    def submit(script, *options, sbatch=(), num_nodes="1", **variables):
+        """num_nodes: of each pool."""
         text = (SCRIPTS / script).read_text()
-        # The two nodes of this cluster: one for each pool.
-        text = re.sub(r"(#SBATCH --nodes=)2\b", r"\g<1>1", text) if "hetjob" in text else text
+        text = re.sub(r"(--nodes=)2\b", rf"\g<1>{num_nodes}", text) if "hetjob" in text else text
         (tmp_path / script).write_text(text)
         env = environment() | {
             "RECIPE": str(recipe),
@@ -133,6 +133,76 @@ def test_pools_are_requeued_in_the_middle(cluster, submit, tmp_path):
     again_at_once(cluster, job)
     assert completed(cluster, job, tmp_path) == list(range(1, 41))
     assert "continuing after step" in (tmp_path / "output").read_text()
+
+
+# Stands for PYTHON: an engine host, or a trainer that lasts until it is asked to end.
+WAITS = """#!/bin/bash
+case "$*" in
+    *megatron_r1.rollout.host*) sleep 600 ;;
+    *) until [ -e "$RUN/stop" ]; do sleep 0.2; done; exit 130 ;;
+esac
+"""
+
+
+@pytest.fixture
+def waiting_pools(cluster, submit, tmp_path):
+    """A job of two nodes and two, and the nodes' names, trainer's first; all come back."""
+    (tmp_path / "waits").write_text(WAITS)
+    (tmp_path / "waits").chmod(0o755)
+    job = submit("pools.sbatch", num_nodes="2", PYTHON=str(tmp_path / "waits"))
+    cluster.wait(job, "RUNNING", seconds=MINUTES)
+    until(lambda: len(steps(cluster)) == 2)
+    yield job, *(nodes_of(cluster, job, pool) for pool in (0, 1))
+    for node in cluster.run("sinfo", "-h", "-N", "-t", "down", "-o", "%N").split():
+        cluster.run("scontrol", "update", f"NodeName={node}", "State=RESUME")
+
+
+def steps(cluster):
+    """Nodes of each `srun` that runs."""
+    told = cluster.run("squeue", "-s", "-h", "-o", "%i %N").splitlines()
+    return sorted(line.split()[1] for line in told if ".batch" not in line)
+
+
+def nodes_of(cluster, job, pool):
+    told = dict(
+        line.split() for line in cluster.run("squeue", "-h", "-j", job, "-o", "%i %N").splitlines()
+    )
+    return cluster.run("scontrol", "show", "hostnames", told[f"{job}+{pool}"]).split()
+
+
+def until(condition, seconds=MINUTES):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
+def lose(cluster, node):
+    cluster.run("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=test")
+
+
+def test_pools_run_out_of_time_and_are_requeued(cluster, waiting_pools):
+    job, *_ = waiting_pools
+    cluster.run("scancel", "--batch", "--signal=TERM", job)
+    cluster.wait(job, "PENDING", seconds=MINUTES)
+    assert cluster.field(job, "Restarts") == "1"
+
+
+def test_an_engine_node_that_dies_does_not_end_the_run(cluster, waiting_pools):
+    job, _, engines = waiting_pools
+    lose(cluster, engines[1])
+    until(lambda: nodes_of(cluster, job, 1) == engines[:1])
+    time.sleep(3.0)  # what Slurm would have ended by now
+    assert cluster.field(job, "JobState") == "RUNNING"
+    assert cluster.field(job, "Restarts") == "0"
+    assert len(steps(cluster)) == 2, "the trainer, and the other engine node"
+
+
+def test_a_trainer_node_that_dies_has_the_job_requeued(cluster, waiting_pools):
+    job, trainers, _ = waiting_pools
+    lose(cluster, trainers[1])
+    cluster.wait(job, "PENDING", seconds=MINUTES)
+    assert cluster.field(job, "Restarts") == "1"
 
 
 @pytest.fixture
