@@ -54,6 +54,9 @@ def main(arguments: list[str] | None = None) -> int:
     except RuntimeError as error:  # TrainerError, EngineError: the message is the diagnosis
         print(f"megatron-r1: {error}", file=sys.stderr)
         return 1
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except OSError as error:
         if error.errno not in DISK_FULL:
             raise

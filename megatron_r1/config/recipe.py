@@ -228,7 +228,12 @@ def _explain(error: dict[str, Any]) -> str:
         return f"{key} must be set"
     if error["type"] == "value_error":
         return str(error["ctx"]["error"])
-    return f"{key}: {error['msg'][0].lower()}{error['msg'][1:]}, got {error.get('input')!r}"
+    quote = ""
+    if error["type"] == "string_type" and isinstance(error.get("input"), dict | list):
+        quote = (
+            "; YAML takes that for more than a text: put it in double quotes, within the shell's"
+        )
+    return f"{key}: {error['msg'][0].lower()}{error['msg'][1:]}, got {error.get('input')!r}{quote}"
 
 
 def _hint(location: tuple[str | int, ...]) -> str:

@@ -78,4 +78,5 @@ class Rendering:
     @cached_property
     def _chat_text(self) -> tuple[PromptText, PromptText]:
         path = self._tokenizer_path
-        return PromptText(path, CHAT), PromptText(path, "{problem}")
+        keys = ("sample.render.tokenizer", "sample.render.template")
+        return PromptText(path, CHAT, keys), PromptText(path, "{problem}", keys)

@@ -11,18 +11,24 @@ from megatron_r1.data.tokenizer import load_tokenizer
 class PromptText:
     """The tokenizer of a Hugging Face folder with one prompt template."""
 
-    def __init__(self, model_path: str, template: str):
+    def __init__(
+        self,
+        model_path: str,
+        template: str,
+        keys: tuple[str, str] = ("model.path", "data.template"),
+    ):
         """opens_thought: whether prompts end with `<think>`, which responses then do not repeat.
+        keys: of the recipe that name the two, for the error.
 
         Raises ValueError when the folder has no tokenizer, the tokenizer names no end token, or the
         template is none.
         """
         self._chat = template == "chat"
         self._template = template if self._chat else find_template(template)
-        self._tokenizer = load_tokenizer(model_path, "model.path")
+        self._tokenizer = load_tokenizer(model_path, keys[0])
         if self._chat and not self._tokenizer.chat_template:
             raise ValueError(
-                f"data.template: chat is the tokenizer's own, and that of {model_path} has none; "
+                f"{keys[1]}: chat is the tokenizer's own, and that of {model_path} has none; "
                 "use r1_zero, plain or a text with {problem}"
             )
         if self._tokenizer.eos_token_id is None:

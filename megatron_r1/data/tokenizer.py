@@ -16,6 +16,11 @@ def load_tokenizer(folder: str, key: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
+        if not Path(folder).is_dir():
+            raise ValueError(
+                f"{key}: there is no folder {folder} (relative to {Path.cwd()}); make it, or "
+                "correct the path"
+            ) from None
         if not any((Path(folder) / name).is_file() for name in FILES):
             raise ValueError(
                 f"{key}: {folder} has no tokenizer ({FILES[0]}); give a folder with one, beside "

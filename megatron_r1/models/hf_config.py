@@ -39,7 +39,10 @@ def read_hf_config(
     if not file.is_file():
         own = Path(path) / "hf"
         meant = f"; did you mean {own}?" if (own / "config.json").is_file() else ""
-        raise ValueError(f"{file} does not exist: {key} must be a Hugging Face model folder{meant}")
+        raise ValueError(
+            f"{file} does not exist (relative to {Path.cwd()}): {key} must be a Hugging Face model "
+            f"folder{meant}"
+        )
     try:
         hf = json.loads(file.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import ast
 import importlib
 import shlex
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from megatron_r1.pipeline.graph import Graph
 from megatron_r1.pipeline.identity import names_a_file, typed
 from megatron_r1.pipeline.plan import Plan, Stage
 from megatron_r1.pipeline.recipe import MAKE
@@ -23,16 +24,24 @@ def check(plan: Plan, verbs: Mapping[str, str], files: bool = True) -> None:
     verbs: name → module, which says in REQUIRED what a recipe must set. files: whether those named
     in settings must be there, which is no matter where nothing is to run.
     """
-    mistakes = []
-    for stage in plan.stages.values():
-        try:
-            _check_stage(plan, stage, verbs)
-        except ValueError as error:
-            mistakes.append(str(error))
+    mistakes = list(plan.broken.values())
+    for name, stage in plan.stages.items():
+        if name not in plan.broken:
+            mistakes += mistakes_of(_check_stage, plan, stage, verbs)
+    mistakes += mistakes_of(Graph, plan.stages)
     if files:
         mistakes += missing_files(plan)
     if mistakes:
         raise ValueError("\n".join(mistakes))
+
+
+def mistakes_of(look: Callable[..., Any], *arguments: Any) -> list[str]:
+    """What `look` raises, a ValueError with a line for each; nothing where it raises nothing."""
+    try:
+        look(*arguments)
+    except ValueError as error:
+        return str(error).splitlines()
+    return []
 
 
 def missing_files(plan: Plan) -> list[str]:

@@ -23,8 +23,16 @@ class Graph:
     """upstream: of every stage those it needs directly. order: all stages, each after those."""
 
     def __init__(self, stages: Mapping[str, Stage]) -> None:
-        """Raises ValueError for a reference to nothing and for stages that need each other."""
-        self.upstream = {name: _upstream(stage, stages) for name, stage in stages.items()}
+        """Raises ValueError with a line for every stage that refers to nothing, else for stages
+        that need each other."""
+        self.upstream, mistakes = {}, []
+        for name, stage in stages.items():
+            try:
+                self.upstream[name] = _upstream(stage, stages)
+            except ValueError as error:
+                mistakes.append(str(error))
+        if mistakes:
+            raise ValueError("\n".join(mistakes))
         self.order = _ordered(self.upstream)
 
     def needs(self, stage: str) -> set[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -43,12 +43,15 @@ class Stage:
 
 @dataclass(frozen=True)
 class Plan:
-    """The stages of one seed. path: of the recipe; folder: where this seed's stages are."""
+    """The stages of one seed. path: of the recipe; folder: where this seed's stages are. Nothing
+    can be done with it while some are `broken` (`check.check`)."""
 
     path: Path
     folder: Path
     seed: int
     stages: dict[str, Stage]
+    broken: dict[str, str] = field(default_factory=dict)
+    """Name → why it cannot be read."""
 
     @classmethod
     def of(
@@ -59,16 +62,19 @@ class Plan:
         seed: int,
         implied: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> Plan:
-        """implied: verb → sections that it sets by itself. Raises ValueError for a stage's recipe
-        that is not there or no YAML."""
-        path, stages = Path(path), {}
+        """implied: verb → sections that it sets by itself. Stages whose own recipe is not there, or
+        no YAML, are in `broken`."""
+        path, stages, broken = Path(path), {}, {}
         for name, config in recipe.stages.items():
-            told = _told(recipe, path, name, config)
+            try:
+                told = _told(recipe, path, name, config)
+            except ValueError as error:
+                told, broken[name] = {}, str(error)
             if config.verb != MAKE:
                 told = merged(told, (implied or {}).get(config.verb, {}))
                 _put_run(told, folder / name, seed)
             stages[name] = Stage(name, config, told)
-        return cls(path, folder, seed, stages)
+        return cls(path, folder, seed, stages, broken)
 
     def folder_of(self, stage: str) -> Path:
         return self.folder / stage

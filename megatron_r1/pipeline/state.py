@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,9 +36,12 @@ class Status:
 
     @property
     def seconds(self) -> float | None:
-        """Of work so far, None for a stage that has not begun."""
-        attempts = self.made.get("attempts")
-        return sum(attempt["seconds"] or 0.0 for attempt in attempts) if attempts else None
+        """Of work so far; None for a stage that has not begun, and where nobody measured."""
+        attempts = self.made.get("attempts", [])
+        measured = [a["seconds"] for a in attempts if a["seconds"] is not None]
+        if self.state is State.RUNNING:
+            measured.append(time.time() - attempts[-1]["began"])
+        return sum(measured) if measured else None
 
 
 def examine_all(plan: Plan, graph: Graph, is_running: bool = False) -> dict[str, Status]:

@@ -24,6 +24,8 @@ from megatron_r1.rollout.remote_server import RemoteServer
 POLL_SECONDS = 0.05
 FAREWELL_SECONDS = 10.0
 """Longer than an engine gets to end by itself."""
+WAIT_SECONDS = 10.0
+"""Engines without a host are no news for so long."""
 UNREACHABLE_SECONDS = 5.0
 """A host whose line is closed, not merely silent, has so long to come back."""
 
@@ -77,6 +79,8 @@ class HostPool:
         """Why a host was turned away, if one was."""
         self._hosts: dict[bytes, Host] = {}
         self._waiting: list[RemoteServer] = []
+        self._told_at = time.monotonic()
+        self._told: int = 0
         self._placed: dict[str, RemoteServer] = {}
         self._lock = threading.RLock()
         self._closing = False
@@ -134,6 +138,7 @@ class HostPool:
             with self._lock:
                 self._judge_ended()
                 self._place_waiting()
+                self._tell_who_waits()
                 orders = {identity: self._orders(host) for identity, host in self._hosts.items()}
                 if orders != last or time.monotonic() - spoken > REPORT_SECONDS:
                     for identity, what in orders.items():
@@ -218,6 +223,20 @@ class HostPool:
             for part, host in zip(server.parts, hosts, strict=True):
                 part.host = host
                 host.given.add(server.name)
+
+    def _tell_who_waits(self) -> None:
+        """Once for each number of them."""
+        now, count = time.monotonic(), len(self._waiting)
+        if count == self._told:
+            self._told_at = now
+        elif now - self._told_at > WAIT_SECONDS:
+            self._told = count
+            if count:
+                each = self.hosts_per_engine
+                self.say(
+                    f"{count} engine{'s wait' if count > 1 else ' waits'} for {count * each} "
+                    f"host{'s' * (count * each > 1)} to come ({self.describe()})"
+                )
 
     def _withdraw(self, server: RemoteServer) -> None:
         """Have its hosts stop what they run of it."""

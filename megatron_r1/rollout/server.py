@@ -122,8 +122,10 @@ class EngineServer:
             *("--weight-transfer-config", json.dumps({"backend": weight_transfer_backend})),
             *("--logprobs-mode", "processed_logprobs", "--generation-config", "vllm"),
             *("--enable-scale-out", "--skip-tokenizer-init"),
-            *("--disable-log-stats", "--disable-uvicorn-access-log"),
-            *(["--enforce-eager"] if device == "cpu" else []),
+            "--disable-uvicorn-access-log",
+            # On a GPU a watchdog sees by the statistics that a long answer grows; a step on a CPU
+            # is too short to pay for them.
+            *(["--enforce-eager", "--disable-log-stats"] if device == "cpu" else []),
             *(["--enable-return-routed-experts"] if return_routing else []),
             *(["--enable-sleep-mode"] if sleeps and device != "cpu" else []),
             *(["--gpu-memory-utilization", str(gpu_memory)] if gpu_memory else []),

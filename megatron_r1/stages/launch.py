@@ -92,6 +92,7 @@ async def _run_stage(config, name, facts, body: Body, next_commands) -> None:
             title=f"{name} · {folder.path.name}",
             facts=facts,
         )
+        stop.say = recorder.view.message
         if recorder.state.step >= config.run.steps and has_newest_export(folder.path):
             recorder.view.message(f"{folder.path} is already finished: {folder.hf}")
             recorder.close("nothing to do")
@@ -138,3 +139,4 @@ async def _run_stage(config, name, facts, body: Body, next_commands) -> None:
                     facts=summary,
                     next_commands=next_commands,
                 )
+                print(f"report: {folder.path / 'report.html'}", flush=True)

@@ -44,10 +44,10 @@ def run(path: str, overrides: Mapping[str, Any], verbs: Mapping[str, str]) -> No
         Plan.of(recipe, path, folder, seed, implied)
         for folder, seed in zip(folders, seeds, strict=True)
     ]
-    graph = Graph(plans[0].stages)
-    chosen = _chosen(config, graph)
     for plan in plans:
         check(plan, verbs, files=not (config.status or config.dry))
+    graph = Graph(plans[0].stages)
+    chosen = _chosen(config, graph)
     if config.status:
         _print_status(plans, graph, is_locked(root))
         return

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Iterable
 from pathlib import Path
 
 from megatron_r1.config import Config
@@ -142,7 +142,8 @@ async def _with_engines(
         starts = [trainer.connect(), fleet.start(config.model.path, version=-1)]
         if teacher is not None:
             starts.append(teacher.start(config.teacher.path))
-        await asyncio.gather(*starts)
+        if not await stop.before(_all(starts)):
+            return
         recorder.view.message(f"{trainer.num_parameters / 1e6:,.2f}M parameters")
 
         async def attempt() -> None:
@@ -171,6 +172,10 @@ async def _with_engines(
     finally:
         fleets = [fleet, teacher] if teacher is not None else [fleet]
         await asyncio.gather(*(each.close() for each in fleets), pool.close(), log.close())
+
+
+async def _all(starts: Iterable[Awaitable[None]]) -> None:
+    await asyncio.gather(*starts)
 
 
 def _fleet(

@@ -45,6 +45,12 @@ from megatron_r1.stages.answers_folder import run_in_folder
 REQUIRED = ("run.folder",)
 KIND_WITHOUT_TRUTH = "helpful"
 """Of rows that name no kind, where nothing is graded: they need no truth then."""
+REMEDIES = {
+    "sft": "sample.keep or sample.filters, such as sample.keep.min_accuracy: 0",
+    "answers": "sample.keep or sample.filters, such as sample.keep.min_accuracy: 0",
+    "pairs": "sample.judge, sample.pairs (margin, max_length_bias) or sample.filters",
+    "labels": "sample.judge or sample.filters",
+}
 FILES = {"sft": "sft.jsonl", "pairs": "pairs.jsonl", "labels": "labels.jsonl"}
 
 
@@ -208,8 +214,8 @@ async def _decide(
     if not tally.num_kept:
         raise RuntimeError(
             f"{folder}: no answer is kept; most are {tally.decisions.most_common(1)[0][0]} "
-            "(samples.jsonl says why of each). Change sample.keep or sample.filters, such as "
-            "sample.keep.min_accuracy: 0: the same command then decides again without sampling"
+            f"(samples.jsonl says why of each). Change {REMEDIES[sample.output]}: the same command "
+            "then decides again without sampling"
         )
 
 

@@ -18,7 +18,7 @@ FAILURES = {
 
 
 class ScoreTally:
-    """Counts lines and adds up rewards by kind."""
+    """Counts lines and adds up rewards by kind, of the lines that were graded."""
 
     def __init__(self, pool: RewardPool) -> None:
         self._pool = pool
@@ -35,7 +35,7 @@ class ScoreTally:
         if grade.reason.startswith(UNGRADED):
             self.num_ungraded += 1
             self.first_ungraded = self.first_ungraded or grade.reason
-        if isinstance(kind, str) and (kind in self._rewards or len(self._rewards) < MAX_KINDS):
+        elif isinstance(kind, str) and (kind in self._rewards or len(self._rewards) < MAX_KINDS):
             total = self._rewards[kind]
             total[0] += grade.reward
             total[1] += 1

@@ -231,5 +231,5 @@ def test_a_template_that_is_none_is_named():
         Rendering(RenderConfig(template="r1_zeroo"), "plain", "")
     with pytest.raises(ValueError, match="sample.render.template: chat needs a tokenizer"):
         Rendering(RenderConfig(template="chat"), "plain", "")
-    with pytest.raises(ValueError, match=r"/nowhere has no tokenizer \(tokenizer.json\)"):
+    with pytest.raises(ValueError, match=r"render.tokenizer: there is no folder /nowhere"):
         Rendering(RenderConfig(template="chat", tokenizer="/nowhere"), "plain", "")

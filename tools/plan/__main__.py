@@ -30,7 +30,7 @@ from tools.plan.bill import Bill  # noqa: E402
 from tools.plan.hardware import GIB, HARDWARE, Assumptions  # noqa: E402
 from tools.plan.job import Job, Verb, text_limit, verb_of  # noqa: E402
 from tools.plan.push import check_engines  # noqa: E402
-from tools.plan.report import as_json, as_text, layouts_text  # noqa: E402
+from tools.plan.report import as_json, as_text, layouts_text, sizes_text  # noqa: E402
 from tools.plan.search import Found, fastest, nearest, nearest_sizes  # noqa: E402
 from tools.plan.teacher import check_teacher  # noqa: E402
 
@@ -115,6 +115,8 @@ def _can_work(job: Job) -> bool:
             check_engines(job)
     except ValueError as error:
         print(f"cannot work: {error}")
+        if sizes := nearest_sizes(job):
+            print(f"the recipe's layout fits with {sizes_text(job, sizes)}")
         return False
     try:
         if job.trains:

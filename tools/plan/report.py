@@ -68,8 +68,7 @@ def layouts_text(job: Job, others: list[Found], title: str, other_sizes: Sequenc
     if not others:
         remedy = "use more GPUs, or GPUs with more memory"
         if other_sizes:
-            options = " or ".join(_size_options(job, other) for other in other_sizes)
-            remedy = f"the recipe's layout fits with {options}"
+            remedy = f"the recipe's layout fits with {sizes_text(job, other_sizes)}"
         return f"{title}: none on {job.world_size:,} {job.hardware.name}; {remedy}"
     lines = [f"{title}:"]
     for found in others:
@@ -77,6 +76,11 @@ def layouts_text(job: Job, others: list[Found], title: str, other_sizes: Sequenc
         peak, seconds = Quantity(found.peak, "B", ""), Quantity(found.seconds, "s", "")
         lines.append(f"  {peak!s:>10}, {seconds!s:>8} a step   {changes or '(the recipe)'}")
     return "\n".join(lines)
+
+
+def sizes_text(job: Job, others: Sequence[Job]) -> str:
+    """What turns `job` into each of `others`, which are on other numbers of GPUs."""
+    return " or ".join(_size_options(job, other) for other in others)
 
 
 def _size_options(job: Job, other: Job) -> str:
