@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import asdict, replace
 from typing import Any, Protocol
 
@@ -68,13 +68,8 @@ def _refuse(engine: Engine, death: EngineDied) -> None:
     raise death
 
 
-async def _join(task: Awaitable[None]) -> None:
+async def _join(task: asyncio.Task[None]) -> None:
     await task
-
-
-def _hear(task: asyncio.Task[None]) -> None:
-    if not task.cancelled():
-        task.exception()
 
 
 class WeightBridge:
@@ -182,14 +177,12 @@ class WeightBridge:
         await engine.unless_dead(self._connect(engine))
         # With the others' last number: pushes to an engine are numbered without gaps.
         sending = asyncio.create_task(self._send([engine], _refuse))
-        sending.add_done_callback(_hear)  # where the engine fails first, nobody awaits it
         if self._windows == 1:
             await sending
         try:
             async with asyncio.TaskGroup() as both:
                 both.create_task(self._bring_in(engine))
-                # The trainer is not to be left in the middle of a call.
-                both.create_task(_join(asyncio.shield(sending)))
+                both.create_task(_join(sending))
         except ExceptionGroup as failures:
             raise failures.exceptions[0] from None
         await self._prove([engine], _refuse)

@@ -7,7 +7,6 @@ import contextlib
 import os
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -178,7 +177,9 @@ class RolloutFleet:
             try:
                 engines = await self._wake(engines, "weights")
                 engines = await self._on(engines, lambda client: client.pause("keep"))
-                engines = await self._on(engines, partial(_update, update_info, version))
+                engines = await self._on(
+                    engines, lambda client: client.update_weights(update_info, version)
+                )
                 engines = await self._wake(engines, "kv_cache")
                 await self._on(engines, lambda client: client.resume())
             except Exception as error:
@@ -332,6 +333,8 @@ class RolloutFleet:
         calls = (engine.unless_lost(step(engine.client)) for engine in engines)
         outcomes = await asyncio.gather(*calls, return_exceptions=True)
         for engine, outcome in zip(engines, outcomes, strict=True):
+            if isinstance(outcome, EngineFault) and any(w in str(outcome) for w in NEVER_CAME):
+                outcome = EngineDied(f"{engine.name} did not get the weights: {outcome}")
             if isinstance(outcome, EngineDied):
                 self.repairs.replace(engine, outcome)
             elif isinstance(outcome, BaseException):
@@ -347,13 +350,3 @@ class RolloutFleet:
 
     def _refusal(self) -> EngineError:
         return EngineError(f"no engine can be used; stop and resume the run: {self._broken}")
-
-
-async def _update(update_info: UpdateInfo, version: int, client: EngineClient) -> None:
-    """Raises EngineDied where the weights did not come: the engine is of no more use."""
-    try:
-        await client.update_weights(update_info, version)
-    except EngineFault as fault:
-        if any(words in str(fault) for words in NEVER_CAME):
-            raise EngineDied(str(fault)) from fault
-        raise

@@ -243,19 +243,36 @@ class TrainerClient:
         arguments: dict[str, Any] | None = None,
         shares: list[list[Microbatches]] | None = None,
     ) -> dict[int, dict[str, Any]]:
-        async with self._busy:
-            for rank, place in enumerate(self.places):
-                share = None
-                if shares and place["leads_replica"]:
-                    share = msgspec.msgpack.encode(Share(shares[place["data_rank"]]))
-                try:
-                    await self.socket.send(rank, Call(operation, arguments or {}, share))
-                except zmq.ZMQError:
-                    self.is_usable = False
-                    raise TrainerLost(self._obituary(rank)) from None
-            self.is_usable = False
-            replies = await self._gather(operation, len(self.places))
-            self.is_usable = True
+        await self._busy.acquire()
+        # Who asked may be cancelled from here on; the replies are waited for all the same, or they
+        # would be taken for those to the next call.
+        exchange = asyncio.create_task(self._exchange(operation, arguments, shares))
+        exchange.add_done_callback(self._end_exchange)
+        return await asyncio.shield(exchange)
+
+    def _end_exchange(self, exchange: asyncio.Task[Any]) -> None:
+        self._busy.release()
+        if not exchange.cancelled():
+            exchange.exception()  # is heard, also where nobody waits for it any more
+
+    async def _exchange(
+        self,
+        operation: str,
+        arguments: dict[str, Any] | None,
+        shares: list[list[Microbatches]] | None,
+    ) -> dict[int, dict[str, Any]]:
+        for rank, place in enumerate(self.places):
+            share = None
+            if shares and place["leads_replica"]:
+                share = msgspec.msgpack.encode(Share(shares[place["data_rank"]]))
+            try:
+                await self.socket.send(rank, Call(operation, arguments or {}, share))
+            except zmq.ZMQError:
+                self.is_usable = False
+                raise TrainerLost(self._obituary(rank)) from None
+        self.is_usable = False
+        replies = await self._gather(operation, len(self.places))
+        self.is_usable = True
         return replies
 
     def _last_stage(self, replies: dict[int, dict[str, Any]]) -> dict[str, Any]:

@@ -1,0 +1,58 @@
+"""What the controller's side of the trainer ranks promises, with ranks that only repeat."""
+
+import asyncio
+
+import pytest
+
+from megatron_r1.config import Config
+from megatron_r1.training.client import TrainerClient
+from megatron_r1.training.wire import Reply
+
+
+class Repeats:
+    """One rank, which answers a call with its operation once `answers` is set."""
+
+    def __init__(self):
+        self.answers, self.calls = asyncio.Event(), asyncio.Queue()
+
+    async def send(self, rank, call):
+        self.calls.put_nowait(call.operation)
+
+    async def reply(self, seconds):
+        try:
+            async with asyncio.timeout(seconds):
+                await self.answers.wait()
+                return Reply(0, {"operation": await self.calls.get()})
+        except TimeoutError:
+            return None
+
+    def close(self): ...
+
+
+@pytest.fixture
+def client(tmp_path, monkeypatch):
+    model = {"path": "examples/laptop/model"}
+    monkeypatch.setattr("megatron_r1.training.client.sample_cost", lambda hf: None)
+    client = TrainerClient(Config(model=model), tmp_path)
+    client.socket.close()
+    client.socket = Repeats()
+    client.places = [{"rank": 0, "last_stage": True, "leads_replica": False}]
+    return client
+
+
+def test_a_call_that_was_given_up_leaves_its_reply_to_nobody(client):
+    """An engine that ends while it is connected gives the trainer's part of that up."""
+
+    async def story():
+        given_up = asyncio.create_task(client.call("connect_engine"))
+        waits = asyncio.create_task(client.call("probe"))
+        await asyncio.sleep(0.05)
+        given_up.cancel()
+        waits.cancel()  # which the rank has not been told of
+        after = asyncio.create_task(client.call("update"))
+        await asyncio.sleep(0.05)
+        assert not after.done() and not client.is_usable
+        client.socket.answers.set()
+        return await after, client.is_usable
+
+    assert asyncio.run(asyncio.wait_for(story(), 10)) == ({"operation": "update"}, True)
