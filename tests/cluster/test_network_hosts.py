@@ -120,3 +120,17 @@ def test_a_cable_is_pulled_and_plugged_in_again(network, recipe, tmp_path):
     run.until(lambda: run.steps()[-1] > before + 1, 240)
     assert "restart 1 of at most" in run.said()
     assert run.steps() == list(range(1, run.steps()[-1] + 1))
+
+
+def test_a_line_that_is_down_for_less_than_is_tolerated_costs_no_engine(network, recipe, tmp_path):
+    """Longer than ZeroMQ's heartbeats, so that both ends have closed it by then."""
+    run = Run(network, recipe, tmp_path, "--rollout.host_silence_seconds", 30, "--run.steps", 400)
+    host = network.host()
+    run.engines_on(host)
+    run.until(lambda: len(run.steps()) >= 2, 300)
+    host.pull_cable()
+    time.sleep(13)
+    host.plug_in()
+    before = run.steps()[-1]
+    run.until(lambda: run.steps()[-1] > before + 1, 120)
+    assert "lost" not in run.said() and "restart 1 of" not in run.said()

@@ -109,6 +109,13 @@ def test_without_room_the_error_says_who_is_there(pool):
         server.wait_ready(0.3)
 
 
+def test_who_waits_for_hosts_is_told(pool, monkeypatch, tmp_path):
+    """A run that does nothing else meanwhile would look as if it hung."""
+    monkeypatch.setattr("megatron_r1.rollout.host_pool.WAIT_SECONDS", 0.2)
+    pool.server(tmp_path, tmp_path / "engine.log").start()
+    until(lambda: "1 engine waits for 1 host to come (no host has come)" in pool.said)
+
+
 def test_hosts_that_never_fall_silent_leave_the_pool_time_for_its_work():
     """As hundreds do that speak once a second each."""
     report = msgspec.msgpack.encode(Report("talkative", 1, ""))

@@ -156,6 +156,27 @@ def test_a_mistake_is_named_before_anything_runs(world, capsys, recipe, said):
     assert world.calls == [] and not world.out.exists()
 
 
+def test_all_mistakes_are_named_at_once(world, capsys):
+    """Each found by another look at the recipe."""
+    world.write(
+        """
+pipeline: {folder: out}
+stages:
+  a: {verb: make, function: "tiny:count", arguments: {lines: 3, wrd: b}}
+  b: {verb: sftt}
+  c: {verb: sft, recipe: nope.yaml}
+  d: {verb: make, function: "tiny:join", arguments: {sources: ["${aa.data.jsonl}"]}}
+  e: {verb: make, function: "tiny:join", arguments: {sources: ["${c.hf}"]}}
+"""
+    )
+    assert world.run() == 2
+    told = capsys.readouterr().err
+    mistakes = ("unknown argument wrd", "unknown verb sftt", "nope.yaml: no such file")
+    for said in (*mistakes, "no stage is called aa; did you mean a?"):
+        assert said in told, said
+    assert len(told.splitlines()) == 4
+
+
 def test_commands_can_be_printed_where_the_data_is_not(training, capsys):
     (training.path / "train.jsonl").unlink()
     assert training.run() == 2
