@@ -16,6 +16,7 @@ def metrics_of(base, folder, algorithm, *options):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_ppo_warms_its_critic_up_and_then_trains_both(base, tmp_path):
     options = ["--critic.warmup_steps", "1", "--eval.every", "0"]
     first, second = metrics_of(base, tmp_path / "run", "ppo", *options)

@@ -58,6 +58,7 @@ def helpful(folder) -> tuple[Path, str]:
     return folder / "run", done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_it_learns_which_summary_is_better(helpful):
     out, printed = helpful
     assert "the score head is new" in printed
@@ -111,6 +112,7 @@ def expected_rewards(oracle, model: Path, responses: list[str]) -> list[float]:
     return [1 / (1 + math.exp(-score)) for score in oracle(transformers_scores, model, texts)]
 
 
+@pytest.mark.slow
 def test_vllm_and_transformers_give_the_score_it_was_trained_on(helpful, oracle):
     model = helpful[0] / "hf"
     expected = expected_rewards(oracle, model, KIND + RUDE)
