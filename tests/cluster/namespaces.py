@@ -50,6 +50,10 @@ class Host:
     def plug_in(self) -> None:
         ip("link", "set", self._cable, "up")
 
+    def take_cable_away(self) -> None:
+        """At once; a namespace goes only when its last process has."""
+        ip("link", "delete", self._cable)
+
     def kill_all(self) -> None:
         """End what still runs here."""
         found = subprocess.run(["ip", "netns", "pids", self.name], capture_output=True, text=True)
@@ -73,7 +77,8 @@ class Network:
     def __exit__(self, *_: object) -> None:
         for host in self.hosts:
             host.kill_all()
-            ip("netns", "delete", host.name)  # and the cable's end in it, so all of the cable
+            host.take_cable_away()
+            ip("netns", "delete", host.name)
         ip("link", "delete", self.bridge)
 
     def host(self) -> Host:
