@@ -123,9 +123,7 @@ def _run_command(verb: str, rest: list[str]) -> int:
     overrides = _overrides(options)
     config = configuration.from_overrides(overrides)
     for key in overrides:
-        if not key.startswith(tuple(f"{setting}." for setting in command.SETTINGS)) and (
-            key not in command.SETTINGS
-        ):
+        if not any(f"{key}.".startswith(f"{setting}.") for setting in command.SETTINGS):
             used = ", ".join(command.SETTINGS)
             raise ValueError(f"--{key}: {verb} does not read it; it reads {used}")
     command.run(config, *given)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,7 @@ class StopRequest:
         """Take the file `stop` in `folder` for a request too."""
         self.file = folder / FILE
 
-    async def before(self, work: Coroutine[Any, Any, Any]) -> bool:
+    async def before(self, work: Awaitable[Any]) -> bool:
         """Whether `work` came to its end before a stop was asked for; else it is cancelled. Raises
         what it raises."""
         task = asyncio.ensure_future(work)

@@ -62,5 +62,8 @@ def source_of(function: str) -> str:
 
 def syntax_of(function: str) -> str:
     """What the module of "module:function" says, comments and layout aside: results of one that
-    says the same may be used again. Raises ValueError as `source_of`, SyntaxError."""
-    return ast.dump(ast.parse(source_of(function)))
+    says the same may be used again. Raises ValueError as `source_of`, and for what is no Python."""
+    try:
+        return ast.dump(ast.parse(source_of(function)))
+    except SyntaxError as error:
+        raise ValueError(f"function {function}: {error}") from None

@@ -177,15 +177,11 @@ class SampleConfig(Section):
                 f"sample.rewrite: only sample.output: sft has kept answers to rewrite, not "
                 f"{self.output}"
             )
-        if not self.keeps and self.keep != KeepConfig():
-            changed = next(
-                name
-                for name in KeepConfig.model_fields
-                if getattr(self.keep, name) != getattr(KeepConfig(), name)
-            )
+        changed = [name for name, value in self.keep if value != getattr(KeepConfig(), name)]
+        if changed and not self.keeps:
             raise ValueError(
-                f"sample.keep.{changed}: only graded answers are kept or not; the judge decides on "
-                f"sample.output: {self.output}. Leave it out"
+                f"sample.keep.{changed[0]}: only graded answers are kept or not; the judge decides "
+                f"on sample.output: {self.output}. Leave it out"
             )
         if self.num_shots is not None and self.shots is None:
             raise ValueError(f"sample.num_shots: {self.num_shots} of which file? set sample.shots")

@@ -30,9 +30,8 @@ class Grader:
         terms = list(dict.fromkeys((ACCURACY, *self._weights)))
         grades = await asyncio.gather(*(self._call(term, prompt, candidate) for term in terms))
         reward = combine(dict(zip(terms, grades, strict=True)), self._weights)
-        if not reward.is_graded or ACCURACY in reward.ungraded:
-            failed = next(t for t in reward.ungraded if t == ACCURACY or self._weights.get(t))
-            return replace(candidate, reason=grades[terms.index(failed)].reason)
+        if failed := [t for t in reward.ungraded if t == ACCURACY or self._weights.get(t)]:
+            return replace(candidate, reason=grades[terms.index(failed[0])].reason)
         return replace(candidate, rewards=reward.terms, reward=reward.total, reason=reward.reason)
 
     async def check(self, prompts: Sequence[Prompt]) -> None:

@@ -14,7 +14,7 @@ from megatron_r1.evaluation.model_folder import fingerprint, require_weights
 from megatron_r1.evaluation.policies import Answer, Decoding
 from megatron_r1.rollout.context import context_length
 from megatron_r1.rollout.fleet import RolloutFleet
-from megatron_r1.rollout.parallelism import check_engines, engine_settings
+from megatron_r1.rollout.parallelism import check_engines, engine_settings, fleet_settings
 from megatron_r1.rollout.placement import growing, placed, server_maker
 
 
@@ -67,14 +67,11 @@ class EnginePolicy:
         self._fleet = RolloutFleet(
             rollout.engines,
             self._folder / "logs",
-            start_timeout_seconds=rollout.start_timeout_seconds,
-            request_timeout_seconds=rollout.request_timeout_seconds,
-            max_restarts=rollout.max_restarts,
-            unresponsive_seconds=rollout.unresponsive_seconds,
             say=say,
             make_server=server_maker(hosts),
             device="cuda" if platform.has_gpu() else "cpu",
             max_model_len=self._room,
+            **fleet_settings(rollout),
             **engine_settings(rollout),
         )
         self._open.push_async_callback(self._fleet.close)

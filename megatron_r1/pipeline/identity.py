@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -14,7 +15,7 @@ from megatron_r1.pipeline import digests
 from megatron_r1.pipeline.plan import Plan, Stage
 from megatron_r1.pipeline.references import REFERENCE, references, substitute, texts
 from megatron_r1.reporting.run_folder import flatten
-from megatron_r1.user_code import source_of, syntax_of
+from megatron_r1.user_code import syntax_of
 
 DECIDES = ("run.steps", "eval")
 """May change while a run is unfinished, yet decide what a finished one has come to."""
@@ -84,20 +85,21 @@ def inputs(plan: Plan, stage: Stage, upstream: tuple[str, ...]) -> dict[str, str
         found[f"after {name}"] = digests.of_outputs(digests.outputs(plan.folder_of(name)))
     for place, path in named_files(stage):
         found[f"{place} {path}"] = digests.digest(Path(path))
-    for function in _functions(stage):
-        found[f"function {function}"] = digests.of_value(syntax_of(function))
+    for function, syntax in _functions(stage).items():
+        found[f"function {function}"] = digests.of_value(syntax)
     return found
 
 
-def _functions(stage: Stage) -> set[str]:
-    """Of users' own, which it calls: what makes it, rewrites, judges, filters or rewards."""
+def _functions(stage: Stage) -> dict[str, str]:
+    """Users' own, which it calls - what makes it, rewrites, judges, filters or rewards - and what
+    their modules say."""
     if stage.is_function:
-        return {stage.config.function}
-    return {
-        text
-        for text in _texts_and_keys(stage.told)
-        if FUNCTION.fullmatch(text) and _has_source(text)
-    }
+        return {stage.config.function: syntax_of(stage.config.function)}
+    found = {}
+    for text in filter(FUNCTION.fullmatch, _texts_and_keys(stage.told)):
+        with contextlib.suppress(ValueError):  # it only looks like one
+            found[text] = syntax_of(text)
+    return found
 
 
 def _texts_and_keys(value: Any) -> Iterator[str]:
@@ -110,13 +112,6 @@ def _texts_and_keys(value: Any) -> Iterator[str]:
     elif isinstance(value, list):
         for item in value:
             yield from _texts_and_keys(item)
-
-
-def _has_source(function: str) -> bool:
-    try:
-        return bool(source_of(function))
-    except ValueError:
-        return False
 
 
 def named_files(stage: Stage) -> list[tuple[str, str]]:

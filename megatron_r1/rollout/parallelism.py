@@ -23,6 +23,17 @@ def engine_layout(config: Config) -> EngineLayout:
     )
 
 
+def fleet_settings(engines: RolloutConfig | TeacherConfig) -> dict[str, Any]:
+    """How a recipe wants its engines supervised: arguments of `RolloutFleet`."""
+    names = (
+        "start_timeout_seconds",
+        "request_timeout_seconds",
+        "max_restarts",
+        "unresponsive_seconds",
+    )
+    return {name: getattr(engines, name) for name in names}
+
+
 def engine_settings(engines: RolloutConfig | TeacherConfig) -> dict[str, Any]:
     """What `EngineServer` is told of a recipe, the same for every job of its engines."""
     names = (

@@ -12,7 +12,7 @@ from megatron_r1.data.tokenizer import load_tokenizer
 from megatron_r1.rl import algorithms
 from megatron_r1.rollout.context import context_length, positions
 from megatron_r1.rollout.fleet import RolloutFleet
-from megatron_r1.rollout.parallelism import check_ranks, engine_settings
+from megatron_r1.rollout.parallelism import check_ranks, engine_settings, fleet_settings
 from megatron_r1.rollout.served import ServedFleet
 
 NUM_SHOWN = 5
@@ -24,14 +24,7 @@ def teacher_fleet(config: Config, logs: Path, say: Callable[[str], None]) -> Rol
     from megatron_r1 import platform  # imports torch; the trainer is starting meanwhile
 
     teacher = config.teacher
-    supervision = {
-        "start_timeout_seconds": teacher.start_timeout_seconds,
-        "request_timeout_seconds": teacher.request_timeout_seconds,
-        "max_restarts": teacher.max_restarts,
-        "unresponsive_seconds": teacher.unresponsive_seconds,
-        "role": "teacher",
-        "say": say,
-    }
+    supervision = {**fleet_settings(teacher), "role": "teacher", "say": say}
     # vLLM samples one token after those it scores. Where that is beyond the model's positions it
     # has to be allowed; nothing is computed there, as the token is not read again.
     room = context_length(config) + 1

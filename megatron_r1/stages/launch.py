@@ -85,11 +85,12 @@ async def _run_stage(config, name, facts, body: Body, next_commands) -> None:
     config.parallel.check_sizes(ranks or config.parallel.processes)
     with RunFolder(config.run.folder) as folder:
         stop.watch(folder.path)
+        title = f"{name} · {folder.path.name}"
         recorder = Recorder(
             folder,
             config,
             may_change=RESUMABLE,
-            title=f"{name} · {folder.path.name}",
+            title=title,
             facts=facts,
         )
         stop.say = recorder.view.message
@@ -133,10 +134,5 @@ async def _run_stage(config, name, facts, body: Body, next_commands) -> None:
             recorder.close(outcome or f"stopped after step {recorder.state.step},")
             if folder.read_metrics():
                 summary = {"model": config.model.path, "task": " · ".join(facts[1:])}
-                write_report(
-                    folder,
-                    title=f"{name} · {folder.path.name}",
-                    facts=summary,
-                    next_commands=next_commands,
-                )
+                write_report(folder, title=title, facts=summary, next_commands=next_commands)
                 print(f"report: {folder.path / 'report.html'}", flush=True)

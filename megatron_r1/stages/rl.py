@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 from megatron_r1.config import Config
@@ -23,7 +23,12 @@ from megatron_r1.rl.weight_bridge import PROBE_TOKENS, weight_bridge
 from megatron_r1.rollout.context import context_length
 from megatron_r1.rollout.fleet import RolloutFleet
 from megatron_r1.rollout.host_pool import HostPool
-from megatron_r1.rollout.parallelism import check_engines, check_pushes, engine_settings
+from megatron_r1.rollout.parallelism import (
+    check_engines,
+    check_pushes,
+    engine_settings,
+    fleet_settings,
+)
 from megatron_r1.rollout.placement import growing, hosts_address, placed, server_maker
 from megatron_r1.rollout.sampling import Rollouts
 from megatron_r1.rollout.teacher import check_teacher, teacher_fleet
@@ -142,7 +147,7 @@ async def _with_engines(
         starts = [trainer.connect(), fleet.start(config.model.path, version=-1)]
         if teacher is not None:
             starts.append(teacher.start(config.teacher.path))
-        if not await stop.before(_all(starts)):
+        if not await stop.before(asyncio.gather(*starts)):
             return
         recorder.view.message(f"{trainer.num_parameters / 1e6:,.2f}M parameters")
 
@@ -174,10 +179,6 @@ async def _with_engines(
         await asyncio.gather(*(each.close() for each in fleets), pool.close(), log.close())
 
 
-async def _all(starts: Iterable[Awaitable[None]]) -> None:
-    await asyncio.gather(*starts)
-
-
 def _fleet(
     config: Config,
     logs: Path,
@@ -198,10 +199,6 @@ def _fleet(
     return RolloutFleet(
         rollout.engines,
         logs,
-        start_timeout_seconds=rollout.start_timeout_seconds,
-        request_timeout_seconds=rollout.request_timeout_seconds,
-        max_restarts=rollout.max_restarts,
-        unresponsive_seconds=rollout.unresponsive_seconds,
         say=say,
         make_server=server_maker(hosts),
         weight_transfer_backend=f"megatron_r1_{config.push.transport}",
@@ -212,6 +209,7 @@ def _fleet(
         seed=config.run.seed * 1_000_003 + first_step,
         return_routing=config.rl.routing_replay,
         extra_args=_model_as_pushed(config),
+        **fleet_settings(rollout),
         **engine_settings(rollout),
     )
 
