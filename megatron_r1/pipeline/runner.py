@@ -20,7 +20,7 @@ from megatron_r1.pipeline.child import Child, describe_status
 from megatron_r1.pipeline.figures import figures_of
 from megatron_r1.pipeline.locks import is_locked
 from megatron_r1.pipeline.plan import Plan, Stage
-from megatron_r1.rollout.server import excerpt
+from megatron_r1.rollout.engine_log import excerpt
 
 POLL_SECONDS = 0.1
 LOCK_SECONDS = 30.0

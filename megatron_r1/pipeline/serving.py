@@ -14,7 +14,8 @@ from pathlib import Path
 from megatron_r1.pipeline.child import Child, describe_status
 from megatron_r1.pipeline.recipe import ServeConfig
 from megatron_r1.processes import free_port
-from megatron_r1.rollout.server import engine_environment, excerpt
+from megatron_r1.rollout.engine_log import excerpt
+from megatron_r1.rollout.engine_settings import engine_environment
 
 POLL_SECONDS = 0.1
 HEALTH_SECONDS = 5.0

@@ -51,7 +51,7 @@ class RolloutFleet:
             max_restarts: engines replaced in all; the death after that fails its calls.
             unresponsive_seconds: an engine that has not answered for so long counts as dead.
             say: told when an engine is replaced, comes or goes.
-            server_settings: of `Engine.launch` and `EngineServer`, the same for all.
+            server_settings: of `Engine.launch` and `EngineSettings`, the same for all.
 
         Raises:
             ValueError: num_engines < 1.

@@ -47,8 +47,8 @@ class Report(msgspec.Struct, frozen=True):
 
 
 class EngineOrder(msgspec.Struct, frozen=True):
-    """An engine that should run. settings: of `EngineServer`, but for the host's own; part: what of
-    it, where it is spread over several hosts."""
+    """An engine that should run. settings: of `EngineSettings`, but for the host's own; part: what
+    of it, where it is spread over several hosts."""
 
     engine: str
     model: str

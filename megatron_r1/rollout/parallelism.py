@@ -35,7 +35,7 @@ def fleet_settings(engines: RolloutConfig | TeacherConfig) -> dict[str, Any]:
 
 
 def engine_settings(engines: RolloutConfig | TeacherConfig) -> dict[str, Any]:
-    """What `EngineServer` is told of a recipe, the same for every job of its engines."""
+    """`EngineSettings` that a recipe has, the same for every job of its engines."""
     names = (
         "dtype",
         "max_num_seqs",

@@ -49,7 +49,7 @@ class RemoteServer:
         """
         Args:
             num_hosts: it is spread over so many, all of which it gets at once.
-            settings: of `EngineServer`, but for host, port, part and GPUs, which are its hosts'.
+            settings: of `EngineSettings`, but for host, port, part and GPUs, which are its hosts'.
         """
         self.pool = pool
         self.name = uuid.uuid4().hex

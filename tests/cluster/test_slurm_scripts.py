@@ -13,7 +13,7 @@ import pytest
 import slurm_cluster
 from small_run import ROOT, SUMS, environment, metrics
 
-from megatron_r1.rollout.server import engine_environment
+from megatron_r1.rollout.engine_settings import engine_environment
 
 pytestmark = [
     pytest.mark.slow,

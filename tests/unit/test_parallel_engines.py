@@ -95,7 +95,7 @@ def test_vllm_is_told(tmp_path, device):
         gpu_memory=0.4,
         num_threads=30,
     )
-    told = " ".join(server._args)
+    told = " ".join(server.arguments)
     for words in (
         "--tensor-parallel-size 2",
         "--pipeline-parallel-size 3",
@@ -105,7 +105,7 @@ def test_vllm_is_told(tmp_path, device):
     ):
         assert words in told
     assert ("--enable-sleep-mode" in told) == (device == "cuda")  # a CPU has no such allocator
-    assert server._env.get("OMP_NUM_THREADS") == ("1" if device == "cpu" else None)
+    assert server.environment.get("OMP_NUM_THREADS") == ("1" if device == "cpu" else None)
 
 
 def test_engines_of_one_host_get_gpus_of_their_own(monkeypatch):

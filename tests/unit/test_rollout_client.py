@@ -9,9 +9,10 @@ import pytest
 from aiohttp import web
 
 from megatron_r1.rollout.client import EngineClient
+from megatron_r1.rollout.engine_log import excerpt
 from megatron_r1.rollout.errors import EngineError
 from megatron_r1.rollout.fleet import RolloutFleet
-from megatron_r1.rollout.server import EngineServer, check_model_folder, excerpt
+from megatron_r1.rollout.server import EngineServer, check_model_folder
 
 
 def choice(token_ids, logprobs, spans, finish_reason="stop"):

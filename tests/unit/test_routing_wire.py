@@ -131,9 +131,9 @@ def test_routing_that_does_not_fit_its_sample_is_refused():
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_the_engine_is_started_for_it(tmp_path, device):
     server = EngineServer(tmp_path, tmp_path / "log", device=device, return_routing=True)
-    arguments, environment = server._args, server._env
+    arguments, environment = server.arguments, server.environment
     assert "--enable-return-routed-experts" in arguments
     assert ("--enable-prefix-caching" in arguments) == (device == "cuda")
     assert environment.get("VLLM_USE_V2_MODEL_RUNNER") == ("1" if device == "cuda" else None)
     plain = EngineServer(tmp_path, tmp_path / "log", device=device)
-    assert "--enable-return-routed-experts" not in plain._args
+    assert "--enable-return-routed-experts" not in plain.arguments

@@ -4,7 +4,7 @@ vLLM 0.32 wires --enable-return-routed-experts to its second model runner only
 (config/vllm.py:1135, `_verify_aux_output_compatibility`), which needs Triton and so never runs on a
 CPU. Its capturer, the scheduler's part and the HTTP answer do not depend on the runner: here the
 first runner captures, and hands each step's rows to the scheduler. Without prefix caching, which
-`EngineServer` turns off, every row of a sequence passes through the model and none has to be kept
+`EngineSettings` turns off, every row of a sequence passes through the model and none has to be kept
 for another sequence. Goes when upstream supports it.
 """
 

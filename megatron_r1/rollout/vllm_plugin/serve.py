@@ -19,8 +19,8 @@ def fork_on_cpu() -> None:
     """Let vLLM fork its engine core on CPU.
 
     Answers vllm/platforms/cpu.py:389 (`CpuPlatform.check_and_update_config`), which forces spawn so
-    that each child reads its own OpenMP settings when it loads. `EngineServer` sets them before the
-    first process starts instead.
+    that each child reads its own OpenMP settings when it loads. `engine_environment` sets them
+    before the first process starts instead.
     """
     from vllm.platforms.cpu import CpuPlatform
 
