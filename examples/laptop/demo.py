@@ -49,9 +49,13 @@ def main() -> int:
     ):
         print(f"{name:30}", form.format(first[key]), "  ", form.format(last[key]))
     print(f"\nreport:  {zero / 'report.html'}      curves: tensorboard --logdir {zero}")
-    print(f"model:   {zero / 'hf'}")
-    print("next:    README.md, 'Your own model and data'; or another seed:")
-    print("         .venv/bin/python -m examples.laptop.demo --seed 1 --folder runs/demo_1")
+    print(f"model:   {zero / 'hf'}      (loads in transformers and vLLM)")
+    print(f"resumes: {zero / 'checkpoints'} (Megatron's own, of any parallel layout)")
+    print("next:    all of R1, from R1-Zero to distilled students, in three quarters of an hour:")
+    print("           .venv/bin/megatron-r1 pipeline examples/laptop/r1.yaml")
+    print("         another seed of this:")
+    print("           .venv/bin/python -m examples.laptop.demo --seed 1 --folder runs/demo_1")
+    print("         your own model and data: README.md")
     return 0
 
 

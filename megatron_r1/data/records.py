@@ -24,7 +24,8 @@ def read_records(
     path = Path(path)
     if not path.is_file():
         what = "a folder, not a file" if path.is_dir() else "no such file"
-        raise ValueError(f"{path}: {what}")
+        where = "" if path.is_absolute() else f" (relative to {Path.cwd()})"
+        raise ValueError(f"{path}: {what}{where}")
     if path.suffix == ".parquet":
         rows = _read_parquet(path)
     elif path.suffix == ".jsonl":

@@ -25,8 +25,9 @@ def checksum(values: torch.Tensor) -> int:
     if values.is_cuda:
         return sums(values)
     hashed = xxhash.xxh3_64()
+    words = _words(values)
     for start, end in _chunks(values):
-        hashed.update(as_bytes(values[start:end].contiguous()))
+        hashed.update(np.ascontiguousarray(words[start:end]))
     return hashed.intdigest()
 
 
@@ -37,10 +38,17 @@ def copy_with_checksum(target: torch.Tensor, source: torch.Tensor) -> int:
         target.copy_(source)
         return sums(target)
     hashed = xxhash.xxh3_64()
+    is_converted = target.dtype != source.dtype or source.is_cuda
+    written = _words(target)
+    read = written if is_converted else _words(source)
     for start, end in _chunks(target):
-        chunk = target[start:end]
-        _copy(chunk, source[start:end])
-        hashed.update(as_bytes(chunk.contiguous()))
+        if is_converted:
+            target[start:end].copy_(source[start:end])
+        chunk = np.ascontiguousarray(read[start:end])
+        hashed.update(chunk)  # before it is copied, which finds it in the cache then
+        if not is_converted:
+            # By NumPy, in this thread: PyTorch would wake others for every chunk.
+            np.copyto(written[start:end], chunk)
     return hashed.intdigest()
 
 
@@ -60,13 +68,9 @@ def sums(values: torch.Tensor) -> int:
     return int(plain + weighted * MIXER) % 2**64
 
 
-def _copy(target: torch.Tensor, source: torch.Tensor) -> None:
-    if target.dtype == source.dtype and source.device == target.device:
-        # By NumPy, in this thread: PyTorch would wake others for every chunk.
-        bits = _BITS[target.element_size()]
-        np.copyto(target.view(bits).numpy(), source.view(bits).numpy())
-    else:
-        target.copy_(source)
+def _words(values: torch.Tensor) -> np.ndarray:
+    """The same memory as integers, which NumPy knows of every size."""
+    return values.detach().view(_BITS[values.element_size()]).numpy()
 
 
 def as_bytes(values: torch.Tensor):

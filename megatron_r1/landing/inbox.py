@@ -34,7 +34,8 @@ class Inbox:
         }
         self._push = dict.fromkeys(deliveries, 0)
         self._count = dict.fromkeys(deliveries, 0)
-        self._wrong: dict[int, list[str]] = {}
+        self._wrong: dict[int, dict[str, None]] = {}
+        """By push, the tensors; a set in order."""
         self._failure: Exception | None = None
         self._changed = threading.Condition()
 
@@ -46,7 +47,7 @@ class Inbox:
         is_right = checksum(place(area, slot, delivery)) == sent
         with self._changed:
             if not is_right:
-                self._wrong.setdefault(push, []).append(f"{slot.name} (from rank {sender})")
+                self._wrong.setdefault(push, {})[f"{slot.name} (from rank {sender})"] = None
             self._push[sender], self._count[sender] = push, index + 1
             self._changed.notify_all()
 
@@ -73,7 +74,7 @@ class Inbox:
                         f"push {push}: after {timeout_seconds:g} s trainer ranks "
                         f"{', '.join(map(str, late))} have not brought all of it"
                     )
-            wrong = self._wrong.get(push, [])
+            wrong = list(self._wrong.get(push, ()))
         if wrong:
             raise ValueError(
                 f"push {push}: {len(wrong)} tensors arrived otherwise than they were sent: "

@@ -72,9 +72,18 @@ class Delivery(msgspec.Struct, frozen=True, array_like=True):
     right: int
 
     @property
+    def height(self) -> int:
+        return self.bottom - self.top
+
+    @property
     def size(self) -> int:
         """Elements."""
-        return (self.bottom - self.top) * (self.right - self.left)
+        return self.height * (self.right - self.left)
+
+    def part(self, rows: slice) -> Delivery:
+        """These of its rows."""
+        top = self.top
+        return Delivery(self.slot, top + rows.start, top + rows.stop, self.left, self.right)
 
     def num_bytes(self, table: Table) -> int:
         return self.size * dtype_of(table.slots[self.slot]).itemsize

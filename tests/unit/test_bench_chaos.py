@@ -37,6 +37,13 @@ def test_a_run_with_every_step_once_is_right(tmp_path):
     assert list(oracle.steps_once(written(tmp_path, [line(1), line(2), line(3)]), 3)) == []
 
 
+def test_samples_may_be_as_old_as_the_recipe_lets_them(tmp_path):
+    stale = line(2, staleness=0.7, **{"logprob_diff/max": 0.1})
+    run = written(tmp_path, [line(1), stale, line(3, staleness=1.2)])
+    (wrong,) = oracle.steps_once(run, 3, staleness=1)
+    assert wrong.startswith("step 3: its samples are of another policy")
+
+
 @pytest.mark.parametrize(
     ("lines", "found"),
     [

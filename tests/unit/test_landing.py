@@ -15,7 +15,7 @@ from megatron_r1.landing.checksum import MIXER, sums
 from megatron_r1.landing.rendezvous import Rendezvous
 from megatron_r1.landing.table import place
 from megatron_r1.landing.transports import buckets, receiver_class, sender_class, shared_memory
-from megatron_r1.landing.transports.shared_memory import NamedMemory, sweep
+from megatron_r1.landing.transports.shared_memory import NamedMemory, SharedMemorySender, sweep
 
 TENSORS = {
     "norm": torch.arange(5, dtype=torch.float32)[:, None] + 0.5,
@@ -130,9 +130,10 @@ def world():
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
-@pytest.mark.parametrize("bucket_bytes", [1 << 20, 40])
-def test_what_lands_is_the_slices_in_the_engines_dtype(world, transport, bucket_bytes, monkeypatch):
-    monkeypatch.setattr(buckets, "BUCKET_BYTES", bucket_bytes)
+@pytest.mark.parametrize("piece_bytes", [1 << 20, 40])
+def test_what_lands_is_the_slices_in_the_engines_dtype(world, transport, piece_bytes, monkeypatch):
+    monkeypatch.setattr(buckets, "BUCKET_BYTES", piece_bytes)
+    monkeypatch.setattr(SharedMemorySender, "part_bytes", piece_bytes)
     made = world(transport, SLOTS, BY_TWO)
     for push in (1, 2):
         TENSORS["weight"].add_(1)
@@ -183,15 +184,17 @@ def test_who_brings_nothing_is_named(world, transport):
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
-def test_a_tensor_that_arrives_otherwise_is_named(world, transport, monkeypatch):
+@pytest.mark.parametrize("part_bytes", [1 << 20, 12])  # of experts: all, and two rows
+def test_a_tensor_that_arrives_otherwise_is_named(world, transport, part_bytes, monkeypatch):
+    monkeypatch.setattr(SharedMemorySender, "part_bytes", part_bytes)
     made = world(transport, SLOTS, BY_TWO)
-    arrived = made.receiver.inbox.arrived
+    inbox, arrived = made.receiver.inbox, made.receiver.inbox.arrived
 
     def corrupted(sender, push, index, sent):
-        if (sender, index) == (1, 1):  # one bit of one element of `experts`
-            slot = SLOTS[2]
-            part = place(made.receiver.memory.view(torch.uint8), slot, BY_TWO[1][1])
-            part.view(torch.int16)[3, 1] ^= 1
+        brought = inbox.deliveries[sender][index]
+        if (sender, brought.slot) == (1, 2):  # one bit of one element
+            part = place(made.receiver.memory.view(torch.uint8), SLOTS[2], brought)
+            part.view(torch.int16)[-1, 1] ^= 1
         arrived(sender, push, index, sent)
 
     monkeypatch.setattr(made.receiver.inbox, "arrived", corrupted)

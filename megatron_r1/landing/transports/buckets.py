@@ -25,7 +25,7 @@ def buckets(
     for index in indices:
         delivery = deliveries[index]
         slot = table.slots[delivery.slot]
-        height = delivery.bottom - delivery.top
+        height = delivery.height
         row = (delivery.right - delivery.left) * dtype_of(slot).itemsize
         start = 0
         while start < height:

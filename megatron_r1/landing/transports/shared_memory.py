@@ -3,7 +3,8 @@ name is gone as soon as all have mapped it, so that nothing of it outlives them.
 holds a lock on it until then: what a killed one has left is known by that, and swept away.
 
 Beside it lies a sheet for each sender: the number of the push, how many deliveries are there, and
-their checksums. The receiver follows each sender with a checksum of its own, a moment behind it.
+their checksums. The receiver follows each sender with a checksum of its own, a moment behind it;
+large deliveries are cut for that, so that it finds them in the cache that the cores share.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import fcntl
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,13 +22,15 @@ import torch
 
 from megatron_r1.landing.checksum import copy_with_checksum
 from megatron_r1.landing.rendezvous import Plan
-from megatron_r1.landing.table import Delivery, place
+from megatron_r1.landing.table import Delivery, Table, place
 from megatron_r1.landing.transports.base import Receiver, Sender
 
 FOLDER = Path("/dev/shm")
 PREFIX = "megatron_r1_"
 SWEEP_AGE_SECONDS = 60.0
 POLL_SECONDS = 0.002
+FOLLOW_SECONDS = 0.0002
+"""Between looks at the sheets, and while a push is under way."""
 PUSH, COUNT, SUMS = 0, 1, 2
 """Fields of a sheet of uint64: push, deliveries made, one checksum each."""
 
@@ -75,6 +78,7 @@ class SharedMemoryReceiver(Receiver):
     def _follow(self, sheets: dict[int, np.ndarray]) -> None:
         """Check each delivery as its sender's count passes it."""
         push, done = dict.fromkeys(sheets, 0), dict.fromkeys(sheets, 0)
+        num_deliveries = {sender: len(found) for sender, found in self.inbox.deliveries.items()}
         try:
             while not self._closing.is_set():
                 is_idle = True
@@ -89,22 +93,31 @@ class SharedMemoryReceiver(Receiver):
                         is_idle = False
                     done[sender] = max(done[sender], count)
                 if is_idle:
-                    time.sleep(POLL_SECONDS)
+                    under_way = any(0 < done[sender] < num_deliveries[sender] for sender in sheets)
+                    time.sleep(FOLLOW_SECONDS if under_way else POLL_SECONDS)
         except Exception as error:
             self.inbox.failed(error)
 
 
 class SharedMemorySender(Sender):
+    part_bytes = 8 << 20
     _sheet: np.ndarray | None = None
     _file: NamedMemory | None = None
 
     def plan(self, deliveries: Sequence[Delivery]) -> Plan:
+        self._cut = [
+            (index, rows)
+            for index, delivery in enumerate(deliveries)
+            for rows in _parts(self.table, delivery, self.part_bytes)
+        ]
+        """What each delivery of the plan is of those that were given: index and rows."""
+        parts = [deliveries[index].part(rows) for index, rows in self._cut]
         name = _name(self.meeting.engine, self.rank)
         self.address = str(FOLDER / f"{name}_from_{self.sender}")
-        self._file = NamedMemory(Path(self.address), 8 * (SUMS + len(deliveries)))
+        self._file = NamedMemory(Path(self.address), 8 * (SUMS + len(parts)))
         self._sheet = np.memmap(self.address, np.uint64, "r+")
         self._memory = self.open()
-        return super().plan(deliveries)
+        return super().plan(parts)
 
     def open(self) -> torch.Tensor:
         """The receiver's memory."""
@@ -123,7 +136,8 @@ class SharedMemorySender(Sender):
         for index in self.windows[window]:
             delivery = self.deliveries[index]
             target = place(area, self.table.slots[delivery.slot], delivery)
-            sheet[SUMS + index] = copy_with_checksum(target, sources[index])
+            given, rows = self._cut[index]
+            sheet[SUMS + index] = copy_with_checksum(target, sources[given][rows])
             sheet[COUNT] = index + 1
 
     def close(self) -> None:
@@ -164,6 +178,13 @@ def sweep() -> None:
             if time.time() - os.fstat(file.fileno()).st_mtime > SWEEP_AGE_SECONDS:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 path.unlink()
+
+
+def _parts(table: Table, delivery: Delivery, part_bytes: int) -> Iterator[slice]:
+    """Its rows, so many at a time."""
+    rows = max(1, part_bytes * delivery.height // delivery.num_bytes(table))
+    for first in range(0, delivery.height, rows):
+        yield slice(first, min(first + rows, delivery.height))
 
 
 def _name(engine: str, rank: int) -> str:

@@ -28,6 +28,7 @@ SAID_CHARS = 600
 def add_options(options: argparse.ArgumentParser) -> None:
     options.add_argument("--steps", type=int, default=200)
     options.add_argument("--seed", type=int, default=0, help="of the faults and of the run")
+    options.add_argument("--staleness", type=int, default=0, help="rl.staleness of all runs")
     options.add_argument("--gap", type=int, nargs=2, default=(3, 8), help="steps between faults")
     options.add_argument("--undisturbed", type=int, default=2, help="runs to compare with")
     options.add_argument("--only", action="append", choices=list(FAULTS), help="repeatable")
@@ -62,6 +63,8 @@ def _recipe(folder: Path, base: Path, chosen: argparse.Namespace) -> list[str]:
     """The command of a run in `folder`/run."""
     questions = task.write_questions(folder / "questions.jsonl")
     settings = task.recipe(base, folder / "run", questions, chosen.steps, chosen.seed)
+    if chosen.staleness:
+        settings["rl"] |= {"staleness": chosen.staleness, "importance_cap": 2.0}
     return task.command("rl", task.write_recipe(folder / "recipe.yaml", settings))
 
 
@@ -107,12 +110,13 @@ def _told(end: End, run: Path) -> dict[str, Any]:
 def _judged(
     user: User, reports: list[Report], run: Path, undisturbed: list[Path], chosen
 ) -> dict[str, Any]:
-    broken = oracle.all_wrong(user, run, undisturbed, chosen.steps)
+    broken = oracle.all_wrong(user, run, undisturbed, chosen.steps, chosen.staleness)
     mean, allowed = oracle.allowed_gap(undisturbed)
     again = len(user.sightings) - chosen.steps
     result = {
         "steps": chosen.steps,
         "seed": chosen.seed,
+        "staleness": chosen.staleness,
         "seconds": round(user.seconds),
         "commands": len(user.ends),
         "faults": dict(Counter(report.fault for report in reports)),
