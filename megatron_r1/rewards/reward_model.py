@@ -3,7 +3,9 @@
 reward = sigmoid((score - shift) / scale), with the model's raw score (its logit). For a model
 trained on pairs (Bradley-Terry) that is the probability to be preferred to a response whose score
 is `shift`; for a pointwise one with shift 0, scale 1 the probability of "safe" it was trained on.
-Of a model with several classes, `label` says which one is good; its reward is the softmax.
+Of a model with several classes, `label` says which one is good; its reward is the softmax. With
+`threshold` the reward is 1 from that score on and 0 below: GRPO divides by the deviation within a
+group, so that of answers that are all safe the differences in the fourth digit would be learned.
 Sources: arXiv 2501.12948 v2, section 3.1 and supplement B.3.
 """
 
@@ -13,7 +15,7 @@ import math
 from typing import Any
 
 import msgspec
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from megatron_r1.rewards.base import Grade
 from megatron_r1.rewards.remote.service import Service, ServiceError, Ungradable
@@ -28,6 +30,9 @@ class RewardModelSettings(ServiceSettings):
     shift: float = Field(0.0, description="the score that gets 0.5")
     scale: float = Field(1.0, gt=0, description="points of score per unit of the sigmoid")
     label: int | None = Field(None, ge=0, description="the good class of a model with several")
+    threshold: float | None = Field(
+        None, description="1 from this score on, else 0; default: the sigmoid"
+    )
     template: str | None = Field(
         None,
         description="text with {question} and {response}, and any special tokens the model wants; "
@@ -38,6 +43,12 @@ class RewardModelSettings(ServiceSettings):
     @classmethod
     def _has_its_places(cls, template: str | None) -> str | None:
         return check_template(template)
+
+    @model_validator(mode="after")
+    def _has_one_form(self) -> RewardModelSettings:
+        if self.threshold is not None and {"shift", "scale"} & self.model_fields_set:
+            raise ValueError(f"threshold={self.threshold:g} is a raw score: leave out shift, scale")
+        return self
 
 
 class _Classes(msgspec.Struct):
@@ -124,9 +135,12 @@ class RewardModel:
             highest = max(others)
             score = scores[label] - highest
             score -= math.log(sum(math.exp(other - highest) for other in others))
-        return Grade(
-            _sigmoid((score - self.settings.shift) / self.settings.scale), f"score {score:.4g}"
-        )
+        settings = self.settings
+        if settings.threshold is None:
+            reward = _sigmoid((score - settings.shift) / settings.scale)
+        else:
+            reward = float(score >= settings.threshold)
+        return Grade(reward, f"score {score:.4g}")
 
     def _body(self, question: str, response: str) -> dict[str, Any]:
         body: dict[str, Any] = {"model": self.settings.model, "use_activation": False}

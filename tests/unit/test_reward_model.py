@@ -4,6 +4,7 @@ import asyncio
 import math
 
 import pytest
+from pydantic import ValidationError
 from served import Served
 
 from megatron_r1.rewards.remote.service import ServiceError
@@ -66,6 +67,13 @@ def test_of_several_classes_the_good_ones_share_counts():
     rewards = [grade(Safety, three, label=label)[0].reward for label in range(3)]
     assert rewards == pytest.approx([0.2, 0.5, 0.3])
     assert grade(Safety, scores(1e9, -1e9), label=1)[0].reward == 0.0
+
+
+@pytest.mark.parametrize(("score", "expected"), [(1.99, 0.0), (2.0, 1.0), (1e9, 1.0), (-1e9, 0.0)])
+def test_with_a_threshold_a_score_is_good_or_not(score, expected):
+    assert grade(Safety, scores(score), threshold=2.0)[0].reward == expected
+    with pytest.raises(ValidationError, match="threshold=2 is a raw score: leave out shift"):
+        RewardModelSettings(url="http://x", model="rm", threshold=2.0, shift=1.0)
 
 
 def shown_to(kind, response, opened=False):

@@ -27,11 +27,14 @@ def answers(folder: str, samples: str) -> None:
 
 
 def wins(folder: str, samples: str, against: str) -> None:
-    """win_rate: of the first answers to the same questions; a tie is half a win."""
-    first, second = _by_question(samples), _by_question(against)
+    """win_rate: of the answers to the same questions, one by one; a tie is half a win."""
+    own, theirs = _by_question(samples), _by_question(against)
     points = [
-        prefer(group[0]["question"], _summary(group[0]), _summary(second[question][0]))
-        for question, group in first.items()
+        fmean(
+            prefer(mine["question"], _summary(mine), _summary(other))
+            for mine, other in zip(group, theirs[question], strict=True)
+        )
+        for question, group in own.items()
     ]
     _write(folder, {"win_rate": _figure(points)})
 
