@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+PLAIN = ("TokenizersBackend", "PreTrainedTokenizerFast")
 
 
 def load_tokenizer(folder: str, key: str) -> Any:
     """key: of the recipe that names the folder, for the error. Raises ValueError where it has no
     tokenizer, or one that transformers cannot load."""
-    from transformers import AutoTokenizer  # takes a second; only commands that run need it
-
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        return _load(Path(folder))
     except (OSError, ValueError) as error:
         if not Path(folder).is_dir():
             raise ValueError(
@@ -27,3 +27,27 @@ def load_tokenizer(folder: str, key: str) -> Any:
                 "config.json and the weights"
             ) from None
         raise ValueError(f"{key}: no usable tokenizer in {folder}: {error}") from None
+
+
+def _load(folder: Path) -> Any:
+    """What AutoTokenizer loads. Its import brings torch and all of transformers' generation along,
+    seconds that are not spent where its choice is known: the class that reads tokenizer.json and
+    nothing else, which it takes for any DeepSeek-V3, and for a Llama that names it."""
+    names = ("config.json", "tokenizer_config.json", "tokenizer.json")
+    if all((folder / name).is_file() for name in names):
+        model_type = _read(folder / names[0]).get("model_type")
+        settings = _read(folder / names[1])
+        is_plain = model_type == "deepseek_v3" or (
+            model_type == "llama" and settings.get("tokenizer_class") in PLAIN
+        )
+        if is_plain and "auto_map" not in settings:
+            from transformers import PreTrainedTokenizerFast
+
+            return PreTrainedTokenizerFast.from_pretrained(folder)
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
