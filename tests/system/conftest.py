@@ -41,7 +41,7 @@ model: {{path: {folder}/base/hf, dtype: float32}}
 data: {{path: {folder}/questions.jsonl, num_heldout: 4, template: "{{problem}}"}}
 rollout: {{max_response_tokens: 24, dtype: float32, max_num_seqs: 64}}
 rl: {{questions_per_rollout: 4, group_size: 4, minibatches: 2, reference_refresh: 0}}
-optimizer: {{learning_rate: 3.0e-3}}
+optimizer: {{learning_rate: 3.0e-4}}
 eval: {{samples: 4}}
 rewards:
   weights: {{accuracy: 1.0, format: 0.1, conciseness: {{weight: 0.0, from_step: 2}}}}
