@@ -32,8 +32,8 @@ def checksum(values: torch.Tensor) -> int:
 
 
 def copy_with_checksum(target: torch.Tensor, source: torch.Tensor) -> int:
-    """target.copy_(source), both (height, width); the checksum of what was written. Returns when
-    it is."""
+    """target.copy_(source), both (height, width); the checksum of what `target` must hold then.
+    Returns when it is written."""
     if target.is_cuda:
         target.copy_(source)
         return sums(target)
