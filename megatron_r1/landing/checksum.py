@@ -12,6 +12,8 @@ import numpy as np
 import torch
 import xxhash
 
+from megatron_r1.landing.table import by_rows
+
 CHUNK_BYTES = 1 << 19
 """Fits into a core's cache: a chunk is hashed right after it was copied."""
 SUMMED_ELEMENTS = 1 << 22
@@ -26,8 +28,8 @@ def checksum(values: torch.Tensor) -> int:
         return sums(values)
     hashed = xxhash.xxh3_64()
     words = _words(values)
-    for start, end in _chunks(values):
-        hashed.update(np.ascontiguousarray(words[start:end]))
+    for rows in _chunks(values):
+        hashed.update(np.ascontiguousarray(words[rows]))
     return hashed.intdigest()
 
 
@@ -41,14 +43,14 @@ def copy_with_checksum(target: torch.Tensor, source: torch.Tensor) -> int:
     is_converted = target.dtype != source.dtype or source.is_cuda
     written = _words(target)
     read = written if is_converted else _words(source)
-    for start, end in _chunks(target):
+    for rows in _chunks(target):
         if is_converted:
-            target[start:end].copy_(source[start:end])
-        chunk = np.ascontiguousarray(read[start:end])
+            target[rows].copy_(source[rows])
+        chunk = np.ascontiguousarray(read[rows])
         hashed.update(chunk)  # before it is copied, which finds it in the cache then
         if not is_converted:
             # By NumPy, in this thread: PyTorch would wake others for every chunk.
-            np.copyto(written[start:end], chunk)
+            np.copyto(written[rows], chunk)
     return hashed.intdigest()
 
 
@@ -58,11 +60,10 @@ def sums(values: torch.Tensor) -> int:
     any one element that differs shows, and so do two that changed places."""
     bits = _BITS[values.element_size()]
     height, width = values.shape
-    rows = max(1, SUMMED_ELEMENTS // width)
     plain = weighted = torch.zeros((), dtype=torch.int64, device=values.device)
-    for start in range(0, height, rows):
-        words = values[start : start + rows].reshape(-1).view(bits).long()
-        first = 2 * start * width + 1
+    for rows in by_rows(height, width, SUMMED_ELEMENTS):
+        words = values[rows].reshape(-1).view(bits).long()
+        first = 2 * rows.start * width + 1
         factors = torch.arange(first, first + 2 * len(words), 2, device=values.device)
         plain, weighted = plain + words.sum(), weighted + (words * factors).sum()
     return int(plain + weighted * MIXER) % 2**64
@@ -78,8 +79,6 @@ def as_bytes(values: torch.Tensor):
     return values.reshape(-1).view(torch.uint8).numpy()
 
 
-def _chunks(values: torch.Tensor) -> Iterator[tuple[int, int]]:
+def _chunks(values: torch.Tensor) -> Iterator[slice]:
     height, width = values.shape
-    rows = max(1, CHUNK_BYTES // (width * values.element_size()))
-    for start in range(0, height, rows):
-        yield start, min(start + rows, height)
+    return by_rows(height, width * values.element_size(), CHUNK_BYTES)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import msgspec
 import torch
@@ -99,6 +99,14 @@ def by_window(table: Table, deliveries: Sequence[Delivery]) -> list[list[int]]:
 
 def dtype_of(slot: Slot) -> torch.dtype:
     return getattr(torch, slot.dtype)
+
+
+def by_rows(height: int, row_size: int, most: int) -> Iterator[slice]:
+    """All rows in turn, as many at once as are `most` of what a row has `row_size` of; at least
+    one."""
+    rows = max(1, most // row_size)
+    for first in range(0, height, rows):
+        yield slice(first, min(first + rows, height))
 
 
 def place(memory: torch.Tensor, slot: Slot, part: Delivery | None = None) -> torch.Tensor:

@@ -10,46 +10,33 @@ from megatron_r1.weights.push import EngineLayout
 from megatron_r1.weights.push.blocks import check_blocks
 from megatron_r1.weights.push.engine_layout import EngineNeeds
 
+LAYOUT = {"tensor", "pipeline", "data", "expert_parallel"}
+ENGINE = LAYOUT | {"dtype", "max_num_seqs", "kv_cache_gib", "gpu_memory"}
+SUPERVISION = {
+    "start_timeout_seconds",
+    "request_timeout_seconds",
+    "max_restarts",
+    "unresponsive_seconds",
+}
+"""Keys that a recipe's engines and its teacher have both."""
+
 
 def engine_layout(config: Config) -> EngineLayout:
     """All engines, as the recipe has them."""
-    rollout = config.rollout
-    return EngineLayout(
-        engines=rollout.engines,
-        tensor=rollout.tensor,
-        data=rollout.data,
-        pipeline=rollout.pipeline,
-        expert_parallel=rollout.expert_parallel,
-    )
+    return EngineLayout(**config.rollout.model_dump(include=LAYOUT | {"engines"}))
 
 
 def fleet_settings(engines: RolloutConfig | TeacherConfig) -> dict[str, Any]:
     """How a recipe wants its engines supervised: arguments of `RolloutFleet`."""
-    names = (
-        "start_timeout_seconds",
-        "request_timeout_seconds",
-        "max_restarts",
-        "unresponsive_seconds",
-    )
-    return {name: getattr(engines, name) for name in names}
+    return engines.model_dump(include=SUPERVISION)
 
 
 def engine_settings(engines: RolloutConfig | TeacherConfig) -> dict[str, Any]:
     """`EngineSettings` that a recipe has, the same for every job of its engines."""
-    names = (
-        "dtype",
-        "max_num_seqs",
-        "kv_cache_gib",
-        "tensor",
-        "pipeline",
-        "data",
-        "expert_parallel",
-        "gpu_memory",
-    )
     # The server that takes requests, and the controller, need a core besides: with 2 threads on 2
     # cores a rollout of 256 short answers takes 1.14 s, with 1 thread 0.92 s.
     threads = engines.threads or max(1, min(2, (os.cpu_count() or 1) - 1))
-    return {name: getattr(engines, name) for name in names} | {"num_threads": threads}
+    return engines.model_dump(include=ENGINE) | {"num_threads": threads}
 
 
 def check_engines(config: Config, hf: dict) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from liveness import is_alive
 from sampled import PROMPTS, TOLERANCE, largest_difference, sample
 from tiny_models import DEEPSEEK, QWEN, reference_routing, write_model
 
@@ -85,7 +86,7 @@ def test_a_rank_that_dies_or_hangs_takes_its_engine_with_it(how, oracle, tmp_pat
     assert restarts == 1
     assert largest_difference(oracle, model, groups) <= TOLERANCE
     assert set(first.values()) == set(second.values()) and not first.keys() & second.keys()
-    left = [pid for pid in first | second if is_running(pid)]
+    left = [pid for pid in first | second if is_alive(pid)]
     assert not left
 
 
@@ -96,11 +97,3 @@ def processes_under(pid):
         for child in (task / "children").read_text().split():
             found |= processes_under(int(child))
     return found
-
-
-def is_running(pid):
-    """A process that ended but was not waited for (a zombie) is not running."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False

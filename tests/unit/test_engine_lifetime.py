@@ -1,11 +1,10 @@
 """An engine's first lines: no process of it is left when whoever started it has ended."""
 
 import os
-import signal
 import subprocess
 import sys
-import time
-from pathlib import Path
+
+from liveness import is_alive, wait_until_dead
 
 ENGINE = """
 import time
@@ -30,14 +29,6 @@ def start(program: str, parent: int | None = None) -> subprocess.Popen:
     )
 
 
-def is_running(pid: int) -> bool:
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except FileNotFoundError:
-        return False
-    return stat.rpartition(")")[2].split()[0] != "Z"
-
-
 def test_it_lives_while_its_parent_does():
     with start(ENGINE, os.getpid()) as process:
         assert process.stdout.readline() == b"lives\n"
@@ -54,9 +45,6 @@ def test_it_ends_where_its_parent_ended_before_it_could_ask_to_end_with_it():
 def test_it_ends_with_a_parent_that_is_killed():
     with start(STARTER) as starter:
         engine = int(starter.stdout.readline())
-        assert is_running(engine)
-        starter.send_signal(signal.SIGKILL)
-    deadline = time.monotonic() + 20
-    while is_running(engine):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+        assert is_alive(engine)
+        starter.kill()
+    assert wait_until_dead(engine, 20)

@@ -6,6 +6,7 @@ import sys
 import time
 
 import pytest
+from liveness import is_alive
 from pipeline_world import World, processes_naming, wait_until
 
 from megatron_r1.pipeline import record
@@ -35,14 +36,6 @@ def end(process):
     process.stdout.close()
     wait_until(lambda: not any(is_alive(pid) for pid in started), 10)
     return started
-
-
-def is_alive(pid):
-    try:
-        with open(f"/proc/{pid}/stat") as file:
-            return file.read().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 def test_kill_9_in_the_middle_of_a_stage(world, capsys):

@@ -6,9 +6,9 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 
 import pytest
+from liveness import is_alive, wait_until_dead
 
 from megatron_r1.rewards import Grade
 from megatron_r1.rewards.runtime.pool import RewardPool
@@ -69,21 +69,6 @@ def run_in_pool(scenario, **settings):
             return await scenario(pool)
 
     return asyncio.run(run())
-
-
-def is_alive(pid):
-    try:
-        with open(f"/proc/{pid}/stat") as status:
-            return status.read().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
-def wait_until_dead(pid):
-    deadline = time.monotonic() + 10
-    while is_alive(pid) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    return not is_alive(pid)
 
 
 def test_every_job_gets_its_own_grade_in_whatever_order_workers_finish(graders):

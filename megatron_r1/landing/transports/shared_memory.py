@@ -14,7 +14,7 @@ import fcntl
 import os
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +22,7 @@ import torch
 
 from megatron_r1.landing.checksum import copy_with_checksum
 from megatron_r1.landing.rendezvous import Plan
-from megatron_r1.landing.table import Delivery, Table, place
+from megatron_r1.landing.table import Delivery, by_rows, place
 from megatron_r1.landing.transports.base import Receiver, Sender
 
 FOLDER = Path("/dev/shm")
@@ -108,7 +108,7 @@ class SharedMemorySender(Sender):
         self._cut = [
             (index, rows)
             for index, delivery in enumerate(deliveries)
-            for rows in _parts(self.table, delivery, self.part_bytes)
+            for rows in by_rows(delivery.height, self._row_bytes(delivery), self.part_bytes)
         ]
         """What each delivery of the plan is of those that were given: index and rows."""
         parts = [deliveries[index].part(rows) for index, rows in self._cut]
@@ -118,6 +118,9 @@ class SharedMemorySender(Sender):
         self._sheet = np.memmap(self.address, np.uint64, "r+")
         self._memory = self.open()
         return super().plan(parts)
+
+    def _row_bytes(self, delivery: Delivery) -> int:
+        return delivery.num_bytes(self.table) // delivery.height
 
     def open(self) -> torch.Tensor:
         """The receiver's memory."""
@@ -178,13 +181,6 @@ def sweep() -> None:
             if time.time() - os.fstat(file.fileno()).st_mtime > SWEEP_AGE_SECONDS:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 path.unlink()
-
-
-def _parts(table: Table, delivery: Delivery, part_bytes: int) -> Iterator[slice]:
-    """Its rows, so many at a time."""
-    rows = max(1, part_bytes * delivery.height // delivery.num_bytes(table))
-    for first in range(0, delivery.height, rows):
-        yield slice(first, min(first + rows, delivery.height))
 
 
 def _name(engine: str, rank: int) -> str:

@@ -16,9 +16,6 @@ SIGNALS = {
     31: "forbidden system call",
 }
 
-# The program's process built the sandbox before, which the kernel counts and our clock does not.
-SETUP_CPU_SECONDS = 0.3
-
 
 @dataclass(frozen=True)
 class Verdict:
@@ -43,7 +40,7 @@ def describe_failure(outcome: Outcome, budget: Budget) -> str:
     if outcome.status > 128:
         signal = outcome.status - 128
         ending = SIGNALS.get(signal, f"signal {signal}")
-        if signal == 9 and outcome.seconds >= budget.cpu_seconds - SETUP_CPU_SECONDS:
+        if signal == 9 and outcome.seconds >= budget.cpu_seconds:
             return f"time limit: {budget.cpu_seconds:g} s of CPU"
     return f"runtime error ({ending})" + (f": {words}" if words else "")
 

@@ -61,6 +61,7 @@ def _run_once(
         arguments += ["--perms", "0700", "--file", str(descriptor), f"{WORK}/{name}"]
     arguments += ["--remount-ro", "/", "--seccomp", str(seccomp), "--block-fd", str(block_read)]
     arguments += ["--json-status-fd", str(status_write), "--", *_limited(budget), *command]
+    began = time.monotonic()
     try:
         process = subprocess.Popen(
             arguments,
@@ -78,7 +79,7 @@ def _run_once(
     finally:
         os.close(status_write)
         os.close(block_read)
-    watched = Watched(process, status_read, block_write, budget)
+    watched = Watched(process, status_read, block_write, budget, began)
     try:
         return watched.outcome()
     finally:

@@ -42,8 +42,9 @@ class Budget:
 @dataclass(frozen=True)
 class Outcome:
     """stdout, stderr: what was written, cut where `stopped` says so. status: exit status, or 128 +
-    the signal. seconds: wall time of the program. stopped: the limit for which it was killed from
-    outside ("wall time", "output"), else empty."""
+    the signal. seconds: wall time of sandbox and program, never less than the CPU time that counts
+    against the limit, as the program's process builds the sandbox too. stopped: the limit for which
+    it was killed from outside ("wall time", "output"), else empty."""
 
     stdout: bytes
     stderr: bytes
@@ -55,17 +56,20 @@ class Outcome:
 class Watched:
     """A running bwrap."""
 
-    def __init__(self, process: subprocess.Popen, status: int, block: int, budget: Budget) -> None:
+    def __init__(
+        self, process: subprocess.Popen, status: int, block: int, budget: Budget, began: float
+    ) -> None:
+        """began: time.monotonic() before it was started."""
         self.process, self.status, self.block, self.budget = process, status, block, budget
         self.first: int | None = None  # pidfd of the sandbox's process 1
         self.stdout, self.stderr = process.stdout.fileno(), process.stderr.fileno()
         self.read = {self.stdout: bytearray(), self.stderr: bytearray(), status: bytearray()}
-        self.started = time.monotonic()
-        self.deadline = self.started + SETUP_SECONDS
+        self.began = began
+        self.deadline = began + SETUP_SECONDS
 
     def outcome(self) -> Outcome:
         stopped = self._watch()
-        seconds = time.monotonic() - self.started
+        seconds = time.monotonic() - self.began
         self._kill()
         exit_status = self._exit_status()
         stdout, stderr = bytes(self.read[self.stdout]), bytes(self.read[self.stderr])
@@ -119,8 +123,7 @@ class Watched:
             os.close(first)
             return
         self.first = first
-        self.started = time.monotonic()
-        self.deadline = self.started + self.budget.wall_seconds
+        self.deadline = time.monotonic() + self.budget.wall_seconds
         with contextlib.suppress(BrokenPipeError):
             os.write(self.block, b"!")
 
