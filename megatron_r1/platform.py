@@ -1,4 +1,4 @@
-"""The only file that knows a CPU from a GPU.
+"""The only file that knows a CPU from a GPU (`gpu.py` tells processes that do not import torch).
 
 `prepare()` is called once in a trainer process, before anything imports Megatron-Core. On a GPU it
 does nothing but choose the device. On a CPU it installs PATCHES: Megatron-Core 0.16.1 names CUDA

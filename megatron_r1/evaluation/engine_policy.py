@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from megatron_r1 import gpu
 from megatron_r1.config import Config
 from megatron_r1.data.shots import FewShotText, Shots
 from megatron_r1.data.text import PromptText
@@ -56,8 +57,6 @@ class EnginePolicy:
         }
 
     async def start(self) -> None:
-        from megatron_r1 import platform  # imports torch
-
         def say(message: str) -> None:
             print(message, flush=True)
 
@@ -69,7 +68,7 @@ class EnginePolicy:
             self._folder / "logs",
             say=say,
             make_server=server_maker(hosts),
-            device="cuda" if platform.has_gpu() else "cpu",
+            device="cuda" if gpu.is_usable() else "cpu",
             max_model_len=self._room,
             **fleet_settings(rollout),
             **engine_settings(rollout),

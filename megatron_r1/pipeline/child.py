@@ -22,8 +22,8 @@ END_SECONDS = 10.0
 class Child:
     """`command` (behind `launch`) with everything it starts; none of it outlives this process.
 
-    show: print its lines, too, indented; on a terminal it gets the terminal itself for its live
-    view, and the log only what it says on standard error.
+    shown_as: print its lines, too, each after this. Where that is blank, a command on a terminal
+    gets the terminal itself for its live view, and the log only what it says on standard error.
     """
 
     def __init__(
@@ -32,12 +32,13 @@ class Child:
         log: Path,
         *,
         launch: str = "",
-        show: bool = False,
+        shown_as: str | None = None,
         environment: Mapping[str, str] | None = None,
     ) -> None:
         self.log = log
         log.parent.mkdir(parents=True, exist_ok=True)
-        on_terminal = show and sys.stdout.isatty()
+        show = shown_as is not None
+        on_terminal = show and not shown_as.strip() and sys.stdout.isatty()
         environment = {**os.environ, **(environment or {}), keeper.PARENT: str(os.getpid())}
         with log.open("ab") as output:
             self._log_start = output.tell()
@@ -52,9 +53,10 @@ class Child:
         shown = self.process.stderr if on_terminal else self.process.stdout
         self._reader: threading.Thread | None = None
         if shown is not None:
-            indent = b"" if on_terminal else b"  "
+            target = sys.stderr.buffer if on_terminal else sys.stdout.buffer
+            prefix = b"" if on_terminal else shown_as.encode()
             self._reader = threading.Thread(
-                target=_copy, args=(shown, log, indent), name="output", daemon=True
+                target=_copy, args=(shown, log, target, prefix), name="output", daemon=True
             )
             self._reader.start()
 
@@ -101,13 +103,12 @@ def describe_status(status: int) -> str:
     return f"exit status {status}"
 
 
-def _copy(source: BinaryIO, log: Path, indent: bytes) -> None:
+def _copy(source: BinaryIO, log: Path, target: BinaryIO, prefix: bytes) -> None:
     """Line by line to the log and to the terminal, whose going away must not stop the work."""
-    target = sys.stderr.buffer if not indent else sys.stdout.buffer
     with log.open("ab") as file:
         for line in source:
             file.write(line)
             file.flush()
             with contextlib.suppress(OSError, ValueError):
-                target.write(indent + line)
+                target.write(prefix + line)
                 target.flush()

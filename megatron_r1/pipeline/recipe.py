@@ -26,6 +26,12 @@ class PipelineConfig(Section):
     seeds: list[int] = Field(
         default_factory=list, description="the whole graph once for each, in FOLDER/seed_N"
     )
+    jobs: int = Field(
+        1,
+        ge=1,
+        description="how many stages may run at a time, each with the cores or GPUs it finds, or "
+        "with those of its launch",
+    )
     only: str = Field("", description="run this stage alone")
     until: str = Field("", description="run this stage and what it needs")
     status: bool = Field(False, description="print what is done and what is not; run nothing")

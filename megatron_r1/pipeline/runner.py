@@ -64,11 +64,13 @@ class Signals:
 
 @dataclass(frozen=True)
 class Runner:
-    """say: shows a line to whoever watches."""
+    """say: shows a line to whoever watches. prefix: of every line that a command says, where others
+    run beside it; then none of them gets the terminal for its live view."""
 
     plan: Plan
     signals: Signals
     say: Callable[[str], None]
+    prefix: str = ""
 
     def run(self, stage: Stage, upstream: tuple[str, ...], wanted: set[str]) -> None:
         """Bring `stage` to its end. wanted: outputs that other stages refer to.
@@ -130,7 +132,8 @@ class Runner:
         with serving.served(configs, ports, logs, self.signals.raise_if_asked) as servers:
             command = write_recipe(self.plan, stage, {s.name: s.url for s in servers})
             launch = self.plan.resolve(stage.config.launch, {s.name: s.url for s in servers})
-            child = Child(command, self.plan.log_of(stage.name), launch=launch, show=True)
+            log = self.plan.log_of(stage.name)
+            child = Child(command, log, launch=launch, shown_as="  " + self.prefix)
             try:
                 self._watch(child, stage, folder, servers)
             finally:

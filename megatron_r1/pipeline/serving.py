@@ -11,6 +11,7 @@ import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+from megatron_r1 import gpu
 from megatron_r1.pipeline.child import Child, describe_status
 from megatron_r1.pipeline.recipe import ServeConfig
 from megatron_r1.processes import free_port
@@ -160,6 +161,4 @@ def _is_free(host: str, port: int) -> bool:
 
 
 def _device() -> str:
-    from megatron_r1 import platform  # imports torch
-
-    return "cuda" if platform.has_gpu() else "cpu"
+    return "cuda" if gpu.is_usable() else "cpu"

@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from megatron_r1 import gpu
 from megatron_r1.config import Config
 from megatron_r1.data.tokenizer import load_tokenizer
 from megatron_r1.rl import algorithms
@@ -21,8 +22,6 @@ NUM_SHOWN = 5
 
 def teacher_fleet(config: Config, logs: Path, say: Callable[[str], None]) -> RolloutFleet:
     """The engines of `teacher`, to be started on `teacher.path`."""
-    from megatron_r1 import platform  # imports torch; the trainer is starting meanwhile
-
     teacher = config.teacher
     supervision = {**fleet_settings(teacher), "role": "teacher", "say": say}
     # vLLM samples one token after those it scores. Where that is beyond the model's positions it
@@ -33,7 +32,7 @@ def teacher_fleet(config: Config, logs: Path, say: Callable[[str], None]) -> Rol
     return RolloutFleet(
         teacher.engines,
         logs,
-        device="cuda" if platform.has_gpu() else "cpu",
+        device="cuda" if gpu.is_usable() else "cpu",
         max_model_len=room,
         prefix_caching=False,  # vLLM computes all of a prompt whose tokens it scores
         extra_args=["--max-num-batched-tokens", str(teacher.tokens_at_once)],

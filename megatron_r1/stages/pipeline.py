@@ -20,6 +20,7 @@ from megatron_r1.pipeline.plan import Plan
 from megatron_r1.pipeline.recipe import PipelineConfig, load
 from megatron_r1.pipeline.report import write_report
 from megatron_r1.pipeline.runner import Runner, Signals, StageFailed, write_recipe
+from megatron_r1.pipeline.schedule import run_all
 from megatron_r1.pipeline.state import State, Status, examine, examine_all
 from megatron_r1.pipeline.status import reasons, status_lines
 from megatron_r1.reporting.run_folder import RunFolder
@@ -61,45 +62,79 @@ def run(path: str, overrides: Mapping[str, Any], verbs: Mapping[str, str]) -> No
             _refuse(config, plan, graph, chosen)
         try:
             with Signals() as signals:
-                for plan in plans:
-                    _run_plan(config, plan, graph, chosen, signals)
+                _run_plans(config, plans, graph, chosen, signals)
         finally:
             report = write_report(root, config.title, plans, graph)
             print(f"{report}; report.md and report.json beside it", flush=True)
 
 
-def _run_plan(
-    config: PipelineConfig, plan: Plan, graph: Graph, chosen: list[str], signals: Signals
+def _run_plans(
+    config: PipelineConfig, plans: list[Plan], graph: Graph, chosen: list[str], signals: Signals
 ) -> None:
-    statuses = examine_all(plan, graph)
-    print(f"{plan.folder} · {len(graph.order)} stages · seed {plan.seed}")
-    print("\n".join(status_lines(plan, graph, statuses)), flush=True)
-    runner = Runner(plan, signals, _say)
-    for name in chosen:
+    """Every chosen stage of every seed that is not done."""
+    found = {plan.seed: examine_all(plan, graph) for plan in plans}
+    for plan in plans:
+        print(f"{plan.folder} · {len(graph.order)} stages · seed {plan.seed}")
+        print("\n".join(status_lines(plan, graph, found[plan.seed])), flush=True)
+    of_seed = {plan.seed: plan for plan in plans}
+
+    def name_of(task: tuple[int, str]) -> str:
+        seed, name = task
+        return f"{of_seed[seed].folder.name}/{name}" if config.seeds else name
+
+    def needs(task: tuple[int, str]) -> list[tuple[int, str]]:
+        seed, name = task
+        return [(seed, upper) for upper in graph.upstream[name]]
+
+    def work(task: tuple[int, str]) -> None:
         signals.raise_if_asked()
-        stage, upstream = plan.stages[name], graph.upstream[name]
-        # What stands above it may have been done again, and may have come out the same.
-        above = {upper: statuses[upper] for upper in upstream}
-        statuses[name] = examine(plan, stage, above)
-        if statuses[name].state is State.DONE:
-            continue
-        if statuses[name].state is State.STALE:
-            if not config.rerun:
-                raise ValueError(_stale(plan, {name: statuses[name]}))
-            _say(f"{name}: what it was is now in {move_aside(plan.folder_of(name))}")
-        goes_on = record.read(plan.folder_of(name), record.BEGUN) is not None
-        begins = "continues" if goes_on else "begins"
-        _say(f"{name} ({stage.config.verb}) {begins}; log {plan.log_of(name)}")
-        try:
-            runner.run(stage, upstream, _wanted(plan, name))
-        except StageFailed as failure:
-            raise RuntimeError(
-                f"stage {name} failed: {failure}\nThe same command continues with this stage."
-            ) from None
-        statuses[name] = examine(plan, stage, above)
-        told = headline(figures_of(plan.folder_of(name)))
-        took = duration(statuses[name].seconds or 0.0)
-        _say(f"{name} is {statuses[name].state} after {took}{f': {told}' if told else ''}")
+        seed, name = task
+        prefix = f"{name_of(task)}: " if config.jobs > 1 else ""
+        runner = Runner(of_seed[seed], signals, _say, prefix)
+        _run_stage(config, runner, graph, found[seed], name, name_of(task))
+
+    def ended_early(task: tuple[int, str], error: BaseException, others: list) -> None:
+        if others and not isinstance(error, KeyboardInterrupt):
+            waiting = ", ".join(name_of(other) for other in others)
+            _say(f"{error}\nno other stage begins; {waiting} still running, Ctrl-C stops that")
+
+    tasks = [(plan.seed, name) for plan in plans for name in chosen]
+    run_all(tasks, needs, work, config.jobs, ended_early)
+
+
+def _run_stage(
+    config: PipelineConfig,
+    runner: Runner,
+    graph: Graph,
+    statuses: dict[str, Status],
+    name: str,
+    called: str,
+) -> None:
+    """Bring one stage to its end and its status up to date, those above it being done."""
+    plan = runner.plan
+    stage, upstream = plan.stages[name], graph.upstream[name]
+    # What stands above it may have been done again, and may have come out the same.
+    above = {upper: statuses[upper] for upper in upstream}
+    statuses[name] = examine(plan, stage, above)
+    if statuses[name].state is State.DONE:
+        return
+    if statuses[name].state is State.STALE:
+        if not config.rerun:
+            raise ValueError(_stale(plan, {name: statuses[name]}))
+        _say(f"{called}: what it was is now in {move_aside(plan.folder_of(name))}")
+    goes_on = record.read(plan.folder_of(name), record.BEGUN) is not None
+    begins = "continues" if goes_on else "begins"
+    _say(f"{called} ({stage.config.verb}) {begins}; log {plan.log_of(name)}")
+    try:
+        runner.run(stage, upstream, _wanted(plan, name))
+    except StageFailed as failure:
+        raise RuntimeError(
+            f"stage {called} failed: {failure}\nThe same command continues with this stage."
+        ) from None
+    statuses[name] = examine(plan, stage, above)
+    told = headline(figures_of(plan.folder_of(name)))
+    took = duration(statuses[name].seconds or 0.0)
+    _say(f"{called} is {statuses[name].state} after {took}{f': {told}' if told else ''}")
 
 
 def move_aside(folder: Path) -> Path:

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from megatron_r1 import gpu
 from megatron_r1.config import Config
 from megatron_r1.data.prompts import PromptSplit, load_prompts
 from megatron_r1.data.sampler import PromptSampler
@@ -186,10 +187,8 @@ def _fleet(
     say: Callable[[str], None],
     hosts: HostPool | None,
 ) -> RolloutFleet:
-    from megatron_r1 import platform  # imports torch; the trainer is starting meanwhile
-
     transport = config.push.transport
-    if transport in ("cuda_ipc", "nccl") and not platform.has_gpu():
+    if transport in ("cuda_ipc", "nccl") and not gpu.is_usable():
         raise ValueError(
             f"push.transport: {transport} moves memory of GPUs, and there is none here; set shm, "
             "or gloo where engines are on other hosts"
@@ -202,7 +201,7 @@ def _fleet(
         say=say,
         make_server=server_maker(hosts),
         weight_transfer_backend=f"megatron_r1_{config.push.transport}",
-        device="cuda" if platform.has_gpu() else "cpu",
+        device="cuda" if gpu.is_usable() else "cpu",
         sleeps=rollout.colocated,
         max_model_len=context_length(config),
         # A run that continues must not draw the numbers of its beginning again.

@@ -35,6 +35,7 @@ def register() -> None:
     cpu_mends.mend_strided_rotary()
     cpu_mends.seed_whole_prompts_only()
     cpu_mends.keep_matrices_plain()
+    cpu_mends.touch_cache_when_used()
     cpu_parallel.mend()
     cpu_fp8.mend()
     cpu_routing.return_routing_on_cpu()

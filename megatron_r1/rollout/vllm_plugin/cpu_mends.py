@@ -1,13 +1,15 @@
 """Three bugs of vLLM 0.32's CPU build that give wrong log-probabilities without any error, one that
-ends the engine, and a habit that makes pushes slow.
+ends the engine, and two habits that make starts and pushes slow.
 
 Each mend is active on CPU only and goes when upstream is fixed; tests/system/test_engine.py
 compares with transformers and fails without any one of the four.
 """
 
+import mmap
 import os
 
 import torch
+from torch.overrides import TorchFunctionMode
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.platforms import current_platform
 
@@ -122,3 +124,40 @@ def keep_matrices_plain() -> None:
         from vllm import _custom_ops
 
         _custom_ops._supports_onednn = False
+
+
+class _ZerosOfTheKernel(TorchFunctionMode):
+    """Within the block `torch.zeros(num_bytes, dtype=torch.int8)` is memory that is zero because
+    nobody has touched it."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is not torch.zeros or kwargs.get("dtype") is not torch.int8:
+            return func(*args, **kwargs)
+        (num_bytes,) = args
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        return torch.frombuffer(mmap.mmap(-1, num_bytes, flags=flags), dtype=torch.int8)
+
+
+def touch_cache_when_used() -> None:
+    """Let a KV cache take its memory block by block, when tokens come to lie there.
+
+    Answers vllm/v1/worker/utils.py:596 (`allocate_kv_cache`), which fills the whole cache with
+    zeros: two seconds per GiB of every start.
+    """
+    if not current_platform.is_cpu():
+        return
+    from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+
+    upstream = CPUModelRunner.initialize_kv_cache_tensors
+    if getattr(upstream, "mended", False):
+        return
+
+    def initialize_kv_cache_tensors(
+        self: CPUModelRunner, *args: object, **kwargs: object
+    ) -> object:
+        with _ZerosOfTheKernel():
+            return upstream(self, *args, **kwargs)
+
+    initialize_kv_cache_tensors.mended = True
+    CPUModelRunner.initialize_kv_cache_tensors = initialize_kv_cache_tensors

@@ -1,0 +1,42 @@
+"""Tasks in an order that their needs allow, several at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Hashable, Sequence
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from typing import TypeVar
+
+Task = TypeVar("Task", bound=Hashable)
+
+
+def run_all(
+    tasks: Sequence[Task],
+    needs: Callable[[Task], Collection[Task]],
+    work: Callable[[Task], None],
+    jobs: int,
+    ended_early: Callable[[Task, BaseException, list[Task]], None],
+) -> None:
+    """`work` of every task, each after those of `tasks` that it needs, at most `jobs` at a time.
+
+    tasks: in the order in which they are begun where several could be; each after its needs.
+    work: called in threads, one for each task that runs.
+    ended_early: told of a task that raised, what it raised, and which others run on. After the
+        first no other begins; those that run come to their end.
+
+    Raises what the first task to raise has raised.
+    """
+    left, running, first = list(tasks), {}, None
+    with ThreadPoolExecutor(jobs, thread_name_prefix="stage") as threads:
+        while running or (left and first is None):
+            unfinished = {*left, *running.values()}
+            for task in [t for t in left if unfinished.isdisjoint(needs(t))]:
+                if first is None and len(running) < jobs:
+                    left.remove(task)
+                    running[threads.submit(work, task)] = task
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                task = running.pop(future)
+                if (error := future.exception()) is not None:
+                    first = first or error
+                    ended_early(task, error, list(running.values()))
+    if first is not None:
+        raise first
