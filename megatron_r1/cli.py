@@ -13,6 +13,7 @@ from typing import Any
 from megatron_r1 import config as configuration
 from megatron_r1.config.keys import describe, switches
 from megatron_r1.config.overrides import parse_overrides
+from megatron_r1.quick_imports import quick_imports
 
 VERBS = {
     "sft": "megatron_r1.stages.sft",
@@ -94,7 +95,8 @@ def _dispatch(arguments: list[str]) -> int:
     if not rest or rest[0].startswith("--"):
         raise ValueError(f"{verb} needs a recipe: megatron-r1 {verb} RECIPE.yaml")
     recipe, *options = rest
-    stage = importlib.import_module(VERBS[verb])
+    with quick_imports():
+        stage = importlib.import_module(VERBS[verb])
     overrides = {**getattr(stage, "IMPLIED", {}), **_overrides(options)}
     config = configuration.load(recipe, overrides, required=stage.REQUIRED)
     if _is_rank():
@@ -147,7 +149,6 @@ def _is_rank() -> bool:
 
 def _serve_as_rank(config: configuration.Config, arguments: list[str]) -> int:
     """Be a trainer rank; rank 0 also starts the controller and takes over its exit status."""
-    from megatron_r1.quick_imports import quick_imports
 
     with quick_imports():
         from megatron_r1.stages import launch

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import importlib
 import importlib.util
 import os
 import sys
 from collections.abc import Callable
+from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from typing import Any
 
@@ -45,19 +47,27 @@ def source_of(function: str) -> str:
     none."""
     module = function.partition(":")[0]
     importlib.invalidate_caches()
-    known = list(sys.path)
-    sys.path.insert(0, os.getcwd())  # as `python -m` has it, by which functions are called
-    try:
-        found = importlib.util.find_spec(module)
-    except (ImportError, ValueError):
-        found = None
-    finally:
-        sys.path[:] = known
+    found = _below(os.getcwd(), module)  # first, as `python -m` has it, by which it is called
+    if found is None:
+        with contextlib.suppress(ImportError, ValueError):
+            found = importlib.util.find_spec(module)
     if found is None or not found.origin or not found.origin.endswith(".py"):
         raise ValueError(
             f"function {function}: no Python module {module} can be found from {Path.cwd()}"
         )
     return Path(found.origin).read_text(encoding="utf-8")
+
+
+def _below(folder: str, module: str) -> ModuleSpec | None:
+    """A module found in `folder`, of whose packages none is imported."""
+    found, path, name = None, [folder], ""
+    for part in module.split("."):
+        name = f"{name}.{part}" if name else part
+        found = PathFinder.find_spec(name, path)
+        if found is None:
+            return None
+        path = found.submodule_search_locations or []
+    return found
 
 
 def syntax_of(function: str) -> str:

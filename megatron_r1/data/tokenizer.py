@@ -31,22 +31,32 @@ def load_tokenizer(folder: str, key: str) -> Any:
 
 def _load(folder: Path) -> Any:
     """What AutoTokenizer loads. Its import brings torch and all of transformers' generation along,
-    seconds that are not spent where its choice is known: the class that reads tokenizer.json and
-    nothing else, which it takes for any DeepSeek-V3, and for a Llama that names it."""
+    seconds that are not spent where its choice is known."""
     names = ("config.json", "tokenizer_config.json", "tokenizer.json")
     if all((folder / name).is_file() for name in names):
-        model_type = _read(folder / names[0]).get("model_type")
         settings = _read(folder / names[1])
-        is_plain = model_type == "deepseek_v3" or (
-            model_type == "llama" and settings.get("tokenizer_class") in PLAIN
-        )
-        if is_plain and "auto_map" not in settings:
-            from transformers import PreTrainedTokenizerFast
-
-            return PreTrainedTokenizerFast.from_pretrained(folder)
+        if "auto_map" not in settings:
+            model_type = _read(folder / names[0]).get("model_type")
+            if (known := _known_class(model_type, settings)) is not None:
+                return known.from_pretrained(folder)
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(folder)
+
+
+def _known_class(model_type: str, settings: dict[str, Any]) -> type | None:
+    """The class that AutoTokenizer takes for any DeepSeek-V3 and any Qwen2, whatever they name, and
+    for a Llama that names it."""
+    if model_type == "qwen2":
+        from transformers.models.qwen2.tokenization_qwen2 import Qwen2Tokenizer
+
+        return Qwen2Tokenizer
+    is_plain = model_type == "llama" and settings.get("tokenizer_class") in PLAIN
+    if model_type == "deepseek_v3" or is_plain:
+        from transformers import PreTrainedTokenizerFast
+
+        return PreTrainedTokenizerFast
+    return None
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -16,7 +16,6 @@ from megatron_r1.authentication import RANKS_ENVIRONMENT
 from megatron_r1.config import RESUMABLE, Config, ModelConfig
 from megatron_r1.evaluation.model_folder import has_newest_export
 from megatron_r1.reporting.recorder import Recorder
-from megatron_r1.reporting.report import write_report
 from megatron_r1.reporting.run_folder import RunFolder
 from megatron_r1.stopping import StopRequest
 from megatron_r1.supervision.supervisor import Supervisor
@@ -133,6 +132,9 @@ async def _run_stage(config, name, facts, body: Body, next_commands) -> None:
             await trainer.close()
             recorder.close(outcome or f"stopped after step {recorder.state.step},")
             if folder.read_metrics():
+                # Imports matplotlib, for which the trainer need not wait at the start.
+                from megatron_r1.reporting.report import write_report
+
                 summary = {"model": config.model.path, "task": " · ".join(facts[1:])}
                 write_report(folder, title=title, facts=summary, next_commands=next_commands)
                 print(f"report: {folder.path / 'report.html'}", flush=True)

@@ -121,6 +121,9 @@ class TrainerClient:
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": str(port),
                 RANKS_ENVIRONMENT: self._token,
+                # Threads that wait for work must not spin: engines, other ranks and other runs
+                # compute on the same cores. Two runs side by side: 7 to 12 s instead of 6.
+                "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "passive"),
             }
             command = [sys.executable, "-m", "megatron_r1.training.rank", settings, self.address]
             self._processes.append(processes.start(command, self._log(rank), environment))

@@ -22,8 +22,8 @@ SETTINGS = {
     "questions.sums_": 40,
     "questions.sisters_": 40,
     "questions.programs_": 40,
-    "base.run.steps": 110,
-    "qwen_base.run.steps": 20,
+    "base.run.steps": 40,
+    "qwen_base.run.steps": 6,
     "helpful.run.steps": 3,
     "safety.run.steps": 3,
     "preferences.data.num_train": 40,
@@ -35,6 +35,7 @@ SETTINGS = {
     **{f"{name}.data.num_heldout": 4 for name in RL[:3]},
     **{f"{name}.rl.questions_per_rollout": 8 for name in RL},
     **{f"{name}.rl.group_size": 4 for name in RL},
+    **{f"{name}.rewards.workers": 1 for name in (*RL, *SAMPLED, "preferences", "judged")},
     **{f"{name}.data.num_train": 24 for name in SAMPLED},
     **{f"{name}.sample.keep.min_accuracy": 0 for name in SAMPLED},
     **{f"{name}.sample.filters.language": False for name in SAMPLED},
@@ -44,7 +45,7 @@ SETTINGS = {
 
 def start(folder: Path, output: Path) -> subprocess.Popen:
     options = [f"--stages.{key}={value}" for key, value in SETTINGS.items()]
-    chosen = [f"--pipeline.folder={folder}", f"--pipeline.until={LAST}"]
+    chosen = [f"--pipeline.folder={folder}", f"--pipeline.until={LAST}", "--pipeline.jobs=2"]
     with output.open("a") as file:
         return subprocess.Popen(
             command("pipeline", RECIPE, *chosen, *options),
