@@ -67,7 +67,7 @@ def _below(folder: str, module: str) -> ModuleSpec | None:
         if found is None:
             return None
         path = found.submodule_search_locations or []
-    return found
+    return found if found.origin else None  # a mere folder may be called as a package is
 
 
 def syntax_of(function: str) -> str:

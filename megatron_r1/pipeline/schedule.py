@@ -14,16 +14,16 @@ def run_all(
     needs: Callable[[Task], Collection[Task]],
     work: Callable[[Task], None],
     jobs: int,
-    ended_early: Callable[[Task, BaseException, list[Task]], None],
+    failed: Callable[[Exception, list[Task]], None],
 ) -> None:
     """`work` of every task, each after those of `tasks` that it needs, at most `jobs` at a time.
 
     tasks: in the order in which they are begun where several could be; each after its needs.
     work: called in threads, one for each task that runs.
-    ended_early: told of a task that raised, what it raised, and which others run on. After the
-        first no other begins; those that run come to their end.
+    failed: told what a task raised while others run, which are given, or after others raised.
 
-    Raises what the first task to raise has raised.
+    After a task has raised no other begins; those that run come to their end. Raises what the first
+    has raised.
     """
     left, running, first = list(tasks), {}, None
     with ThreadPoolExecutor(jobs, thread_name_prefix="stage") as threads:
@@ -34,9 +34,11 @@ def run_all(
                     left.remove(task)
                     running[threads.submit(work, task)] = task
             for future in wait(running, return_when=FIRST_COMPLETED).done:
-                task = running.pop(future)
-                if (error := future.exception()) is not None:
-                    first = first or error
-                    ended_early(task, error, list(running.values()))
+                del running[future]
+                if (error := future.exception()) is None:
+                    continue
+                if isinstance(error, Exception) and (running or first is not None):
+                    failed(error, list(running.values()))
+                first = first or error
     if first is not None:
         raise first

@@ -93,13 +93,13 @@ def _run_plans(
         runner = Runner(of_seed[seed], signals, _say, prefix)
         _run_stage(config, runner, graph, found[seed], name, name_of(task))
 
-    def ended_early(task: tuple[int, str], error: BaseException, others: list) -> None:
-        if others and not isinstance(error, KeyboardInterrupt):
-            waiting = ", ".join(name_of(other) for other in others)
-            _say(f"{error}\nno other stage begins; {waiting} still running, Ctrl-C stops that")
+    def failed(error: Exception, others: list[tuple[int, str]]) -> None:
+        waiting = ", ".join(name_of(other) for other in others)
+        going_on = f"\nno other stage begins; still running: {waiting} (Ctrl-C stops that)"
+        _say(f"{error}{going_on if others else ''}")
 
     tasks = [(plan.seed, name) for plan in plans for name in chosen]
-    run_all(tasks, needs, work, config.jobs, ended_early)
+    run_all(tasks, needs, work, config.jobs, failed)
 
 
 def _run_stage(

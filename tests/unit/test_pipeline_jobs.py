@@ -1,6 +1,7 @@
 """Several stages at a time: what may run together does, nothing before what it needs."""
 
 import signal
+import threading
 import time
 
 import pytest
@@ -12,6 +13,7 @@ from megatron_r1.pipeline.schedule import run_all
 
 MEET = '''
 """Stages that end only if they run beside each other."""
+import threading
 import time
 from pathlib import Path
 
@@ -154,12 +156,24 @@ def test_no_more_than_so_many_run_and_none_before_its_needs(jobs):
         time.sleep(0.05)
         running.remove(task)
 
-    run_all(list(needs), needs.__getitem__, work, jobs, lambda *_: None)
+    run_all(list(needs), needs.__getitem__, work, jobs, pytest.fail)
     assert begun[0] == "a" and set(begun[1:3]) == {"b", "c"} and begun[3] == "d"
     assert max(most) == jobs
 
 
 def test_a_need_that_is_not_among_the_tasks_is_no_need():
     done = []
-    run_all(["b"], {"b": ["a"]}.__getitem__, done.append, 1, lambda *_: None)
+    run_all(["b"], {"b": ["a"]}.__getitem__, done.append, 1, pytest.fail)
     assert done == ["b"]
+
+
+def test_what_a_second_one_raises_is_told_too():
+    meeting, told = threading.Barrier(2), []
+
+    def work(task):
+        meeting.wait(10)
+        raise RuntimeError(task)
+
+    with pytest.raises(RuntimeError) as raised:
+        run_all(["a", "b", "c"], lambda _: [], work, 2, lambda error, _: told.append(str(error)))
+    assert {str(raised.value), *told} == {"a", "b"}
