@@ -23,6 +23,7 @@ SETTINGS = {
     "questions.sisters_": 40,
     "questions.programs_": 40,
     "base.run.steps": 40,
+    "base.sft.batch_size": 16,
     "qwen_base.run.steps": 6,
     "helpful.run.steps": 3,
     "safety.run.steps": 3,
