@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from megatron_r1.config.recipe import known_keys
+from megatron_r1.suggestion import did_you_mean
 
 
 def parse_overrides(options: list[str], switches: Collection[str] = ()) -> dict[str, Any]:
@@ -30,7 +31,7 @@ def parse_overrides(options: list[str], switches: Collection[str] = ()) -> dict[
                 overrides[key] = True
                 continue
             if not pending:
-                raise ValueError(f"--{key} needs a value")
+                raise ValueError(f"--{key} needs a value{did_you_mean(key, switches, '--{}')}")
             value = pending.pop(0)
         if "." not in key:
             near = difflib.get_close_matches(key, known_keys(), n=1, cutoff=0.4)

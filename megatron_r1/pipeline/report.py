@@ -36,13 +36,13 @@ BY_PROGRESS = [State.FAILED, State.STALE, State.PENDING, State.UNFINISHED, State
 Statuses = Sequence[Mapping[str, Status]]
 
 
-def write_report(root: Path, title: str, plans: Sequence[Plan], graph: Graph) -> Path:
+def write_report(root: Path, title: str, command: str, plans: Sequence[Plan], graph: Graph) -> Path:
     """Write `report.json`, `report.md` and `report.html` into `root`; returns the last one's path.
 
-    plans: one per seed, of the same stages.
+    command: the one that is ending. plans: one per seed, of the same stages.
     """
     statuses = [examine_all(plan, graph) for plan in plans]
-    result = collect(title or root.resolve().name, plans, graph, statuses)
+    result = collect(title or root.resolve().name, plans, graph, statuses) | {"command": command}
     text = json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False)
     atomic_write(root / "report.json", text + "\n")
     atomic_write(root / "report.md", as_markdown(result))
@@ -125,7 +125,7 @@ def _facts(result: Mapping[str, Any]) -> str:
     done = sum(run["state"] == State.DONE for run in runs)
     seconds = sum(run["seconds"] or 0.0 for run in runs)
     facts = {
-        "recipe": result["recipe"],
+        "command": result["command"],
         "stages": f"{done} of {len(runs)} done",
         "seeds": ", ".join(map(str, result["seeds"])),
         "time": duration(seconds),

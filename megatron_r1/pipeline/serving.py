@@ -17,6 +17,7 @@ from megatron_r1.pipeline.recipe import ServeConfig
 from megatron_r1.processes import free_port
 from megatron_r1.rollout.engine_log import excerpt
 from megatron_r1.rollout.engine_settings import engine_environment
+from megatron_r1.rollout.scratch import Scratch
 
 POLL_SECONDS = 0.1
 HEALTH_SECONDS = 5.0
@@ -37,9 +38,10 @@ class Server:
         """config: with references replaced."""
         self.name, self.config, self.log = name, config, log
         self.url = url(config, port)
-        environment: dict[str, str] = {}
+        self._scratch = Scratch()
+        environment = self._scratch.environment()
         if config.model:
-            environment = engine_environment(_device(), CPU_THREADS, CPU_CACHE_GIB)
+            environment |= engine_environment(_device(), CPU_THREADS, CPU_CACHE_GIB)
         command = server_command(name, config, port)
         self._child = Child(command, log, launch=config.launch, environment=environment)
 
@@ -73,6 +75,7 @@ class Server:
 
     def stop(self) -> None:
         self._child.end()
+        self._scratch.cleanup()
 
 
 @contextlib.contextmanager

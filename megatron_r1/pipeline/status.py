@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from megatron_r1.pipeline.figures import figures_of, headline
-from megatron_r1.pipeline.graph import Graph
 from megatron_r1.pipeline.plan import Plan
 from megatron_r1.pipeline.state import State, Status
 from megatron_r1.reporting.wording import duration, printable
 
 
-def status_lines(plan: Plan, graph: Graph, statuses: Mapping[str, Status]) -> list[str]:
-    """A line per stage: state, name, verb, time, its first number; below it why it is stale."""
+def status_lines(plan: Plan, chosen: Sequence[str], statuses: Mapping[str, Status]) -> list[str]:
+    """A line per chosen stage: state, name, verb, time, its first number; below it why it is
+    stale."""
     rows = []
-    for name in graph.order:
+    for name in chosen:
         stage, status = plan.stages[name], statuses[name]
         took = duration(status.seconds) if status.seconds is not None else ""
         told = "" if status.state is State.FAILED else headline(figures_of(plan.folder_of(name)))
@@ -25,6 +25,8 @@ def status_lines(plan: Plan, graph: Graph, statuses: Mapping[str, Status]) -> li
         cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
         lines.append("  ".join(cells).rstrip())
         lines += [f"  {reason}" for reason in reasons(statuses[row[1]])]
+    if others := len(plan.stages) - len(chosen):
+        lines.append(f"not asked for: {others} more")
     return lines
 
 

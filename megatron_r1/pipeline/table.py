@@ -54,7 +54,7 @@ def as_markdown(result: Mapping[str, Any]) -> str:
     lines = [
         f"# {printable(result['title'])}",
         "",
-        f"`megatron-r1 pipeline {result['recipe']}`, {result['written'][:10]}; seeds "
+        f"`{result['command']}`, {result['written'][:10]}; seeds "
         f"{', '.join(map(str, result['seeds']))}; {done} of {len(runs)} stages done, "
         f"{duration(seconds)}. {table.spread}",
         "",

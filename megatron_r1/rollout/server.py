@@ -18,6 +18,7 @@ from megatron_r1.rollout import engine_part
 from megatron_r1.rollout.engine_log import excerpt
 from megatron_r1.rollout.engine_settings import EngineSettings
 from megatron_r1.rollout.errors import EngineError
+from megatron_r1.rollout.scratch import Scratch
 from megatron_r1.rollout.vllm_plugin import lifetime
 
 STOP_GRACE_SECONDS = 5.0
@@ -61,6 +62,7 @@ class EngineServer:
         self.coordinator = part.coordinator if part else ""
         """`host:port` where the parts of an engine meet; the first one's is known after `start`."""
         self._log_start = 0
+        self._scratch: Scratch | None = None
         self._url: str | None = None
 
     @property
@@ -83,12 +85,16 @@ class EngineServer:
         part = self.settings.part
         if part is not None:
             command += engine_part.arguments(part, self.settings.data, self.coordinator)
+        self._scratch = Scratch()
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
         with self.log_path.open("ab") as log:
             self._log_start = log.tell()
             self.process = subprocess.Popen(
                 command,
-                env=os.environ | self.environment | {lifetime.PARENT: str(os.getpid())},
+                env=os.environ
+                | self._scratch.environment()
+                | self.environment
+                | {lifetime.PARENT: str(os.getpid())},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -132,6 +138,8 @@ class EngineServer:
         # A process in the kernel's hands, of a driver that hangs, does not end even so.
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(KILL_SECONDS)
+        if self._scratch is not None:
+            self._scratch.cleanup()
 
     def describe_end(self) -> str:
         """How the process ended and what its log says, root cause first."""

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from megatron_r1.pipeline import record, serving
 from megatron_r1.pipeline.check import check, missing_files
 from megatron_r1.pipeline.figures import figures_of, headline
@@ -50,7 +52,7 @@ def run(path: str, overrides: Mapping[str, Any], verbs: Mapping[str, str]) -> No
     graph = Graph(plans[0].stages)
     chosen = _chosen(config, graph)
     if config.status:
-        _print_status(plans, graph, is_locked(root))
+        _print_status(plans, graph, chosen, is_locked(root))
         return
     if config.dry:
         _print_commands(plans, graph, chosen)
@@ -64,7 +66,9 @@ def run(path: str, overrides: Mapping[str, Any], verbs: Mapping[str, str]) -> No
             with Signals() as signals:
                 _run_plans(config, plans, graph, chosen, signals)
         finally:
-            report = write_report(root, config.title, plans, graph)
+            command = ["megatron-r1", "pipeline", path]
+            command += [f"--{key}={_as_typed(value)}" for key, value in overrides.items()]
+            report = write_report(root, config.title, shlex.join(command), plans, graph)
             print(f"{report}; report.md and report.json beside it", flush=True)
 
 
@@ -74,8 +78,8 @@ def _run_plans(
     """Every chosen stage of every seed that is not done."""
     found = {plan.seed: examine_all(plan, graph) for plan in plans}
     for plan in plans:
-        print(f"{plan.folder} · {len(graph.order)} stages · seed {plan.seed}")
-        print("\n".join(status_lines(plan, graph, found[plan.seed])), flush=True)
+        print(f"{plan.folder} · {len(chosen)} stages · seed {plan.seed}")
+        print("\n".join(status_lines(plan, chosen, found[plan.seed])), flush=True)
     of_seed = {plan.seed: plan for plan in plans}
 
     def name_of(task: tuple[int, str]) -> str:
@@ -137,6 +141,12 @@ def _run_stage(
     _say(f"{called} is {statuses[name].state} after {took}{f': {told}' if told else ''}")
 
 
+def _as_typed(value: Any) -> str:
+    """A setting as YAML on one line."""
+    text = yaml.safe_dump(value, default_flow_style=True, width=10**6, allow_unicode=True)
+    return text.removesuffix("...\n").strip()
+
+
 def move_aside(folder: Path) -> Path:
     """Rename a stage's folder to the first of `STAGE.old-1`, `.old-2`, … that is free."""
     number = 1
@@ -194,7 +204,7 @@ def _stale(plan: Plan, stale: Mapping[str, Status]) -> str:
         lines += [f"  {name}: {reason}" for reason in reasons(status)]
     lines.append(
         "--pipeline.rerun true moves them aside, to STAGE.old-N, and does them again; or put back "
-        "what they were made of."
+        "what they were made of: settings from the command line are to be given every time."
     )
     return "\n".join(lines)
 
@@ -205,11 +215,11 @@ def _wanted(plan: Plan, name: str) -> set[str]:
     return {ref.partition(".")[2] for ref in found if ref.startswith(f"{name}.")}
 
 
-def _print_status(plans: list[Plan], graph: Graph, is_running: bool) -> None:
+def _print_status(plans: list[Plan], graph: Graph, chosen: list[str], is_running: bool) -> None:
     for plan in plans:
         print(f"{plan.folder} · seed {plan.seed}")
         statuses = examine_all(plan, graph, is_running)
-        print("\n".join(status_lines(plan, graph, statuses)), flush=True)
+        print("\n".join(status_lines(plan, chosen, statuses)), flush=True)
 
 
 def _print_commands(plans: list[Plan], graph: Graph, chosen: list[str]) -> None:

@@ -57,10 +57,13 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": path, "PYTHONWARNINGS": "ignore"}
 
 
-def run(*arguments: str, timeout_seconds: int = 300) -> subprocess.CompletedProcess:
+def run(
+    *arguments: str, timeout_seconds: int = 300, more: dict[str, str] | None = None
+) -> subprocess.CompletedProcess:
+    """more: environment variables."""
     return subprocess.run(
         command(*arguments),
-        env=environment(),
+        env=environment() | (more or {}),
         capture_output=True,
         text=True,
         timeout=timeout_seconds,

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -31,10 +32,23 @@ def lines(path: Path) -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def finished(base) -> Path:
-    done = run("rl", base / "rl.yaml")
+def temporary():
+    """A folder for temporary files, of a short name: sockets are in it."""
+    with tempfile.TemporaryDirectory(prefix="tmp") as folder:
+        yield Path(folder)
+
+
+@pytest.fixture(scope="module")
+def finished(base, temporary) -> Path:
+    done = run("rl", base / "rl.yaml", more={"TMPDIR": str(temporary)})
     assert done.returncode == 0, done.stderr + done.stdout
     return base / "rl"
+
+
+def test_no_temporary_file_is_left(finished, temporary):
+    # What torch has compiled stays, for the next engine.
+    left = [path for path in temporary.rglob("*") if not path.name.startswith("torchinductor_")]
+    assert left == []
 
 
 def test_every_step_writes_the_metrics_others_rely_on(finished):

@@ -74,6 +74,10 @@ def test_overrides_are_yaml_values_of_dotted_keys():
     assert parse_overrides(options) == expected
     with pytest.raises(ValueError, match="did you mean --rl.group_size"):
         parse_overrides(["--group_size", "8"])
+    with pytest.raises(
+        ValueError, match="--pipeline.statu needs a value; did you mean --pipeline.st"
+    ):
+        parse_overrides(["--pipeline.statu"], {"pipeline.status"})
     with pytest.raises(ValueError, match="needs a value"):
         parse_overrides(["--rl.group_size"])
 

@@ -49,6 +49,14 @@ def text_of(html):
     return re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", html))
 
 
+def test_the_command_is_told_with_its_settings(world):
+    assert world.run("--pipeline.until=zero", "--stages.zero.arguments.gain", "2") == 0
+    command = "megatron-r1 pipeline p.yaml --pipeline.until=zero --stages.zero.arguments.gain=2"
+    assert json.loads((world.out / "report.json").read_text())["command"] == command
+    assert f"`{command}`" in (world.out / "report.md").read_text()
+    assert f"command {command}" in text_of((world.out / "report.html").read_text())
+
+
 def test_the_page_shows_what_the_files_say(world):
     assert world.run() == 0
     result = json.loads((world.out / "report.json").read_text())

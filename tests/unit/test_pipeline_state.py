@@ -148,6 +148,11 @@ def test_a_pipelines_folder_may_be_moved(done, capsys):
 def test_only_and_until(world, capsys):
     assert world.run("--pipeline.until", "both") == 0
     assert world.calls == ["corpus", "other", "both"]
+    told = capsys.readouterr().out
+    assert "out · 3 stages" in told and "last" not in told and "not asked for: 1 more" in told
+    assert world.run("--pipeline.status", "--pipeline.until", "both") == 0
+    told = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in told[1:4]] == [["done", name] for name in ALL[:3]]
     assert world.states(capsys)["last"] == "pending"
     assert world.run("--pipeline.only", "last") == 0
     assert world.calls == ALL

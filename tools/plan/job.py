@@ -312,7 +312,7 @@ class Job:
         below = gpus // ranks
         counts = [count for count in (below, below + 1) if count]
         sizes = [f"{option} {count * ranks} --rollout.engines {count}" for count in counts]
-        return f"set {_or(sizes)}{'' if below else ', or lower rollout.data or .tensor'}"
+        return f"{_or(sizes)} would match{'' if below else ', or lower rollout.data or .tensor'}"
 
 
 def _nearest_divisors(wanted: int, of: int) -> list[int]:
