@@ -35,3 +35,15 @@ def reasons(status: Status) -> list[str]:
     if status.state not in (State.STALE, State.FAILED):
         return []
     return [printable(line) for reason in status.reasons for line in reason.splitlines()]
+
+
+def stale_text(plan: Plan, stale: Mapping[str, Status]) -> str:
+    """Which stages are stale and why, and what is to be done about it."""
+    lines = [f"{plan.folder}: made of something else than they would be now:"]
+    for name, status in stale.items():
+        lines += [f"  {name}: {reason}" for reason in reasons(status)]
+    lines.append(
+        "--pipeline.rerun true moves them aside, to STAGE.old-N, and does them again; or put back "
+        "what they were made of: settings from the command line are to be given every time."
+    )
+    return "\n".join(lines)
