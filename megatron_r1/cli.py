@@ -149,7 +149,6 @@ def _is_rank() -> bool:
 
 def _serve_as_rank(config: configuration.Config, arguments: list[str]) -> int:
     """Be a trainer rank; rank 0 also starts the controller and takes over its exit status."""
-
     with quick_imports():
         from megatron_r1.stages import launch
         from megatron_r1.training import worker

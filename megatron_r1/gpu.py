@@ -9,6 +9,7 @@ import functools
 import importlib.util
 import runpy
 from pathlib import Path
+from typing import Literal
 
 DRIVER = "libcuda.so.1"
 
@@ -18,6 +19,11 @@ def is_usable() -> bool:
     """What `torch.cuda.is_available()` says: torch is built for CUDA, and the driver shows a device
     (`CUDA_VISIBLE_DEVICES` may hide them)."""
     return _torch_has_cuda() and _count_devices() > 0
+
+
+def device() -> Literal["cpu", "cuda"]:
+    """What engines on this machine compute on."""
+    return "cuda" if is_usable() else "cpu"
 
 
 def _torch_has_cuda() -> bool:

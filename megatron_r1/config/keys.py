@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any, get_args, get_origin
 
-import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from megatron_r1.config.overrides import as_text
 from megatron_r1.suggestion import did_you_mean
 
 PLACES = {list: "[]", dict: ".NAME"}
@@ -63,9 +63,7 @@ def _default(field: FieldInfo) -> str:
     default = field.get_default(call_default_factory=True)
     if default is PydanticUndefined:
         return "(required)"
-    plain = _plain(default)
-    text = yaml.safe_dump(plain, default_flow_style=True, width=10**6, allow_unicode=True)
-    return text.removesuffix("...\n").strip()
+    return as_text(_plain(default))
 
 
 def _plain(value: Any) -> Any:

@@ -41,6 +41,12 @@ def parse_overrides(options: list[str], switches: Collection[str] = ()) -> dict[
     return overrides
 
 
+def as_text(value: Any) -> str:
+    """A setting as YAML on one line, from which `parse_overrides` reads it again."""
+    text = yaml.safe_dump(value, default_flow_style=True, width=10**6, allow_unicode=True)
+    return text.removesuffix("...\n").strip()
+
+
 def _value(text: str) -> Any:
     try:
         value = yaml.safe_load(text) if text else ""

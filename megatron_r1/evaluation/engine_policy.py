@@ -68,7 +68,7 @@ class EnginePolicy:
             self._folder / "logs",
             say=say,
             make_server=server_maker(hosts),
-            device="cuda" if gpu.is_usable() else "cpu",
+            device=gpu.device(),
             max_model_len=self._room,
             **fleet_settings(rollout),
             **engine_settings(rollout),

@@ -28,9 +28,10 @@ def run_all(
     left, running, first = list(tasks), {}, None
     with ThreadPoolExecutor(jobs, thread_name_prefix="stage") as threads:
         while running or (left and first is None):
-            unfinished = {*left, *running.values()}
-            for task in [t for t in left if unfinished.isdisjoint(needs(t))]:
-                if first is None and len(running) < jobs:
+            if first is None:
+                unfinished = {*left, *running.values()}
+                ready = [task for task in left if unfinished.isdisjoint(needs(task))]
+                for task in ready[: jobs - len(running)]:
                     left.remove(task)
                     running[threads.submit(work, task)] = task
             for future in wait(running, return_when=FIRST_COMPLETED).done:

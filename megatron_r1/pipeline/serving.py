@@ -39,9 +39,10 @@ class Server:
         self.name, self.config, self.log = name, config, log
         self.url = url(config, port)
         self._scratch = Scratch()
-        environment = self._scratch.environment()
+        environment: dict[str, str] = {}
         if config.model:
-            environment |= engine_environment(_device(), CPU_THREADS, CPU_CACHE_GIB)
+            environment = engine_environment(gpu.device(), CPU_THREADS, CPU_CACHE_GIB)
+            environment |= self._scratch.environment()
         command = server_command(name, config, port)
         self._child = Child(command, log, launch=config.launch, environment=environment)
 
@@ -115,7 +116,7 @@ def server_command(name: str, config: ServeConfig, port: int) -> list[str]:
         *(sys.executable, "-m", VLLM, "--model", config.model, "--served-model-name", name),
         *("--host", config.host, "--port", str(port)),
         *(["--runner", "pooling"] if config.task == "classify" else []),
-        *(["--enforce-eager"] if _device() == "cpu" else []),
+        *(["--enforce-eager"] if gpu.device() == "cpu" else []),
         *config.arguments,
     ]
 
@@ -161,7 +162,3 @@ def _is_free(host: str, port: int) -> bool:
         except OSError:
             return False
     return True
-
-
-def _device() -> str:
-    return "cuda" if gpu.is_usable() else "cpu"

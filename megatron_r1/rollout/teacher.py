@@ -32,7 +32,7 @@ def teacher_fleet(config: Config, logs: Path, say: Callable[[str], None]) -> Rol
     return RolloutFleet(
         teacher.engines,
         logs,
-        device="cuda" if gpu.is_usable() else "cpu",
+        device=gpu.device(),
         max_model_len=room,
         prefix_caching=False,  # vLLM computes all of a prompt whose tokens it scores
         extra_args=["--max-num-batched-tokens", str(teacher.tokens_at_once)],

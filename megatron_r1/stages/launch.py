@@ -132,9 +132,19 @@ async def _run_stage(config, name, facts, body: Body, next_commands) -> None:
             await trainer.close()
             recorder.close(outcome or f"stopped after step {recorder.state.step},")
             if folder.read_metrics():
-                # Imports matplotlib, for which the trainer need not wait at the start.
-                from megatron_r1.reporting.report import write_report
+                _report(folder, title, config.model.path, facts, next_commands)
 
-                summary = {"model": config.model.path, "task": " · ".join(facts[1:])}
-                write_report(folder, title=title, facts=summary, next_commands=next_commands)
-                print(f"report: {folder.path / 'report.html'}", flush=True)
+
+def _report(
+    folder: RunFolder,
+    title: str,
+    model: str,
+    facts: Sequence[str],
+    next_commands: Sequence[tuple[str, str]],
+) -> None:
+    # Imports matplotlib, for which the trainer need not wait at the start.
+    from megatron_r1.reporting.report import write_report
+
+    summary = {"model": model, "task": " · ".join(facts[1:])}
+    write_report(folder, title=title, facts=summary, next_commands=next_commands)
+    print(f"report: {folder.path / 'report.html'}", flush=True)

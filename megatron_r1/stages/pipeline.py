@@ -10,8 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from megatron_r1.config.overrides import as_text
 from megatron_r1.pipeline import serving
 from megatron_r1.pipeline.check import check, missing_files
 from megatron_r1.pipeline.graph import Graph
@@ -64,15 +63,9 @@ def run(path: str, overrides: Mapping[str, Any], verbs: Mapping[str, str]) -> No
                 Work(config, plans, graph, signals).run(chosen)
         finally:
             command = ["megatron-r1", "pipeline", path]
-            command += [f"--{key}={_as_typed(value)}" for key, value in overrides.items()]
+            command += [f"--{key}={as_text(value)}" for key, value in overrides.items()]
             report = write_report(root, config.title, shlex.join(command), plans, graph)
             print(f"{report}; report.md and report.json beside it", flush=True)
-
-
-def _as_typed(value: Any) -> str:
-    """A setting as YAML on one line."""
-    text = yaml.safe_dump(value, default_flow_style=True, width=10**6, allow_unicode=True)
-    return text.removesuffix("...\n").strip()
 
 
 def _implied(verbs: Mapping[str, str], used: set[str]) -> dict[str, dict[str, Any]]:

@@ -201,7 +201,7 @@ def _fleet(
         say=say,
         make_server=server_maker(hosts),
         weight_transfer_backend=f"megatron_r1_{config.push.transport}",
-        device="cuda" if gpu.is_usable() else "cpu",
+        device=gpu.device(),
         sleeps=rollout.colocated,
         max_model_len=context_length(config),
         # A run that continues must not draw the numbers of its beginning again.

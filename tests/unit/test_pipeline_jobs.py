@@ -13,7 +13,6 @@ from megatron_r1.pipeline.schedule import run_all
 
 MEET = '''
 """Stages that end only if they run beside each other."""
-import threading
 import time
 from pathlib import Path
 
@@ -53,6 +52,7 @@ stages:
     function: "meeting:join"
     arguments: {sources: ["${left.here}", "${right.here}"]}
 """
+FAILING = 'left: {verb: make, function: "meeting:fail_beside"'
 LINGERING = """
 pipeline: {folder: out}
 stages:
@@ -103,9 +103,7 @@ def test_one_at_a_time_is_the_default(world, capfd):
 
 
 def test_after_a_failure_what_runs_comes_to_its_end_and_nothing_else_begins(world, capfd):
-    world.write(
-        PAIR.replace('"meeting:meet", arguments: {other: "${pipeline.folder}/right"}', FAILING)
-    )
+    world.write(PAIR.replace('left: {verb: make, function: "meeting:meet"', FAILING))
     assert world.run(TWO) == 1
     assert (world.out / "right/stage.json").exists()
     assert not (world.out / "both").exists()
@@ -114,9 +112,6 @@ def test_after_a_failure_what_runs_comes_to_its_end_and_nothing_else_begins(worl
     world.write(PAIR)
     assert world.run(TWO, "--pipeline.rerun") == 0
     assert (world.out / "both/joined").read_text() == "left right"
-
-
-FAILING = '"meeting:fail_beside", arguments: {other: "${pipeline.folder}/right"}'
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
