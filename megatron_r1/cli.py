@@ -5,8 +5,10 @@ from __future__ import annotations
 import difflib
 import errno
 import importlib
+import inspect
 import os
 import sys
+from collections.abc import Sequence
 from importlib import metadata
 from typing import Any
 
@@ -29,6 +31,8 @@ COMMANDS = {"score": "megatron_r1.stages.score"}
 are called, and SETTINGS, the sections and keys it reads."""
 PIPELINE = "pipeline"
 """The verb that runs the others, with a recipe of its own kind."""
+MODULES = {**VERBS, **COMMANDS, PIPELINE: "megatron_r1.stages.pipeline"}
+HELP = {"-h", "--help"}
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -39,6 +43,7 @@ verbs: {", ".join(VERBS)}
        megatron-r1 pipeline RECIPE.yaml [--pipeline.key value …]   several of them, as a graph
 The same command continues a run that was stopped.
 On many GPUs: torchrun … -m megatron_r1 VERB RECIPE.yaml
+What a verb does and reads: megatron-r1 VERB --help
 Every key, its default and meaning: megatron-r1 keys, or keys rl sample.keep for some of them"""
 
 
@@ -73,8 +78,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _dispatch(arguments: list[str]) -> int:
-    if not arguments or arguments[0] == "help" or {"-h", "--help"} & set(arguments):
-        print(USAGE)
+    if not arguments or arguments[0] == "help" or HELP & set(arguments):
+        about = [argument for argument in arguments if argument not in {"help", *HELP}]
+        print(_help(about[0]) if about and about[0] in MODULES else USAGE)
         return 0 if arguments else 2
     if arguments[0] in ("version", "--version"):
         print(f"megatron-r1 {metadata.version('megatron-r1')}")
@@ -88,9 +94,8 @@ def _dispatch(arguments: list[str]) -> int:
     if verb in COMMANDS:
         return _run_command(verb, rest)
     if verb not in VERBS:
-        verbs = [*VERBS, *COMMANDS, PIPELINE]
-        near = difflib.get_close_matches(verb, verbs, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"use one of {', '.join(verbs)}"
+        near = difflib.get_close_matches(verb, MODULES, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"use one of {', '.join(MODULES)}"
         raise ValueError(f"unknown verb {verb}; {hint}")
     if not rest or rest[0].startswith("--"):
         raise ValueError(f"{verb} needs a recipe: megatron-r1 {verb} RECIPE.yaml")
@@ -103,6 +108,22 @@ def _dispatch(arguments: list[str]) -> int:
         return _serve_as_rank(config, arguments)
     stage.run(config)
     return 0
+
+
+def _help(verb: str) -> str:
+    """What the verb does, what it must be given, and the settings that are its own."""
+    module = importlib.import_module(MODULES[verb])
+    given = " ".join(getattr(module, "ARGUMENTS", ("RECIPE.yaml",)))
+    required = ", ".join(getattr(module, "REQUIRED", ()))
+    own = getattr(module, "SETTINGS", (verb.replace("-", "_"),))
+    parts = [
+        f"usage: megatron-r1 {verb} {given} [--section.key value …]",
+        inspect.getdoc(module),
+        f"The recipe has to set {required}." if required else None,
+        _describe_keys(own),
+        "The other settings: megatron-r1 keys" if verb in VERBS else None,
+    ]
+    return "\n\n".join(part for part in parts if part)
 
 
 def _run_pipeline(rest: list[str]) -> int:
@@ -136,7 +157,7 @@ def _overrides(options: list[str]) -> dict[str, Any]:
     return parse_overrides(options, switches(configuration.Config))
 
 
-def _describe_keys(wanted: list[str]) -> str:
+def _describe_keys(wanted: Sequence[str]) -> str:
     from megatron_r1.pipeline.recipe import Recipe
 
     return describe([configuration.Config, Recipe], wanted)

@@ -179,7 +179,7 @@ def _tiles(metrics: Metrics, found: Sequence[Evaluation]) -> str:
             g for line in metrics if (g := finite(line, "logprob_diff/without_replay")) is not None
         ]:
             below += f"; without routing replay {number(float(np.mean(own)))}"
-        tiles.append(("logprob gap to the engine", number(float(np.mean(gaps))), below))
+        tiles.append(("logprob diff to the engine", number(float(np.mean(gaps))), below))
     speeds = [s for line in metrics if (s := finite(line, "tokens_per_second")) is not None]
     if speeds:
         seconds = [s for line in metrics if (s := finite(line, "time/step")) is not None]

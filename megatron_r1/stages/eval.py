@@ -1,4 +1,5 @@
-"""Evaluate a model on benchmarks: pass@1, pass@k, cons@N, with intervals and every answer kept."""
+"""Evaluate a model on benchmarks: pass@1, pass@k, cons@N, with intervals and every answer kept.
+See docs/evaluation.md."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""R1's stages as a graph: run what is not done, say what is stale, report on all."""
+"""R1's stages as a graph: run what is not done, say what is stale, report on all. See
+docs/pipeline.md."""
 
 from __future__ import annotations
 

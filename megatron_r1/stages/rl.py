@@ -1,4 +1,5 @@
-"""Reinforcement learning from rule-based rewards: R1-Zero, and R1's reasoning stage."""
+"""Reinforcement learning: R1-Zero, R1's reasoning stage and its stage for all scenarios. See
+docs/stages/, docs/algorithms.md and docs/rewards.md."""
 
 from __future__ import annotations
 

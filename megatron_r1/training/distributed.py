@@ -67,6 +67,18 @@ def initialize(parallel: ParallelConfig, seed: int) -> Place:
     )
 
 
+def leave() -> None:
+    """End the process groups, as the last thing a rank does with them.
+
+    A thread of gloo that still holds a tensor of the last collective while Python is torn down ends
+    the process by signal 6 (pytorch/pytorch#190489); here it is waited for.
+    """
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()
+
+
 def _chunks(parallel: ParallelConfig) -> int | None:
     chunks = parallel.virtual_pipeline
     if parallel.pipeline_layout:

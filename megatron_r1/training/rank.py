@@ -15,9 +15,10 @@ from megatron_r1.quick_imports import quick_imports
 def main() -> None:
     with quick_imports():
         from megatron_r1.config import parse
-        from megatron_r1.training import worker
+        from megatron_r1.training import distributed, worker
     config_json, address = sys.argv[1:]
     worker.serve(parse(msgspec.json.decode(config_json)), address)
+    distributed.leave()
 
 
 if __name__ == "__main__":

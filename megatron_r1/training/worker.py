@@ -27,6 +27,7 @@ def serve_under_torchrun(config: Config, address: str | None) -> None:
     token = distributed.from_rank_zero(os.environ.get(RANKS_ENVIRONMENT))
     os.environ[RANKS_ENVIRONMENT] = token
     serve(config, distributed.from_rank_zero(address), place)
+    distributed.leave()
 
 
 def serve(config: Config, address: str, place: Place | None = None) -> None:

@@ -163,11 +163,13 @@ def make(model: str, grid: str):
 def main() -> None:
     scene, model, grids, out = sys.argv[1:]
     if scene == "both":
-        report(Path(out), scene, {grid: both(model, grid, Path(out)) for grid in grids.split("+")})
-        return
-    scenes = (straight, continued, full, killed, damaged)
-    play = {one.__name__: one for one in scenes}[scene]
-    report(Path(out), scene, play(*make(model, grids), Path(out)))
+        found = {grid: both(model, grid, Path(out)) for grid in grids.split("+")}
+    else:
+        scenes = (straight, continued, full, killed, damaged)
+        play = {one.__name__: one for one in scenes}[scene]
+        found = play(*make(model, grids), Path(out))
+    report(Path(out), scene, found)
+    distributed.leave()
 
 
 if __name__ == "__main__":

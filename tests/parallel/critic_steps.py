@@ -138,6 +138,7 @@ def main() -> None:
         from megatron.core import parallel_state
 
         parallel_state.destroy_model_parallel()
+    distributed.leave()
 
 
 if __name__ == "__main__":

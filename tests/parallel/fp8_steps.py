@@ -144,6 +144,7 @@ def main() -> None:
             (out / f"{name}.json").write_text(json.dumps(report))
         dist.barrier()
         parallel_state.destroy_model_parallel()
+    distributed.leave()
 
 
 if __name__ == "__main__":

@@ -82,6 +82,7 @@ def main() -> None:
             report["critic"] = sum(measure(trainer.critic).values())
         Path(out, f"{grid}_{place.rank}.json").write_text(json.dumps(report))
         parallel_state.destroy_model_parallel()
+    distributed.leave()
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ def main() -> None:
         if place.rank == 0:
             Path(out, f"{grid}.json").write_text(json.dumps(everyone))
         parallel_state.destroy_model_parallel()
+    distributed.leave()
 
 
 if __name__ == "__main__":

@@ -128,6 +128,7 @@ def main() -> None:
         if place.rank == 0:
             print(f"{grid} holds", flush=True)
         parallel_state.destroy_model_parallel()
+    distributed.leave()
 
 
 if __name__ == "__main__":

@@ -111,6 +111,7 @@ def main() -> None:
         dist.barrier()
         previous = out / f"checkpoint_{grid}"
         parallel_state.destroy_model_parallel()
+    distributed.leave()
 
 
 if __name__ == "__main__":

@@ -91,7 +91,7 @@ def test_a_log_gets_one_plain_line_per_step_and_one_per_new_phase():
     assert lines[0] == "demo · 3 steps"
     assert lines[1:3] == ["rollout: detail 1", "train: detail 1"]
     assert [line.split("  ")[0] for line in lines[3:6]] == ["step 1/3", "step 2/3", "step 3/3"]
-    for part in ("accuracy 41.2%", "reward 0.451", "response length 61.3", "logprob gap 3.2e-06"):
+    for part in ("accuracy 41.2%", "reward 0.451", "response length 61.3", "logprob diff 3.2e-06"):
         assert part in lines[3]
     assert lines[6:8] == ["held-out at step 3: pass@1 70.5%, response_length 64.2", "saved"]
     assert lines[8].startswith("finished in ") and len(lines) == 9

@@ -84,7 +84,7 @@ def run(chosen: Namespace) -> int:
     done = parts.run(partial(write_file, job), list(enumerate(files)), chosen.workers)
     _finish(work, job, found, done, with_mtp)
     print(
-        f"{chosen.out}: {counted(len(found.shapes), 'tensor')}, {plan['dtype']}, in "
+        f"{chosen.out}: {counted(len(found.shapes), 'Megatron tensor')}, {plan['dtype']}, in "
         f"{counted(len(files), 'file')}"
     )
     return 0

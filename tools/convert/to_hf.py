@@ -93,7 +93,7 @@ def run(chosen: Namespace) -> int:
     if not (checkpoint / manifest.NAME).is_file():
         print(f"{checkpoint} has no {manifest.NAME}: no checksum of it was verified")
     print(
-        f"{chosen.out}: {counted(sum(map(len, files.values())), 'tensor')} in "
+        f"{chosen.out}: {counted(sum(map(len, files.values())), 'Hugging Face tensor')} in "
         f"{counted(len(files), 'file')}"
     )
     return 0

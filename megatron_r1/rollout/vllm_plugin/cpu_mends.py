@@ -7,6 +7,7 @@ compares with transformers and fails without any one of the four.
 
 import mmap
 import os
+from collections.abc import Callable
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -14,6 +15,15 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.platforms import current_platform
 
 PLAIN_MATRICES = "MEGATRON_R1_PLAIN_MATRICES"
+
+
+def replace_once(owner: type, name: str, mend: Callable[[Callable], Callable]) -> None:
+    """Let method `name` be what `mend` makes of it, however often this is called."""
+    upstream = getattr(owner, name)
+    if not getattr(upstream, "mended", False):
+        mended = mend(upstream)
+        mended.mended = True
+        setattr(owner, name, mended)
 
 
 def heads_are_adjacent(x: torch.Tensor | None, head_size: int) -> bool:
@@ -41,21 +51,20 @@ def mend_strided_rotary() -> None:
         return
     from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
 
-    upstream = RotaryEmbedding.forward_cpu
-    if getattr(upstream, "mended", False):
-        return
+    def mend(upstream: Callable) -> Callable:
+        def forward_cpu(
+            self: RotaryEmbedding,
+            positions: torch.Tensor,
+            query: torch.Tensor,
+            key: torch.Tensor | None = None,
+        ) -> tuple[torch.Tensor, torch.Tensor | None]:
+            adjacent = all(heads_are_adjacent(x, self.head_size) for x in (query, key))
+            rotate = upstream if adjacent else type(self).forward_native
+            return rotate(self, positions, query, key)
 
-    def forward_cpu(
-        self: RotaryEmbedding,
-        positions: torch.Tensor,
-        query: torch.Tensor,
-        key: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        adjacent = all(heads_are_adjacent(x, self.head_size) for x in (query, key))
-        return (upstream if adjacent else type(self).forward_native)(self, positions, query, key)
+        return forward_cpu
 
-    forward_cpu.mended = True
-    RotaryEmbedding.forward_cpu = forward_cpu
+    replace_once(RotaryEmbedding, "forward_cpu", mend)
 
 
 def forget_moe_kernel(method: object) -> None:
@@ -97,20 +106,19 @@ def seed_whole_prompts_only() -> None:
         return
     from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
-    upstream = CPUModelRunner.sample_tokens
-    if getattr(upstream, "mended", False):
-        return
+    def mend(upstream: Callable) -> Callable:
+        def sample_tokens(self: CPUModelRunner, *args: object) -> object:
+            generators = self.input_batch.generators
+            is_partial = self.discard_request_mask.np[: self.input_batch.num_reqs]
+            held_back = [int(i) for i in is_partial.nonzero()[0] if i in generators]
+            kept = {i: generators.pop(i) for i in held_back}
+            output = upstream(self, *args)
+            generators.update(kept)
+            return output
 
-    def sample_tokens(self: CPUModelRunner, *args: object) -> object:
-        generators = self.input_batch.generators
-        is_partial = self.discard_request_mask.np[: self.input_batch.num_reqs]
-        kept = {int(i): generators.pop(int(i)) for i in is_partial.nonzero()[0] if i in generators}
-        output = upstream(self, *args)
-        generators.update(kept)
-        return output
+        return sample_tokens
 
-    sample_tokens.mended = True
-    CPUModelRunner.sample_tokens = sample_tokens
+    replace_once(CPUModelRunner, "sample_tokens", mend)
 
 
 def keep_matrices_plain() -> None:
@@ -149,15 +157,13 @@ def touch_cache_when_used() -> None:
         return
     from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
-    upstream = CPUModelRunner.initialize_kv_cache_tensors
-    if getattr(upstream, "mended", False):
-        return
+    def mend(upstream: Callable) -> Callable:
+        def initialize_kv_cache_tensors(
+            self: CPUModelRunner, *args: object, **kwargs: object
+        ) -> object:
+            with _ZerosOfTheKernel():
+                return upstream(self, *args, **kwargs)
 
-    def initialize_kv_cache_tensors(
-        self: CPUModelRunner, *args: object, **kwargs: object
-    ) -> object:
-        with _ZerosOfTheKernel():
-            return upstream(self, *args, **kwargs)
+        return initialize_kv_cache_tensors
 
-    initialize_kv_cache_tensors.mended = True
-    CPUModelRunner.initialize_kv_cache_tensors = initialize_kv_cache_tensors
+    replace_once(CPUModelRunner, "initialize_kv_cache_tensors", mend)
