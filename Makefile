@@ -51,11 +51,20 @@ $(INSTALLED): $(LOCK) setup.py pyproject.toml
 demo: setup
 	$(BIN)/python -m examples.laptop.demo
 
+# Tests of one process at a time, two files at once; then those whose processes need the cores for themselves.
+APART := tests/unit tests/kernels tests/convert
+define run-tests
+	@echo "$(BIN)/python -m pytest, in two parts: -n 2 $(APART), and the others"; failed=; \
+	$(BIN)/python -m pytest $(1) -n 2 --dist loadfile $(APART) || failed=1; \
+	$(BIN)/python -m pytest $(1) $(APART:%=--ignore=%) || failed=1; \
+	test -z "$$failed"
+endef
+
 test: setup
-	$(BIN)/python -m pytest -m "not slow"
+	$(call run-tests,-m "not slow")
 
 test-all: setup cluster-packages
-	$(BIN)/python -m pytest
+	$(call run-tests)
 
 lint: setup
 	$(BIN)/ruff check .

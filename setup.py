@@ -50,7 +50,7 @@ setup(
         "gpu": ["vllm==0.32.0", "triton>=3.6"],
         # Benchmarks and questions in Parquet files.
         "data": ["pyarrow"],
-        "dev": ["pytest", "ruff", "pre-commit"],
+        "dev": ["pytest", "pytest-xdist", "ruff", "pre-commit"],
     },
     entry_points={
         "console_scripts": ["megatron-r1 = megatron_r1.cli:main"],
