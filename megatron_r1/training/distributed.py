@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -36,6 +38,7 @@ def initialize(parallel: ParallelConfig, seed: int) -> Place:
     world_size, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
     parallel.check_sizes(world_size)
+    _hush_libraries(rank)
     torch.set_num_threads(parallel.threads or max(1, (os.cpu_count() or 1) // local_world))
     device = platform.prepare(int(os.environ.get("LOCAL_RANK", rank)))
     from megatron.core import parallel_state
@@ -65,6 +68,18 @@ def initialize(parallel: ParallelConfig, seed: int) -> Place:
         pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
         last_stage=parallel_state.is_pipeline_last_stage(),
     )
+
+
+def _hush_libraries(rank: int) -> None:
+    """Leave out warnings that nobody can act on, unless PYTHONWARNINGS is set: what rank 0 says
+    already, what torch says of Megatron's calls, and on a CPU that Megatron misses Apex."""
+    if sys.warnoptions:
+        return
+    if rank:
+        warnings.simplefilter("ignore")
+    warnings.filterwarnings("ignore", module=r"torch\.distributed\.")
+    if not platform.has_gpu():
+        warnings.filterwarnings("ignore", module=r"megatron\.core\.")
 
 
 def leave() -> None:
