@@ -51,12 +51,12 @@ $(INSTALLED): $(LOCK) setup.py pyproject.toml
 demo: setup
 	$(BIN)/python -m examples.laptop.demo
 
-# Tests of one process at a time, two files at once; then those whose processes need the cores for themselves.
-APART := tests/unit tests/kernels tests/convert
+# Two files of tests at once; then, alone, those that start engines.
+SIDE_BY_SIDE := tests/parallel tests/kernels tests/convert tests/unit
 define run-tests
-	@echo "$(BIN)/python -m pytest, in two parts: -n 2 $(APART), and the others"; failed=; \
-	$(BIN)/python -m pytest $(1) -n 2 --dist loadfile $(APART) || failed=1; \
-	$(BIN)/python -m pytest $(1) $(APART:%=--ignore=%) || failed=1; \
+	@echo "$(BIN)/python -m pytest, in two parts: -n 2 $(SIDE_BY_SIDE), and the others"; failed=; \
+	$(BIN)/python -m pytest $(1) -n 2 --dist loadfile $(SIDE_BY_SIDE) || failed=1; \
+	$(BIN)/python -m pytest $(1) $(SIDE_BY_SIDE:%=--ignore=%) || failed=1; \
 	test -z "$$failed"
 endef
 
