@@ -70,7 +70,7 @@ def _build_stage(job: Job, pipeline_rank: int) -> list[dict[str, tuple[int, ...]
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     from megatron_r1 import models
-    from megatron_r1.training import construction
+    from megatron_r1.training import construction, distributed
     from megatron_r1.weights.local import local_entries, model_tensors
 
     parallel = job.parallel
@@ -97,8 +97,7 @@ def _build_stage(job: Job, pipeline_rank: int) -> list[dict[str, tuple[int, ...]
             pass
         return [{n: tuple(t.shape) for n, t in model_tensors(chunk).items()} for chunk in chunks]
     finally:
-        parallel_state.destroy_model_parallel()
-        dist.destroy_process_group()
+        distributed.leave()
 
 
 @contextlib.contextmanager

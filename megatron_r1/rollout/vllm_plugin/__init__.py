@@ -5,6 +5,7 @@ vLLM calls `register` in every one of its processes (entry point group `vllm.gen
 new way of moving weights is one new file in `landing/transports` plus one line here.
 """
 
+import functools
 import multiprocessing
 
 # name for --weight-transfer-config  ->  (module, class)
@@ -20,25 +21,26 @@ def register() -> None:
     """Add our weight-transfer backends and mend vLLM's CPU build. Safe to call repeatedly."""
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
-    from megatron_r1.rollout.vllm_plugin import (
-        cpu_fp8,
-        cpu_mends,
-        cpu_parallel,
-        cpu_routing,
-        lifetime,
-        stacks,
-    )
+    from megatron_r1.rollout.vllm_plugin import lifetime, stacks
 
     for name, (module, class_name) in BACKENDS.items():
         if name not in WeightTransferEngineFactory._registry:
             WeightTransferEngineFactory.register_engine(name, module, class_name)
-    cpu_mends.mend_strided_rotary()
-    cpu_mends.seed_whole_prompts_only()
-    cpu_mends.keep_matrices_plain()
-    cpu_mends.touch_cache_when_used()
-    cpu_parallel.mend()
-    cpu_fp8.mend()
-    cpu_routing.return_routing_on_cpu()
+    _mend_cpu_build()
     stacks.answer_signal()
     if multiprocessing.parent_process() is not None:
         lifetime.die_with_parent()
+
+
+@functools.cache  # a second time each mend would wrap itself
+def _mend_cpu_build() -> None:
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return
+    from megatron_r1.rollout.vllm_plugin import cpu_fp8, cpu_mends, cpu_parallel, cpu_routing
+
+    cpu_mends.mend()
+    cpu_parallel.mend()
+    cpu_fp8.mend()
+    cpu_routing.return_routing_on_cpu()

@@ -9,13 +9,10 @@ without.
 """
 
 import torch
-from vllm.platforms import current_platform
 
 
 def mend() -> None:
-    """Allow such CPUs, and such layers. Safe to call again."""
-    if not current_platform.is_cpu():
-        return
+    """Allow such CPUs, and such layers. On CPU, once."""
     from vllm.model_executor.kernels.linear.scaled_mm.cpu import CPUFp8BlockScaledMMKernel
     from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUExpertsFp8
 
@@ -24,8 +21,6 @@ def mend() -> None:
         CPUFp8BlockScaledMMKernel.is_supported = able
         CPUExpertsFp8._supports_current_device = staticmethod(lambda: True)
     upstream = CPUFp8BlockScaledMMKernel.apply_weights
-    if hasattr(upstream, "with_bias"):
-        return
 
     def apply_weights(
         self: CPUFp8BlockScaledMMKernel,
@@ -36,5 +31,4 @@ def mend() -> None:
     ) -> torch.Tensor:
         return upstream(self, layer, x, None if bias is None else bias.float(), **named)
 
-    apply_weights.with_bias = True
     CPUFp8BlockScaledMMKernel.apply_weights = apply_weights

@@ -1,13 +1,12 @@
 """Three bugs of vLLM 0.32's CPU build that give wrong log-probabilities without any error, one that
 ends the engine, and two habits that make starts and pushes slow.
 
-Each mend is active on CPU only and goes when upstream is fixed; tests/system/test_engine.py
-compares with transformers and fails without any one of the four.
+Each mend goes when upstream is fixed; tests/system/test_engine.py compares with transformers and
+fails without any one of the four. `mend` does those that are done once per process.
 """
 
 import mmap
 import os
-from collections.abc import Callable
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -17,13 +16,12 @@ from vllm.platforms import current_platform
 PLAIN_MATRICES = "MEGATRON_R1_PLAIN_MATRICES"
 
 
-def replace_once(owner: type, name: str, mend: Callable[[Callable], Callable]) -> None:
-    """Let method `name` be what `mend` makes of it, however often this is called."""
-    upstream = getattr(owner, name)
-    if not getattr(upstream, "mended", False):
-        mended = mend(upstream)
-        mended.mended = True
-        setattr(owner, name, mended)
+def mend() -> None:
+    """On CPU, once."""
+    mend_strided_rotary()
+    seed_whole_prompts_only()
+    keep_matrices_plain()
+    touch_cache_when_used()
 
 
 def heads_are_adjacent(x: torch.Tensor | None, head_size: int) -> bool:
@@ -47,24 +45,20 @@ def mend_strided_rotary() -> None:
     q[..., nope:], whose heads lie nope + rope apart. Such views take the PyTorch version; every
     other model keeps the C++ operator.
     """
-    if not current_platform.is_cpu():
-        return
     from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
 
-    def mend(upstream: Callable) -> Callable:
-        def forward_cpu(
-            self: RotaryEmbedding,
-            positions: torch.Tensor,
-            query: torch.Tensor,
-            key: torch.Tensor | None = None,
-        ) -> tuple[torch.Tensor, torch.Tensor | None]:
-            adjacent = all(heads_are_adjacent(x, self.head_size) for x in (query, key))
-            rotate = upstream if adjacent else type(self).forward_native
-            return rotate(self, positions, query, key)
+    upstream = RotaryEmbedding.forward_cpu
 
-        return forward_cpu
+    def forward_cpu(
+        self: RotaryEmbedding,
+        positions: torch.Tensor,
+        query: torch.Tensor,
+        key: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        adjacent = all(heads_are_adjacent(x, self.head_size) for x in (query, key))
+        return (upstream if adjacent else type(self).forward_native)(self, positions, query, key)
 
-    replace_once(RotaryEmbedding, "forward_cpu", mend)
+    RotaryEmbedding.forward_cpu = forward_cpu
 
 
 def forget_moe_kernel(method: object) -> None:
@@ -102,23 +96,19 @@ def seed_whole_prompts_only() -> None:
     request's generator set back, which a CPU's cannot ("CPU Generator does not use offset"), and
     the engine is dead.
     """
-    if not current_platform.is_cpu():
-        return
     from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
-    def mend(upstream: Callable) -> Callable:
-        def sample_tokens(self: CPUModelRunner, *args: object) -> object:
-            generators = self.input_batch.generators
-            is_partial = self.discard_request_mask.np[: self.input_batch.num_reqs]
-            held_back = [int(i) for i in is_partial.nonzero()[0] if i in generators]
-            kept = {i: generators.pop(i) for i in held_back}
-            output = upstream(self, *args)
-            generators.update(kept)
-            return output
+    upstream = CPUModelRunner.sample_tokens
 
-        return sample_tokens
+    def sample_tokens(self: CPUModelRunner, *args: object) -> object:
+        generators = self.input_batch.generators
+        is_partial = self.discard_request_mask.np[: self.input_batch.num_reqs]
+        kept = {int(i): generators.pop(int(i)) for i in is_partial.nonzero()[0] if i in generators}
+        output = upstream(self, *args)
+        generators.update(kept)
+        return output
 
-    replace_once(CPUModelRunner, "sample_tokens", mend)
+    CPUModelRunner.sample_tokens = sample_tokens
 
 
 def keep_matrices_plain() -> None:
@@ -128,7 +118,7 @@ def keep_matrices_plain() -> None:
     packs every matrix for oneDNN, at 0.3 (bfloat16) to 1 GB/s (float32) on one core: with new
     weights every few seconds that is most of a push.
     """
-    if current_platform.is_cpu() and os.environ.get(PLAIN_MATRICES):
+    if os.environ.get(PLAIN_MATRICES):
         from vllm import _custom_ops
 
         _custom_ops._supports_onednn = False
@@ -153,17 +143,14 @@ def touch_cache_when_used() -> None:
     Answers vllm/v1/worker/utils.py:596 (`allocate_kv_cache`), which fills the whole cache with
     zeros: two seconds per GiB of every start.
     """
-    if not current_platform.is_cpu():
-        return
     from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
-    def mend(upstream: Callable) -> Callable:
-        def initialize_kv_cache_tensors(
-            self: CPUModelRunner, *args: object, **kwargs: object
-        ) -> object:
-            with _ZerosOfTheKernel():
-                return upstream(self, *args, **kwargs)
+    upstream = CPUModelRunner.initialize_kv_cache_tensors
 
-        return initialize_kv_cache_tensors
+    def initialize_kv_cache_tensors(
+        self: CPUModelRunner, *args: object, **kwargs: object
+    ) -> object:
+        with _ZerosOfTheKernel():
+            return upstream(self, *args, **kwargs)
 
-    replace_once(CPUModelRunner, "initialize_kv_cache_tensors", mend)
+    CPUModelRunner.initialize_kv_cache_tensors = initialize_kv_cache_tensors

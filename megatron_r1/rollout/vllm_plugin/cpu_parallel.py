@@ -2,23 +2,21 @@
 
 Tensor parallelism works as it is, and so do data-parallel copies of a model without experts. Three
 things do not: pipeline stages, experts spread over ranks, and data-parallel ranks that share
-experts. Each mend names the upstream lines it answers, does nothing on a GPU, and goes when
-upstream has it; tests/system/test_engine_parallel.py fails without any one of them.
+experts. Each mend names the upstream lines it answers, and goes when upstream has it;
+tests/system/test_engine_parallel.py fails without any one of them.
 """
 
 from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
-from vllm.platforms import current_platform
 
 
 def mend() -> None:
-    """Apply all three. Safe to call again."""
-    if current_platform.is_cpu():
-        keep_what_stages_receive()
-        compute_local_experts_only()
-        gather_uneven_shares()
+    """Apply all three. On CPU, once."""
+    keep_what_stages_receive()
+    compute_local_experts_only()
+    gather_uneven_shares()
 
 
 def keep_what_stages_receive() -> None:
@@ -31,8 +29,6 @@ def keep_what_stages_receive() -> None:
     from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
     upstream = CPUModelRunner.load_model
-    if hasattr(upstream, "with_stage_buffers"):
-        return
 
     def load_model(self: CPUModelRunner, *args: object, **kwargs: object) -> None:
         upstream(self, *args, **kwargs)
@@ -41,7 +37,6 @@ def keep_what_stages_receive() -> None:
                 batch_size=self.max_num_tokens, dtype=self.model_config.dtype, device=self.device
             )
 
-    load_model.with_stage_buffers = True
     CPUModelRunner.load_model = load_model
 
 
@@ -57,8 +52,7 @@ def compute_local_experts_only() -> None:
     from vllm.model_executor.layers.fused_moe.experts import cpu_moe
 
     for experts in (cpu_moe.CPUUnquantizedExperts, cpu_moe.CPUExpertsFp8):
-        if not hasattr(experts.apply, "local_only"):
-            experts.apply = _with_local_choice(experts.apply)
+        experts.apply = _with_local_choice(experts.apply)
 
 
 def _with_local_choice(upstream: Callable[..., None]) -> Callable[..., None]:
@@ -81,7 +75,6 @@ def _with_local_choice(upstream: Callable[..., None]) -> Callable[..., None]:
         arguments = (output, hidden_states, w1, w2, topk_weights, topk_ids, activation)
         upstream(self, *arguments, global_num_experts, expert_map, *others, **named)
 
-    apply.local_only = True
     return apply
 
 

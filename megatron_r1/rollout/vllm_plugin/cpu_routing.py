@@ -11,7 +11,6 @@ for another sequence. Goes when upstream supports it.
 import numpy as np
 import torch
 from vllm.distributed.aux_output_connector.connector import AuxRequestOutput
-from vllm.platforms import current_platform
 
 
 class RowCollector:
@@ -53,14 +52,10 @@ class RowCollector:
 
 
 def return_routing_on_cpu() -> None:
-    """Make --enable-return-routed-experts work with the CPU model runner. Safe to call again."""
-    if not current_platform.is_cpu():
-        return
+    """Make --enable-return-routed-experts work with the CPU model runner. On CPU, once."""
     from vllm.config import VllmConfig
     from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
-    if hasattr(CPUModelRunner, "row_collector"):
-        return
     load_model, execute_model = CPUModelRunner.load_model, CPUModelRunner.execute_model
     sample_tokens = CPUModelRunner.sample_tokens
 
