@@ -12,13 +12,14 @@ are on and would believe the answers given here."""
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import functools
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+
+from megatron_r1.freed_memory import keep_freed_memory
 
 CPU = torch.device("cpu")
 _REAL_CUDA = torch.cuda.is_available()
@@ -59,26 +60,9 @@ def prepare(local_rank: int = 0) -> torch.device:
     elif not _prepared:
         for patch in PATCHES:
             patch.install()
-        _keep_freed_memory()
+        keep_freed_memory()
         _prepared = True
     return device()
-
-
-def _keep_freed_memory() -> None:
-    """Have glibc keep what is freed for what is allocated next, as a GPU's allocator does.
-
-    It would map blocks from 128 KiB on anew, page by page zeroed, until it has learned: the first
-    step's update then takes 1.0 s instead of 0.6 (`tools/bench step`, short). Blocks above 32 MiB,
-    a large model's, are still given back.
-    """
-    with contextlib.suppress(OSError, AttributeError):  # another C library
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-        for parameter, num_bytes in MALLOC.items():
-            mallopt(parameter, num_bytes)
-
-
-MALLOC = {-3: 32 << 20, -1: 512 << 20, -2: 64 << 20}
-"""M_MMAP_THRESHOLD (its largest possible value), M_TRIM_THRESHOLD, M_TOP_PAD; bytes."""
 
 
 @dataclass(frozen=True)

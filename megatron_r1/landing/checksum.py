@@ -6,7 +6,7 @@ They answer for what wires, memory and indices do by accident, not for an advers
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -22,35 +22,63 @@ MIXER = 0x1E3779B97F4A7C15
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
+class RunningChecksum:
+    """Of a (height, width) tensor's elements, row after row, whatever its strides, while its rows
+    arrive."""
+
+    def __init__(self, values: torch.Tensor):
+        self._values, self._row = values, 0
+        self._hashed = xxhash.xxh3_64()
+        if not values.is_cuda:
+            self._words = _words(values)
+            self._chunk = _chunk_rows(values)
+
+    def reach(self, row: int) -> None:
+        """The rows before this one are there, and will not change."""
+        if self._values.is_cuda:
+            return
+        while self._row < row:
+            end = min(self._row + self._chunk, row)
+            self._hashed.update(np.ascontiguousarray(self._words[self._row : end]))
+            self._row = end
+
+    def digest(self) -> int:
+        """All rows are there."""
+        if self._values.is_cuda:
+            return sums(self._values)
+        self.reach(len(self._values))
+        return self._hashed.intdigest()
+
+
 def checksum(values: torch.Tensor) -> int:
     """Of a (height, width) tensor's elements, row after row, whatever its strides."""
-    if values.is_cuda:
-        return sums(values)
-    hashed = xxhash.xxh3_64()
-    words = _words(values)
-    for rows in _chunks(values):
-        hashed.update(np.ascontiguousarray(words[rows]))
-    return hashed.intdigest()
+    return RunningChecksum(values).digest()
 
 
-def copy_with_checksum(target: torch.Tensor, source: torch.Tensor) -> int:
+def copy_with_checksum(
+    target: torch.Tensor, source: torch.Tensor, written: Callable[[int], None] | None = None
+) -> int:
     """target.copy_(source), both (height, width); the checksum of what `target` must hold then.
-    Returns when it is written."""
+    Returns when it is written. written: told now and then how many rows are, never that all are."""
     if target.is_cuda:
         target.copy_(source)
         return sums(target)
     hashed = xxhash.xxh3_64()
     is_converted = target.dtype != source.dtype or source.is_cuda
-    written = _words(target)
-    read = written if is_converted else _words(source)
-    for rows in _chunks(target):
+    into = _words(target)
+    read = into if is_converted else _words(source)
+    height, step = len(target), _chunk_rows(target)
+    for start in range(0, height, step):
+        rows = slice(start, start + step)
+        if written and start:
+            written(start)
         if is_converted:
             target[rows].copy_(source[rows])
         chunk = np.ascontiguousarray(read[rows])
         hashed.update(chunk)  # before it is copied, which finds it in the cache then
         if not is_converted:
             # By NumPy, in this thread: PyTorch would wake others for every chunk.
-            np.copyto(written[rows], chunk)
+            np.copyto(into[rows], chunk)
     return hashed.intdigest()
 
 
@@ -79,6 +107,5 @@ def as_bytes(values: torch.Tensor):
     return values.reshape(-1).view(torch.uint8).numpy()
 
 
-def _chunks(values: torch.Tensor) -> Iterator[slice]:
-    height, width = values.shape
-    return by_rows(height, width * values.element_size(), CHUNK_BYTES)
+def _chunk_rows(values: torch.Tensor) -> int:
+    return max(1, CHUNK_BYTES // (values.shape[1] * values.element_size()))

@@ -9,7 +9,7 @@ from itertools import accumulate
 
 import torch
 
-from megatron_r1.landing.checksum import checksum
+from megatron_r1.landing.checksum import RunningChecksum
 from megatron_r1.landing.coverage import check_coverage, first_few
 from megatron_r1.landing.table import Delivery, Table, by_window, place
 
@@ -32,6 +32,8 @@ class Inbox:
         self._last = {
             sender: list(accumulate(map(len, windows))) for sender, windows in self.windows.items()
         }
+        self._arriving: dict[int, tuple[int, int, RunningChecksum]] = {}
+        """By sender: push, index and what is known of a delivery."""
         self._push = dict.fromkeys(deliveries, 0)
         self._count = dict.fromkeys(deliveries, 0)
         self._wrong: dict[int, dict[str, None]] = {}
@@ -39,12 +41,14 @@ class Inbox:
         self._failure: Exception | None = None
         self._changed = threading.Condition()
 
+    def coming(self, sender: int, push: int, index: int, row: int) -> None:
+        """The rows of deliveries[sender][index] of `push` before this one are in the memory."""
+        self._checksum(sender, push, index).reach(row)
+
     def arrived(self, sender: int, push: int, index: int, sent: int) -> None:
-        """deliveries[sender][index] of `push` is in the memory; `sent`: the sender's checksum."""
-        delivery = self.deliveries[sender][index]
-        slot = self.table.slots[delivery.slot]
-        area = self.table.area(self.memory, push)
-        is_right = checksum(place(area, slot, delivery)) == sent
+        """All of it is in the memory; `sent`: the sender's checksum."""
+        slot = self.table.slots[self.deliveries[sender][index].slot]
+        is_right = self._checksum(sender, push, index).digest() == sent
         with self._changed:
             if not is_right:
                 self._wrong.setdefault(push, {})[f"{slot.name} (from rank {sender})"] = None
@@ -80,6 +84,15 @@ class Inbox:
                 f"push {push}: {len(wrong)} tensors arrived otherwise than they were sent: "
                 f"{first_few(wrong)}"
             )
+
+    def _checksum(self, sender: int, push: int, index: int) -> RunningChecksum:
+        found = self._arriving.get(sender)
+        if found is None or found[:2] != (push, index):
+            delivery = self.deliveries[sender][index]
+            area = self.table.area(self.memory, push)
+            values = place(area, self.table.slots[delivery.slot], delivery)
+            self._arriving[sender] = found = (push, index, RunningChecksum(values))
+        return found[2]
 
     def _late(self, push: int, window: int) -> list[int]:
         """Senders whose part of the window is not there."""

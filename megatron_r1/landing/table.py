@@ -80,13 +80,11 @@ class Delivery(msgspec.Struct, frozen=True, array_like=True):
         """Elements."""
         return self.height * (self.right - self.left)
 
-    def part(self, rows: slice) -> Delivery:
-        """These of its rows."""
-        top = self.top
-        return Delivery(self.slot, top + rows.start, top + rows.stop, self.left, self.right)
+    def row_bytes(self, table: Table) -> int:
+        return (self.right - self.left) * dtype_of(table.slots[self.slot]).itemsize
 
     def num_bytes(self, table: Table) -> int:
-        return self.size * dtype_of(table.slots[self.slot]).itemsize
+        return self.height * self.row_bytes(table)
 
 
 def by_window(table: Table, deliveries: Sequence[Delivery]) -> list[list[int]]:

@@ -190,9 +190,7 @@ class WeightBridge:
     async def _bring_in(self, engine: Engine) -> None:
         # Nobody watches an engine that is not the fleet's yet, and the next push waits for it.
         async with self._in_time(engine):
-            await engine.client.pause("keep")
-            await engine.client.update_weights(self._update(), self._version)
-            await engine.client.resume()
+            await engine.client.swap_weights(self._update(), self._version)
 
     @contextlib.asynccontextmanager
     async def _in_time(self, engine: Engine) -> AsyncIterator[None]:

@@ -210,36 +210,30 @@ class EngineClient:
         """Connect it to a trainer (`vllm_plugin.backend.LandingInit`), before the first update."""
         await self._call("POST", "/init_weight_transfer_engine", {"init_info": dict(init_info)})
 
-    async def update_weights(
-        self, update_info: Mapping[str, Any] | Sequence[Mapping[str, Any]], version: int
+    async def swap_weights(
+        self,
+        update_info: Mapping[str, Any] | Sequence[Mapping[str, Any]],
+        version: int,
+        *,
+        resume: bool = True,
     ) -> None:
-        """Replace the weights and stamp what follows with `version`. The engine must be paused.
+        """Bring landed weights into use and stamp what follows with `version`; the engine stops for
+        it, amid whatever is in flight, and goes on if it is to `resume`.
 
         A sequence in flight goes on under the new weights, keys and values of its earlier tokens
-        included, so that each token's log-probability is that of the policy it is stamped with.
+        computed again, so that each token's log-probability is that of the policy it is stamped
+        with.
 
         Args:
             update_info: of the engine's backend (`vllm_plugin.backend.LandingUpdate`). A sequence
                 is handed out in order, one per worker.
 
         Raises:
-            EngineError: the push did not arrive as it was sent, or the engine could not load it;
-                then it must not be resumed.
+            EngineError: the push did not arrive as it was sent, or the engine could not load it. It
+                is stopped then, and unless nothing had changed yet it must not go on.
         """
-        await self._call("POST", "/start_weight_update")
-        await self._call("POST", "/update_weights", {"update_info": update_info})
-        await self._call("POST", "/finish_weight_update", {"weight_version": str(version)})
-        await self.reset_prefix_cache()
-
-    async def reset_prefix_cache(self) -> None:
-        """Forget all keys and values. Sequences in flight compute theirs again when they go on.
-
-        Without `reset_running_requests` vLLM keeps the whole cache while any sequence is in flight
-        and answers success=false: new groups would then attend to keys of the weights before.
-        """
-        answer = await self._call("POST", "/reset_prefix_cache?reset_running_requests=true")
-        if not msgspec.json.decode(answer).get("success"):
-            raise EngineError(f"{self.url}/reset_prefix_cache: not reset: {shorten(answer)}")
+        body = {"update_info": update_info, "weight_version": str(version), "resume": resume}
+        await self._call("POST", "/swap_weights", body)
 
     async def set_version(self, version: int) -> None:
         """Name the weights that the engine holds already."""

@@ -174,14 +174,17 @@ class RolloutFleet:
             )
         async with self._pushing:
             engines = [engine for engine in self.engines if engine.is_up]
+            slept = not self.awake.is_set()
             try:
-                engines = await self._wake(engines, "weights")
-                engines = await self._on(engines, lambda client: client.pause("keep"))
+                if slept:
+                    engines = await self._on(engines, lambda client: client.wake("weights"))
                 engines = await self._on(
-                    engines, lambda client: client.update_weights(update_info, version)
+                    engines,
+                    lambda client: client.swap_weights(update_info, version, resume=not slept),
                 )
-                engines = await self._wake(engines, "kv_cache")
-                await self._on(engines, lambda client: client.resume())
+                if slept:
+                    engines = await self._on(engines, lambda client: client.wake("kv_cache"))
+                    await self._on(engines, lambda client: client.resume())
             except Exception as error:
                 self.break_down(EngineError(f"the push of version {version} failed: {error}"))
                 raise
@@ -322,11 +325,6 @@ class RolloutFleet:
         """From now on every call says why none can be answered."""
         self._broken = str(reason)
         self.asking.dispatch.fail(self._refusal())
-
-    async def _wake(self, engines: list[Engine], tag: str) -> list[Engine]:
-        if self.awake.is_set():
-            return engines
-        return await self._on(engines, lambda client: client.wake(tag))
 
     async def _on(self, engines: list[Engine], step: Callable[[EngineClient], Any]) -> list[Engine]:
         """Take a step of a push on each; those that are alive after it."""

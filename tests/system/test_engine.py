@@ -189,17 +189,16 @@ def test_a_push_that_arrives_otherwise_than_it_was_sent_changes_nothing(
     link = bridge.trainer.sender._links[0][0]
     names = (link.sender.table.slots[d.slot].name for d in link.sender.deliveries)
 
-    def damaged(target, source):
-        return copy_with_checksum(target, source) ^ (next(names) == name)
+    def damaged(*arguments):
+        return copy_with_checksum(*arguments) ^ (next(names) == name)
 
     async def send_damaged():
         bridge.trainer.load(models / "b")
         number = bridge.bridge._number + 1
         bridge.bridge._number += 2  # the next one lands where this does
         bridge.trainer.sender.send(number, [0])
-        await client.pause()
         with pytest.raises(EngineError, match=rf"1 tensors arrived otherwise.*{name}"):
-            await client.update_weights({"push": number}, 1000)
+            await client.swap_weights({"push": number}, 1000)
         await client.resume()
 
     monkeypatch.setattr(shared_memory, "copy_with_checksum", damaged)
@@ -212,9 +211,8 @@ def test_a_push_that_does_not_come_to_its_end_changes_nothing(models, oracle, lo
     loop(push("a"))
 
     async def update():
-        await client.pause()
         with pytest.raises(EngineError, match="trainer ranks 0 have not brought all of it"):
-            await client.update_weights({"push": 2000, "timeout_seconds": 0.5}, 2000)
+            await client.swap_weights({"push": 2000, "timeout_seconds": 0.5}, 2000)
         await client.resume()
 
     loop(update())
@@ -317,9 +315,7 @@ def test_other_models_and_no_orphans(family, models, oracle, tmp_path):
                 await connect(client, trainer)
                 running = asyncio.ensure_future(client.generate([7] * 40, n=2, max_tokens=200))
                 await trainer.call("send_weights", push=1, engines=[0])
-                await client.pause()
-                await client.update_weights({"push": 1}, 1)
-                await client.resume()
+                await client.swap_weights({"push": 1}, 1)
                 after = await sample(client)
                 await running
                 return before, after, await seeded(client)

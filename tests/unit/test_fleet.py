@@ -290,9 +290,13 @@ def test_engines_wake_for_a_push_weights_first_and_their_cache_last(tmp_path):
         return asleep, list(peer.called)
 
     asleep, awake = run(tmp_path, [peer], story)
-    assert asleep[:3] == ["/sleep?level=2&mode=wait", "/wake_up?tags=weights", "/pause?mode=keep"]
-    assert asleep.index("/finish_weight_update") < asleep.index("/wake_up?tags=kv_cache")
-    assert asleep[-1] == "/resume" and asleep[-2] == "/wake_up?tags=kv_cache"
+    assert asleep == [
+        "/sleep?level=2&mode=wait",
+        "/wake_up?tags=weights",
+        "/swap_weights",
+        "/wake_up?tags=kv_cache",
+        "/resume",
+    ]
     assert [path for path in awake if "wake" in path] == []
 
 
@@ -314,12 +318,11 @@ def test_nobody_is_replaced_while_the_memory_is_the_trainers(tmp_path):
     assert run(tmp_path, peers, story, max_restarts=1) == (False, [[[7], [7]]])
 
 
-@pytest.mark.parametrize("path", ["/pause", "/update_weights", "/resume"])
 def test_an_engine_whose_connection_breaks_amid_a_push_is_replaced_by_one_with_its_weights(
-    tmp_path, path
+    tmp_path,
 ):
     """It may be paused, or hold either version: it must serve nothing more."""
-    peers = [Peer(good, cuts=path), Peer(good), Peer(good)]
+    peers = [Peer(good, cuts="/swap_weights"), Peer(good), Peer(good)]
 
     async def story(fleet):
         await fleet.push({}, 1)
@@ -341,7 +344,7 @@ NEVER_CAME = {
 
 @pytest.mark.parametrize("said", NEVER_CAME.values(), ids=NEVER_CAME)
 def test_an_engine_that_did_not_get_the_weights_is_replaced(tmp_path, said):
-    peers = [Peer(good, fails={"/update_weights": said}), Peer(good), Peer(good)]
+    peers = [Peer(good, fails={"/swap_weights": said}), Peer(good), Peer(good)]
 
     async def story(fleet):
         await fleet.push({}, 1)
@@ -355,7 +358,7 @@ def test_an_engine_that_did_not_get_the_weights_is_replaced(tmp_path, said):
 
 def test_weights_that_are_wrong_stop_the_run(tmp_path):
     said = "push 1: 1 tensors arrived otherwise than they were sent: lm_head.weight (from rank 0)"
-    peers = [Peer(good, fails={"/update_weights": said}), Peer(good)]
+    peers = [Peer(good, fails={"/swap_weights": said}), Peer(good)]
     with pytest.raises(EngineError, match="lm_head.weight"):
         run(tmp_path, peers, lambda fleet: fleet.push({}, 1), num_engines=2, max_restarts=1)
 
@@ -365,7 +368,7 @@ def test_an_engine_that_waits_for_weights_does_not_hang(tmp_path, monkeypatch, p
     """vLLM answers nothing while a step of its waits for the rest of a push."""
     monkeypatch.setattr("megatron_r1.rollout.repairs.PROBE_SECONDS", 0.05)
     release = asyncio.Event()
-    peers = [Peer(good, holds={"/is_sleeping": release, "/update_weights": release}), Peer(good)]
+    peers = [Peer(good, holds={"/is_sleeping": release, "/swap_weights": release}), Peer(good)]
 
     async def story(fleet):
         fleet.unresponsive_seconds = 0.2

@@ -11,12 +11,13 @@ import xxhash
 from torch.distributed import TCPStore
 
 from megatron_r1.landing import Delivery, Slot, Table, check_coverage, checksum, copy_with_checksum
-from megatron_r1.landing.checksum import MIXER, sums
+from megatron_r1.landing.checksum import MIXER, RunningChecksum, sums
 from megatron_r1.landing.rendezvous import Rendezvous
 from megatron_r1.landing.table import place
-from megatron_r1.landing.transports import buckets, receiver_class, sender_class, shared_memory
-from megatron_r1.landing.transports.shared_memory import NamedMemory, SharedMemorySender, sweep
+from megatron_r1.landing.transports import buckets, named_memory, receiver_class, sender_class
+from megatron_r1.landing.transports.named_memory import NamedMemory, sweep
 
+CHECKSUMS = sys.modules[sums.__module__]
 TENSORS = {
     "norm": torch.arange(5, dtype=torch.float32)[:, None] + 0.5,
     "weight": torch.arange(12 * 8, dtype=torch.float32).reshape(12, 8) / 7,
@@ -133,7 +134,7 @@ def world():
 @pytest.mark.parametrize("piece_bytes", [1 << 20, 40])
 def test_what_lands_is_the_slices_in_the_engines_dtype(world, transport, piece_bytes, monkeypatch):
     monkeypatch.setattr(buckets, "BUCKET_BYTES", piece_bytes)
-    monkeypatch.setattr(SharedMemorySender, "part_bytes", piece_bytes)
+    monkeypatch.setattr(CHECKSUMS, "CHUNK_BYTES", piece_bytes)
     made = world(transport, SLOTS, BY_TWO)
     for push in (1, 2):
         TENSORS["weight"].add_(1)
@@ -184,9 +185,9 @@ def test_who_brings_nothing_is_named(world, transport):
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
-@pytest.mark.parametrize("part_bytes", [1 << 20, 12])  # of experts: all, and two rows
-def test_a_tensor_that_arrives_otherwise_is_named(world, transport, part_bytes, monkeypatch):
-    monkeypatch.setattr(SharedMemorySender, "part_bytes", part_bytes)
+@pytest.mark.parametrize("chunk_bytes", [1 << 20, 12])  # of experts: all, and two rows
+def test_a_tensor_that_arrives_otherwise_is_named(world, transport, chunk_bytes, monkeypatch):
+    monkeypatch.setattr(CHECKSUMS, "CHUNK_BYTES", chunk_bytes)
     made = world(transport, SLOTS, BY_TWO)
     inbox, arrived = made.receiver.inbox, made.receiver.inbox.arrived
 
@@ -211,6 +212,17 @@ def test_checksums_are_of_the_elements_in_order_whatever_the_strides():
     assert checksum(part) == known
     assert copy_with_checksum(target, part) == known and torch.equal(target, part)
     assert copy_with_checksum(target.clone(), part.to(torch.bfloat16)) != known
+
+
+def test_a_checksum_that_follows_arriving_rows_is_that_of_all(monkeypatch):
+    monkeypatch.setattr(CHECKSUMS, "CHUNK_BYTES", 3 * 4 * 50)
+    part = torch.randn(283, 80)[:, 7:57]
+    running, told = RunningChecksum(part), []
+    for row in (0, 1, 1, 40, 282):
+        running.reach(row)
+    assert running.digest() == xxhash.xxh3_64_intdigest(part.contiguous().numpy().tobytes())
+    assert copy_with_checksum(torch.zeros(283, 50), part, told.append) == running.digest()
+    assert told == list(range(3, 283, 3))
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "bfloat16", "float32"])
@@ -247,11 +259,11 @@ def test_a_plan_that_leaves_out_or_doubles_elements_is_refused(broken, said):
 
 def test_memory_of_a_process_that_was_killed_is_swept_away(monkeypatch):
     """And not that of one that lives: it is locked."""
-    monkeypatch.setattr(shared_memory, "SWEEP_AGE_SECONDS", -1.0)
-    paths = [shared_memory.FOLDER / f"{shared_memory.PREFIX}test.{os.getpid()}_{i}" for i in (0, 1)]
+    monkeypatch.setattr(named_memory, "SWEEP_AGE_SECONDS", -1.0)
+    paths = [named_memory.FOLDER / f"{named_memory.PREFIX}test.{os.getpid()}_{i}" for i in (0, 1)]
     code = (
         "import sys, time, pathlib\n"
-        "from megatron_r1.landing.transports.shared_memory import NamedMemory\n"
+        "from megatron_r1.landing.transports.named_memory import NamedMemory\n"
         "held = NamedMemory(pathlib.Path(sys.argv[1]), 4096)\n"
         "print('made', flush=True)\n"
         "time.sleep(60)"
@@ -272,5 +284,5 @@ def test_memory_of_a_process_that_was_killed_is_swept_away(monkeypatch):
 def test_a_sender_that_comes_too_late_leaves_nothing(tmp_path):
     gone = tmp_path / "gone"
     with pytest.raises(FileNotFoundError):
-        shared_memory._map(gone, 64)
+        named_memory.map_bytes(gone, 64)
     assert not gone.exists()

@@ -117,22 +117,12 @@ def test_a_silent_engine_is_an_error_after_the_timeout():
         ask({}, lambda client: client.resume(), delay_seconds=2.0, timeout_seconds=0.1)
 
 
-def test_an_update_is_start_update_finish_and_a_full_cache_reset():
-    update = {"path": "/dev/shm/x", "num_bytes": 8}
-    _, seen = ask({"success": True}, lambda client: client.update_weights(update, 12))
-    assert [path for _, path, _ in seen] == [
-        "/start_weight_update",
-        "/update_weights",
-        "/finish_weight_update",
-        "/reset_prefix_cache?reset_running_requests=true",
-    ]
-    assert json.loads(seen[1][2]) == {"update_info": update}
-    assert json.loads(seen[2][2]) == {"weight_version": "12"}
-
-
-def test_a_cache_that_was_not_reset_is_an_error():
-    with pytest.raises(EngineError, match="not reset"):
-        ask({"success": False}, lambda client: client.reset_prefix_cache())
+def test_a_swap_is_one_call():
+    update = {"push": 8}
+    _, seen = ask({"weight_version": "12"}, lambda client: client.swap_weights(update, 12))
+    assert [path for _, path, _ in seen] == ["/swap_weights"]
+    told = {"update_info": update, "weight_version": "12", "resume": True}
+    assert json.loads(seen[0][2]) == told
 
 
 @pytest.mark.parametrize(

@@ -1,38 +1,39 @@
-"""One host: trainer ranks write straight into the engine rank's memory, a file in /dev/shm whose
-name is gone as soon as all have mapped it, so that nothing of it outlives them. Who makes a file
-holds a lock on it until then: what a killed one has left is known by that, and swept away.
+"""One host: trainer ranks write straight into the engine rank's memory (`named_memory`).
 
-Beside it lies a sheet for each sender: the number of the push, how many deliveries are there, and
-their checksums. The receiver follows each sender with a checksum of its own, a moment behind it;
-large deliveries are cut for that, so that it finds them in the cache that the cores share.
+Beside it lies a sheet for each sender: the number of the push, how many of its bytes are there, and
+the checksums of the deliveries that are. The receiver follows each sender with a checksum of its
+own, so closely behind that it finds the bytes in the cache that the cores share.
 """
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-import os
 import threading
 import time
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from megatron_r1.landing.checksum import copy_with_checksum
+from megatron_r1.landing.inbox import Inbox
 from megatron_r1.landing.rendezvous import Plan
-from megatron_r1.landing.table import Delivery, by_rows, place
+from megatron_r1.landing.table import Delivery, place
 from megatron_r1.landing.transports.base import Receiver, Sender
+from megatron_r1.landing.transports.named_memory import (
+    FOLDER,
+    PREFIX,
+    NamedMemory,
+    map_bytes,
+    sweep,
+)
 
-FOLDER = Path("/dev/shm")
-PREFIX = "megatron_r1_"
-SWEEP_AGE_SECONDS = 60.0
 POLL_SECONDS = 0.002
-FOLLOW_SECONDS = 0.0002
+FOLLOW_SECONDS = 0.00002
 """Between looks at the sheets, and while a push is under way."""
-PUSH, COUNT, SUMS = 0, 1, 2
-"""Fields of a sheet of uint64: push, deliveries made, one checksum each."""
+PUSH, DONE, SUMS = 0, 1, 2
+"""Fields of a sheet of uint64: push, bytes of it that are there, one checksum for each delivery."""
 
 
 class SharedMemoryReceiver(Receiver):
@@ -55,7 +56,7 @@ class SharedMemoryReceiver(Receiver):
                 f"in {FOLDER}; lower push.memory_gib or make it larger"
             ) from error
         self.address = str(path)
-        return _map(path, num_bytes)
+        return map_bytes(path, num_bytes)
 
     def connect(self, plans: dict[int, Plan]) -> None:
         sheets = {sender: np.memmap(plan.address, np.uint64, "r") for sender, plan in plans.items()}
@@ -76,55 +77,69 @@ class SharedMemoryReceiver(Receiver):
             self._file.close()
 
     def _follow(self, sheets: dict[int, np.ndarray]) -> None:
-        """Check each delivery as its sender's count passes it."""
-        push, done = dict.fromkeys(sheets, 0), dict.fromkeys(sheets, 0)
-        num_deliveries = {sender: len(found) for sender, found in self.inbox.deliveries.items()}
+        """Check what each sender brings as it comes."""
+        followed = [_Followed(sender, sheet, self.inbox) for sender, sheet in sheets.items()]
         try:
             while not self._closing.is_set():
-                is_idle = True
-                for sender, sheet in sheets.items():
-                    # A sender sets its count to 0 before it begins another push.
-                    now, count = int(sheet[PUSH]), int(sheet[COUNT])
-                    if now != push[sender]:
-                        push[sender], done[sender] = now, 0
-                        count = 0 if int(sheet[PUSH]) != now else int(sheet[COUNT])
-                    for index in range(done[sender], count):
-                        self.inbox.arrived(sender, now, index, int(sheet[SUMS + index]))
-                        is_idle = False
-                    done[sender] = max(done[sender], count)
-                if is_idle:
-                    under_way = any(0 < done[sender] < num_deliveries[sender] for sender in sheets)
+                # Of all, and not of any: each has its turn.
+                if not sum(sender.follow() for sender in followed):
+                    under_way = any(sender.is_under_way for sender in followed)
                     time.sleep(FOLLOW_SECONDS if under_way else POLL_SECONDS)
         except Exception as error:
             self.inbox.failed(error)
 
 
+class _Followed:
+    """A sender, as its receiver sees it."""
+
+    def __init__(self, sender: int, sheet: np.ndarray, inbox: Inbox):
+        self.sender, self.sheet, self.inbox = sender, sheet, inbox
+        deliveries = inbox.deliveries[sender]
+        self.row_bytes = [delivery.row_bytes(inbox.table) for delivery in deliveries]
+        self.ends = list(accumulate(delivery.num_bytes(inbox.table) for delivery in deliveries))
+        self.starts = [0, *self.ends[:-1]]
+        self.push = self.index = self.seen = 0
+
+    @property
+    def is_under_way(self) -> bool:
+        return bool(self.seen) and self.index < len(self.ends)
+
+    def follow(self) -> bool:
+        """Check what has come since; whether anything has."""
+        push, done = int(self.sheet[PUSH]), int(self.sheet[DONE])
+        if push != self.push:
+            # A sender sets its count to 0 before it begins another push.
+            self.push, self.index, self.seen = push, 0, 0
+            done = int(self.sheet[DONE]) if int(self.sheet[PUSH]) == push else 0
+        if done <= self.seen:
+            return False
+        while self.index < len(self.ends) and self.ends[self.index] <= done:
+            sent = int(self.sheet[SUMS + self.index])
+            self.inbox.arrived(self.sender, push, self.index, sent)
+            self.index += 1
+        if self.index < len(self.ends) and done > self.starts[self.index]:
+            row = (done - self.starts[self.index]) // self.row_bytes[self.index]
+            self.inbox.coming(self.sender, push, self.index, row)
+        self.seen = done
+        return True
+
+
 class SharedMemorySender(Sender):
-    part_bytes = 8 << 20
     _sheet: np.ndarray | None = None
     _file: NamedMemory | None = None
 
     def plan(self, deliveries: Sequence[Delivery]) -> Plan:
-        self._cut = [
-            (index, rows)
-            for index, delivery in enumerate(deliveries)
-            for rows in by_rows(delivery.height, self._row_bytes(delivery), self.part_bytes)
-        ]
-        """What each delivery of the plan is of those that were given: index and rows."""
-        parts = [deliveries[index].part(rows) for index, rows in self._cut]
         name = _name(self.meeting.engine, self.rank)
         self.address = str(FOLDER / f"{name}_from_{self.sender}")
-        self._file = NamedMemory(Path(self.address), 8 * (SUMS + len(parts)))
+        self._file = NamedMemory(Path(self.address), 8 * (SUMS + len(deliveries)))
         self._sheet = np.memmap(self.address, np.uint64, "r+")
         self._memory = self.open()
-        return super().plan(parts)
-
-    def _row_bytes(self, delivery: Delivery) -> int:
-        return delivery.num_bytes(self.table) // delivery.height
+        self._views: dict[int, list[torch.Tensor]] = {}
+        return super().plan(deliveries)
 
     def open(self) -> torch.Tensor:
         """The receiver's memory."""
-        return _map(Path(self.offer.address), self.table.areas * self.table.num_bytes)
+        return map_bytes(Path(self.offer.address), self.table.areas * self.table.num_bytes)
 
     def connect(self) -> None:
         pass
@@ -133,15 +148,26 @@ class SharedMemorySender(Sender):
         self.await_room(push, window)
         sheet = self._sheet
         if int(sheet[PUSH]) != push:
-            sheet[COUNT] = 0
+            sheet[DONE] = 0
             sheet[PUSH] = push
-        area = self.table.area(self._memory, push)
+        targets, done = self._targets(push), int(sheet[DONE])
         for index in self.windows[window]:
             delivery = self.deliveries[index]
-            target = place(area, self.table.slots[delivery.slot], delivery)
-            given, rows = self._cut[index]
-            sheet[SUMS + index] = copy_with_checksum(target, sources[given][rows])
-            sheet[COUNT] = index + 1
+            row_bytes = delivery.row_bytes(self.table)
+
+            def written(row: int, start: int = done, row_bytes: int = row_bytes) -> None:
+                sheet[DONE] = start + row * row_bytes
+
+            sheet[SUMS + index] = copy_with_checksum(targets[index], sources[index], written)
+            sheet[DONE] = done = done + delivery.num_bytes(self.table)
+
+    def _targets(self, push: int) -> list[torch.Tensor]:
+        """Where each delivery of this push goes."""
+        at = push % self.table.areas
+        if at not in self._views:
+            area, slots = self.table.area(self._memory, push), self.table.slots
+            self._views[at] = [place(area, slots[d.slot], d) for d in self.deliveries]
+        return self._views[at]
 
     def close(self) -> None:
         self._sheet = None
@@ -149,45 +175,5 @@ class SharedMemorySender(Sender):
             self._file.close()
 
 
-class NamedMemory:
-    """A file in /dev/shm with room for `num_bytes`, locked until it is closed, which also takes its
-    name away, where the other side has not done so. Raises OSError where there is no room."""
-
-    def __init__(self, path: Path, num_bytes: int) -> None:
-        self.path = path
-        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
-        self._is_open = True
-        try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX)
-            # Not only sized: a write through a map into a full filesystem is a bus error.
-            os.posix_fallocate(self._descriptor, 0, num_bytes)
-        except OSError:
-            self.close()
-            raise
-
-    def close(self) -> None:
-        """Harmless if done."""
-        if self._is_open:
-            self._is_open = False
-            self.path.unlink(missing_ok=True)
-            os.close(self._descriptor)
-
-
-def sweep() -> None:
-    """Take away what processes that were killed have left in /dev/shm."""
-    for path in FOLDER.glob(f"{PREFIX}*"):
-        with contextlib.suppress(OSError), open(path, "rb") as file:
-            # A new one may not be locked yet.
-            if time.time() - os.fstat(file.fileno()).st_mtime > SWEEP_AGE_SECONDS:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                path.unlink()
-
-
 def _name(engine: str, rank: int) -> str:
     return f"{PREFIX}{engine.replace('/', '-')}_{rank}"
-
-
-def _map(path: Path, num_bytes: int) -> torch.Tensor:
-    """Raises OSError where the other side has given up, and its file is gone."""
-    path.stat()  # torch would make one
-    return torch.from_file(str(path), shared=True, size=num_bytes, dtype=torch.uint8)

@@ -1,16 +1,18 @@
 """vLLM's API server, started the way this project needs it: `python -m
 megatron_r1.rollout.vllm_plugin.serve ARGS`.
 
-ARGS are those of `vllm serve`. Two things differ from vLLM's own entry: the server and its children
-die with their parent, and on CPU the engine core is forked instead of spawned, as vLLM does on GPU,
-so that torch and vllm are imported once and not twice (or three times). `--headless` runs what one
-host has of an engine whose server is on another.
+ARGS are those of `vllm serve`. What differs from vLLM's own entry: the server and its children die
+with their parent; it has one call for all of a swap of weights; on CPU the engine core is forked
+instead of spawned, as vLLM does on GPU, so that torch and vllm are imported once and not twice (or
+three times), and keeps the memory that it frees. `--headless` runs what one host has of an engine
+whose server is on another.
 """
 
 import os
 import signal
 import sys
 
+from megatron_r1.freed_memory import keep_freed_memory
 from megatron_r1.quick_imports import quick_imports
 from megatron_r1.rollout.vllm_plugin import lifetime, stacks
 
@@ -69,8 +71,12 @@ def main() -> None:
         from vllm.entrypoints.launchers.api_server.entry import main as serve
         from vllm.platforms import current_platform
 
+        from megatron_r1.rollout.vllm_plugin import swap_call
+
+    swap_call.add()
     if current_platform.is_cpu():
         fork_on_cpu()
+        keep_freed_memory(also_large=True)
     if "--headless" in sys.argv:
         serve_headless()
     else:

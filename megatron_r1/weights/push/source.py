@@ -4,7 +4,7 @@ way."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from torch import Tensor
@@ -16,13 +16,16 @@ from megatron_r1.weights.stored.fp8_blocks import quantise
 Form = Literal["plain", "codes", "scales"]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Source:
     """`region` of an HF tensor, as it lies in a parameter that holds `piece` of it."""
 
     parameter: Tensor
     piece: Piece
     region: Region
+    _view: Tensor | None = field(default=None, init=False, repr=False)
+    _address: int = field(default=0, init=False, repr=False)
+    """Of the parameter's memory when the view was made; kept by the view, it is nobody else's."""
 
     @property
     def is_here(self) -> bool:
@@ -31,7 +34,12 @@ class Source:
         return piece.hf_start <= start and end <= piece.hf_start + piece.length
 
     def values(self) -> Tensor:
-        """(height, width); a view."""
+        """(height, width); a view, the same one as long as the parameter's memory is the same."""
+        if self._view is None or self._address != self.parameter.data_ptr():
+            self._view, self._address = self._look(), self.parameter.data_ptr()
+        return self._view
+
+    def _look(self) -> Tensor:
         matrix = self.parameter.detach()
         matrix = matrix if matrix.dim() > 1 else matrix[:, None]
         region, piece = self.region, self.piece

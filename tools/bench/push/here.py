@@ -2,8 +2,8 @@
 
 Of every push: the transfer (trainer's parameters to the engine's landing memory, checksums on both
 sides, while the engine could generate) and the pause (checks, and vLLM's own post-processing, which
-on a CPU packs every matrix for oneDNN). Beside it, in turns: one core's memory copies of as many
-bytes, and what a push replaces: the trainer exports a Hugging Face folder, the engine reloads it.
+on a CPU packs every matrix for oneDNN). Before and after each, one core's memory copies of as many
+bytes. Then what a push replaces: the trainer exports a Hugging Face folder, the engine reloads it.
 """
 
 from __future__ import annotations
@@ -77,16 +77,20 @@ async def _in_turns(trainer, fleet, config, shape, folder: Path, repeats: int) -
     num_bytes = width * sum(torch.Size(size).numel() for _, size in tensors)
     bridge = WeightBridge(trainer, fleet, config.push, tensors, {})
     await bridge.open()
+    copy = _Copy(num_bytes)
     rounds = []
     for version in range(repeats + 1):
         if version:
             await bridge.hold()
+        before = copy.seconds()
         start = time.perf_counter()
         seconds = await bridge.push(version)
         seconds["push"] = time.perf_counter() - start
-        seconds["copy"] = _copy_seconds(num_bytes)
-        seconds |= await _export_and_reload(trainer, fleet, folder / "export")
+        seconds["copy"] = (before + copy.seconds()) / 2
         rounds.append(seconds)
+    # Not in turns with pushes: the disk is still busy for a while afterwards.
+    for seconds in rounds:
+        seconds |= await _export_and_reload(trainer, fleet, folder / "export")
     found = {name: median(r[name] for r in rounds[1:]) for name in rounds[0]}
     return {
         "model": f"Qwen2 shape, {num_bytes / 2e9 * 2 / width:.3g}B parameters in "
@@ -102,19 +106,24 @@ async def _in_turns(trainer, fleet, config, shape, folder: Path, repeats: int) -
         "reload, seconds": found["reload"],
         "load average of the machine": os.getloadavg()[0],
         "export and reload over push": (found["export"] + found["reload"]) / found["push"],
+        "seconds of each round": rounds,
     }
 
 
-def _copy_seconds(num_bytes: int) -> float:
-    """One core, memory that has been touched before."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    source, target = (torch.ones(num_bytes, dtype=torch.uint8) for _ in range(2))
-    start = time.perf_counter()
-    target.copy_(source)
-    seconds = time.perf_counter() - start
-    torch.set_num_threads(threads)
-    return seconds
+class _Copy:
+    """By one core, between memory that was touched before."""
+
+    def __init__(self, num_bytes: int):
+        self.source, self.target = (torch.ones(num_bytes, dtype=torch.uint8) for _ in range(2))
+
+    def seconds(self) -> float:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        start = time.perf_counter()
+        self.target.copy_(self.source)
+        seconds = time.perf_counter() - start
+        torch.set_num_threads(threads)
+        return seconds
 
 
 async def _export_and_reload(trainer, fleet, folder: Path) -> dict[str, float]:
@@ -126,6 +135,6 @@ async def _export_and_reload(trainer, fleet, folder: Path) -> dict[str, float]:
     await client.pause()
     rpc = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
     await client._call("POST", "/collective_rpc", rpc)
-    await client.reset_prefix_cache()
+    await client._call("POST", "/reset_prefix_cache")
     await client.resume()
     return {"export": exported - start, "reload": time.perf_counter() - exported}
