@@ -30,7 +30,7 @@ from megatron_r1.landing.transports.named_memory import (
 )
 
 POLL_SECONDS = 0.002
-FOLLOW_SECONDS = 0.00002
+FOLLOW_SECONDS = 0.0001
 """Between looks at the sheets, and while a push is under way."""
 PUSH, DONE, SUMS = 0, 1, 2
 """Fields of a sheet of uint64: push, bytes of it that are there, one checksum for each delivery."""

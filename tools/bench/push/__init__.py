@@ -14,7 +14,8 @@ from push.real_size import plan_of_671b
 
 
 def add_options(options: argparse.ArgumentParser) -> None:
-    options.add_argument("--repeats", type=int, default=5)
+    options.add_argument("--repeats", type=int, default=30, help="pushes")
+    options.add_argument("--reloads", type=int, default=5, help="exports and reloads")
     options.add_argument("--hidden", type=int, default=1024, help="of the model pushed here")
     options.add_argument("--layers", type=int, default=8)
     options.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
@@ -35,9 +36,14 @@ def run(chosen: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         shape = model(chosen.hidden, chosen.layers, chosen.dtype)
         environment = {"MEGATRON_R1_PLAIN_MATRICES": "1"} if chosen.plain_matrices else {}
-        here = asyncio.run(measure(Path(folder), shape, environment, chosen.repeats))
-    print(f"here, {here['model']}: medians of {chosen.repeats} after one to warm up")
+        times = chosen.repeats, chosen.reloads
+        here = asyncio.run(measure(Path(folder), shape, environment, *times))
+    print(
+        f"here, {here['model']}: medians of {chosen.repeats} pushes and {chosen.reloads} reloads, "
+        "without the first"
+    )
     for key, value in here.items():
-        if isinstance(value, float):
-            print(f"    {key:44} {value:.4g}")
+        if not isinstance(value, str):
+            values = value if isinstance(value, list) else [value]
+            print(f"    {key:44} {' to '.join(f'{number:.4g}' for number in values)}")
     return {"real_size": plan, "here": here}

@@ -12,7 +12,7 @@ import json
 import os
 import time
 from pathlib import Path
-from statistics import median
+from statistics import median, quantiles
 from typing import Any
 
 import torch
@@ -22,6 +22,9 @@ from megatron_r1.rl.weight_bridge import WeightBridge
 from megatron_r1.rollout.fleet import RolloutFleet
 from megatron_r1.training.client import TrainerClient
 from megatron_r1.weights import hf_tensors
+
+WARM_UP = 2
+"""Pushes: each of two areas takes a first one."""
 
 
 def model(hidden: int, layers: int, dtype: str) -> dict[str, Any]:
@@ -44,7 +47,7 @@ def model(hidden: int, layers: int, dtype: str) -> dict[str, Any]:
 
 
 async def measure(
-    folder: Path, shape: dict[str, Any], environment: dict[str, str], repeats: int
+    folder: Path, shape: dict[str, Any], environment: dict[str, str], repeats: int, num_reloads: int
 ) -> dict[str, Any]:
     """Medians of seconds and the ratios that follow. environment: the engine's, beside its own."""
     os.environ["OMP_WAIT_POLICY"] = "passive"
@@ -65,12 +68,14 @@ async def measure(
         await trainer.call("export", folder=str(folder / "export"))
         async with RolloutFleet(1, folder / "logs", **settings) as fleet:
             await fleet.start(folder / "export", version=-1)
-            return await _in_turns(trainer, fleet, config, shape, folder, repeats)
+            return await _measured(trainer, fleet, config, shape, folder, repeats, num_reloads)
     finally:
         await trainer.close()
 
 
-async def _in_turns(trainer, fleet, config, shape, folder: Path, repeats: int) -> dict[str, Any]:
+async def _measured(
+    trainer, fleet, config, shape, folder: Path, repeats: int, num_reloads: int
+) -> dict[str, Any]:
     shapes = hf_tensors(shape, with_mtp=False)
     tensors = [(name, size) for name, (size, _) in shapes.items()]
     width = 4 if config.rollout.dtype == "float32" else 2
@@ -78,8 +83,8 @@ async def _in_turns(trainer, fleet, config, shape, folder: Path, repeats: int) -
     bridge = WeightBridge(trainer, fleet, config.push, tensors, {})
     await bridge.open()
     copy = _Copy(num_bytes)
-    rounds = []
-    for version in range(repeats + 1):
+    pushes, reloads = [], []
+    for version in range(WARM_UP + repeats):
         if version:
             await bridge.hold()
         before = copy.seconds()
@@ -87,26 +92,36 @@ async def _in_turns(trainer, fleet, config, shape, folder: Path, repeats: int) -
         seconds = await bridge.push(version)
         seconds["push"] = time.perf_counter() - start
         seconds["copy"] = (before + copy.seconds()) / 2
-        rounds.append(seconds)
+        pushes.append(seconds)
     # Not in turns with pushes: the disk is still busy for a while afterwards.
-    for seconds in rounds:
-        seconds |= await _export_and_reload(trainer, fleet, folder / "export")
-    found = {name: median(r[name] for r in rounds[1:]) for name in rounds[0]}
+    for _ in range(1 + num_reloads):
+        reloads.append(await _export_and_reload(trainer, fleet, folder / "export"))
+    pushes, reloads = pushes[WARM_UP:], reloads[1:]
+    found = {
+        name: median(seconds[name] for seconds in rounds)
+        for rounds in (pushes, reloads)
+        for name in rounds[0]
+    }
+    shares = {
+        name: quantiles((r["copy"] / r[name] for r in pushes), n=4)
+        for name in ("push/transfer", "push")
+    }
     return {
         "model": f"Qwen2 shape, {num_bytes / 2e9 * 2 / width:.3g}B parameters in "
         f"{config.rollout.dtype}, {num_bytes / 1e9:.3g} GB",
         "memory copy, one core, GB/s": num_bytes / found["copy"] / 1e9,
         "transfer, seconds": found["push/transfer"],
         "transfer, GB/s": num_bytes / found["push/transfer"] / 1e9,
-        "transfer over memory copy": found["copy"] / found["push/transfer"],
+        "transfer over memory copy": shares["push/transfer"][1],
+        "transfer over memory copy, quartiles": shares["push/transfer"][::2],
         "pause, seconds": found["push/pause"],
         "push, seconds": found["push"],
-        "push over memory copy": found["copy"] / found["push"],
+        "push over memory copy": shares["push"][1],
+        "push over memory copy, quartiles": shares["push"][::2],
         "export, seconds": found["export"],
         "reload, seconds": found["reload"],
         "load average of the machine": os.getloadavg()[0],
         "export and reload over push": (found["export"] + found["reload"]) / found["push"],
-        "seconds of each round": rounds,
     }
 
 
