@@ -20,6 +20,7 @@ import sys
 from pathlib import Path
 
 import chaos
+import cores
 import estimators
 import fp8
 import push
@@ -54,7 +55,7 @@ def main() -> int:
         about = {
             "command": " ".join(["python tools/bench", *sys.argv[1:]]),
             "date": datetime.date.today().isoformat(),
-            "machine": f"{platform.machine()}, {step.cores()} cores",
+            "machine": f"{platform.machine()}, {cores.count()} cores",
             "python": platform.python_version(),
         }
         chosen.json.write_text(json.dumps({**about, **result}, indent=1) + "\n")

@@ -15,6 +15,7 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
+import cores
 import torch
 
 from megatron_r1.config import Config
@@ -84,6 +85,7 @@ async def _measured(
     await bridge.open()
     copy = _Copy(num_bytes)
     pushes, reloads = [], []
+    worth = [cores.worth()]
     for version in range(WARM_UP + repeats):
         if version:
             await bridge.hold()
@@ -93,6 +95,7 @@ async def _measured(
         seconds["push"] = time.perf_counter() - start
         seconds["copy"] = (before + copy.seconds()) / 2
         pushes.append(seconds)
+    worth.append(cores.worth())
     # Not in turns with pushes: the disk is still busy for a while afterwards.
     for _ in range(1 + num_reloads):
         reloads.append(await _export_and_reload(trainer, fleet, folder / "export"))
@@ -120,7 +123,7 @@ async def _measured(
         "push over memory copy, quartiles": shares["push"][::2],
         "export, seconds": found["export"],
         "reload, seconds": found["reload"],
-        "load average of the machine": os.getloadavg()[0],
+        "all cores are worth, before and after the pushes": worth,
         "export and reload over push": (found["export"] + found["reload"]) / found["push"],
     }
 

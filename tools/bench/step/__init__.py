@@ -12,9 +12,12 @@ import argparse
 import os
 import sys
 import tempfile
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+import cores
 
 from . import ours, recipe, theirs
 from .figures import compared, overlapped, table
@@ -44,48 +47,45 @@ def add_options(options: argparse.ArgumentParser) -> None:
     options.add_argument("--page", type=Path, help="also write the figures here, for people")
 
 
-def cores() -> int:
-    return len(os.sched_getaffinity(0))
-
-
 def run(chosen: argparse.Namespace) -> dict[str, Any]:
     """Medians and ratios, with every step they come from."""
     if chosen.recipe:
-        return recipe.run(chosen, cores())
+        return recipe.run(chosen, cores.count())
     versions = {name: metadata.version(name) for name in PACKAGES}
     versions["trl"] = theirs.version(chosen.peer_python)
     with tempfile.TemporaryDirectory() as folder:
-        steps, loads = _measure(chosen, Path(folder))
+        steps, hours = _measure(chosen, Path(folder))
     comparisons = {name: compared(steps[name, "ours"], steps[name, "trl"]) for name in WORKS}
     overlap = overlapped(steps["long tail", "in turns"], steps["long tail", "overlapped"])
     print(table(comparisons, overlap))
     result = {
         "packages": versions,
-        "load": (min(loads), max(loads)),
+        "load": _range(hour["load"] for hour in hours),
+        "cores are worth": _range(hour["worth"] for hour in hours),
         "work": {name: vars(work) for name, work in WORKS.items()},
         "comparisons": comparisons,
         "overlap": overlap,
         "steps": {f"{name}, {system}": lines for (name, system), lines in steps.items()},
     }
     if chosen.page:
-        chosen.page.write_text(as_page(result, cores()), encoding="utf-8")
+        chosen.page.write_text(as_page(result, cores.count()), encoding="utf-8")
     return result
 
 
 def _measure(
     chosen: argparse.Namespace, folder: Path
-) -> tuple[dict[tuple[str, str], list[dict]], list[float]]:
-    """The steps of each system on each work, those of all its runs together; the load average
-    before each run."""
+) -> tuple[dict[tuple[str, str], list[dict]], list[dict[str, float]]]:
+    """The steps of each system on each work, those of all its runs together; before each run, the
+    load average and what the cores were worth."""
     model = write_model(folder / "model", TOKENIZER, Tail())
     questions = write_questions(folder / "questions.jsonl", 256)
     steps: dict[tuple[str, str], list[dict]] = {}
-    loads: list[float] = []
+    hours: list[dict[str, float]] = []
     turns = [(name, system) for name in WORKS for system in SYSTEMS[name]]
     for repeat in range(chosen.repeats):
         for name, system in turns:
             work = WORKS[name]
-            loads.append(os.getloadavg()[0])
+            hours.append({"load": os.getloadavg()[0], "worth": cores.worth()})
             if system == "trl":
                 # Where answers are long, a step of theirs takes as long as several of ours.
                 count = chosen.steps if name == "short" else max(2, chosen.steps // 3)
@@ -95,5 +95,14 @@ def _measure(
                 lines = ours.run(work, model, questions, place, chosen.steps, SETTINGS[system])
             steps.setdefault((name, system), []).extend(lines)
             seconds = ", ".join(f"{line['seconds']:.2f}" for line in lines)
-            print(f"{name}, {system}: {seconds} s a step; load before {loads[-1]:.1f}", flush=True)
-    return steps, loads
+            print(
+                f"{name}, {system}: {seconds} s a step; before it load {hours[-1]['load']:.1f}, "
+                f"{cores.count()} cores worth {hours[-1]['worth']:.1f}",
+                flush=True,
+            )
+    return steps, hours
+
+
+def _range(values: Iterable[float]) -> tuple[float, float]:
+    found = list(values)
+    return min(found), max(found)

@@ -11,6 +11,7 @@ from .work import Work
 TEXT = """# Whole RL steps beside TRL
 
 `python tools/bench step`, {date}; {cores} cores, no GPU; load average before a run {load};
+at once the cores got {worth} times as much done as one (a virtual machine's may be threads of one);
 {packages}.
 
 The same Qwen2-shaped model folder for both (4 layers, hidden 128, fp32), the same {questions}
@@ -41,6 +42,7 @@ def as_page(result: dict[str, Any], cores: int) -> str:
             date=datetime.date.today().isoformat(),
             cores=cores,
             load=" to ".join(f"{limit:.1f}" for limit in result["load"]),
+            worth=" to ".join(f"{limit:.1f}" for limit in result["cores are worth"]),
             packages=packages,
             questions=long.questions,
             group=long.group,
