@@ -115,8 +115,8 @@ def keep_matrices_plain() -> None:
     """Multiply by matrices as they lie in memory, where the environment says so.
 
     Answers vllm/model_executor/layers/utils.py (`dispatch_cpu_unquantized_gemm`), which on CPU
-    packs every matrix for oneDNN, at 0.3 (bfloat16) to 1 GB/s (float32) on one core: with new
-    weights every few seconds that is most of a push.
+    packs every matrix for oneDNN, at 1.6 (bfloat16) to 6 GB/s (float32) on one core: most of a
+    push.
     """
     if os.environ.get(PLAIN_MATRICES):
         from vllm import _custom_ops
