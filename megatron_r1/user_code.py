@@ -59,15 +59,11 @@ def source_of(function: str) -> str:
 
 
 def _below(folder: str, module: str) -> ModuleSpec | None:
-    """A module found in `folder`, of whose packages none is imported."""
-    found, path, name = None, [folder], ""
-    for part in module.split("."):
-        name = f"{name}.{part}" if name else part
-        found = PathFinder.find_spec(name, path)
-        if found is None:
-            return None
-        path = found.submodule_search_locations or []
-    return found if found.origin else None  # a mere folder may be called as a package is
+    """A module found in `folder`, of whose packages none is imported, nor need be one: the finder
+    itself takes a folder in a folder for a package's only where the outer one has been imported."""
+    *packages, last = module.split(".")
+    found = PathFinder.find_spec(last, [str(Path(folder, *packages))])
+    return found if found and found.origin else None  # a mere folder may be called as a package is
 
 
 def syntax_of(function: str) -> str:

@@ -46,12 +46,21 @@ def test_the_page_shows_the_figures_it_was_given():
     result = {
         "packages": {"trl": "1.2.3"},
         "load": (0.25, 1.0),
+        "cores are worth": (1.125, 1.875),
         "work": {name: vars(work) for name, work in WORKS.items()},
         "comparisons": {"short": both},
         "overlap": figures.overlapped([step(3, 1, **phases)], [step(2.2, 1)]),
     }
     text = page.as_page(result, cores=3)
-    for shown in ("trl 1.2.3", "3 cores", "0.2 to 1.0", "5.00", "2.20 s = 1.10 x", "at 256 tokens"):
+    for shown in (
+        "trl 1.2.3",
+        "3 cores",
+        "0.2 to 1.0",
+        "1.1 to 1.9",
+        "5.00",
+        "2.20 s = 1.10 x",
+        "at 256 tokens",
+    ):
         assert shown in text
 
 
