@@ -15,7 +15,8 @@ def keep_freed_memory(*, also_large: bool = False) -> None:
     """For this process and those forked from it; harmless where the C library is another one.
 
     also_large: blocks above 32 MiB too, the largest that glibc takes from its heap while it may map
-    any."""
+    any. For engines, which make their largest ones, packed matrices, anew with every push; trainers
+    have theirs for good, or for once."""
     settings = {MMAP_THRESHOLD: 32 << 20, TRIM_THRESHOLD: 512 << 20, TOP_PAD: 64 << 20}
     if also_large:
         settings[MMAP_MAX] = 0

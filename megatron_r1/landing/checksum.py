@@ -6,7 +6,7 @@ They answer for what wires, memory and indices do by accident, not for an advers
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -31,16 +31,15 @@ class RunningChecksum:
         self._hashed = xxhash.xxh3_64()
         if not values.is_cuda:
             self._words = _words(values)
-            self._chunk = _chunk_rows(values)
 
     def reach(self, row: int) -> None:
         """The rows before this one are there, and will not change."""
         if self._values.is_cuda:
             return
-        while self._row < row:
-            end = min(self._row + self._chunk, row)
-            self._hashed.update(np.ascontiguousarray(self._words[self._row : end]))
-            self._row = end
+        new = self._words[self._row : row]
+        for rows in _chunks(new):
+            self._hashed.update(np.ascontiguousarray(new[rows]))
+        self._row += len(new)
 
     def digest(self) -> int:
         """All rows are there."""
@@ -63,23 +62,20 @@ def copy_with_checksum(
     if target.is_cuda:
         target.copy_(source)
         return sums(target)
-    hashed = xxhash.xxh3_64()
     is_converted = target.dtype != source.dtype or source.is_cuda
-    into = _words(target)
-    read = into if is_converted else _words(source)
-    height, step = len(target), _chunk_rows(target)
-    for start in range(0, height, step):
-        rows = slice(start, start + step)
-        if written and start:
-            written(start)
-        if is_converted:
+    running = RunningChecksum(target if is_converted else source)
+    into, read = _words(target), None if is_converted else _words(source)
+    for rows in _chunks(into):
+        if written and rows.start:
+            written(rows.start)
+        if read is None:
             target[rows].copy_(source[rows])
-        chunk = np.ascontiguousarray(read[rows])
-        hashed.update(chunk)  # before it is copied, which finds it in the cache then
-        if not is_converted:
-            # By NumPy, in this thread: PyTorch would wake others for every chunk.
-            np.copyto(into[rows], chunk)
-    return hashed.intdigest()
+        running.reach(rows.stop)
+        if read is not None:
+            # After its checksum, and so from the cache. By NumPy, in this thread: PyTorch would
+            # wake others for every chunk.
+            np.copyto(into[rows], read[rows])
+    return running.digest()
 
 
 def sums(values: torch.Tensor) -> int:
@@ -107,5 +103,6 @@ def as_bytes(values: torch.Tensor):
     return values.reshape(-1).view(torch.uint8).numpy()
 
 
-def _chunk_rows(values: torch.Tensor) -> int:
-    return max(1, CHUNK_BYTES // (values.shape[1] * values.element_size()))
+def _chunks(words: np.ndarray) -> Iterator[slice]:
+    height, width = words.shape
+    return by_rows(height, width * words.itemsize, CHUNK_BYTES)
