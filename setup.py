@@ -12,6 +12,7 @@ TRAINER = [
     "transformers>=5.5",
     "safetensors",
     "einops",
+    "llvmlite>=0.44",
     "numpy",
     "xxhash",
 ]

@@ -6,7 +6,7 @@ tensor that it wants, where in that memory it goes. Trainer ranks answer with th
 each will make, and with every push send the bytes of those and one checksum each. Nothing here
 knows a transport, a model or a parallel layout.
 
-Imports torch, msgspec and xxhash: it runs in the trainer and inside vLLM.
+Imports torch, msgspec, llvmlite and xxhash: it runs in the trainer and inside vLLM.
 """
 
 from megatron_r1.landing.checksum import checksum, copy_with_checksum

@@ -1,5 +1,6 @@
-"""One 64-bit checksum per delivery: XXH3, taken while its bytes are still in the cache; on a GPU,
-where XXH3 would have to bring every byte to the host, sums.
+"""One 64-bit checksum per delivery, of its elements row after row, whatever the strides: `LaneSums`
+where its rows are whole stripes of them, else XXH3, taken a chunk at a time while its bytes are in
+the cache; on a GPU, where either would have to bring every byte to the host, sums of another kind.
 
 They answer for what wires, memory and indices do by accident, not for an adversary.
 """
@@ -12,45 +13,62 @@ import numpy as np
 import torch
 import xxhash
 
+from megatron_r1.landing import lanes
 from megatron_r1.landing.table import by_rows
 
 CHUNK_BYTES = 1 << 19
-"""Fits into a core's cache: a chunk is hashed right after it was copied."""
+"""Fits into a core's cache."""
+PASS_BYTES = 1 << 22
+"""In one pass of copying and summing: how far apart a receiver hears of what is there."""
 SUMMED_ELEMENTS = 1 << 22
 """At once, as int64."""
 MIXER = 0x1E3779B97F4A7C15
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
+class RowsChecksum:
+    """Of rows of so many bytes in the host's memory, in order."""
+
+    def __init__(self, row_bytes: int):
+        self._lanes = lanes.LaneSums() if lanes.fit(row_bytes) else None
+        self._hashed = xxhash.xxh3_64()
+
+    def update(self, rows: torch.Tensor) -> None:
+        """rows: (height, width), the next ones."""
+        if self._lanes is not None:
+            self._lanes.read(rows)
+            return
+        words = _words(rows)
+        for chunk in _chunks(rows, CHUNK_BYTES):
+            self._hashed.update(np.ascontiguousarray(words[chunk]))
+
+    def digest(self) -> int:
+        return (self._hashed if self._lanes is None else self._lanes).intdigest()
+
+
 class RunningChecksum:
-    """Of a (height, width) tensor's elements, row after row, whatever its strides, while its rows
-    arrive."""
+    """Of a (height, width) tensor's elements while its rows arrive."""
 
     def __init__(self, values: torch.Tensor):
         self._values, self._row = values, 0
-        self._hashed = xxhash.xxh3_64()
-        if not values.is_cuda:
-            self._words = _words(values)
+        self._rows = RowsChecksum(values.shape[1] * values.itemsize)
 
     def reach(self, row: int) -> None:
         """The rows before this one are there, and will not change."""
-        if self._values.is_cuda:
-            return
-        new = self._words[self._row : row]
-        for rows in _chunks(new):
-            self._hashed.update(np.ascontiguousarray(new[rows]))
-        self._row += len(new)
+        if not self._values.is_cuda and row > self._row:
+            self._rows.update(self._values[self._row : row])
+            self._row = row
 
     def digest(self) -> int:
         """All rows are there."""
         if self._values.is_cuda:
             return sums(self._values)
         self.reach(len(self._values))
-        return self._hashed.intdigest()
+        return self._rows.digest()
 
 
 def checksum(values: torch.Tensor) -> int:
-    """Of a (height, width) tensor's elements, row after row, whatever its strides."""
+    """Of a (height, width) tensor's elements."""
     return RunningChecksum(values).digest()
 
 
@@ -58,23 +76,26 @@ def copy_with_checksum(
     target: torch.Tensor, source: torch.Tensor, written: Callable[[int], None] | None = None
 ) -> int:
     """target.copy_(source), both (height, width); the checksum of what `target` must hold then.
-    Returns when it is written. written: told now and then how many rows are, never that all are."""
+    Returns when this process sees it written; for others, see `lanes.order`. written: told now and
+    then how many rows are, never that all are."""
     if target.is_cuda:
         target.copy_(source)
         return sums(target)
+    if lanes.can_copy(target, source):
+        summed = lanes.LaneSums()
+        for rows in _told(target, PASS_BYTES, written):
+            summed.copy(target[rows], source[rows])
+        return summed.intdigest()
     is_converted = target.dtype != source.dtype or source.is_cuda
     running = RunningChecksum(target if is_converted else source)
-    into, read = _words(target), None if is_converted else _words(source)
-    for rows in _chunks(into):
-        if written and rows.start:
-            written(rows.start)
-        if read is None:
+    for rows in _told(target, CHUNK_BYTES, written):
+        if is_converted:
             target[rows].copy_(source[rows])
         running.reach(rows.stop)
-        if read is not None:
+        if not is_converted:
             # After its checksum, and so from the cache. By NumPy, in this thread: PyTorch would
             # wake others for every chunk.
-            np.copyto(into[rows], read[rows])
+            np.copyto(_words(target[rows]), _words(source[rows]))
     return running.digest()
 
 
@@ -98,11 +119,17 @@ def _words(values: torch.Tensor) -> np.ndarray:
     return values.detach().view(_BITS[values.element_size()]).numpy()
 
 
-def as_bytes(values: torch.Tensor):
-    """A buffer of a contiguous host tensor's bytes, of any dtype."""
-    return values.reshape(-1).view(torch.uint8).numpy()
+def _chunks(values: torch.Tensor, most: int) -> Iterator[slice]:
+    """Rows of a (height, width) tensor, `most` bytes of them at once."""
+    height, width = values.shape
+    return by_rows(height, width * values.itemsize, most)
 
 
-def _chunks(words: np.ndarray) -> Iterator[slice]:
-    height, width = words.shape
-    return by_rows(height, width * words.itemsize, CHUNK_BYTES)
+def _told(
+    values: torch.Tensor, most: int, written: Callable[[int], None] | None
+) -> Iterator[slice]:
+    """`_chunks`; between them `written` is told how far they are."""
+    for rows in _chunks(values, most):
+        if written and rows.start:
+            written(rows.start)
+        yield rows

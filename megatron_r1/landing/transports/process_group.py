@@ -17,10 +17,9 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-import xxhash
 
 from megatron_r1.landing import delta
-from megatron_r1.landing.checksum import as_bytes
+from megatron_r1.landing.checksum import RowsChecksum
 from megatron_r1.landing.rendezvous import Plan
 from megatron_r1.landing.table import Delivery, dtype_of
 from megatron_r1.landing.transports.base import Receiver, Sender
@@ -163,11 +162,13 @@ class ProcessGroupSender(Sender):
         header = Header(push, window, 0 if is_full else self._base)
         self._base = 0  # what breaks off leaves nothing to build on
         finish(group.send([self._integers(header)], 0, 0), self)
-        hashes = {index: xxhash.xxh3_64() for index in indices}
+        running = {
+            index: RowsChecksum(self.deliveries[index].row_bytes(self.table)) for index in indices
+        }
         on_the_wire: list[tuple[dist.Work, torch.Tensor]] = []
         self.num_bytes_sent = 0
         for number, bucket in enumerate(buckets(self.table, self.deliveries, indices)):
-            packed = self._packed(bucket, sources, hashes)
+            packed = self._packed(bucket, sources, running)
             travels = self._travelling(number, packed, header)
             for work, _ in on_the_wire:
                 finish(work, self)
@@ -175,7 +176,7 @@ class ProcessGroupSender(Sender):
             self.num_bytes_sent += sum(buffer.nbytes for buffer in travels)
         for work, _ in on_the_wire:
             finish(work, self)
-        sums = [hashes[index].intdigest() for index in indices]
+        sums = [running[index].digest() for index in indices]
         signed = self._integers(s - 2**64 if s >= 2**63 else s for s in sums)
         finish(group.send([signed], 0, 0), self)
         if self.full_every > 1:
@@ -187,13 +188,13 @@ class ProcessGroupSender(Sender):
             self._group.abort()
             del self._group  # closes the connection
 
-    def _packed(self, bucket: list[Chunk], sources, hashes: dict[int, xxhash.xxh3_64]):
-        """A bucket's bytes on the host, in the engine's dtypes; hashed."""
+    def _packed(self, bucket: list[Chunk], sources, running: dict[int, RowsChecksum]):
+        """A bucket's bytes on the host, in the engine's dtypes; summed."""
         packed = []
         for index, top, bottom in bucket:
             dtype = dtype_of(self.table.slots[self.deliveries[index].slot])
             values = sources[index][top:bottom].to("cpu", dtype).contiguous()
-            hashes[index].update(as_bytes(values))
+            running[index].update(values)
             packed.append(values.reshape(-1).view(torch.uint8))
         return torch.cat(packed)
 

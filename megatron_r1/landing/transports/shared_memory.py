@@ -2,7 +2,7 @@
 
 Beside it lies a sheet for each sender: the number of the push, how many of its bytes are there, and
 the checksums of the deliveries that are. The receiver follows each sender with a checksum of its
-own, so closely behind that it finds the bytes in the cache that the cores share.
+own, so that it is done a moment after the last of them.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 
 from megatron_r1.landing.checksum import copy_with_checksum
 from megatron_r1.landing.inbox import Inbox
+from megatron_r1.landing.lanes import order
 from megatron_r1.landing.rendezvous import Plan
 from megatron_r1.landing.table import Delivery, place
 from megatron_r1.landing.transports.base import Receiver, Sender
@@ -113,6 +114,7 @@ class _Followed:
             done = int(self.sheet[DONE]) if int(self.sheet[PUSH]) == push else 0
         if done <= self.seen:
             return False
+        order()
         while self.index < len(self.ends) and self.ends[self.index] <= done:
             sent = int(self.sheet[SUMS + self.index])
             self.inbox.arrived(self.sender, push, self.index, sent)
@@ -156,9 +158,11 @@ class SharedMemorySender(Sender):
             row_bytes = delivery.row_bytes(self.table)
 
             def written(row: int, start: int = done, row_bytes: int = row_bytes) -> None:
+                order()
                 sheet[DONE] = start + row * row_bytes
 
             sheet[SUMS + index] = copy_with_checksum(targets[index], sources[index], written)
+            order()
             sheet[DONE] = done = done + delivery.num_bytes(self.table)
 
     def _targets(self, push: int) -> list[torch.Tensor]:
