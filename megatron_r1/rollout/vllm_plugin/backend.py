@@ -19,7 +19,8 @@ from vllm.platforms import current_platform
 from megatron_r1.landing.rendezvous import Rendezvous
 from megatron_r1.landing.transports import Receiver, receiver_class
 from megatron_r1.rollout.vllm_plugin import swap
-from megatron_r1.rollout.vllm_plugin.memory_layout import lay_out
+from megatron_r1.rollout.vllm_plugin.cpu_mends import is_packed
+from megatron_r1.rollout.vllm_plugin.memory_layout import lay_out, with_gaps
 from megatron_r1.rollout.vllm_plugin.recorder import record
 
 
@@ -67,6 +68,7 @@ class LandingEngine(WeightTransferEngine[LandingInit, LandingUpdate]):
         self._rank = parallel.data_parallel_index * parallel.world_size + parallel.rank
         try:
             needed, keeps = record(self.model, init_info.tensors), current_platform.is_cpu()
+            needed = with_gaps(needed, lambda parameter: is_packed(parameter, self.model))
             placed, table = lay_out(needed, init_info.memory_bytes, keeps=keeps)
             self.shutdown()
             self._placed = placed
@@ -91,7 +93,7 @@ class LandingEngine(WeightTransferEngine[LandingInit, LandingUpdate]):
             receiver.inbox.wait(push, window, update_info.timeout_seconds)
             placed = [at for at in self._placed if at.window == window]
             area = receiver.table.area(receiver.memory, push)
-            swap.load(placed, area, keep=receiver.table.areas > 1)
+            swap.load(self.model, placed, area, keep=receiver.table.areas > 1)
             receiver.meeting.release(self._rank, push, window)
         swap.finish(self.model, self.model_config)
 

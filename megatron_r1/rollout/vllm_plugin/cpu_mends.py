@@ -1,5 +1,5 @@
 """Three bugs of vLLM 0.32's CPU build that give wrong log-probabilities without any error, one that
-ends the engine, and two habits that make starts and pushes slow.
+ends the engine, and habits that make starts and pushes slow.
 
 Each mend goes when upstream is fixed; tests/system/test_engine.py compares with transformers and
 fails without any one of the four. `mend` does those that are done once per process.
@@ -10,8 +10,14 @@ import os
 
 import torch
 from torch.overrides import TorchFunctionMode
-from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    ParallelLMHead,
+    UnquantizedEmbeddingMethod,
+    VocabParallelEmbedding,
+)
 from vllm.platforms import current_platform
+
+from megatron_r1.rollout.vllm_plugin.recorder import Parameter
 
 PLAIN_MATRICES = "MEGATRON_R1_PLAIN_MATRICES"
 
@@ -83,9 +89,25 @@ def repack_output_head(model: torch.nn.Module) -> None:
     """
     if not current_platform.is_cpu():
         return
-    for module in model.modules():
-        if isinstance(module, ParallelLMHead):
-            module.quant_method.process_weights_after_loading(module)
+    tables = [m for m in model.modules() if isinstance(m, VocabParallelEmbedding)]
+    for head in tables:
+        if isinstance(head, ParallelLMHead) and any(
+            other is not head and getattr(other, "weight", None) is head.weight for other in tables
+        ):
+            head.quant_method.process_weights_after_loading(head)
+
+
+def is_only_looked_up(layer: torch.nn.Module, model: torch.nn.Module) -> bool:
+    """Whether a layer is an embedding that nothing multiplies by, although vLLM packs it with every
+    loading. (One without a head beside it may be the head, too.)
+
+    Answers the same lines as `repack_output_head`, which ask for no more than a CPU."""
+    return (
+        current_platform.is_cpu()
+        and isinstance(layer, VocabParallelEmbedding)
+        and not isinstance(layer, ParallelLMHead)
+        and any(isinstance(other, ParallelLMHead) for other in model.modules())
+    )
 
 
 def seed_whole_prompts_only() -> None:
@@ -115,13 +137,32 @@ def keep_matrices_plain() -> None:
     """Multiply by matrices as they lie in memory, where the environment says so.
 
     Answers vllm/model_executor/layers/utils.py (`dispatch_cpu_unquantized_gemm`), which on CPU
-    packs every matrix for oneDNN, at 1.6 (bfloat16) to 6 GB/s (float32) on one core: most of a
-    push.
+    packs every matrix for oneDNN: most of a push's time.
     """
     if os.environ.get(PLAIN_MATRICES):
         from vllm import _custom_ops
 
         _custom_ops._supports_onednn = False
+
+
+def is_packed(parameter: Parameter, model: torch.nn.Module) -> bool:
+    """Whether its layer's post-processing packs a matrix for oneDNN, by the same function."""
+    from vllm import _custom_ops
+    from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+    from vllm.model_executor.layers.utils import check_cpu_sgl_kernel
+
+    layer = parameter.layer
+    method = getattr(layer, "quant_method", None)
+    return (
+        current_platform.is_cpu()
+        and not current_platform.is_zen_cpu()  # AMD's library has a form of its own
+        and _custom_ops._supports_onednn
+        and parameter.name == "weight"
+        and isinstance(method, UnquantizedLinearMethod | UnquantizedEmbeddingMethod)
+        and not getattr(layer, "_cpu_skip_gemm_dispatch", False)  # as MLA's kv_b_proj
+        and not is_only_looked_up(layer, model)
+        and not check_cpu_sgl_kernel(*parameter.shape, parameter.dtype)
+    )
 
 
 class _ZerosOfTheKernel(TorchFunctionMode):

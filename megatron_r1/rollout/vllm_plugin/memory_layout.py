@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 import torch
@@ -13,6 +13,8 @@ from megatron_r1.rollout.vllm_plugin.recorder import Copy, Parameter
 
 ALIGNMENT = 64
 """Bytes; a parameter is a view of the memory while its layer loads."""
+GAP_BYTES = 128
+"""Between the rows of a matrix that `with_gaps` sets apart."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,38 @@ class Placed:
         value = elements.as_strided(at.shape, at.strides, elements.storage_offset())
         value[self.num_rows :] = 0
         return value
+
+
+def with_gaps(
+    copies: Mapping[Parameter, Sequence[Copy]], apart: Callable[[Parameter], bool]
+) -> dict[Parameter, Sequence[Copy]]:
+    """The same with a gap after every row of the matrices that are to lie `apart`.
+
+    Who packs a matrix for a product reads down its columns. Rows of a power of two of bytes would
+    all fall on the same few lines of the cache. With gaps oneDNN packs bfloat16 up to three times
+    as fast, and everything a little faster.
+    """
+    return dict(
+        _with_gaps(parameter, found)
+        if len(parameter.shape) == 2
+        and parameter.strides == (parameter.shape[1], 1)
+        and all(copy.height == 1 or copy.pitch % parameter.shape[1] == 0 for copy in found)
+        and apart(parameter)
+        else (parameter, found)
+        for parameter, found in copies.items()
+    )
+
+
+def _with_gaps(parameter: Parameter, copies: Sequence[Copy]) -> tuple[Parameter, Sequence[Copy]]:
+    width = parameter.shape[1]
+    stride = width + GAP_BYTES // parameter.dtype.itemsize
+
+    def moved(elements: int) -> int:
+        return elements // width * stride + elements % width
+
+    return replace(parameter, strides=(stride, 1)), [
+        replace(copy, offset=moved(copy.offset), pitch=moved(copy.pitch)) for copy in copies
+    ]
 
 
 def lay_out(

@@ -21,13 +21,23 @@ from vllm.model_executor.model_loader.reload.utils import (
     get_layer_tensors,
 )
 
-from megatron_r1.rollout.vllm_plugin.cpu_mends import forget_moe_kernel, repack_output_head
+from megatron_r1.rollout.vllm_plugin.cpu_mends import (
+    forget_moe_kernel,
+    is_only_looked_up,
+    repack_output_head,
+)
 from megatron_r1.rollout.vllm_plugin.memory_layout import Placed
 
 
 @torch.no_grad()
-def load(placed: Sequence[Placed], memory: torch.Tensor, *, keep: bool = False) -> None:
-    """Bring these parameters, whole layers of them, into use. The engine must not compute
+def load(
+    model: torch.nn.Module,
+    placed: Sequence[Placed],
+    memory: torch.Tensor,
+    *,
+    keep: bool = False,
+) -> None:
+    """Bring these parameters, whole layers of the model, into use. The engine must not compute
     meanwhile; afterwards the memory may be written again.
 
     keep: it may not. The engine then computes with parameters that no post-processing changes where
@@ -42,7 +52,7 @@ def load(placed: Sequence[Placed], memory: torch.Tensor, *, keep: bool = False) 
             at.parameter.name: at.value(memory) for at in of_layer if not at.parameter.is_live
         }
         if arrived:
-            _load_layer(of_layer[0].parameter.layer, arrived, keep)
+            _load_layer(model, of_layer[0].parameter.layer, arrived, keep)
 
 
 @torch.no_grad()
@@ -54,7 +64,9 @@ def finish(model: torch.nn.Module, config: ModelConfig) -> None:
     repack_output_head(model)
 
 
-def _load_layer(layer: torch.nn.Module, arrived: dict[str, torch.Tensor], keep: bool) -> None:
+def _load_layer(
+    model: torch.nn.Module, layer: torch.nn.Module, arrived: dict[str, torch.Tensor], keep: bool
+) -> None:
     info = layerwise.get_layerwise_info(layer)
     in_use = get_layer_params_buffers(layer)
     info.kernel_tensors = in_use
@@ -64,7 +76,8 @@ def _load_layer(layer: torch.nn.Module, arrived: dict[str, torch.Tensor], keep: 
     for name, tensor in waiting.items():
         if tensor.is_meta:
             setattr(layer, name, _materialized(tensor, arrived.get(name), info.restore_device))
-    _post_process(layer)
+    if not is_only_looked_up(layer, model):
+        _post_process(layer)
     for name, tensor in (in_use[0] | in_use[1]).items():
         # What neither arrived nor was made of what arrived keeps its value.
         if name in arrived or name not in waiting:

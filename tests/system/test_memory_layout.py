@@ -1,0 +1,66 @@
+"""Where parameters lie in the landing memory: what is written by the table is what a view shows."""
+
+import pytest
+import torch
+
+from megatron_r1.landing.table import place
+
+pytest.importorskip("vllm")
+
+from megatron_r1.rollout.vllm_plugin.memory_layout import (  # noqa: E402
+    GAP_BYTES,
+    lay_out,
+    with_gaps,
+)
+from megatron_r1.rollout.vllm_plugin.recorder import Copy, Parameter  # noqa: E402
+
+TENSORS = {
+    "gate": torch.randn(4, 8).bfloat16(),
+    "up": torch.randn(4, 8).bfloat16(),
+    "left": torch.randn(3, 6),
+    "right": torch.randn(3, 2),
+    "folded": torch.randn(8, 4),
+    "norm": torch.randn(8, 1),
+}
+
+
+def parameter(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Parameter:
+    strides = torch.empty(shape, device="meta").stride()
+    return Parameter(torch.nn.Identity(), name, name, shape, strides, dtype, False)
+
+
+FUSED = parameter("fused", (8, 8), torch.bfloat16)
+BESIDE = parameter("beside", (3, 8), torch.float32)
+FOLDED = parameter("folded", (4, 8), torch.float32)
+NORM = parameter("norm", (8,), torch.float32)
+COPIES = {
+    FUSED: [Copy("gate", (0, 4, 0, 8), 0, 8), Copy("up", (0, 4, 0, 8), 32, 8)],
+    BESIDE: [Copy("left", (0, 3, 0, 6), 0, 8), Copy("right", (0, 3, 0, 2), 6, 8)],
+    FOLDED: [Copy("folded", (0, 8, 0, 4), 0, 4)],  # two rows in one
+    NORM: [Copy("norm", (0, 8, 0, 1), 0, 1)],
+}
+EXPECTED = {
+    "fused": torch.cat([TENSORS["gate"], TENSORS["up"]]),
+    "beside": torch.cat([TENSORS["left"], TENSORS["right"]], 1),
+    "folded": TENSORS["folded"].reshape(4, 8),
+    "norm": TENSORS["norm"][:, 0],
+}
+
+
+@pytest.mark.parametrize("apart", [(), ("beside",), ("fused", "beside", "folded", "norm")])
+def test_what_lands_is_seen_with_gaps_and_without(apart):
+    copies = with_gaps(COPIES, lambda at: at.name in apart)
+    placed, table = lay_out(copies)
+    memory = torch.full((table.num_bytes,), 77, dtype=torch.uint8)
+    for slot in table.slots:
+        place(memory, slot).copy_(TENSORS[slot.name])
+    for at in placed:
+        value, name = at.value(memory), at.parameter.name
+        assert torch.equal(value, EXPECTED[name]), name
+        has_gaps = name in apart and name in ("fused", "beside")
+        gap = GAP_BYTES // value.itemsize if has_gaps else 0
+        assert value.dim() == 1 or value.stride() == (8 + gap, 1)
+    kept = sum(value.numel() * value.itemsize for value in EXPECTED.values())
+    rows = sum(len(EXPECTED[name]) for name in ("fused", "beside") if name in apart)
+    written = kept + GAP_BYTES * rows
+    assert kept <= table.num_bytes <= written + 64 * len(placed)
