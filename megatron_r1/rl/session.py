@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from statistics import fmean
 
+from megatron_r1 import gpu
 from megatron_r1.config import Config
 from megatron_r1.data.sampler import PromptSampler
 from megatron_r1.evaluation.heldout import evaluate
@@ -94,8 +95,11 @@ class Session:
         if self.step == 0:
             await self.evaluate()
         rl, steps = self.config.rl, self.config.run.steps
+        # A GPU makes the last long samples of a batch no slower when the next one fills it up; to a
+        # CPU every sequence is work, and the trainer waits for those.
+        alone = rl.dynamic_sampling or gpu.device() == "cpu"
         self._stream = RolloutStream(
-            self._sample, self.step + 1, steps, rl.staleness, one_at_a_time=rl.dynamic_sampling
+            self._sample, self.step + 1, steps, rl.staleness, one_at_a_time=alone
         )
 
     async def rollout(self) -> Collected:

@@ -30,9 +30,9 @@ class RolloutStream(Generic[Batch]):
         one_at_a_time: bool = False,
     ):
         """sample: makes the batch of a step; called in the order of the steps. one_at_a_time: the
-        next call waits for the one before to end, for batches that draw as many prompts as it
-        takes; otherwise they overlap, and the next fills the engines while the last long samples of
-        the one before are made."""
+        next call waits for the one before to end: for batches that draw as many prompts as it
+        takes, and for engines that are no faster with fewer sequences; otherwise they overlap, and
+        the next fills the engines while the last long samples of the one before are made."""
         self._sample, self._ahead, self._last = sample, ahead, last
         self._one_at_a_time = one_at_a_time
         self._next = first
