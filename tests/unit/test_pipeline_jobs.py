@@ -10,6 +10,7 @@ from pipeline_world import World, processes_naming, wait_until
 
 from megatron_r1.pipeline.keeper import descendants
 from megatron_r1.pipeline.schedule import run_all
+from megatron_r1.pipeline.work import Work
 
 MEET = '''
 """Stages that end only if they run beside each other."""
@@ -41,6 +42,16 @@ def linger(folder, *, seconds):
 def fail_beside(folder, *, other):
     meet(folder, other=other)
     raise RuntimeError("broken on purpose")
+
+
+def meet_and_stay(folder, *, other, until, seconds=20.0):
+    """Outlast the other's failure, however long its process takes to end."""
+    meet(folder, other=other)
+    deadline = time.monotonic() + seconds
+    while not Path(until).exists():
+        if time.monotonic() > deadline:
+            raise RuntimeError("nobody told of the failure")
+        time.sleep(0.01)
 '''
 PAIR = """
 pipeline: {folder: out}
@@ -52,7 +63,19 @@ stages:
     function: "meeting:join"
     arguments: {sources: ["${left.here}", "${right.here}"]}
 """
-FAILING = 'left: {verb: make, function: "meeting:fail_beside"'
+FAILING = """
+pipeline: {folder: out}
+stages:
+  left: {verb: make, function: "meeting:fail_beside", arguments: {other: "${pipeline.folder}/right"}}
+  right:
+    verb: make
+    function: "meeting:meet_and_stay"
+    arguments: {other: "${pipeline.folder}/left", until: told}
+  both:
+    verb: make
+    function: "meeting:join"
+    arguments: {sources: ["${left.here}", "${right.here}"]}
+"""
 LINGERING = """
 pipeline: {folder: out}
 stages:
@@ -102,8 +125,16 @@ def test_one_at_a_time_is_the_default(world, capfd):
     assert not (world.out / "right").exists()
 
 
-def test_after_a_failure_what_runs_comes_to_its_end_and_nothing_else_begins(world, capfd):
-    world.write(PAIR.replace('left: {verb: make, function: "meeting:meet"', FAILING))
+def test_after_a_failure_what_runs_comes_to_its_end_and_nothing_else_begins(
+    world, capfd, monkeypatch
+):
+    def tell(work, error, others):
+        say(work, error, others)
+        (world.out.parent / "told").touch()
+
+    say = Work._failed
+    monkeypatch.setattr(Work, "_failed", tell)
+    world.write(FAILING)
     assert world.run(TWO) == 1
     assert (world.out / "right/stage.json").exists()
     assert not (world.out / "both").exists()
