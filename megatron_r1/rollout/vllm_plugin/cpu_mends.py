@@ -1,8 +1,8 @@
-"""Three bugs of vLLM 0.32's CPU build that give wrong log-probabilities without any error, one that
-ends the engine, and habits that make starts and pushes slow.
+"""Three bugs of vLLM 0.32's CPU build that give wrong log-probabilities without any error, two that
+end the engine, and habits that make starts and pushes slow.
 
 Each mend goes when upstream is fixed; tests/system/test_engine.py compares with transformers and
-fails without any one of the four. `mend` does those that are done once per process.
+fails without any one of the five. `mend` does those that are done once per process.
 """
 
 import mmap
@@ -28,6 +28,7 @@ def mend() -> None:
     seed_whole_prompts_only()
     keep_matrices_plain()
     touch_cache_when_used()
+    take_reference_attention()
 
 
 def heads_are_adjacent(x: torch.Tensor | None, head_size: int) -> bool:
@@ -195,3 +196,24 @@ def touch_cache_when_used() -> None:
             return upstream(self, *args, **kwargs)
 
     CPUModelRunner.initialize_kv_cache_tensors = initialize_kv_cache_tensors
+
+
+def take_reference_attention() -> None:
+    """Let latent attention be computed the same way on all CPUs, unless a backend is asked for.
+
+    Answers vllm/platforms/cpu.py:156 and 260 (`CpuPlatform`): on CPUs with AMX it takes one that
+    has bf16 only, whatever the dtype, and with float32 the engine does not start.
+    """
+    from vllm.platforms.cpu import CpuPlatform
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    upstream = CpuPlatform.check_and_update_config.__func__
+
+    @classmethod
+    def check_and_update_config(cls: type[CpuPlatform], vllm_config: object) -> None:
+        model, attention = vllm_config.model_config, vllm_config.attention_config
+        if attention.backend is None and getattr(model, "use_mla", False):
+            attention.backend = AttentionBackendEnum.CPU_MLA
+        upstream(cls, vllm_config)
+
+    CpuPlatform.check_and_update_config = check_and_update_config
