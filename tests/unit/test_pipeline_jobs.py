@@ -66,7 +66,10 @@ stages:
 FAILING = """
 pipeline: {folder: out}
 stages:
-  left: {verb: make, function: "meeting:fail_beside", arguments: {other: "${pipeline.folder}/right"}}
+  left:
+    verb: make
+    function: "meeting:fail_beside"
+    arguments: {other: "${pipeline.folder}/right"}
   right:
     verb: make
     function: "meeting:meet_and_stay"
