@@ -1,8 +1,8 @@
-"""Three bugs of vLLM 0.32's CPU build that give wrong log-probabilities without any error, two that
-end the engine, and habits that make starts and pushes slow.
+"""Three bugs of vLLM 0.32's CPU build that give wrong log-probabilities without any error, three
+that end the engine, and habits that make starts and pushes slow.
 
 Each mend goes when upstream is fixed; tests/system/test_engine.py compares with transformers and
-fails without any one of the five. `mend` does those that are done once per process.
+fails without any one of the first five. `mend` does those that are done once per process.
 """
 
 import mmap
@@ -29,6 +29,7 @@ def mend() -> None:
     keep_matrices_plain()
     touch_cache_when_used()
     take_reference_attention()
+    ask_for_tiles()
 
 
 def heads_are_adjacent(x: torch.Tensor | None, head_size: int) -> bool:
@@ -217,3 +218,13 @@ def take_reference_attention() -> None:
         upstream(cls, vllm_config)
 
     CpuPlatform.check_and_update_config = check_and_update_config
+
+
+def ask_for_tiles() -> None:
+    """Let this process use AMX, for which Linux wants to be asked.
+
+    Answers csrc/cpu: its own kernels, of FP8 and of attention in bf16, rely on oneDNN having asked
+    before them. Where all of a model's products are theirs, the engine ends by SIGILL.
+    """
+    if torch.cpu._is_amx_tile_supported():
+        torch.cpu._init_amx()
