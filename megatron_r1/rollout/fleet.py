@@ -83,6 +83,7 @@ class RolloutFleet:
         self._broken: str | None = None
         self._pushing = asyncio.Lock()
         self._starting: set[Engine] = set()
+        self._joining: set[int] = set()
 
     async def __aenter__(self) -> RolloutFleet:
         return self
@@ -215,7 +216,15 @@ class RolloutFleet:
             EngineError: it did not start.
         """
         self.refuse_if_broken()
-        engine = await self.start_one(1 + max((e.index for e in self.engines), default=-1))
+        # Reserved from now on: others may be joining, and none is in `engines` yet while the
+        # fleet sleeps.
+        taken = self._joining.union(engine.index for engine in self.engines)
+        index = 1 + max(taken, default=-1)
+        self._joining.add(index)
+        try:
+            engine = await self.start_one(index)
+        finally:
+            self._joining.discard(index)
         self.say(f"{engine.name} has joined: {len(self.engines)} engines")
         return engine
 

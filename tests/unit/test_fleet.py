@@ -261,6 +261,20 @@ def test_engines_join_and_leave(tmp_path):
     assert [peer.is_alive() for peer in peers] == [False, False, False]
 
 
+def test_engines_that_join_while_the_fleet_sleeps_have_names_of_their_own(tmp_path):
+    peers = [Peer(good) for _ in range(3)]
+
+    async def story(fleet):
+        await fleet.sleep()
+        joining = [asyncio.create_task(fleet.add_engine()) for _ in range(2)]
+        await asyncio.sleep(0.05)
+        await fleet.push({}, 1)
+        await asyncio.gather(*joining)
+        return [engine.name for engine in fleet.engines]
+
+    assert sorted(run(tmp_path, peers, story)) == ["engine-0", "engine-1", "engine-2"]
+
+
 def test_a_leaving_engine_that_dies_is_not_replaced(tmp_path):
     peers = [Peer(good), Peer(good)]
 
