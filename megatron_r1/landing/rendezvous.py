@@ -7,18 +7,32 @@ for every start of an engine.
 from __future__ import annotations
 
 import datetime
+import time
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import msgspec
-from torch.distributed import PrefixStore, Store
+import xxhash
+from torch.distributed import DistStoreError, PrefixStore, Store, TCPStore
 
 from megatron_r1.landing.table import Delivery, Table
 
+GONE = "gone"
+LOOK_SECONDS = 1.0
+"""How often a trainer rank that waits for an engine asks whether it is gone."""
 
-class Offer(msgspec.Struct, frozen=True):
-    """An engine rank: what it wants, and the transport's word on where; or why there is none."""
+
+class Offer(NamedTuple):
+    """An engine rank: what it wants, and the transport's word on where."""
 
     table: Table
+    address: str = ""
+
+
+class _Told(msgspec.Struct, frozen=True):
+    """An offer in the store, or why there is none."""
+
+    digest: str = ""
     address: str = ""
     problem: str = ""
 
@@ -31,6 +45,29 @@ class Plan(msgspec.Struct, frozen=True):
     address: str = ""
 
 
+class Tables:
+    """What engine ranks want, by digest: all engines that are alike want the same, so each table is
+    published once, and a trainer rank fetches it once."""
+
+    def __init__(self, store: Store):
+        self._store = PrefixStore("tables", store)
+        self._known: dict[str, Table] = {}
+
+    def publish(self, table: Table) -> str:
+        """Returns its digest."""
+        encoded = msgspec.msgpack.encode(table)
+        digest = xxhash.xxh3_128_hexdigest(encoded)
+        if not self._store.check([digest]):
+            self._store.set(digest, encoded)
+        return digest
+
+    def get(self, digest: str) -> Table:
+        """The same object every time."""
+        if digest not in self._known:
+            self._known[digest] = msgspec.msgpack.decode(self._store.get(digest), type=Table)
+        return self._known[digest]
+
+
 class Rendezvous:
     """Of one engine. Every call waits for the other side at most `timeout_seconds`, within a push
     `push_seconds`, and then raises torch.distributed.DistStoreError."""
@@ -41,20 +78,25 @@ class Rendezvous:
         engine: str,
         timeout_seconds: float,
         push_seconds: float | None = None,
+        tables: Tables | None = None,
     ):
-        """push_seconds: default `timeout_seconds`."""
+        """push_seconds: default `timeout_seconds`. tables: of a process that meets many engines."""
         self.engine, self.timeout_seconds = engine, timeout_seconds
         self.push_seconds = timeout_seconds if push_seconds is None else push_seconds
         self.store = PrefixStore(engine, store)
         self.store.set_timeout(datetime.timedelta(seconds=timeout_seconds))
+        self._tables = tables or Tables(store)
 
     def offer(self, rank: int, offer: Offer) -> None:
         """Engine rank: publish it."""
-        self.store.set(f"offer/{rank}", msgspec.msgpack.encode(offer))
+        self._tell(rank, _Told(self._tables.publish(offer.table), offer.address))
 
     def withdraw(self, rank: int, problem: str) -> None:
         """Engine rank: there will be no offer, so that nobody waits for it."""
-        self.offer(rank, Offer(Table(0, []), problem=problem))
+        self._tell(rank, _Told(problem=problem))
+
+    def _tell(self, rank: int, told: _Told) -> None:
+        self.store.set(f"offer/{rank}", msgspec.msgpack.encode(told))
 
     def plans(self, rank: int) -> dict[int, Plan]:
         """Engine rank: the plan of every trainer rank that brings it something."""
@@ -69,10 +111,10 @@ class Rendezvous:
         """Trainer rank: those of all ranks of the engine. Raises ValueError where one has none."""
         found = []
         for rank in range(num_ranks):
-            offer = msgspec.msgpack.decode(self.store.get(f"offer/{rank}"), type=Offer)
-            if offer.problem:
-                raise ValueError(f"engine rank {rank}: {offer.problem}")
-            found.append(offer)
+            told = msgspec.msgpack.decode(self.store.get(f"offer/{rank}"), type=_Told)
+            if told.problem:
+                raise ValueError(f"engine rank {rank}: {told.problem}")
+            found.append(Offer(self._tables.get(told.digest), told.address))
         return found
 
     def plan(self, sender: int, num_senders: int, plans: Mapping[int, Plan], ranks: int) -> None:
@@ -92,6 +134,21 @@ class Rendezvous:
             self.store.delete_key(f"released/{rank}/{push - 1}/{window}")
 
     def await_release(self, rank: int, push: int, window: int) -> None:
-        """Trainer rank: wait for that."""
+        """Trainer rank: wait for that. Raises ConnectionError for an engine said to be gone."""
         key = f"released/{rank}/{push}/{window}"
-        self.store.wait([key], datetime.timedelta(seconds=self.push_seconds))
+        deadline = time.monotonic() + self.push_seconds
+        while True:
+            left = max(deadline - time.monotonic(), 0.001)
+            try:
+                self.store.wait([key], datetime.timedelta(seconds=min(left, LOOK_SECONDS)))
+                return
+            except DistStoreError:
+                if self.store.check([GONE]):
+                    raise ConnectionError(f"{self.engine} is gone") from None
+                if left <= LOOK_SECONDS:
+                    raise
+
+
+def say_gone(host: str, port: int, engine: str) -> None:
+    """Whoever knows it: a trainer whose store this is need not wait for the engine any more."""
+    PrefixStore(engine, TCPStore(host, port, is_master=False)).set(GONE, "1")

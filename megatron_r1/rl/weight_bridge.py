@@ -10,15 +10,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from typing import Any, Protocol
 
 from megatron_r1.config import Config
 from megatron_r1.config.push import PushConfig
 from megatron_r1.models import read_hf_config
+from megatron_r1.rollout.client import Completion
 from megatron_r1.rollout.engine import Engine
-from megatron_r1.rollout.errors import EngineDied, EngineError
+from megatron_r1.rollout.errors import EngineDied, EngineError, EngineFault
 from megatron_r1.rollout.fleet import RolloutFleet
 from megatron_r1.rollout.parallelism import engine_layout
 from megatron_r1.training.client import TrainerError
@@ -39,7 +40,9 @@ class Trainer(Protocol):
 
     async def call(self, operation: str, **arguments: Any) -> dict[str, Any]: ...
 
-    async def call_all(self, operation: str, **arguments: Any) -> list[dict[str, Any]]: ...
+    async def call_all(
+        self, operation: str, *, begun: Callable[[], object] | None = None, **arguments: Any
+    ) -> list[dict[str, Any]]: ...
 
 
 def weight_bridge(
@@ -72,6 +75,13 @@ async def _join(task: asyncio.Task[None]) -> None:
     await task
 
 
+def _say_gone(store: Sequence[Any], engine: str) -> None:
+    # Brings torch, which no controller has needed so far: seconds, and only then.
+    from megatron_r1.landing.rendezvous import say_gone
+
+    say_gone(*store, engine)
+
+
 class WeightBridge:
     """Of one trainer: `open` once, then `hold` before its weights change and `push` after.
 
@@ -101,8 +111,8 @@ class WeightBridge:
         """Whether the lock is `open`'s or `hold`'s, and not a feeder's."""
         self._number = 0
         self._connections = 0
-        self._connected: set[int] = set()
-        """Engines that trainer ranks keep something of."""
+        self._connected: dict[int, str] = {}
+        """Engines that trainer ranks keep something of, and what they call each."""
         self._windows = 1
         self._version: int | None = None
         self._is_closed = False
@@ -138,16 +148,18 @@ class WeightBridge:
         start = time.perf_counter()
         engines = [engine for engine in self.fleet.engines if engine.is_up]
         self._number += 1
-        gone = sorted(self._connected - {engine.index for engine in self.fleet.engines})
-        self._connected.difference_update(gone)
+        gone = sorted(self._connected.keys() - {engine.index for engine in self.fleet.engines})
+        for index in gone:
+            del self._connected[index]
         sending = asyncio.create_task(self._send(engines, self.fleet.lose, gone))
         if self._windows == 1:
             await sending
         staged = time.perf_counter()
-        # With several windows an engine waits for most of the weights while it brings them in.
+        # With several windows an engine waits for most of the weights while it brings them in, and
+        # the trainer for the slowest engine, so that all of them wait for one that has died.
         waits = self.settings.timeout_seconds if self._windows > 1 else 0.0
         try:
-            with self.fleet.patient(waits):
+            with self.fleet.patient(waits), self._telling_of_deaths(engines):
                 async with asyncio.TaskGroup() as both:
                     both.create_task(self.fleet.push(self._update(), version))
                     both.create_task(_join(sending))
@@ -159,6 +171,24 @@ class WeightBridge:
         self._version = version
         self._release()
         return {"push/transfer": staged - start, "push/pause": live - staged, **proof}
+
+    @contextlib.contextmanager
+    def _telling_of_deaths(self, engines: Sequence[Engine]) -> Iterator[None]:
+        """Meanwhile the trainer hears at once of engines that die, where it may wait for them."""
+        telling = [
+            asyncio.create_task(self._tell_of_death(engine))
+            for engine in engines
+            if self._windows > 1
+        ]
+        try:
+            yield
+        finally:
+            for task in telling:
+                task.cancel()
+
+    async def _tell_of_death(self, engine: Engine) -> None:
+        await engine.died.wait()
+        await asyncio.to_thread(_say_gone, self._store, self._connected[engine.index])
 
     @contextlib.asynccontextmanager
     async def feed(self, engine: Engine) -> AsyncIterator[None]:
@@ -217,8 +247,8 @@ class WeightBridge:
 
     async def _connect(self, engine: Engine) -> None:
         self._connections += 1
-        self._connected.add(engine.index)
         name = f"{engine.name}.{self._connections}.{self._store[1]}"
+        self._connected[engine.index] = name
         seconds = self._connect_seconds
         memory = self.settings.memory_gib
         init = {
@@ -229,11 +259,18 @@ class WeightBridge:
             "timeout_seconds": seconds,
             "push_seconds": self.settings.timeout_seconds,
         }
-        receiving = asyncio.create_task(engine.client.init_weight_transfer(init))
+        receiving: asyncio.Task[None] | None = None
+
+        def receive() -> None:
+            nonlocal receiving
+            receiving = asyncio.create_task(engine.client.init_weight_transfer(init))
+
         try:
-            # The ranks of an engine that cannot take part tell the trainer's so in the store.
+            # The engine's clock begins with the trainer's turn, which may be computing for long. An
+            # engine's ranks that cannot take part tell the trainer's so in the store.
             answers = await self.trainer.call_all(
                 "connect_engine",
+                begun=receive,
                 engine=engine.index,
                 name=name,
                 layout=self.layout,
@@ -242,13 +279,14 @@ class WeightBridge:
                 push_seconds=self.settings.timeout_seconds,
                 full_every=self.settings.full_every if self.settings.delta else 1,
             )
-            if not any("problem" in answer for answer in answers):
+            if receiving and not any("problem" in answer for answer in answers):
                 async with self._in_time(engine):
                     await receiving
         finally:
-            receiving.cancel()
-            with contextlib.suppress(asyncio.CancelledError, EngineError):
-                await receiving
+            if receiving:
+                receiving.cancel()
+                with contextlib.suppress(asyncio.CancelledError, EngineError):
+                    await receiving
         for rank, answer in enumerate(answers):
             if "problem" in answer:
                 raise EngineError(
@@ -273,16 +311,14 @@ class WeightBridge:
 
     async def _prove(self, engines: Sequence[Engine], lose: Lose) -> dict[str, float]:
         """Let each engine answer the probes; raises EngineError where the trainer disagrees."""
-        if not self.probes:
-            return {}
-        worst = 0.0
-        for engine in engines:
+        gaps: list[float] = []
+        for engine in engines if self.probes else ():
             try:
                 gap = await self._gap(engine)
             except EngineDied as death:
                 lose(engine, death)
                 continue
-            worst = max(worst, gap)
+            gaps.append(gap)
             if not gap <= self.tolerance:
                 raise EngineError(
                     f"after push {self._number} the log-probabilities of {engine.name} differ from "
@@ -290,17 +326,28 @@ class WeightBridge:
                     f"{self.tolerance:g}), although every tensor arrived as it was sent: the "
                     "engine loads or computes something else. Nothing was trained on its answers"
                 )
-        return {"push/probe_diff": worst}
+        return {"push/probe_diff": max(gaps)} if gaps else {}
 
     async def _gap(self, engine: Engine) -> float:
-        calls = (
-            engine.unless_lost(engine.client.generate(probe, n=1, max_tokens=PROBE_TOKENS, seed=0))
-            for probe in self.probes
-        )
-        async with self._in_time(engine):
-            answers = await asyncio.gather(*calls)
+        """Raises EngineDied where there are no answers that can be compared."""
+        try:
+            answers = await self._answers(engine)
+        except EngineFault:  # as with every request: once may be chance
+            try:
+                answers = await self._answers(engine)
+            except EngineFault as fault:
+                raise EngineDied(f"{engine.name} did not answer the probes: {fault}") from fault
         samples = [
             Sample.pack(probe, made.token_ids, made.logprobs)
             for probe, (made,) in zip(self.probes, answers, strict=True)
         ]
         return (await self.trainer.call("probe", samples=samples))["probe/mean"]
+
+    async def _answers(self, engine: Engine) -> list[list[Completion]]:
+        """To each probe one."""
+        calls = (
+            engine.unless_lost(engine.client.generate(probe, n=1, max_tokens=PROBE_TOKENS, seed=0))
+            for probe in self.probes
+        )
+        async with self._in_time(engine):
+            return await asyncio.gather(*calls)

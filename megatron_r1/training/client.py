@@ -10,6 +10,7 @@ import secrets
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -202,9 +203,12 @@ class TrainerClient:
         """Run `operation` on every rank; the answer is the last pipeline stage's."""
         return self._last_stage(await self._everywhere(operation, arguments))
 
-    async def call_all(self, operation: str, **arguments: Any) -> list[dict[str, Any]]:
-        """Run `operation` on every rank; all answers, by rank."""
-        replies = await self._everywhere(operation, arguments)
+    async def call_all(
+        self, operation: str, *, begun: Callable[[], object] | None = None, **arguments: Any
+    ) -> list[dict[str, Any]]:
+        """Run `operation` on every rank; all answers, by rank. begun: called when its turn has
+        come, calls before it being done."""
+        replies = await self._everywhere(operation, arguments, begun=begun)
         return [replies[rank] for rank in range(len(self.places))]
 
     async def restart(self) -> None:
@@ -245,8 +249,11 @@ class TrainerClient:
         operation: str,
         arguments: dict[str, Any] | None = None,
         shares: list[list[Microbatches]] | None = None,
+        begun: Callable[[], object] | None = None,
     ) -> dict[int, dict[str, Any]]:
         await self._busy.acquire()
+        if begun is not None:
+            begun()
         # Who asked may be cancelled from here on; the replies are waited for all the same, or they
         # would be taken for those to the next call.
         exchange = asyncio.create_task(self._exchange(operation, arguments, shares))

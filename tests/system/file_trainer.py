@@ -41,7 +41,9 @@ class FileTrainer:
         }
         return await asyncio.to_thread(operations[operation], **arguments)
 
-    async def call_all(self, operation, **arguments):
+    async def call_all(self, operation, *, begun=None, **arguments):
+        if begun is not None:
+            begun()
         return [await self.call(operation, **arguments)]
 
 

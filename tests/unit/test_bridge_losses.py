@@ -1,16 +1,19 @@
 """What a bridge says when its trainer is lost while an engine is being brought the weights."""
 
 import asyncio
+from array import array
 from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
+from torch.distributed import TCPStore
 
 from megatron_r1.config.push import PushConfig
+from megatron_r1.landing.rendezvous import Rendezvous
 from megatron_r1.rl.weight_bridge import WeightBridge
-from megatron_r1.rollout.client import EngineClient
+from megatron_r1.rollout.client import Completion, EngineClient
 from megatron_r1.rollout.engine import Engine
-from megatron_r1.rollout.errors import ConnectionBroken, EngineDied, EngineError
+from megatron_r1.rollout.errors import ConnectionBroken, EngineDied, EngineError, EngineFault
 from megatron_r1.training.client import TrainerLost
 
 
@@ -20,7 +23,7 @@ class TrainerThatIsLost:
     def __init__(self):
         self.is_asked, self.goes = asyncio.Event(), asyncio.Event()
 
-    async def call_all(self, operation, **arguments):
+    async def call_all(self, operation, begun=None, **arguments):
         if operation == "connect_engine":
             self.is_asked.set()
             await self.goes.wait()
@@ -65,8 +68,10 @@ class SmallTrainer:
     def __init__(self, loses=()):
         self.loses, self.told = loses, []
 
-    async def call_all(self, operation, **arguments):
+    async def call_all(self, operation, begun=None, **arguments):
         self.told.append((operation, arguments))
+        if begun:
+            begun()
         problems = {str(index): "Connection reset" for index in self.loses}
         return [{"store": ["127.0.0.1", 1], "problems": problems, "num_windows": 1}]
 
@@ -90,16 +95,19 @@ class SmallFleet:
 
 
 class SmallClient:
-    """generate: raises `fault`, as a probe whose connection breaks does."""
+    """generate: raises the next of `faults`, then answers."""
 
-    def __init__(self, fault=None):
-        self.fault = fault
+    def __init__(self, *faults):
+        self.faults = list(faults)
 
     async def init_weight_transfer(self, init): ...
     async def swap_weights(self, update, version): ...
 
     async def generate(self, *arguments, **settings):
-        raise self.fault
+        if self.faults:
+            raise self.faults.pop(0)
+        one = array("i", [7]), array("f", [-0.5]), array("i", [1])
+        return [Completion(*one, finish_reason="length")]
 
 
 def feed(trainer, client, probes=()):
@@ -145,3 +153,83 @@ def test_the_trainer_forgets_engines_that_are_gone():
         return [asked["gone"] for operation, asked in trainer.told if operation == "send_weights"]
 
     assert asyncio.run(story()) == [[], [0], []]
+
+
+class ProvingTrainer(SmallTrainer):
+    async def call(self, operation, **arguments):
+        return {"probe/mean": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("faults", "lost"),
+    [
+        ([EngineFault("status 500: boom", 500)], []),
+        (
+            [EngineFault("status 500: boom", 500), EngineFault("no number")],
+            [(0, "engine-0 did not answer the probes: no number")],
+        ),
+    ],
+    ids=["once", "again"],
+)
+def test_a_probe_that_cannot_be_used_is_asked_once_more_and_then_its_engine_is_replaced(
+    faults, lost, monkeypatch
+):
+    monkeypatch.setattr("megatron_r1.rollout.engine.LAST_WORDS_SECONDS", 0.0)
+
+    async def story():
+        fleet = SmallFleet()
+        fleet.engines = [Engine(0, SimpleNamespace(), SmallClient(*faults))]
+        bridge = WeightBridge(ProvingTrainer(), fleet, PushConfig(), [], {}, [[1, 2]])
+        await bridge.open()
+        proof = await bridge.push(1)
+        assert ("push/probe_diff" in proof) == (not lost)
+        return fleet.lost
+
+    assert asyncio.run(asyncio.wait_for(story(), 20)) == lost
+
+
+def test_an_engine_that_waits_for_a_busy_trainer_does_not_wait_by_the_clock():
+    """Its time to find the trainer's ranks begins with the call in which these look for it."""
+
+    class BusyTrainer(SmallTrainer):
+        async def call_all(self, operation, begun=None, **arguments):
+            if operation == "connect_engine":
+                await asyncio.sleep(0.05)
+                happened.append("turn")
+            return await super().call_all(operation, begun, **arguments)
+
+    class Joining(SmallClient):
+        async def init_weight_transfer(self, init):
+            happened.append("clock")
+
+    happened = []
+    feed(BusyTrainer(), Joining())
+    assert happened == ["turn", "clock"]
+
+
+def test_a_trainer_that_waits_for_a_window_hears_that_its_engine_died():
+    """Otherwise it waits for as long as a push may take, and every other engine with it."""
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+    class Windowed(SmallTrainer):
+        async def call_all(self, operation, begun=None, **arguments):
+            if operation == "connect_engine":
+                self.name = arguments["name"]
+            elif operation == "send_weights":
+                meeting = Rendezvous(store, self.name, 30)
+                with pytest.raises(ConnectionError, match=f"{self.name} is gone"):
+                    await asyncio.to_thread(meeting.await_release, 0, 1, 0)
+            (answer,) = await super().call_all(operation, begun, **arguments)
+            return [answer | {"store": ["127.0.0.1", store.port], "num_windows": 3}]
+
+    async def story():
+        fleet = SmallFleet()
+        fleet.engines = [Engine(0, SimpleNamespace(), SmallClient())]
+        bridge = WeightBridge(Windowed(), fleet, PushConfig(), [], {})
+        await bridge.open()
+        pushing = asyncio.create_task(bridge.push(1))
+        await asyncio.sleep(0.1)
+        fleet.engines[0].died.set()
+        await pushing
+
+    asyncio.run(asyncio.wait_for(story(), 20))

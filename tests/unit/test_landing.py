@@ -12,7 +12,7 @@ from torch.distributed import TCPStore
 
 from megatron_r1.landing import Delivery, Slot, Table, check_coverage, checksum, copy_with_checksum
 from megatron_r1.landing.checksum import MIXER, RunningChecksum, sums
-from megatron_r1.landing.rendezvous import Rendezvous
+from megatron_r1.landing.rendezvous import Offer, Rendezvous, Tables
 from megatron_r1.landing.table import place
 from megatron_r1.landing.transports import buckets, named_memory, receiver_class, sender_class
 from megatron_r1.landing.transports.named_memory import NamedMemory, sweep
@@ -182,6 +182,21 @@ def test_a_window_is_not_overwritten_before_it_is_released(world, transport):
         made.receiver.meeting.release(0, 1, window)
     for thread in threads:
         thread.join()
+
+
+def test_engines_that_want_the_same_share_one_table():
+    """A trainer rank reads it once, whatever the number of engines."""
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    tables = Tables(store)
+    met = {}
+    for name, slots in {"a.1": SLOTS, "b.1": SLOTS, "c.1": WINDOWED}.items():
+        for rank in range(2):
+            offer = Offer(Table(2048, slots), f"{name}/{rank}")
+            Rendezvous(store, name, 5).offer(rank, offer)
+        met[name] = Rendezvous(store, name, 5, tables=tables).offers(2)
+    assert [offer.address for offer in met["b.1"]] == ["b.1/0", "b.1/1"]
+    assert len({id(offer.table) for offers in met.values() for offer in offers}) == 2
+    assert [offers[1].table.slots for offers in met.values()] == [SLOTS, SLOTS, WINDOWED]
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)

@@ -56,3 +56,21 @@ def test_a_call_that_was_given_up_leaves_its_reply_to_nobody(client):
         return await after, client.is_usable
 
     assert asyncio.run(asyncio.wait_for(story(), 10)) == ({"operation": "update"}, True)
+
+
+def test_who_asks_hears_when_the_ranks_are_told(client):
+    async def story():
+        told = []
+        first = asyncio.create_task(client.call("score"))
+        await asyncio.sleep(0.05)
+        second = asyncio.create_task(
+            client.call_all("connect_engine", begun=lambda: told.append(client.waiting))
+        )
+        await asyncio.sleep(0.05)
+        assert not told
+        client.socket.answers.set()
+        assert await second == [{"operation": "connect_engine"}]
+        await first
+        return told
+
+    assert asyncio.run(asyncio.wait_for(story(), 10)) == [None]

@@ -12,7 +12,8 @@ from typing import Any
 from torch import Tensor
 from torch.distributed import Store
 
-from megatron_r1.landing.rendezvous import Rendezvous
+from megatron_r1.landing.rendezvous import Rendezvous, Tables
+from megatron_r1.landing.table import Table
 from megatron_r1.landing.transports import Sender, sender_class
 from megatron_r1.weights.layout import Shard
 from megatron_r1.weights.push.engine_layout import EngineLayout
@@ -63,6 +64,8 @@ class WeightSender:
         self.hf, self.grid, self.held, self.stages = hf, grid, held, stages
         self.store, self.rank = store, rank
         self._links: dict[int, list[_Link]] = {}
+        self._tables = Tables(store)
+        self._needs: tuple[EngineLayout, list[Table], ToldNeeds] | None = None
 
     def connect(
         self,
@@ -83,7 +86,7 @@ class WeightSender:
         num_windows and the bytes that this rank sends with every push.
         """
         self.disconnect(engine)
-        meeting = Rendezvous(self.store, name, timeout_seconds, push_seconds)
+        meeting = Rendezvous(self.store, name, timeout_seconds, push_seconds, self._tables)
         try:
             self._links[engine] = self._agree(
                 meeting, engine, EngineLayout(**layout), transport, full_every
@@ -128,7 +131,7 @@ class WeightSender:
         full_every: int,
     ) -> list[_Link]:
         offers = meeting.offers(layout.num_ranks)
-        needs = ToldNeeds(self.hf, layout, [offer.table for offer in offers])
+        needs = self._needs_of(layout, [offer.table for offer in offers])
         planner = Planner(self.hf, self.grid, layout, self.stages, needs)
         deliveries = defaultdict(list)
         for transfer in planner.sends(self.rank, engine):
@@ -151,6 +154,12 @@ class WeightSender:
                 link.sender.close()
             raise
         return links
+
+    def _needs_of(self, layout: EngineLayout, tables: list[Table]) -> ToldNeeds:
+        """Engines that are alike have the very same tables; most of the work is to read them."""
+        if self._needs is None or self._needs[:2] != (layout, tables):
+            self._needs = layout, tables, ToldNeeds(self.hf, layout, tables)
+        return self._needs[2]
 
     def _source(self, name: str, region: Region) -> Source:
         for parameter, piece in self.held.get(name, ()):

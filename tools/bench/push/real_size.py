@@ -5,16 +5,22 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import astuple, replace
 from pathlib import Path
 
+import msgspec
+
+from megatron_r1.landing.table import Slot, Table
 from megatron_r1.weights.layout import stage_shards
 from megatron_r1.weights.push import EngineLayout, Planner, TrainerGrid
 from megatron_r1.weights.push.engine_layout import EngineNeeds
+from megatron_r1.weights.push.told import ToldNeeds
 from megatron_r1.weights.push.traffic import fp8_bytes, plain_bytes, traffic
 
 MODEL = Path(__file__).parents[3] / "examples/deepseek_r1/model/config.json"
 GRID = TrainerGrid(2048, pipeline=16, expert=64)
 ENGINES = EngineLayout(64, tensor=8, data=2, expert_parallel=True)
+ONE = replace(ENGINES, engines=1)
 STAGES = "Etttt|" + "tttt|" * 14 + "tL"
 ADAPTER = 400e9 / 8
 """Bytes a second into or out of one GPU."""
@@ -52,12 +58,8 @@ def _planner(hf: dict) -> Planner:
 
 def _seconds(hf: dict) -> dict[str, float]:
     """To plan for one rank, from nothing; the slowest of a few of every kind."""
-    senders = []
-    for rank in (0, 1, 64, 1000, 1984, 2047):
-        start = time.perf_counter()
-        for _ in _planner(hf).sends(rank):
-            pass
-        senders.append(time.perf_counter() - start)
+    tables = _tables(hf)
+    senders = [_to_plan_a_sender(hf, rank, tables) for rank in (0, 1, 64, 1000, 1984, 2047)]
     receivers = []
     for rank in (0, 7, 8, 15, 1023):
         start = time.perf_counter()
@@ -65,6 +67,32 @@ def _seconds(hf: dict) -> dict[str, float]:
             pass
         receivers.append(time.perf_counter() - start)
     return {
-        "seconds of a training rank": max(senders),
+        "seconds of a training rank, to all engines": max(senders),
+        "GB of tables into all training ranks": GRID.world * sum(map(len, tables)) / 1e9,
         "seconds of an engine rank": max(receivers),
     }
+
+
+def _tables(hf: dict) -> list[bytes]:
+    """As each rank of an engine publishes it: its tensors, one after another."""
+    needs, found = EngineNeeds(hf, ONE), []
+    for rank in range(ONE.ranks_per_engine):
+        slots, end = [], 0
+        for tensor, at in needs.needed(ONE.place(rank)):
+            pitch = 2 * (at.right - at.left)
+            slots.append(Slot(tensor.name, *astuple(at), end, pitch, "bfloat16"))
+            end += pitch * (at.bottom - at.top)
+        found.append(msgspec.msgpack.encode(Table(end, slots)))
+    return found
+
+
+def _to_plan_a_sender(hf: dict, rank: int, encoded: list[bytes]) -> float:
+    """As `weights.push.sender` does when it is connected to one engine after another."""
+    start = time.perf_counter()
+    tables = [msgspec.msgpack.decode(table, type=Table) for table in encoded]
+    needs = ToldNeeds(hf, ONE, tables)
+    for engine in range(ENGINES.engines):
+        stages = stage_shards(hf, GRID.pipeline, pipeline_layout=STAGES, with_mtp=False)
+        for transfer in Planner(hf, GRID, ONE, stages, needs).sends(rank, engine):
+            needs.deliveries(transfer.receiver % ONE.ranks_per_engine, transfer)
+    return time.perf_counter() - start
