@@ -16,7 +16,7 @@ from megatron_r1.evaluation.policies import Answer, Decoding
 from megatron_r1.rollout.context import context_length
 from megatron_r1.rollout.fleet import RolloutFleet
 from megatron_r1.rollout.parallelism import check_engines, engine_settings, fleet_settings
-from megatron_r1.rollout.placement import growing, placed, server_maker
+from megatron_r1.rollout.placement import check_room, growing, placed, server_maker
 
 
 class EnginePolicy:
@@ -45,6 +45,7 @@ class EnginePolicy:
             FewShotText(str(model), template, shots) if shots else PromptText(str(model), template)
         )
         self._room = context_length(config)
+        check_room(rollout)
         check_engines(config, json.loads((model / "config.json").read_text(encoding="utf-8")))
         self._fleet: RolloutFleet | None = None
         self._open = contextlib.AsyncExitStack()

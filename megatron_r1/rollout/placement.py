@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import socket
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
+from megatron_r1 import gpu
 from megatron_r1.authentication import make_token
 from megatron_r1.config import RolloutConfig
 from megatron_r1.rollout.engine import Engine, MakeServer
@@ -17,9 +19,31 @@ from megatron_r1.rollout.host_pool import HostPool
 from megatron_r1.rollout.host_wire import publish_address, withdraw_address
 from megatron_r1.rollout.server import EngineServer
 
+RANK_GIB = 0.5
+"""Of a rank of vLLM on a CPU, without weights and cache."""
 LOOK_SECONDS = 1.0
 RETRY_SECONDS = 60.0
 """After an engine that could not join: what is wrong with its host is rarely over at once."""
+
+
+def check_room(rollout: RolloutConfig) -> None:
+    """Refuse more engines than a host without GPUs has memory for, before all of them begin to fill
+    it.
+
+    Raises:
+        ValueError: names the setting, its value and the remedy.
+    """
+    if rollout.placement != "local" or gpu.device() != "cpu":
+        return
+    ranks = rollout.engines * rollout.tensor * rollout.pipeline * rollout.data
+    needed = ranks * RANK_GIB
+    room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    if needed > room:
+        raise ValueError(
+            f"rollout.engines={rollout.engines}: {ranks:,} processes of vLLM take "
+            f"{needed:,.0f} GiB before they hold a model, and this host has {room:,.0f}; lower it, "
+            "or set rollout.placement: hosts"
+        )
 
 
 @contextlib.asynccontextmanager

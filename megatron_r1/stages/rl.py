@@ -31,7 +31,13 @@ from megatron_r1.rollout.parallelism import (
     engine_settings,
     fleet_settings,
 )
-from megatron_r1.rollout.placement import growing, hosts_address, placed, server_maker
+from megatron_r1.rollout.placement import (
+    check_room,
+    growing,
+    hosts_address,
+    placed,
+    server_maker,
+)
 from megatron_r1.rollout.sampling import Rollouts
 from megatron_r1.rollout.teacher import check_teacher, teacher_fleet
 from megatron_r1.stages.launch import run_stage
@@ -52,7 +58,9 @@ def run(config: Config) -> None:
     if config.rl.routing_replay:
         routing_shape(hf)
     check_engines(config, hf)
+    check_room(config.rollout)
     check_pushes(config, hf)
+    _check_transport(config.push.transport)
     check_teacher(config)
     if config.rollout.placement == "hosts":
         hosts_address(config.rollout)
@@ -81,6 +89,14 @@ def run(config: Config) -> None:
             await _with_engines(config, *roles, text, prompts, hosts)
 
     run_stage(config, "rl", facts, body, _next_commands(config))
+
+
+def _check_transport(transport: str) -> None:
+    if transport in ("cuda_ipc", "nccl") and not gpu.is_usable():
+        raise ValueError(
+            f"push.transport: {transport} moves memory of GPUs, and there is none here; set shm, "
+            "or gloo where engines are on other hosts"
+        )
 
 
 def that_fit(prompts: PromptSplit, text: PromptText, room: int) -> PromptSplit:
@@ -188,13 +204,6 @@ def _fleet(
     say: Callable[[str], None],
     hosts: HostPool | None,
 ) -> RolloutFleet:
-    transport = config.push.transport
-    if transport in ("cuda_ipc", "nccl") and not gpu.is_usable():
-        raise ValueError(
-            f"push.transport: {transport} moves memory of GPUs, and there is none here; set shm, "
-            "or gloo where engines are on other hosts"
-        )
-
     rollout = config.rollout
     return RolloutFleet(
         rollout.engines,

@@ -29,8 +29,9 @@ def recipe(base, folder, **changes) -> str:
             2,
             "rollout.hosts_address: nowhere.invalid has no address",
         ),
+        (["--rollout.engines", "100000"], 2, "rollout.engines=100000: 100,000 processes of vLLM"),
     ],
-    ids=["key", "model", "data", "tensor size", "ranks", "length", "address"],
+    ids=["key", "model", "data", "tensor size", "ranks", "length", "address", "engines"],
 )
 def test_a_wrong_setting_is_one_message(base, tmp_path, settings, status, message):
     done = run("rl", recipe(base, tmp_path), *settings, timeout_seconds=120)
