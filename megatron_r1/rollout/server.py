@@ -18,7 +18,7 @@ from megatron_r1.rollout import engine_part
 from megatron_r1.rollout.engine_log import excerpt
 from megatron_r1.rollout.engine_settings import EngineSettings
 from megatron_r1.rollout.errors import EngineError
-from megatron_r1.rollout.scratch import Scratch
+from megatron_r1.rollout.scratch import Scratch, shared_files
 from megatron_r1.rollout.vllm_plugin import lifetime
 
 STOP_GRACE_SECONDS = 5.0
@@ -63,6 +63,7 @@ class EngineServer:
         """`host:port` where the parts of an engine meet; the first one's is known after `start`."""
         self._log_start = 0
         self._scratch: Scratch | None = None
+        self._shared: list[Path] = []
         self._url: str | None = None
 
     @property
@@ -114,6 +115,8 @@ class EngineServer:
                 raise EngineError(f"the engine did not start: {self.describe_end()}")
             with contextlib.suppress(urllib.error.URLError, OSError):
                 if urllib.request.urlopen(f"{self.url}/health", timeout=5).status == 200:
+                    assert self.process is not None
+                    self._shared = shared_files(self.process.pid)
                     return
             time.sleep(POLL_SECONDS)
         self.stop()
@@ -140,6 +143,8 @@ class EngineServer:
             self.process.wait(KILL_SECONDS)
         if self._scratch is not None:
             self._scratch.cleanup()
+        for path in self._shared:
+            path.unlink(missing_ok=True)
 
     def describe_end(self) -> str:
         """How the process ended and what its log says, root cause first."""
