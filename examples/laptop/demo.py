@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -70,7 +71,10 @@ def megatron_r1(verb: str, recipe: Path, folder: Path, seed: str, *settings: str
 
 def python(module: str, *arguments: str) -> None:
     """Run a module; its failure, already explained, ends the demo with the same exit status."""
-    status = subprocess.run([sys.executable, "-m", module, *arguments], check=False).returncode
+    # Ctrl-C reaches the module, too, which finishes the step in hand: it is waited for.
+    before = signal.signal(signal.SIGINT, lambda *_: None)
+    status = subprocess.Popen([sys.executable, "-m", module, *arguments]).wait()
+    signal.signal(signal.SIGINT, before)
     if status:
         sys.exit(status)
 
