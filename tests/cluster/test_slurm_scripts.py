@@ -143,21 +143,31 @@ def test_pools_are_requeued_in_the_middle(cluster, submit, tmp_path):
     assert "continuing after step" in (tmp_path / "output").read_text()
 
 
-# Stands for PYTHON: an engine host, or a trainer that lasts until it is asked to end.
-WAITS = """#!/bin/bash
+# A trainer that lasts until it is asked to end, and an engine host; each ends at once where it is
+# called as the other.
+STUBS = {
+    "PYTHON": """#!/bin/bash
+case "$*" in
+    *torch.distributed.run*) until [ -e "$RUN/stop" ]; do sleep 0.2; done; exit 130 ;;
+    *) exit 2 ;;
+esac
+""",
+    "ENGINE_PYTHON": """#!/bin/bash
 case "$*" in
     *megatron_r1.rollout.host*) sleep 600 ;;
-    *) until [ -e "$RUN/stop" ]; do sleep 0.2; done; exit 130 ;;
+    *) exit 2 ;;
 esac
-"""
+""",
+}
 
 
 @pytest.fixture
 def waiting_pools(cluster, submit, tmp_path):
     """A job of two nodes and two, and the nodes' names, trainer's first; all come back."""
-    (tmp_path / "waits").write_text(WAITS)
-    (tmp_path / "waits").chmod(0o755)
-    job = submit("pools.sbatch", num_nodes="2", PYTHON=str(tmp_path / "waits"))
+    for name, text in STUBS.items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    job = submit("pools.sbatch", num_nodes="2", **{name: str(tmp_path / name) for name in STUBS})
     cluster.wait(job, "RUNNING", seconds=MINUTES)
     until(lambda: len(steps(cluster)) == 2)
     yield job, *(nodes_of(cluster, job, pool) for pool in (0, 1))

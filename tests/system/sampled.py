@@ -1,6 +1,7 @@
 """What an engine sampled against what transformers says of it; for tests of real engines."""
 
 import asyncio
+from itertools import groupby
 
 from tiny_models import reference_logprobs
 
@@ -15,19 +16,50 @@ async def sample(engine, *, n=4, max_tokens=24, **sampling):
     return await asyncio.gather(*calls)
 
 
+async def sample_amid_a_push(fleet, push, before, after, **sampling):
+    """Groups whose every response the model in `before` began and that in `after` ended, and
+    version → model; `push(model)` is the fleet's next version."""
+    for wait_seconds in (0.3, 0.6, 1.2, 2.4, 4.8):  # until the push falls amid all responses
+        await push(before)
+        made_by = {fleet.version: before, fleet.version + 1: after}
+        running = asyncio.ensure_future(sample(fleet, max_tokens=200, **sampling))
+        await asyncio.sleep(wait_seconds)
+        await push(after)
+        groups = await running
+        if successions(groups) == {tuple(made_by)}:
+            break
+    return groups, made_by
+
+
 def largest_difference(oracle, folder, groups, temperature=1.0):
     """Of a log-probability of a sampled token from transformers' with the model in `folder`.
     groups: of PROMPTS."""
+    return largest_by_version(oracle, dict.fromkeys(stamped(groups), folder), groups, temperature)
+
+
+def largest_by_version(oracle, made_by, groups, temperature=1.0):
+    """As `largest_difference`, from that of the model which the token is stamped with."""
     largest = 0.0
     for prompt, group in zip(PROMPTS, groups, strict=True):
         responses = [list(completion.token_ids) for completion in group]
-        expected = oracle(reference_logprobs, folder, prompt, responses, temperature)
-        for completion, reference in zip(group, expected, strict=True):
-            pairs = zip(completion.logprobs, reference, strict=True)
-            largest = max(largest, *(abs(x - y) for x, y in pairs))
+        expected = {
+            version: oracle(reference_logprobs, folder, prompt, responses, temperature)
+            for version, folder in made_by.items()
+        }
+        for index, made in enumerate(group):
+            for at, (logprob, version) in enumerate(
+                zip(made.logprobs, made.policy_versions, strict=True)
+            ):
+                largest = max(largest, abs(logprob - expected[version][index][at]))
     return largest
 
 
 def stamped(groups):
     """The policy versions that made these tokens."""
     return {v for group in groups for completion in group for v in completion.policy_versions}
+
+
+def successions(groups):
+    """In which order which policy versions made a response, of all responses."""
+    made = (completion.policy_versions for group in groups for completion in group)
+    return {tuple(version for version, _ in groupby(versions)) for versions in made}

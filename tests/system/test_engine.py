@@ -16,12 +16,20 @@ import aiohttp
 import numpy as np
 import pytest
 from file_trainer import FileBridge, FileTrainer
-from sampled import PROMPTS, TOLERANCE, largest_difference, sample, stamped
+from sampled import (
+    PROMPTS,
+    TOLERANCE,
+    largest_by_version,
+    largest_difference,
+    sample,
+    sample_amid_a_push,
+    stamped,
+    successions,
+)
 from tiny_models import (
     DEEPSEEK,
     PLAIN_ROPE,
     QWEN,
-    reference_logprobs,
     reference_routing,
     write_model,
 )
@@ -120,38 +128,24 @@ def test_a_stop_token_ends_a_response_and_is_part_of_it(loop, fleet):
 
 
 def test_a_push_amid_a_response_stamps_each_token_with_its_policy(
-    models, oracle, loop, fleet, push
+    models, oracle, loop, fleet, bridge
 ):
     """And the log-probabilities after it are those of the new weights given all earlier tokens, and
     the experts that were returned are those that computed them."""
-
-    async def push_amid(wait_seconds):
-        running = asyncio.ensure_future(sample(fleet, max_tokens=200, routing=ROUTING))
-        await asyncio.sleep(wait_seconds)
-        await push("b")
-        return await running
-
-    for wait_seconds in (0.3, 0.6, 1.2, 2.4):  # until the push falls between two tokens
-        loop(push("a"))
-        before = fleet.version
-        groups = loop(push_amid(wait_seconds))
-        if len(stamped(groups)) == 2:
-            break
-    assert stamped(groups) == {before, before + 1}
+    a, b = models / "a", models / "b"
+    groups, made_by = loop(sample_amid_a_push(fleet, bridge.push, a, b, routing=ROUTING))
+    assert successions(groups) == {tuple(made_by)}
+    assert largest_by_version(oracle, made_by, groups) <= TOLERANCE
+    before = min(made_by)
     for prompt, group in zip(PROMPTS, groups, strict=True):
         responses = [list(completion.token_ids) for completion in group]
-        by_a = oracle(reference_logprobs, models / "a", prompt, responses, 1.0)
-        by_b = oracle(reference_logprobs, models / "b", prompt, responses, 1.0)
-        for completion, a, b in zip(group, by_a, by_b, strict=True):
-            versions = list(completion.policy_versions)
-            assert versions == sorted(versions)
-            for logprob, version, x, y in zip(completion.logprobs, versions, a, b, strict=True):
-                assert abs(logprob - (x if version == before else y)) <= TOLERANCE
-        experts_a = oracle(reference_routing, models / "a", prompt, responses)
-        experts_b = oracle(reference_routing, models / "b", prompt, responses)
-        for completion, a, b in zip(group, experts_a, experts_b, strict=True):
-            made_by = [before] * (len(prompt) - 1) + list(completion.policy_versions)
-            expected = [x if v == before else y for v, x, y in zip(made_by, a, b, strict=True)]
+        experts_a = oracle(reference_routing, a, prompt, responses)
+        experts_b = oracle(reference_routing, b, prompt, responses)
+        for completion, x, y in zip(group, experts_a, experts_b, strict=True):
+            versions = [before] * (len(prompt) - 1) + list(completion.policy_versions)
+            expected = [
+                old if v == before else new for v, old, new in zip(versions, x, y, strict=True)
+            ]
             rows = np.frombuffer(completion.routing, np.uint8)
             rows = np.sort(rows.reshape(-1, len(ROUTING.moe_layers), ROUTING.topk), -1)
             # A near tie may fall either way.

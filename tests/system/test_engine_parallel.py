@@ -7,8 +7,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from file_trainer import FileBridge
 from liveness import is_alive
-from sampled import PROMPTS, TOLERANCE, largest_difference, sample
+from sampled import (
+    PROMPTS,
+    TOLERANCE,
+    largest_by_version,
+    largest_difference,
+    sample,
+    sample_amid_a_push,
+    successions,
+)
 from tiny_models import DEEPSEEK, QWEN, reference_routing, write_model
 
 from megatron_r1.models.routing_shape import routing_shape
@@ -60,6 +69,31 @@ def share_of_equal_experts(oracle, folder, groups, shape):
             got = np.sort(got.reshape(-1, len(shape.moe_layers), shape.topk), -1)
             equal.extend((got == np.array(rows)).all((1, 2)))
     return np.mean(equal)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "layout"),
+    [("deepseek", {"tensor": 2}), ("qwen", {"data": 2}), ("qwen", {"pipeline": 2})],
+    ids=str,
+)
+def test_a_push_amid_responses_stamps_each_token_with_its_policy(family, layout, oracle, tmp_path):
+    """Whose log-probability it has, given all earlier tokens: both ranks change between the same
+    two."""
+    before, after = tmp_path / "a", tmp_path / "b"
+    for seed, folder in enumerate((before, after)):
+        oracle(write_model, folder, MODELS[family], seed)
+
+    async def start_and_push():
+        settings = {"max_model_len": 256, "max_num_seqs": 64}
+        async with RolloutFleet(1, tmp_path, **settings, **layout) as fleet:
+            await fleet.start(before)
+            bridge = FileBridge(MODELS[family], fleet, layout=layout)
+            return await sample_amid_a_push(fleet, bridge.push, before, after)
+
+    groups, made_by = asyncio.run(start_and_push())
+    assert successions(groups) == {tuple(made_by)}
+    assert largest_by_version(oracle, made_by, groups) <= TOLERANCE
 
 
 @pytest.mark.slow

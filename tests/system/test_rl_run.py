@@ -7,10 +7,15 @@ import subprocess
 import sys
 import tempfile
 import time
+from array import array
 from pathlib import Path
 
 import pytest
 from command_line import command, environment, run
+from test_supervision import wait_for
+
+from megatron_r1.framed import FramedFile
+from megatron_r1.rl.sample_record import Accepted, GroupRecord, decode, encode
 
 HERE = Path(__file__).parent
 CONTRACT = [
@@ -64,24 +69,6 @@ def test_every_step_writes_the_metrics_others_rely_on(finished):
     assert {s["policy_version"] for s in samples if s["split"] == "train"} == {0, 1, 2}
     for name in ("config.yaml", "report.html", "hf/config.json", "hf/tokenizer.json"):
         assert (finished / name).stat().st_size > 100
-
-
-@pytest.mark.slow
-def test_one_step_off_samples_the_next_batch_while_this_one_is_trained_on(base, tmp_path):
-    settings = ["--run.folder", tmp_path / "run", "--run.steps", 4, "--rl.staleness", 1]
-    done = run("rl", base / "rl.yaml", *map(str, settings), "--rl.importance_cap", "2.0")
-    assert done.returncode == 0, done.stderr + done.stdout
-    metrics = lines(tmp_path / "run" / "metrics.jsonl")
-    assert [m["step"] for m in metrics] == [1, 2, 3, 4]
-    # Step 1 and 2 are sampled from the first policy; no token is older than one version.
-    assert metrics[0]["staleness"] == 0 and 0 < metrics[1]["staleness"] <= 1
-    assert all(0 <= m["staleness"] <= 1 for m in metrics)
-    assert all(0 < m["importance"] <= 2.0 for m in metrics)
-    # Every question is drawn once, though batches overlap.
-    state = json.loads(
-        (tmp_path / "run/checkpoints/step_00000004/run_state.json").read_text(encoding="utf-8")
-    )
-    assert state["sampler"]["position"] == 4 * 4
 
 
 def test_terms_count_from_their_step_on_and_the_workers_are_measured(finished):
@@ -146,8 +133,10 @@ def test_the_export_answers_greedily_as_the_trainer_does(finished):
     assert greedy("vllm", finished / "hf") == trainer
 
 
-def start(base: Path, *more: str, steps: int = 6) -> subprocess.Popen:
-    settings = ["--run.folder", base / "killed", "--run.steps", str(steps), *more]
+def start(
+    base: Path, *more: object, steps: int = 6, folder: Path | None = None
+) -> subprocess.Popen:
+    settings = ["--run.folder", folder or base / "killed", "--run.steps", steps, *more]
     return subprocess.Popen(
         command("rl", base / "rl.yaml", *settings),
         env=environment(),
@@ -159,13 +148,8 @@ def start(base: Path, *more: str, steps: int = 6) -> subprocess.Popen:
 
 
 def wait_for_step(process: subprocess.Popen, folder: Path, step: int) -> None:
-    deadline = time.monotonic() + 240
-    while time.monotonic() < deadline:
-        if any(m["step"] >= step for m in lines(folder / "metrics.jsonl")):
-            return
-        assert process.poll() is None, process.communicate()[1]
-        time.sleep(0.05)
-    pytest.fail(f"step {step} never came")
+    metrics = folder / "metrics.jsonl"
+    wait_for(process, f"at step {step}", lambda: any(m["step"] >= step for m in lines(metrics)))
 
 
 def processes_of(folder: Path, text: str) -> list[int]:
@@ -180,6 +164,58 @@ def processes_of(folder: Path, text: str) -> list[int]:
         if text in words and str(folder.parent) in words and state != "Z":
             found.append(int(entry.name))
     return found
+
+
+def versions(folder: Path, step: int) -> list[int]:
+    """Of each token in a step's log the policy that made it."""
+    path = folder / f"sample_log/step_{step:08d}.log"
+    records = [decode(frame) for frame in FramedFile.read(path)]
+    outputs = [out for r in records if isinstance(r, GroupRecord) for out in r.outputs]
+    return [version for out in outputs for version in array("i", out.policy_versions)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("staleness", [1, 2])
+def test_batches_are_sampled_ahead_of_training_as_far_as_staleness_lets_them(
+    base, tmp_path, staleness
+):
+    folder, steps = tmp_path / "run", 5
+    settings = ["--rl.staleness", staleness, "--rl.importance_cap", 2.0]
+    settings += ["--checkpoint.every", steps]  # every step's log is left
+    process = start(base, *settings, steps=steps, folder=folder)
+    try:
+        # The trainer stops before it has anything to train on, so that engines keep version 0.
+        wait_for(process, "evaluated", (folder / "evaluations.jsonl").exists)
+        [rank] = processes_of(folder, "training.rank")
+        os.kill(rank, signal.SIGSTOP)
+        logs = [folder / f"sample_log/step_{1 + s:08d}.log" for s in range(steps)]
+        last = logs[staleness]
+        wait_for(
+            process,
+            "as far ahead as it may be",
+            lambda: last.exists() and encode(Accepted()) in last.read_bytes(),
+        )
+        time.sleep(2.0)  # for another batch, which must not begin
+        begun = [log.exists() for log in logs]
+        assert not lines(folder / "metrics.jsonl"), "stopped too late"
+        os.kill(rank, signal.SIGCONT)
+        output, errors = process.communicate(timeout=240)
+    finally:
+        process.kill()
+    assert process.returncode == 0, errors + output
+    assert begun == [s <= staleness for s in range(steps)]
+    metrics = lines(folder / "metrics.jsonl")
+    assert [m["step"] for m in metrics] == list(range(1, steps + 1))
+    for trained, line in enumerate(metrics):
+        made_by = versions(folder, line["step"])
+        assert line["policy_version"] == trained
+        assert trained - staleness <= min(made_by) <= max(made_by) <= trained
+        assert line["staleness"] == pytest.approx(trained - sum(made_by) / len(made_by))
+        assert 0 < line["importance"] <= 2.0
+    assert [m["staleness"] for m in metrics[: staleness + 1]] == list(range(staleness + 1))
+    # Every question is drawn once, though batches overlap.
+    state = json.loads((folder / f"checkpoints/step_{steps:08d}/run_state.json").read_text())
+    assert state["sampler"]["position"] == steps * 4
 
 
 @pytest.mark.slow  # five starts; each death by itself: test_supervision, test_checkpoint_runs

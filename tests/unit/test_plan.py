@@ -5,9 +5,11 @@ import math
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 
@@ -17,17 +19,18 @@ sys.path.insert(0, str(ROOT))
 from megatron_r1 import config as configuration  # noqa: E402
 from megatron_r1 import weights  # noqa: E402
 from megatron_r1.models import read_hf_config  # noqa: E402
+from megatron_r1.weights.push.traffic import Traffic  # noqa: E402
 from tools.plan.__main__ import main  # noqa: E402
 from tools.plan.activations import in_flight, layer_activations  # noqa: E402
 from tools.plan.bill import Bill  # noqa: E402
 from tools.plan.communication import groups  # noqa: E402
 from tools.plan.flops import forward_flops  # noqa: E402
-from tools.plan.hardware import HARDWARE  # noqa: E402
+from tools.plan.hardware import GIB, HARDWARE  # noqa: E402
 from tools.plan.job import Job  # noqa: E402
 from tools.plan.loss_head import GPU_CHUNK_ELEMENTS, GPU_CHUNK_TOKENS  # noqa: E402
 from tools.plan.memory import rank_memory  # noqa: E402
 from tools.plan.parameters import ModelCounts, RankCounts  # noqa: E402
-from tools.plan.push import engine_layout  # noqa: E402
+from tools.plan.push import engine_layout, push_section  # noqa: E402
 from tools.plan.quantity import Quantity  # noqa: E402
 from tools.plan.rollout import Engines, cache_bytes_per_token  # noqa: E402
 from tools.plan.samples import samples_section  # noqa: E402
@@ -73,6 +76,163 @@ def test_an_engine_is_laid_out_as_the_recipe_says_or_as_vllm_serves_such_models(
     silent = {"rollout.tensor": 1, "rollout.data": 1, "rollout.expert_parallel": False}
     assumed = engine_layout(Job(V3, configuration.load(RECIPE, silent), 2048, HARDWARE["H800"]))
     assert assumed == told
+
+
+def planned(**overrides) -> Job:
+    """The real job with settings of the recipe such as push__fp8; rollout_gpus: the engines'."""
+    gpus = overrides.pop("rollout_gpus", 0)
+    changed = {key.replace("__", "."): value for key, value in overrides.items()}
+    return Job(V3, configuration.load(RECIPE, changed), 2048, HARDWARE["H800"], rollout_gpus=gpus)
+
+
+def test_an_fp8_push_is_planned_with_fp8_s_bytes_and_its_engines_with_fp8_weights():
+    plain, fp8 = (Bill(planned(push__fp8=value)).sections() for value in (False, True))
+    # 671.03 B parameters less what is whole or no projection: 673 GB of 1,342 in one copy.
+    assert plain["push"]["in FP8"].value == fp8["push"]["into an engine GPU"].value
+    assert "in FP8" not in fp8["push"] and "FP8" in fp8["push"]["into an engine GPU"].formula
+    for name in ("into an engine GPU", "into all engines", "landing memory"):
+        assert fp8["push"][name].value < 0.55 * plain["push"][name].value, name
+    assert fp8["push"]["out of a trainer rank"].value < plain["push"]["out of a trainer rank"].value
+    assert fp8["push"]["over what is needed"].value == 1
+    seconds = [plan["time"]["push"].value for plan in (plain, fp8)]
+    assert seconds[1] == pytest.approx(fp8["push"]["into an engine GPU"].value / 37.5e9)
+    assert seconds[1] < 0.55 * seconds[0]
+    gpu = [plan["engine memory of a GPU"] for plan in (plain, fp8)]
+    freed = gpu[0]["weights"].value - gpu[1]["weights"].value
+    assert gpu[1]["weights"].value == fp8["push"]["into an engine GPU"].value
+    assert gpu[1]["KV cache"].value - gpu[0]["KV cache"].value == freed > 7e9
+
+
+def test_an_fp8_decoding_step_skips_idle_experts_of_one_byte_a_value():
+    engines = Engines(planned(push__fp8=True))
+    read = [engines._weights_read(sequences) for sequences in (0, 1e6)]
+    assert read[1] == pytest.approx(engines.weights)
+    assert read[1] - read[0] == pytest.approx(engines.counts.routed / 128)
+
+
+def test_sampling_without_a_trainer_has_no_fp8_push():
+    changed = {"push.fp8": True, "push.transport": "cuda_ipc"}
+    config = configuration.load(RECIPE, changed)
+    engines = Engines(Job(V3, config, 2048, HARDWARE["H800"], verb="sample"))
+    assert engines.weights == Engines(planned()).weights and not engines.landing
+
+
+@pytest.mark.parametrize("transport", ["shm", "gloo", "nccl", "cuda_ipc"])
+@pytest.mark.parametrize("gib", [None, 2.0])
+def test_landing_memory_is_where_the_transport_lands(transport, gib):
+    bill = Bill(planned(push__transport=transport, push__memory_gib=gib))
+    sections, landing = bill.sections(), bill.engines.weights if gib is None else 2 * GIB
+    assert sections["push"]["landing memory"].value == landing
+    formula = sections["push"]["landing memory"].formula
+    assert f"({transport})" in formula and ("windows" in formula or "pause" in formula) == bool(gib)
+    assert ("is for one host" in formula) == (transport in ("shm", "cuda_ipc"))
+    default = Bill(planned(push__transport="nccl"))
+    before = default.engines.cache
+    trainer = sections[f"memory of pipeline rank {bill.worst.rank}, the fullest"]
+    host = sections["host memory of a node"]
+    if transport == "cuda_ipc":
+        assert "landing memory" not in host and "on its GPU" in formula
+        assert before - bill.engines.cache == trainer["landing memory"].value == landing
+        assert bill.worst.peak == default.worst.peak + landing
+    else:
+        assert host["landing memory"].value == 8 * landing and "on its host" in formula
+        assert bill.engines.cache == before and "landing memory" not in trainer
+
+
+def test_landing_memory_of_engines_on_their_own_gpus_is_not_the_trainer_s():
+    alone = {"rollout_gpus": 2048, "rollout__colocated": False}
+    host = Bill(planned(**alone, push__transport="gloo")).sections()
+    assert "landing memory" not in host["host memory of a node"]
+    engines = host["host memory of an engines' node"]["landing memory"]
+    assert engines.value == 8 * host["push"]["landing memory"].value
+    bill = Bill(planned(**alone, push__transport="cuda_ipc"))
+    assert bill.worst.peak == Bill(planned()).worst.peak
+    assert bill.engines.landing == bill.engines.weights
+    assert "host memory of an engines' node" not in bill.sections()
+
+
+def test_landing_memory_that_does_not_fit_is_named_with_what_makes_it_smaller():
+    hardware = replace(HARDWARE["H800"], memory=60 * GIB)
+    job = replace(planned(push__transport="cuda_ipc"), hardware=hardware)
+    trainer, cache = Bill(job).problems()
+    assert "pipeline rank 3 needs 72.34 GiB of 60.00 GiB" in trainer
+    assert "of landing memory" in cache and "set push.memory_gib below 15.2, or give" in cache
+    hardware = replace(HARDWARE["H800"], host_memory=20 * GIB)
+    alone = {"rollout_gpus": 2048, "push__transport": "gloo"}
+    job = replace(planned(**alone, push__delta=True, checkpoint__asynchronous=False))
+    assert Bill(replace(job, hardware=hardware)).problems()
+    hardware = replace(HARDWARE["H800"], host_memory=15 * GIB)
+    told = Bill(replace(planned(**alone), hardware=hardware)).problems()
+    assert any("121.45 GiB of it landing memory: set push.memory_gib below" in t for t in told)
+
+
+def test_what_deltas_keep_is_counted_and_windows_beside_them_are_refused(capsys):
+    options = {"push__transport": "gloo", "push__delta": True}
+    sections = Bill(planned(**options)).sections()
+    push = sections["push"]
+    assert push["sent last"].value == push["out of a trainer rank"].value
+    kept = sections["host memory of a node"]["sent last"].value
+    assert kept == pytest.approx(8 * push["into all engines"].value / 2048)
+    for without in ({}, {**options, "push__full_every": 1}):
+        sections = Bill(planned(**without)).sections()
+        assert "sent last" not in sections["push"]
+        assert "sent last" not in sections["host memory of a node"]
+    delta = ["--push.transport", "gloo", "--push.delta", "true", "--push.memory_gib", "2"]
+    assert main([str(RECIPE), *delta]) == 1
+    assert "push.memory_gib=2 brings 15.2 GiB of weights in windows" in capsys.readouterr().out
+
+
+def test_what_a_push_moves_beyond_need_and_how_evenly_is_counted(monkeypatch):
+    push = Bill(planned()).sections()["push"]
+    assert push["over what is needed"].value == push["busiest engine GPU"].value == 1
+    assert str(push["over what is needed"]) == "1.00 x"
+    # One of 128 GPUs with half as much again: 1.5 / (128.5 / 128).
+    received = np.ones(2048)
+    received[::128] = 1.5
+    each = push["into an engine GPU"].value
+    moved = Traffic(np.ones(2048), received * each)
+    monkeypatch.setattr("tools.plan.push.traffic", lambda planner, num_bytes: moved)
+    push = push_section(planned())
+    assert push["over what is needed"].value == pytest.approx(128.5 / 128)
+    assert push["busiest engine GPU"].value == pytest.approx(1.5 / (128.5 / 128))
+
+
+def test_a_push_within_a_node_goes_over_the_node_s_links():
+    hf = read_hf_config(ROOT / "examples/laptop/model")
+    h800, seconds = HARDWARE["H800"], {}
+    for transport in ("shm", "cuda_ipc", "gloo", "nccl"):
+        changed = {"push.transport": transport}
+        config = configuration.load(ROOT / "examples/laptop/r1_zero.yaml", changed)
+        bill = Bill(Job(hf, config, 1, h800))
+        seconds[transport] = bill.times.push()
+        assert "one host" not in bill.sections()["push"]["landing memory"].formula
+    each = 0.75 / bill.engines.weights
+    rates = [h800.host_link, h800.nvlink, h800.network, h800.network]
+    assert [1 / s for s in seconds.values()] == pytest.approx([rate * each for rate in rates])
+    assert planned(push__transport="cuda_ipc").world_size == 2048
+    many = [Bill(planned(push__transport=name)).times.push() for name in ("cuda_ipc", "nccl")]
+    assert many[0] == many[1]
+
+
+@pytest.mark.parametrize("staleness", ["0", "1"])
+def test_engines_that_are_not_colocated_are_told_what_gives_them_gpus(capsys, staleness):
+    options = ["--rollout.colocated", "false", "--rl.staleness", staleness]
+    options += ["--rl.importance_cap", "2"]
+    assert main([str(RECIPE), *options]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    advice = re.search(r"rollout.colocated is false.* pass (--rollout-gpus 2048) assumed", told)
+    assert advice and "on the same GPUs, in turn" in told
+    assert main([str(RECIPE), *options, *advice[1].split()]) == 0
+    told = capsys.readouterr().out
+    assert "on GPUs of their own" in told and "rollout.colocated" not in told
+    assert main([str(RECIPE)]) == 0
+    assert "rollout.colocated" not in capsys.readouterr().out
+
+
+def test_the_documented_bill_is_the_one_that_is_printed(capsys):
+    assert main([str(RECIPE)]) == 0
+    document = (ROOT / "docs/planning.md").read_text(encoding="utf-8")
+    assert capsys.readouterr().out.strip() in document
 
 
 def test_the_configuration_is_deepseek_v3_s_as_transformers_knows_it():

@@ -1,5 +1,6 @@
-"""examples/deepseek_r1/stage.sbatch with programs in Slurm's place that write down how they are
-called; the scripts' way with a real Slurm is tests/cluster's."""
+"""examples/deepseek_r1/stage.sbatch, and examples/slurm's choice of a Python, with programs in
+Slurm's place that write down how they are called; the scripts' way with a real Slurm is
+tests/cluster's."""
 
 import os
 import signal
@@ -13,7 +14,8 @@ import pytest
 from megatron_r1 import config as configuration
 from megatron_r1.config.overrides import parse_overrides
 
-SCRIPT = Path(__file__).parents[2] / "examples/deepseek_r1/stage.sbatch"
+EXAMPLES = Path(__file__).parents[2] / "examples"
+SCRIPT = EXAMPLES / "deepseek_r1/stage.sbatch"
 # Each call's words on a line. A trainer, or a sampling process, lasts until it is asked to end.
 RECORDER = """#!/bin/bash
 echo "$(basename "$0") $*" >> "$CALLS"
@@ -32,7 +34,7 @@ esac
 def stage(tmp_path):
     programs, run = tmp_path / "bin", tmp_path / "run"
     programs.mkdir()
-    for name in ("srun", "scontrol", "squeue"):
+    for name in ("srun", "scontrol", "squeue", "curl"):
         (programs / name).write_text(RECORDER)
         (programs / name).chmod(0o755)
     recipe = tmp_path / "recipe.yaml"
@@ -48,12 +50,17 @@ def stage(tmp_path):
         "SLURM_JOB_NUM_NODES": "2",
         "SLURM_JOB_ID": "7",
     }
+    environment.pop("ENGINE_PYTHON", None)
 
     def start(verb, *options, **more):
-        command = ["bash", SCRIPT, sys.executable, "-m", "megatron_r1", verb, recipe, *options]
-        return subprocess.Popen(list(map(str, command)), env=environment | more)
+        return start.script(
+            SCRIPT, sys.executable, "-m", "megatron_r1", verb, recipe, *options, **more
+        )
 
-    start.run, start.calls = run, tmp_path / "calls"
+    def script(*command, **more):
+        return subprocess.Popen(["bash", *map(str, command)], env=environment | more)
+
+    start.run, start.calls, start.script = run, tmp_path / "calls", script
     return start
 
 
@@ -101,6 +108,51 @@ def test_sampling_is_one_process_beside_engine_hosts_on_every_node(stage):
     assert sampling.startswith("srun --overlap --nodes 1 --ntasks 1 --nodelist node0 ")
     assert "--rollout.placement hosts --rollout.hosts_per_engine 16 " in sampling
     assert not any("torch.distributed" in call for call in calls)
+
+
+def test_engines_and_served_models_have_a_python_of_their_own(stage):
+    job = stage(
+        "rl",
+        AFTER="megatron_r1.rollout.host",
+        ENGINE_PYTHON="/vllm/python",
+        SERVED="helpful=/models/helpful",
+        SERVED_NODES="1",
+    )
+    assert job.wait(30) == 0
+    calls = calls_of(stage)
+    (hosts,) = (call for call in calls if "megatron_r1.rollout.host" in call)
+    (served,) = (call for call in calls if "vllm_plugin.serve" in call)
+    (trainer,) = (call for call in calls if "torch.distributed.run" in call)
+    assert " --nodelist node0 /vllm/python -m megatron_r1.rollout.host " in hosts
+    assert " /vllm/python --model /models/helpful " in served
+    assert f" {sys.executable} -m torch.distributed.run " in trainer
+    assert not any(sys.executable in call for call in (hosts, served))
+
+
+@pytest.mark.parametrize("name", ["colocated", "pools"])
+@pytest.mark.parametrize(
+    ("given", "of_engines"),
+    [({}, "/trainer/python"), ({"ENGINE_PYTHON": "/vllm/python"}, "/vllm/python")],
+)
+def test_scripts_for_many_nodes_start_engine_hosts_with_engine_python(
+    stage, name, given, of_engines
+):
+    job = stage.script(
+        EXAMPLES / f"slurm/{name}.sbatch",
+        AFTER="megatron_r1.rollout.host",
+        RUN=str(stage.run),
+        PYTHON="/trainer/python",
+        SLURM_JOB_NODELIST_HET_GROUP_0="node0",
+        SLURM_JOB_NUM_NODES_HET_GROUP_0="1",
+        SLURM_JOB_NUM_NODES_HET_GROUP_1="1",
+        **given,
+    )
+    assert job.wait(30) == 0
+    calls = calls_of(stage)
+    (hosts,) = (call for call in calls if "megatron_r1.rollout.host" in call)
+    (trainer,) = (call for call in calls if "torch.distributed.run" in call)
+    assert f" {of_engines} -m megatron_r1.rollout.host --folder {stage.run} " in hosts
+    assert " /trainer/python -m torch.distributed.run " in trainer
 
 
 @pytest.mark.parametrize(("status", "is_requeued"), [("130", True), ("0", False)])

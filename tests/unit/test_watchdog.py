@@ -3,12 +3,16 @@
 import asyncio
 import contextlib
 import json
+import subprocess
+import sys
 import textwrap
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import aiohttp
 import pytest
+from fake_server import FakeServer
 from prometheus_client.parser import text_string_to_metric_families
 
 from megatron_r1.config import RewardsConfig, parse
@@ -20,7 +24,7 @@ from megatron_r1.rewards.runtime.pool import RewardPool
 from megatron_r1.rollout.client import EngineClient
 from megatron_r1.rollout.engine import Engine
 from megatron_r1.rollout.fleet import RolloutFleet
-from megatron_r1.rollout.sampling import Rollouts
+from megatron_r1.rollout.sampling import Rollouts, Sampling
 from megatron_r1.rollout.server import EngineServer
 from megatron_r1.supervision.supervisor import Supervisor
 from megatron_r1.supervision.watchdog import HangError
@@ -49,6 +53,18 @@ def when_let(response, truth, **entry):
     while not pathlib.Path(truth).exists():
         time.sleep(0.02)
     return Grade(1.0)
+"""
+HUNG_ENGINE = """
+import socket, time
+from megatron_r1.rollout.vllm_plugin.stacks import answer_signal
+
+def waits_for_a_collective():
+    time.sleep(60)
+
+answer_signal()
+server = socket.create_server(("127.0.0.1", 0))  # accepts nothing
+print(server.getsockname()[1], flush=True)
+waits_for_a_collective()
 """
 
 
@@ -190,6 +206,61 @@ def test_reported_once_and_health_says_so_until_it_moves(tmp_path, capsys):
     open_groups = families["megatron_r1_groups_open"].samples
     counted = {s.labels["doing"]: s.value for s in open_groups}
     assert counted == {"sampling": 0, "grading": 1, "scoring": 0}
+
+
+@contextlib.contextmanager
+def hung_engine(server):
+    """The address of a process that stands for `server`'s, takes calls and answers none."""
+    with open(server.log_path, "wb") as log:
+        command = [sys.executable, "-c", HUNG_ENGINE]
+        server.process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=log, start_new_session=True
+        )
+    try:
+        with server.process.stdout as said:
+            yield f"http://127.0.0.1:{int(said.readline())}"
+    finally:
+        server.stop()
+
+
+def test_an_engine_that_owes_a_group_is_named_with_it_and_asked_for_its_stacks(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr("megatron_r1.supervision.engine_look.ANSWER_SECONDS", 0.2)
+    run = Run(tmp_path, hang_seconds=0.5)
+    asked = make_prompt(QUESTION, "math", "42", {})
+    servers = [EngineServer(run.config.model.path, tmp_path / f"engine-{i}.log") for i in (0, 1)]
+
+    async def body(busy_url, hung_url):
+        busy, hung = EngineClient(busy_url), EngineClient(hung_url)
+        async with run.supervised() as supervisor, busy, hung:
+            run.rollouts.text = SimpleNamespace(encode=lambda question: [5], end=1)
+            engines = [
+                Engine(0, servers[0], busy, num_running=2, is_open=False),
+                Engine(1, servers[1], hung),
+            ]
+            fleet = run.rollouts.fleet
+            fleet.engines, fleet._model = engines, servers[0].model  # as `start` would have it
+            fleet.open_changed()
+            sampling = Sampling(num_samples=4, temperature=1.0, top_p=1.0, max_tokens=8)
+            await supervisor.run(run.rollouts.collect([asked], sampling))
+
+    with (
+        FakeServer(lambda *_: (501, "")) as busy,  # an error is an answer
+        hung_engine(servers[1]) as hung_url,
+        pytest.raises(HangError) as error,
+    ):
+        asyncio.run(body(busy.url, hung_url))
+    headline = str(error.value).splitlines()[0]
+    assert "Everything waits for engines: 1 groups are not back, the oldest for " in headline
+    assert "engine-1: 4 sequences asked for, its core does not answer" in headline
+    assert "engine-0" not in headline
+    (report,) = (run.folder / "logs").glob("hang-*.txt")
+    text = report.read_text()
+    assert f"oldest group: math question {asked.id} ({QUESTION!r}), sampling for " in text
+    assert "controller: in phase rollout" in text
+    stacks = text.split(f"stacks of processes {servers[1].process.pid}:")[1]
+    assert "in waits_for_a_collective" in stacks.split("trainer: ")[0]
 
 
 def test_a_teacher_that_says_nothing_is_what_everything_waits_for(tmp_path, monkeypatch):
