@@ -18,6 +18,7 @@ from torch.distributed import DistStoreError, PrefixStore, Store, TCPStore
 from megatron_r1.landing.table import Delivery, Table
 
 GONE = "gone"
+SAY_SECONDS = 10.0
 LOOK_SECONDS = 1.0
 """How often a trainer rank that waits for an engine asks whether it is gone."""
 
@@ -150,5 +151,8 @@ class Rendezvous:
 
 
 def say_gone(host: str, port: int, engine: str) -> None:
-    """Whoever knows it: a trainer whose store this is need not wait for the engine any more."""
-    PrefixStore(engine, TCPStore(host, port, is_master=False)).set(GONE, "1")
+    """Whoever knows it: a trainer whose store this is need not wait for the engine any more. Raises
+    torch.distributed.DistError where the trainer is gone, too."""
+    patience = datetime.timedelta(seconds=SAY_SECONDS)
+    store = TCPStore(host, port, is_master=False, timeout=patience)
+    PrefixStore(engine, store).set(GONE, "1")
