@@ -22,6 +22,7 @@ from megatron_r1.rollout.engine import Engine
 from megatron_r1.rollout.errors import EngineDied, EngineError, EngineFault
 from megatron_r1.rollout.fleet import RolloutFleet
 from megatron_r1.rollout.parallelism import engine_layout
+from megatron_r1.rollout.placement import hosts_address
 from megatron_r1.training.client import TrainerError
 from megatron_r1.training.wire import Sample
 from megatron_r1.weights.push.blocks import pushed_tensors
@@ -50,6 +51,7 @@ def weight_bridge(
 ) -> WeightBridge:
     """The bridge of a run; probes: prompts' token ids."""
     fp8 = config.push.fp8
+    elsewhere = config.rollout.placement == "hosts"
     is_exact = config.model.dtype == config.rollout.dtype == "float32" and not fp8
     return WeightBridge(
         trainer,
@@ -59,6 +61,8 @@ def weight_bridge(
         asdict(replace(engine_layout(config), engines=1)),
         probes,
         config.push.probe_tolerance or (EXACT_TOLERANCE if is_exact else TOLERANCE),
+        # Ranks that the controller has started meet at 127.0.0.1, which is no address elsewhere.
+        store_host=hosts_address(config.rollout) if elsewhere else None,
     )
 
 
@@ -98,13 +102,16 @@ class WeightBridge:
         layout: dict[str, Any],
         probes: Sequence[Sequence[int]] = (),
         tolerance: float = 1e-3,
+        store_host: str | None = None,
     ):
         """tensors: name and shape of what a checkpoint of the model holds. layout: of an engine
         (`weights.push.EngineLayout`'s fields). probes: prompts' token ids. tolerance: of the mean
-        difference of log-probabilities."""
+        difference of log-probabilities. store_host: under which engines reach the host of trainer
+        rank 0; None: as the ranks do."""
         self.trainer, self.fleet, self.settings = trainer, fleet, settings
         self.tensors = [[name, list(shape)] for name, shape in tensors]
         self.layout, self.probes, self.tolerance = layout, probes, tolerance
+        self.store_host = store_host
         self._store: list = []
         self._settled = asyncio.Lock()
         self._is_held = False
@@ -122,7 +129,8 @@ class WeightBridge:
         await self._settled.acquire()
         self._is_held = True
         (first, *_) = await self.trainer.call_all("open_push")
-        self._store = first["store"]
+        host, port = first["store"]
+        self._store = [self.store_host or host, port]
         self.fleet.feed = self.feed
         with self.fleet.patient(self._connect_seconds):
             for engine in [engine for engine in self.fleet.engines if engine.is_up]:
@@ -188,7 +196,8 @@ class WeightBridge:
 
     async def _tell_of_death(self, engine: Engine) -> None:
         await engine.died.wait()
-        await asyncio.to_thread(_say_gone, self._store, self._connected[engine.index])
+        with contextlib.suppress(RuntimeError):  # the trainer is gone as well
+            await asyncio.to_thread(_say_gone, self._store, self._connected[engine.index])
 
     @contextlib.asynccontextmanager
     async def feed(self, engine: Engine) -> AsyncIterator[None]:

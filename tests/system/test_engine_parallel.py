@@ -22,6 +22,7 @@ from tiny_models import DEEPSEEK, QWEN, reference_routing, write_model
 
 from megatron_r1.models.routing_shape import routing_shape
 from megatron_r1.rollout.fleet import RolloutFleet
+from megatron_r1.rollout.scratch import shared_files
 
 MODELS = {"deepseek": DEEPSEEK, "qwen": QWEN}
 
@@ -50,9 +51,11 @@ def test_an_engine_of_two_ranks_samples_as_transformers_would(family, layout, or
         settings = {"max_model_len": 256, "max_num_seqs": 64, "return_routing": replays}
         async with RolloutFleet(1, tmp_path, **settings, **layout) as fleet:
             await fleet.start(model)
-            return await sample(fleet, n=8, **routing)
+            [engine] = fleet.engines
+            return await sample(fleet, n=8, **routing), shared_files(engine.server.process.pid)
 
-    groups = asyncio.run(start_and_sample())
+    groups, shared = asyncio.run(start_and_sample())
+    assert not any(path.exists() for path in shared)
     assert largest_difference(oracle, model, groups) <= TOLERANCE
     if replays:
         assert share_of_equal_experts(oracle, model, groups, routing["routing"]) > 0.98
