@@ -87,7 +87,6 @@ def planned(**overrides) -> Job:
 
 def test_an_fp8_push_is_planned_with_fp8_s_bytes_and_its_engines_with_fp8_weights():
     plain, fp8 = (Bill(planned(push__fp8=value)).sections() for value in (False, True))
-    # 671.03 B parameters less what is whole or no projection: 673 GB of 1,342 in one copy.
     assert plain["push"]["in FP8"].value == fp8["push"]["into an engine GPU"].value
     assert "in FP8" not in fp8["push"] and "FP8" in fp8["push"]["into an engine GPU"].formula
     for name in ("into an engine GPU", "into all engines", "landing memory"):
@@ -117,14 +116,17 @@ def test_sampling_without_a_trainer_has_no_fp8_push():
     assert engines.weights == Engines(planned()).weights and not engines.landing
 
 
-@pytest.mark.parametrize("transport", ["shm", "gloo", "nccl", "cuda_ipc"])
-@pytest.mark.parametrize("gib", [None, 2.0])
+@pytest.mark.parametrize(
+    "transport, gib",
+    [("shm", None), ("gloo", 2.0), ("nccl", 20.0), ("cuda_ipc", None), ("cuda_ipc", 2.0)],
+)
 def test_landing_memory_is_where_the_transport_lands(transport, gib):
     bill = Bill(planned(push__transport=transport, push__memory_gib=gib))
-    sections, landing = bill.sections(), bill.engines.weights if gib is None else 2 * GIB
+    sections, limit = bill.sections(), math.inf if gib is None else gib * GIB
+    landing = min(limit, bill.engines.weights)
     assert sections["push"]["landing memory"].value == landing
     formula = sections["push"]["landing memory"].formula
-    assert f"({transport})" in formula and ("windows" in formula or "pause" in formula) == bool(gib)
+    assert f"({transport})" in formula and ("engines pause" in formula) == (gib == 2)
     assert ("is for one host" in formula) == (transport in ("shm", "cuda_ipc"))
     default = Bill(planned(push__transport="nccl"))
     before = default.engines.cache
@@ -157,13 +159,14 @@ def test_landing_memory_that_does_not_fit_is_named_with_what_makes_it_smaller():
     trainer, cache = Bill(job).problems()
     assert "pipeline rank 3 needs 72.34 GiB of 60.00 GiB" in trainer
     assert "of landing memory" in cache and "set push.memory_gib below 15.2, or give" in cache
-    hardware = replace(HARDWARE["H800"], host_memory=20 * GIB)
-    alone = {"rollout_gpus": 2048, "push__transport": "gloo"}
-    job = replace(planned(**alone, push__delta=True, checkpoint__asynchronous=False))
-    assert Bill(replace(job, hardware=hardware)).problems()
     hardware = replace(HARDWARE["H800"], host_memory=15 * GIB)
-    told = Bill(replace(planned(**alone), hardware=hardware)).problems()
-    assert any("121.45 GiB of it landing memory: set push.memory_gib below" in t for t in told)
+    alone = {"rollout_gpus": 2048, "push__transport": "gloo"}
+    told = Bill(replace(planned(**alone), hardware=hardware)).problems()[-1]
+    assert "a host needs 121.45 GiB of 120.00 GiB" in told and "set push.memory_gib below" in told
+    job = planned(**alone, push__delta=True, checkpoint__asynchronous=False)
+    trainer, engines = Bill(replace(job, hardware=hardware)).problems()
+    assert "121.45 GiB of it sent last: set push.delta to false, or raise" in trainer
+    assert engines.endswith("of it landing memory: give each engine more GPUs")
 
 
 def test_what_deltas_keep_is_counted_and_windows_beside_them_are_refused(capsys):
@@ -183,7 +186,7 @@ def test_what_deltas_keep_is_counted_and_windows_beside_them_are_refused(capsys)
 
 
 def test_what_a_push_moves_beyond_need_and_how_evenly_is_counted(monkeypatch):
-    push = Bill(planned()).sections()["push"]
+    push = push_section(planned())
     assert push["over what is needed"].value == push["busiest engine GPU"].value == 1
     assert str(push["over what is needed"]) == "1.00 x"
     # One of 128 GPUs with half as much again: 1.5 / (128.5 / 128).
@@ -209,7 +212,6 @@ def test_a_push_within_a_node_goes_over_the_node_s_links():
     each = 0.75 / bill.engines.weights
     rates = [h800.host_link, h800.nvlink, h800.network, h800.network]
     assert [1 / s for s in seconds.values()] == pytest.approx([rate * each for rate in rates])
-    assert planned(push__transport="cuda_ipc").world_size == 2048
     many = [Bill(planned(push__transport=name)).times.push() for name in ("cuda_ipc", "nccl")]
     assert many[0] == many[1]
 
@@ -427,7 +429,11 @@ def test_a_layout_that_cannot_work_names_the_number_and_those_that_can(capsys):
         (["--gpuss", "8"], 2, "unknown option --gpuss; did you mean --gpus?"),
         (["--memory-gib", "nan"], 2, "--memory-gib: nan is not a finite number"),
         (["--prompt-tokens", "2049"], 2, "there is room for 2048; lower it, or raise rollout.max"),
-        (["--host-memory-gib", "1"], 1, "being written: set checkpoint.asynchronous to false"),
+        (
+            ["--host-memory-gib", "1", "--push.memory_gib", "2"],
+            1,
+            "being written: set checkpoint.asynchronous to false",
+        ),
     ],
 )
 def test_what_is_wrong_is_said_in_a_sentence(capsys, monkeypatch, options, status, message):

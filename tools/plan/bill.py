@@ -8,15 +8,23 @@ from functools import cached_property
 from megatron_r1.reporting.wording import counted
 from tools.plan.communication import communication_section
 from tools.plan.flops import flops_section
+from tools.plan.hardware import GIB
 from tools.plan.job import Job
-from tools.plan.memory import RankMemory, memory_section, rank_memory
+from tools.plan.memory import LANDING, RankMemory, memory_section, rank_memory
 from tools.plan.parameters import parameter_section
-from tools.plan.push import push_section
+from tools.plan.push import landing_bytes, push_section, sends_differences, sent_last_bytes
 from tools.plan.quantity import Quantity, Section
 from tools.plan.rollout import Engines, rollout_section
 from tools.plan.samples import samples_section
 from tools.plan.teacher import teacher_section
 from tools.plan.timing import StepTime, time_section
+
+SENT_LAST = "sent last"
+WHAT = {
+    LANDING: ", weights on their way into an engine",
+    SENT_LAST: " on average, what push.delta is the difference to",
+}
+"""Of a kind of host memory, where its name does not say."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +66,8 @@ class Bill:
             made["host memory of a node"] = self._host()
         if job.generates:
             made["engine memory of a GPU"] = rollout_section(self.engines)
+            if host := self._engines_host():
+                made["host memory of an engines' node"] = host
         if job.config.teacher.path:
             made["engine memory of a teacher's GPU"] = teacher_section(job)
         if job.trains and job.generates:
@@ -72,7 +82,11 @@ class Bill:
 
     def problems(self) -> list[str]:
         """One sentence for each thing that cannot work: the number, its limit, the way out."""
-        found = [self._gpu(), self._host_problem()] if self.job.trains else []
+        found = []
+        if self.job.trains:
+            gpus = self.job.world_size, self.job.rollout_gpus
+            hosts = zip((self._host(), self._engines_host()), gpus, strict=True)
+            found = [self._gpu(), *(self._host_problem(*host) for host in hosts)]
         found += [self._cache()] if self.job.generates else []
         return [text for text in found if text]
 
@@ -100,6 +114,7 @@ class Bill:
             "parallel.tokens_per_microbatch",
             "loss head": "raise parallel.tensor or .context",
             "optimizer": "raise parallel.optimizer_offload, or use more GPUs",
+            LANDING: self._less_landing(),
             "reference": f"keep it away from the fullest rank: {self._split()}",
             "reserved": "use GPUs with more memory",
         }.get(kind, self._split())
@@ -112,20 +127,40 @@ class Bill:
     def _host(self) -> Section:
         """Of the node whose ranks need most: ranks of one pipeline stage share a node."""
         job = self.job
-        per_node = min(job.hardware.gpus_per_node, job.world_size)
         fullest = max(self.ranks, key=lambda rank: sum(rank.host.values()))
+        kinds = dict(fullest.host)
+        if not job.rollout_gpus:
+            kinds |= self._landing()
+        if sends_differences(job):
+            kinds[SENT_LAST] = sent_last_bytes(job)
+        return self._of_node(kinds, job.world_size)
+
+    def _engines_host(self) -> Section:
+        """Of a node that only engines are on."""
+        gpus = self.job.rollout_gpus
+        return self._of_node(self._landing(), gpus) if gpus else {}
+
+    def _landing(self) -> dict[str, int]:
+        num_bytes = landing_bytes(self.job, "host")
+        return {LANDING: num_bytes} if num_bytes else {}
+
+    def _of_node(self, kinds: dict[str, int], gpus: int) -> Section:
+        """Of as many ranks, of `gpus` in all, as a node has."""
+        per_node = min(self.job.hardware.gpus_per_node, gpus)
         return {
             kind: Quantity(
-                num_bytes * per_node, "B", f"{counted(per_node, 'rank')} x {_size(num_bytes)}"
+                num_bytes * per_node,
+                "B",
+                f"{counted(per_node, 'rank')} x {_size(num_bytes)}{WHAT.get(kind, '')}",
             )
-            for kind, num_bytes in fullest.host.items()
+            for kind, num_bytes in kinds.items()
         }
 
-    def _host_problem(self) -> str | None:
-        parts = self._host()
+    def _host_problem(self, parts: Section, gpus: int) -> str | None:
+        """Of a node with these parts, of `gpus` in all."""
         needed = sum(part.value for part in parts.values())
         hardware = self.job.hardware
-        memory = hardware.host_memory * min(hardware.gpus_per_node, self.job.world_size)
+        memory = hardware.host_memory * min(hardware.gpus_per_node, gpus)
         if needed <= memory:
             return None
         largest = max(parts, key=lambda kind: parts[kind].value)
@@ -133,11 +168,20 @@ class Bill:
             "checkpoint being written": "set checkpoint.asynchronous to false, or ",
             "optimizer": "lower parallel.optimizer_offload, or ",
             "critic's optimizer": "lower parallel.optimizer_offload, or ",
+            SENT_LAST: "set push.delta to false, or ",
         }.get(largest, "")
+        way = self._less_landing() if largest == LANDING else fix + self._split()
         return (
             f"a host needs {_size(needed)} of {_size(memory)}, {parts[largest]} of it {largest}: "
-            f"{fix}{self._split()}"
+            f"{way}"
         )
+
+    def _less_landing(self) -> str:
+        """What leaves an engine rank fewer bytes to land, at once or at all."""
+        more = "give each engine more GPUs"
+        if sends_differences(self.job):  # which need all of the push before
+            return more
+        return f"set push.memory_gib below {landing_bytes(self.job) / GIB:.3g}, or {more}"
 
     def _cache(self) -> str | None:
         engines, job = self.engines, self.job
@@ -145,8 +189,9 @@ class Bill:
         if engines.cache >= needed:
             return None
         trainer = f", {_size(engines.resident)} of the trainer" if engines.resident else ""
+        landing = f", {_size(engines.landing)} of {LANDING}" if engines.landing else ""
         beside = (
-            f"beside {_size(engines.weights)} of weights{trainer} and "
+            f"beside {_size(engines.weights)} of weights{landing}{trainer} and "
             f"{_size(job.assumptions.reserved)} reserved"
         )
         has = f"has {_size(engines.cache)}"
@@ -168,6 +213,8 @@ class Bill:
         if rollout.tensor * rollout.data == 1:
             ways = [f"lower rollout.engines={rollout.engines} (more GPUs each)"]
             ways = ways if rollout.engines > 1 else ["use more GPUs"]
+        if self.engines.landing:
+            ways.append(self._less_landing())
         if self.engines.resident:
             ways += [self._split(), "give the engines GPUs of their own (--rollout-gpus)"]
         elif self.engines.cache > 0:

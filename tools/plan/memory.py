@@ -9,6 +9,7 @@ from tools.plan.activations import Layer, in_flight, layer_activations
 from tools.plan.job import BYTES, Job
 from tools.plan.loss_head import head_bytes
 from tools.plan.parameters import Counts, RankCounts
+from tools.plan.push import landing_bytes
 from tools.plan.quantity import Quantity, Section
 
 
@@ -41,6 +42,8 @@ class RankMemory:
 PERSISTENT = ("parameters", "gradients", "optimizer")
 CRITIC = "critic"
 """The same three of PPO's critic, which lie beside the policy's."""
+LANDING = "landing memory"
+"""Of the engine rank on the same GPU, which does not give it back while it sleeps."""
 
 
 def rank_memory(job: Job) -> list[RankMemory]:
@@ -102,6 +105,8 @@ def _of_rank(job: Job, ranks: RankCounts, layers: dict[bool, Layer], rank: int) 
         "loss head": head,
         "reserved": reserved,
     }
+    if landing := 0 if job.rollout_gpus else landing_bytes(job, "GPU"):
+        training[LANDING] = scoring[LANDING] = landing
     if parallel.reference_offload == "device":
         training["reference"] = host.pop("reference")
     if job.verb != "rl":
@@ -183,6 +188,7 @@ def memory_section(job: Job, rank: RankMemory) -> Section:
         "loss head": head_bytes(job)[1] if rank.training["loss head"] else "not on this rank",
         "reserved": "assumed: CUDA context, NCCL, fragmentation",
         "reference": f"parameters x {value} B",
+        LANDING: "weights on their way into the engine on this GPU, kept between pushes",
         CRITIC: "parameters, gradients and optimizer of a score model, as above",
     }
     section = {

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from functools import lru_cache
+from typing import Literal
 
 from megatron_r1.reporting.wording import counted
 from megatron_r1.rollout.parallelism import engine_layout as layout_of
 from megatron_r1.weights.push import EngineLayout, Planner, TrainerGrid
 from megatron_r1.weights.push.engine_layout import EngineNeeds
-from megatron_r1.weights.push.traffic import fp8_bytes, plain_bytes, traffic
+from megatron_r1.weights.push.traffic import ByteCount, fp8_bytes, plain_bytes, traffic
+from tools.plan.hardware import GIB
 from tools.plan.job import Job
 from tools.plan.quantity import Quantity, Section
 
@@ -42,40 +44,123 @@ def _shares(job: Job, tensor: int) -> bool:
 def check_engines(job: Job) -> None:
     """Raise ValueError for engines that cannot be on these GPUs, or cannot share the model."""
     job.check_engines()
-    engine_rank_bytes(job)
+    needed, push = engine_rank_bytes(job), job.config.push
+    if sends_differences(job) and landing_bytes(job) < needed:
+        raise ValueError(
+            f"push.delta: push.memory_gib={push.memory_gib:g} brings {needed / GIB:.3g} GiB of "
+            "weights in windows, and each overwrites what the next push would be the difference "
+            "to; raise it until all fit, or set push.delta: false"
+        )
+
+
+def pushes(job: Job) -> bool:
+    return job.trains and job.generates
+
+
+def in_fp8(job: Job) -> bool:
+    """Whether engines are brought, and then hold, FP8 weights."""
+    return pushes(job) and job.config.push.fp8
+
+
+def sends_differences(job: Job) -> bool:
+    """Whether pushes between whole ones hold only what changed, for which both sides keep all."""
+    return pushes(job) and job.config.push.delta and job.config.push.full_every > 1
 
 
 def engine_rank_bytes(job: Job) -> int:
-    """Weights of the first GPU of an engine, in the engines' dtype."""
-    return _rank_bytes(json.dumps(job.hf), engine_layout(job), job.config.rollout.dtype)
+    """Weights of the first GPU of an engine, than which no other has more, as they are pushed."""
+    return _rank_bytes(json.dumps(job.hf), engine_layout(job), _form(job), 1)[0]
+
+
+def _form(job: Job) -> str:
+    """Of the weights on their way and in the engines: a dtype, or "FP8"."""
+    return "FP8" if in_fp8(job) else job.config.rollout.dtype
+
+
+def _count(form: str) -> ByteCount:
+    return fp8_bytes if form == "FP8" else plain_bytes(form)
 
 
 @lru_cache
-def _rank_bytes(hf: str, layout: EngineLayout, dtype: str) -> int:
-    num_bytes = plain_bytes(dtype)
-    needed = EngineNeeds(json.loads(hf), layout).needed(layout.place(0))
-    return sum(num_bytes(t.name, t.rule.dtype, region) for t, region in needed)
+def _rank_bytes(hf: str, layout: EngineLayout, form: str, ranks: int) -> list[float]:
+    """What each of the first `ranks` of an engine needs."""
+    needs, num_bytes = EngineNeeds(json.loads(hf), layout), _count(form)
+    return [
+        sum(num_bytes(t.name, t.rule.dtype, part) for t, part in needs.needed(layout.place(rank)))
+        for rank in range(ranks)
+    ]
+
+
+def _needed_bytes(job: Job) -> float:
+    """By all engines together, each element once per GPU that computes with it."""
+    layout = engine_layout(job)
+    one_engine = _rank_bytes(json.dumps(job.hf), layout, _form(job), layout.ranks_per_engine)
+    return layout.engines * sum(one_engine)
+
+
+def landing_bytes(job: Job, on: Literal["host", "GPU"] | None = None) -> int:
+    """Of an engine rank's memory for weights on their way, which it keeps between pushes; `on`: 0
+    where the transport's lies elsewhere."""
+    if not pushes(job) or on not in (None, landing_place(job)):
+        return 0
+    needed, limit = engine_rank_bytes(job), job.config.push.memory_gib
+    return needed if limit is None else min(needed, round(limit * GIB))
+
+
+def landing_place(job: Job) -> Literal["host", "GPU"]:
+    """Also with NCCL the host: of the GPU it takes a bucket at a time."""
+    return "GPU" if job.config.push.transport == "cuda_ipc" else "host"
+
+
+def sent_last_bytes(job: Job) -> int:
+    """What push.delta keeps on a trainer rank's host, averaged over the ranks: who sends how much
+    of it takes too long to count for every layout of a search."""
+    return round(_needed_bytes(job) / job.world_size)
+
+
+def push_link(job: Job) -> tuple[float, str]:
+    """(bytes/s into an engine GPU, over what)."""
+    hardware, transport = job.hardware, job.config.push.transport
+    rate, name = hardware.network, "network adapter"
+    if _is_one_node(job) and transport == "shm":
+        rate, name = hardware.host_link, "link to the host"
+    elif _is_one_node(job) and transport == "cuda_ipc":
+        rate, name = hardware.nvlink, "NVLink"
+    return rate * job.assumptions.link_efficiency, name
+
+
+def _is_one_node(job: Job) -> bool:
+    return job.world_size + job.rollout_gpus <= job.hardware.gpus_per_node
 
 
 def push_section(job: Job) -> Section:
-    """What one push moves, and how evenly."""
-    parallel, engines, dtype = job.parallel, engine_layout(job), job.config.rollout.dtype
+    """What one push moves, how evenly, and what it keeps in memory."""
+    parallel, engines, form = job.parallel, engine_layout(job), _form(job)
     grid = TrainerGrid.of(parallel, job.world_size)
-    planner = Planner(job.hf, grid, engines, job.stages)
-    moved, half = (traffic(planner, count) for count in (plain_bytes(dtype), fp8_bytes))
-    link = job.hardware.network * job.assumptions.link_efficiency
-    into, out = moved.received.max(), moved.sent.max()
-    return {
+    moved = traffic(Planner(job.hf, grid, engines, job.stages), _count(form))
+    link, link_name = push_link(job)
+    written = form
+    if form == "FP8":
+        written = f"FP8, 1 B + 4 B / 128 x 128, what is no projection in {job.config.rollout.dtype}"
+    into, out, gpus = moved.received.max(), moved.sent.max(), counted(engines.num_ranks, "GPU")
+    section = {
         "into an engine GPU": Quantity(
             into,
             "B",
-            f"its part of every tensor, once, in {dtype}; {into / link:.2g} s through its network "
-            f"adapter",
+            f"its part of every tensor, once, in {written}; {into / link:.2g} s through its "
+            f"{link_name}",
         ),
         "into all engines": Quantity(
-            moved.received.sum(),
-            "B",
-            f"{counted(engines.num_ranks, 'GPU')}, each what it needs and no more",
+            moved.received.sum(), "B", f"{gpus}, each what it needs and no more"
+        ),
+        "over what is needed": Quantity(
+            moved.received.sum() / _needed_bytes(job),
+            "x",
+            "bytes into all engines / those of the parts that their GPUs compute with; 1 is the "
+            "least",
+        ),
+        "busiest engine GPU": Quantity(
+            into / moved.received.mean(), "x", f"its bytes / the average of {gpus}"
         ),
         "out of a trainer rank": Quantity(
             out,
@@ -83,9 +168,30 @@ def push_section(job: Job) -> Section:
             f"the busiest, {moved.busiest_sender:.2f} x the average of {grid.world}; replicas take "
             "turns",
         ),
-        "in FP8": Quantity(
-            half.received.max(),
+    }
+    if form != "FP8":
+        section["in FP8"] = Quantity(
+            _rank_bytes(json.dumps(job.hf), engines, "FP8", 1)[0],
             "B",
             "into an engine GPU with projections quantised on the way, 1 B + 4 B / 128 x 128",
-        ),
-    }
+        )
+    section["landing memory"] = Quantity(landing_bytes(job), "B", _landing_formula(job))
+    if sends_differences(job):
+        section["sent last"] = Quantity(
+            out,
+            "B",
+            "with push.delta the busiest trainer rank keeps it on its host; the bytes above are of "
+            f"a whole push, one in {job.config.push.full_every}",
+        )
+    return section
+
+
+def _landing_formula(job: Job) -> str:
+    push = job.config.push
+    how = "all its weights at once"
+    if landing_bytes(job) < engine_rank_bytes(job):
+        how = f"push.memory_gib={push.memory_gib:g}: engines pause while the rest travels"
+    text = f"of an engine rank, on its {landing_place(job)} ({push.transport}); {how}"
+    if push.on_one_host and not _is_one_node(job):
+        text += f"; {push.transport} is for one host, set push.transport to nccl or gloo"
+    return text

@@ -9,8 +9,8 @@ Section = dict[str, "Quantity"]
 
 @dataclass(frozen=True)
 class Quantity:
-    """unit: "B", "parameters", "tokens", "FLOP", "s", "hours", "share" (of 1) or "" for a count;
-    value None: there is none, and the formula says why."""
+    """unit: "B", "parameters", "tokens", "FLOP", "s", "hours", "share" (of 1), "x" (of
+    another number) or "" for a count; value None: there is none, and the formula says why."""
 
     value: float | None
     unit: str
@@ -30,6 +30,8 @@ class Quantity:
             return _few_hours(self.value)
         if self.unit == "share":
             return f"{self.value:.1%}"
+        if self.unit == "x":
+            return f"{self.value:.2f} x"
         if self.unit == "FLOP":
             return scaled(self.value, 1000, ("FLOP", *(p + "FLOP" for p in "kMGTPEZ")))
         if self.unit == "parameters":

@@ -115,8 +115,25 @@ def _title(bill: Bill) -> str:
             where = "GPUs of their own"
         engines = counted(job.config.rollout.engines, "engine")
         lines.append(f"{engines} of {counted(job.engine_gpus, 'GPU')}, on {where}")
+        if job.trains and not job.rollout_gpus and not job.config.rollout.colocated:
+            lines.append(_not_colocated(job))
     lines.append(
         f"assumed: responses of {counted(job.response_tokens, 'token')} on average, prompts of "
         f"{job.assumptions.prompt_tokens:,}; rates and efficiencies: tools/plan/hardware.py"
     )
     return "\n".join(lines)
+
+
+def _not_colocated(job: Job) -> str:
+    """The recipe does not say how many GPUs its engines' hosts have."""
+    rollout = job.config.rollout
+    ranks = rollout.tensor * rollout.data
+    gpus = str(rollout.engines * ranks)
+    if ranks == 1:
+        gpus = "N" if rollout.engines == 1 else f"N, a multiple of rollout.engines={gpus}"
+    return textwrap.fill(
+        "rollout.colocated is false, but without --rollout-gpus the engines are counted on the "
+        f"trainer's GPUs: for GPUs of their own pass --rollout-gpus {gpus}",
+        WIDTH,
+        break_on_hyphens=False,
+    )

@@ -9,7 +9,7 @@ from megatron_r1.reporting.wording import counted
 from tools.plan.flops import decode_flops, forward_flops
 from tools.plan.job import BYTES, Job
 from tools.plan.parameters import ModelCounts
-from tools.plan.push import engine_layout, engine_rank_bytes
+from tools.plan.push import engine_layout, engine_rank_bytes, in_fp8, landing_bytes
 from tools.plan.quantity import Quantity, Section
 
 
@@ -56,11 +56,15 @@ class Engines:
         return engine_rank_bytes(self.job)
 
     @property
+    def landing(self) -> int:
+        """Bytes on one GPU for the weights of the next push."""
+        return landing_bytes(self.job, "GPU")
+
+    @property
     def cache(self) -> int:
         """Bytes left for KV cache on one GPU; negative where even the weights do not fit."""
-        assumptions = self.job.assumptions
-        free = self.job.hardware.memory - assumptions.reserved - self.resident - self.weights
-        return round(free)
+        taken = self.job.assumptions.reserved + self.resident + self.weights + self.landing
+        return round(self.job.hardware.memory - taken)
 
     @property
     def token_bytes(self) -> float:
@@ -112,7 +116,8 @@ class Engines:
         experts, chosen = self.job.hf["n_routed_experts"], self.job.hf["num_experts_per_tok"]
         together = sequences * self.job.engine_gpus / self.tensor
         idle = (1 - chosen / experts) ** together
-        return self.weights - self.counts.routed / self.job.engine_gpus * self.value * idle
+        value = 1 if in_fp8(self.job) else self.value
+        return self.weights - self.counts.routed / self.job.engine_gpus * value * idle
 
     def seconds(self) -> tuple[float | None, str]:
         """(time of one rollout, formula); None where there is no room for a sequence's cache."""
@@ -151,7 +156,8 @@ def rollout_section(engines: Engines) -> Section:
             engines.weights,
             "B",
             f"its part of every tensor: attention over {counted(engines.tensor, 'GPU')}, routed "
-            f"experts over {job.engine_gpus}; norms, routers, latent down-projections whole",
+            f"experts over {job.engine_gpus}; norms, routers, latent down-projections whole"
+            + ("; projections in FP8 (push.fp8)" if in_fp8(job) else ""),
         ),
         "KV cache of a token": Quantity(
             per_token,
@@ -163,6 +169,7 @@ def rollout_section(engines: Engines) -> Section:
             "B",
             (f"no room, {Quantity(-engines.cache, 'B', '')} short: " if engines.cache < 0 else "")
             + "memory - reserved - weights"
+            + (f" - landing {Quantity(engines.landing, 'B', '')}" if engines.landing else "")
             + (f" - trainer's {Quantity(engines.resident, 'B', '')}" if engines.resident else ""),
         ),
         "tokens cached": Quantity(

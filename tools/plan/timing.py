@@ -8,6 +8,7 @@ from megatron_r1.reporting.wording import counted
 from tools.plan.communication import Group, groups
 from tools.plan.flops import attention_flops, head_flops, layer_flops
 from tools.plan.job import Job
+from tools.plan.push import push_link
 from tools.plan.quantity import Quantity, Section
 from tools.plan.rollout import Engines
 
@@ -102,9 +103,7 @@ class StepTime:
         return once * (2 if job.has_reference else 1)
 
     def push(self) -> float:
-        return self.engines.weights / (
-            self.job.hardware.network * self.job.assumptions.link_efficiency
-        )
+        return self.engines.weights / push_link(self.job)[0]
 
 
 def time_section(times: StepTime) -> Section:
@@ -126,7 +125,7 @@ def time_section(times: StepTime) -> Section:
         seconds = critic.scoring() + critic.optimizer_step() * job.minibatches
         section["critic"] = Quantity(seconds, "s", "one forward pass for values, and its training")
     if job.verb == "rl":
-        formula = "bytes into an engine GPU / its network adapter"
+        formula = f"bytes into an engine GPU / its {push_link(job)[1]}"
         section["push"] = Quantity(times.push(), "s", formula)
     parts = [name for name in PARTS if name in section]
     if missing := [name for name in parts if section[name].value is None]:
