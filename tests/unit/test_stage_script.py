@@ -93,7 +93,7 @@ def test_rl_brings_engine_hosts_which_end_with_it(stage):
     assert settings == {
         "rollout.placement": "hosts",
         "rollout.hosts_per_engine": 16,
-        "push.transport": "nccl",
+        "push.transport": "gloo",
     }
     config = configuration.load(SCRIPT.with_name("r1_zero.yaml"), settings)
     assert config.rollout.engines * config.rollout.hosts_per_engine * 8 == 2048
