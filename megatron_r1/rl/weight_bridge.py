@@ -196,6 +196,9 @@ class WeightBridge:
 
     async def _tell_of_death(self, engine: Engine) -> None:
         await engine.died.wait()
+        await self._tell_gone(engine)
+
+    async def _tell_gone(self, engine: Engine) -> None:
         with contextlib.suppress(RuntimeError):  # the trainer is gone as well
             await asyncio.to_thread(_say_gone, self._store, self._connected[engine.index])
 
@@ -223,6 +226,8 @@ class WeightBridge:
                 both.create_task(self._bring_in(engine))
                 both.create_task(_join(sending))
         except ExceptionGroup as failures:
+            if self._windows > 1:
+                await self._tell_gone(engine)
             raise failures.exceptions[0] from None
         await self._prove([engine], _refuse)
 

@@ -207,29 +207,55 @@ def test_an_engine_that_waits_for_a_busy_trainer_does_not_wait_by_the_clock():
     assert happened == ["turn", "clock"]
 
 
-def test_a_trainer_that_waits_for_a_window_hears_that_its_engine_died():
+class WindowedTrainer(SmallTrainer):
+    """Which waits until an engine is done with a window, or is said to be gone."""
+
+    def __init__(self, store):
+        super().__init__()
+        self.store, self.gone = store, asyncio.Event()
+
+    async def call_all(self, operation, begun=None, **arguments):
+        if operation == "connect_engine":
+            self.name = arguments["name"]
+        elif operation == "send_weights" and arguments["engines"]:
+            waiting = asyncio.create_task(self._wait())
+            await asyncio.shield(waiting)
+        (answer,) = await super().call_all(operation, begun, **arguments)
+        return [answer | {"store": ["127.0.0.1", self.store.port], "num_windows": 3}]
+
+    async def _wait(self):
+        meeting = Rendezvous(self.store, self.name, 30)
+        with pytest.raises(ConnectionError, match=f"{self.name} is gone"):
+            await asyncio.to_thread(meeting.await_release, 0, 1, 0)
+        self.gone.set()
+
+
+@pytest.mark.parametrize("joins", [False, True])
+def test_a_trainer_that_waits_for_a_window_hears_that_its_engine_died(joins):
     """Otherwise it waits for as long as a push may take, and every other engine with it."""
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
-    class Windowed(SmallTrainer):
-        async def call_all(self, operation, begun=None, **arguments):
-            if operation == "connect_engine":
-                self.name = arguments["name"]
-            elif operation == "send_weights":
-                meeting = Rendezvous(store, self.name, 30)
-                with pytest.raises(ConnectionError, match=f"{self.name} is gone"):
-                    await asyncio.to_thread(meeting.await_release, 0, 1, 0)
-            (answer,) = await super().call_all(operation, begun, **arguments)
-            return [answer | {"store": ["127.0.0.1", store.port], "num_windows": 3}]
+    class Dies(SmallClient):
+        async def swap_weights(self, update, version):
+            raise ConnectionBroken("cut")
 
     async def story():
-        fleet = SmallFleet()
-        fleet.engines = [Engine(0, SimpleNamespace(), SmallClient())]
-        bridge = WeightBridge(Windowed(), fleet, PushConfig(), [], {})
-        await bridge.open()
-        pushing = asyncio.create_task(bridge.push(1))
-        await asyncio.sleep(0.1)
-        fleet.engines[0].died.set()
-        await pushing
+        trainer, fleet = WindowedTrainer(store), SmallFleet()
+        bridge = WeightBridge(trainer, fleet, PushConfig(), [], {})
+        engine = Engine(0, SimpleNamespace(), Dies())
+        if joins:
+            await bridge.open()
+            await bridge.push(1)
+            with pytest.raises(ConnectionBroken):
+                async with bridge.feed(engine):
+                    pytest.fail("it was fed")
+        else:
+            fleet.engines = [engine]
+            await bridge.open()
+            pushing = asyncio.create_task(bridge.push(1))
+            await asyncio.sleep(0.1)
+            engine.died.set()
+            await pushing
+        await trainer.gone.wait()
 
     asyncio.run(asyncio.wait_for(story(), 20))
