@@ -18,8 +18,8 @@ from megatron_r1.rollout.errors import (
     EngineError,
     EngineTimeout,
 )
+from megatron_r1.rollout.hosts.remote_server import RemoteServer
 from megatron_r1.rollout.pace import Pace
-from megatron_r1.rollout.remote_server import RemoteServer
 from megatron_r1.rollout.server import EngineServer
 
 T = TypeVar("T")

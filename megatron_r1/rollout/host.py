@@ -22,9 +22,9 @@ from pathlib import Path
 
 from megatron_r1 import processes
 from megatron_r1.authentication import FILE, known_token
-from megatron_r1.rollout.host_engines import HostEngines
-from megatron_r1.rollout.host_link import HostLink
-from megatron_r1.rollout.host_wire import (
+from megatron_r1.rollout.hosts.engines import HostEngines
+from megatron_r1.rollout.hosts.link import HostLink
+from megatron_r1.rollout.hosts.wire import (
     REPORT_SECONDS,
     EngineReport,
     Report,

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from megatron_r1.rollout.host_engines import gpus_of_slot, visible_gpus
+from megatron_r1.rollout.hosts.engines import gpus_of_slot, visible_gpus
 from megatron_r1.rollout.server import EngineServer
 
 

@@ -15,8 +15,8 @@ from megatron_r1.config import RolloutConfig
 from megatron_r1.rollout.engine import Engine, MakeServer
 from megatron_r1.rollout.errors import EngineError
 from megatron_r1.rollout.fleet import RolloutFleet
-from megatron_r1.rollout.host_pool import HostPool
-from megatron_r1.rollout.host_wire import publish_address, withdraw_address
+from megatron_r1.rollout.hosts.pool import HostPool
+from megatron_r1.rollout.hosts.wire import publish_address, withdraw_address
 from megatron_r1.rollout.server import EngineServer
 
 RANK_GIB = 0.5

@@ -24,7 +24,7 @@ from megatron_r1.rl.session import Session
 from megatron_r1.rl.weight_bridge import PROBE_TOKENS, weight_bridge
 from megatron_r1.rollout.context import context_length
 from megatron_r1.rollout.fleet import RolloutFleet
-from megatron_r1.rollout.host_pool import HostPool
+from megatron_r1.rollout.hosts.pool import HostPool
 from megatron_r1.rollout.parallelism import (
     check_engines,
     check_pushes,

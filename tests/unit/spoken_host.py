@@ -1,8 +1,8 @@
 """A host as the pool hears it: over the real line it says that it runs what it was ordered, and
 runs nothing."""
 
-from megatron_r1.rollout.host_link import HostLink
-from megatron_r1.rollout.host_wire import EngineOrder, EngineReport, Report
+from megatron_r1.rollout.hosts.link import HostLink
+from megatron_r1.rollout.hosts.wire import EngineOrder, EngineReport, Report
 
 COORDINATOR = "10.0.0.1:4711"
 

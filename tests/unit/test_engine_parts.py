@@ -14,7 +14,7 @@ from megatron_r1.authentication import ENVIRONMENT, make_token
 from megatron_r1.rollout import engine_part
 from megatron_r1.rollout.engine_part import Part
 from megatron_r1.rollout.errors import EngineError
-from megatron_r1.rollout.host_pool import HostPool
+from megatron_r1.rollout.hosts.pool import HostPool
 
 
 class World:

@@ -17,9 +17,9 @@ import pytest
 
 from megatron_r1.authentication import ENVIRONMENT, known_token, make_token
 from megatron_r1.rollout.errors import EngineError
-from megatron_r1.rollout.host_engines import gpus_of_slot, visible_gpus
-from megatron_r1.rollout.host_pool import HostPool
-from megatron_r1.rollout.host_wire import Report, publish_address
+from megatron_r1.rollout.hosts.engines import gpus_of_slot, visible_gpus
+from megatron_r1.rollout.hosts.pool import HostPool
+from megatron_r1.rollout.hosts.wire import Report, publish_address
 
 
 def until(condition, seconds=20):
@@ -111,7 +111,7 @@ def test_without_room_the_error_says_who_is_there(pool):
 
 def test_who_waits_for_hosts_is_told(pool, monkeypatch, tmp_path):
     """A run that does nothing else meanwhile would look as if it hung."""
-    monkeypatch.setattr("megatron_r1.rollout.host_pool.WAIT_SECONDS", 0.2)
+    monkeypatch.setattr("megatron_r1.rollout.hosts.pool.WAIT_SECONDS", 0.2)
     pool.server(tmp_path, tmp_path / "engine.log").start()
     until(lambda: "1 engine waits for 1 host to come (no host has come)" in pool.said)
 

@@ -12,14 +12,14 @@ import msgspec
 import zmq
 
 from megatron_r1.authentication import protect_server
-from megatron_r1.rollout.host_places import Host, chosen
-from megatron_r1.rollout.host_wire import (
+from megatron_r1.rollout.hosts.places import Host, chosen
+from megatron_r1.rollout.hosts.remote_server import RemoteServer
+from megatron_r1.rollout.hosts.wire import (
     REPORT_SECONDS,
     Orders,
     Report,
     shared_memory_identity,
 )
-from megatron_r1.rollout.remote_server import RemoteServer
 
 POLL_SECONDS = 0.05
 FAREWELL_SECONDS = 10.0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from megatron_r1.rollout.host_wire import Report
+from megatron_r1.rollout.hosts.wire import Report
 
 
 @dataclass(eq=False)

@@ -11,7 +11,7 @@ import msgspec
 import zmq
 
 from megatron_r1.authentication import protect_client
-from megatron_r1.rollout.host_wire import Orders, Report
+from megatron_r1.rollout.hosts.wire import Orders, Report
 
 REFUSED = (
     zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_r1.rollout.errors import EngineError
-from megatron_r1.rollout.host_wire import EngineOrder, EngineReport
+from megatron_r1.rollout.hosts.wire import EngineOrder, EngineReport
 from megatron_r1.rollout.server import EngineServer
 
 

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_r1.rollout.engine_part import Part
 from megatron_r1.rollout.errors import EngineError
-from megatron_r1.rollout.host_places import Host
-from megatron_r1.rollout.host_wire import EngineOrder, EngineReport
+from megatron_r1.rollout.hosts.places import Host
+from megatron_r1.rollout.hosts.wire import EngineOrder, EngineReport
 
 if TYPE_CHECKING:
-    from megatron_r1.rollout.host_pool import HostPool
+    from megatron_r1.rollout.hosts.pool import HostPool
 
 POLL_SECONDS = 0.1
 STOP_SECONDS = 15.0
