@@ -112,6 +112,7 @@ class Repairs:
                 fleet.say(f"{reason}\n{count}; its requests go to the others or wait")
                 try:
                     await fleet.start_one(dead.index, instead_of=dead)
+                    fleet.say(f"{dead.name} is back, with the current weights")
                     return
                 except EngineError as error:
                     reason = error
