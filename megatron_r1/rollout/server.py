@@ -64,6 +64,7 @@ class EngineServer:
         self._log_start = 0
         self._scratch: Scratch | None = None
         self._shared: list[Path] = []
+        """What it had once it was ready, should all of it be killed before `stop`."""
         self._url: str | None = None
 
     @property
@@ -132,6 +133,7 @@ class EngineServer:
         """End the process and everything under it; harmless if it has ended."""
         if self.process is None:
             return
+        shared = {*self._shared, *shared_files(self.process.pid)}
         if self.is_alive():
             self.process.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -143,7 +145,7 @@ class EngineServer:
             self.process.wait(KILL_SECONDS)
         if self._scratch is not None:
             self._scratch.cleanup()
-        for path in self._shared:
+        for path in shared:
             path.unlink(missing_ok=True)
 
     def describe_end(self) -> str:
