@@ -11,7 +11,7 @@ from pathlib import Path
 import msgspec
 
 from megatron_r1.landing.table import Slot, Table
-from megatron_r1.weights.layout import stage_shards
+from megatron_r1.weights.layout import Shard, stage_shards
 from megatron_r1.weights.push import EngineLayout, Planner, TrainerGrid
 from megatron_r1.weights.push.engine_layout import EngineNeeds
 from megatron_r1.weights.push.told import ToldNeeds
@@ -51,9 +51,12 @@ def plan_of_671b() -> dict[str, dict[str, float | str]]:
     return found
 
 
+def _stages(hf: dict) -> list[list[Shard]]:
+    return stage_shards(hf, GRID.pipeline, pipeline_layout=STAGES, with_mtp=False)
+
+
 def _planner(hf: dict) -> Planner:
-    stages = stage_shards(hf, GRID.pipeline, pipeline_layout=STAGES, with_mtp=False)
-    return Planner(hf, GRID, ENGINES, stages)
+    return Planner(hf, GRID, ENGINES, _stages(hf))
 
 
 def _seconds(hf: dict) -> dict[str, float]:
@@ -90,9 +93,8 @@ def _to_plan_a_sender(hf: dict, rank: int, encoded: list[bytes]) -> float:
     """As `weights.push.sender` does when it is connected to one engine after another."""
     start = time.perf_counter()
     tables = [msgspec.msgpack.decode(table, type=Table) for table in encoded]
-    needs = ToldNeeds(hf, ONE, tables)
+    needs, stages = ToldNeeds(hf, ONE, tables), _stages(hf)
     for engine in range(ENGINES.engines):
-        stages = stage_shards(hf, GRID.pipeline, pipeline_layout=STAGES, with_mtp=False)
         for transfer in Planner(hf, GRID, ONE, stages, needs).sends(rank, engine):
             needs.deliveries(transfer.receiver % ONE.ranks_per_engine, transfer)
     return time.perf_counter() - start
