@@ -84,9 +84,11 @@ class Bill:
         """One sentence for each thing that cannot work: the number, its limit, the way out."""
         found = []
         if self.job.trains:
-            gpus = self.job.world_size, self.job.rollout_gpus
-            hosts = zip((self._host(), self._engines_host()), gpus, strict=True)
-            found = [self._gpu(), *(self._host_problem(*host) for host in hosts)]
+            found = [
+                self._gpu(),
+                self._host_problem(self._host(), self.job.world_size),
+                self._host_problem(self._engines_host(), self.job.rollout_gpus),
+            ]
         found += [self._cache()] if self.job.generates else []
         return [text for text in found if text]
 

@@ -193,5 +193,7 @@ def _landing_formula(job: Job) -> str:
         how = f"push.memory_gib={push.memory_gib:g}: engines pause while the rest travels"
     text = f"of an engine rank, on its {landing_place(job)} ({push.transport}); {how}"
     if push.on_one_host and not _is_one_node(job):
-        text += f"; {push.transport} is for one host, set push.transport to nccl or gloo"
+        # NCCL refuses a pair of ranks on one GPU.
+        others = "nccl or gloo" if job.rollout_gpus else "gloo"
+        text += f"; {push.transport} is for one host, set push.transport to {others}"
     return text
