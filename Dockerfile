@@ -32,4 +32,4 @@ COPY megatron_r1 megatron_r1
 # The versions of cpu.lock; msgspec and llvmlite are vLLM's own.
 RUN pip install --no-cache-dir --no-deps xxhash==4.1.0
 RUN pip install --no-cache-dir --no-deps --no-build-isolation -e .
-ENTRYPOINT ["python3", "-m", "megatron_r1.rollout.vllm_plugin.serve"]
+ENTRYPOINT ["python3", "-m", "megatron_r1.vllm_plugin.serve"]

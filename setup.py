@@ -55,6 +55,6 @@ setup(
     },
     entry_points={
         "console_scripts": ["megatron-r1 = megatron_r1.cli:main"],
-        "vllm.general_plugins": ["megatron_r1 = megatron_r1.rollout.vllm_plugin:register"],
+        "vllm.general_plugins": ["megatron_r1 = megatron_r1.vllm_plugin:register"],
     },
 )

@@ -15,23 +15,23 @@ from typing import Any
 from megatron_r1 import config as configuration
 from megatron_r1.config.keys import describe, switches
 from megatron_r1.config.overrides import parse_overrides
-from megatron_r1.quick_imports import quick_imports
+from megatron_r1.processes.imports import quick_imports
 
 VERBS = {
-    "sft": "megatron_r1.stages.sft",
-    "reward-model": "megatron_r1.stages.reward_model",
-    "rl": "megatron_r1.stages.rl",
-    "eval": "megatron_r1.stages.eval",
-    "sample": "megatron_r1.stages.sample",
+    "sft": "megatron_r1.commands.sft",
+    "reward-model": "megatron_r1.commands.reward_model",
+    "rl": "megatron_r1.commands.rl",
+    "eval": "megatron_r1.commands.eval",
+    "sample": "megatron_r1.commands.sample",
 }
 """Each a module with `run(config)` and REQUIRED, the keys a recipe must set for it; perhaps
 IMPLIED, what the verb says beside them."""
-COMMANDS = {"score": "megatron_r1.stages.score"}
+COMMANDS = {"score": "megatron_r1.commands.score"}
 """Verbs that take no recipe: each a module with `run(config, *arguments)`, ARGUMENTS, what these
 are called, and SETTINGS, the sections and keys it reads."""
 PIPELINE = "pipeline"
 """The verb that runs the others, with a recipe of its own kind."""
-MODULES = {**VERBS, **COMMANDS, PIPELINE: "megatron_r1.stages.pipeline"}
+MODULES = {**VERBS, **COMMANDS, PIPELINE: "megatron_r1.commands.pipeline"}
 HELP = {"-h", "--help"}
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -127,8 +127,8 @@ def _help(verb: str) -> str:
 
 
 def _run_pipeline(rest: list[str]) -> int:
-    from megatron_r1.pipeline.recipe import Recipe
-    from megatron_r1.stages import pipeline
+    from megatron_r1.commands import pipeline
+    from megatron_r1.workflow.recipe import Recipe
 
     if not rest or rest[0].startswith("--"):
         raise ValueError(f"{PIPELINE} needs a recipe: megatron-r1 {PIPELINE} RECIPE.yaml")
@@ -158,7 +158,7 @@ def _overrides(options: list[str]) -> dict[str, Any]:
 
 
 def _describe_keys(wanted: Sequence[str]) -> str:
-    from megatron_r1.pipeline.recipe import Recipe
+    from megatron_r1.workflow.recipe import Recipe
 
     return describe([configuration.Config, Recipe], wanted)
 
@@ -171,7 +171,7 @@ def _is_rank() -> bool:
 def _serve_as_rank(config: configuration.Config, arguments: list[str]) -> int:
     """Be a trainer rank; rank 0 also starts the controller and takes over its exit status."""
     with quick_imports():
-        from megatron_r1.stages import launch
+        from megatron_r1.commands import launch
         from megatron_r1.training import worker
 
     if int(os.environ["RANK"]) != 0:

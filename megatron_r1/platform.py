@@ -1,4 +1,4 @@
-"""The only file that knows a CPU from a GPU (`gpu.py` tells processes that do not import torch).
+"""Whether this process computes on a CPU or a GPU, and what Megatron-Core needs on a CPU.
 
 `prepare()` is called once in a trainer process, before anything imports Megatron-Core. On a GPU it
 does nothing but choose the device. On a CPU it installs PATCHES: Megatron-Core 0.16.1 names CUDA
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_r1.freed_memory import keep_freed_memory
+from megatron_r1.processes.memory import keep_freed_memory
 
 CPU = torch.device("cpu")
 _REAL_CUDA = torch.cuda.is_available()

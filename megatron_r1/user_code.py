@@ -13,7 +13,7 @@ from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from typing import Any
 
-from megatron_r1.suggestion import did_you_mean
+from megatron_r1.errors import did_you_mean
 
 
 def find_function(path: str) -> Callable[..., Any]:

@@ -14,7 +14,7 @@ from examples.paper import tables
 from examples.paper.page import write_page
 from examples.paper.results import Results
 from megatron_r1 import cli
-from megatron_r1.pipeline.recipe import load
+from megatron_r1.workflow.recipe import load
 
 RECIPE = Path(__file__).with_name("paper.yaml")
 

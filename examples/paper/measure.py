@@ -14,7 +14,7 @@ from examples.laptop.r1.judge import prefer
 from megatron_r1.evaluation.estimators import estimate, subsets
 from megatron_r1.evaluation.voting import can_vote, majority_of, read_vote
 from megatron_r1.files import atomic_write
-from megatron_r1.reporting.jsonl import read_lines
+from megatron_r1.files.jsonl import read_lines
 from megatron_r1.rewards.remote.shown import shown_part
 
 Row = Mapping[str, Any]

@@ -10,8 +10,8 @@ from examples.paper.results import Results
 from examples.paper.tables import Column, Published, Row, Table
 from examples.paper.verdict import State, Verdict, summary, verdict
 from megatron_r1.files import atomic_write
-from megatron_r1.pipeline.figures import Spread
 from megatron_r1.reporting.wording import duration, number, percent
+from megatron_r1.workflow.figures import Spread
 
 NOTHING = "–"
 INTRODUCTION = """# The paper's tables, on a laptop

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_r1.files import atomic_write
-from megatron_r1.reporting.jsonl import read_lines
+from megatron_r1.files.jsonl import read_lines
 
 
 def first(folder: str, examples: str, count: int) -> None:

@@ -10,7 +10,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from megatron_r1.config.overrides import as_text
-from megatron_r1.suggestion import did_you_mean
+from megatron_r1.errors import did_you_mean
 
 PLACES = {list: "[]", dict: ".NAME"}
 """How the dotted key of an entry goes on after that of its list or mapping."""

@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import Field, ValidationError, model_validator
 
 from megatron_r1.config.section import Section
-from megatron_r1.suggestion import did_you_mean
+from megatron_r1.errors import did_you_mean
 
 
 class MixturePart(Section):

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from megatron_r1.config.recipe import known_keys
-from megatron_r1.suggestion import did_you_mean
+from megatron_r1.errors import did_you_mean
 
 
 def parse_overrides(options: list[str], switches: Collection[str] = ()) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import yaml
 from pydantic import BaseModel, ValidationError, model_validator
 
 from megatron_r1.config.critic import CriticConfig
+from megatron_r1.config.evaluation import EvalConfig
 from megatron_r1.config.push import PushConfig
 from megatron_r1.config.reward_model import RewardModelConfig
 from megatron_r1.config.rl import PRESETS, RewardsConfig, RLConfig, RolloutConfig
@@ -20,7 +21,6 @@ from megatron_r1.config.section import Section
 from megatron_r1.config.teacher import TeacherConfig
 from megatron_r1.config.training import FP8Config, OptimizerConfig, ParallelConfig, SFTConfig
 from megatron_r1.config.yaml_text import read_yaml
-from megatron_r1.evaluation.settings import EvalConfig
 
 
 class Config(Section):

@@ -21,7 +21,7 @@ class RolloutConfig(Section):
     placement: Literal["local", "hosts"] = Field(
         "local",
         description="where engines run: the controller's host, or hosts that come to it "
-        "(`python -m megatron_r1.rollout.host`). See docs/slurm.md",
+        "(`python -m megatron_r1.fleet.host`). See docs/slurm.md",
     )
     hosts_port: int = Field(
         0, ge=0, le=65_535, description="where engine hosts come to; 0: any free one"

@@ -9,9 +9,9 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from megatron_r1.config.evaluation import ServerConfig
 from megatron_r1.config.section import Section
 from megatron_r1.curation.filters import read_filters
-from megatron_r1.evaluation.settings import ServerConfig
 from megatron_r1.rewards.remote.shown import Part
 
 Output = Literal["sft", "pairs", "labels", "answers"]

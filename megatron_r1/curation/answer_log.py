@@ -14,8 +14,8 @@ from collections.abc import Iterable, Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any
 
-from megatron_r1.reporting.jsonl import read_lines
-from megatron_r1.reporting.line_writer import LineWriter
+from megatron_r1.files.jsonl import read_lines
+from megatron_r1.files.line_writer import LineWriter
 from megatron_r1.rewards.base import UNGRADED
 
 

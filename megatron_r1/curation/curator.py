@@ -20,7 +20,7 @@ from megatron_r1.curation.candidate import Candidate, from_line
 from megatron_r1.curation.selection import Decision
 from megatron_r1.data.prompts import Prompt
 from megatron_r1.files import atomic_writer
-from megatron_r1.reporting.jsonl import strict
+from megatron_r1.files.jsonl import strict
 
 WINDOW = 64
 """Questions that are decided upon at once."""

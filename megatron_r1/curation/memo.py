@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from megatron_r1.reporting.jsonl import append_lines
+from megatron_r1.files.jsonl import append_lines
 
 Key = tuple[Any, ...]
 

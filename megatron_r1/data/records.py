@@ -6,7 +6,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from megatron_r1.suggestion import did_you_mean
+from megatron_r1.errors import did_you_mean
 
 Record = dict[str, Any]
 

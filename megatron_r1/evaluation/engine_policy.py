@@ -7,16 +7,16 @@ import json
 from pathlib import Path
 from typing import Any
 
-from megatron_r1 import gpu
 from megatron_r1.config import Config
 from megatron_r1.data.shots import FewShotText, Shots
 from megatron_r1.data.text import PromptText
+from megatron_r1.engine import gpu
+from megatron_r1.engine.context_length import context_length
+from megatron_r1.engine.parallelism import check_engines, engine_settings, fleet_settings
 from megatron_r1.evaluation.model_folder import fingerprint, require_weights
 from megatron_r1.evaluation.policies import Answer, Decoding
-from megatron_r1.rollout.context import context_length
-from megatron_r1.rollout.fleet import RolloutFleet
-from megatron_r1.rollout.parallelism import check_engines, engine_settings, fleet_settings
-from megatron_r1.rollout.placement import check_room, growing, placed, server_maker
+from megatron_r1.fleet.fleet import RolloutFleet
+from megatron_r1.fleet.placement import check_room, growing, placed, server_maker
 
 
 class EnginePolicy:

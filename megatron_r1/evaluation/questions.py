@@ -8,11 +8,11 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_r1.config.evaluation import BenchmarkConfig, EvalConfig
 from megatron_r1.data.prompts import Prompt
 from megatron_r1.evaluation.benchmarks import find_benchmark
 from megatron_r1.evaluation.benchmarks.base import to_prompts
 from megatron_r1.evaluation.benchmarks.sources import read_rows
-from megatron_r1.evaluation.settings import BenchmarkConfig, EvalConfig
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,11 @@ from typing import Any
 
 import msgspec
 
+from megatron_r1.config.evaluation import ServerConfig
 from megatron_r1.data.shots import Shots
 from megatron_r1.data.templates import find_template, is_opened, render
 from megatron_r1.evaluation.policies import Answer, Decoding
 from megatron_r1.evaluation.server_wait import saying_what_is_waited_for, wait_until_listening
-from megatron_r1.evaluation.settings import ServerConfig
 from megatron_r1.rewards.answer import END_THINK, THINK
 from megatron_r1.rewards.remote.service import Service, ServiceError, Ungradable
 

@@ -11,8 +11,8 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 
 from megatron_r1 import platform
 from megatron_r1.models.hf_config import architecture, check_supported
+from megatron_r1.models.pipeline_stages import pipeline_stages
 from megatron_r1.models.recompute import recompute_fields
-from megatron_r1.weights.stages import pipeline_stages
 
 
 def transformer_config(

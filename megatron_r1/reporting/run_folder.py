@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from megatron_r1.files import atomic_write
-from megatron_r1.reporting.jsonl import append_lines, keep_lines, read_lines
+from megatron_r1.files.jsonl import append_lines, keep_lines, read_lines
 
 
 class RunFolder:

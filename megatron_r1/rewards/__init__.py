@@ -8,8 +8,8 @@ a served model; `sandbox/` runs programs.
 
 import sys
 
+from megatron_r1.errors import did_you_mean
 from megatron_r1.rewards.base import Grade
-from megatron_r1.suggestion import did_you_mean
 
 REGISTRY: dict[str, str] = {
     "code": "megatron_r1.rewards.code:grade",

@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+from megatron_r1.errors import did_you_mean
 from megatron_r1.rewards import resolve
 from megatron_r1.rewards.base import UNGRADED, Grade
-from megatron_r1.suggestion import did_you_mean
 
 ACCURACY = "accuracy"
 """The term that is graded by each prompt's own kind of reward."""

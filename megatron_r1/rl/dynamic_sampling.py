@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import replace
 
 from megatron_r1.data.prompts import Prompt
-from megatron_r1.rollout.sampling import Collected, Group
+from megatron_r1.rl.sampling import Collected, Group
 
 
 async def collect_informative(

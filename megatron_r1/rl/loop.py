@@ -17,8 +17,8 @@ from megatron_r1.config import Config
 from megatron_r1.rl import algorithms
 from megatron_r1.rl.algorithms import Algorithm
 from megatron_r1.rl.overlong import overlong_punishment
+from megatron_r1.rl.sampling import Group, Output
 from megatron_r1.rl.session import Session
-from megatron_r1.rollout.sampling import Group, Output
 from megatron_r1.training.wire import Sample
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from statistics import fmean, pstdev
 from typing import Any
 
-from megatron_r1.rollout.sampling import Collected, Group, Output
+from megatron_r1.rl.sampling import Collected, Group, Output
 
 
 def rollout_metrics(rollout: Collected, version: int) -> dict[str, float]:

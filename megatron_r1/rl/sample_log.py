@@ -23,9 +23,9 @@ import msgspec
 
 from megatron_r1.data.prompts import Prompt
 from megatron_r1.files import fsync
-from megatron_r1.framed import FramedFile, append_frame
+from megatron_r1.files.framed import FramedFile, append_frame
 from megatron_r1.rl.sample_record import Accepted, GroupRecord, decode, encode, pack, unpack
-from megatron_r1.rollout.sampling import Group
+from megatron_r1.rl.sampling import Group
 
 SYNC_SECONDS = 1.0
 _NAME = re.compile(r"step_(\d{8,})\.log")

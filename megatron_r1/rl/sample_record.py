@@ -7,12 +7,12 @@ from array import array
 import msgspec
 
 from megatron_r1.data.prompts import Prompt
-from megatron_r1.rollout.client import Completion
-from megatron_r1.rollout.sampling import Group, Output
+from megatron_r1.engine.client import Response
+from megatron_r1.rl.sampling import Group, Output
 
 
-class OutputRecord(msgspec.Struct, array_like=True, frozen=True):
-    """One response; the arrays as in `Completion` and `Output`, little-endian. text, reason: UTF-8
+class ResponseRecord(msgspec.Struct, array_like=True, frozen=True):
+    """One response; the arrays as in `Response` and `Output`, little-endian. text, reason: UTF-8
     that may hold lone surrogates, which msgpack's strings must not."""
 
     token_ids: bytes
@@ -35,7 +35,7 @@ class GroupRecord(msgspec.Struct, array_like=True, frozen=True, tag="group"):
     position: int
     prompt_id: str
     prompt_ids: bytes
-    outputs: tuple[OutputRecord, ...]
+    outputs: tuple[ResponseRecord, ...]
 
 
 class Accepted(msgspec.Struct, array_like=True, frozen=True, tag="accepted"):
@@ -60,9 +60,9 @@ def unpack(record: GroupRecord, prompt: Prompt) -> Group:
     return Group(prompt, _array("i", record.prompt_ids).tolist(), outputs)
 
 
-def _pack_output(output: Output) -> OutputRecord:
+def _pack_output(output: Output) -> ResponseRecord:
     made, taught = output.completion, output.teacher_logprobs
-    return OutputRecord(
+    return ResponseRecord(
         made.token_ids.tobytes(),
         made.logprobs.tobytes(),
         made.policy_versions.tobytes(),
@@ -78,8 +78,8 @@ def _pack_output(output: Output) -> OutputRecord:
     )
 
 
-def _unpack_output(record: OutputRecord) -> Output:
-    made = Completion(
+def _unpack_output(record: ResponseRecord) -> Output:
+    made = Response(
         _array("i", record.token_ids),
         _array("f", record.logprobs),
         _array("i", record.policy_versions),

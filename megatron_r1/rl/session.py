@@ -12,27 +12,27 @@ from dataclasses import dataclass, replace
 from functools import partial
 from statistics import fmean
 
-from megatron_r1 import gpu
 from megatron_r1.config import Config
 from megatron_r1.data.sampler import PromptSampler
-from megatron_r1.evaluation.heldout import evaluate
+from megatron_r1.engine import gpu
+from megatron_r1.fleet.fleet import RolloutFleet
 from megatron_r1.models import read_hf_config
 from megatron_r1.models.routing_shape import routing_shape
-from megatron_r1.reporting.recorder import Recorder
+from megatron_r1.processes.stopping import StopRequest
 from megatron_r1.rewards.runtime.meter import LEVELS, RewardMeter
 from megatron_r1.rl import algorithms
 from megatron_r1.rl.algorithms import Algorithm
 from megatron_r1.rl.dynamic_sampling import collect_informative
+from megatron_r1.rl.heldout import evaluate
 from megatron_r1.rl.metrics import rollout_metrics, sample_records
 from megatron_r1.rl.sample_log import SampleLog
-from megatron_r1.rl.weight_bridge import WeightBridge
-from megatron_r1.rollout.fleet import RolloutFleet
-from megatron_r1.rollout.sampling import Collected, Rollouts, Sampling
-from megatron_r1.rollout.stream import RolloutStream
-from megatron_r1.stopping import StopRequest
+from megatron_r1.rl.sampling import Collected, Rollouts, Sampling
+from megatron_r1.rl.stream import RolloutStream
 from megatron_r1.training.checkpoints.finding import step_of, whole
 from megatron_r1.training.client import TrainerClient
+from megatron_r1.training.recorder import Recorder
 from megatron_r1.training.schedule import learning_rate
+from megatron_r1.weight_sync.bridge import WeightBridge
 
 
 @dataclass(frozen=True)

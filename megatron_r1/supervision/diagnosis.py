@@ -7,51 +7,51 @@ import socket
 import time
 import traceback
 
-from megatron_r1.supervision.engine_look import look_at_engines, look_at_teacher
 from megatron_r1.supervision.findings import Finding, indented, seconds
-from megatron_r1.supervision.reward_look import look_at_rewards
-from megatron_r1.supervision.trainer_look import look_at_trainer
-from megatron_r1.supervision.watched import Watched
+from megatron_r1.supervision.inspect_engines import inspect_engines, inspect_teacher
+from megatron_r1.supervision.inspect_rewards import inspect_rewards
+from megatron_r1.supervision.inspect_trainer import inspect_trainer
+from megatron_r1.supervision.run_handles import RunHandles
 
 
-async def diagnose(watched: Watched) -> list[Finding]:
+async def diagnose(run: RunHandles) -> list[Finding]:
     """The first is what everything waits for."""
-    rollouts = watched.rollouts
-    looks = [look_at_trainer(watched.trainer)]
+    rollouts = run.rollouts
+    looks = [inspect_trainer(run.trainer)]
     if rollouts is not None:
-        looks.append(look_at_engines(rollouts, pushing=_is_pushing(watched)))
+        looks.append(inspect_engines(rollouts, pushing=_is_pushing(run)))
         if rollouts.teacher is not None:
-            looks.append(look_at_teacher(rollouts))
+            looks.append(inspect_teacher(rollouts))
     findings = {finding.role: finding for finding in await asyncio.gather(*looks)}
     if rollouts is not None:
-        findings["rewards"] = look_at_rewards(rollouts)
-    findings["controller"] = _look_at_controller(watched)
-    blamed = _blamed(watched)
+        findings["rewards"] = inspect_rewards(rollouts)
+    findings["controller"] = _look_at_controller(run)
+    blamed = _blamed(run)
     return [findings.pop(blamed), *findings.values()]
 
 
-def _blamed(watched: Watched) -> str:
+def _blamed(run: RunHandles) -> str:
     """The role whose answer the controller waits for. Engines may generate for a later step while
     the trainer trains, so an open call to the trainer comes first; a group is graded after it was
     sampled, so what is sampled comes before what is graded, and that before what is scored."""
-    if watched.trainer.waiting is not None:
+    if run.trainer.waiting is not None:
         return "trainer"
-    rollouts = watched.rollouts
+    rollouts = run.rollouts
     if rollouts is None:
         return "controller"
-    if rollouts.flow.count("sampling") or _is_pushing(watched):
+    if rollouts.flow.count("sampling") or _is_pushing(run):
         return "engines"
     if rollouts.flow.count("grading"):
         return "rewards"
     return "teacher" if rollouts.flow.count("scoring") else "controller"
 
 
-def _is_pushing(watched: Watched) -> bool:
-    return watched.recorder.view.doing[0] == "push"
+def _is_pushing(run: RunHandles) -> bool:
+    return run.recorder.view.doing[0] == "push"
 
 
-def _look_at_controller(watched: Watched) -> Finding:
-    phase, detail = watched.recorder.view.doing
+def _look_at_controller(run: RunHandles) -> Finding:
+    phase, detail = run.recorder.view.doing
     doing = f"{phase} ({detail})" if detail else phase or "nothing"
     details = []
     for task in asyncio.all_tasks():
@@ -70,9 +70,9 @@ def _awaits(task: asyncio.Task) -> list[str]:
     return [f"{f.filename}:{f.lineno} in {f.name}: {f.line}" for f in summary]
 
 
-def report(watched: Watched, findings: list[Finding], quiet_seconds: float) -> str:
+def report(run: RunHandles, findings: list[Finding], quiet_seconds: float) -> str:
     """All of it, for a file."""
-    step = watched.recorder.latest.get("step", watched.recorder.state.step)
+    step = run.recorder.latest.get("step", run.recorder.state.step)
     lines = [
         f"Nothing has moved for {seconds(quiet_seconds)}.",
         f"{time.strftime('%Y-%m-%d %H:%M:%S %z')}, controller on {socket.gethostname()}, "

@@ -10,8 +10,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from megatron_r1.rewards.runtime.meter import LEVELS
+from megatron_r1.supervision.run_handles import RunHandles
 from megatron_r1.supervision.watchdog import Watchdog
-from megatron_r1.supervision.watched import Watched
 
 PREFIX = "megatron_r1_"
 COUNTED = ("trainer/restarts", "engines/restarts")
@@ -27,24 +27,24 @@ class RunCollector(Collector):
         self._watchdog = watchdog
 
     def collect(self) -> Iterator[Metric]:
-        watched = self._watchdog.watched
-        yield from _of_the_step(watched)
+        run = self._watchdog.watched
+        yield from _of_the_step(run)
         yield _gauge(
             "stalled", "1: nothing has moved for run.hang_seconds", self._watchdog.is_stalled
         )
         yield _gauge("seconds_since_progress", "of any role", self._watchdog.quiet_seconds)
         yield _counter("hang_reports", "hangs noticed", self._watchdog.num_reports)
-        trainer = watched.trainer
+        trainer = run.trainer
         yield _gauge("trainer_ranks", "that have built their model", len(trainer.places))
         yield _counter("trainer_restarts", "of all ranks together", trainer.num_restarts)
         yield _counter("trainer_replies", "of single ranks to calls", trainer.num_replies)
-        if watched.rollouts is not None:
-            yield from _of_the_rollouts(watched)
+        if run.rollouts is not None:
+            yield from _of_the_rollouts(run)
 
 
-def _of_the_step(watched: Watched) -> Iterator[Metric]:
-    latest = dict(watched.recorder.latest)
-    yield _gauge("step", "finished last", latest.pop("step", watched.recorder.state.step))
+def _of_the_step(run: RunHandles) -> Iterator[Metric]:
+    latest = dict(run.recorder.latest)
+    yield _gauge("step", "finished last", latest.pop("step", run.recorder.state.step))
     seconds = GaugeMetricFamily(f"{PREFIX}phase_seconds", "of the last step", labels=["phase"])
     for name, value in latest.items():
         if isinstance(value, int | float) and math.isfinite(value) and name not in COUNTED:
@@ -55,9 +55,9 @@ def _of_the_step(watched: Watched) -> Iterator[Metric]:
     yield seconds
 
 
-def _of_the_rollouts(watched: Watched) -> Iterator[Metric]:
-    assert watched.rollouts is not None
-    fleet, flow, pool = watched.rollouts.fleet, watched.rollouts.flow, watched.rollouts.pool
+def _of_the_rollouts(run: RunHandles) -> Iterator[Metric]:
+    assert run.rollouts is not None
+    fleet, flow, pool = run.rollouts.fleet, run.rollouts.flow, run.rollouts.pool
     up = GaugeMetricFamily(f"{PREFIX}engine_up", "1: it serves", labels=["engine"])
     running = GaugeMetricFamily(
         f"{PREFIX}engine_sequences", "asked for and not back", labels=["engine"]

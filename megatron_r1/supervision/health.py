@@ -18,14 +18,14 @@ ADDRESS_FILE = "health_address"
 def health(watchdog: Watchdog) -> dict[str, Any]:
     """status: ok; degraded: it goes on with less than all engines or ranks; stalled: nothing has
     moved for `run.hang_seconds`."""
-    watched = watchdog.watched
-    trainer, rollouts = watched.trainer, watched.rollouts
-    phase, detail = watched.recorder.view.doing
+    run = watchdog.watched
+    trainer, rollouts = run.trainer, run.rollouts
+    phase, detail = run.recorder.view.doing
     waiting = trainer.waiting
     facts: dict[str, Any] = {
         "status": "ok",
-        "step": watched.recorder.latest.get("step", watched.recorder.state.step),
-        "steps": watched.config.run.steps,
+        "step": run.recorder.latest.get("step", run.recorder.state.step),
+        "steps": run.config.run.steps,
         "phase": phase,
         "detail": detail,
         "seconds_since_progress": round(watchdog.quiet_seconds, 1),

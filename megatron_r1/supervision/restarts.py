@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 
-from megatron_r1.reporting.recorder import Recorder
 from megatron_r1.training.client import TrainerClient, TrainerLost
+from megatron_r1.training.recorder import Recorder
 
 
 async def with_restarts(

@@ -8,13 +8,13 @@ from collections.abc import Coroutine
 from typing import Any
 
 from megatron_r1.config import Config
-from megatron_r1.reporting.recorder import Recorder
-from megatron_r1.rollout.sampling import Rollouts
+from megatron_r1.rl.sampling import Rollouts
 from megatron_r1.supervision.health import HealthServer
 from megatron_r1.supervision.restarts import with_restarts
+from megatron_r1.supervision.run_handles import RunHandles
 from megatron_r1.supervision.watchdog import Watchdog
-from megatron_r1.supervision.watched import Watched
 from megatron_r1.training.client import TrainerClient
+from megatron_r1.training.recorder import Recorder
 
 
 class Supervisor:
@@ -24,19 +24,19 @@ class Supervisor:
         self, config: Config, recorder: Recorder, trainer: TrainerClient, *, spans_hosts: bool
     ) -> None:
         """spans_hosts: the health endpoint listens on every address, else on this host's own."""
-        self._watched = Watched(config, recorder, trainer)
+        self._watched = RunHandles(config, recorder, trainer)
         self._watchdog = Watchdog(self._watched)
         self._host = "0.0.0.0" if spans_hosts else "127.0.0.1"
 
     def watch_rollouts(self, rollouts: Rollouts) -> None:
-        """From here on engines, reward workers and their work are watched too."""
+        """From here on engines, reward workers and their work are run too."""
         self._watched.rollouts = rollouts
 
     async def with_restarts(self, attempt) -> None:
         """`restarts.with_restarts`, by this run's settings."""
-        watched = self._watched
-        most = watched.config.run.max_trainer_restarts
-        await with_restarts(attempt, watched.trainer, watched.recorder, most)
+        run = self._watched
+        most = run.config.run.max_trainer_restarts
+        await with_restarts(attempt, run.trainer, run.recorder, most)
 
     async def run(self, work: Coroutine[Any, Any, None]) -> None:
         """Await `work`. Raises what it raises, or HangError, after which `work` was cancelled."""

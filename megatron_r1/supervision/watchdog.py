@@ -10,9 +10,9 @@ from pathlib import Path
 
 from megatron_r1.files import atomic_write
 from megatron_r1.supervision.diagnosis import diagnose, report
-from megatron_r1.supervision.engine_look import count_tokens
 from megatron_r1.supervision.findings import Finding, seconds
-from megatron_r1.supervision.watched import Watched
+from megatron_r1.supervision.inspect_engines import count_tokens
+from megatron_r1.supervision.run_handles import RunHandles
 
 MAX_TICK_SECONDS = 5.0
 # A controller whose event loop is blocked cannot report: after so long at least, a thread of C
@@ -27,11 +27,11 @@ class HangError(RuntimeError):
 class Watchdog:
     """num_reports: hangs so far."""
 
-    def __init__(self, watched: Watched) -> None:
-        self.watched = watched
-        self.hang_seconds = watched.config.run.hang_seconds
+    def __init__(self, run: RunHandles) -> None:
+        self.watched = run
+        self.hang_seconds = run.config.run.hang_seconds
         self.num_reports = 0
-        self._pulse = watched.pulse()
+        self._pulse = run.pulse()
         self._quiet = 0.0
 
     @property

@@ -20,10 +20,10 @@ from typing import Any, NoReturn
 import msgspec
 import zmq
 
-from megatron_r1 import processes
-from megatron_r1.authentication import RANKS_ENVIRONMENT
 from megatron_r1.config import Config
 from megatron_r1.models import read_hf_config
+from megatron_r1.processes import children
+from megatron_r1.processes.authentication import RANKS_ENVIRONMENT
 from megatron_r1.training.cost import sample_cost
 from megatron_r1.training.packing import Packing, pack
 from megatron_r1.training.rank_socket import RankSocket
@@ -111,7 +111,7 @@ class TrainerClient:
     def launch(self) -> None:
         """Start `parallel.processes` ranks on this machine, each with its log in the log folder."""
         count = self.config.parallel.processes
-        port = processes.free_port("127.0.0.1")
+        port = children.free_port("127.0.0.1")
         settings = self.config.model_dump_json()
         for rank in range(count):
             environment = {
@@ -127,7 +127,7 @@ class TrainerClient:
                 "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "passive"),
             }
             command = [sys.executable, "-m", "megatron_r1.training.rank", settings, self.address]
-            self._processes.append(processes.start(command, self._log(rank), environment))
+            self._processes.append(children.start(command, self._log(rank), environment))
 
     async def connect(self) -> None:
         """Wait until every rank has built its model.
@@ -231,14 +231,14 @@ class TrainerClient:
             with contextlib.suppress(TimeoutError, TrainerError):
                 await asyncio.wait_for(self.call("stop"), timeout=10)
             for process in self._processes:
-                processes.stop(process, timeout_seconds=5)
+                children.stop(process, timeout_seconds=5)
         self.kill()
         self.socket.close()
 
     def kill(self) -> None:
         """End all ranks at once, stopped or stuck ones too."""
         for process in self._processes:
-            processes.kill(process)
+            children.kill(process)
 
     def process_of(self, rank: int) -> int | None:
         """The process id of a rank that this process started."""
@@ -334,7 +334,7 @@ class TrainerClient:
         how = f"was killed by signal {-code}" if code and code < 0 else f"exited with code {code}"
         if code is None:  # its connection went first
             how = "is gone"
-        return f"trainer rank {rank} {how}; the end of {log}:\n{processes.last_lines(log)}"
+        return f"trainer rank {rank} {how}; the end of {log}:\n{children.last_lines(log)}"
 
     def _log(self, rank: int) -> Path:
         return self.log_folder / f"trainer_{rank}.log"

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from megatron_r1 import platform
 from megatron_r1.config import ParallelConfig
-from megatron_r1.weights.stages import parse_layout
+from megatron_r1.models.pipeline_stages import parse_layout
 
 
 @dataclass(frozen=True)

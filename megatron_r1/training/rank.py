@@ -9,7 +9,7 @@ import sys
 
 import msgspec
 
-from megatron_r1.quick_imports import quick_imports
+from megatron_r1.processes.imports import quick_imports
 
 
 def main() -> None:

@@ -11,14 +11,14 @@ import msgspec
 import zmq
 import zmq.asyncio
 
-from megatron_r1.authentication import protect_server
+from megatron_r1.processes.authentication import protect_server
 from megatron_r1.training.wire import (
     WITNESS,
     Call,
+    RankStatus,
     Reply,
-    Whereabouts,
     identity,
-    witness_identity,
+    monitor_identity,
 )
 
 
@@ -34,7 +34,7 @@ class RankSocket:
         self.address = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
         self._questions = itertools.count(1)
         self._replies: asyncio.Queue[Reply] = asyncio.Queue()
-        self._seen: dict[int, Whereabouts] = {}
+        self._seen: dict[int, RankStatus] = {}
         self._news = asyncio.Event()
         self._reader: asyncio.Task[None] | None = None
 
@@ -53,17 +53,17 @@ class RankSocket:
 
     async def whereabouts(
         self, ranks: Iterable[int], within_seconds: float
-    ) -> dict[int, Whereabouts]:
+    ) -> dict[int, RankStatus]:
         """Where each of `ranks` is; those that do not say so in time are left out."""
         self._read()
         question, asked = next(self._questions), set()
         for rank in ranks:
             with contextlib.suppress(zmq.ZMQError):  # never came, or is gone
-                payload = [witness_identity(rank), str(question).encode()]
+                payload = [monitor_identity(rank), str(question).encode()]
                 await self._socket.send_multipart(payload)
                 asked.add(rank)
 
-        def answers() -> dict[int, Whereabouts]:
+        def answers() -> dict[int, RankStatus]:
             seen = self._seen
             return {r: seen[r] for r in asked if r in seen and seen[r].question == question}
 
@@ -88,7 +88,7 @@ class RankSocket:
 
     async def _receive(self) -> None:
         decode_reply = msgspec.msgpack.Decoder(Reply).decode
-        decode_whereabouts = msgspec.msgpack.Decoder(Whereabouts).decode
+        decode_whereabouts = msgspec.msgpack.Decoder(RankStatus).decode
         while True:
             sender, payload = await self._socket.recv_multipart()
             if sender.startswith(WITNESS):

@@ -19,7 +19,7 @@ def identity(rank: int) -> bytes:
     return str(rank).encode()
 
 
-def witness_identity(rank: int) -> bytes:
+def monitor_identity(rank: int) -> bytes:
     """Of the connection of a rank's side thread (`training.witness`)."""
     return WITNESS + str(rank).encode()
 
@@ -112,7 +112,7 @@ class ThreadAt(msgspec.Struct, frozen=True):
     collective: str | None = None
 
 
-class Whereabouts(msgspec.Struct, frozen=True):
+class RankStatus(msgspec.Struct, frozen=True):
     """Rank → controller, from a side thread: what it does and since when. question: which one this
     answers; threads: the main one first."""
 

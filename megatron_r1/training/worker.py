@@ -12,13 +12,13 @@ from typing import Any
 import msgspec
 import zmq
 
-from megatron_r1.authentication import RANKS_ENVIRONMENT, protect_client
 from megatron_r1.config import Config
+from megatron_r1.processes.authentication import RANKS_ENVIRONMENT, protect_client
 from megatron_r1.training import distributed
 from megatron_r1.training.distributed import Place
+from megatron_r1.training.rank_monitor import IDLE, RankMonitor
 from megatron_r1.training.replica import Replica
-from megatron_r1.training.wire import Call, Reply, Share, identity, witness_identity
-from megatron_r1.training.witness import IDLE, Witness
+from megatron_r1.training.wire import Call, Reply, Share, identity, monitor_identity
 
 
 def serve_under_torchrun(config: Config, address: str | None) -> None:
@@ -40,7 +40,7 @@ def serve(config: Config, address: str, place: Place | None = None) -> None:
     socket = _dealer(identity(rank))
     monitor = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
     socket.connect(address)
-    witness = Witness(partial(_connected, witness_identity(rank), address))
+    witness = RankMonitor(partial(_connected, monitor_identity(rank), address))
     encode, decode = msgspec.msgpack.encode, msgspec.msgpack.Decoder(Call).decode
 
     def reply(result: dict[str, Any]) -> None:
@@ -96,7 +96,7 @@ class Operations:
     def __init__(self, config: Config, place: Place):
         # Megatron: after the platform is prepared.
         from megatron_r1.training.trainer import Trainer
-        from megatron_r1.training.weight_push import WeightPush
+        from megatron_r1.weight_sync.trainer_rank import WeightPush
 
         self.place, self.replica = place, Replica(place)
         self.trainer = Trainer(config, self.place)

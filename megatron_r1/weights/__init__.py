@@ -4,9 +4,9 @@
 chunks and is imported when first asked for.
 """
 
+from megatron_r1.models.pipeline_stages import Stage, pipeline_stages
 from megatron_r1.weights.layout import Entry, Shard, hf_tensors, layout, shard, stage_shards
 from megatron_r1.weights.rules import Piece
-from megatron_r1.weights.stages import Stage, pipeline_stages
 
 __all__ = [
     "Entry",

@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 from importlib import import_module
 
 from megatron_r1.models.hf_config import architecture
+from megatron_r1.models.pipeline_stages import pipeline_stages
 from megatron_r1.weights.rules import Piece, Rule, Shape, Table, whole
-from megatron_r1.weights.stages import pipeline_stages
 
 Rank = tuple[int, int]
 """(rank, ranks) along one parallel axis."""

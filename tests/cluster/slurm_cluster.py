@@ -14,7 +14,7 @@ import subprocess
 import time
 from pathlib import Path
 
-from megatron_r1 import processes
+from megatron_r1.processes import children
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "sinfo")
 CONFIGURATION = """
@@ -102,7 +102,7 @@ class Cluster:
         with contextlib.suppress(subprocess.TimeoutExpired):
             subprocess.run(["scancel", "--user=root"], env=self.env, capture_output=True, timeout=9)
         for daemon in reversed(self._daemons):
-            processes.stop(daemon)
+            children.stop(daemon)
 
     def run(self, *command: object) -> str:
         """What a Slurm command prints; raises with its own error."""
@@ -148,7 +148,7 @@ class Cluster:
                     stdout=output,
                     stderr=output,
                     start_new_session=True,
-                    preexec_fn=processes.die_with_parent,
+                    preexec_fn=children.die_with_parent,
                 )
             )
 

@@ -12,7 +12,7 @@ import namespaces
 import pytest
 from small_run import environment, metrics, write_recipe
 
-from megatron_r1.rollout.vllm_plugin import BACKENDS
+from megatron_r1.vllm_plugin import BACKENDS
 
 pytestmark = [
     pytest.mark.slow,
@@ -27,7 +27,7 @@ TRANSPORTS = [
         marks=pytest.mark.skipif(not GLOO, reason="no gloo transport of weights is registered"),
     ),
 ]
-AGENT = [sys.executable, "-m", "megatron_r1.rollout.host"]
+AGENT = [sys.executable, "-m", "megatron_r1.fleet.host"]
 
 
 @pytest.fixture

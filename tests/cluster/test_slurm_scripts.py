@@ -14,7 +14,7 @@ import pytest
 import slurm_cluster
 from small_run import ROOT, SUMS, environment, metrics
 
-from megatron_r1.rollout.engine_settings import engine_environment
+from megatron_r1.engine.settings import engine_environment
 
 pytestmark = [
     pytest.mark.slow,
@@ -154,7 +154,7 @@ esac
 """,
     "ENGINE_PYTHON": """#!/bin/bash
 case "$*" in
-    *megatron_r1.rollout.host*) sleep 600 ;;
+    *megatron_r1.fleet.host*) sleep 600 ;;
     *) exit 2 ;;
 esac
 """,

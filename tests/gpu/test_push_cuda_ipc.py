@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch.distributed import TCPStore
 
-from megatron_r1.landing import Delivery, Slot, Table
-from megatron_r1.landing.rendezvous import Rendezvous
-from megatron_r1.landing.table import place
-from megatron_r1.landing.transports import receiver_class, sender_class
+from megatron_r1.weight_sync.receive import Delivery, Slot, Table
+from megatron_r1.weight_sync.receive.rendezvous import Rendezvous
+from megatron_r1.weight_sync.receive.table import place
+from megatron_r1.weight_sync.transports import receiver_class, sender_class
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 

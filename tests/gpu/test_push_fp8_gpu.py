@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from megatron_r1.weights.push.region import Region
-from megatron_r1.weights.push.source import Outgoing, Source
+from megatron_r1.weight_sync.plan.region import Region
+from megatron_r1.weight_sync.send.source import Outgoing, Source
 from megatron_r1.weights.rules import Piece
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

@@ -7,8 +7,8 @@ from functools import partial
 import torch
 import torch.distributed as dist
 
-from megatron_r1.training import witness, worker
-from megatron_r1.training.wire import witness_identity
+from megatron_r1.training import rank_monitor, worker
+from megatron_r1.training.wire import monitor_identity
 
 
 def add_up(values: torch.Tensor) -> None:
@@ -16,9 +16,9 @@ def add_up(values: torch.Tensor) -> None:
 
 
 if __name__ == "__main__":
-    witness.ALONE_SECONDS = 1.0
+    rank_monitor.ALONE_SECONDS = 1.0
     rank = int(os.environ["RANK"])
-    own = witness.Witness(partial(worker._connected, witness_identity(rank), sys.argv[1]))
+    own = rank_monitor.RankMonitor(partial(worker._connected, monitor_identity(rank), sys.argv[1]))
     dist.init_process_group("gloo")
     own.now_in("update")
     while True:

@@ -47,7 +47,7 @@ def test_every_split_gives_one_process_s_advantages_and_updates(single, oracle, 
 
 
 def test_the_advantages_are_those_of_the_estimator(single):
-    """Of one process, by facts of the definitions: see tests/unit/test_algorithms.py."""
+    """Of one process, by facts of the definitions: see tests/unit/rl/test_algorithms.py."""
     found = json.loads((single / "one.json").read_text())
     normal = [numbers[0] for numbers in found["reinforce_pp"]["advantages"].values()]
     graded = [a for a in normal if a != 0.0]

@@ -8,10 +8,10 @@ from safetensors.torch import load_file
 from torch.distributed import TCPStore
 
 from megatron_r1.config.push import PushConfig
-from megatron_r1.rl.weight_bridge import WeightBridge
+from megatron_r1.weight_sync.bridge import WeightBridge
+from megatron_r1.weight_sync.plan import TrainerGrid
+from megatron_r1.weight_sync.send.sender import WeightSender
 from megatron_r1.weights import hf_tensors
-from megatron_r1.weights.push import TrainerGrid
-from megatron_r1.weights.push.sender import WeightSender
 from megatron_r1.weights.rules import Piece
 
 

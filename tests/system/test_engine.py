@@ -34,13 +34,13 @@ from tiny_models import (
     write_model,
 )
 
-from megatron_r1.landing import copy_with_checksum
-from megatron_r1.landing.transports import shared_memory
+from megatron_r1.engine.client import EngineClient
+from megatron_r1.engine.errors import EngineError
+from megatron_r1.engine.server import EngineServer
+from megatron_r1.fleet.fleet import RolloutFleet
 from megatron_r1.models.routing_shape import routing_shape
-from megatron_r1.rollout.client import EngineClient
-from megatron_r1.rollout.errors import EngineError
-from megatron_r1.rollout.fleet import RolloutFleet
-from megatron_r1.rollout.server import EngineServer
+from megatron_r1.weight_sync.receive import copy_with_checksum
+from megatron_r1.weight_sync.transports import shared_memory
 
 ENGINE = {"max_model_len": 256, "max_num_seqs": 64}
 ROUTING = routing_shape(DEEPSEEK)
@@ -279,7 +279,7 @@ def test_an_architecture_vllm_does_not_know_is_named_first(tmp_path):
 
 START_AND_WAIT = """
 import sys, time
-from megatron_r1.rollout.server import EngineServer
+from megatron_r1.engine.server import EngineServer
 server = EngineServer(sys.argv[1], sys.argv[2], max_model_len=256, max_num_seqs=64)
 server.start()
 server.wait_ready(120)

@@ -9,17 +9,17 @@ import sys
 import pytest
 from tiny_models import QWEN, write_model
 
-from megatron_r1.authentication import known_token
 from megatron_r1.config import RolloutConfig
-from megatron_r1.rollout.errors import EngineError
-from megatron_r1.rollout.fleet import RolloutFleet
-from megatron_r1.rollout.placement import growing, placed, server_maker
+from megatron_r1.engine.errors import EngineError
+from megatron_r1.fleet.fleet import RolloutFleet
+from megatron_r1.fleet.placement import growing, placed, server_maker
+from megatron_r1.processes.authentication import known_token
 
 SMALL = {"dtype": "float32", "max_model_len": 128, "max_num_seqs": 8, "num_threads": 1}
 
 
 def agent(folder, *options):
-    command = [sys.executable, "-m", "megatron_r1.rollout.host", "--folder", folder, *options]
+    command = [sys.executable, "-m", "megatron_r1.fleet.host", "--folder", folder, *options]
     quiet = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
     return subprocess.Popen([*map(str, command)], env=os.environ | quiet)
 

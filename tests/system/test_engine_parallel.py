@@ -20,9 +20,9 @@ from sampled import (
 )
 from tiny_models import DEEPSEEK, QWEN, reference_routing, write_model
 
+from megatron_r1.engine.scratch import shared_files
+from megatron_r1.fleet.fleet import RolloutFleet
 from megatron_r1.models.routing_shape import routing_shape
-from megatron_r1.rollout.fleet import RolloutFleet
-from megatron_r1.rollout.scratch import shared_files
 
 MODELS = {"deepseek": DEEPSEEK, "qwen": QWEN}
 

@@ -8,10 +8,12 @@ import pytest
 from sampled import TOLERANCE, largest_difference, sample
 from tiny_models import QWEN, write_model, write_nan
 
-from megatron_r1.rollout.fleet import RolloutFleet
-from megatron_r1.rollout.server import EngineServer
+from megatron_r1.engine.server import EngineServer
+from megatron_r1.fleet.fleet import RolloutFleet
 
-pytestmark = pytest.mark.slow  # four starts of vLLM; the rules alone: tests/unit/test_fleet.py
+pytestmark = (
+    pytest.mark.slow
+)  # four starts of vLLM; the rules alone: tests/unit/fleet/test_fleet.py
 ENGINES = {"max_model_len": 256, "max_num_seqs": 16, "num_threads": 1}
 
 

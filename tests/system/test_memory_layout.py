@@ -3,16 +3,16 @@
 import pytest
 import torch
 
-from megatron_r1.landing.table import place
+from megatron_r1.weight_sync.receive.table import place
 
 pytest.importorskip("vllm")
 
-from megatron_r1.rollout.vllm_plugin.memory_layout import (  # noqa: E402
+from megatron_r1.vllm_plugin.memory_layout import (  # noqa: E402
     GAP_BYTES,
     lay_out,
     with_gaps,
 )
-from megatron_r1.rollout.vllm_plugin.recorder import Copy, Parameter  # noqa: E402
+from megatron_r1.vllm_plugin.recorder import Copy, Parameter  # noqa: E402
 
 TENSORS = {
     "gate": torch.randn(4, 8).bfloat16(),

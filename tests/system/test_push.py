@@ -13,9 +13,9 @@ from sampled import PROMPTS, TOLERANCE, largest_difference, sample
 from tiny_models import DEEPSEEK, QWEN, write_model
 
 from megatron_r1.config import Config
-from megatron_r1.rl.weight_bridge import WeightBridge
-from megatron_r1.rollout.fleet import RolloutFleet
+from megatron_r1.fleet.fleet import RolloutFleet
 from megatron_r1.training.client import TrainerClient
+from megatron_r1.weight_sync.bridge import WeightBridge
 from megatron_r1.weights import hf_tensors
 
 MODELS = {"deepseek": DEEPSEEK, "qwen": QWEN}

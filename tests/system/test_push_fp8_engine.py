@@ -15,8 +15,8 @@ from sampled import PROMPTS, sample
 from test_push import checksums
 from tiny_models import DEEPSEEK, QWEN, reference_logprobs, write_model
 
-from megatron_r1.rollout.fleet import RolloutFleet
-from megatron_r1.weights.push.blocks import pushed_tensors
+from megatron_r1.fleet.fleet import RolloutFleet
+from megatron_r1.weight_sync.plan.fp8_blocks import pushed_tensors
 from megatron_r1.weights.stored import fp8
 
 pytestmark = pytest.mark.skipif(

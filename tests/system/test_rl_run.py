@@ -14,7 +14,7 @@ import pytest
 from command_line import command, environment, run
 from test_supervision import wait_for
 
-from megatron_r1.framed import FramedFile
+from megatron_r1.files.framed import FramedFile
 from megatron_r1.rl.sample_record import Accepted, GroupRecord, decode, encode
 
 HERE = Path(__file__).parent

@@ -12,7 +12,7 @@ import pytest
 from command_line import command, environment
 from prometheus_client.parser import text_string_to_metric_families
 
-from megatron_r1.framed import FramedFile
+from megatron_r1.files.framed import FramedFile
 from megatron_r1.rl.sample_record import Accepted, decode
 
 TWO = ["--parallel.processes", "2", "--parallel.tensor", "2"]

@@ -11,10 +11,10 @@ from megatron_r1.config import Config, ParallelConfig, SampleConfig
 from megatron_r1.config.critic import critic_config
 from megatron_r1.config.reward_model import RewardModelConfig
 from megatron_r1.config.training import SFTConfig
+from megatron_r1.engine.parallelism import check_engines
 from megatron_r1.models.hf_config import architecture, read_hf_config
 from megatron_r1.reporting.wording import counted
 from megatron_r1.rl.algorithms import find
-from megatron_r1.rollout.parallelism import check_engines
 from megatron_r1.weights.layout import Shard, stage_shards, table
 from megatron_r1.weights.rules import Table
 from tools.plan.hardware import Assumptions, Hardware

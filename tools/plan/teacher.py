@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 
 from megatron_r1.config import Config
+from megatron_r1.engine.context_length import positions
+from megatron_r1.engine.parallelism import check_ranks
 from megatron_r1.models.hf_config import read_hf_config
 from megatron_r1.reporting.wording import counted
-from megatron_r1.rollout.context import positions
-from megatron_r1.rollout.parallelism import check_ranks
 from tools.plan.flops import forward_flops
 from tools.plan.job import BYTES, Job
 from tools.plan.parameters import ModelCounts

@@ -20,7 +20,7 @@ from megatron_r1.curation.filters.paragraphs import long_paragraphs
 from megatron_r1.curation.filters.repetition import repetition
 from megatron_r1.curation.filters.truncated import truncated
 from megatron_r1.data.prompts import Prompt, make_prompt
-from megatron_r1.suggestion import did_you_mean
+from megatron_r1.errors import did_you_mean
 
 Filter = Callable[..., str]
 REGISTRY: dict[str, Filter] = {

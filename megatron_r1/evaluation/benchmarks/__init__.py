@@ -6,8 +6,8 @@ answers are the rewards, the same as in training.
 
 import importlib
 
+from megatron_r1.errors import did_you_mean
 from megatron_r1.evaluation.benchmarks.base import Benchmark
-from megatron_r1.suggestion import did_you_mean
 
 PACKAGE = "megatron_r1.evaluation.benchmarks"
 REGISTRY: dict[str, str] = {

@@ -9,8 +9,8 @@ from typing import Any
 
 from megatron_r1.data.prompts import is_heldout, normalize
 from megatron_r1.data.tasks import generate_items, level_parameters
+from megatron_r1.errors import did_you_mean
 from megatron_r1.evaluation.benchmarks.base import Benchmark, Options, Question, Rows
-from megatron_r1.suggestion import did_you_mean
 
 SUITES: dict[str, tuple[str, ...]] = {
     "arithmetic": (

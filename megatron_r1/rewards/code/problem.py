@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_r1.suggestion import did_you_mean
+from megatron_r1.errors import did_you_mean
 
 LANGUAGES = ("python", "cpp")
 WHAT = "the truth of a code prompt"

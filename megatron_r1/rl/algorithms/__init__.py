@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
-from megatron_r1.suggestion import did_you_mean
+from megatron_r1.errors import did_you_mean
 
 if TYPE_CHECKING:
     from megatron_r1.config import RLConfig

@@ -9,7 +9,7 @@ again.
     gathering.py  the optimizer's shards put together
     host_memory.py  buffers that are kept between checkpoints
     staging.py    from there to copies in host memory, planned by Megatron
-    files.py      one file, hashed as it is written
+    files/__init__.py      one file, hashed as it is written
     writer.py     from there to a folder that is whole, in the background
     loading.py    verified by all ranks, then read at any parallel layout
 

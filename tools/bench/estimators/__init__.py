@@ -20,7 +20,7 @@ import yaml
 from megatron_r1 import cli
 from megatron_r1 import config as configuration
 from megatron_r1.files import atomic_write
-from megatron_r1.reporting.jsonl import read_lines
+from megatron_r1.files.jsonl import read_lines
 
 from .figures import WINDOW, of_run
 from .graph import recipe

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean, median
 from typing import Any
 
-from megatron_r1.pipeline.figures import Spread
+from megatron_r1.workflow.figures import Spread
 
 TARGET, WINDOW = 0.8, 3
 """Accuracy that is to be reached, by the mean of so many steps in a row."""

@@ -19,9 +19,9 @@ import cores
 import torch
 
 from megatron_r1.config import Config
-from megatron_r1.rl.weight_bridge import WeightBridge
-from megatron_r1.rollout.fleet import RolloutFleet
+from megatron_r1.fleet.fleet import RolloutFleet
 from megatron_r1.training.client import TrainerClient
+from megatron_r1.weight_sync.bridge import WeightBridge
 from megatron_r1.weights import hf_tensors
 
 WARM_UP = 2

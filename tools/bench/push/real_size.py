@@ -10,12 +10,12 @@ from pathlib import Path
 
 import msgspec
 
-from megatron_r1.landing.table import Slot, Table
+from megatron_r1.weight_sync.plan import EngineLayout, Planner, TrainerGrid
+from megatron_r1.weight_sync.plan.engine_layout import EngineNeeds
+from megatron_r1.weight_sync.plan.receiver_layout import ReceiverLayout
+from megatron_r1.weight_sync.plan.traffic import fp8_bytes, plain_bytes, traffic
+from megatron_r1.weight_sync.receive.table import Slot, Table
 from megatron_r1.weights.layout import Shard, stage_shards
-from megatron_r1.weights.push import EngineLayout, Planner, TrainerGrid
-from megatron_r1.weights.push.engine_layout import EngineNeeds
-from megatron_r1.weights.push.told import ToldNeeds
-from megatron_r1.weights.push.traffic import fp8_bytes, plain_bytes, traffic
 
 MODEL = Path(__file__).parents[3] / "examples/deepseek_r1/model/config.json"
 GRID = TrainerGrid(2048, pipeline=16, expert=64)
@@ -93,7 +93,7 @@ def _to_plan_a_sender(hf: dict, rank: int, encoded: list[bytes]) -> float:
     """As `weights.push.sender` does when it is connected to one engine after another."""
     start = time.perf_counter()
     tables = [msgspec.msgpack.decode(table, type=Table) for table in encoded]
-    needs, stages = ToldNeeds(hf, ONE, tables), _stages(hf)
+    needs, stages = ReceiverLayout(hf, ONE, tables), _stages(hf)
     for engine in range(ENGINES.engines):
         for transfer in Planner(hf, GRID, ONE, stages, needs).sends(rank, engine):
             needs.deliveries(transfer.receiver % ONE.ranks_per_engine, transfer)

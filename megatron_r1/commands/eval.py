@@ -1,0 +1,115 @@
+"""Evaluate a model on benchmarks: pass@1, pass@k, cons@N, with intervals and every answer kept.
+See docs/evaluation.md."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from megatron_r1.commands.answers_folder import run_in_folder
+from megatron_r1.config import Config
+from megatron_r1.evaluation.figure import write_figure
+from megatron_r1.evaluation.identity import keep_identity, settings_that_matter, versions
+from megatron_r1.evaluation.ledger import Ledger
+from megatron_r1.evaluation.policies import Decoding, Policy
+from megatron_r1.evaluation.progress import Progress
+from megatron_r1.evaluation.questions import QuestionSet, load_question_sets
+from megatron_r1.evaluation.report import print_table, write_report
+from megatron_r1.evaluation.runner import Runner, question_lines
+from megatron_r1.evaluation.server_policy import ServerPolicy
+from megatron_r1.evaluation.summary import Summary, summarize
+from megatron_r1.files import atomic_write
+from megatron_r1.files.jsonl import read_lines
+from megatron_r1.reporting.run_folder import RunFolder
+from megatron_r1.rewards.runtime.pool import RewardPool
+
+REQUIRED = ("run.folder", "eval.benchmarks")
+
+
+def run(config: Config) -> None:
+    """Sample what is missing, grade it, and write the results. Raises ValueError before any long
+    work starts, and RuntimeError when an engine or a server fails; the same command continues."""
+    if not config.eval.server and not config.model.path:
+        raise ValueError(
+            "eval needs a model: model.path (a Hugging Face folder or a run's folder) or "
+            "eval.server ({url: …, model: …})"
+        )
+    if config.eval.server and config.model.path:
+        raise ValueError(
+            f"eval has two models: model.path {config.model.path} and eval.server "
+            f"{config.eval.server.url}. Leave one out: --model.path '' or --eval.server null"
+        )
+    sets = load_question_sets(config.eval)
+    run_in_folder(config, "the evaluation", lambda folder: _evaluate(config, folder, sets))
+
+
+async def _evaluate(config: Config, folder: RunFolder, sets: list[QuestionSet]) -> None:
+    began = time.monotonic()
+    ledger = Ledger(folder.samples_path)
+    policy = await _make_policy(config, folder.path)
+    settings = settings_that_matter(config, policy.identity)
+    keep_identity(folder.path / "identity.json", settings, bool(ledger.samples))
+    # Everything else may change from one start to the next: the file says what holds now.
+    folder.write_config(config.model_dump(), may_change=tuple(Config.model_fields))
+    rewards = config.rewards
+    pool = RewardPool(rewards.workers, rewards.timeout_seconds, rewards.memory_bytes)
+    try:
+        runner = Runner(policy, pool, ledger, sets, config.run.seed, rewards.options, Progress())
+        lines = [json.dumps(line, ensure_ascii=False) for line in question_lines(sets)]
+        atomic_write(folder.path / "questions.jsonl", "\n".join(lines) + "\n")
+        await runner.check_rewards()
+        if runner.missing():
+            await policy.start()
+        await runner.run()
+        await policy.close()  # voting and resampling need no engine
+        summaries = await summarize(pool, ledger, sets, config.run.seed)
+    finally:
+        await asyncio.gather(policy.close(), pool.close())
+    _write_results(config, folder, settings, summaries, time.monotonic() - began)
+
+
+async def _make_policy(config: Config, folder: Path) -> Policy:
+    evaluated = config.eval
+    limit = config.rollout.max_response_tokens
+    decoding = Decoding(evaluated.temperature, evaluated.top_p, limit)
+    if evaluated.server:
+        return ServerPolicy(evaluated.server, config.data.template, decoding)
+    from megatron_r1.commands.export import model_to_serve
+    from megatron_r1.evaluation.engine_policy import EnginePolicy
+
+    model = await model_to_serve(config, folder)
+    return EnginePolicy(config, model, decoding, folder)
+
+
+def _write_results(
+    config: Config,
+    folder: RunFolder,
+    settings: dict[str, Any],
+    summaries: list[Summary],
+    seconds: float,
+) -> None:
+    result = {
+        "benchmarks": {summary.title: summary.as_json() for summary in summaries},
+        "model": config.eval.server.url if config.eval.server else config.model.path,
+        "settings": settings,
+        "versions": versions(),
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "seconds": round(seconds, 1),
+    }
+    atomic_write(folder.path / "eval.json", json.dumps(result, indent=1) + "\n")
+    figure = write_figure(folder.path / "eval.png", summaries)
+    questions = {(q["benchmark"], q["id"]): q for q in read_lines(folder.path / "questions.jsonl")}
+    write_report(
+        folder.report_path,
+        title=f"evaluation · {folder.path.name}",
+        facts={n: str(value) for n, value in {"model": result["model"], **settings}.items()},
+        summaries=summaries,
+        figure=figure,
+        questions=questions,
+        samples=read_lines(folder.samples_path),
+    )
+    print_table(summaries)
+    print(f"{folder.path}/: eval.json, samples.jsonl, eval.png, report.html", flush=True)

@@ -1,0 +1,136 @@
+"""R1's stages as a graph: run what is not done, say what is stale, report on all. See
+docs/pipeline.md."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import shlex
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_r1.config.overrides import as_text
+from megatron_r1.errors import did_you_mean
+from megatron_r1.reporting.run_folder import RunFolder
+from megatron_r1.workflow import serving
+from megatron_r1.workflow.check import check, missing_files
+from megatron_r1.workflow.graph import Graph
+from megatron_r1.workflow.locks import is_locked
+from megatron_r1.workflow.plan import Plan
+from megatron_r1.workflow.recipe import PipelineConfig, load
+from megatron_r1.workflow.report import write_report
+from megatron_r1.workflow.runner import Signals, write_recipe
+from megatron_r1.workflow.state import State, examine_all
+from megatron_r1.workflow.status import stale_text, status_lines
+from megatron_r1.workflow.work import Work
+
+
+def run(path: str, overrides: Mapping[str, Any], verbs: Mapping[str, str]) -> None:
+    """verbs: name → module, of what stages may run. Raises ValueError before anything runs,
+    RuntimeError when a stage fails, KeyboardInterrupt when it was asked to stop."""
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        raise ValueError(
+            "pipeline is one process and starts the others: give a stage the launch "
+            '"torchrun --no-python …", and run pipeline itself without torchrun'
+        )
+    recipe = load(path, dict(overrides))
+    config, root = recipe.pipeline, Path(recipe.pipeline.folder)
+    seeds = config.seeds or [config.seed]
+    folders = [root / f"seed_{seed}" if config.seeds else root for seed in seeds]
+    implied = _implied(verbs, {stage.verb for stage in recipe.stages.values()})
+    plans = [
+        Plan.of(recipe, path, folder, seed, implied)
+        for folder, seed in zip(folders, seeds, strict=True)
+    ]
+    for plan in plans:
+        check(plan, verbs, files=not (config.status or config.dry))
+    graph = Graph(plans[0].stages)
+    chosen = _chosen(config, graph)
+    if config.status:
+        _print_status(plans, graph, chosen, is_locked(root))
+        return
+    if config.dry:
+        _print_commands(plans, graph, chosen)
+        for line in missing_files(plans[0]):
+            print(f"missing yet: {line}", file=sys.stderr)
+        return
+    with RunFolder(root):
+        for plan in plans:
+            _refuse(config, plan, graph, chosen)
+        try:
+            with Signals() as signals:
+                Work(config, plans, graph, signals).run(chosen)
+        finally:
+            command = ["megatron-r1", "pipeline", path]
+            command += [f"--{key}={as_text(value)}" for key, value in overrides.items()]
+            report = write_report(root, config.title, shlex.join(command), plans, graph)
+            print(f"{report}; report.md and report.json beside it", flush=True)
+
+
+def _implied(verbs: Mapping[str, str], used: set[str]) -> dict[str, dict[str, Any]]:
+    """What each verb in use says beside a recipe, as sections."""
+    found: dict[str, dict[str, Any]] = {}
+    for verb in used & set(verbs):
+        module = importlib.import_module(verbs[verb])
+        for dotted, value in getattr(module, "IMPLIED", {}).items():
+            section, _, key = dotted.partition(".")
+            found.setdefault(verb, {}).setdefault(section, {})[key] = value
+    return found
+
+
+def _chosen(config: PipelineConfig, graph: Graph) -> list[str]:
+    """The stages to run, in order. Raises ValueError for a name that is no stage's."""
+    for key, name in (("only", config.only), ("until", config.until)):
+        if name and name not in graph.upstream:
+            near = did_you_mean(name, graph.order, "{}") or f"; there are {', '.join(graph.order)}"
+            raise ValueError(f"pipeline.{key}: no stage is called {name}{near}")
+    if config.only:
+        return [config.only]
+    if config.until:
+        return graph.sorted(graph.needs(config.until) | {config.until})
+    return graph.order
+
+
+def _refuse(config: PipelineConfig, plan: Plan, graph: Graph, chosen: list[str]) -> None:
+    """Raises ValueError for stale stages that may not be redone, and for `only` too early."""
+    statuses = examine_all(plan, graph)
+    if config.only:
+        not_done = [
+            f"{name} is {statuses[name].state}"
+            for name in graph.upstream[config.only]
+            if statuses[name].state is not State.DONE
+        ]
+        if not_done:
+            raise ValueError(
+                f"pipeline.only: {config.only} needs what is not done: {', '.join(not_done)}; "
+                f"--pipeline.until {config.only} runs that, too"
+            )
+    stale = {name: statuses[name] for name in chosen if statuses[name].state is State.STALE}
+    if stale and not config.rerun:
+        raise ValueError(stale_text(plan, stale))
+
+
+def _print_status(plans: list[Plan], graph: Graph, chosen: list[str], is_running: bool) -> None:
+    for plan in plans:
+        print(f"{plan.folder} · seed {plan.seed}")
+        statuses = examine_all(plan, graph, is_running)
+        print("\n".join(status_lines(plan, chosen, statuses)), flush=True)
+
+
+def _print_commands(plans: list[Plan], graph: Graph, chosen: list[str]) -> None:
+    """What would run, as lines of a shell; the recipes they name are written."""
+    for plan in plans:
+        for name in chosen:
+            stage = plan.stages[name]
+            configs = {n: plan.server(server) for n, server in stage.config.serve.items()}
+            ports = serving.choose_ports(configs, {})
+            urls = {n: serving.url(server, ports[n]) for n, server in configs.items()}
+            needed = ", ".join(graph.upstream[name])
+            print(f"# {name}{f', after {needed}' if needed else ''}")
+            for served, server in configs.items():
+                command = serving.server_command(served, server, ports[served])
+                print(shlex.join([*shlex.split(server.launch), *command]), "&")
+            launch = shlex.split(plan.resolve(stage.config.launch, urls))
+            print(shlex.join([*launch, *write_recipe(plan, stage, urls)]), flush=True)

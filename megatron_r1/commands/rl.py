@@ -1,0 +1,240 @@
+"""Reinforcement learning: R1-Zero, R1's reasoning stage and its stage for all scenarios. See
+docs/stages/, docs/algorithms.md and docs/rewards.md."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from megatron_r1.commands.launch import run_stage
+from megatron_r1.config import Config
+from megatron_r1.data.prompts import PromptSplit, load_prompts
+from megatron_r1.data.sampler import PromptSampler
+from megatron_r1.data.text import PromptText
+from megatron_r1.engine import gpu
+from megatron_r1.engine.context_length import context_length
+from megatron_r1.engine.parallelism import (
+    check_engines,
+    check_pushes,
+    engine_settings,
+    fleet_settings,
+)
+from megatron_r1.fleet.fleet import RolloutFleet
+from megatron_r1.fleet.hosts.pool import HostPool
+from megatron_r1.fleet.placement import (
+    check_room,
+    growing,
+    hosts_address,
+    placed,
+    server_maker,
+)
+from megatron_r1.models import read_hf_config
+from megatron_r1.models.routing_shape import routing_shape
+from megatron_r1.processes.stopping import StopRequest
+from megatron_r1.rewards.runtime.pool import RewardPool
+from megatron_r1.rl.loop import train
+from megatron_r1.rl.sample_log import SampleLog
+from megatron_r1.rl.sampling import Rollouts
+from megatron_r1.rl.session import Session
+from megatron_r1.rl.teacher import check_teacher, teacher_fleet
+from megatron_r1.supervision.supervisor import Supervisor
+from megatron_r1.training.client import TrainerClient
+from megatron_r1.training.recorder import Recorder
+from megatron_r1.weight_sync.bridge import PROBE_TOKENS, weight_bridge
+from megatron_r1.weights.stored import fp8
+
+REQUIRED = ("run.folder", "model.path")
+
+
+def run(config: Config) -> None:
+    """Train for `run.steps` rollouts. Raises ValueError before any long work starts."""
+    if config.model.init != "load":
+        raise ValueError("model.init: rl needs a model to start from; make one with sft, then load")
+    config.model.require_language_head()
+    hf = read_hf_config(config.model.path)
+    if config.rl.routing_replay:
+        routing_shape(hf)
+    check_engines(config, hf)
+    check_room(config.rollout)
+    check_pushes(config, hf)
+    _check_transport(config.push.transport)
+    check_teacher(config)
+    if config.rollout.placement == "hosts":
+        hosts_address(config.rollout)
+    text = PromptText(config.model.path, config.data.template)
+    prompts = load_prompts(**config.data.model_dump(exclude={"template"}))
+    prompts = that_fit(prompts, text, context_length(config))
+    if not prompts.heldout:
+        print(
+            "no held-out questions, so nothing will be evaluated: raise data.heldout_fraction or "
+            "give data.heldout_path",
+            file=sys.stderr,
+        )
+    facts = [
+        config.model.path,
+        config.data.task or str(config.data.path),
+        f"{len(prompts.train):,} questions, {len(prompts.heldout):,} held out",
+    ]
+
+    async def body(
+        recorder: Recorder, trainer: TrainerClient, stop: StopRequest, supervisor: Supervisor
+    ) -> None:
+        folder, say = recorder.folder.path, recorder.view.message
+        one_memory = config.push.on_one_host
+        async with placed(config.rollout, folder, one_memory, say) as hosts:
+            roles = (recorder, trainer, stop, supervisor)
+            await _with_engines(config, *roles, text, prompts, hosts)
+
+    run_stage(config, "rl", facts, body, _next_commands(config))
+
+
+def _check_transport(transport: str) -> None:
+    if transport in ("cuda_ipc", "nccl") and not gpu.is_usable():
+        raise ValueError(
+            f"push.transport: {transport} moves memory of GPUs, and there is none here; set shm, "
+            "or gloo where engines are on other hosts"
+        )
+
+
+def that_fit(prompts: PromptSplit, text: PromptText, room: int) -> PromptSplit:
+    """Without the questions that an engine has no room for, of which the user is told. Raises
+    ValueError where none is left to train on."""
+    train = [prompt for prompt in prompts.train if text.fits(prompt.question, room)]
+    heldout = [prompt for prompt in prompts.heldout if text.fits(prompt.question, room)]
+    left_out = len(prompts.train) - len(train), len(prompts.heldout) - len(heldout)
+    if any(left_out):
+        told = (
+            f"{left_out[0]:,} questions and {left_out[1]:,} held-out ones are longer than the "
+            f"{room:,} tokens an engine has room for, and left out; rollout.max_model_len, or the "
+            "model's own limit, is that room"
+        )
+        if not train:
+            raise ValueError(f"no question is left to train on: {told}")
+        print(told, file=sys.stderr)
+    return PromptSplit(train, heldout)
+
+
+def _next_commands(config: Config) -> list[tuple[str, str]]:
+    folder, more = config.run.folder, config.run.steps + config.run.steps // 2
+    return [
+        ("the curves, live", f"tensorboard --logdir {folder}"),
+        (
+            "train on from here",
+            f"megatron-r1 rl {folder}/config.yaml --run.steps {more}",
+        ),
+        (
+            "serve the model over an OpenAI-compatible API",
+            f"python -m vllm.entrypoints.openai.api_server --model {folder}/hf --dtype float32 "
+            "--enforce-eager --gpu-memory-utilization 0.3",
+        ),
+    ]
+
+
+async def _with_engines(
+    config: Config,
+    recorder: Recorder,
+    trainer: TrainerClient,
+    stop: StopRequest,
+    supervisor: Supervisor,
+    text: PromptText,
+    prompts: PromptSplit,
+    hosts: HostPool | None,
+) -> None:
+    pool = RewardPool(
+        config.rewards.workers,
+        config.rewards.timeout_seconds,
+        config.rewards.memory_bytes,
+    )
+    logs, first_step = recorder.folder.path / "logs", recorder.state.step
+    fleet = _fleet(config, logs, first_step, recorder.view.message, hosts)
+    say = recorder.view.message
+    teacher = teacher_fleet(config, logs, say) if config.teacher.path else None
+    rollouts = Rollouts(fleet, pool, text, config.rewards, teacher)
+    log = SampleLog(recorder.folder.sample_log, recorder.view.message)
+    supervisor.watch_rollouts(rollouts)
+    try:
+        if not config.rl.sample_log:
+            await log.clear()  # what is in it would not be of this run's policies any more
+        await rollouts.check_rewards(prompts.train + prompts.heldout)
+        recorder.view.phase("starting", f"trainer and {config.rollout.engines} x vLLM")
+        # Every engine gets the trainer's weights before it samples; those it starts with do not
+        # matter.
+        starts = [trainer.connect(), fleet.start(config.model.path, version=-1)]
+        if teacher is not None:
+            starts.append(teacher.start(config.teacher.path))
+        if not await stop.before(asyncio.gather(*starts)):
+            return
+        recorder.view.message(f"{trainer.num_parameters / 1e6:,.2f}M parameters")
+
+        async def attempt() -> None:
+            session = Session(
+                config,
+                recorder,
+                trainer,
+                fleet,
+                rollouts,
+                PromptSampler(prompts.train, config.run.seed),
+                prompts.heldout,
+                weight_bridge(config, trainer, fleet, _probes(config, text, prompts)),
+                stop,
+                log if config.rl.sample_log else None,
+            )
+            fleet.version = -1  # ranks that went back push versions that were pushed before
+            try:
+                await session.begin()
+                async with growing(fleet, hosts):
+                    await train(session)
+                await session.finish()
+            finally:
+                await session.close()
+
+        await supervisor.with_restarts(attempt)
+    finally:
+        fleets = [fleet, teacher] if teacher is not None else [fleet]
+        await asyncio.gather(*(each.close() for each in fleets), pool.close(), log.close())
+
+
+def _fleet(
+    config: Config,
+    logs: Path,
+    first_step: int,
+    say: Callable[[str], None],
+    hosts: HostPool | None,
+) -> RolloutFleet:
+    rollout = config.rollout
+    return RolloutFleet(
+        rollout.engines,
+        logs,
+        say=say,
+        make_server=server_maker(hosts),
+        weight_transfer_backend=f"megatron_r1_{config.push.transport}",
+        device=gpu.device(),
+        sleeps=rollout.colocated,
+        max_model_len=context_length(config),
+        # A run that continues must not draw the numbers of its beginning again.
+        seed=config.run.seed * 1_000_003 + first_step,
+        return_routing=config.rl.routing_replay,
+        extra_args=_model_as_pushed(config),
+        **fleet_settings(rollout),
+        **engine_settings(rollout),
+    )
+
+
+def _model_as_pushed(config: Config) -> list[str]:
+    """Engine arguments for a model whose weights come by push: none are read from the folder, and
+    they are plain, also where the folder's are FP8, or FP8, also where the folder's are plain."""
+    arguments = ["--load-format", "dummy"]
+    if config.push.fp8 or "quantization_config" in read_hf_config(config.model.path):
+        form = {"quantization_config": fp8.CONFIG if config.push.fp8 else None}
+        arguments += ["--hf-overrides", json.dumps(form)]
+    return arguments
+
+
+def _probes(config: Config, text: PromptText, prompts: PromptSplit) -> list[list[int]]:
+    """What engines are asked after every push."""
+    room = context_length(config) - PROBE_TOKENS
+    first = prompts.train[: config.push.probes]
+    return [text.encode(prompt.question)[:room] for prompt in first]

@@ -1,0 +1,243 @@
+"""Sample a model's answers and make training data of them: cold start, rejection sampling,
+preference pairs, safety labels. See docs/sampling.md.
+
+Two passes: every answer is sampled, graded and written to samples.jsonl; then it is decided which
+are kept. The second alone is done again where only what is kept has changed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_r1.commands.answers_folder import run_in_folder
+from megatron_r1.config import Config
+from megatron_r1.config.sample import KeepConfig
+from megatron_r1.curation.answer_log import AnswerLog
+from megatron_r1.curation.collecting import Collector
+from megatron_r1.curation.contamination import contaminated, load_avoided
+from megatron_r1.curation.curator import Curate, curate_all, write_all
+from megatron_r1.curation.filters import DUPLICATE, filters_of
+from megatron_r1.curation.filters.worker import PooledFilters
+from megatron_r1.curation.grading import Grader
+from megatron_r1.curation.judges import AnswerJudge, make_judge
+from megatron_r1.curation.kept_answers import KeptAnswers, Rewriter
+from megatron_r1.curation.memo import Memo
+from megatron_r1.curation.preference_pairs import PreferencePairs
+from megatron_r1.curation.rendering import Rendering
+from megatron_r1.curation.safety_labels import SafetyLabels
+from megatron_r1.curation.selection import Selection
+from megatron_r1.curation.tally import Tally
+from megatron_r1.curation.user_function import UserFunction, load_function
+from megatron_r1.data.prompts import Prompt, load_prompts
+from megatron_r1.data.shots import Shots
+from megatron_r1.evaluation.identity import keep_identity, versions
+from megatron_r1.evaluation.policies import Decoding, Policy
+from megatron_r1.evaluation.progress import Progress
+from megatron_r1.evaluation.server_policy import ServerPolicy
+from megatron_r1.files import atomic_write
+from megatron_r1.reporting.run_folder import RunFolder
+from megatron_r1.rewards.runtime.pool import RewardPool
+
+REQUIRED = ("run.folder",)
+KIND_WITHOUT_TRUTH = "helpful"
+"""Of rows that name no kind, where nothing is graded: they need no truth then."""
+REMEDIES = {
+    "sft": "sample.keep or sample.filters, such as sample.keep.min_accuracy: 0",
+    "answers": "sample.keep or sample.filters, such as sample.keep.min_accuracy: 0",
+    "pairs": "sample.judge, sample.pairs (margin, max_length_bias) or sample.filters",
+    "labels": "sample.judge or sample.filters",
+}
+FILES = {"sft": "sft.jsonl", "pairs": "pairs.jsonl", "labels": "labels.jsonl"}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a recipe asks for, read and checked. avoided: question id → why it is not sampled."""
+
+    prompts: list[Prompt]
+    avoided: dict[str, str]
+    shots: Shots | None
+    rendering: Rendering | None
+    rewrite: UserFunction | None
+
+
+def run(config: Config) -> None:
+    """Sample what is missing, decide, write. Raises ValueError before any long work starts, and
+    RuntimeError when an engine or a service fails, and where nothing at all is kept; the same
+    command continues."""
+    if bool(config.sample.server) == bool(config.model.path):
+        raise ValueError(
+            "sample needs one model: either model.path (a Hugging Face folder or a run's folder) "
+            "or sample.server ({url: …, model: …})"
+        )
+    plan = _plan(config)
+    run_in_folder(config, "the sampling", lambda folder: _sample(config, folder, plan))
+
+
+def _plan(config: Config) -> Plan:
+    sample = config.sample
+    data = config.data.model_dump(exclude={"template"})
+    if not sample.is_graded and data["kind"] is None:
+        data["kind"] = KIND_WITHOUT_TRUTH
+    split = load_prompts(**data)
+    avoid = load_avoided(sample.avoid)
+    if config.data.heldout_path:  # what is held out of the same file is disjoint by its text
+        avoid += [prompt.question for prompt in split.heldout]
+    avoided = contaminated(split.train, avoid, sample.avoid_ngram) if avoid else {}
+    prompts = [prompt for prompt in split.train if prompt.id not in avoided]
+    if not prompts:
+        raise ValueError(
+            f"sample.avoid: all {len(split.train):,} questions are among those to be avoided, the "
+            f"first because of {avoided[split.train[0].id]}; give other questions, or set "
+            "sample.avoid_ngram: 0 for equality only"
+        )
+    shots = Shots(sample.shots, sample.num_shots, config.run.seed) if sample.shots else None
+    rewrite, rendering = None, None
+    if sample.rewrite:
+        rewrite = load_function(sample.rewrite, "sample.rewrite", "question, response")
+    if sample.output == "sft":
+        # Of a run's folder the tokenizer is in hf/.
+        path = Path(config.model.path)
+        tokenizer = path if (path / "config.json").is_file() else path / "hf"
+        own = str(tokenizer) if config.model.path else ""
+        rendering = Rendering(sample.render, config.data.template, own)
+    return Plan(prompts, avoided, shots, rendering, rewrite)
+
+
+async def _sample(config: Config, folder: RunFolder, plan: Plan) -> None:
+    log = AnswerLog(folder.samples_path)
+    async with contextlib.AsyncExitStack() as stack:
+        judge = _make_judge(config, folder.path)
+        if judge is not None:
+            stack.push_async_callback(judge.close)
+        rewards = config.rewards
+        pool = RewardPool(rewards.workers, rewards.timeout_seconds, rewards.memory_bytes)
+        stack.push_async_callback(pool.close)
+        grader = Grader(pool, rewards) if config.sample.is_graded else None
+        policy = await _make_policy(config, folder.path, plan.shots)
+        stack.push_async_callback(policy.close)
+        settings = _settings_that_matter(config, policy, plan.shots)
+        keep_identity(folder.path / "identity.json", settings, bool(log.digests))
+        # Everything else may change from one start to the next: the file says what holds now.
+        folder.write_config(config.model_dump(), may_change=tuple(Config.model_fields))
+        if grader is not None:
+            await grader.check(plan.prompts)
+        if judge is not None:
+            await judge.check()
+        collector = Collector(
+            policy, grader, log, plan.prompts, config.sample.samples, config.run.seed, Progress()
+        )
+        if collector.num_done < collector.num_wanted:
+            await policy.start()
+        await collector.run()
+        await policy.close()  # deciding needs no engine
+        await _decide(config, folder.path, plan, log, pool, grader, judge, settings)
+
+
+def _make_judge(config: Config, folder: Path) -> AnswerJudge | None:
+    if config.sample.output not in ("pairs", "labels"):
+        return None
+    options = config.rewards.options.get("judge", {})
+    return make_judge(config.sample, options, Memo(folder / "judgements.jsonl"))
+
+
+async def _make_policy(config: Config, folder: Path, shots: Shots | None) -> Policy:
+    rollout, server = config.rollout, config.sample.server
+    decoding = Decoding(rollout.temperature, rollout.top_p, rollout.max_response_tokens)
+    if server is not None:
+        return ServerPolicy(server, config.data.template, decoding, shots, "sample.server")
+    from megatron_r1.commands.export import model_to_serve
+    from megatron_r1.evaluation.engine_policy import EnginePolicy
+
+    model = await model_to_serve(config, folder)
+    return EnginePolicy(config, model, decoding, folder, shots)
+
+
+def _settings_that_matter(config: Config, policy: Policy, shots: Shots | None) -> dict[str, Any]:
+    """Everything that changes answers and grades; how many, and which are kept, may change."""
+    rollout, rewards = config.rollout, config.rewards
+    settings = {
+        "run.seed": config.run.seed,
+        "rollout.temperature": rollout.temperature,
+        "rollout.top_p": rollout.top_p,
+        "rollout.max_response_tokens": rollout.max_response_tokens,
+        "sample.shots": shots.identity if shots else None,
+        **policy.identity,
+    }
+    if config.sample.is_graded:
+        graded = rewards.model_dump(include={"weights", "options"})
+        settings |= {f"rewards.{name}": value for name, value in graded.items()}
+    return settings
+
+
+async def _decide(
+    config: Config,
+    folder: Path,
+    plan: Plan,
+    log: AnswerLog,
+    pool: RewardPool,
+    grader: Grader | None,
+    judge: AnswerJudge | None,
+    settings: dict[str, Any],
+) -> None:
+    sample = config.sample
+    filters = filters_of(sample.output, sample.filters)
+    selection = Selection(
+        sample.keep if sample.keeps else KeepConfig(min_accuracy=None),
+        PooledFilters(pool, filters),
+        DUPLICATE in filters,
+        config.run.seed,
+    )
+    curate: Curate
+    facts: dict[str, Any] = {}
+    if sample.output == "pairs":
+        curate = pairs = PreferencePairs(selection, sample.pairs, judge)
+        # Which pairs balance the lengths is known once all are judged; no vote is cast again.
+        async for _ in curate_all(log, plan.prompts, sample.samples, pairs):
+            pass
+        pairs.balance()
+        facts = pairs.length_bias()
+    elif sample.output == "labels":
+        curate = SafetyLabels(selection, judge)
+    else:
+        memo = Memo(folder / "rewrites.jsonl")
+        rewriter = Rewriter(plan.rewrite, memo) if plan.rewrite else None
+        curate = KeptAnswers(selection, plan.rendering, rewriter, grader)
+    tally = Tally()
+    output = folder / FILES[sample.output] if sample.output in FILES else None
+    await write_all(log, plan.prompts, sample.samples, curate, output, tally.add)
+    _report(folder, plan, tally, output, facts, {"filters": filters, **settings})
+    if not tally.num_kept:
+        raise RuntimeError(
+            f"{folder}: no answer is kept; most are {tally.decisions.most_common(1)[0][0]} "
+            f"(samples.jsonl says why of each). Change {REMEDIES[sample.output]}: the same command "
+            "then decides again without sampling"
+        )
+
+
+def _report(
+    folder: Path,
+    plan: Plan,
+    tally: Tally,
+    output: Path | None,
+    facts: dict[str, Any],
+    settings: dict[str, Any],
+) -> None:
+    result = tally.as_json() | facts
+    result |= {"avoided": len(plan.avoided), "settings": settings, "versions": versions()}
+    atomic_write(folder / "curation.json", json.dumps(result, indent=1) + "\n")
+    print(tally.table(), flush=True)
+    if plan.avoided:
+        print(f"  {len(plan.avoided):,} questions were not sampled: sample.avoid", flush=True)
+    if facts:
+        print(
+            f"  {facts['pairs']:,} pairs; log(chosen / rejected length) {facts['length_bias']:+.3f}"
+            f", {facts['length_bias_before']:+.3f} before pairs were left out for it",
+            flush=True,
+        )
+    names = ["samples.jsonl", "curation.json", *([output.name] if output else [])]
+    print(f"{folder}/: {', '.join(names)}", flush=True)

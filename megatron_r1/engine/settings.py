@@ -1,0 +1,128 @@
+"""How vLLM is to run a model: its command line and its environment."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from megatron_r1.engine import part
+from megatron_r1.engine.part import Part
+from megatron_r1.vllm_plugin import admission
+
+MIDDLEWARE = f"{admission.__name__}.{admission.Admission.__name__}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineSettings:
+    """Of one engine, or of the part of it that one host runs.
+
+    dtype: of weights, activations and KV cache.
+    max_model_len: prompt plus response, tokens.
+    max_num_seqs: sequences decoded together, by each of `data` copies.
+    num_threads: OpenMP threads of all ranks together (CPU only).
+    kv_cache_gib: memory of a rank for keys and values (CPU only).
+    prefix_caching: share the prompt's keys and values within a group. vLLM turns it off for MLA on
+        CPU.
+    weight_transfer_backend: a name registered by `vllm_plugin`.
+    return_routing: have every answer carry the experts of every token (a model with experts only).
+        On a GPU vLLM has this in its second model runner and with prefix caching; on a CPU
+        `vllm_plugin.cpu_routing` adds it, without.
+    tensor, pipeline, data, expert_parallel: how ranks share the model; see `RolloutConfig`.
+    gpu_memory: share of each GPU's memory it takes (GPU only); None: vLLM's default.
+    sleeps: whether it can give its memory away and take it back (GPU only).
+    secret: every call but `/health` must bring it (`EngineClient.secret`); empty: none.
+    host: address to listen at. port: None: any that is free.
+    part: what of the engine runs here; None: all. Other hosts run the rest.
+    extra_args, extra_env: handed to vLLM as they are; they win.
+    """
+
+    device: Literal["cpu", "cuda"] = "cpu"
+    dtype: str = "float32"
+    max_model_len: int = 1024
+    max_num_seqs: int = 256
+    seed: int = 0
+    num_threads: int = 2
+    kv_cache_gib: int = 1
+    prefix_caching: bool = True
+    weight_transfer_backend: str = "megatron_r1_shm"
+    return_routing: bool = False
+    tensor: int = 1
+    pipeline: int = 1
+    data: int = 1
+    expert_parallel: bool = False
+    gpu_memory: float | None = None
+    sleeps: bool = False
+    secret: str = ""
+    host: str = "127.0.0.1"
+    port: int | None = None
+    part: Part | None = None
+    extra_args: Sequence[str] = ()
+    extra_env: Mapping[str, str] | None = None
+
+    def arguments(self, model: Path) -> list[str]:
+        """vLLM's, but for where it listens."""
+        is_cpu = self.device == "cpu"
+        prefix_caching = not is_cpu if self.return_routing else self.prefix_caching
+        return [
+            *("--model", str(model), "--served-model-name", "policy", "--host", self.host),
+            *("--dtype", self.dtype, "--max-model-len", str(self.max_model_len)),
+            *("--max-num-seqs", str(self.max_num_seqs), "--seed", str(self.seed)),
+            "--enable-prefix-caching" if prefix_caching else "--no-enable-prefix-caching",
+            *("--weight-transfer-config", json.dumps({"backend": self.weight_transfer_backend})),
+            *("--logprobs-mode", "processed_logprobs", "--generation-config", "vllm"),
+            *("--enable-scale-out", "--skip-tokenizer-init"),
+            "--disable-uvicorn-access-log",
+            # On a GPU a watchdog sees by the statistics that a long answer grows; a step on a CPU
+            # is too short to pay for them.
+            *(["--enforce-eager", "--disable-log-stats"] if is_cpu else []),
+            *(["--enable-return-routed-experts"] if self.return_routing else []),
+            *(["--enable-sleep-mode"] if self.sleeps and not is_cpu else []),
+            *(["--gpu-memory-utilization", str(self.gpu_memory)] if self.gpu_memory else []),
+            *("--tensor-parallel-size", str(self.tensor)),
+            *("--pipeline-parallel-size", str(self.pipeline)),
+            *("--data-parallel-size", str(self.data)),
+            *(["--enable-expert-parallel"] if self.expert_parallel else []),
+            *(["--middleware", MIDDLEWARE] if self.secret else []),
+            *self.extra_args,
+        ]
+
+    def environment(self) -> dict[str, str]:
+        """Over those of this process. Raises OSError for a `host` that means nothing."""
+        copies = self.part.copies(self.data) if self.part else self.data
+        ranks = self.tensor * self.pipeline * copies
+        threads = max(1, self.num_threads // ranks)
+        found = engine_environment(self.device, threads, self.kv_cache_gib)
+        if self.return_routing and self.device != "cpu":
+            found["VLLM_USE_V2_MODEL_RUNNER"] = "1"
+        if self.part is not None:
+            found |= part.environment(self.host)
+        # Also where it is empty: the user's own is not for us.
+        return found | {admission.SECRET: self.secret} | dict(self.extra_env or {})
+
+
+def engine_environment(device: str, num_threads: int, kv_cache_gib: int) -> dict[str, str]:
+    """Environment variables of an engine, over those of this process."""
+    env = {
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_SERVER_DEV_MODE": "1",  # pause, resume and the weight-transfer calls exist only then
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_LOGGING_LEVEL": "WARNING",
+        "PYTHONUNBUFFERED": "1",
+    }
+    if device == "cpu":
+        env |= {
+            "VLLM_CPU_KVCACHE_SPACE": str(kv_cache_gib),
+            # The model runs inside the engine core: one process and two copies per step less.
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "OMP_NUM_THREADS": str(num_threads),
+            # Threads that wait for work must not spin: the trainer computes on the same cores.
+            "OMP_WAIT_POLICY": "passive",
+            # vLLM compiles a function that ranks the sampled token; nobody asks for ranks, and gcc
+            # takes 20 s.
+            "TORCHDYNAMO_DISABLE": "1",
+        }
+    return env

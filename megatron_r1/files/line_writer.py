@@ -1,0 +1,58 @@
+"""JSON lines written behind the back of whoever makes them, many of them with one fsync."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_r1.files.jsonl import append_lines
+
+SHARE_SECONDS = 0.1
+
+
+class LineWriter:
+    """`add` returns at once; lines are durable when `close` returns."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._pending: list[dict[str, Any]] = []
+        self._wake = asyncio.Event()
+        self._writing: asyncio.Task[None] | None = None
+
+    def add(self, line: Mapping[str, Any]) -> None:
+        """Raises what stopped the writing."""
+        if self._writing is None:
+            self._writing = asyncio.create_task(self._write())
+        if self._writing.done():
+            self._writing.result()
+        self._pending.append(dict(line))
+        self._wake.set()
+
+    async def close(self) -> None:
+        if self._writing is not None:
+            self._writing.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._writing
+            self._writing = None
+        append_lines(self.path, self._taken())
+
+    async def _write(self) -> None:
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            # In a thread, and to its end: a line must not be written half, nor twice.
+            append = asyncio.to_thread(append_lines, self.path, self._taken())
+            writing = asyncio.ensure_future(append)
+            try:
+                await asyncio.shield(writing)
+            except asyncio.CancelledError:
+                await writing
+                raise
+            await asyncio.sleep(SHARE_SECONDS)  # what finishes meanwhile shares the next fsync
+
+    def _taken(self) -> list[dict[str, Any]]:
+        lines, self._pending = self._pending, []
+        return lines

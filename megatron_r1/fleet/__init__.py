@@ -1,0 +1,1 @@
+"""Several rollout engines: dispatch, retries, replacement, and engines on other hosts."""

@@ -1,0 +1,174 @@
+"""One engine of a fleet: a server, its client, what it is doing, and how its death is noticed."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from megatron_r1.engine.client import EngineClient
+from megatron_r1.engine.errors import (
+    ConnectionBroken,
+    EngineDied,
+    EngineError,
+    EngineTimeout,
+)
+from megatron_r1.engine.server import EngineServer
+from megatron_r1.fleet.hosts.remote_server import RemoteServer
+from megatron_r1.fleet.pace import Pace
+
+T = TypeVar("T")
+MakeServer = Callable[..., EngineServer | RemoteServer]
+"""Where engines run: on this host (`EngineServer`), or in a `HostPool` (`HostPool.server`)."""
+
+# A server whose engine core died fails its requests first and ends a moment later.
+LAST_WORDS_SECONDS = 10.0
+DRAIN_POLL_SECONDS = 0.1
+RETRY_SECONDS = 0.5
+PACE_SECONDS = 300.0
+"""So long an engine has to be slow to be called so: longer than a push, a cold cache or another
+program on its host take."""
+
+
+@dataclass(eq=False)
+class Engine:
+    """role, index: its name, never given to another at the same time. num_running: sequences asked
+    for and not yet back; num_occupied, tokens_expected: what `Dispatch` expects of them. is_up: it
+    answers and holds the weights, so it gets every push. is_open: it takes new groups as well; one
+    that is drained does not. is_leaving: it is not to be replaced."""
+
+    index: int
+    server: EngineServer | RemoteServer
+    client: EngineClient
+    num_running: int = 0
+    num_occupied: float = 0.0
+    tokens_expected: float = 0.0
+    is_up: bool = True
+    is_open: bool = True
+    is_leaving: bool = False
+    role: str = "engine"
+    died: asyncio.Event = field(default_factory=asyncio.Event)
+    pace: Pace = field(default_factory=lambda: Pace(time.monotonic(), PACE_SECONDS))
+
+    @classmethod
+    def launch(
+        cls,
+        index: int,
+        model: Path,
+        log_folder: Path,
+        request_timeout: float,
+        make_server: MakeServer = EngineServer,
+        vocab_size: int | None = None,
+        role: str = "engine",
+        **settings: Any,
+    ) -> Engine:
+        """Start its processes, which end with the calling thread, and return at once. Each engine
+        samples from its own seed, and has a secret that only its client knows."""
+        own = {"seed": settings.get("seed", 0) + index, "secret": secrets.token_hex(32)}
+        log = log_folder / f"{role}-{index}.log"
+        server = make_server(model, log, **(settings | own))
+        server.start()
+        client = EngineClient(
+            "", secret=own["secret"], timeout_seconds=request_timeout, vocab_size=vocab_size
+        )
+        return cls(index, server, client, role=role)
+
+    @property
+    def name(self) -> str:
+        return f"{self.role}-{self.index}"
+
+    async def prepare(self, version: int, timeout_seconds: float) -> None:
+        """Wait until it answers; its weights are then called `version`. Raises EngineError."""
+        try:
+            await asyncio.to_thread(self.server.wait_ready, timeout_seconds)
+        except EngineError as error:
+            raise EngineError(f"{self.name}: {error}") from error
+        self.client.url = self.server.url  # another host's is known only now
+        self.pace = Pace(time.monotonic(), self.pace.window)
+        await self.client.set_version(version)
+
+    async def end(self) -> None:
+        """Stop everything of it; harmless if it has ended."""
+        self.died.set()
+        await self.client.close()
+        await asyncio.to_thread(self.server.stop)
+
+    async def unless_dead(self, call: Coroutine[Any, Any, T]) -> T:
+        """Await `call`; raises EngineDied as soon as the engine's process has ended."""
+        if self.died.is_set():
+            call.close()
+            raise self.death()
+        request = asyncio.ensure_future(call)
+        death = asyncio.ensure_future(self.died.wait())
+        try:
+            await asyncio.wait({request, death}, return_when=asyncio.FIRST_COMPLETED)
+            if request.done():
+                error = request.exception()
+                if not isinstance(error, EngineError) or _is_final(error):
+                    return request.result()
+                await asyncio.wait({death}, timeout=LAST_WORDS_SECONDS)
+            if not death.done():
+                return request.result()
+            raise self.death()
+        finally:
+            request.cancel()
+            death.cancel()
+            with contextlib.suppress(asyncio.CancelledError, EngineError):
+                await request
+
+    async def unless_lost(self, call: Coroutine[Any, Any, T]) -> T:
+        """As `unless_dead`, for what must not be asked twice: an engine whose connection breaks
+        amid a push may hold the old weights, the new ones, or be paused, so it counts as dead."""
+        try:
+            return await self.unless_dead(call)
+        except ConnectionBroken as broken:
+            raise EngineDied(f"{self.name} was lost: {broken}") from broken
+
+    def death(self) -> EngineDied:
+        return EngineDied(f"{self.name} died: {self.server.describe_end()}")
+
+    async def drained(self, within_seconds: float) -> bool:
+        """Whether nothing is in flight any more, or it has died, in time."""
+        deadline = time.monotonic() + within_seconds
+        while self.num_running and not self.died.is_set():
+            if time.monotonic() >= deadline:
+                return False
+            await asyncio.sleep(DRAIN_POLL_SECONDS)
+        return True
+
+    async def answers(self, within_seconds: float) -> bool:
+        """Whether the engine core, not only the server before it, answers in time; an error is an
+        answer, a connection that cannot be made is none."""
+        try:
+            async with asyncio.timeout(within_seconds):
+                while not self.died.is_set():
+                    try:
+                        await self.client.is_sleeping()
+                        return True
+                    except EngineError as error:
+                        if error.status is not None:
+                            return True  # a death is noticed elsewhere
+                    await asyncio.sleep(RETRY_SECONDS)
+        except TimeoutError:
+            return False
+        return True
+
+
+def _is_final(error: EngineError) -> bool:
+    """Whether it says nothing about the engine's death."""
+    return isinstance(error, EngineTimeout) or (error.status or 500) < 500
+
+
+Feed = Callable[[Engine], contextlib.AbstractAsyncContextManager[None]]
+"""On entry it brings the engine the weights that the fleet's have; no push begins before the
+exit."""
+
+
+@contextlib.asynccontextmanager
+async def nothing_to_bring(engine: Engine) -> AsyncIterator[None]:
+    yield

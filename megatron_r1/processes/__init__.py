@@ -1,0 +1,1 @@
+"""Processes: start, stop, signals, memory, and how they authenticate each other."""

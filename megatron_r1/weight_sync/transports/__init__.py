@@ -1,0 +1,29 @@
+"""Ways of moving bytes from trainer ranks into an engine rank's landing memory.
+
+A transport is one file here with both its ends, `Receiver` and `Sender` (see base.py), plus one
+line in TRANSPORTS; vLLM then knows it as weight-transfer backend `megatron_r1_<name>`.
+"""
+
+from importlib import import_module
+
+from megatron_r1.weight_sync.transports.base import Receiver, Sender
+
+# name -> (module, receiver, sender)
+TRANSPORTS = {
+    "shm": ("shared_memory", "SharedMemoryReceiver", "SharedMemorySender"),
+    "cuda_ipc": ("device_memory", "DeviceReceiver", "DeviceSender"),
+    "gloo": ("process_group", "GlooReceiver", "GlooSender"),
+    "nccl": ("process_group", "NcclReceiver", "NcclSender"),
+}
+
+__all__ = ["TRANSPORTS", "Receiver", "Sender", "receiver_class", "sender_class"]
+
+
+def receiver_class(transport: str) -> type[Receiver]:
+    module, name, _ = TRANSPORTS[transport]
+    return getattr(import_module(f"{__name__}.{module}"), name)
+
+
+def sender_class(transport: str) -> type[Sender]:
+    module, _, name = TRANSPORTS[transport]
+    return getattr(import_module(f"{__name__}.{module}"), name)

@@ -1,0 +1,68 @@
+"""One host with GPUs: trainer ranks write straight into memory of the engine rank's GPU, over
+NVLink or within the GPU itself; nothing passes through the host.
+
+The memory is the engine rank's, opened by trainer ranks through CUDA's inter-process handles; the
+sheets are shared memory's, in /dev/shm.
+"""
+
+from __future__ import annotations
+
+import base64
+
+import msgspec
+import torch
+
+from megatron_r1.weight_sync.transports.shared_memory import (
+    SharedMemoryReceiver,
+    SharedMemorySender,
+)
+
+
+class DeviceMemory(msgspec.Struct, frozen=True):
+    """What another process opens memory of a GPU with. gpu: its UUID, for processes number GPUs
+    each in their own way; handle: of `UntypedStorage._share_cuda_`, after the device's number."""
+
+    gpu: str
+    handle: list
+
+    @classmethod
+    def of(cls, memory: torch.Tensor) -> DeviceMemory:
+        device, *handle = memory.untyped_storage()._share_cuda_()
+        return cls(_uuid(device), handle)
+
+    def open(self) -> torch.Tensor:
+        """All of it, bytes. Raises ValueError where this process does not see that GPU."""
+        seen = {_uuid(device): device for device in range(torch.cuda.device_count())}
+        if self.gpu not in seen:
+            raise ValueError(
+                f"push.transport: cuda_ipc: an engine rank's GPU {self.gpu} is not one of the "
+                f"{len(seen)} that this trainer rank sees; let every rank see all GPUs of its host "
+                "(CUDA_VISIBLE_DEVICES), or set push.transport: nccl"
+            )
+        device = torch.device("cuda", seen[self.gpu])
+        storage = torch.UntypedStorage._new_shared_cuda(device.index, *self.handle)
+        return torch.empty(0, dtype=torch.uint8, device=device).set_(storage)
+
+
+class DeviceReceiver(SharedMemoryReceiver):
+    def reserve(self, num_bytes: int) -> torch.Tensor:
+        try:
+            memory = torch.empty(num_bytes, dtype=torch.uint8, device="cuda")
+        except torch.OutOfMemoryError as error:
+            raise ValueError(
+                f"push.transport: cuda_ipc: {num_bytes / 2**30:.3g} GiB are needed on the engine's "
+                "GPU for weights on their way; lower push.memory_gib or rollout.gpu_memory"
+            ) from error
+        packed = msgspec.msgpack.encode(DeviceMemory.of(memory))
+        self.address = base64.b64encode(packed).decode()
+        return memory
+
+
+class DeviceSender(SharedMemorySender):
+    def open(self) -> torch.Tensor:
+        packed = base64.b64decode(self.offer.address)
+        return msgspec.msgpack.decode(packed, type=DeviceMemory).open()
+
+
+def _uuid(device: int) -> str:
+    return str(torch.cuda.get_device_properties(device).uuid)

@@ -1,0 +1,248 @@
+"""Many hosts: torch.distributed point to point, over gloo (host memory) or NCCL (GPUs).
+
+Every pair of a trainer and an engine rank that have something to exchange is a process group of
+two, so that the loss of one rank is the loss of its pairs only. A push is a stream of buckets, of
+which one is on the wire while another is packed, or unpacked; the checksums follow each window. It
+is whole, or the difference to the push that this pair exchanged before: then every bucket's length
+comes first.
+"""
+
+from __future__ import annotations
+
+import datetime
+import threading
+import time
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from megatron_r1.weight_sync.receive import delta
+from megatron_r1.weight_sync.receive.rendezvous import Plan
+from megatron_r1.weight_sync.receive.table import Delivery, dtype_of
+from megatron_r1.weight_sync.transports.base import Receiver, Sender
+from megatron_r1.weight_sync.transports.buckets import Chunk, buckets, num_bytes, pack, unpack
+from megatron_r1.weight_sync.verify.checksum import RowsChecksum
+
+CLOSE_SECONDS = 2.0
+IDLE_SECONDS = 30 * 24 * 3600.0
+"""How long a receiver waits for the next push to begin."""
+
+
+class Header(NamedTuple):
+    """Goes before each window. base: the push to which this one is the difference; 0: it is
+    whole."""
+
+    push: int
+    window: int
+    base: int
+
+
+class ProcessGroupReceiver(Receiver):
+    backend = ""
+    device = torch.device("cpu")
+
+    def allocate(self) -> torch.Tensor:
+        self._threads: list[threading.Thread] = []
+        self._is_closing = False
+        self._groups: list[dist.ProcessGroup] = []
+        return torch.empty(self.table.areas * self.table.num_bytes, dtype=torch.uint8)
+
+    def connect(self, plans: dict[int, Plan]) -> None:
+        for sender in plans:
+            thread = threading.Thread(
+                target=self._receive, args=(sender,), name=f"from rank {sender}", daemon=True
+            )
+            thread.start()
+            self._threads.append(thread)
+
+    def close(self) -> None:
+        self._is_closing = True
+        for group in self._groups:
+            group.abort()
+        # A thread that is still in a call when the interpreter ends would abort the process.
+        deadline = time.monotonic() + CLOSE_SECONDS
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+
+    def _receive(self, sender: int) -> None:
+        last, group = 0, None
+        try:
+            group = pair(self.backend, self.meeting, sender, self.rank, is_sender=False)
+            self._groups.append(group)
+            while not self._is_closing:
+                fields = torch.empty(len(Header._fields), dtype=torch.int64, device=self.device)
+                group.recv([fields], 1, 0).wait(datetime.timedelta(seconds=IDLE_SECONDS))
+                header = Header(*fields.tolist())
+                if header.base not in (0, last):
+                    raise ValueError(
+                        f"push {header.push} is the difference to push {header.base}, but what is "
+                        f"here is push {last}"
+                    )
+                self._receive_window(group, sender, header)
+                last = header.push
+        except Exception as error:
+            if not self._is_closing:
+                self.inbox.failed(RuntimeError(f"trainer rank {sender}: {error}"))
+                # Closes the connection, so that the sender need not wait for its timeout.
+                if group in self._groups:
+                    self._groups.remove(group)
+                group = None
+
+    def _receive_window(self, group: dist.ProcessGroup, sender: int, header: Header) -> None:
+        deliveries = self.inbox.deliveries[sender]
+        indices = self.inbox.windows[sender][header.window]
+        arriving: tuple[dist.Work, torch.Tensor, list[Chunk]] | None = None
+        for bucket in buckets(self.table, deliveries, indices):
+            size = num_bytes(self.table, deliveries, bucket)
+            if header.base:
+                said = torch.empty(1, dtype=torch.int64, device=self.device)
+                finish(group.recv([said], 1, 0), self)
+                size = int(said)
+            buffer = torch.empty(size, dtype=torch.uint8, device=self.device)
+            work = group.recv([buffer], 1, 0)
+            if arriving:
+                self._unpack(header, deliveries, *arriving)
+            arriving = (work, buffer, bucket)
+        if arriving:
+            self._unpack(header, deliveries, *arriving)
+        sums = torch.empty(len(indices), dtype=torch.int64, device=self.device)
+        finish(group.recv([sums], 1, 0), self)
+        for index, sent in zip(indices, sums.tolist(), strict=True):
+            self.inbox.arrived(sender, header.push, index, sent % 2**64)
+
+    def _unpack(
+        self,
+        header: Header,
+        deliveries: Sequence[Delivery],
+        work: dist.Work,
+        buffer: torch.Tensor,
+        bucket: list[Chunk],
+    ) -> None:
+        finish(work, self)
+        packed, table = buffer.cpu(), self.table
+        if header.base:
+            # Where the base landed, which is beside this push where areas alternate.
+            state = pack(table, deliveries, table.area(self.memory, header.base), bucket)
+            delta.patch(state, packed)
+            packed = state
+        unpack(table, deliveries, table.area(self.memory, header.push), bucket, packed)
+
+
+class ProcessGroupSender(Sender):
+    backend = ""
+    device = torch.device("cpu")
+
+    _base = 0
+    """The push that `_sent`, by bucket, is the bytes of; 0: none that the other side has whole."""
+    _since_full = 0
+    num_bytes_sent = 0
+    """Of the last window, as it travelled."""
+
+    def plan(self, deliveries: Sequence[Delivery]) -> Plan:
+        self._sent: list[torch.Tensor] = []
+        if self.full_every > 1 and self.table.num_windows > 1:
+            raise ValueError(
+                f"push.delta: weights come to an engine rank in {self.table.num_windows} windows, "
+                "and each overwrites what the next push would be the difference to; raise "
+                "push.memory_gib until all fit, or set push.delta: false"
+            )
+        return super().plan(deliveries)
+
+    def connect(self) -> None:
+        self._group = pair(self.backend, self.meeting, self.sender, self.rank, is_sender=True)
+
+    def send(self, push: int, window: int, sources: Sequence[torch.Tensor]) -> None:
+        self.await_room(push, window)
+        group, indices = self._group, self.windows[window]
+        if not indices:
+            return
+        is_full = self._base == 0 or self._since_full + 1 >= self.full_every
+        header = Header(push, window, 0 if is_full else self._base)
+        self._base = 0  # what breaks off leaves nothing to build on
+        finish(group.send([self._integers(header)], 0, 0), self)
+        running = {
+            index: RowsChecksum(self.deliveries[index].row_bytes(self.table)) for index in indices
+        }
+        on_the_wire: list[tuple[dist.Work, torch.Tensor]] = []
+        self.num_bytes_sent = 0
+        for number, bucket in enumerate(buckets(self.table, self.deliveries, indices)):
+            packed = self._packed(bucket, sources, running)
+            travels = self._travelling(number, packed, header)
+            for work, _ in on_the_wire:
+                finish(work, self)
+            on_the_wire = [(group.send([buffer], 0, 0), buffer) for buffer in travels]
+            self.num_bytes_sent += sum(buffer.nbytes for buffer in travels)
+        for work, _ in on_the_wire:
+            finish(work, self)
+        sums = [running[index].digest() for index in indices]
+        signed = self._integers(s - 2**64 if s >= 2**63 else s for s in sums)
+        finish(group.send([signed], 0, 0), self)
+        if self.full_every > 1:
+            self._base, self._since_full = push, 0 if is_full else self._since_full + 1
+
+    def close(self) -> None:
+        self._sent = []
+        if hasattr(self, "_group"):
+            self._group.abort()
+            del self._group  # closes the connection
+
+    def _packed(self, bucket: list[Chunk], sources, running: dict[int, RowsChecksum]):
+        """A bucket's bytes on the host, in the engine's dtypes; summed."""
+        packed = []
+        for index, top, bottom in bucket:
+            dtype = dtype_of(self.table.slots[self.deliveries[index].slot])
+            values = sources[index][top:bottom].to("cpu", dtype).contiguous()
+            running[index].update(values)
+            packed.append(values.reshape(-1).view(torch.uint8))
+        return torch.cat(packed)
+
+    def _travelling(self, number: int, packed: torch.Tensor, header: Header) -> list[torch.Tensor]:
+        """What is sent of bucket `number`; with deltas it is remembered for the next push."""
+        travels = [packed.to(self.device)]
+        if header.base:
+            encoded = delta.encode(packed, self._sent[number])
+            travels = [self._integers([len(encoded)]), encoded.to(self.device)]
+        if self.full_every > 1:
+            self._sent[number : number + 1] = [packed]
+        return travels
+
+    def _integers(self, values) -> torch.Tensor:
+        return torch.tensor(list(values), dtype=torch.int64, device=self.device)
+
+
+def finish(work: dist.Work, end: ProcessGroupReceiver | ProcessGroupSender) -> None:
+    """Wait for it as long as a push may take."""
+    if end.backend == "gloo":
+        work.wait(datetime.timedelta(seconds=end.meeting.push_seconds))
+    else:
+        work.wait()  # a time would have the host wait for the GPU; `pair` gave it to the group
+
+
+def pair(backend: str, meeting, sender: int, rank: int, *, is_sender: bool) -> dist.ProcessGroup:
+    """The group of a trainer rank (1 in it) and an engine rank (0 in it)."""
+    store = dist.PrefixStore(f"pair/{sender}/{rank}", meeting.store)
+    place_in = 1 if is_sender else 0
+    if backend == "gloo":
+        timeout = datetime.timedelta(seconds=meeting.timeout_seconds)
+        return dist.ProcessGroupGloo(store, place_in, 2, timeout)
+    options = dist.ProcessGroupNCCL.Options()
+    options._timeout = datetime.timedelta(seconds=meeting.push_seconds)
+    return dist.ProcessGroupNCCL(store, place_in, 2, options)
+
+
+class GlooReceiver(ProcessGroupReceiver):
+    backend = "gloo"
+
+
+class GlooSender(ProcessGroupSender):
+    backend = "gloo"
+
+
+class NcclReceiver(ProcessGroupReceiver):
+    backend, device = "nccl", torch.device("cuda")
+
+
+class NcclSender(ProcessGroupSender):
+    backend, device = "nccl", torch.device("cuda")

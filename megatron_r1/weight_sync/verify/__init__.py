@@ -1,0 +1,1 @@
+"""Checksums of what was sent and received."""

@@ -1,0 +1,110 @@
+"""Mistakes that can be known before anything runs."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import shlex
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_r1.errors import did_you_mean
+from megatron_r1.user_code import source_of
+from megatron_r1.workflow.graph import Graph
+from megatron_r1.workflow.identity import names_a_file, typed
+from megatron_r1.workflow.plan import Plan, Stage
+from megatron_r1.workflow.recipe import MAKE
+from megatron_r1.workflow.references import REFERENCE, texts
+
+
+def check(plan: Plan, verbs: Mapping[str, str], files: bool = True) -> None:
+    """Raises ValueError with a line for every stage that cannot run as it stands.
+
+    verbs: name → module, which says in REQUIRED what a recipe must set. files: whether those named
+    in settings must be there, which is no matter where nothing is to run.
+    """
+    mistakes = list(plan.broken.values())
+    for name, stage in plan.stages.items():
+        if name not in plan.broken:
+            mistakes += mistakes_of(_check_stage, plan, stage, verbs)
+    mistakes += mistakes_of(Graph, plan.stages)
+    if files:
+        mistakes += missing_files(plan)
+    if mistakes:
+        raise ValueError("\n".join(mistakes))
+
+
+def mistakes_of(look: Callable[..., Any], *arguments: Any) -> list[str]:
+    """What `look` raises, a ValueError with a line for each; nothing where it raises nothing."""
+    try:
+        look(*arguments)
+    except ValueError as error:
+        return str(error).splitlines()
+    return []
+
+
+def missing_files(plan: Plan) -> list[str]:
+    """A line for every file or folder that settings name, no stage makes and nobody has put
+    there."""
+    named = []
+    for stage in plan.stages.values():
+        where = f"{plan.path}: stages.{stage.name}"
+        for name, server in stage.config.serve.items():
+            named.append((f"{where}: serve.{name}.model", server.model))
+        for place, text in texts({} if stage.is_function else stage.told):
+            if names_a_file(place):
+                named.append((f"{where}: {place}", text))
+    return [
+        f"{place}: {path}: no such file or folder (relative to {Path.cwd()})"
+        for place, path in named
+        if path and not REFERENCE.search(path) and not Path(path).exists()
+    ]
+
+
+def _check_stage(plan: Plan, stage: Stage, verbs: Mapping[str, str]) -> None:
+    config, where = stage.config, f"{plan.path}: stages.{stage.name}"
+    if stage.is_function:
+        _check_function(where, config.function, config.arguments)
+    elif config.verb in verbs:
+        required = importlib.import_module(verbs[config.verb]).REQUIRED
+        typed(plan, stage, required)
+    else:
+        known = [MAKE, *verbs]
+        near = did_you_mean(config.verb, known, "{}") or f"; there are {', '.join(known)}"
+        raise ValueError(f"{where}: unknown verb {config.verb}{near}")
+    for text in (config.launch, *(server.launch for server in config.serve.values())):
+        try:
+            shlex.split(text)
+        except ValueError as error:
+            raise ValueError(f"{where}: launch: {text!r}: {error}") from None
+
+
+def _check_function(where: str, function: str, arguments: Mapping[str, Any]) -> None:
+    name = function.partition(":")[2]
+    try:
+        tree = ast.parse(source_of(function))
+    except (ValueError, SyntaxError) as error:
+        raise ValueError(f"{where}: {error}") from None
+    defined = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
+    if name not in defined:
+        near = did_you_mean(name, defined, "{}") or f"; it has {', '.join(defined) or 'none'}"
+        raise ValueError(f"{where}: function {function}: the module has no function {name}{near}")
+    _check_arguments(f"{where}: arguments of {function}", defined[name].args, arguments)
+
+
+def _check_arguments(where: str, parameters: ast.arguments, given: Mapping[str, Any]) -> None:
+    """The first parameter is the folder; the others are given by name."""
+    positional = [p.arg for p in (*parameters.posonlyargs, *parameters.args)][1:]
+    names = positional + [p.arg for p in parameters.kwonlyargs]
+    for name in given:
+        if name not in names and parameters.kwarg is None:
+            near = did_you_mean(name, names, "{}") or f"; it takes {', '.join(names) or 'none'}"
+            raise ValueError(f"{where}: unknown argument {name}{near}")
+    num_needed = len(positional) - len(parameters.defaults)
+    needed = positional[: max(0, num_needed)]
+    defaults = zip(parameters.kwonlyargs, parameters.kw_defaults, strict=True)
+    needed += [p.arg for p, default in defaults if default is None]
+    missing = [name for name in needed if name not in given]
+    if missing:
+        raise ValueError(f"{where}: {', '.join(missing)} must be given")

@@ -1,0 +1,235 @@
+"""A pipeline's recipe: its stages, typed, with errors a person can act on."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+
+from megatron_r1.config.section import Section
+from megatron_r1.config.yaml_text import read_yaml
+from megatron_r1.errors import did_you_mean
+from megatron_r1.workflow.references import protect, unprotect
+
+MAKE = "make"
+"""The verb of a stage that is a Python function."""
+RESERVED = ("here", "logs", "pipeline", "recipes", "serve")
+NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
+
+
+class PipelineConfig(Section):
+    folder: str = Field("", description="where everything of this pipeline is written; required")
+    title: str = Field("", description="of the report; default: the folder's name")
+    seed: int = Field(0, description="run.seed of every stage that sets none")
+    seeds: list[int] = Field(
+        default_factory=list, description="the whole graph once for each, in FOLDER/seed_N"
+    )
+    jobs: int = Field(
+        1,
+        ge=1,
+        description="how many stages may run at a time, each with the cores or GPUs it finds, or "
+        "with those of its launch",
+    )
+    only: str = Field("", description="run this stage alone")
+    until: str = Field("", description="run this stage and what it needs")
+    status: bool = Field(False, description="print what is done and what is not; run nothing")
+    rerun: bool = Field(False, description="move stale stages aside, to STAGE.old-N, and redo them")
+    dry: bool = Field(False, description="write the stages' recipes and print their commands")
+
+    @field_validator("seeds", mode="before")
+    @classmethod
+    def _from_text(cls, seeds: Any) -> Any:
+        """`--pipeline.seeds 0,1,2` is text to YAML, `--pipeline.seeds 3` a number."""
+        if isinstance(seeds, str):
+            return [seed.strip() for seed in seeds.split(",") if seed.strip()]
+        return [seeds] if isinstance(seeds, int) else seeds
+
+    @field_validator("seeds")
+    @classmethod
+    def _differ(cls, seeds: list[int]) -> list[int]:
+        if len(set(seeds)) < len(seeds):
+            raise ValueError(f"pipeline.seeds: {seeds} has one twice; leave it out")
+        return seeds
+
+    @model_validator(mode="after")
+    def _one_choice(self):
+        if self.only and self.until:
+            raise ValueError(
+                f"pipeline.only {self.only} and pipeline.until {self.until}: choose one of them"
+            )
+        return self
+
+
+class ServeConfig(Section):
+    model: str = Field("", description="folder of the model that vLLM serves, under this name")
+    task: Literal["generate", "classify"] = Field(
+        "generate", description="classify: a reward model's scores, by /classify"
+    )
+    arguments: list[str] = Field(
+        default_factory=list, description="further arguments of vLLM's server"
+    )
+    command: list[str] = Field(
+        default_factory=list,
+        description="a server of another kind, instead of model; {port}, {host} stand for its own",
+    )
+    health: str = Field("/health", description="path that answers 200 once it is ready")
+    host: str = Field(
+        "127.0.0.1", description="address it listens at; a stage on other machines wants this one's"
+    )
+    launch: str = Field("", description="command prefix, such as env CUDA_VISIBLE_DEVICES=7")
+    timeout_seconds: float = Field(600.0, gt=0, description="until it must be ready")
+
+    @field_validator("arguments", "command", mode="before")
+    @classmethod
+    def _as_text(cls, words: Any) -> Any:
+        return [str(word) for word in words] if isinstance(words, list) else words
+
+    @model_validator(mode="after")
+    def _one_of_both(self):
+        if bool(self.model) == bool(self.command):
+            raise ValueError("serve: set model (vLLM serves it) or command, one of the two")
+        return self
+
+
+class StageConfig(Section):
+    verb: str = Field(description="what runs: sft, rl, eval, …, or make")
+    recipe: str = Field("", description="settings to begin with; relative to the pipeline's recipe")
+    settings: dict[str, Any] = Field(default_factory=dict, description="sections, over recipe's")
+    function: str = Field("", description="of make: package.module:name, called as name(folder, …)")
+    arguments: dict[str, Any] = Field(default_factory=dict, description="of make's function")
+    after: list[str] = Field(default_factory=list, description="stages it needs no file of")
+    title: str = Field("", description="what the report calls it; default: its name")
+    evaluates: str = Field(
+        "", description="stage whose row shows its figures; of eval: the one of model.path"
+    )
+    serve: dict[str, ServeConfig] = Field(
+        default_factory=dict, description="models served while it runs, at ${serve.NAME.url}"
+    )
+    launch: str = Field("", description="command prefix, such as srun -n1 or sbatch --wait FILE")
+
+    @model_validator(mode="after")
+    def _fits_its_verb(self):
+        wrong = ("recipe", "settings") if self.verb == MAKE else ("function", "arguments")
+        for name in wrong:
+            if getattr(self, name):
+                right = "arguments" if self.verb == MAKE else "settings"
+                near = "" if self.verb == MAKE else did_you_mean(self.verb, [MAKE], "{}")
+                raise ValueError(f"{name} is not for verb {self.verb}{near or f'; it has {right}'}")
+        if self.verb == MAKE and not re.fullmatch(r"[\w.]+:\w+", self.function):
+            raise ValueError(
+                f"function: make needs one, as package.module:name, got {self.function!r}"
+            )
+        return self
+
+
+class Recipe(Section):
+    pipeline: PipelineConfig = PipelineConfig()
+    defaults: dict[str, Any] = Field(
+        default_factory=dict, description="sections, under every stage's recipe and settings"
+    )
+    stages: dict[str, StageConfig] = Field(min_length=1)
+
+
+def load(path: str | Path, overrides: dict[str, Any] | None = None) -> Recipe:
+    """Read a pipeline's recipe and apply `{"pipeline.key": …, "stages.NAME.section.key": …}`.
+
+    `${…}` may stand in it without quotes, also within braces. Raises ValueError with a line per
+    mistake.
+    """
+    tree = read_tree(Path(path), "pipeline recipe")
+    if "stages" not in tree:
+        raise ValueError(
+            f"{path}: it has no stages; a recipe of one is run with its verb, such as megatron-r1 "
+            f"rl {path}"
+        )
+    for dotted, value in (overrides or {}).items():
+        _override(tree, dotted, value)
+    try:
+        recipe = Recipe.model_validate(tree)
+    except ValidationError as error:
+        raise ValueError(f"{path}: " + "; ".join(_explain(e) for e in error.errors())) from None
+    if not recipe.pipeline.folder:
+        raise ValueError(f"{path}: pipeline.folder must be set")
+    for name in recipe.stages:
+        if not NAME.fullmatch(name) or name in RESERVED or re.fullmatch(r"seed_\d+", name):
+            raise ValueError(
+                f"{path}: stages.{name}: a stage cannot be called so; use letters, digits, _ "
+                f"and -, and none of {', '.join(RESERVED)}, seed_N"
+            )
+    return recipe
+
+
+def read_tree(path: Path, what: str = "recipe") -> dict[str, Any]:
+    """The mapping in a YAML file, sections that say nothing left out. Raises ValueError."""
+    if not path.is_file():
+        raise ValueError(f"{what} {path}: no such file")
+    try:
+        tree = unprotect(read_yaml(protect(path.read_text(encoding="utf-8"))) or {})
+    except ValueError as error:
+        raise ValueError(f"{what} {path}: {unprotect(str(error))}") from None
+    if not isinstance(tree, dict):
+        raise ValueError(
+            f"{what} {path}: must be a mapping of sections, found {type(tree).__name__}"
+        )
+    return {section: keys for section, keys in tree.items() if keys is not None}
+
+
+def _override(tree: dict[str, Any], dotted: str, value: Any) -> None:
+    section, *keys = dotted.split(".")
+    if section not in Recipe.model_fields:
+        known = list(Recipe.model_fields)
+        hint = did_you_mean(section, known, "--{}")
+        raise ValueError(
+            f"unknown option --{dotted}{hint}; a pipeline has --pipeline.KEY, "
+            "--stages.NAME.SECTION.KEY and --defaults.SECTION.KEY"
+        )
+    if section == "stages":
+        keys = _place_in_stage(tree.get("stages") or {}, dotted, keys)
+    for key in [section, *keys[:-1]]:
+        tree = tree.setdefault(key, {})
+        if not isinstance(tree, dict):
+            raise ValueError(f"--{dotted}: {key} is not a section")
+    tree[keys[-1]] = value
+
+
+def _place_in_stage(stages: dict[str, Any], dotted: str, keys: list[str]) -> list[str]:
+    """`NAME.rl.group_size` means the stage's settings, or the arguments of a function."""
+    name, *rest = keys
+    if name not in stages:
+        raise ValueError(
+            f"--{dotted}: no stage is called {name}{did_you_mean(name, stages, '{}')}; there are "
+            f"{', '.join(stages)}"
+        )
+    if not rest:
+        raise ValueError(f"--{dotted}: a setting is --stages.{name}.SECTION.KEY value")
+    if rest[0] in StageConfig.model_fields:
+        return keys
+    verb = stages[name].get("verb") if isinstance(stages[name], dict) else None
+    return [name, "arguments" if verb == MAKE else "settings", *rest]
+
+
+def _explain(error: dict[str, Any]) -> str:
+    location = error["loc"]
+    key = ".".join(str(part) for part in location)
+    if error["type"] == "extra_forbidden":
+        known = _keys_at(location[:-1])
+        hint = did_you_mean(location[-1], known, "{}") or f"; there are {', '.join(known)}"
+        return f"unknown key {key}{hint}"
+    if error["type"] == "missing":
+        return f"{key} must be set"
+    if error["type"] == "value_error":
+        return ": ".join(part for part in (key, str(error["ctx"]["error"])) if part)
+    return f"{key}: {error['msg'][0].lower()}{error['msg'][1:]}, got {error.get('input')!r}"
+
+
+def _keys_at(location: tuple[str | int, ...]) -> list[str]:
+    """The keys of the model at a place such as ("stages", "base")."""
+    annotation: Any = Recipe
+    for part in location:
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            annotation = annotation.model_fields[str(part)].annotation
+        else:  # dict[str, Model]: the part is a name
+            annotation = get_args(annotation)[1]
+    return list(annotation.model_fields)

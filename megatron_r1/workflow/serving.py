@@ -1,0 +1,164 @@
+"""Models that a stage needs served while it runs: reward models, a judge, a teacher."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+from megatron_r1.engine import gpu
+from megatron_r1.engine.log import excerpt
+from megatron_r1.engine.scratch import Scratch
+from megatron_r1.engine.settings import engine_environment
+from megatron_r1.processes.children import free_port
+from megatron_r1.workflow.child import Child, describe_status
+from megatron_r1.workflow.recipe import ServeConfig
+
+POLL_SECONDS = 0.1
+HEALTH_SECONDS = 5.0
+END_SECONDS = 15.0
+CPU_THREADS, CPU_CACHE_GIB = 1, 1
+VLLM = "megatron_r1.vllm_plugin.serve"
+"""vLLM's own server, whose engine processes end with it."""
+
+
+class ServingError(RuntimeError):
+    """A served model did not start or has ended; the message is the diagnosis."""
+
+
+class Server:
+    """One served model or other HTTP service."""
+
+    def __init__(self, name: str, config: ServeConfig, port: int, log: Path) -> None:
+        """config: with references replaced."""
+        self.name, self.config, self.log = name, config, log
+        self.url = url(config, port)
+        self._scratch = Scratch()
+        environment: dict[str, str] = {}
+        if config.model:
+            environment = engine_environment(gpu.device(), CPU_THREADS, CPU_CACHE_GIB)
+            environment |= self._scratch.environment()
+        command = server_command(name, config, port)
+        self._child = Child(command, log, launch=config.launch, environment=environment)
+
+    def wait_ready(self, each_time: Callable[[], None]) -> None:
+        """Returns when it answers. Raises ServingError when it ended or the time is over, and what
+        `each_time` raises."""
+        deadline = time.monotonic() + self.config.timeout_seconds
+        while time.monotonic() < deadline:
+            each_time()
+            self.check()
+            with contextlib.suppress(urllib.error.URLError, OSError):
+                address = f"{self.url}{self.config.health}"
+                with urllib.request.urlopen(address, timeout=HEALTH_SECONDS) as answer:
+                    if answer.status == 200:
+                        return
+            time.sleep(POLL_SECONDS)
+        raise ServingError(
+            f"serve.{self.name}: not ready after {self.config.timeout_seconds:g} s; raise its "
+            f"timeout_seconds if it only needs longer. {self.log} says:\n"
+            f"{excerpt(self._child.said())}"
+        )
+
+    def check(self) -> None:
+        """Raises ServingError when its process has ended."""
+        status = self._child.poll()
+        if status is not None:
+            raise ServingError(
+                f"serve.{self.name}: the server ended ({describe_status(status)}); {self.log} "
+                f"says:\n{excerpt(self._child.said())}"
+            )
+
+    def stop(self) -> None:
+        self._child.end()
+        self._scratch.cleanup()
+
+
+@contextlib.contextmanager
+def served(
+    configs: Mapping[str, ServeConfig],
+    ports: Mapping[str, int],
+    logs: Mapping[str, Path],
+    while_waiting: Callable[[], None],
+) -> Iterator[list[Server]]:
+    """The servers, all ready; stopped at the end of the block, whatever ends it.
+
+    while_waiting: called often until they are ready; may raise.
+    """
+    servers: list[Server] = []
+    try:
+        for name, config in configs.items():
+            servers.append(Server(name, config, ports[name], logs[name]))
+        for server in servers:
+            server.wait_ready(while_waiting)
+        yield servers
+    finally:
+        for server in servers:
+            server.stop()
+
+
+def server_command(name: str, config: ServeConfig, port: int) -> list[str]:
+    """The command line of a server, its launcher left out."""
+    if config.command:
+        words = {"{port}": str(port), "{host}": config.host}
+        command = []
+        for word in config.command:
+            for mark, value in words.items():
+                word = word.replace(mark, value)
+            command.append(word)
+        return command
+    return [
+        *(sys.executable, "-m", VLLM, "--model", config.model, "--served-model-name", name),
+        *("--host", config.host, "--port", str(port)),
+        *(["--runner", "pooling"] if config.task == "classify" else []),
+        *(["--enforce-eager"] if gpu.device() == "cpu" else []),
+        *config.arguments,
+    ]
+
+
+def choose_ports(configs: Mapping[str, ServeConfig], before: Mapping[str, int]) -> dict[str, int]:
+    """A port for each server: the one it had, as a run that continues expects it there. Raises
+    ServingError where somebody else has taken that."""
+    ports: dict[str, int] = {}
+    for name, config in configs.items():
+        port = before.get(name)
+        if port is None:
+            port = free_port(config.host)
+            while port in ports.values():
+                port = free_port(config.host)
+        elif not _becomes_free(config.host, port):
+            raise ServingError(
+                f"serve.{name}: port {port} of {config.host}, where this stage began with it, is "
+                "in use by another process; end that one"
+            )
+        ports[name] = port
+    return ports
+
+
+def url(config: ServeConfig, port: int) -> str:
+    return f"http://{config.host}:{port}"
+
+
+def _becomes_free(host: str, port: int) -> bool:
+    """Also while the server of an attempt that was killed is still ending."""
+    deadline = time.monotonic() + END_SECONDS
+    while not _is_free(host, port):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(POLL_SECONDS)
+    return True
+
+
+def _is_free(host: str, port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError:
+            return False
+    return True

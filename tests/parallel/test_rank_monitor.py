@@ -1,0 +1,67 @@
+"""Ranks that are stuck: their side threads answer over real sockets, whatever the main ones do."""
+
+import asyncio
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+from megatron_r1.processes.authentication import RANKS_ENVIRONMENT
+from megatron_r1.training.rank_socket import RankSocket
+
+HERE = Path(__file__).parent
+TOKEN = "secret" * 8
+
+
+def start_ranks(address: str) -> list[subprocess.Popen]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    shared |= {RANKS_ENVIRONMENT: TOKEN, "OMP_NUM_THREADS": "1"}
+    return [
+        subprocess.Popen(
+            [sys.executable, HERE / "stuck_rank.py", address],
+            env=os.environ | shared | {"RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+
+
+async def ask(controller: RankSocket, processes: list[subprocess.Popen]):
+    async with asyncio.timeout(120):
+        found = {}
+        while len(found) < 2 or any(at.operation != "update" for at in found.values()):
+            found = await controller.whereabouts(range(3), within_seconds=1)
+        assert set(found) == {0, 1}, "the third never came"
+        processes[1].send_signal(signal.SIGSTOP)
+        while found.keys() != {0} or found[0].threads[0].collective is None:
+            found = await controller.whereabouts(range(2), within_seconds=1)
+        return found[0]
+
+
+def test_a_rank_stuck_in_a_collective_names_it_and_ends_when_nobody_is_left():
+    async def run():
+        controller = RankSocket("tcp://127.0.0.1:*", TOKEN)
+        processes = start_ranks(controller.address)
+        try:
+            stuck = await ask(controller, processes)
+            controller.close()
+            _, errors = await asyncio.to_thread(processes[0].communicate, timeout=60)
+        finally:
+            for process in processes:
+                process.kill()
+                process.wait()
+        return stuck, processes[0].returncode, errors
+
+    stuck, status, errors = asyncio.run(run())
+    main = stuck.threads[0]
+    assert main.name == "MainThread" and stuck.operation == "update"
+    assert main.collective.startswith("all_reduce among ranks 0, 1, asked for by add_up (stuck_")
+    assert any("in add_up: dist.all_reduce(values)" in frame for frame in main.frames)
+    assert "distributed_c10d.py" in main.frames[-1], "the innermost comes last"
+    assert status == 1 and "the controller is gone; in all_reduce among ranks 0, 1" in errors

@@ -1,0 +1,79 @@
+"""Which export of a run is its newest, and of which checkpoint an exported folder is."""
+
+import asyncio
+import os
+
+import pytest
+
+from megatron_r1.commands import export
+from megatron_r1.config import Config, ParallelConfig, dump
+from megatron_r1.evaluation.model_folder import find_model
+from megatron_r1.training.checkpoints import manifest
+
+
+def checkpoint(folder, step, content):
+    made = folder / f"checkpoints/step_{step:08d}"
+    made.mkdir(parents=True)
+    (made / "weights").write_text(content)
+    manifest.write(made)
+    return made
+
+
+def test_a_run_that_went_on_after_its_export_has_to_be_exported_again(tmp_path):
+    """Killed between its last checkpoint and its export, it still has the one before."""
+    older = checkpoint(tmp_path, 4, "a")
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf/config.json").write_text("{}")
+    os.utime(older, (1, 1))
+    assert find_model(str(tmp_path)) == (tmp_path / "hf", False)
+    newer = checkpoint(tmp_path, 6, "b")
+    os.utime(tmp_path / "hf/config.json", (2, 2))
+    assert find_model(str(tmp_path)) == (newer, True)
+
+
+class Trainer:
+    """Exports the content of the checkpoint it was given."""
+
+    def __init__(self, config, logs):
+        pass
+
+    def launch(self):
+        pass
+
+    async def connect(self):
+        pass
+
+    async def close(self):
+        pass
+
+    async def call(self, verb, folder, **arguments):
+        if verb == "load_checkpoint":
+            self.checkpoint = export.Path(folder)
+            return
+        export.Path(folder).mkdir()
+        (export.Path(folder) / "config.json").write_text("{}")
+        (export.Path(folder) / "weights").write_text((self.checkpoint / "weights").read_text())
+
+
+@pytest.fixture
+def runs(tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "TrainerClient", Trainer)
+    for name in "ab":
+        checkpoint(tmp_path / name, 100, name)
+        (tmp_path / name / "config.yaml").write_text(dump(Config()))
+    return tmp_path
+
+
+def test_an_export_is_used_again_for_the_same_checkpoint_only(runs):
+    target = runs / "eval/hf_step_00000100"
+
+    def exported(name):
+        made = runs / name / "checkpoints/step_00000100"
+        asyncio.run(export.export_checkpoint(made, target, ParallelConfig(), runs))
+        return (target / "weights").read_text()
+
+    (runs / "eval").mkdir()
+    assert exported("a") == "a"
+    first = (target / "weights").stat().st_ino
+    assert exported("a") == "a" and (target / "weights").stat().st_ino == first
+    assert exported("b") == "b"

@@ -1,0 +1,279 @@
+"""`megatron-r1 score`: as many lines out as in, whatever they hold."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+from megatron_r1.cli import main
+from megatron_r1.commands import score
+
+GRADERS = """
+import os, time
+from megatron_r1.rewards import Grade
+
+def nap(response, truth, **entry):
+    time.sleep(float(response))
+    return Grade(1.0, "rested")
+
+def leave(response, truth, **entry):
+    os._exit(3)
+
+def echo(response, truth, **entry):
+    return Grade(0.5, repr((response, truth, entry)))
+"""
+GOOD = "<think>a</think><answer>13</answer>"
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    (tmp_path / "graders.py").write_text(GRADERS)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def scored(folder, lines, *options):
+    """The output's lines for these: bytes as they are, anything else as JSON."""
+    encoded = [line if isinstance(line, bytes) else json.dumps(line).encode() for line in lines]
+    (folder / "in.jsonl").write_bytes(b"\n".join(encoded) + b"\n")
+    assert main(["score", "in.jsonl", "out.jsonl", *options]) == 0
+    out = (folder / "out.jsonl").read_bytes().decode().splitlines()
+    assert len(out) == len(lines)
+    return [json.loads(line) for line in out]
+
+
+def test_lines_come_back_in_order_with_all_they_had(folder):
+    lines = [
+        {"kind": "graders:nap", "response": f"{0.05 * (i % 3)}", "id": i, "more": {"a": [None, i]}}
+        for i in range(12)
+    ]
+    graded = scored(folder, lines)
+    assert graded == [line | {"reward": 1.0, "reason": "rested"} for line in lines]
+
+
+def test_a_kind_may_be_given_for_the_lines_that_name_none(folder, capsys):
+    lines = [
+        {"response": GOOD, "truth": "13"},
+        {"kind": "graders:nap", "response": "0"},
+        {"kind": "maths", "response": GOOD},
+    ]
+    graded = scored(folder, lines, "--data.kind", "math")
+    assert [line["reward"] for line in graded] == [1.0, 1.0, 0.0]
+    assert [line["kind"] for line in graded] == ["math", "graders:nap", "maths"]
+    assert "the first that could not: cannot be graded: unknown reward" in capsys.readouterr().out
+
+
+UNGRADABLE = [
+    # The good lines between these have the odd numbers.
+    (b"not json", "line 2 is not JSON: Expecting value at column 1"),
+    (b"", "line 4 is blank"),
+    (b" \r", "line 6 is blank"),
+    (b'{"kind": "math"', "line 8 is not JSON: Expecting ',' delimiter at column 16"),
+    (b"\xff\xfe", "line 10 is not JSON"),
+    (b"[" * 100_000, "line 12 is not JSON: nested too deeply"),
+    (b"[1, 2]", "is not an object"),
+    ({"response": "x"}, "'kind' must be a string, it is missing"),
+    ({"kind": 3, "response": "x"}, "'kind' must be a string, it is int"),
+    ({"kind": "math", "truth": "13"}, "'response' must be a string, it is missing"),
+    ({"kind": "math", "response": None}, "'response' must be a string, it is NoneType"),
+    ({"kind": "maths", "response": GOOD}, "did you mean 'math'"),
+    ({"kind": "math", "response": GOOD}, "truth of a math answer"),
+    ({"kind": "math", "response": GOOD, "truth": ["13"]}, "truth of a math answer"),
+    ({"kind": "language", "response": GOOD}, "reward 'language' needs target: give it in the row, "
+     "or for all rows as rewards.options.language.target"),
+    ({"kind": "conciseness", "response": GOOD}, "reward 'conciseness' needs free_length, max_len"),
+    ({"kind": "judge", "response": GOOD, "question": "?"}, "rewards.options of judge: url must be"),
+    ({"kind": "language", "response": GOOD, "target": "fr"}, "got 'fr'"),
+    ({"kind": "logic", "response": GOOD}, "reward 'logic' needs task, entry: give it in the row"),
+    ({"kind": "nowhere:reward", "response": GOOD}, "No module named 'nowhere': neither installed"),
+    ({"kind": "nowhere.at.all:reward", "response": GOOD}, "neither installed nor in"),
+    ({"kind": "graders:missing", "response": GOOD}, "graders.py has no function missing"),
+    ({"kind": "builtins:exec", "response": "open('trace', 'w')", "truth": {}}, "Python's own"),
+    ({"kind": "os:system", "response": "touch trace"}, "Python's own"),
+]  # fmt: skip
+
+
+def test_a_line_that_cannot_be_graded_gets_0_and_stops_no_other(folder):
+    good = {"kind": "math", "response": GOOD, "truth": "13"}
+    lines = [line for bad, _ in UNGRADABLE for line in (good, bad)]
+    graded = scored(folder, [*lines, good])
+    assert all(line["reward"] == 1.0 for line in graded[::2])
+    for line, (_, reason) in zip(graded[1::2], UNGRADABLE, strict=True):
+        assert line["reward"] == 0.0, line
+        assert line["reason"].startswith("cannot be graded: ") and reason in line["reason"], line
+    assert not (folder / "trace").exists()
+
+
+def test_a_file_of_which_no_line_can_be_graded_is_a_failure_once_it_is_written(folder, capsys):
+    (folder / "in.jsonl").write_text('{"kind": "maths", "response": "13"}\n\n')
+    assert main(["score", "in.jsonl", "out.jsonl"]) == 1
+    assert [json.loads(line)["reward"] for line in (folder / "out.jsonl").open()] == [0.0, 0.0]
+    said = capsys.readouterr().err
+    assert (
+        "out.jsonl: none of the 2 lines could be graded; the first: cannot be graded: unk" in said
+    )
+
+
+def test_any_field_and_any_integer_reaches_the_reward(folder):
+    lines = [
+        {"kind": "graders:echo", "response": "x", "entry": 1, "self": 2},
+        {"kind": "graders:echo", "response": "x", "truth": 10**30},
+    ]
+    reasons = [line["reason"] for line in scored(folder, lines)]
+    assert reasons == ["('x', None, {'entry': 1, 'self': 2})", f"('x', {10**30}, {{}})"]
+
+
+def test_a_grader_that_hangs_or_dies_costs_its_own_line(folder, capsys):
+    lines = [{"kind": "graders:nap", "response": "60"}, {"kind": "graders:leave", "response": ""}]
+    fine = [{"kind": "math", "response": GOOD, "truth": "13"}] * 4
+    graded = scored(folder, lines + fine, "--rewards.timeout_seconds", "1")
+    assert [line["reward"] for line in graded] == [0.0, 0.0, 1.0, 1.0, 1.0, 1.0]
+    assert graded[0]["reason"] == "timed out after 1 s"
+    assert "died twice" in graded[1]["reason"]
+    summary = capsys.readouterr().out
+    assert re.fullmatch(
+        r"score: 6 lines, 6 graded, 0 could not be graded, 1 timed out, 2 crashes of a grader, "
+        r"0 out of memory; mean reward graders:leave 0\.000 \(1\), graders:nap 0\.000 \(1\), "
+        r"math 1\.000 \(4\); [\d.]+ s\n",
+        summary,
+    )
+
+
+def test_a_line_that_was_scored_before_is_scored_anew(folder):
+    line = {"kind": "graders:echo", "reward": 1.0, "reason": "old", "response": "x", "opened": True}
+    (graded,) = scored(folder, [line])
+    assert graded["reward"] == 0.5 and graded["reason"] == "('x', None, {'opened': True})"
+
+
+def test_options_reach_the_reward_and_the_line_wins(folder):
+    lines = [{"kind": "language", "response": "<think>we add</think>"} for _ in range(2)]
+    lines[1]["target"] = "en"
+    graded = scored(folder, lines, "--rewards.options.language.target", "zh")
+    assert [line["reward"] for line in graded] == [0.0, 1.0]
+
+
+def test_text_that_utf8_has_no_form_for_survives(folder):
+    lines = [
+        b'{"kind": "format", "response": "\\ud800", "x": NaN}',
+        {"kind": "é", "response": "和"},
+    ]
+    graded = scored(folder, lines)
+    assert graded[0]["response"] == "\ud800" and graded[0]["x"] != graded[0]["x"]
+    assert "和" in (folder / "out.jsonl").read_text(encoding="utf-8")
+    assert graded[1]["kind"] == "é"
+
+
+def test_no_more_is_in_memory_than_the_limits_say(folder, monkeypatch):
+    pools = []
+
+    class Watched(score.RewardPool):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            pools.append(self)
+
+    monkeypatch.setattr(score, "RewardPool", Watched)
+    monkeypatch.setattr(score, "BATCH_BYTES", 1)
+    monkeypatch.setattr(score, "MAX_OUTSTANDING_LINES", 5)
+    lines = [{"kind": "graders:nap", "response": "0", "id": i} for i in range(60)]
+    assert [line["id"] for line in scored(folder, lines)] == list(range(60))
+    assert 2 <= pools[0].most_outstanding <= 6
+    monkeypatch.setattr(score, "MAX_OUTSTANDING_LINES", 1000)
+    monkeypatch.setattr(score, "MAX_OUTSTANDING_BYTES", 3 * len(json.dumps(lines[-1])))
+    assert len(scored(folder, lines)) == 60
+    assert pools[1].most_outstanding <= 5
+
+
+def test_a_line_too_long_to_hold_is_skipped_whole(folder, monkeypatch):
+    monkeypatch.setattr(score, "MAX_LINE_BYTES", 1000)
+    monkeypatch.setattr(score, "BATCH_BYTES", 100)
+    fine = {"kind": "format", "response": GOOD}
+    # The second ends exactly at the limit; the last has no line break.
+    exact = b'{"kind": "format", "response": "' + b"x" * (999 - 34) + b'"}'
+    lines = [{"response": "x" * 5000}, exact, fine, {"response": "x" * 1000}]
+    too_long, at_limit, after, last = scored(folder, lines)
+    assert too_long == last | {"reason": too_long["reason"]}
+    assert too_long["reason"] == "cannot be graded: line 1 is longer than 1,000 bytes"
+    assert "<think> occurs 0" in at_limit["reason"] and after["reward"] == 1.0
+
+
+def test_the_output_appears_whole_or_not_at_all(folder, monkeypatch):
+    line = json.dumps({"kind": "format", "response": GOOD}) + "\n"
+    (folder / "in.jsonl").write_text(line * 3)
+    (folder / "out.jsonl").write_text("before\n")
+    written = []
+
+    def fail_later(*arguments):
+        written.append(arguments)
+        if len(written) == 3:
+            raise KeyboardInterrupt
+        return b"{}\n"
+
+    with monkeypatch.context() as patch:
+        patch.setattr(score, "_encode", fail_later)
+        assert main(["score", "in.jsonl", "out.jsonl"]) == 130
+    assert (folder / "out.jsonl").read_text() == "before\n"
+    assert [path.name for path in folder.iterdir() if path.suffix == ".tmp"] == []
+    assert main(["score", "in.jsonl", "in.jsonl"]) == 0
+    assert (folder / "in.jsonl").read_text().count('"reward": 1.0') == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere.jsonl", "out.jsonl"], "nowhere.jsonl: No such file or directory"),
+        ([".", "out.jsonl"], "Is a directory"),
+        (["in.jsonl", "."], "not a regular file"),
+        (["in.jsonl", "/dev/null"], "not a regular file; write to - for a pipe"),
+        (["in.jsonl"], "usage: megatron-r1 score IN.jsonl OUT.jsonl"),
+        (["in.jsonl", "--rewards.workers", "2"], "usage: megatron-r1 score IN.jsonl OUT.jsonl"),
+        (["in.jsonl", "out.jsonl", "--rewards.worker", "2"], "did you mean rewards.workers"),
+        (["in.jsonl", "out.jsonl", "--rewards.workers", "0"], "rewards.workers: input should be"),
+        (["in.jsonl", "out.jsonl", "--rl.group_size", "2"], "--rl.group_size: score does not read"),
+    ],
+)
+def test_a_wrong_command_is_one_line_and_exit_status_2(folder, capsys, arguments, message):
+    (folder / "in.jsonl").write_text("{}\n")
+    assert main(["score", *arguments]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line and not (folder / "out.jsonl").exists()
+
+
+def run_piped(folder, lines):
+    return subprocess.run(
+        [sys.executable, "-m", "megatron_r1", "score", "-", "-"],
+        input=lines,
+        capture_output=True,
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        timeout=120,
+    )
+
+
+def test_pipes_carry_the_lines_and_nothing_else(folder):
+    line = json.dumps({"kind": "format", "response": GOOD})
+    done = run_piped(folder, f"{line}\n{line}".encode())
+    assert done.returncode == 0, done.stderr
+    assert [json.loads(out)["reward"] for out in done.stdout.splitlines()] == [1.0, 1.0]
+    assert done.stderr.startswith(b"score: 2 lines, 2 graded")
+    nothing = run_piped(folder, b"")
+    assert (nothing.returncode, nothing.stdout) == (0, b"")
+    assert b"0 lines, 0 graded" in nothing.stderr
+
+
+def test_a_service_that_is_down_ends_in_a_failure_once_all_lines_are_written(folder, capsys):
+    service = {"url": "http://127.0.0.1:9/v1", "model": "m", "retry_seconds": 0.1}
+    lines = [
+        {"kind": "judge", "response": GOOD, "truth": "13", "question": "6 + 7 =", **service},
+        {"kind": "math", "response": GOOD, "truth": "13"},
+    ]
+    encoded = "\n".join(json.dumps(line) for line in lines)
+    (folder / "in.jsonl").write_text(encoded + "\n")
+    assert main(["score", "in.jsonl", "out.jsonl"]) == 1
+    judged, math = map(json.loads, (folder / "out.jsonl").read_text().splitlines())
+    assert judged["reward"] == 0.0 and judged["reason"].startswith("cannot be graded")
+    assert math["reward"] == 1.0
+    assert "reward 0 because a service failed, lines: 1; the first" in capsys.readouterr().err

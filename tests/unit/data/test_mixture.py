@@ -1,0 +1,156 @@
+"""What an epoch of `sft` is made of, against counts worked out by hand."""
+
+import itertools
+import json
+from collections import Counter
+
+import pytest
+
+from megatron_r1 import config as configuration
+from megatron_r1.commands.epochs import with_steps
+from megatron_r1.commands.sft import _examples
+from megatron_r1.config.mixture import MixturePart
+from megatron_r1.data.mixture import MixtureSampler, describe, epoch_counts, load_mixture
+
+
+def part(path="a", **size):
+    return MixturePart(path=path, **size)
+
+
+@pytest.mark.parametrize(
+    ("sizes_asked", "sizes", "counts"),
+    [
+        # R1's last supervised stage: everything there is, because the files are as 3 to 1.
+        ([{"share": 0.75}, {"share": 0.25}], [600, 200], [600, 200]),
+        # Too few of the second: it decides how long an epoch is, nothing is repeated.
+        ([{"share": 0.75}, {"share": 0.25}], [600, 100], [300, 100]),
+        ([{"share": 0.75}, {"share": 0.25}], [90, 200], [90, 30]),
+        # 7 / 0.5 = 14 of 20, thirds rounded by the largest remainder: 4.67, 2.33, 7.
+        ([{"share": 1 / 3}, {"share": 1 / 6}, {"share": 0.5}], [20, 20, 7], [5, 2, 7]),
+        # Binary fractions must not cost an example: 600 / 0.6 = 999.99… elsewhere.
+        ([{"share": 0.6}, {"share": 0.4}], [600, 400], [600, 400]),
+        ([{}, {"count": 3}, {"repeat": 2}], [5, 9, 4], [5, 3, 8]),
+        ([{"count": 20}, {"repeat": 0.5}], [6, 5], [20, 2]),
+        # A quarter of the whole beside 30 of the others: 10 of 40.
+        ([{}, {"share": 0.25}], [30, 11], [30, 10]),
+    ],
+)
+def test_counts_of_an_epoch(sizes_asked, sizes, counts):
+    assert epoch_counts([part(**size) for size in sizes_asked], sizes) == counts
+
+
+def test_a_share_that_would_have_to_repeat_says_how_often():
+    with pytest.raises(
+        ValueError, match="b has 5 examples, its share 0.25 .* are 10;.*repeat: 2.00"
+    ):
+        epoch_counts([part(), part("b", share=0.25)], [30, 5])
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Two files of 5 and 3 examples."""
+    for name, size in (("x", 5), ("y", 3)):
+        rows = [{"prompt": f"{name}{i}", "response": "r"} for i in range(size)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return str(tmp_path / "x.jsonl"), str(tmp_path / "y.jsonl")
+
+
+def drawn(sampler, n):
+    return [example.prompt for example in sampler.next(n)]
+
+
+@pytest.mark.parametrize("shuffled", [True, False])
+def test_shares_are_exact_in_every_epoch_and_all_examples_come_up_equally(files, shuffled):
+    x, y = files
+    ingredients = load_mixture([part(x, count=2), part(y, count=7)])
+    sampler = MixtureSampler(ingredients, seed=1, shuffled=shuffled)
+    assert sampler.epoch_size == 9
+    epochs = [drawn(sampler, 9) for _ in range(15)]
+    for epoch in epochs:
+        counts = Counter(epoch)
+        assert sum(n for p, n in counts.items() if p[0] == "x") == 2
+        # 7 of 3: each twice, and one of them once more.
+        assert sorted(n for p, n in counts.items() if p[0] == "y") == [2, 2, 3]
+        if not shuffled:
+            assert epoch[:2] == sorted(epoch[:2]) and epoch[2:8] == ["y0", "y1", "y2"] * 2
+    totals = Counter(itertools.chain(*epochs))
+    assert {totals[f"x{i}"] for i in range(5)} == {15 * 2 // 5}
+    assert {totals[f"y{i}"] for i in range(3)} == {15 * 7 // 3}
+    assert len({tuple(epoch) for epoch in epochs}) > 1
+
+
+def test_a_sampler_that_continues_draws_what_would_have_been_drawn(files):
+    x, y = files
+
+    def make(**size):
+        return MixtureSampler(load_mixture([part(x, count=2), part(y, **size)]), seed=3)
+
+    whole = drawn(make(repeat=1), 40)
+    for stop in range(1, 12):
+        first, again = make(repeat=1), make(repeat=1)
+        assert drawn(first, stop) == whole[:stop]
+        again.load_state_dict(json.loads(json.dumps(first.state_dict())))
+        assert drawn(again, 40 - stop) == whole[stop:]
+    with pytest.raises(ValueError, match="sampled other items"):
+        make(repeat=2).load_state_dict(make(repeat=1).state_dict())
+
+
+def test_the_log_says_what_is_in_it(files):
+    x, y = files
+    told = describe(load_mixture([part(x, repeat=3), part(y, count=5)]))
+    assert told == [
+        f"15 examples of {x} (75.0% of an epoch; it has 5)",
+        f"5 examples of {y} (25.0% of an epoch; it has 3)",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ([], "sft.data: the list is empty"),
+        ([{"path": "a", "shere": 1}], "sft.data.0: unknown key shere; did you mean share?"),
+        ([{"path": "a"}, {"share": 1}], "sft.data.1.path: Field required"),
+        ([{"path": "a", "share": 2}], "sft.data.0.share: Input should be less than or equal to 1"),
+        ([{"path": "a", "share": 0.5, "count": 2}], "sft.data.0: a has {'share': 0.5, 'count': 2}"),
+        ([{"path": "a", "share": 0.5}, {"path": "b", "share": 0.4}], "add up to 0.9; make that 1"),
+        ([{"path": "a", "share": 1}, {"path": "b"}], "add up to 1, which leaves nothing"),
+        ([3], "sft.data.0: must be a path or"),
+    ],
+)
+def test_a_mistake_names_the_entry_and_the_remedy(data, message):
+    with pytest.raises(ValueError) as error:
+        configuration.parse({"sft": {"data": data}})
+    assert message in str(error.value)
+
+
+def test_a_recipe_is_written_as_it_is_read(files):
+    x, y = files
+    config = configuration.parse({"sft": {"data": [x, {"path": y, "share": 0.25}], "epochs": 2}})
+    assert configuration.parse(config.model_dump()).sft == config.sft
+    assert config.sft.data == [part(x), part(y, share=0.25)]
+
+
+def test_epochs_are_steps(files):
+    x, y = files
+
+    def steps(run=None, **sft):
+        tree = {"sft": {"data": [x, y], **sft}, "run": run or {}}
+        config = configuration.parse(tree)
+        return with_steps(config, "sft", _examples(config)[0].epoch_size).run.steps
+
+    # 8 examples an epoch.
+    assert steps(epochs=2, batch_size=4) == 4
+    assert steps(epochs=2, batch_size=3) == 6  # 5 1/3: the last batch begins the third epoch
+    assert steps(epochs=0.5, batch_size=4) == 1
+    assert steps(batch_size=4) == configuration.Config().run.steps
+    assert steps({"steps": 4}, epochs=2, batch_size=4) == 4  # as config.yaml of that run has it
+    with pytest.raises(
+        ValueError, match="2 epochs of 8 examples are 4 batches, and run.steps is 7"
+    ):
+        steps({"steps": 7}, epochs=2, batch_size=4)
+
+
+def test_one_path_is_what_it_was(files):
+    config = configuration.parse({"sft": {"data": files[0]}})
+    sampler, contents = _examples(config)
+    assert contents == ["5 examples"] and len(sampler.items) == 5

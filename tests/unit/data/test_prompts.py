@@ -1,0 +1,255 @@
+"""Prompts, templates, SFT examples and the samplers over them."""
+
+import json
+from pathlib import Path
+
+import pytest
+import reasoning_gym
+
+from megatron_r1.commands.rl import that_fit
+from megatron_r1.data.prompts import (
+    Prompt,
+    PromptSplit,
+    is_heldout,
+    load_prompts,
+    make_prompt,
+    normalize,
+)
+from megatron_r1.data.sampler import PromptSampler
+from megatron_r1.data.sft import Example, ExampleSampler, load_examples
+from megatron_r1.data.templates import find_template, is_opened, render
+from megatron_r1.data.text import PromptText
+from megatron_r1.rewards import logic
+
+SUMS = {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 2}
+
+
+def write_lines(path, lines):
+    path.write_text("\n".join(x if isinstance(x, str) else json.dumps(x) for x in lines))
+    return path
+
+
+def questions(prompts):
+    return [prompt.question for prompt in prompts]
+
+
+def test_a_file_becomes_prompts_with_their_fields(tmp_path):
+    path = write_lines(
+        tmp_path / "p.jsonl",
+        [
+            {"question": "1 + 1?", "truth": 2},
+            "",
+            {"question": "Sort", "truth": None, "kind": "my.module:grade", "level": 3},
+        ],
+    )
+    train = load_prompts(path=path, heldout_fraction=0.0).train
+    assert [(p.question, p.kind, p.truth, p.fields) for p in train] == [
+        ("1 + 1?", "math", 2, {}),
+        ("Sort", "my.module:grade", None, {"level": 3}),
+    ]
+    assert len({p.id for p in train}) == 2 and train[0] == make_prompt("1 + 1?", "math", 2, {})
+
+
+def test_columns_can_have_other_names(tmp_path):
+    path = write_lines(tmp_path / "p.jsonl", [{"problem": "1 + 1?", "answer": "2", "source": "s"}])
+    columns = {"question": "problem", "truth": "answer"}
+    [prompt] = load_prompts(path=path, columns=columns, heldout_fraction=0.0).train
+    assert (prompt.question, prompt.truth, prompt.fields) == ("1 + 1?", "2", {"source": "s"})
+    wrong = (
+        r"p.jsonl:1: no column 'problm', as columns.question says; did you mean problem\?; it has"
+    )
+    with pytest.raises(ValueError, match=wrong):
+        load_prompts(path=path, columns={"question": "problm"})
+    with pytest.raises(ValueError, match=r"columns\.questoin: did you mean columns\.question\?"):
+        load_prompts(path=path, columns={"questoin": "problem", "truth": "answer"})
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "not JSON"),
+        ("[1]", "expected an object, got list"),
+        ({"truth": 2}, "it is missing; the row has truth; if one of them is meant: data.columns"),
+        ({"question": " ", "truth": 2}, "'question' must be a string that is not blank, it is ' '"),
+        ({"question": "1 + 1?"}, "'truth' is missing"),
+        ({"question": "1 + 1?", "truth": 2, "kind": "maths"}, "did you mean 'math'"),
+        ({"question": "1 + 1?", "truth": 2, "kind": ["math"]}, "unhashable"),
+    ],
+)
+def test_a_bad_line_is_named(tmp_path, line, message):
+    path = write_lines(tmp_path / "p.jsonl", [{"question": "1 + 2?", "truth": 3}, line])
+    with pytest.raises(ValueError, match=rf"p\.jsonl:2: .*{message}"):
+        load_prompts(path=path)
+
+
+def test_sources_that_cannot_be_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="no such file"):
+        load_prompts(path=tmp_path / "absent.jsonl")
+    with pytest.raises(ValueError, match="either data.path or data.task"):
+        load_prompts()
+    with pytest.raises(ValueError, match="it holds no questions"):
+        load_prompts(path=write_lines(tmp_path / "empty.jsonl", []))
+    with pytest.raises(ValueError, match="expected a .jsonl or .parquet"):
+        load_prompts(path=write_lines(tmp_path / "p.csv", ["a,b"]))
+    with pytest.raises(ValueError, match="did you mean 'chain_sum'"):
+        load_prompts(task="chainsum", num_train=1, num_heldout=1)
+    with pytest.raises(ValueError, match="no parameter 'terms'; it has .*min_terms"):
+        load_prompts(task="chain_sum", parameters={"terms": 1}, num_train=1, num_heldout=1)
+    with pytest.raises(ValueError, match="refuses .* max_terms must be >= min_terms"):
+        parameters = {"min_terms": 3, "max_terms": 2}
+        load_prompts(task="chain_sum", parameters=parameters, num_train=1, num_heldout=1)
+    with pytest.raises(ValueError, match="set num_train and num_heldout"):
+        load_prompts(task="chain_sum")
+    with pytest.raises(ValueError, match="needs heldout_fraction > 0"):
+        load_prompts(task="chain_sum", num_train=1, num_heldout=1, heldout_fraction=0.0)
+
+
+def test_train_and_heldout_are_disjoint_whatever_the_seed_and_size():
+    def load(**changes):
+        settings = {"task": "chain_sum", "parameters": SUMS, "num_train": 500, "num_heldout": 60}
+        return load_prompts(**settings | changes)
+
+    first, neighbour, large = load(seed=1), load(seed=2), load(seed=9, num_train=2000)
+    assert load(seed=1) == first
+    assert questions(neighbour.train) != questions(first.train)
+    heldout = {normalize(q) for split in (first, neighbour) for q in questions(split.heldout)}
+    for split in (first, neighbour, large):
+        train = [normalize(q) for q in questions(split.train)]
+        assert len(set(train)) == len(train)
+        assert heldout.isdisjoint(train)
+    assert (len(large.train), len(large.heldout)) == (2000, 60)
+
+
+def test_the_heldout_share_is_the_fraction_asked_for():
+    share = sum(is_heldout(f"question {i}", 0.25) for i in range(4000)) / 4000
+    assert abs(share - 0.25) < 4 * (0.25 * 0.75 / 4000) ** 0.5  # four standard errors
+
+
+def test_spelling_does_not_make_another_question(tmp_path):
+    rows = [{"question": q, "truth": 2} for q in ("1 +  1?", "1 + 1?", " １ + 1?\n", "1 + 2?")]
+    path = write_lines(tmp_path / "p.jsonl", rows)
+    assert questions(load_prompts(path=path, heldout_fraction=0.0).train) == ["1 +  1?", "1 + 2?"]
+    other = write_lines(tmp_path / "h.jsonl", rows[2:3])
+    split = load_prompts(path=path, heldout_path=other)
+    assert (questions(split.train), len(split.heldout)) == (["1 + 2?"], 1)
+
+
+def test_too_few_questions_is_an_error():
+    one_digit = SUMS | {"max_terms": 2, "max_digits": 1}  # 10 x 10 operands, + or -
+    with pytest.raises(ValueError, match=r"chain_sum: only \d+ distinct train questions, 300 want"):
+        load_prompts(task="chain_sum", parameters=one_digit, num_train=300, num_heldout=5)
+    everything = load_prompts(task="chain_sum", parameters=one_digit, num_train=150, num_heldout=5)
+    assert len(everything.train) == 150
+
+
+def test_task_prompts_are_json_and_score_full_marks_with_their_own_answer():
+    for task in ("chain_sum", "knights_knaves", "arc_agi", "codeio"):
+        split = load_prompts(task=task, num_train=2, num_heldout=0, heldout_fraction=0.0, seed=4)
+        prompt = split.train[0]
+        assert json.loads(json.dumps(prompt.fields)) == prompt.fields
+        grade = logic.grade(f"<answer>{prompt.truth}</answer>", prompt.truth, **prompt.fields)
+        assert (prompt.kind, grade.reward) == ("logic", 1.0), (task, grade.reason)
+
+
+def test_a_task_can_be_graded_by_another_reward():
+    split = load_prompts(
+        task="chain_sum", parameters=SUMS, kind="math", seed=7, num_train=3, num_heldout=1
+    )
+    dataset = reasoning_gym.create_dataset("chain_sum", **SUMS, seed=7, size=50)
+    answers = {item["question"]: item["answer"] for item in dataset}
+    for prompt in split.train + split.heldout:
+        assert (prompt.kind, prompt.truth, prompt.fields) == ("math", answers[prompt.question], {})
+
+
+def make_prompts(num):
+    return [make_prompt(f"question {i}", "math", i, {}) for i in range(num)]
+
+
+def test_an_epoch_holds_every_prompt_once_and_the_next_is_shuffled_anew():
+    prompts = make_prompts(7)
+    sampler = PromptSampler(prompts, seed=1)
+    epochs = [[p.truth for p in sampler.next(7)] for _ in range(3)]
+    assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+    again = PromptSampler(prompts, seed=1)
+    assert [p.truth for p in again.next(21)] == sum(epochs, [])
+    assert [p.truth for p in PromptSampler(prompts, seed=2).next(21)] != sum(epochs, [])
+
+
+@pytest.mark.parametrize("num_drawn", [0, 3, 7, 12, 70])
+def test_a_sampler_continues_from_its_state(num_drawn):
+    prompts = make_prompts(7)
+    sampler = PromptSampler(prompts, seed=1)
+    sampler.next(num_drawn)
+    state = json.loads(json.dumps(sampler.state_dict()))
+    resumed = PromptSampler(prompts, seed=1)
+    resumed.load_state_dict(state)
+    assert resumed.next(20) == sampler.next(20)
+
+
+def test_a_state_of_other_prompts_or_another_seed_is_refused():
+    state = PromptSampler(make_prompts(7), seed=1).state_dict()
+    with pytest.raises(ValueError, match="sampled other items"):
+        PromptSampler(make_prompts(8), seed=1).load_state_dict(state)
+    with pytest.raises(ValueError, match="sampled other seed"):
+        PromptSampler(make_prompts(7), seed=2).load_state_dict(state)
+    with pytest.raises(ValueError, match="nothing to sample"):
+        PromptSampler([], seed=1)
+
+
+def test_templates_place_the_question_and_nothing_else():
+    assert render("plain", "{x} + {problem}?") == "User: {x} + {problem}?\nAssistant:"
+    assert render("Q {problem} {A}", "1") == "Q 1 {A}"
+    zero = render("r1_zero", "1 + 1?")
+    assert zero.endswith("tags.\nUser: 1 + 1?\nAssistant:") and "<answer> </answer>" in zero
+    with pytest.raises(ValueError, match="'r1_zer0' is neither one of r1_zero, plain, chat"):
+        render("r1_zer0", "1 + 1?")
+    with pytest.raises(ValueError, match="belongs to the tokenizer"):
+        find_template("chat")
+
+
+def test_only_a_template_that_ends_in_a_thought_is_opened():
+    assert is_opened(render("{problem}\nAssistant: <think>\n", "1 + 1?"))
+    assert not is_opened(render("r1_zero", "1 + 1?"))
+
+
+def test_examples_load_and_a_bad_line_is_named(tmp_path):
+    rows = [{"prompt": f"p{i}", "response": f"r{i}"} for i in range(5)]
+    path = write_lines(tmp_path / "s.jsonl", rows)
+    examples = load_examples(path)
+    assert examples == [Example(f"p{i}", f"r{i}") for i in range(5)]
+    sampler, resumed = ExampleSampler(examples, seed=0), ExampleSampler(examples, seed=0)
+    assert sorted(example.prompt for example in sampler.next(5)) == [f"p{i}" for i in range(5)]
+    resumed.load_state_dict(sampler.state_dict())
+    assert resumed.next(9) == sampler.next(9)
+    bad = write_lines(tmp_path / "bad.jsonl", [*rows, {"prompt": "p"}])
+    with pytest.raises(ValueError, match=r"bad\.jsonl:6: 'response' must be a string"):
+        load_examples(bad)
+    with pytest.raises(ValueError, match="no examples"):
+        load_examples(write_lines(tmp_path / "none.jsonl", []))
+
+
+def test_prompts_are_immutable():
+    prompt = Prompt("id", "1 + 1?", "math", 2)
+    with pytest.raises(AttributeError):
+        prompt.truth = 3
+
+
+def test_file_order_is_kept_epoch_after_epoch():
+    examples = [Example(str(i), "") for i in range(5)]
+    sampler = ExampleSampler(examples, seed=3, shuffled=False)
+    assert [e.prompt for e in sampler.next(12)] == list("012340123401")
+
+
+def test_questions_longer_than_the_engines_room_are_left_out_and_told_of(capsys):
+    """vLLM refuses a prompt as long as its context, which would end the run for good."""
+    text = PromptText(str(Path(__file__).parents[3] / "examples/laptop/model"), "{problem}")
+    short, long = (make_prompt("1 + 1 " * n, "math", "2", {}) for n in (2, 40))
+    room = len(text.encode(long.question))
+    split = that_fit(PromptSplit([short, long], [long]), text, room)
+    assert (split.train, split.heldout) == ([short], [])
+    assert f"1 questions and 1 held-out ones are longer than the {room}" in capsys.readouterr().err
+    assert that_fit(PromptSplit([long], []), text, room + 1).train == [long]
+    assert capsys.readouterr().err == ""
+    with pytest.raises(ValueError, match="no question is left to train on"):
+        that_fit(PromptSplit([long], []), text, room)

@@ -1,0 +1,37 @@
+"""A host as the pool hears it: over the real line it says that it runs what it was ordered, and
+runs nothing."""
+
+from megatron_r1.fleet.hosts.link import HostLink
+from megatron_r1.fleet.hosts.wire import EngineOrder, EngineReport, Report
+
+COORDINATOR = "10.0.0.1:4711"
+
+
+class SpokenHost:
+    """`turn()` listens and speaks once; one that is not turned is silent, `close()` hangs up."""
+
+    def __init__(self, pool, token, name, num_engines=1):
+        self.link = HostLink(f"tcp://127.0.0.1:{pool.port}", token)
+        self.name, self.num_engines = name, num_engines
+        self.orders: dict[str, EngineOrder] = {}
+        """By the name of the engine: what it was ordered last."""
+        self.ends: dict[str, str] = {}
+        """By the name of the engine: how its part here ended."""
+
+    def turn(self):
+        orders = self.link.receive(0.02)
+        if orders is not None:
+            self.orders = {order.engine: order for order in orders.engines}
+        reports = [self._report(order) for order in self.orders.values()]
+        self.link.send(Report(self.name, self.num_engines, "", reports))
+
+    def close(self):
+        self.link.close()
+
+    def _report(self, order):
+        if order.engine in self.ends:
+            return EngineReport(order.engine, "ended", end=self.ends[order.engine])
+        first = order.part is None or order.part.serves
+        where = COORDINATOR if order.part is not None and first else ""
+        url = f"http://{self.name}:1" if first else ""
+        return EngineReport(order.engine, "running", url=url, coordinator=where)

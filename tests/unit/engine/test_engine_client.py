@@ -1,0 +1,179 @@
+"""EngineClient and RolloutFleet against answers written by hand, without vLLM."""
+
+import asyncio
+import json
+import subprocess
+import sys
+
+import pytest
+from aiohttp import web
+
+from megatron_r1.engine.client import EngineClient
+from megatron_r1.engine.errors import EngineError
+from megatron_r1.engine.log import excerpt
+from megatron_r1.engine.server import EngineServer, check_model_folder
+from megatron_r1.fleet.fleet import RolloutFleet
+
+
+def choice(token_ids, logprobs, spans, finish_reason="stop"):
+    return {
+        "index": 0,
+        "finish_reason": finish_reason,
+        "token_ids": token_ids,
+        "logprobs": {
+            "content": [
+                {"token_id": token, "logprob": logprob, "rank": 1, "top_logprobs": []}
+                for token, logprob in zip(token_ids, logprobs, strict=False)
+            ]
+        },
+        "weight_versions": [
+            {"version": version, "start": start, "end": end} for version, start, end in spans
+        ],
+    }
+
+
+def ask(answer, call, *, status=200, delay_seconds=0.0, timeout_seconds=10.0):
+    """Run `call(client)` against a server that gives `answer`; returns (result, requests seen)."""
+    seen = []
+
+    async def handle(request):
+        seen.append((request.method, request.path_qs, await request.read()))
+        await asyncio.sleep(delay_seconds)
+        return web.Response(
+            status=status, text=answer if isinstance(answer, str) else json.dumps(answer)
+        )
+
+    async def run():
+        app = web.Application()
+        app.router.add_route("*", "/{path:.*}", handle)
+        runner = web.AppRunner(app, shutdown_timeout=0.1)
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        url = f"http://127.0.0.1:{runner.addresses[0][1]}"
+        try:
+            async with EngineClient(url, timeout_seconds=timeout_seconds) as client:
+                return await call(client)
+        finally:
+            await runner.cleanup()
+
+    return asyncio.run(run()), seen
+
+
+def generate(client, n=1):
+    return client.generate([3, 4], n=n, max_tokens=5, stop_token_ids=[1])
+
+
+def test_versions_are_spread_over_the_tokens_their_spans_name():
+    answer = {"choices": [choice([7, 8, 1], [-0.5, -0.25, 0.0], [("4", 0, 1), ("6", 1, 3)])]}
+    [completion], seen = ask(answer, generate)
+    assert completion.token_ids.tolist() == [7, 8, 1]
+    assert completion.logprobs.tolist() == [-0.5, -0.25, 0.0]
+    assert completion.policy_versions.tolist() == [4, 6, 6]
+    assert completion.finish_reason == "stop"
+    method, path, body = seen[0]
+    assert (method, path) == ("POST", "/inference/v1/generate")
+    assert json.loads(body)["token_ids"] == [3, 4]
+    assert json.loads(body)["sampling_params"]["stop_token_ids"] == [1]
+
+
+def test_an_aborted_response_without_tokens_is_empty():
+    [completion], _ = ask({"choices": [choice([], [], [], "abort")]}, generate)
+    made = (completion.token_ids, completion.logprobs, completion.policy_versions)
+    assert [len(part) for part in made] == [0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("bad", "says"),
+    [
+        (choice([7, 8], [-0.5], [("0", 0, 2)]), "2 tokens but 1 log-probabilities"),
+        (choice([7], [-9999.0], [("0", 0, 1)]), "log-probability of token 7 is -9999"),
+        (choice([7, 8], [-0.5, -0.5], [("0", 0, 1)]), "cover 1 of 2 tokens"),
+        (choice([7, 8], [-0.5, -0.5], [("0", 0, 1), ("1", 0, 2)]), "do not follow each other"),
+        (choice([7], [-0.5], [("default", 0, 1)]), "default"),
+        (choice([7], [None], [("0", 0, 1)]), "logprob"),
+    ],
+)
+def test_a_response_that_does_not_add_up_is_an_error(bad, says):
+    with pytest.raises(EngineError, match=says):
+        ask({"choices": [bad]}, generate)
+
+
+def test_a_missing_response_of_a_group_is_an_error():
+    answer = {"choices": [choice([7], [-0.5], [("0", 0, 1)])]}
+    with pytest.raises(EngineError, match="asked for 2 responses, got 1"):
+        ask(answer, lambda client: generate(client, n=2))
+
+
+def test_a_refused_call_quotes_url_status_and_body():
+    with pytest.raises(
+        EngineError, match=r"/pause\?mode=keep: status 500: weights on fire"
+    ) as info:
+        ask("weights on fire", lambda client: client.pause("keep"), status=500)
+    assert info.value.status == 500
+
+
+def test_a_silent_engine_is_an_error_after_the_timeout():
+    with pytest.raises(EngineError, match="no answer in 0 seconds"):
+        ask({}, lambda client: client.resume(), delay_seconds=2.0, timeout_seconds=0.1)
+
+
+def test_a_swap_is_one_call():
+    update = {"push": 8}
+    _, seen = ask({"weight_version": "12"}, lambda client: client.swap_weights(update, 12))
+    assert [path for _, path, _ in seen] == ["/swap_weights"]
+    told = {"update_info": update, "weight_version": "12", "resume": True}
+    assert json.loads(seen[0][2]) == told
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [(None, "has no config.json"), ("[1]", "not a JSON object"), ("{}", "architectures")],
+)
+def test_a_folder_that_is_no_model_is_refused_before_launch(tmp_path, config, says):
+    if config is not None:
+        (tmp_path / "config.json").write_text(config)
+    with pytest.raises(EngineError, match=says):
+        EngineServer(tmp_path, tmp_path / "log").start()
+
+
+def test_a_folder_with_an_architecture_passes(tmp_path):
+    (tmp_path / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
+    check_model_folder(tmp_path)
+
+
+def test_the_root_cause_comes_before_its_echoes():
+    log = """(APIServer pid=1) INFO 01-31 12:00:00 [api_server.py:9] starting
+(EngineCore pid=2) ERROR 01-31 12:00:01 [core.py:7] Traceback (most recent call last):
+(EngineCore pid=2) ERROR 01-31 12:00:01 [core.py:7]   File "x.py", line 1, in f
+(EngineCore pid=2) ERROR 01-31 12:00:01 [core.py:7] ValueError: Model architectures ['Foo'] failed
+(APIServer pid=1)     raise RuntimeError(
+(APIServer pid=1)           ^^^^^^^^^^^^^
+(APIServer pid=1) RuntimeError: Engine core initialization failed. See root cause above.
+"""
+    shown = excerpt(log).splitlines()
+    assert shown[0] == "  ValueError: Model architectures ['Foo'] failed"
+    assert shown[-1] == "  RuntimeError: Engine core initialization failed. See root cause above."
+
+
+def test_a_log_that_repeats_itself_for_every_request_is_read_at_both_ends(tmp_path):
+    server = EngineServer(tmp_path, tmp_path / "engine.log")
+    echo = "(APIServer pid=1) ERROR 01-31 12:00:01 [a.py:1] DeadError: see above\n"
+    server.log_path.write_text(f"ValueError: the cause\n{echo * 200_000}OSError: the end\n")
+    shown = server.log_excerpt().splitlines()
+    assert shown[0] == "  ValueError: the cause" and shown[-1] == "  OSError: the end"
+
+
+def test_a_fleet_without_engines_and_a_call_before_start_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="num_engines is 0"):
+        RolloutFleet(0, tmp_path)
+    with pytest.raises(EngineError, match=r"call start\(\) first"):
+        asyncio.run(RolloutFleet(1, tmp_path).generate([3], n=1, max_tokens=1))
+
+
+def test_the_controller_side_imports_neither_torch_nor_vllm():
+    code = (
+        "import sys, megatron_r1.fleet.fleet; "
+        "print(sorted({'torch', 'vllm', 'megatron.core', 'transformers'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,173 @@
+"""The real-size recipes: each can be planned and fits, and says what the paper says."""
+
+import contextlib
+import io
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[3]
+sys.path.insert(0, str(ROOT))
+
+from megatron_r1 import cli  # noqa: E402
+from megatron_r1 import config as configuration  # noqa: E402
+from megatron_r1.config.recipe import Config  # noqa: E402
+from megatron_r1.models import read_hf_config  # noqa: E402
+from tools.plan.__main__ import main  # noqa: E402
+from tools.plan.job import verb_of  # noqa: E402
+from tools.plan.parameters import ModelCounts  # noqa: E402
+
+R1, DISTILL = ROOT / "examples/deepseek_r1", ROOT / "examples/distill"
+VERBS = {
+    "r1_zero": "rl",
+    "cold_start_sampling": "sample",
+    "cold_start_sft": "sft",
+    "reasoning_rl": "rl",
+    "rejection_sampling": "sample",
+    "sft_800k": "sft",
+    "helpful_pairs": "sample",
+    "helpful_rm": "reward-model",
+    "safety_labels": "sample",
+    "safety_rm": "reward-model",
+    "all_scenarios_rl": "rl",
+}
+DISTILLED = {  # table 6 of arXiv 2501.12948 v2, and the parameters that the models' pages show
+    "qwen2.5-math-1.5b": (1e-4, 1_543_714_304),
+    "qwen2.5-math-7b": (8e-5, 7_615_616_512),
+    "qwen2.5-14b": (7e-5, 14_770_033_664),
+    "qwen2.5-32b": (6e-5, 32_763_876_352),
+    "llama-3.1-8b": (5e-5, 8_030_261_248),
+    "llama-3.3-70b-instruct": (2e-5, 70_553_706_496),
+}
+RECIPES = [R1 / f"{name}.yaml" for name in VERBS] + sorted(DISTILL.glob("*.yaml"))
+
+
+@pytest.fixture(autouse=True)
+def in_the_repository(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+def planned(recipe: Path, tmp_path: Path, *options: str) -> dict:
+    file = tmp_path / "plan.json"
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        assert main([str(recipe), "--json", str(file), *options]) == 0, said.getvalue()[-2000:]
+    return json.loads(file.read_text())
+
+
+def test_these_are_all_the_recipes_there_are():
+    names = {path.stem for path in R1.glob("*.yaml")} - {"pipeline"}
+    assert names == VERBS.keys()
+    assert DISTILLED.keys() <= {path.stem for path in DISTILL.glob("*.yaml")}
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_can_be_planned_and_fits(recipe, tmp_path):
+    plan = planned(recipe, tmp_path)
+    verb = VERBS.get(recipe.stem) or plan["verb"]
+    assert plan["verb"] == verb and plan["problems"] == []
+    titles = " ".join(plan["sections"])
+    assert ("memory of pipeline rank" in titles) == (verb != "sample") == bool(plan["ranks"])
+    assert ("engine memory of a GPU" in titles) == (verb in ("rl", "sample"))
+    assert ("push" in plan["sections"]) == (verb == "rl")
+    time = plan["sections"]["time"]
+    assert ("rollout" in time) == (verb in ("rl", "sample")) and time["step"]["value"] > 0
+    assert ("scoring" in time) == (verb == "rl") == any(rank["scoring"] for rank in plan["ranks"])
+
+
+def test_a_reward_model_has_no_vocabulary_and_a_pair_is_two_samples(tmp_path):
+    rl, rm = (planned(R1 / f"{name}.yaml", tmp_path) for name in ("r1_zero", "helpful_rm"))
+    total = [plan["sections"]["parameters"]["total"]["value"] for plan in (rl, rm)]
+    assert total[0] - total[1] == (129_280 - 1) * 7168
+    labels = planned(R1 / "safety_rm.yaml", tmp_path)["sections"]["operations"]["optimizer step"]
+    pairs = rm["sections"]["operations"]["optimizer step"]
+    assert pairs["value"] == 2 * labels["value"]
+
+
+def test_a_layout_of_sft_that_does_not_fit_names_those_that_do(capsys):
+    recipe = str(DISTILL / "qwen2.5-32b.yaml")
+    assert main([recipe, "--parallel.tensor", "1"]) == 1
+    said = capsys.readouterr().out
+    assert "does not fit: pipeline rank 0" in said and "--parallel.tensor" in said
+
+
+def test_a_batch_smaller_than_its_replicas_is_refused(capsys, monkeypatch):
+    monkeypatch.setattr("tools.plan.__main__.nearest", lambda job: [])
+    recipe = str(DISTILL / "qwen2.5-math-1.5b.yaml")
+    assert main([recipe, "--gpus", "128"]) == 1
+    assert "64 samples of an optimizer step cannot be spread over 128" in capsys.readouterr().out
+
+
+def test_an_examples_mean_length_is_at_most_its_longest(capsys):
+    recipe = str(R1 / "helpful_rm.yaml")
+    assert main([recipe, "--response-tokens", "8000"]) == 2
+    assert "8000 is above reward_model.max_tokens=7680" in capsys.readouterr().err
+
+
+def test_the_teacher_of_on_policy_distillation_is_planned_beside(tmp_path):
+    plan = planned(DISTILL / "qwen2.5-math-7b_on_policy.yaml", tmp_path)
+    teacher = plan["sections"]["engine memory of a teacher's GPU"]
+    assert teacher["weights"]["value"] == DISTILLED["qwen2.5-32b"][1] * 2 / 8
+
+
+@pytest.mark.parametrize("name", DISTILLED)
+def test_students_have_their_published_parameters_and_learning_rates(name):
+    rate, count = DISTILLED[name]
+    assert ModelCounts(read_hf_config(DISTILL / "models" / name)).total == count
+    recipe = configuration.load(DISTILL / f"{name}.yaml")
+    assert recipe.optimizer.learning_rate == rate
+    assert recipe.optimizer.min_learning_rate == pytest.approx(rate / 10)
+    assert (recipe.optimizer.decay, recipe.sft.batch_size) == ("cosine", 64)
+
+
+def recipe_of(name: str) -> Config:
+    return configuration.load(R1 / f"{name}.yaml")
+
+
+def test_the_stages_say_what_the_paper_says():
+    reasoning, last = recipe_of("reasoning_rl"), recipe_of("all_scenarios_rl")
+    for stage in (recipe_of("r1_zero"), reasoning, last):
+        rl = stage.rl
+        assert rl.questions_per_rollout * rl.group_size == 8192
+        assert (rl.group_size, rl.minibatches, rl.clip_high, rl.kl_beta) == (16, 16, 10, 0.001)
+        assert (stage.optimizer.learning_rate, rl.reference_refresh) == (3e-6, 400)
+    assert reasoning.rewards.weights.keys() == {"accuracy", "format", "language"}
+    assert (reasoning.rollout.temperature, last.rollout.temperature) == (1.0, 0.7)
+    assert last.run.steps * last.rl.minibatches == 400
+    sft = recipe_of("sft_800k")
+    assert sum(part.count for part in sft.sft.data) == 800_000 and sft.sft.epochs == 2
+    assert (sft.optimizer.learning_rate, sft.optimizer.min_learning_rate) == (5e-5, 5e-6)
+    pairs = recipe_of("helpful_pairs").sample
+    assert (pairs.samples, pairs.pairs.votes, pairs.pairs.part) == (2, 4, "summary")
+    for name, rows in (("helpful_rm", 66_000), ("safety_rm", 106_000)):
+        rm = recipe_of(name)
+        assert (rm.reward_model.batch_size, rm.optimizer.learning_rate) == (256, 6e-6)
+        assert rm.run.steps == round(rows * 0.99 / 256)  # one epoch of what is not held out
+    assert recipe_of("helpful_rm").reward_model.shown == "summary"
+    assert recipe_of("safety_rm").reward_model.shown == "response"
+
+
+def test_the_pipeline_is_a_graph_of_these_recipes(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    (tmp_path / "models/DeepSeek-V3-Base").mkdir(parents=True)
+    for name in ("reasoning", "all_scenarios", "non_reasoning_sft", "cold_start_questions"):
+        (tmp_path / f"data/{name}.jsonl").parent.mkdir(exist_ok=True)
+        (tmp_path / f"data/{name}.jsonl").touch()
+    for name in ("helpful_questions", "safety_questions"):
+        (tmp_path / f"data/{name}.jsonl").touch()
+    recipe = "examples/deepseek_r1/pipeline.yaml"
+    assert cli.main(["pipeline", recipe, "--pipeline.dry", "true"]) == 0
+    said = capsys.readouterr().out
+    assert "# all_scenarios_rl, after reasoning_again, helpful_rm, safety_rm" in said
+    written = {path.stem: path for path in (tmp_path / "runs/deepseek_r1/recipes").glob("*.yaml")}
+    assert written.keys() == {*VERBS, "reasoning_again"}
+    for name, path in written.items():
+        assert verb_of(configuration.load(path)) == VERBS.get(name, "rl"), name
+    # 1,300 optimizer steps, then 400: the paper's 1,700, in rollouts of 16.
+    steps = [
+        configuration.load(written[n]).run.steps for n in ("reasoning_again", "all_scenarios_rl")
+    ]
+    assert [16 * count for count in steps] == [1296, 400]

@@ -1,0 +1,478 @@
+"""What a fleet does with answers that cannot be used: peers on loopback that fail in ways in which
+a real engine fails rarely."""
+
+import asyncio
+import json
+
+import pytest
+from aiohttp import web
+
+from megatron_r1.engine.errors import EngineDied, EngineError
+from megatron_r1.fleet.fleet import RolloutFleet
+
+GARBAGE = {
+    "no number": {"logprobs": {"content": [{"logprob": -9999.0}]}},
+    "no log-probabilities": {"logprobs": None},
+    "no such token": {"token_ids": [10]},
+    "no such version": {"weight_versions": [{"version": "default", "start": 0, "end": 1}]},
+}
+
+
+def choice(**wrong):
+    right = {
+        "finish_reason": "stop",
+        "token_ids": [7],
+        "logprobs": {"content": [{"logprob": -0.5}]},
+        "weight_versions": [{"version": "0", "start": 0, "end": 1}],
+    }
+    return right | wrong
+
+
+class Peer:
+    """In the place of an engine's server. say: its answer to the k-th request for samples, from 0:
+    a response's wrong fields, a status with a text, or `cut` to close the connection. cuts: a
+    path it closes the connection on, whatever is asked. fails: path → text of its status 500.
+    holds: path → event that it waits for."""
+
+    def __init__(self, say, cuts=None, fails=None, holds=None):
+        self.cuts, self.fails, self.holds = cuts, fails or {}, holds or {}
+        self.say, self.num_asked, self.is_running = say, 0, False
+        self.is_lost, self.called = False, []
+
+    def __call__(self, model, log, **settings):
+        self.is_running = True
+        return self
+
+    async def open(self):
+        app = web.Application()
+        app.router.add_route("*", "/{path:.*}", self._answer)
+        self.runner = web.AppRunner(app, shutdown_timeout=0.1)
+        await self.runner.setup()
+        await web.TCPSite(self.runner, "127.0.0.1", 0).start()
+        self.url = f"http://127.0.0.1:{self.runner.addresses[0][1]}"
+
+    async def _answer(self, request):
+        body = await request.read()
+        if request.path == self.cuts:
+            request.transport.close()
+            return web.Response()
+        if request.path in self.holds:
+            await self.holds[request.path].wait()
+        if request.path in self.fails:
+            return web.Response(status=500, text=self.fails[request.path])
+        if request.path != "/inference/v1/generate":
+            self.called.append(request.path_qs)
+            return web.json_response({"is_sleeping": False, "success": True})
+        said = self.say(self.num_asked)
+        self.num_asked += 1
+        if said == "cut":
+            request.transport.close()
+            return web.Response()
+        if isinstance(said, tuple):
+            return web.Response(status=said[0], text=said[1])
+        n = json.loads(body)["sampling_params"]["n"]
+        return web.json_response({"choices": [choice(**said)] * n})
+
+    def start(self): ...
+
+    def wait_ready(self, timeout_seconds):
+        if not self.is_running:
+            raise EngineError("it has ended")
+
+    def is_alive(self):
+        return self.is_running
+
+    def stop(self):
+        self.is_running = False
+
+    def describe_end(self):
+        return "stopped by the test"
+
+
+def good(_):
+    return {}
+
+
+def run(tmp_path, peers, story, *, num_engines=1, max_restarts=0):
+    """peers: of the engines in the order in which they are started."""
+    (tmp_path / "config.json").write_text('{"vocab_size": 10}')
+    waiting = list(peers)
+
+    async def whole():
+        for peer in peers:
+            await peer.open()
+        fleet = RolloutFleet(
+            num_engines,
+            tmp_path,
+            max_restarts=max_restarts,
+            make_server=lambda *args, **settings: waiting.pop(0)(*args, **settings),
+        )
+        try:
+            async with fleet:
+                await fleet.start(tmp_path)
+                async with asyncio.timeout(30):
+                    return await story(fleet)
+        finally:
+            for peer in peers:
+                await peer.runner.cleanup()
+
+    return asyncio.run(whole())
+
+
+@pytest.fixture(autouse=True)
+def no_waiting_for_last_words(monkeypatch):
+    monkeypatch.setattr("megatron_r1.fleet.engine.LAST_WORDS_SECONDS", 0.0)
+
+
+async def ask(fleet, count=1):
+    calls = (fleet.generate([3], n=2, max_tokens=4) for _ in range(count))
+    return [[one.token_ids.tolist() for one in made] for made in await asyncio.gather(*calls)]
+
+
+@pytest.mark.parametrize("first", [*GARBAGE.values(), (500, "boom"), (503, "busy"), "cut"], ids=str)
+def test_what_cannot_be_used_is_asked_for_again(tmp_path, first):
+    async def story(fleet):
+        return await ask(fleet), fleet.metrics()
+
+    peer = Peer(lambda k: first if k == 0 else {})
+    made, metrics = run(tmp_path, [peer], story)
+    assert made == [[[7], [7]]]
+    assert metrics == {"engines/up": 1, "engines/restarts": 0, "engines/requeued": 2}
+
+
+def test_a_refusal_is_the_callers_mistake_and_is_not_repeated(tmp_path):
+    peer = Peer(lambda k: (400, "prompt too long"))
+    with pytest.raises(EngineError, match="status 400: prompt too long"):
+        run(tmp_path, [peer], ask)
+    assert peer.num_asked == 1
+
+
+@pytest.mark.parametrize("wrong", [GARBAGE["no number"], "cut"], ids=str)
+def test_an_engine_that_fails_often_is_replaced_and_attracts_no_more_work(tmp_path, wrong):
+    """Its useless answers come at once: the least loaded engine is the broken one."""
+    broken, fine, fresh = Peer(lambda k: wrong), Peer(good), Peer(good)
+
+    async def story(fleet):
+        said = []
+        fleet.say = said.append
+        made = await ask(fleet, count=40)
+        while len(fleet.repairs.under_way):
+            await asyncio.sleep(0.01)
+        return made, said, [engine.server for engine in fleet.engines], fleet.num_restarts
+
+    made, said, servers, restarts = run(
+        tmp_path, [broken, fine, fresh], story, num_engines=2, max_restarts=3
+    )
+    assert made == [[[7], [7]]] * 40
+    assert servers == [fresh, fine]
+    assert restarts == 1
+    assert "engine-0 cannot go on" in said[0] and said[1].startswith("engine-0 is back")
+    assert not broken.is_alive()
+
+
+def test_without_a_restart_left_the_others_still_answer(tmp_path):
+    broken, fine = Peer(lambda k: GARBAGE["no number"]), Peer(good)
+
+    async def story(fleet):
+        return await ask(fleet, count=20), [engine.is_open for engine in fleet.engines]
+
+    made, is_open = run(tmp_path, [broken, fine], story, num_engines=2)
+    assert made == [[[7], [7]]] * 20
+    assert is_open == [True, True]
+
+
+def test_a_dead_engine_is_not_asked(tmp_path):
+    async def story(fleet):
+        engine = fleet.engines[0]
+        engine.died.set()
+        await engine.client.close()
+        with pytest.raises(EngineDied, match="engine-0 died: stopped by the test"):
+            await engine.unless_dead(engine.client.generate([3], n=1, max_tokens=1))
+        return engine.client._session
+
+    peer = Peer(good)
+    assert run(tmp_path, [peer], story) is None  # nothing was opened that nobody would close
+    assert peer.num_asked == 0
+
+
+def test_one_that_ran_out_of_memory_is_replaced_at_once(tmp_path):
+    full, fresh = Peer(lambda k: (500, "CUDA out of memory. Tried to allocate")), Peer(good)
+
+    async def story(fleet):
+        return await ask(fleet), fleet.num_restarts
+
+    assert run(tmp_path, [full, fresh], story, max_restarts=1) == ([[[7], [7]]], 1)
+    assert full.num_asked == 1
+
+
+def test_where_fresh_engines_fail_too_the_run_is_told(tmp_path):
+    peers = [Peer(lambda k: GARBAGE["no number"]) for _ in range(3)]
+    with pytest.raises(EngineError, match="5 times in a row.*token 7 is -9999"):
+        run(tmp_path, peers, ask, max_restarts=2)
+    assert sum(peer.num_asked for peer in peers) == 5
+    assert peers[1].num_asked > 0  # it met a fresh one
+
+
+def test_a_slow_engine_is_drained_before_it_is_replaced(tmp_path):
+    peers = [Peer(good), Peer(good), Peer(good)]
+
+    async def story(fleet):
+        slow = fleet.engines[0]
+        slow.num_running += 1  # something is in flight
+        fleet.repairs.retire(slow, EngineError("engine-0 made 1 token a second"))
+        await ask(fleet, count=3)
+        in_between = slow.is_up, slow.is_open, slow.server.is_alive()
+        slow.num_running -= 1
+        while fleet.repairs.under_way:
+            await asyncio.sleep(0.01)
+        return in_between, fleet.engines[0].server
+
+    between, server = run(tmp_path, peers, story, num_engines=2, max_restarts=1)
+    assert between == (True, False, True)
+    assert server is peers[2]
+    assert not peers[0].is_alive()
+
+
+def test_without_a_restart_left_a_slow_engine_stays(tmp_path):
+    async def story(fleet):
+        fleet.repairs.retire(fleet.engines[0], EngineError("slow"))
+        return await ask(fleet), fleet.engines[0].is_open
+
+    assert run(tmp_path, [Peer(good)], story) == ([[[7], [7]]], True)
+
+
+def test_engines_join_and_leave(tmp_path):
+    peers = [Peer(good) for _ in range(3)]
+
+    async def story(fleet):
+        added = await fleet.add_engine()
+        await fleet.remove_engine(0)
+        indices = [engine.index for engine in fleet.engines]
+        made = await ask(fleet, count=4)
+        with pytest.raises(ValueError, match="no engine 0; there are"):
+            await fleet.remove_engine(0)
+        again = await fleet.add_engine()
+        await fleet.remove_engine(again.index)
+        with pytest.raises(ValueError, match="engine 1 is the only one"):
+            await fleet.remove_engine(1)
+        return added.index, indices, again.index, made
+
+    assert run(tmp_path, peers, story) == (1, [1], 2, [[[7], [7]]] * 4)
+    assert [peer.is_alive() for peer in peers] == [False, False, False]
+
+
+def test_engines_that_join_while_the_fleet_sleeps_have_names_of_their_own(tmp_path):
+    peers = [Peer(good) for _ in range(3)]
+
+    async def story(fleet):
+        await fleet.sleep()
+        joining = [asyncio.create_task(fleet.add_engine()) for _ in range(2)]
+        await asyncio.sleep(0.05)
+        await fleet.push({}, 1)
+        await asyncio.gather(*joining)
+        return [engine.name for engine in fleet.engines]
+
+    assert sorted(run(tmp_path, peers, story)) == ["engine-0", "engine-1", "engine-2"]
+
+
+def test_a_leaving_engine_that_dies_is_not_replaced(tmp_path):
+    peers = [Peer(good), Peer(good)]
+
+    async def story(fleet):
+        leaving = fleet.engines[0]
+        leaving.num_running += 1
+        removal = asyncio.create_task(fleet.remove_engine(0))
+        await asyncio.sleep(0)
+        peers[0].is_running = False
+        await removal
+        return [engine.index for engine in fleet.engines], fleet.num_restarts
+
+    assert run(tmp_path, peers, story, num_engines=2, max_restarts=5) == ([1], 0)
+
+
+def test_engines_wake_for_a_push_weights_first_and_their_cache_last(tmp_path):
+    """An update while the weights sleep kills vLLM, and so does a step without a cache."""
+    peer = Peer(good)
+
+    async def story(fleet):
+        del peer.called[:]
+        await fleet.sleep()
+        await fleet.push({}, 1)
+        asleep = list(peer.called)
+        del peer.called[:]
+        await fleet.push({}, 2)
+        return asleep, list(peer.called)
+
+    asleep, awake = run(tmp_path, [peer], story)
+    assert asleep == [
+        "/sleep?level=2&mode=wait",
+        "/wake_up?tags=weights",
+        "/swap_weights",
+        "/wake_up?tags=kv_cache",
+        "/resume",
+    ]
+    assert [path for path in awake if "wake" in path] == []
+
+
+def test_nobody_is_replaced_while_the_memory_is_the_trainers(tmp_path):
+    peers = [Peer(good), Peer(good)]
+
+    async def story(fleet):
+        await fleet.sleep()
+        peers[0].is_running = False
+        while not fleet.repairs.under_way:
+            await asyncio.sleep(0.01)
+        for _ in range(20):
+            await asyncio.sleep(0)
+        early = peers[1].is_running
+        fleet.awake.set()
+        made = await ask(fleet)
+        return early, made
+
+    assert run(tmp_path, peers, story, max_restarts=1) == (False, [[[7], [7]]])
+
+
+def test_an_engine_whose_connection_breaks_amid_a_push_is_replaced_by_one_with_its_weights(
+    tmp_path,
+):
+    """It may be paused, or hold either version: it must serve nothing more."""
+    peers = [Peer(good, cuts="/swap_weights"), Peer(good), Peer(good)]
+
+    async def story(fleet):
+        await fleet.push({}, 1)
+        while fleet.repairs.under_way:
+            await asyncio.sleep(0.01)
+        return fleet.version, [engine.server for engine in fleet.engines], fleet.num_restarts
+
+    version, servers, restarts = run(tmp_path, peers, story, num_engines=2, max_restarts=1)
+    assert (version, servers, restarts) == (1, [peers[2], peers[1]], 1)
+    assert not peers[0].is_alive()
+    assert "/update_weight_version" in peers[2].called
+
+
+NEVER_CAME = {
+    "broken link": "push 1 broke off: trainer rank 0: Connection closed by peer",
+    "late": "push 1: after 5 s trainer ranks 3 have not brought all of it",
+}
+
+
+@pytest.mark.parametrize("said", NEVER_CAME.values(), ids=NEVER_CAME)
+def test_an_engine_that_did_not_get_the_weights_is_replaced(tmp_path, said):
+    peers = [Peer(good, fails={"/swap_weights": said}), Peer(good), Peer(good)]
+
+    async def story(fleet):
+        await fleet.push({}, 1)
+        while fleet.repairs.under_way:
+            await asyncio.sleep(0.01)
+        return [engine.server for engine in fleet.engines], fleet.num_restarts
+
+    made = run(tmp_path, peers, story, num_engines=2, max_restarts=1)
+    assert made == ([peers[2], peers[1]], 1)
+
+
+def test_weights_that_are_wrong_stop_the_run(tmp_path):
+    said = "push 1: 1 tensors arrived otherwise than they were sent: lm_head.weight (from rank 0)"
+    peers = [Peer(good, fails={"/swap_weights": said}), Peer(good)]
+    with pytest.raises(EngineError, match="lm_head.weight"):
+        run(tmp_path, peers, lambda fleet: fleet.push({}, 1), num_engines=2, max_restarts=1)
+
+
+@pytest.mark.parametrize("patience", [0.0, 2.0])
+def test_an_engine_that_waits_for_weights_does_not_hang(tmp_path, monkeypatch, patience):
+    """vLLM answers nothing while a step of its waits for the rest of a push."""
+    monkeypatch.setattr("megatron_r1.fleet.replacement.PROBE_SECONDS", 0.05)
+    release = asyncio.Event()
+    peers = [Peer(good, holds={"/is_sleeping": release, "/swap_weights": release}), Peer(good)]
+
+    async def story(fleet):
+        fleet.unresponsive_seconds = 0.2
+        with fleet.patient(patience):
+            pushing = asyncio.create_task(fleet.push({}, 1))
+            await asyncio.sleep(1.0)
+            release.set()
+            await pushing
+        while fleet.repairs.under_way:
+            await asyncio.sleep(0.01)
+        return fleet.num_restarts
+
+    assert run(tmp_path, peers, story, max_restarts=1) == (0 if patience else 1)
+
+
+def test_one_that_cannot_even_be_started_breaks_the_fleet_aloud(tmp_path):
+    """Its groups would wait for ever."""
+    peers = [Peer(good)]
+
+    async def story(fleet):
+        fleet.server_settings["make_server"] = out_of_processes
+        peers[0].is_running = False
+        await ask(fleet)
+
+    def out_of_processes(*arguments, **settings):
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    with pytest.raises(EngineError, match="engine-0 cannot be started: .*temporarily unavailable"):
+        run(tmp_path, peers, story, max_restarts=1)
+
+
+def test_the_only_engine_that_serves_is_revived_though_another_is_joining(tmp_path):
+    """The joining one may fail, and nobody would be left."""
+    stays_away = asyncio.Event()
+    joining = Peer(good, holds={"/update_weight_version": stays_away})
+    peers = [Peer(good), joining, Peer(good)]
+
+    async def story(fleet):
+        adding = asyncio.create_task(fleet.add_engine())
+        while not joining.is_running:
+            await asyncio.sleep(0.01)
+        peers[0].is_lost, peers[0].is_running = True, False
+        made = asyncio.create_task(ask(fleet))
+        while not fleet.num_restarts:
+            await asyncio.sleep(0.01)
+        joining.is_running = False
+        joining.fails["/update_weight_version"] = "gone"
+        stays_away.set()
+        with pytest.raises(EngineError):
+            await adding
+        return await made, fleet.num_restarts
+
+    assert run(tmp_path, peers, story, max_restarts=2) == ([[[7], [7]]], 1)
+
+
+def test_an_engine_that_is_being_replaced_may_leave(tmp_path):
+    held = asyncio.Event()
+    peers = [Peer(good), Peer(good), Peer(good, holds={"/update_weight_version": held})]
+
+    async def story(fleet):
+        peers[0].is_running = False
+        while not peers[2].is_running:
+            await asyncio.sleep(0.01)
+        await fleet.remove_engine(0)
+        held.set()
+        while fleet.repairs.under_way:
+            await asyncio.sleep(0.01)
+        return await ask(fleet), [engine.index for engine in fleet.engines]
+
+    assert run(tmp_path, peers, story, num_engines=2, max_restarts=2) == ([[[7], [7]]], [1])
+    assert not peers[2].is_alive()
+
+
+def test_one_that_was_starting_gives_its_memory_to_the_trainer(tmp_path):
+    """It begins anew when the engines have their memory again; that is no restart."""
+    held = asyncio.Event()
+    starting = Peer(good, holds={"/update_weight_version": held})
+    peers = [Peer(good), Peer(good), starting, Peer(good)]
+
+    async def story(fleet):
+        peers[0].is_running = False
+        while not starting.is_running:
+            await asyncio.sleep(0.01)
+        await fleet.sleep()
+        asleep = starting.is_running, peers[3].is_running
+        held.set()
+        await fleet.push({}, 1)
+        while fleet.repairs.under_way:
+            await asyncio.sleep(0.01)
+        return asleep, [engine.server for engine in fleet.engines], fleet.num_restarts
+
+    made = run(tmp_path, peers, story, num_engines=2, max_restarts=1)
+    assert made == ((False, False), [peers[3], peers[1]], 1)

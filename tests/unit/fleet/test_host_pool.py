@@ -1,0 +1,176 @@
+"""Engine hosts without engines: real agent processes, the controller's pool, and what is between.
+
+What an engine does there is tests/system/test_engine_hosts.py's.
+"""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import msgspec
+import pytest
+
+from megatron_r1.engine.errors import EngineError
+from megatron_r1.fleet.hosts.engines import gpus_of_slot, visible_gpus
+from megatron_r1.fleet.hosts.pool import HostPool
+from megatron_r1.fleet.hosts.wire import Report, publish_address
+from megatron_r1.processes.authentication import ENVIRONMENT, known_token, make_token
+
+
+def until(condition, seconds=20):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {seconds} seconds"
+        time.sleep(0.02)
+
+
+@pytest.fixture
+def pool(tmp_path, monkeypatch):
+    monkeypatch.delenv(ENVIRONMENT, raising=False)
+    said = []
+    pool = HostPool("tcp://127.0.0.1:*", make_token(tmp_path), silence_seconds=6, say=said.append)
+    pool.said, pool.folder = said, tmp_path
+    publish_address(tmp_path, f"tcp://127.0.0.1:{pool.port}")
+    yield pool
+    pool.close()
+
+
+@pytest.fixture
+def host(pool):
+    """Starts agents; ends those that are left."""
+    agents = []
+
+    def start(*options, **environment):
+        command = [sys.executable, "-m", "megatron_r1.fleet.host", *map(str, options)]
+        pipe = subprocess.PIPE
+        agent = subprocess.Popen(
+            command, env=os.environ | environment, stdout=pipe, stderr=pipe, text=True
+        )
+        agents.append(agent)
+        return agent
+
+    yield start
+    for agent in agents:
+        agent.kill()
+        agent.communicate()
+
+
+def test_a_host_joins_and_leaves_when_told(pool, host):
+    agent = host("--folder", pool.folder, "--engines", "3")
+    until(lambda: pool.num_free == 3)
+    agent.send_signal(signal.SIGTERM)
+    assert agent.wait(10) == 128 + signal.SIGTERM
+    until(lambda: pool.num_free == 0)
+    assert "is leaving" in pool.said[-1]
+
+
+def test_the_end_of_the_run_ends_a_host_well(pool, host):
+    agent = host("--folder", pool.folder)
+    until(lambda: pool.num_free == 1)
+    pool.close()
+    assert agent.wait(10) == 0
+
+
+def test_a_host_that_waits_finds_the_run(tmp_path, host, pool):
+    late = tmp_path / "late"
+    agent = host("--folder", late)
+    assert "waiting for a run" in agent.stdout.readline()
+    make_token(late)
+    with_token = known_token(late / "token")
+    second = HostPool("tcp://127.0.0.1:*", with_token)
+    try:
+        publish_address(late, f"tcp://127.0.0.1:{second.port}")
+        until(lambda: second.num_free == 1)
+    finally:
+        second.close()
+
+
+def test_an_engine_that_cannot_start_says_why(pool, host):
+    server = pool.server(pool.folder / "nothing", pool.folder / "engine-0.log")
+    server.start()  # before any host is there: it waits
+    assert server.is_alive()
+    host("--folder", pool.folder)
+    with pytest.raises(EngineError, match=r"on host .*nothing is not a model folder"):
+        server.wait_ready(20)
+    assert not server.is_alive()
+    server.stop()
+    until(lambda: pool.num_free == 1)
+
+
+def test_without_room_the_error_says_who_is_there(pool):
+    server = pool.server(pool.folder, pool.folder / "engine-0.log")
+    server.start()
+    with pytest.raises(EngineError, match="no host had room for it .no host has come"):
+        server.wait_ready(0.3)
+
+
+def test_who_waits_for_hosts_is_told(pool, monkeypatch, tmp_path):
+    """A run that does nothing else meanwhile would look as if it hung."""
+    monkeypatch.setattr("megatron_r1.fleet.hosts.pool.WAIT_SECONDS", 0.2)
+    pool.server(tmp_path, tmp_path / "engine.log").start()
+    until(lambda: "1 engine waits for 1 host to come (no host has come)" in pool.said)
+
+
+def test_hosts_that_never_fall_silent_leave_the_pool_time_for_its_work():
+    """As hundreds do that speak once a second each."""
+    report = msgspec.msgpack.encode(Report("talkative", 1, ""))
+
+    class Endless:
+        num_heard = 0
+
+        def poll(self, milliseconds):
+            return True
+
+        def recv_multipart(self):
+            self.num_heard += 1
+            assert self.num_heard < 300_000, "it does nothing but listen"
+            return b"one of them", report
+
+    pool = SimpleNamespace(_socket=Endless(), _lock=nullcontext(), _hear=lambda *_: None)
+    HostPool._listen(pool)
+    assert pool._socket.num_heard
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_host_that_vanishes_loses_its_engines_for_good(pool, host, how):
+    agent = host("--folder", pool.folder)
+    until(lambda: pool.num_free == 1)
+    server = pool.server(pool.folder / "nothing", pool.folder / "engine-0.log")
+    agent.send_signal(how)
+    server.start()  # given to a host that can no longer start it
+    until(lambda: not server.is_alive())
+    assert server.is_lost
+    assert re.search("host .* (has closed|was not heard from for 6 s)", server.describe_end())
+    assert "1 engine lost with it" in pool.said[-1]
+    if how == signal.SIGSTOP:  # awake again, it is a new host, and the old engine stays dead
+        agent.send_signal(signal.SIGCONT)
+        until(lambda: pool.num_free == 1)
+        assert not server.is_alive()
+
+
+def test_another_token_is_refused_and_the_host_says_so(pool, host):
+    address = f"tcp://127.0.0.1:{pool.port}"
+    agent = host("--controller", address, "--patience", "3", **{ENVIRONMENT: "guessed"})
+    said, _ = agent.communicate(timeout=30)
+    assert agent.returncode == 1 and "refuses this token" in said, said
+    assert pool.num_free == 0 and not pool.said
+
+
+def test_memory_that_is_not_shared_is_refused(pool, host, monkeypatch):
+    pool._memory = "another host's"
+    agent = host("--folder", pool.folder)
+    _, error = agent.communicate(timeout=30)
+    assert agent.returncode == 2
+    assert "push.transport: gloo" in error and "push.transport: gloo" in pool.describe()
+
+
+def test_gpus_are_shared_out_evenly():
+    assert visible_gpus({"CUDA_VISIBLE_DEVICES": "4,5,6,7"}) == ["4", "5", "6", "7"]
+    assert gpus_of_slot(["4", "5", "6", "7"], 2, 1) == {"CUDA_VISIBLE_DEVICES": "6,7"}
+    with pytest.raises(EngineError, match="4 GPUs .4,5,6,7. cannot be divided among 3 engines"):
+        gpus_of_slot(["4", "5", "6", "7"], 3, 0)

@@ -1,0 +1,128 @@
+"""Settings of engines with ranks: what is refused before anything starts, and what vLLM is told."""
+
+import json
+
+import pytest
+
+from megatron_r1.config import parse
+from megatron_r1.engine.parallelism import check_engines, check_pushes, engine_layout
+from megatron_r1.engine.server import EngineServer
+from megatron_r1.fleet.launching import share_of_gpus, vocabulary
+from megatron_r1.weight_sync.plan import EngineLayout
+
+DENSE = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "vocab_size": 67,
+    "hidden_size": 128,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 4,
+}
+EXPERTS = DENSE | {"n_routed_experts": 8}
+LATENT = DENSE | {"num_attention_heads": 6, "num_key_value_heads": 1, "kv_lora_rank": 512}
+
+
+def config(rl=None, **rollout):
+    return parse({"rollout": rollout, "rl": rl or {}})
+
+
+@pytest.mark.parametrize(
+    ("hf", "settings", "says"),
+    [
+        (DENSE, {"tensor": 5}, "rollout.tensor=5 does not divide num_attention_heads=12"),
+        (DENSE, {"tensor": 6}, "tensor=6 neither divides num_key_value_heads=4 nor"),
+        ({"text_config": DENSE}, {"tensor": 5}, "rollout.tensor=5 does not divide"),
+        (DENSE, {"pipeline": 4}, "rollout.pipeline=4 is more than the model's 3 layers"),
+        (DENSE, {"expert_parallel": True}, "the model has no experts; set it to false"),
+        (
+            EXPERTS,
+            {"expert_parallel": True, "tensor": 4, "data": 4},
+            "16 ranks .* for 8 experts leave some with none",
+        ),
+        (
+            EXPERTS,
+            {"pipeline": 2, "rl": {"routing_replay": True}},
+            "set rl.routing_replay: false, or rollout.pipeline: 1",
+        ),
+    ],
+)
+def test_what_no_engine_can_serve_is_refused(hf, settings, says):
+    with pytest.raises(ValueError, match=says):
+        check_engines(config(**settings), hf)
+
+
+@pytest.mark.parametrize(
+    ("hf", "settings"),
+    [
+        (DENSE, {"tensor": 12, "pipeline": 3, "data": 4}),
+        (EXPERTS, {"tensor": 4, "data": 2, "expert_parallel": True}),
+        (LATENT, {"tensor": 6}),  # every rank holds the latents, so that heads need not divide
+    ],
+)
+def test_what_engines_can_serve_is_not(hf, settings):
+    check_engines(config(**settings), hf)
+
+
+def test_what_cannot_be_pushed_to_is_refused_too():
+    check_pushes(config(tensor=4), DENSE)
+    with pytest.raises(ValueError, match=r"size 4 does not divide .* a divisor of 90"):
+        check_pushes(config(tensor=4), DENSE | {"intermediate_size": 90})
+
+
+def test_the_layout_is_the_recipes():
+    made = config(engines=3, tensor=4, pipeline=2, data=5, expert_parallel=True)
+    assert engine_layout(made) == EngineLayout(3, 4, 5, 2, True)
+
+
+def test_engines_that_sleep_leave_nothing_to_sample_ahead():
+    config(colocated=True)
+    with pytest.raises(ValueError, match="rollout.colocated: .* set rl.staleness: 0"):
+        config(colocated=True, rl={"staleness": 1, "importance_cap": 2.0})
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_vllm_is_told(tmp_path, device):
+    server = EngineServer(
+        tmp_path,
+        tmp_path / "log",
+        device=device,
+        tensor=2,
+        pipeline=3,
+        data=4,
+        expert_parallel=True,
+        sleeps=True,
+        gpu_memory=0.4,
+        num_threads=30,
+    )
+    told = " ".join(server.arguments)
+    for words in (
+        "--tensor-parallel-size 2",
+        "--pipeline-parallel-size 3",
+        "--data-parallel-size 4",
+        "--enable-expert-parallel",
+        "--gpu-memory-utilization 0.4",
+    ):
+        assert words in told
+    assert ("--enable-sleep-mode" in told) == (device == "cuda")  # a CPU has no such allocator
+    assert server.environment.get("OMP_NUM_THREADS") == ("1" if device == "cpu" else None)
+
+
+def test_engines_of_one_host_get_gpus_of_their_own(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3,4,5")
+    settings = {"device": "cuda", "extra_env": {"A": "b"}}
+    shares = [share_of_gpus(settings, index, 2)["extra_env"] for index in range(2)]
+    assert shares == [
+        {"CUDA_VISIBLE_DEVICES": "2,3", "A": "b"},
+        {"CUDA_VISIBLE_DEVICES": "4,5", "A": "b"},
+    ]
+    assert share_of_gpus(settings, 0, 1) == settings
+    assert share_of_gpus({"device": "cpu"}, 1, 2) == {"device": "cpu"}
+    elsewhere = {"device": "cuda", "make_server": print}
+    assert share_of_gpus(elsewhere, 1, 2) == elsewhere
+
+
+def test_the_vocabulary_is_the_language_models(tmp_path):
+    for hf, size in [(DENSE, 67), ({"text_config": DENSE}, 67), ({}, None)]:
+        (tmp_path / "config.json").write_text(json.dumps(hf))
+        assert vocabulary(tmp_path) == size

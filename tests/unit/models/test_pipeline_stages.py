@@ -1,0 +1,102 @@
+"""Stages against Megatron's own classes, which decide what is really built."""
+
+import pytest
+from megatron.core.transformer.enums import LayerType
+from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
+
+from megatron_r1 import weights
+from megatron_r1.models.pipeline_stages import parse_layout, pipeline_stages
+
+SMALL = {
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "vocab_size": 67,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "moe_intermediate_size": 12,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "n_shared_experts": 2,
+    "n_routed_experts": 8,
+    "first_k_dense_replace": 1,
+    "kv_lora_rank": 28,
+    "qk_nope_head_dim": 3,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 5,
+    "num_nextn_predict_layers": 1,
+}
+
+LAYOUTS = [
+    ("E,t*3|(tt|)*29,mL", 31, 1, 61, 1),
+    ("Et*3|(tt|)*29,m|L", 16, 2, 61, 1),
+    ("Et|(tt|)*29|t,m,L", 32, 1, 60, 1),
+    ("Et*3|(tttt|)*14ttmL", 16, 1, 61, 1),
+    ("E|t|tt|ttt|L", 5, 1, 6, 0),
+    ("Et|t|t|t|tt|t|t|L", 4, 2, 8, 0),
+    ("Et||tL", 3, 1, 2, 0),
+    ("EttL", 1, 1, 2, 0),
+    (" Et , t*2 | t m L ", 2, 1, 4, 1),
+]
+
+
+@pytest.mark.parametrize("layout, pipeline, virtual, num_layers, num_mtp", LAYOUTS)
+def test_a_layout_means_what_it_means_to_megatron(layout, pipeline, virtual, num_layers, num_mtp):
+    theirs = PipelineParallelLayerLayout(layout.replace(" ", ""), pipeline)
+    theirs.validate_layer_layout(num_layers, num_mtp or None)
+    ours = pipeline_stages(num_layers, pipeline, virtual, num_mtp=num_mtp, layout=layout)
+    assert [len(chunks) for chunks in ours] == [virtual] * pipeline
+    # Without process groups their offsets are known by counting in the order of the pipeline.
+    start = 0
+    for chunk in range(virtual):
+        for rank in range(pipeline):
+            stage, kinds = ours[rank][chunk], theirs.layout[rank][chunk]
+            length = kinds.count(LayerType.decoder)
+            assert stage.layers == tuple(range(start, start + length)), (rank, chunk)
+            assert stage.embedding == (LayerType.embedding in kinds)
+            assert stage.mtp == (LayerType.mtp in kinds)
+            assert stage.head == (LayerType.loss in kinds)
+            # transformer_block.py, has_final_layernorm_in_this_stage
+            assert stage.final_norm == (num_layers - 1 in stage.layers if num_mtp else stage.head)
+            start += length
+
+
+@pytest.mark.parametrize(
+    "layout, pipeline, virtual, num_layers, num_mtp, message",
+    [
+        ("Et|ttL", 2, 1, 4, 0, r"decoder layers \(t\) must stand there 4 times, not 3"),
+        ("Et|ttmL", 2, 1, 3, 0, r"MTP layers \(m\) must stand there 0 times, not 1"),
+        ("Et|tt|L", 2, 1, 3, 0, "3 stages are not a multiple of parallel.pipeline=2"),
+        ("Et|t|t|L", 2, 4, 3, 0, "are 2 virtual stages, parallel.virtual_pipeline is 4"),
+        ("tE|tL", 2, 1, 2, 0, "begin with E and end with L"),
+        ("Et|mtL", 2, 1, 2, 1, r"MTP layers \(m\) come after all decoder layers"),
+        ("Ett|m|L|", 2, 1, 2, 1, "last virtual stage"),
+        ("Ex|tL", 2, 1, 1, 0, r"'x\|tL' is not understood"),
+        ("E(t(t|)*2)*2L", 2, 1, 1, 0, "is not understood"),
+        (None, 16, 1, 61, 1, "num_hidden_layers=61 is not a multiple of pipeline stages 16"),
+    ],
+)
+def test_a_layout_that_cannot_be_says_why(layout, pipeline, virtual, num_layers, num_mtp, message):
+    with pytest.raises(ValueError, match=message):
+        pipeline_stages(num_layers, pipeline, virtual, num_mtp=num_mtp, layout=layout)
+
+
+def test_repetitions_unroll():
+    assert parse_layout("Ettt|(tt|)*2,m|L") == ["Ettt", "tt", "tt", "m", "L"]
+    assert parse_layout("E(|tt)*3|L") == ["E", "tt", "tt", "tt", "L"]
+
+
+def test_virtual_stages_take_turns():
+    # Megatron's interleaved schedule: 8 layers, 2 stages, 2 virtual stages.
+    held = pipeline_stages(8, 2, 2)
+    assert [[s.layers for s in chunks] for chunks in held] == [[(0, 1), (4, 5)], [(2, 3), (6, 7)]]
+
+
+@pytest.mark.parametrize(
+    "layout, pipeline", [("E|tt|tt|mL", 2), ("Ettt|t|m|L", 4), ("Et|t|tt|mL", 2), ("Ettt|||tmL", 2)]
+)
+def test_uneven_stages_hold_every_parameter_once(layout, pipeline):
+    shards = weights.stage_shards(SMALL, pipeline, pipeline_layout=layout)
+    entries = [e for chunks in shards for c in chunks for e in weights.layout(SMALL, c).values()]
+    held = [piece.hf_name for entry in entries if entry.owner for piece in entry.pieces]
+    assert len(held) == len(set(held))
+    copies = {"model.layers.4.embed_tokens.weight", "model.layers.4.shared_head.head.weight"}
+    assert set(held) == weights.hf_tensors(SMALL).keys() - copies

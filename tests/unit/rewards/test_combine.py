@@ -1,0 +1,241 @@
+"""Weights with a schedule, options, and what a rollout makes of them."""
+
+import asyncio
+import json
+
+import pytest
+import yaml
+
+from megatron_r1 import config as configuration
+from megatron_r1.config import RewardsConfig
+from megatron_r1.data.prompts import make_prompt
+from megatron_r1.engine.client import Response
+from megatron_r1.rewards import REGISTRY, Grade
+from megatron_r1.rewards.combine import Weight, combine, weights_at
+from megatron_r1.rewards.options import call_fields, option_names
+from megatron_r1.rewards.runtime.meter import RewardMeter
+from megatron_r1.rewards.runtime.pool import RewardPool
+from megatron_r1.rewards.runtime.time_limits import time_limit
+from megatron_r1.rewards.sandbox.limits import Limits
+from megatron_r1.rl.sampling import Group, Rollouts, refuse_broken_reward
+
+PREFERENCE_IN_THE_LAST_400 = {
+    "accuracy": 1.0,
+    "format": 0.1,
+    "language": {"weight": 0.1, "from_step": 1301},
+    "my.own:reward": {"weight": 0.5, "from_step": 10, "to_step": 20},
+}
+
+
+def test_a_weight_counts_from_its_first_to_its_last_step():
+    weights = RewardsConfig(weights=PREFERENCE_IN_THE_LAST_400).weights
+    always = {"accuracy": 1.0, "format": 0.1}
+    assert weights_at(weights, 1) == weights_at(weights, 9) == always
+    assert weights_at(weights, 10) == weights_at(weights, 20) == always | {"my.own:reward": 0.5}
+    assert weights_at(weights, 21) == weights_at(weights, 1300) == always
+    assert weights_at(weights, 1301) == weights_at(weights, 10**9) == always | {"language": 0.1}
+
+
+def test_a_weight_of_0_is_measured_and_changes_nothing():
+    grades = {"accuracy": Grade(1.0, "yes"), "language": Grade(0.5, "half")}
+    weights = weights_at({"accuracy": 1.0, "language": 0.0}, 1)
+    reward = combine(grades, weights)
+    assert reward.total == 1.0 and reward.terms["language"] == 0.5
+
+
+def test_a_grade_that_is_none_is_told_from_a_bad_one():
+    grades = {
+        "accuracy": Grade(0.0, "wrong"),
+        "language": Grade(0.0, "cannot be graded: no target"),
+    }
+    assert combine(grades, {}).ungraded == ("language",)
+
+
+@pytest.mark.parametrize(("weight", "is_graded"), [(0.1, False), (0.0, True), (None, True)])
+def test_an_ungraded_term_takes_the_reward_with_it_only_where_it_counts(weight, is_graded):
+    grades = {"accuracy": Grade(1.0, "yes"), "judge": Grade(0.0, "cannot be graded: no verdict")}
+    weights = {"accuracy": 1.0} | ({} if weight is None else {"judge": weight})
+    assert combine(grades, weights).is_graded is is_graded
+
+
+def test_a_schedule_survives_the_resolved_configuration(tmp_path):
+    config = configuration.Config(rewards={"weights": PREFERENCE_IN_THE_LAST_400})
+    path = tmp_path / "config.yaml"
+    path.write_text(configuration.dump(config))
+    assert configuration.load(path) == config
+    assert config.rewards.weights["language"] == Weight(0.1, 1301)
+
+
+@pytest.mark.parametrize(
+    ("rewards", "message"),
+    [
+        ({"weights": {"langage": 0.1}}, "rewards.weights.langage: unknown reward kind 'langage'; "
+         "did you mean 'language'"),
+        ({"weights": {"format": "much"}}, "rewards.weights.format: must be a number, or"),
+        ({"weights": {"format": True}}, "rewards.weights.format: must be a number"),
+        ({"weights": {"format": float("nan")}}, "rewards.weights.format: must be a number"),
+        ({"weights": {"format": {"from_step": 3}}}, "rewards.weights.format: a schedule needs its"),
+        ({"weights": {"format": {"weight": 1, "form_step": 3}}}, "did you mean from_step?"),
+        ({"weights": {"format": {"weight": 1, "from_step": 0}}}, "from_step: must be a step, 1 or"),
+        ({"weights": {"format": {"weight": 1, "from_step": None}}}, "from_step: must be a step"),
+        ({"weights": {"format": {"weight": 1, "to_step": 2.5}}}, "to_step: must be a step, 1 or"),
+        ({"weights": {"format": {"weight": "x"}}}, "rewards.weights.format.weight: must be a numb"),
+        ({"weights": {"format": {"weight": 1, "from_step": 5, "to_step": 4}}}, "never count"),
+        ({"weights": {}}, "rewards.weights: no weight is above 0"),
+        ({"weights": {"accuracy": 0, "format": {"weight": -1}}},
+         "no weight is above 0 (got {'accuracy': 0.0, 'format': -1}), so no answer would be rew"),
+        ({"weights": 3}, "rewards.weights: input should be a valid dictionary"),
+        ({"max_ungraded": 2}, "rewards.max_ungraded: input should be less than or equal to 1"),
+        ({"options": {"langage": {}}}, "rewards.options.langage: unknown reward kind"),
+        ({"options": {"accuracy": {}}}, "rewards.options.accuracy: unknown reward kind"),
+        ({"options": {"language": "zh"}}, "rewards.options.language: must be a mapping"),
+        ({"options": {"language": {"targt": "zh"}}}, "unknown option targt; did you mean target?"),
+        ({"options": {"format": {"opened": True}}}, "unknown option opened; it has none"),
+    ],
+)  # fmt: skip
+def test_a_mistake_in_the_recipe_names_itself(tmp_path, rewards, message):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump({"rewards": rewards}))
+    with pytest.raises(ValueError) as error:
+        configuration.load(path)
+    assert message in str(error.value)
+
+
+def test_a_prompts_field_wins_over_options_and_facts_over_both():
+    options = {"language": {"target": "en"}, "my.own:reward": {"a": 1, "b": 1}}
+    facts = {"num_tokens": 7}
+    assert call_fields("language", options, {}, facts) == {"target": "en", "num_tokens": 7}
+    assert call_fields("language", options, {"target": "zh"}, facts)["target"] == "zh"
+    assert call_fields("language", options, {"num_tokens": 1, "tests": "…"}, facts) == {
+        "target": "en",
+        "num_tokens": 7,
+    }
+    fields = call_fields("my.own:reward", options, {"b": 2, "c": 2, "num_tokens": 2}, facts)
+    assert fields == {"a": 1, "b": 2, "c": 2, "num_tokens": 7}
+
+
+def test_the_options_of_every_registered_reward_can_be_read_without_importing_it():
+    names = {kind: option_names(kind) for kind in REGISTRY}
+    assert names["language"] == {"target"}
+    assert names["conciseness"] == {"free_length", "max_length", "unit"}
+    assert names["repetition"] == {"window", "mask_numbers"}
+
+
+class Text:
+    """Tokens are code points."""
+
+    opens_thought = False
+
+    def decode(self, token_ids):
+        return "".join(map(chr, token_ids))
+
+
+def rollouts(pool, **rewards):
+    return Rollouts(None, pool, Text(), RewardsConfig(**rewards))
+
+
+def completion(text):
+    codes = [ord(char) for char in text]
+    return Response(codes, [0.0] * len(codes), [0] * len(codes), "stop")
+
+
+def grade_at(steps, text, prompt, **rewards):
+    async def all_steps():
+        async with RewardPool(1) as pool:
+            made = rollouts(pool, **rewards)
+            return [await made._grade(prompt, completion(text), step) for step in steps]
+
+    return asyncio.run(all_steps())
+
+
+GOOD = "<think>the sum is 13</think><answer>13</answer>"
+
+
+def test_exactly_the_terms_that_count_are_graded():
+    prompt = make_prompt("2 + 11?", "math", "13", {})
+    weights = {
+        "accuracy": {"weight": 2.0, "to_step": 1},
+        "language": {"weight": 0.5, "from_step": 2},
+        "conciseness": {"weight": 0.25, "from_step": 3},
+    }
+    limits = {"free_length": 10, "max_length": 2 * len(GOOD) - 10}
+    options = {"language": {"target": "en"}, "conciseness": limits}
+    first, second, third = grade_at((1, 2, 3), GOOD, prompt, weights=weights, options=options)
+    assert first.rewards == {"accuracy": 1.0, "format": 1.0} and first.reward == 2.0
+    assert second.rewards == {"accuracy": 1.0, "format": 1.0, "language": 1.0}
+    assert second.reward == 0.5
+    # The length comes from the tokens that were sampled.
+    assert third.rewards["conciseness"] == 0.5 and third.reward == 0.5 + 0.125
+
+
+def test_options_reach_the_prompts_own_kind_and_the_prompt_wins():
+    options = {"language": {"target": "zh"}}
+    for fields, reward in (({}, 0.0), ({"target": "en"}, 1.0)):
+        prompt = make_prompt("?", "language", None, fields)
+        (output,) = grade_at((1,), GOOD, prompt, options=options)
+        assert output.rewards["accuracy"] == reward
+
+
+def test_a_term_without_its_options_is_an_error_before_anything_starts():
+    async def check(**rewards):
+        async with RewardPool(1) as pool:
+            prompt = make_prompt("2 + 11?", "math", "13", {})
+            await rollouts(pool, **rewards).check_rewards([prompt])
+
+    late = {"language": {"weight": 0.1, "from_step": 900}}
+    with pytest.raises(ValueError, match=r"rewards.weights.language: it cannot be graded.*target"):
+        asyncio.run(check(weights=late))
+    with pytest.raises(ValueError, match="nowhere.*cannot be used"):
+        asyncio.run(check(weights={"nowhere:reward": 1.0}))
+    asyncio.run(check(weights=late, options={"language": {"target": "zh"}}))
+
+
+def test_a_term_that_fails_on_every_answer_stops_the_run():
+    prompt = make_prompt("2 + 11?", "math", "13", {})
+    options = {"language": {"target": "fr"}}
+    outputs = grade_at((1, 1), GOOD, prompt, weights={"language": 1.0}, options=options)
+    with pytest.raises(ValueError, match="reward 'language' failed on all 2 answers.*got 'fr'"):
+        refuse_broken_reward([Group(prompt, [], outputs)])
+    fine = grade_at((1,), GOOD, prompt, weights={"accuracy": 1.0})
+    refuse_broken_reward([Group(prompt, [], outputs + fine)])
+    refuse_broken_reward([])
+
+
+HANGING = """
+import time
+from megatron_r1.rewards import Grade
+
+def nap(response, truth, **entry):
+    time.sleep(float(response))
+    return Grade(1.0, "rested")
+"""
+
+
+def test_the_meter_counts_what_happened_since_it_was_made(tmp_path, monkeypatch):
+    (tmp_path / "sleepers.py").write_text(HANGING)
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    async def grade_twice():
+        async with RewardPool(2, timeout_seconds=1.0) as pool:
+            await asyncio.gather(*(pool.grade("sleepers:nap", "0", None) for _ in range(7)))
+            meter = RewardMeter(pool)
+            naps = ("0.2", "0.2", "60", "nonsense")
+            await asyncio.gather(*(pool.grade("sleepers:nap", nap, None) for nap in naps))
+            return meter.read(), RewardMeter(pool).read()
+
+    busy, idle = asyncio.run(grade_twice())
+    json.dumps(busy)
+    counted = {name: busy[f"rewards/{name}"] for name in ("graded", "timeouts", "errors")}
+    assert counted == {"graded": 2, "timeouts": 1, "errors": 1}
+    assert busy["rewards/most_outstanding"] == 4
+    assert 0 < busy["rewards/busy"] <= 1
+    assert idle["rewards/graded"] == idle["rewards/most_outstanding"] == idle["rewards/busy"] == 0
+
+
+def test_programs_have_the_time_their_own_limits_add_up_to():
+    assert time_limit("math", {"limits": {"total_seconds": 90}}, 5.0) == 5.0
+    assert time_limit("code", {}, 5.0) > Limits().total_seconds
+    assert time_limit("code", {"limits": {"total_seconds": 90}}, 5.0) > 90
+    assert time_limit("code", {"limits": {"total_seconds": 1}}, 300.0) == 300.0
+    assert time_limit("code", {"limits": {"total_second": 90}}, 5.0) == 5.0
+    assert time_limit("code", {"limits": "none"}, 5.0) == 5.0

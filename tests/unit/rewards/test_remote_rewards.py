@@ -1,0 +1,353 @@
+"""Rewards of served models in a pool: what is tried again, what is 0, what stops a run."""
+
+import asyncio
+import json
+
+import pytest
+from aiohttp import web
+from served import Served, judge_that
+
+from megatron_r1.config import RewardsConfig
+from megatron_r1.data.prompts import load_prompts, make_prompt
+from megatron_r1.engine.client import Response
+from megatron_r1.rewards import REMOTE, judge, resolve
+from megatron_r1.rewards.base import UNGRADED
+from megatron_r1.rewards.remote import service
+from megatron_r1.rewards.remote.runner import check_options, join_fields, reward_class
+from megatron_r1.rewards.remote.service import ServiceError
+from megatron_r1.rewards.runtime.pool import RewardPool
+from megatron_r1.rl.sampling import Rollouts, Sampling
+
+ROW = {"question": "Name the capital of France.", "model": "m", "votes": 1}
+
+
+def by_answer(texts):
+    return "correct" if texts["reference answer"] in texts["response"] else "incorrect"
+
+
+@pytest.fixture(autouse=True)
+def short_waits(monkeypatch):
+    monkeypatch.setattr(service, "FIRST_WAIT_SECONDS", 0.01)
+    monkeypatch.setattr(service, "LONGEST_WAIT_SECONDS", 0.02)
+    monkeypatch.setattr(judge, "CHECK_SECONDS", 0.2)
+
+
+def with_pool(answer, scenario):
+    """(what scenario(pool, served) gives, the server)."""
+
+    async def run():
+        async with Served(answer) as served, RewardPool(1) as pool:
+            return await scenario(pool, served), served
+
+    return asyncio.run(asyncio.wait_for(run(), 60))
+
+
+def grade_all(answer, responses, **settings):
+    async def scenario(pool, served):
+        jobs = [
+            pool.grade("judge", text, "Paris", **{**ROW, "url": served.url, **settings})
+            for text in responses
+        ]
+        return await asyncio.gather(*jobs), pool.snapshot()
+
+    (grades, counts), served = with_pool(answer, scenario)
+    return grades, counts, served
+
+
+def failing(times, failure):
+    """A judge whose first `times` answers about Lyon are failure()."""
+    left = [times]
+
+    def decide(texts):
+        if "Lyon" in texts["response"] and left[0]:
+            left[0] -= 1
+            return failure()
+        return by_answer(texts)
+
+    return judge_that(decide)
+
+
+def status(code, headers=None, text="no"):
+    return lambda: web.Response(status=code, text=text, headers=headers)
+
+
+def test_the_registry_finds_every_served_reward_and_its_settings():
+    for kind in REMOTE:
+        assert resolve(kind) == REMOTE[kind]
+        assert {"url", "model", "api_key_env"} <= reward_class(
+            kind
+        ).settings_type.model_fields.keys()
+
+
+def test_grades_go_through_the_pool_without_a_worker():
+    grades, counts, _ = grade_all(judge_that(by_answer), ["It is Paris", "Lyon"] * 20)
+    assert [grade.reward for grade in grades] == [1.0, 0.0] * 20
+    assert counts["remote/graded"] == 40 and counts["graded"] == 0
+    assert counts["remote/ungraded"] == counts["remote/retries"] == 0
+
+
+@pytest.mark.parametrize("code", [408, 429, 500, 502, 503, 504, 529])
+def test_a_passing_failure_is_tried_again_and_changes_nothing(code):
+    grades, counts, _ = grade_all(failing(2, status(code)), ["Lyon", "Paris"])
+    assert [grade.reward for grade in grades] == [0.0, 1.0]
+    assert grades[0].reason == "judged incorrect" and counts["remote/retries"] == 2
+
+
+@pytest.mark.parametrize("text", ["", "<html>", "{}", "[]", '{"choices": 3}'])
+def test_an_answer_of_another_kind_is_a_failed_try(text):
+    grades, counts, _ = grade_all(failing(2, status(200, text=text)), ["Lyon"])
+    assert grades[0].reason == "judged incorrect" and counts["remote/retries"] == 2
+
+
+def test_the_service_says_how_long_to_wait(monkeypatch):
+    waited = []
+
+    async def sleep(seconds, sleep=asyncio.sleep):
+        waited.append(seconds)
+        await sleep(0)
+
+    monkeypatch.setattr(service.asyncio, "sleep", sleep)
+    headers = iter([{"Retry-After": "7"}, {"Retry-After": "9999"}, {"Retry-After": "Mon, 1 Jan"}])
+    grade_all(failing(3, lambda: status(429, next(headers))()), ["Lyon"])
+    waits = [seconds for seconds in waited if seconds]
+    assert waits[:2] == [7.0, 60.0] and 0 < waits[2] <= 0.04
+
+
+@pytest.mark.parametrize("code", [400, 413, 422])
+def test_a_request_the_service_refuses_costs_one_sample_and_says_so(code):
+    answer = failing(10**6, status(code, text="maximum context length"))
+    grades, counts, _ = grade_all(answer, ["Lyon", "Paris"])
+    assert [grade.reward for grade in grades] == [0.0, 1.0]
+    assert grades[0].reason.startswith(f"{UNGRADED}: status {code}")
+    assert "maximum context length" in grades[0].reason
+    assert counts["remote/ungraded"] == 1 and counts["remote/retries"] == 0
+
+
+def test_a_text_that_breaks_the_service_costs_one_sample():
+    grades, counts, _ = grade_all(failing(10**6, status(500)), ["Lyon", "Paris"])
+    assert [grade.reward for grade in grades] == [0.0, 1.0]
+    assert grades[0].reason.startswith(f"{UNGRADED}: status 500")
+    assert counts["remote/ungraded"] == 1
+
+
+def test_an_outage_in_the_middle_is_an_error_and_never_a_reward():
+    is_down = []
+
+    def answer(path, body):
+        return web.Response(status=500) if is_down else judge_that(by_answer)(path, body)
+
+    async def scenario(pool, served):
+        row = {**ROW, "url": served.url, "retry_seconds": 0.2}
+        first = await pool.grade("judge", "Paris", "Paris", **row)
+        is_down.append(True)
+        jobs = [pool.grade("judge", text, "Paris", **row) for text in ("Paris", "Lyon")]
+        return first, await asyncio.gather(*jobs, return_exceptions=True)
+
+    (first, after), _ = with_pool(answer, scenario)
+    assert first.reward == 1.0
+    for error in after:
+        assert isinstance(error, ServiceError)
+        assert "status 500" in str(error) and "gave up after" in str(error)
+
+
+@pytest.mark.parametrize("failure", [status(429), status(503), status(504)])
+def test_a_service_that_stays_busy_is_an_error_whatever_else_works(failure):
+    with pytest.raises(ServiceError, match="gave up after"):
+        grade_all(failing(10**6, failure), ["Lyon", "Paris"], retry_seconds=0.2)
+
+
+def test_a_service_that_hangs_is_an_error():
+    async def hang(path, body):
+        await asyncio.sleep(3600)
+
+    with pytest.raises(ServiceError, match="no answer in 0.05 s; gave up"):
+        grade_all(hang, ["Paris"], timeout_seconds=0.05, retry_seconds=0.2)
+
+
+def test_a_slow_answer_is_asked_for_again():
+    slow = [3600]
+
+    async def answer(path, body):
+        if "Lyon" in json.dumps(body) and slow:
+            await asyncio.sleep(slow.pop(0))
+        return judge_that(by_answer)(path, body)
+
+    grades, counts, _ = grade_all(answer, ["Lyon"], timeout_seconds=1.0)
+    assert grades[0].reason == "judged incorrect" and counts["remote/retries"] >= 1
+
+
+def test_nobody_listening_is_said_at_the_start():
+    async def scenario(pool, served):
+        await pool.grade("judge", "", "Paris", **{**ROW, "url": "http://127.0.0.1:9"})
+
+    with pytest.raises(ServiceError, match="127.0.0.1:9.*cannot be reached.*correct its url"):
+        with_pool(judge_that(by_answer), scenario)
+
+
+@pytest.mark.parametrize(
+    ("code", "remedy"), [(401, "api_key_env"), (404, "url and model"), (307, "url"), (405, "url")]
+)
+def test_a_service_that_refuses_us_is_an_error_at_once(code, remedy):
+    requests = []
+
+    def answer(path, body):
+        requests.append(path)
+        return web.Response(status=code, headers={"Location": "http://127.0.0.1:9/elsewhere"})
+
+    with pytest.raises(ServiceError, match=f"status {code}.*check {remedy}"):
+        grade_all(answer, ["Paris"])
+    assert len(requests) == 1
+
+
+def test_the_check_is_done_once_and_by_an_empty_answer_too():
+    async def scenario(pool, served):
+        row = {**ROW, "url": served.url}
+        empty = await asyncio.gather(*(pool.grade("judge", "", "Paris", **row) for _ in range(5)))
+        return empty, len(served.requests)
+
+    (empty, num_requests), _ = with_pool(judge_that(by_answer), scenario)
+    assert [grade.reward for grade in empty] == [0.0] * 5 and num_requests == 3
+
+
+def test_no_more_requests_at_once_than_allowed():
+    async def answer(path, body):
+        await asyncio.sleep(0.02)
+        return judge_that(by_answer)(path, body)
+
+    _, _, served = grade_all(answer, [f"Paris {i}" for i in range(20)], concurrency=3)
+    assert served.most_open == 3
+
+
+def test_closing_the_pool_ends_what_waits():
+    async def hang(path, body):
+        texts_shown = "Lyon" in json.dumps(body)
+        if texts_shown:
+            await asyncio.sleep(3600)
+        return judge_that(by_answer)(path, body)
+
+    async def scenario(pool, served):
+        row = {**ROW, "url": served.url}
+        job = asyncio.create_task(pool.grade("judge", "Lyon", "Paris", **row))
+        while not any("Lyon" in json.dumps(body) for _, _, body in served.requests):
+            await asyncio.sleep(0.01)
+        await pool.close()
+        return await asyncio.gather(job, return_exceptions=True)
+
+    (error,), _ = with_pool(hang, scenario)
+    assert isinstance(error, ServiceError)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"url": "http://x"}, "model must be set"),
+        ({"model": "m"}, "url must be set"),
+        ({"url": "http://x", "model": "m", "vote": 3}, "unknown option vote; did you mean votes?"),
+        ({"url": "x:80", "model": "m"}, "url must start with http"),
+        ({"url": "http://x", "model": "m", "votes": 2}, "votes must be odd"),
+        ({"url": "http://x", "model": "m", "votes": "many"}, "votes: .*got 'many'"),
+        ({"url": "http://x", "model": "m", "api_key_env": "NO_SUCH_KEY"}, "NO_SUCH_KEY is not set"),
+    ],
+)
+def test_wrong_options_are_told_by_name(options, message):
+    if "api_key_env" not in options:  # the controller's machine alone needs the key
+        with pytest.raises(ValueError, match=message):
+            check_options("judge", options)
+    if "vote" in options:  # may be a field of the prompt
+        return
+
+    async def scenario(pool, served):
+        await pool.grade("judge", "Paris", "Paris", question="?", **options)
+
+    with pytest.raises(ValueError, match=message):
+        with_pool(judge_that(by_answer), scenario)
+
+
+def test_data_cannot_say_which_service_is_asked_with_whose_key():
+    options = {"url": "http://ours", "model": "m", "api_key_env": "OURS"}
+    theirs = {"url": "http://evil", "model": "gpt", "api_key_env": "THEIRS", "votes": 9, "k": 1}
+    assert join_fields("judge", options, theirs) == {**options, "k": 1}
+    assert "api_key_env" not in join_fields("judge", {}, theirs)
+    assert join_fields("judge", {}, theirs)["url"] == "http://evil"
+    assert join_fields("math", {"exact": True, "a": 1}, {"a": 2}) == {"exact": True, "a": 2}
+
+
+def test_a_key_is_in_no_message(monkeypatch):
+    monkeypatch.setenv("A_KEY", "sesame")
+    with pytest.raises(ServiceError) as caught:
+        grade_all(lambda path, body: web.Response(status=401), ["?"], api_key_env="A_KEY")
+    assert "sesame" not in str(caught.value)
+
+
+def test_the_url_may_have_the_apis_path_already():
+    def answer(path, body):
+        assert path == "/openai/v2/chat/completions"
+        return judge_that(by_answer)("/v1/chat/completions", body)
+
+    async def scenario(pool, served):
+        row = {**ROW, "url": served.url + "/openai/v2/"}
+        return await pool.grade("judge", "Paris", "Paris", **row)
+
+    assert with_pool(answer, scenario)[0].reward == 1.0
+
+
+def test_one_votes_verdict_cannot_serve_another():
+    replies = []
+
+    def answer(path, body):
+        if "Lyon" not in json.dumps(body):
+            return judge_that(by_answer)(path, body)
+        replies.append(judge_that(by_answer)(path, body))
+        return replies[0]
+
+    grades, counts, _ = grade_all(answer, ["Lyon"], votes=3)
+    assert grades[0].reason.startswith(UNGRADED) and counts["remote/no_verdict"] == 3
+
+
+class Answers:
+    """Stands in for engines and tokenizer: every group is one right and one wrong answer."""
+
+    opens_thought, end = False, 0
+
+    def encode(self, question):
+        return [1]
+
+    def decode(self, token_ids):
+        return ["Lyon", "Paris"][token_ids[0]]
+
+    async def generate(self, prompt_ids, **sampling):
+        return [Response([i], [0.0], [0], "stop") for i in range(sampling["n"])]
+
+
+def test_a_rollout_is_graded_by_the_recipes_judge_and_stops_when_it_is_down():
+    is_down = []
+
+    def answer(path, body):
+        return web.Response(status=503) if is_down else judge_that(by_answer)(path, body)
+
+    async def scenario(pool, served):
+        options = {"url": served.url, "model": "m", "retry_seconds": 0.1}
+        rewards = RewardsConfig(weights={"accuracy": 1.0}, options={"judge": options})
+        rollouts = Rollouts(Answers(), pool, Answers(), rewards)
+        # A column that happens to be called "model" is not the judge's.
+        prompts = [make_prompt(ROW["question"], "judge", "Paris", {"model": "gpt", "votes": 4})]
+        await rollouts.check_rewards(prompts)
+        collected = await rollouts.collect(prompts, Sampling(2, 1.0, 1.0, 8))
+        is_down.append(True)
+        with pytest.raises(ServiceError, match="status 503"):
+            await rollouts.collect(prompts, Sampling(2, 1.0, 1.0, 8))
+        return [output.reward for output in collected.groups[0].outputs]
+
+    rewards, served = with_pool(answer, scenario)
+    assert rewards == [0.0, 1.0]
+    assert {body["model"] for _, _, body in served.requests} == {"m"}
+
+
+def test_prompts_for_reward_models_need_no_truth(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    rows = [{"question": f"{i}?", "kind": kind} for i, kind in enumerate(("helpful", "safety"))]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    assert len(load_prompts(path=path, heldout_fraction=0.0).train) == 2
+    path.write_text(json.dumps({"question": "?", "kind": "judge"}))
+    with pytest.raises(ValueError, match="'truth' is missing"):
+        load_prompts(path=path)

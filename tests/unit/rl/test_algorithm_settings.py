@@ -1,0 +1,188 @@
+"""Which settings an algorithm runs with, and what becomes of rewards on their way to it."""
+
+import asyncio
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import yaml
+
+from megatron_r1.config import Config, RLConfig, dump, load, parse
+from megatron_r1.data.prompts import make_prompt
+from megatron_r1.engine.client import Response
+from megatron_r1.rl import algorithms
+from megatron_r1.rl.loop import training_samples, update
+from megatron_r1.rl.overlong import overlong_punishment
+from megatron_r1.rl.sampling import Group, Output
+from megatron_r1.rl.session import Session
+
+ROOT = Path(__file__).parents[3]
+
+
+def test_the_recipe_comes_before_the_preset_before_the_algorithm_before_the_field(tmp_path):
+    path = tmp_path / "recipe.yaml"
+
+    def settings(**rl):
+        path.write_text(yaml.safe_dump({"rl": rl}))
+        return load(path).rl
+
+    plain = settings()
+    assert (plain.algorithm, plain.clip_high, plain.kl_beta) == ("grpo", 10.0, 0.001)
+    dapo = settings(algorithm="dapo")
+    assert (dapo.clip_low, dapo.clip_high, dapo.dynamic_sampling) == (0.2, 0.28, True)
+    assert (dapo.group_size, dapo.minibatches) == (16, 16), "R1-Zero's, where DAPO says nothing"
+    preset = settings(algorithm="dapo", preset="grpo_v1")
+    assert (preset.clip_high, preset.kl_beta, preset.loss_average) == (0.2, 0.04, "token")
+    own = settings(algorithm="dapo", preset="grpo_v1", clip_high=0.3)
+    assert (own.clip_high, own.clip_low) == (0.3, 0.2)
+
+
+def test_what_is_written_down_is_what_is_read_again(tmp_path):
+    path = tmp_path / "config.yaml"
+    for name in algorithms.NAMES:
+        config = Config(rl={"algorithm": name})
+        path.write_text(dump(config))
+        assert load(path) == config == parse(config.model_dump())
+
+
+@pytest.mark.parametrize("name", algorithms.NAMES)
+def test_an_algorithm_s_defaults_are_settings_that_fit_it(name):
+    algorithm = algorithms.find(name)
+    assert algorithm.name == name
+    settings = RLConfig(algorithm=name)
+    for key, value in algorithm.DEFAULTS.items():
+        assert getattr(settings, key) == value
+    assert settings.advantage_std in algorithm.ADVANTAGE_STDS
+
+
+def test_the_page_names_every_algorithm_with_its_defaults():
+    page = (ROOT / "docs/algorithms.md").read_text(encoding="utf-8")
+    rows = [line.split(" | ") for line in page.splitlines() if line[:3] == "| `"]
+    defaults = {row[0].strip("| `"): row[3] for row in rows[1:] if len(row) == 6}
+    assert defaults.keys() == set(algorithms.NAMES)
+    for name, said in defaults.items():
+        pairs = [f"`{key}` {value}" for key, value in algorithms.find(name).DEFAULTS.items()]
+        assert said.lower() == (", ".join(pairs).lower() or "-"), name
+
+
+def test_the_penalty_of_kl_is_in_the_reward_or_in_the_loss_but_not_in_both():
+    in_reward = {"rloo", "reinforce_pp", "ppo"}
+    for name in algorithms.NAMES:
+        settings = RLConfig(algorithm=name, kl_beta=0.5)
+        assert settings.token_settings["kl_beta"] == 0.5
+        assert settings.loss_settings["kl_beta"] == (0.0 if name in in_reward else 0.5)
+
+
+@pytest.mark.parametrize(
+    ("rl", "message"),
+    [
+        ({"algorithm": "dapoo"}, "rl.algorithm: there is no 'dapoo'; did you mean dapo?"),
+        ({"algorithm": "reinforce++"}, "did you mean reinforce_pp?"),
+        ({"algorithm": "xyz"}, "there is no 'xyz'; use grpo, dapo, dr_grpo, gspo, cispo, "),
+        ({"algorithm": "rloo", "advantage_std": "group"}, "group is not what rloo does; use none"),
+        ({"algorithm": "rloo", "group_size": 1}, "greater than or equal to 2, got 1: the group is"),
+        ({"algorithm": 3}, "rl.algorithm: input should be a valid string, got 3"),
+        ({"algorithm": "dapo", "clip_hi": 1.0}, "did you mean rl.clip_high?"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused_by_name(rl, message):
+    with pytest.raises(ValueError) as error:
+        parse({"rl": rl})
+    assert message in str(error.value)
+
+
+def test_one_output_a_question_is_enough_where_the_group_is_no_baseline():
+    for name in ("reinforce", "reinforce_pp", "ppo", "on_policy_distillation"):
+        assert RLConfig(algorithm=name, group_size=1).group_size == 1
+
+
+def test_the_controller_knows_every_algorithm_without_torch():
+    code = (
+        "import sys; from megatron_r1.rl import algorithms, loop; "
+        "[algorithms.find(name) for name in algorithms.NAMES]; "
+        "print({m for m in sys.modules} & {'torch', 'megatron', 'vllm'})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "set()", done.stderr
+
+
+def test_a_punishment_grows_from_0_to_1_over_the_buffer():
+    # DAPO's: 20,480 tokens at most, the last 4,096 of them punished.
+    lengths = [1, 16_384, 17_408, 18_432, 20_480, 30_000]
+    got = [overlong_punishment(n, 20_480, 0.2) for n in lengths]
+    assert got == pytest.approx([0, 0, -0.25, -0.5, -1, -1])
+    assert overlong_punishment(20_480, 20_480, 0.0) == 0.0
+
+
+def output(reward, num_tokens, is_graded=True):
+    made = Response([1] * num_tokens, [0.0] * num_tokens, [0] * num_tokens, "stop")
+    rewards = {"accuracy": reward, "format": 1.0}
+    return Output(made, "x", rewards, reward, "", is_graded=is_graded)
+
+
+def test_long_outputs_are_punished_before_advantages_are_made():
+    outputs = [output(1.0, 10), output(1.0, 40), output(0.0, 35), output(0.0, 5, is_graded=False)]
+    group = Group(make_prompt("1 + 1?", "math", "2", {}), [1], outputs)
+    rl = {"algorithm": "dr_grpo", "overlong_buffer": 0.5, "overlong_penalty": 2.0}
+    config = Config(rl=rl, rollout={"max_response_tokens": 40})
+    # The last 20 of 40 tokens: 1, 1 - 2, 0 - 2 x 0.75; mean -0.5
+    advantages = [sample.advantage for sample in training_samples([group], config)]
+    assert advantages == pytest.approx([1.5, -0.5, -1.0, 0.0])
+
+
+class Updates:
+    """A session that writes down what it is asked to update."""
+
+    def __init__(self, is_warming_up):
+        self.is_warming_up, self.asked = is_warming_up, []
+
+    async def update(self, index, loss):
+        self.asked.append((index, loss))
+        return {"loss": 1.0}
+
+    async def update_critic(self, index):
+        self.asked.append((index, "critic"))
+        return {"value/loss": 2.0}
+
+
+def test_the_policy_waits_for_the_critic_to_be_warm():
+    ppo, grpo = algorithms.find("ppo"), algorithms.find("grpo")
+    cold, warm = Updates(True), Updates(False)
+    assert asyncio.run(update(cold, ppo, 3)) == {"value/loss": 2.0}
+    assert asyncio.run(update(warm, ppo, 3)) == {"value/loss": 2.0, "loss": 1.0}
+    assert asyncio.run(update(warm, grpo, 4)) == {"loss": 1.0}
+    assert cold.asked == [(3, "critic")]
+    assert warm.asked == [(3, "critic"), (3, ppo.LOSS), (4, grpo.LOSS)]
+
+
+def test_only_the_rollouts_of_the_warm_up_are_without_a_policy_update():
+    from megatron_r1.rl.session import Session
+
+    config = Config(critic={"warmup_steps": 2})
+    warming = [
+        Session.is_warming_up.fget(SimpleNamespace(step=step, config=config)) for step in (1, 2, 3)
+    ]
+    assert warming == [True, True, False]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"algorithm": "cispo", "dual_clip": 3}, "rl.dual_clip: 3: cispo clips its weight"),
+        ({"algorithm": "ppo", "group_size": 1, "dynamic_sampling": True}, "ppo with rl.group_size"),
+        ({"algorithm": "on_policy_distillation", "dynamic_sampling": True}, "from its teacher"),
+    ],
+)
+def test_what_an_algorithm_has_no_use_for_is_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        parse({"rl": settings})
+
+
+@pytest.mark.parametrize(("algorithm", "updates"), [("ppo", (100 - 40) * 16), ("grpo", 100 * 16)])
+def test_the_policy_s_rate_decays_over_its_own_updates(algorithm, updates):
+    """PPO's critic alone learns in the first 40 of 100 steps; other algorithms have none."""
+    tree = {"rl": {"algorithm": algorithm}, "run": {"steps": 100}, "critic": {"warmup_steps": 40}}
+    session = SimpleNamespace(config=parse(tree))
+    assert Session._num_updates.fget(session) == updates

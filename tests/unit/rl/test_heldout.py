@@ -1,0 +1,65 @@
+"""What a held-out evaluation writes down."""
+
+import asyncio
+from types import SimpleNamespace
+
+import pytest
+
+from megatron_r1.data.prompts import make_prompt
+from megatron_r1.engine.client import Response
+from megatron_r1.rl.heldout import evaluate
+from megatron_r1.rl.sampling import Collected, Group, Output, Sampling
+
+
+def run(right_of, ungraded=0):
+    """The metrics of questions of which so many of 4 answers are right; the right answer is 1.
+    Nobody could grade the last `ungraded` of each question's, which are then wrong."""
+
+    def group(question, right):
+        outputs = []
+        for i in range(4):
+            text = f"<answer>{1 if i < right else 2}</answer>"
+            rewards = {"accuracy": float(i < right), "format": 0.25}
+            made = Response([5] * (i + 1), [0.0] * (i + 1), [0] * (i + 1), "stop")
+            lost = () if i < 4 - ungraded else ("accuracy",)
+            output = Output(made, text, rewards, rewards["accuracy"], "compared", lost, not lost)
+            outputs.append(output)
+        return Group(make_prompt(f"{question}?", "math", "1", {}), [1], outputs)
+
+    async def collect(prompts, sampling):
+        return Collected([group(q, right) for q, right in enumerate(right_of)], 2.0, 1.0)
+
+    # No pool: where one number has most of the votes, nothing is compared by meaning.
+    text = SimpleNamespace(opens_thought=False)
+    rollouts = SimpleNamespace(
+        collect=collect, pool=None, text=text, check_grades=lambda groups: None
+    )
+    metrics, groups = asyncio.run(evaluate(rollouts, [], Sampling(4, 1.0, 1.0, 8)))
+    assert len(groups) == len(right_of)
+    return metrics
+
+
+def test_scores_have_intervals_over_questions():
+    metrics = run([4, 0] * 200)
+    assert metrics["eval/pass@1"] == metrics["eval/cons@4"] == 0.5
+    assert (metrics["eval/format"], metrics["eval/response_length"]) == (0.25, 2.5)
+    for name in ("pass@1", "cons@4"):
+        low, high = metrics[f"interval/{name}/low"], metrics[f"interval/{name}/high"]
+        # 1.96 · sqrt(1/4 / 400 questions); 1,600 independent answers would have half of it.
+        assert 0.5 - low == pytest.approx(0.049, abs=0.004)
+        assert high - 0.5 == pytest.approx(0.049, abs=0.004)
+
+
+def test_answers_that_nobody_could_grade_take_no_part():
+    metrics = run([3, 1], ungraded=1)
+    assert metrics["eval/pass@1"] == pytest.approx((3 / 3 + 1 / 3) / 2)
+    assert metrics["eval/ungraded"] == 0.25
+    assert metrics["eval/format"] == 0.25, "which was graded"
+    none_left = run([0], ungraded=4)
+    assert "eval/pass@1" not in none_left and none_left["eval/ungraded"] == 1.0
+
+
+def test_the_majority_is_not_the_mean_and_one_question_has_no_interval():
+    metrics = run([3])
+    assert (metrics["eval/pass@1"], metrics["eval/cons@4"]) == (0.75, 1.0)
+    assert not [key for key in metrics if key.startswith("interval/")]

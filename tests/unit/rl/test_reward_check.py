@@ -1,0 +1,85 @@
+"""Rewards are tried before engines start: a user's own above all."""
+
+import asyncio
+
+import pytest
+
+from megatron_r1.config import RewardsConfig
+from megatron_r1.data.prompts import make_prompt
+from megatron_r1.rewards.runtime.pool import RewardPool
+from megatron_r1.rl.sampling import Rollouts
+
+
+class Text:
+    opens_thought = False
+
+
+MINE = """
+from megatron_r1.rewards import Grade
+
+def bare(response, truth):
+    return Grade(1.0, "fine")
+
+def alone(response):
+    return Grade(1.0, "fine")
+
+def needs(response, truth, *, wanted, **entry):
+    return Grade(1.0, "fine")
+
+def answers_only(response, truth, **entry):
+    return Grade(float(response.split("<answer>")[1] == truth), "compared")
+
+def raises(response, truth, **entry):
+    raise KeyError("weather")
+
+def refuses(response, truth, **entry):
+    raise TypeError("of its own")
+"""
+
+
+@pytest.fixture
+def mine(tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text(MINE)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+
+
+def check(*prompts, **rewards):
+    async def run():
+        async with RewardPool(1) as pool:
+            made = Rollouts(None, pool, Text(), RewardsConfig(**rewards))
+            await made.check_rewards(list(prompts))
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("mine:bare", "'mine:bare' is called with 'num_tokens' and does not take it: end its para"
+         r"meters with [*][*]entry, def bare.response, truth, [*], …, [*][*]entry. -> Grade"),
+        ("mine:alone", "'mine:alone' must take a response and a truth: def alone.response, truth"),
+        ("mine:needs", "'mine:needs' needs wanted: give it in the row, or for all rows as "
+         "rewards.options.mine:needs.wanted"),
+        ("mine:raises", "cannot be graded: KeyError: 'weather'"),
+        ("mine:refuses", "cannot be graded: TypeError: of its own"),
+    ],
+)  # fmt: skip
+def test_a_reward_of_ones_own_is_tried_before_anything_starts(mine, kind, message):
+    with pytest.raises(ValueError, match=f"question .*: its {kind} answer .*{message}"):
+        check(make_prompt("2 + 11?", kind, "13", {}))
+    with pytest.raises(ValueError, match=f"rewards.weights.{kind}: it .*{message}"):
+        check(make_prompt("2 + 11?", "math", "13", {}), weights={"accuracy": 1.0, kind: 1.0})
+
+
+def test_a_reward_of_ones_own_may_raise_where_there_is_no_answer(mine):
+    check(make_prompt("2 + 11?", "mine:answers_only", "13", {}))
+
+
+def test_the_one_row_that_lacks_a_column_is_found_before_anything_starts(mine):
+    rows = [make_prompt(f"{i}?", "mine:needs", "13", {"wanted": i}) for i in range(9)]
+    check(*rows)
+    with pytest.raises(ValueError, match="needs wanted"):
+        check(*rows, make_prompt("2 + 11?", "mine:needs", "13", {"unwanted": 1}), *rows)
+    with pytest.raises(ValueError, match="reward 'language' needs target: .*options.language.targ"):
+        check(make_prompt("?", "language", None, {}))

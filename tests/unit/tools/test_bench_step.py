@@ -1,0 +1,130 @@
+"""tools/bench step: its figures worked out by hand, its lengths, what both systems are given."""
+
+import json
+import random
+import sys
+from dataclasses import replace
+from pathlib import Path
+from statistics import fmean
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[3] / "tools" / "bench"))
+
+from step import SETTINGS, WORKS, figures, ours, page, work  # noqa: E402
+from step.model import Tail, write_model  # noqa: E402
+
+from megatron_r1.config import parse  # noqa: E402
+
+
+def step(seconds: float, tokens: int, **phases: float) -> dict:
+    return {"seconds": seconds, "core_seconds": 2 * seconds, "response_tokens": tokens, **phases}
+
+
+def test_tokens_per_second_are_medians_of_steps_and_the_ratio_is_ours_over_theirs():
+    compared = figures.compared(
+        [step(1, 100), step(2, 100), step(1, 300)], [step(10, 100), step(10, 300), step(10, 500)]
+    )
+    assert compared["ours"]["tokens_per_second"] == 100
+    assert compared["trl"]["tokens_per_second"] == 30
+    assert compared["ratio"] == pytest.approx(100 / 30)
+    assert compared["ours"]["seconds"] == 1 and compared["ours"]["core_seconds"] == 2
+
+
+def test_an_overlapped_step_is_compared_with_the_slower_of_its_parts():
+    phases = {"time/rollout": 2.0, "time/reward": 0.1, "time/train": 1.0, "time/push": 0.3}
+    overlap = figures.overlapped([step(3.5, 1, **phases)], [step(2.31, 1)])
+    assert (overlap["rollout"], overlap["training"]) == (2.1, 1.3)
+    assert overlap["ratio"] == pytest.approx(1.1)
+    slower = phases | {"time/train": 4.0}
+    assert figures.overlapped([step(6.5, 1, **slower)], [step(4.3, 1)])["ratio"] == 1.0
+
+
+def test_the_page_shows_the_figures_it_was_given():
+    both = figures.compared([step(1, 500)], [step(4, 400)])
+    phases = {"time/rollout": 2.0, "time/reward": 0.0, "time/train": 1.0, "time/push": 0.0}
+    result = {
+        "packages": {"trl": "1.2.3"},
+        "load": (0.25, 1.0),
+        "cores are worth": (1.125, 1.875),
+        "work": {name: vars(work) for name, work in WORKS.items()},
+        "comparisons": {"short": both},
+        "overlap": figures.overlapped([step(3, 1, **phases)], [step(2.2, 1)]),
+    }
+    text = page.as_page(result, cores=3)
+    for shown in (
+        "trl 1.2.3",
+        "3 cores",
+        "0.2 to 1.0",
+        "1.1 to 1.9",
+        "5.00",
+        "2.20 s = 1.10 x",
+        "at 256 tokens",
+    ):
+        assert shown in text
+
+
+def test_every_recipe_of_ours_is_one_the_command_takes(tmp_path):
+    for name, more in SETTINGS.items():
+        made = ours.recipe(WORKS["short"], tmp_path, tmp_path / "q", tmp_path / "run", 3, more)
+        config = parse(made, name)
+        assert config.rollout.max_response_tokens == 32
+        assert config.rl.staleness == (1 if name == "overlapped" else 0)
+        assert config.rl.questions_per_rollout * config.rl.group_size == WORKS["short"].answers
+
+
+def test_the_work_travels_to_the_other_process_whole():
+    given = replace(WORKS["long tail"], kl_beta=0.5)
+    assert work.Work(**json.loads(given.as_json())) == given
+
+
+def test_rewards_differ_and_questions_are_the_same_every_time(tmp_path):
+    assert {work.reward(text) for text in ("", "a", "ab")} == {0.0, 1.0}
+    first, again = (work.write_questions(tmp_path / name, 8).read_text() for name in "ab")
+    assert first == again
+    assert len({len(json.loads(line)["question"]) for line in first.splitlines()}) > 1
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    tokenizer = Path(__file__).parents[3] / "examples" / "laptop" / "model"
+    return write_model(tmp_path_factory.mktemp("step") / "model", tokenizer, Tail())
+
+
+def chain(tail: Tail, limit: int, draw: random.Random) -> int:
+    """A length of the two-state chain that the weights are to be."""
+    length, dwells = 0, False
+    while length < limit:
+        length += 1
+        if draw.random() < (tail.end_dwelling if dwells else tail.end):
+            break
+        dwells = dwells or draw.random() < tail.dwell
+    return length
+
+
+def test_the_expected_length_is_that_of_the_chain():
+    tail, draw = Tail(), random.Random(0)
+    for limit in (1, 32, 256):
+        drawn = fmean(chain(tail, limit, draw) for _ in range(20_000))
+        assert tail.mean_length(limit) == pytest.approx(drawn, rel=0.05)
+
+
+def test_transformers_gives_each_token_about_the_chance_to_be_the_last_that_is_asked_for(folder):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    vocabulary = model.config.vocab_size
+    torch.manual_seed(0)
+    plain = torch.randint(3, vocabulary // 2, (16, 32))
+    dwelling = torch.randint(vocabulary // 2, vocabulary, (16, 32))
+    tail = Tail()
+    cases = (plain, tail.end, tail.dwell), (dwelling, tail.end_dwelling, 1)
+    with torch.no_grad():
+        for tokens, end, dwells in cases:
+            chances = model(tokens).logits.softmax(-1)
+            # The last norm, by which both features are divided, differs with the context.
+            assert chances[..., 1].mean().item() == pytest.approx(end, rel=0.35)
+            kept = chances[..., vocabulary // 2 :].sum(-1).mean().item()
+            assert kept == pytest.approx((1 - end) * dwells, rel=0.35)
+            assert chances[..., [0, 2]].max().item() < 1e-6, "special tokens are never sampled"

@@ -1,0 +1,52 @@
+"""What `model.checkpoint` may be, and that a run's folder may be moved."""
+
+import pytest
+
+from megatron_r1.config import Config
+from megatron_r1.reporting.run_folder import RunFolder
+from megatron_r1.training.checkpoints import manifest
+from megatron_r1.training.checkpoints.starting import check_folder
+from megatron_r1.training.recorder import Recorder
+
+
+def make(folder):
+    folder.mkdir(parents=True)
+    (folder / "metadata.json").write_text("{}")
+    manifest.write(folder)
+    return folder
+
+
+def test_a_checkpoint_with_a_manifest_is_taken_and_one_without_is_told_of(tmp_path):
+    folder = make(tmp_path / "converted")
+    assert check_folder(folder) is None
+    (folder / "manifest.json").unlink()
+    assert check_folder(folder) == (
+        f"model.checkpoint {folder} has no manifest.json: its checksums cannot be verified"
+    )
+
+
+def test_a_run_s_folder_is_refused_with_the_name_of_its_newest_checkpoint(tmp_path):
+    for step in (8, 12):
+        make(tmp_path / f"run/checkpoints/step_{step:08d}")
+    for given in (tmp_path / "run", tmp_path / "run/checkpoints"):
+        with pytest.raises(ValueError, match="the newest is .*/run/checkpoints/step_00000012$"):
+            check_folder(given)
+
+
+@pytest.mark.parametrize(
+    "exists, said", [(True, "has no metadata.json"), (False, "does not exist")]
+)
+def test_anything_else_is_refused(tmp_path, exists, said):
+    folder = tmp_path / "other"
+    if exists:
+        folder.mkdir()
+    with pytest.raises(ValueError, match=f"{folder} {said}; give the folder of a Megatron"):
+        check_folder(folder)
+
+
+def test_a_wrong_one_is_refused_before_the_run_s_settings_are_written(tmp_path):
+    config = Config(model={"checkpoint": str(tmp_path / "ghost")})
+    with RunFolder(tmp_path / "run") as folder:
+        with pytest.raises(ValueError, match="ghost does not exist"):
+            Recorder(folder, config, may_change=(), title="t")
+        assert not folder.config_path.exists()

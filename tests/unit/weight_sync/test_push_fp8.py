@@ -1,0 +1,235 @@
+"""FP8 made on the way, from sharded trainers to sliced engines.
+
+Oracle: DeepSeek's published formula in numpy, rounding by a table of all 256 codes.
+"""
+
+import numpy as np
+import pytest
+import torch
+from push_world import World, draw, held_by, table_of
+from torch.distributed import TCPStore
+
+from megatron_r1.config import Config
+from megatron_r1.engine.parallelism import check_pushes
+from megatron_r1.models import read_hf_config
+from megatron_r1.weight_sync.plan import EngineLayout, TrainerGrid
+from megatron_r1.weight_sync.plan.fp8_blocks import check_blocks, pushed_tensors, scales_of
+from megatron_r1.weight_sync.plan.region import Region
+from megatron_r1.weight_sync.receive import Table
+from megatron_r1.weight_sync.receive.rendezvous import Offer, Rendezvous
+from megatron_r1.weight_sync.receive.table import dtype_of, place
+from megatron_r1.weight_sync.send import source
+from megatron_r1.weight_sync.send.sender import WeightSender
+from megatron_r1.weight_sync.transports import buckets
+from megatron_r1.weights.stored.fp8 import is_quantised, scale_name
+
+DEEPSEEK = {
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "num_hidden_layers": 2,
+    "first_k_dense_replace": 1,
+    "hidden_size": 192,  # blocks are cut off by the tensors' edges
+    "num_attention_heads": 4,
+    "q_lora_rank": 128,
+    "kv_lora_rank": 100,
+    "qk_nope_head_dim": 64,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 64,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_shared_experts": 1,
+    "moe_intermediate_size": 256,
+    "intermediate_size": 512,
+    "vocab_size": 130,
+    "num_nextn_predict_layers": 0,
+}
+QWEN = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "num_hidden_layers": 1,
+    "hidden_size": 512,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 256,
+    "vocab_size": 130,
+    "tie_word_embeddings": True,
+}
+CODES = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).double().numpy()
+FINITE = np.flatnonzero(~np.isnan(CODES[:127]))  # 0 and the positive ones, ascending
+
+
+def rounded(x):
+    """Codes of the e4m3 numbers nearest to x, the even code of two equally near."""
+    magnitude = np.abs(x.astype(np.float64))
+    above = np.clip(np.searchsorted(CODES[FINITE], magnitude), 0, len(FINITE) - 1)
+    below = np.maximum(above - 1, 0)
+    up, down = CODES[FINITE][above] - magnitude, magnitude - CODES[FINITE][below]
+    nearest = np.where((up < down) | ((up == down) & (above % 2 == 0)), above, below)
+    return (FINITE[nearest] + np.where(np.signbit(x), 128, 0)).astype(np.uint8)
+
+
+def published(weight):
+    """(codes, scales) of a matrix: scale = amax / 448, code = e4m3(x / scale), in fp32."""
+    w = weight.float().numpy()
+    codes = np.empty(w.shape, np.uint8)
+    scales = np.empty([-(-size // 128) for size in w.shape], np.float32)
+    for i, j in np.ndindex(*scales.shape):
+        at = np.s_[128 * i : 128 * i + 128, 128 * j : 128 * j + 128]
+        scales[i, j] = np.maximum(np.abs(w[at]).max(), np.float32(1e-4)) / np.float32(448)
+        codes[at] = rounded(w[at] * (np.float32(1) / scales[i, j]))
+    return torch.from_numpy(codes).view(torch.float8_e4m3fn), torch.from_numpy(scales)
+
+
+def checkpoint(tensors):
+    """The FP8 checkpoint of the same weights."""
+    found = {}
+    for name, tensor in tensors.items():
+        found[name] = tensor
+        if is_quantised(name):
+            found[name], found[scale_name(name)] = published(tensor)
+    return found
+
+
+def assert_landed(world, expected):
+    for rank, receiver in enumerate(world.receivers):
+        for slot in receiver.table.slots:
+            landed = place(receiver.memory, slot).contiguous().view(torch.uint8)
+            whole = expected[slot.name].to(dtype_of(slot))
+            whole = whole if whole.dim() > 1 else whole[:, None]
+            part = whole[slot.top : slot.bottom, slot.left : slot.right].contiguous()
+            assert torch.equal(landed, part.view(torch.uint8)), (rank, slot.name)
+
+
+@pytest.mark.parametrize(
+    ("hf", "grid", "engine", "transport"),
+    [
+        (DEEPSEEK, TrainerGrid(1), EngineLayout(), "shm"),
+        (DEEPSEEK, TrainerGrid(2, tensor=2, expert_tensor=2), EngineLayout(tensor=2), "gloo"),
+        (
+            DEEPSEEK,
+            TrainerGrid(4, tensor=2, expert=2),
+            EngineLayout(tensor=2, expert_parallel=True),
+            "shm",
+        ),
+        (DEEPSEEK, TrainerGrid(2, pipeline=2), EngineLayout(data=2), "gloo"),
+        (QWEN, TrainerGrid(2, tensor=2), EngineLayout(tensor=2), "gloo"),
+    ],
+    ids=["one", "tensor", "experts", "stages", "qwen"],
+)
+def test_what_lands_is_the_fp8_checkpoint_of_the_same_weights(
+    hf, grid, engine, transport, monkeypatch
+):
+    monkeypatch.setattr(buckets, "BUCKET_BYTES", 10_000)  # deliveries are cut
+    check_blocks(hf, engine, tensor=grid.tensor, expert_tensor=grid.expert_tensor)
+    first, second = draw(hf, 1), draw(hf, 2)
+    world = World(hf, grid, engine, transport, first)
+    try:
+        world.push(1)
+        assert_landed(world, checkpoint(first))
+        for rank, held in enumerate(world.held):
+            for name, now in held_by(hf, grid, rank, second).items():
+                for (parameter, _), (values, _) in zip(held[name], now, strict=True):
+                    parameter.copy_(values)
+        world.push(2)
+        assert_landed(world, checkpoint(second))
+    finally:
+        world.close()
+    sent = sum(answer["num_bytes"] for answer in world.answers)
+    assert sent == sum(receiver.table.payload_bytes for receiver in world.receivers)
+
+
+def test_each_block_is_quantised_once_a_push(monkeypatch):
+    monkeypatch.setattr(buckets, "BUCKET_BYTES", 10_000)
+    made, quantise = [], source.quantise
+    monkeypatch.setattr(source, "quantise", lambda x: made.append(x.numel()) or quantise(x))
+    tensors = draw(DEEPSEEK, 1)
+    world = World(DEEPSEEK, TrainerGrid(2, tensor=2), EngineLayout(), "gloo", tensors)
+    try:
+        for number in (1, 2, 3):
+            world.push(number)
+    finally:
+        world.close()
+    once = sum(tensor.numel() for name, tensor in tensors.items() if is_quantised(name))
+    assert sum(made) == 3 * once
+
+
+def test_deltas_of_fp8(monkeypatch):
+    first = draw(DEEPSEEK, 1)
+    world = World(DEEPSEEK, TrainerGrid(1), EngineLayout(), "gloo", first, full_every=10)
+    try:
+        world.push(1)
+        name = "model.layers.1.mlp.experts.2.down_proj.weight"
+        first[name][5, 7] = 9e4  # its block gets another scale, and with it other codes
+        world.held[0][name][0][0].copy_(first[name])
+        world.push(2)
+        assert_landed(world, checkpoint(first))
+    finally:
+        world.close()
+
+
+def test_the_tensors_of_an_fp8_engine_are_those_deepseek_publishes():
+    found = dict(pushed_tensors(read_hf_config("examples/deepseek_r1/model"), fp8=True))
+    layer = "model.layers.3."
+    for name, shape in {
+        "self_attn.kv_a_proj_with_mqa.weight_scale_inv": (5, 56),
+        "self_attn.kv_b_proj.weight_scale_inv": (256, 4),
+        "self_attn.q_b_proj.weight_scale_inv": (192, 12),
+        "mlp.experts.255.gate_proj.weight_scale_inv": (16, 56),
+        "mlp.experts.255.down_proj.weight": (7168, 2048),
+    }.items():
+        assert found[layer + name] == shape
+    assert layer + "mlp.gate.weight_scale_inv" not in found
+    assert "lm_head.weight_scale_inv" not in found
+    assert not any("scale" in name for name, _ in pushed_tensors(DEEPSEEK, fp8=False))
+
+
+def test_scales_of_a_region_of_blocks():
+    assert scales_of(Region(128, 320, 0, 256)) == Region(1, 3, 0, 2)
+
+
+@pytest.mark.parametrize(
+    ("hf", "engine", "trainer", "said"),
+    [
+        (DEEPSEEK, EngineLayout(), (4, 1), r"parallel\.tensor=4 cuts .*o_proj.*at 64"),
+        (DEEPSEEK, EngineLayout(), (1, 4), r"parallel\.expert_tensor=4 cuts .*experts\.0\.gate"),
+        (DEEPSEEK, EngineLayout(tensor=4), (1, 1), r"rollout\.tensor=4 cuts .*o_proj.*at 64"),
+        (
+            DEEPSEEK,
+            EngineLayout(tensor=2, data=2),
+            (1, 1),
+            r"rollout\.tensor=2 x rollout\.data=2 .*expert_parallel.* cuts .*experts\.0",
+        ),
+        (DEEPSEEK | {"q_lora_rank": 96}, EngineLayout(), (1, 1), r"q_a_proj.* does not end"),
+        (QWEN | {"num_attention_heads": 8}, EngineLayout(), (1, 1), "heads of 64"),
+    ],
+)
+def test_a_layout_that_cuts_blocks_is_refused(hf, engine, trainer, said):
+    with pytest.raises(ValueError, match=said):
+        check_blocks(hf, engine, tensor=trainer[0], expert_tensor=trainer[1])
+
+
+def test_deepseek_v3_can_be_pushed_in_fp8_as_it_is_laid_out_in_the_example():
+    hf = read_hf_config("examples/deepseek_r1/model")
+    engine = EngineLayout(64, tensor=8, data=2, expert_parallel=True)
+    check_blocks(hf, engine, tensor=8, expert_tensor=1)
+
+
+def test_a_recipe_is_refused_before_anything_starts():
+    config = {"push": {"fp8": True}, "rollout": {"tensor": 4, "dtype": "bfloat16"}}
+    with pytest.raises(ValueError, match=r"rollout\.tensor=4 cuts"):
+        check_pushes(Config.model_validate(config), DEEPSEEK)
+    config["rollout"] = {"dtype": "float32"}
+    with pytest.raises(ValueError, match=r"push\.fp8: .* rollout\.dtype: bfloat16"):
+        Config.model_validate(config)
+
+
+def test_an_engine_with_fp8_of_another_kind_is_refused():
+    def without_scales(hf, engine, rank):
+        made = table_of(hf, engine, rank)
+        return Table(made.num_bytes, [s for s in made.slots if "scale" not in s.name])
+
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    meeting = Rendezvous(store, "other", 5)
+    meeting.offer(0, Offer(without_scales(DEEPSEEK, EngineLayout(), 0)))
+    held = held_by(DEEPSEEK, TrainerGrid(1), 0, draw(DEEPSEEK, 1))
+    sender = WeightSender(DEEPSEEK, TrainerGrid(1), held, store)
+    answer = sender.connect(0, "other", {}, "gloo", 5)
+    assert "float8_e4m3fn without model.layers.0" in answer["problem"]

@@ -1,0 +1,172 @@
+"""Push plans against brute force, against Megatron's own rank generator, and at the real size."""
+
+from collections import Counter, defaultdict
+from math import prod
+
+import numpy as np
+import pytest
+
+from megatron_r1.models import read_hf_config
+from megatron_r1.weight_sync.plan import EngineLayout, Planner, Region, TrainerGrid
+from megatron_r1.weight_sync.plan.traffic import fp8_bytes, plain_bytes, traffic
+from megatron_r1.weights import layout, shard
+from megatron_r1.weights.layout import stage_shards
+
+DEEPSEEK = {
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "num_hidden_layers": 4,
+    "first_k_dense_replace": 1,
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 8,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "n_shared_experts": 1,
+    "moe_intermediate_size": 16,
+    "intermediate_size": 64,
+    "vocab_size": 130,
+    "num_nextn_predict_layers": 1,
+}
+QWEN = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "num_hidden_layers": 4,
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 64,
+    "vocab_size": 130,
+    "tie_word_embeddings": True,
+}
+DEEPSEEK_V3 = read_hf_config("examples/deepseek_r1/model")
+WORLDS = [
+    (DEEPSEEK, TrainerGrid(1), EngineLayout()),
+    (DEEPSEEK, TrainerGrid(4, tensor=2, expert=2), EngineLayout(2, tensor=2)),
+    (DEEPSEEK, TrainerGrid(8, pipeline=2, expert=4), EngineLayout(3, tensor=2, data=2)),
+    (DEEPSEEK, TrainerGrid(8, tensor=2, context=2, pipeline=2), EngineLayout(2, tensor=4)),
+    (DEEPSEEK, TrainerGrid(8, expert=2, expert_tensor=2), EngineLayout(1, tensor=2, pipeline=3)),
+    (DEEPSEEK, TrainerGrid(4, tensor=4), EngineLayout(2, 2, 2, 2, expert_parallel=True)),
+    (DEEPSEEK, TrainerGrid(8, expert=8), EngineLayout(2, data=3, expert_parallel=True)),
+    (QWEN, TrainerGrid(4, tensor=2, pipeline=2), EngineLayout(2, tensor=4, pipeline=2)),
+    (QWEN, TrainerGrid(2), EngineLayout(1, tensor=2)),
+]
+
+
+def held(hf: dict, grid: TrainerGrid, rank: int) -> dict[str, list[Region]]:
+    """What a trainer rank holds, from the layout that real models are checked against."""
+    expert_tensor, expert = grid.expert_place(rank)
+    at = shard(
+        hf,
+        tp=(grid.tensor_rank(rank), grid.tensor),
+        pp=(grid.stage(rank), grid.pipeline),
+        ep=(expert, grid.expert),
+        etp=(expert_tensor, grid.expert_tensor),
+    )
+    regions = defaultdict(list)
+    for entry in layout(hf, at).values():
+        for piece in entry.pieces:
+            # Only rectangles are compared here: the other dimension is whole.
+            shape = entry.shape if piece.dim == 0 else (entry.shape[0], None)
+            other = shape[1] if piece.dim == 0 and len(shape) > 1 else entry.shape[0]
+            run = (piece.hf_start, piece.hf_start + piece.length)
+            whole = (0, other if len(entry.shape) > 1 else 1)
+            regions[piece.hf_name].append(
+                Region(*run, *whole) if piece.dim == 0 else Region(*whole, *run)
+            )
+    return regions
+
+
+@pytest.mark.parametrize(("hf", "grid", "engines"), WORLDS)
+def test_what_is_sent_is_what_is_received_and_each_element_comes_once_from_a_holder(
+    hf, grid, engines
+):
+    planner = Planner(hf, grid, engines)
+    sent = Counter(t for rank in range(grid.world) for t in planner.sends(rank))
+    received = Counter(t for rank in range(engines.num_ranks) for t in planner.receives(rank))
+    assert sent == received and set(sent.values()) == {1}
+    holdings = [held(hf, grid, rank) for rank in range(grid.world)]
+    masks = {}
+    for transfer in sent:
+        own = holdings[transfer.sender][transfer.name]
+        assert any(transfer.region.meet(region) == transfer.region for region in own), transfer
+        shape = (transfer.shape[0], prod(transfer.shape[1:]))
+        mask = masks.setdefault((transfer.receiver, transfer.name), np.zeros(shape, int))
+        at = transfer.region
+        mask[at.top : at.bottom, at.left : at.right] += 1
+    assert all(mask.max() == 1 for mask in masks.values()), "an element was sent twice"
+    # Together the ranks of one engine have every element; a copy more where vLLM replicates.
+    names = {name for _, name in masks}
+    for engine in range(engines.engines):
+        ranks = range(engine * engines.ranks_per_engine, (engine + 1) * engines.ranks_per_engine)
+        for name in names:
+            whole = sum(masks[rank, name] for rank in ranks if (rank, name) in masks)
+            assert whole.min() >= 1, (engine, name)
+    layers = {n.split(".")[2] for n in names if n.startswith("model.layers.")}
+    assert layers == {str(i) for i in range(hf["num_hidden_layers"])}
+
+
+def test_ranks_are_where_megatron_puts_them():
+    from megatron.core.parallel_state import RankGenerator
+
+    grid = TrainerGrid(32, tensor=2, pipeline=2, context=2, expert=4, expert_tensor=1)
+    order = "tp-cp-ep-dp-pp"
+    dense = RankGenerator(tp=2, ep=1, dp=4, pp=2, cp=2, order=order)
+    expert = RankGenerator(tp=1, ep=4, dp=4, pp=2, cp=1, order=order)
+    replicas = {tuple(grid.dense_replicas(s, t)) for s in range(2) for t in range(2)}
+    assert replicas == {tuple(ranks) for ranks in dense.get_ranks("dp-cp")}
+    replicas = {tuple(grid.expert_replicas(s, 0, e)) for s in range(2) for e in range(4)}
+    assert replicas == {tuple(ranks) for ranks in expert.get_ranks("dp")}
+    stages = {tuple(grid.whole_replicas(s)) for s in range(2)}
+    assert stages == {tuple(sorted(ranks)) for ranks in dense.get_ranks("tp-cp-dp")}
+    for rank in range(32):
+        assert rank in grid.dense_replicas(grid.stage(rank), grid.tensor_rank(rank))
+        assert rank in grid.expert_replicas(grid.stage(rank), *grid.expert_place(rank))
+
+
+def test_vllm_s_pipeline_stages():
+    from vllm.distributed.utils import get_pp_indices
+
+    from megatron_r1.weight_sync.plan.engine_layout import _stage_layers
+
+    for layers, stages in [(61, 4), (61, 16), (7, 3), (4, 1)]:
+        wanted = [range(*get_pp_indices(layers, s, stages)) for s in range(stages)]
+        assert _stage_layers(layers, stages) == wanted
+
+
+def test_sizes_that_cannot_be_are_named():
+    with pytest.raises(ValueError, match="8 trainer ranks cannot be divided into groups of 3"):
+        TrainerGrid(8, tensor=3)
+    with pytest.raises(ValueError, match="tensor parallel size 3 does not divide num_attention"):
+        Planner(DEEPSEEK, TrainerGrid(1), EngineLayout(tensor=3))
+    with pytest.raises(ValueError, match="parallel.expert=3 does not divide 8 experts"):
+        Planner(DEEPSEEK, TrainerGrid(3, expert=3), EngineLayout())
+
+
+def test_deepseek_v3_from_2048_ranks_to_64_engines_moves_the_least_and_evenly():
+    grid = TrainerGrid(2048, pipeline=16, expert=64)
+    engines = EngineLayout(64, tensor=16, expert_parallel=True)
+    stages = "Etttt|" + "tttt|" * 14 + "tL"
+    chunks = stage_shards(DEEPSEEK_V3, 16, pipeline_layout=stages, with_mtp=False)
+    planner = Planner(DEEPSEEK_V3, grid, engines, chunks)
+    experts = 58 * 256 * 3 * 7168 * 2048
+    every_rank = 61 * (1536 * 7168 + 576 * 7168 + 2 * 7168 + 1536 + 512) + 7168  # never split
+    every_rank += 58 * 256 * 7168
+    split = 61 * 128 * (192 * 1536 + 256 * 512 + 128 * 7168) + 2 * 129_280 * 7168
+    split += 3 * 3 * 7168 * 18432 + 58 * 3 * 7168 * 2048
+    bias = 58 * 256 * 4
+    moved = traffic(planner, plain_bytes("bfloat16"))
+    needed = 2 * ((experts + split) / 16 + every_rank) + bias
+    np.testing.assert_allclose(moved.received, needed)
+    assert moved.sent.sum() == pytest.approx(64 * 16 * needed)
+    assert moved.busiest_sender < 1.2
+    half = traffic(planner, fp8_bytes)
+    assert half.busiest_sender < 1.2
+    # Projections are half as large, plus 4 bytes for 16,384 numbers; the rest stays in bf16.
+    assert half.received.sum() / moved.received.sum() == pytest.approx(0.5, abs=0.01)
+    # The few transfers that are looked at one by one are those that were added up.
+    for rank in (0, 700, 2047):
+        own = sum(plain_bytes("bfloat16")(t.name, t.dtype, t.region) for t in planner.sends(rank))
+        assert own == pytest.approx(moved.sent[rank])

@@ -1,0 +1,321 @@
+"""Weights on their way: both ends of each transport in one process, against plain slicing."""
+
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+import xxhash
+from torch.distributed import TCPStore
+
+from megatron_r1.weight_sync.receive import (
+    Delivery,
+    Slot,
+    Table,
+    check_coverage,
+    copy_with_checksum,
+)
+from megatron_r1.weight_sync.receive.rendezvous import Offer, Rendezvous, Tables
+from megatron_r1.weight_sync.receive.table import place
+from megatron_r1.weight_sync.transports import buckets, named_memory, receiver_class, sender_class
+from megatron_r1.weight_sync.transports.named_memory import NamedMemory, sweep
+from megatron_r1.weight_sync.verify import checksum
+from megatron_r1.weight_sync.verify.checksum import MIXER, RunningChecksum, sums
+
+CHECKSUMS = sys.modules[sums.__module__]
+TENSORS = {
+    "norm": torch.arange(5, dtype=torch.float32)[:, None] + 0.5,
+    "weight": torch.arange(12 * 8, dtype=torch.float32).reshape(12, 8) / 7,
+    "experts": torch.randn(6, 10, generator=torch.Generator().manual_seed(1)),
+    "wide": torch.randn(6, 50, generator=torch.Generator().manual_seed(2)),
+}
+# An engine rank that wants all of a vector, rows 4-12 of a matrix, and half the columns of another
+# one in bfloat16, beside something else in the same rows; and whole stripes of a fourth.
+SLOTS = [
+    Slot("norm", 0, 5, 0, 1, 0, 4, "float32"),
+    Slot("weight", 4, 12, 0, 8, 64, 32, "float32"),
+    Slot("experts", 0, 6, 5, 10, 320, 32, "bfloat16"),
+    Slot("wide", 0, 6, 10, 42, 512, 192, "float32"),
+]
+WINDOWED = [
+    Slot("norm", 0, 5, 0, 1, 0, 4, "float32", 0),
+    Slot("weight", 4, 8, 0, 8, 256, 32, "float32", 1),
+    Slot("experts", 0, 6, 5, 10, 0, 32, "bfloat16", 2),
+    Slot("norm", 0, 5, 0, 1, 256, 4, "float32", 3),
+]
+BY_TWO = {
+    0: [
+        Delivery(0, 0, 5, 0, 1),
+        Delivery(1, 0, 3, 0, 8),
+        Delivery(2, 0, 6, 3, 5),
+        Delivery(3, 0, 4, 0, 32),
+    ],
+    1: [Delivery(1, 3, 8, 0, 8), Delivery(2, 0, 6, 0, 3), Delivery(3, 4, 6, 0, 32)],
+}
+WINDOWED_BY_TWO = {
+    0: [Delivery(0, 0, 5, 0, 1), Delivery(2, 0, 6, 0, 5)],
+    1: [Delivery(1, 0, 4, 0, 8), Delivery(3, 0, 5, 0, 1)],
+}
+TRANSPORTS = ("shm", "gloo")
+
+
+def wanted(slot: Slot) -> torch.Tensor:
+    part = TENSORS[slot.name][slot.top : slot.bottom, slot.left : slot.right]
+    return part.to(getattr(torch, slot.dtype))
+
+
+def sources(table: Table, deliveries: list[Delivery]) -> list[torch.Tensor]:
+    """As the trainer has them: float32, and not converted yet."""
+    found = []
+    for d in deliveries:
+        slot = table.slots[d.slot]
+        whole = TENSORS[slot.name][slot.top : slot.bottom, slot.left : slot.right]
+        found.append(whole[d.top : d.bottom, d.left : d.right])
+    return found
+
+
+class World:
+    """One receiver and its senders."""
+
+    full_every = 1
+
+    def __init__(self, transport, slots, deliveries, num_bytes=2048, areas=1):
+        self.table = Table(num_bytes, slots, areas)
+        self.deliveries = deliveries
+        self.store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        made = {}
+
+        def receive():
+            meeting = Rendezvous(self.client(), f"test.{self.store.port}", 10)
+            made["receiver"] = receiver_class(transport)(meeting, 0, self.table)
+
+        def connect(sender):
+            meeting = Rendezvous(self.client(), f"test.{self.store.port}", 10)
+            (offer,) = meeting.offers(1)
+            end = sender_class(transport)(meeting, sender, 0, offer, self.full_every)
+            meeting.plan(sender, len(deliveries), {0: end.plan(deliveries[sender])}, 1)
+            end.connect()
+            made[sender] = end
+
+        threads = [threading.Thread(target=receive)]
+        threads += [threading.Thread(target=connect, args=(sender,)) for sender in deliveries]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        self.receiver = made.pop("receiver")
+        self.senders = made
+
+    def client(self):
+        return TCPStore("127.0.0.1", self.store.port, is_master=False)
+
+    def send(self, push, senders=None):
+        def run(sender, end):
+            for window in range(self.table.num_windows):
+                end.send(push, window, sources(self.table, self.deliveries[sender]))
+
+        threads = [
+            threading.Thread(target=run, args=item)
+            for item in self.senders.items()
+            if senders is None or item[0] in senders
+        ]
+        for thread in threads:
+            thread.start()
+        return threads
+
+    def close(self):
+        for end in self.senders.values():
+            end.close()
+        self.receiver.close()
+
+
+@pytest.fixture
+def world():
+    made = []
+
+    def make(*args):
+        made.append(World(*args))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.close()
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize("piece_bytes", [1 << 20, 40])
+def test_what_lands_is_the_slices_in_the_engines_dtype(world, transport, piece_bytes, monkeypatch):
+    monkeypatch.setattr(buckets, "BUCKET_BYTES", piece_bytes)
+    monkeypatch.setattr(CHECKSUMS, "CHUNK_BYTES", piece_bytes)
+    monkeypatch.setattr(CHECKSUMS, "PASS_BYTES", piece_bytes)
+    made = world(transport, SLOTS, BY_TWO)
+    for push in (1, 2):
+        TENSORS["weight"].add_(1)
+        threads = made.send(push)
+        made.receiver.inbox.wait(push, 0, 20)
+        for thread in threads:
+            thread.join()
+        for slot in SLOTS:
+            assert torch.equal(place(made.receiver.memory, slot), wanted(slot)), slot.name
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_with_two_areas_a_push_leaves_the_one_before_as_it_is(world, transport):
+    made = world(transport, SLOTS, BY_TWO, 2048, 2)
+    landed = {}
+    for push in (1, 2, 3):
+        TENSORS["weight"].add_(1)
+        landed[push] = [wanted(slot).clone() for slot in SLOTS]
+        threads = made.send(push)
+        made.receiver.inbox.wait(push, 0, 20)
+        for thread in threads:
+            thread.join()
+        for age in (0, 1) if push > 1 else (0,):
+            area = made.table.area(made.receiver.memory, push - age)
+            for slot, expected in zip(SLOTS, landed[push - age], strict=True):
+                assert torch.equal(place(area, slot), expected), (push, age, slot.name)
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_a_window_is_not_overwritten_before_it_is_released(world, transport):
+    made = world(transport, WINDOWED, WINDOWED_BY_TWO, 512)
+    threads = made.send(1)
+    for window, slot in enumerate(WINDOWED):
+        made.receiver.inbox.wait(1, window, 20)
+        threads[0].join(0.1)  # time to do what must not be done
+        assert torch.equal(place(made.receiver.memory, slot), wanted(slot)), slot
+        made.receiver.meeting.release(0, 1, window)
+    for thread in threads:
+        thread.join()
+
+
+def test_engines_that_want_the_same_share_one_table():
+    """A trainer rank reads it once, whatever the number of engines."""
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    tables = Tables(store)
+    met = {}
+    for name, slots in {"a.1": SLOTS, "b.1": SLOTS, "c.1": WINDOWED}.items():
+        for rank in range(2):
+            offer = Offer(Table(2048, slots), f"{name}/{rank}")
+            Rendezvous(store, name, 5).offer(rank, offer)
+        met[name] = Rendezvous(store, name, 5, tables=tables).offers(2)
+    assert [offer.address for offer in met["b.1"]] == ["b.1/0", "b.1/1"]
+    assert len({id(offer.table) for offers in met.values() for offer in offers}) == 2
+    assert [offers[1].table.slots for offers in met.values()] == [SLOTS, SLOTS, WINDOWED]
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_who_brings_nothing_is_named(world, transport):
+    made = world(transport, SLOTS, BY_TWO)
+    made.send(1, senders=[0])[0].join()
+    with pytest.raises(ValueError, match="trainer ranks 1 have not brought all of it"):
+        made.receiver.inbox.wait(1, 0, 0.5)
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize("name", ["experts", "wide"])
+@pytest.mark.parametrize("chunk_bytes", [1 << 20, 12])  # of experts: all, and two rows
+def test_a_tensor_that_arrives_otherwise_is_named(world, transport, chunk_bytes, name, monkeypatch):
+    monkeypatch.setattr(CHECKSUMS, "CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(CHECKSUMS, "PASS_BYTES", chunk_bytes)
+    made = world(transport, SLOTS, BY_TWO)
+    inbox, arrived = made.receiver.inbox, made.receiver.inbox.arrived
+
+    def corrupted(sender, push, index, sent):
+        brought = inbox.deliveries[sender][index]
+        slot = SLOTS[brought.slot]
+        if (sender, slot.name) == (1, name):  # one bit of one element
+            part = place(made.receiver.memory, slot, brought)
+            part.view({4: torch.int32, 2: torch.int16}[part.itemsize])[-1, 1] ^= 1
+        arrived(sender, push, index, sent)
+
+    monkeypatch.setattr(made.receiver.inbox, "arrived", corrupted)
+    made.send(1)
+    with pytest.raises(ValueError, match=rf"1 tensors arrived otherwise.*{name} \(from rank 1\)"):
+        made.receiver.inbox.wait(1, 0, 20)
+
+
+def test_checksums_of_odd_rows_are_of_the_elements_in_order_whatever_the_strides():
+    wide = torch.randn(300, 2000)
+    part = wide[7:290, 3:1501]
+    target = torch.zeros(283, 1600)[:, 50 : 50 + 1498]
+    known = xxhash.xxh3_64_intdigest(part.contiguous().numpy().tobytes())
+    assert checksum(part) == known
+    assert copy_with_checksum(target, part) == known and torch.equal(target, part)
+    assert copy_with_checksum(target.clone(), part.to(torch.bfloat16)) != known
+
+
+def test_a_checksum_that_follows_arriving_rows_is_that_of_all(monkeypatch):
+    monkeypatch.setattr(CHECKSUMS, "CHUNK_BYTES", 3 * 4 * 50)
+    part = torch.randn(283, 80)[:, 7:57]
+    running, told = RunningChecksum(part), []
+    for row in (0, 1, 1, 40, 282):
+        running.reach(row)
+    assert running.digest() == xxhash.xxh3_64_intdigest(part.contiguous().numpy().tobytes())
+    assert copy_with_checksum(torch.zeros(283, 50), part, told.append) == running.digest()
+    assert told == list(range(3, 283, 3))
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "bfloat16", "float32"])
+def test_sums_are_those_of_a_loop_and_tell_what_changed(dtype, monkeypatch):
+    values = (torch.randn(37, 50) * 9).to(getattr(torch, dtype))[:, 3:44]
+    bits = {"uint8": torch.int8, "bfloat16": torch.int16, "float32": torch.int32}[dtype]
+    words = values.contiguous().view(bits).flatten().tolist()
+    expected = sum(words) + MIXER * sum((2 * i + 1) * w for i, w in enumerate(words))
+    for at_once in (1 << 22, 100):  # whole, and in runs of rows
+        monkeypatch.setitem(sums.__globals__, "SUMMED_ELEMENTS", at_once)
+        assert sums(values) == expected % 2**64
+    swapped, flipped = values.clone(), values.clone().contiguous()
+    swapped[[4, 20]] = swapped[[20, 4]]
+    flipped.view(bits)[11, 7] ^= 1
+    assert len({sums(values), sums(swapped), sums(flipped)}) == 3
+
+
+@pytest.mark.parametrize(
+    ("broken", "said"),
+    [
+        ({1: None}, "weight"),
+        ({0: Delivery(0, 0, 4, 0, 1)}, "norm"),
+        ({1: Delivery(1, 2, 5, 0, 8)}, "weight"),
+        ({5: Delivery(2, 0, 6, 1, 4)}, "experts"),
+    ],
+    ids=["none", "too little", "rows twice", "columns twice"],
+)
+def test_a_plan_that_leaves_out_or_doubles_elements_is_refused(broken, said):
+    every = dict(enumerate([*BY_TWO[0], *BY_TWO[1]]))
+    check_coverage(Table(2048, SLOTS), every.values())
+    with pytest.raises(ValueError, match=f"1 tensors would not .*{said}"):
+        check_coverage(Table(2048, SLOTS), [d for d in (every | broken).values() if d])
+
+
+def test_memory_of_a_process_that_was_killed_is_swept_away(monkeypatch):
+    """And not that of one that lives: it is locked."""
+    monkeypatch.setattr(named_memory, "SWEEP_AGE_SECONDS", -1.0)
+    paths = [named_memory.FOLDER / f"{named_memory.PREFIX}test.{os.getpid()}_{i}" for i in (0, 1)]
+    code = (
+        "import sys, time, pathlib\n"
+        "from megatron_r1.weight_sync.transports.named_memory import NamedMemory\n"
+        "held = NamedMemory(pathlib.Path(sys.argv[1]), 4096)\n"
+        "print('made', flush=True)\n"
+        "time.sleep(60)"
+    )
+    killed = subprocess.Popen([sys.executable, "-c", code, paths[0]], stdout=subprocess.PIPE)
+    assert killed.stdout.readline() == b"made\n"
+    own = NamedMemory(paths[1], 4096)
+    sweep()
+    assert [path.exists() for path in paths] == [True, True]
+    killed.kill()
+    killed.communicate()
+    sweep()
+    assert [path.exists() for path in paths] == [False, True]
+    own.close()
+    assert not paths[1].exists()
+
+
+def test_a_sender_that_comes_too_late_leaves_nothing(tmp_path):
+    gone = tmp_path / "gone"
+    with pytest.raises(FileNotFoundError):
+        named_memory.map_bytes(gone, 64)
+    assert not gone.exists()

@@ -1,0 +1,228 @@
+"""What a pipeline's recipe may say, and what is said of mistakes before anything runs."""
+
+import pytest
+import yaml
+from workflow_world import World
+
+from megatron_r1.workflow.graph import Graph
+from megatron_r1.workflow.identity import typed
+from megatron_r1.workflow.plan import Plan, merged
+from megatron_r1.workflow.recipe import load
+from megatron_r1.workflow.references import protect, references, substitute, unprotect
+
+TRAINING = """
+pipeline: {folder: out, seed: 7}
+defaults: {model: {dtype: float32}, rl: {group_size: 4, minibatches: 1}}
+stages:
+  zero:
+    verb: rl
+    recipe: parts/zero.yaml
+    settings: {model: {path: ${base.hf}}, rewards: {options: {helpful: {url: ${serve.judge.url}}}}}
+    serve: {judge: {model: ${base.hf}, task: classify, arguments: [--max-model-len, 256]}}
+  base: {verb: sft, settings: {model: {path: ${here}/model}, sft: {data: train.jsonl}}}
+"""
+
+
+@pytest.fixture
+def world(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return World(tmp_path)
+
+
+@pytest.fixture
+def training(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "parts").mkdir()
+    (tmp_path / "parts/zero.yaml").write_text(
+        "run: {steps: 5}\nrl: {group_size: 8}\ndata: {task: chain_sum, num_train: 8}\n"
+        "rewards: {options: {helpful: {model: judge}}}\n"
+    )
+    (tmp_path / "train.jsonl").write_text("{}\n")
+    (tmp_path / "model").mkdir()
+    return World(tmp_path, TRAINING)
+
+
+def plan_of(world, **overrides):
+    recipe = load("p.yaml", overrides)
+    return Plan.of(recipe, "p.yaml", world.out, recipe.pipeline.seed)
+
+
+@pytest.mark.parametrize(
+    "text, value",
+    [
+        ("{a: {b: ${x}}}", {"a": {"b": "${x}"}}),
+        ("{a: [${x.y}, '${z}/w'], b: 1}", {"a": ["${x.y}", "${z}/w"], "b": 1}),
+        ("a: ${x} # ${y}", {"a": "${x}"}),
+        ("a: |\n  cost: ${x}\n", {"a": "cost: ${x}\n"}),
+    ],
+)
+def test_references_need_no_quotes_within_braces(text, value):
+    assert unprotect(yaml.safe_load(protect(text))) == value
+
+
+def test_a_reference_that_is_all_of_a_text_keeps_its_type():
+    told = {"a": ["${seed}", "s${seed}"], "b": {"c": "plain"}}
+    assert list(references(told)) == [("a[0]", "seed"), ("a[1]", "seed")]
+    assert substitute(told, lambda name: 7) == {"a": [7, "s7"], "b": {"c": "plain"}}
+
+
+def test_what_a_stage_is_told_comes_from_four_places(training):
+    plan = plan_of(training, **{"stages.zero.rl.group_size": 2})
+    zero = typed(plan, plan.stages["zero"])
+    assert zero.model.dtype == "float32"  # defaults
+    assert zero.run.steps == 5  # its recipe
+    assert zero.rl.group_size == 2  # the command line, over 8 of its recipe, over 4 of defaults
+    assert zero.rl.minibatches == 1
+    assert zero.run.seed == 7 and zero.run.folder == str(training.out / "zero")
+    told = plan.resolve(plan.stages["zero"].told, {"judge": "http://127.0.0.1:1"})
+    assert told["model"]["path"] == str(training.out / "base/hf")
+    assert told["rewards"]["options"]["helpful"] == {"model": "judge", "url": "http://127.0.0.1:1"}
+    assert plan.resolve(plan.stages["base"].told)["model"]["path"] == "./model"
+
+
+def test_a_seed_that_a_stage_sets_is_its_own(training):
+    plan = plan_of(training, **{"stages.base.run.seed": 1, "pipeline.seed": 2})
+    assert [plan.stages[name].told["run"]["seed"] for name in ("base", "zero")] == [1, 2]
+
+
+def test_references_of_served_models_are_edges(training):
+    graph = Graph(plan_of(training).stages)
+    assert graph.order == ["base", "zero"] and graph.upstream["zero"] == ("base",)
+
+
+def test_mappings_are_joined_key_by_key():
+    under = {"a": {"b": 1, "c": {"d": 2}}, "e": [1]}
+    assert merged(under, {"a": {"c": {"f": 3}}, "e": [2]}) == {
+        "a": {"b": 1, "c": {"d": 2, "f": 3}},
+        "e": [2],
+    }
+    assert under == {"a": {"b": 1, "c": {"d": 2}}, "e": [1]}
+
+
+def test_stages_are_ordered_by_what_they_need_then_as_written(world):
+    graph = Graph(plan_of(world).stages)
+    assert graph.order == ["corpus", "other", "both", "last"]
+    assert graph.needs("last") == {"corpus", "other", "both"}
+    assert graph.depths() == {"corpus": 0, "other": 0, "both": 1, "last": 2}
+
+
+STAGE = 'pipeline: {folder: out}\nstages:\n  corpus: {verb: make, function: "tiny:count", '
+ONE = STAGE + "arguments: {lines: 3}}\n"
+
+
+@pytest.mark.parametrize(
+    "recipe, said",
+    [
+        ("stages: {a: {verb: rl}}", "pipeline.folder must be set"),
+        ("pipeline: {folder: out}", "it has no stages; a recipe of one is run with its verb"),
+        ("pipeline: {foldr: out}\nstages: {a: {verb: rl}}", "did you mean folder"),
+        (STAGE + "argument: {lines: 3}}", "unknown key stages.corpus.argument; did you mean argu"),
+        (STAGE + "settings: {rl: {}}}", "settings is not for verb make; it has arguments"),
+        (STAGE + "arguments: {line: 3}}", "unknown argument line; did you mean lines?"),
+        (STAGE + "arguments: {word: c}}", "lines must be given"),
+        (ONE.replace("tiny:count", "tiny:cuont"), "no function cuont; did you mean count?"),
+        (ONE.replace("tiny:count", "teeny:count"), "no Python module teeny can be found"),
+        (ONE.replace("tiny:count", "tiny"), "as package.module:name, got 'tiny'"),
+        (ONE + "  x: {verb: slf}", "unknown verb slf; did you mean sft?"),
+        (ONE.replace("verb: make", "verb: mak"), "not for verb mak; did you mean make?"),
+        (ONE + "  x: {verb: make, function: 'tiny:join', arguments: {sources: [${corpsu.x}]}}",
+         "stages.x: sources[0]: ${corpsu.x}: no stage is called corpsu; did you mean corpus?"),
+        (ONE + "  x: {verb: make, function: 'tiny:join', arguments: {sources: [${serve.y.url}]}}",
+         "y is not in its serve; it serves nothing"),
+        (ONE + "  x: {verb: make, function: 'tiny:join', arguments: {sources: [${pipeline.sed}]}}",
+         "there is pipeline.folder, pipeline.seed"),
+        (ONE + "  x: {verb: sft, after: [korpus]}", "did you mean corpus?"),
+        (ONE + "  x: {verb: sft, recipe: nowhere.yaml}", "stages.x: recipe nowhere.yaml: no such"),
+        (ONE + "  x: {verb: sft, settings: {sft: {data: ${corpus}}}}", "model.path must be set"),
+        (ONE + "  x: {verb: sft, settings: {model: {path: gone}, sft: {data: ${corpus}}}}",
+         "stages.x: model.path: gone: no such file or folder"),
+        (ONE + "  x: {verb: sft, settings: {optimizer: {learning_rat: 1}}}",
+         "did you mean optimizer.learning_rate?"),
+        (ONE + "  x: {verb: rl, serve: {j: {task: classify}}}", "set model (vLLM serves it) or"),
+        (ONE + "  seed_3: {verb: rl}", "stages.seed_3: a stage cannot be called so"),
+        (ONE + "  a: {verb: sft, settings: {model: {path: ${b.hf}}}}\n"
+         "  b: {verb: rl, settings: {model: {path: ${c.hf}}}}\n"
+         "  c: {verb: rl, settings: {model: {path: ${a.hf}}}}\n", "stages need each other: "),
+        (ONE + "  a: {verb: rl}\n  b: {verb: rl, settings: {model: {path: ${a.metrics.json}}}}",
+         "rl leaves no metrics.json; did you mean metrics.jsonl?"),
+        (ONE.replace("out}", "out, seeds: [1, 1]}"), "has one twice"),
+        ("stages: [", "not YAML"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_named_before_anything_runs(world, capsys, recipe, said):
+    world.write(recipe)
+    assert world.run() == 2
+    assert said in capsys.readouterr().err
+    assert world.calls == [] and not world.out.exists()
+
+
+def test_all_mistakes_are_named_at_once(world, capsys):
+    """Each found by another look at the recipe."""
+    world.write(
+        """
+pipeline: {folder: out}
+stages:
+  a: {verb: make, function: "tiny:count", arguments: {lines: 3, wrd: b}}
+  b: {verb: sftt}
+  c: {verb: sft, recipe: nope.yaml}
+  d: {verb: make, function: "tiny:join", arguments: {sources: ["${aa.data.jsonl}"]}}
+  e: {verb: make, function: "tiny:join", arguments: {sources: ["${c.hf}"]}}
+"""
+    )
+    assert world.run() == 2
+    told = capsys.readouterr().err
+    mistakes = ("unknown argument wrd", "unknown verb sftt", "nope.yaml: no such file")
+    for said in (*mistakes, "no stage is called aa; did you mean a?"):
+        assert said in told, said
+    assert len(told.splitlines()) == 4
+
+
+def test_commands_can_be_printed_where_the_data_is_not(training, capsys):
+    (training.path / "train.jsonl").unlink()
+    assert training.run() == 2
+    assert "stages.base: sft.data: train.jsonl: no such file" in capsys.readouterr().err
+    assert training.run("--pipeline.dry", "true") == 0
+    told = capsys.readouterr()
+    lines = told.out.splitlines()
+    assert "missing yet: p.yaml: stages.base: sft.data: train.jsonl: no such" in told.err
+    assert lines[0] == "# base" and lines[1].endswith("megatron_r1 sft out/recipes/base.yaml")
+    assert "--served-model-name judge" in lines[3] and lines[3].endswith("&")
+
+
+def test_the_way_round_a_cycle_is_told_in_order(world, capsys):
+    world.write(
+        "pipeline: {folder: out}\nstages:\n"
+        "  a: {verb: make, function: 'tiny:join', arguments: {sources: [${b.all.txt}]}}\n"
+        "  b: {verb: make, function: 'tiny:join', arguments: {sources: [${c.all.txt}]}}\n"
+        "  c: {verb: make, function: 'tiny:join', arguments: {sources: [${a.all.txt}]}}\n"
+    )
+    assert world.run() == 2
+    way = capsys.readouterr().err.split("each other: ")[1].split()[::2]
+    assert way[0] == way[-1] and set(way) == {"a", "b", "c"}
+    # Each makes what the next needs.
+    assert all((one, next_) in {("b", "a"), ("c", "b"), ("a", "c")}
+               for one, next_ in zip(way, way[1:], strict=False))  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "option, said",
+    [
+        (("--stages.corpsu.lines", "3"), "no stage is called corpsu; did you mean corpus?"),
+        (("--stages.corpus.lins", "3"), "unknown argument lins; did you mean lines?"),
+        (("--rl.group_size", "3"), "unknown option --rl.group_size"),
+        (("--pipeline.onyl", "last"), "unknown key pipeline.onyl; did you mean only?"),
+        (("--pipeline.only", "lst"), "pipeline.only: no stage is called lst; did you mean last?"),
+        (("--pipeline.only", "last"), "last needs what is not done: both is pending"),
+    ],
+)
+def test_a_wrong_option_is_named(world, capsys, option, said):
+    assert world.run(*option) == 2
+    assert said in capsys.readouterr().err
+    assert world.calls == []
+
+
+def test_under_torchrun_it_says_where_torchrun_belongs(world, capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert world.run() == 2
+    assert "torchrun --no-python" in capsys.readouterr().err
