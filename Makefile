@@ -17,7 +17,7 @@ help:
 	@echo "make demo      a model learns to think: minutes on two CPU cores"
 	@echo "make setup     install everything into $(VENV) (3.7 GB; the others do it, too)"
 	@echo "make test      the tests that take minutes;  make test-all: the long ones as well"
-	@echo "make lint      style;  make format: mend it"
+	@echo "make lint      style, imports between packages, types;  make format: repair the style"
 	@echo "make bench     kernels and whole steps beside their public peers"
 	@echo "make docs      API pages in build/docs"
 	@echo "make clean     remove $(VENV), runs and build"
@@ -69,6 +69,8 @@ test-all: setup cluster-packages
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	$(BIN)/mypy
 
 format: setup
 	$(BIN)/ruff format .

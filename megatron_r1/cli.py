@@ -25,7 +25,8 @@ VERBS = {
     "sample": "megatron_r1.commands.sample",
 }
 """Each a module with `run(config)` and REQUIRED, the keys a recipe must set for it; perhaps
-IMPLIED, what the verb says beside them."""
+IMPLIED, settings that the verb adds, and `check(config)`, which raises ValueError for settings that
+only the verb can judge."""
 COMMANDS = {"score": "megatron_r1.commands.score"}
 """Verbs that take no recipe: each a module with `run(config, *arguments)`, ARGUMENTS, what these
 are called, and SETTINGS, the sections and keys it reads."""
@@ -104,6 +105,8 @@ def _dispatch(arguments: list[str]) -> int:
         stage = importlib.import_module(VERBS[verb])
     overrides = {**getattr(stage, "IMPLIED", {}), **_overrides(options)}
     config = configuration.load(recipe, overrides, required=stage.REQUIRED)
+    if check := getattr(stage, "check", None):
+        check(config)
     if _is_rank():
         return _serve_as_rank(config, arguments)
     stage.run(config)

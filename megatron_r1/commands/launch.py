@@ -12,13 +12,14 @@ from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
 from megatron_r1.config import RESUMABLE, Config, ModelConfig
+from megatron_r1.errors import TrainerError
 from megatron_r1.evaluation.model_folder import has_newest_export
 from megatron_r1.processes import children
 from megatron_r1.processes.authentication import RANKS_ENVIRONMENT
 from megatron_r1.processes.stopping import StopRequest
 from megatron_r1.reporting.run_folder import RunFolder
 from megatron_r1.supervision.supervisor import Supervisor
-from megatron_r1.training.client import TrainerClient, TrainerError
+from megatron_r1.training.client import TrainerClient
 from megatron_r1.training.recorder import Recorder
 from megatron_r1.weights.stored.weight_files import weight_files
 

@@ -18,7 +18,6 @@ from megatron_r1.engine import gpu
 from megatron_r1.engine.context_length import context_length
 from megatron_r1.engine.parallelism import (
     check_engines,
-    check_pushes,
     engine_settings,
     fleet_settings,
 )
@@ -44,6 +43,7 @@ from megatron_r1.supervision.supervisor import Supervisor
 from megatron_r1.training.client import TrainerClient
 from megatron_r1.training.recorder import Recorder
 from megatron_r1.weight_sync.bridge import PROBE_TOKENS, weight_bridge
+from megatron_r1.weight_sync.plan.recipe import check_pushes
 from megatron_r1.weights.stored import fp8
 
 REQUIRED = ("run.folder", "model.path")

@@ -20,7 +20,7 @@ from megatron_r1.curation.answer_log import AnswerLog
 from megatron_r1.curation.collecting import Collector
 from megatron_r1.curation.contamination import contaminated, load_avoided
 from megatron_r1.curation.curator import Curate, curate_all, write_all
-from megatron_r1.curation.filters import DUPLICATE, filters_of
+from megatron_r1.curation.filters import DUPLICATE, check_filters, filters_of
 from megatron_r1.curation.filters.worker import PooledFilters
 from megatron_r1.curation.grading import Grader
 from megatron_r1.curation.judges import AnswerJudge, make_judge
@@ -52,6 +52,11 @@ REMEDIES = {
     "labels": "sample.judge or sample.filters",
 }
 FILES = {"sft": "sft.jsonl", "pairs": "pairs.jsonl", "labels": "labels.jsonl"}
+
+
+def check(config: Config) -> None:
+    """Refuse `sample.filters` that do not exist, and options they do not take."""
+    check_filters(config.sample.filters)
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,13 @@ from megatron_r1.commands.epochs import with_steps
 from megatron_r1.commands.launch import run_stage
 from megatron_r1.commands.supervised_step import supervised_step
 from megatron_r1.config import Config
+from megatron_r1.config.algorithms import rules_of
 from megatron_r1.data.mixture import MixtureSampler, describe, load_mixture
 from megatron_r1.data.sampler import EpochSampler
 from megatron_r1.data.sft import Example, ExampleSampler, load_examples
 from megatron_r1.data.text import PromptText
 from megatron_r1.models import read_hf_config
 from megatron_r1.processes.stopping import StopRequest
-from megatron_r1.rl import algorithms
 from megatron_r1.supervision.supervisor import Supervisor
 from megatron_r1.training.client import TrainerClient
 from megatron_r1.training.recorder import Recorder
@@ -26,7 +26,7 @@ def run(config: Config) -> None:
     """Train on `sft.data` for `run.steps` batches, or `sft.epochs`. Raises ValueError before any
     long work."""
     config.model.require_language_head()
-    if algorithms.find(config.rl.algorithm).CRITIC:
+    if rules_of(config.rl.algorithm).critic:
         raise ValueError(
             f"rl.algorithm: {config.rl.algorithm} has a critic, which sft would keep in memory and "
             "not train; leave rl.algorithm out"

@@ -8,10 +8,10 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from megatron_r1.config import algorithms
 from megatron_r1.config.section import Section
 from megatron_r1.rewards.combine import DEFAULT_WEIGHTS, Weight, read_weights
 from megatron_r1.rewards.options import read_options
-from megatron_r1.rl import algorithms
 
 
 class RolloutConfig(Section):
@@ -240,30 +240,30 @@ class RLConfig(Section):
     def _defaults_of_the_algorithm(cls, given: Any) -> Any:
         if not isinstance(given, dict) or not isinstance(given.get("algorithm", ""), str):
             return given
-        return {**algorithms.find(given.get("algorithm", "grpo")).DEFAULTS, **given}
+        return {**algorithms.rules_of(given.get("algorithm", "grpo")).defaults, **given}
 
     @model_validator(mode="after")
     def _fits_the_algorithm(self):
-        algorithm = algorithms.find(self.algorithm)
-        if self.group_size < algorithm.MIN_GROUP_SIZE:
+        algorithm = algorithms.rules_of(self.algorithm)
+        if self.group_size < algorithm.min_group_size:
             raise ValueError(
-                f"rl.group_size: must be greater than or equal to {algorithm.MIN_GROUP_SIZE}, got "
+                f"rl.group_size: must be greater than or equal to {algorithm.min_group_size}, got "
                 f"{self.group_size}: the group is {self.algorithm}'s baseline"
             )
-        if self.advantage_std not in algorithm.ADVANTAGE_STDS:
+        if self.advantage_std not in algorithm.advantage_stds:
             raise ValueError(
                 f"rl.advantage_std: {self.advantage_std} is not what {self.algorithm} does; use "
-                f"{' or '.join(algorithm.ADVANTAGE_STDS)}, or leave it out"
+                f"{' or '.join(algorithm.advantage_stds)}, or leave it out"
             )
-        if self.dual_clip is not None and not algorithm.DUAL_CLIP:
+        if self.dual_clip is not None and not algorithm.dual_clip:
             raise ValueError(
                 f"rl.dual_clip: {self.dual_clip:g}: {self.algorithm} clips its weight on either "
                 "side already; leave it out"
             )
-        if self.dynamic_sampling and (self.group_size == 1 or algorithm.TEACHER):
+        if self.dynamic_sampling and (self.group_size == 1 or algorithm.teacher):
             why = (
                 "learns from its teacher, not from rewards that differ"
-                if algorithm.TEACHER
+                if algorithm.teacher
                 else "with rl.group_size: 1 has no groups whose rewards could differ"
             )
             raise ValueError(
@@ -286,7 +286,7 @@ class RLConfig(Section):
             "entropy_coef",
         )
         settings = {name: getattr(self, name) for name in names}
-        if algorithms.find(self.algorithm).KL_IN_REWARD:
+        if algorithms.rules_of(self.algorithm).kl_in_reward:
             settings["kl_beta"] = 0.0
         return {"average": self.loss_average, **settings}
 

@@ -11,7 +11,6 @@ from pydantic import Field, field_validator, model_validator
 
 from megatron_r1.config.evaluation import ServerConfig
 from megatron_r1.config.section import Section
-from megatron_r1.curation.filters import read_filters
 from megatron_r1.rewards.remote.shown import Part
 
 Output = Literal["sft", "pairs", "labels", "answers"]
@@ -146,7 +145,7 @@ class SampleConfig(Section):
         13, ge=0, description="words in a row that such a question must not share; 0: equality only"
     )
     keep: KeepConfig = KeepConfig()
-    filters: dict[str, dict[str, Any] | bool] = Field(
+    filters: dict[str, Any] = Field(
         default_factory=dict,
         description="name: its options, true, or false to switch it off; over the output's own",
     )
@@ -159,11 +158,6 @@ class SampleConfig(Section):
         description="of pairs and labels: judge (rewards.options.judge), or module:function",
     )
     pairs: PairsConfig = PairsConfig()
-
-    @field_validator("filters", mode="before")
-    @classmethod
-    def _filters(cls, filters: Any) -> Any:
-        return read_filters(filters) if isinstance(filters, dict) else filters
 
     @model_validator(mode="after")
     def _fits_together(self) -> SampleConfig:

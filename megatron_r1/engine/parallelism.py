@@ -6,9 +6,6 @@ import os
 from typing import Any
 
 from megatron_r1.config import Config, RolloutConfig, TeacherConfig
-from megatron_r1.weight_sync.plan import EngineLayout
-from megatron_r1.weight_sync.plan.engine_layout import EngineNeeds
-from megatron_r1.weight_sync.plan.fp8_blocks import check_blocks
 
 LAYOUT = {"tensor", "pipeline", "data", "expert_parallel"}
 ENGINE = LAYOUT | {"dtype", "max_num_seqs", "kv_cache_gib", "gpu_memory"}
@@ -19,11 +16,6 @@ SUPERVISION = {
     "unresponsive_seconds",
 }
 """Keys that a recipe's engines and its teacher have both."""
-
-
-def engine_layout(config: Config) -> EngineLayout:
-    """All engines, as the recipe has them."""
-    return EngineLayout(**config.rollout.model_dump(include=LAYOUT | {"engines"}))
 
 
 def fleet_settings(engines: RolloutConfig | TeacherConfig) -> dict[str, Any]:
@@ -89,22 +81,6 @@ def check_ranks(engines: RolloutConfig | TeacherConfig, hf: dict, section: str) 
             f"{section}.expert_parallel: {ranks} ranks ({section}.tensor x {section}.data) for "
             f"{experts} experts leave some with none; use more {section}.engines of fewer ranks"
         )
-
-
-def check_pushes(config: Config, hf: dict) -> None:
-    """Refuse ranks between which the trainer's weights cannot be divided, or not in FP8 blocks.
-
-    Raises:
-        ValueError: names the tensor's size, and the divisors to choose from, or the setting.
-    """
-    layout = engine_layout(config)
-    needs = EngineNeeds(hf, layout)
-    for rank in range(0, layout.ranks_per_engine, layout.tensor):  # one of each stage and copy
-        for _ in needs.needed(layout.place(rank)):
-            pass
-    if config.push.fp8:
-        parallel = config.parallel
-        check_blocks(hf, layout, tensor=parallel.tensor, expert_tensor=parallel.expert_tensor)
 
 
 def num_experts(language: dict) -> int:

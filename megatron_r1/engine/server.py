@@ -17,8 +17,8 @@ from megatron_r1.engine.errors import EngineError
 from megatron_r1.engine.log import excerpt
 from megatron_r1.engine.scratch import Scratch, shared_files
 from megatron_r1.engine.settings import EngineSettings
+from megatron_r1.processes import lifetime
 from megatron_r1.processes.children import free_port
-from megatron_r1.vllm_plugin import lifetime
 
 STOP_GRACE_SECONDS = 5.0
 KILL_SECONDS = 30.0

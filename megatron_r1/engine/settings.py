@@ -10,9 +10,10 @@ from typing import Literal
 
 from megatron_r1.engine import part
 from megatron_r1.engine.part import Part
-from megatron_r1.vllm_plugin import admission
 
-MIDDLEWARE = f"{admission.__name__}.{admission.Admission.__name__}"
+MIDDLEWARE = "megatron_r1.vllm_plugin.admission.Admission"
+SECRET = "VLLM_API_KEY"
+"""Environment variable that vLLM, and `Admission`, read an engine's secret from."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +101,7 @@ class EngineSettings:
         if self.part is not None:
             found |= part.environment(self.host)
         # Also where it is empty: the user's own is not for us.
-        return found | {admission.SECRET: self.secret} | dict(self.extra_env or {})
+        return found | {SECRET: self.secret} | dict(self.extra_env or {})
 
 
 def engine_environment(device: str, num_threads: int, kv_cache_gib: int) -> dict[str, str]:

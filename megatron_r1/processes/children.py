@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import os
 import random
@@ -12,14 +11,7 @@ import socket
 import subprocess
 from pathlib import Path
 
-PR_SET_PDEATHSIG = 1
-
-
-def die_with_parent() -> None:
-    """Have the kernel kill this process when the thread that started it ends, even by kill -9
-    (Linux).
-    """
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+from megatron_r1.processes.lifetime import die_with_parent
 
 
 def start(command: list[str], log: Path, environment: dict[str, str]) -> subprocess.Popen:

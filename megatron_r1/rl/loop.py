@@ -47,11 +47,11 @@ async def train(session: Session) -> None:
 async def update(session: Session, algorithm: Algorithm, index: int) -> dict[str, float]:
     """One optimizer step on mini-batch `index`: the critic's, where there is one, and the policy's,
     once the critic is warm."""
-    if not algorithm.CRITIC:
-        return await session.update(index, algorithm.LOSS)
+    if not algorithm.rules.critic:
+        return await session.update(index, algorithm.loss)
     measured = await session.update_critic(index)
     if not session.is_warming_up:
-        measured |= await session.update(index, algorithm.LOSS)
+        measured |= await session.update(index, algorithm.loss)
     return measured
 
 

@@ -173,9 +173,9 @@ class Session:
         """Log-probabilities under π_old and π_ref, and the critic's values, which stay with the
         trainer. Those of the first mini-batch under π_old come with its update, unless advantages
         are made of them or replayed routing is measured before."""
-        if algorithm.CRITIC:
+        if algorithm.rules.critic:
             await self.trainer.call("values")
-        makes_advantages = algorithm.TOKEN_ADVANTAGES is not None
+        makes_advantages = algorithm.token_advantages is not None
         return await self.trainer.call(
             "score",
             temperature=self.config.rollout.temperature,
@@ -185,7 +185,7 @@ class Session:
 
     async def token_advantages(self, algorithm: Algorithm) -> dict[str, float]:
         """Each token its own advantage, where the algorithm says so."""
-        function = algorithm.TOKEN_ADVANTAGES
+        function = algorithm.token_advantages
         if function is None:
             return {}
         settings = self.config.rl.token_settings
@@ -212,7 +212,7 @@ class Session:
     @property
     def _num_updates(self) -> int:
         """Of the policy, in the whole run: none while its critic warms up."""
-        has_critic = algorithms.find(self.config.rl.algorithm).CRITIC
+        has_critic = algorithms.find(self.config.rl.algorithm).rules.critic
         waits = self.config.critic.warmup_steps if has_critic else 0
         return max(1, self.config.run.steps - waits) * self.config.rl.minibatches
 

@@ -8,13 +8,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from megatron_r1.config import Config
+from megatron_r1.config.algorithms import rules_of
 from megatron_r1.data.tokenizer import load_tokenizer
 from megatron_r1.engine import gpu
 from megatron_r1.engine.context_length import context_length, positions
 from megatron_r1.engine.parallelism import check_ranks, engine_settings, fleet_settings
 from megatron_r1.fleet.fleet import RolloutFleet
 from megatron_r1.fleet.served import ServedFleet
-from megatron_r1.rl import algorithms
 
 NUM_SHOWN = 5
 """Tokens named in an error."""
@@ -51,7 +51,7 @@ def check_teacher(config: Config) -> None:
             write is another one, or none, to it.
     """
     path, rollout, algorithm = config.teacher.path, config.rollout, config.rl.algorithm
-    if bool(path) != algorithms.find(algorithm).TEACHER:
+    if bool(path) != rules_of(algorithm).teacher:
         raise ValueError(
             f"teacher.path: {path} would not be asked by rl.algorithm: {algorithm}; set that to "
             "on_policy_distillation, or leave the teacher out"

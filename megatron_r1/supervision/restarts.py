@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 
-from megatron_r1.training.client import TrainerClient, TrainerLost
+from megatron_r1.errors import TrainerLost
+from megatron_r1.training.client import TrainerClient
 from megatron_r1.training.recorder import Recorder
 
 

@@ -10,7 +10,7 @@ import secrets
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -21,6 +21,7 @@ import msgspec
 import zmq
 
 from megatron_r1.config import Config
+from megatron_r1.errors import TrainerError, TrainerLost
 from megatron_r1.models import read_hf_config
 from megatron_r1.processes import children
 from megatron_r1.processes.authentication import RANKS_ENVIRONMENT
@@ -30,14 +31,6 @@ from megatron_r1.training.rank_socket import RankSocket
 from megatron_r1.training.wire import Call, Microbatches, Reply, Sample, Share
 
 POLL_SECONDS = 0.5
-
-
-class TrainerError(RuntimeError):
-    """A trainer rank failed or vanished; the message says which and why."""
-
-
-class TrainerLost(TrainerError):
-    """The ranks are of no use any more; started anew from a checkpoint they may go on."""
 
 
 def _require_finite(metrics: dict[str, float], names: tuple[str, ...], rate: str) -> None:
@@ -210,6 +203,17 @@ class TrainerClient:
         come, calls before it being done."""
         replies = await self._everywhere(operation, arguments, begun=begun)
         return [replies[rank] for rank in range(len(self.places))]
+
+    async def probe(
+        self, sequences: Sequence[tuple[Sequence[int], Sequence[int], Sequence[float]]]
+    ) -> float:
+        """Return the mean absolute difference between the engine's and the trainer's
+        log-probabilities of the sampled tokens.
+
+        sequences: (prompt_ids, response_ids, logprobs) of each.
+        """
+        samples = [Sample.pack(*sequence) for sequence in sequences]
+        return (await self.call("probe", samples=samples))["probe/mean"]
 
     async def restart(self) -> None:
         """Kill what is left of the ranks and start all anew, which know nothing of what was before;

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from megatron_r1.config import Config
+from megatron_r1.config.algorithms import rules_of
 from megatron_r1.config.critic import critic_config
 from megatron_r1.models.hf_config import read_hf_config
-from megatron_r1.rl import algorithms
 from megatron_r1.training import construction
 from megatron_r1.training.distributed import Place
 from megatron_r1.training.losses import LossTerms
@@ -29,7 +29,7 @@ from megatron_r1.training.passes import (
 
 def needs_critic(config: Config) -> bool:
     """Whether the recipe's algorithm has one; a model that is a score itself is no policy."""
-    return config.model.head == "language" and algorithms.find(config.rl.algorithm).CRITIC
+    return config.model.head == "language" and rules_of(config.rl.algorithm).critic
 
 
 class Critic:

@@ -21,7 +21,8 @@ def register() -> None:
     """Add our weight-transfer backends and mend vLLM's CPU build. Safe to call repeatedly."""
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
-    from megatron_r1.vllm_plugin import lifetime, stacks
+    from megatron_r1.processes import lifetime
+    from megatron_r1.vllm_plugin import stacks
 
     for name, (module, class_name) in BACKENDS.items():
         if name not in WeightTransferEngineFactory._registry:

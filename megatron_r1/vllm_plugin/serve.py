@@ -12,9 +12,10 @@ import os
 import signal
 import sys
 
+from megatron_r1.processes import lifetime
 from megatron_r1.processes.imports import quick_imports
 from megatron_r1.processes.memory import keep_freed_memory
-from megatron_r1.vllm_plugin import lifetime, stacks
+from megatron_r1.vllm_plugin import stacks
 
 
 def fork_on_cpu() -> None:

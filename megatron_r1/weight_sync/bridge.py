@@ -18,14 +18,13 @@ from megatron_r1.config import Config
 from megatron_r1.config.push import PushConfig
 from megatron_r1.engine.client import Response
 from megatron_r1.engine.errors import EngineDied, EngineError, EngineFault
-from megatron_r1.engine.parallelism import engine_layout
+from megatron_r1.errors import TrainerError
 from megatron_r1.fleet.engine import Engine
 from megatron_r1.fleet.fleet import RolloutFleet
 from megatron_r1.fleet.placement import hosts_address
 from megatron_r1.models import read_hf_config
-from megatron_r1.training.client import TrainerError
-from megatron_r1.training.wire import Sample
 from megatron_r1.weight_sync.plan.fp8_blocks import pushed_tensors
+from megatron_r1.weight_sync.plan.recipe import engine_layout
 
 PROBE_TOKENS = 8
 CONNECT_SECONDS = 120.0
@@ -37,9 +36,11 @@ bfloat16 0.01 to 0.05 (an expert chosen otherwise); weights of another version g
 
 
 class Trainer(Protocol):
-    """What a bridge needs of `TrainerClient`."""
+    """The methods of `TrainerClient` that a bridge uses."""
 
-    async def call(self, operation: str, **arguments: Any) -> dict[str, Any]: ...
+    async def probe(
+        self, sequences: Sequence[tuple[Sequence[int], Sequence[int], Sequence[float]]]
+    ) -> float: ...
 
     async def call_all(
         self, operation: str, *, begun: Callable[[], object] | None = None, **arguments: Any
@@ -351,11 +352,12 @@ class WeightBridge:
                 answers = await self._answers(engine)
             except EngineFault as fault:
                 raise EngineDied(f"{engine.name} did not answer the probes: {fault}") from fault
-        samples = [
-            Sample.pack(probe, made.token_ids, made.logprobs)
-            for probe, (made,) in zip(self.probes, answers, strict=True)
-        ]
-        return (await self.trainer.call("probe", samples=samples))["probe/mean"]
+        return await self.trainer.probe(
+            [
+                (probe, response.token_ids, response.logprobs)
+                for probe, (response,) in zip(self.probes, answers, strict=True)
+            ]
+        )
 
     async def _answers(self, engine: Engine) -> list[list[Response]]:
         """To each probe one."""

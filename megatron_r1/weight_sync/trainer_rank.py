@@ -11,7 +11,6 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_r1.config.training import ParallelConfig
-from megatron_r1.training import distributed
 from megatron_r1.weight_sync.plan import TrainerGrid
 from megatron_r1.weight_sync.send.sender import WeightSender
 from megatron_r1.weights.layout import stage_shards
@@ -69,5 +68,6 @@ def _store() -> tuple[dist.TCPStore, list]:
     store = None
     if dist.get_rank() == 0:
         store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
-    port = int(distributed.from_rank_zero(store and str(store.port)))
-    return store or dist.TCPStore(host, port, is_master=False), [host, port]
+    port = [store and store.port]
+    dist.broadcast_object_list(port, src=0)
+    return store or dist.TCPStore(host, port[0], is_master=False), [host, port[0]]

@@ -67,8 +67,10 @@ def _check_stage(plan: Plan, stage: Stage, verbs: Mapping[str, str]) -> None:
     if stage.is_function:
         _check_function(where, config.function, config.arguments)
     elif config.verb in verbs:
-        required = importlib.import_module(verbs[config.verb]).REQUIRED
-        typed(plan, stage, required)
+        command = importlib.import_module(verbs[config.verb])
+        settings = typed(plan, stage, command.REQUIRED)
+        if check := getattr(command, "check", None):
+            check(settings)
     else:
         known = [MAKE, *verbs]
         near = did_you_mean(config.verb, known, "{}") or f"; there are {', '.join(known)}"

@@ -17,7 +17,7 @@ import sys
 import time
 from pathlib import Path
 
-from megatron_r1.processes.children import die_with_parent
+from megatron_r1.processes.lifetime import die_with_parent
 
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
 KILL = signal.SIGUSR1

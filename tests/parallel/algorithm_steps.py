@@ -74,7 +74,7 @@ def advantages_of(trainer, place, name: str, rl, names) -> dict[str, list[float]
     for batch in batches:
         guess = (0.3 * batch.targets + 0.11 * batch.position_ids[0]).sin()
         batch.values = torch.where(batch.is_response, guess, 0.0)
-    trainer.token_advantages(algorithms.find(name).TOKEN_ADVANTAGES, rl.token_settings)
+    trainer.token_advantages(algorithms.find(name).token_advantages, rl.token_settings)
     found: dict[str, list[float]] = {}
     if place.last_stage:
         for batch, own in zip(batches, [own for step in names for own in step], strict=False):
@@ -106,7 +106,7 @@ def main() -> None:
                 "max_response_tokens": LIMIT,
             }
             report[name] = {"advantages": advantages_of(trainer, place, name, rl, names)}
-            loss = algorithms.find(name).LOSS
+            loss = algorithms.find(name).loss
             report[name]["updates"] = [trainer.update(i, loss, told, RATE) for i in (0, 1)]
         weights.write_hf(trainer.bare, trainer.hf, out / f"{grid}.safetensors", dtype=torch.float32)
         first = place.data_rank == place.tensor_rank == 0

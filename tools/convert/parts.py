@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from megatron_r1.processes.children import die_with_parent
+from megatron_r1.processes.lifetime import die_with_parent
 
 SECONDS_BETWEEN_LINES = 10
 

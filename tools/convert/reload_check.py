@@ -16,7 +16,7 @@ import torch
 from comparison import Sides, compare
 from sources import open_weights, read_config
 
-from megatron_r1.processes.children import die_with_parent
+from megatron_r1.processes.lifetime import die_with_parent
 from megatron_r1.weights.layout import hf_tensors
 
 HERE = Path(__file__).parent

@@ -8,13 +8,13 @@ from importlib import import_module
 from typing import Literal
 
 from megatron_r1.config import Config, ParallelConfig, SampleConfig
+from megatron_r1.config.algorithms import rules_of
 from megatron_r1.config.critic import critic_config
 from megatron_r1.config.reward_model import RewardModelConfig
 from megatron_r1.config.training import SFTConfig
 from megatron_r1.engine.parallelism import check_engines
 from megatron_r1.models.hf_config import architecture, read_hf_config
 from megatron_r1.reporting.wording import counted
-from megatron_r1.rl.algorithms import find
 from megatron_r1.weights.layout import Shard, stage_shards, table
 from megatron_r1.weights.rules import Table
 from tools.plan.hardware import Assumptions, Hardware
@@ -172,7 +172,7 @@ class Job:
     def critic(self) -> Job | None:
         """PPO's second model on the same ranks, as a job that scores and trains what this one
         samples; None for an algorithm without one."""
-        if self.verb != "rl" or self.is_critic or not find(self.config.rl.algorithm).CRITIC:
+        if self.verb != "rl" or self.is_critic or not rules_of(self.config.rl.algorithm).critic:
             return None
         config = critic_config(self.config)
         hf = read_hf_config(config.model.path, "score", "critic.path")

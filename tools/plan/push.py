@@ -6,10 +6,10 @@ import json
 from functools import lru_cache
 from typing import Literal
 
-from megatron_r1.engine.parallelism import engine_layout as layout_of
 from megatron_r1.reporting.wording import counted
 from megatron_r1.weight_sync.plan import EngineLayout, Planner, TrainerGrid
 from megatron_r1.weight_sync.plan.engine_layout import EngineNeeds
+from megatron_r1.weight_sync.plan.recipe import engine_layout as layout_of
 from megatron_r1.weight_sync.plan.traffic import ByteCount, fp8_bytes, plain_bytes, traffic
 from tools.plan.hardware import GIB
 from tools.plan.job import Job

@@ -51,8 +51,8 @@ EXAMPLE = Candidate(0, "<think>Two and two.</think> It is 4.", num_tokens=9)
 Filters = Mapping[str, Mapping[str, Any]]
 
 
-def read_filters(given: Mapping[str, Any]) -> dict[str, dict[str, Any] | bool]:
-    """A recipe's `sample.filters`: name → options, true or false.
+def check_filters(given: Mapping[str, Any]) -> None:
+    """Check a recipe's `sample.filters`: name → options, true or false.
 
     Raises ValueError naming the filter and the option for an unknown one, and for an option's value
     that the filter does not take.
@@ -82,7 +82,6 @@ def read_filters(given: Mapping[str, Any]) -> dict[str, dict[str, Any] | bool]:
                 REGISTRY[name](EXAMPLE, make_prompt("2 + 2?", "math", "4", {}), **options)
             except (ValueError, TypeError) as error:
                 raise ValueError(f"{place}: {error}") from None
-    return dict(given)
 
 
 def option_names(name: str) -> list[str]:

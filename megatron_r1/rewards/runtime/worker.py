@@ -12,7 +12,7 @@ from typing import BinaryIO
 
 import msgspec
 
-from megatron_r1.processes.children import die_with_parent
+from megatron_r1.processes.lifetime import die_with_parent
 from megatron_r1.rewards.base import MAX_REASON_CHARS, UNGRADED, Grade, shorten
 from megatron_r1.rewards.runtime.calling import describe_misfit
 from megatron_r1.rewards.runtime.protocol import LENGTH, Job, Reply, frame

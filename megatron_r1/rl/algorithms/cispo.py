@@ -21,17 +21,8 @@ if TYPE_CHECKING:
     from megatron_r1.training.losses import LossTerms
     from megatron_r1.training.packed import PackedBatch
 
-__all__ = ["DEFAULTS", "DUAL_CLIP", "LOSS", "advantages", "loss"]
+__all__ = ["LOSS", "advantages", "loss"]
 
-DEFAULTS: dict[str, Any] = {
-    "clip_low": 10.0,
-    "clip_high": 4.0,
-    "loss_average": "token",
-    "dynamic_sampling": True,
-    "overlong_buffer": 0.2,
-    "kl_beta": 0.0,
-}
-DUAL_CLIP = False
 LOSS = "megatron_r1.rl.algorithms.cispo:loss"
 
 

@@ -10,17 +10,6 @@ tokens before the length limit (`overlong_buffer`, 3.4: 4,096 of 20,480). No KL.
 
 from __future__ import annotations
 
-from typing import Any
-
 from megatron_r1.rl.algorithms.grpo import LOSS, advantages
 
-__all__ = ["DEFAULTS", "LOSS", "advantages"]
-
-DEFAULTS: dict[str, Any] = {
-    "clip_low": 0.2,
-    "clip_high": 0.28,
-    "dynamic_sampling": True,
-    "loss_average": "token",
-    "overlong_buffer": 0.2,
-    "kl_beta": 0.0,
-}
+__all__ = ["LOSS", "advantages"]

@@ -10,16 +10,6 @@ constant). No KL.
 
 from __future__ import annotations
 
-from typing import Any
-
 from megatron_r1.rl.algorithms.grpo import LOSS, advantages
 
-__all__ = ["DEFAULTS", "LOSS", "advantages"]
-
-DEFAULTS: dict[str, Any] = {
-    "advantage_std": "none",
-    "loss_average": "constant",
-    "clip_low": 0.2,
-    "clip_high": 0.2,
-    "kl_beta": 0.0,
-}
+__all__ = ["LOSS", "advantages"]

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from megatron_r1.training.losses import LossTerms
     from megatron_r1.training.packed import PackedBatch
 
-DEFAULTS: dict[str, Any] = {}
 LOSS = "megatron_r1.rl.algorithms.grpo:loss"
 
 

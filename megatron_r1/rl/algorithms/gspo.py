@@ -11,16 +11,6 @@ update, which upset token ratios, hardly move it.
 
 from __future__ import annotations
 
-from typing import Any
-
 from megatron_r1.rl.algorithms.grpo import LOSS, advantages
 
-__all__ = ["DEFAULTS", "LOSS", "advantages"]
-
-DEFAULTS: dict[str, Any] = {
-    "ratio_level": "sequence",
-    "clip_low": 3e-4,
-    "clip_high": 4e-4,
-    "minibatches": 4,
-    "kl_beta": 0.0,
-}
+__all__ = ["LOSS", "advantages"]

@@ -23,26 +23,13 @@ if TYPE_CHECKING:
     from megatron_r1.training.token_advantages import Scored
 
 __all__ = [
-    "ADVANTAGE_STDS",
-    "DEFAULTS",
     "LOSS",
-    "MIN_GROUP_SIZE",
-    "TEACHER",
     "TOKEN_ADVANTAGES",
     "advantages",
     "token_advantages",
 ]
 
-DEFAULTS: dict[str, Any] = {
-    "advantage_std": "none",
-    "loss_average": "token",
-    "discount": 0.0,
-    "kl_beta": 0.0,
-}
 TOKEN_ADVANTAGES = "megatron_r1.rl.algorithms.on_policy_distillation:token_advantages"
-ADVANTAGE_STDS = ("none",)
-MIN_GROUP_SIZE = 1
-TEACHER = True
 
 
 def advantages(groups: list[list[float | None]], rl: RLConfig) -> list[list[float]]:

@@ -24,29 +24,13 @@ if TYPE_CHECKING:
     from megatron_r1.training.token_advantages import Scored
 
 __all__ = [
-    "ADVANTAGE_STDS",
-    "CRITIC",
-    "DEFAULTS",
-    "KL_IN_REWARD",
     "LOSS",
-    "MIN_GROUP_SIZE",
     "TOKEN_ADVANTAGES",
     "advantages",
     "token_advantages",
 ]
 
-DEFAULTS: dict[str, Any] = {
-    "advantage_std": "batch",
-    "clip_low": 0.2,
-    "clip_high": 0.2,
-    "gae_lambda": 1.0,
-    "discount": 1.0,
-}
 TOKEN_ADVANTAGES = "megatron_r1.rl.algorithms.ppo:token_advantages"
-KL_IN_REWARD = True
-ADVANTAGE_STDS = ("batch", "none")
-MIN_GROUP_SIZE = 1
-CRITIC = True
 
 
 def advantages(groups: list[list[float | None]], rl: RLConfig) -> list[list[float]]:

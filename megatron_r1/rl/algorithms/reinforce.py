@@ -12,7 +12,7 @@ mean holds the output's own reward, which scales the gradient by (N - 1) / N. No
 from __future__ import annotations
 
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from megatron_r1.rl.advantages import graded, over_batch_std
 from megatron_r1.rl.algorithms.grpo import LOSS
@@ -20,16 +20,7 @@ from megatron_r1.rl.algorithms.grpo import LOSS
 if TYPE_CHECKING:
     from megatron_r1.config import RLConfig
 
-__all__ = ["ADVANTAGE_STDS", "DEFAULTS", "LOSS", "MIN_GROUP_SIZE", "advantages"]
-
-DEFAULTS: dict[str, Any] = {
-    "advantage_std": "none",
-    "loss_average": "constant",
-    "minibatches": 1,
-    "kl_beta": 0.0,
-}
-ADVANTAGE_STDS = ("none", "batch")
-MIN_GROUP_SIZE = 1
+__all__ = ["LOSS", "advantages"]
 
 
 def advantages(groups: list[list[float | None]], rl: RLConfig) -> list[list[float]]:

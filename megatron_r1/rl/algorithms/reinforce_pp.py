@@ -22,27 +22,13 @@ if TYPE_CHECKING:
     from megatron_r1.training.token_advantages import Scored
 
 __all__ = [
-    "ADVANTAGE_STDS",
-    "DEFAULTS",
-    "KL_IN_REWARD",
     "LOSS",
-    "MIN_GROUP_SIZE",
     "TOKEN_ADVANTAGES",
     "advantages",
     "token_advantages",
 ]
 
-DEFAULTS: dict[str, Any] = {
-    "advantage_std": "batch",
-    "loss_average": "token",
-    "clip_low": 0.2,
-    "clip_high": 0.2,
-    "kl_beta": 0.01,
-}
 TOKEN_ADVANTAGES = "megatron_r1.rl.algorithms.reinforce_pp:token_advantages"
-KL_IN_REWARD = True
-ADVANTAGE_STDS = ("batch",)
-MIN_GROUP_SIZE = 1
 
 
 def advantages(groups: list[list[float | None]], rl: RLConfig) -> list[list[float]]:

@@ -15,7 +15,7 @@ One update per rollout, so that ρ is 1; see `reinforce`. β and G are the sourc
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from megatron_r1.rl.advantages import graded
 from megatron_r1.rl.algorithms.grpo import LOSS
@@ -24,24 +24,12 @@ if TYPE_CHECKING:
     from megatron_r1.config import RLConfig
 
 __all__ = [
-    "ADVANTAGE_STDS",
-    "DEFAULTS",
-    "KL_IN_REWARD",
     "LOSS",
     "TOKEN_ADVANTAGES",
     "advantages",
 ]
 
-DEFAULTS: dict[str, Any] = {
-    "group_size": 4,
-    "advantage_std": "none",
-    "loss_average": "constant",
-    "minibatches": 1,
-    "kl_beta": 0.03,
-}
 TOKEN_ADVANTAGES = "megatron_r1.training.token_advantages:reward_to_go"
-KL_IN_REWARD = True
-ADVANTAGE_STDS = ("none",)
 
 
 def advantages(groups: list[list[float | None]], rl: RLConfig) -> list[list[float]]:

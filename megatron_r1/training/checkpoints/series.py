@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_r1.config import CheckpointConfig
+from megatron_r1.errors import TrainerError
 from megatron_r1.training.checkpoints import finding
 from megatron_r1.training.checkpoints.finding import STATE_FILE, Damaged
-from megatron_r1.training.client import TrainerClient, TrainerError
+from megatron_r1.training.client import TrainerClient
 
 
 @dataclass

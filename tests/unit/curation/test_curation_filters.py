@@ -5,9 +5,8 @@ import re
 
 import pytest
 
-from megatron_r1.config.sample import SampleConfig
 from megatron_r1.curation.candidate import Candidate
-from megatron_r1.curation.filters import NAMES, REGISTRY, filters_of, first_objection
+from megatron_r1.curation.filters import NAMES, REGISTRY, check_filters, filters_of, first_objection
 from megatron_r1.curation.filters.worker import PooledFilters
 from megatron_r1.data.prompts import make_prompt
 from megatron_r1.rewards.runtime.pool import RewardPool
@@ -195,5 +194,5 @@ def test_the_first_filter_that_objects_gives_the_reason():
 )  # fmt: skip
 def test_a_mistake_is_named_when_the_recipe_is_read(filters, message):
     with pytest.raises(ValueError) as error:
-        SampleConfig(filters=filters)
+        check_filters(filters)
     assert message in str(error.value)

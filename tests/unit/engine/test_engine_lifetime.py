@@ -8,7 +8,7 @@ from liveness import is_alive, wait_until_dead
 
 ENGINE = """
 import time
-from megatron_r1.vllm_plugin import lifetime
+from megatron_r1.processes import lifetime
 lifetime.end_without_parent()
 print("lives", flush=True)
 time.sleep(60)

@@ -10,7 +10,7 @@ import pytest
 from spoken_host import COORDINATOR, SpokenHost
 
 from megatron_r1 import config
-from megatron_r1.engine import part
+from megatron_r1.engine import part as engine_part
 from megatron_r1.engine.errors import EngineError
 from megatron_r1.engine.part import Part
 from megatron_r1.fleet.hosts.pool import HostPool
@@ -167,20 +167,20 @@ def test_a_host_that_vanishes_is_to_blame_also_where_another_part_ended_before(w
 def test_ranks_are_shared_out_in_order():
     part = Part(2, 4)
     assert part.copies(16) == 4
-    said = part.arguments(part, 16, COORDINATOR)
+    said = engine_part.arguments(part, 16, COORDINATOR)
     pairs = dict(zip(said, said[1:], strict=False))
     assert pairs["--data-parallel-start-rank"] == "8" and "--headless" in said
     assert pairs["--data-parallel-address"] == "10.0.0.1"
     assert pairs["--data-parallel-rpc-port"] == "4711"
-    assert "--headless" not in part.arguments(Part(0, 4), 16, COORDINATOR)
+    assert "--headless" not in engine_part.arguments(Part(0, 4), 16, COORDINATOR)
 
 
 def test_gloo_is_told_the_interface_that_others_reach(monkeypatch):
     monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
-    assert part.environment("127.0.0.1")["GLOO_SOCKET_IFNAME"] == "lo"
-    assert "GLOO_SOCKET_IFNAME" not in part.environment("192.0.2.1")  # nobody's
+    assert engine_part.environment("127.0.0.1")["GLOO_SOCKET_IFNAME"] == "lo"
+    assert "GLOO_SOCKET_IFNAME" not in engine_part.environment("192.0.2.1")  # nobody's
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth7")
-    assert part.environment("127.0.0.1")["GLOO_SOCKET_IFNAME"] == "eth7"
+    assert engine_part.environment("127.0.0.1")["GLOO_SOCKET_IFNAME"] == "eth7"
 
 
 @pytest.mark.parametrize(

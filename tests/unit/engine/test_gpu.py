@@ -17,9 +17,7 @@ int cuDeviceGetCount(int *count) { *count = %d; return 0; }
 
 
 def test_it_is_torch_s_answer_and_does_not_import_torch():
-    program = (
-        "import sys; from megatron_r1 import gpu; print(gpu.is_usable(), 'torch' in sys.modules)"
-    )
+    program = "import sys; from megatron_r1.engine import gpu; print(gpu.is_usable(), 'torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.stdout.split() == [str(torch.cuda.is_available()), "False"], done.stderr
 
@@ -42,7 +40,7 @@ def test_torch_is_built_for_it_and_the_driver_shows_one(
     program = "; ".join(
         [
             f"import sys; sys.path.insert(0, {str(tmp_path)!r})",
-            "from megatron_r1 import gpu",
+            "from megatron_r1.engine import gpu",
             f"gpu.DRIVER = {str(library)!r}",
             "print(gpu.is_usable())",
         ]

@@ -5,10 +5,11 @@ import json
 import pytest
 
 from megatron_r1.config import parse
-from megatron_r1.engine.parallelism import check_engines, check_pushes, engine_layout
+from megatron_r1.engine.parallelism import check_engines
 from megatron_r1.engine.server import EngineServer
 from megatron_r1.fleet.launching import share_of_gpus, vocabulary
 from megatron_r1.weight_sync.plan import EngineLayout
+from megatron_r1.weight_sync.plan.recipe import check_pushes, engine_layout
 
 DENSE = {
     "architectures": ["Qwen2ForCausalLM"],

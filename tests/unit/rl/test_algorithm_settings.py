@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from megatron_r1.config import Config, RLConfig, dump, load, parse
+from megatron_r1.config.algorithms import NAMES
 from megatron_r1.data.prompts import make_prompt
 from megatron_r1.engine.client import Response
 from megatron_r1.rl import algorithms
@@ -41,35 +42,35 @@ def test_the_recipe_comes_before_the_preset_before_the_algorithm_before_the_fiel
 
 def test_what_is_written_down_is_what_is_read_again(tmp_path):
     path = tmp_path / "config.yaml"
-    for name in algorithms.NAMES:
+    for name in NAMES:
         config = Config(rl={"algorithm": name})
         path.write_text(dump(config))
         assert load(path) == config == parse(config.model_dump())
 
 
-@pytest.mark.parametrize("name", algorithms.NAMES)
+@pytest.mark.parametrize("name", NAMES)
 def test_an_algorithm_s_defaults_are_settings_that_fit_it(name):
     algorithm = algorithms.find(name)
     assert algorithm.name == name
     settings = RLConfig(algorithm=name)
-    for key, value in algorithm.DEFAULTS.items():
+    for key, value in algorithm.rules.defaults.items():
         assert getattr(settings, key) == value
-    assert settings.advantage_std in algorithm.ADVANTAGE_STDS
+    assert settings.advantage_std in algorithm.rules.advantage_stds
 
 
 def test_the_page_names_every_algorithm_with_its_defaults():
     page = (ROOT / "docs/algorithms.md").read_text(encoding="utf-8")
     rows = [line.split(" | ") for line in page.splitlines() if line[:3] == "| `"]
     defaults = {row[0].strip("| `"): row[3] for row in rows[1:] if len(row) == 6}
-    assert defaults.keys() == set(algorithms.NAMES)
+    assert defaults.keys() == set(NAMES)
     for name, said in defaults.items():
-        pairs = [f"`{key}` {value}" for key, value in algorithms.find(name).DEFAULTS.items()]
+        pairs = [f"`{key}` {value}" for key, value in algorithms.find(name).rules.defaults.items()]
         assert said.lower() == (", ".join(pairs).lower() or "-"), name
 
 
 def test_the_penalty_of_kl_is_in_the_reward_or_in_the_loss_but_not_in_both():
     in_reward = {"rloo", "reinforce_pp", "ppo"}
-    for name in algorithms.NAMES:
+    for name in NAMES:
         settings = RLConfig(algorithm=name, kl_beta=0.5)
         assert settings.token_settings["kl_beta"] == 0.5
         assert settings.loss_settings["kl_beta"] == (0.0 if name in in_reward else 0.5)
@@ -101,7 +102,7 @@ def test_one_output_a_question_is_enough_where_the_group_is_no_baseline():
 def test_the_controller_knows_every_algorithm_without_torch():
     code = (
         "import sys; from megatron_r1.rl import algorithms, loop; "
-        "[algorithms.find(name) for name in algorithms.NAMES]; "
+        f"[algorithms.find(name) for name in {NAMES!r}]; "
         "print({m for m in sys.modules} & {'torch', 'megatron', 'vllm'})"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -154,7 +155,7 @@ def test_the_policy_waits_for_the_critic_to_be_warm():
     assert asyncio.run(update(warm, ppo, 3)) == {"value/loss": 2.0, "loss": 1.0}
     assert asyncio.run(update(warm, grpo, 4)) == {"loss": 1.0}
     assert cold.asked == [(3, "critic")]
-    assert warm.asked == [(3, "critic"), (3, ppo.LOSS), (4, grpo.LOSS)]
+    assert warm.asked == [(3, "critic"), (3, ppo.loss), (4, grpo.loss)]
 
 
 def test_only_the_rollouts_of_the_warm_up_are_without_a_policy_update():

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from megatron_r1.config import Config
+from megatron_r1.config.algorithms import NAMES
 from megatron_r1.rl import algorithms
 from megatron_r1.training.head import Head
 from megatron_r1.training.losses import find_function, find_loss
@@ -116,21 +117,21 @@ def ours(problem, name, settings):
     algorithm = algorithms.find(name)
     by_group = algorithm.advantages(REWARDS, config.rl)
     numbers = [number for group in by_group for number in group]
-    first_old = algorithm.TOKEN_ADVANTAGES is not None
+    first_old = algorithm.token_advantages is not None
     steps = [
         [problem.batch(members[a : a + 4], numbers, first_old) for a in (0, 4)]
         for members in problem.minibatches
     ]
     if first_old:
         every = [batch for step in steps for batch, _ in step]
-        function = find_function(algorithm.TOKEN_ADVANTAGES, "token advantages")
+        function = find_function(algorithm.token_advantages, "token advantages")
         function(Scored(every), config.rl.token_settings)
     settings = {**config.rl.loss_settings, "max_response_tokens": LIMIT}
     for step in steps:
         terms = []
         for batch, hidden in step:
             head = Head(batch, hidden, problem.weight, TEMPERATURE, None, VOCABULARY)
-            terms.append(find_loss(algorithm.LOSS)(batch, head, settings))
+            terms.append(find_loss(algorithm.loss)(batch, head, settings))
         total = sum(t.loss for t in terms) / sum(t.denominator for t in terms)
         total.backward()
         yield total.detach(), problem.gradients(), terms, [batch for batch, _ in step]
@@ -309,7 +310,7 @@ def test_rewards_that_are_all_equal_are_normalised_to_0():
         [Sample.pack([1], [2] * n, None, 0.7) for n in (1, 4, 9)], Split(), torch.device("cpu")
     )
     settings = {"kl_beta": 0.0, "discount": 1.0, "advantage_epsilon": 0.0}
-    find_function(algorithms.find("reinforce_pp").TOKEN_ADVANTAGES, "x")(Scored([batch]), settings)
+    find_function(algorithms.find("reinforce_pp").token_advantages, "x")(Scored([batch]), settings)
     assert batch.advantages.abs().max() < 1e-6
 
 
@@ -344,11 +345,11 @@ def test_a_micro_batch_without_samples_is_left_as_it_is():
     batch.logprobs["old"] = batch.logprobs["reference"] = torch.zeros(2)
     scored = Scored([batch])
     settings = {"kl_beta": 0.1, "discount": 1.0, "advantage_epsilon": 1e-6}
-    find_function(algorithms.find("reinforce_pp").TOKEN_ADVANTAGES, "x")(scored, settings)
+    find_function(algorithms.find("reinforce_pp").token_advantages, "x")(scored, settings)
     assert batch.advantages.tolist() == [0.0, 0.0]
 
 
-@pytest.mark.parametrize("name", sorted({*algorithms.NAMES} - {"on_policy_distillation"}))
+@pytest.mark.parametrize("name", sorted({*NAMES} - {"on_policy_distillation"}))
 def test_rewards_that_are_no_numbers_are_refused(name):
     rl = Config(rl={"algorithm": name}).rl
     with pytest.raises(ValueError, match="must be finite"):

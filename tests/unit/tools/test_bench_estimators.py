@@ -17,7 +17,7 @@ from estimators.settings import CHOICES  # noqa: E402
 
 from megatron_r1 import cli  # noqa: E402
 from megatron_r1 import config as configuration  # noqa: E402
-from megatron_r1.rl import algorithms  # noqa: E402
+from megatron_r1.config.algorithms import NAMES  # noqa: E402
 from megatron_r1.workflow.graph import Graph  # noqa: E402
 from megatron_r1.workflow.identity import typed  # noqa: E402
 from megatron_r1.workflow.plan import Plan  # noqa: E402
@@ -116,7 +116,7 @@ def plan(tmp_path, monkeypatch) -> Plan:
 
 
 def test_every_algorithm_runs_from_one_base_model_on_as_many_answers_and_updates(plan):
-    assert set(CHOICES) == set(algorithms.NAMES)
+    assert set(CHOICES) == set(NAMES)
     graph = Graph(plan.stages)
     assert graph.upstream["on_policy_distillation"] == ("base", "grpo")
     demo = configuration.load(ROOT / "examples/laptop/r1_zero.yaml")

@@ -9,9 +9,9 @@ import pytest
 from blake3 import blake3
 
 from megatron_r1.config import CheckpointConfig
+from megatron_r1.errors import TrainerError
 from megatron_r1.training.checkpoints import finding, manifest
 from megatron_r1.training.checkpoints.series import CheckpointSeries
-from megatron_r1.training.client import TrainerError
 
 
 def make(checkpoints: Path, step: int) -> Path:

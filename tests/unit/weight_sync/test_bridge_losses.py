@@ -11,8 +11,8 @@ from torch.distributed import TCPStore
 from megatron_r1.config.push import PushConfig
 from megatron_r1.engine.client import EngineClient, Response
 from megatron_r1.engine.errors import ConnectionBroken, EngineDied, EngineError, EngineFault
+from megatron_r1.errors import TrainerLost
 from megatron_r1.fleet.engine import Engine
-from megatron_r1.training.client import TrainerLost
 from megatron_r1.weight_sync.bridge import WeightBridge
 from megatron_r1.weight_sync.receive.rendezvous import Rendezvous
 
@@ -156,8 +156,8 @@ def test_the_trainer_forgets_engines_that_are_gone():
 
 
 class ProvingTrainer(SmallTrainer):
-    async def call(self, operation, **arguments):
-        return {"probe/mean": 0.0}
+    async def probe(self, sequences):
+        return 0.0
 
 
 @pytest.mark.parametrize(

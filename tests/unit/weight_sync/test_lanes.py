@@ -10,8 +10,8 @@ import torch
 import xxhash
 
 from megatron_r1.weight_sync.receive import copy_with_checksum
-from megatron_r1.weight_sync.verify import checksum, lanes
-from megatron_r1.weight_sync.verify.checksum import RunningChecksum
+from megatron_r1.weight_sync.verify import lanes
+from megatron_r1.weight_sync.verify.checksum import RunningChecksum, checksum
 
 CHECKSUMS = sys.modules[RunningChecksum.__module__]
 

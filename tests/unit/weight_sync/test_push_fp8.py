@@ -10,10 +10,10 @@ from push_world import World, draw, held_by, table_of
 from torch.distributed import TCPStore
 
 from megatron_r1.config import Config
-from megatron_r1.engine.parallelism import check_pushes
 from megatron_r1.models import read_hf_config
 from megatron_r1.weight_sync.plan import EngineLayout, TrainerGrid
 from megatron_r1.weight_sync.plan.fp8_blocks import check_blocks, pushed_tensors, scales_of
+from megatron_r1.weight_sync.plan.recipe import check_pushes
 from megatron_r1.weight_sync.plan.region import Region
 from megatron_r1.weight_sync.receive import Table
 from megatron_r1.weight_sync.receive.rendezvous import Offer, Rendezvous

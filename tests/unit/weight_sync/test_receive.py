@@ -21,8 +21,7 @@ from megatron_r1.weight_sync.receive.rendezvous import Offer, Rendezvous, Tables
 from megatron_r1.weight_sync.receive.table import place
 from megatron_r1.weight_sync.transports import buckets, named_memory, receiver_class, sender_class
 from megatron_r1.weight_sync.transports.named_memory import NamedMemory, sweep
-from megatron_r1.weight_sync.verify import checksum
-from megatron_r1.weight_sync.verify.checksum import MIXER, RunningChecksum, sums
+from megatron_r1.weight_sync.verify.checksum import MIXER, RunningChecksum, checksum, sums
 
 CHECKSUMS = sys.modules[sums.__module__]
 TENSORS = {

@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 
 from megatron_r1.files.framed import FramedFile
-from megatron_r1.processes.children import die_with_parent
+from megatron_r1.processes.lifetime import die_with_parent
 from megatron_r1.rl.sample_record import Accepted, decode
 
 from .roles import Roles

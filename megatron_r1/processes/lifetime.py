@@ -1,26 +1,26 @@
-"""No engine process outlives the process that started it, however that one ends."""
+"""Processes that end with the process that started them. Standard library only."""
 
 import ctypes
 import os
 import signal
 
 PARENT = "MEGATRON_R1_PARENT"
-"""Environment variable: process id of who started this one."""
+"""Environment variable: the process id of the parent."""
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def end_without_parent() -> None:
-    """Once, first of all: `die_with_parent`, also where the parent has ended already."""
+    """Call `die_with_parent`, and exit with status 1 if the parent has already ended."""
     die_with_parent()
     if os.environ.pop(PARENT, str(os.getppid())) != str(os.getppid()):
         os._exit(1)
 
 
 def die_with_parent() -> None:
-    """Ask the kernel to SIGKILL this process when the thread that created it ends (Linux).
+    """Have the kernel SIGKILL this process when the thread that created it ends (Linux).
 
-    vLLM's engine core notices a vanished API server only at its next message, that is, never when
-    idle: it would keep its memory and its cores. Does nothing on systems without prctl.
+    vLLM's engine core, for example, notices a vanished API server only at its next message; an idle
+    one would keep its memory and its cores for ever. Does nothing on systems without prctl.
 
     Raises:
         OSError: the kernel refused.

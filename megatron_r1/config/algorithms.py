@@ -1,0 +1,143 @@
+"""The policy-gradient estimators that `rl.algorithm` may name: their defaults and what fits them.
+
+The mathematics of each is in `rl/algorithms/<name>.py`, whose docstring gives the source of the
+values here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from megatron_r1.errors import did_you_mean
+
+
+@dataclass(frozen=True)
+class AlgorithmRules:
+    """Settings of one estimator.
+
+    defaults: `rl` settings of its source, for what recipe and preset leave out.
+    kl_in_reward: `kl_beta` weighs a penalty of every token's reward, and nothing in the loss.
+    advantage_stds: values that `advantage_std` may have. min_group_size: the least `group_size`.
+    dual_clip: whether `dual_clip` has a meaning.
+    critic: needs a critic's values, and trains it. teacher: needs a teacher's log-probabilities.
+    """
+
+    defaults: dict[str, Any] = field(default_factory=dict)
+    kl_in_reward: bool = False
+    advantage_stds: tuple[str, ...] = ("group", "batch", "none")
+    min_group_size: int = 2
+    dual_clip: bool = True
+    critic: bool = False
+    teacher: bool = False
+
+
+ALGORITHMS: dict[str, AlgorithmRules] = {
+    "grpo": AlgorithmRules(),  # the defaults of RLConfig are R1-Zero's
+    "dapo": AlgorithmRules(
+        defaults={
+            "clip_low": 0.2,
+            "clip_high": 0.28,
+            "dynamic_sampling": True,
+            "loss_average": "token",
+            "overlong_buffer": 0.2,
+            "kl_beta": 0.0,
+        }
+    ),
+    "dr_grpo": AlgorithmRules(
+        defaults={
+            "advantage_std": "none",
+            "loss_average": "constant",
+            "clip_low": 0.2,
+            "clip_high": 0.2,
+            "kl_beta": 0.0,
+        }
+    ),
+    "gspo": AlgorithmRules(
+        defaults={
+            "ratio_level": "sequence",
+            "clip_low": 3e-4,
+            "clip_high": 4e-4,
+            "minibatches": 4,
+            "kl_beta": 0.0,
+        }
+    ),
+    "cispo": AlgorithmRules(
+        defaults={
+            "clip_low": 10.0,
+            "clip_high": 4.0,
+            "loss_average": "token",
+            "dynamic_sampling": True,
+            "overlong_buffer": 0.2,
+            "kl_beta": 0.0,
+        },
+        dual_clip=False,
+    ),
+    "reinforce": AlgorithmRules(
+        defaults={
+            "advantage_std": "none",
+            "loss_average": "constant",
+            "minibatches": 1,
+            "kl_beta": 0.0,
+        },
+        advantage_stds=("none", "batch"),
+        min_group_size=1,
+    ),
+    "reinforce_pp": AlgorithmRules(
+        defaults={
+            "advantage_std": "batch",
+            "loss_average": "token",
+            "clip_low": 0.2,
+            "clip_high": 0.2,
+            "kl_beta": 0.01,
+        },
+        kl_in_reward=True,
+        advantage_stds=("batch",),
+        min_group_size=1,
+    ),
+    "rloo": AlgorithmRules(
+        defaults={
+            "group_size": 4,
+            "advantage_std": "none",
+            "loss_average": "constant",
+            "minibatches": 1,
+            "kl_beta": 0.03,
+        },
+        kl_in_reward=True,
+        advantage_stds=("none",),
+    ),
+    "ppo": AlgorithmRules(
+        defaults={
+            "advantage_std": "batch",
+            "clip_low": 0.2,
+            "clip_high": 0.2,
+            "gae_lambda": 1.0,
+            "discount": 1.0,
+        },
+        kl_in_reward=True,
+        advantage_stds=("batch", "none"),
+        min_group_size=1,
+        critic=True,
+    ),
+    "on_policy_distillation": AlgorithmRules(
+        defaults={
+            "advantage_std": "none",
+            "loss_average": "token",
+            "discount": 0.0,
+            "kl_beta": 0.0,
+        },
+        advantage_stds=("none",),
+        min_group_size=1,
+        teacher=True,
+    ),
+}
+NAMES = tuple(ALGORITHMS)
+
+
+def rules_of(name: str) -> AlgorithmRules:
+    """Return the rules of the algorithm called `name`. Raises ValueError for an unknown name."""
+    if name not in ALGORITHMS:
+        meant = did_you_mean(name.replace("+", "p"), NAMES, "{}")
+        meant = meant or f"; use {', '.join(NAMES)}"
+        raise ValueError(f"rl.algorithm: there is no {name!r}{meant}")
+    return ALGORITHMS[name]
