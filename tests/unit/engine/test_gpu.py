@@ -17,7 +17,10 @@ int cuDeviceGetCount(int *count) { *count = %d; return 0; }
 
 
 def test_it_is_torch_s_answer_and_does_not_import_torch():
-    program = "import sys; from megatron_r1.engine import gpu; print(gpu.is_usable(), 'torch' in sys.modules)"
+    program = (
+        "import sys; from megatron_r1.engine import gpu; "
+        "print(gpu.is_usable(), 'torch' in sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.stdout.split() == [str(torch.cuda.is_available()), "False"], done.stderr
 
