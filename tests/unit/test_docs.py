@@ -1,0 +1,59 @@
+"""The documents name files, packages and commands that exist."""
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PAGES = sorted(
+    page
+    for page in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/**/*.md")]
+    if page.name not in ("log.md", "CHANGELOG.md")  # history: what was true then
+)
+FOLDERS = "docs|examples|kernels|megatron_r1|requirements|tests|tools"
+
+
+def name(page):
+    return str(page.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_links_lead_to_files(page):
+    links = re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text(encoding="utf-8"))
+    local = [link for link in links if "://" not in link]
+    assert [link for link in local if not (page.parent / link).exists()] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_paths_of_the_repository_exist(page):
+    text = page.read_text(encoding="utf-8")
+    paths = re.findall(
+        rf"(?<![\w/.-])((?:{FOLDERS})/[\w./-]+\.(?:py|md|yaml|sbatch|json|txt))", text
+    )
+    assert [path for path in paths if not (ROOT / path).exists()] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_modules_that_are_named_exist(page):
+    text = page.read_text(encoding="utf-8")
+    for module in re.findall(r"-m (megatron_r1[\w.]*|examples[\w.]*)", text):
+        path = ROOT / module.replace(".", "/")
+        assert path.with_suffix(".py").exists() or (path / "__main__.py").exists(), module
+
+
+def test_the_map_lists_the_packages_that_the_import_contract_orders():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    layers = settings["tool"]["importlinter"]["contracts"][0]["layers"]
+    ordered = [re.findall(r"megatron_r1\.(\w+)", layer) for layer in layers]
+    page = (ROOT / "docs/design.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| ((?:`\w+`(?: · )?)+) \|", page, re.MULTILINE)
+    assert [re.findall(r"`(\w+)`", row) for row in rows] == ordered
+    entries = {path.stem for path in (ROOT / "megatron_r1").iterdir() if path.name[0] != "_"}
+    assert entries == {package for layer in ordered for package in layer}
+
+
+def test_the_readme_is_one_page():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 130 and len(text.split()) <= 1200
