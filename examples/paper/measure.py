@@ -15,7 +15,7 @@ from megatron_r1.evaluation.estimators import estimate, subsets
 from megatron_r1.evaluation.voting import can_vote, majority_of, read_vote
 from megatron_r1.files import atomic_write
 from megatron_r1.files.jsonl import read_lines
-from megatron_r1.rewards.remote.shown import shown_part
+from megatron_r1.rewards.remote.response_text import response_part
 
 Row = Mapping[str, Any]
 
@@ -74,7 +74,7 @@ def _wins(answers: Sequence[Row], before: Sequence[Row]) -> float:
 
 
 def _summary(row: Row) -> str:
-    return shown_part(row["response"], "summary", opened=False).text or ""
+    return response_part(row["response"], "summary", opened=False).text or ""
 
 
 def _figure(values: Sequence[float]) -> dict[str, float | None]:

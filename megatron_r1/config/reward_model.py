@@ -9,7 +9,7 @@ from typing import Literal
 from pydantic import Field, field_validator
 
 from megatron_r1.config.section import Section
-from megatron_r1.rewards.remote.shown import Part, check_template
+from megatron_r1.rewards.remote.response_text import Part, check_template
 
 
 class RewardModelConfig(Section):

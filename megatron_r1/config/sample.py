@@ -11,7 +11,7 @@ from pydantic import Field, field_validator, model_validator
 
 from megatron_r1.config.evaluation import ServerConfig
 from megatron_r1.config.section import Section
-from megatron_r1.rewards.remote.shown import Part
+from megatron_r1.rewards.remote.response_text import Part
 
 Output = Literal["sft", "pairs", "labels", "answers"]
 SERVED_JUDGE = "judge"

@@ -9,7 +9,7 @@ from typing import Any
 from megatron_r1.rewards.answer import THINK
 from megatron_r1.rewards.base import UNGRADED
 from megatron_r1.rewards.language import chain_of_thought
-from megatron_r1.rewards.remote.shown import Part, shown_part
+from megatron_r1.rewards.remote.response_text import Part, response_part
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Candidate:
 
     def part(self, part: Part) -> str | None:
         """summary: what follows the thought; None where there is nothing."""
-        return shown_part(self.text, part, self.opened).text
+        return response_part(self.text, part, self.opened).text
 
 
 def from_line(line: Mapping[str, Any]) -> Candidate:

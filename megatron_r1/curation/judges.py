@@ -10,9 +10,9 @@ from megatron_r1.config.sample import SERVED_JUDGE, SampleConfig
 from megatron_r1.curation.memo import Memo
 from megatron_r1.curation.user_function import UserFunction, load_function
 from megatron_r1.rewards.judge import Comparison, Judge
-from megatron_r1.rewards.remote.ballots import JudgeSettings
+from megatron_r1.rewards.remote.judge_client import JudgeSettings
+from megatron_r1.rewards.remote.judge_prompts import SAFETY
 from megatron_r1.rewards.remote.settings import read_settings
-from megatron_r1.rewards.remote.verdict import SAFETY
 
 NO_VOTE = frozenset(
     ("url", "api_key_env", "timeout_seconds", "retry_seconds", "concurrency", "cache")
@@ -114,7 +114,7 @@ class ServedJudge:
         if key not in self._memo:
             num_votes = self._judge.settings.num_votes
             texts = {"question": question, "response": response}
-            votes = await self._judge.ballots.ask(SAFETY, texts, num_votes)
+            votes = await self._judge.client.votes(SAFETY, texts, num_votes)
             self._memo[key] = votes.count("safe") / num_votes
         return self._memo[key]
 

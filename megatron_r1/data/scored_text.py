@@ -7,7 +7,12 @@ vLLM does.
 from __future__ import annotations
 
 from megatron_r1.data.tokenizer import load_tokenizer
-from megatron_r1.rewards.remote.shown import Part, fill, shown_texts, turns
+from megatron_r1.rewards.remote.response_text import (
+    Part,
+    chat_messages,
+    fill_template,
+    prepare_texts,
+)
 
 CHECK_QUESTION, CHECK_RESPONSE = "What is 7 + 5?", "<think>7 + 5 = 12</think>The answer is 12."
 
@@ -40,7 +45,7 @@ class ScoredText:
 
     def encode(self, question: str, response: str, opened: bool = False) -> list[int] | None:
         """Token ids; None for a response that has no such part, which serving does not score."""
-        asked, shown = shown_texts(question, response, self.part, opened, self.max_chars)
+        asked, shown = prepare_texts(question, response, self.part, opened, self.max_chars)
         return None if shown.text is None else self._tokens(asked, shown.text)
 
     def decode(self, token_ids: list[int]) -> str:
@@ -49,7 +54,9 @@ class ScoredText:
 
     def _tokens(self, question: str, response: str) -> list[int]:
         if self.template is not None:
-            text = fill(self.template, question, response)
+            text = fill_template(self.template, question, response)
         else:
-            text = self._tokenizer.apply_chat_template(turns(question, response), tokenize=False)
+            text = self._tokenizer.apply_chat_template(
+                chat_messages(question, response), tokenize=False
+            )
         return self._tokenizer.encode(text, add_special_tokens=False)

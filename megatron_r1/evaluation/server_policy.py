@@ -80,13 +80,13 @@ class ServerPolicy:
         async with saying_what_is_waited_for(name, lambda: self._service.trouble or failures[-1]):
             await wait_until_listening(url, self._server.wait_seconds, failures.append)
             try:
-                await self._service.ask(self._body(TINY_QUESTION, 0) | {"max_tokens": 1})
+                await self._service.request(self._body(TINY_QUESTION, 0) | {"max_tokens": 1})
             except Ungradable as error:
                 raise ServiceError(f"{url}: {error}; check {self._key}") from None
 
     async def answer(self, question: str, seed: int) -> Answer:
         try:
-            reply = await self._service.ask(self._body(question, seed))
+            reply = await self._service.request(self._body(question, seed))
         except Ungradable as error:
             await self._refuse_limits(error)
             return Answer("", None, False, False, f"the server gave no answer: {error}")
@@ -109,7 +109,7 @@ class ServerPolicy:
         if self._takes_limits:
             return
         try:
-            await self._service.ask(self._body(TINY_QUESTION, 0))
+            await self._service.request(self._body(TINY_QUESTION, 0))
         except Ungradable:
             raise ServiceError(
                 f"{self._server.url} answers no question: {refused}; "

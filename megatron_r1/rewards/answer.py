@@ -5,8 +5,8 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from megatron_r1.rewards.adjacent_numbers import adjacent_numbers, stated_numbers
 from megatron_r1.rewards.base import shorten
-from megatron_r1.rewards.beside import numbers_beside, stated_numbers
 
 THINK, END_THINK = "<think>", "</think>"
 ANSWER, END_ANSWER = "<answer>", "</answer>"
@@ -96,7 +96,7 @@ def final_answers(block: str) -> list[str]:
     _, found, last = block.rpartition(MARKER)
     if found and last.strip() and "\n" not in last.strip():
         marked = [match[1].strip() for match in MARKED_NUMBER.finditer(block)]
-        beside = numbers_beside(block[: block.find(MARKER)])
+        beside = adjacent_numbers(block[: block.find(MARKER)])
         return list(dict.fromkeys((*beside, *marked, last.strip())))
     return [block]
 
@@ -152,7 +152,7 @@ def _beside_boxes(text: str) -> list[str]:
     words = [word for word in words if not any(box in word for box in BOXES)]
     spans = list(itertools.islice(_boxes_from_the_end(text), MAX_BOXES))
     start, stop = min(span[0] for span in spans), max(span[3] for span in spans)
-    return words + numbers_beside(text[:start], text[stop:])
+    return words + adjacent_numbers(text[:start], text[stop:])
 
 
 def _within_box(content: str) -> list[str]:

@@ -14,10 +14,10 @@ from collections import Counter
 from dataclasses import dataclass
 
 from megatron_r1.rewards.base import Grade
-from megatron_r1.rewards.remote.ballots import Ballots, JudgeSettings
+from megatron_r1.rewards.remote.judge_client import JudgeClient, JudgeSettings
+from megatron_r1.rewards.remote.judge_prompts import COMPARE, VERIFY
+from megatron_r1.rewards.remote.response_text import response_part
 from megatron_r1.rewards.remote.service import ServiceError, Ungradable
-from megatron_r1.rewards.remote.shown import shown_part
-from megatron_r1.rewards.remote.verdict import COMPARE, VERIFY
 
 CHECK_SECONDS = 10.0
 CHECK = {"question": "What is 7 + 5?", "right": "The answer is 12.", "wrong": "The answer is 13."}
@@ -52,8 +52,8 @@ class Judge:
 
     def __init__(self, settings: JudgeSettings) -> None:
         self.settings = settings
-        self.ballots = Ballots(settings)
-        self.service = self.ballots.service
+        self.client = JudgeClient(settings)
+        self.service = self.client.service
 
     async def check(self) -> None:
         """Raises ServiceError unless the service answers within seconds, in the form asked for, and
@@ -61,7 +61,7 @@ class Judge:
         question, right, wrong = CHECK.values()
         unfit = f"{self.service.url}: model {self.settings.model!r} cannot serve as a judge"
         try:
-            await self.service.ask(self.ballots.probe, CHECK_SECONDS)
+            await self.service.request(self.client.probe, CHECK_SECONDS)
             if self.settings.mode == "verify":
                 tells_apart = await asyncio.gather(
                     self.verify(question, "12", right), self.verify(question, "12", wrong)
@@ -92,7 +92,7 @@ class Judge:
         if not isinstance(question, str) or truth is None:
             missing = "a question" if truth is not None else "a truth"
             raise ValueError(f"the judge needs {missing} to {mode} a response: add it to the row")
-        part = shown_part(response, self.settings.part, opened)
+        part = response_part(response, self.settings.part, opened)
         if part.text is None:
             return Grade(0.0, part.reason)
         reference = truth if isinstance(truth, str) else json.dumps(truth, ensure_ascii=False)
@@ -111,10 +111,10 @@ class Judge:
         texts = {"question": question, "reference answer": truth, "response": response}
         num_votes = self.settings.num_votes
         majority = num_votes // 2 + 1
-        votes = await self.ballots.ask(VERIFY, texts, majority)
+        votes = await self.client.votes(VERIFY, texts, majority)
         if len(set(votes)) > 1:
             rest = num_votes - majority
-            votes += await self.ballots.ask(VERIFY, texts, rest, first=2 * majority)
+            votes += await self.client.votes(VERIFY, texts, rest, first=2 * majority)
         return votes.count("correct") >= majority
 
     async def compare(self, question: str, first: str, second: str) -> Comparison:
@@ -131,8 +131,8 @@ class Judge:
         as_a, as_b = map(
             Counter,
             await asyncio.gather(
-                self.ballots.ask(COMPARE, straight, num_votes // 2),
-                self.ballots.ask(COMPARE, swapped, num_votes // 2),
+                self.client.votes(COMPARE, straight, num_votes // 2),
+                self.client.votes(COMPARE, swapped, num_votes // 2),
             ),
         )
         return Comparison(as_a["A"] + as_b["B"], as_a["B"] + as_b["A"], as_a["tie"] + as_b["tie"])

@@ -18,9 +18,14 @@ import msgspec
 from pydantic import Field, field_validator, model_validator
 
 from megatron_r1.rewards.base import Grade
+from megatron_r1.rewards.remote.response_text import (
+    chat_messages,
+    check_template,
+    fill_template,
+    prepare_texts,
+)
 from megatron_r1.rewards.remote.service import Service, ServiceError, Ungradable
 from megatron_r1.rewards.remote.settings import ServiceSettings
-from megatron_r1.rewards.remote.shown import check_template, fill, shown_texts, turns
 
 CHECK_SECONDS = 10.0
 CHECK_QUESTION, CHECK_RESPONSE = "What is 7 + 5?", "<think>7 + 5 = 12</think>The answer is 12."
@@ -82,10 +87,10 @@ class RewardModel:
         that the settings are for, and sees all of what it is sent."""
         unfit = f"{self.service.url}: model {self.settings.model!r} cannot serve as a reward model"
         try:
-            whole = await self.service.ask(self._probe, CHECK_SECONDS)
+            whole = await self.service.request(self._probe, CHECK_SECONDS)
             self._reward(whole)
             summary = CHECK_RESPONSE.partition("</think>")[2]
-            part = await self.service.ask(self._body(CHECK_QUESTION, summary))
+            part = await self.service.request(self._body(CHECK_QUESTION, summary))
         except (Ungradable, ValueError) as error:
             raise ServiceError(f"{unfit}: {error}") from None
         # Chat templates of reasoning models drop the thought from what an assistant said.
@@ -108,10 +113,10 @@ class RewardModel:
         a question, Ungradable, ServiceError. opened: the prompt ended with `<think>`."""
         if not isinstance(question, str):
             raise ValueError("a reward model needs the question: add it to the row")
-        asked, shown = shown_texts(question, response, self.part, opened, self.settings.max_chars)
+        asked, shown = prepare_texts(question, response, self.part, opened, self.settings.max_chars)
         if shown.text is None:
             return Grade(0.0, shown.reason)
-        answer = await self.service.ask(self._body(asked, shown.text))
+        answer = await self.service.request(self._body(asked, shown.text))
         try:
             return self._reward(answer)
         except ValueError as error:
@@ -145,9 +150,9 @@ class RewardModel:
     def _body(self, question: str, response: str) -> dict[str, Any]:
         body: dict[str, Any] = {"model": self.settings.model, "use_activation": False}
         if self.settings.template is not None:
-            text = fill(self.settings.template, question, response)
+            text = fill_template(self.settings.template, question, response)
             return body | {"input": text, "add_special_tokens": False}
-        return body | {"messages": turns(question, response)}
+        return body | {"messages": chat_messages(question, response)}
 
 
 class Helpful(RewardModel):

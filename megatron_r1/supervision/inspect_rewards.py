@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_r1.rewards.runtime.pool import JobAt
+from megatron_r1.rewards.runtime.pool import OutstandingJob
 from megatron_r1.rl.sampling import Rollouts
 from megatron_r1.supervision.findings import Finding, seconds
 from megatron_r1.supervision.inspect_engines import describe_group
@@ -23,7 +23,7 @@ def inspect_rewards(rollouts: Rollouts) -> Finding:
     return Finding("rewards", headline, details)
 
 
-def _describe(job: JobAt) -> str:
+def _describe(job: OutstandingJob) -> str:
     where = f"worker {job.process}" if job.process else "queued"
     question = (job.question or "").replace("\n", " ")[:80]
     return f"{where}: {job.target}, question {question!r}, since {seconds(job.seconds)}"

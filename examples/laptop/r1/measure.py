@@ -13,7 +13,7 @@ from examples.laptop.r1.judge import prefer
 from megatron_r1.evaluation.estimators import estimate
 from megatron_r1.files import atomic_write
 from megatron_r1.files.jsonl import read_lines
-from megatron_r1.rewards.remote.shown import shown_part
+from megatron_r1.rewards.remote.response_text import response_part
 
 
 def answers(folder: str, samples: str) -> None:
@@ -54,7 +54,7 @@ def _by_question(samples: str) -> dict[str, list[dict[str, Any]]]:
 
 
 def _summary(row: Mapping[str, Any]) -> str:
-    return shown_part(row["response"], "summary", opened=False).text or ""
+    return response_part(row["response"], "summary", opened=False).text or ""
 
 
 def _figure(values: list[float]) -> dict[str, float | None]:

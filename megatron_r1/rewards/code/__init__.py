@@ -11,14 +11,14 @@ import time
 from collections.abc import Callable, Iterator
 
 from megatron_r1.rewards.base import Grade, shorten
-from megatron_r1.rewards.code.answer import find_program
-from megatron_r1.rewards.code.checker import judge
+from megatron_r1.rewards.code.checker import run_checker
 from megatron_r1.rewards.code.compare import equal_output, equal_result
+from megatron_r1.rewards.code.find_program import find_program
 from megatron_r1.rewards.code.problem import Problem, Test, parse_problem
-from megatron_r1.rewards.code.verdict import Verdict, describe_failure
+from megatron_r1.rewards.code.scoring import TestScore, describe_failure
 from megatron_r1.rewards.sandbox import availability
 from megatron_r1.rewards.sandbox.limits import Limits
-from megatron_r1.rewards.sandbox.memory_file import MemoryFile
+from megatron_r1.rewards.sandbox.process import Budget
 from megatron_r1.rewards.sandbox.programs import (
     STANDARDS,
     Program,
@@ -27,7 +27,7 @@ from megatron_r1.rewards.sandbox.programs import (
     python_script,
 )
 from megatron_r1.rewards.sandbox.run import run
-from megatron_r1.rewards.sandbox.watch import Budget
+from megatron_r1.rewards.sandbox.sealed_file import SealedFile
 
 
 def grade(
@@ -70,7 +70,7 @@ def grade(
         return _total(problem, partial, _verdicts(problem, program, bounds, deadline))
 
 
-def _total(problem: Problem, partial: bool, verdicts: Iterator[Verdict]) -> Grade:
+def _total(problem: Problem, partial: bool, verdicts: Iterator[TestScore]) -> Grade:
     num_tests, num_passed, score, failure = len(problem.tests), 0, 0.0, ""
     for number, verdict in enumerate(verdicts, 1):
         num_passed += verdict.score == 1.0
@@ -86,34 +86,34 @@ def _total(problem: Problem, partial: bool, verdicts: Iterator[Verdict]) -> Grad
 
 def _verdicts(
     problem: Problem, program: Program, limits: Limits, deadline: float
-) -> Iterator[Verdict]:
+) -> Iterator[TestScore]:
     def budget() -> Budget:
         left = max(deadline - time.monotonic(), 0.01)
         return limits.program(left, compiled=program.compiled)
 
     for test in problem.tests:
         if time.monotonic() >= deadline:
-            yield Verdict(0.0, f"not run: the {limits.total_seconds:g} s of all tests are over")
+            yield TestScore(0.0, f"not run: the {limits.total_seconds:g} s of all tests are over")
         else:
             yield _verdict(problem, test, program, limits, budget)
 
 
 def _verdict(
     problem: Problem, test: Test, program: Program, limits: Limits, budget: Callable[[], Budget]
-) -> Verdict:
+) -> TestScore:
     if problem.function is None:
         given = test.stdin.encode("utf-8", "replace")
     else:
         given = marshal.dumps((test.args, test.kwargs), 2)
     spent = budget()
-    with MemoryFile(given) as stdin:
+    with SealedFile(given) as stdin:
         outcome = run(program.command, spent, stdin=stdin, files=program.files)
     if failure := describe_failure(outcome, spent):
-        return Verdict(0.0, failure)
+        return TestScore(0.0, failure)
     if problem.checker is not None:
-        return judge(problem.checker, test, outcome.stdout, budget(), limits.program())
+        return run_checker(problem.checker, test, outcome.stdout, budget(), limits.program())
     compare = equal_output if problem.function is None else equal_result
     if compare(outcome.stdout, test.expected, problem.tolerance):
-        return Verdict(1.0, "passed")
+        return TestScore(1.0, "passed")
     printed = shorten(outcome.stdout[:400].decode("utf-8", "replace")) or "nothing"
-    return Verdict(0.0, f"wrong answer: {printed}, expected {shorten(test.expected)}")
+    return TestScore(0.0, f"wrong answer: {printed}, expected {shorten(test.expected)}")

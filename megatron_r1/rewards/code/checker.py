@@ -18,11 +18,11 @@ from typing import Any
 
 from megatron_r1.rewards.base import shorten
 from megatron_r1.rewards.code.problem import Test
-from megatron_r1.rewards.code.verdict import Verdict, describe_failure
-from megatron_r1.rewards.sandbox.memory_file import MemoryFile
+from megatron_r1.rewards.code.scoring import TestScore, describe_failure
+from megatron_r1.rewards.sandbox.process import Budget, Outcome
 from megatron_r1.rewards.sandbox.programs import python_checker
 from megatron_r1.rewards.sandbox.run import run
-from megatron_r1.rewards.sandbox.watch import Budget, Outcome
+from megatron_r1.rewards.sandbox.sealed_file import SealedFile
 
 FAILED = 3
 HAS_OPENED_ACTUAL = b"\0actual\n"  # see sandbox.inside_checker
@@ -36,7 +36,9 @@ class _Failure:
     has_looked: bool
 
 
-def judge(checker: str, test: Test, actual: bytes, budget: Budget, full_budget: Budget) -> Verdict:
+def run_checker(
+    checker: str, test: Test, actual: bytes, budget: Budget, full_budget: Budget
+) -> TestScore:
     """The checker's verdict on `actual`.
 
     full_budget: of the run that finds out whose a failure is, which must not suffer from what the
@@ -44,24 +46,24 @@ def judge(checker: str, test: Test, actual: bytes, budget: Budget, full_budget: 
     answer.
     """
     judged = _run(checker, test, actual, budget)
-    if isinstance(judged, Verdict):
+    if isinstance(judged, TestScore):
         return judged
     control = _run(checker, test, test.expected.encode("utf-8", "replace"), full_budget)
     if isinstance(control, _Failure) and (test.expected or not control.has_looked):
         where = "on the expected output" if control.has_looked else "before it opens any output"
         raise ValueError(f"the checker is broken: it fails {where}: {control.reason}")
-    return Verdict(0.0, f"the checker fails on this output: {judged.reason}")
+    return TestScore(0.0, f"the checker fails on this output: {judged.reason}")
 
 
-def _run(checker: str, test: Test, actual: bytes, budget: Budget) -> Verdict | _Failure:
+def _run(checker: str, test: Test, actual: bytes, budget: Budget) -> TestScore | _Failure:
     program = python_checker(checker, "input", "expected", "actual")
     with contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.closing(program))
-        nothing = stack.enter_context(MemoryFile(b""))
+        nothing = stack.enter_context(SealedFile(b""))
         files = {
-            "input": MemoryFile(test.stdin.encode("utf-8", "replace")),
-            "expected": MemoryFile(test.expected.encode("utf-8", "replace")),
-            "actual": MemoryFile(actual),
+            "input": SealedFile(test.stdin.encode("utf-8", "replace")),
+            "expected": SealedFile(test.expected.encode("utf-8", "replace")),
+            "actual": SealedFile(actual),
         }
         for file in files.values():
             stack.enter_context(file)
@@ -69,15 +71,15 @@ def _run(checker: str, test: Test, actual: bytes, budget: Budget) -> Verdict | _
     return _read(outcome, budget)
 
 
-def _read(outcome: Outcome, budget: Budget) -> Verdict | _Failure:
+def _read(outcome: Outcome, budget: Budget) -> TestScore | _Failure:
     printed = outcome.stdout.decode("utf-8", "replace").strip().rpartition("\n")[2]
     has_looked = HAS_OPENED_ACTUAL in outcome.stderr
     if failure := describe_failure(outcome, budget):
         if outcome.stopped or outcome.status == FAILED or outcome.status > 128:
             return _Failure(failure, has_looked)
-        return Verdict(0.0, f"the checker rejects: {shorten(printed) or failure}")
+        return TestScore(0.0, f"the checker rejects: {shorten(printed) or failure}")
     if not printed:
-        return Verdict(1.0, "accepted by the checker")
+        return TestScore(1.0, "accepted by the checker")
     score, reason = _parse(printed), ""
     if isinstance(score, dict):
         score, reason = score.get("score"), str(score.get("reason", ""))
@@ -88,7 +90,7 @@ def _read(outcome: Outcome, budget: Budget) -> Verdict | _Failure:
             has_looked,
         )
     words = "accepted by" if score == 1 else "rejected by" if score == 0 else "partly accepted by"
-    return Verdict(float(score), f"{words} the checker" + (f": {reason}" if reason else ""))
+    return TestScore(float(score), f"{words} the checker" + (f": {reason}" if reason else ""))
 
 
 def _parse(printed: str) -> Any:

@@ -7,9 +7,9 @@ does so through `RewardPool`, which kills.
 
 import functools
 
+from megatron_r1.rewards.adjacent_numbers import stated_numbers
 from megatron_r1.rewards.answer import MARKER, describe, extract, final_answers, unwrap
 from megatron_r1.rewards.base import Grade, shorten
-from megatron_r1.rewards.beside import stated_numbers
 from megatron_r1.rewards.math.comparison import compare
 from megatron_r1.rewards.math.text import stated
 

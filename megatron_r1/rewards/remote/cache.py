@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 
-class AnswerCache:
+class ReplyCache:
     """One JSON file per answer, named by the hash of the request and of the vote's number.
 
     Several processes may share a folder: a file appears by a rename, whole, and two that write the

@@ -69,7 +69,7 @@ class Service:
         self._session: aiohttp.ClientSession | None = None
         self._is_closed = False
 
-    async def ask(self, body: dict[str, Any], retry_seconds: float | None = None) -> Any:
+    async def request(self, body: dict[str, Any], retry_seconds: float | None = None) -> Any:
         """The decoded answer to `body`.
 
         retry_seconds: how long to go on trying; default: the setting. Raises Ungradable, or

@@ -44,7 +44,7 @@ class _Pending:
 
 
 @dataclass(frozen=True)
-class JobAt:
+class OutstandingJob:
     """A job that is not done. process: of the worker that has it, None in the queue; seconds: since
     it got there; question: of its prompt, where it says one."""
 
@@ -134,12 +134,15 @@ class RewardPool:
         counts |= {"queued": len(self._queue), "running": len(self._running)}
         return counts | self._remote.snapshot()
 
-    def jobs(self, most: int = 20) -> list[JobAt]:
+    def jobs(self, most: int = 20) -> list[OutstandingJob]:
         """What workers have and what is queued, those that have been there longest first."""
         outstanding = [*self._running.values(), *self._queue]
         outstanding.sort(key=lambda pending: (pending.process is None, pending.since))
         now = time.monotonic()
-        return [JobAt(p.target, p.process, now - p.since, _question(p)) for p in outstanding[:most]]
+        return [
+            OutstandingJob(p.target, p.process, now - p.since, _question(p))
+            for p in outstanding[:most]
+        ]
 
     async def close(self) -> None:
         """Kills the workers; a `grade` still waiting raises RuntimeError. Safe to call again."""

@@ -7,10 +7,10 @@ import re
 from megatron_r1.rewards.base import shorten
 from megatron_r1.rewards.sandbox import host
 from megatron_r1.rewards.sandbox.limits import Limits
-from megatron_r1.rewards.sandbox.memory_file import MemoryFile
+from megatron_r1.rewards.sandbox.process import SandboxError
 from megatron_r1.rewards.sandbox.programs import python_script
 from megatron_r1.rewards.sandbox.run import run
-from megatron_r1.rewards.sandbox.watch import SandboxError
+from megatron_r1.rewards.sandbox.sealed_file import SealedFile
 
 OLDEST_KERNEL = (5, 14)
 """Before it, the limit on processes counts all of its user's, not those in the sandbox."""
@@ -33,7 +33,7 @@ def require(language: str) -> None:
         host.compiler()
     program = python_script("print(6 * 7)")
     try:
-        with MemoryFile(b"") as nothing:
+        with SealedFile(b"") as nothing:
             outcome = run(program.command, Limits().program(), stdin=nothing, files=program.files)
     except SandboxError as error:
         raise host.SandboxUnavailable(

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, fields
 from typing import Any
 
-from megatron_r1.rewards.sandbox.watch import Budget
+from megatron_r1.rewards.sandbox.process import Budget
 
 MIB = 2**20
 MAX_PROGRAM_BYTES = 32 * MIB

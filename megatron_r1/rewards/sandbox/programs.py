@@ -6,9 +6,9 @@ from pathlib import Path
 
 from megatron_r1.rewards.base import shorten
 from megatron_r1.rewards.sandbox import host
-from megatron_r1.rewards.sandbox.memory_file import MemoryFile
+from megatron_r1.rewards.sandbox.process import Budget
 from megatron_r1.rewards.sandbox.run import run
-from megatron_r1.rewards.sandbox.watch import Budget
+from megatron_r1.rewards.sandbox.sealed_file import SealedFile
 
 HERE = Path(__file__).parent
 SCRIPT = (HERE / "inside_script.py").read_text(encoding="utf-8")
@@ -25,7 +25,7 @@ class Program:
     it recurses on the machine's stack, as Python does not."""
 
     command: tuple[str, ...]
-    files: dict[str, MemoryFile]
+    files: dict[str, SealedFile]
     compiled: bool = False
 
     def close(self) -> None:
@@ -52,14 +52,14 @@ def compile_cpp(source: str, standard: str, budget: Budget) -> Program | str:
     """The compiled program, or what the compiler said, one line."""
     command = f"{shlex.quote(host.compiler())} -std={standard.replace('c++', 'gnu++')}"
     command += f" {COMPILER_OPTIONS} -o main main.cpp >&2 && exec cat main"
-    with _text(source) as file, MemoryFile(b"") as nothing:
+    with _text(source) as file, SealedFile(b"") as nothing:
         shell = ("/usr/bin/sh", "-c", command)
         outcome = run(shell, budget, stdin=nothing, files={"main.cpp": file}, compiler=True)
     if outcome.stopped:
         return f"the compiler ran into its limit of {outcome.stopped}"
     if outcome.status != 0:
         return _first_error(outcome.stderr.decode("utf-8", "replace"), outcome.status)
-    return Program(("./main",), {"main": MemoryFile(outcome.stdout)}, compiled=True)
+    return Program(("./main",), {"main": SealedFile(outcome.stdout)}, compiled=True)
 
 
 def _python(starter: str) -> tuple[str, ...]:
@@ -67,8 +67,8 @@ def _python(starter: str) -> tuple[str, ...]:
     return (host.interpreter().path, "-s", "-S", "-B", "-c", starter)
 
 
-def _text(source: str) -> MemoryFile:
-    return MemoryFile(source.encode("utf-8", "replace"))
+def _text(source: str) -> SealedFile:
+    return SealedFile(source.encode("utf-8", "replace"))
 
 
 def _first_error(messages: str, status: int) -> str:

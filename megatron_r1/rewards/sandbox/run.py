@@ -12,21 +12,21 @@ import time
 from collections.abc import Mapping, Sequence
 
 from megatron_r1.rewards.sandbox import host
-from megatron_r1.rewards.sandbox.memory_file import MemoryFile
+from megatron_r1.rewards.sandbox.bwrap_options import ENVIRONMENT, WORK, bwrap_options
+from megatron_r1.rewards.sandbox.process import Budget, Outcome, SandboxError, SandboxProcess
+from megatron_r1.rewards.sandbox.sealed_file import SealedFile
 from megatron_r1.rewards.sandbox.seccomp import build_filter
-from megatron_r1.rewards.sandbox.walls import ENVIRONMENT, WORK, walls
-from megatron_r1.rewards.sandbox.watch import Budget, Outcome, SandboxError, Watched
 
 NUM_OPEN_FILES = 64
-_filters: dict[bool, MemoryFile] = {}
+_filters: dict[bool, SealedFile] = {}
 
 
 def run(
     command: Sequence[str],
     budget: Budget,
     *,
-    stdin: MemoryFile,
-    files: Mapping[str, MemoryFile],
+    stdin: SealedFile,
+    files: Mapping[str, SealedFile],
     compiler: bool = False,
 ) -> Outcome:
     """Runs `command` with `files` in its working folder; nothing of it is left on return.
@@ -44,17 +44,17 @@ def run(
 def _run_once(
     command: Sequence[str],
     budget: Budget,
-    stdin: MemoryFile,
-    files: Mapping[str, MemoryFile],
+    stdin: SealedFile,
+    files: Mapping[str, SealedFile],
     compiler: bool,
 ) -> Outcome:
     if compiler not in _filters:
-        _filters[compiler] = MemoryFile(build_filter(compiler=compiler))
+        _filters[compiler] = SealedFile(build_filter(compiler=compiler))
     seccomp = _filters[compiler].rewind()
     status_read, status_write = os.pipe()
     block_read, block_write = os.pipe()
     inherited = [status_write, block_read, seccomp]
-    arguments = [*host.launcher(), *walls(compiler=compiler, disk_bytes=budget.disk_bytes)]
+    arguments = [*host.launcher(), *bwrap_options(compiler=compiler, disk_bytes=budget.disk_bytes)]
     for name, file in files.items():
         descriptor = file.rewind()
         inherited.append(descriptor)
@@ -79,7 +79,7 @@ def _run_once(
     finally:
         os.close(status_write)
         os.close(block_read)
-    watched = Watched(process, status_read, block_write, budget, began)
+    watched = SandboxProcess(process, status_read, block_write, budget, began)
     try:
         return watched.outcome()
     finally:

@@ -8,7 +8,7 @@ import pytest
 from megatron_r1.commands.epochs import with_steps
 from megatron_r1.commands.reward_model import RowSampler, load_rows
 from megatron_r1.config import Config
-from megatron_r1.rewards.remote.shown import shown_part
+from megatron_r1.rewards.remote.response_text import response_part
 
 HF = {"max_position_embeddings": 40, "pad_token_id": 0}
 
@@ -20,7 +20,7 @@ class Characters:
         self.part, self.end = part, end
 
     def encode(self, question, response, opened):
-        shown = shown_part(response, self.part, opened).text
+        shown = response_part(response, self.part, opened).text
         return None if shown is None else [*map(ord, question + shown), self.end]
 
     def decode(self, tokens):

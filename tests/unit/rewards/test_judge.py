@@ -11,9 +11,9 @@ import pytest
 from served import Served, judge_that, said, sections, verdict
 
 from megatron_r1.rewards.judge import Comparison, Judge
-from megatron_r1.rewards.remote.ballots import JudgeSettings
+from megatron_r1.rewards.remote.judge_client import JudgeSettings
+from megatron_r1.rewards.remote.judge_prompts import read_verdict
 from megatron_r1.rewards.remote.service import ServiceError, Ungradable
-from megatron_r1.rewards.remote.verdict import read_verdict
 
 QUESTION = "Name the capital of France."
 KEY = "0123456789abcdef"
@@ -266,7 +266,7 @@ def test_answers_are_asked_for_once_by_all_processes(tmp_path):
         """
         import asyncio, sys
         from megatron_r1.rewards.judge import Judge
-        from megatron_r1.rewards.remote.ballots import JudgeSettings
+        from megatron_r1.rewards.remote.judge_client import JudgeSettings
 
         async def main(url, cache):
             judge = Judge(JudgeSettings(url=url, model="m", cache=cache))

@@ -19,8 +19,8 @@ from megatron_r1.rewards import code
 from megatron_r1.rewards.base import UNGRADED
 from megatron_r1.rewards.runtime.pool import RewardPool
 from megatron_r1.rewards.sandbox import availability, host, syscalls
-from megatron_r1.rewards.sandbox.memory_file import MemoryFile
-from megatron_r1.rewards.sandbox.watch import SandboxError
+from megatron_r1.rewards.sandbox.process import SandboxError
+from megatron_r1.rewards.sandbox.sealed_file import SealedFile
 
 TRUTH = {"tests": [{"stdin": "", "stdout": "42"}]}
 SLEEPER = fenced("import time\ntime.sleep(1000)")
@@ -183,7 +183,7 @@ def test_neither_descriptors_nor_children_pile_up():
 
 
 def test_what_is_handed_in_cannot_be_changed():
-    with MemoryFile(b"x") as file:
+    with SealedFile(b"x") as file:
         for change in (
             lambda: os.write(file.rewind(), b"y"),
             lambda: os.ftruncate(file.rewind(), 0),

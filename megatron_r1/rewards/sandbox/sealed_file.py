@@ -4,7 +4,7 @@ import fcntl
 import os
 
 
-class MemoryFile:
+class SealedFile:
     """An anonymous file in memory, sealed: neither side can change it. Close it after use."""
 
     def __init__(self, content: bytes) -> None:
@@ -22,7 +22,7 @@ class MemoryFile:
     def close(self) -> None:
         os.close(self.descriptor)
 
-    def __enter__(self) -> "MemoryFile":
+    def __enter__(self) -> "SealedFile":
         return self
 
     def __exit__(self, *exception: object) -> None:

@@ -31,7 +31,7 @@ LINKS = ("/lib", "/lib32", "/lib64")
 COMPILER_FOLDERS = ("/usr/bin", "/usr/include", "/usr/libexec")
 
 
-def walls(*, compiler: bool, disk_bytes: int) -> list[str]:
+def bwrap_options(*, compiler: bool, disk_bytes: int) -> list[str]:
     """bwrap arguments up to the program's own files; nothing is written after `--remount-ro /`.
 
     All namespaces are new (user, process, network, IPC, host name, cgroup). Of the host there are

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from megatron_r1.rewards.base import shorten
-from megatron_r1.rewards.sandbox.watch import Budget, Outcome
+from megatron_r1.rewards.sandbox.process import Budget, Outcome
 
 SIGNALS = {
     6: "aborted",
@@ -18,7 +18,7 @@ SIGNALS = {
 
 
 @dataclass(frozen=True)
-class Verdict:
+class TestScore:
     """score: 1 for a test that is passed, less only from a checker that gives partial scores."""
 
     score: float

@@ -9,31 +9,31 @@ import re
 from typing import Literal
 
 from megatron_r1.rewards.answer import THINK, Extraction, after_thought
-from megatron_r1.rewards.remote.hostile_text import cut_middle, defuse
+from megatron_r1.rewards.remote.untrusted_text import break_control_tokens, cut_middle
 
 Part = Literal["summary", "response"]
 PLACES = re.compile(r"\{(question|response)\}")
 
 
-def shown_texts(
+def prepare_texts(
     question: str, response: str, part: Part, opened: bool, max_chars: int
 ) -> tuple[str, Extraction]:
     """The question and that part of the response, without control tokens and at most about
     `max_chars` of it; the part's text is None where there is none."""
-    found = shown_part(response, part, opened)
+    found = response_part(response, part, opened)
     if found.text is not None:
-        found = Extraction(cut_middle(defuse(found.text), max_chars))
-    return defuse(question), found
+        found = Extraction(cut_middle(break_control_tokens(found.text), max_chars))
+    return break_control_tokens(question), found
 
 
-def fill(template: str, question: str, response: str) -> str:
+def fill_template(template: str, question: str, response: str) -> str:
     """`template` with both texts in their places."""
     texts = {"question": question, "response": response}
     # One pass: a question that contains "{response}" keeps it.
     return PLACES.sub(lambda place: texts[place[1]], template)
 
 
-def turns(question: str, response: str) -> list[dict[str, str]]:
+def chat_messages(question: str, response: str) -> list[dict[str, str]]:
     """Both texts as a chat template takes them."""
     return [
         {"role": role, "content": text}
@@ -48,7 +48,7 @@ def check_template(template: str | None) -> str | None:
     return template
 
 
-def shown_part(response: str, part: Part, opened: bool) -> Extraction:
+def response_part(response: str, part: Part, opened: bool) -> Extraction:
     """summary: what follows the thought, stripped; a thought that is never closed has none, and a
     response without a thought is all summary. response: all of it, the thought included.
 

@@ -8,12 +8,12 @@ from typing import Any, Literal
 import msgspec
 from pydantic import Field, model_validator
 
-from megatron_r1.rewards.remote.cache import AnswerCache
-from megatron_r1.rewards.remote.hostile_text import cut_middle, defuse
+from megatron_r1.rewards.remote.cache import ReplyCache
+from megatron_r1.rewards.remote.judge_prompts import VERDICTS, judge_prompt, read_verdict
+from megatron_r1.rewards.remote.response_text import Part
 from megatron_r1.rewards.remote.service import Service, Ungradable
 from megatron_r1.rewards.remote.settings import ServiceSettings
-from megatron_r1.rewards.remote.shown import Part
-from megatron_r1.rewards.remote.verdict import VERDICTS, read_verdict, request
+from megatron_r1.rewards.remote.untrusted_text import break_control_tokens, cut_middle
 
 DEFAULT_VOTES = {"verify": 3, "compare": 4}
 
@@ -62,17 +62,17 @@ class _Completion(msgspec.Struct):
     choices: list[_Choice]
 
 
-class Ballots:
+class JudgeClient:
     """The judge's service (`/chat/completions`, OpenAI's form) and its cache."""
 
     def __init__(self, settings: JudgeSettings) -> None:
         self.settings = settings
-        self.cache = None if settings.cache is None else AnswerCache(settings.cache)
+        self.cache = None if settings.cache is None else ReplyCache(settings.cache)
         self.probe = self._body("Reply with the word ready.")
         url = f"{settings.api_base}/chat/completions"
         self.service = Service(settings, url, _Completion, self.probe)
 
-    async def ask(
+    async def votes(
         self, instructions: str, texts: dict[str, str], num_votes: int, first: int = 0
     ) -> list[str]:
         """`num_votes` verdicts on `texts`, those named "response…" without their middle where they
@@ -82,7 +82,7 @@ class Ballots:
         Ungradable when that is not enough. first: the number of the first vote of the
         2 x num_votes there may be; a vote's number makes its request, and its place in the cache.
         """
-        shown = {name: defuse(text) for name, text in texts.items()}
+        shown = {name: break_control_tokens(text) for name, text in texts.items()}
         for name in shown:
             if name.startswith("response"):
                 shown[name] = cut_middle(shown[name], self.settings.max_chars)
@@ -101,7 +101,7 @@ class Ballots:
         return verdicts
 
     async def _vote(self, instructions: str, texts: dict[str, str], number: int) -> str | None:
-        message, key = request(instructions, texts, number)
+        message, key = judge_prompt(instructions, texts, number)
         verdict = read_verdict(await self._answer(message, number), key, VERDICTS[instructions])
         if verdict is None:
             self.service.counters["no_verdict"] += 1
@@ -112,7 +112,7 @@ class Ballots:
         if self.cache and (answer := await self.cache.get(body, number)) is not None:
             self.service.counters["cached"] += 1
             return answer
-        choices = (await self.service.ask(body)).choices
+        choices = (await self.service.request(body)).choices
         # A judgement that was cut off has not been reached.
         is_whole = choices and choices[0].finish_reason != "length"
         answer = (choices[0].message.content or "") if is_whole else ""

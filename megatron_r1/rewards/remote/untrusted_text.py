@@ -16,7 +16,7 @@ CONTROL_TOKEN = re.compile(
 )
 
 
-def defuse(text: str) -> str:
+def break_control_tokens(text: str) -> str:
     """`text` with every chat control token broken by a space, and in valid UTF-8."""
     text = text.encode("utf-8", "replace").decode("utf-8").replace("\0", "\ufffd")
     return CONTROL_TOKEN.sub(lambda sign: " >" if sign[0] == ">" else f"{sign[0]} ", text)

@@ -53,7 +53,7 @@ class Outcome:
     stopped: str
 
 
-class Watched:
+class SandboxProcess:
     """A running bwrap."""
 
     def __init__(

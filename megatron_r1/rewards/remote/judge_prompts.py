@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 
-from megatron_r1.rewards.remote.hostile_text import fence_key, fenced
+from megatron_r1.rewards.remote.untrusted_text import fence_key, fenced
 
 VERIFY = """\
 Decide whether a response answers a question correctly, by comparing its final answer with the \
@@ -55,7 +55,7 @@ and nothing after it, in which the verdict is one of {choices}:
 {example}"""
 
 
-def request(instructions: str, texts: Mapping[str, str], vote: int) -> tuple[str, str]:
+def judge_prompt(instructions: str, texts: Mapping[str, str], vote: int) -> tuple[str, str]:
     """(message, key) that ask for a verdict on `texts`, shown by name in their order."""
     key = fence_key(instructions, vote, *texts.values())
     verdicts = VERDICTS[instructions]

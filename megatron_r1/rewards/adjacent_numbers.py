@@ -25,7 +25,7 @@ STATEMENT = re.compile(
 )
 
 
-def numbers_beside(before: str, after: str = "") -> list[str]:
+def adjacent_numbers(before: str, after: str = "") -> list[str]:
     r"""The numbers that are all that stands before and after a box or mark: `12 \boxed{13}`.
 
     A number that is part of a sentence or of a calculation explains the answer, and is none.
