@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import errno
 import importlib
 import inspect
@@ -15,6 +14,7 @@ from typing import Any
 from megatron_r1 import config as configuration
 from megatron_r1.config.keys import describe, switches
 from megatron_r1.config.overrides import parse_overrides
+from megatron_r1.errors import UserError, did_you_mean
 from megatron_r1.processes.imports import quick_imports
 
 VERBS = {
@@ -95,11 +95,10 @@ def _dispatch(arguments: list[str]) -> int:
     if verb in COMMANDS:
         return _run_command(verb, rest)
     if verb not in VERBS:
-        near = difflib.get_close_matches(verb, MODULES, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"use one of {', '.join(MODULES)}"
-        raise ValueError(f"unknown verb {verb}; {hint}")
+        hint = did_you_mean(verb, MODULES, "{}") or f"; use one of {', '.join(MODULES)}"
+        raise UserError(f"unknown verb {verb}{hint}")
     if not rest or rest[0].startswith("--"):
-        raise ValueError(f"{verb} needs a recipe: megatron-r1 {verb} RECIPE.yaml")
+        raise UserError(f"{verb} needs a recipe: megatron-r1 {verb} RECIPE.yaml")
     recipe, *options = rest
     with quick_imports():
         stage = importlib.import_module(VERBS[verb])
@@ -134,7 +133,7 @@ def _run_pipeline(rest: list[str]) -> int:
     from megatron_r1.workflow.recipe import Recipe
 
     if not rest or rest[0].startswith("--"):
-        raise ValueError(f"{PIPELINE} needs a recipe: megatron-r1 {PIPELINE} RECIPE.yaml")
+        raise UserError(f"{PIPELINE} needs a recipe: megatron-r1 {PIPELINE} RECIPE.yaml")
     recipe, *options = rest
     pipeline.run(recipe, parse_overrides(options, switches(Recipe)), VERBS)
     return 0
@@ -145,13 +144,13 @@ def _run_command(verb: str, rest: list[str]) -> int:
     count = len(command.ARGUMENTS)
     given, options = rest[:count], rest[count:]
     if len(given) < count or any(argument.startswith("--") for argument in given):
-        raise ValueError(f"usage: megatron-r1 {verb} {' '.join(command.ARGUMENTS)} [--key value …]")
+        raise UserError(f"usage: megatron-r1 {verb} {' '.join(command.ARGUMENTS)} [--key value …]")
     overrides = _overrides(options)
     config = configuration.from_overrides(overrides)
     for key in overrides:
         if not any(f"{key}.".startswith(f"{setting}.") for setting in command.SETTINGS):
             used = ", ".join(command.SETTINGS)
-            raise ValueError(f"--{key}: {verb} does not read it; it reads {used}")
+            raise UserError(f"--{key}: {verb} does not read it; it reads {used}")
     command.run(config, *given)
     return 0
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_r1.config.overrides import as_text
+from megatron_r1.config.yaml_text import as_text
 from megatron_r1.errors import did_you_mean
 from megatron_r1.reporting.run_folder import RunFolder
 from megatron_r1.workflow import serving

@@ -3,9 +3,10 @@
 A recipe is a YAML file of sections; the command line overrides single keys (`--rl.group_size 8`).
 The defaults of `rl`, `optimizer` and `rollout` are DeepSeek-R1-Zero's (arXiv 2501.12948 v2, section
 2 and supplement B); a recipe says only where it differs. Unknown keys are errors that name the
-nearest right one."""
+nearest right one.
+"""
 
-from megatron_r1.config.critic import CriticConfig
+from megatron_r1.config.other_models import CriticConfig, RewardModelConfig, TeacherConfig
 from megatron_r1.config.recipe import (
     RESUMABLE,
     Config,
@@ -16,11 +17,9 @@ from megatron_r1.config.recipe import (
     load,
     parse,
 )
-from megatron_r1.config.reward_model import RewardModelConfig
 from megatron_r1.config.rl import PRESETS, RewardsConfig, RLConfig, RolloutConfig
 from megatron_r1.config.run import CheckpointConfig, DataConfig, ModelConfig, RunConfig
 from megatron_r1.config.sample import SampleConfig
-from megatron_r1.config.teacher import TeacherConfig
 from megatron_r1.config.training import FP8Config, OptimizerConfig, ParallelConfig, SFTConfig
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""The policy-gradient estimators that `rl.algorithm` may name: their defaults and what fits them.
+"""The policy-gradient estimators of `rl.algorithm`: their defaults and the settings they allow.
 
 The mathematics of each is in `rl/algorithms/<name>.py`, whose docstring gives the source of the
 values here.
@@ -16,11 +16,12 @@ from megatron_r1.errors import did_you_mean
 class AlgorithmRules:
     """Settings of one estimator.
 
-    defaults: `rl` settings of its source, for what recipe and preset leave out.
-    kl_in_reward: `kl_beta` weighs a penalty of every token's reward, and nothing in the loss.
-    advantage_stds: values that `advantage_std` may have. min_group_size: the least `group_size`.
+    defaults: `rl` settings of its source, used where recipe and preset leave them out.
+    kl_in_reward: `kl_beta` weighs a penalty in every token's reward instead of a term of the loss.
+    advantage_stds: allowed values of `advantage_std`. min_group_size: smallest `group_size`.
     dual_clip: whether `dual_clip` has a meaning.
-    critic: needs a critic's values, and trains it. teacher: needs a teacher's log-probabilities.
+    critic: it needs a critic's values, and trains the critic.
+    teacher: it needs a teacher's log-probabilities.
     """
 
     defaults: dict[str, Any] = field(default_factory=dict)

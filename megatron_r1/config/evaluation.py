@@ -1,18 +1,17 @@
-"""What a recipe says of evaluation: samples, benchmarks, a server. Part of `megatron_r1.config`."""
+"""Settings of evaluation: benchmarks, samples per question, a served model."""
 
 from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
+from megatron_r1.config.section import Section
 from megatron_r1.rewards.remote.settings import ServiceSettings
 
 
-class BenchmarkConfig(BaseModel):
+class BenchmarkConfig(Section):
     """One entry of `eval.benchmarks`; a plain name stands for {name: …}."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
     name: str = Field(description="aime_2024, gym/logic, …, or package.module:NAME of your own")
     label: str = Field("", description="what results call it; default: the name")
@@ -40,7 +39,7 @@ class BenchmarkConfig(BaseModel):
 
 
 class ServerConfig(ServiceSettings):
-    """A served model to evaluate, as `eval.server`."""
+    """A served model that answers instead of `model.path`."""
 
     api: Literal["chat", "completions"] = Field(
         "chat",
@@ -54,10 +53,8 @@ class ServerConfig(ServiceSettings):
     concurrency: int = Field(64, ge=1, description="answers under way at once")
 
 
-class EvalConfig(BaseModel):
-    """The section `eval`: of the held-out evaluations of a training run, and of the verb eval."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+class EvalConfig(Section):
+    """The held-out evaluations of a training run, and those of the verb `eval`."""
 
     every: int = Field(
         0,

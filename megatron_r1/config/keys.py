@@ -9,78 +9,74 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from megatron_r1.config.overrides import as_text
-from megatron_r1.errors import did_you_mean
+from megatron_r1.config.yaml_text import as_text
+from megatron_r1.errors import UserError, did_you_mean
 
-PLACES = {list: "[]", dict: ".NAME"}
-"""How the dotted key of an entry goes on after that of its list or mapping."""
+ENTRY = {list: "[]", dict: ".NAME"}
+"""What stands for an entry of a list or mapping in a dotted key."""
 
 
 def keys_of(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
-    """Dotted key → field, in order, those of sections within sections too. An entry of a list is
-    `key[].name`, one of a mapping `key.NAME.name`."""
+    """Yield (dotted key, field) in order, those of sections within sections too. An entry of a list
+    is `key[].name`, one of a mapping `key.NAME.name`."""
     for name, field in model.model_fields.items():
         key = f"{prefix}{name}"
-        within = list(_models_within(field.annotation))
+        within = list(models_within(field.annotation))
         if not within or not isinstance(field.get_default(call_default_factory=True), BaseModel):
             yield key, field
-        for part, place in within:
-            yield from keys_of(part, f"{key}{place}.")
+        for part, entry in within:
+            yield from keys_of(part, f"{key}{entry}.")
 
 
-def describe(models: Sequence[type[BaseModel]], wanted: Sequence[str] = ()) -> str:
-    """`rl.group_size: 16   # outputs of a question`, a line per key.
+def describe(models: Sequence[type[BaseModel]], chosen: Sequence[str] = ()) -> str:
+    """Return a line such as `rl.group_size: 16   # outputs of a question` per key.
 
-    models: whose sections have different names. wanted: sections or keys (`rl`, `sample.keep`) to
-    show; all where empty. Raises ValueError for one that is none.
+    models: their sections have different names. chosen: sections or keys (`rl`, `sample.keep`) to
+    show; default: all. Raises UserError for a name that is neither.
     """
-    found = {key: field for model in models for key, field in keys_of(model)}
-    for name in wanted:
-        if not any(_is_under(key, name) for key in found):
-            known = {key.rpartition(".")[0] for key in found} | found.keys()
+    fields = {key: field for model in models for key, field in keys_of(model)}
+    for name in chosen:
+        if not any(_is_under(key, name) for key in fields):
+            known = {key.rpartition(".")[0] for key in fields} | fields.keys()
             near = did_you_mean(name, known, "{}")
             sections = [section for model in models for section in model.model_fields]
             near = near or f"; there are {', '.join(sections)}"
-            raise ValueError(f"keys {name}: no section or key is called so{near}")
+            raise UserError(f"keys {name}: no section or key is called so{near}")
     return "\n".join(
         _line(key, field)
-        for key, field in found.items()
-        if not wanted or any(_is_under(key, name) for name in wanted)
+        for key, field in fields.items()
+        if not chosen or any(_is_under(key, name) for name in chosen)
     )
 
 
 def switches(model: type[BaseModel]) -> set[str]:
-    """The keys that are true or false."""
+    """Return the keys that are true or false."""
     return {key for key, field in keys_of(model) if field.annotation is bool}
 
 
+def models_within(annotation: Any, entry: str = "") -> Iterator[tuple[type[BaseModel], str]]:
+    """Yield the models in a type such as `list[Model] | None`, each with the suffix of its keys
+    (`ENTRY`)."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation, entry
+    else:
+        for part in get_args(annotation):
+            yield from models_within(part, entry + ENTRY.get(get_origin(annotation), ""))
+
+
 def _line(key: str, field: FieldInfo) -> str:
-    meaning = f"   # {field.description}" if field.description else ""
-    return f"{key}: {_default(field)}{meaning}"
-
-
-def _default(field: FieldInfo) -> str:
     default = field.get_default(call_default_factory=True)
-    if default is PydanticUndefined:
-        return "(required)"
-    return as_text(_plain(default))
+    text = "(required)" if default is PydanticUndefined else as_text(_plain(default))
+    return f"{key}: {text}" + (f"   # {field.description}" if field.description else "")
 
 
 def _plain(value: Any) -> Any:
-    """Models as mappings, tuples as lists: what YAML can say."""
+    """Convert models to mappings and tuples to lists, as YAML can hold them."""
     if isinstance(value, BaseModel):
         return value.model_dump(mode="json")
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
-
-
-def _models_within(annotation: Any, place: str = "") -> Iterator[tuple[type[BaseModel], str]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation, place
-    else:
-        for part in get_args(annotation):
-            yield from _models_within(part, place + PLACES.get(get_origin(annotation), ""))
 
 
 def _is_under(key: str, name: str) -> bool:

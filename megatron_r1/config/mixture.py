@@ -1,4 +1,4 @@
-"""What a supervised epoch is made of, where it has more than one source."""
+"""Mixtures of supervised data: the share of each file in an epoch."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from megatron_r1.errors import did_you_mean
 
 
 class MixturePart(Section):
-    """One file of a mixture; `share`, `count` and `repeat` exclude each other, none of them is
-    `repeat: 1`."""
+    """One file of a mixture. `share`, `count` and `repeat` exclude each other; without any of them
+    the file is used once (`repeat: 1`)."""
 
     path: str = Field(min_length=1, description="JSONL or Parquet of {prompt, response}")
     share: float | None = Field(None, gt=0, le=1, description="of an epoch's examples")
@@ -30,8 +30,11 @@ class MixturePart(Section):
 
 
 def read_parts(entries: list[Any]) -> list[MixturePart]:
-    """`sft.data` as a list; raises ValueError naming the entry, the key and the nearest right
-    one, and for an empty list and shares that do not add up."""
+    """Read `sft.data` given as a list.
+
+    Raises ValueError naming the entry, the key and the nearest right one, and for an empty list or
+    shares that do not add up.
+    """
     if not entries:
         raise ValueError("sft.data: the list is empty; give {path: …} entries, or one path")
     parts = [_read_part(number, entry) for number, entry in enumerate(entries)]

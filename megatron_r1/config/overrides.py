@@ -9,21 +9,21 @@ from typing import Any
 import yaml
 
 from megatron_r1.config.recipe import known_keys
-from megatron_r1.errors import did_you_mean
+from megatron_r1.errors import UserError, did_you_mean
 
 
 def parse_overrides(options: list[str], switches: Collection[str] = ()) -> dict[str, Any]:
     """`--rl.group_size 8 --data.task=chain_sum` → {"rl.group_size": 8, "data.task": "chain_sum"}.
 
-    Values are YAML; a template such as `{problem}` is text. switches: keys that are true where
-    nothing follows them. Raises ValueError for an option without a value or without a section.
+    Values are YAML; a template such as `{problem}` is text. switches: keys that become true when no
+    value follows. Raises UserError for an option without a value or without a section.
     """
     overrides: dict[str, Any] = {}
     pending = list(options)
     while pending:
         option = pending.pop(0)
         if not option.startswith("--"):
-            raise ValueError(f"unexpected argument {option}: settings are --section.key value")
+            raise UserError(f"unexpected argument {option}: settings are --section.key value")
         key, equals, value = option[2:].partition("=")
         if not equals:
             is_last = not pending or pending[0].startswith("--")
@@ -31,20 +31,15 @@ def parse_overrides(options: list[str], switches: Collection[str] = ()) -> dict[
                 overrides[key] = True
                 continue
             if not pending:
-                raise ValueError(f"--{key} needs a value{did_you_mean(key, switches, '--{}')}")
+                raise UserError(f"--{key} needs a value{did_you_mean(key, switches, '--{}')}")
             value = pending.pop(0)
         if "." not in key:
+            # Compared with whole keys, most of which are longer: a looser cutoff than elsewhere.
             near = difflib.get_close_matches(key, known_keys(), n=1, cutoff=0.4)
             hint = f"; did you mean --{near[0]}?" if near else ""
-            raise ValueError(f"unknown option --{key}: settings are --section.key value{hint}")
+            raise UserError(f"unknown option --{key}: settings are --section.key value{hint}")
         overrides[key] = _value(value)
     return overrides
-
-
-def as_text(value: Any) -> str:
-    """A setting as YAML on one line, from which `parse_overrides` reads it again."""
-    text = yaml.safe_dump(value, default_flow_style=True, width=10**6, allow_unicode=True)
-    return text.removesuffix("...\n").strip()
 
 
 def _value(text: str) -> Any:

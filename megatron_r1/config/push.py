@@ -1,4 +1,4 @@
-"""How new weights get to the engines."""
+"""Settings of the weight push from trainer to engines."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from megatron_r1.config.section import Section
+from megatron_r1.config.section import Resumable, Section
 
 
 class PushConfig(Section):
-    transport: Literal["shm", "cuda_ipc", "gloo", "nccl"] = Field(
+    transport: Resumable[Literal["shm", "cuda_ipc", "gloo", "nccl"]] = Field(
         "shm",
         description="shm, or cuda_ipc between GPUs: trainer and engines on one host; gloo, nccl: "
         "on many. See docs/push.md",
     )
-    memory_gib: float | None = Field(
+    memory_gib: Resumable[float | None] = Field(
         None,
         gt=0,
         description="memory an engine rank may use for weights on their way; with less than "
@@ -26,22 +26,22 @@ class PushConfig(Section):
         description="quantise projections on their way, in blocks of 128 x 128: half of bf16's "
         "bytes, and engines compute with FP8 weights",
     )
-    delta: bool = Field(
+    delta: Resumable[bool] = Field(
         False,
         description="over gloo and nccl send only what changed since the push before; for slow "
         "links, at the cost of host memory for what was sent last",
     )
-    full_every: int = Field(
+    full_every: Resumable[int] = Field(
         50, ge=1, description="with delta: after so many pushes to an engine one is whole"
     )
-    timeout_seconds: float = Field(600.0, gt=0, description="for one push")
-    probes: int = Field(
+    timeout_seconds: Resumable[float] = Field(600.0, gt=0, description="for one push")
+    probes: Resumable[int] = Field(
         2,
         ge=0,
         description="prompts each engine answers after every push, to compare its "
         "log-probabilities with the trainer's; 0: none",
     )
-    probe_tolerance: float | None = Field(
+    probe_tolerance: Resumable[float | None] = Field(
         None,
         gt=0,
         description="mean difference at which the run stops; default 0.001 where trainer and "
@@ -49,7 +49,7 @@ class PushConfig(Section):
     )
 
     @model_validator(mode="after")
-    def _delta_travels(self):
+    def _delta_travels(self) -> PushConfig:
         if self.delta and self.on_one_host:
             raise ValueError(
                 f"push.delta: with push.transport: {self.transport} nothing travels, weights are "
@@ -59,5 +59,5 @@ class PushConfig(Section):
 
     @property
     def on_one_host(self) -> bool:
-        """Whether trainer ranks write into engine ranks' memory."""
+        """Whether trainer ranks write into the memory of engine ranks on the same host."""
         return self.transport in ("shm", "cuda_ipc")

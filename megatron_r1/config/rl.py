@@ -1,58 +1,59 @@
-"""Rollouts, their rewards, and what is learned from them.
+"""Rollouts, their rewards, and the RL algorithm.
 
-The defaults are DeepSeek-R1-Zero's (arXiv 2501.12948 v2, section 2 and supplement B)."""
+The defaults are DeepSeek-R1-Zero's (arXiv 2501.12948 v2, section 2 and supplement B).
+"""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from megatron_r1.config import algorithms
-from megatron_r1.config.section import Section
+from megatron_r1.config.section import MayChange, Resumable, Section
 from megatron_r1.rewards.combine import DEFAULT_WEIGHTS, Weight, read_weights
 from megatron_r1.rewards.options import read_options
 
 
 class RolloutConfig(Section):
-    engines: int = Field(
+    engines: Resumable[int] = Field(
         1, ge=1, description="vLLM servers; with placement: hosts those waited for, more may join"
     )
-    placement: Literal["local", "hosts"] = Field(
+    placement: Resumable[Literal["local", "hosts"]] = Field(
         "local",
         description="where engines run: the controller's host, or hosts that come to it "
         "(`python -m megatron_r1.fleet.host`). See docs/slurm.md",
     )
-    hosts_port: int = Field(
+    hosts_port: Resumable[int] = Field(
         0, ge=0, le=65_535, description="where engine hosts come to; 0: any free one"
     )
-    hosts_address: str | None = Field(
+    hosts_address: Resumable[str | None] = Field(
         None, description="of the controller's host, for engine hosts; default: its name"
     )
-    host_silence_seconds: float = Field(
+    host_silence_seconds: Resumable[float] = Field(
         30.0, gt=0, description="a host that has not been heard from for so long has vanished"
     )
-    hosts_per_engine: int = Field(
+    hosts_per_engine: Resumable[int] = Field(
         1,
         ge=1,
         description="hosts that share an engine's copies (data), with placement: hosts; an engine "
         "gets all of them at once",
     )
-    tensor: int = Field(1, ge=1, description="ranks of an engine that share every layer")
-    pipeline: int = Field(1, ge=1, description="stages of layers in an engine")
-    data: int = Field(
+    tensor: Resumable[int] = Field(1, ge=1, description="ranks of an engine that share every layer")
+    pipeline: Resumable[int] = Field(1, ge=1, description="stages of layers in an engine")
+    data: Resumable[int] = Field(
         1, ge=1, description="copies of tensor x pipeline ranks behind one engine's address"
     )
-    expert_parallel: bool = Field(
+    expert_parallel: Resumable[bool] = Field(
         False,
         description="spread routed experts whole over tensor x data ranks; else each is split",
     )
-    colocated: bool = Field(
+    colocated: Resumable[bool] = Field(
         False,
         description="engines sleep on the trainer's own GPUs while it computes; see "
         "docs/rollout.md",
     )
-    gpu_memory: float | None = Field(
+    gpu_memory: Resumable[float | None] = Field(
         None,
         gt=0,
         le=1,
@@ -67,23 +68,23 @@ class RolloutConfig(Section):
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     max_num_seqs: int = Field(256, gt=0, description="sequences an engine decodes at once")
     kv_cache_gib: int = Field(1, gt=0, description="KV cache on a CPU, GiB")
-    threads: int | None = Field(
+    threads: Resumable[int | None] = Field(
         None, ge=1, description="CPU threads per engine; default: 2, and 1 on a machine of 2 cores"
     )
     start_timeout_seconds: float = Field(600.0, gt=0)
     request_timeout_seconds: float = Field(3600.0, gt=0)
-    max_restarts: int = Field(
+    max_restarts: Resumable[int] = Field(
         10,
         ge=0,
         description="dead, slow or garbling engines replaced while a command runs; a death after "
         "that stops the run",
     )
-    unresponsive_seconds: float = Field(
+    unresponsive_seconds: Resumable[float] = Field(
         120.0, gt=0, description="an engine that has not answered for so long counts as dead"
     )
 
     @model_validator(mode="after")
-    def _spreads_over_hosts(self):
+    def _spreads_over_hosts(self) -> RolloutConfig:
         hosts = self.hosts_per_engine
         if hosts > 1 and self.placement != "hosts":
             raise ValueError(
@@ -100,20 +101,23 @@ class RolloutConfig(Section):
 
 class RewardsConfig(Section):
     weights: dict[str, float | Weight] = Field(
-        default_factory=lambda: dict(DEFAULT_WEIGHTS),
+        dict(DEFAULT_WEIGHTS),
         description="reward = sum of weight x term: a number, or {weight, from_step, to_step}",
     )
-    options: dict[str, dict[str, Any]] = Field(
+    # The addresses of served models may change, for where they run decides nothing.
+    options: Annotated[
+        dict[str, dict[str, Any]], MayChange(("helpful.url", "judge.url", "safety.url"))
+    ] = Field(
         default_factory=dict, description="reward: its options, such as language: {target: zh}"
     )
-    max_ungraded: float = Field(
+    max_ungraded: Resumable[float] = Field(
         0.1,
         ge=0,
         le=1,
         description="share of a rollout's answers that graders may fail on, rounded up; with more "
         "the run stops",
     )
-    workers: int = Field(2, ge=1, description="grader processes")
+    workers: Resumable[int] = Field(2, ge=1, description="grader processes")
     timeout_seconds: float = Field(
         5.0, gt=0, description="for one answer; then its grader is killed and it gets 0"
     )
@@ -229,7 +233,7 @@ class RLConfig(Section):
         "experts only. See docs/routing_replay.md",
     )
 
-    sample_log: bool = Field(
+    sample_log: Resumable[bool] = Field(
         True,
         description="write every finished group down, so that a run that is killed does not sample "
         "it again; needs the disk of the steps since the oldest checkpoint kept",
@@ -243,7 +247,7 @@ class RLConfig(Section):
         return {**algorithms.rules_of(given.get("algorithm", "grpo")).defaults, **given}
 
     @model_validator(mode="after")
-    def _fits_the_algorithm(self):
+    def _fits_the_algorithm(self) -> RLConfig:
         algorithm = algorithms.rules_of(self.algorithm)
         if self.group_size < algorithm.min_group_size:
             raise ValueError(
@@ -274,7 +278,7 @@ class RLConfig(Section):
 
     @property
     def loss_settings(self) -> dict[str, Any]:
-        """What the algorithm's loss is told, but for max_response_tokens."""
+        """The settings of the algorithm's loss, except max_response_tokens."""
         names = (
             "clip_low",
             "clip_high",
@@ -292,7 +296,7 @@ class RLConfig(Section):
 
     @property
     def token_settings(self) -> dict[str, Any]:
-        """What the algorithm's token advantages are told."""
+        """The settings of the algorithm's token advantages."""
         names = ("kl_beta", "discount", "gae_lambda", "advantage_std", "advantage_epsilon")
         return {name: getattr(self, name) for name in names}
 

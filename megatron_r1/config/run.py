@@ -1,4 +1,4 @@
-"""The run, its model, its data and its checkpoints."""
+"""Settings of the run itself, its model, data and checkpoints."""
 
 from __future__ import annotations
 
@@ -6,31 +6,36 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from megatron_r1.config.section import Section
+from megatron_r1.config.section import Resumable, Section
+from megatron_r1.errors import UserError
 
 
 class RunConfig(Section):
-    folder: str = Field("", description="where everything of this run is written; required")
+    folder: Resumable[str] = Field(
+        "", description="where everything of this run is written; required"
+    )
     seed: int = Field(0, description="of sampling prompts, generation and initialization")
-    steps: int = Field(
+    steps: Resumable[int] = Field(
         650,
         gt=0,
         description="rollouts (rl; 650 x 16 = the paper's 10,400 optimizer steps), batches (sft)",
     )
-    log_samples: int = Field(8, ge=0, description="training samples written down per step")
-    hang_seconds: float = Field(
+    log_samples: Resumable[int] = Field(
+        8, ge=0, description="training samples written down per step"
+    )
+    hang_seconds: Resumable[float] = Field(
         1800.0,
         ge=0,
         description="without any progress, after which a report says what everything waits for; "
         "0: never. See docs/supervision.md",
     )
-    on_hang: Literal["stop", "restart", "report"] = Field(
+    on_hang: Resumable[Literal["stop", "restart", "report"]] = Field(
         "stop", description="then; restart: kill what hangs and go on, where that is possible"
     )
-    max_trainer_restarts: int = Field(
+    max_trainer_restarts: Resumable[int] = Field(
         3, ge=0, description="times lost trainer ranks are started again while a command runs"
     )
-    health_port: int | None = Field(
+    health_port: Resumable[int | None] = Field(
         0,
         ge=0,
         le=65_535,
@@ -69,7 +74,7 @@ class ModelConfig(Section):
     )
 
     @model_validator(mode="after")
-    def _weights_are_loaded_or_random(self):
+    def _weights_are_loaded_or_random(self) -> ModelConfig:
         if self.checkpoint and self.init == "random":
             raise ValueError(
                 f"model.checkpoint: {self.checkpoint} would not be read with model.init: random; "
@@ -78,9 +83,9 @@ class ModelConfig(Section):
         return self
 
     def require_language_head(self) -> None:
-        """Raise ValueError where the recipe is that of a reward model."""
+        """Raise UserError for a model with a score head."""
         if self.head != "language":
-            raise ValueError(
+            raise UserError(
                 f"model.head: {self.head} is for the verb reward-model; leave it out here"
             )
 

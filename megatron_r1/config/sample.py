@@ -1,7 +1,8 @@
-"""Answers as training data: how many are drawn, which are kept, and what is written of them.
+"""Settings of sampling training data: how many responses are drawn, which are kept, in what form.
 
-Defaults are those of DeepSeek-R1's rejection sampling (arXiv 2501.12948: every answer that is
-right, without mixed languages, long paragraphs and code blocks); see docs/sampling.md."""
+The defaults are those of DeepSeek-R1's rejection sampling (arXiv 2501.12948: every correct
+response without mixed languages, long paragraphs and code blocks); see docs/sampling.md.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ SERVED_JUDGE = "judge"
 
 
 class KeepConfig(Section):
-    """Which of a question's graded answers are kept."""
+    """Which of a question's graded responses are kept."""
 
     min_accuracy: float | None = Field(
         1.0,
@@ -68,7 +69,7 @@ class KeepConfig(Section):
 
 
 class RenderConfig(Section):
-    """The form in which kept answers are written to sft.jsonl."""
+    """The form in which kept responses are written to sft.jsonl."""
 
     template: str | None = Field(None, description="of the prompt; default: data.template")
     response: str = Field(
@@ -82,7 +83,7 @@ class RenderConfig(Section):
 
     @field_validator("response")
     @classmethod
-    def _says_something(cls, response: str) -> str:
+    def _has_a_placeholder(cls, response: str) -> str:
         if not any(
             f"{{{name}}}" in response for name in ("thought", "summary", "answer", "response")
         ):
@@ -94,7 +95,7 @@ class RenderConfig(Section):
 
 
 class PairsConfig(Section):
-    """Preference pairs (arXiv 2501.12948 v2, helpful reward model)."""
+    """Preference pairs (arXiv 2501.12948 v2, section on the helpful reward model)."""
 
     per_prompt: int = Field(1, ge=1, description="pairs of a question, no answer in two of them")
     margin: float = Field(
@@ -183,10 +184,10 @@ class SampleConfig(Section):
 
     @property
     def keeps(self) -> bool:
-        """Whether `keep` decides; preferences and labels come from a judge."""
+        """Whether `keep` selects the responses; for pairs and labels a judge does."""
         return self.output in ("sft", "answers")
 
     @property
     def is_graded(self) -> bool:
-        """Whether rewards grade the answers."""
+        """Whether rewards grade the responses."""
         return self.keeps and self.keep.is_graded

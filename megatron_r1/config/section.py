@@ -1,9 +1,43 @@
-"""What every section of a recipe is: typed, immutable, unknown keys refused."""
+"""The base of every section of a recipe, and the mark of settings that a resumed run may change."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated, TypeVar
+
 from pydantic import BaseModel, ConfigDict
+
+T = TypeVar("T")
 
 
 class Section(BaseModel):
+    """Typed, immutable settings; unknown keys are refused."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+@dataclass(frozen=True)
+class MayChange:
+    """Marks a field that may differ when a run continues.
+
+    within: dotted keys of a mapping that may; default: the whole field.
+    """
+
+    within: tuple[str, ...] = ()
+
+
+Resumable = Annotated[T, MayChange()]
+"""The type of a setting that changes how long, how often or where a run computes, not what it
+learns: it may differ when the run continues."""
+
+
+def resumable_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Yield the dotted keys of `model` that are marked as resumable, also those of its sections."""
+    for name, field in model.model_fields.items():
+        key = f"{prefix}{name}"
+        marks = [mark for mark in field.metadata if isinstance(mark, MayChange)]
+        if marks:
+            yield from [f"{key}.{part}" for part in marks[0].within] or [key]
+        elif isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from resumable_keys(field.annotation, f"{key}.")

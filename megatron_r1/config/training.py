@@ -1,4 +1,4 @@
-"""The train step: optimizer, parallel layout, supervised data."""
+"""Settings of the train step: optimizer, parallel layout, FP8, supervised data."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from megatron_r1.config.mixture import MixturePart, read_parts
 from megatron_r1.config.section import Section
+from megatron_r1.errors import UserError
 
 
 class OptimizerConfig(Section):
@@ -68,14 +69,14 @@ class ParallelConfig(Section):
     )
 
     def check_sizes(self, world_size: int) -> None:
-        """Raises ValueError where the sizes do not divide `world_size` ranks."""
+        """Raise UserError where the sizes do not divide `world_size` ranks."""
         groups = {
             "tensor x pipeline x context": self.tensor * self.pipeline * self.context,
             "expert_tensor x expert x pipeline": self.expert_tensor * self.expert * self.pipeline,
         }
         for sizes, product in groups.items():
             if world_size % product:
-                raise ValueError(
+                raise UserError(
                     f"parallel: {world_size} trainer ranks cannot be divided into groups of "
                     f"{product} ({sizes}); change parallel.processes or the sizes"
                 )
@@ -95,17 +96,17 @@ class FP8Config(Section):
 
     @property
     def gradient_format(self) -> str:
-        """e4m3 or e5m2: what output gradients are rounded to."""
+        """The format that output gradients are rounded to: e4m3 or e5m2."""
         chosen = self.format or ("hybrid" if self.recipe == "tensorwise" else "e4m3")
         return "e5m2" if chosen == "hybrid" else "e4m3"
 
     @property
     def scale_kind(self) -> str:
-        """power_of_two or float32: what a tile's scale may be."""
+        """The values that a tile's scale may have: power_of_two or float32."""
         return self.scales or ("float32" if self.recipe == "tensorwise" else "power_of_two")
 
     @model_validator(mode="after")
-    def _scales_of_recipe(self):
+    def _scales_of_recipe(self) -> FP8Config:
         if self.recipe == "mxfp8" and self.scales == "float32":
             raise ValueError(
                 "fp8.scales: float32 is not possible with fp8.recipe mxfp8, whose scales are "

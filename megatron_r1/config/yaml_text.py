@@ -1,25 +1,61 @@
-"""YAML as people write it: a key that is there twice is a mistake, not a choice of the last."""
+"""Recipes as YAML text: a key that occurs twice is an error, not a choice of the last one."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import yaml
 
+from megatron_r1.errors import UserError
+
 MERGE = "tag:yaml.org,2002:merge"
 
 
-def read_yaml(text: str) -> Any:
-    """What a YAML text says. Raises ValueError: it is no YAML, or a mapping has a key twice (`<<`
-    may still bring a key that the mapping has itself)."""
+def read_sections(
+    path: Path, what: str = "recipe", prepare: Callable[[str], str] = str
+) -> dict[str, Any]:
+    """Read the sections of a YAML file, empty ones left out.
+
+    what: name of the file's kind in errors. prepare: is applied to the text before it is parsed.
+    Raises UserError for a missing file, invalid YAML, a key that occurs twice in one mapping (`<<`
+    may merge a key that the mapping also sets), and for content that is not a mapping.
+    """
+    if not path.is_file():
+        raise UserError(f"{what} {path}: no such file")
     try:
-        return yaml.load(text, Loader=_Loader)
+        tree = yaml.load(prepare(path.read_text(encoding="utf-8")), Loader=_Loader) or {}
     except yaml.YAMLError as error:
-        raise ValueError(f"not YAML: {error}") from None
+        raise UserError(f"{what} {path}: not YAML: {error}") from None
+    except ValueError as error:
+        raise UserError(f"{what} {path}: {error}") from None
+    if not isinstance(tree, dict):
+        raise UserError(
+            f"{what} {path}: must be a mapping of sections, found {type(tree).__name__}"
+        )
+    return {section: keys for section, keys in tree.items() if keys is not None}
+
+
+def put(tree: dict[str, Any], keys: list[str], value: Any, option: str) -> None:
+    """Set the value at nested `keys` of `tree`. Raises UserError naming `option` where one of the
+    parents is not a section."""
+    *parents, leaf = keys
+    for parent in parents:
+        tree = tree.setdefault(parent, {})
+        if not isinstance(tree, dict):
+            raise UserError(f"--{option}: {parent} is not a section")
+    tree[leaf] = value
+
+
+def as_text(value: Any) -> str:
+    """Return a setting as YAML on one line, as `parse_overrides` reads it."""
+    text = yaml.safe_dump(value, default_flow_style=True, width=10**6, allow_unicode=True)
+    return text.removesuffix("...\n").strip()
 
 
 class _Loader(yaml.SafeLoader):
-    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
         lines: dict[str, int] = {}
         for key, _ in node.value:
@@ -27,7 +63,7 @@ class _Loader(yaml.SafeLoader):
                 continue
             line = key.start_mark.line + 1
             if key.value in lines:
-                raise ValueError(
+                raise UserError(
                     f"{key.value} is there twice, in lines {lines[key.value]} and {line}, and one "
                     "of them would be ignored; make them one"
                 )

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from megatron_r1.config import Config
 from megatron_r1.config.algorithms import rules_of
-from megatron_r1.config.critic import critic_config
 from megatron_r1.models.hf_config import read_hf_config
 from megatron_r1.training import construction
 from megatron_r1.training.distributed import Place
@@ -39,7 +38,7 @@ class Critic:
 
         Raises ValueError for a model or layout that cannot be.
         """
-        own = critic_config(config)
+        own = config.of_critic()
         hf = read_hf_config(own.model.path, "score", "critic.path")
         wanted = read_hf_config(config.model.path)["vocab_size"]
         if hf["vocab_size"] < wanted:

@@ -1,20 +1,21 @@
-"""A pipeline's recipe: its stages, typed, with errors a person can act on."""
+"""A pipeline's recipe: its stages and settings, typed."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
-from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
+from megatron_r1.config.mistakes import explain
 from megatron_r1.config.section import Section
-from megatron_r1.config.yaml_text import read_yaml
-from megatron_r1.errors import did_you_mean
+from megatron_r1.config.yaml_text import put, read_sections
+from megatron_r1.errors import UserError, did_you_mean
 from megatron_r1.workflow.references import protect, unprotect
 
 MAKE = "make"
-"""The verb of a stage that is a Python function."""
+"""The verb of a stage that calls a Python function."""
 RESERVED = ("here", "logs", "pipeline", "recipes", "serve")
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
 
@@ -41,7 +42,7 @@ class PipelineConfig(Section):
     @field_validator("seeds", mode="before")
     @classmethod
     def _from_text(cls, seeds: Any) -> Any:
-        """`--pipeline.seeds 0,1,2` is text to YAML, `--pipeline.seeds 3` a number."""
+        """`--pipeline.seeds 0,1,2` arrives as text, `--pipeline.seeds 3` as a number."""
         if isinstance(seeds, str):
             return [seed.strip() for seed in seeds.split(",") if seed.strip()]
         return [seeds] if isinstance(seeds, int) else seeds
@@ -135,26 +136,26 @@ class Recipe(Section):
 def load(path: str | Path, overrides: dict[str, Any] | None = None) -> Recipe:
     """Read a pipeline's recipe and apply `{"pipeline.key": …, "stages.NAME.section.key": …}`.
 
-    `${…}` may stand in it without quotes, also within braces. Raises ValueError with a line per
+    `${…}` may stand in it without quotes, also within braces. Raises UserError naming every
     mistake.
     """
     tree = read_tree(Path(path), "pipeline recipe")
     if "stages" not in tree:
-        raise ValueError(
+        raise UserError(
             f"{path}: it has no stages; a recipe of one is run with its verb, such as megatron-r1 "
             f"rl {path}"
         )
     for dotted, value in (overrides or {}).items():
-        _override(tree, dotted, value)
+        put(tree, _place(tree, dotted), value, dotted)
     try:
         recipe = Recipe.model_validate(tree)
-    except ValidationError as error:
-        raise ValueError(f"{path}: " + "; ".join(_explain(e) for e in error.errors())) from None
+    except ValidationError as failure:
+        raise UserError(f"{path}: {explain(failure, Recipe)}") from None
     if not recipe.pipeline.folder:
-        raise ValueError(f"{path}: pipeline.folder must be set")
+        raise UserError(f"{path}: pipeline.folder must be set")
     for name in recipe.stages:
         if not NAME.fullmatch(name) or name in RESERVED or re.fullmatch(r"seed_\d+", name):
-            raise ValueError(
+            raise UserError(
                 f"{path}: stages.{name}: a stage cannot be called so; use letters, digits, _ "
                 f"and -, and none of {', '.join(RESERVED)}, seed_N"
             )
@@ -162,74 +163,34 @@ def load(path: str | Path, overrides: dict[str, Any] | None = None) -> Recipe:
 
 
 def read_tree(path: Path, what: str = "recipe") -> dict[str, Any]:
-    """The mapping in a YAML file, sections that say nothing left out. Raises ValueError."""
-    if not path.is_file():
-        raise ValueError(f"{what} {path}: no such file")
+    """Read the sections of a YAML file in which references may stand; see `read_sections`."""
     try:
-        tree = unprotect(read_yaml(protect(path.read_text(encoding="utf-8"))) or {})
-    except ValueError as error:
-        raise ValueError(f"{what} {path}: {unprotect(str(error))}") from None
-    if not isinstance(tree, dict):
-        raise ValueError(
-            f"{what} {path}: must be a mapping of sections, found {type(tree).__name__}"
-        )
-    return {section: keys for section, keys in tree.items() if keys is not None}
+        return unprotect(read_sections(path, what, protect))
+    except UserError as error:
+        raise UserError(unprotect(str(error))) from None
 
 
-def _override(tree: dict[str, Any], dotted: str, value: Any) -> None:
+def _place(tree: dict[str, Any], dotted: str) -> list[str]:
+    """Return the nested keys that an option means: `stages.NAME.rl.group_size` is in the stage's
+    settings, or in the arguments of its function."""
     section, *keys = dotted.split(".")
     if section not in Recipe.model_fields:
-        known = list(Recipe.model_fields)
-        hint = did_you_mean(section, known, "--{}")
-        raise ValueError(
+        hint = did_you_mean(section, Recipe.model_fields, "--{}")
+        raise UserError(
             f"unknown option --{dotted}{hint}; a pipeline has --pipeline.KEY, "
             "--stages.NAME.SECTION.KEY and --defaults.SECTION.KEY"
         )
-    if section == "stages":
-        keys = _place_in_stage(tree.get("stages") or {}, dotted, keys)
-    for key in [section, *keys[:-1]]:
-        tree = tree.setdefault(key, {})
-        if not isinstance(tree, dict):
-            raise ValueError(f"--{dotted}: {key} is not a section")
-    tree[keys[-1]] = value
-
-
-def _place_in_stage(stages: dict[str, Any], dotted: str, keys: list[str]) -> list[str]:
-    """`NAME.rl.group_size` means the stage's settings, or the arguments of a function."""
-    name, *rest = keys
+    if section != "stages":
+        return [section, *keys]
+    stages, (name, *rest) = tree.get("stages") or {}, keys
     if name not in stages:
-        raise ValueError(
+        raise UserError(
             f"--{dotted}: no stage is called {name}{did_you_mean(name, stages, '{}')}; there are "
             f"{', '.join(stages)}"
         )
     if not rest:
-        raise ValueError(f"--{dotted}: a setting is --stages.{name}.SECTION.KEY value")
+        raise UserError(f"--{dotted}: a setting is --stages.{name}.SECTION.KEY value")
     if rest[0] in StageConfig.model_fields:
-        return keys
+        return [section, *keys]
     verb = stages[name].get("verb") if isinstance(stages[name], dict) else None
-    return [name, "arguments" if verb == MAKE else "settings", *rest]
-
-
-def _explain(error: dict[str, Any]) -> str:
-    location = error["loc"]
-    key = ".".join(str(part) for part in location)
-    if error["type"] == "extra_forbidden":
-        known = _keys_at(location[:-1])
-        hint = did_you_mean(location[-1], known, "{}") or f"; there are {', '.join(known)}"
-        return f"unknown key {key}{hint}"
-    if error["type"] == "missing":
-        return f"{key} must be set"
-    if error["type"] == "value_error":
-        return ": ".join(part for part in (key, str(error["ctx"]["error"])) if part)
-    return f"{key}: {error['msg'][0].lower()}{error['msg'][1:]}, got {error.get('input')!r}"
-
-
-def _keys_at(location: tuple[str | int, ...]) -> list[str]:
-    """The keys of the model at a place such as ("stages", "base")."""
-    annotation: Any = Recipe
-    for part in location:
-        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-            annotation = annotation.model_fields[str(part)].annotation
-        else:  # dict[str, Model]: the part is a name
-            annotation = get_args(annotation)[1]
-    return list(annotation.model_fields)
+    return [section, name, "arguments" if verb == MAKE else "settings", *rest]

@@ -9,8 +9,7 @@ from typing import Literal
 
 from megatron_r1.config import Config, ParallelConfig, SampleConfig
 from megatron_r1.config.algorithms import rules_of
-from megatron_r1.config.critic import critic_config
-from megatron_r1.config.reward_model import RewardModelConfig
+from megatron_r1.config.other_models import RewardModelConfig
 from megatron_r1.config.training import SFTConfig
 from megatron_r1.engine.parallelism import check_engines
 from megatron_r1.models.hf_config import architecture, read_hf_config
@@ -174,7 +173,7 @@ class Job:
         samples; None for an algorithm without one."""
         if self.verb != "rl" or self.is_critic or not rules_of(self.config.rl.algorithm).critic:
             return None
-        config = critic_config(self.config)
+        config = self.config.of_critic()
         hf = read_hf_config(config.model.path, "score", "critic.path")
         return replace(self, hf=hf, config=config, shared={})
 

@@ -179,3 +179,20 @@ def test_a_merge_may_bring_a_key_that_is_set_beside_it(tmp_path):
     path.write_text("run:\n  <<: &one {steps: 3, seed: 1}\n  steps: 5\noptimizer: {warmup: 2}\n")
     loaded = configuration.load(path)
     assert (loaded.run.steps, loaded.run.seed) == (5, 1)
+
+
+def test_keys_that_may_change_when_a_run_continues():
+    """They change how long, how often or where a run computes; all others decide its result."""
+    expected = {
+        "run": "folder steps log_samples hang_seconds on_hang max_trainer_restarts health_port",
+        "push": "transport memory_gib delta full_every timeout_seconds probes probe_tolerance",
+        "rl": "sample_log",
+        "rollout": "engines placement hosts_port hosts_address host_silence_seconds "
+        "hosts_per_engine tensor pipeline data expert_parallel colocated gpu_memory max_restarts "
+        "unresponsive_seconds threads",
+        "teacher": "url engines tensor pipeline data expert_parallel gpu_memory max_num_seqs "
+        "tokens_at_once threads max_restarts unresponsive_seconds",
+        "rewards": "options.helpful.url options.judge.url options.safety.url workers max_ungraded",
+    }
+    keys = [f"{section}.{key}" for section, names in expected.items() for key in names.split()]
+    assert sorted(configuration.RESUMABLE) == sorted([*keys, "checkpoint", "eval", "parallel"])

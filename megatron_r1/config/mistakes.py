@@ -1,0 +1,59 @@
+"""Validation errors of a recipe as sentences that name the key, its value and the remedy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, get_origin
+
+from pydantic import BaseModel, ValidationError
+
+from megatron_r1.config.keys import models_within
+from megatron_r1.errors import did_you_mean
+
+
+def explain(failure: ValidationError, root: type[BaseModel], known: Iterable[str] = ()) -> str:
+    """Return all errors of validating a `root`.
+
+    known: dotted keys to suggest for a key that stands in the wrong section.
+    """
+    return "; ".join(_sentence(error, root, known) for error in failure.errors())
+
+
+def _sentence(error: Mapping[str, Any], root: type[BaseModel], known: Iterable[str]) -> str:
+    location = error["loc"]
+    key = ".".join(map(str, location))
+    if error["type"] == "extra_forbidden":
+        return f"unknown key {key}{_hint(location, root, known)}"
+    if error["type"] == "missing":
+        return f"{key} must be set"
+    if error["type"] == "value_error":
+        message = str(error["ctx"]["error"])
+        return message if message.startswith(key) else f"{key}: {message}"
+    quote = ""
+    if error["type"] == "string_type" and isinstance(error.get("input"), dict | list):
+        quote = (
+            "; YAML takes that for more than a text: put it in double quotes, within the shell's"
+        )
+    return f"{key}: {error['msg'][0].lower()}{error['msg'][1:]}, got {error.get('input')!r}{quote}"
+
+
+def _hint(location: tuple[str | int, ...], root: type[BaseModel], known: Iterable[str]) -> str:
+    """Return what an unknown key may mean: it is misspelt, or stands in the wrong section."""
+    *parents, leaf = map(str, location)
+    here = _keys_at(location[:-1], root)
+    prefix = "".join(f"{parent}." for parent in parents).replace("{", "{{").replace("}", "}}")
+    if near := did_you_mean(leaf, here, prefix + "{}"):
+        return near
+    if elsewhere := [key for key in known if key.rpartition(".")[2] == leaf]:
+        return f"; did you mean {elsewhere[0]}?"
+    return f"; {'.'.join(parents) or 'a recipe'} has {', '.join(here)}"
+
+
+def _keys_at(location: tuple[str | int, ...], root: type[BaseModel]) -> list[str]:
+    """Return the keys of the model at `location`, such as ("eval", "benchmarks", 1)."""
+    annotation: Any = root
+    for part in location:
+        model = next(models_within(annotation))[0]
+        is_entry = get_origin(annotation) in (list, dict)
+        annotation = model if is_entry else model.model_fields[str(part)].annotation
+    return list(next(models_within(annotation))[0].model_fields)
