@@ -1,8 +1,7 @@
-"""Accuracy of programs: the answer's program is run on tests, each in a sandbox of its own.
+"""Accuracy of programs: the response's program is run on tests, each in a sandbox of its own.
 
-Expected values never enter the sandbox of the program: it gets one test's input, what comes back is
-compared out here. A checker is a program too and gets a sandbox of its own, after the answer's has
-ended.
+Expected values never enter the program's sandbox: it gets one test's input, and its output is
+compared outside. A checker is a program too and runs in another sandbox, after the first has ended.
 """
 
 import contextlib
@@ -17,8 +16,7 @@ from megatron_r1.rewards.code.find_program import find_program
 from megatron_r1.rewards.code.problem import Problem, Test, parse_problem
 from megatron_r1.rewards.code.scoring import TestScore, describe_failure
 from megatron_r1.rewards.sandbox import availability
-from megatron_r1.rewards.sandbox.limits import Limits
-from megatron_r1.rewards.sandbox.process import Budget
+from megatron_r1.rewards.sandbox.limits import Budget, Limits
 from megatron_r1.rewards.sandbox.programs import (
     STANDARDS,
     Program,
@@ -41,25 +39,25 @@ def grade(
     opened: bool = False,
     **entry: object,
 ) -> Grade:
-    """1 when the program of the response (`answer`) passes every test of `truth`, else 0.
+    """Return 1 when the response's program (`find_program`) passes every test of `truth`, else 0.
 
-    truth: see `problem`. language: "python" or "cpp", then by `standard`. partial: the share of
-    tests passed instead, all of which are then run; otherwise the first failure ends it. limits:
-    what differs from sandbox.limits.Limits. Raises ValueError for a truth, limit or standard that
-    is none and for a checker that is broken, and SandboxUnavailable, with the remedy, where nothing
-    can be sandboxed: for any response, the empty one included.
+    truth: see `problem.parse_problem`. language: "python", or "cpp" of the given `standard`.
+    partial: run all tests and return the share passed; otherwise the first failure ends the run.
+    limits: overrides of `sandbox.limits.Limits`. Raises ValueError for an invalid truth, limit or
+    standard and for a broken checker, and SandboxUnavailable, with the remedy, where no sandbox can
+    run; both for every response, the empty one included.
     """
     problem = parse_problem(truth, language)
-    bounds = Limits.parse(limits)
+    parsed_limits = Limits.parse(limits)
     if standard not in STANDARDS:
         raise ValueError(f"standard must be one of {', '.join(STANDARDS)}, got {standard!r}")
     availability.require(language)
     extraction = find_program(response, opened=opened)
     if extraction.text is None:
         return Grade(0.0, extraction.reason)
-    deadline = time.monotonic() + bounds.total_seconds
+    deadline = time.monotonic() + parsed_limits.total_seconds
     if language == "cpp":
-        program = compile_cpp(extraction.text, standard, bounds.compiler())
+        program = compile_cpp(extraction.text, standard, parsed_limits.compiler())
         if isinstance(program, str):
             return Grade(0.0, f"does not compile: {program}")
     elif problem.function is not None:
@@ -67,24 +65,24 @@ def grade(
     else:
         program = python_script(extraction.text)
     with contextlib.closing(program):
-        return _total(problem, partial, _verdicts(problem, program, bounds, deadline))
+        return _total(problem, partial, _run_tests(problem, program, parsed_limits, deadline))
 
 
-def _total(problem: Problem, partial: bool, verdicts: Iterator[TestScore]) -> Grade:
-    num_tests, num_passed, score, failure = len(problem.tests), 0, 0.0, ""
-    for number, verdict in enumerate(verdicts, 1):
-        num_passed += verdict.score == 1.0
-        score += verdict.score
-        if verdict.score < 1.0:
-            failure = failure or f"test {number} of {num_tests}: {verdict.reason}"
+def _total(problem: Problem, partial: bool, scores: Iterator[TestScore]) -> Grade:
+    num_tests, num_passed, total, failure = len(problem.tests), 0, 0.0, ""
+    for number, test in enumerate(scores, 1):
+        num_passed += test.score == 1.0
+        total += test.score
+        if test.score < 1.0:
+            failure = failure or f"test {number} of {num_tests}: {test.reason}"
             if not partial:
                 return Grade(0.0, failure)
     if not failure:
         return Grade(1.0, f"passed {num_tests} of {num_tests} tests")
-    return Grade(score / num_tests, f"passed {num_passed} of {num_tests} tests; {failure}")
+    return Grade(total / num_tests, f"passed {num_passed} of {num_tests} tests; {failure}")
 
 
-def _verdicts(
+def _run_tests(
     problem: Problem, program: Program, limits: Limits, deadline: float
 ) -> Iterator[TestScore]:
     def budget() -> Budget:
@@ -95,20 +93,20 @@ def _verdicts(
         if time.monotonic() >= deadline:
             yield TestScore(0.0, f"not run: the {limits.total_seconds:g} s of all tests are over")
         else:
-            yield _verdict(problem, test, program, limits, budget)
+            yield _run_test(problem, test, program, limits, budget)
 
 
-def _verdict(
+def _run_test(
     problem: Problem, test: Test, program: Program, limits: Limits, budget: Callable[[], Budget]
 ) -> TestScore:
     if problem.function is None:
-        given = test.stdin.encode("utf-8", "replace")
+        stdin_bytes = test.stdin.encode("utf-8", "replace")
     else:
-        given = marshal.dumps((test.args, test.kwargs), 2)
-    spent = budget()
-    with SealedFile(given) as stdin:
-        outcome = run(program.command, spent, stdin=stdin, files=program.files)
-    if failure := describe_failure(outcome, spent):
+        stdin_bytes = marshal.dumps((test.args, test.kwargs), 2)
+    test_budget = budget()
+    with SealedFile(stdin_bytes) as stdin:
+        outcome = run(program.command, test_budget, stdin=stdin, files=program.files)
+    if failure := describe_failure(outcome, test_budget):
         return TestScore(0.0, failure)
     if problem.checker is not None:
         return run_checker(problem.checker, test, outcome.stdout, budget(), limits.program())

@@ -1,14 +1,14 @@
-"""Special checkers: a Python program that decides whether an output answers a problem.
+"""A checker: a Python program that decides whether an output solves a problem.
 
 It gets three files as arguments, `input`, `expected` and `actual`, and runs in a sandbox of its
-own, after the judged program has ended. Exit status 0 accepts and any other rejects, as with
-testlib; a checker that exits with 0 may say more in its last line, as JSON: true or false, a score
-between 0 and 1, or {"score": …, "reason": …}.
+own, after the response's program has ended. Exit status 0 accepts and any other rejects, as with
+testlib. A checker that exits with 0 may print a last line of JSON: true or false, a score between
+0 and 1, or {"score": …, "reason": …}.
 
-A checker *fails* when it raises, exits with 3, runs into a limit or says something that is no
-verdict. Whose fault that is must not be for the answer to choose: an answer that is no number may
-make `int` raise, and is wrong. So it is the checker's only where the expected output makes it fail
-too, or where, without one, it fails before it looks at any.
+A checker *fails* when it raises, exits with 3, exceeds a limit or prints an invalid last line. A
+response must not be able to blame the checker for that: an output that is no number may make `int`
+raise, and is wrong. So the checker counts as broken only where it also fails on the expected output
+or, without one, before it opens any output.
 """
 
 import contextlib
@@ -19,81 +19,81 @@ from typing import Any
 from megatron_r1.rewards.base import shorten
 from megatron_r1.rewards.code.problem import Test
 from megatron_r1.rewards.code.scoring import TestScore, describe_failure
-from megatron_r1.rewards.sandbox.process import Budget, Outcome
+from megatron_r1.rewards.sandbox.limits import Budget
+from megatron_r1.rewards.sandbox.process import Outcome
 from megatron_r1.rewards.sandbox.programs import python_checker
 from megatron_r1.rewards.sandbox.run import run
 from megatron_r1.rewards.sandbox.sealed_file import SealedFile
 
 FAILED = 3
-HAS_OPENED_ACTUAL = b"\0actual\n"  # see sandbox.inside_checker
+ACTUAL_OPENED = b"\0actual\n"  # see sandbox/inside_checker.py
 
 
 @dataclass(frozen=True)
 class _Failure:
-    """reason: what ended the checker. has_looked: whether it had opened the program's output."""
+    """reason: what ended the checker. opened_actual: whether it had opened the program's output."""
 
     reason: str
-    has_looked: bool
+    opened_actual: bool
 
 
 def run_checker(
     checker: str, test: Test, actual: bytes, budget: Budget, full_budget: Budget
 ) -> TestScore:
-    """The checker's verdict on `actual`.
+    """Return the checker's score of `actual`.
 
-    full_budget: of the run that finds out whose a failure is, which must not suffer from what the
-    answer's program has used up. Raises ValueError for a checker that is broken whatever the
-    answer.
+    full_budget: for the run on the expected output, which must not suffer from the time that the
+    response's program has used. Raises ValueError for a checker that is broken for every response.
     """
-    judged = _run(checker, test, actual, budget)
-    if isinstance(judged, TestScore):
-        return judged
+    score = _run(checker, test, actual, budget)
+    if isinstance(score, TestScore):
+        return score
     control = _run(checker, test, test.expected.encode("utf-8", "replace"), full_budget)
-    if isinstance(control, _Failure) and (test.expected or not control.has_looked):
-        where = "on the expected output" if control.has_looked else "before it opens any output"
+    if isinstance(control, _Failure) and (test.expected or not control.opened_actual):
+        where = "on the expected output" if control.opened_actual else "before it opens any output"
         raise ValueError(f"the checker is broken: it fails {where}: {control.reason}")
-    return TestScore(0.0, f"the checker fails on this output: {judged.reason}")
+    return TestScore(0.0, f"the checker fails on this output: {score.reason}")
 
 
 def _run(checker: str, test: Test, actual: bytes, budget: Budget) -> TestScore | _Failure:
     program = python_checker(checker, "input", "expected", "actual")
+    contents = {
+        "input": test.stdin.encode("utf-8", "replace"),
+        "expected": test.expected.encode("utf-8", "replace"),
+        "actual": actual,
+    }
     with contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.closing(program))
-        nothing = stack.enter_context(SealedFile(b""))
-        files = {
-            "input": SealedFile(test.stdin.encode("utf-8", "replace")),
-            "expected": SealedFile(test.expected.encode("utf-8", "replace")),
-            "actual": SealedFile(actual),
-        }
-        for file in files.values():
-            stack.enter_context(file)
-        outcome = run(program.command, budget, stdin=nothing, files={**program.files, **files})
-    return _read(outcome, budget)
+        no_input = stack.enter_context(SealedFile(b""))
+        files = {name: stack.enter_context(SealedFile(data)) for name, data in contents.items()}
+        outcome = run(program.command, budget, stdin=no_input, files={**program.files, **files})
+    return _read_score(outcome, budget)
 
 
-def _read(outcome: Outcome, budget: Budget) -> TestScore | _Failure:
+def _read_score(outcome: Outcome, budget: Budget) -> TestScore | _Failure:
     printed = outcome.stdout.decode("utf-8", "replace").strip().rpartition("\n")[2]
-    has_looked = HAS_OPENED_ACTUAL in outcome.stderr
+    opened_actual = ACTUAL_OPENED in outcome.stderr
     if failure := describe_failure(outcome, budget):
         if outcome.stopped or outcome.status == FAILED or outcome.status > 128:
-            return _Failure(failure, has_looked)
+            return _Failure(failure, opened_actual)
         return TestScore(0.0, f"the checker rejects: {shorten(printed) or failure}")
     if not printed:
         return TestScore(1.0, "accepted by the checker")
-    score, reason = _parse(printed), ""
+    score, reason = _parse_json(printed), ""
     if isinstance(score, dict):
-        score, reason = score.get("score"), str(score.get("reason", ""))
+        reason = str(score.get("reason", ""))
+        score = score.get("score")
     if not isinstance(score, bool | int | float) or not 0 <= score <= 1:
         return _Failure(
             "its last line must be true, false, a score between 0 and 1 or "
             f'{{"score": …, "reason": …}}, got {shorten(printed)!r}',
-            has_looked,
+            opened_actual,
         )
-    words = "accepted by" if score == 1 else "rejected by" if score == 0 else "partly accepted by"
-    return TestScore(float(score), f"{words} the checker" + (f": {reason}" if reason else ""))
+    verb = "accepted" if score == 1 else "rejected" if score == 0 else "partly accepted"
+    return TestScore(float(score), f"{verb} by the checker" + (f": {reason}" if reason else ""))
 
 
-def _parse(printed: str) -> Any:
+def _parse_json(printed: str) -> Any:
     try:
         return json.loads(printed)
     except (ValueError, RecursionError):

@@ -1,4 +1,4 @@
-"""Whether what a program gave is what was expected. Runs outside the sandbox, on its bytes."""
+"""Compare the output of a program with the expected one, outside the sandbox."""
 
 import json
 import re
@@ -10,7 +10,7 @@ MAX_NUMBER_BYTES = 400
 
 
 def equal_output(actual: bytes, expected: str, tolerance: float | None) -> bool:
-    """Line by line, the same tokens (split at white space); blank lines at the end are ignored.
+    """Whether all lines have the same tokens (split at white space), trailing blank lines aside.
 
     tolerance: two tokens that are decimal numbers may differ by tolerance × max(1, |expected|), so
     that 0 accepts 1.0 for 1; None: tokens are compared as text.
@@ -22,8 +22,11 @@ def equal_output(actual: bytes, expected: str, tolerance: float | None) -> bool:
 
 
 def equal_result(actual: bytes, expected: Any, tolerance: float | None) -> bool:
-    """`actual`, JSON text, against the JSON value `expected`, as Python compares (1 == 1.0 == True;
-    a tuple has become a list); tolerance as above, on every number. NaN equals nothing."""
+    """Whether `actual`, JSON text, is the JSON value `expected`, compared as Python compares.
+
+    So 1 == 1.0 == True, and NaN equals nothing; a tuple is a list in JSON. tolerance: as in
+    `equal_output`, for every number.
+    """
     try:
         value = json.loads(actual)
         return _equal_values(value, expected, tolerance)

@@ -1,4 +1,4 @@
-"""The program of a response: the last fenced block of its answer."""
+"""Extract the program of a response: the last fenced code block of its answer."""
 
 import re
 
@@ -9,11 +9,11 @@ MAX_ANSWER_CHARS, MAX_PROGRAM_CHARS = 2**20, 2**18
 
 
 def find_program(response: str, *, opened: bool = False) -> Extraction:
-    """The source text of the last fenced block after the thought, inside `<answer>` if it is there.
+    """Return the last fenced block after the thought, inside `<answer>` if there is one.
 
-    A thought that is not closed, two <answer> blocks, no fence, or a last fence that is not closed:
-    no program. The fence's language is not looked at. A fence's own indentation is taken off its
-    lines. Linear in the length of the response.
+    There is no program in a thought that is not closed, in two <answer> blocks, without a fence, or
+    where the last fence is not closed. The fence's language is ignored, and the fence's indentation
+    is removed from its lines. Linear in the length of the response.
     """
     visible = after_thought(response, opened)
     if visible is None:
@@ -36,8 +36,10 @@ def find_program(response: str, *, opened: bool = False) -> Extraction:
 
 
 def _last_block(text: str) -> tuple[str | None, bool]:
-    """The last complete fenced block (CommonMark's rules), and whether one is open at the end."""
-    program, lines, fence, indent = None, [], "", ""
+    """Return the last complete fenced block (CommonMark), and whether one is open at the end."""
+    program: str | None = None
+    lines: list[str] = []
+    fence = indent = ""
     for line in text.split("\n"):
         match = FENCE.fullmatch(line.rstrip("\r"))
         if not fence:

@@ -1,4 +1,4 @@
-"""The truth of a code prompt, checked and in one form."""
+"""Parse and validate the truth of a code prompt: its tests and how they are judged."""
 
 import json
 from dataclasses import dataclass
@@ -9,15 +9,15 @@ from megatron_r1.errors import did_you_mean
 LANGUAGES = ("python", "cpp")
 WHAT = "the truth of a code prompt"
 KEYS = ("tests", "function", "checker", "tolerance")
-# "testtype": LiveCodeBench's rows have it; "function" decides.
+# LiveCodeBench's rows have a "testtype"; here the key "function" decides, and it is ignored.
 PROGRAM_KEYS = ("stdin", "stdout", "input", "output", "testtype")
 CALL_KEYS = ("args", "kwargs", "result", "input", "output", "testtype")
 
 
 @dataclass(frozen=True)
 class Test:
-    """stdin, expected: text, of a program's test; args, kwargs, expected: JSON values, of a
-    call's."""
+    """One test: stdin and expected (text) of a program, or args, kwargs and expected (JSON values)
+    of a function call."""
 
     expected: Any
     stdin: str = ""
@@ -27,9 +27,9 @@ class Test:
 
 @dataclass(frozen=True)
 class Problem:
-    """tests: at least one. function: what is called, or None: the program reads and prints.
-    checker: source of a Python program that judges instead of a comparison, or None. tolerance:
-    how far numbers may be off (see `compare`), or None: not at all."""
+    """tests: at least one. function: the name to call, or None where the program reads and prints.
+    checker: source of a Python program that replaces the comparison, or None. tolerance: allowed
+    difference of numbers (see `compare`), or None to compare text."""
 
     tests: tuple[Test, ...]
     function: str | None = None
@@ -38,16 +38,14 @@ class Problem:
 
 
 def parse_problem(truth: object, language: str) -> Problem:
-    """`truth`, an object or its JSON text. Raises ValueError naming the test and what it lacks."""
+    """Parse `truth`, an object or its JSON text. Raises ValueError naming the faulty test."""
     if language not in LANGUAGES:
         raise ValueError(f"language must be one of {', '.join(LANGUAGES)}, got {language!r}")
     if isinstance(truth, str):
         truth = _json(truth, WHAT)
     if not isinstance(truth, dict):
         raise ValueError(f'{WHAT} must be {{"tests": […]}}, got {type(truth).__name__}')
-    if unknown := sorted(truth.keys() - set(KEYS)):
-        hint = did_you_mean(unknown[0], KEYS)
-        raise ValueError(f"{WHAT} has {unknown[0]!r}{hint} (known: {', '.join(KEYS)})")
+    _check_keys(truth, WHAT, KEYS)
     tests, function = truth.get("tests"), _text_or_none(truth, "function")
     checker, tolerance = _text_or_none(truth, "checker"), truth.get("tolerance")
     if not isinstance(tests, list) or not tests:
@@ -70,7 +68,8 @@ def parse_problem(truth: object, language: str) -> Problem:
 
 
 def _program_test(test: object, what: str, checker: str | None) -> Test:
-    """{"stdin", "stdout"}, or LiveCodeBench's {"input", "output"}; a checker may need no stdout."""
+    """Parse {"stdin", "stdout"}, or LiveCodeBench's {"input", "output"}; with a checker, the
+    expected output may be missing."""
     test = _known(test, what, PROGRAM_KEYS)
     stdin = test.get("stdin", test.get("input", ""))
     stdout = test.get("stdout", test.get("output", "" if checker else None))
@@ -81,7 +80,8 @@ def _program_test(test: object, what: str, checker: str | None) -> Test:
 
 
 def _call_test(test: object, what: str, checker: str | None) -> Test:
-    """{"args", "kwargs", "result"}, or LiveCodeBench's {"input", "output"}: one argument a line."""
+    """Parse {"args", "kwargs", "result"}, or LiveCodeBench's {"input", "output"}, whose input has
+    one JSON argument per line."""
     test = _known(test, what, CALL_KEYS)
     if "result" in test:
         args, kwargs, expected = test.get("args", []), test.get("kwargs", {}), test["result"]
@@ -97,13 +97,18 @@ def _call_test(test: object, what: str, checker: str | None) -> Test:
 
 
 def _known(test: object, what: str, keys: tuple[str, ...]) -> dict[str, Any]:
-    """`test` itself. A misspelt "stdin" would be an empty input, which no right program passes."""
+    """Return `test` if all its keys are known: a misspelt "stdin" would be an empty input, which
+    no correct program passes."""
     if not isinstance(test, dict):
         raise ValueError(f"{what} must be an object, got {type(test).__name__}")
-    if unknown := sorted(test.keys() - set(keys)):
-        hint = did_you_mean(unknown[0], keys)
-        raise ValueError(f"{what} has {unknown[0]!r}{hint} (known: {', '.join(keys)})")
+    _check_keys(test, what, keys)
     return test
+
+
+def _check_keys(value: dict[str, Any], what: str, known: tuple[str, ...]) -> None:
+    if unknown := sorted(value.keys() - set(known)):
+        hint = did_you_mean(unknown[0], known)
+        raise ValueError(f"{what} has {unknown[0]!r}{hint} (known: {', '.join(known)})")
 
 
 def _text_or_none(truth: dict, key: str) -> str | None:

@@ -1,1 +1,1 @@
-"""Rewards in killable worker processes, whatever the responses do to them."""
+"""Reward worker processes and the pool that grades with them."""

@@ -1,4 +1,4 @@
-"""What the reward workers did between two moments: the `rewards/…` numbers of metrics.jsonl."""
+"""The `rewards/…` numbers of metrics.jsonl: the work of the reward workers between two moments."""
 
 import time
 
@@ -8,7 +8,7 @@ LEVELS = ("queued", "running")
 
 
 class RewardMeter:
-    """Starts to measure when it is made; one at a time for a pool."""
+    """Measures a pool from construction on. A pool supports one meter at a time."""
 
     def __init__(self, pool: RewardPool) -> None:
         self._pool = pool
@@ -18,9 +18,12 @@ class RewardMeter:
         pool.most_outstanding = 0
 
     def read(self) -> dict[str, float]:
-        """rewards/graded, /timeouts, /crashes, …: the pool's counters since the start.
-        rewards/most_outstanding: jobs that waited or were graded at once, at most.
-        rewards/busy: the share of the time that workers were grading, mean over them."""
+        """Return the metrics since the start.
+
+        rewards/graded, /timeouts, /crashes, …: the pool's counters. rewards/most_outstanding: the
+        largest number of jobs queued and running at once. rewards/busy: the share of the time that
+        workers were grading, averaged over them.
+        """
         seconds = max(time.perf_counter() - self._started, 1e-9)
         counts = {
             f"rewards/{name}": count - self._counts.get(name, 0)

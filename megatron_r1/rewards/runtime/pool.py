@@ -1,8 +1,9 @@
 """Rewards graded in killable worker processes, awaited from the controller.
 
-A grader may hang inside a C call, take all memory or end its process; none of that reaches the run.
-The head of a worker's line has `timeout_seconds` of wall time, counted from the moment it runs (the
-import of its module is not counted); then the worker's process group is killed and replaced.
+A reward function may hang inside a C call, use all memory or end its process; none of that reaches
+the run. The first job of a worker's queue has `timeout_seconds` of wall time, counted from when it
+starts (the import of its module is not counted); then the worker's process group is killed and
+replaced.
 """
 
 import asyncio
@@ -14,6 +15,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
+from megatron_r1.errors import UserError
 from megatron_r1.rewards import REMOTE, resolve
 from megatron_r1.rewards.base import Grade
 from megatron_r1.rewards.remote.runner import RemoteRewards
@@ -21,32 +23,40 @@ from megatron_r1.rewards.runtime.process import START_TIMEOUT_SECONDS, WorkerLos
 from megatron_r1.rewards.runtime.protocol import LENGTH, Job, Reply, frame
 from megatron_r1.rewards.runtime.time_limits import time_limit
 
-# Jobs handed to a worker ahead of time: enough that its pipe never runs dry, and no more work than
-# this many seconds can get stuck behind one slow answer.
+# Jobs sent to a worker ahead of time: enough that its pipe never runs dry, and at most this many
+# seconds of work can get stuck behind one slow job.
 AHEAD_SECONDS = 0.02
 MAX_AHEAD = 64
 COUNTERS = ("graded", "timeouts", "crashes", "out_of_memory", "errors")
 
 SMALL_LIMIT_BYTES = 512 * 2**20
-"""About what the largest grader, with sympy, takes to be loaded."""
+"""About the address space that importing the largest reward, with sympy, takes."""
 
 
 @dataclass(eq=False)
 class _Pending:
+    """A job, its encoded frame, and the future that `RewardPool.grade` awaits.
+
+    worker_pid: None in the queue. since: time.monotonic() when it got there.
+    """
+
     id: int
     target: str
     frame: bytes
     timeout_seconds: float
-    result: asyncio.Future
+    result: asyncio.Future[Grade]
     num_crashes: int = 0
-    process: int | None = None
+    worker_pid: int | None = None
     since: float = field(default_factory=time.monotonic)
 
 
 @dataclass(frozen=True)
 class OutstandingJob:
-    """A job that is not done. process: of the worker that has it, None in the queue; seconds: since
-    it got there; question: of its prompt, where it says one."""
+    """A job that is queued or running.
+
+    process: pid of the worker that has it, None in the queue. seconds: for how long. question: of
+    its prompt, if its fields have one.
+    """
 
     target: str
     process: int | None
@@ -61,8 +71,8 @@ class RewardPool:
     memory_limit_bytes: address space of a worker (about 200 MB with math-verify and reasoning-gym
     imported).
     Belongs to the event loop that first uses it; workers die when the thread of that loop does.
-    busy_seconds: spent on grading, summed over workers. most_outstanding: the most jobs that were
-    queued and running at once; whoever measures sets it back to 0 (`meter.RewardMeter`).
+    busy_seconds: time spent on grading, summed over workers. most_outstanding: the largest number
+    of jobs queued and running at once; `meter.RewardMeter` resets it to 0.
     """
 
     def __init__(
@@ -72,9 +82,9 @@ class RewardPool:
         memory_limit_bytes: int = 2 * 1024**3,
     ) -> None:
         if num_workers < 1:
-            raise ValueError(f"rewards.num_workers must be at least 1, got {num_workers}")
+            raise UserError(f"rewards.workers must be at least 1, got {num_workers}")
         if not timeout_seconds > 0:
-            raise ValueError(f"rewards.timeout_seconds must be positive, got {timeout_seconds}")
+            raise UserError(f"rewards.timeout_seconds must be positive, got {timeout_seconds}")
         self.num_workers = num_workers
         self.timeout_seconds = timeout_seconds
         self.memory_limit_bytes = memory_limit_bytes
@@ -82,7 +92,7 @@ class RewardPool:
         self._queue: deque[_Pending] = deque()
         self._running: dict[int, _Pending] = {}
         self._work = asyncio.Event()
-        self._tasks: list[asyncio.Task] = []
+        self._tasks: list[asyncio.Task[None]] = []
         self._workers: set[WorkerProcess] = set()
         self._counters: Counter[str] = Counter()
         self._failure: Exception | None = None
@@ -97,12 +107,13 @@ class RewardPool:
         await self.close()
 
     async def grade(self, kind: str, response: str, truth: object, /, **fields: object) -> Grade:
-        """The grade of one response. `kind`: a registered reward or "package.module:function".
+        """Return the grade of one response. kind: a registered reward or "module:function".
 
-        What the response causes (time, memory, a crash, an exception in the grader) is a grade of 0
-        with the reason. What the user causes raises ValueError: an unknown kind, a module that
-        cannot be imported, a truth or field that is not JSON. RuntimeError: no worker can be
-        started, the pool is closed, or a served model is down (`remote.service.ServiceError`).
+        A failure that the response causes (time, memory, a crash, an exception in the reward) is a
+        grade of 0 with the reason. A mistake of the user raises UserError: an unknown kind, a
+        module that cannot be imported, a truth or field that is not JSON. RuntimeError: no worker
+        can be started, the pool is closed, or a served model is down
+        (`remote.service.ServiceError`).
         """
         if self._failure is not None:
             raise self._failure
@@ -110,12 +121,12 @@ class RewardPool:
             return await self._remote.grade(kind, response, truth, fields)
         target = resolve(kind)
         job_id = next(self._ids)
-        # A lone surrogate, which JSON can smuggle in, has no UTF-8 form.
+        # A lone surrogate, which JSON allows, has no UTF-8 form.
         response = response.encode("utf-8", "replace").decode("utf-8")
         try:
             encoded = frame(Job(job_id, target, response, truth, fields))
         except (TypeError, UnicodeEncodeError) as error:
-            raise ValueError(f"truth and fields of a {kind} job must be JSON: {error}") from error
+            raise UserError(f"truth and fields of a {kind} job must be JSON: {error}") from error
         limit = time_limit(kind, fields, self.timeout_seconds)
         result = asyncio.get_running_loop().create_future()
         pending = _Pending(job_id, target, encoded, limit, result)
@@ -124,36 +135,39 @@ class RewardPool:
         self.most_outstanding = max(self.most_outstanding, outstanding)
         self._work.set()
         if not self._tasks:
-            self._tasks = [asyncio.create_task(self._tend()) for _ in range(self.num_workers)]
+            self._tasks = [asyncio.create_task(self._run_worker()) for _ in range(self.num_workers)]
         return await pending.result
 
     def snapshot(self) -> dict[str, int]:
-        """Counts since the start (graded, timeouts, crashes, out_of_memory, errors; a retried crash
-        counts once more), and jobs now queued and running. `graded` counts verdicts only."""
+        """Return counts since the start, and the numbers of jobs now queued and running.
+
+        graded: calls that returned a grade. timeouts, crashes (a retried crash counts twice),
+        out_of_memory, errors: calls that did not.
+        """
         counts = {name: self._counters[name] for name in COUNTERS}
         counts |= {"queued": len(self._queue), "running": len(self._running)}
         return counts | self._remote.snapshot()
 
     def jobs(self, most: int = 20) -> list[OutstandingJob]:
-        """What workers have and what is queued, those that have been there longest first."""
+        """Return running and then queued jobs, each the oldest first, at most `most`."""
         outstanding = [*self._running.values(), *self._queue]
-        outstanding.sort(key=lambda pending: (pending.process is None, pending.since))
+        outstanding.sort(key=lambda pending: (pending.worker_pid is None, pending.since))
         now = time.monotonic()
         return [
-            OutstandingJob(p.target, p.process, now - p.since, _question(p))
+            OutstandingJob(p.target, p.worker_pid, now - p.since, _question(p))
             for p in outstanding[:most]
         ]
 
     async def close(self) -> None:
-        """Kills the workers; a `grade` still waiting raises RuntimeError. Safe to call again."""
+        """Kill the workers; a `grade` still waiting raises RuntimeError. Safe to call again."""
         self._fail(RuntimeError("the reward pool is closed"))
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await asyncio.gather(*(worker.kill() for worker in self._workers), self._remote.close())
 
-    async def _tend(self) -> None:
-        """Keeps one worker alive for as long as the pool is."""
+    async def _run_worker(self) -> None:
+        """Keep one worker running until the pool closes or fails."""
         try:
             while self._failure is None:
                 await self._work.wait()
@@ -168,119 +182,119 @@ class RewardPool:
             self._fail(error)
 
     async def _serve(self, worker: WorkerProcess) -> None:
-        """Feeds one worker until it is lost or has to go."""
-        line: deque[_Pending] = deque()
+        """Send jobs to one worker until it is lost or must be replaced."""
+        sent: deque[_Pending] = deque()
         try:
             while True:
-                self._feed(worker, line)
-                if not line:
+                self._send_jobs(worker, sent)
+                if not sent:
                     if not self._queue:
                         self._work.clear()
                     await self._work.wait()
-                elif not await self._advance(worker, line):
+                elif not await self._finish_first(worker, sent):
                     return
         finally:
-            for pending in line:
+            for pending in sent:
                 self._running.pop(pending.id, None)
-                pending.process = None
-            self._queue.extendleft(reversed(line))
+                pending.worker_pid = None
+            self._queue.extendleft(reversed(sent))
             self._work.set()
 
-    def _feed(self, worker: WorkerProcess, line: deque[_Pending]) -> None:
+    def _send_jobs(self, worker: WorkerProcess, sent: deque[_Pending]) -> None:
         ahead = min(MAX_AHEAD, max(1, int(AHEAD_SECONDS / worker.seconds_per_job)))
         share = math.ceil(len(self._queue) / self.num_workers)
-        for _ in range(min(share, ahead - len(line))):
-            if line and line[-1].timeout_seconds > self.timeout_seconds:
-                break  # a program may take a minute: nothing is sent to wait behind it
+        for _ in range(min(share, ahead - len(sent))):
+            if sent and sent[-1].timeout_seconds > self.timeout_seconds:
+                break  # a program may take a minute: no job waits behind it
             pending = self._queue.popleft()
-            if pending.result.done():  # whoever asked has gone
+            if pending.result.done():  # its caller was cancelled
                 continue
-            line.append(pending)
-            pending.process, pending.since = worker.process.pid, time.monotonic()
+            sent.append(pending)
+            pending.worker_pid, pending.since = worker.process.pid, time.monotonic()
             self._running[pending.id] = pending
             worker.send(pending.frame)
 
-    async def _advance(self, worker: WorkerProcess, line: deque[_Pending]) -> bool:
-        """Waits for the head of the line; False when the worker must be replaced."""
-        head = line[0]
-        is_loaded = head.target in worker.loaded
+    async def _finish_first(self, worker: WorkerProcess, sent: deque[_Pending]) -> bool:
+        """Wait for the first of the sent jobs. Return False when the worker must be replaced."""
+        first = sent[0]
+        is_loaded = first.target in worker.loaded
+        limit = first.timeout_seconds if is_loaded else START_TIMEOUT_SECONDS
         started = time.perf_counter()
         try:
-            async with asyncio.timeout(
-                head.timeout_seconds if is_loaded else START_TIMEOUT_SECONDS
-            ):
+            async with asyncio.timeout(limit):
                 reply = await worker.receive()
-                if reply.id != head.id:
-                    raise WorkerLost(f"a reply to job {reply.id} instead of {head.id}")
+                if reply.id != first.id:
+                    raise WorkerLost(f"a reply to job {reply.id} instead of {first.id}")
         except TimeoutError:
-            self._take(line)
+            self._remove_first(sent)
             if is_loaded:
-                self._finish(head, "timeouts", f"timed out after {head.timeout_seconds:g} s")
+                self._fail_job(first, "timeouts", f"timed out after {limit:g} s")
             else:
-                self._raise(head, f"its module took over {START_TIMEOUT_SECONDS:g} s to import")
+                self._raise(first, f"its module took over {limit:g} s to import")
             return False
         except WorkerLost:
-            await self._crashed(worker, line)
+            await self._handle_crash(worker, sent)
             return False
         finally:
             if is_loaded:
                 self.busy_seconds += time.perf_counter() - started
         if reply.status == "loaded":
-            worker.loaded.add(head.target)
+            worker.loaded.add(first.target)
             return True
-        self._take(line)
-        self._conclude(head, reply)
+        self._remove_first(sent)
+        self._handle_reply(first, reply)
         elapsed = time.perf_counter() - started
         worker.seconds_per_job += 0.2 * (elapsed - worker.seconds_per_job)
         return reply.status != "memory"
 
-    async def _crashed(self, worker: WorkerProcess, line: deque[_Pending]) -> None:
+    async def _handle_crash(self, worker: WorkerProcess, sent: deque[_Pending]) -> None:
         status = await worker.kill()
-        head = line[0]
-        head.num_crashes += 1
+        first = sent[0]
+        first.num_crashes += 1
         self._counters["crashes"] += 1
-        if head.num_crashes == 2:
-            self._take(line)
+        if first.num_crashes == 2:
+            self._remove_first(sent)
             ending = f"signal {-status}" if status < 0 else f"exit status {status}"
-            words = f": {worker.last_words}" if worker.last_words else ""
-            if head.target in worker.loaded:
-                self._settle(head, Grade(0.0, f"the grader's process died twice ({ending}){words}"))
+            message = f": {worker.last_words}" if worker.last_words else ""
+            if first.target in worker.loaded:
+                reason = f"the grader's process died twice ({ending}){message}"
+                self._set_grade(first, Grade(0.0, reason))
             else:
-                self._raise(head, f"importing it ends the process ({ending}){words}")
+                self._raise(first, f"importing it ends the process ({ending}){message}")
 
-    def _conclude(self, head: _Pending, reply: Reply) -> None:
+    def _handle_reply(self, job: _Pending, reply: Reply) -> None:
         if reply.status == "graded":
             try:
-                self._settle(head, Grade(reply.reward, reply.reason))
+                self._set_grade(job, Grade(reply.reward, reply.reason))
                 self._counters["graded"] += 1
             except ValueError as error:
-                self._finish(head, "errors", str(error))
+                self._fail_job(job, "errors", str(error))
         elif reply.status == "unloadable":
-            self._raise(head, reply.reason)
+            self._raise(job, reply.reason)
         elif reply.status == "memory":
             limit = f"{self.memory_limit_bytes / 2**20:.0f} MiB"
-            self._finish(head, "out_of_memory", f"{reply.reason} of {limit}")
+            self._fail_job(job, "out_of_memory", f"{reply.reason} of {limit}")
         else:
-            self._finish(head, "errors", reply.reason)
+            self._fail_job(job, "errors", reply.reason)
 
-    def _take(self, line: deque[_Pending]) -> None:
-        self._running.pop(line.popleft().id, None)
+    def _remove_first(self, sent: deque[_Pending]) -> None:
+        self._running.pop(sent.popleft().id, None)
 
-    def _finish(self, pending: _Pending, counter: str, reason: str) -> None:
+    def _fail_job(self, job: _Pending, counter: str, reason: str) -> None:
         self._counters[counter] += 1
-        self._settle(pending, Grade(0.0, reason))
+        self._set_grade(job, Grade(0.0, reason))
 
-    def _settle(self, pending: _Pending, grade: Grade) -> None:
-        if not pending.result.done():
-            pending.result.set_result(grade)
+    def _set_grade(self, job: _Pending, grade: Grade) -> None:
+        if not job.result.done():
+            job.result.set_result(grade)
 
-    def _raise(self, pending: _Pending, reason: str) -> None:
-        if not pending.result.done():
-            # Libraries that run out of memory while they load say all kinds of things.
+    def _raise(self, job: _Pending, reason: str) -> None:
+        if not job.result.done():
+            # Libraries that run out of memory while they are imported raise all kinds of errors.
             if "MemoryError" in reason or self.memory_limit_bytes < SMALL_LIMIT_BYTES:
                 reason += f" (within {self.memory_limit_bytes:,} bytes: rewards.memory_gib)"
-            error = ValueError(f"reward {pending.target!r} cannot be used: {reason}")
-            pending.result.set_exception(error)
+            error = UserError(f"reward {job.target!r} cannot be used: {reason}")
+            job.result.set_exception(error)
 
     def _fail(self, error: Exception) -> None:
         self._failure = self._failure or error

@@ -5,6 +5,7 @@ import contextlib
 import os
 import signal
 import sys
+from typing import Any
 
 import msgspec
 
@@ -15,25 +16,29 @@ STDERR_BYTES = 4096
 
 
 class WorkerLost(Exception):
-    """The process ended, or said something that is no reply."""
+    """The process ended, or sent something that is no reply."""
 
 
 class WorkerProcess:
-    """Made by `start`. The process leads a process group of its own, so that `kill` takes along
-    whatever it has started."""
+    """A worker, created by `start`. It leads a process group of its own, so that `kill` also ends
+    the processes it has started."""
 
     def __init__(self, process: asyncio.subprocess.Process) -> None:
+        assert process.stdin and process.stdout and process.stderr, "started with pipes"
         self.process = process
         self.loaded: set[str] = set()
+        """Targets that the worker has imported."""
         self.seconds_per_job = 1.0
+        """A moving average, kept by the pool."""
+        self._stdin, self._stdout, self._stderr = process.stdin, process.stdout, process.stderr
         self._decoder = msgspec.json.Decoder(Reply)
-        self._stderr = b""
+        self._stderr_tail = b""
         self._ending: asyncio.Task[int] | None = None
-        self._stderr_reader = asyncio.create_task(self._keep_stderr())
+        self._stderr_reader = asyncio.create_task(self._keep_stderr_tail())
 
     @classmethod
     async def start(cls, memory_limit_bytes: int) -> "WorkerProcess":
-        """A worker that is ready for jobs. Raises RuntimeError with its last words otherwise."""
+        """Return a worker that is ready for jobs; otherwise raise RuntimeError with its stderr."""
         process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
@@ -63,47 +68,49 @@ class WorkerProcess:
 
     def send(self, frame: bytes) -> None:
         with contextlib.suppress(ConnectionError):  # `receive` reports the loss
-            self.process.stdin.write(frame)
+            self._stdin.write(frame)
 
     async def receive(self) -> Reply:
-        """The next reply. Raises WorkerLost."""
+        """Return the next reply. Raises WorkerLost."""
         try:
-            header = await self.process.stdout.readexactly(LENGTH.size)
-            (num_bytes,) = LENGTH.unpack(header)
+            (num_bytes,) = LENGTH.unpack(await self._stdout.readexactly(LENGTH.size))
             if num_bytes > MAX_REPLY_BYTES:
                 raise WorkerLost(f"a reply of {num_bytes} bytes")
-            return self._decoder.decode(await self.process.stdout.readexactly(num_bytes))
+            return self._decoder.decode(await self._stdout.readexactly(num_bytes))
         except (asyncio.IncompleteReadError, ConnectionError, msgspec.MsgspecError) as error:
             raise WorkerLost(type(error).__name__) from error
 
     async def kill(self) -> int:
-        """Ends the process and its group at once; returns its exit status. Safe to call again, and
-        goes on where its caller is cancelled: then call it again to wait for the end."""
+        """Kill the process and its group; return its exit status. Safe to call again.
+
+        The kill continues when the caller is cancelled: call again to wait for the end.
+        """
         if self._ending is None:
             self._ending = asyncio.create_task(self._end())
         return await asyncio.shield(self._ending)
 
     @property
     def last_words(self) -> str:
-        """The last line the process wrote to its standard error."""
-        lines = self._stderr.decode("utf-8", "replace").split("\n")
+        """The last line that the process wrote to its standard error."""
+        lines = self._stderr_tail.decode("utf-8", "replace").split("\n")
         return next((line.strip() for line in reversed(lines) if line.strip()), "")
 
     async def _end(self) -> int:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         status = await self.process.wait()
-        # A grandchild that left the group may hold the pipes open: they are not waited for, and the
-        # transport, which would, has no public name.
+        # A grandchild that left the group may hold the pipes open. Do not wait for it: close the
+        # transport, which has no public name.
         await asyncio.wait({self._stderr_reader}, timeout=0.2)
         self._stderr_reader.cancel()
-        self.process._transport.close()
+        transport: Any = vars(self.process)["_transport"]
+        transport.close()
         await asyncio.sleep(0)
         return status
 
-    async def _keep_stderr(self) -> None:
-        while chunk := await self.process.stderr.read(65536):
-            self._stderr = (self._stderr + chunk)[-STDERR_BYTES:]
+    async def _keep_stderr_tail(self) -> None:
+        while chunk := await self._stderr.read(65536):
+            self._stderr_tail = (self._stderr_tail + chunk)[-STDERR_BYTES:]
 
 
 def _environment() -> dict[str, str]:

@@ -1,7 +1,7 @@
-"""What the pool and its worker processes say to each other: length-prefixed JSON frames.
+"""Messages between the pool and its worker processes: length-prefixed JSON frames.
 
-JSON, because a truth may be an integer of any size, and because nothing that comes back from a
-process which runs hostile text may be unpickled.
+JSON, because a truth may be an integer of any size, and because nothing that a process which runs
+hostile text sends may be unpickled.
 """
 
 import struct
@@ -14,7 +14,7 @@ MAX_REPLY_BYTES = 64 * 1024
 
 
 class Job(msgspec.Struct):
-    """target: "module:function" of the grader, called as function(response, truth, **fields)."""
+    """target: "module:function" of the reward, called as function(response, truth, **fields)."""
 
     id: int
     target: str
@@ -24,9 +24,12 @@ class Job(msgspec.Struct):
 
 
 class Reply(msgspec.Struct):
-    """ready: the worker started. loaded: the grader of job `id` is imported, grading starts now.
-    graded: its verdict. failed: it raised, `reason` says what. memory: it ran into the memory
-    limit, the worker exits. unloadable: its module or function cannot be imported."""
+    """A worker's message.
+
+    ready: the worker has started. loaded: the function of job `id` is imported, and grading starts.
+    graded: the job's grade. failed: the function raised, see `reason`. memory: the job exceeded the
+    memory limit, and the worker exits. unloadable: the function cannot be imported.
+    """
 
     status: Literal["ready", "loaded", "graded", "failed", "memory", "unloadable"]
     id: int = -1

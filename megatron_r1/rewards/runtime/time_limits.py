@@ -7,18 +7,19 @@ from megatron_r1.rewards.sandbox.limits import Limits
 
 CODE = "code"
 MARGIN_SECONDS = 15.0
-"""For a program that is being killed when the reward's own time is over."""
+"""Time to kill a program after the code reward's own limits are used up."""
 
 
 def time_limit(kind: str, fields: Mapping[str, Any], seconds: float) -> float:
-    """`seconds`, the pool's limit; for programs at least what their own limits add up to.
+    """Return `seconds`, the pool's limit, or for programs what their own limits add up to.
 
-    The code reward ends every program itself, and many tests honestly take longer than any formula
-    should: one limit for both would fail the programs or wait a minute for each formula that hangs.
+    The code reward ends every program itself, and many tests may take longer than any formula
+    should. One limit for both would fail such programs, or wait a minute for every formula that
+    hangs.
     """
     if kind != CODE:
         return seconds
     try:
         return max(seconds, Limits.parse(fields.get("limits")).total_seconds + MARGIN_SECONDS)
-    except (TypeError, ValueError):  # the reward says so, at once
+    except (TypeError, ValueError):  # the reward raises it at once
         return seconds

@@ -1,7 +1,7 @@
 """A reward worker: `python -m megatron_r1.rewards.runtime.worker PARENT_PID MEMORY_LIMIT_BYTES`.
 
-Reads jobs from stdin, grades them one after the other, writes replies to what was stdout. It dies
-with its parent, and everything else about its life (time limits, replacement) is the parent's.
+Reads jobs from stdin, grades them one after the other and writes replies to the original stdout.
+It dies with its parent, which enforces time limits and replaces it.
 """
 
 import os
@@ -14,18 +14,20 @@ import msgspec
 
 from megatron_r1.processes.lifetime import die_with_parent
 from megatron_r1.rewards.base import MAX_REASON_CHARS, UNGRADED, Grade, shorten
-from megatron_r1.rewards.runtime.calling import describe_misfit
+from megatron_r1.rewards.runtime.call_errors import explain_call
 from megatron_r1.rewards.runtime.protocol import LENGTH, Job, Reply, frame
 from megatron_r1.user_code import find_function
 
 
 def main(parent_pid: int, memory_limit_bytes: int) -> None:
-    _die_with(parent_pid)
+    die_with_parent()
+    if os.getppid() != parent_pid:  # the parent died before the call above
+        os._exit(1)
     resource.setrlimit(resource.RLIMIT_AS, (memory_limit_bytes, memory_limit_bytes))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     jobs, replies = _private_streams()
     decoder = msgspec.json.Decoder(Job)
-    graders: dict[str, Callable[..., Grade]] = {}
+    functions: dict[str, Callable[..., Grade]] = {}
 
     def send(reply: Reply) -> None:
         replies.write(frame(reply))
@@ -33,48 +35,40 @@ def main(parent_pid: int, memory_limit_bytes: int) -> None:
 
     send(Reply("ready"))
     while header := jobs.read(LENGTH.size):
-        payload = jobs.read(LENGTH.unpack(header)[0])
-        job = decoder.decode(payload)
-        if job.target not in graders:
+        job = decoder.decode(jobs.read(LENGTH.unpack(header)[0]))
+        if job.target not in functions:
             try:
-                graders[job.target] = find_function(job.target)
+                functions[job.target] = find_function(job.target)
             except BaseException as error:
                 send(Reply("unloadable", job.id, reason=_describe(error)))
                 continue
             send(Reply("loaded", job.id))
-        reply = _grade(graders[job.target], job)
+        reply = _grade(functions[job.target], job)
         send(reply)
         if reply.status == "memory":
             return
 
 
-def _grade(grader: Callable[..., Grade], job: Job) -> Reply:
+def _grade(function: Callable[..., Grade], job: Job) -> Reply:
     try:
-        grade = grader(job.response, job.truth, **job.fields)
+        grade = function(job.response, job.truth, **job.fields)
         if not isinstance(grade, Grade):
             raise TypeError(f"{job.target} must return a Grade, got {type(grade).__name__}")
         return Reply("graded", job.id, grade.reward, grade.reason)
     except MemoryError:
         return Reply("memory", job.id, reason="ran over the memory limit")
-    except BaseException as error:  # SystemExit too: one answer must not end the worker
-        misfit = ""
-        if isinstance(error, TypeError):
-            misfit = describe_misfit(grader, job.target, job.fields)
-        return Reply("failed", job.id, reason=f"{UNGRADED}: {misfit or _describe(error)}")
+    except BaseException as error:  # SystemExit too: one response must not end the worker
+        is_call = isinstance(error, TypeError)
+        explanation = explain_call(function, job.target, job.fields) if is_call else ""
+        return Reply("failed", job.id, reason=f"{UNGRADED}: {explanation or _describe(error)}")
 
 
 def _describe(error: BaseException) -> str:
     return shorten(f"{type(error).__name__}: {error}", MAX_REASON_CHARS - 50)
 
 
-def _die_with(parent_pid: int) -> None:
-    die_with_parent()
-    if os.getppid() != parent_pid:  # it died before the call above
-        os._exit(1)
-
-
 def _private_streams() -> tuple[BinaryIO, BinaryIO]:
-    """Moves the pipes away from descriptors 0 and 1, where a grader could read or print."""
+    """Move the pipes away from descriptors 0 and 1, where a reward could read or print."""
     jobs, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)

@@ -1,4 +1,4 @@
-"""Whether this machine can sandbox at all, found out once, with something harmless."""
+"""Check once, with a harmless program, whether this machine can run sandboxes."""
 
 import functools
 import platform
@@ -13,14 +13,14 @@ from megatron_r1.rewards.sandbox.run import run
 from megatron_r1.rewards.sandbox.sealed_file import SealedFile
 
 OLDEST_KERNEL = (5, 14)
-"""Before it, the limit on processes counts all of its user's, not those in the sandbox."""
+"""In older kernels the limit on processes counts all of the user's, not those in the sandbox."""
 
 
 @functools.cache
 def require(language: str) -> None:
-    """Returns when programs in `language` ("python", "cpp") can be graded on this machine.
+    """Return if programs in `language` ("python", "cpp") can be graded on this machine.
 
-    Raises SandboxUnavailable, a ValueError of one sentence with the remedy, otherwise.
+    Otherwise raise SandboxUnavailable, a ValueError with the remedy.
     """
     release = re.match(r"(\d+)\.(\d+)", platform.release())
     if release and tuple(map(int, release.groups())) < OLDEST_KERNEL:
@@ -33,8 +33,8 @@ def require(language: str) -> None:
         host.compiler()
     program = python_script("print(6 * 7)")
     try:
-        with SealedFile(b"") as nothing:
-            outcome = run(program.command, Limits().program(), stdin=nothing, files=program.files)
+        with SealedFile(b"") as no_input:
+            outcome = run(program.command, Limits().program(), stdin=no_input, files=program.files)
     except SandboxError as error:
         raise host.SandboxUnavailable(
             f"code answers run in a sandbox or not at all, and it cannot be built ({error}): allow "
@@ -46,8 +46,8 @@ def require(language: str) -> None:
     finally:
         program.close()
     if outcome.stdout != b"42\n":
-        words = shorten(outcome.stderr.decode("utf-8", "replace"), 300)
+        message = shorten(outcome.stderr.decode("utf-8", "replace"), 300)
         raise host.SandboxUnavailable(
-            f"a trivial program fails in the sandbox (status {outcome.status}: {words}): "
+            f"a trivial program fails in the sandbox (status {outcome.status}: {message}): "
             "install the system's Python (apt-get install python3)"
         )

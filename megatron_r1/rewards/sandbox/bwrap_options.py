@@ -1,4 +1,4 @@
-"""The bubblewrap command line: what a program in the sandbox can see and do."""
+"""The bubblewrap options that define what a program in the sandbox can see and do."""
 
 import functools
 import os
@@ -7,8 +7,8 @@ from pathlib import Path
 from megatron_r1.rewards.sandbox import host
 
 WORK = "/work"
-"""The working folder. A program cannot write even there: files in memory escape the limit on its
-address space, and their number cannot be limited at all."""
+"""The working folder. A program cannot write even there: files in memory do not count against the
+limit on address space, and their number cannot be limited."""
 
 ENVIRONMENT = {
     "PATH": "/usr/bin",
@@ -16,7 +16,7 @@ ENVIRONMENT = {
     "TMPDIR": WORK,
     "LANG": "C.UTF-8",
     "PYTHONUTF8": "1",
-    # The same answer gets the same reward, whatever it does with sets.
+    # The same answer gets the same reward, even if it depends on the order of a set.
     "PYTHONHASHSEED": "0",
 }
 NAMESPACES = (
@@ -32,12 +32,12 @@ COMPILER_FOLDERS = ("/usr/bin", "/usr/include", "/usr/libexec")
 
 
 def bwrap_options(*, compiler: bool, disk_bytes: int) -> list[str]:
-    """bwrap arguments up to the program's own files; nothing is written after `--remount-ro /`.
+    """Return bwrap's options up to the program's own files, which `--remount-ro /` follows.
 
-    All namespaces are new (user, process, network, IPC, host name, cgroup). Of the host there are
-    the shared libraries, read-only, and the interpreter or, for `compiler`, the system's programs
-    and headers; no /etc, /home, /root, /proc, /sys, /tmp, and no device but /dev/null. The compiler
-    alone gets a working folder to write in, of `disk_bytes`.
+    All namespaces are new (user, process, network, IPC, host name, cgroup). From the host, the
+    sandbox mounts read-only the shared libraries and the interpreter or, with `compiler`, the
+    system's programs and headers; no /etc, /home, /root, /proc, /sys, /tmp, and no device but
+    /dev/null. Only the compiler gets a writable working folder, of `disk_bytes`.
     """
     work = ["--size", str(disk_bytes), "--tmpfs", WORK] if compiler else ["--dir", WORK]
     return [*NAMESPACES, *_view(compiler), *work, "--chdir", WORK]

@@ -1,6 +1,6 @@
-"""What the sandbox needs from the machine: bubblewrap, an interpreter, a compiler, a plain user.
+"""Programs of the host that the sandbox needs: bubblewrap, prlimit, a Python, a compiler.
 
-Nothing here runs hostile code. What is missing raises SandboxUnavailable with the remedy.
+Each function raises SandboxUnavailable with the remedy where one is missing.
 """
 
 import functools
@@ -12,18 +12,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 NOBODY = 65534
-"""User and group id inside every sandbox, and outside too where the grader runs as root."""
+"""User and group id inside every sandbox; outside too, where the grader runs as root."""
 
 COMPILER, PRLIMIT = "/usr/bin/g++", "/usr/bin/prlimit"
 
 
 class SandboxUnavailable(ValueError):
-    """The machine cannot sandbox, so nothing is run; the message says what to do."""
+    """This machine cannot run sandboxes, so no program is run; the message has the remedy."""
 
 
 @dataclass(frozen=True)
 class Interpreter:
-    """path: the Python executable inside the sandbox. mounts: bwrap arguments that put it there."""
+    """path: the Python executable inside the sandbox. mounts: bwrap options that mount it."""
 
     path: str
     mounts: tuple[str, ...]
@@ -31,10 +31,10 @@ class Interpreter:
 
 @functools.cache
 def launcher() -> tuple[str, ...]:
-    """The start of every command line, up to bwrap itself.
+    """Return the start of every command line, up to bwrap itself.
 
-    Root drops to NOBODY first: limits on processes do not bind root, and what got out of the
-    namespaces would be root on the host.
+    Root changes to user NOBODY first: limits on processes do not bind root, and a program that
+    escaped from the namespaces would be root on the host.
     """
     bwrap = _find("bwrap", "bubblewrap")
     _find(PRLIMIT, "util-linux")
@@ -46,12 +46,12 @@ def launcher() -> tuple[str, ...]:
 
 @functools.cache
 def interpreter() -> Interpreter:
-    """This process's Python if the sandbox user may read it, else the system's."""
+    """Return this process's Python if the sandbox user can read it, else the system's."""
     version = f"python{sys.version_info.major}.{sys.version_info.minor}"
     prefix = Path(sys.base_prefix).resolve()
     own, library = prefix / "bin" / version, prefix / "lib" / version
     if prefix != Path("/usr") and own.exists() and _is_readable(own, library / "os.py"):
-        mounts = ("--ro-bind", str(own), "/python/bin/python3")
+        mounts: tuple[str, ...] = ("--ro-bind", str(own), "/python/bin/python3")
         mounts += ("--ro-bind", str(prefix / "lib"), "/python/lib")
         mounts += ("--setenv", "LD_LIBRARY_PATH", "/python/lib")  # a shared libpython
         if (library / "site-packages").is_dir():
@@ -69,7 +69,7 @@ def interpreter() -> Interpreter:
 
 @functools.cache
 def compiler() -> str:
-    """g++ of the system, whose headers and libraries lie where the sandbox shows them."""
+    """Return the system's g++: its headers and libraries are in folders that the sandbox mounts."""
     if not os.access(COMPILER, os.X_OK):
         raise SandboxUnavailable(
             f"C++ answers need {COMPILER}, which is missing: apt-get install g++"
@@ -88,7 +88,7 @@ def _find(program: str, package: str) -> str:
 
 
 def _is_readable(*paths: Path) -> bool:
-    """Whether the user the sandbox runs as may open `paths`."""
+    """Whether the user that the sandbox runs as can open all of `paths`."""
     if os.geteuid() != 0:
         return all(os.access(path, os.R_OK) for path in paths)
     return all(

@@ -1,10 +1,14 @@
-"""Calls one function of a Python program inside the sandbox: `python -c THIS PROGRAM NAME`.
+"""Call one function of a Python program inside the sandbox: `python -c THIS_FILE PROGRAM NAME`.
 
-Standard input holds the arguments of one call, marshalled; what the function returns leaves as JSON
-on what was standard output, while prints go to /dev/null. The program can do as it likes with
-everything here, that channel included: what it is compared with is not in the sandbox, so that
-writing the right value, however done, is the only way to pass.
+Standard input holds the arguments of one call, marshalled. The result leaves as JSON on the
+original standard output, while prints go to /dev/null. The program can tamper with everything
+here, that channel included; since the expected value is not in the sandbox, writing the right
+value is still the only way to pass.
 """
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:  # an import of typing or types would cost start-up time
+    from types import CodeType
 
 
 def start() -> None:
@@ -12,8 +16,8 @@ def start() -> None:
     import posix
     import sys
 
-    builtins = sys.modules["builtins"]
-    builtins.exit = builtins.quit = sys.exit
+    builtins = vars(sys.modules["builtins"])
+    builtins["exit"] = builtins["quit"] = sys.exit
     sys.setrecursionlimit(50_000)
     sys.set_int_max_str_digits(0)
     _, path, name = sys.argv
@@ -24,25 +28,25 @@ def start() -> None:
     sys.modules["solution"] = module
     with open(path, "rb") as file:
         code = compile_lazily(file.read(), path)
-    provide_usual_names(code, module.__dict__, vars(builtins))
+    provide_usual_names(code, module.__dict__, builtins)
     exec(code, module.__dict__)
     solution = module.__dict__.get("Solution")
-    owner = solution() if hasattr(solution, name) else module
+    owner = solution() if solution is not None and hasattr(solution, name) else module
     answer = encode(getattr(owner, name)(*args, **kwargs)).encode("utf-8", "surrogatepass")
     while answer:
         answer = answer[posix.write(channel, answer) :]
     posix._exit(0)
 
 
-def compile_lazily(source: bytes, path: str) -> object:
-    """Annotations stay text, so that `List[int]` costs no import of typing (10 ms)."""
+def compile_lazily(source: bytes, path: str) -> "CodeType":
+    """Compile with annotations kept as text, so that `List[int]` needs no typing (10 ms)."""
     import __future__
 
     return compile(source, path, "exec", __future__.annotations.compiler_flag, dont_inherit=True)
 
 
-def provide_usual_names(code: object, namespace: dict, builtins: dict) -> None:
-    """Imports what the judges of such problems import beforehand, as far as `code` names it."""
+def provide_usual_names(code: "CodeType", namespace: dict, builtins: dict) -> None:
+    """Import those names used in `code` that sites with such problems import beforehand."""
     usual = {
         "bisect": "bisect_left bisect_right insort",
         "collections": "Counter OrderedDict defaultdict deque",
@@ -58,11 +62,12 @@ def provide_usual_names(code: object, namespace: dict, builtins: dict) -> None:
         "sys": "",
         "typing": "Any Callable Dict Iterable List Optional Set Tuple Union",
     }
-    named, pending = set(), [code]
+    named: set[str] = set()
+    pending = [code]
     while pending:
         block = pending.pop()
         named.update(block.co_names)
-        pending += [constant for constant in block.co_consts if hasattr(constant, "co_names")]
+        pending += [part for part in block.co_consts if isinstance(part, type(code))]
     for module, names in usual.items():
         if module in named:
             namespace[module] = __import__(module)
@@ -72,7 +77,7 @@ def provide_usual_names(code: object, namespace: dict, builtins: dict) -> None:
 
 
 def encode(value: object) -> str:
-    """JSON, of the types JSON has and tuples (the json module takes 8 ms to import)."""
+    """Return JSON text of JSON's types and tuples (importing the json module takes 8 ms)."""
     if value is None or value is True or value is False:
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, int):

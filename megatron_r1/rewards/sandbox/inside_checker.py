@@ -1,7 +1,8 @@
-"""Runs a special checker inside the sandbox: `python -c THIS CHECKER INPUT EXPECTED ACTUAL`.
+"""Run a checker inside the sandbox: `python -c THIS_FILE CHECKER INPUT EXPECTED ACTUAL`.
 
-Tells a checker that rejects (an exit status of its own) from one that fails (an exception), and
-says on standard error when ACTUAL is opened: what fails before that, no output has caused.
+A checker that fails (an exception) exits with status 3; one that rejects exits with another
+status. A mark on standard error shows that ACTUAL was opened: a failure before it is not caused by
+the output.
 """
 
 
@@ -9,8 +10,8 @@ def start() -> None:
     import os
     import sys
 
-    builtins = sys.modules["builtins"]
-    builtins.exit = builtins.quit = sys.exit
+    builtins = vars(sys.modules["builtins"])
+    builtins["exit"] = builtins["quit"] = sys.exit
     sys.setrecursionlimit(50_000)
     del sys.argv[0], globals()["start"]  # the checker finds a `__main__` like any other
     actual = sys.argv[3]

@@ -1,10 +1,8 @@
-"""What one program may use, and how far a prompt may raise it."""
+"""Resource limits of a program: those of a graded answer, and the budget of a single run."""
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
-
-from megatron_r1.rewards.sandbox.process import Budget
 
 MIB = 2**20
 MAX_PROGRAM_BYTES = 32 * MIB
@@ -12,15 +10,43 @@ COMPILER_PROCESSES, COMPILER_STACK_BYTES = 16, 64 * MIB
 
 
 @dataclass(frozen=True)
-class Limits:
-    """cpu_seconds, wall_seconds: per test (the clock runs for sleepers too). total_seconds: wall
-    time of one graded answer, compilation included. memory_mib: address space. processes: the
-    program with its threads. output_mib: standard output and error together. compile_seconds,
-    compile_memory_mib: CPU time and address space of each of the compiler's processes; its wall
-    time is twice that.
+class Budget:
+    """Limits of one run, in seconds and bytes. disk_bytes: files that a compiler may write."""
 
-    cpu_seconds is LiveCodeBench's limit. Raises ValueError for a value that is not a number above 0
-    and at most the cap.
+    wall_seconds: float
+    cpu_seconds: float
+    memory_bytes: int
+    stack_bytes: int
+    processes: int
+    output_bytes: int
+    disk_bytes: int
+
+
+CAPS: dict[str, float] = {
+    "cpu_seconds": 120,
+    "wall_seconds": 240,
+    "total_seconds": 3600,
+    "memory_mib": 16384,
+    "processes": 128,
+    "output_mib": 64,
+    "compile_seconds": 240,
+    "compile_memory_mib": 16384,
+}
+"""The largest value that a prompt may set for each limit."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Limits of one graded answer; a prompt may override each, up to `CAPS`.
+
+    cpu_seconds, wall_seconds: per test (wall time also stops a program that sleeps).
+    total_seconds: wall time of the whole answer, compilation included. memory_mib: address space.
+    processes: the program and its threads. output_mib: standard output and error together.
+    compile_seconds, compile_memory_mib: CPU time and address space of each compiler process; the
+    compiler's wall time is twice its CPU time.
+
+    The default cpu_seconds is LiveCodeBench's limit. Raises ValueError for a value that is not a
+    number above 0 and at most its cap.
     """
 
     cpu_seconds: float = 6.0
@@ -43,17 +69,19 @@ class Limits:
 
     @classmethod
     def parse(cls, overrides: dict[str, Any] | None) -> "Limits":
-        """The defaults with a prompt's `overrides`. Raises ValueError naming an unknown one."""
+        """Return the defaults with a prompt's `overrides`. Raises ValueError for unknown names."""
         if not isinstance(overrides, dict | None):
             raise ValueError(f"limits must be an object, got {overrides!r}")
-        known = [field.name for field in fields(cls)]
         for name in overrides or {}:
-            if name not in known:
-                raise ValueError(f"limits.{name} is unknown; known: {', '.join(known)}")
+            if name not in CAPS:
+                raise ValueError(f"limits.{name} is unknown; known: {', '.join(CAPS)}")
         return cls(**overrides or {})
 
     def program(self, seconds_left: float = math.inf, *, compiled: bool = False) -> Budget:
-        """For one run of the program, or of the checker, with so much of `total_seconds` left."""
+        """Return the budget of one run of the program or of a checker.
+
+        seconds_left: what remains of `total_seconds`.
+        """
         memory_bytes = int(self.memory_mib * MIB)
         return Budget(
             wall_seconds=min(self.wall_seconds, seconds_left),
@@ -67,7 +95,7 @@ class Limits:
         )
 
     def compiler(self) -> Budget:
-        """For the compiler, whose output is the program."""
+        """Return the budget of the compiler, whose standard output is the program."""
         return Budget(
             wall_seconds=min(2 * self.compile_seconds, self.total_seconds),
             cpu_seconds=self.compile_seconds,
@@ -77,15 +105,3 @@ class Limits:
             output_bytes=MAX_PROGRAM_BYTES,
             disk_bytes=4 * MAX_PROGRAM_BYTES,
         )
-
-
-CAPS: dict[str, float] = {
-    "cpu_seconds": 120,
-    "wall_seconds": 240,
-    "total_seconds": 3600,
-    "memory_mib": 16384,
-    "processes": 128,
-    "output_mib": 64,
-    "compile_seconds": 240,
-    "compile_memory_mib": 16384,
-}

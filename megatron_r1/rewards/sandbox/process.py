@@ -1,9 +1,9 @@
-"""A sandbox while it runs: read what comes out, keep the time, end it whole.
+"""A running sandbox: collect its output, enforce its wall time, kill all of its processes.
 
-bwrap waits (`--block-fd`) when it has built the sandbox, so that its process 1, the program, is
-held by a pidfd before it starts. When that process ends, by itself or by SIGKILL, the kernel ends
-every other one in the sandbox; bwrap waits for that, and nothing is returned before bwrap has
-ended.
+bwrap builds the sandbox and then waits (`--block-fd`), so that a pidfd of the sandbox's process 1,
+which becomes the program, is open before the program starts. When process 1 ends, by itself or by
+SIGKILL, the kernel kills every other process of the sandbox; bwrap waits for that, and no result
+is returned before bwrap has ended.
 """
 
 import contextlib
@@ -16,35 +16,28 @@ import subprocess
 import time
 from dataclasses import dataclass
 
+import psutil
+
 from megatron_r1.rewards.base import shorten
+from megatron_r1.rewards.sandbox.limits import Budget
 
 SETUP_SECONDS = 20.0
 ENDING_SECONDS = 20.0
 
 
 class SandboxError(RuntimeError):
-    """bubblewrap could not build the sandbox or did not end: nothing is known of the program."""
-
-
-@dataclass(frozen=True)
-class Budget:
-    """What one run may use; seconds and bytes. disk_bytes: files it may write, of a compiler."""
-
-    wall_seconds: float
-    cpu_seconds: float
-    memory_bytes: int
-    stack_bytes: int
-    processes: int
-    output_bytes: int
-    disk_bytes: int
+    """bubblewrap could not build the sandbox or did not end: the program has no outcome."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """stdout, stderr: what was written, cut where `stopped` says so. status: exit status, or 128 +
-    the signal. seconds: wall time of sandbox and program, never less than the CPU time that counts
-    against the limit, as the program's process builds the sandbox too. stopped: the limit for which
-    it was killed from outside ("wall time", "output"), else empty."""
+    """The outcome of one run.
+
+    stdout, stderr: the bytes written, cut off at the limit that `stopped` names. status: the exit
+    status, or 128 + the signal. seconds: wall time of sandbox and program, never less than the CPU
+    time that counts against the limit, since the program's process also builds the sandbox.
+    stopped: the limit for which the run was killed from outside ("wall time", "output"), or "".
+    """
 
     stdout: bytes
     stderr: bytes
@@ -54,106 +47,115 @@ class Outcome:
 
 
 class SandboxProcess:
-    """A running bwrap."""
+    """A running bwrap process and the sandbox below it."""
 
     def __init__(
-        self, process: subprocess.Popen, status: int, block: int, budget: Budget, began: float
+        self,
+        process: subprocess.Popen[bytes],
+        status_fd: int,
+        block_fd: int,
+        budget: Budget,
+        started: float,
     ) -> None:
-        """began: time.monotonic() before it was started."""
-        self.process, self.status, self.block, self.budget = process, status, block, budget
-        self.first: int | None = None  # pidfd of the sandbox's process 1
-        self.stdout, self.stderr = process.stdout.fileno(), process.stderr.fileno()
-        self.read = {self.stdout: bytearray(), self.stderr: bytearray(), status: bytearray()}
-        self.began = began
-        self.deadline = began + SETUP_SECONDS
+        """status_fd: reads bwrap's `--json-status-fd`. block_fd: a byte written here lets the
+        program start. started: time.monotonic() before bwrap was started."""
+        assert process.stdout is not None and process.stderr is not None, "started with pipes"
+        self.process, self.budget = process, budget
+        self.status_fd, self.block_fd = status_fd, block_fd
+        self.init_pidfd: int | None = None  # of the sandbox's process 1
+        self._pipes = process.stdout, process.stderr
+        self.stdout_fd, self.stderr_fd = (pipe.fileno() for pipe in self._pipes)
+        self.received = {fd: bytearray() for fd in (self.stdout_fd, self.stderr_fd, status_fd)}
+        self.started = started
+        self.deadline = started + SETUP_SECONDS
 
-    def outcome(self) -> Outcome:
-        stopped = self._watch()
-        seconds = time.monotonic() - self.began
+    def wait(self) -> Outcome:
+        """Return the outcome of the program, killing it at its limits. Raises SandboxError."""
+        stopped = self._collect_output()
+        seconds = time.monotonic() - self.started
         self._kill()
         exit_status = self._exit_status()
-        stdout, stderr = bytes(self.read[self.stdout]), bytes(self.read[self.stderr])
-        if exit_status is None and (self.first is None or not stopped):
-            words = shorten(stderr.decode("utf-8", "replace"), 300) or "no message"
-            raise SandboxError(f"bubblewrap could not build a sandbox: {words}")
+        stdout, stderr = (bytes(self.received[fd]) for fd in (self.stdout_fd, self.stderr_fd))
+        if exit_status is None and (self.init_pidfd is None or not stopped):
+            message = shorten(stderr.decode("utf-8", "replace"), 300) or "no message"
+            raise SandboxError(f"bubblewrap could not build a sandbox: {message}")
         status = 128 + signal.SIGKILL if exit_status is None else exit_status
         return Outcome(stdout, stderr, status, seconds, stopped)
 
-    def end(self) -> None:
-        """Safe after anything; also closes the descriptors."""
+    def close(self) -> None:
+        """Kill the sandbox if it still runs, and close all descriptors. Safe in any state."""
         try:
             self._kill()
         finally:
-            self.process.stdout.close()
-            self.process.stderr.close()
-            for descriptor in (self.status, self.block, self.first):
-                if descriptor is not None:
-                    os.close(descriptor)
+            for pipe in self._pipes:
+                pipe.close()
+            for fd in (self.status_fd, self.block_fd, self.init_pidfd):
+                if fd is not None:
+                    os.close(fd)
 
-    def _watch(self) -> str:
-        """Reads until all ends are closed; or the name of the limit that was reached."""
+    def _collect_output(self) -> str:
+        """Read until all pipes are closed. Return the limit that was reached first, or ""."""
         poll = select.poll()
-        for descriptor in self.read:
-            poll.register(descriptor, select.POLLIN)
-        num_open = len(self.read)
+        for fd in self.received:
+            poll.register(fd, select.POLLIN)
+        num_open = len(self.received)
         while num_open:
-            left = self.deadline - time.monotonic()
-            if left <= 0:
+            seconds_left = self.deadline - time.monotonic()
+            if seconds_left <= 0:
                 return "wall time"
-            for descriptor, _ in poll.poll(math.ceil(left * 1000)):
-                chunk = os.read(descriptor, 65536)
+            for fd, _ in poll.poll(math.ceil(seconds_left * 1000)):
+                chunk = os.read(fd, 65536)
                 if not chunk:
-                    poll.unregister(descriptor)
+                    poll.unregister(fd)
                     num_open -= 1
-                self.read[descriptor] += chunk
-                if descriptor == self.status and self.first is None and b"\n" in chunk:
-                    self._release()
-            if len(self.read[self.stdout]) + len(self.read[self.stderr]) > self.budget.output_bytes:
+                self.received[fd] += chunk
+                if fd == self.status_fd and self.init_pidfd is None and b"\n" in chunk:
+                    self._start_program()
+            num_bytes = len(self.received[self.stdout_fd]) + len(self.received[self.stderr_fd])
+            if num_bytes > self.budget.output_bytes:
                 return "output"
         return ""
 
-    def _release(self) -> None:
-        """The sandbox has a process 1: hold it, then let the program start."""
-        pid = json.loads(self.read[self.status].partition(b"\n")[0])["child-pid"]
+    def _start_program(self) -> None:
+        """Open a pidfd of the sandbox's process 1, then let the program start."""
+        pid = json.loads(self.received[self.status_fd].partition(b"\n")[0])["child-pid"]
         try:
-            first = os.pidfd_open(pid)
+            pidfd = os.pidfd_open(pid)
         except ProcessLookupError:
-            return  # bwrap failed: it says why, and no exit status follows
-        if _parent_of(pid) != self.process.pid:  # failed too, and the number is another's by now
-            os.close(first)
+            return  # bwrap failed: it writes why, and no exit status follows
+        try:
+            is_child = psutil.Process(pid).ppid() == self.process.pid
+        except psutil.Error:
+            is_child = False
+        if not is_child:  # bwrap failed, and another process has the number by now
+            os.close(pidfd)
             return
-        self.first = first
+        self.init_pidfd = pidfd
         self.deadline = time.monotonic() + self.budget.wall_seconds
         with contextlib.suppress(BrokenPipeError):
-            os.write(self.block, b"!")
+            os.write(self.block_fd, b"!")
 
     def _kill(self) -> None:
-        """Ends everything in the sandbox, if it has not ended, and waits for it."""
-        if self.first is None:
+        """Kill every process of the sandbox that still runs, and wait for the end of all."""
+        if self.init_pidfd is None:
             self.process.kill()
         else:
             with contextlib.suppress(ProcessLookupError):
-                signal.pidfd_send_signal(self.first, signal.SIGKILL)
+                signal.pidfd_send_signal(self.init_pidfd, signal.SIGKILL)
             ended = select.poll()
-            ended.register(self.first, select.POLLIN)
+            ended.register(self.init_pidfd, select.POLLIN)
             if not ended.poll(ENDING_SECONDS * 1000):
                 self.process.kill()
                 raise SandboxError(f"a sandbox did not end within {ENDING_SECONDS:g} s")
         self.process.wait()
 
     def _exit_status(self) -> int | None:
-        """The program's, from bwrap; None when bwrap never came to start it."""
-        os.set_blocking(self.status, False)
+        """Return the program's exit status as bwrap reports it; None if it never started."""
+        os.set_blocking(self.status_fd, False)
         with contextlib.suppress(BlockingIOError):
-            self.read[self.status] += os.read(self.status, 65536)
-        for line in bytes(self.read[self.status]).splitlines():
+            self.received[self.status_fd] += os.read(self.status_fd, 65536)
+        for line in bytes(self.received[self.status_fd]).splitlines():
             report = json.loads(line)
             if "exit-code" in report:
                 return report["exit-code"]
         return None
-
-
-def _parent_of(pid: int) -> int | None:
-    with contextlib.suppress(OSError), open(f"/proc/{pid}/stat", "rb") as file:
-        return int(file.read().rpartition(b")")[2].split()[1])
-    return None

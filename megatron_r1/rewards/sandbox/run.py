@@ -1,7 +1,8 @@
-"""One program, once, in a sandbox of its own.
+"""Run one program once, in a sandbox of its own.
 
-The limits are set inside, by prlimit(1), which then becomes the program: there, `processes` counts
-what runs in the sandbox's own user namespace (Linux 5.14), not all that its user runs on the host.
+prlimit(1) sets the limits inside the sandbox and then becomes the program: there, `processes`
+counts what runs in the sandbox's own user namespace (Linux 5.14), not all processes of the user on
+the host.
 """
 
 import math
@@ -13,7 +14,8 @@ from collections.abc import Mapping, Sequence
 
 from megatron_r1.rewards.sandbox import host
 from megatron_r1.rewards.sandbox.bwrap_options import ENVIRONMENT, WORK, bwrap_options
-from megatron_r1.rewards.sandbox.process import Budget, Outcome, SandboxError, SandboxProcess
+from megatron_r1.rewards.sandbox.limits import Budget
+from megatron_r1.rewards.sandbox.process import Outcome, SandboxError, SandboxProcess
 from megatron_r1.rewards.sandbox.sealed_file import SealedFile
 from megatron_r1.rewards.sandbox.seccomp import build_filter
 
@@ -29,14 +31,14 @@ def run(
     files: Mapping[str, SealedFile],
     compiler: bool = False,
 ) -> Outcome:
-    """Runs `command` with `files` in its working folder; nothing of it is left on return.
+    """Run `command` with `files` in its working folder; the sandbox is gone on return.
 
-    compiler: show the system's programs and headers, let processes and files be made. Raises
+    compiler: mount the system's programs and headers, and allow new processes and files. Raises
     SandboxUnavailable where bubblewrap is missing, SandboxError where it fails twice.
     """
     try:
         return _run_once(command, budget, stdin, files, compiler)
-    except SandboxError:  # out of processes or memory on the host, for a moment
+    except SandboxError:  # the host may be out of processes or memory for a moment
         time.sleep(0.1)
         return _run_once(command, budget, stdin, files, compiler)
 
@@ -56,12 +58,12 @@ def _run_once(
     inherited = [status_write, block_read, seccomp]
     arguments = [*host.launcher(), *bwrap_options(compiler=compiler, disk_bytes=budget.disk_bytes)]
     for name, file in files.items():
-        descriptor = file.rewind()
-        inherited.append(descriptor)
-        arguments += ["--perms", "0700", "--file", str(descriptor), f"{WORK}/{name}"]
+        fd = file.rewind()
+        inherited.append(fd)
+        arguments += ["--perms", "0700", "--file", str(fd), f"{WORK}/{name}"]
     arguments += ["--remount-ro", "/", "--seccomp", str(seccomp), "--block-fd", str(block_read)]
-    arguments += ["--json-status-fd", str(status_write), "--", *_limited(budget), *command]
-    began = time.monotonic()
+    arguments += ["--json-status-fd", str(status_write), "--", *_prlimit(budget), *command]
+    started = time.monotonic()
     try:
         process = subprocess.Popen(
             arguments,
@@ -79,15 +81,15 @@ def _run_once(
     finally:
         os.close(status_write)
         os.close(block_read)
-    watched = SandboxProcess(process, status_read, block_write, budget, began)
+    sandbox = SandboxProcess(process, status_read, block_write, budget, started)
     try:
-        return watched.outcome()
+        return sandbox.wait()
     finally:
-        watched.end()
+        sandbox.close()
 
 
-def _limited(budget: Budget) -> list[str]:
-    """The prlimit(1) command line; soft and hard limits alike, none above this process's own."""
+def _prlimit(budget: Budget) -> list[str]:
+    """Return the prlimit(1) command line: soft and hard limits, none above this process's own."""
     limits = {
         "cpu": math.ceil(budget.cpu_seconds),
         "as": budget.memory_bytes,

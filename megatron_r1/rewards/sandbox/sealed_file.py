@@ -1,26 +1,26 @@
-"""Bytes handed to a sandbox as an open file that has no name on the host."""
+"""Bytes passed to a sandbox as an open file that has no name on the host."""
 
 import fcntl
 import os
 
 
 class SealedFile:
-    """An anonymous file in memory, sealed: neither side can change it. Close it after use."""
+    """An anonymous file in memory (memfd), sealed so that no process can change it."""
 
     def __init__(self, content: bytes) -> None:
-        self.descriptor = os.memfd_create("sandbox", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        with open(self.descriptor, "wb", closefd=False) as file:
+        self.fd = os.memfd_create("sandbox", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        with open(self.fd, "wb", closefd=False) as file:
             file.write(content)
         seals = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
-        fcntl.fcntl(self.descriptor, fcntl.F_ADD_SEALS, seals)
+        fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, seals)
 
     def rewind(self) -> int:
-        """The descriptor, to be read from the start: the position is shared with every reader."""
-        os.lseek(self.descriptor, 0, os.SEEK_SET)
-        return self.descriptor
+        """Return the descriptor, positioned at the start: all readers share its position."""
+        os.lseek(self.fd, 0, os.SEEK_SET)
+        return self.fd
 
     def close(self) -> None:
-        os.close(self.descriptor)
+        os.close(self.fd)
 
     def __enter__(self) -> "SealedFile":
         return self

@@ -1,8 +1,8 @@
 """The system-call filter of the sandbox, as a classic BPF program for `bwrap --seccomp`.
 
-A call that is not allowed fails with ENOSYS, as on a kernel that does not have it, so that the C
-library falls back where it can. A program for another architecture, which would use other numbers,
-is killed. The layout is seccomp(2)'s `struct seccomp_data` and `struct sock_filter`.
+A call that is not allowed fails with ENOSYS, as on a kernel without it, so that the C library
+falls back where it can. A program for another architecture, which numbers calls differently, is
+killed. The layout is seccomp(2)'s `struct seccomp_data` and `struct sock_filter`.
 """
 
 import errno
@@ -25,11 +25,11 @@ DESCRIPTOR_SETTINGS = (0x5450, 0x5451, 0x541B, 0x5421)  # FIONCLEX, FIOCLEX, FIO
 
 
 def build_filter(*, compiler: bool) -> bytes:
-    """The program, ready to be read by `--seccomp`.
+    """Return the BPF program in the form that `--seccomp` reads.
 
-    compiler: let processes and files be made. Otherwise threads only, so that one limit on address
-    space bounds the memory of everything that runs. Raises ValueError on a machine whose system
-    calls are not in the table.
+    compiler: allow new processes and files. Otherwise only threads are allowed, so that one limit
+    on address space bounds the memory of the whole sandbox. Raises ValueError on a machine whose
+    system calls are not in the table.
     """
     machine = platform.machine()
     if machine not in syscalls.MACHINES:

@@ -1,13 +1,13 @@
-"""System calls a program in the sandbox may make, by name and number.
+"""System calls that a program in the sandbox may make, by name and number: an allow list.
 
-An allow list: what a program of a programming contest, CPython and g++ need to compute and to read
-files. Not in it, among others: ptrace, process_vm_*, mount, unshare, setns, socket and everything
-of networks, kill, link and symlink, memfd_create and System V memory (which the limit on address
-space does not count), keyctl, bpf, userfaultfd, io_uring, perf_event_open. clone3 hides its flags
-from a filter and is left out too: the C library then uses clone, whose flags `seccomp` looks at.
+It has what contest programs, CPython and g++ need to compute and to read files. It leaves out,
+among others, ptrace, process_vm_*, mount, unshare, setns, socket and all network calls, kill, link
+and symlink, memfd_create and System V memory (which the limit on address space does not count),
+keyctl, bpf, userfaultfd, io_uring, perf_event_open. clone3 hides its flags from a filter and is
+left out too: the C library then uses clone, whose flags `seccomp` checks.
 
-Each entry is "name x86-64 aarch64"; "-": that machine never had it. The numbers are those of the
-kernel's asm/unistd_64.h and asm-generic/unistd.h.
+Each entry is "name x86-64 aarch64"; "-" where a machine never had the call. The numbers
+are those of the kernel's asm/unistd_64.h and asm-generic/unistd.h.
 """
 
 FILES = """
@@ -50,13 +50,13 @@ mkdir 83 - | mkdirat 258 34 | rmdir 84 - | unlink 87 - | unlinkat 263 35 | renam
 renameat 264 38 | renameat2 316 276 | chmod 90 - | fchmod 91 52 | fchmodat 268 53 | umask 95 166 |
 truncate 76 45 | ftruncate 77 46 | fallocate 285 47 | fork 57 - | vfork 58 -
 """
-"""For the compiler, which makes files, and runs its parts, the assembler and the linker."""
+"""For the compiler, which writes files and runs the assembler and the linker."""
 
 MACHINES = ("x86_64", "aarch64")
 
 
 def numbers(table: str, machine: str) -> dict[str, int]:
-    """name → number on `machine` (one of MACHINES), without what it does not have."""
+    """Return {name: number} on `machine` (one of MACHINES), without calls it does not have."""
     column = 1 + MACHINES.index(machine)
     entries = (entry.split() for entry in table.replace("\n", " ").split("|"))
     return {entry[0]: int(entry[column]) for entry in entries if entry[column] != "-"}

@@ -48,11 +48,11 @@ def sent(kind, template):
     class Stop(Exception):
         pass
 
-    async def ask(body):
+    async def request(body):
         bodies.append(body)
         raise Stop
 
-    model.service.ask = ask
+    model.service.request = request
     with pytest.raises(Stop):
         model.grade(RESPONSE, question=QUESTION).send(None)
     return bodies[0]

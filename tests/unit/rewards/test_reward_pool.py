@@ -197,7 +197,7 @@ def test_what_the_user_got_wrong_raises(graders):
 
 
 def test_settings_that_cannot_work_are_refused():
-    with pytest.raises(ValueError, match="num_workers must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="rewards.workers must be at least 1, got 0"):
         RewardPool(num_workers=0)
     with pytest.raises(ValueError, match="timeout_seconds must be positive, got 0"):
         RewardPool(timeout_seconds=0)

@@ -1,4 +1,4 @@
-"""Why a reward function cannot be called with what it is given, for the person who wrote either."""
+"""Explain to a user why a reward function cannot be called with its arguments."""
 
 import inspect
 from collections.abc import Callable, Mapping
@@ -7,23 +7,26 @@ from typing import Any
 
 from megatron_r1.rewards import REGISTRY
 
+POSITIONAL = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
+VARIADIC = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
 
-def describe_misfit(grader: Callable[..., Any], target: str, fields: Mapping[str, Any]) -> str:
-    """What grader(response, truth, **fields) lacks or has too much of, with the remedy; "" for a
-    call that fits. target: the grader's "module:function"."""
+
+def explain_call(function: Callable[..., Any], target: str, fields: Mapping[str, Any]) -> str:
+    """Return which argument function(response, truth, **fields) lacks or refuses, and the remedy.
+
+    "" for a call that fits the signature. target: the function's "module:function".
+    """
     try:
-        parameters = list(inspect.signature(grader).parameters.values())
+        parameters = list(inspect.signature(function).parameters.values())
     except (TypeError, ValueError):  # written in C, without a signature
         return ""
     kind = next((name for name, path in REGISTRY.items() if path == target), target)
-    right = f"def {target.partition(':')[2]}(response, truth, *, …, **entry) -> Grade"
+    signature = f"def {target.partition(':')[2]}(response, truth, *, …, **entry) -> Grade"
     kinds = {parameter.kind for parameter in parameters}
-    ordered = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
-    positional = [parameter for parameter in parameters if parameter.kind in ordered]
+    positional = [parameter for parameter in parameters if parameter.kind in POSITIONAL]
     if len(positional) < 2 and Parameter.VAR_POSITIONAL not in kinds:
-        return f"reward {kind!r} must take a response and a truth: {right}"
-    gathering = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
-    named = [p for p in parameters if p not in positional[:2] and p.kind not in gathering]
+        return f"reward {kind!r} must take a response and a truth: {signature}"
+    named = [p for p in parameters if p not in positional[:2] and p.kind not in VARIADIC]
     missing = [p.name for p in named if p.default is p.empty and p.name not in fields]
     if missing:
         return (
@@ -34,6 +37,6 @@ def describe_misfit(grader: Callable[..., Any], target: str, fields: Mapping[str
     if refused and Parameter.VAR_KEYWORD not in kinds:
         return (
             f"reward {kind!r} is called with {refused[0]!r} and does not take it: end its "
-            f"parameters with **entry, {right}"
+            f"parameters with **entry, {signature}"
         )
     return ""
