@@ -34,10 +34,13 @@ from megatron_r1.models import read_hf_config
 from megatron_r1.models.routing_shape import routing_shape
 from megatron_r1.processes.stopping import StopRequest
 from megatron_r1.rewards.runtime.pool import RewardPool
+from megatron_r1.rl.collector import RolloutCollector
+from megatron_r1.rl.heldout import HeldoutEvaluation
 from megatron_r1.rl.loop import train
+from megatron_r1.rl.passes import TrainerPasses
 from megatron_r1.rl.sample_log import SampleLog
-from megatron_r1.rl.sampling import Rollouts
 from megatron_r1.rl.session import Session
+from megatron_r1.rl.step_sampler import StepSampler
 from megatron_r1.rl.teacher import check_teacher, teacher_fleet
 from megatron_r1.supervision.supervisor import Supervisor
 from megatron_r1.training.client import TrainerClient
@@ -152,13 +155,13 @@ async def _with_engines(
     fleet = _fleet(config, logs, first_step, recorder.view.message, hosts)
     say = recorder.view.message
     teacher = teacher_fleet(config, logs, say) if config.teacher.path else None
-    rollouts = Rollouts(fleet, pool, text, config.rewards, teacher)
+    collector = RolloutCollector(fleet, pool, text, config.rewards, teacher)
     log = SampleLog(recorder.folder.sample_log, recorder.view.message)
-    supervisor.watch_rollouts(rollouts)
+    supervisor.watch_rollouts(collector)
     try:
         if not config.rl.sample_log:
             await log.clear()  # what is in it would not be of this run's policies any more
-        await rollouts.check_rewards(prompts.train + prompts.heldout)
+        await collector.grader.check_rewards(prompts.train + prompts.heldout)
         recorder.view.phase("starting", f"trainer and {config.rollout.engines} x vLLM")
         # Every engine gets the trainer's weights before it samples; those it starts with do not
         # matter.
@@ -170,17 +173,14 @@ async def _with_engines(
         recorder.view.message(f"{trainer.num_parameters / 1e6:,.2f}M parameters")
 
         async def attempt() -> None:
+            sampler = PromptSampler(prompts.train, config.run.seed)
+            bridge = weight_bridge(config, trainer, fleet, _probes(config, text, prompts))
             session = Session(
-                config,
                 recorder,
-                trainer,
-                fleet,
-                rollouts,
-                PromptSampler(prompts.train, config.run.seed),
-                prompts.heldout,
-                weight_bridge(config, trainer, fleet, _probes(config, text, prompts)),
                 stop,
-                log if config.rl.sample_log else None,
+                StepSampler(config, collector, sampler, log if config.rl.sample_log else None),
+                TrainerPasses(config, trainer, bridge, recorder.state),
+                HeldoutEvaluation(config, collector, prompts.heldout, recorder),
             )
             fleet.version = -1  # ranks that went back push versions that were pushed before
             try:

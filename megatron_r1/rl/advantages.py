@@ -1,5 +1,5 @@
-"""Arithmetic of rewards. None stands for an output that nobody could grade: it counts in no mean
-and no deviation.
+"""Arithmetic of rewards. None is the reward of a response that could not be graded: it counts in no
+mean and no deviation.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from statistics import fmean, pstdev
 
 
 def graded(rewards: list[float | None]) -> list[float]:
-    """The rewards there are. Raises ValueError for an empty group or one that is not finite."""
+    """Return the rewards that are not None. Raises ValueError for an empty group and for a reward
+    that is not finite."""
     if not rewards:
         raise ValueError("a group needs at least one reward")
     known = [r for r in rewards if r is not None]
@@ -21,12 +22,13 @@ def graded(rewards: list[float | None]) -> list[float]:
 def group_advantages(
     rewards: list[float | None], *, divide_by: str = "group", epsilon: float = 1e-6
 ) -> list[float]:
-    """A_i = (r_i - mean(r)) / (std(r) + epsilon) over the G outputs of one question (DeepSeekMath,
-    arXiv 2402.03300, section 4.1.2; DeepSeek-R1, arXiv 2501.12948, eq. 3); 0 for an ungraded one.
+    """Return A_i = (r_i - mean(r)) / (std(r) + epsilon) over the G responses to one prompt; 0 for
+    ungraded ones (DeepSeekMath, arXiv 2402.03300, section 4.1.2; DeepSeek-R1, arXiv 2501.12948,
+    eq. 3).
 
     A group whose rewards are all equal teaches nothing: its advantages are 0. divide_by: "group"
-    for the z-score (population standard deviation, as the mean square of the group itself), "none"
-    to leave the scale of the rewards (Dr. GRPO). Raises ValueError as `graded`.
+    for the z-score (population standard deviation, the group's own root mean square), "none" to
+    leave the scale of the rewards (Dr. GRPO). Raises ValueError as `graded`.
     """
     known = graded(rewards)
     if len(set(known)) < 2:
@@ -44,11 +46,12 @@ def group_advantages(
 def over_batch_std(
     advantages: list[list[float]], rewards: list[list[float | None]], epsilon: float
 ) -> list[list[float]]:
-    """`advantages` over (epsilon +) the standard deviation of those of all graded outputs."""
+    """Return `advantages` divided by epsilon + the standard deviation of those of all graded
+    responses of the rollout."""
     known = [
         a
-        for group, of in zip(advantages, rewards, strict=True)
-        for a, r in zip(group, of, strict=True)
+        for of_group, group in zip(advantages, rewards, strict=True)
+        for a, r in zip(of_group, group, strict=True)
         if r is not None
     ]
     if len(set(known)) < 2:
@@ -58,7 +61,8 @@ def over_batch_std(
 
 
 def ungraded_as_nan(groups: list[list[float | None]]) -> list[list[float]]:
-    """The rewards themselves, as the trainer tells graded from ungraded. Raises as `graded`."""
+    """Return the rewards with NaN for None, by which the trainer recognises ungraded responses.
+    Raises ValueError as `graded`."""
     for rewards in groups:
         graded(rewards)
     return [[math.nan if r is None else r for r in rewards] for rewards in groups]

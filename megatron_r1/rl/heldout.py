@@ -6,55 +6,91 @@ import asyncio
 from collections import defaultdict
 from statistics import fmean
 
+from megatron_r1.config import Config
 from megatron_r1.data.prompts import Prompt
-from megatron_r1.evaluation.estimators import estimate
+from megatron_r1.evaluation.estimators import Estimate, estimate
 from megatron_r1.evaluation.voting import majority_score
 from megatron_r1.rewards.combine import ACCURACY
-from megatron_r1.rl.sampling import Group, Rollouts, Sampling
+from megatron_r1.rl.collector import RolloutCollector
+from megatron_r1.rl.metrics import sample_records
+from megatron_r1.rl.rollout import Group, Sampling, responses_of
+from megatron_r1.training.recorder import Recorder
+
+
+class HeldoutEvaluation:
+    """Evaluates the engines' weights on the held-out prompts of a run, and records the result."""
+
+    def __init__(
+        self,
+        config: Config,
+        collector: RolloutCollector,
+        prompts: list[Prompt],
+        recorder: Recorder,
+    ):
+        self._config, self._recorder = config, recorder
+        self._collector, self._prompts = collector, prompts
+
+    def is_due(self, step: int) -> bool:
+        """Whether to evaluate after `step`: every `eval.every` steps, and after the last one."""
+        every = self._config.eval.every
+        return step == self._config.run.steps or bool(every and step % every == 0)
+
+    async def run(self, step: int) -> None:
+        """Evaluate the policy after `step`, 0 for the base model's."""
+        if not self._prompts:
+            return
+        self._recorder.view.phase("evaluation", f"{len(self._prompts)} held-out questions")
+        settings, limit = self._config.eval, self._config.rollout.max_response_tokens
+        # The base model is evaluated as step 0, with the reward weights of the first step.
+        sampling = Sampling(
+            settings.samples, settings.temperature, settings.top_p, limit, max(1, step)
+        )
+        metrics, groups = await evaluate(self._collector, self._prompts, sampling)
+        records = sample_records(groups, step, "eval", None)
+        self._recorder.evaluation({"step": step, **metrics}, records)
 
 
 async def evaluate(
-    rollouts: Rollouts, prompts: list[Prompt], sampling: Sampling
+    collector: RolloutCollector, prompts: list[Prompt], sampling: Sampling
 ) -> tuple[dict[str, float], list[Group]]:
-    """Answer every prompt `sampling.num_samples` = N times with the present weights.
+    """Sample `sampling.num_samples` = N responses to every prompt; return metrics and groups.
 
     eval/pass@1: mean accuracy over all samples (DeepSeek-R1, arXiv 2501.12948, section 3);
     eval/cons@N: share of questions whose majority answer is right (`voting.majority_score`);
     eval/TERM: mean of each other reward that is measured, such as format and language;
-    eval/ungraded: share of the answers whose accuracy nobody could tell. What was not graded takes
-    no part in a mean, and a question without a graded answer in none.
+    eval/ungraded: share of the responses whose accuracy could not be graded. Ungraded responses
+    count in no mean, and a question without a graded response in none.
     interval/…/low, /high: their 95% intervals (`estimators.estimate`).
 
-    Raises ValueError and RuntimeError as `Rollouts.check_grades`.
+    Raises UserError and RuntimeError as `grading.check_grades`.
     """
-    collected = await rollouts.collect(prompts, sampling)
-    rollouts.check_grades(collected.groups)
-    opened = rollouts.text.opens_thought
+    rollout = await collector.collect(prompts, sampling)
+    collector.check_grades(rollout.groups)
     votes, means = [], defaultdict(list)
-    for group in collected.groups:
-        for term in group.outputs[0].rewards:
-            graded = [output for output in group.outputs if term not in output.ungraded]
-            scores = [output.rewards[term] for output in graded]
+    for group in rollout.groups:
+        for term in group.responses[0].rewards:
+            graded = [each for each in group.responses if term not in each.ungraded]
+            scores = [each.rewards[term] for each in graded]
             if scores:
                 means[term].append(fmean(scores))
             if scores and term == ACCURACY:
-                texts = [output.text for output in graded]
-                kind = group.prompt.kind
-                votes.append(majority_score(rollouts.pool, kind, texts, scores, opened))
-    outputs = [output for group in collected.groups for output in group.outputs]
-    right = means.pop(ACCURACY, [])
-    scores = {term: estimate(means[term]) for term in sorted(means)}
-    if right:
+                texts = [each.text for each in graded]
+                kind, opened = group.prompt.kind, collector.text.opens_thought
+                votes.append(majority_score(collector.pool, kind, texts, scores, opened))
+    accuracies = means.pop(ACCURACY, [])
+    estimates: dict[str, Estimate] = {term: estimate(means[term]) for term in sorted(means)}
+    if accuracies:
         consensus = estimate(await asyncio.gather(*votes))
-        scores |= {"pass@1": estimate(right), f"cons@{sampling.num_samples}": consensus}
+        estimates |= {"pass@1": estimate(accuracies), f"cons@{sampling.num_samples}": consensus}
+    responses = responses_of(rollout.groups)
     metrics = {
-        **{f"eval/{name}": score.value for name, score in scores.items()},
-        "eval/response_length": fmean(len(output.completion.token_ids) for output in outputs),
-        "time/eval": collected.rollout_seconds + collected.reward_seconds,
+        **{f"eval/{name}": score.value for name, score in estimates.items()},
+        "eval/response_length": fmean(len(each.response.token_ids) for each in responses),
+        "time/eval": rollout.rollout_seconds + rollout.reward_seconds,
     }
-    if any(ungraded := [ACCURACY in output.ungraded for output in outputs]):
+    if any(ungraded := [ACCURACY in each.ungraded for each in responses]):
         metrics["eval/ungraded"] = fmean(ungraded)
-    for name, score in scores.items():
-        if score.low is not None and score.high is not None:  # of a single question, there is none
+    for name, score in estimates.items():
+        if score.low is not None and score.high is not None:  # a single question has no interval
             metrics |= {f"interval/{name}/low": score.low, f"interval/{name}/high": score.high}
-    return metrics, collected.groups
+    return metrics, rollout.groups

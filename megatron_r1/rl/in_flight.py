@@ -1,62 +1,75 @@
-"""What is being sampled, graded and scored at this moment, for whoever wants to know what a run
-waits for."""
+"""The groups that are being sampled, graded or scored now: what a run waits for."""
 
 from __future__ import annotations
 
 import contextlib
 import time
 from collections.abc import Iterator, Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 from megatron_r1.data.prompts import Prompt
 from megatron_r1.engine.client import Response
 
+Phase = Literal["sampling", "grading", "scoring"]
+PHASES: tuple[Phase, ...] = get_args(Phase)
 
-class OpenGroup:
-    """A group that is not finished. since: of what is done with it, time.monotonic()."""
 
-    def __init__(self, flow: InFlight, prompt: Prompt) -> None:
-        self._flow, self.prompt = flow, prompt
-        self.doing: Literal["sampling", "grading", "scoring"] = "sampling"
-        self.since = time.monotonic()
+class InFlightGroup:
+    """A group that is not finished, and the phase it is in.
 
-    def sampled(self, completions: Sequence[Response]) -> None:
-        """Its responses are there and about to be graded."""
-        self.doing, self.since = "grading", time.monotonic()
-        self._flow.num_groups += 1
-        self._flow.num_samples += len(completions)
-        self._flow.num_tokens += sum(len(made.token_ids) for made in completions)
+    since: when the phase began, time.monotonic(). "scoring" is a teacher's, which may begin before
+    the grades are back; the group is in that phase once only scores are missing.
+    """
 
-    def graded(self) -> None:
-        """Its grades are there; a teacher may still be scoring its responses."""
-        self.doing, self.since = "scoring", time.monotonic()
+    def __init__(self, tracker: InFlight, prompt: Prompt) -> None:
+        self._tracker, self.prompt = tracker, prompt
+        self._enter("sampling")
+
+    def sampling_done(self, responses: Sequence[Response]) -> None:
+        """Count the group's responses and enter phase "grading"."""
+        self._enter("grading")
+        self._tracker.num_groups += 1
+        self._tracker.num_samples += len(responses)
+        self._tracker.num_tokens += sum(len(response.token_ids) for response in responses)
+
+    def grading_done(self) -> None:
+        """Enter phase "scoring"."""
+        self._enter("scoring")
+
+    def _enter(self, phase: Phase) -> None:
+        self.phase, self.since = phase, time.monotonic()
 
 
 class InFlight:
-    """num_started: groups asked for since the start; num_groups, num_samples, num_tokens: sampled;
-    num_graded: groups whose grades are back; num_scored: responses that a teacher has scored."""
+    """Tracks the groups in flight and counts finished work since the start of the process.
+
+    num_started: groups requested. num_groups, num_samples, num_tokens: groups that were sampled,
+    their responses, and these responses' tokens. num_graded: groups that are finished. num_scored:
+    responses that a teacher has scored.
+    """
 
     def __init__(self) -> None:
-        self.open: set[OpenGroup] = set()
-        self.num_started = 0
-        self.num_groups = self.num_samples = self.num_tokens = self.num_graded = 0
-        self.num_scored = 0
+        self.groups: set[InFlightGroup] = set()
+        self.num_started = self.num_graded = self.num_scored = 0
+        self.num_groups = self.num_samples = self.num_tokens = 0
 
     @contextlib.contextmanager
-    def group(self, prompt: Prompt) -> Iterator[OpenGroup]:
-        """A group is made within the block."""
-        group = OpenGroup(self, prompt)
-        self.open.add(group)
+    def group(self, prompt: Prompt) -> Iterator[InFlightGroup]:
+        """Track a group from the start of the block to its end."""
+        group = InFlightGroup(self, prompt)
+        self.groups.add(group)
         self.num_started += 1
         try:
             yield group
             self.num_graded += 1
         finally:
-            self.open.discard(group)
+            self.groups.discard(group)
 
-    def oldest(self, doing: str) -> OpenGroup | None:
-        """Of the groups with which that is done."""
-        return min((g for g in self.open if g.doing == doing), key=lambda g: g.since, default=None)
+    def oldest(self, phase: Phase) -> InFlightGroup | None:
+        """Return the group that has been in `phase` longest, or None."""
+        groups = (group for group in self.groups if group.phase == phase)
+        return min(groups, key=lambda group: group.since, default=None)
 
-    def count(self, doing: str) -> int:
-        return sum(group.doing == doing for group in self.open)
+    def count(self, phase: Phase) -> int:
+        """Return the number of groups in `phase`."""
+        return sum(group.phase == phase for group in self.groups)

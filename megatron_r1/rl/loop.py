@@ -1,10 +1,10 @@
-"""R1-Zero, as the paper has it: sample groups, grade them, push up what was better than its group.
+"""R1-Zero's algorithm (DeepSeek-R1, arXiv 2501.12948, section 2): sample groups, reward them,
+reinforce the responses that are better than their group.
 
-One pass of `train` is one rollout: G outputs for each of P questions, their rewards and advantages,
-old and reference log-probabilities, one inner epoch of mini-batch updates, new weights to the
-engines. Which estimator makes the advantages and the loss is `rl.algorithm`'s to say
-(`rl.algorithms`). Placement, resuming and what a person sees are the session's business and do not
-show here.
+One pass of `train` is one rollout: G responses to each of P prompts, their rewards and advantages,
+log-probabilities under the old policy and the reference, one epoch of mini-batch updates, and the
+new weights for the engines. `rl.algorithm` chooses the estimator of advantages and the loss
+(`rl.algorithms`). Placement, resuming and reporting are in `rl.session` and do not show here.
 
     megatron-r1 rl examples/laptop/r1_zero.yaml
 """
@@ -14,75 +14,79 @@ from __future__ import annotations
 import random
 
 from megatron_r1.config import Config
-from megatron_r1.rl import algorithms
-from megatron_r1.rl.algorithms import Algorithm
 from megatron_r1.rl.overlong import overlong_punishment
-from megatron_r1.rl.sampling import Group, Output
+from megatron_r1.rl.passes import TrainerPasses
+from megatron_r1.rl.rollout import GradedResponse, Group
 from megatron_r1.rl.session import Session
 from megatron_r1.training.wire import Sample
 
 
 async def train(session: Session) -> None:
-    """Run rollouts until `run.steps`, or until the session is asked to stop."""
-    rl = session.config.rl
-    algorithm = algorithms.find(rl.algorithm)
+    """Train on one rollout after another until `run.steps`, or until asked to stop."""
+    config, passes = session.config, session.passes
     while session.next_step():
         with session.phase("rollout"):
             rollout = await session.rollout()
-        samples = training_samples(rollout.groups, session.config)
-        random.Random(f"{session.config.run.seed}:{session.step}").shuffle(samples)
+        rewards = [
+            [training_reward(graded, config) for graded in group.responses]
+            for group in rollout.groups
+        ]
+        advantages = passes.algorithm.advantages(rewards, config.rl)
+        samples = training_samples(rollout.groups, advantages)
+        random.Random(f"{config.run.seed}:{session.step}").shuffle(samples)
 
         with session.phase("train"):
-            measured = await session.trainer.load(minibatches(samples, rl.minibatches))
-            measured |= await session.score(algorithm)
-            measured |= await session.token_advantages(algorithm)
-            updates = [await update(session, algorithm, i) for i in range(rl.minibatches)]
-            measured |= await session.engine_agreement()
-            await session.refresh_reference_if_due()
+            metrics = await passes.load(minibatches(samples, config.rl.minibatches))
+            metrics |= await passes.score()  # log-probabilities under π_old and π_ref
+            metrics |= await passes.token_advantages()
+            updates = [
+                await update(passes, index, session.step) for index in range(config.rl.minibatches)
+            ]
+            metrics |= await passes.engine_agreement()
+            await passes.refresh_reference_if_due()
         with session.phase("push"):
             await session.push_weights()
-        await session.finish_step(rollout, measured, updates)
+        await session.finish_step(rollout, metrics, updates)
 
 
-async def update(session: Session, algorithm: Algorithm, index: int) -> dict[str, float]:
-    """One optimizer step on mini-batch `index`: the critic's, where there is one, and the policy's,
-    once the critic is warm."""
-    if not algorithm.rules.critic:
-        return await session.update(index, algorithm.loss)
-    measured = await session.update_critic(index)
-    if not session.is_warming_up:
-        measured |= await session.update(index, algorithm.loss)
-    return measured
+async def update(passes: TrainerPasses, index: int, step: int) -> dict[str, float]:
+    """Take one optimizer step on mini-batch `index`: the critic's, where there is one, and the
+    policy's, once the critic is warm."""
+    if not passes.algorithm.rules.critic:
+        return await passes.update_policy(index)
+    metrics = await passes.update_critic(index, step)
+    if not passes.is_warming_up(step):
+        metrics |= await passes.update_policy(index)
+    return metrics
 
 
-def training_samples(groups: list[Group], config: Config) -> list[Sample]:
-    """Every output with its advantage (for `token_advantages`, its reward), in the groups' order.
-
-    One that nobody could grade has none: it neither moves its group's mean nor is pushed itself.
-    """
-    algorithm = algorithms.find(config.rl.algorithm)
-    rewards = [[reward_of(output, config) for output in group.outputs] for group in groups]
-    samples = []
-    for group, advantages in zip(groups, algorithm.advantages(rewards, config.rl), strict=True):
-        for output, advantage in zip(group.outputs, advantages, strict=True):
-            made = output.completion
-            sampled = (group.prompt_ids, made.token_ids, made.logprobs)
-            taught = output.teacher_logprobs
-            samples.append(Sample.pack(*sampled, advantage, made.routing, taught))
-    return samples
-
-
-def reward_of(output: Output, config: Config) -> float | None:
-    """What an output is trained on: its reward and, if asked for, the punishment of its length;
-    None where nobody could grade it."""
-    if not output.is_graded:
+def training_reward(graded: GradedResponse, config: Config) -> float | None:
+    """Return the reward that a response is trained on, with the punishment of its length if
+    `rl.overlong_buffer` sets one; None where it could not be graded."""
+    if not graded.is_graded:
         return None
-    num_tokens, limit = len(output.completion.token_ids), config.rollout.max_response_tokens
+    num_tokens, limit = len(graded.response.token_ids), config.rollout.max_response_tokens
     punishment = overlong_punishment(num_tokens, limit, config.rl.overlong_buffer)
-    return output.reward + config.rl.overlong_penalty * punishment
+    return graded.reward + config.rl.overlong_penalty * punishment
+
+
+def training_samples(groups: list[Group], advantages: list[list[float]]) -> list[Sample]:
+    """Return every response with its advantage as the trainer's `Sample`, in the groups' order."""
+    return [
+        Sample.pack(
+            group.prompt_ids,
+            graded.response.token_ids,
+            graded.response.logprobs,
+            advantage,
+            graded.response.routing,
+            graded.teacher_logprobs,
+        )
+        for group, of_group in zip(groups, advantages, strict=True)
+        for graded, advantage in zip(group.responses, of_group, strict=True)
+    ]
 
 
 def minibatches(samples: list[Sample], count: int) -> list[list[Sample]]:
-    """Cut into `count` mini-batches of equal size, in order."""
+    """Return `count` mini-batches of equal size, in order."""
     size = len(samples) // count
     return [samples[i * size : (i + 1) * size] for i in range(count)]

@@ -1,37 +1,36 @@
-"""What a rollout says of itself: the numbers of metrics.jsonl and the lines of samples.jsonl."""
+"""A step in numbers and lines: what metrics.jsonl and samples.jsonl hold of it."""
 
 from __future__ import annotations
 
 from statistics import fmean, pstdev
 from typing import Any
 
-from megatron_r1.rl.sampling import Collected, Group, Output
+from megatron_r1.rl.rollout import GradedResponse, Group, Rollout, responses_of
 
 
-def rollout_metrics(rollout: Collected, version: int) -> dict[str, float]:
-    """Means over the outputs of one rollout, those that are not trained on included. `version`: the
-    policy that trains on it.
+def rollout_metrics(rollout: Rollout, version: int) -> dict[str, float]:
+    """Return means over the responses of a rollout, the groups passed over included.
 
-    Rewards: of the outputs that were graded; rewards/ungraded is the share of the others.
-    staleness: versions between the policy that made a token and the one it trains, mean over
-    tokens."""
+    version: of the policy that trains on it. Reward means are over graded responses, and
+    rewards/ungraded is the share of the others. staleness: versions between the policy that sampled
+    a token and the one that trains on it, mean over tokens.
+    """
     groups = rollout.groups + rollout.passed_over
-    outputs = [output for group in groups for output in group.outputs]
-    rewards = [output.reward for output in outputs if output.is_graded] or [0.0]
-    lengths = [len(output.completion.token_ids) for output in outputs]
-    versions = sum(sum(output.completion.policy_versions) for output in outputs)
-    equal = [len({o.reward for o in group.outputs if o.is_graded}) < 2 for group in groups]
-    means = {term: _mean(term, outputs) for term in outputs[0].rewards}
+    responses = responses_of(groups)
+    rewards = [graded.reward for graded in responses if graded.is_graded] or [0.0]
+    lengths = [len(graded.response.token_ids) for graded in responses]
+    versions = sum(sum(graded.response.policy_versions) for graded in responses)
+    means = {term: _mean(term, responses) for term in responses[0].rewards}
     return {
         "reward/mean": fmean(rewards),
         "reward/std": pstdev(rewards),
         "accuracy": means.pop("accuracy"),
         **{f"{term}/mean": mean for term, mean in means.items()},
-        "rewards/ungraded": fmean(not output.is_graded for output in outputs),
+        "rewards/ungraded": fmean(not graded.is_graded for graded in responses),
         "response_length/mean": fmean(lengths),
         "response_length/max": max(lengths),
-        "truncated": fmean(output.truncated for output in outputs),
-        "groups/zero_variance": fmean(equal),
+        "truncated": fmean(graded.truncated for graded in responses),
+        "groups/zero_variance": fmean(group.has_equal_rewards for group in groups),
         "groups/passed_over": len(rollout.passed_over),
         "policy_version": version,
         "staleness": version - versions / sum(lengths) if any(lengths) else 0.0,
@@ -39,33 +38,44 @@ def rollout_metrics(rollout: Collected, version: int) -> dict[str, float]:
     }
 
 
-def _mean(term: str, outputs: list[Output]) -> float:
-    return fmean([o.rewards[term] for o in outputs if term not in o.ungraded] or [0.0])
+def mean_of_updates(updates: list[dict[str, float]]) -> dict[str, float]:
+    """Return the mean of each metric over the mini-batches of a rollout; of a maximum, the
+    maximum."""
+    names = updates[0].keys()
+    return {
+        name: (max if name.endswith("/max") else fmean)([u[name] for u in updates])
+        for name in names
+    }
 
 
 def sample_records(
     groups: list[Group], step: int, split: str, limit: int | None
 ) -> list[dict[str, Any]]:
-    """Lines for samples.jsonl: the first output of `limit` groups, or every output of all."""
+    """Return lines for samples.jsonl: the first response of `limit` groups, or, with None, every
+    response of all groups."""
     if limit is None:
-        chosen = [(group, output) for group in groups for output in group.outputs]
+        chosen = [(group, graded) for group in groups for graded in group.responses]
     else:
-        chosen = [(group, group.outputs[0]) for group in groups[:limit]]
-    return [_record(group, output, step, split) for group, output in chosen]
+        chosen = [(group, group.responses[0]) for group in groups[:limit]]
+    return [_record(group, graded, step, split) for group, graded in chosen]
 
 
-def _record(group: Group, output: Output, step: int, split: str) -> dict[str, Any]:
-    versions = output.completion.policy_versions
+def _mean(term: str, responses: list[GradedResponse]) -> float:
+    return fmean([r.rewards[term] for r in responses if term not in r.ungraded] or [0.0])
+
+
+def _record(group: Group, graded: GradedResponse, step: int, split: str) -> dict[str, Any]:
+    versions = graded.response.policy_versions
     return {
         "step": step,
         "split": split,
         "id": group.prompt.id,
         "question": group.prompt.question,
         "truth": group.prompt.truth,
-        "response": output.text,
-        "reward": output.reward,
-        "rewards": output.rewards,
-        "reason": output.reason,
-        "length": len(output.completion.token_ids),
+        "response": graded.text,
+        "reward": graded.reward,
+        "rewards": graded.rewards,
+        "reason": graded.reason,
+        "length": len(graded.response.token_ids),
         "policy_version": versions[-1] if versions else None,
     }

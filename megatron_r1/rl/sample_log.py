@@ -1,41 +1,45 @@
 """The durable sample log: a finished group is on disk as soon as it is graded.
 
-A file per step in the run's folder. After a kill of whatever part, the same command finds the
-groups of the steps after its checkpoint there, and only samples what was unfinished. Training is a
-function of weights and samples, so steps that are done again from the log end in the weights they
-ended in before, and what was already sampled from those weights is of the policy it says it is.
+The run's folder has one file per step. When any part of the run was killed, the same command reads
+the groups of the steps after its checkpoint from there and samples only what was unfinished.
+Training is a function of weights and samples: a step that is repeated from the log ends in the same
+weights, and the samples made from these weights afterwards stay valid.
 
-Durability: a group survives a kill of any process as soon as it is written, and a power cut within
+Durability: a group survives a kill of any process once it is written, and a power cut after
 `SYNC_SECONDS`; a batch is trained on only once all of it is synced. So the log never holds samples
-of a policy whose own samples are lost. Writing happens in a thread of its own.
+of a policy whose own training samples are lost. A thread does the writing.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 
 from megatron_r1.data.prompts import Prompt
+from megatron_r1.errors import UserError
 from megatron_r1.files import fsync
 from megatron_r1.files.framed import FramedFile, append_frame
+from megatron_r1.rl.rollout import Group
 from megatron_r1.rl.sample_record import Accepted, GroupRecord, decode, encode, pack, unpack
-from megatron_r1.rl.sampling import Group
 
 SYNC_SECONDS = 1.0
+Result = TypeVar("Result")
 _NAME = re.compile(r"step_(\d{8,})\.log")
 
 
 class SampleLog:
-    """The logs of a run's steps. Belongs to the event loop that uses it; one process at a time."""
+    """The logs of a run's steps; for one process at a time, and there for one event loop."""
 
     def __init__(self, folder: Path, say: Callable[[str], None] = lambda line: None) -> None:
-        """say: told what of a file was damaged."""
+        """say: called with a message for the user where a file is damaged."""
         self.folder, self._say = folder, say
         self._thread = ThreadPoolExecutor(1, "sample-log")
         self._open: dict[Path, int] = {}
@@ -44,26 +48,27 @@ class SampleLog:
         self._failure: OSError | None = None
 
     async def step(self, step: int) -> StepLog:
-        """What there is of `step`'s batch, to be continued."""
+        """Open the log of `step`, with the groups that it already holds."""
         path = self.folder / f"step_{step:08d}.log"
         log = await self._in_thread(lambda: StepLog(self, path))
         if log.num_damaged_bytes:
             self._say(
                 f"{path}: {log.num_damaged_bytes:,} bytes are no whole record, as a kill leaves "
-                "them; what is whole is used, the rest is sampled again"
+                "them; whole records are used, the rest is sampled again"
             )
         return log
 
     def append(self, path: Path, make: Callable[[], GroupRecord | Accepted]) -> None:
-        """Have a record written; `make` is called in the thread. `finish` raises what fails."""
+        """Write the record that `make` returns, in the thread; `finish` raises what fails."""
         self._thread.submit(self._append, path, make)
         if self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(SYNC_SECONDS, self._sync_later)
 
     async def finish(self, path: Path) -> None:
-        """Wait until all that was appended is on disk, and close `path`. Raises RuntimeError where
-        it cannot be."""
-        await self._in_thread(lambda: (self._sync(), self._close(path)))
+        """Wait until everything appended is on disk, and close `path`. Raises RuntimeError where
+        writing failed."""
+        await self._in_thread(self._sync)
+        await self._in_thread(lambda: self._close(path))
         if self._failure is not None:
             raise RuntimeError(
                 f"{self.folder}: samples cannot be written down ({self._failure}); make room, or "
@@ -71,15 +76,15 @@ class SampleLog:
             )
 
     async def prune(self, step: int) -> None:
-        """Forget the steps up to `step`, which no run will go back to."""
-        await self._in_thread(lambda: self._remove(lambda number: number <= step))
+        """Delete the logs up to `step`, to which no checkpoint goes back."""
+        await self._in_thread(lambda: self._remove(until=step))
 
     async def clear(self) -> None:
-        """Forget everything: samples of a policy that will not come again."""
-        await self._in_thread(lambda: self._remove(lambda number: True))
+        """Delete all logs: their samples are of policies that this run will not have."""
+        await self._in_thread(lambda: self._remove(until=math.inf))
 
     async def close(self) -> None:
-        """Sync and end. Safe to call more than once."""
+        """Sync and end the thread. May be called more than once."""
         if self._timer is not None:
             self._timer.cancel()
         await asyncio.to_thread(self._thread.shutdown)
@@ -87,7 +92,7 @@ class SampleLog:
         for path in list(self._open):
             self._close(path)
 
-    async def _in_thread(self, work: Callable):
+    async def _in_thread(self, work: Callable[[], Result]) -> Result:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)
 
     def _sync_later(self) -> None:
@@ -116,10 +121,10 @@ class SampleLog:
             self._failure = self._failure or error
         self._unsynced.clear()
 
-    def _remove(self, is_doomed: Callable[[int], bool]) -> None:
+    def _remove(self, until: float) -> None:
         for path in self.folder.glob("step_*.log"):
             match = _NAME.fullmatch(path.name)
-            if match and is_doomed(int(match[1])):
+            if match and int(match[1]) <= until:
                 path.unlink()
                 self._close(path)
 
@@ -130,11 +135,13 @@ class SampleLog:
 
 
 class StepLog:
-    """One step's groups by the position of their prompt among all that the step draws, so that
-    batches which draw in rounds (`rl.dynamic_sampling`) are continued where they were."""
+    """One step's groups, by the position of their prompt among all that the step draws.
+
+    Batches that draw in rounds (`rl.dynamic_sampling`) thus continue in the round they were in.
+    """
 
     def __init__(self, log: SampleLog, path: Path) -> None:
-        """Raises ValueError for records of another format."""
+        """Raises UserError for records of another format."""
         self._log, self._path = log, path
         self._records: dict[int, GroupRecord] = {}
         self.is_accepted = False
@@ -144,7 +151,7 @@ class StepLog:
             try:
                 record = decode(payload)
             except msgspec.MsgspecError as error:
-                raise ValueError(
+                raise UserError(
                     f"{path}: written by another version of this program ({error}); delete it, and "
                     "its samples are made again"
                 ) from None
@@ -156,12 +163,12 @@ class StepLog:
         self.num_recalled = 0
 
     def reserve(self, count: int) -> range:
-        """Positions for the `count` prompts that the step draws next."""
+        """Return the positions of the `count` prompts that the step draws next."""
         self._drawn += count
         return range(self._drawn - count, self._drawn)
 
     def recall(self, position: int, prompt: Prompt) -> Group | None:
-        """The finished group of `prompt`, if there is one."""
+        """Return the finished group of `prompt` at `position`, or None."""
         record = self._records.pop(position, None)
         if record is None or record.prompt_id != prompt.id:
             return None
@@ -169,17 +176,17 @@ class StepLog:
         return unpack(record, prompt)
 
     def is_final(self, group: Group) -> bool:
-        """Whether a recalled group's grades count. An answer that nobody could grade is graded
-        again - the reward may have been mended - unless the batch was trained on as it was."""
-        return self.is_accepted or not any(output.ungraded for output in group.outputs)
+        """Whether a recalled group's grades stand. Ungraded responses are graded again, as the
+        reward may have been repaired, unless the batch was trained on with these grades."""
+        return self.is_accepted or not any(graded.ungraded for graded in group.responses)
 
     def keep(self, position: int, group: Group) -> None:
-        """Write down a finished group."""
+        """Append a finished group."""
         self._log.append(self._path, lambda: pack(position, group))
 
     async def accept(self) -> None:
-        """The batch is complete and will be trained on: returns when all of it is on disk. Raises
-        RuntimeError where that fails."""
+        """Record that the batch is complete and will be trained on; returns when all of it is on
+        disk. Raises RuntimeError where writing failed."""
         if not self.is_accepted:
             self._log.append(self._path, Accepted)
             self.is_accepted = True

@@ -1,4 +1,8 @@
-"""A finished group as bytes and back, exact to the bit."""
+"""The binary format of the sample log: a finished group as bytes and back, exact to the bit.
+
+`GradedResponse` is not encoded itself: its arrays would become lists, eight times larger, and its
+texts may hold lone surrogates, which strings of msgpack must not.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +12,11 @@ import msgspec
 
 from megatron_r1.data.prompts import Prompt
 from megatron_r1.engine.client import Response
-from megatron_r1.rl.sampling import Group, Output
+from megatron_r1.rl.rollout import GradedResponse, Group
 
 
 class ResponseRecord(msgspec.Struct, array_like=True, frozen=True):
-    """One response; the arrays as in `Response` and `Output`, little-endian. text, reason: UTF-8
-    that may hold lone surrogates, which msgpack's strings must not."""
+    """A `GradedResponse`, flat: arrays as little-endian bytes, texts as UTF-8 with surrogates."""
 
     token_ids: bytes
     logprobs: bytes
@@ -30,16 +33,16 @@ class ResponseRecord(msgspec.Struct, array_like=True, frozen=True):
 
 
 class GroupRecord(msgspec.Struct, array_like=True, frozen=True, tag="group"):
-    """position: of its prompt among all that the step drew; prompt_id: which one that was."""
+    """position: of the group's prompt among all that the step drew. prompt_id: of that prompt."""
 
     position: int
     prompt_id: str
     prompt_ids: bytes
-    outputs: tuple[ResponseRecord, ...]
+    responses: tuple[ResponseRecord, ...]
 
 
 class Accepted(msgspec.Struct, array_like=True, frozen=True, tag="accepted"):
-    """The step's batch was complete and found good: from here on it may have been trained on."""
+    """The step's batch was complete and its grades were checked: it may have been trained on."""
 
 
 Record = GroupRecord | Accepted
@@ -49,56 +52,65 @@ decode = msgspec.msgpack.Decoder(Record).decode
 
 
 def pack(position: int, group: Group) -> GroupRecord:
-    outputs = tuple(_pack_output(output) for output in group.outputs)
-    ids = array("i", group.prompt_ids).tobytes()
-    return GroupRecord(position, group.prompt.id, ids, outputs)
+    """Return the record of `group`."""
+    records = tuple(_pack_response(graded) for graded in group.responses)
+    prompt_ids = array("i", group.prompt_ids).tobytes()
+    return GroupRecord(position, group.prompt.id, prompt_ids, records)
 
 
 def unpack(record: GroupRecord, prompt: Prompt) -> Group:
-    """The group as it was; `prompt`: the one with the record's id."""
-    outputs = [_unpack_output(output) for output in record.outputs]
-    return Group(prompt, _array("i", record.prompt_ids).tolist(), outputs)
+    """Return the group that `record` was packed from; `prompt`: the one with the record's id."""
+    responses = [_unpack_response(response) for response in record.responses]
+    return Group(prompt, _array("i", record.prompt_ids).tolist(), responses)
 
 
-def _pack_output(output: Output) -> ResponseRecord:
-    made, taught = output.completion, output.teacher_logprobs
+def _pack_response(graded: GradedResponse) -> ResponseRecord:
+    response, teacher = graded.response, graded.teacher_logprobs
     return ResponseRecord(
-        made.token_ids.tobytes(),
-        made.logprobs.tobytes(),
-        made.policy_versions.tobytes(),
-        made.finish_reason,
-        made.routing,
-        output.text.encode("utf-8", "surrogatepass"),
-        output.rewards,
-        output.reward,
-        output.reason.encode("utf-8", "surrogatepass"),
-        output.ungraded,
-        output.is_graded,
-        None if taught is None else taught.tobytes(),
+        response.token_ids.tobytes(),
+        response.logprobs.tobytes(),
+        response.policy_versions.tobytes(),
+        response.finish_reason,
+        response.routing,
+        _encode_text(graded.text),
+        graded.rewards,
+        graded.reward,
+        _encode_text(graded.reason),
+        graded.ungraded,
+        graded.is_graded,
+        None if teacher is None else teacher.tobytes(),
     )
 
 
-def _unpack_output(record: ResponseRecord) -> Output:
-    made = Response(
-        _array("i", record.token_ids),
-        _array("f", record.logprobs),
-        _array("i", record.policy_versions),
-        record.finish_reason,
-        record.routing,
-    )
-    return Output(
-        made,
-        record.text.decode("utf-8", "surrogatepass"),
+def _unpack_response(record: ResponseRecord) -> GradedResponse:
+    teacher = record.teacher_logprobs
+    return GradedResponse(
+        Response(
+            _array("i", record.token_ids),
+            _array("f", record.logprobs),
+            _array("i", record.policy_versions),
+            record.finish_reason,
+            record.routing,
+        ),
+        _decode_text(record.text),
         record.rewards,
         record.reward,
-        record.reason.decode("utf-8", "surrogatepass"),
+        _decode_text(record.reason),
         record.ungraded,
         record.is_graded,
-        None if record.teacher_logprobs is None else _array("f", record.teacher_logprobs),
+        None if teacher is None else _array("f", teacher),
     )
 
 
-def _array(code: str, content: bytes) -> array:
-    values = array(code)
+def _encode_text(text: str) -> bytes:
+    return text.encode("utf-8", "surrogatepass")
+
+
+def _decode_text(content: bytes) -> str:
+    return content.decode("utf-8", "surrogatepass")
+
+
+def _array(typecode: str, content: bytes) -> array:
+    values: array = array(typecode)
     values.frombytes(content)
     return values

@@ -1,10 +1,10 @@
-"""Rollouts ahead of training: which step's batch may be sampled when.
+"""Batches sampled ahead of training: when the batch of which step may begin.
 
 Step s trains the policy of version s - 1. Its batch may begin to be sampled once the engines hold
-version s - 1 - ahead: with ahead 0 rollout and training take turns, with 1 the next batch is
-sampled while this one is trained on (one step off), and so on; no token is older than `ahead`
-versions when it is trained on. Samples in flight continue across a push, each token stamped with
-the version that made it.
+version s - 1 - ahead. With ahead 0 rollout and training take turns; with 1 the next batch is
+sampled while this one is trained on (one step off), and so on. No token is older than `ahead`
+versions when it is trained on. Sampling continues across a weight push, and each token is stamped
+with the version that made it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Batch = TypeVar("Batch")
 
 
 class RolloutStream(Generic[Batch]):
-    """Batches of the steps `first` … `last`, in order."""
+    """Samples the batches of the steps `first` … `last`, in order."""
 
     def __init__(
         self,
@@ -29,26 +29,30 @@ class RolloutStream(Generic[Batch]):
         *,
         one_at_a_time: bool = False,
     ):
-        """sample: makes the batch of a step; called in the order of the steps. one_at_a_time: the
-        next call waits for the one before to end: for batches that draw as many prompts as it
-        takes, and for engines that are no faster with fewer sequences; otherwise they overlap, and
-        the next fills the engines while the last long samples of the one before are made."""
+        """sample: samples the batch of a step; called in the order of the steps.
+
+        one_at_a_time: each call waits for the one before to end, for batches that draw a number of
+        prompts not known before, and for engines that are no faster with fewer sequences. Otherwise
+        calls overlap: the next batch fills the engines while the last long samples of the one
+        before are being generated.
+        """
         self._sample, self._ahead, self._last = sample, ahead, last
         self._one_at_a_time = one_at_a_time
         self._next = first
         self._tasks: dict[int, asyncio.Task[Batch]] = {}
 
     def pushed(self, version: int) -> None:
-        """The engines hold `version`: begin what may begin."""
+        """Start the batches that may begin now that the engines hold `version`."""
         while self._next <= min(self._last, version + 1 + self._ahead):
             before = self._tasks.get(self._next - 1)
-            self._tasks[self._next] = asyncio.create_task(self._make(self._next, before))
+            self._tasks[self._next] = asyncio.create_task(self._start(self._next, before))
             self._next += 1
 
     async def take(self, step: int) -> Batch:
-        """The batch of `step`, which must have begun; raises what making it raised.
+        """Wait for the batch of `step` and return it; raises what its sampling raised.
 
-        A later batch that fails meanwhile says so when it is taken.
+        A later batch that has failed meanwhile raises only when it is taken itself. Raises
+        ValueError for a batch that has not begun.
         """
         if step not in self._tasks:
             raise ValueError(f"the batch of step {step} has not begun: its policy is not pushed")
@@ -58,7 +62,7 @@ class RolloutStream(Generic[Batch]):
             del self._tasks[step]
 
     async def close(self) -> None:
-        """Give up what has not been taken; the engines abort it."""
+        """Cancel the batches that were not taken; the engines abort their requests."""
         tasks = list(self._tasks.values())
         self._tasks = {}
         for task in tasks:
@@ -67,7 +71,7 @@ class RolloutStream(Generic[Batch]):
             with contextlib.suppress(asyncio.CancelledError, Exception):
                 await task
 
-    async def _make(self, step: int, before: asyncio.Task[Batch] | None) -> Batch:
+    async def _start(self, step: int, before: asyncio.Task[Batch] | None) -> Batch:
         if self._one_at_a_time and before is not None:
             await asyncio.wait({before})
         return await self._sample(step)

@@ -39,11 +39,11 @@ def _blamed(run: RunHandles) -> str:
     rollouts = run.rollouts
     if rollouts is None:
         return "controller"
-    if rollouts.flow.count("sampling") or _is_pushing(run):
+    if rollouts.in_flight.count("sampling") or _is_pushing(run):
         return "engines"
-    if rollouts.flow.count("grading"):
+    if rollouts.in_flight.count("grading"):
         return "rewards"
-    return "teacher" if rollouts.flow.count("scoring") else "controller"
+    return "teacher" if rollouts.in_flight.count("scoring") else "controller"
 
 
 def _is_pushing(run: RunHandles) -> bool:

@@ -10,6 +10,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from megatron_r1.rewards.runtime.meter import LEVELS
+from megatron_r1.rl.in_flight import PHASES
 from megatron_r1.supervision.run_handles import RunHandles
 from megatron_r1.supervision.watchdog import Watchdog
 
@@ -57,7 +58,7 @@ def _of_the_step(run: RunHandles) -> Iterator[Metric]:
 
 def _of_the_rollouts(run: RunHandles) -> Iterator[Metric]:
     assert run.rollouts is not None
-    fleet, flow, pool = run.rollouts.fleet, run.rollouts.flow, run.rollouts.pool
+    fleet, flow, pool = run.rollouts.fleet, run.rollouts.in_flight, run.rollouts.pool
     up = GaugeMetricFamily(f"{PREFIX}engine_up", "1: it serves", labels=["engine"])
     running = GaugeMetricFamily(
         f"{PREFIX}engine_sequences", "asked for and not back", labels=["engine"]
@@ -72,8 +73,8 @@ def _of_the_rollouts(run: RunHandles) -> Iterator[Metric]:
     yield _counter("tokens", "of these responses", flow.num_tokens)
     yield _counter("groups", "sampled", flow.num_groups)
     open_groups = GaugeMetricFamily(f"{PREFIX}groups_open", "not finished", labels=["doing"])
-    for doing in ("sampling", "grading", "scoring"):
-        open_groups.add_metric([doing], flow.count(doing))
+    for phase in PHASES:
+        open_groups.add_metric([phase], flow.count(phase))
     yield open_groups
     grades = CounterMetricFamily(f"{PREFIX}grader_results", "of reward workers", labels=["result"])
     levels = GaugeMetricFamily(f"{PREFIX}grader_jobs", "not done", labels=["state"])

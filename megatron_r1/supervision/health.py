@@ -9,6 +9,7 @@ import prometheus_client
 from aiohttp import web
 
 from megatron_r1.files import atomic_write
+from megatron_r1.rl.in_flight import PHASES
 from megatron_r1.supervision.exposition import RunCollector
 from megatron_r1.supervision.watchdog import Watchdog
 
@@ -41,7 +42,7 @@ def health(watchdog: Watchdog) -> dict[str, Any]:
     }
     engines_down = 0
     if rollouts is not None:
-        fleet, flow = rollouts.fleet, rollouts.flow
+        fleet, flow = rollouts.fleet, rollouts.in_flight
         engines_down = sum(not engine.is_up for engine in fleet.engines)
         facts["engines"] = {
             "up": len(fleet.engines) - engines_down,
@@ -50,7 +51,7 @@ def health(watchdog: Watchdog) -> dict[str, Any]:
             "policy_version": fleet.version,
             "sequences": {engine.name: engine.num_running for engine in fleet.engines},
         }
-        facts["groups"] = {d: flow.count(d) for d in ("sampling", "grading", "scoring")}
+        facts["groups"] = {phase: flow.count(phase) for phase in PHASES}
         facts["rewards"] = rollouts.pool.snapshot()
     if watchdog.is_stalled:
         facts["status"] = "stalled"

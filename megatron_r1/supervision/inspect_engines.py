@@ -15,8 +15,8 @@ import aiohttp
 from megatron_r1.engine.server import EngineServer
 from megatron_r1.fleet.engine import Engine
 from megatron_r1.fleet.fleet import RolloutFleet
-from megatron_r1.rl.in_flight import InFlight, OpenGroup
-from megatron_r1.rl.sampling import Rollouts
+from megatron_r1.rl.collector import RolloutCollector
+from megatron_r1.rl.in_flight import InFlight, InFlightGroup, Phase
 from megatron_r1.supervision.findings import Finding, indented, seconds
 
 ANSWER_SECONDS = 5.0
@@ -27,32 +27,32 @@ STACK_SIGNAL = signal.SIGUSR2
 TOKENS = re.compile(r"^vllm:generation_tokens_total(?:\{.*\})? (\S+)$", re.MULTILINE)
 
 
-async def inspect_engines(rollouts: Rollouts, pushing: bool = False) -> Finding:
+async def inspect_engines(rollouts: RolloutCollector, pushing: bool = False) -> Finding:
     """Headline: what is asked of engines, since when, and those that owe it. pushing: they are
     being given weights."""
-    fleet, flow = rollouts.fleet, rollouts.flow
+    fleet, flow = rollouts.fleet, rollouts.in_flight
     headline = _owed(flow, "sampling")
     if pushing:
         headline = f"given weights after version {fleet.version}"
     return await _look_at(fleet, "engines", headline, flow.oldest("sampling"))
 
 
-async def inspect_teacher(rollouts: Rollouts) -> Finding:
+async def inspect_teacher(rollouts: RolloutCollector) -> Finding:
     """As `inspect_engines`, of those that score."""
     assert rollouts.teacher is not None, "there is none"
-    flow = rollouts.flow
+    flow = rollouts.in_flight
     owed = _owed(flow, "scoring")
     return await _look_at(rollouts.teacher, "teacher", owed, flow.oldest("scoring"))
 
 
-def _owed(flow: InFlight, doing: str) -> str:
-    oldest = flow.oldest(doing)
+def _owed(flow: InFlight, phase: Phase) -> str:
+    oldest = flow.oldest(phase)
     since = f", the oldest for {seconds(time.monotonic() - oldest.since)}" if oldest else ""
-    return f"{flow.count(doing)} groups are not back{since}"
+    return f"{flow.count(phase)} groups are not back{since}"
 
 
 async def _look_at(
-    fleet: RolloutFleet, role: str, headline: str, oldest: OpenGroup | None
+    fleet: RolloutFleet, role: str, headline: str, oldest: InFlightGroup | None
 ) -> Finding:
     engines = list(fleet.engines)
     states = await asyncio.gather(*(_state(engine) for engine in engines))
@@ -119,15 +119,15 @@ def listens(process: int) -> bool:
     return False
 
 
-def describe_group(group: OpenGroup) -> str:
+def describe_group(group: InFlightGroup) -> str:
     question = group.prompt.question.replace("\n", " ")[:80]
     since = seconds(time.monotonic() - group.since)
     return (
-        f"{group.prompt.kind} question {group.prompt.id} ({question!r}), {group.doing} for {since}"
+        f"{group.prompt.kind} question {group.prompt.id} ({question!r}), {group.phase} for {since}"
     )
 
 
-async def count_tokens(rollouts: Rollouts) -> int:
+async def count_tokens(rollouts: RolloutCollector) -> int:
     """Tokens that all engines have made, by vLLM's own metrics; 0 where they keep none."""
 
     async def of(engine: Engine) -> float:

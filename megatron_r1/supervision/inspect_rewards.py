@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from megatron_r1.rewards.runtime.pool import OutstandingJob
-from megatron_r1.rl.sampling import Rollouts
+from megatron_r1.rl.collector import RolloutCollector
 from megatron_r1.supervision.findings import Finding, seconds
 from megatron_r1.supervision.inspect_engines import describe_group
 
 
-def inspect_rewards(rollouts: Rollouts) -> Finding:
+def inspect_rewards(rollouts: RolloutCollector) -> Finding:
     """Headline: how many groups are graded, the worker that has been at it longest, with what."""
-    oldest = rollouts.flow.oldest("grading")
+    oldest = rollouts.in_flight.oldest("grading")
     jobs = rollouts.pool.jobs()
     details = [f"oldest group: {describe_group(oldest)}"] if oldest else []
     details += [f"counters: {rollouts.pool.snapshot()}"]
     details += [_describe(job) for job in jobs]
-    headline = f"rewards: {rollouts.flow.count('grading')} groups are being graded"
+    headline = f"rewards: {rollouts.in_flight.count('grading')} groups are being graded"
     if jobs:
         headline += f"; {_describe(jobs[0])}"
     elif oldest:

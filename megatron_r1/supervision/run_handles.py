@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_r1.config import Config
-from megatron_r1.rl.sampling import Rollouts
+from megatron_r1.rl.collector import RolloutCollector
 from megatron_r1.training.client import TrainerClient
 from megatron_r1.training.recorder import Recorder
 
@@ -20,7 +20,7 @@ class RunHandles:
     config: Config
     recorder: Recorder
     trainer: TrainerClient
-    rollouts: Rollouts | None = None
+    rollouts: RolloutCollector | None = None
     num_engine_tokens: int = 0
     """That engines say they have generated; 0 where none says it."""
 
@@ -49,7 +49,7 @@ class RunHandles:
             (trainer.num_replies, trainer.num_restarts, waiting.since if waiting else None),
         )
         if self.rollouts is not None:
-            flow, fleet, pool = self.rollouts.flow, self.rollouts.fleet, self.rollouts.pool
+            flow, fleet, pool = self.rollouts.in_flight, self.rollouts.fleet, self.rollouts.pool
             parts += (
                 (flow.num_started, flow.num_groups, flow.num_graded, flow.num_scored),
                 self.num_engine_tokens,

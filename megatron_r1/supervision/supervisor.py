@@ -8,7 +8,7 @@ from collections.abc import Coroutine
 from typing import Any
 
 from megatron_r1.config import Config
-from megatron_r1.rl.sampling import Rollouts
+from megatron_r1.rl.collector import RolloutCollector
 from megatron_r1.supervision.health import HealthServer
 from megatron_r1.supervision.restarts import with_restarts
 from megatron_r1.supervision.run_handles import RunHandles
@@ -28,7 +28,7 @@ class Supervisor:
         self._watchdog = Watchdog(self._watched)
         self._host = "0.0.0.0" if spans_hosts else "127.0.0.1"
 
-    def watch_rollouts(self, rollouts: Rollouts) -> None:
+    def watch_rollouts(self, rollouts: RolloutCollector) -> None:
         """From here on engines, reward workers and their work are run too."""
         self._watched.rollouts = rollouts
 

@@ -170,7 +170,7 @@ def versions(folder: Path, step: int) -> list[int]:
     """Of each token in a step's log the policy that made it."""
     path = folder / f"sample_log/step_{step:08d}.log"
     records = [decode(frame) for frame in FramedFile.read(path)]
-    outputs = [out for r in records if isinstance(r, GroupRecord) for out in r.outputs]
+    outputs = [out for r in records if isinstance(r, GroupRecord) for out in r.responses]
     return [version for out in outputs for version in array("i", out.policy_versions)]
 
 

@@ -17,7 +17,8 @@ from megatron_r1.rewards.runtime.meter import RewardMeter
 from megatron_r1.rewards.runtime.pool import RewardPool
 from megatron_r1.rewards.runtime.time_limits import time_limit
 from megatron_r1.rewards.sandbox.limits import Limits
-from megatron_r1.rl.sampling import Group, Rollouts, refuse_broken_reward
+from megatron_r1.rl.grading import ResponseGrader, refuse_broken_reward
+from megatron_r1.rl.rollout import Group
 
 PREFERENCE_IN_THE_LAST_400 = {
     "accuracy": 1.0,
@@ -130,11 +131,11 @@ class Text:
         return "".join(map(chr, token_ids))
 
 
-def rollouts(pool, **rewards):
-    return Rollouts(None, pool, Text(), RewardsConfig(**rewards))
+def grader(pool, **rewards):
+    return ResponseGrader(pool, Text(), RewardsConfig(**rewards))
 
 
-def completion(text):
+def response(text):
     codes = [ord(char) for char in text]
     return Response(codes, [0.0] * len(codes), [0] * len(codes), "stop")
 
@@ -142,8 +143,8 @@ def completion(text):
 def grade_at(steps, text, prompt, **rewards):
     async def all_steps():
         async with RewardPool(1) as pool:
-            made = rollouts(pool, **rewards)
-            return [await made._grade(prompt, completion(text), step) for step in steps]
+            tested = grader(pool, **rewards)
+            return [await tested.grade(prompt, response(text), step) for step in steps]
 
     return asyncio.run(all_steps())
 
@@ -172,15 +173,15 @@ def test_options_reach_the_prompts_own_kind_and_the_prompt_wins():
     options = {"language": {"target": "zh"}}
     for fields, reward in (({}, 0.0), ({"target": "en"}, 1.0)):
         prompt = make_prompt("?", "language", None, fields)
-        (output,) = grade_at((1,), GOOD, prompt, options=options)
-        assert output.rewards["accuracy"] == reward
+        (graded,) = grade_at((1,), GOOD, prompt, options=options)
+        assert graded.rewards["accuracy"] == reward
 
 
 def test_a_term_without_its_options_is_an_error_before_anything_starts():
     async def check(**rewards):
         async with RewardPool(1) as pool:
             prompt = make_prompt("2 + 11?", "math", "13", {})
-            await rollouts(pool, **rewards).check_rewards([prompt])
+            await grader(pool, **rewards).check_rewards([prompt])
 
     late = {"language": {"weight": 0.1, "from_step": 900}}
     with pytest.raises(ValueError, match=r"rewards.weights.language: it cannot be graded.*target"):
@@ -193,11 +194,11 @@ def test_a_term_without_its_options_is_an_error_before_anything_starts():
 def test_a_term_that_fails_on_every_answer_stops_the_run():
     prompt = make_prompt("2 + 11?", "math", "13", {})
     options = {"language": {"target": "fr"}}
-    outputs = grade_at((1, 1), GOOD, prompt, weights={"language": 1.0}, options=options)
+    responses = grade_at((1, 1), GOOD, prompt, weights={"language": 1.0}, options=options)
     with pytest.raises(ValueError, match="reward 'language' failed on all 2 answers.*got 'fr'"):
-        refuse_broken_reward([Group(prompt, [], outputs)])
+        refuse_broken_reward([Group(prompt, [], responses)])
     fine = grade_at((1,), GOOD, prompt, weights={"accuracy": 1.0})
-    refuse_broken_reward([Group(prompt, [], outputs + fine)])
+    refuse_broken_reward([Group(prompt, [], responses + fine)])
     refuse_broken_reward([])
 
 

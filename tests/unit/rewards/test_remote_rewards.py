@@ -16,7 +16,8 @@ from megatron_r1.rewards.remote import service
 from megatron_r1.rewards.remote.runner import check_options, join_fields, reward_class
 from megatron_r1.rewards.remote.service import ServiceError
 from megatron_r1.rewards.runtime.pool import RewardPool
-from megatron_r1.rl.sampling import Rollouts, Sampling
+from megatron_r1.rl.collector import RolloutCollector
+from megatron_r1.rl.rollout import Sampling
 
 ROW = {"question": "Name the capital of France.", "model": "m", "votes": 1}
 
@@ -328,15 +329,15 @@ def test_a_rollout_is_graded_by_the_recipes_judge_and_stops_when_it_is_down():
     async def scenario(pool, served):
         options = {"url": served.url, "model": "m", "retry_seconds": 0.1}
         rewards = RewardsConfig(weights={"accuracy": 1.0}, options={"judge": options})
-        rollouts = Rollouts(Answers(), pool, Answers(), rewards)
+        collector = RolloutCollector(Answers(), pool, Answers(), rewards)
         # A column that happens to be called "model" is not the judge's.
         prompts = [make_prompt(ROW["question"], "judge", "Paris", {"model": "gpt", "votes": 4})]
-        await rollouts.check_rewards(prompts)
-        collected = await rollouts.collect(prompts, Sampling(2, 1.0, 1.0, 8))
+        await collector.grader.check_rewards(prompts)
+        rollout = await collector.collect(prompts, Sampling(2, 1.0, 1.0, 8))
         is_down.append(True)
         with pytest.raises(ServiceError, match="status 503"):
-            await rollouts.collect(prompts, Sampling(2, 1.0, 1.0, 8))
-        return [output.reward for output in collected.groups[0].outputs]
+            await collector.collect(prompts, Sampling(2, 1.0, 1.0, 8))
+        return [graded.reward for graded in rollout.groups[0].responses]
 
     rewards, served = with_pool(answer, scenario)
     assert rewards == [0.0, 1.0]

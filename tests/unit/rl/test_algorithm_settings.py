@@ -4,7 +4,6 @@ import asyncio
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -14,10 +13,11 @@ from megatron_r1.config.algorithms import NAMES
 from megatron_r1.data.prompts import make_prompt
 from megatron_r1.engine.client import Response
 from megatron_r1.rl import algorithms
-from megatron_r1.rl.loop import training_samples, update
+from megatron_r1.rl.loop import training_reward, training_samples, update
 from megatron_r1.rl.overlong import overlong_punishment
-from megatron_r1.rl.sampling import Group, Output
-from megatron_r1.rl.session import Session
+from megatron_r1.rl.passes import TrainerPasses
+from megatron_r1.rl.rollout import GradedResponse, Group
+from megatron_r1.training.recorder import RunState
 
 ROOT = Path(__file__).parents[3]
 
@@ -117,55 +117,66 @@ def test_a_punishment_grows_from_0_to_1_over_the_buffer():
     assert overlong_punishment(20_480, 20_480, 0.0) == 0.0
 
 
-def output(reward, num_tokens, is_graded=True):
-    made = Response([1] * num_tokens, [0.0] * num_tokens, [0] * num_tokens, "stop")
+def graded(reward, num_tokens, is_graded=True):
+    response = Response([1] * num_tokens, [0.0] * num_tokens, [0] * num_tokens, "stop")
     rewards = {"accuracy": reward, "format": 1.0}
-    return Output(made, "x", rewards, reward, "", is_graded=is_graded)
+    return GradedResponse(response, "x", rewards, reward, "", is_graded=is_graded)
 
 
-def test_long_outputs_are_punished_before_advantages_are_made():
-    outputs = [output(1.0, 10), output(1.0, 40), output(0.0, 35), output(0.0, 5, is_graded=False)]
-    group = Group(make_prompt("1 + 1?", "math", "2", {}), [1], outputs)
+def test_long_responses_are_punished_before_advantages_are_computed():
+    responses = [graded(1.0, 10), graded(1.0, 40), graded(0.0, 35), graded(0.0, 5, is_graded=False)]
+    group = Group(make_prompt("1 + 1?", "math", "2", {}), [1], responses)
     rl = {"algorithm": "dr_grpo", "overlong_buffer": 0.5, "overlong_penalty": 2.0}
     config = Config(rl=rl, rollout={"max_response_tokens": 40})
     # The last 20 of 40 tokens: 1, 1 - 2, 0 - 2 x 0.75; mean -0.5
-    advantages = [sample.advantage for sample in training_samples([group], config)]
-    assert advantages == pytest.approx([1.5, -0.5, -1.0, 0.0])
+    rewards = [training_reward(each, config) for each in responses]
+    advantages = algorithms.find("dr_grpo").advantages([rewards], config.rl)
+    samples = training_samples([group], advantages)
+    assert [sample.advantage for sample in samples] == pytest.approx([1.5, -0.5, -1.0, 0.0])
 
 
-class Updates:
-    """A session that writes down what it is asked to update."""
+class Peers:
+    """A trainer that records the requested updates, and a bridge that is always ready."""
 
-    def __init__(self, is_warming_up):
-        self.is_warming_up, self.asked = is_warming_up, []
+    def __init__(self):
+        self.requested = []
 
-    async def update(self, index, loss):
-        self.asked.append((index, loss))
+    async def hold(self):
+        pass
+
+    async def update(self, index, loss, settings, learning_rate):
+        self.requested.append((index, loss))
         return {"loss": 1.0}
 
-    async def update_critic(self, index):
-        self.asked.append((index, "critic"))
+    async def update_critic(self, index, learning_rate):
+        self.requested.append((index, "critic"))
         return {"value/loss": 2.0}
+
+
+def updated(name, index, step):
+    """Return the metrics of an update of step `step`, where three warm up, and the requests."""
+    config, peers = Config(rl={"algorithm": name}, critic={"warmup_steps": 3}), Peers()
+    tested = TrainerPasses(config, peers, peers, RunState())
+    metrics = asyncio.run(update(tested, index, step))
+    metrics.pop("learning_rate", None)
+    return metrics, peers.requested
 
 
 def test_the_policy_waits_for_the_critic_to_be_warm():
     ppo, grpo = algorithms.find("ppo"), algorithms.find("grpo")
-    cold, warm = Updates(True), Updates(False)
-    assert asyncio.run(update(cold, ppo, 3)) == {"value/loss": 2.0}
-    assert asyncio.run(update(warm, ppo, 3)) == {"value/loss": 2.0, "loss": 1.0}
-    assert asyncio.run(update(warm, grpo, 4)) == {"loss": 1.0}
-    assert cold.asked == [(3, "critic")]
-    assert warm.asked == [(3, "critic"), (3, ppo.loss), (4, grpo.loss)]
+    assert updated("ppo", 3, step=3) == ({"value/loss": 2.0}, [(3, "critic")])
+    both = [(3, "critic"), (3, ppo.loss)]
+    assert updated("ppo", 3, step=4) == ({"value/loss": 2.0, "loss": 1.0}, both)
+    assert updated("grpo", 4, step=1) == ({"loss": 1.0}, [(4, grpo.loss)])
+
+
+def passes(config):
+    return TrainerPasses(config, trainer=None, bridge=None, state=None)
 
 
 def test_only_the_rollouts_of_the_warm_up_are_without_a_policy_update():
-    from megatron_r1.rl.session import Session
-
-    config = Config(critic={"warmup_steps": 2})
-    warming = [
-        Session.is_warming_up.fget(SimpleNamespace(step=step, config=config)) for step in (1, 2, 3)
-    ]
-    assert warming == [True, True, False]
+    tested = passes(Config(critic={"warmup_steps": 2}))
+    assert [tested.is_warming_up(step) for step in (1, 2, 3)] == [True, True, False]
 
 
 @pytest.mark.parametrize(
@@ -185,5 +196,4 @@ def test_what_an_algorithm_has_no_use_for_is_refused(settings, message):
 def test_the_policy_s_rate_decays_over_its_own_updates(algorithm, updates):
     """PPO's critic alone learns in the first 40 of 100 steps; other algorithms have none."""
     tree = {"rl": {"algorithm": algorithm}, "run": {"steps": 100}, "critic": {"warmup_steps": 40}}
-    session = SimpleNamespace(config=parse(tree))
-    assert Session._num_updates.fget(session) == updates
+    assert passes(parse(tree)).num_policy_updates == updates

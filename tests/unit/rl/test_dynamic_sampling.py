@@ -7,18 +7,20 @@ from megatron_r1.data.prompts import make_prompt
 from megatron_r1.engine.client import Response
 from megatron_r1.rl.dynamic_sampling import collect_informative
 from megatron_r1.rl.metrics import rollout_metrics
-from megatron_r1.rl.sampling import Collected, Group, Output
+from megatron_r1.rl.rollout import GradedResponse, Group, Rollout
 
 PROMPTS = [make_prompt(f"question {i}", "math", str(i), {}) for i in range(20)]
 
 
 def group(prompt, *rewards):
-    made = Response([1], [0.0], [0], "stop")
-    outputs = [Output(made, "x", {"accuracy": r, "format": 1.0}, r, "") for r in rewards]
-    return Group(prompt, [1], outputs)
+    response = Response([1], [0.0], [0], "stop")
+    responses = [
+        GradedResponse(response, "x", {"accuracy": r, "format": 1.0}, r, "") for r in rewards
+    ]
+    return Group(prompt, [1], responses)
 
 
-def collected(wanted: int, rounds: int, teaches) -> tuple[Collected, list[int]]:
+def collected(num_groups: int, rounds: int, teaches) -> tuple[Rollout, list[int]]:
     """What is collected where only the prompts that `teaches` accepts differ within their group;
     and how many prompts each round drew."""
     drawn: list[int] = []
@@ -30,9 +32,9 @@ def collected(wanted: int, rounds: int, teaches) -> tuple[Collected, list[int]]:
 
     async def collect(prompts):
         groups = [group(p, 1.0, 0.0 if teaches(PROMPTS.index(p)) else 1.0) for p in prompts]
-        return Collected(groups, 2.0, 0.5)
+        return Rollout(groups, 2.0, 0.5)
 
-    return asyncio.run(collect_informative(collect, draw, wanted, rounds)), drawn
+    return asyncio.run(collect_informative(collect, draw, num_groups, rounds)), drawn
 
 
 def test_groups_without_a_difference_are_drawn_again():

@@ -1,4 +1,4 @@
-"""What a held-out evaluation writes down."""
+"""The metrics of a held-out evaluation."""
 
 import asyncio
 from types import SimpleNamespace
@@ -8,33 +8,35 @@ import pytest
 from megatron_r1.data.prompts import make_prompt
 from megatron_r1.engine.client import Response
 from megatron_r1.rl.heldout import evaluate
-from megatron_r1.rl.sampling import Collected, Group, Output, Sampling
+from megatron_r1.rl.rollout import GradedResponse, Group, Rollout, Sampling
 
 
 def run(right_of, ungraded=0):
-    """The metrics of questions of which so many of 4 answers are right; the right answer is 1.
-    Nobody could grade the last `ungraded` of each question's, which are then wrong."""
+    """Return the metrics of an evaluation with 4 responses a question, of which `right_of` holds
+    how many are right (the right answer is 1); the last `ungraded` of each could not be graded."""
 
     def group(question, right):
-        outputs = []
+        responses = []
         for i in range(4):
             text = f"<answer>{1 if i < right else 2}</answer>"
             rewards = {"accuracy": float(i < right), "format": 0.25}
-            made = Response([5] * (i + 1), [0.0] * (i + 1), [0] * (i + 1), "stop")
+            response = Response([5] * (i + 1), [0.0] * (i + 1), [0] * (i + 1), "stop")
             lost = () if i < 4 - ungraded else ("accuracy",)
-            output = Output(made, text, rewards, rewards["accuracy"], "compared", lost, not lost)
-            outputs.append(output)
-        return Group(make_prompt(f"{question}?", "math", "1", {}), [1], outputs)
+            graded = GradedResponse(
+                response, text, rewards, rewards["accuracy"], "compared", lost, not lost
+            )
+            responses.append(graded)
+        return Group(make_prompt(f"{question}?", "math", "1", {}), [1], responses)
 
     async def collect(prompts, sampling):
-        return Collected([group(q, right) for q, right in enumerate(right_of)], 2.0, 1.0)
+        return Rollout([group(q, right) for q, right in enumerate(right_of)], 2.0, 1.0)
 
     # No pool: where one number has most of the votes, nothing is compared by meaning.
     text = SimpleNamespace(opens_thought=False)
-    rollouts = SimpleNamespace(
+    collector = SimpleNamespace(
         collect=collect, pool=None, text=text, check_grades=lambda groups: None
     )
-    metrics, groups = asyncio.run(evaluate(rollouts, [], Sampling(4, 1.0, 1.0, 8)))
+    metrics, groups = asyncio.run(evaluate(collector, [], Sampling(4, 1.0, 1.0, 8)))
     assert len(groups) == len(right_of)
     return metrics
 
@@ -50,7 +52,7 @@ def test_scores_have_intervals_over_questions():
         assert high - 0.5 == pytest.approx(0.049, abs=0.004)
 
 
-def test_answers_that_nobody_could_grade_take_no_part():
+def test_ungraded_responses_count_in_no_mean():
     metrics = run([3, 1], ungraded=1)
     assert metrics["eval/pass@1"] == pytest.approx((3 / 3 + 1 / 3) / 2)
     assert metrics["eval/ungraded"] == 0.25

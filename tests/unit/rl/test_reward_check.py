@@ -7,7 +7,7 @@ import pytest
 from megatron_r1.config import RewardsConfig
 from megatron_r1.data.prompts import make_prompt
 from megatron_r1.rewards.runtime.pool import RewardPool
-from megatron_r1.rl.sampling import Rollouts
+from megatron_r1.rl.grading import ResponseGrader
 
 
 class Text:
@@ -47,8 +47,8 @@ def mine(tmp_path, monkeypatch):
 def check(*prompts, **rewards):
     async def run():
         async with RewardPool(1) as pool:
-            made = Rollouts(None, pool, Text(), RewardsConfig(**rewards))
-            await made.check_rewards(list(prompts))
+            grader = ResponseGrader(pool, Text(), RewardsConfig(**rewards))
+            await grader.check_rewards(list(prompts))
 
     asyncio.run(run())
 

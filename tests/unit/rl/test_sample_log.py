@@ -11,8 +11,8 @@ from megatron_r1.data.prompts import make_prompt
 from megatron_r1.engine.client import Response
 from megatron_r1.files.framed import HEADER, FramedFile, append_frame
 from megatron_r1.rl.dynamic_sampling import collect_informative
+from megatron_r1.rl.rollout import GradedResponse, Group, Rollout
 from megatron_r1.rl.sample_log import SampleLog
-from megatron_r1.rl.sampling import Collected, Group, Output
 
 PROMPTS = [make_prompt(f"question {i}", "math", str(i), {}) for i in range(8)]
 PAYLOADS = [b"first", b"", b"third, \xf5mr1 within", bytes(range(256))]
@@ -58,9 +58,9 @@ def test_a_flipped_byte_costs_its_own_record(tmp_path):
         assert file.num_damaged_bytes == HEADER.size + len(PAYLOADS[hit]), f"byte {position}"
 
 
-def output(draw: random.Random, reward: float, *ungraded: str) -> Output:
+def graded_response(draw: random.Random, reward: float, *ungraded: str) -> GradedResponse:
     length = draw.choice([0, 1, 7])
-    made = Response(
+    response = Response(
         array("i", [draw.randrange(150_000) for _ in range(length)]),
         array("f", [-draw.random() for _ in range(length)]),
         array("i", sorted(draw.randrange(3, 6) for _ in range(length))),
@@ -69,13 +69,13 @@ def output(draw: random.Random, reward: float, *ungraded: str) -> Output:
     )
     text = draw.choice(["", "half an emoji: \ud83d", "x² = 9"])
     rewards = {"accuracy": reward, "format": draw.random()}
-    return Output(made, text, rewards, reward, "why \udc00", ungraded, not ungraded)
+    return GradedResponse(response, text, rewards, reward, "why \udc00", ungraded, not ungraded)
 
 
 def group(index: int, *rewards: float, ungraded: tuple[str, ...] = ()) -> Group:
     draw = random.Random(index)
-    outputs = [output(draw, reward, *ungraded) for reward in rewards]
-    return Group(PROMPTS[index], [5, 6, index], outputs)
+    responses = [graded_response(draw, reward, *ungraded) for reward in rewards]
+    return Group(PROMPTS[index], [5, 6, index], responses)
 
 
 def test_groups_come_back_exactly_each_at_its_place(tmp_path):
@@ -100,7 +100,7 @@ def test_groups_come_back_exactly_each_at_its_place(tmp_path):
     asyncio.run(run())
 
 
-def test_an_answer_nobody_could_grade_is_graded_again_unless_it_was_trained_on(tmp_path):
+def test_an_ungraded_response_is_graded_again_unless_it_was_trained_on(tmp_path):
     async def run():
         log = SampleLog(tmp_path)
         step = await log.step(1)
@@ -110,7 +110,7 @@ def test_an_answer_nobody_could_grade_is_graded_again_unless_it_was_trained_on(t
         again = await log.step(1)
         finals = [again.is_final(again.recall(i, PROMPTS[i])) for i in (0, 1)]
         assert finals == [False, True]
-        again.keep(0, group(0, 1.0))  # with the reward mended
+        again.keep(0, group(0, 1.0))  # with the reward repaired
         await again.accept()
         trained_on = await log.step(1)
         assert trained_on.is_accepted
@@ -120,7 +120,7 @@ def test_an_answer_nobody_could_grade_is_graded_again_unless_it_was_trained_on(t
     asyncio.run(run())
 
 
-def test_steps_before_the_oldest_checkpoint_are_forgotten(tmp_path):
+def test_steps_before_the_oldest_checkpoint_are_deleted(tmp_path):
     async def run():
         log = SampleLog(tmp_path)
         for number in (1, 2, 3):
@@ -153,12 +153,12 @@ def test_a_full_disk_stops_the_batch_and_what_was_whole_is_kept(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
     async def resume():
-        said = []
-        log = SampleLog(tmp_path, said.append)
+        messages = []
+        log = SampleLog(tmp_path, messages.append)
         step = await log.step(1)
         assert step.recall(0, PROMPTS[0]) == group(0, 1.0)
         assert step.recall(1, PROMPTS[1]) is None and not step.is_accepted
-        assert "no whole record, as a kill leaves them" in said[0]
+        assert "no whole record, as a kill leaves them" in messages[0]
         await log.close()
 
     asyncio.run(resume())
@@ -168,33 +168,33 @@ def test_a_batch_drawn_in_rounds_goes_on_where_it_was(tmp_path):
     """Questions 0 and 2 … teach; the run ends in the middle of the second of three rounds."""
     sampled: list[int] = []
 
-    async def collect(prompts, memory, most: int) -> Collected:
+    async def collect(prompts, finished, limit: int) -> Rollout:
         groups = []
-        for prompt, position in zip(prompts, memory.reserve(len(prompts)), strict=True):
+        for prompt, position in zip(prompts, finished.reserve(len(prompts)), strict=True):
             index = PROMPTS.index(prompt)
-            known = memory.recall(position, prompt)
+            known = finished.recall(position, prompt)
             if known is None:
-                if len(sampled) == most:
+                if len(sampled) == limit:
                     raise KeyboardInterrupt
                 sampled.append(index)
                 known = group(index, 1.0, float(index % 2))
-                memory.keep(position, known)
+                finished.keep(position, known)
             groups.append(known)
-        return Collected(groups, 1.0, 0.0)
+        return Rollout(groups, 1.0, 0.0)
 
-    async def run(most: int) -> Collected:
+    async def run(limit: int) -> Rollout:
         draws = iter(PROMPTS)
         log = SampleLog(tmp_path)
         try:
-            memory = await log.step(1)
+            finished = await log.step(1)
             draw = lambda n: [next(draws) for _ in range(n)]  # noqa: E731
-            collect_some = partial(collect, memory=memory, most=most)
-            return await collect_informative(collect_some, draw, wanted=4, most_rounds=3)
+            collect_some = partial(collect, finished=finished, limit=limit)
+            return await collect_informative(collect_some, draw, num_groups=4, max_rounds=3)
         finally:
             await log.close()
 
     with pytest.raises(KeyboardInterrupt):
-        asyncio.run(run(most=5))
-    rollout = asyncio.run(run(most=100))
+        asyncio.run(run(limit=5))
+    rollout = asyncio.run(run(limit=100))
     assert sampled == list(range(7)), "none twice"
     assert [PROMPTS.index(g.prompt) for g in rollout.groups] == [0, 2, 4, 6]

@@ -16,8 +16,9 @@ from megatron_r1.engine.client import EngineClient, Response
 from megatron_r1.engine.errors import EngineError
 from megatron_r1.fleet.served import ServedFleet
 from megatron_r1.rewards.runtime.pool import RewardPool
+from megatron_r1.rl.collector import RolloutCollector
+from megatron_r1.rl.rollout import Sampling
 from megatron_r1.rl.sample_record import decode, encode, pack, unpack
-from megatron_r1.rl.sampling import Rollouts, Sampling
 from megatron_r1.rl.teacher import check_teacher, differing_tokens
 from megatron_r1.training.packed import Split, packed_batch
 from megatron_r1.training.wire import Sample
@@ -320,39 +321,39 @@ def collected(is_scored):
     async def run():
         teacher = CountingTeacher()
         pool = SlowGrader(teacher) if is_scored else RewardPool(1)
-        rollouts = Rollouts(Student(), pool, Text(), RewardsConfig(), teacher)
+        collector = RolloutCollector(Student(), pool, Text(), RewardsConfig(), teacher)
         prompts = [make_prompt("27", "math", "9", {}), make_prompt("3", "math", "9", {})]
         sampling = Sampling(3, 1.0, 1.0, 32, step=2, is_scored=is_scored)
-        made = await rollouts.collect(prompts, sampling)
+        rollout = await collector.collect(prompts, sampling)
         if not is_scored:
             await pool.close()
-        return made, teacher.num_scored, rollouts.flow
+        return rollout, teacher.num_scored, collector.in_flight
 
     return asyncio.run(run())
 
 
 def test_every_response_is_scored_after_its_own_prompt_while_others_are_graded():
-    made, num_scored, flow = collected(is_scored=True)
-    assert num_scored == flow.num_scored == 6
-    scores = [[list(o.teacher_logprobs) for o in group.outputs] for group in made.groups]
+    rollout, num_scored, in_flight = collected(is_scored=True)
+    assert num_scored == in_flight.num_scored == 6
+    scores = [[list(o.teacher_logprobs) for o in group.responses] for group in rollout.groups]
     # The prompts have 2 and 1 tokens, the responses 4, 5, 6 and 2, 3, 4.
     assert scores == [
         [[-(i + 0.25) for i in range(2, 2 + n)] for n in (4, 5, 6)],
         [[-(i + 0.25) for i in range(1, 1 + n)] for n in (2, 3, 4)],
     ]
-    assert made.teacher_seconds > 0
+    assert rollout.teacher_seconds > 0
 
 
 def test_what_is_sampled_for_an_evaluation_is_not_scored():
-    made, num_scored, _ = collected(is_scored=False)
-    assert num_scored == 0 and made.teacher_seconds == 0
-    assert {o.teacher_logprobs for g in made.groups for o in g.outputs} == {None}
+    rollout, num_scored, _ = collected(is_scored=False)
+    assert num_scored == 0 and rollout.teacher_seconds == 0
+    assert {o.teacher_logprobs for g in rollout.groups for o in g.responses} == {None}
 
 
 @pytest.mark.parametrize("is_scored", [True, False])
 def test_scores_survive_the_sample_log_to_the_bit(is_scored):
-    made, *_ = collected(is_scored)
-    group = made.groups[0]
+    rollout, *_ = collected(is_scored)
+    group = rollout.groups[0]
     again = unpack(decode(encode(pack(3, group))), group.prompt)
     assert again == group
 

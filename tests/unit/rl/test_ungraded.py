@@ -1,4 +1,4 @@
-"""Answers that no grader could grade: how many are too many, and what becomes of the others."""
+"""Ungraded responses: how many stop the run, and what is computed from the others."""
 
 import asyncio
 from types import SimpleNamespace
@@ -9,29 +9,25 @@ from megatron_r1.config import Config, RewardsConfig
 from megatron_r1.data.prompts import make_prompt
 from megatron_r1.engine.client import Response
 from megatron_r1.rewards.base import UNGRADED, Grade
-from megatron_r1.rl.loop import training_samples
+from megatron_r1.rl import algorithms
+from megatron_r1.rl.collector import RolloutCollector
+from megatron_r1.rl.grading import refuse_ungraded
+from megatron_r1.rl.loop import training_reward
 from megatron_r1.rl.metrics import rollout_metrics
-from megatron_r1.rl.sampling import (
-    Collected,
-    Group,
-    Output,
-    Rollouts,
-    Sampling,
-    refuse_ungraded,
-)
+from megatron_r1.rl.rollout import GradedResponse, Group, Rollout, Sampling
 
 
-def output(reward, *ungraded, is_graded=None):
-    made = Response([1], [0.0], [0], "stop")
+def graded(reward, *ungraded, is_graded=None):
+    response = Response([1], [0.0], [0], "stop")
     is_graded = not ungraded if is_graded is None else is_graded
     rewards = {"accuracy": reward, "format": 1.0, "judge": 0.0 if "judge" in ungraded else 0.5}
     reason = f"cannot be graded: {ungraded}" if ungraded else "fine"
-    return Output(made, "x", rewards, reward, reason, ungraded, is_graded)
+    return GradedResponse(response, "x", rewards, reward, reason, ungraded, is_graded)
 
 
 def test_more_ungraded_answers_than_allowed_stop_the_run():
     prompt = make_prompt("2 + 11?", "judge", "13", {})
-    fine, lost = [output(1.0)] * 20, [output(0.0, "accuracy")] * 3
+    fine, lost = [graded(1.0)] * 20, [graded(0.0, "accuracy")] * 3
     refuse_ungraded([Group(prompt, [], fine[:18] + lost[:2])], 0.1)
     refuse_ungraded([Group(prompt, [], fine[:3] + lost[:1])], 0.1)  # 0.4 answers: one is allowed
     message = (
@@ -42,7 +38,7 @@ def test_more_ungraded_answers_than_allowed_stop_the_run():
         refuse_ungraded([Group(prompt, [], fine[:17]), Group(prompt, [], lost)], 0.1)
     with pytest.raises(RuntimeError, match="1 of 2 .* at most 0 may"):
         refuse_ungraded([Group(prompt, [], [fine[0], lost[0]])], 0.0)
-    measured = output(1.0, "judge", is_graded=True)  # it has no weight
+    measured = graded(1.0, "judge", is_graded=True)  # it has no weight
     refuse_ungraded([Group(prompt, [], [measured] * 3)], 0.0)
 
 
@@ -60,26 +56,28 @@ def test_a_group_that_cannot_be_graded_is_one_of_many():
     text = SimpleNamespace(
         encode=lambda question: [1], decode=lambda ids: "x", end=0, opens_thought=False
     )
-    rollouts = Rollouts(Engine(), Broken(), text, RewardsConfig(max_ungraded=0.5))
+    collector = RolloutCollector(Engine(), Broken(), text, RewardsConfig(max_ungraded=0.5))
     prompt = make_prompt("2 + 11?", "math", "13", {})
-    alone = asyncio.run(rollouts.collect([prompt], Sampling(2, 1.0, 1.0, 8)))
-    fine = Group(prompt, [], [output(1.0), output(0.0)])
-    rollouts.check_grades([*alone.groups, fine])
+    alone = asyncio.run(collector.collect([prompt], Sampling(2, 1.0, 1.0, 8)))
+    fine = Group(prompt, [], [graded(1.0), graded(0.0)])
+    collector.check_grades([*alone.groups, fine])
     with pytest.raises(ValueError, match="reward 'math' failed on all 2 answers"):
-        rollouts.check_grades(alone.groups)
+        collector.check_grades(alone.groups)
 
 
 def test_ungraded_answers_are_left_out_of_advantages_and_means():
     prompt = make_prompt("2 + 11?", "math", "13", {})
-    lost, measured = output(0.0, "accuracy"), output(0.0, "judge", is_graded=True)
+    lost, measured = graded(0.0, "accuracy"), graded(0.0, "judge", is_graded=True)
     groups = [
-        Group(prompt, [1], [output(1.0), lost, measured, output(1.0)]),
-        Group(prompt, [1], [output(1.0), lost, lost, output(1.0)]),
+        Group(prompt, [1], [graded(1.0), lost, measured, graded(1.0)]),
+        Group(prompt, [1], [graded(1.0), lost, lost, graded(1.0)]),
     ]
-    advantages = [sample.advantage for sample in training_samples(groups, Config())]
+    config = Config()
+    rewards = [[training_reward(each, config) for each in group.responses] for group in groups]
+    advantages = sum(algorithms.find("grpo").advantages(rewards, config.rl), [])
     assert advantages[:4] == pytest.approx([0.5**0.5, 0, -(2**0.5), 0.5**0.5], rel=1e-5)
     assert advantages[4:] == [0.0] * 4
-    metrics = rollout_metrics(Collected(groups, 1.0, 1.0), version=0)
+    metrics = rollout_metrics(Rollout(groups, 1.0, 1.0), version=0)
     assert metrics["rewards/ungraded"] == 3 / 8
     assert metrics["accuracy"] == metrics["reward/mean"] == 4 / 5
     assert metrics["judge/mean"] == 0.5 and metrics["groups/zero_variance"] == 0.5

@@ -24,7 +24,8 @@ from megatron_r1.fleet.engine import Engine
 from megatron_r1.fleet.fleet import RolloutFleet
 from megatron_r1.reporting.run_folder import RunFolder
 from megatron_r1.rewards.runtime.pool import RewardPool
-from megatron_r1.rl.sampling import Rollouts, Sampling
+from megatron_r1.rl.collector import RolloutCollector
+from megatron_r1.rl.rollout import Sampling
 from megatron_r1.supervision.supervisor import Supervisor
 from megatron_r1.supervision.watchdog import HangError
 from megatron_r1.training.client import TrainerClient
@@ -90,7 +91,7 @@ class Run:
             async with RewardPool(1, timeout_seconds=60.0) as pool:
                 fleet = RolloutFleet(1, folder.path / "logs")
                 text = PromptText.__new__(PromptText)  # nothing is read or written here
-                self.rollouts = Rollouts(fleet, pool, text, RewardsConfig())
+                self.rollouts = RolloutCollector(fleet, pool, text, RewardsConfig())
                 self.recorder.view.phase("rollout")
                 self.supervisor.watch_rollouts(self.rollouts)
                 yield self.supervisor
@@ -98,8 +99,10 @@ class Run:
 
     async def grade(self, gate: Path) -> None:
         """Grade one answer, which takes until `gate` exists."""
-        with self.rollouts.flow.group(make_prompt(QUESTION, "graders:when_let", "", {})) as group:
-            group.sampled([])
+        with self.rollouts.in_flight.group(
+            make_prompt(QUESTION, "graders:when_let", "", {})
+        ) as group:
+            group.sampling_done([])
             await self.rollouts.pool.grade("graders:when_let", "42", str(gate), question=QUESTION)
 
     async def get(self, path: str) -> tuple[int, str]:
@@ -270,9 +273,9 @@ def test_a_teacher_that_says_nothing_is_what_everything_waits_for(tmp_path, monk
     asked = make_prompt(QUESTION, "math", "1", {})
 
     async def score():
-        with run.rollouts.flow.group(asked) as group:
-            group.sampled([])
-            group.graded()
+        with run.rollouts.in_flight.group(asked) as group:
+            group.sampling_done([])
+            group.grading_done()
             await asyncio.sleep(60.0)
 
     async def body():

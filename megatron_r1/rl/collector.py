@@ -1,0 +1,170 @@
+"""Prompts → graded groups: engines sample while reward workers grade what is finished."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from array import array
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from megatron_r1.config import RewardsConfig
+from megatron_r1.data.prompts import Prompt
+from megatron_r1.data.text import PromptText
+from megatron_r1.engine.client import Response
+from megatron_r1.fleet.fleet import RolloutFleet
+from megatron_r1.rewards.runtime.pool import RewardPool
+from megatron_r1.rl.grading import ResponseGrader, check_grades
+from megatron_r1.rl.in_flight import InFlight, InFlightGroup
+from megatron_r1.rl.rollout import GradedResponse, Group, Rollout, Sampling
+
+
+class FinishedGroups(Protocol):
+    """Groups of a step that were finished before its run was killed (`rl.sample_log.StepLog`)."""
+
+    def reserve(self, count: int) -> range: ...
+    def recall(self, position: int, prompt: Prompt) -> Group | None: ...
+    def is_final(self, group: Group) -> bool: ...
+    def keep(self, position: int, group: Group) -> None: ...
+
+
+@dataclass
+class PhaseEnds:
+    """When the newest group so far finished each phase, time.perf_counter()."""
+
+    sampled: float
+    graded: float
+    scored: float
+
+
+class RolloutCollector:
+    """Samples groups with the engines, grades them with the reward workers, and has a teacher's
+    engines score them, where there is a teacher."""
+
+    def __init__(
+        self,
+        fleet: RolloutFleet,
+        pool: RewardPool,
+        text: PromptText,
+        rewards: RewardsConfig,
+        teacher: RolloutFleet | None = None,
+    ):
+        self.fleet, self.pool, self.text, self.teacher = fleet, pool, text, teacher
+        self.grader = ResponseGrader(pool, text, rewards)
+        self.in_flight = InFlight()
+        self._max_ungraded = rewards.max_ungraded
+
+    async def collect(
+        self, prompts: list[Prompt], sampling: Sampling, finished: FinishedGroups | None = None
+    ) -> Rollout:
+        """Sample and grade a group for each prompt, all at once; with `sampling.is_scored` the
+        teacher scores a group as soon as it is sampled.
+
+        Groups come back in the order of `prompts`; those that `finished` has are not sampled again.
+        Raises EngineError when an engine fails.
+        """
+        start = time.perf_counter()
+        ends = PhaseEnds(start, start, start)
+        positions = finished.reserve(len(prompts)) if finished else range(len(prompts))
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                groups = [
+                    tasks.create_task(self._collect_group(prompt, sampling, ends, finished, at))
+                    for prompt, at in zip(prompts, positions, strict=True)
+                ]
+        except ExceptionGroup as failures:
+            # When an engine dies, all its requests fail with it; the first error is enough.
+            raise failures.exceptions[0] from None
+        return Rollout(
+            [group.result() for group in groups],
+            ends.sampled - start,
+            max(0.0, ends.graded - ends.sampled),
+            teacher_seconds=max(0.0, ends.scored - ends.sampled),
+        )
+
+    def check_grades(self, groups: list[Group]) -> None:
+        """Check the grades of everything that was sampled for one purpose; raises as
+        `grading.check_grades`."""
+        check_grades(groups, self._max_ungraded)
+
+    async def _collect_group(
+        self,
+        prompt: Prompt,
+        sampling: Sampling,
+        ends: PhaseEnds,
+        finished: FinishedGroups | None,
+        position: int,
+    ) -> Group:
+        recalled = finished.recall(position, prompt) if finished else None
+        if finished and recalled and finished.is_final(recalled):
+            return recalled
+        with self.in_flight.group(prompt) as tracked:
+            if recalled:
+                prompt_ids = recalled.prompt_ids
+                responses = [graded.response for graded in recalled.responses]
+            else:
+                prompt_ids = self.text.encode(prompt.question)
+                responses = await self._sample(prompt, prompt_ids, sampling)
+            ends.sampled = time.perf_counter()
+            tracked.sampling_done(responses)
+            graded, scores = await asyncio.gather(
+                self._grade(prompt, responses, sampling.step, tracked, ends),
+                self._score(prompt_ids, responses, sampling, ends),
+            )
+        if scores:
+            graded = [
+                replace(each, teacher_logprobs=logprobs)
+                for each, logprobs in zip(graded, scores, strict=True)
+            ]
+        group = Group(prompt, prompt_ids, graded)
+        if finished:
+            finished.keep(position, group)
+        return group
+
+    async def _sample(
+        self, prompt: Prompt, prompt_ids: list[int], sampling: Sampling
+    ) -> list[Response]:
+        return await self.fleet.generate(
+            prompt_ids,
+            n=sampling.num_samples,
+            max_tokens=sampling.max_tokens,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            stop_token_ids=[self.text.end],
+            routing=sampling.routing,
+            kind=prompt.kind,
+            order=sampling.step,
+        )
+
+    async def _grade(
+        self,
+        prompt: Prompt,
+        responses: list[Response],
+        step: int,
+        tracked: InFlightGroup,
+        ends: PhaseEnds,
+    ) -> list[GradedResponse]:
+        grades = (self.grader.grade(prompt, response, step) for response in responses)
+        graded = await asyncio.gather(*grades)
+        tracked.grading_done()
+        ends.graded = time.perf_counter()
+        return graded
+
+    async def _score(
+        self, prompt_ids: list[int], responses: list[Response], sampling: Sampling, ends: PhaseEnds
+    ) -> list[array[float]]:
+        """Return the teacher's log-probabilities of each response; an empty list if unscored."""
+        if not sampling.is_scored:
+            return []
+        teacher = self.teacher
+        assert teacher is not None, "Sampling.is_scored needs a teacher"
+
+        async def score(response: Response) -> array[float]:
+            token_ids = [*prompt_ids, *response.token_ids]
+            logprobs = await teacher.score(token_ids, len(prompt_ids), order=sampling.step)
+            self.in_flight.num_scored += 1
+            return logprobs
+
+        scores = await asyncio.gather(*(score(response) for response in responses))
+        ends.scored = time.perf_counter()
+        return scores

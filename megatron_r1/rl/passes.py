@@ -1,0 +1,104 @@
+"""The trainer's passes over a rollout, each with the settings that the recipe gives it."""
+
+from __future__ import annotations
+
+from megatron_r1.config import Config
+from megatron_r1.rl import algorithms
+from megatron_r1.training.client import TrainerClient
+from megatron_r1.training.recorder import RunState
+from megatron_r1.training.schedule import learning_rate
+from megatron_r1.training.wire import Sample
+from megatron_r1.weight_sync.bridge import WeightBridge
+
+
+class TrainerPasses:
+    """Runs the passes of `rl.algorithm` on the trainer; each returns metrics.
+
+    The samples stay with the trainer, from `load` to the next `load`. state: counts the policy's
+    updates. bridge: must be held while weights change.
+    """
+
+    def __init__(
+        self, config: Config, trainer: TrainerClient, bridge: WeightBridge, state: RunState
+    ):
+        self.config, self.trainer, self.bridge, self.state = config, trainer, bridge, state
+        self.algorithm = algorithms.find(config.rl.algorithm)
+
+    @property
+    def uses_reference(self) -> bool:
+        return self.config.rl.kl_beta > 0
+
+    async def load(self, minibatches: list[list[Sample]]) -> dict[str, float]:
+        """Send the samples of a rollout to the trainer."""
+        return await self.trainer.load(minibatches)
+
+    async def score(self) -> dict[str, float]:
+        """Compute every token's log-probability under π_old and π_ref, and the critic's values.
+
+        The first mini-batch's under π_old come with its update, which starts from π_old, unless
+        token advantages need them earlier or replayed routing is measured before.
+        """
+        if self.algorithm.rules.critic:
+            await self.trainer.call("values")
+        has_token_advantages = self.algorithm.token_advantages is not None
+        return await self.trainer.call(
+            "score",
+            temperature=self.config.rollout.temperature,
+            reference=self.uses_reference,
+            first_old=has_token_advantages or self.config.rl.routing_replay,
+        )
+
+    async def token_advantages(self) -> dict[str, float]:
+        """Replace the responses' advantages by one per token, if the algorithm defines that."""
+        function = self.algorithm.token_advantages
+        if function is None:
+            return {}
+        settings = self.config.rl.token_settings
+        return await self.trainer.call("token_advantages", function=function, settings=settings)
+
+    async def engine_agreement(self) -> dict[str, float]:
+        """Compare the engines' log-probabilities with those under π_old."""
+        return await self.trainer.call("agreement")
+
+    async def update_policy(self, index: int) -> dict[str, float]:
+        """Take one optimizer step of the policy on mini-batch `index`."""
+        await self.bridge.hold()
+        self.state.optimizer_step += 1
+        rate = learning_rate(
+            self.config.optimizer, self.state.optimizer_step, self.num_policy_updates
+        )
+        settings = {
+            "temperature": self.config.rollout.temperature,
+            "max_response_tokens": self.config.rollout.max_response_tokens,
+            **self.config.rl.loss_settings,
+        }
+        metrics = await self.trainer.update(index, self.algorithm.loss, settings, rate)
+        return {**metrics, "learning_rate": rate}
+
+    async def update_critic(self, index: int, step: int) -> dict[str, float]:
+        """Take one optimizer step of the critic on mini-batch `index` of training step `step`. Its
+        learning rate decays as the policy's does, over all steps of the run."""
+        num_minibatches = self.config.rl.minibatches
+        settings = self.config.optimizer.model_copy(
+            update={"learning_rate": self.config.critic.learning_rate}
+        )
+        update = (step - 1) * num_minibatches + index + 1
+        rate = learning_rate(settings, update, self.config.run.steps * num_minibatches)
+        return await self.trainer.update_critic(index, rate)
+
+    def is_warming_up(self, step: int) -> bool:
+        """Whether `step` trains the critic alone, where there is one."""
+        return step <= self.config.critic.warmup_steps
+
+    @property
+    def num_policy_updates(self) -> int:
+        """Updates of the policy in the whole run: none while its critic warms up."""
+        warmup = self.config.critic.warmup_steps if self.algorithm.rules.critic else 0
+        return max(1, self.config.run.steps - warmup) * self.config.rl.minibatches
+
+    async def refresh_reference_if_due(self) -> None:
+        """Replace the reference by the policy every `rl.reference_refresh` optimizer steps."""
+        rl, done = self.config.rl, self.state.optimizer_step
+        every = rl.reference_refresh
+        if self.uses_reference and every and done // every > (done - rl.minibatches) // every:
+            await self.trainer.call("keep_reference")

@@ -1,0 +1,86 @@
+"""What a rollout consists of: P groups, one per prompt, of G graded responses each."""
+
+from __future__ import annotations
+
+from array import array
+from dataclasses import dataclass, field
+
+from megatron_r1.data.prompts import Prompt
+from megatron_r1.engine.client import Response
+from megatron_r1.models.routing_shape import RoutingShape
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How responses are sampled.
+
+    num_samples: G, responses per prompt. max_tokens: the longest response. step: the training step,
+    from 1, whose reward weights count. routing: shape of the experts' indices to return with each
+    token, or None for none. is_scored: whether the teacher scores every token.
+    """
+
+    num_samples: int
+    temperature: float
+    top_p: float
+    max_tokens: int
+    step: int = 1
+    routing: RoutingShape | None = None
+    is_scored: bool = False
+
+
+@dataclass(frozen=True)
+class GradedResponse:
+    """One response with its rewards (`rewards.combine.Reward`).
+
+    text: the decoded response. rewards: each term alone. reward: their weighted sum, 0 and without
+    meaning where `is_graded` is False. ungraded: terms whose grader failed. teacher_logprobs:
+    float32, of each token at temperature 1; None where no teacher scored it.
+    """
+
+    response: Response
+    text: str
+    rewards: dict[str, float]
+    reward: float
+    reason: str
+    ungraded: tuple[str, ...] = ()
+    is_graded: bool = True
+    teacher_logprobs: array[float] | None = None
+
+    @property
+    def truncated(self) -> bool:
+        return self.response.finish_reason == "length"
+
+
+@dataclass(frozen=True)
+class Group:
+    """All responses to one prompt."""
+
+    prompt: Prompt
+    prompt_ids: list[int]
+    responses: list[GradedResponse]
+
+    @property
+    def has_equal_rewards(self) -> bool:
+        """Whether no two graded responses have different rewards: such a group teaches nothing."""
+        return len({graded.reward for graded in self.responses if graded.is_graded}) < 2
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """The groups of one step or evaluation.
+
+    rollout_seconds: until the last token was sampled. reward_seconds, teacher_seconds: from there
+    to the last grade and to the teacher's last score. passed_over: groups that were sampled and
+    graded but are not trained on (`rl.dynamic_sampling`).
+    """
+
+    groups: list[Group]
+    rollout_seconds: float
+    reward_seconds: float
+    passed_over: list[Group] = field(default_factory=list)
+    teacher_seconds: float = 0.0
+
+
+def responses_of(groups: list[Group]) -> list[GradedResponse]:
+    """Return all responses of `groups`, in order."""
+    return [graded for group in groups for graded in group.responses]

@@ -1,0 +1,107 @@
+"""The rollouts of the training steps, sampled ahead of training and kept in the sample log."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from megatron_r1.config import Config
+from megatron_r1.data.sampler import PromptSampler
+from megatron_r1.engine import gpu
+from megatron_r1.models import read_hf_config
+from megatron_r1.models.routing_shape import routing_shape
+from megatron_r1.rl.collector import RolloutCollector
+from megatron_r1.rl.dynamic_sampling import collect_informative
+from megatron_r1.rl.rollout import Rollout, Sampling
+from megatron_r1.rl.sample_log import SampleLog
+from megatron_r1.rl.stream import RolloutStream
+
+
+@dataclass(frozen=True)
+class StepRollout:
+    """One step's rollout. prompts_after: state of the prompt sampler after the step's prompts.
+    num_replayed: groups that came from the sample log."""
+
+    rollout: Rollout
+    prompts_after: dict[str, Any]
+    num_replayed: int = 0
+
+
+class StepSampler:
+    """Draws each step's prompts and collects its rollout, up to `rl.staleness` steps ahead."""
+
+    def __init__(
+        self,
+        config: Config,
+        collector: RolloutCollector,
+        prompts: PromptSampler,
+        log: SampleLog | None,
+    ):
+        self.config, self.collector, self.prompts, self.log = config, collector, prompts, log
+        replays = config.rl.routing_replay
+        self._routing = routing_shape(read_hf_config(config.model.path)) if replays else None
+        self._stream: RolloutStream[StepRollout] | None = None
+
+    def start(self, first_step: int) -> None:
+        """Get ready to sample the steps from `first_step`; the engines hold the version before."""
+        rl = self.config.rl
+        # A GPU makes the last long samples of a batch no slower when the next one fills it up; to a
+        # CPU every sequence is work, and the trainer waits for those.
+        one_at_a_time = rl.dynamic_sampling or gpu.device() == "cpu"
+        self._stream = RolloutStream(
+            self._sample,
+            first_step,
+            self.config.run.steps,
+            rl.staleness,
+            one_at_a_time=one_at_a_time,
+        )
+
+    async def take(self, step: int) -> StepRollout:
+        """Return the rollout of `step`; those of later steps continue as far as `rl.staleness`
+        allows. Colocated engines then sleep until the next push."""
+        assert self._stream is not None, "start() comes first"
+        self._stream.pushed(step - 1)
+        taken = await self._stream.take(step)
+        if self.config.rollout.colocated:
+            await self.collector.fleet.sleep()
+        return taken
+
+    def pushed(self, version: int) -> None:
+        """Start the rollouts that may be sampled ahead from policy `version`."""
+        if self._stream is not None and self.config.rl.staleness:
+            self._stream.pushed(version)
+
+    async def close(self) -> None:
+        """Cancel the rollouts that are being sampled."""
+        if self._stream is not None:
+            await self._stream.close()
+
+    async def _sample(self, step: int) -> StepRollout:
+        rl, rollout = self.config.rl, self.config.rollout
+        sampling = Sampling(
+            rl.group_size,
+            rollout.temperature,
+            rollout.top_p,
+            rollout.max_response_tokens,
+            step,
+            self._routing,
+            is_scored=self.collector.teacher is not None,
+        )
+        num_groups = rl.questions_per_rollout
+        # Drawn before the first await: the next batch may draw while this one is being sampled.
+        prompts = [] if rl.dynamic_sampling else self.prompts.next(num_groups)
+        prompts_after = self.prompts.state_dict()
+        log = await self.log.step(step) if self.log else None
+        collect = partial(self.collector.collect, sampling=sampling, finished=log)
+        if rl.dynamic_sampling:
+            draw, max_rounds = self.prompts.next, rl.dynamic_sampling_rounds
+            collected = await collect_informative(collect, draw, num_groups, max_rounds)
+            prompts_after = self.prompts.state_dict()
+        else:
+            collected = await collect(prompts)
+        self.collector.check_grades(collected.groups + collected.passed_over)
+        if log is None:
+            return StepRollout(collected, prompts_after)
+        await log.accept()
+        return StepRollout(collected, prompts_after, log.num_recalled)
