@@ -13,11 +13,10 @@ from typing import Any
 
 from megatron_r1.config.yaml_text import as_text
 from megatron_r1.errors import did_you_mean
-from megatron_r1.reporting.run_folder import RunFolder
+from megatron_r1.reporting.run_folder import RunFolder, is_locked
 from megatron_r1.workflow import serving
 from megatron_r1.workflow.check import check, missing_files
 from megatron_r1.workflow.graph import Graph
-from megatron_r1.workflow.locks import is_locked
 from megatron_r1.workflow.plan import Plan
 from megatron_r1.workflow.recipe import PipelineConfig, load
 from megatron_r1.workflow.report import write_report

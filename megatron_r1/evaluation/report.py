@@ -14,7 +14,7 @@ from rich.table import Table
 from megatron_r1.evaluation.estimators import Estimate
 from megatron_r1.evaluation.summary import Summary
 from megatron_r1.files import atomic_write
-from megatron_r1.reporting.report_style import page
+from megatron_r1.reporting.page import page
 from megatron_r1.reporting.wording import number, percent, printable
 
 LOG_WIDTH = 140

@@ -1,4 +1,4 @@
-"""Charts made of characters: columns of block elements and split bars."""
+"""Charts of characters: columns of block elements, and bars split in proportion."""
 
 from collections.abc import Sequence
 
@@ -6,10 +6,11 @@ BLOCKS = " ▁▂▃▄▅▆▇█"
 
 
 def columns(values: Sequence[float | None], width: int, height: int, top: float) -> list[str]:
-    """`height` rows of at most `width` characters, the top row first; the scale is 0 to `top`.
+    """Return `height` rows of at most `width` characters, the top row first; scale: 0 to `top`.
 
-    One column per value until the width is full, from then on the mean of equal shares of the
-    history. A missing value leaves its column empty; a present one shows at least a hairline.
+    Each value has a column until the width is full; longer histories are cut into `width` equal
+    shares, of which each column shows the mean. A missing value leaves its column empty; a present
+    one shows at least a hairline.
     """
     bars = _resample(values, width)
     rows = []
@@ -23,9 +24,9 @@ def columns(values: Sequence[float | None], width: int, height: int, top: float)
 
 
 def shares(parts: Sequence[float], width: int) -> list[int]:
-    """Split `width` cells in proportion to `parts`, by largest remainders: they sum to `width`.
+    """Split `width` cells in proportion to `parts`, by largest remainders.
 
-    All zeros when there is nothing to split.
+    The result sums to `width`, or is all zeros where `parts` sum to 0.
     """
     total = sum(parts)
     if total <= 0:

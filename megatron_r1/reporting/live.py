@@ -1,4 +1,4 @@
-"""The live view of a run: a calm picture on a terminal, one plain line per step in a log."""
+"""The live view of a run: a picture of fixed size on a terminal, one line per step in a log."""
 
 import contextlib
 import sys
@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import Any, TextIO
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
@@ -40,14 +40,14 @@ PLAIN_METRICS = (
 
 
 class LiveView:
-    """Shows a run while it trains. Nothing it is given can stop the run: odd metrics show as "–".
+    """Shows a run while it trains. Odd metrics are shown as "–": no input can stop the run.
 
         with LiveView("r1-zero", 120, facts=["1.4M parameters"]) as view:
             view.phase("rollout", "256 samples")
             view.step(metrics, samples)
 
-    stream: where to show, sys.stdout by default. The picture is drawn only on a UTF-8 terminal;
-    anything else (a file, CI, a Slurm log) gets plain lines without control characters.
+    stream: the output; default: sys.stdout. The picture is drawn on UTF-8 terminals only; anything
+    else (a file, CI, a Slurm log) gets plain lines without control characters.
     facts: short texts for the header: model, parameters, task.
     history: metrics lines of the steps before this process, on resume.
     """
@@ -73,10 +73,10 @@ class LiveView:
         self._console: Console | None = None
         self._live: Live | None = None
         if _is_terminal(self._stream):
-            self._console = Console(file=self._stream, highlight=False)
+            self._console = console = Console(file=self._stream, highlight=False)
             self._live = Live(
-                get_renderable=self._frame,
-                console=self._console,
+                get_renderable=lambda: self.draw(console),
+                console=console,
                 refresh_per_second=REFRESHES_PER_SECOND,
                 vertical_overflow="crop",
             )
@@ -85,7 +85,7 @@ class LiveView:
             self._print(" · ".join([title, *facts]) + f" · {total_steps} steps")
 
     def phase(self, name: str, detail: str = "") -> None:
-        """Say what the run is doing now. A log gets a line the first time each phase is entered."""
+        """Show what the run is doing. A log gets a line the first time each phase is entered."""
         state = self._state
         if name != state.phase:
             state.phase_started = time.monotonic()
@@ -96,13 +96,13 @@ class LiveView:
 
     @property
     def doing(self) -> tuple[str, str]:
-        """The phase and its detail, as said last."""
+        """The current phase and its detail."""
         return self._state.phase, self._state.detail
 
     def step(self, metrics: Mapping[str, Any], samples: Sequence[Mapping[str, Any]] = ()) -> None:
         """Show a finished step: its metrics line and some of its samples (as in samples.jsonl)."""
         now = time.monotonic()
-        # A step's own time, where it says so: start-up and evaluations are not steps.
+        # Prefer the step's own time: the time between two calls includes start-up and evaluations.
         self._step_times.append(finite(metrics, "time/step") or now - self._step_ended)
         self._step_ended = self._state.phase_started = now
         self._state.seconds_per_step = fmean(self._step_times)
@@ -119,7 +119,7 @@ class LiveView:
     def rewind(
         self, history: Iterable[Mapping[str, Any]], evaluations: Iterable[Mapping[str, Any]]
     ) -> None:
-        """Show these steps instead of those so far: the run went back to an older checkpoint."""
+        """Replace the steps shown so far: the run went back to an older checkpoint."""
         state = self._state
         state.step, state.metrics, state.evaluations = 0, {}, {}
         state.history.clear()
@@ -129,18 +129,18 @@ class LiveView:
             self._evaluated(metrics)
 
     def evaluation(self, metrics: Mapping[str, Any]) -> None:
-        """Show a held-out evaluation: "eval/…" keys, with "step" unless it is the last step's."""
+        """Show a held-out evaluation: "eval/…" keys, and "step" unless it is the last step's."""
         step = self._evaluated(metrics)
         if self._live is None:
             parts = [
-                f"{key.removeprefix('eval/')} {_worded_evaluation(key, metrics)}"
+                f"{key.removeprefix('eval/')} {_score_text(key, metrics)}"
                 for key in metrics
                 if str(key).startswith("eval/")
             ]
             self._print(f"held-out at step {step}: " + ", ".join(parts))
 
     def message(self, text: str) -> None:
-        """Print a line that stays: above the picture, or into the log."""
+        """Print a permanent line: above the picture, or into the log."""
         if self._live is None or self._console is None:
             self._print(text)
             return
@@ -148,7 +148,7 @@ class LiveView:
             self._console.print(Text(printable(text, keep_newlines=True)))
 
     def close(self, outcome: str = "finished") -> None:
-        """Leave the last picture standing; outcome is "finished" or why the run ended."""
+        """End the view and keep its last picture. outcome: "finished" or why the run ended."""
         state = self._state
         if state.ended:
             return
@@ -170,9 +170,9 @@ class LiveView:
             word = "interrupted" if kind is KeyboardInterrupt else f"stopped by {kind.__name__}"
             self.close(f"{word} at step {self._state.step},")
 
-    def _frame(self) -> Any:
-        assert self._console is not None, "drawn without a terminal"
-        return frame(self._state, self._console, time.monotonic())
+    def draw(self, console: Console, now: float | None = None) -> Group:
+        """Return the picture for a console of that size. now: on the monotonic clock."""
+        return frame(self._state, console, time.monotonic() if now is None else now)
 
     def _remember(self, metrics: Mapping[str, Any]) -> None:
         state = self._state
@@ -199,7 +199,7 @@ class LiveView:
         parts = [f"step {state.step}/{state.total_steps}"]
         for key in PLAIN_METRICS:
             if key in metrics:
-                parts.append(f"{METRICS[key].label} {METRICS[key].worded(finite(metrics, key))}")
+                parts.append(f"{METRICS[key].label} {METRICS[key].format(finite(metrics, key))}")
         if state.seconds_per_step is not None:
             parts.append(f"{number(state.seconds_per_step)} s a step")
             parts.append(f"{clock(state.seconds_left() or 0.0)} left")
@@ -208,7 +208,7 @@ class LiveView:
     def _print(self, text: str) -> None:
         line = f"{time.strftime('%H:%M:%S')}  {printable(text)}\n"
         encoding = getattr(self._stream, "encoding", None) or "utf-8"
-        # A log that went away (full disk, closed pipe) is not a reason to lose a training run.
+        # A log that cannot be written (full disk, closed pipe) must not end a training run.
         with contextlib.suppress(OSError, ValueError):
             self._stream.write(line.encode(encoding, errors="replace").decode(encoding))
             self._stream.flush()
@@ -222,20 +222,20 @@ def _is_terminal(stream: TextIO) -> bool:
 
 
 def _choose(samples: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Up to four samples of different questions: a right one, a wrong one, and others."""
+    """Return up to four samples of different questions: a right one, a wrong one, and others."""
     chosen: list[dict[str, Any]] = []
     questions: set[str] = set()
-    for wanted in (True, False, None, None):
+    for verdict in (True, False, None, None):
         for sample in samples:
             question = str(sample.get("question", ""))
-            if question not in questions and wanted in (None, is_right(sample)):
+            if question not in questions and verdict in (None, is_right(sample)):
                 chosen.append(dict(sample))
                 questions.add(question)
                 break
     return chosen
 
 
-def _worded_evaluation(key: str, metrics: Mapping[str, Any]) -> str:
+def _score_text(key: str, metrics: Mapping[str, Any]) -> str:
     value = finite(metrics, key)
     if value is None:
         return "–"

@@ -1,4 +1,4 @@
-"""One frame of the live view: from the state of a run to lines of text of a given size."""
+"""One frame of the live view: the state of a run as lines of text of a given size."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -59,7 +59,7 @@ MAX_WIDTH = 140
 
 @dataclass
 class LiveState:
-    """What the view knows. Times are seconds on the monotonic clock."""
+    """What the view shows. Times are seconds on the monotonic clock."""
 
     title: str
     total_steps: int
@@ -79,8 +79,7 @@ class LiveState:
 
     @property
     def charts(self) -> tuple[str, str]:
-        """The two curves worth the space: R1-Zero's; loss and gradient norm without rewards; a
-        reward model's."""
+        """The two curves of the run's kind: RL, supervised, or a reward model."""
         if "loss" not in self.history or RL_CHARTS[1] in self.history:
             return RL_CHARTS
         return REWARD_MODEL_CHARTS if "accuracy" in self.history else SFT_CHARTS
@@ -92,8 +91,10 @@ class LiveState:
 
 
 def frame(state: LiveState, console: Console, now: float) -> Group:
-    """The whole view, exactly as wide and (less one line for the cursor) at most as high as the
-    terminal, so that every refresh covers the one before it."""
+    """Return the whole view, as wide as the terminal and at most one line less high.
+
+    The height does not change while the run goes on, so every refresh covers the one before.
+    """
     width = min(console.size.width - 1, MAX_WIDTH)
     height = min(console.size.height - 1, MAX_HEIGHT)
     roomy = height >= 32
@@ -156,9 +157,9 @@ def _curves(state: LiveState, width: int, rows: int) -> list[Text]:
         present = [value for value in values if value is not None]
         highest = max(present, default=0.0)
         top = 1.0 if metric.unit == "%" else highest if highest > 0 else 1.0
-        latest = metric.worded(finite(state.metrics, key))
+        latest = metric.format(finite(state.metrics, key))
         label = f"{metric.label} "
-        scale = f"top {'100%' if metric.unit == '%' else metric.worded(top)}" if present else ""
+        scale = f"top {'100%' if metric.unit == '%' else metric.format(top)}" if present else ""
         space = " " * max(1, half - len(label) - len(latest) - len(scale))
         lines[0].append_text(
             Text.assemble(label, (latest, f"bold {style}"), (space + scale, "bright_black"))
@@ -180,7 +181,7 @@ def _numbers(state: LiveState, width: int) -> list[Text]:
         if not shown or cell > room:
             continue
         room -= cell
-        value = metric.worded(finite(state.metrics, metric.key))
+        value = metric.format(finite(state.metrics, metric.key))
         labels.append(metric.label.ljust(cell))
         values.append(value.ljust(cell))
     return [labels, values]
@@ -219,19 +220,11 @@ def _held_out(state: LiveState, width: int) -> Text:
             points.append((f"step {step} ", percent(passed)))
     tail = _majority(state.evaluations[max(state.evaluations)])
     room = width - len(line) - len(tail)
-    size = [len(step) + len(value) + 2 for step, value in points]
-    if sum(size) > room and points:
-        kept = [0]
-        room -= size[0] + 2
-        latest = []
-        for i in range(len(points) - 1, 0, -1):
-            if size[i] > room:
-                break
-            room -= size[i]
-            latest.append(i)
-        kept += reversed(latest)
-    else:
-        kept = list(range(len(points)))
+    sizes = [len(step) + len(value) + 2 for step, value in points]
+    kept = list(range(len(points)))
+    if points and sum(sizes) > room:  # the first evaluation, and the latest that fit beside it
+        room -= sizes[0] + 2
+        kept = [0, *(i for i in kept[1:] if sum(sizes[i:]) <= room)]
     for before, i in zip([-1, *kept], kept, strict=False):
         line.append("… " if i - before > 1 else "", style="not bold bright_black")
         line.append(points[i][0], style="not bold bright_black")
@@ -249,7 +242,8 @@ def _majority(metrics: dict[str, Any]) -> str:
 
 
 def _samples(state: LiveState, console: Console, width: int, height: int, most: int) -> list[Text]:
-    """Questions and responses; of a long response the beginning and the last line, the answer."""
+    """Return questions and responses; long ones are cut to the beginning and the last line, which
+    has the answer."""
     chosen = state.samples[:most]
     if not chosen or height < 2:
         return []

@@ -1,4 +1,4 @@
-"""Plots as inline SVG whose colours follow the page: each is a CSS variable, light or dark."""
+"""Plots as inline SVG whose colours are CSS variables, so that they follow light and dark pages."""
 
 import io
 import re
@@ -12,7 +12,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-# Stand-ins that matplotlib draws with; in the SVG they become var(--name).
+# Placeholder colours for matplotlib; in the SVG they become var(--name).
 INKS = {
     "ink": "#010101",
     "muted": "#020202",
@@ -59,7 +59,7 @@ class Curve:
 
     steps, values: [points] float64. low, high: [points] ends of the error bars, NaN for none.
     marker: draw points (held-out evaluations) instead of a smoothed line over the raw one.
-    noisy: False for what is exact, such as a schedule: drawn as it is.
+    noisy: False for exact values, such as a schedule, which are drawn without smoothing.
     """
 
     label: str
@@ -80,7 +80,7 @@ def curve_plot(
     log_scale: bool = False,
     from_zero: bool = False,
 ) -> str:
-    """The SVG of one or more curves over steps. name: unique on the page; size: inches."""
+    """Return the SVG of one or more curves over steps. name: unique on the page; size: inches."""
     with matplotlib.rc_context(STYLE):
         figure, axes = _axes(size)
         for curve in curves:
@@ -107,7 +107,7 @@ def stacked_plot(
     parts: Mapping[str, np.ndarray],
     size: tuple[float, float] = (10.7, 2.3),
 ) -> str:
-    """The SVG of parts (names of inks, [points] each) stacked over steps."""
+    """Return the SVG of parts (names of inks, [points] each) stacked over steps."""
     with matplotlib.rc_context(STYLE):
         figure, axes = _axes(size)
         thinned = [thin(steps, np.nan_to_num(values)) for values in parts.values()]
@@ -132,7 +132,7 @@ def stacked_plot(
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
-    """Centred moving mean over a twelfth of the run, ignoring NaN; [points] in and out."""
+    """Return the centred moving mean over a twelfth of the run, ignoring NaN; [points] each."""
     half = max(1, len(values) // 24)
     padded = np.pad(values.astype(float), half, constant_values=np.nan)
     windows = np.lib.stride_tricks.sliding_window_view(padded, 2 * half + 1)
@@ -143,7 +143,7 @@ def smooth(values: np.ndarray) -> np.ndarray:
 
 
 def thin(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """At most MAX_POINTS points: means of equal shares of the run, so that the file stays small."""
+    """Reduce a curve to at most MAX_POINTS means of equal shares, so that the file stays small."""
     if len(steps) <= MAX_POINTS:
         return steps, values
     shares = zip(np.array_split(steps, MAX_POINTS), np.array_split(values, MAX_POINTS), strict=True)

@@ -1,12 +1,11 @@
-"""The plots of a report: which quantities are drawn, how, and under which words."""
+"""The plots of a report: which quantities are drawn, how, and with which captions."""
 
-from collections.abc import Mapping, Sequence
-from html import escape
-from typing import Any
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
-from megatron_r1.reporting.outcome import Evaluation, Score
+from megatron_r1.reporting.outcome import Evaluation, Metrics, Score
 from megatron_r1.reporting.plots import Curve, curve_plot, stacked_plot
 from megatron_r1.reporting.wording import METRICS, PHASES, finite
 
@@ -29,11 +28,18 @@ SMALL = (
 # These mean something only against zero; the others are read by their shape.
 FROM_ZERO = {"kl", "clip_fraction", "grad_norm", "tokens_per_second", "response_length/mean"}
 
-Metrics = Sequence[Mapping[str, Any]]
+
+class Plot(NamedTuple):
+    """A plot with its caption. svg: inline SVG; value: the number beside the caption."""
+
+    label: str
+    meaning: str
+    svg: str
+    value: str = ""
 
 
-def two_curves(metrics: Metrics, evaluations: Sequence[Evaluation]) -> str:
-    """Accuracy and response length side by side, with the held-out evaluations as points."""
+def two_curves(metrics: Metrics, evaluations: Sequence[Evaluation]) -> list[Plot]:
+    """Plot accuracy and response length, with the held-out evaluations as points."""
     accuracy = _trained(metrics, "accuracy", "training samples", "accent")
     passed = [(e.step, e.passed) for e in evaluations if e.passed]
     majority = [(e.step, e.majority) for e in evaluations if e.majority]
@@ -48,15 +54,15 @@ def two_curves(metrics: Metrics, evaluations: Sequence[Evaluation]) -> str:
     figures = []
     if accuracy:
         plot = curve_plot("accuracy", accuracy, HERO_SIZE, percent=True)
-        figures.append(_figure("Accuracy", "fraction of right answers", plot))
+        figures.append(Plot("Accuracy", "fraction of right answers", plot))
     if length:
         plot = curve_plot("length", length, HERO_SIZE, from_zero=True)
-        figures.append(_figure("Response length", "tokens, mean", plot))
-    return f'<div class="plots pair">{"".join(figures)}</div>' if figures else ""
+        figures.append(Plot("Response length", "tokens, mean", plot))
+    return figures
 
 
-def small_plots(metrics: Metrics) -> str:
-    """One small plot per quantity that was recorded, in a fixed order."""
+def small_plots(metrics: Metrics) -> list[Plot]:
+    """Return one small plot per recorded quantity, in a fixed order."""
     figures = []
     for key in SMALL:
         metric = METRICS[key]
@@ -75,29 +81,28 @@ def small_plots(metrics: Metrics) -> str:
         )
         last = next(v for m in reversed(metrics) if (v := finite(m, key)) is not None)
         label = metric.label[:1].upper() + metric.label[1:]
-        figures.append(_figure(label, metric.meaning, plot, metric.worded(last)))
-    return f'<div class="plots">{"".join(figures)}</div>' if figures else ""
+        figures.append(Plot(label, metric.meaning, plot, metric.format(last)))
+    return figures
 
 
-def time_split(metrics: Metrics) -> str:
-    """Seconds of each step by phase, stacked; what no phase claims is "other"."""
+def time_split(metrics: Metrics) -> list[Plot]:
+    """Plot the seconds of each step by phase, stacked; time in no phase is "other"."""
     timed = [m for m in metrics if any(finite(m, f"time/{phase}") for phase in PHASES)]
     if not timed:
-        return ""
+        return []
     parts = {
         phase: np.array([max(0.0, finite(m, f"time/{phase}") or 0.0) for m in timed])
         for phase in PHASES
     }
     parts = {phase: values for phase, values in parts.items() if values.any()}
-    claimed = np.sum(list(parts.values()), axis=0)
+    in_phases = np.sum(list(parts.values()), axis=0)
     total = np.array([finite(m, "time/step") or 0.0 for m in timed])
-    other = np.maximum(total - claimed, 0.0)
-    if other.sum() > 0.005 * claimed.sum():
+    other = np.maximum(total - in_phases, 0.0)
+    if other.sum() > 0.005 * in_phases.sum():
         parts["other"] = other
     plot = stacked_plot("time", _steps(timed), parts)
-    mean = float((claimed + other).mean())
-    figure = _figure("Where the time goes", "seconds per step", plot, f"{mean:.3g} s on average")
-    return f'<div class="plots one">{figure}</div>'
+    mean = float((in_phases + other).mean())
+    return [Plot("Where the time goes", "seconds per step", plot, f"{mean:.3g} s on average")]
 
 
 def _trained(metrics: Metrics, key: str, label: str, ink: str) -> list[Curve]:
@@ -113,20 +118,13 @@ def _points(label: str, scores: Sequence[tuple[int, Score]], ink: str, marker: s
     if not scores:
         return []
     values = [score for _, score in scores]
-    ends = [
+    low, high = (
         np.array([np.nan if end is None else end for end in side])
         for side in ([s.low for s in values], [s.high for s in values])
-    ]
+    )
     steps = np.array([step for step, _ in scores], dtype=float)
-    return [Curve(label, steps, np.array([s.value for s in values]), ink, marker, *ends)]
+    return [Curve(label, steps, np.array([s.value for s in values]), ink, marker, low, high)]
 
 
 def _steps(metrics: Metrics) -> np.ndarray:
     return np.array([finite(m, "step") or 0.0 for m in metrics])
-
-
-def _figure(label: str, meaning: str, plot: str, value: str = "") -> str:
-    return (
-        f"<figure><figcaption><b>{escape(label)}</b><span>{escape(meaning)}</span>"
-        f"<output>{escape(value)}</output></figcaption>{plot}</figure>"
-    )

@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from html import escape
+from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_r1.reporting.wording import finite, is_right, last_line, printable
@@ -14,10 +14,32 @@ NAMES = {1: ("",), 2: ("beginning", "end"), 3: ("beginning", "middle", "end")}
 Sample = Mapping[str, Any]
 
 
-def samples_section(read: Callable[[], Iterator[Sample]]) -> str:
-    """HTML of the samples, or "" without any. read: a fresh pass over them, called twice.
+@dataclass(frozen=True)
+class Card:
+    """One sample as the page shows it. response: (tag, text) segments; tag: "", i (faint) or b."""
 
-    Held-out questions that were asked again and again are shown side by side; without them, the
+    question: str
+    truth: str | None
+    is_right: bool
+    details: list[str]
+    response: list[tuple[str, str]]
+    reason: str
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Samples to show: either `by_question`, each question with the (moment, sample) of several
+    moments, or `by_moment`, the samples of each moment."""
+
+    intro: str
+    by_question: list[tuple[Card, list[tuple[str, Card]]]] = field(default_factory=list)
+    by_moment: list[tuple[str, list[Card]]] = field(default_factory=list)
+
+
+def chosen_samples(read: Callable[[], Iterator[Sample]]) -> Samples | None:
+    """Return the samples to show, or None without any. read: a fresh pass over them, called twice.
+
+    Held-out questions that were asked at several steps are shown side by side; without them, the
     first samples of three training steps.
     """
     steps: dict[str, set[int]] = {"eval": set(), "train": set()}
@@ -26,18 +48,25 @@ def samples_section(read: Callable[[], Iterator[Sample]]) -> str:
     split = "eval" if len(steps["eval"]) > 1 or not steps["train"] else "train"
     moments = _moments(sorted(steps[split]))
     if not moments:
-        return ""
+        return None
     by_step: dict[int, list[Sample]] = {step: [] for step in moments}
     for sample in read():
         if sample.get("split", "train") == split and sample["step"] in by_step:
             by_step[sample["step"]].append(sample)
     if split == "eval" and len(moments) > 1:
         intro = "The same held-out questions at each moment; of several answers, the first."
-        body = _same_questions(by_step)
+        if by_question := _same_questions(by_step):
+            return Samples(intro, by_question=by_question)
     else:
         intro = f"The first {NUM_QUESTIONS} samples recorded at each moment."
-        body = _columns(by_step)
-    return f"<h2>Samples</h2><p>{intro}</p>{body}"
+    by_moment = [
+        (
+            _moment(by_step, step),
+            [_card(group[0]) for group in [*_by_question(samples).values()][:NUM_QUESTIONS]],
+        )
+        for step, samples in by_step.items()
+    ]
+    return Samples(intro, by_moment=by_moment)
 
 
 def _moments(steps: Sequence[int]) -> list[int]:
@@ -46,33 +75,23 @@ def _moments(steps: Sequence[int]) -> list[int]:
     return [steps[0], steps[len(steps) // 2], steps[-1]]
 
 
-def _same_questions(by_step: Mapping[int, Sequence[Sample]]) -> str:
+def _same_questions(
+    by_step: Mapping[int, Sequence[Sample]],
+) -> list[tuple[Card, list[tuple[str, Card]]]]:
+    """Return the first questions that were asked at every step, with their first responses."""
     grouped = {step: _by_question(samples) for step, samples in by_step.items()}
-    everywhere = [
-        question
-        for question in next(iter(grouped.values()))
-        if all(question in questions for questions in grouped.values())
+    first, *others = grouped.values()
+    everywhere = [question for question in first if all(question in other for other in others)]
+    return [
+        (
+            _card(first[question][0]),
+            [
+                (_moment(by_step, step, questions[question]), _card(questions[question][0]))
+                for step, questions in grouped.items()
+            ],
+        )
+        for question in everywhere[:NUM_QUESTIONS]
     ]
-    if not everywhere:
-        return _columns(by_step)
-    rows = []
-    for question in everywhere[:NUM_QUESTIONS]:
-        answers = [questions[question] for questions in grouped.values()]
-        cards = [
-            f"<div>{_moment(by_step, step, samples)}{_card(samples[0])}</div>"
-            for step, samples in zip(grouped, answers, strict=True)
-        ]
-        rows.append(_question(answers[0][0]) + f'<div class="samples">{"".join(cards)}</div>')
-    return "".join(rows)
-
-
-def _columns(by_step: Mapping[int, Sequence[Sample]]) -> str:
-    columns = []
-    for step, samples in by_step.items():
-        first = [of_question[0] for of_question in _by_question(samples).values()]
-        cards = [_question(sample) + _card(sample) for sample in first[:NUM_QUESTIONS]]
-        columns.append(f"<div>{_moment(by_step, step)}{''.join(cards)}</div>")
-    return f'<div class="samples">{"".join(columns)}</div>'
 
 
 def _by_question(samples: Iterable[Sample]) -> dict[str, list[Sample]]:
@@ -87,47 +106,47 @@ def _moment(by_step: Mapping[int, Any], step: int, answers: Sequence[Sample] = (
     text = f"{name}, step {step}" if name else f"step {step}"
     if len(answers) > 1:
         text += f" · {sum(map(is_right, answers))} of {len(answers)} answers right"
-    return f'<p class="moment">{text}</p>'
+    return text
 
 
-def _question(sample: Sample) -> str:
-    question = printable(last_line(sample.get("question", "")))
-    truth = sample.get("truth")
-    known = "" if truth is None else f"<small>answer: {escape(printable(truth)[:200])}</small>"
-    return f'<p class="question">{escape(question)}{known}</p>'
-
-
-def _card(sample: Sample) -> str:
-    right = is_right(sample)
-    reward, length = finite(sample, "reward"), finite(sample, "length")
+def _card(sample: Sample) -> Card:
+    truth, reward, length = sample.get("truth"), finite(sample, "reward"), finite(sample, "length")
     details = [
         "" if reward is None else f"reward {reward:.3g}",
         "" if length is None else f"{length:.0f} tokens",
     ]
-    header = "".join(f"<span>{detail}</span>" for detail in details if detail)
-    reason = escape(printable(sample.get("reason") or ""))
-    return (
-        f'<article class="sample{" right" if right else ""}"><header>'
-        f'<span class="verdict">{"✓ right" if right else "✗ wrong"}</span>{header}</header>'
-        f'<div class="response">{_response(str(sample.get("response", "")))}</div>'
-        f"<footer>{reason}</footer></article>"
+    return Card(
+        question=printable(last_line(sample.get("question", ""))),
+        truth=None if truth is None else printable(truth)[:200],
+        is_right=is_right(sample),
+        details=[detail for detail in details if detail],
+        response=list(_segments(str(sample.get("response", "")))),
+        reason=printable(sample.get("reason") or ""),
     )
 
 
-def _response(text: str) -> str:
-    """The chain of thought plain, its tags faint, the answer in the colour of the verdict."""
+def _segments(text: str) -> Iterator[tuple[str, str]]:
+    """Yield the chain of thought plain, its tags faint, the answer in the colour of the verdict."""
     if len(text) > MAX_CHARACTERS:
         half = MAX_CHARACTERS // 2
         left_out = f"\n[… {len(text) - MAX_CHARACTERS:,} characters left out …]\n"
         text = text[:half] + left_out + text[-half:]
-    html = escape(printable(text.strip(), keep_newlines=True)) or "<i>(empty)</i>"
-    for tag in ("think", "answer"):
-        opening, closing = f"&lt;{tag}&gt;", f"&lt;/{tag}&gt;"
-        before, found, after = html.rpartition(opening)
-        if tag == "answer" and found:
-            answer, closed, rest = after.partition(closing)
-            html = f"{before}<i>{found}</i><b>{answer}</b><i>{closed}</i>{rest}"
-        elif found:
-            html = f"{before}<i>{found}</i>{after}"
-            html = html.replace(closing, f"<i>{closing}</i>\n", 1)
-    return html
+    text = printable(text.strip(), keep_newlines=True)
+    if not text:
+        yield "i", "(empty)"
+    tags: dict[int, str] = {}
+    if (start := text.rfind("<think>")) >= 0:
+        tags |= {start: "<think>", text.find("</think>"): "</think>\n"}
+    answer = range(0)
+    if (start := text.rfind("<answer>")) >= 0:
+        end = text.find("</answer>", start)
+        tags |= {start: "<answer>", end: "</answer>"}
+        answer = range(start, end if end >= 0 else len(text))
+    tags.pop(-1, None)  # a closing tag that is not there
+    position = 0
+    for at, tag in [*sorted(tags.items()), (len(text), "")]:
+        if position < at:
+            yield "b" if position in answer else "", text[position:at]
+        if tag:
+            yield "i", tag
+        position = at + len(tag.strip())

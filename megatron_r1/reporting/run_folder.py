@@ -1,8 +1,9 @@
-"""A run's folder: one process writes it at a time, and every step is in it exactly once."""
+"""A run's folder: one process writes it at a time, and it holds every step exactly once."""
 
 import fcntl
 import os
 import socket
+import struct
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
@@ -10,14 +11,17 @@ from typing import Any
 
 import yaml
 
+from megatron_r1.errors import UserError
 from megatron_r1.files import atomic_write
 from megatron_r1.files.jsonl import append_lines, keep_lines, read_lines
 
+LOCK = ".lock"
+
 
 class RunFolder:
-    """The files of one run. Reading needs nothing; a run that writes holds the lock:
+    """The files of one run. Reading needs no lock; a run that writes holds one:
 
-        with RunFolder("runs/demo") as folder:      # ValueError if another process has it
+        with RunFolder("runs/demo") as folder:      # UserError if another process has it
             folder.write_config(config)
             folder.truncate_after(checkpoint_step)  # on resume
             folder.append_metrics({"step": 1, "loss": 2.5})
@@ -45,10 +49,10 @@ class RunFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError, FileNotFoundError) as error:
-            raise ValueError(
+            raise UserError(
                 f"run.folder {self.path} cannot be a folder ({error.strerror}); choose another"
             ) from None
-        self._lock = _Lock(self.path / ".lock")
+        self._lock = _Lock(self.path / LOCK)
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -65,9 +69,9 @@ class RunFolder:
         """Write `config.yaml`, or check that a run which began here did so with the same settings.
 
         config: nested sections of plain values (paths and tuples become text and lists).
-        may_change: dotted keys ("rl.num_steps") or whole sections ("eval") that a re-run may change
-        and that are updated in the file. defaults: of settings that did not exist yet when the run
-        was started. Any other difference raises ValueError naming each key with both values.
+        may_change: dotted keys ("run.steps") or whole sections ("eval") that a re-run may change;
+        they are updated in the file. defaults: values of settings that a run started by an earlier
+        version does not have. Raises UserError naming every other difference with both values.
         """
         new = _plain(config)
         if self.config_path.exists() and self.has_begun:
@@ -81,36 +85,36 @@ class RunFolder:
             ]
             refused = [key for key in changed if not _is_allowed(key, may_change)]
             if refused:
-                raise ValueError(self._refusal(refused, before, after))
+                raise UserError(self._refusal(refused, before, after))
             if not changed:
                 return
         atomic_write(self.config_path, yaml.safe_dump(new, sort_keys=False, allow_unicode=True))
 
     @property
     def has_begun(self) -> bool:
-        """Whether there is anything of a run that other settings would not have made: a run that
-        failed before its first line may be started anew."""
+        """Whether the folder holds results, which other settings would have made differently. A run
+        that failed before its first line may start anew."""
         lines = (self.metrics_path, self.samples_path, self.evaluations_path)
         places = (self.sample_log, self.checkpoints, self.hf)
         files = chain(lines, *(place.rglob("*") for place in places))
         return any(path.is_file() and path.stat().st_size for path in files)
 
     def read_config(self) -> dict[str, Any]:
-        """The settings the run was started with; empty if there are none yet."""
+        """Return the settings the run was started with; empty before its start."""
         if not self.config_path.exists():
             return {}
         config = yaml.safe_load(self.config_path.read_text(encoding="utf-8"))
         if not isinstance(config, dict):
-            raise ValueError(
+            raise UserError(
                 f"{self.config_path}: not a YAML mapping; restore it or start a new run"
             )
         return config
 
     def append_metrics(self, metrics: Mapping[str, Any]) -> None:
-        """Append the line of one step: durable when this returns.
+        """Append the line of one step, which is durable when this returns.
 
-        metrics["step"] must be larger than every step already there (ValueError), so that a step is
-        never in the file twice. NaN and infinities are written as null and named in "nonfinite".
+        Raises ValueError unless metrics["step"] is larger than every step in the file, so that no
+        step is in it twice. NaN and infinities are written as null and named in "nonfinite".
         """
         step = _integer_step(metrics, "a metrics line")
         if self._last_step is None:
@@ -126,41 +130,41 @@ class RunFolder:
         self._last_step = step
 
     def append_samples(self, samples: Sequence[Mapping[str, Any]]) -> None:
-        """Append one line per sample, each with its integer "step"; durable when this returns."""
+        """Append one line per sample, each with an integer "step"; durable when this returns."""
         for sample in samples:
             _integer_step(sample, "a sample")
         append_lines(self.samples_path, samples)
 
     def append_evaluation(self, metrics: Mapping[str, Any]) -> None:
-        """Append the line of one held-out evaluation: its integer "step" and "eval/..." numbers."""
+        """Append the line of one held-out evaluation: integer "step" and "eval/..." numbers."""
         _integer_step(metrics, "an evaluation")
         append_lines(self.evaluations_path, [metrics])
 
     def truncate_after(self, step: int) -> int:
-        """Forget everything written after `step`, and torn last lines: back to that checkpoint.
+        """Remove the lines after `step`, and torn last lines, to continue from that checkpoint.
 
-        Returns the number of lines dropped. A run that restarts from nothing passes -1.
+        Returns the number of removed lines. A run that starts over passes -1.
         """
         self._last_step = None
         paths = (self.metrics_path, self.samples_path, self.evaluations_path)
         return sum(keep_lines(path, lambda line: line["step"] <= step) for path in paths)
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """Every step's line, in order, without a torn last one."""
+        """Return every step's line in order, without a torn last one."""
         return list(read_lines(self.metrics_path))
 
     def read_evaluations(self) -> list[dict[str, Any]]:
-        """The held-out evaluations in order of steps; of a step evaluated twice, the later."""
+        """Return the held-out evaluations by step; of a step evaluated twice, the later one."""
         by_step = {line["step"]: line for line in read_lines(self.evaluations_path)}
         return [by_step[step] for step in sorted(by_step)]
 
     def read_samples(self) -> Iterator[dict[str, Any]]:
-        """The samples one by one: the file of a long run need not fit in memory."""
+        """Yield the samples one by one: the file of a long run need not fit in memory."""
         return read_lines(self.samples_path)
 
     def _refusal(self, keys: list[str], before: dict[str, Any], after: dict[str, Any]) -> str:
         lines = [
-            f"  {key}: {_worded(before, key)} in the folder, {_worded(after, key)} now"
+            f"  {key}: {_shown(before, key)} in the folder, {_shown(after, key)} now"
             for key in keys
         ]
         return "\n".join(
@@ -174,10 +178,25 @@ class RunFolder:
 
 
 _ABSENT = object()
+FLOCK = "hhqqi0q"  # struct flock of Linux: type, whence, start, length, pid
+
+
+def is_locked(folder: Path) -> bool:
+    """Return whether another process holds the lock of a run's folder.
+
+    The process that holds the lock must not call this: closing the file would release it.
+    """
+    path = folder / LOCK
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        query = struct.pack(FLOCK, fcntl.F_RDLCK, 0, 0, 0, 0)
+        lock_type = struct.unpack(FLOCK, fcntl.fcntl(file, fcntl.F_GETLK, query))[0]
+    return lock_type != fcntl.F_UNLCK
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested sections as one mapping of dotted keys, in order; lists stay values."""
+    """Return nested sections as one mapping of dotted keys, in order; lists stay values."""
     flat: dict[str, Any] = {}
     for key, value in config.items():
         if isinstance(value, Mapping) and value:
@@ -206,16 +225,16 @@ def _is_allowed(key: str, may_change: Collection[str]) -> bool:
     return any(key == allowed or key.startswith(f"{allowed}.") for allowed in may_change)
 
 
-def _worded(flat: dict[str, Any], key: str) -> str:
+def _shown(flat: dict[str, Any], key: str) -> str:
     return repr(flat[key]) if key in flat else "not set"
 
 
 class _Lock:
-    """An exclusive lock on a file, dropped by the kernel however its process ends.
+    """An exclusive lock on a file, released by the kernel however its process ends.
 
-    POSIX (lockf) rather than flock: a flock is inherited by forked workers, which would keep the
-    folder locked when they outlive a killed parent. The price is that a process does not exclude
-    itself, hence `_held`.
+    A POSIX lock (lockf) rather than flock: forked workers inherit a flock, and would keep the
+    folder locked when they outlive a killed parent. A POSIX lock does not exclude its own process,
+    hence `_held`.
     """
 
     _held: set[str] = set()
@@ -223,7 +242,7 @@ class _Lock:
     def __init__(self, path: Path):
         self.key = str(path.resolve())
         if self.key in self._held:
-            raise ValueError(
+            raise UserError(
                 f"{path.parent} is already in use by this process; close that run first"
             )
         self.file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - held open for the lock
@@ -233,7 +252,7 @@ class _Lock:
             self.file.seek(0)
             owner = self.file.read().strip() or "unknown"
             self.file.close()
-            raise ValueError(
+            raise UserError(
                 f"{path.parent} is in use by another run ({owner}); "
                 "wait for it, stop it, or choose another folder"
             ) from error

@@ -1,4 +1,4 @@
-"""Scalars for TensorBoard, written with its own event writer: no torch, no tensorflow."""
+"""Scalars for TensorBoard, written with its own event writer, without torch or tensorflow."""
 
 import math
 import numbers
@@ -13,13 +13,13 @@ from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 
 class TensorBoardLog:
-    """One event file per process life in `folder`; every number of a metrics line is a scalar."""
+    """Writes every number of a metrics line as a scalar, to one event file per process."""
 
     def __init__(self, folder: str | Path, purge_step: int | None = None):
         """purge_step: on resume, the first step that will be written again (checkpoint step + 1).
 
-        TensorBoard then drops what an earlier life of the run wrote at that step and after
-        (SessionLog START, as in its event_accumulator.py), so that no step is shown twice.
+        TensorBoard then drops what an earlier process wrote at that step and after (SessionLog
+        START, as in its event_accumulator.py), so that no step is shown twice.
         """
         self._writer = EventFileWriter(str(folder))
         if purge_step is not None:

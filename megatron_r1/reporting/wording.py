@@ -1,4 +1,4 @@
-"""How numbers, times and samples are put into words: one manner for terminal and report."""
+"""How numbers, times and samples are written, in the terminal and in reports."""
 
 import math
 import numbers
@@ -10,9 +10,9 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Metric:
-    """One key of metrics.jsonl as a person reads it.
+    """The label and form of one key of metrics.jsonl.
 
-    unit "%" shows a fraction as a percentage, "s" as seconds, "" as a plain number.
+    unit: "%" shows a fraction as a percentage, "s" seconds, "" a plain number.
     """
 
     key: str
@@ -21,7 +21,7 @@ class Metric:
     unit: str = ""
     log_scale: bool = False
 
-    def worded(self, value: float | None) -> str:
+    def format(self, value: float | None) -> str:
         if value is None:
             return "–"
         if self.unit == "%":
@@ -65,7 +65,7 @@ PHASES = ("rollout", "reward", "train", "push")
 
 
 def finite(metrics: Mapping[str, Any], key: str) -> float | None:
-    """The metric as a float, or None where it is missing, null, text, NaN or infinite."""
+    """Return the metric as a float, or None if it is missing, null, text, NaN or infinite."""
     value = metrics.get(key)
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         return None
@@ -74,7 +74,7 @@ def finite(metrics: Mapping[str, Any], key: str) -> float | None:
 
 
 def number(value: float) -> str:
-    """About three significant digits: 0.451, 61.3, 3,412, 3.2e-06."""
+    """Format with about three significant digits: 0.451, 61.3, 3,412, 3.2e-06."""
     size = abs(value)
     if value == 0:
         return "0"
@@ -116,9 +116,9 @@ def duration(seconds: float) -> str:
 
 
 def printable(text: Any, keep_newlines: bool = False) -> str:
-    """Text safe for a terminal or a log: control and bidirectional characters become a mark.
+    """Replace control and bidirectional characters, so that text is safe for terminals and logs.
 
-    A model under training writes anything, escape sequences included.
+    A model under training may write any character, escape sequences included.
     """
     kept = "\n" if keep_newlines else ""
     text = str(text).replace("\t", "    ")
@@ -131,7 +131,7 @@ def printable(text: Any, keep_newlines: bool = False) -> str:
 
 
 def is_right(sample: Mapping[str, Any]) -> bool:
-    """Whether a sample's answer was right: its accuracy reward, or the whole reward without one."""
+    """Return whether a sample is right, by its accuracy reward, or by its reward without one."""
     rewards = sample.get("rewards")
     parts = rewards if isinstance(rewards, Mapping) else {}
     score = finite(parts, "accuracy")
@@ -139,7 +139,7 @@ def is_right(sample: Mapping[str, Any]) -> bool:
 
 
 def last_line(text: Any) -> str:
-    """The last line with anything on it: of a prompt in the R1-Zero template, the question."""
+    """Return the last line that is not blank: the question of a prompt in the R1-Zero template."""
     lines = [line.strip() for line in str(text).splitlines() if line.strip()]
     asked = [line for line in lines if not line.startswith("Assistant:")] or lines
     return asked[-1].removeprefix("User: ") if asked else ""

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_r1.files import atomic_write
-from megatron_r1.reporting.report_style import page
+from megatron_r1.reporting.page import page
 from megatron_r1.reporting.wording import duration, printable
 from megatron_r1.workflow.curves import curves_section
 from megatron_r1.workflow.drawing import Box, graph_svg

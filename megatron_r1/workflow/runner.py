@@ -16,10 +16,10 @@ import yaml
 from megatron_r1.engine.log import excerpt
 from megatron_r1.files import atomic_write
 from megatron_r1.processes import stopping
+from megatron_r1.reporting.run_folder import is_locked
 from megatron_r1.workflow import record, serving
 from megatron_r1.workflow.child import Child, describe_status
 from megatron_r1.workflow.figures import figures_of
-from megatron_r1.workflow.locks import is_locked
 from megatron_r1.workflow.plan import Plan, Stage
 
 POLL_SECONDS = 0.1

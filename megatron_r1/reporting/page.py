@@ -1,0 +1,42 @@
+"""HTML pages from templates: each one document without scripts, fonts or anything else to load."""
+
+from functools import cache
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from megatron_r1.reporting.wording import printable
+
+
+def render(template: str, **values: Any) -> str:
+    """Return the HTML of a template, such as "reporting/templates/run.html.jinja".
+
+    Values are escaped unless they are `Markup`.
+    """
+    return _environment().get_template(template).render(values)
+
+
+def page(title: str, body: str) -> str:
+    """Return a whole page. title, body: already escaped."""
+    template = "reporting/templates/page.html.jinja"
+    return render(template, title=Markup(title), body=Markup(body))
+
+
+def style() -> str:
+    """Return the style sheet of every page."""
+    return render("reporting/templates/style.css.jinja")
+
+
+@cache
+def _environment() -> Environment:
+    """The templates of all packages, by their path within `megatron_r1`."""
+    environment = Environment(
+        loader=PackageLoader("megatron_r1", "."),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined,
+    )
+    environment.filters["printable"] = printable
+    return environment
