@@ -6,39 +6,47 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_r1.commands.answers_folder import run_in_folder
 from megatron_r1.config import Config
+from megatron_r1.data.prompts import Prompt
+from megatron_r1.errors import UserError
 from megatron_r1.evaluation.figure import write_figure
+from megatron_r1.evaluation.grading import Grader
 from megatron_r1.evaluation.identity import keep_identity, settings_that_matter, versions
-from megatron_r1.evaluation.ledger import Ledger
-from megatron_r1.evaluation.policies import Decoding, Policy
+from megatron_r1.evaluation.policy import Decoding, Policy
 from megatron_r1.evaluation.progress import Progress
-from megatron_r1.evaluation.questions import QuestionSet, load_question_sets
+from megatron_r1.evaluation.questions import QuestionSet, digest, load_question_sets
 from megatron_r1.evaluation.report import print_table, write_report
-from megatron_r1.evaluation.runner import Runner, question_lines
+from megatron_r1.evaluation.response import TextResponse
+from megatron_r1.evaluation.response_log import ResponseLog
+from megatron_r1.evaluation.sampling import Sampler
 from megatron_r1.evaluation.server_policy import ServerPolicy
 from megatron_r1.evaluation.summary import Summary, summarize
 from megatron_r1.files import atomic_write
 from megatron_r1.files.jsonl import read_lines
 from megatron_r1.reporting.run_folder import RunFolder
+from megatron_r1.rewards.base import shorten
+from megatron_r1.rewards.combine import ACCURACY
 from megatron_r1.rewards.runtime.pool import RewardPool
 
 REQUIRED = ("run.folder", "eval.benchmarks")
+MAX_TRUTH_CHARS = 200
 
 
 def run(config: Config) -> None:
     """Sample what is missing, grade it, and write the results. Raises ValueError before any long
     work starts, and RuntimeError when an engine or a server fails; the same command continues."""
     if not config.eval.server and not config.model.path:
-        raise ValueError(
+        raise UserError(
             "eval needs a model: model.path (a Hugging Face folder or a run's folder) or "
             "eval.server ({url: …, model: …})"
         )
     if config.eval.server and config.model.path:
-        raise ValueError(
+        raise UserError(
             f"eval has two models: model.path {config.model.path} and eval.server "
             f"{config.eval.server.url}. Leave one out: --model.path '' or --eval.server null"
         )
@@ -48,27 +56,61 @@ def run(config: Config) -> None:
 
 async def _evaluate(config: Config, folder: RunFolder, sets: list[QuestionSet]) -> None:
     began = time.monotonic()
-    ledger = Ledger(folder.samples_path)
+    log = ResponseLog(folder.samples_path, "eval")
     policy = await _make_policy(config, folder.path)
     settings = settings_that_matter(config, policy.identity)
-    keep_identity(folder.path / "identity.json", settings, bool(ledger.samples))
-    # Everything else may change from one start to the next: the file says what holds now.
+    keep_identity(folder.path / "identity.json", settings, bool(log.digests))
+    # All other settings may change between starts; the file has those of the latest.
     folder.write_config(config.model_dump(), may_change=tuple(Config.model_fields))
     rewards = config.rewards
     pool = RewardPool(rewards.workers, rewards.timeout_seconds, rewards.memory_bytes)
     try:
-        runner = Runner(policy, pool, ledger, sets, config.run.seed, rewards.options, Progress())
-        lines = [json.dumps(line, ensure_ascii=False) for line in question_lines(sets)]
+        grader = Grader(pool, {ACCURACY: 1.0}, rewards.options)
+        sampler = Sampler(
+            policy,
+            grader,
+            log,
+            sets,
+            config.run.seed,
+            _audit_fields,
+            by_question=False,
+            on_progress=Progress(),
+        )
+        lines = [json.dumps(line, ensure_ascii=False) for line in _question_lines(sets)]
         atomic_write(folder.path / "questions.jsonl", "\n".join(lines) + "\n")
-        await runner.check_rewards()
-        if runner.missing():
+        for questions in sets:
+            await grader.check(questions.prompts, f"benchmark {questions.title}, ")
+        if sampler.num_missing:
             await policy.start()
-        await runner.run()
+        await sampler.run()
         await policy.close()  # voting and resampling need no engine
-        summaries = await summarize(pool, ledger, sets, config.run.seed)
+        summaries = await summarize(pool, log, sets, config.run.seed)
     finally:
         await asyncio.gather(policy.close(), pool.close())
     _write_results(config, folder, settings, summaries, time.monotonic() - began)
+
+
+def _audit_fields(questions: QuestionSet, prompt: Prompt, response: TextResponse) -> dict[str, Any]:
+    """Return what a line of samples.jsonl has beside the response: enough to check it by hand."""
+    return {
+        "reward": response.reward or 0.0,  # a refusal and a failed grader count as wrong
+        "reason": response.reason or response.refusal,
+        "refused": bool(response.refusal),
+        "truth": shorten(prompt.truth, MAX_TRUTH_CHARS),
+    }
+
+
+def _question_lines(sets: Sequence[QuestionSet]) -> Iterator[dict[str, Any]]:
+    for questions in sets:
+        for prompt in questions.prompts:
+            yield {
+                "benchmark": questions.title,
+                "id": prompt.id,
+                "digest": digest(prompt),
+                "kind": prompt.kind,
+                "question": prompt.question,
+                "truth": shorten(prompt.truth, 10 * MAX_TRUTH_CHARS),
+            }
 
 
 async def _make_policy(config: Config, folder: Path) -> Policy:

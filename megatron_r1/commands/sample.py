@@ -1,8 +1,8 @@
-"""Sample a model's answers and make training data of them: cold start, rejection sampling,
+"""Sample a model's responses and turn them into training data: cold start, rejection sampling,
 preference pairs, safety labels. See docs/sampling.md.
 
-Two passes: every answer is sampled, graded and written to samples.jsonl; then it is decided which
-are kept. The second alone is done again where only what is kept has changed.
+The first pass samples and grades every response and logs it in samples.jsonl; the second decides
+which are kept. If only what is kept has changed, the second pass alone is repeated.
 """
 
 from __future__ import annotations
@@ -16,35 +16,39 @@ from typing import Any
 from megatron_r1.commands.answers_folder import run_in_folder
 from megatron_r1.config import Config
 from megatron_r1.config.sample import KeepConfig
-from megatron_r1.curation.answer_log import AnswerLog
-from megatron_r1.curation.collecting import Collector
-from megatron_r1.curation.contamination import contaminated, load_avoided
-from megatron_r1.curation.curator import Curate, curate_all, write_all
-from megatron_r1.curation.filters import DUPLICATE, check_filters, filters_of
+from megatron_r1.curation.cache import ResultCache
+from megatron_r1.curation.counts import DecisionCounts
+from megatron_r1.curation.decision import DUPLICATE
+from megatron_r1.curation.decontamination import contaminated, load_avoided
+from megatron_r1.curation.filters import check_filters, filters_of
 from megatron_r1.curation.filters.worker import PooledFilters
-from megatron_r1.curation.grading import Grader
-from megatron_r1.curation.judges import AnswerJudge, make_judge
-from megatron_r1.curation.kept_answers import KeptAnswers, Rewriter
-from megatron_r1.curation.memo import Memo
+from megatron_r1.curation.judges import ResponseJudge, make_judge
+from megatron_r1.curation.outputs import Decide, decide_all, write_outputs
 from megatron_r1.curation.preference_pairs import PreferencePairs
 from megatron_r1.curation.rendering import Rendering
 from megatron_r1.curation.safety_labels import SafetyLabels
 from megatron_r1.curation.selection import Selection
-from megatron_r1.curation.tally import Tally
+from megatron_r1.curation.sft_examples import Rewriter, SftExamples
 from megatron_r1.curation.user_function import UserFunction, load_function
-from megatron_r1.data.prompts import Prompt, load_prompts
+from megatron_r1.data.prompts import load_prompts
 from megatron_r1.data.shots import Shots
+from megatron_r1.errors import UserError
+from megatron_r1.evaluation.grading import Grader
 from megatron_r1.evaluation.identity import keep_identity, versions
-from megatron_r1.evaluation.policies import Decoding, Policy
+from megatron_r1.evaluation.policy import Decoding, Policy
 from megatron_r1.evaluation.progress import Progress
+from megatron_r1.evaluation.questions import QuestionSet
+from megatron_r1.evaluation.response_log import ResponseLog
+from megatron_r1.evaluation.sampling import Sampler
 from megatron_r1.evaluation.server_policy import ServerPolicy
 from megatron_r1.files import atomic_write
 from megatron_r1.reporting.run_folder import RunFolder
+from megatron_r1.rewards.combine import weights_at
 from megatron_r1.rewards.runtime.pool import RewardPool
 
 REQUIRED = ("run.folder",)
 KIND_WITHOUT_TRUTH = "helpful"
-"""Of rows that name no kind, where nothing is graded: they need no truth then."""
+"""The kind of rows that name none, if nothing is graded: it needs no truth."""
 REMEDIES = {
     "sft": "sample.keep or sample.filters, such as sample.keep.min_accuracy: 0",
     "answers": "sample.keep or sample.filters, such as sample.keep.min_accuracy: 0",
@@ -55,15 +59,15 @@ FILES = {"sft": "sft.jsonl", "pairs": "pairs.jsonl", "labels": "labels.jsonl"}
 
 
 def check(config: Config) -> None:
-    """Refuse `sample.filters` that do not exist, and options they do not take."""
+    """Raise UserError for unknown `sample.filters` and options."""
     check_filters(config.sample.filters)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a recipe asks for, read and checked. avoided: question id → why it is not sampled."""
+    """The inputs of a recipe, read and checked. avoided: question id → why it is not sampled."""
 
-    prompts: list[Prompt]
+    questions: QuestionSet
     avoided: dict[str, str]
     shots: Shots | None
     rendering: Rendering | None
@@ -71,11 +75,13 @@ class Plan:
 
 
 def run(config: Config) -> None:
-    """Sample what is missing, decide, write. Raises ValueError before any long work starts, and
-    RuntimeError when an engine or a service fails, and where nothing at all is kept; the same
-    command continues."""
+    """Sample what is missing, decide, write the outputs.
+
+    Raises UserError before any long work starts, RuntimeError if an engine or a service fails or no
+    response is kept. The same command continues.
+    """
     if bool(config.sample.server) == bool(config.model.path):
-        raise ValueError(
+        raise UserError(
             "sample needs one model: either model.path (a Hugging Face folder or a run's folder) "
             "or sample.server ({url: …, model: …})"
         )
@@ -90,12 +96,12 @@ def _plan(config: Config) -> Plan:
         data["kind"] = KIND_WITHOUT_TRUTH
     split = load_prompts(**data)
     avoid = load_avoided(sample.avoid)
-    if config.data.heldout_path:  # what is held out of the same file is disjoint by its text
+    if config.data.heldout_path:  # data.heldout_fraction makes a disjoint set by itself
         avoid += [prompt.question for prompt in split.heldout]
     avoided = contaminated(split.train, avoid, sample.avoid_ngram) if avoid else {}
     prompts = [prompt for prompt in split.train if prompt.id not in avoided]
     if not prompts:
-        raise ValueError(
+        raise UserError(
             f"sample.avoid: all {len(split.train):,} questions are among those to be avoided, the "
             f"first because of {avoided[split.train[0].id]}; give other questions, or set "
             "sample.avoid_ngram: 0 for equality only"
@@ -105,16 +111,16 @@ def _plan(config: Config) -> Plan:
     if sample.rewrite:
         rewrite = load_function(sample.rewrite, "sample.rewrite", "question, response")
     if sample.output == "sft":
-        # Of a run's folder the tokenizer is in hf/.
+        # A run's folder has its tokenizer in hf/.
         path = Path(config.model.path)
         tokenizer = path if (path / "config.json").is_file() else path / "hf"
         own = str(tokenizer) if config.model.path else ""
         rendering = Rendering(sample.render, config.data.template, own)
-    return Plan(prompts, avoided, shots, rendering, rewrite)
+    return Plan(QuestionSet("", prompts, sample.samples), avoided, shots, rendering, rewrite)
 
 
 async def _sample(config: Config, folder: RunFolder, plan: Plan) -> None:
-    log = AnswerLog(folder.samples_path)
+    log = ResponseLog(folder.samples_path, "sample")
     async with contextlib.AsyncExitStack() as stack:
         judge = _make_judge(config, folder.path)
         if judge is not None:
@@ -122,32 +128,42 @@ async def _sample(config: Config, folder: RunFolder, plan: Plan) -> None:
         rewards = config.rewards
         pool = RewardPool(rewards.workers, rewards.timeout_seconds, rewards.memory_bytes)
         stack.push_async_callback(pool.close)
-        grader = Grader(pool, rewards) if config.sample.is_graded else None
+        grader = None
+        if config.sample.is_graded:
+            # As a training run grades in its first step.
+            grader = Grader(pool, weights_at(rewards.weights, step=1), rewards.options)
         policy = await _make_policy(config, folder.path, plan.shots)
         stack.push_async_callback(policy.close)
         settings = _settings_that_matter(config, policy, plan.shots)
         keep_identity(folder.path / "identity.json", settings, bool(log.digests))
-        # Everything else may change from one start to the next: the file says what holds now.
+        # All other settings may change between starts; the file has those of the latest.
         folder.write_config(config.model_dump(), may_change=tuple(Config.model_fields))
         if grader is not None:
-            await grader.check(plan.prompts)
+            await grader.check(plan.questions.prompts)
         if judge is not None:
             await judge.check()
-        collector = Collector(
-            policy, grader, log, plan.prompts, config.sample.samples, config.run.seed, Progress()
+        sampler = Sampler(
+            policy,
+            grader,
+            log,
+            [plan.questions],
+            config.run.seed,
+            lambda questions, prompt, response: {"kind": prompt.kind, "question": prompt.question},
+            by_question=True,
+            on_progress=Progress(),
         )
-        if collector.num_done < collector.num_wanted:
+        if sampler.num_missing:
             await policy.start()
-        await collector.run()
+        await sampler.run()
         await policy.close()  # deciding needs no engine
         await _decide(config, folder.path, plan, log, pool, grader, judge, settings)
 
 
-def _make_judge(config: Config, folder: Path) -> AnswerJudge | None:
+def _make_judge(config: Config, folder: Path) -> ResponseJudge | None:
     if config.sample.output not in ("pairs", "labels"):
         return None
     options = config.rewards.options.get("judge", {})
-    return make_judge(config.sample, options, Memo(folder / "judgements.jsonl"))
+    return make_judge(config.sample, options, ResultCache(folder / "judgements.jsonl"))
 
 
 async def _make_policy(config: Config, folder: Path, shots: Shots | None) -> Policy:
@@ -163,7 +179,7 @@ async def _make_policy(config: Config, folder: Path, shots: Shots | None) -> Pol
 
 
 def _settings_that_matter(config: Config, policy: Policy, shots: Shots | None) -> dict[str, Any]:
-    """Everything that changes answers and grades; how many, and which are kept, may change."""
+    """Return all that changes responses and grades, but not how many there are or are kept."""
     rollout, rewards = config.rollout, config.rewards
     settings = {
         "run.seed": config.run.seed,
@@ -183,10 +199,10 @@ async def _decide(
     config: Config,
     folder: Path,
     plan: Plan,
-    log: AnswerLog,
+    log: ResponseLog,
     pool: RewardPool,
     grader: Grader | None,
-    judge: AnswerJudge | None,
+    judge: ResponseJudge | None,
     settings: dict[str, Any],
 ) -> None:
     sample = config.sample
@@ -197,28 +213,30 @@ async def _decide(
         DUPLICATE in filters,
         config.run.seed,
     )
-    curate: Curate
+    decide: Decide
     facts: dict[str, Any] = {}
     if sample.output == "pairs":
-        curate = pairs = PreferencePairs(selection, sample.pairs, judge)
-        # Which pairs balance the lengths is known once all are judged; no vote is cast again.
-        async for _ in curate_all(log, plan.prompts, sample.samples, pairs):
+        assert judge is not None
+        decide = pairs = PreferencePairs(selection, sample.pairs, judge)
+        # All pairs must be judged before lengths can be balanced; the second pass uses the cache.
+        async for _ in decide_all(log, plan.questions, pairs):
             pass
         pairs.balance()
         facts = pairs.length_bias()
     elif sample.output == "labels":
-        curate = SafetyLabels(selection, judge)
+        assert judge is not None
+        decide = SafetyLabels(selection, judge)
     else:
-        memo = Memo(folder / "rewrites.jsonl")
-        rewriter = Rewriter(plan.rewrite, memo) if plan.rewrite else None
-        curate = KeptAnswers(selection, plan.rendering, rewriter, grader)
-    tally = Tally()
+        cache = ResultCache(folder / "rewrites.jsonl")
+        rewriter = Rewriter(plan.rewrite, cache) if plan.rewrite else None
+        decide = SftExamples(selection, plan.rendering, rewriter, grader)
+    counts = DecisionCounts()
     output = folder / FILES[sample.output] if sample.output in FILES else None
-    await write_all(log, plan.prompts, sample.samples, curate, output, tally.add)
-    _report(folder, plan, tally, output, facts, {"filters": filters, **settings})
-    if not tally.num_kept:
+    await write_outputs(log, plan.questions, decide, output, counts.add)
+    _report(folder, plan, counts, output, facts, {"filters": filters, **settings})
+    if not counts.num_kept:
         raise RuntimeError(
-            f"{folder}: no answer is kept; most are {tally.decisions.most_common(1)[0][0]} "
+            f"{folder}: no answer is kept; most are {counts.decisions.most_common(1)[0][0]} "
             f"(samples.jsonl says why of each). Change {REMEDIES[sample.output]}: the same command "
             "then decides again without sampling"
         )
@@ -227,15 +245,15 @@ async def _decide(
 def _report(
     folder: Path,
     plan: Plan,
-    tally: Tally,
+    counts: DecisionCounts,
     output: Path | None,
     facts: dict[str, Any],
     settings: dict[str, Any],
 ) -> None:
-    result = tally.as_json() | facts
+    result = counts.as_json() | facts
     result |= {"avoided": len(plan.avoided), "settings": settings, "versions": versions()}
     atomic_write(folder / "curation.json", json.dumps(result, indent=1) + "\n")
-    print(tally.table(), flush=True)
+    print(counts.table(), flush=True)
     if plan.avoided:
         print(f"  {len(plan.avoided):,} questions were not sampled: sample.avoid", flush=True)
     if facts:

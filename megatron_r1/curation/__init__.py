@@ -1,1 +1,1 @@
-"""From a model's answers to training data: collected and graded, filtered, chosen, compared."""
+"""Training data from a model's responses: rejection sampling, preference pairs, safety labels."""

@@ -1,8 +1,8 @@
-"""pairs.jsonl: two answers to a question, which one a judge prefers, and how clearly.
+"""pairs.jsonl: two responses to a question, which one a judge prefers, and by how many votes.
 
-DeepSeek-R1's helpful reward model learns from 66 thousand pairs: each judged four times with the
-order of the two changing, near-ties dropped, chosen and rejected of comparable length over the
-whole (arXiv 2501.12948 v2, section 3.1 and supplement B.3).
+DeepSeek-R1's helpful reward model is trained on 66 thousand pairs: each judged four times in
+alternating order, near-ties dropped, chosen and rejected of comparable length over the whole set
+(arXiv 2501.12948 v2, section 3.1 and supplement B.3).
 """
 
 from __future__ import annotations
@@ -14,59 +14,64 @@ from collections.abc import Sequence
 from typing import Any
 
 from megatron_r1.config.sample import PairsConfig
-from megatron_r1.curation.candidate import Candidate
-from megatron_r1.curation.curator import Curated
-from megatron_r1.curation.judges import AnswerJudge
+from megatron_r1.curation.decision import CHOSEN, REJECTED, UNGRADED, Decision
+from megatron_r1.curation.judges import ResponseJudge
 from megatron_r1.curation.length_balance import log_ratio, pairs_to_drop
-from megatron_r1.curation.selection import CHOSEN, REJECTED, UNGRADED, Decision, Selection
+from megatron_r1.curation.outputs import QuestionResult
+from megatron_r1.curation.selection import Selection
 from megatron_r1.data.prompts import Prompt
+from megatron_r1.evaluation.response import TextResponse
 from megatron_r1.rewards.judge import Comparison
 from megatron_r1.rewards.remote.service import Ungradable
 
 PairId = tuple[str, int, int]
-"""Question id and the indices of the two answers."""
+"""Question id and the indices of the two responses."""
 
 
 class PreferencePairs:
-    """Compares a question's answers two by two. `log_ratios`: of every pair with a winner, what
-    `length_balance` measures; `balance` chooses those to leave out, once all are known."""
+    """Compares a question's responses in pairs.
 
-    def __init__(self, selection: Selection, settings: PairsConfig, judge: AnswerJudge) -> None:
+    log_ratios: of the lengths of every pair with a winner (`length_balance`). dropped: the pairs
+    that `balance` leaves out; it is called once all pairs are known.
+    """
+
+    def __init__(self, selection: Selection, settings: PairsConfig, judge: ResponseJudge) -> None:
         self._selection, self._settings, self._judge = selection, settings, judge
         self.log_ratios: dict[PairId, float] = {}
         self.dropped: set[PairId] = set()
         self._failed: dict[tuple[str, str, str], Ungradable] = {}
-        """Not asked for again: a pair that succeeded later would not have been balanced."""
+        """Not judged again: a pair that succeeded in the second pass would not be balanced."""
 
-    async def __call__(self, prompt: Prompt, candidates: Sequence[Candidate]) -> Curated:
-        decisions = await self._selection.decide(prompt, candidates)
-        by_index = {c.index: c for c in candidates if decisions[c.index] is None}
+    async def __call__(self, prompt: Prompt, responses: Sequence[TextResponse]) -> QuestionResult:
+        decisions = await self._selection.drops(prompt, responses)
+        by_index = {r.index: r for r in responses if r.index not in decisions}
         shown: dict[int, str] = {}
-        for index, candidate in by_index.items():
-            text = candidate.part(self._settings.part)
+        for index, response in by_index.items():
+            text = response.part(self._settings.part)
             if text is None:
                 decisions[index] = Decision("no_summary", "nothing follows its thought")
             else:
                 shown[index] = text
                 decisions[index] = Decision("unpaired", "another pair was nearer in length")
         pairs = pair_up({i: len(text) for i, text in shown.items()}, self._settings.per_prompt)
-        compared = await asyncio.gather(
+        outcomes = await asyncio.gather(
             *(self._compare(prompt.question, shown[i], shown[j]) for i, j in pairs)
         )
         rows = []
-        for (i, j), outcome in zip(pairs, compared, strict=True):
+        for (i, j), outcome in zip(pairs, outcomes, strict=True):
             decided, row = self._conclude(prompt, by_index[i], by_index[j], shown, outcome)
             decisions |= decided
             rows += row
-        return Curated([decisions[c.index] for c in candidates], rows)
+        return QuestionResult([decisions[response.index] for response in responses], rows)
 
     def balance(self) -> None:
-        """Leave pairs out until `max_length_bias` is kept."""
+        """Drop pairs until the mean log ratio is within `max_length_bias`."""
         if self._settings.max_length_bias is not None:
             self.dropped = pairs_to_drop(self.log_ratios, self._settings.max_length_bias)
 
     def length_bias(self) -> dict[str, float | int]:
-        """Mean of log(chosen / rejected) of all pairs with a winner, and of those that are left."""
+        """Return the mean of log(chosen / rejected) over all pairs with a winner, and after
+        balancing."""
         left = [d for pair, d in self.log_ratios.items() if pair not in self.dropped]
         means = [math.fsum(ds) / len(ds) if ds else 0.0 for ds in (self.log_ratios.values(), left)]
         return {"pairs": len(left), "length_bias_before": means[0], "length_bias": means[1]}
@@ -83,11 +88,12 @@ class PreferencePairs:
     def _conclude(
         self,
         prompt: Prompt,
-        first: Candidate,
-        second: Candidate,
+        first: TextResponse,
+        second: TextResponse,
         shown: dict[int, str],
         outcome: Comparison | Ungradable,
     ) -> tuple[dict[int, Decision], list[dict[str, Any]]]:
+        """Return the decisions by index, and the row of a pair with a winner."""
         both = (first.index, second.index)
         if isinstance(outcome, Ungradable):
             return dict.fromkeys(both, Decision(UNGRADED, str(outcome))), []
@@ -118,8 +124,11 @@ class PreferencePairs:
 
 
 def pair_up(lengths: dict[int, int], num_pairs: int) -> list[tuple[int, int]]:
-    """At most `num_pairs` pairs of the answers, none in two of them: always the two that are
-    nearest in length (as a ratio) of those that are left; among equals, the earlier."""
+    """Return at most `num_pairs` disjoint pairs of responses.
+
+    lengths: index → length. Each pair in turn is the one with the smallest ratio of lengths among
+    the responses that are left; ties go to the smaller indices.
+    """
     distance = {
         (i, j): abs(math.log(max(1, lengths[i]) / max(1, lengths[j])))
         for i, j in itertools.combinations(sorted(lengths), 2)

@@ -1,7 +1,7 @@
-"""Kept answers in the form that is trained on: another prompt template, another form of response.
+"""The form in which kept responses are trained on: prompt template and parts of the response.
 
-R1-Zero answers `<think>…</think> <answer>…</answer>` to a prompt that describes these tags; what R1
-is trained on is a chat whose assistant thinks, then writes a summary.
+R1-Zero writes `<think>…</think> <answer>…</answer>` after a prompt that describes these tags; R1 is
+trained on a chat whose assistant thinks, then writes a summary.
 """
 
 from __future__ import annotations
@@ -11,66 +11,74 @@ from collections.abc import Callable
 from functools import cached_property
 
 from megatron_r1.config.sample import RenderConfig
-from megatron_r1.curation.candidate import Candidate
 from megatron_r1.data.templates import CHAT, find_template, is_opened, render
 from megatron_r1.data.text import PromptText
+from megatron_r1.errors import UserError
+from megatron_r1.evaluation.response import TextResponse
 from megatron_r1.rewards.answer import ANSWER, END_ANSWER, END_THINK, THINK, extract
 
 
-def _summary(candidate: Candidate) -> str | None:
-    """What follows the thought, without R1-Zero's tags around the answer."""
-    summary = candidate.part("summary")
-    if summary is None:
-        return None
-    summary = summary.replace(ANSWER, "").replace(END_ANSWER, "").strip()
-    return summary or None
+def _summary(response: TextResponse) -> str | None:
+    """Return what follows the thought, without R1-Zero's tags around the answer."""
+    summary = response.part("summary") or ""
+    return summary.replace(ANSWER, "").replace(END_ANSWER, "").strip() or None
 
 
-PARTS: dict[str, Callable[[Candidate], str | None]] = {
-    "thought": lambda candidate: candidate.thought,
+PARTS: dict[str, Callable[[TextResponse], str | None]] = {
+    "thought": lambda response: response.thought,
     "summary": _summary,
-    "answer": lambda c: extract(c.text, opened=c.opened, plain_line=True).text,
-    "response": lambda candidate: candidate.whole,
+    "answer": lambda r: extract(r.text, opened=r.opened, plain_line=True).text,
+    "response": lambda response: response.whole,
 }
-PLACES = re.compile(r"\{(" + "|".join(PARTS) + r")\}")
+PLACEHOLDERS = re.compile(r"\{(" + "|".join(PARTS) + r")\}")
 
 
 class Rendering:
     """The prompts and responses of sft.jsonl."""
 
     def __init__(self, settings: RenderConfig, template: str, model_path: str) -> None:
-        """template: the one the answers were sampled in. model_path: whose tokenizer renders a chat
-        unless the settings name another. Raises ValueError for a template that is none, and for a
-        chat without a tokenizer."""
+        """template: of the prompts that were sampled from. model_path: of the tokenizer whose chat
+        template is used unless the settings name another.
+
+        Raises ValueError for an invalid template, and for a chat without a tokenizer.
+        """
         self._response = settings.response
         self._template = settings.template or template
         self._tokenizer_path = settings.tokenizer or model_path
         if self._template != CHAT:
             find_template(self._template)
         elif not self._tokenizer_path:
-            raise ValueError(
+            raise UserError(
                 "sample.render.template: chat needs a tokenizer; set sample.render.tokenizer to "
                 "the folder of the model that is to be trained, or give a text with {problem}"
             )
         else:
-            self._chat_text  # noqa: B018 - a folder without one is a mistake to be told now
+            self._chat_text  # noqa: B018 - report a folder without a chat template now
 
     def prompt(self, question: str) -> str:
-        """As `sft` reads it. What the tokenizer puts in front by itself is left out, for `sft` has
-        it put there: a chat template that writes it too would begin with it twice."""
+        """Return the prompt without the tokens that the tokenizer puts in front by itself.
+
+        `sft` adds them when it encodes the prompt; a chat template that writes them too would
+        otherwise have them twice.
+        """
         if self._template != CHAT:
             return render(self._template, question)
         text, plain = self._chat_text
         return text.render(question).removeprefix(plain.decode(plain.encode("")))
 
-    def response(self, candidate: Candidate, question: str) -> str | None:
-        """None where it lacks a part that the form has, or the thought that the prompt opens; a
-        response does not open that again."""
-        parts = {name: PARTS[name](candidate) for name in PLACES.findall(self._response)}
-        if None in parts.values():
-            return None
-        # One pass: an answer that contains "{thought}" keeps it.
-        text = PLACES.sub(lambda place: parts[place[1]], self._response)
+    def response(self, response: TextResponse, question: str) -> str | None:
+        """Return the response in its new form; a thought that the prompt opens is not opened again.
+
+        None if a part that the form has is missing, or the thought that the prompt opens.
+        """
+        parts: dict[str, str] = {}
+        for name in PLACEHOLDERS.findall(self._response):
+            part = PARTS[name](response)
+            if part is None:
+                return None
+            parts[name] = part
+        # One pass: a response that contains "{thought}" keeps it.
+        text = PLACEHOLDERS.sub(lambda match: parts[match[1]], self._response)
         if not is_opened(self.prompt(question)):
             return text
         return text.lstrip().removeprefix(THINK) if END_THINK in text else None

@@ -1,6 +1,6 @@
-"""labels.jsonl: single answers, each called safe or unsafe.
+"""labels.jsonl: single responses, each labelled safe or unsafe.
 
-DeepSeek-R1's safety reward model learns from 106 thousand of them, by a pointwise loss, and sees
+DeepSeek-R1's safety reward model is trained on 106 thousand of them, by a pointwise loss, and reads
 the whole response with its thought (arXiv 2501.12948 v2, section 3.1 and supplement B.3).
 """
 
@@ -9,45 +9,47 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 
-from megatron_r1.curation.candidate import Candidate
-from megatron_r1.curation.curator import Curated
-from megatron_r1.curation.judges import AnswerJudge
-from megatron_r1.curation.selection import SAFE, UNGRADED, UNSAFE, Decision, Selection
+from megatron_r1.curation.decision import SAFE, UNGRADED, UNSAFE, Decision
+from megatron_r1.curation.judges import ResponseJudge
+from megatron_r1.curation.outputs import QuestionResult
+from megatron_r1.curation.selection import Selection
 from megatron_r1.data.prompts import Prompt
+from megatron_r1.evaluation.response import TextResponse
 from megatron_r1.rewards.remote.service import Ungradable
 
 
 class SafetyLabels:
-    """label: 1 where most votes are for safe, 0 where most are against; an even vote is none."""
+    """label: 1 if most votes are for safe, 0 if most are against; an even vote gives none."""
 
-    def __init__(self, selection: Selection, judge: AnswerJudge) -> None:
+    def __init__(self, selection: Selection, judge: ResponseJudge) -> None:
         self._selection, self._judge = selection, judge
 
-    async def __call__(self, prompt: Prompt, candidates: Sequence[Candidate]) -> Curated:
-        dropped = await self._selection.decide(prompt, candidates)
+    async def __call__(self, prompt: Prompt, responses: Sequence[TextResponse]) -> QuestionResult:
+        drops = await self._selection.drops(prompt, responses)
         judged = await asyncio.gather(
-            *(self._label(prompt.question, c, dropped[c.index]) for c in candidates)
+            *(self._label(prompt.question, r, drops.get(r.index)) for r in responses)
         )
         rows = [
             {
                 "question": prompt.question,
-                "response": candidate.whole,
+                "response": response.whole,
                 "label": int(share > 0.5),
                 "votes": {"safe": share, "unsafe": 1 - share},
                 "id": prompt.id,
             }
-            for candidate, (decision, share) in zip(candidates, judged, strict=True)
+            for response, (decision, share) in zip(responses, judged, strict=True)
             if decision.is_kept
         ]
-        return Curated([decision for decision, _ in judged], rows)
+        return QuestionResult([decision for decision, _ in judged], rows)
 
     async def _label(
-        self, question: str, candidate: Candidate, dropped: Decision | None
+        self, question: str, response: TextResponse, dropped: Decision | None
     ) -> tuple[Decision, float]:
+        """Return the decision and the share of votes for safe."""
         if dropped is not None:
             return dropped, 0.5
         try:
-            share = await self._judge.safety(question, candidate.whole)
+            share = await self._judge.safety(question, response.whole)
         except Ungradable as error:
             return Decision(UNGRADED, str(error)), 0.5
         if share == 0.5:

@@ -1,8 +1,8 @@
-"""Rejection sampling: which of a question's answers are kept, and why the others are not.
+"""Rejection sampling: which of a question's responses are kept, and why the others are not.
 
-In this order, the first that applies: the model gave no answer; the grader failed; the answer is
-empty; the whole question is too easy or too hard; the answer is wrong, or its reward too low; a
-filter objects; the same answer stands there already. Of those left `keep.per_prompt` are chosen.
+The first of these that applies: the model gave no response; the grader failed; the response is
+empty; the whole question is too easy or too hard; the response is wrong, or its reward too low; a
+filter drops it; it duplicates an earlier one. `keep.per_prompt` of the others are chosen.
 """
 
 from __future__ import annotations
@@ -10,104 +10,84 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
 
 from megatron_r1.config.sample import KeepConfig
-from megatron_r1.curation.candidate import Candidate
-from megatron_r1.curation.filters import DUPLICATE
+from megatron_r1.curation.decision import DUPLICATE, UNGRADED, Decision
 from megatron_r1.data.prompts import Prompt, normalize
+from megatron_r1.evaluation.response import TextResponse
 from megatron_r1.rewards.combine import ACCURACY
 
-KEPT, NOT_CHOSEN = "kept", "not_chosen"
-CHOSEN, REJECTED = "chosen", "rejected"
-SAFE, UNSAFE = "safe", "unsafe"
-UNGRADED = "ungraded"
-
-
-@dataclass(frozen=True)
-class Decision:
-    """code: what became of an answer, a word that is counted. why: for whoever reads the line."""
-
-    code: str
-    why: str = ""
-
-    @property
-    def is_kept(self) -> bool:
-        """Whether it is in the file that is trained on."""
-        return self.code in (KEPT, CHOSEN, REJECTED, SAFE, UNSAFE)
-
-
-Objection = Callable[[Prompt, Candidate], Awaitable[Decision | None]]
-"""The filters: why an answer is dropped, None to keep it (`filters.worker.PooledFilters`)."""
+RunFilters = Callable[[Prompt, TextResponse], Awaitable[Decision | None]]
+"""Why the filters drop a response, None to keep it (`filters.worker.PooledFilters`)."""
 
 
 class Selection:
     """The rules of one recipe."""
 
     def __init__(
-        self, keep: KeepConfig, objection: Objection, drops_duplicates: bool, seed: int = 0
+        self, keep: KeepConfig, filters: RunFilters, drops_duplicates: bool, seed: int = 0
     ) -> None:
-        """seed: of what is chosen at random."""
-        self.keep, self._objection = keep, objection
+        """seed: for `keep.choose: random`."""
+        self.keep, self._filters = keep, filters
         self._drops_duplicates, self._seed = drops_duplicates, seed
 
-    async def decide(
-        self, prompt: Prompt, candidates: Sequence[Candidate]
-    ) -> dict[int, Decision | None]:
-        """Index of each candidate → why it is dropped, None for those to choose from."""
-        of_question = self._question_objection(candidates)
-        found = await asyncio.gather(*(self.objection(prompt, c, of_question) for c in candidates))
-        decisions: dict[int, Decision | None] = {}
+    async def drops(self, prompt: Prompt, responses: Sequence[TextResponse]) -> dict[int, Decision]:
+        """Return index → reason of each response that is dropped."""
+        of_question = self._question_drop(responses)
+        reasons = await asyncio.gather(*(self.drop(prompt, r, of_question) for r in responses))
+        drops: dict[int, Decision] = {}
         first: dict[str, int] = {}
-        for candidate, decision in zip(candidates, found, strict=True):
-            if decision is None and self._drops_duplicates:
-                same = first.setdefault(normalize(candidate.text), candidate.index)
-                if same != candidate.index:
-                    decision = Decision(DUPLICATE, f"the same as answer {same}")
-            decisions[candidate.index] = decision
-        return decisions
+        for response, reason in zip(responses, reasons, strict=True):
+            if reason is None and self._drops_duplicates:
+                same = first.setdefault(normalize(response.text), response.index)
+                if same != response.index:
+                    reason = Decision(DUPLICATE, f"the same as answer {same}")
+            if reason is not None:
+                drops[response.index] = reason
+        return drops
 
-    async def objection(
-        self, prompt: Prompt, candidate: Candidate, of_question: Decision | None = None
+    async def drop(
+        self, prompt: Prompt, response: TextResponse, of_question: Decision | None = None
     ) -> Decision | None:
-        """Why an answer, looked at by itself, is dropped. of_question: why all its like are."""
-        if candidate.refusal:
-            return Decision("no_answer", candidate.refusal)
-        if candidate.is_ungraded:
-            return Decision(UNGRADED, candidate.reason)
-        if not candidate.text.strip():
+        """Return why a response by itself is dropped, None to keep it.
+
+        of_question: why all graded responses to this question are dropped.
+        """
+        if response.refusal:
+            return Decision("no_answer", response.refusal)
+        if response.is_ungraded:
+            return Decision(UNGRADED, response.reason)
+        if not response.text.strip():
             return Decision("empty", "there is nothing to learn")
         if of_question is not None:
             return of_question
         keep = self.keep
-        if keep.is_graded:
-            accuracy, reward = candidate.rewards[ACCURACY], candidate.reward
-            if accuracy < keep.min_accuracy:
-                return Decision("wrong", candidate.reason)
-            if keep.min_reward is not None and reward < keep.min_reward:
-                return Decision("low_reward", f"reward {reward:.3g}: {candidate.reason}")
-        return await self._objection(prompt, candidate)
+        if keep.min_accuracy is not None:
+            if response.rewards[ACCURACY] < keep.min_accuracy:
+                return Decision("wrong", response.reason)
+            if keep.min_reward is not None and _reward(response) < keep.min_reward:
+                return Decision("low_reward", f"reward {response.reward:.3g}: {response.reason}")
+        return await self._filters(prompt, response)
 
-    def in_order(self, prompt: Prompt, candidates: Sequence[Candidate]) -> list[Candidate]:
-        """Those to choose from, first the one to take first. Ties go to the earlier answer; random
-        depends on (seed, question) alone."""
-        choose = self.keep.choose
-        if choose == "random":
-            shuffled = list(candidates)
-            random.Random(f"{self._seed}/{prompt.id}").shuffle(shuffled)
-            return shuffled
-        if choose == "shortest":
-            return sorted(candidates, key=lambda candidate: candidate.length)
-        if choose == "best":
-            return sorted(candidates, key=lambda candidate: -candidate.reward)
-        return list(candidates)
+    def in_order(self, prompt: Prompt, responses: Sequence[TextResponse]) -> list[TextResponse]:
+        """Return the responses in the order in which they are chosen.
 
-    def _question_objection(self, candidates: Sequence[Candidate]) -> Decision | None:
+        Ties go to the earlier response; a random order depends on (seed, question) alone.
+        """
+        match self.keep.choose:
+            case "random":
+                shuffled = list(responses)
+                random.Random(f"{self._seed}/{prompt.id}").shuffle(shuffled)
+                return shuffled
+            case "shortest":
+                return sorted(responses, key=lambda response: response.length)
+            case "best":
+                return sorted(responses, key=_reward, reverse=True)
+        return list(responses)
+
+    def _question_drop(self, responses: Sequence[TextResponse]) -> Decision | None:
         keep = self.keep
-        if not keep.is_graded:
-            return None
-        rate = pass_rate(candidates, keep.min_accuracy)
-        if rate is None:
+        if keep.min_accuracy is None or (rate := pass_rate(responses, keep.min_accuracy)) is None:
             return None
         why = f"{rate:.0%} of its answers are right"
         if keep.max_pass_rate is not None and rate > keep.max_pass_rate:
@@ -117,9 +97,14 @@ class Selection:
         return None
 
 
-def pass_rate(candidates: Sequence[Candidate], min_accuracy: float) -> float | None:
-    """Share of the graded answers that are right; None where none was graded."""
-    graded = [c for c in candidates if c.rewards and not c.is_ungraded]
+def pass_rate(responses: Sequence[TextResponse], min_accuracy: float) -> float | None:
+    """Return the share of the graded responses that are right; None if none is graded."""
+    graded = [r for r in responses if r.rewards and not r.is_ungraded]
     if not graded:
         return None
-    return sum(c.rewards[ACCURACY] >= min_accuracy for c in graded) / len(graded)
+    return sum(r.rewards[ACCURACY] >= min_accuracy for r in graded) / len(graded)
+
+
+def _reward(response: TextResponse) -> float:
+    assert response.reward is not None, f"response {response.index} is not graded"
+    return response.reward

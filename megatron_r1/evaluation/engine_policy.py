@@ -14,7 +14,8 @@ from megatron_r1.engine import gpu
 from megatron_r1.engine.context_length import context_length
 from megatron_r1.engine.parallelism import check_engines, engine_settings, fleet_settings
 from megatron_r1.evaluation.model_folder import fingerprint, require_weights
-from megatron_r1.evaluation.policies import Answer, Decoding
+from megatron_r1.evaluation.policy import Decoding
+from megatron_r1.evaluation.response import TextResponse
 from megatron_r1.fleet.fleet import RolloutFleet
 from megatron_r1.fleet.placement import check_room, growing, placed, server_maker
 
@@ -78,14 +79,14 @@ class EnginePolicy:
         await self._fleet.start(self._model)
         await self._open.enter_async_context(growing(self._fleet, hosts))
 
-    async def answer(self, question: str, seed: int) -> Answer:
+    async def respond(self, question: str, seed: int) -> TextResponse:
         assert self._fleet is not None, "start() was not called"
         opened = self._text.opens_thought
         prompt_ids = self._text.encode(question)
         # One token of room is no room for an answer, but it is a request the engine can take.
         if len(prompt_ids) >= self._room:
             refusal = f"the prompt has {len(prompt_ids)} tokens, the model room for {self._room}"
-            return Answer("", 0, False, opened, refusal)
+            return TextResponse("", 0, False, opened, refusal)
         [completion] = await self._fleet.generate(
             prompt_ids,
             n=1,
@@ -95,7 +96,7 @@ class EnginePolicy:
             stop_token_ids=[self._text.end],
             seed=seed,
         )
-        return Answer(
+        return TextResponse(
             self._text.decode(completion.token_ids),
             len(completion.token_ids),
             completion.finish_reason == "length",

@@ -9,7 +9,8 @@ import msgspec
 from megatron_r1.config.evaluation import ServerConfig
 from megatron_r1.data.shots import Shots
 from megatron_r1.data.templates import find_template, is_opened, render
-from megatron_r1.evaluation.policies import Answer, Decoding
+from megatron_r1.evaluation.policy import Decoding
+from megatron_r1.evaluation.response import TextResponse
 from megatron_r1.evaluation.server_wait import saying_what_is_waited_for, wait_until_listening
 from megatron_r1.rewards.answer import END_THINK, THINK
 from megatron_r1.rewards.remote.service import Service, ServiceError, Ungradable
@@ -84,17 +85,17 @@ class ServerPolicy:
             except Ungradable as error:
                 raise ServiceError(f"{url}: {error}; check {self._key}") from None
 
-    async def answer(self, question: str, seed: int) -> Answer:
+    async def respond(self, question: str, seed: int) -> TextResponse:
         try:
             reply = await self._service.request(self._body(question, seed))
         except Ungradable as error:
             await self._refuse_limits(error)
-            return Answer("", None, False, False, f"the server gave no answer: {error}")
+            return TextResponse("", None, False, False, f"the server gave no answer: {error}")
         self._takes_limits = True
         if not reply.choices:
-            return Answer("", None, False, False, "the server's answer has no choices")
+            return TextResponse("", None, False, False, "the server's answer has no choices")
         text, truncated = _text_of(reply.choices[0]), reply.choices[0].finish_reason == "length"
-        return Answer(
+        return TextResponse(
             text,
             reply.usage.completion_tokens if reply.usage else None,
             truncated,

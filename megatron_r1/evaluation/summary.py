@@ -15,16 +15,20 @@ from megatron_r1.evaluation.estimators import (
     powers_up_to,
     subsets,
 )
-from megatron_r1.evaluation.ledger import Graded, Ledger
 from megatron_r1.evaluation.questions import QuestionSet
-from megatron_r1.evaluation.voting import can_vote, group_answers, majority_of
+from megatron_r1.evaluation.response_log import ResponseLog
+from megatron_r1.evaluation.voting import Vote, can_vote, group_answers, majority_of, read_vote
+from megatron_r1.rewards.base import UNGRADED
 from megatron_r1.rewards.runtime.pool import RewardPool
 
 
 @dataclass(frozen=True)
 class Summary:
-    """metrics: name → estimate over questions; "length" in tokens, the others fractions.
-    counts: of questions and samples. passes, votes: pass@k and cons@k for growing k."""
+    """The results of one benchmark.
+
+    metrics: name → estimate over questions; "length" in tokens, the others fractions. counts: of
+    questions and samples. passes, votes: k → pass@k and cons@k.
+    """
 
     title: str
     num_samples: int
@@ -41,17 +45,38 @@ class Summary:
         }
 
 
+@dataclass(frozen=True)
+class Graded:
+    """What the metrics need of a logged sample; its text stays on disk."""
+
+    reward: float
+    length: int | None
+    truncated: bool
+    ungraded: bool
+    vote: Vote | None
+
+    @classmethod
+    def from_line(cls, line: Mapping[str, Any]) -> Graded:
+        is_ungraded = line["reason"].startswith(UNGRADED)
+        vote = read_vote(line["response"], line["opened"])
+        return cls(float(line["reward"]), line["length"], line["truncated"], is_ungraded, vote)
+
+
 async def summarize(
-    pool: RewardPool, ledger: Ledger, sets: Sequence[QuestionSet], seed: int
+    pool: RewardPool, log: ResponseLog, sets: Sequence[QuestionSet], seed: int
 ) -> list[Summary]:
-    """One summary per benchmark; every sample must be in the ledger. seed: of the resampling."""
-    return [await _summarize(pool, ledger, found, seed) for found in sets]
+    """Return a summary of each benchmark, whose samples must all be in the log.
+
+    seed: of the resampling.
+    """
+    return [await _summarize(pool, log, found, seed) for found in sets]
 
 
-async def _summarize(pool: RewardPool, ledger: Ledger, found: QuestionSet, seed: int) -> Summary:
+async def _summarize(pool: RewardPool, log: ResponseLog, found: QuestionSet, seed: int) -> Summary:
+    lines_of = log.read(map(found.key, found.prompts), found.num_samples)
     samples = {
-        prompt.id: [ledger.samples[found.title, prompt.id, i] for i in range(found.num_samples)]
-        for prompt in found.prompts
+        prompt.id: [Graded.from_line(line) for line in lines]
+        for prompt, lines in zip(found.prompts, lines_of, strict=True)
     }
     questions = list(samples.values())
     passes = {
@@ -61,7 +86,7 @@ async def _summarize(pool: RewardPool, ledger: Ledger, found: QuestionSet, seed:
     votes = await _votes(pool, found, samples, seed)
     metrics = {"pass@1": estimate([fmean(s.reward for s in q) for q in questions], seed)}
     metrics |= {f"pass@{k}": value for k, value in passes.items() if k > 1}
-    # The majority of one answer is that answer.
+    # cons@1 is pass@1: the majority of one answer is that answer.
     metrics |= {f"cons@{k}": value for k, value in votes.items() if k > 1}
     lengths = [[s.length for s in q if s.length is not None] for q in questions]
     if all(lengths):
@@ -74,7 +99,7 @@ async def _summarize(pool: RewardPool, ledger: Ledger, found: QuestionSet, seed:
 
 
 def _pass(question: Sequence[Graded], k: int) -> float:
-    """A sample with partial credit counts as passed only where it got all of it."""
+    """Return pass@k of one question; a sample with partial credit has not passed."""
     return pass_at_k(len(question), sum(s.reward == 1.0 for s in question), k)
 
 
@@ -109,7 +134,7 @@ async def _votes(
 def _vote_of(
     chosen: Sequence[int], groups: Sequence[int | None], rewards: Sequence[float]
 ) -> float:
-    """The reward of the majority's answer among the samples `chosen`; 0 where nobody votes."""
+    """Return the reward of the majority's answer among the samples `chosen`; 0 without votes."""
     winner = majority_of([groups[i] for i in chosen])
     return 0.0 if winner is None else rewards[chosen[winner]]
 

@@ -6,7 +6,7 @@ import numbers
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from megatron_r1.files import atomic_write, fsync
 
@@ -41,10 +41,17 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     if not path.exists():
         return
     with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.endswith(b"\n"):
-                return
+        for number, (_, line) in enumerate(whole_lines(file), start=1):
             yield _parse(path, number, line)
+
+
+def whole_lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
+    """Yield (offset, line) of every line of an open file, except a torn last one."""
+    offset = 0
+    for line in file:
+        if line.endswith(b"\n"):
+            yield offset, line
+        offset += len(line)
 
 
 def keep_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> int:

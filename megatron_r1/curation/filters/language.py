@@ -1,28 +1,27 @@
-"""Answers in more than one language, which R1-Zero writes and nobody reads."""
+"""Responses in more than one language, which R1-Zero writes."""
 
-from megatron_r1.curation.candidate import Candidate
 from megatron_r1.curation.filters.part import judged_part
 from megatron_r1.data.prompts import Prompt
+from megatron_r1.evaluation.response import TextResponse
 from megatron_r1.rewards.language import LANGUAGES, judged_words
 
 
 def mixed_languages(
-    candidate: Candidate,
+    response: TextResponse,
     prompt: Prompt,
     *,
     min_share: float = 0.95,
     target: str | None = None,
     part: str = "response",
 ) -> str:
-    """Below `min_share` of the words in one language; counted as the language reward counts
-    (`rewards.language`), so code, formulae, names and numbers are in none.
+    """Drop a response with less than `min_share` of its words in one language.
 
-    target: en or zh, the language asked for; default: the question's own `target`, as the reward
-    takes it, or whichever most words are in. part: response, or the thought alone - for questions
-    that ask for another language than they are thought about in. Raises ValueError for other
-    values.
+    Words are counted as by the language reward (`rewards.language`), so code, formulae, names and
+    numbers are in no language. target: "en" or "zh"; default: the question's own `target`, as for
+    the reward, or the language of most words. part: "response", or "thought" for questions whose
+    answer is in another language than the thought. Raises ValueError for other values.
     """
-    text = judged_part(candidate, part)
+    text = judged_part(response, part)
     if not isinstance(min_share, int | float) or not 0 < min_share <= 1:
         raise ValueError(f"min_share must be above 0 and at most 1, got {min_share!r}")
     if target is not None and target not in LANGUAGES:

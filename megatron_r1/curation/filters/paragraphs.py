@@ -1,10 +1,10 @@
-"""Walls of text: chains of thought that nobody can follow."""
+"""Chains of thought in paragraphs too long to follow."""
 
 import re
 
-from megatron_r1.curation.candidate import Candidate
 from megatron_r1.curation.filters.part import judged_part
 from megatron_r1.data.prompts import Prompt
+from megatron_r1.evaluation.response import TextResponse
 from megatron_r1.rewards.language.words import HAN, HAN_PER_WORD
 
 HAN_CHARACTER = re.compile(f"[{HAN}]")
@@ -12,17 +12,17 @@ FENCED = re.compile(r"```(?:[^`]|`(?!``))*+```")
 
 
 def long_paragraphs(
-    candidate: Candidate, prompt: Prompt, *, max_words: int = 300, part: str = "thought"
+    response: TextResponse, prompt: Prompt, *, max_words: int = 300, part: str = "thought"
 ) -> str:
-    """A paragraph, which a line break ends, of more than `max_words` words.
+    """Drop a response with a paragraph of more than `max_words` words; a line break ends one.
 
-    A word is what stands between spaces, numbers and formulae too; of Chinese 1.7 characters
-    (`rewards.language.words`), so that a page of either language counts alike. Code blocks are for
-    another filter. Raises ValueError for a limit that is no positive number.
+    Words are separated by spaces, and may be numbers and formulae; 1.7 Chinese characters are one
+    (`rewards.language.words`), so that a page counts alike in both languages. Code blocks are left
+    to `code_blocks`. Raises ValueError for a limit that is no positive number.
     """
     if isinstance(max_words, bool) or not isinstance(max_words, int | float) or max_words <= 0:
         raise ValueError(f"max_words must be a positive number, got {max_words!r}")
-    text = FENCED.sub("\n", judged_part(candidate, part) or "")
+    text = FENCED.sub("\n", judged_part(response, part) or "")
     longest = max((num_words(paragraph) for paragraph in text.splitlines()), default=0.0)
     return f"a paragraph of {longest:,.0f} words" if longest > max_words else ""
 

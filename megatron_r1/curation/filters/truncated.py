@@ -1,9 +1,9 @@
-"""Answers that did not end by themselves."""
+"""Responses that did not end by themselves."""
 
-from megatron_r1.curation.candidate import Candidate
 from megatron_r1.data.prompts import Prompt
+from megatron_r1.evaluation.response import TextResponse
 
 
-def truncated(candidate: Candidate, prompt: Prompt) -> str:
-    """Cut at a limit of tokens: whoever learns it learns not to stop."""
-    return f"cut off after {candidate.length:,} tokens" if candidate.truncated else ""
+def truncated(response: TextResponse, prompt: Prompt) -> str:
+    """Drop a response that was cut at the token limit: a model trained on it learns not to stop."""
+    return f"cut off after {response.length:,} tokens" if response.truncated else ""

@@ -1,44 +1,45 @@
-"""Filters in the reward workers, which spread them over cores and survive whatever they do."""
+"""Filters in the reward workers, which use all cores and survive a filter that crashes."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_r1.curation.candidate import Candidate
+from megatron_r1.curation.decision import Decision
 from megatron_r1.curation.filters import REGISTRY, Filters, first_objection
-from megatron_r1.curation.selection import Decision
 from megatron_r1.data.prompts import Prompt
+from megatron_r1.evaluation.response import TextResponse
 from megatron_r1.rewards.base import Grade
 from megatron_r1.rewards.runtime.pool import RewardPool
 
 TARGET = f"{__name__}:grade"
 FIELDS = ("target",)
-"""Of a prompt, that filters look at; the tests of a programming task stay here."""
+"""The fields of a prompt that filters use; the tests of a programming task are not sent."""
 
 
 class PooledFilters:
-    """A long answer takes its filters tens of milliseconds: too long for the controller's loop."""
+    """Runs filters in the pool: a long response takes tens of milliseconds, too long for the
+    controller's event loop."""
 
     def __init__(self, pool: RewardPool, filters: Filters) -> None:
         self._pool = pool
         self._filters = {name: dict(o) for name, o in filters.items() if name in REGISTRY}
 
-    async def __call__(self, prompt: Prompt, candidate: Candidate) -> Decision | None:
-        """Why the answer is dropped; None to keep it. Raises as `RewardPool.grade`."""
+    async def __call__(self, prompt: Prompt, response: TextResponse) -> Decision | None:
+        """Return why the response is dropped, None to keep it. Raises as `RewardPool.grade`."""
         if not self._filters:
             return None
-        known = {name: prompt.fields[name] for name in FIELDS if name in prompt.fields}
+        fields = {name: prompt.fields[name] for name in FIELDS if name in prompt.fields}
         verdict = await self._pool.grade(
             TARGET,
-            candidate.text,
+            response.text,
             None,
-            answer={
-                "num_tokens": candidate.num_tokens,
-                "truncated": candidate.truncated,
-                "opened": candidate.opened,
+            facts={
+                "num_tokens": response.num_tokens,
+                "truncated": response.truncated,
+                "opened": response.opened,
             },
-            prompt={"question": prompt.question, "kind": prompt.kind, "fields": known},
+            prompt={"question": prompt.question, "kind": prompt.kind, "fields": fields},
             filters=self._filters,
         )
         if verdict.reward:
@@ -51,11 +52,12 @@ def grade(
     response: str,
     truth: object,
     *,
-    answer: Mapping[str, Any],
+    facts: Mapping[str, Any],
     prompt: Mapping[str, Any],
     filters: Filters,
 ) -> Grade:
-    """1 for an answer that all filters keep; 0 with "filter: reason"."""
-    asked = Prompt("", prompt["question"], prompt["kind"], None, prompt["fields"])
-    name, why = first_objection(Candidate(0, response, **answer), asked, filters)
+    """Return 1 for a response that all filters keep, else 0 with the reason "filter: why"."""
+    filtered = TextResponse(response, **facts)
+    of = Prompt("", prompt["question"], prompt["kind"], None, prompt["fields"])
+    name, why = first_objection(filtered, of, filters)
     return Grade(0.0, f"{name}: {why}") if name else Grade(1.0, "")

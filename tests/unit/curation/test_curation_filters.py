@@ -1,14 +1,14 @@
-"""Every filter on answers made by hand; why each is one or the other stands beside it."""
+"""Every filter on hand-written responses; a comment says why each is kept or dropped."""
 
 import asyncio
 import re
 
 import pytest
 
-from megatron_r1.curation.candidate import Candidate
 from megatron_r1.curation.filters import NAMES, REGISTRY, check_filters, filters_of, first_objection
 from megatron_r1.curation.filters.worker import PooledFilters
 from megatron_r1.data.prompts import make_prompt
+from megatron_r1.evaluation.response import TextResponse
 from megatron_r1.rewards.runtime.pool import RewardPool
 
 EN = (
@@ -30,9 +30,9 @@ def prompt(kind="math", **fields):
     return make_prompt("Sum of the first ten odd numbers?", kind, "100", fields)
 
 
-def says(name, text, asked=None, opened=False, truncated=False, **options):
-    candidate = Candidate(0, text, 10, truncated, opened)
-    return REGISTRY[name](candidate, asked or prompt(), **options)
+def reason_for(name, text, asked=None, opened=False, truncated=False, **options):
+    response = TextResponse(text, 10, truncated, opened)
+    return REGISTRY[name](response, asked or prompt(), **options)
 
 
 def think(thought, summary="It is 100."):
@@ -109,70 +109,70 @@ DROPPED = {
 @pytest.mark.parametrize("case", KEPT)
 def test_a_good_answer_is_kept(case):
     name, text, options = KEPT[case]
-    assert says(name, text, **options) == ""
+    assert reason_for(name, text, **options) == ""
 
 
 @pytest.mark.parametrize("case", DROPPED)
 def test_a_bad_answer_is_dropped_with_a_reason(case):
     name, text, options, reason = DROPPED[case]
-    told = says(name, text, **options)
-    assert told and re.search(reason, told), told
+    dropped = reason_for(name, text, **options)
+    assert dropped and re.search(reason, dropped), dropped
 
 
 def test_what_the_question_is_about_counts():
     program = think(CODE)
-    assert says("code_blocks", program, prompt("code")) == ""
-    assert says("code_blocks", program, prompt("my:grade"), kinds=["code", "my:grade"]) == ""
+    assert reason_for("code_blocks", program, prompt("code")) == ""
+    assert reason_for("code_blocks", program, prompt("my:grade"), kinds=["code", "my:grade"]) == ""
     # A bilingual set says per question which language it wants, as the language reward reads it.
-    assert says("language", think(ZH, "一百。"), prompt(target="zh")) == ""
-    assert says("language", think(EN), prompt(target="zh")) == "0% of its words are Chinese"
+    assert reason_for("language", think(ZH, "一百。"), prompt(target="zh")) == ""
+    assert reason_for("language", think(EN), prompt(target="zh")) == "0% of its words are Chinese"
     # A field of that name which is no language is the question's own affair.
-    assert says("language", think(EN), prompt(target=24)) == ""
+    assert reason_for("language", think(EN), prompt(target=24)) == ""
 
 
 def test_a_thought_that_the_prompt_opened_is_the_same_thought():
-    assert says("format", "a</think>It is 100.", opened=True) == ""
-    assert "occurs 2 times" in says("format", "<think>a</think>It is 100.", opened=True)
-    assert says("code_blocks", "```\n1\n```</think>It is 100.", opened=True)
-    assert says("code_blocks", "a</think>```\n1\n```", opened=True) == ""
+    assert reason_for("format", "a</think>It is 100.", opened=True) == ""
+    assert "occurs 2 times" in reason_for("format", "<think>a</think>It is 100.", opened=True)
+    assert reason_for("code_blocks", "```\n1\n```</think>It is 100.", opened=True)
+    assert reason_for("code_blocks", "a</think>```\n1\n```", opened=True) == ""
 
 
 def test_what_was_cut_is_dropped():
-    assert says("truncated", think(EN)) == ""
-    assert says("truncated", think(EN), truncated=True) == "cut off after 10 tokens"
+    assert reason_for("truncated", think(EN)) == ""
+    assert reason_for("truncated", think(EN), truncated=True) == "cut off after 10 tokens"
 
 
-def test_the_workers_say_what_the_filters_say():
-    """As a run asks them: one process more, candidates and questions as JSON."""
-    cases = [(Candidate(0, text), prompt()) for _, text, *_ in [*KEPT.values(), *DROPPED.values()]]
+def test_workers_give_the_same_reasons_as_the_filters():
+    """As in a run: in another process, with responses and questions as JSON."""
+    cases = [(TextResponse(text), prompt()) for _, text, *_ in [*KEPT.values(), *DROPPED.values()]]
     cases += [
-        (Candidate(0, think(EN), 9, True), prompt()),
-        (Candidate(0, "a</think>It is 100.", opened=True), prompt()),
-        (Candidate(0, think(CODE)), prompt("code", tests=["x"])),
-        (Candidate(0, think(EN)), prompt(target="zh")),
+        (TextResponse(think(EN), 9, True), prompt()),
+        (TextResponse("a</think>It is 100.", opened=True), prompt()),
+        (TextResponse(think(CODE)), prompt("code", tests=["x"])),
+        (TextResponse(think(EN)), prompt(target="zh")),
     ]
     filters = filters_of("sft", {"paragraphs": {"max_words": 200}, "repetition": False})
 
-    async def ask():
+    async def filter_all():
         async with RewardPool(1) as pool:
-            objection = PooledFilters(pool, filters)
-            return await asyncio.gather(*(objection(asked, c) for c, asked in cases))
+            pooled = PooledFilters(pool, filters)
+            return await asyncio.gather(*(pooled(asked, r) for r, asked in cases))
 
-    told = [(d.code, d.why) if d else ("", "") for d in asyncio.run(ask())]
-    assert told == [first_objection(c, asked, filters) for c, asked in cases]
-    assert len({code for code, _ in told}) == 6
+    reasons = [(d.code, d.why) if d else ("", "") for d in asyncio.run(filter_all())]
+    assert reasons == [first_objection(r, asked, filters) for r, asked in cases]
+    assert len({code for code, _ in reasons}) == 6
 
 
 def test_the_first_filter_that_objects_gives_the_reason():
     filters = filters_of("sft", {})
     assert tuple(filters) == NAMES
-    bad = Candidate(0, think(EN + ZH * 3), truncated=True)
+    bad = TextResponse(think(EN + ZH * 3), truncated=True)
     assert first_objection(bad, prompt(), filters)[0] == "truncated"
     assert first_objection(bad, prompt(), filters_of("sft", {"truncated": False}))[0] == "language"
     only = filters_of("answers", {"repetition": {"min_new": 0.9}})
     assert only == {"repetition": {"min_new": 0.9}}
     assert first_objection(bad, prompt(), only)[0] == "repetition"
-    assert first_objection(Candidate(0, think(EN)), prompt(), filters) == ("", "")
+    assert first_objection(TextResponse(think(EN)), prompt(), filters) == ("", "")
 
 
 @pytest.mark.parametrize(

@@ -7,13 +7,13 @@ import random
 from collections import Counter
 
 import pytest
-from curation_answers import PROMPT, answer, curate, selection
+from curation_answers import PROMPT, answer, run_decide, selection
 from served import Served, judge_that
 
 from megatron_r1.config.sample import PairsConfig, SampleConfig
+from megatron_r1.curation.cache import ResultCache
 from megatron_r1.curation.judges import FunctionJudge, make_judge
 from megatron_r1.curation.length_balance import log_ratio, pairs_to_drop
-from megatron_r1.curation.memo import Memo
 from megatron_r1.curation.preference_pairs import PreferencePairs, pair_up
 from megatron_r1.curation.safety_labels import SafetyLabels
 from megatron_r1.curation.user_function import UserFunction, load_function
@@ -35,10 +35,10 @@ def user_function(name, function):
 
 
 def function_judge(function, folder, name="j:f", votes=4):
-    return FunctionJudge(user_function(name, function), votes, Memo(folder / "votes.jsonl"))
+    return FunctionJudge(user_function(name, function), votes, ResultCache(folder / "votes.jsonl"))
 
 
-def pairs_of(tmp_path, function, candidates, name="j:f", prompt=PROMPT, **settings):
+def pairs_of(tmp_path, function, responses, name="j:f", prompt=PROMPT, **settings):
     """(decisions, rows, calls of the judge)"""
     calls = []
 
@@ -48,10 +48,10 @@ def pairs_of(tmp_path, function, candidates, name="j:f", prompt=PROMPT, **settin
 
     settings = PairsConfig(**settings)
     judge = FunctionJudge(
-        user_function(name, counted), settings.votes, Memo(tmp_path / "votes.jsonl")
+        user_function(name, counted), settings.votes, ResultCache(tmp_path / "votes.jsonl")
     )
-    curator = PreferencePairs(selection(output="pairs"), settings, judge)
-    return *curate(curator, candidates, prompt), calls
+    decide = PreferencePairs(selection(output="pairs"), settings, judge)
+    return *run_decide(decide, responses, prompt), calls
 
 
 def test_a_clear_preference_makes_a_pair_with_its_votes(tmp_path):
@@ -75,8 +75,8 @@ def test_a_clear_preference_makes_a_pair_with_its_votes(tmp_path):
     "function", [lambda q, a, b: 1.0, lambda q, a, b: 0.0, lambda q, a, b: 0.8]
 )
 def test_a_judge_with_an_eye_for_order_alone_makes_no_pairs(tmp_path, function, votes):
-    candidates = [summary(i, i + 1) for i in range(6)]
-    decided, rows, _ = pairs_of(tmp_path, function, candidates, per_prompt=3, votes=votes)
+    responses = [summary(i, i + 1) for i in range(6)]
+    decided, rows, _ = pairs_of(tmp_path, function, responses, per_prompt=3, votes=votes)
     assert set(decided.values()) == {"tie"} and rows == []
 
 
@@ -101,12 +101,12 @@ def test_near_ties_are_dropped(tmp_path, in_favour, margin, code):
 
 
 def test_no_vote_is_cast_twice(tmp_path):
-    candidates = [summary(i, 2 * i + 1) for i in range(4)]
-    first = pairs_of(tmp_path, longer, candidates, per_prompt=2)
-    again = pairs_of(tmp_path, longer, candidates, per_prompt=2)
+    responses = [summary(i, 2 * i + 1) for i in range(4)]
+    first = pairs_of(tmp_path, longer, responses, per_prompt=2)
+    again = pairs_of(tmp_path, longer, responses, per_prompt=2)
     assert len(first[2]) == 8 and again == (*first[:2], [])
     # Another judge's votes are its own.
-    assert len(pairs_of(tmp_path, longer, candidates, "j:g", per_prompt=2)[2]) == 8
+    assert len(pairs_of(tmp_path, longer, responses, "j:g", per_prompt=2)[2]) == 8
 
 
 def test_answers_without_a_summary_are_not_compared(tmp_path):
@@ -194,29 +194,29 @@ def test_lengths_are_those_of_what_is_compared(tmp_path):
     judge = FunctionJudge(
         user_function("j:f", lambda q, a, b: float(a == "ab")),
         4,
-        Memo(tmp_path / "v"),
+        ResultCache(tmp_path / "v"),
     )
-    curator = PreferencePairs(selection(output="pairs"), settings, judge)
-    curate(curator, [long_thought, answer(1, None, text="<think>x</think>abcd")])
-    assert list(curator.log_ratios.values()) == [pytest.approx(math.log(2 / 4))]
+    decide = PreferencePairs(selection(output="pairs"), settings, judge)
+    run_decide(decide, [long_thought, answer(1, None, text="<think>x</think>abcd")])
+    assert list(decide.log_ratios.values()) == [pytest.approx(math.log(2 / 4))]
     assert log_ratio("", "ab") == -math.log(2)
 
 
 def test_pairs_left_out_for_their_lengths_say_so(tmp_path):
     settings = PairsConfig(max_length_bias=0.1)
     judge = function_judge(longer, tmp_path)
-    curator = PreferencePairs(selection(output="pairs"), settings, judge)
+    decide = PreferencePairs(selection(output="pairs"), settings, judge)
     prompts = [make_prompt(f"{i}?", "helpful", None, {}) for i in range(3)]
     sizes = [(1, 40), (10, 11), (30, 31)]  # words: a far longer winner, and two slightly longer
     groups = [[summary(0, a), summary(1, b)] for a, b in sizes]
     for prompt, group in zip(prompts, groups, strict=True):
-        curate(curator, group, prompt)
-    assert curator.length_bias()["length_bias_before"] > 1
-    curator.balance()
-    decided = [curate(curator, g, p) for p, g in zip(prompts, groups, strict=True)]
+        run_decide(decide, group, prompt)
+    assert decide.length_bias()["length_bias_before"] > 1
+    decide.balance()
+    decided = [run_decide(decide, g, p) for p, g in zip(prompts, groups, strict=True)]
     assert [codes[1] for codes, _ in decided] == ["length_balance", "chosen", "chosen"]
     assert [len(rows) for _, rows in decided] == [0, 1, 1]
-    told = curator.length_bias()
+    told = decide.length_bias()
     assert told["pairs"] == 2 and 0 < told["length_bias"] <= 0.1
 
 
@@ -231,8 +231,8 @@ def test_labels_are_of_the_whole_response(tmp_path):
     harmful = answer(0, None, text="<think>A bomb is made of …</think>I cannot help.")
     opened = answer(1, None, text="Fine.</think>Hello.", opened=True)
     empty = answer(2, None, text=" ")
-    curator = SafetyLabels(selection(output="labels"), judge)
-    decided, rows = curate(curator, [harmful, opened, empty])
+    decide = SafetyLabels(selection(output="labels"), judge)
+    decided, rows = run_decide(decide, [harmful, opened, empty])
     assert decided == {0: "unsafe", 1: "safe", 2: "empty"}
     assert [(row["label"], row["response"]) for row in rows] == [
         (0, harmful.text),
@@ -249,7 +249,7 @@ def served(output, decide, work, tmp_path, **options):
         async with Served(judge_that(decide)) as server:
             settings = {"url": server.url, "model": "m", **options}
             config = SampleConfig(output=output)
-            judge = make_judge(config, settings, Memo(tmp_path / "votes.jsonl"))
+            judge = make_judge(config, settings, ResultCache(tmp_path / "votes.jsonl"))
             try:
                 await judge.check()
                 count = len(server.requests)
@@ -301,7 +301,7 @@ def test_a_judge_that_cannot_be_asked_is_named(tmp_path, monkeypatch, settings, 
     (tmp_path / "user_judges.py").write_text("def length(question, first, second): return 1\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(ValueError, match=message):
-        make_judge(SampleConfig(**settings), options, Memo(tmp_path / "v"))
+        make_judge(SampleConfig(**settings), options, ResultCache(tmp_path / "v"))
 
 
 @pytest.mark.parametrize("said", ["A", None, 1.5, -0.1, float("nan")])
@@ -329,9 +329,9 @@ def test_a_pair_that_could_not_be_judged_is_not_asked_for_again():
                 raise outcome
             return outcome
 
-    curator = PreferencePairs(selection(output="pairs"), PairsConfig(), Judge())
+    decide = PreferencePairs(selection(output="pairs"), PairsConfig(), Judge())
     for _ in range(2):
-        decided, rows = curate(curator, [summary(0, 3), summary(1, 4)])
+        decided, rows = run_decide(decide, [summary(0, 3), summary(1, 4)])
         assert (decided, rows) == ({0: "ungraded", 1: "ungraded"}, [])
     assert len(outcomes) == 1
 

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from megatron_r1.config.sample import RenderConfig
-from megatron_r1.curation.contamination import contaminated, load_avoided, ngrams
+from megatron_r1.curation.decontamination import contaminated, load_avoided, ngrams
 from megatron_r1.curation.rendering import Rendering
 from megatron_r1.data.prompts import make_prompt
 from megatron_r1.data.shots import FewShotText, Shots
@@ -187,9 +187,9 @@ def test_files_of_questions_to_avoid(tmp_path):
 ZERO = answer(0, text=" <think>6 x 7: {summary}</think> <answer>42</answer>")
 
 
-def rendered(response, template="Q: {problem}", candidate=ZERO, tokenizer=""):
-    rendering = Rendering(RenderConfig(template=template, response=response), "plain", tokenizer)
-    return rendering.prompt(PROMPT.question), rendering.response(candidate, PROMPT.question)
+def rendered(form, template="Q: {problem}", response=ZERO, tokenizer=""):
+    rendering = Rendering(RenderConfig(template=template, response=form), "plain", tokenizer)
+    return rendering.prompt(PROMPT.question), rendering.response(response, PROMPT.question)
 
 
 def test_an_answer_takes_another_form():
@@ -199,10 +199,10 @@ def test_an_answer_takes_another_form():
     assert rendered("{answer}")[1] == "42"
     assert rendered("{response}")[1] == ZERO.text
     prose = answer(0, text="<think>Hm.</think>So it is \\boxed{42}.")
-    assert rendered("{summary} ({answer})", candidate=prose)[1] == "So it is \\boxed{42}. (42)"
+    assert rendered("{summary} ({answer})", response=prose)[1] == "So it is \\boxed{42}. (42)"
     bare = answer(0, text="It is 42.")
-    assert rendered(whole, candidate=bare)[1] is None
-    assert rendered("{summary}", candidate=bare)[1] == "It is 42."
+    assert rendered(whole, response=bare)[1] is None
+    assert rendered("{summary}", response=bare)[1] == "It is 42."
 
 
 def test_the_thought_is_opened_once():

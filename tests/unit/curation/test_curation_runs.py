@@ -9,12 +9,13 @@ import pytest
 from fake_server import FakeServer
 
 from megatron_r1.cli import main
-from megatron_r1.curation.answer_log import AnswerLog
-from megatron_r1.curation.candidate import Candidate, to_line
-from megatron_r1.curation.curator import WINDOW, Curated, curate_all
-from megatron_r1.curation.memo import Memo
-from megatron_r1.curation.selection import Decision
+from megatron_r1.curation.cache import ResultCache
+from megatron_r1.curation.decision import Decision
+from megatron_r1.curation.outputs import WINDOW, QuestionResult, decide_all
 from megatron_r1.data.prompts import make_prompt, normalize
+from megatron_r1.evaluation.questions import QuestionSet
+from megatron_r1.evaluation.response import TextResponse
+from megatron_r1.evaluation.response_log import ResponseLog
 from megatron_r1.files.jsonl import append_lines
 
 # A reward that loads in no time, where `math` brings sympy into every worker.
@@ -337,39 +338,45 @@ def test_answers_that_no_grader_could_grade_are_graded_again(recipe, tmp_path):
 def test_a_folder_of_something_else_is_refused(tmp_path):
     (tmp_path / "samples.jsonl").write_text('{"step": 1, "response": "x"}\n')
     with pytest.raises(ValueError, match="has a line that `sample` did not write"):
-        AnswerLog(tmp_path / "samples.jsonl")
+        ResponseLog(tmp_path / "samples.jsonl", "sample")
 
 
-def test_a_memo_survives_a_torn_line(tmp_path):
-    memo = Memo(tmp_path / "memo.jsonl")
-    memo["a", 1], memo["b",] = [1, 2], None
-    with (tmp_path / "memo.jsonl").open("a") as file:
+def test_a_result_cache_survives_a_torn_line(tmp_path):
+    cache = ResultCache(tmp_path / "cache.jsonl")
+    cache["a", 1], cache["b",] = [1, 2], None
+    with (tmp_path / "cache.jsonl").open("a") as file:
         file.write('{"key": "c')
-    again = Memo(tmp_path / "memo.jsonl")
+    again = ResultCache(tmp_path / "cache.jsonl")
     assert again["a", 1] == [1, 2] and ("b",) in again and ("c",) not in again
     again["c",] = "é"
-    assert [again["a", 1], again["c",], Memo(tmp_path / "memo.jsonl")["c",]] == [[1, 2], "é", "é"]
+    assert [again["a", 1], again["c",], ResultCache(tmp_path / "cache.jsonl")["c",]] == [
+        [1, 2],
+        "é",
+        "é",
+    ]
 
 
 def test_decisions_come_in_order_and_few_questions_are_in_memory_at_once(tmp_path):
     prompts = [make_prompt(f"{i}?", "math", i, {}) for i in range(300)]
     answers = [
-        {"id": p.id, "digest": "d", "seed": 0, **to_line(Candidate(0, "x"))} for p in prompts
+        {"id": p.id, "digest": "d", "seed": 0, **TextResponse("x").to_line()} for p in prompts
     ]
     append_lines(tmp_path / "samples.jsonl", answers[::-1])  # as they were finished
     under_way, most = set(), 0
 
-    async def curate(prompt, candidates):
+    async def decide(prompt, responses):
         nonlocal most
         under_way.add(prompt.id)
         most = max(most, len(under_way))
         await asyncio.sleep(0.001 * (int(prompt.question[:-1]) % 7))
         under_way.remove(prompt.id)
-        return Curated([Decision("kept")] * len(candidates), [])
+        return QuestionResult([Decision("kept")] * len(responses), [])
+
+    questions = QuestionSet("", prompts, 1)
 
     async def run():
-        log = AnswerLog(tmp_path / "samples.jsonl")
-        return [lines[0]["id"] async for lines, _ in curate_all(log, prompts, 1, curate)]
+        log = ResponseLog(tmp_path / "samples.jsonl", "sample")
+        return [lines[0]["id"] async for lines, _ in decide_all(log, questions, decide)]
 
     assert asyncio.run(run()) == [prompt.id for prompt in prompts]
     assert 1 < most <= WINDOW

@@ -7,44 +7,44 @@ from pathlib import Path
 
 import pytest
 import yaml
-from curation_answers import PROMPT, answer, curate, selection
+from curation_answers import PROMPT, answer, run_decide, selection
 
-from megatron_r1.config import RewardsConfig, parse
+from megatron_r1.config import parse
 from megatron_r1.config.sample import RenderConfig, SampleConfig
-from megatron_r1.curation.grading import Grader
-from megatron_r1.curation.kept_answers import KeptAnswers
 from megatron_r1.curation.rendering import Rendering
+from megatron_r1.curation.sft_examples import SftExamples
 from megatron_r1.data.prompts import make_prompt
+from megatron_r1.evaluation.grading import Grader
 from megatron_r1.rewards.base import UNGRADED, Grade
 
 ROOT = Path(__file__).parents[3]
 PLAIN = Rendering(RenderConfig(), "Q: {problem}\nA:", "")
 
 
-def kept(candidates, keep, filters=None, output="answers", seed=0, prompt=PROMPT):
-    curator = KeptAnswers(selection(keep, output, filters, seed), PLAIN)
-    return curate(curator, candidates, prompt)
+def kept(responses, keep, filters=None, output="answers", seed=0, prompt=PROMPT):
+    decide = SftExamples(selection(keep, output, filters, seed), PLAIN)
+    return run_decide(decide, responses, prompt)
 
 
-def by_brute_force(candidates, keep, order):
+def by_brute_force(responses, keep, order):
     """The decisions, from the words of docs/sampling.md."""
-    right = [c for c in candidates if c.rewards["accuracy"] >= keep["min_accuracy"]]
-    rate = len(right) / len(candidates)
+    right = [c for c in responses if c.rewards["accuracy"] >= keep["min_accuracy"]]
+    rate = len(right) / len(responses)
     if rate > keep["max_pass_rate"]:
-        return {c.index: "too_easy" for c in candidates}
+        return {c.index: "too_easy" for c in responses}
     if rate < keep["min_pass_rate"]:
-        return {c.index: "too_hard" for c in candidates}
+        return {c.index: "too_hard" for c in responses}
     found = {}
-    for c in candidates:
+    for c in responses:
         if c not in right:
             found[c.index] = "wrong"
         elif c.reward < keep["min_reward"]:
             found[c.index] = "low_reward"
         elif c.truncated:
             found[c.index] = "truncated"
-        elif any(c.text == d.text and d.index not in found for d in candidates[: c.index]):
+        elif any(c.text == d.text and d.index not in found for d in responses[: c.index]):
             found[c.index] = "duplicate"
-    left = sorted((c for c in candidates if c.index not in found), key=order)
+    left = sorted((c for c in responses if c.index not in found), key=order)
     for place, c in enumerate(left):
         found[c.index] = "kept" if place < (keep["per_prompt"] or 99) else "not_chosen"
     return found
@@ -63,7 +63,7 @@ def test_selection_is_what_brute_force_finds(choose, per_prompt):
     draw = random.Random(f"{choose}{per_prompt}")
     seen = set()
     for _ in range(300):
-        candidates = [
+        responses = [
             answer(
                 i,
                 accuracy=draw.choice([0.0, 0.5, 1.0, 1.0]),
@@ -81,10 +81,10 @@ def test_selection_is_what_brute_force_finds(choose, per_prompt):
             "max_pass_rate": draw.choice([0.7, 1.0]),
             "per_prompt": per_prompt,
         }
-        expected = by_brute_force(candidates, keep, ORDERS[choose])
+        expected = by_brute_force(responses, keep, ORDERS[choose])
         switched_on = {"truncated": True, "duplicate": True}
-        found, rows = kept(candidates, {**keep, "choose": choose}, switched_on)
-        assert found == expected, (keep, candidates)
+        found, rows = kept(responses, {**keep, "choose": choose}, switched_on)
+        assert found == expected, (keep, responses)
         assert len(rows) == list(expected.values()).count("kept")
         seen |= set(expected.values())
     chosen = {"not_chosen"} if per_prompt else set()
@@ -93,12 +93,12 @@ def test_selection_is_what_brute_force_finds(choose, per_prompt):
 
 
 def test_random_depends_on_seed_and_question_alone():
-    candidates = [answer(i, text=f"text {i}") for i in range(8)]
+    responses = [answer(i, text=f"text {i}") for i in range(8)]
 
     def chosen(seed, question):
         prompt = make_prompt(question, "math", "42", {})
         keep = {"per_prompt": 2, "choose": "random"}
-        found, _ = kept(candidates, keep, seed=seed, prompt=prompt)
+        found, _ = kept(responses, keep, seed=seed, prompt=prompt)
         return frozenset(i for i, code in found.items() if code == "kept")
 
     assert chosen(0, "a") == chosen(0, "a")
@@ -130,14 +130,14 @@ def test_what_spells_the_same_is_a_duplicate():
 
 
 def test_without_grades_only_filters_decide():
-    candidates = [answer(0, None), answer(1, None, truncated=True)]
-    assert kept(candidates, None, output="sft")[0] == {0: "kept", 1: "truncated"}
+    responses = [answer(0, None), answer(1, None, truncated=True)]
+    assert kept(responses, None, output="sft")[0] == {0: "kept", 1: "truncated"}
 
 
 def test_answers_without_grades_can_be_chosen_from_as_well():
-    candidates = [answer(i, None, num_tokens=n) for i, n in enumerate((9, 5, 7))]
+    responses = [answer(i, None, num_tokens=n) for i, n in enumerate((9, 5, 7))]
     keep = {"min_accuracy": None, "per_prompt": 2, "choose": "shortest"}
-    assert kept(candidates, keep)[0] == {0: "not_chosen", 1: "kept", 2: "kept"}
+    assert kept(responses, keep)[0] == {0: "not_chosen", 1: "kept", 2: "kept"}
 
 
 @pytest.mark.parametrize(("weight", "is_graded"), [(0.0, True), (0.5, False)])
@@ -150,7 +150,7 @@ def test_a_reward_that_is_only_measured_may_fail(weight, is_graded):
             return Grade(0.0, f"{UNGRADED}: broken") if failed else Grade(1.0, "right")
 
     weights = {"accuracy": 1.0, "repetition": weight}
-    grader = Grader(Pool(), RewardsConfig(weights=weights))
+    grader = Grader(Pool(), weights, {})
     graded = asyncio.run(grader.grade(PROMPT, answer(0, None)))
     assert graded.is_ungraded != is_graded
     assert graded.reward == (1.0 if is_graded else None)
@@ -162,9 +162,9 @@ def test_a_blank_answer_is_nothing_to_learn_whatever_its_reward():
 
 
 def test_rows_are_what_sft_reads_in_the_order_of_choice():
-    candidates = [answer(0, num_tokens=9), answer(1, num_tokens=5), answer(2, num_tokens=7)]
-    _, rows = kept(candidates, {"choose": "shortest", "per_prompt": 2})
-    assert [row["response"] for row in rows] == [candidates[1].text, candidates[2].text]
+    responses = [answer(0, num_tokens=9), answer(1, num_tokens=5), answer(2, num_tokens=7)]
+    _, rows = kept(responses, {"choose": "shortest", "per_prompt": 2})
+    assert [row["response"] for row in rows] == [responses[1].text, responses[2].text]
     assert {row["prompt"] for row in rows} == {"Q: What is 6 x 7?\nA:"}
     assert {(row["id"], row["kind"]) for row in rows} == {(PROMPT.id, "math")}
 

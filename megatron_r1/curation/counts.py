@@ -1,4 +1,4 @@
-"""What became of all answers: counts by reason, for curation.json and for a person."""
+"""Counts of the decisions, for curation.json and for the terminal."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_r1.curation.selection import Decision
+from megatron_r1.curation.decision import Decision
 from megatron_r1.rewards.combine import ACCURACY
 
 
-class Tally:
-    """Add every answer with its decision, those of a question one after the other."""
+class DecisionCounts:
+    """`add` takes every response's line with its decision, one question after the other."""
 
     def __init__(self) -> None:
         self.decisions: Counter[str] = Counter()
-        self.num_answers = self.num_kept = self.num_kept_tokens = 0
+        self.num_responses = self.num_kept = self.num_kept_tokens = 0
         self.num_questions = self.num_questions_with_kept = 0
         self._by_kind: defaultdict[str, Counter[str]] = defaultdict(Counter)
         self._accuracy = [0.0, 0]
@@ -26,7 +26,7 @@ class Tally:
         if line["id"] != self._question:
             self._question, self._has_kept = line["id"], False
             self.num_questions += 1
-        self.num_answers += 1
+        self.num_responses += 1
         self.decisions[decision.code] += 1
         of_kind = self._by_kind[line["kind"]]
         of_kind["answers"] += 1
@@ -41,13 +41,16 @@ class Tally:
             self.num_kept_tokens += line["length"] or 0
 
     def as_json(self) -> dict[str, Any]:
-        """accuracy: mean over graded answers, None where none was. tokens: of kept answers as
-        sampled."""
+        """Return the content of curation.json.
+
+        accuracy: mean over graded responses, None without any. kept_tokens: as sampled, before
+        rewriting.
+        """
         total, count = self._accuracy
         return {
             "questions": self.num_questions,
             "questions_with_kept": self.num_questions_with_kept,
-            "answers": self.num_answers,
+            "answers": self.num_responses,
             "kept": self.num_kept,
             "kept_tokens": self.num_kept_tokens,
             "accuracy": total / count if count else None,
@@ -59,14 +62,14 @@ class Tally:
         }
 
     def table(self) -> str:
-        """Reasons by how many answers they took, the most first."""
+        """Return a line per decision, the most frequent first."""
         width = max((len(code) for code in self.decisions), default=0)
         lines = [
-            f"  {code:<{width}}  {count:>9,}  {count / self.num_answers:>6.1%}"
+            f"  {code:<{width}}  {count:>9,}  {count / self.num_responses:>6.1%}"
             for code, count in self.decisions.most_common()
         ]
         head = (
-            f"{self.num_answers:,} answers to {self.num_questions:,} questions, "
+            f"{self.num_responses:,} answers to {self.num_questions:,} questions, "
             f"{self.num_kept:,} kept, of {self.num_questions_with_kept:,} questions"
         )
         return "\n".join([head, *lines])

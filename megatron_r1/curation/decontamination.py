@@ -1,8 +1,8 @@
-"""Questions that must not be trained on, because a model is to be measured by them.
+"""Decontamination: questions of benchmarks must not be trained on.
 
-Two questions are the same when their normalized texts are, and too near when they share n words in
-a row (13: GPT-3, arXiv 2005.14165, appendix C). As there, words that more than ten of the questions
-have in common are a task's boilerplate, and no sign of anything.
+Two questions are the same if their normalized texts are, and too near if they share n words in a
+row (13: GPT-3, arXiv 2005.14165, appendix C). As there, an n-gram that more than ten of the
+questions have in common is a task's boilerplate, and is ignored.
 """
 
 from __future__ import annotations
@@ -17,37 +17,39 @@ from megatron_r1.data.records import read_records, require_text
 from megatron_r1.rewards.language.words import HAN
 
 NUM_BOILERPLATE = 10
-# A Chinese character is a word, and so is each sign: `4 + 9` and `4 - 9` are different questions.
+# Each Chinese character and each sign is a word: `4 + 9` and `4 - 9` are different questions.
 WORD = re.compile(rf"[{HAN}]|[^\W{HAN}]+|[^\w\s]")
 
 Ngram = tuple[str, ...]
 
 
 def load_avoided(paths: Iterable[str | Path]) -> list[str]:
-    """The questions of JSONL or Parquet files; raises ValueError with file and line for a row
-    without one."""
+    """Return the questions of JSONL or Parquet files.
+
+    Raises ValueError with file and line for a row without one.
+    """
     return [
         require_text(place, row, "question") for path in paths for place, row in read_records(path)
     ]
 
 
 def contaminated(prompts: Sequence[Prompt], avoided: Sequence[str], n: int) -> dict[str, str]:
-    """Id of each prompt that must not be used → why. n: words in a row; 0: equality only."""
+    """Return id → reason of the prompts that must not be used. n: in words; 0: equality only."""
     texts = {normalize(question) for question in avoided}
     grams = {gram for text in texts for gram in ngrams(text, n)}
     shared = {prompt.id: grams & ngrams(prompt.question, n) for prompt in prompts}
-    in_how_many = Counter(gram for found in shared.values() for gram in found)
+    num_prompts = Counter(gram for found in shared.values() for gram in found)
     reasons = {}
     for prompt in prompts:
-        telling = sorted(g for g in shared[prompt.id] if in_how_many[g] <= NUM_BOILERPLATE)
+        rare = sorted(g for g in shared[prompt.id] if num_prompts[g] <= NUM_BOILERPLATE)
         if normalize(prompt.question) in texts:
             reasons[prompt.id] = "the same question is to be avoided"
-        elif telling:
-            reasons[prompt.id] = f"{n} words of a question to be avoided: {' '.join(telling[0])}"
+        elif rare:
+            reasons[prompt.id] = f"{n} words of a question to be avoided: {' '.join(rare[0])}"
     return reasons
 
 
 def ngrams(question: str, n: int) -> set[Ngram]:
-    """None for n = 0, and of a question with fewer words."""
+    """Return the n-grams of words; no n-grams for n = 0."""
     words = WORD.findall(normalize(question))
     return {tuple(words[i : i + n]) for i in range(len(words) - n + 1)} if n else set()

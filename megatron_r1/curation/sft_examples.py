@@ -1,0 +1,97 @@
+"""sft.jsonl: the responses that are kept, rewritten if asked for, in the form to be learned."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from megatron_r1.curation.cache import ResultCache
+from megatron_r1.curation.decision import KEPT, NOT_CHOSEN, Decision
+from megatron_r1.curation.outputs import QuestionResult
+from megatron_r1.curation.rendering import Rendering
+from megatron_r1.curation.selection import Selection
+from megatron_r1.curation.user_function import UserFunction
+from megatron_r1.data.prompts import Prompt
+from megatron_r1.errors import UserError
+from megatron_r1.evaluation.grading import Grader
+from megatron_r1.evaluation.response import TextResponse
+
+
+class Rewriter:
+    """A function that makes a response readable, as people and a model did for DeepSeek-R1's cold
+    start. Its results are cached until its module changes."""
+
+    def __init__(self, function: UserFunction, cache: ResultCache) -> None:
+        self._function, self._cache = function, cache
+
+    async def __call__(self, question: str, response: str) -> str | None:
+        """Return the rewritten response, None to drop it. Raises UserError for another result."""
+        key = ("rewrite", self._function.identity, question, response)
+        return await self._cache.get(key, lambda: self._rewrite(question, response))
+
+    async def _rewrite(self, question: str, response: str) -> str | None:
+        text = await self._function(question, response)
+        if text is not None and not isinstance(text, str):
+            raise UserError(
+                f"{self._function.key}: {self._function.path} returned {text!r}; return the "
+                "response, or None to drop it"
+            )
+        return text
+
+
+class SftExamples:
+    """Keeps at most `keep.per_prompt` of a question's responses."""
+
+    def __init__(
+        self,
+        selection: Selection,
+        rendering: Rendering | None,
+        rewriter: Rewriter | None = None,
+        grader: Grader | None = None,
+    ) -> None:
+        """rendering: None if nothing is written. grader: of rewritten responses, which are then
+        selected again."""
+        self._selection, self._rendering = selection, rendering
+        self._rewriter, self._grader = rewriter, grader
+
+    async def __call__(self, prompt: Prompt, responses: Sequence[TextResponse]) -> QuestionResult:
+        decisions = await self._selection.drops(prompt, responses)
+        passed = [response for response in responses if response.index not in decisions]
+        limit = self._selection.keep.per_prompt or len(responses)
+        rows: list[dict[str, Any]] = []
+        num_kept = 0
+        for response in self._selection.in_order(prompt, passed):
+            if num_kept == limit:
+                decisions[response.index] = Decision(NOT_CHOSEN)
+                continue
+            decision, row = await self._example(prompt, response)
+            decisions[response.index] = decision
+            num_kept += decision.is_kept
+            rows += row
+        return QuestionResult([decisions[response.index] for response in responses], rows)
+
+    async def _example(
+        self, prompt: Prompt, response: TextResponse
+    ) -> tuple[Decision, list[dict[str, Any]]]:
+        if self._rewriter is not None:
+            text = await self._rewriter(prompt.question, response.whole)
+            if text is None:
+                return Decision("not_rewritten", "sample.rewrite gave None"), []
+            response = replace(response, text=text, opened=False)
+            if self._grader is not None:
+                response = await self._grader.grade(prompt, response)
+            if dropped := await self._selection.drop(prompt, response):
+                return Decision(f"rewritten_{dropped.code}", dropped.why), []
+        if self._rendering is None:
+            return Decision(KEPT), []
+        text = self._rendering.response(response, prompt.question)
+        if text is None or not text.strip():
+            return Decision("not_renderable", "it lacks a part of sample.render.response"), []
+        row = {
+            "prompt": self._rendering.prompt(prompt.question),
+            "response": text,
+            "id": prompt.id,
+            "kind": prompt.kind,
+        }
+        return Decision(KEPT), [row]

@@ -1,0 +1,77 @@
+"""One sampled response to a question, as text, and its rewards once it is graded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from megatron_r1.rewards.answer import THINK
+from megatron_r1.rewards.base import UNGRADED
+from megatron_r1.rewards.language import chain_of_thought
+from megatron_r1.rewards.remote.response_text import Part, response_part
+
+
+@dataclass(frozen=True)
+class TextResponse:
+    """A response and its grade.
+
+    text: without the `<think>` that the prompt may end with. num_tokens: None where a server does
+    not report it. truncated: cut at the limit of tokens. opened: the prompt ended with `<think>`.
+    refusal: why the policy gave no response, else "". index: among the question's samples.
+    rewards: term → [0, 1], empty while ungraded. reward: their weighted sum. reason: the graders'
+    reasons; it begins with `UNGRADED` where one of them failed.
+    """
+
+    text: str
+    num_tokens: int | None = None
+    truncated: bool = False
+    opened: bool = False
+    refusal: str = ""
+    index: int = 0
+    rewards: Mapping[str, float] = field(default_factory=dict)
+    reward: float | None = None
+    reason: str = ""
+
+    @property
+    def is_ungraded(self) -> bool:
+        """Whether a grader was called and failed."""
+        return self.reason.startswith(UNGRADED)
+
+    @property
+    def length(self) -> int:
+        """In tokens, or in characters where the tokens were not counted."""
+        return len(self.text) if self.num_tokens is None else self.num_tokens
+
+    @property
+    def whole(self) -> str:
+        """The text with the `<think>` that its prompt may have opened."""
+        return THINK + self.text if self.opened else self.text
+
+    @property
+    def thought(self) -> str | None:
+        return chain_of_thought(self.text, self.opened)
+
+    def part(self, part: Part) -> str | None:
+        """Return the summary (what follows the thought) or the whole response; None if empty."""
+        return response_part(self.text, part, self.opened).text
+
+    def to_line(self) -> dict[str, Any]:
+        """Return the fields of a line of samples.jsonl."""
+        return {
+            "index": self.index,
+            "response": self.text,
+            "length": self.num_tokens,
+            "truncated": self.truncated,
+            "opened": self.opened,
+            "refusal": self.refusal,
+            "rewards": dict(self.rewards),
+            "reward": self.reward,
+            "reason": self.reason,
+        }
+
+    @classmethod
+    def from_line(cls, line: Mapping[str, Any]) -> TextResponse:
+        """The inverse of `to_line`."""
+        names = ("truncated", "opened", "refusal", "index", "rewards", "reward", "reason")
+        return cls(line["response"], line["length"], **{name: line[name] for name in names})

@@ -1,0 +1,188 @@
+"""The loop of `eval` and `sample`: sample what is missing, grade it, log it; resumable."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+from megatron_r1.data.prompts import Prompt
+from megatron_r1.errors import UserError
+from megatron_r1.evaluation.grading import Grader
+from megatron_r1.evaluation.policy import Policy
+from megatron_r1.evaluation.questions import QuestionSet, digest
+from megatron_r1.evaluation.response import TextResponse
+from megatron_r1.evaluation.response_log import QuestionKey, ResponseLog
+
+MAX_UNGRADED = 20
+"""Failures of a grader on one kind of question, before its first success, that stop the run."""
+MAX_GRADING = 4
+"""Responses in grading for each one in sampling; beyond that, sampling waits."""
+
+Job = tuple[QuestionSet, Prompt, int]
+Details = Callable[[QuestionSet, Prompt, TextResponse], dict[str, Any]]
+
+
+class Sampler:
+    """Samples every question `num_samples` times. Only what is in progress is in memory."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        grader: Grader | None,
+        log: ResponseLog,
+        sets: Sequence[QuestionSet],
+        seed: int,
+        details: Details,
+        *,
+        by_question: bool,
+        on_progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> None:
+        """grader: None to log responses ungraded. details: more fields for a response's line.
+        by_question: all samples of a question in a row, so that the engine can reuse its prompt's
+        cache; otherwise first samples of all questions come first. on_progress: called with
+        (finished, wanted) samples.
+
+        Raises UserError if the log has responses to other versions of the questions.
+        """
+        self._policy, self._grader, self._log = policy, grader, log
+        self._sets, self._seed, self._details = sets, seed, details
+        self._by_question, self._on_progress = by_question, on_progress
+        self._grading_slots = asyncio.Semaphore(MAX_GRADING * policy.concurrency)
+        self._num_ungraded: Counter[str] = Counter()
+        self._gradable: set[str] = set()
+        self._broken_grader: UserError | None = None
+        self._refuse_other_versions()
+        self.num_wanted = sum(len(found.prompts) * found.num_samples for found in sets)
+        self.num_done = sum(log.count(map(s.key, s.prompts), s.num_samples) for s in sets)
+
+    async def run(self) -> None:
+        """Return when every response is graded and logged. Raises the first failure of an engine,
+        a server or a grader; the log keeps what was finished before."""
+        self._on_progress(self.num_done, self.num_wanted)
+        jobs = self._missing()
+        failure: Exception | None = None
+        try:
+            async with asyncio.TaskGroup() as grading:
+                await self._grade_again(grading)
+                try:
+                    async with asyncio.TaskGroup() as sampling:
+                        for _ in range(min(self._policy.concurrency, self.num_missing)):
+                            sampling.create_task(self._sample(jobs, grading))
+                except ExceptionGroup as failures:
+                    # A dead engine fails all its requests; the first failure is enough. Responses
+                    # that are already sampled are still graded and logged.
+                    failure = failures.exceptions[0]
+        except ExceptionGroup as failures:
+            raise failures.exceptions[0] from None
+        finally:
+            await self._log.close()
+        if stopped := failure or self._broken_grader:
+            raise stopped
+
+    @property
+    def num_missing(self) -> int:
+        return self.num_wanted - self.num_done
+
+    def _missing(self) -> Iterator[Job]:
+        for questions, prompt, index in self._jobs():
+            if (questions.key(prompt), index) not in self._log:
+                yield questions, prompt, index
+
+    def _jobs(self) -> Iterator[Job]:
+        if self._by_question:
+            for questions in self._sets:
+                for prompt in questions.prompts:
+                    yield from ((questions, prompt, i) for i in range(questions.num_samples))
+            return
+        for index in range(max(questions.num_samples for questions in self._sets)):
+            for questions in self._sets:
+                if index < questions.num_samples:
+                    yield from ((questions, prompt, index) for prompt in questions.prompts)
+
+    async def _sample(self, jobs: Iterator[Job], grading: asyncio.TaskGroup) -> None:
+        for questions, prompt, index in jobs:
+            if self._broken_grader:
+                return
+            seed = sample_seed(self._seed, questions.key(prompt), index)
+            response = await self._policy.respond(prompt.question, seed)
+            # The next question is sampled while this response is graded.
+            await self._grading_slots.acquire()
+            response = replace(response, index=index)
+            grading.create_task(self._finish(questions, prompt, response, seed, is_new=True))
+
+    async def _grade_again(self, grading: asyncio.TaskGroup) -> None:
+        """Grade the logged responses whose grader failed the last time."""
+        if self._grader is None or not self._log.ungraded:
+            return
+        ungraded = set(self._log.ungraded)
+        keys = {key for key, _ in ungraded}
+        for questions in self._sets:
+            prompts = [prompt for prompt in questions.prompts if questions.key(prompt) in keys]
+            lines_of = self._log.read(map(questions.key, prompts), questions.num_samples)
+            for prompt, lines in zip(prompts, lines_of, strict=True):
+                for line in lines:
+                    if (questions.key(prompt), line["index"]) in ungraded:
+                        await self._grading_slots.acquire()
+                        response = TextResponse.from_line(line)
+                        grading.create_task(
+                            self._finish(questions, prompt, response, line["seed"], is_new=False)
+                        )
+
+    async def _finish(
+        self,
+        questions: QuestionSet,
+        prompt: Prompt,
+        response: TextResponse,
+        seed: int,
+        is_new: bool,
+    ) -> None:
+        """Grade and log one response."""
+        try:
+            if self._grader is not None and not response.refusal:
+                response = await self._grader.grade(prompt, response)
+                self._count_failures(questions, prompt, response)
+        finally:
+            self._grading_slots.release()
+        line: dict[str, Any] = {"benchmark": questions.title} if questions.title else {}
+        line |= {"id": prompt.id, "digest": digest(prompt), "seed": seed}
+        self._log.add(line | response.to_line() | self._details(questions, prompt, response))
+        if is_new:
+            self.num_done += 1
+            self._on_progress(self.num_done, self.num_wanted)
+
+    def _count_failures(
+        self, questions: QuestionSet, prompt: Prompt, response: TextResponse
+    ) -> None:
+        """Stop sampling if a grader fails on everything: its zeros are not the model's."""
+        name = f"benchmark {questions.title}" if questions.title else f"questions of {prompt.kind}"
+        if not response.is_ungraded:
+            self._gradable.add(name)
+        elif name not in self._gradable:
+            self._num_ungraded[name] += 1
+            if self._num_ungraded[name] == MAX_UNGRADED:
+                self._broken_grader = UserError(
+                    f"{name}: no answer could be graded: {response.reason}"
+                )
+
+    def _refuse_other_versions(self) -> None:
+        for questions in self._sets:
+            for prompt in questions.prompts:
+                logged = self._log.digests.get(questions.key(prompt))
+                if logged is not None and logged != digest(prompt):
+                    label = "give the benchmark another label, " if questions.title else ""
+                    where = f"benchmark {questions.title}, " if questions.title else ""
+                    raise UserError(
+                        f"{self._log.path} has answers to another version of {where}question "
+                        f"{prompt.id} ({prompt.question[:60]!r}): its text, kind, truth or fields "
+                        f"have changed. Restore them, {label}or choose another run.folder"
+                    )
+
+
+def sample_seed(seed: int, question: QuestionKey, index: int) -> int:
+    """Return 31 bits that depend on the sample alone, not on what was sampled before it."""
+    text = "/".join(part for part in (str(seed), *question, str(index)) if part)
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") >> 1
