@@ -1,14 +1,13 @@
 """Rewards: one file or folder per reward, one line per reward in `REGISTRY`.
 
-A reward is a pure function `grade(response: str, truth, **entry) -> Grade`; `entry` holds whatever
-else the prompt carries. It runs in a worker process of `runtime.pool.RewardPool`, so its module may
-import what it likes: nothing here is imported by the controller. `remote/` is for rewards that ask
-a served model; `sandbox/` runs programs.
+A reward is a pure function `grade(response: str, truth, **entry) -> Grade`, where `entry` holds the
+prompt's other fields. It runs in a worker process of `runtime.pool.RewardPool`, so its module may
+import any library. Rewards that request a served model are in `remote/`; `sandbox/` runs programs.
 """
 
 import sys
 
-from megatron_r1.errors import did_you_mean
+from megatron_r1.errors import UserError, did_you_mean
 from megatron_r1.rewards.base import Grade
 
 REGISTRY: dict[str, str] = {
@@ -25,14 +24,14 @@ REMOTE: dict[str, str] = {
     "judge": "megatron_r1.rewards.judge:Judge",
     "safety": "megatron_r1.rewards.reward_model:Safety",
 }
-"""Rewards that ask a served model: a class each (`remote.runner.RemoteReward`), and no worker."""
+"""Rewards that request a served model: a class each (`remote.runner.RemoteReward`), no worker."""
 
 
 def resolve(kind: str) -> str:
-    """The "module:function" that grades `kind`: a registered name, or such a path itself.
+    """Return the "module:function" of a reward; kind: a registered name, or such a path itself.
 
-    Raises ValueError for an unknown kind, naming those there are, and for a path into Python's own
-    library: a row of a data set could otherwise name `builtins:exec` and bring its program along.
+    Raises UserError for an unknown kind, naming the known ones, and for a path into Python's own
+    library: a row of a data set could otherwise name `builtins:exec` and contain its program.
     """
     known = REGISTRY | REMOTE
     if kind in known:
@@ -40,9 +39,9 @@ def resolve(kind: str) -> str:
     module, _, function = kind.partition(":")
     if function.isidentifier() and all(part.isidentifier() for part in module.split(".")):
         if module.split(".")[0] in sys.stdlib_module_names:
-            raise ValueError(f"reward kind {kind!r} is Python's own function, not a reward")
+            raise UserError(f"reward kind {kind!r} is Python's own function, not a reward")
         return kind
-    raise ValueError(
+    raise UserError(
         f"unknown reward kind {kind!r}{did_you_mean(kind, known)} (known: "
         f"{', '.join(sorted(known))}; your own is written 'package.module:function')"
     )

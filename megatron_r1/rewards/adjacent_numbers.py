@@ -1,10 +1,10 @@
-"""Numbers that stand beside a final answer as if they were one, too."""
+"""Find numbers next to a final answer that would be further answers to the question."""
 
 import re
 
 NUMBER = r"[-+]?\d++(?:[.,/]\d++)*+\\?%?"
 GLUE = r"[\s$*]"
-# Nothing but the number, and a word that draws a conclusion from it: `12, so \boxed{13}`.
+# Only the number, and at most a word that draws a conclusion from it: `12, so \boxed{13}`.
 BARE_BEFORE = re.compile(
     rf"{GLUE}{{0,9}}(?P<number>{NUMBER}){GLUE}{{0,9}}[,;.]?{GLUE}{{0,9}}"
     rf"(?:(?:and|so|then|thus|hence|therefore|no|but){GLUE}{{0,9}}[,:]?)?{GLUE}{{0,9}}",
@@ -18,7 +18,7 @@ BARE_AFTER = re.compile(
 MAX_BARE_CHARS = 120
 STATEMENT = re.compile(
     r"(?:(?<!\w)answer\b[\s:*]{0,9}(?:is\b|=)?|答案(?:是|为|等于|[:：]))[\s:*=$]{0,9}"
-    # A number that ends here, and is no part of a term, a list or a time.
+    # The number ends here, and is not part of a term, a list or a time.
     rf"(?P<number>{NUMBER})(?![\d.,/]*\d|[A-Za-z^_({{\\:])"
     r"(?![\s$]*[-+*/^=\\:]|\s+\d|[\s$]*(?:or|and|times|plus|minus|more|less|divided|of|to)\b|,\s*\d)",
     re.IGNORECASE,
@@ -26,9 +26,9 @@ STATEMENT = re.compile(
 
 
 def adjacent_numbers(before: str, after: str = "") -> list[str]:
-    r"""The numbers that are all that stands before and after a box or mark: `12 \boxed{13}`.
+    r"""Return the numbers that alone make up the text before or after a box: `12 \boxed{13}`.
 
-    A number that is part of a sentence or of a calculation explains the answer, and is none.
+    A number within a sentence or a calculation explains the answer and is not returned.
     """
     numbers = []
     for pattern, text in ((BARE_BEFORE, before), (BARE_AFTER, after)):
@@ -40,5 +40,5 @@ def adjacent_numbers(before: str, after: str = "") -> list[str]:
 
 
 def stated_numbers(text: str) -> list[str]:
-    """The numbers that `text` calls the answer: "The answer is 12. … answer: 13" has two."""
+    """Return the numbers called the answer: two in "The answer is 12. … answer: 13"."""
     return [match["number"] for match in STATEMENT.finditer(text)]

@@ -1,4 +1,4 @@
-"""The final answer of a response, found the same way for every reward that needs one."""
+"""Extract the final answer of a response, in the same way for every reward."""
 
 import itertools
 import re
@@ -11,16 +11,16 @@ from megatron_r1.rewards.base import shorten
 THINK, END_THINK = "<think>", "</think>"
 ANSWER, END_ANSWER = "<answer>", "</answer>"
 BOXES = (r"\boxed", r"\fbox")
-# `\boxed 13`, too: TeX would box the 1 alone, but every reader takes it for 13.
+# Also `\boxed 13`: TeX would box only the 1, but every reader understands 13.
 OPENED_BOX = re.compile(r"\\(?:boxed|fbox)\s*(?:\{|(?P<bare>[+-]?\d(?:[\d.,/]*\d)?))")
 MARKER = "####"
-"""Before the final answer of GSM8K's solutions, and of models that were trained on them."""
+"""Precedes the final answer in GSM8K's solutions, and in responses of models trained on them."""
 MARKED_NUMBER = re.compile(r"####\s*([-+$\\.\d][^\n#]*)")
-# Another candidate beside the box: `12 or \boxed{13}`, `\boxed{13} or 12`.
+# A second answer outside the box: `12 or \boxed{13}`, `\boxed{13} or 12`.
 OR_BOX = re.compile(r"(?<=[\s$*,])or[\s$*]{1,9}\\f?box")
 BOX_OR = re.compile(r"\}[\s$*,]{1,9}or[\s$*]{1,9}([-+.\d\\][^\s$*]{0,80})")
-MAX_BESIDE_CHARS = 80
-# Boxes with nothing else between them are one answer of several parts, not corrections.
+MAX_BEFORE_OR_CHARS = 80
+# Boxes with only this between them are one answer of several parts, not corrections.
 BETWEEN_BOXES = re.compile(
     r"(?:\s|[$,;]|\\[()\[\],:; ]|\\q?quad|\\text\s*\{\s*(?:,?\s*(?:and|or))?\s*\}"
     r"|\band\b|\bor\b){0,40}"
@@ -39,20 +39,20 @@ DISPLAYS = ((r"\[", r"\]"), ("$$", "$$"))
 
 @dataclass(frozen=True)
 class Extraction:
-    """text: the answer, stripped, or None with the reason why there is none."""
+    """text: the stripped answer, or None, with the reason why there is none."""
 
     text: str | None
     reason: str = ""
 
 
 def extract(response: str, *, opened: bool = False, plain_line: bool = False) -> Extraction:
-    r"""The answer a response commits to after its chain of thought.
+    r"""Return the final answer of a response, from the text after its chain of thought.
 
-    What is thought never counts: only text after the last `</think>` is searched, and nothing of a
-    thought that was left open (`opened`: the prompt ended with `<think>`). There, in this order:
-    the one `<answer>` block (two, or an unclosed one, are no answer); the last `\boxed{}`; with
-    `plain_line`, the last line that is not blank, or the display formula that ends there. Linear in
-    the length of the response.
+    Only text after the last `</think>` is searched; a thought that is never closed has none
+    (`opened`: the prompt ended with `<think>`). The answer is, in this order: the one `<answer>`
+    block (two, or an unclosed one, are no answer); the last `\boxed{}`; with `plain_line`, the last
+    line that is not blank, or the display formula that ends there. Linear in the length of the
+    response.
     """
     visible = after_thought(response, opened)
     if visible is None:
@@ -73,37 +73,35 @@ def extract(response: str, *, opened: bool = False, plain_line: bool = False) ->
 
 
 def last_boxed(text: str) -> str | None:
-    r"""What the last `\boxed{…}` or `\fbox{…}` holds, nested braces included; None without a
-    complete one.
+    r"""Return the content of the last complete `\boxed{…}` or `\fbox{…}`, or None.
 
-    Boxes joined by nothing but "and", "or" or a comma are one answer: `\boxed{12} or \boxed{13}` is
+    Boxes joined only by "and", "or" or a comma are one answer: `\boxed{12} or \boxed{13}` is
     "12, 13", and not 13.
     """
     return next(_boxed_from_the_end(text), None)
 
 
 def final_answers(block: str) -> list[str]:
-    r"""The answers that a short text commits to: one, unless it contradicts itself.
+    r"""Return all answers that a short text gives, the final one last.
 
-    What different boxes hold, with words between them, what an "or" puts beside one, and a bare
-    number beside it; or,
-    without a box, what stands after the last `####` and after others that a number follows; or the
-    text as it is. The one that counts, if only one may, is the last.
+    With boxes: their contents where words separate them, an alternative that "or" joins to one, and
+    a bare number next to one. Without a box: the text after the last `####`, and the numbers after
+    others. Otherwise the text itself.
     """
     if boxed := list(_boxed_from_the_end(block)):
-        others = [*_beside_boxes(block), *stated_numbers(block), *_within_box(boxed[0])]
+        others = [*_alternatives_to_boxes(block), *stated_numbers(block), *_within_box(boxed[0])]
         return list(dict.fromkeys((*others, *boxed[1:], boxed[0])))
     _, found, last = block.rpartition(MARKER)
     if found and last.strip() and "\n" not in last.strip():
         marked = [match[1].strip() for match in MARKED_NUMBER.finditer(block)]
-        beside = adjacent_numbers(block[: block.find(MARKER)])
-        return list(dict.fromkeys((*beside, *marked, last.strip())))
+        others = adjacent_numbers(block[: block.find(MARKER)])
+        return list(dict.fromkeys((*others, *marked, last.strip())))
     return [block]
 
 
 def unwrap(answer: str) -> str:
-    r"""`answer` without its decoration: `\boxed{}`, dollar signs, `\text{}`, full stops, and the
-    solution before `####`."""
+    r"""Return `answer` without `\boxed{}`, dollar signs, `\text{}` and full stops around it, and
+    without the solution before `####`."""
     answer = final_answers(answer)[-1]
     answer, before = answer.strip(), None
     while answer != before:
@@ -116,7 +114,7 @@ def unwrap(answer: str) -> str:
 
 
 def after_thought(response: str, opened: bool) -> str | None:
-    """What follows the last `</think>`, all of a response without one; None for an open thought."""
+    """Return the text after the last `</think>`, or all without one; None for an open thought."""
     head, closed, tail = response.rpartition(END_THINK)
     if not closed and opened:
         return None
@@ -126,13 +124,13 @@ def after_thought(response: str, opened: bool) -> str | None:
 
 
 def _boxed_from_the_end(text: str) -> Iterator[str]:
-    """What boxes hold, the last one first, up to one that is not complete; joined ones as one."""
+    """Yield the contents of boxes, joined boxes as one, from the last back to an incomplete one."""
     contents: list[str] = []
     following = None
     for start, inner, end, stop in itertools.islice(_boxes_from_the_end(text), MAX_BOXES):
         content = text[inner:end]
         if following is not None and stop > following:
-            contents = []  # it encloses those before, which are a part of it
+            contents = []  # it encloses the boxes after it
         elif following is not None and not _are_joined(text, stop, following):
             yield ", ".join(contents)
             contents = []
@@ -143,11 +141,11 @@ def _boxed_from_the_end(text: str) -> Iterator[str]:
         yield ", ".join(contents)
 
 
-def _beside_boxes(text: str) -> list[str]:
-    """What an "or" joins to a box without being in one itself."""
+def _alternatives_to_boxes(text: str) -> list[str]:
+    """Return answers outside all boxes: joined to one by "or", or a bare number next to one."""
     words = [match[1] for match in BOX_OR.finditer(text)]
     for match in OR_BOX.finditer(text):
-        before = text[max(match.start() - MAX_BESIDE_CHARS, 0) : match.start()]
+        before = text[max(match.start() - MAX_BEFORE_OR_CHARS, 0) : match.start()]
         words += before.replace("$", " ").replace("*", " ").rstrip(" ,\n").split()[-1:]
     words = [word for word in words if not any(box in word for box in BOXES)]
     spans = list(itertools.islice(_boxes_from_the_end(text), MAX_BOXES))
@@ -156,12 +154,12 @@ def _beside_boxes(text: str) -> list[str]:
 
 
 def _within_box(content: str) -> list[str]:
-    r"""What stands beside a box inside a box: the 12 of `\boxed{12\boxed{13}}`."""
-    return _beside_boxes(content) if last_boxed(content) is not None else []
+    r"""Return answers next to a box inside a box: the 12 of `\boxed{12\boxed{13}}`."""
+    return _alternatives_to_boxes(content) if last_boxed(content) is not None else []
 
 
 def _boxes_from_the_end(text: str) -> Iterator[tuple[int, int, int, int]]:
-    """Where each box starts, where its content starts and ends, and where the box itself ends."""
+    """Yield (box start, content start, content end, box end), the last box first."""
     nearest = {box: text.rfind(box) for box in BOXES}
     while (start := max(nearest.values())) >= 0:
         match = OPENED_BOX.match(text, start)
@@ -204,7 +202,7 @@ def encloses(left: str, right: str, answer: str) -> bool:
 
 
 def _closing_brace(text: str, start: int) -> int | None:
-    """Where the brace that was opened just before `start` is closed."""
+    """Return the position that closes the brace opened just before `start`, or None."""
     depth = 1
     for brace in BRACES.finditer(text, start):
         depth += {"{": 1, "}": -1}.get(brace[0], 0)
@@ -214,7 +212,7 @@ def _closing_brace(text: str, start: int) -> int | None:
 
 
 def describe(answer: str, expected: str, correct: bool) -> str:
-    """The reason of a comparison: "correct: 13" or "wrong: 12, expected 13"."""
+    """Return the reason of a comparison: "correct: 13" or "wrong: 12, expected 13"."""
     if correct:
         return f"correct: {shorten(answer)}"
     return f"wrong: {shorten(answer)}, expected {shorten(expected)}"

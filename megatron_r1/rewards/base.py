@@ -1,18 +1,18 @@
-"""What every reward returns: a number between 0 and 1 and the reason for it."""
+"""The result of every reward: a number between 0 and 1 and the reason for it."""
 
 from dataclasses import dataclass
 
 MAX_REASON_CHARS = 500
 UNGRADED = "cannot be graded"
-"""How the reason of a grade begins when the reward function itself raised."""
+"""The start of a grade's reason where the reward function itself raised."""
 
 
 @dataclass(frozen=True)
 class Grade:
-    """One grader's verdict on one response.
+    """One reward's result for one response.
 
-    reward: float in [0, 1]. reason: one line for a person who audits the sample, at most 500
-    characters (longer ones are cut). Raises ValueError for a reward outside [0, 1] or NaN.
+    reward: float in [0, 1]. reason: one line for a person who audits the sample, cut to 500
+    characters. Raises ValueError for a reward outside [0, 1] or NaN.
     """
 
     reward: float
@@ -26,7 +26,7 @@ class Grade:
 
 
 def shorten(text: object, max_chars: int = 80) -> str:
-    """`text` as one line of at most `max_chars` characters, an ellipsis where it was cut."""
+    """Return `text` as one line of at most `max_chars` characters, cut with an ellipsis."""
     # Cut before splitting: the text may be megabytes of model output.
     line = " ".join(str(text)[: max_chars + 1].split())
     return line if len(line) <= max_chars else line[: max_chars - 1] + "…"

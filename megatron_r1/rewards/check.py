@@ -1,4 +1,4 @@
-"""Whether a reward can grade at all, asked before engines start."""
+"""Check, before engines start, that a reward can grade."""
 
 from collections.abc import Awaitable, Callable
 
@@ -9,12 +9,11 @@ WELL_FORMED = "<think>I think.</think>\n<answer>{}</answer>"
 
 
 async def find_fault(kind: str, truth: object, grade: Callable[[str], Awaitable[Grade]]) -> str:
-    """Why `grade`, the reward `kind` with all its arguments but the response, cannot be used: a
-    reason that begins with `base.UNGRADED`; "" when it can.
+    """Return why a reward cannot be used, beginning with `base.UNGRADED`, or "" if it can.
 
-    The rewards of this package grade any text, the empty one too. A user's own may raise where
-    there is no answer; one that raises on a well-formed answer as well is broken, or is called with
-    what it does not take.
+    grade: the reward `kind` with all arguments but the response. The rewards of this package grade
+    any text, the empty one too. A user's own may raise where there is no answer; one that also
+    raises on a well-formed answer is broken, or is called with arguments that it does not take.
     """
     reason = (await grade("")).reason
     if reason.startswith(UNGRADED) and kind not in REGISTRY | REMOTE:

@@ -1,4 +1,4 @@
-"""One number per sample: the weighted sum of its named reward terms, each from step to step.
+"""The reward of a response: the weighted sum of its terms, each weighted from step to step.
 
 DeepSeek-R1 adds its rewards up (arXiv 2501.12948 v2: accuracy, format and language consistency in
 the reasoning stage; preference rewards only in the last 400 of the final stage's 1,700 steps).
@@ -9,20 +9,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from megatron_r1.errors import did_you_mean
+from megatron_r1.errors import UserError, did_you_mean
 from megatron_r1.rewards import resolve
 from megatron_r1.rewards.base import UNGRADED, Grade
 
 ACCURACY = "accuracy"
-"""The term that is graded by each prompt's own kind of reward."""
-# DeepSeek-R1: accuracy and format, the rules R1-Zero is trained on.
+"""The term that each prompt's own kind of reward grades."""
+# DeepSeek-R1-Zero is trained on accuracy and format.
 DEFAULT_WEIGHTS: Mapping[str, float] = {ACCURACY: 1.0, "format": 0.1}
 
 
 @dataclass(frozen=True)
 class Weight:
-    """A weight that counts from step `from_step` to step `to_step`, both included; steps are
-    rollouts and begin with 1. to_step None: to the end."""
+    """A weight that counts from step `from_step` to `to_step`, both included.
+
+    Steps are rollouts, from 1. to_step None: until the end of the run.
+    """
 
     weight: float
     from_step: int = 1
@@ -37,9 +39,12 @@ Weights = Mapping[str, float | Weight]
 
 @dataclass(frozen=True)
 class Reward:
-    """total: weighted sum, what the policy is trained on. terms: each reward alone, in [0, 1].
-    reason: the terms' reasons, one line. ungraded: terms whose grader raised. is_graded: none of
-    them counts in the total, which otherwise says nothing of the response."""
+    """The combined reward of one response.
+
+    total: weighted sum, which the policy is trained on. terms: each term's reward, in [0, 1].
+    reason: the terms' reasons, one line. ungraded: terms whose reward function raised. is_graded:
+    False if one of these has a weight, so that the total does not measure the response.
+    """
 
     total: float
     terms: dict[str, float]
@@ -49,16 +54,16 @@ class Reward:
 
 
 def weights_at(weights: Weights, step: int) -> dict[str, float]:
-    """The terms that count at `step`, with their numbers. A weight of 0 counts: it is measured."""
+    """Return the terms that count at `step` with their weights; a weight of 0 is graded too."""
     constant = {name: w if isinstance(w, Weight) else Weight(w) for name, w in weights.items()}
     return {name: w.weight for name, w in constant.items() if w.counts_at(step)}
 
 
 def combine(grades: Mapping[str, Grade], weights: Mapping[str, float] = DEFAULT_WEIGHTS) -> Reward:
-    """total = Σ weight[term] · reward[term] over the weighted terms.
+    """Return total = Σ weight[term] · reward[term] over the weighted terms.
 
-    A term that was graded but has no weight is reported and not counted. Raises ValueError for a
-    weight whose term was not graded.
+    A graded term without a weight is reported and does not count. Raises ValueError for a weight
+    whose term was not graded.
     """
     if missing := sorted(weights.keys() - grades.keys()):
         raise ValueError(
@@ -76,59 +81,57 @@ def combine(grades: Mapping[str, Grade], weights: Mapping[str, float] = DEFAULT_
 
 
 def read_weights(weights: Mapping[str, Any]) -> dict[str, float | Weight]:
-    """A recipe's `rewards.weights`: term → number or {weight, from_step, to_step}.
+    """Parse a recipe's `rewards.weights`: term → number or {weight, from_step, to_step}.
 
-    Raises ValueError naming the term and the key for a term that is no reward, an unknown key, a
-    value of the wrong type and a schedule that never counts, and where nothing is rewarded.
+    Raises UserError naming the term and the key for a term that is no reward, an unknown key, a
+    value of the wrong type, a schedule that never counts, and weights of which none is above 0.
     """
     read = {name: _read_weight(f"rewards.weights.{name}", name, w) for name, w in weights.items()}
     numbers = {name: w.weight if isinstance(w, Weight) else w for name, w in read.items()}
     if not any(number > 0 for number in numbers.values()):
-        raise ValueError(
+        raise UserError(
             f"rewards.weights: no weight is above 0 (got {numbers}), so no answer would be "
             f"rewarded; give one, such as {ACCURACY}: 1.0"
         )
     return read
 
 
-def _read_weight(place: str, name: str, value: Any) -> float | Weight:
+def _read_weight(path: str, name: str, value: Any) -> float | Weight:
     if name != ACCURACY:
         try:
             resolve(name)
         except ValueError as error:
-            raise ValueError(f"{place}: {error}; {ACCURACY!r} is the prompt's own kind") from None
+            raise UserError(f"{path}: {error}; {ACCURACY!r} is the prompt's own kind") from None
     if isinstance(value, Weight):
         value = {field.name: getattr(value, field.name) for field in fields(Weight)}
     if not isinstance(value, Mapping):
-        return _finite(place, value)
+        return _finite(path, value)
     known = [field.name for field in fields(Weight)]
     for key in value:
         if key not in known:
             names = ", ".join(known)
-            raise ValueError(
-                f"{place}: unknown key {key}{did_you_mean(key, known, '{}')} ({names})"
-            )
+            raise UserError(f"{path}: unknown key {key}{did_you_mean(key, known, '{}')} ({names})")
     if "weight" not in value:
-        raise ValueError(f"{place}: a schedule needs its weight: {{weight: 0.1, from_step: 100}}")
+        raise UserError(f"{path}: a schedule needs its weight: {{weight: 0.1, from_step: 100}}")
     weight = Weight(**value)
-    _finite(f"{place}.weight", weight.weight)
+    _finite(f"{path}.weight", weight.weight)
     for key, step in (("from_step", weight.from_step), ("to_step", weight.to_step)):
         is_step = isinstance(step, int) and not isinstance(step, bool) and step >= 1
         if not (is_step or (key == "to_step" and step is None)):
-            raise ValueError(f"{place}.{key}: must be a step, 1 or later, got {step!r}")
+            raise UserError(f"{path}.{key}: must be a step, 1 or later, got {step!r}")
     if weight.to_step is not None and weight.to_step < weight.from_step:
-        raise ValueError(
-            f"{place}: to_step {weight.to_step} is before from_step {weight.from_step}, so it "
+        raise UserError(
+            f"{path}: to_step {weight.to_step} is before from_step {weight.from_step}, so it "
             "would never count"
         )
     return weight
 
 
-def _finite(place: str, value: Any) -> float:
+def _finite(path: str, value: Any) -> float:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if not is_number or not math.isfinite(value):
-        raise ValueError(
-            f"{place}: must be a number, or {{weight: 0.1, from_step: 100, to_step: 400}}, "
+        raise UserError(
+            f"{path}: must be a number, or {{weight: 0.1, from_step: 100, to_step: 400}}, "
             f"got {value!r}"
         )
     return float(value)

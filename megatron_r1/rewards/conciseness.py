@@ -1,4 +1,4 @@
-"""Conciseness: full reward up to a free length, then less, down to nothing at the maximum.
+"""Conciseness: full reward up to a free length, falling to 0 at the maximum length.
 
 DAPO's soft overlong punishment (arXiv 2503.14476, eq. 13), which runs from 0 to -1, plus 1; a
 constant changes no advantage. With L the length, F the free length and M the maximum:
@@ -24,11 +24,11 @@ def grade(
     num_tokens: int | None = None,
     **entry: object,
 ) -> Grade:
-    """How far the whole response, thought included, is from too long.
+    """Return the reward of the response's whole length, its thought included.
 
-    free_length, max_length: F and M, in `unit`. num_tokens: of the response, which a run passes by
-    itself. A response without content is as concise as any: pair this with accuracy. Raises
-    ValueError for limits that are not 0 <= F < M, an unknown unit, and tokens that nobody counted.
+    free_length, max_length: F and M, in `unit`. num_tokens: the response's length, which a run
+    passes by itself. An empty response has 1: combine this with accuracy. Raises ValueError unless
+    0 <= F < M, for an unknown unit, and for unit "tokens" without num_tokens.
     """
     for name, value in (("free_length", free_length), ("max_length", max_length)):
         if isinstance(value, bool) or not isinstance(value, int | float):

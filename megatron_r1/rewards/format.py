@@ -4,16 +4,15 @@ from megatron_r1.rewards.answer import ANSWER, END_ANSWER, END_THINK, THINK
 from megatron_r1.rewards.base import Grade
 
 TAGS = (THINK, END_THINK, ANSWER, END_ANSWER)
-# What DeepSeek-R1-Zero's template puts between the tags to show them, and what papers do.
+# The text between the tags in DeepSeek-R1-Zero's template, and in papers that quote it.
 PLACEHOLDERS = frozenset({"reasoning process here", "answer here", "…", "..."})
 
 
 def grade(response: str, truth: object = None, *, opened: bool = False, **entry: object) -> Grade:
-    """1 when the four tags each occur once, in order, with only white space outside them; else 0.
+    """Return 1 if the four tags each occur once, in order, with only white space outside; else 0.
 
     opened: the prompt ended with `<think>`, so the response starts inside the thought and must not
-    open it again. Thought and answer may be empty, but not the prompt's own example: what else they
-    hold is not the format's business.
+    open it again. Thought and answer may hold any text, or none, but not the prompt's own example.
     """
     text = (THINK + response if opened else response).strip()
     for tag in TAGS:

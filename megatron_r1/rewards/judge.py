@@ -1,9 +1,10 @@
 """A language model as the judge, for answers that no rule can grade.
 
-`verify`: the judge sees question, reference answer and response, and says whether the response is
-correct. DeepSeek-R1 has DeepSeek-V3 grade so where rejection sampling cannot check by rule (arXiv
-2501.12948, section 2.3.3 of v1). `compare`: it sees two responses and says which is better; R1's
-preference pairs are four such judgements each, with near-ties dropped (supplement B.3 of v2).
+`verify`: the judge reads question, reference answer and response, and decides whether the response
+is correct. DeepSeek-R1 uses DeepSeek-V3 in this way where rejection sampling cannot check by rule
+(arXiv 2501.12948, section 2.3.3 of v1). `compare`: it reads two responses and decides which is
+better; R1's preference pairs take four such judgements each, with near-ties dropped (supplement B.3
+of v2).
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ CHECK = {"question": "What is 7 + 5?", "right": "The answer is 12.", "wrong": "T
 
 @dataclass(frozen=True)
 class Comparison:
-    """How often the first of two responses won, lost, or tied; half of the votes saw it as B."""
+    """Votes for and against the first of two responses; half of the votes saw it as B."""
 
     wins: int
     losses: int
@@ -33,12 +34,15 @@ class Comparison:
 
     @property
     def preference(self) -> float:
-        """Share of the votes for the first response, a tie as one half: in [0, 1]."""
+        """Share of the votes for the first response, a tie as one half; in [0, 1]."""
         return (self.wins + self.ties / 2) / (self.wins + self.losses + self.ties)
 
     def winner(self, margin: float = 0.5) -> int | None:
-        """0 or 1 for the better response; None for a tie, and for a near-tie, as preference data
-        leaves out: the share of wins exceeds that of losses by less than `margin`, in [0, 1]."""
+        """Return 0 or 1 for the better response, or None for a tie or near-tie.
+
+        Near-tie: the shares of wins and losses differ by less than `margin`, in [0, 1]. Preference
+        data leaves these pairs out.
+        """
         lead = 2 * self.preference - 1
         if lead == 0 or abs(lead) < margin:
             return None
@@ -46,7 +50,7 @@ class Comparison:
 
 
 class Judge:
-    """Made of settings alone; nothing is sent before the first call."""
+    """The reward `judge`. No request is sent before the first call."""
 
     settings_type = JudgeSettings
 
@@ -56,21 +60,21 @@ class Judge:
         self.service = self.client.service
 
     async def check(self) -> None:
-        """Raises ServiceError unless the service answers within seconds, in the form asked for, and
-        tells a right answer from a wrong one."""
+        """Raise ServiceError unless the service replies within seconds, with valid verdicts that
+        separate a right answer from a wrong one."""
         question, right, wrong = CHECK.values()
         unfit = f"{self.service.url}: model {self.settings.model!r} cannot serve as a judge"
         try:
             await self.service.request(self.client.probe, CHECK_SECONDS)
             if self.settings.mode == "verify":
-                tells_apart = await asyncio.gather(
+                separates = await asyncio.gather(
                     self.verify(question, "12", right), self.verify(question, "12", wrong)
                 ) == [True, False]
             else:
-                tells_apart = (await self.compare(question, right, wrong)).preference > 0.5
+                separates = (await self.compare(question, right, wrong)).preference > 0.5
         except Ungradable as error:
             raise ServiceError(f"{unfit}: {error}") from None
-        if not tells_apart:
+        if not separates:
             raise ServiceError(f"{unfit}: asked {question!r}, it takes {wrong!r} for {right!r}")
 
     async def grade(
@@ -82,11 +86,12 @@ class Judge:
         opened: bool = False,
         **entry: object,
     ) -> Grade:
-        """verify: 1 when most votes find the response correct, else 0. truth: the reference answer.
-        compare: the share of votes that prefer it to `truth`, another response to the question.
+        """Return the grade of a response by the judge's votes.
 
-        question: as the prompt has it. opened: the prompt ended with `<think>`.
-        Raises ValueError without a question or a truth.
+        verify: 1 when most votes find the response correct, else 0; truth: the reference answer.
+        compare: the share of votes that prefer it to `truth`, another response to the question.
+        opened: the prompt ended with `<think>`. Raises ValueError without a question or a truth,
+        Ungradable, ServiceError.
         """
         mode = self.settings.mode
         if not isinstance(question, str) or truth is None:
@@ -106,7 +111,7 @@ class Judge:
     async def verify(self, question: str, truth: str, response: str) -> bool:
         """Whether most of the votes find `response` correct. Raises Ungradable, ServiceError.
 
-        No further votes are asked for when the first majority is of one mind.
+        No further votes are requested when the first majority of votes agree.
         """
         texts = {"question": question, "reference answer": truth, "response": response}
         num_votes = self.settings.num_votes
@@ -118,10 +123,10 @@ class Judge:
         return votes.count("correct") >= majority
 
     async def compare(self, question: str, first: str, second: str) -> Comparison:
-        """Votes on two responses. Raises Ungradable, ServiceError.
+        """Return votes on two responses. Raises Ungradable, ServiceError.
 
-        Each is shown as A in exactly half of the votes, instead of by the toss of a coin: a judge
-        that always says A then makes a tie at any number of votes, not only on average.
+        Each response is A in exactly half of the votes, instead of at random: a judge that always
+        chooses A then gives a tie for any number of votes, not only on average.
         """
         num_votes = self.settings.num_votes
         if first == second:

@@ -5,6 +5,7 @@ import functools
 import importlib
 import json
 from collections.abc import Callable
+from typing import Any
 
 import reasoning_gym
 from reasoning_gym.factory import DATASETS
@@ -13,14 +14,14 @@ from megatron_r1.rewards.answer import BOXES, describe, encloses, extract
 from megatron_r1.rewards.base import Grade, shorten
 from megatron_r1.rewards.logic_formula import refusal
 
-# These scorers call eval() on the answer, to forgive one that is a Python list.
+# The scorers of these modules call eval() on the answer, to accept a Python list.
 EVALUATING_MODULES = (
     "reasoning_gym.algorithmic.binary_matrix",
     "reasoning_gym.algorithmic.spiral_matrix",
     "reasoning_gym.algorithmic.string_insertion",
     "reasoning_gym.games.n_queens",
 )
-# These give the answer to sympy.parse_expr, which is eval() too.
+# These scorers pass the answer to sympy.parse_expr, which calls eval() too.
 FORMULA_TASKS = {
     "countdown",
     "intermediate_integration",
@@ -28,7 +29,7 @@ FORMULA_TASKS = {
     "puzzle24",
     "simple_integration",
 }
-# These compare grids with ==, and a grid that travelled as JSON comes back as lists.
+# These scorers compare grids with ==; a grid in an entry has become lists in JSON.
 TUPLE_TASKS = {"arc_agi", "rearc"}
 DECORATION = (("$$", "$$"), ("$", "$"), *((box + "{", "}") for box in BOXES))
 MAX_DECORATIONS = 3
@@ -47,12 +48,12 @@ def grade(
     plain_line: bool = False,
     **other: object,
 ) -> Grade:
-    """The score reasoning-gym gives the response's final answer (see `answer.extract`).
+    """Return reasoning-gym's score of the response's final answer (see `answer.extract`).
 
     task: a reasoning-gym dataset name. entry: the dataset's item (question, answer, metadata).
-    parameters: what the dataset was made with, for scorers that look at their own settings.
-    exact: 1 for a full score and 0 for anything less; otherwise the scorer's partial credit counts.
-    truth: not used, the entry has it. Raises ValueError for an unknown task or an incomplete entry.
+    parameters: the dataset's parameters, for scorers that read them. exact: 1 for a full score and
+    0 for anything less; otherwise the scorer's partial credit counts. truth: not used, the entry
+    has it. Raises ValueError for an unknown task or an incomplete entry.
     """
     if not isinstance(entry, dict) or not {"answer", "metadata"} <= entry.keys():
         raise ValueError(f"the entry of a {task} prompt needs 'answer' and 'metadata'")
@@ -65,9 +66,8 @@ def grade(
         return Grade(0.0, f"answer too long: {len(answer)} characters")
     if task in FORMULA_TASKS and (reason := refusal(answer)):
         return Grade(0.0, f"refused: {shorten(answer)}: {reason}")
-    if task in TUPLE_TASKS:
-        entry = _as_tuples(entry)
-    score = min(max(float(scorer(answer, entry)), 0.0), 1.0)
+    scored_entry = _as_tuples(entry) if task in TUPLE_TASKS else entry
+    score = min(max(float(scorer(answer, scored_entry)), 0.0), 1.0)
     if exact or score in (0.0, 1.0):
         expected = "another" if entry["answer"] is None else entry["answer"]
         return Grade(float(score == 1.0), describe(answer, expected, score == 1.0))
@@ -75,7 +75,7 @@ def grade(
 
 
 def _undecorated(answer: str, expected: object) -> str:
-    """`answer` out of a box and dollar signs that hold all of it, unless the truth has them."""
+    """Return `answer` without the box and dollar signs around it, unless the truth has them."""
     for _ in range(MAX_DECORATIONS):
         for left, right in DECORATION:
             if encloses(left, right, answer) and not str(expected).startswith(left):
@@ -85,12 +85,12 @@ def _undecorated(answer: str, expected: object) -> str:
 
 
 @functools.lru_cache(maxsize=256)
-def _scorer(task: str, parameters: str) -> Callable[[str, dict], float]:
+def _scorer(task: str, parameters: str) -> Callable[[str, Any], float]:
     if task not in DATASETS:
         raise ValueError(f"reasoning-gym has no task {task!r}")
     for name in EVALUATING_MODULES:
-        # Shadows the builtin in that module alone: lists still count, calls no longer run.
-        importlib.import_module(name).eval = ast.literal_eval
+        # Shadows the builtin in that module only: lists still count, calls no longer run.
+        vars(importlib.import_module(name))["eval"] = ast.literal_eval
     return reasoning_gym.create_dataset(task, **json.loads(parameters)).score_answer
 
 

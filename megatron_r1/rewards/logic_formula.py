@@ -1,4 +1,4 @@
-"""Formulae that a scorer will evaluate: whether they are formulae, and how large they would get."""
+"""Refuse answers that a scorer must not evaluate: no formulae, or too large to compute."""
 
 import ast
 import math
@@ -13,13 +13,13 @@ FORMULA_NAMES = frozenset(
 GROWING = frozenset(("exp", "sinh", "cosh"))
 MAX_FORMULA_CHARS = 2_000
 MAX_BITS = 4_096
-"""Of any number on the way: of 1,200 digits."""
+"""Of any intermediate number: 1,200 digits."""
 MAX_DEGREE = 64
-"""In all symbols together: what a scorer may have to expand."""
+"""Total degree in all symbols, which a scorer may expand."""
 
 
 class TooLarge(ValueError):
-    """Evaluating the formula could take longer than an answer is worth; the message says why."""
+    """Evaluating the formula could take too long."""
 
 
 def is_formula(answer: str) -> bool:
@@ -32,7 +32,7 @@ def is_formula(answer: str) -> bool:
 
 
 def refusal(answer: str) -> str:
-    """Why a scorer must not evaluate `answer`; "" where it may. Evaluates nothing itself."""
+    """Return why a scorer must not evaluate `answer`, or "". Evaluates nothing itself."""
     if len(answer) > MAX_FORMULA_CHARS:
         return f"{len(answer)} characters, at most {MAX_FORMULA_CHARS} are evaluated"
     if not is_formula(answer):
@@ -48,7 +48,7 @@ def refusal(answer: str) -> str:
 
 
 def _size(node: ast.expr) -> tuple[float, int]:
-    """Upper bounds of the bits of a value (or of its inverse) and of the degree in symbols."""
+    """Return upper bounds of the bits of a value (or of its inverse) and of its degree."""
     match node:
         case ast.Constant(value=int() | float() as value):
             size = abs(math.log2(abs(value))) if value else 0.0, 0
@@ -61,7 +61,7 @@ def _size(node: ast.expr) -> tuple[float, int]:
         case ast.BinOp(left=left, op=operator, right=right):
             (bits, degree), (more_bits, more_degree) = _size(left), _size(right)
             if isinstance(operator, ast.Add | ast.Sub):
-                # Of fractions, the denominators multiply.
+                # The denominators of fractions multiply.
                 size = bits + more_bits + 1, max(degree, more_degree)
             else:
                 size = bits + more_bits, degree + more_degree
@@ -77,7 +77,7 @@ def _size(node: ast.expr) -> tuple[float, int]:
 
 
 def _power(base: ast.expr, exponent: ast.expr) -> tuple[float, int]:
-    """A power: of a number, or of symbols, as many times as the exponent is at most."""
+    """Return the bounds of a power, from the largest value of the exponent."""
     (bits, degree), (exponent_bits, exponent_degree) = _size(base), _size(exponent)
     if exponent_degree:
         return bits + exponent_bits, degree + exponent_degree

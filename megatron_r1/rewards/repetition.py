@@ -1,11 +1,11 @@
-"""Repetition: how much of the response says something that it has not said before.
+"""Repetition: the share of the response's text that has not occurred in it before.
 
     reward = different windows / windows,   a window being n consecutive characters
 
 The n-gram repetition penalty of "Demystifying Long Chain-of-Thought Reasoning" (arXiv 2502.03373,
-appendix C), turned to 1 for no repetition. Characters instead of words need no segmentation, and a
-long window (50: some eight words of English) leaves formulae and phrases free to come again: only
-what is copied at length counts.
+appendix C), inverted so that 1 is no repetition. Characters instead of words need no segmentation,
+and with a long window (50: some eight words of English) formulae and phrases may occur again: only
+long copies count.
 """
 
 import re
@@ -30,11 +30,11 @@ def grade(
     mask_numbers: bool = False,
     **entry: object,
 ) -> Grade:
-    """1 when no `window` characters of the response occur twice, near 0 when it is one loop.
+    """Return 1 when no `window` characters of the response occur twice, near 0 when it is one loop.
 
     White space, case, zero-width characters and accents make no difference. mask_numbers: neither
-    do digits, so that a counter in a loop does not hide it; then working through many cases in the
-    same words counts as repetition too. A response shorter than a window has 1. Raises ValueError
+    do digits, so that a counter in a loop does not hide it; many cases worked through in the same
+    words then count as repetition too. A response shorter than a window has 1. Raises ValueError
     for a window that is not a positive integer.
     """
     if isinstance(window, bool) or not isinstance(window, int) or window < 1:
@@ -53,9 +53,11 @@ def grade(
 
 
 def window_hashes(text: str, window: int) -> np.ndarray:
-    """For each i, the polynomial Σ text[i + k] · BASE^k modulo 2**64 over the window at i: uint64,
-    (len(text) - window + 1,). Equal windows have equal hashes, from two prefix sums and a factor,
-    whatever the window's length."""
+    """Return, for each i, the polynomial Σ text[i + k] · BASE^k modulo 2**64 over the window at i.
+
+    uint64, (len(text) - window + 1,). Equal windows have equal hashes. Two prefix sums and a factor
+    give each hash, so the cost does not depend on the window's length.
+    """
     codes = np.frombuffer(text.encode("utf-32-le", "replace"), dtype=np.uint32)
     sums = np.zeros(len(codes) + 1, dtype=np.uint64)
     np.cumsum((codes.astype(np.uint64) + np.uint64(1)) * _powers(BASE, len(codes)), out=sums[1:])

@@ -1,11 +1,12 @@
 """Reward models served by vLLM: `helpful` and `safety`, DeepSeek-R1's rewards on general prompts.
 
 reward = sigmoid((score - shift) / scale), with the model's raw score (its logit). For a model
-trained on pairs (Bradley-Terry) that is the probability to be preferred to a response whose score
-is `shift`; for a pointwise one with shift 0, scale 1 the probability of "safe" it was trained on.
-Of a model with several classes, `label` says which one is good; its reward is the softmax. With
-`threshold` the reward is 1 from that score on and 0 below: GRPO divides by the deviation within a
-group, so that of answers that are all safe the differences in the fourth digit would be learned.
+trained on pairs (Bradley-Terry) that is the probability of being preferred to a response with score
+`shift`; for a pointwise model, with shift 0 and scale 1, it is the probability of "safe" that the
+model was trained on. For a model with several classes, `label` is the good class and the reward its
+softmax. With `threshold`, the reward is 1 from that score on and 0 below: GRPO divides by the
+standard deviation within a group, so where all answers are safe it would learn from differences in
+the fourth digit.
 Sources: arXiv 2501.12948 v2, section 3.1 and supplement B.3.
 """
 
@@ -19,6 +20,7 @@ from pydantic import Field, field_validator, model_validator
 
 from megatron_r1.rewards.base import Grade
 from megatron_r1.rewards.remote.response_text import (
+    Part,
     chat_messages,
     check_template,
     fill_template,
@@ -40,13 +42,13 @@ class RewardModelSettings(ServiceSettings):
     )
     template: str | None = Field(
         None,
-        description="text with {question} and {response}, and any special tokens the model wants; "
+        description="text with {question} and {response}, and any special tokens the model needs; "
         "default: the server's chat template",
     )
 
     @field_validator("template")
     @classmethod
-    def _has_its_places(cls, template: str | None) -> str | None:
+    def _has_response(cls, template: str | None) -> str | None:
         return check_template(template)
 
     @model_validator(mode="after")
@@ -58,7 +60,7 @@ class RewardModelSettings(ServiceSettings):
 
 class _Classes(msgspec.Struct):
     probs: list[float]
-    """With use_activation false these are the raw scores, one per class."""
+    """The raw scores, one per class, since use_activation is false."""
 
 
 class _Usage(msgspec.Struct):
@@ -71,10 +73,10 @@ class _Classification(msgspec.Struct):
 
 
 class RewardModel:
-    """Scores one part of a response by vLLM's /classify; made of settings alone."""
+    """A reward that scores one part of a response by vLLM's /classify."""
 
     settings_type = RewardModelSettings
-    part = "summary"
+    part: Part = "summary"
 
     def __init__(self, settings: RewardModelSettings) -> None:
         self.settings = settings
@@ -83,8 +85,8 @@ class RewardModel:
         self.service = Service(settings, url, _Classification, self._probe)
 
     async def check(self) -> None:
-        """Raises ServiceError unless the service answers within seconds, with the number of scores
-        that the settings are for, and sees all of what it is sent."""
+        """Raise ServiceError unless the service replies within seconds, with as many scores as the
+        settings expect, and its chat template keeps all of the text it scores."""
         unfit = f"{self.service.url}: model {self.settings.model!r} cannot serve as a reward model"
         try:
             whole = await self.service.request(self._probe, CHECK_SECONDS)
@@ -93,7 +95,7 @@ class RewardModel:
             part = await self.service.request(self._body(CHECK_QUESTION, summary))
         except (Ungradable, ValueError) as error:
             raise ServiceError(f"{unfit}: {error}") from None
-        # Chat templates of reasoning models drop the thought from what an assistant said.
+        # Chat templates of reasoning models drop the thought from assistant messages.
         if self.part == "response" and whole.usage.prompt_tokens <= part.usage.prompt_tokens:
             raise ServiceError(
                 f"{unfit}: the server's chat template drops <think>…</think>, which this reward is "
@@ -109,27 +111,29 @@ class RewardModel:
         opened: bool = False,
         **entry: object,
     ) -> Grade:
-        """The score of the response to `question`, as a number in (0, 1). Raises ValueError without
-        a question, Ungradable, ServiceError. opened: the prompt ended with `<think>`."""
+        """Return the response's score as a reward in [0, 1]. opened: the prompt ended with
+        `<think>`. Raises ValueError without a question, Ungradable, ServiceError."""
         if not isinstance(question, str):
             raise ValueError("a reward model needs the question: add it to the row")
-        asked, shown = prepare_texts(question, response, self.part, opened, self.settings.max_chars)
-        if shown.text is None:
-            return Grade(0.0, shown.reason)
-        answer = await self.service.request(self._body(asked, shown.text))
+        question, part = prepare_texts(
+            question, response, self.part, opened, self.settings.max_chars
+        )
+        if part.text is None:
+            return Grade(0.0, part.reason)
+        classification = await self.service.request(self._body(question, part.text))
         try:
-            return self._reward(answer)
+            return self._reward(classification)
         except ValueError as error:
             raise ServiceError(f"{self.service.url}: {error}") from None
 
     async def close(self) -> None:
         await self.service.close()
 
-    def _reward(self, answer: _Classification) -> Grade:
-        scores = answer.data[0].probs if len(answer.data) == 1 else []
+    def _reward(self, reply: _Classification) -> Grade:
+        scores = reply.data[0].probs if len(reply.data) == 1 else []
         label = self.settings.label
         if not scores or not all(map(math.isfinite, scores)):
-            raise ValueError(f"it answers {answer.data} instead of scores")
+            raise ValueError(f"it answers {reply.data} instead of scores")
         if (len(scores) == 1) != (label is None) or (label or 0) >= len(scores):
             remedy = "leave out label" if len(scores) == 1 else f"set label, 0 to {len(scores) - 1}"
             raise ValueError(f"it has {len(scores)} classes and label is {label}: {remedy}")
@@ -156,13 +160,13 @@ class RewardModel:
 
 
 class Helpful(RewardModel):
-    """Trained on pairs; sees the summary only, so as not to bend the reasoning."""
+    """Trained on pairs. It scores the summary only, so that it does not influence the reasoning."""
 
 
 class Safety(RewardModel):
-    """Trained on single responses; sees all of them: harm in a thought is harm."""
+    """Trained on single responses. It scores the whole response: harm in a thought is harm."""
 
-    part = "response"
+    part: Part = "response"
 
 
 def _sigmoid(x: float) -> float:

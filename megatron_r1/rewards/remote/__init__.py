@@ -1,2 +1,4 @@
-"""What rewards need that ask a served model; such a reward is one file beside this folder, and one
-line in `rewards.REMOTE`."""
+"""Shared code of rewards that request a served model.
+
+Such a reward is one file beside this folder and one line in `rewards.REMOTE`.
+"""

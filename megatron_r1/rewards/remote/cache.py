@@ -1,4 +1,4 @@
-"""Answers of a judge on disk, shared by any number of processes."""
+"""Replies of a judge on disk, shared by any number of processes."""
 
 from __future__ import annotations
 
@@ -10,33 +10,34 @@ import secrets
 from pathlib import Path
 from typing import Any
 
+from megatron_r1.errors import UserError
+
 
 class ReplyCache:
-    """One JSON file per answer, named by the hash of the request and of the vote's number.
+    """One JSON file per reply, named by the hash of the request and of the vote's number.
 
-    Several processes may share a folder: a file appears by a rename, whole, and two that write the
-    same name write answers to the same request. Nothing is ever evicted: a file is 2-10 KB, the
-    folder may be deleted at any time, and by age with `find FOLDER -mtime +30 -delete`.
+    Several processes may share a folder: a file appears whole, by a rename, and processes that
+    write the same name write replies to the same request. Files are never evicted: each is 2-10 KB,
+    and the folder may be deleted at any time, or by age with `find FOLDER -mtime +30 -delete`.
     The model's name is part of the request and the address is not, so that a served model may move;
-    use a folder per model when two go by one name. A file that cannot be read as what was written
-    counts as absent.
+    use a folder per model where two have the same name. An invalid file counts as absent.
     """
 
     def __init__(self, folder: str | Path) -> None:
-        """Raises ValueError when the folder cannot be made or written to."""
+        """Raises UserError when the folder cannot be created or written to."""
         self.folder = Path(folder)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ValueError(f"cache: {folder} cannot be made ({error.strerror})") from None
+            raise UserError(f"cache: {folder} cannot be made ({error.strerror})") from None
         if not os.access(self.folder, os.W_OK):
-            raise ValueError(f"cache: {folder} cannot be written to")
+            raise UserError(f"cache: {folder} cannot be written to")
 
     async def get(self, request: dict[str, Any], vote: int) -> str | None:
         return await asyncio.to_thread(self._read, self._path(request, vote))
 
-    async def put(self, request: dict[str, Any], vote: int, answer: str) -> None:
-        entry = {"request": request, "vote": vote, "answer": answer}
+    async def put(self, request: dict[str, Any], vote: int, reply: str) -> None:
+        entry = {"request": request, "vote": vote, "answer": reply}
         await asyncio.to_thread(_write, self._path(request, vote), json.dumps(entry))
 
     def _path(self, request: dict[str, Any], vote: int) -> Path:
@@ -45,14 +46,14 @@ class ReplyCache:
 
     def _read(self, path: Path) -> str | None:
         try:
-            answer = json.loads(path.read_text(encoding="utf-8"))["answer"]
+            reply = json.loads(path.read_text(encoding="utf-8"))["answer"]
         except (OSError, ValueError, KeyError, TypeError):
             return None
-        return answer if isinstance(answer, str) else None
+        return reply if isinstance(reply, str) else None
 
 
 def _write(path: Path, content: str) -> None:
-    # No fsync, unlike files.atomic_write: what a power cut takes is asked for again.
+    # No fsync, unlike files.atomic_write: a reply lost in a power cut is requested again.
     path.parent.mkdir(exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:

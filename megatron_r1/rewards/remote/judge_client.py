@@ -1,4 +1,4 @@
-"""Votes of a judge: settings, one request per vote, verdicts that count."""
+"""A client of a judge: its settings, one request per vote, and the valid verdicts."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ class JudgeSettings(ServiceSettings):
 
     @model_validator(mode="after")
     def _votes_can_decide(self) -> JudgeSettings:
-        wanted, why = (
+        parity, reason = (
             ("odd", "there is a majority")
             if self.mode == "verify"
             else ("even", "each response is shown first equally often")
         )
-        if self.num_votes % 2 != (wanted == "odd"):
+        if self.num_votes % 2 != (parity == "odd"):
             raise ValueError(
-                f"votes must be {wanted} to {self.mode}, so that {why}; got {self.votes}"
+                f"votes must be {parity} to {self.mode}, so that {reason}; got {self.votes}"
             )
         return self
 
@@ -75,50 +75,49 @@ class JudgeClient:
     async def votes(
         self, instructions: str, texts: dict[str, str], num_votes: int, first: int = 0
     ) -> list[str]:
-        """`num_votes` verdicts on `texts`, those named "response…" without their middle where they
-        are too long.
+        """Return `num_votes` verdicts on `texts`; those named "response…" are cut if too long.
 
-        An answer without a verdict is no vote, and another is asked for, `num_votes` times at most;
-        Ungradable when that is not enough. first: the number of the first vote of the
-        2 x num_votes there may be; a vote's number makes its request, and its place in the cache.
+        A reply without a verdict is no vote and is replaced, `num_votes` times at most; then this
+        raises Ungradable. first: number of the first of up to 2 x num_votes requests; a vote's
+        number is part of its request, and of its name in the cache.
         """
-        shown = {name: break_control_tokens(text) for name, text in texts.items()}
-        for name in shown:
+        texts = {name: break_control_tokens(text) for name, text in texts.items()}
+        for name in texts:
             if name.startswith("response"):
-                shown[name] = cut_middle(shown[name], self.settings.max_chars)
+                texts[name] = cut_middle(texts[name], self.settings.max_chars)
         verdicts: list[str] = []
-        asked, end = first, first + 2 * num_votes
-        while (missing := num_votes - len(verdicts)) and asked < end:
-            batch = range(asked, min(asked + missing, end))
-            asked = batch.stop
-            answers = await asyncio.gather(*(self._vote(instructions, shown, i) for i in batch))
-            verdicts += [verdict for verdict in answers if verdict is not None]
+        next_vote, end = first, first + 2 * num_votes
+        while (missing := num_votes - len(verdicts)) and next_vote < end:
+            batch = range(next_vote, min(next_vote + missing, end))
+            next_vote = batch.stop
+            votes = await asyncio.gather(*(self._vote(instructions, texts, i) for i in batch))
+            verdicts += [verdict for verdict in votes if verdict is not None]
         if missing:
             raise Ungradable(
-                f"{len(verdicts)} of {asked - first} answers of {self.settings.model!r} end with "
-                f"a verdict, {num_votes} are needed"
+                f"{len(verdicts)} of {next_vote - first} answers of {self.settings.model!r} end "
+                f"with a verdict, {num_votes} are needed"
             )
         return verdicts
 
     async def _vote(self, instructions: str, texts: dict[str, str], number: int) -> str | None:
         message, key = judge_prompt(instructions, texts, number)
-        verdict = read_verdict(await self._answer(message, number), key, VERDICTS[instructions])
+        verdict = read_verdict(await self._reply(message, number), key, VERDICTS[instructions])
         if verdict is None:
             self.service.counters["no_verdict"] += 1
         return verdict
 
-    async def _answer(self, message: str, number: int) -> str:
+    async def _reply(self, message: str, number: int) -> str:
         body = self._body(message)
-        if self.cache and (answer := await self.cache.get(body, number)) is not None:
+        if self.cache and (cached := await self.cache.get(body, number)) is not None:
             self.service.counters["cached"] += 1
-            return answer
+            return cached
         choices = (await self.service.request(body)).choices
-        # A judgement that was cut off has not been reached.
+        # A reply that was cut off has no verdict.
         is_whole = choices and choices[0].finish_reason != "length"
-        answer = (choices[0].message.content or "") if is_whole else ""
+        reply = (choices[0].message.content or "") if is_whole else ""
         if self.cache:
-            await self.cache.put(body, number, answer)
-        return answer
+            await self.cache.put(body, number, reply)
+        return reply
 
     def _body(self, message: str) -> dict[str, Any]:
         body = {

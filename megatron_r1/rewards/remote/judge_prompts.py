@@ -1,8 +1,8 @@
-"""What a judge is shown, and the one form in which its verdict counts.
+"""The prompts of a judge, and the one form in which its verdict counts.
 
 The judge ends with a line of JSON that repeats the request's key (see `hostile_text.fence_key`):
     {"key": "3f2a9c0d1e4b5a67", "verdict": "correct"}
-A response cannot know the key: nothing it says, or the judge quotes from it, is a verdict.
+A response cannot know the key: no text in it, nor a quote from it, can be a verdict.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ and nothing after it, in which the verdict is one of {choices}:
 
 
 def judge_prompt(instructions: str, texts: Mapping[str, str], vote: int) -> tuple[str, str]:
-    """(message, key) that ask for a verdict on `texts`, shown by name in their order."""
+    """Return the message that requests a verdict on `texts`, in their order, and its key."""
     key = fence_key(instructions, vote, *texts.values())
     verdicts = VERDICTS[instructions]
     message = FRAME.format(
@@ -69,12 +69,12 @@ def judge_prompt(instructions: str, texts: Mapping[str, str], vote: int) -> tupl
     return message, key
 
 
-def read_verdict(answer: str, key: str, verdicts: Sequence[str]) -> str | None:
-    """The verdict on the last line of `answer`; None for anything that is not exactly one.
+def read_verdict(reply: str, key: str, verdicts: Sequence[str]) -> str | None:
+    """Return the verdict on the last line of `reply`, or None if it is not exactly a verdict.
 
-    White space and the end of a Markdown code block may follow that line, nothing else.
+    Only white space and the end of a Markdown code block may follow that line.
     """
-    lines = [line.strip() for line in answer.splitlines()]
+    lines = [line.strip() for line in reply.splitlines()]
     while lines and lines[-1] in ("", "```"):
         lines.pop()
     try:

@@ -1,6 +1,6 @@
-"""What of a question and a response a model is shown.
+"""The texts of a question and a response that a judge or reward model reads.
 
-A reward model is trained on the texts it is later asked about, so both go through here.
+Serving and training of a reward model both use these functions, so that both see the same text.
 """
 
 from __future__ import annotations
@@ -12,47 +12,50 @@ from megatron_r1.rewards.answer import THINK, Extraction, after_thought
 from megatron_r1.rewards.remote.untrusted_text import break_control_tokens, cut_middle
 
 Part = Literal["summary", "response"]
-PLACES = re.compile(r"\{(question|response)\}")
+PLACEHOLDERS = re.compile(r"\{(question|response)\}")
 
 
 def prepare_texts(
     question: str, response: str, part: Part, opened: bool, max_chars: int
 ) -> tuple[str, Extraction]:
-    """The question and that part of the response, without control tokens and at most about
-    `max_chars` of it; the part's text is None where there is none."""
-    found = response_part(response, part, opened)
-    if found.text is not None:
-        found = Extraction(cut_middle(break_control_tokens(found.text), max_chars))
-    return break_control_tokens(question), found
+    """Return the question and the `part` of the response, without control tokens.
+
+    The part is cut to about `max_chars`; its text is None where the response has no such part.
+    """
+    extraction = response_part(response, part, opened)
+    if extraction.text is not None:
+        extraction = Extraction(cut_middle(break_control_tokens(extraction.text), max_chars))
+    return break_control_tokens(question), extraction
 
 
 def fill_template(template: str, question: str, response: str) -> str:
-    """`template` with both texts in their places."""
+    """Return `template` with both texts filled in."""
     texts = {"question": question, "response": response}
     # One pass: a question that contains "{response}" keeps it.
-    return PLACES.sub(lambda place: texts[place[1]], template)
+    return PLACEHOLDERS.sub(lambda match: texts[match[1]], template)
 
 
 def chat_messages(question: str, response: str) -> list[dict[str, str]]:
-    """Both texts as a chat template takes them."""
+    """Return both texts as messages for a chat template."""
     return [
-        {"role": role, "content": text}
-        for role, text in (("user", question), ("assistant", response))
+        {"role": "user", "content": question},
+        {"role": "assistant", "content": response},
     ]
 
 
 def check_template(template: str | None) -> str | None:
-    """`template` as it is. Raises ValueError for one without a place for the response."""
+    """Return `template`. Raises ValueError for one without {response}."""
     if template is not None and "{response}" not in template:
         raise ValueError(f"template must contain {{response}}, got {template!r}")
     return template
 
 
 def response_part(response: str, part: Part, opened: bool) -> Extraction:
-    """summary: what follows the thought, stripped; a thought that is never closed has none, and a
-    response without a thought is all summary. response: all of it, the thought included.
+    """Return one part of a response.
 
-    opened: the prompt ended with `<think>`, which the whole response then gets back.
+    summary: the text after the thought, stripped; all of a response without a thought, none where
+    the thought is never closed. response: all of it, thought included. opened: the prompt ended
+    with `<think>`, which is put back before the whole response.
     """
     if part == "response":
         text = THINK + response if opened else response

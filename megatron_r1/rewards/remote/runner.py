@@ -1,8 +1,8 @@
-"""Rewards that ask a served model, graded in the controller's event loop.
+"""Rewards that request a served model, graded in the controller's event loop.
 
-They wait for a network and hardly compute, so a worker process for each would stand idle; here one
-process has hundreds of requests in flight. What a response can do to them is bounded by what they
-do with it: cut it, send it, read one number or verdict.
+They wait for a network and hardly compute, so a worker process for each would be idle; here one
+process has hundreds of requests in flight. A hostile response can do little to them: they cut it,
+send it, and read one number or verdict.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from megatron_r1.rewards.remote.settings import ServiceSettings, read_settings
 
 
 class RemoteReward(Protocol):
-    """What a class named in `rewards.REMOTE` is; it is made of its settings alone."""
+    """The interface of a class named in `rewards.REMOTE`."""
 
     settings_type: type[ServiceSettings]
     service: Service
 
     def __init__(self, settings: Any) -> None: ...
     async def check(self) -> None:
-        """Raises ServiceError when the service cannot do what it is for."""
+        """Raise ServiceError when the service cannot grade."""
 
     async def grade(self, response: str, truth: object, **entry: object) -> Grade:
-        """Raises ValueError for what is wrong with the row, Ungradable, ServiceError."""
+        """Raises ValueError for a mistake in the row, Ungradable, ServiceError."""
 
     async def close(self) -> None: ...
 
 
 class RemoteRewards:
-    """Grades by kind; each service is checked once, before its first grade.
+    """All served rewards of a run. Each service is checked once, before its first grade.
 
     Belongs to the event loop of its first `grade`.
     """
@@ -50,21 +50,21 @@ class RemoteRewards:
     async def grade(
         self, kind: str, response: str, truth: object, fields: Mapping[str, Any]
     ) -> Grade:
-        """The grade of one response; `fields`: settings of `kind`, and what goes with the prompt.
+        """Return the grade of one response. fields: settings of `kind`, and the prompt's fields.
 
-        Raises ServiceError when nothing can be graded: the service is down, refuses us, or fails
-        its check. It is never turned into a reward. A response that alone cannot be graded gets 0
-        and a reason that begins with `base.UNGRADED`.
+        Raises ServiceError when the service is down, refuses the client, or fails its check: that
+        is never turned into a reward. If only this response cannot be graded, it gets 0 and a
+        reason that begins with `base.UNGRADED`.
         """
         names = settings_names(kind)
         options = {name: value for name, value in fields.items() if name in names}
         entry = {name: value for name, value in fields.items() if name not in names}
         key = json.dumps([kind, options], sort_keys=True, default=str)
         if key not in self._graders:
-            of = reward_class(kind)
-            self._graders[key] = of(read_settings(kind, of.settings_type, options))
+            settings = read_settings(kind, reward_class(kind).settings_type, options)
+            self._graders[key] = reward_class(kind)(settings)
             self._checks[key] = asyncio.create_task(self._graders[key].check())
-        # Shielded: the others that wait for the check go on when this caller is cancelled.
+        # Shielded: other callers still wait for the check when this one is cancelled.
         await asyncio.shield(self._checks[key])
         try:
             grade = await self._graders[key].grade(response, truth, **entry)
@@ -75,8 +75,8 @@ class RemoteRewards:
         return grade
 
     def snapshot(self) -> dict[str, int]:
-        """Counts since the start: remote/graded, /ungraded, /requests, /retries, /cached,
-        /no_verdict; empty as long as no such reward is used."""
+        """Return counts since the start: remote/graded, /ungraded, /requests, /retries, /cached,
+        /no_verdict; empty while no served reward is used."""
         if not self._graders:
             return {}
         total = sum((g.service.counters for g in self._graders.values()), self._counters)
@@ -100,20 +100,20 @@ def settings_names(kind: str) -> frozenset[str]:
 
 
 def check_options(kind: str, options: Mapping[str, Any]) -> None:
-    """Raises ValueError for options that are no settings of reward `kind`.
+    """Raise ValueError for options that are not settings of reward `kind`.
 
-    Looks at nothing but them: a trainer's node, which reads the recipe too, need not have the key.
+    The key is not needed: a trainer's node, which reads the recipe too, may not have it.
     """
     read_settings(kind, reward_class(kind).settings_type, options)
 
 
 def join_fields(kind: str, options: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
-    """What a reward of `kind` is called with: the recipe's `options` and a prompt's `fields`.
+    """Combine the recipe's `options` and a prompt's `fields` into the arguments of a reward.
 
-    For rewards in worker processes the prompt's own field wins. Which service is asked, and with
-    whose key, is for the recipe to say: a data set that happens to have a column "model", or one
-    made to collect keys with its own "url", changes nothing. Only where there are no options
-    (`megatron-r1 score`) do a line's own settings count, but for api_key_env.
+    For rewards in worker processes the prompt's field overrides the option. For served rewards the
+    recipe alone selects the service and the key: a data set with a column "model", or one with a
+    "url" of its own that would collect keys, changes nothing. Only where there are no options
+    (`megatron-r1 score`) do a line's own settings count, except api_key_env.
     """
     if kind not in REMOTE:
         return {**options, **fields}

@@ -1,8 +1,8 @@
-"""One model served over HTTP: what is tried again, what is the answer's fault, what stops a run.
+"""A client of one model served over HTTP, which retries and tells apart kinds of failure.
 
-A reward of 0 teaches; a service that is down must not. So a request ends in one of three ways:
-the service's answer; `Ungradable`, when this request alone cannot be answered while others can; or
-`ServiceError`, which stops the run (its checkpoint is there, the same command goes on).
+A policy learns from a reward of 0, and must not learn from an outage. So a request ends in one of
+three ways: the service's reply; `Ungradable`, when only this request cannot be answered; or
+`ServiceError`, which stops the run (the same command continues from its checkpoint).
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ from typing import Any
 import aiohttp
 import msgspec
 
+from megatron_r1.errors import UserError
 from megatron_r1.rewards.base import shorten
 from megatron_r1.rewards.remote.settings import ServiceSettings
 
-# About this request: its length, a character the tokenizer refuses, a provider's content filter.
+# Caused by this request: its length, a character the tokenizer refuses, a content filter.
 REFUSED = frozenset({400, 413, 422})
-# About the moment: too many requests, starting up, overloaded.
+# Temporary: too many requests, starting up, overloaded.
 BUSY = frozenset({408, 409, 425, 429, 503, 504, 529})
 FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 0.5, 30.0
 TRIES_BEFORE_PROBE = 3
@@ -31,15 +32,15 @@ EXCERPT_CHARS = 300
 
 
 class ServiceError(RuntimeError):
-    """The service is down, refuses us, or is not what it is said to be: nothing can be graded."""
+    """The service is down, refuses the client, or does not serve a fitting model."""
 
 
 class Ungradable(Exception):
-    """The service works, and has no answer to this request."""
+    """The service works, but cannot answer this request."""
 
 
 class _TryAgain(Exception):
-    """is_fault: the request itself may have caused it. wait_seconds: what the service asked for."""
+    """is_fault: the request itself may be the cause. wait_seconds: requested by the service."""
 
     def __init__(self, message: str, is_fault: bool, wait_seconds: float = 0.0) -> None:
         super().__init__(message)
@@ -49,30 +50,30 @@ class _TryAgain(Exception):
 class Service:
     """POSTs JSON to `url`, at most `settings.concurrency` requests at once.
 
-    answer_type: a msgspec type; an answer that does not fit it counts as a failed try.
-    probe: a request that the service must be able to answer whenever it is well.
-    trouble: why the latest try had no answer, for whoever waits; "" before the first.
-    Belongs to the event loop of its first `ask`.
+    reply_type: a msgspec type; a reply that does not match it counts as a failed try.
+    probe: a request that the service can answer whenever it works.
+    trouble: why the latest try failed, for progress messages; "" before the first failure.
+    Belongs to the event loop of its first `request`.
     """
 
     def __init__(
-        self, settings: ServiceSettings, url: str, answer_type: type, probe: dict[str, Any]
+        self, settings: ServiceSettings, url: str, reply_type: type[Any], probe: dict[str, Any]
     ) -> None:
         self.settings = settings
         self.url = url
         self.counters: Counter[str] = Counter()
         self.trouble = ""
         self._probe = probe
-        self._decode = msgspec.json.Decoder(answer_type).decode
+        self._decoder: msgspec.json.Decoder[Any] = msgspec.json.Decoder(reply_type)
         self._headers = {"Content-Type": "application/json", **_authorization(settings)}
         self._slots = asyncio.Semaphore(settings.concurrency)
         self._session: aiohttp.ClientSession | None = None
         self._is_closed = False
 
     async def request(self, body: dict[str, Any], retry_seconds: float | None = None) -> Any:
-        """The decoded answer to `body`.
+        """Return the decoded reply to `body`.
 
-        retry_seconds: how long to go on trying; default: the setting. Raises Ungradable, or
+        retry_seconds: how long to retry; default: the setting. Raises Ungradable, or
         ServiceError with the URL, the last failure and the remedy.
         """
         patience = self.settings.retry_seconds if retry_seconds is None else retry_seconds
@@ -85,14 +86,14 @@ class Service:
             except _TryAgain as failure:
                 self.trouble = str(failure)
                 num_faults += failure.is_fault
-                # Half of the wait is random, so that many requests do not come back all at once.
+                # Half of the wait is random, so that many requests do not return at once.
                 wait = min(FIRST_WAIT_SECONDS * 2 ** min(attempt, 9), LONGEST_WAIT_SECONDS)
                 wait = max(wait * random.uniform(0.5, 1.0), failure.wait_seconds)
                 is_over = time.monotonic() + wait > deadline
-                # A text that breaks the model server must cost one sample; the probe tells it from
-                # an outage.
+                # A text that breaks the model server must cost one sample only; the probe shows
+                # whether it is an outage instead.
                 is_suspect = num_faults >= TRIES_BEFORE_PROBE or (num_faults and is_over)
-                if is_suspect and await self._is_well():
+                if is_suspect and await self._works():
                     raise Ungradable(f"{failure} ({num_faults} times)") from None
                 if is_over:
                     raise ServiceError(
@@ -104,13 +105,13 @@ class Service:
             await asyncio.sleep(wait)
 
     async def close(self) -> None:
-        """What is still asked raises ServiceError. Safe to call again."""
+        """Close the connections; pending requests raise ServiceError. Safe to call again."""
         self._is_closed = True
         if self._session is not None:
             await self._session.close()
             self._session = None
 
-    async def _is_well(self) -> bool:
+    async def _works(self) -> bool:
         try:
             await self._post(self._probe)
         except (_TryAgain, Ungradable, ServiceError):
@@ -132,12 +133,12 @@ class Service:
                 self.url,
                 data=msgspec.json.encode(body),
                 headers=self._headers,
-                allow_redirects=False,  # a key goes to the host that was named, and no other
+                allow_redirects=False,  # the key goes to the named host only
             ) as response:
                 return self._read(response, await response.read())
         except TimeoutError:
             seconds = self.settings.timeout_seconds
-            # What is asked for is bounded, so a slow answer is the service's load, not the text's.
+            # The reply's length is bounded, so a slow reply is due to load, not to this request.
             raise _TryAgain(f"no answer in {seconds:g} s", is_fault=False) from None
         except (aiohttp.ServerDisconnectedError, aiohttp.ClientPayloadError) as error:
             raise _TryAgain(f"it hung up ({type(error).__name__})", is_fault=True) from None
@@ -148,24 +149,24 @@ class Service:
 
     def _read(self, response: aiohttp.ClientResponse, content: bytes) -> Any:
         status = response.status
-        says = f"status {status}: {shorten(content.decode(errors='replace'), EXCERPT_CHARS)}"
+        message = f"status {status}: {shorten(content.decode(errors='replace'), EXCERPT_CHARS)}"
         if status == 200:
             try:
-                return self._decode(content)
+                return self._decoder.decode(content)
             except msgspec.MsgspecError as error:
                 raise _TryAgain(f"an answer of another kind ({error})", is_fault=True) from None
         if status in REFUSED:
-            raise Ungradable(says)
+            raise Ungradable(message)
         if status in BUSY:
-            raise _TryAgain(says, is_fault=False, wait_seconds=_retry_after(response))
+            raise _TryAgain(message, is_fault=False, wait_seconds=_retry_after(response))
         if status >= 500:
-            raise _TryAgain(says, is_fault=True)
+            raise _TryAgain(message, is_fault=True)
         remedy = {401: "api_key_env", 403: "api_key_env", 404: "url and model"}.get(status, "url")
-        raise ServiceError(f"{self.url}: {says}; check {remedy}")
+        raise ServiceError(f"{self.url}: {message}; check {remedy}")
 
 
 def _retry_after(response: aiohttp.ClientResponse) -> float:
-    """Seconds the service asks to wait, at most a minute; a date there is passed over."""
+    """Return the seconds of a Retry-After header, at most 60; 0 without one, or for a date."""
     header = response.headers.get("Retry-After", "")
     return min(float(header), 60.0) if header.isdecimal() else 0.0
 
@@ -174,7 +175,7 @@ def _authorization(settings: ServiceSettings) -> dict[str, str]:
     if settings.api_key_env is None:
         return {}
     if not (key := os.environ.get(settings.api_key_env)):
-        raise ValueError(
+        raise UserError(
             f"api_key_env: the environment variable {settings.api_key_env} is not set; "
             f"export it, or leave api_key_env out for a service without a key"
         )

@@ -1,13 +1,14 @@
-"""Settings that every served reward has, read from `rewards.options` or from the line itself."""
+"""Settings of every served reward, from `rewards.options` or from a line of `score`."""
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from megatron_r1.errors import UserError, did_you_mean
 
 
 class ServiceSettings(BaseModel):
@@ -44,34 +45,33 @@ class ServiceSettings(BaseModel):
 
     @property
     def api_base(self) -> str:
-        """`url` as OpenAI's clients want it: with the API's version where it has no path at all."""
+        """`url` as OpenAI's clients take it: with the API version where it has no path."""
         return self.url if urlsplit(self.url).path else f"{self.url}/v1"
 
 
 Settings = TypeVar("Settings", bound=ServiceSettings)
 
 
-def read_settings(kind: str, of: type[Settings], options: Mapping[str, Any]) -> Settings:
-    """`options` as settings of reward `kind`.
+def read_settings(kind: str, settings_type: type[Settings], options: Mapping[str, Any]) -> Settings:
+    """Parse `options` as settings of reward `kind`.
 
-    Raises ValueError with one line for all mistakes, each by its name and with the nearest right
-    one.
+    Raises UserError with one line for all mistakes, with the nearest known name for an unknown one.
     """
     try:
-        return of.model_validate(dict(options))
+        return settings_type.model_validate(dict(options))
     except ValidationError as failure:
-        mistakes = [_explain(error, of) for error in failure.errors()]
-        raise ValueError(f"rewards.options of {kind}: " + "; ".join(mistakes)) from None
+        mistakes = [_explain(error, settings_type) for error in failure.errors()]
+        raise UserError(f"rewards.options of {kind}: " + "; ".join(mistakes)) from None
 
 
-def _explain(error: Mapping[str, Any], of: type[ServiceSettings]) -> str:
+def _explain(error: Mapping[str, Any], settings_type: type[ServiceSettings]) -> str:
     name = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(name, of.model_fields, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(of.model_fields)}"
-        return f"unknown option {name}; {hint}"
+        known = settings_type.model_fields
+        hint = did_you_mean(name, known, "{}") or f"; known: {', '.join(known)}"
+        return f"unknown option {name}{hint}"
     if error["type"] == "missing":
-        return f"{name} must be set ({of.model_fields[name].description})"
+        return f"{name} must be set ({settings_type.model_fields[name].description})"
     if error["type"] == "value_error":
         return str(error["ctx"]["error"])
     return f"{name}: {error['msg'][0].lower()}{error['msg'][1:]}, got {error['input']!r}"

@@ -1,4 +1,4 @@
-"""Showing a judge or reward model a text that may be written to deceive it."""
+"""Prepare text for a judge or reward model that may have been written to deceive it."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import hashlib
 import re
 
 KEY_CHARS = 16
-# What chat templates write between turns. In a message these are text, but the server's tokenizer
-# reads them as the tokens themselves: a response could end its own turn and begin another.
+# Control tokens that chat templates write between turns. The server's tokenizer would read their
+# text as the tokens themselves: a response could end its own turn and begin another.
 CONTROL_TOKEN = re.compile(
     r"<(?=[|｜])|(?<=[|｜])>|"
     r"[\[<](?=/?INST\])|<(?=</?SYS>>)|"
@@ -17,14 +17,14 @@ CONTROL_TOKEN = re.compile(
 
 
 def break_control_tokens(text: str) -> str:
-    """`text` with every chat control token broken by a space, and in valid UTF-8."""
+    """Return `text` in valid UTF-8 with every chat control token broken by a space."""
     text = text.encode("utf-8", "replace").decode("utf-8").replace("\0", "\ufffd")
     return CONTROL_TOKEN.sub(lambda sign: " >" if sign[0] == ">" else f"{sign[0]} ", text)
 
 
 def cut_middle(text: str, max_chars: int) -> str:
-    """At most about `max_chars`: the beginning, a note of what is missing, and as much of the end,
-    where answers stand."""
+    """Cut `text` to about `max_chars`: as much of its beginning as of its end, where the answer
+    is, with a note of how much is missing between them."""
     if len(text) <= max_chars:
         return text
     half = max_chars // 2
@@ -33,11 +33,11 @@ def cut_middle(text: str, max_chars: int) -> str:
 
 
 def fence_key(*parts: object) -> str:
-    """A word that cannot stand in any of `parts`, and is the same for the same parts.
+    """Return a key that none of `parts` can contain, the same for the same parts.
 
-    It is a hash of all of them. Whoever writes one part would have to write a text that contains
-    its own hash, so the key is as unknown to them as a random one; being a function of the request,
-    it lets a repeated request find its cached answer.
+    It is a hash of all parts. A part that contained it would have to contain its own hash, so the
+    author of a part cannot know it, as with a random key; unlike a random key, it lets a repeated
+    request find its cached reply.
     """
     digest = hashlib.sha256()
     for part in parts:
@@ -47,5 +47,5 @@ def fence_key(*parts: object) -> str:
 
 
 def fenced(name: str, key: str, text: str) -> str:
-    """`text` between two lines that only the holder of `key` can write."""
+    """Return `text` between two lines that cannot be written without knowing `key`."""
     return f"[{name} {key}]\n{text}\n[end of {name} {key}]"

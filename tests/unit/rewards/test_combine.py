@@ -115,7 +115,7 @@ def test_a_prompts_field_wins_over_options_and_facts_over_both():
     assert fields == {"a": 1, "b": 2, "c": 2, "num_tokens": 7}
 
 
-def test_the_options_of_every_registered_reward_can_be_read_without_importing_it():
+def test_the_options_of_every_registered_reward_come_from_its_signature():
     names = {kind: option_names(kind) for kind in REGISTRY}
     assert names["language"] == {"target"}
     assert names["conciseness"] == {"free_length", "max_length", "unit"}
