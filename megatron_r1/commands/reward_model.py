@@ -79,7 +79,7 @@ def run(config: Config) -> None:
         recorder.view.phase("starting trainer")
         await trainer.connect()
         recorder.view.message(f"{trainer.num_parameters / 1e6:,.2f}M parameters")
-        if any(place["score_is_new"] for place in trainer.places) and not recorder.resumed:
+        if any(place["score_is_new"] for place in trainer.ranks) and not recorder.resumed:
             recorder.view.message("the score head is new: drawn with std 1 / sqrt(hidden_size + 1)")
 
         async def attempt() -> None:

@@ -36,6 +36,6 @@ async def supervised_step(
     timing = {"time/train": seconds, "time/step": seconds}
     timing["tokens_per_second"] = sum(len(sample) for sample in batch) / seconds
     metrics["trainer/restarts"] = trainer.num_restarts
-    metrics |= await recorder.checkpoints.news(trainer)
+    metrics |= await recorder.checkpoints.completed(trainer)
     recorder.step({"step": state.step, **metrics, "learning_rate": rate, **timing}, [])
     state.sampler = sampler.state_dict()

@@ -10,6 +10,7 @@ import torch
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 from megatron_r1 import platform
+from megatron_r1.errors import UserError
 from megatron_r1.models.hf_config import architecture, check_supported
 from megatron_r1.models.pipeline_stages import pipeline_stages
 from megatron_r1.models.recompute import recompute_fields
@@ -44,7 +45,7 @@ def transformer_config(
     fixed. recompute and recompute_modules: see `models.recompute`. overrides: any further field of
     Megatron's configuration, last word.
 
-    Raises ValueError for a configuration this stack would compute wrongly, for sizes that do not
+    Raises UserError for a configuration this stack would compute wrongly, for sizes that do not
     divide, and for an unknown override.
     """
     model = import_module(f"megatron_r1.models.{architecture(hf)}")
@@ -81,7 +82,7 @@ def transformer_config(
     kind = MLATransformerConfig if model.LATENT_ATTENTION else TransformerConfig
     unknown = overrides.keys() - {field.name for field in dataclasses.fields(kind)}
     if unknown:
-        raise ValueError(f"{kind.__name__} has no field {', '.join(sorted(unknown))}")
+        raise UserError(f"{kind.__name__} has no field {', '.join(sorted(unknown))}")
     return kind(**{**fields, **overrides})
 
 
@@ -89,7 +90,7 @@ def _sequence_parallel(wanted: bool | None, tensor_parallel: int, has_experts: b
     if wanted is None:
         return tensor_parallel > 1 and has_experts
     if has_experts and tensor_parallel > 1 and not wanted:
-        raise ValueError(
+        raise UserError(
             f"sequence_parallel=False with tensor_parallel={tensor_parallel} is not possible for a "
             "model with experts: Megatron splits their tokens along the sequence"
         )
@@ -103,13 +104,13 @@ def _pipeline_fields(
     stages = pipeline_stages(num_layers, pipeline, virtual, num_mtp=num_mtp, layout=layout)
     if pipeline == 1:
         if len(stages[0]) > 1:
-            raise ValueError(
+            raise UserError(
                 f"parallel.virtual_pipeline={len(stages[0])} needs parallel.pipeline > 1: one rank "
                 "has nobody to interleave with"
             )
         return {}
     if any(stage.mtp for stage in stages[0][1:]):
-        raise ValueError(
+        raise UserError(
             f"parallel.pipeline_layout={layout!r}: MTP layers (m) cannot be on a later chunk of "
             "the first pipeline rank, whose two embeddings nothing would keep equal; use another"
         )
@@ -163,13 +164,13 @@ def _check_sizes(hf, model, sizes, has_experts, transformer_engine) -> None:
     for name, size in sizes.items():
         key = f"parallel.{name.removesuffix('_parallel')}"
         if not isinstance(size, int) or size < 1:
-            raise ValueError(f"{key}={size!r} must be a positive integer")
+            raise UserError(f"{key}={size!r} must be a positive integer")
         if name.startswith("expert") and size > 1 and not has_experts:
-            raise ValueError(f"{key}={size} needs a model with experts")
+            raise UserError(f"{key}={size} needs a model with experts")
     rules = model.divisions(hf, transformer_engine)
     for field, size, setting in rules:
         if size % sizes[setting]:
-            raise ValueError(
+            raise UserError(
                 f"parallel.{setting.removesuffix('_parallel')}={sizes[setting]} does not divide "
                 f"{field}={size}; choose a divisor of {size}"
             )

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from megatron_r1.errors import UserError
 from megatron_r1.models.hf_config import need, num_mtp_layers, require, rope_parameters
 
 LATENT_ATTENTION = True
 
 
 def config_fields(hf: dict) -> dict:
-    """TransformerConfig fields for this `config.json`; ValueError for what `check` refuses."""
+    """TransformerConfig fields for this `config.json`; UserError for what `check` refuses."""
     check(hf)
     num_layers, num_dense = hf["num_hidden_layers"], hf.get("first_k_dense_replace") or 0
     expert_size = hf["moe_intermediate_size"]
@@ -64,7 +65,7 @@ def divisions(hf: dict, transformer_engine: bool) -> list[tuple[str, int, str]]:
 
 
 def check(hf: dict) -> None:
-    """Raise ValueError for what Megatron 0.16.1 would compute differently from transformers."""
+    """Raise UserError for what Megatron 0.16.1 would compute differently from transformers."""
     need(hf, "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
     need(hf, "n_routed_experts", "n_shared_experts", "num_experts_per_tok", "moe_intermediate_size")
     require(hf, scoring_func="sigmoid", topk_method="noaux_tc", moe_layer_freq=1)
@@ -84,12 +85,12 @@ def _groups(hf: dict) -> dict:
     # group_limited_topk), transformers and vLLM always by its best two: elsewhere than at two the
     # routing silently differs.
     if hf["num_experts_per_tok"] != 2 * chosen:
-        raise ValueError(
+        raise UserError(
             f"num_experts_per_tok={hf['num_experts_per_tok']} must be twice topk_group={chosen} "
             "when experts are chosen by group: else Megatron and vLLM route tokens differently"
         )
     if hf["n_routed_experts"] % num_groups:
-        raise ValueError(
+        raise UserError(
             f"n_routed_experts={hf['n_routed_experts']} is not a multiple of n_group={num_groups}"
         )
     return {"moe_router_num_groups": num_groups, "moe_router_group_topk": chosen}
@@ -102,7 +103,7 @@ def _rope(hf: dict) -> dict:
         # The softmax scale reads the factor whatever the rope_type is (multi_latent_attention.py).
         return {**fields, "rope_type": "rope", "rotary_scaling_factor": 1.0, "mscale_all_dim": 0.0}
     if rope["rope_type"] != "yarn":
-        raise ValueError(
+        raise UserError(
             f"rope_type={rope['rope_type']!r} is not supported for DeepSeek-V3, only "
             "default and yarn"
         )
@@ -110,7 +111,7 @@ def _rope(hf: dict) -> dict:
     need(rope, "factor", "original_max_position_embeddings")
     mscale, mscale_all_dim = rope.get("mscale") or 0.0, rope.get("mscale_all_dim") or 0.0
     if not mscale_all_dim and mscale not in (0.0, 1.0) or mscale_all_dim and not mscale:
-        raise ValueError(
+        raise UserError(
             f"mscale={mscale} with mscale_all_dim={mscale_all_dim} in config.json means different "
             "things to transformers and vLLM; give both or leave both out"
         )

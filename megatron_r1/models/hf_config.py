@@ -7,6 +7,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Literal
 
+from megatron_r1.errors import UserError
+
 Head = Literal["language", "score"]
 """language: logits over the vocabulary. score: one number per token, for reward models and critics.
 """
@@ -32,21 +34,21 @@ def read_hf_config(
     score model which starts from it (`as_score_model`); None: whichever the folder holds. key: of
     the recipe, which says `path`.
 
-    Raises ValueError when the file is missing or unreadable, its architecture is not in
+    Raises UserError when the file is missing or unreadable, its architecture is not in
     ARCHITECTURES, or it is a score model where a language model is wanted.
     """
     file = Path(path) / "config.json"
     if not file.is_file():
         own = Path(path) / "hf"
         meant = f"; did you mean {own}?" if (own / "config.json").is_file() else ""
-        raise ValueError(
+        raise UserError(
             f"{file} does not exist (relative to {Path.cwd()}): {key} must be a Hugging Face model "
             f"folder{meant}"
         )
     try:
         hf = json.loads(file.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise ValueError(f"{file} is not valid JSON: {error}") from error
+        raise UserError(f"{file} is not valid JSON: {error}") from error
     for alias, name in _ALIASES.items():
         if alias in hf:
             hf.setdefault(name, hf.pop(alias))
@@ -54,7 +56,7 @@ def read_hf_config(
     if has_score_head(hf):
         _check_labels(file, hf)
     if head == "language" and has_score_head(hf):
-        raise ValueError(
+        raise UserError(
             f"{file}: {hf['architectures'][0]} is a reward model; give the folder of a language "
             "model here (megatron-r1 reward-model trains reward models)"
         )
@@ -87,30 +89,30 @@ def _check_labels(file: Path, hf: dict) -> None:
     # transformers counts id2label, which without an entry has two labels.
     count = hf.get("num_labels") or len(hf.get("id2label") or "ab")
     if count != 1:
-        raise ValueError(
+        raise UserError(
             f"{file}: a classifier of {count} labels; only score models can be trained and "
             "converted, with num_labels: 1"
         )
 
 
 def architecture(hf: dict) -> str:
-    """The module in models/ and weights/ that serves this configuration; ValueError if none."""
+    """The module in models/ and weights/ that serves this configuration; UserError if none."""
     names = hf.get("architectures") or []
     for name in names:
         if name in ARCHITECTURES:
             return ARCHITECTURES[name]
-    raise ValueError(
+    raise UserError(
         f"architecture {', '.join(names) or 'missing'} in config.json is not supported; "
         f"supported are {', '.join(ARCHITECTURES)}"
     )
 
 
 def check_supported(hf: dict) -> None:
-    """Raise ValueError for what this stack would not compute as transformers and vLLM do."""
+    """Raise UserError for what this stack would not compute as transformers and vLLM do."""
     need(hf, "num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size")
     need(hf, "vocab_size", "rms_norm_eps")
     if hf.get("hidden_act", "silu") != "silu":
-        raise ValueError(f"hidden_act={hf['hidden_act']!r} is not supported, only 'silu' is")
+        raise UserError(f"hidden_act={hf['hidden_act']!r} is not supported, only 'silu' is")
     model = import_module(f"megatron_r1.models.{architecture(hf)}")
     model.config_fields(hf)
     model.model_arguments(hf)
@@ -134,15 +136,15 @@ def rope_parameters(hf: dict) -> dict:
 
 
 def require(hf: dict, **allowed) -> None:
-    """Raise ValueError for a field of `hf` that is set and not to the value allowed here."""
+    """Raise UserError for a field of `hf` that is set and not to the value allowed here."""
     for name, value in allowed.items():
         found = hf.get(name)
         if found is not None and found != value:
-            raise ValueError(f"{name}={found!r} in config.json is not supported, only {value!r} is")
+            raise UserError(f"{name}={found!r} in config.json is not supported, only {value!r} is")
 
 
 def need(hf: dict, *names: str) -> None:
-    """Raise ValueError naming every field of `names` that `hf` lacks."""
+    """Raise UserError naming every field of `names` that `hf` lacks."""
     missing = [name for name in names if hf.get(name) is None]
     if missing:
-        raise ValueError(f"config.json lacks {', '.join(missing)}")
+        raise UserError(f"config.json lacks {', '.join(missing)}")

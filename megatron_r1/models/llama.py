@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from megatron_r1.errors import UserError
 from megatron_r1.models.hf_config import need, require, rope_parameters
 
 LATENT_ATTENTION = False
 
 
 def config_fields(hf: dict) -> dict:
-    """TransformerConfig fields for this `config.json`; ValueError for what is not supported."""
+    """TransformerConfig fields for this `config.json`; UserError for what is not supported."""
     require(hf, attention_bias=False, mlp_bias=False)
     return grouped_query_fields(hf)
 
@@ -27,7 +28,7 @@ def model_arguments(hf: dict) -> dict:
     """Arguments of GPTModel beside the configuration."""
     rope = rope_parameters(hf)
     if rope["rope_type"] not in ("default", "llama3"):
-        raise ValueError(
+        raise UserError(
             f"rope_type={rope['rope_type']!r} is not supported for {hf['architectures'][0]}, "
             "only default and llama3"
         )

@@ -12,6 +12,8 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from megatron_r1.errors import UserError
+
 _ITEM = re.compile(r"\(([^()]*)\)\*(\d+)|([EtmL|])(?:\*(\d+))?")
 
 
@@ -46,12 +48,12 @@ def pipeline_stages(
     evenly, the embedding on the first chunk, MTP layers and head on the last.
     num_mtp: MTP layers of the model as built; 0 where it is built without.
 
-    Raises ValueError for what Megatron would refuse or silently build otherwise.
+    Raises UserError for what Megatron would refuse or silently build otherwise.
     """
     if layout:
         return _spelled_out(layout, num_layers, pipeline, virtual, num_mtp)
     if num_layers % (pipeline * virtual):
-        raise ValueError(
+        raise UserError(
             f"num_hidden_layers={num_layers} is not a multiple of pipeline stages {pipeline} x "
             f"virtual stages {virtual}; spell the stages out with parallel.pipeline_layout"
         )
@@ -99,7 +101,7 @@ def _spelled_out(layout, num_layers, pipeline, virtual, num_mtp) -> list[list[St
 
 
 def parse_layout(layout: str) -> list[str]:
-    """ "Et|(tt|)*2mL" -> ["Et", "tt", "tt", "mL"]; ValueError for anything else than that."""
+    """ "Et|(tt|)*2mL" -> ["Et", "tt", "tt", "mL"]; UserError for anything else than that."""
     text = re.sub(r"[,\s]", "", layout)
     return "".join(_unrolled(text, layout)).split("|")
 
@@ -109,7 +111,7 @@ def _unrolled(text: str, layout: str) -> Iterator[str]:
     while position < len(text):
         found = _ITEM.match(text, position)
         if not found:
-            raise ValueError(
+            raise UserError(
                 f"parallel.pipeline_layout={layout!r}: {text[position:]!r} is not understood; "
                 "write E, t, m, L and | with repetitions: t*3, (tt|)*29, no bracket within another"
             )
@@ -123,7 +125,7 @@ def _unrolled(text: str, layout: str) -> Iterator[str]:
 
 def _check(layout, groups, num_layers, pipeline, virtual, num_mtp) -> None:
     def refuse(reason: str) -> None:
-        raise ValueError(f"parallel.pipeline_layout={layout!r}: {reason}")
+        raise UserError(f"parallel.pipeline_layout={layout!r}: {reason}")
 
     if len(groups) % pipeline:
         refuse(f"{len(groups)} stages are not a multiple of parallel.pipeline={pipeline}")

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from megatron_r1.errors import UserError
+
 MODULES = ("core_attn", "layernorm", "mla_up_proj", "mlp", "moe", "moe_act", "shared_experts")
 
 
 def recompute_fields(recompute: str, modules: Sequence[str], fields: dict) -> dict:
-    """TransformerConfig fields; `fields`: those of the model. Raises ValueError for a name that
+    """TransformerConfig fields; `fields`: those of the model. Raises UserError for a name that
     does not exist and for modules the model lacks."""
     if recompute == "none":
         return {}
@@ -23,18 +25,18 @@ def recompute_fields(recompute: str, modules: Sequence[str], fields: dict) -> di
             "recompute_num_layers": 1,
         }
     if recompute != "selective":
-        raise ValueError(f"parallel.recompute={recompute!r} must be none, selective or full")
+        raise UserError(f"parallel.recompute={recompute!r} must be none, selective or full")
     latent, experts = "kv_lora_rank" in fields, bool(fields.get("num_moe_experts"))
     lacking = {"mla_up_proj": not latent} | dict.fromkeys(
         ("moe", "moe_act", "shared_experts"), not experts
     )
     for module in modules:
         if module not in MODULES:
-            raise ValueError(
+            raise UserError(
                 f"parallel.recompute_modules: {module!r} is none of {', '.join(MODULES)}"
             )
         if lacking.get(module):
-            raise ValueError(f"parallel.recompute_modules: this model has no {module!r}; leave it")
+            raise UserError(f"parallel.recompute_modules: this model has no {module!r}; leave it")
     if "moe" in modules and "shared_experts" in modules:
-        raise ValueError("parallel.recompute_modules: 'moe' includes 'shared_experts'; name one")
+        raise UserError("parallel.recompute_modules: 'moe' includes 'shared_experts'; name one")
     return {"recompute_granularity": "selective", "recompute_modules": list(modules)}

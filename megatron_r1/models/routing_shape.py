@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron_r1.errors import UserError
 from megatron_r1.models.hf_config import need
 
 
@@ -29,10 +30,10 @@ class RoutingShape:
 
 
 def routing_shape(hf: dict) -> RoutingShape:
-    """Of the model `hf` describes; raises ValueError for one without experts."""
+    """Of the model `hf` describes; raises UserError for one without experts."""
     if not hf.get("n_routed_experts"):
         architecture = (hf.get("architectures") or ["this model"])[0]
-        raise ValueError(
+        raise UserError(
             f"rl.routing_replay: {architecture} has no routed experts whose choice could be "
             "replayed; set it to false"
         )

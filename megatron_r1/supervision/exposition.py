@@ -36,7 +36,7 @@ class RunCollector(Collector):
         yield _gauge("seconds_since_progress", "of any role", self._watchdog.quiet_seconds)
         yield _counter("hang_reports", "hangs noticed", self._watchdog.num_reports)
         trainer = run.trainer
-        yield _gauge("trainer_ranks", "that have built their model", len(trainer.places))
+        yield _gauge("trainer_ranks", "that have built their model", len(trainer.ranks))
         yield _counter("trainer_restarts", "of all ranks together", trainer.num_restarts)
         yield _counter("trainer_replies", "of single ranks to calls", trainer.num_replies)
         if run.rollouts is not None:

@@ -33,7 +33,7 @@ def health(watchdog: Watchdog) -> dict[str, Any]:
         "hang_reports": watchdog.num_reports,
         "trainer": {
             "ranks": trainer.world_size,
-            "ready": len(trainer.places),
+            "ready": len(trainer.ranks),
             "restarts": trainer.num_restarts,
             "operation": waiting.operation if waiting else None,
             "seconds": round(time.monotonic() - waiting.since, 1) if waiting else None,
@@ -55,7 +55,7 @@ def health(watchdog: Watchdog) -> dict[str, Any]:
         facts["rewards"] = rollouts.pool.snapshot()
     if watchdog.is_stalled:
         facts["status"] = "stalled"
-    elif engines_down or len(trainer.places) < trainer.world_size:
+    elif engines_down or len(trainer.ranks) < trainer.world_size:
         facts["status"] = "degraded"
     return facts
 

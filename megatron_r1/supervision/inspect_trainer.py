@@ -17,7 +17,7 @@ STATES = {"T": "stopped", "t": "stopped by a debugger", "D": "in the kernel, on 
 async def inspect_trainer(trainer: TrainerClient) -> Finding:
     """Headline: the call everything waits for, the ranks that owe a reply, and what they are in."""
     waiting = trainer.waiting
-    found = await trainer.socket.whereabouts(range(trainer.world_size), ANSWER_SECONDS)
+    found = await trainer.socket.statuses(range(trainer.world_size), ANSWER_SECONDS)
     if waiting is None:
         headline = "trainer: every rank waits for the controller"
     else:
@@ -63,9 +63,9 @@ def _rank_lines(trainer: TrainerClient, rank: int, found: RankStatus | None) -> 
 
 
 def _coordinates(trainer: TrainerClient, rank: int) -> str:
-    if rank >= len(trainer.places):
+    if rank >= len(trainer.ranks):
         return ""
-    place = trainer.places[rank]
+    place = trainer.ranks[rank]
     axes = ("tensor", "pipeline", "expert", "data")
     return " (" + ", ".join(f"{axis} {place[f'{axis}_rank']}" for axis in axes) + ")"
 

@@ -1,4 +1,4 @@
-"""The controller's handle on the trainer ranks."""
+"""The controller's client of the trainer ranks: starts them, calls operations, restarts them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ import msgspec
 import zmq
 
 from megatron_r1.config import Config
-from megatron_r1.errors import TrainerError, TrainerLost
+from megatron_r1.errors import TrainerError, TrainerLost, UserError
 from megatron_r1.models import read_hf_config
 from megatron_r1.processes import children
 from megatron_r1.processes.authentication import RANKS_ENVIRONMENT
@@ -37,14 +37,14 @@ def _require_finite(metrics: dict[str, float], names: tuple[str, ...], rate: str
     for name in names:
         if not math.isfinite(metrics[name]):
             raise TrainerError(
-                f"{name} is {metrics[name]}: the run stops before a checkpoint is made of it. "
+                f"{name} is {metrics[name]}: the run stops before it is saved in a checkpoint. "
                 f"The newest checkpoint is good; lower {rate} in a new run"
             )
 
 
 @dataclass
 class Waiting:
-    """A call that has not come back. since: time.monotonic(); missing: ranks that owe a reply."""
+    """A call in progress. since: time.monotonic(); missing: ranks that have not replied."""
 
     operation: str
     since: float
@@ -52,7 +52,8 @@ class Waiting:
 
 
 class TrainerClient:
-    """All trainer ranks as one: a call runs on all of them; the last stage's answer counts."""
+    """All trainer ranks as one: an operation runs on every rank, and its result is that of the last
+    pipeline stage."""
 
     def __init__(
         self,
@@ -61,18 +62,19 @@ class TrainerClient:
         bind: str = "tcp://127.0.0.1:*",
         world_size: int | None = None,
     ):
-        """bind: where ranks come to; world_size: how many, if others start them (torchrun)."""
-        self._world_size = world_size or config.parallel.processes
+        """bind: the ZeroMQ address that ranks connect to; world_size: the number of ranks, where
+        torchrun starts them."""
+        self.world_size = world_size or config.parallel.processes
         self.config, self.log_folder = config, Path(log_folder)
         self._bind = bind
         self._token = os.environ.get(RANKS_ENVIRONMENT) or secrets.token_hex(32)
         self.socket = RankSocket(bind, self._token)
         self._processes: list[subprocess.Popen] = []
-        self.places: list[dict[str, Any]] = []
-        """Of each rank, what it says of itself (`worker.Operations.describe`)."""
+        self.ranks: list[dict[str, Any]] = []
+        """`worker.Operations.describe` of each rank, once it has built its model."""
         self._busy = asyncio.Lock()
         self.is_usable = True
-        """False once a call did not come to its end: the ranks may be anywhere."""
+        """False during a call and after one that failed: the ranks' state is then unknown."""
         self.waiting: Waiting | None = None
         self.num_replies = 0
         self.num_restarts = 0
@@ -81,25 +83,21 @@ class TrainerClient:
 
     @property
     def address(self) -> str:
-        """Where the ranks come to."""
+        """The ZeroMQ address that the ranks connect to."""
         return self.socket.address
 
     @property
     def can_restart(self) -> bool:
-        """Whether the ranks are this process's to start; torchrun's are not."""
+        """Whether this process started the ranks; those of torchrun it cannot restart."""
         return bool(self._processes)
 
     @property
-    def world_size(self) -> int:
-        return self._world_size
-
-    @property
     def num_parameters(self) -> int:
-        return self.places[0]["num_parameters"]
+        return self.ranks[0]["num_parameters"]
 
     @property
     def data_size(self) -> int:
-        return self.places[0]["data_size"]
+        return self.ranks[0]["data_size"]
 
     def launch(self) -> None:
         """Start `parallel.processes` ranks on this machine, each with its log in the log folder."""
@@ -125,18 +123,18 @@ class TrainerClient:
     async def connect(self) -> None:
         """Wait until every rank has built its model.
 
-        Raises the first one's reason: ValueError for the user's mistake, else TrainerError.
+        Raises the error of the first rank that fails: UserError for a user's mistake, else
+        TrainerError.
         """
-        replies = await self._gather("start", self._world_size)
-        self.places = [replies[rank] for rank in range(self._world_size)]
+        replies = await self._gather("start", self.world_size)
+        self.ranks = [replies[rank] for rank in range(self.world_size)]
 
     async def load(self, minibatches: list[list[Sample]], unit: int = 1) -> dict[str, float]:
-        """Send each model replica its own share of every mini-batch, packed into micro-batches.
+        """Send each model replica its share of every mini-batch, packed into micro-batches.
 
-        unit: so many samples that follow each other stay in one micro-batch, in their order.
-        Returns how well that went: `packing/waste`, `packing/fill` (`packing.Packing`),
-        `packing/microbatches` per rank and update, and `packing/padding`, the share of tokens that
-        stand for nothing.
+        unit: number of consecutive samples that stay in one micro-batch, in their order. Returns
+        `packing/waste` and `packing/fill` (`packing.Packing`), `packing/microbatches` per rank and
+        update, and `packing/padding`, the share of padding tokens.
         """
         limit = self.config.parallel.tokens_per_microbatch
         shares: list[list[Microbatches]] = [[] for _ in range(self.data_size)]
@@ -159,10 +157,10 @@ class TrainerClient:
     async def update(
         self, index: int, loss: str, settings: dict[str, Any], learning_rate: float
     ) -> dict[str, float]:
-        """One optimizer step on mini-batch `index`; its metrics.
+        """Make one optimizer step on mini-batch `index`; return its metrics.
 
-        Raises TrainerError when loss or gradient is not a number: the weights are then lost, and
-        the newest checkpoint is from before.
+        Raises TrainerError when loss or gradient is not finite: the weights are then lost, and the
+        newest checkpoint is from before.
         """
         arguments = {"index": index, "loss": loss, "settings": settings}
         metrics = await self.call("update", **arguments, learning_rate=learning_rate)
@@ -170,39 +168,37 @@ class TrainerClient:
         return metrics
 
     async def update_critic(self, index: int, learning_rate: float) -> dict[str, float]:
-        """One optimizer step of the critic on mini-batch `index`; its metrics, errors as `update`.
-
-        `values` and what fills in the returns come first.
-        """
+        """Make one optimizer step of the critic on mini-batch `index`; return its metrics. Errors
+        as `update`. The operations "values" and "token_advantages" come first."""
         metrics = await self.call("update_critic", index=index, learning_rate=learning_rate)
         _require_finite(metrics, ("value/loss", "value/grad_norm"), "critic.learning_rate")
         return metrics
 
     async def sample_scores(self) -> list[list[float]]:
-        """Of a score model: the scores of the loaded samples, mini-batches and samples in the order
-        that `load` was given."""
+        """Return a score model's scores of the loaded samples, in the order given to `load`:
+        result[mini-batch][sample]."""
         replies = await self.call_all("sample_scores")
-        found = [[math.nan] * sum(map(len, chain(*p.shares))) for p in self._packings]
-        for place, reply in zip(self.places, replies, strict=True):
+        result = [[math.nan] * sum(map(len, chain(*p.shares))) for p in self._packings]
+        for rank, reply in zip(self.ranks, replies, strict=True):
             for scores, packing, by_microbatch in zip(
-                found, self._packings, reply["scores"], strict=True
+                result, self._packings, reply["scores"], strict=True
             ):
-                members = packing.shares[place["data_rank"]]
+                members = packing.shares[rank["data_rank"]]
                 for i, score in zip(chain(*members), chain(*by_microbatch), strict=False):
                     scores[i] = score
-        return found
+        return result
 
     async def call(self, operation: str, **arguments: Any) -> dict[str, Any]:
-        """Run `operation` on every rank; the answer is the last pipeline stage's."""
+        """Run `operation` on every rank; return the result of the last pipeline stage."""
         return self._last_stage(await self._everywhere(operation, arguments))
 
     async def call_all(
         self, operation: str, *, begun: Callable[[], object] | None = None, **arguments: Any
     ) -> list[dict[str, Any]]:
-        """Run `operation` on every rank; all answers, by rank. begun: called when its turn has
-        come, calls before it being done."""
+        """Run `operation` on every rank; return all results, by rank. begun: called when earlier
+        calls are done and this one starts."""
         replies = await self._everywhere(operation, arguments, begun=begun)
-        return [replies[rank] for rank in range(len(self.places))]
+        return [replies[rank] for rank in range(len(self.ranks))]
 
     async def probe(
         self, sequences: Sequence[tuple[Sequence[int], Sequence[int], Sequence[float]]]
@@ -216,14 +212,14 @@ class TrainerClient:
         return (await self.call("probe", samples=samples))["probe/mean"]
 
     async def restart(self) -> None:
-        """Kill what is left of the ranks and start all anew, which know nothing of what was before;
-        returns when they have built their model. Raises as `connect`."""
-        assert self.can_restart, "the ranks are not ours"
+        """Kill the remaining ranks and start all again, with their initial weights; return when
+        they have built their model. Raises as `connect`."""
+        assert self.can_restart, "torchrun started the ranks"
         self.num_restarts += 1
         await asyncio.to_thread(self.kill)
         self.socket.close()
         self.socket = RankSocket(self._bind, self._token)
-        self._processes, self.places = [], []
+        self._processes, self.ranks = [], []
         self.launch()
         await self.connect()
         self.is_usable = True
@@ -231,7 +227,7 @@ class TrainerClient:
     async def close(self) -> None:
         """Stop the ranks."""
         alive = all(p.poll() is None for p in self._processes)
-        if self.places and alive and self.is_usable:
+        if self.ranks and alive and self.is_usable:
             with contextlib.suppress(TimeoutError, TrainerError):
                 await asyncio.wait_for(self.call("stop"), timeout=10)
             for process in self._processes:
@@ -240,12 +236,12 @@ class TrainerClient:
         self.socket.close()
 
     def kill(self) -> None:
-        """End all ranks at once, stopped or stuck ones too."""
+        """Kill all ranks at once, also stopped or stuck ones."""
         for process in self._processes:
             children.kill(process)
 
     def process_of(self, rank: int) -> int | None:
-        """The process id of a rank that this process started."""
+        """Return the process id of `rank`; None if torchrun started it."""
         return self._processes[rank].pid if rank < len(self._processes) else None
 
     async def _everywhere(
@@ -258,8 +254,8 @@ class TrainerClient:
         await self._busy.acquire()
         if begun is not None:
             begun()
-        # Who asked may be cancelled from here on; the replies are waited for all the same, or they
-        # would be taken for those to the next call.
+        # The caller may be cancelled from here on. The exchange goes on all the same: its replies
+        # would otherwise be taken for those to the next call.
         exchange = asyncio.create_task(self._exchange(operation, arguments, shares))
         exchange.add_done_callback(self._end_exchange)
         return await asyncio.shield(exchange)
@@ -267,7 +263,7 @@ class TrainerClient:
     def _end_exchange(self, exchange: asyncio.Task[Any]) -> None:
         self._busy.release()
         if not exchange.cancelled():
-            exchange.exception()  # is heard, also where nobody waits for it any more
+            exchange.exception()  # mark as retrieved, also where the caller was cancelled
 
     async def _exchange(
         self,
@@ -275,25 +271,25 @@ class TrainerClient:
         arguments: dict[str, Any] | None,
         shares: list[list[Microbatches]] | None,
     ) -> dict[int, dict[str, Any]]:
-        for rank, place in enumerate(self.places):
+        for rank, description in enumerate(self.ranks):
             share = None
-            if shares and place["leads_replica"]:
-                share = msgspec.msgpack.encode(Share(shares[place["data_rank"]]))
+            if shares and description["leads_replica"]:
+                share = msgspec.msgpack.encode(Share(shares[description["data_rank"]]))
             try:
                 await self.socket.send(rank, Call(operation, arguments or {}, share))
             except zmq.ZMQError:
                 self.is_usable = False
-                raise TrainerLost(self._obituary(rank)) from None
+                raise TrainerLost(self._cause_of_death(rank)) from None
         self.is_usable = False
-        replies = await self._gather(operation, len(self.places))
+        replies = await self._gather(operation, len(self.ranks))
         self.is_usable = True
         return replies
 
     def _last_stage(self, replies: dict[int, dict[str, Any]]) -> dict[str, Any]:
-        return next(replies[p["rank"]] for p in self.places if p["last_stage"])
+        return next(replies[r["rank"]] for r in self.ranks if r["last_stage"])
 
     async def _gather(self, operation: str, count: int) -> dict[int, dict[str, Any]]:
-        """The replies of all ranks to what they were told."""
+        """Return the results of all ranks. Raises the error of the first rank that fails."""
         replies: dict[int, dict[str, Any]] = {}
         self.waiting = Waiting(operation, time.monotonic(), set(range(count)))
         try:
@@ -301,10 +297,10 @@ class TrainerClient:
                 reply = await self.socket.reply(POLL_SECONDS)
                 if reply is None:
                     lost = self._lost(replies)
-                    # What a rank that died had to say may have arrived since.
+                    # The last reply of a rank that died may have arrived since.
                     reply = await self.socket.reply(POLL_SECONDS) if lost is not None else None
                     if reply is None and lost is not None:
-                        raise TrainerLost(self._obituary(lost))
+                        raise TrainerLost(self._cause_of_death(lost))
                 if reply is not None:
                     if reply.error is not None:
                         await self._fail(reply)
@@ -316,27 +312,27 @@ class TrainerClient:
         return replies
 
     async def _fail(self, reply: Reply) -> NoReturn:
-        """Raise what a rank says went wrong, or that another was killed, of which it suffers."""
+        """Raise the error of `reply`, or, if another rank was killed, that cause of the error."""
         assert reply.error is not None
         if reply.is_mistake:
-            raise ValueError(reply.error)
+            raise UserError(reply.error)
         await asyncio.sleep(POLL_SECONDS)
         killed = [r for r, p in enumerate(self._processes) if (p.poll() or 0) < 0]
-        raise TrainerLost(self._obituary(killed[0]) if killed else reply.error)
+        raise TrainerLost(self._cause_of_death(killed[0]) if killed else reply.error)
 
     def _lost(self, replies: dict[int, Any]) -> int | None:
-        """A rank that owes a reply and whose process has ended."""
+        """Return a rank that has not replied and whose process has ended, or None."""
         for rank, process in enumerate(self._processes):
             if rank not in replies and process.poll() is not None:
                 return rank
         return None
 
-    def _obituary(self, rank: int) -> str:
+    def _cause_of_death(self, rank: int) -> str:
         if rank >= len(self._processes):
             return f"trainer rank {rank} is gone"
         code, log = self._processes[rank].poll(), self._log(rank)
         how = f"was killed by signal {-code}" if code and code < 0 else f"exited with code {code}"
-        if code is None:  # its connection went first
+        if code is None:  # its connection closed before the process ended
             how = "is gone"
         return f"trainer rank {rank} {how}; the end of {log}:\n{children.last_lines(log)}"
 

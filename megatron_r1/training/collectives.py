@@ -1,7 +1,7 @@
-"""Which collective a thread is in, read off its frames.
+"""Finds the collective that a thread waits in, from its stack frames.
 
 gloo waits inside the call, so the frames name it. NCCL's calls return at once and the thread waits
-wherever it next needs a result, whose frames are then all there is.
+where it next needs a result; then only that place is known.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import sys
 from types import FrameType
 
 C10D = ("torch/distributed/distributed_c10d.py", "torch/distributed/c10d_logger.py")
-# Where Megatron waits for requests it made before, outside of torch's own functions.
+# Files in which Megatron waits for earlier requests, outside of torch's functions.
 MEGATRON = (
     "megatron/core/pipeline_parallel/p2p_communication.py",
     "megatron/core/distributed/param_and_grad_buffer.py",
@@ -27,8 +27,10 @@ AXES = {
 
 
 def collective(innermost: FrameType) -> str | None:
-    """Such as "all_reduce among ranks 0, 1 (tensor), asked for by _reduce (mappings.py:32)"; None
-    for a thread that is in none."""
+    """Return a description of the collective that `innermost` waits in, or None.
+
+    Such as "all_reduce among ranks 0, 1 (tensor), asked for by _reduce (mappings.py:32)".
+    """
     frame: FrameType | None = innermost
     while frame is not None:
         for files in (C10D, MEGATRON):
@@ -43,7 +45,8 @@ def _is_in(frame: FrameType, files: tuple[str, ...]) -> bool:
 
 
 def _outermost(frame: FrameType, files: tuple[str, ...]) -> FrameType:
-    """The public function: what is below it, and torch's wrapper around it, are in these files."""
+    """Return the frame of the public function: its callees and torch's wrapper around it are in the
+    same files."""
     public = frame
     while frame.f_back is not None and _is_in(frame.f_back, files):
         frame = frame.f_back
@@ -64,7 +67,7 @@ def _describe(frame: FrameType) -> str:
 
 
 def _among(frame: FrameType) -> str:
-    """Between which ranks, from the function's own argument; "" where it cannot be told."""
+    """Return " among ranks …" from the function's `group` argument; "" where it is unknown."""
     import torch.distributed as dist
 
     if "group" not in frame.f_code.co_varnames or not dist.is_initialized():
@@ -79,7 +82,7 @@ def _among(frame: FrameType) -> str:
 
 
 def _axes_of(group: object) -> list[str]:
-    """The parallel axes that communicate over `group`, or else those with the same ranks."""
+    """Return the parallel axes whose group this is, or else those whose groups have its ranks."""
     import torch.distributed as dist
 
     parallel_state = sys.modules.get("megatron.core.parallel_state")

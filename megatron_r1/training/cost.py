@@ -1,10 +1,10 @@
-"""What a sample costs to train on, so that ranks can be given equal work rather than equal tokens.
+"""The cost of training on a sample, so that ranks get equal work rather than equal tokens.
 
-A token costs 2 P products forward, P the parameters it meets, and as many again per token it
-attends to: 2 L h (d_qk + d_v) / 2, L layers, h heads, half of the sample on average. So a sample of
-s tokens costs s (1 + s / s_0) in units of one token without attention, where s_0, the length at
-which attention costs as much as all else, is 2 P / (L h (d_qk + d_v)). For DeepSeek-V3 s_0 is about
-30,000 tokens: one of 65,536 costs as much as thirteen of 10,000, not as much as seven.
+A token costs 2 P products forward, P the parameters it passes, and 2 L h (d_qk + d_v) / 2 for each
+token it attends to, half of the sample on average (L layers, h heads). So a sample of s tokens
+costs s (1 + s / s_0) in units of one token without attention, where s_0 = 2 P / (L h (d_qk + d_v))
+is the length at which attention costs as much as all else. For DeepSeek-V3 s_0 is about 30,000
+tokens: a sample of 65,536 costs as much as thirteen of 10,000, not as much as seven.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from megatron_r1.weights import hf_tensors
 
 
 def sample_cost(hf: dict) -> Callable[[int], float]:
-    """Length in tokens -> cost in tokens of no length, for the model `hf` describes."""
+    """Return the function length in tokens -> cost, in tokens without attention, for model `hf`."""
     balance = balance_length(hf)
     return lambda length: length * (1 + length / balance)
 
 
 def balance_length(hf: dict) -> float:
-    """s_0, in tokens: the length of a sample whose attention costs as much as everything else."""
+    """Return s_0: the number of tokens at which attention costs as much as everything else."""
     width = hf["num_attention_heads"] * sum(head_sizes(hf))
     return 2 * active_parameters(hf) / (hf["num_hidden_layers"] * width)
 
 
 def head_sizes(hf: dict) -> tuple[int, int]:
-    """Features of a query and of a value head."""
+    """Return the features of a query head and of a value head."""
     if hf.get("kv_lora_rank"):
         return hf["qk_nope_head_dim"] + hf["qk_rope_head_dim"], hf["v_head_dim"]
     size = hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"]
@@ -36,8 +36,8 @@ def head_sizes(hf: dict) -> tuple[int, int]:
 
 
 def active_parameters(hf: dict) -> float:
-    """Weights of the matrix products one token meets: its own experts, the head, no embedding and
-    no multi-token-prediction layers."""
+    """Return the number of weights that one token is multiplied with: its routed experts and the
+    head count, the embedding and the multi-token-prediction layers do not."""
     experts, chosen = hf.get("n_routed_experts"), hf.get("num_experts_per_tok")
     tied = hf.get("tie_word_embeddings")
     total = 0.0

@@ -1,7 +1,7 @@
 """PPO's critic: a score model beside the policy, on the same ranks, with an optimizer of its own.
 
-Its score after token t is the value of what has been said so far, V(s_t), from which the policy
-chooses token t + 1: it is read where the policy predicts a response token.
+Its score after token t is V(s_t), the value of the text up to and including t, from which the
+policy chooses token t + 1. It is read at the positions where the policy predicts a response token.
 """
 
 from __future__ import annotations
@@ -10,13 +10,16 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from megatron_r1.config import Config
 from megatron_r1.config.algorithms import rules_of
+from megatron_r1.errors import UserError
 from megatron_r1.models.hf_config import read_hf_config
 from megatron_r1.training import construction
-from megatron_r1.training.distributed import Place
+from megatron_r1.training.distributed import GridPosition
 from megatron_r1.training.losses import LossTerms
+from megatron_r1.training.optimizer import new_optimizer
 from megatron_r1.training.packed import PackedBatch
 from megatron_r1.training.passes import (
     merge_reports,
@@ -27,30 +30,34 @@ from megatron_r1.training.passes import (
 
 
 def needs_critic(config: Config) -> bool:
-    """Whether the recipe's algorithm has one; a model that is a score itself is no policy."""
+    """Whether the recipe trains a policy with an algorithm that has a critic."""
     return config.model.head == "language" and rules_of(config.rl.algorithm).critic
 
 
 class Critic:
-    def __init__(self, config: Config, place: Place):
-        """Build this rank's part. A head that is new begins with zeros: every value is then 0, and
-        the first advantages are those of no critic.
+    """This rank's part of the value model and its optimizer."""
 
-        Raises ValueError for a model or layout that cannot be.
+    def __init__(self, config: Config, position: GridPosition, data_group: ProcessGroup):
+        """Build the model. A new head starts at zero: every value is then 0, and the first
+        advantages are those without a critic.
+
+        data_group: the data- and context-parallel ranks, for the metrics. Raises UserError for a
+        model whose vocabulary is smaller than the policy's, else as `construction`.
         """
         own = config.of_critic()
         hf = read_hf_config(own.model.path, "score", "critic.path")
-        wanted = read_hf_config(config.model.path)["vocab_size"]
-        if hf["vocab_size"] < wanted:
-            raise ValueError(
+        policy_tokens = read_hf_config(config.model.path)["vocab_size"]
+        if hf["vocab_size"] < policy_tokens:
+            raise UserError(
                 f"critic.path: {own.model.path} knows {hf['vocab_size']} tokens, the policy "
-                f"{wanted}; give a model with the policy's tokenizer"
+                f"{policy_tokens}; give a model with the policy's tokenizer"
             )
-        self.place, self.value_clip = place, config.critic.value_clip
+        self.position, self.data_group = position, data_group
+        self.value_clip = config.critic.value_clip
         transformer = construction.transformer(own, hf)
         self.bare = construction.model_chunks(own, hf, transformer, score_std=0.0)
         self.chunks = construction.with_gradients(transformer, self.bare)
-        self.optimizer = construction.new_optimizer(own, self.chunks)
+        self.optimizer = new_optimizer(own, self.chunks)
         transformer.grad_scale_func = self.optimizer.scale_loss
 
     def values(self, batches: list[PackedBatch]) -> None:
@@ -61,26 +68,28 @@ class Critic:
             run_passes(self.chunks, batches, _keep_values, forward_only=True)
 
     def update(self, batches: list[PackedBatch], learning_rate: float) -> dict[str, float]:
-        """One optimizer step towards `PackedBatch.returns`.
+        """Make one optimizer step towards `PackedBatch.returns`.
 
         Returns, over the response tokens of the whole mini-batch, value/loss, value/clip_fraction,
-        value/mean (before the step), value/explained_variance of the values that the rollout had
-        (1: they were the returns; 0: no better than their mean), and value/grad_norm.
+        value/mean (before the step), value/explained_variance of the values used for the advantages
+        (1: equal to the returns; 0: no better than their mean), and value/grad_norm.
         """
         compute = partial(_loss, self.value_clip)
         run = partial(run_passes, self.chunks, batches, compute, forward_only=False)
         reports, stepped = optimizer_step(self.chunks, self.optimizer, learning_rate, run)
-        metrics = reduce_over_data(self.place, *merge_reports(reports))
+        metrics = reduce_over_data(self.position, self.data_group, *merge_reports(reports))
         if metrics:
             metrics["value/explained_variance"] = _explained(metrics)
         return metrics | {f"value/{name}": value for name, value in stepped.items()}
 
 
 def value_loss(batch: PackedBatch, values: Tensor, clip: float | None) -> LossTerms:
-    """½ max((V - R)², (clip(V, V_old - ε, V_old + ε) - R)²), averaged over response tokens.
+    """Return Σ ½ max((V - R)², (clip(V, V_old - ε, V_old + ε) - R)²) over response tokens, with
+    their number as the denominator.
 
     values: (T,) fp32, V at every position; V_old is `batch.values`, R `batch.returns`, ε `clip`,
-    None for ∞. The clipped term is PPO's first implementation's (arXiv 2005.12729, section 3).
+    None for ∞. The clipped term is that of PPO's first implementation (arXiv 2005.12729, section
+    3).
     """
     assert batch.values is not None and batch.returns is not None, "values and returns come first"
     rows = batch.response_rows
@@ -114,7 +123,7 @@ def _keep_values(batch: PackedBatch, scores: Tensor):
 
 
 def _explained(metrics: dict[str, float]) -> float:
-    """1 - Var(R - V) / Var(R), from the moments among the metrics, which it takes out."""
+    """Return 1 - Var(R - V) / Var(R); removes the moments that it uses from `metrics`."""
     returns, errors = (
         metrics.pop(f"{name}_squared") - metrics.pop(name) ** 2 for name in ("return", "error")
     )

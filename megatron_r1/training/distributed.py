@@ -1,4 +1,4 @@
-"""Process groups: who this rank is, from torchrun's environment and Megatron's grid."""
+"""Joins the process groups and gives this rank's position on Megatron's parallel grid."""
 
 from __future__ import annotations
 
@@ -18,8 +18,11 @@ from megatron_r1.models.pipeline_stages import parse_layout
 
 
 @dataclass(frozen=True)
-class Place:
-    """Coordinates of a rank on the parallel grid; the controller routes batches by them."""
+class GridPosition:
+    """Coordinates of a rank on the parallel grid; the controller distributes batches by them.
+
+    last_stage: whether the rank is on the last pipeline stage, which computes the loss.
+    """
 
     rank: int
     world_size: int
@@ -30,8 +33,8 @@ class Place:
     last_stage: bool
 
 
-def initialize(parallel: ParallelConfig, seed: int) -> Place:
-    """Join the process group, lay out Megatron's grid and seed every random stream.
+def initialize(parallel: ParallelConfig, seed: int) -> GridPosition:
+    """Join the process group, create Megatron's groups and seed every random stream.
 
     Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, as torchrun sets them.
     """
@@ -40,14 +43,11 @@ def initialize(parallel: ParallelConfig, seed: int) -> Place:
     parallel.check_sizes(world_size)
     _hush_libraries(rank)
     torch.set_num_threads(parallel.threads or max(1, (os.cpu_count() or 1) // local_world))
-    device = platform.prepare(int(os.environ.get("LOCAL_RANK", rank)))
+    platform.prepare(int(os.environ.get("LOCAL_RANK", rank)))
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
-    if not dist.is_initialized():
-        dist.init_process_group(
-            platform.distributed_backend(), device_id=device if platform.has_gpu() else None
-        )
+    platform.join_process_group()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
@@ -59,7 +59,7 @@ def initialize(parallel: ParallelConfig, seed: int) -> Place:
     )
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed)
-    return Place(
+    return GridPosition(
         rank=rank,
         world_size=world_size,
         data_rank=parallel_state.get_data_parallel_rank(),
@@ -71,22 +71,21 @@ def initialize(parallel: ParallelConfig, seed: int) -> Place:
 
 
 def _hush_libraries(rank: int) -> None:
-    """Leave out warnings that nobody can act on, unless PYTHONWARNINGS is set: what rank 0 says
-    already, what torch says of Megatron's calls, and on a CPU that Megatron misses Apex."""
+    """Ignore warnings that a user cannot act on, unless PYTHONWARNINGS is set: those that rank 0
+    prints too, torch's about Megatron's calls, and Megatron's about missing CUDA libraries."""
     if sys.warnoptions:
         return
     if rank:
         warnings.simplefilter("ignore")
     warnings.filterwarnings("ignore", module=r"torch\.distributed\.")
-    if not platform.has_gpu():
-        warnings.filterwarnings("ignore", module=r"megatron\.core\.")
+    platform.hush_warnings()
 
 
 def leave() -> None:
-    """End the process groups, as the last thing a rank does with them.
+    """Destroy the process groups; a rank calls this last.
 
-    A thread of gloo that still holds a tensor of the last collective while Python is torn down ends
-    the process by signal 6 (pytorch/pytorch#190489); here it is waited for.
+    This waits for gloo's threads: one that still holds a tensor of the last collective while Python
+    shuts down ends the process by signal 6 (pytorch/pytorch#190489).
     """
     from megatron.core import parallel_state
 
@@ -102,11 +101,11 @@ def _chunks(parallel: ParallelConfig) -> int | None:
 
 
 def embedding_ranks(pipeline_layout: str | None, pipeline: Sequence[int]) -> list[int]:
-    """Of the ranks of one pipeline, those that keep a copy of the embedding in step: the first, and
+    """Return the ranks of one pipeline whose copies of the embedding are kept equal: the first, and
     the one with the MTP layers, which without a layout is the last.
 
-    Where MTP layers stand apart from the head, the last rank's head would else be taken for a copy
-    (Megatron-Core 0.16.1, language_module.py:47).
+    Where MTP layers and head are on different ranks, Megatron would otherwise treat the last rank's
+    head as a copy of the embedding (Megatron-Core 0.16.1, language_module.py:47).
     """
     with_copy = pipeline[-1]
     for index, stage in enumerate(parse_layout(pipeline_layout) if pipeline_layout else []):
@@ -116,8 +115,8 @@ def embedding_ranks(pipeline_layout: str | None, pipeline: Sequence[int]) -> lis
 
 
 def from_rank_zero(value: str | None) -> str:
-    """Rank 0's `value`, on every rank."""
-    box = [value]
-    dist.broadcast_object_list(box, src=0)
-    assert box[0] is not None, "rank 0 has to know"
-    return box[0]
+    """Return rank 0's `value` on every rank."""
+    values = [value]
+    dist.broadcast_object_list(values, src=0)  # over all ranks: only rank 0 got the value
+    assert values[0] is not None, "rank 0 has no value"
+    return values[0]

@@ -1,10 +1,11 @@
-"""What a loss may ask of the LM head: log-probabilities, or a whole policy loss with its gradients.
+"""The LM head as a loss sees it: log-probabilities, or a whole policy loss with its gradients.
 
 Only response tokens pass through the head; prompts and padding cost nothing there."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from r1_kernels import LinearPolicyLoss, linear_policy_loss, linear_token_logprobs
@@ -16,11 +17,11 @@ from megatron_r1.training.packed import PackedBatch
 
 @dataclass(frozen=True)
 class Head:
-    """One micro-batch in front of the head.
+    """The hidden states of one micro-batch, and the head's weight.
 
-    hidden: (T, H), whose gradient Megatron sums over `group`; weight: (V_local, H), this rank's
-    rows; vocab_size: ids from here on are padding; context_group: the ranks that hold the other
-    parts of the samples."""
+    hidden: (T, H), whose gradient Megatron sums over `group`, the tensor-parallel ranks; weight:
+    (V_local, H), this rank's rows; vocab_size: number of tokens, rows beyond are padding;
+    context_group: the ranks that hold the other parts of the samples."""
 
     batch: PackedBatch
     hidden: Tensor
@@ -31,19 +32,21 @@ class Head:
     context_group: ProcessGroup | None = None
 
     def logprobs(self) -> tuple[Tensor, Tensor]:
-        """Log-probabilities and entropy (T,) fp32 of the response tokens, 0 elsewhere."""
+        """Return the log-probabilities and the entropy of the response tokens, each (T,) fp32, 0 at
+        other positions."""
         rows = self.batch.response_rows
-        seen = linear_token_logprobs(
+        logprobs, entropy = linear_token_logprobs(
             self.hidden[rows], self.weight, self.batch.targets[rows], **self._options()
         )
         zeros = torch.zeros(len(self.hidden), device=self.hidden.device)
-        return tuple(zeros.index_copy(0, rows, part) for part in seen)
+        return zeros.index_copy(0, rows, logprobs), zeros.index_copy(0, rows, entropy)
 
     def policy_loss(self, **settings) -> LinearPolicyLoss:
-        """The loss of the response tokens under `batch.advantages`, with what scoring left there:
-        old and, if any, reference log-probabilities. Without old ones the present policy is the
-        old one (ratio 1), and its log-probabilities are left there. settings: those of r1_kernels'
-        policy_loss; with a context_group the denominator must be among them."""
+        """Return the policy loss of the response tokens for `batch.advantages`.
+
+        Uses batch.logprobs["old"] and, if there, ["reference"]. Without "old" the current policy is
+        the old one (ratio 1), and its log-probabilities are stored as "old". settings: those of
+        r1_kernels' policy_loss; with a context_group the denominator must be among them."""
         batch = self.batch
         terms = linear_policy_loss(
             self.hidden,
@@ -61,7 +64,7 @@ class Head:
         batch.logprobs.setdefault("old", terms.logprobs)
         return terms
 
-    def _options(self) -> dict:
+    def _options(self) -> dict[str, Any]:
         return {
             "temperature": self.temperature,
             "group": self.group,

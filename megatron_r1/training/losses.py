@@ -1,13 +1,12 @@
-"""What a loss is to the trainer, and how it is found by name.
+"""The interface of a loss, and the supervised one.
 
-A loss sees the packed batch and the head behind its hidden states and returns a *sum* with its
-denominator; the trainer divides by the denominator of the whole optimizer step, over all
+A loss takes the packed batch and the head behind its hidden states and returns a *sum* with its
+denominator. The trainer divides by the denominator of the whole optimizer step, over all
 micro-batches and data-parallel ranks, so that the result does not depend on how samples were
-packed."""
+packed. Losses are named in recipes and algorithms as "module:function"."""
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -19,10 +18,11 @@ from megatron_r1.training.packed import PackedBatch
 
 
 class LossTerms(NamedTuple):
-    """loss: () fp32 sum; denominator: () int; sums, maxima: metrics to add up or take the maximum
-    of.
+    """loss: () fp32 sum; denominator: () int; sums, maxima: metrics to add up, or to take the
+    maximum of, over micro-batches and ranks.
 
-    A sum named "a/b" is divided by the sum named "b" once everything is added up, and called "a".
+    A sum named "a/b" is divided by the sum named "b" once everything is added up, and reported as
+    "a".
     """
 
     loss: Tensor
@@ -35,25 +35,12 @@ Loss = Callable[[PackedBatch, Head, dict[str, Any]], LossTerms]
 """(batch, its head, settings) → LossTerms."""
 
 
-def find_loss(name: str) -> Loss:
-    """The loss at "package.module:function". Raises ValueError for a name that leads nowhere."""
-    return find_function(name, "loss")
-
-
-def find_function(name: str, what: str) -> Callable:
-    """What is at "package.module:function". Raises ValueError, which calls it a `what`, for a name
-    that leads nowhere."""
-    module, _, function = name.partition(":")
-    try:
-        return getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"{what} {name}: {error}; expected package.module:function") from None
-
-
 def denominator(batch: PackedBatch, average: str) -> Tensor:
-    """What a sum of the batch's losses is divided by, (): "token": the number of response tokens;
-    "sequence": the number of responses, of each of which the sum holds the mean; "constant": the
-    same, of each of which it holds the sum over a constant."""
+    """Return the denominator, () int32, of a sum of the batch's losses.
+
+    average: "token" gives the number of response tokens; "sequence" (the sum holds each response's
+    mean) and "constant" (it holds each response's sum over a constant) the number of responses.
+    """
     if average == "token":
         return batch.is_response.sum().int()
     if average in ("sequence", "constant"):
@@ -62,7 +49,7 @@ def denominator(batch: PackedBatch, average: str) -> Tensor:
 
 
 def supervised(batch: PackedBatch, head: Head, settings: dict[str, Any]) -> LossTerms:
-    """Cross entropy of the response tokens, averaged over tokens (SFT)."""
+    """-Σ log p(token) over response tokens, divided by their number (SFT)."""
     logprobs, _ = head.logprobs()
     loss, count = -logprobs.sum(), denominator(batch, "token")
     return LossTerms(loss, count, {"loss/tokens": loss.detach(), "tokens": count}, {})

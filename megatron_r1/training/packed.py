@@ -1,12 +1,12 @@
-"""Samples → one packed micro-batch of tensors: end to end, none attends to another.
+"""Packs samples into one micro-batch of tensors, end to end, with no attention between samples.
 
 Position t of a sample predicts token t + 1, so the response's tokens are targets at positions
 prompt_length - 1 … length - 2; the last position of every sample predicts nothing.
 
-With context parallelism every sample is padded to a multiple of 2 * ranks, the micro-batch is made
-whole, and each rank keeps its positions of everything (`models.context`): targets and advantages
-are therefore those of the whole sample. Padding counts as part of its sample for attention, where
-nothing real sees it, and is no response.
+With context parallelism every sample is padded to a multiple of 2 * ranks. The whole micro-batch is
+packed first, and each rank keeps its positions of every tensor (`models.context`), so targets and
+advantages come from the whole sample. For attention, padding belongs to the sample before it, where
+causal masking hides it from real tokens; it is never a response token.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from megatron_r1.training.wire import Sample
 
 @dataclass(frozen=True)
 class Split:
-    """How the ranks that share a micro-batch split its tokens, and this rank's place among them.
+    """How the ranks that share a micro-batch split its tokens.
 
     tensor: ranks of sequence parallelism, which divide what a context rank holds; context: ranks of
-    context parallelism, of which this is number context_rank; token_multiple: of the tokens that
-    each rank ends up with, where its products need one (FP8)."""
+    context parallelism, of which this is number context_rank; token_multiple: the tokens of each
+    rank are a multiple of it, as FP8 products need."""
 
     tensor: int = 1
     context: int = 1
@@ -39,19 +39,19 @@ class Split:
 
     @property
     def sample_multiple(self) -> int:
-        """What every sample is padded to a multiple of."""
+        """Every sample is padded to a multiple of this."""
         return 2 * self.context if self.context > 1 else 1
 
     @property
     def batch_multiple(self) -> int:
-        """What the whole micro-batch is padded to a multiple of."""
+        """The whole micro-batch is padded to a multiple of this."""
         return math.lcm(self.sample_multiple, self.tensor * self.context * self.token_multiple)
 
 
 @dataclass
 class PackedBatch:
-    """T tokens of S samples laid end to end: all of a micro-batch, or a context-parallel rank's.
-    Everything (T,) is indexed by the predicting position.
+    """T tokens of S samples laid end to end: a whole micro-batch, or a context rank's part of one.
+    Tensors of (T,) are indexed by the predicting position.
 
     input_ids, position_ids: (1, T) int64; packed_seq_params: sample borders of the whole
     micro-batch, for attention; borders: (S + 1,) int32, from 0 to T; targets: (T,) int64;
@@ -61,10 +61,10 @@ class PackedBatch:
     engine's, 0 outside responses;
     last_tokens: (S,) int64, where the last token of each sample without padding is, -1 with another
     context rank; labels: (S,) fp32, the samples' own;
-    values: (T,) fp32, the critic's before each response token, 0 elsewhere, filled in by the
-    trainer; returns: (T,) fp32, what they should have been, by the advantage estimator;
-    logprobs: fp32 (T,) by name: "old" and "reference" are filled in by the trainer, "teacher" is
-    there where all samples bring it, 0 outside responses;
+    values: (T,) fp32, the critic's before each response token, 0 elsewhere; returns: (T,) fp32, the
+    targets of the values, computed by the advantage estimator;
+    logprobs: fp32 (T,) by name, 0 outside responses: "old" and "reference" are computed by the
+    trainer, "teacher" is there where all samples have it;
     routing: the experts to replay on this rank (`models.replay`), of its own layers and, under
     sequence parallelism, its own part of the T tokens; None without routing replay.
     """
@@ -93,9 +93,10 @@ def packed_batch(
     device: torch.device,
     routing: RoutingPart | None = None,
 ) -> PackedBatch:
-    """Pack `samples`, possibly none; this rank's part of them. The batch is padded to
-    `split.batch_multiple` by a sample that counts nothing. routing: what of the samples' routing
-    this rank replays, if any."""
+    """Pack `samples`, possibly none, and return this rank's part.
+
+    The batch is padded to `split.batch_multiple` by a sample without response. routing: the part of
+    the samples' routing that this rank replays, if any."""
     ids = [torch.frombuffer(bytearray(s.token_ids), dtype=torch.int32).long() for s in samples]
     lengths = [len(i) for i in ids]
     padded = [length + -length % split.sample_multiple for length in lengths]
@@ -116,7 +117,7 @@ def packed_batch(
             rollout_logprobs[response] = floats
         if sample.teacher:
             teacher[response] = torch.frombuffer(bytearray(sample.teacher), dtype=torch.float32)
-    is_taught = all(sample.teacher is not None for sample in samples)
+    has_teacher = all(sample.teacher is not None for sample in samples)
     position = torch.arange(total) - borders[:-1].repeat_interleave(borders.diff())
     held = held_positions(borders, split.context_rank, split.context)
     here = torch.full((total,), -1).index_copy(0, held, torch.arange(len(held)))
@@ -134,7 +135,7 @@ def packed_batch(
         rollout_logprobs=rollout_logprobs[held].to(device),
         last_tokens=here[torch.tensor(ends, dtype=torch.int64)].to(device),
         labels=torch.tensor([s.label for s in samples], dtype=torch.float32, device=device),
-        logprobs={"teacher": teacher[held].to(device)} if is_taught else {},
+        logprobs={"teacher": teacher[held].to(device)} if has_teacher else {},
         routing=packed_routing(samples, starts, held, routing, device) if routing else None,
     )
 
@@ -149,7 +150,7 @@ def _attention_borders(borders: Tensor, split: Split) -> PackedSeqParams:
         max_seqlen_kv=longest,
     )
     if split.context > 1:
-        # The same tensor: padding belongs to its sample. Transformer Engine would take other real
-        # borders as gaps between samples, which its flash attention does not do.
+        # The same tensor, because padding belongs to its sample: Transformer Engine would take
+        # different unpadded borders as gaps between samples, which its flash attention refuses.
         params.cu_seqlens_q_padded = params.cu_seqlens_kv_padded = borders
     return params

@@ -1,9 +1,9 @@
-"""Which sample goes to which data-parallel rank and micro-batch.
+"""Distributes samples over data-parallel ranks and micro-batches.
 
 Samples are packed end to end without padding. Every rank runs the same number of micro-batches
-(pipeline and expert collectives demand it) and all ranks run micro-batch m at the same time, so
-what has to be equal is the cost of micro-batch m on every rank; what bounds a micro-batch is its
-tokens, for they are its memory."""
+(pipeline and expert collectives require it), and all ranks run micro-batch m at the same time, so
+the cost of micro-batch m should be equal on every rank. The size of a micro-batch is limited in
+tokens, which determine its memory."""
 
 from __future__ import annotations
 
@@ -12,14 +12,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import count
 
+from megatron_r1.errors import UserError
+
 Bins = list[list[int]]
 
 
 @dataclass(frozen=True)
 class Packing:
-    """shares[rank][m]: the samples of micro-batch m on that rank. waste: the share of all ranks'
-    time spent waiting for the rank with the costliest micro-batch. fill: tokens per micro-batch
-    over the limit, mean."""
+    """shares[rank][m]: indices of the samples of micro-batch m on that rank. waste: the share of
+    all ranks' time spent waiting for the rank with the costliest micro-batch. fill: mean of tokens
+    per micro-batch / limit."""
 
     shares: list[Bins]
     waste: float
@@ -37,17 +39,17 @@ def pack(
     """Distribute samples of `lengths` tokens over `ranks`.
 
     limit: tokens of a micro-batch; only a sample longer than that exceeds it, and is then alone.
-    cost: of a sample of some length (`cost.sample_cost`). unit: so many samples that follow each
-    other count as one: they stay together, in their order (a pair of responses). There are as few
-    micro-batches as the limit allows: more never waste less (measured on log-normal lengths). One
-    is empty only where samples are too few to go round. Raises ValueError when there are fewer
-    samples, or units, than ranks."""
-    costs = [cost(length) for length in lengths]
+    cost: length -> cost of a sample (`cost.sample_cost`). unit: number of consecutive samples that
+    stay together, in their order (a pair of responses). There are as few micro-batches as the limit
+    allows: more never waste less (measured on log-normal lengths). A micro-batch is empty only
+    where there are too few samples. Raises UserError when there are fewer samples, or units, than
+    ranks."""
     starts = range(0, len(lengths), unit)
-    costs, lengths = ([sum(v[i : i + unit]) for i in starts] for v in (costs, lengths))
+    costs = [sum(cost(length) for length in lengths[i : i + unit]) for i in starts]
+    lengths = [sum(lengths[i : i + unit]) for i in starts]
     if len(lengths) < ranks:
         samples = "samples" if unit == 1 else f"units of {unit} samples"
-        raise ValueError(
+        raise UserError(
             f"{len(lengths)} {samples} cannot be spread over {ranks} data-parallel ranks: "
             "use larger mini-batches or fewer ranks"
         )
@@ -55,12 +57,12 @@ def pack(
     for per_rank in count(fewest):
         bins = _costliest_first(costs, lengths, ranks * per_rank, limit)
         if all(len(b) <= 1 or sum(lengths[i] for i in b) <= limit for b in bins):
-            return _opened(_side_by_side(bins, lengths, costs, ranks, limit), unit)
-    raise AssertionError("at the latest a bin for every sample fits")
+            return _expand_units(_side_by_side(bins, lengths, costs, ranks, limit), unit)
+    raise AssertionError("one bin for every sample always fits")
 
 
-def _opened(packing: Packing, unit: int) -> Packing:
-    """With the samples of each unit in its place."""
+def _expand_units(packing: Packing, unit: int) -> Packing:
+    """Replace each unit's index by those of its samples."""
     shares = [
         [[i * unit + k for i in members for k in range(unit)] for members in share]
         for share in packing.shares
@@ -71,7 +73,7 @@ def _opened(packing: Packing, unit: int) -> Packing:
 def _side_by_side(
     bins: Bins, lengths: list[int], costs: list[float], ranks: int, limit: int
 ) -> Packing:
-    """Bins of like cost at the same m, the costliest first: no rank waits long for another."""
+    """Put bins of similar cost at the same m on all ranks, the costliest first."""
     totals = {id(b): sum(costs[i] for i in b) for b in bins}
     ordered = sorted(bins, key=lambda b: -totals[id(b)])
     rows = [ordered[i : i + ranks] for i in range(0, len(ordered), ranks)]
@@ -86,21 +88,21 @@ def _side_by_side(
 
 
 def _costliest_first(costs: list[float], lengths: list[int], bins: int, limit: int) -> Bins:
-    """Each sample, the costliest first, into the cheapest bin that still has room for it."""
+    """Put each sample, the costliest first, into the cheapest bin that has room for it."""
     members: Bins = [[] for _ in range(bins)]
     tokens = [0] * bins
     heap = [(0.0, b) for b in range(bins)]
     for sample in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
-        passed = []
+        full = []
         while heap:
             total, best = heapq.heappop(heap)
             if not members[best] or tokens[best] + lengths[sample] <= limit:
                 break
-            passed.append((total, best))
+            full.append((total, best))
         else:
-            total, best = passed.pop(0)  # no room anywhere: this way will not fit
+            total, best = full.pop(0)  # no bin has room: the caller tries more bins
         members[best].append(sample)
         tokens[best] += lengths[sample]
-        for entry in (*passed, (total + costs[sample], best)):
+        for entry in (*full, (total + costs[sample], best)):
             heapq.heappush(heap, entry)
     return members

@@ -1,5 +1,5 @@
-"""Megatron's schedule over packed micro-batches, an optimizer step around it, and what the ranks
-report of it, put together. The policy and the critic both go through here."""
+"""Megatron's schedule over packed micro-batches, the optimizer step around it, and the reduction of
+the metrics over ranks. The policy and the critic both use these functions."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch.distributed import ProcessGroup
 
 from megatron_r1 import platform
-from megatron_r1.training.distributed import Place
+from megatron_r1.training.distributed import GridPosition
 from megatron_r1.training.packed import PackedBatch
 
 Compute = Callable[[PackedBatch, torch.Tensor], tuple[torch.Tensor, torch.Tensor, Any]]
-"""(batch, what the last stage returned) → (loss, denominator, report), as Megatron wants them."""
+"""(batch, output of the last stage) → (loss, denominator, report), Megatron's loss function."""
 
 Inputs = Callable[[torch.nn.Module, PackedBatch], dict[str, torch.Tensor]]
-"""Called before every forward pass: what else the model is given."""
+"""Called before every forward pass; returns further arguments of the model."""
 
 
 def run_passes(
@@ -32,7 +32,10 @@ def run_passes(
     forward_only: bool,
     inputs: Inputs | None = None,
 ) -> list[Any]:
-    """Forward, and backward, over `batches`; what `compute` reported, on the last stage."""
+    """Run forward and, unless forward_only, backward over `batches`.
+
+    Returns the reports of `compute`, one per micro-batch, on the last pipeline stage.
+    """
 
     def forward_step(iterator, model):
         batch = next(iterator)
@@ -64,7 +67,10 @@ def optimizer_step(
     learning_rate: float,
     run: Callable[[], list[Any]],
 ) -> tuple[list[Any], dict[str, float]]:
-    """One step with the gradients that `run` makes; its reports, grad_norm and step_taken."""
+    """Make one optimizer step with the gradients that `run` computes.
+
+    Returns the reports of `run`, and the metrics grad_norm and step_taken (0 or 1).
+    """
     for chunk in chunks:
         chunk.train()
         chunk.zero_grad_buffer()
@@ -78,10 +84,10 @@ def optimizer_step(
 
 def merge_reports(
     reports: list[dict[str, dict[str, Any]]],
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Add up and take the maximum over micro-batches."""
-    sums: dict[str, Any] = {}
-    maxima: dict[str, Any] = {}
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Return the sums and the maxima of `reports` over micro-batches."""
+    sums: dict[str, float] = {}
+    maxima: dict[str, float] = {}
     for report in reports:
         for name, value in report["sums"].items():
             sums[name] = sums.get(name, 0.0) + float(value)
@@ -91,15 +97,23 @@ def merge_reports(
 
 
 def reduce_over_data(
-    place: Place, sums: dict[str, Any], maxima: dict[str, Any]
+    position: GridPosition,
+    group: ProcessGroup,
+    sums: dict[str, Any],
+    maxima: dict[str, Any],
 ) -> dict[str, float]:
-    """Add up over the data-parallel ranks of the last stage; of "a/b" and "b", a / b stays."""
-    if not place.last_stage:
+    """Reduce metrics over the data- and context-parallel ranks of the last stage; {} elsewhere.
+
+    group: these ranks (Megatron's dp_cp). Of sums named "a/b" and "b" the quotient is returned as
+    "a".
+    """
+    if not position.last_stage:
         return {}
-    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     device = platform.device()
     added = torch.tensor([float(v) for v in sums.values()], dtype=torch.float64, device=device)
     largest = torch.tensor([float(v) for v in maxima.values()], dtype=torch.float64, device=device)
+    # Over data and context parallelism: each of these ranks has other samples, or other tokens of
+    # the same samples. Ranks of one tensor group have equal numbers and are not added up.
     dist.all_reduce(added, group=group)
     dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
     total = dict(zip(sums, added.tolist(), strict=True))

@@ -1,4 +1,4 @@
-"""A trainer rank's process.
+"""Entry point of a trainer rank's process:
 
     python -m megatron_r1.training.rank RECIPE_JSON CONTROLLER_ADDRESS
 

@@ -1,11 +1,11 @@
-"""A side thread of a trainer rank that says where the rank is, also when it is stuck.
+"""A side thread of a trainer rank that reports the rank's current operation and stacks on request.
 
-The controller asks over a connection of this thread's own, so an answer comes from any host, and
-while the main thread waits in a collective (which releases the interpreter lock). A rank that does
-not answer has been stopped, is gone, or holds that lock.
+The thread has its own connection to the controller, so it answers from any host, and also while the
+main thread waits in a collective (which releases the interpreter lock). A rank that does not answer
+is stopped, has ended, or holds that lock.
 
-When the controller is gone, a rank that waits for it ends by itself; one that is stuck is ended
-here, so that torchrun sees it and starts all of them again.
+When the controller is gone, a rank that waits for a call ends by itself. The monitor ends one that
+is stuck in an operation, so that torchrun notices and restarts all ranks.
 """
 
 from __future__ import annotations
@@ -26,31 +26,31 @@ from megatron_r1.training.wire import RankStatus, ThreadAt
 
 MAX_FRAMES = 40
 IDLE = "waiting for the controller"
-ALONE_SECONDS = 10.0
-"""A rank may go on without a controller: enough to end by itself, if it can."""
+GRACE_SECONDS = 10.0
+"""Time for a rank to end by itself after the controller is gone."""
 
 
 class RankMonitor:
-    """Made on the main thread, whose state it tells first."""
+    """Created on the main thread, whose stack it reports first."""
 
     def __init__(self, connect: Callable[[], zmq.Socket]) -> None:
-        """connect: makes this thread's own connection; called in it."""
+        """connect: opens the monitor's connection; called in the monitor's thread."""
         self._connect = connect
         self._main = threading.get_ident()
-        self._is_over = False
-        self.now_in("starting")
-        threading.Thread(target=self._answer, name="witness", daemon=True).start()
+        self._is_stopping = False
+        self.enter("starting")
+        threading.Thread(target=self._serve, name="rank monitor", daemon=True).start()
 
-    def now_in(self, operation: str) -> None:
-        """The main thread begins something else."""
+    def enter(self, operation: str) -> None:
+        """Record that the main thread starts `operation`."""
         self._operation = (operation, time.monotonic())
 
-    def rest(self) -> None:
-        """The rank ends as it should; the controller may go."""
-        self._is_over = True
+    def expect_stop(self) -> None:
+        """Record that the rank is about to end, so that losing the controller is no failure."""
+        self._is_stopping = True
 
-    def whereabouts(self, question: int = 0) -> RankStatus:
-        """Of all threads but the caller's."""
+    def status(self, question: int = 0) -> RankStatus:
+        """Return the current operation and the stacks of all threads but the caller's."""
         names = {thread.ident: thread.name for thread in threading.enumerate()}
         frames = sys._current_frames()
         others = sorted(frames.keys() - {self._main, threading.get_ident()})
@@ -62,7 +62,7 @@ class RankMonitor:
         operation, since = self._operation
         return RankStatus(question, operation, time.monotonic() - since, threads)
 
-    def _answer(self) -> None:
+    def _serve(self) -> None:
         socket = self._connect()
         monitor = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         poller = zmq.Poller()
@@ -70,14 +70,12 @@ class RankMonitor:
         poller.register(monitor, zmq.POLLIN)
         while True:
             if socket not in dict(poller.poll()):
-                return self._end_alone()
+                break
             question = int(socket.recv())
-            socket.send(msgspec.msgpack.encode(self.whereabouts(question)))
-
-    def _end_alone(self) -> None:
-        time.sleep(ALONE_SECONDS)
-        if not self._is_over:
-            at = self.whereabouts().threads[0]
+            socket.send(msgspec.msgpack.encode(self.status(question)))
+        time.sleep(GRACE_SECONDS)
+        if not self._is_stopping:
+            at = self.status().threads[0]
             print(f"the controller is gone; in {at.collective or at.frames[-1]}", file=sys.stderr)
             sys.stderr.flush()
             os._exit(1)
@@ -90,5 +88,5 @@ def _lines(innermost: FrameType) -> list[str]:
 
 
 def _shorten(path: str) -> str:
-    """Without what stands before a package."""
+    """Return `path` without the folder of the installed packages."""
     return path.rpartition("site-packages/")[2]

@@ -1,4 +1,4 @@
-"""A run as it is written down: folder, checkpoints, TensorBoard, terminal; where it was left."""
+"""Records a run (folder, checkpoints, TensorBoard, terminal) and restores where it was left."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from megatron_r1.config import Config
 from megatron_r1.reporting.live import LiveView
 from megatron_r1.reporting.run_folder import RunFolder
 from megatron_r1.reporting.tensorboard import TensorBoardLog
-from megatron_r1.training.checkpoints import starting
+from megatron_r1.training.checkpoints import finding
 from megatron_r1.training.checkpoints.series import CheckpointSeries
 from megatron_r1.training.client import TrainerClient
 
 
 @dataclass
 class RunState:
-    """What the controller has to remember across a restart; saved inside every checkpoint.
+    """The controller's state across restarts; saved inside every checkpoint.
 
-    step: finished steps; optimizer_step: finished updates, from which the learning rate follows;
-    sampler: position in the data; rewards: what reward workers and services did since the run
+    step: finished steps; optimizer_step: finished updates, which the learning rate depends on;
+    sampler: position in the data; rewards: counters of reward workers and services since the run
     began (`RewardPool.snapshot`).
     """
 
@@ -32,10 +32,10 @@ class RunState:
 
 
 class Recorder:
-    """Opens a locked run folder, finds the newest checkpoint and forgets what came after it.
+    """Continues a locked run folder from its newest checkpoint and records the steps that follow.
 
-    Whatever a kill left behind - a torn line, a half-written checkpoint, steps whose checkpoint
-    never came - is cut off here, so that the steps that follow are in every file exactly once."""
+    What a kill left behind (a torn line, a half-written checkpoint, steps after the newest
+    checkpoint) is cut off first, so that every step is in every file exactly once."""
 
     def __init__(
         self,
@@ -46,9 +46,12 @@ class Recorder:
         title: str,
         facts: Sequence[str] = (),
     ):
-        """Raises ValueError for settings other than the run's, or if damage left no checkpoint."""
-        # First, so that a mistake is not written down as the run's settings.
-        note = _note_on_start(config)
+        """may_change: settings that may differ from the folder's. title, facts: for the terminal.
+
+        Raises UserError for other settings than the run's, or if no checkpoint is undamaged."""
+        # First, so that a mistake is not recorded as the run's settings.
+        start = config.model.checkpoint
+        note = finding.check_start(Path(start)) if start else None
         folder.write_config(config.model_dump(), may_change, Config().model_dump())
         self.folder = folder
         self.state = RunState()
@@ -62,7 +65,7 @@ class Recorder:
             self.view.evaluation(line)
         for note in notes:
             self.view.message(note)
-        self.checkpoints.say = self.view.message
+        self.checkpoints.notify = self.view.message
 
     @property
     def resumed(self) -> bool:
@@ -70,23 +73,23 @@ class Recorder:
         return self.checkpoints.latest is not None
 
     async def load(self, trainer: TrainerClient, reference: bool) -> None:
-        """Put the trainer where the run was left; goes further back where a checkpoint is damaged.
+        """Load the newest checkpoint into the trainer; go further back where it is damaged.
 
-        reference: whether it holds a reference policy. Raises ValueError when none is good.
+        reference: whether it holds a reference policy. Raises UserError when none is good.
         """
-        found = self.checkpoints.latest
+        newest = self.checkpoints.latest
         await self.checkpoints.verify(trainer)
-        if self.checkpoints.latest != found:
+        if self.checkpoints.latest != newest:
             self._rewind()
         await self.checkpoints.load(trainer, reference)
 
     def go_back(self) -> None:
-        """Be where the newest checkpoint was, because the ranks were lost with what came after."""
+        """Return to the newest checkpoint, after the ranks were lost with the steps after it."""
         self.checkpoints.start_again()
         self._rewind()
 
     def step(self, metrics: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> None:
-        """Write a finished step down everywhere."""
+        """Record a finished step in all files and on the terminal."""
         self.folder.append_samples(samples)
         self.folder.append_metrics(metrics)
         self._tensorboard.write(metrics)
@@ -94,14 +97,14 @@ class Recorder:
         self.latest = dict(metrics)
 
     def evaluation(self, metrics: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> None:
-        """Write down a held-out evaluation: "step" and "eval/…"."""
+        """Record a held-out evaluation: "step" and "eval/…"."""
         self.folder.append_samples(samples)
         self.folder.append_evaluation(metrics)
         self._tensorboard.write(metrics)
         self.view.evaluation(metrics)
 
     async def save(self, trainer: TrainerClient) -> None:
-        """Have the trainer write this step's checkpoint; it is final a while later."""
+        """Have the trainer start to write this step's checkpoint."""
         await self.checkpoints.save(trainer, self.state.step, asdict(self.state))
 
     def close(self, outcome: str = "finished") -> None:
@@ -114,16 +117,9 @@ class Recorder:
         self.view.rewind(self.folder.read_metrics(), self.folder.read_evaluations())
 
     def _go_back(self) -> None:
-        """Be where the newest checkpoint was: state, and every file cut back to its step."""
+        """Take the state of the newest checkpoint and cut every file back to its step."""
         saved = self.checkpoints.state()
         vars(self.state).update(vars(RunState(**saved or {})))
         self.folder.truncate_after(self.state.step if self.resumed else -1)
         purge = self.state.step + 1 if self.resumed else None
         self._tensorboard = TensorBoardLog(self.folder.tensorboard, purge_step=purge)
-
-
-def _note_on_start(config: Config) -> str | None:
-    """What a person should know of `model.checkpoint`. Raises ValueError for a wrong one."""
-    if not config.model.checkpoint:
-        return None
-    return starting.check_folder(Path(config.model.checkpoint))

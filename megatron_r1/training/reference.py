@@ -1,7 +1,7 @@
-"""The reference policy: a second set of this rank's weights, put in place only while it is asked.
+"""The reference policy: a second set of this rank's weights, swapped in only while it is scored.
 
-On the host it costs the GPU nothing but while it is asked: then policy and reference are both
-there. On the device it is there always, and nothing is copied.
+On the host it takes GPU memory only while it is swapped in; then policy and reference are both on
+the device. On the device it is there all the time, and nothing is copied.
 """
 
 from __future__ import annotations
@@ -19,23 +19,22 @@ class Reference:
     """A frozen copy of a model's parameters and persistent buffers (the router's bias, too)."""
 
     def __init__(self, chunks: list[torch.nn.Module], on_host: bool = True):
-        """on_host: keep the weights in the CPU's memory, pinned, instead of beside the policy's."""
+        """on_host: keep the weights in pinned host memory instead of beside the policy's."""
         self._live = [t for chunk in chunks for t in _weights(chunk)]
-        pinned = on_host and platform.has_gpu()
         self._kept = [
-            torch.empty_like(t, device="cpu" if on_host else None, pin_memory=pinned)
+            platform.empty_on_host(tuple(t.shape), t.dtype) if on_host else torch.empty_like(t)
             for t in self._live
         ]
         self.refresh()
 
     def refresh(self) -> None:
-        """Replace the reference by the present policy."""
+        """Replace the reference by the current policy."""
         for kept, live in zip(self._kept, self._live, strict=True):
             kept.copy_(live.detach())
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
-        """Within: the model computes with the reference's weights. The policy's are untouched."""
+        """Within the context, let the model compute with the reference's weights."""
         policy = [live.data for live in self._live]
         try:
             for live, kept in zip(self._live, self._kept, strict=True):

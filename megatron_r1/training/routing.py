@@ -1,4 +1,4 @@
-"""The engine's routing on its way into a rank: only the rank's tokens, only the rank's layers."""
+"""Selects, from the engine's routing, the tokens and layers of a trainer rank."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ from megatron_r1.training.wire import Sample
 
 @dataclass(frozen=True)
 class RoutingPart:
-    """layers: the MoE layers a rank has, by their place in shape.moe_layers; tensor_rank: its
-    number among the `tensor` ranks of sequence parallelism, who split a context rank's tokens."""
+    """The part of the routing that a rank replays.
+
+    layers: the rank's MoE layers, as indices into shape.moe_layers; tensor_rank: its rank among the
+    `tensor` ranks of sequence parallelism, which split a context rank's tokens."""
 
     shape: RoutingShape
     layers: list[int]
@@ -27,10 +29,10 @@ class RoutingPart:
 def packed_routing(
     samples: list[Sample], starts: list[int], held: Tensor, part: RoutingPart, device: torch.device
 ) -> Recorded:
-    """The part's tokens of the packed micro-batch in which samples[i] begins at starts[i].
+    """Return the part's routing of the packed micro-batch in which samples[i] begins at starts[i].
 
-    held: (T,) int64, the positions of the micro-batch that this context rank has. Indices reach the
-    device in the bytes they came in. Raises ValueError for routing that does not fit its sample."""
+    held: (T,) int64, the positions of the micro-batch that this context rank has. Indices stay in
+    the 1 or 2 bytes they arrived in. Raises ValueError for routing that does not fit its sample."""
     shape = part.shape
     held = held.view(part.tensor, -1)[part.tensor_rank]
     total = 1 + max([int(held.max()), *(s + len(x) for s, x in zip(starts, samples, strict=True))])
@@ -48,7 +50,7 @@ def packed_routing(
 
 
 def _rows(sample: Sample, shape: RoutingShape) -> np.ndarray:
-    """[rows, moe layers, topk] of a sample, of its last tokens but one."""
+    """Return the routing [rows, moe layers, topk] of a sample's tokens before the last."""
     if len(sample.routing) % shape.token_bytes:
         raise ValueError(
             f"{len(sample.routing)} bytes of routing are no multiple of {shape.token_bytes}: "

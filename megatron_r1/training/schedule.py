@@ -8,9 +8,8 @@ from megatron_r1.config import OptimizerConfig
 
 
 def learning_rate(settings: OptimizerConfig, step: int, total: int) -> float:
-    """Rate of optimizer step `step` (from 1) of `total`: linear warm-up, then the decay to the
-    minimum.
-    """
+    """Return the rate of optimizer step `step` (from 1) of `total`: linear warm-up, then a constant
+    rate or the linear or cosine decay to the minimum."""
     if step <= settings.warmup:
         return settings.learning_rate * step / settings.warmup
     if settings.decay == "constant":

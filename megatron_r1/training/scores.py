@@ -1,8 +1,8 @@
-"""What a loss may ask of a score model, and the two losses that reward models learn by.
+"""The scores of a micro-batch as a loss sees them, and the two losses of reward models.
 
-A sample is one text; its score is read at its last token, whatever that is. Its position may lie
-with any rank of the context group, and all of them make the same loss of the same scores: the
-gradient reaches the position where it is, and the sample is counted on the first context rank
+A sample is one text; its score is read at its last token. That position may be on any rank of the
+context group. All these ranks compute the same loss from the same scores; the gradient reaches the
+rank that has the position, and the sample is counted on the first context rank
 (`PackedBatch.num_samples`).
 """
 
@@ -23,29 +23,30 @@ from megatron_r1.training.packed import PackedBatch
 
 @dataclass(frozen=True)
 class Scores:
-    """One micro-batch behind a score head.
+    """The output of a score head for one micro-batch.
 
-    every: (T,) fp32, the score after each token this rank holds; context_group: the ranks that hold
-    the others."""
+    every: (T,) fp32, the score after each token of this rank; context_group: the ranks that hold
+    the other tokens."""
 
     batch: PackedBatch
     every: Tensor
     context_group: ProcessGroup
 
     def of_samples(self) -> Tensor:
-        """(S,) fp32, at the last token of each sample; the same on every context rank."""
+        """Return the scores (S,) fp32 at the last token of each sample, on every context rank."""
         at = self.batch.last_tokens
         held = torch.where(at >= 0, self.every[at.clamp(min=0)], 0.0)
-        # Over the context group: of each sample one rank has the score, the others 0. Summed
-        # forward and passed through backward, whatever the group is of.
+        # Over the context group: of each sample one rank has the score, the others 0. Megatron's
+        # "tensor" region sums over any group in the forward pass and is the identity backward.
         return reduce_from_tensor_model_parallel_region(held, group=self.context_group)
 
 
 def pairwise(batch: PackedBatch, scores: Scores, settings: dict[str, Any]) -> LossTerms:
-    """Bradley-Terry: -log sigmoid(s_chosen - s_rejected), averaged over pairs (arXiv 2203.02155,
-    equation 1, with one pair a question). Samples 2i and 2i + 1 are a pair, the chosen one first.
+    """Return Σ -log sigmoid(s_chosen - s_rejected) over pairs, divided by their number.
 
-    accuracy: the share of pairs whose chosen response scores higher; margin: s_chosen - s_rejected.
+    Bradley-Terry (arXiv 2203.02155, equation 1, with one pair per question). Samples 2i and 2i + 1
+    are a pair, the chosen one first. Metrics: accuracy, the share of pairs whose chosen response
+    scores higher; margin, s_chosen - s_rejected.
     """
     of_samples = scores.of_samples()
     margins = of_samples[0::2] - of_samples[1::2]
@@ -54,9 +55,11 @@ def pairwise(batch: PackedBatch, scores: Scores, settings: dict[str, Any]) -> Lo
 
 
 def pointwise(batch: PackedBatch, scores: Scores, settings: dict[str, Any]) -> LossTerms:
-    """Binary cross entropy of sigmoid(score) with the samples' labels, averaged over samples.
+    """Return Σ of the binary cross entropy of sigmoid(score) and label over samples, divided by
+    their number.
 
-    accuracy: the share of scores on their label's side of 0; margin: how far they are there.
+    Metrics: accuracy, the share of scores on their label's side of 0; margin, the distance to 0
+    there.
     """
     of_samples, labels = scores.of_samples(), batch.labels
     margins = of_samples * (2 * labels - 1)
@@ -67,7 +70,7 @@ def pointwise(batch: PackedBatch, scores: Scores, settings: dict[str, Any]) -> L
 def _terms(
     batch: PackedBatch, losses: Tensor, measured: dict[str, Tensor], count: int
 ) -> LossTerms:
-    # Every context rank has all the losses; one of them reports.
+    # Every context rank has all the losses; the first one reports them.
     reports = batch.num_samples > 0
     sums = {
         f"{name}/count": values.detach().float().sum() * reports

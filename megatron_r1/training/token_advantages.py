@@ -1,9 +1,9 @@
-"""Advantages of every token, made on the trainer ranks once a rollout is scored.
+"""Advantages per token, computed on the trainer ranks once a rollout has log-probabilities.
 
-An estimator that gives each token its own sees the batches through `Scored`: whole responses, also
-where ranks of context parallelism hold parts of them, and reductions over all of the rollout. What
-the controller sent as an output's advantage is then its reward, on each of its tokens; NaN where
-nobody could grade it."""
+An estimator of such advantages gets the batches as `Scored`: whole responses, also where ranks of
+context parallelism hold parts of them, and reductions over the whole rollout. What the controller
+sent as a response's advantage is then its reward, on each of its tokens; NaN where it could not be
+graded."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ from megatron_r1.training.packed import PackedBatch
 
 
 class Responses:
-    """The responses of one micro-batch, samples whole and in their order, on every rank that holds
-    a part of them.
+    """The responses of one micro-batch, whole and in sample order, on every rank that holds a part
+    of them.
 
-    T: tokens of the whole micro-batch; is_response, is_graded: (T,) bool."""
+    T: tokens of the whole micro-batch; is_response, is_graded: (T,) bool; rewards: (T,), the
+    response's on each of its tokens, NaN where it is not graded."""
 
     def __init__(self, batch: PackedBatch, context_group: ProcessGroup | None = None):
-        """context_group: the ranks that hold the batch's other parts."""
+        """context_group: the ranks that hold the batch's other parts; None: there are none."""
         self.batch, self._group = batch, context_group
         self._ranks = 1 if context_group is None else dist.get_world_size(context_group)
         self._rank = 0 if context_group is None else dist.get_rank(context_group)
         self._borders = batch.borders.long() * self._ranks
         self.is_response = self.whole(batch.is_response.to(torch.uint8)).bool()
         self.rewards = self.whole(batch.advantages)
-        """(T,): of its output, on every response token; NaN where that is not graded."""
         self.is_graded = ~self.rewards.isnan()
         self._position = torch.arange(len(self.is_response), device=self.is_response.device)
         self._last = self._last_of_each()
         self._longest = int(self._borders.diff().max())
 
     def _last_of_each(self) -> Tensor:
-        """(T,): where the response of the token's sample ends; -1 where there is none."""
+        """Return (T,): the position of the last response token of each token's sample, or -1."""
         lengths = self._borders.diff()
         sample = torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths)
         ends = torch.full_like(lengths, -1)
@@ -48,36 +48,38 @@ class Responses:
         return ends.scatter_reduce(0, sample, seen, "amax")[sample]
 
     def whole(self, part: Tensor) -> Tensor:
-        """This rank's part of something per token, with the other ranks' → (T,)."""
+        """Return (T,) from this rank's part of a value per token."""
         if self._ranks == 1:
             return part
         parts = [torch.empty_like(part) for _ in range(self._ranks)]
-        dist.all_gather(parts, part.contiguous(), group=self._group)  # over the context's ranks
+        # Over context parallelism, whose ranks hold the parts.
+        dist.all_gather(parts, part.contiguous(), group=self._group)
         return torch.cat(parts)[sample_order(self._borders, self._ranks)]
 
     def own(self, whole: Tensor) -> Tensor:
-        """(T,) → this rank's part of it."""
+        """Return this rank's part of `whole` (T,)."""
         if self._ranks == 1:
             return whole
         return whole[held_positions(self._borders, self._rank, self._ranks)]
 
     def keep(self, advantages: Tensor) -> None:
-        """Make (T,) `advantages` the batch's; 0 where nobody graded, and outside responses."""
+        """Store `advantages` (T,) in the batch; 0 outside responses and where not graded."""
         counts = self.is_response & self.is_graded
         self.batch.advantages = self.own(torch.where(counts, advantages, 0.0))
 
     def at_end(self, values: Tensor) -> Tensor:
-        """(T,) values on the last token of each response, 0 elsewhere."""
+        """Return `values` (T,) on the last token of each response, 0 elsewhere."""
         return torch.where(self._position == self._last, values, 0.0)
 
     def following(self, values: Tensor) -> Tensor:
-        """(T,): the value of the response's next token, 0 after its last."""
+        """Return (T,): the value of the response's next token, 0 after its last."""
         return torch.where(self._position < self._last, values.roll(-1), 0.0)
 
     def discounted_sums(self, values: Tensor, discount: float) -> Tensor:
-        """x_t = Σ_{s≥t} discount^(s-t) values_s over the rest of the response; (T,), 0 outside.
+        """Return x_t = Σ_{s≥t} discount^(s-t) values_s over the rest of the response; (T,), 0
+        outside.
 
-        By doubling: each turn adds what the next 1, 2, 4 … tokens have already summed, so that a
+        Computed by doubling: each pass adds the sums over the next 1, 2, 4 … tokens, so that a
         response of 32,768 takes 15 passes over the tokens, not 32,768."""
         sums = torch.where(self.is_response, values, 0.0)
         reach, factor = 1, discount
@@ -98,19 +100,21 @@ class Scored:
         context_group: ProcessGroup | None = None,
         data_group: ProcessGroup | None = None,
     ):
-        """data_group: the ranks that together hold each token of the rollout once."""
+        """data_group: the data- and context-parallel ranks, which together hold every token of the
+        rollout once; None: this process has all."""
         self._data_group = data_group
         self.responses = [Responses(batch, context_group) for batch in batches]
 
     def normalise(self, epsilon: float) -> None:
-        """Give the advantages of all graded response tokens of the rollout mean 0 and standard
-        deviation 1 (of the population, epsilon added to it)."""
+        """Shift and scale the advantages of all graded response tokens of the rollout to mean 0 and
+        standard deviation 1 (of the population, epsilon added to it)."""
         batches = [(r.batch, r.own(r.is_response & r.is_graded)) for r in self.responses]
         kept = [batch.advantages[counts].double() for batch, counts in batches]
         sums = [torch.stack([a.sum(), a.square().sum(), a.new_tensor(len(a))]) for a in kept]
         total = torch.stack(sums).sum(0)
         if self._data_group is not None:
-            dist.all_reduce(total, group=self._data_group)  # over everybody's tokens
+            # Over data and context parallelism: mean and deviation are those of the whole rollout.
+            dist.all_reduce(total, group=self._data_group)
         mean, square = (total[:2] / total[2].clamp(min=1)).unbind()
         scale = (square - mean.square()).clamp(min=0).sqrt() + epsilon
         scale = torch.where(scale > 0, scale, 1.0)
@@ -120,13 +124,13 @@ class Scored:
 
 
 TokenAdvantages = Callable[[Scored, dict[str, Any]], None]
-"""(a scored rollout, settings): replaces the advantages in its batches. settings: kl_beta,
-discount, gae_lambda, advantage_std, advantage_epsilon (`config.RLConfig`)."""
+"""(scored rollout, settings): replaces the advantages in its batches. settings: kl_beta, discount,
+gae_lambda, advantage_std, advantage_epsilon (`config.RLConfig`)."""
 
 
 def penalised_rewards(responses: Responses, kl_beta: float) -> Tensor:
-    """r_t = -kl_beta log(π_old / π_ref)_t, and with the last token the output's reward; (T,). The
-    penalty's sum is an unbiased estimate of the KL divergence of whole outputs. Needs
+    """Return r_t = -kl_beta log(π_old / π_ref)_t, plus the response's reward at its last token;
+    (T,). The penalty's sum is an unbiased estimate of the KL divergence of whole responses. Needs
     logprobs["old"] and, with kl_beta > 0, ["reference"]."""
     rewards = responses.at_end(responses.rewards)
     if kl_beta:
@@ -136,7 +140,7 @@ def penalised_rewards(responses: Responses, kl_beta: float) -> Tensor:
 
 
 def reward_to_go(scored: Scored, settings: dict[str, Any]) -> None:
-    """A_t = Σ_{s≥t} discount^(s-t) r_s of the penalised rewards."""
+    """Set A_t = Σ_{s≥t} discount^(s-t) r_s, r the penalised rewards."""
     for responses in scored.responses:
         rewards = penalised_rewards(responses, settings["kl_beta"])
         responses.keep(responses.discounted_sums(rewards, settings["discount"]))

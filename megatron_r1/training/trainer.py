@@ -1,8 +1,12 @@
-"""One trainer rank: Megatron's model, optimizer and schedule behind four verbs.
+"""One trainer rank: Megatron's model, optimizer and schedule behind the operations of a step.
 
-load() puts a rollout's micro-batches in place; score() computes old and reference
-log-probabilities; update() makes one optimizer step; probe() compares a few tokens with an
-engine. Each is called on every rank at the same time. The rank knows samples and losses, not
+An RL step calls load() (receive the rollout's micro-batches), score() (old and reference
+log-probabilities), agreement() (difference from the engine's), for some algorithms values() and
+token_advantages(), and then update(), and update_critic(), once per mini-batch. SFT and reward
+models call load() and update(); sample_scores() evaluates a reward model, probe() compares a few
+tokens with an engine. The other operations (`worker.OPERATIONS`) write and read folders.
+
+Every operation is called on all ranks at the same time. A rank handles samples and losses, not
 prompts or rewards."""
 
 from __future__ import annotations
@@ -14,22 +18,25 @@ from typing import Any
 
 import msgspec
 import torch
-from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor
 
 from megatron_r1 import models, platform, weights
 from megatron_r1.config import Config
+from megatron_r1.errors import UserError
 from megatron_r1.models import fp8
 from megatron_r1.models.hf_config import has_score_head
 from megatron_r1.models.replay import Replay
 from megatron_r1.models.routing_shape import routing_shape
 from megatron_r1.training import construction
 from megatron_r1.training.checkpoints import contents, loading
+from megatron_r1.training.checkpoints.contents import Network, Networks
 from megatron_r1.training.checkpoints.writer import CheckpointWriter
-from megatron_r1.training.construction import DTYPES
 from megatron_r1.training.critic import Critic, needs_critic
-from megatron_r1.training.distributed import Place
+from megatron_r1.training.distributed import GridPosition
 from megatron_r1.training.head import Head
-from megatron_r1.training.losses import Loss, find_function, find_loss
+from megatron_r1.training.losses import Loss
+from megatron_r1.training.optimizer import new_optimizer
 from megatron_r1.training.packed import PackedBatch, Split, packed_batch
 from megatron_r1.training.passes import (
     merge_reports,
@@ -42,19 +49,21 @@ from megatron_r1.training.routing import RoutingPart
 from megatron_r1.training.scores import Scores
 from megatron_r1.training.token_advantages import Scored
 from megatron_r1.training.wire import Microbatches, Sample
+from megatron_r1.user_code import find_function
 
 
 class Trainer:
-    def __init__(self, config: Config, place: Place):
-        """Build this rank's part of the model. Raises ValueError for a model or layout that cannot
-        be.
-        """
-        self.config, self.place = config, place
+    """This rank's part of the model, its optimizer, the reference policy and the critic."""
+
+    def __init__(self, config: Config, position: GridPosition):
+        """Build the model. Raises UserError for a model or layout that is not supported."""
+        self.config, self.position = config, position
+        self.groups = ProcessGroupCollection.use_mpu_process_groups(["tp", "cp", "dp_cp"])
         self.hf = models.read_hf_config(config.model.path, config.model.head)
         self.transformer = construction.transformer(config, self.hf)
         self.bare = construction.model_chunks(config, self.hf, self.transformer)
         self.chunks = construction.with_gradients(self.transformer, self.bare)
-        self.optimizer = construction.new_optimizer(config, self.chunks)
+        self.optimizer = new_optimizer(config, self.chunks)
         self.transformer.grad_scale_func = self.optimizer.scale_loss
         self.reference: Reference | None = None
         self.saving = CheckpointWriter(keep_memory=config.checkpoint.asynchronous)
@@ -63,29 +72,31 @@ class Trainer:
         self.split = Split(
             config.parallel.tensor,
             config.parallel.context,
-            parallel_state.get_context_parallel_rank(),
+            self.groups.cp.rank(),
             fp8.token_multiple(config.fp8),
         )
         shape = routing_shape(self.hf) if config.rl.routing_replay else None
         self.replay = Replay(self.bare, shape)
-        split = (place.tensor_rank, config.parallel.tensor)
+        split = (position.tensor_rank, config.parallel.tensor)
         self.routing = RoutingPart(shape, self.replay.layers, *split) if shape else None
-        self.critic = Critic(config, place) if needs_critic(config) else None
+        self.critic: Critic | None = None
+        if needs_critic(config):
+            self.critic = Critic(config, position, self.groups.dp_cp)
 
     @property
     def score_is_new(self) -> bool:
-        """Whether the model is a score model whose head was drawn, not loaded."""
+        """Whether the model is a score model with a randomly initialised head."""
         return construction.language_body(self.config, self.hf) is not None
 
     @property
     def num_parameters(self) -> int:
-        """Of the whole model, from its table of tensors."""
+        """The parameters of the whole model, counted in its weight table."""
         return sum(math.prod(shape) for shape, _ in weights.hf_tensors(self.hf).values())
 
     def load(self, minibatches: list[Microbatches]) -> dict[str, float]:
-        """Put samples in place: minibatches[i].samples[m] is micro-batch m of update i.
+        """Pack samples into tensors: minibatches[i].samples[m] is micro-batch m of update i.
 
-        Returns the share of padding in what is computed, "packing/padding"."""
+        Returns "packing/padding", the share of padding among the tokens computed."""
         self.minibatches = [
             [
                 packed_batch(s, self.split, platform.device(), self.routing)
@@ -94,20 +105,24 @@ class Trainer:
             for step in minibatches
         ]
         samples = [s for step in minibatches for batch in step.samples for s in batch]
-        # Ranks along the context axis hold parts of the same samples, and are added up as well.
+        # The sum also runs over context ranks, which hold parts of the same samples.
         own = sum(len(s) for s in samples) / self.config.parallel.context
         slots = sum(batch.input_ids.numel() for step in self.minibatches for batch in step)
-        sums = {"packing/padding/slots": slots - own, "slots": slots}
-        return reduce_over_data(self.place, sums, {})
+        return self._reduced({"packing/padding/slots": slots - own, "slots": slots})
 
     def _in_rounds(self, microbatches: list[list[Sample]]) -> list[list[Sample]]:
-        """With empty ones added where chunks are interleaved: that schedule goes in rounds of as
-        many micro-batches as there are pipeline ranks."""
+        """Append empty micro-batches where chunks are interleaved: that schedule runs in rounds of
+        as many micro-batches as there are pipeline ranks."""
         missing = -len(microbatches) % self.config.parallel.pipeline if len(self.chunks) > 1 else 0
         return microbatches + [[]] * missing
 
+    def _reduced(
+        self, sums: dict[str, Any], maxima: dict[str, Any] | None = None
+    ) -> dict[str, float]:
+        return reduce_over_data(self.position, self.groups.dp_cp, sums, maxima or {})
+
     def keep_reference(self) -> None:
-        """Make the present policy the reference."""
+        """Make the current policy the reference."""
         if self.reference is None:
             on_host = self.config.parallel.reference_offload == "host"
             self.reference = Reference(self.bare, on_host)
@@ -117,14 +132,15 @@ class Trainer:
     def score(
         self, temperature: float, reference: bool, first_old: bool = True
     ) -> dict[str, float]:
-        """Log-probabilities of every loaded token under the present policy ("old") and, if asked,
-        the reference. first_old False: those of mini-batch 0 under the present policy are left to
-        its update, which is made at that very policy and has them anyway.
+        """Compute the log-probabilities of every loaded token under the current policy ("old") and,
+        if `reference`, the reference.
 
-        With routing replay returns how far the engine's are from the trainer's without it, of the
-        first micro-batches. The reference always routes for itself: it is a model, not a view of
-        the policy's samples."""
-        batches = [batch for step in self.minibatches for batch in step]
+        first_old False: those of mini-batch 0 under the current policy are left to its update,
+        which starts at that policy and computes them anyway. With routing replay, returns
+        routing/agreement and, for the first micro-batches, the difference from the engine's
+        log-probabilities without replay. The reference always chooses its own experts: it is a
+        model of its own, not the policy that made the samples."""
+        batches = self._batches()
         later = batches if first_old else batches[len(self.minibatches[0]) :]
         with self.replay.measured():
             self._score(later, "old", temperature)
@@ -140,40 +156,38 @@ class Trainer:
         if first:
             gap, count, _ = self._gap(first, "own_routing")
             sums = {"logprob_diff/without_replay/first": gap, "first": count}
-            metrics |= reduce_over_data(self.place, sums, {})
+            metrics |= self._reduced(sums)
         return metrics
 
+    def _batches(self) -> list[PackedBatch]:
+        return [batch for step in self.minibatches for batch in step]
+
     def token_advantages(self, function: str, settings: dict[str, Any]) -> None:
-        """Replace the advantages of all loaded samples, which are scored, by those that the
-        `TokenAdvantages` at "module:function" gives each token."""
-        if not self.place.last_stage:
-            return
-        batches = [batch for step in self.minibatches for batch in step]
-        scored = Scored(
-            batches,
-            parallel_state.get_context_parallel_group(),
-            parallel_state.get_data_parallel_group(with_context_parallel=True),
-        )
-        find_function(function, "token advantages")(scored, settings)
+        """Replace the advantages of all loaded samples by those that the `TokenAdvantages` at
+        "module:function" computes per token; score() comes first."""
+        if self.position.last_stage:
+            scored = Scored(self._batches(), self.groups.cp, self.groups.dp_cp)
+            find_function(function)(scored, settings)
 
     def agreement(self) -> dict[str, float]:
-        """How far the engine's log-probabilities of the loaded samples are from the trainer's
-        "old" ones, once these are known: mean and largest difference over response tokens.
+        """Return the mean and the largest absolute difference, over response tokens, of the
+        engine's log-probabilities and the trainer's "old" ones; score() comes first.
 
         With a teacher also teacher/kl, the sampled estimate of KL(π_old ‖ teacher): the mean of
         log π_old - log π_teacher over the same tokens."""
-        batches = [batch for step in self.minibatches for batch in step]
+        batches = self._batches()
         gap, count, largest = self._gap(batches, "old")
         sums = {"logprob_diff/mean/tokens": gap, "tokens": count}
-        if self.config.teacher.path and self.place.last_stage:
+        if self.config.teacher.path and self.position.last_stage:
             gaps = (_log_ratio(batch, "old", "teacher") for batch in batches)
             sums["teacher/kl/tokens"] = sum(gaps)
-        return reduce_over_data(self.place, sums, {"logprob_diff/max": largest})
+        return self._reduced(sums, {"logprob_diff/max": largest})
 
     def _gap(self, batches: list[PackedBatch], name: str) -> tuple[float, int, float]:
-        """Sum, number and largest of |trainer's - engine's log-probability| of response tokens."""
+        """Return the sum, number and largest of |trainer's - engine's log-probability| over this
+        rank's response tokens."""
         gap, count, largest = 0.0, 0, 0.0
-        for batch in batches if self.place.last_stage else []:
+        for batch in batches if self.position.last_stage else []:
             gaps = (batch.logprobs[name] - batch.rollout_logprobs)[batch.is_response].abs()
             gap, count = gap + gaps.double().sum().item(), count + gaps.numel()
             largest = max(largest, gaps.max().item() if gaps.numel() else 0.0)
@@ -182,51 +196,52 @@ class Trainer:
     def update(
         self, index: int, loss: str, settings: dict[str, Any], learning_rate: float
     ) -> dict[str, float]:
-        """One optimizer step on mini-batch `index` with the loss at "module:function".
+        """Make one optimizer step on mini-batch `index` with the loss at "module:function".
 
-        Returns the loss's metrics over the whole mini-batch, grad_norm and whether the step was
-        taken."""
+        Returns the loss's metrics over the whole mini-batch, grad_norm and step_taken."""
         batches = self.minibatches[index]
         settings = dict(settings)
         temperature = settings.pop("temperature", 1.0)
-        compute = partial(self._loss, find_loss(loss), settings, temperature)
+        compute = partial(self._loss, find_function(loss), settings, temperature)
         run = partial(self._run, batches, compute, forward_only=False)
         reports, stepped = optimizer_step(self.chunks, self.optimizer, learning_rate, run)
-        return reduce_over_data(self.place, *merge_reports(reports)) | stepped
+        return self._reduced(*merge_reports(reports)) | stepped
 
     def values(self) -> None:
-        """The critic's values of all loaded samples, into `PackedBatch.values`."""
+        """Compute the critic's values of all loaded samples, into `PackedBatch.values`."""
         assert self.critic is not None, "the recipe has no critic"
-        self.critic.values([batch for step in self.minibatches for batch in step])
+        self.critic.values(self._batches())
 
     def update_critic(self, index: int, learning_rate: float) -> dict[str, float]:
-        """One optimizer step of the critic on mini-batch `index`, whose values and returns are
-        there; metrics value/…"""
+        """Make one optimizer step of the critic on mini-batch `index`; returns its metrics value/…
+        values() and the returns, from token_advantages(), come first."""
         assert self.critic is not None, "the recipe has no critic"
         return self.critic.update(self.minibatches[index], learning_rate)
 
     def sample_scores(self) -> dict[str, list[list[list[float]]]]:
-        """Of a score model: scores[i][m] of the samples of micro-batch m of mini-batch i, empty on
-        the ranks that do not know them."""
-        found: list[list[list[float]]] = []
+        """Return {"scores": s}, s[i][m] a score model's scores of the samples of micro-batch m of
+        mini-batch i; empty on ranks before the last stage."""
+        scores: list[list[list[float]]] = []
         for chunk in self.chunks:
             chunk.eval()
         for batches in self.minibatches:
             with torch.no_grad():
                 reports = self._run(batches, self._scores_only, forward_only=True)
-            found.append(reports if self.place.last_stage else [])
-        return {"scores": found}
+            scores.append(reports if self.position.last_stage else [])
+        return {"scores": scores}
 
     def probe(self, samples: list[dict[str, Any]]) -> dict[str, float]:
-        """How far an engine's log-probabilities, at temperature 1, are from the trainer's: of these
-        samples (`wire.Sample`), the same on every rank; loaded ones stay."""
+        """Return the mean and the largest difference of an engine's log-probabilities, at
+        temperature 1, and the trainer's.
+
+        samples: as `wire.Sample`, the same on every rank; loaded ones stay."""
         own = msgspec.convert(samples, list[Sample])
         batches = [packed_batch(s, self.split, platform.device()) for s in self._in_rounds([own])]
         with self.replay.paused():
             self._score(batches, "old", 1.0)
         gap, count, largest = self._gap(batches, "old")
         sums = {"probe/mean/tokens": gap, "tokens": count}
-        return reduce_over_data(self.place, sums, {"probe/max": largest})
+        return self._reduced(sums, {"probe/max": largest})
 
     def export(self, folder: str, dtype: str | None = None) -> None:
         """Write a complete Hugging Face folder: weights, config and tokenizer."""
@@ -235,18 +250,23 @@ class Trainer:
             self.hf,
             Path(self.config.model.path),
             Path(folder),
-            dtype=DTYPES[dtype or self.config.model.dtype],
+            dtype=getattr(torch, dtype or self.config.model.dtype),
         )
 
-    def save_checkpoint(self, folder: str, state: dict[str, Any]) -> None:
-        """Start to write everything a run needs to go on, with the controller's `state` beside it.
+    def _networks(self) -> Networks:
+        critic = Network(self.critic.bare, self.critic.optimizer) if self.critic else None
+        return Networks(Network(self.bare, self.optimizer), self.reference, critic)
 
-        Returns when the tensors are copied; `checkpoint_progress` tells the rest."""
-        parts = (self.bare, self.optimizer, self.reference, self.critic)
-        self.saving.save(Path(folder), partial(contents.sharded, *parts), state)
+    def save_checkpoint(self, folder: str, state: dict[str, Any]) -> None:
+        """Start to write a checkpoint, with the controller's `state` in it.
+
+        Returns when the tensors are copied; `checkpoint_progress` returns the outcome."""
+        self.saving.save(Path(folder), partial(contents.sharded, self._networks()), state)
 
     def checkpoint_progress(self, wait: bool = False) -> dict[str, Any]:
-        """Of the latest `save_checkpoint`: is_done, error (a sentence or None), seconds."""
+        """Return is_done, error (a sentence or None) and seconds of the latest `save_checkpoint`.
+
+        wait: until it is done."""
         progress = self.saving.progress(wait)
         assert progress is not None, "save_checkpoint() comes first"
         return {
@@ -256,7 +276,7 @@ class Trainer:
         }
 
     def verify_checkpoint(self, folder: str) -> dict[str, Any]:
-        """What is damaged in `folder`, as thoroughly as `checkpoint.verify` says; a line each."""
+        """Return {"damage": lines}, the faults of `folder` that `checkpoint.verify` looks for."""
         damage = loading.damage(Path(folder), self.config.checkpoint.verify)
         self._verified = None if damage else folder
         return {"damage": damage}
@@ -264,16 +284,14 @@ class Trainer:
     def load_checkpoint(self, folder: str, reference: bool) -> dict[str, Any]:
         """Verify `folder` and continue from it; `reference`: whether it holds a reference policy.
 
-        Returns is_same_layout: whether random streams continued too, or stay seeded anew."""
+        Returns is_same_layout: whether the random streams were restored too."""
         if folder != self._verified:
             damage = self.verify_checkpoint(folder)["damage"]
             if damage:
-                raise ValueError(f"checkpoint {folder} is damaged: {'; '.join(damage[:5])}")
+                raise UserError(f"checkpoint {folder} is damaged: {'; '.join(damage[:5])}")
         if reference:
             self.keep_reference()
-        parts = (self.bare, self.optimizer, self.reference, self.critic)
-        is_same = loading.load(Path(folder), *parts)
-        return {"is_same_layout": is_same}
+        return {"is_same_layout": loading.load(Path(folder), self._networks())}
 
     def _score(self, batches: list[PackedBatch], name: str, temperature: float) -> None:
         if not batches:
@@ -285,7 +303,8 @@ class Trainer:
             self._run(batches, compute, forward_only=True)
 
     def _run(self, batches: list[PackedBatch], compute, forward_only: bool) -> list[Any]:
-        """Megatron's schedule over `batches`; what `compute` reported, on the last stage."""
+        """Run Megatron's schedule over `batches`, with routing replay and MTP labels; returns the
+        reports of `compute` on the last stage."""
         train_mtp = self.config.model.mtp == "train" and not forward_only
 
         def inputs(model, batch):
@@ -303,35 +322,40 @@ class Trainer:
         self.replay.end()
         return reports
 
-    def _head(self, batch: PackedBatch, hidden, temperature: float) -> Head | Scores:
-        if has_score_head(self.hf):
-            group = parallel_state.get_context_parallel_group()
-            return Scores(batch, hidden.view(-1), group)
+    # The functions below are `passes.Compute`: `out` is the last stage's output, hidden states
+    # (1, T, H) of a policy or scores (1, T) of a score model.
+
+    def _head(self, batch: PackedBatch, out: Tensor, temperature: float) -> Head:
         return Head(
             batch,
-            hidden.reshape(-1, hidden.shape[-1]),
+            out.reshape(-1, out.shape[-1]),
             models.lm_head_weight(self.bare[-1]),
             temperature,
-            parallel_state.get_tensor_model_parallel_group(),
+            self.groups.tp,
             self.hf["vocab_size"],
-            parallel_state.get_context_parallel_group(),
+            self.groups.cp,
         )
 
-    def _logprobs_only(self, name: str, temperature: float, batch: PackedBatch, hidden):
-        batch.logprobs[name] = self._head(batch, hidden, temperature).logprobs()[0]
-        zero = torch.zeros((), device=hidden.device)
+    def _scores(self, batch: PackedBatch, out: Tensor) -> Scores:
+        return Scores(batch, out.view(-1), self.groups.cp)
+
+    def _logprobs_only(self, name: str, temperature: float, batch: PackedBatch, out: Tensor):
+        batch.logprobs[name] = self._head(batch, out, temperature).logprobs()[0]
+        zero = torch.zeros((), device=out.device)
         return zero, zero.int(), {}
 
-    def _loss(self, loss: Loss, settings, temperature: float, batch: PackedBatch, hidden):
-        terms = loss(batch, self._head(batch, hidden, temperature), settings)
+    def _loss(self, loss: Loss, settings, temperature: float, batch: PackedBatch, out: Tensor):
+        is_score = has_score_head(self.hf)
+        head: Any = self._scores(batch, out) if is_score else self._head(batch, out, temperature)
+        terms = loss(batch, head, settings)
         return terms.loss, terms.denominator, {"sums": terms.sums, "maxima": terms.maxima}
 
-    def _scores_only(self, batch: PackedBatch, hidden):
-        zero = torch.zeros((), device=hidden.device)
-        return zero, zero.int(), self._head(batch, hidden, 1.0).of_samples().tolist()
+    def _scores_only(self, batch: PackedBatch, out: Tensor):
+        zero = torch.zeros((), device=out.device)
+        return zero, zero.int(), self._scores(batch, out).of_samples().tolist()
 
 
 def _log_ratio(batch: PackedBatch, name: str, other: str) -> float:
-    """Sum of the differences of two policies' log-probabilities over response tokens."""
+    """Return Σ log π_name - log π_other over the batch's response tokens."""
     gaps = (batch.logprobs[name] - batch.logprobs[other])[batch.is_response]
     return gaps.double().sum().item()

@@ -1,6 +1,6 @@
-"""What travels between the controller and the trainer ranks: msgpack, no pickles.
+"""Messages between the controller and the trainer ranks: msgpack, no pickles.
 
-Imports neither torch nor Megatron, so that the controller stays light.
+Imports neither torch nor Megatron, because the controller imports it.
 """
 
 from __future__ import annotations
@@ -11,28 +11,28 @@ from typing import Any
 
 import msgspec
 
-WITNESS = b"witness-"
+MONITOR = b"monitor-"
 
 
 def identity(rank: int) -> bytes:
-    """Of a rank's connection to the controller, for calls and replies."""
+    """Return the ZeroMQ identity of a rank's connection for calls and replies."""
     return str(rank).encode()
 
 
 def monitor_identity(rank: int) -> bytes:
-    """Of the connection of a rank's side thread (`training.witness`)."""
-    return WITNESS + str(rank).encode()
+    """Return the ZeroMQ identity of the connection of a rank's `RankMonitor`."""
+    return MONITOR + str(rank).encode()
 
 
 class Sample(msgspec.Struct, frozen=True):
-    """One prompt with its response, as the trainer sees it.
+    """A training sample: one prompt with its response.
 
-    token_ids: int32 bytes, prompt then response; logprobs: float32 bytes, one per response token,
-    the rollout engine's (empty for SFT); advantage: the same for every response token (GRPO);
+    token_ids: int32 bytes, prompt then response; logprobs: float32 bytes, the rollout engine's, one
+    per response token (empty for SFT); advantage: the same for every response token (GRPO);
     routing: indices [rows, moe layers, topk] of the experts the engine chose, of 1 or 2 bytes each
-    (`models.routing_shape`), for the tokens up to the last but one; empty without routing replay;
-    teacher: float32 bytes, the teacher's log-probabilities of the response; None without one;
-    label: of a whole text that a reward model learns from, 1 for a good one, 0 for a bad one.
+    (`models.routing_shape`), for the tokens before the last; empty without routing replay; teacher:
+    float32 bytes, the teacher's log-probabilities of the response, or None; label: for a reward
+    model, 1 for a good text, 0 for a bad one.
     """
 
     token_ids: bytes
@@ -54,6 +54,7 @@ class Sample(msgspec.Struct, frozen=True):
         teacher: Sequence[float] | None = None,
         label: float = 0.0,
     ) -> Sample:
+        """Encode token ids and floats; ValueError for an empty prompt and unequal lengths."""
         if not len(prompt):
             raise ValueError("a sample needs at least one prompt token")
         if logprobs is not None and len(logprobs) != len(response):
@@ -62,21 +63,21 @@ class Sample(msgspec.Struct, frozen=True):
             raise ValueError(f"{len(response)} response tokens but {len(teacher)} of the teacher's")
         ids = array("i", [*prompt, *response]).tobytes()
         floats = array("f", logprobs if logprobs is not None else []).tobytes()
-        taught = None if teacher is None else array("f", teacher).tobytes()
-        return cls(ids, len(prompt), floats, advantage, routing, taught, label)
+        teacher_floats = None if teacher is None else array("f", teacher).tobytes()
+        return cls(ids, len(prompt), floats, advantage, routing, teacher_floats, label)
 
     def __len__(self) -> int:
         return len(self.token_ids) // 4
 
 
 class Microbatches(msgspec.Struct, frozen=True):
-    """One optimizer step's share of one model replica; samples[m] is micro-batch m."""
+    """The share of one model replica in one optimizer step; samples[m] is micro-batch m."""
 
     samples: list[list[Sample]]
 
 
 class Share(msgspec.Struct, frozen=True):
-    """What one model replica trains on: minibatches[i] is optimizer step i's."""
+    """The samples of one model replica: minibatches[i] is for optimizer step i."""
 
     minibatches: list[Microbatches]
 
@@ -84,7 +85,7 @@ class Share(msgspec.Struct, frozen=True):
 class Call(msgspec.Struct, frozen=True):
     """Controller → rank: run `operation` with `arguments`.
 
-    share: an encoded `Share`, for the leader of a replica; the rank passes it on as it is."""
+    share: an encoded `Share`, for the leader of a replica, which forwards it to the others."""
 
     operation: str
     arguments: dict[str, Any] = {}
@@ -92,9 +93,9 @@ class Call(msgspec.Struct, frozen=True):
 
 
 class Reply(msgspec.Struct, frozen=True):
-    """Rank → controller: the operation's result, or what ended it.
+    """Rank → controller: the operation's result or error.
 
-    is_mistake: the user's; `error` is then a sentence for them, and a traceback otherwise.
+    is_mistake: the error is a `UserError`; `error` is then its message, and a traceback otherwise.
     """
 
     rank: int
@@ -104,8 +105,8 @@ class Reply(msgspec.Struct, frozen=True):
 
 
 class ThreadAt(msgspec.Struct, frozen=True):
-    """Where a thread of a rank is. frames: "file:line in function: source", the innermost last.
-    collective: that it waits in, with the ranks and who asked for it; None: in none."""
+    """The stack of a thread. frames: "file:line in function: source", the innermost last.
+    collective: the one it waits in, with its ranks and its caller; None: it is in none."""
 
     name: str
     frames: list[str]
@@ -113,8 +114,9 @@ class ThreadAt(msgspec.Struct, frozen=True):
 
 
 class RankStatus(msgspec.Struct, frozen=True):
-    """Rank → controller, from a side thread: what it does and since when. question: which one this
-    answers; threads: the main one first."""
+    """Rank → controller, from the monitor thread: the current operation and for how long it runs.
+
+    question: number of the request that this answers; threads: the main one first."""
 
     question: int
     operation: str

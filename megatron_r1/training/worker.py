@@ -1,4 +1,4 @@
-"""What a trainer rank does: joins the grid, then what the controller asks."""
+"""The main loop of a trainer rank: join the grid, build the trainer, run the controller's calls."""
 
 from __future__ import annotations
 
@@ -13,34 +13,36 @@ import msgspec
 import zmq
 
 from megatron_r1.config import Config
+from megatron_r1.errors import UserError
 from megatron_r1.processes.authentication import RANKS_ENVIRONMENT, protect_client
 from megatron_r1.training import distributed
-from megatron_r1.training.distributed import Place
+from megatron_r1.training.distributed import GridPosition
 from megatron_r1.training.rank_monitor import IDLE, RankMonitor
 from megatron_r1.training.replica import Replica
 from megatron_r1.training.wire import Call, Reply, Share, identity, monitor_identity
 
 
 def serve_under_torchrun(config: Config, address: str | None) -> None:
-    """As `serve`, where only rank 0 knows the controller's address and tells the others."""
-    place = distributed.initialize(config.parallel, config.run.seed)
+    """As `serve`; rank 0 broadcasts the controller's address and token to the others."""
+    position = distributed.initialize(config.parallel, config.run.seed)
     token = distributed.from_rank_zero(os.environ.get(RANKS_ENVIRONMENT))
     os.environ[RANKS_ENVIRONMENT] = token
-    serve(config, distributed.from_rank_zero(address), place)
+    serve(config, distributed.from_rank_zero(address), position)
     distributed.leave()
 
 
-def serve(config: Config, address: str, place: Place | None = None) -> None:
-    """Connect to the controller at `address` (tcp://host:port) and answer until it says "stop".
+def serve(config: Config, address: str, position: GridPosition | None = None) -> None:
+    """Connect to the controller at `address` (tcp://host:port) and run its calls until "stop".
 
-    A failed operation is answered with its traceback and ends the process: its peers may already be
-    waiting in a collective, and only a fresh start brings all ranks to the same place.
+    An operation that fails is answered with the message of a UserError, or else a traceback, and
+    ends the process: its peers may already wait in a collective, and only a restart brings all
+    ranks back to the same state.
     """
     rank = int(os.environ["RANK"])
     socket = _dealer(identity(rank))
     monitor = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
     socket.connect(address)
-    witness = RankMonitor(partial(_connected, monitor_identity(rank), address))
+    rank_monitor = RankMonitor(partial(_connected, monitor_identity(rank), address))
     encode, decode = msgspec.msgpack.encode, msgspec.msgpack.Decoder(Call).decode
 
     def reply(result: dict[str, Any]) -> None:
@@ -48,37 +50,37 @@ def serve(config: Config, address: str, place: Place | None = None) -> None:
 
     try:
         operations = Operations(
-            config, place or distributed.initialize(config.parallel, config.run.seed)
+            config, position or distributed.initialize(config.parallel, config.run.seed)
         )
         reply(operations.describe())
         poller = zmq.Poller()
         poller.register(socket, zmq.POLLIN)
         poller.register(monitor, zmq.POLLIN)
         while True:
-            witness.now_in(IDLE)
+            rank_monitor.enter(IDLE)
             ready = dict(poller.poll())
             if socket not in ready:
                 sys.exit(f"trainer rank {rank}: the controller at {address} is gone")
             call = decode(socket.recv())
-            witness.now_in(call.operation)
+            rank_monitor.enter(call.operation)
             if call.operation == "stop":
-                witness.rest()
+                rank_monitor.expect_stop()
                 reply({})
                 return
             reply(operations.run(call))
     except Exception as error:
-        is_mistake = isinstance(error, ValueError)
-        told = str(error) if is_mistake else traceback.format_exc()
-        socket.send(encode(Reply(rank, None, told, is_mistake)))
+        is_mistake = isinstance(error, UserError)
+        message = str(error) if is_mistake else traceback.format_exc()
+        socket.send(encode(Reply(rank, None, message, is_mistake)))
         socket.close(linger=5_000)
         raise
 
 
 def _dealer(name: bytes) -> zmq.Socket:
-    socket = zmq.Context.instance().socket(zmq.DEALER)
+    socket: zmq.Socket = zmq.Context.instance().socket(zmq.DEALER)
     socket.setsockopt(zmq.IDENTITY, name)
     protect_client(socket, os.environ[RANKS_ENVIRONMENT])
-    # A controller that vanished without a word is noticed within a minute, on any host.
+    # A controller whose host vanished without closing the connection is noticed within a minute.
     socket.setsockopt(zmq.HEARTBEAT_IVL, 10_000)
     socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 60_000)
     return socket
@@ -91,22 +93,23 @@ def _connected(name: bytes, address: str) -> zmq.Socket:
 
 
 class Operations:
-    """The verbs a controller may call; each returns a JSON-like dict."""
+    """The operations that the controller may call: "load", those in OPERATIONS, and "stop"."""
 
-    def __init__(self, config: Config, place: Place):
-        # Megatron: after the platform is prepared.
+    def __init__(self, config: Config, position: GridPosition):
+        # These import Megatron, which is possible only after platform.prepare().
         from megatron_r1.training.trainer import Trainer
         from megatron_r1.weight_sync.trainer_rank import WeightPush
 
-        self.place, self.replica = place, Replica(place)
-        self.trainer = Trainer(config, self.place)
+        self.position, self.replica = position, Replica(position)
+        self.trainer = Trainer(config, position)
         self.push = WeightPush(self.trainer.bare, self.trainer.hf, config.parallel)
 
     def describe(self) -> dict[str, Any]:
+        """Return the rank's grid position and facts of its model, the reply to its start."""
         from megatron.core import parallel_state
 
         return {
-            **dataclasses.asdict(self.place),
+            **dataclasses.asdict(self.position),
             "expert_rank": parallel_state.get_expert_model_parallel_rank(),
             "leads_replica": self.replica.leads,
             "num_parameters": self.trainer.num_parameters,
@@ -115,31 +118,34 @@ class Operations:
         }
 
     def run(self, call: Call) -> dict[str, Any]:
-        trainer = self.trainer
+        """Run one operation; its result is JSON-like. Raises ValueError for an unknown one."""
         if call.operation == "load":
             share = msgspec.msgpack.decode(self.replica.share(call.share), type=Share)
-            return trainer.load(share.minibatches)
+            return self.trainer.load(share.minibatches)
         if call.operation not in OPERATIONS:
             raise ValueError(f"unknown operation {call.operation!r}: use {', '.join(OPERATIONS)}")
-        home = self.push if call.operation in PUSH_OPERATIONS else trainer
+        home = self.push if call.operation in PUSH_OPERATIONS else self.trainer
         return getattr(home, call.operation)(**call.arguments) or {}
 
 
-PUSH_OPERATIONS = ("open_push", "connect_engine", "send_weights")
-OPERATIONS = (
+STEP_OPERATIONS = (
+    "keep_reference",
     "score",
-    "token_advantages",
     "agreement",
+    "token_advantages",
     "update",
     "values",
     "update_critic",
     "sample_scores",
-    "keep_reference",
-    *PUSH_OPERATIONS,
     "probe",
+)
+PUSH_OPERATIONS = ("open_push", "connect_engine", "send_weights")
+FOLDER_OPERATIONS = (
     "export",
     "save_checkpoint",
     "checkpoint_progress",
     "verify_checkpoint",
     "load_checkpoint",
 )
+OPERATIONS = (*STEP_OPERATIONS, *PUSH_OPERATIONS, *FOLDER_OPERATIONS)
+"""Methods of `weight_sync.trainer_rank.WeightPush` (PUSH_OPERATIONS) and `trainer.Trainer`."""

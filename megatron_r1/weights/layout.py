@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from importlib import import_module
 
+from megatron_r1.errors import UserError
 from megatron_r1.models.hf_config import architecture
 from megatron_r1.models.pipeline_stages import pipeline_stages
 from megatron_r1.weights.rules import Piece, Rule, Shape, Table, whole
@@ -55,7 +56,7 @@ class Entry:
 
 
 def table(hf: dict) -> Table:
-    """The weight table of the architecture `hf` names; ValueError if there is none."""
+    """The weight table of the architecture `hf` names; UserError if there is none."""
     return import_module(f"megatron_r1.weights.{architecture(hf)}").table(hf)
 
 
@@ -162,7 +163,7 @@ def _entries(rule: Rule, prefix: str, at: Shard, num_experts: int) -> Iterator[t
     owner = rule.expert or rank == 0 or rule.split is not whole
     group, groups = at.ep
     if rule.expert and num_experts % groups:
-        raise ValueError(f"expert_parallel={groups} does not divide n_routed_experts={num_experts}")
+        raise UserError(f"expert_parallel={groups} does not divide n_routed_experts={num_experts}")
     num_local = num_experts // groups if rule.expert else 1
     for local in range(num_local):
         expert = str(group * num_local + local)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from megatron_r1.errors import UserError
 from megatron_r1.models.hf_config import has_score_head
 
 SCORE = "score.weight"
@@ -153,7 +154,7 @@ def query_groups(num_groups: int) -> Split:
     def split(sources: tuple[Source, ...], rank: int, ranks: int) -> tuple[Shape, list[Piece]]:
         count = num_groups // ranks
         if count * ranks != num_groups:
-            raise ValueError(
+            raise UserError(
                 f"tensor_parallel={ranks} does not divide num_key_value_heads={num_groups}"
             )
         return _interleave(sources, blocks=num_groups, first=rank * count, count=count)
@@ -177,7 +178,5 @@ def _interleave(
 
 def _divide(size: int, parts: int, source: Source) -> int:
     if size % parts:
-        raise ValueError(
-            f"{source.name} of shape {source.shape} cannot be split into {parts} parts"
-        )
+        raise UserError(f"{source.name} of shape {source.shape} cannot be split into {parts} parts")
     return size // parts

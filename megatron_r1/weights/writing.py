@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from megatron_r1.errors import UserError
 from megatron_r1.files import fsync
 from megatron_r1.weights.layout import table
 from megatron_r1.weights.local import has_mtp, local_pieces
@@ -34,7 +35,7 @@ def write_hf(
     path: seen by all ranks; replaced atomically: a reader that still maps the previous file
     keeps the previous weights. dtype: of the stored
     tensors, except those that keep their own (the router's correction bias stays float32). durable:
-    fsync before renaming. Raises ValueError on every rank when the file cannot be made (no such
+    fsync before renaming. Raises UserError on every rank when the file cannot be made (no such
     folder, not enough space) and for unknown `names`.
     """
     plan = plan_file(stored_tensors(hf, dtype, with_mtp=has_mtp(model_chunks), names=names))
@@ -88,7 +89,7 @@ def on_first_rank(action: Callable[[], object]) -> None:
     if torch.distributed.is_initialized():
         torch.distributed.broadcast_object_list(outcome, src=0)
     if outcome[0]:
-        raise ValueError(outcome[0])
+        raise UserError(outcome[0])
 
 
 def barrier() -> None:

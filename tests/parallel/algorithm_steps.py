@@ -45,12 +45,12 @@ def samples(seed: int) -> list[Sample]:
     return made
 
 
-def load(trainer, place, seeds) -> list[list[list[str]]]:
+def load(trainer, position, seeds) -> list[list[list[str]]]:
     """Names of the samples of each micro-batch of each update of this rank."""
     steps, names = [], []
     for seed in seeds:
         made = samples(seed)
-        plan = pack([len(s) for s in made], place.data_size, 80).shares[place.data_rank]
+        plan = pack([len(s) for s in made], position.data_size, 80).shares[position.data_rank]
         steps.append(Microbatches([[made[i] for i in members] for members in plan]))
         names.append([[f"{seed}.{i}" for i in members] for members in plan])
     trainer.load(steps)
@@ -69,17 +69,17 @@ def by_position(batch, names: list[str]) -> dict[str, list[float]]:
     return found
 
 
-def advantages_of(trainer, place, name: str, rl, names) -> dict[str, list[float]]:
+def advantages_of(trainer, position, name: str, rl, names) -> dict[str, list[float]]:
     batches = [batch for step in trainer.minibatches for batch in step]
     for batch in batches:
         guess = (0.3 * batch.targets + 0.11 * batch.position_ids[0]).sin()
         batch.values = torch.where(batch.is_response, guess, 0.0)
     trainer.token_advantages(algorithms.find(name).token_advantages, rl.token_settings)
     found: dict[str, list[float]] = {}
-    if place.last_stage:
+    if position.last_stage:
         for batch, own in zip(batches, [own for step in names for own in step], strict=False):
             found |= by_position(batch, own)
-    everybody = [{} for _ in range(place.world_size)]
+    everybody = [{} for _ in range(position.world_size)]
     dist.all_gather_object(everybody, found)
     return {key: numbers for part in everybody for key, numbers in part.items()}
 
@@ -89,28 +89,28 @@ def main() -> None:
     out = Path(out)
     for grid in grids:
         settings = config(model, grid)
-        place = distributed.initialize(settings.parallel, seed=0)
+        position = distributed.initialize(settings.parallel, seed=0)
         from megatron.core import parallel_state
 
         from megatron_r1.training.trainer import Trainer
 
-        trainer, report = Trainer(settings, place), {}
+        trainer, report = Trainer(settings, position), {}
         trainer.keep_reference()
         for turn, (name, chosen) in enumerate(SETTINGS.items()):
             rl = Config(rl={"algorithm": name, **chosen}).rl
-            names = load(trainer, place, (10 * turn + 1, 10 * turn + 2))
+            names = load(trainer, position, (10 * turn + 1, 10 * turn + 2))
             trainer.score(TEMPERATURE, reference=True)
             told = {
                 **rl.loss_settings,
                 "temperature": TEMPERATURE,
                 "max_response_tokens": LIMIT,
             }
-            report[name] = {"advantages": advantages_of(trainer, place, name, rl, names)}
+            report[name] = {"advantages": advantages_of(trainer, position, name, rl, names)}
             loss = algorithms.find(name).loss
             report[name]["updates"] = [trainer.update(i, loss, told, RATE) for i in (0, 1)]
         weights.write_hf(trainer.bare, trainer.hf, out / f"{grid}.safetensors", dtype=torch.float32)
-        first = place.data_rank == place.tensor_rank == 0
-        if place.last_stage and first and parallel_state.get_context_parallel_rank() == 0:
+        first = position.data_rank == position.tensor_rank == 0
+        if position.last_stage and first and parallel_state.get_context_parallel_rank() == 0:
             (out / f"{grid}.json").write_text(json.dumps(report))
         dist.barrier()
         parallel_state.destroy_model_parallel()

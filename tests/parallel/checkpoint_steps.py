@@ -27,8 +27,8 @@ from megatron_r1.training import distributed
 LIMIT = 10_000
 
 
-def update(trainer, place, seed: int) -> dict:
-    load(trainer, place, (seed,))
+def update(trainer, position, seed: int) -> dict:
+    load(trainer, position, (seed,))
     metrics = trainer.update(0, LOSS, SETTINGS, 0.1) | trainer.agreement()
     # Streams that training may draw from: each draw has to go on where the last one stopped.
     metrics["draws"] = [torch.rand(1).item(), random.random(), forked_draw()]
@@ -69,13 +69,13 @@ def report(out: Path, scene: str, mine: dict) -> None:
         (out / f"{scene}.json").write_text(json.dumps(everyone))
 
 
-def straight(trainer, place, out: Path) -> dict:
+def straight(trainer, position, out: Path) -> dict:
     trainer.keep_reference()
-    update(trainer, place, 1)
+    update(trainer, position, 1)
     trainer.keep_reference()
-    update(trainer, place, 2)
+    update(trainer, position, 2)
     trainer.save_checkpoint(str(out / "step_00000002"), {"step": 2})
-    steps = [update(trainer, place, 3), update(trainer, place, 4)]
+    steps = [update(trainer, position, 3), update(trainer, position, 4)]
     progress = trainer.checkpoint_progress(wait=True)
     again = []
     try:
@@ -85,19 +85,19 @@ def straight(trainer, place, out: Path) -> dict:
     return {"steps": steps, "digest": digest(trainer), "error": progress["error"], "again": again}
 
 
-def continued(trainer, place, out: Path) -> dict:
+def continued(trainer, position, out: Path) -> dict:
     random.seed(99)
     answer = trainer.load_checkpoint(str(out / "step_00000002"), reference=True)
-    steps = [update(trainer, place, 3), update(trainer, place, 4)]
+    steps = [update(trainer, position, 3), update(trainer, position, 4)]
     return {"steps": steps, "digest": digest(trainer), **answer}
 
 
-def full(trainer, place, out: Path) -> dict:
+def full(trainer, position, out: Path) -> dict:
     trainer.keep_reference()
     if dist.get_rank() == dist.get_world_size() - 1:
         resource.setrlimit(resource.RLIMIT_FSIZE, (LIMIT, resource.RLIM_INFINITY))
     trainer.save_checkpoint(str(out / "step_00000005"), {"step": 5})
-    update(trainer, place, 1)
+    update(trainer, position, 1)
     error = trainer.checkpoint_progress(wait=True)["error"]
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     left = sorted(path.name for path in out.iterdir())
@@ -109,8 +109,8 @@ def full(trainer, place, out: Path) -> dict:
     return {"error": error, "left": left, "next": next_save}
 
 
-def killed(trainer, place, out: Path) -> dict:
-    from megatron_r1.training.checkpoints.files import HashedFile
+def killed(trainer, position, out: Path) -> dict:
+    from megatron_r1.training.checkpoints.writer import HashedFile
 
     write = HashedFile.write
 
@@ -128,7 +128,7 @@ def killed(trainer, place, out: Path) -> dict:
     sys.exit(1)
 
 
-def damaged(trainer, place, out: Path) -> dict:
+def damaged(trainer, position, out: Path) -> dict:
     folder = out / "flipped"
     found = trainer.verify_checkpoint(str(folder))["damage"]
     try:
@@ -143,21 +143,21 @@ def both(model: str, grid: str, out: Path) -> dict:
     from megatron.core import parallel_state
 
     out = out / grid
-    trainer, place = make(model, grid)
-    result = {"straight": straight(trainer, place, out)}
+    trainer, position = make(model, grid)
+    result = {"straight": straight(trainer, position, out)}
     torch.manual_seed(1)
-    fresh = type(trainer)(trainer.config, place)
-    result["continued"] = continued(fresh, place, out)
+    fresh = type(trainer)(trainer.config, position)
+    result["continued"] = continued(fresh, position, out)
     parallel_state.destroy_model_parallel()
     return result
 
 
 def make(model: str, grid: str):
     settings = config(model, grid)
-    place = distributed.initialize(settings.parallel, seed=0)
+    position = distributed.initialize(settings.parallel, seed=0)
     from megatron_r1.training.trainer import Trainer
 
-    return Trainer(settings, place), place
+    return Trainer(settings, position), position
 
 
 def main() -> None:

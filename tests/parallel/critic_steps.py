@@ -37,10 +37,10 @@ def config(policy: Path, scored: Path, grid: str) -> Config:
     )
 
 
-def load(trainer, place) -> list[list[int]]:
+def load(trainer, position) -> list[list[int]]:
     """The rollout, with returns; which samples this rank's micro-batches are of."""
     samples = [Sample.pack(p, r, advantage=target) for p, r, target in rollout()]
-    plan = pack([len(s) for s in samples], place.data_size, 60).shares[place.data_rank]
+    plan = pack([len(s) for s in samples], position.data_size, 60).shares[position.data_rank]
     trainer.load([Microbatches([[samples[i] for i in members] for members in plan])])
     trainer.values()
     for batch in trainer.minibatches[0]:
@@ -48,9 +48,9 @@ def load(trainer, place) -> list[list[int]]:
     return plan
 
 
-def gap_of_values(trainer, place, plan, expected) -> float:
+def gap_of_values(trainer, position, plan, expected) -> float:
     """Largest difference of this rank's values from the oracle's, matched by sample and token."""
-    if not place.last_stage:
+    if not position.last_stage:
         return 0.0
     from megatron.core import parallel_state
 
@@ -85,8 +85,8 @@ def digest(trainer) -> str:
     return hasher.hexdigest()
 
 
-def both_updates(trainer, place) -> list[dict]:
-    load(trainer, place)
+def both_updates(trainer, position) -> list[dict]:
+    load(trainer, position)
     return [trainer.update_critic(0, RATE), trainer.update(0, POLICY_LOSS, {}, 0.1)]
 
 
@@ -100,20 +100,20 @@ def close(name: str, grid: str, what: str, gap: float, tolerance: float) -> None
 
 def play(name: str, grid: str, policy: Path, scored: Path, out: Path) -> None:
     settings = config(policy, scored, grid)
-    place = distributed.initialize(settings.parallel, seed=0)
+    position = distributed.initialize(settings.parallel, seed=0)
     from megatron_r1.training.trainer import Trainer
 
-    trainer, expected = Trainer(settings, place), torch.load(scored / "critic.pt")
-    plan = load(trainer, place)
-    close(name, grid, "values", gap_of_values(trainer, place, plan, expected["old"]), TOLERANCE)
+    trainer, expected = Trainer(settings, position), torch.load(scored / "critic.pt")
+    plan = load(trainer, position)
+    close(name, grid, "values", gap_of_values(trainer, position, plan, expected["old"]), TOLERANCE)
     for step in range(STEPS):
         metrics = trainer.update_critic(0, RATE)
         wanted = expected["metrics"][step]
-        gaps = [abs(metrics[key] - wanted[key]) for key in wanted] if place.last_stage else [0.0]
+        gaps = [abs(metrics[key] - wanted[key]) for key in wanted] if position.last_stage else [0.0]
         close(name, grid, f"metrics of update {step}", max(gaps), 5 * TOLERANCE)
     assert 0 < expected["metrics"][-1]["value/clip_fraction"] < 1, "clipping was to be tried"
     trainer.values()
-    close(name, grid, "new values", gap_of_values(trainer, place, plan, expected["new"]), 1e-4)
+    close(name, grid, "new values", gap_of_values(trainer, position, plan, expected["new"]), 1e-4)
     hf = read_hf_config(scored, None)
     weights.write_hf(trainer.critic.bare, hf, out / "critic.safetensors", dtype=torch.float32)
     found = load_file(out / "critic.safetensors")
@@ -121,11 +121,11 @@ def play(name: str, grid: str, policy: Path, scored: Path, out: Path) -> None:
     close(name, grid, "weights", max(gaps), 1e-4)
 
     trainer.save_checkpoint(str(out / f"{name}_{grid}"), {})
-    after = [both_updates(trainer, place), both_updates(trainer, place), digest(trainer)]
+    after = [both_updates(trainer, position), both_updates(trainer, position), digest(trainer)]
     assert trainer.checkpoint_progress(wait=True)["error"] is None
-    fresh = Trainer(settings, place)
+    fresh = Trainer(settings, position)
     assert fresh.load_checkpoint(str(out / f"{name}_{grid}"), reference=False)["is_same_layout"]
-    again = [both_updates(fresh, place), both_updates(fresh, place), digest(fresh)]
+    again = [both_updates(fresh, position), both_updates(fresh, position), digest(fresh)]
     assert again == after, f"{name} at {grid}: the continued run differs"
     if dist.get_rank() == 0:
         print(f"{name} {grid} continues bit for bit", flush=True)

@@ -97,9 +97,9 @@ def settings(folder: str, recipe: str, dtype: str, grid: str, smooth: bool) -> C
     )
 
 
-def load(trainer, place, seed: int) -> None:
+def load(trainer, position, seed: int) -> None:
     made = samples(seed)
-    plan = pack([len(s) for s in made], place.data_size, 256).shares[place.data_rank]
+    plan = pack([len(s) for s in made], position.data_size, 256).shares[position.data_rank]
     trainer.load([Microbatches([[made[i] for i in members] for members in plan])])
 
 
@@ -110,12 +110,12 @@ def main() -> None:
     for case in cases:
         name, recipe, dtype, grid = case.split(":")
         config = settings(str(folder), recipe, dtype, grid, smooth=grid != "learn")
-        place = distributed.initialize(config.parallel, seed=0)
+        position = distributed.initialize(config.parallel, seed=0)
         from megatron.core import parallel_state
 
         from megatron_r1.training.trainer import Trainer
 
-        trainer = Trainer(config, place)
+        trainer = Trainer(config, position)
         emulated = [n for n, m in trainer.bare[0].named_modules() if "_forward_impl" in vars(m)]
         weights.write_hf(
             trainer.bare, trainer.hf, out / f"{name}_before.safetensors", dtype=torch.float32
@@ -126,7 +126,7 @@ def main() -> None:
             trainer.load_checkpoint(str(out / "checkpoint"), reference=False)
             start = STEPS // 2
         for step in range(start, STEPS):
-            load(trainer, place, step)
+            load(trainer, position, step)
             metrics = trainer.update(0, LOSS, {}, config.optimizer.learning_rate)
             for key in ("loss", "grad_norm"):
                 report[key].append(metrics.get(key))
@@ -140,7 +140,7 @@ def main() -> None:
         weights.write_hf(
             trainer.bare, trainer.hf, out / f"{name}_all.safetensors", dtype=torch.float32
         )
-        if place.last_stage and place.data_rank == 0 and place.tensor_rank == 0:
+        if position.last_stage and position.data_rank == 0 and position.tensor_rank == 0:
             (out / f"{name}.json").write_text(json.dumps(report))
         dist.barrier()
         parallel_state.destroy_model_parallel()

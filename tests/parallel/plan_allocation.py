@@ -71,16 +71,16 @@ def main() -> None:
     model, out, *grids = sys.argv[1:]
     for grid in grids:
         settings = config(model, grid)
-        place = distributed.initialize(settings.parallel, seed=0)
+        position = distributed.initialize(settings.parallel, seed=0)
         from megatron.core import parallel_state
 
         from megatron_r1.training.trainer import Trainer
 
-        trainer = Trainer(settings, place)
-        report = {"pipeline_rank": place.pipeline_rank} | measure(trainer)
+        trainer = Trainer(settings, position)
+        report = {"pipeline_rank": position.pipeline_rank} | measure(trainer)
         if trainer.critic is not None:
             report["critic"] = sum(measure(trainer.critic).values())
-        Path(out, f"{grid}_{place.rank}.json").write_text(json.dumps(report))
+        Path(out, f"{grid}_{position.rank}.json").write_text(json.dumps(report))
         parallel_state.destroy_model_parallel()
     distributed.leave()
 

@@ -17,17 +17,19 @@ def main() -> None:
     out, *grids = sys.argv[1:]
     for grid in grids:
         tensor, pipeline = map(int, grid.split("x"))
-        place = distributed.initialize(ParallelConfig(tensor=tensor, pipeline=pipeline), seed=0)
+        position = distributed.initialize(ParallelConfig(tensor=tensor, pipeline=pipeline), seed=0)
         from megatron.core import parallel_state
 
-        replica = Replica(place)
+        replica = Replica(position)
         sent = (
-            [f"share of replica {place.data_rank}".encode(), b""] if replica.leads else [None] * 2
+            [f"share of replica {position.data_rank}".encode(), b""]
+            if replica.leads
+            else [None] * 2
         )
         got = [replica.share(payload).decode() for payload in sent]
-        everyone = [None] * place.world_size
-        dist.all_gather_object(everyone, (place.data_rank, replica.leads, got))
-        if place.rank == 0:
+        everyone = [None] * position.world_size
+        dist.all_gather_object(everyone, (position.data_rank, replica.leads, got))
+        if position.rank == 0:
             Path(out, f"{grid}.json").write_text(json.dumps(everyone))
         parallel_state.destroy_model_parallel()
     distributed.leave()

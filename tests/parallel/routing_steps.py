@@ -53,7 +53,7 @@ def record_own(model: str, samples: list[Sample]) -> list[Sample]:
 
     from megatron_r1.training.trainer import Trainer
 
-    trainer = Trainer(config(model, "one", replay=False), PLACE)
+    trainer = Trainer(config(model, "one", replay=False), POSITION)
     recorders = []
     for layer in trainer.bare[0].decoder.layers:
         if hasattr(layer.mlp, "router"):
@@ -75,7 +75,7 @@ def replay_own(model: str, samples: list[Sample]) -> dict:
     from megatron_r1.training.trainer import Trainer
 
     recorded, without = record_own(model, samples)
-    trainer = Trainer(config(model, "one"), PLACE)
+    trainer = Trainer(config(model, "one"), POSITION)
     trainer.load([Microbatches([recorded])])
     metrics = trainer.score(1.0, reference=False)
     same = torch.equal(trainer.minibatches[0][0].logprobs["old"], without)
@@ -85,13 +85,13 @@ def replay_own(model: str, samples: list[Sample]) -> dict:
 def steps(model: str, grid: str, samples: list[Sample], out: Path) -> dict:
     from megatron_r1.training.trainer import Trainer
 
-    trainer = Trainer(config(model, grid), PLACE)
-    plan = pack([len(s) for s in samples], PLACE.data_size, 50).shares[PLACE.data_rank]
+    trainer = Trainer(config(model, grid), POSITION)
+    plan = pack([len(s) for s in samples], POSITION.data_size, 50).shares[POSITION.data_rank]
     trainer.load([Microbatches([[samples[i] for i in members] for members in plan])])
     trainer.keep_reference()
     report = trainer.score(1.0, reference=True) | trainer.agreement()
     report["microbatches"] = len(plan)
-    for batch in trainer.minibatches[0] if PLACE.last_stage else []:
+    for batch in trainer.minibatches[0] if POSITION.last_stage else []:
         gap = (batch.logprobs["reference"] - batch.logprobs["old"]).abs().max()
         report["reference_gap"] = max(report.get("reference_gap", 0.0), gap.item())
     report |= trainer.update(0, LOSS, {}, 0.1)
@@ -100,19 +100,23 @@ def steps(model: str, grid: str, samples: list[Sample], out: Path) -> dict:
 
 
 def main() -> None:
-    global PLACE
+    global POSITION
     model, folder, *grids = sys.argv[1:]
     out = Path(folder)
     samples = [sample_of(s) for s in json.loads((out / "samples.json").read_text())["samples"]]
     for grid in grids:
         settings = config(model, "one" if grid == "own" else grid)
-        PLACE = distributed.initialize(settings.parallel, seed=0)
+        POSITION = distributed.initialize(settings.parallel, seed=0)
         from megatron.core import parallel_state
 
         is_own = grid == "own"
         report = replay_own(model, samples) if is_own else steps(model, grid, samples, out)
         is_first_context = parallel_state.get_context_parallel_rank() == 0
-        if PLACE.last_stage and PLACE.data_rank == PLACE.tensor_rank == 0 and is_first_context:
+        if (
+            POSITION.last_stage
+            and POSITION.data_rank == POSITION.tensor_rank == 0
+            and is_first_context
+        ):
             (out / f"{grid}.json").write_text(json.dumps(report))
         dist.barrier()
         parallel_state.destroy_model_parallel()

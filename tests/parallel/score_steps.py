@@ -35,14 +35,14 @@ SCORE_TOLERANCE = 2e-5
 LOSS_TOLERANCE = 5e-6
 
 
-def own_batches(texts, place, sizes):
+def own_batches(texts, position, sizes):
     """This rank's micro-batches, spread as the controller does, and the texts in each."""
     samples = [
         Sample.pack(ids[0].tolist(), [], label=label)
         for ids, label in zip(texts, LABELS, strict=True)
     ]
     lengths = [len(sample) for sample in samples]
-    plan = pack(lengths, place.data_size, 60, unit=2).shares[place.data_rank]
+    plan = pack(lengths, position.data_size, 60, unit=2).shares[position.data_rank]
     plan += [[]] * (-len(plan) % sizes["pp"])
     context = parallel_state.get_context_parallel_rank()
     split = Split(sizes["tp"], sizes["cp"], context)
@@ -52,6 +52,10 @@ def own_batches(texts, place, sizes):
 
 def seen(batch, out):
     return scores.Scores(batch, out.view(-1), parallel_state.get_context_parallel_group())
+
+
+def data_group():
+    return parallel_state.get_data_parallel_group(with_context_parallel=True)
 
 
 def keep_scores(batch, out):
@@ -64,17 +68,17 @@ def compute(loss, batch, out):
     return terms.loss, terms.denominator, {"sums": terms.sums, "maxima": terms.maxima}
 
 
-def compare(name, grid, sizes, place, oracle, out):
+def compare(name, grid, sizes, position, oracle, out):
     folder = oracle / name
     answers, texts = torch.load(folder / "answers.pt"), torch.load(oracle / "texts.pt")
     hf = models.read_hf_config(folder, None)
     chunks = build(hf, sizes)
     weights.load_hf(chunks, hf, folder)
     same_checkpoint(name, hf, grid, chunks, folder, out)
-    batches, plan = own_batches(texts, place, sizes)
+    batches, plan = own_batches(texts, position, sizes)
     with torch.no_grad():
         found = run_passes(chunks, batches, keep_scores, forward_only=True)
-    pairs = zip(plan, found, strict=True) if place.last_stage else []
+    pairs = zip(plan, found, strict=True) if position.last_stage else []
     gaps = [(got - answers["scores"][members]).abs().max() for members, got in pairs if members]
     report(name, grid, "scores", max(gaps, default=0.0), SCORE_TOLERANCE)
     for loss in (scores.pairwise, scores.pointwise):
@@ -82,7 +86,7 @@ def compare(name, grid, sizes, place, oracle, out):
             chunk.train()
             chunk.zero_grad_buffer()
         reports = run_passes(chunks, batches, partial(compute, loss), forward_only=False)
-        metrics = reduce_over_data(place, *merge_reports(reports))
+        metrics = reduce_over_data(position, data_group(), *merge_reports(reports))
         gap = abs(metrics["loss"] - answers[loss.__name__]) if metrics else 0.0
         report(name, grid, f"{loss.__name__} loss", gap, LOSS_TOLERANCE)
         same_gradients(name, hf, grid, chunks, folder / loss.__name__, out)
@@ -156,8 +160,8 @@ def main(oracle: Path, models_folder: Path, out: Path, names: list[str]) -> None
         sizes = grids.sizes(grid, with_mtp=False)
         for name in models_on(grid, int(os.environ["WORLD_SIZE"])):
             settings = grids.parallel_settings(grid, with_mtp=False)
-            place = distributed.initialize(ParallelConfig.model_validate(settings), seed=1)
-            compare(name, grid, sizes, place, oracle, out)
+            position = distributed.initialize(ParallelConfig.model_validate(settings), seed=1)
+            compare(name, grid, sizes, position, oracle, out)
             started(name, grid, sizes, models_folder, out)
             parallel_state.destroy_model_parallel()
     dist.destroy_process_group()

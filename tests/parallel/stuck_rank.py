@@ -16,10 +16,10 @@ def add_up(values: torch.Tensor) -> None:
 
 
 if __name__ == "__main__":
-    rank_monitor.ALONE_SECONDS = 1.0
+    rank_monitor.GRACE_SECONDS = 1.0
     rank = int(os.environ["RANK"])
     own = rank_monitor.RankMonitor(partial(worker._connected, monitor_identity(rank), sys.argv[1]))
     dist.init_process_group("gloo")
-    own.now_in("update")
+    own.enter("update")
     while True:
         add_up(torch.ones(4))

@@ -36,11 +36,11 @@ async def ask(controller: RankSocket, processes: list[subprocess.Popen]):
     async with asyncio.timeout(120):
         found = {}
         while len(found) < 2 or any(at.operation != "update" for at in found.values()):
-            found = await controller.whereabouts(range(3), within_seconds=1)
+            found = await controller.statuses(range(3), within_seconds=1)
         assert set(found) == {0, 1}, "the third never came"
         processes[1].send_signal(signal.SIGSTOP)
         while found.keys() != {0} or found[0].threads[0].collective is None:
-            found = await controller.whereabouts(range(2), within_seconds=1)
+            found = await controller.statuses(range(2), within_seconds=1)
         return found[0]
 
 

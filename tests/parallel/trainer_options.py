@@ -48,17 +48,17 @@ def config(model: str, grid: str, rate: float = 0.0, **parallel) -> Config:
     )
 
 
-def trained(settings: Config, place):
+def trained(settings: Config, position):
     """A trainer after one update. Lengths need no padding on any grid: routers would count it."""
     from megatron_r1.training.trainer import Trainer
 
-    trainer = Trainer(settings, place)
+    trainer = Trainer(settings, position)
     draw = random.Random(5)
     made = [
         Sample.pack([1], [draw.randrange(67) for _ in range(length - 1)])
         for length in (8, 16, 40, 24, 8, 64, 32, 16)
     ]
-    plan = pack([len(s) for s in made], place.data_size, 80).shares[place.data_rank]
+    plan = pack([len(s) for s in made], position.data_size, 80).shares[position.data_rank]
     trainer.load([Microbatches([[made[i] for i in members] for members in plan])])
     metrics = trainer.update(0, LOSS, {}, 0.01)
     return trainer, metrics
@@ -72,12 +72,12 @@ def gradients(trainer) -> dict[str, torch.Tensor]:
     }
 
 
-def recomputing_changes_no_gradient(model: str, grid: str, place) -> None:
-    expected = gradients(trained(config(model, grid), place)[0])
+def recomputing_changes_no_gradient(model: str, grid: str, position) -> None:
+    expected = gradients(trained(config(model, grid), position)[0])
     of_mtp = [gradient.abs().max() > 0 for name, gradient in expected.items() if "mtp." in name]
     assert not of_mtp or any(of_mtp), f"{grid}: no MTP layer was trained"
     for settings in RECOMPUTED:
-        got = gradients(trained(config(model, grid, **settings), place)[0])
+        got = gradients(trained(config(model, grid, **settings), position)[0])
         for name, gradient in expected.items():
             # The same operations in the same order; but for shared inputs, whose parts add up in
             # another.
@@ -87,12 +87,12 @@ def recomputing_changes_no_gradient(model: str, grid: str, place) -> None:
             )
 
 
-def the_bias_is_one_process_s_on_every_rank(model: str, grid: str, place, out: Path) -> None:
+def the_bias_is_one_process_s_on_every_rank(model: str, grid: str, position, out: Path) -> None:
     from megatron_r1.training.trainer import Trainer
     from megatron_r1.weights.local import local_entries
 
     settings = config(model, grid, RATE)
-    trainer, _ = trained(settings, place)
+    trainer, _ = trained(settings, position)
     weights.write_hf(trainer.bare, trainer.hf, out / "all.safetensors", dtype=torch.bfloat16)
     exported = {n: t for n, t in load_file(out / "all.safetensors").items() if n.endswith(BIAS)}
     start = load_file(Path(model) / "model.safetensors")
@@ -106,7 +106,7 @@ def the_bias_is_one_process_s_on_every_rank(model: str, grid: str, place, out: P
     trainer.save_checkpoint(folder, {})
     assert trainer.checkpoint_progress(wait=True)["error"] is None
     dist.barrier()
-    fresh = Trainer(settings, place)
+    fresh = Trainer(settings, position)
     fresh.load_checkpoint(folder, reference=False)
     for one in (trainer, fresh):
         for tensor, entry in local_entries(one.bare, one.hf):
@@ -119,13 +119,13 @@ def the_bias_is_one_process_s_on_every_rank(model: str, grid: str, place, out: P
 def main() -> None:
     model, out, *grids = sys.argv[1:]
     for grid in grids:
-        place = distributed.initialize(config(model, grid).parallel, seed=0)
+        position = distributed.initialize(config(model, grid).parallel, seed=0)
         from megatron.core import parallel_state
 
         if grid in ("one", "tp2", "cp2"):
-            recomputing_changes_no_gradient(model, grid, place)
-        the_bias_is_one_process_s_on_every_rank(model, grid, place, Path(out))
-        if place.rank == 0:
+            recomputing_changes_no_gradient(model, grid, position)
+        the_bias_is_one_process_s_on_every_rank(model, grid, position, Path(out))
+        if position.rank == 0:
             print(f"{grid} holds", flush=True)
         parallel_state.destroy_model_parallel()
     distributed.leave()

@@ -62,11 +62,11 @@ def config(model: str, grid: str) -> Config:
     )
 
 
-def load(trainer, place, seeds, first_old=True) -> None:
+def load(trainer, position, seeds, first_old=True) -> None:
     steps = []
     for seed in seeds:
         made = samples(seed)
-        plan = pack([len(s) for s in made], place.data_size, 80).shares[place.data_rank]
+        plan = pack([len(s) for s in made], position.data_size, 80).shares[position.data_rank]
         steps.append(Microbatches([[made[i] for i in members] for members in plan]))
     trainer.load(steps)
     trainer.score(SETTINGS["temperature"], reference=True, first_old=first_old)
@@ -83,30 +83,34 @@ def main() -> None:
     previous = out / "checkpoint"
     for grid in grids:
         settings = config(model, grid)
-        place = distributed.initialize(settings.parallel, seed=0)
+        position = distributed.initialize(settings.parallel, seed=0)
         from megatron.core import parallel_state
 
         from megatron_r1.training.trainer import Trainer
 
-        trainer = Trainer(settings, place)
+        trainer = Trainer(settings, position)
         trainer.keep_reference()
-        load(trainer, place, (1, 2))
+        load(trainer, position, (1, 2))
         report = {"score": trainer.agreement()}
         report |= {"first": update(trainer, 0), "second": update(trainer, 1)}
         weights.write_hf(trainer.bare, trainer.hf, out / f"{grid}.safetensors", dtype=torch.float32)
         trainer.save_checkpoint(str(out / f"checkpoint_{grid}"), {"grid": grid})
         # Trains on while it is written: that must not be in the checkpoint.
-        load(trainer, place, (3,))
+        load(trainer, position, (3,))
         report["next rollout"] = update(trainer, 0) | trainer.agreement()
         assert trainer.checkpoint_progress(wait=True)["error"] is None
         if previous.exists():
-            other = Trainer(settings, place)
+            other = Trainer(settings, position)
             other.load_checkpoint(str(previous), reference=True)
             # Old log-probabilities by the update itself: nothing may differ.
-            load(other, place, (3,), first_old=False)
+            load(other, position, (3,), first_old=False)
             report["continued"] = update(other, 0) | other.agreement()
         is_first_context = parallel_state.get_context_parallel_rank() == 0
-        if place.last_stage and place.data_rank == place.tensor_rank == 0 and is_first_context:
+        if (
+            position.last_stage
+            and position.data_rank == position.tensor_rank == 0
+            and is_first_context
+        ):
             (out / f"{grid}.json").write_text(json.dumps(report))
         dist.barrier()
         previous = out / f"checkpoint_{grid}"

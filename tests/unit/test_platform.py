@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 
 from megatron_r1 import platform
+from megatron_r1.platform import cpu_patches
 
 CORE = Path(importlib.util.find_spec("megatron").submodule_search_locations[0]) / "core"
 
 
-@pytest.mark.parametrize("patch", platform.PATCHES, ids=lambda patch: patch.name)
+@pytest.mark.parametrize("patch", cpu_patches.PATCHES, ids=lambda patch: patch.name)
 def test_the_upstream_line_that_needs_the_patch_is_still_there(patch):
     file, line = patch.upstream.split(":")
     text = (CORE / file).read_text().splitlines()[int(line) - 1]
@@ -19,7 +20,7 @@ def test_the_upstream_line_that_needs_the_patch_is_still_there(patch):
 
 
 def test_the_pinned_megatron_is_installed():
-    assert importlib.metadata.version("megatron-core") == platform.MEGATRON_VERSION
+    assert importlib.metadata.version("megatron-core") == cpu_patches.MEGATRON_VERSION
 
 
 def run(code: str) -> str:
@@ -34,6 +35,7 @@ def test_prepare_lets_cuda_habits_run_on_the_cpu():
         """
 import torch
 from megatron_r1 import platform
+from megatron_r1.platform import cpu_patches
 platform.prepare()
 assert torch.zeros(2, device="cuda").device == platform.CPU
 assert torch.ones(2).cuda().to("cuda").type() == "torch.cuda.FloatTensor"

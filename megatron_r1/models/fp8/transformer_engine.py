@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from megatron_r1.config import FP8Config
+from megatron_r1.errors import UserError
 
 _SWITCHES = {
     "blockwise": ("NVTE_FP8_BLOCK_SCALING_FP32_SCALES", "float32"),
@@ -24,7 +25,7 @@ that 1 chooses. Neither it nor Megatron has another way."""
 def megatron_fields(fp8: FP8Config) -> dict[str, Any]:
     """Fields of Megatron's TransformerConfig for `fp8.recipe`, which must not be "none".
 
-    Raises ValueError where this GPU, CUDA or Transformer Engine cannot run it."""
+    Raises UserError where this GPU, CUDA or Transformer Engine cannot run it."""
     check_device(fp8, torch.cuda.get_device_capability(), _version(torch.version.cuda))
     _check_transformer_engine(fp8)
     return {
@@ -37,26 +38,26 @@ def megatron_fields(fp8: FP8Config) -> dict[str, Any]:
 
 
 def check_device(fp8: FP8Config, capability: tuple[int, int], cuda: tuple[int, ...]) -> None:
-    """Raises ValueError for a GPU or CUDA that Transformer Engine would refuse at the first product
+    """Raises UserError for a GPU or CUDA that Transformer Engine would refuse at the first product
     (transformer_engine/pytorch/quantization.py), and for scales it cannot have there."""
     device = f"this GPU has compute capability {capability[0]}.{capability[1]}"
     if fp8.recipe == "blockwise" and (capability < (9, 0) or cuda < (12, 9)):
-        raise ValueError(
+        raise UserError(
             f"fp8.recipe=blockwise needs compute capability 9.0 (Hopper) and CUDA 12.9 or newer; "
             f"{device}, CUDA is {'.'.join(map(str, cuda))}. Use fp8.recipe=tensorwise or none"
         )
     if fp8.recipe == "tensorwise" and capability < (8, 9):
-        raise ValueError(
+        raise UserError(
             f"fp8.recipe=tensorwise needs compute capability 8.9 (Ada) or newer; {device}. "
             "Use fp8.recipe=none"
         )
     if fp8.recipe == "mxfp8" and not (10, 0) <= capability < (12, 0):
-        raise ValueError(
+        raise UserError(
             f"fp8.recipe=mxfp8 needs compute capability 10.x (Blackwell); {device}. "
             "Use fp8.recipe=blockwise on Hopper, tensorwise elsewhere"
         )
     if fp8.recipe == "blockwise" and fp8.scale_kind == "float32" and capability >= (10, 0):
-        raise ValueError(
+        raise UserError(
             f"fp8.scales=float32 with fp8.recipe=blockwise needs Hopper; {device}, where "
             "Transformer Engine computes blocks as MXFP8. Use power_of_two"
         )
@@ -66,7 +67,7 @@ def _check_transformer_engine(fp8: FP8Config) -> None:
     try:
         from transformer_engine.common import recipe
     except ImportError:
-        raise ValueError(
+        raise UserError(
             f"fp8.recipe={fp8.recipe} needs Transformer Engine, which does not import here; "
             "install it (Dockerfile, target trainer), or use fp8.recipe=none"
         ) from None
@@ -77,7 +78,7 @@ def _check_transformer_engine(fp8: FP8Config) -> None:
     }
     made = getattr(recipe, names[fp8.recipe], None)
     if made is None:
-        raise ValueError(
+        raise UserError(
             f"fp8.recipe={fp8.recipe} needs a newer Transformer Engine: this one has no "
             f"{names[fp8.recipe]} (2.3 has all of them)"
         )
@@ -86,7 +87,7 @@ def _check_transformer_engine(fp8: FP8Config) -> None:
         power_of_two = made().fp8_quant_fwd_inp.power_2_scale
         if power_of_two != (fp8.scale_kind == "power_of_two"):
             value = int(fp8.scale_kind == kind)
-            raise ValueError(
+            raise UserError(
                 f"fp8.scales={fp8.scale_kind} is set by the environment for Transformer Engine: "
                 f"start the trainer with {variable}={value}"
             )

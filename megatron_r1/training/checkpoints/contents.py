@@ -1,4 +1,4 @@
-"""What a rank puts into a checkpoint and takes out of it: one tree of Megatron's sharded entries.
+"""The content of a checkpoint on one rank, as a tree of Megatron's sharded entries.
 
 model            weights and persistent buffers of every model chunk of this rank, under the names
                  that Megatron's sharded_state_dict gives them
@@ -7,7 +7,7 @@ optimizer_step   finished updates, for Adam's bias correction
 reference        the reference policy, as "model" with names that begin with "reference."
 critic           PPO's critic, as "model" with names that begin with "critic."; critic_optimizer and
                  critic_step as the policy's
-rng              the random streams of every rank, where somebody continues at the same layout
+rng              the random streams of every rank; restored at an equal layout only
 layout           the layout that wrote them
 """
 
@@ -17,7 +17,7 @@ import contextlib
 import gc
 import random
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -31,45 +31,52 @@ from megatron_r1.training.checkpoints.gathering import gathering
 from megatron_r1.training.checkpoints.host_memory import HostMemory
 from megatron_r1.training.reference import Reference
 
-if TYPE_CHECKING:
-    from megatron_r1.training.critic import Critic  # whose construction reads checkpoints
-
 FORMAT = "fully_reshardable"
 """Of the distributed optimizer's state: whole moments per parameter, for any layout to load."""
 
 REFERENCE, CRITIC = "reference.", "critic."
-"""What the names of their tensors begin with."""
+"""Prefixes of their tensors' names."""
 
 Chunks = Sequence[MegatronModule]
 
 
-def sharded(
-    chunks: Chunks,
-    optimizer: Any,
-    reference: Reference | None,
-    critic: Critic | None = None,
-    memory: HostMemory | None = None,
-) -> dict[str, Any]:
-    """The tree of this rank. Its tensors are the model's own: copy before either changes.
+class Network(NamedTuple):
+    """One trained network: this rank's chunks, and Megatron's optimizer of their parameters."""
 
-    memory: where the optimizer's shards are gathered; None to make room for what is read.
+    chunks: Chunks
+    optimizer: Any
+
+
+class Networks(NamedTuple):
+    """Everything on this rank that has weights."""
+
+    policy: Network
+    reference: Reference | None = None
+    critic: Network | None = None
+
+
+def sharded(networks: Networks, memory: HostMemory | None = None) -> dict[str, Any]:
+    """Return the tree of this rank. Its tensors are the model's own: copy before either changes.
+
+    memory: where the optimizer's shards are gathered, for saving; None: for loading, only buffers
+    of the right size are made.
     """
-    loading = memory is None
+    (chunks, optimizer), reference, critic = networks
     weights = [_weights(chunk, "") for chunk in chunks]
     states, step = _optimizer(optimizer, weights, memory)
     tree = {"model": weights, "optimizer": states, "optimizer_step": step}
     if critic is not None:
-        weights = [_weights(chunk, CRITIC) for chunk in critic.bare]
+        weights = [_weights(chunk, CRITIC) for chunk in critic.chunks]
         states, step = _optimizer(critic.optimizer, weights, memory, len(_parts(optimizer)))
         tree |= {"critic": weights, "critic_optimizer": states, "critic_step": step}
-    if not loading:
+    if memory is not None:
         tree |= {"layout": layout(chunks), "rng": rng_entry(loading=False)}
     if reference is not None:
         with reference.in_place():
             tree["reference"] = [_weights(chunk, REFERENCE) for chunk in chunks]
             for tensor in (t for kept in tree["reference"] for t in kept.values()):
-                # The entries hold the parameters themselves, which are the policy's again in a
-                # moment.
+                # The entries hold the parameters themselves, whose data is the policy's again when
+                # the context ends.
                 tensor.data = tensor.data.detach()
     return tree
 
@@ -77,8 +84,11 @@ def sharded(
 def _optimizer(
     optimizer: Any, weights: list[dict[str, Any]], memory: HostMemory | None, first: int = 0
 ) -> tuple[list[dict[str, Any]], Any]:
-    """The sharded state of an optimizer's parts, and its finished updates. weights: the entries of
-    its model's chunks; first: number of its first part among all that are gathered in `memory`."""
+    """Return the sharded state of an optimizer's parts, and its number of finished updates.
+
+    weights: the entries of its model's chunks; first: index of its first part among all optimizers
+    that are gathered in `memory`.
+    """
     _allocate_state(optimizer)
     kind = {"distrib_optim_sharding_type": FORMAT}
     # Parameters of all chunks belong to one optimizer, which finds them by identity.
@@ -88,33 +98,28 @@ def _optimizer(
         with gathering(part, index, memory), _little_to_collect():
             states.append(part.sharded_state_dict(by_chunk, is_loading=loading, metadata=kind))
     # Megatron keeps experts' state in an optimizer of its own in some layouts and not in others,
-    # and its chained state says so. Tensors are named by their parameter; the only other thing that
-    # has to survive is the step count, the same everywhere.
+    # and its chained state records which. Tensors are named by their parameter; the only other
+    # thing that has to survive is the step count, the same everywhere.
     step = states[0]["optimizer"]["param_groups"][0].get("step")
     return [{"param_state": state["param_state"]} for state in states], step
 
 
-def put_back(
-    found: dict[str, Any],
-    chunks: Chunks,
-    optimizer: Any,
-    reference: Reference | None,
-    critic: Critic | None = None,
-) -> None:
-    """Give the model, the optimizer, the reference and the critic what was read into their tree."""
-    _load_weights(chunks, found["model"], "")
-    _load_optimizer(optimizer, found["optimizer"], found["optimizer_step"])
+def put_back(loaded: dict[str, Any], networks: Networks) -> None:
+    """Restore the model, the optimizer, the reference and the critic from the tree read."""
+    policy, reference, critic = networks
+    _load_weights(policy.chunks, loaded["model"], "")
+    _load_optimizer(policy.optimizer, loaded["optimizer"], loaded["optimizer_step"])
     if critic is not None:
-        _load_weights(critic.bare, found["critic"], CRITIC)
-        _load_optimizer(critic.optimizer, found["critic_optimizer"], found["critic_step"])
+        _load_weights(critic.chunks, loaded["critic"], CRITIC)
+        _load_optimizer(critic.optimizer, loaded["critic_optimizer"], loaded["critic_step"])
     if reference is not None:
         with reference.in_place():
-            _load_weights(chunks, found["reference"], REFERENCE)
+            _load_weights(policy.chunks, loaded["reference"], REFERENCE)
             reference.refresh()
 
 
-def _load_weights(chunks: Chunks, found: list[dict[str, Any]], prefix: str) -> None:
-    for chunk, weights in zip(chunks, found, strict=True):
+def _load_weights(chunks: Chunks, loaded: list[dict[str, Any]], prefix: str) -> None:
+    for chunk, weights in zip(chunks, loaded, strict=True):
         chunk.load_state_dict({name.removeprefix(prefix): t for name, t in weights.items()})
 
 
@@ -128,7 +133,7 @@ def _load_optimizer(optimizer: Any, states: list[dict[str, Any]], step: Any) -> 
 
 
 def layout(chunks: Chunks) -> dict[str, int]:
-    """Where every rank stands: random streams mean the same on an equal layout only."""
+    """Return the sizes of the parallel axes: random streams carry over to an equal layout only."""
     return {
         "ranks": dist.get_world_size(),
         "tensor": parallel_state.get_tensor_model_parallel_world_size(),
@@ -141,12 +146,13 @@ def layout(chunks: Chunks) -> dict[str, int]:
 
 
 def rng_entry(loading: bool) -> ShardedObject:
-    """This rank's random streams: torch's, the GPU's, Megatron's per tensor rank, Python's."""
+    """Return this rank's random streams: torch's, the GPU's, Megatron's per tensor rank and
+    Python's; an empty entry for loading."""
     streams: dict[str, Any] = {}
     if not loading:
         streams = {
             "torch": torch.get_rng_state(),
-            "cuda": torch.cuda.get_rng_state() if platform.has_gpu() else None,
+            "cuda": platform.rng_state(),
             "megatron": get_cuda_rng_tracker().get_states(),
             "python": random.getstate(),
         }
@@ -155,13 +161,13 @@ def rng_entry(loading: bool) -> ShardedObject:
 
 def put_back_rng(streams: dict[str, Any]) -> None:
     torch.set_rng_state(streams["torch"])
-    if platform.has_gpu() and streams["cuda"] is not None:
-        torch.cuda.set_rng_state(streams["cuda"])
+    platform.set_rng_state(streams["cuda"])
     get_cuda_rng_tracker().set_states(streams["megatron"])
     random.setstate(streams["python"])
 
 
 def _weights(chunk: MegatronModule, prefix: str) -> dict[str, Any]:
+    # Over data and context parallelism the weights are equal; Megatron marks the copies by it.
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     entries = chunk.sharded_state_dict(prefix=prefix, metadata={"dp_cp_group": group})
     # Filled by Transformer Engine's delayed FP8 scaling only, and named by the number of shards: an
@@ -169,13 +175,13 @@ def _weights(chunk: MegatronModule, prefix: str) -> dict[str, Any]:
     return {name: entry for name, entry in entries.items() if "_extra_state" not in name}
 
 
-def _parts(optimizer) -> list:
+def _parts(optimizer: Any) -> list[Any]:
     return getattr(optimizer, "chained_optimizers", [optimizer])
 
 
 @contextlib.contextmanager
 def _little_to_collect() -> Iterator[None]:
-    """Within: garbage collection does not look at what was there before.
+    """Within the context, exclude all objects that exist now from garbage collection.
 
     Megatron collects after every part, 0.4 s a time for the objects of its imports alone.
     """
@@ -186,18 +192,19 @@ def _little_to_collect() -> Iterator[None]:
         gc.unfreeze()
 
 
-def _separate_steps(inner) -> None:
-    """Undo that Megatron gives every parameter of torch's AdamW the same step tensor.
+def _separate_steps(inner: torch.optim.Optimizer) -> None:
+    """Give every parameter of torch's AdamW a step tensor of its own again.
 
-    distrib_optimizer.py:825: the next update would count it up once per parameter, and Adam's bias
-    correction would be over in one step. On a GPU the step is a number of the group.
+    After loading they share one (distrib_optimizer.py:825): the next update would increment it once
+    per parameter, and Adam's bias correction would be over in one step. On a GPU the step is a
+    number of the group.
     """
     for state in inner.state.values():
         if torch.is_tensor(state.get("step")):
             state["step"] = state["step"].clone()
 
 
-def _allocate_state(optimizer) -> None:
+def _allocate_state(optimizer: Any) -> None:
     """Give optimizers that have not stepped yet their moments, by a step that changes nothing.
 
     Megatron's distributed optimizer over torch's AdamW can neither save nor load without them.
@@ -219,4 +226,4 @@ def _allocate_state(optimizer) -> None:
                 group["step"] = 0
         for state in inner.state.values():
             if torch.is_tensor(state.get("step")):
-                state["step"].zero_()  # it was none
+                state["step"].zero_()

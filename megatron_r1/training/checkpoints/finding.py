@@ -1,8 +1,9 @@
-"""The checkpoints of a run's folder: which there are, which is used, which are deleted.
+"""Finds the checkpoints in a folder: the one to continue from, those to set aside or delete, and
+the one that `model.checkpoint` names.
 
-step_00000012            whole: it got this name when every file of it was on disk
+step_00000012            whole: renamed to this when every file of it was on disk
 .step_00000016.partial   was being written when the run was killed; removed at the next start
-step_00000008.damaged    found damaged and set aside for a person to look at; never deleted
+step_00000008.damaged    found damaged and set aside for the user to inspect; never deleted
 """
 
 from __future__ import annotations
@@ -13,12 +14,13 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_r1.errors import UserError
 from megatron_r1.files import fsync
 from megatron_r1.training.checkpoints import manifest
 from megatron_r1.training.checkpoints.manifest import Verify
 
 STATE_FILE = "run_state.json"
-"""The controller's state; what makes a folder a run's checkpoint."""
+"""The controller's state; a folder without it is not a run's checkpoint."""
 
 _NAME = re.compile(r"step_\d{8,}")
 SHOWN_FAULTS = 3
@@ -26,7 +28,7 @@ SHOWN_FAULTS = 3
 
 @dataclass(frozen=True)
 class Damaged:
-    """A checkpoint that is not what was written. faults: a line per file."""
+    """A checkpoint that differs from what was written. faults: a line per file."""
 
     folder: Path
     faults: tuple[str, ...]
@@ -46,55 +48,55 @@ def step_of(folder: Path) -> int:
 
 
 def partial_of(folder: Path) -> Path:
-    """Where `folder` is written before it has its name."""
+    """Return the path under which `folder` is written before it is renamed."""
     return folder.with_name(f".{folder.name}.partial")
 
 
 def whole(checkpoints: Path) -> list[Path]:
-    """Every checkpoint that got its name, in order of steps, undamaged or not."""
+    """Return every completely written checkpoint, damaged ones included, in order of steps."""
     if not checkpoints.is_dir():
         return []
-    found = [f for f in checkpoints.iterdir() if _NAME.fullmatch(f.name) and f.is_dir()]
-    return sorted(found, key=step_of)
+    folders = [f for f in checkpoints.iterdir() if _NAME.fullmatch(f.name) and f.is_dir()]
+    return sorted(folders, key=step_of)
 
 
 def newest(
     checkpoints: Path, verify: Verify, below: Path | None = None
 ) -> tuple[Path | None, list[Damaged]]:
-    """The newest checkpoint that can be used, and the damaged ones that are newer.
+    """Return the newest checkpoint that can be used (None if none is good), and the damaged ones
+    that are newer.
 
-    below: older than this one only. Looks at names, sizes and the manifest ("none": at nothing but
-    the names): checksums are the trainer ranks' work. None where no good one is left.
+    below: consider only checkpoints older than this one. Compares names, sizes and the manifest
+    (verify "none": names only); the trainer ranks verify the checksums.
     """
     damaged: list[Damaged] = []
     for folder in reversed(whole(checkpoints)):
         if below is not None and step_of(folder) >= step_of(below):
             continue
-        found = faults(folder, verify)
-        if not found:
+        if not (of_folder := faults(folder, verify)):
             return folder, damaged
-        damaged.append(Damaged(folder, tuple(found)))
+        damaged.append(Damaged(folder, tuple(of_folder)))
     return None, damaged
 
 
 def refuse_without_good(checkpoints: Path, damaged: list[Damaged]) -> None:
-    """Raises ValueError where `damaged`, or what was set aside before, is all there is.
+    """Raise UserError where all checkpoints are `damaged` or were set aside before.
 
     Starting over would overwrite the metrics of a run that a copy of its checkpoint may yet save.
     """
     before = sorted(f.name for f in checkpoints.glob("step_*.damaged*"))
     if not damaged and not before:
         return
-    found = [str(one) for one in damaged] + [f"{name}: set aside earlier" for name in before]
-    raise ValueError(
-        "\n  ".join([f"{checkpoints} has no checkpoint left that can be used:", *found])
+    lines = [str(one) for one in damaged] + [f"{name}: set aside earlier" for name in before]
+    raise UserError(
+        "\n  ".join([f"{checkpoints} has no checkpoint left that can be used:", *lines])
         + "\nPut a good copy of one there and run the same command again, or start anew in another "
         "run.folder. To load one as it is, rename it to step_… and set checkpoint.verify to none"
     )
 
 
 def set_aside(damaged: Damaged) -> Path:
-    """Rename a damaged checkpoint so that no run takes it; returns its new place."""
+    """Rename a damaged checkpoint so that no run loads it; return its new path."""
     target = damaged.folder.with_name(f"{damaged.folder.name}.damaged")
     number = 1
     while target.exists():
@@ -106,9 +108,9 @@ def set_aside(damaged: Damaged) -> Path:
 
 
 def remove_partial(checkpoints: Path) -> list[str]:
-    """Delete what a kill left half-written, or half-deleted; the names of the former."""
-    for doomed in checkpoints.glob(".*.deleted"):
-        shutil.rmtree(doomed)
+    """Delete half-written and half-deleted checkpoints; return the names of the half-written."""
+    for half_deleted in checkpoints.glob(".*.deleted"):
+        shutil.rmtree(half_deleted)
     leftovers = sorted(checkpoints.glob(".*.partial"))
     for leftover in leftovers:
         shutil.rmtree(leftover)
@@ -116,7 +118,7 @@ def remove_partial(checkpoints: Path) -> list[str]:
 
 
 def prune(checkpoints: Path, keep: int) -> None:
-    """Delete all but the `keep` newest good ones; a damaged one does not count, and stays."""
+    """Delete all but the `keep` newest good checkpoints; damaged ones do not count, and stay."""
     good = [folder for folder in whole(checkpoints) if not faults(folder, "size")]
     for old in good[:-keep]:
         # A kill in between must not leave half a folder under a good name.
@@ -124,13 +126,40 @@ def prune(checkpoints: Path, keep: int) -> None:
 
 
 def faults(folder: Path, verify: Verify) -> list[str]:
-    """What is wrong with a checkpoint that can be seen without reading it, a line per file."""
-    found = manifest.damage(folder, "none" if verify == "none" else "size")
-    # The controller's state is needed before any rank can verify it, and small.
-    found = found or manifest.damage(folder, verify, only=[STATE_FILE])
-    if not found:
-        try:
-            json.loads((folder / STATE_FILE).read_bytes())
-        except (OSError, ValueError) as error:
-            found = [f"{STATE_FILE} cannot be read ({error})"]
-    return found
+    """Return the faults of a checkpoint that show without reading its tensors, a line per file."""
+    by_size = manifest.damage(folder, "none" if verify == "none" else "size")
+    # The controller reads its state before any rank can verify it, and the file is small.
+    if lines := by_size or manifest.damage(folder, verify, only=[STATE_FILE]):
+        return lines
+    try:
+        json.loads((folder / STATE_FILE).read_bytes())
+    except (OSError, ValueError) as error:
+        return [f"{STATE_FILE} cannot be read ({error})"]
+    return []
+
+
+def check_start(folder: Path) -> str | None:
+    """Raise UserError unless `folder`, of `model.checkpoint`, is a Megatron checkpoint.
+
+    Checked before any rank starts; the ranks verify the checksums when they load it. Returns a note
+    for the user where there is no manifest to verify against: the checkpoint was made elsewhere.
+    """
+    if (folder / "metadata.json").is_file():
+        if has_manifest(folder):
+            return None
+        return f"model.checkpoint {folder} has no {manifest.NAME}: its checksums cannot be verified"
+    if several := whole(folder / "checkpoints") or whole(folder):
+        raise UserError(
+            f"model.checkpoint: {folder} holds several checkpoints; use one of them, the newest is "
+            f"{several[-1]}"
+        )
+    what = "has no metadata.json" if folder.exists() else "does not exist"
+    raise UserError(
+        f"model.checkpoint: {folder} {what}; give the folder of a Megatron checkpoint, such as "
+        "RUN/checkpoints/step_00000012 or what tools/convert from-hf makes"
+    )
+
+
+def has_manifest(folder: Path) -> bool:
+    """Whether `folder` has checksums to compare its files with."""
+    return (folder / manifest.NAME).is_file()

@@ -1,4 +1,4 @@
-"""The distributed optimizer's shards, put together on the host in one copy.
+"""Gathers the distributed optimizer's shards on the host, in one copy.
 
 Megatron's own gathering (distrib_optimizer.py:977) makes five copies in fresh memory. It also
 leaves out the padding between buckets (:1112) that the index of parameters counts (:1499): with
@@ -24,15 +24,16 @@ KEYS = ("param", "exp_avg", "exp_avg_sq")
 
 @contextlib.contextmanager
 def gathering(part: Any, index: int, memory: HostMemory | None) -> Iterator[None]:
-    """Within: part `index` of the optimizer gathers into `memory`, or without one, makes room only.
+    """Within the context, part `index` of the optimizer gathers into `memory`; without memory, only
+    buffers of the right size are made.
 
-    Every data-parallel rank gets everything, so that they can share out the writing.
+    Every data-parallel rank gets everything, so that they can share the writing.
     """
     part.get_parameter_state_dp_zero = partial(_gather, part, index, memory)
     try:
         yield
     finally:
-        del part.get_parameter_state_dp_zero  # the class's own is visible again
+        del part.get_parameter_state_dp_zero  # uncovers the class's own method
 
 
 def _gather(part: Any, index: int, memory: HostMemory | None, **_: Any) -> dict[Any, Any]:
@@ -47,13 +48,13 @@ def _gather(part: Any, index: int, memory: HostMemory | None, **_: Any) -> dict[
             for bucket, shard in zip(buffer.buckets, shards, strict=True):
                 end = bucket.offset + bucket.grad_data.numel()
                 pieces = {key: whole[bucket.offset : end] for key, whole in wholes.items()}
-                _fill(part, shard["param_map"], pieces)
+                _gather_bucket(part, shard["param_map"], pieces)
         state[number] = {dtype: wholes}
     return state
 
 
-def _fill(part: Any, param_map: dict, pieces: dict[str, Tensor]) -> None:
-    """Put one bucket together from all data-parallel ranks' shards. pieces: of host buffers."""
+def _gather_bucket(part: Any, param_map: dict, pieces: dict[str, Tensor]) -> None:
+    """Fill `pieces`, host buffers of one bucket, from all data-parallel ranks' shards of it."""
     group = part.data_parallel_group
     size = group.size()
     shards = pieces
@@ -70,5 +71,6 @@ def _fill(part: Any, param_map: dict, pieces: dict[str, Tensor]) -> None:
     if size > 1:
         for key, shard in shards.items():
             whole = torch.empty(shard.numel() * size, dtype=shard.dtype, device=shard.device)
-            dist.all_gather_into_tensor(whole, shard, group=group)  # over data parallelism
+            # Over data parallelism, which the optimizer's state is spread over.
+            dist.all_gather_into_tensor(whole, shard, group=group)
             pieces[key].copy_(whole, non_blocking=True)

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from torch.distributed.checkpoint.api import CheckpointException  # a BaseException
 
+from megatron_r1.errors import UserError
 from megatron_r1.training.checkpoints import contents, manifest
-from megatron_r1.training.checkpoints.contents import Chunks
+from megatron_r1.training.checkpoints.contents import Networks
 from megatron_r1.training.checkpoints.manifest import BadManifest, Verify
-from megatron_r1.training.reference import Reference
-
-if TYPE_CHECKING:
-    from megatron_r1.training.critic import Critic  # whose construction reads checkpoints
 
 UNREADABLE = (
     *(KeyError, RuntimeError, ValueError, OSError, EOFError, UnpicklingError),
@@ -27,49 +24,43 @@ UNREADABLE = (
 
 
 def damage(folder: Path, verify: Verify) -> list[str]:
-    """What is wrong with `folder`, on every rank the same; each rank reads its share of the bytes.
+    """Return the faults of `folder`, one line per file, the same on every rank.
 
-    Called on all ranks together.
+    Called on all ranks together; each reads its share of the bytes.
     """
-    found: list[str] = []
+    faults: list[str] = []
     if verify != "none":
         try:
             entries = manifest.read(folder)
             share = manifest.share(entries, dist.get_rank(), dist.get_world_size())
-            found = manifest.damage(folder, verify, share)
+            faults = manifest.damage(folder, verify, share)
         except BadManifest as error:
-            found = [str(error)]
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, found)
-    return sorted({fault for faults in everyone for fault in faults})
+            faults = [str(error)]
+    from_all_ranks: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(from_all_ranks, faults)  # over all ranks: all refuse, or none
+    return sorted({fault for faults in from_all_ranks for fault in faults})
 
 
-def load(
-    folder: Path,
-    chunks: Chunks,
-    optimizer: Any,
-    reference: Reference | None,
-    critic: Critic | None = None,
-) -> bool:
-    """Read `folder` into the model, the optimizer, the reference, the critic and, at the layout
-    that wrote it, every rank's random streams. Returns whether the streams were there.
+def load(folder: Path, networks: Networks) -> bool:
+    """Read `folder` into `networks` and, at the layout that wrote it, every rank's random streams.
 
-    Raises ValueError, naming the folder, when its tensors do not fit the model.
+    Returns whether the streams were restored. Raises UserError, naming the folder, when its tensors
+    do not fit the model.
     """
-    wanted = contents.sharded(chunks, optimizer, reference, critic)
+    tree = contents.sharded(networks)
+    own_layout = contents.layout(networks.policy.chunks)
     try:
         written_by = dist_checkpointing.load_common_state_dict(str(folder)).get("layout")
-        is_same_layout = written_by == contents.layout(chunks)
-        if is_same_layout:
-            wanted["rng"] = contents.rng_entry(loading=True)
-        found = dist_checkpointing.load(wanted, str(folder))
+        if written_by == own_layout:
+            tree["rng"] = contents.rng_entry(loading=True)
+        loaded = dist_checkpointing.load(tree, str(folder))
     except UNREADABLE as error:
         cause = str(error).strip().splitlines()[-1].strip()  # the first lines are a traceback
-        raise ValueError(
+        raise UserError(
             f"checkpoint {folder} does not fit this model and recipe ({cause[:300]}); "
             "continue with the recipe that wrote it, or start in another run.folder"
         ) from error
-    contents.put_back(found, chunks, optimizer, reference, critic)
-    if is_same_layout:
-        contents.put_back_rng(found["rng"])
-    return is_same_layout
+    contents.put_back(loaded, networks)
+    if written_by == own_layout:
+        contents.put_back_rng(loaded["rng"])
+    return written_by == own_layout

@@ -1,9 +1,9 @@
-"""What every file of a checkpoint must be: its size and its checksum.
+"""The manifest of a checkpoint: the size and checksum of every file.
 
     manifest.json   {"format": 1, "files": {".metadata": {"bytes": 5120, "blake3": "9f…"}, …},
                      "digest": "…"}         of "files" itself, so that a flipped byte here shows too
-BLAKE3 because it is the fastest that also cannot collide by accident (4.5 GB/s on one core where
-CRC-32 does 2.0 and BLAKE2b 0.7), and because `b3sum` checks it without us.
+BLAKE3, because it is the fastest hash without accidental collisions (4.5 GB/s on one core where
+CRC-32 does 2.0 and BLAKE2b 0.7), and because the `b3sum` command checks the files alone.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ NAME = "manifest.json"
 FORMAT = 1
 Verify = Literal["full", "size", "none"]
 CHUNK_BYTES = 8 * 1024**2
-THREADS = 2  # per process: hashing leaves the interpreter lock, and a disk likes two readers
+THREADS = 2  # per process: hashing releases the interpreter lock
 
 
 class Entry(NamedTuple):
-    """A file as it was written."""
+    """Size and BLAKE3 checksum of a file as it was written."""
 
     num_bytes: int
     checksum: str
 
 
 class BadManifest(Exception):
-    """The manifest is missing or is not what was written; the text says which."""
+    """The manifest is missing, unreadable or changed; the message names the fault."""
 
 
 def write(folder: Path, known: Mapping[str, Entry] | None = None) -> None:
-    """Write the manifest of every file in `folder`, atomically; the last thing put into it.
+    """Write the manifest of every file in `folder`, atomically; call when all are written.
 
-    known: entries of files whose bytes were hashed on their way to the disk; the rest is read.
+    known: entries of files that were hashed as they were written; the other files are read.
     """
     known = known or {}
     rest = [name for name in _files(folder) if name not in known]
@@ -55,7 +55,7 @@ def write(folder: Path, known: Mapping[str, Entry] | None = None) -> None:
 
 
 def read(folder: Path) -> dict[str, Entry]:
-    """Every file that belongs into `folder`. Raises BadManifest."""
+    """Return the entry of every file in the manifest of `folder`. Raises BadManifest."""
     try:
         content = json.loads((folder / NAME).read_bytes())
         files = content["files"]
@@ -74,10 +74,10 @@ def read(folder: Path) -> dict[str, Entry]:
 
 
 def damage(folder: Path, verify: Verify = "full", only: Collection[str] | None = None) -> list[str]:
-    """What is wrong with `folder`, a line per file; nothing where it is as it was written.
+    """Return the faults of `folder`, a line per file; empty where it is as it was written.
 
-    verify: "full" reads and hashes every byte, "size" asks the file system, "none" trusts.
-    only: the files to look at; others are somebody else's to check.
+    verify: "full" hashes every byte, "size" compares file sizes, "none" checks nothing. only: the
+    files to check; None: all.
     """
     if verify == "none":
         return []
@@ -87,24 +87,24 @@ def damage(folder: Path, verify: Verify = "full", only: Collection[str] | None =
         return [str(error)]
     names = [name for name in entries if only is None or name in only]
     with ThreadPoolExecutor(THREADS) as pool:
-        found = pool.map(lambda name: _fault(folder / name, entries[name], verify), names)
-        return [f"{name} {fault}" for name, fault in zip(names, found, strict=True) if fault]
+        faults = pool.map(lambda name: _fault(folder / name, entries[name], verify), names)
+        return [f"{name} {fault}" for name, fault in zip(names, faults, strict=True) if fault]
 
 
 def share(entries: Mapping[str, Entry], index: int, count: int) -> list[str]:
-    """The files that worker `index` of `count` looks at: about the same bytes for each."""
+    """Return the files that worker `index` of `count` verifies, about equal bytes for each."""
     heap = [(0, worker) for worker in range(count)]
-    mine = []
+    own = []
     for name, entry in sorted(entries.items(), key=lambda item: (-item[1].num_bytes, item[0])):
         load, worker = heapq.heappop(heap)
         if worker == index:
-            mine.append(name)
+            own.append(name)
         heapq.heappush(heap, (load + entry.num_bytes, worker))
-    return mine
+    return own
 
 
 def checksum(path: Path) -> Entry:
-    """Of a file on disk, read in pieces."""
+    """Return the size and checksum of a file on disk."""
     hasher, num_bytes = blake3(), 0
     with open(path, "rb") as file:
         while piece := file.read(CHUNK_BYTES):

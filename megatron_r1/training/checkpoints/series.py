@@ -1,4 +1,4 @@
-"""The controller's part: which checkpoint a run continues from, and one save at a time."""
+"""The controller's part of checkpoints: chooses the one to continue from, saves one at a time."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from megatron_r1.training.client import TrainerClient
 
 @dataclass
 class _Saving:
-    """A checkpoint on its way. seconds_blocked: that the run waited for it so far."""
+    """A checkpoint being written. seconds_blocked: how long the run has waited for it so far."""
 
     folder: Path
     step: int
@@ -27,37 +27,38 @@ class _Saving:
 
 
 class CheckpointSeries:
-    """The checkpoints of one run. `latest`: the newest that is known to be whole.
+    """The checkpoints of one run. `latest`: the newest that is known to be whole, or None.
 
-    say: gets the lines a person has to see.
+    notify: called with lines for the user.
     """
 
-    def __init__(self, folder: Path, settings: CheckpointConfig, say: Callable[[str], None]):
-        """Finds the newest checkpoint whose manifest, files and sizes are right.
+    def __init__(self, folder: Path, settings: CheckpointConfig, notify: Callable[[str], None]):
+        """Choose the newest checkpoint whose manifest, files and sizes are right.
 
-        Raises ValueError when there are damaged ones only."""
-        self._folder, self._settings, self.say = folder, settings, say
+        Raises UserError when all checkpoints are damaged."""
+        self._folder, self._settings, self.notify = folder, settings, notify
+        self.latest: Path | None = None
         self.start_again()
 
     def start_again(self) -> None:
-        """Take the newest good checkpoint; forget the one that ranks which are gone were writing,
-        unless it became whole. Raises ValueError when there are damaged ones only."""
+        """Choose the newest good checkpoint again, after the ranks were lost; one that they were
+        writing counts only if it became whole. Raises UserError when all are damaged."""
         for name in finding.remove_partial(self._folder):
-            self.say(f"{name} was still being written when the run ended; removed")
-        self._take(*self._newest())
+            self.notify(f"{name} was still being written when the run ended; removed")
+        self._choose(*self._newest())
         self._saving: _Saving | None = None
-        self._news: dict[str, float] = {}
+        self._completed: dict[str, float] = {}
 
     def state(self) -> dict[str, Any] | None:
-        """What the controller put into `latest`; None where the run begins."""
+        """Return the controller's state in `latest`; None at the start of a run."""
         if self.latest is None:
             return None
         return json.loads((self.latest / STATE_FILE).read_text(encoding="utf-8"))
 
     async def verify(self, trainer: TrainerClient) -> None:
-        """Have the ranks verify `latest`; falls back to older ones until one is as it was written.
+        """Have the ranks verify `latest`; fall back to older ones until one is as it was written.
 
-        Raises ValueError when none is."""
+        Raises UserError when none is."""
         damaged: list[Damaged] = []
         candidate = self.latest
         while candidate is not None:
@@ -67,40 +68,39 @@ class CheckpointSeries:
             damaged.append(Damaged(candidate, tuple(answer["damage"])))
             candidate, between = self._newest(below=candidate)
             damaged += between
-        self._take(candidate, damaged)
+        self._choose(candidate, damaged)
 
     async def load(self, trainer: TrainerClient, reference: bool) -> None:
-        """Have the ranks load `latest`, which `verify` has found good."""
+        """Have the ranks load `latest`, after `verify`."""
         answer = await trainer.call("load_checkpoint", folder=str(self.latest), reference=reference)
         if not answer["is_same_layout"]:
-            self.say("another parallel layout than before: random streams are seeded anew")
+            self.notify("another parallel layout than before: random streams are seeded anew")
 
     async def save(self, trainer: TrainerClient, step: int, state: dict[str, Any]) -> None:
-        """Begin the checkpoint of `step`; ends at once unless `checkpoint.asynchronous` is off.
+        """Start the checkpoint of `step`; unless `checkpoint.asynchronous`, wait until it is whole.
 
-        Waits for the one before. Raises TrainerError when that one, or this one, failed."""
+        Waits for the previous one first. Raises TrainerError when that one, or this one, failed."""
         began = time.perf_counter()
-        await self._learn(trainer, wait=True)
+        await self._poll(trainer, wait=True)
         folder = finding.path_of(self._folder, step)
         await trainer.call("save_checkpoint", folder=str(folder), state=state)
         self._saving = _Saving(folder, step, time.perf_counter() - began)
         if not self._settings.asynchronous:
-            await self._learn(trainer, wait=True)
+            await self._poll(trainer, wait=True)
 
-    async def news(self, trainer: TrainerClient) -> dict[str, float]:
-        """Of a checkpoint that became whole since the last call: checkpoint/step, /seconds until it
-        was, and /seconds_blocked, for which the run waited.
-
-        Raises TrainerError when it could not be written."""
-        await self._learn(trainer, wait=False)
-        news, self._news = self._news, {}
-        return news
+    async def completed(self, trainer: TrainerClient) -> dict[str, float]:
+        """Return the metrics of a checkpoint that became whole since the last call, else {}:
+        checkpoint/step, checkpoint/seconds (until whole) and checkpoint/seconds_blocked (that the
+        run waited). Raises TrainerError when it could not be written."""
+        await self._poll(trainer, wait=False)
+        metrics, self._completed = self._completed, {}
+        return metrics
 
     async def finish(self, trainer: TrainerClient) -> None:
-        """Wait for the checkpoint on its way. Raises TrainerError when it could not be written."""
-        await self._learn(trainer, wait=True)
+        """Wait for the checkpoint being written. Raises TrainerError when that failed."""
+        await self._poll(trainer, wait=True)
 
-    async def _learn(self, trainer: TrainerClient, wait: bool) -> None:
+    async def _poll(self, trainer: TrainerClient, wait: bool) -> None:
         if self._saving is None:
             return
         began = time.perf_counter()
@@ -112,7 +112,7 @@ class CheckpointSeries:
             raise TrainerError(progress["error"])
         if wait:
             saving.seconds_blocked += time.perf_counter() - began
-        self._news = {
+        self._completed = {
             "checkpoint/step": saving.step,
             "checkpoint/seconds_blocked": saving.seconds_blocked,
             "checkpoint/seconds": progress["seconds"],
@@ -123,13 +123,14 @@ class CheckpointSeries:
     def _newest(self, below: Path | None = None) -> tuple[Path | None, list[Damaged]]:
         return finding.newest(self._folder, self._settings.verify, below)
 
-    def _take(self, good: Path | None, damaged: list[Damaged]) -> None:
-        """Continue from `good`; what is damaged above it is set aside, or all there is."""
+    def _choose(self, good: Path | None, damaged: list[Damaged]) -> None:
+        """Continue from `good` and set the newer, `damaged` ones aside. Raises UserError if good is
+        None and there are damaged ones."""
         if good is None:
             finding.refuse_without_good(self._folder, damaged)
         self.latest = good
         for one in damaged:
             target = finding.set_aside(one)
-            self.say(f"DAMAGED checkpoint, not used: {one}. It is now {target.name}")
+            self.notify(f"DAMAGED checkpoint, not used: {one}. It is now {target.name}")
         if good is not None and damaged:
-            self.say(f"continuing from {good.name} instead")
+            self.notify(f"continuing from {good.name} instead")

@@ -1,8 +1,9 @@
-"""From a rank's sharded entries to copies in host memory that nobody trains on.
+"""Copies a rank's sharded entries into host memory, as planned by Megatron.
 
-Megatron plans: which rank writes which shard of what, into which file, in the torch_dist format.
-It would also write, in processes forked from this one; a fork of a process with CUDA, NCCL or gloo
-threads is luck, and its spawned alternative wants a GPU. So only the plan is taken from it.
+Megatron's planner decides which rank writes which shard of which tensor into which file, in the
+torch_dist format. Megatron would also write, in processes forked from this one; a fork of a process
+with CUDA, NCCL or gloo threads is undefined, and its spawned alternative needs a GPU. So only the
+plan is taken from it, and `writer` writes in threads.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.filesystem_async import (
@@ -41,7 +41,7 @@ FILES_PER_RANK = 2  # written side by side
 
 @dataclass
 class StagedFile:
-    """One file to be: items are pairs of Megatron's write item and its bytes or host tensor."""
+    """A file to write. items: pairs of Megatron's write item and its bytes or host tensor."""
 
     path: Path
     items: list[tuple[Any, Any]]
@@ -49,7 +49,7 @@ class StagedFile:
 
 @dataclass
 class Staged:
-    """What this rank writes. metadata: where every tensor lies, on rank 0 only."""
+    """The part that this rank writes. metadata: the file of every tensor, on rank 0 only."""
 
     writer: FileSystemWriterAsync
     metadata: Metadata | None
@@ -57,25 +57,24 @@ class Staged:
 
 
 def stage(tree: dict[str, Any], partial: Path, memory: HostMemory) -> Staged:
-    """Plan together with all ranks and copy this rank's part; training may go on then.
+    """Plan together with all ranks and copy this rank's part; training may continue afterwards.
 
-    partial: an empty folder, which gets the small part that all ranks share (common.pt).
+    partial: an empty folder, into which the small part that all ranks share is written (common.pt).
     """
     memory.reuse()
     plan = _PlanOnly(memory)
-    # Every data-parallel rank has the same weights and, gathered, the same optimizer state: each
-    # writes its share of them.
+    # Over data and context parallelism: these ranks have the same weights and, gathered, the same
+    # optimizer state, so each writes its share of them.
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     strategy = FullyParallelSaveStrategyWrapper(plan, group)
     dist_checkpointing.save(tree, str(partial), strategy, async_sharded_save=True)
     assert plan.staged is not None, "dist_checkpointing.save did not come to the strategy"
-    if platform.has_gpu():
-        torch.cuda.synchronize()
+    platform.synchronize()  # the copies to pinned memory are asynchronous
     return plan.staged
 
 
 class _PlanOnly(TorchDistSaveShardedStrategy):
-    """Megatron's strategy up to the point where it would hand the writing to a process."""
+    """Megatron's strategy up to the point where it would start a writing process."""
 
     def __init__(self, memory: HostMemory):
         super().__init__(BACKEND, VERSION)
@@ -95,7 +94,7 @@ class _PlanOnly(TorchDistSaveShardedStrategy):
 
 
 class _Copier(FileSystemWriterAsync):
-    """Copies where Megatron's prepares to write: into memory of ours, whatever device it is on."""
+    """Copies into `HostMemory`, from any device, in the step where Megatron prepares to write."""
 
     def __init__(self, folder: str | Path, memory: HostMemory):
         super().__init__(folder, thread_count=FILES_PER_RANK)

@@ -1,17 +1,18 @@
-"""Writes a checkpoint while training goes on: whole or not at all, known to every rank.
+"""Writes a checkpoint while training goes on: whole or not at all, with one outcome on all ranks.
 
-A thread per rank writes what was staged, hashing the bytes on their way; writing, syncing and
-hashing leave the interpreter lock. The threads then agree over a process group of their own, so
-that nothing waits for the trainer, and rank 0 gives the folder its manifest and its name.
+A thread per rank writes the staged files and hashes their bytes; writing, syncing and hashing
+release the interpreter lock. The threads then agree over a process group of their own, so that they
+never wait for the training threads, and rank 0 writes the manifest and renames the folder.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -19,11 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from blake3 import blake3
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+from torch.distributed.checkpoint.filesystem import SerializationFormat, _write_item
 
+from megatron_r1.errors import UserError
 from megatron_r1.files import fsync
 from megatron_r1.training.checkpoints import manifest
-from megatron_r1.training.checkpoints.files import HashedFile, write_items
 from megatron_r1.training.checkpoints.finding import STATE_FILE, partial_of
 from megatron_r1.training.checkpoints.host_memory import HostMemory
 from megatron_r1.training.checkpoints.manifest import Entry
@@ -32,6 +36,7 @@ from megatron_r1.training.checkpoints.staging import (
     FILES_PER_RANK,
     VERSION,
     Staged,
+    StagedFile,
     stage,
 )
 
@@ -41,7 +46,7 @@ SLOWEST = timedelta(hours=6)
 
 @dataclass
 class Written:
-    """A rank's part: its files' checksums, Megatron's results, or what went wrong."""
+    """The result of one rank: its files' checksums and Megatron's results, or the error."""
 
     rank: int
     entries: dict[str, Entry] = field(default_factory=dict)
@@ -51,8 +56,8 @@ class Written:
 
 @dataclass(frozen=True)
 class Progress:
-    """Of the latest save. error: a sentence, on every rank the same. seconds: from the call to the
-    name."""
+    """State of the latest save. error: a sentence, the same on every rank. seconds: from the call
+    to the renaming."""
 
     folder: Path
     is_done: bool = False
@@ -61,10 +66,10 @@ class Progress:
 
 
 class CheckpointWriter:
-    """This rank's part in saving; every method is called on all ranks together."""
+    """This rank's part of a save; every method is called on all ranks together."""
 
     def __init__(self, keep_memory: bool = True) -> None:
-        """keep_memory: hold the buffers from one save to the next, which makes it wait less."""
+        """keep_memory: keep the host buffers between saves, which makes the next one faster."""
         self._keep_memory = keep_memory
         self._memory = HostMemory()
         self._thread: threading.Thread | None = None
@@ -77,31 +82,33 @@ class CheckpointWriter:
         make_tree: Callable[[HostMemory], dict[str, Any]],
         state: dict[str, Any],
     ) -> None:
-        """Start to write `folder`; returns when the tensors are copied. Waits for the save before.
+        """Start to write `folder` and return when the tensors are copied; waits for the previous
+        save first.
 
-        make_tree: gives the sharded entries, gathered in the memory it gets. state: the
-        controller's, JSON. Raises ValueError, on every rank, where the folder cannot be made or the
-        save before failed.
+        make_tree: returns the sharded entries, gathered in the memory given. state: the
+        controller's, JSON. Raises UserError, on every rank, where the folder cannot be made or the
+        previous save failed.
         """
-        before = self.progress(wait=True)
-        if before is not None and before.error is not None:
-            raise ValueError(before.error)
+        previous = self.progress(wait=True)
+        if previous is not None and previous.error is not None:
+            raise UserError(previous.error)
         began = time.perf_counter()
         if self._group is None:
+            # All ranks, over gloo: a group of its own, because the training threads use the others.
             self._group = dist.new_group(backend="gloo", timeout=SLOWEST)
         partial = partial_of(folder)
         self._agree(lambda: _make_empty(partial, folder))
         try:
             staged = stage(make_tree(self._memory), partial, self._memory)
         except OSError as error:
-            raise ValueError(_sentence(folder, str(error))) from error
+            raise UserError(_sentence(folder, str(error))) from error
         self._progress = Progress(folder)
         arguments = (staged, partial, folder, state, began)
         self._thread = threading.Thread(target=self._write, args=arguments, daemon=True)
         self._thread.start()
 
     def progress(self, wait: bool) -> Progress | None:
-        """How far the latest save is; None before the first. wait: until it is done."""
+        """Return the state of the latest save, None before the first. wait: until it is done."""
         if wait and self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -112,7 +119,7 @@ class CheckpointWriter:
     def _write(
         self, staged: Staged, partial: Path, folder: Path, state: dict[str, Any], began: float
     ) -> None:
-        """The background thread. Whatever happens, all ranks hear of it."""
+        """Run in the background thread; record the same outcome on all ranks."""
         written = Written(dist.get_rank())
         try:
             with ThreadPoolExecutor(FILES_PER_RANK) as pool:
@@ -121,23 +128,24 @@ class CheckpointWriter:
                     written.results.append(results)
         except Exception as error:  # the disk's, Megatron's or ours: none may be lost
             written.error = str(error) or repr(error)
-        outcome = [None]
         try:
             is_first = dist.get_rank() == 0
-            everyone = [None] * dist.get_world_size() if is_first else None
-            dist.gather_object(written, everyone, dst=0, group=self._group)
-            if is_first:
-                outcome = [_finish(staged, partial, folder, state, everyone)]
+            from_all: list[Any] | None = [None] * dist.get_world_size() if is_first else None
+            # Over all ranks: the first one finishes with the results of all, and all learn the end.
+            dist.gather_object(written, from_all, dst=0, group=self._group)
+            outcome: list[str | None] = [None]
+            if from_all is not None:
+                outcome = [_finish(staged, partial, folder, state, from_all)]
             dist.broadcast_object_list(outcome, src=0, group=self._group)
-            error = outcome[0]
+            failure = outcome[0]
         except RuntimeError as lost:  # gloo's: a rank has ended
             cause = f"the ranks lost each other while they wrote: {lost}"
-            error = _sentence(folder, cause, "see the logs of the others")
-        self._progress = Progress(folder, True, error, time.perf_counter() - began)
+            failure = _sentence(folder, cause, "see the logs of the others")
+        self._progress = Progress(folder, True, failure, time.perf_counter() - began)
 
     def _agree(self, on_first: Callable[[], None]) -> None:
-        """Run on rank 0; raises its OSError as a ValueError on all."""
-        outcome = [None]
+        """Run `on_first` on rank 0; raise its OSError as a UserError on all ranks."""
+        outcome: list[str | None] = [None]
         if dist.get_rank() == 0:
             try:
                 on_first()
@@ -145,7 +153,7 @@ class CheckpointWriter:
                 outcome = [str(error)]
         dist.broadcast_object_list(outcome, src=0, group=self._group)
         if outcome[0] is not None:
-            raise ValueError(outcome[0])
+            raise UserError(outcome[0])
 
 
 def _make_empty(partial: Path, folder: Path) -> None:
@@ -159,8 +167,8 @@ def _make_empty(partial: Path, folder: Path) -> None:
         raise OSError(_sentence(folder, str(error))) from error
 
 
-def _write_file(staged: Staged) -> Callable:
-    def write(file) -> tuple[str, Entry, list[Any]]:
+def _write_file(staged: Staged) -> Callable[[StagedFile], tuple[str, Entry, list[Any]]]:
+    def write(file: StagedFile) -> tuple[str, Entry, list[Any]]:
         with HashedFile(file.path) as stream:
             results = write_items(staged.writer, stream, file.path.name, file.items)
         return file.path.name, stream.entry, results
@@ -168,18 +176,79 @@ def _write_file(staged: Staged) -> Callable:
     return write
 
 
+class HashedFile:
+    """A file written from front to end and hashed; synced and closed by the `with` block.
+
+    `entry` is computed from the bytes handed to the disk, so that what the disk changes shows on
+    loading.
+    """
+
+    def __init__(self, path: Path):
+        self._file = open(path, "wb", buffering=0)  # noqa: SIM115 - closed by __exit__
+        self._hasher = blake3()
+        self._position = 0
+        self._failure: OSError | None = None
+
+    def __enter__(self) -> HashedFile:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        try:
+            if self._failure is not None:
+                raise self._failure  # torch raises an error that hides this one
+            if kind is None:
+                os.fsync(self._file.fileno())
+        finally:
+            self._file.close()
+
+    @property
+    def entry(self) -> Entry:
+        return Entry(self._position, self._hasher.hexdigest())
+
+    def write(self, piece) -> int:
+        """Write all of `piece`; a raw file may take less at a time."""
+        left = memoryview(piece).cast("B")
+        self._hasher.update(left)
+        count = len(left)
+        try:
+            while left:
+                left = left[self._file.write(left) :]
+        except OSError as error:
+            self._failure = self._failure or error
+            raise
+        self._position += count
+        return count
+
+    def tell(self) -> int:
+        return self._position
+
+    def flush(self) -> None:
+        pass
+
+
+def write_items(
+    writer: FileSystemWriterAsync,
+    stream: HashedFile,
+    name: str,
+    items: Sequence[tuple[Any, Any]],
+) -> list[Any]:
+    """Append `items` in the format of torch's distributed checkpoint; return its results."""
+    form = SerializationFormat.TORCH_SAVE
+    return [_write_item(writer.transforms, stream, data, item, name, form) for item, data in items]
+
+
 def _finish(
-    staged: Staged, partial: Path, folder: Path, state: dict[str, Any], everyone: list[Written]
+    staged: Staged, partial: Path, folder: Path, state: dict[str, Any], from_all: list[Written]
 ) -> str | None:
-    """Rank 0's end of a save: the small files, the manifest, the name. Returns what went wrong."""
-    errors = [f"rank {w.rank}: {w.error}" for w in everyone if w.error is not None]
+    """Finish a save on rank 0: small files, manifest, rename. Returns the error, or None."""
+    errors = [f"rank {w.rank}: {w.error}" for w in from_all if w.error is not None]
     if not errors:
         try:
-            results = [results for written in everyone for results in written.results]
+            results = [results for written in from_all for results in written.results]
             staged.writer.finish(staged.metadata, results)
             save_config(CheckpointingConfig(BACKEND, VERSION), str(partial))
             (partial / STATE_FILE).write_text(json.dumps(state), encoding="utf-8")
-            known = {name: entry for w in everyone for name, entry in w.entries.items()}
+            known = {name: entry for w in from_all for name, entry in w.entries.items()}
             for path in partial.iterdir():
                 if path.name not in known:  # those are synced already
                     fsync(path)

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader, TensorStorageMetadata
 
+from megatron_r1.errors import UserError
 from megatron_r1.weights.stored.raw import read_box
 from megatron_r1.weights.stored.saved_tensor import describe_saved
 
@@ -43,7 +44,7 @@ class _Chunk:
 class DistributedCheckpoint:
     """The tensors of the checkpoint in `folder`: `shapes` and `dtypes` by key.
 
-    Raises ValueError when the folder is no such checkpoint, or a file of it is missing or cut off.
+    Raises UserError when the folder is no such checkpoint, or a file of it is missing or cut off.
     """
 
     def __init__(self, folder: str | Path):
@@ -86,7 +87,7 @@ class DistributedCheckpoint:
             target.copy_(self._read_chunk(key, chunk, inside, size))
             covered += prod(size)
         if covered != out.numel():
-            raise ValueError(
+            raise UserError(
                 f"{self.path} holds {covered} of the {out.numel()} elements of {key} at "
                 f"{tuple(starts)}: it is not complete; use another checkpoint"
             )
@@ -127,7 +128,7 @@ class DistributedCheckpoint:
             at = self._data_offset(file, key, chunk)
             return read_box(file, at, chunk.sizes, self.dtypes[key], starts, sizes)
         except (zipfile.BadZipFile, pickle.UnpicklingError, KeyError, EOFError) as error:
-            raise ValueError(f"{where} is damaged ({error}); use another checkpoint") from error
+            raise UserError(f"{where} is damaged ({error}); use another checkpoint") from error
 
     def _data_offset(self, file: int, key: str, chunk: _Chunk) -> int:
         known = self._data_offsets.get((chunk.file, chunk.offset))
@@ -149,11 +150,11 @@ class DistributedCheckpoint:
             ends[at.relative_path] = max(ends[at.relative_path], at.offset + at.length)
         absent = sorted(name for name in ends if not (self.path / name).is_file())
         if absent:
-            raise ValueError(f"checkpoint {self.path} lacks files: {', '.join(absent)}")
+            raise UserError(f"checkpoint {self.path} lacks files: {', '.join(absent)}")
         for name, end in sorted(ends.items()):
             size = (self.path / name).stat().st_size
             if size < end:
-                raise ValueError(
+                raise UserError(
                     f"{self.path / name} has {size} bytes of at least {end}: it is cut off; use "
                     "another checkpoint"
                 )
@@ -162,18 +163,18 @@ class DistributedCheckpoint:
 def _metadata(folder: Path):
     about = folder / "metadata.json"
     if not about.is_file() or not (folder / ".metadata").is_file():
-        raise ValueError(
+        raise UserError(
             f"{folder} is no Megatron distributed checkpoint: it lacks metadata.json or .metadata"
         )
     backend = json.loads(about.read_text(encoding="utf-8")).get("sharded_backend")
     if backend != "torch_dist":
-        raise ValueError(
+        raise UserError(
             f"{folder} was written in Megatron's format {backend!r}; save it as 'torch_dist'"
         )
     try:
         return FileSystemReader(folder).read_metadata()
     except (pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError) as error:
-        raise ValueError(
+        raise UserError(
             f"{folder / '.metadata'} is damaged ({error}); use another checkpoint"
         ) from error
 

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import re
 
+from megatron_r1.errors import UserError
+
 BLOCK = 128
 STORED = "float8_e4m3fn"
 CONFIG = {
@@ -46,11 +48,11 @@ def scale_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def check_config(hf: dict) -> None:
-    """Raise ValueError for a `quantization_config` that is not this layout."""
+    """Raise UserError for a `quantization_config` that is not this layout."""
     found = hf.get("quantization_config") or CONFIG
     for key in ("quant_method", "fmt", "weight_block_size"):
         if found.get(key, CONFIG[key]) != CONFIG[key]:
-            raise ValueError(
+            raise UserError(
                 f"quantization_config.{key}={found[key]!r} in config.json cannot be read, only "
                 f"{CONFIG[key]!r}: convert a bf16 checkpoint of the model instead"
             )

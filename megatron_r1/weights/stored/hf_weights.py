@@ -7,6 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from megatron_r1.errors import UserError
 from megatron_r1.weights.layout import Shape, hf_tensors, table
 from megatron_r1.weights.stored import fp8, fp8_blocks
 from megatron_r1.weights.stored.safetensors_file import SafetensorsFile
@@ -91,7 +92,7 @@ class HfWeights:
         return self.read_stored(fp8.scale_name(name), (0,) * len(shape), shape)
 
     def check(self, with_mtp: bool) -> None:
-        """Raise ValueError naming every missing, unexpected or mis-shaped tensor."""
+        """Raise UserError naming every missing, unexpected or mis-shaped tensor."""
         hf = self.hf
         known = hf_tensors(hf)
         needed = hf_tensors(hf, with_mtp=with_mtp).keys() - self.copies.keys()
@@ -118,7 +119,7 @@ class HfWeights:
             if names
         ]
         if problems:
-            raise ValueError(
+            raise UserError(
                 f"checkpoint {self.path} does not fit its config.json: {'; '.join(problems)}"
                 + _hint(missing, hf)
             )

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatron_r1.errors import UserError
 from megatron_r1.weights.layout import Shape, hf_tensors, table
 from megatron_r1.weights.stored.dcp_reading import DistributedCheckpoint
 from megatron_r1.weights.stored.megatron_names import StoredLayout, stored_layout
@@ -18,7 +19,7 @@ class MegatronWeights:
     """The HF tensors inside the checkpoint in `folder`, whose model has the configuration `hf`.
 
     Whatever layout saved it, with Megatron's own layers or Transformer Engine's, with layers one by
-    one or stacked. Raises ValueError when the folder is no complete checkpoint of this model.
+    one or stacked. Raises UserError when the folder is no complete checkpoint of this model.
     """
 
     def __init__(self, folder: str | Path, hf: dict):
@@ -69,9 +70,9 @@ class MegatronWeights:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def check(self, with_mtp: bool) -> None:
-        """Raise ValueError when MTP layers are wanted and the checkpoint has none."""
+        """Raise UserError when MTP layers are wanted and the checkpoint has none."""
         if with_mtp and not self.with_mtp and table(self.hf).mtp:
-            raise ValueError(
+            raise UserError(
                 f"checkpoint {self.path} has no MTP layers; leave them out (model.mtp: none)"
             )
 
@@ -88,7 +89,7 @@ class MegatronWeights:
             if fewest is None or len(missing) < len(fewest):
                 fewest = missing
         assert fewest is not None
-        raise ValueError(
+        raise UserError(
             f"checkpoint {self.path} does not fit the configuration of "
             f"{self.hf['architectures'][0]}: it lacks {', '.join(fewest[:4])}"
             f"{f' … and {len(fewest) - 4} more' if len(fewest) > 4 else ''}; give the "
@@ -100,7 +101,7 @@ class MegatronWeights:
             found = self.checkpoint.shapes[key]
             padded = key in self.layout.vocabulary and found[0] > expected[0]
             if found != expected and not (padded and found[1:] == expected[1:]):
-                raise ValueError(
+                raise UserError(
                     f"checkpoint {self.path} holds {key} as {found}, the configuration says "
                     f"{expected}: give the config.json it was trained with"
                 )

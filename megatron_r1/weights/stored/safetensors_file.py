@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from megatron_r1.errors import UserError
 from megatron_r1.weights.stored.raw import read_box
 
 DTYPES = {
@@ -42,7 +43,7 @@ class Stored:
 
 
 class SafetensorsFile:
-    """The tensors of a file by name. Raises ValueError, naming the file, when it is damaged."""
+    """The tensors of a file by name. Raises UserError, naming the file, when it is damaged."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -51,7 +52,7 @@ class SafetensorsFile:
             self.tensors = self._header()
         except ValueError as error:
             os.close(self.file)
-            raise ValueError(f"{path} is damaged: {error}; fetch or write it again") from error
+            raise UserError(f"{path} is damaged: {error}; fetch or write it again") from error
 
     def close(self) -> None:
         os.close(self.file)

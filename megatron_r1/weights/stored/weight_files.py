@@ -5,22 +5,24 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from megatron_r1.errors import UserError
+
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Those in a Hugging Face folder. Raises ValueError where there are none, and names those that
+    """Those in a Hugging Face folder. Raises UserError where there are none, and names those that
     its index lists in vain."""
     single, index = folder / SINGLE, folder / INDEX
     if index.is_file():
         try:
             weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         except (ValueError, KeyError) as error:
-            raise ValueError(f"{index} is damaged ({error!r}); fetch it again") from error
+            raise UserError(f"{index} is damaged ({error!r}); fetch it again") from error
         files = [folder / name for name in sorted(set(weight_map.values()))]
         if missing := [file.name for file in files if not file.is_file()]:
-            raise ValueError(f"{index} names files that {folder} lacks: {', '.join(missing)}")
+            raise UserError(f"{index} names files that {folder} lacks: {', '.join(missing)}")
         return files
     if not single.is_file():
-        raise ValueError(f"{folder} has neither {single.name} nor {index.name}")
+        raise UserError(f"{folder} has neither {single.name} nor {index.name}")
     return [single]

@@ -11,10 +11,10 @@ from megatron_r1.config import Config
 from megatron_r1.config.algorithms import NAMES
 from megatron_r1.rl import algorithms
 from megatron_r1.training.head import Head
-from megatron_r1.training.losses import find_function, find_loss
 from megatron_r1.training.packed import Split, packed_batch
 from megatron_r1.training.token_advantages import Responses, Scored
 from megatron_r1.training.wire import Sample
+from megatron_r1.user_code import find_function
 
 HIDDEN, VOCABULARY, TEMPERATURE, LIMIT = 5, 11, 0.7, 12
 REWARDS = [
@@ -124,14 +124,14 @@ def ours(problem, name, settings):
     ]
     if first_old:
         every = [batch for step in steps for batch, _ in step]
-        function = find_function(algorithm.token_advantages, "token advantages")
+        function = find_function(algorithm.token_advantages)
         function(Scored(every), config.rl.token_settings)
     settings = {**config.rl.loss_settings, "max_response_tokens": LIMIT}
     for step in steps:
         terms = []
         for batch, hidden in step:
             head = Head(batch, hidden, problem.weight, TEMPERATURE, None, VOCABULARY)
-            terms.append(find_loss(algorithm.loss)(batch, head, settings))
+            terms.append(find_function(algorithm.loss)(batch, head, settings))
         total = sum(t.loss for t in terms) / sum(t.denominator for t in terms)
         total.backward()
         yield total.detach(), problem.gradients(), terms, [batch for batch, _ in step]
@@ -310,7 +310,7 @@ def test_rewards_that_are_all_equal_are_normalised_to_0():
         [Sample.pack([1], [2] * n, None, 0.7) for n in (1, 4, 9)], Split(), torch.device("cpu")
     )
     settings = {"kl_beta": 0.0, "discount": 1.0, "advantage_epsilon": 0.0}
-    find_function(algorithms.find("reinforce_pp").token_advantages, "x")(Scored([batch]), settings)
+    find_function(algorithms.find("reinforce_pp").token_advantages)(Scored([batch]), settings)
     assert batch.advantages.abs().max() < 1e-6
 
 
@@ -345,7 +345,7 @@ def test_a_micro_batch_without_samples_is_left_as_it_is():
     batch.logprobs["old"] = batch.logprobs["reference"] = torch.zeros(2)
     scored = Scored([batch])
     settings = {"kl_beta": 0.1, "discount": 1.0, "advantage_epsilon": 1e-6}
-    find_function(algorithms.find("reinforce_pp").token_advantages, "x")(scored, settings)
+    find_function(algorithms.find("reinforce_pp").token_advantages)(scored, settings)
     assert batch.advantages.tolist() == [0.0, 0.0]
 
 

@@ -234,11 +234,11 @@ def test_old_ones_go_only_when_the_new_one_is_whole(tmp_path):
         for step in (1, 2, 3):
             await series.save(ranks, step, {"step": step})
             assert series.latest == (finding.path_of(tmp_path, step - 1) if step > 1 else None)
-            assert await series.news(ranks) == {}
-            news = await series.news(ranks)
-            assert news["checkpoint/step"] == step and news["checkpoint/seconds"] == 2.5
-            assert 0 <= news["checkpoint/seconds_blocked"] < 1
-            assert await series.news(ranks) == {}
+            assert await series.completed(ranks) == {}
+            metrics = await series.completed(ranks)
+            assert metrics["checkpoint/step"] == step and metrics["checkpoint/seconds"] == 2.5
+            assert 0 <= metrics["checkpoint/seconds_blocked"] < 1
+            assert await series.completed(ranks) == {}
         ranks.error = "checkpoint step 4 could not be written (disk full)"
         await series.save(ranks, 4, {})
         with pytest.raises(TrainerError, match="disk full"):

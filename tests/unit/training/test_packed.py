@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from megatron_r1.training.losses import denominator, find_loss, supervised
+from megatron_r1.training.losses import denominator, supervised
 from megatron_r1.training.packed import Split, packed_batch
 from megatron_r1.training.wire import Sample
+from megatron_r1.user_code import find_function
 
 CPU = torch.device("cpu")
 
@@ -62,6 +63,6 @@ def test_samples_that_do_not_fit_together_are_refused():
 
 
 def test_a_loss_is_found_by_name_or_refused():
-    assert find_loss("megatron_r1.training.losses:supervised") is supervised
-    with pytest.raises(ValueError, match="loss nowhere:x"):
-        find_loss("nowhere:x")
+    assert find_function("megatron_r1.training.losses:supervised") is supervised
+    with pytest.raises(ValueError, match="nowhere.*neither installed"):
+        find_function("nowhere:x")

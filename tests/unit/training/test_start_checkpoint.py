@@ -4,8 +4,7 @@ import pytest
 
 from megatron_r1.config import Config
 from megatron_r1.reporting.run_folder import RunFolder
-from megatron_r1.training.checkpoints import manifest
-from megatron_r1.training.checkpoints.starting import check_folder
+from megatron_r1.training.checkpoints import finding, manifest
 from megatron_r1.training.recorder import Recorder
 
 
@@ -18,9 +17,9 @@ def make(folder):
 
 def test_a_checkpoint_with_a_manifest_is_taken_and_one_without_is_told_of(tmp_path):
     folder = make(tmp_path / "converted")
-    assert check_folder(folder) is None
+    assert finding.check_start(folder) is None
     (folder / "manifest.json").unlink()
-    assert check_folder(folder) == (
+    assert finding.check_start(folder) == (
         f"model.checkpoint {folder} has no manifest.json: its checksums cannot be verified"
     )
 
@@ -30,7 +29,7 @@ def test_a_run_s_folder_is_refused_with_the_name_of_its_newest_checkpoint(tmp_pa
         make(tmp_path / f"run/checkpoints/step_{step:08d}")
     for given in (tmp_path / "run", tmp_path / "run/checkpoints"):
         with pytest.raises(ValueError, match="the newest is .*/run/checkpoints/step_00000012$"):
-            check_folder(given)
+            finding.check_start(given)
 
 
 @pytest.mark.parametrize(
@@ -41,7 +40,7 @@ def test_anything_else_is_refused(tmp_path, exists, said):
     if exists:
         folder.mkdir()
     with pytest.raises(ValueError, match=f"{folder} {said}; give the folder of a Megatron"):
-        check_folder(folder)
+        finding.check_start(folder)
 
 
 def test_a_wrong_one_is_refused_before_the_run_s_settings_are_written(tmp_path):

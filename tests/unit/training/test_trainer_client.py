@@ -36,7 +36,7 @@ def client(tmp_path, monkeypatch):
     client = TrainerClient(Config(model=model), tmp_path)
     client.socket.close()
     client.socket = Repeats()
-    client.places = [{"rank": 0, "last_stage": True, "leads_replica": False}]
+    client.ranks = [{"rank": 0, "last_stage": True, "leads_replica": False}]
     return client
 
 

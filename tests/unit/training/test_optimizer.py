@@ -7,7 +7,7 @@ import torch
 
 from megatron_r1 import platform
 from megatron_r1.config import parse
-from megatron_r1.training.moments import moment_fields, round_moments
+from megatron_r1.training.optimizer import moment_fields, round_moments
 
 BF16 = parse({"optimizer": {"moments": "bfloat16"}})
 

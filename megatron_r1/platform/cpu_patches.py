@@ -1,13 +1,9 @@
-"""Whether this process computes on a CPU or a GPU, and what Megatron-Core needs on a CPU.
+"""What Megatron-Core needs on a CPU: one patch for each CUDA habit of its code.
 
-`prepare()` is called once in a trainer process, before anything imports Megatron-Core. On a GPU it
-does nothing but choose the device. On a CPU it installs PATCHES: Megatron-Core 0.16.1 names CUDA
-directly in some fifty places, and each patch answers one such habit so that the same unmodified
-Megatron trains over gloo. Every patch names an upstream line that needs it;
-tests/unit/test_platform.py fails when that line moves.
-
-Processes that run transformers or vLLM must not call `prepare()`: both ask `torch.cuda` who they
-are on and would believe the answers given here."""
+Megatron-Core names CUDA directly in some fifty places. Each patch names an upstream line that
+needs it; tests/unit/test_platform.py fails when that line moves. `platform.prepare()` installs the
+patches in the order of this file, before Megatron is imported.
+"""
 
 from __future__ import annotations
 
@@ -19,58 +15,16 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_r1.processes.memory import keep_freed_memory
-
 CPU = torch.device("cpu")
-_REAL_CUDA = torch.cuda.is_available()
-_prepared = False
-
-
-def has_gpu() -> bool:
-    """Whether this process trains on CUDA. Asked of the real driver, whatever is patched."""
-    return _REAL_CUDA
-
-
-def device() -> torch.device:
-    """The device of this process's parameters and batches."""
-    return torch.device("cuda", torch.cuda.current_device()) if _REAL_CUDA else CPU
-
-
-def distributed_backend() -> str:
-    """The torch.distributed backend that carries this device's tensors."""
-    return "nccl" if _REAL_CUDA else "gloo"
-
-
-def uses_transformer_engine() -> bool:
-    """Whether models are built from Transformer Engine's layers (GPU images) or from ours (CPU)."""
-    if not _REAL_CUDA:
-        return False
-    try:
-        import transformer_engine.pytorch  # noqa: F401
-    except ImportError:
-        return False
-    return True
-
-
-def prepare(local_rank: int = 0) -> torch.device:
-    """Make this process able to import and run Megatron-Core; returns the device to train on."""
-    global _prepared
-    if _REAL_CUDA:
-        torch.cuda.set_device(local_rank)
-    elif not _prepared:
-        for patch in PATCHES:
-            patch.install()
-        keep_freed_memory()
-        _prepared = True
-    return device()
+MEGATRON_VERSION = "0.16.1"
 
 
 @dataclass(frozen=True)
 class Patch:
-    """One CPU answer to one CUDA habit of Megatron-Core.
+    """The CPU's answer to one CUDA habit of Megatron-Core.
 
-    upstream: file below `megatron/core` and line, as of `MEGATRON_VERSION`; text: what stands
-    there."""
+    upstream: file below `megatron/core` and line, as of `MEGATRON_VERSION`; text: what that line
+    contains."""
 
     name: str
     upstream: str
@@ -78,7 +32,19 @@ class Patch:
     install: Callable[[], None]
 
 
-MEGATRON_VERSION = "0.16.1"
+PATCHES: list[Patch] = []
+
+
+def _patch(
+    name: str, upstream: str, text: str
+) -> Callable[[Callable[[], None]], Callable[[], None]]:
+    """Register the decorated function as a patch; the arguments are those of `Patch`."""
+
+    def register(install: Callable[[], None]) -> Callable[[], None]:
+        PATCHES.append(Patch(name, upstream, text, install))
+        return install
+
+    return register
 
 
 class _Event:
@@ -117,17 +83,32 @@ def _names_cuda(where) -> bool:
     return isinstance(where, (str, torch.device)) and str(where).startswith("cuda")
 
 
+@_patch(
+    "no torch.compile",
+    "jit.py:21",
+    "jit_fuser = torch.compile",
+)
 def _disable_compile() -> None:
     # Read when a function is decorated, so it has to be set before Megatron is imported: compiling
     # a dozen two-line functions with a C++ compiler costs a laptop more than they ever save.
     os.environ["TORCHDYNAMO_DISABLE"] = "1"
 
 
+@_patch(
+    "the current device",
+    "distributed/param_and_grad_buffer.py:783",
+    "device=torch.cuda.current_device()",
+)
 def _current_device() -> None:
     torch.cuda.current_device = lambda: CPU
     torch.cuda.set_device = lambda device: None
 
 
+@_patch(
+    "streams and events",
+    "transformer/moe/token_dispatcher.py:445",
+    "torch.cuda.Stream()",
+)
 def _streams() -> None:
     only = _Stream()
     torch.cuda.Stream, torch.cuda.Event = _Stream, _Event
@@ -137,6 +118,11 @@ def _streams() -> None:
     torch.cuda.empty_cache = lambda: None
 
 
+@_patch(
+    "CUDA's random state is the CPU's",
+    "tensor_parallel/random.py:235",
+    "torch.cuda.get_rng_state()",
+)
 def _random_state() -> None:
     cuda = torch.cuda
     cuda.get_rng_state = cuda.random.get_rng_state = lambda device=None: torch.get_rng_state()
@@ -145,13 +131,11 @@ def _random_state() -> None:
     cuda.manual_seed_all = lambda seed: None
 
 
-def _megatron_random_state() -> None:
-    import megatron.core.tensor_parallel.random as random
-
-    random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
-    random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
-
-
+@_patch(
+    'factories with device="cuda"',
+    "pipeline_parallel/schedules.py:596",
+    'device="cuda"',
+)
 def _factories() -> None:
     names = (
         "zeros ones empty full tensor as_tensor arange linspace eye rand randn randint randperm "
@@ -170,6 +154,11 @@ def _factories() -> None:
         setattr(torch, name, functools.wraps(make)(on_cpu))
 
 
+@_patch(
+    "moves to the GPU",
+    "optimizer/optimizer.py:375",
+    "p.data.cuda()",
+)
 def _moves() -> None:
     to = torch.Tensor.to
 
@@ -184,6 +173,11 @@ def _moves() -> None:
     torch.Tensor.pin_memory = lambda self, *args, **kwargs: self
 
 
+@_patch(
+    "type names",
+    "optimizer/distrib_optimizer.py:420",
+    "model_param.type() == 'torch.cuda.FloatTensor'",
+)
 def _type_names() -> None:
     of = torch.Tensor.type
 
@@ -198,12 +192,24 @@ def _type_names() -> None:
         setattr(torch.cuda, kind, getattr(torch, kind))
 
 
-def _router_gemm() -> None:
-    import megatron.core.transformer.moe.moe_utils as moe_utils
+# From here on a patch imports Megatron, so the ones above have to be in place.
+@_patch(
+    "Megatron's own CUDA random state",
+    "tensor_parallel/random.py:66",
+    "torch.cuda.default_generators[idx]",
+)
+def _megatron_random_state() -> None:
+    import megatron.core.tensor_parallel.random as random
 
-    moe_utils.te_general_gemm = None
+    random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
 
 
+@_patch(
+    "MLA asks for Transformer Engine classes that failed to import",
+    "transformer/multi_latent_attention.py:64",
+    "TEColumnParallelLinear, TELinear, Linear, set_save_original_input = None, None",
+)
 def _mla_linear_names() -> None:
     import megatron.core.transformer.multi_latent_attention as mla
 
@@ -214,6 +220,22 @@ def _mla_linear_names() -> None:
     mla.TELinear = mla.TEColumnParallelLinear = mla.Linear = Absent
 
 
+@_patch(
+    "the router's GEMM imports from Transformer Engine",
+    "transformer/moe/moe_utils.py:34",
+    "te_general_gemm",
+)
+def _router_gemm() -> None:
+    import megatron.core.transformer.moe.moe_utils as moe_utils
+
+    moe_utils.te_general_gemm = None
+
+
+@_patch(
+    "all-to-all split sizes are wanted in numpy, and only a CUDA tensor is converted",
+    "transformer/moe/moe_utils.py:1093",
+    "tensor.is_cuda",
+)
 def _splits_as_numpy() -> None:
     import megatron.core.transformer.moe.moe_utils as moe_utils
     import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
@@ -224,6 +246,11 @@ def _splits_as_numpy() -> None:
     moe_utils.maybe_move_tensor_to_cpu = token_dispatcher.maybe_move_tensor_to_cpu = to_numpy
 
 
+@_patch(
+    "gathers of uneven length, as experts split over tensor ranks need, which gloo lacks",
+    "tensor_parallel/mappings.py:150",
+    "torch.distributed.all_gather(output_tensor_list, input_, group=group)",
+)
 def _uneven_gathers() -> None:
     import torch.distributed as dist
     from megatron.core.tensor_parallel import mappings
@@ -254,6 +281,11 @@ def _uneven_gathers() -> None:
     mappings._reduce_scatter_along_first_dim = scatter_uneven
 
 
+@_patch(
+    "recomputing a norm takes fp8=False for FP8 and asks Transformer Engine",
+    "tensor_parallel/random.py:636",
+    "self.fp8 = fp8 is not None",
+)
 def _recompute_without_fp8() -> None:
     from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
 
@@ -265,6 +297,11 @@ def _recompute_without_fp8() -> None:
     CheckpointWithoutOutput.__init__ = without_fp8
 
 
+@_patch(
+    "loading torch's AdamW, whose state has a step that Megatron saves elsewhere",
+    "optimizer/distrib_optimizer.py:939",
+    "for key in dst_tensors:",
+)
 def _adam_step_on_load() -> None:
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
@@ -280,82 +317,3 @@ def _adam_step_on_load() -> None:
         set_state(self, model_param, {"step": state["step"], **tensors})
 
     DistributedOptimizer._set_main_param_and_optimizer_states = with_step
-
-
-PATCHES = (
-    Patch("no torch.compile", "jit.py:21", "jit_fuser = torch.compile", _disable_compile),
-    Patch(
-        "the current device",
-        "distributed/param_and_grad_buffer.py:783",
-        "device=torch.cuda.current_device()",
-        _current_device,
-    ),
-    Patch(
-        "streams and events",
-        "transformer/moe/token_dispatcher.py:445",
-        "torch.cuda.Stream()",
-        _streams,
-    ),
-    Patch(
-        "CUDA's random state is the CPU's",
-        "tensor_parallel/random.py:235",
-        "torch.cuda.get_rng_state()",
-        _random_state,
-    ),
-    Patch(
-        'factories with device="cuda"',
-        "pipeline_parallel/schedules.py:596",
-        'device="cuda"',
-        _factories,
-    ),
-    Patch("moves to the GPU", "optimizer/optimizer.py:375", "p.data.cuda()", _moves),
-    Patch(
-        "type names",
-        "optimizer/distrib_optimizer.py:420",
-        "model_param.type() == 'torch.cuda.FloatTensor'",
-        _type_names,
-    ),
-    # From here on a patch imports Megatron, so the ones above have to be in place.
-    Patch(
-        "Megatron's own CUDA random state",
-        "tensor_parallel/random.py:66",
-        "torch.cuda.default_generators[idx]",
-        _megatron_random_state,
-    ),
-    Patch(
-        "MLA asks for Transformer Engine classes that failed to import",
-        "transformer/multi_latent_attention.py:64",
-        "TEColumnParallelLinear, TELinear, Linear, set_save_original_input = None, None",
-        _mla_linear_names,
-    ),
-    Patch(
-        "the router's GEMM imports from Transformer Engine",
-        "transformer/moe/moe_utils.py:34",
-        "te_general_gemm",
-        _router_gemm,
-    ),
-    Patch(
-        "all-to-all split sizes are wanted in numpy, and only a CUDA tensor is converted",
-        "transformer/moe/moe_utils.py:1093",
-        "tensor.is_cuda",
-        _splits_as_numpy,
-    ),
-    Patch(
-        "gathers of uneven length, as experts split over tensor ranks need, which gloo lacks",
-        "tensor_parallel/mappings.py:150",
-        "torch.distributed.all_gather(output_tensor_list, input_, group=group)",
-        _uneven_gathers,
-    ),
-    Patch(
-        "recomputing a norm takes fp8=False for FP8 and asks Transformer Engine",
-        "tensor_parallel/random.py:636",
-        "self.fp8 = fp8 is not None",
-        _recompute_without_fp8,
-    ),
-    Patch(
-        "loading torch's AdamW, whose state has a step that Megatron saves elsewhere",
-        "optimizer/distrib_optimizer.py:939",
-        "for key in dst_tensors:",
-        _adam_step_on_load,
-    ),
-)

@@ -1,0 +1,101 @@
+"""Whether this process computes on a CPU or a GPU, and everything that has to be patched for a CPU.
+
+`prepare()` is called once in a trainer process, before anything imports Megatron-Core. On a GPU it
+only chooses the device; on a CPU it installs `cpu_patches`, so that the same unmodified Megatron
+trains over gloo. No other file patches Megatron or torch for a CPU. Files that have to choose
+between two settings or two layers ask `has_gpu()` or `uses_transformer_engine()`:
+
+    models/config.py, layers.py, fp8/         Transformer Engine's layers, or Megatron's and ours
+    training/construction.py, optimizer.py    overlapped reduction, Transformer Engine's Adam
+    engine/gpu.py (no torch)                  vLLM's settings for CPU and GPU
+
+Processes that run transformers or vLLM must not call `prepare()`: both ask `torch.cuda` which
+device they run on and would believe the patched answers."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_r1.platform.cpu_patches import CPU, PATCHES
+from megatron_r1.processes.memory import keep_freed_memory
+
+_REAL_CUDA = torch.cuda.is_available()
+_prepared = False
+
+
+def has_gpu() -> bool:
+    """Whether this process trains on CUDA. The answer is the real driver's, also after patching."""
+    return _REAL_CUDA
+
+
+def device() -> torch.device:
+    """Return the device of this process's parameters and batches."""
+    return torch.device("cuda", torch.cuda.current_device()) if _REAL_CUDA else CPU
+
+
+def distributed_backend() -> str:
+    """Return the torch.distributed backend that carries this device's tensors."""
+    return "nccl" if _REAL_CUDA else "gloo"
+
+
+def uses_transformer_engine() -> bool:
+    """Whether models are built from Transformer Engine's layers (GPU images) or from ours (CPU)."""
+    if not _REAL_CUDA:
+        return False
+    try:
+        import transformer_engine.pytorch  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def prepare(local_rank: int = 0) -> torch.device:
+    """Make this process able to import and run Megatron-Core; return the device to train on."""
+    global _prepared
+    if _REAL_CUDA:
+        torch.cuda.set_device(local_rank)
+    elif not _prepared:
+        for patch in PATCHES:
+            patch.install()
+        keep_freed_memory()
+        _prepared = True
+    return device()
+
+
+def join_process_group() -> None:
+    """Initialise torch.distributed from torchrun's environment variables, unless it is already."""
+    if not dist.is_initialized():
+        dist.init_process_group(distributed_backend(), device_id=device() if _REAL_CUDA else None)
+
+
+def hush_warnings() -> None:
+    """Ignore, on a CPU, Megatron's warnings that Apex and Transformer Engine are missing."""
+    if not _REAL_CUDA:
+        warnings.filterwarnings("ignore", module=r"megatron\.core\.")
+
+
+def synchronize() -> None:
+    """Wait for all work queued on the device; a CPU has no queue."""
+    if _REAL_CUDA:
+        torch.cuda.synchronize()
+
+
+def empty_on_host(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Return an uninitialised tensor in host memory, pinned where there is a GPU: only to and from
+    pinned memory are copies fast and asynchronous."""
+    return torch.empty(shape, dtype=dtype, device=CPU, pin_memory=_REAL_CUDA)
+
+
+def rng_state() -> Tensor | None:
+    """Return the state of the GPU's random stream; None without a GPU."""
+    return torch.cuda.get_rng_state() if _REAL_CUDA else None
+
+
+def set_rng_state(state: Tensor | None) -> None:
+    """Restore what `rng_state` returned, where this process has a GPU too."""
+    if _REAL_CUDA and state is not None:
+        torch.cuda.set_rng_state(state)

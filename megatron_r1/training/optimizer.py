@@ -1,0 +1,104 @@
+"""The optimizer of a trainer rank: Adam over all model chunks, its state spread over data
+parallelism.
+
+`optimizer.moments: bfloat16` keeps Adam's moments as DeepSeek-V3 does (arXiv 2412.19437 section
+3.3.3), with master weights and gradients in fp32: 4 of the optimizer's 12 bytes per parameter are
+saved. On a GPU Transformer Engine's Adam stores them so; on a CPU they are rounded after every
+step, which gives the same numbers without the saving."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+
+from megatron_r1 import platform
+from megatron_r1.config import Config
+from megatron_r1.errors import UserError
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def new_optimizer(config: Config, chunks: list[DistributedDataParallel]) -> MegatronOptimizer:
+    """Return Adam with decoupled weight decay over all chunks.
+
+    Raises UserError for moments or an offload that this machine cannot do.
+    """
+    settings, dtype = config.optimizer, config.model.dtype
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer="adam",
+            lr=settings.learning_rate,
+            min_lr=settings.min_learning_rate,
+            weight_decay=settings.weight_decay,
+            adam_beta1=settings.beta1,
+            adam_beta2=settings.beta2,
+            adam_eps=settings.epsilon,
+            clip_grad=settings.clip_grad,
+            bf16=dtype == "bfloat16",
+            params_dtype=getattr(torch, dtype),
+            use_distributed_optimizer=True,
+            **_offload_fields(config.parallel.optimizer_offload),
+            **moment_fields(config),
+        ),
+        chunks,
+    )
+    round_moments(optimizer, config)
+    return optimizer
+
+
+def _offload_fields(share: float) -> dict[str, Any]:
+    # Without a GPU all of it is in host memory already.
+    if share == 0 or not platform.has_gpu():
+        return {}
+    if not platform.uses_transformer_engine():
+        raise UserError(
+            f"parallel.optimizer_offload={share} needs Transformer Engine, whose Adam updates what "
+            "stays on the GPU; set it to 0"
+        )
+    return {
+        "optimizer_cpu_offload": True,
+        "optimizer_offload_fraction": share,
+        "overlap_cpu_optimizer_d2h_h2d": True,
+        # The hybrid optimizer reads gradients from where this one leaves them
+        # (optimizer/cpu_offloading/hybrid_optimizer.py:102, Megatron-Core 0.16.1).
+        "use_precision_aware_optimizer": True,
+    }
+
+
+def moment_fields(config: Config) -> dict[str, Any]:
+    """Return the fields of Megatron's OptimizerConfig for `optimizer.moments`.
+
+    Raises UserError without Transformer Engine, and together with an offload.
+    """
+    if config.optimizer.moments == "float32" or not platform.has_gpu():
+        return {}
+    if not platform.uses_transformer_engine():
+        raise UserError(
+            "optimizer.moments=bfloat16 needs Transformer Engine, whose Adam stores them; use "
+            "float32"
+        )
+    if config.parallel.optimizer_offload:
+        raise UserError(
+            "optimizer.moments=bfloat16 is not possible with parallel.optimizer_offload="
+            f"{config.parallel.optimizer_offload}: what is offloaded is updated in fp32; use one "
+            "of the two"
+        )
+    dtypes = {f"{name}_dtype": torch.bfloat16 for name in _MOMENTS}
+    return {"use_precision_aware_optimizer": True, **dtypes}
+
+
+def round_moments(optimizer: Any, config: Config) -> None:
+    """On a CPU, have `optimizer` round bf16 moments after every step."""
+    if config.optimizer.moments == "float32" or platform.has_gpu():
+        return
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        part.optimizer.register_step_post_hook(_round)
+
+
+def _round(optimizer: torch.optim.Optimizer, args, kwargs) -> None:
+    for state in optimizer.state.values():
+        for name in _MOMENTS:
+            state[name].copy_(state[name].bfloat16())
