@@ -1,27 +1,23 @@
 """tools/bench estimators: its figures worked out by hand, and what each algorithm is given."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
+from megatron_r1 import cli
+from megatron_r1 import config as configuration
+from megatron_r1.config.algorithms import NAMES
+from megatron_r1.workflow.graph import Graph
+from megatron_r1.workflow.identity import typed
+from megatron_r1.workflow.plan import Plan
+from megatron_r1.workflow.recipe import load
+from tools.bench import estimators
+from tools.bench.estimators import figures
+from tools.bench.estimators.settings import CHOICES, recipe
+
 ROOT = Path(__file__).parents[3]
-sys.path.insert(0, str(ROOT / "tools" / "bench"))
-
-import estimators  # noqa: E402
-from estimators import figures, page  # noqa: E402
-from estimators.graph import recipe  # noqa: E402
-from estimators.settings import CHOICES  # noqa: E402
-
-from megatron_r1 import cli  # noqa: E402
-from megatron_r1 import config as configuration  # noqa: E402
-from megatron_r1.config.algorithms import NAMES  # noqa: E402
-from megatron_r1.workflow.graph import Graph  # noqa: E402
-from megatron_r1.workflow.identity import typed  # noqa: E402
-from megatron_r1.workflow.plan import Plan  # noqa: E402
-from megatron_r1.workflow.recipe import load  # noqa: E402
 
 
 def metrics(accuracies, passed_over=()) -> list[dict]:
@@ -99,7 +95,7 @@ def test_the_page_shows_its_figures_and_the_reasons_of_those_that_ran():
         "seeds": [0, 1],
         "runs": {"grpo": {"0": a_run(14, 0.9)}, "gspo": {"0": a_run(None, 0.5)}},
     }
-    text = page.as_page(result, cores=3)
+    text = figures.as_page(result, cores=3)
     for shown in ("| `grpo` | 14 | 90.0% | 256 |", "| `gspo` | never |", "3 cores", "20.0%"):
         assert shown in text
     assert CHOICES["gspo"].why in text and CHOICES["ppo"].why not in text

@@ -2,19 +2,14 @@
 
 import math
 import random
-import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[3] / "tools" / "bench"))
-
-from fp8 import curves  # noqa: E402
-from fp8.text import ENTROPY, LENGTH, Language  # noqa: E402
-from fp8.variants import VARIANTS, settings  # noqa: E402
-
-from megatron_r1.config import parse  # noqa: E402
+from megatron_r1.config import parse
+from tools.bench.fp8 import curves
+from tools.bench.fp8.language import ENTROPY, LENGTH, Language
+from tools.bench.fp8.variants import VARIANTS, settings
 
 
 def test_sentences_have_the_stated_entropy_and_depend_on_their_names_alone():

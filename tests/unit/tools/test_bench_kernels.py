@@ -5,21 +5,16 @@ import dataclasses
 import math
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[3] / "tools" / "bench"))
-
-from kernels.case_run import CaseRun  # noqa: E402
-from kernels.cases import CASES, Case  # noqa: E402
-from kernels.implementation import OURS, Implementation  # noqa: E402
-from kernels.inputs import HiddenInputs, LogitsInputs, PolicyInputs  # noqa: E402
-from kernels.matrix_inputs import MatrixInputs  # noqa: E402
-from kernels.sizes import PRESETS, Sizes  # noqa: E402
-
-from kernels import measure, supervise, table  # noqa: E402
+from tools.bench.kernels import measure, supervise, table
+from tools.bench.kernels.case_run import CaseRun
+from tools.bench.kernels.cases import CASES, Case
+from tools.bench.kernels.implementation import OURS, Implementation
+from tools.bench.kernels.inputs import HiddenInputs, LogitsInputs, MatrixInputs, PolicyInputs
+from tools.bench.kernels.sizes import PRESETS, Sizes
 
 CPU = torch.device("cpu")
 SMALL = Sizes(tokens=48, vocab=333, hidden=16, dtype="float32")

@@ -2,19 +2,15 @@
 
 import json
 import random
-import sys
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[3] / "tools" / "bench"))
-
-from step import SETTINGS, WORKS, figures, ours, page, work  # noqa: E402
-from step.model import Tail, write_model  # noqa: E402
-
-from megatron_r1.config import parse  # noqa: E402
+from megatron_r1.config import parse
+from tools.bench.step import SETTINGS, WORKS, figures, ours, work
+from tools.bench.step.model import Tail, write_model
 
 
 def step(seconds: float, tokens: int, **phases: float) -> dict:
@@ -51,7 +47,7 @@ def test_the_page_shows_the_figures_it_was_given():
         "comparisons": {"short": both},
         "overlap": figures.overlapped([step(3, 1, **phases)], [step(2.2, 1)]),
     }
-    text = page.as_page(result, cores=3)
+    text = figures.as_page(result, cores=3)
     for shown in (
         "trl 1.2.3",
         "3 cores",
@@ -70,7 +66,9 @@ def test_every_recipe_of_ours_is_one_the_command_takes(tmp_path):
         config = parse(made, name)
         assert config.rollout.max_response_tokens == 32
         assert config.rl.staleness == (1 if name == "overlapped" else 0)
-        assert config.rl.questions_per_rollout * config.rl.group_size == WORKS["short"].answers
+        assert (
+            config.rl.questions_per_rollout * config.rl.group_size == WORKS["short"].num_responses
+        )
 
 
 def test_the_work_travels_to_the_other_process_whole():
@@ -87,8 +85,7 @@ def test_rewards_differ_and_questions_are_the_same_every_time(tmp_path):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    tokenizer = Path(__file__).parents[3] / "examples" / "laptop" / "model"
-    return write_model(tmp_path_factory.mktemp("step") / "model", tokenizer, Tail())
+    return write_model(tmp_path_factory.mktemp("step") / "model", Tail())
 
 
 def chain(tail: Tail, limit: int, draw: random.Random) -> int:

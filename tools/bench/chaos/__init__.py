@@ -1,7 +1,9 @@
-"""A whole run while things break: engines, trainer ranks and the controller are killed and stopped,
-connections dropped, the disk filled, a checkpoint corrupted, by a seeded list. The same command is
-typed again whenever it ends. Then: is every step there once, is no finished sample lost, is the
-model as good as that of the same recipe left in peace?
+"""A whole run under injected faults, compared with undisturbed runs of the same recipe.
+
+A seeded schedule kills and stops engines, trainer ranks and the controller, drops connections,
+fills the disk and corrupts a checkpoint. The same command is started again whenever it ends.
+Checked at the end: every step is recorded once, no finished sample is lost, and held-out accuracy
+is that of undisturbed runs.
 """
 
 from __future__ import annotations
@@ -11,18 +13,19 @@ import random
 import shutil
 import tempfile
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from . import oracle, task
-from .disk import small_disk
-from .faults import FAULTS, Scene, possible
-from .schedule import Report, as_dicts, disturb
-from .user import End, User
+from tools.bench.chaos import oracle, task
+from tools.bench.chaos.faults import FAULTS, Scene, possible, small_disk
+from tools.bench.chaos.schedule import Report, disturb
+from tools.bench.chaos.user import End, User
+from tools.bench.children import megatron_r1, write_recipe
 
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
 DISK_MEBIBYTES = 96
-SAID_CHARS = 600
+STDERR_CHARS = 600
 
 
 def add_options(options: argparse.ArgumentParser) -> None:
@@ -32,11 +35,11 @@ def add_options(options: argparse.ArgumentParser) -> None:
     options.add_argument("--gap", type=int, nargs=2, default=(3, 8), help="steps between faults")
     options.add_argument("--undisturbed", type=int, default=2, help="runs to compare with")
     options.add_argument("--only", action="append", choices=list(FAULTS), help="repeatable")
-    options.add_argument("--keep", type=Path, help="an empty folder that everything stays in")
+    options.add_argument("--keep", type=Path, help="an empty folder that keeps everything")
 
 
 def run(chosen: argparse.Namespace) -> dict[str, Any]:
-    """A report per fault, and "broken": what does not hold."""
+    """Return a report per fault, and "broken": the checks that failed."""
     names, skipped = possible()
     if chosen.only:
         names = [name for name in names if name in chosen.only]
@@ -46,7 +49,7 @@ def run(chosen: argparse.Namespace) -> dict[str, Any]:
         folder = (chosen.keep or Path(scratch)).resolve()
         base = task.make_base(folder / "model", chosen.seed)
         undisturbed = [
-            _left_in_peace(folder / f"undisturbed_{i}", base, chosen)
+            _undisturbed(folder / f"undisturbed_{i}", base, chosen)
             for i in range(chosen.undisturbed)
         ]
         with small_disk(folder / "disk", DISK_MEBIBYTES) as disk:
@@ -55,20 +58,20 @@ def run(chosen: argparse.Namespace) -> dict[str, Any]:
             finally:
                 if chosen.keep and (disk / "run").exists():
                     shutil.copytree(disk / "run", folder / "run")
-            result = _judged(user, reports, disk / "run", undisturbed, chosen)
+            result = _result(user, reports, disk / "run", undisturbed, chosen)
     return {"skipped": skipped, **result}
 
 
 def _recipe(folder: Path, base: Path, chosen: argparse.Namespace) -> list[str]:
-    """The command of a run in `folder`/run."""
+    """Write what a run in `folder`/run needs; return its command."""
     questions = task.write_questions(folder / "questions.jsonl")
     settings = task.recipe(base, folder / "run", questions, chosen.steps, chosen.seed)
     if chosen.staleness:
         settings["rl"] |= {"staleness": chosen.staleness, "importance_cap": 2.0}
-    return task.command("rl", task.write_recipe(folder / "recipe.yaml", settings))
+    return megatron_r1("rl", write_recipe(folder / "recipe.yaml", settings))
 
 
-def _left_in_peace(folder: Path, base: Path, chosen: argparse.Namespace) -> Path:
+def _undisturbed(folder: Path, base: Path, chosen: argparse.Namespace) -> Path:
     folder.mkdir(parents=True)
     user = User(_recipe(folder, base, chosen), folder / "run", folder / "commands", ENVIRONMENT)
     try:
@@ -88,29 +91,30 @@ def _disturbed(
     user = User(_recipe(disk, base, chosen), disk / "run", logs, ENVIRONMENT)
     draw = random.Random(chosen.seed)
     try:
-        reports = disturb(Scene(user, disk), names, chosen.steps, tuple(chosen.gap), draw, _tell)
+        gap = tuple(chosen.gap)
+        reports = disturb(Scene(user, disk), names, chosen.steps, gap, draw, _print_report)
     finally:
         user.close()
     return user, reports
 
 
-def _tell(report: Report) -> None:
+def _print_report(report: Report) -> None:
     seconds = report.seconds_to_next_step
     took = "    the end" if seconds is None else f"{seconds:9.1f} s"
     what = report.what.splitlines()[-1][:120]
     print(f"step {report.step:4}  {report.fault:36}{took}  {what}", flush=True)
 
 
-def _told(end: End, run: Path) -> dict[str, Any]:
-    """How a command ended, without the names of folders that are gone."""
-    said = end.said[-SAID_CHARS:].replace(str(run), "RUN")
-    return {"at_seconds": round(end.seconds), "status": end.status, "said": said}
+def _end_as_json(end: End, run: Path) -> dict[str, Any]:
+    """Return how a command ended, with "RUN" for the temporary run folder."""
+    stderr = end.stderr[-STDERR_CHARS:].replace(str(run), "RUN")
+    return {"at_seconds": round(end.seconds), "status": end.status, "said": stderr}
 
 
-def _judged(
+def _result(
     user: User, reports: list[Report], run: Path, undisturbed: list[Path], chosen
 ) -> dict[str, Any]:
-    broken = oracle.all_wrong(user, run, undisturbed, chosen.steps, chosen.staleness)
+    broken = oracle.violations(user, run, undisturbed, chosen.steps, chosen.staleness)
     mean, allowed = oracle.allowed_gap(undisturbed)
     again = len(user.sightings) - chosen.steps
     result = {
@@ -125,14 +129,14 @@ def _judged(
         "accuracy_undisturbed": [oracle.accuracy(folder) for folder in undisturbed],
         "accuracy_allowed_gap": allowed,
         "broken": broken,
-        "ends": [_told(end, run) for end in user.ends],
-        "reports": as_dicts(reports),
+        "ends": [_end_as_json(end, run) for end in user.ends],
+        "reports": [asdict(report) for report in reports],
     }
     print(
         f"{chosen.steps} steps, {len(reports)} faults, {len(user.ends)} commands, {again} steps "
         f"done again, {user.seconds:.0f} s; accuracy {result['accuracy']:.3f}, undisturbed "
         f"{mean:.3f} (may differ by {allowed:.3f})"
     )
-    for wrong in broken:
-        print(f"BROKEN  {wrong}")
+    for violation in broken:
+        print(f"BROKEN  {violation}")
     return result

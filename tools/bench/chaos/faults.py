@@ -1,49 +1,50 @@
-"""What is done to a run: each fault a function that breaks one thing once and says what it did.
+"""The faults: each is a function that breaks one thing once and returns what it did, in words.
 
-A fault gets the scene and a source of chance; it returns None where what it breaks is not there
-yet, to be tried again. What is stopped and goes on later is woken by the fault itself.
+It gets the scene and a random generator. It returns None if its target does not exist yet; it is
+then tried again. A fault that stops a process for a while also resumes it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 import random
 import shutil
 import signal
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
-from .disk import fill, make_room, may_mount
-from .roles import any_of, option
-from .user import User
+from tools.bench.chaos.user import User
 
-WHOLE = "step_" + "[0-9]" * 8
+CHECKPOINT = "step_" + "[0-9]" * 8
+"""Excludes those set aside as damaged."""
 HOLD_SECONDS = 90.0
-"""A disk stays full, or a stopped controller stopped, for at most so long."""
+"""Longest time for which the disk stays full."""
+BALLAST = "ballast"
+CHUNK = 64 * 1024
 
 
 @dataclass
 class Scene:
-    """user: of the run; disk: the folder that can be filled, with the run's in it."""
+    """user: starts the run; disk: a folder that can be filled, with the run's folder in it."""
 
     user: User
     disk: Path
 
 
 Fault = Callable[[Scene, random.Random], str | None]
-"""Says what was done, to whom; None: nothing, as there is nothing to break yet."""
+"""Returns what was done to which process; None if there is nothing to break yet."""
 
 
 def signal_to(find: str, number: signal.Signals) -> Fault:
-    """Send a signal to one of the role's processes, and leave it at that."""
+    """Return the fault that signals one process of a role. find: a method of Roles."""
 
     def fault(scene: Scene, draw: random.Random) -> str | None:
-        roles = scene.user.roles()
-        process = any_of(getattr(roles, find), draw) if roles else None
+        process = scene.user.any_process(find, draw)
         if process is None:
             return None
         process.send_signal(number)
@@ -53,25 +54,28 @@ def signal_to(find: str, number: signal.Signals) -> Fault:
 
 
 def pause_of(find: str, seconds: tuple[float, float]) -> Fault:
-    """SIGSTOP, and SIGCONT a while later."""
+    """Return the fault that stops one process of a role for a while."""
 
     def fault(scene: Scene, draw: random.Random) -> str | None:
-        roles = scene.user.roles()
-        process = any_of(getattr(roles, find), draw) if roles else None
+        process = scene.user.any_process(find, draw)
         if process is None:
             return None
-        pause = draw.uniform(*seconds)
-        process.suspend()
-        scene.user.follow(pause)
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.resume()
-        return f"process {process.pid} stopped for {pause:.1f} s"
+        pause = _pause(scene, process, draw.uniform(*seconds))
+        return f"process {process.pid} {pause}"
 
     return fault
 
 
+def _pause(scene: Scene, process: psutil.Process, seconds: float) -> str:
+    process.suspend()
+    scene.user.follow(seconds)
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process.resume()
+    return f"stopped for {seconds:.1f} s"
+
+
 def kill_controller(scene: Scene, draw: random.Random) -> str | None:
-    """SIGKILL to the command itself."""
+    """Send SIGKILL to the command itself."""
     if not scene.user.is_running:
         return None
     scene.user.process.kill()
@@ -79,19 +83,14 @@ def kill_controller(scene: Scene, draw: random.Random) -> str | None:
 
 
 def pause_controller(scene: Scene, draw: random.Random) -> str | None:
-    """A laptop's lid: the command stops, all that it started does not."""
+    """Stop the command for a while, but not the processes that it started."""
     if not scene.user.is_running:
         return None
-    process, pause = psutil.Process(scene.user.process.pid), draw.uniform(2, 12)
-    process.suspend()
-    scene.user.follow(pause)
-    with contextlib.suppress(psutil.NoSuchProcess):
-        process.resume()
-    return f"stopped for {pause:.1f} s"
+    return _pause(scene, psutil.Process(scene.user.process.pid), draw.uniform(2, 12))
 
 
 def stop_controller(scene: Scene, draw: random.Random) -> str | None:
-    """It stops and never goes on; after a while somebody kills it, as it does not answer."""
+    """Stop the command for good; kill it after a while, as a user would."""
     if not scene.user.is_running:
         return None
     process = scene.user.process
@@ -102,25 +101,24 @@ def stop_controller(scene: Scene, draw: random.Random) -> str | None:
 
 
 def drop_engine_connections(scene: Scene, draw: random.Random) -> str | None:
-    """The kernel resets every connection to one engine amid its answers."""
-    roles = scene.user.roles()
-    server = any_of(roles.engine_servers, draw) if roles else None
+    """Let the kernel reset every connection to one engine in the middle of its responses."""
+    server = scene.user.any_process("engine_servers", draw)
     if server is None:
         return None
-    return _drop(int(option(server, "--port")), "engine")
+    line = server.cmdline()
+    return _drop(int(line[line.index("--port") + 1]), "engine")
 
 
 def drop_trainer_connections(scene: Scene, draw: random.Random) -> str | None:
-    """The kernel resets the connections between the controller and its ranks."""
-    roles = scene.user.roles()
-    rank = any_of(roles.trainer_ranks, draw) if roles else None
+    """Let the kernel reset the connections between the controller and its ranks."""
+    rank = scene.user.any_process("trainer_ranks", draw)
     if rank is None:
         return None
     return _drop(int(rank.cmdline()[-1].rpartition(":")[2]), "controller")
 
 
 def _drop(port: int, whose: str) -> str | None:
-    """Close all established connections to a local port. None where there were none."""
+    """Close all established connections to a local port; return None if there were none."""
     chosen = ["state", "established", f"dport = :{port}"]
     done = subprocess.run(["ss", "-H", "-K", "-t", *chosen], capture_output=True, text=True)
     count = len(done.stdout.splitlines())
@@ -128,37 +126,39 @@ def _drop(port: int, whose: str) -> str | None:
 
 
 def fill_disk(scene: Scene, draw: random.Random) -> str | None:
-    """No byte fits any more, until the command has ended; then there is room again."""
+    """Fill the disk to the last byte until the command has ended, then make room again."""
     if not scene.user.is_running:
         return None
     user = scene.user
-    user.may_type = False
-    fill(scene.disk)
+    user.may_start = False
+    _fill(scene.disk)
     try:
         until = user.seconds + HOLD_SECONDS
         while user.is_running and user.seconds < until:
             user.follow(0.1)
     finally:
-        make_room(scene.disk)
-        user.may_type = True
+        (scene.disk / BALLAST).unlink(missing_ok=True)
+        user.may_start = True
     if user.is_running:
         return f"full for {HOLD_SECONDS:.0f} s, and it went on"
-    last = user.ends[-1].said.splitlines() or ["nothing"]
+    last = user.ends[-1].stderr.splitlines() or ["nothing"]
     return f"full until it ended, saying: {last[-1].replace(str(user.run), 'RUN')}"
 
 
 def corrupt_checkpoint(scene: Scene, draw: random.Random) -> str | None:
-    """A byte of the newest checkpoint flips while nothing runs. There must be another to go back
-    to: without one a run refuses to go on, rightly."""
+    """Flip a bit of the newest checkpoint while the command is not running.
+
+    An older checkpoint must exist: without one a run rightly refuses to continue.
+    """
     user = scene.user
     checkpoints = user.run / "checkpoints"
-    if not user.is_running or len(list(checkpoints.glob(WHOLE))) < 2:
+    if not user.is_running or len(list(checkpoints.glob(CHECKPOINT))) < 2:
         return None
-    user.may_type = False
+    user.may_start = False
     user.process.kill()
     try:
-        user.follow(1.0)  # so long its ranks may take to end
-        whole = sorted(checkpoints.glob(WHOLE))
+        user.follow(1.0)  # time for its ranks to end
+        whole = sorted(checkpoints.glob(CHECKPOINT))
         if len(whole) < 2:
             return None
         path = draw.choice(sorted(whole[-1].glob("*.distcp")))
@@ -167,7 +167,7 @@ def corrupt_checkpoint(scene: Scene, draw: random.Random) -> str | None:
         path.write_bytes(content)
         return f"SIGKILL, then a bit of {whole[-1].name}/{path.name} flipped"
     finally:
-        user.may_type = True
+        user.may_start = True
 
 
 FAULTS: dict[str, Fault] = {
@@ -190,10 +190,37 @@ DROPS = ("engine's connections dropped", "trainer's connections dropped")
 
 
 def possible() -> tuple[list[str], dict[str, str]]:
-    """Those that can be done here, and what the others lack."""
+    """Return the faults possible on this machine, and why the others are not."""
     skipped = {}
-    if not may_mount():
-        skipped = dict.fromkeys(("disk full", *DROPS), "it takes root")
+    if os.geteuid() != 0:
+        skipped = dict.fromkeys(("disk full", *DROPS), "needs root")
     elif shutil.which("ss") is None:
-        skipped = dict.fromkeys(DROPS, "it takes `ss`, of iproute2")
+        skipped = dict.fromkeys(DROPS, "needs `ss`, of iproute2")
     return [name for name in FAULTS if name not in skipped], skipped
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path, mebibytes: int) -> Iterator[Path]:
+    """Yield `folder` as an empty tmpfs of this size; without root, as a plain folder."""
+    folder.mkdir(parents=True)
+    if os.geteuid() != 0:
+        yield folder
+        return
+    size = f"size={mebibytes}m"
+    subprocess.run(["mount", "-t", "tmpfs", "-o", size, "none", str(folder)], check=True)
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=False)
+
+
+def _fill(folder: Path) -> None:
+    """Write a file until not one byte more fits."""
+    descriptor = os.open(folder / BALLAST, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    size = CHUNK
+    while size:
+        try:
+            os.write(descriptor, b"\0" * size)
+        except OSError:
+            size //= 2
+    os.close(descriptor)

@@ -1,19 +1,19 @@
-"""What must hold of a run, whatever was done to it: each a function that returns what is wrong."""
+"""The invariants of a run under faults: each function yields its violations, in words."""
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .task import MINIBATCHES, QUESTIONS
-from .user import User
+from megatron_r1.files.jsonl import read_lines
+from tools.bench.chaos.task import MINIBATCHES, QUESTIONS
+from tools.bench.chaos.user import User
 
-NOT_OF_THE_SAMPLES = ("time/", "rewards/", "tokens_per_second", "groups/replayed", "/restarts")
-NOT_OF_THE_SAMPLES += ("engines/", "checkpoint/", "push/")
-"""Parts of the names of what a step that is done again measures anew."""
+NOT_OF_SAMPLES = ("time/", "rewards/", "tokens_per_second", "groups/replayed", "/restarts")
+NOT_OF_SAMPLES += ("engines/", "checkpoint/", "push/")
+"""Parts of the names of metrics that differ when a step is repeated with the same samples."""
 AGREEMENT = 1e-4
 """Trainer's and engine's log-probabilities in fp32 differ by 1e-6 to 1e-5; a token of weights that
 are not those it is stamped with, by more."""
@@ -23,14 +23,13 @@ LEAST_SPREAD = 0.05
 """Between undisturbed runs of this task that differ in nothing but what was sampled."""
 
 
-def lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 def steps_once(run: Path, steps: int, staleness: int = 0) -> Iterator[str]:
-    """metrics.jsonl: every step, in order, after so many updates, of samples of one policy, or of
-    policies at most `staleness` versions older. Where they are of one, log-probabilities agree."""
-    metrics = lines(run / "metrics.jsonl")
+    """Check metrics.jsonl: every step once, in order, after the right number of updates.
+
+    Samples must be at most `staleness` policy versions old; without staleness, the trainer's and
+    the engine's log-probabilities must agree.
+    """
+    metrics = list(read_lines(run / "metrics.jsonl"))
     found = [line["step"] for line in metrics]
     if found != list(range(1, steps + 1)):
         counts = Counter(found)
@@ -48,7 +47,7 @@ def steps_once(run: Path, steps: int, staleness: int = 0) -> Iterator[str]:
 
 
 def samples_once(run: Path, undisturbed: Path, steps: int) -> Iterator[str]:
-    """samples.jsonl: the questions of every step are those of the undisturbed run, once each."""
+    """Check samples.jsonl: every step has the undisturbed run's questions, once each."""
     asked, expected = _questions(run), _questions(undisturbed)
     for step in range(1, steps + 1):
         if asked[step] != expected[step]:
@@ -59,16 +58,16 @@ def samples_once(run: Path, undisturbed: Path, steps: int) -> Iterator[str]:
 
 def _questions(run: Path) -> dict[int, list[str]]:
     by_step: dict[int, list[str]] = {}
-    for sample in lines(run / "samples.jsonl"):
+    for sample in read_lines(run / "samples.jsonl"):
         if sample["split"] == "train":
             by_step.setdefault(sample["step"], []).append(sample["id"])
     return by_step
 
 
 def evaluated_once(run: Path, undisturbed: Path) -> Iterator[str]:
-    """evaluations.jsonl: those of the undisturbed run, once each."""
+    """Check evaluations.jsonl: the steps of the undisturbed run, once each."""
     found, expected = (
-        [line["step"] for line in lines(folder / "evaluations.jsonl")]
+        [line["step"] for line in read_lines(folder / "evaluations.jsonl")]
         for folder in (run, undisturbed)
     )
     if found != expected:
@@ -76,9 +75,11 @@ def evaluated_once(run: Path, undisturbed: Path) -> Iterator[str]:
 
 
 def nothing_lost(user: User) -> Iterator[str]:
-    """A step that is done again is trained on the samples it had, which are not made again: all
-    that follows from them is the same to the last bit. And of a batch that was not finished when
-    the command ended, the next command trains on every group that was."""
+    """Check that repeated steps reuse their samples, and that finished groups are never dropped.
+
+    All that follows from the samples is bit-identical in a repeated step. The next command trains
+    on every finished group of a batch that was incomplete when a command ended.
+    """
     first: dict[int, dict[str, Any]] = {}
     for sighting in user.sightings:
         line = sighting.line
@@ -90,22 +91,24 @@ def nothing_lost(user: User) -> Iterator[str]:
         if step in first:
             if replayed != QUESTIONS:
                 yield f"step {step}, done again: {QUESTIONS - replayed} groups were sampled again"
-            before, now = of_the_samples(first[step]), of_the_samples(line)
+            before, now = _of_samples(first[step]), _of_samples(line)
             if now != before:
                 keys = [key for key in now if now[key] != before.get(key)]
                 yield f"step {step}, done again, differs in {', '.join(keys)}"
         first.setdefault(step, line)
 
 
-def of_the_samples(line: dict[str, Any]) -> dict[str, Any]:
-    """What of a metrics line follows from samples and weights alone."""
-    return {k: v for k, v in line.items() if not any(word in k for word in NOT_OF_THE_SAMPLES)}
+def _of_samples(line: dict[str, Any]) -> dict[str, Any]:
+    """Return the metrics that follow from samples and weights alone."""
+    return {k: v for k, v in line.items() if not any(word in k for word in NOT_OF_SAMPLES)}
 
 
 def as_accurate(run: Path, undisturbed: list[Path]) -> Iterator[str]:
-    """Held-out accuracy at the end. Runs of one recipe draw other samples each time, as engines do
-    what comes in whichever order it comes, so they end at accuracies that are near each other and
-    not equal: the disturbed one may differ from their mean by `allowed_gap`."""
+    """Check held-out accuracy at the end: within `allowed_gap` of the undisturbed runs' mean.
+
+    Engines batch requests in order of arrival, so runs of one recipe draw different samples and end
+    at accuracies that are near each other but not equal.
+    """
     own = accuracy(run)
     mean, allowed = allowed_gap(undisturbed)
     if abs(own - mean) > allowed:
@@ -113,9 +116,9 @@ def as_accurate(run: Path, undisturbed: list[Path]) -> Iterator[str]:
 
 
 def allowed_gap(undisturbed: list[Path]) -> tuple[float, float]:
-    """Mean accuracy at the end, and by how much a run may differ from it: the larger of their
-    spread and the sampling noise of a difference of two evaluations."""
-    ends = [lines(run / "evaluations.jsonl")[-1] for run in undisturbed]
+    """Return the runs' mean final accuracy and the difference from it that is allowed: the larger
+    of their spread and the sampling noise of a difference of two evaluations."""
+    ends = [_last_evaluation(run) for run in undisturbed]
     found = [end["eval/pass@1"] for end in ends]
     errors = [(e["interval/pass@1/high"] - e["interval/pass@1/low"]) / 2 / 1.96 for e in ends]
     noise = MOST_FROM_MEAN * max(errors)
@@ -123,13 +126,17 @@ def allowed_gap(undisturbed: list[Path]) -> tuple[float, float]:
 
 
 def accuracy(run: Path) -> float:
-    return lines(run / "evaluations.jsonl")[-1]["eval/pass@1"]
+    return _last_evaluation(run)["eval/pass@1"]
 
 
-def all_wrong(
+def _last_evaluation(run: Path) -> dict[str, Any]:
+    return list(read_lines(run / "evaluations.jsonl"))[-1]
+
+
+def violations(
     user: User, run: Path, undisturbed: list[Path], steps: int, staleness: int
 ) -> list[str]:
-    """Everything that does not hold."""
+    """Return every violated invariant."""
     return [
         *steps_once(run, steps, staleness),
         *samples_once(run, undisturbed[0], steps),

@@ -1,18 +1,16 @@
-"""The processes of a run, found from outside, as `ps` would."""
+"""The processes of a run, found from outside as `ps` finds them."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import random
-from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 
 
 def writes_to(process: psutil.Process, folder: Path) -> str | None:
-    """The name of the log in `folder` that is its standard output."""
+    """Return the name of the log in `folder` that is its standard output, or None."""
     try:
         output = Path(os.readlink(f"/proc/{process.pid}/fd/1"))
     except OSError:
@@ -21,25 +19,25 @@ def writes_to(process: psutil.Process, folder: Path) -> str | None:
 
 
 class Roles:
-    """Of the run that `controller` conducts; every list may be empty while a role starts."""
+    """The processes under `controller`; every list may be empty while a role starts."""
 
     def __init__(self, controller: psutil.Process, run: Path) -> None:
         self.controller, self.logs = controller, run / "logs"
 
     def trainer_ranks(self) -> list[psutil.Process]:
-        """In order of their ranks."""
+        """Return them in order of their ranks."""
         return self._named("trainer_", leads=True)
 
     def engine_servers(self) -> list[psutil.Process]:
-        """What answers HTTP, in order of the engines."""
+        """Return the HTTP servers, in order of the engines."""
         return self._named("engine-", leads=True)
 
     def engine_cores(self) -> list[psutil.Process]:
-        """What holds the weights and generates: forked by a server."""
+        """Return the processes that hold the weights and generate, forked by a server."""
         return self._named("engine-", leads=False)
 
     def _named(self, prefix: str, leads: bool) -> list[psutil.Process]:
-        """Those that began a session of their own, or of the others those that vLLM has named."""
+        """Return session leaders (leads), or else the processes named by vLLM."""
         found = []
         with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
             for process in self.controller.children(recursive=True):
@@ -50,15 +48,3 @@ class Roles:
                 if leads if is_leader else not leads and process.name().startswith("VLLM::"):
                     found.append((name, process.pid, process))
         return [process for _, _, process in sorted(found)]
-
-
-def any_of(find: Callable[[], list[psutil.Process]], draw: random.Random) -> psutil.Process | None:
-    """One of those there are."""
-    found = find()
-    return draw.choice(found) if found else None
-
-
-def option(process: psutil.Process, name: str) -> str:
-    """What follows `name` on its command line."""
-    line = process.cmdline()
-    return line[line.index(name) + 1]

@@ -1,57 +1,30 @@
-"""What is learned while things break: the smallest task on which reinforcement learning shows.
+"""The task of the run: the smallest one on which reinforcement learning visibly learns.
 
-A base model is asked to repeat a number of three digits, and does so in one of two manners: seldom
-with a thought, and then rightly, mostly with a guess of which one digit is wrong. Reinforcement
-learning finds out that thinking pays, and is evaluated on numbers that it did not meet.
+A base model repeats a number of three digits. It seldom thinks first, and is then right; mostly it
+guesses, with one digit wrong. Reinforcement learning discovers that thinking pays; evaluation uses
+numbers it was not trained on.
 """
 
 from __future__ import annotations
 
 import json
 import random
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
-import yaml
+from tools.bench.children import megatron_r1, run_to_end, write_recipe
+from tools.bench.small_models import qwen2, write_folder
 
-ROOT = Path(__file__).parents[3]
-TOKENIZER = ROOT / "examples" / "laptop" / "model"
 TEMPLATE = "{problem}"
 THINKS = 0.2
-"""Share of the base model's examples that think."""
-MODEL = {
-    "architectures": ["Qwen2ForCausalLM"],
-    "model_type": "qwen2",
-    "vocab_size": 273,
-    "hidden_size": 64,
-    "intermediate_size": 256,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "hidden_act": "silu",
-    "max_position_embeddings": 64,
-    "rms_norm_eps": 1e-6,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-    "tie_word_embeddings": False,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "pad_token_id": 2,
-    "torch_dtype": "float32",
-}
+"""Share of the base model's examples with a thought."""
 QUESTIONS, GROUP, MINIBATCHES = 8, 8, 2
 NUMBERS = range(100, 1000)
 
 
 def make_base(folder: Path, seed: int) -> Path:
-    """A base model's folder, trained here in about a minute. Raises RuntimeError."""
-    model = folder / "model"
-    model.mkdir(parents=True)
-    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
-        shutil.copy(TOKENIZER / name, model / name)
-    (model / "config.json").write_text(json.dumps(MODEL))
+    """Train a base model, in about a minute; return its folder."""
+    model = write_folder(folder / "model", qwen2(64, 2, 2, max_position_embeddings=64))
     draw = random.Random(seed)
     write_lines(folder / "examples.jsonl", [_example(draw) for _ in range(64 * 400)])
     recipe = {
@@ -62,15 +35,12 @@ def make_base(folder: Path, seed: int) -> Path:
         "checkpoint": {"every": 400},
         "parallel": {"threads": 1},
     }
-    path = write_recipe(folder / "base.yaml", recipe)
-    done = subprocess.run(command("sft", path), capture_output=True, text=True, cwd=ROOT)
-    if done.returncode:
-        raise RuntimeError(f"sft {path} ended with {done.returncode}:\n{done.stderr}")
+    run_to_end(megatron_r1("sft", write_recipe(folder / "base.yaml", recipe)))
     return folder / "base" / "hf"
 
 
 def recipe(base: Path, folder: Path, questions: Path, steps: int, seed: int) -> dict[str, Any]:
-    """Short steps, short patience: two trainer ranks that share every layer, two engines."""
+    """Return a recipe with short steps and timeouts, two tensor-parallel ranks and two engines."""
     return {
         "run": {
             "folder": str(folder),
@@ -109,22 +79,13 @@ def recipe(base: Path, folder: Path, questions: Path, steps: int, seed: int) -> 
 
 
 def write_questions(path: Path) -> Path:
-    """Every number, once."""
+    """Write every number once."""
     return write_lines(path, [{"question": f"{n}=", "truth": str(n)} for n in NUMBERS])
 
 
 def write_lines(path: Path, records: list[dict[str, Any]]) -> Path:
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     return path
-
-
-def write_recipe(path: Path, recipe: dict[str, Any]) -> Path:
-    path.write_text(yaml.safe_dump(recipe, sort_keys=False))
-    return path
-
-
-def command(verb: str, recipe: Path) -> list[str]:
-    return [sys.executable, "-m", "megatron_r1", verb, str(recipe)]
 
 
 def _example(draw: random.Random) -> dict[str, str]:

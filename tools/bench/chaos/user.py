@@ -1,9 +1,10 @@
-"""A person who types the same command again whenever it has ended, and reads the metrics."""
+"""A simulated user who restarts the same command whenever it ends, and reads the metrics."""
 
 from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 import subprocess
 import tempfile
@@ -18,17 +19,16 @@ import psutil
 from megatron_r1.files.framed import FramedFile
 from megatron_r1.processes.lifetime import die_with_parent
 from megatron_r1.rl.sample_record import Accepted, decode
-
-from .roles import Roles
+from tools.bench.chaos.roles import Roles
 
 POLL_SECONDS = 0.02
 PATIENCE = 4
-"""Times in a row that the command may end without a new step."""
+"""How often in a row the command may end without a new step."""
 
 
 @dataclass
 class Sighting:
-    """A line of metrics.jsonl when it was first seen there. start: of which command, from 0."""
+    """A line of metrics.jsonl when it first appeared. start: index of the command, from 0."""
 
     line: dict[str, Any]
     seconds: float
@@ -37,18 +37,18 @@ class Sighting:
 
 @dataclass
 class End:
-    """Of a command. said: on standard error. kept: finished groups in the sample log, by step."""
+    """The end of a command. kept: finished groups in the sample log, by step."""
 
     seconds: float
     status: int
-    said: str
+    stderr: str
     kept: dict[int, int]
 
 
 @dataclass
 class User:
-    """`follow` is to be called all the time; seconds count from the first command. run: its folder;
-    logs: a folder for what each command prints."""
+    """Restarts `command` while `follow` is called. run: the run's folder; logs: a folder for the
+    output of each command; seconds count from the construction."""
 
     command: list[str]
     run: Path
@@ -57,10 +57,10 @@ class User:
     sightings: list[Sighting] = field(default_factory=list)
     ends: list[End] = field(default_factory=list)
     best: int = 0
-    """The highest step ever seen finished."""
+    """The highest step finished so far."""
     is_done: bool = False
-    may_type: bool = True
-    """False while something is being broken between two commands."""
+    may_start: bool = True
+    """False while a fault needs the command not to run."""
 
     def __post_init__(self) -> None:
         self.logs.mkdir(parents=True, exist_ok=True)
@@ -79,36 +79,41 @@ class User:
         return self.process is not None and self.process.poll() is None
 
     def roles(self) -> Roles | None:
-        """Of the command that runs."""
+        """Return the processes of the running command; None while it does not run."""
         if not self.is_running:
             return None
         return Roles(psutil.Process(self.process.pid), self.run)
 
+    def any_process(self, role: str, draw: random.Random) -> psutil.Process | None:
+        """Return a random process of a role, the name of a method of Roles; None without any."""
+        roles = self.roles()
+        found = getattr(roles, role)() if roles else []
+        return draw.choice(found) if found else None
+
     def follow(self, seconds: float = 0.0) -> None:
-        """Read and type for so long. Raises RuntimeError when the command cannot be got to go."""
+        """Read metrics and restart for `seconds`; raise RuntimeError without progress."""
         until = time.monotonic() + seconds
         while True:
             self._read()
             if not self.is_running:
                 self._note_end()
-                if not self.is_done and self.may_type:
-                    self._type()
+                if not self.is_done and self.may_start:
+                    self._start()
             if time.monotonic() >= until or self.is_done:
                 return
             time.sleep(POLL_SECONDS)
 
     def close(self) -> None:
-        """Whatever happens: nothing of the run is left."""
         if self.process is not None:
             if self.is_running:
                 self.process.kill()
             self.process.wait()
 
-    def _type(self) -> None:
+    def _start(self) -> None:
         self._best_at_start.append(self.best)
         if self._best_at_start[-PATIENCE - 1] == self.best:
-            told = "\n---\n".join(end.said[-3000:] for end in self.ends[-PATIENCE:])
-            raise RuntimeError(f"typed {PATIENCE} times without a step more:\n{told}")
+            stderr = "\n---\n".join(end.stderr[-3000:] for end in self.ends[-PATIENCE:])
+            raise RuntimeError(f"started {PATIENCE} times without a new step:\n{stderr}")
         with open(self._log("out"), "wb") as output, open(self._log("err"), "wb") as errors:
             self.process = subprocess.Popen(
                 self.command,
@@ -117,20 +122,20 @@ class User:
                 stdout=output,
                 stderr=errors,
                 start_new_session=True,
-                preexec_fn=die_with_parent,  # where the bench itself is killed
+                preexec_fn=die_with_parent,  # if the bench itself is killed
             )
 
     def _note_end(self) -> None:
         if self.process is None:
             return
         status = self.process.wait()
-        said = self._log("err").read_text(errors="replace").strip()
+        stderr = self._log("err").read_text(errors="replace").strip()
         self.process = None
-        self.ends.append(End(self.seconds, status, said, kept_groups(self.run / "sample_log")))
+        self.ends.append(End(self.seconds, status, stderr, kept_groups(self.run / "sample_log")))
         self.is_done = status == 0
 
     def _log(self, kind: str) -> Path:
-        """Of the present command, on a disk that nobody fills."""
+        """Return the present command's log, on a disk that is not filled."""
         return self.logs / f"command_{len(self.ends)}.{kind}"
 
     def _read(self) -> None:
@@ -154,7 +159,8 @@ class User:
 
 
 def kept_groups(log: Path) -> dict[int, int]:
-    """Whole groups on disk, by step; read from copies, as reading cuts a torn end off."""
+    """Return the number of whole groups on disk by step; reading cuts a torn end off, so copies are
+    read."""
     kept = Counter()
     with tempfile.TemporaryDirectory() as folder:
         for path in sorted(log.glob("step_*.log")):

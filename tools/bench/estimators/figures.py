@@ -1,22 +1,49 @@
-"""From the lines of runs to the figures that are claimed."""
+"""The published figures of runs, as a table and as docs/benchmarks/estimators.md."""
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Mapping, Sequence
 from statistics import fmean, median
 from typing import Any
 
+from megatron_r1.reporting.wording import percent
 from megatron_r1.workflow.figures import Spread
+from tools.bench.estimators.settings import CHOICES
 
 TARGET, WINDOW = 0.8, 3
-"""Accuracy that is to be reached, by the mean of so many steps in a row."""
+"""The accuracy to reach, and the number of consecutive steps whose mean must reach it."""
+
+TEXT = """# Every estimator on the demo's task
+
+`python tools/bench estimators`, {date}; {cores} cores, no GPU; {packages}; seeds {seeds}.
+
+Every algorithm of `rl.algorithm` trains the demo's base model on the demo's questions with the
+demo's settings (examples/laptop): sums of three digits, {steps} steps of {outputs} answers. Of a
+seed all begin with the same base model; {before} of its held-out answers are right, the mean of
+what the runs measured before their first step.
+
+*steps*: until the mean accuracy of {window} steps in a row is {target:.0%}. *held-out*: accuracy
+of sampled answers to held-out questions after the last step; of several seeds mean ± deviation.
+*answers*: drawn in a step; more than {outputs} where groups without a difference are replaced.
+
+{table}
+
+What differs from the demo's settings, and from an algorithm's own defaults:
+
+{choices}
+
+Every step's accuracy and a step's seconds are in [estimators.json](estimators.json); speed is
+`python tools/bench step`'s subject.
+"""
+HEADS = ("steps", "held-out", "answers")
 
 Lines = Sequence[Mapping[str, Any]]
 
 
 def steps_until(accuracies: Sequence[float], target: float = TARGET) -> int | None:
-    """The first step, from 1, whose accuracy and that of the WINDOW - 1 steps before it have a
-    mean of at least `target`; None where none has."""
+    """Return the first step, counted from 1, that ends WINDOW steps with a mean accuracy of at
+    least `target`, or None."""
     for step in range(WINDOW, len(accuracies) + 1):
         if fmean(accuracies[step - WINDOW : step]) >= target:
             return step
@@ -24,10 +51,11 @@ def steps_until(accuracies: Sequence[float], target: float = TARGET) -> int | No
 
 
 def of_run(metrics: Lines, evaluations: Lines, questions: int, group_size: int) -> dict[str, Any]:
-    """Of one run. metrics: a line per step, in order. questions, group_size: what a step trains on.
+    """Return the figures of one run.
 
-    seconds_per_step: the median without the first step, which pays for warming up.
-    answers_per_step: mean of those drawn, in groups that were passed over too.
+    metrics: one line per step, in order. questions, group_size: what a step trains on.
+    seconds_per_step is the median without the first step, which includes warming up;
+    answers_per_step is the mean of all sampled responses, those of passed-over groups included.
     """
     by_step = sorted(evaluations, key=lambda line: line["step"])
     passed_over = fmean(line["groups/passed_over"] for line in metrics)
@@ -44,7 +72,7 @@ def of_run(metrics: Lines, evaluations: Lines, questions: int, group_size: int) 
 
 
 def row(runs: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """What the table says of one algorithm: of its runs, one per seed."""
+    """Return the table's cells of one algorithm from its runs, one per seed."""
     return {
         "steps": _steps([run["steps_until_target"] for run in runs]),
         "held-out": Spread.of([run["heldout"] for run in runs]).worded("accuracy"),
@@ -53,7 +81,7 @@ def row(runs: Sequence[Mapping[str, Any]]) -> dict[str, str]:
 
 
 def _steps(counts: Sequence[int | None]) -> str:
-    """`14`, `14.3 ± 1.5`, `14.0 in 2 of 3 seeds`, `never`"""
+    """Format as `14`, `14.3 ± 1.5`, `14.0 in 2 of 3 seeds` or `never`."""
     reached = [count for count in counts if count is not None]
     if not reached:
         return "never"
@@ -63,3 +91,33 @@ def _steps(counts: Sequence[int | None]) -> str:
         return f"{fmean(reached):.1f} in {len(reached)} of {len(counts)} seeds"
     spread = Spread.of(reached)
     return f"{spread.mean:.1f} ± {spread.deviation:.1f}"
+
+
+def table(runs: dict[str, dict[str, dict]]) -> str:
+    """Return {algorithm: {seed: `of_run`}} as a Markdown table."""
+    lines = [f"| algorithm | {' | '.join(HEADS)} |", "|---|" + "---:|" * len(HEADS)]
+    for name, by_seed in runs.items():
+        cells = row(list(by_seed.values()))
+        lines.append(f"| `{name}` | {' | '.join(cells[head] for head in HEADS)} |")
+    return "\n".join(lines)
+
+
+def as_page(result: dict[str, Any], cores: int) -> str:
+    """Return the page of one result of `run`."""
+    runs = result["runs"]
+    every = [run for by_seed in runs.values() for run in by_seed.values()]
+    before = percent(fmean(run["heldout_before"] for run in every))
+    choices = [f"- `{name}`: {c.why}." for name, c in CHOICES.items() if name in runs and c.why]
+    return TEXT.format(
+        date=datetime.date.today().isoformat(),
+        cores=cores,
+        packages=", ".join(f"{name} {version}" for name, version in result["packages"].items()),
+        seeds=", ".join(map(str, result["seeds"])),
+        steps=result["steps"],
+        outputs=result["outputs"],
+        before=before,
+        window=WINDOW,
+        target=TARGET,
+        table=table(runs),
+        choices="\n".join(choices) or "- nothing",
+    )

@@ -1,7 +1,7 @@
-"""What each algorithm is given beside the demo's recipe: the one table of this bench's choices.
+"""The settings of each algorithm beside the demo's recipe, and the pipeline that runs them all.
 
-A setting that is not here is the demo's (examples/laptop/r1_zero.yaml) or, where that says nothing,
-the algorithm's own default (docs/algorithms.md).
+A setting that is not here is the demo's (examples/laptop/r1_zero.yaml) or else the algorithm's own
+default (docs/algorithms.md).
 """
 
 from __future__ import annotations
@@ -9,13 +9,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from tools.bench.children import ROOT
+
 TEACHER = "grpo"
-"""Whose model teaches on-policy distillation."""
+"""The algorithm whose model is the teacher of on-policy distillation."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """settings: sections of a recipe. why: what makes no sense at this size without them."""
+    """settings: sections of a recipe. why: the reason that this size needs them."""
 
     settings: dict[str, Any] = field(default_factory=dict)
     why: str = ""
@@ -51,3 +53,40 @@ CHOICES: dict[str, Choice] = {
         f"the teacher is {TEACHER}'s model of the same run and seed",
     ),
 }
+
+LAPTOP = ROOT / "examples" / "laptop"
+COMMON = {
+    "model": {"path": "${base.hf}"},
+    # Unlike the demo, evaluate only before the first and after the last step.
+    "eval": {"every": 0, "samples": 4},
+    "checkpoint": {"every": 10},
+}
+
+
+def recipe(steps: int) -> dict[str, Any]:
+    """Return the recipe for `megatron-r1 pipeline`, without its folder.
+
+    The demo's base model is trained once per seed, then one RL run per algorithm starts from it.
+    """
+    stages: dict[str, Any] = {
+        "corpus": {
+            "verb": "make",
+            # Imported by the pipeline's child, which runs in the repository root.
+            "function": "tools.bench.estimators.demo_corpus:write",
+            "arguments": {"seed": "${pipeline.seed}"},
+        },
+        "base": {
+            "verb": "sft",
+            "recipe": str(LAPTOP / "base.yaml"),
+            "settings": {"sft": {"data": "${corpus}/base.jsonl"}},
+        },
+    }
+    for name, choice in CHOICES.items():
+        settings = {**COMMON, **choice.settings, "run": {"steps": steps}}
+        settings["rl"] = {"algorithm": name, **choice.settings.get("rl", {})}
+        stages[name] = {
+            "verb": "rl",
+            "recipe": str(LAPTOP / "r1_zero.yaml"),
+            "settings": settings,
+        }
+    return {"stages": stages}

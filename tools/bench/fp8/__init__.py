@@ -1,14 +1,13 @@
 """What FP8 training does to the loss: the same small DeepSeek-V3 trained in each of the numerics.
 
-Same weights, same sentences, several seeds. FP8 is emulated where there is no GPU; the figures are
-about numerics, and the seconds are those of an emulation.
+All variants start from the same weights and see the same sentences, for several seeds. Without a
+GPU, FP8 is emulated: the figures are about numerics, and the seconds are those of the emulation.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -16,11 +15,11 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from . import curves
-from .text import ENTROPY
-from .variants import BASELINE, MODEL, VARIANTS
+from tools.bench.children import environment
+from tools.bench.fp8 import curves
+from tools.bench.fp8.language import ENTROPY
+from tools.bench.fp8.variants import BASELINE, MODEL, VARIANTS
 
-BENCH = Path(__file__).parents[1]
 COLUMNS = (
     "{:24}{:>10}{:>12}{:>12}{:>12}{:>14}{:>12}{:>10}",
     ("", "held out", "mean", "|mean|", "largest", "|dlogp| mean", "max", "s/step"),
@@ -37,7 +36,7 @@ def add_options(options: argparse.ArgumentParser) -> None:
 
 
 def run(chosen: argparse.Namespace) -> dict[str, Any]:
-    """By variant and seed: losses, held-out loss, distance from bf16 numerics; and a summary."""
+    """Return losses, held-out loss and distance from bf16 by variant and seed, with a summary."""
     names = [n for n in VARIANTS if not chosen.only or n in chosen.only or n == BASELINE]
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder, "model")
@@ -81,15 +80,10 @@ def _start(name: str, seed: int, chosen: argparse.Namespace, folder: str):
     sizes = {"steps": chosen.steps, "sentences": chosen.sentences, "threads": chosen.threads}
     about = {"variant": name, "seed": seed, "model": f"{folder}/model"}
     task.write_text(json.dumps({**about, **sizes}))
-    environment = {
-        "OMP_WAIT_POLICY": "passive",
-        "OMP_NUM_THREADS": str(chosen.threads),
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(BENCH), os.environ.get("PYTHONPATH")])),
-    }
+    env = environment(OMP_NUM_THREADS=str(chosen.threads))
+    command = [sys.executable, "-m", "tools.bench.fp8.worker", str(task), str(out)]
     with out.with_suffix(".log").open("w") as log:
-        command = [sys.executable, "-m", "fp8.worker", str(task), str(out)]
-        process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT)
     return process, name, seed, out
 
 

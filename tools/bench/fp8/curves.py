@@ -1,7 +1,8 @@
-"""Loss curves compared as DeepSeek-V3 compares them: smoothed, and as a relative difference.
+"""Loss curves compared as in the DeepSeek-V3 report, appendix B.1.
 
-Appendix B.1: an exponential moving average with coefficient 0.9 of both curves, and the relative
-error of the FP8 one; theirs stays within 0.25% (16B and 230B parameters, a trillion tokens)."""
+Both curves are smoothed by an exponential moving average with coefficient 0.9; the FP8 one's
+relative error stays within 0.25% there (16B and 230B parameters, a trillion tokens).
+"""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ SMOOTHING = 0.9
 
 
 def smoothed(losses: list[float]) -> list[float]:
-    """The exponential moving average, started at the first loss."""
+    """Return the exponential moving average, started at the first loss."""
     out, average = [], losses[0]
     for loss in losses:
         average = SMOOTHING * average + (1 - SMOOTHING) * loss
@@ -20,13 +21,14 @@ def smoothed(losses: list[float]) -> list[float]:
 
 
 def relative_errors(losses: list[float], baseline: list[float]) -> list[float]:
-    """(smoothed loss - smoothed baseline) / smoothed baseline, by step."""
+    """Return (smoothed loss - smoothed baseline) / smoothed baseline of every step."""
     pairs = zip(smoothed(losses), smoothed(baseline), strict=True)
     return [(ours - theirs) / theirs for ours, theirs in pairs]
 
 
 def compared(losses: list[float], baseline: list[float]) -> dict[str, float]:
-    """Of the second half of training: mean, mean magnitude and largest magnitude, as fractions."""
+    """Return mean, mean magnitude and largest magnitude of the relative errors, as fractions, over
+    the second half of training."""
     errors = relative_errors(losses, baseline)
     late = errors[len(errors) // 2 :]
     return {

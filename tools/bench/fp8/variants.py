@@ -1,4 +1,4 @@
-"""The numerics compared, as settings of a recipe, and the model and optimizer they share."""
+"""The compared numerics as settings of a recipe, and the model and optimizer they share."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "mxfp8": {"fp8": {"recipe": "mxfp8"}},
 }
 BASELINE = "bf16"
-"""What DeepSeek-V3 compares FP8 with (appendix B.1)."""
+"""The numerics with which the DeepSeek-V3 report compares FP8 (appendix B.1)."""
 
 VOCABULARY = 64
 MODEL: dict[str, Any] = {
@@ -59,7 +59,7 @@ WARMUP_STEPS = 10
 
 
 def settings(variant: str, model_folder: str, seed: int, threads: int) -> dict[str, Any]:
-    """The recipe of `variant`, as megatron_r1.config.parse takes it."""
+    """Return the recipe of `variant` for megatron_r1.config.parse."""
     tree = {section: dict(values) for section, values in SHARED.items()}
     for section, values in VARIANTS[variant].items():
         tree.setdefault(section, {}).update(values)

@@ -1,6 +1,7 @@
-"""One training run in a process of its own: `python -m fp8.worker TASK.json OUT.json`.
+"""One training run in a process of its own: `python -m tools.bench.fp8.worker TASK.json OUT.json`.
 
-The real trainer (Megatron's model, optimizer and schedule) on one rank, with the loss of SFT."""
+It uses the real trainer (Megatron's model, optimizer and schedule) on one rank, with SFT's loss.
+"""
 
 from __future__ import annotations
 
@@ -11,19 +12,19 @@ import time
 from pathlib import Path
 from typing import Any
 
-from .text import Language
-from .variants import BASELINE, VOCABULARY, WARMUP_STEPS, settings
+from tools.bench.fp8.language import Language
+from tools.bench.fp8.variants import BASELINE, VOCABULARY, WARMUP_STEPS, settings
 
 LOSS = "megatron_r1.training.losses:supervised"
 
 
 def main() -> None:
     task = json.loads(Path(sys.argv[1]).read_text())
-    place = _alone(task)
+    place = _initialize(task)
     Path(sys.argv[2]).write_text(json.dumps(_train(task, place)))
 
 
-def _alone(task: dict[str, Any]):
+def _initialize(task: dict[str, Any]):
     from megatron_r1.config import parse
     from megatron_r1.training import distributed
 
@@ -66,7 +67,7 @@ def _train(task: dict[str, Any], place) -> dict[str, Any]:
     folder.mkdir()
     (folder / "config.json").write_bytes((Path(task["model"]) / "config.json").read_bytes())
     weights.write_hf(trainer.bare, trainer.hf, folder / "model.safetensors", dtype=torch.bfloat16)
-    # An engine computes in bf16 with the pushed weights: how far is the trainer from that?
+    # An engine computes in bf16 with the pushed weights; the gap is the trainer's distance from it.
     loaded = _settings({**task, "variant": BASELINE}, init="load", path=str(folder))
     gap = (_logprobs(Trainer(parse(loaded), place), heldout) - logprobs).abs()
     return report | {"logprob_diff": {"mean": gap.mean().item(), "max": gap.max().item()}}
@@ -76,14 +77,14 @@ def _load(trainer, sentences: list[list[int]]) -> None:
     from megatron_r1.training.packing import pack
     from megatron_r1.training.wire import Microbatches, Sample
 
-    made = [Sample.pack(tokens[:2], tokens[2:]) for tokens in sentences]
+    samples = [Sample.pack(tokens[:2], tokens[2:]) for tokens in sentences]
     limit = trainer.config.parallel.tokens_per_microbatch
-    plan = pack([len(s) for s in made], 1, limit).shares[0]
-    trainer.load([Microbatches([[made[i] for i in members] for members in plan])])
+    plan = pack([len(s) for s in samples], 1, limit).shares[0]
+    trainer.load([Microbatches([[samples[i] for i in members] for members in plan])])
 
 
 def _logprobs(trainer, sentences: list[list[int]]):
-    """fp32 log-probability of every predicted token, in an order that depends on `sentences`."""
+    """Return every predicted token's fp32 log-probability, in an order fixed by `sentences`."""
     import torch
 
     _load(trainer, sentences)

@@ -1,8 +1,8 @@
 """Kernels of r1_kernels against eager PyTorch, torch.compile and the public peers, in one run.
 
-Peers: pip install -r requirements/bench.txt; one that is missing or fails is a row that says so.
-Without options: DeepSeek-V3's output layer on a GPU, something that takes eager PyTorch 3 GB on a
-CPU.
+Peers: pip install -r requirements/bench.txt; one that is missing or fails is a row with the reason.
+Without options: DeepSeek-V3's output layer on a GPU; on a CPU, a size for which eager PyTorch needs
+3 GB.
 """
 
 from __future__ import annotations
@@ -10,15 +10,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import datetime
-import importlib.metadata
 import os
-import platform
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from . import sizes
+from tools.bench import machine
+from tools.bench.kernels import sizes
 
 PACKAGES = ("torch", "triton", "liger-kernel", "trl", "cut-cross-entropy", "megatron-core")
 LEGEND = """\
@@ -46,11 +45,11 @@ def add_options(options: argparse.ArgumentParser) -> None:
 
 
 def run(chosen: argparse.Namespace) -> dict[str, Any]:
-    """Sizes, versions and the cases with their rows."""
+    """Return sizes, versions and the cases with their rows."""
     import torch
 
-    from . import plot, supervise, table
-    from .cases import BY_NAME
+    from tools.bench.kernels import plot, supervise, table
+    from tools.bench.kernels.cases import BY_NAME
 
     on_gpu = torch.cuda.is_available()
     try:
@@ -90,12 +89,12 @@ def _sizes(chosen: argparse.Namespace, on_gpu: bool) -> sizes.Sizes:
 
 
 def _names(only: list[str] | None, known: list[str]) -> list[str]:
-    """The kernels asked for; `linear_token_logprobs` means both of its tables."""
-    wanted = [name for name in known if not only or {name, name.split("+")[0]} & set(only)]
+    """Return the selected kernels; `linear_token_logprobs` selects both of its tables."""
+    chosen = [name for name in known if not only or {name, name.split("+")[0]} & set(only)]
     for name in only or []:
         if name not in {part for each in known for part in (each, each.split("+")[0])}:
             raise ValueError(f"--only {name}: the kernels are {', '.join(known)}")
-    return wanted
+    return chosen
 
 
 def _about(on_gpu: bool) -> dict[str, Any]:
@@ -104,35 +103,18 @@ def _about(on_gpu: bool) -> dict[str, Any]:
     if on_gpu:
         device = torch.cuda.get_device_name()
     else:
-        device = f"{_processor()}, {torch.get_num_threads()} threads"
+        device = f"{machine.processor()}, {torch.get_num_threads()} threads"
     return {
         "device": device,
         "date": datetime.date.today().isoformat(),
-        "versions": {name: _version(name) for name in PACKAGES},
-        "cores": len(os.sched_getaffinity(0)),
+        "versions": machine.versions(PACKAGES),
+        "cores": machine.num_cores(),
         "load": os.getloadavg()[0],
     }
 
 
-def _processor() -> str:
-    """The model's name where Linux tells it."""
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        text = ""
-    names = [line.split(":")[1].strip() for line in text.splitlines() if "model name" in line]
-    return names[0] if names else f"{platform.machine()} CPU"
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
-
-
 def _progress(doing: str) -> None:
-    """What is being measured, on a line that the next one replaces; nothing in a log."""
+    """Show what is being measured on one terminal line that the next call overwrites."""
     if sys.stderr.isatty():
         sys.stderr.write(f"\r\x1b[K{doing}")
         sys.stderr.flush()

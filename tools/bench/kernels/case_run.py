@@ -1,8 +1,8 @@
 """One table: every implementation warmed up and checked, then all timed in turns.
 
-A round times each implementation once, so that what changes during a run - clocks, heat, other
-people's work - touches all of them alike. An implementation that fails becomes a row with the
-reason; its memory is freed before the next.
+A round times each implementation once, so that changes during a run (clocks, heat, other load)
+affect all of them alike. An implementation that fails becomes a row with the reason; its memory is
+freed before the next.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 
-from .cases import Case
-from .implementation import TOO_LATE, Call, Implementation, why
-from .measure import meter
-from .sizes import Sizes
+from tools.bench.kernels.cases import Case
+from tools.bench.kernels.implementation import TOO_LATE, Call, Implementation, why
+from tools.bench.kernels.measure import meter
+from tools.bench.kernels.sizes import Sizes
 
 ENOUGH_SECONDS = {"cpu": 2.0, "cuda": 5.0}  # of timed calls of one row; each gets at least one
 WARM_SHARE = 0.75  # of a case's time, after which no further implementation is started
@@ -27,7 +27,7 @@ WARM_SHARE = 0.75  # of a case's time, after which no further implementation is 
 
 @dataclass
 class Row:
-    """not_run: why there are no numbers. extra_bytes: the most of all timed calls."""
+    """not_run: why there are no numbers. extra_bytes: the largest of all timed calls."""
 
     name: str
     computes: str
@@ -38,18 +38,21 @@ class Row:
 
 
 class Broken(Exception):
-    """The device's context is gone: this process can measure nothing more."""
+    """The device's context is lost: this process can measure nothing more."""
 
 
 @lru_cache(maxsize=1)
 def make_inputs(kind: type, sizes: Sizes, device: torch.device) -> Any:
-    """Kept for the next case, which often wants the same."""
+    """Cached for the next case, which often has the same inputs."""
     return kind(sizes, device)
 
 
 class CaseRun:
-    """until: time.time() by which the case should end. skip: implementations that killed an earlier
-    process, with how. say(doing=...): what is about to happen, for whoever watches this process."""
+    """Measures one case.
+
+    until: time.time() by which it should end. skip: implementations that ended an earlier process,
+    each with the reason. report(doing=...) is called before each step, for the supervisor.
+    """
 
     def __init__(
         self,
@@ -58,12 +61,12 @@ class CaseRun:
         device: torch.device,
         until: float,
         skip: dict[str, str],
-        say: Callable[..., None],
+        report: Callable[..., None],
     ) -> None:
-        self.case, self.device, self.skip, self.say = case, device, skip, say
+        self.case, self.device, self.skip, self.report = case, device, skip, report
         started = time.time()
         self.until, self.last_start = until, started + WARM_SHARE * (until - started)
-        say(doing="inputs")
+        report(doing="inputs")
         self.inputs = make_inputs(case.inputs, sizes, device)
         self.bound = self.inputs.bound(case.gradients, case.masked)
         self.measure = meter(device)
@@ -74,7 +77,7 @@ class CaseRun:
         bound_seconds = []
         self.measure(self.bound.call)
         for _ in range(repeats):
-            self.say(doing="bound")
+            self.report(doing="bound")
             bound_seconds.append(self.measure(self.bound.call).seconds)
             for each, row in zip(self.case.implementations, rows, strict=True):
                 if row.name in self.calls and not self._enough(row):
@@ -85,7 +88,7 @@ class CaseRun:
         return {"bound": {**bound, "needed": self.bound.needed}, "rows": [asdict(r) for r in rows]}
 
     def first(self, each: Implementation) -> Row:
-        """The call that compiles and warms up; its results are compared with the exact ones."""
+        """Make the call that compiles and warms up, and compare its results with the exact ones."""
         row = Row(each.name, each.computes, self.skip.get(each.name, ""))
         if each.gpu_only and self.device.type != "cuda":
             row.not_run = "runs on a GPU only"
@@ -116,8 +119,8 @@ class CaseRun:
             del self.calls[each.name]
 
     def _guarded(self, step: Callable[[], None], row: Row) -> bool:
-        """Whether `step` succeeded. Whatever it raises is a row, never the benchmark's end."""
-        self.say(doing=row.name)
+        """Return whether `step` succeeded; an exception becomes the row's reason."""
+        self.report(doing=row.name)
         try:
             step()
         except Exception as error:

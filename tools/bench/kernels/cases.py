@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from . import ours, peer_cce, peer_liger, peer_megatron, peer_trl
-from . import torch_implementations as plain
-from .implementation import OURS, Implementation
-from .inputs import HiddenInputs, LogitsInputs, PolicyInputs
-from .matrix_inputs import MatrixInputs
+from tools.bench.kernels import ours, peer_liger, peers
+from tools.bench.kernels.implementation import Implementation
+from tools.bench.kernels.inputs import HiddenInputs, LogitsInputs, MatrixInputs, PolicyInputs
 
 
 @dataclass(frozen=True)
 class Case:
-    """gradients, masked: what the bound counts. weight: its share of the run's time, about."""
+    """gradients, masked: what the bound counts. weight: about its share of the run's time."""
 
     name: str
     about: str
@@ -30,12 +28,12 @@ CASES = (
         "policy loss from hidden states, forward and backward",
         HiddenInputs,
         (
-            Implementation(OURS, ours.linear_policy_loss),
-            *plain.both(plain.linear_policy_loss),
+            *ours.LINEAR_POLICY_LOSS,
             peer_liger.LINEAR_GRPO,
-            peer_trl.CHUNKED_POLICY,
-            *peer_cce.variants(policy=True),
-            peer_liger.SCALED_CE_POLICY,
+            peers.TRL_CHUNKED.policy,
+            peers.CCE.policy,
+            peers.CCE_EXACT.policy,
+            peer_liger.SCALED_CE.policy,
             peer_liger.LINEAR_MEAN_CE,
         ),
         gradients=True,
@@ -47,12 +45,11 @@ CASES = (
         "log-probabilities and entropy from hidden states, no gradient",
         HiddenInputs,
         (
-            Implementation(OURS, ours.linear_token_logprobs),
-            *plain.both(plain.linear_token_logprobs),
-            peer_trl.CHUNKED,
-            peer_cce.FORWARD,
-            peer_liger.SCALED_CE,
-            peer_liger.LINEAR_CE,
+            *ours.LINEAR_TOKEN_LOGPROBS,
+            peers.TRL_CHUNKED.forward,
+            peers.CCE_FORWARD,
+            peer_liger.SCALED_CE.forward,
+            peer_liger.LINEAR_CE.forward,
         ),
         weight=3,
     ),
@@ -61,12 +58,12 @@ CASES = (
         "log-probabilities and entropy from hidden states, forward and backward",
         HiddenInputs,
         (
-            Implementation(OURS, ours.linear_token_logprobs_backward),
-            *plain.both(plain.linear_token_logprobs_backward),
-            peer_trl.CHUNKED_BACKWARD,
-            *peer_cce.variants(policy=False),
-            peer_liger.SCALED_CE_BACKWARD,
-            peer_liger.LINEAR_CE_BACKWARD,
+            *ours.LINEAR_TOKEN_LOGPROBS_BACKWARD,
+            peers.TRL_CHUNKED.backward,
+            peers.CCE.backward,
+            peers.CCE_EXACT.backward,
+            peer_liger.SCALED_CE.backward,
+            peer_liger.LINEAR_CE.backward,
         ),
         gradients=True,
         weight=4,
@@ -76,10 +73,9 @@ CASES = (
         "log-probabilities and entropy from logits, no gradient",
         LogitsInputs,
         (
-            Implementation(OURS, ours.token_logprobs),
-            *plain.both(plain.token_logprobs),
-            peer_trl.LOGITS,
-            peer_megatron.FORWARD,
+            *ours.TOKEN_LOGPROBS,
+            peers.TRL_LOGITS.forward,
+            peers.MEGATRON.forward,
             peer_liger.SELECTIVE,
         ),
         weight=2,
@@ -89,11 +85,9 @@ CASES = (
         "log-probabilities and entropy from logits, forward and backward into the logits",
         LogitsInputs,
         (
-            ours.INPLACE,
-            ours.OUT_OF_PLACE,
-            *plain.both(plain.token_logprobs_backward),
-            peer_trl.LOGITS_BACKWARD,
-            peer_megatron.BACKWARD,
+            *ours.TOKEN_LOGPROBS_BACKWARD,
+            peers.TRL_LOGITS.backward,
+            peers.MEGATRON.backward,
             peer_liger.TRITON_GRPO,
         ),
         gradients=True,
@@ -103,23 +97,15 @@ CASES = (
         "policy_loss",
         "policy loss from log-probabilities, forward and backward",
         PolicyInputs,
-        (
-            Implementation(OURS, ours.policy_loss),
-            *plain.both(plain.policy_loss, "no ratio, clip or KL out"),
-        ),
+        ours.POLICY_LOSS,
         gradients=True,
     ),
     Case(
         "quantize_blockwise",
         "a matrix to fp8 with a scale for each 128 x 128 block (DeepGEMM's definition)",
         MatrixInputs,
-        (Implementation(OURS, ours.quantize), *plain.both(plain.quantize)),
+        ours.QUANTIZE,
     ),
-    Case(
-        "dequantize_blockwise",
-        "and back",
-        MatrixInputs,
-        (Implementation(OURS, ours.dequantize), *plain.both(plain.dequantize)),
-    ),
+    Case("dequantize_blockwise", "and back", MatrixInputs, ours.DEQUANTIZE),
 )
 BY_NAME = {case.name: case for case in CASES}

@@ -1,7 +1,7 @@
-"""The straightforward PyTorch of every kernel: what a reader would write first.
+"""Every kernel in straightforward PyTorch: softmax and loss in fp32, entropy without gradient.
 
-Softmax and loss in fp32, entropy as a metric (no gradient). The same functions under torch.compile
-are the second implementation of each table; the policy loss in fp64 is the oracle's.
+The same functions under torch.compile are the second baseline of each table; the policy loss in
+fp64 is also the reference of the errors.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ SMALLEST_AMAX = 1e-4  # DeepGEMM's per_block_cast_to_fp8
 
 
 def token_logprobs(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """logits (T, V), targets (T,) -> log-probabilities and entropies, (T,) fp32."""
+    """logits (T, V), targets (T,) -> log-probabilities and entropies, each (T,) fp32."""
     log_p = torch.log_softmax(logits.float(), dim=-1)
     with torch.no_grad():
         entropy = -(log_p.exp() * log_p).sum(-1)
@@ -59,12 +59,12 @@ def quantize(x: Tensor, block: int = 128) -> tuple[Tensor, Tensor]:
 
 
 def dequantize(quantized: Tensor, scale: Tensor, dtype: torch.dtype, block: int = 128) -> Tensor:
-    """The product of each value with its block's scale, (M, N)."""
+    """Return each value of (M, N) times its block's scale."""
     rows, columns = quantized.shape
     spread = scale.repeat_interleave(block, 0)[:rows].repeat_interleave(block, 1)[:, :columns]
     return (quantized.float() * spread).to(dtype)
 
 
 def compiled(function: Callable) -> Callable:
-    """One specialised graph per call site, as a training step would have."""
+    """Compile to one specialised graph per call site, as a training step would have."""
     return torch.compile(function, dynamic=False)

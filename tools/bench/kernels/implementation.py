@@ -1,4 +1,4 @@
-"""What a row of a table is made of: an implementation, and the reasons it may not run."""
+"""One row of a table: an implementation, and the reasons why it may not run."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ TOO_LATE = "the time given was used up: raise --minutes, or use --only"
 
 @dataclass(frozen=True)
 class Implementation:
-    """make(inputs) imports what it needs, does what is not measured, and returns the call that is.
+    """make(inputs) imports what it needs, does what is not timed, and returns the timed call.
 
-    The call returns its results by the names that the inputs' `errors` knows. computes: in words,
-    where that is more or less than ours does. overwrites: its inputs are restored after each call.
+    The call returns its results by the names that the inputs' `errors` compares. computes: what it
+    does more or less than ours, in words. overwrites: its inputs are restored after each call.
     """
 
     name: str
@@ -29,7 +29,7 @@ class Implementation:
 
 
 def why(error: BaseException) -> str:
-    """One line that a reader of the table understands."""
+    """Return the reason of a failure, in one line of the table."""
     text = " ".join(str(error).split())
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or "ALLOC_FAILED" in text:
         return "out of memory"

@@ -1,11 +1,11 @@
-"""Seconds and peak extra memory of one call.
+"""Seconds and peak extra memory of one call, and what the device can do at most.
 
-GPU: CUDA events around the call, after the L2 cache was overwritten; memory is what PyTorch's
-allocator held at most, less what it held before, so neither fragmentation nor CUDA's own context
-counts. CPU: perf_counter; memory is the growth of the process's resident set at its highest
-(VmHWM, which writing 5 to /proc/self/clear_refs sets back to the present), after malloc_trim gave
-every freed page back to the system: pages kept from an earlier call would hide this one's use.
-Either way the call's results, gradients included, count.
+GPU: CUDA events around the call, after the L2 cache was overwritten; memory is the peak of what
+PyTorch's allocator held, less what it held before, so neither fragmentation nor CUDA's own context
+counts. CPU: perf_counter; memory is the growth of the process's resident set at its peak (VmHWM,
+which writing 5 to /proc/self/clear_refs resets), after malloc_trim returned every freed page to the
+system: pages kept from an earlier call would hide this one's use. On both, the call's results,
+gradients included, count.
 """
 
 from __future__ import annotations
@@ -18,13 +18,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
+TOKENS_AT_ONCE = 8_192  # logits of 65,536 tokens would not leave room for anything else
+COPIED_BYTES = {"cpu": 2**27, "cuda": 2**30}
 L2_BYTES = 2**28  # several times the largest L2 cache (H200: 50 MB; B200: 126 MB)
 
 
 @dataclass
 class Sample:
-    """extra_bytes: None where this machine cannot tell."""
+    """extra_bytes: None if it cannot be measured on this machine."""
 
     seconds: float
     extra_bytes: int | None
@@ -79,7 +82,7 @@ class CudaMeter:
         return Sample(start.elapsed_time(end) / 1e3, peak - before, results)
 
     def settle(self) -> None:
-        """Raises if an earlier call broke the device's context, after which nothing runs."""
+        """Free memory; raise RuntimeError if an earlier call broke the device's context."""
         gc.collect()
         torch.cuda.synchronize(self._device)
         torch.cuda.empty_cache()
@@ -95,3 +98,46 @@ def _status(field: str) -> int | None:
             if line.startswith(field + ":"):
                 return int(line.split()[1]) * 1024
     return None
+
+
+@dataclass(frozen=True)
+class Bound:
+    """The device's own rate, measured in the same rounds as the implementations.
+
+    `call` does `done` units of work; the kernel needs at least `needed` units. Kernels on hidden
+    states are bounded by matrix products, the others by memory traffic.
+    """
+
+    name: str
+    unit: str  # "FLOP" or "B"
+    call: Callable[[], None]
+    done: float
+    needed: float
+
+
+def matrix_bound(hidden: Tensor, weight: Tensor, tokens: int, products: int) -> Bound:
+    """The logits of `tokens` rows (products=1), with d hidden and d weight (3), by torch.mm."""
+    rows = hidden[:TOKENS_AT_ONCE]
+
+    def call() -> None:
+        logits = torch.mm(rows, weight.t())
+        if products == 3:
+            torch.mm(logits, weight)
+            torch.mm(logits.t(), rows)
+
+    flops = 2.0 * products * weight.numel()
+    name = f"torch.mm, {'these three products' if products == 3 else 'this product'} alone"
+    return Bound(name, "FLOP", call, flops * len(rows), flops * tokens)
+
+
+def copy_bound(device: torch.device, needed_bytes: int) -> Bound:
+    """A copy within the device's memory; each byte counts as read and as written."""
+    num_bytes = COPIED_BYTES[device.type]
+
+    def call() -> None:
+        target.copy_(source)
+
+    # Filled here, so that no page is first mapped while the call is timed.
+    source = torch.ones(num_bytes, dtype=torch.uint8, device=device)
+    target = torch.ones_like(source)
+    return Bound("a copy within its memory", "B", call, 2.0 * num_bytes, float(needed_bytes))

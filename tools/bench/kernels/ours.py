@@ -1,112 +1,96 @@
-"""r1_kernels, as the trainer calls it: Triton on a GPU, plain PyTorch on a CPU."""
+"""r1_kernels as the trainer calls it (Triton on a GPU, plain PyTorch on a CPU), and the two
+baselines of every table: eager PyTorch, and the same functions under torch.compile."""
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Callable
+from functools import partial
 
-from .eager import CLIP, KL_BETA
-from .implementation import OURS, Call, Implementation
-from .inputs import HiddenInputs, LogitsInputs, PolicyInputs
-from .matrix_inputs import MatrixInputs
+from tools.bench.kernels import calls, eager
+from tools.bench.kernels.eager import CLIP, KL_BETA
+from tools.bench.kernels.implementation import OURS, Implementation
 
 SETTINGS = {"clip_low": CLIP, "clip_high": CLIP, "kl_beta": KL_BETA}
 
 
-def linear_policy_loss(inputs: HiddenInputs) -> Call:
+def _linear_policy_loss():
     from r1_kernels import linear_policy_loss
 
-    leaves = inputs.hidden, inputs.weight
+    def function(*inputs):
+        out = linear_policy_loss(*inputs, **SETTINGS)
+        return out.loss, out.logprobs
 
-    def call():
-        tokens = inputs.tokens
-        out = linear_policy_loss(*leaves, tokens.targets, *tokens.loss_inputs, **SETTINGS)
-        hidden, weight = torch.autograd.grad(out.loss, leaves)
-        return {"logprobs": out.logprobs, "hidden": hidden, "weight": weight}
-
-    return call
+    return function
 
 
-def linear_token_logprobs(inputs: HiddenInputs) -> Call:
-    from r1_kernels import linear_token_logprobs
-
-    @torch.no_grad()
-    def call():
-        logprobs, _ = linear_token_logprobs(inputs.hidden, inputs.weight, inputs.tokens.targets)
-        return {"logprobs": logprobs}
-
-    return call
-
-
-def linear_token_logprobs_backward(inputs: HiddenInputs) -> Call:
-    from r1_kernels import linear_token_logprobs
-
-    leaves = inputs.hidden, inputs.weight
-
-    def call():
-        logprobs, _ = linear_token_logprobs(*leaves, inputs.tokens.targets)
-        hidden, weight = torch.autograd.grad(logprobs, leaves, inputs.upstream)
-        return {"logprobs": logprobs.detach(), "hidden": hidden, "weight": weight}
-
-    return call
-
-
-def token_logprobs(inputs: LogitsInputs) -> Call:
-    from r1_kernels import token_logprobs
-
-    @torch.no_grad()
-    def call():
-        return {"logprobs": token_logprobs(inputs.logits, inputs.tokens.targets)[0]}
-
-    return call
-
-
-def token_logprobs_backward(inputs: LogitsInputs, inplace: bool) -> Call:
-    from r1_kernels import token_logprobs
-
-    def call():
-        # A model's logits are no leaf, and only those may be written over.
-        logits = inputs.logits.view_as(inputs.logits)
-        logprobs, _ = token_logprobs(logits, inputs.tokens.targets, inplace_backward=inplace)
-        (gradient,) = torch.autograd.grad(logprobs, logits, inputs.upstream)
-        return {"logprobs": logprobs.detach(), "logits": gradient}
-
-    return call
-
-
-def policy_loss(inputs: PolicyInputs) -> Call:
+def _policy_loss():
     from r1_kernels import policy_loss
 
-    def call():
-        loss = policy_loss(inputs.logprobs, *inputs.tokens.loss_inputs, **SETTINGS).loss
-        (logprobs,) = torch.autograd.grad(loss, inputs.logprobs)
-        return {"loss": loss.detach(), "logprobs": logprobs}
-
-    return call
+    return lambda *inputs: policy_loss(*inputs, **SETTINGS).loss
 
 
-def quantize(inputs: MatrixInputs) -> Call:
+def _linear_token_logprobs():
+    from r1_kernels import linear_token_logprobs
+
+    return linear_token_logprobs
+
+
+def _token_logprobs(inplace: bool = False):
+    from r1_kernels import token_logprobs
+
+    def function(logits, targets):
+        # A model's logits are not a leaf, and only such may be overwritten.
+        return token_logprobs(logits.view_as(logits), targets, inplace_backward=inplace)
+
+    return function
+
+
+def _quantize():
     from r1_kernels import quantize_blockwise
 
-    def call():
-        quantized, scale = quantize_blockwise(inputs.x)
-        return {"quantized": quantized, "scale": scale}
-
-    return call
+    return quantize_blockwise
 
 
-def dequantize(inputs: MatrixInputs) -> Call:
+def _dequantize():
     from r1_kernels import dequantize_blockwise
 
-    def call():
-        values = dequantize_blockwise(inputs.quantized, inputs.scale, dtype=inputs.x.dtype)
-        return {"values": values}
-
-    return call
+    return dequantize_blockwise
 
 
-INPLACE = Implementation(
-    OURS, lambda inputs: token_logprobs_backward(inputs, inplace=True), overwrites=True
+def baselines(make: Callable, plain: Callable, computes: str = "") -> tuple[Implementation, ...]:
+    """Return eager PyTorch and torch.compile. make: of calls.py; plain: a function of eager.py."""
+    return (
+        Implementation("eager PyTorch", partial(make, load=lambda: plain), computes),
+        Implementation(
+            "torch.compile", partial(make, load=lambda: eager.compiled(plain)), computes
+        ),
+    )
+
+
+def _rows(
+    make: Callable, ours: calls.Load, plain: Callable, computes: str = ""
+) -> tuple[Implementation, ...]:
+    return (Implementation(OURS, partial(make, load=ours)), *baselines(make, plain, computes))
+
+
+LINEAR_POLICY_LOSS = _rows(calls.linear_policy_loss, _linear_policy_loss, eager.linear_policy_loss)
+LINEAR_TOKEN_LOGPROBS, LINEAR_TOKEN_LOGPROBS_BACKWARD = (
+    _rows(
+        partial(calls.on_hidden, gradients=gradients),
+        _linear_token_logprobs,
+        eager.linear_token_logprobs,
+    )
+    for gradients in (False, True)
 )
-OUT_OF_PLACE = Implementation(
-    "r1_kernels, logits kept", lambda inputs: token_logprobs_backward(inputs, inplace=False)
+TOKEN_LOGPROBS = _rows(calls.on_logits, _token_logprobs, eager.token_logprobs)
+_LOGITS_BACKWARD = partial(calls.on_logits, gradients=True)
+TOKEN_LOGPROBS_BACKWARD = (
+    Implementation(
+        OURS, partial(_LOGITS_BACKWARD, load=lambda: _token_logprobs(inplace=True)), overwrites=True
+    ),
+    Implementation("r1_kernels, logits kept", partial(_LOGITS_BACKWARD, load=_token_logprobs)),
+    *baselines(_LOGITS_BACKWARD, eager.token_logprobs),
 )
+POLICY_LOSS = _rows(calls.policy_loss, _policy_loss, eager.policy_loss, "no ratio, clip or KL out")
+QUANTIZE = _rows(calls.quantize, _quantize, eager.quantize)
+DEQUANTIZE = _rows(calls.dequantize, _dequantize, eager.dequantize)

@@ -4,13 +4,29 @@ from __future__ import annotations
 
 import torch
 
-from . import eager
-from .eager import CLIP, KL_BETA
-from .implementation import Call, Implementation
-from .inputs import HiddenInputs, LogitsInputs
+from tools.bench.kernels.calls import hidden_passes
+from tools.bench.kernels.eager import CLIP, KL_BETA
+from tools.bench.kernels.implementation import Call, Implementation
+from tools.bench.kernels.inputs import HiddenInputs, LogitsInputs
+
+CROSS_ENTROPY = "Liger FusedLinearCrossEntropy"
 
 
-def linear_grpo(inputs: HiddenInputs) -> Call:
+def _cross_entropy():
+    from liger_kernel.ops import LigerFusedLinearCrossEntropyFunction as Function
+
+    # After the targets: bias, class weights, ignored id, z-loss, label smoothing, reduction.
+    options = None, None, -100, 0.0, 0.0, "none"
+    return lambda *inputs: (-Function.apply(*inputs, *options)[0],)
+
+
+def _scaled_cross_entropy():
+    from liger_kernel.ops import LigerFusedLinearScaledCrossEntropyFunction as Function
+
+    return lambda *inputs: (-Function.apply(*inputs, return_entropy=True)[0],)
+
+
+def _linear_grpo(inputs: HiddenInputs) -> Call:
     from liger_kernel.chunked_loss.grpo_loss import LigerFusedLinearGRPOLoss
 
     # "bnpo" is the average over all masked tokens.
@@ -35,7 +51,7 @@ def linear_grpo(inputs: HiddenInputs) -> Call:
     return call
 
 
-def linear_mean_cross_entropy(inputs: HiddenInputs) -> Call:
+def _mean_cross_entropy(inputs: HiddenInputs) -> Call:
     from liger_kernel.ops import LigerFusedLinearCrossEntropyFunction as Function
 
     def call():
@@ -46,45 +62,7 @@ def linear_mean_cross_entropy(inputs: HiddenInputs) -> Call:
     return call
 
 
-def linear_cross_entropy(inputs: HiddenInputs, gradients: bool) -> Call:
-    from liger_kernel.ops import LigerFusedLinearCrossEntropyFunction as Function
-
-    leaves = inputs.leaves(gradients)
-    # After the targets: bias, class weights, ignored id, z-loss, label smoothing, reduction.
-    options = None, None, -100, 0.0, 0.0, "none"
-
-    def call():
-        losses = Function.apply(*leaves, inputs.tokens.targets, *options)[0]
-        found = {"logprobs": -losses.detach()}
-        if gradients:
-            gradient = torch.autograd.grad(losses, leaves, -inputs.upstream)
-            found |= dict(zip(("hidden", "weight"), gradient, strict=True))
-        return found
-
-    return call
-
-
-def scaled_cross_entropy(inputs: HiddenInputs, gradients: bool, policy: bool = False) -> Call:
-    from liger_kernel.ops import LigerFusedLinearScaledCrossEntropyFunction as Function
-
-    leaves, tokens = inputs.leaves(gradients), inputs.tokens
-
-    def call():
-        losses, _ = Function.apply(*leaves, tokens.targets, return_entropy=True)
-        found = {"logprobs": -losses.detach()}
-        if gradients:
-            if policy:
-                total, upstream = eager.policy_loss(-losses, *tokens.loss_inputs), None
-            else:
-                total, upstream = losses, -inputs.upstream
-            gradient = torch.autograd.grad(total, leaves, upstream)
-            found |= dict(zip(("hidden", "weight"), gradient, strict=True))
-        return found
-
-    return call
-
-
-def selective_log_softmax(inputs: LogitsInputs) -> Call:
+def _selective_log_softmax(inputs: LogitsInputs) -> Call:
     from liger_kernel.ops.grpo_loss import fused_selective_log_softmax
 
     tokens = inputs.tokens
@@ -92,13 +70,14 @@ def selective_log_softmax(inputs: LogitsInputs) -> Call:
 
     def call():
         logits = tokens.rows(inputs.logits.detach())
-        found = fused_selective_log_softmax(logits, targets, temperature=1.0)
-        return {"logprobs": _with_last(found)}
+        logprobs = fused_selective_log_softmax(logits, targets, temperature=1.0)
+        # (S, L - 1) -> (S * L,): the last position of a sequence is masked and gets 0.
+        return {"logprobs": torch.nn.functional.pad(logprobs, (0, 1)).flatten()}
 
     return call
 
 
-def triton_grpo(inputs: LogitsInputs) -> Call:
+def _triton_grpo(inputs: LogitsInputs) -> Call:
     from liger_kernel.transformers.grpo_loss import triton_grpo_loss
 
     tokens = inputs.tokens
@@ -129,45 +108,21 @@ def triton_grpo(inputs: LogitsInputs) -> Call:
     return call
 
 
-def _with_last(logprobs: torch.Tensor) -> torch.Tensor:
-    """(S, L - 1) -> (S * L,): the last position of a sequence is masked and gets 0."""
-    return torch.nn.functional.pad(logprobs, (0, 1)).flatten()
-
-
-LINEAR_GRPO = Implementation("Liger FusedLinearGRPO", linear_grpo, "no entropy, no log-probs out")
+LINEAR_CE = hidden_passes(CROSS_ENTROPY, _cross_entropy, "no entropy", gpu_only=True)
+SCALED_CE = hidden_passes("Liger FusedLinearScaledCE", _scaled_cross_entropy)
+LINEAR_GRPO = Implementation("Liger FusedLinearGRPO", _linear_grpo, "no entropy, no log-probs out")
 LINEAR_MEAN_CE = Implementation(
-    "Liger FusedLinearCrossEntropy",
-    linear_mean_cross_entropy,
+    CROSS_ENTROPY,
+    _mean_cross_entropy,
     "mean cross entropy only: no ratio, clip, KL, entropy",
     gpu_only=True,
 )
-LINEAR_CE, LINEAR_CE_BACKWARD = (
-    Implementation(
-        "Liger FusedLinearCrossEntropy",
-        lambda inputs, gradients=gradients: linear_cross_entropy(inputs, gradients),
-        "no entropy",
-        gpu_only=True,
-    )
-    for gradients in (False, True)
-)
-SCALED_CE, SCALED_CE_BACKWARD = (
-    Implementation(
-        "Liger FusedLinearScaledCE",
-        lambda inputs, gradients=gradients: scaled_cross_entropy(inputs, gradients),
-    )
-    for gradients in (False, True)
-)
-SCALED_CE_POLICY = Implementation(
-    "Liger FusedLinearScaledCE",
-    lambda inputs: scaled_cross_entropy(inputs, gradients=True, policy=True),
-    "loss in eager PyTorch",
-)
 SELECTIVE = Implementation(
-    "Liger selective_log_softmax", selective_log_softmax, "no entropy", gpu_only=True
+    "Liger selective_log_softmax", _selective_log_softmax, "no entropy", gpu_only=True
 )
 TRITON_GRPO = Implementation(
     "Liger triton_grpo_loss",
-    triton_grpo,
+    _triton_grpo,
     "the policy loss too; no entropy, no log-probs out",
     gpu_only=True,
     overwrites=True,

@@ -1,20 +1,20 @@
-"""A picture of the tables: time and peak extra memory of every implementation that ran."""
+"""A plot of the tables: time and peak extra memory of every implementation that ran."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from .implementation import OURS
-from .table import duration, quantity
+from tools.bench.kernels.implementation import OURS
+from tools.bench.kernels.table import duration, quantity
 
 OURS_COLOUR, PEER_COLOUR = "#1f6f8b", "#b8c4cc"
 ROW_INCHES, FRAME_INCHES, WIDTH_INCHES = 0.27, 0.95, 12.0
-SMALLEST_BYTES = 1e3  # what is drawn for none at all, on a logarithmic axis
+SMALLEST_BYTES = 1e3  # drawn for zero bytes, as the axis is logarithmic
 
 
 def draw(cases: list[dict[str, Any]], title: str, path: Path) -> None:
-    """One line of two panels for each case, bars on logarithmic axes, each with its number."""
+    """Draw one row of two panels per case: bars on logarithmic axes, each with its number."""
     from matplotlib import use
 
     use("Agg")

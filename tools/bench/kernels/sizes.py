@@ -1,4 +1,4 @@
-"""What is measured: the shape of the problem, and the presets that name the usual ones."""
+"""The shape of the problem, and presets for the usual ones."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ class Sizes:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        import torch  # not at the top: the command line reads the presets for its --help
+        import torch  # here, so that --help does not import it
 
         return getattr(torch, self.dtype)
 
     @property
     def shard(self) -> int:
-        """Vocabulary entries on one rank, which is all that is measured."""
+        """Vocabulary entries on one rank; only one rank is measured."""
         return self.vocab // self.tp
 
     @property

@@ -1,8 +1,8 @@
-"""Runs workers until every case has its rows.
+"""Runs worker processes until every case has its rows.
 
-One worker measures all cases. If it dies or falls silent - a peer crashed it, broke the CUDA
-context or waits on a lock for ever - the implementation it was at becomes a row that says so, and a
-new worker carries on with that case, without it.
+One worker measures all cases. If it dies or reports nothing for too long (a peer crashed it, broke
+the CUDA context or deadlocked), the implementation it was running becomes a row with that reason,
+and a new worker continues with the same case, without that implementation.
 """
 
 from __future__ import annotations
@@ -17,20 +17,18 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
-from .implementation import TOO_LATE
+from tools.bench.children import environment
+from tools.bench.kernels.implementation import TOO_LATE
 
-BENCH = Path(__file__).parents[1]
-ROOT = BENCH.parents[1]
 SILENCE_SECONDS = 100.0  # of one step: a compilation takes up to a minute
 GRACE_SECONDS = 45.0  # after the deadline, for the step it fell into
 Result = tuple[str, dict[str, Any]]
 
 
 def command() -> list[str]:
-    return [sys.executable, "-m", "kernels.worker"]
+    return [sys.executable, "-m", "tools.bench.kernels.worker"]
 
 
 def results(
@@ -39,7 +37,10 @@ def results(
     silence: float = SILENCE_SECONDS,
     start: Callable[[], list[str]] = command,
 ) -> Iterator[Result]:
-    """(case name, result) for each of task["cases"], in order. task["deadline"]: time.time()."""
+    """Yield (case name, result) for each of task["cases"], in order.
+
+    task["deadline"]: as time.time(); progress: called with what is being measured.
+    """
     task = {**task, "skip": {name: {} for name in task["cases"]}}
     while task["cases"]:
         if time.time() > task["deadline"]:
@@ -67,14 +68,7 @@ def results(
 
 
 def _messages(task: dict[str, Any], silence: float, call: list[str]) -> Iterator[dict[str, Any]]:
-    """The worker's lines, then {"ended": why} if it did not end by itself with success."""
-    paths = [str(BENCH), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
-    environment = {
-        # Threads that spin at the end of every operation starve each other where a core is shared.
-        "OMP_WAIT_POLICY": "passive",
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
-    }
+    """Yield the worker's messages, then {"ended": why} unless it ended with success."""
     with tempfile.TemporaryFile("w+") as log:
         worker = subprocess.Popen(
             call,
@@ -82,7 +76,7 @@ def _messages(task: dict[str, Any], silence: float, call: list[str]) -> Iterator
             stdout=-1,
             stderr=log,
             text=True,
-            env=environment,
+            env=environment(),
             start_new_session=True,
         )
         lines: queue.Queue[str] = queue.Queue()
@@ -91,13 +85,13 @@ def _messages(task: dict[str, Any], silence: float, call: list[str]) -> Iterator
         try:
             worker.stdin.write(json.dumps(task))
             worker.stdin.close()
-            while line := lines.get(timeout=_patience(task["deadline"], silence)):
+            while line := lines.get(timeout=_timeout(task["deadline"], silence)):
                 message = json.loads(line)
                 if "done" in message:
                     return
                 yield message
         except queue.Empty:
-            seconds = _patience(task["deadline"], silence)
+            seconds = _timeout(task["deadline"], silence)
             yield {"ended": f"no answer for {seconds:.0f} seconds: stopped"}
         except BrokenPipeError:
             pass
@@ -111,8 +105,8 @@ def _messages(task: dict[str, Any], silence: float, call: list[str]) -> Iterator
             yield {"ended": f"ended the process: {signal.Signals(-worker.returncode).name}"}
 
 
-def _patience(deadline: float, silence: float) -> float:
-    """Seconds to wait for the next line: at the end of the run, what is left of it."""
+def _timeout(deadline: float, silence: float) -> float:
+    """Return the seconds to wait for the next message: `silence`, or less near the deadline."""
     return max(1.0, min(silence, deadline + GRACE_SECONDS - time.time()))
 
 
@@ -123,7 +117,7 @@ def _read(stream: Any, lines: queue.Queue[str]) -> None:
 
 
 def _stop(worker: subprocess.Popen[str]) -> None:
-    """End it and what it started (torch.compile's compilers), unless it ended by itself."""
+    """Kill the worker and its children (torch.compile's compilers) unless it ended by itself."""
     try:
         worker.wait(timeout=5)
     except subprocess.TimeoutExpired:

@@ -1,15 +1,15 @@
-"""The terminal's tables, from the rows as they are in the JSON file."""
+"""The printed tables, from the rows of the JSON file."""
 
 from __future__ import annotations
 
 from statistics import median
 from typing import Any
 
-from .implementation import OURS
+from tools.bench.kernels.implementation import OURS
 
 
 def summarised(name: str, about: str, result: dict[str, Any]) -> dict[str, Any]:
-    """One case of the JSON file: medians, ratios to ours and shares of the bound added."""
+    """Return one case of the JSON file, with medians, ratios to ours and shares of the bound."""
     rows, bound = result.get("rows", []), result.get("bound")
     for row in rows:
         row["median_seconds"] = median(row["seconds"]) if row["seconds"] else None
@@ -32,7 +32,7 @@ def _ratio(value: float | None, by: float | None) -> float | None:
 
 
 def lines(case: dict[str, Any]) -> list[str]:
-    """The table of one case, aligned, with the rows that did not run at its end."""
+    """Return the aligned table of one case, with the rows that did not run at its end."""
     head = [f"{case['kernel']}: {case['about']}"]
     if case["failed"]:
         return [*head, f"  not measured: {case['failed']}"]
@@ -66,14 +66,14 @@ def _errors(row: dict[str, Any], names: list[str]) -> list[str]:
 
 
 def aligned(rows: list[list[str]]) -> list[str]:
-    """Numbers to the right under their headings; the first and last columns to the left."""
+    """Align numbers to the right under their headings, the first and last columns to the left."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    made = []
+    lines = []
     for first, *numbers, last in rows:
         cells = [first.ljust(widths[0])]
         cells += [cell.rjust(width) for cell, width in zip(numbers, widths[1:], strict=False)]
-        made.append("  " + "  ".join([*cells, last]).rstrip())
-    return made
+        lines.append("  " + "  ".join([*cells, last]).rstrip())
+    return lines
 
 
 def _times(ratio: float | None) -> str:
@@ -90,7 +90,7 @@ def duration(seconds: float | None) -> str:
 
 
 def quantity(value: float, unit: str) -> str:
-    """1.23 GB, 790 TFLOP/s: three digits, decimal prefixes."""
+    """Format as 1.23 GB or 790 TFLOP/s: three digits, decimal prefixes."""
     for size, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= size:
             return f"{value / size:.3g} {prefix}{unit}"

@@ -1,7 +1,7 @@
-"""The same results in fp64: what every implementation's error is measured against.
+"""The same results in fp64, the reference of every implementation's error.
 
 Log-probabilities are exact for every token. Gradients are exact for a sample of rows, since all of
-them in fp64 would be four times the size of what is being measured.
+them in fp64 would take four times the memory of what is measured.
 """
 
 from __future__ import annotations
@@ -11,19 +11,19 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from . import eager
+from tools.bench.kernels import eager
 
 SAMPLE = 256  # rows of a gradient that are checked
 CHUNK_BYTES = {"cpu": 2**28, "cuda": 2**31}
 
 
 def sample(size: int, device: torch.device) -> Tensor:
-    """SAMPLE indices below `size`, evenly spaced, both ends included."""
+    """Return SAMPLE indices below `size`, evenly spaced, both ends included."""
     return torch.linspace(0, size - 1, min(SAMPLE, size), device=device).round().long()
 
 
 def chunks(tokens: int, vocab: int, device: torch.device) -> list[slice]:
-    """Slices of the tokens whose fp64 logits fit CHUNK_BYTES."""
+    """Return slices of the tokens whose fp64 logits fit CHUNK_BYTES."""
     step = max(1, CHUNK_BYTES[device.type] // (8 * vocab))
     return [slice(start, min(start + step, tokens)) for start in range(0, tokens, step)]
 
@@ -32,9 +32,10 @@ def chunks(tokens: int, vocab: int, device: torch.device) -> list[slice]:
 def normalisers(
     logits_of: Callable[[slice], Tensor], targets: Tensor, vocab: int
 ) -> tuple[Tensor, Tensor]:
-    """log sum exp of every row and the targets' log-probabilities, (T,) fp64.
+    """Return log sum exp of every row and the targets' log-probabilities, each (T,) fp64.
 
-    logits_of gives the fp64 logits (n, V) of a slice of tokens."""
+    logits_of: returns the fp64 logits (n, V) of a slice of tokens.
+    """
     sums, chosen = [], []
     for part in chunks(len(targets), vocab, targets.device):
         logits = logits_of(part)
@@ -44,7 +45,7 @@ def normalisers(
 
 
 def policy_gradient(logprobs: Tensor, *tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """The policy loss and its gradient in the log-probabilities, (T,) fp64."""
+    """Return the policy loss and its gradient in the log-probabilities, (T,) fp64."""
     leaf = logprobs.detach().double().requires_grad_()
     loss = eager.policy_loss(leaf, *(t.double() for t in tokens))
     return loss.detach(), torch.autograd.grad(loss, leaf)[0]
@@ -52,7 +53,7 @@ def policy_gradient(logprobs: Tensor, *tokens: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def logits_gradient(logits: Tensor, targets: Tensor, lse: Tensor, upstream: Tensor) -> Tensor:
-    """d (upstream . logprobs) / d logits for fp64 logits (n, V); the others are (n,)."""
+    """Return d (upstream . logprobs) / d logits for fp64 logits (n, V); the others are (n,)."""
     gradient = (logits - lse[:, None]).exp_().mul_(-upstream[:, None])
     return gradient.scatter_add_(1, targets[:, None], upstream[:, None])
 
@@ -61,7 +62,7 @@ def logits_gradient(logits: Tensor, targets: Tensor, lse: Tensor, upstream: Tens
 def weight_gradient(
     hidden: Tensor, weight: Tensor, columns: Tensor, targets: Tensor, lse: Tensor, upstream: Tensor
 ) -> Tensor:
-    """Rows `columns` of d (upstream . logprobs) / d weight, (n, H) fp64, over all the tokens."""
+    """Return rows `columns` of d (upstream . logprobs) / d weight, (n, H) fp64, over all tokens."""
     chosen = weight[columns].double()
     total = torch.zeros_like(chosen)
     for part in chunks(len(targets), len(columns) + hidden.shape[1], hidden.device):
@@ -73,7 +74,7 @@ def weight_gradient(
 
 
 def relative(got: Tensor, exact: Tensor) -> float:
-    """Frobenius norm of the error over that of the exact value."""
+    """Return the Frobenius norm of the error over that of the exact value."""
     return ((got.double() - exact).norm() / exact.norm()).item()
 
 

@@ -1,5 +1,8 @@
-"""The weight push: on this machine, trainer to engine, against memory copies and against export and
-reload; at the real size, what the plan moves and how long it takes to make."""
+"""The weight push, on this machine and at the real size.
+
+Here: from a trainer to an engine, compared with memory copies and with export and reload. At the
+real size: the bytes that the plan moves, and the seconds that planning takes.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +12,15 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from push.here import measure, model
-from push.real_size import plan_of_671b
+from tools.bench.push.here import measure, model
+from tools.bench.push.real_size import plan_of_671b
 
 ENGINES = {
     "bf16-plain": ("bfloat16", {"MEGATRON_R1_PLAIN_MATRICES": "1"}),
     "bf16": ("bfloat16", {}),
     "fp32": ("float32", {}),
 }
-"""By name: dtype, and the environment. Those whose matrices are not plain pack each for oneDNN."""
+"""By name: dtype and environment. Without plain matrices, vLLM packs each matrix for oneDNN."""
 
 
 def add_options(options: argparse.ArgumentParser) -> None:

@@ -1,9 +1,10 @@
-"""A real trainer rank and a real vLLM engine on this machine, through shared memory.
+"""Pushes from a real trainer rank to a real vLLM engine on this machine, through shared memory.
 
-Of every push: the transfer (trainer's parameters to the engine's landing memory, checksums on both
-sides, while the engine could generate) and the pause (checks, and vLLM's own post-processing, which
-on a CPU packs every matrix for oneDNN). Before and after each, one core's memory copies of as many
-bytes. Then what a push replaces: the trainer exports a Hugging Face folder, the engine reloads it.
+Measured for every push: the transfer (from the trainer's parameters to the engine's receive buffer,
+with checksums on both sides, while the engine could generate) and the pause (checks, and vLLM's own
+post-processing, which on a CPU packs every matrix for oneDNN). Before and after each push, one core
+copies as many bytes in memory. Afterwards the alternative is measured: the trainer exports a
+Hugging Face folder and the engine reloads it.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
-import cores
 import torch
 
 from megatron_r1.config import Config
@@ -23,34 +23,29 @@ from megatron_r1.fleet.fleet import RolloutFleet
 from megatron_r1.training.client import TrainerClient
 from megatron_r1.weight_sync.bridge import WeightBridge
 from megatron_r1.weights import hf_tensors
+from tools.bench import machine
+from tools.bench.small_models import qwen2
 
 WARM_UP = 2
-"""Pushes: each of two areas takes a first one."""
+"""Pushes before measuring: each of the two buffers is filled once."""
 
 
 def model(hidden: int, layers: int, dtype: str) -> dict[str, Any]:
-    return {
-        "architectures": ["Qwen2ForCausalLM"],
-        "model_type": "qwen2",
-        "vocab_size": 32_000,
-        "hidden_size": hidden,
-        "intermediate_size": 3 * hidden,
-        "num_hidden_layers": layers,
-        "num_attention_heads": hidden // 64,
-        "num_key_value_heads": max(1, hidden // 256),
-        "hidden_act": "silu",
-        "max_position_embeddings": 512,
-        "rms_norm_eps": 1e-6,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-        "tie_word_embeddings": False,
-        "torch_dtype": dtype,
-    }
+    return qwen2(
+        hidden,
+        layers,
+        heads=hidden // 64,
+        vocab_size=32_000,
+        intermediate_size=3 * hidden,
+        num_key_value_heads=max(1, hidden // 256),
+        torch_dtype=dtype,
+    )
 
 
 async def measure(
     folder: Path, shape: dict[str, Any], environment: dict[str, str], repeats: int, num_reloads: int
 ) -> dict[str, Any]:
-    """Medians of seconds and the ratios that follow. environment: the engine's, beside its own."""
+    """Return medians of seconds, and their ratios. environment: added to the engine's."""
     os.environ["OMP_WAIT_POLICY"] = "passive"
     dtype = shape["torch_dtype"]
     (folder / "model").mkdir()
@@ -69,12 +64,12 @@ async def measure(
         await trainer.call("export", folder=str(folder / "export"))
         async with RolloutFleet(1, folder / "logs", **settings) as fleet:
             await fleet.start(folder / "export", version=-1)
-            return await _measured(trainer, fleet, config, shape, folder, repeats, num_reloads)
+            return await _measure(trainer, fleet, config, shape, folder, repeats, num_reloads)
     finally:
         await trainer.close()
 
 
-async def _measured(
+async def _measure(
     trainer, fleet, config, shape, folder: Path, repeats: int, num_reloads: int
 ) -> dict[str, Any]:
     shapes = hf_tensors(shape, with_mtp=False)
@@ -85,7 +80,7 @@ async def _measured(
     await bridge.open()
     copy = _Copy(num_bytes)
     pushes, reloads = [], []
-    worth = [cores.worth()]
+    worth = [machine.cores_worth()]
     for version in range(WARM_UP + repeats):
         if version:
             await bridge.hold()
@@ -95,8 +90,8 @@ async def _measured(
         seconds["push"] = time.perf_counter() - start
         seconds["copy"] = (before + copy.seconds()) / 2
         pushes.append(seconds)
-    worth.append(cores.worth())
-    # Not in turns with pushes: the disk is still busy for a while afterwards.
+    worth.append(machine.cores_worth())
+    # Not alternating with pushes: the disk stays busy for a while after an export.
     for _ in range(1 + num_reloads):
         reloads.append(await _export_and_reload(trainer, fleet, folder / "export"))
     pushes, reloads = pushes[WARM_UP:], reloads[1:]
@@ -129,7 +124,7 @@ async def _measured(
 
 
 class _Copy:
-    """By one core, between memory that was touched before."""
+    """Copies by one core, between pages that are already mapped."""
 
     def __init__(self, num_bytes: int):
         self.source, self.target = (torch.ones(num_bytes, dtype=torch.uint8) for _ in range(2))
@@ -145,7 +140,7 @@ class _Copy:
 
 
 async def _export_and_reload(trainer, fleet, folder: Path) -> dict[str, float]:
-    """The disk's way: a folder written and synced, and read by vLLM's own reload_weights."""
+    """Export a folder to disk, synced, and let vLLM's own reload_weights read it."""
     start = time.perf_counter()
     await trainer.call("export", folder=str(folder))
     exported = time.perf_counter()

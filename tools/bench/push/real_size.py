@@ -1,12 +1,11 @@
-"""DeepSeek-V3 from 2,048 training ranks to 64 engines of 16 GPUs, on paper: the plan that a push
-follows, added up."""
+"""The push of DeepSeek-V3 from 2,048 training ranks to 64 engines of 16 GPUs, computed from the
+plan that a push follows."""
 
 from __future__ import annotations
 
 import json
 import time
 from dataclasses import astuple, replace
-from pathlib import Path
 
 import msgspec
 
@@ -16,14 +15,15 @@ from megatron_r1.weight_sync.plan.receiver_layout import ReceiverLayout
 from megatron_r1.weight_sync.plan.traffic import fp8_bytes, plain_bytes, traffic
 from megatron_r1.weight_sync.receive.table import Slot, Table
 from megatron_r1.weights.layout import Shard, stage_shards
+from tools.bench.children import ROOT
 
-MODEL = Path(__file__).parents[3] / "examples/deepseek_r1/model/config.json"
+MODEL = ROOT / "examples/deepseek_r1/model/config.json"
 GRID = TrainerGrid(2048, pipeline=16, expert=64)
 ENGINES = EngineLayout(64, tensor=8, data=2, expert_parallel=True)
 ONE = replace(ENGINES, engines=1)
 STAGES = "Etttt|" + "tttt|" * 14 + "tL"
 ADAPTER = 400e9 / 8
-"""Bytes a second into or out of one GPU."""
+"""Bytes per second into or out of one GPU."""
 
 
 def plan_of_671b() -> dict[str, dict[str, float | str]]:
@@ -60,9 +60,9 @@ def _planner(hf: dict) -> Planner:
 
 
 def _seconds(hf: dict) -> dict[str, float]:
-    """To plan for one rank, from nothing; the slowest of a few of every kind."""
+    """Return the seconds to plan for one rank from scratch; the slowest of a few of each kind."""
     tables = _tables(hf)
-    senders = [_to_plan_a_sender(hf, rank, tables) for rank in (0, 1, 64, 1000, 1984, 2047)]
+    senders = [_sender_seconds(hf, rank, tables) for rank in (0, 1, 64, 1000, 1984, 2047)]
     receivers = []
     for rank in (0, 7, 8, 15, 1023):
         start = time.perf_counter()
@@ -77,7 +77,7 @@ def _seconds(hf: dict) -> dict[str, float]:
 
 
 def _tables(hf: dict) -> list[bytes]:
-    """As each rank of an engine publishes it: its tensors, one after another."""
+    """Return the table that each rank of an engine publishes: its tensors, one after another."""
     needs, found = EngineNeeds(hf, ONE), []
     for rank in range(ONE.ranks_per_engine):
         slots, end = [], 0
@@ -89,8 +89,8 @@ def _tables(hf: dict) -> list[bytes]:
     return found
 
 
-def _to_plan_a_sender(hf: dict, rank: int, encoded: list[bytes]) -> float:
-    """As `weights.push.sender` does when it is connected to one engine after another."""
+def _sender_seconds(hf: dict, rank: int, encoded: list[bytes]) -> float:
+    """Plan as a sending rank does when it connects to one engine after another."""
     start = time.perf_counter()
     tables = [msgspec.msgpack.decode(table, type=Table) for table in encoded]
     needs, stages = ReceiverLayout(hf, ONE, tables), _stages(hf)

@@ -1,9 +1,9 @@
-"""What the Triton kernels compile to, read from the machine code: no GPU, and no timing.
+"""What the Triton kernels compile to, read from the machine code, without a GPU and without timing.
 
-Every kernel of r1_kernels.fused is compiled ahead of time for sm_80, sm_90 and sm_100 as its
-launcher would have it. Per element of the main loop: bytes moved, instructions, exponentials
-(MUFU). For sm_90, the elements per second these allow an H200 at most: by its memory, its issue
-slots and its MUFU units.
+Every kernel of r1_kernels.fused is compiled ahead of time for sm_80, sm_90 and sm_100, specialised
+as its launcher would. Reported per element of the main loop: bytes moved, instructions,
+exponentials (MUFU). For sm_90 also the upper bounds in elements per second of an H200: by its
+memory, its issue slots and its MUFU units.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ upper bounds in 1e12 elements/s for an H200. A kernel without a loop: all of it.
 
 
 def add_options(options: argparse.ArgumentParser) -> None:
-    """None but --json, which every bench has."""
+    """Add nothing: --json, which every bench has, is the only option."""
 
 
 def run(chosen: argparse.Namespace) -> dict[str, Any]:
-    """Triton's version, and an entry for each case and architecture."""
+    """Return Triton's version and an entry for each case and architecture."""
     if os.environ.get("TRITON_INTERPRET") == "1":
         sys.exit("TRITON_INTERPRET=1: Triton's interpreter compiles nothing; unset it, start again")
-    # Here, because the other benches run where Triton is not installed.
+    # Here, as the other benches also run without Triton.
     import triton
 
-    from . import bound, cases, compilation
+    from tools.bench.resources import bound, cases, compilation
 
     entries: dict[str, dict[str, Any]] = {}
     print(HEADER)
@@ -53,8 +53,8 @@ def run(chosen: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure(case, launch, arch: int) -> dict[str, Any]:
-    """One kernel's entry. case: cases.Case; launch: compilation.Launch."""
-    from . import bound, machine_code
+    """Return one kernel's entry. case: cases.Case; launch: compilation.Launch."""
+    from tools.bench.resources import bound, machine_code
 
     kernel, warps = launch.kernel, launch.kernel.metadata.num_warps
     moved = machine_code.traffic(kernel.asm["ttir"])

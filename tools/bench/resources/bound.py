@@ -1,8 +1,8 @@
-"""What resources allow: programs at once on a multiprocessor (SM), and elements per second at most.
+"""Limits by resources: concurrent programs of a multiprocessor (SM), and elements per second.
 
 Sources: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability" and
-"Arithmetic Instructions"; NVIDIA's data sheet of the H200 (4.8 TB/s). Not modelled: that integer,
-minimum and conversion instructions have half the rate of floating-point ones, and any latency.
+"Arithmetic Instructions"; NVIDIA's data sheet of the H200 (4.8 TB/s). Not modelled:
+latency, and the half rate of integer, minimum and conversion instructions.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 ARCHITECTURES = (80, 90, 100)
 SHARED_KIB = {80: 164, 90: 228, 100: 228}  # of an SM
-RESERVED_SHARED = 1024  # bytes of every program, taken by CUDA itself
+RESERVED_SHARED = 1024  # bytes per program that CUDA itself uses
 REGISTERS = 65_536  # of an SM
-REGISTER_UNIT = 256  # a warp's registers are allotted in such pieces
+REGISTER_UNIT = 256  # granularity of a warp's registers
 THREADS = 2_048
 PROGRAMS = 32
 
@@ -26,7 +26,7 @@ BANDWIDTH = 4.8e12
 
 
 class Bounds(NamedTuple):
-    """Elements per second of an H200."""
+    """Upper bounds in elements per second of an H200."""
 
     memory: float
     issue: float
@@ -34,7 +34,7 @@ class Bounds(NamedTuple):
 
 
 def programs_per_sm(arch: int, registers: int, shared: int, warps: int) -> int:
-    """How many programs of so many registers per thread and bytes of shared memory fit."""
+    """Return how many programs with these registers per thread and shared bytes fit on an SM."""
     of_warp = -(-registers * 32 // REGISTER_UNIT) * REGISTER_UNIT
     return min(
         PROGRAMS,
@@ -45,7 +45,7 @@ def programs_per_sm(arch: int, registers: int, shared: int, warps: int) -> int:
 
 
 def bounds(num_bytes: float, instructions: float, mufu: float) -> Bounds:
-    """From bytes, instructions and MUFU operations per element."""
+    """Return the bounds from bytes, instructions and MUFU operations per element."""
     return Bounds(
         memory=BANDWIDTH / num_bytes,
         issue=SMS * CLOCK * ISSUED / instructions,

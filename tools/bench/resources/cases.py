@@ -1,4 +1,4 @@
-"""What is compiled: every kernel of r1_kernels.fused, in the specialisations real runs launch.
+"""The compiled cases: every kernel of r1_kernels.fused, in the specialisations of real runs.
 
 Sizes are those of DeepSeek-V3's output layer, 129,280 columns or an eighth, and of one of its
 weights; tensors are on PyTorch's meta device and take no memory.
@@ -34,8 +34,8 @@ NAMES = {BF16: "bf16", FP32: "fp32"}
 
 
 class Case(NamedTuple):
-    """least_bytes: what the algorithm has to move per element; elements: of the whole launch, by
-    which a kernel without a loop divides."""
+    """least_bytes: bytes per element that the algorithm must move; elements: of the whole launch,
+    used for kernels without a loop."""
 
     name: str
     launcher: Callable[[], object]
@@ -73,7 +73,7 @@ def _softmax() -> Iterator[Case]:
 
 def _policies() -> Iterator[Case]:
     for present in POLICIES:
-        # Read always: log-probabilities, old ones, advantages, weights. Written: six numbers.
+        # Always read: log-probabilities, old ones, advantages, weights. Written: six numbers.
         inputs = 4 + sum(name in present for name in ("reference", "rollout", "sequence"))
         yield Case(
             f"policy_terms {present}".strip(), partial(_policy, present), 4 * inputs + 24, TOKENS

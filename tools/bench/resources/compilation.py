@@ -1,8 +1,8 @@
-"""Compile what a launcher launches, for a GPU that is not there.
+"""Compile the kernels that a launcher launches, without the GPU.
 
-The launchers run on meta tensors, which have shapes and no memory. In place of the driver stands
-one that names the wanted architecture, and a launch compiles and stops. The specialisation - types,
-divisibility by 16, constants, warps - is the one a launch on a GPU would get, by Triton's rules.
+Launchers run on meta tensors, which have shapes and no memory. Triton's driver is replaced by one
+that names the target architecture, and a launch compiles and stops. The specialisation (types,
+divisibility by 16, constants, warps) is that of a launch on a GPU, by Triton's own rules.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from triton.runtime.jit import JITFunction
 
 
 class Launch(NamedTuple):
-    """name: of the kernel; programs: of the grid; kernel: Triton's, with `asm` and `metadata`."""
+    """programs: of the grid; kernel: Triton's compiled one, with `asm` and `metadata`."""
 
     name: str
     programs: int
@@ -34,8 +34,8 @@ class Launch(NamedTuple):
 
 
 class AbsentGPU:
-    """Answers what Triton asks its driver before it compiles. The architecture is the device's
-    number too, because Triton keeps one target per device."""
+    """Driver for compilation only. The architecture is also the device number, because Triton keeps
+    one target per device."""
 
     def __init__(self, arch: int):
         self.arch = arch
@@ -51,7 +51,7 @@ class AbsentGPU:
 
 
 def compile_launches(launcher: Callable[[], object], arch: int) -> list[Launch]:
-    """Call `launcher` on an absent GPU of capability `arch`: what it would have launched."""
+    """Call `launcher` without a GPU; return what it would launch on capability `arch`."""
     launches: list[Launch] = []
     compile_and_run = JITFunction.run
 
@@ -61,7 +61,7 @@ def compile_launches(launcher: Callable[[], object], arch: int) -> list[Launch]:
 
     with (
         mock.patch.object(JITFunction, "run", compile_only),
-        # Asks PyTorch about the tensor's device, not Triton's driver.
+        # It queries PyTorch for the tensor's device, not Triton's driver.
         mock.patch.object(blockwise, "_has_e4m3", lambda device: arch >= 89),
         mock.patch.object(triton.runtime.driver, "_active", AbsentGPU(arch)),
     ):
@@ -70,7 +70,7 @@ def compile_launches(launcher: Callable[[], object], arch: int) -> list[Launch]:
 
 
 def kernels() -> set[str]:
-    """Names of the kernels in r1_kernels.fused: its Triton functions no other one calls."""
+    """Return the names of r1_kernels.fused's kernels: Triton functions that no other one calls."""
     functions: dict[str, JITFunction] = {}
     for module in pkgutil.iter_modules(r1_kernels.fused.__path__):
         names = vars(importlib.import_module(f"r1_kernels.fused.{module.name}"))

@@ -1,8 +1,8 @@
-"""Read a compiled kernel: what it occupies, and what its main loop does per element.
+"""Read from a compiled kernel its resources and the work of its main loop per element.
 
-Triton's own IR tells the elements a turn of the source's loop handles and the bytes it moves; the
-machine code (SASS) tells which instructions that takes. ptxas may unroll: a turn of its loop is as
-many of the source's as it loads times the bytes.
+Triton's IR gives the elements that one iteration of the source's loop handles and the bytes it
+moves; the machine code (SASS) gives the instructions. ptxas may unroll: the ratio of loaded bytes
+is the number of source iterations in one iteration of its loop.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ ACCESS = re.compile(r"tt\.(load|store) .*tensor<([\dx]+)x!tt\.ptr<(\w+)>>")
 
 
 class Traffic(NamedTuple):
-    """Of one turn of the source's main loop, or of a program without one: elements handled, bytes
-    loaded and stored; `elements` is None without a loop."""
+    """Elements handled, bytes loaded and stored in one iteration of the source's main loop; in the
+    whole program without a loop, where `elements` is None."""
 
     elements: int | None
     loaded: int
@@ -37,7 +37,7 @@ class Resources(NamedTuple):
 
 
 class MainLoop(NamedTuple):
-    """Of one thread. Widths in bytes, of one instruction; the other counts are per element."""
+    """One thread's. Widths: bytes of one instruction; mufu, instructions: per element."""
 
     widest_load: int
     widest_store: int
@@ -55,7 +55,7 @@ class Instruction(NamedTuple):
 
     @property
     def num_bytes(self) -> int:
-        """Of one thread's access to memory."""
+        """Bytes of one thread's memory access."""
         width = re.search(r"\.(?:[US]?(8|16)|(32|64|128|256))(?:\.|$)", self.opcode)
         return int(width[1] or width[2]) // 8 if width else 4
 
@@ -64,7 +64,7 @@ class Instruction(NamedTuple):
 
 
 def traffic(ttir: str) -> Traffic:
-    """Of the first loop that loads tensors; of everything where there is none."""
+    """Return the traffic of the first loop that loads tensors, or of everything without one."""
     lines = ttir.splitlines()
     for number, line in enumerate(lines):
         if "scf.for" not in line:
@@ -89,14 +89,17 @@ def _moved(lines: list[str]) -> tuple[int, int]:
 
 
 def resources(kernel: Any) -> Resources:
-    """kernel: what Triton compiled."""
+    """Return the resources of a kernel compiled by Triton."""
     usage = _cuobjdump(kernel, "-res-usage")
     found = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
     return Resources(found["REG"], found["STACK"] + found["LOCAL"], kernel.metadata.shared)
 
 
 def main_loop(kernel: Any, moved: Traffic, elements: float) -> MainLoop:
-    """elements: a thread's, in a kernel without a loop; else of a turn of the source's loop."""
+    """Return one thread's main loop.
+
+    elements: of one thread; with a loop, in one iteration of the source's loop.
+    """
     body = _innermost_loop(_instructions(_cuobjdump(kernel, "-sass")), moved.elements is not None)
     loads = [i.num_bytes for i in body if i.is_a("LDG")]
     stores = [i.num_bytes for i in body if i.is_a("STG")]
@@ -122,14 +125,14 @@ def _cuobjdump(kernel: Any, option: str) -> str:
 
 
 def _instructions(sass: str) -> list[Instruction]:
-    """Up to the last exit, without the padding behind it."""
+    """Return the instructions without padding."""
     found = [Instruction(int(a, 16), name, rest) for a, name, rest in INSTRUCTION.findall(sass)]
     assert found, f"no instruction in {sass[:200]!r}"
     return [i for i in found if not i.is_a("NOP")]
 
 
 def _innermost_loop(code: list[Instruction], has_loop: bool) -> list[Instruction]:
-    """The loop with the fewest instructions per byte it loads: the one without masks, of two."""
+    """Return the loop with the fewest instructions per loaded byte: the one without masks."""
     if not has_loop:
         return code
     loops = []

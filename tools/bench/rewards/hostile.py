@@ -1,6 +1,6 @@
-r"""Responses made to hang, crash or fool the math grader, with the reward they deserve: none.
+r"""Responses that try to hang, crash or fool the math grader; the right reward of each is 0.
 
-ANSWERS are wrong or absurd whatever is asked; RESPONSES break the rules of where an answer stands.
+ANSWERS are wrong for every question; RESPONSES break the rules for where an answer may stand.
 """
 
 TOWERS = {
@@ -69,7 +69,7 @@ UNDEFINED = {
     "infinity minus infinity": r"\infty - \infty",
     "power of zero": "0^{-1}",
 }
-# `{trace}`: a file that a test names and then looks for.
+# `{trace}`: a file named by a test, which then checks that it does not exist.
 CODE = {
     "import": "__import__('os').system('touch {trace}')",
     "open": "open('{trace}', 'w')",

@@ -1,17 +1,17 @@
-"""Honest responses with the reward each must get: what a group of a run looks like."""
+"""Honest responses like those of a run, each with the reward it must get."""
 
 import random
 from dataclasses import dataclass, field
 from typing import Any
 
 GROUP = 16
-# A thought as long as a short real one; the grader has to find the answer behind it.
+# As long as a short real thought; the grader has to find the answer behind it.
 THOUGHT = "<think>" + "First I add the two numbers, then I check the sum again. " * 20 + "</think>"
 
 
 @dataclass(frozen=True)
 class Sample:
-    """reward: what a right grader gives. name: what is tried, for the report of a wrong one."""
+    """reward: the correct one. name: for the report of a wrong one."""
 
     kind: str
     response: str
@@ -22,7 +22,7 @@ class Sample:
 
 
 def math_groups(num_groups: int, seed: int = 0) -> list[Sample]:
-    """Groups of 16 answers to one question: some right in several spellings, some wrong.
+    """Return groups of 16 answers to one question: some right in several spellings, some wrong.
 
     45% integers, 20% fractions and decimals, 25% LaTeX (surds, polynomials, tuples, intervals,
     sets), 10% words and choices. As in a run, answers repeat within a group.
@@ -47,24 +47,24 @@ def math_groups(num_groups: int, seed: int = 0) -> list[Sample]:
 
 
 def answered(answer: str) -> str:
-    """A whole response that gives this answer."""
+    """Return a whole response with this answer."""
     return f"{THOUGHT}<answer>{answer}</answer>"
 
 
 def format_samples(num: int) -> list[Sample]:
-    """Half of them well-formed."""
+    """Return `num` samples, half of them well-formed."""
     good, bad = answered("13"), THOUGHT + "13"
     return [Sample("format", (bad, good)[i % 2], None, float(i % 2), "format") for i in range(num)]
 
 
 def language_samples(num: int) -> list[Sample]:
-    """English thoughts, which have the full share of English words."""
+    """Return `num` English thoughts, which consist of English words only."""
     fields = {"target": "en"}
     return [Sample("language", answered("13"), None, 1.0, "english", fields)] * num
 
 
 def code_samples(num: int) -> list[Sample]:
-    """One Python program with one test each, every fourth one wrong: a sandboxed run per sample."""
+    """Return Python programs with one test each (one sandboxed run), every fourth one wrong."""
     samples = []
     for i in range(num):
         is_right = i % 4 != 3

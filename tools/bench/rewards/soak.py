@@ -8,20 +8,23 @@ from typing import Any
 
 from megatron_r1.rewards import REGISTRY
 from megatron_r1.rewards.runtime.pool import RewardPool
-from rewards import hostile, samples
-from rewards.faults import FAULTS
-from rewards.samples import Sample
+from tools.bench.rewards import hostile, samples
+from tools.bench.rewards.faults import FAULTS
+from tools.bench.rewards.samples import Sample
 
 HOSTILE_SHARE, FAULT_SHARE, CODE_SHARE = 0.1, 0.001, 0.01
 TRUTHS = ("13", "x^2 + 1", r"\{1, 2\}", "x > 2", "(1, 2)", "north", "C")
 IN_FLIGHT = 256
 PATIENCE_SECONDS = 300.0
-"""A grade that has not come back after this long, whatever its worker did, counts as hung."""
+"""A grade that takes longer than this counts as hung."""
 
 
 def soak_samples(num: int, seed: int = 0) -> list[Sample]:
-    """`num` samples, shuffled: a tenth hostile (each of them as often as every other), a thousandth
-    that hang, crash or overeat, a hundredth sandboxed programs where there is a sandbox."""
+    """Return `num` shuffled samples.
+
+    A tenth is hostile, each trick equally often; a thousandth hangs, crashes or exhausts memory; a
+    hundredth is sandboxed programs, if a sandbox is available.
+    """
     rng = random.Random(seed)
     num_hostile, num_faults = int(num * HOSTILE_SHARE), int(num * FAULT_SHARE)
     batch = [_hostile(index, rng) for index in range(num_hostile)]
@@ -36,7 +39,7 @@ def soak_samples(num: int, seed: int = 0) -> list[Sample]:
 
 
 async def soak(pool: RewardPool, batch: list[Sample]) -> dict[str, Any]:
-    """What became of `batch`: wrong rewards (printed), what hung, timeouts, crashes."""
+    """Grade `batch`; return counts of wrong rewards, hung grades, timeouts and crashes."""
     outcomes: Counter[str] = Counter()
     wrong: Counter[str] = Counter()
     gate = asyncio.Semaphore(IN_FLIGHT)
@@ -46,9 +49,9 @@ async def soak(pool: RewardPool, batch: list[Sample]) -> dict[str, Any]:
         nonlocal longest
         async with gate:
             start = time.perf_counter()
-            asked = pool.grade(sample.kind, sample.response, sample.truth, **sample.fields)
+            pending = pool.grade(sample.kind, sample.response, sample.truth, **sample.fields)
             try:
-                grade = await asyncio.wait_for(asked, PATIENCE_SECONDS)
+                grade = await asyncio.wait_for(pending, PATIENCE_SECONDS)
             except TimeoutError:
                 outcomes["hung"] += 1
                 return
@@ -88,4 +91,4 @@ def _hostile(index: int, rng: random.Random) -> Sample:
 
 
 def _fault(name: str) -> Sample:
-    return Sample(f"rewards.faults:{name}", "", None, 0.0, name)
+    return Sample(f"tools.bench.rewards.faults:{name}", "", None, 0.0, name)

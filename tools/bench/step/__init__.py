@@ -1,9 +1,10 @@
 """Whole RL steps beside TRL's GRPOTrainer: the same model folder, questions, limits and cores.
 
-Ours runs as a person runs it, TRL in a process of its own; runs alternate, so that whatever else
-the machine does meets both. Tokens per second are response tokens over the whole step's time on
-the clock. The first step of a run pays for warming up and is left out. Then, of ours alone: the
-step of overlapped rollouts beside the slower of its parts. With --recipe: the phases of a recipe.
+megatron-r1 runs as a user runs it, TRL in a process of its own; the runs alternate, so that other
+load on the machine affects both. Tokens per second are response tokens over the wall-clock time of
+whole steps. The first step of a run includes warming up and is left out. A second comparison, of
+megatron-r1 alone, is the step of overlapped rollouts against the slower of its parts. With
+--recipe: the phases of a recipe.
 """
 
 from __future__ import annotations
@@ -13,22 +14,18 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterable
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import cores
+from tools.bench import machine
+from tools.bench.small_models import TOKENIZER
+from tools.bench.step import ours, recipe, theirs
+from tools.bench.step.figures import as_page, compared, overlapped, table
+from tools.bench.step.model import Tail, write_model
+from tools.bench.step.work import Work, write_questions
 
-from . import ours, recipe, theirs
-from .figures import compared, overlapped, table
-from .model import Tail, write_model
-from .page import as_page
-from .work import Work, write_questions
-
-ROOT = Path(__file__).parents[3]
-TOKENIZER = ROOT / "examples" / "laptop" / "model"
 WORKS = {"long tail": Work(limit=256), "short": Work(limit=32)}
-# A core for each role: in turns they are what overlapping has to hide one behind the other.
+# One core per role, so that rollout and training can hide behind each other.
 APART = {"parallel": {"threads": 1}, "rollout": {"threads": 1}}
 AHEAD = {"rl": {"staleness": 1, "importance_cap": 2.0}}
 SETTINGS = {"ours": {}, "in turns": APART, "overlapped": {**APART, **AHEAD}}
@@ -48,59 +45,58 @@ def add_options(options: argparse.ArgumentParser) -> None:
 
 
 def run(chosen: argparse.Namespace) -> dict[str, Any]:
-    """Medians and ratios, with every step they come from."""
+    """Return medians and ratios, with every step they come from."""
     if chosen.recipe:
-        return recipe.run(chosen, cores.count())
-    versions = {name: metadata.version(name) for name in PACKAGES}
-    versions["trl"] = theirs.version(chosen.peer_python)
+        return recipe.run(chosen)
+    versions = machine.versions(PACKAGES) | {"trl": theirs.version(chosen.peer_python)}
     with tempfile.TemporaryDirectory() as folder:
-        steps, hours = _measure(chosen, Path(folder))
+        steps, conditions = _measure(chosen, Path(folder))
     comparisons = {name: compared(steps[name, "ours"], steps[name, "trl"]) for name in WORKS}
     overlap = overlapped(steps["long tail", "in turns"], steps["long tail", "overlapped"])
     print(table(comparisons, overlap))
     result = {
         "packages": versions,
-        "load": _range(hour["load"] for hour in hours),
-        "cores are worth": _range(hour["worth"] for hour in hours),
+        "load": _range(before["load"] for before in conditions),
+        "cores are worth": _range(before["worth"] for before in conditions),
         "work": {name: vars(work) for name, work in WORKS.items()},
         "comparisons": comparisons,
         "overlap": overlap,
         "steps": {f"{name}, {system}": lines for (name, system), lines in steps.items()},
     }
     if chosen.page:
-        chosen.page.write_text(as_page(result, cores.count()), encoding="utf-8")
+        chosen.page.write_text(as_page(result, machine.num_cores()), encoding="utf-8")
     return result
 
 
 def _measure(
     chosen: argparse.Namespace, folder: Path
 ) -> tuple[dict[tuple[str, str], list[dict]], list[dict[str, float]]]:
-    """The steps of each system on each work, those of all its runs together; before each run, the
-    load average and what the cores were worth."""
-    model = write_model(folder / "model", TOKENIZER, Tail())
+    """Return ({(work, system): its steps in all runs}, load and cores' worth before each run)."""
+    model = write_model(folder / "model", Tail())
     questions = write_questions(folder / "questions.jsonl", 256)
     steps: dict[tuple[str, str], list[dict]] = {}
-    hours: list[dict[str, float]] = []
+    conditions: list[dict[str, float]] = []
     turns = [(name, system) for name in WORKS for system in SYSTEMS[name]]
     for repeat in range(chosen.repeats):
         for name, system in turns:
             work = WORKS[name]
-            hours.append({"load": os.getloadavg()[0], "worth": cores.worth()})
+            conditions.append({"load": os.getloadavg()[0], "worth": machine.cores_worth()})
             if system == "trl":
-                # Where answers are long, a step of theirs takes as long as several of ours.
+                # With long responses one of TRL's steps takes as long as several of ours.
                 count = chosen.steps if name == "short" else max(2, chosen.steps // 3)
                 lines = theirs.run(work, model, questions, count, chosen.peer_python)
             else:
-                place = folder / f"{name} {system} {repeat}"
-                lines = ours.run(work, model, questions, place, chosen.steps, SETTINGS[system])
+                run_folder = folder / f"{name} {system} {repeat}"
+                lines = ours.run(work, model, questions, run_folder, chosen.steps, SETTINGS[system])
             steps.setdefault((name, system), []).extend(lines)
             seconds = ", ".join(f"{line['seconds']:.2f}" for line in lines)
+            load, worth = conditions[-1].values()
             print(
-                f"{name}, {system}: {seconds} s a step; before it load {hours[-1]['load']:.1f}, "
-                f"{cores.count()} cores worth {hours[-1]['worth']:.1f}",
+                f"{name}, {system}: {seconds} s a step; before it load {load:.1f}, "
+                f"{machine.num_cores()} cores worth {worth:.1f}",
                 flush=True,
             )
-    return steps, hours
+    return steps, conditions
 
 
 def _range(values: Iterable[float]) -> tuple[float, float]:

@@ -1,16 +1,42 @@
-"""From single steps to the figures that are claimed."""
+"""The published figures of single steps, as a table and as docs/benchmarks/step.md."""
 
 from __future__ import annotations
 
+import datetime
 from statistics import median
 from typing import Any
 
+from tools.bench.step.work import Work
+
+TEXT = """# Whole RL steps beside TRL
+
+`python tools/bench step`, {date}; {cores} cores, no GPU; load average before a run {load};
+at once the cores got {worth} times as much done as one (a virtual machine's may be threads of one);
+{packages}.
+
+The same Qwen2-shaped model folder for both (4 layers, hidden 128, fp32), the same {questions}
+questions x {group} answers a step, {updates} update a step, no reference model, the same reward,
+which costs nothing. Weights are random, but for the chance to end, which gives the lengths of
+reasoning: most short, a few very long. *Long tail* stops at {long} tokens, *short* at {short}.
+
+Ours is the command line (`megatron-r1 rl`): vLLM's server, the controller, reward workers, the
+trainer, the push, metrics and samples written down. TRL is GRPOTrainer in one process: one batch of
+transformers' generate for all answers, one forward and backward pass per update (smaller
+micro-batches were no faster), nothing logged or saved. They take turns in one run, so that noise
+meets both; medians of whole steps on the clock, without the first step of each run. Core seconds
+are what all processes of a system used: noise moves them least.
+
+```
+{table}
+```
+The last line: one core for the engine and one for the trainer, in turns and with
+`rl.staleness: 1`. Every step is in [step.json](step.json)."""
 Steps = list[dict[str, Any]]
-"""Each with "seconds", of the whole step on the clock, "core_seconds" and "response_tokens"."""
+"""One dictionary per step: "seconds" (wall clock), "core_seconds" and "response_tokens"."""
 
 
 def compared(ours: Steps, theirs: Steps) -> dict[str, Any]:
-    """Medians of both, and ours over theirs in tokens per second."""
+    """Return the medians of both systems and the ratio of their tokens per second."""
     both = {"ours": medians(ours), "trl": medians(theirs)}
     rates = [both[system]["tokens_per_second"] for system in ("ours", "trl")]
     return {**both, "ratio": rates[0] / rates[1]}
@@ -24,9 +50,11 @@ def medians(steps: Steps) -> dict[str, float]:
 
 
 def overlapped(in_turns: Steps, at_once: Steps) -> dict[str, float]:
-    """How much of the shorter part is not hidden: the overlapped step over the longer of rollout
-    and training, each from the run in which they take turns. Training: with the push, which an
-    overlapped step waits for too."""
+    """Return the overlapped step's ratio to the longer of rollout and training.
+
+    Rollout and training are measured in the run in which they take turns. Training includes the
+    push, for which an overlapped step waits too.
+    """
     rollout = median(step["time/rollout"] + step["time/reward"] for step in in_turns)
     training = median(step["time/train"] + step["time/push"] for step in in_turns)
     step = median(step["seconds"] for step in at_once)
@@ -40,7 +68,7 @@ def overlapped(in_turns: Steps, at_once: Steps) -> dict[str, float]:
 
 
 def table(comparisons: dict[str, dict], overlap: dict[str, float]) -> str:
-    """What a person reads."""
+    """Return the printed table."""
     row = "{:12}{:8}{:>10}{:>14}{:>10}{:>12}{:>8}"
     lines = [row.format("", "", "s/step", "core s/step", "tokens", "tokens/s", "ratio")]
     for name, comparison in comparisons.items():
@@ -61,3 +89,25 @@ def table(comparisons: dict[str, dict], overlap: dict[str, float]) -> str:
         )
     )
     return "\n".join(lines)
+
+
+def as_page(result: dict[str, Any], cores: int) -> str:
+    """Return the page of one result of `run`."""
+    long, short = (Work(**settings) for settings in result["work"].values())
+    packages = ", ".join(f"{name} {version}" for name, version in result["packages"].items())
+    return (
+        TEXT.format(
+            date=datetime.date.today().isoformat(),
+            cores=cores,
+            load=" to ".join(f"{limit:.1f}" for limit in result["load"]),
+            worth=" to ".join(f"{limit:.1f}" for limit in result["cores are worth"]),
+            packages=packages,
+            questions=long.questions,
+            group=long.group,
+            updates=long.minibatches,
+            long=long.limit,
+            short=short.limit,
+            table=table(result["comparisons"], result["overlap"]),
+        )
+        + "\n"
+    )

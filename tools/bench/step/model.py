@@ -1,57 +1,39 @@
-"""A Qwen2-shaped model whose answers have the lengths of reasoning: most short, a few very long.
+"""A Qwen2-shaped model whose responses have the lengths of reasoning: most short, a few very long.
 
-Weights are random but for two features of the residual stream that no layer writes to: a constant,
-and the kind of the token that was read last, plain or dwelling. The head reads these two, so that
-the chance to end is about `Tail.end` after a plain token and `Tail.end_dwelling` after a dwelling
-one, and that to begin to dwell `Tail.dwell`. Lengths are then those of a two-state chain, the same
-for every system that samples from the folder.
+Weights are random except for two features of the residual stream that no layer writes to: a
+constant, and the kind of the last token, plain or dwelling. The head reads these two, so that the
+probability of the end token is about `Tail.end` after a plain token and `Tail.end_dwelling` after a
+dwelling one, and the probability of a first dwelling token is `Tail.dwell`. Lengths follow a
+two-state Markov chain, the same for every system that samples from the folder.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-CONFIG = {
-    "architectures": ["Qwen2ForCausalLM"],
-    "model_type": "qwen2",
-    "hidden_size": 128,
-    "intermediate_size": 512,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "hidden_act": "silu",
-    "max_position_embeddings": 512,
-    "rms_norm_eps": 1e-6,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-    "tie_word_embeddings": False,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "pad_token_id": 2,
-    "torch_dtype": "float32",
-}
-SPECIAL_TOKENS = 3  # never sampled, but for the end
-END = CONFIG["eos_token_id"]
+from tools.bench.small_models import END, qwen2, write_folder
+
+SPECIAL_TOKENS = 3  # the end token is the only one of them that is sampled
 NEVER = -40.0  # a logit
-# Of both, beside features of standard deviation 1: so large that the norm, by which all are
-# divided, hardly depends on the others.
+# Both features, beside others of standard deviation 1: so large that the RMS norm hardly depends on
+# the others.
 FEATURE = 30.0
-WORD_STD = 0.5  # of the other tokens' logits, about
+WORD_STD = 0.5  # about the standard deviation of the other tokens' logits
 
 
 @dataclass(frozen=True)
 class Tail:
-    """Chances per token. dwell: of going from plain to dwelling; there is no way back."""
+    """Probabilities per token. dwell: from plain to dwelling, which is final."""
 
     end: float = 1 / 20
     end_dwelling: float = 1 / 150
     dwell: float = 1 / 200
 
     def mean_length(self, limit: int) -> float:
-        """Of answers cut at `limit` tokens, the end token included, from a plain prompt on."""
+        """Return the mean length of responses cut at `limit` tokens, the end token included."""
         plain, dwelling, mean = 1.0, 0.0, 0.0
         for _ in range(limit):
             mean += plain + dwelling
@@ -61,17 +43,14 @@ class Tail:
         return mean
 
 
-def write_model(folder: Path, tokenizer: Path, tail: Tail, seed: int = 0) -> Path:
-    """A Hugging Face folder with such weights and the tokenizer of the folder `tokenizer`."""
+def write_model(folder: Path, tail: Tail, seed: int = 0) -> Path:
+    """Write such a model with the laptop's tokenizer; return its folder."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    folder.mkdir(parents=True)
-    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
-        shutil.copy(tokenizer / name, folder / name)
-    vocabulary = len(AutoTokenizer.from_pretrained(folder))
-    config = json.dumps({**CONFIG, "vocab_size": vocabulary}, indent=1)
-    (folder / "config.json").write_text(config)
+    config = qwen2(hidden=128, layers=4, heads=4)
+    write_folder(folder, config)
+    vocabulary = config["vocab_size"]
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)).float().eval()
     with torch.no_grad():
@@ -87,20 +66,23 @@ def write_model(folder: Path, tokenizer: Path, tail: Tail, seed: int = 0) -> Pat
         constant = model.model(text).last_hidden_state[..., 0].mean()
         _write_chances(head, tail, float(constant))
     model.save_pretrained(folder)
-    (folder / "config.json").write_text(config)  # as it was, not as transformers completes it
+    # As it was, without the entries that transformers adds.
+    (folder / "config.json").write_text(json.dumps(config, indent=1))
     return folder
 
 
 def _kinds(vocabulary: int):
-    """-1 for plain tokens, 1 for dwelling ones (vocabulary,): the later half. ASCII is plain."""
+    """Return (vocabulary,): -1 for plain tokens, 1 for dwelling ones, the later half."""
     import torch
 
     return torch.where(torch.arange(vocabulary) < vocabulary // 2, -1.0, 1.0)
 
 
 def _write_chances(head, tail: Tail, constant: float) -> None:
-    """Let `head` (vocabulary, hidden) give each next token its chance. constant: the first feature
-    after the last norm, which is also the size of the second."""
+    """Fill `head` (vocabulary, hidden) so that each next token has its probability.
+
+    constant: the first feature after the last norm, which is also the second's absolute value.
+    """
     import torch
 
     kinds = _kinds(len(head))

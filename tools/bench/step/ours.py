@@ -1,30 +1,29 @@
-"""megatron-r1 as a person runs it: a recipe on the command line, watched from outside."""
+"""megatron-r1 as a user runs it: a recipe on the command line, measured from outside."""
 
 from __future__ import annotations
 
 import contextlib
-import json
-import os
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import psutil
-import yaml
 
-from .work import Work
+from megatron_r1.files.jsonl import read_lines
+from tools.bench.children import environment, megatron_r1, write_recipe
+from tools.bench.step.work import Work
 
-HERE = Path(__file__).parent
 POLL_SECONDS = 0.002
 
 
 def recipe(
     work: Work, model: Path, questions: Path, folder: Path, steps: int, more: dict[str, dict]
 ) -> dict[str, dict[str, Any]]:
-    """What differs from the defaults, with `more` settings by section. A checkpoint after the last
-    step only: TRL writes none."""
+    """Return the recipe, with `more` settings by section.
+
+    It writes a checkpoint after the last step only, as TRL writes none.
+    """
     settings: dict[str, dict[str, Any]] = {
         "run": {"folder": str(folder), "steps": steps},
         "model": {"path": str(model), "dtype": "float32"},
@@ -33,7 +32,7 @@ def recipe(
             "max_response_tokens": work.limit,
             "temperature": work.temperature,
             "dtype": "float32",
-            "max_num_seqs": work.answers,
+            "max_num_seqs": work.num_responses,
         },
         "rewards": {"weights": {"accuracy": 1.0}},
         "rl": {
@@ -55,45 +54,45 @@ def recipe(
 def run(
     work: Work, model: Path, questions: Path, folder: Path, steps: int, more: dict[str, dict]
 ) -> list[dict[str, Any]]:
-    """A line of metrics for each step but the first, with "seconds" and "core_seconds" from the
-    line before to it: all that a step costs, writing it down included. Raises RuntimeError with
-    what the run said."""
+    """Run the recipe; return the metrics of each step but the first.
+
+    "seconds" and "core_seconds" are added, measured from the previous line of metrics to this one:
+    all that a step costs, logging included. Raises RuntimeError with the run's output.
+    """
     folder.mkdir(parents=True)
-    path, out = folder / "recipe.yaml", folder / "run"
-    path.write_text(yaml.safe_dump(recipe(work, model, questions, out, steps + 1, more)))
-    environment = os.environ | {"PYTHONPATH": f"{HERE}:{os.environ.get('PYTHONPATH', '')}"}
+    out = folder / "run"
+    path = write_recipe(
+        folder / "recipe.yaml", recipe(work, model, questions, out, steps + 1, more)
+    )
     with open(folder / "output", "w+") as output:
         process = subprocess.Popen(
-            [sys.executable, "-m", "megatron_r1", "rl", str(path)],
-            env=environment,
-            stdout=output,
-            stderr=subprocess.STDOUT,
+            megatron_r1("rl", path), env=environment(), stdout=output, stderr=subprocess.STDOUT
         )
         marks = _watch(out / "metrics.jsonl", process)
         if process.returncode:
             output.seek(0)
             raise RuntimeError(f"rl {path} ended with {process.returncode}:\n{output.read()}")
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    lines = list(read_lines(out / "metrics.jsonl"))
     return [
         {
             **line,
             "seconds": end.time - start.time,
             "core_seconds": end.used - start.used,
-            "response_tokens": round(line["response_length/mean"] * work.answers),
+            "response_tokens": round(line["response_length/mean"] * work.num_responses),
         }
         for line, start, end in zip(lines[1:], marks[:-1], marks[1:], strict=True)
     ]
 
 
 class Mark(NamedTuple):
-    """time: of the clock; used: by all processes of the run until then, seconds of a core."""
+    """time: wall clock; used: core seconds of all processes of the run so far."""
 
     time: float
     used: float
 
 
 def _watch(path: Path, process: subprocess.Popen) -> list[Mark]:
-    """When each line of `path` was there, until the process ends."""
+    """Return a mark for each line of `path`, made when it appears, until the process ends."""
     marks: list[Mark] = []
     size = 0
     while process.poll() is None:

@@ -1,8 +1,7 @@
-"""The bench's reward as megatron-r1 takes it: `"kind": "parity:grade"`."""
-
-from work import reward
+"""The bench's reward for megatron-r1: `"kind": "tools.bench.step.parity:grade"`."""
 
 from megatron_r1.rewards import Grade
+from tools.bench.step.work import reward
 
 
 def grade(response: str, truth: str, **entry) -> Grade:

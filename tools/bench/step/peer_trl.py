@@ -1,10 +1,10 @@
-"""TRL's GRPOTrainer on the same work, in a process of its own: `peer_trl.py WORK MODEL QUESTIONS
-STEPS` prints a line of JSON per step but the first.
+"""TRL's GRPOTrainer on the same work, in a process of its own.
 
-All answers of a step are one batch of transformers' generate (TRL 1.16 knows vLLM up to 0.31 only),
-an update is one forward and backward pass (smaller micro-batches were no faster), and nothing is
-logged, saved or recomputed. Where one update follows a rollout, TRL takes the old log-probabilities
-from the update itself, as we do.
+`python -m tools.bench.step.peer_trl WORK MODEL QUESTIONS STEPS` prints one line of JSON per step
+but the first. All responses of a step are one batch of transformers' generate (TRL 1.16 supports
+vLLM up to 0.31 only), an update is one forward and backward pass (smaller micro-batches were no
+faster), and nothing is logged, saved or recomputed. With one update per rollout, TRL takes the old
+log-probabilities from the update itself, as megatron-r1 does.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
-from work import Work, reward
+
+from tools.bench.step.work import Work, reward
 
 
 class StepTimes(TrainerCallback):
-    """When each optimizer step ended."""
+    """Record wall-clock and processor time at the end of each optimizer step."""
 
     def __init__(self):
         self.marks: list[tuple[float, float]] = []
@@ -66,7 +67,7 @@ def _arguments(work: Work, folder: str, rollouts: int) -> GRPOConfig:
         use_cpu=True,
         bf16=False,
         max_steps=rollouts * work.minibatches,
-        per_device_train_batch_size=work.answers // work.minibatches,
+        per_device_train_batch_size=work.num_responses // work.minibatches,
         steps_per_generation=work.minibatches,
         num_generations=work.group,
         max_completion_length=work.limit,

@@ -1,27 +1,28 @@
-"""The phases of a recipe's steps: run it for a few and report the median of each.
+"""The phases of a recipe's steps: run it for a few steps and report the median of each phase.
 
-The first step of a run pays for warming up and is left out. The model is the given one if it has
-weights, else a random one of the same shape (its answers are long and wrong: a worst case).
+The first step of a run includes warming up and is left out. If the given model folder has no
+weights, random ones of its shape are used (their responses are long and wrong: a worst case).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-ROOT = Path(__file__).parents[3]
+from megatron_r1.files.jsonl import read_lines
+from tools.bench import machine
+from tools.bench.children import megatron_r1, run_to_end
+
 PHASES = ("time/rollout", "time/reward", "time/train", "time/push", "time/step")
 SHOWN = ("tokens_per_second", "response_length/mean", "logprob_diff/mean", "logprob_diff/max")
 
 
-def run(chosen: argparse.Namespace, cores: int) -> dict[str, Any]:
-    """Medians over the steps after the first, by metric name."""
+def run(chosen: argparse.Namespace) -> dict[str, Any]:
+    """Return medians over the steps after the first, by metric name."""
     with tempfile.TemporaryDirectory() as folder:
         model = chosen.model
         if not list(Path(model).glob("*.safetensors")):
@@ -32,11 +33,10 @@ def run(chosen: argparse.Namespace, cores: int) -> dict[str, Any]:
             "model.path": model,
             "data.num_heldout": 0,
         }
-        _megatron_r1("rl", chosen.recipe, settings)
-        text = Path(folder, "rl/metrics.jsonl").read_text(encoding="utf-8")
-        lines = [json.loads(line) for line in text.splitlines()][1:]
+        run_to_end(megatron_r1("rl", chosen.recipe, settings))
+        lines = list(read_lines(Path(folder, "rl/metrics.jsonl")))[1:]
     medians = {name: median(line[name] for line in lines) for name in (*PHASES, *SHOWN)}
-    print(f"median of {len(lines)} steps of {chosen.recipe} on {cores} cores")
+    print(f"median of {len(lines)} steps of {chosen.recipe} on {machine.num_cores()} cores")
     for name, value in medians.items():
         share = f"{value / medians['time/step']:6.1%}" if name in PHASES else ""
         print(f"  {name:24} {value:12.4g}  {share}")
@@ -44,6 +44,7 @@ def run(chosen: argparse.Namespace, cores: int) -> dict[str, Any]:
 
 
 def _random_model(shape: str, folder: Path) -> str:
+    """Return a folder with random weights of the model folder `shape`, made by one SFT step."""
     example = folder / "one.jsonl"
     example.write_text(json.dumps({"prompt": "1+1=", "response": "2"}) + "\n")
     settings = {
@@ -56,13 +57,5 @@ def _random_model(shape: str, folder: Path) -> str:
         "sft.batch_size": 1,
     }
     (folder / "empty.yaml").write_text("{}")
-    _megatron_r1("sft", str(folder / "empty.yaml"), settings)
+    run_to_end(megatron_r1("sft", folder / "empty.yaml", settings))
     return f"{folder}/base/hf"
-
-
-def _megatron_r1(verb: str, recipe: str, settings: dict[str, Any]) -> None:
-    options = [f"--{key}={value}" for key, value in settings.items()]
-    command = [sys.executable, "-m", "megatron_r1", verb, recipe, *options]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    if done.returncode:
-        sys.exit(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr}")

@@ -1,22 +1,18 @@
-"""TRL, started with the interpreter that has it."""
+"""TRL, run by an interpreter that has it."""
 
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 from pathlib import Path
 from typing import Any
 
-from .work import Work
-
-WORKER = Path(__file__).with_name("peer_trl.py")
-# As ours sets them: threads that wait do not take the other's core, nothing asks a network.
-ENVIRONMENT = {"OMP_WAIT_POLICY": "passive", "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
+from tools.bench.children import environment
+from tools.bench.step.work import Work
 
 
 def version(python: str) -> str:
-    """TRL's. Raises SystemExit where `python` has none, before anything long begins."""
+    """Return TRL's version; exit if `python` has no TRL, before anything long begins."""
     found = subprocess.run(
         [python, "-c", "from importlib import metadata; print(metadata.version('trl'))"],
         capture_output=True,
@@ -29,10 +25,11 @@ def version(python: str) -> str:
 
 
 def run(work: Work, model: Path, questions: Path, steps: int, python: str) -> list[dict[str, Any]]:
-    """A line for each step but the first. Raises RuntimeError with what it said."""
+    """Return one line per step but the first; raise RuntimeError with its standard error."""
+    worker = [python, "-m", "tools.bench.step.peer_trl", work.as_json()]
     done = subprocess.run(
-        [python, str(WORKER), work.as_json(), str(model), str(questions), str(steps)],
-        env=os.environ | ENVIRONMENT,
+        [*worker, str(model), str(questions), str(steps)],
+        env=environment(HF_HUB_OFFLINE="1", PYTHONWARNINGS="ignore"),
         capture_output=True,
         text=True,
         check=False,

@@ -1,9 +1,10 @@
-"""A language to learn whose entropy is known: each token is drawn given the two before it.
+"""A synthetic language of known entropy: each token is drawn given the two before it.
 
-Of 64 tokens, 4 may follow a pair (the older one counts by its remainder by 4), with probabilities
-0.55, 0.25, 0.15 and 0.05 in an order drawn once per language. A model that knows the table has a
-loss of 1.11 nats a token; one that knows nothing, log 64 = 4.16. A real text's loss falls like
-this, and ends above zero."""
+Of 64 tokens, 4 may follow a pair (the older one counts modulo 4), with probabilities 0.55, 0.25,
+0.15 and 0.05 in an order drawn once per language. A model that has learned the table has a loss of
+1.11 nats a token, an untrained one log 64 = 4.16. As with real text, the loss falls and ends above
+zero.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +28,7 @@ class Language:
         }
 
     def sentence(self, draw: random.Random) -> list[int]:
-        """LENGTH tokens."""
+        """Return LENGTH tokens."""
         tokens = [draw.randrange(self.vocabulary), draw.randrange(self.vocabulary)]
         while len(tokens) < LENGTH:
             choices = self._followers[tokens[-2] % 4, tokens[-1]]
@@ -35,6 +36,6 @@ class Language:
         return tokens
 
     def batch(self, name: str, size: int) -> list[list[int]]:
-        """`size` sentences that depend on `name` alone."""
+        """Return `size` sentences that depend on `name` alone."""
         draw = random.Random(f"batch {name}")
         return [self.sentence(draw) for _ in range(size)]

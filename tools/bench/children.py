@@ -1,0 +1,43 @@
+"""Processes that the benches start: their environment, and megatron-r1's command line."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def environment(**more: str) -> dict[str, str]:
+    """Return this process's environment with the repository and its kernels importable.
+
+    OMP_WAIT_POLICY is passive unless it is set: threads that spin at the end of every operation
+    starve each other where processes share a core.
+    """
+    paths = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
+    path = os.pathsep.join(filter(None, paths))
+    return {"OMP_WAIT_POLICY": "passive", **os.environ, "PYTHONPATH": path, **more}
+
+
+def megatron_r1(verb: str, recipe: Path, settings: Mapping[str, Any] | None = None) -> list[str]:
+    """Return the command line that runs a recipe, with `settings` by dotted key."""
+    options = [f"--{key}={value}" for key, value in (settings or {}).items()]
+    return [sys.executable, "-m", "megatron_r1", verb, str(recipe), *options]
+
+
+def run_to_end(command: list[str]) -> None:
+    """Run `command` from the repository root; exit with its standard error if it fails."""
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr}")
+
+
+def write_recipe(path: Path, recipe: Mapping[str, Any]) -> Path:
+    path.write_text(yaml.safe_dump(dict(recipe), sort_keys=False))
+    return path

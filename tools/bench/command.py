@@ -1,0 +1,65 @@
+"""`python tools/bench WHAT [options]`: one measurement on this machine, with how it was made.
+
+step       whole RL steps beside TRL: tokens per second, overlap; or the phases of a recipe
+fp8        what FP8 training does to the loss, against bf16
+push       the weight push, on this machine and planned at the real size
+chaos      a run under injected faults: does it end as an undisturbed run does?
+estimators every algorithm of rl/algorithms on the demo's task: steps to 80%, held-out accuracy
+kernels    r1_kernels against every public peer: time, memory, error
+rewards    grades per second of each reward, and a soak with hostile responses
+resources  what r1_kernels' Triton kernels compile to, without a GPU: registers, instructions
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import platform
+import sys
+from pathlib import Path
+
+from tools.bench import (
+    chaos,
+    estimators,
+    fp8,
+    kernels,
+    machine,
+    push,
+    resources,
+    rewards,
+    step,
+)
+
+BENCHES = {
+    "chaos": chaos,
+    "estimators": estimators,
+    "fp8": fp8,
+    "kernels": kernels,
+    "push": push,
+    "resources": resources,
+    "rewards": rewards,
+    "step": step,
+}
+"""Each has `add_options(parser)`, and `run(chosen)`, which prints tables and returns the JSON."""
+
+
+def main() -> int:
+    """Return 1 if the result has a non-empty "broken", else 0."""
+    parser = argparse.ArgumentParser(prog="tools/bench", description=__doc__)
+    choices = parser.add_subparsers(dest="what", required=True)
+    for name, bench in BENCHES.items():
+        options = choices.add_parser(name, description=bench.__doc__)
+        options.add_argument("--json", type=Path, help="also write the result here")
+        bench.add_options(options)
+    chosen = parser.parse_args()
+    result = BENCHES[chosen.what].run(chosen)
+    if chosen.json:
+        about = {
+            "command": " ".join(["python tools/bench", *sys.argv[1:]]),
+            "date": datetime.date.today().isoformat(),
+            "machine": f"{platform.machine()}, {machine.num_cores()} cores",
+            "python": platform.python_version(),
+        }
+        chosen.json.write_text(json.dumps({**about, **result}, indent=1) + "\n")
+    return 1 if result.get("broken") else 0
