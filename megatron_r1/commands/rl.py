@@ -45,8 +45,9 @@ from megatron_r1.rl.teacher import check_teacher, teacher_fleet
 from megatron_r1.supervision.supervisor import Supervisor
 from megatron_r1.training.client import TrainerClient
 from megatron_r1.training.recorder import Recorder
-from megatron_r1.weight_sync.bridge import PROBE_TOKENS, weight_bridge
+from megatron_r1.weight_sync.bridge import weight_bridge
 from megatron_r1.weight_sync.plan.recipe import check_pushes
+from megatron_r1.weight_sync.probes import PROBE_TOKENS
 from megatron_r1.weights.stored import fp8
 
 REQUIRED = ("run.folder", "model.path")

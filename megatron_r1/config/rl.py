@@ -68,6 +68,10 @@ class RolloutConfig(Section):
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     max_num_seqs: int = Field(256, gt=0, description="sequences an engine decodes at once")
     kv_cache_gib: int = Field(1, gt=0, description="KV cache on a CPU, GiB")
+    plain_matrices: bool = Field(
+        False,
+        description="keep matrices unpacked on a CPU: faster pushes, slower generation",
+    )
     threads: Resumable[int | None] = Field(
         None, ge=1, description="CPU threads per engine; default: 2, and 1 on a machine of 2 cores"
     )

@@ -207,7 +207,7 @@ class EngineClient:
         await self._call("POST", "/resume")
 
     async def init_weight_transfer(self, init_info: Mapping[str, Any]) -> None:
-        """Connect it to a trainer (`vllm_plugin.backend.LandingInit`), before the first update."""
+        """Connect it to a trainer (`vllm_plugin.backend.PushInitInfo`), before the first update."""
         await self._call("POST", "/init_weight_transfer_engine", {"init_info": dict(init_info)})
 
     async def swap_weights(
@@ -225,7 +225,7 @@ class EngineClient:
         with.
 
         Args:
-            update_info: of the engine's backend (`vllm_plugin.backend.LandingUpdate`). A sequence
+            update_info: of the engine's backend (`vllm_plugin.backend.PushUpdateInfo`). A sequence
                 is handed out in order, one per worker.
 
         Raises:

@@ -8,7 +8,7 @@ from typing import Any
 from megatron_r1.config import Config, RolloutConfig, TeacherConfig
 
 LAYOUT = {"tensor", "pipeline", "data", "expert_parallel"}
-ENGINE = LAYOUT | {"dtype", "max_num_seqs", "kv_cache_gib", "gpu_memory"}
+ENGINE = LAYOUT | {"dtype", "max_num_seqs", "kv_cache_gib", "gpu_memory", "plain_matrices"}
 SUPERVISION = {
     "start_timeout_seconds",
     "request_timeout_seconds",

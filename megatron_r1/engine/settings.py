@@ -33,6 +33,8 @@ class EngineSettings:
         `vllm_plugin.cpu_routing` adds it, without.
     tensor, pipeline, data, expert_parallel: how ranks share the model; see `RolloutConfig`.
     gpu_memory: share of each GPU's memory it takes (GPU only); None: vLLM's default.
+    plain_matrices: leave matrices unpacked, which speeds up pushes and slows down generation (CPU
+        only; `vllm_plugin.cpu_patches`).
     sleeps: whether it can give its memory away and take it back (GPU only).
     secret: every call but `/health` must bring it (`EngineClient.secret`); empty: none.
     host: address to listen at. port: None: any that is free.
@@ -55,6 +57,7 @@ class EngineSettings:
     data: int = 1
     expert_parallel: bool = False
     gpu_memory: float | None = None
+    plain_matrices: bool = False
     sleeps: bool = False
     secret: str = ""
     host: str = "127.0.0.1"
@@ -82,6 +85,7 @@ class EngineSettings:
             *(["--enable-return-routed-experts"] if self.return_routing else []),
             *(["--enable-sleep-mode"] if self.sleeps and not is_cpu else []),
             *(["--gpu-memory-utilization", str(self.gpu_memory)] if self.gpu_memory else []),
+            *(("--additional-config", '{"plain_matrices": true}') if self.plain_matrices else ()),
             *("--tensor-parallel-size", str(self.tensor)),
             *("--pipeline-parallel-size", str(self.pipeline)),
             *("--data-parallel-size", str(self.data)),

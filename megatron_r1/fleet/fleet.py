@@ -18,8 +18,8 @@ from megatron_r1.fleet.replacement import DRAIN_SECONDS, Replacement
 from megatron_r1.fleet.retries import RequestRetries
 
 UpdateInfo = Mapping[str, Any] | Sequence[Mapping[str, Any]]
-NEVER_CAME = ("broke off", "have not brought all of it")
-"""What `landing.ReceiveBuffer` says of a push that did not come to its end."""
+NEVER_CAME = ("broke off", "have not sent all of it")
+"""In the error of `receive.ReceiveBuffer` for a push that was not completed."""
 
 
 class RolloutFleet:

@@ -1,12 +1,14 @@
-"""The part of megatron-r1 that runs inside vLLM. Imports torch and vllm (with what they bring) and
-`megatron_r1.weight_sync.receive`, nothing of the rest.
+"""The part of megatron-r1 that runs inside vLLM.
 
-vLLM calls `register` in every one of its processes (entry point group `vllm.general_plugins`). A
-new way of moving weights is one new file in `weight_sync/transports` plus one line here.
+It imports torch, vllm (with their dependencies), `megatron_r1.processes` and the receiving half of
+`megatron_r1.weight_sync`, nothing else of ours. vLLM calls `register` in every one of its processes
+(entry point group `vllm.general_plugins`).
 """
 
+import faulthandler
 import functools
 import multiprocessing
+import signal
 
 # name for --weight-transfer-config  ->  (module, class)
 BACKENDS = {
@@ -18,30 +20,36 @@ BACKENDS = {
 
 
 def register() -> None:
-    """Add our weight-transfer backends and mend vLLM's CPU build. Safe to call repeatedly."""
+    """Add our weight-transfer backends and patch vLLM's CPU build. Repeated calls do nothing."""
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
     from megatron_r1.processes import lifetime
-    from megatron_r1.vllm_plugin import stacks
 
     for name, (module, class_name) in BACKENDS.items():
         if name not in WeightTransferEngineFactory._registry:
             WeightTransferEngineFactory.register_engine(name, module, class_name)
-    _mend_cpu_build()
-    stacks.answer_signal()
+    _patch_cpu_build()
+    dump_stacks_on_signal()
     if multiprocessing.parent_process() is not None:
         lifetime.die_with_parent()
 
 
-@functools.cache  # a second time each mend would wrap itself
-def _mend_cpu_build() -> None:
+@functools.cache  # a second call would wrap each patch in itself
+def _patch_cpu_build() -> None:
     from vllm.platforms import current_platform
 
     if not current_platform.is_cpu():
         return
     from megatron_r1.vllm_plugin import cpu_fp8, cpu_parallel, cpu_patches, cpu_routing
 
-    cpu_patches.mend()
-    cpu_parallel.mend()
-    cpu_fp8.mend()
-    cpu_routing.return_routing_on_cpu()
+    for patches in (cpu_patches, cpu_parallel, cpu_fp8, cpu_routing):
+        patches.apply()
+
+
+def dump_stacks_on_signal() -> None:
+    """Write this process's Python stacks to its log on SIGUSR2, which vLLM does not use.
+
+    The handler is C and needs no interpreter lock, so it works in a process that is stuck in a
+    kernel or a collective. Forked children inherit it.
+    """
+    faulthandler.register(signal.SIGUSR2, all_threads=True)

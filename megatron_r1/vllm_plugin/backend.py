@@ -1,11 +1,12 @@
 """vLLM's weight-transfer backend of this project, for every transport.
 
-Weights land while the engine generates (`ReceiveBuffer`); an update, for which the engine is
-paused, waits until all of a push is there and right, and brings it into use layer by layer. An
-engine whose update fails before that holds its old weights whole; what fails later leaves it
-unusable, and says so.
+Weights arrive while the engine generates (`ReceiveBuffer`). An update, for which the engine is
+paused, waits until a push is complete and correct, and loads it layer by layer. An engine whose
+update fails before that keeps all its old weights; a later failure leaves it unusable, with an
+error.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch.distributed import TCPStore
@@ -19,21 +20,21 @@ from vllm.platforms import current_platform
 from megatron_r1.vllm_plugin import swap
 from megatron_r1.vllm_plugin.cpu_patches import is_packed
 from megatron_r1.vllm_plugin.memory_layout import lay_out, with_gaps
-from megatron_r1.vllm_plugin.recorder import record
+from megatron_r1.vllm_plugin.recorder import Copy, Parameter, record
 from megatron_r1.weight_sync.receive.rendezvous import Rendezvous
 from megatron_r1.weight_sync.transports import Receiver, receiver_class
 
 
 @dataclass
-class LandingInit(WeightTransferInitInfo):
+class PushInitInfo(WeightTransferInitInfo):
     store: list
     """[host, port] of the trainer's store."""
     engine: str
-    """This start of this engine: a name that no other has."""
+    """A name that is unique to this start of this engine."""
     tensors: list
     """[name, shape] of every tensor of the checkpoint."""
     memory_bytes: int | None = None
-    """For landing weights, per rank; None: as many as they have."""
+    """Limit per rank for weights in transit; None: as many as the weights have."""
     timeout_seconds: float = 600.0
     """For the trainer to connect."""
     push_seconds: float = 600.0
@@ -41,60 +42,62 @@ class LandingInit(WeightTransferInitInfo):
 
 
 @dataclass
-class LandingUpdate(WeightTransferUpdateInfo):
+class PushUpdateInfo(WeightTransferUpdateInfo):
     push: int
-    """Its number: one more than that of the push before, on this engine."""
+    """Its number: one more than that of the engine's last push."""
     timeout_seconds: float = 600.0
     """For all of it to arrive."""
 
 
-class LandingEngine(WeightTransferEngine[LandingInit, LandingUpdate]):
+class PushTransferEngine(WeightTransferEngine[PushInitInfo, PushUpdateInfo]):
     """Weight-transfer backend `megatron_r1_<transport>`."""
 
-    init_info_cls = LandingInit
-    update_info_cls = LandingUpdate
+    init_info_cls = PushInitInfo
+    update_info_cls = PushUpdateInfo
     transport = ""
 
     _receiver: Receiver | None = None
 
-    def init_transfer_engine(self, init_info: LandingInit) -> None:
-        """Find out what this rank needs, say so, and begin to receive. May be called again, when
-        another trainer has taken over."""
+    def init_transfer_engine(self, init_info: PushInitInfo) -> None:
+        """Record what this rank needs, publish it, and begin to receive. Called again when another
+        trainer takes over."""
         host, port = init_info.store
         store = TCPStore(host, port, is_master=False)
         seconds = init_info.timeout_seconds, init_info.push_seconds
-        meeting = Rendezvous(store, init_info.engine, *seconds)
+        rendezvous = Rendezvous(store, init_info.engine, *seconds)
         parallel = self.vllm_config.parallel_config
         self._rank = parallel.data_parallel_index * parallel.world_size + parallel.rank
         try:
-            needed, keeps = record(self.model, init_info.tensors), current_platform.is_cpu()
-            needed = with_gaps(needed, lambda parameter: is_packed(parameter, self.model))
-            placed, table = lay_out(needed, init_info.memory_bytes, keeps=keeps)
+            copies: Mapping[Parameter, Sequence[Copy]] = record(self.model, init_info.tensors)
+            copies = with_gaps(copies, lambda parameter: is_packed(parameter, self.model))
+            in_place = current_platform.is_cpu()
+            placed, table = lay_out(copies, init_info.memory_bytes, in_place=in_place)
             self.shutdown()
             self._placed = placed
-            self._receiver = receiver_class(self.transport)(meeting, self._rank, table)
-        except Exception as error:  # of vLLM's loaders too
-            meeting.withdraw(self._rank, str(error) or repr(error))
+            self._receiver = receiver_class(self.transport)(rendezvous, self._rank, table)
+        except Exception as error:  # vLLM's loaders may raise anything
+            rendezvous.publish_problem(self._rank, str(error) or repr(error))
             raise
 
     def start_weight_update(self) -> None:
         if self._receiver is None:
             raise ValueError("no trainer is connected: init_weight_transfer_engine comes first")
 
-    def receive_weights(self, update_info: LandingUpdate) -> None:
-        """Wait for the push and bring it into use.
+    def receive_weights(self, update_info: PushUpdateInfo) -> None:
+        """Wait for the push and load it.
 
         Raises:
-            ValueError: it did not arrive as it was sent. With all weights in one window, nothing
-                has changed then.
+            ValueError: it is incomplete or damaged. With all weights in one window, the old weights
+                are then unchanged.
         """
         receiver, push = self._receiver, update_info.push
+        assert receiver is not None, "start_weight_update comes first"
         for window in range(receiver.table.num_windows):
-            receiver.inbox.wait(push, window, update_info.timeout_seconds)
+            receiver.buffer.wait(push, window, update_info.timeout_seconds)
             placed = [at for at in self._placed if at.window == window]
             area = receiver.table.area(receiver.memory, push)
-            swap.load(self.model, placed, area, keep=receiver.table.areas > 1)
-            receiver.meeting.release(self._rank, push, window)
+            swap.load(self.model, placed, area, in_place=receiver.table.areas > 1)
+            receiver.rendezvous.release(self._rank, push, window)
         swap.finish(self.model, self.model_config)
 
     def finish_weight_update(self) -> None:
@@ -106,17 +109,17 @@ class LandingEngine(WeightTransferEngine[LandingInit, LandingUpdate]):
             self._receiver = None
 
 
-class SharedMemoryEngine(LandingEngine):
+class SharedMemoryEngine(PushTransferEngine):
     transport = "shm"
 
 
-class DeviceEngine(LandingEngine):
+class DeviceEngine(PushTransferEngine):
     transport = "cuda_ipc"
 
 
-class GlooEngine(LandingEngine):
+class GlooEngine(PushTransferEngine):
     transport = "gloo"
 
 
-class NcclEngine(LandingEngine):
+class NcclEngine(PushTransferEngine):
     transport = "nccl"

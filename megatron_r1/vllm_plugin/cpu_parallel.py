@@ -1,36 +1,37 @@
-"""What vLLM 0.32's CPU build lacks to run a model over several processes.
+"""Patches of vLLM 0.32's CPU build for models over several processes.
 
-Tensor parallelism works as it is, and so do data-parallel copies of a model without experts. Three
-things do not: pipeline stages, experts spread over ranks, and data-parallel ranks that share
-experts. Each mend names the upstream lines it answers, and goes when upstream has it;
-tests/system/test_engine_parallel.py fails without any one of them.
+Tensor parallelism works as it is, and so do data-parallel copies of a model without experts.
+Pipeline stages, experts spread over ranks, and data-parallel ranks that share experts do not.
+Without any one of these patches tests/system/test_engine_parallel.py fails. Paths are below vllm/.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 
-def mend() -> None:
-    """Apply all three. On CPU, once."""
-    keep_what_stages_receive()
+def apply() -> None:
+    """Apply all three patches. On CPU, once."""
+    keep_intermediate_tensors()
     compute_local_experts_only()
     gather_uneven_shares()
 
 
-def keep_what_stages_receive() -> None:
+def keep_intermediate_tensors() -> None:
     """Give every pipeline stage after the first its receive buffers.
 
-    Answers vllm/v1/worker/gpu_model_runner.py:5801: they are made by the profiling run, which a CPU
-    skips (cpu_worker.py, `_should_warm_up_model`) when it runs eagerly in a KV cache of given size.
+    Upstream: v1/worker/gpu_model_runner.py:5801. Without it: only the profiling run creates them,
+    which a CPU skips (cpu_worker.py, `_should_warm_up_model`) when it runs eagerly with a KV cache
+    of given size. Goes when: they are created on loading.
     """
     from vllm.distributed.parallel_state import get_pp_group
     from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
     upstream = CPUModelRunner.load_model
 
-    def load_model(self: CPUModelRunner, *args: object, **kwargs: object) -> None:
+    def load_model(self: Any, *args: object, **kwargs: object) -> None:
         upstream(self, *args, **kwargs)
         if not get_pp_group().is_first_rank and self.intermediate_tensors is None:
             self.intermediate_tensors = self.model.make_empty_intermediate_tensors(
@@ -41,13 +42,12 @@ def keep_what_stages_receive() -> None:
 
 
 def compute_local_experts_only() -> None:
-    """Let a rank compute the experts it holds, and add nothing for those of other ranks.
+    """Let a rank compute its own experts, and add nothing for those of other ranks.
 
-    Answers vllm/model_executor/layers/fused_moe/experts/cpu_moe.py:266 and 526 (`apply`, of plain
-    and of FP8 experts), which hands the
-    kernel the model-wide numbers of the experts and ignores `expert_map`: the kernel then reads
-    past the end of this rank's weights. Here a foreign expert becomes a local one of weight zero,
-    spread over all so that no expert gets most of the tokens.
+    Upstream: model_executor/layers/fused_moe/experts/cpu_moe.py:269 and 526 (`apply`, of plain and
+    of FP8 experts). Without it: `expert_map` is ignored, and the kernel reads past the end of this
+    rank's weights. Goes when: `apply` maps expert numbers. Here a foreign expert becomes a local
+    one of weight zero, spread over all so that no expert gets most of the tokens.
     """
     from vllm.model_executor.layers.fused_moe.experts import cpu_moe
 
@@ -81,7 +81,7 @@ def _with_local_choice(upstream: Callable[..., None]) -> Callable[..., None]:
 def local_choice(
     topk_ids: torch.Tensor, topk_weights: torch.Tensor, expert_map: torch.Tensor, num_local: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same choice in this rank's numbers.
+    """Return the same choice of experts in this rank's numbers.
 
     topk_ids, topk_weights: [num_tokens, topk]. expert_map: [num_experts], the number of each expert
     here, or -1.
@@ -94,15 +94,15 @@ def local_choice(
 def gather_uneven_shares() -> None:
     """Exchange tokens between data-parallel ranks that share experts.
 
-    Answers vllm/distributed/device_communicators/base_device_communicator.py:290 and 331: the CPU's
-    communicator has neither `all_gatherv` nor `reduce_scatterv`, which the all-to-all of such
-    models (`AgRsAll2AllManager`) is made of. Shares are padded to the longest, as gloo wants equal
-    ones.
+    Upstream: distributed/device_communicators/base_device_communicator.py:290 and 331. Without it:
+    the CPU's communicator lacks `all_gatherv` and `reduce_scatterv`, which the all-to-all of such
+    models (`AgRsAll2AllManager`) calls. Goes when: it has them. Shares are padded to the longest,
+    since gloo needs equal ones.
     """
     from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
 
     def all_gatherv(
-        self: CpuCommunicator,
+        self: Any,
         input_: torch.Tensor | list[torch.Tensor],
         dim: int = 0,
         sizes: list[int] | None = None,
@@ -118,7 +118,7 @@ def gather_uneven_shares() -> None:
         return torch.cat([share[:size] for share, size in zip(shares, sizes, strict=True)])
 
     def reduce_scatterv(
-        self: CpuCommunicator, input_: torch.Tensor, dim: int = -1, sizes: list[int] | None = None
+        self: Any, input_: torch.Tensor, dim: int = -1, sizes: list[int] | None = None
     ) -> torch.Tensor:
         assert dim == 0, f"reduce_scatterv over dimension {dim}"
         total = input_.clone()

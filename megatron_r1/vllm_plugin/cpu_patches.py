@@ -1,12 +1,12 @@
-"""Three bugs of vLLM 0.32's CPU build that give wrong log-probabilities without any error, three
-that end the engine, and habits that make starts and pushes slow.
+"""Patches of vLLM 0.32's CPU build: three bugs that give wrong log-probabilities without an error,
+three that end the engine, and two that make starts and pushes slow.
 
-Each mend goes when upstream is fixed; tests/system/test_engine.py compares with transformers and
-fails without any one of the first five. `mend` does those that are done once per process.
+Without any one of the first five, tests/system/test_engine.py, which compares with transformers,
+fails. Paths are below vllm/. `apply` makes those patches that are made once per process.
 """
 
 import mmap
-import os
+from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -19,21 +19,22 @@ from vllm.platforms import current_platform
 
 from megatron_r1.vllm_plugin.recorder import Parameter
 
-PLAIN_MATRICES = "MEGATRON_R1_PLAIN_MATRICES"
+PLAIN_MATRICES = "plain_matrices"
+"""Key of vLLM's --additional-config (`EngineSettings.plain_matrices`)."""
 
 
-def mend() -> None:
-    """On CPU, once."""
-    mend_strided_rotary()
+def apply() -> None:
+    """Apply the patches below that need no model. On CPU, once."""
+    fix_strided_rotary()
     seed_whole_prompts_only()
     keep_matrices_plain()
-    touch_cache_when_used()
-    take_reference_attention()
-    ask_for_tiles()
+    allocate_cache_lazily()
+    use_reference_attention()
+    request_amx()
 
 
 def heads_are_adjacent(x: torch.Tensor | None, head_size: int) -> bool:
-    """Whether a token's heads lie in one run.
+    """Return whether a token's heads are contiguous.
 
     x: [num_tokens, heads * head_size] or [num_tokens, heads, head_size], possibly strided.
     """
@@ -44,21 +45,20 @@ def heads_are_adjacent(x: torch.Tensor | None, head_size: int) -> bool:
     return x.stride(-1) == 1
 
 
-def mend_strided_rotary() -> None:
-    """Rotate MLA's q_pe correctly when rope is plain (YaRN has its own class, which never takes
-    this path).
+def fix_strided_rotary() -> None:
+    """Rotate strided queries, as MLA's q_pe, with the PyTorch version of plain rope.
 
-    Answers vllm/model_executor/layers/rotary_embedding/base.py:298 (`RotaryEmbedding.forward_cpu`):
-    the C++ operator assumes that a token's heads lie head_size apart, but MLA passes the view
-    q[..., nope:], whose heads lie nope + rope apart. Such views take the PyTorch version; every
-    other model keeps the C++ operator.
+    Upstream: model_executor/layers/rotary_embedding/base.py:298 (`RotaryEmbedding.forward_cpu`).
+    Without it: the C++ operator assumes that a token's heads are head_size apart, but MLA passes
+    the view q[..., nope:], whose heads are nope + rope apart, and log-probabilities are wrong.
+    (YaRN has its own class, which never takes this path.) Goes when: the operator reads strides.
     """
     from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
 
     upstream = RotaryEmbedding.forward_cpu
 
     def forward_cpu(
-        self: RotaryEmbedding,
+        self: Any,
         positions: torch.Tensor,
         query: torch.Tensor,
         key: torch.Tensor | None = None,
@@ -69,25 +69,24 @@ def mend_strided_rotary() -> None:
     RotaryEmbedding.forward_cpu = forward_cpu
 
 
-def forget_moe_kernel(method: object) -> None:
+def forget_moe_kernel(method: Any) -> None:
     """Make a layer's next post-processing repack its experts' weights. Call before it.
 
-    Answers vllm/model_executor/layers/fused_moe/unquantized_fused_moe_method.py:166
-    (`_setup_kernel`): once `moe_kernel` is set it skips
-    `fused_experts.process_weights_after_loading`, which on CPU is what packs w13 and w2 into the
-    layout of the grouped matrix product, so that a push leaves the experts of the previous version
-    in place.
+    Upstream: model_executor/layers/fused_moe/unquantized_fused_moe_method.py:166 (`_setup_kernel`).
+    Without it: once `moe_kernel` is set, `fused_experts.process_weights_after_loading`, which packs
+    w13 and w2 on CPU, is skipped, and the previous version's experts stay. Goes when: it is called
+    on every loading.
     """
     if current_platform.is_cpu() and getattr(method, "moe_kernel", None) is not None:
         method.moe_kernel = None
 
 
 def repack_output_head(model: torch.nn.Module) -> None:
-    """Give a head that shares the embedding's weights the new ones. Call when all are loaded.
+    """Pack a head that shares the embedding's weights again. Call when all weights are loaded.
 
-    Answers vllm/model_executor/layers/vocab_parallel_embedding.py:67: on CPU the head multiplies by
-    a packed copy of its weights. A tied head is never loaded itself, so that nothing packs it
-    again: it would go on with the embedding of the first version.
+    Upstream: model_executor/layers/vocab_parallel_embedding.py:67. Without it: the head multiplies
+    by a packed copy of its weights; a tied head is never loaded itself, and so keeps the embedding
+    of the first version. Goes when: loading the embedding packs its tied head.
     """
     if not current_platform.is_cpu():
         return
@@ -99,11 +98,13 @@ def repack_output_head(model: torch.nn.Module) -> None:
             head.quant_method.process_weights_after_loading(head)
 
 
-def is_only_looked_up(layer: torch.nn.Module, model: torch.nn.Module) -> bool:
-    """Whether a layer is an embedding that nothing multiplies by, although vLLM packs it with every
-    loading. (One without a head beside it may be the head, too.)
+def is_lookup_only(layer: torch.nn.Module, model: torch.nn.Module) -> bool:
+    """Return whether a layer is an embedding that is never multiplied by; post-processing then
+    skips it. (An embedding without a head beside it may be the head, too.)
 
-    Answers the same lines as `repack_output_head`, which ask for no more than a CPU."""
+    Upstream: model_executor/layers/vocab_parallel_embedding.py:67. Without it: every loading packs
+    the embedding for nothing. Goes when: only heads are packed.
+    """
     return (
         current_platform.is_cpu()
         and isinstance(layer, VocabParallelEmbedding)
@@ -113,18 +114,18 @@ def is_only_looked_up(layer: torch.nn.Module, model: torch.nn.Module) -> bool:
 
 
 def seed_whole_prompts_only() -> None:
-    """Let a request with a seed draw from its generator once its prompt is computed, not before.
+    """Let a request with a seed use its generator only once its prompt is computed.
 
-    Answers vllm/v1/worker/gpu_model_runner.py:3500 (`_bookkeeping_sync`): where a step computes a
-    part of a prompt - many have come at once - the token drawn after it is thrown away and the
-    request's generator set back, which a CPU's cannot ("CPU Generator does not use offset"), and
-    the engine is dead.
+    Upstream: v1/worker/gpu_model_runner.py:3500 (`_bookkeeping_sync`). Without it: after a step
+    that computes a part of a prompt, vLLM drops the sampled token and sets the request's generator
+    back, which a CPU's cannot ("CPU Generator does not use offset"), and the engine dies. Goes
+    when: it restores the generator's state instead.
     """
     from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
     upstream = CPUModelRunner.sample_tokens
 
-    def sample_tokens(self: CPUModelRunner, *args: object) -> object:
+    def sample_tokens(self: Any, *args: object) -> object:
         generators = self.input_batch.generators
         is_partial = self.discard_request_mask.np[: self.input_batch.num_reqs]
         kept = {int(i): generators.pop(int(i)) for i in is_partial.nonzero()[0] if i in generators}
@@ -136,19 +137,26 @@ def seed_whole_prompts_only() -> None:
 
 
 def keep_matrices_plain() -> None:
-    """Multiply by matrices as they lie in memory, where the environment says so.
+    """Multiply by matrices without packing them, where --additional-config has `PLAIN_MATRICES`.
 
-    Answers vllm/model_executor/layers/utils.py (`dispatch_cpu_unquantized_gemm`), which on CPU
-    packs every matrix for oneDNN: most of a push's time.
+    Upstream: model_executor/layers/utils.py:581 (`dispatch_cpu_unquantized_gemm`). Without it:
+    every matrix is packed for oneDNN, most of a push's time. Goes when: vLLM has such a setting.
     """
-    if os.environ.get(PLAIN_MATRICES):
-        from vllm import _custom_ops
+    from vllm import _custom_ops
+    from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
-        _custom_ops._supports_onednn = False
+    upstream = CPUModelRunner.load_model
+
+    def load_model(self: Any, *args: object, **kwargs: object) -> None:
+        if self.vllm_config.additional_config.get(PLAIN_MATRICES):
+            _custom_ops._supports_onednn = False
+        upstream(self, *args, **kwargs)
+
+    CPUModelRunner.load_model = load_model
 
 
 def is_packed(parameter: Parameter, model: torch.nn.Module) -> bool:
-    """Whether its layer's post-processing packs a matrix for oneDNN, by the same function."""
+    """Return whether post-processing packs this matrix for oneDNN, by upstream's conditions."""
     from vllm import _custom_ops
     from vllm.model_executor.layers.linear import UnquantizedLinearMethod
     from vllm.model_executor.layers.utils import check_cpu_sgl_kernel
@@ -162,14 +170,14 @@ def is_packed(parameter: Parameter, model: torch.nn.Module) -> bool:
         and parameter.name == "weight"
         and isinstance(method, UnquantizedLinearMethod | UnquantizedEmbeddingMethod)
         and not getattr(layer, "_cpu_skip_gemm_dispatch", False)  # as MLA's kv_b_proj
-        and not is_only_looked_up(layer, model)
+        and not is_lookup_only(layer, model)
         and not check_cpu_sgl_kernel(*parameter.shape, parameter.dtype)
     )
 
 
-class _ZerosOfTheKernel(TorchFunctionMode):
-    """Within the block `torch.zeros(num_bytes, dtype=torch.int8)` is memory that is zero because
-    nobody has touched it."""
+class _LazyZeros(TorchFunctionMode):
+    """Within the block `torch.zeros(num_bytes, dtype=torch.int8)` is untouched memory, which the
+    kernel zeroes page by page on first use."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -180,51 +188,49 @@ class _ZerosOfTheKernel(TorchFunctionMode):
         return torch.frombuffer(mmap.mmap(-1, num_bytes, flags=flags), dtype=torch.int8)
 
 
-def touch_cache_when_used() -> None:
-    """Let a KV cache take its memory block by block, when tokens come to lie there.
+def allocate_cache_lazily() -> None:
+    """Let a KV cache take its memory block by block, when tokens are stored there.
 
-    Answers vllm/v1/worker/utils.py:596 (`allocate_kv_cache`), which fills the whole cache with
-    zeros: two seconds per GiB of every start.
+    Upstream: v1/worker/utils.py:596 (`allocate_kv_cache`). Without it: the whole cache is filled
+    with zeros, two seconds per GiB of every start. Goes when: it uses torch.empty.
     """
     from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
     upstream = CPUModelRunner.initialize_kv_cache_tensors
 
-    def initialize_kv_cache_tensors(
-        self: CPUModelRunner, *args: object, **kwargs: object
-    ) -> object:
-        with _ZerosOfTheKernel():
+    def initialize_kv_cache_tensors(self: Any, *args: object, **kwargs: object) -> object:
+        with _LazyZeros():
             return upstream(self, *args, **kwargs)
 
     CPUModelRunner.initialize_kv_cache_tensors = initialize_kv_cache_tensors
 
 
-def take_reference_attention() -> None:
-    """Let latent attention be computed the same way on all CPUs, unless a backend is asked for.
+def use_reference_attention() -> None:
+    """Compute latent attention the same way on all CPUs, unless a backend is set.
 
-    Answers vllm/platforms/cpu.py:156 and 260 (`CpuPlatform`): on CPUs with AMX it takes one that
-    has bf16 only, whatever the dtype, and with float32 the engine does not start.
+    Upstream: platforms/cpu.py:153 and 260 (`CpuPlatform`). Without it: CPUs with AMX take a backend
+    for bf16 only, whatever the dtype, and a float32 engine does not start. Goes when: the choice
+    depends on the dtype.
     """
     from vllm.platforms.cpu import CpuPlatform
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
     upstream = CpuPlatform.check_and_update_config.__func__
 
-    @classmethod
-    def check_and_update_config(cls: type[CpuPlatform], vllm_config: object) -> None:
+    def check_and_update_config(cls: Any, vllm_config: Any) -> None:
         model, attention = vllm_config.model_config, vllm_config.attention_config
         if attention.backend is None and getattr(model, "use_mla", False):
             attention.backend = AttentionBackendEnum.CPU_MLA
         upstream(cls, vllm_config)
 
-    CpuPlatform.check_and_update_config = check_and_update_config
+    CpuPlatform.check_and_update_config = classmethod(check_and_update_config)
 
 
-def ask_for_tiles() -> None:
-    """Let this process use AMX, for which Linux wants to be asked.
+def request_amx() -> None:
+    """Request permission to use AMX from Linux (arch_prctl), which a process needs.
 
-    Answers csrc/cpu: its own kernels, of FP8 and of attention in bf16, rely on oneDNN having asked
-    before them. Where all of a model's products are theirs, the engine ends by SIGILL.
+    Upstream: csrc/cpu. Without it: vLLM's own kernels, of FP8 and of bf16 attention, rely on oneDNN
+    having made the request; a model that uses only those ends by SIGILL. Goes when: they make it.
     """
     if torch.cpu._is_amx_tile_supported():
         torch.cpu._init_amx()

@@ -1,12 +1,16 @@
-"""Routed experts from vLLM's CPU build: its own capture, scheduler and answer, joined by hand.
+"""Patch of vLLM 0.32's CPU build: it returns routed experts.
 
-vLLM 0.32 wires --enable-return-routed-experts to its second model runner only
-(config/vllm.py:1135, `_verify_aux_output_compatibility`), which needs Triton and so never runs on a
-CPU. Its capturer, the scheduler's part and the HTTP answer do not depend on the runner: here the
-first runner captures, and hands each step's rows to the scheduler. Without prefix caching, which
+Upstream: config/vllm.py:1135 (`_verify_aux_output_compatibility`). Without it:
+--enable-return-routed-experts is refused, since it is connected to the second model runner only,
+which needs Triton and so never runs on a CPU. Goes when: upstream supports it.
+
+vLLM's capturer, the scheduler's part and the HTTP response do not depend on the runner: here the
+first runner captures, and passes each step's rows to the scheduler. Without prefix caching, which
 `EngineSettings` turns off, every row of a sequence passes through the model and none has to be kept
-for another sequence. Goes when upstream supports it.
+for another sequence.
 """
+
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,19 +20,21 @@ from vllm.distributed.aux_output_connector.connector import AuxRequestOutput
 class RowCollector:
     """The rows (layers, topk) of each request's tokens, from the forward pass to the scheduler."""
 
-    def __init__(self, model: torch.nn.Module, vllm_config: object) -> None:
+    def __init__(self, model: torch.nn.Module, vllm_config: Any) -> None:
         from vllm.model_executor.layers.fused_moe import routed_experts_capturer as upstream
 
         limit = vllm_config.scheduler_config.max_num_batched_tokens
         self.capturer = upstream.RoutedExpertsCapturer(limit, vllm_config)
         upstream.bind_routed_experts_capturer(model, self.capturer)
-        # Of prompts in parts: first position and rows so far.
+        # Prompts computed in parts: first position and rows so far.
         self._parts: dict[str, tuple[int, np.ndarray]] = {}
 
-    def collect(self, runner: object, scheduled: object, sampled: list) -> dict:
-        """request id → rows from the position the scheduler wants on, where a token was sampled.
+    def collect(self, runner: Any, scheduled: Any, sampled: list) -> dict:
+        """Return, by request in which a token was sampled, the rows from the position that the
+        scheduler asks for.
 
-        sampled: for each request of the runner's batch, in order, the tokens of this step."""
+        sampled: this step's tokens of each request in the runner's batch, in order.
+        """
         metadata, batch = scheduled.aux_output_connector_metadata, runner.input_batch
         for request in metadata.finished_requests:
             self._parts.pop(request, None)
@@ -45,13 +51,13 @@ class RowCollector:
             if not sampled[index]:
                 self._parts[request] = (first, rows)
                 continue
-            wanted = metadata.requests[request]
-            assert wanted >= first, f"rows {wanted} to {first} of {request} were never captured"
-            outputs[request] = AuxRequestOutput(wanted, rows[wanted - first :])
+            start = metadata.requests[request]
+            assert start >= first, f"rows {start} to {first} of {request} were never captured"
+            outputs[request] = AuxRequestOutput(start, rows[start - first :])
         return outputs
 
 
-def return_routing_on_cpu() -> None:
+def apply() -> None:
     """Make --enable-return-routed-experts work with the CPU model runner. On CPU, once."""
     from vllm.config import VllmConfig
     from vllm.v1.worker.cpu_model_runner import CPUModelRunner
@@ -59,21 +65,20 @@ def return_routing_on_cpu() -> None:
     load_model, execute_model = CPUModelRunner.load_model, CPUModelRunner.execute_model
     sample_tokens = CPUModelRunner.sample_tokens
 
-    def verify(config: VllmConfig) -> None:
-        wanted = config.aux_output_config.enabled
-        if wanted and not config.model_config.is_moe:
+    def verify(config: Any) -> None:
+        if config.aux_output_config.enabled and not config.model_config.is_moe:
             raise ValueError("--enable-return-routed-experts needs a model with experts")
 
-    def load(self: CPUModelRunner, *args: object, **kwargs: object) -> None:
+    def load(self: Any, *args: object, **kwargs: object) -> None:
         load_model(self, *args, **kwargs)
         if self.vllm_config.aux_output_config.enabled:
             self.row_collector = RowCollector(self.model, self.vllm_config)
 
-    def execute(self: CPUModelRunner, scheduler_output: object, *args: object) -> object:
+    def execute(self: Any, scheduler_output: object, *args: object) -> object:
         self.step_scheduled = scheduler_output
         return execute_model(self, scheduler_output, *args)
 
-    def sample(self: CPUModelRunner, *args: object) -> object:
+    def sample(self: Any, *args: object) -> object:
         output = sample_tokens(self, *args)
         if self.row_collector is not None:
             output.aux_output_connector_output = self.row_collector.collect(

@@ -1,4 +1,4 @@
-"""Where in the landing memory each parameter lies, and the table that says so to the trainer."""
+"""Where in the receive memory each parameter is, and the table of it that the trainer reads."""
 
 from __future__ import annotations
 
@@ -9,18 +9,20 @@ from itertools import groupby
 import torch
 
 from megatron_r1.vllm_plugin.recorder import Copy, Parameter
-from megatron_r1.weight_sync.receive import Slot, Table
+from megatron_r1.weight_sync.receive import Slot, SlotTable
 
 ALIGNMENT = 64
-"""Bytes; a parameter is a view of the memory while its layer loads."""
+"""Bytes, of parameters, which are views of the memory while their layers load."""
 GAP_BYTES = 128
-"""Between the rows of a matrix that `with_gaps` sets apart."""
+"""Between the rows of a matrix that `with_gaps` spreads."""
 
 
 @dataclass(frozen=True)
 class Placed:
-    """A parameter in checkpoint form at byte `offset` of the memory, while `window` is there.
-    num_rows: those that come; the rest is a vocabulary's padding."""
+    """A parameter in checkpoint form at byte `offset` of the memory, while it holds `window`.
+
+    num_rows: those that are received; the rest is a vocabulary's padding.
+    """
 
     parameter: Parameter
     offset: int
@@ -28,7 +30,7 @@ class Placed:
     num_rows: int
 
     def value(self, memory: torch.Tensor) -> torch.Tensor:
-        """What has landed; a view. Padding is zero, as vLLM's own loader leaves it."""
+        """Return the received values, a view. Padding is zero, as after vLLM's own loader."""
         at = self.parameter
         elements = memory.view(at.dtype)[self.offset // at.dtype.itemsize :]
         value = elements.as_strided(at.shape, at.strides, elements.storage_offset())
@@ -37,22 +39,22 @@ class Placed:
 
 
 def with_gaps(
-    copies: Mapping[Parameter, Sequence[Copy]], apart: Callable[[Parameter], bool]
+    copies: Mapping[Parameter, Sequence[Copy]], is_spread: Callable[[Parameter], bool]
 ) -> dict[Parameter, Sequence[Copy]]:
-    """The same with a gap after every row of the matrices that are to lie `apart`.
+    """Return the same copies with a gap after every row of the matrices that `is_spread` names.
 
-    Who packs a matrix for a product reads down its columns. Rows of a power of two of bytes would
-    all fall on the same few lines of the cache. With gaps oneDNN packs bfloat16 up to three times
-    as fast, and everything a little faster.
+    oneDNN reads down the columns of a matrix that it packs. Rows of a power of two of bytes would
+    all map to the same few lines of the cache. With gaps bfloat16 is packed up to three times as
+    fast, and everything a little faster.
     """
     return dict(
-        _with_gaps(parameter, found)
+        _with_gaps(parameter, of_parameter)
         if len(parameter.shape) == 2
         and parameter.strides == (parameter.shape[1], 1)
-        and all(copy.height == 1 or copy.pitch % parameter.shape[1] == 0 for copy in found)
-        and apart(parameter)
-        else (parameter, found)
-        for parameter, found in copies.items()
+        and all(copy.height == 1 or copy.pitch % parameter.shape[1] == 0 for copy in of_parameter)
+        and is_spread(parameter)
+        else (parameter, of_parameter)
+        for parameter, of_parameter in copies.items()
     )
 
 
@@ -72,22 +74,24 @@ def lay_out(
     copies: Mapping[Parameter, Sequence[Copy]],
     limit_bytes: int | None = None,
     *,
-    keeps: bool = False,
-) -> tuple[list[Placed], Table]:
-    """Side by side where everything fits into limit_bytes; keeps: twice, as the engine computes
-    with what landed until the next push has. Else in windows that take turns in two
-    halves of the memory, so that one is filled while the other is loaded; a layer's parameters are
-    in one window.
+    in_place: bool = False,
+) -> tuple[list[Placed], SlotTable]:
+    """Place all parameters side by side, or in windows where they do not fit into limit_bytes.
+
+    Windows take turns in two halves of the memory, so that one is filled while the other is loaded;
+    a layer's parameters are in one window. in_place: the engine computes with the received weights
+    until the next push has arrived, so there are two areas if they fit.
 
     Raises ValueError where two layers do not fit into limit_bytes.
     """
     layers = [list(group) for _, group in groupby(copies, key=lambda p: id(p.layer))]
     sizes = [sum(_aligned(p.num_bytes) for p in layer) for layer in layers]
     total = sum(sizes)
-    areas = 2 if keeps and (limit_bytes is None or 2 * total <= limit_bytes) else 1
-    is_whole = limit_bytes is None or total <= limit_bytes
-    half = total if is_whole else limit_bytes // 2 // ALIGNMENT * ALIGNMENT
-    if max(sizes) > half:
+    areas = 2 if in_place and (limit_bytes is None or 2 * total <= limit_bytes) else 1
+    half = total
+    if limit_bytes is not None and total > limit_bytes:
+        half = limit_bytes // 2 // ALIGNMENT * ALIGNMENT
+    if limit_bytes is not None and max(sizes) > half:
         raise ValueError(
             f"push.memory_gib: {limit_bytes / 2**30:.3g} GiB cannot hold two layers of "
             f"{max(sizes) / 2**30:.3g} GiB; raise it to {2 * max(sizes) / 2**30:.3g} or more"
@@ -101,7 +105,7 @@ def lay_out(
             placed.append(Placed(parameter, window % 2 * half + end, window, rows))
             end += _aligned(parameter.num_bytes)
     slots = [_slot(at, copy) for at in placed for copy in copies[at.parameter]]
-    return placed, Table(total if is_whole else 2 * half, slots, areas)
+    return placed, SlotTable(total if half == total else 2 * half, slots, areas)
 
 
 def _num_rows(parameter: Parameter, copies: Sequence[Copy]) -> int:

@@ -1,9 +1,9 @@
-"""What this engine rank needs of every Hugging Face tensor, told by vLLM's own loaders.
+"""Records what this engine rank needs of every Hugging Face tensor, from vLLM's own loaders.
 
-The model's layers are put into checkpoint form without memory, its `load_weights` is run on tensors
-without memory, and every copy that its loaders make is written down: which rectangle of which
-tensor goes where in which parameter. Fused, split, expert-parallel and padded parameters come out
-right by construction, and a receiver of exactly those rectangles needs no loader any more.
+The model's layers are put into checkpoint form on the meta device, its `load_weights` is run on
+meta tensors, and every copy that its loaders make is recorded: which rectangle of which tensor goes
+where in which parameter. Fused, split, expert-parallel and padded parameters come out right by
+construction, and a receiver of exactly those rectangles needs no loader any more.
 """
 
 from __future__ import annotations
@@ -21,8 +21,11 @@ from vllm.model_executor.model_loader.reload.utils import get_layer_params_buffe
 
 @dataclass(frozen=True)
 class Parameter:
-    """A parameter or buffer in checkpoint form. title: with its layer. is_live: vLLM keeps it
-    in this form while serving (a bias), so that a new value is copied into it."""
+    """A parameter or buffer in checkpoint form.
+
+    title: its name with its layer's. is_live: vLLM keeps it in this form while serving (a bias), so
+    that a new value is copied into it.
+    """
 
     layer: torch.nn.Module
     name: str
@@ -34,18 +37,16 @@ class Parameter:
 
     @property
     def num_bytes(self) -> int:
-        return self.dtype.itemsize * (
-            1
-            + sum(
-                (size - 1) * stride for size, stride in zip(self.shape, self.strides, strict=True)
-            )
-        )
+        steps = zip(self.shape, self.strides, strict=True)
+        return self.dtype.itemsize * (1 + sum((size - 1) * stride for size, stride in steps))
 
 
 @dataclass(frozen=True)
 class Copy:
-    """Rectangle (top, bottom, left, right) of HF tensor `name`; offset and pitch, in elements: of
-    its first element and between its rows, within the parameter."""
+    """Rectangle (top, bottom, left, right) of HF tensor `name`, copied into a parameter.
+
+    offset, pitch: of its first element and between its rows, in elements of the parameter.
+    """
 
     name: str
     rectangle: tuple[int, int, int, int]
@@ -58,8 +59,7 @@ class Copy:
         return bottom - top
 
     @property
-    def size(self) -> int:
-        """Elements."""
+    def num_elements(self) -> int:
         _, _, left, right = self.rectangle
         return self.height * (right - left)
 
@@ -67,8 +67,10 @@ class Copy:
 def record(
     model: torch.nn.Module, tensors: Iterable[tuple[str, Sequence[int]]]
 ) -> dict[Parameter, list[Copy]]:
-    """Run the loaders on (name, shape) of a checkpoint's tensors: what each parameter gets, in the
-    order of loading. The model is as before afterwards; it must not be in use meanwhile.
+    """Run the loaders on (name, shape) of a checkpoint's tensors; return the copies into each
+    parameter, in the order of loading.
+
+    The model must not be in use meanwhile, and is unchanged afterwards.
 
     Raises ValueError where a loader does more than copy rectangles, or leaves part of a parameter
     unloaded.
@@ -106,7 +108,7 @@ class _Recorder(TorchDispatchMode):
         for title, layer in layers.items():
             parameters, buffers = get_layer_params_buffers(layer)
             for name, tensor in (parameters | buffers).items():
-                found = Parameter(
+                parameter = Parameter(
                     layer,
                     name,
                     f"{title}.{name}",
@@ -115,46 +117,47 @@ class _Recorder(TorchDispatchMode):
                     tensor.dtype,
                     not tensor.is_meta,
                 )
-                self._parameters.setdefault(_storage(tensor), found)
+                self._parameters.setdefault(_storage(tensor), parameter)
 
     def source(self, name: str, shape: Sequence[int]) -> tuple[str, torch.Tensor]:
-        """What a loader is given for the HF tensor `name`."""
+        """Return the (name, tensor) that a loader receives for the HF tensor `name`."""
         tensor = torch.empty(tuple(shape), dtype=torch.bfloat16, device="meta")
         self._sources[_storage(tensor)] = (name, tensor)
         return name, tensor
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is torch.ops.aten.copy_.default:
-            self._note(*args[:2])
+            self._record(*args[:2])
             return args[0]
         return func(*args, **(kwargs or {}))
 
-    def _note(self, target: torch.Tensor, source: torch.Tensor) -> None:
+    def _record(self, target: torch.Tensor, source: torch.Tensor) -> None:
         parameter = self._parameters.get(_storage(target))
         if parameter is None:
-            return  # a temporary of the loader's own
-        name, whole = self._sources.get(_storage(source), (None, None))
-        if name is None:
+            return  # a temporary tensor of the loader
+        known = self._sources.get(_storage(source))
+        if known is None:
             raise ValueError(
-                f"the loader of {parameter.title} computes with what it is given, where only "
-                "copies can be received piece by piece; push whole tensors instead"
+                f"the loader of {parameter.title} computes with its tensors, where only copies "
+                "can be received piece by piece; push whole tensors instead"
             )
+        name, whole = known
         rectangle = _rectangle(source, whole)
         pitch = _pitch(target)
         if rectangle is None or pitch is None:
             raise ValueError(
                 f"the loader of {parameter.title} takes elements of {name} (shape "
-                f"{tuple(whole.shape)}) that are no rectangle of rows and columns"
+                f"{tuple(whole.shape)}) that are not a rectangle of rows and columns"
             )
         copy = Copy(name, rectangle, target.storage_offset(), pitch)
         self.copies.setdefault(parameter, []).append(copy)
 
     def check_whole(self) -> None:
-        """Every parameter is loaded whole, but for a vocabulary's padding, the second of two that
-        are one, and the scales of attention, which are no weights."""
+        """Raise ValueError unless every parameter is loaded whole, except a vocabulary's padding,
+        the second of two tied ones, and the scales of attention, which are not weights."""
         for parameter in self._parameters.values():
             copies = self.copies.get(parameter, [])
-            loaded = sum(copy.size for copy in copies)
+            loaded = sum(copy.num_elements for copy in copies)
             layer = parameter.layer
             if not copies and (
                 parameter.name not in layer._parameters
@@ -167,20 +170,20 @@ class _Recorder(TorchDispatchMode):
             if loaded != size and not (is_padded and loaded < size):
                 raise ValueError(
                     f"{parameter.title} gets {loaded} of its {size} elements: the tensors of the "
-                    "trainer's model and the engine's do not go together"
+                    "trainer's model and the engine's do not match"
                 )
 
 
 def _tied(layers: list[torch.nn.Module]) -> set[tuple[torch.nn.Module, str]]:
-    """(layer, name) of parameters that an earlier layer has too."""
+    """Return (layer, name) of parameters that an earlier layer has too."""
     seen: set[int] = set()
-    found = set()
+    tied = set()
     for layer in layers:
         for name, parameter in get_layer_params_buffers(layer)[0].items():
             if id(parameter) in seen:
-                found.add((layer, name))
+                tied.add((layer, name))
             seen.add(id(parameter))
-    return found
+    return tied
 
 
 def _storage(tensor: torch.Tensor) -> int:
@@ -188,7 +191,7 @@ def _storage(tensor: torch.Tensor) -> int:
 
 
 def _rectangle(view: torch.Tensor, whole: torch.Tensor) -> tuple[int, int, int, int] | None:
-    """Which rows and columns of the contiguous `whole` a view of it is."""
+    """Return (top, bottom, left, right) of a view in the contiguous `whole`, or None."""
     columns = whole.shape[1] if whole.dim() > 1 else 1
     if whole.dim() > 2 or view.numel() == 0:
         return None
@@ -205,7 +208,7 @@ def _rectangle(view: torch.Tensor, whole: torch.Tensor) -> tuple[int, int, int, 
 
 
 def _pitch(view: torch.Tensor) -> int | None:
-    """Elements between the rows of a view; None where its rows are not runs of elements."""
+    """Return the elements between a view's rows, or None where a row is not contiguous."""
     if view.dim() == 1:
         return view.stride(0)
     rows = _matrix(view)
@@ -217,7 +220,7 @@ def _pitch(view: torch.Tensor) -> int | None:
 
 
 def _matrix(view: torch.Tensor) -> torch.Tensor:
-    """A view without dimensions of size 1, but for rows and columns, which may be one."""
+    """Return a view without dimensions of size 1, except rows and columns."""
     if view.dim() >= 2 and view.shape[:-2].numel() == 1:
         return view.view(view.shape[-2:])
     return view.squeeze()

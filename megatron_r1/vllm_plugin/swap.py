@@ -1,7 +1,7 @@
-"""Landed weights go live: layer by layer from checkpoint form to the form vLLM's kernels use.
+"""Replaces the engine's weights by received ones, layer by layer, in the form of vLLM's kernels.
 
-What vLLM's layerwise reload does (model_loader/reload/layerwise.py), without its loaders: the
-parameters of a layer are views of the landing memory, vLLM's own post-processing runs on them, and
+This is vLLM's layerwise reload (model_loader/reload/layerwise.py) without its loaders: the
+parameters of a layer are views of the receive memory, vLLM's own post-processing runs on them, and
 its result is copied into the tensors that the engine computes with, whose addresses stay. MLA's
 absorbed W_UK_T and W_UV follow in `finish`.
 """
@@ -23,7 +23,7 @@ from vllm.model_executor.model_loader.reload.utils import (
 
 from megatron_r1.vllm_plugin.cpu_patches import (
     forget_moe_kernel,
-    is_only_looked_up,
+    is_lookup_only,
     repack_output_head,
 )
 from megatron_r1.vllm_plugin.memory_layout import Placed
@@ -35,29 +35,30 @@ def load(
     placed: Sequence[Placed],
     memory: torch.Tensor,
     *,
-    keep: bool = False,
+    in_place: bool = False,
 ) -> None:
-    """Bring these parameters, whole layers of the model, into use. The engine must not compute
-    meanwhile; afterwards the memory may be written again.
+    """Load these parameters, whole layers of the model. The engine must not compute meanwhile;
+    afterwards the memory may be overwritten.
 
-    keep: it may not. The engine then computes with parameters that no post-processing changes where
-    they lie, which is for engines that captured no addresses: on a CPU."""
+    in_place: the memory may not be overwritten, because the engine computes there with parameters
+    that post-processing leaves unchanged. For engines that captured no addresses: on a CPU.
+    """
     for _, group in groupby(placed, key=lambda at: id(at.parameter.layer)):
         of_layer = list(group)
         for at in of_layer:
             if at.parameter.is_live:
-                # Its storage stays its own, by which the recorder knows it from others.
+                # It keeps its storage, by which the recorder identifies it.
                 getattr(at.parameter.layer, at.parameter.name).copy_(at.value(memory))
-        arrived = {
+        received = {
             at.parameter.name: at.value(memory) for at in of_layer if not at.parameter.is_live
         }
-        if arrived:
-            _load_layer(model, of_layer[0].parameter.layer, arrived, keep)
+        if received:
+            _load_layer(model, of_layer[0].parameter.layer, received, in_place)
 
 
 @torch.no_grad()
 def finish(model: torch.nn.Module, config: ModelConfig) -> None:
-    """What depends on several layers' weights."""
+    """Recompute the tensors that depend on several layers' weights."""
     for layer in model.modules():
         if is_deferred_attention_layer(layer):
             layer.process_weights_after_loading(config.dtype)
@@ -65,27 +66,30 @@ def finish(model: torch.nn.Module, config: ModelConfig) -> None:
 
 
 def _load_layer(
-    model: torch.nn.Module, layer: torch.nn.Module, arrived: dict[str, torch.Tensor], keep: bool
+    model: torch.nn.Module,
+    layer: torch.nn.Module,
+    received: dict[str, torch.Tensor],
+    in_place: bool,
 ) -> None:
     info = layerwise.get_layerwise_info(layer)
     in_use = get_layer_params_buffers(layer)
     info.kernel_tensors = in_use
     info.kernel_non_persistent_buffers = set(layer._non_persistent_buffers_set)
     meta.restore_layer_on_meta(layer, info)
-    waiting = get_layer_tensors(layer)
-    for name, tensor in waiting.items():
+    in_checkpoint = get_layer_tensors(layer)
+    for name, tensor in in_checkpoint.items():
         if tensor.is_meta:
-            setattr(layer, name, _materialized(tensor, arrived.get(name), info.restore_device))
-    if not is_only_looked_up(layer, model):
+            setattr(layer, name, _materialized(tensor, received.get(name), info.restore_device))
+    if not is_lookup_only(layer, model):
         _post_process(layer)
     for name, tensor in (in_use[0] | in_use[1]).items():
-        # What neither arrived nor was made of what arrived keeps its value.
-        if name in arrived or name not in waiting:
-            made = getattr(layer, name)
-            if keep and name in arrived and made.data_ptr() == arrived[name].data_ptr():
-                tensor.data = made.data
+        # A tensor that was neither received nor computed by post-processing keeps its value.
+        if name in received or name not in in_checkpoint:
+            new = getattr(layer, name)
+            if in_place and name in received and new.data_ptr() == received[name].data_ptr():
+                tensor.data = new.data
             else:
-                tensor.data.copy_(made)
+                tensor.data.copy_(new)
     layerwise._place_kernel_tensors(layer, info)
     info.reset()
 
@@ -93,8 +97,8 @@ def _load_layer(
 def _materialized(
     form: torch.Tensor, values: torch.Tensor | None, device: torch.device
 ) -> torch.Tensor:
-    """`values`, or undefined ones, with the class and attributes of a parameter in checkpoint
-    form."""
+    """Return `values`, or undefined ones, with the class and attributes of a parameter in
+    checkpoint form."""
     if values is None:
         with device:
             return meta.materialize_meta_tensor(form)
@@ -109,10 +113,10 @@ def _post_process(layer: torch.nn.Module) -> None:
     if not isinstance(method, QuantizeMethodBase):
         return
     forget_moe_kernel(method)
-    # The first loading left this mark, with which nothing would be done again.
+    # The first loading left this mark, with which post-processing would do nothing.
     if hasattr(layer, "_already_called_process_weights_after_loading"):
         del layer._already_called_process_weights_after_loading
     method.process_weights_after_loading(layer)
-    # Parameters made anew carry the rank of the whole group, also those that are replicated.
+    # New parameters carry the rank of the whole group, even if they are replicated.
     if hasattr(layer, "update_param_tp_status"):
         layer.update_param_tp_status()

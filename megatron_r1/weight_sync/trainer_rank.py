@@ -1,5 +1,4 @@
-"""The verbs of a push on a trainer rank, and the sender behind them, from its model and its place
-in Megatron's grid."""
+"""The verbs of a push on a trainer rank."""
 
 from __future__ import annotations
 
@@ -18,52 +17,54 @@ from megatron_r1.weights.local import local_entries
 
 
 class WeightPush:
-    """model_chunks: this rank's virtual stages. Every method is called on all ranks."""
+    """This rank's sender, created from its model by `open_push`; every method is called on all
+    trainer ranks.
+
+    model_chunks: this rank's virtual stages.
+    """
 
     def __init__(self, model_chunks: Sequence, hf: dict, parallel: ParallelConfig):
-        self._model = (model_chunks, hf, parallel)
+        self._model_chunks, self._hf, self._parallel = model_chunks, hf, parallel
         self._sender: WeightSender | None = None
 
     def open_push(self) -> dict[str, Any]:
-        """Before the first engine is connected: where engines find this trainer, "store"."""
-        self._sender, address = weight_sender(*self._model)
+        """Create the sender, before the first engine is connected.
+
+        Returns "store", the [host, port] of the store that rank 0 hosts for trainer and engines.
+        """
+        parallel = self._parallel
+        stages = stage_shards(
+            self._hf,
+            parallel.pipeline,
+            parallel.virtual_pipeline,
+            pipeline_layout=parallel.pipeline_layout,
+            with_mtp=False,
+        )
+        held = defaultdict(list)
+        for parameter, entry in local_entries(self._model_chunks, self._hf):
+            for piece in entry.pieces:
+                held[piece.hf_name].append((parameter, piece))
+        grid = TrainerGrid.of(parallel, dist.get_world_size())
+        store, address = _store()
+        rank = dist.get_rank()
+        self._sender = WeightSender(self._hf, grid, held, store, rank=rank, stages=stages)
         return {"store": address}
 
     def connect_engine(self, **engine: Any) -> dict[str, Any]:
-        """`WeightSender.connect`."""
+        """Call `WeightSender.connect`."""
         assert self._sender is not None, "open_push() comes first"
         return self._sender.connect(**engine)
 
     def send_weights(
         self, push: int, engines: list[int], gone: Sequence[int] = ()
     ) -> dict[str, Any]:
-        """`WeightSender.send`."""
+        """Call `WeightSender.send`."""
         assert self._sender is not None, "open_push() comes first"
         return self._sender.send(push, engines, gone)
 
 
-def weight_sender(
-    model_chunks: Sequence, hf: dict, parallel: ParallelConfig
-) -> tuple[WeightSender, list]:
-    """model_chunks: this rank's virtual stages. Call on all ranks; rank 0 then hosts the store in
-    which engines find them, at the [host, port] that is returned."""
-    grid = TrainerGrid.of(parallel, dist.get_world_size())
-    stages = stage_shards(
-        hf,
-        parallel.pipeline,
-        parallel.virtual_pipeline,
-        pipeline_layout=parallel.pipeline_layout,
-        with_mtp=False,
-    )
-    held = defaultdict(list)
-    for parameter, entry in local_entries(model_chunks, hf):
-        for piece in entry.pieces:
-            held[piece.hf_name].append((parameter, piece))
-    store, address = _store()
-    return WeightSender(hf, grid, held, store, rank=dist.get_rank(), stages=stages), address
-
-
 def _store() -> tuple[dist.TCPStore, list]:
+    """Return a client of the store that rank 0 hosts, and its [host, port]."""
     host = os.environ.get("MASTER_ADDR", "127.0.0.1")
     store = None
     if dist.get_rank() == 0:

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch.distributed import TCPStore
 
-from megatron_r1.weight_sync.receive import Delivery, Slot, Table
+from megatron_r1.weight_sync.receive import Delivery, Slot, SlotTable
 from megatron_r1.weight_sync.receive.rendezvous import Rendezvous
-from megatron_r1.weight_sync.receive.table import place
+from megatron_r1.weight_sync.receive.table import slot_view
 from megatron_r1.weight_sync.transports import receiver_class, sender_class
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -18,7 +18,7 @@ SLOTS = [
     Slot("vector", 0, 700, 0, 1, 0, 4, "float32"),
     Slot("matrix", 0, 512, 0, 300, 4096, 640, "bfloat16"),
 ]
-TABLE = Table(4096 + 512 * 640, SLOTS)
+TABLE = SlotTable(4096 + 512 * 640, SLOTS)
 DELIVERIES = [Delivery(0, 0, 700, 0, 1), Delivery(1, 0, 512, 0, 300)]
 
 
@@ -27,11 +27,11 @@ def sources(push):
     return [torch.randn(700, 1, generator=generator), torch.randn(512, 300, generator=generator)]
 
 
-def bring(port, pushes, done):
-    meeting = Rendezvous(TCPStore("127.0.0.1", port, is_master=False), ENGINE, 60)
-    (offer,) = meeting.offers(1)
-    sender = sender_class("cuda_ipc")(meeting, 0, 0, offer)
-    meeting.plan(0, 1, {0: sender.plan(DELIVERIES)}, 1)
+def send(port, pushes, done):
+    rendezvous = Rendezvous(TCPStore("127.0.0.1", port, is_master=False), ENGINE, 60)
+    (info,) = rendezvous.receivers(1)
+    sender = sender_class("cuda_ipc")(rendezvous, 0, 0, info)
+    rendezvous.publish_plans(0, 1, {0: sender.plan(DELIVERIES)}, 1)
     sender.connect()
     for push in iter(pushes.get, None):
         sender.send(push, 0, [part.cuda() for part in sources(push)])
@@ -43,18 +43,18 @@ def test_what_another_process_writes_is_here_and_its_checksums_agree():
     spawn = multiprocessing.get_context("spawn")
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     pushes, done = spawn.Queue(), spawn.Event()
-    other = spawn.Process(target=bring, args=(store.port, pushes, done), daemon=True)
+    other = spawn.Process(target=send, args=(store.port, pushes, done), daemon=True)
     other.start()
-    meeting = Rendezvous(TCPStore("127.0.0.1", store.port, is_master=False), ENGINE, 60)
-    receiver = receiver_class("cuda_ipc")(meeting, 0, TABLE)
+    rendezvous = Rendezvous(TCPStore("127.0.0.1", store.port, is_master=False), ENGINE, 60)
+    receiver = receiver_class("cuda_ipc")(rendezvous, 0, TABLE)
     try:
         for push in (1, 2):
             pushes.put(push)
-            receiver.inbox.wait(push, 0, 60)
+            receiver.buffer.wait(push, 0, 60)
             assert receiver.memory.is_cuda
             for slot, sent in zip(SLOTS, sources(push), strict=True):
-                landed = place(receiver.memory, slot).cpu()
-                assert torch.equal(landed, sent.to(landed.dtype)), slot.name
+                received = slot_view(receiver.memory, slot).cpu()
+                assert torch.equal(received, sent.to(received.dtype)), slot.name
     finally:
         pushes.put(None)
         done.set()

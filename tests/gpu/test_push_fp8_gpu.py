@@ -1,10 +1,10 @@
-"""FP8 made of a trainer's parameters on a GPU, on their way: the same bits as on the CPU."""
+"""A trainer's parameters quantised to FP8 on a GPU: the same bits as on the CPU."""
 
 import pytest
 import torch
 
 from megatron_r1.weight_sync.plan.region import Region
-from megatron_r1.weight_sync.send.source import Outgoing, Source
+from megatron_r1.weight_sync.send.slices import EncodedSlices, ParameterSlice
 from megatron_r1.weights.rules import Piece
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -17,10 +17,10 @@ def test_codes_and_scales_are_those_of_the_cpu(dtype):
     parameter = parameter.to(dtype)
     piece, region = Piece("w", 0, 128, 384, 640), Region(256, 768, 128, 1000)
 
-    def made(device):
-        source = Source(parameter.to(device), piece, region)
-        values = Outgoing([(source, "codes"), (source, "scales")])
+    def encoded(device):
+        part = ParameterSlice(parameter.to(device), piece, region)
+        values = EncodedSlices([(part, "codes"), (part, "scales")])
         return values[0].cpu().view(torch.uint8), values[1].cpu()
 
-    for ours, expected in zip(made("cuda"), made("cpu"), strict=True):
+    for ours, expected in zip(encoded("cuda"), encoded("cpu"), strict=True):
         assert torch.equal(ours, expected)

@@ -9,6 +9,7 @@ from torch.distributed import TCPStore
 
 from megatron_r1.config.push import PushConfig
 from megatron_r1.weight_sync.bridge import WeightBridge
+from megatron_r1.weight_sync.links import EngineLinks
 from megatron_r1.weight_sync.plan import TrainerGrid
 from megatron_r1.weight_sync.send.sender import WeightSender
 from megatron_r1.weights import hf_tensors
@@ -53,13 +54,9 @@ class FileBridge:
     def __init__(self, config, fleet, *, layout=None, tensors=None, **settings):
         self.trainer = FileTrainer(config)
         self.fleet = fleet
-        self.bridge = WeightBridge(
-            self.trainer,
-            fleet,
-            PushConfig(**settings),
-            tensors or list(self.trainer.shapes.items()),
-            layout or {},
-        )
+        tensors = tensors or list(self.trainer.shapes.items())
+        links = EngineLinks(self.trainer, PushConfig(**settings), tensors, layout or {})
+        self.bridge = WeightBridge(fleet, links)
         self._is_open = False
 
     async def push(self, folder):

@@ -39,8 +39,8 @@ from megatron_r1.engine.errors import EngineError
 from megatron_r1.engine.server import EngineServer
 from megatron_r1.fleet.fleet import RolloutFleet
 from megatron_r1.models.routing_shape import routing_shape
-from megatron_r1.weight_sync.receive import copy_with_checksum
 from megatron_r1.weight_sync.transports import shared_memory
+from megatron_r1.weight_sync.verify.checksum import copy_with_checksum
 
 ENGINE = {"max_model_len": 256, "max_num_seqs": 64}
 ROUTING = routing_shape(DEEPSEEK)
@@ -188,8 +188,8 @@ def test_a_push_that_arrives_otherwise_than_it_was_sent_changes_nothing(
 
     async def send_damaged():
         bridge.trainer.load(models / "b")
-        number = bridge.bridge._number + 1
-        bridge.bridge._number += 2  # the next one lands where this does
+        number = bridge.bridge._push_number + 1
+        bridge.bridge._push_number += 2  # the next one fills the same area
         bridge.trainer.sender.send(number, [0])
         with pytest.raises(EngineError, match=rf"1 tensors arrived otherwise.*{name}"):
             await client.swap_weights({"push": number}, 1000)
@@ -205,7 +205,7 @@ def test_a_push_that_does_not_come_to_its_end_changes_nothing(models, oracle, lo
     loop(push("a"))
 
     async def update():
-        with pytest.raises(EngineError, match="trainer ranks 0 have not brought all of it"):
+        with pytest.raises(EngineError, match="trainer ranks 0 have not sent all of it"):
             await client.swap_weights({"push": 2000, "timeout_seconds": 0.5}, 2000)
         await client.resume()
 

@@ -1,9 +1,9 @@
-"""Where parameters lie in the landing memory: what is written by the table is what a view shows."""
+"""Where parameters lie in the receive memory: a view shows what was written by the table."""
 
 import pytest
 import torch
 
-from megatron_r1.weight_sync.receive.table import place
+from megatron_r1.weight_sync.receive.table import slot_view
 
 pytest.importorskip("vllm")
 
@@ -48,12 +48,12 @@ EXPECTED = {
 
 
 @pytest.mark.parametrize("apart", [(), ("beside",), ("fused", "beside", "folded", "norm")])
-def test_what_lands_is_seen_with_gaps_and_without(apart):
+def test_received_slots_are_the_parameters_with_gaps_and_without(apart):
     copies = with_gaps(COPIES, lambda at: at.name in apart)
     placed, table = lay_out(copies)
     memory = torch.full((table.num_bytes,), 77, dtype=torch.uint8)
     for slot in table.slots:
-        place(memory, slot).copy_(TENSORS[slot.name])
+        slot_view(memory, slot).copy_(TENSORS[slot.name])
     for at in placed:
         value, name = at.value(memory), at.parameter.name
         assert torch.equal(value, EXPECTED[name]), name

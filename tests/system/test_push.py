@@ -16,6 +16,8 @@ from megatron_r1.config import Config
 from megatron_r1.fleet.fleet import RolloutFleet
 from megatron_r1.training.client import TrainerClient
 from megatron_r1.weight_sync.bridge import WeightBridge
+from megatron_r1.weight_sync.links import EngineLinks
+from megatron_r1.weight_sync.probes import Prober
 from megatron_r1.weights import hf_tensors
 
 MODELS = {"deepseek": DEEPSEEK, "qwen": QWEN}
@@ -31,7 +33,7 @@ TRAINERS = {
     "qwen": [{"tensor": 2}, {"pipeline": 2}, {"processes": 2}],
 }
 SMALL = 4e-3
-"""GiB of landing memory: about half of what the models have, so that it comes in windows."""
+"""GiB of receive memory: about half of what the models have, so that it comes in windows."""
 
 
 @pytest.mark.parametrize(
@@ -86,9 +88,9 @@ def test_after_a_push_an_engine_is_as_if_started_on_the_trainers_weights(
                 # So that every trainer finds other weights than its own.
                 await FileBridge(config, fleet, layout=layout, **push).push(before)
                 assert await checksums(fleet) != expected
-                said = await push_from(trained, config, parallel, fleet, layout, push)
+                metrics = await push_from(trained, config, parallel, fleet, layout, push)
                 assert await checksums(fleet) == expected, parallel
-                assert said["push/probe_diff"] < TOLERANCE
+                assert metrics["push/probe_diff"] < TOLERANCE
                 groups = await sample(fleet, n=2)
                 assert largest_difference(oracle, trained, groups) < TOLERANCE, parallel
 
@@ -105,7 +107,8 @@ def test_after_a_push_an_engine_is_as_if_started_on_the_trainers_weights(
             await trainer.connect()
             shapes = hf_tensors(hf, with_mtp=False)
             tensors = [(name, shape) for name, (shape, _) in shapes.items()]
-            bridge = WeightBridge(trainer, fleet, recipe.push, tensors, layout, PROMPTS)
+            links = EngineLinks(trainer, recipe.push, tensors, layout)
+            bridge = WeightBridge(fleet, links, Prober(trainer, PROMPTS, TOLERANCE, 600))
             await bridge.open()
             return await bridge.push(fleet.version + 1)
         finally:

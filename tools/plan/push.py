@@ -1,4 +1,4 @@
-"""Bytes of one weight push, added up from the plan that the push itself follows (weights/push)."""
+"""Bytes of one weight push, added up from the push's own plan (weight_sync/plan)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Literal
 
 from megatron_r1.reporting.wording import counted
 from megatron_r1.weight_sync.plan import EngineLayout, Planner, TrainerGrid
-from megatron_r1.weight_sync.plan.engine_layout import EngineNeeds
+from megatron_r1.weight_sync.plan.predicted_layout import PredictedLayout
 from megatron_r1.weight_sync.plan.recipe import engine_layout as layout_of
 from megatron_r1.weight_sync.plan.traffic import ByteCount, fp8_bytes, plain_bytes, traffic
 from tools.plan.hardware import GIB
@@ -84,9 +84,12 @@ def _count(form: str) -> ByteCount:
 @lru_cache
 def _rank_bytes(hf: str, layout: EngineLayout, form: str, ranks: int) -> list[float]:
     """What each of the first `ranks` of an engine needs."""
-    needs, num_bytes = EngineNeeds(json.loads(hf), layout), _count(form)
+    needs, num_bytes = PredictedLayout(json.loads(hf), layout), _count(form)
     return [
-        sum(num_bytes(t.name, t.rule.dtype, part) for t, part in needs.needed(layout.place(rank)))
+        sum(
+            num_bytes(t.name, t.rule.dtype, part)
+            for t, part in needs.needed(layout.coordinate(rank))
+        )
         for rank in range(ranks)
     ]
 

@@ -1,12 +1,13 @@
-"""Which trainer rank sends which slice of which tensor to which engine rank.
+"""Decides which trainer rank sends which rectangle of which tensor to which engine rank.
 
-Pure Python and per rank: a rank plans its own sends or receives from the two layouts, and nobody
-holds everybody's plan.
+Pure Python, except `receiver_layout`, which reads engines' tables. Each rank plans only its own
+transfers from the two layouts; no process holds the whole plan.
 """
 
-from megatron_r1.weight_sync.plan.engine_layout import EngineLayout, EnginePlace
-from megatron_r1.weight_sync.plan.plan import Planner, Transfer
+from megatron_r1.weight_sync.plan.engine_layout import Coordinate, EngineLayout
+from megatron_r1.weight_sync.plan.planner import Planner
 from megatron_r1.weight_sync.plan.region import Region
 from megatron_r1.weight_sync.plan.trainer_grid import TrainerGrid
+from megatron_r1.weight_sync.plan.transfer import Transfer
 
-__all__ = ["EngineLayout", "EnginePlace", "Planner", "Region", "TrainerGrid", "Transfer"]
+__all__ = ["Coordinate", "EngineLayout", "Planner", "Region", "TrainerGrid", "Transfer"]

@@ -1,28 +1,29 @@
-"""The engines' layout that a recipe's settings give, and the layouts a push cannot serve."""
+"""The engines' layout of a recipe, and the check that a push can serve it."""
 
 from __future__ import annotations
 
 from megatron_r1.config import Config
 from megatron_r1.engine.parallelism import LAYOUT
-from megatron_r1.weight_sync.plan.engine_layout import EngineLayout, EngineNeeds
+from megatron_r1.weight_sync.plan.engine_layout import EngineLayout
 from megatron_r1.weight_sync.plan.fp8_blocks import check_blocks
+from megatron_r1.weight_sync.plan.predicted_layout import PredictedLayout
 
 
 def engine_layout(config: Config) -> EngineLayout:
-    """All engines, as the recipe has them."""
+    """Return the layout of all engines of a recipe."""
     return EngineLayout(**config.rollout.model_dump(include=LAYOUT | {"engines"}))
 
 
 def check_pushes(config: Config, hf: dict) -> None:
-    """Refuse ranks between which the trainer's weights cannot be divided, or not in FP8 blocks.
+    """Refuse layouts over which the trainer's weights, or their FP8 blocks, cannot be divided.
 
     Raises:
-        ValueError: names the tensor's size, and the divisors to choose from, or the setting.
+        UserError: names the tensor's size, and the divisors to choose from, or the setting.
     """
     layout = engine_layout(config)
-    needs = EngineNeeds(hf, layout)
+    predicted = PredictedLayout(hf, layout)
     for rank in range(0, layout.ranks_per_engine, layout.tensor):  # one of each stage and copy
-        for _ in needs.needed(layout.place(rank)):
+        for _ in predicted.needed(layout.coordinate(rank)):
             pass
     if config.push.fp8:
         parallel = config.parallel

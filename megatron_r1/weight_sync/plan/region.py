@@ -1,4 +1,4 @@
-"""A rectangle of a tensor: what a piece on one side and a slice on the other have in common."""
+"""Rectangles of tensors: the trainer's pieces and the engines' slots are both compared as these."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Region:
 
     @classmethod
     def along(cls, shape: Shape, dim: int, start: int, length: int) -> Region:
-        """`length` rows (dim 0) or columns (dim 1) from `start` on of a tensor of `shape`."""
+        """Return `length` rows (dim 0) or columns (dim 1) from `start` of a tensor of `shape`."""
         whole = cls.whole(shape)
         if dim == 0:
             return cls(start, start + length, whole.left, whole.right)
@@ -30,16 +30,15 @@ class Region:
 
     @classmethod
     def of(cls, piece: Piece, shape: Shape) -> Region:
-        """Where `piece` lies in its HF tensor, which has `shape`."""
+        """Return the region that `piece` covers of its HF tensor, which has `shape`."""
         return cls.along(shape, piece.dim, piece.hf_start, piece.length)
 
-    def meet(self, other: Region) -> Region | None:
-        """What both cover; None for nothing."""
+    def intersection(self, other: Region) -> Region | None:
+        """Return the region that both cover, or None."""
         top, bottom = max(self.top, other.top), min(self.bottom, other.bottom)
         left, right = max(self.left, other.left), min(self.right, other.right)
         return Region(top, bottom, left, right) if top < bottom and left < right else None
 
     @property
-    def size(self) -> int:
-        """Elements."""
+    def num_elements(self) -> int:
         return (self.bottom - self.top) * (self.right - self.left)

@@ -1,4 +1,4 @@
-"""What a push moves: bytes out of every trainer rank and into every engine rank."""
+"""The bytes that a push moves out of every trainer rank and into every engine rank."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_r1.weight_sync.plan.plan import Planner
+from megatron_r1.weight_sync.plan.planner import Planner
 from megatron_r1.weight_sync.plan.region import Region
 from megatron_r1.weights.stored.fp8 import BLOCK, is_quantised
 
@@ -18,51 +18,47 @@ _WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 def plain_bytes(dtype: str) -> ByteCount:
-    """Every tensor in `dtype`, but for those that keep their own."""
-    return lambda name, own, region: region.size * _WIDTH[own or dtype]
+    """Count every tensor in `dtype`, except those that keep their own."""
+    return lambda name, own, region: region.num_elements * _WIDTH[own or dtype]
 
 
 def fp8_bytes(name: str, own: str | None, region: Region) -> float:
-    """Projections as float8 with a fp32 scale for every 128 x 128 of them, the rest in bf16."""
+    """Count projections as float8 with an fp32 scale per 128 x 128 block, the rest in bf16."""
     if not is_quantised(name):
-        return region.size * _WIDTH[own or "bfloat16"]
+        return region.num_elements * _WIDTH[own or "bfloat16"]
     height, width = region.bottom - region.top, region.right - region.left
-    return region.size + 4 * -(-height // BLOCK) * -(-width // BLOCK)
+    return region.num_elements + 4 * -(-height // BLOCK) * -(-width // BLOCK)
 
 
 def traffic(planner: Planner, num_bytes: ByteCount) -> Traffic:
-    """What one push of `planner`'s layouts moves."""
+    """Return the bytes that one push between `planner`'s layouts moves."""
     engines = planner.engines
     sent = np.zeros(planner.grid.world)
     one_engine = np.zeros(engines.ranks_per_engine)
-    for part in planner.parts():
-        sizes = [num_bytes(part.name, part.dtype, region) for _, region in part.wanted]
-        for (rank, _), size in zip(part.wanted, sizes, strict=True):
+    for shared in planner.shared_holdings():
+        sizes = [num_bytes(shared.name, shared.dtype, region) for _, region in shared.needed]
+        for (rank, _), size in zip(shared.needed, sizes, strict=True):
             one_engine[rank] += size
-        turns = len(part.replicas)
+        turns, replicas = len(shared.replicas), shared.replicas
         rounds, rest = divmod(engines.engines * len(sizes), turns)
         if len(set(sizes)) == 1:
-            sent[_slice(part.replicas)] += rounds * sizes[0]
+            sent[replicas.start : replicas.stop : replicas.step] += rounds * sizes[0]
             first = rounds * turns
         else:
             first = 0
         for turn in range(first, first + rest if first else rounds * turns + rest):
-            sent[part.replicas[(turn + part.offset) % turns]] += sizes[turn % len(sizes)]
+            sent[replicas[(turn + shared.offset) % turns]] += sizes[turn % len(sizes)]
     return Traffic(sent, np.tile(one_engine, engines.engines))
-
-
-def _slice(ranks: range) -> slice:
-    return slice(ranks.start, ranks.stop, ranks.step)
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """sent[trainer rank], received[engine rank]: bytes of one push."""
+    """Bytes of one push: sent[trainer rank], received[engine rank]."""
 
     sent: np.ndarray
     received: np.ndarray
 
     @property
     def busiest_sender(self) -> float:
-        """The busiest rank's bytes over the average of all ranks."""
+        """The busiest trainer rank's bytes over the average of all trainer ranks."""
         return self.sent.max() / self.sent.mean()

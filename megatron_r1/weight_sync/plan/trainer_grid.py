@@ -1,14 +1,16 @@
-"""Megatron's grid as arithmetic: which global ranks hold which shard.
+"""Megatron's grid of ranks as arithmetic: which global ranks hold which shard.
 
-Dense parameters are laid out tensor fastest, then context, data, pipeline; experts' expert-tensor
-fastest, then expert, expert-data, pipeline (Megatron-Core's default order tp-cp-ep-dp-pp, in which
-one of cp and ep is absent from each of its two grids).
+Megatron-Core's default order is tp-cp-ep-dp-pp: ranks of dense parameters count tensor fastest,
+then context, data, pipeline; ranks of experts expert-tensor fastest, then expert, expert-data,
+pipeline.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from megatron_r1.errors import UserError
 
 if TYPE_CHECKING:
     from megatron_r1.config.training import ParallelConfig
@@ -28,14 +30,14 @@ class TrainerGrid:
     def __post_init__(self):
         for name, size in (("dense", self.dense_model), ("experts", self.expert_model)):
             if self.world % (size * self.pipeline):
-                raise ValueError(
+                raise UserError(
                     f"{self.world} trainer ranks cannot be divided into groups of "
                     f"{size * self.pipeline} ({name})"
                 )
 
     @classmethod
     def of(cls, parallel: ParallelConfig, world: int) -> TrainerGrid:
-        """Of `world` ranks that a recipe lays out so."""
+        """Return the grid of `world` ranks under a recipe's `parallel` section."""
         return cls(
             world,
             parallel.tensor,
@@ -47,7 +49,7 @@ class TrainerGrid:
 
     @property
     def dense_model(self) -> int:
-        """Ranks of one pipeline stage that differ in tensor or context coordinate."""
+        """Number of ranks of a pipeline stage that differ in tensor or context coordinate."""
         return self.tensor * self.context
 
     @property
@@ -64,22 +66,22 @@ class TrainerGrid:
     def tensor_rank(self, rank: int) -> int:
         return rank % self.tensor
 
-    def expert_place(self, rank: int) -> tuple[int, int]:
-        """(expert-tensor rank, expert rank)."""
+    def expert_coordinate(self, rank: int) -> tuple[int, int]:
+        """Return (expert-tensor rank, expert rank)."""
         within = rank % self.expert_model
         return within % self.expert_tensor, within // self.expert_tensor
 
     def dense_replicas(self, stage: int, tensor: int) -> range:
-        """Ranks that hold the same part of a tensor-parallel parameter, in order."""
+        """Return the ranks that hold the same part of a tensor-parallel parameter, in order."""
         start = stage * self.stage_ranks
         return range(start + tensor, start + self.stage_ranks, self.tensor)
 
     def whole_replicas(self, stage: int) -> range:
-        """Ranks that hold a parameter that no axis splits: all of the stage."""
+        """Return the ranks that hold a parameter that no axis splits: all of the stage."""
         return range(stage * self.stage_ranks, (stage + 1) * self.stage_ranks)
 
     def expert_replicas(self, stage: int, expert_tensor: int, expert: int) -> range:
-        """Ranks that hold the same part of the same experts, in order."""
+        """Return the ranks that hold the same part of the same experts, in order."""
         start = stage * self.stage_ranks
         first = expert * self.expert_tensor + expert_tensor
         return range(start + first, start + self.stage_ranks, self.expert_model)

@@ -1,4 +1,4 @@
-"""What has arrived of the push under way, and whether it is what was sent."""
+"""Which deliveries of the push under way have arrived, and whether they are correct."""
 
 from __future__ import annotations
 
@@ -10,43 +10,44 @@ from itertools import accumulate
 import torch
 
 from megatron_r1.weight_sync.receive.coverage import check_coverage, first_few
-from megatron_r1.weight_sync.receive.table import Delivery, Table, by_window, place
+from megatron_r1.weight_sync.receive.table import Delivery, SlotTable, by_window, slot_view
 from megatron_r1.weight_sync.verify.checksum import RunningChecksum
 
 
 class ReceiveBuffer:
-    """Of one engine rank. deliveries[sender] are what each trainer rank brings with every push, in
-    its order; a push has a number, counted from 1.
+    """The memory of one engine rank and the state of its deliveries.
 
-    A transport writes into `memory` and reports each delivery to `arrived`, from any thread; the
-    engine waits in `wait`. Raises ValueError where the deliveries do not make up the table.
+    deliveries[sender]: those of each trainer rank, in its order, the same in every push. Pushes are
+    numbered from 1. A transport writes into `memory` and reports each delivery to `arrived`, from
+    any thread; the engine waits in `wait`. Raises ValueError where the deliveries do not cover the
+    table.
     """
 
     def __init__(
-        self, table: Table, memory: torch.Tensor, deliveries: Mapping[int, Sequence[Delivery]]
+        self, table: SlotTable, memory: torch.Tensor, deliveries: Mapping[int, Sequence[Delivery]]
     ):
-        check_coverage(table, [d for brought in deliveries.values() for d in brought])
+        check_coverage(table, [d for of_sender in deliveries.values() for d in of_sender])
         self.table, self.memory, self.deliveries = table, memory, deliveries
-        self.windows = {sender: by_window(table, found) for sender, found in deliveries.items()}
-        # By window: how many of a sender's deliveries there are up to its end.
+        self.windows = {sender: by_window(table, items) for sender, items in deliveries.items()}
+        # By window: the number of a sender's deliveries up to its end.
         self._last = {
             sender: list(accumulate(map(len, windows))) for sender, windows in self.windows.items()
         }
         self._arriving: dict[int, tuple[int, int, RunningChecksum]] = {}
-        """By sender: push, index and what is known of a delivery."""
+        """By sender: push, index and checksum so far of its current delivery."""
         self._push = dict.fromkeys(deliveries, 0)
         self._count = dict.fromkeys(deliveries, 0)
         self._wrong: dict[int, dict[str, None]] = {}
-        """By push, the tensors; a set in order."""
+        """By push: the damaged tensors, as an ordered set."""
         self._failure: Exception | None = None
         self._changed = threading.Condition()
 
-    def coming(self, sender: int, push: int, index: int, row: int) -> None:
-        """The rows of deliveries[sender][index] of `push` before this one are in the memory."""
-        self._checksum(sender, push, index).reach(row)
+    def rows_arrived(self, sender: int, push: int, index: int, row: int) -> None:
+        """Report that the rows of deliveries[sender][index] before `row` are in the memory."""
+        self._checksum(sender, push, index).update_to(row)
 
     def arrived(self, sender: int, push: int, index: int, sent: int) -> None:
-        """All of it is in the memory; `sent`: the sender's checksum."""
+        """Report that deliveries[sender][index] is in the memory; sent: the sender's checksum."""
         slot = self.table.slots[self.deliveries[sender][index].slot]
         is_right = self._checksum(sender, push, index).digest() == sent
         with self._changed:
@@ -55,17 +56,17 @@ class ReceiveBuffer:
             self._push[sender], self._count[sender] = push, index + 1
             self._changed.notify_all()
 
-    def failed(self, error: Exception) -> None:
-        """Nothing will arrive any more."""
+    def fail(self, error: Exception) -> None:
+        """Report that nothing more will arrive."""
         with self._changed:
             self._failure = error
             self._changed.notify_all()
 
     def wait(self, push: int, window: int, timeout_seconds: float) -> None:
-        """Until all of `window` of `push` is there.
+        """Wait until all of `window` of `push` has arrived.
 
-        Raises ValueError naming the tensors that arrived otherwise than they were sent, or the
-        trainer ranks that brought nothing in time.
+        Raises ValueError naming the tensors whose checksums differ, or the trainer ranks whose
+        deliveries are late.
         """
         deadline = time.monotonic() + timeout_seconds
         with self._changed:
@@ -76,7 +77,7 @@ class ReceiveBuffer:
                 if left <= 0 or not self._changed.wait(left):
                     raise ValueError(
                         f"push {push}: after {timeout_seconds:g} s trainer ranks "
-                        f"{', '.join(map(str, late))} have not brought all of it"
+                        f"{', '.join(map(str, late))} have not sent all of it"
                     )
             wrong = list(self._wrong.get(push, ()))
         if wrong:
@@ -86,16 +87,16 @@ class ReceiveBuffer:
             )
 
     def _checksum(self, sender: int, push: int, index: int) -> RunningChecksum:
-        found = self._arriving.get(sender)
-        if found is None or found[:2] != (push, index):
+        arriving = self._arriving.get(sender)
+        if arriving is None or arriving[:2] != (push, index):
             delivery = self.deliveries[sender][index]
             area = self.table.area(self.memory, push)
-            values = place(area, self.table.slots[delivery.slot], delivery)
-            self._arriving[sender] = found = (push, index, RunningChecksum(values))
-        return found[2]
+            values = slot_view(area, self.table.slots[delivery.slot], delivery)
+            self._arriving[sender] = arriving = (push, index, RunningChecksum(values))
+        return arriving[2]
 
     def _late(self, push: int, window: int) -> list[int]:
-        """Senders whose part of the window is not there."""
+        """Return the senders whose part of the window has not arrived."""
         return [
             sender
             for sender, last in self._last.items()

@@ -1,33 +1,33 @@
-"""Whether what is announced is what is wanted: every element once."""
+"""Checks that the announced deliveries cover a table: every element once."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
-from megatron_r1.weight_sync.receive.table import Delivery, Table
+from megatron_r1.weight_sync.receive.table import Delivery, SlotTable
 
 
-def check_coverage(table: Table, deliveries: Iterable[Delivery]) -> None:
-    """Raises ValueError, naming tensors, where the deliveries leave elements of a slot out or bring
+def check_coverage(table: SlotTable, deliveries: Iterable[Delivery]) -> None:
+    """Raise ValueError, naming tensors, where the deliveries leave out elements of a slot or hold
     some twice."""
     parts = defaultdict(list)
     for delivery in deliveries:
         parts[delivery.slot].append(delivery)
     problems = []
     for index, slot in enumerate(table.slots):
-        brought = parts.get(index, [])
-        size = sum(part.size for part in brought)
-        if size != slot.height * slot.width or _overlap(brought):
+        of_slot = parts.get(index, [])
+        size = sum(part.num_elements for part in of_slot)
+        if size != slot.height * slot.width or _overlap(of_slot):
             problems.append(f"{slot.name} ({size} of {slot.height * slot.width} elements)")
     if problems:
         raise ValueError(
-            f"{len(problems)} tensors would not be brought whole and once: {first_few(problems)}"
+            f"{len(problems)} tensors would not be sent whole and once: {first_few(problems)}"
         )
 
 
 def first_few(tensors: Sequence[str], count: int = 5) -> str:
-    """For an error message about any number of them."""
+    """Return the first names, for an error message about any number of them."""
     return ", ".join(tensors[:count]) + (", ..." if len(tensors) > count else "")
 
 

@@ -1,1 +1,1 @@
-"""The trainer rank's half of a push: what it sends, and sending it."""
+"""Sends this trainer rank's slices of the weights: planned by `plan`, carried by `transports`."""

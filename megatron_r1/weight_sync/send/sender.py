@@ -1,5 +1,5 @@
-"""A trainer rank's part in pushing weights: it brings every engine rank the slices that are its to
-bring, straight from where they lie in the model.
+"""A trainer rank's part of a push: it sends every engine rank the slices that the plan assigns to
+this rank, straight from the model's parameters.
 """
 
 from __future__ import annotations
@@ -13,31 +13,31 @@ from torch import Tensor
 from torch.distributed import Store
 
 from megatron_r1.weight_sync.plan.engine_layout import EngineLayout
-from megatron_r1.weight_sync.plan.plan import Planner
-from megatron_r1.weight_sync.plan.receiver_layout import ReceiverLayout
+from megatron_r1.weight_sync.plan.planner import Planner
+from megatron_r1.weight_sync.plan.receiver_layout import Encoding, ReceiverLayout
 from megatron_r1.weight_sync.plan.region import Region
 from megatron_r1.weight_sync.plan.trainer_grid import TrainerGrid
-from megatron_r1.weight_sync.receive.rendezvous import Rendezvous, Tables
-from megatron_r1.weight_sync.receive.table import Table
-from megatron_r1.weight_sync.send.source import Form, Outgoing, Source
+from megatron_r1.weight_sync.receive.rendezvous import Rendezvous, TableStore
+from megatron_r1.weight_sync.receive.table import SlotTable
+from megatron_r1.weight_sync.send.slices import EncodedSlices, ParameterSlice
 from megatron_r1.weight_sync.transports import Sender, sender_class
 from megatron_r1.weights.layout import Shard
 from megatron_r1.weights.rules import Piece
 
-Held = Mapping[str, Sequence[tuple[Tensor, Piece]]]
-"""HF name -> the parameters that hold pieces of it."""
+HeldPieces = Mapping[str, Sequence[tuple[Tensor, Piece]]]
+"""HF name -> the parameters that hold pieces of that tensor."""
 
 
 @dataclass(frozen=True)
 class _Link:
-    """To one engine rank. sources[i] is what its i-th delivery is made from."""
+    """The link to one engine rank. slices[i] is the data of its i-th delivery."""
 
     sender: Sender
-    sources: list[tuple[Source, Form]]
+    slices: list[tuple[ParameterSlice, Encoding]]
 
     def send(self, push: int, window: int) -> None:
         if window < self.sender.table.num_windows:
-            self.sender.send(push, window, Outgoing(self.sources))
+            self.sender.send(push, window, EncodedSlices(self.slices))
 
     @property
     def num_bytes(self) -> int:
@@ -45,17 +45,17 @@ class _Link:
 
 
 class WeightSender:
-    """Rank `rank` of `grid`, which holds `held` of the model `hf` describes.
+    """Sends the weights of rank `rank` of `grid`; every method is called on all trainer ranks.
 
-    stages: what the pipeline's virtual stages hold, default an even spread. store: where trainer
-    and engine ranks meet. Every method is called on all ranks.
+    held: this rank's parameters of the model that `hf` describes. stages: the shards of the
+    pipeline's virtual stages, default an even spread. store: where trainer and engine ranks meet.
     """
 
     def __init__(
         self,
         hf: dict,
         grid: TrainerGrid,
-        held: Held,
+        held: HeldPieces,
         store: Store,
         *,
         rank: int = 0,
@@ -64,8 +64,8 @@ class WeightSender:
         self.hf, self.grid, self.held, self.stages = hf, grid, held, stages
         self.store, self.rank = store, rank
         self._links: dict[int, list[_Link]] = {}
-        self._tables = Tables(store)
-        self._needs: tuple[EngineLayout, list[Table], ReceiverLayout] | None = None
+        self._tables = TableStore(store)
+        self._needs: tuple[EngineLayout, list[SlotTable], ReceiverLayout] | None = None
 
     def connect(
         self,
@@ -77,21 +77,25 @@ class WeightSender:
         full_every: int = 1,
         push_seconds: float | None = None,
     ) -> dict[str, Any]:
-        """Agree with all ranks of an engine on what this rank brings them.
+        """Agree with all ranks of an engine on the deliveries of this rank.
 
-        engine: its index; which of the ranks that hold the same brings it follows from that. name:
-        of this start of it. layout: `EngineLayout`'s fields, of one engine. full_every: pushes, of
-        which the first is sent whole, and of the others what changed. push_seconds: that a push
-        may take, default as connecting. Returns "problem", or
-        num_windows and the bytes that this rank sends with every push.
+        Args:
+            engine: its index, which decides whose turn it is among ranks that hold the same.
+            name: unique to this start of the engine.
+            layout: the fields of `EngineLayout`, of one engine.
+            full_every: of so many pushes the first is sent whole, the others as differences.
+            push_seconds: limit for a push, default `timeout_seconds`.
+
+        Returns:
+            Either "problem", or "num_windows" and "num_bytes", those that this rank sends per push.
         """
         self.disconnect(engine)
-        meeting = Rendezvous(self.store, name, timeout_seconds, push_seconds, self._tables)
+        rendezvous = Rendezvous(self.store, name, timeout_seconds, push_seconds, self._tables)
         try:
-            self._links[engine] = self._agree(
-                meeting, engine, EngineLayout(**layout), transport, full_every
+            self._links[engine] = self._connect(
+                rendezvous, engine, EngineLayout(**layout), transport, full_every
             )
-        except (OSError, RuntimeError, ValueError) as error:  # torch.distributed's are the second
+        except (OSError, RuntimeError, ValueError) as error:  # torch.distributed raises the second
             return {"problem": f"{type(error).__name__}: {error}"}
         links = self._links[engine]
         return {
@@ -100,53 +104,56 @@ class WeightSender:
         }
 
     def disconnect(self, engine: int) -> None:
+        """Close the links to an engine, if there are any."""
         for link in self._links.pop(engine, []):
             link.sender.close()
 
     def send(self, push: int, engines: Sequence[int], gone: Sequence[int] = ()) -> dict[str, Any]:
-        """Bring the present weights to these engines, as push number `push` of each. gone: engines
-        that get no more.
+        """Send the present weights to these engines, as push number `push` of each.
 
-        Returns "problems" by engine: an engine that is lost on the way does not stop the others."""
+        gone: engines to disconnect. Returns "problems" by engine: an engine that is lost during the
+        push does not stop the others.
+        """
         for engine in gone:
             self.disconnect(engine)
         problems: dict[str, str] = {}
         links = {engine: self._links.get(engine, []) for engine in engines}
-        tables = [link.sender.table for found in links.values() for link in found]
+        tables = [link.sender.table for of_engine in links.values() for link in of_engine]
         for window in range(max((table.num_windows for table in tables), default=0)):
-            for engine, found in links.items():
+            for engine, of_engine in links.items():
                 try:
-                    for link in found if str(engine) not in problems else []:
+                    for link in of_engine if str(engine) not in problems else []:
                         link.send(push, window)
-                except (OSError, RuntimeError) as error:  # torch.distributed's are the latter
+                except (OSError, RuntimeError) as error:  # torch.distributed raises the latter
                     problems[str(engine)] = f"{type(error).__name__}: {error}"
         return {"problems": problems}
 
-    def _agree(
+    def _connect(
         self,
-        meeting: Rendezvous,
+        rendezvous: Rendezvous,
         engine: int,
         layout: EngineLayout,
         transport: str,
         full_every: int,
     ) -> list[_Link]:
-        offers = meeting.offers(layout.num_ranks)
-        needs = self._needs_of(layout, [offer.table for offer in offers])
+        receivers = rendezvous.receivers(layout.num_ranks)
+        needs = self._receiver_layout(layout, [receiver.table for receiver in receivers])
         planner = Planner(self.hf, self.grid, layout, self.stages, needs)
         deliveries = defaultdict(list)
         for transfer in planner.sends(self.rank, engine):
             rank = transfer.receiver % layout.ranks_per_engine
-            source = self._source(transfer.name, transfer.region)
-            for delivery, form in needs.deliveries(rank, transfer):
-                deliveries[rank].append((delivery, (source, form)))
+            part = self._slice(transfer.name, transfer.region)
+            for delivery, encoding in needs.deliveries(rank, transfer):
+                deliveries[rank].append((delivery, (part, encoding)))
         links, plans = [], {}
         try:
-            for rank, found in deliveries.items():
-                found.sort(key=lambda item: item[0].slot)
-                sender = sender_class(transport)(meeting, self.rank, rank, offers[rank], full_every)
-                links.append(_Link(sender, [source for _, source in found]))
-                plans[rank] = sender.plan([delivery for delivery, _ in found])
-            meeting.plan(self.rank, self.grid.world, plans, layout.num_ranks)
+            for rank, items in deliveries.items():
+                items.sort(key=lambda item: item[0].slot)
+                end = sender_class(transport)
+                sender = end(rendezvous, self.rank, rank, receivers[rank], full_every)
+                links.append(_Link(sender, [part for _, part in items]))
+                plans[rank] = sender.plan([delivery for delivery, _ in items])
+            rendezvous.publish_plans(self.rank, self.grid.world, plans, layout.num_ranks)
             for link in links:
                 link.sender.connect()
         except BaseException:
@@ -155,15 +162,16 @@ class WeightSender:
             raise
         return links
 
-    def _needs_of(self, layout: EngineLayout, tables: list[Table]) -> ReceiverLayout:
-        """Engines that are alike have the very same tables; most of the work is to read them."""
+    def _receiver_layout(self, layout: EngineLayout, tables: list[SlotTable]) -> ReceiverLayout:
+        """Return the layout that these tables give. Equal engines have equal tables, and reading
+        them is most of the work of connecting, so the last layout is kept."""
         if self._needs is None or self._needs[:2] != (layout, tables):
             self._needs = layout, tables, ReceiverLayout(self.hf, layout, tables)
         return self._needs[2]
 
-    def _source(self, name: str, region: Region) -> Source:
+    def _slice(self, name: str, region: Region) -> ParameterSlice:
         for parameter, piece in self.held.get(name, ()):
-            source = Source(parameter, piece, region)
-            if source.is_here:
-                return source
+            part = ParameterSlice(parameter, piece, region)
+            if part.is_held:
+                return part
         raise ValueError(f"this rank does not hold {region} of {name}")

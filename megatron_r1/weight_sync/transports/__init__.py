@@ -1,7 +1,7 @@
-"""Ways of moving bytes from trainer ranks into an engine rank's landing memory.
+"""Moves bytes from trainer ranks into an engine rank's memory.
 
-A transport is one file here with both its ends, `Receiver` and `Sender` (see base.py), plus one
-line in TRANSPORTS; vLLM then knows it as weight-transfer backend `megatron_r1_<name>`.
+A transport is one file with both its ends, `Receiver` and `Sender` (see base.py), plus one line in
+TRANSPORTS. vLLM knows it as weight-transfer backend `megatron_r1_<name>`.
 """
 
 from importlib import import_module

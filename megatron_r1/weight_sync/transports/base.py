@@ -4,87 +4,100 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 
 from megatron_r1.weight_sync.receive.buffer import ReceiveBuffer
-from megatron_r1.weight_sync.receive.rendezvous import Offer, Plan, Rendezvous
-from megatron_r1.weight_sync.receive.table import Delivery, Table, by_window
+from megatron_r1.weight_sync.receive.rendezvous import ReceiverInfo, Rendezvous, SendPlan
+from megatron_r1.weight_sync.receive.table import Delivery, SlotTable, by_window
 
 
 class Receiver(ABC):
-    """An engine rank's end. Making it publishes `table`, waits for all trainer ranks' plans, and
-    then receives in the background whatever they send.
+    """An engine rank's end. Its constructor publishes `table`, waits for all trainer ranks' plans,
+    and then receives their pushes in the background.
 
-    memory: of all areas.
+    memory: uint8, all areas. address: where senders reach it.
     """
 
-    def __init__(self, meeting: Rendezvous, rank: int, table: Table):
-        self.meeting, self.rank, self.table = meeting, rank, table
+    address = ""
+
+    def __init__(self, rendezvous: Rendezvous, rank: int, table: SlotTable):
+        self.rendezvous, self.rank, self.table = rendezvous, rank, table
         self.memory = self.allocate()
         try:
-            meeting.offer(rank, Offer(table, self.address))
-            plans = meeting.plans(rank)
+            rendezvous.publish_receiver(rank, ReceiverInfo(table, self.address))
+            plans = rendezvous.plans(rank)
             deliveries = {sender: plan.deliveries for sender, plan in plans.items()}
-            self.inbox = ReceiveBuffer(table, self.memory, deliveries)
+            self.buffer = ReceiveBuffer(table, self.memory, deliveries)
             self.connect(plans)
         except BaseException:
             self.close()
             raise
 
-    address = ""
-    """What the senders are told of where to send."""
-
     @abstractmethod
     def allocate(self) -> torch.Tensor:
-        """The memory; raises ValueError when there is not enough."""
+        """Return the memory; raises ValueError when there is not enough."""
 
     @abstractmethod
-    def connect(self, plans: dict[int, Plan]) -> None:
+    def connect(self, plans: dict[int, SendPlan]) -> None:
         """Begin to receive."""
 
     @abstractmethod
     def close(self) -> None:
-        """End receiving and free what is held; harmless if done."""
+        """Stop receiving and free all resources. A second call does nothing."""
+
+
+class Slices(Protocol):
+    """values[i]: the data (height, width) of the i-th delivery, of any dtype."""
+
+    def __getitem__(self, index: int, /) -> torch.Tensor: ...
 
 
 class Sender(ABC):
-    """A trainer rank's end towards one engine rank. In order: `plan`, `connect`, then for every
+    """A trainer rank's end of the link to one engine rank. Call `plan`, `connect`, then for every
     push `send` window by window.
 
-    full_every: of so many pushes the first is sent whole, and of the others what changed; where
-    nothing travels, it makes no difference."""
-
-    def __init__(
-        self, meeting: Rendezvous, sender: int, rank: int, offer: Offer, full_every: int = 1
-    ):
-        self.meeting, self.sender, self.rank, self.offer = meeting, sender, rank, offer
-        self.table, self.full_every = offer.table, full_every
+    full_every: of so many pushes the first is sent whole, the others as differences; ignored by
+    transports that write into the receiver's memory.
+    """
 
     address = ""
 
-    def plan(self, deliveries: Sequence[Delivery]) -> Plan:
-        """What it will bring with every push, for the receiver."""
+    def __init__(
+        self,
+        rendezvous: Rendezvous,
+        sender: int,
+        rank: int,
+        receiver: ReceiverInfo,
+        full_every: int = 1,
+    ):
+        self.rendezvous, self.sender, self.rank = rendezvous, sender, rank
+        self.receiver, self.table, self.full_every = receiver, receiver.table, full_every
+
+    def plan(self, deliveries: Sequence[Delivery]) -> SendPlan:
+        """Return the plan to publish: the deliveries of every push."""
         self.deliveries = list(deliveries)
         self.windows = by_window(self.table, self.deliveries)
-        return Plan(self.deliveries, self.address)
+        return SendPlan(self.deliveries, self.address)
 
     @abstractmethod
     def connect(self) -> None:
-        """After all plans are published; the receiver does the same."""
+        """Connect to the receiver, once all plans are published."""
 
     @abstractmethod
-    def send(self, push: int, window: int, sources: Sequence[torch.Tensor]) -> None:
-        """Bring the deliveries of one window; sources[i] is (height, width), of any dtype, for the
-        i-th delivery of all. On return the sources may change.
+    def send(self, push: int, window: int, slices: Slices) -> None:
+        """Send the deliveries of one window; on return the slices may change.
 
-        From the third window on it waits until the engine rank is done with the one that lies
-        where this goes: `await_room`."""
+        From the third window on it first waits until the engine rank has released the window whose
+        memory this one overwrites.
+        """
 
     @abstractmethod
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Free all resources. A second call does nothing."""
 
-    def await_room(self, push: int, window: int) -> None:
-        """Until the memory for this window may be written."""
+    def await_free_memory(self, push: int, window: int) -> None:
+        """Wait until the memory of this window may be overwritten."""
         if window >= 2:
-            self.meeting.await_release(self.rank, push, window - 2)
+            self.rendezvous.await_release(self.rank, push, window - 2)

@@ -1,8 +1,8 @@
-"""One host with GPUs: trainer ranks write straight into memory of the engine rank's GPU, over
+"""Transport for one host with GPUs: trainer ranks write into memory of the engine rank's GPU, over
 NVLink or within the GPU itself; nothing passes through the host.
 
-The memory is the engine rank's, opened by trainer ranks through CUDA's inter-process handles; the
-sheets are shared memory's, in /dev/shm.
+Trainer ranks open the engine rank's memory through CUDA's inter-process handles. Progress and
+checksums are exchanged through /dev/shm, as in `shared_memory`.
 """
 
 from __future__ import annotations
@@ -19,8 +19,11 @@ from megatron_r1.weight_sync.transports.shared_memory import (
 
 
 class DeviceMemory(msgspec.Struct, frozen=True):
-    """What another process opens memory of a GPU with. gpu: its UUID, for processes number GPUs
-    each in their own way; handle: of `UntypedStorage._share_cuda_`, after the device's number."""
+    """A handle with which another process opens memory of a GPU.
+
+    gpu: its UUID, since processes number GPUs differently. handle: the result of
+    `UntypedStorage._share_cuda_` without the device's number.
+    """
 
     gpu: str
     handle: list
@@ -31,15 +34,15 @@ class DeviceMemory(msgspec.Struct, frozen=True):
         return cls(_uuid(device), handle)
 
     def open(self) -> torch.Tensor:
-        """All of it, bytes. Raises ValueError where this process does not see that GPU."""
-        seen = {_uuid(device): device for device in range(torch.cuda.device_count())}
-        if self.gpu not in seen:
+        """Return all of it, uint8. Raises ValueError where this process does not see that GPU."""
+        visible = {_uuid(device): device for device in range(torch.cuda.device_count())}
+        if self.gpu not in visible:
             raise ValueError(
                 f"push.transport: cuda_ipc: an engine rank's GPU {self.gpu} is not one of the "
-                f"{len(seen)} that this trainer rank sees; let every rank see all GPUs of its host "
-                "(CUDA_VISIBLE_DEVICES), or set push.transport: nccl"
+                f"{len(visible)} that this trainer rank sees; let every rank see all GPUs of its "
+                "host (CUDA_VISIBLE_DEVICES), or set push.transport: nccl"
             )
-        device = torch.device("cuda", seen[self.gpu])
+        device = torch.device("cuda", visible[self.gpu])
         storage = torch.UntypedStorage._new_shared_cuda(device.index, *self.handle)
         return torch.empty(0, dtype=torch.uint8, device=device).set_(storage)
 
@@ -51,7 +54,7 @@ class DeviceReceiver(SharedMemoryReceiver):
         except torch.OutOfMemoryError as error:
             raise ValueError(
                 f"push.transport: cuda_ipc: {num_bytes / 2**30:.3g} GiB are needed on the engine's "
-                "GPU for weights on their way; lower push.memory_gib or rollout.gpu_memory"
+                "GPU for weights in transit; lower push.memory_gib or rollout.gpu_memory"
             ) from error
         packed = msgspec.msgpack.encode(DeviceMemory.of(memory))
         self.address = base64.b64encode(packed).decode()
@@ -60,7 +63,7 @@ class DeviceReceiver(SharedMemoryReceiver):
 
 class DeviceSender(SharedMemorySender):
     def open(self) -> torch.Tensor:
-        packed = base64.b64decode(self.offer.address)
+        packed = base64.b64decode(self.receiver.address)
         return msgspec.msgpack.decode(packed, type=DeviceMemory).open()
 
 

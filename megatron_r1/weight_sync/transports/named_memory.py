@@ -1,8 +1,8 @@
-"""Memory that two processes of one host share: a file in /dev/shm whose name is gone as soon as all
-have mapped it, so that nothing of it outlives them.
+"""Memory that two processes of one host share: a file in /dev/shm whose name is removed as soon as
+both have mapped it, so that nothing outlives them.
 
-Who makes one holds a lock on it until then: what a killed process has left is known by that, and
-swept away.
+The process that creates a file holds a lock on it until then; a file without a lock was left by a
+killed process, and `sweep` removes it.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ SWEEP_AGE_SECONDS = 60.0
 
 
 class NamedMemory:
-    """A file in /dev/shm with room for `num_bytes`, locked until it is closed, which also takes its
-    name away, where the other side has not done so. Raises OSError where there is no room."""
+    """A file in /dev/shm of `num_bytes`, locked until it is closed; `close` also removes its name
+    if the other side has not. Raises OSError where there is no room."""
 
     def __init__(self, path: Path, num_bytes: int) -> None:
         self.path = path
@@ -37,7 +37,7 @@ class NamedMemory:
             raise
 
     def close(self) -> None:
-        """Harmless if done."""
+        """Unlock and remove the file. A second call does nothing."""
         if self._is_open:
             self._is_open = False
             self.path.unlink(missing_ok=True)
@@ -45,7 +45,7 @@ class NamedMemory:
 
 
 def sweep() -> None:
-    """Take away what processes that were killed have left in /dev/shm."""
+    """Remove the files that killed processes have left in /dev/shm."""
     for path in FOLDER.glob(f"{PREFIX}*"):
         with contextlib.suppress(OSError), open(path, "rb") as file:
             # A new one may not be locked yet.
@@ -55,6 +55,6 @@ def sweep() -> None:
 
 
 def map_bytes(path: Path, num_bytes: int) -> torch.Tensor:
-    """Raises OSError where the other side has given up, and its file is gone."""
-    path.stat()  # torch would make one
+    """Map a file, uint8. Raises OSError where the other side has removed it."""
+    path.stat()  # torch would create one
     return torch.from_file(str(path), shared=True, size=num_bytes, dtype=torch.uint8)

@@ -1,10 +1,9 @@
-"""Many hosts: torch.distributed point to point, over gloo (host memory) or NCCL (GPUs).
+"""Transport between hosts: torch.distributed point to point, gloo (host memory) or NCCL (GPUs).
 
-Every pair of a trainer and an engine rank that have something to exchange is a process group of
-two, so that the loss of one rank is the loss of its pairs only. A push is a stream of buckets, of
-which one is on the wire while another is packed, or unpacked; the checksums follow each window. It
-is whole, or the difference to the push that this pair exchanged before: then every bucket's length
-comes first.
+Every pair of a trainer and an engine rank with something to exchange is a process group of two, so
+that a lost rank breaks its own pairs only. A push is a stream of buckets: one is on the wire while
+another is packed, or unpacked; the checksums follow each window. A push is sent whole, or as the
+difference to the pair's last push; then every bucket's length precedes it.
 """
 
 from __future__ import annotations
@@ -12,16 +11,16 @@ from __future__ import annotations
 import datetime
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
-from megatron_r1.weight_sync.receive import delta
-from megatron_r1.weight_sync.receive.rendezvous import Plan
+from megatron_r1.weight_sync.receive.rendezvous import Rendezvous, SendPlan
 from megatron_r1.weight_sync.receive.table import Delivery, dtype_of
-from megatron_r1.weight_sync.transports.base import Receiver, Sender
+from megatron_r1.weight_sync.transports import delta
+from megatron_r1.weight_sync.transports.base import Receiver, Sender, Slices
 from megatron_r1.weight_sync.transports.buckets import Chunk, buckets, num_bytes, pack, unpack
 from megatron_r1.weight_sync.verify.checksum import RowsChecksum
 
@@ -31,8 +30,7 @@ IDLE_SECONDS = 30 * 24 * 3600.0
 
 
 class Header(NamedTuple):
-    """Goes before each window. base: the push to which this one is the difference; 0: it is
-    whole."""
+    """Precedes each window. base: the push to which this one is the difference; 0: it is whole."""
 
     push: int
     window: int
@@ -49,7 +47,7 @@ class ProcessGroupReceiver(Receiver):
         self._groups: list[dist.ProcessGroup] = []
         return torch.empty(self.table.areas * self.table.num_bytes, dtype=torch.uint8)
 
-    def connect(self, plans: dict[int, Plan]) -> None:
+    def connect(self, plans: dict[int, SendPlan]) -> None:
         for sender in plans:
             thread = threading.Thread(
                 target=self._receive, args=(sender,), name=f"from rank {sender}", daemon=True
@@ -69,7 +67,7 @@ class ProcessGroupReceiver(Receiver):
     def _receive(self, sender: int) -> None:
         last, group = 0, None
         try:
-            group = pair(self.backend, self.meeting, sender, self.rank, is_sender=False)
+            group = pair(self.backend, self.rendezvous, sender, self.rank, is_sender=False)
             self._groups.append(group)
             while not self._is_closing:
                 fields = torch.empty(len(Header._fields), dtype=torch.int64, device=self.device)
@@ -77,53 +75,53 @@ class ProcessGroupReceiver(Receiver):
                 header = Header(*fields.tolist())
                 if header.base not in (0, last):
                     raise ValueError(
-                        f"push {header.push} is the difference to push {header.base}, but what is "
-                        f"here is push {last}"
+                        f"push {header.push} is the difference to push {header.base}, but this "
+                        f"rank has push {last}"
                     )
                 self._receive_window(group, sender, header)
                 last = header.push
         except Exception as error:
             if not self._is_closing:
-                self.inbox.failed(RuntimeError(f"trainer rank {sender}: {error}"))
-                # Closes the connection, so that the sender need not wait for its timeout.
+                self.buffer.fail(RuntimeError(f"trainer rank {sender}: {error}"))
+                # The last reference closes the connection, so that the sender fails at once.
                 if group in self._groups:
                     self._groups.remove(group)
                 group = None
 
     def _receive_window(self, group: dist.ProcessGroup, sender: int, header: Header) -> None:
-        deliveries = self.inbox.deliveries[sender]
-        indices = self.inbox.windows[sender][header.window]
+        deliveries = self.buffer.deliveries[sender]
+        indices = self.buffer.windows[sender][header.window]
         arriving: tuple[dist.Work, torch.Tensor, list[Chunk]] | None = None
         for bucket in buckets(self.table, deliveries, indices):
             size = num_bytes(self.table, deliveries, bucket)
             if header.base:
-                said = torch.empty(1, dtype=torch.int64, device=self.device)
-                finish(group.recv([said], 1, 0), self)
-                size = int(said)
-            buffer = torch.empty(size, dtype=torch.uint8, device=self.device)
-            work = group.recv([buffer], 1, 0)
+                length = torch.empty(1, dtype=torch.int64, device=self.device)
+                finish(group.recv([length], 1, 0), self)
+                size = int(length)
+            data = torch.empty(size, dtype=torch.uint8, device=self.device)
+            work = group.recv([data], 1, 0)
             if arriving:
                 self._unpack(header, deliveries, *arriving)
-            arriving = (work, buffer, bucket)
+            arriving = (work, data, bucket)
         if arriving:
             self._unpack(header, deliveries, *arriving)
         sums = torch.empty(len(indices), dtype=torch.int64, device=self.device)
         finish(group.recv([sums], 1, 0), self)
         for index, sent in zip(indices, sums.tolist(), strict=True):
-            self.inbox.arrived(sender, header.push, index, sent % 2**64)
+            self.buffer.arrived(sender, header.push, index, sent % 2**64)
 
     def _unpack(
         self,
         header: Header,
         deliveries: Sequence[Delivery],
         work: dist.Work,
-        buffer: torch.Tensor,
+        data: torch.Tensor,
         bucket: list[Chunk],
     ) -> None:
         finish(work, self)
-        packed, table = buffer.cpu(), self.table
+        packed, table = data.cpu(), self.table
         if header.base:
-            # Where the base landed, which is beside this push where areas alternate.
+            # The base is in another area than this push where areas alternate.
             state = pack(table, deliveries, table.area(self.memory, header.base), bucket)
             delta.patch(state, packed)
             packed = state
@@ -135,32 +133,32 @@ class ProcessGroupSender(Sender):
     device = torch.device("cpu")
 
     _base = 0
-    """The push that `_sent`, by bucket, is the bytes of; 0: none that the other side has whole."""
+    """The push whose bytes `_sent` holds, by bucket; 0: none that the receiver has whole."""
     _since_full = 0
     num_bytes_sent = 0
-    """Of the last window, as it travelled."""
+    """Of the last window, as it was sent."""
 
-    def plan(self, deliveries: Sequence[Delivery]) -> Plan:
+    def plan(self, deliveries: Sequence[Delivery]) -> SendPlan:
         self._sent: list[torch.Tensor] = []
         if self.full_every > 1 and self.table.num_windows > 1:
             raise ValueError(
-                f"push.delta: weights come to an engine rank in {self.table.num_windows} windows, "
-                "and each overwrites what the next push would be the difference to; raise "
+                f"push.delta: an engine rank receives weights in {self.table.num_windows} windows, "
+                "and each overwrites the base of the next push's difference; raise "
                 "push.memory_gib until all fit, or set push.delta: false"
             )
         return super().plan(deliveries)
 
     def connect(self) -> None:
-        self._group = pair(self.backend, self.meeting, self.sender, self.rank, is_sender=True)
+        self._group = pair(self.backend, self.rendezvous, self.sender, self.rank, is_sender=True)
 
-    def send(self, push: int, window: int, sources: Sequence[torch.Tensor]) -> None:
-        self.await_room(push, window)
+    def send(self, push: int, window: int, slices: Slices) -> None:
+        self.await_free_memory(push, window)
         group, indices = self._group, self.windows[window]
         if not indices:
             return
         is_full = self._base == 0 or self._since_full + 1 >= self.full_every
         header = Header(push, window, 0 if is_full else self._base)
-        self._base = 0  # what breaks off leaves nothing to build on
+        self._base = 0  # a push that breaks off cannot be the base of another
         finish(group.send([self._integers(header)], 0, 0), self)
         running = {
             index: RowsChecksum(self.deliveries[index].row_bytes(self.table)) for index in indices
@@ -168,12 +166,12 @@ class ProcessGroupSender(Sender):
         on_the_wire: list[tuple[dist.Work, torch.Tensor]] = []
         self.num_bytes_sent = 0
         for number, bucket in enumerate(buckets(self.table, self.deliveries, indices)):
-            packed = self._packed(bucket, sources, running)
-            travels = self._travelling(number, packed, header)
+            packed = self._packed(bucket, slices, running)
+            messages = self._messages(number, packed, header)
             for work, _ in on_the_wire:
                 finish(work, self)
-            on_the_wire = [(group.send([buffer], 0, 0), buffer) for buffer in travels]
-            self.num_bytes_sent += sum(buffer.nbytes for buffer in travels)
+            on_the_wire = [(group.send([message], 0, 0), message) for message in messages]
+            self.num_bytes_sent += sum(message.nbytes for message in messages)
         for work, _ in on_the_wire:
             finish(work, self)
         sums = [running[index].digest() for index in indices]
@@ -188,48 +186,52 @@ class ProcessGroupSender(Sender):
             self._group.abort()
             del self._group  # closes the connection
 
-    def _packed(self, bucket: list[Chunk], sources, running: dict[int, RowsChecksum]):
-        """A bucket's bytes on the host, in the engine's dtypes; summed."""
+    def _packed(
+        self, bucket: list[Chunk], slices: Slices, running: dict[int, RowsChecksum]
+    ) -> torch.Tensor:
+        """Return a bucket's bytes on the host, in the engine's dtypes, and update checksums."""
         packed = []
         for index, top, bottom in bucket:
             dtype = dtype_of(self.table.slots[self.deliveries[index].slot])
-            values = sources[index][top:bottom].to("cpu", dtype).contiguous()
+            values = slices[index][top:bottom].to("cpu", dtype).contiguous()
             running[index].update(values)
             packed.append(values.reshape(-1).view(torch.uint8))
         return torch.cat(packed)
 
-    def _travelling(self, number: int, packed: torch.Tensor, header: Header) -> list[torch.Tensor]:
-        """What is sent of bucket `number`; with deltas it is remembered for the next push."""
-        travels = [packed.to(self.device)]
+    def _messages(self, number: int, packed: torch.Tensor, header: Header) -> list[torch.Tensor]:
+        """Return the messages of bucket `number`; with deltas, keep it for the next push."""
+        messages = [packed.to(self.device)]
         if header.base:
             encoded = delta.encode(packed, self._sent[number])
-            travels = [self._integers([len(encoded)]), encoded.to(self.device)]
+            messages = [self._integers([len(encoded)]), encoded.to(self.device)]
         if self.full_every > 1:
             self._sent[number : number + 1] = [packed]
-        return travels
+        return messages
 
-    def _integers(self, values) -> torch.Tensor:
+    def _integers(self, values: Iterable[int]) -> torch.Tensor:
         return torch.tensor(list(values), dtype=torch.int64, device=self.device)
 
 
 def finish(work: dist.Work, end: ProcessGroupReceiver | ProcessGroupSender) -> None:
-    """Wait for it as long as a push may take."""
+    """Wait for `work`, at most as long as a push may take."""
     if end.backend == "gloo":
-        work.wait(datetime.timedelta(seconds=end.meeting.push_seconds))
+        work.wait(datetime.timedelta(seconds=end.rendezvous.push_seconds))
     else:
-        work.wait()  # a time would have the host wait for the GPU; `pair` gave it to the group
+        work.wait()  # a timeout here would block the host; `pair` has set the group's
 
 
-def pair(backend: str, meeting, sender: int, rank: int, *, is_sender: bool) -> dist.ProcessGroup:
-    """The group of a trainer rank (1 in it) and an engine rank (0 in it)."""
-    store = dist.PrefixStore(f"pair/{sender}/{rank}", meeting.store)
-    place_in = 1 if is_sender else 0
+def pair(
+    backend: str, rendezvous: Rendezvous, sender: int, rank: int, *, is_sender: bool
+) -> dist.ProcessGroup:
+    """Return the group of an engine rank (rank 0 in it) and a trainer rank (rank 1 in it)."""
+    store = dist.PrefixStore(f"pair/{sender}/{rank}", rendezvous.store)
+    group_rank = 1 if is_sender else 0
     if backend == "gloo":
-        timeout = datetime.timedelta(seconds=meeting.timeout_seconds)
-        return dist.ProcessGroupGloo(store, place_in, 2, timeout)
+        timeout = datetime.timedelta(seconds=rendezvous.timeout_seconds)
+        return dist.ProcessGroupGloo(store, group_rank, 2, timeout)
     options = dist.ProcessGroupNCCL.Options()
-    options._timeout = datetime.timedelta(seconds=meeting.push_seconds)
-    return dist.ProcessGroupNCCL(store, place_in, 2, options)
+    options._timeout = datetime.timedelta(seconds=rendezvous.push_seconds)
+    return dist.ProcessGroupNCCL(store, group_rank, 2, options)
 
 
 class GlooReceiver(ProcessGroupReceiver):

@@ -1,8 +1,8 @@
-"""One host: trainer ranks write straight into the engine rank's memory (`named_memory`).
+"""Transport for one host: trainer ranks write straight into the engine rank's memory.
 
-Beside it lies a sheet for each sender: the number of the push, how many of its bytes are there, and
-the checksums of the deliveries that are. The receiver follows each sender with a checksum of its
-own, so that it is done a moment after the last of them.
+Each sender shares a progress array with the receiver: the number of the push, how many of its bytes
+are written, and the checksums of the finished deliveries. The receiver computes its own checksums
+while the senders write, so that it finishes just after the last of them.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import numpy as np
 import torch
 
 from megatron_r1.weight_sync.receive.buffer import ReceiveBuffer
-from megatron_r1.weight_sync.receive.rendezvous import Plan
-from megatron_r1.weight_sync.receive.table import Delivery, place
-from megatron_r1.weight_sync.transports.base import Receiver, Sender
+from megatron_r1.weight_sync.receive.rendezvous import SendPlan
+from megatron_r1.weight_sync.receive.table import Delivery, slot_view
+from megatron_r1.weight_sync.transports.base import Receiver, Sender, Slices
 from megatron_r1.weight_sync.transports.named_memory import (
     FOLDER,
     PREFIX,
@@ -28,13 +28,13 @@ from megatron_r1.weight_sync.transports.named_memory import (
     sweep,
 )
 from megatron_r1.weight_sync.verify.checksum import copy_with_checksum
-from megatron_r1.weight_sync.verify.lanes import order
+from megatron_r1.weight_sync.verify.lanes import memory_fence
 
 POLL_SECONDS = 0.002
 FOLLOW_SECONDS = 0.0001
-"""Between looks at the sheets, and while a push is under way."""
+"""Between reads of the progress arrays: when idle, and while a push is under way."""
 PUSH, DONE, SUMS = 0, 1, 2
-"""Fields of a sheet of uint64: push, bytes of it that are there, one checksum for each delivery."""
+"""Fields of a progress array (uint64): push, bytes written of it, one checksum per delivery."""
 
 
 class SharedMemoryReceiver(Receiver):
@@ -46,9 +46,9 @@ class SharedMemoryReceiver(Receiver):
         return self.reserve(self.table.areas * self.table.num_bytes)
 
     def reserve(self, num_bytes: int) -> torch.Tensor:
-        """The memory, and in `address` what senders open it with."""
+        """Return the memory and set `address`, with which senders open it."""
         sweep()
-        path = FOLDER / _name(self.meeting.engine, self.rank)
+        path = FOLDER / _name(self.rendezvous.engine, self.rank)
         try:
             self._file = NamedMemory(path, num_bytes)
         except OSError as error:
@@ -59,14 +59,16 @@ class SharedMemoryReceiver(Receiver):
         self.address = str(path)
         return map_bytes(path, num_bytes)
 
-    def connect(self, plans: dict[int, Plan]) -> None:
-        sheets = {sender: np.memmap(plan.address, np.uint64, "r") for sender, plan in plans.items()}
+    def connect(self, plans: dict[int, SendPlan]) -> None:
+        progress = {
+            sender: np.memmap(plan.address, np.uint64, "r") for sender, plan in plans.items()
+        }
         for plan in plans.values():
             Path(plan.address).unlink()
         if self._file is not None:
             self._file.close()
         self._thread = threading.Thread(
-            target=self._follow, args=(sheets,), name="landing", daemon=True
+            target=self._follow, args=(progress,), name="receive", daemon=True
         )
         self._thread.start()
 
@@ -77,27 +79,27 @@ class SharedMemoryReceiver(Receiver):
         if self._file is not None:
             self._file.close()
 
-    def _follow(self, sheets: dict[int, np.ndarray]) -> None:
-        """Check what each sender brings as it comes."""
-        followed = [_Followed(sender, sheet, self.inbox) for sender, sheet in sheets.items()]
+    def _follow(self, progress: dict[int, np.ndarray]) -> None:
+        """Check each sender's rows as they are written."""
+        followers = [_Follower(sender, array, self.buffer) for sender, array in progress.items()]
         try:
             while not self._closing.is_set():
-                # Of all, and not of any: each has its turn.
-                if not sum(sender.follow() for sender in followed):
-                    under_way = any(sender.is_under_way for sender in followed)
+                # sum, not any: every follower must have its turn.
+                if not sum(follower.follow() for follower in followers):
+                    under_way = any(follower.is_under_way for follower in followers)
                     time.sleep(FOLLOW_SECONDS if under_way else POLL_SECONDS)
         except Exception as error:
-            self.inbox.failed(error)
+            self.buffer.fail(error)
 
 
-class _Followed:
-    """A sender, as its receiver sees it."""
+class _Follower:
+    """The receiver's state of one sender's push."""
 
-    def __init__(self, sender: int, sheet: np.ndarray, inbox: ReceiveBuffer):
-        self.sender, self.sheet, self.inbox = sender, sheet, inbox
-        deliveries = inbox.deliveries[sender]
-        self.row_bytes = [delivery.row_bytes(inbox.table) for delivery in deliveries]
-        self.ends = list(accumulate(delivery.num_bytes(inbox.table) for delivery in deliveries))
+    def __init__(self, sender: int, progress: np.ndarray, buffer: ReceiveBuffer):
+        self.sender, self.progress, self.buffer = sender, progress, buffer
+        deliveries = buffer.deliveries[sender]
+        self.row_bytes = [delivery.row_bytes(buffer.table) for delivery in deliveries]
+        self.ends = list(accumulate(delivery.num_bytes(buffer.table) for delivery in deliveries))
         self.starts = [0, *self.ends[:-1]]
         self.push = self.index = self.seen = 0
 
@@ -106,75 +108,76 @@ class _Followed:
         return bool(self.seen) and self.index < len(self.ends)
 
     def follow(self) -> bool:
-        """Check what has come since; whether anything has."""
-        push, done = int(self.sheet[PUSH]), int(self.sheet[DONE])
+        """Check the rows written since the last call; return whether there were any."""
+        push, done = int(self.progress[PUSH]), int(self.progress[DONE])
         if push != self.push:
             # A sender sets its count to 0 before it begins another push.
             self.push, self.index, self.seen = push, 0, 0
-            done = int(self.sheet[DONE]) if int(self.sheet[PUSH]) == push else 0
+            done = int(self.progress[DONE]) if int(self.progress[PUSH]) == push else 0
         if done <= self.seen:
             return False
-        order()
+        memory_fence()
         while self.index < len(self.ends) and self.ends[self.index] <= done:
-            sent = int(self.sheet[SUMS + self.index])
-            self.inbox.arrived(self.sender, push, self.index, sent)
+            sent = int(self.progress[SUMS + self.index])
+            self.buffer.arrived(self.sender, push, self.index, sent)
             self.index += 1
         if self.index < len(self.ends) and done > self.starts[self.index]:
             row = (done - self.starts[self.index]) // self.row_bytes[self.index]
-            self.inbox.coming(self.sender, push, self.index, row)
+            self.buffer.rows_arrived(self.sender, push, self.index, row)
         self.seen = done
         return True
 
 
 class SharedMemorySender(Sender):
-    _sheet: np.ndarray | None = None
+    _progress: np.ndarray | None = None
     _file: NamedMemory | None = None
 
-    def plan(self, deliveries: Sequence[Delivery]) -> Plan:
-        name = _name(self.meeting.engine, self.rank)
+    def plan(self, deliveries: Sequence[Delivery]) -> SendPlan:
+        name = _name(self.rendezvous.engine, self.rank)
         self.address = str(FOLDER / f"{name}_from_{self.sender}")
         self._file = NamedMemory(Path(self.address), 8 * (SUMS + len(deliveries)))
-        self._sheet = np.memmap(self.address, np.uint64, "r+")
+        self._progress = np.memmap(self.address, np.uint64, "r+")
         self._memory = self.open()
         self._views: dict[int, list[torch.Tensor]] = {}
         return super().plan(deliveries)
 
     def open(self) -> torch.Tensor:
-        """The receiver's memory."""
-        return map_bytes(Path(self.offer.address), self.table.areas * self.table.num_bytes)
+        """Map the receiver's memory."""
+        return map_bytes(Path(self.receiver.address), self.table.areas * self.table.num_bytes)
 
     def connect(self) -> None:
         pass
 
-    def send(self, push: int, window: int, sources: Sequence[torch.Tensor]) -> None:
-        self.await_room(push, window)
-        sheet = self._sheet
-        if int(sheet[PUSH]) != push:
-            sheet[DONE] = 0
-            sheet[PUSH] = push
-        targets, done = self._targets(push), int(sheet[DONE])
+    def send(self, push: int, window: int, slices: Slices) -> None:
+        self.await_free_memory(push, window)
+        progress = self._progress
+        assert progress is not None, "plan() comes first, and close() last"
+        if int(progress[PUSH]) != push:
+            progress[DONE] = 0
+            progress[PUSH] = push
+        targets, done = self._targets(push), int(progress[DONE])
         for index in self.windows[window]:
             delivery = self.deliveries[index]
             row_bytes = delivery.row_bytes(self.table)
 
             def written(row: int, start: int = done, row_bytes: int = row_bytes) -> None:
-                order()
-                sheet[DONE] = start + row * row_bytes
+                memory_fence()
+                progress[DONE] = start + row * row_bytes
 
-            sheet[SUMS + index] = copy_with_checksum(targets[index], sources[index], written)
-            order()
-            sheet[DONE] = done = done + delivery.num_bytes(self.table)
+            progress[SUMS + index] = copy_with_checksum(targets[index], slices[index], written)
+            memory_fence()
+            progress[DONE] = done = done + delivery.num_bytes(self.table)
 
     def _targets(self, push: int) -> list[torch.Tensor]:
-        """Where each delivery of this push goes."""
+        """Return the views that the deliveries of this push fill."""
         at = push % self.table.areas
         if at not in self._views:
             area, slots = self.table.area(self._memory, push), self.table.slots
-            self._views[at] = [place(area, slots[d.slot], d) for d in self.deliveries]
+            self._views[at] = [slot_view(area, slots[d.slot], d) for d in self.deliveries]
         return self._views[at]
 
     def close(self) -> None:
-        self._sheet = None
+        self._progress = None
         if self._file is not None:
             self._file.close()
 

@@ -1,1 +1,1 @@
-"""Checksums of what was sent and received."""
+"""Computes a checksum per delivery on both ends, in the same pass as the copy where possible."""

@@ -1,8 +1,8 @@
-"""One 64-bit checksum per delivery, of its elements row after row, whatever the strides: `LaneSums`
-where its rows are whole stripes of them, else XXH3, taken a chunk at a time while its bytes are in
-the cache; on a GPU, where either would have to bring every byte to the host, sums of another kind.
+"""One 64-bit checksum per delivery, of its elements row after row, whatever the strides.
 
-They answer for what wires, memory and indices do by accident, not for an adversary.
+On a CPU: `LaneChecksum` where rows are whole stripes of it, otherwise XXH3, a chunk at a time while
+its bytes are in the cache. On a GPU, where either would copy all bytes to the host: `weighted_sum`.
+They detect accidental errors of wires, memory and indices, not an adversary.
 """
 
 from __future__ import annotations
@@ -13,100 +13,104 @@ import numpy as np
 import torch
 import xxhash
 
-from megatron_r1.weight_sync.receive.table import by_rows
 from megatron_r1.weight_sync.verify import lanes
 
 CHUNK_BYTES = 1 << 19
 """Fits into a core's cache."""
 PASS_BYTES = 1 << 22
-"""In one pass of copying and summing: how far apart a receiver hears of what is there."""
+"""Copied per call of the compiled loop, and so per progress report; 1 MiB is 10% slower."""
 SUMMED_ELEMENTS = 1 << 22
-"""At once, as int64."""
+"""Elements summed at once, as int64."""
 MIXER = 0x1E3779B97F4A7C15
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class RowsChecksum:
-    """Of rows of so many bytes in the host's memory, in order."""
+    """The checksum of rows of `row_bytes` in host memory, given in order."""
 
     def __init__(self, row_bytes: int):
-        self._lanes = lanes.LaneSums() if lanes.fit(row_bytes) else None
-        self._hashed = xxhash.xxh3_64()
+        self._lanes = lanes.LaneChecksum() if lanes.is_whole_stripes(row_bytes) else None
+        self._xxh3 = xxhash.xxh3_64()
 
     def update(self, rows: torch.Tensor) -> None:
-        """rows: (height, width), the next ones."""
+        """Add the next rows (height, width)."""
         if self._lanes is not None:
             self._lanes.read(rows)
             return
         words = _words(rows)
         for chunk in _chunks(rows, CHUNK_BYTES):
-            self._hashed.update(np.ascontiguousarray(words[chunk]))
+            self._xxh3.update(np.ascontiguousarray(words[chunk]).data)
 
     def digest(self) -> int:
-        return (self._hashed if self._lanes is None else self._lanes).intdigest()
+        return self._xxh3.intdigest() if self._lanes is None else self._lanes.digest()
 
 
 class RunningChecksum:
-    """Of a (height, width) tensor's elements while its rows arrive."""
+    """The checksum of `values` (height, width), computed while its rows arrive."""
 
     def __init__(self, values: torch.Tensor):
         self._values, self._row = values, 0
         self._rows = RowsChecksum(values.shape[1] * values.itemsize)
 
-    def reach(self, row: int) -> None:
-        """The rows before this one are there, and will not change."""
+    def update_to(self, row: int) -> None:
+        """Add the rows before `row`, which will not change any more."""
         if not self._values.is_cuda and row > self._row:
             self._rows.update(self._values[self._row : row])
             self._row = row
 
     def digest(self) -> int:
-        """All rows are there."""
+        """Return the checksum of all rows."""
         if self._values.is_cuda:
-            return sums(self._values)
-        self.reach(len(self._values))
+            return weighted_sum(self._values)
+        self.update_to(len(self._values))
         return self._rows.digest()
 
 
 def checksum(values: torch.Tensor) -> int:
-    """Of a (height, width) tensor's elements."""
+    """Return the checksum of a tensor (height, width)."""
     return RunningChecksum(values).digest()
 
 
 def copy_with_checksum(
-    target: torch.Tensor, source: torch.Tensor, written: Callable[[int], None] | None = None
+    target: torch.Tensor, source: torch.Tensor, report: Callable[[int], None] | None = None
 ) -> int:
-    """target.copy_(source), both (height, width); the checksum of what `target` must hold then.
-    Returns when this process sees it written; for others, see `lanes.order`. written: told now and
-    then how many rows are, never that all are."""
+    """Do target.copy_(source), both (height, width), and return the checksum that `target` must
+    have.
+
+    report: called from time to time with the number of rows written, never with all of them. Other
+    processes see the rows only after a `lanes.memory_fence`.
+    """
     if target.is_cuda:
         target.copy_(source)
-        return sums(target)
+        return weighted_sum(target)
     if lanes.can_copy(target, source):
-        summed = lanes.LaneSums()
-        for rows in _told(target, PASS_BYTES, written):
-            summed.copy(target[rows], source[rows])
-        return summed.intdigest()
+        copied = lanes.LaneChecksum()
+        for rows in _chunks(target, PASS_BYTES, report):
+            copied.copy(target[rows], source[rows])
+        return copied.digest()
     is_converted = target.dtype != source.dtype or source.is_cuda
     running = RunningChecksum(target if is_converted else source)
-    for rows in _told(target, CHUNK_BYTES, written):
+    for rows in _chunks(target, CHUNK_BYTES, report):
         if is_converted:
             target[rows].copy_(source[rows])
-        running.reach(rows.stop)
+        running.update_to(rows.stop)
         if not is_converted:
             # After its checksum, and so from the cache. By NumPy, in this thread: PyTorch would
-            # wake others for every chunk.
+            # wake other threads for every chunk.
             np.copyto(_words(target[rows]), _words(source[rows]))
     return running.digest()
 
 
-def sums(values: torch.Tensor) -> int:
-    """Of a (height, width) tensor on any device: sum of w[i] plus sum of (2i + 1) w[i] times a
-    constant, modulo 2^64, of its elements' bits w in row order. An odd factor has an inverse, so
-    any one element that differs shows, and so do two that changed places."""
+def weighted_sum(values: torch.Tensor) -> int:
+    """Return sum(w[i]) + MIXER * sum((2i + 1) w[i]) modulo 2^64 of the elements' bits w, in row
+    order, of a tensor (height, width) on any device.
+
+    An odd factor has an inverse, so any single wrong element shows, and so do two that are swapped.
+    """
     bits = _BITS[values.element_size()]
-    height, width = values.shape
+    width = values.shape[1]
     plain = weighted = torch.zeros((), dtype=torch.int64, device=values.device)
-    for rows in by_rows(height, width, SUMMED_ELEMENTS):
+    for rows in _chunks(values, SUMMED_ELEMENTS * values.itemsize):
         words = values[rows].reshape(-1).view(bits).long()
         first = 2 * rows.start * width + 1
         factors = torch.arange(first, first + 2 * len(words), 2, device=values.device)
@@ -115,21 +119,18 @@ def sums(values: torch.Tensor) -> int:
 
 
 def _words(values: torch.Tensor) -> np.ndarray:
-    """The same memory as integers, which NumPy knows of every size."""
+    """Return the same memory as integers, since NumPy has no bfloat16 or float8."""
     return values.detach().view(_BITS[values.element_size()]).numpy()
 
 
-def _chunks(values: torch.Tensor, most: int) -> Iterator[slice]:
-    """Rows of a (height, width) tensor, `most` bytes of them at once."""
-    height, width = values.shape
-    return by_rows(height, width * values.itemsize, most)
-
-
-def _told(
-    values: torch.Tensor, most: int, written: Callable[[int], None] | None
+def _chunks(
+    values: torch.Tensor, num_bytes: int, report: Callable[[int], None] | None = None
 ) -> Iterator[slice]:
-    """`_chunks`; between them `written` is told how far they are."""
-    for rows in _chunks(values, most):
-        if written and rows.start:
-            written(rows.start)
-        yield rows
+    """Yield all rows of a tensor (height, width), about `num_bytes` at once and at least one row;
+    between chunks, `report` is called with the number of rows done."""
+    height, width = values.shape
+    rows = max(1, num_bytes // (width * values.itemsize))
+    for first in range(0, height, rows):
+        if report and first:
+            report(first)
+        yield slice(first, min(first + rows, height))

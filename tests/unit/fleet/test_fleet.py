@@ -352,7 +352,7 @@ def test_an_engine_whose_connection_breaks_amid_a_push_is_replaced_by_one_with_i
 
 NEVER_CAME = {
     "broken link": "push 1 broke off: trainer rank 0: Connection closed by peer",
-    "late": "push 1: after 5 s trainer ranks 3 have not brought all of it",
+    "late": "push 1: after 5 s trainer ranks 3 have not sent all of it",
 }
 
 

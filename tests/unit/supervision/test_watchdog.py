@@ -57,12 +57,12 @@ def when_let(response, truth, **entry):
 """
 HUNG_ENGINE = """
 import socket, time
-from megatron_r1.vllm_plugin.stacks import answer_signal
+from megatron_r1.vllm_plugin import dump_stacks_on_signal
 
 def waits_for_a_collective():
     time.sleep(60)
 
-answer_signal()
+dump_stacks_on_signal()
 server = socket.create_server(("127.0.0.1", 0))  # accepts nothing
 print(server.getsockname()[1], flush=True)
 waits_for_a_collective()

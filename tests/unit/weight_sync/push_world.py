@@ -5,9 +5,9 @@ import threading
 import torch
 from torch.distributed import TCPStore
 
-from megatron_r1.weight_sync.plan.engine_layout import EngineNeeds
-from megatron_r1.weight_sync.plan.fp8_blocks import scales_of
-from megatron_r1.weight_sync.receive import Slot, Table
+from megatron_r1.weight_sync.plan.fp8_blocks import scale_region
+from megatron_r1.weight_sync.plan.predicted_layout import PredictedLayout
+from megatron_r1.weight_sync.receive import Slot, SlotTable
 from megatron_r1.weight_sync.receive.rendezvous import Rendezvous
 from megatron_r1.weight_sync.send.sender import WeightSender
 from megatron_r1.weight_sync.transports import receiver_class
@@ -16,7 +16,7 @@ from megatron_r1.weights.stored.fp8 import is_quantised, scale_name
 
 
 def draw(hf, seed):
-    """A model's weights in bf16, matrices' blocks of very different sizes."""
+    """Return a model's weights in bf16; the blocks of matrices differ in magnitude."""
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
     for name, (shape, _) in hf_tensors(hf, with_mtp=False).items():
@@ -26,24 +26,24 @@ def draw(hf, seed):
 
 
 def table_of(hf, engine, rank):
-    """What an engine rank would say it wants: rows of different lengths, one after another."""
-    needs, slots, end = EngineNeeds(hf, engine), [], 0
-    for tensor, region in needs.needed(engine.place(rank)):
-        wanted = [(tensor.name, region, "bfloat16")]
+    """Return an engine rank's table: rows with gaps, one tensor after another."""
+    slots, end = [], 0
+    for tensor, region in PredictedLayout(hf, engine).needed(engine.coordinate(rank)):
+        items = [(tensor.name, region, "bfloat16")]
         if is_quantised(tensor.name):
-            wanted = [(tensor.name, region, "float8_e4m3fn")]
-            wanted.append((scale_name(tensor.name), scales_of(region), "float32"))
-        for name, at, dtype in wanted:
+            items = [(tensor.name, region, "float8_e4m3fn")]
+            items.append((scale_name(tensor.name), scale_region(region), "float32"))
+        for name, at, dtype in items:
             size = getattr(torch, dtype).itemsize
             pitch = (at.right - at.left + 3) * size
             slots.append(Slot(name, at.top, at.bottom, at.left, at.right, end, pitch, dtype))
             end += -(-(at.bottom - at.top) * pitch // 64) * 64
-    return Table(end, slots)
+    return SlotTable(end, slots)
 
 
 def held_by(hf, grid, rank, tensors):
-    """A trainer rank's parameters, and which pieces of them are what."""
-    expert_tensor, expert = grid.expert_place(rank)
+    """Return a trainer rank's parameters and pieces by HF name."""
+    expert_tensor, expert = grid.expert_coordinate(rank)
     at = shard(
         hf,
         tp=(grid.tensor_rank(rank), grid.tensor),
@@ -62,7 +62,7 @@ def held_by(hf, grid, rank, tensors):
 
 
 def run_all(calls):
-    """Each in a thread; their results. What one raises, this raises."""
+    """Run each call in a thread; return their results, or raise the first error."""
     results, errors = [None] * len(calls), []
 
     def run(index, call):
@@ -97,8 +97,8 @@ class World:
         shape["expert_parallel"] = engine.expert_parallel
 
         def receiver(rank):
-            meeting = Rendezvous(self.client(), name, 20)
-            return receiver_class(transport)(meeting, rank, tables[rank])
+            rendezvous = Rendezvous(self.client(), name, 20)
+            return receiver_class(transport)(rendezvous, rank, tables[rank])
 
         ends = run_all(
             [lambda rank=rank: receiver(rank) for rank in range(len(tables))]
@@ -116,7 +116,7 @@ class World:
         answers = run_all([lambda s=s: s.send(number, [0]) for s in self.senders])
         assert all(answer == {"problems": {}} for answer in answers)
         for receiver in self.receivers:
-            receiver.inbox.wait(number, 0, 20)
+            receiver.buffer.wait(number, 0, 20)
 
     def close(self):
         for sender in self.senders:

@@ -1,4 +1,4 @@
-"""What a bridge says when its trainer is lost while an engine is being brought the weights."""
+"""The bridge when a trainer or an engine is lost during a push."""
 
 import asyncio
 from array import array
@@ -14,31 +14,38 @@ from megatron_r1.engine.errors import ConnectionBroken, EngineDied, EngineError,
 from megatron_r1.errors import TrainerLost
 from megatron_r1.fleet.engine import Engine
 from megatron_r1.weight_sync.bridge import WeightBridge
+from megatron_r1.weight_sync.links import EngineLinks
+from megatron_r1.weight_sync.probes import Prober
 from megatron_r1.weight_sync.receive.rendezvous import Rendezvous
 
 
+def make_bridge(trainer, fleet, probes=()):
+    links = EngineLinks(trainer, PushConfig(), [], {})
+    return WeightBridge(fleet, links, Prober(trainer, probes, 1e-3, 600))
+
+
 class TrainerThatIsLost:
-    """While it connects an engine; `is_asked` is set by then, and `goes` lets it happen."""
+    """A trainer that is lost while it connects an engine, once `goes` is set."""
 
     def __init__(self):
-        self.is_asked, self.goes = asyncio.Event(), asyncio.Event()
+        self.is_connecting, self.goes = asyncio.Event(), asyncio.Event()
 
     async def call_all(self, operation, begun=None, **arguments):
         if operation == "connect_engine":
-            self.is_asked.set()
+            self.is_connecting.set()
             await self.goes.wait()
             raise TrainerLost("trainer rank 0 was killed by signal 9")
         return [{"store": ["127.0.0.1", 1], "problems": {}}]
 
 
 @pytest.mark.parametrize("is_closed_first", [True, False])
-def test_an_engine_that_is_being_fed_when_the_trainer_is_lost_is_told_so(is_closed_first):
-    """By an error after which it is started again, whatever comes first: the loss, or the end of
-    the session that noticed it."""
+def test_an_engine_that_is_being_fed_when_the_trainer_is_lost_fails(is_closed_first):
+    """With an error after which it is restarted, whether the loss or the end of the session that
+    noticed it comes first."""
 
     async def story():
         trainer = TrainerThatIsLost()
-        bridge = WeightBridge(trainer, SmallFleet(), PushConfig(), [], {})
+        bridge = make_bridge(trainer, SmallFleet())
         await bridge.open()
         await bridge.push(1)
         engine = Engine(0, SimpleNamespace(), EngineClient("http://127.0.0.1:9"))
@@ -48,7 +55,7 @@ def test_an_engine_that_is_being_fed_when_the_trainer_is_lost_is_told_so(is_clos
                 pytest.fail("it was fed")
 
         feeding, waiting = asyncio.create_task(feed()), asyncio.create_task(feed())
-        await trainer.is_asked.wait()
+        await trainer.is_connecting.wait()
         if is_closed_first:
             bridge.close()
         trainer.goes.set()
@@ -63,20 +70,20 @@ def test_an_engine_that_is_being_fed_when_the_trainer_is_lost_is_told_so(is_clos
 
 
 class SmallTrainer:
-    """Whose rank 0 loses the engines in `loses`. `told`: what it was asked, in order."""
+    """A trainer whose rank 0 loses the engines in `loses`. calls: (operation, arguments)."""
 
     def __init__(self, loses=()):
-        self.loses, self.told = loses, []
+        self.loses, self.calls = loses, []
 
     async def call_all(self, operation, begun=None, **arguments):
-        self.told.append((operation, arguments))
+        self.calls.append((operation, arguments))
         if begun:
             begun()
         problems = {str(index): "Connection reset" for index in self.loses}
         return [{"store": ["127.0.0.1", 1], "problems": problems, "num_windows": 1}]
 
     async def call(self, operation, **arguments):
-        pytest.fail("it was asked for a proof")
+        pytest.fail("it was probed")
 
 
 class SmallFleet:
@@ -111,10 +118,10 @@ class SmallClient:
 
 
 def feed(trainer, client, probes=()):
-    """What comes of bringing a new engine the weights."""
+    """Feed the weights to a new engine."""
 
     async def story():
-        bridge = WeightBridge(trainer, SmallFleet(), PushConfig(), [], {}, probes)
+        bridge = make_bridge(trainer, SmallFleet(), probes)
         await bridge.open()
         await bridge.push(1)
         engine = Engine(3, SimpleNamespace(describe_end=lambda: "?"), client, is_up=False)
@@ -124,7 +131,7 @@ def feed(trainer, client, probes=()):
     asyncio.run(asyncio.wait_for(story(), 20))
 
 
-def test_an_engine_joins_with_a_proof_or_not_at_all(monkeypatch):
+def test_an_engine_that_fails_the_probes_does_not_join(monkeypatch):
     monkeypatch.setattr("megatron_r1.fleet.engine.LAST_WORDS_SECONDS", 0.0)
     feed(SmallTrainer(), SmallClient())
     broken = SmallClient(ConnectionBroken("cut"))
@@ -132,7 +139,7 @@ def test_an_engine_joins_with_a_proof_or_not_at_all(monkeypatch):
         feed(SmallTrainer(), broken, probes=[[1, 2]])
 
 
-def test_an_engine_that_the_trainer_could_not_bring_anything_does_not_join():
+def test_an_engine_that_the_trainer_could_not_send_to_does_not_join():
     with pytest.raises(EngineDied, match="engine-3: trainer rank 0 lost it: Connection reset"):
         feed(SmallTrainer(loses=[3]), SmallClient())
 
@@ -143,19 +150,23 @@ def test_the_trainer_forgets_engines_that_are_gone():
         fleet.engines = [
             Engine(index, SimpleNamespace(), SmallClient(), is_up=True) for index in (0, 1)
         ]
-        bridge = WeightBridge(trainer, fleet, PushConfig(), [], {})
+        bridge = make_bridge(trainer, fleet)
         await bridge.open()
         await bridge.push(1)
         del fleet.engines[0]
         for version in (2, 3):
             await bridge.hold()
             await bridge.push(version)
-        return [asked["gone"] for operation, asked in trainer.told if operation == "send_weights"]
+        return [
+            arguments["gone"]
+            for operation, arguments in trainer.calls
+            if operation == "send_weights"
+        ]
 
     assert asyncio.run(story()) == [[], [0], []]
 
 
-class ProvingTrainer(SmallTrainer):
+class ProbingTrainer(SmallTrainer):
     async def probe(self, sequences):
         return 0.0
 
@@ -171,25 +182,23 @@ class ProvingTrainer(SmallTrainer):
     ],
     ids=["once", "again"],
 )
-def test_a_probe_that_cannot_be_used_is_asked_once_more_and_then_its_engine_is_replaced(
-    faults, lost, monkeypatch
-):
+def test_a_failed_probe_is_retried_once_and_then_its_engine_is_replaced(faults, lost, monkeypatch):
     monkeypatch.setattr("megatron_r1.fleet.engine.LAST_WORDS_SECONDS", 0.0)
 
     async def story():
         fleet = SmallFleet()
         fleet.engines = [Engine(0, SimpleNamespace(), SmallClient(*faults))]
-        bridge = WeightBridge(ProvingTrainer(), fleet, PushConfig(), [], {}, [[1, 2]])
+        bridge = make_bridge(ProbingTrainer(), fleet, [[1, 2]])
         await bridge.open()
-        proof = await bridge.push(1)
-        assert ("push/probe_diff" in proof) == (not lost)
+        metrics = await bridge.push(1)
+        assert ("push/probe_diff" in metrics) == (not lost)
         return fleet.lost
 
     assert asyncio.run(asyncio.wait_for(story(), 20)) == lost
 
 
-def test_an_engine_that_waits_for_a_busy_trainer_does_not_wait_by_the_clock():
-    """Its time to find the trainer's ranks begins with the call in which these look for it."""
+def test_the_timeout_of_an_engine_begins_with_the_trainer_s_turn():
+    """Its timeout for finding the trainer's ranks begins with the call in which they connect."""
 
     class BusyTrainer(SmallTrainer):
         async def call_all(self, operation, begun=None, **arguments):
@@ -208,7 +217,7 @@ def test_an_engine_that_waits_for_a_busy_trainer_does_not_wait_by_the_clock():
 
 
 class WindowedTrainer(SmallTrainer):
-    """Which waits until an engine is done with a window, or is said to be gone."""
+    """A trainer that waits until an engine releases a window, or is reported as gone."""
 
     def __init__(self, store):
         super().__init__()
@@ -224,14 +233,14 @@ class WindowedTrainer(SmallTrainer):
         return [answer | {"store": ["127.0.0.1", self.store.port], "num_windows": 3}]
 
     async def _wait(self):
-        meeting = Rendezvous(self.store, self.name, 30)
+        rendezvous = Rendezvous(self.store, self.name, 30)
         with pytest.raises(ConnectionError, match=f"{self.name} is gone"):
-            await asyncio.to_thread(meeting.await_release, 0, 1, 0)
+            await asyncio.to_thread(rendezvous.await_release, 0, 1, 0)
         self.gone.set()
 
 
 @pytest.mark.parametrize("joins", [False, True])
-def test_a_trainer_that_waits_for_a_window_hears_that_its_engine_died(joins):
+def test_a_trainer_that_waits_for_a_window_learns_that_its_engine_died(joins):
     """Otherwise it waits for as long as a push may take, and every other engine with it."""
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
@@ -241,7 +250,7 @@ def test_a_trainer_that_waits_for_a_window_hears_that_its_engine_died(joins):
 
     async def story():
         trainer, fleet = WindowedTrainer(store), SmallFleet()
-        bridge = WeightBridge(trainer, fleet, PushConfig(), [], {})
+        bridge = make_bridge(trainer, fleet)
         engine = Engine(0, SimpleNamespace(), Dies())
         if joins:
             await bridge.open()

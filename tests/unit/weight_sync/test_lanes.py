@@ -1,4 +1,4 @@
-"""Copying and summing in one pass: against a loop over words, and what each change does to it."""
+"""The copy with checksum in one pass, against a loop over words; damage of every kind shows."""
 
 import re
 import sys
@@ -9,28 +9,27 @@ import pytest
 import torch
 import xxhash
 
-from megatron_r1.weight_sync.receive import copy_with_checksum
 from megatron_r1.weight_sync.verify import lanes
-from megatron_r1.weight_sync.verify.checksum import RunningChecksum, checksum
+from megatron_r1.weight_sync.verify.checksum import RunningChecksum, checksum, copy_with_checksum
 
 CHECKSUMS = sys.modules[RunningChecksum.__module__]
 
 
 def defined(values: torch.Tensor) -> int:
-    """By Python's integers: no vector, no overflow."""
+    """Compute the checksum with Python's integers: no vector, no overflow."""
     words = np.frombuffer(values.contiguous().view(torch.uint8).numpy().tobytes(), "<u8")
     plain, running = [0] * 16, [0] * 16
     for at, word in enumerate(words.tolist()):
         lane = at % 16
         plain[lane] = (plain[lane] + word) % 2**64
-        turned = f"{running[lane]:064b}"
-        running[lane] = (int(turned[29:] + turned[:29], 2) + plain[lane]) % 2**64
+        bits = f"{running[lane]:064b}"
+        running[lane] = (int(bits[29:] + bits[:29], 2) + plain[lane]) % 2**64
     both = np.array(plain + running, np.uint64)
     return xxhash.xxh3_64_intdigest(both.tobytes())
 
 
 def bits(height: int, width: int, seed: int = 0) -> torch.Tensor:
-    """int16 from all of its range, so that sums pass 2^64."""
+    """Return int16 over their whole range, so that sums exceed 2^64."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(-(2**15), 2**15, (height, width), generator=generator, dtype=torch.int16)
 
@@ -44,7 +43,7 @@ def bits(height: int, width: int, seed: int = 0) -> torch.Tensor:
         (37, 128, 1, 161),  # nowhere aligned
     ],
 )
-def test_it_is_what_a_loop_over_words_makes_and_the_copy_is_exact(
+def test_the_checksum_is_that_of_a_loop_over_words_and_the_copy_is_exact(
     height, width, left, pitch, monkeypatch
 ):
     monkeypatch.setattr(CHECKSUMS, "PASS_BYTES", 100 * 2 * width)
@@ -54,10 +53,10 @@ def test_it_is_what_a_loop_over_words_makes_and_the_copy_is_exact(
     assert checksum(source) == checksum(source.clone()) == expected
     for shift in (0, 3):  # of the target's columns
         around = bits(height + 2, width + 64, seed=1)
-        known, told = around.clone(), []
+        known, reports = around.clone(), []
         target = around[1:-1, shift : shift + width]
-        assert copy_with_checksum(target, source, told.append) == expected
-        assert told == list(range(100, height, 100))
+        assert copy_with_checksum(target, source, reports.append) == expected
+        assert reports == list(range(100, height, 100))
         known[1:-1, shift : shift + width] = source
         assert torch.equal(around, known)  # and nothing beside it
 
@@ -69,7 +68,7 @@ def test_tensors_that_do_not_match_are_refused_before_a_byte_is_written():
     assert not around.any()
 
 
-def test_a_transposed_source_is_read_as_what_it_is():
+def test_a_transposed_source_has_the_checksum_of_its_elements():
     source = bits(192, 70).T
     assert checksum(source) == checksum(source.contiguous()) == defined(source)
     for target in (torch.zeros(70, 192, dtype=torch.int16), torch.zeros_like(source)):
@@ -81,18 +80,18 @@ def test_following_in_steps_is_the_checksum_of_all():
     values = bits(283, 320)[:, 64:256]
     running = RunningChecksum(values)
     for row in (0, 1, 1, 40, 282):
-        running.reach(row)
+        running.update_to(row)
     assert running.digest() == defined(values)
 
 
-def test_converted_elements_are_summed_as_they_land():
+def test_converted_elements_are_summed_in_the_target_dtype():
     source = torch.randn(50, 192)
     target = torch.empty(50, 192, dtype=torch.bfloat16)
     assert copy_with_checksum(target, source) == defined(source.to(torch.bfloat16))
     assert torch.equal(target, source.to(torch.bfloat16))
 
 
-def test_what_goes_wrong_on_the_way_shows():
+def test_every_kind_of_damage_changes_the_checksum():
     values = bits(64, 512)
     damaged = {"nothing": values}
     for bit in (0, 9, 15):
@@ -111,7 +110,7 @@ def test_what_goes_wrong_on_the_way_shows():
     assert len({checksum(each) for each in damaged.values()}) == len(damaged)
 
 
-def test_what_cancels_out_in_plain_sums_shows():
+def test_errors_that_cancel_out_in_plain_sums_change_the_checksum():
     """Errors in the highest bits of a lane's words count only once or not at all in a sum."""
     values = bits(64, 512)
     sign = torch.tensor(-(2**15), dtype=torch.int16)
@@ -149,8 +148,8 @@ def test_the_loop_is_vectors_in_registers_on_other_machines(triple, cpu, store, 
     machine = llvm.Target.from_triple(triple).create_target_machine(cpu=cpu)
     assembly = machine.emit_assembly(llvm.parse_assembly(lanes.LOOPS))
     copy, rest = assembly.split("read:")
-    read, order = rest.split("order:")
+    read, memory_fence = rest.split("memory_fence:")
     assert re.search(store, copy) and not re.search(store, read)
-    assert fence in order
+    assert fence in memory_fence
     spilled = r".*mm\d.*%rsp|.*%rsp.*mm\d|.*\bq\d+, \[sp"
     assert not re.search(spilled, assembly)

@@ -2,26 +2,26 @@
 
 import pytest
 import torch
-from test_receive import BY_TWO, SLOTS, TENSORS, WINDOWED, WINDOWED_BY_TWO, World, wanted
+from test_receive import BY_TWO, SLOTS, TENSORS, WINDOWED, WINDOWED_BY_TWO, World, expected_values
 
 from megatron_r1.config.push import PushConfig
-from megatron_r1.weight_sync.receive import Delivery, Slot, Table, delta
-from megatron_r1.weight_sync.receive.rendezvous import Offer
-from megatron_r1.weight_sync.receive.table import place
-from megatron_r1.weight_sync.transports import buckets, sender_class
+from megatron_r1.weight_sync.receive import Delivery, Slot, SlotTable
+from megatron_r1.weight_sync.receive.rendezvous import ReceiverInfo
+from megatron_r1.weight_sync.receive.table import slot_view
+from megatron_r1.weight_sync.transports import buckets, delta, sender_class
 
 LARGE = [Slot("large", 0, 512, 0, 256, 0, 1024, "float32")]
 
 
 @pytest.mark.parametrize("size", [0, 1, 3, 4, 5, 31, 32, 33, 4096, 4099])
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 1.0])
-def test_a_delta_makes_the_new_of_the_old_and_is_never_longer(size, share):
+def test_a_delta_turns_the_old_state_into_the_new_and_is_never_longer(size, share):
     draw = torch.Generator().manual_seed(size)
     old = torch.randint(0, 256, (size,), dtype=torch.uint8, generator=draw)
     new = torch.where(torch.rand(size, generator=draw) < share, old ^ 129, old)
     encoded = delta.encode(new, old)
     state = old.clone()
-    # As it lies in a buffer: at any byte.
+    # Within a buffer it may begin at any byte.
     delta.patch(state, torch.cat([torch.zeros(1, dtype=torch.uint8), encoded])[1:])
     assert torch.equal(state, new)
     assert len(encoded) <= size
@@ -36,22 +36,22 @@ def test_a_delta_is_as_long_as_its_definition_says():
 
 
 class Pair(World):
-    """A World whose senders send deltas; areas as an engine on a CPU or a GPU has."""
+    """A World whose senders send deltas; areas: 2 as on a CPU, 1 as on a GPU."""
 
     def __init__(self, slots, deliveries, full_every, areas):
         self.full_every = full_every
         super().__init__("gloo", slots, deliveries, 1 << 19, areas)
 
     def push(self, number, tensors):
-        """Send from `tensors`; all that landed must be right. Bytes that travelled."""
+        """Send from `tensors`, check every slot, and return the bytes on the wire."""
         for name, values in tensors.items():
             TENSORS[name] = values
         for thread in self.send(number):
             thread.join()
-        self.receiver.inbox.wait(number, 0, 20)
+        self.receiver.buffer.wait(number, 0, 20)
         area = self.table.area(self.receiver.memory, number)
         for slot in self.table.slots:
-            assert torch.equal(place(area, slot), wanted(slot)), (number, slot.name)
+            assert torch.equal(slot_view(area, slot), expected_values(slot)), (number, slot.name)
         return sum(end.num_bytes_sent for end in self.senders.values())
 
 
@@ -96,7 +96,7 @@ def test_only_the_first_of_every_so_many_pushes_is_whole(pair, areas):
     assert made.push(10, {}) < whole / 31  # nothing has changed
 
 
-def test_what_has_changed_altogether_travels_as_it_is(pair):
+def test_a_state_that_has_changed_altogether_is_sent_as_it_is(pair):
     made = pair()
     first = made.push(1, {})
     assert made.push(2, {"large": torch.randn(512, 256)}) <= first + 8 * (first // (1 << 16) + 2)
@@ -113,20 +113,20 @@ def test_slices_of_several_tensors_and_dtypes_and_memory_between_them(pair, area
         made.push(number, {changed: values})
 
 
-def test_a_landing_memory_that_is_not_what_was_sent_is_found_and_named(pair):
+def test_a_memory_that_is_not_what_was_sent_is_found_and_named(pair):
     made = pair()
     made.push(1, {})
-    place(made.table.area(made.receiver.memory, 1), LARGE[0])[300, 17] += 1
+    slot_view(made.table.area(made.receiver.memory, 1), LARGE[0])[300, 17] += 1
     with pytest.raises(ValueError, match=r"1 tensors arrived otherwise.*large \(from rank 1\)"):
         made.push(2, trained(2))
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # the sender's
-def test_a_receiver_that_has_another_base_says_so(pair):
+def test_a_receiver_that_has_another_base_refuses_the_delta(pair):
     made = pair()
     made.push(1, {})
     made.senders[0]._base = 7
-    with pytest.raises(ValueError, match="difference to push 7, but what is here is push 1"):
+    with pytest.raises(ValueError, match="difference to push 7, but this rank has push 1"):
         made.push(2, {})
 
 
@@ -141,11 +141,11 @@ def test_after_a_push_that_broke_off_and_for_a_new_connection_all_is_sent(pair):
 
 
 def test_windows_are_refused():
-    table = Table(512, WINDOWED)
-    end = sender_class("gloo")(None, 0, 0, Offer(table), 50)
+    table = SlotTable(512, WINDOWED)
+    end = sender_class("gloo")(None, 0, 0, ReceiverInfo(table), 50)
     with pytest.raises(ValueError, match=r"push\.delta: .* in 4 windows.*push\.memory_gib"):
         end.plan(WINDOWED_BY_TWO[0])
-    sender_class("gloo")(None, 0, 0, Offer(table)).plan(WINDOWED_BY_TWO[0])
+    sender_class("gloo")(None, 0, 0, ReceiverInfo(table)).plan(WINDOWED_BY_TWO[0])
 
 
 def test_deltas_within_one_host_are_refused():

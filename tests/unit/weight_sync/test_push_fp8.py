@@ -1,4 +1,4 @@
-"""FP8 made on the way, from sharded trainers to sliced engines.
+"""Weights quantised to FP8 during a push, from sharded trainers to sliced engines.
 
 Oracle: DeepSeek's published formula in numpy, rounding by a table of all 256 codes.
 """
@@ -12,13 +12,13 @@ from torch.distributed import TCPStore
 from megatron_r1.config import Config
 from megatron_r1.models import read_hf_config
 from megatron_r1.weight_sync.plan import EngineLayout, TrainerGrid
-from megatron_r1.weight_sync.plan.fp8_blocks import check_blocks, pushed_tensors, scales_of
+from megatron_r1.weight_sync.plan.fp8_blocks import check_blocks, pushed_tensors, scale_region
 from megatron_r1.weight_sync.plan.recipe import check_pushes
 from megatron_r1.weight_sync.plan.region import Region
-from megatron_r1.weight_sync.receive import Table
-from megatron_r1.weight_sync.receive.rendezvous import Offer, Rendezvous
-from megatron_r1.weight_sync.receive.table import dtype_of, place
-from megatron_r1.weight_sync.send import source
+from megatron_r1.weight_sync.receive import SlotTable
+from megatron_r1.weight_sync.receive.rendezvous import ReceiverInfo, Rendezvous
+from megatron_r1.weight_sync.receive.table import dtype_of, slot_view
+from megatron_r1.weight_sync.send import slices
 from megatron_r1.weight_sync.send.sender import WeightSender
 from megatron_r1.weight_sync.transports import buckets
 from megatron_r1.weights.stored.fp8 import is_quantised, scale_name
@@ -88,14 +88,14 @@ def checkpoint(tensors):
     return found
 
 
-def assert_landed(world, expected):
+def assert_received(world, expected):
     for rank, receiver in enumerate(world.receivers):
         for slot in receiver.table.slots:
-            landed = place(receiver.memory, slot).contiguous().view(torch.uint8)
+            received = slot_view(receiver.memory, slot).contiguous().view(torch.uint8)
             whole = expected[slot.name].to(dtype_of(slot))
             whole = whole if whole.dim() > 1 else whole[:, None]
             part = whole[slot.top : slot.bottom, slot.left : slot.right].contiguous()
-            assert torch.equal(landed, part.view(torch.uint8)), (rank, slot.name)
+            assert torch.equal(received, part.view(torch.uint8)), (rank, slot.name)
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def assert_landed(world, expected):
     ],
     ids=["one", "tensor", "experts", "stages", "qwen"],
 )
-def test_what_lands_is_the_fp8_checkpoint_of_the_same_weights(
+def test_an_engine_receives_the_fp8_checkpoint_of_the_same_weights(
     hf, grid, engine, transport, monkeypatch
 ):
     monkeypatch.setattr(buckets, "BUCKET_BYTES", 10_000)  # deliveries are cut
@@ -123,13 +123,13 @@ def test_what_lands_is_the_fp8_checkpoint_of_the_same_weights(
     world = World(hf, grid, engine, transport, first)
     try:
         world.push(1)
-        assert_landed(world, checkpoint(first))
+        assert_received(world, checkpoint(first))
         for rank, held in enumerate(world.held):
             for name, now in held_by(hf, grid, rank, second).items():
                 for (parameter, _), (values, _) in zip(held[name], now, strict=True):
                     parameter.copy_(values)
         world.push(2)
-        assert_landed(world, checkpoint(second))
+        assert_received(world, checkpoint(second))
     finally:
         world.close()
     sent = sum(answer["num_bytes"] for answer in world.answers)
@@ -138,8 +138,8 @@ def test_what_lands_is_the_fp8_checkpoint_of_the_same_weights(
 
 def test_each_block_is_quantised_once_a_push(monkeypatch):
     monkeypatch.setattr(buckets, "BUCKET_BYTES", 10_000)
-    made, quantise = [], source.quantise
-    monkeypatch.setattr(source, "quantise", lambda x: made.append(x.numel()) or quantise(x))
+    sizes, quantise = [], slices.quantise
+    monkeypatch.setattr(slices, "quantise", lambda x: sizes.append(x.numel()) or quantise(x))
     tensors = draw(DEEPSEEK, 1)
     world = World(DEEPSEEK, TrainerGrid(2, tensor=2), EngineLayout(), "gloo", tensors)
     try:
@@ -148,7 +148,7 @@ def test_each_block_is_quantised_once_a_push(monkeypatch):
     finally:
         world.close()
     once = sum(tensor.numel() for name, tensor in tensors.items() if is_quantised(name))
-    assert sum(made) == 3 * once
+    assert sum(sizes) == 3 * once
 
 
 def test_deltas_of_fp8(monkeypatch):
@@ -160,7 +160,7 @@ def test_deltas_of_fp8(monkeypatch):
         first[name][5, 7] = 9e4  # its block gets another scale, and with it other codes
         world.held[0][name][0][0].copy_(first[name])
         world.push(2)
-        assert_landed(world, checkpoint(first))
+        assert_received(world, checkpoint(first))
     finally:
         world.close()
 
@@ -182,11 +182,11 @@ def test_the_tensors_of_an_fp8_engine_are_those_deepseek_publishes():
 
 
 def test_scales_of_a_region_of_blocks():
-    assert scales_of(Region(128, 320, 0, 256)) == Region(1, 3, 0, 2)
+    assert scale_region(Region(128, 320, 0, 256)) == Region(1, 3, 0, 2)
 
 
 @pytest.mark.parametrize(
-    ("hf", "engine", "trainer", "said"),
+    ("hf", "engine", "trainer", "message"),
     [
         (DEEPSEEK, EngineLayout(), (4, 1), r"parallel\.tensor=4 cuts .*o_proj.*at 64"),
         (DEEPSEEK, EngineLayout(), (1, 4), r"parallel\.expert_tensor=4 cuts .*experts\.0\.gate"),
@@ -201,8 +201,8 @@ def test_scales_of_a_region_of_blocks():
         (QWEN | {"num_attention_heads": 8}, EngineLayout(), (1, 1), "heads of 64"),
     ],
 )
-def test_a_layout_that_cuts_blocks_is_refused(hf, engine, trainer, said):
-    with pytest.raises(ValueError, match=said):
+def test_a_layout_that_cuts_blocks_is_refused(hf, engine, trainer, message):
+    with pytest.raises(ValueError, match=message):
         check_blocks(hf, engine, tensor=trainer[0], expert_tensor=trainer[1])
 
 
@@ -223,12 +223,12 @@ def test_a_recipe_is_refused_before_anything_starts():
 
 def test_an_engine_with_fp8_of_another_kind_is_refused():
     def without_scales(hf, engine, rank):
-        made = table_of(hf, engine, rank)
-        return Table(made.num_bytes, [s for s in made.slots if "scale" not in s.name])
+        table = table_of(hf, engine, rank)
+        return SlotTable(table.num_bytes, [s for s in table.slots if "scale" not in s.name])
 
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    meeting = Rendezvous(store, "other", 5)
-    meeting.offer(0, Offer(without_scales(DEEPSEEK, EngineLayout(), 0)))
+    rendezvous = Rendezvous(store, "other", 5)
+    rendezvous.publish_receiver(0, ReceiverInfo(without_scales(DEEPSEEK, EngineLayout(), 0)))
     held = held_by(DEEPSEEK, TrainerGrid(1), 0, draw(DEEPSEEK, 1))
     sender = WeightSender(DEEPSEEK, TrainerGrid(1), held, store)
     answer = sender.connect(0, "other", {}, "gloo", 5)

@@ -1,4 +1,4 @@
-"""Weights on their way: both ends of each transport in one process, against plain slicing."""
+"""Both ends of each transport in one process, against plain slicing."""
 
 import os
 import subprocess
@@ -10,27 +10,28 @@ import torch
 import xxhash
 from torch.distributed import TCPStore
 
-from megatron_r1.weight_sync.receive import (
-    Delivery,
-    Slot,
-    Table,
-    check_coverage,
-    copy_with_checksum,
-)
-from megatron_r1.weight_sync.receive.rendezvous import Offer, Rendezvous, Tables
-from megatron_r1.weight_sync.receive.table import place
+from megatron_r1.weight_sync.receive import Delivery, Slot, SlotTable
+from megatron_r1.weight_sync.receive.coverage import check_coverage
+from megatron_r1.weight_sync.receive.rendezvous import ReceiverInfo, Rendezvous, TableStore
+from megatron_r1.weight_sync.receive.table import slot_view
 from megatron_r1.weight_sync.transports import buckets, named_memory, receiver_class, sender_class
 from megatron_r1.weight_sync.transports.named_memory import NamedMemory, sweep
-from megatron_r1.weight_sync.verify.checksum import MIXER, RunningChecksum, checksum, sums
+from megatron_r1.weight_sync.verify.checksum import (
+    MIXER,
+    RunningChecksum,
+    checksum,
+    copy_with_checksum,
+    weighted_sum,
+)
 
-CHECKSUMS = sys.modules[sums.__module__]
+CHECKSUMS = sys.modules[weighted_sum.__module__]
 TENSORS = {
     "norm": torch.arange(5, dtype=torch.float32)[:, None] + 0.5,
     "weight": torch.arange(12 * 8, dtype=torch.float32).reshape(12, 8) / 7,
     "experts": torch.randn(6, 10, generator=torch.Generator().manual_seed(1)),
     "wide": torch.randn(6, 50, generator=torch.Generator().manual_seed(2)),
 }
-# An engine rank that wants all of a vector, rows 4-12 of a matrix, and half the columns of another
+# An engine rank that needs all of a vector, rows 4-12 of a matrix, and half the columns of another
 # one in bfloat16, beside something else in the same rows; and whole stripes of a fourth.
 SLOTS = [
     Slot("norm", 0, 5, 0, 1, 0, 4, "float32"),
@@ -60,19 +61,19 @@ WINDOWED_BY_TWO = {
 TRANSPORTS = ("shm", "gloo")
 
 
-def wanted(slot: Slot) -> torch.Tensor:
+def expected_values(slot: Slot) -> torch.Tensor:
     part = TENSORS[slot.name][slot.top : slot.bottom, slot.left : slot.right]
     return part.to(getattr(torch, slot.dtype))
 
 
-def sources(table: Table, deliveries: list[Delivery]) -> list[torch.Tensor]:
-    """As the trainer has them: float32, and not converted yet."""
-    found = []
+def slices(table: SlotTable, deliveries: list[Delivery]) -> list[torch.Tensor]:
+    """Return them as the trainer has them: float32, not converted yet."""
+    values = []
     for d in deliveries:
         slot = table.slots[d.slot]
         whole = TENSORS[slot.name][slot.top : slot.bottom, slot.left : slot.right]
-        found.append(whole[d.top : d.bottom, d.left : d.right])
-    return found
+        values.append(whole[d.top : d.bottom, d.left : d.right])
+    return values
 
 
 class World:
@@ -81,22 +82,22 @@ class World:
     full_every = 1
 
     def __init__(self, transport, slots, deliveries, num_bytes=2048, areas=1):
-        self.table = Table(num_bytes, slots, areas)
+        self.table = SlotTable(num_bytes, slots, areas)
         self.deliveries = deliveries
         self.store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        made = {}
+        ends = {}
 
         def receive():
-            meeting = Rendezvous(self.client(), f"test.{self.store.port}", 10)
-            made["receiver"] = receiver_class(transport)(meeting, 0, self.table)
+            rendezvous = Rendezvous(self.client(), f"test.{self.store.port}", 10)
+            ends["receiver"] = receiver_class(transport)(rendezvous, 0, self.table)
 
         def connect(sender):
-            meeting = Rendezvous(self.client(), f"test.{self.store.port}", 10)
-            (offer,) = meeting.offers(1)
-            end = sender_class(transport)(meeting, sender, 0, offer, self.full_every)
-            meeting.plan(sender, len(deliveries), {0: end.plan(deliveries[sender])}, 1)
+            rendezvous = Rendezvous(self.client(), f"test.{self.store.port}", 10)
+            (info,) = rendezvous.receivers(1)
+            end = sender_class(transport)(rendezvous, sender, 0, info, self.full_every)
+            rendezvous.publish_plans(sender, len(deliveries), {0: end.plan(deliveries[sender])}, 1)
             end.connect()
-            made[sender] = end
+            ends[sender] = end
 
         threads = [threading.Thread(target=receive)]
         threads += [threading.Thread(target=connect, args=(sender,)) for sender in deliveries]
@@ -104,8 +105,8 @@ class World:
             thread.start()
         for thread in threads:
             thread.join()
-        self.receiver = made.pop("receiver")
-        self.senders = made
+        self.receiver = ends.pop("receiver")
+        self.senders = ends
 
     def client(self):
         return TCPStore("127.0.0.1", self.store.port, is_master=False)
@@ -113,7 +114,7 @@ class World:
     def send(self, push, senders=None):
         def run(sender, end):
             for window in range(self.table.num_windows):
-                end.send(push, window, sources(self.table, self.deliveries[sender]))
+                end.send(push, window, slices(self.table, self.deliveries[sender]))
 
         threads = [
             threading.Thread(target=run, args=item)
@@ -145,7 +146,7 @@ def world():
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
 @pytest.mark.parametrize("piece_bytes", [1 << 20, 40])
-def test_what_lands_is_the_slices_in_the_engines_dtype(world, transport, piece_bytes, monkeypatch):
+def test_an_engine_receives_the_slices_in_its_dtype(world, transport, piece_bytes, monkeypatch):
     monkeypatch.setattr(buckets, "BUCKET_BYTES", piece_bytes)
     monkeypatch.setattr(CHECKSUMS, "CHUNK_BYTES", piece_bytes)
     monkeypatch.setattr(CHECKSUMS, "PASS_BYTES", piece_bytes)
@@ -153,28 +154,30 @@ def test_what_lands_is_the_slices_in_the_engines_dtype(world, transport, piece_b
     for push in (1, 2):
         TENSORS["weight"].add_(1)
         threads = made.send(push)
-        made.receiver.inbox.wait(push, 0, 20)
+        made.receiver.buffer.wait(push, 0, 20)
         for thread in threads:
             thread.join()
         for slot in SLOTS:
-            assert torch.equal(place(made.receiver.memory, slot), wanted(slot)), slot.name
+            assert torch.equal(slot_view(made.receiver.memory, slot), expected_values(slot)), (
+                slot.name
+            )
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
 def test_with_two_areas_a_push_leaves_the_one_before_as_it_is(world, transport):
     made = world(transport, SLOTS, BY_TWO, 2048, 2)
-    landed = {}
+    pushed = {}
     for push in (1, 2, 3):
         TENSORS["weight"].add_(1)
-        landed[push] = [wanted(slot).clone() for slot in SLOTS]
+        pushed[push] = [expected_values(slot).clone() for slot in SLOTS]
         threads = made.send(push)
-        made.receiver.inbox.wait(push, 0, 20)
+        made.receiver.buffer.wait(push, 0, 20)
         for thread in threads:
             thread.join()
         for age in (0, 1) if push > 1 else (0,):
             area = made.table.area(made.receiver.memory, push - age)
-            for slot, expected in zip(SLOTS, landed[push - age], strict=True):
-                assert torch.equal(place(area, slot), expected), (push, age, slot.name)
+            for slot, expected in zip(SLOTS, pushed[push - age], strict=True):
+                assert torch.equal(slot_view(area, slot), expected), (push, age, slot.name)
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
@@ -182,35 +185,35 @@ def test_a_window_is_not_overwritten_before_it_is_released(world, transport):
     made = world(transport, WINDOWED, WINDOWED_BY_TWO, 512)
     threads = made.send(1)
     for window, slot in enumerate(WINDOWED):
-        made.receiver.inbox.wait(1, window, 20)
+        made.receiver.buffer.wait(1, window, 20)
         threads[0].join(0.1)  # time to do what must not be done
-        assert torch.equal(place(made.receiver.memory, slot), wanted(slot)), slot
-        made.receiver.meeting.release(0, 1, window)
+        assert torch.equal(slot_view(made.receiver.memory, slot), expected_values(slot)), slot
+        made.receiver.rendezvous.release(0, 1, window)
     for thread in threads:
         thread.join()
 
 
-def test_engines_that_want_the_same_share_one_table():
-    """A trainer rank reads it once, whatever the number of engines."""
+def test_equal_engines_share_one_table():
+    """A trainer rank reads it once for any number of engines."""
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    tables = Tables(store)
-    met = {}
+    tables = TableStore(store)
+    receivers = {}
     for name, slots in {"a.1": SLOTS, "b.1": SLOTS, "c.1": WINDOWED}.items():
         for rank in range(2):
-            offer = Offer(Table(2048, slots), f"{name}/{rank}")
-            Rendezvous(store, name, 5).offer(rank, offer)
-        met[name] = Rendezvous(store, name, 5, tables=tables).offers(2)
-    assert [offer.address for offer in met["b.1"]] == ["b.1/0", "b.1/1"]
-    assert len({id(offer.table) for offers in met.values() for offer in offers}) == 2
-    assert [offers[1].table.slots for offers in met.values()] == [SLOTS, SLOTS, WINDOWED]
+            info = ReceiverInfo(SlotTable(2048, slots), f"{name}/{rank}")
+            Rendezvous(store, name, 5).publish_receiver(rank, info)
+        receivers[name] = Rendezvous(store, name, 5, tables=tables).receivers(2)
+    assert [info.address for info in receivers["b.1"]] == ["b.1/0", "b.1/1"]
+    assert len({id(info.table) for infos in receivers.values() for info in infos}) == 2
+    assert [infos[1].table.slots for infos in receivers.values()] == [SLOTS, SLOTS, WINDOWED]
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
-def test_who_brings_nothing_is_named(world, transport):
+def test_a_trainer_rank_that_sends_nothing_is_named(world, transport):
     made = world(transport, SLOTS, BY_TWO)
     made.send(1, senders=[0])[0].join()
-    with pytest.raises(ValueError, match="trainer ranks 1 have not brought all of it"):
-        made.receiver.inbox.wait(1, 0, 0.5)
+    with pytest.raises(ValueError, match="trainer ranks 1 have not sent all of it"):
+        made.receiver.buffer.wait(1, 0, 0.5)
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
@@ -220,20 +223,20 @@ def test_a_tensor_that_arrives_otherwise_is_named(world, transport, chunk_bytes,
     monkeypatch.setattr(CHECKSUMS, "CHUNK_BYTES", chunk_bytes)
     monkeypatch.setattr(CHECKSUMS, "PASS_BYTES", chunk_bytes)
     made = world(transport, SLOTS, BY_TWO)
-    inbox, arrived = made.receiver.inbox, made.receiver.inbox.arrived
+    buffer, arrived = made.receiver.buffer, made.receiver.buffer.arrived
 
     def corrupted(sender, push, index, sent):
-        brought = inbox.deliveries[sender][index]
-        slot = SLOTS[brought.slot]
+        delivery = buffer.deliveries[sender][index]
+        slot = SLOTS[delivery.slot]
         if (sender, slot.name) == (1, name):  # one bit of one element
-            part = place(made.receiver.memory, slot, brought)
+            part = slot_view(made.receiver.memory, slot, delivery)
             part.view({4: torch.int32, 2: torch.int16}[part.itemsize])[-1, 1] ^= 1
         arrived(sender, push, index, sent)
 
-    monkeypatch.setattr(made.receiver.inbox, "arrived", corrupted)
+    monkeypatch.setattr(made.receiver.buffer, "arrived", corrupted)
     made.send(1)
     with pytest.raises(ValueError, match=rf"1 tensors arrived otherwise.*{name} \(from rank 1\)"):
-        made.receiver.inbox.wait(1, 0, 20)
+        made.receiver.buffer.wait(1, 0, 20)
 
 
 def test_checksums_of_odd_rows_are_of_the_elements_in_order_whatever_the_strides():
@@ -249,31 +252,31 @@ def test_checksums_of_odd_rows_are_of_the_elements_in_order_whatever_the_strides
 def test_a_checksum_that_follows_arriving_rows_is_that_of_all(monkeypatch):
     monkeypatch.setattr(CHECKSUMS, "CHUNK_BYTES", 3 * 4 * 50)
     part = torch.randn(283, 80)[:, 7:57]
-    running, told = RunningChecksum(part), []
+    running, reports = RunningChecksum(part), []
     for row in (0, 1, 1, 40, 282):
-        running.reach(row)
+        running.update_to(row)
     assert running.digest() == xxhash.xxh3_64_intdigest(part.contiguous().numpy().tobytes())
-    assert copy_with_checksum(torch.zeros(283, 50), part, told.append) == running.digest()
-    assert told == list(range(3, 283, 3))
+    assert copy_with_checksum(torch.zeros(283, 50), part, reports.append) == running.digest()
+    assert reports == list(range(3, 283, 3))
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "bfloat16", "float32"])
-def test_sums_are_those_of_a_loop_and_tell_what_changed(dtype, monkeypatch):
+def test_weighted_sums_are_those_of_a_loop_and_change_with_every_error(dtype, monkeypatch):
     values = (torch.randn(37, 50) * 9).to(getattr(torch, dtype))[:, 3:44]
     bits = {"uint8": torch.int8, "bfloat16": torch.int16, "float32": torch.int32}[dtype]
     words = values.contiguous().view(bits).flatten().tolist()
     expected = sum(words) + MIXER * sum((2 * i + 1) * w for i, w in enumerate(words))
     for at_once in (1 << 22, 100):  # whole, and in runs of rows
-        monkeypatch.setitem(sums.__globals__, "SUMMED_ELEMENTS", at_once)
-        assert sums(values) == expected % 2**64
+        monkeypatch.setitem(weighted_sum.__globals__, "SUMMED_ELEMENTS", at_once)
+        assert weighted_sum(values) == expected % 2**64
     swapped, flipped = values.clone(), values.clone().contiguous()
     swapped[[4, 20]] = swapped[[20, 4]]
     flipped.view(bits)[11, 7] ^= 1
-    assert len({sums(values), sums(swapped), sums(flipped)}) == 3
+    assert len({weighted_sum(values), weighted_sum(swapped), weighted_sum(flipped)}) == 3
 
 
 @pytest.mark.parametrize(
-    ("broken", "said"),
+    ("broken", "named"),
     [
         ({1: None}, "weight"),
         ({0: Delivery(0, 0, 4, 0, 1)}, "norm"),
@@ -282,11 +285,11 @@ def test_sums_are_those_of_a_loop_and_tell_what_changed(dtype, monkeypatch):
     ],
     ids=["none", "too little", "rows twice", "columns twice"],
 )
-def test_a_plan_that_leaves_out_or_doubles_elements_is_refused(broken, said):
+def test_a_plan_that_leaves_out_or_doubles_elements_is_refused(broken, named):
     every = dict(enumerate([*BY_TWO[0], *BY_TWO[1]]))
-    check_coverage(Table(2048, SLOTS), every.values())
-    with pytest.raises(ValueError, match=f"1 tensors would not .*{said}"):
-        check_coverage(Table(2048, SLOTS), [d for d in (every | broken).values() if d])
+    check_coverage(SlotTable(2048, SLOTS), every.values())
+    with pytest.raises(ValueError, match=f"1 tensors would not .*{named}"):
+        check_coverage(SlotTable(2048, SLOTS), [d for d in (every | broken).values() if d])
 
 
 def test_memory_of_a_process_that_was_killed_is_swept_away(monkeypatch):

@@ -16,11 +16,11 @@ from tools.bench.push.here import measure, model
 from tools.bench.push.real_size import plan_of_671b
 
 ENGINES = {
-    "bf16-plain": ("bfloat16", {"MEGATRON_R1_PLAIN_MATRICES": "1"}),
-    "bf16": ("bfloat16", {}),
-    "fp32": ("float32", {}),
+    "bf16-plain": ("bfloat16", True),
+    "bf16": ("bfloat16", False),
+    "fp32": ("float32", False),
 }
-"""By name: dtype and environment. Without plain matrices, vLLM packs each matrix for oneDNN."""
+"""By name: dtype, and whether matrices stay plain; otherwise vLLM packs each for oneDNN."""
 
 
 def add_options(options: argparse.ArgumentParser) -> None:
@@ -39,10 +39,10 @@ def run(chosen: argparse.Namespace) -> dict[str, Any]:
         _print_values(found)
     here = {}
     for name in chosen.engines:
-        dtype, environment = ENGINES[name]
+        dtype, plain_matrices = ENGINES[name]
         shape = model(chosen.hidden, chosen.layers, dtype)
         with tempfile.TemporaryDirectory() as folder:
-            measured = measure(Path(folder), shape, environment, chosen.repeats, chosen.reloads)
+            measured = measure(Path(folder), shape, plain_matrices, chosen.repeats, chosen.reloads)
             here[name] = asyncio.run(measured)
         print(
             f"here, {name}: medians of {chosen.repeats} pushes and "

@@ -22,6 +22,7 @@ from megatron_r1.config import Config
 from megatron_r1.fleet.fleet import RolloutFleet
 from megatron_r1.training.client import TrainerClient
 from megatron_r1.weight_sync.bridge import WeightBridge
+from megatron_r1.weight_sync.links import EngineLinks
 from megatron_r1.weights import hf_tensors
 from tools.bench import machine
 from tools.bench.small_models import qwen2
@@ -43,9 +44,9 @@ def model(hidden: int, layers: int, dtype: str) -> dict[str, Any]:
 
 
 async def measure(
-    folder: Path, shape: dict[str, Any], environment: dict[str, str], repeats: int, num_reloads: int
+    folder: Path, shape: dict[str, Any], plain_matrices: bool, repeats: int, num_reloads: int
 ) -> dict[str, Any]:
-    """Return medians of seconds, and their ratios. environment: added to the engine's."""
+    """Return medians of seconds, and their ratios."""
     os.environ["OMP_WAIT_POLICY"] = "passive"
     dtype = shape["torch_dtype"]
     (folder / "model").mkdir()
@@ -58,7 +59,8 @@ async def measure(
     )
     trainer = TrainerClient(config, folder / "logs")
     trainer.launch()
-    settings = {"max_model_len": 512, "max_num_seqs": 4, "dtype": dtype, "extra_env": environment}
+    settings = {"max_model_len": 512, "max_num_seqs": 4, "dtype": dtype}
+    settings["plain_matrices"] = plain_matrices
     try:
         await trainer.connect()
         await trainer.call("export", folder=str(folder / "export"))
@@ -76,7 +78,7 @@ async def _measure(
     tensors = [(name, size) for name, (size, _) in shapes.items()]
     width = 4 if config.rollout.dtype == "float32" else 2
     num_bytes = width * sum(torch.Size(size).numel() for _, size in tensors)
-    bridge = WeightBridge(trainer, fleet, config.push, tensors, {})
+    bridge = WeightBridge(fleet, EngineLinks(trainer, config.push, tensors, {}))
     await bridge.open()
     copy = _Copy(num_bytes)
     pushes, reloads = [], []

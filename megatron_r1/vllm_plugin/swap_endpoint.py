@@ -1,8 +1,7 @@
-"""`POST /swap_weights`: one call of vLLM's server for all of a swap.
+"""`POST /swap_weights`: one call of vLLM's server for all of a swap of weights.
 
-Bringing landed weights into use over vLLM's own calls takes six of them while nothing generates,
-and its /pause sleeps for 20 ms once the engine has stopped (v1/engine/async_llm.py:991): 36 ms in
-all, where the engine itself needs 3.
+vLLM's own calls for it are six, made while nothing generates, and /pause sleeps for 20 ms once the
+engine has stopped (v1/engine/async_llm.py:984): 36 ms in all, where the engine itself needs 3.
 """
 
 from typing import Annotated, Any
@@ -19,16 +18,16 @@ async def swap_weights(
     weight_version: Annotated[str, Body()],
     resume: Annotated[bool, Body()] = True,
 ) -> dict[str, str]:
-    """Stop amid whatever is in flight, have the backend load what has landed, stamp what follows
-    with `weight_version`, forget all keys and values, and, with `resume`, go on. After an error the
-    engine stays stopped.
+    """Pause with requests in flight, have the backend load the received weights, set
+    `weight_version`, drop all keys and values, and resume, if asked to. After an error the engine
+    stays paused.
 
     Without `reset_running_requests` vLLM keeps the whole cache while any sequence is in flight: new
     groups would then attend to keys of the weights before.
     """
     engine = engine_client(request)
-    # Answers when no step is under way; tokens are stamped in the engine, so that it does not
-    # matter when their receiver hears of them.
+    # Returns when no step is under way. The engine stamps tokens with their version, so it does not
+    # matter when their receiver gets them.
     await engine.engine_core.pause_scheduler_async(mode="keep", clear_cache=False)
     with weight_operation_metrics().record("update"):
         await engine.start_weight_update()
@@ -42,5 +41,5 @@ async def swap_weights(
 
 
 def add() -> None:
-    """To the server that this process is about to start."""
+    """Add the endpoint to the server that this process will start."""
     router.post("/swap_weights")(swap_weights)

@@ -1,10 +1,10 @@
-"""What differs between two states of the same bytes, as it travels.
+"""The difference between two states of the same bytes, encoded for the wire.
 
-A mask of one bit per block, then the blocks that differ, then the bytes that are no whole block,
-always. Lossless, and never longer than the new state itself, which else travels instead: so the
-length says which of the two it is.
+It is a mask of one bit per block, then the blocks that differ, then the bytes after the last whole
+block, always. The encoding is lossless and never longer than the new state itself, which is sent
+instead where it is shorter, so the length shows which of the two was sent.
 
-Blocks are small, because what training changes is scattered: at a learning rate of 1e-6 a step
+Blocks are small because training changes scattered elements: at a learning rate of 1e-6 a step
 changes 1% of bf16 weights, which is 2% of blocks of 4 bytes and 29% of blocks of 64 (docs/push.md).
 """
 
@@ -17,7 +17,8 @@ BLOCK = np.dtype(np.int32)
 
 
 def encode(new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
-    """What turns `old` into `new`, both of n bytes on the host: fewer than n bytes, or `new`."""
+    """Return the difference from `old` to `new`, both n bytes on the host: fewer than n bytes, or
+    `new`."""
     blocks, rest = _divided(new)
     differs = blocks != _divided(old)[0]
     mask = np.packbits(differs)
@@ -29,22 +30,22 @@ def encode(new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
 
 
 def patch(state: torch.Tensor, encoded: torch.Tensor) -> None:
-    """Turn the old state, of n bytes on the host, into the new one that `encode` was given."""
+    """Turn the old state, n bytes on the host, into the new one in place."""
     if len(encoded) == len(state):
         state.copy_(encoded)
         return
     blocks, rest = _divided(state)
-    travelled = encoded.numpy()
-    end_of_mask, start_of_rest = -(-len(blocks) // 8), len(travelled) - len(rest)
-    differs = np.unpackbits(travelled[:end_of_mask], count=len(blocks)).view(np.bool_)
-    # Copied, as whole numbers have to lie at a multiple of their size.
-    changed = travelled[end_of_mask:start_of_rest].copy().view(BLOCK)
+    received = encoded.numpy()
+    end_of_mask, start_of_rest = -(-len(blocks) // 8), len(received) - len(rest)
+    differs = np.unpackbits(received[:end_of_mask], count=len(blocks)).view(np.bool_)
+    # Copied, because integers must begin at a multiple of their size.
+    changed = received[end_of_mask:start_of_rest].copy().view(BLOCK)
     blocks[np.flatnonzero(differs)] = changed
-    rest[:] = travelled[start_of_rest:]
+    rest[:] = received[start_of_rest:]
 
 
 def _divided(state: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """The blocks, and the bytes left over; views."""
+    """Return views of the blocks and of the bytes left over."""
     flat = state.numpy()
     end = len(flat) // BLOCK.itemsize * BLOCK.itemsize
     return flat[:end].view(BLOCK), flat[end:]

@@ -1,0 +1,194 @@
+"""The plan of a push: which rank sends what to which rank.
+
+Every element that an engine rank needs is sent to it once, by one of the trainer ranks that hold
+it. The sender follows from counting alone, without communication: the ranks that hold the same part
+of a tensor take turns over the engine ranks that need it. A rank computes its own transfers and
+never sees the others'.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from megatron_r1.errors import UserError
+from megatron_r1.weight_sync.plan.engine_layout import Coordinate, EngineLayout
+from megatron_r1.weight_sync.plan.predicted_layout import PredictedLayout
+from megatron_r1.weight_sync.plan.region import Region
+from megatron_r1.weight_sync.plan.tensors import HFTensor, checkpoint_tensors
+from megatron_r1.weight_sync.plan.trainer_grid import TrainerGrid
+from megatron_r1.weight_sync.plan.transfer import Transfer
+from megatron_r1.weights.layout import Shard, stage_shards
+from megatron_r1.weights.rules import Table, whole
+
+
+class Needs(Protocol):
+    """The regions that the ranks of an engine need: `PredictedLayout` or `ReceiverLayout`."""
+
+    table: Table
+
+    def coordinates(self, tensor: HFTensor) -> list[Coordinate]: ...
+    def region(self, tensor: HFTensor, at: Coordinate) -> Region | None: ...
+    def cache_key(self, tensor: HFTensor) -> Hashable | None: ...
+
+
+@dataclass(frozen=True)
+class Holding:
+    """The part of a tensor that all ranks of `replicas` hold."""
+
+    region: Region
+    replicas: range
+
+
+@dataclass(frozen=True)
+class SharedHolding:
+    """A holding and the regions of it that each engine needs.
+
+    needed: (rank within the engine, region), the same for every engine. The replicas take turns,
+    the one at `offset` first.
+    """
+
+    name: str
+    dtype: str | None
+    replicas: range
+    offset: int
+    needed: list[tuple[int, Region]]
+
+
+class Planner:
+    """Transfers between two layouts of the model that `hf` describes.
+
+    stages: the shards of each pipeline rank's virtual stages (`weights.layout.stage_shards`),
+    default an even spread. needs: default `PredictedLayout`. Raises UserError for an impossible
+    layout.
+    """
+
+    def __init__(
+        self,
+        hf: dict,
+        grid: TrainerGrid,
+        engines: EngineLayout,
+        stages: list[list[Shard]] | None = None,
+        needs: Needs | None = None,
+    ):
+        self.grid, self.engines = grid, engines
+        self.needs = needs or PredictedLayout(hf, engines)
+        self.table = self.needs.table
+        stages = stages or stage_shards(hf, grid.pipeline, with_mtp=False)
+        self._stage_of_layer = {
+            layer: rank
+            for rank, chunks in enumerate(stages)
+            for chunk in chunks
+            for layer in chunk.layers
+        }
+        self._stage_of_part = {
+            part: next(r for r, chunks in enumerate(stages) for c in chunks if getattr(c, part))
+            for part in ("embedding", "final_norm", "head")
+        }
+        self._needed: dict[tuple, list[tuple[Coordinate, Region]]] = {}
+        experts = self.table.num_experts
+        if experts and experts % grid.expert:
+            raise UserError(f"parallel.expert={grid.expert} does not divide {experts} experts")
+
+    def sends(self, rank: int, engine: int | None = None) -> Iterator[Transfer]:
+        """Yield the transfers of trainer rank `rank`, layer by layer.
+
+        engine: only the transfers to this one.
+        """
+        stage, tensor = self.grid.stage(rank), self.grid.tensor_rank(rank)
+        expert_tensor, expert_rank = self.grid.expert_coordinate(rank)
+        for item in self._held(stage, expert_rank):
+            own = expert_tensor if item.expert is not None else tensor
+            for holding in self.holdings(item, own):
+                needed = self.needed_of(item, holding.region)
+                if not needed:
+                    continue
+                first, end = 0, len(needed) * self.engines.engines
+                if engine is not None:
+                    first, end = engine * len(needed), (engine + 1) * len(needed)
+                turns = len(holding.replicas)
+                mine = holding.replicas.index(rank) - first_turn(item.name)
+                for turn in range(first + (mine - first) % turns, end, turns):
+                    to_engine, index = divmod(turn, len(needed))
+                    at, region = needed[index]
+                    receiver = self.engines.rank(at, to_engine)
+                    dtype = item.rule.dtype
+                    yield Transfer(item.name, item.shape, region, rank, receiver, dtype)
+
+    def shared_holdings(self) -> Iterator[SharedHolding]:
+        """Yield everything that is sent, once per holding: sums over a million transfers need no
+        list of them."""
+        for stage in range(self.grid.pipeline):
+            for expert_rank in range(self.grid.expert):
+                for item in self._held(stage, expert_rank):
+                    if item.expert is None and expert_rank:
+                        continue
+                    for holding in self.holdings(item):
+                        replicas = holding.replicas
+                        yield SharedHolding(
+                            item.name,
+                            item.rule.dtype,
+                            replicas,
+                            first_turn(item.name) % len(replicas),
+                            [
+                                (self.engines.rank(at), region)
+                                for at, region in self.needed_of(item, holding.region)
+                            ],
+                        )
+
+    def holdings(self, item: HFTensor, only: int | None = None) -> Iterator[Holding]:
+        """Yield the parts of a tensor over the trainer's ranks.
+
+        only: the part of this (expert-)tensor-parallel rank.
+        """
+        grid, rule = self.grid, item.rule
+        stage = (
+            self._stage_of_part[item.part]
+            if item.layer is None
+            else self._stage_of_layer[item.layer]
+        )
+        if rule.split is whole:
+            yield Holding(Region.whole(item.shape), grid.whole_replicas(stage))
+            return
+        ranks = grid.tensor if item.expert is None else grid.expert_tensor
+        name = rule.sources[item.source].name
+        for part in range(ranks) if only is None else (only,):
+            if item.expert is None:
+                replicas = grid.dense_replicas(stage, part)
+            else:
+                owner = item.expert * grid.expert // self.table.num_experts
+                replicas = grid.expert_replicas(stage, part, owner)
+            for piece in rule.split(rule.sources, part, ranks)[1]:
+                if piece.hf_name == name:
+                    yield Holding(Region.of(piece, item.shape), replicas)
+
+    def needed_of(self, item: HFTensor, held: Region) -> list[tuple[Coordinate, Region]]:
+        """Return who within one engine needs which part of `held`."""
+        alike = self.needs.cache_key(item)
+        key = (alike, held)
+        if alike is not None and key in self._needed:
+            return self._needed[key]
+        needed = []
+        for at in self.needs.coordinates(item):
+            region = self.needs.region(item, at)
+            part = region and held.intersection(region)
+            if part:
+                needed.append((at, part))
+        if alike is not None:
+            self._needed[key] = needed
+        return needed
+
+    def _held(self, stage: int, expert_rank: int) -> Iterator[HFTensor]:
+        """Yield the tensors of which a trainer rank of `stage` holds a part."""
+        per_rank = self.table.num_experts // self.grid.expert
+        experts = range(expert_rank * per_rank, (expert_rank + 1) * per_rank)
+        layers = [layer for layer, at in self._stage_of_layer.items() if at == stage]
+        ends = {part for part, at in self._stage_of_part.items() if at == stage}
+        return checkpoint_tensors(self.table, {"layers", *ends}, sorted(layers), experts)
+
+
+def first_turn(name: str) -> int:
+    """Return where a tensor's turns begin: otherwise the first replica would always come first."""
+    return zlib.crc32(name.encode())

@@ -1,0 +1,148 @@
+"""Which part of every Hugging Face tensor each rank of a vLLM engine needs, predicted.
+
+The weight table that lays a model out over Megatron's ranks also determines how vLLM splits it:
+each split of `weights.rules` has a counterpart here. vLLM 0.32's classes: columns is
+ColumnParallelLinear and MergedColumnParallelLinear, rows RowParallelLinear, whole ReplicatedLinear
+and norms, vocabulary VocabParallelEmbedding and ParallelLMHead, query_groups QKVParallelLinear;
+routed experts are FusedMoE's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator
+
+from megatron_r1.errors import UserError
+from megatron_r1.weight_sync.plan.engine_layout import Coordinate, EngineLayout
+from megatron_r1.weight_sync.plan.region import Region
+from megatron_r1.weight_sync.plan.tensors import HFTensor, checkpoint_tensors, is_tied
+from megatron_r1.weights.layout import table
+from megatron_r1.weights.rules import Shape, columns, rows, vocabulary, whole
+
+VOCABULARY_MULTIPLE = 64
+"""vLLM pads the vocabulary to this (DEFAULT_VOCAB_PADDING_SIZE) before it splits it."""
+
+
+class PredictedLayout:
+    """The regions that the ranks of one engine need of the model that `hf` describes.
+
+    Used to plan without an engine; a push uses `ReceiverLayout`. Multi-token-prediction layers are
+    left out: only a drafter needs them. Raises UserError where vLLM cannot split the model so.
+    """
+
+    def __init__(self, hf: dict, layout: EngineLayout):
+        self.layout, self.table = layout, table(hf)
+        heads = hf["num_attention_heads"]
+        if heads % layout.tensor:
+            raise UserError(
+                f"rollout tensor parallel size {layout.tensor} does not divide "
+                f"num_attention_heads={heads}; choose a divisor"
+            )
+        self._stage_layers = stage_layers(len(self.table.layers), layout.pipeline)
+        self._stage_of_layer = [s for s, layers in enumerate(self._stage_layers) for _ in layers]
+        self._embedding_stages = sorted({0, layout.pipeline - 1} if is_tied(self.table) else {0})
+        self._stage_coordinates = [
+            [
+                Coordinate(stage, data, tensor)
+                for data in range(layout.data)
+                for tensor in range(layout.tensor)
+            ]
+            for stage in range(layout.pipeline)
+        ]
+
+    def tensors(self, at: Coordinate) -> Iterator[HFTensor]:
+        """Yield the tensors of which the rank at `at` needs a part, in checkpoint order."""
+        parts = {"layers"}
+        if at.pipeline in self._embedding_stages:
+            parts.add("embedding")
+        if at.pipeline == self.layout.pipeline - 1:
+            parts |= {"final_norm", "head"}
+        spread = self.layout.expert_parallel
+        experts = self._experts_on(at) if spread else range(self.table.num_experts)
+        return checkpoint_tensors(self.table, parts, self._stage_layers[at.pipeline], experts)
+
+    def needed(self, at: Coordinate) -> Iterator[tuple[HFTensor, Region]]:
+        """Yield each tensor that the rank at `at` needs, with the region it needs."""
+        for tensor in self.tensors(at):
+            region = self.region(tensor, at)
+            if region is not None:
+                yield tensor, region
+
+    def coordinates(self, tensor: HFTensor) -> list[Coordinate]:
+        """Return the coordinates that need a part of `tensor`, in a fixed order."""
+        if tensor.layer is not None:
+            stages = [self._stage_of_layer[tensor.layer]]
+        elif tensor.part == "embedding":
+            stages = self._embedding_stages
+        else:
+            stages = [self.layout.pipeline - 1]
+        if tensor.expert is not None and self.layout.expert_parallel:
+            return [self._stage_coordinates[stages[0]][self._expert_owner(tensor.expert)]]
+        return [at for stage in stages for at in self._stage_coordinates[stage]]
+
+    def cache_key(self, tensor: HFTensor) -> Hashable | None:
+        """Return a key that is equal for tensors with the same coordinates and regions, those of
+        the layers on one engine stage; None where too few share it for a cache to help."""
+        if tensor.expert is not None and self.layout.expert_parallel:
+            return None
+        return id(tensor.rule), tensor.source, self.coordinates(tensor)[0].pipeline
+
+    def region(self, tensor: HFTensor, at: Coordinate) -> Region | None:
+        """Return the region of `tensor` that the rank at `at` needs, or None."""
+        rule, shape = tensor.rule, tensor.shape
+        rank, ranks = at.tensor, self.layout.tensor
+        if rule.split is whole:
+            return Region.whole(shape)
+        if tensor.expert is not None:
+            if self.layout.expert_parallel:
+                return Region.whole(shape)
+            # Without expert parallelism vLLM splits experts over data x tensor ranks alike.
+            rank, ranks = at.data * ranks + rank, self._num_expert_ranks
+        if rule.split is rows:
+            return _share(shape, 1, rank, ranks)
+        if rule.split is columns:
+            return _share(shape, 0, rank, ranks)
+        if rule.split is vocabulary:
+            padded = -(-shape[0] // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+            start, end = rank * padded // ranks, min((rank + 1) * padded // ranks, shape[0])
+            return Region.along(shape, 0, start, end - start) if start < end else None
+        groups = rule.split.num_groups  # query_groups, the only other split
+        if tensor.source == 0 or groups % ranks == 0:
+            return _share(shape, 0, rank, ranks)
+        return _share(shape, 0, rank * groups // ranks, groups)  # several ranks share a head
+
+    @property
+    def _num_expert_ranks(self) -> int:
+        return self.layout.data * self.layout.tensor
+
+    def _experts_on(self, at: Coordinate) -> range:
+        """Return the routed experts on the rank at `at` under expert parallelism (FusedMoE, linear
+        placement: the first ranks have one more where they do not divide)."""
+        each, more = divmod(self.table.num_experts, self._num_expert_ranks)
+        rank = at.data * self.layout.tensor + at.tensor
+        start = rank * each + min(rank, more)
+        return range(start, start + each + (rank < more))
+
+    def _expert_owner(self, expert: int) -> int:
+        each, more = divmod(self.table.num_experts, self._num_expert_ranks)
+        full = more * (each + 1)
+        return expert // (each + 1) if expert < full else more + (expert - full) // each
+
+
+def stage_layers(num_layers: int, stages: int) -> list[range]:
+    """Return the decoder layers of each pipeline stage: what does not divide goes to the stages
+    before the last (vllm/distributed/utils.py, get_pp_indices)."""
+    lengths = [num_layers // stages] * stages
+    for i in range(2, num_layers % stages + 2):
+        lengths[-i] += 1
+    starts = [sum(lengths[:i]) for i in range(stages)]
+    return [range(s, s + n) for s, n in zip(starts, lengths, strict=True)]
+
+
+def _share(shape: Shape, dim: int, rank: int, ranks: int) -> Region:
+    if shape[dim] % ranks:
+        raise UserError(
+            f"rollout tensor parallel size {ranks} does not divide dimension {dim} of a tensor of "
+            f"shape {shape}; choose a divisor of {shape[dim]}"
+        )
+    length = shape[dim] // ranks
+    return Region.along(shape, dim, rank * length, length)
