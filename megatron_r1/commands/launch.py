@@ -16,6 +16,7 @@ from megatron_r1.errors import TrainerError
 from megatron_r1.evaluation.model_folder import has_newest_export
 from megatron_r1.processes import children
 from megatron_r1.processes.authentication import RANKS_ENVIRONMENT
+from megatron_r1.processes.lifetime import die_with_parent
 from megatron_r1.processes.stopping import StopRequest
 from megatron_r1.reporting.run_folder import RunFolder
 from megatron_r1.supervision.supervisor import Supervisor
@@ -43,7 +44,7 @@ def start_controller(arguments: list[str]) -> tuple[subprocess.Popen, str]:
     controller = subprocess.Popen(
         [sys.executable, "-m", "megatron_r1", *arguments],
         env=environment,
-        preexec_fn=children.die_with_parent,
+        preexec_fn=die_with_parent,
     )
     return controller, f"tcp://{os.environ['MASTER_ADDR']}:{port}"
 
@@ -93,7 +94,7 @@ async def _run_stage(config, name, facts, body: Body, next_commands) -> None:
             title=title,
             facts=facts,
         )
-        stop.say = recorder.view.message
+        stop.notify = recorder.view.message
         if recorder.state.step >= config.run.steps and has_newest_export(folder.path):
             recorder.view.message(f"{folder.path} is already finished: {folder.hf}")
             recorder.close("nothing to do")

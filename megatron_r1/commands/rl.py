@@ -15,21 +15,21 @@ from megatron_r1.data.prompts import PromptSplit, load_prompts
 from megatron_r1.data.sampler import PromptSampler
 from megatron_r1.data.text import PromptText
 from megatron_r1.engine import gpu
-from megatron_r1.engine.context_length import context_length
-from megatron_r1.engine.parallelism import (
+from megatron_r1.engine.recipe import (
     check_engines,
+    context_length,
     engine_settings,
     fleet_settings,
 )
-from megatron_r1.fleet.fleet import RolloutFleet
 from megatron_r1.fleet.hosts.pool import HostPool
 from megatron_r1.fleet.placement import (
     check_room,
     growing,
     hosts_address,
-    placed,
+    open_pool,
     server_maker,
 )
+from megatron_r1.fleet.rollout_fleet import RolloutFleet
 from megatron_r1.models import read_hf_config
 from megatron_r1.models.routing_shape import routing_shape
 from megatron_r1.processes.stopping import StopRequest
@@ -88,7 +88,7 @@ def run(config: Config) -> None:
     ) -> None:
         folder, say = recorder.folder.path, recorder.view.message
         one_memory = config.push.on_one_host
-        async with placed(config.rollout, folder, one_memory, say) as hosts:
+        async with open_pool(config.rollout, folder, one_memory, say) as hosts:
             roles = (recorder, trainer, stop, supervisor)
             await _with_engines(config, *roles, text, prompts, hosts)
 
@@ -209,7 +209,7 @@ def _fleet(
     return RolloutFleet(
         rollout.engines,
         logs,
-        say=say,
+        notify=say,
         make_server=server_maker(hosts),
         weight_transfer_backend=f"megatron_r1_{config.push.transport}",
         device=gpu.device(),

@@ -1,4 +1,4 @@
-"""Rollout engines: vLLM servers in processes of their own, driven over HTTP.
+"""One rollout engine: a vLLM server in processes of its own, driven over HTTP.
 
 Imports neither torch nor vllm.
 """

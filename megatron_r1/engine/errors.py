@@ -1,11 +1,11 @@
-"""What engines do wrong."""
+"""Errors of rollout engines."""
 
 
 class EngineError(RuntimeError):
-    """An engine did not start, died, refused a call or answered nonsense. The message says which,
-    and where to look.
+    """An engine did not start, died, refused a call or gave an unusable reply. The message names
+    the engine and, where it helps, its log.
 
-    `status` is the HTTP status if there was an answer.
+    `status` is the HTTP status if there was a reply.
     """
 
     def __init__(self, message: str, status: int | None = None) -> None:
@@ -14,18 +14,17 @@ class EngineError(RuntimeError):
 
 
 class EngineDied(EngineError):
-    """The engine's process has ended, or does nothing any more: another may do what it was asked
-    for."""
+    """The engine's process has ended or hangs: another engine may serve the request."""
 
 
 class EngineTimeout(EngineError):
-    """No answer in the time that a request may take."""
+    """No reply within `timeout_seconds`."""
 
 
 class EngineFault(EngineError):
-    """The engine lives, but what came back cannot be used: a dropped connection, an error of its
-    own, or an answer that does not add up. Worth asking again."""
+    """The engine lives, but its reply is unusable: a dropped connection, an internal error, or a
+    malformed response. The request is worth repeating."""
 
 
 class ConnectionBroken(EngineFault):
-    """There is no answer, and nobody knows how far the engine came with what it was asked for."""
+    """The connection broke before the reply: the engine may or may not have executed the call."""

@@ -1,4 +1,4 @@
-"""Whether there is a GPU, asked without importing torch: for processes that only start others.
+"""The GPUs of this host, found without importing torch: for processes that only start others.
 
 Importing torch takes such a process a second or two, during which nothing else begins. Processes
 that compute ask `platform.has_gpu`.
@@ -6,24 +6,51 @@ that compute ask `platform.has_gpu`.
 
 import ctypes
 import functools
+import glob
 import importlib.util
 import runpy
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
+
+from megatron_r1.engine.errors import EngineError
 
 DRIVER = "libcuda.so.1"
 
 
 @functools.cache
 def is_usable() -> bool:
-    """What `torch.cuda.is_available()` says: torch is built for CUDA, and the driver shows a device
-    (`CUDA_VISIBLE_DEVICES` may hide them)."""
+    """Return what `torch.cuda.is_available()` would: torch is built for CUDA, and the driver shows
+    a device (`CUDA_VISIBLE_DEVICES` may hide them)."""
     return _torch_has_cuda() and _count_devices() > 0
 
 
 def device() -> Literal["cpu", "cuda"]:
-    """What engines on this machine compute on."""
+    """Return the device that engines on this host compute on."""
     return "cuda" if is_usable() else "cpu"
+
+
+def visible_gpus(environment: Mapping[str, str]) -> list[str]:
+    """Return the GPUs in CUDA_VISIBLE_DEVICES, which Slurm sets; where it is not set, all."""
+    visible = environment.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return [gpu for gpu in visible.split(",") if gpu]
+    return [str(index) for index in range(len(glob.glob("/dev/nvidia[0-9]*")))]
+
+
+def gpus_of_slot(visible: list[str], num_engines: int, slot: int) -> dict[str, str]:
+    """Return the environment variable that gives one of several engines its equal share of GPUs.
+
+    Raises:
+        EngineError: the GPUs cannot be divided evenly.
+    """
+    if not visible or len(visible) % num_engines:
+        raise EngineError(
+            f"{len(visible)} GPUs ({','.join(visible) or 'none visible'}) cannot be divided among "
+            f"{num_engines} engines; change --engines"
+        )
+    share = len(visible) // num_engines
+    return {"CUDA_VISIBLE_DEVICES": ",".join(visible[slot * share : (slot + 1) * share])}
 
 
 def _torch_has_cuda() -> bool:
@@ -35,7 +62,7 @@ def _torch_has_cuda() -> bool:
 
 
 def _count_devices() -> int:
-    """CUDA driver API, cuInit and cuDeviceGetCount; 0 where there is no driver."""
+    """Call the CUDA driver's cuInit and cuDeviceGetCount; 0 where there is no driver."""
     try:
         driver = ctypes.CDLL(DRIVER)
     except OSError:

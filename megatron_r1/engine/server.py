@@ -1,5 +1,8 @@
 """One vLLM API server as a child process: its start, its log, its end."""
 
+from __future__ import annotations
+
+import asyncio
 import contextlib
 import json
 import os
@@ -8,26 +11,80 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
+from megatron_r1.engine.client import is_healthy
 from megatron_r1.engine.errors import EngineError
-from megatron_r1.engine.log import excerpt
-from megatron_r1.engine.scratch import Scratch, shared_files
 from megatron_r1.engine.settings import EngineSettings
-from megatron_r1.processes import lifetime
-from megatron_r1.processes.children import free_port
+from megatron_r1.engine.temporary_files import Scratch, shared_files
+from megatron_r1.processes import children
+from megatron_r1.processes.logs import file_excerpt
 
-STOP_GRACE_SECONDS = 5.0
+STOP_SECONDS = 5.0
 KILL_SECONDS = 30.0
-POLL_SECONDS = 0.05
-EXCERPT_BYTES = 2**18  # that are read of a log's beginning, and of its end
 
 
-class EngineServer:
-    """A vLLM API server and the processes under it.
+class Server(ABC):
+    """A vLLM server: a child process, one on other hosts, or one that is not ours."""
+
+    poll_seconds = 0.05
+    """Between two checks of `wait_ready`."""
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether a host of it is lost, so that a replacement needs another host."""
+        return False
+
+    @property
+    @abstractmethod
+    def url(self) -> str:
+        """`http://host:port`. Raises EngineError before it is known."""
+
+    @abstractmethod
+    def start(self) -> None:
+        """Start the server and return at once. Raises EngineError, OSError."""
+
+    @abstractmethod
+    def stop(self) -> None:
+        """Stop the server and wait for its end; harmless if it has ended."""
+
+    @abstractmethod
+    def is_alive(self) -> bool:
+        """Return whether the server may still answer."""
+
+    @abstractmethod
+    def describe_end(self) -> str:
+        """Return how the server ended."""
+
+    @abstractmethod
+    def _why_not_ready(self) -> str:
+        """Return why the server is not ready yet."""
+
+    async def wait_ready(self, timeout_seconds: float = 300.0) -> None:
+        """Wait until the server answers; stop it if it does not.
+
+        Raises:
+            EngineError: it ended (noticed at once), cannot start, or the time is over; says why.
+        """
+        deadline = time.monotonic() + timeout_seconds
+        while time.monotonic() < deadline:
+            if not self.is_alive():
+                raise EngineError(f"the engine did not start: {self.describe_end()}")
+            if await self._is_ready():
+                return
+            await asyncio.sleep(self.poll_seconds)
+        why = self._why_not_ready()
+        await asyncio.to_thread(self.stop)
+        raise EngineError(f"the engine was not ready after {timeout_seconds:.0f} seconds: {why}")
+
+    async def _is_ready(self) -> bool:
+        return await is_healthy(self.url)
+
+
+class EngineServer(Server):
+    """A vLLM API server on this host and the processes under it.
 
     They end with this process, whatever ends it, and also with the thread that calls `start`: call
     it from one that lives as long as the engine should (the main thread).
@@ -38,14 +95,10 @@ class EngineServer:
     are left. Greedy sampling (temperature 0) reports the distribution at temperature 1.
     """
 
-    is_lost = False
-    """As `RemoteServer.is_lost`; its host is this one."""
-
     def __init__(
         self, model: str | os.PathLike[str], log_path: str | os.PathLike[str], **settings: Any
     ) -> None:
-        """Note the settings; `start` begins.
-
+        """
         Args:
             model: folder with `config.json` (Hugging Face) and the first weights.
             log_path: receives everything the engine prints; appended to.
@@ -63,12 +116,12 @@ class EngineServer:
         self._log_start = 0
         self._scratch: Scratch | None = None
         self._shared: list[Path] = []
-        """What it had once it was ready, should all of it be killed before `stop`."""
+        """Its files in /dev/shm once it was ready, for the case that all of it is killed."""
         self._url: str | None = None
 
     @property
     def url(self) -> str:
-        """`http://host:port`, known after `start`; empty for a part that does not serve."""
+        """`http://host:port`, known after `start`; empty for a part without the API server."""
         if self._url is None:
             raise EngineError("the engine has not been started")
         return self._url
@@ -77,78 +130,45 @@ class EngineServer:
         """Start the process on a free port and return at once.
 
         Raises:
-            EngineError: the model folder cannot be one.
+            EngineError: the model folder is unusable.
             OSError: the port is taken.
         """
         check_model_folder(self.model)
         command = [sys.executable, "-m", "megatron_r1.vllm_plugin.serve", *self.arguments]
-        command += self._where_to_listen()
+        command += self._choose_ports()
         part = self.settings.part
         if part is not None:
-            command += part.arguments(part, self.settings.data, self.coordinator)
+            command += part.arguments(self.settings.data, self.coordinator)
         self._scratch = Scratch()
-        self.log_path.parent.mkdir(parents=True, exist_ok=True)
-        with self.log_path.open("ab") as log:
-            self._log_start = log.tell()
-            self.process = subprocess.Popen(
-                command,
-                env=os.environ
-                | self._scratch.environment()
-                | self.environment
-                | {lifetime.PARENT: str(os.getpid())},
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                # Ctrl-C is the controller's to handle, and stop() signals the whole group.
-                start_new_session=True,
-            )
+        self._log_start = self.log_path.stat().st_size if self.log_path.exists() else 0
+        environment = self._scratch.environment() | self.environment
+        self.process = children.start(command, self.log_path, environment)
 
-    def wait_ready(self, timeout_seconds: float = 300.0) -> None:
-        """Block until the server answers.
-
-        Raises:
-            EngineError: the process ended (noticed at once) or the time is over; quotes the log.
-        """
-        deadline = time.monotonic() + timeout_seconds
-        while time.monotonic() < deadline:
-            if not self.is_alive():
-                raise EngineError(f"the engine did not start: {self.describe_end()}")
-            with contextlib.suppress(urllib.error.URLError, OSError):
-                if urllib.request.urlopen(f"{self.url}/health", timeout=5).status == 200:
-                    assert self.process is not None
-                    self._shared = shared_files(self.process.pid)
-                    return
-            time.sleep(POLL_SECONDS)
-        self.stop()
-        raise EngineError(
-            f"the engine was not ready after {timeout_seconds:.0f} seconds; {self.log_path} says:\n"
-            f"{self.log_excerpt()}"
-        )
+    async def wait_ready(self, timeout_seconds: float = 300.0) -> None:
+        await super().wait_ready(timeout_seconds)
+        assert self.process is not None
+        self._shared = shared_files(self.process.pid)
 
     def is_alive(self) -> bool:
         return self.process is not None and self.process.poll() is None
 
     def stop(self) -> None:
-        """End the process and everything under it; harmless if it has ended."""
+        """Stop the process and everything under it; harmless if it has ended."""
         if self.process is None:
             return
         shared = {*self._shared, *shared_files(self.process.pid)}
         if self.is_alive():
             self.process.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(STOP_GRACE_SECONDS)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        # A process in the kernel's hands, of a driver that hangs, does not end even so.
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(KILL_SECONDS)
+                self.process.wait(STOP_SECONDS)
+        children.kill(self.process, KILL_SECONDS)
         if self._scratch is not None:
             self._scratch.cleanup()
         for path in shared:
             path.unlink(missing_ok=True)
 
     def describe_end(self) -> str:
-        """How the process ended and what its log says, root cause first."""
+        """Return how the process ended and an excerpt of its log, root cause first."""
         code = self.process.poll() if self.process else None
         how = (
             f"signal {signal.Signals(-code).name}"
@@ -158,28 +178,25 @@ class EngineServer:
         return f"{how}; from {self.log_path}:\n{self.log_excerpt()}"
 
     def log_excerpt(self) -> str:
-        """The root cause and the last lines of what this process wrote."""
-        with self.log_path.open("rb") as log:
-            log.seek(self._log_start)
-            text = log.read(EXCERPT_BYTES)
-            # An engine that dies with hundreds of requests says the same for each of them.
-            end = log.seek(0, os.SEEK_END)
-            log.seek(max(self._log_start + len(text), end - EXCERPT_BYTES))
-            return excerpt((text + log.read()).decode(errors="replace"))
+        """Return the root cause and the last lines of this process's output."""
+        return file_excerpt(self.log_path, self._log_start)
 
-    def _where_to_listen(self) -> list[str]:
-        """Choose the ports; vLLM's argument."""
+    def _why_not_ready(self) -> str:
+        return f"its log {self.log_path} ends with\n{self.log_excerpt()}"
+
+    def _choose_ports(self) -> list[str]:
+        """Choose the server's and the coordinator's port; return vLLM's argument."""
         here = self.settings
         if here.part is not None and not here.part.serves:
             self._url = ""
             return []
-        port = here.port or free_port(here.host)
+        port = here.port or children.free_port(here.host)
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as vLLM's own does
             probe.bind((here.host, port))
             if here.part is not None:  # while this port is taken: it has to be another
                 host = socket.gethostbyname(here.host)  # ZeroMQ listens at no name
-                self.coordinator = f"{host}:{free_port(host)}"
+                self.coordinator = f"{host}:{children.free_port(host)}"
         self._url = f"http://{here.host}:{port}"
         return ["--port", str(port)]
 

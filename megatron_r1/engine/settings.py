@@ -1,4 +1,4 @@
-"""How vLLM is to run a model: its command line and its environment."""
+"""How vLLM is started: its command line and its environment."""
 
 from __future__ import annotations
 
@@ -8,17 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from megatron_r1.engine import part
-from megatron_r1.engine.part import Part
+from megatron_r1.engine.multi_host import EnginePart, network_environment
 
 MIDDLEWARE = "megatron_r1.vllm_plugin.admission.Admission"
 SECRET = "VLLM_API_KEY"
-"""Environment variable that vLLM, and `Admission`, read an engine's secret from."""
+"""Environment variable from which vLLM, and `Admission`, read an engine's secret."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineSettings:
-    """Of one engine, or of the part of it that one host runs.
+    """Settings of one engine, or of the part of it that one host runs.
 
     dtype: of weights, activations and KV cache.
     max_model_len: prompt plus response, tokens.
@@ -28,18 +27,18 @@ class EngineSettings:
     prefix_caching: share the prompt's keys and values within a group. vLLM turns it off for MLA on
         CPU.
     weight_transfer_backend: a name registered by `vllm_plugin`.
-    return_routing: have every answer carry the experts of every token (a model with experts only).
+    return_routing: add the experts of every token to each response (a model with experts only).
         On a GPU vLLM has this in its second model runner and with prefix caching; on a CPU
         `vllm_plugin.cpu_routing` adds it, without.
     tensor, pipeline, data, expert_parallel: how ranks share the model; see `RolloutConfig`.
     gpu_memory: share of each GPU's memory it takes (GPU only); None: vLLM's default.
     plain_matrices: leave matrices unpacked, which speeds up pushes and slows down generation (CPU
         only; `vllm_plugin.cpu_patches`).
-    sleeps: whether it can give its memory away and take it back (GPU only).
-    secret: every call but `/health` must bring it (`EngineClient.secret`); empty: none.
-    host: address to listen at. port: None: any that is free.
-    part: what of the engine runs here; None: all. Other hosts run the rest.
-    extra_args, extra_env: handed to vLLM as they are; they win.
+    sleeps: whether it can free its memory and allocate it again (GPU only).
+    secret: bearer token of every call but `/health`; empty: none.
+    host: address to listen at. port: None: any free one.
+    part: the part of the engine that runs here; None: all of it.
+    extra_args, extra_env: passed to vLLM unchanged; they override the rest.
     """
 
     device: Literal["cpu", "cuda"] = "cpu"
@@ -62,12 +61,12 @@ class EngineSettings:
     secret: str = ""
     host: str = "127.0.0.1"
     port: int | None = None
-    part: Part | None = None
+    part: EnginePart | None = None
     extra_args: Sequence[str] = ()
     extra_env: Mapping[str, str] | None = None
 
     def arguments(self, model: Path) -> list[str]:
-        """vLLM's, but for where it listens."""
+        """Return vLLM's arguments, without the port and those of a part."""
         is_cpu = self.device == "cpu"
         prefix_caching = not is_cpu if self.return_routing else self.prefix_caching
         return [
@@ -79,8 +78,8 @@ class EngineSettings:
             *("--logprobs-mode", "processed_logprobs", "--generation-config", "vllm"),
             *("--enable-scale-out", "--skip-tokenizer-init"),
             "--disable-uvicorn-access-log",
-            # On a GPU a watchdog sees by the statistics that a long answer grows; a step on a CPU
-            # is too short to pay for them.
+            # On a GPU the watchdog sees by the statistics that a long response grows; a step on a
+            # CPU is too short to pay for them.
             *(["--enforce-eager", "--disable-log-stats"] if is_cpu else []),
             *(["--enable-return-routed-experts"] if self.return_routing else []),
             *(["--enable-sleep-mode"] if self.sleeps and not is_cpu else []),
@@ -95,21 +94,22 @@ class EngineSettings:
         ]
 
     def environment(self) -> dict[str, str]:
-        """Over those of this process. Raises OSError for a `host` that means nothing."""
+        """Return environment variables to set over this process's. Raises OSError for a `host` that
+        does not resolve."""
         copies = self.part.copies(self.data) if self.part else self.data
         ranks = self.tensor * self.pipeline * copies
         threads = max(1, self.num_threads // ranks)
-        found = engine_environment(self.device, threads, self.kv_cache_gib)
+        environment = engine_environment(self.device, threads, self.kv_cache_gib)
         if self.return_routing and self.device != "cpu":
-            found["VLLM_USE_V2_MODEL_RUNNER"] = "1"
+            environment["VLLM_USE_V2_MODEL_RUNNER"] = "1"
         if self.part is not None:
-            found |= part.environment(self.host)
-        # Also where it is empty: the user's own is not for us.
-        return found | {SECRET: self.secret} | dict(self.extra_env or {})
+            environment |= network_environment(self.host)
+        # SECRET also where it is empty: the user's own VLLM_API_KEY is not for our engines.
+        return environment | {SECRET: self.secret} | dict(self.extra_env or {})
 
 
 def engine_environment(device: str, num_threads: int, kv_cache_gib: int) -> dict[str, str]:
-    """Environment variables of an engine, over those of this process."""
+    """Return the environment variables of any vLLM server that we start."""
     env = {
         "HF_HUB_OFFLINE": "1",
         "VLLM_SERVER_DEV_MODE": "1",  # pause, resume and the weight-transfer calls exist only then
@@ -126,7 +126,7 @@ def engine_environment(device: str, num_threads: int, kv_cache_gib: int) -> dict
             "OMP_NUM_THREADS": str(num_threads),
             # Threads that wait for work must not spin: the trainer computes on the same cores.
             "OMP_WAIT_POLICY": "passive",
-            # vLLM compiles a function that ranks the sampled token; nobody asks for ranks, and gcc
+            # vLLM compiles a function that ranks the sampled token, which we do not use, and gcc
             # takes 20 s.
             "TORCHDYNAMO_DISABLE": "1",
         }

@@ -11,13 +11,12 @@ from megatron_r1.config import Config
 from megatron_r1.data.shots import FewShotText, Shots
 from megatron_r1.data.text import PromptText
 from megatron_r1.engine import gpu
-from megatron_r1.engine.context_length import context_length
-from megatron_r1.engine.parallelism import check_engines, engine_settings, fleet_settings
+from megatron_r1.engine.recipe import check_engines, context_length, engine_settings, fleet_settings
 from megatron_r1.evaluation.model_folder import fingerprint, require_weights
 from megatron_r1.evaluation.policy import Decoding
 from megatron_r1.evaluation.response import TextResponse
-from megatron_r1.fleet.fleet import RolloutFleet
-from megatron_r1.fleet.placement import check_room, growing, placed, server_maker
+from megatron_r1.fleet.placement import check_room, growing, open_pool, server_maker
+from megatron_r1.fleet.rollout_fleet import RolloutFleet
 
 
 class EnginePolicy:
@@ -64,11 +63,11 @@ class EnginePolicy:
 
         rollout = self._config.rollout
         # Engines read the weights from the model's folder: no memory need be shared with a trainer.
-        hosts = await self._open.enter_async_context(placed(rollout, self._folder, False, say))
+        hosts = await self._open.enter_async_context(open_pool(rollout, self._folder, False, say))
         self._fleet = RolloutFleet(
             rollout.engines,
             self._folder / "logs",
-            say=say,
+            notify=say,
             make_server=server_maker(hosts),
             device=gpu.device(),
             max_model_len=self._room,

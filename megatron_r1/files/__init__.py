@@ -1,4 +1,4 @@
-"""Files that are either there in full or not there at all, whenever the process is killed."""
+"""Files that are complete or absent, even if the process is killed at any time."""
 
 import contextlib
 import os
@@ -8,33 +8,43 @@ from pathlib import Path
 from typing import BinaryIO
 
 
-def atomic_write(path: str | Path, content: str | bytes) -> Path:
-    """Replace `path` by `content` (text as UTF-8) so that nobody ever sees half of it."""
-    with atomic_writer(path) as file:
+def atomic_write(
+    path: str | Path, content: str | bytes, *, mode: int = 0o666, durable: bool = True
+) -> Path:
+    """Replace `path` by `content` (text as UTF-8) so that no reader ever sees half of it; arguments
+    as `atomic_writer`'s."""
+    with atomic_writer(path, mode=mode, durable=durable) as file:
         file.write(content.encode("utf-8") if isinstance(content, str) else content)
     return Path(path)
 
 
 @contextlib.contextmanager
-def atomic_writer(path: str | Path) -> Iterator[BinaryIO]:
-    """A file that becomes `path` at the end of the block, or nothing at all where that raises.
+def atomic_writer(
+    path: str | Path, *, mode: int = 0o666, durable: bool = True
+) -> Iterator[BinaryIO]:
+    """Yield a file that becomes `path` at the end of the block, or is deleted where that raises.
 
-    The content goes to a temporary name in the same folder, is fsynced, then renamed; the folder is
-    fsynced too, so that the rename survives a power cut. Missing parent folders are created.
+    The content goes to a temporary name in the same folder and is renamed. Missing parent folders
+    are created.
+
+    mode: permissions from the start, less the umask. durable: fsync the content before the rename,
+    and the folder after it, so that both survive a power cut.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        with open(temporary, "xb") as file:
+        with open(temporary, "xb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    fsync(path.parent)
+    if durable:
+        fsync(path.parent)
 
 
 def fsync(path: str | Path) -> None:

@@ -1,8 +1,8 @@
-"""Files of records that only grow: each framed and checksummed, so that damage costs what it hit.
+"""Append-only files of records, each framed and checksummed: damage costs only the record it hit.
 
 A frame is a mark, the payload's length, the first 16 bytes of BLAKE3 over length and payload, and
-the payload. A kill in the middle of a write leaves a torn last frame, which is cut off before more
-is appended. A flipped byte costs its own record: reading goes on at the next mark whose checksum is
+the payload. A kill during a write leaves a torn last frame, which is cut off before more is
+appended. A flipped byte costs its own record: reading goes on at the next mark whose checksum is
 right.
 """
 
@@ -24,7 +24,7 @@ MAX_PAYLOAD_BYTES = 2**32 - 1
 
 
 def frame_header(payload: bytes) -> bytes:
-    """What stands before `payload`. Raises ValueError for one that is too long."""
+    """Return the bytes before `payload`. Raises ValueError for one that is too long."""
     if len(payload) > MAX_PAYLOAD_BYTES:
         raise ValueError(
             f"a record of {len(payload):,} bytes: a frame holds at most {MAX_PAYLOAD_BYTES:,}"
@@ -33,7 +33,7 @@ def frame_header(payload: bytes) -> bytes:
 
 
 def append_frame(descriptor: int, payload: bytes) -> None:
-    """Write one frame at the end of an open file; not synced. Raises OSError."""
+    """Write one frame at the end of an open file, without a sync. Raises OSError."""
     for part in (frame_header(payload), payload):
         view = memoryview(part)
         while view:
@@ -42,8 +42,8 @@ def append_frame(descriptor: int, payload: bytes) -> None:
 
 @dataclass
 class FramedFile:
-    """The whole records of a file as they were when it was read. num_damaged_bytes: in between and
-    behind them, that are part of no whole record."""
+    """The whole records of a file at the time it was read; iterating yields their payloads.
+    num_damaged_bytes: bytes that belong to no whole record."""
 
     spans: list[tuple[int, int]] = field(default_factory=list)
     num_damaged_bytes: int = 0
@@ -51,8 +51,8 @@ class FramedFile:
 
     @classmethod
     def read(cls, path: Path) -> FramedFile:
-        """Checks every byte; what follows the last whole record is cut off the file. A missing file
-        has no records."""
+        """Check every byte of a file, and cut off what follows its last whole record. A missing
+        file has no records."""
         try:
             with open(path, "rb") as file:
                 size = os.fstat(file.fileno()).st_size
@@ -71,7 +71,7 @@ class FramedFile:
 
 
 def _whole(content: mmap.mmap | bytes) -> Iterator[tuple[int, int]]:
-    """Where the payloads of whole frames begin and end, in order."""
+    """Yield the span of each whole frame's payload, in order."""
     position = 0
     while (position := content.find(MARK, position)) >= 0:
         start = position + HEADER.size

@@ -1,4 +1,4 @@
-"""Append-only JSON-lines files that survive kill -9: a line is whole, or the torn last one."""
+"""Append-only JSON-lines files that survive kill -9: every line is whole, or the torn last one."""
 
 import json
 import math
@@ -8,14 +8,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from megatron_r1.errors import UserError
 from megatron_r1.files import atomic_write, fsync
 
 
 def append_lines(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
     """Append one strict JSON line per record in one write, then flush and fsync.
 
-    A torn last line (a crash in the middle of an earlier write) is cut off first, so that it cannot
-    swallow the new one.
+    A torn last line (a crash during an earlier write) is cut off first, so that it cannot swallow
+    the new one.
     """
     if not records:
         return
@@ -34,9 +35,9 @@ def append_lines(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the records in order; a torn last line is left out, a missing file has none.
+    """Yield the records in order, without a torn last line; a missing file has none.
 
-    Raises ValueError naming the file and the line if any other line is not a JSON object.
+    Raises UserError naming the file and the line if any other line is not a JSON object.
     """
     if not path.exists():
         return
@@ -46,7 +47,7 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def whole_lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
-    """Yield (offset, line) of every line of an open file, except a torn last one."""
+    """Yield (byte offset, line) of every line of an open file, except a torn last one."""
     offset = 0
     for line in file:
         if line.endswith(b"\n"):
@@ -55,9 +56,10 @@ def whole_lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
 
 
 def keep_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> int:
-    """Drop every record for which `keep` is false and any torn last line; return how many went.
+    """Drop every record for which `keep` is false and any torn last line; return how many lines
+    were dropped.
 
-    The file is replaced atomically, and only if something goes.
+    The file is replaced atomically, and only if something is dropped.
     """
     if not path.exists():
         return 0
@@ -74,10 +76,10 @@ def keep_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> int:
 
 
 def strict(record: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy that strict JSON can hold: NaN and infinities become null and are named.
+    """Return a copy that strict JSON can hold: NaN and infinities become null and are named.
 
-    `{"kl": nan}` becomes `{"kl": null, "nonfinite": {"kl": "nan"}}`: any JSON reader takes the
-    line, and what happened is not lost. Raises ValueError for a value JSON has no word for.
+    `{"kl": nan}` becomes `{"kl": null, "nonfinite": {"kl": "nan"}}`: any JSON reader accepts the
+    line, and the value is not lost. Raises ValueError for a value that JSON cannot represent.
     """
     nonfinite: dict[str, str] = {}
     clean = {str(key): _strict_value(value, str(key), nonfinite) for key, value in record.items()}
@@ -116,7 +118,7 @@ def _parse(path: Path, number: int, line: bytes) -> dict[str, Any]:
     except ValueError:
         record = None
     if not isinstance(record, dict):
-        raise ValueError(
+        raise UserError(
             f"{path}, line {number}: not a JSON object ({line[:60]!r}); "
             "delete that line, or restore the file"
         )

@@ -1,4 +1,4 @@
-"""JSON lines written behind the back of whoever makes them, many of them with one fsync."""
+"""JSON lines written in the background, many of them with one fsync."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 from megatron_r1.files.jsonl import append_lines
 
 SHARE_SECONDS = 0.1
+"""Least time between two writes: lines added meanwhile share the next fsync."""
 
 
 class LineWriter:
@@ -23,7 +24,7 @@ class LineWriter:
         self._writing: asyncio.Task[None] | None = None
 
     def add(self, line: Mapping[str, Any]) -> None:
-        """Raises what stopped the writing."""
+        """Queue a line. Raises the error of an earlier write."""
         if self._writing is None:
             self._writing = asyncio.create_task(self._write())
         if self._writing.done():
@@ -37,22 +38,22 @@ class LineWriter:
             with contextlib.suppress(asyncio.CancelledError):
                 await self._writing
             self._writing = None
-        append_lines(self.path, self._taken())
+        append_lines(self.path, self._take_pending())
 
     async def _write(self) -> None:
         while True:
             await self._wake.wait()
             self._wake.clear()
             # In a thread, and to its end: a line must not be written half, nor twice.
-            append = asyncio.to_thread(append_lines, self.path, self._taken())
+            append = asyncio.to_thread(append_lines, self.path, self._take_pending())
             writing = asyncio.ensure_future(append)
             try:
                 await asyncio.shield(writing)
             except asyncio.CancelledError:
                 await writing
                 raise
-            await asyncio.sleep(SHARE_SECONDS)  # what finishes meanwhile shares the next fsync
+            await asyncio.sleep(SHARE_SECONDS)
 
-    def _taken(self) -> list[dict[str, Any]]:
+    def _take_pending(self) -> list[dict[str, Any]]:
         lines, self._pending = self._pending, []
         return lines

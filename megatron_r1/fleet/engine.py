@@ -1,4 +1,4 @@
-"""One engine of a fleet: a server, its client, what it is doing, and how its death is noticed."""
+"""One engine of a fleet: a server, its client, its load, and how its death is noticed."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,32 +18,31 @@ from megatron_r1.engine.errors import (
     EngineError,
     EngineTimeout,
 )
-from megatron_r1.engine.server import EngineServer
-from megatron_r1.fleet.hosts.remote_server import RemoteServer
+from megatron_r1.engine.server import EngineServer, Server
 from megatron_r1.fleet.pace import Pace
 
 T = TypeVar("T")
-MakeServer = Callable[..., EngineServer | RemoteServer]
-"""Where engines run: on this host (`EngineServer`), or in a `HostPool` (`HostPool.server`)."""
+MakeServer = Callable[..., Server]
+"""Makes a server from (model folder, log path, **engine settings): `EngineServer` for one on this
+host, or `placement.server_maker(pool)`."""
 
 # A server whose engine core died fails its requests first and ends a moment later.
 LAST_WORDS_SECONDS = 10.0
-DRAIN_POLL_SECONDS = 0.1
+POLL_SECONDS = 0.1
 RETRY_SECONDS = 0.5
 PACE_SECONDS = 300.0
-"""So long an engine has to be slow to be called so: longer than a push, a cold cache or another
-program on its host take."""
+"""Window of `find_slow`: longer than a push, a cold cache or another program on its host take."""
 
 
 @dataclass(eq=False)
 class Engine:
-    """role, index: its name, never given to another at the same time. num_running: sequences asked
-    for and not yet back; num_occupied, tokens_expected: what `Dispatch` expects of them. is_up: it
-    answers and holds the weights, so it gets every push. is_open: it takes new groups as well; one
-    that is drained does not. is_leaving: it is not to be replaced."""
+    """role, index: its name, unique at any time. num_running: sequences in flight; num_occupied,
+    tokens_expected: the dispatcher's expectation of them. is_up: it answers and holds the current
+    weights, so it gets every push. is_open: it gets new groups; a draining one does not.
+    is_leaving: it is not to be replaced. died: set once its death was noticed."""
 
     index: int
-    server: EngineServer | RemoteServer
+    server: Server
     client: EngineClient
     num_running: int = 0
     num_occupied: float = 0.0
@@ -83,23 +82,23 @@ class Engine:
         return f"{self.role}-{self.index}"
 
     async def prepare(self, version: int, timeout_seconds: float) -> None:
-        """Wait until it answers; its weights are then called `version`. Raises EngineError."""
+        """Wait until it answers, then name its weights `version`. Raises EngineError."""
         try:
-            await asyncio.to_thread(self.server.wait_ready, timeout_seconds)
+            await self.server.wait_ready(timeout_seconds)
         except EngineError as error:
             raise EngineError(f"{self.name}: {error}") from error
-        self.client.url = self.server.url  # another host's is known only now
+        self.client.url = self.server.url  # that of a server on another host is known only now
         self.pace = Pace(time.monotonic(), self.pace.window)
         await self.client.set_version(version)
 
     async def end(self) -> None:
-        """Stop everything of it; harmless if it has ended."""
+        """Stop its processes and fail its calls; harmless if it has ended."""
         self.died.set()
         await self.client.close()
         await asyncio.to_thread(self.server.stop)
 
     async def unless_dead(self, call: Coroutine[Any, Any, T]) -> T:
-        """Await `call`; raises EngineDied as soon as the engine's process has ended."""
+        """Await `call`; raise EngineDied as soon as the engine's process has ended."""
         if self.died.is_set():
             call.close()
             raise self.death()
@@ -109,7 +108,7 @@ class Engine:
             await asyncio.wait({request, death}, return_when=asyncio.FIRST_COMPLETED)
             if request.done():
                 error = request.exception()
-                if not isinstance(error, EngineError) or _is_final(error):
+                if not isinstance(error, EngineError) or not _may_mean_death(error):
                     return request.result()
                 await asyncio.wait({death}, timeout=LAST_WORDS_SECONDS)
             if not death.done():
@@ -122,8 +121,9 @@ class Engine:
                 await request
 
     async def unless_lost(self, call: Coroutine[Any, Any, T]) -> T:
-        """As `unless_dead`, for what must not be asked twice: an engine whose connection breaks
-        amid a push may hold the old weights, the new ones, or be paused, so it counts as dead."""
+        """As `unless_dead`, for calls that must not be repeated: an engine whose connection breaks
+        during a push may hold the old weights or the new ones, or be paused, so it counts as
+        dead."""
         try:
             return await self.unless_dead(call)
         except ConnectionBroken as broken:
@@ -133,17 +133,17 @@ class Engine:
         return EngineDied(f"{self.name} died: {self.server.describe_end()}")
 
     async def drained(self, within_seconds: float) -> bool:
-        """Whether nothing is in flight any more, or it has died, in time."""
+        """Wait until nothing is in flight or it has died; return False if that takes longer."""
         deadline = time.monotonic() + within_seconds
         while self.num_running and not self.died.is_set():
             if time.monotonic() >= deadline:
                 return False
-            await asyncio.sleep(DRAIN_POLL_SECONDS)
+            await asyncio.sleep(POLL_SECONDS)
         return True
 
     async def answers(self, within_seconds: float) -> bool:
-        """Whether the engine core, not only the server before it, answers in time; an error is an
-        answer, a connection that cannot be made is none."""
+        """Return whether the engine core, not only the server before it, answers in time. An error
+        status is an answer; a connection that cannot be made is none."""
         try:
             async with asyncio.timeout(within_seconds):
                 while not self.died.is_set():
@@ -152,23 +152,12 @@ class Engine:
                         return True
                     except EngineError as error:
                         if error.status is not None:
-                            return True  # a death is noticed elsewhere
+                            return True
                     await asyncio.sleep(RETRY_SECONDS)
         except TimeoutError:
             return False
-        return True
+        return True  # it died, which is noticed by its process
 
 
-def _is_final(error: EngineError) -> bool:
-    """Whether it says nothing about the engine's death."""
-    return isinstance(error, EngineTimeout) or (error.status or 500) < 500
-
-
-Feed = Callable[[Engine], contextlib.AbstractAsyncContextManager[None]]
-"""On entry it brings the engine the weights that the fleet's have; no push begins before the
-exit."""
-
-
-@contextlib.asynccontextmanager
-async def nothing_to_bring(engine: Engine) -> AsyncIterator[None]:
-    yield
+def _may_mean_death(error: EngineError) -> bool:
+    return not isinstance(error, EngineTimeout) and (error.status or 500) >= 500

@@ -4,10 +4,10 @@ parts of engines that are spread over several nodes.
     python -m megatron_r1.fleet.host --folder runs/mine                  # a file system both see
     python -m megatron_r1.fleet.host --controller tcp://node0:5557       # and MEGATRON_R1_TOKEN
 
-It may come and go while the run goes on. It ends with its parent, its engines end with it, and it
-stops them by itself where it no longer hears the controller: whatever that one does meanwhile, an
-engine it has given up on serves nobody. Exit status: 0 the run is over, 1 no controller for
-`--patience` seconds, 2 a mistake, 143 told to stop.
+It may join and leave while the run goes on. It ends with its parent, and its engines end with it.
+It stops them by itself when the controller falls silent, so that an engine which the controller has
+given up on serves no more. Exit status: 0 the run is over, 1 no controller for `--patience`
+seconds, 2 a mistake of the user's, 143 SIGTERM or SIGINT.
 """
 
 from __future__ import annotations
@@ -20,142 +20,129 @@ import time
 from enum import Enum
 from pathlib import Path
 
-from megatron_r1.fleet.hosts.engines import HostEngines
+from megatron_r1.errors import UserError
 from megatron_r1.fleet.hosts.link import HostLink
+from megatron_r1.fleet.hosts.local_engines import LocalEngines
 from megatron_r1.fleet.hosts.wire import (
     REPORT_SECONDS,
     EngineReport,
-    Report,
+    HostReport,
     published_address,
     shared_memory_identity,
 )
-from megatron_r1.processes import children
+from megatron_r1.processes import lifetime
 from megatron_r1.processes.authentication import FILE, known_token
 
 POLL_SECONDS = 0.1
-FIRST_WORD_SECONDS = 10.0
-"""How long a controller at a known address may take to answer, before the address is looked up
-again."""
+FIRST_ANSWER_SECONDS = 10.0
+"""Time for a controller at a known address to answer, before the address is read again."""
 LEFT, GAVE_UP = 128 + signal.SIGTERM, 1
 
 
-class End(Enum):
+class StopReason(Enum):
     """Why a host stopped following a controller."""
 
     FINISHED = "the run is over"
-    TOLD = "told to leave"
+    SIGNALLED = "a signal"
     SILENT = "the controller fell silent"
-    UNANSWERED = "it never spoke"
+    UNANSWERED = "the controller never answered"
 
 
-class Host:
-    """One agent: a link to the controller, and the engines that one wants here."""
+class EngineHost:
+    """A link to the controller, and the engines that it orders here."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
         self.name = socket.gethostname()
-        self.link: HostLink | None = None
-        self.engines: HostEngines | None = None
-        self.told_to_leave = False
-        self._said: str | None = None
+        self.engines: LocalEngines | None = None
+        self.is_signalled = False
+        self._last_message: str | None = None
 
     def run(self) -> int:
-        """Serve until the run is over, or told to leave; the exit status."""
-        signal.signal(signal.SIGTERM, self._leave)
-        signal.signal(signal.SIGINT, self._leave)
+        """Serve until the run is over or a signal arrives; return the exit status."""
+        signal.signal(signal.SIGTERM, self._on_signal)
+        signal.signal(signal.SIGINT, self._on_signal)
         waiting_since = time.monotonic()
-        try:
-            while time.monotonic() - waiting_since < self.options.patience:
-                if self._connect():
-                    end = self._serve()
-                    if end is End.FINISHED:
-                        return 0
-                    if end is End.SILENT:
-                        waiting_since = time.monotonic()
-                elif not self.told_to_leave:
-                    time.sleep(REPORT_SECONDS)
-                if self.told_to_leave:
-                    return LEFT
-            self._say(f"no controller for {self.options.patience:g} seconds: leaving")
-            return GAVE_UP
-        finally:
-            if self.link is not None:
-                self.link.close()
+        while time.monotonic() - waiting_since < self.options.patience:
+            address = self.options.controller or published_address(self.options.folder)
+            if address is None:
+                self._print(f"waiting for a run in {self.options.folder}")
+                time.sleep(REPORT_SECONDS)
+            else:
+                reason = self._serve(address)
+                if reason is StopReason.FINISHED:
+                    return 0
+                if reason is StopReason.SILENT:
+                    waiting_since = time.monotonic()
+            if self.is_signalled:
+                return LEFT
+        self._print(f"no controller for {self.options.patience:g} seconds: leaving")
+        return GAVE_UP
 
-    def _connect(self) -> bool:
-        """A fresh link to where the controller is now; False while it is nowhere."""
+    def _serve(self, address: str) -> StopReason:
+        """Follow the controller at `address` until it is gone, then stop all engines. Raises
+        UserError if it refuses this host."""
         options = self.options
-        if self.link is not None:
-            self.link.close()
-            self.link = None
-        address = options.controller or published_address(options.folder)
-        if address is None:
-            self._say(f"waiting for a run in {options.folder}")
-            return False
         file = options.token_file or (options.folder and options.folder / FILE)
-        self.link = HostLink(address, known_token(file))
-        self._say(f"connecting to the controller at {address}")
-        return True
-
-    def _serve(self) -> End:
-        """Follow the controller until there is none, then end all engines. Raises ValueError where
-        it has no use for this host."""
+        link = HostLink(address, known_token(file))
+        self._print(f"connecting to the controller at {address}")
         try:
-            end = self._follow()
+            try:
+                reason = self._follow(link)
+            finally:
+                if self.engines is not None:
+                    self.engines.stop()
+            if reason in (StopReason.FINISHED, StopReason.SIGNALLED):
+                link.send(self._report([], leaving=True))
+            return reason
         finally:
-            if self.engines is not None:
-                self.engines.stop()
-        if end in (End.FINISHED, End.TOLD):
-            self.link.send(self._report([], leaving=True))
-        return end
+            link.close()
 
-    def _follow(self) -> End:
-        """Report what is, do what is ordered."""
-        end, patience = End.UNANSWERED, FIRST_WORD_SECONDS
-        heard, spoken, last = time.monotonic(), 0.0, None
-        while time.monotonic() - heard < patience:
-            if self.told_to_leave:
-                return End.TOLD
-            orders = self.link.receive(POLL_SECONDS)
+    def _follow(self, link: HostLink) -> StopReason:
+        """Report what runs here and start or stop what is ordered, until the controller ends it or
+        is silent for too long."""
+        reason, patience = StopReason.UNANSWERED, FIRST_ANSWER_SECONDS
+        heard_at, sent_at = time.monotonic(), 0.0
+        sent: list[EngineReport] | None = None
+        while time.monotonic() - heard_at < patience:
+            if self.is_signalled:
+                return StopReason.SIGNALLED
+            orders = link.receive(POLL_SECONDS)
             if orders is not None:
-                self._say(f"in the run at {self.link.address}")
-                heard, patience, end = time.monotonic(), orders.silence_seconds, End.SILENT
+                self._print(f"in the run at {link.address}")
+                heard_at, patience = time.monotonic(), orders.silence_seconds
+                reason = StopReason.SILENT
                 if orders.refusal:
-                    raise ValueError(orders.refusal)
+                    raise UserError(orders.refusal)
                 if orders.finished:
-                    self._say("the run is over")
-                    return End.FINISHED
-                self._engines_here().follow(orders.engines)
-            elif self.link.was_refused():
-                self._say(f"{self.link.address} refuses this token: is it of another run?")
+                    self._print("the run is over")
+                    return StopReason.FINISHED
+                if self.engines is None:
+                    # Only now the address by which the controller's host reaches this one is known.
+                    options, here = self.options, self.options.address or link.local_address()
+                    self.engines = LocalEngines(options.engines, here, options.ports, options.logs)
+                self.engines.follow(orders.engines)
+            elif link.was_refused():
+                self._print(f"{link.address} refuses this token: is it of another run?")
             engines = self.engines.reports() if self.engines else []
-            if engines != last or time.monotonic() - spoken > REPORT_SECONDS:
-                self.link.send(self._report(engines))
-                last, spoken = engines, time.monotonic()
-        if end is End.SILENT:
-            self._say(f"no word from {self.link.address} for {patience:g} seconds")
-        return end
+            if engines != sent or time.monotonic() - sent_at > REPORT_SECONDS:
+                link.send(self._report(engines))
+                sent, sent_at = engines, time.monotonic()
+        if reason is StopReason.SILENT:
+            self._print(f"no word from {link.address} for {patience:g} seconds")
+        return reason
 
-    def _engines_here(self) -> HostEngines:
-        """Made when first ordered: only then it is known by which address the controller's host
-        reaches this one."""
-        if self.engines is None:
-            options = self.options
-            address = options.address or self.link.local_address()
-            self.engines = HostEngines(options.engines, address, options.ports, options.logs)
-        return self.engines
-
-    def _report(self, engines: list[EngineReport], leaving: bool = False) -> Report:
+    def _report(self, engines: list[EngineReport], leaving: bool = False) -> HostReport:
         memory = shared_memory_identity()
-        return Report(self.name, self.options.engines, memory, engines, leaving)
+        return HostReport(self.name, self.options.engines, memory, engines, leaving)
 
-    def _leave(self, *_: object) -> None:
-        self.told_to_leave = True
+    def _on_signal(self, *_: object) -> None:
+        self.is_signalled = True
 
-    def _say(self, message: str) -> None:
-        if message != self._said:
+    def _print(self, message: str) -> None:
+        if message != self._last_message:
             print(f"{self.name}: {message}", flush=True)
-            self._said = message
+            self._last_message = message
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -183,10 +170,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main() -> None:
-    children.die_with_parent()
+    lifetime.die_with_parent()
     try:
-        sys.exit(Host(parse()).run())
-    except ValueError as error:
+        sys.exit(EngineHost(parse()).run())
+    except UserError as error:
         print(f"megatron-r1 host: {error}", file=sys.stderr)
         sys.exit(2)
 

@@ -1,8 +1,8 @@
-"""How long responses will be: learned from those that came back.
+"""How long responses will be, estimated from those that came back.
 
-What is learned is kept for each kind of question and size of prompt, because a proof takes more
-tokens than a greeting. Of a group of n two numbers matter: the mean length, which is the work it
-makes, and the longest, which says when it is back.
+Estimates are kept for each kind of question and size of prompt, because a proof takes more tokens
+than a greeting. Of a group of n two numbers matter: the mean length, which is the work it makes,
+and the longest, which determines when the group is complete.
 """
 
 from __future__ import annotations
@@ -11,48 +11,50 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 MEMORY_GROUPS = 64
-"""About so many groups are remembered: lengths drift while a policy learns, by far less than a
-factor of two within one step of the paper's 512 groups."""
+"""Groups over which the moving averages extend: lengths drift while a policy learns, by far less
+than a factor of two within one step of the paper's 512 groups."""
 ENOUGH_GROUPS = 4
-"""Before that many of its own, a kind is expected to be as all kinds together."""
+"""Groups of its own before a kind of question is estimated apart from all others."""
 
 
 @dataclass
-class Expected:
-    """Tokens of a response. mean: of all in a group. longest: of the longest in it."""
+class ExpectedLength:
+    """Expected tokens of a response. mean: of all in a group. longest: of the longest in it.
+    num_groups: how many the estimate is from."""
 
     mean: float
     longest: float
     num_groups: int = 0
 
-    def learn(self, mean: float, longest: float) -> None:
-        """Averages at first, then forgets what is old."""
+    def update(self, mean: float, longest: float) -> None:
+        """Add a group: a plain average at first, later an exponential moving one."""
         self.num_groups += 1
-        share = 1 / min(self.num_groups, MEMORY_GROUPS)
-        self.mean += share * (mean - self.mean)
-        self.longest += share * (longest - self.longest)
+        weight = 1 / min(self.num_groups, MEMORY_GROUPS)
+        self.mean += weight * (mean - self.mean)
+        self.longest += weight * (longest - self.longest)
 
 
-class Lengths:
-    """Learns from every group, by `learn`; says what to expect of the next, by `expect`."""
+class LengthEstimator:
+    """`add` every complete group; `estimate` the next."""
 
     def __init__(self) -> None:
-        self._known: dict[tuple[str, int] | None, Expected] = {}
+        self._averages: dict[tuple[str, int] | None, ExpectedLength] = {}
 
-    def expect(self, kind: str, prompt_tokens: int, max_tokens: int) -> Expected:
-        """Before anything is known: half of max_tokens, and one that takes all of them."""
+    def estimate(self, kind: str, prompt_tokens: int, max_tokens: int) -> ExpectedLength:
+        """Return the expected length of a group's responses; before any group is known, a mean of
+        half of max_tokens and a longest of max_tokens."""
         for key in (_key(kind, prompt_tokens), None):
-            known = self._known.get(key)
-            if known is not None and (key is None or known.num_groups >= ENOUGH_GROUPS):
-                longest = min(known.longest, max_tokens)
-                return Expected(min(known.mean, longest), longest, known.num_groups)
-        return Expected(max_tokens / 2, max_tokens)
+            average = self._averages.get(key)
+            if average is not None and (key is None or average.num_groups >= ENOUGH_GROUPS):
+                longest = min(average.longest, max_tokens)
+                return ExpectedLength(min(average.mean, longest), longest, average.num_groups)
+        return ExpectedLength(max_tokens / 2, max_tokens)
 
-    def learn(self, kind: str, prompt_tokens: int, lengths: Sequence[int]) -> None:
-        """lengths: of the responses of one group."""
+    def add(self, kind: str, prompt_tokens: int, lengths: Sequence[int]) -> None:
+        """lengths: tokens of each response of one group."""
         for key in (_key(kind, prompt_tokens), None):
-            known = self._known.setdefault(key, Expected(0.0, 0.0))
-            known.learn(sum(lengths) / len(lengths), max(lengths))
+            average = self._averages.setdefault(key, ExpectedLength(0.0, 0.0))
+            average.update(sum(lengths) / len(lengths), max(lengths))
 
 
 def _key(kind: str, prompt_tokens: int) -> tuple[str, int]:

@@ -1,4 +1,4 @@
-"""How well an engine has served lately: how fast, and how often its answers could be used."""
+"""How well an engine has served lately: how fast, and how many of its replies were unusable."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from statistics import median
 from typing import TypeVar
 
 SHOWN_SECONDS = 60.0
-"""tokens_per_second is an average over so long."""
-RECENT_ANSWERS = 100
+"""Seconds over which `tokens_per_second` is averaged."""
+RECENT_REPLIES = 100
 MANY_FAULTS = 3
-"""Of the last RECENT_ANSWERS answers: one may be a dropped connection, two an accident."""
+"""Of the last RECENT_REPLIES: one may be a dropped connection, two an accident."""
 SLOW_SHARE = 0.25
 """Of the other engines' median. Equal engines differ by less than a factor of two, also while one
-has long answers left and another short ones."""
-ENOUGH_ANSWERS = 8
+has long responses left and another short ones."""
+ENOUGH_GROUPS = 8
 """Groups of each engine before they are compared."""
 
 Key = TypeVar("Key")
 
 
 @dataclass(frozen=True)
-class Answer:
-    """One group that came back at time `at`, `seconds` after it was asked for. longest: tokens of
-    its longest response."""
+class ServedGroup:
+    """A group that came back at time `at`, `seconds` after its request. tokens: of all responses.
+    longest: tokens of its longest response."""
 
     at: float
     seconds: float
@@ -34,50 +34,50 @@ class Answer:
 
 
 class Pace:
-    """What one engine did in the last `window` seconds. Times are time.monotonic()."""
+    """What one engine served in the last `window` seconds. Times are time.monotonic()."""
 
     def __init__(self, began: float, window: float) -> None:
         self.began, self.window = began, window
-        self._answers: deque[Answer] = deque()
-        self._faults: deque[bool] = deque(maxlen=RECENT_ANSWERS)
+        self._groups: deque[ServedGroup] = deque()
+        self._faults: deque[bool] = deque(maxlen=RECENT_REPLIES)
 
-    def answered(self, answer: Answer) -> None:
+    def add(self, group: ServedGroup) -> None:
         self._faults.append(False)
-        self._answers.append(answer)
-        self._forget(answer.at)
+        self._groups.append(group)
+        self._forget(group.at)
 
-    def failed(self) -> bool:
-        """An answer could not be used; whether too many of the last could not."""
+    def add_fault(self) -> bool:
+        """Count an unusable reply; return whether too many of the last ones were unusable."""
         self._faults.append(True)
         return sum(self._faults) >= MANY_FAULTS
 
     def tokens_per_second(self, now: float, within: float = SHOWN_SECONDS) -> float:
-        """Of groups that came back, whenever their tokens were made."""
+        """Return the rate of groups that came back, whenever their tokens were sampled."""
         seconds = min(within, now - self.began)
-        tokens = sum(answer.tokens for answer in self._answers if answer.at > now - within)
+        tokens = sum(group.tokens for group in self._groups if group.at > now - within)
         return tokens / seconds if seconds > 0 else 0.0
 
     def sequence_speed(self) -> float:
-        """Tokens per second of one sequence: the median group's longest."""
-        speeds = [a.longest / a.seconds for a in self._answers if a.seconds > 0]
+        """Return the tokens per second of one sequence: the median over groups of the longest."""
+        speeds = [group.longest / group.seconds for group in self._groups if group.seconds > 0]
         return median(speeds) if speeds else 0.0
 
     def is_known(self, now: float) -> bool:
-        """Whether it has served for a whole window, and enough in it to be compared."""
+        """Return whether it covers a whole window, with enough groups in it to be compared."""
         self._forget(now)
-        return now - self.began >= self.window and len(self._answers) >= ENOUGH_ANSWERS
+        return now - self.began >= self.window and len(self._groups) >= ENOUGH_GROUPS
 
     def _forget(self, now: float) -> None:
-        while self._answers and self._answers[0].at <= now - self.window:
-            self._answers.popleft()
+        while self._groups and self._groups[0].at <= now - self.window:
+            self._groups.popleft()
 
 
 def find_slow(paces: Mapping[Key, Pace], now: float) -> dict[Key, str]:
-    """Engines far slower than the others over a whole window, and how far.
+    """Return engines far slower than the others over a whole window, and by how much, in words.
 
-    One that makes few tokens in all may simply have had little to do, and one whose sequences are
-    slow may have had more of them than the others: only both together say that it is slow. Never
-    the only engine, and nobody where there are not enough answers to tell.
+    An engine with few tokens in all may simply have had little to do, and one whose sequences are
+    slow may have had more of them than the others: only both together make it slow. The only engine
+    is never slow, nor is one without enough groups to compare.
     """
     known = {key: pace for key, pace in paces.items() if pace.is_known(now)}
     slow = {}
@@ -85,14 +85,13 @@ def find_slow(paces: Mapping[Key, Pace], now: float) -> dict[Key, str]:
         others = [other for name, other in known.items() if name != key]
         if not others:
             continue
-        speed, usual = pace.sequence_speed(), median(o.sequence_speed() for o in others)
-        made, made_usually = (
-            pace.tokens_per_second(now, pace.window),
-            median(o.tokens_per_second(now, o.window) for o in others),
-        )
-        if speed < SLOW_SHARE * usual and made < SLOW_SHARE * made_usually:
+        speed = pace.sequence_speed()
+        usual_speed = median(other.sequence_speed() for other in others)
+        rate = pace.tokens_per_second(now, pace.window)
+        usual_rate = median(other.tokens_per_second(now, other.window) for other in others)
+        if speed < SLOW_SHARE * usual_speed and rate < SLOW_SHARE * usual_rate:
             slow[key] = (
-                f"made {speed:.3g} tokens a second and sequence, the others {usual:.3g}, for "
+                f"made {speed:.3g} tokens a second and sequence, the others {usual_speed:.3g}, for "
                 f"{pace.window:g} seconds"
             )
     return slow

@@ -1,45 +1,48 @@
-"""Where engines run: on the controller's host, or on hosts that come to it."""
+"""Where engines run: on the controller's host, or on hosts that connect to it."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
+import functools
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
+
+import psutil
 
 from megatron_r1.config import RolloutConfig
 from megatron_r1.engine import gpu
 from megatron_r1.engine.errors import EngineError
 from megatron_r1.engine.server import EngineServer
+from megatron_r1.errors import UserError
 from megatron_r1.fleet.engine import Engine, MakeServer
-from megatron_r1.fleet.fleet import RolloutFleet
 from megatron_r1.fleet.hosts.pool import HostPool
+from megatron_r1.fleet.hosts.remote_server import RemoteServer
 from megatron_r1.fleet.hosts.wire import publish_address, withdraw_address
+from megatron_r1.fleet.members import Notify
+from megatron_r1.fleet.rollout_fleet import RolloutFleet
 from megatron_r1.processes.authentication import make_token
 
 RANK_GIB = 0.5
-"""Of a rank of vLLM on a CPU, without weights and cache."""
-LOOK_SECONDS = 1.0
+"""Memory of a rank of vLLM on a CPU, without weights and cache."""
+POLL_SECONDS = 1.0
 RETRY_SECONDS = 60.0
-"""After an engine that could not join: what is wrong with its host is rarely over at once."""
+"""After an engine that could not join: the cause on its host is rarely over at once."""
 
 
 def check_room(rollout: RolloutConfig) -> None:
-    """Refuse more engines than a host without GPUs has memory for, before all of them begin to fill
-    it.
+    """Refuse more engines than a host without GPUs has memory for, before they fill it.
 
     Raises:
-        ValueError: names the setting, its value and the remedy.
+        UserError: names the setting, its value and the remedy.
     """
     if rollout.placement != "local" or gpu.device() != "cpu":
         return
     ranks = rollout.engines * rollout.tensor * rollout.pipeline * rollout.data
-    needed = ranks * RANK_GIB
-    room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    needed, room = ranks * RANK_GIB, psutil.virtual_memory().total / 2**30
     if needed > room:
-        raise ValueError(
+        raise UserError(
             f"rollout.engines={rollout.engines}: {ranks:,} processes of vLLM take "
             f"{needed:,.0f} GiB before they hold a model, and this host has {room:,.0f}; lower it, "
             "or set rollout.placement: hosts"
@@ -47,14 +50,15 @@ def check_room(rollout: RolloutConfig) -> None:
 
 
 @contextlib.asynccontextmanager
-async def placed(
-    rollout: RolloutConfig, folder: Path, needs_shared_memory: bool, say: Callable[[str], None]
+async def open_pool(
+    rollout: RolloutConfig, folder: Path, needs_shared_memory: bool, notify: Notify
 ) -> AsyncIterator[HostPool | None]:
-    """The pool of engine hosts of a run in `folder`, if it takes any; told that the run is over at
-    the end. Hosts find it by the folder.
+    """Yield the pool of engine hosts of a run in `folder`, or None for `rollout.placement: local`.
+
+    Hosts find the pool by the folder; at the end they are told that the run is over.
 
     Raises:
-        ValueError: the port is taken, or this host's name means nothing.
+        UserError: the port is taken, or this host's name does not resolve.
     """
     if rollout.placement == "local":
         yield None
@@ -66,12 +70,12 @@ async def placed(
         hosts_per_engine=rollout.hosts_per_engine,
         silence_seconds=rollout.host_silence_seconds,
         needs_shared_memory=needs_shared_memory,
-        say=_from_any_thread(say),
+        notify=_from_any_thread(notify),
     )
     try:
-        where = f"tcp://{address}:{pool.port}"
-        publish_address(folder, where)
-        say(f"engine hosts come to {where}: python -m megatron_r1.fleet.host --folder {folder}")
+        url = f"tcp://{address}:{pool.port}"
+        publish_address(folder, url)
+        notify(f"engine hosts come to {url}: python -m megatron_r1.fleet.host --folder {folder}")
         yield pool
     finally:
         withdraw_address(folder)
@@ -79,12 +83,13 @@ async def placed(
 
 
 def hosts_address(rollout: RolloutConfig) -> str:
-    """Where engine hosts find the controller. Raises ValueError for a name that means nothing."""
+    """Return the address under which engine hosts reach the controller. Raises UserError for a name
+    that does not resolve."""
     address = rollout.hosts_address or socket.gethostname()
     try:
         socket.getaddrinfo(address, None)
     except OSError as error:
-        raise ValueError(
+        raise UserError(
             f"rollout.hosts_address: {address} has no address ({error}); set one of this host's "
             "that engine hosts can reach"
         ) from error
@@ -92,13 +97,14 @@ def hosts_address(rollout: RolloutConfig) -> str:
 
 
 def server_maker(pool: HostPool | None) -> MakeServer:
-    return EngineServer if pool is None else pool.server
+    """Return what makes the servers of engines on the pool's hosts, or on this host."""
+    return EngineServer if pool is None else functools.partial(RemoteServer, pool)
 
 
 @contextlib.asynccontextmanager
 async def growing(fleet: RolloutFleet, pool: HostPool | None) -> AsyncIterator[None]:
-    """Meanwhile the fleet takes in every engine that a host brings room for."""
-    task = asyncio.create_task(_take_in(fleet, pool)) if pool is not None else None
+    """Within the block, add an engine to the fleet whenever a host has room for one."""
+    task = asyncio.create_task(_add_engines(fleet, pool)) if pool is not None else None
     try:
         yield
     finally:
@@ -108,26 +114,26 @@ async def growing(fleet: RolloutFleet, pool: HostPool | None) -> AsyncIterator[N
                 await task
 
 
-async def _take_in(fleet: RolloutFleet, pool: HostPool) -> None:
+async def _add_engines(fleet: RolloutFleet, pool: HostPool) -> None:
     while True:
-        await asyncio.sleep(LOOK_SECONDS)
+        await asyncio.sleep(POLL_SECONDS)
         joining = (fleet.add_engine() for _ in range(pool.num_free))
         outcomes = await asyncio.gather(*joining, return_exceptions=True)
         for outcome in outcomes:
             if isinstance(outcome, EngineError):
-                fleet.say(f"an engine could not join: {outcome}")
+                fleet.members.notify(f"an engine could not join: {outcome}")
             elif isinstance(outcome, BaseException):
                 raise outcome
         if not all(isinstance(outcome, Engine) for outcome in outcomes):
             await asyncio.sleep(RETRY_SECONDS)
 
 
-def _from_any_thread(say: Callable[[str], None]) -> Callable[[str], None]:
-    """The pool has a thread of its own; what a person sees belongs to the controller's."""
+def _from_any_thread(notify: Notify) -> Notify:
+    """Return `notify` for the pool's thread, called in the event loop's."""
     loop = asyncio.get_running_loop()
 
-    def tell(message: str) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop has ended: nobody is left to tell
-            loop.call_soon_threadsafe(say, message)
+    def notify_in_loop(message: str) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop has ended
+            loop.call_soon_threadsafe(notify, message)
 
-    return tell
+    return notify_in_loop

@@ -1,1 +1,1 @@
-"""Processes: start, stop, signals, memory, and how they authenticate each other."""
+"""Processes: start, stop, signals, memory, logs, and how they authenticate each other."""

@@ -1,4 +1,4 @@
-"""Child processes that die with their parent and say why they died."""
+"""Child processes that end with this process."""
 
 from __future__ import annotations
 
@@ -9,63 +9,69 @@ import random
 import signal
 import socket
 import subprocess
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from megatron_r1.processes.lifetime import die_with_parent
+from megatron_r1.processes import lifetime
 
 
-def start(command: list[str], log: Path, environment: dict[str, str]) -> subprocess.Popen:
-    """Start `command` with its output appended to `log`; it dies with this process."""
+def start(
+    command: Sequence[str], log: Path, environment: Mapping[str, str] | None = None
+) -> subprocess.Popen[bytes]:
+    """Start `command` with its output appended to `log`; see `popen_options`."""
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "ab") as output:
         return subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, **environment},
-            preexec_fn=die_with_parent,
-            start_new_session=True,  # Ctrl-C is the controller's to handle, not theirs
+            command, stdout=output, stderr=subprocess.STDOUT, **popen_options(environment)
         )
 
 
-def free_port(host: str = "") -> int:
-    """A TCP port that nobody listens on, for a process that will only after a while.
+def popen_options(environment: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """Return arguments of `Popen` for a child in a session of its own, with `environment` over this
+    process's.
 
-    Not one of those that the system gives to outgoing connections (Linux: from 32,768 on), which
-    would be taken by then.
+    The child calls `lifetime.end_without_parent` first, so that it ends with the calling thread:
+    call from one that lives as long as the child should. (`preexec_fn` could do that here, but it
+    runs Python between fork and exec, which can deadlock in a process with threads.)
+    """
+    return {
+        "stdin": subprocess.DEVNULL,
+        "env": {**os.environ, **(environment or {}), lifetime.PARENT: str(os.getpid())},
+        # Ctrl-C is this process's to handle, and the child can be killed with all it has started.
+        "start_new_session": True,
+    }
+
+
+def stop(process: subprocess.Popen, timeout_seconds: float = 10.0) -> None:
+    """Send SIGTERM, wait, then kill the process with everything in its session's first group."""
+    if process.poll() is None:
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout_seconds)
+    kill(process)
+
+
+def kill(process: subprocess.Popen, timeout_seconds: float | None = None) -> None:
+    """Kill a process that leads its process group, and the group; harmless if it has ended.
+
+    timeout_seconds: how long to wait for its end, None: until it has ended. A process inside a
+    driver that hangs does not end even so.
+    """
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(timeout_seconds)
+
+
+def free_port(host: str = "") -> int:
+    """Return a TCP port that is free now, for a process that will listen on it later.
+
+    The port is none of those that the system gives to outgoing connections (Linux: from 32,768 on),
+    which could be taken by then.
     """
     for port in random.SystemRandom().sample(range(20_000, 32_000), 100):
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind((host, port))
             return port
     raise OSError(errno.EADDRINUSE, "100 ports between 20,000 and 32,000 are all taken")
-
-
-def stop(process: subprocess.Popen, timeout_seconds: float = 10.0) -> None:
-    """Ask, wait, then kill, with everything it started."""
-    if process.poll() is None:
-        process.terminate()
-        try:
-            process.wait(timeout_seconds)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-
-
-def kill(process: subprocess.Popen) -> None:
-    """End it and everything it started at once; harmless if it has ended."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-
-
-def last_lines(log: Path, count: int = 15) -> str:
-    """The end of a log, for an error message."""
-    try:
-        text = log.read_text(encoding="utf-8", errors="replace")
-    except FileNotFoundError:
-        return "(no output)"
-    return "\n".join(text.strip().splitlines()[-count:]) or "(no output)"

@@ -9,15 +9,20 @@ PARENT = "MEGATRON_R1_PARENT"
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
-def end_without_parent() -> None:
-    """Call `die_with_parent`, and exit with status 1 if the parent has already ended."""
-    die_with_parent()
+def end_without_parent(number: int = signal.SIGKILL) -> None:
+    """Have the kernel send signal `number` when the parent ends, or exit with status 1 if it has
+    ended already.
+
+    For the first line of a process that `children` starts. The kernel's signal comes at the end of
+    the *thread* that started this process.
+    """
+    die_with_parent(number)
     if os.environ.pop(PARENT, str(os.getppid())) != str(os.getppid()):
         os._exit(1)
 
 
-def die_with_parent() -> None:
-    """Have the kernel SIGKILL this process when the thread that created it ends (Linux).
+def die_with_parent(number: int = signal.SIGKILL) -> None:
+    """Have the kernel send signal `number` when the thread that created this process ends (Linux).
 
     vLLM's engine core, for example, notices a vanished API server only at its next message; an idle
     one would keep its memory and its cores for ever. Does nothing on systems without prctl.
@@ -25,9 +30,12 @@ def die_with_parent() -> None:
     Raises:
         OSError: the kernel refused.
     """
+    prctl(PR_SET_PDEATHSIG, number)
+
+
+def prctl(option: int, value: int) -> None:
+    """Call Linux' prctl(option, value); do nothing on systems without it. Raises OSError."""
     libc = ctypes.CDLL(None, use_errno=True)
-    if not hasattr(libc, "prctl"):
-        return
-    if libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
-        number = ctypes.get_errno()
-        raise OSError(number, f"prctl(PR_SET_PDEATHSIG): {os.strerror(number)}")
+    if hasattr(libc, "prctl") and libc.prctl(option, value, 0, 0, 0) != 0:
+        code = ctypes.get_errno()
+        raise OSError(code, f"prctl({option}): {os.strerror(code)}")

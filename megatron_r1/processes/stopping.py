@@ -1,4 +1,4 @@
-"""Being asked to stop, by a person or by a scheduler."""
+"""Requests to stop a run, by a person or by a scheduler."""
 
 from __future__ import annotations
 
@@ -9,27 +9,30 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-LOOK_SECONDS = 0.2
+POLL_SECONDS = 0.2
 FILE = "stop"
-"""In the run folder, made by whoever cannot send a signal: another host, a batch script."""
+"""Created in the run folder where no signal can be sent: from another host, or by a batch
+script."""
 
 
 @dataclass
 class StopRequest:
-    """Made by the first Ctrl-C or SIGTERM, or by a file: finish the step in hand, save, end. The
-    second signal ends at once.
+    """Set by the first Ctrl-C or SIGTERM, or by a file: finish the current step, save, end. The
+    second signal ends the run at once.
+
+    notify: gets a line when the first signal arrives.
     """
 
     is_signalled: bool = False
     file: Path | None = None
-    say: Callable[[str], None] = lambda message: None
-    """Told that the first signal was heard."""
+    notify: Callable[[str], None] = lambda message: None
 
     @property
     def requested(self) -> bool:
         return self.is_signalled or (self.file is not None and self.file.exists())
 
     def listen(self) -> None:
+        """Handle signals from now on; the second one cancels the calling task."""
         loop, task = asyncio.get_running_loop(), asyncio.current_task()
         assert task is not None
 
@@ -38,22 +41,22 @@ class StopRequest:
                 task.cancel()
             else:
                 self.is_signalled = True
-                self.say("stopping when the step in hand is done; once more ends it at once")
+                self.notify("stopping when the step in hand is done; once more ends it at once")
 
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, on_signal)
 
     def watch(self, folder: Path) -> None:
-        """Take the file `stop` in `folder` for a request too."""
+        """Also count the file `stop` in `folder` as a request."""
         self.file = folder / FILE
 
     async def before(self, work: Awaitable[Any]) -> bool:
-        """Whether `work` came to its end before a stop was asked for; else it is cancelled. Raises
-        what it raises."""
+        """Await `work` and return True, or cancel it and return False when a stop is requested
+        first. Raises what `work` raises."""
         task = asyncio.ensure_future(work)
         try:
             while not self.requested:
-                done, _ = await asyncio.wait({task}, timeout=LOOK_SECONDS)
+                done, _ = await asyncio.wait({task}, timeout=POLL_SECONDS)
                 if done:
                     await task
                     return True
@@ -63,6 +66,6 @@ class StopRequest:
             await asyncio.gather(task, return_exceptions=True)
 
     def done(self) -> None:
-        """The request is fulfilled: the same command would continue."""
+        """Remove the file, after which the same command continues the run."""
         if self.file is not None:
             self.file.unlink(missing_ok=True)

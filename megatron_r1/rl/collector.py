@@ -11,8 +11,8 @@ from typing import Protocol
 from megatron_r1.config import RewardsConfig
 from megatron_r1.data.prompts import Prompt
 from megatron_r1.data.text import PromptText
-from megatron_r1.engine.client import Response
-from megatron_r1.fleet.fleet import RolloutFleet
+from megatron_r1.engine.responses import Response
+from megatron_r1.fleet.rollout_fleet import RolloutFleet
 from megatron_r1.rewards.runtime.pool import RewardPool
 from megatron_r1.rl.grading import ResponseGrader, check_grades
 from megatron_r1.rl.in_flight import InFlight, InFlightGroup

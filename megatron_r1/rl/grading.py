@@ -8,7 +8,7 @@ import math
 from megatron_r1.config import RewardsConfig
 from megatron_r1.data.prompts import Prompt, one_of_each
 from megatron_r1.data.text import PromptText
-from megatron_r1.engine.client import Response
+from megatron_r1.engine.responses import Response
 from megatron_r1.errors import UserError
 from megatron_r1.rewards.base import Grade
 from megatron_r1.rewards.check import find_fault

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Literal, get_args
 
 from megatron_r1.data.prompts import Prompt
-from megatron_r1.engine.client import Response
+from megatron_r1.engine.responses import Response
 
 Phase = Literal["sampling", "grading", "scoring"]
 PHASES: tuple[Phase, ...] = get_args(Phase)

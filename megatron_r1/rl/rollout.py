@@ -6,7 +6,7 @@ from array import array
 from dataclasses import dataclass, field
 
 from megatron_r1.data.prompts import Prompt
-from megatron_r1.engine.client import Response
+from megatron_r1.engine.responses import Response
 from megatron_r1.models.routing_shape import RoutingShape
 
 

@@ -11,7 +11,7 @@ from array import array
 import msgspec
 
 from megatron_r1.data.prompts import Prompt
-from megatron_r1.engine.client import Response
+from megatron_r1.engine.responses import Response
 from megatron_r1.rl.rollout import GradedResponse, Group
 
 

@@ -11,10 +11,15 @@ from megatron_r1.config import Config
 from megatron_r1.config.algorithms import rules_of
 from megatron_r1.data.tokenizer import load_tokenizer
 from megatron_r1.engine import gpu
-from megatron_r1.engine.context_length import context_length, positions
-from megatron_r1.engine.parallelism import check_ranks, engine_settings, fleet_settings
-from megatron_r1.fleet.fleet import RolloutFleet
-from megatron_r1.fleet.served import ServedFleet
+from megatron_r1.engine.recipe import (
+    check_ranks,
+    context_length,
+    engine_settings,
+    fleet_settings,
+    positions,
+)
+from megatron_r1.fleet.external import ExternalFleet
+from megatron_r1.fleet.rollout_fleet import RolloutFleet
 
 NUM_SHOWN = 5
 """Tokens named in an error."""
@@ -23,12 +28,12 @@ NUM_SHOWN = 5
 def teacher_fleet(config: Config, logs: Path, say: Callable[[str], None]) -> RolloutFleet:
     """The engines of `teacher`, to be started on `teacher.path`."""
     teacher = config.teacher
-    supervision = {**fleet_settings(teacher), "role": "teacher", "say": say}
+    supervision = {**fleet_settings(teacher), "role": "teacher", "notify": say}
     # vLLM samples one token after those it scores. Where that is beyond the model's positions it
     # has to be allowed; nothing is computed there, as the token is not read again.
     room = context_length(config) + 1
     if teacher.url:
-        return ServedFleet(teacher.url, logs, max_model_len=room, **supervision)
+        return ExternalFleet(teacher.url, logs, max_model_len=room, **supervision)
     return RolloutFleet(
         teacher.engines,
         logs,

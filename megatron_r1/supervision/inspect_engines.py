@@ -8,13 +8,13 @@ import os
 import re
 import signal
 import time
-from pathlib import Path
 
 import aiohttp
 
 from megatron_r1.engine.server import EngineServer
 from megatron_r1.fleet.engine import Engine
-from megatron_r1.fleet.fleet import RolloutFleet
+from megatron_r1.fleet.rollout_fleet import RolloutFleet
+from megatron_r1.processes import inspection
 from megatron_r1.rl.collector import RolloutCollector
 from megatron_r1.rl.in_flight import InFlight, InFlightGroup, Phase
 from megatron_r1.supervision.findings import Finding, indented, seconds
@@ -86,7 +86,8 @@ async def stacks(engine: Engine) -> str:
     if not isinstance(server, EngineServer) or server.process is None:
         return "runs on another host: its stacks are for its agent there to tell"
     start = server.log_path.stat().st_size if server.log_path.exists() else 0
-    asked = [process for process in session_of(server.process.pid) if listens(process)]
+    members = inspection.session_members(server.process.pid)
+    asked = [process for process in members if inspection.catches_signal(process, STACK_SIGNAL)]
     for process in asked:
         with contextlib.suppress(ProcessLookupError):
             os.kill(process, STACK_SIGNAL)
@@ -98,25 +99,6 @@ async def stacks(engine: Engine) -> str:
         lines = log.read().decode(errors="replace").splitlines()
     told = lines[:STACK_LINES] or ["no process writes its stacks: they are stopped, or gone"]
     return "\n".join([f"stacks of processes {', '.join(map(str, asked))}:", *told])
-
-
-def session_of(leader: int) -> list[int]:
-    """All processes of a session, by /proc."""
-    found = []
-    for entry in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError, IndexError):
-            if int((entry / "stat").read_text().rpartition(")")[2].split()[3]) == leader:
-                found.append(int(entry.name))
-    return sorted(found)
-
-
-def listens(process: int) -> bool:
-    """Whether a process catches the signal, which would otherwise end it."""
-    with contextlib.suppress(OSError):
-        for line in Path(f"/proc/{process}/status").read_text().splitlines():
-            if line.startswith("SigCgt:"):
-                return bool(int(line.split()[1], 16) >> (STACK_SIGNAL - 1) & 1)
-    return False
 
 
 def describe_group(group: InFlightGroup) -> str:

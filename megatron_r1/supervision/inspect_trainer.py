@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import time
-from pathlib import Path
 
+from megatron_r1.processes import inspection
 from megatron_r1.supervision.findings import Finding, indented, seconds
 from megatron_r1.training.client import TrainerClient
 from megatron_r1.training.wire import RankStatus
 
 ANSWER_SECONDS = 5.0
-STATES = {"T": "stopped", "t": "stopped by a debugger", "D": "in the kernel, on a disk or a device"}
+STATES = {
+    "tracing-stop": "stopped by a debugger",
+    "disk-sleep": "in the kernel, on a disk or a device",
+}
 
 
 async def inspect_trainer(trainer: TrainerClient) -> Finding:
@@ -77,12 +80,11 @@ def _silence(trainer: TrainerClient, rank: int) -> str:
 
 
 def process_state(process: int) -> str:
-    """Of a process of this host, by /proc."""
-    try:
-        state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
+    """Return whether a process of this host runs, is stopped, or has ended."""
+    state = inspection.state(process)
+    if state is None:
         return f"process {process} has ended"
-    return f"process {process} is {STATES.get(state, f'in state {state}')}"
+    return f"process {process} is {STATES.get(state, state)}"
 
 
 def _ranks(ranks: list[int], most: int = 16) -> str:

@@ -25,6 +25,7 @@ from megatron_r1.errors import TrainerError, TrainerLost, UserError
 from megatron_r1.models import read_hf_config
 from megatron_r1.processes import children
 from megatron_r1.processes.authentication import RANKS_ENVIRONMENT
+from megatron_r1.processes.logs import last_lines
 from megatron_r1.training.cost import sample_cost
 from megatron_r1.training.packing import Packing, pack
 from megatron_r1.training.rank_socket import RankSocket
@@ -334,7 +335,7 @@ class TrainerClient:
         how = f"was killed by signal {-code}" if code and code < 0 else f"exited with code {code}"
         if code is None:  # its connection closed before the process ended
             how = "is gone"
-        return f"trainer rank {rank} {how}; the end of {log}:\n{children.last_lines(log)}"
+        return f"trainer rank {rank} {how}; the end of {log}:\n{last_lines(log)}"
 
     def _log(self, rank: int) -> Path:
         return self.log_folder / f"trainer_{rank}.log"

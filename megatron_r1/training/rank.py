@@ -9,10 +9,12 @@ import sys
 
 import msgspec
 
+from megatron_r1.processes import lifetime
 from megatron_r1.processes.imports import quick_imports
 
 
 def main() -> None:
+    lifetime.end_without_parent()
     with quick_imports():
         from megatron_r1.config import parse
         from megatron_r1.training import distributed, worker

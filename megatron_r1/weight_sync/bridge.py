@@ -18,8 +18,8 @@ from megatron_r1.config import Config
 from megatron_r1.engine.errors import EngineDied, EngineError
 from megatron_r1.errors import TrainerError
 from megatron_r1.fleet.engine import Engine
-from megatron_r1.fleet.fleet import RolloutFleet
 from megatron_r1.fleet.placement import hosts_address
+from megatron_r1.fleet.rollout_fleet import RolloutFleet
 from megatron_r1.models import read_hf_config
 from megatron_r1.weight_sync.links import EngineLinks, Trainer, died_after
 from megatron_r1.weight_sync.plan.fp8_blocks import pushed_tensors

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 
-from megatron_r1.engine.client import Response
 from megatron_r1.engine.errors import EngineDied, EngineError, EngineFault
+from megatron_r1.engine.responses import Response
 from megatron_r1.fleet.engine import Engine
 from megatron_r1.weight_sync.links import Lose, Trainer, died_after
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import shlex
 import signal
 import subprocess
@@ -13,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import BinaryIO
 
+from megatron_r1.processes.children import popen_options
 from megatron_r1.workflow import reaper
 
 END_SECONDS = 10.0
@@ -39,16 +39,13 @@ class Child:
         log.parent.mkdir(parents=True, exist_ok=True)
         show = shown_as is not None
         on_terminal = show and not shown_as.strip() and sys.stdout.isatty()
-        environment = {**os.environ, **(environment or {}), reaper.PARENT: str(os.getpid())}
         with log.open("ab") as output:
             self._log_start = output.tell()
             self.process = subprocess.Popen(
                 [sys.executable, "-m", reaper.__name__, *shlex.split(launch), *command],
-                stdin=subprocess.DEVNULL,
                 stdout=None if on_terminal else subprocess.PIPE if show else output,
                 stderr=subprocess.PIPE if on_terminal else subprocess.STDOUT,
-                env=environment,
-                start_new_session=True,  # Ctrl-C is this process's to hand on
+                **popen_options(environment),
             )
         shown = self.process.stderr if on_terminal else self.process.stdout
         self._reader: threading.Thread | None = None

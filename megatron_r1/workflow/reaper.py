@@ -9,31 +9,25 @@ killed. SIGTERM and SIGINT are handed on to the command alone, so that it can en
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
-from megatron_r1.processes.lifetime import die_with_parent
+from megatron_r1.processes.inspection import descendants
+from megatron_r1.processes.lifetime import die_with_parent, end_without_parent, prctl
 
-PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
+PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 KILL = signal.SIGUSR1
 """Sent by the kernel when the parent is gone, or by the parent: end everything now."""
-PARENT = "MEGATRON_R1_KEEPER_PARENT"
-"""Pid of the process that starts a keeper, which may be gone before the keeper can ask."""
 
 
 def main(command: list[str]) -> int:
     """Exit status: the command's; 128 + N where signal N ended it."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    prctl(PR_SET_CHILD_SUBREAPER, 1)
     signal.signal(KILL, lambda *_: _end())
-    libc.prctl(PR_SET_PDEATHSIG, KILL, 0, 0, 0)
-    if str(os.getppid()) != os.environ.pop(PARENT, str(os.getppid())):
-        return 128 + signal.SIGKILL  # it went before the kernel was asked to tell
+    end_without_parent(KILL)
     try:
         child = subprocess.Popen(command, preexec_fn=die_with_parent)
     except OSError as error:
@@ -67,21 +61,6 @@ def kill_descendants() -> None:
             while os.waitpid(-1, os.WNOHANG)[0]:
                 pass
         time.sleep(0.01)
-
-
-def descendants(pid: int) -> list[int]:
-    """Of a process: its children, theirs, and so on."""
-    children: dict[int, list[int]] = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            with contextlib.suppress(OSError, IndexError):
-                # "pid (name) state ppid …", where a name may hold spaces and brackets.
-                after_name = (entry / "stat").read_text().rpartition(")")[2].split()
-                children.setdefault(int(after_name[1]), []).append(int(entry.name))
-    found = list(children.get(pid, []))
-    for child in found:
-        found += children.get(child, [])
-    return found
 
 
 if __name__ == "__main__":

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import yaml
 
-from megatron_r1.engine.log import excerpt
 from megatron_r1.files import atomic_write
 from megatron_r1.processes import stopping
+from megatron_r1.processes.logs import excerpt
 from megatron_r1.reporting.run_folder import is_locked
 from megatron_r1.workflow import record, serving
 from megatron_r1.workflow.child import Child, describe_status

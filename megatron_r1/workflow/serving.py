@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from megatron_r1.engine import gpu
-from megatron_r1.engine.log import excerpt
-from megatron_r1.engine.scratch import Scratch
 from megatron_r1.engine.settings import engine_environment
+from megatron_r1.engine.temporary_files import Scratch
 from megatron_r1.processes.children import free_port
+from megatron_r1.processes.logs import excerpt
 from megatron_r1.workflow.child import Child, describe_status
 from megatron_r1.workflow.recipe import ServeConfig
 

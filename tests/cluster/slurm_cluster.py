@@ -14,7 +14,7 @@ import subprocess
 import time
 from pathlib import Path
 
-from megatron_r1.processes import children
+from megatron_r1.processes import children, lifetime
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "sinfo")
 CONFIGURATION = """
@@ -148,7 +148,7 @@ class Cluster:
                     stdout=output,
                     stderr=output,
                     start_new_session=True,
-                    preexec_fn=children.die_with_parent,
+                    preexec_fn=lifetime.die_with_parent,
                 )
             )
 

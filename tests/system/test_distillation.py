@@ -94,7 +94,7 @@ def test_a_server_of_others_scores_the_same(models, oracle, tmp_path):
     server = EngineServer(models / "qwen", tmp_path / "theirs.log", max_model_len=POSITIONS)
     server.start()
     try:
-        server.wait_ready()
+        asyncio.run(server.wait_ready())
         # With the token that is sampled and dropped, as long as the server takes.
         settings = config(models / "qwen", POSITIONS - 1, url=[server.url])
 

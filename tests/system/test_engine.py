@@ -37,7 +37,7 @@ from tiny_models import (
 from megatron_r1.engine.client import EngineClient
 from megatron_r1.engine.errors import EngineError
 from megatron_r1.engine.server import EngineServer
-from megatron_r1.fleet.fleet import RolloutFleet
+from megatron_r1.fleet.rollout_fleet import RolloutFleet
 from megatron_r1.models.routing_shape import routing_shape
 from megatron_r1.weight_sync.transports import shared_memory
 from megatron_r1.weight_sync.verify.checksum import copy_with_checksum
@@ -228,7 +228,8 @@ def test_an_engine_that_dies_or_hangs_is_replaced_and_its_calls_are_answered(
 ):
     loop(push("b"))
     said, restarts = [], fleet.num_restarts
-    fleet.say, fleet.unresponsive_seconds = said.append, 3.0
+    fleet.members.notify = said.append
+    fleet.replacement.unresponsive_seconds = 3.0
 
     async def stop_amid():
         running = asyncio.ensure_future(sample(fleet, max_tokens=200))
@@ -274,15 +275,15 @@ def test_an_architecture_vllm_does_not_know_is_named_first(tmp_path):
     server = EngineServer(tmp_path, tmp_path / "engine.log", **ENGINE)
     server.start()
     with pytest.raises(EngineError, match=r"did not start: exit code 1; .*\n  Value error.*Abacus"):
-        server.wait_ready(120)
+        asyncio.run(server.wait_ready(120))
 
 
 START_AND_WAIT = """
-import sys, time
+import asyncio, sys, time
 from megatron_r1.engine.server import EngineServer
 server = EngineServer(sys.argv[1], sys.argv[2], max_model_len=256, max_num_seqs=64)
 server.start()
-server.wait_ready(120)
+asyncio.run(server.wait_ready(120))
 print(server.url, server.process.pid, flush=True)
 time.sleep(600)
 """

@@ -11,8 +11,8 @@ from tiny_models import QWEN, write_model
 
 from megatron_r1.config import RolloutConfig
 from megatron_r1.engine.errors import EngineError
-from megatron_r1.fleet.fleet import RolloutFleet
-from megatron_r1.fleet.placement import growing, placed, server_maker
+from megatron_r1.fleet.placement import growing, open_pool, server_maker
+from megatron_r1.fleet.rollout_fleet import RolloutFleet
 from megatron_r1.processes.authentication import known_token
 
 SMALL = {"dtype": "float32", "max_model_len": 128, "max_num_seqs": 8, "num_threads": 1}
@@ -57,13 +57,13 @@ def test_hosts_join_vanish_and_bring_engines_again(model, tmp_path):
 
     async def scenario():
         rollout = RolloutConfig(placement="hosts", hosts_address="127.0.0.1")
-        async with placed(rollout, tmp_path, True, said.append) as pool:
+        async with open_pool(rollout, tmp_path, True, said.append) as pool:
             agents.append(agent(tmp_path))
             fleet = RolloutFleet(
                 1,
                 tmp_path,
                 make_server=server_maker(pool),
-                say=said.append,
+                notify=said.append,
                 max_restarts=2,
                 **SMALL,
             )
@@ -71,7 +71,7 @@ def test_hosts_join_vanish_and_bring_engines_again(model, tmp_path):
                 await fleet.start(model)
                 first = await fleet.generate([1, 2, 3], n=1, max_tokens=8, temperature=0.0)
                 (engine,) = fleet.engines
-                assert engine.server.host_name and engine.is_up
+                assert engine.server.engine.host_names and engine.is_up
                 # Another host during the run: its engine joins, on the same weights.
                 agents.append(agent(tmp_path))
                 await until(lambda: sum(e.is_open for e in fleet.engines) == 2, 240)
@@ -111,7 +111,7 @@ def test_hosts_join_vanish_and_bring_engines_again(model, tmp_path):
 def test_no_host_is_an_error_and_no_hang(model, tmp_path):
     async def scenario():
         rollout = RolloutConfig(placement="hosts", hosts_address="127.0.0.1")
-        async with placed(rollout, tmp_path, True, print) as pool:
+        async with open_pool(rollout, tmp_path, True, print) as pool:
             make = server_maker(pool)
             async with RolloutFleet(
                 1, tmp_path, make_server=make, start_timeout_seconds=0.5, **SMALL

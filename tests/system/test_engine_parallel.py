@@ -20,8 +20,8 @@ from sampled import (
 )
 from tiny_models import DEEPSEEK, QWEN, reference_routing, write_model
 
-from megatron_r1.engine.scratch import shared_files
-from megatron_r1.fleet.fleet import RolloutFleet
+from megatron_r1.engine.temporary_files import shared_files
+from megatron_r1.fleet.rollout_fleet import RolloutFleet
 from megatron_r1.models.routing_shape import routing_shape
 
 MODELS = {"deepseek": DEEPSEEK, "qwen": QWEN}

@@ -9,7 +9,7 @@ from sampled import TOLERANCE, largest_difference, sample
 from tiny_models import QWEN, write_model, write_nan
 
 from megatron_r1.engine.server import EngineServer
-from megatron_r1.fleet.fleet import RolloutFleet
+from megatron_r1.fleet.rollout_fleet import RolloutFleet
 
 pytestmark = (
     pytest.mark.slow
@@ -64,12 +64,12 @@ def assert_right(oracle, models, made):
 def test_an_engine_that_answers_nonsense_is_found_and_replaced(models, oracle, loop, fleet):
     """Nothing but its answers tells that it is ill."""
     spoiled, said = fleet.engines[0], []
-    fleet.say = said.append
+    fleet.members.notify = said.append
 
     async def sample_until_replaced():
         made = await rounds(fleet, 4)
         async with asyncio.timeout(180):
-            while fleet.repairs.under_way:
+            while fleet.replacement.tasks:
                 await asyncio.sleep(0.2)
         return made + await rounds(fleet, 4)
 
@@ -83,7 +83,7 @@ def test_an_engine_that_answers_nonsense_is_found_and_replaced(models, oracle, l
 
 def test_engines_share_a_batch_evenly(loop, fleet):
     def made():
-        return [sum(answer.tokens for answer in e.pace._answers) for e in fleet.engines]
+        return [sum(group.tokens for group in e.pace._groups) for e in fleet.engines]
 
     before = made()
     loop(rounds(fleet, 8))

@@ -13,7 +13,7 @@ from sampled import PROMPTS, TOLERANCE, largest_difference, sample
 from tiny_models import DEEPSEEK, QWEN, write_model
 
 from megatron_r1.config import Config
-from megatron_r1.fleet.fleet import RolloutFleet
+from megatron_r1.fleet.rollout_fleet import RolloutFleet
 from megatron_r1.training.client import TrainerClient
 from megatron_r1.weight_sync.bridge import WeightBridge
 from megatron_r1.weight_sync.links import EngineLinks
@@ -119,7 +119,9 @@ def test_after_a_push_an_engine_is_as_if_started_on_the_trainers_weights(
 
 async def checksums(fleet):
     """Of all tensors that the engine computes with, by its own count."""
-    answer = await fleet.engines[0].client._call("POST", "/weight_checker", {"action": "checksum"})
+    answer = await fleet.engines[0].client.request(
+        "POST", "/weight_checker", {"action": "checksum"}
+    )
     found = msgspec.json.decode(answer)["checksums"]
     assert len(found) > 10
     return found

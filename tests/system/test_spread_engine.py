@@ -1,5 +1,5 @@
 """One engine over two hosts: what its ranks compute, what a push brings them, and what happens when
-one of the hosts is killed. See also tests/unit/engine/test_engine_part.py."""
+one of the hosts is killed. See also tests/unit/fleet/test_multi_host.py."""
 
 import asyncio
 import os
@@ -15,8 +15,8 @@ from sampled import TOLERANCE, largest_difference, sample, stamped
 from tiny_models import DEEPSEEK, QWEN, write_model
 
 from megatron_r1.config import RolloutConfig
-from megatron_r1.fleet.fleet import RolloutFleet
-from megatron_r1.fleet.placement import placed, server_maker
+from megatron_r1.fleet.placement import open_pool, server_maker
+from megatron_r1.fleet.rollout_fleet import RolloutFleet
 
 ENGINE = {"max_model_len": 256, "max_num_seqs": 64, "num_threads": 2}
 ADDRESSES = ["127.0.0.2", "127.0.0.3", "127.0.0.4"]
@@ -46,12 +46,12 @@ class Hosts:
         rollout = RolloutConfig(
             placement="hosts", hosts_address="127.0.0.1", hosts_per_engine=2, data=2
         )
-        async with placed(rollout, self.folder, False, self.said.append) as pool:
+        async with open_pool(rollout, self.folder, False, self.said.append) as pool:
             fleet = RolloutFleet(
                 1,
                 self.folder,
                 make_server=server_maker(pool),
-                say=self.said.append,
+                notify=self.said.append,
                 max_restarts=1,
                 start_timeout_seconds=START,
                 weight_transfer_backend="megatron_r1_gloo",
@@ -77,7 +77,7 @@ def hosts(tmp_path):
 
 
 @pytest.mark.slow
-def test_experts_on_two_hosts_get_their_weights_and_a_killed_host_is_replaced(
+def test_experts_on_two_hosts_get_their_weights_and_a_killed_host_is_reopen_pool(
     hosts, oracle, tmp_path
 ):
     """Each host has half of the experts of every layer, so that every token passes through both."""
@@ -88,7 +88,7 @@ def test_experts_on_two_hosts_get_their_weights_and_a_killed_host_is_replaced(
 
     async def scenario(fleet):
         server = fleet.engines[0].server
-        assert len({part.host for part in server.parts}) == 2
+        assert len({part.host for part in server.engine.parts}) == 2
         assert largest_difference(oracle, before, await sample(fleet)) < TOLERANCE
         await FileBridge(DEEPSEEK, fleet, layout=layout, transport="gloo").push(trained)
         groups = await sample(fleet)
@@ -144,7 +144,9 @@ def test_every_call_reaches_copies_that_share_nothing_and_one_that_hangs_is_noti
 
 async def checksums(fleet):
     """rank → tensor → checksum of what it computes with, by vLLM's own count."""
-    answer = await fleet.engines[0].client._call("POST", "/weight_checker", {"action": "checksum"})
+    answer = await fleet.engines[0].client.request(
+        "POST", "/weight_checker", {"action": "checksum"}
+    )
     ranks = {}
     for place, checksum in msgspec.json.decode(answer)["checksums"].items():
         rank, _, tensor = place.partition(":")

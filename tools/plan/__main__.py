@@ -23,7 +23,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from megatron_r1 import config as configuration  # noqa: E402
 from megatron_r1.config.overrides import parse_overrides  # noqa: E402
-from megatron_r1.engine.context_length import context_length  # noqa: E402
+from megatron_r1.engine.recipe import context_length  # noqa: E402
 from megatron_r1.files import atomic_write  # noqa: E402
 from megatron_r1.models.hf_config import read_hf_config  # noqa: E402
 from tools.plan.bill import Bill  # noqa: E402

@@ -11,7 +11,7 @@ from megatron_r1.config import Config, ParallelConfig, SampleConfig
 from megatron_r1.config.algorithms import rules_of
 from megatron_r1.config.other_models import RewardModelConfig
 from megatron_r1.config.training import SFTConfig
-from megatron_r1.engine.parallelism import check_engines
+from megatron_r1.engine.recipe import check_engines
 from megatron_r1.models.hf_config import architecture, read_hf_config
 from megatron_r1.reporting.wording import counted
 from megatron_r1.weights.layout import Shard, stage_shards, table

@@ -6,8 +6,7 @@ import json
 from pathlib import Path
 
 from megatron_r1.config import Config
-from megatron_r1.engine.context_length import positions
-from megatron_r1.engine.parallelism import check_ranks
+from megatron_r1.engine.recipe import check_ranks, positions
 from megatron_r1.models.hf_config import read_hf_config
 from megatron_r1.reporting.wording import counted
 from tools.plan.flops import forward_flops

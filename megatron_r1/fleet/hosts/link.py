@@ -1,4 +1,4 @@
-"""A host's line to the controller: one authenticated ZeroMQ socket that mends itself."""
+"""A host's connection to the controller: one authenticated ZeroMQ socket that reconnects itself."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from urllib.parse import urlsplit
 import msgspec
 import zmq
 
-from megatron_r1.fleet.hosts.wire import Orders, Report
+from megatron_r1.errors import UserError
+from megatron_r1.fleet.hosts.wire import HostReport, Orders
 from megatron_r1.processes.authentication import protect_client
 
 REFUSED = (
@@ -21,33 +22,32 @@ REFUSED = (
 
 
 class HostLink:
-    """Connects at once and again by itself; what was not sent in time is not sent late."""
+    """Connects at once and again by itself; a report that cannot be sent now is dropped."""
 
     def __init__(self, address: str, token: str) -> None:
-        """address: tcp://host:port of the controller. Raises ValueError for another form."""
+        """address: tcp://host:port of the controller. Raises UserError for another form."""
         parts = urlsplit(address)
         if parts.scheme != "tcp" or not parts.hostname or not parts.port:
-            raise ValueError(f"controller address {address!r}: must be tcp://host:port")
+            raise UserError(f"controller address {address!r}: must be tcp://host:port")
         self.address, self._peer = address, (parts.hostname, parts.port)
-        self._socket = zmq.Context.instance().socket(zmq.DEALER)
+        self._socket: zmq.Socket = zmq.Context.instance().socket(zmq.DEALER)
         self._socket.setsockopt(zmq.IDENTITY, uuid.uuid4().hex.encode())
-        self._socket.setsockopt(zmq.IMMEDIATE, 1)  # nothing waits for a line that is down
+        self._socket.setsockopt(zmq.IMMEDIATE, 1)  # nothing queues for a connection that is down
         self._socket.setsockopt(zmq.LINGER, 1000)
-        # A line that went down without a word is given up and tried again.
+        # A connection that went down silently is closed and tried again.
         self._socket.setsockopt(zmq.HEARTBEAT_IVL, 2_000)
         self._socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 10_000)
         protect_client(self._socket, token)
-        self._monitor = self._socket.get_monitor_socket(REFUSED)
+        self._monitor: zmq.Socket = self._socket.get_monitor_socket(REFUSED)
         self._socket.connect(address)
-        self._encode = msgspec.msgpack.encode
         self._decode = msgspec.msgpack.Decoder(Orders).decode
 
-    def send(self, report: Report) -> None:
+    def send(self, report: HostReport) -> None:
         with contextlib.suppress(zmq.Again):
-            self._socket.send(self._encode(report), zmq.NOBLOCK)
+            self._socket.send(msgspec.msgpack.encode(report), zmq.NOBLOCK)
 
     def receive(self, timeout_seconds: float) -> Orders | None:
-        """The newest orders that arrive in time."""
+        """Return the newest orders that arrive in time, or None."""
         orders = None
         if self._socket.poll(int(timeout_seconds * 1000)):
             with contextlib.suppress(zmq.Again):
@@ -56,7 +56,7 @@ class HostLink:
         return orders
 
     def was_refused(self) -> bool:
-        """Whether the other side has hung up on this token since the last question."""
+        """Return whether the controller has rejected this token since the last call."""
         refused = False
         with contextlib.suppress(zmq.Again):
             while True:
@@ -65,7 +65,7 @@ class HostLink:
         return refused
 
     def local_address(self) -> str:
-        """This host's address on the network that leads to the controller."""
+        """Return this host's address on the network that leads to the controller."""
         family = sockets.getaddrinfo(*self._peer, type=sockets.SOCK_DGRAM)[0]
         with sockets.socket(family[0], sockets.SOCK_DGRAM) as probe:
             probe.connect(family[4])  # UDP: chooses a route, sends nothing

@@ -1,7 +1,7 @@
-"""What travels between the controller and the hosts of an engine pool: msgpack, no pickles.
+"""Messages between the controller and the hosts of an engine pool: msgpack, no pickles.
 
-Both sides say over and over what is and what should be, and act on the difference. So a message
-that is lost, a line that was down and a peer that started again need no cases of their own.
+Both sides repeat what is and what should be, and act on the difference. So a lost message, a broken
+connection and a restarted peer need no cases of their own.
 """
 
 from __future__ import annotations
@@ -12,20 +12,21 @@ from typing import Any, Literal
 
 import msgspec
 
-from megatron_r1.engine.part import Part
+from megatron_r1.engine.multi_host import EnginePart
 from megatron_r1.files import atomic_write
 
 REPORT_SECONDS = 1.0
-"""Both sides speak at least so often."""
+"""Longest time between two messages of either side."""
 
 ADDRESS_FILE = "controller.json"
-"""In the run folder while a run takes engine hosts: {"engine_hosts": "tcp://host:port"}."""
+"""In the run folder while a run accepts engine hosts: {"engine_hosts": "tcp://host:port"}."""
 
 
 class EngineReport(msgspec.Struct, frozen=True):
     """One engine of a host, or its part of one. url: reachable from other hosts, empty before its
-    process started and for a part that does not serve; coordinator: where the other parts come to,
-    of the first part only; end: how it ended and what its log says, with state "ended" only."""
+    process started and for a part without the API server; coordinator: where the other parts
+    connect, from the first part only; end: how it ended and an excerpt of its log, with state
+    "ended" only."""
 
     engine: str
     state: Literal["running", "stopping", "ended"]
@@ -34,10 +35,10 @@ class EngineReport(msgspec.Struct, frozen=True):
     coordinator: str = ""
 
 
-class Report(msgspec.Struct, frozen=True):
-    """Host → controller: what there is. num_engines: how many it has room for, or parts of them;
-    shared_memory: names its /dev/shm, the same only for hosts that share it; leaving: it will
-    answer no more."""
+class HostReport(msgspec.Struct, frozen=True):
+    """Host → controller: what runs there. num_engines: its slots, for engines or parts of them;
+    shared_memory: identity of its /dev/shm, the same only for hosts that share it; leaving: it is
+    about to exit."""
 
     name: str
     num_engines: int
@@ -47,20 +48,20 @@ class Report(msgspec.Struct, frozen=True):
 
 
 class EngineOrder(msgspec.Struct, frozen=True):
-    """An engine that should run. settings: of `EngineSettings`, but for the host's own; part: what
-    of it, where it is spread over several hosts."""
+    """An engine that should run. settings: of `EngineSettings`, but for the host's own; part: the
+    host's, of an engine over several hosts."""
 
     engine: str
     model: str
     log: str
     settings: dict[str, Any] = {}
-    part: Part | None = None
+    part: EnginePart | None = None
 
 
 class Orders(msgspec.Struct, frozen=True):
-    """Controller → host: the engines that should run there, all others should not; finished: the
-    run is over, the host is no longer needed; silence_seconds: without a word from the controller
-    for so long, the host stops its engines; refusal: why this host cannot serve this run."""
+    """Controller → host: the engines that should run there, and no others; finished: the run is
+    over, the host is no longer needed; silence_seconds: after so long without a message from the
+    controller, the host stops its engines; refusal: why this host cannot serve this run."""
 
     silence_seconds: float
     engines: list[EngineOrder] = []
@@ -69,7 +70,8 @@ class Orders(msgspec.Struct, frozen=True):
 
 
 def shared_memory_identity() -> str:
-    """The kernel's name for this process's /dev/shm: the same in two processes that share it."""
+    """Return the kernel's name for this process's /dev/shm: the same in two processes that share
+    it."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     return f"{boot}:{Path('/dev/shm').stat().st_dev}"
 
@@ -83,7 +85,7 @@ def withdraw_address(folder: Path) -> None:
 
 
 def published_address(folder: Path) -> str | None:
-    """Where engine hosts of this run connect to; None while it takes none."""
+    """Return where engine hosts of this run connect to, or None while it accepts none."""
     try:
         return json.loads((folder / ADDRESS_FILE).read_text(encoding="utf-8"))["engine_hosts"]
     except FileNotFoundError:

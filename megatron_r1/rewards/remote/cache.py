@@ -6,11 +6,11 @@ import asyncio
 import hashlib
 import json
 import os
-import secrets
 from pathlib import Path
 from typing import Any
 
 from megatron_r1.errors import UserError
+from megatron_r1.files import atomic_write
 
 
 class ReplyCache:
@@ -38,7 +38,9 @@ class ReplyCache:
 
     async def put(self, request: dict[str, Any], vote: int, reply: str) -> None:
         entry = {"request": request, "vote": vote, "answer": reply}
-        await asyncio.to_thread(_write, self._path(request, vote), json.dumps(entry))
+        # Not durable: a reply lost in a power cut is requested again.
+        path, content = self._path(request, vote), json.dumps(entry)
+        await asyncio.to_thread(atomic_write, path, content, durable=False)
 
     def _path(self, request: dict[str, Any], vote: int) -> Path:
         name = hashlib.sha256(json.dumps([request, vote], sort_keys=True).encode()).hexdigest()
@@ -50,15 +52,3 @@ class ReplyCache:
         except (OSError, ValueError, KeyError, TypeError):
             return None
         return reply if isinstance(reply, str) else None
-
-
-def _write(path: Path, content: str) -> None:
-    # No fsync, unlike files.atomic_write: a reply lost in a power cut is requested again.
-    path.parent.mkdir(exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        temporary.write_text(content, encoding="utf-8")
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise

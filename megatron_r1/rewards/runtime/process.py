@@ -9,6 +9,7 @@ from typing import Any
 
 import msgspec
 
+from megatron_r1.processes.children import popen_options
 from megatron_r1.rewards.runtime.protocol import LENGTH, MAX_REPLY_BYTES, Reply
 
 START_TIMEOUT_SECONDS = 120.0
@@ -43,13 +44,10 @@ class WorkerProcess:
             sys.executable,
             "-m",
             "megatron_r1.rewards.runtime.worker",
-            str(os.getpid()),
             str(memory_limit_bytes),
-            stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
-            start_new_session=True,
-            env=_environment(),
+            **popen_options(_environment()) | {"stdin": asyncio.subprocess.PIPE},
         )
         worker = cls(process)
         try:
@@ -118,4 +116,4 @@ def _environment() -> dict[str, str]:
     # each. A fixed hash seed: sympy's results may depend on the order of sets.
     threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
     path = os.pathsep.join(entry for entry in sys.path if entry)
-    return {**os.environ, **threads, "PYTHONHASHSEED": "0", "PYTHONPATH": path}
+    return {**threads, "PYTHONHASHSEED": "0", "PYTHONPATH": path}

@@ -1,4 +1,4 @@
-"""A reward worker: `python -m megatron_r1.rewards.runtime.worker PARENT_PID MEMORY_LIMIT_BYTES`.
+"""A reward worker: `python -m megatron_r1.rewards.runtime.worker MEMORY_LIMIT_BYTES`.
 
 Reads jobs from stdin, grades them one after the other and writes replies to the original stdout.
 It dies with its parent, which enforces time limits and replaces it.
@@ -12,17 +12,15 @@ from typing import BinaryIO
 
 import msgspec
 
-from megatron_r1.processes.lifetime import die_with_parent
+from megatron_r1.processes.lifetime import end_without_parent
 from megatron_r1.rewards.base import MAX_REASON_CHARS, UNGRADED, Grade, shorten
 from megatron_r1.rewards.runtime.call_errors import explain_call
 from megatron_r1.rewards.runtime.protocol import LENGTH, Job, Reply, frame
 from megatron_r1.user_code import find_function
 
 
-def main(parent_pid: int, memory_limit_bytes: int) -> None:
-    die_with_parent()
-    if os.getppid() != parent_pid:  # the parent died before the call above
-        os._exit(1)
+def main(memory_limit_bytes: int) -> None:
+    end_without_parent()
     resource.setrlimit(resource.RLIMIT_AS, (memory_limit_bytes, memory_limit_bytes))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     jobs, replies = _private_streams()
@@ -78,4 +76,4 @@ def _private_streams() -> tuple[BinaryIO, BinaryIO]:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]))
+    main(int(sys.argv[1]))

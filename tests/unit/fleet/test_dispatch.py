@@ -6,30 +6,30 @@ import asyncio
 import pytest
 
 from megatron_r1.engine.errors import EngineError
-from megatron_r1.fleet.dispatch import Dispatch, Work
+from megatron_r1.fleet.dispatch import Dispatcher, Work
 from megatron_r1.fleet.engine import Engine
-from megatron_r1.fleet.lengths import Expected, Lengths
-from megatron_r1.fleet.pace import Answer, Pace, find_slow
+from megatron_r1.fleet.lengths import ExpectedLength, LengthEstimator
+from megatron_r1.fleet.pace import Pace, ServedGroup, find_slow
 
 
 def work(n=1, mean=100.0, longest=100.0, order=0, prompt_tokens=0, known=8, avoid=()):
-    return Work(n, prompt_tokens, Expected(mean, longest, known), order, set(avoid))
+    return Work(n, prompt_tokens, ExpectedLength(mean, longest, known), order, set(avoid))
 
 
-class Told:
+class Scene:
     """A dispatch whose events the test causes itself; `places` lists (engine, name of the work)."""
 
     def __init__(self, capacity, num_engines):
-        self.dispatch = Dispatch(capacity)
+        self.dispatcher = Dispatcher(capacity)
         self.engines = [Engine(index, None, None) for index in range(num_engines)]
         self.places, self.tasks = [], {}
 
     def open(self, *indices):
-        self.dispatch.serve_with(self.engines[index] for index in indices)
+        self.dispatcher.use(self.engines[index] for index in indices)
 
     def ask(self, name, what):
         async def wait():
-            engine = await self.dispatch.place(what)
+            engine = await self.dispatcher.acquire(what)
             self.places.append((engine.index, name))
 
         self.tasks[name] = asyncio.create_task(wait())
@@ -50,27 +50,27 @@ def run(story):
 
 def test_longest_first_and_earlier_batches_before_later_ones():
     async def story():
-        told = Told(capacity=4, num_engines=1)
-        told.open(0)
+        scene = Scene(capacity=4, num_engines=1)
+        scene.open(0)
         for name, longest, order in [("b", 50, 1), ("x", 900, 2), ("a", 70, 1), ("c", 10, 1)]:
-            told.ask(name, work(n=4, mean=longest, longest=longest, order=order))
-        while len(told.places) < 4:
+            scene.ask(name, work(n=4, mean=longest, longest=longest, order=order))
+        while len(scene.places) < 4:
             await settle()
-            told.dispatch.done(told.engines[0], work(n=4))
-        return [name for _, name in told.places]
+            scene.dispatcher.release(scene.engines[0], work(n=4))
+        return [name for _, name in scene.places]
 
     assert run(story) == ["a", "b", "c", "x"]
 
 
 def test_engines_get_equal_work_not_equal_numbers_of_groups():
     async def story():
-        told = Told(capacity=100, num_engines=2)
-        told.open(0, 1)
-        told.ask("long", work(mean=1000, longest=1000))
+        scene = Scene(capacity=100, num_engines=2)
+        scene.open(0, 1)
+        scene.ask("long", work(mean=1000, longest=1000))
         for i in range(10):
-            told.ask(f"short{i}", work(mean=100, longest=100))
+            scene.ask(f"short{i}", work(mean=100, longest=100))
         await settle()
-        return [[e.tokens_expected, e.num_running] for e in told.engines]
+        return [[e.tokens_expected, e.num_running] for e in scene.engines]
 
     assert run(story) == [[1000, 1], [1000, 10]]
 
@@ -81,15 +81,15 @@ def test_prompts_count_for_less_than_responses_and_once_for_a_group():
 
 def test_an_engine_gets_a_little_more_than_it_can_decode_and_the_rest_waits():
     async def story():
-        told = Told(capacity=8, num_engines=2)
-        told.open(0, 1)
+        scene = Scene(capacity=8, num_engines=2)
+        scene.open(0, 1)
         for i in range(30):
-            told.ask(i, work())
+            scene.ask(i, work())
         await settle()
-        running = [engine.num_running for engine in told.engines]
-        told.dispatch.done(told.engines[1], work())
+        running = [engine.num_running for engine in scene.engines]
+        scene.dispatcher.release(scene.engines[1], work())
         await settle()
-        return running, told.dispatch.num_waiting, told.places[-1][0]
+        return running, scene.dispatcher.num_waiting, scene.places[-1][0]
 
     assert run(story) == ([10, 10], 9, 1)  # 8 and a quarter; what is freed is filled
 
@@ -104,124 +104,124 @@ def test_a_group_whose_longest_is_far_longer_than_its_mean_leaves_room_for_other
 
 def test_a_group_larger_than_an_engine_is_not_left_waiting():
     async def story():
-        told = Told(capacity=2, num_engines=1)
-        told.open(0)
-        told.ask("big", work(n=64))
-        told.ask("next", work(n=1))
+        scene = Scene(capacity=2, num_engines=1)
+        scene.open(0)
+        scene.ask("big", work(n=64))
+        scene.ask("next", work(n=1))
         await settle()
-        first = list(told.places)
-        told.dispatch.done(told.engines[0], work(n=64))
+        first = list(scene.places)
+        scene.dispatcher.release(scene.engines[0], work(n=64))
         await settle()
-        return first, told.places
+        return first, scene.places
 
     assert run(story) == ([(0, "big")], [(0, "big"), (0, "next")])
 
 
 def test_a_closed_engines_share_goes_to_the_others_and_a_new_one_takes_part():
     async def story():
-        told = Told(capacity=4, num_engines=3)
-        told.open(0, 1)
+        scene = Scene(capacity=4, num_engines=3)
+        scene.open(0, 1)
         for i in range(14):
-            told.ask(i, work())
+            scene.ask(i, work())
         await settle()
-        told.open(1, 2)
+        scene.open(1, 2)
         await settle()
-        return [engine.num_running for engine in told.engines]
+        return [engine.num_running for engine in scene.engines]
 
     assert run(story) == [5, 5, 4]
 
 
 def test_what_failed_on_an_engine_waits_for_another_and_goes_first_there():
     async def story():
-        told = Told(capacity=4, num_engines=2)
-        told.open(0, 1)
+        scene = Scene(capacity=4, num_engines=2)
+        scene.open(0, 1)
         full = work(n=8)
-        told.engines[1].num_occupied = 8
-        told.ask("again", work(avoid=[told.engines[0]]))
-        told.ask("new", work(longest=5000))
+        scene.engines[1].num_occupied = 8
+        scene.ask("again", work(avoid=[scene.engines[0]]))
+        scene.ask("new", work(longest=5000))
         await settle()
-        before = told.engines_of("again", "new")
-        told.dispatch.done(told.engines[1], full)
+        before = scene.engines_of("again", "new")
+        scene.dispatcher.release(scene.engines[1], full)
         await settle()
-        after = told.engines_of("again")
-        told.open(0)  # the only one left
-        told.ask("once more", work(avoid=[told.engines[0]]))
+        after = scene.engines_of("again")
+        scene.open(0)  # the only one left
+        scene.ask("once more", work(avoid=[scene.engines[0]]))
         await settle()
-        return before, after, told.engines_of("once more")
+        return before, after, scene.engines_of("once more")
 
     assert run(story) == ([None, 0], [1], [0])
 
 
 def test_what_is_asked_for_again_goes_before_what_is_new():
     async def story():
-        told = Told(capacity=1, num_engines=2)
-        told.engines[1].num_occupied = 2
-        told.open(0, 1)
-        told.ask("new", work(n=2, longest=5000))
-        told.ask("again", work(n=2, avoid=[told.engines[1]]))
+        scene = Scene(capacity=1, num_engines=2)
+        scene.engines[1].num_occupied = 2
+        scene.open(0, 1)
+        scene.ask("new", work(n=2, longest=5000))
+        scene.ask("again", work(n=2, avoid=[scene.engines[1]]))
         await settle()
-        return told.places
+        return scene.places
 
     assert run(story) == [(0, "again")]
 
 
 def test_who_gives_up_leaves_no_load_behind():
     async def story():
-        told = Told(capacity=1, num_engines=1)
-        told.open(0)
+        scene = Scene(capacity=1, num_engines=1)
+        scene.open(0)
         for name in ("runs", "gives up waiting", "gives up when granted", "granted"):
-            told.ask(name, work(n=2))
+            scene.ask(name, work(n=2))
         await settle()
-        told.tasks["gives up waiting"].cancel()
+        scene.tasks["gives up waiting"].cancel()
         await settle()
-        told.dispatch.done(told.engines[0], work(n=2))
+        scene.dispatcher.release(scene.engines[0], work(n=2))
         await asyncio.sleep(0)  # granted, but its task has not run yet
-        told.tasks["gives up when granted"].cancel()
+        scene.tasks["gives up when granted"].cancel()
         await settle()
-        return told.places, told.engines[0].num_running
+        return scene.places, scene.engines[0].num_running
 
     assert run(story) == ([(0, "runs"), (0, "granted")], 2)
 
 
 def test_when_the_fleet_breaks_whoever_waits_is_told():
     async def story():
-        told = Told(capacity=1, num_engines=1)
-        told.ask("waits", work())
+        scene = Scene(capacity=1, num_engines=1)
+        scene.ask("waits", work())
         await settle()
-        told.dispatch.fail(EngineError("all is lost"))
-        await told.tasks["waits"]
+        scene.dispatcher.fail(EngineError("all is lost"))
+        await scene.tasks["waits"]
 
     with pytest.raises(EngineError, match="all is lost"):
         run(story)
 
 
 def test_lengths_are_learned_by_kind_and_size_of_the_prompt():
-    lengths = Lengths()
-    assert lengths.expect("math", 10, 400) == Expected(200, 400)
+    lengths = LengthEstimator()
+    assert lengths.estimate("math", 10, 400) == ExpectedLength(200, 400)
     for _ in range(4):
-        lengths.learn("math", 10, [100, 300])
-        lengths.learn("math", 1000, [1000, 3000])
-    expected = lengths.expect("math", 12, 4000)
+        lengths.add("math", 10, [100, 300])
+        lengths.add("math", 1000, [1000, 3000])
+    expected = lengths.estimate("math", 12, 4000)
     assert (expected.mean, expected.longest) == (200, 300)
-    assert lengths.expect("math", 900, 4000).longest == 3000
-    assert lengths.expect("code", 10, 4000).mean == pytest.approx(1100)  # as all together
-    lengths.learn("code", 10, [1100])  # one group says little
-    assert lengths.expect("code", 10, 4000).longest > 1500
-    assert lengths.expect("math", 900, 500).longest == 500  # no more than the limit
+    assert lengths.estimate("math", 900, 4000).longest == 3000
+    assert lengths.estimate("code", 10, 4000).mean == pytest.approx(1100)  # as all together
+    lengths.add("code", 10, [1100])  # one group says little
+    assert lengths.estimate("code", 10, 4000).longest > 1500
+    assert lengths.estimate("math", 900, 500).longest == 500  # no more than the limit
 
 
 def test_lengths_follow_a_policy_that_writes_more_and_more():
-    lengths = Lengths()
+    lengths = LengthEstimator()
     for length in [100] * 200 + [1000] * 200:
-        lengths.learn("math", 10, [length])
-    assert 950 < lengths.expect("math", 10, 4000).mean <= 1000
+        lengths.add("math", 10, [length])
+    assert 950 < lengths.estimate("math", 10, 4000).mean <= 1000
 
 
 def pace(answers, window=100.0):
     """answers: (seconds, tokens, longest), evenly over the window that ends at 100."""
     made = Pace(0.0, window)
     for i, (seconds, tokens, longest) in enumerate(answers):
-        made.answered(Answer(100.0 * (i + 1) / len(answers), seconds, tokens, longest))
+        made.add(ServedGroup(100.0 * (i + 1) / len(answers), seconds, tokens, longest))
     return made
 
 
@@ -255,17 +255,17 @@ def test_nobody_is_slow_alone_or_before_a_whole_window():
 
 def test_three_unusable_answers_of_the_last_hundred_are_many():
     made = Pace(0.0, 100.0)
-    assert [made.failed(), made.failed()] == [False, False]
+    assert [made.add_fault(), made.add_fault()] == [False, False]
     for i in range(98):
-        made.answered(Answer(float(i), 1.0, 1, 1))
-    assert made.failed() is False  # the first is forgotten
-    assert made.failed() is False  # and the second
-    assert made.failed() is True
+        made.add(ServedGroup(float(i), 1.0, 1, 1))
+    assert made.add_fault() is False  # the first is forgotten
+    assert made.add_fault() is False  # and the second
+    assert made.add_fault() is True
 
 
 def test_tokens_per_second_are_those_of_the_last_minute():
     made = Pace(0.0, 300.0)
-    made.answered(Answer(10.0, 5.0, 400, 40))
+    made.add(ServedGroup(10.0, 5.0, 400, 40))
     assert made.tokens_per_second(20.0) == 20.0
-    made.answered(Answer(100.0, 5.0, 600, 40))
+    made.add(ServedGroup(100.0, 5.0, 600, 40))
     assert made.tokens_per_second(120.0) == 10.0

@@ -8,7 +8,7 @@ import pytest
 from aiohttp import web
 
 from megatron_r1.engine.errors import EngineDied, EngineError
-from megatron_r1.fleet.fleet import RolloutFleet
+from megatron_r1.fleet.rollout_fleet import RolloutFleet
 
 GARBAGE = {
     "no number": {"logprobs": {"content": [{"logprob": -9999.0}]}},
@@ -75,7 +75,7 @@ class Peer:
 
     def start(self): ...
 
-    def wait_ready(self, timeout_seconds):
+    async def wait_ready(self, timeout_seconds):
         if not self.is_running:
             raise EngineError("it has ended")
 
@@ -154,9 +154,9 @@ def test_an_engine_that_fails_often_is_replaced_and_attracts_no_more_work(tmp_pa
 
     async def story(fleet):
         said = []
-        fleet.say = said.append
+        fleet.members.notify = said.append
         made = await ask(fleet, count=40)
-        while len(fleet.repairs.under_way):
+        while fleet.replacement.tasks:
             await asyncio.sleep(0.01)
         return made, said, [engine.server for engine in fleet.engines], fleet.num_restarts
 
@@ -219,11 +219,11 @@ def test_a_slow_engine_is_drained_before_it_is_replaced(tmp_path):
     async def story(fleet):
         slow = fleet.engines[0]
         slow.num_running += 1  # something is in flight
-        fleet.repairs.retire(slow, EngineError("engine-0 made 1 token a second"))
+        fleet.replacement.retire(slow, EngineError("engine-0 made 1 token a second"))
         await ask(fleet, count=3)
         in_between = slow.is_up, slow.is_open, slow.server.is_alive()
         slow.num_running -= 1
-        while fleet.repairs.under_way:
+        while fleet.replacement.tasks:
             await asyncio.sleep(0.01)
         return in_between, fleet.engines[0].server
 
@@ -235,7 +235,7 @@ def test_a_slow_engine_is_drained_before_it_is_replaced(tmp_path):
 
 def test_without_a_restart_left_a_slow_engine_stays(tmp_path):
     async def story(fleet):
-        fleet.repairs.retire(fleet.engines[0], EngineError("slow"))
+        fleet.replacement.retire(fleet.engines[0], EngineError("slow"))
         return await ask(fleet), fleet.engines[0].is_open
 
     assert run(tmp_path, [Peer(good)], story) == ([[[7], [7]]], True)
@@ -320,7 +320,7 @@ def test_nobody_is_replaced_while_the_memory_is_the_trainers(tmp_path):
     async def story(fleet):
         await fleet.sleep()
         peers[0].is_running = False
-        while not fleet.repairs.under_way:
+        while not fleet.replacement.tasks:
             await asyncio.sleep(0.01)
         for _ in range(20):
             await asyncio.sleep(0)
@@ -340,7 +340,7 @@ def test_an_engine_whose_connection_breaks_amid_a_push_is_replaced_by_one_with_i
 
     async def story(fleet):
         await fleet.push({}, 1)
-        while fleet.repairs.under_way:
+        while fleet.replacement.tasks:
             await asyncio.sleep(0.01)
         return fleet.version, [engine.server for engine in fleet.engines], fleet.num_restarts
 
@@ -362,7 +362,7 @@ def test_an_engine_that_did_not_get_the_weights_is_replaced(tmp_path, said):
 
     async def story(fleet):
         await fleet.push({}, 1)
-        while fleet.repairs.under_way:
+        while fleet.replacement.tasks:
             await asyncio.sleep(0.01)
         return [engine.server for engine in fleet.engines], fleet.num_restarts
 
@@ -385,13 +385,13 @@ def test_an_engine_that_waits_for_weights_does_not_hang(tmp_path, monkeypatch, p
     peers = [Peer(good, holds={"/is_sleeping": release, "/swap_weights": release}), Peer(good)]
 
     async def story(fleet):
-        fleet.unresponsive_seconds = 0.2
+        fleet.replacement.unresponsive_seconds = 0.2
         with fleet.patient(patience):
             pushing = asyncio.create_task(fleet.push({}, 1))
             await asyncio.sleep(1.0)
             release.set()
             await pushing
-        while fleet.repairs.under_way:
+        while fleet.replacement.tasks:
             await asyncio.sleep(0.01)
         return fleet.num_restarts
 
@@ -448,7 +448,7 @@ def test_an_engine_that_is_being_replaced_may_leave(tmp_path):
             await asyncio.sleep(0.01)
         await fleet.remove_engine(0)
         held.set()
-        while fleet.repairs.under_way:
+        while fleet.replacement.tasks:
             await asyncio.sleep(0.01)
         return await ask(fleet), [engine.index for engine in fleet.engines]
 
@@ -470,7 +470,7 @@ def test_one_that_was_starting_gives_its_memory_to_the_trainer(tmp_path):
         asleep = starting.is_running, peers[3].is_running
         held.set()
         await fleet.push({}, 1)
-        while fleet.repairs.under_way:
+        while fleet.replacement.tasks:
             await asyncio.sleep(0.01)
         return asleep, [engine.server for engine in fleet.engines], fleet.num_restarts
 

@@ -3,6 +3,7 @@
 What an engine does there is tests/system/test_engine_hosts.py's.
 """
 
+import asyncio
 import os
 import re
 import signal
@@ -16,9 +17,10 @@ import msgspec
 import pytest
 
 from megatron_r1.engine.errors import EngineError
-from megatron_r1.fleet.hosts.engines import gpus_of_slot, visible_gpus
+from megatron_r1.engine.gpu import gpus_of_slot, visible_gpus
 from megatron_r1.fleet.hosts.pool import HostPool
-from megatron_r1.fleet.hosts.wire import Report, publish_address
+from megatron_r1.fleet.hosts.remote_server import RemoteServer
+from megatron_r1.fleet.hosts.wire import HostReport, publish_address
 from megatron_r1.processes.authentication import ENVIRONMENT, known_token, make_token
 
 
@@ -33,7 +35,9 @@ def until(condition, seconds=20):
 def pool(tmp_path, monkeypatch):
     monkeypatch.delenv(ENVIRONMENT, raising=False)
     said = []
-    pool = HostPool("tcp://127.0.0.1:*", make_token(tmp_path), silence_seconds=6, say=said.append)
+    pool = HostPool(
+        "tcp://127.0.0.1:*", make_token(tmp_path), silence_seconds=6, notify=said.append
+    )
     pool.said, pool.folder = said, tmp_path
     publish_address(tmp_path, f"tcp://127.0.0.1:{pool.port}")
     yield pool
@@ -91,34 +95,34 @@ def test_a_host_that_waits_finds_the_run(tmp_path, host, pool):
 
 
 def test_an_engine_that_cannot_start_says_why(pool, host):
-    server = pool.server(pool.folder / "nothing", pool.folder / "engine-0.log")
+    server = RemoteServer(pool, pool.folder / "nothing", pool.folder / "engine-0.log")
     server.start()  # before any host is there: it waits
     assert server.is_alive()
     host("--folder", pool.folder)
     with pytest.raises(EngineError, match=r"on host .*nothing is not a model folder"):
-        server.wait_ready(20)
+        asyncio.run(server.wait_ready(20))
     assert not server.is_alive()
     server.stop()
     until(lambda: pool.num_free == 1)
 
 
 def test_without_room_the_error_says_who_is_there(pool):
-    server = pool.server(pool.folder, pool.folder / "engine-0.log")
+    server = RemoteServer(pool, pool.folder, pool.folder / "engine-0.log")
     server.start()
     with pytest.raises(EngineError, match="no host had room for it .no host has come"):
-        server.wait_ready(0.3)
+        asyncio.run(server.wait_ready(0.3))
 
 
 def test_who_waits_for_hosts_is_told(pool, monkeypatch, tmp_path):
     """A run that does nothing else meanwhile would look as if it hung."""
     monkeypatch.setattr("megatron_r1.fleet.hosts.pool.WAIT_SECONDS", 0.2)
-    pool.server(tmp_path, tmp_path / "engine.log").start()
+    RemoteServer(pool, tmp_path, tmp_path / "engine.log").start()
     until(lambda: "1 engine waits for 1 host to come (no host has come)" in pool.said)
 
 
 def test_hosts_that_never_fall_silent_leave_the_pool_time_for_its_work():
     """As hundreds do that speak once a second each."""
-    report = msgspec.msgpack.encode(Report("talkative", 1, ""))
+    report = msgspec.msgpack.encode(HostReport("talkative", 1, ""))
 
     class Endless:
         num_heard = 0
@@ -131,7 +135,7 @@ def test_hosts_that_never_fall_silent_leave_the_pool_time_for_its_work():
             assert self.num_heard < 300_000, "it does nothing but listen"
             return b"one of them", report
 
-    pool = SimpleNamespace(_socket=Endless(), _lock=nullcontext(), _hear=lambda *_: None)
+    pool = SimpleNamespace(_socket=Endless(), _lock=nullcontext(), _receive=lambda *_: None)
     HostPool._listen(pool)
     assert pool._socket.num_heard
 
@@ -140,7 +144,7 @@ def test_hosts_that_never_fall_silent_leave_the_pool_time_for_its_work():
 def test_a_host_that_vanishes_loses_its_engines_for_good(pool, host, how):
     agent = host("--folder", pool.folder)
     until(lambda: pool.num_free == 1)
-    server = pool.server(pool.folder / "nothing", pool.folder / "engine-0.log")
+    server = RemoteServer(pool, pool.folder / "nothing", pool.folder / "engine-0.log")
     agent.send_signal(how)
     server.start()  # given to a host that can no longer start it
     until(lambda: not server.is_alive())

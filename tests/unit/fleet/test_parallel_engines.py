@@ -5,9 +5,9 @@ import json
 import pytest
 
 from megatron_r1.config import parse
-from megatron_r1.engine.parallelism import check_engines
+from megatron_r1.engine.recipe import check_engines, vocab_size
 from megatron_r1.engine.server import EngineServer
-from megatron_r1.fleet.launching import share_of_gpus, vocabulary
+from megatron_r1.fleet.rollout_fleet import share_of_gpus
 from megatron_r1.weight_sync.plan import EngineLayout
 from megatron_r1.weight_sync.plan.recipe import check_pushes, engine_layout
 
@@ -126,4 +126,4 @@ def test_engines_of_one_host_get_gpus_of_their_own(monkeypatch):
 def test_the_vocabulary_is_the_language_models(tmp_path):
     for hf, size in [(DENSE, 67), ({"text_config": DENSE}, 67), ({}, None)]:
         (tmp_path / "config.json").write_text(json.dumps(hf))
-        assert vocabulary(tmp_path) == size
+        assert vocab_size(tmp_path) == size

@@ -15,7 +15,7 @@ def story_with(work):
     async def story():
         said = []
         stop = StopRequest()
-        stop.say = said.append
+        stop.notify = said.append
         stop.listen()
         asyncio.get_running_loop().call_later(0.05, os.kill, os.getpid(), signal.SIGTERM)
         return await stop.before(work()), said

@@ -9,7 +9,7 @@ import yaml
 from megatron_r1 import config as configuration
 from megatron_r1.config import RewardsConfig
 from megatron_r1.data.prompts import make_prompt
-from megatron_r1.engine.client import Response
+from megatron_r1.engine.responses import Response
 from megatron_r1.rewards import REGISTRY, Grade
 from megatron_r1.rewards.combine import Weight, combine, weights_at
 from megatron_r1.rewards.options import call_fields, option_names

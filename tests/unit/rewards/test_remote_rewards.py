@@ -9,7 +9,7 @@ from served import Served, judge_that
 
 from megatron_r1.config import RewardsConfig
 from megatron_r1.data.prompts import load_prompts, make_prompt
-from megatron_r1.engine.client import Response
+from megatron_r1.engine.responses import Response
 from megatron_r1.rewards import REMOTE, judge, resolve
 from megatron_r1.rewards.base import UNGRADED
 from megatron_r1.rewards.remote import service

@@ -11,7 +11,7 @@ import yaml
 from megatron_r1.config import Config, RLConfig, dump, load, parse
 from megatron_r1.config.algorithms import NAMES
 from megatron_r1.data.prompts import make_prompt
-from megatron_r1.engine.client import Response
+from megatron_r1.engine.responses import Response
 from megatron_r1.rl import algorithms
 from megatron_r1.rl.loop import training_reward, training_samples, update
 from megatron_r1.rl.overlong import overlong_punishment

@@ -4,7 +4,7 @@ import pytest
 
 from megatron_r1.config import parse
 from megatron_r1.data.prompts import make_prompt
-from megatron_r1.engine.client import Response
+from megatron_r1.engine.responses import Response
 from megatron_r1.rl.dynamic_sampling import collect_informative
 from megatron_r1.rl.metrics import rollout_metrics
 from megatron_r1.rl.rollout import GradedResponse, Group, Rollout

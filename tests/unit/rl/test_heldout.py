@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from megatron_r1.data.prompts import make_prompt
-from megatron_r1.engine.client import Response
+from megatron_r1.engine.responses import Response
 from megatron_r1.rl.heldout import evaluate
 from megatron_r1.rl.rollout import GradedResponse, Group, Rollout, Sampling
 

@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 
 from megatron_r1.data.prompts import make_prompt
-from megatron_r1.engine.client import Response
+from megatron_r1.engine.responses import Response
 from megatron_r1.files.framed import HEADER, FramedFile, append_frame
 from megatron_r1.rl.dynamic_sampling import collect_informative
 from megatron_r1.rl.rollout import GradedResponse, Group, Rollout

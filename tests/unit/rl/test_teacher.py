@@ -12,9 +12,10 @@ from transformers import PreTrainedTokenizerFast
 
 from megatron_r1.config import Config, RewardsConfig
 from megatron_r1.data.prompts import make_prompt
-from megatron_r1.engine.client import EngineClient, Response
+from megatron_r1.engine.client import EngineClient
 from megatron_r1.engine.errors import EngineError
-from megatron_r1.fleet.served import ServedFleet
+from megatron_r1.engine.responses import Response
+from megatron_r1.fleet.external import ExternalFleet
 from megatron_r1.rewards.runtime.pool import RewardPool
 from megatron_r1.rl.collector import RolloutCollector
 from megatron_r1.rl.rollout import Sampling
@@ -196,13 +197,13 @@ def test_scores_that_do_not_add_up_are_an_error(said, says):
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     monkeypatch.setattr("megatron_r1.fleet.engine.LAST_WORDS_SECONDS", 0.0)
-    monkeypatch.setattr("megatron_r1.fleet.served.POLL_SECONDS", 0.01)
+    monkeypatch.setattr("megatron_r1.fleet.external.ExternalServer.poll_seconds", 0.01)
 
 
 def with_fleet(tmp_path, peers, story, *, max_restarts=0, start_timeout_seconds=10.0):
     async def run():
         async with asyncio.timeout(30), peers[0], peers[-1]:
-            fleet = ServedFleet(
+            fleet = ExternalFleet(
                 [peer.url for peer in peers],
                 tmp_path,
                 max_model_len=64,
@@ -259,7 +260,7 @@ def test_a_server_that_cannot_score_is_refused_at_the_start(tmp_path, peer, says
 
 def test_a_server_that_is_not_there_is_an_error_after_the_timeout(tmp_path):
     async def start():
-        fleet = ServedFleet(
+        fleet = ExternalFleet(
             ["http://127.0.0.1:1"], tmp_path, max_model_len=64, start_timeout_seconds=0.05
         )
         await fleet.start(tmp_path)

@@ -7,7 +7,7 @@ import pytest
 
 from megatron_r1.config import Config, RewardsConfig
 from megatron_r1.data.prompts import make_prompt
-from megatron_r1.engine.client import Response
+from megatron_r1.engine.responses import Response
 from megatron_r1.rewards.base import UNGRADED, Grade
 from megatron_r1.rl import algorithms
 from megatron_r1.rl.collector import RolloutCollector

@@ -21,7 +21,7 @@ from megatron_r1.data.text import PromptText
 from megatron_r1.engine.client import EngineClient
 from megatron_r1.engine.server import EngineServer
 from megatron_r1.fleet.engine import Engine
-from megatron_r1.fleet.fleet import RolloutFleet
+from megatron_r1.fleet.rollout_fleet import RolloutFleet
 from megatron_r1.reporting.run_folder import RunFolder
 from megatron_r1.rewards.runtime.pool import RewardPool
 from megatron_r1.rl.collector import RolloutCollector
@@ -243,8 +243,8 @@ def test_an_engine_that_owes_a_group_is_named_with_it_and_asked_for_its_stacks(
                 Engine(1, servers[1], hung),
             ]
             fleet = run.rollouts.fleet
-            fleet.engines, fleet._model = engines, servers[0].model  # as `start` would have it
-            fleet.open_changed()
+            fleet.engines[:] = engines
+            fleet.members.begin()  # as `start` would
             sampling = Sampling(num_samples=4, temperature=1.0, top_p=1.0, max_tokens=8)
             await supervisor.run(run.rollouts.collect([asked], sampling))
 
@@ -282,7 +282,7 @@ def test_a_teacher_that_says_nothing_is_what_everything_waits_for(tmp_path, monk
         async with run.supervised() as supervisor, EngineClient("") as client:
             teacher = RolloutFleet(1, tmp_path, role="teacher")
             server = EngineServer(run.config.model.path, tmp_path / "teacher-0.log")
-            teacher.engines = [Engine(0, server, client, role="teacher", num_running=4)]
+            teacher.engines.append(Engine(0, server, client, role="teacher", num_running=4))
             run.rollouts.teacher = teacher
             await supervisor.run(score())
 

@@ -11,7 +11,7 @@ import torch
 
 from megatron_r1.commands import rl
 from megatron_r1.config import Config
-from megatron_r1.engine.routing import decode_routing
+from megatron_r1.engine.responses import decode_routing
 from megatron_r1.engine.server import EngineServer
 from megatron_r1.models.routing_shape import RoutingShape, routing_shape
 from megatron_r1.training.packed import Split, packed_batch

@@ -9,8 +9,9 @@ import pytest
 from torch.distributed import TCPStore
 
 from megatron_r1.config.push import PushConfig
-from megatron_r1.engine.client import EngineClient, Response
+from megatron_r1.engine.client import EngineClient
 from megatron_r1.engine.errors import ConnectionBroken, EngineDied, EngineError, EngineFault
+from megatron_r1.engine.responses import Response
 from megatron_r1.errors import TrainerLost
 from megatron_r1.fleet.engine import Engine
 from megatron_r1.weight_sync.bridge import WeightBridge

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from megatron_r1.config import Config
-from megatron_r1.fleet.fleet import RolloutFleet
+from megatron_r1.fleet.rollout_fleet import RolloutFleet
 from megatron_r1.training.client import TrainerClient
 from megatron_r1.weight_sync.bridge import WeightBridge
 from megatron_r1.weight_sync.links import EngineLinks

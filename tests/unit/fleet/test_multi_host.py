@@ -4,16 +4,17 @@ who is told what and when, and what ends an engine.
 A real engine over two hosts is tests/system/test_spread_engine.py's.
 """
 
+import asyncio
 import time
 
 import pytest
-from spoken_host import COORDINATOR, SpokenHost
+from scripted_host import COORDINATOR, ScriptedHost
 
 from megatron_r1 import config
-from megatron_r1.engine import part as engine_part
 from megatron_r1.engine.errors import EngineError
-from megatron_r1.engine.part import Part
+from megatron_r1.engine.multi_host import EnginePart, network_environment
 from megatron_r1.fleet.hosts.pool import HostPool
+from megatron_r1.fleet.hosts.remote_server import RemoteServer
 from megatron_r1.processes.authentication import ENVIRONMENT, make_token
 
 
@@ -28,15 +29,15 @@ class World:
             self.token,
             hosts_per_engine=2,
             silence_seconds=30,
-            say=self.said.append,
+            notify=self.said.append,
         )
 
     def host(self, name, num_engines=1):
-        self.hosts.append(SpokenHost(self.pool, self.token, name, num_engines))
+        self.hosts.append(ScriptedHost(self.pool, self.token, name, num_engines))
         return self.hosts[-1]
 
     def engine(self, name):
-        server = self.pool.server(self.folder / "model", self.folder / f"{name}.log", data=4)
+        server = RemoteServer(self.pool, self.folder / "model", self.folder / f"{name}.log", data=4)
         server.start()
         return server
 
@@ -58,7 +59,7 @@ class World:
         host.close()
 
     def hosts_of(self, server):
-        return {host.name for host in self.hosts if server.name in host.orders}
+        return {host.name for host in self.hosts if server.engine.name in host.orders}
 
 
 @pytest.fixture
@@ -86,13 +87,13 @@ def test_the_first_part_says_where_the_other_is_to_come(world):
     world.until(told)
     (first, order), (second, other) = parts[0], parts[1]
     assert first is not second
-    assert order.part == Part(0, 2) and other.part == Part(1, 2, COORDINATOR)
+    assert order.part == EnginePart(0, 2) and other.part == EnginePart(1, 2, COORDINATOR)
     # Not one file for both, where they share the folder.
     assert (order.log, other.log) == (
         str(world.folder / "engine-0.log"),
         str(world.folder / "engine-0-part-1.log"),
     )
-    world.until(lambda: server.parts[1].report is not None)
+    world.until(lambda: server.engine.parts[1].report is not None)
     assert server.url == f"http://{first.name}:1"
 
 
@@ -106,7 +107,7 @@ def test_two_engines_never_hold_half_of_what_both_need(world):
     world.until(lambda: world.hosts_of(first) == {"a", "b"})
     world.turn(0.3)
     assert world.hosts_of(second) == set() and second.is_alive()
-    world.pool.remove(first)
+    world.pool.remove(first.engine)
     world.until(lambda: world.hosts_of(second) == {"a", "b"})
     assert world.hosts_of(first) == set()
 
@@ -117,7 +118,7 @@ def test_a_host_alone_is_no_place_and_the_error_says_so(world):
     assert world.pool.num_free == 0
     server = world.engine("engine-0")
     with pytest.raises(EngineError, match=r"no 2 hosts had room for it \(a with 3\)"):
-        server.wait_ready(0.3)
+        asyncio.run(server.wait_ready(0.3))
 
 
 def test_room_is_counted_in_engines_over_different_hosts(world):
@@ -135,7 +136,7 @@ def test_a_part_that_ends_ends_the_other_and_is_named(world):
     hosts = {name: world.host(name) for name in "ab"}
     server = world.engine("engine-0")
     world.until(lambda: world.hosts_of(server) == {"a", "b"})
-    hosts["b"].ends[server.name] = "exit code 7; its log"
+    hosts["b"].ends[server.engine.name] = "exit code 7; its log"
     world.until(lambda: not server.is_alive())
     assert not server.is_lost
     assert server.describe_end() == "on host b: exit code 7; its log"
@@ -150,9 +151,11 @@ def test_a_host_that_vanishes_is_to_blame_also_where_another_part_ended_before(w
     hosts = {name: world.host(name) for name in "ab"}
     server = world.engine("engine-0")
     world.until(lambda: world.hosts_of(server) == {"a", "b"})
-    gone, stays = (server.parts[index].host.report.name for index in (vanishing, 1 - vanishing))
+    gone, stays = (
+        server.engine.parts[index].host.report.name for index in (vanishing, 1 - vanishing)
+    )
     world.vanish(hosts[gone])
-    hosts[stays].ends[server.name] = "connection reset by peer"
+    hosts[stays].ends[server.engine.name] = "connection reset by peer"
     world.until(lambda: not server.is_alive(), 30)
     assert server.is_lost
     assert server.describe_end() == f"host {gone} has closed its line"
@@ -165,22 +168,22 @@ def test_a_host_that_vanishes_is_to_blame_also_where_another_part_ended_before(w
 
 
 def test_ranks_are_shared_out_in_order():
-    part = Part(2, 4)
+    part = EnginePart(2, 4)
     assert part.copies(16) == 4
-    said = engine_part.arguments(part, 16, COORDINATOR)
-    pairs = dict(zip(said, said[1:], strict=False))
-    assert pairs["--data-parallel-start-rank"] == "8" and "--headless" in said
+    arguments = part.arguments(16, COORDINATOR)
+    pairs = dict(zip(arguments, arguments[1:], strict=False))
+    assert pairs["--data-parallel-start-rank"] == "8" and "--headless" in arguments
     assert pairs["--data-parallel-address"] == "10.0.0.1"
     assert pairs["--data-parallel-rpc-port"] == "4711"
-    assert "--headless" not in engine_part.arguments(Part(0, 4), 16, COORDINATOR)
+    assert "--headless" not in EnginePart(0, 4).arguments(16, COORDINATOR)
 
 
 def test_gloo_is_told_the_interface_that_others_reach(monkeypatch):
     monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
-    assert engine_part.environment("127.0.0.1")["GLOO_SOCKET_IFNAME"] == "lo"
-    assert "GLOO_SOCKET_IFNAME" not in engine_part.environment("192.0.2.1")  # nobody's
+    assert network_environment("127.0.0.1")["GLOO_SOCKET_IFNAME"] == "lo"
+    assert "GLOO_SOCKET_IFNAME" not in network_environment("192.0.2.1")  # nobody's
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth7")
-    assert engine_part.environment("127.0.0.1")["GLOO_SOCKET_IFNAME"] == "eth7"
+    assert network_environment("127.0.0.1")["GLOO_SOCKET_IFNAME"] == "eth7"
 
 
 @pytest.mark.parametrize(

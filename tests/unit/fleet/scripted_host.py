@@ -2,12 +2,12 @@
 runs nothing."""
 
 from megatron_r1.fleet.hosts.link import HostLink
-from megatron_r1.fleet.hosts.wire import EngineOrder, EngineReport, Report
+from megatron_r1.fleet.hosts.wire import EngineOrder, EngineReport, HostReport
 
 COORDINATOR = "10.0.0.1:4711"
 
 
-class SpokenHost:
+class ScriptedHost:
     """`turn()` listens and speaks once; one that is not turned is silent, `close()` hangs up."""
 
     def __init__(self, pool, token, name, num_engines=1):
@@ -23,7 +23,7 @@ class SpokenHost:
         if orders is not None:
             self.orders = {order.engine: order for order in orders.engines}
         reports = [self._report(order) for order in self.orders.values()]
-        self.link.send(Report(self.name, self.num_engines, "", reports))
+        self.link.send(HostReport(self.name, self.num_engines, "", reports))
 
     def close(self):
         self.link.close()

@@ -10,9 +10,9 @@ from aiohttp import web
 
 from megatron_r1.engine.client import EngineClient
 from megatron_r1.engine.errors import EngineError
-from megatron_r1.engine.log import excerpt
 from megatron_r1.engine.server import EngineServer, check_model_folder
-from megatron_r1.fleet.fleet import RolloutFleet
+from megatron_r1.fleet.rollout_fleet import RolloutFleet
+from megatron_r1.processes.logs import excerpt
 
 
 def choice(token_ids, logprobs, spans, finish_reason="stop"):
@@ -172,7 +172,7 @@ def test_a_fleet_without_engines_and_a_call_before_start_are_refused(tmp_path):
 
 def test_the_controller_side_imports_neither_torch_nor_vllm():
     code = (
-        "import sys, megatron_r1.fleet.fleet; "
+        "import sys, megatron_r1.fleet.rollout_fleet; "
         "print(sorted({'torch', 'vllm', 'megatron.core', 'transformers'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

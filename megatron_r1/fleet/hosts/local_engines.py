@@ -1,22 +1,22 @@
-"""The engines of one host: makes what is match what was ordered."""
+"""The engines of one host: started and stopped until they match the controller's orders."""
 
 from __future__ import annotations
 
-import glob
 import os
 import threading
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_r1.engine.errors import EngineError
+from megatron_r1.engine.gpu import gpus_of_slot, visible_gpus
 from megatron_r1.engine.server import EngineServer
 from megatron_r1.fleet.hosts.wire import EngineOrder, EngineReport
 
 
 @dataclass
-class Local:
-    """An engine that was ordered. server: None where it could not even be tried; `end` says why."""
+class LocalEngine:
+    """An engine that was ordered. server: None where it could not be started; `end` then has the
+    reason."""
 
     order: EngineOrder
     slot: int
@@ -33,8 +33,16 @@ class Local:
         url, coordinator = self.server.url, self.server.coordinator
         return EngineReport(self.order.engine, "running", url=url, coordinator=coordinator)
 
+    def begin_stop(self) -> None:
+        """Stop it in a thread: an engine gets seconds to end by itself, while the host has to go on
+        reporting."""
+        if self.stopping is None:
+            stop = self.server.stop if self.server else lambda: None
+            self.stopping = threading.Thread(target=stop, daemon=True)
+            self.stopping.start()
 
-class HostEngines:
+
+class LocalEngines:
     """At most `num_engines`, or parts of engines, each in a slot with its share of the GPUs and a
     port of its own."""
 
@@ -44,20 +52,20 @@ class HostEngines:
         """
         Args:
             address: of this host, where others reach the engines; they listen on it alone.
-            first_port: of the engine in slot 0; None: any that is free.
-            logs: folder for the engines' logs; None: where the controller says.
+            first_port: of the engine in slot 0; None: any free one.
+            logs: folder for the engines' logs; None: the controller's.
         """
         self.num_engines, self.address = num_engines, address
         self.first_port, self.logs = first_port, logs
-        self._engines: dict[str, Local] = {}
+        self._engines: dict[str, LocalEngine] = {}
 
     def follow(self, orders: list[EngineOrder]) -> None:
-        """Start what is missing, stop what is too much. Call from the main thread: engines end with
-        the thread that starts them."""
-        wanted = {order.engine for order in orders}
+        """Start ordered engines and stop others. Call from the main thread: engines end with the
+        thread that starts them."""
+        ordered = {order.engine for order in orders}
         for name, engine in list(self._engines.items()):
-            if name not in wanted:
-                self._stop(engine)
+            if name not in ordered:
+                engine.begin_stop()
             if engine.stopping is not None and not engine.stopping.is_alive():
                 del self._engines[name]
         for order in orders:
@@ -69,19 +77,19 @@ class HostEngines:
         return [engine.report() for engine in self._engines.values()]
 
     def stop(self) -> None:
-        """End all, at the same time, and wait for it."""
+        """Stop all at the same time, and wait for their end."""
         for engine in self._engines.values():
-            self._stop(engine)
+            engine.begin_stop()
         for engine in self._engines.values():
             if engine.stopping is not None:
                 engine.stopping.join()
         self._engines = {}
 
-    def _start(self, order: EngineOrder, slot: int) -> Local:
+    def _start(self, order: EngineOrder, slot: int) -> LocalEngine:
         log = self.logs / Path(order.log).name if self.logs else Path(order.log)
         settings = dict(order.settings)
         environment = dict(settings.pop("extra_env", None) or {})
-        engine = Local(order, slot)
+        engine = LocalEngine(order, slot)
         try:
             if settings.get("device") == "cuda":
                 environment |= gpus_of_slot(visible_gpus(os.environ), self.num_engines, slot)
@@ -98,34 +106,3 @@ class HostEngines:
         except (EngineError, OSError, TypeError) as error:
             engine.server, engine.end = None, str(error)
         return engine
-
-    def _stop(self, engine: Local) -> None:
-        """Begin to: an engine gets seconds to end by itself, while the host has to go on
-        speaking."""
-        if engine.stopping is None:
-            stop = engine.server.stop if engine.server else lambda: None
-            engine.stopping = threading.Thread(target=stop, daemon=True)
-            engine.stopping.start()
-
-
-def visible_gpus(environment: Mapping[str, str]) -> list[str]:
-    """CUDA_VISIBLE_DEVICES, which Slurm sets; where nobody did, all there are."""
-    given = environment.get("CUDA_VISIBLE_DEVICES")
-    if given is not None:
-        return [gpu for gpu in given.split(",") if gpu]
-    return [str(index) for index in range(len(glob.glob("/dev/nvidia[0-9]*")))]
-
-
-def gpus_of_slot(visible: list[str], num_engines: int, slot: int) -> dict[str, str]:
-    """The environment variable that gives an engine its equal share of a host's GPUs.
-
-    Raises:
-        EngineError: they cannot be shared out evenly.
-    """
-    if not visible or len(visible) % num_engines:
-        raise EngineError(
-            f"{len(visible)} GPUs ({','.join(visible) or 'none visible'}) cannot be divided among "
-            f"{num_engines} engines; change --engines"
-        )
-    share = len(visible) // num_engines
-    return {"CUDA_VISIBLE_DEVICES": ",".join(visible[slot * share : (slot + 1) * share])}

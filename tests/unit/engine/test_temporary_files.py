@@ -6,7 +6,7 @@ import subprocess
 import sys
 from multiprocessing.shared_memory import SharedMemory
 
-from megatron_r1.engine.scratch import shared_files
+from megatron_r1.engine.temporary_files import shared_files
 
 HOLDER = """
 import subprocess, sys, time

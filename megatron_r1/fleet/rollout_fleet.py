@@ -1,4 +1,4 @@
-"""All rollout engines: one policy version everywhere, groups to whoever has room."""
+"""All rollout engines of a run: one policy version everywhere, groups to the least loaded."""
 
 from __future__ import annotations
 
@@ -6,30 +6,44 @@ import asyncio
 import contextlib
 import os
 from array import array
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_r1.engine.client import EngineClient, Response
+from megatron_r1.engine.client import EngineClient
 from megatron_r1.engine.errors import EngineDied, EngineError, EngineFault
-from megatron_r1.fleet.engine import Engine, Feed, nothing_to_bring
-from megatron_r1.fleet.launching import share_of_gpus, vocabulary
+from megatron_r1.engine.gpu import gpus_of_slot, visible_gpus
+from megatron_r1.engine.recipe import vocab_size
+from megatron_r1.engine.responses import Response
+from megatron_r1.engine.server import EngineServer
+from megatron_r1.fleet.dispatch import Dispatcher
+from megatron_r1.fleet.engine import Engine
+from megatron_r1.fleet.members import Members, Notify
 from megatron_r1.fleet.replacement import DRAIN_SECONDS, Replacement
 from megatron_r1.fleet.retries import RequestRetries
 
 UpdateInfo = Mapping[str, Any] | Sequence[Mapping[str, Any]]
-NEVER_CAME = ("broke off", "have not sent all of it")
-"""In the error of `receive.ReceiveBuffer` for a push that was not completed."""
+INCOMPLETE_PUSH = ("broke off", "have not sent all of it")
+"""Words in the receive buffer's errors (`weight_sync.receive`) for a push that did not complete."""
+
+Feed = Callable[[Engine], contextlib.AbstractAsyncContextManager[None]]
+"""Its entry sends an engine the weights that the fleet's engines hold; no push begins before its
+exit."""
+
+
+@contextlib.asynccontextmanager
+async def no_feed(engine: Engine) -> AsyncIterator[None]:
+    yield
 
 
 class RolloutFleet:
     """Engines that hold the same weights.
 
     Use as `async with RolloutFleet(...) as fleet`, or call `close`. An engine that ends, hangs,
-    answers nonsense or crawls is replaced while the others go on, given the current weights, and
-    what it was asked for is asked for again (`repairs`). Engines may join and leave at any time. A
-    push that a living engine refuses leaves the fleet refusing every call: it never serves a
-    mixture of versions.
+    crawls or gives unusable replies is replaced while the others go on; the replacement gets the
+    current weights, and lost requests are repeated. Engines may join and leave at any time. A push
+    that a living engine refuses makes the fleet refuse every call: it never serves a mixture of
+    versions.
     """
 
     def __init__(
@@ -42,15 +56,15 @@ class RolloutFleet:
         request_timeout_seconds: float = 1800.0,
         unresponsive_seconds: float = 120.0,
         role: str = "engine",
-        say: Callable[[str], None] = lambda message: None,
+        notify: Notify = lambda message: None,
         **server_settings: Any,
     ) -> None:
         """
         Args:
-            log_folder: gets `engine-0.log`, `engine-1.log`, ..., or what the role calls them.
-            max_restarts: engines replaced in all; the death after that fails its calls.
+            log_folder: gets `ROLE-0.log`, `ROLE-1.log`, ...
+            max_restarts: engines replaced in all; the death after that fails the fleet's calls.
             unresponsive_seconds: an engine that has not answered for so long counts as dead.
-            say: told when an engine is replaced, comes or goes.
+            notify: gets a line when an engine is replaced, joins or leaves.
             server_settings: of `Engine.launch` and `EngineSettings`, the same for all.
 
         Raises:
@@ -59,28 +73,23 @@ class RolloutFleet:
         if num_engines < 1:
             raise ValueError(f"num_engines is {num_engines}; it must be at least 1")
         self.num_engines, self.log_folder = num_engines, Path(log_folder)
-        self.max_restarts = max_restarts
         self.start_timeout_seconds = start_timeout_seconds
         self.request_timeout_seconds = request_timeout_seconds
-        self.unresponsive_seconds = unresponsive_seconds
-        self.role, self.say = role, say
-        self.server_settings = server_settings
-        self.engines: list[Engine] = []
+        self.role, self.server_settings = role, server_settings
         self.version = -1
+        self.num_pushes = 0
+        self.feed: Feed = no_feed
+        """How an engine that joins gets the others' weights (`weight_sync.bridge`)."""
         self.awake = asyncio.Event()
         """Clear while the engines' memory is the trainer's."""
         self.awake.set()
-        self.repairs = Replacement(self)
-        per_copy = server_settings.get("max_num_seqs", 256)
-        self.asking = RequestRetries(self, per_copy * server_settings.get("data", 1))
-        self.num_pushes = 0
-        self.patience = 0.0
-        """While engines wait for weights within a step of theirs: seconds in which they need not
-        answer."""
-        self.feed: Feed = nothing_to_bring
-        """What brings a new engine the others' weights (`rl.weight_bridge`)."""
+        capacity = server_settings.get("max_num_seqs", 256) * server_settings.get("data", 1)
+        self.members = Members(Dispatcher(capacity), notify)
+        self.replacement = Replacement(
+            self.members, self._start_replacement, max_restarts, unresponsive_seconds
+        )
+        self.retries = RequestRetries(self.members, self.replacement.handle)
         self._model: Path | None = None
-        self._broken: str | None = None
         self._pushing = asyncio.Lock()
         self._starting: set[Engine] = set()
         self._joining: set[int] = set()
@@ -92,11 +101,15 @@ class RolloutFleet:
         await self.close()
 
     @property
+    def engines(self) -> list[Engine]:
+        return self.members.engines
+
+    @property
     def num_restarts(self) -> int:
-        return self.repairs.num_restarts
+        return self.replacement.num_restarts
 
     async def start(self, model_path: str | os.PathLike[str], version: int = 0) -> None:
-        """Start all engines on the weights in `model_path` and call these `version`.
+        """Start all engines on the weights in `model_path` and name these `version`.
 
         The engines end with the calling thread: call it from the main one.
 
@@ -113,8 +126,8 @@ class RolloutFleet:
             await self.close()
             raise
         self.version = version
-        self.open_changed()
-        self.repairs.begin()
+        self.members.begin()
+        self.replacement.begin()
 
     async def generate(
         self,
@@ -129,52 +142,52 @@ class RolloutFleet:
         """Sample a group of n responses on one engine; on another where it dies or fails.
 
         Args:
-            kind: of question: those of one kind are expected to have responses of one length.
+            kind: of question: those of one kind are expected to have responses of similar length.
             order: groups with a lower one go first.
             sampling: further arguments of `EngineClient.generate`.
 
         Raises:
-            EngineError: the call was refused, no engine could do it, or its engine died and no
-                restart is left; says which, how, and what its log says.
+            EngineError: the call was refused, no engine could serve it, or its engine died and no
+                restart is left; names the engine, how it ended, and quotes its log.
         """
-        return await self.asking.group(prompt_token_ids, n, max_tokens, kind, order, sampling)
+        return await self.retries.generate(prompt_token_ids, n, max_tokens, kind, order, sampling)
 
     async def score(self, token_ids: Sequence[int], first: int, *, order: int = 0) -> array[float]:
-        """The log-probabilities of token_ids[first:] at temperature 1, on one engine; on another
-        where it dies or fails. order: calls with a lower one go first.
+        """Return the log-probabilities of token_ids[first:] at temperature 1, float32, from one
+        engine; from another where it dies or fails. order: calls with a lower one go first.
 
         Raises:
             EngineError: as `generate`.
         """
-        return await self.asking.scores(token_ids, first, order)
+        return await self.retries.score(token_ids, first, order)
 
     @contextlib.contextmanager
     def patient(self, seconds: float) -> Iterator[None]:
-        """Within: engines may be silent for so long, as they wait for weights."""
-        self.patience = seconds
+        """Within the block, engines may be silent for so long, as they wait for weights."""
+        self.replacement.patience_seconds = seconds
         try:
             yield
         finally:
-            self.patience = 0.0
+            self.replacement.patience_seconds = 0.0
 
     async def push(self, update_info: UpdateInfo, version: int) -> None:
-        """Have all engines bring into use what has landed with them.
+        """Have all engines load the weights that they have received.
 
-        Sequences in flight go on under the new weights; their earlier tokens keep their version. An
-        engine that did not get them, or lost its connection, is replaced.
+        Sequences in flight continue under the new weights; their earlier tokens keep their version.
+        An engine that did not receive them, or whose connection breaks, is replaced.
 
         Raises:
             ValueError: `version` is not above the current one.
             EngineError: an engine refused them, or died without a restart left; the fleet is
                 unusable from then on.
         """
-        self.refuse_if_broken()
+        self.members.require_usable()
         if version <= self.version:
             raise ValueError(
                 f"push of version {version}, but the engines hold version {self.version}"
             )
         async with self._pushing:
-            engines = [engine for engine in self.engines if engine.is_up]
+            engines = self.members.up
             slept = not self.awake.is_set()
             try:
                 if slept:
@@ -187,49 +200,48 @@ class RolloutFleet:
                     engines = await self._on(engines, lambda client: client.wake("kv_cache"))
                     await self._on(engines, lambda client: client.resume())
             except Exception as error:
-                self.break_down(EngineError(f"the push of version {version} failed: {error}"))
+                self.members.fail(EngineError(f"the push of version {version} failed: {error}"))
                 raise
             self.version = version
             self.num_pushes += 1
             self.awake.set()
 
     async def sleep(self) -> None:
-        """Give the engines' memory to the trainer: weights and caches are dropped, until the next
-        push brings new ones. Nothing may be in flight.
+        """Free the engines' memory for the trainer: weights and caches are dropped until the next
+        push. Nothing may be in flight.
 
         Raises:
             EngineError: an engine refused.
         """
-        self.refuse_if_broken()
+        self.members.require_usable()
         async with self._pushing:
             self.awake.clear()
-            # One that starts has no weights yet: it begins anew when the memory is its own again.
+            # A starting engine has no weights yet: it is started again once the fleet is awake.
             starting = [engine for engine in self._starting if not engine.is_up]
             await asyncio.gather(*(engine.end() for engine in starting))
-            engines = [engine for engine in self.engines if engine.is_up]
-            await self._on(engines, lambda client: client.sleep())
+            await self._on(self.members.up, lambda client: client.sleep())
 
     async def add_engine(self) -> Engine:
-        """Start one more, give it the current weights, and let it serve.
+        """Start one more engine, give it the current weights, and let it serve.
 
         Raises:
             EngineError: it did not start.
         """
-        self.refuse_if_broken()
+        self.members.require_usable()
         # Reserved from now on: others may be joining, and none is in `engines` yet while the
         # fleet sleeps.
         taken = self._joining.union(engine.index for engine in self.engines)
         index = 1 + max(taken, default=-1)
         self._joining.add(index)
         try:
-            engine = await self.start_one(index)
+            engine = await self._start_one(index)
         finally:
             self._joining.discard(index)
-        self.say(f"{engine.name} has joined: {len(self.engines)} engines")
+        self.members.notify(f"{engine.name} has joined: {len(self.engines)} engines")
         return engine
 
     async def remove_engine(self, index: int) -> None:
-        """Let an engine finish what it does, at most for two minutes, and end it; the others do
+        """Let an engine finish its requests, for at most two minutes, and end it; the others repeat
         what is left.
 
         Raises:
@@ -240,28 +252,28 @@ class RolloutFleet:
             raise ValueError(f"no engine {index}; there are {[e.index for e in self.engines]}")
         if len(self.engines) == 1:
             raise ValueError(f"engine {index} is the only one; close the fleet instead")
-        engine.is_open, engine.is_leaving = False, True
-        self.open_changed()
+        engine.is_leaving = True
+        self.members.set_open(engine, False)
         await engine.drained(DRAIN_SECONDS)
         async with self._pushing:
-            self.forget(engine)  # or what is to replace it, which then finds it gone
+            self.members.remove(engine)  # a replacement of it under way then gives up
         await engine.end()
-        self.say(f"{engine.name} has left: {len(self.engines)} engines")
+        self.members.notify(f"{engine.name} has left: {len(self.engines)} engines")
 
     def metrics(self) -> dict[str, float]:
-        """For a step's line."""
+        """Return the fleet's entries of a step's line in metrics.jsonl."""
         return {
             "engines/up": sum(engine.is_open for engine in self.engines),
             "engines/restarts": self.num_restarts,
-            "engines/requeued": self.asking.num_requeued,
+            "engines/requeued": self.retries.num_requeued,
         }
 
     async def close(self) -> None:
         """End all engines. Safe to call more than once."""
-        await self.repairs.close()
-        self.asking.dispatch.fail(EngineError("the fleet was closed"))
+        await self.replacement.close()
+        self.members.dispatcher.fail(EngineError("the fleet was closed"))
         await asyncio.gather(*(engine.end() for engine in self.engines))
-        self.engines = []
+        self.engines.clear()
 
     def launch(self, index: int) -> Engine:
         """Start an engine's processes and return at once."""
@@ -271,14 +283,22 @@ class RolloutFleet:
             self._model,
             self.log_folder,
             self.request_timeout_seconds,
-            vocab_size=vocabulary(self._model),
+            vocab_size=vocab_size(self._model),
             role=self.role,
             **share_of_gpus(self.server_settings, index, self.num_engines),
         )
 
-    async def start_one(self, index: int, instead_of: Engine | None = None) -> Engine:
-        """Start an engine, give it the current weights, and let it serve. Where the trainer needs
-        the memory before that, it begins anew afterwards.
+    def lose(self, engine: Engine, reason: EngineDied) -> None:
+        """Replace an engine that is unusable, unless that is under way. Raises `reason` when no
+        restart is left."""
+        self.replacement.replace(engine, reason)
+
+    async def _start_replacement(self, dead: Engine) -> Engine:
+        return await self._start_one(dead.index, instead_of=dead)
+
+    async def _start_one(self, index: int, instead_of: Engine | None = None) -> Engine:
+        """Start an engine, give it the current weights, and let it serve. Where the fleet is put to
+        sleep before that, start again once it is awake.
 
         Raises:
             EngineError: it did not start, or refused them; or `instead_of` has left meanwhile.
@@ -297,7 +317,7 @@ class RolloutFleet:
                 await self._enlist(engine, instead_of or engine)
                 return engine
             except BaseException as error:
-                if engine in self.engines:  # nobody has sent it away
+                if engine in self.engines:
                     self.engines.remove(engine)
                 await engine.end()
                 if self.awake.is_set() or not isinstance(error, EngineError):
@@ -305,55 +325,38 @@ class RolloutFleet:
             finally:
                 self._starting.discard(engine)
 
-    async def _enlist(self, engine: Engine, instead_of: Engine) -> None:
+    async def _enlist(self, engine: Engine, place_of: Engine) -> None:
         await engine.prepare(self.version, self.start_timeout_seconds)
         async with self.feed(engine):
-            if instead_of not in self.engines:
+            if place_of not in self.engines:
                 raise EngineError(f"{engine.name} is not needed any more: it has left")
-            engine.is_up = engine.is_open = True
-            self.engines[self.engines.index(instead_of)] = engine
-        self.open_changed()
+            self.members.put_up(engine, place_of)
 
-    def lose(self, engine: Engine, reason: EngineDied) -> None:
-        """It can be used no more: replace it, unless that is under way. Raises `reason` when no
-        restart is left."""
-        self.repairs.replace(engine, reason)
-
-    def forget(self, engine: Engine) -> None:
-        """It is no longer one of the fleet's."""
-        engine.is_up = engine.is_open = False
-        if engine in self.engines:
-            self.engines.remove(engine)
-        self.open_changed()
-
-    def open_changed(self) -> None:
-        """Some engine has begun or ceased to take new groups."""
-        self.asking.dispatch.serve_with(engine for engine in self.engines if engine.is_open)
-
-    def break_down(self, reason: Exception) -> None:
-        """From now on every call says why none can be answered."""
-        self._broken = str(reason)
-        self.asking.dispatch.fail(self._refusal())
-
-    async def _on(self, engines: list[Engine], step: Callable[[EngineClient], Any]) -> list[Engine]:
-        """Take a step of a push on each; those that are alive after it."""
+    async def _on(
+        self, engines: list[Engine], step: Callable[[EngineClient], Coroutine[Any, Any, None]]
+    ) -> list[Engine]:
+        """Take a step of a push on each engine; return those that are up after it."""
         calls = (engine.unless_lost(step(engine.client)) for engine in engines)
         outcomes = await asyncio.gather(*calls, return_exceptions=True)
         for engine, outcome in zip(engines, outcomes, strict=True):
-            if isinstance(outcome, EngineFault) and any(w in str(outcome) for w in NEVER_CAME):
+            if isinstance(outcome, EngineFault) and any(w in str(outcome) for w in INCOMPLETE_PUSH):
                 outcome = EngineDied(f"{engine.name} did not get the weights: {outcome}")
             if isinstance(outcome, EngineDied):
-                self.repairs.replace(engine, outcome)
+                self.replacement.replace(engine, outcome)
             elif isinstance(outcome, BaseException):
                 raise outcome
         return [engine for engine in engines if engine.is_up]
 
-    def refuse_if_broken(self) -> None:
-        """Raises EngineError where no call can be answered any more, or none yet."""
-        if self._broken is not None:
-            raise self._refusal()
-        if self._model is None:
-            raise EngineError("the fleet has no engines: call start() first")
 
-    def _refusal(self) -> EngineError:
-        return EngineError(f"no engine can be used; stop and resume the run: {self._broken}")
+def share_of_gpus(settings: dict[str, Any], index: int, num_engines: int) -> dict[str, Any]:
+    """Return the settings of one of several engines on this host's GPUs, each of which gets an
+    equal share; hosts of a pool divide theirs themselves.
+
+    Raises:
+        EngineError: the GPUs cannot be divided evenly.
+    """
+    is_here = settings.get("make_server", EngineServer) is EngineServer
+    if num_engines == 1 or settings.get("device") != "cuda" or not is_here:
+        return settings
+    gpus = gpus_of_slot(visible_gpus(os.environ), num_engines, index % num_engines)
+    return settings | {"extra_env": gpus | dict(settings.get("extra_env") or {})}

@@ -1,0 +1,187 @@
+"""What vLLM answers, checked and made compact: sampled responses, scores, routed experts."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import math
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import msgspec
+import numpy as np
+
+from megatron_r1.models.routing_shape import RoutingShape
+
+# What vLLM sends for NaN and -inf (scale_out/token_in_token_out/serving.py, _clamp_logprob).
+LOWEST_LOGPROB = -9999.0
+
+
+@dataclass(frozen=True)
+class Response:
+    """One sampled response. All three arrays have one entry per token: 12 bytes, where lists of
+    Python's numbers take 70 and a rollout has 2e8 tokens."""
+
+    token_ids: array[int]
+    """int32, including the stop token, if one ended it."""
+    logprobs: array[float]
+    """float32: log softmax(logits / temperature) of each token, after the top-p cut if any."""
+    policy_versions: array[int]
+    """int32: the version of the weights that sampled each token."""
+    finish_reason: str
+    """`stop`: a stop token. `length`: max_tokens or max_model_len. `abort`: cut by a pause."""
+    routing: bytes = b""
+    """If requested: indices of the experts that processed prompt and response, without the last
+    token; see `decode_routing`."""
+
+
+class TokenLogprob(msgspec.Struct):
+    logprob: float
+
+
+class Logprobs(msgspec.Struct):
+    content: list[TokenLogprob] | None = None
+
+
+class VersionSpan(msgspec.Struct):
+    """Tokens [start, end) were sampled by weights `version`."""
+
+    version: str
+    start: int
+    end: int
+
+
+class Choice(msgspec.Struct):
+    finish_reason: str | None = None
+    token_ids: list[int] | None = None
+    logprobs: Logprobs | None = None
+    weight_versions: list[VersionSpan] | None = None
+    routed_experts: str | None = None
+
+
+class GenerateReply(msgspec.Struct):
+    choices: list[Choice]
+
+
+class ScoreReply(msgspec.Struct):
+    prompt_logprobs: list[dict[str, TokenLogprob] | None]
+    """For each token of the prompt its log-probability by its id; None for the first token."""
+
+
+_decode_generate = msgspec.json.Decoder(GenerateReply).decode
+_decode_score = msgspec.json.Decoder(ScoreReply).decode
+
+
+def parse_responses(
+    body: bytes, num_prompt_tokens: int, routing: RoutingShape | None, vocab_size: int | None
+) -> list[Response]:
+    """Return the responses in vLLM's reply to a generate call.
+
+    Raises:
+        ValueError: the reply is malformed, a token is outside the vocabulary, a log-probability is
+            not finite, or the policy versions or routed experts do not cover exactly the tokens.
+    """
+    return [
+        _response(choice, num_prompt_tokens, routing, vocab_size)
+        for choice in _decode_generate(body).choices
+    ]
+
+
+def parse_scores(body: bytes, token_ids: Sequence[int], first: int) -> array[float]:
+    """Return the log-probabilities of token_ids[first:], float32, from vLLM's reply.
+
+    Raises:
+        ValueError: the reply is malformed, scores other tokens, or has a value that is not finite.
+    """
+    entries = _decode_score(body).prompt_logprobs
+    if len(entries) != len(token_ids):
+        raise ValueError(f"{len(token_ids)} tokens but scores of {len(entries)}")
+    scores = array("f")
+    for entry, token in zip(entries[first:], token_ids[first:], strict=True):
+        scored = (entry or {}).get(str(token))
+        if scored is None:
+            raise ValueError(f"token {token} has no score")
+        scores.append(_finite(scored.logprob, token))
+    return scores
+
+
+def _response(
+    choice: Choice, num_prompt_tokens: int, routing: RoutingShape | None, vocab_size: int | None
+) -> Response:
+    token_ids = choice.token_ids or []
+    content = (choice.logprobs.content if choice.logprobs else None) or []
+    if len(content) != len(token_ids):
+        raise ValueError(f"{len(token_ids)} tokens but {len(content)} log-probabilities")
+    logprobs = [_finite(e.logprob, token) for e, token in zip(content, token_ids, strict=True)]
+    if vocab_size and token_ids and not 0 <= min(token_ids) <= max(token_ids) < vocab_size:
+        raise ValueError(f"tokens {min(token_ids)} to {max(token_ids)} of {vocab_size}")
+    num_tokens = num_prompt_tokens + len(token_ids)
+    return Response(
+        array("i", token_ids),
+        array("f", logprobs),
+        _version_per_token(choice.weight_versions or [], len(token_ids)),
+        choice.finish_reason or "abort",
+        decode_routing(choice.routed_experts, routing, num_tokens) if routing else b"",
+    )
+
+
+def _finite(logprob: float, token: int) -> float:
+    if not math.isfinite(logprob) or logprob <= LOWEST_LOGPROB:
+        raise ValueError(f"the log-probability of token {token} is {logprob}")
+    return logprob
+
+
+def _version_per_token(spans: Sequence[VersionSpan], num_tokens: int) -> array[int]:
+    versions = array("i")
+    for span in spans:
+        if span.start != len(versions) or span.end <= span.start:
+            raise ValueError(f"weight_versions do not follow each other: {spans}")
+        versions.extend([int(span.version)] * (span.end - span.start))
+    if len(versions) != num_tokens:
+        raise ValueError(f"weight_versions cover {len(versions)} of {num_tokens} tokens")
+    return versions
+
+
+def decode_routing(text: str | None, shape: RoutingShape, num_tokens: int) -> bytes:
+    """Return the routed experts of the MoE layers from vLLM's base64 of an .npy array.
+
+    vLLM gives a row per token that passed through the model: all of prompt and response but the
+    last token, which was sampled and never fed. A row has every decoder layer, dense ones left at 0
+    (entrypoints/scale_out/token_in_token_out/protocol.py:407, vLLM 0.32).
+
+    Args:
+        num_tokens: of prompt and response.
+
+    Returns:
+        Expert indices [num_tokens - 1, MoE layers, topk], each of shape.index_bytes bytes.
+
+    Raises:
+        ValueError: `text` is None, malformed, or has another shape or impossible experts.
+    """
+    if text is None:
+        raise ValueError(
+            "the engine returned no routed experts; start it with --enable-return-routed-experts, "
+            "or set rl.routing_replay: false"
+        )
+    try:
+        rows = np.load(io.BytesIO(base64.b64decode(text)), allow_pickle=False)
+    except (binascii.Error, EOFError, ValueError) as error:
+        raise ValueError(f"routed experts are no .npy array in base64: {error}") from None
+    expected = (num_tokens - 1, shape.num_layers, shape.topk)
+    if rows.shape != expected:
+        raise ValueError(
+            f"routed experts have shape {list(rows.shape)}, but {list(expected)} (tokens - 1, "
+            "layers, topk) belong to this answer of this model"
+        )
+    rows = rows[:, list(shape.moe_layers)]
+    if rows.size and int(rows.max()) >= shape.num_experts:
+        raise ValueError(f"routed expert {rows.max()}, but there are {shape.num_experts}")
+    if shape.topk > 1 and (rows[..., 0] == rows[..., 1]).any():
+        token, layer = np.argwhere(rows[..., 0] == rows[..., 1])[0]
+        raise ValueError(
+            f"token {token} has expert {rows[token, layer, 0]} twice in layer "
+            f"{shape.moe_layers[layer]}: the engine did not record that layer"
+        )
+    return np.ascontiguousarray(rows, f"<u{shape.index_bytes}").tobytes()

@@ -1,0 +1,47 @@
+"""What the log of a process says about its end."""
+
+import os
+import re
+from pathlib import Path
+
+LINE_CHARS = 300  # vLLM names its several hundred architectures when it does not know one
+# "ValueError: ..." or pydantic's "Value error, ...", whatever stands before it.
+ERROR_LINE = re.compile(
+    r"(?:^|[\s\]])((?:\w+\.)*\w*(?:Error|Exception)\w*: (?!\d+ validation).+|Value error, .+)$"
+)
+# Warnings name errors that were survived; the rest is printed by Python extensions at exit.
+NOISE = re.compile(r" (WARNING|INFO) [\d-]+ [\d:]+ \[|nanobind: | - leaked |INFO: +")
+LOG_PREFIX = re.compile(r"^(\(\w+ pid=\d+\) )?([A-Z]+ [\d-]+ [\d:]+ \[[^\]]+\] )?")
+EXCERPT_BYTES = 2**18
+"""Bytes read from a log's beginning, and from its end: an engine that dies with hundreds of
+requests repeats the same traceback for each of them."""
+
+
+def excerpt(log: str, num_last_lines: int = 5) -> str:
+    """Return the first line that names an error (later ones are its echoes), and the last ones."""
+    loud = [line for line in log.splitlines() if not NOISE.search(line)]
+    lines = [LOG_PREFIX.sub("", line).rstrip() for line in loud]
+    lines = [line for line in lines if line.strip(" ^~")]
+    cause = next((m.group(1) for line in lines if (m := ERROR_LINE.search(line))), None)
+    last = lines[-num_last_lines:]
+    shown = ([cause] if cause else []) + [line for line in last if not cause or cause not in line]
+    return "\n".join(f"  {line[:LINE_CHARS]}" for line in shown) or "  (the log is empty)"
+
+
+def file_excerpt(log: Path, start: int = 0) -> str:
+    """Return the excerpt of a log file from byte `start` on."""
+    with log.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(start)
+        text = file.read(EXCERPT_BYTES)
+        file.seek(max(start + len(text), size - EXCERPT_BYTES))
+        return excerpt((text + file.read()).decode(errors="replace"))
+
+
+def last_lines(log: Path, count: int = 15) -> str:
+    """Return the last lines of a log file."""
+    try:
+        text = log.read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return "(no output)"
+    return "\n".join(text.strip().splitlines()[-count:]) or "(no output)"
