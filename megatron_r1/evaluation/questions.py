@@ -13,7 +13,7 @@ from megatron_r1.data.prompts import Prompt
 from megatron_r1.errors import UserError
 from megatron_r1.evaluation.benchmarks import find_benchmark
 from megatron_r1.evaluation.benchmarks.base import to_prompts
-from megatron_r1.evaluation.benchmarks.sources import read_rows
+from megatron_r1.evaluation.benchmarks.sources import Rows, read_rows
 from megatron_r1.evaluation.response_log import QuestionKey
 
 
@@ -55,7 +55,13 @@ def _load(entry: BenchmarkConfig, config: EvalConfig) -> QuestionSet:
     benchmark, part = find_benchmark(entry.name)
     given = dict(entry.options) | ({"suite": part} if part else {})
     options = benchmark.with_defaults(entry.name, given)
-    rows = read_rows(entry.name, benchmark, options, entry.path, entry.files)
+    rows: Rows = ()
+    if benchmark.hubs:
+        rows = read_rows(entry.name, benchmark.hubs, options, entry.path, entry.files)
+    elif entry.path is not None:
+        raise UserError(
+            f"benchmark {entry.name} makes its own questions: it takes no path ({entry.path})"
+        )
     instruction = benchmark.instruction if entry.instruction is None else entry.instruction
     prompts = to_prompts(benchmark.questions(rows, options), instruction)
     found = list(itertools.islice(prompts, entry.limit or config.limit))

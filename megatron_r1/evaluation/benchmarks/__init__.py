@@ -1,12 +1,12 @@
 """Benchmarks: one file each, one line each in `REGISTRY`.
 
-A benchmark maps the rows of its public data set to prompts (see `base.Benchmark`); what grades the
-answers are the rewards, the same as in training.
+A benchmark maps the rows of its public data set to prompts (`base.Benchmark`); the same rewards as
+in training grade the responses.
 """
 
 import importlib
 
-from megatron_r1.errors import did_you_mean
+from megatron_r1.errors import UserError, did_you_mean
 from megatron_r1.evaluation.benchmarks.base import Benchmark
 
 PACKAGE = "megatron_r1.evaluation.benchmarks"
@@ -22,25 +22,23 @@ REGISTRY: dict[str, str] = {
 
 
 def find_benchmark(name: str) -> tuple[Benchmark, str]:
-    """The benchmark of a name and what stands behind its slash: "gym/logic" is gym's "logic".
+    """Return the benchmark and what follows its slash: "gym/logic" gives gym and "logic".
 
-    name: of `REGISTRY`, or "package.module:NAME" of your own. Raises ValueError naming those
-    there are.
+    name: of `REGISTRY`, or "package.module:NAME" of a user's. Raises UserError for an unknown one.
     """
     base, _, part = name.partition("/")
-    target = REGISTRY.get(base, base)
-    module, _, attribute = target.partition(":")
+    module, _, attribute = REGISTRY.get(base, base).partition(":")
     if not attribute:
-        raise ValueError(
+        raise UserError(
             f"unknown benchmark {name!r}{did_you_mean(base, REGISTRY)} (known: "
             f"{', '.join(sorted(REGISTRY))}; your own is written 'package.module:NAME')"
         )
     try:
         found = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
-        raise ValueError(f"benchmark {name!r} cannot be imported: {error}") from error
+        raise UserError(f"benchmark {name!r} cannot be imported: {error}") from error
     if not isinstance(found, Benchmark):
-        raise ValueError(f"benchmark {name!r} is a {type(found).__name__}, not a Benchmark")
+        raise UserError(f"benchmark {name!r} is a {type(found).__name__}, not a Benchmark")
     return found, part
 
 

@@ -2,15 +2,10 @@
 
 from collections.abc import Iterator
 
-from megatron_r1.evaluation.benchmarks.base import (
-    BOXED,
-    Benchmark,
-    Options,
-    Question,
-    Rows,
-    pick_columns,
-    require_text,
-)
+from megatron_r1.data.records import require_text
+from megatron_r1.errors import UserError
+from megatron_r1.evaluation.benchmarks.base import BOXED, Benchmark, Question
+from megatron_r1.evaluation.benchmarks.sources import Options, Rows, pick_columns
 
 LAYOUTS = (
     {"id": "id", "problem": "problem", "answer": "answer"},  # HuggingFaceH4/aime_2024
@@ -20,23 +15,23 @@ LAYOUTS = (
 
 def questions(rows: Rows, options: Options) -> Iterator[Question]:
     for place, row in rows:
-        known = pick_columns(place, row, LAYOUTS)
-        problem = require_text(place, "problem", known["problem"])
+        columns = pick_columns(place, row, LAYOUTS)
+        problem = require_text(place, columns, "problem").strip()
         # One layout has text ("025"), the other an integer.
         try:
-            answer = int(str(known["answer"]))
+            answer = int(str(columns["answer"]))
         except ValueError:
-            raise ValueError(
-                f"{place}: an AIME answer is an integer from 0 to 999, got {known['answer']!r}"
+            raise UserError(
+                f"{place}: an AIME answer is an integer from 0 to 999, got {columns['answer']!r}"
             ) from None
         if not 0 <= answer <= 999:
-            raise ValueError(f"{place}: an AIME answer is between 0 and 999, got {answer}")
-        yield Question(str(known["id"]), problem, "math", str(answer))
+            raise UserError(f"{place}: an AIME answer is between 0 and 999, got {answer}")
+        yield Question(str(columns["id"]), problem, "math", str(answer))
 
 
 BENCHMARK = Benchmark(
     questions,
-    instruction="{problem}\n\n" + BOXED,
+    instruction=BOXED,
     hubs={
         "HuggingFaceH4/aime_2024": lambda options: ["data/train-*.parquet"],
         "Maxwell-Jia/AIME_2024": lambda options: ["aime_2024_problems.parquet"],

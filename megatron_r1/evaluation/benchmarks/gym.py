@@ -1,7 +1,10 @@
-"""Suites of reasoning-gym tasks: built in, so that an evaluation runs with nothing downloaded.
+"""Suites of reasoning-gym tasks, which need no download.
 
-`gym/logic` is a suite of this file, `gym/knights_knaves` a single task. The questions are made from
-a seed, the same on every machine with the same version of reasoning-gym.
+`gym/logic` is a suite of this file, `gym/knights_knaves` a single task. The questions are generated
+from a seed, the same on every machine with the same version of reasoning-gym.
+
+`syllogism` is in no suite: reasoning-gym 0.1.25 accepts invalid conclusions (its validity check
+does not require that a premise distributes the middle term).
 """
 
 from collections.abc import Iterator
@@ -9,8 +12,9 @@ from typing import Any
 
 from megatron_r1.data.prompts import is_heldout, normalize
 from megatron_r1.data.tasks import generate_items, level_parameters
-from megatron_r1.errors import did_you_mean
-from megatron_r1.evaluation.benchmarks.base import Benchmark, Options, Question, Rows
+from megatron_r1.errors import UserError, did_you_mean
+from megatron_r1.evaluation.benchmarks.base import Benchmark, Question
+from megatron_r1.evaluation.benchmarks.sources import Options, Rows
 
 SUITES: dict[str, tuple[str, ...]] = {
     "arithmetic": (
@@ -26,8 +30,8 @@ SUITES: dict[str, tuple[str, ...]] = {
         *("spell_backward", "binary_matrix", "rotate_matrix", "spiral_matrix", "string_insertion"),
     ),
     "logic": (
-        *("knights_knaves", "propositional_logic", "syllogism", "zebra_puzzles"),
-        *("self_reference", "circuit_logic", "aiw"),
+        *("knights_knaves", "propositional_logic", "zebra_puzzles", "self_reference"),
+        *("circuit_logic", "aiw"),
     ),
     "graphs": (
         *("course_schedule", "family_relationships", "largest_island", "quantum_lock"),
@@ -37,8 +41,7 @@ SUITES: dict[str, tuple[str, ...]] = {
     "geometry": ("simple_geometry", "advanced_geometry"),
     "mixed": (
         *("chain_sum", "gcd", "simple_equations", "polynomial_equations", "base_conversion"),
-        *("number_sorting", "knights_knaves", "syllogism", "largest_island", "puzzle24"),
-        "simple_geometry",
+        *("number_sorting", "knights_knaves", "largest_island", "puzzle24", "simple_geometry"),
     ),
 }
 DIFFICULTIES = {"easy": 0, "medium": 1, "hard": 2}
@@ -52,18 +55,21 @@ def questions(rows: Rows, options: Options) -> Iterator[Question]:
     if suite not in SUITES:
         _check_task(suite)
     elif options["parameters"]:
-        raise ValueError(f"gym/{suite}: parameters belong to one task; name it: gym/{tasks[0]}")
+        raise UserError(f"gym/{suite}: parameters belong to one task; name it: gym/{tasks[0]}")
     for task in tasks:
         yield from _of_task(task, options, exactly=len(tasks) == 1)
 
 
 def _of_task(task: str, options: Options, exactly: bool) -> Iterator[Question]:
-    """`exactly`: refuse a task that runs out; in a suite, an easy one gives the few it has."""
+    """Yield `questions` distinct questions of one task.
+
+    exactly: raise UserError for a task with fewer; in a suite, such a task gives those it has.
+    """
     parameters, difficulty = dict(options["parameters"]), options["difficulty"]
     if difficulty != "default":
         if difficulty not in DIFFICULTIES:
             names = ", ".join(["default", *DIFFICULTIES])
-            raise ValueError(f"gym: difficulty {difficulty!r} is not one of {names}")
+            raise UserError(f"gym: difficulty {difficulty!r} is not one of {names}")
         parameters = level_parameters(task, DIFFICULTIES[difficulty]) | parameters
     fields: dict[str, Any] = {"task": task, "parameters": parameters}
     wanted, seen = options["questions"], set()
@@ -78,7 +84,7 @@ def _of_task(task: str, options: Options, exactly: bool) -> Iterator[Question]:
             return
     if seen and not exactly:
         return
-    raise ValueError(
+    raise UserError(
         f"gym/{task}: only {len(seen)} distinct questions of {wanted} wanted; ask for fewer, or "
         "make them more varied by its parameters"
     )
@@ -89,7 +95,7 @@ def _check_task(name: str) -> None:
 
     if name not in DATASETS:
         hint = did_you_mean(name, [*SUITES, *DATASETS], "'gym/{}'")
-        raise ValueError(
+        raise UserError(
             f"gym has no suite or task {name!r}{hint} (suites: {', '.join(SUITES)}; tasks: "
             "those of reasoning-gym)"
         )
@@ -103,7 +109,7 @@ BENCHMARK = Benchmark(
         "questions": 10,  # per task
         "difficulty": "default",
         "parameters": {},  # of a single task
-        "seed": 1_000_000,  # far from the seeds one trains with: neighbours share questions
+        "seed": 1_000_000,  # far from the seeds of training: neighbouring seeds share questions
         "heldout_fraction": 1.0,  # below 1: only what training with this fraction held out
     },
 )

@@ -1,8 +1,8 @@
 """LiveCodeBench code generation (Jain et al., arXiv 2403.07974), in the layout of
 livecodebench/code_generation_lite.
 
-Problems carry the date of their contest: `from` and `to` keep those after a model's training data
-ends, which is what this benchmark is for. DeepSeek-R1 reports 2024-08 to 2025-01.
+Problems have the date of their contest: `from` and `to` select those after the end of a model's
+training data. DeepSeek-R1 reports 2024-08 to 2025-01.
 """
 
 import json
@@ -10,16 +10,12 @@ from collections.abc import Iterator
 from datetime import date, datetime
 from typing import Any
 
-from megatron_r1.evaluation.benchmarks.base import (
-    Benchmark,
-    Options,
-    Question,
-    Rows,
-    code_limits,
-    pick_columns,
-    require_text,
-)
+from megatron_r1.data.records import require_text
+from megatron_r1.errors import UserError
+from megatron_r1.evaluation.benchmarks.base import Benchmark, Question
+from megatron_r1.evaluation.benchmarks.code_limits import code_limits
 from megatron_r1.evaluation.benchmarks.packed_tests import decode_tests
+from megatron_r1.evaluation.benchmarks.sources import Options, Rows, pick_columns
 
 NAMES = (
     *("question_id", "question_content", "contest_date", "difficulty", "starter_code"),
@@ -27,9 +23,9 @@ NAMES = (
 )
 LAYOUT = {name: name for name in NAMES}
 RELEASES = ("v1", "v2", "v3", "v4", "v5", "v6")
-"""Each adds a file to those before it: test.jsonl, test2.jsonl, …"""
+"""Each adds a file to the previous one: test.jsonl, test2.jsonl, …"""
 CPU_SECONDS, MEMORY_MIB = 6.0, 4_096
-"""Per test, those of LiveCodeBench's own runner."""
+"""Per test, as in LiveCodeBench's own runner."""
 STDIN = (
     "Write a Python program that solves the problem: it reads the input from standard input and "
     "writes the answer to standard output. Give the whole program in one ```python block."
@@ -41,21 +37,22 @@ FUNCTION = (
 
 
 def questions(rows: Rows, options: Options) -> Iterator[Question]:
-    first, last = _day("from", options["from"]), _day("to", options["to"])
+    first = _day("from", options["from"] or date.min)
+    last = _day("to", options["to"] or date.max)
     for place, row in rows:
-        known = pick_columns(place, row, [LAYOUT])
-        day = _day(f"{place}: contest_date", known["contest_date"])
-        if (first and day < first) or (last and day > last):
+        columns = pick_columns(place, row, [LAYOUT])
+        day = _day(f"{place}: contest_date", columns["contest_date"])
+        if not first <= day <= last:
             continue
-        if options["difficulty"] not in (None, known["difficulty"]):
+        if options["difficulty"] not in (None, columns["difficulty"]):
             continue
-        yield _question(place, known)
+        yield _question(place, columns)
 
 
 def files(options: Options) -> list[str]:
     release = str(options["release"]).removeprefix("release_")
     if release not in RELEASES:
-        raise ValueError(f"livecodebench has no release {release!r}; use {', '.join(RELEASES)}")
+        raise UserError(f"livecodebench has no release {release!r}; use {', '.join(RELEASES)}")
     names = [f"test{number}.jsonl" for number in range(2, len(RELEASES) + 1)]
     return ["test.jsonl", *names][: RELEASES.index(release) + 1]
 
@@ -64,8 +61,8 @@ def _question(place: str, row: dict[str, Any]) -> Question:
     tests = decode_tests(row["public_test_cases"], place)
     tests += decode_tests(row["private_test_cases"], place)
     if not tests:
-        raise ValueError(f"{place}: no test cases")
-    problem = require_text(place, "question_content", row["question_content"])
+        raise UserError(f"{place}: no test cases")
+    problem = require_text(place, row, "question_content").strip()
     kinds = {test.get("testtype") for test in tests}
     if kinds == {"functional"}:
         problem += "\n\n" + FUNCTION.format(row["starter_code"].rstrip())
@@ -74,14 +71,14 @@ def _question(place: str, row: dict[str, Any]) -> Question:
         problem += "\n\n" + STDIN
         truth = {"tests": [{"stdin": t["input"], "stdout": t["output"]} for t in tests]}
     else:
-        raise ValueError(f"{place}: 'testtype' must be stdin or functional throughout, got {kinds}")
+        raise UserError(f"{place}: 'testtype' must be stdin or functional throughout, got {kinds}")
     limits = code_limits(CPU_SECONDS, MEMORY_MIB, len(tests))
     fields = {"language": "python", "limits": limits}
     return Question(str(row["question_id"]), problem, "code", truth, fields)
 
 
 def _function_tests(place: str, row: dict[str, Any], tests: list[dict]) -> dict[str, Any]:
-    """Inputs are one JSON value per line, one line per argument; the output is JSON too."""
+    """Return tests of a function: one JSON value per argument, one per line; the result is JSON."""
     try:
         name = json.loads(row["metadata"])["func_name"]
         cases = [
@@ -92,17 +89,17 @@ def _function_tests(place: str, row: dict[str, Any], tests: list[dict]) -> dict[
             for test in tests
         ]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{place}: a functional test is not as it should be: {error!r}") from error
+        raise UserError(f"{place}: a functional test is not as it should be: {error!r}") from error
     return {"function": name, "tests": cases}
 
 
-def _day(name: str, value: Any) -> date | None:
-    if value is None or isinstance(value, date) and not isinstance(value, datetime):
+def _day(name: str, value: Any) -> date:
+    if isinstance(value, date) and not isinstance(value, datetime):
         return value
     try:
         return datetime.fromisoformat(str(value)).date()
     except ValueError:
-        raise ValueError(f"{name} must be a date such as 2024-08-01, got {value!r}") from None
+        raise UserError(f"{name} must be a date such as 2024-08-01, got {value!r}") from None
 
 
 BENCHMARK = Benchmark(

@@ -2,38 +2,27 @@
 
 from collections.abc import Iterator
 
-from megatron_r1.evaluation.benchmarks.base import (
-    BOXED,
-    Benchmark,
-    Options,
-    Question,
-    Rows,
-    pick_columns,
-    require_text,
-)
+from megatron_r1.data.records import require_text
+from megatron_r1.evaluation.benchmarks.base import BOXED, Benchmark, Question
+from megatron_r1.evaluation.benchmarks.sources import Options, Rows, pick_columns
 
-LAYOUT = {
-    "id": "unique_id",
-    "problem": "problem",
-    "answer": "answer",
-    "level": "level",
-}
+LAYOUT = {"id": "unique_id", "problem": "problem", "answer": "answer", "level": "level"}
 
 
 def questions(rows: Rows, options: Options) -> Iterator[Question]:
     levels = {int(level) for level in options["levels"]}
     for place, row in rows:
-        known = pick_columns(place, row, [LAYOUT])
-        if levels and int(known["level"]) not in levels:
+        columns = pick_columns(place, row, [LAYOUT])
+        if levels and int(columns["level"]) not in levels:
             continue
-        problem = require_text(place, "problem", known["problem"])
-        answer = require_text(place, "answer", known["answer"])
-        yield Question(str(known["id"]), problem, "math", answer)
+        problem = require_text(place, columns, "problem").strip()
+        answer = require_text(place, columns, "answer").strip()
+        yield Question(str(columns["id"]), problem, "math", answer)
 
 
 BENCHMARK = Benchmark(
     questions,
-    instruction="{problem}\n\n" + BOXED,
+    instruction=BOXED,
     hubs={"HuggingFaceH4/MATH-500": lambda options: ["test.jsonl"]},
     options={"levels": []},  # 1 (easiest) to 5; [] for all
 )

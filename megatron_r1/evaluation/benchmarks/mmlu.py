@@ -3,56 +3,46 @@
 from collections.abc import Iterator
 from typing import Any
 
-from megatron_r1.evaluation.benchmarks.base import (
-    LETTERS,
-    Benchmark,
-    Options,
-    Question,
-    Rows,
-    multiple_choice,
-    pick_columns,
-    require_text,
-)
+from megatron_r1.data.records import require_text
+from megatron_r1.errors import UserError
+from megatron_r1.evaluation.benchmarks.base import Benchmark, Question
+from megatron_r1.evaluation.benchmarks.multiple_choice import INSTRUCTION, LETTERS, lettered
+from megatron_r1.evaluation.benchmarks.sources import Options, Rows, pick_columns
 
-LAYOUT = {"problem": "question", "subject": "subject", "choices": "choices", "answer": "answer"}
+LAYOUT = {name: name for name in ("question", "subject", "choices", "answer")}
 
 
 def questions(rows: Rows, options: Options) -> Iterator[Question]:
     subjects = set(options["subjects"])
     seen = set()
     for place, row in rows:
-        known = pick_columns(place, row, [LAYOUT])
-        seen.add(known["subject"])
-        if subjects and known["subject"] not in subjects:
+        columns = pick_columns(place, row, [LAYOUT])
+        seen.add(columns["subject"])
+        if subjects and columns["subject"] not in subjects:
             continue
-        choices = known["choices"]
+        choices = columns["choices"]
         if not isinstance(choices, list) or not 2 <= len(choices) <= len(LETTERS):
-            raise ValueError(f"{place}: 'choices' must be a list of texts, got {choices!r}")
-        problem = require_text(place, "question", known["problem"])
-        letter = _letter(place, known["answer"], len(choices))
-        yield Question("", multiple_choice(problem, choices), "math", letter)
+            raise UserError(f"{place}: 'choices' must be a list of texts, got {choices!r}")
+        problem = require_text(place, columns, "question").strip()
+        letter = _letter(place, columns["answer"], len(choices))
+        yield Question("", lettered(problem, choices), "math", letter)
     if unknown := sorted(subjects - seen):
-        raise ValueError(f"mmlu has no subject {unknown[0]!r}; it has {', '.join(sorted(seen))}")
+        raise UserError(f"mmlu has no subject {unknown[0]!r}; it has {', '.join(sorted(seen))}")
 
 
 def _letter(place: str, answer: Any, num_choices: int) -> str:
-    """The data set has 0 to 3; exports of it have the letter."""
+    """Return the letter of an answer: the data set has 0 to 3, exports of it the letter."""
     letters = list(LETTERS[:num_choices])
     if isinstance(answer, str) and answer.strip().upper() in letters:
         return answer.strip().upper()
     if isinstance(answer, int) and 0 <= answer < num_choices:
         return letters[answer]
-    raise ValueError(
-        f"{place}: 'answer' must be 0 to {num_choices - 1} or a letter, got {answer!r}"
-    )
+    raise UserError(f"{place}: 'answer' must be 0 to {num_choices - 1} or a letter, got {answer!r}")
 
 
 BENCHMARK = Benchmark(
     questions,
-    instruction=(
-        "Answer the following multiple choice question. Please reason step by step, and put only "
-        "the letter of your final answer within \\boxed{}.\n\n{problem}"
-    ),
+    INSTRUCTION,
     hubs={"cais/mmlu": lambda options: ["all/test-*.parquet"]},
     options={"subjects": []},  # such as [abstract_algebra]; [] for all
 )

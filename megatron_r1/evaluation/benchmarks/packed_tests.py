@@ -1,7 +1,7 @@
 """LiveCodeBench's private tests: base64 of zlib of a pickle of JSON text, read without unpickling.
 
-To unpickle what came from the internet is to run it. Here only the instructions that build plain
-texts, numbers, lists and mappings are let through, before anything is built.
+Unpickling a downloaded file may run code from it. Only pickles whose instructions build plain
+texts, numbers, lists and mappings are accepted; they are checked before anything is built.
 """
 
 import base64
@@ -12,6 +12,8 @@ import pickle
 import pickletools
 import zlib
 from typing import Any
+
+from megatron_r1.errors import UserError
 
 MAX_BYTES = 2**30
 """Unpacked size of one problem's tests: the largest known is under 100 MB."""
@@ -27,27 +29,27 @@ MEMO_OPCODES = ("PUT", "BINPUT", "LONG_BINPUT")
 
 
 class _PlainUnpickler(pickle.Unpickler):
-    """The second lock: no class or function is ever looked up."""
+    """A second check: no class or function is ever looked up."""
 
     def find_class(self, module: str, name: str) -> Any:
         raise ValueError(f"it asks for {module}.{name}")
 
 
 def decode_tests(packed: str, place: str) -> list[dict[str, Any]]:
-    """The test cases in `packed`: plain JSON text, or JSON text as packed by the data set.
+    """Return the test cases in `packed`: JSON text, plain or as packed by the data set.
 
-    Raises ValueError with `place` for anything else; nothing in `packed` is ever executed.
+    Raises UserError with `place` for anything else; nothing in `packed` is ever executed.
     """
     try:
         tests = json.loads(packed) if packed.lstrip()[:1] in ("[", "{") else _unpack(packed)
         if isinstance(tests, str):
             tests = json.loads(tests)
     except (ValueError, TypeError, binascii.Error, zlib.error, pickle.UnpicklingError) as error:
-        raise ValueError(f"{place}: its private tests cannot be read: {error}") from error
+        raise UserError(f"{place}: its private tests cannot be read: {error}") from error
     except (EOFError, KeyError, IndexError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{place}: its private tests are damaged: {error}") from error
+        raise UserError(f"{place}: its private tests are damaged: {error}") from error
     if not isinstance(tests, list) or not all(isinstance(test, dict) for test in tests):
-        raise ValueError(f"{place}: its private tests are not a list of test cases")
+        raise UserError(f"{place}: its private tests are not a list of test cases")
     return tests
 
 
@@ -56,10 +58,10 @@ def _unpack(packed: str) -> Any:
     content = inflater.decompress(base64.b64decode(packed, validate=True), MAX_BYTES)
     if inflater.unconsumed_tail:
         raise ValueError(f"more than {MAX_BYTES:,} bytes when unpacked")
-    # A bound on the memo's indices: the C unpickler allocates for the largest one named.
+    # The C unpickler allocates memory for the largest memo index, so the indices are bounded.
     for number, (opcode, argument, _) in enumerate(pickletools.genops(content)):
         if opcode.name not in PLAIN_OPCODES:
             raise ValueError(f"its pickle holds {opcode.name}, which plain data does not need")
-        if opcode.name in MEMO_OPCODES and argument > number:
+        if opcode.name in MEMO_OPCODES and int(argument or 0) > number:
             raise ValueError(f"its pickle's memo index {argument} is too large")
     return _PlainUnpickler(io.BytesIO(content)).load()

@@ -1,7 +1,7 @@
-"""Rows of a benchmark: from a file, from a folder, or from a data set on the Hugging Face hub.
+"""Rows of a benchmark: from a file, a folder, or a data set on the Hugging Face hub.
 
-From the hub come files, which are read here. No loading script of a data set is ever run, and the
-`datasets` library is not needed; Parquet needs pyarrow.
+From the hub only files are downloaded, and read here. Loading scripts of data sets are never run,
+and the `datasets` library is not needed; Parquet needs pyarrow.
 """
 
 from __future__ import annotations
@@ -11,38 +11,33 @@ import fnmatch
 import json
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_r1.data.records import read_records
-from megatron_r1.evaluation.benchmarks.base import Benchmark, Options
+from megatron_r1.errors import UserError
 
 SUFFIXES = (".jsonl", ".parquet", ".json", ".csv")
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
-Rows = Iterator[tuple[str, dict[str, Any]]]
+Row = tuple[str, dict[str, Any]]
+"""("file:line", columns)"""
+Rows = Iterable[Row]
+Options = Mapping[str, Any]
+Hubs = Mapping[str, Callable[[Options], Sequence[str]]]
+"""Repository → the files (glob patterns) that are the benchmark, as in `Benchmark.hubs`."""
 
 
 def read_rows(
-    name: str, benchmark: Benchmark, options: Options, path: str | None, files: Sequence[str]
-) -> Rows:
-    """("file:line", row) of every row.
+    name: str, hubs: Hubs, options: Options, path: str | None, files: Sequence[str]
+) -> Iterator[Row]:
+    """Yield every row of a benchmark.
 
-    path: a file, a folder, a hub name, or None for the benchmark's own hub name. files: glob
-    patterns that say which files of a folder or repository count; () for the benchmark's own.
-    Raises ValueError naming the file, the row and the remedy.
+    path: a file, a folder, a hub name, or None for the first of `hubs`. files: glob patterns of the
+    files of a folder or repository; () for the benchmark's own. Raises UserError naming the file,
+    the row and the remedy.
     """
-    if benchmark.hubs:
-        return _rows(name, benchmark, options, path, files)
-    if path is not None:
-        raise ValueError(f"benchmark {name} makes its own questions: it takes no path ({path})")
-    return iter(())
-
-
-def _rows(
-    name: str, benchmark: Benchmark, options: Options, path: str | None, files: Sequence[str]
-) -> Rows:
-    hub = next(iter(benchmark.hubs))
+    hub = next(iter(hubs))
     place = path or hub
     local = Path(place)
     if local.is_file():
@@ -50,23 +45,41 @@ def _rows(
         return
     if not local.exists():
         if not HUB_NAME.fullmatch(place):
-            raise ValueError(
+            raise UserError(
                 f"benchmark {name}: no such file or folder {place}; give a file, a folder, or a "
                 f"data set's name on the hub such as {hub}"
             )
-        patterns = files or _patterns(name, benchmark, options, place)
+        patterns = files or _patterns(name, hubs, options, place)
         local = _download(name, place, patterns)
     else:
-        patterns = files or [p for known in benchmark.hubs.values() for p in known(options)]
+        patterns = files or [p for known in hubs.values() for p in known(options)]
     yield from _read_folder(name, local, patterns)
 
 
-def _patterns(name: str, benchmark: Benchmark, options: Options, hub: str) -> Sequence[str]:
-    if hub in benchmark.hubs:
-        return benchmark.hubs[hub](options)
-    raise ValueError(
-        f"benchmark {name}: which files of {hub} are it? Say so, for example "
-        f"files: ['data/test-*.parquet']; known without: {', '.join(benchmark.hubs)}"
+def pick_columns(
+    place: str, row: Mapping[str, Any], layouts: Sequence[Mapping[str, str]]
+) -> dict[str, Any]:
+    """Return the row under our names, by the first layout whose columns it has; others are dropped.
+
+    layouts: our name → the column's. Raises UserError naming the missing and the present columns.
+    """
+    for layout in layouts:
+        if all(column in row for column in layout.values()):
+            return {ours: row[column] for ours, column in layout.items()}
+    nearest = max(layouts, key=lambda layout: sum(column in row for column in layout.values()))
+    missing = [column for column in nearest.values() if column not in row]
+    raise UserError(
+        f"{place}: no column {', '.join(map(repr, missing))}; it has {', '.join(map(str, row))}: "
+        "is this the right file?"
+    )
+
+
+def _patterns(name: str, hubs: Hubs, options: Options, hub: str) -> Sequence[str]:
+    if hub in hubs:
+        return hubs[hub](options)
+    raise UserError(
+        f"benchmark {name}: which files of {hub} are it? Name them, for example "
+        f"files: ['data/test-*.parquet']; known without: {', '.join(hubs)}"
     )
 
 
@@ -75,9 +88,9 @@ def _download(name: str, hub: str, patterns: Sequence[str]) -> Path:
 
     try:
         folder = snapshot_download(hub, repo_type="dataset", allow_patterns=list(patterns))
-    # It raises its own errors, requests' and httpx's, by version; all mean that nothing came.
+    # By version it raises its own errors, requests' or httpx's; all mean that the download failed.
     except Exception as error:
-        raise ValueError(
+        raise UserError(
             f"benchmark {name}: {hub} cannot be had from the hub "
             f"({type(error).__name__}: {str(error).splitlines()[0]}). A gated data set needs "
             f"`hf auth login`; without a network: hf download {hub} --repo-type dataset "
@@ -86,14 +99,14 @@ def _download(name: str, hub: str, patterns: Sequence[str]) -> Path:
     return Path(folder)
 
 
-def _read_folder(name: str, folder: Path, patterns: Sequence[str]) -> Rows:
-    there = sorted(p for p in folder.rglob("*") if p.suffix in SUFFIXES and p.is_file())
-    names = {path: path.relative_to(folder).as_posix() for path in there}
-    chosen = [p for p in there if any(fnmatch.fnmatch(names[p], pattern) for pattern in patterns)]
-    if not chosen and len(there) == 1:
-        chosen = there
+def _read_folder(name: str, folder: Path, patterns: Sequence[str]) -> Iterator[Row]:
+    data_files = sorted(p for p in folder.rglob("*") if p.suffix in SUFFIXES and p.is_file())
+    names = {path: path.relative_to(folder).as_posix() for path in data_files}
+    chosen = [p for p in data_files if any(fnmatch.fnmatch(names[p], glob) for glob in patterns)]
+    if not chosen and len(data_files) == 1:
+        chosen = data_files
     if not chosen:
-        raise ValueError(
+        raise UserError(
             f"benchmark {name}: {folder} has no file like {', '.join(patterns)}; "
             f"it has {', '.join(names.values()) or 'no data files'}: name them with files: […]"
         )
@@ -101,7 +114,7 @@ def _read_folder(name: str, folder: Path, patterns: Sequence[str]) -> Rows:
         yield from _read(path)
 
 
-def _read(path: Path) -> Rows:
+def _read(path: Path) -> Iterator[Row]:
     if path.suffix == ".csv":
         yield from _read_csv(path)
     elif path.suffix == ".json":
@@ -109,27 +122,27 @@ def _read(path: Path) -> Rows:
     elif path.suffix in SUFFIXES:
         yield from read_records(path)
     else:
-        raise ValueError(f"{path}: expected {', '.join(SUFFIXES)}")
+        raise UserError(f"{path}: expected {', '.join(SUFFIXES)}")
 
 
-def _read_csv(path: Path) -> Rows:
+def _read_csv(path: Path) -> Iterator[Row]:
     csv.field_size_limit(sys.maxsize)
     with path.open(encoding="utf-8-sig", newline="") as file:
         for number, row in enumerate(csv.DictReader(file), start=2):
             if None in row or None in row.values():
-                raise ValueError(f"{path}:{number}: not as many fields as the header has")
+                raise UserError(f"{path}:{number}: not as many fields as the header has")
             yield f"{path}:{number}", row
 
 
-def _read_json(path: Path) -> Rows:
-    """A list of rows, or an object with one under "data", "rows" or "test"."""
+def _read_json(path: Path) -> Iterator[Row]:
+    """Yield the rows of a list, or of the list under "data", "rows" or "test" of an object."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path}: not JSON: {error}") from error
+        raise UserError(f"{path}: not JSON: {error}") from error
     if isinstance(content, dict):
         content = next((content[k] for k in ("data", "rows", "test") if k in content), None)
     if not isinstance(content, list) or not all(isinstance(row, dict) for row in content):
-        raise ValueError(f"{path}: expected a list of objects")
+        raise UserError(f"{path}: expected a list of objects")
     for number, row in enumerate(content):
         yield f"{path}[{number}]", row

@@ -311,6 +311,17 @@ def test_suites_need_no_data_and_are_the_same_every_time(suite):
     assert {p.fields["task"] for p in prompts} == set(SUITES[suite])
 
 
+def test_no_suite_has_syllogism_while_its_grader_accepts_undistributed_middles():
+    """All A are B and some B are C does not give some A are C: B is distributed in neither premise.
+    Once reasoning-gym rejects it, the task can return to the suites."""
+    gym = pytest.importorskip("reasoning_gym.logic.syllogism")
+    a, b, c = gym.SyllogismDataset.DEFAULT_TERMS[:3]
+    premises = (gym.Quantifier.ALL, a, b), (gym.Quantifier.SOME, b, c)
+    conclusion = (gym.Quantifier.SOME, a, c)
+    assert gym.SyllogismDataset._is_valid_syllogism(*premises, conclusion)
+    assert not any("syllogism" in tasks for tasks in SUITES.values())
+
+
 def test_difficulties_differ_and_parameters_are_one_tasks():
     sums = {
         level: load("gym/chain_sum", options={"difficulty": level, "questions": 5})
