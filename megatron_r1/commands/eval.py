@@ -147,7 +147,7 @@ def _write_results(
     write_report(
         folder.report_path,
         title=f"evaluation · {folder.path.name}",
-        facts={n: str(value) for n, value in {"model": result["model"], **settings}.items()},
+        settings={"model": str(result["model"]), **{n: str(v) for n, v in settings.items()}},
         summaries=summaries,
         figure=figure,
         questions=questions,

@@ -1,1 +1,1 @@
-"""How good a policy is on questions it was never trained on."""
+"""Evaluation on benchmarks, and the loop that samples and grades responses."""

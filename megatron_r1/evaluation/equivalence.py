@@ -1,4 +1,4 @@
-"""Whether two answers mean the same, as a grader: it runs in the reward workers, which can be
+"""A grader that compares two answers by meaning; it runs in the reward workers, which can be
 killed.
 """
 
@@ -7,10 +7,10 @@ from megatron_r1.rewards.math import equivalent
 
 
 def grade(response: str, truth: str, **entry: object) -> Grade:
-    """1 when each of the two answers would be accepted where the other is the truth.
+    """Return 1 if each of the two answers is accepted when the other is the truth.
 
-    Both ways, because math-verify's comparison is not symmetric: where 1 is expected it takes
-    `2x + z = 1`, and not the other way round. A vote needs a relation without direction.
+    math-verify's comparison is not symmetric: if 1 is expected it accepts `2x + z = 1`, but not the
+    other way round. A vote needs a symmetric relation.
     """
     same = equivalent(truth, response) and equivalent(response, truth)
     return Grade(float(same), "the same" if same else "different")

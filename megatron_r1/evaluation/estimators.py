@@ -1,8 +1,8 @@
-"""pass@1, pass@k and their confidence intervals: numbers per question first, then over questions.
+"""pass@1, pass@k and their confidence intervals: per question first, then over questions.
 
-Questions are what an evaluation draws at random from the world; the samples of one question are not
-independent of each other. So every interval resamples whole questions (a cluster bootstrap), and a
-question weighs the same however many samples it has.
+The questions are a random sample of all possible ones; the samples of one question are not
+independent. So every interval resamples whole questions (a cluster bootstrap), and all questions
+have the same weight, whatever their number of samples.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ MAX_DRAWS = 40_000_000
 MIN_RESAMPLES = 1_000
 CHUNK_DRAWS = 4_000_000
 NUM_SUBSETS = 100
-"""Most subsets of samples that cons@m is averaged over, for m below the number of samples."""
+"""Upper limit of the subsets that cons@m is averaged over, for m below the number of samples."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over questions with its 95% interval; without one where a single question is all."""
+    """A mean over questions with its 95% interval, which a single question does not have."""
 
     value: float
     low: float | None
@@ -37,11 +37,11 @@ class Estimate:
 
 
 def pass_at_k(num_samples: int, num_right: int, k: int) -> float:
-    """Probability that at least one of k samples is right, estimated without bias from n >= k.
+    """Return the unbiased estimate, from n >= k samples, that at least one of k is right.
 
     pass@k = 1 - C(n - c, k) / C(n, k) = 1 - prod_{i = n-c+1 .. n} (1 - k/i)
     for n samples of which c are right (Chen et al. 2021, arXiv 2107.03374, eq. 1 and figure 3). The
-    product never forms a binomial coefficient, so nothing overflows. k = 1 gives c/n.
+    product has no binomial coefficients that could overflow. k = 1 gives c/n.
     """
     if not 0 <= num_right <= num_samples:
         raise ValueError(f"num_right must be within 0…{num_samples}, got {num_right}")
@@ -54,11 +54,11 @@ def pass_at_k(num_samples: int, num_right: int, k: int) -> float:
 
 
 def estimate(per_question: Sequence[float] | np.ndarray, seed: int = 0) -> Estimate:
-    """The mean over questions and its percentile bootstrap interval.
+    """Return the mean over questions and its percentile bootstrap interval.
 
     per_question: [questions], any unit. seed: of the resampling; the same seed gives the same
-    interval. Questions that are all equal give an interval of no width, which says that this method
-    saw no variation, not that there is none (docs/evaluation.md).
+    interval. Equal values give an interval of width 0, which does not mean that other questions
+    would give the same (docs/evaluation.md).
     """
     values = np.asarray(per_question, dtype=np.float64)
     if values.ndim != 1 or not len(values):
@@ -74,7 +74,7 @@ def estimate(per_question: Sequence[float] | np.ndarray, seed: int = 0) -> Estim
 
 
 def resampled_means(values: np.ndarray, seed: int) -> np.ndarray:
-    """[resamples] means of as many questions as there are, drawn with replacement."""
+    """Return the means, [resamples], of len(values) values drawn with replacement."""
     num_questions = len(values)
     num_resamples = max(MIN_RESAMPLES, min(NUM_RESAMPLES, MAX_DRAWS // num_questions))
     generator = np.random.default_rng(seed)
@@ -87,9 +87,9 @@ def resampled_means(values: np.ndarray, seed: int) -> np.ndarray:
 
 
 def subsets(num_samples: int, size: int, seed: int) -> list[tuple[int, ...]]:
-    """Sets of `size` sample indices, ascending: all of them where they are few, else drawn ones.
+    """Return sets of `size` ascending sample indices: all, or `NUM_SUBSETS` random ones of many.
 
-    The vote of m out of n samples is the mean over these; m = n gives the one whole set.
+    The vote of m out of n samples is the mean over these; m = n gives the whole set.
     """
     if math.comb(num_samples, size) <= NUM_SUBSETS:
         return list(itertools.combinations(range(num_samples), size))
@@ -99,7 +99,7 @@ def subsets(num_samples: int, size: int, seed: int) -> list[tuple[int, ...]]:
 
 
 def powers_up_to(num_samples: int) -> list[int]:
-    """1, 2, 4, … and `num_samples` itself: the k of pass@k and the N of cons@N that are shown."""
+    """Return 1, 2, 4, … and `num_samples`: the k of pass@k and cons@k that are reported."""
     powers = []
     power = 1
     while power < num_samples:

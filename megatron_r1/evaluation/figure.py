@@ -1,4 +1,4 @@
-"""The evaluation as a picture: what more samples buy, as chances (pass@k) and as votes (cons@k)."""
+"""The figure of an evaluation: pass@k and cons@k over the number of samples."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from matplotlib.ticker import PercentFormatter
 
 from megatron_r1.evaluation.estimators import Estimate
 from megatron_r1.evaluation.summary import Summary
+from megatron_r1.files import atomic_writer
 
 COLUMNS = 3
 PASS_COLOR, VOTE_COLOR = "#2b66d9", "#c2760c"
 
 
 def write_figure(path: Path, summaries: Sequence[Summary]) -> Path:
-    """A PNG with one panel per benchmark: points are estimates, bands their 95% intervals."""
+    """Write a PNG with a panel per benchmark: points are estimates, bands their 95% intervals."""
     columns = min(COLUMNS, len(summaries))
     rows = -(-len(summaries) // columns)
     figure = Figure(figsize=(4.2 * columns, 3.0 * rows), layout="constrained")
@@ -29,9 +30,8 @@ def write_figure(path: Path, summaries: Sequence[Summary]) -> Path:
         _panel(axes, summary)
     for axes in list(grid.flat)[len(summaries) :]:
         axes.set_visible(False)
-    temporary = path.with_name(f".{path.name}.partial")
-    figure.savefig(temporary, format="png", dpi=130)
-    temporary.replace(path)
+    with atomic_writer(path) as file:
+        figure.savefig(file, format="png", dpi=130)
     return path
 
 
@@ -54,8 +54,8 @@ def _panel(axes: Axes, summary: Summary) -> None:
 def _curve(axes: Axes, label: str, curve: Mapping[int, Estimate], color: str) -> None:
     sizes = list(curve)
     values = [curve[k].value for k in sizes]
-    low = [np.nan if curve[k].low is None else curve[k].low for k in sizes]
-    high = [np.nan if curve[k].high is None else curve[k].high for k in sizes]
+    low = np.array([curve[k].low for k in sizes], np.float64)  # None becomes NaN
+    high = np.array([curve[k].high for k in sizes], np.float64)
     if len(sizes) > 1:
         axes.fill_between(sizes, low, high, color=color, alpha=0.15, linewidth=0)
     else:

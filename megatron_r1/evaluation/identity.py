@@ -1,4 +1,4 @@
-"""What must not change while an evaluation is continued, and the versions it was made with."""
+"""The settings that must not change while a folder is continued, and the packages' versions."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_r1.config import Config
+from megatron_r1.errors import UserError
 from megatron_r1.files import atomic_write
 
 PACKAGES = (
@@ -19,7 +20,7 @@ PACKAGES = (
 
 
 def settings_that_matter(config: Config, policy: Mapping[str, Any]) -> dict[str, Any]:
-    """Everything that changes samples and grades; how many samples, and of what, may grow."""
+    """Return all that changes samples and grades; the number of samples and questions may grow."""
     return {
         "run.seed": config.run.seed,
         "eval.temperature": config.eval.temperature,
@@ -31,9 +32,9 @@ def settings_that_matter(config: Config, policy: Mapping[str, Any]) -> dict[str,
 
 
 def keep_identity(path: Path, settings: Mapping[str, Any], has_samples: bool) -> None:
-    """Write `settings` into a new folder; in one that has samples already, compare.
+    """Write `settings` into a new folder; compare them with those of one that has samples.
 
-    Raises ValueError naming each difference with both values.
+    Raises UserError naming each difference with both values.
     """
     if not (has_samples and path.exists()):
         atomic_write(path, json.dumps(settings, indent=1) + "\n")
@@ -45,7 +46,7 @@ def keep_identity(path: Path, settings: Mapping[str, Any], has_samples: bool) ->
         lines = [
             f"  {n}: {before.get(n)!r} in the folder, {settings.get(n)!r} now" for n in changed
         ]
-        raise ValueError(
+        raise UserError(
             f"{path.parent} holds answers that were made with other settings:\n"
             + "\n".join(lines)
             + "\nTo continue, restore those; to start anew, choose another run.folder or remove "
@@ -54,7 +55,7 @@ def keep_identity(path: Path, settings: Mapping[str, Any], has_samples: bool) ->
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of the installed packages that numbers can depend on."""
+    """Return the versions of Python and of the installed packages that results can depend on."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:

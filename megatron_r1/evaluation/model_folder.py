@@ -1,10 +1,11 @@
-"""Which model a path means, and whether it is still the same one."""
+"""The model that a path names, and its fingerprint."""
 
 from __future__ import annotations
 
 import hashlib
 from pathlib import Path
 
+from megatron_r1.errors import UserError
 from megatron_r1.training.checkpoints.finding import STATE_FILE, whole
 from megatron_r1.weights.stored.weight_files import weight_files
 
@@ -13,10 +14,10 @@ WEIGHTS = ("*.safetensors", "*.bin", "*.json", "tokenizer.model")
 
 
 def find_model(path: str) -> tuple[Path, bool]:
-    """(a Hugging Face folder, False), or (a checkpoint that has to be exported first, True).
+    """Return (a Hugging Face folder, False) or (a checkpoint that must be exported first, True).
 
-    path: a Hugging Face folder; a run's folder, of which its `hf/` is taken unless a checkpoint is
-    newer; or one checkpoint of a run. Raises ValueError for anything else.
+    path: a Hugging Face folder; a run's folder, whose `hf/` is used unless a checkpoint is newer;
+    or one checkpoint of a run. Raises UserError for anything else.
     """
     folder = Path(path)
     if (folder / "config.json").is_file():
@@ -28,14 +29,14 @@ def find_model(path: str) -> tuple[Path, bool]:
     checkpoints = whole(folder / "checkpoints")
     if checkpoints:
         return checkpoints[-1], True
-    raise ValueError(
+    raise UserError(
         f"model.path {path}: neither a Hugging Face folder (no config.json) nor a run's folder "
         "(no hf/ and no checkpoints/)"
     )
 
 
 def has_newest_export(run: Path) -> bool:
-    """Whether the `hf/` of a run's folder is there and no older than its newest checkpoint."""
+    """Return whether a run has an `hf/` that is no older than its newest checkpoint."""
     exported, checkpoints = run / "hf" / "config.json", whole(run / "checkpoints")
     return exported.is_file() and (
         not checkpoints or exported.stat().st_mtime >= checkpoints[-1].stat().st_mtime
@@ -43,19 +44,19 @@ def has_newest_export(run: Path) -> bool:
 
 
 def require_weights(folder: Path) -> None:
-    """Raises ValueError for a model folder that an engine would find nothing to load in."""
-    if any(folder.glob("*.bin")):  # older than safetensors; engines read them, too
+    """Raise UserError for a model folder without weights that an engine can load."""
+    if any(folder.glob("*.bin")):  # the format before safetensors, which engines still read
         return
     try:
         weight_files(folder)
     except ValueError as error:
-        raise ValueError(f"model.path: {error}; give a folder with weights") from None
+        raise UserError(f"model.path: {error}; give a folder with weights") from None
 
 
 def fingerprint(folder: Path) -> str:
-    """A digest of a model folder's files: names, sizes, and blocks spread over each.
+    """Return a digest of a model folder's files: names, sizes, and 16 blocks of 64 KiB of each.
 
-    Training changes nearly every weight, so blocks tell two models apart without reading hundreds
+    Training changes nearly every weight, so the blocks distinguish models without reading hundreds
     of gigabytes.
     """
     digest = hashlib.sha256()

@@ -1,4 +1,4 @@
-"""How far an evaluation is: one line that changes on a terminal, about twenty lines in a log."""
+"""The progress of sampling: one line that changes on a terminal, about twenty lines in a log."""
 
 import sys
 import time
@@ -10,7 +10,7 @@ REFRESH_SECONDS = 0.2
 
 
 class Progress:
-    """Call it with (finished, wanted) samples, as often as you like."""
+    """Called with (finished, wanted) after each sample; prints only what changes visibly."""
 
     def __init__(self) -> None:
         self._is_terminal = sys.stdout.isatty()

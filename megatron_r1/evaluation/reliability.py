@@ -1,4 +1,4 @@
-"""How good a reward model's scores are on rows it has not seen: accuracy, margin, calibration."""
+"""Accuracy, margin and calibration of a reward model's scores on held-out rows."""
 
 from __future__ import annotations
 
@@ -15,9 +15,12 @@ NUM_BINS = 10
 def pair_measures(
     questions: Sequence[str], chosen: Sequence[float], rejected: Sequence[float]
 ) -> dict[str, float]:
-    """Of pairs, by their scores (logits). accuracy: the share whose chosen response scores higher,
-    by question, with its interval; margin: chosen minus rejected; loss: -log sigmoid(margin);
-    calibration_error of sigmoid(|margin|) as the probability that the higher one is the chosen."""
+    """Return measures of preference pairs by their scores (logits).
+
+    accuracy: the share of pairs whose chosen response scores higher, by question, with its
+    interval. margin: chosen minus rejected. loss: -log sigmoid(margin). calibration_error: of
+    sigmoid(|margin|) as the probability that the response with the higher score is the chosen one.
+    """
     margins = [c - r for c, r in zip(chosen, rejected, strict=True)]
     certain = [_sigmoid(abs(margin)) for margin in margins]
     right = [float(margin > 0) for margin in margins]
@@ -27,9 +30,12 @@ def pair_measures(
 def label_measures(
     questions: Sequence[str], scores: Sequence[float], labels: Sequence[float]
 ) -> dict[str, float]:
-    """Of labelled responses. accuracy: the share of scores on their label's side of 0; margin: how
-    far they are there; loss: binary cross entropy; calibration_error of sigmoid(score) as the
-    probability of a good response."""
+    """Return measures of labelled responses by their scores (logits).
+
+    accuracy: the share of scores on their label's side of 0. margin: the distance from 0 to that
+    side. loss: binary cross entropy. calibration_error: of sigmoid(score) as the probability of a
+    good response.
+    """
     margins = [score if label else -score for score, label in zip(scores, labels, strict=True)]
     return _measures(questions, margins, [_sigmoid(score) for score in scores], labels)
 
@@ -37,16 +43,24 @@ def label_measures(
 def expected_calibration_error(
     probabilities: Sequence[float], outcomes: Sequence[float], bins: int = NUM_BINS
 ) -> float:
-    """Σ_b n_b / n · |mean outcome - mean probability| over equal bins of the probability (Guo et
-    al. 2017, arXiv 1706.04599, eq. 3). outcomes: 0 or 1."""
-    found: dict[int, list[tuple[float, float]]] = defaultdict(list)
+    """Return Σ_b n_b / n · |mean outcome - mean probability| over equal bins of the probability
+    (Guo et al. 2017, arXiv 1706.04599, eq. 3).
+
+    outcomes: 0 or 1.
+    """
+    members_of: dict[int, list[tuple[float, float]]] = defaultdict(list)
     for probability, outcome in zip(probabilities, outcomes, strict=True):
-        found[min(bins - 1, int(probability * bins))].append((probability, outcome))
-    gaps = (abs(sum(outcome - p for p, outcome in members)) for members in found.values())
+        members_of[min(bins - 1, int(probability * bins))].append((probability, outcome))
+    gaps = (abs(sum(outcome - p for p, outcome in members)) for members in members_of.values())
     return sum(gaps) / len(probabilities)
 
 
-def _measures(questions, margins, probabilities, outcomes) -> dict[str, float]:
+def _measures(
+    questions: Sequence[str],
+    margins: Sequence[float],
+    probabilities: Sequence[float],
+    outcomes: Sequence[float],
+) -> dict[str, float]:
     by_question: dict[str, list[float]] = defaultdict(list)
     for question, margin in zip(questions, margins, strict=True):
         by_question[question].append(float(margin > 0))

@@ -15,8 +15,8 @@ from megatron_r1.rewards.runtime.pool import RewardPool
 
 EQUIVALENCE = "megatron_r1.evaluation.equivalence:grade"
 MAX_COMPARED_CHARS = 1_000
-"""Longer answers are the same only where their texts are."""
-# No exponents: Fraction("1e999999999") would never come back.
+"""Longer answers are the same only if their texts are."""
+# No exponents: Fraction("1e999999999") would never return.
 NUMBER = re.compile(
     r"[+-]?(?:[0-9]{1,300}|[0-9]{1,3}(?:,[0-9]{3}){1,99})(?:\.[0-9]{1,300}|/[0-9]{1,300})?"
 )
@@ -26,21 +26,23 @@ RIGHT = -1
 
 @dataclass(frozen=True)
 class Vote:
-    """key: equal for answers that are the same number, or the same text without decoration and
-    case. text: the answer as it was written, for comparisons by meaning; "" where it is too long
-    for that, and the key is a digest of it then: votes are kept in memory."""
+    """A response's final answer.
+
+    key: equal for the same number, and for the same text without decoration and case. text: as
+    written, for comparisons by meaning; "" for a text too long to compare, whose key is a digest.
+    """
 
     key: str | Fraction
     text: str
 
 
 def can_vote(kind: str) -> bool:
-    """Whether responses of this kind end in an answer that can be compared. Programs do not."""
+    """Return whether responses of this kind end in an answer that can be compared."""
     return kind != "code"
 
 
 def read_vote(response: str, opened: bool = False) -> Vote | None:
-    """The vote of a response; None where it gives no answer (see `rewards.answer.extract`)."""
+    """Return the vote of a response; None without an answer (see `rewards.answer.extract`)."""
     answer = extract(response, opened=opened).text
     if answer is None:
         return None
@@ -59,32 +61,31 @@ def read_vote(response: str, opened: bool = False) -> Vote | None:
 async def group_answers(
     pool: RewardPool, kind: str, votes: Sequence[Vote | None], scores: Sequence[float]
 ) -> list[int | None]:
-    """[samples] which group each answer belongs to; None for a sample without a vote.
+    """Return the group of each sample's answer, [samples]; None for a sample without a vote.
 
     scores: [samples] rewards. Answers are first compared as exact numbers and as texts. For kind
-    "math" they are then compared by meaning, in the pool's workers, with two shortcuts that the
-    reward gives for nothing: answers equal to the truth are equal to each other (group `RIGHT`),
-    and no right answer equals a wrong one. Other kinds stay with numbers and texts: a puzzle may
-    have many right answers.
+    "math" they are then compared by meaning, in the pool's workers; the rewards save some of these
+    comparisons: right answers are equal to each other (group `RIGHT`) and to no wrong one. Other
+    kinds are compared by number and text only: a puzzle may have many right answers.
     """
     if kind != "math":
         numbers = {vote.key: i for i, vote in reversed(list(enumerate(votes))) if vote}
-        return [vote and numbers[vote.key] for vote in votes]
+        return [numbers[vote.key] if vote else None for vote in votes]
     wrong: dict[str | Fraction, Vote] = {}
     for vote, score in zip(votes, scores, strict=True):
         if vote and score != 1.0:
             wrong.setdefault(vote.key, vote)
     numbers = await _by_meaning(pool, list(wrong.values()))
     return [
-        vote and (RIGHT if score == 1.0 else numbers[vote.key])
+        (RIGHT if score == 1.0 else numbers[vote.key]) if vote else None
         for vote, score in zip(votes, scores, strict=True)
     ]
 
 
 def majority_of(groups: Sequence[object | None]) -> int | None:
-    """Index of the first sample of the largest group; None without any vote.
+    """Return the index of the first sample of the largest group; None without any vote.
 
-    A tie goes to the answer that came first.
+    A tie goes to the group whose answer came first.
     """
     counts = Counter(group for group in groups if group is not None)
     if not counts:
@@ -99,10 +100,10 @@ async def majority_score(
     scores: Sequence[float],
     opened: bool = False,
 ) -> float:
-    """The score of the majority's answer: what cons@N averages. 0 without any vote.
+    """Return the score of the majority's answer, which cons@N averages; 0 without any vote.
 
-    Compares by meaning only where that can change the outcome. For mathematics that is where
-    something is right, and the wrong answers together could still outvote it.
+    Answers are compared by meaning only if that can change the outcome: for mathematics, if some
+    answer is right and the wrong ones together could outvote it.
     """
     votes = [read_vote(text, opened) for text in responses]
     if kind == "math":
@@ -116,9 +117,9 @@ async def majority_score(
 
 
 async def _by_meaning(pool: RewardPool, votes: Sequence[Vote]) -> dict[str | Fraction, int]:
-    """Numbers for answers of distinct keys: each joins the first earlier one of its meaning.
+    """Return key → group of distinct answers: each joins the first earlier one of equal meaning.
 
-    A comparison that runs out of time or memory counts as different.
+    Answers whose comparison runs out of time or memory count as different.
     """
     representatives: list[Vote] = []
     numbers: dict[str | Fraction, int] = {}

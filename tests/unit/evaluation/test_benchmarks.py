@@ -314,7 +314,7 @@ def test_suites_need_no_data_and_are_the_same_every_time(suite):
 def test_no_suite_has_syllogism_while_its_grader_accepts_undistributed_middles():
     """All A are B and some B are C does not give some A are C: B is distributed in neither premise.
     Once reasoning-gym rejects it, the task can return to the suites."""
-    gym = pytest.importorskip("reasoning_gym.logic.syllogism")
+    gym = pytest.importorskip("reasoning_gym.logic.syllogisms")
     a, b, c = gym.SyllogismDataset.DEFAULT_TERMS[:3]
     premises = (gym.Quantifier.ALL, a, b), (gym.Quantifier.SOME, b, c)
     conclusion = (gym.Quantifier.SOME, a, c)
