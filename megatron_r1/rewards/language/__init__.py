@@ -1,11 +1,10 @@
-"""Language consistency: how much of the chain of thought is in the language that was asked for.
+"""Language consistency: the share of the chain of thought in the target language.
 
     reward = words in the target language / words        (DeepSeek-R1, arXiv 2501.12948 v2, eq. 5)
 
-Code, formulae, numbers, identifiers and symbols are in no language and count on neither side, up
-to a share of the words: beyond it, a thought is being written in them. A Chinese word is 1.7
-characters (`words`). Script decides, so a Latin word of another language counts
-as English.
+Code, formulae, numbers, identifiers and symbols are in no language and do not count, up to a share
+of the words: a thought with more of them is written in them. A Chinese word is 1.7 characters
+(`words`). The script decides, so a Latin word of another language counts as English.
 """
 
 from megatron_r1.rewards.answer import END_THINK, THINK
@@ -15,18 +14,17 @@ from megatron_r1.rewards.language.words import WordCount, count_words
 
 LANGUAGES = {"en": "English", "zh": "Chinese"}
 FREE_WORDS, FREE_SHARE = 8, 1 / 2
-"""So many words of inline code, formulae and identifiers are neutral: these, and this share of the
-words of the prose. An explanation of a program may name something in every third word."""
+"""Words of inline code, formulae and identifiers that do not count: FREE_WORDS, and FREE_SHARE of
+the words of the prose. An explanation of a program may name an identifier in every third word."""
 
 
 def grade(
     response: str, truth: object = None, *, target: str, opened: bool = False, **entry: object
 ) -> Grade:
-    """The share of the thought's words that are in the language `target`, "en" or "zh".
+    """Return the share of the thought's words that are in the language `target`, "en" or "zh".
 
-    0 for a response without a thought, and for a thought without words: to say nothing is not to
-    say it in the right language. Linear in the length of the response. Raises ValueError for
-    another target.
+    0 for a response without a thought, and for a thought without words. Linear in the length of the
+    response. Raises ValueError for another target.
     """
     if not isinstance(target, str) or target not in LANGUAGES:
         raise ValueError(f"target must be one of {', '.join(LANGUAGES)}, got {target!r}")
@@ -42,9 +40,9 @@ def grade(
 
 
 def judged_words(thought: str) -> WordCount:
-    """The words of the prose, and of what is neutral those beyond the share that may be.
+    """Count the words of the prose, and those of code, formulae and symbols beyond the free share.
 
-    A thought without prose has no words: to compute is not to say anything.
+    A thought without prose has no words.
     """
     parts = prose(thought)
     words = count_words(parts.text)
@@ -57,10 +55,10 @@ def judged_words(thought: str) -> WordCount:
 
 
 def chain_of_thought(response: str, opened: bool = False) -> str | None:
-    """What stands between the first `<think>` and the last `</think>`; None without a `<think>`.
+    """Return the text from the first `<think>` to the last `</think>`; None without a `<think>`.
 
-    opened: the prompt ended with `<think>`, so the response begins inside. A thought that is never
-    closed (a response cut at its length limit) reaches to the end.
+    opened: the prompt ended with `<think>`, so the response begins inside the thought. A thought
+    that is never closed (a response cut at its length limit) extends to the end.
     """
     if not opened:
         _, found, response = response.partition(THINK)

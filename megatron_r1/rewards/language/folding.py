@@ -1,11 +1,11 @@
-"""Letters in their plain forms: circled, full-width, regional, tag and escaped ones are ASCII."""
+"""Replace circled, full-width, regional, tag and escaped letters by plain ones."""
 
 import html
 import re
 import unicodedata
 
-# Zero-width, soft-hyphen and direction marks; combining accents; variation selectors: a word that
-# is sprinkled with them is still that word.
+# Zero-width, soft-hyphen and direction marks, combining accents, variation selectors: a word with
+# such characters in it is still that word.
 INVISIBLE = re.compile(
     "[\u00ad\u034f\u0300-\u036f\u061c\u180e\u1ab0-\u1aff\u1dc0-\u1dff\u200b-\u200f\u202a-\u202e"
     "\u2060-\u206f\u20d0-\u20ff\ufe00-\ufe0f\ufe20-\ufe2f\ufeff\U000e0000-\U000e01ef]+"
@@ -13,16 +13,16 @@ INVISIBLE = re.compile(
 # Bounded: html.unescape alone would read a number of any length.
 ENTITY = re.compile(r"&(?:#[0-9]{1,7}|#[xX][0-9a-fA-F]{1,6}|[A-Za-z][A-Za-z0-9]{1,30}(?=;));?")
 ENTITY_PASSES = 2
-"""`&amp;#102;` is an `f` that was escaped twice."""
-# Letters that compatibility decomposition leaves alone, or puts in brackets: the first of each row.
+"""`&amp;#102;` is a twice-escaped `f`."""
+# The first letters of rows that compatibility decomposition keeps, or puts in brackets.
 LETTER_ROWS = {
     **{0x249C: "a", 0x1F110: "A"},  # in brackets
     **{0x1F150: "A", 0x1F170: "A", 0x1F1E6: "A"},  # negative circled and squared; regional
 }
 
 
-class _Folding(dict):
-    """For str.translate: each character's compatibility form, found when it is first met.
+class _Folding(dict[int, str]):
+    """A table for str.translate: each character's compatibility form, computed at its first use.
 
     One character at a time, because unicodedata sorts a run of combining marks in quadratic time.
     """
@@ -42,7 +42,7 @@ FOLDING = _Folding(
 
 
 def fold(text: str) -> tuple[str, int]:
-    """`text` in plain forms and without invisible marks; how many of those it had."""
+    """Return `text` in plain letters without invisible marks, and the number of those marks."""
     for _ in range(ENTITY_PASSES):
         text = ENTITY.sub(lambda entity: html.unescape(entity[0]), text)
     if text.isascii():

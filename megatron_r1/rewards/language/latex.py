@@ -1,4 +1,4 @@
-r"""Words in a formula: of three letters and more, letters in a row, commands that LaTeX lacks."""
+r"""Find words written in a formula: three or more letters, rows of letters, unknown commands."""
 
 import re
 
@@ -6,7 +6,7 @@ COMMAND = re.compile(r"\\([A-Za-z]++)")
 # In formulae, two letters are a product (`ab`, `dx`) and capitals are points (`ABC`).
 FORMULA_WORD = re.compile(r"(?<![A-Za-z])[A-Za-z][a-z]{2,}(?![A-Za-z])|[^\x00-\x7f]+")
 LETTER_ROW = re.compile(r"(?<![A-Za-z])[A-Za-z](?:[\s,;.~]++[A-Za-z](?![A-Za-z])){3,}+")
-# Not all of LaTeX: what mathematics in a chain of thought has. Others count as the words they are.
+# The commands that occur in mathematics of chains of thought. Any other one counts as a word.
 _KNOWN = """
     alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi
     pi rho sigma tau upsilon phi varphi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma
@@ -30,10 +30,10 @@ KNOWN = frozenset(_KNOWN.split())
 
 
 def formula_words(formula: str) -> list[str]:
-    r"""What of a formula may be words. `$f, i, r, s, t$` is a word, too, and so is `\first`."""
+    r"""Return the words that a formula may hold; `$f, i, r, s, t$` and `\first` are words too."""
     words: list[str] = []
 
-    def command(match: re.Match) -> str:
+    def command(match: re.Match[str]) -> str:
         if match[1] not in KNOWN and len(match[1]) > 1:
             words.append(match[1])
         return " "
@@ -44,5 +44,5 @@ def formula_words(formula: str) -> list[str]:
 
 
 def letter_rows(text: str) -> list[str]:
-    """What four single letters and more in a row spell."""
+    """Return the words spelled by four or more single letters in a row."""
     return [re.sub(r"[\s,;.~]", "", row[0]) for row in LETTER_ROW.finditer(text)]

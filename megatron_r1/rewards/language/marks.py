@@ -1,7 +1,7 @@
-r"""What is neither words nor numbers, weighed as words: symbols, single letters, invisible marks.
+r"""Count symbols and single letters as words.
 
-A few are mathematics, punctuation, emoji. A language can be spelled in any of them (Morse, Braille,
-`f,i,r,s,t`), so none may be neutral without bound.
+A few of them are mathematics, punctuation or emoji. But a language can be spelled in any of them
+(Morse, Braille, `f,i,r,s,t`), so none may be free without bound.
 """
 
 import re
@@ -9,10 +9,10 @@ import re
 from megatron_r1.rewards.language.words import GLUED_WORD_LETTERS, GREEK_SYMBOL, RUNS
 
 SYMBOL = r"(?:[^\w\s]|_)"
-# Symbols with nothing but white space between them, whatever they are.
+# Symbols of any kind with only white space between them.
 STRETCH = re.compile(rf"{SYMBOL}(?:\s*+{SYMBOL})*+")
 FREE_PER_STRETCH = 4
-"""Symbols between two operands or words: `)) = (` has four."""
+"""Between two operands or words: `)) = (` has four symbols."""
 # Punctuation and mathematics: ASCII, Latin-1, general and CJK punctuation, arrows, operators.
 RARE_RUN = re.compile(
     r"[^\w\s!-~\u00a1-\u00bf×÷\u2010-\u205e\u2190-\u22ff\u27c0-\u27ff\u2900-\u2aff\u3000-\u303f]+"
@@ -20,16 +20,16 @@ RARE_RUN = re.compile(
 
 
 def count_marks(text: str) -> float:
-    """The words that the symbols and single letters of `text` may stand for, five of them a word.
+    """Return how many words the symbols and single letters of `text` may encode, five per word.
 
-    A stretch of symbols is free up to four; other symbols than those of punctuation and mathematics
-    are at least a word per run. Linear in the length of `text`.
+    A stretch of symbols is free up to four; a run of symbols outside punctuation and mathematics is
+    at least one word. Linear in the length of `text`.
     """
     return count_symbols(text) + _count_letters(text)
 
 
 def count_symbols(text: str) -> float:
-    """`count_marks` without the letters, as in a formula, where they are variables."""
+    """Return `count_marks` without letters, for a formula, where they are variables."""
     total = 0.0
     for stretch in STRETCH.finditer(text):
         rare = RARE_RUN.findall(stretch[0])

@@ -1,6 +1,6 @@
-r"""What of a chain of thought is prose: everything but code, formulae, numbers and identifiers.
+r"""Separate the prose of a chain of thought from code, formulae, numbers and identifiers.
 
-Words that stand in those are kept apart, because a thought could be written in them alone.
+Words inside those are returned too, because a thought could be written in them alone.
 
 Every pattern is linear: quantifiers are possessive, a delimited span stops at the next delimiter of
 its kind, and a token begins only where the character before it could not belong to it.
@@ -52,28 +52,30 @@ TOKENS = re.compile(
     """,
     re.VERBOSE,
 )
-# Letters set apart, which as single letters would pass for variables.
+# Spaced letters, which as single letters would count as variables.
 SPACED_LETTERS = re.compile(r"(?<![^\W_])[A-Za-z](?:[ ][A-Za-z](?![^\W_])){4,}+")
 
 SYMBOL = re.compile(r"""[^\w\s,.;:!?'"’“”‘，。；：！？、（）「」《》…—-]|[_\d]""")
 WORD_LIKE = re.compile(r"[^\W\d_]{2,}")
 FENCED_WEIGHT = 1 / 8
-"""Of a word in a code block: a program is longer than what is said about it."""
+"""Of a word in a code block: a program is longer than the text about it."""
 MIN_PROSE_WORDS = 8
 MAX_PROSE_SYMBOLS = 0.04
 NO_WORDS = re.compile(rf"[0-9]|(?:{FUNCTIONS})(?![A-Za-z])")
-# `1the`: no unit, and not one of `2x` and `3rd`'s letters that could be meant.
+# `1the`: the letters are no unit, no ordinal ending and no variable.
 AFTER_NUMBER = re.compile(rf"(?<=[0-9.,])(?!(?:{UNITS}|st|nd|rd|th)$)[A-Za-z]{{2,3}}$")
-# Stands for what was left out, so that the symbols on its sides stay apart.
+# Replaces a removed span, so that the symbols on its two sides stay apart.
 OPERAND = " 0 "
 CAMEL = re.compile(r"(?<=[a-z])(?=[A-Z])|[\W\d_]+")
 
 
 @dataclass(frozen=True)
 class Prose:
-    """text: what is in a language. Neutral, but not without bound: `inline`, the words of inline
-    code, of formulae and of identifiers; `fenced`, those of code blocks; `marks`, what symbols and
-    single letters may stand for, in words (see `marks`)."""
+    """The parts of a text, of which all but `text` are free up to a share.
+
+    text: in a language. inline: words of inline code, formulae and identifiers. fenced: words of
+    code blocks. marks: number of words that symbols and single letters may encode (see `marks`).
+    """
 
     text: str
     inline: str
@@ -82,18 +84,18 @@ class Prose:
 
 
 def prose(text: str) -> Prose:
-    """`text` without what belongs to no language, and with its letters in their plain forms.
+    """Split `text`, with its letters in plain forms, into prose and parts in no language.
 
-    Left out: code in backticks, formulae between LaTeX's delimiters, LaTeX commands, URLs, numbers
+    Not prose: code in backticks, formulae between LaTeX's delimiters, LaTeX commands, URLs, numbers
     with their units, identifiers (`x1`, `max_len`, `np.array`, `leftSum`), functions (`sin`),
-    lone acronyms. Kept: a code block or formula that is prose in disguise, see `_is_prose`.
+    lone acronyms. Prose: also a code block or formula that contains prose, see `_is_prose`.
     """
     text, num_invisible = fold(text)
     marks = num_invisible / GLUED_WORD_LETTERS
     inline: list[str] = []
     fenced: list[str] = []
 
-    def span(match: re.Match) -> str:
+    def span(match: re.Match[str]) -> str:
         nonlocal marks
         if _is_prose(match[0]):
             return match[0]
@@ -106,7 +108,7 @@ def prose(text: str) -> Prose:
             inline.extend(formula_words(match[0]))
         return OPERAND
 
-    def token(match: re.Match) -> str:
+    def token(match: re.Match[str]) -> str:
         nonlocal marks
         if not NO_WORDS.match(match[0]):
             parts = CAMEL.sub(" ", match[0])
@@ -123,8 +125,10 @@ def prose(text: str) -> Prose:
 
 
 def _is_prose(span: str) -> bool:
-    """Whether a span has eight words and more, and next to none of the symbols that a program or a
-    formula has (under 4 % of its characters; code has 10 % and more, prose below 1 %)."""
+    """Whether a span has at least eight words and few of the symbols of programs and formulae.
+
+    Few: under 4 % of its characters; code has 10 % and more, prose below 1 %.
+    """
     inside = span.strip("`$")
     num_words = num_letters = 0
     for word in WORD_LIKE.finditer(inside):

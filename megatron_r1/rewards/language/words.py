@@ -1,4 +1,4 @@
-"""Words of text in any script, weighed so that a Chinese and an English word count alike."""
+"""Count the words of text in any script, so that a Chinese and an English word weigh the same."""
 
 import re
 from dataclasses import dataclass
@@ -13,17 +13,17 @@ GREEK_SYMBOL = re.compile("[A-Za-z]?[µ\u0370-\u03ff]{1,2}[A-Za-z]?")
 
 # Characters per Chinese word. Hand-segmented corpora have 1.5 (AS) to 1.7 (MSR), punctuation
 # counted as words (Emerson 2005, Second International Chinese Word Segmentation Bakeoff); jieba
-# finds 1.75 to 1.85 without punctuation. A constant, because the share that is asked for hardly
-# depends on it, and because no segmenter is both maintained and light.
+# finds 1.75 to 1.85 without punctuation. A constant, because the reward hardly depends on it, and
+# because no segmenter is both maintained and light.
 HAN_PER_WORD = 1.7
-# No English word is longer; letters beyond that are words glued together, five letters each.
+# No English word is longer; a longer one is several words joined, five letters each.
 MAX_WORD_LETTERS = 20
 GLUED_WORD_LETTERS = 5
 
 
 @dataclass(frozen=True)
 class WordCount:
-    """Words by language; `other`: neither. Fractions, because Chinese words are estimated."""
+    """Words by language; other: neither. Fractions, because Chinese words are estimated."""
 
     en: float
     zh: float
@@ -34,7 +34,7 @@ class WordCount:
         return self.en + self.zh + self.other
 
     def plus(self, others: "WordCount", weight: float) -> "WordCount":
-        """With `others` counted `weight` times."""
+        """Return the sum with `others` counted `weight` times."""
         return WordCount(
             self.en + weight * others.en,
             self.zh + weight * others.zh,
@@ -43,9 +43,12 @@ class WordCount:
 
 
 def count_words(text: str) -> WordCount:
-    """English: Latin words, but not those in lower case with accents. Chinese: Han characters, but
-    not in a clause that has Japanese kana. Other: all other letters, also where a single Cyrillic
-    letter stands in a Latin word. Single letters are variables and count nowhere."""
+    """Count words by script; single letters are variables and do not count.
+
+    English: Latin words, except those in lower case with accents. Chinese: Han characters, except
+    in a clause with Japanese kana. Other: all other letters, and Latin words with a letter of
+    another script.
+    """
     en = han = other = 0.0
     for clause, word in RUNS.findall(text):
         if clause:
@@ -63,5 +66,5 @@ def count_words(text: str) -> WordCount:
 
 
 def _is_english(word: str) -> bool:
-    """Accents: names have them (Erdős, Poincaré), English words in lower case do not."""
+    """Whether a Latin word may be English: only names have accents (Erdős, Poincaré)."""
     return word[0].isupper() or word.replace("’", "").isascii()

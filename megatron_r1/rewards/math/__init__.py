@@ -1,8 +1,8 @@
-r"""Accuracy of a mathematical answer: found in the response, then compared with the truth.
+r"""Accuracy of a mathematical answer: extracted from the response, then compared with the truth.
 
-The comparison (`comparison`) rests on math-verify and sympy. Their own time limits are signals,
-which do not fire inside a C call; they are not used here, and whoever calls this on untrusted text
-does so through `RewardPool`, which kills.
+The rules are in `comparison`; expressions are parsed by math-verify's latex2sympy and compared by
+sympy. math-verify's own time limits are signals, which do not fire inside a C call, and are off.
+Untrusted text is graded within `RewardPool`, which kills a worker that takes too long.
 """
 
 import functools
@@ -11,12 +11,12 @@ from megatron_r1.rewards.adjacent_numbers import stated_numbers
 from megatron_r1.rewards.answer import MARKER, describe, extract, final_answers, unwrap
 from megatron_r1.rewards.base import Grade, shorten
 from megatron_r1.rewards.math.comparison import compare
-from megatron_r1.rewards.math.text import stated
+from megatron_r1.rewards.math.text import stated_answer
 
 MAX_ANSWER_CHARS = 2_000
 MAX_EXTRA_CHARS = 400
-"""An honest answer is about as long as the truth; reading one costs time in the square of it."""
-NUM_REMEMBERED = 4_096
+"""A correct answer is about as long as the truth; parsing takes time quadratic in the length."""
+CACHE_SIZE = 4_096
 
 
 def grade(
@@ -27,25 +27,25 @@ def grade(
     plain_line: bool = True,
     **entry: object,
 ) -> Grade:
-    r"""1 when the response's final answer (see `answer.extract`) is mathematically `truth`, else 0.
+    r"""Return 1 when the response's final answer is mathematically `truth`, else 0.
 
-    truth: a number, or a string: LaTeX with or without dollar signs and `\boxed{}`, or a word.
-    plain_line: the last line may be the answer where there is no `<answer>` and no box.
-    A whole solution is a truth, too, where its answer is in a box or after `####` (GSM8K). Raises
-    ValueError for a truth that is blank or not a number or string.
+    The answer is found by `answer.extract`. truth: a number or a string: words, or LaTeX with or
+    without dollar signs and `\boxed{}`; it may be a whole solution whose answer is in a box or
+    after `####` (GSM8K). opened: the prompt ended with `<think>`. plain_line: the last line may be
+    the answer where there is no `<answer>` and no box. Raises ValueError for a truth that is blank,
+    or not a number or string.
     """
     expected = _expected(truth)
     extraction = extract(response, opened=opened, plain_line=plain_line)
     if extraction.text is None:
         return Grade(0.0, extraction.reason)
     if (num_chars := len(extraction.text)) > MAX_ANSWER_CHARS:
-        reason = f"answer too long: {num_chars} characters, at most {MAX_ANSWER_CHARS} are read"
-        return Grade(0.0, reason)
-    *others, answer = (unwrap(stated(text)) for text in final_answers(extraction.text))
+        return _too_long(num_chars, MAX_ANSWER_CHARS)
+    *others, answer = (unwrap(stated_answer(text)) for text in final_answers(extraction.text))
     others += stated_numbers(extraction.text)[:-1]
     limit = max(min(MAX_ANSWER_CHARS, 2 * len(expected) + MAX_EXTRA_CHARS), len(expected))
     if (num_chars := len(answer)) > limit:
-        return Grade(0.0, f"answer too long: {num_chars} characters, at most {limit} are read")
+        return _too_long(num_chars, limit)
     if not answer:
         return Grade(0.0, "no answer found: it is empty")
     correct, refused = _compare(str(truth), answer)
@@ -60,13 +60,17 @@ def grade(
 def equivalent(expected: str, answer: str) -> bool:
     """Whether `answer` means the same as `expected`; both without decoration (`answer.unwrap`).
 
-    For trusted text only, or inside a worker of the pool: it may take long.
+    It may take long: call it for trusted text only, or inside a worker of the pool.
     """
     return _compare(expected, answer)[0]
 
 
 # The samples of a group repeat each other's answers.
-_compare = functools.lru_cache(maxsize=NUM_REMEMBERED)(compare)
+_compare = functools.lru_cache(maxsize=CACHE_SIZE)(compare)
+
+
+def _too_long(num_chars: int, limit: int) -> Grade:
+    return Grade(0.0, f"answer too long: {num_chars} characters, at most {limit} are read")
 
 
 def _expected(truth: object) -> str:

@@ -1,7 +1,7 @@
-r"""Written numbers, read and compared exactly: no parser, no floating point.
+r"""Written numbers, read and compared exactly, without a parser or floating point.
 
 Most answers of a run are such numbers, and this is some hundred times faster than a computer
-algebra system. It also decides what a percentage, a mixed number and a thousands separator mean.
+algebra system. It also defines the meaning of percentages, mixed numbers and thousands separators.
 """
 
 import re
@@ -28,21 +28,24 @@ FORMS = [
     )
 ]
 PERCENT = re.compile(r"\s*(?:\\?%|\\text\s*\{\s*(?:percent|per cent)\s*\}|percent|per cent|pct)$")
-# `-(1/2)` and `(-3)/4`: brackets that change nothing.
+# Brackets that do not change the value: `-(1/2)` and `(-3)/4`.
 WRAPPED = re.compile(r"([+-]?)\s*(?:\(([^()]*)\)|\[([^\[\]]*)\])")
 WRAPPED_TWICE = re.compile(r"\(\s*(\([^()]*\))\s*\)")
 MAX_WRAPS = 4
 WRAPPED_PART = re.compile(r"(?:^|(?<=[/{]))\(\s*([+-]?[\d.]+)\s*\)(?=[/}]|$)")
 ROUNDING_PLACES = 6
-"""As math-verify: a decimal may stand for what it rounds to in six places …"""
+"""As in math-verify, a decimal may stand for a number that equals it to six places …"""
 MAX_RELATIVE_ERROR = Fraction(1, 1000)
-"""… but 0.0000001 is not 0.0000002, which six places alone would say."""
+"""… but 0.0000001 is not 0.0000002, although both are 0 to six places."""
 
 
 @dataclass(frozen=True)
 class Written:
-    """value: exact, without the percent sign. is_decimal: it may have been rounded. is_quotient: a
-    division that is still to be done, `24/2` or `1.5/2`, and no fraction."""
+    """A written number.
+
+    value: exact, without the percent sign. is_decimal: it may have been rounded. is_quotient: a
+    division left open, `24/2` or `1.5/2`, and not a fraction.
+    """
 
     value: Fraction
     is_decimal: bool = False
@@ -51,9 +54,11 @@ class Written:
 
 
 def read_number(text: str) -> Written | None:
-    """The number that `text` (spelled by `spelling.spell`) writes out; None for anything else,
-    and for a fraction over zero."""
-    if not text.isascii():  # to \d, digits of all scripts are digits
+    """Read the number that `text` (spelled by `spelling.spell`) writes out.
+
+    None for any other text, and for a fraction over zero.
+    """
+    if not text.isascii():  # \d matches the digits of all scripts
         return None
     text = text.strip()
     bare = PERCENT.sub("", text)
@@ -78,12 +83,12 @@ def read_number(text: str) -> Written | None:
 
 
 def same_number(expected: Written, answer: Written) -> bool:
-    """Whether both are one number: equal, or equal to six places where one is a decimal.
+    """Whether both are the same number: equal, or equal to six places where one is a decimal.
 
-    A percent sign that only the answer has is read in one way for each truth: up to 1 the truth is
-    a proportion and the sign a hundredth (1/2 and 50%), above it the truth is a percentage that
-    left the sign out (60 and 60%, as GSM8K writes it). One that only the truth has may be written
-    as the hundredth, or, above 1, left out.
+    A percent sign only in the answer has one meaning for each truth: a truth up to 1 is a
+    proportion, and the sign a hundredth (1/2 and 50%); a larger truth is a percentage without its
+    sign (60 and 60%, as in GSM8K). Where only the truth has a sign, the answer may be the hundredth
+    or, above 1, the number without the sign.
     """
     if expected.is_percent == answer.is_percent:
         return _close(expected.value, answer.value, expected, answer)
@@ -95,14 +100,8 @@ def same_number(expected: Written, answer: Written) -> bool:
     return _close(expected.value, answer.value / scale, expected, answer)
 
 
-def equal_numbers(expected: str, answer: str) -> bool | None:
-    """`same_number` of two texts; None where one of them is no written number."""
-    left, right = read_number(expected), read_number(answer)
-    return None if left is None or right is None else same_number(left, right)
-
-
 def rounds_to_same(left: Fraction, right: Fraction) -> bool:
-    """Equal to six decimal places and to a thousandth of their size."""
+    """Whether both are equal to six decimal places and to a thousandth of their size."""
     if round(left, ROUNDING_PLACES) != round(right, ROUNDING_PLACES):
         return False
     return abs(left - right) <= MAX_RELATIVE_ERROR * max(abs(left), abs(right))
@@ -114,14 +113,15 @@ def _close(left: Fraction, right: Fraction, expected: Written, answer: Written) 
     return (expected.is_decimal or answer.is_decimal) and rounds_to_same(left, right)
 
 
-def _value(parts: dict[str, str | None]) -> tuple[Fraction, bool]:
-    if parts.get("period"):
+def _value(groups: dict[str, str | None]) -> tuple[Fraction, bool]:
+    parts = {name: text for name, text in groups.items() if text}
+    if "period" in parts:
         return _repeating(parts["decimal"], parts["period"]), False
-    if parts.get("bottom"):
+    if "bottom" in parts:
         value = _fraction(parts["top"]) / _fraction(parts["bottom"])
         is_decimal = "." in parts["top"] + parts["bottom"]
-        return value + int(parts.get("whole") or 0), is_decimal
-    digits = parts.get("decimal") or "1"
+        return value + int(parts.get("whole", 0)), is_decimal
+    digits = parts.get("decimal", "1")
     power = parts.get("power") or parts.get("e")
     scale = Fraction(10) ** int(power) if power else Fraction(1)
     return _fraction(digits) * scale, "." in digits

@@ -1,15 +1,16 @@
-r"""Equations, inequalities and memberships: what they say, and of what.
+r"""Equations, inequalities and memberships: their sides, their solutions, and when two agree.
 
-A response may name its answer (`x = 3`), and a truth may too. What it may not do is restate the
-question: `2x = 6` is no answer where `x = 3` is expected, though one follows from the other.
+A response may name its answer (`x = 3`), and so may a truth. It must not restate the question:
+`2x = 6` is no answer where `x = 3` is expected, although each follows from the other.
 """
 
 import re
 from dataclasses import dataclass
+from typing import Any
 
 import sympy
 
-from megatron_r1.rewards.math.structure import split
+from megatron_r1.rewards.math.structure import match_all, split
 from megatron_r1.rewards.math.symbolic import read_expression, same_value
 
 EQUAL, APPROX, MEMBER = "=", r"\approx", r"\in"
@@ -18,7 +19,7 @@ RELATIONS = frozenset(
     (EQUAL, APPROX, MEMBER, r"\neq", r"\ne", r"\equiv", r"\sim", r"\simeq", *INEQUALITIES)
 )
 SET_WORDS = re.compile(r"\\(?:cup|cap|setminus|mathbb|emptyset|varnothing|backslash)(?![A-Za-z])")
-# Possessive (++): the end of a command is not a letter of its own, which would allow 2^n readings.
+# Possessive (++): otherwise each command would match in several ways, 2^n for n commands.
 LETTER = (
     r"(?:[A-Za-z]|\\(?!frac|sqrt|int|sum|pm|mp|[lr]floor|[lr]ceil|pi(?![a-z])|infty)[A-Za-z]++)"
 )
@@ -33,7 +34,7 @@ NAME = re.compile(
     r"|\\text\{[A-Za-z .'-]*\}|\\overline\{\w+\}|\\angle\s*\w+"
 )
 SUM_OF_NAMES = re.compile(rf"{ITEM}(?:\s*+(?:(?:[-+:/]|\\cdot(?![A-Za-z]))\s*+)?{ITEM}){{0,12}}")
-# |x| = 13 leaves the sign of x open; |AB| and |A| are lengths and sizes.
+# |x| = 13 leaves the sign of x open, so |x| is no name; |AB| and |A| are lengths and sizes.
 MAGNITUDE = re.compile(r"\|\s*[a-z]\s*(?:_[^|]*)?\|")
 
 
@@ -46,7 +47,7 @@ class Chain:
 
 
 def read_chain(text: str) -> Chain | None:
-    """The relation that `text` is outside all brackets; None where there is none."""
+    """Read the relations of `text` outside all brackets; None where there are none."""
     parts = split(text, RELATIONS)
     if len(parts) == 1 or any(not side for side, _ in parts):
         return None
@@ -54,48 +55,41 @@ def read_chain(text: str) -> Chain | None:
 
 
 def is_name(text: str) -> bool:
-    r"""Whether `text` only names something: `x`, `x_1`, `f(x)`, `|AB|`, `(a, b)`; no number."""
+    r"""Whether `text` is a name: `x`, `x_1`, `f(x)`, `|AB|`, `(a, b)`."""
     return NAME.fullmatch(text.strip()) is not None
 
 
 def is_asked_quantity(text: str) -> bool:
-    """A name, or names put together as questions do: `m + n`, `a : b`; not `|x|`."""
+    """Whether `text` is a name, or names combined as in questions: `m + n`, `a : b`; not `|x|`."""
     if MAGNITUDE.fullmatch(text.strip()):
         return False
     return is_name(text) or SUM_OF_NAMES.fullmatch(text.strip()) is not None
 
 
 def squeeze(text: str) -> str:
-    """`text` without spaces and braces, for names: `x_{1}` and `x_1`."""
+    """Return `text` without spaces and braces, to compare names: `x_{1}` and `x_1`."""
     return re.sub(r"[\s{}]", "", text)
 
 
 def same_relation(expected: Chain, answer: Chain) -> bool:
-    """Whether two equations, or two inequalities, say the same of the same symbols.
+    """Whether two equations, or two inequalities, constrain the same symbols in the same way.
 
-    Each side's constraints are brought to d > 0, d >= 0 or d = 0; two of them agree when one d is a
-    constant times the other, positive for inequalities. No equation is solved.
+    Each constraint is written as d > 0, d >= 0 or d = 0; two agree when one d is a constant times
+    the other, positive for inequalities. No equation is solved.
     """
     if _is_solved(expected) and not _is_solved(answer):
         return False
-    ours, theirs = _constraints(expected), _constraints(answer)
-    if ours is None or theirs is None or len(ours) != len(theirs):
-        return False
-    left = list(theirs)
-    for constraint in ours:
-        match = next((other for other in left if _same_constraint(constraint, other)), None)
-        if match is None:
-            return False
-        left.remove(match)
-    return True
+    left, right = _constraints(expected), _constraints(answer)
+    return left is not None and right is not None and match_all(left, right, _same_constraint)
 
 
 def solution_set(chain: Chain) -> sympy.Set | None:
-    """The interval that a solved inequality describes: `1 < x <= 2`; None for any other."""
+    """Return the interval of a solved inequality such as `1 < x <= 2`; None for any other."""
     if not _is_solved(chain):
         return None
     sides = ["x" if is_name(side) and "|" not in side else side for side in chain.sides]
-    if (constraints := _constraints(Chain(tuple(sides), chain.relations))) is None:
+    constraints = _constraints(Chain(tuple(sides), chain.relations))
+    if constraints is None:
         return None
     solution: sympy.Set = sympy.S.Reals
     for kind, difference in constraints:
@@ -117,19 +111,19 @@ def solution_set(chain: Chain) -> sympy.Set | None:
 
 
 def read_set(text: str) -> sympy.Basic | None:
-    """The set that a text writes: `[1, 2)`, `1 <= x < 2`, `x < 0 or x > 1`."""
+    """Read a set: `[1, 2)`, `1 <= x < 2`, `x < 0 or x > 1`."""
     parts = split(text, frozenset(("or",)))
-    chains = [read_chain(part) for part, _ in parts]
-    if None not in chains and not any(MEMBER in chain.relations for chain in chains):
+    chains = [chain for part, _ in parts if (chain := read_chain(part)) is not None]
+    if len(chains) == len(parts) and not any(MEMBER in chain.relations for chain in chains):
         solutions = [solution_set(chain) for chain in chains]
         return None if None in solutions else sympy.Union(*solutions)
-    if len(parts) == 1 and chains[0] is not None and is_name(chains[0].sides[0]):
+    if len(parts) == len(chains) == 1 and is_name(chains[0].sides[0]):
         text = chains[0].sides[-1]
     return read_expression(text)
 
 
 def _is_solved(chain: Chain) -> bool:
-    """One lone name, and constants around it."""
+    """Whether one side is a name and all others are constants."""
     names = [side for side in chain.sides if is_name(side)]
     others = [side for side in chain.sides if not is_name(side)]
     return len(names) == 1 and not any(_has_symbols(side) for side in others)
@@ -141,15 +135,16 @@ def _has_symbols(text: str) -> bool:
 
 
 def _constraints(chain: Chain) -> list[tuple[str, sympy.Expr]] | None:
-    sides = [read_expression(side) for side in chain.sides]
+    """Return (kind, difference of two sides) for each relation; None for an unsupported one."""
+    sides: list[Any] = [read_expression(side) for side in chain.sides]
     if not all(isinstance(side, sympy.Expr) for side in sides):
         return None
-    constraints = []
+    constraints: list[tuple[str, sympy.Expr]] = []
     for left, right, relation in zip(sides, sides[1:], chain.relations, strict=False):
         if relation in INEQUALITIES:
             direction, strict = INEQUALITIES[relation]
             if right in (sympy.oo, -sympy.oo) or left in (sympy.oo, -sympy.oo):
-                continue  # x < oo says nothing
+                continue  # x < oo is no constraint
             constraints.append(("<" if strict else "<=", direction * (left - right)))
         elif relation in (EQUAL, r"\neq", r"\ne"):
             constraints.append(("=" if relation == EQUAL else "!=", left - right))
@@ -158,13 +153,13 @@ def _constraints(chain: Chain) -> list[tuple[str, sympy.Expr]] | None:
     return constraints
 
 
-def _same_constraint(ours: tuple[str, sympy.Expr], theirs: tuple[str, sympy.Expr]) -> bool:
-    (kind, difference), (other_kind, other) = ours, theirs
+def _same_constraint(left: tuple[str, sympy.Expr], right: tuple[str, sympy.Expr]) -> bool:
+    (kind, difference), (other_kind, other) = left, right
     if kind != other_kind or difference.free_symbols != other.free_symbols:
         return False
     if not difference.free_symbols:
         return False
-    # The ratio is read off at one point and then has to hold everywhere.
+    # The ratio at one point has to hold everywhere.
     point = {
         s: sympy.Rational(7 + 3 * k, 11)
         for k, s in enumerate(sorted(other.free_symbols, key=lambda s: s.name))

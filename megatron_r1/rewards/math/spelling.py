@@ -1,7 +1,7 @@
-r"""One spelling for mathematics: unicode, LaTeX layout and plain text all become simple LaTeX.
+r"""One spelling for mathematics: Unicode, LaTeX layout and plain text all become simple LaTeX.
 
-Only characters with one meaning are translated. What is left outside ASCII afterwards (a Cyrillic
-С, a circled ①, a zero-width space) is no mathematics to the comparison, so look-alikes never match.
+Only characters with one meaning are translated. Any other character outside ASCII (a Cyrillic С, a
+circled ①, a zero-width space) is refused by the comparison, so look-alikes never match.
 """
 
 import re
@@ -14,47 +14,25 @@ def _vulgar_fraction(character: str) -> str:
 
 
 COMMANDS = {
-    **{"−": "-", "‐": "-", "–": "-", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "÷": "/"},
-    **{
-        "∕": "/",
-        "⁄": "/",
-        "±": r"\pm ",
-        "∞": r"\infty ",
-        "≤": r"\leq ",
-        "≥": r"\geq ",
-        "⩽": r"\leq ",
-    },
-    **{"⩾": r"\geq ", "≠": r"\neq ", "≈": r"\approx ", "∈": r"\in ", "∪": r"\cup ", "∩": r"\cap "},
-    **{"∅": r"\emptyset ", "∖": r"\setminus ", "ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}"},
-    **{
-        "ℚ": r"\mathbb{Q}",
-        "ℕ": r"\mathbb{N}",
-        "ℂ": r"\mathbb{C}",
-        "…": r"\ldots ",
-        "′": "'",
-        "’": "'",
-    },
-    **{"π": r"\pi ", "α": r"\alpha ", "β": r"\beta ", "γ": r"\gamma ", "δ": r"\delta "},
-    **{
-        "θ": r"\theta ",
-        "λ": r"\lambda ",
-        "µ": r"\mu ",
-        "μ": r"\mu ",
-        "ρ": r"\rho ",
-        "σ": r"\sigma ",
-    },
-    **{"τ": r"\tau ", "φ": r"\phi ", "ω": r"\omega ", "Δ": r"\Delta ", "、": ",", "￥": "¥"},
+    "∕": "/", "⁄": "/", "÷": "/", "−": "-", "‐": "-", "–": "-", "×": r"\times ", "·": r"\cdot ",
+    "⋅": r"\cdot ", "±": r"\pm ", "∞": r"\infty ", "≤": r"\leq ", "≥": r"\geq ", "⩽": r"\leq ",
+    "⩾": r"\geq ", "≠": r"\neq ", "≈": r"\approx ", "∈": r"\in ", "∪": r"\cup ", "∩": r"\cap ",
+    "∅": r"\emptyset ", "∖": r"\setminus ", "ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}",
+    "ℚ": r"\mathbb{Q}", "ℕ": r"\mathbb{N}", "ℂ": r"\mathbb{C}", "…": r"\ldots ", "′": "'", "’": "'",
+    "π": r"\pi ", "α": r"\alpha ", "β": r"\beta ", "γ": r"\gamma ", "δ": r"\delta ",
+    "θ": r"\theta ", "λ": r"\lambda ", "µ": r"\mu ", "μ": r"\mu ", "ρ": r"\rho ", "σ": r"\sigma ",
+    "τ": r"\tau ", "φ": r"\phi ", "ω": r"\omega ", "Δ": r"\Delta ", "、": ",", "￥": "¥",
     **dict.fromkeys("\t\n\r\u00a0\u2002\u2003\u2009\u202f\u3000", " "),
     # Full-width forms of ! to ~ are the ASCII characters 0xFEE0 below them.
     **{chr(code + 0xFEE0): chr(code) for code in range(0x21, 0x7F)},
     **{c: _vulgar_fraction(c) for c in "¼½¾⅐⅑⅒⅓⅔⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞"},
-}
+}  # fmt: skip
 TRANSLATION = str.maketrans(COMMANDS)
 SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "0123456789+-n")
 SUBSCRIPTS = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
 ROOTS = {"√": r"\sqrt", "∛": r"\sqrt[3]"}
 
-# In this order. `\\` ends a row of a matrix and is matched first, to be left alone.
+# Applied in this order. `\\` ends a row of a matrix: it is matched first and kept.
 REWRITES = [
     (re.compile(pattern), replacement)
     for pattern, replacement in (
@@ -99,8 +77,10 @@ OPENING_ROUND = re.compile(r"(\\sqrt|\^)\s*\(")
 
 
 def spell(text: str) -> str:
-    """`text` in the one spelling that the comparison reads. Linear but for nested roots of round
-    brackets; raises nothing."""
+    """Return `text` in the spelling that the comparison reads. Raises nothing.
+
+    Linear, except for nested roots with round brackets.
+    """
     if not text.isascii():
         text = re.sub("[√∛](\\d*)", _root, text)
         text = re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ]+", lambda m: f"^{{{m[0].translate(SUPERSCRIPTS)}}}", text)
@@ -115,12 +95,12 @@ def spell(text: str) -> str:
     return _round_to_curly(text).strip()
 
 
-def _root(match: re.Match) -> str:
+def _root(match: re.Match[str]) -> str:
     return ROOTS[match[0][0]] + (f"{{{match[1]}}}" if match[1] else "")
 
 
 def _round_to_curly(text: str) -> str:
-    r"""`\sqrt(2)` and `x^(n+1)` with the braces that LaTeX wants."""
+    r"""Write `\sqrt(2)` and `x^(n+1)` with the braces of LaTeX."""
     while (match := OPENING_ROUND.search(text)) is not None:
         depth, end = 1, match.end()
         while end < len(text) and depth:

@@ -1,11 +1,15 @@
-r"""The outer structure of an answer: brackets, lists and matrices, taken apart without a parser.
+r"""The outer structure of an answer: brackets, lists and matrices, split without a parser.
 
-Comparing member by member here, instead of as sympy sets, keeps an ordered pair apart from a set,
-counts every candidate that an answer lists, and makes a giant matrix cheap.
+Comparing member by member, instead of as sympy sets, tells an ordered pair from a set, counts every
+candidate that an answer lists, and makes a large matrix cheap.
 """
 
 import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
+
+Item = TypeVar("Item")
 
 TOKEN = re.compile(
     r"\\\\|\\[{}]|\\[A-Za-z]+|[()\[\]{}]|[,;&=<>|]|\b(?:or|and)\b|[^\\,;&=<>|()\[\]{}oa]+|.",
@@ -23,7 +27,7 @@ SETS = frozenset((r"\{\}", "{}"))
 
 @dataclass(frozen=True)
 class Structure:
-    """brackets: "" for a bare list, else the pair, such as "[)" or "()". members: their texts."""
+    """brackets: "" for a bare list, else a pair such as "[)" or "()". members: their texts."""
 
     brackets: str
     members: tuple[str, ...]
@@ -34,7 +38,7 @@ class Structure:
 
 
 def nesting(text: str) -> int | None:
-    """How deep the brackets of `text` go; None where they do not close."""
+    """Return how deep brackets are nested in `text`; None where they do not close."""
     depth = deepest = 0
     for token in TOKEN.findall(text):
         if token in OPENING:
@@ -48,8 +52,10 @@ def nesting(text: str) -> int | None:
 
 
 def split(text: str, separators: frozenset[str]) -> list[tuple[str, str]]:
-    """`text` cut at the separators that stand outside all brackets: (part, separator after it)."""
-    parts, current, depth = [], [], 0
+    """Split `text` at separators outside all brackets into (part, separator after it)."""
+    parts: list[tuple[str, str]] = []
+    current: list[str] = []
+    depth = 0
     for token in TOKEN.findall(text):
         depth += (token in OPENING) - (token in CLOSING)
         if depth == 0 and token in separators:
@@ -61,12 +67,12 @@ def split(text: str, separators: frozenset[str]) -> list[tuple[str, str]]:
 
 
 def read_structure(text: str) -> Structure | None:
-    """The list, set, tuple or interval that `text` is as a whole; None for a single value.
+    """Read `text` as a list, set, tuple or interval; None for a single value.
 
     `1, 2` and `1 or 2` are bare lists; "1,2 and 3" and "1, 2, and 3" have three members.
     """
     brackets, inner = _enclosing(text)
-    # Where a space follows the commas of a list, the others may separate thousands.
+    # Where a space follows the commas of a list, commas without one may separate thousands.
     if re.search(r",\s", inner):
         inner = THOUSANDS.sub("", inner)
     parts = [part for part, _ in split(inner, SEPARATORS)]
@@ -79,7 +85,7 @@ def read_structure(text: str) -> Structure | None:
 
 
 def read_matrix(text: str) -> list[list[str]] | None:
-    """The cells of a `matrix`, `pmatrix` or `bmatrix`; None for anything else."""
+    """Return the cells of a `matrix`, `pmatrix` or `bmatrix`; None for any other text."""
     brackets, inner = _enclosing(text)
     match = MATRIX.fullmatch(inner if brackets in ("()", "[]") else text.strip())
     if match is None or r"\begin" in match[2]:
@@ -88,8 +94,21 @@ def read_matrix(text: str) -> list[list[str]] | None:
     return [[cell.strip() for cell in row.split("&")] for row in rows]
 
 
+def match_all(
+    left: Sequence[Item], right: Sequence[Item], same: Callable[[Item, Item], bool]
+) -> bool:
+    """Whether each item of `left` is the same as another one of `right`, in any order."""
+    remaining = list(right)
+    for item in left:
+        match = next((other for other in remaining if same(item, other)), None)
+        if match is None:
+            return False
+        remaining.remove(match)
+    return not remaining
+
+
 def _both_signs(member: str) -> tuple[str, ...]:
-    r"""`3 \pm \sqrt{2}` is two members."""
+    r"""Return both values of `3 \pm \sqrt{2}`, or the member itself without a `\pm`."""
     if not re.search(r"\\pm(?![A-Za-z])", member):
         return (member,)
     plus = re.sub(r"\\pm(?![A-Za-z])", "+", member).replace(r"\mp", "-")
@@ -98,6 +117,7 @@ def _both_signs(member: str) -> tuple[str, ...]:
 
 
 def _enclosing(text: str) -> tuple[str, str]:
+    """Return the brackets around all of `text` ("" if there are none) and the text inside."""
     tokens = TOKEN.findall(text.strip())
     if len(tokens) < 2 or tokens[0] not in OPENING or tokens[-1] not in CLOSING:
         return "", text.strip()

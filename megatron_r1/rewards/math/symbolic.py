@@ -1,8 +1,8 @@
-r"""Expressions compared by a computer algebra system: math-verify's parser, numbers, its verdict.
+r"""Compare expressions: parse them, evaluate both at random points, and last ask math-verify.
 
-The parser (latex2sympy) is called directly. math-verify's own `parse` looks for an answer in a
-text, with regular expressions that can take exponential time, and rewrites it on the way: it drops
-units (`2h` becomes 2), primes (`f'` becomes f) and case (`X` becomes x).
+math-verify's parser (latex2sympy) is called directly. Its own `parse` searches a text for an
+answer, with regular expressions that can take exponential time, and changes it: it drops units
+(`2h` becomes 2), primes (`f'` becomes f) and case (`X` becomes x).
 """
 
 import functools
@@ -10,19 +10,24 @@ import logging
 import random
 import re
 from fractions import Fraction
+from typing import Any
 
 import mpmath
 import sympy
 from latex2sympy2_extended.latex2sympy2 import ConversionConfig, latex2sympy
 from math_verify import verify
 
-from megatron_r1.rewards.math.exact import exact_rational
+from megatron_r1.rewards.math.evaluation import (
+    NotNumeric,
+    OutOfRange,
+    evaluate,
+    exact_rational,
+)
 from megatron_r1.rewards.math.number import rounds_to_same
-from megatron_r1.rewards.math.numeric import NotNumeric, OutOfRange, evaluate
 
 CONVERSION = ConversionConfig(lowercase_symbols=False)
 NUM_POINTS = 3
-NUM_REMEMBERED = 2_048
+CACHE_SIZE = 2_048
 EXACT_ERROR, FLOAT_ERROR = mpmath.mpf("1e-80"), 1e-6
 VAGUE = re.compile(r"\\(?:approx|sim|simeq|cong|equiv|neq?|to|mid)(?![A-Za-z])")
 BASE = re.compile(r"\d\s*_")
@@ -36,7 +41,7 @@ logging.getLogger("math_verify").setLevel(logging.ERROR)
 def same_expression(expected: str, answer: str) -> bool:
     """Whether two spelled expressions are equal for all values of their symbols.
 
-    Time and memory are the worker's business. A text that cannot be parsed equals nothing.
+    A text that cannot be parsed equals nothing. Time and memory are limited by the worker only.
     """
     if expected.count("'") != answer.count("'"):
         return False
@@ -45,7 +50,7 @@ def same_expression(expected: str, answer: str) -> bool:
     left, right = read_expression(expected), read_expression(answer)
     if left is None or right is None or VAGUE.search(answer):
         return False
-    # What the truth has no symbol for may vanish, as `one of` in `one of 12 \cdot 0 + 13`.
+    # Symbols that the truth does not have may cancel, as `one of` in `one of 12 \cdot 0 + 13`.
     names, others = ({symbol.name for symbol in side.free_symbols} for side in (left, right))
     if not others <= names | {"i"}:
         return False
@@ -55,7 +60,8 @@ def same_expression(expected: str, answer: str) -> bool:
 def same_value(left: sympy.Basic, right: sympy.Basic, *, seed: str) -> bool:
     """Whether two sympy objects are equal: identical, or equal at random points, or by verify.
 
-    seed: decides the points. (Not made from the objects: to print one, sympy may evaluate it.)
+    seed: selects the points. (It is not computed from the objects: sympy may evaluate one in order
+    to print it.)
     """
     if any(_is_undefined(side) for side in (left, right)):
         return False
@@ -65,15 +71,14 @@ def same_value(left: sympy.Basic, right: sympy.Basic, *, seed: str) -> bool:
         exact = exact_rational(left), exact_rational(right)
         if None not in exact:
             return exact[0] == exact[1]
-        decided = _same_at_points(left, right, seed)
-        if decided is not None:
-            return decided
+        if (same := _same_at_points(left, right, seed)) is not None:
+            return same
     return _is_kind(left, right) and verify(left, right, timeout_seconds=None)
 
 
-@functools.lru_cache(maxsize=NUM_REMEMBERED)
+@functools.lru_cache(maxsize=CACHE_SIZE)
 def read_expression(text: str) -> sympy.Basic | None:
-    """`text` as sympy, not evaluated; None where latex2sympy cannot read it."""
+    """Parse `text` as sympy, not evaluated; None where latex2sympy cannot."""
     text = re.sub(r"\\?%", "/100", text)
     if SPLIT_NUMBER.search(text):
         return None
@@ -84,16 +89,15 @@ def read_expression(text: str) -> sympy.Basic | None:
             normalization_config=None,
             conversion_config=CONVERSION,
         )
-    # The parser raises bare Exceptions, and whatever sympy raises while it builds the result.
-    except Exception as error:
-        if isinstance(error, MemoryError):
-            raise
+    except MemoryError:
+        raise
+    except Exception:  # the parser raises bare Exceptions, and any error of sympy's
         return None
     return parsed if isinstance(parsed, sympy.Basic | sympy.MatrixBase) else None
 
 
 def constant(text: str) -> mpmath.mpc | None:
-    """The number that a spelled expression without symbols is; None for any other."""
+    """Return the value of a spelled expression without symbols; None for any other."""
     expression = read_expression(text)
     try:
         return None if expression is None else evaluate(expression)
@@ -102,17 +106,17 @@ def constant(text: str) -> mpmath.mpc | None:
 
 
 def _same_at_points(left: sympy.Expr, right: sympy.Expr, seed: str) -> bool | None:
-    """Equal at random real points of both signs; None where there is no rule for a function.
+    """Whether both are equal at random real points of both signs; None for an unknown function.
 
-    Different values prove a difference without `simplify`, which may never return; equal ones to
-    eighty digits, at points no response can foresee, prove equality as well as anything does.
+    Different values prove a difference without `simplify`, which may never return. Equal values to
+    eighty digits, at points that a response cannot foresee, are taken as proof of equality.
     """
     names = sorted({symbol.name for symbol in left.free_symbols | right.free_symbols})
     is_float = left.has(sympy.Float) or right.has(sympy.Float)
     rng = random.Random(seed)
     num_compared = 0
     for point in range(NUM_POINTS if names else 1):
-        values: dict[str, object] = {
+        values: dict[str, Any] = {
             name: mpmath.mpf(rng.uniform(1, 4)) * (-1) ** (index + point)
             for index, name in enumerate(names)
         }
@@ -143,14 +147,14 @@ def _is_undefined(side: sympy.Basic) -> bool:
 
 
 def _is_kind(left: object, right: object) -> bool:
-    """verify compares a set with a number and an equation with its right side; here both are what
-    they are."""
+    """Whether both are of one kind: verify would compare a set with a number, and an equation with
+    its right side."""
     kinds = (sympy.Set, sympy.MatrixBase, sympy.Expr, sympy.Basic)
     return all(isinstance(left, kind) == isinstance(right, kind) for kind in kinds)
 
 
-# The parser builds its tables while it reads, 0.1 s and more for each new kind of expression: here
-# that counts as import, and not against the time limit of the first answers.
+# The parser builds its tables while it parses, 0.1 s and more for each new kind of expression. Done
+# here, that counts as import, and not against the time limit of the first responses.
 for _example in (
     r"\frac{x+1}{2} - 3.5 \cdot \sqrt{x^{2}}",
     r"2 \pi r^{2} y + (x + 1)(x - 1)^{3}",

@@ -1,6 +1,6 @@
-r"""Answers that are words: the letter of a choice, or a text. Compared as text, never by sympy.
+r"""Answers in words: letters of choices, phrases, dates, sentences. Compared as text, not by sympy.
 
-(A parser reads `no` as n times o and finds it equal to `on`.)
+(A parser reads `no` as n times o, which equals `on`.)
 """
 
 import re
@@ -19,7 +19,7 @@ LABEL = re.compile(
     r"|(?P<bare>[A-J])\s*(?:[).:]\s*(?P<rest2>.*)|(?P<end>))",
     re.DOTALL,
 )
-# In the text after a label: another label, or a list of letters that goes on.
+# In the text after a label: another label, or the rest of a list of letters.
 OTHER_LABEL = re.compile(
     r"\([A-Ja-j]\)|\[[A-J]\]|(?:^|[^A-Za-z]|\\[a-z]+)[A-J][).:]"
     r"|^(?:or|and|[,/&])\s*[A-J](?![A-Za-z])|[,/&]\s*[A-J]$|^[^A-Za-z0-9]*[A-J][^A-Za-z0-9]*$"
@@ -29,11 +29,9 @@ SHORT_WORDS = frozenset(
     ("yes", "no", "odd", "even", "all", "any", "one", "two", "six", "ten", "tie")
 )
 WORD = re.compile(r"[A-Za-z]+(?:['-][A-Za-z]+)*")
-
-
 STATED = re.compile(r"(?:^|\W)answer\b[\s:*]*(?:(?:is|to|=)\b)?[\s:*=]*", re.IGNORECASE)
 STATED_IN_CHINESE = re.compile(r"答案?(?:是|为|等于|[:：])[\s:：*=]*")
-# One number, and words around it that say what it is of.
+# One number, and words around it that name its meaning.
 THERE_ARE = re.compile(
     r"there (?:is|are|were|was|will be) (?P<number>\d[\d.,]*(?: [a-z]+){0,3})[.\s]*", re.IGNORECASE
 )
@@ -50,11 +48,38 @@ ENDING_FORMULA = re.compile(
 # `**13** apples`, but not the powers of `2**3**2`.
 EMPHASIS = re.compile(r"(?<![\w)}\].])\*\*(?=[^\s*])([^*\n]*[^\s*])\*\*(?![\w({\[])")
 
+MAX_PHRASE_CHARS = 80
+PHRASES = {
+    r"\emptyset": ("empty set", "the empty set", "none", r"\varnothing", r"\{\}", r"\{ \}"),
+    r"\infty": ("infinity", "positive infinity"),
+    r"\mathbb{R}": ("all real numbers", "all reals", "every real number", "the real numbers"),
+    "does not exist": (
+        *("dne", "d.n.e", "doesn't exist", "do not exist", "undefined", "is undefined"),
+        *("not defined", "is not defined", "the limit does not exist", "limit does not exist"),
+        *("it does not exist", "nonexistent", "non-existent"),
+    ),
+}
+MEANINGS = {phrase: meaning for meaning, phrases in PHRASES.items() for phrase in phrases}
 
-def stated(text: str) -> str:
-    r"""The answer in a sentence that ends with it: `The answer is 13.`, `Thus the sum is $13$.`
+NO_SOLUTION = re.compile(
+    r"(?:there (?:is|are) |(?:the|this) (?:equation|system|inequality) has )?"
+    r"no (?:real )?solutions?(?: exists?)?"
+)
+MONTH = (
+    r"(?P<month>jan(?:uary)?|feb(?:ruary)?|mar(?:ch)?|apr(?:il)?|may|june?|july?|aug(?:ust)?"
+    r"|sept?(?:ember)?|oct(?:ober)?|nov(?:ember)?|dec(?:ember)?)\.?"
+)
+DAY, YEAR = r"(?P<day>\d{1,2})(?:st|nd|rd|th)?", r"(?:,? (?P<year>\d{4}))?"
+DATES = [
+    re.compile(pattern) for pattern in (rf"{MONTH} {DAY}{YEAR}", rf"{DAY} (?:of )?{MONTH}{YEAR}")
+]
+TIME = re.compile(r"(?P<hour>\d{1,2})(?::(?P<minute>\d\d))? ?(?P<half>[ap])\.?m\.?")
 
-    Other sentences come back whole. No number may stand before the formula.
+
+def stated_answer(text: str) -> str:
+    r"""Return the answer of a sentence that ends with it: `The answer is 13.`, `The sum is $13$.`
+
+    Any other text is returned whole; so is a sentence with a number before its formula.
     """
     text = EMPHASIS.sub(r"\1", CLOSING_WORDS.sub("", text))
     phrases = list(STATED.finditer(text)) or list(STATED_IN_CHINESE.finditer(text))
@@ -66,7 +91,7 @@ def stated(text: str) -> str:
 
 
 def _in_sentence(text: str) -> str | None:
-    """The number, with its unit, of `There are 13 apples` and `The value of x is 13`."""
+    """Return the number, with its unit, of `There are 13 apples` and `The value of x is 13`."""
     text = text.strip().replace("$", "")
     if (match := THERE_ARE.fullmatch(text)) is not None:
         return match["number"]
@@ -77,8 +102,8 @@ def _in_sentence(text: str) -> str | None:
 
 
 def plain(text: str) -> str:
-    """`text` without font commands, dollar signs, emphasis and repeated spaces; its last full stop
-    goes too. Letters stay what they are: composed (NFC), but not replaced by similar ones."""
+    """Return `text` without font commands, dollar signs, emphasis, repeated spaces and a last full
+    stop. Letters are composed (NFC), but not replaced by similar ones."""
     text = unicodedata.normalize("NFC", text)
     before = None
     while text != before:
@@ -88,8 +113,10 @@ def plain(text: str) -> str:
 
 
 def read_choice(text: str) -> tuple[str, str] | None:
-    """The letter that a choice commits to and the text after it: `C`, `(C)`, `C. 12`, `option C`;
-    None for anything else, also where a second letter is named."""
+    """Read the letter of a choice and the text after it: `C`, `(C)`, `C. 12`, `option C`.
+
+    None for any other text, and where a second letter is named.
+    """
     text = PREFIX.sub("", plain(text), count=1)
     if (match := LABEL.fullmatch(text)) is None:
         return None
@@ -100,7 +127,7 @@ def read_choice(text: str) -> tuple[str, str] | None:
 
 
 def is_letter(text: str) -> bool:
-    """Whether a truth is nothing but the letter of a choice: `C`, `(C)`, `C.`"""
+    """Whether a truth is only the letter of a choice: `C`, `(C)`, `C.`"""
     choice = read_choice(text)
     return choice is not None and not choice[1] and not re.search("[a-j]", plain(text))
 
@@ -125,6 +152,30 @@ def is_words(text: str, original: str) -> bool:
 
 
 def same_words(expected: str, answer: str, *, ignore_case: bool) -> bool:
-    """Equal but for decoration and spaces."""
+    """Whether both texts are equal apart from decoration and spaces."""
     left, right = plain(expected), plain(answer)
     return left != "" and (left == right or (ignore_case and left.lower() == right.lower()))
+
+
+def read_phrase(text: str) -> str:
+    """Return the sign for a phrase such as "no solution", or one phrase for all of its meaning.
+
+    Any other text is returned unchanged.
+    """
+    if len(text) > MAX_PHRASE_CHARS:
+        return text
+    words = plain(text).lower()
+    return r"\emptyset" if NO_SOLUTION.fullmatch(words) else MEANINGS.get(words, text)
+
+
+def read_moment(text: str) -> tuple[str, ...] | None:
+    """Read a date such as `April 5` or a time such as `5 pm`; None for any other text."""
+    if len(text) > MAX_PHRASE_CHARS:
+        return None
+    text = plain(text).lower()
+    for date in DATES:
+        if (match := date.fullmatch(text)) is not None:
+            return match["month"][:3], match["day"].lstrip("0"), match["year"] or ""
+    if (match := TIME.fullmatch(text)) is not None:
+        return match["hour"].lstrip("0"), match["minute"] or "00", match["half"]
+    return None

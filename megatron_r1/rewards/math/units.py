@@ -1,7 +1,7 @@
-r"""Units: what stands after (or, for money, before) a value and does not change it.
+r"""Units, English and Chinese: text after (or, for money, before) a value that does not change it.
 
-A unit that only one side writes is ignored; two different ones are two different answers, without
-conversion. A word that counts (`million`, `dozen`) or joins (`or`) is no unit.
+A unit that only one side has is ignored; two different units are two different answers, without
+conversion. Words that scale a value (`million`, `dozen`) or join values (`or`) are no units.
 """
 
 import re
@@ -36,35 +36,39 @@ KNOWN = {
     **dict.fromkeys(("yen", "₹", "rupee"), None),
 }
 # Words that change the value, or name another one: `13 million`, `13 or less`, `13 squared`.
-NO_UNITS = frozenset(
-    ("hundred", "thousand", "million", "billion", "trillion", "lakh", "crore", "dozen", "score")
-    + ("half", "halves", "third", "quarter", "fourth", "fifth", "sixth", "tenth", "hundredth")
-    + ("millionth", "billionth", "trillionth", "doubled", "tripled", "halved", "quadruple")
-    + ("gross", "doz", "kilo", "mega", "giga", "milli", "micro", "nano", "ppm", "ppb", "bps")
-    + ("basis", "mille", "permille", "reciprocal", "inverse", "debt", "loss", "off", "never", "th")
-    + ("thousandth", "double", "triple", "twice", "time", "pair", "couple", "percent", "pct")
-    + ("or", "and", "not", "maybe", "perhaps", "possibly", "about", "approximately", "around")
-    + ("approx", "roughly", "nearly", "almost", "ish", "versus", "vs", "unless", "possible")
-    + ("less", "more", "fewer", "least", "most", "than", "over", "under", "above", "below", "up")
-    + ("plus", "minus", "negative", "positive", "squared", "cubed", "factorial", "mod", "modulo")
-    + (
-        "base",
-        "binary",
-        "to",
-        "but",
-        "either",
-        "any",
-        "all",
-        "none",
-        "no",
-        "is",
-        "are",
-        "if",
-        "else",
-    )
-    + ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
-    + ("eleven", "twelve", "pi", "e", "i", "inf", "infinity", "sqrt", "sin", "cos", "tan", "ln")
-    + ("log", "exp", "divided", "multiplied", "power", "root", "square root", "wrong", "false")
+_NO_UNITS = """
+    hundred thousand million billion trillion lakh crore dozen score half halves third quarter
+    fourth fifth sixth tenth hundredth millionth billionth trillionth doubled tripled halved
+    quadruple gross doz kilo mega giga milli micro nano ppm ppb bps basis mille permille reciprocal
+    inverse debt loss off never th thousandth double triple twice time pair couple percent pct or
+    and not maybe perhaps possibly about approximately around approx roughly nearly almost ish
+    versus vs unless possible less more fewer least most than over under above below up plus minus
+    negative positive squared cubed factorial mod modulo base binary to but either any all none no
+    is are if else zero one two three four five six seven eight nine ten eleven twelve pi e i inf
+    infinity sqrt sin cos tan ln log exp divided multiplied power root wrong false
+"""
+NO_UNITS = frozenset((*_NO_UNITS.split(), "square root"))
+
+HAN_UNITS = {
+    **{"米": "m", "厘米": "cm", "毫米": "mm", "千米": "km", "公里": "km", "分米": "dm"},
+    **{"克": "g", "千克": "kg", "公斤": "kg", "毫克": "mg", "吨": "ton"},
+    **{"升": "l", "毫升": "ml", "秒": "s", "秒钟": "s", "分钟": "min", "小时": "h"},
+    **{"度": "degree", "元": "yuan", "块": "yuan", "块钱": "yuan", "人民币": "yuan"},
+    **{"美元": "dollar", "欧元": "euro", "英镑": "GBP", "日元": "yen"},
+    **{"天": "day", "周": "week", "年": "year"},
+}
+HAN_POWERS = {"平方": "2", "立方": "3"}
+# Measure words only count, as in 13 个, which is 13.
+MEASURE_WORDS = frozenset("个只条张本件位名人次颗粒棵头辆台支枝块片根份种间座架艘匹")
+# Characters that change the value (`13万`, `13多`) or name another one (`13或`).
+CHANGES_VALUE = re.compile(
+    "[〇零一二两三四五六七八九十百千万亿兆半倍成折多余来几或和与及且以上下左右不非无点之负正约"
+    "大小除乘加减方对双打组错否若如是到至等另]|分之|可能"
+)
+HAN = r"[\u4e00-\u9fff]"
+HAN_UNIT = re.compile(
+    rf"(?P<value>\$?\s*(?:[-+]?\s*[¥￥]?\s*\d[\d.,/ ]*|[-+]?\\d?frac\{{\d+\}}\{{\d+\}})\s*\$?)\s*"
+    rf"(?:\\text\s*\{{\s*)?(?P<unit>{HAN}{{1,6}})\s*\}}?"
 )
 POWER = r"(?:\s*\^\s*\{\s*[23]\s*\})?"
 WORDS = r"[A-Za-z]+(?:\.)?(?:[ /-]+[A-Za-z]+){0,3}"
@@ -80,8 +84,29 @@ ANGLE_FUNCTION = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![A-Za-z])")
 PLAIN_VALUE = re.compile(r"[-+]?\s*[\d.,/ ]*\d\.?|[-+]?\s*(?:\d+\s*)?\\frac\{\d+\}\{\d+\}")
 
 
+def split_han_unit(text: str) -> tuple[str, str | None]:
+    r"""Split a number from its Chinese unit or measure word: `13元`, `13 个`, `$13$ 厘米`.
+
+    A known unit stays in the text as LaTeX, `5 厘米` as `5 \text{ cm}`, and is returned as None.
+    Other short Han words are returned as the unit; measure words are dropped. Any other text is
+    returned unchanged, with None.
+    """
+    match = HAN_UNIT.fullmatch(text) if len(text) <= 200 else None
+    if match is None:
+        return text, None
+    value, unit = match["value"].replace("$", "").strip(), match["unit"]
+    if unit in MEASURE_WORDS and unit not in HAN_UNITS:
+        return value, None
+    power = HAN_POWERS.get(unit[:2], "") if unit[2:] in HAN_UNITS else ""
+    if (known := HAN_UNITS.get(unit[2:] if power else unit)) is not None:
+        return rf"{value} \text{{ {known}}}" + (f"^{power}" if power else ""), None
+    if CHANGES_VALUE.search(unit) or len(unit) > 4:
+        return text, None
+    return value, unit
+
+
 def split_unit(text: str) -> tuple[str, str | None]:
-    """The value of a spelled answer, and its unit in one spelling (None where it has none)."""
+    """Split a spelled answer into its value and its canonical unit (None if it has none)."""
     if (match := MONEY_FIRST.fullmatch(text)) is not None:
         return match["sign"] + match["value"], _canonical(match["unit"].replace("\\", ""))
     match = SYMBOL_UNIT.fullmatch(text)
@@ -94,14 +119,14 @@ def split_unit(text: str) -> tuple[str, str | None]:
     match = PLAIN_UNIT.fullmatch(text)
     if match is not None and PLAIN_VALUE.fullmatch(match["value"]):
         unit = _unit(match["unit"], match["power"], in_text=False)
-        # 5m is five times m; 5 m and 5cm are lengths.
+        # `5m` is five times m; `5 m` and `5cm` are lengths.
         if unit is not None and (len(match["unit"]) > 1 or match["space"]):
             return match["value"], unit
     return text, None
 
 
 def same_unit(left: str | None, right: str | None) -> bool:
-    """Whether two units agree; a missing one agrees with all."""
+    """Whether two units agree; a missing unit agrees with any."""
     return left is None or right is None or left == right
 
 
@@ -121,7 +146,7 @@ def _unit(words: str, power: str, *, in_text: bool) -> str | None:
     names = [_canonical(part) for part in parts]
     known = all(_is_known(part) or part.lower() == "per" for part in parts)
     if not known and any(len(part) < 3 for part in parts if part.lower() not in ("of", "per")):
-        return None  # 5 ab may be five times a times b
+        return None  # `5 ab` may be five times a times b
     return "/".join(name for name in names if name != "per") + exponent
 
 

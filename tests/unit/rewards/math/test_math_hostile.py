@@ -16,7 +16,7 @@ from rewards import hostile  # noqa: E402
 from rewards.soak import TRUTHS, soak_samples  # noqa: E402
 
 from megatron_r1.rewards import math as math_reward  # noqa: E402
-from megatron_r1.rewards.math.limits import refusal  # noqa: E402
+from megatron_r1.rewards.math.refusal import refusal  # noqa: E402
 from megatron_r1.rewards.math.spelling import spell  # noqa: E402
 from megatron_r1.rewards.runtime.pool import RewardPool  # noqa: E402
 

@@ -10,12 +10,12 @@ import sympy
 from math_verify import parse, verify
 
 from megatron_r1.rewards import math as math_reward
-from megatron_r1.rewards.math.number import equal_numbers, read_number
-from megatron_r1.rewards.math.numeric import NotNumeric, OutOfRange, evaluate
+from megatron_r1.rewards.math.evaluation import NotNumeric, OutOfRange, evaluate
+from megatron_r1.rewards.math.number import read_number, same_number
 from megatron_r1.rewards.math.relation import read_set
 from megatron_r1.rewards.math.spelling import spell
 from megatron_r1.rewards.math.structure import read_structure
-from megatron_r1.rewards.math.text import read_choice, stated
+from megatron_r1.rewards.math.text import read_choice, stated_answer
 from megatron_r1.rewards.math.units import split_unit
 
 X = sympy.Symbol("x", real=True)
@@ -81,7 +81,7 @@ def test_a_truth_may_be_a_number(truth):
     ],
 )
 def test_a_sentence_states_an_answer_where_it_ends_with_one(sentence, answer):
-    assert stated(sentence) == answer
+    assert stated_answer(sentence) == answer
 
 
 def test_written_numbers_are_the_fractions_they_spell():
@@ -101,6 +101,12 @@ def test_written_numbers_are_the_fractions_they_spell():
     assert read_number(r"12.5\%").is_percent
     for text in ("1/0", "1٣", "1,00", "1.2.3", "", "-", "x", "1 2", "1e9999", "+-1"):
         assert read_number(text) is None, text
+
+
+def equal_numbers(expected, answer):
+    """Whether two texts write the same number; None where one of them is no written number."""
+    left, right = read_number(expected), read_number(answer)
+    return None if left is None or right is None else same_number(left, right)
 
 
 def test_the_comparison_of_numbers_agrees_with_math_verify():

@@ -1,11 +1,15 @@
-"""The number an expression is at a point: one walk over its tree, bounded in time and size.
+"""The value of an expression: exactly for rational operations, else to 120 digits at a point.
 
-sympy's own `evalf` raises its precision again and again below a cancellation, which takes
-exponential time on nested fractions; and it would compute a number of a billion digits.
+Both walk the tree once, bounded in time and size. sympy's own `evalf` raises its precision again
+and again below a cancellation, which takes exponential time on nested fractions, and it would
+compute a number of a billion digits.
 """
 
+import math
 import random
 from collections.abc import Callable, Mapping
+from fractions import Fraction
+from typing import Any
 
 import mpmath
 import sympy
@@ -14,6 +18,7 @@ from sympy.core.function import AppliedUndef
 DIGITS = 120
 MAX_BITS = 1_000_000
 """Values beyond 2^±1,000,000 are not computed."""
+MAX_EXACT_BITS = 100_000
 MAX_ANGLE_BITS = 1_000
 MAX_FACTORIAL = 10_000
 CONSTANTS = {
@@ -23,7 +28,7 @@ CONSTANTS = {
     sympy.I: lambda: mpmath.mpc(0, 1),
 }
 PERIODIC = ("sin", "cos", "tan", "cot", "sec", "csc")
-FUNCTIONS: dict[str, Callable] = {
+FUNCTIONS: dict[str, Callable[..., Any]] = {
     **{name: getattr(mpmath, name) for name in PERIODIC},
     **{name: getattr(mpmath, name) for name in ("asin", "acos", "atan", "acot", "asec", "acsc")},
     **{name: getattr(mpmath, name) for name in ("asinh", "acosh", "atanh", "tanh", "coth")},
@@ -39,11 +44,11 @@ class NotNumeric(Exception):
 
 
 class OutOfRange(Exception):
-    """A part of the expression is undefined there, or too large to compute."""
+    """A part of the expression is undefined at the point, or too large to compute."""
 
 
-def evaluate(expression: sympy.Basic, values: Mapping[str, object] | None = None) -> mpmath.mpc:
-    """The value with these values of its symbols (by name), to about 120 digits.
+def evaluate(expression: sympy.Basic, values: Mapping[str, Any] | None = None) -> mpmath.mpc:
+    """Return the value with these values of its symbols (by name), to about 120 digits.
 
     An undefined function f(x) gets a value that depends on f and x alone. Raises NotNumeric and
     OutOfRange. Linear in the size of the tree.
@@ -55,7 +60,53 @@ def evaluate(expression: sympy.Basic, values: Mapping[str, object] | None = None
             raise OutOfRange(str(error)) from error
 
 
-def _value(node: sympy.Basic, values: Mapping[str, object]) -> object:
+def exact_rational(node: sympy.Basic) -> Fraction | None:
+    """Return the exact value; None with symbols, roots or functions, and if it is too long.
+
+    The digits of an approximation do not tell 2^2024 from 2^2024 - 2.
+    """
+    if isinstance(node, sympy.Float):
+        return None
+    if isinstance(node, sympy.Rational):
+        return Fraction(int(node.p), int(node.q)) if node.q else None
+    if not isinstance(node, sympy.Expr) or not node.args:
+        return None
+    parts = []
+    for part in map(exact_rational, node.args):
+        if part is None:
+            return None
+        parts.append(part)
+    value = _exact_operation(node, parts)
+    return value if value is not None and _bits(value) <= MAX_EXACT_BITS else None
+
+
+def _exact_operation(node: sympy.Expr, parts: list[Fraction]) -> Fraction | None:
+    name = type(node).__name__
+    if isinstance(node, sympy.Add):
+        return sum(parts, Fraction(0))
+    if isinstance(node, sympy.Mul):
+        return math.prod(parts, start=Fraction(1))
+    if isinstance(node, sympy.Pow):
+        base, exponent = parts
+        if exponent.denominator != 1 or (base == 0 and exponent <= 0):
+            return None
+        return base ** int(exponent) if abs(exponent) * _bits(base) <= MAX_EXACT_BITS else None
+    if name == "UnevaluatedExpr":
+        return parts[0]
+    if any(part.denominator != 1 or not 0 <= part <= MAX_FACTORIAL for part in parts):
+        return None
+    if name == "factorial":
+        return Fraction(math.factorial(int(parts[0])))
+    if name == "binomial":
+        return Fraction(math.comb(*map(int, parts)))
+    return None
+
+
+def _bits(value: Fraction) -> int:
+    return max(value.numerator.bit_length(), value.denominator.bit_length())
+
+
+def _value(node: sympy.Basic, values: Mapping[str, Any]) -> Any:
     if isinstance(node, sympy.Symbol):
         if node.name not in values:
             raise NotNumeric(node.name)
@@ -68,10 +119,13 @@ def _value(node: sympy.Basic, values: Mapping[str, object]) -> object:
         return +CONSTANTS[node]()
     if not isinstance(node, sympy.Expr) or not node.args:
         raise NotNumeric(type(node).__name__)
-    return _checked(_combined(node, [_value(part, values) for part in node.args]))
+    value = _operation(node, [_value(part, values) for part in node.args])
+    if not mpmath.isfinite(value) or (value != 0 and abs(mpmath.mag(value)) > MAX_BITS):
+        raise OutOfRange("a number")
+    return value
 
 
-def _combined(node: sympy.Expr, parts: list) -> object:
+def _operation(node: sympy.Expr, parts: list[Any]) -> Any:
     name = type(node).__name__
     if isinstance(node, sympy.Add):
         return mpmath.fsum(parts)
@@ -82,8 +136,8 @@ def _combined(node: sympy.Expr, parts: list) -> object:
     if isinstance(node, sympy.exp):
         return _power(+mpmath.e, parts[0])
     if name in ("sinh", "cosh"):
-        grown, shrunk = _power(+mpmath.e, parts[0]), _power(+mpmath.e, -parts[0])
-        return (grown - shrunk if name == "sinh" else grown + shrunk) / 2
+        growing, shrinking = _power(+mpmath.e, parts[0]), _power(+mpmath.e, -parts[0])
+        return (growing - shrinking if name == "sinh" else growing + shrinking) / 2
     if isinstance(node, sympy.log):
         logarithms = [mpmath.log(part) for part in parts]
         return logarithms[0] if len(parts) == 1 else logarithms[0] / logarithms[1]
@@ -103,7 +157,7 @@ def _combined(node: sympy.Expr, parts: list) -> object:
     return FUNCTIONS[name](parts[0])
 
 
-def _power(base: object, exponent: object) -> object:
+def _power(base: Any, exponent: Any) -> Any:
     if base == 0:
         if mpmath.re(exponent) <= 0 and exponent != 0:
             raise OutOfRange("a power of zero")
@@ -111,9 +165,3 @@ def _power(base: object, exponent: object) -> object:
     if abs(exponent) * abs(mpmath.log(base, 2)) > MAX_BITS:
         raise OutOfRange("a power")
     return mpmath.power(base, exponent)
-
-
-def _checked(value: object) -> object:
-    if not mpmath.isfinite(value) or (value != 0 and abs(mpmath.mag(value)) > MAX_BITS):
-        raise OutOfRange("a number")
-    return value
