@@ -10,13 +10,8 @@ import functools
 import multiprocessing
 import signal
 
-# name for --weight-transfer-config  ->  (module, class)
-BACKENDS = {
-    "megatron_r1_shm": ("megatron_r1.vllm_plugin.backend", "SharedMemoryEngine"),
-    "megatron_r1_cuda_ipc": ("megatron_r1.vllm_plugin.backend", "DeviceEngine"),
-    "megatron_r1_gloo": ("megatron_r1.vllm_plugin.backend", "GlooEngine"),
-    "megatron_r1_nccl": ("megatron_r1.vllm_plugin.backend", "NcclEngine"),
-}
+BACKEND_PREFIX = "megatron_r1_"
+"""A transport's name after this is its backend for --weight-transfer-config."""
 
 
 def register() -> None:
@@ -24,10 +19,13 @@ def register() -> None:
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
     from megatron_r1.processes import lifetime
+    from megatron_r1.weight_sync.transports import TRANSPORTS
 
-    for name, (module, class_name) in BACKENDS.items():
+    for transport in TRANSPORTS:
+        name = BACKEND_PREFIX + transport
         if name not in WeightTransferEngineFactory._registry:
-            WeightTransferEngineFactory.register_engine(name, module, class_name)
+            backend = "megatron_r1.vllm_plugin.backend", "PushTransferEngine"
+            WeightTransferEngineFactory.register_engine(name, *backend)
     _patch_cpu_build()
     dump_stacks_on_signal()
     if multiprocessing.parent_process() is not None:

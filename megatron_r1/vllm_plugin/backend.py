@@ -17,7 +17,7 @@ from vllm.distributed.weight_transfer.base import (
 )
 from vllm.platforms import current_platform
 
-from megatron_r1.vllm_plugin import swap
+from megatron_r1.vllm_plugin import BACKEND_PREFIX, swap
 from megatron_r1.vllm_plugin.cpu_patches import is_packed
 from megatron_r1.vllm_plugin.memory_layout import lay_out, with_gaps
 from megatron_r1.vllm_plugin.recorder import Copy, Parameter, record
@@ -54,7 +54,6 @@ class PushTransferEngine(WeightTransferEngine[PushInitInfo, PushUpdateInfo]):
 
     init_info_cls = PushInitInfo
     update_info_cls = PushUpdateInfo
-    transport = ""
 
     _receiver: Receiver | None = None
 
@@ -74,7 +73,8 @@ class PushTransferEngine(WeightTransferEngine[PushInitInfo, PushUpdateInfo]):
             placed, table = lay_out(copies, init_info.memory_bytes, in_place=in_place)
             self.shutdown()
             self._placed = placed
-            self._receiver = receiver_class(self.transport)(rendezvous, self._rank, table)
+            transport = self.config.backend.removeprefix(BACKEND_PREFIX)
+            self._receiver = receiver_class(transport)(rendezvous, self._rank, table)
         except Exception as error:  # vLLM's loaders may raise anything
             rendezvous.publish_problem(self._rank, str(error) or repr(error))
             raise
@@ -107,19 +107,3 @@ class PushTransferEngine(WeightTransferEngine[PushInitInfo, PushUpdateInfo]):
         if self._receiver is not None:
             self._receiver.close()
             self._receiver = None
-
-
-class SharedMemoryEngine(PushTransferEngine):
-    transport = "shm"
-
-
-class DeviceEngine(PushTransferEngine):
-    transport = "cuda_ipc"
-
-
-class GlooEngine(PushTransferEngine):
-    transport = "gloo"
-
-
-class NcclEngine(PushTransferEngine):
-    transport = "nccl"

@@ -12,13 +12,13 @@ import namespaces
 import pytest
 from small_run import environment, metrics, write_recipe
 
-from megatron_r1.vllm_plugin import BACKENDS
+from megatron_r1.weight_sync import transports
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(namespaces.obstacle() is not None, reason=str(namespaces.obstacle())),
 ]
-GLOO = "megatron_r1_gloo" in BACKENDS
+GLOO = "gloo" in transports.TRANSPORTS
 TRANSPORTS = [
     pytest.param([], id="shm"),  # namespaces share the machine's /dev/shm
     pytest.param(

@@ -6,8 +6,7 @@ transfers from the two layouts; no process holds the whole plan.
 
 from megatron_r1.weight_sync.plan.engine_layout import Coordinate, EngineLayout
 from megatron_r1.weight_sync.plan.planner import Planner
-from megatron_r1.weight_sync.plan.region import Region
+from megatron_r1.weight_sync.plan.region import Region, Transfer
 from megatron_r1.weight_sync.plan.trainer_grid import TrainerGrid
-from megatron_r1.weight_sync.plan.transfer import Transfer
 
 __all__ = ["Coordinate", "EngineLayout", "Planner", "Region", "TrainerGrid", "Transfer"]

@@ -16,10 +16,9 @@ from typing import Protocol
 from megatron_r1.errors import UserError
 from megatron_r1.weight_sync.plan.engine_layout import Coordinate, EngineLayout
 from megatron_r1.weight_sync.plan.predicted_layout import PredictedLayout
-from megatron_r1.weight_sync.plan.region import Region
+from megatron_r1.weight_sync.plan.region import Region, Transfer
 from megatron_r1.weight_sync.plan.tensors import HFTensor, checkpoint_tensors
 from megatron_r1.weight_sync.plan.trainer_grid import TrainerGrid
-from megatron_r1.weight_sync.plan.transfer import Transfer
 from megatron_r1.weights.layout import Shard, stage_shards
 from megatron_r1.weights.rules import Table, whole
 

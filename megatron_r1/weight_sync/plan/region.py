@@ -1,4 +1,4 @@
-"""Rectangles of tensors: the trainer's pieces and the engines' slots are both compared as these."""
+"""Rectangles of tensors, and their transfers from a trainer rank to an engine rank."""
 
 from __future__ import annotations
 
@@ -42,3 +42,19 @@ class Region:
     @property
     def num_elements(self) -> int:
         return (self.bottom - self.top) * (self.right - self.left)
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """`region` of the HF tensor `name`, which has `shape`.
+
+    sender: global trainer rank; receiver: global engine rank. dtype: the tensor's own, or None for
+    the push's.
+    """
+
+    name: str
+    shape: Shape
+    region: Region
+    sender: int
+    receiver: int
+    dtype: str | None

@@ -55,11 +55,6 @@ class SlotTable(msgspec.Struct, frozen=True):
     def num_windows(self) -> int:
         return self.slots[-1].window + 1
 
-    @property
-    def payload_bytes(self) -> int:
-        """Bytes that one push sends to this rank."""
-        return sum(s.height * s.width * dtype_of(s).itemsize for s in self.slots)
-
 
 class Delivery(msgspec.Struct, frozen=True, array_like=True):
     """Rows [top, bottom) and columns [left, right), counted from the slot's own corner, of
