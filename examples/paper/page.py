@@ -11,7 +11,7 @@ from examples.paper.tables import Column, Published, Row, Table
 from examples.paper.verdict import State, Verdict, summary, verdict
 from megatron_r1.files import atomic_write
 from megatron_r1.reporting.wording import duration, number, percent
-from megatron_r1.workflow.figures import Spread
+from megatron_r1.workflow.results import Spread
 
 NOTHING = "–"
 INTRODUCTION = """# The paper's tables, on a laptop

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from examples.paper.tables import SECONDS, split
-from megatron_r1.workflow.figures import Spread
+from megatron_r1.workflow.results import Spread
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from examples.paper.results import Results
 from examples.paper.tables import Comparison, Table
-from megatron_r1.workflow.figures import Spread
+from megatron_r1.workflow.results import Spread
 
 
 class State(enum.StrEnum):

@@ -16,14 +16,13 @@ from megatron_r1.errors import did_you_mean
 from megatron_r1.reporting.run_folder import RunFolder, is_locked
 from megatron_r1.workflow import serving
 from megatron_r1.workflow.check import check, missing_files
+from megatron_r1.workflow.executor import Executor
 from megatron_r1.workflow.graph import Graph
 from megatron_r1.workflow.plan import Plan
 from megatron_r1.workflow.recipe import PipelineConfig, load
 from megatron_r1.workflow.report import write_report
 from megatron_r1.workflow.runner import Signals, write_recipe
-from megatron_r1.workflow.state import State, examine_all
-from megatron_r1.workflow.status import stale_text, status_lines
-from megatron_r1.workflow.work import Work
+from megatron_r1.workflow.status import State, examine_all, stale_text, status_lines
 
 
 def run(path: str, overrides: Mapping[str, Any], verbs: Mapping[str, str]) -> None:
@@ -60,7 +59,7 @@ def run(path: str, overrides: Mapping[str, Any], verbs: Mapping[str, str]) -> No
             _refuse(config, plan, graph, chosen)
         try:
             with Signals() as signals:
-                Work(config, plans, graph, signals).run(chosen)
+                Executor(config, plans, graph, signals).run(chosen)
         finally:
             command = ["megatron-r1", "pipeline", path]
             command += [f"--{key}={as_text(value)}" for key, value in overrides.items()]

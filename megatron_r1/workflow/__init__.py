@@ -1,1 +1,1 @@
-"""R1's stages as a graph: what is done, what is stale, and running the rest."""
+"""Commands as a graph of stages: which are done or stale, and running the others."""

@@ -1,4 +1,4 @@
-"""Mistakes that can be known before anything runs."""
+"""Checks of a plan before anything runs."""
 
 from __future__ import annotations
 
@@ -9,20 +9,19 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_r1.errors import did_you_mean
+from megatron_r1.errors import UserError, did_you_mean
 from megatron_r1.user_code import source_of
 from megatron_r1.workflow.graph import Graph
-from megatron_r1.workflow.identity import names_a_file, typed
-from megatron_r1.workflow.plan import Plan, Stage
+from megatron_r1.workflow.plan import Plan, Stage, names_a_file
 from megatron_r1.workflow.recipe import MAKE
 from megatron_r1.workflow.references import REFERENCE, texts
 
 
 def check(plan: Plan, verbs: Mapping[str, str], files: bool = True) -> None:
-    """Raises ValueError with a line for every stage that cannot run as it stands.
+    """Raise UserError with a line for every stage that cannot run.
 
-    verbs: name → module, which says in REQUIRED what a recipe must set. files: whether those named
-    in settings must be there, which is no matter where nothing is to run.
+    verbs: name → module, whose REQUIRED are the keys that a recipe must set. files: whether files
+    named in settings must exist.
     """
     mistakes = list(plan.broken.values())
     for name, stage in plan.stages.items():
@@ -32,27 +31,26 @@ def check(plan: Plan, verbs: Mapping[str, str], files: bool = True) -> None:
     if files:
         mistakes += missing_files(plan)
     if mistakes:
-        raise ValueError("\n".join(mistakes))
+        raise UserError("\n".join(mistakes))
 
 
-def mistakes_of(look: Callable[..., Any], *arguments: Any) -> list[str]:
-    """What `look` raises, a ValueError with a line for each; nothing where it raises nothing."""
+def mistakes_of(check: Callable[..., Any], *arguments: Any) -> list[str]:
+    """Return the lines of the ValueError that `check` raises, [] if it raises none."""
     try:
-        look(*arguments)
+        check(*arguments)
     except ValueError as error:
         return str(error).splitlines()
     return []
 
 
 def missing_files(plan: Plan) -> list[str]:
-    """A line for every file or folder that settings name, no stage makes and nobody has put
-    there."""
+    """Return a line for every missing file or folder that settings name and no stage makes."""
     named = []
     for stage in plan.stages.values():
         where = f"{plan.path}: stages.{stage.name}"
         for name, server in stage.config.serve.items():
             named.append((f"{where}: serve.{name}.model", server.model))
-        for place, text in texts({} if stage.is_function else stage.told):
+        for place, text in texts({} if stage.is_function else stage.settings):
             if names_a_file(place):
                 named.append((f"{where}: {place}", text))
     return [
@@ -68,18 +66,18 @@ def _check_stage(plan: Plan, stage: Stage, verbs: Mapping[str, str]) -> None:
         _check_function(where, config.function, config.arguments)
     elif config.verb in verbs:
         command = importlib.import_module(verbs[config.verb])
-        settings = typed(plan, stage, command.REQUIRED)
+        settings = plan.config(stage, command.REQUIRED)
         if check := getattr(command, "check", None):
             check(settings)
     else:
         known = [MAKE, *verbs]
         near = did_you_mean(config.verb, known, "{}") or f"; there are {', '.join(known)}"
-        raise ValueError(f"{where}: unknown verb {config.verb}{near}")
+        raise UserError(f"{where}: unknown verb {config.verb}{near}")
     for text in (config.launch, *(server.launch for server in config.serve.values())):
         try:
             shlex.split(text)
         except ValueError as error:
-            raise ValueError(f"{where}: launch: {text!r}: {error}") from None
+            raise UserError(f"{where}: launch: {text!r}: {error}") from None
 
 
 def _check_function(where: str, function: str, arguments: Mapping[str, Any]) -> None:
@@ -87,26 +85,27 @@ def _check_function(where: str, function: str, arguments: Mapping[str, Any]) -> 
     try:
         tree = ast.parse(source_of(function))
     except (ValueError, SyntaxError) as error:
-        raise ValueError(f"{where}: {error}") from None
+        raise UserError(f"{where}: {error}") from None
     defined = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
     if name not in defined:
         near = did_you_mean(name, defined, "{}") or f"; it has {', '.join(defined) or 'none'}"
-        raise ValueError(f"{where}: function {function}: the module has no function {name}{near}")
+        raise UserError(f"{where}: function {function}: the module has no function {name}{near}")
     _check_arguments(f"{where}: arguments of {function}", defined[name].args, arguments)
 
 
 def _check_arguments(where: str, parameters: ast.arguments, given: Mapping[str, Any]) -> None:
-    """The first parameter is the folder; the others are given by name."""
+    """Raise UserError unless the arguments fit. The first parameter is the folder; the others are
+    passed by name."""
     positional = [p.arg for p in (*parameters.posonlyargs, *parameters.args)][1:]
     names = positional + [p.arg for p in parameters.kwonlyargs]
     for name in given:
         if name not in names and parameters.kwarg is None:
             near = did_you_mean(name, names, "{}") or f"; it takes {', '.join(names) or 'none'}"
-            raise ValueError(f"{where}: unknown argument {name}{near}")
+            raise UserError(f"{where}: unknown argument {name}{near}")
     num_needed = len(positional) - len(parameters.defaults)
     needed = positional[: max(0, num_needed)]
     defaults = zip(parameters.kwonlyargs, parameters.kw_defaults, strict=True)
     needed += [p.arg for p, default in defaults if default is None]
     missing = [name for name in needed if name not in given]
     if missing:
-        raise ValueError(f"{where}: {', '.join(missing)} must be given")
+        raise UserError(f"{where}: {', '.join(missing)} must be given")

@@ -1,4 +1,4 @@
-"""A command under a keeper: started, its output shown and logged, stopped."""
+"""A command behind a reaper: start it, show and log its output, stop it."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ import sys
 import threading
 from collections.abc import Mapping
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 from megatron_r1.processes.children import popen_options
 from megatron_r1.workflow import reaper
 
 END_SECONDS = 10.0
-"""A command that was told to end twice has this long."""
+"""Time between SIGTERM and SIGKILL."""
 
 
 class Child:
-    """`command` (behind `launch`) with everything it starts; none of it outlives this process.
+    """`command` (behind `launch`) and everything it starts; none of it outlives this process.
 
-    shown_as: print its lines, too, each after this. Where that is blank, a command on a terminal
-    gets the terminal itself for its live view, and the log only what it says on standard error.
+    prefix: also print its lines, each after this. Where it is blank and the output is a terminal,
+    the command gets the terminal itself for its live view, and the log its standard error only.
     """
 
     def __init__(
@@ -32,51 +32,52 @@ class Child:
         log: Path,
         *,
         launch: str = "",
-        shown_as: str | None = None,
+        prefix: str | None = None,
         environment: Mapping[str, str] | None = None,
     ) -> None:
         self.log = log
         log.parent.mkdir(parents=True, exist_ok=True)
-        show = shown_as is not None
-        on_terminal = show and not shown_as.strip() and sys.stdout.isatty()
+        on_terminal = prefix is not None and not prefix.strip() and sys.stdout.isatty()
         with log.open("ab") as output:
             self._log_start = output.tell()
+            to_log = output if prefix is None else subprocess.PIPE
             self.process = subprocess.Popen(
                 [sys.executable, "-m", reaper.__name__, *shlex.split(launch), *command],
-                stdout=None if on_terminal else subprocess.PIPE if show else output,
+                stdout=None if on_terminal else to_log,
                 stderr=subprocess.PIPE if on_terminal else subprocess.STDOUT,
                 **popen_options(environment),
             )
-        shown = self.process.stderr if on_terminal else self.process.stdout
         self._reader: threading.Thread | None = None
-        if shown is not None:
+        if prefix is not None:
+            pipe = cast(BinaryIO, self.process.stderr if on_terminal else self.process.stdout)
             target = sys.stderr.buffer if on_terminal else sys.stdout.buffer
-            prefix = b"" if on_terminal else shown_as.encode()
+            line_prefix = b"" if on_terminal else prefix.encode()
             self._reader = threading.Thread(
-                target=_copy, args=(shown, log, target, prefix), name="output", daemon=True
+                target=_copy, args=(pipe, log, target, line_prefix), name="output", daemon=True
             )
             self._reader.start()
 
     def poll(self) -> int | None:
-        """Its exit status, None while it runs; 128 + N where signal N ended it."""
+        """Return its exit status, None while it runs; 128 + N where signal N ended it."""
         status = self.process.poll()
         return 128 - status if status is not None and status < 0 else status
 
     def wait(self, seconds: float) -> int | None:
-        """As `poll`, after at most so long."""
+        """Wait for its end for at most `seconds`, then return as `poll`."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(seconds)
             if self._reader is not None:
                 self._reader.join(END_SECONDS)
         return self.poll()
 
-    def ask_to_end(self) -> None:
+    def terminate(self) -> None:
+        """Send it SIGTERM, unless it has ended."""
         if self.poll() is None:
             self.process.send_signal(signal.SIGTERM)
 
-    def end(self, seconds: float = END_SECONDS) -> None:
-        """Ask, wait, then kill it with everything under it; harmless if it has ended."""
-        self.ask_to_end()
+    def stop(self, seconds: float = END_SECONDS) -> None:
+        """Terminate it, and after `seconds` kill it with everything it started."""
+        self.terminate()
         if self.wait(seconds) is None:
             self.kill()
 
@@ -85,15 +86,15 @@ class Child:
             self.process.send_signal(reaper.KILL)
         self.wait(END_SECONDS)
 
-    def said(self) -> str:
-        """What it wrote to its log."""
+    def output(self) -> str:
+        """Return what it wrote to its log."""
         with self.log.open("rb") as log:
             log.seek(self._log_start)
             return log.read().decode(errors="replace")
 
 
 def describe_status(status: int) -> str:
-    """`exit status 1`, `signal SIGKILL`."""
+    """Return `exit status 1` or `signal SIGKILL`."""
     if status > 128:
         with contextlib.suppress(ValueError):
             return f"signal {signal.Signals(status - 128).name}"
@@ -101,7 +102,7 @@ def describe_status(status: int) -> str:
 
 
 def _copy(source: BinaryIO, log: Path, target: BinaryIO, prefix: bytes) -> None:
-    """Line by line to the log and to the terminal, whose going away must not stop the work."""
+    """Copy lines to the log and to the terminal; a terminal that is gone must not stop the work."""
     with log.open("ab") as file:
         for line in source:
             file.write(line)

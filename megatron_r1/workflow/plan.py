@@ -1,4 +1,4 @@
-"""A pipeline for one seed: what each stage is told, and what references stand for."""
+"""A workflow for one seed: the settings of each stage, and what references stand for."""
 
 from __future__ import annotations
 
@@ -8,18 +8,24 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from megatron_r1 import config as configuration
+from megatron_r1.config import Config
+from megatron_r1.errors import UserError
 from megatron_r1.workflow.recipe import MAKE, Recipe, ServeConfig, StageConfig, read_tree
-from megatron_r1.workflow.references import references, substitute
+from megatron_r1.workflow.references import REFERENCE, references, substitute, texts
+
+FILES = ("path", "data", "checkpoint")
+"""Last parts of the names of settings that hold a file or folder."""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage. told: its sections of settings, of make the function's arguments; references
-    stand in it as they were written."""
+    """One node of the workflow. settings: its sections, or the arguments of its function, with
+    references as they are written."""
 
     name: str
     config: StageConfig
-    told: dict[str, Any]
+    settings: dict[str, Any]
 
     @property
     def title(self) -> str:
@@ -30,28 +36,42 @@ class Stage:
         return self.config.verb == MAKE
 
     @cached_property
-    def everything(self) -> dict[str, Any]:
-        """What it is told, its servers and its launcher included."""
+    def all_settings(self) -> dict[str, Any]:
+        """Its settings with those of its servers and its launcher."""
         served = {name: server.model_dump() for name, server in self.config.serve.items()}
-        return {**self.told, "serve": served, "launch": self.config.launch}
+        return {**self.settings, "serve": served, "launch": self.config.launch}
 
     @cached_property
     def references(self) -> list[tuple[str, str]]:
-        """(place, name) of all references in `everything`."""
-        return list(references(self.everything))
+        """(place, name) of all references in `all_settings`."""
+        return list(references(self.all_settings))
+
+    def named_files(self) -> list[tuple[str, str]]:
+        """Return (place, path) of every text without references that names an existing file."""
+        served = {f"serve.{name}.model": server.model for name, server in self.config.serve.items()}
+        return [
+            (place, text)
+            for place, text in texts({**self.settings, **served})
+            if place != "run.folder"
+            and ("/" in text or Path(text).suffix or names_a_file(place))
+            and not REFERENCE.search(text)
+            and _exists(text)
+        ]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The stages of one seed. path: of the recipe; folder: where this seed's stages are. Nothing
-    can be done with it while some are `broken` (`check.check`)."""
+    """The stages of one seed.
+
+    path: of the recipe. folder: of this seed's stages. broken: stage → why its settings cannot be
+    read; `check.check` raises these.
+    """
 
     path: Path
     folder: Path
     seed: int
     stages: dict[str, Stage]
     broken: dict[str, str] = field(default_factory=dict)
-    """Name → why it cannot be read."""
 
     @classmethod
     def of(
@@ -62,18 +82,17 @@ class Plan:
         seed: int,
         implied: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> Plan:
-        """implied: verb → sections that it sets by itself. Stages whose own recipe is not there, or
-        no YAML, are in `broken`."""
+        """Plan the stages of a recipe. implied: verb → sections that it sets by itself."""
         path, stages, broken = Path(path), {}, {}
         for name, config in recipe.stages.items():
             try:
-                told = _told(recipe, path, name, config)
-            except ValueError as error:
-                told, broken[name] = {}, str(error)
+                settings = _settings(recipe, path, name, config)
+            except UserError as error:
+                settings, broken[name] = {}, str(error)
             if config.verb != MAKE:
-                told = merged(told, (implied or {}).get(config.verb, {}))
-                _put_run(told, folder / name, seed)
-            stages[name] = Stage(name, config, told)
+                settings = merged(settings, (implied or {}).get(config.verb, {}))
+                _put_run(settings, folder / name, seed)
+            stages[name] = Stage(name, config, settings)
         return cls(path, folder, seed, stages, broken)
 
     def folder_of(self, stage: str) -> Path:
@@ -83,11 +102,29 @@ class Plan:
         return self.folder / "logs" / f"{stage}{'.' if server else ''}{server}.log"
 
     def recipe_of(self, stage: str) -> Path:
-        """The file its command is given: the settings with references resolved."""
+        """Return the path of the recipe that is written for the stage's command."""
         return self.folder / "recipes" / f"{stage}.yaml"
 
+    def config(self, stage: Stage, required: tuple[str, ...] = ()) -> Config:
+        """Return a stage's settings as its verb will read them, with references unresolved.
+
+        required: keys that must have a value. Raises UserError naming every mistake.
+        """
+        tree = substitute(stage.settings, self.unresolved)
+        tree = {section: keys for section, keys in tree.items() if keys is not None}
+        return configuration.from_tree(tree, f"{self.path}, stage {stage.name}", required)
+
+    def unresolved(self, reference: str) -> Any:
+        """Return a value of the right type for a reference: itself, but the seed for
+        `pipeline.seed` and a URL for a served model."""
+        if reference == "pipeline.seed":
+            return self.seed
+        if reference.startswith("serve."):
+            return f"http://{reference.removeprefix('serve.').removesuffix('.url')}.served"
+        return f"${{{reference}}}"
+
     def meaning(self, reference: str, urls: Mapping[str, str]) -> Any:
-        """What `${reference}` stands for. urls: of the served models, by their names."""
+        """Return the value of `${reference}`. urls: of the served models, by their names."""
         head, _, rest = reference.partition(".")
         if head == "pipeline":
             return self.seed if rest == "seed" else str(self.folder)
@@ -98,34 +135,48 @@ class Plan:
         return str(self.folder_of(head) / rest if rest else self.folder_of(head))
 
     def resolve(self, value: Any, urls: Mapping[str, str] | None = None) -> Any:
-        """`value` with every reference replaced."""
+        """Return `value` with every reference replaced."""
         return substitute(value, lambda name: self.meaning(name, urls or {}))
 
     def server(self, config: ServeConfig) -> ServeConfig:
-        """A server's settings with references replaced."""
+        """Return a server's settings with references replaced."""
         return ServeConfig.model_validate(self.resolve(config.model_dump()))
 
 
-def _told(recipe: Recipe, path: Path, name: str, config: StageConfig) -> dict[str, Any]:
-    if config.verb == MAKE:
-        return dict(config.arguments)
-    begin: dict[str, Any] = {}
-    if config.recipe:
-        begin = read_tree(path.parent / config.recipe, f"stages.{name}: recipe")
-    return merged(merged(recipe.defaults, begin), config.settings)
-
-
-def _put_run(told: dict[str, Any], folder: Path, seed: int) -> None:
-    run = told.get("run")
-    if run is None or isinstance(run, dict):  # anything else is refused by name, later
-        told["run"] = {"seed": seed, **(run or {}), "folder": str(folder)}
+def names_a_file(place: str) -> bool:
+    """Return whether a setting such as model.path or data.heldout_path holds a file or folder."""
+    section, _, key = place.partition(".")
+    # A benchmark's path may be its name on the hub.
+    return key.rpartition("_")[2] in FILES and "." not in key and section != "eval"
 
 
 def merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested mappings joined key by key; where both say something, `over` counts."""
+    """Merge nested mappings key by key; `over` has precedence."""
     joined = dict(under)
     for key, value in over.items():
         below = joined.get(key)
         is_section = isinstance(value, Mapping) and isinstance(below, Mapping)
-        joined[key] = merged(below, value) if is_section else value
+        joined[key] = merged(below or {}, value) if is_section else value
     return joined
+
+
+def _settings(recipe: Recipe, path: Path, name: str, config: StageConfig) -> dict[str, Any]:
+    if config.verb == MAKE:
+        return dict(config.arguments)
+    base: dict[str, Any] = {}
+    if config.recipe:
+        base = read_tree(path.parent / config.recipe, f"stages.{name}: recipe")
+    return merged(merged(recipe.defaults, base), config.settings)
+
+
+def _put_run(settings: dict[str, Any], folder: Path, seed: int) -> None:
+    run = settings.get("run")
+    if run is None or isinstance(run, dict):  # anything else is refused by its verb's check
+        settings["run"] = {"seed": seed, **(run or {}), "folder": str(folder)}
+
+
+def _exists(text: str) -> bool:
+    try:
+        return "\n" not in text and Path(text).exists()
+    except OSError:  # too long for a name
+        return False

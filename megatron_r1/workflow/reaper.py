@@ -1,9 +1,9 @@
-"""Between a pipeline and a command it starts: `python -m megatron_r1.workflow.reaper COMMAND…`.
+"""Runs one command and kills everything it started when it ends, or when the pipeline does.
 
-Whatever ends the pipeline, kill -9 included, nothing that the command has started goes on: orphans
-of it become children of this process (Linux: child subreaper), which the kernel tells of its
-parent's death, and which then kills all of them. Also what outlives the command's own end is
-killed. SIGTERM and SIGINT are handed on to the command alone, so that it can end in order.
+`python -m megatron_r1.workflow.reaper COMMAND…` stands between a pipeline and a command. Orphans of
+the command become its children (Linux: child subreaper). The kernel signals it when the pipeline
+dies, by kill -9 too, and it then kills all of them. SIGTERM and SIGINT are passed on to the command
+alone, so that it can end in order.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from megatron_r1.processes.lifetime import die_with_parent, end_without_parent, 
 
 PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 KILL = signal.SIGUSR1
-"""Sent by the kernel when the parent is gone, or by the parent: end everything now."""
+"""Sent by the kernel when the parent is gone, or by the parent: kill everything now."""
 
 
 def main(command: list[str]) -> int:
-    """Exit status: the command's; 128 + N where signal N ended it."""
+    """Return the command's exit status; 128 + N where signal N ended it."""
     prctl(PR_SET_CHILD_SUBREAPER, 1)
-    signal.signal(KILL, lambda *_: _end())
+    signal.signal(KILL, lambda *_: _kill_all())
     end_without_parent(KILL)
     try:
         child = subprocess.Popen(command, preexec_fn=die_with_parent)
@@ -34,27 +34,27 @@ def main(command: list[str]) -> int:
         print(f"{command[0]}: {error.strerror}", file=sys.stderr)
         return 127
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, _: _hand_on(child, number))
+        signal.signal(number, lambda number, _: _pass_on(child, number))
     status = child.wait()
     kill_descendants()
     return status if status >= 0 else 128 - status
 
 
-def _hand_on(child: subprocess.Popen, number: int) -> None:
+def _pass_on(child: subprocess.Popen, number: int) -> None:
     if child.returncode is None:
         with contextlib.suppress(ProcessLookupError):
             os.kill(child.pid, number)
 
 
-def _end() -> None:
+def _kill_all() -> None:
     kill_descendants()
     os._exit(128 + signal.SIGKILL)
 
 
 def kill_descendants() -> None:
-    """Returns when there are none; a process that is killed may have started one meanwhile."""
-    while found := descendants(os.getpid()):
-        for pid in found:
+    """Kill until there are none: a process may start another one before it dies."""
+    while pids := descendants(os.getpid()):
+        for pid in pids:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, signal.SIGKILL)
         with contextlib.suppress(ChildProcessError):

@@ -7,18 +7,18 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 REFERENCE = re.compile(r"\$\{([^{}\n]*)\}")
-# Private-use characters stand for `${` and `}` while YAML reads: within {…} it would take the
-# braces for its own.
+# Private-use characters stand for `${` and `}` while YAML is parsed: within a flow mapping {…} it
+# would take the braces for its own.
 OPEN, CLOSE = "\ue000", "\ue001"
 
 
 def protect(text: str) -> str:
-    """YAML text in which references are plain characters."""
+    """Replace the braces of references in YAML text by plain characters."""
     return REFERENCE.sub(rf"{OPEN}\1{CLOSE}", text)
 
 
 def unprotect(value: Any) -> Any:
-    """The inverse of `protect`, in every text of nested lists and mappings."""
+    """Undo `protect` in every text of nested lists and mappings."""
     if isinstance(value, str):
         return value.replace(OPEN, "${").replace(CLOSE, "}")
     if isinstance(value, dict):
@@ -27,7 +27,7 @@ def unprotect(value: Any) -> Any:
 
 
 def texts(value: Any, place: str = "") -> Iterator[tuple[str, str]]:
-    """Every text in nested lists and mappings with its dotted place."""
+    """Yield every text in nested lists and mappings with its dotted place."""
     if isinstance(value, str):
         yield place, value
     elif isinstance(value, dict):
@@ -39,15 +39,15 @@ def texts(value: Any, place: str = "") -> Iterator[tuple[str, str]]:
 
 
 def references(value: Any) -> Iterator[tuple[str, str]]:
-    """(place, name) of every reference, such as ("model.path", "base.hf")."""
+    """Yield (place, name) of every reference, such as ("model.path", "base.hf")."""
     for place, text in texts(value):
-        for found in REFERENCE.finditer(text):
-            yield place, found[1]
+        for match in REFERENCE.finditer(text):
+            yield place, match[1]
 
 
 def substitute(value: Any, lookup: Callable[[str], Any]) -> Any:
-    """A copy with each reference replaced by `lookup(name)`; one that is all of a text keeps its
-    type."""
+    """Return a copy with each reference replaced by `lookup(name)`, whose type is kept where the
+    reference is the whole text."""
     if isinstance(value, dict):
         return {key: substitute(item, lookup) for key, item in value.items()}
     if isinstance(value, list):
@@ -56,4 +56,4 @@ def substitute(value: Any, lookup: Callable[[str], Any]) -> Any:
         return value
     if whole := REFERENCE.fullmatch(value):
         return lookup(whole[1])
-    return REFERENCE.sub(lambda found: str(lookup(found[1])), value)
+    return REFERENCE.sub(lambda match: str(lookup(match[1])), value)

@@ -1,77 +1,119 @@
-"""The page of a whole pipeline, `report.html`, its numbers, `report.json`, and their table in
-Markdown, `report.md`."""
+"""The reports of a pipeline: the page `report.html`, its numbers in `report.json`, and their table
+in `report.md`."""
 
 from __future__ import annotations
 
 import json
 import time
 from collections.abc import Mapping, Sequence
-from html import escape
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_r1.files import atomic_write
-from megatron_r1.reporting.page import page
+from megatron_r1.reporting.page import render
 from megatron_r1.reporting.wording import duration, printable
-from megatron_r1.workflow.curves import curves_section
+from megatron_r1.workflow.curves import rl_plots
 from megatron_r1.workflow.drawing import Box, graph_svg
-from megatron_r1.workflow.figures import Figure, Spread, figures_of
 from megatron_r1.workflow.graph import Graph
 from megatron_r1.workflow.plan import Plan, Stage
-from megatron_r1.workflow.state import State, Status, examine_all
-from megatron_r1.workflow.status import reasons
-from megatron_r1.workflow.table import Cell, Table, as_markdown
+from megatron_r1.workflow.results import LABELS, Result, Spread, results_of
+from megatron_r1.workflow.status import State, Status, examine_all
 
-TABLE_STYLE = (
-    "<style>.wide{overflow-x:auto}.wide table{border-collapse:collapse;width:100%;font-size:14px}"
-    ".wide th,.wide td{padding:6px 14px 6px 0;text-align:right;white-space:nowrap;"
-    "border-bottom:1px solid var(--grid);font-variant-numeric:tabular-nums}"
-    ".wide th{color:var(--muted);font-weight:500}.wide .left{text-align:left}"
-    ".wide .command{white-space:normal;overflow-wrap:anywhere;font:12.5px/1.5 ui-monospace,"
-    "SFMono-Regular,Menlo,Consolas,monospace}</style>"
-)
-# The least finished of several seeds is what a stage is called.
+# A stage of several seeds is shown in the first of these states that one of them has.
 BY_PROGRESS = [State.FAILED, State.STALE, State.PENDING, State.UNFINISHED, State.RUNNING]
 
-Statuses = Sequence[Mapping[str, Status]]
+
+@dataclass(frozen=True)
+class Cell:
+    """source: the file and key of the number, and the number of each seed."""
+
+    text: str
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """A row per stage with results, its title first; a column per result. spread: what the
+    intervals are."""
+
+    heads: list[str]
+    rows: list[list[Cell]]
+    spread: str
+
+    @classmethod
+    def of(cls, report: Mapping[str, Any]) -> Table:
+        """report: the content of report.json."""
+        shown = [s for s in report["stages"].values() if s["figures"] and not s["evaluates"]]
+        names = {name: None for stage in shown for name in stage["figures"]}
+        columns = [n for n in LABELS if n in names] + [n for n in names if n not in LABELS]
+        return cls(
+            [printable(LABELS.get(name, name)) for name in columns],
+            [
+                [Cell(printable(stage["title"])), *(_cell(stage, name) for name in columns)]
+                for stage in shown
+            ],
+            "Means over seeds ± their standard deviation."
+            if len(report["seeds"]) > 1
+            else "In brackets 95% intervals, where an evaluation gave them.",
+        )
 
 
 def write_report(root: Path, title: str, command: str, plans: Sequence[Plan], graph: Graph) -> Path:
-    """Write `report.json`, `report.md` and `report.html` into `root`; returns the last one's path.
+    """Write `report.json`, `report.md` and `report.html` into `root`; return the path of the last.
 
     command: the one that is ending. plans: one per seed, of the same stages.
     """
     statuses = [examine_all(plan, graph) for plan in plans]
-    result = collect(title or root.resolve().name, plans, graph, statuses) | {"command": command}
-    text = json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False)
+    report = collect(title or root.resolve().name, plans, graph, statuses) | {"command": command}
+    text = json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False)
     atomic_write(root / "report.json", text + "\n")
-    atomic_write(root / "report.md", as_markdown(result))
-    sections = [
-        TABLE_STYLE,
-        f"<h1>{escape(printable(result['title']))}</h1>",
-        _facts(result),
-        f'<div class="wide" style="margin-top:28px">{_drawing(result, graph)}</div>',
-        _table(result),
-        curves_section(plans, graph),
-        _made(plans[0], graph, statuses[0]),
-    ]
-    body = "\n".join(section for section in sections if section)
-    return atomic_write(root / "report.html", page(escape(printable(result["title"])), body))
+    runs = [run for stage in report["stages"].values() for run in stage["by_seed"].values()]
+    stages_done = f"{sum(run['state'] == State.DONE for run in runs)} of {len(runs)}"
+    time_spent = duration(sum(run["seconds"] or 0.0 for run in runs))
+    shared = {"title": printable(report["title"]), "table": Table.of(report)}
+    markdown = render(
+        "workflow/templates/report.md.jinja",
+        **(report | shared | {"stages_done": f"{stages_done} stages done", "time": time_spent}),
+    )
+    atomic_write(root / "report.md", markdown)
+    html = render(
+        "workflow/templates/pipeline.html.jinja",
+        **shared,
+        pipeline_facts={
+            "command": command,
+            "stages": f"{stages_done} done",
+            "seeds": ", ".join(map(str, report["seeds"])),
+            "time": time_spent,
+            "written": report["written"],
+        },
+        drawing=_drawing(report, graph),
+        plots=rl_plots(plans, graph),
+        num_seeds=len(plans),
+        seed=plans[0].seed,
+        manifests={
+            name: statuses[0][name].manifest
+            for name in graph.order
+            if "command" in statuses[0][name].manifest
+        },
+    )
+    return atomic_write(root / "report.html", html)
 
 
-def collect(title: str, plans: Sequence[Plan], graph: Graph, statuses: Statuses) -> dict[str, Any]:
-    """Everything the page shows, as JSON can hold it."""
-    found = {
+def collect(
+    title: str, plans: Sequence[Plan], graph: Graph, statuses: Sequence[Mapping[str, Status]]
+) -> dict[str, Any]:
+    """Return the content of report.json. statuses: of all stages, for each plan."""
+    results = {
         name: [
-            {} if by_name[name].state is State.FAILED else figures_of(plan.folder_of(name))
+            {} if by_name[name].state is State.FAILED else results_of(plan.folder_of(name))
             for plan, by_name in zip(plans, statuses, strict=True)
         ]
         for name in graph.order
     }
-    for name in graph.order:  # an evaluation's numbers stand with what it evaluates
-        target = evaluated(plans[0].stages[name], graph)
-        if target:
-            for own, more in zip(found[target], found[name], strict=True):
+    for name in graph.order:  # an evaluation's results are also those of the stage it evaluates
+        if target := evaluated(plans[0].stages[name], graph):
+            for own, more in zip(results[target], results[name], strict=True):
                 own.update(more)
     stages = {}
     for name in graph.order:
@@ -81,15 +123,15 @@ def collect(title: str, plans: Sequence[Plan], graph: Graph, statuses: Statuses)
             "verb": stage.config.verb,
             "upstream": list(graph.upstream[name]),
             "evaluates": evaluated(stage, graph),
-            "figures": _spreads(found[name]),
+            "figures": _spreads(results[name]),
             "by_seed": {
                 str(plan.seed): {
                     "state": str(by_name[name].state),
-                    "reasons": reasons(by_name[name]),
+                    "reasons": by_name[name].reason_lines,
                     "seconds": by_name[name].seconds,
-                    "figures": {key: figure.as_json() for key, figure in figures.items()},
+                    "figures": {key: asdict(result) for key, result in of_seed.items()},
                 }
-                for plan, by_name, figures in zip(plans, statuses, found[name], strict=True)
+                for plan, by_name, of_seed in zip(plans, statuses, results[name], strict=True)
             },
         }
     return {
@@ -102,7 +144,7 @@ def collect(title: str, plans: Sequence[Plan], graph: Graph, statuses: Statuses)
 
 
 def evaluated(stage: Stage, graph: Graph) -> str:
-    """The stage whose row shows this one's figures; "" where it has its own."""
+    """Return the stage whose row shows this one's results; "" if it has a row of its own."""
     if stage.config.evaluates:
         return stage.config.evaluates
     if stage.config.verb != "eval":
@@ -111,98 +153,37 @@ def evaluated(stage: Stage, graph: Graph) -> str:
     return heads[0] if heads and heads[0] in graph.upstream else ""
 
 
-def _spreads(by_seed: Sequence[Mapping[str, Figure]]) -> dict[str, dict[str, Any]]:
-    names = {name: None for figures in by_seed for name in figures}
+def _spreads(by_seed: Sequence[Mapping[str, Result]]) -> dict[str, dict[str, Any]]:
     spreads = {}
-    for name in names:
-        spread = Spread.of([figures[name].value for figures in by_seed if name in figures])
-        spreads[name] = {**vars(spread), "worded": spread.worded(name)}
+    for name in {name: None for results in by_seed for name in results}:
+        spread = Spread.of([results[name].value for results in by_seed if name in results])
+        spreads[name] = {**vars(spread), "worded": spread.format(name)}
     return spreads
 
 
-def _facts(result: Mapping[str, Any]) -> str:
-    runs = [run for stage in result["stages"].values() for run in stage["by_seed"].values()]
-    done = sum(run["state"] == State.DONE for run in runs)
-    seconds = sum(run["seconds"] or 0.0 for run in runs)
-    facts = {
-        "command": result["command"],
-        "stages": f"{done} of {len(runs)} done",
-        "seeds": ", ".join(map(str, result["seeds"])),
-        "time": duration(seconds),
-        "written": result["written"],
-    }
-    items = "".join(
-        f"<span>{escape(name)} <b>{escape(printable(value))}</b></span>"
-        for name, value in facts.items()
-    )
-    return f'<p class="facts">{items}</p>'
-
-
-def _drawing(result: Mapping[str, Any], graph: Graph) -> str:
+def _drawing(report: Mapping[str, Any], graph: Graph) -> str:
     boxes = {}
-    for name, stage in result["stages"].items():
-        runs = list(stage["by_seed"].values())
-        state, took = _state(runs), _seconds(runs)
-        second = " · ".join(filter(None, [stage["verb"], state, took]))
+    for name, stage in report["stages"].items():
+        runs = stage["by_seed"].values()
+        states = {run["state"] for run in runs}
+        state = next((str(s) for s in BY_PROGRESS if str(s) in states), str(State.DONE))
+        seconds = [run["seconds"] for run in runs if run["seconds"] is not None]
+        mean = duration(sum(seconds) / len(seconds)) if seconds else ""
+        second = " · ".join(filter(None, [stage["verb"], state, mean]))
         boxes[name] = Box(state, stage["title"], second)
     return graph_svg(boxes, graph.upstream, graph.depths())
 
 
-def _state(runs: Sequence[Mapping[str, Any]]) -> str:
-    states = {run["state"] for run in runs}
-    return next((str(state) for state in BY_PROGRESS if str(state) in states), str(State.DONE))
-
-
-def _seconds(runs: Sequence[Mapping[str, Any]]) -> str:
-    known = [run["seconds"] for run in runs if run["seconds"] is not None]
-    return duration(sum(known) / len(known)) if known else ""
-
-
-def _table(result: Mapping[str, Any]) -> str:
-    table = Table.of(result)
-    if not table.rows:
-        return ""
-    head = "".join(f"<th>{escape(text)}</th>" for text in table.heads)
-    rows = [
-        f'<tr><td class="left">{escape(title.text)}</td>{"".join(map(_cell, cells))}</tr>'
-        for title, *cells in table.rows
-    ]
-    return (
-        f"<h2>What each stage came to</h2><p>{table.spread} Point at a number to see where it is "
-        f'from.</p><div class="wide"><table><tr><th class="left">stage</th>{head}</tr>'
-        f"{''.join(rows)}</table></div>"
-    )
-
-
-def _cell(cell: Cell) -> str:
-    title = f' title="{escape(cell.source, quote=True)}"' if cell.source else ""
-    return f"<td{title}>{escape(cell.text)}</td>"
-
-
-def _made(plan: Plan, graph: Graph, statuses: Mapping[str, Status]) -> str:
-    """How each stage was made, to repeat it."""
-    rows = []
-    for name in graph.order:
-        made = statuses[name].made
-        if "command" not in made:
-            continue
-        commit = (made["git"] or {}).get("commit", "–")[:10]
-        changed = "*" if (made["git"] or {}).get("changed") else ""
-        cells = [
-            f'<td class="left">{escape(name)}</td>',
-            f'<td class="left">{escape(made["finished"])}</td>',
-            f'<td class="left">{escape(commit + changed)}</td>',
-            f'<td class="left">{escape(made["digest"])}</td>',
-            f'<td class="left command">{escape(" ".join(made["command"]))}</td>',
-        ]
-        rows.append(f"<tr>{''.join(cells)}</tr>")
-    if not rows:
-        return ""
-    heads = ("stage", "finished", "commit", "digest of its outputs", "command")
-    head = "".join(f'<th class="left">{escape(text)}</th>' for text in heads)
-    return (
-        f"<details><summary>How they were made</summary><p>Seed {plan.seed}. Settings, inputs with "
-        "their digests and versions: stage.json in each stage's folder. * the working tree had "
-        f'changes.</p><div class="wide"><table><tr>{head}</tr>{"".join(rows)}</table></div>'
-        "</details>"
-    )
+def _cell(stage: Mapping[str, Any], name: str) -> Cell:
+    if name not in stage["figures"]:
+        return Cell("–")
+    by_seed = {
+        seed: Result(**run["figures"][name])
+        for seed, run in stage["by_seed"].items()
+        if name in run["figures"]
+    }
+    first, *others = by_seed.values()
+    if not others:
+        return Cell(first.format(name), first.source)
+    each = ", ".join(f"seed {seed}: {result.format(name)}" for seed, result in by_seed.items())
+    return Cell(stage["figures"][name]["worded"], f"{first.source}; {each}")

@@ -1,4 +1,4 @@
-"""Models that a stage needs served while it runs: reward models, a judge, a teacher."""
+"""Servers of the models that a stage calls while it runs: reward models, a judge, a teacher."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ HEALTH_SECONDS = 5.0
 END_SECONDS = 15.0
 CPU_THREADS, CPU_CACHE_GIB = 1, 1
 VLLM = "megatron_r1.vllm_plugin.serve"
-"""vLLM's own server, whose engine processes end with it."""
+"""Module that runs vLLM's own server, whose engine processes end with it."""
 
 
 class ServingError(RuntimeError):
@@ -35,7 +35,7 @@ class Server:
     """One served model or other HTTP service."""
 
     def __init__(self, name: str, config: ServeConfig, port: int, log: Path) -> None:
-        """config: with references replaced."""
+        """Start the server. config: with references replaced."""
         self.name, self.config, self.log = name, config, log
         self.url = url(config, port)
         self._scratch = Scratch()
@@ -46,12 +46,15 @@ class Server:
         command = server_command(name, config, port)
         self._child = Child(command, log, launch=config.launch, environment=environment)
 
-    def wait_ready(self, each_time: Callable[[], None]) -> None:
-        """Returns when it answers. Raises ServingError when it ended or the time is over, and what
-        `each_time` raises."""
+    def wait_ready(self, while_waiting: Callable[[], None]) -> None:
+        """Return when the server answers.
+
+        while_waiting: is called several times a second, and may raise. Raises ServingError when the
+        server ended, or is not ready after `timeout_seconds`.
+        """
         deadline = time.monotonic() + self.config.timeout_seconds
         while time.monotonic() < deadline:
-            each_time()
+            while_waiting()
             self.check()
             with contextlib.suppress(urllib.error.URLError, OSError):
                 address = f"{self.url}{self.config.health}"
@@ -62,20 +65,20 @@ class Server:
         raise ServingError(
             f"serve.{self.name}: not ready after {self.config.timeout_seconds:g} s; raise its "
             f"timeout_seconds if it only needs longer. {self.log} says:\n"
-            f"{excerpt(self._child.said())}"
+            f"{excerpt(self._child.output())}"
         )
 
     def check(self) -> None:
-        """Raises ServingError when its process has ended."""
+        """Raise ServingError if the server has ended."""
         status = self._child.poll()
         if status is not None:
             raise ServingError(
                 f"serve.{self.name}: the server ended ({describe_status(status)}); {self.log} "
-                f"says:\n{excerpt(self._child.said())}"
+                f"says:\n{excerpt(self._child.output())}"
             )
 
     def stop(self) -> None:
-        self._child.end()
+        self._child.stop()
         self._scratch.cleanup()
 
 
@@ -86,9 +89,9 @@ def served(
     logs: Mapping[str, Path],
     while_waiting: Callable[[], None],
 ) -> Iterator[list[Server]]:
-    """The servers, all ready; stopped at the end of the block, whatever ends it.
+    """Start servers and yield them when all are ready; they are stopped at the end of the block.
 
-    while_waiting: called often until they are ready; may raise.
+    while_waiting: as for `Server.wait_ready`.
     """
     servers: list[Server] = []
     try:
@@ -103,15 +106,12 @@ def served(
 
 
 def server_command(name: str, config: ServeConfig, port: int) -> list[str]:
-    """The command line of a server, its launcher left out."""
+    """Return the command line of a server, without its launcher."""
     if config.command:
-        words = {"{port}": str(port), "{host}": config.host}
-        command = []
-        for word in config.command:
-            for mark, value in words.items():
-                word = word.replace(mark, value)
-            command.append(word)
-        return command
+        return [
+            word.replace("{port}", str(port)).replace("{host}", config.host)
+            for word in config.command
+        ]
     return [
         *(sys.executable, "-m", VLLM, "--model", config.model, "--served-model-name", name),
         *("--host", config.host, "--port", str(port)),
@@ -122,8 +122,10 @@ def server_command(name: str, config: ServeConfig, port: int) -> list[str]:
 
 
 def choose_ports(configs: Mapping[str, ServeConfig], before: Mapping[str, int]) -> dict[str, int]:
-    """A port for each server: the one it had, as a run that continues expects it there. Raises
-    ServingError where somebody else has taken that."""
+    """Return a port for each server: the one it had before, as a run that continues expects it.
+
+    Raises ServingError if another process has taken that port.
+    """
     ports: dict[str, int] = {}
     for name, config in configs.items():
         port = before.get(name)
@@ -145,7 +147,7 @@ def url(config: ServeConfig, port: int) -> str:
 
 
 def _becomes_free(host: str, port: int) -> bool:
-    """Also while the server of an attempt that was killed is still ending."""
+    """Return whether a port is free, after the server of a killed attempt has had time to end."""
     deadline = time.monotonic() + END_SECONDS
     while not _is_free(host, port):
         if time.monotonic() > deadline:

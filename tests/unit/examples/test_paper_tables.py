@@ -12,7 +12,6 @@ from examples.paper.page import write_page
 from examples.paper.results import Results
 from megatron_r1 import cli
 from megatron_r1.workflow.graph import Graph
-from megatron_r1.workflow.identity import typed
 from megatron_r1.workflow.plan import Plan
 from megatron_r1.workflow.recipe import MAKE, load
 
@@ -152,7 +151,7 @@ def test_every_stages_settings_are_valid(capsys):
     assert cli.main(["pipeline", str(RECIPE), "--pipeline.status", "true"]) == 0
     assert "small_distilled" in capsys.readouterr().out
     plan = Plan.of(load(RECIPE), RECIPE, Path("runs/paper"), 0)
-    configs = {n: typed(plan, s) for n, s in plan.stages.items() if s.config.verb != MAKE}
+    configs = {n: plan.config(s) for n, s in plan.stages.items() if s.config.verb != MAKE}
     # Rows that are compared differ in what they are about, and in nothing else.
     zero = configs["r1_zero"].model_dump()
     for name, sections in {

@@ -10,7 +10,6 @@ from megatron_r1 import cli
 from megatron_r1 import config as configuration
 from megatron_r1.config.algorithms import NAMES
 from megatron_r1.workflow.graph import Graph
-from megatron_r1.workflow.identity import typed
 from megatron_r1.workflow.plan import Plan
 from megatron_r1.workflow.recipe import load
 from tools.bench import estimators
@@ -118,15 +117,15 @@ def test_every_algorithm_runs_from_one_base_model_on_as_many_answers_and_updates
     demo = configuration.load(ROOT / "examples/laptop/r1_zero.yaml")
     for name, choice in CHOICES.items():
         assert "base" in graph.upstream[name]
-        config = typed(plan, plan.stages[name])
+        config = plan.config(plan.stages[name])
         assert config.rl.algorithm == name and config.run.steps == 7
         for key in ("questions_per_rollout", "group_size", "minibatches"):
             assert getattr(config.rl, key) == getattr(demo.rl, key), (name, key)
         for section in ("data", "rollout", "rewards", "optimizer"):
             assert getattr(config, section) == getattr(demo, section), (name, section)
         assert bool(choice.settings) == bool(choice.why), name
-    assert typed(plan, plan.stages["gspo"]).rl.ratio_level == "sequence"
-    assert typed(plan, plan.stages["ppo"]).critic.warmup_steps == 2
+    assert plan.config(plan.stages["gspo"]).rl.ratio_level == "sequence"
+    assert plan.config(plan.stages["ppo"]).critic.warmup_steps == 2
 
 
 def test_runs_that_are_not_done_are_left_out(tmp_path):

@@ -8,9 +8,8 @@ import pytest
 from liveness import is_alive
 from workflow_world import World, processes_naming, wait_until
 
-from megatron_r1.workflow.reaper import descendants
-from megatron_r1.workflow.schedule import run_all
-from megatron_r1.workflow.work import Work
+from megatron_r1.processes.inspection import descendants
+from megatron_r1.workflow.executor import Executor, run_all
 
 MEET = '''
 """Stages that end only if they run beside each other."""
@@ -131,12 +130,12 @@ def test_one_at_a_time_is_the_default(world, capfd):
 def test_after_a_failure_what_runs_comes_to_its_end_and_nothing_else_begins(
     world, capfd, monkeypatch
 ):
-    def tell(work, error, others):
-        say(work, error, others)
+    def report_and_note(executor, error, running):
+        report_failure(executor, error, running)
         (world.out.parent / "told").touch()
 
-    say = Work._failed
-    monkeypatch.setattr(Work, "_failed", tell)
+    report_failure = Executor.report_failure
+    monkeypatch.setattr(Executor, "report_failure", report_and_note)
     world.write(FAILING)
     assert world.run(TWO) == 1
     assert (world.out / "right/stage.json").exists()

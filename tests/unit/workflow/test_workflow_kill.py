@@ -9,8 +9,8 @@ import pytest
 from liveness import is_alive
 from workflow_world import World, processes_naming, wait_until
 
-from megatron_r1.workflow import record
-from megatron_r1.workflow.reaper import descendants
+from megatron_r1.processes.inspection import descendants
+from megatron_r1.workflow import manifest
 
 SLOW = """
 pipeline: {folder: out}
@@ -84,10 +84,10 @@ def test_a_death_around_a_record_loses_nothing(world, capsys, moment, monkeypatc
         raise Death
 
     targets = {
-        "begin": (record, "begin"),
-        "finish": (record, "finish"),
-        "outputs": (record.digests, "of_outputs"),
-        "rename": (record, "fsync"),
+        "begin": (manifest, "begin"),
+        "finish": (manifest, "finish"),
+        "outputs": (manifest.fingerprint, "digest_of_outputs"),
+        "rename": (manifest, "fsync"),
     }
     with monkeypatch.context() as patched:
         patched.setattr(*targets[moment], die)

@@ -5,7 +5,6 @@ import yaml
 from workflow_world import World
 
 from megatron_r1.workflow.graph import Graph
-from megatron_r1.workflow.identity import typed
 from megatron_r1.workflow.plan import Plan, merged
 from megatron_r1.workflow.recipe import load
 from megatron_r1.workflow.references import protect, references, substitute, unprotect
@@ -68,21 +67,21 @@ def test_a_reference_that_is_all_of_a_text_keeps_its_type():
 
 def test_what_a_stage_is_told_comes_from_four_places(training):
     plan = plan_of(training, **{"stages.zero.rl.group_size": 2})
-    zero = typed(plan, plan.stages["zero"])
+    zero = plan.config(plan.stages["zero"])
     assert zero.model.dtype == "float32"  # defaults
     assert zero.run.steps == 5  # its recipe
     assert zero.rl.group_size == 2  # the command line, over 8 of its recipe, over 4 of defaults
     assert zero.rl.minibatches == 1
     assert zero.run.seed == 7 and zero.run.folder == str(training.out / "zero")
-    told = plan.resolve(plan.stages["zero"].told, {"judge": "http://127.0.0.1:1"})
+    told = plan.resolve(plan.stages["zero"].settings, {"judge": "http://127.0.0.1:1"})
     assert told["model"]["path"] == str(training.out / "base/hf")
     assert told["rewards"]["options"]["helpful"] == {"model": "judge", "url": "http://127.0.0.1:1"}
-    assert plan.resolve(plan.stages["base"].told)["model"]["path"] == "./model"
+    assert plan.resolve(plan.stages["base"].settings)["model"]["path"] == "./model"
 
 
 def test_a_seed_that_a_stage_sets_is_its_own(training):
     plan = plan_of(training, **{"stages.base.run.seed": 1, "pipeline.seed": 2})
-    assert [plan.stages[name].told["run"]["seed"] for name in ("base", "zero")] == [1, 2]
+    assert [plan.stages[name].settings["run"]["seed"] for name in ("base", "zero")] == [1, 2]
 
 
 def test_references_of_served_models_are_edges(training):

@@ -10,7 +10,7 @@ from workflow_world import World
 
 from megatron_r1.workflow import curves
 from megatron_r1.workflow.drawing import BOX_HEIGHT, BOX_WIDTH, Box, graph_svg
-from megatron_r1.workflow.figures import Figure, Spread, figures_of, headline, worded
+from megatron_r1.workflow.results import Result, Spread, headline, results_of
 
 RECIPE = """
 pipeline: {folder: out, title: "R1 <small>"}
@@ -106,9 +106,9 @@ def test_held_out_points_span_the_seeds_or_their_own_interval():
         [{"step": 0, "eval/pass@1": value, "interval/pass@1/low": 0.1, "interval/pass@1/high": 0.9}]
         for value in (0.2, 0.3, 0.7)
     ]
-    [several] = curves._points(runs, "eval/pass@1", "accent")
+    [several] = curves.heldout_points(runs, "eval/pass@1", "accent")
     assert (several.low[0], several.values[0], several.high[0]) == (0.2, pytest.approx(0.4), 0.7)
-    [one] = curves._points(runs[:1], "eval/pass@1", "accent")
+    [one] = curves.heldout_points(runs[:1], "eval/pass@1", "accent")
     assert (one.low[0], one.values[0], one.high[0]) == (0.1, 0.2, 0.9)
 
 
@@ -130,25 +130,25 @@ def test_figures_of_an_evaluation(tmp_path):
         return {"samples_per_question": 4, "metrics": estimates, "counts": {}}
 
     (tmp_path / "eval.json").write_text(json.dumps({"benchmarks": {"sums": benchmark(0.5)}}))
-    one = figures_of(tmp_path)
+    one = results_of(tmp_path)
     assert {n: f.value for n, f in one.items()} == {"accuracy": 0.5, "majority": 0.5, "length": 0.5}
     two = {"benchmarks": {"sums": benchmark(0.5), "AIME 2024": benchmark(0.2)}}
     (tmp_path / "eval.json").write_text(json.dumps(two))
-    assert {n: f.value for n, f in figures_of(tmp_path).items()} == {"sums": 0.5, "AIME 2024": 0.2}
+    assert {n: f.value for n, f in results_of(tmp_path).items()} == {"sums": 0.5, "AIME 2024": 0.2}
 
 
 def test_figures_of_supervised_training_are_its_loss(tmp_path):
     lines = [json.dumps({"step": i, "loss": 100 - i}) for i in range(40)]
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
-    found = figures_of(tmp_path)
+    found = results_of(tmp_path)
     assert found["loss"].value == np.mean([64, 63, 62, 61])
     assert headline(found) == "loss 62.5"
 
 
 def test_figures_that_a_stage_gives_itself(world, tmp_path, capsys):
     (tmp_path / "figures.json").write_text('{"win_rate": 0.5, "pairs": {"value": 1200}}')
-    assert figures_of(tmp_path) == {"win_rate": Figure(0.5), "pairs": Figure(1200)}
-    assert worded("pairs", Figure(1200)) == "1,200" and worded("win_rate", Figure(0.5)) == "50.0%"
+    assert results_of(tmp_path) == {"win_rate": Result(0.5), "pairs": Result(1200)}
+    assert Result(1200).format("pairs") == "1,200" and Result(0.5).format("win_rate") == "50.0%"
     world.write(RECIPE.replace("votes: 40", "votes: {lower: 1}"))
     assert world.run() == 1
     assert "figures.json: must hold {name: number or {value, low, high}}" in capsys.readouterr().err
@@ -156,8 +156,8 @@ def test_figures_that_a_stage_gives_itself(world, tmp_path, capsys):
 
 def test_a_spread_of_one_has_no_deviation():
     assert Spread.of([0.5]) == Spread(0.5, None, [0.5])
-    assert Spread.of([0.5]).worded("accuracy") == "50.0%"
-    assert Spread.of([90.0, 110.0]).worded("length") == "100 ± 14.1"
+    assert Spread.of([0.5]).format("accuracy") == "50.0%"
+    assert Spread.of([90.0, 110.0]).format("length") == "100 ± 14.1"
 
 
 UPSTREAM = {

@@ -6,8 +6,8 @@ import json
 import pytest
 from workflow_world import FUNCTIONS, RECIPE, World
 
-from megatron_r1.workflow import digests
-from megatron_r1.workflow.identity import inputs, settings
+from megatron_r1.workflow import fingerprint
+from megatron_r1.workflow.fingerprint import inputs, settings
 from megatron_r1.workflow.plan import Plan
 from megatron_r1.workflow.recipe import load
 
@@ -48,7 +48,11 @@ def test_provenance_names_everything_it_was_made_of(done):
     assert made["upstream"] == ["corpus", "other"] and made["seed"] == 0
     assert {"megatron-r1", "torch", "megatron-core", "python"} <= set(made["versions"])
     assert made["told"]["sources"][0] == "out/corpus/data.jsonl"
-    assert made["command"][1:] == ["-m", "megatron_r1.workflow.make", "out/recipes/both.yaml"]
+    assert made["command"][1:] == [
+        "-m",
+        "megatron_r1.workflow.function_stage",
+        "out/recipes/both.yaml",
+    ]
     assert made["seconds"] > 0 and made["started"] <= made["finished"]
 
 
@@ -292,17 +296,17 @@ def test_settings_that_only_say_where_or_how_often_do_not_matter(
 
 
 def test_a_large_file_counts_by_blocks_and_any_change_of_size(tmp_path, monkeypatch):
-    monkeypatch.setattr(digests, "WHOLE_BYTES", 1000)
-    monkeypatch.setattr(digests, "BLOCK_BYTES", 16)
+    monkeypatch.setattr(fingerprint, "WHOLE_BYTES", 1000)
+    monkeypatch.setattr(fingerprint, "BLOCK_BYTES", 16)
     path = tmp_path / "weights"
     content = bytes(i % 251 for i in range(5000))
     path.write_bytes(content)
-    before = digests.digest(path)
-    assert digests.digest(path) == before
+    before = fingerprint.digest(path)
+    assert fingerprint.digest(path) == before
     path.write_bytes(content + b"x")
-    assert digests.digest(path) != before
+    assert fingerprint.digest(path) != before
     path.write_bytes(content[:-1] + b"x")
-    assert digests.digest(path) != before
+    assert fingerprint.digest(path) != before
 
 
 def test_a_folder_counts_by_names_and_contents(tmp_path):
@@ -310,10 +314,10 @@ def test_a_folder_counts_by_names_and_contents(tmp_path):
         for path, text in files.items():
             (tmp_path / name / path).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / name / path).write_text(text)
-        return digests.digest(tmp_path / name)
+        return fingerprint.digest(tmp_path / name)
 
     first = folder("a", {"x": "1", "y/z": "2"})
     assert first == folder("b", {"y/z": "2", "x": "1", ".lock": "pid"})
     others = [folder("c", {"x": "1", "y/z": "3"}), folder("d", {"x": "1", "y/w": "2"})]
     assert len({first, *others}) == 3
-    assert digests.digest(tmp_path / "none") == digests.MISSING
+    assert fingerprint.digest(tmp_path / "none") == fingerprint.MISSING

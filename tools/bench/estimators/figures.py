@@ -8,7 +8,7 @@ from statistics import fmean, median
 from typing import Any
 
 from megatron_r1.reporting.wording import percent
-from megatron_r1.workflow.figures import Spread
+from megatron_r1.workflow.results import Spread
 from tools.bench.estimators.settings import CHOICES
 
 TARGET, WINDOW = 0.8, 3
@@ -75,7 +75,7 @@ def row(runs: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """Return the table's cells of one algorithm from its runs, one per seed."""
     return {
         "steps": _steps([run["steps_until_target"] for run in runs]),
-        "held-out": Spread.of([run["heldout"] for run in runs]).worded("accuracy"),
+        "held-out": Spread.of([run["heldout"] for run in runs]).format("accuracy"),
         "answers": f"{fmean(run['answers_per_step'] for run in runs):,.0f}",
     }
 

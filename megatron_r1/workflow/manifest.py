@@ -1,6 +1,7 @@
-"""What a stage's folder says of how it was made: `begun.json` until it is done, then `stage.json`.
+"""The manifest in a stage's folder, how its files were made: `begun.json`, then `stage.json`.
 
-Both are replaced as a whole, so whenever the process is killed, a stage is done or it is not.
+`stage.json` is written last and atomically: a stage is done exactly when it exists, whenever a
+process is killed.
 """
 
 from __future__ import annotations
@@ -13,41 +14,41 @@ import time
 from pathlib import Path
 from typing import Any
 
+from megatron_r1.errors import UserError
 from megatron_r1.evaluation.identity import versions
 from megatron_r1.files import atomic_write, fsync
-from megatron_r1.workflow import digests, identity
+from megatron_r1.workflow import fingerprint
 from megatron_r1.workflow.plan import Plan, Stage
 
 DONE, BEGUN = "stage.json", "begun.json"
-# config.yaml and logs/ are written before a verb looks at anything.
+# config.yaml and logs/ are written before a verb reads its inputs.
 LEFT_BY_A_START = frozenset((BEGUN, "config.yaml", "logs", "tensorboard", "stop"))
 
 
 def read(folder: Path, name: str) -> dict[str, Any] | None:
-    """`stage.json` or `begun.json`, None where there is none. Raises ValueError for damage."""
+    """Read `stage.json` or `begun.json`; None if it does not exist. Raises UserError for damage."""
     path = folder / name
     if not path.is_file():
         return None
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error}); restore it, or move {folder} away") from None
-    return record
+        raise UserError(f"{path}: not JSON ({error}); restore it, or move {folder} away") from None
 
 
-def begin(plan: Plan, stage: Stage, upstream: tuple[str, ...], last_sign: float | None) -> None:
-    """Write down that `stage` is being worked on, and with what.
+def begin(plan: Plan, stage: Stage, upstream: tuple[str, ...], last_output: float | None) -> None:
+    """Record that an attempt at `stage` begins, with its settings and inputs.
 
-    last_sign: when an attempt that was killed wrote its last line, seconds since 1970.
+    last_output: when an attempt that was killed wrote its last line, in seconds since 1970.
     """
     folder = plan.folder_of(stage.name)
     before = read(folder, BEGUN) or {}
     attempts = before.get("attempts", [])
     if attempts and attempts[-1]["seconds"] is None:
-        attempts[-1]["seconds"] = max(0.0, (last_sign or 0.0) - attempts[-1]["began"])
+        attempts[-1]["seconds"] = max(0.0, (last_output or 0.0) - attempts[-1]["began"])
     record = {
-        "settings": identity.settings(plan, stage, finished=False),
-        "inputs": identity.inputs(plan, stage, upstream),
+        "settings": fingerprint.settings(plan, stage, finished=False),
+        "inputs": fingerprint.inputs(plan, stage, upstream),
         "ports": before.get("ports", {}),
         "attempts": [*attempts, {"began": time.time(), "seconds": None, "pid": os.getpid()}],
         "failed": None,
@@ -56,12 +57,12 @@ def begin(plan: Plan, stage: Stage, upstream: tuple[str, ...], last_sign: float 
 
 
 def keep_ports(folder: Path, ports: dict[str, int]) -> None:
-    """A run that continues finds its served models where they were."""
+    """Record the ports of served models, which an attempt that continues uses again."""
     _write(folder / BEGUN, {**(read(folder, BEGUN) or {}), "ports": ports})
 
 
 def end_attempt(folder: Path, failed: str | None) -> None:
-    """Write down that the attempt is over, and why it failed if it did."""
+    """Record the end of the attempt. failed: why it failed; None if it did not."""
     record = read(folder, BEGUN) or {}
     last = record["attempts"][-1]
     last["seconds"] = time.time() - last["began"]
@@ -69,12 +70,12 @@ def end_attempt(folder: Path, failed: str | None) -> None:
 
 
 def finish(plan: Plan, stage: Stage, upstream: tuple[str, ...], command: list[str]) -> None:
-    """Declare `stage` done: the last thing that is written of it."""
+    """Write `stage.json`, which declares `stage` done."""
     folder = plan.folder_of(stage.name)
     end_attempt(folder, None)
     begun = read(folder, BEGUN) or {}
-    made = digests.outputs(folder)
-    settings = identity.settings(plan, stage, finished=True)
+    outputs = fingerprint.outputs(folder)
+    settings = fingerprint.settings(plan, stage, finished=True)
     attempts = begun["attempts"]
     record = {
         "stage": stage.name,
@@ -83,13 +84,13 @@ def finish(plan: Plan, stage: Stage, upstream: tuple[str, ...], command: list[st
         "upstream": list(upstream),
         "command": command,
         "directory": str(Path.cwd()),
-        "told": plan.resolve(stage.told, _urls(stage)),
+        "told": plan.resolve(stage.settings, _urls(stage)),  # named as in older manifests
         "settings": settings,
-        "settings_digest": digests.of_value(settings),
-        # Those it began with: had one changed meanwhile, it would be stale from the start.
+        "settings_digest": fingerprint.digest_of_value(settings),
+        # The inputs at the beginning: if one has changed since, the stage is stale at once.
         "inputs": begun["inputs"],
-        "outputs": made,
-        "digest": digests.of_outputs(made),
+        "outputs": outputs,
+        "digest": fingerprint.digest_of_outputs(outputs),
         "seed": plan.seed,
         "versions": versions(),
         "git": git_commit(),
@@ -104,8 +105,8 @@ def finish(plan: Plan, stage: Stage, upstream: tuple[str, ...], command: list[st
     fsync(folder)
 
 
-def has_made_something(folder: Path) -> bool:
-    """Whether an attempt got further than its start."""
+def has_outputs(folder: Path) -> bool:
+    """Return whether an attempt wrote more than a start does."""
     if not folder.is_dir():
         return False
     names = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
@@ -113,7 +114,8 @@ def has_made_something(folder: Path) -> bool:
 
 
 def git_commit() -> dict[str, Any] | None:
-    """The commit of the working directory and whether files differ from it; None outside git."""
+    """Return the commit of the working directory and whether files differ from it; None outside
+    git."""
     try:
         commit = _git("rev-parse", "HEAD")
         return {"commit": commit, "changed": bool(_git("status", "--porcelain", "-uno"))}
@@ -122,10 +124,10 @@ def git_commit() -> dict[str, Any] | None:
 
 
 def _git(*arguments: str) -> str:
-    done = subprocess.run(
-        ["git", *arguments], capture_output=True, text=True, check=True, timeout=30
-    )
-    return done.stdout.strip()
+    command = ["git", *arguments]
+    return subprocess.run(
+        command, capture_output=True, text=True, check=True, timeout=30
+    ).stdout.strip()
 
 
 def _urls(stage: Stage) -> dict[str, str]:

@@ -1,0 +1,26 @@
+"""The process of a stage `make`: `python -m megatron_r1.workflow.function_stage RECIPE.yaml` calls
+one Python function.
+
+The function gets the stage's folder, where it writes its files, and its arguments by name. The
+folder is empty: files of attempts that were killed are removed before.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import yaml
+
+from megatron_r1.user_code import find_function
+
+
+def main(recipe: Path) -> None:
+    """Call the function. recipe: YAML with `function`, `folder` and `arguments`."""
+    call = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+    function = find_function(call["function"])
+    function(Path(call["folder"]), **call["arguments"])
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
