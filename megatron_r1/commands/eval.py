@@ -79,7 +79,10 @@ async def _evaluate(config: Config, folder: RunFolder, sets: list[QuestionSet]) 
         lines = [json.dumps(line, ensure_ascii=False) for line in _question_lines(sets)]
         atomic_write(folder.path / "questions.jsonl", "\n".join(lines) + "\n")
         for questions in sets:
-            await grader.check(questions.prompts, f"benchmark {questions.title}, ")
+            try:
+                await grader.check(questions.prompts)
+            except UserError as error:
+                raise UserError(f"benchmark {questions.title}, {error}") from None
         if sampler.num_missing:
             await policy.start()
         await sampler.run()

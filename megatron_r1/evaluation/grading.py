@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,60 +16,89 @@ from megatron_r1.rewards.combine import ACCURACY, combine
 from megatron_r1.rewards.options import FORM_REWARDS, call_fields
 from megatron_r1.rewards.runtime.pool import RewardPool
 
+Options = Mapping[str, Mapping[str, Any]]
+
+
+class RewardTerms:
+    """Calls terms of `rewards.weights`; accuracy is the reward of the prompt's own kind."""
+
+    def __init__(self, pool: RewardPool, options: Options) -> None:
+        """options: `rewards.options`."""
+        self._pool, self._options = pool, options
+
+    async def grade(
+        self,
+        terms: Sequence[str],
+        prompt: Prompt,
+        text: str,
+        num_tokens: int | None,
+        opened: bool,
+    ) -> dict[str, Grade]:
+        """Return term → grade. num_tokens: None if unknown. opened: the prompt ended with
+        `<think>`. Raises ValueError for a reward that cannot be used, RuntimeError for a service
+        that is down."""
+        facts: dict[str, object] = {"question": prompt.question}
+        if num_tokens is not None:
+            facts["num_tokens"] = num_tokens
+        if opened:
+            facts["opened"] = True
+        grades = await asyncio.gather(*(self._call(term, prompt, text, facts) for term in terms))
+        return dict(zip(terms, grades, strict=True))
+
+    async def check(
+        self, terms: Collection[str], prompts: Sequence[Prompt], opened: bool = False
+    ) -> None:
+        """Call every term and every kind of prompt's own reward once.
+
+        Raises UserError for one that cannot be imported or cannot grade what it is called with: a
+        truth it does not understand, an option, a field or a program it lacks (`find_fault`).
+        """
+        for prompt in one_of_each(prompts):
+            for term in dict.fromkeys((ACCURACY, *terms)):
+
+                async def grade(text: str, term: str = term, prompt: Prompt = prompt) -> Grade:
+                    return (await self.grade([term], prompt, text, 0, opened))[term]
+
+                kind = _kind(term, prompt)
+                if fault := await find_fault(kind, prompt.truth, grade):
+                    name = f"rewards.weights.{term}: it"
+                    if term == ACCURACY:
+                        name = f"question {prompt.id}: its {kind} answer"
+                    raise UserError(f"{name} {fault}; see rewards.options.{kind}")
+
+    async def _call(
+        self, term: str, prompt: Prompt, text: str, facts: Mapping[str, object]
+    ) -> Grade:
+        kind = _kind(term, prompt)
+        truth = None if term != ACCURACY and kind in FORM_REWARDS else prompt.truth
+        fields = call_fields(kind, self._options, prompt.fields, facts)
+        return await self._pool.grade(kind, text, truth, **fields)
+
 
 class Grader:
-    """Calls the rewards as a training run does."""
+    """Grades a `TextResponse` by constant weights."""
 
-    def __init__(
-        self,
-        pool: RewardPool,
-        weights: Mapping[str, float],
-        options: Mapping[str, Mapping[str, Any]],
-    ) -> None:
+    def __init__(self, pool: RewardPool, weights: Mapping[str, float], options: Options) -> None:
         """weights: reward term → weight in the sum. options: `rewards.options`."""
-        self._pool, self._weights, self._options = pool, weights, options
+        self._rewards, self._weights = RewardTerms(pool, options), weights
         self._terms = list(dict.fromkeys((ACCURACY, *weights)))
 
     async def grade(self, prompt: Prompt, response: TextResponse) -> TextResponse:
         """Return the response with its rewards; with the reason alone if a grader failed on it.
 
-        Raises ValueError for a reward that cannot be used, RuntimeError for a service that is down.
+        Raises as `RewardTerms.grade`.
         """
-        calls = (self._call(term, prompt, response) for term in self._terms)
-        grades = dict(zip(self._terms, await asyncio.gather(*calls), strict=True))
+        grades = await self._rewards.grade(
+            self._terms, prompt, response.text, response.num_tokens, response.opened
+        )
         reward = combine(grades, self._weights)
         if failed := [t for t in reward.ungraded if t == ACCURACY or self._weights.get(t)]:
             return replace(response, rewards={}, reward=None, reason=grades[failed[0]].reason)
         return replace(response, rewards=reward.terms, reward=reward.total, reason=reward.reason)
 
-    async def check(self, prompts: Sequence[Prompt], where: str = "") -> None:
-        """Call every term once for every kind of prompt.
-
-        where: begins the error's message. Raises UserError for a reward that cannot be used.
-        """
-        for prompt in one_of_each(prompts):
-            for term in self._terms:
-                kind = _kind(term, prompt)
-
-                async def grade(response: str, term: str = term, prompt: Prompt = prompt) -> Grade:
-                    return await self._call(term, prompt, TextResponse(response, 0))
-
-                if fault := await find_fault(kind, prompt.truth, grade):
-                    raise UserError(
-                        f"{where}question {prompt.id}: its {kind} answer {fault}; see "
-                        f"rewards.options.{kind}"
-                    )
-
-    async def _call(self, term: str, prompt: Prompt, response: TextResponse) -> Grade:
-        kind = _kind(term, prompt)
-        truth = None if term != ACCURACY and kind in FORM_REWARDS else prompt.truth
-        facts: dict[str, object] = {"question": prompt.question}
-        if response.num_tokens is not None:
-            facts["num_tokens"] = response.num_tokens
-        if response.opened:
-            facts["opened"] = True
-        fields = call_fields(kind, self._options, prompt.fields, facts)
-        return await self._pool.grade(kind, response.text, truth, **fields)
+    async def check(self, prompts: Sequence[Prompt]) -> None:
+        """Raise UserError for a reward that cannot be used."""
+        await self._rewards.check(self._terms, prompts)
 
 
 def _kind(term: str, prompt: Prompt) -> str:
