@@ -1,9 +1,13 @@
-"""Policy-gradient estimators: a module each, found by the name a recipe gives (`rl.algorithm`).
+"""Policy-gradient estimators: one module each, named as in a recipe (`rl.algorithm`).
 
-A module's docstring is its definition, with its source. The controller imports it too, so it
-imports neither torch nor Megatron at module level; losses and token advantages are named as
-"module:function" and run on the trainer. Defaults and rules of the settings are in
-`config/algorithms.py`.
+A module's docstring is its definition, with its source; `config/algorithms.py` has its defaults and
+the rules of its settings. It defines `advantages` and `loss`, and `token_advantages` if each token
+has its own. The controller imports the modules too, to compute advantages: they import torch and
+Megatron inside functions only.
+
+Notation: P prompts, G responses o_i to each, N responses in a mini-batch, |o_i| tokens of response
+i, ρ = π_θ / π_old of a token, "clip" = min(ρ A, clip(ρ, 1 - ε_low, 1 + ε_high) A). The loss is -J;
+prompt tokens and padding are masked in every sum over t.
 """
 
 from __future__ import annotations
@@ -11,6 +15,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from megatron_r1.config import RLConfig
 from megatron_r1.config.algorithms import AlgorithmRules, rules_of
@@ -18,15 +23,14 @@ from megatron_r1.config.algorithms import AlgorithmRules, rules_of
 
 @dataclass(frozen=True)
 class Algorithm:
-    """An estimator: its rules, and what its module defines.
+    """An estimator: the rules of its settings, and what its module defines.
 
-    advantages: rewards of a rollout's groups, None for an ungraded response, → a number per
-    response: its advantage, 0 where ungraded; with `token_advantages` its reward or advantage, NaN
-    where ungraded.
-    loss: "module:function" of a `training.losses.Loss`.
-    token_advantages: "module:function" of a `training.token_advantages.TokenAdvantages`, which
-    gives every token its own advantage once the rollout is scored; None: all tokens of a response
-    share one.
+    advantages: maps the rewards of a rollout's groups, None for an ungraded response, to a number
+    per response: its advantage, 0 if ungraded. With `token_advantages` the number is the reward or
+    advantage that these are computed from, NaN if ungraded.
+    loss: "module:function" of a `training.losses.Loss`, called on the trainer ranks.
+    token_advantages: "module:function" of a `training.token_advantages.TokenAdvantages`, called
+    there once the rollout is scored; None where all tokens of a response share one advantage.
     """
 
     name: str
@@ -37,8 +41,18 @@ class Algorithm:
 
 
 def find(name: str) -> Algorithm:
-    """Return the algorithm called `name`. Raises ValueError for an unknown name."""
+    """Return the algorithm called `name`. Raises UserError for an unknown name."""
     rules = rules_of(name)
     module = importlib.import_module(f"{__name__}.{name}")
-    token_advantages = getattr(module, "TOKEN_ADVANTAGES", None)
-    return Algorithm(name, rules, module.advantages, module.LOSS, token_advantages)
+    token_advantages = getattr(module, "token_advantages", None)
+    return Algorithm(
+        name,
+        rules,
+        module.advantages,
+        _path(module.loss),
+        _path(token_advantages) if token_advantages else None,
+    )
+
+
+def _path(function: Callable[..., Any]) -> str:
+    return f"{function.__module__}:{function.__name__}"

@@ -1,13 +1,14 @@
 """GRPO: group relative policy optimization (DeepSeekMath, arXiv 2402.03300, section 4.1;
 DeepSeek-R1, arXiv 2501.12948, eq. 1-3).
 
-    A_i = (r_i - mean(r)) / std(r), over the G outputs of one question; the same for every token
-    J   = 1/G Σ_i 1/|o_i| Σ_t [ min(ρ A, clip(ρ, 1 - ε_low, 1 + ε_high) A) - β KL(π_θ ‖ π_ref) ]
+    A_i = (r_i - mean(r)) / std(r), over the G responses to one prompt; the same for every token
+    J   = 1/N Σ_i 1/|o_i| Σ_t [ min(ρ A_i, clip(ρ, 1 - ε_low, 1 + ε_high) A_i) - β KL(π_θ ‖ π_ref) ]
 
-with ρ = π_θ / π_old of token t; there is no critic. KL is in the loss, never in the reward, and
-`kl_estimator` says which estimate of it. Masked: prompts, and what follows the end of a response.
-`advantage_std` batch divides by the standard deviation of the rollout instead of the group's.
-The defaults of `rl` are R1-Zero's, so nothing is left to set here.
+with ρ = π_θ / π_old of token t; there is no critic. Advantages are normalised per group, the loss
+per sequence: the mean over a response's tokens, then over responses. KL is in the loss, never in
+the reward, and `kl_estimator` chooses its estimate. Masked: prompts, and what follows the end of a
+response. `advantage_std` batch divides by the standard deviation of the rollout instead of the
+group's. The defaults of `rl` are R1-Zero's, so GRPO sets none of its own.
 """
 
 from __future__ import annotations
@@ -22,33 +23,36 @@ if TYPE_CHECKING:
     from megatron_r1.training.losses import LossTerms
     from megatron_r1.training.packed import PackedBatch
 
-LOSS = "megatron_r1.rl.algorithms.grpo:loss"
-
 
 def advantages(groups: list[list[float | None]], rl: RLConfig) -> list[list[float]]:
-    """Group-relative; 0 for an ungraded output, and for all of a group whose rewards are equal."""
+    """Return group-relative advantages; 0 for an ungraded response, and for a whole group whose
+    rewards are equal."""
     by = "group" if rl.advantage_std == "group" else "none"
-    found = [group_advantages(g, divide_by=by, epsilon=rl.advantage_epsilon) for g in groups]
+    by_group = [group_advantages(g, divide_by=by, epsilon=rl.advantage_epsilon) for g in groups]
     if rl.advantage_std == "batch":
-        return over_batch_std(found, groups, rl.advantage_epsilon)
-    return found
+        return over_batch_std(by_group, groups, rl.advantage_epsilon)
+    return by_group
 
 
 def loss(batch: PackedBatch, head: Head, settings: dict[str, Any]) -> LossTerms:
-    """-J, of the advantages in the batch. settings: those of r1_kernels' policy_loss; `average` is
-    `rl.loss_average`, whose constant is max_response_tokens; importance_cap None leaves alone what
-    the engine's log-probabilities differ by. Needs batch.logprobs["old"], except at the policy they
-    are of, and, with kl_beta > 0, ["reference"]."""
+    """Return -J for the advantages in `batch`, as a sum and its denominator.
+
+    settings: those of r1_kernels' policy_loss, where `average` is `rl.loss_average` (`losses` says
+    what each is divided by), and `max_response_tokens`. With importance_cap None the difference
+    between the engine's and the trainer's log-probabilities is not corrected. Reads
+    batch.logprobs["reference"] if kl_beta > 0, and ["old"]; without "old" the policy itself is
+    taken for π_old (ratio 1).
+    """
     from megatron_r1.training.losses import LossTerms, denominator
 
     settings = dict(settings)
     average, limit = settings.pop("average"), settings.pop("max_response_tokens", None)
     assert limit or average != "constant", "a constant average is over max_response_tokens"
-    corrected = settings["importance_cap"] is not None
+    is_corrected = settings["importance_cap"] is not None
     terms = head.policy_loss(
         **settings,
         average="sequence" if average == "sequence" else "token",
-        rollout_logprobs=batch.rollout_logprobs if corrected else None,
+        rollout_logprobs=batch.rollout_logprobs if is_corrected else None,
         denominator=limit if average == "constant" else 1,
     )
     count = denominator(batch, average)
@@ -60,6 +64,6 @@ def loss(batch: PackedBatch, head: Head, settings: dict[str, Any]) -> LossTerms:
         "entropy/tokens": terms.entropy.sum(),
         "tokens": batch.is_response.sum(),
     }
-    if corrected:
+    if is_corrected:
         sums["importance/tokens"] = terms.importance.sum()
     return LossTerms(terms.loss, count, sums, {"ratio/max": terms.ratio.amax()})

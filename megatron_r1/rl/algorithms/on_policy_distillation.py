@@ -1,44 +1,37 @@
-"""On-policy distillation: the student writes, the teacher scores every token (reverse KL; MiniLLM,
-arXiv 2306.08543; GKD, arXiv 2306.13649, section 3; with one sample and discount 0 as
+"""On-policy distillation: the student samples, the teacher scores every token (reverse KL; MiniLLM,
+arXiv 2306.08543; GKD, arXiv 2306.13649, section 3; with one response and discount 0 as
 thinkingmachines.ai/blog/on-policy-distillation).
 
     A_i,t = log π_teacher(o_i,t) - log π_old(o_i,t)
     J     = 1/Σ_i |o_i| Σ_i Σ_t ρ A_i,t
 
-whose expected gradient at ρ = 1 is that of -KL(π_θ ‖ π_teacher) at the states the student visits;
-R1-Zero's wide clips hardly ever hold ρ.
-Rewards are measured and not used: an output that nobody could grade teaches as well. `discount`
-above 0 makes a token answer for those after it too (γ = 1: the whole sequence's KL). `teacher/kl`
-in the metrics is the mean of -A at discount 0. One output per question is enough.
+Its expected gradient at ρ = 1 is that of -KL(π_θ ‖ π_teacher) at the states that the student
+visits. R1-Zero's wide clips hardly ever bound ρ. Averaged per token; advantages are not normalised.
+Rewards are reported but not used: an ungraded response is trained on too. With `discount` γ above 0
+the advantage of a token includes those after it (γ = 1: the KL of whole responses). The metric
+`teacher/kl` is the mean of -A at discount 0. One response per prompt is enough.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from megatron_r1.rl.algorithms.grpo import LOSS
+from megatron_r1.rl.algorithms.grpo import loss
 
 if TYPE_CHECKING:
     from megatron_r1.config import RLConfig
     from megatron_r1.training.token_advantages import Scored
 
-__all__ = [
-    "LOSS",
-    "TOKEN_ADVANTAGES",
-    "advantages",
-    "token_advantages",
-]
-
-TOKEN_ADVANTAGES = "megatron_r1.rl.algorithms.on_policy_distillation:token_advantages"
+__all__ = ["advantages", "loss", "token_advantages"]
 
 
 def advantages(groups: list[list[float | None]], rl: RLConfig) -> list[list[float]]:
-    """None yet: the teacher's word is all that counts."""
+    """Return 0 for every response: `token_advantages` uses the teacher's scores alone."""
     return [[0.0] * len(rewards) for rewards in groups]
 
 
 def token_advantages(scored: Scored, settings: dict[str, Any]) -> None:
-    """Needs batch.logprobs["teacher"] beside ["old"]."""
+    """Replace the advantages; reads batch.logprobs["teacher"] and ["old"]."""
     for responses in scored.responses:
         logprobs = responses.batch.logprobs
         gaps = responses.whole(logprobs["teacher"] - logprobs["old"])

@@ -2,12 +2,12 @@
 
     A_i,t = r_i - β Σ_{s≥t} log(π_old / π_ref)_s
     A     ← (A - mean(A)) / std(A), over every response token of the rollout, on all ranks
-    J     = 1/Σ_i |o_i| Σ_i Σ_t min(ρ A, clip(ρ, 1 - ε, 1 + ε) A)
+    J     = 1/Σ_i |o_i| Σ_i Σ_t min(ρ A_i,t, clip(ρ, 1 - ε, 1 + ε) A_i,t)
 
-PPO without a critic: the reward comes with the last token, a KL penalty with each, and the
-baseline and the scale are the whole rollout's, so that one output per question is enough
-(`group_size` 1). `discount` weighs what is to come. Ungraded outputs have advantage 0 and count in
-neither mean nor deviation. Clip and β are those usual with PPO.
+PPO without a critic: the reward is on the last token, a KL penalty on each, and the whole rollout
+gives baseline and scale, so that one response per prompt is enough (`group_size` 1). Averaged per
+token. `discount` weighs later tokens. Ungraded responses have advantage 0 and count in neither mean
+nor deviation. Clip and β are those usual with PPO.
 """
 
 from __future__ import annotations
@@ -15,28 +15,22 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from megatron_r1.rl.advantages import ungraded_as_nan
-from megatron_r1.rl.algorithms.grpo import LOSS
+from megatron_r1.rl.algorithms.grpo import loss
 
 if TYPE_CHECKING:
     from megatron_r1.config import RLConfig
     from megatron_r1.training.token_advantages import Scored
 
-__all__ = [
-    "LOSS",
-    "TOKEN_ADVANTAGES",
-    "advantages",
-    "token_advantages",
-]
-
-TOKEN_ADVANTAGES = "megatron_r1.rl.algorithms.reinforce_pp:token_advantages"
+__all__ = ["advantages", "loss", "token_advantages"]
 
 
 def advantages(groups: list[list[float | None]], rl: RLConfig) -> list[list[float]]:
-    """The rewards; the trainer makes advantages of them."""
+    """Return the rewards, from which the trainer computes each token's advantage."""
     return ungraded_as_nan(groups)
 
 
 def token_advantages(scored: Scored, settings: dict[str, Any]) -> None:
+    """Replace the advantages."""
     from megatron_r1.training.token_advantages import reward_to_go
 
     reward_to_go(scored, settings)
