@@ -131,7 +131,7 @@ def _samples(row: Preference, text: ScoredText, hf: dict) -> list[Sample | None]
         tokens = text.encode(row.question, response, row.opened)
         if tokens and tokens[-1] == hf.get("pad_token_id"):
             raise ValueError(
-                f"{row.place}: the text ends with {text.decode(tokens[-1:])!r}, config.json's "
+                f"{row.location}: the text ends with {text.decode(tokens[-1:])!r}, config.json's "
                 "pad_token_id: transformers would read the score before it, vLLM behind it; end "
                 "reward_model.template with another token, or give config.json another pad_token_id"
             )

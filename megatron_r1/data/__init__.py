@@ -1,1 +1,1 @@
-"""What goes in: prompts and their truths, prompt templates, SFT examples, samplers over them."""
+"""Training data: prompts with truths, templates, SFT examples, preferences, samplers over them."""

@@ -1,8 +1,8 @@
 """Questions with their truths, split into train and held-out.
 
-A question is held out or not by the hash of its text alone, so the two sides stay disjoint whatever
-the seed, the size, the order or the file: a base model trained on one set of questions from here
-has not seen the held-out questions of another.
+A question is held out or not by the hash of its text alone. So the two sides stay disjoint for any
+seed, size, order and file: a base model trained on one set of questions has not seen the held-out
+questions of another.
 """
 
 import hashlib
@@ -14,18 +14,19 @@ from typing import Any
 
 from megatron_r1.data.records import missing, read_records, require_text
 from megatron_r1.data.tasks import generate_items
+from megatron_r1.errors import UserError
 from megatron_r1.rewards import resolve
 
 RESERVED_FIELDS = ("response", "truth", "kind")
 COLUMNS = "data.columns"
 WITHOUT_TRUTH = ("helpful", "logic", "safety")
-"""Rewards that compare with nothing, or with a field of their own."""
+"""Rewards without a truth: they compare with nothing, or with a field of their own."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """id: hash of the question, stable between runs. kind: the reward that grades it. truth: what
-    that reward compares with. fields: what else it is called with, plain JSON values."""
+    """A question. id: hash of its text, the same in all runs. kind: the reward that grades responses.
+    truth: what that reward compares with. fields: its other arguments, plain JSON values."""
 
     id: str
     question: str
@@ -36,7 +37,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class PromptSplit:
-    """No normalized question text occurs twice, within or between the two lists."""
+    """Train and held-out prompts; no normalized question occurs twice in the two lists."""
 
     train: list[Prompt]
     heldout: list[Prompt]
@@ -55,35 +56,36 @@ def load_prompts(
     num_heldout: int | None = None,
     heldout_fraction: float = 0.1,
 ) -> PromptSplit:
-    """Prompts from a file or from a reasoning-gym task.
+    """Read prompts from a file, or generate them with a reasoning-gym task.
 
     path: JSONL or Parquet rows with `question`, `truth` and optionally `kind` (default: `kind`,
     else math); other columns go to the reward. columns: our name → the file's.
-    task: a reasoning-gym dataset, made with `parameters` and `seed`. Without `kind` (or with
+    task: a reasoning-gym dataset, generated with `parameters` and `seed`. Without `kind` (or with
     "logic") its own scorer grades; any other kind gets the item's answer as its truth.
     heldout_path: a file that is held out whole, its questions dropped from train; without it, the
-    share `heldout_fraction` of all possible questions is. num_train, num_heldout: how many of each,
-    the first ones; None: all there are (a task needs the numbers).
-    Raises ValueError for a bad row (with file and line), an unknown task, parameter or kind, and
-    when there are not enough questions.
+    share `heldout_fraction` of all possible questions is held out. num_train, num_heldout: how many
+    of each, the first ones; None: all (a task needs the numbers).
+    Raises UserError for a bad row (with file and line), an unknown task, parameter or kind, and
+    where questions are too few.
     """
     if (path is None) == (task is None):
-        raise ValueError(f"give either data.path or data.task, got path={path}, task={task}")
+        raise UserError(f"give either data.path or data.task, got path={path}, task={task}")
     if not 0.0 <= heldout_fraction < 1.0:
-        raise ValueError(f"heldout_fraction must be at least 0 and below 1: {heldout_fraction}")
+        raise UserError(f"heldout_fraction must be at least 0 and below 1: {heldout_fraction}")
     if num_heldout and not heldout_fraction and heldout_path is None:
-        raise ValueError(f"num_heldout={num_heldout} needs heldout_fraction > 0 or a heldout_path")
+        raise UserError(f"num_heldout={num_heldout} needs heldout_fraction > 0 or a heldout_path")
     if kind is not None:
         resolve(kind)
     heldout = [] if heldout_path is None else list(_from_file(heldout_path, kind, columns))
     if path is not None:
-        prompts: Iterable[Prompt] = _from_file(path, kind, columns)
+        prompts = _from_file(path, kind, columns)
     else:
+        assert task is not None
         if num_train is None or (num_heldout is None and heldout_path is None):
-            raise ValueError(
-                f"task {task!r} makes any number of questions: set num_train and num_heldout"
+            raise UserError(
+                f"task {task!r} generates any number of questions: set num_train and num_heldout"
             )
-        # So many draws without enough new questions, and the task is taken to be exhausted.
+        # After this many items without enough new questions, the task is considered exhausted.
         num_attempts = 1_000 + 50 * (num_train + (num_heldout or 0))
         prompts = _from_task(task, dict(parameters or {}), seed, num_attempts, kind)
     fraction = heldout_fraction if heldout_path is None else 0.0
@@ -94,13 +96,13 @@ def load_prompts(
 
 
 def make_prompt(question: str, kind: str, truth: Any, fields: dict[str, Any]) -> Prompt:
-    """A prompt with its id, a hash of its normalized question."""
+    """Return a prompt whose id is a hash of its normalized question."""
     return Prompt(_digest(question).hex()[:16], question, kind, truth, fields)
 
 
 def one_of_each(prompts: Iterable[Prompt]) -> list[Prompt]:
-    """A prompt of every kind, language and set of fields, to try their rewards on: the row that
-    lacks a column must not be found out by the step that draws it."""
+    """Return one prompt of every kind, language and set of fields, on which to try their rewards: a
+    row without a needed column must not stop the run at the step that draws it."""
     chosen = {
         (prompt.kind, str(prompt.fields.get("language")), frozenset(prompt.fields)): prompt
         for prompt in prompts
@@ -109,14 +111,14 @@ def one_of_each(prompts: Iterable[Prompt]) -> list[Prompt]:
 
 
 def normalize(question: str) -> str:
-    """Text that two spellings of one question share: NFKC, case folded, white space collapsed."""
+    """Return the text that spellings of one question share: NFKC, folded case, single spaces."""
     return " ".join(unicodedata.normalize("NFKC", question).casefold().split())
 
 
-def is_heldout(question: str, fraction: float, of: str = "") -> bool:
-    """Whether this question belongs to the held-out share, by its text alone. of: what it is held
-    out of, where that is to be independent of what other data hold out."""
-    return int.from_bytes(_digest(of + question)[-8:], "big") < fraction * 2**64
+def is_heldout(question: str, fraction: float, salt: str = "") -> bool:
+    """Whether this question belongs to the held-out share, by its text alone. salt: makes the share
+    independent of those of other salts."""
+    return int.from_bytes(_digest(salt + question)[-8:], "big") < fraction * 2**64
 
 
 def _split(
@@ -126,25 +128,31 @@ def _split(
     num_train: int | None,
     num_heldout: int | None,
 ) -> PromptSplit:
-    sides = {False: {}, True: {prompt.id: prompt for prompt in heldout}}
     limits = {False: num_train, True: num_heldout if fraction else 0}
+    sides: dict[bool, dict[str, Prompt]] = {
+        False: {},
+        True: {prompt.id: prompt for prompt in heldout},
+    }
+
+    def is_full(side: bool) -> bool:
+        limit = limits[side]
+        return limit is not None and len(sides[side]) >= limit
+
     for prompt in prompts:
-        if all(limit is not None and len(sides[side]) >= limit for side, limit in limits.items()):
+        if is_full(False) and is_full(True):
             break
-        if prompt.id in sides[False] or prompt.id in sides[True]:
-            continue
         side = is_heldout(prompt.question, fraction)
-        if limits[side] is None or len(sides[side]) < limits[side]:
+        if prompt.id not in sides[False] and prompt.id not in sides[True] and not is_full(side):
             sides[side][prompt.id] = prompt
     return PromptSplit(list(sides[False].values()), list(sides[True].values())[:num_heldout])
 
 
-def _require(side: str, prompts: list[Prompt], wanted: int | None, source: object) -> None:
-    if not prompts and wanted is None and side == "train":
-        raise ValueError(f"{source}: it holds no questions to train on")
-    if len(prompts) < (wanted or 0):
-        raise ValueError(
-            f"{source}: only {len(prompts)} distinct {side} questions, {wanted} wanted; "
+def _require(side: str, prompts: list[Prompt], count: int | None, source: object) -> None:
+    if not prompts and count is None and side == "train":
+        raise UserError(f"{source}: it holds no questions to train on")
+    if len(prompts) < (count or 0):
+        raise UserError(
+            f"{source}: only {len(prompts)} distinct {side} questions, {count} wanted; "
             f"ask for fewer, change the held-out share, or make the questions more varied"
         )
 
@@ -152,15 +160,15 @@ def _require(side: str, prompts: list[Prompt], wanted: int | None, source: objec
 def _from_file(
     path: str | Path, kind: str | None, columns: Mapping[str, str] | None
 ) -> Iterator[Prompt]:
-    for place, row in read_records(path, columns, ("question", "truth", "kind")):
-        question = require_text(place, row, "question", COLUMNS)
+    for location, row in read_records(path, columns, ("question", "truth", "kind")):
+        question = require_text(location, row, "question", COLUMNS)
         row_kind = row.get("kind") or kind or "math"
         if "truth" not in row and row_kind not in WITHOUT_TRUTH:
-            raise ValueError(f"{place}: 'truth' {missing(row, 'truth', COLUMNS)}")
+            raise UserError(f"{location}: 'truth' {missing(row, 'truth', COLUMNS)}")
         try:
             resolve(row_kind)
         except (ValueError, AttributeError, TypeError) as error:
-            raise ValueError(f"{place}: {error}") from error
+            raise UserError(f"{location}: {error}") from error
         fields = {name: value for name, value in row.items() if name not in RESERVED_FIELDS}
         fields.pop("question")
         yield make_prompt(question, row_kind, row.get("truth"), fields)

@@ -1,4 +1,4 @@
-"""Items drawn without replacement, epoch after epoch, in an order that survives a restart."""
+"""Draws items without replacement, epoch after epoch, in an order that survives a restart."""
 
 import hashlib
 import random
@@ -6,15 +6,16 @@ from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar
 
 from megatron_r1.data.prompts import Prompt
+from megatron_r1.errors import UserError
 
 Item = TypeVar("Item")
 
 
 class EpochSampler(Generic[Item]):
-    """Draws from `items`; each epoch is a fresh shuffle that depends on (seed, epoch) only.
+    """Draws from `items`; each epoch is a new shuffle that depends on (seed, epoch) only.
 
-    key: text that identifies an item; a state is refused where the items have changed.
-    shuffled=False keeps them in their order, epoch after epoch.
+    key: returns the text that identifies an item; a state is refused after any has changed.
+    shuffled: False keeps the items in their order in every epoch.
     """
 
     def __init__(
@@ -38,8 +39,8 @@ class EpochSampler(Generic[Item]):
         self._order = self._shuffle()
 
     def next(self, n: int) -> list[Item]:
-        """The next `n` items; may run over the end of an epoch into the next, and repeat there."""
-        drawn = []
+        """Return the next `n` items; may run over the end of an epoch into the next."""
+        drawn: list[Item] = []
         while len(drawn) < n:
             if self.position == len(self._order):
                 self.epoch, self.position = self.epoch + 1, 0
@@ -51,11 +52,11 @@ class EpochSampler(Generic[Item]):
 
     @property
     def epoch_size(self) -> int:
-        """Items drawn in one epoch."""
+        """Number of items drawn in one epoch."""
         return len(self._order)
 
     def state_dict(self) -> dict[str, Any]:
-        """JSON: where the next draw starts, and what was being drawn from."""
+        """Return, as JSON, where the next draw starts and a fingerprint of the items."""
         return {
             "seed": self.seed,
             "epoch": self.epoch,
@@ -64,12 +65,12 @@ class EpochSampler(Generic[Item]):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues where `state` was taken. Raises ValueError if the items or the seed differ."""
-        for name, mine in (("fingerprint", self._fingerprint), ("seed", self.seed)):
-            if state[name] != mine:
+        """Continue where `state` was taken. Raises UserError if the items or the seed differ."""
+        for name, own in (("fingerprint", self._fingerprint), ("seed", self.seed)):
+            if state[name] != own:
                 what = "items" if name == "fingerprint" else name
-                raise ValueError(
-                    f"the checkpoint sampled other {what} ({state[name]}) than this run ({mine}); "
+                raise UserError(
+                    f"the checkpoint sampled other {what} ({state[name]}) than this run ({own}); "
                     f"restore the data settings or start a new run"
                 )
         self.epoch, self.position = state["epoch"], state["position"]
@@ -83,7 +84,7 @@ class EpochSampler(Generic[Item]):
 
 
 class PromptSampler(EpochSampler[Prompt]):
-    """Draws prompts; a state is refused where a question, a truth or a kind has changed."""
+    """Draws prompts; a state is refused after a question, a truth or a kind has changed."""
 
     def __init__(self, prompts: Sequence[Prompt], seed: int) -> None:
         super().__init__(

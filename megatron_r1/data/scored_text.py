@@ -1,12 +1,13 @@
-"""A question and a response as the tokens whose last one a reward model's score is read at.
+"""The tokens that a reward model scores for a question and a response, at the last of them.
 
-They are those that the model will be served with: what `rewards.reward_model` sends, tokenized as
-vLLM does.
+They equal those that the served model gets: the text that `rewards.reward_model` sends, tokenized
+as vLLM does.
 """
 
 from __future__ import annotations
 
 from megatron_r1.data.tokenizer import load_tokenizer
+from megatron_r1.errors import UserError
 from megatron_r1.rewards.remote.response_text import (
     Part,
     chat_messages,
@@ -18,38 +19,40 @@ CHECK_QUESTION, CHECK_RESPONSE = "What is 7 + 5?", "<think>7 + 5 = 12</think>The
 
 
 class ScoredText:
-    """The tokenizer of a Hugging Face folder with one way to show question and response."""
+    """The tokenizer of a Hugging Face folder with one template for question and response."""
 
     def __init__(self, model_path: str, template: str | None, part: Part, max_chars: int):
         """template: text with {question} and {response}; None: the tokenizer's chat template.
 
-        Raises ValueError for a folder without a tokenizer, or without a chat template that shows
-        what is to be scored.
+        part: of the response that is scored. max_chars: longer texts are shortened.
+        Raises UserError for a folder without a tokenizer, or without a chat template that shows the
+        scored part.
         """
         self.template, self.part, self.max_chars = template, part, max_chars
         self._tokenizer = load_tokenizer(model_path, "model.path")
         if template is None and not self._tokenizer.chat_template:
-            raise ValueError(
+            raise UserError(
                 f"reward_model.template: the tokenizer of {model_path} has no chat template; give "
                 'a text such as "User: {question}\\nAssistant: {response}<eos>"'
             )
         whole, summary = CHECK_RESPONSE, CHECK_RESPONSE.partition("</think>")[2]
         lengths = [len(self._tokens(CHECK_QUESTION, text)) for text in (whole, summary)]
-        # Chat templates of reasoning models drop the thought from what an assistant said.
+        # Chat templates of reasoning models drop the thought from assistant messages.
         if part == "response" and lengths[0] <= lengths[1]:
-            raise ValueError(
+            raise UserError(
                 f"reward_model.template: the chat template of {model_path} drops <think>…</think>, "
                 "which reward_model.part: response is to see; give a text with {question} and "
                 "{response}"
             )
 
     def encode(self, question: str, response: str, opened: bool = False) -> list[int] | None:
-        """Token ids; None for a response that has no such part, which serving does not score."""
+        """Return the token ids; None for a response without the scored part, which serving does not
+        score either."""
         asked, shown = prepare_texts(question, response, self.part, opened, self.max_chars)
         return None if shown.text is None else self._tokens(asked, shown.text)
 
     def decode(self, token_ids: list[int]) -> str:
-        """The text, special tokens included."""
+        """Return the text, special tokens included."""
         return self._tokenizer.decode(token_ids, skip_special_tokens=False)
 
     def _tokens(self, question: str, response: str) -> list[int]:

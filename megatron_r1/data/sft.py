@@ -6,34 +6,33 @@ from pathlib import Path
 
 from megatron_r1.data.records import read_records, require_text
 from megatron_r1.data.sampler import EpochSampler
+from megatron_r1.errors import UserError
 
 COLUMNS = "in sft.data, beside path, columns"
 
 
 @dataclass(frozen=True)
 class Example:
-    """prompt: text as the model sees it, template included; no loss there. response: the rest."""
+    """prompt: the text the model is given, template included, without loss. response: with loss."""
 
     prompt: str
     response: str
 
 
 def load_examples(path: str | Path, columns: Mapping[str, str] | None = None) -> list[Example]:
-    """The rows {"prompt", "response"} of a JSONL or Parquet file; `columns`: our name → the file's.
-
-    Raises ValueError with file and line for a bad row, and for a file without any.
-    """
+    """Return the rows {"prompt", "response"} of a JSONL or Parquet file; columns: our name → the
+    file's. Raises UserError with file and line for a bad row, and for a file without rows."""
     examples = [
-        Example(*(require_text(place, row, name, COLUMNS) for name in ("prompt", "response")))
-        for place, row in read_records(path, columns, ("prompt", "response"))
+        Example(*(require_text(location, row, name, COLUMNS) for name in ("prompt", "response")))
+        for location, row in read_records(path, columns, ("prompt", "response"))
     ]
     if not examples:
-        raise ValueError(f"{path}: it holds no examples")
+        raise UserError(f"{path}: it holds no examples")
     return examples
 
 
 class ExampleSampler(EpochSampler[Example]):
-    """Draws examples in shuffled epochs; see `EpochSampler` for order and state."""
+    """Draws examples; a state is refused after an example has changed."""
 
     def __init__(self, examples: Sequence[Example], seed: int, shuffled: bool = True) -> None:
         super().__init__(

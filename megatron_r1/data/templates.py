@@ -1,9 +1,11 @@
-"""How a question becomes the text the policy continues."""
+"""Prompt templates: how a question becomes the text that the policy continues."""
+
+from megatron_r1.errors import UserError
 
 PLACEHOLDER = "{problem}"
 
-# Applied by whoever holds the tokenizer: its own chat template.
 CHAT = "chat"
+"""Stands for the tokenizer's own chat template (`text.PromptText`)."""
 
 TEMPLATES: dict[str, str] = {
     # DeepSeek-R1 (arXiv 2501.12948), the template of R1-Zero.
@@ -20,17 +22,15 @@ TEMPLATES: dict[str, str] = {
 
 
 def find_template(template: str) -> str:
-    """The text of a template: a name of `TEMPLATES`, or the user's own text with `{problem}` in it.
+    """Return the text of a template: a name in `TEMPLATES`, or a text with `{problem}` in it.
 
-    Raises ValueError for a text without the placeholder, and for "chat", which is the tokenizer's.
+    Raises UserError for a text without the placeholder, ValueError for "chat".
     """
     if template == CHAT:
-        raise ValueError(
-            "the chat template belongs to the tokenizer: apply_chat_template renders it"
-        )
+        raise ValueError("the chat template belongs to the tokenizer: use apply_chat_template")
     text = TEMPLATES.get(template, template)
     if PLACEHOLDER not in text:
-        raise ValueError(
+        raise UserError(
             f"prompt template {template!r} is neither one of {', '.join([*TEMPLATES, CHAT])} "
             f"nor a text with {PLACEHOLDER} where the question goes"
         )
@@ -38,10 +38,10 @@ def find_template(template: str) -> str:
 
 
 def render(template: str, question: str) -> str:
-    """The prompt text. Braces in the question or elsewhere in the template stay as they are."""
+    """Return the prompt text. Braces in the question or elsewhere in the template stay."""
     return find_template(template).replace(PLACEHOLDER, question)
 
 
 def is_opened(prompt_text: str) -> bool:
-    """Whether a rendered prompt ends inside the thought: rewards take it as `opened`."""
+    """Whether a rendered prompt ends inside the thought, which rewards call `opened`."""
     return prompt_text.rstrip().endswith("<think>")

@@ -1,11 +1,13 @@
-"""Questions → prompt tokens, response tokens → text: the tokenizer and the template together."""
+"""Questions → prompt tokens, response tokens → text: a tokenizer with a template."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from megatron_r1.data.templates import find_template, is_opened, render
 from megatron_r1.data.tokenizer import load_tokenizer
+from megatron_r1.errors import UserError
 
 
 class PromptText:
@@ -17,54 +19,57 @@ class PromptText:
         template: str,
         keys: tuple[str, str] = ("model.path", "data.template"),
     ):
-        """opens_thought: whether prompts end with `<think>`, which responses then do not repeat.
-        keys: of the recipe that name the two, for the error.
+        """keys: the recipe's keys that name model and template, for errors.
 
-        Raises ValueError when the folder has no tokenizer, the tokenizer names no end token, or the
+        Sets opens_thought: whether prompts end with `<think>`, which responses then do not repeat.
+        Raises UserError if the folder has no tokenizer, the tokenizer names no end token, or the
         template is none.
         """
         self._chat = template == "chat"
         self._template = template if self._chat else find_template(template)
         self._tokenizer = load_tokenizer(model_path, keys[0])
         if self._chat and not self._tokenizer.chat_template:
-            raise ValueError(
+            raise UserError(
                 f"{keys[1]}: chat is the tokenizer's own, and that of {model_path} has none; "
                 "use r1_zero, plain or a text with {problem}"
             )
         if self._tokenizer.eos_token_id is None:
-            raise ValueError(f"model.path {model_path}: the tokenizer names no eos_token")
+            raise UserError(f"model.path {model_path}: the tokenizer names no eos_token")
         self.end: int = self._tokenizer.eos_token_id
         self.opens_thought = is_opened(self.render("?"))
 
     def render(self, question: str) -> str:
-        """The prompt as text, the tokenizer's own chat template applied where that is asked for."""
+        """Return the prompt as text."""
         if not self._chat:
             return render(self._template, question)
-        turns = [{"role": "user", "content": question}]
-        return self._tokenizer.apply_chat_template(
-            turns, add_generation_prompt=True, tokenize=False
-        )
+        return self._apply_chat_template(_turns(question), tokenize=False)
 
     def encode(self, question: str) -> list[int]:
-        """Token ids of the templated question, with what the tokenizer itself puts in front."""
+        """Return the prompt's token ids, with those that the tokenizer itself puts in front."""
         if self._chat:
-            turns = [{"role": "user", "content": question}]
-            encoded = self._tokenizer.apply_chat_template(turns, add_generation_prompt=True)
-            return list(encoded["input_ids"])
+            return list(self._apply_chat_template(_turns(question))["input_ids"])
         return self._tokenizer.encode(render(self._template, question))
 
     def fits(self, question: str, room: int) -> bool:
-        """Whether the prompt leaves a token of `room` for an answer."""
+        """Whether the prompt leaves at least one of `room` tokens for a response."""
         # A token is a byte at least, so most need not be encoded; normalization may double some.
         spare = room - len(self.encode("")) - 2 * len(question.encode("utf-8", "replace"))
         return spare > 0 or len(self.encode(question)) < room
 
     def encode_response(self, text: str) -> list[int]:
-        """Token ids of a response, with the end token."""
+        """Return the token ids of a response, with the end token."""
         return [*self._tokenizer.encode(text, add_special_tokens=False), self.end]
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """The text of a response. Tags may be special tokens, so only the end token is left out."""
+        """Return the text of a response without the end token. Other special tokens stay: tags may be
+        among them."""
         if token_ids and token_ids[-1] == self.end:
             token_ids = token_ids[:-1]
         return self._tokenizer.decode(list(token_ids), skip_special_tokens=False)
+
+    def _apply_chat_template(self, turns: list[dict[str, str]], **options: Any) -> Any:
+        return self._tokenizer.apply_chat_template(turns, add_generation_prompt=True, **options)
+
+
+def _turns(question: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": question}]
