@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """A mistake in a command, a recipe or a file of the user's.
+    """A mistake in a user's command, recipe or file.
 
     The message names the thing, its value and the remedy. The command line prints it without a
     traceback and exits with status 2; any other ValueError is a bug and keeps its traceback.
@@ -13,7 +13,7 @@ class UserError(ValueError):
 
 
 class TrainerError(RuntimeError):
-    """A trainer rank failed or vanished; the message says which and why."""
+    """A trainer rank failed or vanished; the message names it and the reason."""
 
 
 class TrainerLost(TrainerError):

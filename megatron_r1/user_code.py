@@ -1,4 +1,4 @@
-"""Functions of the user's own, named as "module:function"."""
+"""Users' own functions, named as "module:function"."""
 
 from __future__ import annotations
 
@@ -13,63 +13,63 @@ from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from typing import Any
 
-from megatron_r1.errors import did_you_mean
+from megatron_r1.errors import UserError, did_you_mean
 
 
 def find_function(path: str) -> Callable[..., Any]:
-    """path: "module:function"; modules are also found in the folder the command was started in.
+    """Import and return "module:function"; modules are also found in the working folder.
 
-    Raises ValueError where there is no such module or function, and what the module raises while
-    it is imported.
+    Raises UserError for an unknown module or function, and what the module raises at its import.
     """
     name, _, function = path.partition(":")
     if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # last: a folder of a user's may be called as a package is
+        sys.path.append(os.getcwd())  # last: a user's folder may have the name of a package
     try:
         module = importlib.import_module(name)
     except ModuleNotFoundError as error:
         if not f"{name}.".startswith(f"{error.name}."):
-            raise  # something that it imports itself
-        raise ValueError(
+            raise  # a module that it imports
+        raise UserError(
             f"{error}: neither installed nor in {os.getcwd()}; start in the folder that has it"
         ) from None
-    found = getattr(module, function, None)
-    if not callable(found):
-        public = [known for known in vars(module) if not known.startswith("_")]
-        raise ValueError(
+    value = getattr(module, function, None)
+    if not callable(value):
+        public = [name for name in vars(module) if not name.startswith("_")]
+        raise UserError(
             f"{module.__file__} has no function {function}{did_you_mean(function, public)}"
         )
-    return found
+    return value
 
 
 def source_of(function: str) -> str:
-    """Of the module of "module:function", which is not run. Raises ValueError where there is
-    none."""
+    """Return the source of the module in "module:function", without importing it. Raises UserError
+    if there is no such module."""
     module = function.partition(":")[0]
     importlib.invalidate_caches()
-    found = _below(os.getcwd(), module)  # first, as `python -m` has it, by which it is called
-    if found is None:
+    spec = _find_below(os.getcwd(), module)  # first, as with `python -m`, which runs it
+    if spec is None:
         with contextlib.suppress(ImportError, ValueError):
-            found = importlib.util.find_spec(module)
-    if found is None or not found.origin or not found.origin.endswith(".py"):
-        raise ValueError(
+            spec = importlib.util.find_spec(module)
+    if spec is None or not spec.origin or not spec.origin.endswith(".py"):
+        raise UserError(
             f"function {function}: no Python module {module} can be found from {Path.cwd()}"
         )
-    return Path(found.origin).read_text(encoding="utf-8")
+    return Path(spec.origin).read_text(encoding="utf-8")
 
 
-def _below(folder: str, module: str) -> ModuleSpec | None:
-    """A module found in `folder`, of whose packages none is imported, nor need be one: the finder
-    itself takes a folder in a folder for a package's only where the outer one has been imported."""
+def _find_below(folder: str, module: str) -> ModuleSpec | None:
+    """Find a module in `folder` without importing its parent packages, which may be plain folders:
+    `find_spec` with the dotted name would import them."""
     *packages, last = module.split(".")
-    found = PathFinder.find_spec(last, [str(Path(folder, *packages))])
-    return found if found and found.origin else None  # a mere folder may be called as a package is
+    spec = PathFinder.find_spec(last, [str(Path(folder, *packages))])
+    return spec if spec and spec.origin else None  # a plain folder may have a package's name
 
 
 def syntax_of(function: str) -> str:
-    """What the module of "module:function" says, comments and layout aside: results of one that
-    says the same may be used again. Raises ValueError as `source_of`, and for what is no Python."""
+    """Return the syntax tree of the module in "module:function" as text, without comments and layout:
+    results of an equal module may be used again. Raises UserError as `source_of` and for a syntax
+    error."""
     try:
         return ast.dump(ast.parse(source_of(function)))
     except SyntaxError as error:
-        raise ValueError(f"function {function}: {error}") from None
+        raise UserError(f"function {function}: {error}") from None

@@ -25,8 +25,8 @@ WITHOUT_TRUTH = ("helpful", "logic", "safety")
 
 @dataclass(frozen=True)
 class Prompt:
-    """A question. id: hash of its text, the same in all runs. kind: the reward that grades responses.
-    truth: what that reward compares with. fields: its other arguments, plain JSON values."""
+    """A question. id: hash of its text, the same in all runs. kind: the reward that grades its
+    responses, by comparison with `truth`. fields: that reward's other arguments, in JSON types."""
 
     id: str
     question: str

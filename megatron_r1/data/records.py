@@ -42,8 +42,8 @@ def read_records(
 
 
 def require_text(location: str, record: Record, name: str, renaming: str = "") -> str:
-    """Return record[name]. Raises UserError unless it is a string that is not blank. renaming: as in
-    `missing`."""
+    """Return record[name]; raises UserError unless it is a string that is not blank. renaming: as
+    in `missing`."""
     value = record.get(name)
     if not isinstance(value, str) or not value.strip():
         actual = f"is {value!r}" if name in record else missing(record, name, renaming)

@@ -52,7 +52,7 @@ class Shots:
         return hashlib.sha256(content.encode("utf-8", "replace")).hexdigest()[:16]
 
     def before(self, question: str) -> list[Shot]:
-        """Return the examples before `question`: in the file's order if all are shown, else as drawn."""
+        """Return the examples before `question`: all in the file's order, or some as drawn."""
         shots = [s for s in self.shots if normalize(s.question) != normalize(question)]
         if self._num_shots is None:
             return shots
@@ -82,8 +82,8 @@ class FewShotText(PromptText):
     """A `PromptText` whose encoded prompts begin with worked examples; `render` leaves them out."""
 
     def __init__(self, model_path: str, template: str, shots: Shots) -> None:
-        """Raises UserError also if the tokenizer's chat template drops the thoughts of earlier turns,
-        as those of reasoning models do: the examples would lack them."""
+        """Raises UserError also if the tokenizer's chat template drops the thoughts of earlier
+        turns, as those of reasoning models do: the examples would lack them."""
         super().__init__(model_path, template)
         self._shots = shots
         if self._chat:

@@ -61,8 +61,8 @@ class PromptText:
         return [*self._tokenizer.encode(text, add_special_tokens=False), self.end]
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """Return the text of a response without the end token. Other special tokens stay: tags may be
-        among them."""
+        """Return the text of a response without the end token. Other special tokens stay: tags may
+        be among them."""
         if token_ids and token_ids[-1] == self.end:
             token_ids = token_ids[:-1]
         return self._tokenizer.decode(list(token_ids), skip_special_tokens=False)
