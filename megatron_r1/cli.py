@@ -12,6 +12,7 @@ from importlib import metadata
 from typing import Any
 
 from megatron_r1 import config as configuration
+from megatron_r1.commands import torchrun
 from megatron_r1.config.keys import describe, switches
 from megatron_r1.config.overrides import parse_overrides
 from megatron_r1.errors import UserError, did_you_mean
@@ -24,14 +25,14 @@ VERBS = {
     "eval": "megatron_r1.commands.eval",
     "sample": "megatron_r1.commands.sample",
 }
-"""Each a module with `run(config)` and REQUIRED, the keys a recipe must set for it; perhaps
-IMPLIED, settings that the verb adds, and `check(config)`, which raises ValueError for settings that
-only the verb can judge."""
+"""Verbs that take a recipe. Each is a module with `run(config)` and REQUIRED, the keys that a
+recipe must set; optional are IMPLIED, settings that the verb adds, and `check(config)`, which
+raises UserError for settings that only the verb can check."""
 COMMANDS = {"score": "megatron_r1.commands.score"}
-"""Verbs that take no recipe: each a module with `run(config, *arguments)`, ARGUMENTS, what these
-are called, and SETTINGS, the sections and keys it reads."""
+"""Verbs that take no recipe. Each is a module with `run(config, *arguments)`, ARGUMENTS, the names
+of its arguments, and SETTINGS, the sections and keys that it reads."""
 PIPELINE = "pipeline"
-"""The verb that runs the others, with a recipe of its own kind."""
+"""The verb that runs other verbs, with a recipe of its own kind."""
 MODULES = {**VERBS, **COMMANDS, PIPELINE: "megatron_r1.commands.pipeline"}
 HELP = {"-h", "--help"}
 
@@ -49,9 +50,8 @@ Every key, its default and meaning: megatron-r1 keys, or keys rl sample.keep for
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit status: 0 done, 1 a failure at run time, 2 a mistake in the command or recipe, 130
-    stopped.
-    """
+    """Run a command and return its exit status: 0 done, 1 failed, 2 a mistake in the command or the
+    recipe, 130 stopped."""
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         return _dispatch(arguments)
@@ -61,7 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
     except RuntimeError as error:  # TrainerError, EngineError: the message is the diagnosis
         print(f"megatron-r1: {error}", file=sys.stderr)
         return 1
-    except BrokenPipeError:  # `| head` has seen enough
+    except BrokenPipeError:  # `| head` has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
@@ -80,8 +80,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _dispatch(arguments: list[str]) -> int:
     if not arguments or arguments[0] == "help" or HELP & set(arguments):
-        about = [argument for argument in arguments if argument not in {"help", *HELP}]
-        print(_help(about[0]) if about and about[0] in MODULES else USAGE)
+        topics = [argument for argument in arguments if argument not in {"help", *HELP}]
+        print(_help(topics[0]) if topics and topics[0] in MODULES else USAGE)
         return 0 if arguments else 2
     if arguments[0] in ("version", "--version"):
         print(f"megatron-r1 {metadata.version('megatron-r1')}")
@@ -101,25 +101,25 @@ def _dispatch(arguments: list[str]) -> int:
         raise UserError(f"{verb} needs a recipe: megatron-r1 {verb} RECIPE.yaml")
     recipe, *options = rest
     with quick_imports():
-        stage = importlib.import_module(VERBS[verb])
-    overrides = {**getattr(stage, "IMPLIED", {}), **_overrides(options)}
-    config = configuration.load(recipe, overrides, required=stage.REQUIRED)
-    if check := getattr(stage, "check", None):
+        command = importlib.import_module(VERBS[verb])
+    overrides = {**getattr(command, "IMPLIED", {}), **_overrides(options)}
+    config = configuration.load(recipe, overrides, required=command.REQUIRED)
+    if check := getattr(command, "check", None):
         check(config)
-    if _is_rank():
-        return _serve_as_rank(config, arguments)
-    stage.run(config)
+    if torchrun.is_rank():
+        return torchrun.serve_as_rank(config, arguments)
+    command.run(config)
     return 0
 
 
 def _help(verb: str) -> str:
-    """What the verb does, what it must be given, and the settings that are its own."""
+    """Return the help of `verb`: its purpose, required settings, and own settings."""
     module = importlib.import_module(MODULES[verb])
-    given = " ".join(getattr(module, "ARGUMENTS", ("RECIPE.yaml",)))
+    parameters = " ".join(getattr(module, "ARGUMENTS", ("RECIPE.yaml",)))
     required = ", ".join(getattr(module, "REQUIRED", ()))
     own = getattr(module, "SETTINGS", (verb.replace("-", "_"),))
     parts = [
-        f"usage: megatron-r1 {verb} {given} [--section.key value …]",
+        f"usage: megatron-r1 {verb} {parameters} [--section.key value …]",
         inspect.getdoc(module),
         f"The recipe has to set {required}." if required else None,
         _describe_keys(own),
@@ -142,8 +142,8 @@ def _run_pipeline(rest: list[str]) -> int:
 def _run_command(verb: str, rest: list[str]) -> int:
     command = importlib.import_module(COMMANDS[verb])
     count = len(command.ARGUMENTS)
-    given, options = rest[:count], rest[count:]
-    if len(given) < count or any(argument.startswith("--") for argument in given):
+    values, options = rest[:count], rest[count:]
+    if len(values) < count or any(value.startswith("--") for value in values):
         raise UserError(f"usage: megatron-r1 {verb} {' '.join(command.ARGUMENTS)} [--key value …]")
     overrides = _overrides(options)
     config = configuration.from_overrides(overrides)
@@ -151,7 +151,7 @@ def _run_command(verb: str, rest: list[str]) -> int:
         if not any(f"{key}.".startswith(f"{setting}.") for setting in command.SETTINGS):
             used = ", ".join(command.SETTINGS)
             raise UserError(f"--{key}: {verb} does not read it; it reads {used}")
-    command.run(config, *given)
+    command.run(config, *values)
     return 0
 
 
@@ -159,26 +159,7 @@ def _overrides(options: list[str]) -> dict[str, Any]:
     return parse_overrides(options, switches(configuration.Config))
 
 
-def _describe_keys(wanted: Sequence[str]) -> str:
+def _describe_keys(names: Sequence[str]) -> str:
     from megatron_r1.workflow.recipe import Recipe
 
-    return describe([configuration.Config, Recipe], wanted)
-
-
-def _is_rank() -> bool:
-    """Whether torchrun, or srun in its manner, started this process as a trainer rank."""
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
-
-
-def _serve_as_rank(config: configuration.Config, arguments: list[str]) -> int:
-    """Be a trainer rank; rank 0 also starts the controller and takes over its exit status."""
-    with quick_imports():
-        from megatron_r1.commands import launch
-        from megatron_r1.training import worker
-
-    if int(os.environ["RANK"]) != 0:
-        worker.serve_under_torchrun(config, None)
-        return 0
-    controller, address = launch.start_controller(arguments)
-    worker.serve_under_torchrun(config, address)
-    return controller.wait()
+    return describe([configuration.Config, Recipe], names)

@@ -66,9 +66,9 @@ def _find_below(folder: str, module: str) -> ModuleSpec | None:
 
 
 def syntax_of(function: str) -> str:
-    """Return the syntax tree of the module in "module:function" as text, without comments and layout:
-    results of an equal module may be used again. Raises UserError as `source_of` and for a syntax
-    error."""
+    """Return the syntax tree of the module in "module:function" as text, without comments and
+    layout: results of an equal module may be used again. Raises UserError as `source_of` and for a
+    syntax error."""
     try:
         return ast.dump(ast.parse(source_of(function)))
     except SyntaxError as error:

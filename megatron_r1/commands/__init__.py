@@ -1,1 +1,1 @@
-"""What a person launches: each stage sets up the roles it needs and runs its loop."""
+"""The command line's verbs, one module each: it sets up the roles it needs and runs them."""

@@ -1,4 +1,4 @@
-"""What eval and sample have in common: a folder of answers, and an end by Ctrl-C or a scheduler."""
+"""What eval and sample share: a locked folder of responses, and an end by signal."""
 
 from __future__ import annotations
 
@@ -8,20 +8,21 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 from megatron_r1.config import Config
+from megatron_r1.errors import UserError
 from megatron_r1.reporting.run_folder import RunFolder
 
 
 def run_in_folder(
-    config: Config, what: str, body: Callable[[RunFolder], Coroutine[Any, Any, None]]
+    config: Config, name: str, body: Callable[[RunFolder], Coroutine[Any, Any, None]]
 ) -> None:
-    """Run `body` with run.folder locked. what: is written into it, for the error.
+    """Run `body` with run.folder locked. name: of the work, for errors.
 
-    Raises ValueError where it is a training run's, KeyboardInterrupt when asked to stop.
+    Raises UserError if the folder is that of a training run, KeyboardInterrupt when asked to stop.
     """
     folder = RunFolder(config.run.folder)
     if folder.metrics_path.exists() or folder.checkpoints.exists():
-        raise ValueError(
-            f"run.folder {folder.path} is that of a training run: give {what} a folder of its own, "
+        raise UserError(
+            f"run.folder {folder.path} is that of a training run: give {name} a folder of its own, "
             "and the run as model.path"
         )
     with folder:
@@ -33,6 +34,7 @@ def run_in_folder(
 
 async def _stoppable(body: Coroutine[Any, Any, None]) -> None:
     task = asyncio.current_task()
+    assert task is not None
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, task.cancel)
     await body

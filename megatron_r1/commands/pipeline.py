@@ -1,18 +1,18 @@
-"""R1's stages as a graph: run what is not done, say what is stale, report on all. See
+"""Runs commands as a graph of stages: those not done, unless some are stale, with one report. See
 docs/pipeline.md."""
 
 from __future__ import annotations
 
 import importlib
-import os
 import shlex
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from megatron_r1.commands.torchrun import is_rank
 from megatron_r1.config.yaml_text import as_text
-from megatron_r1.errors import did_you_mean
+from megatron_r1.errors import UserError, did_you_mean
 from megatron_r1.reporting.run_folder import RunFolder, is_locked
 from megatron_r1.workflow import serving
 from megatron_r1.workflow.check import check, missing_files
@@ -26,10 +26,11 @@ from megatron_r1.workflow.status import State, examine_all, stale_text, status_l
 
 
 def run(path: str, overrides: Mapping[str, Any], verbs: Mapping[str, str]) -> None:
-    """verbs: name → module, of what stages may run. Raises ValueError before anything runs,
-    RuntimeError when a stage fails, KeyboardInterrupt when it was asked to stop."""
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        raise ValueError(
+    """Run the pipeline of the recipe at `path`. verbs: name → module of the verbs that stages may
+    use. Raises UserError before anything runs, RuntimeError when a stage fails, KeyboardInterrupt
+    when asked to stop."""
+    if is_rank():
+        raise UserError(
             "pipeline is one process and starts the others: give a stage the launch "
             '"torchrun --no-python …", and run pipeline itself without torchrun'
         )
@@ -56,7 +57,7 @@ def run(path: str, overrides: Mapping[str, Any], verbs: Mapping[str, str]) -> No
         return
     with RunFolder(root):
         for plan in plans:
-            _refuse(config, plan, graph, chosen)
+            _check_states(config, plan, graph, chosen)
         try:
             with Signals() as signals:
                 Executor(config, plans, graph, signals).run(chosen)
@@ -68,22 +69,22 @@ def run(path: str, overrides: Mapping[str, Any], verbs: Mapping[str, str]) -> No
 
 
 def _implied(verbs: Mapping[str, str], used: set[str]) -> dict[str, dict[str, Any]]:
-    """What each verb in use says beside a recipe, as sections."""
-    found: dict[str, dict[str, Any]] = {}
+    """Return the settings that each verb in use adds to a recipe, as sections."""
+    implied: dict[str, dict[str, Any]] = {}
     for verb in used & set(verbs):
         module = importlib.import_module(verbs[verb])
         for dotted, value in getattr(module, "IMPLIED", {}).items():
             section, _, key = dotted.partition(".")
-            found.setdefault(verb, {}).setdefault(section, {})[key] = value
-    return found
+            implied.setdefault(verb, {}).setdefault(section, {})[key] = value
+    return implied
 
 
 def _chosen(config: PipelineConfig, graph: Graph) -> list[str]:
-    """The stages to run, in order. Raises ValueError for a name that is no stage's."""
+    """Return the stages to run, in order. Raises UserError for an unknown name."""
     for key, name in (("only", config.only), ("until", config.until)):
         if name and name not in graph.upstream:
             near = did_you_mean(name, graph.order, "{}") or f"; there are {', '.join(graph.order)}"
-            raise ValueError(f"pipeline.{key}: no stage is called {name}{near}")
+            raise UserError(f"pipeline.{key}: no stage is called {name}{near}")
     if config.only:
         return [config.only]
     if config.until:
@@ -91,8 +92,9 @@ def _chosen(config: PipelineConfig, graph: Graph) -> list[str]:
     return graph.order
 
 
-def _refuse(config: PipelineConfig, plan: Plan, graph: Graph, chosen: list[str]) -> None:
-    """Raises ValueError for stale stages that may not be redone, and for `only` too early."""
+def _check_states(config: PipelineConfig, plan: Plan, graph: Graph, chosen: list[str]) -> None:
+    """Raise UserError for stale stages without `pipeline.rerun`, and for `pipeline.only` with a
+    stage that needs others first."""
     statuses = examine_all(plan, graph)
     if config.only:
         not_done = [
@@ -101,13 +103,13 @@ def _refuse(config: PipelineConfig, plan: Plan, graph: Graph, chosen: list[str])
             if statuses[name].state is not State.DONE
         ]
         if not_done:
-            raise ValueError(
+            raise UserError(
                 f"pipeline.only: {config.only} needs what is not done: {', '.join(not_done)}; "
                 f"--pipeline.until {config.only} runs that, too"
             )
     stale = {name: statuses[name] for name in chosen if statuses[name].state is State.STALE}
     if stale and not config.rerun:
-        raise ValueError(stale_text(plan, stale))
+        raise UserError(stale_text(plan, stale))
 
 
 def _print_status(plans: list[Plan], graph: Graph, chosen: list[str], is_running: bool) -> None:
@@ -118,7 +120,7 @@ def _print_status(plans: list[Plan], graph: Graph, chosen: list[str], is_running
 
 
 def _print_commands(plans: list[Plan], graph: Graph, chosen: list[str]) -> None:
-    """What would run, as lines of a shell; the recipes they name are written."""
+    """Print what would run, as shell commands, and write the recipes that they name."""
     for plan in plans:
         for name in chosen:
             stage = plan.stages[name]

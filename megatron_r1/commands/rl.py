@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from megatron_r1.commands.launch import run_stage
+from megatron_r1.commands.training_run import run_training
 from megatron_r1.config import Config
 from megatron_r1.data.prompts import PromptSplit, load_prompts
 from megatron_r1.data.sampler import PromptSampler
@@ -21,6 +21,7 @@ from megatron_r1.engine.recipe import (
     engine_settings,
     fleet_settings,
 )
+from megatron_r1.errors import UserError
 from megatron_r1.fleet.hosts.pool import HostPool
 from megatron_r1.fleet.placement import (
     check_room,
@@ -54,9 +55,9 @@ REQUIRED = ("run.folder", "model.path")
 
 
 def run(config: Config) -> None:
-    """Train for `run.steps` rollouts. Raises ValueError before any long work starts."""
+    """Train for `run.steps` rollouts. Raises UserError before any long work starts."""
     if config.model.init != "load":
-        raise ValueError("model.init: rl needs a model to start from; make one with sft, then load")
+        raise UserError("model.init: rl needs a model to start from; make one with sft, then load")
     config.model.require_language_head()
     hf = read_hf_config(config.model.path)
     if config.rl.routing_replay:
@@ -92,32 +93,32 @@ def run(config: Config) -> None:
             roles = (recorder, trainer, stop, supervisor)
             await _with_engines(config, *roles, text, prompts, hosts)
 
-    run_stage(config, "rl", facts, body, _next_commands(config))
+    run_training(config, "rl", facts, body, _next_commands(config))
 
 
 def _check_transport(transport: str) -> None:
     if transport in ("cuda_ipc", "nccl") and not gpu.is_usable():
-        raise ValueError(
+        raise UserError(
             f"push.transport: {transport} moves memory of GPUs, and there is none here; set shm, "
             "or gloo where engines are on other hosts"
         )
 
 
 def that_fit(prompts: PromptSplit, text: PromptText, room: int) -> PromptSplit:
-    """Without the questions that an engine has no room for, of which the user is told. Raises
-    ValueError where none is left to train on."""
+    """Return the prompts that an engine has room for, and print how many are left out. Raises
+    UserError where none is left to train on."""
     train = [prompt for prompt in prompts.train if text.fits(prompt.question, room)]
     heldout = [prompt for prompt in prompts.heldout if text.fits(prompt.question, room)]
     left_out = len(prompts.train) - len(train), len(prompts.heldout) - len(heldout)
     if any(left_out):
-        told = (
+        note = (
             f"{left_out[0]:,} questions and {left_out[1]:,} held-out ones are longer than the "
             f"{room:,} tokens an engine has room for, and left out; rollout.max_model_len, or the "
             "model's own limit, is that room"
         )
         if not train:
-            raise ValueError(f"no question is left to train on: {told}")
-        print(told, file=sys.stderr)
+            raise UserError(f"no question is left to train on: {note}")
+        print(note, file=sys.stderr)
     return PromptSplit(train, heldout)
 
 
@@ -147,25 +148,20 @@ async def _with_engines(
     prompts: PromptSplit,
     hosts: HostPool | None,
 ) -> None:
-    pool = RewardPool(
-        config.rewards.workers,
-        config.rewards.timeout_seconds,
-        config.rewards.memory_bytes,
-    )
-    logs, first_step = recorder.folder.path / "logs", recorder.state.step
-    fleet = _fleet(config, logs, first_step, recorder.view.message, hosts)
-    say = recorder.view.message
+    rewards, say = config.rewards, recorder.view.message
+    pool = RewardPool(rewards.workers, rewards.timeout_seconds, rewards.memory_bytes)
+    logs = recorder.folder.path / "logs"
+    fleet = _fleet(config, logs, recorder.state.step, say, hosts)
     teacher = teacher_fleet(config, logs, say) if config.teacher.path else None
     collector = RolloutCollector(fleet, pool, text, config.rewards, teacher)
-    log = SampleLog(recorder.folder.sample_log, recorder.view.message)
+    log = SampleLog(recorder.folder.sample_log, say)
     supervisor.watch_rollouts(collector)
     try:
         if not config.rl.sample_log:
-            await log.clear()  # what is in it would not be of this run's policies any more
+            await log.clear()  # old samples are not of this run's policies
         await collector.grader.check_rewards(prompts.train + prompts.heldout)
         recorder.view.phase("starting", f"trainer and {config.rollout.engines} x vLLM")
-        # Every engine gets the trainer's weights before it samples; those it starts with do not
-        # matter.
+        # version: every engine gets the trainer's weights before it samples.
         starts = [trainer.connect(), fleet.start(config.model.path, version=-1)]
         if teacher is not None:
             starts.append(teacher.start(config.teacher.path))
@@ -183,7 +179,7 @@ async def _with_engines(
                 TrainerPasses(config, trainer, bridge, recorder.state),
                 HeldoutEvaluation(config, collector, prompts.heldout, recorder),
             )
-            fleet.version = -1  # ranks that went back push versions that were pushed before
+            fleet.version = -1  # ranks that went back push earlier versions again
             try:
                 await session.begin()
                 async with growing(fleet, hosts):
@@ -225,8 +221,8 @@ def _fleet(
 
 
 def _model_as_pushed(config: Config) -> list[str]:
-    """Engine arguments for a model whose weights come by push: none are read from the folder, and
-    they are plain, also where the folder's are FP8, or FP8, also where the folder's are plain."""
+    """Return engine arguments for a model whose weights are pushed: the folder's weights are not
+    read, and `push.fp8` alone decides whether weights are FP8."""
     arguments = ["--load-format", "dummy"]
     if config.push.fp8 or "quantization_config" in read_hf_config(config.model.path):
         form = {"quantization_config": fp8.CONFIG if config.push.fp8 else None}
@@ -235,7 +231,7 @@ def _model_as_pushed(config: Config) -> list[str]:
 
 
 def _probes(config: Config, text: PromptText, prompts: PromptSplit) -> list[list[int]]:
-    """What engines are asked after every push."""
+    """Return the prompts that every engine answers after a push."""
     room = context_length(config) - PROBE_TOKENS
     first = prompts.train[: config.push.probes]
     return [text.encode(prompt.question)[:room] for prompt in first]

@@ -1,9 +1,9 @@
-"""`megatron-r1 score IN.jsonl OUT.jsonl`: every line graded by the reward it names.
+"""`megatron-r1 score IN.jsonl OUT.jsonl`: grades every line by the reward it names.
 
     {"kind": "math", "response": "…", "truth": "13"}  →  the same with "reward" and "reason"
 
 `--data.kind math` is the kind of lines that name none. As many lines come out as went in, in their
-order; what cannot be graded gets 0 and says why.
+order; a line that cannot be graded gets reward 0 and the reason.
 """
 
 from __future__ import annotations
@@ -14,16 +14,18 @@ import json
 import os
 import stat
 import sys
+import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from megatron_r1.commands.score_tally import ScoreTally
 from megatron_r1.config import Config
 from megatron_r1.data.records import describe_json_error
+from megatron_r1.errors import UserError
 from megatron_r1.files import atomic_writer
+from megatron_r1.reporting.wording import duration
 from megatron_r1.rewards.base import UNGRADED, Grade
 from megatron_r1.rewards.options import FACTS, call_fields
 from megatron_r1.rewards.remote.service import ServiceError
@@ -34,30 +36,37 @@ SETTINGS = ("rewards", "data.kind")
 PIPE = "-"
 RESERVED = ("kind", "response", "truth", "reward", "reason")
 
-# What is in memory at once: lines read and not yet written, whichever bound comes first.
+# Bounds of the lines in memory, those read and not yet written.
 MAX_OUTSTANDING_LINES = 4096
 MAX_OUTSTANDING_BYTES = 64 * 2**20
 MAX_LINE_BYTES = 64 * 2**20
 BATCH_BYTES = 2**20
 
-Options = dict[str, dict[str, Any]]
+PROGRESS_SECONDS = 5.0
+MAX_KINDS = 20
+"""Kinds whose mean reward is shown: a line may name anything."""
+FAILURES = {
+    "timeouts": "timed out",
+    "crashes": "crashes of a grader",
+    "out_of_memory": "out of memory",
+}
 
 
 def run(config: Config, source: str, target: str) -> None:
-    """Grade `source` into `target`, either of them "-" for a pipe, and print one line of summary.
+    """Grade `source` into `target`, "-" for a pipe, and print one line of summary.
 
-    Uses every core unless `rewards.workers` is given. `target` appears when all is done. Raises
-    ValueError for a source that cannot be read or a target that is no place for a file,
-    RuntimeError when no worker can be started, when nobody reads the output, and - once all lines
-    are written - when a served model failed or no line at all could be graded: nobody should train
-    on such zeros.
+    Uses every core unless `rewards.workers` is given. `target` appears when all lines are graded.
+    Raises UserError for a source that cannot be read or a target that cannot be written,
+    RuntimeError when no worker can be started or the reader of the output has ended. After all
+    lines are written it raises RuntimeError also where a served model failed or no line could be
+    graded: such zeros should not be trained on.
     """
     try:
         with _source(source) as lines, _target(target) as graded:
             tally = asyncio.run(_score(config, lines, graded))
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python flushes it once more at its exit
-        raise RuntimeError("whoever read the output has gone") from None
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python flushes stdout again at exit
+        raise RuntimeError("the reader of the output has ended") from None
     print(tally.summary(), file=sys.stderr if target == PIPE else sys.stdout)
     if tally.num_service_failures:
         raise RuntimeError(
@@ -71,14 +80,14 @@ def run(config: Config, source: str, target: str) -> None:
         )
 
 
-async def _score(config: Config, lines: BinaryIO, graded: BinaryIO) -> ScoreTally:
+async def _score(config: Config, lines: BinaryIO, graded: BinaryIO) -> _Tally:
     settings = config.rewards
     cores = len(os.sched_getaffinity(0))
     workers = settings.workers if "workers" in settings.model_fields_set else cores
     outstanding: deque[tuple[asyncio.Task, int]] = deque()
     try:
         async with RewardPool(workers, settings.timeout_seconds, settings.memory_bytes) as pool:
-            tally = ScoreTally(pool)
+            tally = _Tally(pool)
             grader = _LineGrader(pool, settings.options, config.data.kind, tally)
             await _stream(grader, lines, graded, tally, outstanding)
     finally:
@@ -90,11 +99,11 @@ async def _stream(
     grader: _LineGrader,
     lines: BinaryIO,
     graded: BinaryIO,
-    tally: ScoreTally,
+    tally: _Tally,
     outstanding: deque[tuple[asyncio.Task, int]],
 ) -> None:
     num_bytes, number = 0, 0
-    # In a thread: a pipe that is slow to say more must not stop the workers' replies.
+    # In a thread: waiting for a slow pipe must not delay the workers' replies.
     while batch := await asyncio.to_thread(_read_batch, lines):
         for line in batch:
             number += 1
@@ -110,9 +119,9 @@ async def _stream(
 
 
 async def _write_next(
-    outstanding: deque[tuple[asyncio.Task, int]], graded: BinaryIO, tally: ScoreTally
+    outstanding: deque[tuple[asyncio.Task, int]], graded: BinaryIO, tally: _Tally
 ) -> int:
-    """Writes the oldest line once it is graded; its bytes."""
+    """Write the oldest line once it is graded; return its size in bytes."""
     task, num_bytes = outstanding.popleft()
     record, grade = await task
     graded.write(_encode(record, grade))
@@ -120,28 +129,78 @@ async def _write_next(
     return num_bytes
 
 
+class _Tally:
+    """Counts lines and adds up rewards by kind; prints the progress to stderr now and then."""
+
+    def __init__(self, pool: RewardPool) -> None:
+        self._pool = pool
+        self._start = self._last_progress = time.perf_counter()
+        self.num_lines = self.num_ungraded = self.num_service_failures = 0
+        self.first_ungraded = self.first_service_failure = ""
+        self._rewards: dict[str, tuple[float, int]] = {}
+
+    def add(self, kind: object, grade: Grade) -> None:
+        self.num_lines += 1
+        if grade.reason.startswith(UNGRADED):
+            self.num_ungraded += 1
+            self.first_ungraded = self.first_ungraded or grade.reason
+        elif isinstance(kind, str) and (kind in self._rewards or len(self._rewards) < MAX_KINDS):
+            total, count = self._rewards.get(kind, (0.0, 0))
+            self._rewards[kind] = (total + grade.reward, count + 1)
+        now = time.perf_counter()
+        if now - self._last_progress >= PROGRESS_SECONDS:
+            self._last_progress = now
+            rate = self.num_lines / (now - self._start)
+            print(f"score: {self.num_lines:,} lines, {rate:,.0f}/s", file=sys.stderr, flush=True)
+
+    def service_failed(self, reason: str) -> None:
+        self.num_service_failures += 1
+        self.first_service_failure = self.first_service_failure or reason
+
+    def summary(self) -> str:
+        """Return the counts of lines, mean rewards by kind, failures and seconds, and on a second
+        line why the first ungraded line could not be graded."""
+        counts = self._pool.snapshot()
+        parts = [
+            f"{self.num_lines:,} lines",
+            f"{self.num_lines - self.num_ungraded:,} graded",
+            f"{self.num_ungraded:,} could not be graded",
+            *(f"{counts[name]:,} {what}" for name, what in FAILURES.items()),
+        ]
+        means = [
+            f"{kind} {total / count:.3f} ({count:,})"
+            for kind, (total, count) in sorted(self._rewards.items())
+        ]
+        seconds = duration(time.perf_counter() - self._start)
+        line = f"score: {', '.join(parts)}; mean reward {', '.join(means) or '-'}; {seconds}"
+        if self.num_ungraded:
+            line += f"\nscore: the first that could not: {self.first_ungraded}"
+        return line
+
+
 @dataclass(frozen=True)
 class _LineGrader:
-    """kind: of lines that name none."""
+    """Grades lines. options: `rewards.options`. kind: of lines that name none."""
 
     pool: RewardPool
-    options: Options
+    options: dict[str, dict[str, Any]]
     kind: str | None
-    tally: ScoreTally
+    tally: _Tally
 
     async def grade(self, number: int, line: bytes | None) -> tuple[dict[str, Any], Grade]:
-        """The line's fields, and the verdict on it or on the line itself."""
+        """Return the line's fields and its grade; a line that is no record is a field itself."""
         if line is None:
-            return {}, _refusal(f"line {number} is longer than {MAX_LINE_BYTES:,} bytes")
+            return {}, _ungraded(f"line {number} is longer than {MAX_LINE_BYTES:,} bytes")
         if not (stripped := line.strip()):
-            return {"line": ""}, _refusal(f"line {number} is blank")
+            return {"line": ""}, _ungraded(f"line {number} is blank")
         try:
             record = json.loads(stripped)
         except (ValueError, RecursionError) as error:
-            text, found = line.decode("utf-8", "replace").rstrip("\n"), describe_json_error(error)
-            return {"line": text}, _refusal(f"line {number} is not JSON: {found}")
+            text = line.decode("utf-8", "replace").rstrip("\n")
+            fault = describe_json_error(error)
+            return {"line": text}, _ungraded(f"line {number} is not JSON: {fault}")
         if not isinstance(record, dict):
-            return {"line": record}, _refusal(f"line {number} is not an object")
+            return {"line": record}, _ungraded(f"line {number} is not an object")
         if self.kind is not None:
             record.setdefault("kind", self.kind)
         return record, await self._grade_record(record)
@@ -149,8 +208,8 @@ class _LineGrader:
     async def _grade_record(self, record: dict[str, Any]) -> Grade:
         for name in ("kind", "response"):
             if not isinstance(record.get(name), str):
-                found = f"is {type(record[name]).__name__}" if name in record else "is missing"
-                return _refusal(f"{name!r} must be a string, it {found}")
+                actual = f"is {type(record[name]).__name__}" if name in record else "is missing"
+                return _ungraded(f"{name!r} must be a string, it {actual}")
         kind, truth = record["kind"], record.get("truth")
         fields = {name: value for name, value in record.items() if name not in RESERVED}
         facts = {name: fields.pop(name) for name in FACTS if name in fields}
@@ -159,28 +218,29 @@ class _LineGrader:
             return await self.pool.grade(kind, record["response"], truth, **arguments)
         except ServiceError as error:
             self.tally.service_failed(str(error))
-            return _refusal(str(error))
+            return _ungraded(str(error))
         except (ValueError, RecursionError) as error:
-            return _refusal(str(error))
+            return _ungraded(str(error))
 
 
-def _refusal(reason: str) -> Grade:
+def _ungraded(reason: str) -> Grade:
     return Grade(0.0, f"{UNGRADED}: {reason}")
 
 
 def _encode(record: dict[str, Any], grade: Grade) -> bytes:
-    kept = {name: value for name, value in record.items() if name not in ("reward", "reason")}
-    verdict = {"reward": grade.reward, "reason": grade.reason}
+    fields = {name: value for name, value in record.items() if name not in ("reward", "reason")}
+    result = {"reward": grade.reward, "reason": grade.reason}
     try:
-        return (json.dumps(kept | verdict, ensure_ascii=False) + "\n").encode()
-    except UnicodeEncodeError:  # half of a surrogate pair, which only an escape can say
-        return (json.dumps(kept | verdict) + "\n").encode()
+        return (json.dumps(fields | result, ensure_ascii=False) + "\n").encode()
+    except UnicodeEncodeError:  # a lone surrogate, which UTF-8 cannot encode but an escape can
+        return (json.dumps(fields | result) + "\n").encode()
     except RecursionError:
-        return (json.dumps(verdict) + "\n").encode()
+        return (json.dumps(result) + "\n").encode()
 
 
 def _read_batch(lines: BinaryIO) -> list[bytes | None]:
-    """The next lines, about BATCH_BYTES of them, none at the end; None for one that is too long."""
+    """Return the next lines, about BATCH_BYTES, or none at the end; None stands for a line that is
+    too long."""
     batch: list[bytes | None] = []
     num_bytes = 0
     while num_bytes < BATCH_BYTES and (line := lines.readline(MAX_LINE_BYTES)):
@@ -200,9 +260,9 @@ def _source(name: str) -> Iterator[BinaryIO]:
         yield sys.stdin.buffer
         return
     try:
-        file = open(name, "rb")  # noqa: SIM115 - closed below; its errors alone are the user's
+        file = open(name, "rb")  # noqa: SIM115 - closed below; only its own errors are the user's
     except OSError as error:
-        raise ValueError(f"{name}: {error.strerror}") from None
+        raise UserError(f"{name}: {error.strerror}") from None
     with file:
         yield file
 
@@ -215,10 +275,10 @@ def _target(name: str) -> Iterator[BinaryIO]:
         return
     path = Path(name).resolve()  # a link stays a link
     if path.exists() and not stat.S_ISREG(path.stat().st_mode):
-        raise ValueError(f"{name}: not a regular file; write to - for a pipe")
+        raise UserError(f"{name}: not a regular file; write to - for a pipe")
     with contextlib.ExitStack() as stack:
         try:
             file = stack.enter_context(atomic_writer(path))
         except OSError as error:
-            raise ValueError(f"{name}: {error.strerror}") from None
+            raise UserError(f"{name}: {error.strerror}") from None
         yield file

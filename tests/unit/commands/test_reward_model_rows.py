@@ -5,8 +5,8 @@ import json
 
 import pytest
 
-from megatron_r1.commands.epochs import with_steps
 from megatron_r1.commands.reward_model import RowSampler, load_rows
+from megatron_r1.commands.supervised import with_steps
 from megatron_r1.config import Config
 from megatron_r1.rewards.remote.response_text import response_part
 

@@ -1,0 +1,58 @@
+"""Commands under torchrun, or srun in its manner: every process it starts is a trainer rank, and
+rank 0 starts the controller, which runs the command."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import subprocess
+import sys
+
+from megatron_r1.config import Config
+from megatron_r1.processes import children
+from megatron_r1.processes.authentication import RANKS_ENVIRONMENT
+from megatron_r1.processes.imports import quick_imports
+from megatron_r1.processes.lifetime import die_with_parent
+
+PORT, WORLD_SIZE = "MEGATRON_R1_PORT", "MEGATRON_R1_WORLD_SIZE"
+"""Set for a controller that rank 0 started: the port that the ranks connect to; their number."""
+
+SPANS_HOSTS = "MEGATRON_R1_SPANS_HOSTS"
+"""Set for such a controller if the ranks are on several hosts."""
+
+TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def is_rank() -> bool:
+    """Whether torchrun started this process as a trainer rank."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def serve_as_rank(config: Config, arguments: list[str]) -> int:
+    """Be a trainer rank until the controller ends; return the exit status. Rank 0 starts the
+    controller with the command's `arguments` and returns its status."""
+    with quick_imports():
+        from megatron_r1.training import worker
+
+    if int(os.environ["RANK"]) != 0:
+        worker.serve_under_torchrun(config, None)
+        return 0
+    controller, address = _start_controller(arguments)
+    worker.serve_under_torchrun(config, address)
+    return controller.wait()
+
+
+def _start_controller(arguments: list[str]) -> tuple[subprocess.Popen, str]:
+    """Start the controller on this host; return it and the address for all ranks."""
+    port = children.free_port()
+    os.environ[RANKS_ENVIRONMENT] = secrets.token_hex(32)  # rank 0 sends it to the other ranks
+    environment = {k: v for k, v in os.environ.items() if k not in TORCHRUN}
+    environment |= {PORT: str(port), WORLD_SIZE: os.environ["WORLD_SIZE"]}
+    if os.environ.get("LOCAL_WORLD_SIZE", environment[WORLD_SIZE]) != environment[WORLD_SIZE]:
+        environment[SPANS_HOSTS] = "1"
+    controller = subprocess.Popen(
+        [sys.executable, "-m", "megatron_r1", *arguments],
+        env=environment,
+        preexec_fn=die_with_parent,
+    )
+    return controller, f"tcp://{os.environ['MASTER_ADDR']}:{port}"
