@@ -87,9 +87,9 @@ def run(config: Config) -> None:
     async def body(
         recorder: Recorder, trainer: TrainerClient, stop: StopRequest, supervisor: Supervisor
     ) -> None:
-        folder, say = recorder.folder.path, recorder.view.message
+        folder, notify = recorder.folder.path, recorder.view.message
         one_memory = config.push.on_one_host
-        async with open_pool(config.rollout, folder, one_memory, say) as hosts:
+        async with open_pool(config.rollout, folder, one_memory, notify) as hosts:
             roles = (recorder, trainer, stop, supervisor)
             await _with_engines(config, *roles, text, prompts, hosts)
 
@@ -148,13 +148,13 @@ async def _with_engines(
     prompts: PromptSplit,
     hosts: HostPool | None,
 ) -> None:
-    rewards, say = config.rewards, recorder.view.message
+    rewards, notify = config.rewards, recorder.view.message
     pool = RewardPool(rewards.workers, rewards.timeout_seconds, rewards.memory_bytes)
     logs = recorder.folder.path / "logs"
-    fleet = _fleet(config, logs, recorder.state.step, say, hosts)
-    teacher = teacher_fleet(config, logs, say) if config.teacher.path else None
+    fleet = _fleet(config, logs, recorder.state.step, notify, hosts)
+    teacher = teacher_fleet(config, logs, notify) if config.teacher.path else None
     collector = RolloutCollector(fleet, pool, text, config.rewards, teacher)
-    log = SampleLog(recorder.folder.sample_log, say)
+    log = SampleLog(recorder.folder.sample_log, notify)
     supervisor.watch_rollouts(collector)
     try:
         if not config.rl.sample_log:
@@ -198,14 +198,14 @@ def _fleet(
     config: Config,
     logs: Path,
     first_step: int,
-    say: Callable[[str], None],
+    notify: Callable[[str], None],
     hosts: HostPool | None,
 ) -> RolloutFleet:
     rollout = config.rollout
     return RolloutFleet(
         rollout.engines,
         logs,
-        notify=say,
+        notify=notify,
         make_server=server_maker(hosts),
         weight_transfer_backend=f"megatron_r1_{config.push.transport}",
         device=gpu.device(),

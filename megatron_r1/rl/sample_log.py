@@ -38,9 +38,9 @@ _NAME = re.compile(r"step_(\d{8,})\.log")
 class SampleLog:
     """The logs of a run's steps; for one process at a time, and there for one event loop."""
 
-    def __init__(self, folder: Path, say: Callable[[str], None] = lambda line: None) -> None:
-        """say: called with a message for the user where a file is damaged."""
-        self.folder, self._say = folder, say
+    def __init__(self, folder: Path, notify: Callable[[str], None] = lambda line: None) -> None:
+        """notify: called with a message for the user where a file is damaged."""
+        self.folder, self._notify = folder, notify
         self._thread = ThreadPoolExecutor(1, "sample-log")
         self._open: dict[Path, int] = {}
         self._unsynced: set[int] = set()
@@ -52,7 +52,7 @@ class SampleLog:
         path = self.folder / f"step_{step:08d}.log"
         log = await self._in_thread(lambda: StepLog(self, path))
         if log.num_damaged_bytes:
-            self._say(
+            self._notify(
                 f"{path}: {log.num_damaged_bytes:,} bytes are no whole record, as a kill leaves "
                 "them; whole records are used, the rest is sampled again"
             )

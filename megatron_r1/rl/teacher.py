@@ -1,5 +1,5 @@
-"""The teacher of on-policy distillation: engines that sample nothing and score every token that the
-student wrote (`RolloutFleet.score`). Their weights never change."""
+"""The teacher of on-policy distillation: engines that only score the tokens that the student sampled
+(`RolloutFleet.score`). Their weights never change."""
 
 from __future__ import annotations
 
@@ -18,28 +18,29 @@ from megatron_r1.engine.recipe import (
     fleet_settings,
     positions,
 )
+from megatron_r1.errors import UserError
 from megatron_r1.fleet.external import ExternalFleet
 from megatron_r1.fleet.rollout_fleet import RolloutFleet
 
 NUM_SHOWN = 5
-"""Tokens named in an error."""
+"""Differing tokens that an error names."""
 
 
-def teacher_fleet(config: Config, logs: Path, say: Callable[[str], None]) -> RolloutFleet:
-    """The engines of `teacher`, to be started on `teacher.path`."""
+def teacher_fleet(config: Config, logs: Path, notify: Callable[[str], None]) -> RolloutFleet:
+    """Return the engines of section `teacher`, to be started with the model `teacher.path`."""
     teacher = config.teacher
-    supervision = {**fleet_settings(teacher), "role": "teacher", "notify": say}
-    # vLLM samples one token after those it scores. Where that is beyond the model's positions it
-    # has to be allowed; nothing is computed there, as the token is not read again.
-    room = context_length(config) + 1
+    supervision = {**fleet_settings(teacher), "role": "teacher", "notify": notify}
+    # vLLM samples one token after those it scores. If that is beyond the model's positions it must
+    # be allowed; nothing is computed there, as the token is not an input.
+    max_model_len = context_length(config) + 1
     if teacher.url:
-        return ExternalFleet(teacher.url, logs, max_model_len=room, **supervision)
+        return ExternalFleet(teacher.url, logs, max_model_len=max_model_len, **supervision)
     return RolloutFleet(
         teacher.engines,
         logs,
         device=gpu.device(),
-        max_model_len=room,
-        prefix_caching=False,  # vLLM computes all of a prompt whose tokens it scores
+        max_model_len=max_model_len,
+        prefix_caching=False,  # vLLM computes the whole prompt if it scores its tokens
         extra_args=["--max-num-batched-tokens", str(teacher.tokens_at_once)],
         extra_env={"VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1"},
         **supervision,
@@ -48,17 +49,17 @@ def teacher_fleet(config: Config, logs: Path, say: Callable[[str], None]) -> Rol
 
 
 def check_teacher(config: Config) -> None:
-    """Refuse a teacher that cannot score what the student writes, and one that nobody asks.
+    """Refuse a teacher that cannot score the student's responses, and one that is not used.
 
     Raises:
-        ValueError: rl.algorithm wants one and there is none, or the other way round; the folder is
-            no model; its context is shorter than the student's; or a token that the student may
-            write is another one, or none, to it.
+        UserError: rl.algorithm needs a teacher and there is none, or the reverse; the folder is no
+            model; its context is shorter than the student's; the student samples otherwise than at
+            temperature 1; or the teacher has another token, or none, for one of the student's.
     """
     path, rollout, algorithm = config.teacher.path, config.rollout, config.rl.algorithm
     if bool(path) != rules_of(algorithm).teacher:
-        raise ValueError(
-            f"teacher.path: {path} would not be asked by rl.algorithm: {algorithm}; set that to "
+        raise UserError(
+            f"teacher.path: {path} would not be used by rl.algorithm: {algorithm}; set that to "
             "on_policy_distillation, or leave the teacher out"
             if path
             else f"rl.algorithm: {algorithm} learns from a teacher: set teacher.path to its folder"
@@ -68,29 +69,32 @@ def check_teacher(config: Config) -> None:
     hf = _hf_config(path)
     if not config.teacher.url:
         check_ranks(config.teacher, hf, "teacher")
-    room, wanted = positions(Path(path) / "config.json", "teacher.path"), context_length(config)
-    if room < wanted:
-        raise ValueError(
+    room, needed = positions(Path(path) / "config.json", "teacher.path"), context_length(config)
+    if room < needed:
+        raise UserError(
             f"teacher.path {path} has {room} positions (max_position_embeddings), and the student "
-            f"writes up to {wanted} tokens with the prompt; set rollout.max_model_len: {room}"
+            f"writes up to {needed} tokens with the prompt; set rollout.max_model_len: {room}"
         )
     if (rollout.temperature, rollout.top_p) != (1.0, 1.0):
-        raise ValueError(
+        raise UserError(
             f"rollout.temperature: {rollout.temperature:g}, rollout.top_p: {rollout.top_p:g}: the "
             "teacher scores at temperature 1 without a cut, which has to be the student's "
             "distribution too; set both to 1"
         )
     student = _hf_config(config.model.path)
-    own, known = (_language(one).get("vocab_size", 0) for one in (student, hf))
+    own, known = (_language_settings(config).get("vocab_size", 0) for config in (student, hf))
     if known < own:
-        raise ValueError(
+        raise UserError(
             f"teacher.path {path} knows tokens 0 … {known - 1}, and the student may write any of "
             f"0 … {own - 1}; choose a teacher with a vocab_size of at least {own}"
         )
-    own = load_tokenizer(config.model.path, "model.path")
-    difference = differing_tokens(own.get_vocab(), load_tokenizer(path, "teacher.path").get_vocab())
+    vocabularies = (
+        load_tokenizer(folder, key).get_vocab()
+        for folder, key in ((config.model.path, "model.path"), (path, "teacher.path"))
+    )
+    difference = differing_tokens(*vocabularies)
     if difference:
-        raise ValueError(
+        raise UserError(
             f"teacher.path {path}: its tokenizer is not the student's ({config.model.path}), so "
             f"its log-probabilities are of other texts: {difference}. Choose a teacher of the same "
             "family"
@@ -98,13 +102,14 @@ def check_teacher(config: Config) -> None:
 
 
 def differing_tokens(student: Mapping[str, int], teacher: Mapping[str, int]) -> str:
-    """What of the student's tokens (token → id) the teacher has otherwise; empty: nothing."""
-    theirs = {number: token for token, number in teacher.items()}
+    """Describe the student's tokens (token → id) that have another id with the teacher; "" if none
+    has."""
+    by_id = {number: token for token, number in teacher.items()}
     wrong = sorted(
-        (number, token) for token, number in student.items() if theirs.get(number) != token
+        (number, token) for token, number in student.items() if by_id.get(number) != token
     )
     shown = [
-        f"{number} is {token!r}, to the teacher {theirs.get(number, 'nothing')!r}"
+        f"{number} is {token!r}, to the teacher {by_id.get(number, 'nothing')!r}"
         for number, token in wrong[:NUM_SHOWN]
     ]
     more = f" and {len(wrong) - NUM_SHOWN:,} more" if len(wrong) > NUM_SHOWN else ""
@@ -112,16 +117,16 @@ def differing_tokens(student: Mapping[str, int], teacher: Mapping[str, int]) -> 
 
 
 def _hf_config(path: str) -> dict:
-    """config.json of any model that vLLM knows."""
+    """Read config.json, of any model that vLLM supports."""
     file = Path(path) / "config.json"
     if not file.is_file():
-        raise ValueError(f"teacher.path: {file} does not exist; name a Hugging Face model folder")
+        raise UserError(f"teacher.path: {file} does not exist; name a Hugging Face model folder")
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"teacher.path: {file} is not JSON: {error}") from error
+        raise UserError(f"teacher.path: {file} is not JSON: {error}") from error
 
 
-def _language(hf: dict) -> dict:
-    """Models that also see keep their language model's settings one level down."""
+def _language_settings(hf: dict) -> dict:
+    """Return the language model's settings, which multimodal models keep one level down."""
     return hf.get("text_config") or hf

@@ -92,7 +92,7 @@ def test_a_teacher_that_cannot_score_the_student_is_refused_by_what_is_wrong(tmp
             {"rl": {"algorithm": "on_policy_distillation"}},
             "learns from a teacher: set teacher.path",
         ),
-        ({"teacher": {"path": "t"}}, "teacher.path: t would not be asked by rl.algorithm: grpo"),
+        ({"teacher": {"path": "t"}}, "teacher.path: t would not be used by rl.algorithm: grpo"),
     ],
 )
 def test_a_teacher_goes_with_the_algorithm_that_asks_it(settings, says):
