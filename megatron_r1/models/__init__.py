@@ -1,10 +1,20 @@
 """Models on Megatron-Core, built from Hugging Face configurations.
 
-Only `read_hf_config` is free of torch and Megatron; the rest is imported when first asked for,
-after `megatron_r1.platform.prepare()`.
+    hf_config.py, routing_shape.py, pipeline_stages.py   config.json and layouts; no torch
+    deepseek_v3.py, llama.py, qwen2.py                   one architecture each: its config fields
+    config.py, build.py                                  Megatron's configuration, and the model
+    policy_model.py, score_model.py                      the last stage: hidden states or scores
+    layers.py, norm.py, attention.py                     layers that Megatron lacks on a CPU
+    rotary.py, context.py, replay.py, fp8/               packed batches, context parallelism, …
+
+A new architecture is one file here, one table in weights/ and a line in hf_config.py. Everything
+but `read_hf_config` is imported at first use, after `megatron_r1.platform.prepare()`.
 """
 
+from typing import Any
+
 from megatron_r1.models.hf_config import read_hf_config
+from megatron_r1.processes.imports import import_lazily
 
 __all__ = [
     "build_model",
@@ -26,9 +36,5 @@ _HOME = {
 }
 
 
-def __getattr__(name: str):
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib import import_module
-
-    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+def __getattr__(name: str) -> Any:
+    return import_lazily(__name__, _HOME, name)

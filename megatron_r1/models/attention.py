@@ -7,13 +7,14 @@ alone keeps every real query from seeing it, and no query can see another sequen
 Transformer Engine's attention takes this place.
 
 Under context parallelism a rank's queries are two chunks of every sample (`models.context`). Keys
-and values of all ranks are gathered, and each chunk attends to the keys up to its own end and to no
-others: the work is shared out, the memory is not. Every rank holds the keys and values of the whole
-batch, T * heads * (d + e) numbers, until the layer's backward pass. Transformer Engine passes them
-around instead.
+and values of all ranks are gathered, and each chunk attends to the keys up to its own end only: the
+work is shared, the memory is not. Every rank holds the keys and values of the whole batch,
+T * heads * (d + e) numbers, until the layer's backward pass. Transformer Engine sends them round a
+ring of ranks instead.
 
-Shapes: s tokens, b sequences, t = all tokens of a packed batch, h query heads, g key/value heads (g
-divides h), d head size of queries and keys, e head size of values.
+Shapes: s tokens, b sequences, t tokens of a packed batch on this rank, h query heads, g key/value
+heads (g divides h), d head size of queries and keys, e head size of values. Padded batches have
+Megatron's order (s, b, heads, size); packed ones have no b.
 """
 
 from __future__ import annotations
@@ -69,16 +70,16 @@ class CoreAttention(MegatronModule):
     ) -> Tensor:
         """Attend causally within each sequence.
 
-        query (s, b, h, d), key (s, b, g, d), value (s, b, g, e) give (s, b, h*e); with
-        packed_seq_params, query (t, h, d), key (t, g, d), value (t, g, e) give (t, h*e). Sequences
-        of the packed batch are delimited by cu_seqlens_q, int32 of (sequences + 1,), from 0 to t
-        times the context-parallel ranks, of whose tokens this rank brings its own.
+        query (s, b, h, d), key (s, b, g, d), value (s, b, g, e) -> (s, b, h*e); with
+        packed_seq_params, query (t, h, d), key (t, g, d), value (t, g, e) -> (t, h*e). The borders
+        of the packed sequences are cu_seqlens_q, int32 (sequences + 1,), from 0 to the tokens of
+        all context-parallel ranks together.
         """
         assert attention_mask is None and attention_bias is None, "only causal masking is built in"
         if packed_seq_params is None:
             assert self.group.size() == 1, "context parallelism works on packed batches"
-            rows = (x.transpose(0, 1) for x in (query, key, value))
-            return _attend(*rows, self.softmax_scale).transpose(0, 1).flatten(2)
+            q, k, v = (x.transpose(0, 1) for x in (query, key, value))
+            return _attend(q, k, v, self.softmax_scale).transpose(0, 1).flatten(2)
         borders = packed_seq_params.cu_seqlens_q.long()
         if self.group.size() > 1:
             parts = query, key, value, borders
@@ -89,24 +90,30 @@ class CoreAttention(MegatronModule):
 def attend_split(
     query: Tensor, key: Tensor, value: Tensor, borders: Tensor, scale: float, group: ProcessGroup
 ) -> Tensor:
-    """query (t, h, d), key (t, g, d), value (t, g, e): what this rank of `group` holds of the batch
-    with these int64 borders (S + 1,) -> (t, h, e)."""
+    """Attend on the part of a packed batch that this rank of the context-parallel `group` holds.
+
+    query (t, h, d), key (t, g, d), value (t, g, e) -> (t, h, e). borders: int64 (S + 1,), those of
+    the whole batch.
+    """
     rank, ranks = group.rank(), group.size()
-    # Over the context group: all keys and values; their gradients come back added up.
+    # Over the context group: every rank needs the keys and values of all; in the backward pass
+    # their gradients are summed.
     key, value = (
         gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=True, group=group)
         for x in (key, value)
     )
     order, chunk = sample_order(borders, ranks), borders.diff() // (2 * ranks)
-    attended, places = [], []
+    attended, rows = [], []
     for half, number in enumerate((rank, 2 * ranks - 1 - rank)):
-        mine = spans(borders[:-1] // ranks + half * chunk, chunk)
+        own = spans(borders[:-1] // ranks + half * chunk, chunk)
         reach = (number + 1) * chunk
-        seen = order[spans(borders[:-1], reach)]
-        attended.append(attend_packed(query[mine], key[seen], value[seen], chunk, scale, reach))
-        places.append(mine)
+        visible = order[spans(borders[:-1], reach)]
+        attended.append(
+            attend_packed(query[own], key[visible], value[visible], chunk, scale, reach)
+        )
+        rows.append(own)
     both = torch.cat(attended)
-    return torch.empty_like(both).index_copy(0, torch.cat(places), both)
+    return torch.empty_like(both).index_copy(0, torch.cat(rows), both)
 
 
 def attend_packed(
@@ -117,44 +124,45 @@ def attend_packed(
     scale: float,
     key_lengths: Tensor | None = None,
 ) -> Tensor:
-    """query (t, h, d), key (k, g, d), value (k, g, e) -> (t, h, e).
+    """Attend causally within each sequence of a packed batch.
 
-    lengths: int64, of the sequences' queries, summing to t. key_lengths: of their keys, summing to
-    k, none below the queries' (its queries are the last ones of the sequence); None: the same.
+    query (t, h, d), key (k, g, d), value (k, g, e) -> (t, h, e). lengths: int64, queries per
+    sequence, summing to t. key_lengths: keys per sequence, summing to k, none below the queries
+    (which are the last ones of their sequence); None: as many as queries.
     """
     padded = (lengths + BUCKET_TOKENS - 1) // BUCKET_TOKENS * BUCKET_TOKENS
     order = padded.argsort(stable=True)
     widths, bucket, rows = padded.unique(return_inverse=True, return_counts=True)
-    places = _places(lengths, padded, order)
+    slots = _slots(lengths, padded, order)
     if key_lengths is None:
-        key_widths, key_places = widths, places
+        key_widths, key_slots = widths, slots
         earlier = [None] * len(rows)
     else:
         key_widths = torch.zeros_like(widths).scatter_reduce(0, bucket, key_lengths, "amax")
-        key_places = _places(key_lengths, key_widths[bucket], order)
+        key_slots = _slots(key_lengths, key_widths[bucket], order)
         earlier = (key_lengths - lengths)[order].split(rows.tolist())
     buckets = zip(
-        _rows(query, places, widths, rows),
-        _rows(key, key_places, key_widths, rows),
-        _rows(value, key_places, key_widths, rows),
+        _padded(query, slots, widths, rows),
+        _padded(key, key_slots, key_widths, rows),
+        _padded(value, key_slots, key_widths, rows),
         earlier,
         strict=True,
     )
     attended = [_attend(q, k, v, scale, e).flatten(0, 1) for q, k, v, e in buckets if q.numel()]
-    return torch.cat(attended).index_select(0, places)
+    return torch.cat(attended).index_select(0, slots)
 
 
-def _places(lengths: Tensor, padded: Tensor, order: Tensor) -> Tensor:
-    """Where each token goes when sequences are laid out in `order`, each `padded` long."""
+def _slots(lengths: Tensor, padded: Tensor, order: Tensor) -> Tensor:
+    """Return (t,): the row of each token when sequences lie in `order`, each `padded` long."""
     starts = torch.empty_like(padded)
     starts[order] = padded[order].cumsum(0) - padded[order]
     return spans(starts, lengths)
 
 
-def _rows(x: Tensor, places: Tensor, widths: Tensor, rows: Tensor) -> list[Tensor]:
-    """x (t, …) spread to `places`: one right-padded batch (rows, width, …) per bucket."""
+def _padded(x: Tensor, slots: Tensor, widths: Tensor, rows: Tensor) -> list[Tensor]:
+    """Scatter x (t, …) to `slots`; return a right-padded batch (rows, width, …) per bucket."""
     sizes = (widths * rows).tolist()
-    spread = x.new_zeros(sum(sizes), *x.shape[1:]).index_copy(0, places, x)
+    spread = x.new_zeros(sum(sizes), *x.shape[1:]).index_copy(0, slots, x)
     shapes = zip(spread.split(sizes), rows.tolist(), widths.tolist(), strict=True)
     return [part.unflatten(0, (count, width)) for part, count, width in shapes]
 
@@ -162,13 +170,13 @@ def _rows(x: Tensor, places: Tensor, widths: Tensor, rows: Tensor) -> list[Tenso
 def _attend(
     query: Tensor, key: Tensor, value: Tensor, scale: float, earlier: Tensor | None = None
 ) -> Tensor:
-    """query (b, s, h, d), key (b, k, g, d), value (b, k, g, e) -> (b, s, h, e).
+    """Attend causally: query (b, s, h, d), key (b, k, g, d), value (b, k, g, e) -> (b, s, h, e).
 
     earlier: (b,) int64, keys before the first query; None: none, and k = s."""
     mask = None
     if earlier is not None:
-        last_seen = earlier[:, None] + torch.arange(query.shape[1], device=query.device)
-        mask = torch.arange(key.shape[1], device=key.device) <= last_seen[:, None, :, None]
+        last_visible = earlier[:, None] + torch.arange(query.shape[1], device=query.device)
+        mask = torch.arange(key.shape[1], device=key.device) <= last_visible[:, None, :, None]
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
     out = scaled_dot_product_attention(
         query,

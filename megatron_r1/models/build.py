@@ -1,4 +1,4 @@
-"""Building this rank's part of a model."""
+"""Builds this rank's part of a model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from megatron.core.utils import unwrap_model
 from megatron_r1.models.hf_config import architecture, has_score_head
 from megatron_r1.models.layers import block_specs
 from megatron_r1.models.policy_model import PolicyModel
-from megatron_r1.models.rotary import gather_angles_at_once
+from megatron_r1.models.rotary import patch_rotary_embedding
 from megatron_r1.models.score_model import ScoreModel
 
 
@@ -21,13 +21,16 @@ def build_model(
     *,
     vp_stage: int | None = None,
 ) -> PolicyModel | ScoreModel:
-    """This rank's pipeline stage (of virtual stage `vp_stage`) with Megatron's random weights.
+    """Return this rank's pipeline stage (of virtual stage `vp_stage`) with Megatron's random
+    weights.
 
-    Megatron's process groups must exist and agree with `config`. The vocabulary is padded to a
-    multiple of the tensor-parallel size (see `vocab_shard`).
+    The model maps input_ids and position_ids, (b, s) int64, to hidden states (b, s, h) or, with a
+    score head, scores (b, s) fp32, on the last stage; earlier stages return (s, b, h), Megatron's
+    order. Megatron's process groups must exist and agree with `config`. The vocabulary is padded to
+    a multiple of the tensor-parallel size (see `vocab_shard`).
     """
     model = import_module(f"megatron_r1.models.{architecture(hf)}")
-    gather_angles_at_once()
+    patch_rotary_embedding()
     block, mtp = block_specs(config, vp_stage=vp_stage)
     tensor_parallel = config.tensor_model_parallel_size
     stage = {"ignore_virtual": False, "vp_stage": vp_stage}
@@ -54,11 +57,12 @@ def build_model(
 
 
 def _mark_experts(model: PolicyModel | ScoreModel) -> None:
-    """Have DDP sum experts' gradients over the expert-data-parallel group wherever that differs.
+    """Have DDP sum experts' gradients over the expert-data-parallel group where that differs from
+    the data-parallel group.
 
     Megatron marks them so (`allreduce` False) only when expert_parallel > 1
     (tensor_parallel/layers.py). With tensor_parallel 2 and both expert sizes 1, two ranks hold the
-    same experts and see different tokens, and nobody would add their gradients up.
+    same experts and see different tokens, and their gradients would not be summed.
     """
     config = model.config
     if config.num_moe_experts and (
@@ -72,8 +76,8 @@ def _mark_experts(model: PolicyModel | ScoreModel) -> None:
 def freeze_mtp(model: PolicyModel) -> None:
     """Exclude the MTP layers from training; call before wrapping in DistributedDataParallel.
 
-    For RL, which gives no labels: parameters without gradients would still be shrunk by weight
-    decay.
+    For RL, which has no labels for them: weight decay would still shrink parameters without
+    gradients.
     """
     model = unwrap_model(model)
     if getattr(model, "mtp", None) is not None:

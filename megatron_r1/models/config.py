@@ -1,4 +1,4 @@
-"""From a Hugging Face configuration and parallel sizes to Megatron's TransformerConfig."""
+"""Translates a Hugging Face configuration and parallel sizes into Megatron's TransformerConfig."""
 
 from __future__ import annotations
 
@@ -13,7 +13,16 @@ from megatron_r1 import platform
 from megatron_r1.errors import UserError
 from megatron_r1.models.hf_config import architecture, check_supported
 from megatron_r1.models.pipeline_stages import pipeline_stages
-from megatron_r1.models.recompute import recompute_fields
+
+RECOMPUTE_MODULES = [
+    "core_attn",
+    "layernorm",
+    "mla_up_proj",
+    "mlp",
+    "moe",
+    "moe_act",
+    "shared_experts",
+]
 
 
 def transformer_config(
@@ -34,16 +43,18 @@ def transformer_config(
     recompute_modules: Sequence[str] = ("core_attn",),
     **overrides,
 ) -> TransformerConfig:
-    """The Megatron configuration of the model `hf` describes (with latent attention, an MLA one).
+    """Return Megatron's configuration of the model `hf` describes (MLATransformerConfig for latent
+    attention).
 
     virtual_pipeline: model chunks per pipeline rank, for the interleaved schedule. pipeline_layout:
-    what each chunk holds, as `weights.stages` reads it; None: layers spread evenly.
-    sequence_parallel defaults to whether tensor_parallel > 1 for models with experts (Megatron
-    demands it there; a packed batch must then have a multiple of tensor_parallel tokens) and to
-    False for others. with_mtp=False leaves the multi-token-prediction layers out.
-    expert_bias_update_rate: step of the router's load-balancing bias per optimizer step; 0 keeps it
-    fixed. recompute and recompute_modules: see `models.recompute`. overrides: any further field of
-    Megatron's configuration, last word.
+    the layers of each chunk (`models.pipeline_stages`); None: layers spread evenly.
+    sequence_parallel: None means True for models with experts where tensor_parallel > 1 (Megatron
+    requires it there; a packed batch must then have a multiple of tensor_parallel tokens), else
+    False. with_mtp: whether to build the multi-token-prediction layers. expert_bias_update_rate:
+    step of the router's load-balancing bias per optimizer step; 0 keeps it fixed. recompute: "none"
+    keeps every activation; "selective" recomputes those of `recompute_modules` in the backward
+    pass; "full" keeps only the input of each layer. overrides: fields of Megatron's configuration
+    that replace these.
 
     Raises UserError for a configuration this stack would compute wrongly, for sizes that do not
     divide, and for an unknown override.
@@ -65,7 +76,7 @@ def transformer_config(
     _check_sizes(hf, model, sizes, has_experts, transformer_engine)
     fields |= _pipeline_fields(fields, hf, pipeline_parallel, virtual_pipeline, pipeline_layout)
     fields |= _shared_fields(hf, params_dtype, transformer_engine)
-    fields |= recompute_fields(recompute, recompute_modules, fields)
+    fields |= _recompute_fields(recompute, recompute_modules, fields)
     if has_experts:
         fields |= {
             "moe_router_bias_update_rate": expert_bias_update_rate,
@@ -86,15 +97,42 @@ def transformer_config(
     return kind(**{**fields, **overrides})
 
 
-def _sequence_parallel(wanted: bool | None, tensor_parallel: int, has_experts: bool) -> bool:
-    if wanted is None:
+def _sequence_parallel(setting: bool | None, tensor_parallel: int, has_experts: bool) -> bool:
+    if setting is None:
         return tensor_parallel > 1 and has_experts
-    if has_experts and tensor_parallel > 1 and not wanted:
+    if has_experts and tensor_parallel > 1 and not setting:
         raise UserError(
             f"sequence_parallel=False with tensor_parallel={tensor_parallel} is not possible for a "
             "model with experts: Megatron splits their tokens along the sequence"
         )
-    return wanted
+    return setting
+
+
+def _recompute_fields(recompute: str, modules: Sequence[str], fields: dict) -> dict:
+    """Return Megatron's recompute fields; `fields` are those of the model."""
+    if recompute == "none":
+        return {}
+    if recompute == "full":
+        return {
+            "recompute_granularity": "full",
+            "recompute_method": "uniform",
+            "recompute_num_layers": 1,
+        }
+    if recompute != "selective":
+        raise UserError(f"parallel.recompute={recompute!r} must be none, selective or full")
+    lacking = set() if "kv_lora_rank" in fields else {"mla_up_proj"}
+    if not fields.get("num_moe_experts"):
+        lacking |= {"moe", "moe_act", "shared_experts"}
+    for module in modules:
+        if module not in RECOMPUTE_MODULES:
+            raise UserError(
+                f"parallel.recompute_modules: {module!r} is none of {', '.join(RECOMPUTE_MODULES)}"
+            )
+        if module in lacking:
+            raise UserError(f"parallel.recompute_modules: this model has no {module!r}; leave it")
+    if "moe" in modules and "shared_experts" in modules:
+        raise UserError("parallel.recompute_modules: 'moe' includes 'shared_experts'; name one")
+    return {"recompute_granularity": "selective", "recompute_modules": list(modules)}
 
 
 def _pipeline_fields(
@@ -106,7 +144,7 @@ def _pipeline_fields(
         if len(stages[0]) > 1:
             raise UserError(
                 f"parallel.virtual_pipeline={len(stages[0])} needs parallel.pipeline > 1: one rank "
-                "has nobody to interleave with"
+                "alone cannot interleave"
             )
         return {}
     if any(stage.mtp for stage in stages[0][1:]):
@@ -118,8 +156,8 @@ def _pipeline_fields(
     return {
         "pipeline_model_parallel_layout": layout,
         "virtual_pipeline_model_parallel_size": len(stages[0]) if interleaved else None,
-        # With two pipeline ranks both neighbours are one rank, and shapes that travel to both at
-        # once arrive swapped (p2p_communication.py:221, Megatron-Core 0.16.1). Overlapped, each
+        # With two pipeline ranks both neighbours are the same rank, and shapes sent to both at once
+        # arrive swapped (p2p_communication.py:221, Megatron-Core 0.16.1). Overlapped, each
         # direction is a message of its own.
         "overlap_p2p_comm": interleaved,
     }
@@ -145,12 +183,13 @@ def _shared_fields(hf: dict, params_dtype: torch.dtype, transformer_engine: bool
         "fp16": params_dtype == torch.float16,
         "transformer_impl": "transformer_engine" if transformer_engine else "local",
         "use_cpu_initialization": not platform.has_gpu(),
-        # Megatron asks this of dense models too once lengths vary.
+        # Megatron requires this of dense models too when lengths vary.
         "moe_token_dispatcher_type": "alltoall",
         "variable_seq_lengths": True,
         "calculate_per_token_loss": True,
         "batch_p2p_comm": False,
-        # The fusions are CUDA kernels; recipes for GPUs turn on what they have measured.
+        # Off: these fusions are CUDA kernels, of Apex and Transformer Engine or Megatron's own,
+        # and none has been measured against our results on a GPU. No recipe key turns them on.
         "gradient_accumulation_fusion": False,
         "bias_activation_fusion": False,
         "bias_dropout_fusion": False,

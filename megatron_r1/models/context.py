@@ -1,9 +1,9 @@
-"""Which tokens of a packed batch a context-parallel rank holds: the split of Transformer Engine.
+"""The tokens of a packed batch that a context-parallel rank holds: Transformer Engine's split.
 
 A causal query late in a sample costs more than an early one, so each sample is cut into 2 * ranks
-equal chunks and rank r holds chunks r and 2 * ranks - 1 - r: every rank has the same tokens and the
-same work. A rank lays its two chunks of the first sample down, then those of the second, and so on;
-so what it holds is itself a packed batch whose borders are the global ones divided by the ranks.
+equal chunks and rank r holds chunks r and 2 * ranks - 1 - r: every rank has equally many tokens and
+equal work. A rank's tokens are its two chunks of the first sample, then those of the second, and so
+on: a packed batch whose borders are the global ones divided by the number of ranks.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from torch import Tensor
 
 
 def held_positions(borders: Tensor, rank: int, ranks: int) -> Tensor:
-    """Positions (T / ranks,) int64 of the whole batch that `rank` holds, in its own order.
+    """Return the positions (T / ranks,) int64 of the whole batch that `rank` holds, in its order.
 
-    borders: (S + 1,) integers from 0 to T; every sample's length must be a multiple of 2 * ranks
-    (where ranks > 1), or ValueError.
+    borders: (S + 1,) integers from 0 to T. Raises ValueError where ranks > 1 and a sample's length
+    is not a multiple of 2 * ranks.
     """
     borders = borders.long()
     if ranks == 1:
@@ -34,7 +34,7 @@ def held_positions(borders: Tensor, rank: int, ranks: int) -> Tensor:
 
 
 def sample_order(borders: Tensor, ranks: int) -> Tensor:
-    """Index (T,) that puts the ranks' tokens, gathered rank after rank, back into sample order."""
+    """Return the index (T,) that puts tokens gathered rank after rank back into sample order."""
     gathered = torch.cat([held_positions(borders, rank, ranks) for rank in range(ranks)])
     order = torch.empty_like(gathered)
     order[gathered] = torch.arange(len(gathered), device=gathered.device)
@@ -42,7 +42,7 @@ def sample_order(borders: Tensor, ranks: int) -> Tensor:
 
 
 def spans(starts: Tensor, lengths: Tensor) -> Tensor:
-    """start, start + 1, … start + length - 1 of each, end to end; int64."""
+    """Return start, start + 1, … start + length - 1 of each span, end to end; int64."""
     ends = lengths.cumsum(0)
     total = int(ends[-1]) if len(ends) else 0
     shift = (starts - (ends - lengths)).repeat_interleave(lengths, output_size=total)

@@ -9,7 +9,7 @@ LATENT_ATTENTION = True
 
 
 def config_fields(hf: dict) -> dict:
-    """TransformerConfig fields for this `config.json`; UserError for what `check` refuses."""
+    """Return the TransformerConfig fields for this `config.json`. Errors as `check`."""
     check(hf)
     num_layers, num_dense = hf["num_hidden_layers"], hf.get("first_k_dense_replace") or 0
     expert_size = hf["moe_intermediate_size"]
@@ -39,12 +39,12 @@ def config_fields(hf: dict) -> dict:
 
 
 def model_arguments(hf: dict) -> dict:
-    """Arguments of GPTModel beside the configuration."""
+    """Return the arguments of GPTModel beside the configuration."""
     return {"position_embedding_type": "rope"}
 
 
 def divisions(hf: dict, transformer_engine: bool) -> list[tuple[str, int, str]]:
-    """(field, size, parallel setting that must divide it)."""
+    """Return (field, its value, the parallel setting that must divide it) triples."""
     shared = hf["moe_intermediate_size"] * hf["n_shared_experts"]
     rules = [
         ("num_attention_heads", hf["num_attention_heads"], "tensor_parallel"),
@@ -55,8 +55,7 @@ def divisions(hf: dict, transformer_engine: bool) -> list[tuple[str, int, str]]:
         ("moe_intermediate_size", hf["moe_intermediate_size"], "expert_tensor_parallel"),
     ]
     if not transformer_engine:
-        # MLASelfAttention makes column-parallel down-projections before LatentAttention replaces
-        # them.
+        # MLASelfAttention creates column-parallel down-projections, which LatentAttention replaces.
         latent = hf["kv_lora_rank"] + hf["qk_rope_head_dim"]
         rules.append(("kv_lora_rank + qk_rope_head_dim", latent, "tensor_parallel"))
         if hf.get("q_lora_rank"):
@@ -71,7 +70,7 @@ def check(hf: dict) -> None:
     require(hf, scoring_func="sigmoid", topk_method="noaux_tc", moe_layer_freq=1)
     require(hf, attention_bias=False, rope_interleave=True, tie_word_embeddings=False)
     require(hf, num_key_value_heads=hf["num_attention_heads"])
-    # transformers fixes the epsilon of the two latent norms at this value, whatever the field says.
+    # transformers fixes the epsilon of the two latent norms at this value, regardless of the field.
     require(hf, rms_norm_eps=1e-6)
     # Megatron divides the chosen scores by their sum exactly when there is more than one.
     require(hf, norm_topk_prob=hf["num_experts_per_tok"] > 1)
@@ -82,7 +81,7 @@ def _groups(hf: dict) -> dict:
     if chosen >= num_groups:
         return {}
     # Megatron scores a group by its best topk / topk_group experts (moe_utils.py,
-    # group_limited_topk), transformers and vLLM always by its best two: elsewhere than at two the
+    # group_limited_topk), transformers and vLLM always by its best two: for any other number the
     # routing silently differs.
     if hf["num_experts_per_tok"] != 2 * chosen:
         raise UserError(

@@ -1,4 +1,4 @@
-"""Reading a Hugging Face `config.json`; without torch or Megatron, so that errors come at once."""
+"""Reads a Hugging Face `config.json`; imports no torch or Megatron, so that errors come at once."""
 
 from __future__ import annotations
 
@@ -28,22 +28,22 @@ _ALIASES = {"num_mtp_layers": "num_nextn_predict_layers", "num_local_experts": "
 def read_hf_config(
     path: str | Path, head: Head | None = "language", key: str = "model.path"
 ) -> dict:
-    """The contents of `config.json` in the folder `path`, aliases resolved.
+    """Return the contents of `config.json` in the folder `path`, aliases resolved.
 
-    head: of the model that is wanted. "score" makes of a language model's configuration that of the
-    score model which starts from it (`as_score_model`); None: whichever the folder holds. key: of
-    the recipe, which says `path`.
+    head: the expected kind of model. "score" converts a language model's configuration to that of
+    the score model which starts from it (`as_score_model`); None: either kind. key: the recipe's
+    key of `path`, for error messages.
 
     Raises UserError when the file is missing or unreadable, its architecture is not in
-    ARCHITECTURES, or it is a score model where a language model is wanted.
+    ARCHITECTURES, or it is a score model where a language model is expected.
     """
     file = Path(path) / "config.json"
     if not file.is_file():
         own = Path(path) / "hf"
-        meant = f"; did you mean {own}?" if (own / "config.json").is_file() else ""
+        hint = f"; did you mean {own}?" if (own / "config.json").is_file() else ""
         raise UserError(
             f"{file} does not exist (relative to {Path.cwd()}): {key} must be a Hugging Face model "
-            f"folder{meant}"
+            f"folder{hint}"
         )
     try:
         hf = json.loads(file.read_text(encoding="utf-8"))
@@ -64,15 +64,13 @@ def read_hf_config(
 
 
 def has_score_head(hf: dict) -> bool:
-    """Whether the model gives one number per token instead of logits."""
+    """Whether the model returns one number per token instead of logits."""
     return any(name.endswith(_SUFFIXES["score"]) for name in hf.get("architectures") or [])
 
 
 def as_score_model(hf: dict) -> dict:
-    """The configuration of the score model with the body of `hf`, for transformers and vLLM too.
-
-    What predicts tokens is gone: the LM head, tied or not, and the multi-token-prediction layers.
-    """
+    """Return the configuration of the score model with the body of `hf`, as transformers and vLLM
+    read it: without LM head and multi-token-prediction layers."""
     names = [n.removesuffix(_SUFFIXES["language"]) for n in hf["architectures"]]
     scored = {
         **hf,
@@ -96,7 +94,7 @@ def _check_labels(file: Path, hf: dict) -> None:
 
 
 def architecture(hf: dict) -> str:
-    """The module in models/ and weights/ that serves this configuration; UserError if none."""
+    """Return the name of this configuration's module in models/ and weights/; UserError if none."""
     names = hf.get("architectures") or []
     for name in names:
         if name in ARCHITECTURES:
@@ -108,7 +106,7 @@ def architecture(hf: dict) -> str:
 
 
 def check_supported(hf: dict) -> None:
-    """Raise UserError for what this stack would not compute as transformers and vLLM do."""
+    """Raise UserError for a model that this stack would compute differently from transformers."""
     need(hf, "num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size")
     need(hf, "vocab_size", "rms_norm_eps")
     if hf.get("hidden_act", "silu") != "silu":
@@ -119,15 +117,15 @@ def check_supported(hf: dict) -> None:
 
 
 def num_mtp_layers(hf: dict) -> int:
-    """Multi-token-prediction layers the checkpoint carries; 0 for architectures without any."""
+    """Return the number of multi-token-prediction layers; 0 for architectures without any."""
     return hf.get("num_nextn_predict_layers") or 0
 
 
 def rope_parameters(hf: dict) -> dict:
-    """Rotary settings as one flat dict with `rope_type` and `rope_theta`.
+    """Return the rotary settings as one flat dict with `rope_type` and `rope_theta`.
 
     transformers 5 writes `rope_parameters`; earlier versions `rope_theta` beside `rope_scaling`,
-    whose kind is called `rope_type` or `type`.
+    with the kind in `rope_type` or `type`.
     """
     rope = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
     rope["rope_type"] = rope.get("rope_type") or rope.pop("type", None) or "default"
@@ -136,11 +134,11 @@ def rope_parameters(hf: dict) -> dict:
 
 
 def require(hf: dict, **allowed) -> None:
-    """Raise UserError for a field of `hf` that is set and not to the value allowed here."""
+    """Raise UserError for a field of `hf` that is set to another value than the one allowed."""
     for name, value in allowed.items():
-        found = hf.get(name)
-        if found is not None and found != value:
-            raise UserError(f"{name}={found!r} in config.json is not supported, only {value!r} is")
+        actual = hf.get(name)
+        if actual is not None and actual != value:
+            raise UserError(f"{name}={actual!r} in config.json is not supported, only {value!r} is")
 
 
 def need(hf: dict, *names: str) -> None:

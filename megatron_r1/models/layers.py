@@ -1,4 +1,4 @@
-"""Layers Megatron-Core lacks on a CPU, and the one choice of what a layer is built from."""
+"""Layers that Megatron-Core lacks on a CPU, and the specs that choose each layer's modules."""
 
 from __future__ import annotations
 
@@ -33,15 +33,16 @@ class ReplicatedLinear(torch.nn.Module):
         )
         if config.perform_initialization:
             config.init_method(self.weight)
-        # Each rank sees its part of the sequence, so gradients are summed as those of norms are.
+        # Each rank computes on its part of the sequence, so the gradient is summed over the tensor
+        # group, as those of norms are.
         self.weight.sequence_parallel = config.sequence_parallel
 
     def forward(self, x: Tensor) -> tuple[Tensor, None]:
-        """x: (..., input_size) -> (..., output_size) and no bias, as Megatron's linear layers."""
+        """x: (s, b, input_size) -> (s, b, output_size) and no bias, as Megatron's linear layers."""
         return self._forward_impl(x, self.weight), None
 
     def _forward_impl(self, input: Tensor, weight: Tensor) -> Tensor:
-        # The product, under the name it has in Megatron's layers: FP8 emulation replaces it.
+        # Named as in Megatron's layers: FP8 emulation replaces this method.
         return torch.nn.functional.linear(input, weight)
 
 
@@ -50,8 +51,9 @@ class LatentAttention(MLASelfAttention):
 
     With Megatron's own column-parallel layers the gradient of the shared rotary key is wrong for
     tensor_parallel > 1: each rank's heads contribute to it, and
-    gather_from_tensor_model_parallel_region does not add them up (multi_latent_attention.py:607,
-    Megatron-Core 0.16.1). Replicated, it passes through a gather over the sequence that does.
+    gather_from_tensor_model_parallel_region does not sum the contributions
+    (multi_latent_attention.py:607, Megatron-Core 0.16.1). Behind a replicated projection, the
+    backward pass of the gather over the sequence sums them.
     """
 
     def __init__(self, config, *args, **kwargs):
@@ -65,14 +67,14 @@ class LatentAttention(MLASelfAttention):
 
 
 class PackedMTPLayer(MultiTokenPredictionLayer):
-    """An MTP layer that can be recomputed whole on packed batches.
+    """An MTP layer that can be recomputed as a whole on packed batches.
 
-    Megatron hands every argument to its checkpoint function, which saves them as tensors
-    (multi_token_prediction.py:800, Megatron-Core 0.16.1); sample borders are none.
+    Megatron passes every argument through its checkpoint function, which saves them as tensors
+    (multi_token_prediction.py:800, Megatron-Core 0.16.1); PackedSeqParams is not a tensor.
     """
 
     def _checkpointed_forward(self, forward_func, *, hidden_states, decoder_input, **context):
-        if self.config.fp8:  # Transformer Engine's takes any argument
+        if self.config.fp8:  # Transformer Engine's checkpoint function takes any argument
             parts = {"hidden_states": hidden_states, "decoder_input": decoder_input}
             return super()._checkpointed_forward(forward_func, **parts, **context)
 
@@ -84,11 +86,10 @@ class PackedMTPLayer(MultiTokenPredictionLayer):
 
 
 def block_specs(config, *, vp_stage: int | None = None):
-    """This stage's decoder spec and, where the stage holds MTP layers, their spec (else None).
+    """Return this stage's decoder spec and, where the stage holds MTP layers, their spec, or None.
 
-    config.transformer_impl decides: "transformer_engine" takes Megatron's Transformer Engine
-    classes as they are; "local" takes Megatron's own linear layers with our RMSNorm and
-    CoreAttention.
+    config.transformer_impl "transformer_engine" uses Megatron's Transformer Engine classes as they
+    are; "local" uses Megatron's own linear layers with our RMSNorm and CoreAttention.
     """
     transformer_engine = config.transformer_impl == "transformer_engine"
     block = get_gpt_decoder_block_spec(
@@ -112,7 +113,7 @@ def block_specs(config, *, vp_stage: int | None = None):
 
 
 def _last_layer(config, transformer_engine: bool) -> ModuleSpec:
-    """The last decoder layer's spec, which MTP layers follow, whichever stage holds that layer."""
+    """Return the last decoder layer's spec, which MTP layers follow, on any stage."""
     layers = get_gpt_decoder_layer_specs(config, transformer_engine, normalization="RMSNorm")
     return layers[-1] if transformer_engine else _local_layer(layers[-1])
 

@@ -9,13 +9,13 @@ LATENT_ATTENTION = False
 
 
 def config_fields(hf: dict) -> dict:
-    """TransformerConfig fields for this `config.json`; UserError for what is not supported."""
+    """Return the TransformerConfig fields for this `config.json`; UserError if not supported."""
     require(hf, attention_bias=False, mlp_bias=False)
     return grouped_query_fields(hf)
 
 
 def grouped_query_fields(hf: dict) -> dict:
-    """Fields of every decoder with grouped-query attention and without experts."""
+    """Return the fields of a decoder with grouped-query attention and without experts."""
     need(hf, "num_attention_heads", "hidden_size")
     num_heads = hf["num_attention_heads"]
     return {
@@ -25,7 +25,7 @@ def grouped_query_fields(hf: dict) -> dict:
 
 
 def model_arguments(hf: dict) -> dict:
-    """Arguments of GPTModel beside the configuration."""
+    """Return the arguments of GPTModel beside the configuration."""
     rope = rope_parameters(hf)
     if rope["rope_type"] not in ("default", "llama3"):
         raise UserError(
@@ -40,10 +40,10 @@ def model_arguments(hf: dict) -> dict:
 
 
 def rope_scaling(hf: dict) -> dict | None:
-    """Arguments of RotaryEmbedding._apply_scaling, or None when frequencies are not scaled.
+    """Return the arguments of RotaryEmbedding._apply_scaling, or None without scaling.
 
-    GPTModel passes on the factor alone; the other three are Llama 3.1's own in Megatron, any in
-    config.json.
+    GPTModel takes the factor only and fixes the other three at Llama 3.1's values; config.json may
+    have others.
     """
     rope = rope_parameters(hf)
     if rope["rope_type"] != "llama3":
@@ -54,7 +54,7 @@ def rope_scaling(hf: dict) -> dict | None:
 
 
 def divisions(hf: dict, transformer_engine: bool) -> list[tuple[str, int, str]]:
-    """(field, size, parallel setting that must divide it)."""
+    """Return (field, its value, the parallel setting that must divide it) triples."""
     num_heads = hf["num_attention_heads"]
     return [
         ("num_attention_heads", num_heads, "tensor_parallel"),

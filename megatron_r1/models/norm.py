@@ -1,7 +1,7 @@
-"""RMSNorm for the CPU, its derivative by hand: a third of the memory traffic that autograd needs.
+"""RMSNorm for the CPU with a hand-written derivative: a third of autograd's memory traffic.
 
-10,700 tokens x 128 features, fp32, forward and backward on one core: 7 ms, where autograd's takes
-21 ms and torch.nn.functional.rms_norm 12 ms. On a GPU Transformer Engine's norms take this place.
+10,700 tokens x 128 features, fp32, forward and backward on one core: 7 ms, where autograd takes
+21 ms and torch.nn.functional.rms_norm 12 ms. On a GPU Transformer Engine's norms are used.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ from torch import Tensor
 class RMSNorm(torch.nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight, with the interface of Megatron's norms.
 
-    The mean is taken in fp32 and the product with the weight in the input's dtype, as transformers
-    does. Megatron's own (WrappedTorchNorm) refuses sequence parallelism.
+    The mean is computed in fp32 and the product with the weight in the input's dtype, as in
+    transformers. Megatron's own (WrappedTorchNorm) does not support sequence parallelism.
     """
 
     def __init__(self, config, hidden_size: int, eps: float = 1e-6):
         super().__init__()
         self.eps = eps
         self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
-        # finalize_model_grads sums gradients of parameters so marked over the tensor group.
+        # Makes finalize_model_grads sum the gradient over the tensor group.
         self.weight.sequence_parallel = config.sequence_parallel
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: (..., hidden_size), any float dtype -> the same shape and dtype."""
+        """x: (s, b, hidden_size) or (..., hidden_size), any float dtype -> same shape and dtype."""
         return _Normalize.apply(x, self.weight, self.eps)
 
 

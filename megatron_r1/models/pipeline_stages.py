@@ -1,9 +1,9 @@
-"""Which layers each pipeline stage holds: spread evenly or spelled out; pure Python.
+"""The layers of each pipeline stage, spread evenly or spelled out. No torch.
 
-The meaning is Megatron-Core 0.16.1's (transformer/pipeline_parallel_layer_layout.py and
-transformer_block.py), whose own classes ask the process groups who they are. A *stage* here is one
-model chunk: pipeline rank p of P holds the chunks (0, p) … (V - 1, p) of V virtual stages, and
-micro-batches pass the chunks in the order (0, 0), (0, 1) … (0, P - 1), (1, 0) …
+The meaning is that of Megatron-Core 0.16.1 (transformer/pipeline_parallel_layer_layout.py and
+transformer_block.py), whose own classes need process groups. A *stage* here is one model chunk:
+pipeline rank p of P holds the chunks (0, p) … (V - 1, p) of V virtual stages, and micro-batches
+pass the chunks in the order (0, 0), (0, 1) … (0, P - 1), (1, 0) …
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ _ITEM = re.compile(r"\(([^()]*)\)\*(\d+)|([EtmL|])(?:\*(\d+))?")
 
 @dataclass(frozen=True)
 class Stage:
-    """One model chunk: decoder layers by global index, and what else lies on it.
+    """One model chunk: its decoder layers by global index, and its other parts.
 
-    final_norm: the norm after the last decoder layer, which a model with MTP layers applies where
-    that layer is, not where the head is.
+    final_norm: the norm after the last decoder layer; a model with MTP layers has it on the chunk
+    of that layer, not on that of the head.
     """
 
     layers: tuple[int, ...]
@@ -40,15 +40,15 @@ def pipeline_stages(
     num_mtp: int = 0,
     layout: str | None = None,
 ) -> list[list[Stage]]:
-    """result[pipeline rank][virtual stage].
+    """Return the stages as result[pipeline rank][virtual stage].
 
     layout: Megatron's string, one group per chunk in the order micro-batches pass them, split by
     "|": E embedding, t decoder layer, m MTP layer, L head and loss; x*3 and (xy|)*3 repeat, commas
-    do not count. Its number of groups sets the virtual stages. Otherwise the layers are spread
-    evenly, the embedding on the first chunk, MTP layers and head on the last.
-    num_mtp: MTP layers of the model as built; 0 where it is built without.
+    are ignored. Its number of groups sets the virtual stages. None: the layers are spread evenly,
+    the embedding on the first chunk, MTP layers and head on the last. num_mtp: MTP layers of the
+    model as built.
 
-    Raises UserError for what Megatron would refuse or silently build otherwise.
+    Raises UserError for a layout that Megatron would refuse or silently build differently.
     """
     if layout:
         return _spelled_out(layout, num_layers, pipeline, virtual, num_mtp)
@@ -101,7 +101,7 @@ def _spelled_out(layout, num_layers, pipeline, virtual, num_mtp) -> list[list[St
 
 
 def parse_layout(layout: str) -> list[str]:
-    """ "Et|(tt|)*2mL" -> ["Et", "tt", "tt", "mL"]; UserError for anything else than that."""
+    """Expand "Et|(tt|)*2mL" to ["Et", "tt", "tt", "mL"]; UserError for other syntax."""
     text = re.sub(r"[,\s]", "", layout)
     return "".join(_unrolled(text, layout)).split("|")
 
@@ -109,18 +109,18 @@ def parse_layout(layout: str) -> list[str]:
 def _unrolled(text: str, layout: str) -> Iterator[str]:
     position = 0
     while position < len(text):
-        found = _ITEM.match(text, position)
-        if not found:
+        match = _ITEM.match(text, position)
+        if not match:
             raise UserError(
                 f"parallel.pipeline_layout={layout!r}: {text[position:]!r} is not understood; "
                 "write E, t, m, L and | with repetitions: t*3, (tt|)*29, no bracket within another"
             )
-        group, times, item, repeats = found.groups()
+        group, times, item, repeats = match.groups()
         if item:
             yield item * int(repeats or 1)
         else:
             yield "".join(_unrolled(group, layout)) * int(times)
-        position = found.end()
+        position = match.end()
 
 
 def _check(layout, groups, num_layers, pipeline, virtual, num_mtp) -> None:

@@ -1,9 +1,12 @@
-"""GPTModel whose last stage returns hidden states, for losses that are one with the LM head.
+"""GPTModel whose last stage returns hidden states, for losses that are fused with the LM head.
 
 The trainer's loss takes hidden states and the vocabulary-parallel head weight and never holds
-tokens x vocabulary logits. What Megatron's output layer does to its *input* still happens here
-(LMHead), so each rank may treat its part of the vocabulary alone and the gradients of the hidden
-states still come out summed.
+tokens x vocabulary logits. LMHead keeps the communication that Megatron's output layer does on its
+*input*, so each rank can compute with its part of the vocabulary alone and the gradients of the
+hidden states are still summed over ranks.
+
+Shapes: s tokens, b batches (1 for a packed batch), h hidden size. Inside the model tensors have
+Megatron's order (s, b, h); what the last stage returns is (b, s, h).
 """
 
 from __future__ import annotations
@@ -29,13 +32,13 @@ from torch import Tensor
 class LMHead(ColumnParallelLinear):
     """Megatron's output layer without its product: holds the weight, returns the hidden states.
 
-    It stays a module that is called in the forward pass, because Megatron's overlapped parameter
-    gathering waits for a module's parameters in that module's forward hook.
+    It is still called in the forward pass, because Megatron's overlapped parameter gathering waits
+    for a module's parameters in that module's forward hook.
     """
 
     @classmethod
     def replacing(cls, layer: ColumnParallelLinear, config) -> LMHead:
-        """An LMHead with the weight, marks included, of the output layer GPTModel made."""
+        """Return an LMHead with the weight, attributes included, of GPTModel's output layer."""
         head = cls(
             layer.input_size,
             layer.output_size,
@@ -56,9 +59,8 @@ class LMHead(ColumnParallelLinear):
     ) -> tuple[Tensor, None]:
         """input_: (s, b, h), under sequence parallelism this rank's part of s -> (s, b, h) whole.
 
-        In the backward pass each rank brings the gradient through its own part of the vocabulary;
-        they are summed over the tensor-parallel group (all-reduce, or reduce-scatter under sequence
-        parallelism).
+        Over the tensor-parallel group: each rank's gradient comes from its part of the vocabulary,
+        so the backward pass sums them (all-reduce, or reduce-scatter under sequence parallelism).
         """
         if self.sequence_parallel:
             return gather_from_sequence_parallel_region(
@@ -70,11 +72,11 @@ class LMHead(ColumnParallelLinear):
 class PolicyModel(GPTModel):
     """GPTModel that returns hidden states (b, s, h), after the final norm, from its last stage.
 
-    With `labels` (b, s), where labels[i] follows input_ids[i], and `loss_mask` (b, s), the loss of
-    the MTP layers joins the backward pass of what is returned (scaled as Megatron does:
+    With `labels` (b, s), where labels[i] follows input_ids[i], and `loss_mask` (b, s), the backward
+    pass of the output also contains the MTP layers' loss (scaled as in Megatron:
     mtp_loss_scaling_factor and the token count); the hidden states themselves are the same. Without
     labels MTP layers are not run. Where they are on an earlier stage than the head, that stage
-    sends their hidden states on behind its own, and the last one makes the loss.
+    sends their hidden states behind its own, and the last stage computes the loss.
     """
 
     def __init__(self, *args, **kwargs):
@@ -82,7 +84,7 @@ class PolicyModel(GPTModel):
         # Rows of the embedding and head beyond this are padding, never a token.
         self.unpadded_vocab_size = self.vocab_size
         if self.post_process:
-            self.output_layer = LMHead.replacing(self.output_layer, self.config)
+            self.output_layer: LMHead = LMHead.replacing(self.output_layer, self.config)
 
     def _postprocess(
         self,
@@ -114,7 +116,11 @@ class PolicyModel(GPTModel):
         return hidden_states.transpose(0, 1).contiguous()
 
     def _with_mtp_loss(self, hidden, predicted, labels, loss_mask, packed_seq_params) -> Tensor:
-        """`hidden`, its backward pass carrying MTP layer k's -log p(the label k + 1 further)."""
+        """Return `hidden` (s, b, h) with the gradient of the MTP losses in its backward pass.
+
+        predicted[k]: (s, b, h), hidden states of MTP layer k, whose targets are the labels shifted
+        by k + 1; labels, loss_mask: (b, s).
+        """
         mask = torch.ones_like(labels, dtype=torch.float32) if loss_mask is None else loss_mask
         scale = self.config.mtp_loss_scaling_factor / self.config.mtp_num_layers
         roll = {"shifts": -1, "dims": -1, "cp_group": self.cp_group}
@@ -127,6 +133,7 @@ class PolicyModel(GPTModel):
                     losses.sum() / num_tokens.clamp(min=1),
                     layer,
                     self.config.mtp_num_layers,
+                    # Over data and context parallelism, whose ranks have other tokens.
                     avg_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
                 )
             share = 1 if self.config.calculate_per_token_loss else num_tokens.clamp(min=1)
@@ -134,8 +141,7 @@ class PolicyModel(GPTModel):
         return hidden
 
     def _cross_entropy(self, states, labels, mask) -> Tensor:
-        """-log p(label) (b, s) of `states` (s, b, h) as the output layer takes them, where `mask`
-        is not 0."""
+        """Return -log p(label), (b, s) fp32, of `states` (s, b, h) where `mask` (b, s) is not 0."""
         hidden, _ = self.output_layer(states)
         hidden = hidden.transpose(0, 1).reshape(-1, hidden.shape[-1])
         rows = mask.reshape(-1).nonzero()[:, 0]
@@ -152,7 +158,7 @@ class PolicyModel(GPTModel):
 
 
 def lm_head_weight(model) -> Tensor:
-    """The head's rows on this rank, (padded vocabulary / tensor_parallel, h); tied ones included.
+    """Return this rank's rows of the head, (padded vocabulary / tensor_parallel, h), tied or not.
 
     model: a last pipeline stage, bare or wrapped. Rows outside `vocab_shard` are padding.
     """
@@ -162,11 +168,11 @@ def lm_head_weight(model) -> Tensor:
 
 
 def vocab_shard(model) -> range:
-    """The tokens whose head rows this rank holds: row i of `lm_head_weight` is vocab_shard[i].
+    """Return the tokens whose head rows this rank holds: row i of `lm_head_weight` is token
+    vocab_shard[i].
 
-    Shorter than the weight where the vocabulary was padded to divide the tensor-parallel size;
-    those last rows must be left out of every softmax (their logits set to -inf, or the weight cut
-    to len(vocab_shard)).
+    Shorter than the weight where the vocabulary is padded to a multiple of the tensor-parallel
+    size; a softmax must leave those last rows out (logits -inf, or the weight cut).
     """
     model = unwrap_model(model)
     num_rows = model.output_layer.output_size_per_partition
@@ -177,16 +183,10 @@ def vocab_shard(model) -> range:
 
 
 def logits(model, hidden: Tensor) -> Tensor:
-    """hidden: (b, s, h) as the last stage returns it -> logits (b, s, this rank's vocabulary).
+    """Return the logits (b, s, this rank's vocabulary) of `hidden` (b, s, h), the last stage's.
 
-    Logits of padding rows are -inf. For tests and small uses: the training loss never forms them.
+    Logits of padding rows are -inf. For tools and tests: the training loss never forms them.
     """
-    return _mask_padding(unwrap_model(model), hidden @ lm_head_weight(model).t())
-
-
-def _mask_padding(model, logits: Tensor) -> Tensor:
-    num_real = len(vocab_shard(model))
-    if num_real == logits.shape[-1]:
-        return logits
-    padding = torch.arange(logits.shape[-1], device=logits.device) >= num_real
-    return logits.masked_fill(padding, float("-inf"))
+    out = hidden @ lm_head_weight(model).t()
+    padding = torch.arange(out.shape[-1], device=out.device) >= len(vocab_shard(model))
+    return out.masked_fill(padding, float("-inf"))

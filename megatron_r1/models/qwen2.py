@@ -16,6 +16,6 @@ __all__ = ["config_fields", "divisions", "model_arguments", "rope_scaling"]
 
 
 def config_fields(hf: dict) -> dict:
-    """TransformerConfig fields for this `config.json`; ValueError for what is not supported."""
+    """Return the TransformerConfig fields for this `config.json`; UserError if not supported."""
     require(hf, use_sliding_window=False, attention_bias=True)
     return {**grouped_query_fields(hf), "add_qkv_bias": True}

@@ -1,13 +1,13 @@
-"""Routing replay (R3, arXiv 2510.11370): Megatron's routers take the experts the engine chose.
+"""Routing replay (R3, arXiv 2510.11370): Megatron's routers use the experts the engine chose.
 
 Only the choice is replayed: the weights of the chosen experts are the trainer's own scores,
-normalised over the chosen, so gradients reach the router as ever. The expert bias and the limit on
-groups shape nothing but the choice and so play no part in a replayed token.
+normalised over the chosen, so gradients reach the router as usual. The expert bias and the limit on
+groups affect only the choice and so have no effect on a replayed token.
 
-A router asks whatever stands in its `router_replay` for the top k (moe_utils.py:706, Megatron-Core
-0.16.1). Megatron's own object there (router_replay.py) replays all tokens or none, and has to be
-told whether a pass is a forward pass or its recomputation, which a schedule that interleaves the
-two gives no moment for.
+A router calls the object in its `router_replay` for the top k (moe_utils.py:706, Megatron-Core
+0.16.1). Megatron's own class (router_replay.py) replays all tokens or none, and a caller has to set
+whether a pass is a forward pass or its recomputation, which is not possible with a schedule that
+interleaves the two.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from megatron_r1.models.routing_shape import RoutingShape
 
 
 class Recorded(NamedTuple):
-    """The engine's choices for the T tokens a router of this rank sees of a micro-batch.
+    """The engine's choices for the T tokens of a micro-batch that this rank's routers process.
 
     experts: (T, L, topk) uint8 or int16, L MoE layers of this rank; known: (T,) bool, the tokens
-    that have any. The others are routed by the trainer."""
+    that have recorded choices. The trainer routes the others."""
 
     experts: Tensor
     known: Tensor
 
 
 class LayerReplay:
-    """Stands in `router.router_replay`; `slot` is the layer's place in `Recorded.experts`."""
+    """The `router_replay` object of a router; `slot` is the layer's index in `Recorded.experts`."""
 
     def __init__(self, router: torch.nn.Module, slot: int):
         self.router, self.slot = router, slot
@@ -48,8 +48,9 @@ class LayerReplay:
     def get_replay_topk(
         self, scores: Tensor, topk: int, num_groups, group_topk, default_compute_topk
     ) -> tuple[Tensor, Tensor]:
-        """scores: (T, experts), what the choice is made by -> those of the chosen and their indices
-        (T, topk) int64."""
+        """Return the scores of the chosen experts and their indices, (T, topk) each, int64 indices.
+
+        scores: (T, experts), what the choice is based on."""
         own_scores, own = default_compute_topk(
             scores, topk, num_groups=num_groups, group_topk=group_topk
         )
@@ -66,8 +67,10 @@ class LayerReplay:
         return scores.gather(1, chosen), chosen
 
     def _of_this_pass(self) -> Recorded | None:
-        """What recomputation drops is first computed without a graph and later again with one, in
-        the same order of micro-batches; by then another micro-batch is the current one."""
+        """Return the choices for the pass in progress.
+
+        A recomputed layer first runs without a graph and later again with one, in the same order of
+        micro-batches; by then another micro-batch is the current one."""
         if torch.is_grad_enabled():
             return self.waiting.popleft() if self.waiting else self.current
         if self.router.training:
@@ -76,15 +79,17 @@ class LayerReplay:
 
 
 class Replay:
-    """The routers of this rank's chunks. Without a shape: nothing is replayed, nothing changes."""
+    """Replay in the routers of this rank's chunks. Without a shape, routers are not changed."""
 
     def __init__(self, chunks: Sequence[torch.nn.Module], shape: RoutingShape | None):
         self.is_on = shape is not None
         self.layers: list[int] = []
-        """Which of shape.moe_layers this rank has, by their place there."""
+        """This rank's MoE layers, as indices into shape.moe_layers."""
         self._chunks: dict[int, list[LayerReplay]] = {}
         self._paused = False
-        for chunk in chunks if shape else []:
+        if shape is None:
+            return
+        for chunk in chunks:
             replays = self._chunks.setdefault(id(unwrap_model(chunk)), [])
             for layer in unwrap_model(chunk).decoder.layers:
                 if hasattr(layer.mlp, "router"):
@@ -94,19 +99,19 @@ class Replay:
                     replays.append(replay)
 
     def begin(self, chunk: torch.nn.Module, recorded: Recorded | None) -> None:
-        """A forward pass of `chunk` over the tokens of `recorded` is about to start."""
+        """Prepare a forward pass of `chunk` over the tokens of `recorded`."""
         for replay in self._chunks.get(id(unwrap_model(chunk)), []):
             replay.current = None if self._paused else recorded
 
     def end(self) -> None:
-        """All passes over all micro-batches are through."""
+        """Finish after all passes over all micro-batches."""
         for replay in self._all():
             assert not replay.waiting, f"{len(replay.waiting)} passes were never recomputed"
             replay.current = None
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Within: every token is routed by the trainer."""
+        """Within the context, let the trainer route every token."""
         self._paused = True
         try:
             yield
@@ -115,8 +120,8 @@ class Replay:
 
     @contextlib.contextmanager
     def measured(self) -> Iterator[None]:
-        """Within: counts how many of the engine's choices the routers would make themselves, each
-        given the replayed choices of the layers below."""
+        """Within the context, count how many of the engine's choices the routers would make
+        themselves, each given the replayed choices of the layers below."""
         for replay in self._all():
             replay.measures, replay.agreed, replay.asked = True, 0, 0
         try:
@@ -126,12 +131,13 @@ class Replay:
                 replay.measures = False
 
     def agreement(self, device: torch.device) -> dict[str, float]:
-        """routing/agreement, of what was measured last, over all ranks: every router of every rank
-        sees other tokens or is another layer. Empty when nothing was replayed."""
+        """Return {"routing/agreement": the share of equal choices} of the last measurement; {} when
+        nothing was replayed."""
         if not self.is_on:
             return {}
         counts = [sum(int(getattr(r, name)) for r in self._all()) for name in ("agreed", "asked")]
         total = torch.tensor(counts, dtype=torch.int64, device=device)
+        # Over all ranks: every router of every rank has other tokens or is another layer.
         dist.all_reduce(total)
         agreed, asked = total.tolist()
         return {"routing/agreement": agreed / asked} if asked else {}

@@ -1,8 +1,8 @@
-"""Rotary angles of a packed batch, gathered at once.
+"""Rotary position embedding of a packed batch with all angles gathered in one operation.
 
 Megatron slices them sample by sample, in Python, for queries and keys of every layer
-(models/common/embeddings/rope_utils.py:151, Megatron-Core 0.16.1): with 256 samples a third of what
-a small model's layer does besides its products, and on a GPU a wait for the device each time.
+(models/common/embeddings/rope_utils.py:151, Megatron-Core 0.16.1): with 256 samples that is a third
+of a small model's time besides its products, and on a GPU a synchronisation each time.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from megatron_r1.models.context import held_positions
 
 
 def sample_positions(borders: Tensor, rank: int = 0, ranks: int = 1) -> Tensor:
-    """Of each token that a context-parallel rank holds, its position in its own sample (T / ranks,)
-    int64. borders: (S + 1,) integers from 0 to T, of the whole batch."""
+    """Return the position in its sample of each token that a context-parallel rank holds, (T /
+    ranks,) int64. borders: (S + 1,) integers from 0 to T, of the whole batch."""
     borders = borders.long()
     total = int(borders[-1])
     starts = borders[:-1].repeat_interleave(borders.diff(), output_size=total)
@@ -30,14 +30,14 @@ def sample_positions(borders: Tensor, rank: int = 0, ranks: int = 1) -> Tensor:
 def rotate_packed(
     t: Tensor, cu_seqlens: Tensor, freqs: Tensor, *args, cp_group: ProcessGroup, **kwargs
 ) -> Tensor:
-    """t: (T, h, d) of a packed batch, rotated by the angles freqs (longest sample, 1, 1, d).
+    """Rotate t (T, h, d) of a packed batch by the angles freqs (longest sample, 1, 1, d).
 
-    The rest: as of Megatron's function of this place."""
-    places = sample_positions(cu_seqlens, cp_group.rank(), cp_group.size())
-    angles = freqs[places]
+    The other arguments are those of Megatron's _apply_rotary_pos_emb_thd."""
+    positions = sample_positions(cu_seqlens, cp_group.rank(), cp_group.size())
+    angles = freqs[positions]
     return rope_utils._apply_rotary_pos_emb_bshd(t[:, None], angles, *args, **kwargs)[:, 0]
 
 
-def gather_angles_at_once() -> None:
-    """Put `rotate_packed` in the place of Megatron's. Safe to call again."""
+def patch_rotary_embedding() -> None:
+    """Replace Megatron's function by `rotate_packed`. Safe to call again."""
     rope_utils._apply_rotary_pos_emb_thd = rotate_packed

@@ -1,4 +1,4 @@
-"""What there is to know of a model's routing from its config.json: what engine and trainer say."""
+"""The shape of a model's expert routing, from its config.json. No torch."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from megatron_r1.models.hf_config import need
 
 @dataclass(frozen=True)
 class RoutingShape:
-    """Of the decoder: num_layers of them, those with routed experts by index in `moe_layers`, topk
-    of num_experts for every token."""
+    """moe_layers: indices of the decoder layers with routed experts, among num_layers; every token
+    is routed to topk of num_experts."""
 
     num_layers: int
     moe_layers: tuple[int, ...]
@@ -20,17 +20,17 @@ class RoutingShape:
 
     @property
     def index_bytes(self) -> int:
-        """Of one expert's index: unsigned, 1 or 2."""
+        """Bytes of one expert's index, unsigned: 1 or 2."""
         return 1 if self.num_experts <= 256 else 2
 
     @property
     def token_bytes(self) -> int:
-        """Of one token's routing: moe layers x topk indices."""
+        """Bytes of one token's routing: moe layers x topk indices."""
         return len(self.moe_layers) * self.topk * self.index_bytes
 
 
 def routing_shape(hf: dict) -> RoutingShape:
-    """Of the model `hf` describes; raises UserError for one without experts."""
+    """Return the routing shape of the model `hf`; UserError for one without experts."""
     if not hf.get("n_routed_experts"):
         architecture = (hf.get("architectures") or ["this model"])[0]
         raise UserError(

@@ -1,9 +1,9 @@
-"""GPTModel whose last stage gives one number per token: reward models and critics.
+"""GPTModel whose last stage returns one number per token: reward models and critics.
 
 The head is one row of weights, whole on every tensor-parallel rank. Under sequence parallelism each
-rank multiplies its own part of the tokens and only the scores are gathered, so that both the hidden
-states' gradient and the head's enter once: the first is cut back to the rank's own tokens, the
-second is added up over the tensor ranks like a norm's (`sequence_parallel` on the parameter).
+rank multiplies its own part of the tokens and only the scores are gathered, so that each gradient
+counts once: that of the hidden states is cut to the rank's own tokens, that of the head is summed
+over the tensor ranks like a norm's (`sequence_parallel` on the parameter).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 class ScoreHead(MegatronModule):
-    """weight: (1, h) in the model's dtype."""
+    """The score head. weight: (1, h) in the model's dtype."""
 
     def __init__(self, config: TransformerConfig, tp_group: torch.distributed.ProcessGroup):
         super().__init__(config)
@@ -28,19 +28,19 @@ class ScoreHead(MegatronModule):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """hidden: (s, b, h), under sequence parallelism this rank's part of s -> (s, b) whole, fp32
-        as vLLM's pooling heads compute."""
+        as in vLLM's pooling heads."""
         scores = hidden.float() @ self.weight[0].float()
         if not self.config.sequence_parallel:
             return scores
-        # Every rank makes the same loss of the gathered scores, so none has to hear of another's
-        # gradient.
+        # Over the tensor group. Every rank computes the same loss from the gathered scores, so
+        # their gradients are equal and must not be summed.
         return gather_from_sequence_parallel_region(
             scores, tensor_parallel_output_grad=False, group=self.tp_group
         )
 
 
 class ScoreModel(GPTModel):
-    """GPTModel that returns scores (b, s) fp32 from its last stage, made after the final norm."""
+    """GPTModel that returns scores (b, s) fp32 from its last stage, behind the final norm."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -55,5 +55,5 @@ class ScoreModel(GPTModel):
         return self.score(hidden_states).transpose(0, 1).contiguous()
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
-        """As any module's: what GPTModel adds is about an output layer and tied embeddings."""
+        """As MegatronModule's: GPTModel's version handles an output layer and tied embeddings."""
         return MegatronModule.sharded_state_dict(self, prefix, sharded_offsets, metadata)

@@ -1,10 +1,23 @@
-"""One table of names, shapes and shards per architecture, and everything that follows from it.
+"""One table per architecture of which Hugging Face tensors form each Megatron parameter.
 
-`hf_tensors`, `layout` and `shard` need a configuration only; the rest works on Megatron model
-chunks and is imported when first asked for.
+    rules.py                              what a table consists of: rules, splits, pieces
+    llama.py, qwen2.py, deepseek_v3.py    the tables
+    layout.py                             every parameter of a rank, from config.json; no torch
+    local.py                              the layout joined with this rank's real tensors
+    reading.py, writing.py                import and export by all ranks together
+    stored/                               the formats on disk
+
+A new architecture is one table: `table(hf)` in a module here, named in `models.hf_config`. Import,
+export, conversion, the push to the engines and the memory planner read the same table.
+
+`hf_tensors`, `layout` and `shard` need a configuration only; what works on Megatron model chunks is
+imported at first use.
 """
 
+from typing import Any
+
 from megatron_r1.models.pipeline_stages import Stage, pipeline_stages
+from megatron_r1.processes.imports import import_lazily
 from megatron_r1.weights.layout import Entry, Shard, hf_tensors, layout, shard, stage_shards
 from megatron_r1.weights.rules import Piece
 
@@ -33,14 +46,10 @@ _HOME = {
     "load_hf": "reading",
     "load_megatron": "reading",
     "local_pieces": "local",
-    "save_hf": "export",
+    "save_hf": "writing",
     "write_hf": "writing",
 }
 
 
-def __getattr__(name: str):
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib import import_module
-
-    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+def __getattr__(name: str) -> Any:
+    return import_lazily(__name__, _HOME, name)

@@ -1,4 +1,4 @@
-"""DeepSeek-V3: which Hugging Face tensors each Megatron parameter is made of."""
+"""The weight table of DeepSeek-V3."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from megatron_r1.weights.rules import (
 
 
 def table(hf: dict) -> Table:
-    """The rules for this `config.json`, MTP layers included."""
+    """Return the rules for this `config.json`, MTP layers included."""
     hidden, vocab, num_layers = hf["hidden_size"], hf["vocab_size"], hf["num_hidden_layers"]
     num_mtp = hf.get("num_nextn_predict_layers") or 0
     num_dense = min(hf.get("first_k_dense_replace") or 0, num_layers)
@@ -36,7 +36,7 @@ def table(hf: dict) -> Table:
         layers=layers,
         final_norm=[weight("decoder.final_layernorm", "model.norm", (hidden,), whole)],
         head=[output_head(hf, "lm_head")],
-        # An MTP layer is built like the last decoder layer.
+        # An MTP layer has the structure of the last decoder layer.
         mtp=[_mtp(hf, layers[-1])] * num_mtp,
         copies=copies,
         num_experts=hf["n_routed_experts"],

@@ -1,6 +1,6 @@
-"""Where every parameter of a model lies, from `config.json` and parallel coordinates alone.
+"""The parameters of every rank, from `config.json` and parallel coordinates alone.
 
-No model is built: a resharding plan or memory budget for thousands of ranks is made on a laptop.
+No model is built, so a laptop can plan the resharding or the memory of thousands of ranks.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ Rank = tuple[int, int]
 
 @dataclass(frozen=True)
 class Shard:
-    """What one rank holds: which layers of the pipeline, and which part of each.
+    """The part of a model on one rank: some layers, and a part of each.
 
     layers: global indices of its decoder layers, in order. embedding, final_norm, head, mtp:
-    whether the embedding, the norm after the last decoder layer, the LM head and the MTP layers are
-    on it. transformer_engine: whose parameter names it uses.
+    whether it has the embedding, the norm after the last decoder layer, the LM head, the MTP
+    layers. transformer_engine: whether its parameters have Transformer Engine's names.
     """
 
     layers: tuple[int, ...]
@@ -43,9 +43,9 @@ class Entry:
     """One parameter of one rank.
 
     shape: this rank's. pieces: the HF tensors in it; rows without a piece are vocabulary padding.
-    owner: whether, of the ranks that hold the same pieces along the tensor and pipeline axes, this
-    is the one that writes them. expert: whether its replicas are the expert-data-parallel group.
-    dtype: its own, or None.
+    owner: whether this rank, of those that hold the same pieces along the tensor and pipeline axes,
+    writes them. expert: whether its replicas are the expert-data-parallel group. dtype: its own if
+    it differs from the model's, else None.
     """
 
     shape: Shape
@@ -56,18 +56,17 @@ class Entry:
 
 
 def table(hf: dict) -> Table:
-    """The weight table of the architecture `hf` names; UserError if there is none."""
+    """Return the weight table of the architecture `hf` names; UserError if there is none."""
     return import_module(f"megatron_r1.weights.{architecture(hf)}").table(hf)
 
 
 def hf_tensors(hf: dict, *, with_mtp: bool = True) -> dict[str, tuple[Shape, str]]:
-    """Every tensor of the full HF checkpoint: name -> (shape, dtype), in checkpoint order.
+    """Return name -> (shape, dtype) of every tensor of the full HF checkpoint, in its order.
 
-    The dtype is config.json's ("bfloat16" if it says nothing), except for tensors that keep their
-    own.
+    The dtype is config.json's (default "bfloat16"), except for tensors that have their own.
     """
     rules, default = table(hf), hf.get("dtype") or hf.get("torch_dtype") or "bfloat16"
-    tensors = {}
+    tensors: dict[str, tuple[Shape, str]] = {}
     for prefix, rule in _placed(rules, with_mtp):
         for source in rule.sources:
             for expert in range(rules.num_experts if rule.expert else 1):
@@ -86,10 +85,8 @@ def stage_shards(
     pipeline_layout: str | None = None,
     with_mtp: bool = True,
 ) -> list[list[Shard]]:
-    """What every model chunk of the pipeline holds, whole along the other axes.
-
-    result[pipeline rank][virtual stage]; errors as `pipeline_stages`.
-    """
+    """Return the shard of every model chunk, result[pipeline rank][virtual stage], whole along the
+    other axes. Errors as `pipeline_stages`."""
     num_mtp = len(table(hf).mtp) if with_mtp else 0
     stages = pipeline_stages(
         hf["num_hidden_layers"], pipeline, virtual, num_mtp=num_mtp, layout=pipeline_layout
@@ -109,14 +106,14 @@ def shard(
     with_mtp: bool = True,
     transformer_engine: bool = False,
 ) -> Shard:
-    """The Shard at these coordinates."""
+    """Return the Shard at these coordinates."""
     (rank, ranks), (chunk, chunks) = pp, vp
     every = stage_shards(hf, ranks, chunks, pipeline_layout=pipeline_layout, with_mtp=with_mtp)
     return replace(every[rank][chunk], tp=tp, ep=ep, etp=etp, transformer_engine=transformer_engine)
 
 
 def layout(hf: dict, at: Shard) -> dict[str, Entry]:
-    """Megatron parameter name -> Entry, for everything the rank at `at` holds."""
+    """Return Megatron parameter name -> Entry, for all parameters of the shard `at`."""
     rules = table(hf)
     entries: dict[str, Entry] = {}
 
@@ -137,7 +134,7 @@ def layout(hf: dict, at: Shard) -> dict[str, Entry]:
         embedded = {source.name for rule in rules.embedding for source in rule.sources}
         for rule in rules.head:
             tied = rule.sources[0].name in embedded
-            # Megatron keeps one parameter for both where both are on one stage, else a second copy.
+            # Megatron has one parameter for both where both are on one stage, else a second copy.
             if not (tied and (at.embedding or at.mtp)):
                 add(rule, "", "", owner=not tied)
     if at.mtp:

@@ -1,14 +1,14 @@
-"""Llama: which Hugging Face tensors each Megatron parameter is made of."""
+"""The weight table of Llama, and of all decoders with grouped-query attention."""
 
 from __future__ import annotations
 
 from megatron_r1.weights.rules import (
+    QueryGroups,
     Rule,
     Source,
     Table,
     gated,
     output_head,
-    query_groups,
     rows,
     vocabulary,
     weight,
@@ -17,12 +17,12 @@ from megatron_r1.weights.rules import (
 
 
 def table(hf: dict) -> Table:
-    """The rules for this `config.json`."""
+    """Return the rules for this `config.json`."""
     return decoder(hf, qkv_bias=False)
 
 
 def decoder(hf: dict, qkv_bias: bool) -> Table:
-    """The rules of a decoder with grouped-query attention and a dense SwiGLU in every layer."""
+    """Return the rules of a decoder with grouped-query attention and a SwiGLU in every layer."""
     hidden, vocab = hf["hidden_size"], hf["vocab_size"]
     embedding = "model.embed_tokens"
     head = embedding if hf.get("tie_word_embeddings") else "lm_head"
@@ -42,7 +42,7 @@ def _attention(hf: dict, qkv_bias: bool) -> list[Rule]:
     heights = {"q": heads * size, "k": groups * size, "v": groups * size}
     weights = tuple(Source(f"self_attn.{x}_proj.weight", (n, hidden)) for x, n in heights.items())
     biases = tuple(Source(f"self_attn.{x}_proj.bias", (n,)) for x, n in heights.items())
-    qkv, split = "self_attention.linear_qkv", query_groups(groups)
+    qkv, split = "self_attention.linear_qkv", QueryGroups(groups)
     out = (hidden, heads * size)
     return [
         weight("input_layernorm", "input_layernorm", (hidden,), whole, f"{qkv}.layer_norm_weight"),

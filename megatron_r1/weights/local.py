@@ -1,4 +1,4 @@
-"""The pieces held by this rank's model chunks: the layout joined with real tensors."""
+"""The layout of this rank's model chunks, joined with their tensors."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from megatron_r1.weights.rules import Piece
 def local_pieces(
     model_chunks: Sequence, hf: dict
 ) -> Iterator[tuple[Tensor, tuple[Piece, ...], bool]]:
-    """(parameter, pieces, owner) of everything on this rank, the router's bias buffers included.
+    """Yield (parameter, pieces, owner) for all parameters and router bias buffers of this rank.
 
     model_chunks: this rank's virtual pipeline stages, bare or wrapped. owner: exactly one rank of
     the job owns each piece, so the owners together write every HF tensor once. Raises ValueError
-    for a parameter no rule covers and for one of another shape than its rule gives.
+    for a parameter that no rule covers, and for one whose shape differs from its rule's.
     """
     for tensor, entry in local_entries(model_chunks, hf):
         yield tensor, entry.pieces, entry.owner and _first_replica(entry.expert)
 
 
 def local_entries(model_chunks: Sequence, hf: dict) -> Iterator[tuple[Tensor, Entry]]:
-    """(parameter, layout entry) of everything on this rank; errors as `local_pieces`."""
+    """Yield (parameter, layout entry); order and errors as `local_pieces`."""
     for chunk in model_chunks:
         chunk = unwrap_model(chunk)
         tensors = model_tensors(chunk)
@@ -47,14 +47,14 @@ def local_entries(model_chunks: Sequence, hf: dict) -> Iterator[tuple[Tensor, En
 
 
 def model_tensors(chunk) -> dict[str, Tensor]:
-    """What the weight table must cover: parameters and the router's bias buffers, by name."""
+    """Return the tensors that the weight table covers: parameters and router bias buffers."""
     chunk = unwrap_model(chunk)
     biases = {n: b for n, b in chunk.named_buffers() if n.endswith(".expert_bias")}
     return dict(chunk.named_parameters()) | biases
 
 
 def shard_of(chunk) -> Shard:
-    """What this rank's model chunk holds, read from the chunk and Megatron's process groups."""
+    """Return the shard of this rank's model chunk, from the chunk and Megatron's process groups."""
     chunk = unwrap_model(chunk)
     return Shard(
         layers=tuple(layer.layer_number - 1 for layer in chunk.decoder.layers),

@@ -1,4 +1,4 @@
-"""Qwen2 and Qwen2.5: Llama's table with biases on the query, key and value projections."""
+"""The weight table of Qwen2 and Qwen2.5: Llama's with biases on query, key and value."""
 
 from __future__ import annotations
 
@@ -7,5 +7,5 @@ from megatron_r1.weights.rules import Table
 
 
 def table(hf: dict) -> Table:
-    """The rules for this `config.json`."""
+    """Return the rules for this `config.json`."""
     return decoder(hf, qkv_bias=True)

@@ -1,4 +1,4 @@
-"""Import: every rank reads its own slices of a checkpoint, and nothing else of it."""
+"""Import: every rank reads its own slices of a checkpoint and nothing else."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from megatron_r1.weights.stored.megatron_weights import MegatronWeights
 def load_hf(model_chunks: Sequence, hf: dict, path: str | Path, stored: dict | None = None) -> None:
     """Fill this rank's parameters, in their dtype, from the safetensors checkpoint in `path`.
 
-    stored: the configuration of what is in `path`, where that is the language model that a score
-    model `hf` starts from; its heads are passed over and the score's weights stay as they are.
-    FP8 checkpoints (fp8.py) are dequantised on the way. MTP layers' copies of the embedding and
-    head are passed over. Vocabulary padding becomes zero. Raises ValueError naming every missing,
-    unexpected or mis-shaped tensor.
+    stored: the configuration of the checkpoint, where that is the language model that a score model
+    `hf` starts from; its heads are ignored and the score head's weights are not changed. FP8
+    checkpoints (fp8.py) are dequantised. MTP layers' copies of the embedding and head are ignored.
+    Vocabulary padding becomes zero. Raises UserError naming every missing, unexpected or mis-shaped
+    tensor.
     """
     with HfWeights(path, stored or hf) as weights:
         weights.check(has_mtp(model_chunks))
@@ -35,8 +35,8 @@ def load_megatron(
 ) -> None:
     """Fill this rank's parameters from the weights in the Megatron checkpoint `path`.
 
-    It may have been saved at any layout, by Megatron's own or Transformer Engine's layers; what
-    else it holds (optimizer, reference) is passed over. stored and errors: as of `load_hf`.
+    It may have been saved at any layout, with Megatron's own or Transformer Engine's layers; other
+    content (optimizer, reference) is ignored. stored and errors: as in `load_hf`.
     """
     with MegatronWeights(path, stored or hf) as weights:
         weights.check(has_mtp(model_chunks))
@@ -44,7 +44,7 @@ def load_megatron(
 
 
 def initialize_score(model_chunks: Sequence, hf: dict, *, std: float, seed: int) -> None:
-    """Draw the head of a score model from N(0, std^2), the same however the model is split."""
+    """Draw the head of a score model from N(0, std^2), the same for every parallel layout."""
     with torch.no_grad():
         for parameter, pieces, _ in local_pieces(model_chunks, hf):
             if [piece.hf_name for piece in pieces] == [SCORE]:
@@ -64,7 +64,7 @@ def _fill(model_chunks: Sequence, hf: dict, weights: HfWeights | MegatronWeights
 
 
 def initialize(model_chunks: Sequence, hf: dict, *, std: float, seed: int) -> None:
-    """Fill this rank's parameters with random weights that do not depend on how the model is split.
+    """Fill this rank's parameters with random weights, the same for every parallel layout.
 
     Matrices are drawn from N(0, std^2), each HF tensor from a generator seeded by `seed` and its
     name; norms become 1, biases 0. Each tensor is drawn whole, in fp32, one at a time.

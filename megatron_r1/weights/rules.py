@@ -1,9 +1,12 @@
-"""The vocabulary of a weight table: rules, pieces, and the ways a parameter is split over ranks.
+"""What a weight table consists of: rules, pieces, and the ways a parameter is split over ranks.
 
-A rule ties one Megatron parameter to the Hugging Face tensors it is made of. A split turns a rule
-and a rank into pieces: rectangular runs of rows or columns of one HF tensor that lie at some offset
-of that rank's parameter. Import, export, the push to the engines and the memory planner all work on
-pieces. Pure Python: no torch.
+A rule maps one Megatron parameter to the Hugging Face tensors in it. A split turns a rule and a
+rank into pieces: runs of rows or columns of one HF tensor at some offset of that rank's parameter.
+Import, export, the push to the engines and the memory planner all work on pieces.
+
+To add an architecture, write a module like `llama.py` with one function `table(hf) -> Table`, which
+lists a `Rule` per parameter (`weight` and `gated` make the usual ones), and name the module in
+`models.hf_config`; nothing else reads parameter names. No torch.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from megatron_r1.errors import UserError
 from megatron_r1.models.hf_config import has_score_head
 
 SCORE = "score.weight"
-"""The head of a score model, by its Hugging Face name and by Megatron's."""
+"""Name of a score model's head, in Hugging Face and in Megatron."""
 
 Shape = tuple[int, ...]
 
@@ -30,7 +33,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Piece:
-    """`length` rows (dim 0) or columns (dim 1) of an HF tensor, and their place on a rank.
+    """`length` rows (dim 0) or columns (dim 1) of an HF tensor, and their offset on a rank.
 
     hf[name].narrow(dim, hf_start, length) equals parameter.narrow(dim, local_start, length).
     """
@@ -48,12 +51,11 @@ Split = Callable[[tuple[Source, ...], int, int], tuple[Shape, list[Piece]]]
 
 @dataclass(frozen=True)
 class Rule:
-    """One Megatron parameter (or buffer) and the HF tensors it holds.
+    """One Megatron parameter (or buffer) and the HF tensors in it.
 
-    megatron: name relative to its layer, with Megatron's own layers. te: its name where Transformer
-    Engine's layers call it otherwise. `{e}` in a name is an expert: the local index on the Megatron
-    side, the global one on the HF side. dtype: set where the tensor keeps its own, whatever the
-    model's.
+    megatron: name relative to its layer, with Megatron's own layers. te: the name with Transformer
+    Engine's layers where it differs. `{e}` in a name is an expert: the local index in Megatron's,
+    the global one in HF's. dtype: set where the tensor's differs from the model's.
     """
 
     megatron: str
@@ -70,11 +72,11 @@ class Rule:
 
 @dataclass(frozen=True)
 class Table:
-    """All rules of a model, by place.
+    """All rules of a model, by part.
 
     layers[i] are the rules of decoder layer i (Megatron `decoder.layers.`, HF `model.layers.i.`),
     mtp[k] those of MTP layer k (Megatron `mtp.layers.k.`, HF `model.layers.<num_layers + k>.`).
-    copies: HF tensors that repeat another one; written on export, passed over on import.
+    copies: HF tensors that repeat another one; written on export, ignored on import.
     """
 
     embedding: list[Rule]
@@ -87,12 +89,13 @@ class Table:
 
 
 def weight(megatron: str, name: str, shape: Shape, split: Split, te: str | None = None) -> Rule:
-    """The rule of one `.weight` made of one HF `.weight`; names without the ending, but `te`."""
+    """Return the rule of one `.weight` that is one HF `.weight`; names without the ending, except
+    `te`."""
     return Rule(f"{megatron}.weight", (Source(f"{name}.weight", shape),), split, te)
 
 
 def output_head(hf: dict, name: str) -> Rule:
-    """The rule of the LM head, the HF tensor `name`.weight; of a score model that of its score."""
+    """Return the rule of the LM head, the HF tensor `name`.weight, or of a score model's head."""
     hidden = hf["hidden_size"]
     if has_score_head(hf):
         return weight("score", "score", (1, hidden), whole)
@@ -102,9 +105,9 @@ def output_head(hf: dict, name: str) -> Rule:
 def gated(
     megatron: str, name: str, hidden: int, inner: int, te: tuple[str, str] = ("", "")
 ) -> list[Rule]:
-    """The rules of a SwiGLU with `inner` features: gate and up are one Megatron parameter.
+    """Return the rules of a SwiGLU with `inner` features: gate and up are one Megatron parameter.
 
-    te: the names of both parameters where Transformer Engine has others.
+    te: Transformer Engine's names of both parameters where they differ.
     """
     gate_up = tuple(
         Source(f"{name}.{part}_proj.weight", (inner, hidden)) for part in ("gate", "up")
@@ -116,7 +119,7 @@ def gated(
 
 
 def whole(sources: tuple[Source, ...], rank: int, ranks: int) -> tuple[Shape, list[Piece]]:
-    """Every rank holds all of it."""
+    """Replicated: every rank holds the whole tensor."""
     (source,) = sources
     return source.shape, [Piece(source.name, 0, 0, 0, source.shape[0])]
 
@@ -124,7 +127,7 @@ def whole(sources: tuple[Source, ...], rank: int, ranks: int) -> tuple[Shape, li
 def columns(sources: tuple[Source, ...], rank: int, ranks: int) -> tuple[Shape, list[Piece]]:
     """Column-parallel: rows (output features) are split.
 
-    Several sources lie one behind another: [gate of this rank; up of this rank].
+    Several sources are concatenated: [gate of this rank; up of this rank].
     """
     return _interleave(sources, blocks=ranks, first=rank, count=1)
 
@@ -138,7 +141,7 @@ def rows(sources: tuple[Source, ...], rank: int, ranks: int) -> tuple[Shape, lis
 
 
 def vocabulary(sources: tuple[Source, ...], rank: int, ranks: int) -> tuple[Shape, list[Piece]]:
-    """Vocabulary-parallel: rows are split, padded to a multiple of `ranks`; padding is no piece."""
+    """Vocabulary-parallel: rows are split and padded to a multiple of `ranks`."""
     (source,) = sources
     num_tokens, width = source.shape
     height = -(-num_tokens // ranks)
@@ -148,25 +151,28 @@ def vocabulary(sources: tuple[Source, ...], rank: int, ranks: int) -> tuple[Shap
     return (height, width), pieces
 
 
-def query_groups(num_groups: int) -> Split:
+@dataclass(frozen=True)
+class QueryGroups:
     """Grouped-query attention: [queries; key; value] of each group; ranks hold whole groups."""
 
-    def split(sources: tuple[Source, ...], rank: int, ranks: int) -> tuple[Shape, list[Piece]]:
-        count = num_groups // ranks
-        if count * ranks != num_groups:
-            raise UserError(
-                f"tensor_parallel={ranks} does not divide num_key_value_heads={num_groups}"
-            )
-        return _interleave(sources, blocks=num_groups, first=rank * count, count=count)
+    num_groups: int
 
-    split.num_groups = num_groups  # for who splits the same tensors otherwise (weights/push)
-    return split
+    def __call__(
+        self, sources: tuple[Source, ...], rank: int, ranks: int
+    ) -> tuple[Shape, list[Piece]]:
+        count = self.num_groups // ranks
+        if count * ranks != self.num_groups:
+            raise UserError(
+                f"tensor_parallel={ranks} does not divide num_key_value_heads={self.num_groups}"
+            )
+        return _interleave(sources, blocks=self.num_groups, first=rank * count, count=count)
 
 
 def _interleave(
     sources: tuple[Source, ...], *, blocks: int, first: int, count: int
 ) -> tuple[Shape, list[Piece]]:
-    """Cut each source into `blocks` runs of rows; take `count` from `first` on, sources in turn."""
+    """Cut each source into `blocks` runs of rows; return blocks first … first + count - 1, the
+    sources alternating."""
     lengths = [_divide(source.shape[0], blocks, source) for source in sources]
     pieces, end = [], 0
     for block in range(first, first + count):

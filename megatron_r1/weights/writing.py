@@ -1,24 +1,75 @@
-"""Export: all ranks together write safetensors files, each its own pieces straight into place.
+"""Export: all ranks together write safetensors files, each its own pieces at their offsets.
 
-Every rank computes the same header from the weight table. Rank 0 makes the file at its full size
-under a temporary name, every owner maps it and copies its pieces where they belong (nothing is
-gathered; no rank ever holds a whole tensor), rank 0 renames it.
+Every rank computes the same header from the weight table. Rank 0 creates the file at its full size
+under a temporary name, every owner maps it and copies its pieces into place (nothing is gathered;
+no rank ever holds a whole tensor), and rank 0 renames it.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from megatron_r1.errors import UserError
 from megatron_r1.files import fsync
+from megatron_r1.models.hf_config import has_score_head
 from megatron_r1.weights.layout import table
 from megatron_r1.weights.local import has_mtp, local_pieces
-from megatron_r1.weights.stored.file_plan import FilePlan, Placed, plan_file, stored_tensors
+from megatron_r1.weights.stored.hf_folder import (
+    carry_files,
+    split_into_files,
+    write_config,
+    write_index,
+)
+from megatron_r1.weights.stored.safetensors_file import (
+    FilePlan,
+    Placed,
+    plan_file,
+    stored_tensors,
+)
+
+
+def save_hf(
+    model_chunks: Sequence,
+    hf: dict,
+    source_folder: str | Path,
+    out_folder: str | Path,
+    dtype: torch.dtype,
+    *,
+    max_shard_bytes: int = 5 * 10**9,
+) -> None:
+    """Write `out_folder`, which transformers and vLLM can load; call on every rank.
+
+    The configuration and tokenizer files are copied from `source_folder`; all ranks must see both
+    folders. The folder appears complete or not at all (an existing one is replaced). Weights are
+    split into files of at most max_shard_bytes, except for larger single tensors. Raises UserError
+    on every rank when something cannot be written.
+    """
+    out, source = Path(out_folder), Path(source_folder)
+    unfinished = out.with_name(out.name + ".incomplete")
+    with_mtp = has_mtp(model_chunks)
+    files = split_into_files(stored_tensors(hf, dtype, with_mtp=with_mtp), max_shard_bytes)
+
+    def begin() -> None:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+        carry_files(source, unfinished)
+        write_config(source, unfinished, dtype, with_mtp, has_score_head(hf))
+
+    def finish() -> None:
+        write_index(unfinished, files)
+        _replace(unfinished, out)
+
+    on_first_rank(begin)
+    plans = {unfinished / name: plan_file(tensors) for name, tensors in files.items()}
+    write_files(model_chunks, hf, plans, durable=True)
+    on_first_rank(finish)
 
 
 def write_hf(
@@ -32,11 +83,11 @@ def write_hf(
 ) -> None:
     """Write the model, or its HF tensors in `names`, as one safetensors file; call on every rank.
 
-    path: seen by all ranks; replaced atomically: a reader that still maps the previous file
-    keeps the previous weights. dtype: of the stored
-    tensors, except those that keep their own (the router's correction bias stays float32). durable:
-    fsync before renaming. Raises UserError on every rank when the file cannot be made (no such
-    folder, not enough space) and for unknown `names`.
+    path: seen by all ranks; replaced atomically, so that a reader which still maps the previous
+    file keeps the previous weights. dtype: of the stored tensors, except those with a dtype of
+    their own (the router's correction bias stays float32). durable: fsync before renaming. Raises
+    UserError on every rank when the file cannot be created (no such folder, not enough space), and
+    ValueError for unknown `names`.
     """
     plan = plan_file(stored_tensors(hf, dtype, with_mtp=has_mtp(model_chunks), names=names))
     write_files(model_chunks, hf, {Path(path): plan}, durable=durable)
@@ -47,7 +98,16 @@ def write_files(
 ) -> None:
     """Write several planned files at once; call on every rank with the same plans."""
     unfinished = {path: path.with_name(path.name + ".incomplete") for path in plans}
-    on_first_rank(lambda: [_create(unfinished[path], plan) for path, plan in plans.items()])
+
+    def create() -> None:
+        for path, plan in plans.items():
+            _create(unfinished[path], plan)
+
+    def rename() -> None:
+        for path in plans:
+            os.replace(unfinished[path], path)
+
+    on_first_rank(create)
     copies = defaultdict(list)
     for copy, original in table(hf).copies.items():
         copies[original].append(copy)
@@ -74,28 +134,39 @@ def write_files(
         for path in views:
             fsync(unfinished[path])
     views.clear()
-    barrier()
-    on_first_rank(lambda: [os.replace(unfinished[path], path) for path in plans])
+    if dist.is_initialized():
+        dist.barrier()  # over all ranks: the files are complete when every owner has written
+    on_first_rank(rename)
 
 
-def on_first_rank(action: Callable[[], object]) -> None:
-    """Run `action` on rank 0 while the others wait; an OSError there is a ValueError everywhere."""
+def on_first_rank(action: Callable[[], object], group: dist.ProcessGroup | None = None) -> None:
+    """Run `action` on rank 0 while the others wait; raise its OSError as a UserError on all ranks.
+
+    group: all ranks, over another backend than the default group's.
+    """
     outcome: list[str | None] = [None]
-    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+    if not dist.is_initialized() or dist.get_rank() == 0:
         try:
             action()
         except OSError as error:
-            outcome = [f"cannot write {error.filename}: {error.strerror}"]
-    if torch.distributed.is_initialized():
-        torch.distributed.broadcast_object_list(outcome, src=0)
+            named = f"cannot write {error.filename}: {error.strerror}"
+            outcome = [named if error.filename else str(error)]
+    if dist.is_initialized():
+        # Over all ranks: each has to raise what went wrong on the first.
+        dist.broadcast_object_list(outcome, src=0, group=group)
     if outcome[0]:
         raise UserError(outcome[0])
 
 
-def barrier() -> None:
-    """Wait for every rank; nothing when there is one."""
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
+def _replace(unfinished: Path, out: Path) -> None:
+    # A folder cannot be renamed over another: for an instant neither name exists, but both folders
+    # are on disk.
+    previous = out.with_name(out.name + ".previous")
+    shutil.rmtree(previous, ignore_errors=True)
+    if out.exists():
+        os.rename(out, previous)
+    os.rename(unfinished, out)
+    shutil.rmtree(previous, ignore_errors=True)
 
 
 def _create(path: Path, plan: FilePlan) -> None:

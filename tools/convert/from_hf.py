@@ -26,13 +26,13 @@ from work_folder import WorkFolder
 from megatron_r1.files import atomic_write
 from megatron_r1.reporting.wording import counted
 from megatron_r1.training.checkpoints import manifest
-from megatron_r1.weights.stored import fp8, known_scales
+from megatron_r1.weights.stored import fp8
 from megatron_r1.weights.stored.dcp_writing import Chunk, Written, write_chunks, write_metadata
-from megatron_r1.weights.stored.file_plan import plan_file
 from megatron_r1.weights.stored.hf_folder import carry_files, write_config
-from megatron_r1.weights.stored.hf_weights import HfWeights
+from megatron_r1.weights.stored.hf_weights import SCALES_FILE, HfWeights
 from megatron_r1.weights.stored.megatron_names import StoredLayout, stored_layout
 from megatron_r1.weights.stored.raw import write_at
+from megatron_r1.weights.stored.safetensors_file import plan_file
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ def _write_hf_files(job: Job, with_mtp: bool) -> None:
         return
     shapes = {name: fp8.scale_shape(weights.tensors[name][0]) for name in quantised}
     plan = plan_file({fp8.scale_name(n): (s, torch.float32) for n, s in shapes.items()})
-    with open(folder / known_scales.FILE, "wb") as file:
+    with open(folder / SCALES_FILE, "wb") as file:
         file.write(plan.header)
         file.flush()
         for name in quantised:

@@ -28,16 +28,16 @@ from megatron_r1.models.hf_config import has_score_head
 from megatron_r1.reporting.wording import counted
 from megatron_r1.training.checkpoints import manifest
 from megatron_r1.weights.stored import fp8, fp8_blocks
-from megatron_r1.weights.stored.file_plan import plan_file, stored_tensors
 from megatron_r1.weights.stored.hf_folder import (
     carry_files,
     split_into_files,
     write_config,
     write_index,
 )
-from megatron_r1.weights.stored.known_scales import KnownScales
+from megatron_r1.weights.stored.hf_weights import KnownScales
 from megatron_r1.weights.stored.megatron_weights import MegatronWeights
 from megatron_r1.weights.stored.raw import write_at
+from megatron_r1.weights.stored.safetensors_file import plan_file, stored_tensors
 
 FP8 = torch.float8_e4m3fn
 

@@ -1,7 +1,7 @@
-"""FP8 training: one setting, run by Transformer Engine on a GPU and emulated elsewhere.
+"""FP8 training: computed by Transformer Engine on a GPU, emulated on a CPU.
 
-`megatron_fields` goes into Megatron's configuration, `apply` over the model it builds; docs/fp8.md
-says what is quantised where, and what has been checked."""
+`megatron_fields` returns fields of Megatron's configuration; `apply` checks the model built with
+them and installs the emulation. docs/fp8.md lists what is quantised and what has been checked."""
 
 from __future__ import annotations
 
@@ -11,14 +11,13 @@ import torch
 
 from megatron_r1 import platform
 from megatron_r1.config import FP8Config
-from megatron_r1.models.fp8.recipes import Recipe, find_recipe
-from megatron_r1.models.fp8.sizes import check_sizes
+from megatron_r1.models.fp8.recipes import Recipe, check_sizes, find_recipe
 
 __all__ = ["Recipe", "apply", "find_recipe", "megatron_fields", "token_multiple"]
 
 
 def megatron_fields(fp8: FP8Config) -> dict[str, Any]:
-    """What TransformerConfig is told. Raises ValueError where a GPU cannot run `fp8`."""
+    """Return the TransformerConfig fields for `fp8`; UserError where this GPU cannot run it."""
     if fp8.recipe == "none" or not platform.has_gpu():
         return {}
     from megatron_r1.models.fp8 import transformer_engine
@@ -27,14 +26,13 @@ def megatron_fields(fp8: FP8Config) -> dict[str, Any]:
 
 
 def apply(model: torch.nn.Module, fp8: FP8Config) -> None:
-    """Check that the model's sizes fit the recipe and, without a GPU, have it emulated.
+    """Check that the model's sizes fit the recipe and, without a GPU, install the emulation.
 
-    model: as `build_model` returns it. Raises ValueError naming the weight that does not fit."""
+    model: as `build_model` returns it. Raises UserError naming the weight that does not fit."""
     recipe = find_recipe(fp8)
     if recipe is None:
         return
     check_sizes(model, recipe)
-
     if not platform.has_gpu():
         from megatron_r1.models.fp8.emulation import emulate
 
@@ -42,6 +40,6 @@ def apply(model: torch.nn.Module, fp8: FP8Config) -> None:
 
 
 def token_multiple(fp8: FP8Config) -> int:
-    """What the tokens of a micro-batch on each tensor-parallel rank must be a multiple of."""
+    """Return the number that divides the tokens of a micro-batch on each tensor-parallel rank."""
     recipe = find_recipe(fp8)
     return recipe.token_multiple if recipe else 1

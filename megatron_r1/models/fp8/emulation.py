@@ -1,13 +1,9 @@
-"""Linear layers whose three products compute as an FP8 recipe does, on any device.
-
-Megatron's own linear layers, and our ReplicatedLinear, make their product in a method of its own,
-`_forward_impl`; that one is replaced, so that sharding, communication and parameters stay theirs.
-What is no such product is not touched: embedding, head, router, norms and attention stay in high
-precision, as in DeepSeek-V3 (section 3.3.1)."""
+"""Makes Megatron's linear layers compute their products in emulated FP8 (`product`)."""
 
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 from megatron.core.tensor_parallel import (
@@ -27,10 +23,17 @@ LINEAR = (ColumnParallelLinear, RowParallelLinear, ReplicatedLinear)
 
 
 def emulate(model: torch.nn.Module, recipe: Recipe) -> None:
-    """Have every linear layer of `model` but the head compute as `recipe` does."""
+    """Make every linear layer of `model` but the head compute as `recipe` does.
+
+    Megatron's linear layers, and our ReplicatedLinear, compute their product in the method
+    `_forward_impl`; only that one is replaced, so sharding, communication and parameters are
+    unchanged. Embedding, head, router, norms and attention stay in high precision, as in
+    DeepSeek-V3 (section 3.3.1).
+    """
     for module in model.modules():
         if isinstance(module, LINEAR) and not isinstance(module, LMHead):
-            module._forward_impl = partial(_forward_impl, recipe)
+            linear: Any = module
+            linear._forward_impl = partial(_forward_impl, recipe)
 
 
 def _forward_impl(
@@ -45,11 +48,15 @@ def _forward_impl(
     wgrad_deferral_limit=None,
     tp_group=None,
 ) -> Tensor:
-    """What Megatron's layers ask of a product (tensor_parallel/layers.py,
-    linear_with_grad_accumulation_and_async_allreduce), its names included."""
+    """As Megatron's linear_with_grad_accumulation_and_async_allreduce (tensor_parallel/layers.py).
+
+    input: (s, b, in), under sequence parallelism this rank's part of s; weight: (out, in) -> (s, b,
+    out).
+    """
     assert not gradient_accumulation_fusion and not grad_output_buffer, "CUDA only: not emulated"
     if sequence_parallel:
-        # Gathered before it is quantised: tiles along the tokens are those of a single process.
+        # Over the tensor group, before quantising: tiles along the tokens are then those of a
+        # single process.
         input = gather_from_sequence_parallel_region(
             input, tensor_parallel_output_grad=True, group=tp_group
         )

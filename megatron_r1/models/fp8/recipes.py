@@ -1,25 +1,30 @@
-"""What each FP8 recipe quantises, with which tiles, scales and number formats.
+"""The FP8 recipes: tiles, scales and number formats of each operand.
 
-A linear layer y = x Wᵀ makes three products, each of two FP8 operands summed in fp32:
+A linear layer y = x Wᵀ has three products, each of two FP8 operands summed in fp32:
 
     fprop  y  = x · Wᵀ      summed along the input features
     dgrad  dx = dy · W      summed along the output features
     wgrad  dW = dyᵀ · x     summed along the tokens
 
-A scale may not change along a tile, and a tile lies along what is summed: x and dy are cut anew for
-wgrad, in columns of tokens where fprop and dgrad have rows of features. DeepSeek-V3 (arXiv
+The values of a tile share a scale, and a tile lies along the summed axis: x and dy are tiled again
+for wgrad, in columns of tokens where fprop and dgrad have rows of features. DeepSeek-V3 (arXiv
 2412.19437 section 3.3): tiles of 128 for x and dy, blocks of 128 x 128 for W, e4m3 everywhere.
 MXFP8 (OCP Microscaling Formats 1.0): 32 for all three, scales that are powers of two."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import torch
 
 from megatron_r1.config import FP8Config
+from megatron_r1.errors import UserError
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+
+# Megatron's names, with its own layers and with Transformer Engine's (experts': weight0, …).
+_PRODUCT = re.compile(r"\b(linear_\w+|eh_proj)\.weight\d*$")
 
 Tile = tuple[int, int]
 """Rows and columns that share a scale; 0: all of them."""
@@ -27,10 +32,12 @@ Tile = tuple[int, int]
 
 @dataclass(frozen=True)
 class Recipe:
-    """input_tile, weight_tile, gradient_tile: of x (tokens, in), W (out, in) and dy (tokens, out)
-    where columns are summed; turned by 90 degrees where rows are. size_multiple: of every feature
-    size, and of an expert's tokens (which Megatron pads): what the matrix units take.
-    token_multiple: of the tokens of a micro-batch on each tensor-parallel rank."""
+    """One FP8 recipe.
+
+    input_tile, weight_tile, gradient_tile: tiles of x (tokens, in), W (out, in) and dy (tokens,
+    out) where columns are summed; transposed where rows are. size_multiple: required of every
+    feature size, and of an expert's tokens (which Megatron pads), by the matrix units.
+    token_multiple: required of the tokens of a micro-batch on each tensor-parallel rank."""
 
     name: str
     input_tile: Tile
@@ -43,7 +50,7 @@ class Recipe:
 
 
 def find_recipe(fp8: FP8Config) -> Recipe | None:
-    """The recipe that section `fp8` asks for; None where it asks for none."""
+    """Return the recipe of section `fp8`, or None."""
     if fp8.recipe == "none":
         return None
     tiles, size_multiple, token_multiple = _SHAPES[fp8.recipe]
@@ -57,7 +64,7 @@ def find_recipe(fp8: FP8Config) -> Recipe | None:
     )
 
 
-# 16 and 32 are Megatron's get_fp8_align_size. Blockwise takes 16 tokens, too, but Transformer
+# 16 and 32 are Megatron's get_fp8_align_size. For blockwise 16 tokens suffice, too, but Transformer
 # Engine gathers a sequence-parallel input in FP8 only where a rank's part is whole tiles
 # (Float8BlockQuantizer.is_quantizable).
 _SHAPES: dict[str, tuple[tuple[Tile, Tile, Tile], int, int]] = {
@@ -65,3 +72,18 @@ _SHAPES: dict[str, tuple[tuple[Tile, Tile, Tile], int, int]] = {
     "tensorwise": (((0, 0), (0, 0), (0, 0)), 16, 16),
     "mxfp8": (((1, 32), (1, 32), (1, 32)), 32, 32),
 }
+
+
+def check_sizes(model: torch.nn.Module, recipe: Recipe) -> None:
+    """Raise UserError for a weight with a size, on this rank, that the matrix units do not support.
+
+    Tiles that are cut off at the edge are supported (DeepSeek-V3's 576 latent rows).
+    """
+    for name, weight in model.named_parameters():
+        if _PRODUCT.search(name) and any(size % recipe.size_multiple for size in weight.shape):
+            raise UserError(
+                f"fp8.recipe={recipe.name} needs sizes that are multiples of "
+                f"{recipe.size_multiple}; {name} is {tuple(weight.shape)} on this rank. Use a "
+                "smaller parallel.tensor or parallel.expert_tensor if that would make it one, "
+                "or fp8.recipe=none"
+            )

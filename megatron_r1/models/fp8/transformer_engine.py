@@ -1,9 +1,9 @@
-"""The same recipes on a GPU: Transformer Engine's, reached through Megatron's configuration.
+"""The FP8 recipes on a GPU, through Megatron's configuration of Transformer Engine.
 
 Megatron-Core 0.16.1 wraps every decoder and MTP layer in Transformer Engine's autocast when
-`TransformerConfig.fp8` is set (transformer_block.py:717, multi_token_prediction.py:774); embedding,
-head, router and norms are no Transformer Engine linear layers, and attention is left out by
-`fp8_dot_product_attention=False`."""
+`TransformerConfig.fp8` is set (transformer_block.py:717, multi_token_prediction.py:774). Embedding,
+head, router and norms are not Transformer Engine linear layers; `fp8_dot_product_attention=False`
+excludes attention."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ _SWITCHES = {
     "tensorwise": ("NVTE_FP8_CURRENT_SCALING_POWER_2_SCALES", "power_of_two"),
 }
 """The environment variable that Transformer Engine reads when it is imported, and the kind of scale
-that 1 chooses. Neither it nor Megatron has another way."""
+that 1 selects. Neither it nor Megatron has another way to set the kind."""
 
 
 def megatron_fields(fp8: FP8Config) -> dict[str, Any]:
-    """Fields of Megatron's TransformerConfig for `fp8.recipe`, which must not be "none".
+    """Return the fields of Megatron's TransformerConfig for `fp8.recipe`, which must not be "none".
 
-    Raises UserError where this GPU, CUDA or Transformer Engine cannot run it."""
+    Raises UserError where this GPU, CUDA or Transformer Engine cannot run the recipe."""
     check_device(fp8, torch.cuda.get_device_capability(), _version(torch.version.cuda))
     _check_transformer_engine(fp8)
     return {
         "fp8": "hybrid" if fp8.gradient_format == "e5m2" else "e4m3",
         "fp8_recipe": fp8.recipe,
-        # Experts' tokens are padded with zeros around the grouped product, which changes nothing.
-        # The other way gives an expert tokens that were not routed to it.
+        # Without it, experts' tokens are padded with zeros around the grouped product, which does
+        # not change results; with it, an expert gets tokens that were not routed to it.
         "moe_router_padding_for_quantization": False,
     }
 
 
 def check_device(fp8: FP8Config, capability: tuple[int, int], cuda: tuple[int, ...]) -> None:
-    """Raises UserError for a GPU or CUDA that Transformer Engine would refuse at the first product
-    (transformer_engine/pytorch/quantization.py), and for scales it cannot have there."""
+    """Raise UserError for a GPU or CUDA that Transformer Engine would refuse at the first product
+    (transformer_engine/pytorch/quantization.py), and for scales that it lacks there."""
     device = f"this GPU has compute capability {capability[0]}.{capability[1]}"
     if fp8.recipe == "blockwise" and (capability < (9, 0) or cuda < (12, 9)):
         raise UserError(
@@ -76,15 +76,15 @@ def _check_transformer_engine(fp8: FP8Config) -> None:
         "tensorwise": "Float8CurrentScaling",
         "mxfp8": "MXFP8BlockScaling",
     }
-    made = getattr(recipe, names[fp8.recipe], None)
-    if made is None:
+    recipe_class = getattr(recipe, names[fp8.recipe], None)
+    if recipe_class is None:
         raise UserError(
             f"fp8.recipe={fp8.recipe} needs a newer Transformer Engine: this one has no "
             f"{names[fp8.recipe]} (2.3 has all of them)"
         )
     if fp8.recipe in _SWITCHES:
         variable, kind = _SWITCHES[fp8.recipe]
-        power_of_two = made().fp8_quant_fwd_inp.power_2_scale
+        power_of_two = recipe_class().fp8_quant_fwd_inp.power_2_scale
         if power_of_two != (fp8.scale_kind == "power_of_two"):
             value = int(fp8.scale_kind == kind)
             raise UserError(

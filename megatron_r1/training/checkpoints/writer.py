@@ -39,6 +39,7 @@ from megatron_r1.training.checkpoints.staging import (
     StagedFile,
     stage,
 )
+from megatron_r1.weights.writing import on_first_rank
 
 # How long the fastest rank waits for the slowest one's disk; a rank that died is noticed at once.
 SLOWEST = timedelta(hours=6)
@@ -97,7 +98,7 @@ class CheckpointWriter:
             # All ranks, over gloo: a group of its own, because the training threads use the others.
             self._group = dist.new_group(backend="gloo", timeout=SLOWEST)
         partial = partial_of(folder)
-        self._agree(lambda: _make_empty(partial, folder))
+        on_first_rank(lambda: _make_empty(partial, folder), self._group)
         try:
             staged = stage(make_tree(self._memory), partial, self._memory)
         except OSError as error:
@@ -142,18 +143,6 @@ class CheckpointWriter:
             cause = f"the ranks lost each other while they wrote: {lost}"
             failure = _sentence(folder, cause, "see the logs of the others")
         self._progress = Progress(folder, True, failure, time.perf_counter() - began)
-
-    def _agree(self, on_first: Callable[[], None]) -> None:
-        """Run `on_first` on rank 0; raise its OSError as a UserError on all ranks."""
-        outcome: list[str | None] = [None]
-        if dist.get_rank() == 0:
-            try:
-                on_first()
-            except OSError as error:
-                outcome = [str(error)]
-        dist.broadcast_object_list(outcome, src=0, group=self._group)
-        if outcome[0] is not None:
-            raise UserError(outcome[0])
 
 
 def _make_empty(partial: Path, folder: Path) -> None:

@@ -1,9 +1,9 @@
-"""Checkpoints on disk, either kind, read rectangle by rectangle and written piece by piece.
+"""Checkpoints on disk, Hugging Face's and Megatron's, read rectangle by rectangle and written piece
+by piece.
 
-hf_folder, hf_weights, weight_files,
-safetensors_file, file_plan                             Hugging Face
-dcp_reading, dcp_writing, saved_tensor, megatron_names  Megatron's distributed checkpoints
-megatron_weights                                        those, as Hugging Face tensors
-fp8, known_scales                                       DeepSeek's FP8 layout
-raw                                                     rectangles of files, without mapping them
+    hf_folder, hf_weights, weight_files, safetensors_file    Hugging Face folders
+    dcp_reading, dcp_writing, saved_tensor, megatron_names   Megatron's distributed checkpoints
+    megatron_weights                                         these, read as Hugging Face tensors
+    fp8, fp8_blocks                                          DeepSeek's FP8 layout
+    raw                                                      rectangles of files, without mapping
 """

@@ -1,9 +1,9 @@
-"""Reading rectangles of a Megatron distributed checkpoint (torch_dist), without Megatron.
+"""Reads rectangles of a Megatron distributed checkpoint (torch_dist), without Megatron.
 
-`.metadata` is torch.distributed.checkpoint's own: the tensors, the chunks each was saved in, and
-for every chunk the file and the bytes that hold it, written by `torch.save`: an uncompressed zip of
-a pickle that describes the tensor and its raw data. Only the pieces asked for are read, so that no
-chunk, however large, is ever whole in memory.
+`.metadata` is that of torch.distributed.checkpoint: the tensors, the chunks each was saved in, and
+for every chunk the file and byte range. A chunk is written by `torch.save`: an uncompressed zip of
+a pickle that describes the tensor and its raw data. Only the bytes of the requested rectangles are
+read, so that no chunk, however large, is ever whole in memory.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class _Chunk:
 class DistributedCheckpoint:
     """The tensors of the checkpoint in `folder`: `shapes` and `dtypes` by key.
 
-    Raises UserError when the folder is no such checkpoint, or a file of it is missing or cut off.
+    Raises UserError when the folder is not such a checkpoint, or a file is missing or truncated.
     """
 
     def __init__(self, folder: str | Path):
@@ -68,11 +68,14 @@ class DistributedCheckpoint:
 
     @cached_property
     def num_bytes(self) -> int:
-        """Of all files together."""
+        """The size of all tensor files together."""
         return sum(file.stat().st_size for file in self.path.glob("*.distcp"))
 
     def read(self, key: str, starts: Box, sizes: Box) -> Tensor:
-        """A rectangle of the tensor `key`, in its stored dtype, put together from its chunks."""
+        """Return a rectangle of the tensor `key`, in its stored dtype, assembled from its chunks.
+
+        Raises UserError where the chunks do not cover it, or are damaged.
+        """
         out = torch.empty(tuple(sizes), dtype=self.dtypes[key])
         covered = 0
         for chunk in self._near(key, starts, sizes):
@@ -95,28 +98,28 @@ class DistributedCheckpoint:
 
     @cached_property
     def _chunks(self) -> dict[str, dict[int, list[_Chunk]]]:
-        """key -> index along the first axis -> chunks that begin there."""
+        """key -> index along the first axis -> chunks that start there."""
         sizes = {
             (key, tuple(chunk.offsets)): tuple(chunk.sizes)
             for key, entry in self._metadata.state_dict_metadata.items()
             if key in self.shapes
             for chunk in entry.chunks
         }
-        found: dict[str, dict[int, list[_Chunk]]] = defaultdict(lambda: defaultdict(list))
+        chunks: dict[str, dict[int, list[_Chunk]]] = defaultdict(lambda: defaultdict(list))
         for index, at in self._metadata.storage_data.items():
             if index.fqn in self.shapes:
                 starts = tuple(index.offset)
                 size = sizes[index.fqn, starts]
                 chunk = _Chunk(starts, size, at.relative_path, at.offset, at.length)
-                found[index.fqn][starts[0] if starts else 0].append(chunk)
-        return found
+                chunks[index.fqn][starts[0] if starts else 0].append(chunk)
+        return chunks
 
     def _near(self, key: str, starts: Box, sizes: Box) -> list[_Chunk]:
-        """The chunks that may overlap the rectangle; of stacked tensors only those of its layer."""
+        """Return the chunks that may overlap the rectangle: of stacked tensors those of its layer."""
         buckets = self._chunks[key]
         if len(starts) == 3:
-            wanted = range(starts[0], starts[0] + sizes[0])
-            near = [chunk for index in wanted for chunk in buckets.get(index, [])]
+            layers = range(starts[0], starts[0] + sizes[0])
+            near = [chunk for index in layers for chunk in buckets.get(index, [])]
             if near and all(chunk.sizes[0] == 1 for chunk in near):
                 return near
         return [chunk for bucket in buckets.values() for chunk in bucket]

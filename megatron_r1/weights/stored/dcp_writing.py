@@ -1,8 +1,8 @@
-"""Writing a Megatron distributed checkpoint (torch_dist) file by file, without Megatron.
+"""Writes a Megatron distributed checkpoint (torch_dist) file by file, without Megatron.
 
-What a trainer's save leaves in a folder: files of tensors, each chunk a `torch.save` of its own;
-`.metadata`, which says where every chunk lies; `common.pt`, the state that is no tensor (none
-here); `metadata.json`, the name of the format.
+The folder has the content of a trainer's save: files of tensors, each chunk a `torch.save` of its
+own; `.metadata`, the file and byte range of every chunk; `common.pt`, the state that is not tensors
+(empty here); `metadata.json`, the name of the format.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Written:
-    """Where a chunk lies: file name, first byte, number of bytes."""
+    """A written chunk: file name, first byte, number of bytes."""
 
     chunk: Chunk
     file: str
@@ -55,7 +55,7 @@ class Written:
 
 
 def write_chunks(path: Path, chunks: Iterable[tuple[Chunk, Tensor]]) -> list[Written]:
-    """Write one `.distcp` file and sync it; one chunk's tensor in memory at a time."""
+    """Write one `.distcp` file and sync it, with one chunk's tensor in memory at a time."""
     written = []
     with open(path, "wb") as file:
         for chunk, values in chunks:
@@ -77,19 +77,19 @@ def write_metadata(
     dtypes: Mapping[str, torch.dtype],
     written: Iterable[Written],
 ) -> None:
-    """Make the `.distcp` files in `folder` a checkpoint."""
+    """Write the metadata that makes the `.distcp` files in `folder` a checkpoint."""
     tensors = {
         key: TensorStorageMetadata(TensorProperties(dtypes[key]), torch.Size(shape), [])
         for key, shape in shapes.items()
     }
-    places = {}
+    storage = {}
     for at in written:
         starts, sizes = torch.Size(at.chunk.starts), torch.Size(at.chunk.sizes)
         tensors[at.chunk.key].chunks.append(ChunkStorageMetadata(starts, sizes))
         index = MetadataIndex(at.chunk.key, starts)
-        places[index] = _StorageInfo(at.file, at.offset, at.length)
+        storage[index] = _StorageInfo(at.file, at.offset, at.length)
     metadata = Metadata(
-        tensors, storage_data=places, storage_meta=StorageMeta(), version=_DCP_VERSION
+        tensors, storage_data=storage, storage_meta=StorageMeta(), version=_DCP_VERSION
     )
     common = io.BytesIO()
     torch.save({}, common)

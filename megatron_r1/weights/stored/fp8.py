@@ -1,10 +1,10 @@
-"""The FP8 layout of DeepSeek's published checkpoints: which tensors, which names, which scales.
+"""The FP8 layout of DeepSeek's published checkpoints: its tensors, names and scales. No torch.
 
 The weight W of a projection is stored as float8_e4m3fn, and beside it `W_scale_inv`, one fp32 per
 128x128 block (the last ones cut off by the edge): W = q · scale_inv (deepseek-ai/DeepSeek-V3,
-README_WEIGHTS.md). Quantised are the linear layers of attention, MLPs, shared and routed experts,
-MTP's included. Embedding, head, norms, the router and MTP's eh_proj are not
-(deepseek-ai/DeepSeek-V3, inference/model.py; vLLM's deepseek_mtp.py makes eh_proj a plain Linear).
+README_WEIGHTS.md). The linear layers of attention, MLPs, shared and routed experts are quantised,
+those of MTP too; embedding, head, norms, the router and MTP's eh_proj are not
+(deepseek-ai/DeepSeek-V3, inference/model.py; in vLLM's deepseek_mtp.py eh_proj is a plain Linear).
 """
 
 from __future__ import annotations
@@ -33,22 +33,22 @@ def is_quantised(name: str) -> bool:
 
 
 def scale_name(name: str) -> str:
-    """The name of the scales of `name`."""
+    """Return the name of the scales of `name`."""
     return name + _SCALE
 
 
 def is_scale(name: str) -> bool:
-    """Whether `name` is the scales of another tensor."""
+    """Whether `name` holds the scales of another tensor."""
     return name.endswith(".weight" + _SCALE)
 
 
 def scale_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape of the scales of a weight of `shape`."""
+    """Return the shape of the scales of a weight of `shape`."""
     return tuple(-(-size // BLOCK) for size in shape)
 
 
 def check_config(hf: dict) -> None:
-    """Raise UserError for a `quantization_config` that is not this layout."""
+    """Raise UserError for a `quantization_config` of another layout."""
     found = hf.get("quantization_config") or CONFIG
     for key in ("quant_method", "fmt", "weight_block_size"):
         if found.get(key, CONFIG[key]) != CONFIG[key]:

@@ -1,4 +1,4 @@
-"""Between numbers and DeepSeek's FP8 blocks; which tensors are stored so: `fp8`."""
+"""Quantises to, and dequantises from, DeepSeek's FP8 blocks (`fp8` has the layout)."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from megatron_r1.weights.stored.fp8 import BLOCK, scale_shape
 
 
 def dequantise(q: Tensor, scale_inv: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """q · scale_inv of whole blocks; q (M, N) float8_e4m3fn, scale_inv (⌈M/128⌉, ⌈N/128⌉) fp32."""
+    """Return q · scale_inv (M, N) of whole blocks in `dtype`; q (M, N) float8_e4m3fn, scale_inv
+    (⌈M/128⌉, ⌈N/128⌉) fp32."""
     return dequantize_blockwise(q, scale_inv, dtype=dtype)
 
 
 def quantise(
     x: Tensor, known: Tensor | None = None, *, power_of_two: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """(q, scale_inv) of whole blocks x (M, N) of fp32 or bf16.
+    """Return (q, scale_inv) of whole blocks x (M, N), fp32 or bf16; shapes as in `dequantise`.
 
     A block's scale is amax / 448 (rounded up to a power of two if `power_of_two`, for checkpoints
-    whose quantization_config says scale_fmt "ue8m0"). known: scales (⌈M/128⌉, ⌈N/128⌉) the weights
-    may once have been read with: a block that is *exactly* what FP8 numbers times its known scale
-    give, in fp32 or rounded to bf16, keeps that scale, and with it every bit. This is what makes
-    FP8 → bf16 → FP8 the identity: bf16 rounding moves a number by at most 2^-8 of itself, half the
-    distance between two e4m3 numbers is at least 2^-5 of them, so the codes come back; the scale
-    would not (amax has been rounded too). A block that training has changed gets a scale of its
-    own.
+    whose quantization_config has scale_fmt "ue8m0"). known: scales (⌈M/128⌉, ⌈N/128⌉) that the
+    weights may have been dequantised with: a block that equals FP8 numbers times its known scale,
+    in fp32 or rounded to bf16, keeps that scale, and with it every bit. Without it FP8 → bf16 → FP8
+    would not be the identity: bf16 rounding changes a number by at most 2^-8 of itself and half the
+    distance between two e4m3 numbers is at least 2^-5 of them, so the codes are recovered, but the
+    scale is not (amax has been rounded too). A block that training has changed gets a new scale.
     """
     x = x.float()
     q, scale = quantize_blockwise(x)
@@ -49,13 +49,13 @@ def _codes(x: Tensor, scale: Tensor) -> Tensor:
 
 
 def spread(per_block: Tensor, shape: torch.Size) -> Tensor:
-    """(⌈M/128⌉, ⌈N/128⌉) -> (M, N): every element gets its block's entry."""
+    """Expand (⌈M/128⌉, ⌈N/128⌉) to (M, N): every element gets its block's entry."""
     tall = per_block.repeat_interleave(BLOCK, 0)[: shape[0]]
     return tall.repeat_interleave(BLOCK, 1)[:, : shape[1]]
 
 
 def _whole_blocks(equal: Tensor) -> Tensor:
-    """(M, N) of bools -> (⌈M/128⌉, ⌈N/128⌉): whether all of a block is True."""
+    """Reduce (M, N) bool to (⌈M/128⌉, ⌈N/128⌉): whether all of a block is True."""
     rows, columns = equal.shape
     padded = torch.nn.functional.pad(equal, (0, -columns % BLOCK, 0, -rows % BLOCK), value=True)
     down, across = scale_shape(equal.shape)

@@ -1,4 +1,4 @@
-"""What a Hugging Face folder has beside its tensors: configuration, tokenizer, index, names."""
+"""The files of a Hugging Face folder: configuration, tokenizer, index, and the split of weights."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from megatron_r1.weights.stored.weight_files import INDEX, SINGLE
 
 Tensors = Mapping[str, tuple[Shape, torch.dtype]]
 
-# Everything small a model folder carries beside its weights: configuration, tokenizer, chat
-# template.
+# Small files beside the weights: configuration, tokenizer, chat template.
 _CARRIED = (".json", ".jinja", ".txt", ".model")
 
 
 def split_into_files(tensors: Tensors, max_bytes: int) -> dict[str, dict]:
-    """File name -> its tensors, at most max_bytes each but for larger single tensors.
+    """Return file name -> its tensors, at most max_bytes, except for larger single tensors.
 
-    The scales of an FP8 weight stay in its file: whoever writes one has both in hand.
+    The scales of an FP8 weight are in the same file, because they are computed together.
     """
-    shards, size = [{}], 0
+    shards: list[dict] = [{}]
+    size = 0
     for name, (shape, dtype) in tensors.items():
         num_bytes = prod(shape) * dtype.itemsize
         if shards[-1] and size + num_bytes > max_bytes and not fp8.is_scale(name):
@@ -46,7 +46,7 @@ def split_into_files(tensors: Tensors, max_bytes: int) -> dict[str, dict]:
 
 
 def write_index(folder: Path, files: Mapping[str, Tensors]) -> None:
-    """The index of a checkpoint in several files; nothing for one."""
+    """Write the index of a checkpoint in several files; no index for one file."""
     if len(files) == 1:
         return
     total = sum(prod(s) * d.itemsize for tensors in files.values() for s, d in tensors.values())
@@ -58,7 +58,7 @@ def write_index(folder: Path, files: Mapping[str, Tensors]) -> None:
 
 
 def carry_files(source: Path, folder: Path) -> None:
-    """Copy what `source` has beside its weights and config.json: tokenizer, generation settings."""
+    """Copy the files of `source` other than weights and config.json, such as the tokenizer's."""
     for file in sorted(source.iterdir()):
         if file.is_file() and file.suffix in _CARRIED and file.name not in (INDEX, "config.json"):
             shutil.copyfile(file, folder / file.name)
@@ -67,13 +67,13 @@ def carry_files(source: Path, folder: Path) -> None:
 def write_config(
     source: Path, folder: Path, dtype: torch.dtype, with_mtp: bool, with_score: bool = False
 ) -> None:
-    """The config.json of `source`, saying what the weights now are.
+    """Write the config.json of `source`, changed to describe the weights in `folder`.
 
     dtype: of the weights; float8_e4m3fn for the published FP8 layout, whose other tensors are bf16.
-    with_score: they are a score model's, whatever `source` is.
+    with_score: whether they are a score model's, also if `source` is a language model's.
     """
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    # Loaders believe these over the files.
+    # For loaders these take precedence over the files.
     quantisation = config.pop("quantization_config", None)
     config.pop("torch_dtype", None)
     config["dtype"] = str(dtype).removeprefix("torch.")

@@ -1,7 +1,8 @@
-"""The weights in a Hugging Face folder, plain or FP8, read rectangle by rectangle."""
+"""Reads the weights in a Hugging Face folder, plain or FP8, rectangle by rectangle."""
 
 from __future__ import annotations
 
+import json
 from functools import cached_property
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from megatron_r1.errors import UserError
 from megatron_r1.weights.layout import Shape, hf_tensors, table
 from megatron_r1.weights.stored import fp8, fp8_blocks
 from megatron_r1.weights.stored.safetensors_file import SafetensorsFile
-from megatron_r1.weights.stored.weight_files import weight_files
+from megatron_r1.weights.stored.weight_files import INDEX, SINGLE, weight_files
 
 FLOATS = {
     "F32": "float32",
@@ -19,16 +20,19 @@ FLOATS = {
     "F16": "float16",
     "F8_E4M3": fp8.STORED,
 }
-# Named so, a checkpoint may hold what no table lists: tied heads, and what older transformers
-# stored.
+# Tensors that no table lists but a checkpoint may hold: tied heads, and buffers of older
+# transformers.
 _IGNORED = ("lm_head.weight", ".rotary_emb.inv_freq")
+
+SCALES_FILE = "fp8_scales.safetensors"
+"""In a converted checkpoint: the FP8 scales that its weights were dequantised with."""
 
 
 class HfWeights:
     """The tensors of the safetensors checkpoint in `folder`, which has the configuration `hf`.
 
-    Reads `model.safetensors.index.json` and its files, or one `model.safetensors`. Raises
-    ValueError for missing and damaged files at once; `check` compares names and shapes with `hf`.
+    Reads `model.safetensors.index.json` and its files, or one `model.safetensors`. Raises UserError
+    for missing and damaged files when opened; `check` compares names and shapes with `hf`.
     """
 
     def __init__(self, folder: str | Path, hf: dict):
@@ -46,26 +50,25 @@ class HfWeights:
 
     @cached_property
     def tensors(self) -> dict[str, tuple[Shape, str]]:
-        """name -> (shape, stored dtype), without scales and what no table lists."""
-        known = hf_tensors(self.hf)
-        found = {}
+        """name -> (shape, stored dtype) of the tensors in the weight table."""
+        known, tensors = hf_tensors(self.hf), {}
         for name, file in self._home.items():
-            stored = file.tensors[name]
             if name in known:
-                found[name] = (stored.shape, FLOATS.get(stored.dtype, stored.dtype))
-        return found
+                stored = file.tensors[name]
+                tensors[name] = (stored.shape, FLOATS.get(stored.dtype, stored.dtype))
+        return tensors
 
     def read(self, name: str, dim: int, start: int, length: int) -> Tensor:
-        """`length` rows (dim 0) or columns (dim 1), in the stored dtype; of FP8, the fp32 values.
+        """Return `length` rows (dim 0) or columns (dim 1), in the stored dtype; FP8 as fp32 values.
 
-        A copy that the table knows of, and the folder does not hold, is read from its original.
+        A copy of the table (`Table.copies`) that the folder lacks is read from its original.
         """
-        name = self._found(name)
+        name = name if name in self._home else self.copies.get(name, name)
         starts, sizes = self._box(name, dim, start, length)
         file = self._home[name]
         if file.tensors[name].dtype != "F8_E4M3":
             return file.read(name, starts, sizes)
-        # Whole blocks around the rectangle, which may begin and end inside of some.
+        # Whole blocks around the rectangle, which may begin and end inside a block.
         shape = file.tensors[name].shape
         first = tuple(s // fp8.BLOCK for s in starts)
         last = tuple(-(-(s + n) // fp8.BLOCK) for s, n in zip(starts, sizes, strict=True))
@@ -80,11 +83,11 @@ class HfWeights:
         return values
 
     def read_stored(self, name: str, starts: Shape, sizes: Shape) -> Tensor:
-        """A rectangle as it is stored: of FP8 weights the codes, and also of their scales."""
+        """Return a rectangle as it is stored, of FP8 weights the codes, or of their scales."""
         return self._home[name].read(name, starts, sizes)
 
     def scales(self, name: str) -> Tensor | None:
-        """All scales of an FP8 tensor; None of another."""
+        """Return all scales of an FP8 tensor; None for another."""
         stored = self._home.get(fp8.scale_name(name))
         if stored is None:
             return None
@@ -133,9 +136,6 @@ class HfWeights:
             return []
         return [f"{scale} is {stored.dtype} {stored.shape}, not F32 {fp8.scale_shape(shape)}"]
 
-    def _found(self, name: str) -> str:
-        return name if name in self._home else self.copies.get(name, name)
-
     def _box(self, name: str, dim: int, start: int, length: int) -> tuple[Shape, Shape]:
         sizes = list(self._home[name].tensors[name].shape)
         starts = [0] * len(sizes)
@@ -153,3 +153,36 @@ def _hint(missing: list[str], hf: dict) -> str:
 def _some(names: list[str], most: int = 8) -> str:
     rest = f" … and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + rest
+
+
+class KnownScales:
+    """The `weight_scale_inv` tensors of a published FP8 checkpoint, or of a SCALES_FILE."""
+
+    def __init__(self, folder: str | Path, hf: dict):
+        self._home: dict[str, SafetensorsFile] = {}
+        for path in _files_with_scales(Path(folder)):
+            file = SafetensorsFile(path)
+            self._home |= {name: file for name in file.tensors if fp8.is_scale(name)}
+        quantisation = hf.get("quantization_config") or {}
+        self.power_of_two = quantisation.get("scale_fmt") == "ue8m0"
+
+    def rows(self, name: str, first: int, count: int) -> Tensor | None:
+        """Return the scales of rows [first, first + count) of the weight `name`, or None."""
+        scale = fp8.scale_name(name)
+        if scale not in self._home:
+            return None
+        start, end = first // fp8.BLOCK, -(-(first + count) // fp8.BLOCK)
+        columns = self._home[scale].tensors[scale].shape[1]
+        return self._home[scale].read(scale, (start, 0), (end - start, columns))
+
+
+def _files_with_scales(folder: Path) -> list[Path]:
+    if (folder / SCALES_FILE).is_file():
+        return [folder / SCALES_FILE]
+    index = folder / INDEX
+    if index.is_file():
+        placed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        # A checkpoint whose weights are elsewhere may still give its configuration.
+        names = sorted({file for name, file in placed.items() if fp8.is_scale(name)})
+        return [folder / name for name in names if (folder / name).is_file()]
+    return [path for path in [folder / SINGLE] if path.is_file()]

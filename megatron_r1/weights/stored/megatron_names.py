@@ -1,10 +1,10 @@
-"""Which tensors a Megatron distributed checkpoint holds, and which rows of them are which HF rows.
+"""The tensors of a Megatron distributed checkpoint, and the HF rows in each. No torch.
 
-Megatron names and cuts tensors by rules of its own (`sharded_state_dict`): the experts of a layer
+Megatron names and splits tensors by rules of its own (`sharded_state_dict`): the experts of a layer
 are one tensor with the expert as first axis; the layers of a model whose layers are all alike are
-one tensor with the layer as first axis; grouped-query layers carry the norms inside the linear
-layers behind them, as Transformer Engine's do, whatever they are built from. All of it follows from
-the weight table; tests compare it with what Megatron saves. Pure Python: no torch.
+one tensor with the layer as first axis; in grouped-query layers the norms have the names of those
+inside Transformer Engine's linear layers, also with Megatron's own layers. All of it follows from
+the weight table; tests compare it with what Megatron saves.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Slot:
 @dataclass
 class StoredLayout:
     """shapes: key -> shape of the whole stored tensor, prepended axes first. dtypes: of tensors
-    that keep their own. vocabulary: keys whose rows may be padded."""
+    whose dtype is not the model's. vocabulary: keys whose rows may be padded."""
 
     slots: list[Slot] = field(default_factory=list)
     shapes: dict[str, Shape] = field(default_factory=dict)
@@ -54,14 +54,14 @@ class StoredLayout:
     vocabulary: set[str] = field(default_factory=set)
 
     def by_hf_name(self) -> dict[str, list[tuple[Slot, Run]]]:
-        """HF tensor -> where its rows are, in their order."""
-        found = defaultdict(list)
+        """Return HF tensor -> the slots and runs with its rows, in row order."""
+        by_name = defaultdict(list)
         for slot in self.slots:
             for run in slot.runs:
-                found[run.hf_name].append((slot, run))
-        for places in found.values():
-            places.sort(key=lambda place: place[1].hf_start)
-        return dict(found)
+                by_name[run.hf_name].append((slot, run))
+        for runs in by_name.values():
+            runs.sort(key=lambda item: item[1].hf_start)
+        return dict(by_name)
 
 
 def stored_layout(
@@ -71,31 +71,32 @@ def stored_layout(
     transformer_engine: bool = False,
     stacked: bool | None = None,
 ) -> StoredLayout:
-    """The layout of the model `hf` describes, without vocabulary padding.
+    """Return the layout of the model `hf` describes, without vocabulary padding.
 
-    transformer_engine: whose layers save it; only latent attention's names differ. stacked: whether
-    layers are one axis; None: as Megatron 0.16 does, which is for models without experts.
+    transformer_engine: whether Transformer Engine's layers saved it; only latent attention's names
+    differ. stacked: whether layers are one axis; None: as in Megatron 0.16, for models without
+    experts.
     """
     rules = table(hf)
     if stacked is None:
         stacked = not rules.num_experts
     fused_norms = transformer_engine or not hf.get("kv_lora_rank")
     at = replace(shard(hf, with_mtp=with_mtp), transformer_engine=fused_norms)
-    found = StoredLayout()
+    result = StoredLayout()
     first_axes: dict[str, list[int]] = {}
     for name, entry in layout(hf, at).items():
         key, index = _stored_name(name, stacked)
         runs = tuple(_run(piece, entry.shape) for piece in entry.pieces)
-        found.slots.append(Slot(key, index, entry.shape, runs))
+        result.slots.append(Slot(key, index, entry.shape, runs))
         sizes = first_axes.setdefault(key, [0] * len(index))
         for axis, position in enumerate(index):
             sizes[axis] = max(sizes[axis], position + 1)
-        found.shapes[key] = (*sizes, *entry.shape)
+        result.shapes[key] = (*sizes, *entry.shape)
         if entry.dtype:
-            found.dtypes[key] = entry.dtype
-    found.vocabulary = {"embedding.word_embeddings.weight", "output_layer.weight"}
-    found.vocabulary &= found.shapes.keys()
-    return found
+            result.dtypes[key] = entry.dtype
+    result.vocabulary = {"embedding.word_embeddings.weight", "output_layer.weight"}
+    result.vocabulary &= result.shapes.keys()
+    return result
 
 
 def _stored_name(name: str, stacked: bool) -> tuple[str, tuple[int, ...]]:

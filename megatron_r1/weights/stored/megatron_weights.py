@@ -1,4 +1,4 @@
-"""The weights in a Megatron distributed checkpoint, read as Hugging Face tensors."""
+"""Reads the weights in a Megatron distributed checkpoint as Hugging Face tensors."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from megatron_r1.weights.stored.megatron_names import StoredLayout, stored_layou
 
 
 class MegatronWeights:
-    """The HF tensors inside the checkpoint in `folder`, whose model has the configuration `hf`.
+    """The HF tensors in the checkpoint `folder`, whose model has the configuration `hf`.
 
-    Whatever layout saved it, with Megatron's own layers or Transformer Engine's, with layers one by
-    one or stacked. Raises UserError when the folder is no complete checkpoint of this model.
+    It may have been saved at any layout, with Megatron's own layers or Transformer Engine's, with
+    separate or stacked layers. Raises UserError when it is not a complete checkpoint of this model.
     """
 
     def __init__(self, folder: str | Path, hf: dict):
@@ -28,7 +28,7 @@ class MegatronWeights:
         self.with_mtp = any(key.startswith("mtp.") for key in self.checkpoint.shapes)
         self.layout = self._recognise()
         self.copies = table(hf).copies
-        self._places = self.layout.by_hf_name()
+        self._runs = self.layout.by_hf_name()
         self._check_shapes()
 
     def __enter__(self) -> MegatronWeights:
@@ -39,22 +39,22 @@ class MegatronWeights:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the model's parameters, but for those that keep their own."""
+        """The dtype of the model's parameters, except those with a dtype of their own."""
         return self.checkpoint.dtypes["embedding.word_embeddings.weight"]
 
     @cached_property
     def tensors(self) -> dict[str, tuple[Shape, str]]:
-        """name -> (shape, stored dtype), the copies an HF checkpoint has of some included."""
-        found = {}
+        """name -> (shape, stored dtype), including an HF checkpoint's copies (`Table.copies`)."""
+        tensors = {}
         for name, (shape, _) in hf_tensors(self.hf, with_mtp=self.with_mtp).items():
-            key = self._places[self.copies.get(name, name)][0][0].key
-            found[name] = (shape, str(self.checkpoint.dtypes[key]).removeprefix("torch."))
-        return found
+            key = self._runs[self.copies.get(name, name)][0][0].key
+            tensors[name] = (shape, str(self.checkpoint.dtypes[key]).removeprefix("torch."))
+        return tensors
 
     def read(self, name: str, dim: int, start: int, length: int) -> Tensor:
-        """`length` rows (dim 0) or columns (dim 1) of an HF tensor, in the stored dtype."""
+        """Return `length` rows (dim 0) or columns (dim 1) of an HF tensor, in the stored dtype."""
         parts = []
-        for slot, run in self._places[self.copies.get(name, name)]:
+        for slot, run in self._runs[self.copies.get(name, name)]:
             first, end = run.hf_start, run.hf_start + run.length
             if dim == 0:
                 first, end = max(first, start), min(end, start + length)
@@ -70,14 +70,14 @@ class MegatronWeights:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def check(self, with_mtp: bool) -> None:
-        """Raise UserError when MTP layers are wanted and the checkpoint has none."""
+        """Raise UserError when MTP layers are needed and the checkpoint has none."""
         if with_mtp and not self.with_mtp and table(self.hf).mtp:
             raise UserError(
                 f"checkpoint {self.path} has no MTP layers; leave them out (model.mtp: none)"
             )
 
     def _recognise(self) -> StoredLayout:
-        """The naming whose tensors the checkpoint has."""
+        """Return the layout whose tensors are all in the checkpoint."""
         fewest: list[str] | None = None
         for stacked, engine in product((None, True, False), (False, True)):
             tried = stored_layout(
@@ -98,10 +98,10 @@ class MegatronWeights:
 
     def _check_shapes(self) -> None:
         for key, expected in self.layout.shapes.items():
-            found = self.checkpoint.shapes[key]
-            padded = key in self.layout.vocabulary and found[0] > expected[0]
-            if found != expected and not (padded and found[1:] == expected[1:]):
+            actual = self.checkpoint.shapes[key]
+            padded = key in self.layout.vocabulary and actual[0] > expected[0]
+            if actual != expected and not (padded and actual[1:] == expected[1:]):
                 raise UserError(
-                    f"checkpoint {self.path} holds {key} as {found}, the configuration says "
+                    f"checkpoint {self.path} holds {key} as {actual}, the configuration says "
                     f"{expected}: give the config.json it was trained with"
                 )

@@ -1,7 +1,7 @@
-"""Reading rectangles of tensors that lie in files, without mapping the files.
+"""Reads and writes rectangles of tensors in files, without mapping the files.
 
-A mapped page counts as this process's memory, and a converter touches every page of a file; reads
-into a buffer keep its memory at the size of the buffer.
+A mapped page counts as this process's memory, and a converter touches every page of a file; with
+reads into a buffer, its memory stays at the size of the buffer.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ def read_box(
     starts: Sequence[int],
     sizes: Sequence[int],
 ) -> Tensor:
-    """tensor[starts[0] : starts[0] + sizes[0], …] of the contiguous tensor at offset `at`.
+    """Return tensor[starts[0] : starts[0] + sizes[0], …] of the contiguous tensor at offset `at`.
 
-    file: a file descriptor. Only the rows asked for are read; where just some columns of them are,
-    in stripes of STRIPE_BYTES. Raises EOFError when the file ends before.
+    file: a file descriptor. Only the rows of the rectangle are read; where it has only some of the
+    columns, in stripes of STRIPE_BYTES. Raises EOFError when the file is too short.
     """
     out = torch.empty(tuple(sizes), dtype=dtype)
     if not out.numel():
@@ -51,7 +51,7 @@ def read_box(
 
 
 def read_into(file: int, at: int, out: Tensor) -> None:
-    """Fill the contiguous `out` from offset `at`; EOFError when the file ends before."""
+    """Fill the contiguous `out` from offset `at`; EOFError when the file is too short."""
     buffer = memoryview(as_bytes(out).numpy())
     while buffer:
         count = os.preadv(file, [buffer], at)
@@ -69,5 +69,5 @@ def write_at(file: int, at: int, values: Tensor) -> None:
 
 
 def as_bytes(tensor: Tensor) -> Tensor:
-    """A contiguous tensor's bytes, as a view (N,) of uint8."""
+    """Return a contiguous tensor's bytes as a view (N,) uint8."""
     return tensor.reshape(-1).view(torch.uint8)

@@ -1,19 +1,23 @@
-"""One safetensors file: 8 bytes of header length, a JSON header, tensors without gaps.
+"""The safetensors format: 8 bytes of header length, a JSON header, tensors without gaps.
 
-The header is parsed here, not by the safetensors library, which maps the file (see raw.py).
+Files are read here, not by the safetensors library, which maps them (see raw.py), and planned
+before they exist, so that all ranks of an export know where each tensor will lie.
 """
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from megatron_r1.errors import UserError
+from megatron_r1.weights.layout import Shape, hf_tensors
 from megatron_r1.weights.stored.raw import read_box
 
 DTYPES = {
@@ -30,6 +34,7 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _LARGEST_HEADER = 100_000_000  # the library's own limit
 
 
@@ -43,7 +48,7 @@ class Stored:
 
 
 class SafetensorsFile:
-    """The tensors of a file by name. Raises UserError, naming the file, when it is damaged."""
+    """An open file; `tensors` by name. Raises UserError, naming the file, when it is damaged."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -58,7 +63,7 @@ class SafetensorsFile:
         os.close(self.file)
 
     def read(self, name: str, starts: tuple[int, ...], sizes: tuple[int, ...]) -> torch.Tensor:
-        """A rectangle of a tensor, in its stored dtype."""
+        """Return a rectangle of a tensor, in its stored dtype."""
         at = self.tensors[name]
         return read_box(self.file, at.offset, at.shape, DTYPES[at.dtype], starts, sizes)
 
@@ -70,10 +75,10 @@ class SafetensorsFile:
         try:
             entries = json.loads(os.pread(self.file, length, 8))
             entries.pop("__metadata__", None)
-            found, last = {}, 0
+            tensors, last = {}, 0
             for name, entry in entries.items():
                 start, end = entry["data_offsets"]
-                found[name] = Stored(entry["dtype"], tuple(entry["shape"]), 8 + length + start)
+                tensors[name] = Stored(entry["dtype"], tuple(entry["shape"]), 8 + length + start)
                 if 8 + length + end > size:
                     raise ValueError(
                         f"{name} ends at byte {8 + length + end}, the file at {size}: it is cut off"
@@ -86,4 +91,63 @@ class SafetensorsFile:
                 raise ValueError(f"its tensors end at byte {8 + length + last}, the file at {size}")
         except (KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
             raise ValueError(f"its header is not one of safetensors ({error!r})") from error
-        return found
+        return tensors
+
+
+@dataclass(frozen=True)
+class Placed:
+    """One tensor of a planned file: shape, dtype and the file offset of its first byte."""
+
+    shape: Shape
+    dtype: torch.dtype
+    offset: int
+
+    @property
+    def num_bytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class FilePlan:
+    """A safetensors file before it exists: its header, its tensors in order, its size."""
+
+    header: bytes
+    tensors: dict[str, Placed]
+    num_bytes: int
+
+
+def stored_tensors(
+    hf: dict, dtype: torch.dtype, *, with_mtp: bool, names: Collection[str] | None = None
+) -> dict[str, tuple[Shape, torch.dtype]]:
+    """Return name -> (shape, dtype on disk) of the tensors of an export.
+
+    names: only these; ValueError for unknown ones.
+    """
+    own = {name for name, (_, kept) in hf_tensors({**hf, "dtype": "any"}).items() if kept != "any"}
+    tensors = {
+        name: (shape, torch.float32 if name in own else dtype)
+        for name, (shape, _) in hf_tensors(hf, with_mtp=with_mtp).items()
+    }
+    if names is None:
+        return tensors
+    if unknown := sorted(set(names) - tensors.keys()):
+        raise ValueError(f"the model has no tensor {', '.join(unknown)}")
+    return {name: kept for name, kept in tensors.items() if name in set(names)}
+
+
+def plan_file(tensors: Mapping[str, tuple[Shape, torch.dtype]]) -> FilePlan:
+    """Return the plan of a file with these tensors; its header is padded to 8 bytes."""
+    # Widest dtype first, so that without gaps every tensor still starts at a multiple of its
+    # element size.
+    order = sorted(tensors.items(), key=lambda item: -item[1][1].itemsize)
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    starts, end = {}, 0
+    for name, (shape, dtype) in order:
+        starts[name], end = end, end + prod(shape) * dtype.itemsize
+        offsets = [starts[name], end]
+        entries[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": offsets}
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    header = len(text).to_bytes(8, "little") + text
+    placed = {name: Placed(*tensors[name], len(header) + starts[name]) for name, _ in order}
+    return FilePlan(header, placed, len(header) + end)

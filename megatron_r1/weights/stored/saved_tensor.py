@@ -1,6 +1,6 @@
-"""What `torch.save` wrote for one tensor: where its raw data lies, without loading it.
+"""Finds the raw data of a tensor written by `torch.save`, without loading it.
 
-An uncompressed zip of a pickle that describes the tensor, and the data.
+`torch.save` writes an uncompressed zip of a pickle that describes the tensor, and the data.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ _STORAGES = {
 
 
 def describe_saved(file: int, at: int, length: int) -> tuple[torch.dtype, tuple[int, ...], int]:
-    """(dtype, shape, file offset of the raw data) of a contiguous tensor written by `torch.save`.
+    """Return (dtype, shape, file offset of the raw data) of a contiguous tensor.
 
-    Raises BadZipFile, UnpicklingError or KeyError for what is not one.
+    file: a descriptor; the `torch.save` is at [at, at + length). Raises BadZipFile, UnpicklingError
+    or KeyError for other content.
     """
     with zipfile.ZipFile(_Slice(file, at, length)) as archive:
         root = archive.namelist()[0].split("/")[0]
@@ -35,7 +36,7 @@ def describe_saved(file: int, at: int, length: int) -> tuple[torch.dtype, tuple[
         raise KeyError("its tensor is not plain")
     if data.file_size != prod(described.shape) * described.dtype.itemsize:
         raise KeyError(f"its data has {data.file_size} bytes, its shape is {described.shape}")
-    # A local file header: 30 bytes, of which the last four give the lengths of what follows it.
+    # The local file header has 30 bytes, the last four of them the lengths of name and extra field.
     header = os.pread(file, 30, at + data.header_offset)
     name, extra = (int.from_bytes(header[i : i + 2], "little") for i in (26, 28))
     return described.dtype, described.shape, at + data.header_offset + 30 + name + extra
@@ -50,7 +51,7 @@ class _Described:
 
 
 class _Description(pickle.Unpickler):
-    """Reads the pickle of one tensor; builds nothing and runs nothing that is named in it."""
+    """Reads the pickle of one tensor without creating or running anything that is named in it."""
 
     def find_class(self, module: str, name: str):
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
@@ -76,7 +77,7 @@ class _Description(pickle.Unpickler):
 
 
 class _Slice(io.RawIOBase):
-    """`length` bytes of a file from `at` on, as a file of their own."""
+    """`length` bytes of a file from offset `at`, as a file object."""
 
     def __init__(self, file: int, at: int, length: int):
         self.source, self.at, self.length, self.position = file, at, length, 0
@@ -97,7 +98,7 @@ class _Slice(io.RawIOBase):
 
     def readinto(self, buffer) -> int:
         count = max(0, min(len(buffer), self.length - self.position))
-        found = os.pread(self.source, count, self.at + self.position)
-        buffer[: len(found)] = found
-        self.position += len(found)
-        return len(found)
+        data = os.pread(self.source, count, self.at + self.position)
+        buffer[: len(data)] = data
+        self.position += len(data)
+        return len(data)

@@ -1,4 +1,4 @@
-"""Which safetensors files a model folder has; no torch, so that it can be asked at once."""
+"""Lists the safetensors files of a model folder. No torch."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Those in a Hugging Face folder. Raises UserError where there are none, and names those that
-    its index lists in vain."""
+    """Return the weight files of a Hugging Face folder.
+
+    Raises UserError where there are none, and for files that its index lists but are missing.
+    """
     single, index = folder / SINGLE, folder / INDEX
     if index.is_file():
         try:

@@ -7,7 +7,7 @@ from itertools import product
 import pytest
 
 from megatron_r1 import weights
-from megatron_r1.weights.rules import Source, columns, query_groups, rows, vocabulary, whole
+from megatron_r1.weights.rules import QueryGroups, Source, columns, rows, vocabulary, whole
 
 DEEPSEEK_V3 = {
     "architectures": ["DeepseekV3ForCausalLM"],
@@ -118,7 +118,7 @@ def test_vocabulary_pads_the_last_ranks():
 def test_query_groups_interleaves_queries_keys_and_values():
     # Two groups of two query heads, head size 3: Megatron stores q q k v | q q k v.
     sources = [("q", (12, 7)), ("k", (6, 7)), ("v", (6, 7))]
-    assert pieces_of(query_groups(2), sources, 0, 1) == (
+    assert pieces_of(QueryGroups(2), sources, 0, 1) == (
         (24, 7),
         [
             ("q", 0, 0, 0, 6),
@@ -129,7 +129,7 @@ def test_query_groups_interleaves_queries_keys_and_values():
             ("v", 0, 3, 21, 3),
         ],
     )
-    assert pieces_of(query_groups(2), sources, 1, 2) == (
+    assert pieces_of(QueryGroups(2), sources, 1, 2) == (
         (12, 7),
         [("q", 0, 6, 0, 6), ("k", 0, 3, 6, 3), ("v", 0, 3, 9, 3)],
     )
@@ -137,7 +137,7 @@ def test_query_groups_interleaves_queries_keys_and_values():
 
 def test_a_split_that_does_not_divide_says_what():
     with pytest.raises(ValueError, match="num_key_value_heads=2"):
-        pieces_of(query_groups(2), [("q", (4, 1)), ("k", (2, 1)), ("v", (2, 1))], 0, 4)
+        pieces_of(QueryGroups(2), [("q", (4, 1)), ("k", (2, 1)), ("v", (2, 1))], 0, 4)
     with pytest.raises(ValueError, match="gate .*cannot be split into 4"):
         pieces_of(columns, [("gate", (6, 3))], 0, 4)
 
