@@ -3,7 +3,7 @@
 The weight table that lays a model out over Megatron's ranks also determines how vLLM splits it:
 each split of `weights.rules` has a counterpart here. vLLM 0.32's classes: columns is
 ColumnParallelLinear and MergedColumnParallelLinear, rows RowParallelLinear, whole ReplicatedLinear
-and norms, vocabulary VocabParallelEmbedding and ParallelLMHead, query_groups QKVParallelLinear;
+and norms, vocabulary VocabParallelEmbedding and ParallelLMHead, QueryGroups QKVParallelLinear;
 routed experts are FusedMoE's.
 """
 
@@ -16,7 +16,7 @@ from megatron_r1.weight_sync.plan.engine_layout import Coordinate, EngineLayout
 from megatron_r1.weight_sync.plan.region import Region
 from megatron_r1.weight_sync.plan.tensors import HFTensor, checkpoint_tensors, is_tied
 from megatron_r1.weights.layout import table
-from megatron_r1.weights.rules import Shape, columns, rows, vocabulary, whole
+from megatron_r1.weights.rules import QueryGroups, Shape, columns, rows, vocabulary, whole
 
 VOCABULARY_MULTIPLE = 64
 """vLLM pads the vocabulary to this (DEFAULT_VOCAB_PADDING_SIZE) before it splits it."""
@@ -105,7 +105,8 @@ class PredictedLayout:
             padded = -(-shape[0] // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
             start, end = rank * padded // ranks, min((rank + 1) * padded // ranks, shape[0])
             return Region.along(shape, 0, start, end - start) if start < end else None
-        groups = rule.split.num_groups  # query_groups, the only other split
+        assert isinstance(rule.split, QueryGroups)
+        groups = rule.split.num_groups
         if tensor.source == 0 or groups % ranks == 0:
             return _share(shape, 0, rank, ranks)
         return _share(shape, 0, rank * groups // ranks, groups)  # several ranks share a head

@@ -115,7 +115,7 @@ class DistributedCheckpoint:
         return chunks
 
     def _near(self, key: str, starts: Box, sizes: Box) -> list[_Chunk]:
-        """Return the chunks that may overlap the rectangle: of stacked tensors those of its layer."""
+        """Return the chunks that may overlap the rectangle, of stacked tensors only its layers."""
         buckets = self._chunks[key]
         if len(starts) == 3:
             layers = range(starts[0], starts[0] + sizes[0])
