@@ -83,7 +83,7 @@ def test_engines_that_sleep_leave_nothing_to_sample_ahead():
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_vllm_is_told(tmp_path, device):
+def test_settings_become_arguments_of_vllm(tmp_path, device):
     server = EngineServer(
         tmp_path,
         tmp_path / "log",
@@ -95,17 +95,19 @@ def test_vllm_is_told(tmp_path, device):
         sleeps=True,
         gpu_memory=0.4,
         num_threads=30,
+        plain_matrices=True,
     )
-    told = " ".join(server.arguments)
+    arguments = " ".join(server.arguments)
     for words in (
         "--tensor-parallel-size 2",
         "--pipeline-parallel-size 3",
         "--data-parallel-size 4",
         "--enable-expert-parallel",
         "--gpu-memory-utilization 0.4",
+        '--additional-config {"plain_matrices": true}',
     ):
-        assert words in told
-    assert ("--enable-sleep-mode" in told) == (device == "cuda")  # a CPU has no such allocator
+        assert words in arguments
+    assert ("--enable-sleep-mode" in arguments) == (device == "cuda")  # a CPU has no such allocator
     assert server.environment.get("OMP_NUM_THREADS") == ("1" if device == "cpu" else None)
 
 
