@@ -156,7 +156,7 @@ class EngineClient:
         version recorded for it.
 
         Args:
-            update_info: fields of `vllm_plugin.backend.PushUpdateInfo`. A sequence has one per worker.
+            update_info: fields of `vllm_plugin.backend.PushUpdateInfo`. A sequence: one per worker.
 
         Raises:
             EngineError: the push arrived damaged or incomplete, or the engine could not load it.
