@@ -169,19 +169,13 @@ class EngineClient:
         """Name the weights that the engine holds already."""
         await self.request("POST", "/update_weight_version", {"new_version": str(version)})
 
-    async def version(self) -> str:
-        """Return the engine's name for its weights: a number once one was set."""
-        body = await self.request("GET", "/weight_info")
-        return str(msgspec.json.decode(body)["weight_version"])
-
-    async def sleep(self, level: Literal[1, 2] = 2) -> None:
-        """Free the GPU's memory: caches are dropped; weights are dropped too (level 2), or kept in
-        host memory (level 1). Nothing may be in flight."""
-        await self.request("POST", f"/sleep?level={level}&mode=wait")
+    async def sleep(self) -> None:
+        """Free the GPU's memory: weights and caches are dropped. Nothing may be in flight."""
+        await self.request("POST", "/sleep?level=2&mode=wait")
 
     async def wake(self, tag: Literal["weights", "kv_cache"]) -> None:
-        """Allocate memory again. After level 2 the weights are undefined until they are updated;
-        the engine samples again once it has both."""
+        """Allocate memory again. The weights are undefined until they are updated; the engine
+        samples again once it has both."""
         await self.request("POST", f"/wake_up?tags={tag}")
 
     async def is_sleeping(self) -> bool:

@@ -23,18 +23,14 @@ HEADER = struct.Struct("<4sI16s")
 MAX_PAYLOAD_BYTES = 2**32 - 1
 
 
-def frame_header(payload: bytes) -> bytes:
-    """Return the bytes before `payload`. Raises ValueError for one that is too long."""
+def append_frame(descriptor: int, payload: bytes) -> None:
+    """Write one frame at the end of an open file, without a sync. Raises OSError, or ValueError for
+    a payload that is too long."""
     if len(payload) > MAX_PAYLOAD_BYTES:
         raise ValueError(
             f"a record of {len(payload):,} bytes: a frame holds at most {MAX_PAYLOAD_BYTES:,}"
         )
-    return HEADER.pack(MARK, len(payload), _digest(payload))
-
-
-def append_frame(descriptor: int, payload: bytes) -> None:
-    """Write one frame at the end of an open file, without a sync. Raises OSError."""
-    for part in (frame_header(payload), payload):
+    for part in (HEADER.pack(MARK, len(payload), _digest(payload)), payload):
         view = memoryview(part)
         while view:
             view = view[os.write(descriptor, view) :]

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import secrets
 import time
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, TypeVar
 
 from megatron_r1.engine.client import EngineClient
@@ -18,13 +16,13 @@ from megatron_r1.engine.errors import (
     EngineError,
     EngineTimeout,
 )
-from megatron_r1.engine.server import EngineServer, Server
+from megatron_r1.engine.server import Server
 from megatron_r1.fleet.pace import Pace
 
 T = TypeVar("T")
 MakeServer = Callable[..., Server]
-"""Makes a server from (model folder, log path, **engine settings): `EngineServer` for one on this
-host, or `placement.server_maker(pool)`."""
+"""Makes a server from (model folder, log path, **engine settings): `EngineServer`, or
+`placement.server_maker(pool)` for engines on other hosts."""
 
 # A server whose engine core died fails its requests first and ends a moment later.
 LAST_WORDS_SECONDS = 10.0
@@ -53,29 +51,6 @@ class Engine:
     role: str = "engine"
     died: asyncio.Event = field(default_factory=asyncio.Event)
     pace: Pace = field(default_factory=lambda: Pace(time.monotonic(), PACE_SECONDS))
-
-    @classmethod
-    def launch(
-        cls,
-        index: int,
-        model: Path,
-        log_folder: Path,
-        request_timeout: float,
-        make_server: MakeServer = EngineServer,
-        vocab_size: int | None = None,
-        role: str = "engine",
-        **settings: Any,
-    ) -> Engine:
-        """Start its processes, which end with the calling thread, and return at once. Each engine
-        samples from its own seed, and has a secret that only its client knows."""
-        own = {"seed": settings.get("seed", 0) + index, "secret": secrets.token_hex(32)}
-        log = log_folder / f"{role}-{index}.log"
-        server = make_server(model, log, **(settings | own))
-        server.start()
-        client = EngineClient(
-            "", secret=own["secret"], timeout_seconds=request_timeout, vocab_size=vocab_size
-        )
-        return cls(index, server, client, role=role)
 
     @property
     def name(self) -> str:
@@ -132,14 +107,11 @@ class Engine:
     def death(self) -> EngineDied:
         return EngineDied(f"{self.name} died: {self.server.describe_end()}")
 
-    async def drained(self, within_seconds: float) -> bool:
-        """Wait until nothing is in flight or it has died; return False if that takes longer."""
+    async def drain(self, within_seconds: float) -> None:
+        """Wait until nothing is in flight, it has died, or the time is over."""
         deadline = time.monotonic() + within_seconds
-        while self.num_running and not self.died.is_set():
-            if time.monotonic() >= deadline:
-                return False
+        while self.num_running and not self.died.is_set() and time.monotonic() < deadline:
             await asyncio.sleep(POLL_SECONDS)
-        return True
 
     async def answers(self, within_seconds: float) -> bool:
         """Return whether the engine core, not only the server before it, answers in time. An error

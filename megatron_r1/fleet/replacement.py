@@ -109,7 +109,7 @@ class Replacement:
         task.add_done_callback(self.tasks.discard)
 
     async def _drain_and_replace(self, engine: Engine, reason: EngineError) -> None:
-        await engine.drained(DRAIN_SECONDS)
+        await engine.drain(DRAIN_SECONDS)
         if not engine.is_up:  # it died meanwhile, or has left
             return
         if self.num_restarts < self.max_restarts:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import secrets
 from array import array
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,8 +17,9 @@ from megatron_r1.engine.gpu import gpus_of_slot, visible_gpus
 from megatron_r1.engine.recipe import vocab_size
 from megatron_r1.engine.responses import Response
 from megatron_r1.engine.server import EngineServer
-from megatron_r1.fleet.dispatch import Dispatcher
-from megatron_r1.fleet.engine import Engine
+from megatron_r1.fleet.dispatch import Dispatcher, Work
+from megatron_r1.fleet.engine import Engine, MakeServer
+from megatron_r1.fleet.lengths import ExpectedLength, LengthEstimator
 from megatron_r1.fleet.members import Members, Notify
 from megatron_r1.fleet.replacement import DRAIN_SECONDS, Replacement
 from megatron_r1.fleet.retries import RequestRetries
@@ -56,6 +58,7 @@ class RolloutFleet:
         request_timeout_seconds: float = 1800.0,
         unresponsive_seconds: float = 120.0,
         role: str = "engine",
+        make_server: MakeServer = EngineServer,
         notify: Notify = lambda message: None,
         **server_settings: Any,
     ) -> None:
@@ -65,7 +68,8 @@ class RolloutFleet:
             max_restarts: engines replaced in all; the death after that fails the fleet's calls.
             unresponsive_seconds: an engine that has not answered for so long counts as dead.
             notify: gets a line when an engine is replaced, joins or leaves.
-            server_settings: of `Engine.launch` and `EngineSettings`, the same for all.
+            make_server: where engines run: `EngineServer` on this host.
+            server_settings: of `EngineSettings`, the same for all.
 
         Raises:
             ValueError: num_engines < 1.
@@ -75,9 +79,9 @@ class RolloutFleet:
         self.num_engines, self.log_folder = num_engines, Path(log_folder)
         self.start_timeout_seconds = start_timeout_seconds
         self.request_timeout_seconds = request_timeout_seconds
-        self.role, self.server_settings = role, server_settings
+        self.role, self.make_server = role, make_server
+        self.server_settings = server_settings
         self.version = -1
-        self.num_pushes = 0
         self.feed: Feed = no_feed
         """How an engine that joins gets the others' weights (`weight_sync.bridge`)."""
         self.awake = asyncio.Event()
@@ -86,9 +90,13 @@ class RolloutFleet:
         capacity = server_settings.get("max_num_seqs", 256) * server_settings.get("data", 1)
         self.members = Members(Dispatcher(capacity), notify)
         self.replacement = Replacement(
-            self.members, self._start_replacement, max_restarts, unresponsive_seconds
+            self.members,
+            lambda dead: self._start_one(dead.index, instead_of=dead),
+            max_restarts,
+            unresponsive_seconds,
         )
         self.retries = RequestRetries(self.members, self.replacement.handle)
+        self.lengths = LengthEstimator()
         self._model: Path | None = None
         self._pushing = asyncio.Lock()
         self._starting: set[Engine] = set()
@@ -150,7 +158,17 @@ class RolloutFleet:
             EngineError: the call was refused, no engine could serve it, or its engine died and no
                 restart is left; names the engine, how it ended, and quotes its log.
         """
-        return await self.retries.generate(prompt_token_ids, n, max_tokens, kind, order, sampling)
+        num_prompt_tokens = len(prompt_token_ids)
+        expected = self.lengths.estimate(kind, num_prompt_tokens, max_tokens)
+        responses = await self.retries.run(
+            Work(n, num_prompt_tokens, expected, order),
+            lambda client: client.generate(
+                prompt_token_ids, n=n, max_tokens=max_tokens, **sampling
+            ),
+            _lengths,
+        )
+        self.lengths.add(kind, num_prompt_tokens, _lengths(responses))
+        return responses
 
     async def score(self, token_ids: Sequence[int], first: int, *, order: int = 0) -> array[float]:
         """Return the log-probabilities of token_ids[first:] at temperature 1, float32, from one
@@ -159,7 +177,11 @@ class RolloutFleet:
         Raises:
             EngineError: as `generate`.
         """
-        return await self.retries.score(token_ids, first, order)
+        return await self.retries.run(
+            Work(1, len(token_ids), ExpectedLength(1.0, 1.0, num_groups=1), order),
+            lambda client: client.score(token_ids, first),
+            lambda scores: [len(scores)],
+        )
 
     @contextlib.contextmanager
     def patient(self, seconds: float) -> Iterator[None]:
@@ -203,7 +225,6 @@ class RolloutFleet:
                 self.members.fail(EngineError(f"the push of version {version} failed: {error}"))
                 raise
             self.version = version
-            self.num_pushes += 1
             self.awake.set()
 
     async def sleep(self) -> None:
@@ -254,7 +275,7 @@ class RolloutFleet:
             raise ValueError(f"engine {index} is the only one; close the fleet instead")
         engine.is_leaving = True
         self.members.set_open(engine, False)
-        await engine.drained(DRAIN_SECONDS)
+        await engine.drain(DRAIN_SECONDS)
         async with self._pushing:
             self.members.remove(engine)  # a replacement of it under way then gives up
         await engine.end()
@@ -276,25 +297,28 @@ class RolloutFleet:
         self.engines.clear()
 
     def launch(self, index: int) -> Engine:
-        """Start an engine's processes and return at once."""
+        """Start an engine's processes, which end with the calling thread, and return at once. Each
+        engine samples from its own seed, and has a secret that only its client knows."""
         assert self._model is not None, "start() was not called"
-        return Engine.launch(
-            index,
-            self._model,
-            self.log_folder,
-            self.request_timeout_seconds,
+        settings = self.server_settings
+        if self.make_server is EngineServer:  # hosts of a pool divide their GPUs themselves
+            settings = share_of_gpus(settings, index, self.num_engines)
+        own = {"seed": settings.get("seed", 0) + index, "secret": secrets.token_hex(32)}
+        log = self.log_folder / f"{self.role}-{index}.log"
+        server = self.make_server(self._model, log, **(settings | own))
+        server.start()
+        client = EngineClient(
+            "",
+            secret=own["secret"],
+            timeout_seconds=self.request_timeout_seconds,
             vocab_size=vocab_size(self._model),
-            role=self.role,
-            **share_of_gpus(self.server_settings, index, self.num_engines),
         )
+        return Engine(index, server, client, role=self.role)
 
     def lose(self, engine: Engine, reason: EngineDied) -> None:
         """Replace an engine that is unusable, unless that is under way. Raises `reason` when no
         restart is left."""
         self.replacement.replace(engine, reason)
-
-    async def _start_replacement(self, dead: Engine) -> Engine:
-        return await self._start_one(dead.index, instead_of=dead)
 
     async def _start_one(self, index: int, instead_of: Engine | None = None) -> Engine:
         """Start an engine, give it the current weights, and let it serve. Where the fleet is put to
@@ -350,13 +374,16 @@ class RolloutFleet:
 
 def share_of_gpus(settings: dict[str, Any], index: int, num_engines: int) -> dict[str, Any]:
     """Return the settings of one of several engines on this host's GPUs, each of which gets an
-    equal share; hosts of a pool divide theirs themselves.
+    equal share.
 
     Raises:
         EngineError: the GPUs cannot be divided evenly.
     """
-    is_here = settings.get("make_server", EngineServer) is EngineServer
-    if num_engines == 1 or settings.get("device") != "cuda" or not is_here:
+    if num_engines == 1 or settings.get("device") != "cuda":
         return settings
     gpus = gpus_of_slot(visible_gpus(os.environ), num_engines, index % num_engines)
     return settings | {"extra_env": gpus | dict(settings.get("extra_env") or {})}
+
+
+def _lengths(responses: Sequence[Response]) -> list[int]:
+    return [len(response.token_ids) for response in responses]

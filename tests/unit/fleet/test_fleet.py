@@ -1,5 +1,5 @@
-"""What a fleet does with answers that cannot be used: peers on loopback that fail in ways in which
-a real engine fails rarely."""
+"""How a fleet handles unusable replies: servers on loopback that fail in ways in which a real one
+fails rarely."""
 
 import asyncio
 import json
@@ -7,7 +7,7 @@ import json
 import pytest
 from aiohttp import web
 
-from megatron_r1.engine.errors import EngineDied, EngineError
+from megatron_r1.engine.errors import EngineDied, EngineError, EngineTimeout
 from megatron_r1.fleet.rollout_fleet import RolloutFleet
 
 GARBAGE = {
@@ -29,14 +29,14 @@ def choice(**wrong):
 
 
 class Peer:
-    """In the place of an engine's server. say: its answer to the k-th request for samples, from 0:
-    a response's wrong fields, a status with a text, or `cut` to close the connection. cuts: a
-    path it closes the connection on, whatever is asked. fails: path → text of its status 500.
-    holds: path → event that it waits for."""
+    """In the place of an engine's server. reply: a function of k, the number of the generate call
+    from 0; it returns a response's wrong fields, a status with a text, `cut` to close the
+    connection, or `hang`. cuts: a path on which it closes the connection. fails: path → text of its
+    status 500. holds: path → event that it waits for."""
 
-    def __init__(self, say, cuts=None, fails=None, holds=None):
+    def __init__(self, reply, cuts=None, fails=None, holds=None):
         self.cuts, self.fails, self.holds = cuts, fails or {}, holds or {}
-        self.say, self.num_asked, self.is_running = say, 0, False
+        self.reply, self.num_calls, self.is_running = reply, 0, False
         self.is_lost, self.called = False, []
 
     def __call__(self, model, log, **settings):
@@ -63,15 +63,17 @@ class Peer:
         if request.path != "/inference/v1/generate":
             self.called.append(request.path_qs)
             return web.json_response({"is_sleeping": False, "success": True})
-        said = self.say(self.num_asked)
-        self.num_asked += 1
-        if said == "cut":
+        reply = self.reply(self.num_calls)
+        self.num_calls += 1
+        if reply == "hang":
+            await asyncio.sleep(60)
+        if reply == "cut":
             request.transport.close()
             return web.Response()
-        if isinstance(said, tuple):
-            return web.Response(status=said[0], text=said[1])
+        if isinstance(reply, tuple):
+            return web.Response(status=reply[0], text=reply[1])
         n = json.loads(body)["sampling_params"]["n"]
-        return web.json_response({"choices": [choice(**said)] * n})
+        return web.json_response({"choices": [choice(**reply)] * n})
 
     def start(self): ...
 
@@ -93,7 +95,7 @@ def good(_):
     return {}
 
 
-def run(tmp_path, peers, story, *, num_engines=1, max_restarts=0):
+def run(tmp_path, peers, story, *, num_engines=1, max_restarts=0, **settings):
     """peers: of the engines in the order in which they are started."""
     (tmp_path / "config.json").write_text('{"vocab_size": 10}')
     waiting = list(peers)
@@ -106,6 +108,7 @@ def run(tmp_path, peers, story, *, num_engines=1, max_restarts=0):
             tmp_path,
             max_restarts=max_restarts,
             make_server=lambda *args, **settings: waiting.pop(0)(*args, **settings),
+            **settings,
         )
         try:
             async with fleet:
@@ -144,7 +147,15 @@ def test_a_refusal_is_the_callers_mistake_and_is_not_repeated(tmp_path):
     peer = Peer(lambda k: (400, "prompt too long"))
     with pytest.raises(EngineError, match="status 400: prompt too long"):
         run(tmp_path, [peer], ask)
-    assert peer.num_asked == 1
+    assert peer.num_calls == 1
+
+
+def test_a_request_that_takes_too_long_ends_the_run(tmp_path):
+    """Every engine would take as long."""
+    peer = Peer(lambda k: "hang")
+    with pytest.raises(EngineTimeout, match="generate: no answer in 0 seconds"):
+        run(tmp_path, [peer], ask, request_timeout_seconds=0.3)
+    assert peer.num_calls == 1
 
 
 @pytest.mark.parametrize("wrong", [GARBAGE["no number"], "cut"], ids=str)
@@ -153,20 +164,20 @@ def test_an_engine_that_fails_often_is_replaced_and_attracts_no_more_work(tmp_pa
     broken, fine, fresh = Peer(lambda k: wrong), Peer(good), Peer(good)
 
     async def story(fleet):
-        said = []
-        fleet.members.notify = said.append
+        messages = []
+        fleet.members.notify = messages.append
         made = await ask(fleet, count=40)
         while fleet.replacement.tasks:
             await asyncio.sleep(0.01)
-        return made, said, [engine.server for engine in fleet.engines], fleet.num_restarts
+        return made, messages, [engine.server for engine in fleet.engines], fleet.num_restarts
 
-    made, said, servers, restarts = run(
+    made, messages, servers, restarts = run(
         tmp_path, [broken, fine, fresh], story, num_engines=2, max_restarts=3
     )
     assert made == [[[7], [7]]] * 40
     assert servers == [fresh, fine]
     assert restarts == 1
-    assert "engine-0 cannot go on" in said[0] and said[1].startswith("engine-0 is back")
+    assert "engine-0 cannot go on" in messages[0] and messages[1].startswith("engine-0 is back")
     assert not broken.is_alive()
 
 
@@ -191,8 +202,8 @@ def test_a_dead_engine_is_not_asked(tmp_path):
         return engine.client._session
 
     peer = Peer(good)
-    assert run(tmp_path, [peer], story) is None  # nothing was opened that nobody would close
-    assert peer.num_asked == 0
+    assert run(tmp_path, [peer], story) is None  # no session was opened that would stay open
+    assert peer.num_calls == 0
 
 
 def test_one_that_ran_out_of_memory_is_replaced_at_once(tmp_path):
@@ -202,15 +213,15 @@ def test_one_that_ran_out_of_memory_is_replaced_at_once(tmp_path):
         return await ask(fleet), fleet.num_restarts
 
     assert run(tmp_path, [full, fresh], story, max_restarts=1) == ([[[7], [7]]], 1)
-    assert full.num_asked == 1
+    assert full.num_calls == 1
 
 
-def test_where_fresh_engines_fail_too_the_run_is_told(tmp_path):
+def test_where_fresh_engines_fail_too_the_call_fails(tmp_path):
     peers = [Peer(lambda k: GARBAGE["no number"]) for _ in range(3)]
     with pytest.raises(EngineError, match="5 times in a row.*token 7 is -9999"):
         run(tmp_path, peers, ask, max_restarts=2)
-    assert sum(peer.num_asked for peer in peers) == 5
-    assert peers[1].num_asked > 0  # it met a fresh one
+    assert sum(peer.num_calls for peer in peers) == 5
+    assert peers[1].num_calls > 0  # it met a fresh one
 
 
 def test_a_slow_engine_is_drained_before_it_is_replaced(tmp_path):
@@ -314,7 +325,7 @@ def test_engines_wake_for_a_push_weights_first_and_their_cache_last(tmp_path):
     assert [path for path in awake if "wake" in path] == []
 
 
-def test_nobody_is_replaced_while_the_memory_is_the_trainers(tmp_path):
+def test_no_engine_is_replaced_while_the_memory_is_the_trainers(tmp_path):
     peers = [Peer(good), Peer(good)]
 
     async def story(fleet):
@@ -350,15 +361,15 @@ def test_an_engine_whose_connection_breaks_amid_a_push_is_replaced_by_one_with_i
     assert "/update_weight_version" in peers[2].called
 
 
-NEVER_CAME = {
+INCOMPLETE_PUSH = {
     "broken link": "push 1 broke off: trainer rank 0: Connection closed by peer",
     "late": "push 1: after 5 s trainer ranks 3 have not sent all of it",
 }
 
 
-@pytest.mark.parametrize("said", NEVER_CAME.values(), ids=NEVER_CAME)
-def test_an_engine_that_did_not_get_the_weights_is_replaced(tmp_path, said):
-    peers = [Peer(good, fails={"/swap_weights": said}), Peer(good), Peer(good)]
+@pytest.mark.parametrize("error", INCOMPLETE_PUSH.values(), ids=INCOMPLETE_PUSH)
+def test_an_engine_that_did_not_get_the_weights_is_replaced(tmp_path, error):
+    peers = [Peer(good, fails={"/swap_weights": error}), Peer(good), Peer(good)]
 
     async def story(fleet):
         await fleet.push({}, 1)
@@ -371,8 +382,8 @@ def test_an_engine_that_did_not_get_the_weights_is_replaced(tmp_path, said):
 
 
 def test_weights_that_are_wrong_stop_the_run(tmp_path):
-    said = "push 1: 1 tensors arrived otherwise than they were sent: lm_head.weight (from rank 0)"
-    peers = [Peer(good, fails={"/swap_weights": said}), Peer(good)]
+    error = "push 1: 1 tensors arrived otherwise than they were sent: lm_head.weight (from rank 0)"
+    peers = [Peer(good, fails={"/swap_weights": error}), Peer(good)]
     with pytest.raises(EngineError, match="lm_head.weight"):
         run(tmp_path, peers, lambda fleet: fleet.push({}, 1), num_engines=2, max_restarts=1)
 
@@ -398,12 +409,12 @@ def test_an_engine_that_waits_for_weights_does_not_hang(tmp_path, monkeypatch, p
     assert run(tmp_path, peers, story, max_restarts=1) == (0 if patience else 1)
 
 
-def test_one_that_cannot_even_be_started_breaks_the_fleet_aloud(tmp_path):
+def test_one_that_cannot_even_be_started_fails_the_fleet(tmp_path):
     """Its groups would wait for ever."""
     peers = [Peer(good)]
 
     async def story(fleet):
-        fleet.server_settings["make_server"] = out_of_processes
+        fleet.make_server = out_of_processes
         peers[0].is_running = False
         await ask(fleet)
 
@@ -415,7 +426,7 @@ def test_one_that_cannot_even_be_started_breaks_the_fleet_aloud(tmp_path):
 
 
 def test_the_only_engine_that_serves_is_revived_though_another_is_joining(tmp_path):
-    """The joining one may fail, and nobody would be left."""
+    """The joining one may fail, and none would be left."""
     stays_away = asyncio.Event()
     joining = Peer(good, holds={"/update_weight_version": stays_away})
     peers = [Peer(good), joining, Peer(good)]

@@ -1,6 +1,6 @@
-"""Engine hosts without engines: real agent processes, the controller's pool, and what is between.
+"""Engine hosts without engines: real host processes, the controller's pool, and their messages.
 
-What an engine does there is tests/system/test_engine_hosts.py's.
+Engines on them are in tests/system/test_engine_hosts.py.
 """
 
 import asyncio
@@ -16,12 +16,15 @@ from types import SimpleNamespace
 import msgspec
 import pytest
 
+from megatron_r1.config import RolloutConfig
 from megatron_r1.engine.errors import EngineError
 from megatron_r1.engine.gpu import gpus_of_slot, visible_gpus
 from megatron_r1.fleet.hosts.pool import HostPool
 from megatron_r1.fleet.hosts.remote_server import RemoteServer
-from megatron_r1.fleet.hosts.wire import HostReport, publish_address
+from megatron_r1.fleet.hosts.wire import HostReport, publish_address, published_address
+from megatron_r1.fleet.placement import open_pool
 from megatron_r1.processes.authentication import ENVIRONMENT, known_token, make_token
+from megatron_r1.processes.children import free_port
 
 
 def until(condition, seconds=20):
@@ -34,11 +37,11 @@ def until(condition, seconds=20):
 @pytest.fixture
 def pool(tmp_path, monkeypatch):
     monkeypatch.delenv(ENVIRONMENT, raising=False)
-    said = []
+    messages = []
     pool = HostPool(
-        "tcp://127.0.0.1:*", make_token(tmp_path), silence_seconds=6, notify=said.append
+        "tcp://127.0.0.1:*", make_token(tmp_path), silence_seconds=6, notify=messages.append
     )
-    pool.said, pool.folder = said, tmp_path
+    pool.messages, pool.folder = messages, tmp_path
     publish_address(tmp_path, f"tcp://127.0.0.1:{pool.port}")
     yield pool
     pool.close()
@@ -64,13 +67,13 @@ def host(pool):
         agent.communicate()
 
 
-def test_a_host_joins_and_leaves_when_told(pool, host):
+def test_a_host_joins_and_leaves_on_a_signal(pool, host):
     agent = host("--folder", pool.folder, "--engines", "3")
     until(lambda: pool.num_free == 3)
     agent.send_signal(signal.SIGTERM)
     assert agent.wait(10) == 128 + signal.SIGTERM
     until(lambda: pool.num_free == 0)
-    assert "is leaving" in pool.said[-1]
+    assert "is leaving" in pool.messages[-1]
 
 
 def test_the_end_of_the_run_ends_a_host_well(pool, host):
@@ -94,9 +97,9 @@ def test_a_host_that_waits_finds_the_run(tmp_path, host, pool):
         second.close()
 
 
-def test_an_engine_that_cannot_start_says_why(pool, host):
+def test_an_engine_that_cannot_start_reports_why(pool, host):
     server = RemoteServer(pool, pool.folder / "nothing", pool.folder / "engine-0.log")
-    server.start()  # before any host is there: it waits
+    server.start()  # before any host has come: it waits
     assert server.is_alive()
     host("--folder", pool.folder)
     with pytest.raises(EngineError, match=r"on host .*nothing is not a model folder"):
@@ -106,18 +109,34 @@ def test_an_engine_that_cannot_start_says_why(pool, host):
     until(lambda: pool.num_free == 1)
 
 
-def test_without_room_the_error_says_who_is_there(pool):
+def test_without_room_the_error_names_the_hosts(pool):
     server = RemoteServer(pool, pool.folder, pool.folder / "engine-0.log")
     server.start()
     with pytest.raises(EngineError, match="no host had room for it .no host has come"):
         asyncio.run(server.wait_ready(0.3))
 
 
-def test_who_waits_for_hosts_is_told(pool, monkeypatch, tmp_path):
+def test_hosts_find_the_port_of_the_recipe(tmp_path, monkeypatch):
+    monkeypatch.delenv(ENVIRONMENT, raising=False)
+    port = free_port("127.0.0.1")
+    rollout = RolloutConfig(placement="hosts", hosts_address="127.0.0.1", hosts_port=port)
+
+    async def scenario():
+        async with open_pool(rollout, tmp_path, False, print) as pool:
+            assert published_address(tmp_path) == f"tcp://127.0.0.1:{pool.port}"
+            with pytest.raises(ValueError, match=f"rollout.hosts_port: cannot listen at .*:{port}"):
+                await open_pool(rollout, tmp_path, False, print).__aenter__()
+            return pool.port
+
+    assert asyncio.run(scenario()) == port
+    assert published_address(tmp_path) is None
+
+
+def test_waiting_for_hosts_is_mentioned(pool, monkeypatch, tmp_path):
     """A run that does nothing else meanwhile would look as if it hung."""
     monkeypatch.setattr("megatron_r1.fleet.hosts.pool.WAIT_SECONDS", 0.2)
     RemoteServer(pool, tmp_path, tmp_path / "engine.log").start()
-    until(lambda: "1 engine waits for 1 host to come (no host has come)" in pool.said)
+    until(lambda: "1 engine waits for 1 host to come (no host has come)" in pool.messages)
 
 
 def test_hosts_that_never_fall_silent_leave_the_pool_time_for_its_work():
@@ -150,19 +169,19 @@ def test_a_host_that_vanishes_loses_its_engines_for_good(pool, host, how):
     until(lambda: not server.is_alive())
     assert server.is_lost
     assert re.search("host .* (has closed|was not heard from for 6 s)", server.describe_end())
-    assert "1 engine lost with it" in pool.said[-1]
+    assert "1 engine lost with it" in pool.messages[-1]
     if how == signal.SIGSTOP:  # awake again, it is a new host, and the old engine stays dead
         agent.send_signal(signal.SIGCONT)
         until(lambda: pool.num_free == 1)
         assert not server.is_alive()
 
 
-def test_another_token_is_refused_and_the_host_says_so(pool, host):
+def test_another_token_is_refused_and_the_host_prints_so(pool, host):
     address = f"tcp://127.0.0.1:{pool.port}"
     agent = host("--controller", address, "--patience", "3", **{ENVIRONMENT: "guessed"})
-    said, _ = agent.communicate(timeout=30)
-    assert agent.returncode == 1 and "refuses this token" in said, said
-    assert pool.num_free == 0 and not pool.said
+    output, _ = agent.communicate(timeout=30)
+    assert agent.returncode == 1 and "refuses this token" in output, output
+    assert pool.num_free == 0 and not pool.messages
 
 
 def test_memory_that_is_not_shared_is_refused(pool, host, monkeypatch):

@@ -22,14 +22,14 @@ class World:
     """A pool for engines of two hosts, and hosts that are spoken for."""
 
     def __init__(self, folder):
-        self.folder, self.said, self.hosts = folder, [], []
+        self.folder, self.messages, self.hosts = folder, [], []
         self.token = make_token(folder)
         self.pool = HostPool(
             "tcp://127.0.0.1:*",
             self.token,
             hosts_per_engine=2,
             silence_seconds=30,
-            notify=self.said.append,
+            notify=self.messages.append,
         )
 
     def host(self, name, num_engines=1):
@@ -49,7 +49,7 @@ class World:
         deadline = time.monotonic() + seconds
         while not condition():
             if time.monotonic() > deadline:
-                assert or_else is not None, f"not within {seconds} seconds: {self.said}"
+                assert or_else is not None, f"not within {seconds} seconds: {self.messages}"
                 return
             for host in self.hosts:
                 host.turn()
@@ -114,7 +114,7 @@ def test_two_engines_never_hold_half_of_what_both_need(world):
 
 def test_a_host_alone_is_no_place_and_the_error_says_so(world):
     world.host("a", num_engines=3)
-    world.until(lambda: "host a" in " ".join(world.said))
+    world.until(lambda: "host a" in " ".join(world.messages))
     assert world.pool.num_free == 0
     server = world.engine("engine-0")
     with pytest.raises(EngineError, match=r"no 2 hosts had room for it \(a with 3\)"):
@@ -159,7 +159,7 @@ def test_a_host_that_vanishes_is_to_blame_also_where_another_part_ended_before(w
     world.until(lambda: not server.is_alive(), 30)
     assert server.is_lost
     assert server.describe_end() == f"host {gone} has closed its line"
-    assert world.said[-1] == f"host {gone} has closed its line; 1 engine lost with it"
+    assert world.messages[-1] == f"host {gone} has closed its line; 1 engine lost with it"
     world.until(lambda: world.hosts_of(server) == set())
     # One that comes later makes a pair with the one that is left.
     following = world.engine("engine-0")

@@ -1,5 +1,6 @@
-"""Settings of engines with ranks: what is refused before anything starts, and what vLLM is told."""
+"""Settings of engines with ranks: what is refused before anything starts, and vLLM's arguments."""
 
+import asyncio
 import json
 
 import pytest
@@ -7,7 +8,7 @@ import pytest
 from megatron_r1.config import parse
 from megatron_r1.engine.recipe import check_engines, vocab_size
 from megatron_r1.engine.server import EngineServer
-from megatron_r1.fleet.rollout_fleet import share_of_gpus
+from megatron_r1.fleet.rollout_fleet import RolloutFleet, share_of_gpus
 from megatron_r1.weight_sync.plan import EngineLayout
 from megatron_r1.weight_sync.plan.recipe import check_pushes, engine_layout
 
@@ -29,7 +30,7 @@ def config(rl=None, **rollout):
 
 
 @pytest.mark.parametrize(
-    ("hf", "settings", "says"),
+    ("hf", "settings", "message"),
     [
         (DENSE, {"tensor": 5}, "rollout.tensor=5 does not divide num_attention_heads=12"),
         (DENSE, {"tensor": 6}, "tensor=6 neither divides num_key_value_heads=4 nor"),
@@ -48,8 +49,8 @@ def config(rl=None, **rollout):
         ),
     ],
 )
-def test_what_no_engine_can_serve_is_refused(hf, settings, says):
-    with pytest.raises(ValueError, match=says):
+def test_what_no_engine_can_serve_is_refused(hf, settings, message):
+    with pytest.raises(ValueError, match=message):
         check_engines(config(**settings), hf)
 
 
@@ -72,8 +73,8 @@ def test_what_cannot_be_pushed_to_is_refused_too():
 
 
 def test_the_layout_is_the_recipes():
-    made = config(engines=3, tensor=4, pipeline=2, data=5, expert_parallel=True)
-    assert engine_layout(made) == EngineLayout(3, 4, 5, 2, True)
+    recipe = config(engines=3, tensor=4, pipeline=2, data=5, expert_parallel=True)
+    assert engine_layout(recipe) == EngineLayout(3, 4, 5, 2, True)
 
 
 def test_engines_that_sleep_leave_nothing_to_sample_ahead():
@@ -83,7 +84,7 @@ def test_engines_that_sleep_leave_nothing_to_sample_ahead():
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_settings_become_arguments_of_vllm(tmp_path, device):
+def test_vllm_gets_the_settings_as_arguments(tmp_path, device):
     server = EngineServer(
         tmp_path,
         tmp_path / "log",
@@ -95,7 +96,6 @@ def test_settings_become_arguments_of_vllm(tmp_path, device):
         sleeps=True,
         gpu_memory=0.4,
         num_threads=30,
-        plain_matrices=True,
     )
     arguments = " ".join(server.arguments)
     for words in (
@@ -104,7 +104,6 @@ def test_settings_become_arguments_of_vllm(tmp_path, device):
         "--data-parallel-size 4",
         "--enable-expert-parallel",
         "--gpu-memory-utilization 0.4",
-        '--additional-config {"plain_matrices": true}',
     ):
         assert words in arguments
     assert ("--enable-sleep-mode" in arguments) == (device == "cuda")  # a CPU has no such allocator
@@ -121,8 +120,24 @@ def test_engines_of_one_host_get_gpus_of_their_own(monkeypatch):
     ]
     assert share_of_gpus(settings, 0, 1) == settings
     assert share_of_gpus({"device": "cpu"}, 1, 2) == {"device": "cpu"}
-    elsewhere = {"device": "cuda", "make_server": print}
-    assert share_of_gpus(elsewhere, 1, 2) == elsewhere
+
+
+def test_engines_on_other_hosts_get_none_of_this_hosts_gpus(tmp_path):
+    settings = []
+
+    class Elsewhere:
+        def __init__(self, model, log, **server_settings):
+            settings.append(server_settings)
+
+        def start(self): ...
+
+    async def launch():
+        fleet = RolloutFleet(2, tmp_path, device="cuda", make_server=Elsewhere)
+        fleet._model = tmp_path
+        fleet.launch(1)
+
+    asyncio.run(launch())
+    assert settings[0]["device"] == "cuda" and "extra_env" not in settings[0]
 
 
 def test_the_vocabulary_is_the_language_models(tmp_path):

@@ -149,7 +149,7 @@ async def _export_and_reload(trainer, fleet, folder: Path) -> dict[str, float]:
     client = fleet.engines[0].client
     await client.pause()
     rpc = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
-    await client._call("POST", "/collective_rpc", rpc)
-    await client._call("POST", "/reset_prefix_cache")
+    await client.request("POST", "/collective_rpc", rpc)
+    await client.request("POST", "/reset_prefix_cache")
     await client.resume()
     return {"export": exported - start, "reload": time.perf_counter() - exported}
