@@ -1,4 +1,4 @@
-"""The tool's modules on the path, and small models by transformers."""
+"""Small models by transformers, and tools/convert as a function."""
 
 import sys
 from collections.abc import Callable
@@ -8,8 +8,10 @@ import pytest
 import torch
 from ranks import run_script
 
+from tools.convert import command, comparison, from_hf, to_hf
+
 TESTS = Path(__file__).parents[1]
-sys.path[:0] = [str(TESTS / "parallel"), str(TESTS.parent / "tools" / "convert")]
+sys.path.insert(0, str(TESTS / "parallel"))
 
 
 @pytest.fixture(scope="session")
@@ -23,16 +25,6 @@ def oracle(tmp_path_factory) -> Path:
 @pytest.fixture
 def convert(monkeypatch, capsys) -> Callable[..., tuple[int, str]]:
     """convert("to-hf", A, B, "--dtype", "fp8") -> (exit status, what it printed)."""
-    import importlib.util
-
-    path = TESTS.parent / "tools" / "convert" / "__main__.py"
-    spec = importlib.util.spec_from_file_location("convert_main", path)
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
-
-    import comparison
-    import from_hf
-    import to_hf
 
     def run(*arguments) -> tuple[int, str]:
         # Kept open for the life of a process, which here is many conversions long.
@@ -41,7 +33,7 @@ def convert(monkeypatch, capsys) -> Callable[..., tuple[int, str]]:
         monkeypatch.setattr(sys, "argv", ["tools/convert", *map(str, arguments)])
         threads = torch.get_num_threads()
         try:
-            status = tool.main()
+            status = command.main()
         finally:
             torch.set_num_threads(threads)
         captured = capsys.readouterr()

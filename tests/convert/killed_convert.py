@@ -7,14 +7,9 @@ import itertools
 import os
 import signal
 import sys
-from pathlib import Path
 
-TOOL = Path(__file__).parents[2] / "tools" / "convert"
-sys.path[:0] = [str(TOOL), str(Path(__file__).parents[2])]
-
-import chunks  # noqa: E402
-import from_hf  # noqa: E402
-import to_hf  # noqa: E402
+from tools.convert import chunks, from_hf, to_hf
+from tools.convert.command import main
 
 count = int(sys.argv.pop(1))
 calls = itertools.count(1)
@@ -42,5 +37,4 @@ def killing_each(function):
 
 to_hf._write_tensor = killing(to_hf._write_tensor)
 from_hf._values = killing_each(from_hf._values)
-sys.argv[0] = str(TOOL)
-exec(compile((TOOL / "__main__.py").read_text(), "__main__.py", "exec"))
+sys.exit(main())

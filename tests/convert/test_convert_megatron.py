@@ -2,7 +2,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-import reload_check
 import torch
 from fp8_folder import publish
 from random_folder import write_folder
@@ -10,6 +9,8 @@ from ranks import run_ranks
 from safetensors.torch import load_file, save_file
 from small_models import MODELS
 from test_convert_round_trips import WIDE
+
+from tools.convert import reload_check
 
 CHECKED = {**MODELS, "wide": WIDE}
 

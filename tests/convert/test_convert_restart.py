@@ -10,12 +10,13 @@ from small_models import MODELS
 
 from megatron_r1.training.checkpoints import manifest
 
-KILLED = Path(__file__).parent / "killed_convert.py"
+ROOT = Path(__file__).parents[2]
 
 
 def run_killed(count, *arguments):
     done = subprocess.run(
-        [sys.executable, str(KILLED), str(count), *map(str, arguments)],
+        [sys.executable, "-m", "tests.convert.killed_convert", str(count), *map(str, arguments)],
+        cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -76,7 +77,7 @@ def test_an_interrupted_conversion_is_not_mixed_with_another(convert, tmp_path):
 @pytest.mark.slow
 def test_several_processes_write_the_same_files(tmp_path):
     source = write_folder(tmp_path / "hf", MODELS["deepseek-yarn-mtp"], torch.bfloat16)
-    tool = str(KILLED.parents[2] / "tools" / "convert")
+    tool = str(ROOT / "tools" / "convert")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
 
     def run(*arguments):

@@ -1,100 +1,11 @@
-"""`python tools/convert VERB …`: Hugging Face folders ↔ Megatron distributed checkpoints.
+"""`python tools/convert VERB …`: see tools/convert/command.py."""
 
-to-hf CHECKPOINT OUT    a Megatron checkpoint, or a run's newest, as a Hugging Face folder
-from-hf HF_DIR OUT      a Hugging Face folder as a Megatron checkpoint of the weights
-verify A B              two of either kind, tensor by tensor; exit status 1 where they differ
-
-Nothing is ever whole in memory. A conversion that was stopped, by kill -9 too, is continued by the
-same command. Formats, memory and times: docs/convert.md.
-"""
-
-from __future__ import annotations
-
-import argparse
 import sys
 from pathlib import Path
 
-import from_hf
-import to_hf
-import verify
-
-DTYPES = ("bfloat16", "float32", "float16", "fp8")
-
-
-def parser() -> argparse.ArgumentParser:
-    main = argparse.ArgumentParser(
-        prog="tools/convert",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    verbs = main.add_subparsers(dest="verb", required=True)
-
-    out = verbs.add_parser("to-hf", help=to_hf.__doc__)
-    out.add_argument("checkpoint", type=Path, help="a checkpoint folder, or a run's folder")
-    out.add_argument("out", type=Path, help="the folder to make")
-    out.add_argument("--dtype", choices=DTYPES, help="of the weights; default: the checkpoint's")
-    out.add_argument("--max-file-bytes", type=int, default=5 * 10**9, help="of a weight file")
-    out.add_argument("--no-check", action="store_true", help="do not reload and compare at the end")
-    out.add_argument(
-        "--checksums",
-        choices=("full", "size", "none"),
-        default="full",
-        help="how far the checkpoint is compared with its manifest before; default: every byte",
-    )
-    _config(out)
-
-    into = verbs.add_parser("from-hf", help=from_hf.__doc__)
-    into.add_argument("hf", type=Path, metavar="HF_DIR", help="config.json and safetensors")
-    into.add_argument("out", type=Path, help="the folder to make")
-    into.add_argument(
-        "--dtype", choices=DTYPES[:3], help="of the weights; default: the folder's, of FP8 bfloat16"
-    )
-    into.add_argument(
-        "--names",
-        choices=("megatron", "transformer_engine"),
-        default="megatron",
-        help="whose layers will load it; differs for latent attention only (default: megatron)",
-    )
-
-    both = verbs.add_parser("verify", help=verify.__doc__)
-    both.add_argument("a", type=Path)
-    both.add_argument("b", type=Path)
-    _config(both)
-
-    for verb in (out, into, both):
-        verb.add_argument("--workers", type=int, default=1, help="processes (default: 1)")
-    return main
-
-
-def _config(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument(
-        "--config",
-        type=Path,
-        metavar="HF_DIR",
-        help="folder with the config.json and tokenizer of a checkpoint that does not say",
-    )
-
-
-def main() -> int:
-    chosen = parser().parse_args()
-    chosen.arguments = sys.argv[1:]
-    verb = {"to-hf": to_hf, "from-hf": from_hf, "verify": verify}[chosen.verb]
-    try:
-        if chosen.workers < 1:
-            raise ValueError(f"--workers {chosen.workers} must be at least 1")
-        if chosen.verb == "to-hf" and chosen.max_file_bytes < 1:
-            raise ValueError(f"--max-file-bytes {chosen.max_file_bytes} must be at least 1")
-        return verb.run(chosen)
-    except ValueError as error:
-        print(f"tools/convert: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"tools/convert: {error.filename or ''}: {error.strerror}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("tools/convert: stopped; the same command continues", file=sys.stderr)
-        return 130
-
-
+# Not in worker processes, which import this file under another name.
 if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+    from tools.convert.command import main
+
     sys.exit(main())

@@ -1,4 +1,4 @@
-"""Cutting a Megatron checkpoint's tensors into chunks, and the chunks into files."""
+"""Cuts a Megatron checkpoint's tensors into chunks, and groups the chunks into files."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from megatron_r1.weights.stored.dcp_writing import Chunk
 from megatron_r1.weights.stored.megatron_names import Run, Slot
 
 CHUNK_BYTES = 32 << 20
-"""Of a chunk: what a worker has in hand, a few times over. Megatron loads chunks of any size."""
+"""Largest chunk. A worker holds a few of them; Megatron loads chunks of any size."""
 
 FILE_BYTES = 1 << 30
-"""Of a file: what a kill may cost."""
+"""Size of a file, and so the work that a kill can lose."""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A chunk to write and the rows of HF tensors in it.
+    """A chunk to write and the rows of Hugging Face tensors in it.
 
-    shape: of the chunk without prepended axes. runs: their `start` counts inside the chunk.
+    shape: the chunk's, without prepended axes. runs: their `start` is relative to the chunk.
     """
 
     chunk: Chunk
@@ -30,7 +30,7 @@ class Piece:
 
 
 def cut(slot: Slot, itemsize: int) -> Iterator[Piece]:
-    """The parameter in runs of rows of at most CHUNK_BYTES."""
+    """Yield the parameter in pieces of whole rows, of at most CHUNK_BYTES."""
     row = prod(slot.shape[1:]) * itemsize
     step = max(1, CHUNK_BYTES // row)
     ones = (1,) * len(slot.index)
@@ -52,7 +52,7 @@ def _inside(runs: Iterable[Run], first: int, end: int) -> Iterator[Run]:
 
 
 def group(pieces: Iterable[Piece]) -> list[list[Piece]]:
-    """Consecutive pieces, about FILE_BYTES together."""
+    """Group consecutive pieces into files of about FILE_BYTES."""
     files: list[list[Piece]] = []
     size = FILE_BYTES
     for piece in pieces:

@@ -1,4 +1,4 @@
-"""Comparing two sets of weights tensor by tensor, a stripe at a time."""
+"""Compares two sets of weights tensor by tensor, a stripe at a time."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 
-import parts
 import torch
-from sources import open_weights
-from stripes import stripes
 from torch import Tensor
 
 from megatron_r1.weights.stored import fp8, fp8_blocks
 from megatron_r1.weights.stored.hf_weights import HfWeights
 from megatron_r1.weights.stored.raw import as_bytes
+from tools.convert import parts
+from tools.convert.parts import stripes
+from tools.convert.sources import open_weights
 
 # From exact to coarse: two dtypes are compared in the later one.
 _ORDER = ("float64", "float32", "float16", "bfloat16")
@@ -22,7 +22,7 @@ _ORDER = ("float64", "float32", "float16", "bfloat16")
 
 @dataclass(frozen=True)
 class Sides:
-    """The two models to compare: paths, and where a checkpoint's config.json is."""
+    """The two models to compare. config: the folder with a checkpoint's config.json."""
 
     a: Path
     b: Path
@@ -31,7 +31,7 @@ class Sides:
 
 @dataclass(frozen=True)
 class Difference:
-    """Of one tensor: how many elements have other bits, the largest |a - b|, where it is."""
+    """One tensor's number of elements with other bits, its largest |a - b| and where that is."""
 
     name: str
     count: int
@@ -40,7 +40,7 @@ class Difference:
 
 
 def compare(sides: Sides, names: list[str], workers: int) -> list[Difference]:
-    """Every tensor of `names` whose values differ."""
+    """Return the tensors of `names` whose values differ."""
     step = max(1, len(names) // (workers * 64))
     batches = [names[first : first + step] for first in range(0, len(names), step)]
     found = parts.run(partial(_compare_batch, sides), batches, workers, "batch")
@@ -85,39 +85,39 @@ def _compare_tensor(sides: Sides, name: str) -> Difference | None:
 
 
 def entry_of(weights, name: str) -> tuple[tuple[int, ...], str]:
-    """(shape, stored dtype) of a tensor that the weights hold, or hold as another one's copy."""
+    """Return (shape, stored dtype) of a tensor that is stored, possibly as a copy of another."""
     return weights.tensors.get(name) or weights.tensors[weights.copies[name]]
 
 
 def common_dtype(a: str, b: str) -> torch.dtype:
-    """In which two stored dtypes are compared: the coarser; FP8 values are fp32 numbers."""
+    """Return the dtype for the comparison of two stored ones: the coarser; FP8 counts as fp32."""
     known = ["float32" if name == fp8.STORED else name for name in (a, b)]
     return getattr(torch, max(known, key=_ORDER.index))
 
 
 def _other_bits(a: Tensor, b: Tensor) -> Tensor:
-    """Elementwise, so that NaN equals itself and -0 is not 0."""
+    """Compare bits elementwise, so that NaN equals itself and -0 is not 0."""
     different = as_bytes(a.contiguous()) != as_bytes(b.contiguous())
     return different.view(-1, a.itemsize).any(1).view(a.shape)
 
 
 def _beyond_rounding(pair, name: str, first: int, x: Tensor, y: Tensor) -> Tensor:
-    """Elementwise: whether FP8 values and what they may come from are more than a rounding apart.
+    """Return elementwise whether FP8 values differ from plain ones by more than a rounding.
 
     Half the distance between two e4m3 numbers is at most 2^-4 of them, for the smallest 2^-10 of
-    the scale. NaN is beyond.
+    the scale. NaN counts as beyond.
     """
     one = next(s for s in pair if entry_of(s, name)[1] == fp8.STORED)
     plain = x if one is pair[1] else y
     rows = slice(first // fp8.BLOCK, -(-(first + len(x)) // fp8.BLOCK))
     scale = fp8_blocks.spread(one.scales(name)[rows], x.shape)
     allowed = torch.maximum(plain.abs() * 2**-4, scale * 2**-10)
-    # The scale itself has been rounded, and so may the plain values have been, to bf16.
+    # The scale itself is rounded, and the plain values may have been rounded to bf16.
     return ~((x - y).abs() <= allowed * (1 + 2**-7))
 
 
 def _scales_differ(a, b, name: str) -> bool:
-    """Of two FP8 tensors with equal values, which a block of zeros has whatever its scale."""
+    """Return whether the scales differ; blocks of zeros have equal values with any scale."""
     if not (isinstance(a, HfWeights) and isinstance(b, HfWeights)):
         return False
     first, second = a.scales(name), b.scales(name)

@@ -10,19 +10,9 @@ from functools import cache, partial
 from math import prod
 from pathlib import Path
 
-import parts
 import torch
-from chunks import Piece, cut, group
-from sources import (
-    HF_FILES,
-    fingerprint,
-    is_hf,
-    read_config,
-    read_supported_config,
-    refuse_inside,
-)
-from work_folder import WorkFolder
 
+from megatron_r1.errors import UserError
 from megatron_r1.files import atomic_write
 from megatron_r1.reporting.wording import counted
 from megatron_r1.training.checkpoints import manifest
@@ -33,11 +23,22 @@ from megatron_r1.weights.stored.hf_weights import SCALES_FILE, HfWeights
 from megatron_r1.weights.stored.megatron_names import StoredLayout, stored_layout
 from megatron_r1.weights.stored.raw import write_at
 from megatron_r1.weights.stored.safetensors_file import plan_file
+from tools.convert import parts
+from tools.convert.chunks import Piece, cut, group
+from tools.convert.sources import (
+    HF_FILES,
+    fingerprint,
+    is_hf,
+    read_config,
+    read_supported_config,
+    refuse_inside,
+)
+from tools.convert.work_folder import WorkFolder
 
 
 @dataclass(frozen=True)
 class Job:
-    """What every worker needs. dtypes: of tensors that keep their own, by key."""
+    """The task of every worker. own_dtypes: those of tensors that keep their dtype, by key."""
 
     hf: Path
     folder: Path
@@ -50,16 +51,16 @@ class Job:
 
 @dataclass(frozen=True)
 class Done:
-    """A finished file: its chunks, and its line in the manifest."""
+    """A finished file: its chunks and its manifest entry."""
 
     chunks: list[Written]
     entry: manifest.Entry
 
 
 def run(chosen: Namespace) -> int:
-    """Convert; the folder appears when it is whole."""
+    """Convert; OUT appears when it is complete."""
     if not is_hf(chosen.hf):
-        raise ValueError(f"{chosen.hf} has no config.json: give a Hugging Face model folder")
+        raise UserError(f"{chosen.hf} has no config.json: give a Hugging Face model folder")
     refuse_inside(chosen.out, chosen.hf)
     hf = read_supported_config(chosen.hf)
     with HfWeights(chosen.hf, hf) as weights:
@@ -68,7 +69,7 @@ def run(chosen: Namespace) -> int:
         stored = weights.tensors["model.embed_tokens.weight"][1]
     dtype = getattr(torch, chosen.dtype or stored)
     engine = chosen.names == "transformer_engine"
-    found = stored_layout(hf, with_mtp=with_mtp, transformer_engine=engine)
+    layout = stored_layout(hf, with_mtp=with_mtp, transformer_engine=engine)
     plan = {
         "source": str(chosen.hf.resolve()),
         "source's files": fingerprint(chosen.hf),
@@ -76,35 +77,35 @@ def run(chosen: Namespace) -> int:
         "names": chosen.names,
     }
     work = WorkFolder(chosen.out, plan)
-    job = Job(chosen.hf, work.path, dtype, found.dtypes)
-    # 2 KiB for what torch.save adds to every chunk.
-    sizes = (prod(s) * job.dtype_of(key).itemsize for key, s in found.shapes.items())
-    work.check_space(sum(sizes) + 2048 * len(found.slots) + (16 << 20))
-    files = group(p for slot in found.slots for p in cut(slot, job.dtype_of(slot.key).itemsize))
+    job = Job(chosen.hf, work.path, dtype, layout.dtypes)
+    # torch.save adds up to 2 KiB to every chunk.
+    sizes = (prod(s) * job.dtype_of(key).itemsize for key, s in layout.shapes.items())
+    work.check_space(sum(sizes) + 2048 * len(layout.slots) + (16 << 20))
+    files = group(p for slot in layout.slots for p in cut(slot, job.dtype_of(slot.key).itemsize))
     done = parts.run(partial(write_file, job), list(enumerate(files)), chosen.workers)
-    _finish(work, job, found, done, with_mtp)
+    _finish(work, job, layout, done, with_mtp)
     print(
-        f"{chosen.out}: {counted(len(found.shapes), 'Megatron tensor')}, {plan['dtype']}, in "
+        f"{chosen.out}: {counted(len(layout.shapes), 'Megatron tensor')}, {plan['dtype']}, in "
         f"{counted(len(files), 'file')}"
     )
     return 0
 
 
 def write_file(job: Job, part: tuple[int, list[Piece]]) -> Done:
-    """Write one `.distcp` file, whole or not at all; where it is there, only tell what it holds.
+    """Write one `.distcp` file atomically, unless it exists; return its contents.
 
-    What it holds is written down before it gets its name.
+    The list of its contents is written before the file gets its name.
     """
     number, pieces = part
     path = job.folder / f"__{number}_0.distcp"
-    about = _about(job.folder, number)
-    if path.exists() and about.exists():
-        return _told(json.loads(about.read_text(encoding="utf-8")))
+    contents = _contents(job.folder, number)
+    if path.exists() and contents.exists():
+        return _read_done(json.loads(contents.read_text(encoding="utf-8")))
     unnamed = path.with_name(f".{path.name}.tmp")
     chunks = write_chunks(unnamed, _values(job, pieces))
     chunks = [Written(w.chunk, path.name, w.offset, w.length) for w in chunks]
     done = Done(chunks, manifest.checksum(unnamed))
-    atomic_write(about, json.dumps({"chunks": [asdict(w) for w in chunks], "entry": done.entry}))
+    atomic_write(contents, json.dumps({"chunks": [asdict(w) for w in chunks], "entry": done.entry}))
     unnamed.rename(path)
     return done
 
@@ -114,35 +115,35 @@ def _values(job: Job, pieces: list[Piece]) -> Iterator[tuple[Chunk, torch.Tensor
     for piece in pieces:
         values = torch.empty(piece.shape, dtype=job.dtype_of(piece.chunk.key))
         for run in piece.runs:
-            found = weights.read(run.hf_name, 0, run.hf_start, run.length)
-            values[run.start : run.start + run.length] = found
+            rows = weights.read(run.hf_name, 0, run.hf_start, run.length)
+            values[run.start : run.start + run.length] = rows
         yield piece.chunk, values.view(piece.chunk.sizes)
 
 
 @cache
 def _source(folder: Path) -> HfWeights:
-    """Opened once per process."""
+    """Open the source, once per process."""
     return HfWeights(folder, read_config(folder))
 
 
 def _finish(
-    work: WorkFolder, job: Job, found: StoredLayout, done: list[Done], with_mtp: bool
+    work: WorkFolder, job: Job, layout: StoredLayout, done: list[Done], with_mtp: bool
 ) -> None:
-    dtypes = {key: job.dtype_of(key) for key in found.shapes}
-    write_metadata(work.path, found.shapes, dtypes, [w for d in done for w in d.chunks])
+    dtypes = {key: job.dtype_of(key) for key in layout.shapes}
+    write_metadata(work.path, layout.shapes, dtypes, [w for d in done for w in d.chunks])
     _write_hf_files(job, with_mtp)
     hashed = {file.chunks[0].file: file.entry for file in done}
 
     def last(folder: Path) -> None:
         for number in range(len(done)):
-            _about(folder, number).unlink(missing_ok=True)
+            _contents(folder, number).unlink(missing_ok=True)
         manifest.write(folder, hashed)
 
     work.finish(last)
 
 
 def _write_hf_files(job: Job, with_mtp: bool) -> None:
-    """Configuration, tokenizer and FP8 scales, for the way back."""
+    """Write configuration, tokenizer and FP8 scales, which to-hf reads."""
     folder = job.folder / HF_FILES
     folder.mkdir(exist_ok=True)
     carry_files(job.hf, folder)
@@ -162,16 +163,16 @@ def _write_hf_files(job: Job, with_mtp: bool) -> None:
 
 
 def _has_mtp(weights: HfWeights, hf: dict) -> bool:
-    """Whether the folder carries the MTP layers its config.json speaks of."""
+    """Return whether the folder has the MTP layers that its config.json names."""
     first = f"model.layers.{hf['num_hidden_layers']}."
     return any(name.startswith(first) for name in weights.tensors)
 
 
-def _about(folder: Path, number: int) -> Path:
+def _contents(folder: Path, number: int) -> Path:
     return folder / f".__{number}_0.distcp.json"
 
 
-def _told(about: dict) -> Done:
+def _read_done(contents: dict) -> Done:
     chunks = [
         Written(
             Chunk(w["chunk"]["key"], tuple(w["chunk"]["starts"]), tuple(w["chunk"]["sizes"])),
@@ -179,6 +180,6 @@ def _told(about: dict) -> Done:
             w["offset"],
             w["length"],
         )
-        for w in about["chunks"]
+        for w in contents["chunks"]
     ]
-    return Done(chunks, manifest.Entry(*about["entry"]))
+    return Done(chunks, manifest.Entry(*contents["entry"]))

@@ -1,53 +1,63 @@
-"""Doing the parts of a conversion, in this process or in several."""
+"""Divides a conversion: parts over processes, tensors into stripes that fit into memory."""
 
 from __future__ import annotations
 
 import multiprocessing
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from megatron_r1.processes.lifetime import die_with_parent
 
 SECONDS_BETWEEN_LINES = 10
+STRIPE_ELEMENTS = 8 << 20
+"""Elements in memory at a time: 32 MiB in fp32, of which a step holds a few copies."""
+
+
+def stripes(shape: tuple[int, ...], multiple: int = 1) -> Iterator[tuple[int, int]]:
+    """Yield (first row, rows) that cover a tensor; first rows are multiples of `multiple`."""
+    width = shape[1] if len(shape) > 1 else 1
+    rows = max(multiple, STRIPE_ELEMENTS // max(1, width) // multiple * multiple)
+    for first in range(0, shape[0], rows):
+        yield first, min(rows, shape[0] - first)
 
 
 def run(
     work: Callable[[Any], Any], parts: Sequence[Any], workers: int, what: str = "file"
 ) -> list[Any]:
-    """[work(part) for part in parts] in `workers` processes; tells how far it is.
+    """Return [work(part) for part in parts], computed in `workers` processes with progress lines.
 
-    work and parts must be picklable. Workers die with this process, so that whoever continues
-    after a kill has the files to himself.
+    work and parts must be picklable. Workers die with this process, so that after a kill none of
+    them writes beside the command that continues.
     """
     results, progress = [], _Progress(len(parts), what)
     if workers == 1 or len(parts) < 2:
         _prepare()
         for part in parts:
             results.append(work(part))
-            progress.tell(len(results))
+            progress.update(len(results))
         return results
     # Spawned: a forked child would share the parent's open files and threads.
     context = multiprocessing.get_context("spawn")
     with context.Pool(min(workers, len(parts)), initializer=_start_worker) as pool:
         for result in pool.imap(work, parts):
             results.append(result)
-            progress.tell(len(results))
+            progress.update(len(results))
     return results
 
 
 class _Progress:
-    """A line now and then, for what takes longer than a person waits without asking."""
+    """Prints a line of progress every SECONDS_BETWEEN_LINES."""
 
     def __init__(self, total: int, what: str):
         self.total, self.what = total, what
-        self.began = self.told = time.monotonic()
+        self.began = self.printed = time.monotonic()
 
-    def tell(self, done: int) -> None:
+    def update(self, done: int) -> None:
         now = time.monotonic()
-        if now - self.told < SECONDS_BETWEEN_LINES:
+        if now - self.printed < SECONDS_BETWEEN_LINES:
             return
-        self.told, seconds = now, now - self.began
+        self.printed, seconds = now, now - self.began
         left = seconds / done * (self.total - done)
         print(f"  {self.what} {done}/{self.total}, {seconds:.0f} s, {left:.0f} left", flush=True)
 
@@ -60,5 +70,5 @@ def _start_worker() -> None:
 def _prepare() -> None:
     import torch
 
-    # Every worker copies and rounds; more threads would only fight for the same memory.
+    # Workers copy and round: more threads would only compete for memory bandwidth.
     torch.set_num_threads(1)

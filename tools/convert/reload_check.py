@@ -1,41 +1,44 @@
-"""The end of to-hf: load what was written with transformers, and the checkpoint with Megatron.
+"""The last step of to-hf: transformers' logits of the result against Megatron's of the checkpoint.
 
-Each in a process of its own: transformers must not see the stand-ins Megatron needs on a CPU. A
-model that does not fit into memory twice is compared tensor by tensor instead, which proves the
-numbers but not that a library loads them.
+A model that does not fit into memory is compared tensor by tensor instead, which verifies the
+values, but not that a library loads them.
 """
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+import psutil
 import torch
-from comparison import Sides, compare
-from sources import open_weights, read_config
 
+from megatron_r1.errors import UserError
 from megatron_r1.processes.lifetime import die_with_parent
 from megatron_r1.weights.layout import hf_tensors
+from tools.convert.comparison import Sides, compare
+from tools.convert.sources import open_weights, read_config
 
-HERE = Path(__file__).parent
+ROOT = Path(__file__).resolve().parents[2]
 TOLERANCE = 1e-3
-"""Of the logits' standard deviation; fp32 on both sides, sums in another order: 1e-5 is usual."""
+"""Relative to the logits' standard deviation; fp32 sums in another order usually give 1e-5."""
 
-_BYTES_PER_PARAMETER = 6  # fp32, and a half for what loading holds besides
+_BYTES_PER_PARAMETER = 6  # fp32, and half as much again while loading
 
 
 def check(checkpoint: Path, hf_files: Path, folder: Path, dtype: torch.dtype, workers: int) -> None:
-    """Raise ValueError, with what differs, unless `folder` is the model in `checkpoint`."""
+    """Raise UserError with the difference unless `folder` is the model in `checkpoint`."""
     hf = read_config(hf_files, checkpoint)
     needed = _BYTES_PER_PARAMETER * sum(
         torch.Size(shape).numel() for shape, _ in hf_tensors(hf).values()
     )
-    fits = needed < _available_bytes()
+    free = psutil.virtual_memory().available
+    fits = needed < free
     if not fits:
         print(
-            f"the model needs {needed / 1e9:.0f} GB to be run, {_available_bytes() / 1e9:.0f} are "
+            f"the model needs {needed / 1e9:.0f} GB to be run, {free / 1e9:.0f} are "
             "free: its logits are NOT compared, its tensors are",
             flush=True,
         )
@@ -53,7 +56,7 @@ def _same_tensors(checkpoint: Path, hf_files: Path, folder: Path, workers: int) 
     differing = compare(Sides(checkpoint, folder, hf_files), names, workers)
     if differing:
         worst = max(differing, key=lambda d: d.largest)
-        raise ValueError(
+        raise UserError(
             f"{folder} is not the checkpoint: {len(differing)} tensors differ, {worst.name} by "
             f"{worst.largest:.3g}; the disk may be failing: remove the folder and convert again"
         )
@@ -61,7 +64,7 @@ def _same_tensors(checkpoint: Path, hf_files: Path, folder: Path, workers: int) 
 
 
 def _rounding(stored: torch.dtype, dtype: torch.dtype) -> str:
-    """What the weights go through before either library has them, in words."""
+    """Return, in words, how the weights of both sides are rounded before the comparison."""
     if dtype == torch.float8_e4m3fn:
         return ", both on the weights rounded to FP8 (what rounding changes is not compared)"
     if torch.promote_types(stored, dtype) == dtype:
@@ -74,12 +77,12 @@ def _same_logits(checkpoint: Path, folder: Path, dtype: torch.dtype, rounded: st
     name = str(dtype).removeprefix("torch.")
     with tempfile.TemporaryDirectory() as scratch:
         ours, theirs = Path(scratch) / "megatron.pt", Path(scratch) / "transformers.pt"
-        _ask("logits_of_megatron.py", checkpoint, folder, name, ours)
-        _ask("logits_of_transformers.py", folder, theirs)
+        _write_logits("megatron", checkpoint, folder, name, ours)
+        _write_logits("transformers", folder, theirs)
         expected, found = torch.load(ours), torch.load(theirs)
     gap = float((expected - found).abs().max() / expected.std())
     if not gap <= TOLERANCE:
-        raise ValueError(
+        raise UserError(
             f"transformers' logits of {folder} differ from Megatron's of {checkpoint} by {gap:.2g} "
             f"of their standard deviation (at most {TOLERANCE:g}): do not use it; compare the "
             "tensors with tools/convert verify"
@@ -87,9 +90,11 @@ def _same_logits(checkpoint: Path, folder: Path, dtype: torch.dtype, rounded: st
     print(f"reloaded: transformers' logits are Megatron's{rounded}: max |Δ| / σ = {gap:.1e}")
 
 
-def _ask(script: str, *arguments) -> None:
+def _write_logits(library: str, *arguments: str | Path) -> None:
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     done = subprocess.run(
-        [sys.executable, str(HERE / script), *map(str, arguments)],
+        [sys.executable, "-m", "tools.convert.logits", library, *map(str, arguments)],
+        env=os.environ | {"PYTHONPATH": path},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -97,11 +102,4 @@ def _ask(script: str, *arguments) -> None:
     )
     if done.returncode:
         lines = [line for line in done.stdout.splitlines() if "arn" not in line]
-        raise ValueError(f"{script} ended with {done.returncode}:\n" + "\n".join(lines[-8:]))
-
-
-def _available_bytes() -> int:
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return 0
+        raise UserError(f"{library} ended with {done.returncode}:\n" + "\n".join(lines[-8:]))

@@ -9,20 +9,9 @@ from functools import cache, partial
 from math import prod
 from pathlib import Path
 
-import parts
-import reload_check
 import torch
-from checkpoints import check_manifest, find_checkpoint
-from sources import (
-    find_hf_files,
-    fingerprint,
-    read_config,
-    read_supported_config,
-    refuse_inside,
-)
-from stripes import stripes
-from work_folder import WorkFolder
 
+from megatron_r1.errors import UserError
 from megatron_r1.files import fsync
 from megatron_r1.models.hf_config import has_score_head
 from megatron_r1.reporting.wording import counted
@@ -38,13 +27,23 @@ from megatron_r1.weights.stored.hf_weights import KnownScales
 from megatron_r1.weights.stored.megatron_weights import MegatronWeights
 from megatron_r1.weights.stored.raw import write_at
 from megatron_r1.weights.stored.safetensors_file import plan_file, stored_tensors
+from tools.convert import parts, reload_check
+from tools.convert.checkpoints import check_manifest, find_checkpoint
+from tools.convert.sources import (
+    find_hf_files,
+    fingerprint,
+    read_config,
+    read_supported_config,
+    refuse_inside,
+)
+from tools.convert.work_folder import WorkFolder
 
 FP8 = torch.float8_e4m3fn
 
 
 @dataclass(frozen=True)
 class Job:
-    """What every worker needs. hf_files: the folder of the model's config.json."""
+    """The task of every worker. hf_files: the folder of the model's config.json."""
 
     checkpoint: Path
     hf_files: Path
@@ -53,11 +52,11 @@ class Job:
 
 
 def run(chosen: Namespace) -> int:
-    """Convert, then compare what was written with the checkpoint unless told not to."""
+    """Convert; then compare the result with the checkpoint, unless --no-check."""
     found = find_checkpoint(chosen.checkpoint)
     checkpoint = found.folder
     refuse_inside(chosen.out, checkpoint)
-    # Before the files are read, some of which may be what is missing.
+    # First, as files that are missing could not be read.
     check_manifest(found, "size" if chosen.checksums == "full" else chosen.checksums, chosen)
     hf_files = find_hf_files(checkpoint, chosen.config)
     hf = read_supported_config(hf_files, checkpoint)
@@ -75,11 +74,11 @@ def run(chosen: Namespace) -> int:
     }
     work = WorkFolder(chosen.out, plan)
     work.check_space(sum(plan_file(tensors).num_bytes for tensors in files.values()))
-    # Files are begun after this check only: one that is there says that it was passed.
+    # A file is begun only after this check, so an existing one shows that it was passed.
     if chosen.checksums == "full" and not any(work.path.glob("*.safetensors")):
         try:
             check_manifest(found, "full", chosen)
-        except ValueError:
+        except UserError:
             work.abandon_empty()
             raise
     job = Job(checkpoint, hf_files, work.path, dtype)
@@ -100,22 +99,22 @@ def run(chosen: Namespace) -> int:
 
 
 def hf_tensors_on_disk(hf: dict, dtype: torch.dtype, with_mtp: bool) -> dict:
-    """name -> (shape, dtype); as FP8 is published, projections with scales and the rest in bf16."""
+    """Return {name: (shape, dtype)}; FP8 as published: projections with scales, others in bf16."""
     if dtype != FP8:
         return stored_tensors(hf, dtype, with_mtp=with_mtp)
-    found = {}
+    tensors = {}
     plain = stored_tensors(hf, torch.bfloat16, with_mtp=with_mtp)
     for name, (shape, kept) in plain.items():
         if fp8.is_quantised(name):
-            found[name] = (shape, FP8)
-            found[fp8.scale_name(name)] = (fp8.scale_shape(shape), torch.float32)
+            tensors[name] = (shape, FP8)
+            tensors[fp8.scale_name(name)] = (fp8.scale_shape(shape), torch.float32)
         else:
-            found[name] = (shape, kept)
-    return found
+            tensors[name] = (shape, kept)
+    return tensors
 
 
 def write_file(job: Job, part: tuple[str, dict]) -> None:
-    """Write one safetensors file, whole or not at all; nothing to do where it is there."""
+    """Write one safetensors file atomically, unless it exists."""
     name, tensors = part
     path = job.folder / name
     if path.exists():
@@ -140,7 +139,7 @@ def _write_tensor(job: Job, file: int, name: str, placed, scales) -> None:
     weights, known = _inputs(job)
     row = prod(placed.shape[1:]) * placed.dtype.itemsize
     scale_row = scales.shape[1] * scales.dtype.itemsize if scales else 0
-    for first, count in stripes(placed.shape, fp8.BLOCK if scales else 1):
+    for first, count in parts.stripes(placed.shape, fp8.BLOCK if scales else 1):
         values = weights.read(name, 0, first, count)
         if scales:
             values, inverse = fp8_blocks.quantise(
@@ -154,7 +153,7 @@ def _write_tensor(job: Job, file: int, name: str, placed, scales) -> None:
 
 @cache
 def _inputs(job: Job) -> tuple[MegatronWeights, KnownScales]:
-    """Opened once per process."""
+    """Open the inputs, once per process."""
     hf = read_config(job.hf_files, job.checkpoint)
     return MegatronWeights(job.checkpoint, hf), KnownScales(job.hf_files, hf)
 

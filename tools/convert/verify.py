@@ -6,18 +6,17 @@ from argparse import Namespace
 from collections import Counter
 from pathlib import Path
 
-from checkpoints import check_manifest, find_checkpoint
-from comparison import Sides, common_dtype, compare, entry_of
-from sources import is_hf, open_weights
-
 from megatron_r1.reporting.wording import counted
 from megatron_r1.weights.stored import fp8
+from tools.convert.checkpoints import check_manifest, find_checkpoint
+from tools.convert.comparison import Sides, common_dtype, compare, entry_of
+from tools.convert.sources import is_hf, open_weights
 
 SHOWN = 20
 
 
 def run(chosen: Namespace) -> int:
-    """0 where everything is equal, 1 where not; prints what is not."""
+    """Print the differences; return 0 if there are none, else 1."""
     config = chosen.config or next((side for side in (chosen.a, chosen.b) if is_hf(side)), None)
     sides = Sides(_model(chosen.a, chosen), _model(chosen.b, chosen), config)
     with open_weights(sides.a, config) as a, open_weights(sides.b, config) as b:
@@ -42,9 +41,9 @@ def run(chosen: Namespace) -> int:
 
 
 def _model(path: Path, chosen: Namespace) -> Path:
-    """The folder that `path` means; of a run its newest checkpoint, which must be undamaged.
+    """Return the folder of the model at `path`: for a run its newest checkpoint, undamaged.
 
-    A checkpoint that is given itself is compared as it is.
+    A checkpoint that the command names itself is compared as it is.
     """
     if is_hf(path):
         return path
@@ -55,7 +54,7 @@ def _model(path: Path, chosen: Namespace) -> Path:
 
 
 def _sort_names(a, b) -> tuple[list[str], list[str], list[str]]:
-    """(names both have, what one lacks, what has another shape), the last two in words."""
+    """Return (names in both, missing tensors, other shapes), the last two in words."""
     both, alone, reshaped = [], [], []
     for name in [*a.tensors, *(n for n in b.tensors if n not in a.tensors)]:
         lacking = [side for side in (a, b) if not _has(side, name)]
@@ -75,17 +74,17 @@ def _has(weights, name: str) -> bool:
 
 
 def _explain(a, b, names: list[str]) -> list[str]:
-    """A line for each pair of different dtypes: what equal means there."""
+    """Return a line for each pair of different dtypes: how they were compared."""
     pairs = Counter((entry_of(a, name)[1], entry_of(b, name)[1]) for name in names)
-    told = []
+    lines = []
     for (first, second), count in pairs.items():
         if first == second:
             continue
         how = f"compared after rounding to {_coarser(first, second)}"
         if fp8.STORED in (first, second):
             how = "compared within FP8's rounding (half a step)"
-        told.append(f"{count} tensors are {first} in A and {second} in B: {how}")
-    return told
+        lines.append(f"{count} tensors are {first} in A and {second} in B: {how}")
+    return lines
 
 
 def _coarser(a: str, b: str) -> str:

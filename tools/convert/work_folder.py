@@ -1,4 +1,4 @@
-"""The folder a conversion grows in, until it is whole and gets its name."""
+"""The folder of an unfinished conversion, renamed to OUT at the end."""
 
 from __future__ import annotations
 
@@ -8,52 +8,52 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from megatron_r1.errors import UserError
 from megatron_r1.files import atomic_write, fsync
 
 _PLAN, _LOCK = ".plan.json", ".lock"
 
 
 class WorkFolder:
-    """`OUT.incomplete`, held by one process at a time.
+    """`OUT.incomplete`, locked by one process at a time.
 
-    plan: what is being made of what; JSON. A folder that was left by an interrupted conversion
-    with the same plan is continued. Raises ValueError when OUT exists, when the folder there has
-    another plan, or when another process has it.
+    plan: source and options, as JSON. An interrupted conversion with the same plan is continued.
+    Raises UserError if OUT exists, if the folder has another plan, or if another process holds it.
     """
 
     def __init__(self, out: Path, plan: dict):
         if out.exists():
-            raise ValueError(f"{out} exists already; remove it or give another OUT")
+            raise UserError(f"{out} exists already; remove it or give another OUT")
         self.out, self.path = out, out.with_name(out.name + ".incomplete")
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = open(self.path / _LOCK, "a")  # noqa: SIM115 - held open for the lock
         try:
             fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise ValueError(f"{self.path} is being written by another conversion") from error
+            raise UserError(f"{self.path} is being written by another conversion") from error
         self._check(plan)
         for leftover in self.path.glob(".*.tmp"):
             leftover.unlink()
 
     def check_space(self, num_bytes: int) -> None:
-        """Raise ValueError unless so many bytes, less what is there already, are free."""
+        """Raise UserError unless `num_bytes`, less what is already written, are free."""
         present = sum(f.stat().st_blocks * 512 for f in self.path.rglob("*") if f.is_file())
         free = shutil.disk_usage(self.path).free
         needed = max(0, num_bytes - present)
         if needed > free:
             self.abandon_empty()
-            raise ValueError(
+            raise UserError(
                 f"{self.out} needs {needed:,} more bytes, {self.out.parent} has {free:,} free: "
                 "make room or write to another disk"
             )
 
     def abandon_empty(self) -> None:
-        """Leave nothing behind when nothing was made yet."""
+        """Remove the folder if no file was finished yet."""
         if not any(file.suffix in (".safetensors", ".distcp") for file in self.path.iterdir()):
             shutil.rmtree(self.path)
 
     def finish(self, last: Callable[[Path], None] = lambda folder: None) -> None:
-        """Give the folder its name, after `last` with only what stays in it."""
+        """Call `last` on the folder without its own files, then rename it to OUT."""
         (self.path / _PLAN).unlink()
         (self.path / _LOCK).unlink()
         last(self.path)
@@ -71,11 +71,11 @@ class WorkFolder:
         before = json.loads(path.read_text(encoding="utf-8"))
         now = json.loads(json.dumps(plan))
         if changed := [key for key in now if before.get(key) != now[key]]:
-            told = [
+            others = [
                 key if isinstance(now[key], dict) else f"{key} {before.get(key)} there, {now[key]}"
                 for key in changed
             ]
-            raise ValueError(
-                f"{self.path} holds an unfinished conversion of something else ({'; '.join(told)} "
+            raise UserError(
+                f"{self.path} holds an unfinished conversion of something else ({'; '.join(others)} "
                 "now); continue that one, or remove the folder"
             )

@@ -1,0 +1,134 @@
+"""Logits (2, 48, vocabulary) of fixed tokens in fp32, by Megatron and by transformers.
+
+`python -m tools.convert.logits megatron CHECKPOINT HF_DIR DTYPE OUT`
+`python -m tools.convert.logits transformers HF_DIR OUT`
+
+Of a score model: the score (2, 48, 1) after each token. Each library runs in a process of its own,
+as transformers must not see the replacements that Megatron needs on a CPU.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+from megatron_r1.models.hf_config import has_score_head, read_hf_config
+
+
+def fixed_tokens(vocabulary: int) -> torch.Tensor:
+    """Return (2, 48) token ids that are spread over the vocabulary."""
+    return (torch.arange(96).view(2, 48) * 7919 + 13) % vocabulary
+
+
+def by_megatron(checkpoint: Path, folder: Path, dtype: str) -> torch.Tensor:
+    """Load the checkpoint by Megatron's own code, round its weights to `dtype`, return the logits.
+
+    For FP8, the weights of the Hugging Face folder are read instead.
+    """
+    from megatron_r1 import platform
+
+    platform.prepare()
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+    from megatron_r1 import models, weights
+    from megatron_r1.weights.stored.dcp_reading import DistributedCheckpoint
+
+    backend = platform.distributed_backend()
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    parallel_state.initialize_model_parallel()
+    model_parallel_cuda_manual_seed(0)
+    hf = models.read_hf_config(str(folder), None)
+    with_mtp = any(key.startswith("mtp.") for key in DistributedCheckpoint(checkpoint).shapes)
+    config = models.transformer_config(hf, params_dtype=torch.float32, with_mtp=with_mtp)
+    model = models.build_model(hf, config).to(platform.device()).eval()
+    if dtype == "float8_e4m3fn":
+        weights.load_hf([model], hf, folder)
+    else:
+        _load_checkpoint(model, hf, checkpoint)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.copy_(parameter.to(getattr(torch, dtype)))
+    tokens = fixed_tokens(hf["vocab_size"]).to(platform.device())
+    positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+    with torch.no_grad():
+        hidden = model(tokens, positions, None)
+        logits = hidden if has_score_head(hf) else models.logits(model, hidden)
+    return logits.view(*tokens.shape, -1)[..., : hf["vocab_size"]].cpu()
+
+
+def _load_checkpoint(model, hf: dict, checkpoint: Path) -> None:
+    from megatron.core import dist_checkpointing, parallel_state
+
+    from megatron_r1 import weights
+    from megatron_r1.weights.stored.dcp_reading import DistributedCheckpoint
+
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    state = model.sharded_state_dict(metadata={"dp_cp_group": group})
+    state = {name: entry for name, entry in state.items() if "_extra_state" not in name}
+    keys = {entry.key for entry in dist_checkpointing.dict_utils.nested_values(state)}
+    if keys <= DistributedCheckpoint(checkpoint).shapes.keys():
+        model.load_state_dict(dist_checkpointing.load({"model": state}, str(checkpoint))["model"])
+    else:
+        # Saved by the other kind of layers, whose names Megatron itself does not look for.
+        weights.load_megatron([model], hf, checkpoint)
+
+
+def by_transformers(folder: Path, scratch: Path) -> torch.Tensor:
+    """Load the folder by transformers and return the logits. scratch: an empty folder.
+
+    FP8 weights are passed as fp32: transformers' own dequantisation on a CPU assumes evenly cut
+    blocks and so refuses or misreads matrices with a partial last block, such as DeepSeek-V3's
+    kv_a_proj of 576 rows (integrations/finegrained_fp8.py, transformers 5.19).
+    """
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    if "quantization_config" in json.loads((folder / "config.json").read_text()):
+        _write_as_fp32(folder, scratch)
+        folder = scratch
+    scores = has_score_head(read_hf_config(str(folder), None))
+    kind = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
+    model = kind.from_pretrained(folder, dtype=torch.float32).float().eval()
+    tokens = fixed_tokens(model.config.vocab_size)
+    with torch.no_grad():
+        if scores:  # the model itself scores the last token only
+            return model.score(model.model(tokens).last_hidden_state)
+        return model(tokens).logits
+
+
+def _write_as_fp32(folder: Path, out: Path) -> None:
+    from safetensors.torch import save_file
+
+    from megatron_r1.weights.stored.hf_weights import HfWeights
+
+    config = json.loads((folder / "config.json").read_text())
+    del config["quantization_config"]
+    (out / "config.json").write_text(json.dumps(config))
+    with HfWeights(folder, read_hf_config(str(folder), None)) as weights:
+        values = {
+            name: weights.read(name, 0, 0, shape[0]).float().contiguous()
+            for name, (shape, _) in weights.tensors.items()
+        }
+    save_file(values, out / "model.safetensors", metadata={"format": "pt"})
+
+
+def main(library: str, *arguments: str) -> None:
+    *arguments, out = arguments
+    if library == "megatron":
+        checkpoint, folder, dtype = arguments
+        logits = by_megatron(Path(checkpoint), Path(folder), dtype)
+    else:
+        with tempfile.TemporaryDirectory(dir=Path(out).parent) as scratch:
+            logits = by_transformers(Path(arguments[0]), Path(scratch))
+    torch.save(logits.clone(), out)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
