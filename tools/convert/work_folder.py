@@ -76,6 +76,6 @@ class WorkFolder:
                 for key in changed
             ]
             raise UserError(
-                f"{self.path} holds an unfinished conversion of something else ({'; '.join(others)} "
-                "now); continue that one, or remove the folder"
+                f"{self.path} holds an unfinished conversion of something else "
+                f"({'; '.join(others)} now); continue that one, or remove the folder"
             )
