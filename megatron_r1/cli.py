@@ -107,7 +107,7 @@ def _dispatch(arguments: list[str]) -> int:
     if check := getattr(command, "check", None):
         check(config)
     if torchrun.is_rank():
-        return torchrun.serve_as_rank(config, arguments)
+        return _serve_as_rank(config, arguments)
     command.run(config)
     return 0
 
@@ -163,3 +163,17 @@ def _describe_keys(names: Sequence[str]) -> str:
     from megatron_r1.workflow.recipe import Recipe
 
     return describe([configuration.Config, Recipe], names)
+
+
+def _serve_as_rank(config: configuration.Config, arguments: list[str]) -> int:
+    """Be a trainer rank until the controller ends; return the exit status. Rank 0 starts the
+    controller and returns its status."""
+    with quick_imports():
+        from megatron_r1.training import worker
+
+    if int(os.environ["RANK"]) != 0:
+        worker.serve_under_torchrun(config, None)
+        return 0
+    controller, address = torchrun.start_controller(arguments)
+    worker.serve_under_torchrun(config, address)
+    return controller.wait()

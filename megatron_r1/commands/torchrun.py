@@ -8,10 +8,8 @@ import secrets
 import subprocess
 import sys
 
-from megatron_r1.config import Config
 from megatron_r1.processes import children
 from megatron_r1.processes.authentication import RANKS_ENVIRONMENT
-from megatron_r1.processes.imports import quick_imports
 from megatron_r1.processes.lifetime import die_with_parent
 
 PORT, WORLD_SIZE = "MEGATRON_R1_PORT", "MEGATRON_R1_WORLD_SIZE"
@@ -28,22 +26,9 @@ def is_rank() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
-def serve_as_rank(config: Config, arguments: list[str]) -> int:
-    """Be a trainer rank until the controller ends; return the exit status. Rank 0 starts the
-    controller with the command's `arguments` and returns its status."""
-    with quick_imports():
-        from megatron_r1.training import worker
-
-    if int(os.environ["RANK"]) != 0:
-        worker.serve_under_torchrun(config, None)
-        return 0
-    controller, address = _start_controller(arguments)
-    worker.serve_under_torchrun(config, address)
-    return controller.wait()
-
-
-def _start_controller(arguments: list[str]) -> tuple[subprocess.Popen, str]:
-    """Start the controller on this host; return it and the address for all ranks."""
+def start_controller(arguments: list[str]) -> tuple[subprocess.Popen, str]:
+    """Start the controller beside rank 0 with the command's `arguments`; return it and the address
+    for all ranks."""
     port = children.free_port()
     os.environ[RANKS_ENVIRONMENT] = secrets.token_hex(32)  # rank 0 sends it to the other ranks
     environment = {k: v for k, v in os.environ.items() if k not in TORCHRUN}

@@ -1,5 +1,5 @@
-"""The teacher of on-policy distillation: engines that only score the tokens that the student sampled
-(`RolloutFleet.score`). Their weights never change."""
+"""The teacher of on-policy distillation: engines that only score the tokens which the student
+sampled (`RolloutFleet.score`). Their weights never change."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def check_teacher(config: Config) -> None:
             "distribution too; set both to 1"
         )
     student = _hf_config(config.model.path)
-    own, known = (_language_settings(config).get("vocab_size", 0) for config in (student, hf))
+    own, known = (_language_settings(each).get("vocab_size", 0) for each in (student, hf))
     if known < own:
         raise UserError(
             f"teacher.path {path} knows tokens 0 … {known - 1}, and the student may write any of "
