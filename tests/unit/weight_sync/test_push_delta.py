@@ -56,21 +56,21 @@ class Pair(World):
 
 
 @pytest.fixture
-def pair(monkeypatch):
+def make_pair(monkeypatch):
     monkeypatch.setattr(buckets, "BUCKET_BYTES", 1 << 16)  # several in a push
     for name in list(TENSORS):
         monkeypatch.setitem(TENSORS, name, TENSORS[name].clone())
     monkeypatch.setitem(TENSORS, "large", torch.randn(512, 256))
-    made = []
+    pairs = []
 
     def make(slots=LARGE, deliveries=None, full_every=100, areas=1):
         halves = {0: [part(0, 0, 200)], 1: [part(0, 200, 512)]}
-        made.append(Pair(slots, deliveries or halves, full_every, areas))
-        return made[-1]
+        pairs.append(Pair(slots, deliveries or halves, full_every, areas))
+        return pairs[-1]
 
     yield make
-    for each in made:
-        each.close()
+    for pair in pairs:
+        pair.close()
 
 
 def part(slot, top, bottom, right=256):
@@ -85,58 +85,58 @@ def trained(step):
 
 
 @pytest.mark.parametrize("areas", [1, 2])
-def test_only_the_first_of_every_so_many_pushes_is_whole(pair, areas):
-    made, whole = pair(full_every=4, areas=areas), 512 * 256 * 4
-    sent = [made.push(number, trained(number)) for number in range(1, 10)]
+def test_only_the_first_of_every_so_many_pushes_is_whole(make_pair, areas):
+    pair, whole = make_pair(full_every=4, areas=areas), 512 * 256 * 4
+    sent = [pair.push(number, trained(number)) for number in range(1, 10)]
     for number, num_bytes in enumerate(sent):
         if number % 4 == 0:
             assert num_bytes == whole
         else:  # the mask, 1% of the elements, give or take, and a length for each bucket
             assert whole / 32 + 0.008 * whole < num_bytes < whole / 32 + 0.013 * whole
-    assert made.push(10, {}) < whole / 31  # nothing has changed
+    assert pair.push(10, {}) < whole / 31  # nothing has changed
 
 
-def test_a_state_that_has_changed_altogether_is_sent_as_it_is(pair):
-    made = pair()
-    first = made.push(1, {})
-    assert made.push(2, {"large": torch.randn(512, 256)}) <= first + 8 * (first // (1 << 16) + 2)
-    made.push(3, trained(3))
+def test_a_state_that_has_changed_altogether_is_sent_as_it_is(make_pair):
+    pair = make_pair()
+    first = pair.push(1, {})
+    assert pair.push(2, {"large": torch.randn(512, 256)}) <= first + 8 * (first // (1 << 16) + 2)
+    pair.push(3, trained(3))
 
 
 @pytest.mark.parametrize("areas", [1, 2])
-def test_slices_of_several_tensors_and_dtypes_and_memory_between_them(pair, areas):
-    made = pair(SLOTS, BY_TWO, areas=areas)
+def test_slices_of_several_tensors_and_dtypes_and_memory_between_them(make_pair, areas):
+    pair = make_pair(SLOTS, BY_TWO, areas=areas)
     for number in range(1, 6):
         changed = "weight" if number % 2 else "experts"
         values = TENSORS[changed].clone()
         values[number] += 1
-        made.push(number, {changed: values})
+        pair.push(number, {changed: values})
 
 
-def test_a_memory_that_is_not_what_was_sent_is_found_and_named(pair):
-    made = pair()
-    made.push(1, {})
-    slot_view(made.table.area(made.receiver.memory, 1), LARGE[0])[300, 17] += 1
+def test_a_memory_that_is_not_what_was_sent_is_found_and_named(make_pair):
+    pair = make_pair()
+    pair.push(1, {})
+    slot_view(pair.table.area(pair.receiver.memory, 1), LARGE[0])[300, 17] += 1
     with pytest.raises(ValueError, match=r"1 tensors arrived otherwise.*large \(from rank 1\)"):
-        made.push(2, trained(2))
+        pair.push(2, trained(2))
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # the sender's
-def test_a_receiver_that_has_another_base_refuses_the_delta(pair):
-    made = pair()
-    made.push(1, {})
-    made.senders[0]._base = 7
+def test_a_receiver_that_has_another_base_refuses_the_delta(make_pair):
+    pair = make_pair()
+    pair.push(1, {})
+    pair.senders[0]._base = 7
     with pytest.raises(ValueError, match="difference to push 7, but this rank has push 1"):
-        made.push(2, {})
+        pair.push(2, {})
 
 
-def test_after_a_push_that_broke_off_and_for_a_new_connection_all_is_sent(pair):
-    made, whole = pair(), 512 * 256 * 4
-    made.push(1, {})
+def test_after_a_push_that_broke_off_and_for_a_new_connection_all_is_sent(make_pair):
+    pair, whole = make_pair(), 512 * 256 * 4
+    pair.push(1, {})
     with pytest.raises(IndexError):
-        made.senders[0].send(2, 0, [])
-    assert made.senders[0]._base == 0
-    again = pair()
+        pair.senders[0].send(2, 0, [])
+    assert pair.senders[0]._base == 0
+    again = make_pair()
     assert again.push(1, {}) == whole
 
 

@@ -132,63 +132,65 @@ class World:
 
 
 @pytest.fixture
-def world():
-    made = []
+def make_world():
+    worlds = []
 
     def make(*args):
-        made.append(World(*args))
-        return made[-1]
+        worlds.append(World(*args))
+        return worlds[-1]
 
     yield make
-    for each in made:
-        each.close()
+    for world in worlds:
+        world.close()
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
 @pytest.mark.parametrize("piece_bytes", [1 << 20, 40])
-def test_an_engine_receives_the_slices_in_its_dtype(world, transport, piece_bytes, monkeypatch):
+def test_an_engine_receives_the_slices_in_its_dtype(
+    make_world, transport, piece_bytes, monkeypatch
+):
     monkeypatch.setattr(buckets, "BUCKET_BYTES", piece_bytes)
     monkeypatch.setattr(CHECKSUMS, "CHUNK_BYTES", piece_bytes)
     monkeypatch.setattr(CHECKSUMS, "PASS_BYTES", piece_bytes)
-    made = world(transport, SLOTS, BY_TWO)
+    world = make_world(transport, SLOTS, BY_TWO)
     for push in (1, 2):
         TENSORS["weight"].add_(1)
-        threads = made.send(push)
-        made.receiver.buffer.wait(push, 0, 20)
+        threads = world.send(push)
+        world.receiver.buffer.wait(push, 0, 20)
         for thread in threads:
             thread.join()
         for slot in SLOTS:
-            assert torch.equal(slot_view(made.receiver.memory, slot), expected_values(slot)), (
+            assert torch.equal(slot_view(world.receiver.memory, slot), expected_values(slot)), (
                 slot.name
             )
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
-def test_with_two_areas_a_push_leaves_the_one_before_as_it_is(world, transport):
-    made = world(transport, SLOTS, BY_TWO, 2048, 2)
+def test_with_two_areas_a_push_leaves_the_one_before_as_it_is(make_world, transport):
+    world = make_world(transport, SLOTS, BY_TWO, 2048, 2)
     pushed = {}
     for push in (1, 2, 3):
         TENSORS["weight"].add_(1)
         pushed[push] = [expected_values(slot).clone() for slot in SLOTS]
-        threads = made.send(push)
-        made.receiver.buffer.wait(push, 0, 20)
+        threads = world.send(push)
+        world.receiver.buffer.wait(push, 0, 20)
         for thread in threads:
             thread.join()
         for age in (0, 1) if push > 1 else (0,):
-            area = made.table.area(made.receiver.memory, push - age)
+            area = world.table.area(world.receiver.memory, push - age)
             for slot, expected in zip(SLOTS, pushed[push - age], strict=True):
                 assert torch.equal(slot_view(area, slot), expected), (push, age, slot.name)
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
-def test_a_window_is_not_overwritten_before_it_is_released(world, transport):
-    made = world(transport, WINDOWED, WINDOWED_BY_TWO, 512)
-    threads = made.send(1)
+def test_a_window_is_not_overwritten_before_it_is_released(make_world, transport):
+    world = make_world(transport, WINDOWED, WINDOWED_BY_TWO, 512)
+    threads = world.send(1)
     for window, slot in enumerate(WINDOWED):
-        made.receiver.buffer.wait(1, window, 20)
+        world.receiver.buffer.wait(1, window, 20)
         threads[0].join(0.1)  # time to do what must not be done
-        assert torch.equal(slot_view(made.receiver.memory, slot), expected_values(slot)), slot
-        made.receiver.rendezvous.release(0, 1, window)
+        assert torch.equal(slot_view(world.receiver.memory, slot), expected_values(slot)), slot
+        world.receiver.rendezvous.release(0, 1, window)
     for thread in threads:
         thread.join()
 
@@ -209,34 +211,36 @@ def test_equal_engines_share_one_table():
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
-def test_a_trainer_rank_that_sends_nothing_is_named(world, transport):
-    made = world(transport, SLOTS, BY_TWO)
-    made.send(1, senders=[0])[0].join()
+def test_a_trainer_rank_that_sends_nothing_is_named(make_world, transport):
+    world = make_world(transport, SLOTS, BY_TWO)
+    world.send(1, senders=[0])[0].join()
     with pytest.raises(ValueError, match="trainer ranks 1 have not sent all of it"):
-        made.receiver.buffer.wait(1, 0, 0.5)
+        world.receiver.buffer.wait(1, 0, 0.5)
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
 @pytest.mark.parametrize("name", ["experts", "wide"])
 @pytest.mark.parametrize("chunk_bytes", [1 << 20, 12])  # of experts: all, and two rows
-def test_a_tensor_that_arrives_otherwise_is_named(world, transport, chunk_bytes, name, monkeypatch):
+def test_a_tensor_that_arrives_otherwise_is_named(
+    make_world, transport, chunk_bytes, name, monkeypatch
+):
     monkeypatch.setattr(CHECKSUMS, "CHUNK_BYTES", chunk_bytes)
     monkeypatch.setattr(CHECKSUMS, "PASS_BYTES", chunk_bytes)
-    made = world(transport, SLOTS, BY_TWO)
-    buffer, arrived = made.receiver.buffer, made.receiver.buffer.arrived
+    world = make_world(transport, SLOTS, BY_TWO)
+    buffer, arrived = world.receiver.buffer, world.receiver.buffer.arrived
 
     def corrupted(sender, push, index, sent):
         delivery = buffer.deliveries[sender][index]
         slot = SLOTS[delivery.slot]
         if (sender, slot.name) == (1, name):  # one bit of one element
-            part = slot_view(made.receiver.memory, slot, delivery)
+            part = slot_view(world.receiver.memory, slot, delivery)
             part.view({4: torch.int32, 2: torch.int16}[part.itemsize])[-1, 1] ^= 1
         arrived(sender, push, index, sent)
 
-    monkeypatch.setattr(made.receiver.buffer, "arrived", corrupted)
-    made.send(1)
+    monkeypatch.setattr(world.receiver.buffer, "arrived", corrupted)
+    world.send(1)
     with pytest.raises(ValueError, match=rf"1 tensors arrived otherwise.*{name} \(from rank 1\)"):
-        made.receiver.buffer.wait(1, 0, 20)
+        world.receiver.buffer.wait(1, 0, 20)
 
 
 def test_checksums_of_odd_rows_are_of_the_elements_in_order_whatever_the_strides():
@@ -300,11 +304,11 @@ def test_memory_of_a_process_that_was_killed_is_swept_away(monkeypatch):
         "import sys, time, pathlib\n"
         "from megatron_r1.weight_sync.transports.named_memory import NamedMemory\n"
         "held = NamedMemory(pathlib.Path(sys.argv[1]), 4096)\n"
-        "print('made', flush=True)\n"
+        "print('created', flush=True)\n"
         "time.sleep(60)"
     )
     killed = subprocess.Popen([sys.executable, "-c", code, paths[0]], stdout=subprocess.PIPE)
-    assert killed.stdout.readline() == b"made\n"
+    assert killed.stdout.readline() == b"created\n"
     own = NamedMemory(paths[1], 4096)
     sweep()
     assert [path.exists() for path in paths] == [True, True]
