@@ -1,1 +1,1 @@
-"""Watches a run from within its controller: what it waits for, how it is, what can be mended."""
+"""Watches a run from its controller: progress, health, diagnosis of hangs, restarts."""

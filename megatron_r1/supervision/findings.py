@@ -1,4 +1,4 @@
-"""What a look at one role brings: a sentence, the evidence for it, and what may be killed."""
+"""The result of inspecting one role: a headline, evidence, and how to recover it."""
 
 from __future__ import annotations
 
@@ -8,14 +8,13 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Finding:
-    """headline: what this role is at, in a sentence. details: lines of evidence. mend: ends what
-    hangs, so that what is there for its death starts it again; None where there is no such thing.
-    """
+    """headline: the role's state in one sentence. details: lines of evidence. recover: kills what
+    hangs, so that its supervisor starts it again; None where that is not possible."""
 
     role: str
     headline: str
     details: list[str] = field(default_factory=list)
-    mend: Callable[[], Awaitable[None]] | None = None
+    recover: Callable[[], Awaitable[None]] | None = None
 
 
 def indented(lines: list[str], by: int = 4) -> list[str]:
@@ -23,7 +22,7 @@ def indented(lines: list[str], by: int = 4) -> list[str]:
 
 
 def seconds(value: float) -> str:
-    """A duration, short: "12 s", "3 min", "2.5 h"."""
+    """Format a duration as "12 s", "3 min" or "2.5 h"."""
     if value < 120:
         return f"{value:.0f} s"
     return f"{value / 60:.0f} min" if value < 7_200 else f"{value / 3600:.1f} h"

@@ -8,18 +8,22 @@ from typing import Any
 import prometheus_client
 from aiohttp import web
 
+from megatron_r1.errors import UserError
 from megatron_r1.files import atomic_write
 from megatron_r1.rl.in_flight import PHASES
-from megatron_r1.supervision.exposition import RunCollector
+from megatron_r1.supervision.prometheus import RunCollector
 from megatron_r1.supervision.watchdog import Watchdog
 
 ADDRESS_FILE = "health_address"
 
 
 def health(watchdog: Watchdog) -> dict[str, Any]:
-    """status: ok; degraded: it goes on with less than all engines or ranks; stalled: nothing has
-    moved for `run.hang_seconds`."""
-    run = watchdog.watched
+    """Return the state of the run as JSON.
+
+    status: ok; degraded: the run goes on with fewer engines or ranks; stalled: no progress for
+    `run.hang_seconds`.
+    """
+    run = watchdog.run
     trainer, rollouts = run.trainer, run.rollouts
     phase, detail = run.recorder.view.doing
     waiting = trainer.waiting
@@ -42,7 +46,7 @@ def health(watchdog: Watchdog) -> dict[str, Any]:
     }
     engines_down = 0
     if rollouts is not None:
-        fleet, flow = rollouts.fleet, rollouts.in_flight
+        fleet, in_flight = rollouts.fleet, rollouts.in_flight
         engines_down = sum(not engine.is_up for engine in fleet.engines)
         facts["engines"] = {
             "up": len(fleet.engines) - engines_down,
@@ -51,7 +55,7 @@ def health(watchdog: Watchdog) -> dict[str, Any]:
             "policy_version": fleet.version,
             "sequences": {engine.name: engine.num_running for engine in fleet.engines},
         }
-        facts["groups"] = {phase: flow.count(phase) for phase in PHASES}
+        facts["groups"] = {phase: in_flight.count(phase) for phase in PHASES}
         facts["rewards"] = rollouts.pool.snapshot()
     if watchdog.is_stalled:
         facts["status"] = "stalled"
@@ -61,18 +65,18 @@ def health(watchdog: Watchdog) -> dict[str, Any]:
 
 
 class HealthServer:
-    """Use as `async with HealthServer(watchdog, host, port) as server`; server.address."""
+    """Serves while an `async with` block runs, at `address`."""
 
     def __init__(self, watchdog: Watchdog, host: str, port: int) -> None:
-        """port: 0 for any that is free."""
+        """port: 0 for any free one."""
         self._watchdog, self._host, self._port = watchdog, host, port
         self._registry = prometheus_client.CollectorRegistry()
         self._registry.register(RunCollector(watchdog))
-        self._file = watchdog.watched.folder / ADDRESS_FILE
+        self._file = watchdog.run.folder / ADDRESS_FILE
         self.address = ""
 
     async def __aenter__(self) -> HealthServer:
-        """Raises ValueError where the port is taken."""
+        """Raises UserError if the port is taken."""
         application = web.Application()
         application.add_routes(
             [web.get("/health", self._health), web.get("/metrics", self._metrics)]
@@ -83,7 +87,7 @@ class HealthServer:
             await web.TCPSite(self._runner, self._host, self._port).start()
         except OSError as error:
             await self._runner.cleanup()
-            raise ValueError(
+            raise UserError(
                 f"run.health_port: {self._port} cannot be used ({error}); choose another, or 0 for "
                 "any that is free"
             ) from None

@@ -1,4 +1,4 @@
-"""Where every trainer rank is: asked of its side thread, which answers while the rank is stuck."""
+"""Inspects trainer ranks, through a thread of each that responds while its main thread is stuck."""
 
 from __future__ import annotations
 
@@ -18,47 +18,49 @@ STATES = {
 
 
 async def inspect_trainer(trainer: TrainerClient) -> Finding:
-    """Headline: the call everything waits for, the ranks that owe a reply, and what they are in."""
+    """Inspect all ranks. The headline has the open call, the ranks without a reply, and where they
+    are."""
     waiting = trainer.waiting
-    found = await trainer.socket.statuses(range(trainer.world_size), ANSWER_SECONDS)
+    statuses = await trainer.socket.statuses(range(trainer.world_size), ANSWER_SECONDS)
     if waiting is None:
         headline = "trainer: every rank waits for the controller"
     else:
         since = seconds(time.monotonic() - waiting.since)
-        headline = f"trainer: {waiting.operation!r} since {since}, no reply from "
-        headline += f"{_ranks(sorted(waiting.missing))}; {_places(trainer, waiting.missing, found)}"
+        missing = _ranks(sorted(waiting.missing))
+        where = _locations(trainer, waiting.missing, statuses)
+        headline = f"trainer: {waiting.operation!r} since {since}, no reply from {missing}; {where}"
     details = []
     for rank in range(trainer.world_size):
-        details += _rank_lines(trainer, rank, found.get(rank))
+        details += _rank_lines(trainer, rank, statuses.get(rank))
 
     async def kill() -> None:
         await asyncio.to_thread(trainer.kill)
 
-    mends = waiting is not None and trainer.can_restart
-    return Finding("trainer", headline, details, kill if mends else None)
+    can_recover = waiting is not None and trainer.can_restart
+    return Finding("trainer", headline, details, kill if can_recover else None)
 
 
-def _places(trainer: TrainerClient, missing: set[int], found: dict[int, RankStatus]) -> str:
-    """Ranks in the same place together, those that say nothing first: they are what the others
-    wait for."""
-    together: dict[str, list[int]] = {}
-    for rank in sorted(missing, key=lambda rank: (rank in found, rank)):
-        place = _silence(trainer, rank)
-        if rank in found:
-            main = found[rank].threads[0]
+def _locations(trainer: TrainerClient, missing: set[int], statuses: dict[int, RankStatus]) -> str:
+    """Return where ranks are, grouped by location. Ranks that do not respond come first: the others
+    wait for them."""
+    by_location: dict[str, list[int]] = {}
+    for rank in sorted(missing, key=lambda rank: (rank in statuses, rank)):
+        location = _silence(trainer, rank)
+        if rank in statuses:
+            main = statuses[rank].threads[0]
             inside = main.collective
-            place = f"in {inside}" if inside else f"in no collective, at {main.frames[-1]}"
-        together.setdefault(place, []).append(rank)
-    return "; ".join(f"{_ranks(ranks)} {place}" for place, ranks in together.items())
+            location = f"in {inside}" if inside else f"in no collective, at {main.frames[-1]}"
+        by_location.setdefault(location, []).append(rank)
+    return "; ".join(f"{_ranks(ranks)} {location}" for location, ranks in by_location.items())
 
 
-def _rank_lines(trainer: TrainerClient, rank: int, found: RankStatus | None) -> list[str]:
+def _rank_lines(trainer: TrainerClient, rank: int, status: RankStatus | None) -> list[str]:
     name = f"rank {rank}{_coordinates(trainer, rank)}"
-    if found is None:
+    if status is None:
         return [f"{name} {_silence(trainer, rank)}"]
-    lines = [f"{name}: {found.operation}, for {seconds(found.seconds)}"]
-    for index, thread in enumerate(found.threads):
-        # Of helper threads only those that wait for other ranks too, such as a checkpoint's.
+    lines = [f"{name}: {status.operation}, for {seconds(status.seconds)}"]
+    for index, thread in enumerate(status.threads):
+        # Helper threads only if they wait for other ranks too, such as a checkpoint's.
         if index == 0 or thread.collective:
             inside = f", in {thread.collective}" if thread.collective else ""
             lines += indented([f"thread {thread.name}{inside}"], 2) + indented(thread.frames)
@@ -68,9 +70,9 @@ def _rank_lines(trainer: TrainerClient, rank: int, found: RankStatus | None) -> 
 def _coordinates(trainer: TrainerClient, rank: int) -> str:
     if rank >= len(trainer.ranks):
         return ""
-    place = trainer.ranks[rank]
+    coordinates = trainer.ranks[rank]
     axes = ("tensor", "pipeline", "expert", "data")
-    return " (" + ", ".join(f"{axis} {place[f'{axis}_rank']}" for axis in axes) + ")"
+    return " (" + ", ".join(f"{axis} {coordinates[f'{axis}_rank']}" for axis in axes) + ")"
 
 
 def _silence(trainer: TrainerClient, rank: int) -> str:

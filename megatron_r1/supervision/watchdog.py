@@ -1,4 +1,4 @@
-"""Notices that nothing moves, says once what everything waits for, and acts by `run.on_hang`."""
+"""Notices that a run makes no progress, reports what it waits for, and acts by `run.on_hang`."""
 
 from __future__ import annotations
 
@@ -6,130 +6,128 @@ import asyncio
 import contextlib
 import faulthandler
 import time
-from pathlib import Path
+from collections.abc import Callable, Iterator
 
 from megatron_r1.files import atomic_write
 from megatron_r1.supervision.diagnosis import diagnose, report
 from megatron_r1.supervision.findings import Finding, seconds
-from megatron_r1.supervision.inspect_engines import count_tokens
+from megatron_r1.supervision.inspect_rollouts import count_tokens
 from megatron_r1.supervision.run_handles import RunHandles
 
 MAX_TICK_SECONDS = 5.0
-# A controller whose event loop is blocked cannot report: after so long at least, a thread of C
-# writes its stacks.
+# A controller whose event loop is blocked cannot report. After at least this long, a thread of
+# `faulthandler`, written in C, dumps its stacks.
 MIN_BLOCKED_SECONDS = 60.0
 
 
 class HangError(RuntimeError):
-    """Nothing moved for too long; the message says what everything waits for."""
+    """The run has made no progress for too long; the message is the diagnosis."""
 
 
 class Watchdog:
-    """num_reports: hangs so far."""
+    """Compares the progress of a run from tick to tick. num_reports: hangs so far."""
 
     def __init__(self, run: RunHandles) -> None:
-        self.watched = run
+        self.run = run
         self.hang_seconds = run.config.run.hang_seconds
         self.num_reports = 0
-        self._pulse = run.pulse()
+        self._progress = run.progress()
         self._quiet = 0.0
 
     @property
     def quiet_seconds(self) -> float:
-        """For how long nothing has moved, by the last tick."""
-        return self._quiet if self.watched.pulse() == self._pulse else 0.0
+        """Time without progress, by the last tick."""
+        return self._quiet if self.run.progress() == self._progress else 0.0
 
     @property
     def is_stalled(self) -> bool:
         if not self.hang_seconds:
             return False
         limit = self.hang_seconds
-        if self.watched.is_starting:  # as long as engines may take, who say nothing meanwhile
-            limit = max(limit, self.watched.config.rollout.start_timeout_seconds)
+        if self.run.is_starting:  # starting engines show no progress
+            limit = max(limit, self.run.config.rollout.start_timeout_seconds)
         return self.quiet_seconds >= limit
 
     async def watch(self) -> None:
-        """Watch until cancelled. Raises HangError where the run is to stop."""
+        """Watch until cancelled. Raises HangError where the run must stop."""
         tick = min(MAX_TICK_SECONDS, self.hang_seconds / 5) if self.hang_seconds else 1.0
         is_reported = False
-        with self._blocked_loop_writes_stacks() as alive, contextlib.ExitStack() as stack:
+        with self._stacks_of_a_blocked_loop() as postpone, contextlib.ExitStack() as stack:
             counting = asyncio.create_task(self._count_tokens(tick))
             stack.callback(counting.cancel)
             ticked = time.monotonic()
             while True:
                 await asyncio.sleep(tick)
-                alive()
-                pulse, now = self.watched.pulse(), time.monotonic()
-                if pulse == self._pulse:
-                    # No more than a tick's worth: this process itself may have been suspended.
+                postpone()
+                progress, now = self.run.progress(), time.monotonic()
+                if progress == self._progress:
+                    # At most the time of two ticks: this process may have been suspended itself.
                     self._quiet += min(now - ticked, 2 * tick)
                 else:
                     if is_reported:
-                        self.watched.recorder.view.message("the run moves again")
-                    self._pulse, self._quiet, is_reported = pulse, 0.0, False
+                        self.run.recorder.view.message("the run moves again")
+                    self._progress, self._quiet, is_reported = progress, 0.0, False
                 ticked = now
                 if self.is_stalled and not is_reported:
-                    is_reported = await self._act()
+                    is_reported = await self._handle_hang()
                     ticked = time.monotonic()
 
     async def _count_tokens(self, every_seconds: float) -> None:
-        """Beside the ticks: an engine that does not answer must not slow them down."""
+        """Count in a task of its own: an engine that does not respond must not delay the ticks."""
         while True:
             await asyncio.sleep(every_seconds)
-            if self.watched.rollouts is not None:
-                self.watched.num_engine_tokens = await count_tokens(self.watched.rollouts)
+            if self.run.rollouts is not None:
+                self.run.num_engine_tokens = await count_tokens(self.run.rollouts)
 
-    async def _act(self) -> bool:
-        """Report and do what `run.on_hang` says; whether to say nothing more about this hang."""
+    async def _handle_hang(self) -> bool:
+        """Write a report and act by `run.on_hang`. Return whether to stay silent until there is
+        progress."""
         self.num_reports += 1
-        findings = await diagnose(self.watched)
-        path = self._path()
-        content = report(self.watched, findings, self.quiet_seconds)
+        findings = await diagnose(self.run)
+        path = self.run.folder / "logs" / f"hang-{time.strftime('%Y%m%d-%H%M%S')}.txt"
+        content = report(self.run, findings, self.quiet_seconds)
         await asyncio.to_thread(atomic_write, path, content)
-        headline = findings[0].headline
-        told = (
-            f"nothing has moved for {seconds(self.quiet_seconds)}. Everything waits for {headline}"
+        message = (
+            f"nothing has moved for {seconds(self.quiet_seconds)}. Everything waits for "
+            f"{findings[0].headline}\nall roles and stacks: {path}"
         )
-        told += f"\nall roles and stacks: {path}"
-        policy = self.watched.config.run.on_hang
+        policy = self.run.config.run.on_hang
         if policy == "report":
-            self.watched.recorder.view.message(told)
+            self.run.recorder.view.message(message)
             return True
         if policy == "stop":
-            raise HangError(f"{told}\nthe same command continues from the newest checkpoint")
-        await self._mend(findings[0], told)
+            raise HangError(f"{message}\nthe same command continues from the newest checkpoint")
+        await self._recover(findings[0], message)
         return False
 
-    async def _mend(self, finding: Finding, told: str) -> None:
-        """Kill what hangs; what is there for its death starts it again, as often as it may."""
-        if finding.mend is None:
+    async def _recover(self, finding: Finding, message: str) -> None:
+        """Kill a hanging role; its supervisor restarts it up to its limit of restarts."""
+        if finding.recover is None:
             raise HangError(
-                f"{told}\nthis cannot be restarted by itself; the same command continues"
+                f"{message}\nthis cannot be restarted by itself; the same command continues"
             )
-        self.watched.recorder.view.message(f"{told}\nkilled, to be started again")
+        self.run.recorder.view.message(f"{message}\nkilled, to be started again")
         self._quiet = 0.0
-        await finding.mend()
-
-    def _path(self) -> Path:
-        name = f"hang-{time.strftime('%Y%m%d-%H%M%S')}.txt"
-        return self.watched.folder / "logs" / name
+        await finding.recover()
 
     @contextlib.contextmanager
-    def _blocked_loop_writes_stacks(self):
+    def _stacks_of_a_blocked_loop(self) -> Iterator[Callable[[], None]]:
+        """Yield a function that postpones the dump of this process's stacks; without calls of it
+        they are written to `logs/controller-blocked.txt`."""
         if not self.hang_seconds:
             yield lambda: None
             return
-        path = self.watched.folder / "logs" / "controller-blocked.txt"
+        path = self.run.folder / "logs" / "controller-blocked.txt"
         path.parent.mkdir(parents=True, exist_ok=True)
         limit = max(self.hang_seconds, MIN_BLOCKED_SECONDS)
         with open(path, "a", encoding="utf-8") as file:
 
-            def alive() -> None:
+            def postpone() -> None:
                 faulthandler.dump_traceback_later(limit, file=file)
 
-            alive()
+            postpone()
             try:
-                yield alive
+                yield postpone
             finally:
                 faulthandler.cancel_dump_traceback_later()
                 if not path.stat().st_size:

@@ -1,4 +1,4 @@
-"""Runs in which nothing moves, of real roles without engines and ranks: what is said of them."""
+"""Runs without progress, of real roles without engines and ranks: how they are diagnosed."""
 
 import asyncio
 import contextlib
@@ -17,7 +17,6 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from megatron_r1.config import RewardsConfig, parse
 from megatron_r1.data.prompts import make_prompt
-from megatron_r1.data.text import PromptText
 from megatron_r1.engine.client import EngineClient
 from megatron_r1.engine.server import EngineServer
 from megatron_r1.fleet.engine import Engine
@@ -32,6 +31,8 @@ from megatron_r1.training.client import TrainerClient
 from megatron_r1.training.recorder import Recorder
 
 QUESTION = "What is 6 x 7?"
+TEXT = SimpleNamespace(encode=lambda question: [5], end=1)
+"""In place of a tokenizer: every question is one token."""
 MODEL = {
     "architectures": ["Qwen2ForCausalLM"],
     "model_type": "qwen2",
@@ -90,8 +91,7 @@ class Run:
             )
             async with RewardPool(1, timeout_seconds=60.0) as pool:
                 fleet = RolloutFleet(1, folder.path / "logs")
-                text = PromptText.__new__(PromptText)  # nothing is read or written here
-                self.rollouts = RolloutCollector(fleet, pool, text, RewardsConfig())
+                self.rollouts = RolloutCollector(fleet, pool, TEXT, RewardsConfig())
                 self.recorder.view.phase("rollout")
                 self.supervisor.watch_rollouts(self.rollouts)
                 yield self.supervisor
@@ -229,7 +229,7 @@ def hung_engine(server):
 def test_an_engine_that_owes_a_group_is_named_with_it_and_asked_for_its_stacks(
     tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("megatron_r1.supervision.inspect_engines.ANSWER_SECONDS", 0.2)
+    monkeypatch.setattr("megatron_r1.supervision.inspect_rollouts.ANSWER_SECONDS", 0.2)
     run = Run(tmp_path, hang_seconds=0.5)
     asked = make_prompt(QUESTION, "math", "42", {})
     servers = [EngineServer(run.config.model.path, tmp_path / f"engine-{i}.log") for i in (0, 1)]
@@ -237,7 +237,6 @@ def test_an_engine_that_owes_a_group_is_named_with_it_and_asked_for_its_stacks(
     async def body(busy_url, hung_url):
         busy, hung = EngineClient(busy_url), EngineClient(hung_url)
         async with run.supervised() as supervisor, busy, hung:
-            run.rollouts.text = SimpleNamespace(encode=lambda question: [5], end=1)
             engines = [
                 Engine(0, servers[0], busy, num_running=2, is_open=False),
                 Engine(1, servers[1], hung),
@@ -268,7 +267,7 @@ def test_an_engine_that_owes_a_group_is_named_with_it_and_asked_for_its_stacks(
 
 def test_a_teacher_that_says_nothing_is_what_everything_waits_for(tmp_path, monkeypatch):
     """Once the group's grades are back; the rewards are not to blame."""
-    monkeypatch.setattr("megatron_r1.supervision.inspect_engines.ANSWER_SECONDS", 0.2)
+    monkeypatch.setattr("megatron_r1.supervision.inspect_rollouts.ANSWER_SECONDS", 0.2)
     run = Run(tmp_path, hang_seconds=0.5)
     asked = make_prompt(QUESTION, "math", "1", {})
 

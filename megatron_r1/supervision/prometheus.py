@@ -1,4 +1,4 @@
-"""A run's numbers for Prometheus, read when they are asked for."""
+"""A run's metrics for Prometheus, collected at each request."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from megatron_r1.supervision.watchdog import Watchdog
 
 PREFIX = "megatron_r1_"
 COUNTED = ("trainer/restarts", "engines/restarts")
-"""Of a metrics line, what has a counter of its own here."""
+"""Keys of a metrics line that have counters of their own here."""
 
 
 class RunCollector(Collector):
-    """Gauges: every number of the newest metrics line, as megatron_r1_reward_mean for
-    "reward/mean", with the seconds of phases as megatron_r1_phase_seconds{phase=…}. Counters: since
-    this process began."""
+    """Collects gauges for every number of the newest metrics line (megatron_r1_reward_mean for
+    "reward/mean", megatron_r1_phase_seconds{phase=…} for times), and counters since this process
+    began."""
 
     def __init__(self, watchdog: Watchdog) -> None:
         self._watchdog = watchdog
 
     def collect(self) -> Iterator[Metric]:
-        run = self._watchdog.watched
+        run = self._watchdog.run
         yield from _of_the_step(run)
         yield _gauge(
             "stalled", "1: nothing has moved for run.hang_seconds", self._watchdog.is_stalled
@@ -58,7 +58,7 @@ def _of_the_step(run: RunHandles) -> Iterator[Metric]:
 
 def _of_the_rollouts(run: RunHandles) -> Iterator[Metric]:
     assert run.rollouts is not None
-    fleet, flow, pool = run.rollouts.fleet, run.rollouts.in_flight, run.rollouts.pool
+    fleet, in_flight, pool = run.rollouts.fleet, run.rollouts.in_flight, run.rollouts.pool
     up = GaugeMetricFamily(f"{PREFIX}engine_up", "1: it serves", labels=["engine"])
     running = GaugeMetricFamily(
         f"{PREFIX}engine_sequences", "asked for and not back", labels=["engine"]
@@ -69,12 +69,12 @@ def _of_the_rollouts(run: RunHandles) -> Iterator[Metric]:
     yield from (up, running)
     yield _counter("engine_restarts", "of engines that died or hung", fleet.num_restarts)
     yield _gauge("engines_policy_version", "of the weights that engines hold", fleet.version)
-    yield _counter("samples", "responses that came back", flow.num_samples)
-    yield _counter("tokens", "of these responses", flow.num_tokens)
-    yield _counter("groups", "sampled", flow.num_groups)
+    yield _counter("samples", "responses that came back", in_flight.num_samples)
+    yield _counter("tokens", "of these responses", in_flight.num_tokens)
+    yield _counter("groups", "sampled", in_flight.num_groups)
     open_groups = GaugeMetricFamily(f"{PREFIX}groups_open", "not finished", labels=["doing"])
     for phase in PHASES:
-        open_groups.add_metric([phase], flow.count(phase))
+        open_groups.add_metric([phase], in_flight.count(phase))
     yield open_groups
     grades = CounterMetricFamily(f"{PREFIX}grader_results", "of reward workers", labels=["result"])
     levels = GaugeMetricFamily(f"{PREFIX}grader_jobs", "not done", labels=["state"])

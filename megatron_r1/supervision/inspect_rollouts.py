@@ -1,0 +1,153 @@
+"""Inspects engines and reward workers: open requests, whether they respond, and their stacks."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import re
+import signal
+import time
+
+import aiohttp
+
+from megatron_r1.engine.server import EngineServer
+from megatron_r1.fleet.engine import Engine
+from megatron_r1.fleet.rollout_fleet import RolloutFleet
+from megatron_r1.processes import inspection
+from megatron_r1.rewards.runtime.pool import OutstandingJob
+from megatron_r1.rl.collector import RolloutCollector
+from megatron_r1.rl.in_flight import InFlight, InFlightGroup, Phase
+from megatron_r1.supervision.findings import Finding, indented, seconds
+
+ANSWER_SECONDS = 5.0
+STACKS_SECONDS = 1.0
+STACK_LINES = 150
+STACK_SIGNAL = signal.SIGUSR2
+"""On which every process of an engine writes its stacks to its log (`vllm_plugin`)."""
+TOKENS = re.compile(r"^vllm:generation_tokens_total(?:\{.*\})? (\S+)$", re.MULTILINE)
+
+
+async def inspect_engines(rollouts: RolloutCollector, pushing: bool = False) -> Finding:
+    """Inspect the engines that sample. The headline has the open groups, since when, and the stuck
+    engines. pushing: whether a weight push is in progress."""
+    fleet, in_flight = rollouts.fleet, rollouts.in_flight
+    headline = _open_groups(in_flight, "sampling")
+    if pushing:
+        headline = f"given weights after version {fleet.version}"
+    return await _inspect(fleet, "engines", headline, in_flight.oldest("sampling"))
+
+
+async def inspect_teacher(rollouts: RolloutCollector) -> Finding:
+    """Inspect the teacher's engines as `inspect_engines` does."""
+    assert rollouts.teacher is not None, "called for runs with a teacher only"
+    in_flight = rollouts.in_flight
+    headline = _open_groups(in_flight, "scoring")
+    return await _inspect(rollouts.teacher, "teacher", headline, in_flight.oldest("scoring"))
+
+
+def inspect_rewards(rollouts: RolloutCollector) -> Finding:
+    """Inspect the reward workers. The headline has the groups being graded and the job that has
+    taken longest."""
+    oldest = rollouts.in_flight.oldest("grading")
+    jobs = rollouts.pool.jobs()
+    details = [f"oldest group: {_describe_group(oldest)}"] if oldest else []
+    details += [f"counters: {rollouts.pool.snapshot()}"]
+    details += [_describe_job(job) for job in jobs]
+    headline = f"rewards: {rollouts.in_flight.count('grading')} groups are being graded"
+    if jobs:
+        headline += f"; {_describe_job(jobs[0])}"
+    elif oldest:
+        headline += f"; no worker has one of them, so a served model has: {_describe_group(oldest)}"
+    return Finding("rewards", headline, details)
+
+
+async def count_tokens(rollouts: RolloutCollector) -> int:
+    """Return the number of tokens that all engines have generated, by vLLM's metrics; engines
+    without metrics count 0."""
+
+    async def of(engine: Engine) -> float:
+        with contextlib.suppress(aiohttp.ClientError, TimeoutError, OSError):
+            url, headers = f"{engine.client.url}/metrics", engine.client.headers
+            async with session.get(url, headers=headers) as response:
+                return sum(float(count) for count in TOKENS.findall(await response.text()))
+        return 0.0
+
+    up = [engine for engine in rollouts.fleet.engines if engine.is_up and engine.client.url]
+    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(ANSWER_SECONDS)) as session:
+        return int(sum(await asyncio.gather(*(of(engine) for engine in up))))
+
+
+async def stacks(engine: Engine) -> str:
+    """Return the stacks of an engine's processes on this host, which a signal makes them log."""
+    server = engine.server
+    if not isinstance(server, EngineServer) or server.process is None:
+        return "runs on another host: its stacks are for its agent there to tell"
+    start = server.log_path.stat().st_size if server.log_path.exists() else 0
+    members = inspection.session_members(server.process.pid)
+    pids = [pid for pid in members if inspection.catches_signal(pid, STACK_SIGNAL)]
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, STACK_SIGNAL)
+    if not pids:
+        return "none of its processes can be asked for stacks"
+    await asyncio.sleep(STACKS_SECONDS)
+    with open(server.log_path, "rb") as log:
+        log.seek(start)
+        lines = log.read().decode(errors="replace").splitlines()[:STACK_LINES]
+    lines = lines or ["no process writes its stacks: they are stopped, or gone"]
+    return "\n".join([f"stacks of processes {', '.join(map(str, pids))}:", *lines])
+
+
+def _open_groups(in_flight: InFlight, phase: Phase) -> str:
+    oldest = in_flight.oldest(phase)
+    since = f", the oldest for {seconds(time.monotonic() - oldest.since)}" if oldest else ""
+    return f"{in_flight.count(phase)} groups are not back{since}"
+
+
+async def _inspect(
+    fleet: RolloutFleet, role: str, headline: str, oldest: InFlightGroup | None
+) -> Finding:
+    """Inspect all engines. Stuck are those that do not respond, or else those with requests."""
+    engines = list(fleet.engines)
+    states = dict(zip(engines, await asyncio.gather(*map(_state, engines)), strict=True))
+    stuck = [e for e, (_, responds) in states.items() if e.is_up and not responds]
+    stuck = stuck or [engine for engine in engines if engine.is_up and engine.num_running]
+    details = [f"oldest group: {_describe_group(oldest)}"] if oldest else []
+    for engine, (state, _) in states.items():
+        details.append(f"{engine.name}: {state}")
+        if engine in stuck:
+            details += indented((await stacks(engine)).splitlines())
+    headlines = [f"{role}: {headline}", *(f"{e.name}: {states[e][0]}" for e in stuck)]
+
+    async def kill() -> None:
+        await asyncio.gather(*(asyncio.to_thread(engine.server.stop) for engine in stuck))
+
+    return Finding(role, "; ".join(headlines), details, kill if stuck else None)
+
+
+async def _state(engine: Engine) -> tuple[str, bool]:
+    """Return an engine's state, and whether its core responds."""
+    if not engine.is_up:
+        return "being replaced", False
+    responds = await engine.answers(ANSWER_SECONDS)
+    core = "answers" if responds else f"does not answer within {ANSWER_SECONDS:g} s"
+    return f"{engine.num_running} sequences asked for, its core {core}", responds
+
+
+def _describe_group(group: InFlightGroup) -> str:
+    since = seconds(time.monotonic() - group.since)
+    return (
+        f"{group.prompt.kind} question {group.prompt.id} ({_short(group.prompt.question)!r}), "
+        f"{group.phase} for {since}"
+    )
+
+
+def _describe_job(job: OutstandingJob) -> str:
+    where = f"worker {job.process}" if job.process else "queued"
+    question = _short(job.question or "")
+    return f"{where}: {job.target}, question {question!r}, since {seconds(job.seconds)}"
+
+
+def _short(question: str) -> str:
+    return question.replace("\n", " ")[:80]
