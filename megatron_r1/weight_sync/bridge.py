@@ -21,7 +21,7 @@ from megatron_r1.fleet.engine import Engine
 from megatron_r1.fleet.placement import hosts_address
 from megatron_r1.fleet.rollout_fleet import RolloutFleet
 from megatron_r1.models import read_hf_config
-from megatron_r1.weight_sync.links import EngineLinks, Trainer, died_after
+from megatron_r1.weight_sync.links import EngineLinks, Trainer, dead_after
 from megatron_r1.weight_sync.plan.fp8_blocks import pushed_tensors
 from megatron_r1.weight_sync.plan.recipe import engine_layout
 from megatron_r1.weight_sync.probes import EXACT_TOLERANCE, TOLERANCE, Prober
@@ -148,7 +148,7 @@ class WeightBridge:
     async def _swap_new(self, engine: Engine) -> None:
         assert self._version is not None, "no push has been made"
         # An engine outside the fleet has no watchdog, and the next push waits for it.
-        async with died_after(engine, self._timeout_seconds):
+        async with dead_after(engine, self._timeout_seconds):
             await engine.client.swap_weights(self._update_info(), self._version)
 
     async def _send_and_swap(

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 from megatron_r1.weight_sync.plan.engine_layout import Coordinate, EngineLayout
@@ -47,9 +47,8 @@ class ReceiverLayout:
         """Return the region of `tensor` that the rank at `at` needs, or None."""
         return self._regions[tensor.name].get(at)
 
-    def cache_key(self, tensor: HFTensor) -> Hashable | None:
-        """Return a key of this tensor alone: each has its own entries in the tables."""
-        return tensor.name
+    def cache_key(self, tensor: HFTensor) -> None:
+        """Return None: each tensor has its own entries in the tables."""
 
     def deliveries(self, rank: int, transfer: Transfer) -> list[tuple[Delivery, Encoding]]:
         """Return `transfer` as a part of engine rank `rank`'s slot for it; where the slot holds FP8
