@@ -38,7 +38,7 @@ def engine_settings(engines: RolloutConfig | TeacherConfig) -> dict[str, Any]:
 def context_length(config: Config) -> int:
     """Return `rollout.max_model_len`, or the model's own limit, in tokens.
 
-    The model may be any that vLLM knows, also one that cannot be trained here.
+    The model may be any that vLLM supports, also one that cannot be trained here.
 
     Raises:
         UserError: it is more than the model has positions for, or responses would leave no room for

@@ -66,7 +66,7 @@ class Server(ABC):
         """Wait until the server answers; stop it if it does not.
 
         Raises:
-            EngineError: it ended (noticed at once), cannot start, or the time is over; says why.
+            EngineError: it ended (noticed at once), cannot start, or is not ready in time.
         """
         deadline = time.monotonic() + timeout_seconds
         while time.monotonic() < deadline:
@@ -86,7 +86,7 @@ class Server(ABC):
 class EngineServer(Server):
     """A vLLM API server on this host and the processes under it.
 
-    They end with this process, whatever ends it, and also with the thread that calls `start`: call
+    They end with this process, also if that is killed, and with the thread that calls `start`: call
     it from one that lives as long as the engine should (the main thread).
 
     Log-probabilities are `processed_logprobs`: log softmax(logits / temperature) of the sampled
@@ -218,4 +218,6 @@ def check_model_folder(model: Path) -> None:
     except (ValueError, AttributeError) as error:
         raise EngineError(f"{config} is not a JSON object: {error}") from error
     if not architectures:
-        raise EngineError(f'{config} has no "architectures": vLLM cannot tell which model this is')
+        raise EngineError(
+            f'{config} has no "architectures": vLLM does not know which model this is'
+        )

@@ -55,7 +55,7 @@ async def open_pool(
 ) -> AsyncIterator[HostPool | None]:
     """Yield the pool of engine hosts of a run in `folder`, or None for `rollout.placement: local`.
 
-    Hosts find the pool by the folder; at the end they are told that the run is over.
+    Hosts find the pool by the folder; at the end it orders them to leave.
 
     Raises:
         UserError: the port is taken, or this host's name does not resolve.

@@ -298,7 +298,7 @@ class RolloutFleet:
 
     def launch(self, index: int) -> Engine:
         """Start an engine's processes, which end with the calling thread, and return at once. Each
-        engine samples from its own seed, and has a secret that only its client knows."""
+        engine samples from its own seed, and shares a secret with its client only."""
         assert self._model is not None, "start() was not called"
         settings = self.server_settings
         if self.make_server is EngineServer:  # hosts of a pool divide their GPUs themselves

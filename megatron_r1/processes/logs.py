@@ -1,11 +1,11 @@
-"""What the log of a process says about its end."""
+"""Why a process ended, found in its log."""
 
 import os
 import re
 from pathlib import Path
 
 LINE_CHARS = 300  # vLLM names its several hundred architectures when it does not know one
-# "ValueError: ..." or pydantic's "Value error, ...", whatever stands before it.
+# "ValueError: ..." or pydantic's "Value error, ...", after any prefix.
 ERROR_LINE = re.compile(
     r"(?:^|[\s\]])((?:\w+\.)*\w*(?:Error|Exception)\w*: (?!\d+ validation).+|Value error, .+)$"
 )

@@ -123,8 +123,8 @@ class HostPool:
             )
 
     def close(self) -> None:
-        """Tell the hosts that the run is over, and wait until they have left. Safe to call more
-        than once."""
+        """Order the hosts to leave, as the run is over, and wait for that. Safe to call more than
+        once."""
         self._closing = True
         self._thread.join()
 

@@ -1,4 +1,4 @@
-"""What the controller knows of engine hosts and of the engines that it places on them."""
+"""The controller's records of engine hosts and of the engines that it places on them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megatron_r1.fleet.hosts.wire import EngineOrder, EngineReport, HostReport
 @dataclass(eq=False)
 class HostRecord:
     """heard, reached: when its last report arrived, and when a message to it was last accepted
-    (time.monotonic); assigned: names of engines of which it runs all or a part; num_deaths: of
+    (time.monotonic); assigned: names of engines that it runs, all or a part; num_deaths: of
     these, those that ended here without an order."""
 
     report: HostReport
@@ -58,7 +58,7 @@ class RemoteEngine:
     ) -> None:
         """
         Args:
-            num_hosts: over how many it is spread, all of which it gets at once.
+            num_hosts: the engine is spread over so many, and gets them all at once.
             settings: of `EngineSettings`, but for host, port, part and GPUs, which its hosts set.
         """
         self.name = uuid.uuid4().hex

@@ -1,4 +1,4 @@
-"""EngineClient and RolloutFleet against answers written by hand, without vLLM."""
+"""EngineClient and RolloutFleet against hand-written replies, without vLLM."""
 
 import asyncio
 import json
@@ -32,7 +32,7 @@ def choice(token_ids, logprobs, spans, finish_reason="stop"):
     }
 
 
-def ask(answer, call, *, status=200, delay_seconds=0.0, timeout_seconds=10.0):
+def answer_to(answer, call, *, status=200, delay_seconds=0.0, timeout_seconds=10.0):
     """Run `call(client)` against a server that gives `answer`; returns (result, requests seen)."""
     seen = []
 
@@ -65,11 +65,11 @@ def generate(client, n=1):
 
 def test_versions_are_spread_over_the_tokens_their_spans_name():
     answer = {"choices": [choice([7, 8, 1], [-0.5, -0.25, 0.0], [("4", 0, 1), ("6", 1, 3)])]}
-    [completion], seen = ask(answer, generate)
-    assert completion.token_ids.tolist() == [7, 8, 1]
-    assert completion.logprobs.tolist() == [-0.5, -0.25, 0.0]
-    assert completion.policy_versions.tolist() == [4, 6, 6]
-    assert completion.finish_reason == "stop"
+    [response], seen = answer_to(answer, generate)
+    assert response.token_ids.tolist() == [7, 8, 1]
+    assert response.logprobs.tolist() == [-0.5, -0.25, 0.0]
+    assert response.policy_versions.tolist() == [4, 6, 6]
+    assert response.finish_reason == "stop"
     method, path, body = seen[0]
     assert (method, path) == ("POST", "/inference/v1/generate")
     assert json.loads(body)["token_ids"] == [3, 4]
@@ -77,13 +77,13 @@ def test_versions_are_spread_over_the_tokens_their_spans_name():
 
 
 def test_an_aborted_response_without_tokens_is_empty():
-    [completion], _ = ask({"choices": [choice([], [], [], "abort")]}, generate)
-    made = (completion.token_ids, completion.logprobs, completion.policy_versions)
-    assert [len(part) for part in made] == [0, 0, 0]
+    [response], _ = answer_to({"choices": [choice([], [], [], "abort")]}, generate)
+    arrays = (response.token_ids, response.logprobs, response.policy_versions)
+    assert [len(part) for part in arrays] == [0, 0, 0]
 
 
 @pytest.mark.parametrize(
-    ("bad", "says"),
+    ("bad", "message"),
     [
         (choice([7, 8], [-0.5], [("0", 0, 2)]), "2 tokens but 1 log-probabilities"),
         (choice([7], [-9999.0], [("0", 0, 1)]), "log-probability of token 7 is -9999"),
@@ -93,46 +93,46 @@ def test_an_aborted_response_without_tokens_is_empty():
         (choice([7], [None], [("0", 0, 1)]), "logprob"),
     ],
 )
-def test_a_response_that_does_not_add_up_is_an_error(bad, says):
-    with pytest.raises(EngineError, match=says):
-        ask({"choices": [bad]}, generate)
+def test_a_response_that_does_not_add_up_is_an_error(bad, message):
+    with pytest.raises(EngineError, match=message):
+        answer_to({"choices": [bad]}, generate)
 
 
 def test_a_missing_response_of_a_group_is_an_error():
     answer = {"choices": [choice([7], [-0.5], [("0", 0, 1)])]}
     with pytest.raises(EngineError, match="asked for 2 responses, got 1"):
-        ask(answer, lambda client: generate(client, n=2))
+        answer_to(answer, lambda client: generate(client, n=2))
 
 
 def test_a_refused_call_quotes_url_status_and_body():
     with pytest.raises(
         EngineError, match=r"/pause\?mode=keep: status 500: weights on fire"
     ) as info:
-        ask("weights on fire", lambda client: client.pause("keep"), status=500)
+        answer_to("weights on fire", lambda client: client.pause("keep"), status=500)
     assert info.value.status == 500
 
 
 def test_a_silent_engine_is_an_error_after_the_timeout():
     with pytest.raises(EngineError, match="no answer in 0 seconds"):
-        ask({}, lambda client: client.resume(), delay_seconds=2.0, timeout_seconds=0.1)
+        answer_to({}, lambda client: client.resume(), delay_seconds=2.0, timeout_seconds=0.1)
 
 
 def test_a_swap_is_one_call():
     update = {"push": 8}
-    _, seen = ask({"weight_version": "12"}, lambda client: client.swap_weights(update, 12))
+    _, seen = answer_to({"weight_version": "12"}, lambda client: client.swap_weights(update, 12))
     assert [path for _, path, _ in seen] == ["/swap_weights"]
-    told = {"update_info": update, "weight_version": "12", "resume": True}
-    assert json.loads(seen[0][2]) == told
+    call = {"update_info": update, "weight_version": "12", "resume": True}
+    assert json.loads(seen[0][2]) == call
 
 
 @pytest.mark.parametrize(
-    ("config", "says"),
+    ("config", "message"),
     [(None, "has no config.json"), ("[1]", "not a JSON object"), ("{}", "architectures")],
 )
-def test_a_folder_that_is_no_model_is_refused_before_launch(tmp_path, config, says):
+def test_a_folder_that_is_no_model_is_refused_before_launch(tmp_path, config, message):
     if config is not None:
         (tmp_path / "config.json").write_text(config)
-    with pytest.raises(EngineError, match=says):
+    with pytest.raises(EngineError, match=message):
         EngineServer(tmp_path, tmp_path / "log").start()
 
 

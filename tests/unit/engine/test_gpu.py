@@ -1,4 +1,4 @@
-"""Whether there is a GPU: torch's answer, got without torch."""
+"""Whether there is a GPU: as torch reports it, without torch."""
 
 import shutil
 import subprocess
@@ -16,7 +16,7 @@ int cuDeviceGetCount(int *count) { *count = %d; return 0; }
 """
 
 
-def test_it_is_torch_s_answer_and_does_not_import_torch():
+def test_it_agrees_with_torch_and_does_not_import_it():
     program = (
         "import sys; from megatron_r1.engine import gpu; "
         "print(gpu.is_usable(), 'torch' in sys.modules)"

@@ -1,4 +1,4 @@
-"""What an engine's processes leave behind is known by what they have mapped."""
+"""Shared memory that an engine's processes leave behind, found by their mappings."""
 
 import os
 import signal

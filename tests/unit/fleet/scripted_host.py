@@ -1,5 +1,5 @@
-"""A host as the pool hears it: over the real line it says that it runs what it was ordered, and
-runs nothing."""
+"""A host for tests of the pool: over a real connection it reports the ordered engines as
+running, but runs nothing."""
 
 from megatron_r1.fleet.hosts.link import HostLink
 from megatron_r1.fleet.hosts.wire import EngineOrder, EngineReport, HostReport
@@ -8,7 +8,7 @@ COORDINATOR = "10.0.0.1:4711"
 
 
 class ScriptedHost:
-    """`turn()` listens and speaks once; one that is not turned is silent, `close()` hangs up."""
+    """`turn()` receives and reports once; without turns it is silent; `close()` disconnects."""
 
     def __init__(self, pool, token, name, num_engines=1):
         self.link = HostLink(f"tcp://127.0.0.1:{pool.port}", token)

@@ -1,4 +1,4 @@
-"""Which engine gets which group, what is expected of a group, and who counts as slow: without any
+"""Which engine gets which group, expected lengths, and which engine counts as slow: without any
 engine, in an order that does not depend on time."""
 
 import asyncio
@@ -17,7 +17,7 @@ def work(n=1, mean=100.0, longest=100.0, order=0, prompt_tokens=0, known=8, avoi
 
 
 class Scene:
-    """A dispatch whose events the test causes itself; `places` lists (engine, name of the work)."""
+    """A dispatcher whose events the test causes; `places` lists (engine, name of the work)."""
 
     def __init__(self, capacity, num_engines):
         self.dispatcher = Dispatcher(capacity)
@@ -27,7 +27,7 @@ class Scene:
     def open(self, *indices):
         self.dispatcher.use(self.engines[index] for index in indices)
 
-    def ask(self, name, what):
+    def request(self, name, what):
         async def wait():
             engine = await self.dispatcher.acquire(what)
             self.places.append((engine.index, name))
@@ -53,7 +53,7 @@ def test_longest_first_and_earlier_batches_before_later_ones():
         scene = Scene(capacity=4, num_engines=1)
         scene.open(0)
         for name, longest, order in [("b", 50, 1), ("x", 900, 2), ("a", 70, 1), ("c", 10, 1)]:
-            scene.ask(name, work(n=4, mean=longest, longest=longest, order=order))
+            scene.request(name, work(n=4, mean=longest, longest=longest, order=order))
         while len(scene.places) < 4:
             await settle()
             scene.dispatcher.release(scene.engines[0], work(n=4))
@@ -66,9 +66,9 @@ def test_engines_get_equal_work_not_equal_numbers_of_groups():
     async def story():
         scene = Scene(capacity=100, num_engines=2)
         scene.open(0, 1)
-        scene.ask("long", work(mean=1000, longest=1000))
+        scene.request("long", work(mean=1000, longest=1000))
         for i in range(10):
-            scene.ask(f"short{i}", work(mean=100, longest=100))
+            scene.request(f"short{i}", work(mean=100, longest=100))
         await settle()
         return [[e.tokens_expected, e.num_running] for e in scene.engines]
 
@@ -84,7 +84,7 @@ def test_an_engine_gets_a_little_more_than_it_can_decode_and_the_rest_waits():
         scene = Scene(capacity=8, num_engines=2)
         scene.open(0, 1)
         for i in range(30):
-            scene.ask(i, work())
+            scene.request(i, work())
         await settle()
         running = [engine.num_running for engine in scene.engines]
         scene.dispatcher.release(scene.engines[1], work())
@@ -106,8 +106,8 @@ def test_a_group_larger_than_an_engine_is_not_left_waiting():
     async def story():
         scene = Scene(capacity=2, num_engines=1)
         scene.open(0)
-        scene.ask("big", work(n=64))
-        scene.ask("next", work(n=1))
+        scene.request("big", work(n=64))
+        scene.request("next", work(n=1))
         await settle()
         first = list(scene.places)
         scene.dispatcher.release(scene.engines[0], work(n=64))
@@ -122,7 +122,7 @@ def test_a_closed_engines_share_goes_to_the_others_and_a_new_one_takes_part():
         scene = Scene(capacity=4, num_engines=3)
         scene.open(0, 1)
         for i in range(14):
-            scene.ask(i, work())
+            scene.request(i, work())
         await settle()
         scene.open(1, 2)
         await settle()
@@ -137,15 +137,15 @@ def test_what_failed_on_an_engine_waits_for_another_and_goes_first_there():
         scene.open(0, 1)
         full = work(n=8)
         scene.engines[1].num_occupied = 8
-        scene.ask("again", work(avoid=[scene.engines[0]]))
-        scene.ask("new", work(longest=5000))
+        scene.request("again", work(avoid=[scene.engines[0]]))
+        scene.request("new", work(longest=5000))
         await settle()
         before = scene.engines_of("again", "new")
         scene.dispatcher.release(scene.engines[1], full)
         await settle()
         after = scene.engines_of("again")
         scene.open(0)  # the only one left
-        scene.ask("once more", work(avoid=[scene.engines[0]]))
+        scene.request("once more", work(avoid=[scene.engines[0]]))
         await settle()
         return before, after, scene.engines_of("once more")
 
@@ -157,20 +157,20 @@ def test_what_is_asked_for_again_goes_before_what_is_new():
         scene = Scene(capacity=1, num_engines=2)
         scene.engines[1].num_occupied = 2
         scene.open(0, 1)
-        scene.ask("new", work(n=2, longest=5000))
-        scene.ask("again", work(n=2, avoid=[scene.engines[1]]))
+        scene.request("new", work(n=2, longest=5000))
+        scene.request("again", work(n=2, avoid=[scene.engines[1]]))
         await settle()
         return scene.places
 
     assert run(story) == [(0, "again")]
 
 
-def test_who_gives_up_leaves_no_load_behind():
+def test_cancelled_requests_leave_no_load_behind():
     async def story():
         scene = Scene(capacity=1, num_engines=1)
         scene.open(0)
         for name in ("runs", "gives up waiting", "gives up when granted", "granted"):
-            scene.ask(name, work(n=2))
+            scene.request(name, work(n=2))
         await settle()
         scene.tasks["gives up waiting"].cancel()
         await settle()
@@ -183,10 +183,10 @@ def test_who_gives_up_leaves_no_load_behind():
     assert run(story) == ([(0, "runs"), (0, "granted")], 2)
 
 
-def test_when_the_fleet_breaks_whoever_waits_is_told():
+def test_when_the_fleet_breaks_waiting_requests_fail():
     async def story():
         scene = Scene(capacity=1, num_engines=1)
-        scene.ask("waits", work())
+        scene.request("waits", work())
         await settle()
         scene.dispatcher.fail(EngineError("all is lost"))
         await scene.tasks["waits"]
@@ -205,7 +205,7 @@ def test_lengths_are_learned_by_kind_and_size_of_the_prompt():
     assert (expected.mean, expected.longest) == (200, 300)
     assert lengths.estimate("math", 900, 4000).longest == 3000
     assert lengths.estimate("code", 10, 4000).mean == pytest.approx(1100)  # as all together
-    lengths.add("code", 10, [1100])  # one group says little
+    lengths.add("code", 10, [1100])  # one group shows little
     assert lengths.estimate("code", 10, 4000).longest > 1500
     assert lengths.estimate("math", 900, 500).longest == 500  # no more than the limit
 
@@ -219,10 +219,10 @@ def test_lengths_follow_a_policy_that_writes_more_and_more():
 
 def pace(answers, window=100.0):
     """answers: (seconds, tokens, longest), evenly over the window that ends at 100."""
-    made = Pace(0.0, window)
+    served = Pace(0.0, window)
     for i, (seconds, tokens, longest) in enumerate(answers):
-        made.add(ServedGroup(100.0 * (i + 1) / len(answers), seconds, tokens, longest))
-    return made
+        served.add(ServedGroup(100.0 * (i + 1) / len(answers), seconds, tokens, longest))
+    return served
 
 
 NORMAL = [(10.0, 1000, 200)] * 20
@@ -235,7 +235,7 @@ NORMAL = [(10.0, 1000, 200)] * 20
         ([(10.0, 1000, 40)] * 20, False),  # many sequences at once, so each is slow
         ([(10.0, 200, 200)] * 20, False),  # it had little to do
         ([(10.0, 400, 80)] * 20, False),  # 0.4 of the others
-        ([(10.0, 200, 40)] * 7, False),  # too few to tell
+        ([(10.0, 200, 40)] * 7, False),  # too few to compare
     ],
 )
 def test_an_engine_is_slow_when_its_sequences_and_its_total_are(suspect, is_slow):
@@ -245,7 +245,7 @@ def test_an_engine_is_slow_when_its_sequences_and_its_total_are(suspect, is_slow
     assert not is_slow or "made 4 tokens a second and sequence, the others 20" in slow["b"]
 
 
-def test_nobody_is_slow_alone_or_before_a_whole_window():
+def test_no_engine_is_slow_alone_or_before_a_whole_window():
     crawling = pace([(10.0, 200, 40)] * 20)
     assert find_slow({"b": crawling}, 100.0) == {}
     assert find_slow({"a": pace(NORMAL, window=200.0), "b": crawling}, 100.0) == {}
@@ -254,18 +254,18 @@ def test_nobody_is_slow_alone_or_before_a_whole_window():
 
 
 def test_three_unusable_answers_of_the_last_hundred_are_many():
-    made = Pace(0.0, 100.0)
-    assert [made.add_fault(), made.add_fault()] == [False, False]
+    served = Pace(0.0, 100.0)
+    assert [served.add_fault(), served.add_fault()] == [False, False]
     for i in range(98):
-        made.add(ServedGroup(float(i), 1.0, 1, 1))
-    assert made.add_fault() is False  # the first is forgotten
-    assert made.add_fault() is False  # and the second
-    assert made.add_fault() is True
+        served.add(ServedGroup(float(i), 1.0, 1, 1))
+    assert served.add_fault() is False  # the first is forgotten
+    assert served.add_fault() is False  # and the second
+    assert served.add_fault() is True
 
 
 def test_tokens_per_second_are_those_of_the_last_minute():
-    made = Pace(0.0, 300.0)
-    made.add(ServedGroup(10.0, 5.0, 400, 40))
-    assert made.tokens_per_second(20.0) == 20.0
-    made.add(ServedGroup(100.0, 5.0, 600, 40))
-    assert made.tokens_per_second(120.0) == 10.0
+    served = Pace(0.0, 300.0)
+    served.add(ServedGroup(10.0, 5.0, 400, 40))
+    assert served.tokens_per_second(20.0) == 20.0
+    served.add(ServedGroup(100.0, 5.0, 600, 40))
+    assert served.tokens_per_second(120.0) == 10.0

@@ -127,26 +127,27 @@ def no_waiting_for_last_words(monkeypatch):
     monkeypatch.setattr("megatron_r1.fleet.engine.LAST_WORDS_SECONDS", 0.0)
 
 
-async def ask(fleet, count=1):
+async def sample(fleet, count=1):
     calls = (fleet.generate([3], n=2, max_tokens=4) for _ in range(count))
-    return [[one.token_ids.tolist() for one in made] for made in await asyncio.gather(*calls)]
+    groups = await asyncio.gather(*calls)
+    return [[response.token_ids.tolist() for response in group] for group in groups]
 
 
 @pytest.mark.parametrize("first", [*GARBAGE.values(), (500, "boom"), (503, "busy"), "cut"], ids=str)
-def test_what_cannot_be_used_is_asked_for_again(tmp_path, first):
+def test_unusable_replies_are_repeated(tmp_path, first):
     async def story(fleet):
-        return await ask(fleet), fleet.metrics()
+        return await sample(fleet), fleet.metrics()
 
     peer = Peer(lambda k: first if k == 0 else {})
-    made, metrics = run(tmp_path, [peer], story)
-    assert made == [[[7], [7]]]
+    groups, metrics = run(tmp_path, [peer], story)
+    assert groups == [[[7], [7]]]
     assert metrics == {"engines/up": 1, "engines/restarts": 0, "engines/requeued": 2}
 
 
 def test_a_refusal_is_the_callers_mistake_and_is_not_repeated(tmp_path):
     peer = Peer(lambda k: (400, "prompt too long"))
     with pytest.raises(EngineError, match="status 400: prompt too long"):
-        run(tmp_path, [peer], ask)
+        run(tmp_path, [peer], sample)
     assert peer.num_calls == 1
 
 
@@ -154,7 +155,7 @@ def test_a_request_that_takes_too_long_ends_the_run(tmp_path):
     """Every engine would take as long."""
     peer = Peer(lambda k: "hang")
     with pytest.raises(EngineTimeout, match="generate: no answer in 0 seconds"):
-        run(tmp_path, [peer], ask, request_timeout_seconds=0.3)
+        run(tmp_path, [peer], sample, request_timeout_seconds=0.3)
     assert peer.num_calls == 1
 
 
@@ -166,15 +167,15 @@ def test_an_engine_that_fails_often_is_replaced_and_attracts_no_more_work(tmp_pa
     async def story(fleet):
         messages = []
         fleet.members.notify = messages.append
-        made = await ask(fleet, count=40)
+        groups = await sample(fleet, count=40)
         while fleet.replacement.tasks:
             await asyncio.sleep(0.01)
-        return made, messages, [engine.server for engine in fleet.engines], fleet.num_restarts
+        return groups, messages, [engine.server for engine in fleet.engines], fleet.num_restarts
 
-    made, messages, servers, restarts = run(
+    groups, messages, servers, restarts = run(
         tmp_path, [broken, fine, fresh], story, num_engines=2, max_restarts=3
     )
-    assert made == [[[7], [7]]] * 40
+    assert groups == [[[7], [7]]] * 40
     assert servers == [fresh, fine]
     assert restarts == 1
     assert "engine-0 cannot go on" in messages[0] and messages[1].startswith("engine-0 is back")
@@ -185,14 +186,14 @@ def test_without_a_restart_left_the_others_still_answer(tmp_path):
     broken, fine = Peer(lambda k: GARBAGE["no number"]), Peer(good)
 
     async def story(fleet):
-        return await ask(fleet, count=20), [engine.is_open for engine in fleet.engines]
+        return await sample(fleet, count=20), [engine.is_open for engine in fleet.engines]
 
-    made, is_open = run(tmp_path, [broken, fine], story, num_engines=2)
-    assert made == [[[7], [7]]] * 20
+    groups, is_open = run(tmp_path, [broken, fine], story, num_engines=2)
+    assert groups == [[[7], [7]]] * 20
     assert is_open == [True, True]
 
 
-def test_a_dead_engine_is_not_asked(tmp_path):
+def test_a_dead_engine_gets_no_request(tmp_path):
     async def story(fleet):
         engine = fleet.engines[0]
         engine.died.set()
@@ -210,7 +211,7 @@ def test_one_that_ran_out_of_memory_is_replaced_at_once(tmp_path):
     full, fresh = Peer(lambda k: (500, "CUDA out of memory. Tried to allocate")), Peer(good)
 
     async def story(fleet):
-        return await ask(fleet), fleet.num_restarts
+        return await sample(fleet), fleet.num_restarts
 
     assert run(tmp_path, [full, fresh], story, max_restarts=1) == ([[[7], [7]]], 1)
     assert full.num_calls == 1
@@ -219,7 +220,7 @@ def test_one_that_ran_out_of_memory_is_replaced_at_once(tmp_path):
 def test_where_fresh_engines_fail_too_the_call_fails(tmp_path):
     peers = [Peer(lambda k: GARBAGE["no number"]) for _ in range(3)]
     with pytest.raises(EngineError, match="5 times in a row.*token 7 is -9999"):
-        run(tmp_path, peers, ask, max_restarts=2)
+        run(tmp_path, peers, sample, max_restarts=2)
     assert sum(peer.num_calls for peer in peers) == 5
     assert peers[1].num_calls > 0  # it met a fresh one
 
@@ -231,7 +232,7 @@ def test_a_slow_engine_is_drained_before_it_is_replaced(tmp_path):
         slow = fleet.engines[0]
         slow.num_running += 1  # something is in flight
         fleet.replacement.retire(slow, EngineError("engine-0 made 1 token a second"))
-        await ask(fleet, count=3)
+        await sample(fleet, count=3)
         in_between = slow.is_up, slow.is_open, slow.server.is_alive()
         slow.num_running -= 1
         while fleet.replacement.tasks:
@@ -247,7 +248,7 @@ def test_a_slow_engine_is_drained_before_it_is_replaced(tmp_path):
 def test_without_a_restart_left_a_slow_engine_stays(tmp_path):
     async def story(fleet):
         fleet.replacement.retire(fleet.engines[0], EngineError("slow"))
-        return await ask(fleet), fleet.engines[0].is_open
+        return await sample(fleet), fleet.engines[0].is_open
 
     assert run(tmp_path, [Peer(good)], story) == ([[[7], [7]]], True)
 
@@ -259,14 +260,14 @@ def test_engines_join_and_leave(tmp_path):
         added = await fleet.add_engine()
         await fleet.remove_engine(0)
         indices = [engine.index for engine in fleet.engines]
-        made = await ask(fleet, count=4)
+        groups = await sample(fleet, count=4)
         with pytest.raises(ValueError, match="no engine 0; there are"):
             await fleet.remove_engine(0)
         again = await fleet.add_engine()
         await fleet.remove_engine(again.index)
         with pytest.raises(ValueError, match="engine 1 is the only one"):
             await fleet.remove_engine(1)
-        return added.index, indices, again.index, made
+        return added.index, indices, again.index, groups
 
     assert run(tmp_path, peers, story) == (1, [1], 2, [[[7], [7]]] * 4)
     assert [peer.is_alive() for peer in peers] == [False, False, False]
@@ -337,8 +338,8 @@ def test_no_engine_is_replaced_while_the_memory_is_the_trainers(tmp_path):
             await asyncio.sleep(0)
         early = peers[1].is_running
         fleet.awake.set()
-        made = await ask(fleet)
-        return early, made
+        groups = await sample(fleet)
+        return early, groups
 
     assert run(tmp_path, peers, story, max_restarts=1) == (False, [[[7], [7]]])
 
@@ -377,8 +378,8 @@ def test_an_engine_that_did_not_get_the_weights_is_replaced(tmp_path, error):
             await asyncio.sleep(0.01)
         return [engine.server for engine in fleet.engines], fleet.num_restarts
 
-    made = run(tmp_path, peers, story, num_engines=2, max_restarts=1)
-    assert made == ([peers[2], peers[1]], 1)
+    result = run(tmp_path, peers, story, num_engines=2, max_restarts=1)
+    assert result == ([peers[2], peers[1]], 1)
 
 
 def test_weights_that_are_wrong_stop_the_run(tmp_path):
@@ -416,7 +417,7 @@ def test_one_that_cannot_even_be_started_fails_the_fleet(tmp_path):
     async def story(fleet):
         fleet.make_server = out_of_processes
         peers[0].is_running = False
-        await ask(fleet)
+        await sample(fleet)
 
     def out_of_processes(*arguments, **settings):
         raise BlockingIOError(11, "Resource temporarily unavailable")
@@ -436,7 +437,7 @@ def test_the_only_engine_that_serves_is_revived_though_another_is_joining(tmp_pa
         while not joining.is_running:
             await asyncio.sleep(0.01)
         peers[0].is_lost, peers[0].is_running = True, False
-        made = asyncio.create_task(ask(fleet))
+        sampling = asyncio.create_task(sample(fleet))
         while not fleet.num_restarts:
             await asyncio.sleep(0.01)
         joining.is_running = False
@@ -444,7 +445,7 @@ def test_the_only_engine_that_serves_is_revived_though_another_is_joining(tmp_pa
         stays_away.set()
         with pytest.raises(EngineError):
             await adding
-        return await made, fleet.num_restarts
+        return await sampling, fleet.num_restarts
 
     assert run(tmp_path, peers, story, max_restarts=2) == ([[[7], [7]]], 1)
 
@@ -461,7 +462,7 @@ def test_an_engine_that_is_being_replaced_may_leave(tmp_path):
         held.set()
         while fleet.replacement.tasks:
             await asyncio.sleep(0.01)
-        return await ask(fleet), [engine.index for engine in fleet.engines]
+        return await sample(fleet), [engine.index for engine in fleet.engines]
 
     assert run(tmp_path, peers, story, num_engines=2, max_restarts=2) == ([[[7], [7]]], [1])
     assert not peers[2].is_alive()
@@ -485,5 +486,5 @@ def test_one_that_was_starting_gives_its_memory_to_the_trainer(tmp_path):
             await asyncio.sleep(0.01)
         return asleep, [engine.server for engine in fleet.engines], fleet.num_restarts
 
-    made = run(tmp_path, peers, story, num_engines=2, max_restarts=1)
-    assert made == ((False, False), [peers[3], peers[1]], 1)
+    result = run(tmp_path, peers, story, num_engines=2, max_restarts=1)
+    assert result == ((False, False), [peers[3], peers[1]], 1)

@@ -1,5 +1,5 @@
 """Engines over several hosts, as the controller's pool handles them: places for all parts or none,
-who is told what and when, and what ends an engine.
+their orders, and what ends an engine.
 
 A real engine over two hosts is tests/system/test_spread_engine.py's.
 """
@@ -19,7 +19,7 @@ from megatron_r1.processes.authentication import ENVIRONMENT, make_token
 
 
 class World:
-    """A pool for engines of two hosts, and hosts that are spoken for."""
+    """A pool for engines of two hosts, and scripted hosts."""
 
     def __init__(self, folder):
         self.folder, self.messages, self.hosts = folder, [], []
@@ -42,7 +42,7 @@ class World:
         return server
 
     def turn(self, seconds):
-        """All hosts speak and listen meanwhile."""
+        """Let all hosts receive and report for so long."""
         self.until(lambda: False, seconds, or_else=lambda: None)
 
     def until(self, condition, seconds=20, or_else=None):
@@ -69,22 +69,22 @@ def world(tmp_path, monkeypatch):
     yield world
     for host in world.hosts:
         host.close()
-    world.pool._hosts.clear()  # nobody is left who could answer its farewell
+    world.pool._hosts.clear()  # none is left that could answer
     world.pool.close()
 
 
-def test_the_first_part_says_where_the_other_is_to_come(world):
+def test_the_first_part_reports_where_the_other_connects(world):
     hosts = [world.host("a"), world.host("b")]
     server = world.engine("engine-0")
     parts = {}
 
-    def told():
+    def collect_orders():
         for host in hosts:
             for order in host.orders.values():
                 parts.setdefault(order.part.index, (host, order))
         return len(parts) == 2
 
-    world.until(told)
+    world.until(collect_orders)
     (first, order), (second, other) = parts[0], parts[1]
     assert first is not second
     assert order.part == EnginePart(0, 2) and other.part == EnginePart(1, 2, COORDINATOR)
@@ -98,7 +98,7 @@ def test_the_first_part_says_where_the_other_is_to_come(world):
 
 
 def test_two_engines_never_hold_half_of_what_both_need(world):
-    """Two places in all: whoever is first gets both, and the other both of them afterwards."""
+    """Two places in all: the first engine gets both, and the other both of them afterwards."""
     first, second = world.engine("engine-0"), world.engine("engine-1")
     world.host("a")
     world.turn(0.5)
@@ -112,7 +112,7 @@ def test_two_engines_never_hold_half_of_what_both_need(world):
     assert world.hosts_of(first) == set()
 
 
-def test_a_host_alone_is_no_place_and_the_error_says_so(world):
+def test_a_host_alone_is_not_enough_and_the_error_says_so(world):
     world.host("a", num_engines=3)
     world.until(lambda: "host a" in " ".join(world.messages))
     assert world.pool.num_free == 0
@@ -140,7 +140,7 @@ def test_a_part_that_ends_ends_the_other_and_is_named(world):
     world.until(lambda: not server.is_alive())
     assert not server.is_lost
     assert server.describe_end() == "on host b: exit code 7; its log"
-    world.until(lambda: world.hosts_of(server) == set())  # nobody asked for that
+    world.until(lambda: world.hosts_of(server) == set())  # without a call
     world.until(lambda: world.pool.num_free == 1)
 
 
@@ -181,7 +181,7 @@ def test_ranks_are_shared_out_in_order():
 def test_gloo_is_told_the_interface_that_others_reach(monkeypatch):
     monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
     assert network_environment("127.0.0.1")["GLOO_SOCKET_IFNAME"] == "lo"
-    assert "GLOO_SOCKET_IFNAME" not in network_environment("192.0.2.1")  # nobody's
+    assert "GLOO_SOCKET_IFNAME" not in network_environment("192.0.2.1")  # of no interface
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth7")
     assert network_environment("127.0.0.1")["GLOO_SOCKET_IFNAME"] == "eth7"
 

@@ -1,4 +1,4 @@
-"""Who does not know the token is not heard, and a run stops by a file as by a signal."""
+"""Messages without the token are ignored, and a run stops by a file as by a signal."""
 
 import asyncio
 import os

@@ -1,4 +1,4 @@
-"""An engine's first lines: no process of it is left when whoever started it has ended."""
+"""An engine's first lines: no process of it is left when its parent has ended."""
 
 import os
 import subprocess

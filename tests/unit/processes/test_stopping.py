@@ -1,4 +1,4 @@
-"""Being asked to stop: heard, acknowledged, and obeyed before long work as well as in it."""
+"""Stop requests: received, acknowledged, and obeyed before long work as well as in it."""
 
 import asyncio
 import os
@@ -10,15 +10,15 @@ from megatron_r1.processes.stopping import StopRequest
 
 
 def story_with(work):
-    """(whether `work` came to its end, what was said) of a process that gets SIGTERM at once."""
+    """(whether `work` completed, messages) of a process that gets SIGTERM at once."""
 
     async def story():
-        said = []
+        messages = []
         stop = StopRequest()
-        stop.notify = said.append
+        stop.notify = messages.append
         stop.listen()
         asyncio.get_running_loop().call_later(0.05, os.kill, os.getpid(), signal.SIGTERM)
-        return await stop.before(work()), said
+        return await stop.before(work()), messages
 
     return asyncio.run(asyncio.wait_for(story(), 20))
 
@@ -32,9 +32,9 @@ def test_what_takes_long_to_start_is_given_up_and_the_signal_acknowledged():
         finally:
             ends.append("cleaned up")
 
-    came_to_its_end, said = story_with(work)
+    came_to_its_end, messages = story_with(work)
     assert not came_to_its_end and ends == ["cleaned up"]
-    assert said == ["stopping when the step in hand is done; once more ends it at once"]
+    assert messages == ["stopping when the step in hand is done; once more ends it at once"]
 
 
 def test_without_a_request_the_work_ends_by_itself_or_fails():
