@@ -85,6 +85,14 @@ def planned(**overrides) -> Job:
     return Job(V3, configuration.load(RECIPE, changed), 2048, HARDWARE["H800"], rollout_gpus=gpus)
 
 
+def test_the_reference_lies_in_host_memory_or_on_the_gpu():
+    host, device = (
+        rank_memory(planned(parallel__reference_offload=place))[0] for place in ("host", "device")
+    )
+    assert host.host["reference"] == device.training["reference"] > 0
+    assert "reference" not in host.training and "reference" not in device.host
+
+
 def test_an_fp8_push_is_planned_with_fp8_s_bytes_and_its_engines_with_fp8_weights():
     plain, fp8 = (Bill(planned(push__fp8=value)).sections() for value in (False, True))
     assert plain["push"]["in FP8"].value == fp8["push"]["into an engine GPU"].value

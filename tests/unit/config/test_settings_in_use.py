@@ -1,0 +1,87 @@
+"""Settings that no example sets, each through the code that reads it."""
+
+import json
+from array import array
+
+import pytest
+
+from megatron_r1.commands import sample
+from megatron_r1.config import Config, parse
+from megatron_r1.data.prompts import make_prompt
+from megatron_r1.engine.recipe import fleet_settings
+from megatron_r1.engine.responses import Response
+from megatron_r1.rl.metrics import sample_records
+from megatron_r1.rl.rollout import GradedResponse, Group
+from megatron_r1.weight_sync.bridge import weight_bridge
+
+MODEL = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "model_type": "qwen2",
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-6,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    "tie_word_embeddings": True,
+}
+
+
+@pytest.mark.parametrize("section", ["rollout", "teacher"])
+def test_request_timeout_is_an_argument_of_the_fleet(section):
+    config = parse({section: {"request_timeout_seconds": 7}})
+    assert fleet_settings(getattr(config, section))["request_timeout_seconds"] == 7
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance", "expected"),
+    [("float32", None, 1e-3), ("bfloat16", None, 0.3), ("bfloat16", 0.02, 0.02)],
+)
+def test_probe_tolerance_replaces_that_of_the_dtype(tmp_path, dtype, tolerance, expected):
+    (tmp_path / "config.json").write_text(json.dumps(MODEL))
+    config = parse(
+        {
+            "model": {"path": str(tmp_path), "dtype": dtype},
+            "rollout": {"dtype": dtype},
+            "push": {"probe_tolerance": tolerance},
+        }
+    )
+    bridge = weight_bridge(config, trainer=None, fleet=None, probes=[[1, 2]])
+    assert bridge.prober.tolerance == expected
+
+
+def test_log_samples_is_the_number_of_records_of_a_step():
+    empty = Response(array("i"), array("f"), array("i"), "stop")
+    groups = [
+        Group(
+            make_prompt(f"{i} + 1?", "math", "1", {}), [1], [GradedResponse(empty, "", {}, 0, "")]
+        )
+        for i in range(10)
+    ]
+    for limit in (Config().run.log_samples, parse({"run": {"log_samples": 3}}).run.log_samples):
+        assert len(sample_records(groups, 1, "train", limit)) == limit
+
+
+@pytest.mark.parametrize(("words", "is_avoided"), [(4, True), (5, False), (0, False)])
+def test_avoid_ngram_is_the_number_of_shared_words(tmp_path, words, is_avoided):
+    rows = [{"question": "one two three four five", "truth": "1"}]
+    (tmp_path / "asked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "avoid.jsonl").write_text('{"question": "zero one two three four"}\n')
+    config = parse(
+        {
+            "run": {"folder": str(tmp_path / "run")},
+            "data": {"path": str(tmp_path / "asked.jsonl"), "heldout_fraction": 0},
+            "sample": {
+                "avoid": [str(tmp_path / "avoid.jsonl")],
+                "avoid_ngram": words,
+                "server": {"url": "http://127.0.0.1:9", "model": "m"},
+                "rewrite": "no_such_module:f",  # is read after the questions
+            },
+        }
+    )
+    message = "are among those to be avoided" if is_avoided else "no_such_module"
+    with pytest.raises(ValueError, match=message):
+        sample.run(config)
