@@ -1,11 +1,11 @@
 """Activations: bytes a layer keeps for the backward pass, and what recomputing saves of them.
 
-Counted as Korthikanti et al. count them (arXiv 2205.05198, section 4.1): every tensor an operation
-needs again, once, bf16 unless said otherwise; here for multi-head latent attention, routed experts
-and flash attention, which keeps its output and one fp32 number per head and token instead of
-scores. Two token counts: `split` tokens where sequence parallelism cuts the sequence over the
-tensor-parallel ranks (norms, residuals, latents, routed experts), `whole` where a rank has all
-tokens but its part of heads or features.
+Counted as by Korthikanti et al. (arXiv 2205.05198, section 4.1): every tensor that an operation
+needs in the backward pass, once, in bf16 unless noted; here for multi-head latent attention, routed
+experts and flash attention, which keeps its output and one fp32 number per head and token instead
+of scores. Two token counts: `split` tokens if sequence parallelism divides the sequence over the
+tensor-parallel ranks (norms, residuals, latents, routed experts), `whole` if a rank has all tokens
+and its part of heads or features.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from megatron_r1.config import ParallelConfig
 from tools.plan.job import Job
 
 VALUE = 2
-"""Bytes of an activation: the trainer computes in bf16 (fp32 runs double it)."""
+"""Bytes of an activation: the trainer computes in bf16 (fp32 doubles it)."""
 
 
 @dataclass(frozen=True)
 class Layer:
     """Bytes of one layer and one micro-batch, by the module whose recomputation frees them.
 
-    always: what stays but under full recomputation; input: the layer's input; dispatch: buffers of
-    the token exchange while the layer runs.
+    always: kept unless recomputation is full; input: the layer's input; dispatch: buffers of the
+    token exchange while the layer runs.
     """
 
     input: int
@@ -37,7 +37,7 @@ class Layer:
         return self.input + self.always + sum(self.modules.values())
 
     def kept(self, parallel: ParallelConfig) -> int:
-        """From the forward pass to the backward pass."""
+        """Return the bytes kept from the forward pass to the backward pass."""
         if parallel.recompute == "full":
             return self.input
         dropped = parallel.recompute_modules if parallel.recompute == "selective" else ()
@@ -52,7 +52,7 @@ class Layer:
         )
 
     def working(self, parallel: ParallelConfig) -> int:
-        """While its backward pass runs: what had been dropped is there again."""
+        """Return the bytes added during its backward pass, by recomputation and dispatch."""
         return self.everything - self.kept(parallel) + self.dispatch
 
 
@@ -60,8 +60,10 @@ _INSIDE_MOE = ("moe", "moe_act", "shared_experts")
 
 
 def layer_activations(job: Job, sparse: bool, tokens: int | None = None) -> Layer:
-    """A decoder layer, with experts (sparse) or a dense MLP, on `tokens` of a micro-batch (default:
-    the largest)."""
+    """Return the activations of a decoder layer with experts (sparse) or a dense MLP.
+
+    tokens: of the micro-batch; default: the largest.
+    """
     hf, tensor = job.hf, job.parallel.tensor
     whole = (tokens or job.microbatch_tokens) / job.parallel.context
     # Dense models keep whole sequences under tensor parallelism (models/config.py).
@@ -92,7 +94,7 @@ def layer_activations(job: Job, sparse: bool, tokens: int | None = None) -> Laye
         modules["moe"] = at_expert * (hidden + 2 * inner_local) * value + scores
         modules["moe_act"] = at_expert * inner_local * value
         modules["shared_experts"] = 3 * inner * hf["n_shared_experts"] / tensor * whole * value
-        # Sent and received, sorted by expert, are there at once.
+        # The sent and the received tokens, sorted by expert, exist at once.
         dispatch = 2 * at_expert * hidden * value
     else:
         modules["mlp"] = 3 * hf["intermediate_size"] / tensor * whole * value
@@ -101,10 +103,10 @@ def layer_activations(job: Job, sparse: bool, tokens: int | None = None) -> Laye
 
 
 def in_flight(rank: int, pipeline: int, virtual: int, microbatches: int) -> list[int]:
-    """Micro-batches whose activations each chunk of a pipeline rank holds at the peak.
+    """Return how many micro-batches' activations each chunk of a pipeline rank holds at the peak.
 
-    One forward, one backward: the forwards of the warm-up and one more (schedules.py,
-    get_pp_rank_microbatches); with virtual stages they go round the chunks, `pipeline` at a time.
+    In the 1F1B schedule these are the forward passes of the warm-up and one more (schedules.py,
+    get_pp_rank_microbatches); with virtual stages they rotate over chunks, `pipeline` at a time.
     """
     if virtual == 1:
         return [min(microbatches, pipeline - rank)]

@@ -1,4 +1,4 @@
-"""The whole bill of a job: every section, and what, if anything, does not fit."""
+"""The whole bill of a job: every section, and what does not fit."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ from tools.plan.memory import LANDING, RankMemory, memory_section, rank_memory
 from tools.plan.parameters import parameter_section
 from tools.plan.push import landing_bytes, push_section, sends_differences, sent_last_bytes
 from tools.plan.quantity import Quantity, Section
-from tools.plan.rollout import Engines, rollout_section
-from tools.plan.samples import samples_section
+from tools.plan.rollout import Engines, rollout_section, samples_section
 from tools.plan.teacher import teacher_section
 from tools.plan.timing import StepTime, time_section
 
@@ -24,18 +23,18 @@ WHAT = {
     LANDING: ", weights on their way into an engine",
     SENT_LAST: " on average, what push.delta is the difference to",
 }
-"""Of a kind of host memory, where its name does not say."""
+"""Additions to the formula of kinds of host memory whose name is unclear."""
 
 
 @dataclass(frozen=True)
 class Bill:
-    """Of a job whose sizes divide (`Job.check_trainer`, `.check_engines`)."""
+    """The bill of a job that passes `Job.check_trainer` and `.check_engines`."""
 
     job: Job
 
     @cached_property
     def ranks(self) -> list[RankMemory]:
-        """Of the trainer; none where nothing is trained."""
+        """The trainer's pipeline ranks; empty if nothing is trained."""
         return rank_memory(self.job) if self.job.trains else []
 
     @cached_property
@@ -57,31 +56,31 @@ class Bill:
         return time_section(self.times)["step"].value
 
     def sections(self) -> dict[str, Section]:
-        """Those of what the verb has: a trainer, engines, or both."""
+        """Return the sections of a trainer, of engines, or of both, as the verb has them."""
         job = self.job
-        made = {"parameters": parameter_section(job)}
+        sections = {"parameters": parameter_section(job)}
         if job.trains:
             memory = memory_section(job, self.worst)
-            made[f"memory of pipeline rank {self.worst.rank}, the fullest"] = memory
-            made["host memory of a node"] = self._host()
+            sections[f"memory of pipeline rank {self.worst.rank}, the fullest"] = memory
+            sections["host memory of a node"] = self._host()
         if job.generates:
-            made["engine memory of a GPU"] = rollout_section(self.engines)
+            sections["engine memory of a GPU"] = rollout_section(self.engines)
             if host := self._engines_host():
-                made["host memory of an engines' node"] = host
+                sections["host memory of an engines' node"] = host
         if job.config.teacher.path:
-            made["engine memory of a teacher's GPU"] = teacher_section(job)
+            sections["engine memory of a teacher's GPU"] = teacher_section(job)
         if job.trains and job.generates:
-            made["samples of a rollout"] = samples_section(job)
-            made["push"] = push_section(job)
+            sections["samples of a rollout"] = samples_section(job)
+            sections["push"] = push_section(job)
         if job.trains:
             sent = communication_section(job, self.worst.rank)
-            made["sent by a rank per optimizer step"] = sent
-        made["operations"] = flops_section(job)
-        made["time"] = time_section(self.times)
-        return made
+            sections["sent by a rank per optimizer step"] = sent
+        sections["operations"] = flops_section(job)
+        sections["time"] = time_section(self.times)
+        return sections
 
     def problems(self) -> list[str]:
-        """One sentence for each thing that cannot work: the number, its limit, the way out."""
+        """Return one sentence per limit that is exceeded: the number, the limit and the remedy."""
         found = []
         if self.job.trains:
             found = [
@@ -107,7 +106,7 @@ class Bill:
         )
 
     def _less(self, kind: str) -> str:
-        """What lowers a kind of a rank's memory."""
+        """Return the remedy that lowers a kind of a rank's memory."""
         full = self.job.parallel.recompute == "full"
         return {
             "activations": f"{'' if full else 'set parallel.recompute to full, or '}raise "
@@ -122,12 +121,12 @@ class Bill:
         }.get(kind, self._split())
 
     def _split(self) -> str:
-        """What leaves a rank fewer parameters."""
+        """Return the remedy that leaves a rank fewer parameters."""
         experts = "parallel.expert, .pipeline" if self.job.has_experts else "parallel.pipeline"
         return f"raise {experts} or .tensor"
 
     def _host(self) -> Section:
-        """Of the node whose ranks need most: ranks of one pipeline stage share a node."""
+        """Return the host memory of the fullest node; ranks of one pipeline stage share a node."""
         job = self.job
         fullest = max(self.ranks, key=lambda rank: sum(rank.host.values()))
         kinds = dict(fullest.host)
@@ -138,7 +137,7 @@ class Bill:
         return self._of_node(kinds, job.world_size)
 
     def _engines_host(self) -> Section:
-        """Of a node that only engines are on."""
+        """Return the host memory of a node with engines only."""
         gpus = self.job.rollout_gpus
         return self._of_node(self._landing(), gpus) if gpus else {}
 
@@ -147,7 +146,7 @@ class Bill:
         return {LANDING: num_bytes} if num_bytes else {}
 
     def _of_node(self, kinds: dict[str, int], gpus: int) -> Section:
-        """Of as many ranks, of `gpus` in all, as a node has."""
+        """Return the sums over the ranks of one node, of `gpus` in all."""
         per_node = min(self.job.hardware.gpus_per_node, gpus)
         return {
             kind: Quantity(
@@ -159,7 +158,7 @@ class Bill:
         }
 
     def _host_problem(self, parts: Section, gpus: int) -> str | None:
-        """Of a node with these parts, of `gpus` in all."""
+        """Return the problem of a node with these parts, of `gpus` in all, or None."""
         needed = sum(part.value for part in parts.values())
         hardware = self.job.hardware
         memory = hardware.host_memory * min(hardware.gpus_per_node, gpus)
@@ -179,9 +178,9 @@ class Bill:
         )
 
     def _less_landing(self) -> str:
-        """What leaves an engine rank fewer bytes to land, at once or at all."""
+        """Return the remedy that makes an engine rank's receive buffer smaller."""
         more = "give each engine more GPUs"
-        if sends_differences(self.job):  # which need all of the push before
+        if sends_differences(self.job):  # differences need all of the previous push
             return more
         return f"set push.memory_gib below {landing_bytes(self.job) / GIB:.3g}, or {more}"
 
@@ -205,10 +204,10 @@ class Bill:
         )
 
     def _more_room(self) -> str:
-        """What leaves an engine GPU more memory for its cache."""
+        """Return the remedies that leave an engine GPU more memory for its cache."""
         rollout = self.job.config.rollout
         fewer = ", fewer engines" if rollout.engines > 1 else ""
-        # Copies of a dense model are whole: only tensor parallelism makes them smaller.
+        # Data-parallel copies of a dense model are whole: only tensor parallelism shrinks them.
         larger = "data" if self.job.has_experts else "tensor"
         size = getattr(rollout, larger)
         ways = [f"raise rollout.{larger}={size} (more GPUs for an engine{fewer})"]

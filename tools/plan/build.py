@@ -1,9 +1,9 @@
-"""Build the real ranks of a layout on torch's meta device, and hold the plan against them.
+"""Builds the real ranks of a layout on torch's meta device, and compares the plan with them.
 
-A process group that only knows its size stands for the cluster (torch's "fake" backend): Megatron
-lays out its groups and builds the model as it would there, without a byte of weights. Ranks of one
-pipeline stage have the same parameters by name and shape; one of each stage is built, and every
-rank of the job is then compared with the weight table's entry for its place.
+torch's "fake" process group replaces the cluster: Megatron lays out its groups and builds the model
+as it would there, without memory for weights. Ranks of one pipeline stage have the same parameters
+by name and shape; one rank of each stage is built, and every rank of the job is then compared with
+the weight table's entry for its coordinates.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from tools.plan.parameters import ModelCounts, RankCounts
 
 
 @dataclass(frozen=True)
-class Place:
-    """A rank's coordinates, as Megatron gives them. first_*: whether it is the first of the ranks
-    with the same dense or expert parameters."""
+class RankCoordinates:
+    """A rank's coordinates in Megatron's groups. first_*: whether it is the first of the ranks with
+    the same dense or expert parameters."""
 
     pipeline: int
     tensor: int
@@ -35,10 +35,10 @@ class Place:
 
 
 def build_ranks(job: Job, pipeline_ranks: Iterable[int] | None = None) -> str:
-    """Build and compare the ranks of `pipeline_ranks` (default: all); what was done, as a sentence.
+    """Build and compare the ranks of `pipeline_ranks` (default: all); return a summary sentence.
 
-    Raises ValueError for the first parameter that differs, and where all ranks together do not hold
-    every value of the model once.
+    Raises ValueError for the first parameter that differs, and if all ranks together do not own
+    every value of the model exactly once.
     """
     platform.prepare()
     started = time.perf_counter()
@@ -63,8 +63,8 @@ def build_ranks(job: Job, pipeline_ranks: Iterable[int] | None = None) -> str:
 
 
 def _build_stage(job: Job, pipeline_rank: int) -> list[dict[str, tuple[int, ...]]]:
-    """Shapes by name of every chunk of the stage's first rank; checked against the weight table as
-    a run checks them."""
+    """Build the stage's first rank; return every chunk's shapes by name, checked against the weight
+    table as in a run."""
     import torch.distributed as dist
     from megatron.core import parallel_state
     from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -102,10 +102,9 @@ def _build_stage(job: Job, pipeline_rank: int) -> list[dict[str, tuple[int, ...]
 
 @contextlib.contextmanager
 def weightless() -> Iterator[None]:
-    """Within: tensors made without naming a device have a shape and no memory.
+    """Create tensors without an explicit device on the meta device, inside this context.
 
-    What torch.device("meta") does, but for the functions that platform.prepare() wrapped: torch
-    would look for the wrappers.
+    torch.device("meta") would miss the constructors that platform.prepare() has wrapped.
     """
     from torch.overrides import TorchFunctionMode
     from torch.utils._device import _device_constructors
@@ -134,32 +133,32 @@ def _compare_count(rank: int, built: list[dict], counts: RankCounts) -> None:
 
 
 def _compare_ranks(job: Job, built: dict[int, list[dict]]) -> tuple[int, int, int]:
-    """(ranks compared, different ones among them, values they own together)."""
+    """Return (ranks compared, distinct ranks, values that they own together)."""
     parallel = job.parallel
     entries: dict[tuple, tuple[int, int]] = {}
     ranks = owned = 0
-    for place in places(job):
-        if place.pipeline not in built:
+    for rank in rank_coordinates(job):
+        if rank.pipeline not in built:
             continue
         ranks += 1
-        key = (place.pipeline, place.tensor, place.expert, place.expert_tensor)
+        key = (rank.pipeline, rank.tensor, rank.expert, rank.expert_tensor)
         if key not in entries:
             at = {
-                "tp": (place.tensor, parallel.tensor),
-                "ep": (place.expert, parallel.expert),
-                "etp": (place.expert_tensor, parallel.expert_tensor),
+                "tp": (rank.tensor, parallel.tensor),
+                "ep": (rank.expert, parallel.expert),
+                "etp": (rank.expert_tensor, parallel.expert_tensor),
             }
-            entries[key] = _compare(job, place.pipeline, built[place.pipeline], at)
+            entries[key] = _compare(job, rank.pipeline, built[rank.pipeline], at)
         dense, expert = entries[key]
-        owned += dense * place.first_dense + expert * place.first_expert
+        owned += dense * rank.first_dense + expert * rank.first_expert
     return ranks, len(entries), owned
 
 
 def _compare(job: Job, pipeline_rank: int, built: list[dict], at: dict) -> tuple[int, int]:
-    """Values a rank owns: (dense, expert). ValueError where it differs from the built one."""
+    """Return the (dense, expert) values a rank owns; raise ValueError if `built` differs."""
     owned = defaultdict(int)
     for chunk, shapes in zip(job.stages[pipeline_rank], built, strict=True):
-        # The names are those of the layers that were built, which without a GPU are Megatron's.
+        # Without a GPU the layers, and so the names, are Megatron's own.
         shard: Shard = replace(chunk, **at, transformer_engine=platform.uses_transformer_engine())
         entries = layout(job.hf, shard)
         if different := {n: e.shape for n, e in entries.items()}.items() ^ shapes.items():
@@ -171,13 +170,13 @@ def _compare(job: Job, pipeline_rank: int, built: list[dict], at: dict) -> tuple
 
 
 def _held(entry: Entry) -> int:
-    """Values of Hugging Face tensors in it: padding is none."""
+    """Return the number of Hugging Face values in an entry, without padding."""
     across = [prod(entry.shape) // entry.shape[piece.dim] for piece in entry.pieces]
     return sum(n * piece.length for n, piece in zip(across, entry.pieces, strict=True))
 
 
-def places(job: Job) -> Iterator[Place]:
-    """Of every rank, in order, from the generators Megatron makes its groups with."""
+def rank_coordinates(job: Job) -> Iterator[RankCoordinates]:
+    """Yield every rank's coordinates, in order, from the generators of Megatron's groups."""
     from megatron.core.parallel_state import RankGenerator
 
     parallel, order = job.parallel, "tp-cp-ep-dp-pp"
@@ -195,7 +194,7 @@ def places(job: Job) -> Iterator[Place]:
     ]
     for rank in range(job.world_size):
         *at, dense_replica, expert_replica = (axis[rank] for axis in axes)
-        yield Place(*at, dense_replica == 0, expert_replica == 0)
+        yield RankCoordinates(*at, dense_replica == 0, expert_replica == 0)
 
 
 def _coordinates(groups: list[list[int]]) -> dict[int, int]:

@@ -1,8 +1,8 @@
 """Bytes each rank sends, by group, and the time that takes on its slowest link.
 
-Sent bytes of one rank: an all-gather or reduce-scatter of X bytes over n ranks moves X (n - 1) / n,
-an all-to-all the share that belongs elsewhere. Ranks are laid out as Megatron does: tensor,
-context, data, pipeline from the inside out; expert groups run over the first three.
+Bytes sent by one rank: an all-gather or reduce-scatter of X bytes over n ranks sends X (n - 1) / n,
+an all-to-all the share for other ranks. Ranks are laid out as in Megatron: tensor, context, data,
+pipeline from the inside out; expert groups span the first three.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class Group:
     formula: str
 
     def seconds(self, job: Job, num_bytes: float) -> float:
-        """At the assumed rate. A group wider than a node sends the part that leaves it through the
-        network, at the same time as the rest through NVLink."""
+        """Return the seconds for `num_bytes` at the assumed rates. A group wider than a node sends
+        the part that leaves it through the network, concurrently with the rest through NVLink."""
         hardware, efficiency = job.hardware, job.assumptions.link_efficiency
         inside = min(1.0, hardware.gpus_per_node / self.span)
         slowest = max(inside / hardware.nvlink, (1 - inside) / hardware.network)
@@ -42,20 +42,20 @@ class Group:
 
 
 def groups(job: Job, rank: int) -> dict[str, Group]:
-    """Every axis with more than one rank, on pipeline rank `rank`."""
+    """Return every axis with more than one rank, on pipeline rank `rank`."""
     dense, sparse = job.layers(rank)
-    made = {
+    axes = {
         "tensor": _tensor(job, dense + sparse),
         "context": _context(job, dense + sparse),
         "expert": _expert(job, sparse),
         "pipeline": _pipeline(job),
         "data": _data(job, RankCounts(job).of_rank(rank)),
     }
-    return {name: group for name, group in made.items() if group and group.size > 1}
+    return {name: group for name, group in axes.items() if group and group.size > 1}
 
 
 def _tokens(job: Job) -> tuple[float, float]:
-    """(whole, split) tokens of a mean micro-batch on a rank."""
+    """Return (whole, split) tokens of a mean micro-batch on a rank."""
     samples = job.outputs / job.minibatches / job.data
     tokens = samples * job.sample_tokens / job.num_microbatches / job.parallel.context
     return tokens, tokens / job.parallel.tensor if job.has_experts else tokens
@@ -159,7 +159,7 @@ def _data(job: Job, counts: Counts) -> Group:
 
 
 def communication_section(job: Job, rank: int) -> Section:
-    """Bytes one rank of pipeline rank `rank` sends in one optimizer step, by group."""
+    """Return the bytes that one rank of pipeline rank `rank` sends per optimizer step, by group."""
     return {
         f"{name} ({group.size} ranks)": Quantity(
             group.microbatch * job.num_microbatches + group.step,

@@ -18,19 +18,21 @@ from tools.plan.quantity import Quantity, Section
 
 
 def attention_flops(hf: dict, length: float) -> float:
-    """Forward, of one token and one layer, averaged over a causal sequence of `length` tokens."""
+    """Return forward FLOP of one token and layer, averaged over a causal sequence of `length`."""
     return 2 * hf["num_attention_heads"] * sum(head_sizes(hf)) * length / 2
 
 
 def forward_flops(hf: dict, length: float) -> float:
-    """Of one token through the main model."""
+    """Return forward FLOP of one token through the main model."""
     layers = hf["num_hidden_layers"]
     return 2 * ModelCounts(hf).multiplied + layers * attention_flops(hf, length)
 
 
 def decode_flops(hf: dict, length: float) -> float:
-    """Of one new token that attends to `length` cached ones; latent attention in its absorbed form
-    scores and sums the latents themselves."""
+    """Return FLOP of one new token that attends to `length` cached ones.
+
+    Latent attention, in its absorbed form, works on the latents themselves.
+    """
     if hf.get("kv_lora_rank"):
         sizes = 2 * hf["kv_lora_rank"] + hf["qk_rope_head_dim"]
     else:
@@ -40,7 +42,7 @@ def decode_flops(hf: dict, length: float) -> float:
 
 
 def layer_flops(job: Job, layer: int, length: float) -> float:
-    """Forward, of one token through one decoder layer."""
+    """Return forward FLOP of one token through one decoder layer."""
     experts = job.rules.num_experts
     multiplied = 0.0
     for rule in job.rules.layers[layer]:
@@ -50,16 +52,16 @@ def layer_flops(job: Job, layer: int, length: float) -> float:
 
 
 def head_flops(hf: dict) -> float:
-    """Forward, of one token through the LM or score head."""
+    """Return forward FLOP of one token through the LM or score head."""
     return 2 * prod(table(hf).head[0].sources[0].shape)
 
 
 def flops_section(job: Job) -> Section:
     section = _training_flops(job) if job.trains else {}
     if job.critic:
-        theirs = _training_flops(job.critic)
-        section["critic's optimizer step"] = theirs["optimizer step"]
-        section["values of a rollout"] = theirs["scoring a rollout"]
+        critic = _training_flops(job.critic)
+        section["critic's optimizer step"] = critic["optimizer step"]
+        section["values of a rollout"] = critic["scoring a rollout"]
     return section | (_rollout_flops(job) if job.generates else {})
 
 

@@ -1,8 +1,8 @@
-"""What the GPUs of a plan can do, and how much of it a run is assumed to reach.
+"""Rates and sizes of GPUs, and the assumed efficiencies of a run.
 
-Peaks are the manufacturer's (dense, without sparsity), one direction of a link. H800: an H100 whose
-NVLink is cut to 400 GB/s, both directions together (DeepSeek-V3 report, arXiv 2412.19437, section
-3.1); its nodes have one 400 Gb/s InfiniBand adapter per GPU, as the others are assumed to.
+Peaks are the manufacturer's (dense, without sparsity), one direction of a link. H800: an H100 with
+NVLink reduced to 400 GB/s, both directions together (DeepSeek-V3 report, arXiv 2412.19437, section
+3.1); its nodes have one 400 Gb/s InfiniBand adapter per GPU, which is assumed of the others too.
 """
 
 from __future__ import annotations
@@ -41,24 +41,24 @@ HARDWARE = {
 
 @dataclass(frozen=True)
 class Assumptions:
-    """What no table says. Each is one number of the estimate, to be replaced by a measurement."""
+    """Numbers of the estimate that no table gives; replace them by measurements."""
 
     compute_efficiency: float = 0.45
-    """Of the bf16 peak, while a stage computes, without bubbles and communication. DeepSeek-V3 had
-    38.9% (causal) of its bf16 peak over whole steps in FP8 (arXiv 2505.09343, table 4)."""
+    """Share of the bf16 peak while a stage computes, without bubbles and communication. DeepSeek-V3
+    reached 38.9% (causal) of its bf16 peak over whole steps in FP8 (arXiv 2505.09343, table 4)."""
     bandwidth_efficiency: float = 0.6
-    """Of a GPU's memory bandwidth while an engine decodes."""
+    """Share of a GPU's memory bandwidth while an engine decodes."""
     link_efficiency: float = 0.75
-    """Of NVLink's and the network's rate, in a collective."""
+    """Share of NVLink's and the network's rate in a collective."""
     decode_latency_per_layer: float = 150e-6
-    """Seconds a decoding step cannot fall below in each layer: two all-to-alls and small kernels,
-    whatever the batch."""
+    """Least seconds of a decoding step in each layer: two all-to-alls and small kernels, for any
+    batch size."""
     reserved: float = 6 * GIB
-    """Bytes a GPU has not got for a run: CUDA context, NCCL's buffers, fragmentation."""
+    """Bytes that a run cannot use: CUDA context, NCCL's buffers, fragmentation."""
     expert_imbalance: float = 1.2
-    """Tokens of the fullest rank of an expert-parallel group over the mean."""
+    """Ratio of the fullest rank's tokens to the mean in an expert-parallel group."""
     prompt_tokens: int = 512
-    """Of a prompt, at most, and on average."""
+    """Mean and longest length of a prompt."""
 
     def __post_init__(self):
         for name in ("compute_efficiency", "bandwidth_efficiency", "link_efficiency"):

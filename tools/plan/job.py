@@ -1,4 +1,4 @@
-"""What is planned: a model, a recipe's settings, a layout, hardware. Everything else follows."""
+"""The job to plan: a model, a recipe's settings, a layout and hardware."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from megatron_r1.config.algorithms import rules_of
 from megatron_r1.config.other_models import RewardModelConfig
 from megatron_r1.config.training import SFTConfig
 from megatron_r1.engine.recipe import check_engines
+from megatron_r1.errors import UserError
 from megatron_r1.models.hf_config import architecture, read_hf_config
 from megatron_r1.reporting.wording import counted
 from megatron_r1.weights.layout import Shard, stage_shards, table
@@ -20,13 +21,13 @@ from tools.plan.hardware import Assumptions, Hardware
 
 BYTES = {"float32": 4, "bfloat16": 2}
 UNKNOWN_QUESTIONS = 10_000
-"""Of a run of sample whose recipe does not say in data.num_train how many there are."""
+"""Assumed number of a `sample` run without data.num_train."""
 
 Verb = Literal["rl", "sft", "reward-model", "sample"]
 
 
 def verb_of(config: Config) -> Verb:
-    """What a recipe is for, by what it sets."""
+    """Return the verb that a recipe is for, from the sections that it sets."""
     if config.model.head == "score" or config.reward_model != RewardModelConfig():
         return "reward-model"
     if config.sft != SFTConfig():
@@ -35,17 +36,17 @@ def verb_of(config: Config) -> Verb:
 
 
 def text_limit(config: Config, hf: dict) -> int:
-    """Tokens of the longest text that a reward model learns from."""
+    """Return the most tokens of a reward model's training text."""
     return config.reward_model.max_tokens or hf["max_position_embeddings"]
 
 
 @dataclass(frozen=True)
 class Job:
-    """One run on `world_size` trainer ranks, a GPU each.
+    """One run on `world_size` trainer ranks, one GPU each.
 
-    rollout_gpus: GPUs the engines have to themselves; 0: the trainer's, in turn. response_tokens:
-    mean length of a response, of an example without its prompt. verb: only rl and sample have
-    engines, and sample has no trainer.
+    rollout_gpus: the engines' own GPUs; 0: they take turns on the trainer's. response_tokens: mean
+    length of a response, or of an example without its prompt. verb: rl and sample have engines,
+    all but sample have a trainer.
     """
 
     hf: dict
@@ -57,19 +58,19 @@ class Job:
     response_tokens: int = 8192
     verb: Verb = "rl"
     shared: dict = field(default_factory=dict, repr=False, compare=False)
-    """What does not change between the layouts of one job and takes a while to count."""
+    """Cache of counts that are slow to compute and equal for all layouts of one job."""
 
     @property
     def parallel(self) -> ParallelConfig:
         return self.config.parallel
 
     def with_parallel(self, **changes) -> Job:
-        """The same job in another layout."""
+        """Return the same job in another layout."""
         parallel = self.parallel.model_copy(update=changes)
         return replace(self, config=self.config.model_copy(update={"parallel": parallel}))
 
     def on(self, world_size: int) -> Job:
-        """The same job on as many GPUs, which engines of several GPUs make up as before."""
+        """Return the same job on `world_size` GPUs; the number of multi-GPU engines is adapted."""
         rollout = self.config.rollout
         ranks = rollout.tensor * rollout.data
         if self.rollout_gpus or ranks == 1:
@@ -86,20 +87,20 @@ class Job:
 
     @property
     def sparse(self) -> list[bool]:
-        """Of each decoder layer: whether it has routed experts."""
+        """For each decoder layer, whether it has routed experts."""
         if "sparse" not in self.shared:
             kinds = {id(layer): any(r.expert for r in layer) for layer in self.rules.layers}
             self.shared["sparse"] = [kinds[id(layer)] for layer in self.rules.layers]
         return self.shared["sparse"]
 
     def layers(self, pipeline_rank: int) -> tuple[int, int]:
-        """(dense, sparse) decoder layers of all chunks of a pipeline rank."""
+        """Return the numbers of (dense, sparse) decoder layers on a pipeline rank."""
         held = [self.sparse[n] for chunk in self.stages[pipeline_rank] for n in chunk.layers]
         return len(held) - sum(held), sum(held)
 
     @cached_property
     def stages(self) -> list[list[Shard]]:
-        """[pipeline rank][virtual stage]; ValueError for a layout that cannot be."""
+        """[pipeline rank][virtual stage]; raises ValueError for an impossible layout."""
         return stage_shards(
             self.hf,
             self.parallel.pipeline,
@@ -110,7 +111,7 @@ class Job:
 
     @property
     def virtual(self) -> int:
-        """Model chunks of a pipeline rank."""
+        """Number of model chunks of a pipeline rank."""
         return len(self.stages[0])
 
     @property
@@ -119,18 +120,18 @@ class Job:
 
     @property
     def data(self) -> int:
-        """Data-parallel size: ranks that see different samples."""
+        """Data-parallel size: the number of ranks with different samples."""
         parallel = self.parallel
         return self.world_size // (parallel.tensor * parallel.pipeline * parallel.context)
 
     @property
     def dense_replicas(self) -> int:
-        """Ranks that hold the same attention weights, and share their optimizer state."""
+        """Number of ranks with the same attention weights, which share their optimizer state."""
         return self.world_size // (self.parallel.tensor * self.parallel.pipeline)
 
     @property
     def expert_replicas(self) -> int:
-        """Ranks that hold the same experts, and share their optimizer state."""
+        """Number of ranks with the same experts, which share their optimizer state."""
         parallel = self.parallel
         return self.world_size // (parallel.expert_tensor * parallel.expert * parallel.pipeline)
 
@@ -148,7 +149,7 @@ class Job:
 
     @property
     def parameter_bytes(self) -> int:
-        """Of one of the trainer's parameters."""
+        """Bytes of one of the trainer's parameters."""
         return BYTES[self.config.model.dtype]
 
     @property
@@ -169,8 +170,8 @@ class Job:
 
     @cached_property
     def critic(self) -> Job | None:
-        """PPO's second model on the same ranks, as a job that scores and trains what this one
-        samples; None for an algorithm without one."""
+        """PPO's critic on the same ranks, as a job that scores and trains on this one's samples;
+        None for algorithms without a critic."""
         if self.verb != "rl" or self.is_critic or not rules_of(self.config.rl.algorithm).critic:
             return None
         config = self.config.of_critic()
@@ -179,8 +180,7 @@ class Job:
 
     @property
     def outputs(self) -> int:
-        """Samples of one rollout; of one batch, where examples are learned; of a whole run of
-        sample."""
+        """Samples of one rollout (rl), of one batch (sft, reward-model), or of the run (sample)."""
         config = self.config
         if self.verb == "sft":
             return config.sft.batch_size
@@ -193,19 +193,19 @@ class Job:
 
     @property
     def num_steps(self) -> int | None:
-        """Of the whole run; None where the data decides (sft.epochs, reward_model.epochs)."""
+        """Steps of the run; None if epochs of the data decide (sft.epochs, reward_model.epochs)."""
         of_verb = {"sft": self.config.sft, "reward-model": self.config.reward_model}
         by_data = self.verb in of_verb and of_verb[self.verb].epochs is not None
         return None if by_data else self.config.run.steps
 
     @property
     def minibatches(self) -> int:
-        """Optimizer steps on these samples."""
+        """Optimizer steps on one rollout or batch."""
         return self.config.rl.minibatches if self.verb == "rl" else 1
 
     @property
     def sample_tokens(self) -> int:
-        """Mean length of a sample, prompt and response."""
+        """Mean length of a sample: prompt and response."""
         return self.assumptions.prompt_tokens + self.response_tokens
 
     @property
@@ -220,31 +220,31 @@ class Job:
 
     @property
     def microbatch_tokens(self) -> int:
-        """Of the largest micro-batch: a sample longer than the limit has one of its own."""
+        """Tokens of the largest micro-batch: a sample longer than the limit has one of its own."""
         return max(self.parallel.tokens_per_microbatch, self.longest_sample)
 
     @property
     def num_microbatches(self) -> int:
-        """Of one optimizer step, on each data-parallel rank."""
+        """Micro-batches of one optimizer step on each data-parallel rank."""
         tokens = self.outputs / self.minibatches * self.sample_tokens
         limit = max(self.parallel.tokens_per_microbatch, self.sample_tokens)
         return max(1, -(-int(tokens) // (self.data * limit)))
 
     @property
     def slots(self) -> int:
-        """Places for micro-batches in the schedule: virtual stages work in rounds of one for each
-        pipeline rank, the last filled up with empty ones."""
+        """Micro-batch slots of the schedule: virtual stages work in rounds of one micro-batch per
+        pipeline rank, and the last round is filled with empty ones."""
         if self.virtual == 1:
             return self.num_microbatches
         return -(-self.num_microbatches // self.parallel.pipeline) * self.parallel.pipeline
 
     @property
     def engine_gpus(self) -> int:
-        """GPUs of one engine."""
+        """Number of GPUs of one engine."""
         return max(1, (self.rollout_gpus or self.world_size) // self.config.rollout.engines)
 
     def check_trainer(self) -> None:
-        """Raise ValueError for sizes of `parallel` that do not divide, by name."""
+        """Raise ValueError, by name, for sizes of `parallel` that do not divide the model."""
         self.parallel.check_sizes(self.world_size)
         sizes = {
             "tensor_parallel": self.parallel.tensor,
@@ -256,17 +256,17 @@ class Job:
         for name, size, setting in model.divisions(self.hf, True):
             if size % sizes[setting]:
                 key = f"parallel.{setting.removesuffix('_parallel')}"
-                raise ValueError(
+                raise UserError(
                     f"{key}={sizes[setting]} does not divide {name}={size}; "
                     f"choose a divisor of {size}"
                 )
         if not self.has_experts and self.parallel.expert * self.parallel.expert_tensor > 1:
-            raise ValueError(
+            raise UserError(
                 f"parallel.expert={self.parallel.expert}: the model has no experts; use 1"
             )
         per_step = self.outputs // self.minibatches
         if per_step < self.data:
-            raise ValueError(
+            raise UserError(
                 f"{counted(per_step, 'sample')} of an optimizer step cannot be spread over "
                 f"{self.data:,} data-parallel ranks; {self._more_samples()}, raise "
                 "parallel.context, .tensor or .pipeline, or use at most "
@@ -275,36 +275,36 @@ class Job:
         assert self.stages, "building them checks the layout"
 
     def _more_samples(self) -> str:
-        """What gives an optimizer step more of them."""
+        """Return the remedy that gives an optimizer step more samples."""
         if self.verb == "rl" and self.minibatches > 1:
             return f"lower rl.minibatches={self.minibatches}"
         keys = {"sft": "sft.batch_size", "reward-model": "reward_model.batch_size"}
         return f"raise {keys.get(self.verb, 'rl.questions_per_rollout')}"
 
     def check_engines(self) -> None:
-        """Raise ValueError for engines that cannot be, or not on these GPUs, and say how many."""
+        """Raise ValueError for engines that are impossible, or impossible on these GPUs."""
         rollout, gpus = self.config.rollout, self.rollout_gpus or self.world_size
         check_engines(self.config, self.hf)
         if rollout.pipeline > 1:
-            raise ValueError(
+            raise UserError(
                 f"rollout.pipeline={rollout.pipeline}: engines with stages are not planned for; "
                 "use 1"
             )
         ranks = rollout.tensor * rollout.data
         if ranks == 1 and gpus % rollout.engines:
-            raise ValueError(
+            raise UserError(
                 f"rollout.engines={rollout.engines} does not divide {gpus:,} GPUs; choose "
                 f"{_or(_nearest_divisors(rollout.engines, gpus))}"
             )
         if ranks > 1 and ranks * rollout.engines != gpus:
-            raise ValueError(
+            raise UserError(
                 f"rollout.engines={rollout.engines} of {ranks} GPUs (rollout.tensor="
                 f"{rollout.tensor} x rollout.data={rollout.data}) are {ranks * rollout.engines:,} "
                 f"GPUs, not {gpus:,}; {self._engines_that_match(ranks, gpus)}"
             )
 
     def _engines_that_match(self, ranks: int, gpus: int) -> str:
-        """The remedy where engines of `ranks` GPUs do not make up `gpus`."""
+        """Return the remedy if engines of `ranks` GPUs do not add up to `gpus`."""
         if gpus % ranks == 0:
             return f"set --rollout.engines {gpus // ranks}"
         option = "--rollout-gpus" if self.rollout_gpus else "--gpus"
@@ -314,10 +314,10 @@ class Job:
         return f"{_or(sizes)} would match{'' if below else ', or lower rollout.data or .tensor'}"
 
 
-def _nearest_divisors(wanted: int, of: int) -> list[int]:
-    """The largest below `wanted` and the smallest above, where there are any."""
-    below = [n for n in range(1, min(wanted, of + 1)) if of % n == 0]
-    above = [n for n in range(wanted + 1, of + 1) if of % n == 0]
+def _nearest_divisors(target: int, of: int) -> list[int]:
+    """Return the largest divisor below `target` and the smallest above, if there are any."""
+    below = [n for n in range(1, min(target, of + 1)) if of % n == 0]
+    above = [n for n in range(target + 1, of + 1) if of % n == 0]
     return [*below[-1:], *above[:1]]
 
 

@@ -1,4 +1,4 @@
-"""Memory of every pipeline rank, by kind: while it trains, and while it scores the reference."""
+"""Memory of every pipeline rank, by kind, while it trains and while it scores the reference."""
 
 from __future__ import annotations
 
@@ -7,21 +7,24 @@ from dataclasses import dataclass, replace
 
 from tools.plan.activations import Layer, in_flight, layer_activations
 from tools.plan.job import BYTES, Job
-from tools.plan.loss_head import head_bytes
 from tools.plan.parameters import Counts, RankCounts
 from tools.plan.push import landing_bytes
 from tools.plan.quantity import Quantity, Section
 
+# Of r1_kernels.linear_head; not imported, as that would import torch.
+GPU_CHUNK_TOKENS = 4096
+GPU_CHUNK_ELEMENTS = 1 << 27
+
 
 def adam_bytes(job: Job) -> int:
-    """Of one parameter's optimizer state: two moments and, for a bf16 one, an fp32 master copy."""
+    """Return optimizer bytes per parameter: two moments, and an fp32 copy of a bf16 one."""
     master = 4 if job.parameter_bytes == 2 else 0
     return master + 2 * BYTES[job.config.optimizer.moments]
 
 
 @dataclass(frozen=True)
 class RankMemory:
-    """One pipeline rank's bytes on its GPU, by kind, and on its host."""
+    """Bytes of one pipeline rank on its GPU and on its host, by kind."""
 
     rank: int
     counts: Counts
@@ -31,7 +34,7 @@ class RankMemory:
 
     @property
     def persistent(self) -> int:
-        """Parameters, gradients, optimizer state: there from the first step to the last."""
+        """Bytes of parameters, gradients and optimizer state, which stay during the whole run."""
         return sum(self.training.get(kind, 0) for kind in (*PERSISTENT, CRITIC))
 
     @property
@@ -41,25 +44,28 @@ class RankMemory:
 
 PERSISTENT = ("parameters", "gradients", "optimizer")
 CRITIC = "critic"
-"""The same three of PPO's critic, which lie beside the policy's."""
+"""The same three of PPO's critic, in addition to the policy's."""
 LANDING = "landing memory"
-"""Of the engine rank on the same GPU, which does not give it back while it sleeps."""
+"""The receive buffer of the engine rank on the same GPU, which it keeps while it sleeps."""
 
 
 def rank_memory(job: Job) -> list[RankMemory]:
-    """Of each pipeline rank; ranks that differ along other axes only need the same."""
+    """Return the memory of each pipeline rank; ranks that differ in other axes only are equal."""
     counts = RankCounts(job)
     layers = {sparse: layer_activations(job, sparse) for sparse in (False, job.has_experts)}
-    made = [_of_rank(job, counts, layers, rank) for rank in range(job.parallel.pipeline)]
+    ranks = [_of_rank(job, counts, layers, rank) for rank in range(job.parallel.pipeline)]
     if job.critic:
         critics = RankCounts(job.critic)
-        made = [_with_critic(job.critic, memory, critics.of_rank(memory.rank)) for memory in made]
-    return made
+        ranks = [_with_critic(job.critic, rank, critics.of_rank(rank.rank)) for rank in ranks]
+    return ranks
 
 
 def persistent_bytes(job: Job, counts: Counts) -> dict[str, int]:
-    """Parameters and gradients lie in DDP's buffers, which pad each parameter to 64 values and the
-    whole to a multiple of 128 and of its replicas; optimizer state is shared out among those."""
+    """Return bytes of parameters, gradients and optimizer state on a rank.
+
+    DDP's buffers pad each parameter to 64 values and the whole to a multiple of 128 and of the
+    number of replicas; the optimizer state is sharded over the replicas.
+    """
     value = job.parameter_bytes
     dense = _padded(counts.dense_padded, job.dense_replicas)
     expert = _padded(counts.expert_padded, job.expert_replicas)
@@ -76,7 +82,7 @@ def _of_rank(job: Job, ranks: RankCounts, layers: dict[bool, Layer], rank: int) 
     parallel, counts = job.parallel, ranks.of_rank(rank)
     persistent = persistent_bytes(job, counts)
     kept, working = _activations(job, rank, layers)
-    # Without a graph nothing is kept: one layer's tensors, at most.
+    # Without a graph nothing is kept: one layer's tensors at most.
     forward_only = max(x.everything + x.dispatch for x in _held(job, rank, layers))
     last = any(chunk.head for chunk in job.stages[rank])
     head = head_bytes(job)[0] if last else 0
@@ -115,8 +121,8 @@ def _of_rank(job: Job, ranks: RankCounts, layers: dict[bool, Layer], rank: int) 
 
 
 def _with_critic(critic: Job, memory: RankMemory, counts: Counts) -> RankMemory:
-    """With the other model's persistent state. The two compute in turn, and a score head needs less
-    than a language head, so the rest stays as it is."""
+    """Add the critic's persistent state. The two models compute in turn, and a score head needs
+    less than a language head, so the other kinds are unchanged."""
     persistent = persistent_bytes(critic, counts)
     on_host = round(persistent["optimizer"] * critic.parallel.optimizer_offload)
     num_bytes = sum(persistent.values()) - on_host + _fp8_copies(critic, counts)
@@ -132,11 +138,11 @@ def _with_critic(critic: Job, memory: RankMemory, counts: Counts) -> RankMemory:
 
 
 def _activations(job: Job, rank: int, layers: dict[bool, Layer]) -> tuple[int, int]:
-    """(kept for the micro-batches in flight, needed beside by the layer in work)."""
+    """Return (bytes kept for the micro-batches in flight, bytes the layer in work adds)."""
     parallel, stages = job.parallel, job.stages[rank]
     flights = microbatches_held(job, rank)
     kept_by = {sparse: layer.kept(parallel) for sparse, layer in layers.items()}
-    # A chunk's output stays when it has been sent on (deallocate_pipeline_outputs is off).
+    # A chunk's output stays after it was sent (deallocate_pipeline_outputs is off).
     kept = sum(
         count * (layers[False].input + sum(kept_by[job.sparse[n]] for n in chunk.layers))
         for chunk, count in zip(stages, flights, strict=True)
@@ -145,20 +151,52 @@ def _activations(job: Job, rank: int, layers: dict[bool, Layer]) -> tuple[int, i
 
 
 def microbatches_held(job: Job, rank: int) -> list[int]:
-    """Whose activations each chunk of a pipeline rank holds at the peak; empty ones have none."""
+    """Return `in_flight` of a pipeline rank, without the empty micro-batches."""
     held = in_flight(rank, job.parallel.pipeline, job.virtual, job.slots)
     return [min(count, job.num_microbatches) for count in held]
 
 
 def _held(job: Job, rank: int, layers: dict[bool, Layer]) -> list[Layer]:
-    """One of each kind of layer on a pipeline rank."""
+    """Return one of each kind of layer on a pipeline rank."""
     held = [layers[sparse] for sparse, count in enumerate(job.layers(rank)) if count]
     return held or [Layer(0, 0, {}, 0)]
 
 
 def _fp8_copies(job: Job, counts: Counts) -> int:
-    """Quantized weights of the linear layers, as stored and transposed, one byte each."""
+    """Return bytes of the linear layers' fp8 weights: plain and transposed, one byte each."""
     return 2 * counts.trained if job.fp8 else 0
+
+
+def head_bytes(job: Job) -> tuple[int, str]:
+    """Return (bytes, formula) of the fused loss head (docs/kernels.md) on a last-stage rank.
+
+    For its largest micro-batch: one chunk of fp32 logits and one of their gradient; the hidden
+    states and their gradient, whole along the sequence; the weight's gradient in fp32 while it is
+    summed over chunks, and in the parameter's dtype for the optimizer.
+    """
+    outputs, hidden = job.rules.head[0].sources[0].shape
+    if outputs == 1:
+        return _score_head_bytes(job, hidden)
+    columns = -(-outputs // job.parallel.tensor)
+    tokens = job.microbatch_tokens // job.parallel.context
+    rows = min(tokens, max(GPU_CHUNK_TOKENS, GPU_CHUNK_ELEMENTS // columns))
+    value = job.parameter_bytes
+    num_bytes = rows * columns * (4 + value) + tokens * hidden * 2 * value
+    num_bytes += columns * hidden * (4 + value)
+    formula = (
+        f"{rows} x {columns} logits x {4 + value} B + {tokens} x {hidden} states x {2 * value} B + "
+        f"{columns} x {hidden} weight gradient x {4 + value} B"
+    )
+    return num_bytes, formula
+
+
+def _score_head_bytes(job: Job, hidden: int) -> tuple[int, str]:
+    """Return (bytes, formula) of a score head: states in fp32 for the product and its gradient."""
+    tokens = job.microbatch_tokens // job.parallel.context
+    if job.has_experts:  # sequence parallelism
+        tokens //= job.parallel.tensor
+    formula = f"{tokens} x {hidden} states x (4 + 4) B"
+    return tokens * hidden * 8, formula
 
 
 def _padded(count: int, replicas: int) -> int:
@@ -167,7 +205,7 @@ def _padded(count: int, replicas: int) -> int:
 
 
 def memory_section(job: Job, rank: RankMemory) -> Section:
-    """The kinds of one pipeline rank, each with its formula."""
+    """Return the kinds of one pipeline rank's memory, each with its formula."""
     parallel, value = job.parallel, job.parameter_bytes
     c = rank.counts
     dense, expert = f"{c.dense:,} dense", f"{c.expert:,} expert"

@@ -1,5 +1,4 @@
-"""Parameters: of the whole model, of one token's path, of every pipeline rank; from the weight
-table."""
+"""Parameter counts from the weight table: total, active per token, and per pipeline rank."""
 
 from __future__ import annotations
 
@@ -18,10 +17,10 @@ from tools.plan.quantity import Quantity, Section
 class Counts:
     """Numbers of values on a rank.
 
-    dense, expert: trained parameters, by who shares their gradients; frozen: carried unchanged;
-    dense_padded, expert_padded: with every parameter at a multiple of 64, as they lie in Megatron's
-    gradient buffers (param_and_grad_buffer.py, _pad_start_of_param_if_needed); buffers: fp32 values
-    that are no parameters.
+    dense, expert: trained parameters, by the group that reduces their gradients; frozen: not
+    trained; dense_padded, expert_padded: with every parameter padded to a multiple of 64, as in
+    Megatron's gradient buffers (param_and_grad_buffer.py, _pad_start_of_param_if_needed); buffers:
+    fp32 values that are not parameters.
     """
 
     dense: int = 0
@@ -51,7 +50,7 @@ class Counts:
 
 
 class RankCounts:
-    """Counts of any model chunk of a job, each kind of layer counted once."""
+    """Counts of the model chunks of a job; each kind of layer is counted once and cached."""
 
     def __init__(self, job: Job):
         self.job = job
@@ -67,7 +66,7 @@ class RankCounts:
         self._known: dict = job.shared.setdefault(("counts", *sizes), {})
 
     def of_rank(self, pipeline_rank: int) -> Counts:
-        """All model chunks of one pipeline rank."""
+        """Return the counts of all model chunks of one pipeline rank."""
         return sum(map(self.of_chunk, self.job.stages[pipeline_rank]), Counts())
 
     def of_chunk(self, chunk: Shard) -> Counts:
@@ -82,7 +81,7 @@ class RankCounts:
         return self._known[key]
 
     def of_layer(self, layer: int) -> Counts:
-        """One decoder layer."""
+        """Return the counts of one decoder layer."""
         return self._counted(self.job.sparse[layer], (layer,))
 
     def _counted(self, key, layers, embedding=False, final_norm=False, head=False, mtp=False):
@@ -114,12 +113,12 @@ class RankCounts:
 
 
 class ModelCounts:
-    """Of the whole model, whatever the layout. hf: its config.json."""
+    """Counts of the whole model, for any layout. hf: its config.json."""
 
     def __init__(self, hf: dict):
         rules = table(hf)
         experts, chosen = rules.num_experts, hf.get("num_experts_per_tok", 0)
-        # The layers of a kind are one list of the table.
+        # All layers of one kind share one list of the table.
         kinds = Counter(map(id, rules.layers))
         layers = {id(layer): layer for layer in rules.layers}
         expert = sum(times * _size(layers[kind], True) for kind, times in kinds.items())
@@ -128,24 +127,24 @@ class ModelCounts:
         if tied:
             ends -= _size(rules.embedding)
         self.shared = ends + sum(n * _size(layers[kind], False) for kind, n in kinds.items())
-        """All but the routed experts; without MTP layers."""
+        """Parameters outside routed experts and MTP layers."""
         self.routed = experts * expert
         self.total = self.shared + self.routed
         self.active = self.shared + chosen * expert
-        """Parameters one token meets: all but the experts it is not sent to."""
+        """Parameters on one token's path: all but the experts it is not routed to."""
         self.multiplied = self.active - (0 if tied else _size(rules.embedding))
-        """Those one token is multiplied with: of the embedding it reads a row."""
+        """Parameters one token is multiplied with: not the embedding, of which it reads a row."""
         self.mtp_own = sum(
             _size(layer, False) + experts * _size(layer, True) for layer in rules.mtp
         )
-        """Of the MTP layers, without their copies of embedding and head."""
+        """Parameters of the MTP layers, without their copies of embedding and head."""
         copies = _size(rules.embedding) + _size(rules.head)
         self.mtp = self.mtp_own + len(rules.mtp) * copies
-        """Of the MTP layers as the checkpoint has them."""
+        """Parameters of the MTP layers in the checkpoint, copies included."""
 
 
 def _size(rules: list[Rule], expert: bool = False) -> int:
-    """Values of the rules of one expert, or of all other rules."""
+    """Return the number of values of one expert's rules, or of all other rules."""
     return sum(
         prod(source.shape) for rule in rules if rule.expert == expert for source in rule.sources
     )

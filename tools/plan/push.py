@@ -1,4 +1,4 @@
-"""Bytes of one weight push, added up from the push's own plan (weight_sync/plan)."""
+"""Bytes of one weight push, summed over the push's own plan (weight_sync/plan)."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 from functools import lru_cache
 from typing import Literal
 
+from megatron_r1.errors import UserError
 from megatron_r1.reporting.wording import counted
 from megatron_r1.weight_sync.plan import EngineLayout, Planner, TrainerGrid
 from megatron_r1.weight_sync.plan.predicted_layout import PredictedLayout
@@ -17,12 +18,15 @@ from tools.plan.quantity import Quantity, Section
 
 
 def engine_layout(job: Job) -> EngineLayout:
-    """The recipe's, or where it does not say (all of rollout.tensor, .data and .pipeline are 1) as
-    vLLM serves such models: attention tensor-parallel as far as its heads and a node go and
-    data-parallel beyond, routed experts spread over all GPUs of an engine."""
-    recipes = layout_of(job.config)
-    if recipes.ranks_per_engine > 1:
-        return recipes
+    """Return the recipe's layout of an engine, or if it gives none, vLLM's usual one.
+
+    A recipe gives none if rollout.tensor, .data and .pipeline are 1. Attention is then
+    tensor-parallel as far as heads and node allow and data-parallel beyond, and routed experts are
+    spread over all GPUs of an engine.
+    """
+    given = layout_of(job.config)
+    if given.ranks_per_engine > 1:
+        return given
     largest = min(job.engine_gpus, job.hardware.gpus_per_node)
     tensor = max(size for size in range(1, largest + 1) if _shares(job, size))
     return EngineLayout(
@@ -34,7 +38,7 @@ def engine_layout(job: Job) -> EngineLayout:
 
 
 def _shares(job: Job, tensor: int) -> bool:
-    """Whether so many GPUs can share the attention of an engine's model, and make up the engine."""
+    """Return whether `tensor` GPUs can share the attention, and divide the engine's GPUs."""
     heads = job.hf["num_attention_heads"]
     groups = heads if job.latent_attention else job.hf.get("num_key_value_heads") or heads
     whole = groups % tensor == 0 or tensor % groups == 0
@@ -42,11 +46,11 @@ def _shares(job: Job, tensor: int) -> bool:
 
 
 def check_engines(job: Job) -> None:
-    """Raise ValueError for engines that cannot be on these GPUs, or cannot share the model."""
+    """Raise UserError for engines that are impossible on these GPUs or for this model."""
     job.check_engines()
     needed, push = engine_rank_bytes(job), job.config.push
     if sends_differences(job) and landing_bytes(job) < needed:
-        raise ValueError(
+        raise UserError(
             f"push.delta: push.memory_gib={push.memory_gib:g} brings {needed / GIB:.3g} GiB of "
             "weights in windows, and each overwrites what the next push would be the difference "
             "to; raise it until all fit, or set push.delta: false"
@@ -58,22 +62,22 @@ def pushes(job: Job) -> bool:
 
 
 def in_fp8(job: Job) -> bool:
-    """Whether engines are brought, and then hold, FP8 weights."""
+    """Return whether engines receive and hold FP8 weights."""
     return pushes(job) and job.config.push.fp8
 
 
 def sends_differences(job: Job) -> bool:
-    """Whether pushes between whole ones hold only what changed, for which both sides keep all."""
+    """Return whether pushes send differences, for which both sides keep a copy."""
     return pushes(job) and job.config.push.delta and job.config.push.full_every > 1
 
 
 def engine_rank_bytes(job: Job) -> int:
-    """Weights of the first GPU of an engine, than which no other has more, as they are pushed."""
+    """Return the pushed bytes of an engine's first GPU, which has the most."""
     return _rank_bytes(json.dumps(job.hf), engine_layout(job), _form(job), 1)[0]
 
 
 def _form(job: Job) -> str:
-    """Of the weights on their way and in the engines: a dtype, or "FP8"."""
+    """Return the form of pushed weights: a dtype, or "FP8"."""
     return "FP8" if in_fp8(job) else job.config.rollout.dtype
 
 
@@ -83,7 +87,7 @@ def _count(form: str) -> ByteCount:
 
 @lru_cache
 def _rank_bytes(hf: str, layout: EngineLayout, form: str, ranks: int) -> list[float]:
-    """What each of the first `ranks` of an engine needs."""
+    """Return the bytes that each of an engine's first `ranks` ranks needs."""
     needs, num_bytes = PredictedLayout(json.loads(hf), layout), _count(form)
     return [
         sum(
@@ -95,15 +99,17 @@ def _rank_bytes(hf: str, layout: EngineLayout, form: str, ranks: int) -> list[fl
 
 
 def _needed_bytes(job: Job) -> float:
-    """By all engines together, each element once per GPU that computes with it."""
+    """Return the bytes for all engines, each element once per GPU that computes with it."""
     layout = engine_layout(job)
     one_engine = _rank_bytes(json.dumps(job.hf), layout, _form(job), layout.ranks_per_engine)
     return layout.engines * sum(one_engine)
 
 
 def landing_bytes(job: Job, on: Literal["host", "GPU"] | None = None) -> int:
-    """Of an engine rank's memory for weights on their way, which it keeps between pushes; `on`: 0
-    where the transport's lies elsewhere."""
+    """Return bytes of an engine rank's receive buffer, which it keeps between pushes.
+
+    on: return 0 if the transport's buffer is not there.
+    """
     if not pushes(job) or on not in (None, landing_place(job)):
         return 0
     needed, limit = engine_rank_bytes(job), job.config.push.memory_gib
@@ -111,18 +117,20 @@ def landing_bytes(job: Job, on: Literal["host", "GPU"] | None = None) -> int:
 
 
 def landing_place(job: Job) -> Literal["host", "GPU"]:
-    """Also with NCCL the host: of the GPU it takes a bucket at a time."""
+    """Return where the receive buffer is; with NCCL the host, as the GPU holds one bucket."""
     return "GPU" if job.config.push.transport == "cuda_ipc" else "host"
 
 
 def sent_last_bytes(job: Job) -> int:
-    """What push.delta keeps on a trainer rank's host, averaged over the ranks: who sends how much
-    of it takes too long to count for every layout of a search."""
+    """Return the mean bytes that push.delta keeps on a trainer rank's host.
+
+    The exact bytes of each rank would take too long for every layout of a search.
+    """
     return round(_needed_bytes(job) / job.world_size)
 
 
 def push_link(job: Job) -> tuple[float, str]:
-    """(bytes/s into an engine GPU, over what)."""
+    """Return (bytes/s into an engine GPU, name of the link)."""
     hardware, transport = job.hardware, job.config.push.transport
     rate, name = hardware.network, "network adapter"
     if _is_one_node(job) and transport == "shm":
@@ -137,7 +145,7 @@ def _is_one_node(job: Job) -> bool:
 
 
 def push_section(job: Job) -> Section:
-    """What one push moves, how evenly, and what it keeps in memory."""
+    """Return the bytes that a push moves, their balance, and the memory that it keeps."""
     parallel, engines, form = job.parallel, engine_layout(job), _form(job)
     grid = TrainerGrid.of(parallel, job.world_size)
     moved = traffic(Planner(job.hf, grid, engines, job.stages), _count(form))

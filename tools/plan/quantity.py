@@ -1,4 +1,4 @@
-"""A number of the plan: its value, its unit, and the formula it comes from."""
+"""A number of the plan with its unit and formula."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ Section = dict[str, "Quantity"]
 
 @dataclass(frozen=True)
 class Quantity:
-    """unit: "B", "parameters", "tokens", "FLOP", "s", "hours", "share" (of 1), "x" (of
-    another number) or "" for a count; value None: there is none, and the formula says why."""
+    """unit: "B", "parameters", "tokens", "FLOP", "s", "hours", "share" (of 1), "x" (a ratio) or ""
+    for a count. value: None if there is none; the formula then gives the reason."""
 
     value: float | None
     unit: str
@@ -41,14 +41,14 @@ class Quantity:
 
 
 def _few_hours(hours: float) -> str:
-    """In the unit that leaves two digits."""
+    """Format hours in the unit that leaves two digits."""
     if hours >= 1:
         return f"{hours:.1f} hours"
     return f"{hours * 60:.0f} minutes" if hours >= 1 / 30 else f"{hours * 3600:.3g} s"
 
 
 def scaled(value: float, base: int, units: tuple[str, ...]) -> str:
-    """`value` with the largest of `units`, each `base` of the one before, that leaves it >= 1."""
+    """Format in the largest of `units`, each `base` times the one before, that leaves >= 1."""
     index = 0
     while abs(value) >= base and index < len(units) - 1:
         value, index = value / base, index + 1

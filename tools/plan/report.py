@@ -11,14 +11,14 @@ from megatron_r1.reporting.wording import counted
 from tools.plan.bill import Bill
 from tools.plan.job import Job
 from tools.plan.quantity import Quantity
-from tools.plan.search import Found
+from tools.plan.search import FittingLayout
 
 WIDTH = 110
 _NAME, _VALUE = 24, 14
 
 
 def as_text(bill: Bill) -> str:
-    """Every number, and beside it the formula it comes from."""
+    """Return every number with its formula beside it."""
     lines = [_title(bill)]
     for title, section in bill.sections().items():
         if not section:
@@ -33,9 +33,9 @@ def as_text(bill: Bill) -> str:
     return "\n".join(lines)
 
 
-def as_json(bill: Bill, problems: list[str], others: list[Found]) -> dict[str, Any]:
-    """The same, for programs: {section: {name: {value, unit, formula}}}, every pipeline rank's
-    memory in bytes, the assumptions, and what does not fit."""
+def as_json(bill: Bill, problems: list[str], others: list[FittingLayout]) -> dict[str, Any]:
+    """Return {section: {name: {value, unit, formula}}}, every pipeline rank's memory in bytes, the
+    assumptions, and what does not fit."""
     job = bill.job
     return {
         "verb": job.verb,
@@ -62,9 +62,11 @@ def as_json(bill: Bill, problems: list[str], others: list[Found]) -> dict[str, A
     }
 
 
-def layouts_text(job: Job, others: list[Found], title: str, other_sizes: Sequence[Job] = ()) -> str:
-    """A line per layout: what to change, and what it costs. other_sizes: the same layout on other
-    numbers of GPUs, named where there are no others."""
+def layouts_text(
+    job: Job, others: list[FittingLayout], title: str, other_sizes: Sequence[Job] = ()
+) -> str:
+    """Return a line per layout with its changes and costs. other_sizes: the same layout on other
+    numbers of GPUs, named if `others` is empty."""
     if not others:
         remedy = "use more GPUs, or GPUs with more memory"
         if other_sizes:
@@ -79,19 +81,18 @@ def layouts_text(job: Job, others: list[Found], title: str, other_sizes: Sequenc
 
 
 def sizes_text(job: Job, others: Sequence[Job]) -> str:
-    """What turns `job` into each of `others`, which are on other numbers of GPUs."""
+    """Return the options that change `job` into each of `others`, on other numbers of GPUs."""
     return " or ".join(_size_options(job, other) for other in others)
 
 
 def _size_options(job: Job, other: Job) -> str:
-    """What turns `job` into `other`, which is on another number of GPUs."""
     engines = other.config.rollout.engines
     changed = job.generates and engines != job.config.rollout.engines
     return f"--gpus {other.world_size}" + (f" --rollout.engines {engines}" if changed else "")
 
 
 def _value(value: Any) -> str:
-    """As a shell and then YAML read it."""
+    """Quote a value for the shell and YAML."""
     if isinstance(value, list):
         value = f"[{', '.join(value)}]"
     return "null" if value is None else shlex.quote(str(value))
@@ -125,7 +126,7 @@ def _title(bill: Bill) -> str:
 
 
 def _not_colocated(job: Job) -> str:
-    """The recipe does not say how many GPUs its engines' hosts have."""
+    """Return the hint for a recipe with separate engines but no --rollout-gpus."""
     rollout = job.config.rollout
     ranks = rollout.tensor * rollout.data
     gpus = str(rollout.engines * ranks)

@@ -1,10 +1,11 @@
-"""The engines: weights and KV cache on a GPU, seconds of a rollout."""
+"""The engines' weights and KV cache on a GPU, seconds of a rollout, bytes of its samples."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
 
+from megatron_r1.models.routing_shape import routing_shape
 from megatron_r1.reporting.wording import counted
 from tools.plan.flops import decode_flops, forward_flops
 from tools.plan.job import BYTES, Job
@@ -12,10 +13,16 @@ from tools.plan.parameters import ModelCounts
 from tools.plan.push import engine_layout, engine_rank_bytes, in_fp8, landing_bytes
 from tools.plan.quantity import Quantity, Section
 
+ID = LOGPROB = 4
+"""Bytes of a token's id and of its log-probability in training/wire.py."""
+
 
 def cache_bytes_per_token(hf: dict, value: int = 2) -> int:
-    """Of one token in all layers: with latent attention the latent and the rotary key, once for all
-    heads (70,272 B for DeepSeek-V3 in bf16, as published: arXiv 2505.09343, table 1)."""
+    """Return KV cache bytes of one token in all layers.
+
+    Latent attention caches the latent and the rotary key once for all heads (70,272 B for
+    DeepSeek-V3 in bf16, as published: arXiv 2505.09343, table 1).
+    """
     if hf.get("kv_lora_rank"):
         values = hf["kv_lora_rank"] + hf["qk_rope_head_dim"]
     else:
@@ -38,12 +45,12 @@ class Engines:
 
     @property
     def gpus(self) -> int:
-        """GPUs of all engines together."""
+        """Number of GPUs of all engines."""
         return self.job.rollout_gpus or self.job.world_size
 
     @property
     def tensor(self) -> int:
-        """GPUs that share the attention of one sequence."""
+        """Number of GPUs that share the attention of one sequence."""
         return engine_layout(self.job).tensor
 
     @cached_property
@@ -62,13 +69,13 @@ class Engines:
 
     @property
     def cache(self) -> int:
-        """Bytes left for KV cache on one GPU; negative where even the weights do not fit."""
+        """Bytes left for KV cache on one GPU; negative if even the weights do not fit."""
         taken = self.job.assumptions.reserved + self.resident + self.weights + self.landing
         return round(self.job.hardware.memory - taken)
 
     @property
     def token_bytes(self) -> float:
-        """Cache of a token on each GPU that attends to it: latents whole, heads shared out."""
+        """Cache bytes of a token on each GPU that attends to it: latents whole, heads shared."""
         whole = cache_bytes_per_token(self.job.hf, self.value)
         if self.job.latent_attention:
             return whole
@@ -76,28 +83,28 @@ class Engines:
 
     @property
     def sequences(self) -> float:
-        """Of a rollout, for each group of `tensor` GPUs."""
+        """Sequences of a rollout for each group of `tensor` GPUs."""
         return self.job.outputs * self.tensor / self.gpus
 
     @property
     def room(self) -> float:
-        """Sequences whose cache such a group holds; less than one is none."""
+        """Sequences whose cache such a group can hold; less than one counts as 0."""
         room = self.cache / (self.token_bytes * self._cached)
         return room if room >= 1 else 0.0
 
     @property
     def at_once(self) -> float:
-        """Sequences such a group decodes together: limited by cache and settings."""
+        """Sequences that such a group decodes together, limited by cache and settings."""
         return min(self.sequences, self.room, self.job.config.rollout.max_num_seqs)
 
     @property
     def _cached(self) -> float:
-        """Tokens in the cache of a sequence, averaged over its time."""
+        """Mean number of cached tokens of a sequence over its lifetime."""
         return self.job.assumptions.prompt_tokens + self.job.response_tokens / 2
 
     def step_seconds(self, sequences: float) -> float:
-        """One token for each of `sequences` in a group: its GPUs read weights and caches, or
-        compute, whichever is longer, and wait for each layer's exchanges."""
+        """Return seconds of one token for each of `sequences` in a group: the longer of reading
+        weights and caches, and computing; and the latency of each layer's exchanges."""
         job, hardware, assumed = self.job, self.job.hardware, self.job.assumptions
         read = self._weights_read(sequences) + sequences * self._cached * self.token_bytes
         flops = sequences * decode_flops(job.hf, self._cached) / self.tensor
@@ -110,7 +117,7 @@ class Engines:
         )
 
     def _weights_read(self, sequences: float) -> float:
-        """Experts nobody is sent to are not read."""
+        """Return weight bytes read in a step; experts without tokens are not read."""
         if not self.counts.routed:
             return self.weights
         experts, chosen = self.job.hf["n_routed_experts"], self.job.hf["num_experts_per_tok"]
@@ -120,13 +127,13 @@ class Engines:
         return self.weights - self.counts.routed / self.job.engine_gpus * value * idle
 
     def seconds(self) -> tuple[float | None, str]:
-        """(time of one rollout, formula); None where there is no room for a sequence's cache."""
+        """Return (seconds of one rollout, formula); None without room for a sequence's cache."""
         job, together = self.job, self.at_once
         if not self.room:
             return None, "no room for a sequence's cache"
         tokens = self.sequences * job.response_tokens
         throughput = tokens / together * self.step_seconds(together)
-        # The last sequence alone decides the end: its neighbours are done and experts idle.
+        # The longest sequence decides the end, alone: the others are done, their experts idle.
         alone = self.step_seconds(min(together, 1.0))
         longest = job.longest_response * alone
         prompt = job.assumptions.prompt_tokens
@@ -148,7 +155,7 @@ def _short(value: float) -> str:
 
 
 def rollout_section(engines: Engines) -> Section:
-    """Memory of one engine GPU."""
+    """Return the memory of one engine GPU."""
     job = engines.job
     per_token = cache_bytes_per_token(job.hf, engines.value)
     section = {
@@ -182,4 +189,27 @@ def rollout_section(engines: Engines) -> Section:
             f"{_short(engines.sequences)} of the rollout",
         ),
     }
+    return section
+
+
+def samples_section(job: Job) -> Section:
+    """Return bytes of a rollout's samples: token ids, log-probabilities, routing."""
+    prompt, response = job.assumptions.prompt_tokens, job.response_tokens
+    section = {
+        "ids, log-probabilities": Quantity(
+            job.outputs * ((prompt + response) * ID + response * LOGPROB),
+            "B",
+            f"{job.outputs:,} samples x ({prompt + response:,} ids x {ID} B + {response:,} "
+            f"log-probabilities x {LOGPROB} B)",
+        )
+    }
+    if job.has_experts:
+        shape = routing_shape(job.hf)
+        section["routed experts"] = Quantity(
+            job.outputs * (prompt + response) * shape.token_bytes,
+            "B",
+            f"with rl.routing_replay: {job.outputs:,} samples x {prompt + response:,} tokens x "
+            f"{counted(len(shape.moe_layers), 'layer')} x {shape.topk} experts x "
+            f"{shape.index_bytes} B",
+        )
     return section

@@ -1,4 +1,4 @@
-"""Other layouts of the same job: those that fit, nearest to the recipe's or fastest first."""
+"""Searches layouts of the same job that fit: nearest to the recipe's, or fastest, first."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from tools.plan.push import check_engines
 
 
 @dataclass(frozen=True)
-class Found:
-    """A layout that fits. changes: the keys of `parallel` that differ; seconds: of a step."""
+class FittingLayout:
+    """A layout that fits. changes: the keys of `parallel` that differ; distance: `_distance`;
+    peak: bytes of the fullest rank; seconds: of a step."""
 
     changes: dict
     distance: float
@@ -23,9 +24,9 @@ class Found:
     seconds: float
 
 
-def nearest(job: Job, count: int = 5) -> list[Found]:
-    """The layouts that fit, fewest and smallest changes first."""
-    found: list[Found] = []
+def nearest(job: Job, count: int = 5) -> list[FittingLayout]:
+    """Return layouts that fit, fewest and smallest changes first."""
+    found: list[FittingLayout] = []
     for distance, changes in sorted(_candidates(job), key=lambda pair: pair[0]):
         if fitting := _fitting(job, changes, distance):
             found.append(fitting)
@@ -34,15 +35,15 @@ def nearest(job: Job, count: int = 5) -> list[Found]:
     return sorted(found, key=attrgetter("distance", "seconds"))
 
 
-def fastest(job: Job, count: int = 10) -> list[Found]:
-    """The layouts that fit, shortest estimated step first."""
+def fastest(job: Job, count: int = 10) -> list[FittingLayout]:
+    """Return layouts that fit, shortest estimated step first."""
     found = [fitting for pair in _candidates(job) if (fitting := _fitting(job, *pair[::-1]))]
     return sorted(found, key=attrgetter("seconds"))[:count]
 
 
 def nearest_sizes(job: Job) -> list[Job]:
-    """The job in its own layout on fewer and on more GPUs: the nearest on which it fits, in steps
-    of a factor of two."""
+    """Return the job in its own layout on the nearest smaller and larger numbers of GPUs on which
+    it fits, in factors of two."""
     parallel = job.parallel
     replica = parallel.tensor * parallel.context * parallel.pipeline
     experts = parallel.expert_tensor * parallel.expert * parallel.pipeline
@@ -65,7 +66,7 @@ def _fits(job: Job) -> bool:
 
 
 def even_layout(num_layers: int, num_mtp: int, chunks: int) -> str | None:
-    """A pipeline layout that counts the head as one more layer; None where the default is even."""
+    """Return a pipeline layout that counts the head as one layer; None if the default is even."""
     if chunks == 1 or num_layers % chunks == 0:
         return None
     last = max(1, (num_layers + 1) // chunks - 1)
@@ -85,7 +86,7 @@ def _layers(count: int) -> str:
 
 
 def _candidates(job: Job) -> Iterator[tuple[float, dict]]:
-    """(distance, changes of parallel) of every layout worth a look."""
+    """Yield (distance, changes of parallel) of every candidate layout."""
     powers = [2**n for n in range(11)]
     experts = [n for n in powers if n <= max(1, job.rules.num_experts)]
     layers = job.hf["num_hidden_layers"]
@@ -114,14 +115,14 @@ def _candidates(job: Job) -> Iterator[tuple[float, dict]]:
 
 
 def _cheap_modules(job: Job) -> list[str]:
-    """Quick to compute again: no product but the latents' up-projection (DeepSeek-V3 report,
-    section 3.2.3)."""
+    """Return modules that are cheap to recompute: no matrix product but the latents' up-projection
+    (DeepSeek-V3 report, section 3.2.3)."""
     latent, experts = ["mla_up_proj"] * job.latent_attention, ["moe_act"] * job.has_experts
     return ["layernorm", *latent, *experts]
 
 
 def _distance(job: Job, changes: dict) -> float:
-    """Doublings and halvings of sizes; another way to recompute counts as one."""
+    """Return the number of doublings and halvings of sizes; a change of recompute counts as 1."""
     total = 0.0
     for key, value in changes.items():
         present = getattr(job.parallel, key)
@@ -132,7 +133,7 @@ def _distance(job: Job, changes: dict) -> float:
     return total
 
 
-def _fitting(job: Job, changes: dict, distance: float) -> Found | None:
+def _fitting(job: Job, changes: dict, distance: float) -> FittingLayout | None:
     changes = dict(changes)
     chunks = changes["pipeline"] * changes["virtual_pipeline"]
     same = all(getattr(job.parallel, k) == changes[k] for k in ("pipeline", "virtual_pipeline"))
@@ -150,4 +151,4 @@ def _fitting(job: Job, changes: dict, distance: float) -> Found | None:
     if bill.problems():
         return None
     differing = {k: v for k, v in changes.items() if getattr(job.parallel, k) != v}
-    return Found(differing, distance, bill.worst.peak, bill.step_seconds)
+    return FittingLayout(differing, distance, bill.worst.peak, bill.step_seconds)

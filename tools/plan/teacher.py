@@ -1,4 +1,4 @@
-"""The teacher of on-policy distillation: its engines' memory, and the time to score a rollout."""
+"""The teacher of on-policy distillation: its engines' memory and the time to score a rollout."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from tools.plan.parameters import ModelCounts
 from tools.plan.quantity import Quantity, Section
 
 LOGITS = 4
-"""Bytes of a logit. They and their log-softmax exist together."""
+"""Bytes of a logit; logits and their log-softmax exist at once."""
 
 
 def check_teacher(config: Config) -> None:
-    """Raise ValueError for a teacher that is not there, or that its ranks cannot share."""
+    """Raise UserError for a teacher that does not exist, or that its ranks cannot share."""
     file = Path(config.teacher.path) / "config.json"
     positions(file, "teacher.path")
     if not config.teacher.url:
@@ -27,7 +27,7 @@ def check_teacher(config: Config) -> None:
 
 
 def teacher_section(job: Job) -> Section:
-    """On GPUs of its own; of a model that can be counted, which a teacher need not be."""
+    """Return memory and scoring time on the teacher's own GPUs, if its model type is supported."""
     teacher = job.config.teacher
     try:
         hf = read_hf_config(teacher.path, key="teacher.path")

@@ -1,4 +1,4 @@
-"""Seconds of one step - rollout, scoring, optimizer steps, push - under the stated assumptions."""
+"""Seconds of one step (rollout, scoring, optimizer steps, push) under the stated assumptions."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from tools.plan.quantity import Quantity, Section
 from tools.plan.rollout import Engines
 
 HIDDEN = ("data", "pipeline")
-"""Axes whose traffic runs behind the computation (overlap_grad_reduce, asynchronous sends).
-Context parallelism's runs behind attention as far as that lasts; tensor's and expert's is waited
-for, which is pessimistic where Transformer Engine overlaps it."""
+"""Axes whose traffic is hidden behind computation (overlap_grad_reduce, asynchronous sends).
+Context parallelism's is hidden behind attention while that lasts; tensor's and expert's is exposed,
+which is pessimistic where Transformer Engine overlaps it."""
 
 
 class StepTime:
-    """Of a job whose engines are given."""
+    """Step times of a job with the given engines."""
 
     def __init__(self, job: Job, engines: Engines):
         self.job, self.engines = job, engines
@@ -28,11 +28,11 @@ class StepTime:
 
     @cached_property
     def busiest(self) -> int:
-        """The pipeline rank whose micro-batch takes longest."""
+        """The pipeline rank with the longest micro-batch."""
         return max(range(self.job.parallel.pipeline), key=lambda r: self.microbatch(r, True))
 
     def compute(self, rank: int, backward: bool) -> float:
-        """Seconds of one mean micro-batch's products on a pipeline rank."""
+        """Return seconds of one mean micro-batch's matrix products on a pipeline rank."""
         job = self.job
         counts = zip(self._layer_flops, job.layers(rank), strict=True)
         flops = sum(each * count for each, count in counts) * self._passes(backward)
@@ -41,7 +41,7 @@ class StepTime:
         return self._seconds(flops)
 
     def exposed(self, rank: int, backward: bool) -> float:
-        """Seconds of one micro-batch's communication that nothing hides."""
+        """Return seconds of one micro-batch's communication that computation does not hide."""
         if rank not in self._groups:
             self._groups[rank] = groups(self.job, rank)
         seconds = {
@@ -57,7 +57,7 @@ class StepTime:
 
     @cached_property
     def _layer_flops(self) -> tuple[float, float]:
-        """Forward, of a token through a dense and a sparse layer; 0 where the model has none."""
+        """Forward FLOP of a token through a dense and a sparse layer; 0 if the model has none."""
         job = self.job
         first = {sparse: layer for layer, sparse in enumerate(job.sparse)}
         return tuple(
@@ -66,12 +66,12 @@ class StepTime:
         )
 
     def _passes(self, backward: bool) -> int:
-        """Of a layer, in forward passes."""
+        """Return a layer's work in forward passes."""
         again = 1 if self.job.parallel.recompute == "full" else 0
         return 3 + again if backward else 1
 
     def _seconds(self, flops: float) -> float:
-        """Of a token's `flops` for a rank's share of a mean micro-batch."""
+        """Return seconds of `flops` per token for a rank's share of a mean micro-batch."""
         job = self.job
         samples = job.outputs / job.minibatches / job.data
         tokens = samples * self.length / job.num_microbatches
@@ -82,17 +82,17 @@ class StepTime:
         return self.compute(rank, backward) + self.exposed(rank, backward)
 
     def bubble(self, microbatches: int, slots: int) -> float:
-        """Share of a pipeline's time in which a rank waits: 1 - V m / (V slots + P - 1)."""
+        """Return the share of time in which a rank is idle: 1 - V m / (V slots + P - 1)."""
         virtual, stages = self.job.virtual, self.job.parallel.pipeline
         return 1 - virtual * microbatches / (virtual * slots + stages - 1)
 
     def optimizer_step(self) -> float:
-        """Forward and backward passes of all micro-batches, then the gradients' last bytes."""
+        """Return seconds of all micro-batches, and of the gradients' last bytes."""
         rank, count = self.busiest, self.job.num_microbatches
         pipeline = self.microbatch(rank, True) * count / (1 - self.bubble(count, self.job.slots))
         data = self._groups[rank].get("data")
         traffic = data.seconds(self.job, data.step) if data else 0.0
-        # Half of it, the reduce-scatter, runs while the last micro-batches are computed.
+        # The reduce-scatter, half of it, overlaps the last micro-batches.
         return pipeline + traffic / 2
 
     def scoring(self) -> float:
@@ -107,7 +107,7 @@ class StepTime:
 
 
 def time_section(times: StepTime) -> Section:
-    """Seconds of one step and its parts; of all answers, where nothing is trained."""
+    """Return seconds of one step and its parts; without a trainer, of all responses."""
     job = times.job
     section = {}
     if job.generates:
@@ -146,7 +146,7 @@ def time_section(times: StepTime) -> Section:
 
 
 PARTS = ("rollout", "scoring", "training", "critic", "push")
-"""Of a step, one after the other."""
+"""The parts of a step, in order."""
 
 
 def _training(times: StepTime) -> Section:

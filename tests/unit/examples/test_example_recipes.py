@@ -3,21 +3,19 @@
 import contextlib
 import io
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[3]
-sys.path.insert(0, str(ROOT))
+from megatron_r1 import cli
+from megatron_r1 import config as configuration
+from megatron_r1.config.recipe import Config
+from megatron_r1.models import read_hf_config
+from tools.plan.command import main
+from tools.plan.job import verb_of
+from tools.plan.parameters import ModelCounts
 
-from megatron_r1 import cli  # noqa: E402
-from megatron_r1 import config as configuration  # noqa: E402
-from megatron_r1.config.recipe import Config  # noqa: E402
-from megatron_r1.models import read_hf_config  # noqa: E402
-from tools.plan.__main__ import main  # noqa: E402
-from tools.plan.job import verb_of  # noqa: E402
-from tools.plan.parameters import ModelCounts  # noqa: E402
+ROOT = Path(__file__).parents[3]
 
 R1, DISTILL = ROOT / "examples/deepseek_r1", ROOT / "examples/distill"
 VERBS = {
@@ -94,7 +92,7 @@ def test_a_layout_of_sft_that_does_not_fit_names_those_that_do(capsys):
 
 
 def test_a_batch_smaller_than_its_replicas_is_refused(capsys, monkeypatch):
-    monkeypatch.setattr("tools.plan.__main__.nearest", lambda job: [])
+    monkeypatch.setattr("tools.plan.command.nearest", lambda job: [])
     recipe = str(DISTILL / "qwen2.5-math-1.5b.yaml")
     assert main([recipe, "--gpus", "128"]) == 1
     assert "64 samples of an optimizer step cannot be spread over 128" in capsys.readouterr().out

@@ -13,28 +13,25 @@ import numpy as np
 import pytest
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 
-ROOT = Path(__file__).parents[3]
-sys.path.insert(0, str(ROOT))
+from megatron_r1 import config as configuration
+from megatron_r1 import weights
+from megatron_r1.models import read_hf_config
+from megatron_r1.weight_sync.plan.traffic import Traffic
+from tools.plan.activations import in_flight, layer_activations
+from tools.plan.bill import Bill
+from tools.plan.command import main
+from tools.plan.communication import groups
+from tools.plan.flops import forward_flops
+from tools.plan.hardware import GIB, HARDWARE
+from tools.plan.job import Job
+from tools.plan.memory import GPU_CHUNK_ELEMENTS, GPU_CHUNK_TOKENS, rank_memory
+from tools.plan.parameters import ModelCounts, RankCounts
+from tools.plan.push import engine_layout, push_section
+from tools.plan.quantity import Quantity
+from tools.plan.rollout import Engines, cache_bytes_per_token, samples_section
+from tools.plan.search import even_layout, nearest
 
-from megatron_r1 import config as configuration  # noqa: E402
-from megatron_r1 import weights  # noqa: E402
-from megatron_r1.models import read_hf_config  # noqa: E402
-from megatron_r1.weight_sync.plan.traffic import Traffic  # noqa: E402
-from tools.plan.__main__ import main  # noqa: E402
-from tools.plan.activations import in_flight, layer_activations  # noqa: E402
-from tools.plan.bill import Bill  # noqa: E402
-from tools.plan.communication import groups  # noqa: E402
-from tools.plan.flops import forward_flops  # noqa: E402
-from tools.plan.hardware import GIB, HARDWARE  # noqa: E402
-from tools.plan.job import Job  # noqa: E402
-from tools.plan.loss_head import GPU_CHUNK_ELEMENTS, GPU_CHUNK_TOKENS  # noqa: E402
-from tools.plan.memory import rank_memory  # noqa: E402
-from tools.plan.parameters import ModelCounts, RankCounts  # noqa: E402
-from tools.plan.push import engine_layout, push_section  # noqa: E402
-from tools.plan.quantity import Quantity  # noqa: E402
-from tools.plan.rollout import Engines, cache_bytes_per_token  # noqa: E402
-from tools.plan.samples import samples_section  # noqa: E402
-from tools.plan.search import even_layout, nearest  # noqa: E402
+ROOT = Path(__file__).parents[3]
 
 ONE_GPU = ["--rollout.tensor", "1", "--rollout.data", "1"]
 RECIPE = ROOT / "examples/deepseek_r1/r1_zero.yaml"
@@ -445,7 +442,7 @@ def test_a_layout_that_cannot_work_names_the_number_and_those_that_can(capsys):
     ],
 )
 def test_what_is_wrong_is_said_in_a_sentence(capsys, monkeypatch, options, status, message):
-    monkeypatch.setattr("tools.plan.__main__.nearest", lambda job: [])
+    monkeypatch.setattr("tools.plan.command.nearest", lambda job: [])
     assert main([str(RECIPE), "--gpus", "2048", *options]) == status
     captured = capsys.readouterr()
     assert any(part in captured.out + captured.err for part in message.split("|"))
@@ -683,7 +680,7 @@ def test_bf16_moments_take_two_bytes_each(capsys):
 def test_planning_needs_no_torch():
     code = (
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
-        "from tools.plan.__main__ import main\n"
+        "from tools.plan.command import main\n"
         f"main([{str(RECIPE)!r}])\n"
         "assert not {'torch', 'megatron'} & sys.modules.keys()"
     )
