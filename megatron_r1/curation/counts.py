@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,34 +11,26 @@ from megatron_r1.rewards.combine import ACCURACY
 
 
 class DecisionCounts:
-    """`add` takes every response's line with its decision, one question after the other."""
+    """`add` takes every response's line with the decision about it."""
 
     def __init__(self) -> None:
         self.decisions: Counter[str] = Counter()
-        self.num_responses = self.num_kept = self.num_kept_tokens = 0
-        self.num_questions = self.num_questions_with_kept = 0
-        self._by_kind: defaultdict[str, Counter[str]] = defaultdict(Counter)
-        self._accuracy = [0.0, 0]
-        self._question: str | None = None
-        self._has_kept = False
+        self.num_kept = self._num_kept_tokens = self._num_graded = 0
+        self._accuracy = 0.0
+        self._kinds: dict[str, Counter[str]] = {}  # kind → number of "answers" and of "kept"
+        self._questions: dict[str, bool] = {}  # id → whether a response is kept
 
     def add(self, line: Mapping[str, Any], decision: Decision) -> None:
-        if line["id"] != self._question:
-            self._question, self._has_kept = line["id"], False
-            self.num_questions += 1
-        self.num_responses += 1
         self.decisions[decision.code] += 1
-        of_kind = self._by_kind[line["kind"]]
-        of_kind["answers"] += 1
+        of_kind = self._kinds.setdefault(line["kind"], Counter(answers=0, kept=0))
+        of_kind.update(answers=1, kept=decision.is_kept)
+        self._questions[line["id"]] = decision.is_kept or self._questions.get(line["id"], False)
         if ACCURACY in line["rewards"]:
-            self._accuracy[0] += line["rewards"][ACCURACY]
-            self._accuracy[1] += 1
+            self._accuracy += line["rewards"][ACCURACY]
+            self._num_graded += 1
         if decision.is_kept:
             self.num_kept += 1
-            self.num_questions_with_kept += not self._has_kept
-            self._has_kept = True
-            of_kind["kept"] += 1
-            self.num_kept_tokens += line["length"] or 0
+            self._num_kept_tokens += line["length"] or 0
 
     def as_json(self) -> dict[str, Any]:
         """Return the content of curation.json.
@@ -46,30 +38,27 @@ class DecisionCounts:
         accuracy: mean over graded responses, None without any. kept_tokens: as sampled, before
         rewriting.
         """
-        total, count = self._accuracy
         return {
-            "questions": self.num_questions,
-            "questions_with_kept": self.num_questions_with_kept,
-            "answers": self.num_responses,
+            "questions": len(self._questions),
+            "questions_with_kept": sum(self._questions.values()),
+            "answers": self.decisions.total(),
             "kept": self.num_kept,
-            "kept_tokens": self.num_kept_tokens,
-            "accuracy": total / count if count else None,
+            "kept_tokens": self._num_kept_tokens,
+            "accuracy": self._accuracy / self._num_graded if self._num_graded else None,
             "decisions": dict(self.decisions.most_common()),
-            "kinds": {
-                kind: {"answers": counts["answers"], "kept": counts["kept"]}
-                for kind, counts in sorted(self._by_kind.items())
-            },
+            "kinds": {kind: dict(counts) for kind, counts in sorted(self._kinds.items())},
         }
 
     def table(self) -> str:
         """Return a line per decision, the most frequent first."""
+        total = self.decisions.total()
         width = max((len(code) for code in self.decisions), default=0)
         lines = [
-            f"  {code:<{width}}  {count:>9,}  {count / self.num_responses:>6.1%}"
+            f"  {code:<{width}}  {count:>9,}  {count / total:>6.1%}"
             for code, count in self.decisions.most_common()
         ]
         head = (
-            f"{self.num_responses:,} answers to {self.num_questions:,} questions, "
-            f"{self.num_kept:,} kept, of {self.num_questions_with_kept:,} questions"
+            f"{total:,} answers to {len(self._questions):,} questions, {self.num_kept:,} kept, "
+            f"of {sum(self._questions.values()):,} questions"
         )
         return "\n".join([head, *lines])

@@ -1,9 +1,10 @@
-"""A Hugging Face folder served by vLLM engines of this evaluation's own."""
+"""A model folder served by vLLM engines that this command starts."""
 
 from __future__ import annotations
 
 import contextlib
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from megatron_r1.fleet.rollout_fleet import RolloutFleet
 
 
 class EnginePolicy:
-    """The same engines, prompts, sampling and hosts as in training (`rollout`)."""
+    """Uses the same engines, prompts, sampling and hosts as training (`rollout`)."""
 
     def __init__(
         self,
@@ -30,9 +31,11 @@ class EnginePolicy:
         folder: Path,
         shots: Shots | None = None,
     ) -> None:
-        """folder: of the evaluation or sampling; gets `logs/`, and engine hosts look there for
-        their controller. shots: worked examples before every question. Raises ValueError for a
-        model without config, weights or tokenizer."""
+        """folder: `run.folder`, for `logs/` and the controller's address that engine hosts read.
+        shots: worked examples before every question.
+
+        Raises ValueError for a model without config, weights or tokenizer.
+        """
         require_weights(model)
         config = config.model_copy(
             update={"model": config.model.model_copy(update={"path": str(model)})}
@@ -48,7 +51,7 @@ class EnginePolicy:
         check_room(rollout)
         check_engines(config, json.loads((model / "config.json").read_text(encoding="utf-8")))
         self._fleet: RolloutFleet | None = None
-        self._open = contextlib.AsyncExitStack()
+        self._resources = contextlib.AsyncExitStack()
         self.concurrency = rollout.engines * rollout.data * rollout.max_num_seqs
         self.identity: dict[str, Any] = {
             "weights": fingerprint(model),
@@ -58,35 +61,34 @@ class EnginePolicy:
         }
 
     async def start(self) -> None:
-        def say(message: str) -> None:
-            print(message, flush=True)
-
+        log = partial(print, flush=True)
         rollout = self._config.rollout
-        # Engines read the weights from the model's folder: no memory need be shared with a trainer.
-        hosts = await self._open.enter_async_context(open_pool(rollout, self._folder, False, say))
+        # False: no trainer shares memory with the engines, which load the model's folder.
+        hosts = await self._resources.enter_async_context(
+            open_pool(rollout, self._folder, False, log)
+        )
         self._fleet = RolloutFleet(
             rollout.engines,
             self._folder / "logs",
-            notify=say,
+            notify=log,
             make_server=server_maker(hosts),
             device=gpu.device(),
             max_model_len=self._room,
             **fleet_settings(rollout),
             **engine_settings(rollout),
         )
-        self._open.push_async_callback(self._fleet.close)
+        self._resources.push_async_callback(self._fleet.close)
         await self._fleet.start(self._model)
-        await self._open.enter_async_context(growing(self._fleet, hosts))
+        await self._resources.enter_async_context(growing(self._fleet, hosts))
 
     async def respond(self, question: str, seed: int) -> TextResponse:
         assert self._fleet is not None, "start() was not called"
         opened = self._text.opens_thought
         prompt_ids = self._text.encode(question)
-        # One token of room is no room for an answer, but it is a request the engine can take.
         if len(prompt_ids) >= self._room:
             refusal = f"the prompt has {len(prompt_ids)} tokens, the model room for {self._room}"
             return TextResponse("", 0, False, opened, refusal)
-        [completion] = await self._fleet.generate(
+        [response] = await self._fleet.generate(
             prompt_ids,
             n=1,
             max_tokens=min(self._decoding.max_tokens, self._room - len(prompt_ids)),
@@ -96,11 +98,11 @@ class EnginePolicy:
             seed=seed,
         )
         return TextResponse(
-            self._text.decode(completion.token_ids),
-            len(completion.token_ids),
-            completion.finish_reason == "length",
+            self._text.decode(response.token_ids),
+            len(response.token_ids),
+            response.finish_reason == "length",
             opened,
         )
 
     async def close(self) -> None:
-        await self._open.aclose()
+        await self._resources.aclose()

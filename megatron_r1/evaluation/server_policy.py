@@ -11,7 +11,7 @@ from megatron_r1.data.shots import Shots
 from megatron_r1.data.templates import find_template, is_opened, render
 from megatron_r1.evaluation.policy import Decoding
 from megatron_r1.evaluation.response import TextResponse
-from megatron_r1.evaluation.server_wait import saying_what_is_waited_for, wait_until_listening
+from megatron_r1.evaluation.server_wait import report_waiting, wait_until_listening
 from megatron_r1.rewards.answer import END_THINK, THINK
 from megatron_r1.rewards.remote.service import Service, ServiceError, Ungradable
 
@@ -20,7 +20,7 @@ TINY_QUESTION = "1 + 1 ="
 
 class Message(msgspec.Struct):
     content: str | None = None
-    # A server that takes the thought out of the answer hands it over under one of these names.
+    # A server that splits off the thought returns it under one of these names.
     reasoning_content: str | None = None
     reasoning: str | None = None
 
@@ -41,7 +41,7 @@ class Reply(msgspec.Struct):
 
 
 class ServerPolicy:
-    """One request per answer, tried again while the server is busy or away
+    """Sends one request per response, and repeats it while the server is busy or away
     (`rewards.remote.service`).
     """
 
@@ -54,8 +54,11 @@ class ServerPolicy:
         key: str = "eval.server",
     ) -> None:
         """template: used with api "completions" only. shots: worked examples before every question.
-        key: of the recipe, for errors. Raises ValueError for a template that does not render here,
-        and for an api_key_env that is not set."""
+        key: of the recipe, for errors.
+
+        Raises ValueError for a template that needs a tokenizer, and for an api_key_env that is not
+        set.
+        """
         self._server, self._decoding, self._shots, self._key = server, decoding, shots, key
         self._chat = server.api == "chat"
         if not self._chat:
@@ -66,7 +69,7 @@ class ServerPolicy:
         self._service = Service(server, server.api_base + path, Reply, probe)
         self._takes_limits = False
         self.concurrency = server.concurrency
-        # Not the address: a server that comes back on another node is the same model.
+        # The address is not part of it: a server may restart on another node.
         self.identity: dict[str, Any] = {
             f"{key}.model": server.model,
             f"{key}.api": server.api,
@@ -74,11 +77,14 @@ class ServerPolicy:
         }
 
     async def start(self) -> None:
-        """Ask for one token: a wrong address, name or key shows now. A server that listens and
-        says that it is loading has `retry_seconds`, one that nobody reaches `wait_seconds`."""
+        """Request one token, so that a wrong address, name or key is reported now.
+
+        An unreachable server is retried for `wait_seconds`, one that is loading for
+        `retry_seconds`.
+        """
         url, failures = self._server.url, [""]
         name = f"model {self._server.model} at {url}"
-        async with saying_what_is_waited_for(name, lambda: self._service.trouble or failures[-1]):
+        async with report_waiting(name, lambda: self._service.trouble or failures[-1]):
             await wait_until_listening(url, self._server.wait_seconds, failures.append)
             try:
                 await self._service.request(self._body(TINY_QUESTION, 0) | {"max_tokens": 1})
@@ -106,7 +112,7 @@ class ServerPolicy:
         await self._service.close()
 
     async def _refuse_limits(self, refused: Ungradable) -> None:
-        """Whether it was this question, or asks this evaluation for more than any can get."""
+        """Raise ServiceError if the server refuses every question, not just the refused one."""
         if self._takes_limits:
             return
         try:
@@ -119,14 +125,14 @@ class ServerPolicy:
         self._takes_limits = True
 
     def _body(self, question: str, seed: int) -> dict[str, Any]:
-        shots, content = self._shots, dict[str, Any]()
+        content: dict[str, Any]
         if self._chat:
             turns = [{"role": "user", "content": question}]
-            content["messages"] = shots.turns(question) if shots else turns
+            content = {"messages": self._shots.turns(question) if self._shots else turns}
+        elif self._shots:
+            content = {"prompt": self._shots.text(self._template, question)}
         else:
-            template = self._template
-            prompt = shots.text(template, question) if shots else render(template, question)
-            content["prompt"] = prompt
+            content = {"prompt": render(self._template, question)}
         return {
             "model": self._server.model,
             **content,
@@ -137,11 +143,11 @@ class ServerPolicy:
         }
 
     def _is_opened(self, text: str, truncated: bool) -> bool:
-        """Whether the response starts inside a thought that the prompt opened.
+        """Return whether the response starts inside a thought that the prompt opened.
 
-        A server's chat template cannot be seen from here, and those of reasoning models end with
-        <think>. So a cut response without any tag is taken for an unfinished thought: what it had
-        considered up to there is not an answer.
+        A server does not show its chat template, and those of reasoning models end with <think>.
+        So a truncated response without any tag is taken for an unfinished thought, which has no
+        answer.
         """
         if not self._chat:
             return is_opened(find_template(self._template))
@@ -154,7 +160,7 @@ def _text_of(choice: Choice) -> str:
     thought = choice.message.reasoning_content or choice.message.reasoning
     content = choice.message.content or ""
     if thought and END_THINK not in content:
-        # Put back where it was, so that it is graded and read like any other response. Without
-        # content it was cut off before its end.
+        # Joined again, so that it is graded like any other response. Without content the thought
+        # was cut off.
         return f"{THINK}\n{thought}\n" + (f"{END_THINK}\n\n{content}" if content else "")
     return content

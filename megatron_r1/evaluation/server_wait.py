@@ -1,4 +1,4 @@
-"""Waiting for a model server that may still be starting, and saying so."""
+"""Waiting for a model server that may still be starting, with a report on the terminal."""
 
 from __future__ import annotations
 
@@ -10,62 +10,62 @@ from urllib.parse import urlsplit
 
 from megatron_r1.rewards.remote.service import ServiceError
 
-TRY_SECONDS = 5.0
+CONNECT_SECONDS = 5.0
 """For one attempt to connect."""
 PAUSE_SECONDS = 1.0
-SAY_SECONDS = 5.0
+REPORT_SECONDS = 5.0
 
 
 async def wait_until_listening(
-    url: str, patience: float, on_failure: Callable[[str], None], key: str = "eval.server"
+    url: str, wait_seconds: float, on_failure: Callable[[str], None], key: str = "eval.server"
 ) -> None:
-    """Return when something accepts connections at `url`'s host and port.
+    """Return when the host and port of `url` accept connections.
 
-    patience: seconds. on_failure: told why it could not be reached, each time. key: of the recipe,
-    for the error. Raises ServiceError when that lasts longer, with the remedies: a wrong address
-    should show at once, and only whoever started the server knows how long it takes to load.
+    on_failure: called with the reason after each failed attempt. key: of the recipe, for the error.
+    Raises ServiceError after `wait_seconds`, which are few by default: a wrong address should show
+    at once, and only the user knows how long the server takes to start.
     """
-    place = urlsplit(url)
-    port = place.port or {"http": 80, "https": 443}[place.scheme]
-    began = time.monotonic()
+    address = urlsplit(url)
+    port = address.port or {"http": 80, "https": 443}[address.scheme]
+    deadline = time.monotonic() + wait_seconds
     while True:
         try:
-            connecting = asyncio.open_connection(place.hostname, port)
-            _, writer = await asyncio.wait_for(connecting, TRY_SECONDS)
+            connecting = asyncio.open_connection(address.hostname, port)
+            _, writer = await asyncio.wait_for(connecting, CONNECT_SECONDS)
             writer.close()
             return
         except TimeoutError:
-            failure = f"no connection within {TRY_SECONDS:g} s"
+            failure = f"no connection within {CONNECT_SECONDS:g} s"
         except OSError as error:  # refused, no route, no such host
             failure = error.strerror or str(error)
         on_failure(failure)
-        if time.monotonic() + PAUSE_SECONDS > began + patience:
+        if time.monotonic() + PAUSE_SECONDS > deadline:
             raise ServiceError(
                 f"{url}: nobody answers there ({failure}). Start the server or correct "
                 f"{key}.url; for a server that is still loading, raise {key}.wait_seconds, now "
-                f"{patience:g}"
+                f"{wait_seconds:g}"
             )
         await asyncio.sleep(PAUSE_SECONDS)
 
 
 @contextlib.asynccontextmanager
-async def saying_what_is_waited_for(name: str, why: Callable[[], str]) -> AsyncIterator[None]:
-    """While the block runs: a line at once, and another every few seconds with the latest reason.
+async def report_waiting(name: str, reason: Callable[[], str]) -> AsyncIterator[None]:
+    """Print a line when the block begins, and one with the latest reason every few seconds.
 
-    why: the reason, or "" where none is known yet.
+    reason: returns "" while none is known.
     """
 
-    async def say() -> None:
+    async def report() -> None:
         began = time.monotonic()
         print(f"waiting for {name}", flush=True)
         while True:
-            await asyncio.sleep(SAY_SECONDS)
-            reason = f": {why()}" if why() else ""
-            print(f"waiting for {name}, {time.monotonic() - began:.0f} s{reason}", flush=True)
+            await asyncio.sleep(REPORT_SECONDS)
+            why = f": {reason()}" if reason() else ""
+            print(f"waiting for {name}, {time.monotonic() - began:.0f} s{why}", flush=True)
 
-    saying = asyncio.create_task(say())
-    await asyncio.sleep(0)  # the first line stands there before anything blocks
+    reporting = asyncio.create_task(report())
+    await asyncio.sleep(0)  # print the first line before anything blocks
     try:
         yield
     finally:
-        saying.cancel()
+        reporting.cancel()

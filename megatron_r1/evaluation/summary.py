@@ -1,23 +1,25 @@
-"""From graded samples to numbers: every metric of every benchmark, with its interval."""
+"""Every metric of every benchmark, with its interval, from the logged samples."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import fmean
 from typing import Any
 
-from megatron_r1.evaluation.estimators import (
-    Estimate,
-    estimate,
-    pass_at_k,
-    powers_up_to,
-    subsets,
-)
+from megatron_r1.data.prompts import Prompt
+from megatron_r1.evaluation.estimators import Estimate, estimate, pass_at_k, powers_up_to, subsets
 from megatron_r1.evaluation.questions import QuestionSet
 from megatron_r1.evaluation.response_log import ResponseLog
-from megatron_r1.evaluation.voting import Vote, can_vote, group_answers, majority_of, read_vote
+from megatron_r1.evaluation.voting import (
+    Vote,
+    can_vote,
+    group_answers,
+    read_vote,
+    score_of_majority,
+)
 from megatron_r1.rewards.base import UNGRADED
 from megatron_r1.rewards.runtime.pool import RewardPool
 
@@ -74,27 +76,33 @@ async def summarize(
 
 async def _summarize(pool: RewardPool, log: ResponseLog, found: QuestionSet, seed: int) -> Summary:
     lines_of = log.read(map(found.key, found.prompts), found.num_samples)
-    samples = {
-        prompt.id: [Graded.from_line(line) for line in lines]
-        for prompt, lines in zip(found.prompts, lines_of, strict=True)
-    }
-    questions = list(samples.values())
-    passes = {
-        k: estimate([_pass(question, k) for question in questions], seed)
-        for k in powers_up_to(found.num_samples)
-    }
-    votes = await _votes(pool, found, samples, seed)
-    metrics = {"pass@1": estimate([fmean(s.reward for s in q) for q in questions], seed)}
+    questions = [[Graded.from_line(line) for line in lines] for lines in lines_of]
+    samples = [sample for question in questions for sample in question]
+
+    def mean(measure: Callable[[Sequence[Graded]], float]) -> Estimate:
+        return estimate([measure(question) for question in questions], seed)
+
+    sizes = powers_up_to(found.num_samples)
+    passes = {k: mean(partial(_pass, k=k)) for k in sizes}
+    votes = await _votes(pool, found.prompts, questions, sizes, seed)
+    metrics = {"pass@1": mean(lambda question: fmean(s.reward for s in question))}
     metrics |= {f"pass@{k}": value for k, value in passes.items() if k > 1}
     # cons@1 is pass@1: the majority of one answer is that answer.
     metrics |= {f"cons@{k}": value for k, value in votes.items() if k > 1}
-    lengths = [[s.length for s in q if s.length is not None] for q in questions]
+    lengths = [[s.length for s in question if s.length is not None] for question in questions]
     if all(lengths):
         metrics["length"] = estimate([fmean(of_question) for of_question in lengths], seed)
-    metrics["truncated"] = estimate([fmean(s.truncated for s in q) for q in questions], seed)
-    counts = _counts(questions)
+    metrics["truncated"] = mean(lambda question: fmean(s.truncated for s in question))
+    counts = {
+        "questions": len(questions),
+        "samples": len(samples),
+        "right": sum(s.reward == 1.0 for s in samples),
+        "truncated": sum(s.truncated for s in samples),
+        "ungraded": sum(s.ungraded for s in samples),
+        "without_length": sum(s.length is None for s in samples),
+    }
     if votes:
-        counts["without_answer"] = sum(s.vote is None for q in questions for s in q)
+        counts["without_answer"] = sum(s.vote is None for s in samples)
     return Summary(found.title, found.num_samples, metrics, counts, passes, votes)
 
 
@@ -104,48 +112,28 @@ def _pass(question: Sequence[Graded], k: int) -> float:
 
 
 async def _votes(
-    pool: RewardPool, found: QuestionSet, samples: Mapping[str, list[Graded]], seed: int
+    pool: RewardPool,
+    prompts: Sequence[Prompt],
+    questions: Sequence[Sequence[Graded]],
+    sizes: Sequence[int],
+    seed: int,
 ) -> dict[int, Estimate]:
-    if not all(can_vote(prompt.kind) for prompt in found.prompts):
+    """Return k → cons@k; empty if some responses have no answer that can be compared."""
+    if not all(can_vote(prompt.kind) for prompt in prompts):
         return {}
-    grouped = await asyncio.gather(
+    rewards = [[sample.reward for sample in question] for question in questions]
+    groups = await asyncio.gather(
         *(
-            group_answers(
-                pool,
-                prompt.kind,
-                [sample.vote for sample in samples[prompt.id]],
-                [sample.reward for sample in samples[prompt.id]],
-            )
-            for prompt in found.prompts
+            group_answers(pool, prompt.kind, [sample.vote for sample in question], scores)
+            for prompt, question, scores in zip(prompts, questions, rewards, strict=True)
         )
     )
-    rewards = [[s.reward for s in samples[prompt.id]] for prompt in found.prompts]
     curve = {}
-    for size in powers_up_to(found.num_samples):
-        chosen = subsets(found.num_samples, size, seed)
+    for size in sizes:
+        chosen = subsets(len(questions[0]), size, seed)
         scores = [
-            fmean(_vote_of(subset, groups, scored) for subset in chosen)
-            for groups, scored in zip(grouped, rewards, strict=True)
+            fmean(score_of_majority([of[i] for i in s], [scored[i] for i in s]) for s in chosen)
+            for of, scored in zip(groups, rewards, strict=True)
         ]
         curve[size] = estimate(scores, seed)
     return curve
-
-
-def _vote_of(
-    chosen: Sequence[int], groups: Sequence[int | None], rewards: Sequence[float]
-) -> float:
-    """Return the reward of the majority's answer among the samples `chosen`; 0 without votes."""
-    winner = majority_of([groups[i] for i in chosen])
-    return 0.0 if winner is None else rewards[chosen[winner]]
-
-
-def _counts(questions: Sequence[Sequence[Graded]]) -> dict[str, int]:
-    samples = [sample for question in questions for sample in question]
-    return {
-        "questions": len(questions),
-        "samples": len(samples),
-        "right": sum(s.reward == 1.0 for s in samples),
-        "truncated": sum(s.truncated for s in samples),
-        "ungraded": sum(s.ungraded for s in samples),
-        "without_length": sum(s.length is None for s in samples),
-    }

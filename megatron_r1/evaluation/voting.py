@@ -93,6 +93,12 @@ def majority_of(groups: Sequence[object | None]) -> int | None:
     return list(groups).index(counts.most_common(1)[0][0])
 
 
+def score_of_majority(groups: Sequence[int | None], scores: Sequence[float]) -> float:
+    """Return the score of the largest group's answer; 0 without any vote."""
+    winner = majority_of(groups)
+    return 0.0 if winner is None else scores[winner]
+
+
 async def majority_score(
     pool: RewardPool,
     kind: str,
@@ -112,8 +118,7 @@ async def majority_score(
         num_right = sum(vote is not None and score == 1.0 for vote, score in pairs)
         if num_right == 0 or 2 * num_right > num_votes:
             return float(num_right > 0)
-    chosen = majority_of(await group_answers(pool, kind, votes, scores))
-    return 0.0 if chosen is None else scores[chosen]
+    return score_of_majority(await group_answers(pool, kind, votes, scores), scores)
 
 
 async def _by_meaning(pool: RewardPool, votes: Sequence[Vote]) -> dict[str | Fraction, int]:

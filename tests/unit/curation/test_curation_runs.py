@@ -3,6 +3,7 @@
 import asyncio
 import json
 import re
+import sys
 import time
 
 import pytest
@@ -60,6 +61,9 @@ def recipe(tmp_path, monkeypatch):
         "    return '<think>Tidy.</think>' + response.partition('</think>')[2]\n"
     )
     monkeypatch.chdir(tmp_path)
+    # `find_function` extends the path; the next test has a `my_data.py` of its own.
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.delitem(sys.modules, "my_data", raising=False)
 
     def write(url, **sample):
         tree = {

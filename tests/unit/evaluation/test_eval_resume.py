@@ -232,7 +232,7 @@ def test_busy_servers_are_asked_again_and_keys_come_from_the_environment(
 
 
 def test_a_server_that_is_loading_is_waited_for_aloud(recipe, capsys, monkeypatch):
-    monkeypatch.setattr(server_wait, "SAY_SECONDS", 0.05)
+    monkeypatch.setattr(server_wait, "REPORT_SECONDS", 0.05)
     busy = {"left": 2}
 
     def say(question, body):
