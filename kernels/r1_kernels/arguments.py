@@ -1,4 +1,4 @@
-"""Checks of what callers pass, each refusing by name before any work starts."""
+"""Checks of arguments; each raises ValueError with the argument's name before any work starts."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ def check_float(name: str, tensor: Tensor) -> None:
 
 
 def check_floats(**tensors: Tensor | None) -> None:
-    """Each is None, or floating point."""
+    """Each must be None, or floating point."""
     for name, tensor in tensors.items():
         if tensor is not None:
             check_float(name, tensor)
 
 
 def check_tensors(**tensors: Tensor) -> None:
-    """Each is a tensor, of real numbers."""
+    """Each must be a tensor of real numbers."""
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise ValueError(f"{name} must be a tensor, got {type(tensor).__name__}")
@@ -30,7 +30,7 @@ def check_tensors(**tensors: Tensor) -> None:
 
 
 def check_same_device(**tensors: Tensor | None) -> None:
-    """Each is None, or a tensor on the device of the first."""
+    """Each must be None, or a tensor on the device of the first."""
     check_tensors(**{name: t for name, t in tensors.items() if t is not None})
     (first, device), *others = [(n, t.device) for n, t in tensors.items() if t is not None]
     for name, other in others:
@@ -39,7 +39,7 @@ def check_same_device(**tensors: Tensor | None) -> None:
 
 
 def check_head(hidden: Tensor, weight: Tensor) -> None:
-    """hidden (T, H) and weight (V_local, H) of one floating dtype."""
+    """hidden must be (T, H) and weight (V_local, H), of one floating dtype."""
     check_float("hidden", hidden)
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(
@@ -62,7 +62,7 @@ def check_logits(logits: Tensor) -> None:
 def check_targets(
     targets: Tensor, tokens: int, vocab_size: int, seen: Tensor | None = None
 ) -> None:
-    """targets (T,) integers in 0 … vocab_size - 1 where `seen` (everywhere if None)."""
+    """targets must be (T,) integers in 0 … vocab_size - 1 where `seen` (everywhere if None)."""
     if targets.shape != (tokens,):
         raise ValueError(f"targets must be ({tokens},), got {tuple(targets.shape)}")
     if targets.dtype not in (torch.int64, torch.int32):
@@ -85,14 +85,14 @@ def check_temperature(temperature: float) -> None:
 
 
 def check_tokens(tokens: int, **tensors: Tensor | None) -> None:
-    """Each tensor given is (tokens,)."""
+    """Each must be None, or (tokens,)."""
     for name, tensor in tensors.items():
         if tensor is not None and tensor.shape != (tokens,):
             raise ValueError(f"{name} must be ({tokens},), got {tuple(tensor.shape)}")
 
 
 def check_cu_seqlens(cu_seqlens: Tensor, tokens: int) -> None:
-    """cu_seqlens (S + 1,): 0, the sequences' ends in order, the last at `tokens`."""
+    """cu_seqlens must be (S + 1,): 0 and the sequences' ends in order, the last at `tokens`."""
     if cu_seqlens.dim() != 1 or not len(cu_seqlens) or cu_seqlens.is_floating_point():
         raise ValueError(
             f"cu_seqlens must be (sequences + 1,) integers, got {tuple(cu_seqlens.shape)} "

@@ -1,8 +1,9 @@
-"""What each token's loss weighs: token-level or sequence-level averages over packed sequences."""
+"""Weights of the tokens' losses: token-level or sequence-level averages over packed sequences."""
 
 from __future__ import annotations
 
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -11,15 +12,15 @@ from torch.distributed import ProcessGroup
 
 from r1_kernels.arguments import check_cu_seqlens
 
-AVERAGES = ("token", "sequence")
-RATIO_LEVELS = ("token", "sequence")
+LEVELS = ("token", "sequence")
 
 
 class Sequences:
-    """S sequences laid end to end in T tokens; sums over them, and values spread back over them.
+    """S sequences packed into T tokens: sums over each, and per-sequence values per token.
 
-    With a group, each of its ranks holds some tokens of every sequence; sums are the whole
-    sequences', on every rank."""
+    With a group, each of its ranks holds some tokens of every sequence, and every rank gets the
+    sums of the whole sequences.
+    """
 
     def __init__(
         self,
@@ -41,76 +42,70 @@ class Sequences:
         return sums
 
     def spread(self, values: Tensor) -> Tensor:
-        """(S,) → (T,): each token its sequence's value."""
+        """(S,) → (T,): each token gets the value of its sequence."""
         lengths = self.cu_seqlens.diff()
         return values.repeat_interleave(lengths, output_size=self.tokens)
 
     def means(self, values: Tensor, seen: Tensor) -> Tensor:
-        """(T,) → (T,): each token the mean of `values` over the seen tokens of its sequence."""
+        """(T,) → (T,): each token gets the mean of `values` over its sequence's seen tokens."""
         total = self.sums(torch.where(seen, values, 0.0))
         count = self.sums(seen.to(total.dtype))
         return self.spread(total / count.clamp(min=1))
 
 
-def find_sequences(
-    cu_seqlens: Tensor | None,
-    tokens: int,
-    average: str,
-    ratio_level: str,
-    primitives: ModuleType,
-    group: ProcessGroup | None = None,
-) -> Sequences | None:
-    """The batch's sequences, if `average` or `ratio_level` needs them. Raises ValueError for names
-    that do not exist and for borders that are missing or wrong."""
-    if average not in AVERAGES:
-        raise ValueError(f"average is {average!r}: use token or sequence")
-    if ratio_level not in RATIO_LEVELS:
-        raise ValueError(f"ratio_level is {ratio_level!r}: use token or sequence")
-    if "sequence" not in (average, ratio_level):
-        return None
-    if cu_seqlens is None:
-        what = "average" if average == "sequence" else "ratio_level"
-        raise ValueError(f'{what}="sequence" needs cu_seqlens, the borders of the sequences')
-    return Sequences(cu_seqlens, tokens, primitives, group)
+class Averaging(NamedTuple):
+    """How the tokens' losses are averaged, as in the arguments of `policy_loss`."""
 
+    ratio_level: str
+    average: str
+    denominator: float | Tensor | None
+    cu_seqlens: Tensor | None
+    sequence_group: ProcessGroup | None
 
-def sequence_group_of(
-    group: ProcessGroup | None, denominator: float | Tensor | None
-) -> ProcessGroup | None:
-    """`group`, or None where it is one rank. Raises ValueError for a group without a denominator:
-    a rank cannot count the other ranks' tokens."""
-    if group is None or dist.get_world_size(group) == 1:
-        return None
-    if denominator is None:
-        raise ValueError(
-            "sequence_group needs a denominator: give the number over all ranks, or 1 for the sum"
-        )
-    return group
+    def sequences(self, tokens: int, primitives: ModuleType) -> Sequences | None:
+        """Return the sequences of the batch, or None if `average` and `ratio_level` need none.
 
+        Raises ValueError for unknown names, missing or wrong borders, and a group of several ranks
+        without a denominator: a rank cannot count the tokens of other ranks.
+        """
+        group = self.sequence_group
+        if group is not None and dist.get_world_size(group) == 1:
+            group = None
+        if group is not None and self.denominator is None:
+            raise ValueError(
+                "sequence_group needs a denominator: give the number over all ranks, or 1 for the "
+                "sum"
+            )
+        for name in ("average", "ratio_level"):
+            if getattr(self, name) not in LEVELS:
+                raise ValueError(f"{name} is {getattr(self, name)!r}: use token or sequence")
+        if "sequence" not in (self.average, self.ratio_level):
+            return None
+        if self.cu_seqlens is None:
+            name = "average" if self.average == "sequence" else "ratio_level"
+            raise ValueError(f'{name}="sequence" needs cu_seqlens, the borders of the sequences')
+        return Sequences(self.cu_seqlens, tokens, primitives, group)
 
-def token_weights(
-    mask: Tensor,
-    average: str,
-    denominator: float | Tensor | None,
-    sequences: Sequences | None,
-    dtype: torch.dtype,
-) -> Tensor:
-    """Weights (T,) of `dtype` that make Σ weight · loss the average.
+    def weights(self, mask: Tensor, sequences: Sequences | None, dtype: torch.dtype) -> Tensor:
+        """Return the weights (T,) of `dtype` with which Σ weight · loss is the average.
 
-    average "token": mask / denominator, the denominator by default Σ mask; "sequence": the weights
-    of one sequence add up to 1 / denominator, by default the number of sequences with anything
-    seen (GRPO). A batch with nothing seen has weights 0. Raises ValueError for a number that is not
-    positive; a tensor's value is not looked at."""
-    if isinstance(denominator, int | float) and not denominator > 0:
-        raise ValueError(f"denominator is {denominator}: it must be positive")
-    mask = mask.to(dtype)
-    weights = torch.where(mask <= 0, 0.0, mask)
-    if average == "sequence":
-        totals = sequences.sums(weights)
-        weights = weights / sequences.spread(torch.where(totals == 0, 1.0, totals))
-        count = (totals != 0).sum()
-    else:
-        count = weights.sum()
-    if denominator is None:
-        denominator = torch.where(count == 0, 1.0, count.to(weights.dtype))
-    return weights / denominator
+        average "token": mask / denominator, by default Σ mask. "sequence": the weights of a
+        sequence add up to 1 / denominator, by default the number of sequences with a seen token
+        (GRPO). Without any seen token, all weights are 0. Raises ValueError for a denominator that
+        is not positive; the value of a tensor is not checked.
+        """
+        denominator = self.denominator
+        if isinstance(denominator, int | float) and not denominator > 0:
+            raise ValueError(f"denominator is {denominator}: it must be positive")
+        mask = mask.to(dtype)
+        weights = torch.where(mask <= 0, 0.0, mask)
+        if self.average == "sequence":
+            assert sequences is not None, "average is sequence"
+            totals = sequences.sums(weights)
+            weights = weights / sequences.spread(torch.where(totals == 0, 1.0, totals))
+            count = (totals != 0).sum()
+        else:
+            count = weights.sum()
+        if denominator is None:
+            denominator = torch.where(count == 0, 1.0, count.to(weights.dtype))
+        return weights / denominator

@@ -1,7 +1,7 @@
-"""Which primitives a call runs on: Triton kernels (`fused`) or plain PyTorch (`plain`).
+"""Choose the primitives of a call: Triton kernels (`fused`) or plain PyTorch (`plain`).
 
-The two packages hold the same functions with the same signatures. Algorithms - chunking, vocabulary
-parallelism, autograd - are written once, over either.
+The two packages have the same functions with the same signatures. The algorithms - chunking,
+vocabulary parallelism, autograd - are written once, over either.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ PACKAGES = {"triton": "r1_kernels.fused", "torch": "r1_kernels.plain"}
 
 
 def choose(tensor: Tensor, backend: str | None = None) -> ModuleType:
-    """The package of primitives for `tensor`; None: Triton for CUDA tensors (not fp64), else plain.
+    """Return the primitives for `tensor`; None: Triton for CUDA tensors (not fp64), else plain.
 
-    Raises ValueError for an unknown name, for Triton on a tensor it cannot reach (for tests,
-    TRITON_INTERPRET=1 lets it run on the CPU) and where Triton is not installed."""
+    Raises ValueError for an unknown name, for Triton on a CPU tensor (allowed in tests by
+    TRITON_INTERPRET=1) and where Triton is not installed."""
     if backend is None:
         backend = "triton" if tensor.is_cuda and tensor.dtype != torch.float64 else "torch"
     if backend not in PACKAGES:

@@ -1,18 +1,18 @@
 """FP8 e4m3 with one scale per block, in the format of DeepSeek-V3's checkpoints.
 
 For each block X of a matrix (DeepSeek-V3, arXiv 2412.19437 section 3.3: 128x128 of a weight, 1x128
-of an activation, the last ones of a row or column cut off by the edge):
+of an activation; blocks at the edges may be smaller):
 
     scale_inv = max(amax |X|, 1e-4) / 448                  448 is the largest e4m3 number
     q         = e4m3(X · (1 / scale_inv))                  rounded to nearest even
     X'        = q · scale_inv                              at most one rounding to `dtype`
 
 all in fp32 with IEEE rounding, as DeepGEMM's per_block_cast_to_fp8 and per_token_cast_to_fp8 with
-fp32 scales define it; `scale_inv` is what the checkpoints call weight_scale_inv. NaN in a block
-makes the whole block NaN, and so does infinity of what is infinite, the rest becoming 0 · inf on
-the way back. Both backends give the same bits (a NaN's sign aside). DeepGEMM's own functions give
-them on the CPU; on CUDA tensors PyTorch turns their `/ 448.0` into a multiplication by the
-reciprocal, and a scale can differ in its last bit."""
+fp32 scales define it; checkpoints call `scale_inv` weight_scale_inv. NaN or infinity in a block
+makes the whole block NaN (with infinity, the finite elements become 0 · inf when dequantized). Both
+backends give the same bits (a NaN's sign aside). DeepGEMM's own functions give them on the CPU; on
+CUDA tensors PyTorch replaces their `/ 448.0` by a multiplication with the reciprocal, and a scale
+can differ in its last bit."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def quantize_blockwise(
     x: Tensor, *, block: tuple[int, int] = (128, 128), backend: str | None = None
 ) -> tuple[Tensor, Tensor]:
-    """q and scale_inv of `x`, block by block; without gradient.
+    """Quantize `x` block by block to q and scale_inv; without gradient.
 
-    x: (M, N) fp32, bf16 or fp16, either size may be 0; rows may be any distance apart, another
-    layout is copied first. block: (128, 128) or (1, 128). Returns q (M, N) float8_e4m3fn and
+    x: (M, N) fp32, bf16 or fp16, either size may be 0; rows may have any stride, another layout is
+    copied first. block: (128, 128) or (1, 128). Returns q (M, N) float8_e4m3fn and
     scale_inv (ceil(M / block[0]), ceil(N / 128)) fp32, both contiguous.
     Raises ValueError for another shape, dtype or block."""
     block = _checked_block(block)
@@ -51,10 +51,10 @@ def dequantize_blockwise(
     dtype: torch.dtype = torch.bfloat16,
     backend: str | None = None,
 ) -> Tensor:
-    """q · scale_inv as a contiguous (M, N) matrix of `dtype` (fp32, bf16 or fp16).
+    """Return q · scale_inv as a contiguous (M, N) matrix of `dtype` (fp32, bf16 or fp16).
 
     q: (M, N) float8_e4m3fn; scale_inv: (ceil(M / block[0]), ceil(N / 128)) fp32; the product is
-    formed in fp32 and rounded once more to `dtype`. Raises ValueError for what does not fit."""
+    formed in fp32 and rounded once more to `dtype`. Raises ValueError for unfit arguments."""
     block = _checked_block(block)
     _check_matrix("q", q)
     _check_dtype("dtype", dtype)

@@ -9,15 +9,15 @@ REDUCED = (torch.bfloat16, torch.float16)
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
-    """What results in `dtype` are accumulated in."""
+    """Return the dtype in which results in `dtype` are accumulated."""
     return torch.promote_types(dtype, torch.float32)
 
 
 def matmul_into(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """out = a @ b, `out` of `wide(a.dtype)`.
+    """Compute out = a @ b, with `out` of `wide(a.dtype)`.
 
     cuBLAS writes the fp32 sums of bf16 products unrounded; a bf16 logit of 20 would be off by up
-    to 0.06. The CPU has no such product, and rounds."""
+    to 0.06. The CPU has no such product and rounds."""
     if a.dtype not in REDUCED:
         return torch.mm(a, b, out=out)
     if a.is_cuda:
@@ -26,7 +26,7 @@ def matmul_into(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 
 def accumulate(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """out += a @ b, `out` of `wide(a.dtype)`; never rounded to a.dtype in between on a GPU."""
+    """Compute out += a @ b, with `out` of `wide(a.dtype)`; on a GPU never rounded to a.dtype."""
     if a.dtype in REDUCED and a.is_cuda:
         torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
     elif a.dtype in REDUCED:

@@ -1,11 +1,11 @@
 """A linear head, its softmax and its gradients, a chunk of tokens at a time.
 
-logits = hidden @ weight.T exist for one chunk only, in a buffer every chunk reuses. At hidden
-size 7,168 making them again costs a third more time, and writing and reading one chunk 5-7%
-(docs/kernels.md), so what can be finished while a chunk is there is.
+logits = hidden @ weight.T exist for one chunk only, in a buffer that every chunk reuses. At hidden
+size 7,168, computing them a second time costs a third more time, and writing and reading one chunk
+5-7% (docs/kernels.md), so all work on a chunk is done while it exists.
 
-The statistics of a chunk travel over the group while the next product on the GPU's queue runs:
-asking for a chunk's softmax comes after the next piece of work is queued.
+The statistics of a chunk are gathered over the group while the GPU runs the next product: a chunk's
+softmax is read only after the next work is queued.
 """
 
 from __future__ import annotations
@@ -13,26 +13,26 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import ModuleType
+from typing import TypeAlias
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from r1_kernels.gemm import accumulate, matmul_into, wide
-from r1_kernels.vocabulary import PendingStatistics, RowSoftmax, Shard
+from r1_kernels.vocabulary import PendingStatistics, RowSoftmax, RowUpstream, Shard
 
-Rows = slice | Tensor
+Rows: TypeAlias = slice | Tensor
 """Rows of the batch: a range, or int64 indices."""
 
-GPU_CHUNK_TOKENS = 4096  # a product keeps its full rate down to about this many rows
+GPU_CHUNK_TOKENS = 4096  # products of fewer rows run below the full rate
 GPU_CHUNK_ELEMENTS = 1 << 27  # 0.5 GiB of fp32 logits, where the vocabulary's shard is small
-CPU_CHUNK_ELEMENTS = 1 << 24  # 64 MiB of fp32 logits; half is slower, the weight's gradient moves
+CPU_CHUNK_ELEMENTS = 1 << 24  # 64 MiB of fp32 logits; half of it is slower
 
 
 @dataclass(frozen=True)
 class LinearHead:
-    """weight: (V_local, H); scale: 1 / temperature; chunk_tokens: tokens whose logits exist at
-    once."""
+    """weight: (V_local, H). scale: 1 / temperature. chunk_tokens: tokens with logits at once."""
 
     weight: Tensor
     shard: Shard
@@ -41,12 +41,12 @@ class LinearHead:
     primitives: ModuleType
 
     def buffer(self, tokens: int, dtype: torch.dtype) -> Tensor:
-        """Memory for one chunk of (tokens, V_local)."""
+        """Allocate memory for the logits (rows, V_local) of one chunk."""
         rows = min(tokens, self.chunk_tokens)
         return self.weight.new_empty(rows, len(self.weight), dtype=dtype)
 
     def logits(self, hidden: Tensor, buffer: Tensor) -> Tensor:
-        """(rows, V_local) in `buffer`, not scaled."""
+        """Compute the unscaled logits (rows, V_local) in `buffer`."""
         return matmul_into(buffer[: len(hidden)], hidden, self.weight.t())
 
     def statistics(self, logits: Tensor, targets: Tensor) -> PendingStatistics:
@@ -54,29 +54,17 @@ class LinearHead:
         return PendingStatistics(local, self.scale, self.shard.group)
 
     def gradient(
-        self,
-        logits: Tensor,
-        targets: Tensor,
-        softmax: Sequence[Tensor],
-        grad_logprobs: Tensor,
-        grad_entropy: Tensor | None,
-        out: Tensor,
+        self, logits: Tensor, targets: Tensor, upstream: RowUpstream, out: Tensor
     ) -> Tensor:
-        """The gradient of `logits` in out[:rows]. softmax: entropy, peak, log_total, (rows,)."""
+        """Compute the gradient of `logits` in out[:rows]."""
+        out = out[: len(logits)]
         return self.primitives.logits_gradient(
-            logits,
-            targets,
-            self.shard,
-            self.scale,
-            softmax,
-            grad_logprobs,
-            grad_entropy,
-            out[: len(logits)],
+            logits, targets, self.shard, self.scale, upstream, out
         )
 
     def chunks(self, rows: Tensor | int) -> Iterator[Rows]:
-        """Chunks of all of `rows` rows, or of the rows with the given indices; as equal as they can
-        be, since a product of a few rows reads the whole weight too."""
+        """Yield chunks of `rows` rows, or of the rows with these indices, of nearly equal size: a
+        product of a few rows reads the whole weight too."""
         count = rows if isinstance(rows, int) else len(rows)
         size = -(-count // max(1, -(-count // self.chunk_tokens)))
         for start in range(0, count, max(1, size)):
@@ -85,7 +73,7 @@ class LinearHead:
 
 
 def default_chunk_tokens(weight: Tensor) -> int:
-    """Enough tokens for products at full rate, in a bounded buffer."""
+    """Return a number of tokens for products at full rate in a bounded buffer."""
     columns = max(1, len(weight))
     if weight.is_cuda:
         return max(GPU_CHUNK_TOKENS, GPU_CHUNK_ELEMENTS // columns)
@@ -93,7 +81,7 @@ def default_chunk_tokens(weight: Tensor) -> int:
 
 
 def head_softmax(head: LinearHead, hidden: Tensor, targets: Tensor) -> RowSoftmax:
-    """The softmax of every token, one product and no gradient. hidden: (T, H)."""
+    """Compute the softmax of every token, in one product. hidden: (T, H)."""
     out = RowSoftmax(
         *(hidden.new_empty(len(hidden), dtype=wide(hidden.dtype)) for _ in RowSoftmax._fields)
     )
@@ -115,16 +103,16 @@ def _store(out: RowSoftmax, rows: Rows, pending: PendingStatistics) -> None:
 
 
 class HeadGradients:
-    """Gradients of hidden and weight, growing chunk by chunk.
+    """Gradients of hidden and weight, accumulated chunk by chunk.
 
-    The weight's is accumulated in fp32. The hidden states' is one product per chunk, rounded once;
-    with a group it is only this rank's part of a sum, which is made in fp32, chunk by chunk, while
-    later products run."""
+    The weight's gradient is accumulated in fp32. The hidden states' gradient is one product per
+    chunk, rounded once; with a group it is this rank's part of a sum, which is reduced in fp32,
+    chunk by chunk, while later products run."""
 
     def __init__(
         self, head: LinearHead, hidden: Tensor, needs: Sequence[bool], reduce_hidden: bool
     ):
-        """needs: whether hidden and weight need a gradient; None stands for one not needed."""
+        """needs: whether hidden and weight need a gradient; one not needed stays None."""
         self.head = head
         self.needed = any(needs[:2])
         self.hidden = torch.zeros_like(hidden) if needs[0] else None
@@ -135,12 +123,12 @@ class HeadGradients:
         self.reducing: tuple[Rows, Tensor, dist.Work] | None = None
 
     def add(self, rows: Rows, states: Tensor, d_logits: Tensor) -> None:
-        """states: hidden[rows]; d_logits: (rows, V_local) in hidden's dtype."""
+        """Add a chunk. states: hidden[rows]; d_logits: (rows, V_local) in hidden's dtype."""
         if self.weight is not None:
             accumulate(self.weight, d_logits.t(), states)
         if self.hidden is None:
             return
-        # Padding rows may hold anything: 0 times NaN is not nothing.
+        # Padding rows may hold NaN, and 0 times NaN is NaN.
         real = self.head.shard.real
         d_logits, weight = d_logits[:, :real], self.head.weight[:real]
         if self.group is None and isinstance(rows, slice):
@@ -157,12 +145,12 @@ class HeadGradients:
         self.reducing = rows, part, dist.all_reduce(part, group=self.group, async_op=True)
 
     def finish(self) -> tuple[Tensor | None, Tensor | None]:
-        """(hidden's in its dtype, weight's in fp32)."""
+        """Return the gradients of hidden, in its dtype, and of weight, in fp32."""
         self._finish_reducing()
         return self.hidden, self.weight
 
     def _finish_reducing(self) -> None:
-        if self.reducing is not None:
+        if self.reducing is not None and self.hidden is not None:
             rows, part, work = self.reducing
             work.wait()
             self.hidden[rows] = part.to(self.hidden.dtype)

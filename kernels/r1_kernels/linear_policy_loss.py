@@ -1,14 +1,15 @@
-"""LM head, log-probabilities, entropy and policy loss as one operation that makes its gradients.
+"""LM head, log-probabilities, entropy and policy loss, with gradients, as one operation.
 
-A chunk of tokens at a time, in the forward pass: logits → statistics → policy loss and its
-derivative → gradient of the logits → gradients of hidden states and weight. Three matrix products,
-none repeated; one chunk of logits exists. It can be done before the backward pass because the loss
-is a weighted sum whose weights are known: the backward pass multiplies by the upstream gradient.
+The forward pass computes, for one chunk of tokens at a time: logits → statistics → policy loss and
+its derivative → gradient of the logits → gradients of hidden states and weight. That is three
+matrix products, none repeated, and one chunk of logits. The gradients are known before the backward
+pass, because the loss is a weighted sum with known weights; the backward pass multiplies them by
+the upstream gradient.
 
-The order on the device, for chunk i: logits(i), statistics(i), all-gather(i) started; the two
-gradient products of chunk i - 1, behind which the all-gather hides; loss and d_logits(i). So one
-buffer holds logits(i) and another, in hidden's dtype, d_logits(i - 1). A rank that has the whole
-vocabulary waits for nobody and, in fp32, needs the first buffer only.
+The order on the device, for chunk i: logits(i), statistics(i), start of all-gather(i); the two
+gradient products of chunk i - 1, which hide the all-gather; loss and d_logits(i). So one buffer
+holds logits(i) and another, in hidden's dtype, d_logits(i - 1). A rank with the whole vocabulary
+does not wait and, in fp32, needs only the first buffer.
 
 Tokens whose mask is 0 - prompts, padding - are left out of every product. Derivations, bytes and
 lower bounds: docs/kernels.md.
@@ -22,28 +23,21 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from r1_kernels.arguments import (
-    check_floats,
-    check_same_device,
-    check_targets,
-    check_tensors,
-    check_tokens,
-)
-from r1_kernels.averaging import find_sequences, sequence_group_of, token_weights
+from r1_kernels.arguments import check_targets, check_tensors, check_tokens
+from r1_kernels.averaging import Averaging
 from r1_kernels.gemm import wide
 from r1_kernels.linear_head import HeadGradients, LinearHead, Rows
 from r1_kernels.linear_token_logprobs import head_logprobs, make_head
-from r1_kernels.policy_loss import policy_loss
+from r1_kernels.policy_loss import policy_loss, prepare_tokens
 from r1_kernels.policy_terms import PolicySettings, PolicyTerms, TokenTensors
-from r1_kernels.vocabulary import RowSoftmax
+from r1_kernels.vocabulary import RowSoftmax, RowUpstream
 
 
 class LinearPolicyLoss(NamedTuple):
     """loss: (), differentiable in hidden and weight; the rest (T,) without gradient, 0 where the
     mask is 0. All fp32 (fp64 for fp64).
 
-    ratio: ρ, not clipped; clipped: 1 where a clip holds the token back, else 0; kl: the estimate;
-    importance: v, the weight of the engine-to-trainer correction."""
+    See `PolicyLoss` for ratio, clipped, kl and importance."""
 
     loss: Tensor
     logprobs: Tensor
@@ -84,44 +78,36 @@ def linear_policy_loss(
     reduce_hidden_grad: bool = True,
     backend: str | None = None,
 ) -> LinearPolicyLoss:
-    """The policy loss of (T,) tokens of packed outputs, from hidden states.
+    """Compute the policy loss of (T,) tokens of packed responses from hidden states.
 
     hidden: (T, H) float; weight: (V_local, H) of the same dtype, this rank's equal contiguous share
-    of the vocabulary over `group`; targets: (T,) int64 or int32 global ids, looked at where the
-    mask is not 0. temperature, group, vocab_size, chunk_tokens, reduce_hidden_grad: as in
+    of the vocabulary over `group`; targets: (T,) int64 or int32 global ids, read where the mask is
+    not 0. temperature, group, vocab_size, chunk_tokens, reduce_hidden_grad: as in
     `linear_token_logprobs`. The rest: as in `policy_loss`, with the entropy of the head itself.
     old_logprobs None: the present policy's own log-probabilities (ratio 1), for the one update of
     an on-policy step. ratio_level "sequence" (GSPO) needs all of a sequence's log-probabilities
     before the first gradient: one product more.
     Raises ValueError for shapes, dtypes, devices, targets and settings that do not fit, by name.
     """
-    tensors = {
-        "old_logprobs": old_logprobs,
-        "ref_logprobs": ref_logprobs,
-        "advantages": advantages,
-        "rollout_logprobs": rollout_logprobs,
-    }
     check_tensors(hidden=hidden, weight=weight, targets=targets, advantages=advantages, mask=mask)
     settings = PolicySettings(
         clip_low, clip_high, dual_clip, kl_beta, kl_estimator, importance_cap, objective
     )
-    settings.check(ref_logprobs)
+    averaging = Averaging(ratio_level, average, denominator, cu_seqlens, sequence_group)
     head = make_head(hidden, weight, temperature, group, vocab_size, chunk_tokens, backend)
-    check_tokens(len(hidden), **tensors, mask=mask)
-    check_same_device(
-        hidden=hidden, weight=weight, targets=targets, **tensors, mask=mask, cu_seqlens=cu_seqlens
-    )
-    check_floats(**tensors)
-    sequences = find_sequences(
-        cu_seqlens,
-        len(hidden),
-        average,
-        ratio_level,
+    check_tokens(len(hidden), advantages=advantages)
+    given = TokenTensors(None, old_logprobs, ref_logprobs, rollout_logprobs, advantages, mask)
+    tokens, _ = prepare_tokens(
+        given,
+        settings,
+        averaging,
         head.primitives,
-        sequence_group_of(sequence_group, denominator),
+        wide(hidden.dtype),
+        hidden=hidden,
+        weight=weight,
+        targets=targets,
     )
-    weights = token_weights(mask, average, denominator, sequences, wide(hidden.dtype))
-    rows = _seen_rows(weights)
+    rows = _seen_rows(tokens.weights)
     check_targets(targets, len(hidden), head.shard.size, None if isinstance(rows, int) else rows)
     if ratio_level == "sequence":
         logprobs, entropy = _seen_logprobs(hidden, weight, targets, rows, head, reduce_hidden_grad)
@@ -132,19 +118,13 @@ def linear_policy_loss(
             advantages,
             mask,
             **settings._asdict(),
+            **averaging._asdict(),
             rollout_logprobs=rollout_logprobs,
             entropy=entropy,
             entropy_coef=entropy_coef,
-            ratio_level=ratio_level,
-            average=average,
-            denominator=denominator,
-            cu_seqlens=cu_seqlens,
-            sequence_group=sequence_group,
             backend=backend,
         )
         return LinearPolicyLoss(terms.loss, logprobs.detach(), entropy.detach(), *terms[1:])
-    tokens = TokenTensors(None, old_logprobs, ref_logprobs, rollout_logprobs, advantages, weights)
-    tokens = TokenTensors(*[t if t is None else t.detach() for t in tokens])
     needs = [torch.is_grad_enabled() and t.requires_grad for t in (hidden, weight)]
     gradients = HeadGradients(head, hidden, needs, reduce_hidden_grad)
     run = _Run(head, targets, tokens, rows, settings, entropy_coef, gradients)
@@ -152,13 +132,13 @@ def linear_policy_loss(
 
 
 def _seen_rows(weights: Tensor) -> Tensor | int:
-    """Indices of the tokens that count, or how many there are if all do."""
+    """Return the indices of the tokens that count, or their number if all do."""
     rows = weights.nonzero()[:, 0]
     return len(weights) if len(rows) == len(weights) else rows
 
 
 class _Run(NamedTuple):
-    """What one call of the operation works with, besides hidden and weight."""
+    """The arguments of one call besides hidden and weight, checked."""
 
     head: LinearHead
     targets: Tensor
@@ -169,9 +149,9 @@ class _Run(NamedTuple):
     gradients: HeadGradients
 
     def terms(self, rows: Rows, softmax: RowSoftmax) -> PolicyTerms:
-        """Loss and derivatives of one chunk, by its log-probabilities."""
-        given = [None if tensor is None else tensor[rows] for tensor in self.tokens]
-        chunk = TokenTensors(*given)._replace(logprobs=softmax.logprobs)
+        """Compute the loss of one chunk and its derivatives by the log-probabilities."""
+        parts = [None if tensor is None else tensor[rows] for tensor in self.tokens]
+        chunk = TokenTensors(*parts)._replace(logprobs=softmax.logprobs)
         if chunk.old_logprobs is None:
             chunk = chunk._replace(old_logprobs=softmax.logprobs)
         terms = self.head.primitives.policy_terms(chunk, self.settings)
@@ -183,14 +163,13 @@ class _Run(NamedTuple):
     def d_logits(
         self, rows: Rows, logits: Tensor, softmax: RowSoftmax, terms: PolicyTerms, out: Tensor
     ) -> Tensor:
-        """The gradient of one chunk's logits, in `out`."""
+        """Compute the gradient of one chunk's logits in `out`."""
         grad_entropy = None
         if self.entropy_coef:
             grad_entropy = -self.entropy_coef * self.tokens.weights[rows]
         grad_logprobs = terms.grad_ratio + terms.grad_logprob
-        return self.head.gradient(
-            logits, self.targets[rows], softmax[1:], grad_logprobs, grad_entropy, out
-        )
+        upstream = RowUpstream(*softmax[1:], grad_logprobs, grad_entropy)
+        return self.head.gradient(logits, self.targets[rows], upstream, out)
 
 
 class _LinearPolicyLoss(torch.autograd.Function):
@@ -212,7 +191,7 @@ class _LinearPolicyLoss(torch.autograd.Function):
             logits = head.logits(states, buffer)
             statistics = head.statistics(logits, run.targets[rows])
             if waiting:
-                gradients.add(*waiting)  # while the statistics travel
+                gradients.add(*waiting)  # hides the all-gather of the statistics
             softmax = statistics.wait()
             terms = run.terms(rows, softmax)
             if gradients.needed:
@@ -250,8 +229,9 @@ def _seen_logprobs(
     head: LinearHead,
     reduce_hidden_grad: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Differentiable log-probabilities and entropy (T,) of the tokens that count, 0 elsewhere."""
+    """Return differentiable log-probabilities and entropy (T,), 0 for tokens that do not count."""
     if isinstance(rows, int):
         return head_logprobs(hidden, weight, targets, head, reduce_hidden_grad)
     seen = head_logprobs(hidden[rows], weight, targets[rows], head, reduce_hidden_grad)
-    return tuple(part.new_zeros(len(hidden)).index_copy(0, rows, part) for part in seen)
+    logprobs, entropy = (part.new_zeros(len(hidden)).index_copy(0, rows, part) for part in seen)
+    return logprobs, entropy

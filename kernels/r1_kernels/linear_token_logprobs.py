@@ -1,8 +1,8 @@
-"""Token log-probabilities and entropy from hidden states; tokens × vocabulary never exists.
+"""Token log-probabilities and entropy from hidden states, without logits of all tokens.
 
-Without a gradient: one matrix product, whose result lives a chunk at a time. With one, the backward
-pass makes each chunk's logits again (four products in all), because what multiplies the gradient is
-not known before; where it is, `linear_policy_loss` needs three.
+Without a gradient: one matrix product, whose result exists for one chunk at a time. With a
+gradient, the backward pass computes each chunk's logits again (four products in all), because the
+upstream gradient is not known before; where it is known, `linear_policy_loss` needs three.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from r1_kernels.linear_head import (
     default_chunk_tokens,
     head_softmax,
 )
-from r1_kernels.vocabulary import Shard
+from r1_kernels.vocabulary import RowUpstream, Shard
 
 
 def linear_token_logprobs(
@@ -41,13 +41,15 @@ def linear_token_logprobs(
     reduce_hidden_grad: bool = True,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """log p(target) and entropy (nats) of softmax(hidden @ weight.T / temperature), differentiable.
+    """Compute log p(target) and entropy (nats) of softmax(hidden @ weight.T / temperature).
+
+    Differentiable in hidden and weight.
 
     hidden: (T, H) float; weight: (V_local, H) of the same dtype, this rank's equal contiguous share
     of the vocabulary over `group`; targets: (T,) int64 or int32 global ids, valid for every token;
     vocab_size: ids from here on are padding; chunk_tokens: tokens whose logits exist at once (None:
     chosen by device and vocabulary). reduce_hidden_grad: the gradient of `hidden` is summed over
-    the group; False leaves this rank's part, for callers who sum it themselves, as Megatron's
+    the group; False leaves this rank's part, for callers that sum it themselves, as Megatron's
     tensor-parallel regions do.
     Returns logprobs (T,) and entropy (T,), fp32 (fp64 for fp64), the same bits on every rank.
     Raises ValueError for shapes, dtypes, devices, targets and a temperature that do not fit.
@@ -62,7 +64,7 @@ def linear_token_logprobs(
 def head_logprobs(
     hidden: Tensor, weight: Tensor, targets: Tensor, head: LinearHead, reduce_hidden_grad: bool
 ) -> tuple[Tensor, Tensor]:
-    """`linear_token_logprobs` of checked arguments."""
+    """Compute `linear_token_logprobs` of checked arguments."""
     return _LinearTokenLogprobs.apply(hidden, weight, targets, head, reduce_hidden_grad)
 
 
@@ -75,7 +77,7 @@ def make_head(
     chunk_tokens: int | None,
     backend: str | None,
 ) -> LinearHead:
-    """The head of these arguments, checked."""
+    """Check the arguments of a head and return it."""
     check_head(hidden, weight)
     check_temperature(temperature)
     if chunk_tokens is not None and chunk_tokens < 1:
@@ -113,14 +115,10 @@ class _LinearTokenLogprobs(torch.autograd.Function):
             d_buffer = head.buffer(len(hidden), hidden.dtype)
         for rows in head.chunks(len(hidden)):
             states = hidden[rows]
-            d_logits = head.gradient(
-                head.logits(states, buffer),
-                targets[rows],
-                [part[rows] for part in softmax],
-                grad_logprobs[rows],
-                None if grad_entropy is None else grad_entropy[rows],
-                d_buffer,
-            )
+            parts = (*softmax, grad_logprobs, grad_entropy)
+            upstream = RowUpstream(*(None if part is None else part[rows] for part in parts))
+            logits = head.logits(states, buffer)
+            d_logits = head.gradient(logits, targets[rows], upstream, d_buffer)
             gradients.add(rows, states, d_logits)
         grad_hidden, grad_weight = gradients.finish()
         if grad_weight is not None:

@@ -3,11 +3,12 @@
 One pass over the tokens computes the loss, its derivative and every metric (formulae:
 `policy_terms`); the backward pass multiplies by the upstream gradient. With a sequence-level ratio
 (GSPO, arXiv 2507.18071 eq. 7), x is its mean over the seen tokens of the sequence, and its
-derivative is added up over the sequence and shared out.
+derivative is the mean over the sequence.
 """
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -15,12 +16,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from r1_kernels.arguments import check_floats, check_same_device, check_tensors, check_tokens
-from r1_kernels.averaging import (
-    Sequences,
-    find_sequences,
-    sequence_group_of,
-    token_weights,
-)
+from r1_kernels.averaging import Averaging, Sequences
 from r1_kernels.backends import choose
 from r1_kernels.gemm import wide
 from r1_kernels.policy_terms import PolicySettings, PolicyTerms, TokenTensors
@@ -29,8 +25,8 @@ from r1_kernels.policy_terms import PolicySettings, PolicyTerms, TokenTensors
 class PolicyLoss(NamedTuple):
     """loss: (); the rest (T,) without gradient, 0 where the mask is 0. All fp32 (fp64 for fp64).
 
-    ratio: ρ, not clipped; clipped: 1 where a clip holds the token back, else 0; kl: the estimate;
-    importance: v, the weight of the engine-to-trainer correction."""
+    ratio: ρ, not clipped. clipped: 1 where the clip is active, else 0. kl: the estimate.
+    importance: v, the weight that corrects from the engine's to the trainer's policy."""
 
     loss: Tensor
     ratio: Tensor
@@ -63,74 +59,91 @@ def policy_loss(
     sequence_group: ProcessGroup | None = None,
     backend: str | None = None,
 ) -> PolicyLoss:
-    """The loss of (T,) tokens of packed outputs; differentiable in logprobs and entropy.
+    """Compute the loss of (T,) tokens of packed responses; differentiable in logprobs and entropy.
 
     logprobs, advantages: (T,) float; old_logprobs: (T,), or None for logprobs themselves (ratio 1,
     the one update of an on-policy step); ref_logprobs: (T,) or None with kl_beta 0;
     rollout_logprobs: (T,), the engine's, or None for no correction; mask: (T,) bool, integers or
-    float weights ≥ 0, where 0 hides a token whatever it holds; entropy: (T,), for a bonus of
-    entropy_coef · entropy; cu_seqlens: (S + 1,) borders of the outputs, for ratio_level or average
-    "sequence"; sequence_group: ranks that each hold some tokens of every output, as context
-    parallelism spreads them (cu_seqlens: the borders in this rank's T; the losses of the ranks add
-    up). average and denominator: see `averaging.token_weights`; denominator=1 gives the sum.
+    float weights ≥ 0, where a token with 0 does not count and may hold NaN; entropy: (T,), for a
+    bonus of entropy_coef · entropy; cu_seqlens: (S + 1,) borders of the responses, for ratio_level
+    or average "sequence"; sequence_group: ranks that each hold some tokens of every response, as in
+    context parallelism (cu_seqlens: the borders in this rank's T; the losses of the ranks add up).
+    average and denominator: see `averaging.Averaging.weights`; denominator=1 gives the sum.
     clip_low, clip_high: ε on either side; 10, DeepSeek-R1's, hardly clips, where PPO's is 0.2.
     Formulae and the other settings: `policy_terms`.
     Raises ValueError for shapes, dtypes, devices and settings that do not fit, by name.
     """
     check_tensors(logprobs=logprobs, advantages=advantages, mask=mask)
-    if old_logprobs is None:
-        old_logprobs = logprobs.detach()
-    tensors = {
-        "old_logprobs": old_logprobs,
-        "ref_logprobs": ref_logprobs,
-        "advantages": advantages,
-        "rollout_logprobs": rollout_logprobs,
-        "entropy": entropy,
-    }
     if logprobs.dim() != 1:
         raise ValueError(f"logprobs must be (T,), got {tuple(logprobs.shape)}: flatten the batch")
-    check_tokens(len(logprobs), **tensors, mask=mask)
-    check_same_device(logprobs=logprobs, **tensors, mask=mask, cu_seqlens=cu_seqlens)
-    check_floats(logprobs=logprobs, **tensors)
+    check_tokens(len(logprobs), entropy=entropy)
+    check_floats(logprobs=logprobs, entropy=entropy)
     if entropy_coef and entropy is None:
         raise ValueError(f"entropy_coef is {entropy_coef}, but there is no entropy")
     settings = PolicySettings(
         clip_low, clip_high, dual_clip, kl_beta, kl_estimator, importance_cap, objective
     )
-    settings.check(ref_logprobs)
-    primitives = choose(logprobs, backend)
-    group = sequence_group_of(sequence_group, denominator)
-    sequences = find_sequences(cu_seqlens, len(logprobs), average, ratio_level, primitives, group)
-    tokens = TokenTensors(
-        logprobs.detach(),
-        old_logprobs.detach(),
-        None if ref_logprobs is None else ref_logprobs.detach(),
-        None if rollout_logprobs is None else rollout_logprobs.detach(),
-        advantages.detach(),
-        token_weights(mask, average, denominator, sequences, wide(logprobs.dtype)),
+    averaging = Averaging(ratio_level, average, denominator, cu_seqlens, sequence_group)
+    given = TokenTensors(
+        logprobs,
+        logprobs if old_logprobs is None else old_logprobs,
+        ref_logprobs,
+        rollout_logprobs,
+        advantages,
+        mask,
     )
-    terms, grad = _with_ratio_level(tokens, settings, ratio_level, sequences, primitives)
+    primitives = choose(logprobs, backend)
+    tokens, sequences = prepare_tokens(
+        given, settings, averaging, primitives, wide(logprobs.dtype), entropy=entropy
+    )
+    terms, grad = _with_ratio_level(tokens, settings, sequences, ratio_level, primitives)
     bonus = entropy_coef * tokens.weights if entropy_coef else None
     loss = _Loss.apply(logprobs, entropy, terms.loss, grad, bonus)
     return PolicyLoss(loss, terms.ratio, terms.clipped, terms.kl, terms.importance)
 
 
+def prepare_tokens(
+    given: TokenTensors,
+    settings: PolicySettings,
+    averaging: Averaging,
+    primitives: ModuleType,
+    dtype: torch.dtype,
+    **others: Tensor | None,
+) -> tuple[TokenTensors, Sequences | None]:
+    """Check the tensors of one batch. Return them detached, with weights of `dtype` for the mask.
+
+    given: the caller's tensors, with the mask as `weights`. others: further tensors that must be on
+    the same device. Raises ValueError for tensors and settings that do not fit, by name.
+    """
+    tensors = given._asdict()
+    mask = tensors.pop("weights")
+    num_tokens = len(given.advantages if given.logprobs is None else given.logprobs)
+    check_tokens(num_tokens, **tensors, mask=mask)
+    check_same_device(**others, **tensors, mask=mask, cu_seqlens=averaging.cu_seqlens)
+    check_floats(**tensors)
+    settings.check(given.ref_logprobs)
+    sequences = averaging.sequences(num_tokens, primitives)
+    weights = averaging.weights(mask, sequences, dtype)
+    detached = [None if tensor is None else tensor.detach() for tensor in given]
+    return TokenTensors(*detached)._replace(weights=weights), sequences
+
+
 def _with_ratio_level(
     tokens: TokenTensors,
     settings: PolicySettings,
-    level: str,
     sequences: Sequences | None,
-    primitives,
+    ratio_level: str,
+    primitives: ModuleType,
 ) -> tuple[PolicyTerms, Tensor]:
-    """The terms, and the derivative (T,) of the loss by the log-probabilities."""
-    if level == "token":
+    """Return the terms, and the derivative (T,) of the loss by the log-probabilities."""
+    if ratio_level == "token" or sequences is None:
         terms = primitives.policy_terms(tokens, settings)
         return terms, terms.grad_ratio + terms.grad_logprob
     seen = ~(tokens.weights <= 0)
     dtype = wide(tokens.logprobs.dtype)
     gap = tokens.logprobs.to(dtype) - tokens.old_logprobs.to(dtype)
     terms = primitives.policy_terms(tokens._replace(log_ratio=sequences.means(gap, seen)), settings)
-    # Every token's x is the same mean, to which each seen token gave 1 / |o|.
+    # All tokens of a sequence have the same x, a mean to which each seen token adds 1 / |o|.
     total = sequences.sums(terms.grad_ratio)
     count = sequences.sums(seen.to(total.dtype)).clamp(min=1)
     shared = torch.where(seen, sequences.spread(total / count), 0.0)
@@ -138,7 +151,7 @@ def _with_ratio_level(
 
 
 class _Loss(torch.autograd.Function):
-    """Σ loss_terms - bonus · entropy, whose derivative by logprobs is already known."""
+    """Compute Σ loss_terms - bonus · entropy; `grad` is its derivative by the logprobs."""
 
     @staticmethod
     def forward(ctx, logprobs, entropy, loss_terms, grad, bonus):

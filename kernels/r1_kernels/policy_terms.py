@@ -1,4 +1,4 @@
-"""The policy loss of one token, and its derivative: what both sets of primitives compute.
+"""The policy loss of one token and its derivative, which both sets of primitives compute.
 
 With x = logprob - old_logprob and ρ = e^x, the objective "ppo" (PPO, arXiv 1707.06347 eq. 7; GRPO,
 arXiv 2402.03300 eq. 3; DeepSeek-R1, arXiv 2501.12948 eq. 1-2):
@@ -17,8 +17,8 @@ constant and no token loses its gradient:
     KL = k1: -g    k2: g² / 2    k3: e^g - g - 1, with g = ref_logprob - logprob
          (http://joschu.net/blog/kl-approx.html; R1 uses k3)
 
-Exponents are capped at MAX_LOG_RATIO; beyond it the derivative is 0, as the derivative of min is. A
-token whose weight w is 0 counts nothing, whatever it holds.
+Exponents are capped at MAX_LOG_RATIO; beyond it the derivative is 0, as that of a minimum is. A
+token with weight w = 0 does not count, even if its tensors hold NaN.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from typing import NamedTuple
 from torch import Tensor
 
 MAX_LOG_RATIO = 20.0
-"""e^20 ≈ 5e8: far beyond any clip, and its square still fits in fp32."""
+"""e^20 ≈ 5e8 is far beyond any clip, and its square still fits in fp32."""
 
 KL_ESTIMATORS = ("k1", "k2", "k3")
 OBJECTIVES = ("ppo", "cispo")
 
 
 class PolicySettings(NamedTuple):
-    """See the module's formulae; None switches a term off."""
+    """Settings of the module's formulae; None disables a term."""
 
     clip_low: float
     clip_high: float
@@ -46,7 +46,7 @@ class PolicySettings(NamedTuple):
     objective: str = "ppo"
 
     def check(self, ref_logprobs: Tensor | None) -> None:
-        """Raises ValueError for a value that makes no sense, by name."""
+        """Raise ValueError for an invalid value, by name."""
         for name in ("clip_low", "clip_high", "kl_beta"):
             if not isinstance(getattr(self, name), int | float) or not getattr(self, name) >= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be a number, 0 or more")
@@ -70,9 +70,10 @@ class PolicySettings(NamedTuple):
 
 
 class TokenTensors(NamedTuple):
-    """Inputs of the policy loss, each (T,); None where there is none.
+    """Inputs of the policy loss, each (T,) or None.
 
-    log_ratio stands in for logprobs - old_logprobs where the ratio is a whole sequence's."""
+    logprobs and old_logprobs are None only until a chunk's log-probabilities are computed.
+    log_ratio replaces logprobs - old_logprobs where the ratio is a whole sequence's."""
 
     logprobs: Tensor
     old_logprobs: Tensor
@@ -84,11 +85,11 @@ class TokenTensors(NamedTuple):
 
 
 class PolicyTerms(NamedTuple):
-    """loss: (blocks,), to be added up; the rest (T,), 0 where the weight is 0.
+    """loss: (blocks,), partial sums; the rest (T,), 0 where the weight is 0.
 
-    grad_ratio: derivative of the loss by the log-ratio, which cispo does not have; grad_logprob: by
-    the logprob itself, of the KL term and of cispo's surrogate. clipped: 1 where the clip holds,
-    which leaves ppo's surrogate without a derivative; else 0."""
+    grad_ratio: derivative of the loss by the log-ratio, 0 for cispo. grad_logprob: derivative by
+    the logprob itself, of the KL term and of cispo's surrogate. clipped: 1 where the clip is
+    active, which makes the derivative of ppo's surrogate 0; else 0."""
 
     loss: Tensor
     grad_ratio: Tensor

@@ -1,26 +1,18 @@
-"""The same functions with the same signatures, in plain PyTorch on any device.
+"""The public functions with the same signatures, in plain PyTorch on any device.
 
-What a machine without a GPU trains with, and what the Triton kernels are compared with. Both run
-the same chunked algorithms; the oracle of both is fp64 autograd (tests/kernels)."""
+Machines without a GPU train with them, and the Triton kernels are compared with them. Both backends
+run the same chunked algorithms; fp64 autograd is the oracle of both (tests/kernels).
+"""
 
 from functools import partial, update_wrapper
 
 from r1_kernels.blockwise import dequantize_blockwise, quantize_blockwise
-from r1_kernels.linear_policy_loss import LinearPolicyLoss, linear_policy_loss
+from r1_kernels.linear_policy_loss import LinearPolicyLoss as LinearPolicyLoss
+from r1_kernels.linear_policy_loss import linear_policy_loss
 from r1_kernels.linear_token_logprobs import linear_token_logprobs
-from r1_kernels.policy_loss import PolicyLoss, policy_loss
+from r1_kernels.policy_loss import PolicyLoss as PolicyLoss
+from r1_kernels.policy_loss import policy_loss
 from r1_kernels.token_logprobs import token_logprobs
-
-__all__ = [
-    "LinearPolicyLoss",
-    "PolicyLoss",
-    "dequantize_blockwise",
-    "linear_policy_loss",
-    "linear_token_logprobs",
-    "policy_loss",
-    "quantize_blockwise",
-    "token_logprobs",
-]
 
 
 def _plain(function):

@@ -1,7 +1,7 @@
 """Token log-probabilities and entropy from logits that already exist, vocabulary-parallel.
 
 The forward pass reads the logits once; the backward pass reads them once more and writes their
-gradient, into the same memory on request. With z the logits, c = 1 / temperature, p = softmax(c z),
+gradient, on request into the same memory. With z the logits, c = 1 / temperature, p = softmax(c z),
 y the target and H the entropy:
 
     d logprob / d z_j = c ([j = y] - p_j)            d H / d z_j = -c p_j (log p_j + H)
@@ -21,7 +21,7 @@ from r1_kernels.arguments import (
     check_tensors,
 )
 from r1_kernels.backends import choose
-from r1_kernels.vocabulary import PendingStatistics, Shard
+from r1_kernels.vocabulary import PendingStatistics, RowUpstream, Shard
 
 
 def token_logprobs(
@@ -34,12 +34,12 @@ def token_logprobs(
     inplace_backward: bool = False,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """log p(target) and entropy (nats) of softmax(logits / temperature), differentiable.
+    """Compute log p(target) and entropy (nats) of softmax(logits / temperature), differentiable.
 
     logits: (T, V_local) float, this rank's equal contiguous share of the vocabulary over `group`;
     targets: (T,) int64 or int32 global ids; vocab_size: ids from here on are padding;
-    inplace_backward: the backward pass writes the gradient over `logits`, which must not be needed
-    by anyone else, and can run once. Returns logprobs (T,) and entropy (T,), fp32 (fp64 for fp64),
+    inplace_backward: the backward pass writes the gradient over `logits`, which no other operation
+    may need, and can run once. Returns logprobs (T,) and entropy (T,), fp32 (fp64 for fp64),
     the same bits on every rank of the group.
     Raises ValueError for shapes, dtypes, devices, targets and a temperature that do not fit.
     """
@@ -73,23 +73,22 @@ class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_logprobs, grad_entropy):
-        logits, targets, *softmax = ctx.saved_tensors
+        logits, targets, entropy, peak, log_total = ctx.saved_tensors
         shard, scale, inplace, primitives = ctx.settings
         if inplace:
             logits, ctx.logits = ctx.logits, None
             if logits is None:
                 raise RuntimeError("inplace_backward: a backward pass has overwritten the logits")
         if grad_logprobs is None:
-            grad_logprobs = torch.zeros_like(softmax[0])
+            grad_logprobs = torch.zeros_like(entropy)
         rows = _rows(logits)
         out = rows if inplace else torch.empty_like(rows)
-        primitives.logits_gradient(
-            rows, targets, shard, scale, softmax, grad_logprobs, grad_entropy, out
-        )
+        upstream = RowUpstream(entropy, peak, log_total, grad_logprobs, grad_entropy)
+        primitives.logits_gradient(rows, targets, shard, scale, upstream, out)
         return out, None, None, None, None, None
 
 
 def _rows(logits: Tensor) -> Tensor:
-    """`logits` itself if its rows lie apart and their columns side by side, else a copy."""
+    """Return `logits` if its columns are adjacent and its rows do not overlap, else a copy."""
     apart = logits.stride(1) == 1 and logits.stride(0) >= logits.shape[1]
     return logits if apart else logits.contiguous()

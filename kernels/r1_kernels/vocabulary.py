@@ -1,14 +1,14 @@
-"""A vocabulary spread over a process group, and softmax statistics put together over it.
+"""A vocabulary sharded over a process group, and softmax statistics combined over the group.
 
 Each rank holds an equal, contiguous range of columns. For a row of logits z, with c = 1 /
-temperature, a rank knows of its own columns (`STATISTICS`):
+temperature, a rank computes over its own columns (`STATISTICS`):
 
     peak = max z    total = Σ e^((z - peak) c)    moment = Σ e^((z - peak) c) (z - peak) c
     chosen = z of the target, or 0 where another rank has it
 
-One all-gather of these four numbers per token gives every rank the whole row's softmax, combined in
-rank order: the same bits on every rank and in every run. The peak stays apart from the logarithm of
-the total, because their sum loses digits where logits are large.
+One all-gather of these four numbers per token gives every rank the softmax of the whole row,
+combined in rank order: the same bits on every rank and in every run. The peak is kept separate from
+the logarithm of the total, because their sum loses digits where logits are large.
 """
 
 from __future__ import annotations
@@ -27,9 +27,10 @@ STATISTICS = ("peak", "total", "moment", "chosen")
 
 
 class Shard(NamedTuple):
-    """first: id of this rank's first column; columns: how many it has; real: how many of them are
-    vocabulary, not padding; size: ids in the whole vocabulary; group: None where one rank has all
-    of it."""
+    """This rank's columns of the vocabulary.
+
+    first: id of the first column. columns: their number. real: how many of them are vocabulary, not
+    padding. size: ids in the whole vocabulary. group: None where one rank has all of it."""
 
     first: int
     columns: int
@@ -39,9 +40,9 @@ class Shard(NamedTuple):
 
     @classmethod
     def of(cls, local: Tensor, columns: int, group: ProcessGroup | None, vocab_size) -> Shard:
-        """This rank's shard of `columns` columns; local: any tensor of the rank's, for its device.
+        """Return this rank's shard of `columns` columns. local: any tensor on the rank's device.
 
-        Raises ValueError for shards that differ, and a vocab_size they cannot hold together."""
+        Raises ValueError if shards differ, or cannot hold vocab_size ids together."""
         ranks = 1 if group is None else dist.get_world_size(group)
         group = group if ranks > 1 else None
         first = 0 if group is None else columns * dist.get_rank(group)
@@ -57,7 +58,7 @@ class Shard(NamedTuple):
 
 
 def _check_equal(local: Tensor, columns: int, size: int, group: ProcessGroup, ranks: int) -> None:
-    """Unequal shards would not fail by themselves: every id would mean another column."""
+    """Raise ValueError for unequal shards, which would silently map ids to wrong columns."""
     mine = torch.tensor([columns, size], dtype=torch.int64, device=local.device)
     everyone = mine.new_empty(2 * ranks)
     all_gather(everyone, mine, group=group)
@@ -69,7 +70,7 @@ def _check_equal(local: Tensor, columns: int, size: int, group: ProcessGroup, ra
 
 
 class RowSoftmax(NamedTuple):
-    """Of each row, over the whole vocabulary, (T,): log p(target), entropy in nats, the largest
+    """Per row, over the whole vocabulary, each (T,): log p(target), entropy in nats, the largest
     logit, and the logarithm of Σ e^((z - peak) / temperature)."""
 
     logprobs: Tensor
@@ -78,8 +79,19 @@ class RowSoftmax(NamedTuple):
     log_total: Tensor
 
 
+class RowUpstream(NamedTuple):
+    """Per row, each (T,) fp32: parts of `RowSoftmax`, and the upstream gradients of log-probability
+    and entropy. From these the gradient of the logits follows."""
+
+    entropy: Tensor
+    peak: Tensor
+    log_total: Tensor
+    grad_logprobs: Tensor
+    grad_entropy: Tensor | None
+
+
 class PendingStatistics:
-    """Statistics of a block of rows on their way over the group; other work may come in between."""
+    """Statistics of a block of rows during their all-gather; other work may run meanwhile."""
 
     def __init__(self, local: Tensor, scale: float, group: ProcessGroup | None):
         """local: (4, T), this rank's `STATISTICS`; starts the all-gather."""
@@ -94,16 +106,16 @@ class PendingStatistics:
             self.work = all_gather(whole, self.local, group=group, async_op=True)
 
     def wait(self) -> RowSoftmax:
-        """Put the ranks' parts together. A row of -inf only has no softmax: NaN."""
+        """Combine the ranks' parts. A row of only -inf has no softmax: NaN."""
         if self.work is not None:
             self.work.wait()
         peaks, totals, moments, chosen = self.parts.unbind(1)
         peak = peaks.amax(0)
-        # A rank that has only padding, or only -inf, has peak -inf and total 0: it adds nothing.
+        # A rank with only padding, or only -inf, has peak -inf and total 0: it adds 0.
         shifts = torch.where(torch.isneginf(peaks), 0.0, (peaks - peak) * self.scale)
         fades = shifts.exp()
         total = (fades * totals).sum(0)
-        # The floor keeps a shard of banned tokens (the lowest fp32 there is) from making 0 · -inf.
+        # The floor avoids 0 · -inf for a shard of banned tokens (logits at the lowest fp32).
         moment = (fades * (moments + shifts.clamp(min=-1000.0) * totals)).sum(0)
         log_total = total.log()
         logprobs = (chosen.sum(0) - peak) * self.scale - log_total

@@ -1,15 +1,7 @@
-"""The primitives as Triton kernels. Deterministic: no atomics; every sum has one order."""
+"""The primitives as Triton kernels. Deterministic: no atomics, and every sum has one order."""
 
-from r1_kernels.fused.blockwise import dequantize_blocks, quantize_blocks
-from r1_kernels.fused.policy import policy_terms
-from r1_kernels.fused.segments import segment_sums
-from r1_kernels.fused.softmax import logits_gradient, row_statistics
+from r1_kernels.fused import blockwise, policy, segments, softmax
 
-__all__ = [
-    "dequantize_blocks",
-    "logits_gradient",
-    "policy_terms",
-    "quantize_blocks",
-    "row_statistics",
-    "segment_sums",
-]
+dequantize_blocks, quantize_blocks = blockwise.dequantize_blocks, blockwise.quantize_blocks
+logits_gradient, row_statistics = softmax.logits_gradient, softmax.row_statistics
+policy_terms, segment_sums = policy.policy_terms, segments.segment_sums

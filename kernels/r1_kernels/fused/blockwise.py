@@ -1,20 +1,20 @@
 """FP8 e4m3 block-wise quantisation in Triton: every element is read once and written once.
 
 One program holds one tile of rows x 128 elements in registers: load, largest magnitude, scale,
-convert, store. A weight's tile is its 128x128 block, an activation's is 32 blocks of 1x128. The
-floor is memory: 3 bytes per bf16 element in either direction, 1.6e12 elements/s at the 4.8 TB/s of
-an H200.
+convert, store. A weight's tile is its 128x128 block, an activation's is 32 blocks of 1x128. Memory
+is the lower bound: 3 bytes per bf16 element in either direction, 1.6e12 elements/s at the 4.8 TB/s
+of an H200.
 
-What having the same bits as the plain definition takes:
-- The largest magnitude is found among bit patterns, as integers. Non-negative floats are ordered as
-  their bits are, and NaN, above infinity there, wins; `tl.max` of floats drops NaN.
+To have the same bits as the plain definition:
+- The largest magnitude is the maximum of the bit patterns as integers. Non-negative floats are
+  ordered like their bits, and NaN is above infinity; `tl.max` of floats drops NaN.
 - Divisions are IEEE's (`div_rn`): `/` multiplies by an approximate reciprocal.
 - `enable_fp_fusion=False`: x * (1 / scale_inv) is rounded before anything is added to it.
 - Triton converts from and to e4m3 from sm_89 on only. On older devices `_e4m3_code` and
   `_e4m3_value` do, with 17 and 14 instructions per element, mostly integer: about 0.75e12
-  elements/s on an A100, whose memory allows 0.68e12. An H200's memory would wait for them, so newer
-  devices use their own instruction. Both give the same code wherever a scaled block can lie, within
-  ±448 and NaN; beyond, one of them saturates.
+  elements/s on an A100, whose memory allows 0.68e12. On an H200 they would be slower than memory,
+  so newer devices use their own instruction. Both give the same code for all values of a scaled
+  block, within ±448 and NaN; beyond, one of them saturates.
 """
 
 from __future__ import annotations
@@ -28,22 +28,23 @@ WIDTH = tl.constexpr(128)
 E4M3_MAX = tl.constexpr(448.0)
 SMALLEST_AMAX_BITS = tl.constexpr(0x38D1B717)  # 1e-4 in fp32
 
-# Rows of a tile and warps that share it, chosen from the compiled code, not from a timing. 32
-# elements per thread: loads of 16 bytes, four (bf16) or eight (fp32) of them in flight; 53 to 64
-# registers, so an SM holds two weight tiles or eight activation tiles, 64 KiB of bf16 under way
-# where 4.8 TB/s x 0.8 us / 132 SMs ask for 29 kB. Eight warps per weight tile need 89 to 128
-# registers: as many bytes under way, but half the warps to hide the arithmetic behind.
+# Rows per tile and warps per tile, chosen from the registers of the kernels as compiled for sm_90
+# (docs/benchmarks/kernel-resources.md); no GPU has timed them yet. 32 elements per thread: loads of
+# 16 bytes, four (bf16) or eight (fp32) in flight; 53 to 64 registers, so an SM holds two weight
+# tiles or eight activation tiles, 64 KiB of bf16 in flight, of the 29 kB that 4.8 TB/s x 0.8 us /
+# 132 SMs need. Eight warps per weight tile would need 89 to 128 registers: as many bytes in flight,
+# but half the warps to hide the arithmetic.
 QUANTIZE = {
     128: {"TILE_ROWS": 128, "num_warps": 16, "enable_fp_fusion": False},
     1: {"TILE_ROWS": 32, "num_warps": 4, "enable_fp_fusion": False},
 }
 DEQUANTIZE = {"TILE_ROWS": 32, "num_warps": 4, "enable_fp_fusion": False}
-STORE_BYTES = 16  # of one thread at a time, the most there is
+STORE_BYTES = 16  # the largest store of one thread
 
 
 @triton.jit
 def _e4m3_code(y):
-    """The e4m3 code of each fp32 |y| < 464 or NaN, rounded to nearest even; uint8.
+    """Return the e4m3 code of each fp32 |y| < 464 or NaN, rounded to nearest even; uint8.
 
     Added to 2^20 times its own power of two (at least e4m3's smallest, 2^-6), y is rounded by the
     addition to a multiple of 2^-3 of that power, which is e4m3's spacing, subnormals included. The
@@ -60,7 +61,7 @@ def _e4m3_code(y):
 
 @triton.jit
 def _e4m3_value(code):
-    """The fp32 value of each uint8 e4m3 code, exact.
+    """Return the exact fp32 value of each uint8 e4m3 code.
 
     Seven bits shifted left by seven are the fp16 number 2^-8 times as large, subnormals included:
     fp16 has the same layout with eight more in the exponent's bias."""
@@ -72,9 +73,9 @@ def _e4m3_value(code):
 
 @triton.jit
 def _tile(rows, columns, TILE_ROWS: tl.constexpr, RUN: tl.constexpr):
-    """Row and column numbers of this program's tile, which of its elements exist, the number of its
-    column of blocks and how many of those there are. Row numbers are int64: every offset starts
-    from one. A thread holds at most RUN neighbours of a row."""
+    """Return the rows and columns of this program's tile, a mask of its elements, the index of its
+    column of blocks and their number. Rows are int64, so that all offsets are. A thread holds at
+    most RUN adjacent elements of a row."""
     pid = tl.program_id(0)
     across = tl.cdiv(columns, WIDTH)
     block_column = pid % across
@@ -185,7 +186,7 @@ def dequantize_blocks(
 
 
 def _launch(kernel, arguments: tuple, *, TILE_ROWS: int, **settings) -> None:
-    """One program per tile; `arguments` are three tensors, rows, columns, stride."""
+    """Launch one program per tile; arguments: three tensors, rows, columns, stride."""
     tensor, _, _, rows, columns, _ = arguments
     programs = triton.cdiv(rows, TILE_ROWS) * triton.cdiv(columns, WIDTH.value)
     if programs:
@@ -198,6 +199,6 @@ def _with_adjacent_columns(matrix: Tensor) -> Tensor:
 
 
 def _has_e4m3(device: torch.device) -> bool:
-    """Whether Triton converts e4m3 on this device: NVIDIA's from sm_89 on."""
+    """Whether Triton converts e4m3 on this device: NVIDIA GPUs from sm_89 on."""
     nvidia = device.type == "cuda" and torch.version.hip is None
     return nvidia and torch.cuda.get_device_capability(device) >= (8, 9)

@@ -1,7 +1,7 @@
 """The policy loss of a flat run of tokens and its derivative: one pass, each input read once.
 
-Formulae: `r1_kernels.policy_terms`. Each program adds up its own block's loss; the few partial sums
-are added outside, in one order.
+Formulae: `r1_kernels.policy_terms`. Each program sums the loss of its own block; the few partial
+sums are added outside, in one order.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from r1_kernels.policy_terms import (
     TokenTensors,
 )
 
-# 4 floats a thread, one 16-byte load of each input. 65,536 tokens are 128 programs, about one per
-# SM of an H200: no more than 3.4 MB move, so what counts is how long one program takes. With 8
-# floats a thread it has twice the work in 90 registers instead of 54, and half the SMs have none.
+# 4 floats per thread, one 16-byte load of each input. 65,536 tokens are 128 programs, about one per
+# SM of an H200. At most 3.4 MB are moved, so the time is that of one program; with 8 floats per
+# thread it would have twice the work, in 90 registers instead of 54, and half the SMs would idle.
 BLOCK = 512
 NUM_WARPS = 4
 MAX_EXPONENT = tl.constexpr(MAX_LOG_RATIO)
@@ -34,7 +34,7 @@ def _read(tensor, token, inside):
 
 @triton.jit
 def _limited(ratio, clip_low, clip_high):
-    """The clipped ratio, and whether the clip holds it."""
+    """Return the clipped ratio, and whether it differs from the ratio."""
     low = 1.0 - clip_low
     high = 1.0 + clip_high
     limited = tl.where(ratio < low, low, tl.where(ratio > high, high, ratio))
@@ -43,7 +43,7 @@ def _limited(ratio, clip_low, clip_high):
 
 @triton.jit
 def _surrogate(ratio, advantage, clip_low, clip_high, dual_clip, HAS_DUAL_CLIP: tl.constexpr):
-    """PPO's surrogate, and whether a clip holds the token back."""
+    """Return PPO's surrogate, and whether a clip is active."""
     free = ratio * advantage
     limited, _ = _limited(ratio, clip_low, clip_high)
     limited = limited * advantage
@@ -59,7 +59,7 @@ def _surrogate(ratio, advantage, clip_low, clip_high, dual_clip, HAS_DUAL_CLIP: 
 
 @triton.jit
 def _kl(g, ESTIMATOR: tl.constexpr):
-    """The estimate of KL, 1 to 3, at g = ref_logprob - logprob, and its derivative by logprob."""
+    """Return estimate 1 to 3 of KL at g = ref_logprob - logprob, and its derivative by logprob."""
     if ESTIMATOR == 1:
         kl = -g
         slope = tl.full(g.shape, 1.0, tl.float32)
@@ -76,15 +76,15 @@ def _kl(g, ESTIMATOR: tl.constexpr):
 
 @triton.jit
 def policy_terms_kernel(
-    logprobs,  # this and the next six: (T,) any float
-    old_logprobs,
-    ref_logprobs,
-    rollout_logprobs,
-    advantages,
-    weights,
-    log_ratio,
-    loss,  # out (blocks,) fp32
-    outputs,  # out (6, T) fp32: grad_ratio, grad_logprob, ratio, clipped, kl, importance
+    logprobs,  # in: (T,) any float
+    old_logprobs,  # in: (T,) any float
+    ref_logprobs,  # in: (T,) any float, read only with HAS_REF
+    rollout_logprobs,  # in: (T,) any float, read only with HAS_ROLLOUT
+    advantages,  # in: (T,) any float
+    weights,  # in: (T,) any float
+    log_ratio,  # in: (T,) any float, read only with HAS_LOG_RATIO
+    loss,  # out: (blocks,) fp32
+    outputs,  # out: (6, T) fp32: grad_ratio, grad_logprob, ratio, clipped, kl, importance
     num_tokens,
     clip_low,
     clip_high,
@@ -144,13 +144,13 @@ def policy_terms_kernel(
     if HAS_REF:
         kl, slope = _kl(tl.where(seen, ref - logprob, 0.0), ESTIMATOR)
         total += kl_beta * kl
-        by_kl = weight * kl_beta * slope  # 0 where nothing is seen: the weight is
+        by_kl = weight * kl_beta * slope  # 0 where the weight is
         if IS_CISPO:
             grad_logprob += by_kl
         else:
             grad_logprob = by_kl
     tl.store(loss + block, tl.sum(weight * total, 0))
-    # A step at a time: 5 * num_tokens may not fit in 32 bits.
+    # One row at a time: 5 * num_tokens may not fit in 32 bits.
     out = outputs + token
     tl.store(out, grad_ratio, mask=inside)
     out += num_tokens
@@ -205,5 +205,5 @@ def policy_terms(tokens: TokenTensors, settings: PolicySettings) -> PolicyTerms:
 
 
 def _or(tensor: Tensor | None, stand_in: Tensor) -> Tensor:
-    """A pointer for an argument its constexpr flag keeps the kernel from reading."""
+    """Return a valid pointer for an argument that the kernel does not read."""
     return stand_in if tensor is None else tensor

@@ -1,4 +1,4 @@
-"""Sums over packed sequences: a program adds up one sequence, in one order."""
+"""Sums over packed sequences: one program sums one sequence, in one order."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# 8 floats a thread, in loads of 4 bytes, because a sequence starts anywhere; neighbouring threads
-# load neighbours, so that a warp's 128 bytes are still one line of memory.
+# 8 floats per thread, in loads of 4 bytes, because a sequence may start at any element; adjacent
+# threads load adjacent elements, so that a warp's 128 bytes are still one line of memory.
 BLOCK = 2048
 NUM_WARPS = 8
 
@@ -33,7 +33,7 @@ def segment_sums_kernel(
 
 
 def segment_sums(values: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """(T,) values of S sequences laid end to end, borders (S + 1,) → (S,) fp32 sums."""
+    """Sum (T,) values of S packed sequences with borders (S + 1,) → (S,) fp32."""
     values = values.contiguous()
     sums = torch.empty(len(cu_seqlens) - 1, dtype=torch.float32, device=values.device)
     if len(sums):

@@ -1,15 +1,7 @@
-"""The primitives in plain PyTorch, lean enough to train with on a CPU."""
+"""The primitives in plain PyTorch, fast enough to train with on a CPU."""
 
-from r1_kernels.plain.blockwise import dequantize_blocks, quantize_blocks
-from r1_kernels.plain.policy import policy_terms
-from r1_kernels.plain.segments import segment_sums
-from r1_kernels.plain.softmax import logits_gradient, row_statistics
+from r1_kernels.plain import blockwise, policy, segments, softmax
 
-__all__ = [
-    "dequantize_blocks",
-    "logits_gradient",
-    "policy_terms",
-    "quantize_blocks",
-    "row_statistics",
-    "segment_sums",
-]
+dequantize_blocks, quantize_blocks = blockwise.dequantize_blocks, blockwise.quantize_blocks
+logits_gradient, row_statistics = softmax.logits_gradient, softmax.row_statistics
+policy_terms, segment_sums = policy.policy_terms, segments.segment_sums

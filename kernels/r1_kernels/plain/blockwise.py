@@ -1,7 +1,7 @@
 """FP8 e4m3 block-wise quantisation in plain PyTorch, a stripe of block rows at a time.
 
-Whole checkpoints pass through here, so nothing the size of the matrix exists besides input and
-output: each stripe gets a few fp32 copies of at most STRIPE_ELEMENTS (or one row of blocks)."""
+Whole checkpoints are converted with this, so memory is bounded: besides input and output, only a
+few fp32 copies of one stripe exist, of at most STRIPE_ELEMENTS (or one row of blocks)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 E4M3_MAX = 448.0
 SMALLEST_AMAX = 1e-4
-STRIPE_ELEMENTS = 1 << 19  # 2 MiB in fp32: large beside a call's overhead, small beside a cache
+STRIPE_ELEMENTS = 1 << 19  # 2 MiB in fp32: costs more than a call's overhead, and fits in a cache
 
 
 def quantize_blocks(x: Tensor, block: tuple[int, int]) -> tuple[Tensor, Tensor]:
@@ -45,7 +45,7 @@ def dequantize_blocks(
 
 
 def _stripes(shape: torch.Size, block: tuple[int, int]) -> Iterator[tuple[slice, slice]]:
-    """Slices of rows, and of rows of blocks, that cover a matrix from the top."""
+    """Yield slices of rows and of rows of blocks that cover a matrix from the top."""
     rows, columns = shape
     count = max(1, STRIPE_ELEMENTS // max(1, block[0] * columns))
     for first in range(0, -(-rows // block[0]), count):
@@ -54,7 +54,7 @@ def _stripes(shape: torch.Size, block: tuple[int, int]) -> Iterator[tuple[slice,
 
 
 def _blocks(stripe: Tensor, block: tuple[int, int]) -> Tensor:
-    """A copy in fp32 as (block rows, rows, block columns, columns), cut-off blocks filled by 0."""
+    """Copy to fp32 as (block rows, rows, block columns, columns), edge blocks padded with 0."""
     rows, columns = stripe.shape
     down, across = -(-rows // block[0]), -(-columns // block[1])
     padded = stripe.new_zeros((down * block[0], across * block[1]), dtype=torch.float32)

@@ -16,7 +16,7 @@ def policy_terms(tokens: TokenTensors, settings: PolicySettings) -> PolicyTerms:
     dtype = wide(tokens.logprobs.dtype)
     tokens = TokenTensors(*[t if t is None else t.to(dtype) for t in tokens])
     seen = ~(tokens.weights <= 0)  # a weight of NaN is seen
-    # Hidden tokens may hold anything, NaN included: take them out before arithmetic, not after.
+    # Tokens that do not count may hold NaN: replace them before the arithmetic, not after.
     weight, advantage = (torch.where(seen, t, 0.0) for t in (tokens.weights, tokens.advantages))
     x = tokens.log_ratio
     if x is None:
@@ -61,7 +61,7 @@ def policy_terms(tokens: TokenTensors, settings: PolicySettings) -> PolicyTerms:
 def _clipped_surrogate(
     ratio: Tensor, limited: Tensor, advantage: Tensor, dual_clip: float | None
 ) -> tuple[Tensor, Tensor]:
-    """PPO's surrogate, and whether a clip holds the token back."""
+    """Return PPO's surrogate, and whether a clip is active."""
     free, bounded = ratio * advantage, limited * advantage
     clipped = bounded < free
     surrogate = torch.where(clipped, bounded, free)
@@ -74,7 +74,7 @@ def _clipped_surrogate(
 
 
 def _kl(g: Tensor, estimator: str) -> tuple[Tensor, Tensor]:
-    """The estimate from g = ref - logprob, and its derivative by the logprob."""
+    """Return the estimate from g = ref - logprob, and its derivative by the logprob."""
     if estimator == "k1":
         return -g, torch.ones_like(g)
     if estimator == "k2":

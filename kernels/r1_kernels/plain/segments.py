@@ -9,6 +9,6 @@ from r1_kernels.gemm import wide
 
 
 def segment_sums(values: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """(T,) values of S sequences laid end to end, borders (S + 1,) → (S,) sums, fp32 at least."""
+    """Sum (T,) values of S packed sequences with borders (S + 1,) → (S,), at least fp32."""
     values = values.to(wide(values.dtype))
     return torch.segment_reduce(values, "sum", offsets=cu_seqlens.to(torch.int64), initial=0)

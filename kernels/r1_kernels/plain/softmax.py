@@ -1,18 +1,16 @@
 """Softmax statistics of rows of logits, and the gradient of the logits, in PyTorch.
 
-A few rows at a time, so that what is made on the way stays small beside the logits: large enough
-that starting the threads of each operation costs little, also where other processes want the cores.
+A tile of rows at a time, so that intermediate results are small beside the logits, but large enough
+that starting the threads of each operation costs little, also on a busy machine.
 """
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from r1_kernels.gemm import wide
-from r1_kernels.vocabulary import STATISTICS, Shard
+from r1_kernels.vocabulary import STATISTICS, RowUpstream, Shard
 
 TILE_ELEMENTS = 1 << 20  # 4 MiB of fp32
 
@@ -25,7 +23,7 @@ def row_statistics(logits: Tensor, targets: Tensor, shard: Shard, scale: float) 
         return out
     peak, total, moment, chosen = out.unbind()
     tiles = _tiles(logits)
-    # Made once: fresh memory for every tile costs more than the arithmetic on it.
+    # Allocated once: new memory for every tile costs more than the arithmetic on it.
     scratch = out.new_empty(2, min(len(logits), tiles.step), shard.real)
     for start in tiles:
         rows = slice(start, start + tiles.step)
@@ -49,37 +47,35 @@ def logits_gradient(
     targets: Tensor,
     shard: Shard,
     scale: float,
-    softmax: Sequence[Tensor],
-    grad_logprobs: Tensor,
-    grad_entropy: Tensor | None,
+    upstream: RowUpstream,
     out: Tensor,
 ) -> Tensor:
     """See `fused.softmax.logits_gradient`."""
-    entropy, peak, log_total = softmax
+    entropy, peak, log_total, grad_logprobs, grad_entropy = upstream
     tiles = _tiles(logits)
     for start in tiles:
         rows = slice(start, start + tiles.step)
-        upstream = grad_logprobs[rows] * scale
+        grad = grad_logprobs[rows] * scale
         inverse_total = (-log_total[rows]).exp()
         z = logits[rows, : shard.real].to(peak.dtype)
-        # May be the logits' own memory: every step below is elementwise.
+        # `d` may share the memory of the logits: every step below is elementwise.
         d = out[rows, : shard.real] if out.dtype == peak.dtype else torch.empty_like(z)
-        needed = upstream != 0
+        needed = grad != 0
         if grad_entropy is None:
             _below_peak(z, peak[rows], scale, out=d)
-            d.exp_().mul_((-upstream * inverse_total)[:, None])
+            d.exp_().mul_((-grad * inverse_total)[:, None])
         else:
             # d H / d z = -c p (log p + H)
             slope = grad_entropy[rows] * scale
             needed |= slope != 0
-            flat = upstream + slope * (entropy[rows] - log_total[rows])
+            flat = grad + slope * (entropy[rows] - log_total[rows])
             x = _below_peak(z, peak[rows], scale, out=torch.empty_like(z))
             e = x.exp()
             x.clamp_(min=-1000.0).mul_(slope[:, None]).add_(flat[:, None])
             torch.mul(x, e, out=d).mul_(-inverse_total[:, None])
         local = targets[rows] - shard.first
         here = ((local >= 0) & (local < shard.real)).nonzero()[:, 0]
-        d[here, local[here]] += upstream[here]
+        d[here, local[here]] += grad[here]
         if not needed.all():
             d[~needed] = 0.0
         if out.dtype != peak.dtype:
@@ -89,12 +85,12 @@ def logits_gradient(
 
 
 def _below_peak(z: Tensor, peak: Tensor, scale: float, out: Tensor) -> Tensor:
-    """out = (z - peak) · scale; a row of -inf only has nothing to subtract."""
+    """Return out = (z - peak) · scale; in a row of only -inf, subtract 0."""
     base = torch.where(torch.isneginf(peak), 0.0, peak)
     torch.sub(z, base[:, None], out=out)
     return out if scale == 1.0 else out.mul_(scale)
 
 
 def _tiles(logits: Tensor) -> range:
-    """First rows of tiles of `step` rows."""
+    """Return the first rows of the tiles, as a range whose step is the rows per tile."""
     return range(0, len(logits), max(1, TILE_ELEMENTS // max(1, logits.shape[-1])))

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from r1_kernels import fused
 from r1_kernels.policy_terms import PolicySettings, TokenTensors
-from r1_kernels.vocabulary import Shard
+from r1_kernels.vocabulary import RowUpstream, Shard
 from torch import Tensor
 
 TOKENS = 65_536
@@ -110,9 +110,9 @@ def _logits_gradient(dtype: torch.dtype, out: torch.dtype, more: str) -> None:
         _targets(),
         Shard(0, VOCAB, VOCAB - ("padded" in more), VOCAB, None),
         1.0,
-        [_meta(TOKENS) for _ in range(3)],
-        _meta(TOKENS),
-        _meta(TOKENS) if "entropy" in more else None,
+        RowUpstream(
+            *(_meta(TOKENS) for _ in range(4)), _meta(TOKENS) if "entropy" in more else None
+        ),
         logits if out == dtype else torch.empty_like(logits, dtype=out),
     )
 
