@@ -237,8 +237,8 @@ async def _decide(
     if not counts.num_kept:
         raise RuntimeError(
             f"{folder}: no answer is kept; most are {counts.decisions.most_common(1)[0][0]} "
-            f"(samples.jsonl says why of each). Change {REMEDIES[sample.output]}: the same command "
-            "then decides again without sampling"
+            f"(samples.jsonl has the reason of each). Change {REMEDIES[sample.output]}: the same "
+            "command then decides again without sampling"
         )
 
 

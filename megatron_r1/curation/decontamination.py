@@ -7,6 +7,7 @@ questions have in common is a task's boilerplate, and is ignored.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -38,7 +39,7 @@ def contaminated(prompts: Sequence[Prompt], avoided: Sequence[str], n: int) -> d
     texts = {normalize(question) for question in avoided}
     grams = {gram for text in texts for gram in ngrams(text, n)}
     shared = {prompt.id: grams & ngrams(prompt.question, n) for prompt in prompts}
-    num_prompts = Counter(gram for found in shared.values() for gram in found)
+    num_prompts = Counter(itertools.chain.from_iterable(shared.values()))
     reasons = {}
     for prompt in prompts:
         rare = sorted(g for g in shared[prompt.id] if num_prompts[g] <= NUM_BOILERPLATE)

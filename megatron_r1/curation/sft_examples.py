@@ -1,4 +1,4 @@
-"""sft.jsonl: the responses that are kept, rewritten if asked for, in the form to be learned."""
+"""sft.jsonl: the kept responses, rewritten by `sample.rewrite`, in the form to be trained on."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ def keep_identity(path: Path, settings: Mapping[str, Any], has_samples: bool) ->
             f"  {n}: {before.get(n)!r} in the folder, {settings.get(n)!r} now" for n in changed
         ]
         raise UserError(
-            f"{path.parent} holds answers that were made with other settings:\n"
+            f"{path.parent} holds answers with other settings:\n"
             + "\n".join(lines)
             + "\nTo continue, restore those; to start anew, choose another run.folder or remove "
             "this one."
@@ -56,10 +56,10 @@ def keep_identity(path: Path, settings: Mapping[str, Any], has_samples: bool) ->
 
 def versions() -> dict[str, str]:
     """Return the versions of Python and of the installed packages that results can depend on."""
-    found = {"python": platform.python_version()}
+    installed = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
-            found[package] = metadata.version(package)
+            installed[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return installed

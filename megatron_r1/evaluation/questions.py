@@ -63,10 +63,10 @@ def _load(entry: BenchmarkConfig, config: EvalConfig) -> QuestionSet:
             f"benchmark {entry.name} makes its own questions: it takes no path ({entry.path})"
         )
     instruction = benchmark.instruction if entry.instruction is None else entry.instruction
-    prompts = to_prompts(benchmark.questions(rows, options), instruction)
-    found = list(itertools.islice(prompts, entry.limit or config.limit))
-    if not found:
+    all_prompts = to_prompts(benchmark.questions(rows, options), instruction)
+    prompts = list(itertools.islice(all_prompts, entry.limit or config.limit))
+    if not prompts:
         raise UserError(
             f"benchmark {entry.title}: no questions are left; loosen its options ({options})"
         )
-    return QuestionSet(entry.title, found, entry.samples or config.samples)
+    return QuestionSet(entry.title, prompts, entry.samples or config.samples)

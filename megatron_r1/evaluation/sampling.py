@@ -56,7 +56,7 @@ class Sampler:
         self._gradable: set[str] = set()
         self._broken_grader: UserError | None = None
         self._refuse_other_versions()
-        self.num_wanted = sum(len(found.prompts) * found.num_samples for found in sets)
+        self.num_wanted = sum(len(s.prompts) * s.num_samples for s in sets)
         self.num_done = sum(log.count(map(s.key, s.prompts), s.num_samples) for s in sets)
 
     async def run(self) -> None:

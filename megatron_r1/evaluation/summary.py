@@ -71,20 +71,22 @@ async def summarize(
 
     seed: of the resampling.
     """
-    return [await _summarize(pool, log, found, seed) for found in sets]
+    return [await _summarize(pool, log, questions, seed) for questions in sets]
 
 
-async def _summarize(pool: RewardPool, log: ResponseLog, found: QuestionSet, seed: int) -> Summary:
-    lines_of = log.read(map(found.key, found.prompts), found.num_samples)
+async def _summarize(
+    pool: RewardPool, log: ResponseLog, question_set: QuestionSet, seed: int
+) -> Summary:
+    lines_of = log.read(map(question_set.key, question_set.prompts), question_set.num_samples)
     questions = [[Graded.from_line(line) for line in lines] for lines in lines_of]
     samples = [sample for question in questions for sample in question]
 
     def mean(measure: Callable[[Sequence[Graded]], float]) -> Estimate:
         return estimate([measure(question) for question in questions], seed)
 
-    sizes = powers_up_to(found.num_samples)
+    sizes = powers_up_to(question_set.num_samples)
     passes = {k: mean(partial(_pass, k=k)) for k in sizes}
-    votes = await _votes(pool, found.prompts, questions, sizes, seed)
+    votes = await _votes(pool, question_set.prompts, questions, sizes, seed)
     metrics = {"pass@1": mean(lambda question: fmean(s.reward for s in question))}
     metrics |= {f"pass@{k}": value for k, value in passes.items() if k > 1}
     # cons@1 is pass@1: the majority of one answer is that answer.
@@ -103,7 +105,7 @@ async def _summarize(pool: RewardPool, log: ResponseLog, found: QuestionSet, see
     }
     if votes:
         counts["without_answer"] = sum(s.vote is None for s in samples)
-    return Summary(found.title, found.num_samples, metrics, counts, passes, votes)
+    return Summary(question_set.title, question_set.num_samples, metrics, counts, passes, votes)
 
 
 def _pass(question: Sequence[Graded], k: int) -> float:

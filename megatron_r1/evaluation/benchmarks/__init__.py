@@ -34,12 +34,12 @@ def find_benchmark(name: str) -> tuple[Benchmark, str]:
             f"{', '.join(sorted(REGISTRY))}; your own is written 'package.module:NAME')"
         )
     try:
-        found = getattr(importlib.import_module(module), attribute)
+        benchmark = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise UserError(f"benchmark {name!r} cannot be imported: {error}") from error
-    if not isinstance(found, Benchmark):
-        raise UserError(f"benchmark {name!r} is a {type(found).__name__}, not a Benchmark")
-    return found, part
+    if not isinstance(benchmark, Benchmark):
+        raise UserError(f"benchmark {name!r} is a {type(benchmark).__name__}, not a Benchmark")
+    return benchmark, part
 
 
 __all__ = ["REGISTRY", "Benchmark", "find_benchmark"]

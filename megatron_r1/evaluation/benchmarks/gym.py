@@ -85,7 +85,7 @@ def _of_task(task: str, options: Options, exactly: bool) -> Iterator[Question]:
     if seen and not exactly:
         return
     raise UserError(
-        f"gym/{task}: only {len(seen)} distinct questions of {wanted} wanted; ask for fewer, or "
+        f"gym/{task}: only {len(seen)} distinct questions of {wanted}; set fewer `questions`, or "
         "make them more varied by its parameters"
     )
 

@@ -32,7 +32,7 @@ class _PlainUnpickler(pickle.Unpickler):
     """A second check: no class or function is ever looked up."""
 
     def find_class(self, module: str, name: str) -> Any:
-        raise ValueError(f"it asks for {module}.{name}")
+        raise ValueError(f"it refers to {module}.{name}")
 
 
 def decode_tests(packed: str, place: str) -> list[dict[str, Any]]:
