@@ -118,7 +118,7 @@ def test_the_picture_fits_any_terminal_and_does_not_change_its_height(size, metr
     assert not has_control_characters("\n".join(lines))
 
 
-def test_the_picture_says_what_the_metrics_say():
+def test_the_picture_shows_the_metrics():
     view = view_of({**RL, "step": 2}, RL, samples=SAMPLES)
     view.evaluation({"step": 0, "eval/pass@1": 0.182})
     view.evaluation({"step": 3, "eval/pass@1": 0.7, "eval/cons@16": 0.75})

@@ -1,4 +1,4 @@
-"""The report: right numbers, whatever was or was not recorded, in one safe file."""
+"""The report: right numbers from complete and incomplete records, in one safe file."""
 
 import re
 from html.parser import HTMLParser
@@ -124,7 +124,7 @@ def full_run(path):
     return folder
 
 
-def test_a_full_run_is_told_with_its_numbers(tmp_path):
+def test_a_full_run_is_reported_with_its_numbers(tmp_path):
     path = write_report(
         full_run(tmp_path / "run"),
         title="sums <1>",

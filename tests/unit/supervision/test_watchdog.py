@@ -144,9 +144,9 @@ def test_a_reward_that_hangs_stops_the_run_and_is_named(tmp_path):
 
     with pytest.raises(HangError) as error:
         asyncio.run(body())
-    told = str(error.value)
-    assert "Everything waits for rewards: 1 groups are being graded; worker " in told
-    assert f"graders:when_let, question '{QUESTION}'" in told
+    message = str(error.value)
+    assert "Everything waits for rewards: 1 groups are being graded; worker " in message
+    assert f"graders:when_let, question '{QUESTION}'" in message
     (report,) = (run.folder / "logs").glob("hang-*.txt")
     text = report.read_text()
     assert text.index("rewards: 1 groups") < text.index("trainer: ") < text.index("controller: ")
@@ -304,7 +304,7 @@ def test_a_controller_that_was_suspended_has_not_hung(tmp_path):
     assert not list((run.folder / "logs").glob("hang-*.txt"))
 
 
-def test_the_works_own_error_comes_through_and_a_taken_port_is_said(tmp_path):
+def test_errors_of_the_work_are_raised_and_a_taken_port_is_named(tmp_path):
     run = Run(tmp_path, hang_seconds=0)
 
     async def fail():

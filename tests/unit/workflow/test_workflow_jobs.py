@@ -49,7 +49,7 @@ def meet_and_stay(folder, *, other, until, seconds=20.0):
     deadline = time.monotonic() + seconds
     while not Path(until).exists():
         if time.monotonic() > deadline:
-            raise RuntimeError("nobody told of the failure")
+            raise RuntimeError("no failure was reported")
         time.sleep(0.01)
 '''
 PAIR = """
@@ -72,7 +72,7 @@ stages:
   right:
     verb: make
     function: "meeting:meet_and_stay"
-    arguments: {other: "${pipeline.folder}/left", until: told}
+    arguments: {other: "${pipeline.folder}/left", until: failed}
   both:
     verb: make
     function: "meeting:join"
@@ -97,10 +97,10 @@ def world(tmp_path, monkeypatch):
 def test_stages_that_need_each_other_s_company_end_and_what_needs_both_comes_last(world, capfd):
     assert world.run(TWO) == 0
     assert (world.out / "both/joined").read_text() == "left right"
-    told = capfd.readouterr().out
-    assert "  left: waiting for" in told and "  right: waiting for" in told
-    assert told.index("both (make) begins") > max(
-        told.index("left is done"), told.index("right is done")
+    output = capfd.readouterr().out
+    assert "  left: waiting for" in output and "  right: waiting for" in output
+    assert output.index("both (make) begins") > max(
+        output.index("left is done"), output.index("right is done")
     )
 
 
@@ -132,7 +132,7 @@ def test_after_a_failure_what_runs_comes_to_its_end_and_nothing_else_begins(
 ):
     def report_and_note(executor, error, running):
         report_failure(executor, error, running)
-        (world.out.parent / "told").touch()
+        (world.out.parent / "failed").touch()
 
     report_failure = Executor.report_failure
     monkeypatch.setattr(Executor, "report_failure", report_and_note)
@@ -140,8 +140,8 @@ def test_after_a_failure_what_runs_comes_to_its_end_and_nothing_else_begins(
     assert world.run(TWO) == 1
     assert (world.out / "right/stage.json").exists()
     assert not (world.out / "both").exists()
-    told = capfd.readouterr()
-    assert "broken on purpose" in told.err and "no other stage begins" in told.out
+    output = capfd.readouterr()
+    assert "broken on purpose" in output.err and "no other stage begins" in output.out
     world.write(PAIR)
     assert world.run(TWO, "--pipeline.rerun") == 0
     assert (world.out / "both/joined").read_text() == "left right"
@@ -155,11 +155,11 @@ def test_whatever_ends_it_ends_all_that_runs(world, capsys, number):
     assert world.states(capsys) == {"a": "running", "b": "running"}
     started = descendants(process.pid)
     process.send_signal(number)
-    told, _ = process.communicate(timeout=30)
+    output, _ = process.communicate(timeout=30)
     wait_until(lambda: not any(is_alive(pid) for pid in started), 10)
     assert processes_naming(str(world.out)) == []
     if number == signal.SIGINT:
-        assert process.returncode == 130 and "Traceback" not in told
+        assert process.returncode == 130 and "Traceback" not in output
     assert world.states(capsys) == {"a": "unfinished", "b": "unfinished"}
     shorter = [f"--stages.{name}.arguments.seconds=0" for name in "ab"]
     assert world.run(TWO, *shorter) == 0
@@ -195,13 +195,13 @@ def test_a_need_that_is_not_among_the_tasks_is_no_need():
     assert done == ["b"]
 
 
-def test_what_a_second_one_raises_is_told_too():
-    meeting, told = threading.Barrier(2), []
+def test_a_second_failure_is_reported_too():
+    meeting, errors = threading.Barrier(2), []
 
     def work(task):
         meeting.wait(10)
         raise RuntimeError(task)
 
     with pytest.raises(RuntimeError) as raised:
-        run_all(["a", "b", "c"], lambda _: [], work, 2, lambda error, _: told.append(str(error)))
-    assert {str(raised.value), *told} == {"a", "b"}
+        run_all(["a", "b", "c"], lambda _: [], work, 2, lambda error, _: errors.append(str(error)))
+    assert {str(raised.value), *errors} == {"a", "b"}

@@ -128,9 +128,9 @@ def test_ctrl_c_stops_and_says_that_the_same_command_continues(world):
     wait_until((world.out / "work/first.txt").exists)
     children = descendants(process.pid)
     process.send_signal(signal.SIGINT)
-    told, _ = process.communicate(timeout=30)
+    output, _ = process.communicate(timeout=30)
     assert process.returncode == 130
-    assert "the same command continues from here" in told and "Traceback" not in told
+    assert "the same command continues from here" in output and "Traceback" not in output
     assert not any(is_alive(pid) for pid in children)
     assert world.run(*QUICK) == 0
     assert (world.out / "last/all.txt").read_text() == "done"
@@ -154,8 +154,8 @@ def test_a_launched_stage_is_asked_by_a_file_first(world):
     process = world.start()
     wait_until((world.out / "j/begun").exists)
     process.send_signal(signal.SIGTERM)
-    told, _ = process.communicate(timeout=30)
-    assert process.returncode == 130 and "saw the file" in told
+    output, _ = process.communicate(timeout=30)
+    assert process.returncode == 130 and "saw the file" in output
     assert not (world.out / "j/stop").exists()
 
 

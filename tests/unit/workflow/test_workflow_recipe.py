@@ -1,4 +1,4 @@
-"""What a pipeline's recipe may say, and what is said of mistakes before anything runs."""
+"""Recipes of pipelines, and the messages for mistakes in them before anything runs."""
 
 import pytest
 import yaml
@@ -60,12 +60,12 @@ def test_references_need_no_quotes_within_braces(text, value):
 
 
 def test_a_reference_that_is_all_of_a_text_keeps_its_type():
-    told = {"a": ["${seed}", "s${seed}"], "b": {"c": "plain"}}
-    assert list(references(told)) == [("a[0]", "seed"), ("a[1]", "seed")]
-    assert substitute(told, lambda name: 7) == {"a": [7, "s7"], "b": {"c": "plain"}}
+    settings = {"a": ["${seed}", "s${seed}"], "b": {"c": "plain"}}
+    assert list(references(settings)) == [("a[0]", "seed"), ("a[1]", "seed")]
+    assert substitute(settings, lambda name: 7) == {"a": [7, "s7"], "b": {"c": "plain"}}
 
 
-def test_what_a_stage_is_told_comes_from_four_places(training):
+def test_settings_of_a_stage_come_from_four_places(training):
     plan = plan_of(training, **{"stages.zero.rl.group_size": 2})
     zero = plan.config(plan.stages["zero"])
     assert zero.model.dtype == "float32"  # defaults
@@ -73,9 +73,12 @@ def test_what_a_stage_is_told_comes_from_four_places(training):
     assert zero.rl.group_size == 2  # the command line, over 8 of its recipe, over 4 of defaults
     assert zero.rl.minibatches == 1
     assert zero.run.seed == 7 and zero.run.folder == str(training.out / "zero")
-    told = plan.resolve(plan.stages["zero"].settings, {"judge": "http://127.0.0.1:1"})
-    assert told["model"]["path"] == str(training.out / "base/hf")
-    assert told["rewards"]["options"]["helpful"] == {"model": "judge", "url": "http://127.0.0.1:1"}
+    settings = plan.resolve(plan.stages["zero"].settings, {"judge": "http://127.0.0.1:1"})
+    assert settings["model"]["path"] == str(training.out / "base/hf")
+    assert settings["rewards"]["options"]["helpful"] == {
+        "model": "judge",
+        "url": "http://127.0.0.1:1",
+    }
     assert plan.resolve(plan.stages["base"].settings)["model"]["path"] == "./model"
 
 
@@ -110,7 +113,7 @@ ONE = STAGE + "arguments: {lines: 3}}\n"
 
 
 @pytest.mark.parametrize(
-    "recipe, said",
+    "recipe, message",
     [
         ("stages: {a: {verb: rl}}", "pipeline.folder must be set"),
         ("pipeline: {folder: out}", "it has no stages; a recipe of one is run with its verb"),
@@ -149,10 +152,10 @@ ONE = STAGE + "arguments: {lines: 3}}\n"
         ("stages: [", "not YAML"),
     ],
 )  # fmt: skip
-def test_a_mistake_is_named_before_anything_runs(world, capsys, recipe, said):
+def test_a_mistake_is_named_before_anything_runs(world, capsys, recipe, message):
     world.write(recipe)
     assert world.run() == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert world.calls == [] and not world.out.exists()
 
 
@@ -170,11 +173,11 @@ stages:
 """
     )
     assert world.run() == 2
-    told = capsys.readouterr().err
+    output = capsys.readouterr().err
     mistakes = ("unknown argument wrd", "unknown verb sftt", "nope.yaml: no such file")
-    for said in (*mistakes, "no stage is called aa; did you mean a?"):
-        assert said in told, said
-    assert len(told.splitlines()) == 4
+    for message in (*mistakes, "no stage is called aa; did you mean a?"):
+        assert message in output, message
+    assert len(output.splitlines()) == 4
 
 
 def test_commands_can_be_printed_where_the_data_is_not(training, capsys):
@@ -182,14 +185,14 @@ def test_commands_can_be_printed_where_the_data_is_not(training, capsys):
     assert training.run() == 2
     assert "stages.base: sft.data: train.jsonl: no such file" in capsys.readouterr().err
     assert training.run("--pipeline.dry", "true") == 0
-    told = capsys.readouterr()
-    lines = told.out.splitlines()
-    assert "missing yet: p.yaml: stages.base: sft.data: train.jsonl: no such" in told.err
+    output = capsys.readouterr()
+    lines = output.out.splitlines()
+    assert "missing yet: p.yaml: stages.base: sft.data: train.jsonl: no such" in output.err
     assert lines[0] == "# base" and lines[1].endswith("megatron_r1 sft out/recipes/base.yaml")
     assert "--served-model-name judge" in lines[3] and lines[3].endswith("&")
 
 
-def test_the_way_round_a_cycle_is_told_in_order(world, capsys):
+def test_a_cycle_is_named_in_order(world, capsys):
     world.write(
         "pipeline: {folder: out}\nstages:\n"
         "  a: {verb: make, function: 'tiny:join', arguments: {sources: [${b.all.txt}]}}\n"
@@ -205,7 +208,7 @@ def test_the_way_round_a_cycle_is_told_in_order(world, capsys):
 
 
 @pytest.mark.parametrize(
-    "option, said",
+    "option, message",
     [
         (("--stages.corpsu.lines", "3"), "no stage is called corpsu; did you mean corpus?"),
         (("--stages.corpus.lins", "3"), "unknown argument lins; did you mean lines?"),
@@ -215,9 +218,9 @@ def test_the_way_round_a_cycle_is_told_in_order(world, capsys):
         (("--pipeline.only", "last"), "last needs what is not done: both is pending"),
     ],
 )
-def test_a_wrong_option_is_named(world, capsys, option, said):
+def test_a_wrong_option_is_named(world, capsys, option, message):
     assert world.run(*option) == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert world.calls == []
 
 

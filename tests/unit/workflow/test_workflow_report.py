@@ -49,7 +49,7 @@ def text_of(html):
     return re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", html))
 
 
-def test_the_command_is_told_with_its_settings(world):
+def test_the_report_has_the_command_with_its_settings(world):
     assert world.run("--pipeline.until=zero", "--stages.zero.arguments.gain", "2") == 0
     command = "megatron-r1 pipeline p.yaml --pipeline.until=zero --stages.zero.arguments.gain=2"
     assert json.loads((world.out / "report.json").read_text())["command"] == command
@@ -57,7 +57,7 @@ def test_the_command_is_told_with_its_settings(world):
     assert f"command {command}" in text_of((world.out / "report.html").read_text())
 
 
-def test_the_page_shows_what_the_files_say(world):
+def test_the_page_shows_the_numbers_of_the_files(world):
     assert world.run() == 0
     result = json.loads((world.out / "report.json").read_text())
     r1 = result["stages"]["r1"]["by_seed"]["0"]

@@ -1,4 +1,4 @@
-"""Served models: up before their stage, down after it, whatever happens between."""
+"""Served models run before their stage and end after it, also when it fails."""
 
 import json
 import re
@@ -41,9 +41,9 @@ def mark(path):
 
 def test_a_server_is_ready_before_its_stage_and_gone_after(world, capsys):
     assert world.run() == 0
-    told = json.loads((world.out / "asks/answer.json").read_text())
+    answer = json.loads((world.out / "asks/answer.json").read_text())
     assert world.record("asks")["attempts"][0]["seconds"] > 0.5
-    assert 20_000 <= told["port"] < 32_000
+    assert 20_000 <= answer["port"] < 32_000
     assert processes_naming(mark(world.path)) == []
     # Another port is no other result.
     assert world.states(capsys) == {"asks": "done"}
@@ -74,9 +74,9 @@ def test_a_server_does_not_outlive_a_killed_pipeline_and_comes_back_where_it_was
 def test_a_server_that_does_not_start_fails_its_stage_with_its_log(world, capsys):
     world.write(recipe(world.path, "broken"))
     assert world.run() == 1
-    told = capsys.readouterr().err
-    assert "serve.judge: the server ended (exit status 1)" in told
-    assert "ValueError: this server cannot start" in told
+    output = capsys.readouterr().err
+    assert "serve.judge: the server ended (exit status 1)" in output
+    assert "ValueError: this server cannot start" in output
     assert world.states(capsys) == {"asks": "failed"}
 
 
@@ -101,7 +101,7 @@ def test_a_server_that_is_never_ready_runs_out_of_time(world, capsys):
     assert processes_naming(mark(world.path)) == []
 
 
-def test_a_port_that_somebody_took_meanwhile_is_said(monkeypatch):
+def test_a_port_that_was_taken_meanwhile_is_named(monkeypatch):
     monkeypatch.setattr("megatron_r1.workflow.serving.END_SECONDS", 0.1)
     config = ServeConfig(command=["x"])
     with socket.socket() as taken:

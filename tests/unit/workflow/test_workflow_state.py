@@ -101,8 +101,8 @@ def test_a_change_makes_stale_what_is_made_of_it(done, capsys, change, stale, re
     assert done.states(capsys) == expected
     before = {path: path.read_bytes() for path in done.out.glob("*/*.*")}
     assert done.run() == 2
-    told = capsys.readouterr().err
-    assert reason in told and "--pipeline.rerun true" in told
+    output = capsys.readouterr().err
+    assert reason in output and "--pipeline.rerun true" in output
     assert done.calls == ALL
     assert before == {path: path.read_bytes() for path in done.out.glob("*/*.*")}
 
@@ -152,11 +152,11 @@ def test_a_pipelines_folder_may_be_moved(done, capsys):
 def test_only_and_until(world, capsys):
     assert world.run("--pipeline.until", "both") == 0
     assert world.calls == ["corpus", "other", "both"]
-    told = capsys.readouterr().out
-    assert "out · 3 stages" in told and "last" not in told and "not asked for: 1 more" in told
+    output = capsys.readouterr().out
+    assert "out · 3 stages" in output and "last" not in output and "not asked for: 1 more" in output
     assert world.run("--pipeline.status", "--pipeline.until", "both") == 0
-    told = capsys.readouterr().out.splitlines()
-    assert [line.split()[:2] for line in told[1:4]] == [["done", name] for name in ALL[:3]]
+    output = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in output[1:4]] == [["done", name] for name in ALL[:3]]
     assert world.states(capsys)["last"] == "pending"
     assert world.run("--pipeline.only", "last") == 0
     assert world.calls == ALL
@@ -188,9 +188,9 @@ def test_a_stage_that_fails_says_why_and_is_tried_again(world, capsys):
         "  b: {verb: make, function: 'tiny:join', arguments: {sources: [${a.half.txt}]}}\n"
     )
     assert world.run() == 1
-    told = capsys.readouterr().err
-    assert "stage a failed: exit status 1" in told
-    assert "RuntimeError: there is no such thing as thing.txt" in told
+    output = capsys.readouterr().err
+    assert "stage a failed: exit status 1" in output
+    assert "RuntimeError: there is no such thing as thing.txt" in output
     assert world.states(capsys) == {"a": "failed", "b": "pending"}
     (world.path / "thing.txt").write_text("")
     assert world.run() == 0
@@ -201,8 +201,8 @@ def test_a_stage_that_fails_says_why_and_is_tried_again(world, capsys):
 def test_an_output_that_another_stage_needs_must_be_there(world, capsys):
     world.write(RECIPE.replace("${corpus.data.jsonl}", "${corpus.dat.jsonl}"))
     assert world.run() == 1
-    told = capsys.readouterr().err
-    assert "it left no dat.jsonl, which another stage refers to as ${corpus.dat.jsonl}" in told
+    output = capsys.readouterr().err
+    assert "it left no dat.jsonl, which another stage refers to as ${corpus.dat.jsonl}" in output
     assert world.calls == ["corpus"]
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 
 def count(folder, *, lines, word="a", remark=""):
-    """Two files, of which nobody reads the remark."""
+    """Two files; no stage reads the remark."""
     _note(folder, "count")
     (folder / "remark.txt").write_text(remark)
     (folder / "data.jsonl").write_text("".join(f"{word}{i}\\n" for i in range(lines)))
