@@ -16,16 +16,6 @@ from typing import Any
 from megatron_r1.models.hf_config import read_hf_config
 from megatron_r1.processes.imports import import_lazily
 
-__all__ = [
-    "build_model",
-    "freeze_mtp",
-    "lm_head_weight",
-    "logits",
-    "read_hf_config",
-    "transformer_config",
-    "vocab_shard",
-]
-
 _HOME = {
     "transformer_config": "config",
     "build_model": "build",
@@ -34,6 +24,8 @@ _HOME = {
     "logits": "policy_model",
     "vocab_shard": "policy_model",
 }
+
+__all__ = ["read_hf_config", *_HOME]
 
 
 def __getattr__(name: str) -> Any:

@@ -50,17 +50,11 @@ def _patch(
 class _Event:
     """A CUDA event on a device without queues: everything recorded has already happened."""
 
-    def __init__(self, *args, **kwargs):
-        pass
+    def __init__(self, *args, **kwargs) -> None: ...
 
-    def record(self, *args):
-        pass
+    def _do_nothing(self, *args, **kwargs) -> None: ...
 
-    def wait(self, *args):
-        pass
-
-    def synchronize(self):
-        pass
+    record = wait = synchronize = _do_nothing
 
     def query(self) -> bool:
         return True
@@ -69,11 +63,7 @@ class _Event:
 class _Stream(_Event):
     """A CUDA stream on a device that runs every operation where it is called."""
 
-    def wait_stream(self, stream):
-        pass
-
-    def wait_event(self, event):
-        pass
+    wait_stream = wait_event = _Event._do_nothing
 
     def record_event(self, *args) -> _Event:
         return _Event()
@@ -83,14 +73,10 @@ def _names_cuda(where) -> bool:
     return isinstance(where, (str, torch.device)) and str(where).startswith("cuda")
 
 
-@_patch(
-    "no torch.compile",
-    "jit.py:21",
-    "jit_fuser = torch.compile",
-)
+@_patch("no torch.compile", "jit.py:21", "jit_fuser = torch.compile")
 def _disable_compile() -> None:
-    # Read when a function is decorated, so it has to be set before Megatron is imported: compiling
-    # a dozen two-line functions with a C++ compiler costs a laptop more than they ever save.
+    # Read when a function is decorated, so it has to be set before Megatron is imported. Compiling
+    # a dozen two-line functions with a C++ compiler takes longer than the compiled code saves.
     os.environ["TORCHDYNAMO_DISABLE"] = "1"
 
 
@@ -104,11 +90,7 @@ def _current_device() -> None:
     torch.cuda.set_device = lambda device: None
 
 
-@_patch(
-    "streams and events",
-    "transformer/moe/token_dispatcher.py:445",
-    "torch.cuda.Stream()",
-)
+@_patch("streams and events", "transformer/moe/token_dispatcher.py:445", "torch.cuda.Stream()")
 def _streams() -> None:
     only = _Stream()
     torch.cuda.Stream, torch.cuda.Event = _Stream, _Event
@@ -131,11 +113,7 @@ def _random_state() -> None:
     cuda.manual_seed_all = lambda seed: None
 
 
-@_patch(
-    'factories with device="cuda"',
-    "pipeline_parallel/schedules.py:596",
-    'device="cuda"',
-)
+@_patch('factories with device="cuda"', "pipeline_parallel/schedules.py:596", 'device="cuda"')
 def _factories() -> None:
     names = (
         "zeros ones empty full tensor as_tensor arange linspace eye rand randn randint randperm "
@@ -154,11 +132,7 @@ def _factories() -> None:
         setattr(torch, name, functools.wraps(make)(on_cpu))
 
 
-@_patch(
-    "moves to the GPU",
-    "optimizer/optimizer.py:375",
-    "p.data.cuda()",
-)
+@_patch("moves to the GPU", "optimizer/optimizer.py:375", "p.data.cuda()")
 def _moves() -> None:
     to = torch.Tensor.to
 
@@ -214,7 +188,7 @@ def _mla_linear_names() -> None:
     import megatron.core.transformer.multi_latent_attention as mla
 
     class Absent:
-        """Stands where a Transformer Engine class would, so that `x is TELinear` is False."""
+        """Placeholder for a Transformer Engine class, so that `x is TELinear` is False."""
 
     mla.HAVE_TE = False
     mla.TELinear = mla.TEColumnParallelLinear = mla.Linear = Absent
@@ -308,11 +282,11 @@ def _adam_step_on_load() -> None:
     set_state = DistributedOptimizer._set_main_param_and_optimizer_states
 
     def with_step(self, model_param, tensors):
-        # The step count was restored before, apart from the tensors: hand it back unchanged.
+        # The step count was restored before, apart from the tensors; keep it.
         group, order = self.model_param_group_index_map[model_param]
         state = self.optimizer.state[self.optimizer.param_groups[group]["params"][order]]
-        # Megatron gives all parameters one tensor (distrib_optimizer.py:825), which AdamW would
-        # then count up once per parameter.
+        # All parameters share one tensor (distrib_optimizer.py:825), which AdamW would then
+        # increment once per parameter.
         state["step"] = state["step"].clone()
         set_state(self, model_param, {"step": state["step"], **tensors})
 

@@ -16,29 +16,10 @@ imported at first use.
 
 from typing import Any
 
-from megatron_r1.models.pipeline_stages import Stage, pipeline_stages
+from megatron_r1.models.pipeline_stages import pipeline_stages
 from megatron_r1.processes.imports import import_lazily
 from megatron_r1.weights.layout import Entry, Shard, hf_tensors, layout, shard, stage_shards
 from megatron_r1.weights.rules import Piece
-
-__all__ = [
-    "Entry",
-    "Piece",
-    "Shard",
-    "Stage",
-    "hf_tensors",
-    "initialize",
-    "initialize_score",
-    "layout",
-    "load_hf",
-    "load_megatron",
-    "local_pieces",
-    "pipeline_stages",
-    "save_hf",
-    "shard",
-    "stage_shards",
-    "write_hf",
-]
 
 _HOME = {
     "initialize": "reading",
@@ -49,6 +30,18 @@ _HOME = {
     "save_hf": "writing",
     "write_hf": "writing",
 }
+
+__all__ = [
+    "Entry",
+    "Piece",
+    "Shard",
+    "hf_tensors",
+    "layout",
+    "pipeline_stages",
+    "shard",
+    "stage_shards",
+    *_HOME,
+]
 
 
 def __getattr__(name: str) -> Any:
