@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from vllm.model_executor.layers.attention import is_deferred_attention_layer
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload import layerwise, meta
+from vllm.model_executor.model_loader.reload.types import LayerReloadingInfo
 from vllm.model_executor.model_loader.reload.utils import get_layer_params_buffers
 
 
@@ -76,24 +77,34 @@ def record(
     unloaded.
     """
     layers = list(model.modules())
-    infos = [layerwise.get_layerwise_info(layer) for layer in layers]
     tied = _tied(layers)
     torchao, model._do_torchao_reload = getattr(model, "_do_torchao_reload", False), False
-    for layer, info in zip(layers, infos, strict=True):
-        info.kernel_tensors = get_layer_params_buffers(layer)
-        info.kernel_non_persistent_buffers = set(layer._non_persistent_buffers_set)
-        meta.restore_layer_on_meta(layer, info)
+    infos = [to_checkpoint_form(layer) for layer in layers]
     try:
         recorder = _Recorder(dict(model.named_modules()), tied)
         with recorder, torch.no_grad():
             model.load_weights(recorder.source(name, shape) for name, shape in tensors)
     finally:
         for layer, info in zip(layers, infos, strict=True):
-            layerwise._place_kernel_tensors(layer, info)
-            info.reset()
+            to_kernel_form(layer, info)
         model._do_torchao_reload = torchao
     recorder.check_whole()
     return recorder.copies
+
+
+def to_checkpoint_form(layer: torch.nn.Module) -> LayerReloadingInfo:
+    """Put a layer into checkpoint form on the meta device; its tensors are kept in the result."""
+    info = layerwise.get_layerwise_info(layer)
+    info.kernel_tensors = get_layer_params_buffers(layer)
+    info.kernel_non_persistent_buffers = set(layer._non_persistent_buffers_set)
+    meta.restore_layer_on_meta(layer, info)
+    return info
+
+
+def to_kernel_form(layer: torch.nn.Module, info: LayerReloadingInfo) -> None:
+    """Put the kept tensors back into a layer."""
+    layerwise._place_kernel_tensors(layer, info)
+    info.reset()
 
 
 class _Recorder(TorchDispatchMode):

@@ -15,11 +15,8 @@ import torch
 from vllm.config import ModelConfig
 from vllm.model_executor.layers.attention import is_deferred_attention_layer
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
-from vllm.model_executor.model_loader.reload import layerwise, meta
-from vllm.model_executor.model_loader.reload.utils import (
-    get_layer_params_buffers,
-    get_layer_tensors,
-)
+from vllm.model_executor.model_loader.reload import meta
+from vllm.model_executor.model_loader.reload.utils import get_layer_tensors
 
 from megatron_r1.vllm_plugin.cpu_patches import (
     forget_moe_kernel,
@@ -27,6 +24,7 @@ from megatron_r1.vllm_plugin.cpu_patches import (
     repack_output_head,
 )
 from megatron_r1.vllm_plugin.memory_layout import Placed
+from megatron_r1.vllm_plugin.recorder import to_checkpoint_form, to_kernel_form
 
 
 @torch.no_grad()
@@ -71,11 +69,8 @@ def _load_layer(
     received: dict[str, torch.Tensor],
     in_place: bool,
 ) -> None:
-    info = layerwise.get_layerwise_info(layer)
-    in_use = get_layer_params_buffers(layer)
-    info.kernel_tensors = in_use
-    info.kernel_non_persistent_buffers = set(layer._non_persistent_buffers_set)
-    meta.restore_layer_on_meta(layer, info)
+    info = to_checkpoint_form(layer)
+    in_use = info.kernel_tensors
     in_checkpoint = get_layer_tensors(layer)
     for name, tensor in in_checkpoint.items():
         if tensor.is_meta:
@@ -90,8 +85,7 @@ def _load_layer(
                 tensor.data = new.data
             else:
                 tensor.data.copy_(new)
-    layerwise._place_kernel_tensors(layer, info)
-    info.reset()
+    to_kernel_form(layer, info)
 
 
 def _materialized(

@@ -142,25 +142,23 @@ class EngineLinks:
     @contextlib.contextmanager
     def reporting_deaths(self, engines: Sequence[Engine]) -> Iterator[None]:
         """Within: report engines that die to the trainer at once, where it may wait for them."""
-        reports = [
-            asyncio.create_task(self._report_death(engine))
-            for engine in engines
-            if self.num_windows > 1
-        ]
+
+        async def report(engine: Engine) -> None:
+            await engine.died.wait()
+            await self.report_gone(engine)
+
+        waiting_for = engines if self.num_windows > 1 else ()
+        reports = [asyncio.create_task(report(engine)) for engine in waiting_for]
         try:
             yield
         finally:
-            for report in reports:
-                report.cancel()
+            for task in reports:
+                task.cancel()
 
     async def report_gone(self, engine: Engine) -> None:
         """Report to the trainer's ranks that this engine is gone."""
         with contextlib.suppress(RuntimeError):  # the trainer is gone as well
             await asyncio.to_thread(_report_gone, *self._store, self._names[engine.index])
-
-    async def _report_death(self, engine: Engine) -> None:
-        await engine.died.wait()
-        await self.report_gone(engine)
 
 
 @contextlib.asynccontextmanager
