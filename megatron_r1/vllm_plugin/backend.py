@@ -22,7 +22,8 @@ from megatron_r1.vllm_plugin.cpu_patches import is_packed
 from megatron_r1.vllm_plugin.memory_layout import lay_out, with_gaps
 from megatron_r1.vllm_plugin.recorder import Copy, Parameter, record
 from megatron_r1.weight_sync.receive.rendezvous import Rendezvous
-from megatron_r1.weight_sync.transports import Receiver, receiver_class
+from megatron_r1.weight_sync.transports import receiver_class
+from megatron_r1.weight_sync.transports.base import Receiver
 
 
 @dataclass

@@ -20,7 +20,8 @@ from megatron_r1.weight_sync.plan.trainer_grid import TrainerGrid
 from megatron_r1.weight_sync.receive.rendezvous import Rendezvous, TableStore
 from megatron_r1.weight_sync.receive.table import SlotTable
 from megatron_r1.weight_sync.send.slices import EncodedSlices, ParameterSlice
-from megatron_r1.weight_sync.transports import Sender, sender_class
+from megatron_r1.weight_sync.transports import sender_class
+from megatron_r1.weight_sync.transports.base import Sender
 from megatron_r1.weights.layout import Shard
 from megatron_r1.weights.rules import Piece
 

@@ -4,9 +4,13 @@ A transport is one file with both its ends, `Receiver` and `Sender` (see base.py
 TRANSPORTS. vLLM knows it as weight-transfer backend `megatron_r1_<name>`.
 """
 
-from importlib import import_module
+from __future__ import annotations
 
-from megatron_r1.weight_sync.transports.base import Receiver, Sender
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # vLLM reads TRANSPORTS in every process; torch and llvmlite come when needed
+    from megatron_r1.weight_sync.transports.base import Receiver, Sender
 
 # name -> (module, receiver, sender)
 TRANSPORTS = {
@@ -15,8 +19,6 @@ TRANSPORTS = {
     "gloo": ("process_group", "GlooReceiver", "GlooSender"),
     "nccl": ("process_group", "NcclReceiver", "NcclSender"),
 }
-
-__all__ = ["TRANSPORTS", "Receiver", "Sender", "receiver_class", "sender_class"]
 
 
 def receiver_class(transport: str) -> type[Receiver]:
