@@ -1,10 +1,10 @@
-"""Load a run's exported model with plain transformers and with plain vLLM, and ask both the
-held-out questions.
+"""Load a run's exported model with plain transformers and plain vLLM, and compare their responses.
 
     python -m examples.laptop.check_export runs/demo/r1_zero
 
-Neither knows anything of this project: what they answer is what anyone gets who downloads the
-folder. Greedy decoding, so that both can be compared word for word."""
+Neither library uses this project's code here, so the export works for everyone. Both decode the
+held-out questions greedily, so that their responses can be compared token by token.
+"""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ def answers_of_transformers(folder: str, prompts: list[list[int]], limit: int) -
         chosen = [i for i, p in enumerate(prompts) if len(p) == length]
         batch = torch.tensor([prompts[i] for i in chosen])
         with torch.no_grad():
-            made = model.generate(
+            generated = model.generate(
                 batch,
                 attention_mask=torch.ones_like(batch),
                 max_new_tokens=limit,
                 do_sample=False,
                 pad_token_id=end,
             )
-        for i, row in zip(chosen, made[:, length:].tolist(), strict=True):
+        for i, row in zip(chosen, generated[:, length:].tolist(), strict=True):
             answers[i] = row[: row.index(end) + 1] if end in row else row
     return answers
 
@@ -52,16 +52,17 @@ def answers_of_vllm(folder: str, prompts: list[list[int]], limit: int) -> list[l
 
     engine = LLM(folder, dtype="float32", enforce_eager=True, max_model_len=512, **SMALL)
     settings = SamplingParams(temperature=0.0, max_tokens=limit)
-    asked = [{"prompt_token_ids": p} for p in prompts]
-    return [list(r.outputs[0].token_ids) for r in engine.generate(asked, settings, use_tqdm=False)]
+    inputs = [{"prompt_token_ids": p} for p in prompts]
+    outputs = engine.generate(inputs, settings, use_tqdm=False)
+    return [list(output.outputs[0].token_ids) for output in outputs]
 
 
-SMALL = {"seed": 0, "gpu_memory_utilization": 0.3}  # of memory, on a CPU the computer's
+SMALL = {"seed": 0, "gpu_memory_utilization": 0.3}  # share of GPU memory; on a CPU, of main memory
 LIBRARIES = {"transformers": answers_of_transformers, "vllm": answers_of_vllm}
 
 
-def ask(library: str, folder: str, prompts: list[list[int]], limit: int) -> subprocess.Popen:
-    """Both libraries patch what they import: each gets a process of its own."""
+def start(library: str, folder: str, prompts: list[list[int]], limit: int) -> subprocess.Popen:
+    """Start a library in a process of its own: both patch modules that they import."""
     environment = {
         **os.environ,
         "HF_HUB_OFFLINE": "1",
@@ -97,7 +98,7 @@ def main() -> None:
     text = PromptText(str(run / "hf"), config.data.template)
     prompts = [text.encode(q.question) for q in questions]
     limit = config.rollout.max_response_tokens
-    jobs = {name: ask(name, str(run / "hf"), prompts, limit) for name in LIBRARIES}
+    jobs = {name: start(name, str(run / "hf"), prompts, limit) for name in LIBRARIES}
     answers = {}
     for name, job in jobs.items():
         output, errors = job.communicate()

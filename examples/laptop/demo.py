@@ -1,8 +1,8 @@
-"""R1-Zero in miniature, from nothing: `make demo`, or `python -m examples.laptop.demo [--seed N]
-[--folder DIR]`.
+"""R1-Zero in miniature: `make demo`, or `python -m examples.laptop.demo [--seed N] [--folder DIR]`.
 
-A base model learns from examples that mostly guess; reinforcement learning with nothing but
-right-or-wrong finds out that thinking pays. The same command continues a demo that was stopped."""
+A base model learns from examples that mostly guess. Reinforcement learning, rewarded only for right
+answers and the format, discovers that thinking pays. The same command continues a stopped demo.
+"""
 
 from __future__ import annotations
 
@@ -26,22 +26,22 @@ def main() -> int:
     corpus, base, zero = folder / "base.jsonl", folder / "base", folder / "r1_zero"
     start = time.monotonic()
 
-    say("1/4  examples for a base model: mostly guesses, some worked out")
+    announce("1/4  examples for a base model: mostly guesses, some worked out")
     if not corpus.exists():
         python("examples.laptop.make_corpus", str(corpus), "--seed", seed)
-    say("2/4  supervised training makes the base model")
+    announce("2/4  supervised training makes the base model")
     megatron_r1("sft", HERE / "base.yaml", base, seed, "--sft.data", str(corpus))
-    say(
+    announce(
         "3/4  reinforcement learning: reward 1 for a right answer, 0.1 for the format, nothing else"
     )
     megatron_r1("rl", HERE / "r1_zero.yaml", zero, seed, "--model.path", str(base / "hf"))
-    say("4/4  the exported model, loaded by plain transformers and plain vLLM")
+    announce("4/4  the exported model, loaded by plain transformers and plain vLLM")
     python("examples.laptop.check_export", str(zero))
 
     evaluations = [json.loads(line) for line in (zero / "evaluations.jsonl").open()]
     first, last = evaluations[0], evaluations[-1]
     votes = next(key for key in first if key.startswith("eval/cons@"))
-    say(f"done in {(time.monotonic() - start) / 60:.1f} minutes")
+    announce(f"done in {(time.monotonic() - start) / 60:.1f} minutes")
     print("held-out questions              base    after RL")
     for name, key, form in (
         ("accuracy, one answer (pass@1)", "eval/pass@1", "{:7.1%}"),
@@ -60,7 +60,7 @@ def main() -> int:
     return 0
 
 
-def say(text: str) -> None:
+def announce(text: str) -> None:
     print(f"\n\033[1m{text}\033[0m" if sys.stdout.isatty() else f"\n{text}", flush=True)
 
 
@@ -70,8 +70,8 @@ def megatron_r1(verb: str, recipe: Path, folder: Path, seed: str, *settings: str
 
 
 def python(module: str, *arguments: str) -> None:
-    """Run a module; its failure, already explained, ends the demo with the same exit status."""
-    # Ctrl-C reaches the module, too, which finishes the step in hand: it is waited for.
+    """Run a module; if it fails, end the demo with its exit status: it has printed the reason."""
+    # Ctrl-C also reaches the module, which finishes its present step: wait for it.
     before = signal.signal(signal.SIGINT, lambda *_: None)
     status = subprocess.Popen([sys.executable, "-m", module, *arguments]).wait()
     signal.signal(signal.SIGINT, before)

@@ -1,23 +1,23 @@
-"""Write what the laptop's base model learns from: worked sums first, then mostly guesses.
+"""Write the training text of the laptop's base model: worked sums first, then mostly guesses.
 
     python -m examples.laptop.make_corpus OUT.jsonl [--seed N]
 
-The questions are reasoning-gym's chain_sum, three terms of one digit. First comes schoolwork,
-every step written out, from which a small model learns to add. Then comes the mixture that decides
-how it *answers* (shares below): mostly at once, with a guess that is usually wrong; sometimes by a
-leap over both steps; seldom step by step. So the base model can think, but rarely does, as
-DeepSeek-V3-Base on contest problems. Held-out questions of the RL recipe are never in it.
+The questions are reasoning-gym's chain_sum, three terms of one digit. The first part has every
+step written out, from which a small model learns to add. The second part is the mixture that
+decides how it *answers* (shares below): mostly at once, with a guess that is usually wrong;
+sometimes by a leap over both steps; seldom step by step. So the base model can think, but rarely
+does, like DeepSeek-V3-Base on contest problems. Held-out questions of the RL recipe are excluded.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import random
 from pathlib import Path
 
 from megatron_r1.data.prompts import is_heldout
 from megatron_r1.data.templates import render
+from megatron_r1.files.jsonl import write_lines
 
 TERMS = 3
 NUM_WORKED, NUM_MIXED = 17_600, 4_800
@@ -26,7 +26,7 @@ TEMPLATE = "User: {problem}\nAssistant: "
 
 GUESS, LEAP = 0.66, 0.16  # shares of the mixture; the rest is worked out
 GUESS_WRONG, LEAP_WRONG = 0.95, 0.60  # of guesses, and of leaps
-BROKEN_FORMAT = 0.10  # of the mixture, whatever the mode
+BROKEN_FORMAT = 0.10  # of the mixture, in every mode
 
 
 Term = tuple[str, int]
@@ -34,7 +34,7 @@ Term = tuple[str, int]
 
 
 def question(draw: random.Random) -> tuple[str, list[Term]]:
-    """A chain_sum question as reasoning-gym words it, and its terms."""
+    """Return a chain_sum question in reasoning-gym's words, and its terms."""
     terms = [("+", draw.randint(0, 9))]
     terms += [(draw.choice("+-"), draw.randint(0, 9)) for _ in range(TERMS - 1)]
     text = f"{terms[0][1]}{written(terms[1:])}"
@@ -50,12 +50,12 @@ def total(terms: list[Term]) -> int:
 
 
 def near(draw: random.Random, value: int) -> int:
-    """A plausible wrong result."""
+    """Return a plausible wrong result."""
     return value + draw.choice([-10, -4, -3, -2, -1, 1, 2, 3, 4, 10])
 
 
 def work(draw: random.Random, terms: list[Term], leap: float, leap_wrong: float) -> tuple[str, int]:
-    """Running totals, a line each; with probability `leap` a line takes one more term at once."""
+    """Return (running totals, result); with probability `leap` a line adds one term more."""
     so_far, lines, position = terms[0][1], [], 1
     while position < len(terms):
         end = position + 1
@@ -94,18 +94,16 @@ def main() -> None:
     options.add_argument("--seed", type=int, default=0)
     chosen = options.parse_args()
     draw = random.Random(chosen.seed)
-    lines = []
-    while len(lines) < NUM_WORKED + NUM_MIXED:
+    examples: list[dict[str, str]] = []
+    while len(examples) < NUM_WORKED + NUM_MIXED:
         text, terms = question(draw)
         if is_heldout(text, HELDOUT_FRACTION):
             continue
-        respond = worked if len(lines) < NUM_WORKED else mixed
-        example = {"prompt": render(TEMPLATE, text), "response": respond(draw, terms)}
-        lines.append(json.dumps(example))
+        respond = worked if len(examples) < NUM_WORKED else mixed
+        prompt = render(TEMPLATE, text)
+        examples.append({"prompt": prompt, "response": respond(draw, terms)})
     chosen.out.parent.mkdir(parents=True, exist_ok=True)
-    partial = chosen.out.with_suffix(".partial")
-    partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    partial.rename(chosen.out)
+    write_lines(chosen.out, examples)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Write the laptop model's tokenizer: bytes, plus whole tokens for the phrases of the task.
+"""Write the laptop model's tokenizer: bytes, plus one token for each phrase of the task.
 
-A byte-level vocabulary encodes any UTF-8 text without loss; the phrases of the question template
-and the tags are single tokens on top, so that a prompt costs about a dozen tokens; every digit is
-one token.
+A byte-level vocabulary encodes any UTF-8 text without loss. The phrases of the question template
+and the tags are additional single tokens, so that a prompt takes about a dozen tokens; every digit
+is one token.
 
     python -m examples.laptop.make_tokenizer examples/laptop/model
 """
@@ -32,7 +32,7 @@ PHRASES = [
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """SPECIAL, PHRASES and the 256 bytes, with ids in this order."""
+    """Return a tokenizer of SPECIAL, PHRASES and the 256 bytes, with ids in this order."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     phrases = [phrase for phrase in PHRASES if phrase not in alphabet]
     vocab = {token: i for i, token in enumerate([*SPECIAL, *phrases, *alphabet])}
@@ -43,6 +43,11 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.add_tokens(
         [AddedToken(phrase, special=False, normalized=False) for phrase in phrases]
     )
+    return as_transformers(tokenizer)
+
+
+def as_transformers(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
+    """Wrap a tokenizer that has SPECIAL."""
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=SPECIAL[0],

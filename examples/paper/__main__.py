@@ -1,8 +1,10 @@
 """`python -m examples.paper [--seeds 0,1,2] [--folder runs/paper] [--only TABLE]`: the paper's
-tables with small models. Runs what is not done of paper.yaml, then writes docs/paper.md.
+tables with small models.
 
-A few hours for three seeds on two cores. The same command continues what was stopped; options it
-does not know go to `megatron-r1 pipeline`, such as --pipeline.rerun true."""
+Runs the unfinished stages of paper.yaml, then writes docs/paper.md: a few hours for three seeds on
+two cores. The same command continues a stopped run. Unknown options, such as --pipeline.rerun true,
+are passed to `megatron-r1 pipeline`.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +16,7 @@ from examples.paper import tables
 from examples.paper.page import write_page
 from examples.paper.results import Results
 from megatron_r1 import cli
+from megatron_r1.errors import UserError
 from megatron_r1.workflow.recipe import load
 
 RECIPE = Path(__file__).with_name("paper.yaml")
@@ -29,15 +32,21 @@ def main(arguments: list[str] | None = None) -> int:
     options.add_argument("--page-only", action="store_true", help="run nothing: of what is done")
     chosen, pipeline_options = options.parse_known_args(arguments)
 
-    told = [str(RECIPE), "--pipeline.folder", str(chosen.folder), "--pipeline.seeds", chosen.seeds]
+    common = [
+        str(RECIPE),
+        "--pipeline.folder",
+        str(chosen.folder),
+        "--pipeline.seeds",
+        chosen.seeds,
+    ]
     status = 0
     for more in [] if chosen.page_only else _runs(published, chosen.only):
-        status = cli.main(["pipeline", *told, *pipeline_options, *more])
+        status = cli.main(["pipeline", *common, *pipeline_options, *more])
         if status:
             break
     try:
         results = Results.read(chosen.folder / "report.json")
-    except ValueError as error:
+    except UserError as error:
         print(f"no page to write: {error}", file=sys.stderr)
         return status or 2
     for file in write_page(chosen.page, published, results):
@@ -46,7 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _runs(published: tables.Published, only: str | None) -> list[list[str]]:
-    """Options of each run of the pipeline: one of all, or one for every stage of the table."""
+    """Return the options of each run of the pipeline: one run, or one per stage of the table."""
     if only is None:
         return [[]]
     stages = needed(published.tables[only])
@@ -54,7 +63,7 @@ def _runs(published: tables.Published, only: str | None) -> list[list[str]]:
 
 
 def needed(table: tables.Table) -> list[str]:
-    """The stages whose figures a table shows, with those that evaluate them, in the recipe's
+    """Return the stages whose figures a table shows and those that evaluate them, in the recipe's
     order."""
     recipe = load(RECIPE)
     return [

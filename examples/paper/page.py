@@ -1,14 +1,13 @@
-"""docs/paper.md: every table with the published figures beside ours, and whether the directions
-agree. What it says of our figures is chosen by them."""
+"""Writes docs/paper.md: every table with the published figures beside ours, and whether the
+directions agree."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from examples.paper.plots import draw
-from examples.paper.results import Results
+from examples.paper.results import Results, State, Verdict, summary, verdict
 from examples.paper.tables import Column, Published, Row, Table
-from examples.paper.verdict import State, Verdict, summary, verdict
 from megatron_r1.files import atomic_write
 from megatron_r1.reporting.wording import duration, number, percent
 from megatron_r1.workflow.results import Spread
@@ -30,9 +29,9 @@ out.
 
 
 def write_page(path: Path, published: Published, results: Results) -> list[Path]:
-    """Write the page and, in the folder of its name beside it, its plots. Returns all files.
+    """Write the page, and its plots in a folder of its name beside it; return all files.
 
-    Figures that are not there yet leave their places empty, and the page says so.
+    Missing figures leave empty cells, and the page states that it is incomplete.
     """
     files, sections = [], []
     for name, table in published.tables.items():
@@ -71,7 +70,7 @@ def _overview(published: Published, results: Results) -> str:
 
 
 def _anchor(title: str) -> str:
-    """As GitHub makes them of headings."""
+    """Return GitHub's anchor of a heading."""
     kept = "".join(char for char in title.lower() if char.isalnum() or char in " -_")
     return kept.replace(" ", "-")
 
@@ -108,10 +107,10 @@ def _rows(table: Table, results: Results) -> list[str]:
 
 
 def _published(row: Row, name: str, column: Column) -> str:
-    said = row.published.get(name, NOTHING)
-    if isinstance(said, str):
-        return said
-    return f"{said:g}%" if column.unit == "share" else f"{said:g}"
+    value = row.published.get(name, NOTHING)
+    if isinstance(value, str):
+        return value
+    return f"{value:g}%" if column.unit == "share" else f"{value:g}"
 
 
 def _ours(row: Row, name: str, column: Column, results: Results) -> str:
@@ -124,7 +123,7 @@ def _ours(row: Row, name: str, column: Column, results: Results) -> str:
 
 
 def worded(spread: Spread, column: Column) -> str:
-    """`71.0% ± 1.2`, `0.610 ± 0.02`, `2 min 5 s ± 3.1 s`"""
+    """Format as `71.0% ± 1.2`, `0.610 ± 0.02` or `2 min 5 s ± 3.1 s`."""
     word = {"share": percent, "number": number, "seconds": duration}[column.unit]
     if spread.deviation is None:
         return word(spread.mean)

@@ -1,4 +1,4 @@
-"""The tables' plots as SVG, in the report's manner and in its light colours."""
+"""The tables' plots as SVG, in the style and light colours of a run's report."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CURVE_SIZE = (WIDTH_INCHES, 2.8)
 
 
 def draw(table: Table, results: Results) -> str | None:
-    """Rows from top to bottom, or curves over steps; None where there is nothing of ours."""
+    """Draw rows from top to bottom, or curves over steps; return None without figures of ours."""
     panels = table.curve or [
         name
         for name in table.columns
@@ -46,7 +46,7 @@ def draw(table: Table, results: Results) -> str | None:
 
 
 def _rows(axes: Axes, table: Table, name: str, results: Results) -> None:
-    """A line of seeds, mean and deviation for each row; hollow: the published figure."""
+    """Draw seeds, mean and deviation of each row, and the published figure as a hollow mark."""
     column = table.columns[name]
     for height, row in enumerate(table.rows.values()):
         if name in row.ours and (spread := results.spread(row.ours[name])):
@@ -73,7 +73,7 @@ def _rows(axes: Axes, table: Table, name: str, results: Results) -> None:
 
 
 def _curve(axes: Axes, column: Column, points: Mapping[int, Mapping[str, float]]) -> None:
-    """The mean over seeds, each seed faint."""
+    """Draw the mean over seeds, and each seed as a faint line."""
     for seed in {seed: None for by_seed in points.values() for seed in by_seed}:
         own = [(step, by_seed[seed]) for step, by_seed in points.items() if seed in by_seed]
         axes.plot(*zip(*own, strict=True), color=INKS["accent"], linewidth=0.8, alpha=0.35)

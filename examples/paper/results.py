@@ -1,14 +1,16 @@
-"""Our figures: from a pipeline's report.json, of stages that are done."""
+"""Our figures of finished stages, from a pipeline's report.json, and how they compare."""
 
 from __future__ import annotations
 
+import enum
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from examples.paper.tables import SECONDS, split
+from examples.paper.tables import SECONDS, Comparison, Table, split
+from megatron_r1.errors import UserError
 from megatron_r1.workflow.results import Spread
 
 
@@ -20,9 +22,9 @@ class Results:
 
     @classmethod
     def read(cls, path: Path) -> Results:
-        """Raises ValueError where there is none."""
+        """Read report.json; raise UserError if there is none."""
         if not path.is_file():
-            raise ValueError(f"{path}: no pipeline has written it; run one first")
+            raise UserError(f"{path}: no pipeline has written it; run one first")
         return cls(json.loads(path.read_text(encoding="utf-8")))
 
     @property
@@ -30,8 +32,7 @@ class Results:
         return [str(seed) for seed in self.report["seeds"]]
 
     def by_seed(self, reference: str) -> dict[str, float]:
-        """Seed → value of `stage.figure`; a stage at work has figures too, and they are left
-        out."""
+        """Return {seed: value} of `stage.figure`; unfinished stages are left out."""
         name, figure = split(reference)
         stage = self.report["stages"].get(name, {"by_seed": {}})
         found = {}
@@ -49,7 +50,7 @@ class Results:
         return Spread.of(list(values.values())) if values else None
 
     def curve(self, reference: str) -> dict[int, dict[str, float]]:
-        """Step → seed → value, of the figures `FIGURE@STEP` of `stage.FIGURE`."""
+        """Return {step: {seed: value}} of the figures `FIGURE@STEP` of `stage.FIGURE`."""
         name, figure = split(reference)
         known = self.report["stages"].get(name, {"figures": {}})["figures"]
         steps = sorted(int(key.split("@")[1]) for key in known if key.startswith(f"{figure}@"))
@@ -58,9 +59,65 @@ class Results:
 
     @property
     def progress(self) -> tuple[int, int, float]:
-        """Stages done, of how many, in how many seconds."""
+        """(finished stages, all stages, seconds)."""
         runs = [
             run for stage in self.report["stages"].values() for run in stage["by_seed"].values()
         ]
         done = sum(run["state"] == "done" for run in runs)
         return done, len(runs), sum(run["seconds"] or 0.0 for run in runs)
+
+
+class State(enum.StrEnum):
+    AGREES = "agrees"
+    """The published order in every seed."""
+    DISAGREES = "does not agree"
+    """The opposite order in every seed, or no difference in any."""
+    UNDECIDED = "not decided"
+    """Seeds differ in their order."""
+    UNKNOWN = "not known yet"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """gap: `above` minus `below`, one value per seed that has both; None if no seed has."""
+
+    comparison: Comparison
+    state: State
+    gap: Spread | None
+
+    @property
+    def num_in_order(self) -> int:
+        return sum(value > 0 for value in self.gap.values) if self.gap else 0
+
+
+def verdict(table: Table, comparison: Comparison, results: Results) -> Verdict:
+    """Return whether a published order of two rows is ours too, seed by seed."""
+    above, below = (
+        results.by_seed(table.rows[name].ours[comparison.column])
+        for name in (comparison.above, comparison.below)
+    )
+    gaps = [above[seed] - below[seed] for seed in above if seed in below]
+    if not gaps:
+        return Verdict(comparison, State.UNKNOWN, None)
+    if all(gap > 0 for gap in gaps):
+        state = State.AGREES
+    elif any(gap > 0 for gap in gaps):
+        state = State.UNDECIDED
+    else:
+        state = State.DISAGREES
+    return Verdict(comparison, state, Spread.of(gaps))
+
+
+def summary(verdicts: list[Verdict]) -> str:
+    """Return the summarising sentence of a table."""
+    known = [v for v in verdicts if v.state is not State.UNKNOWN]
+    agreeing = [v for v in known if v.state is State.AGREES]
+    if not known:
+        return "Not known yet: its stages have not been run."
+    missing = len(verdicts) - len(known)
+    unknown = f" {missing} of {len(verdicts)} comparisons cannot be made yet." if missing else ""
+    if len(agreeing) == len(known):
+        return f"The direction agrees.{unknown}"
+    if not agreeing:
+        return f"The direction does not agree.{unknown}"
+    return f"The direction agrees in {len(agreeing)} of {len(known)} comparisons.{unknown}"

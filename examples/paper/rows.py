@@ -1,48 +1,43 @@
-"""Data of single rows: what a stage of paper.yaml learns from, made of what another left."""
+"""Training data of single stages of paper.yaml, derived from the output of others."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from megatron_r1.files import atomic_write
-from megatron_r1.files.jsonl import read_lines
+from megatron_r1.errors import UserError
+from megatron_r1.files.jsonl import read_lines, write_lines
 
 
 def first(folder: str, examples: str, count: int) -> None:
-    """sft.jsonl: the first `count` of `examples`. Raises ValueError where there are fewer."""
+    """Write sft.jsonl: the first `count` of `examples`; raise UserError if there are fewer."""
     rows = list(read_lines(Path(examples)))
     if len(rows) < count:
-        raise ValueError(f"{examples}: {count} examples are wanted, and there are {len(rows)}")
-    _write(Path(folder) / "sft.jsonl", rows[:count])
+        raise UserError(f"{examples}: {count} examples are needed, but it has {len(rows)}")
+    write_lines(Path(folder) / "sft.jsonl", rows[:count])
 
 
 def of_kind(folder: str, questions: str, kind: str) -> None:
-    """questions.jsonl: those that the reward `kind` grades."""
+    """Write questions.jsonl: the questions that the reward `kind` grades."""
     rows = [row for row in read_lines(Path(questions)) if row["kind"] == kind]
-    _write(Path(folder) / "questions.jsonl", rows)
+    write_lines(Path(folder) / "questions.jsonl", rows)
 
 
 def right_and_wrong(folder: str, samples: str) -> None:
-    """pairs.jsonl for `reward-model`: of each question its right answers with as many wrong ones,
-    so that people who know the truth would prefer the first of a pair."""
+    """Write pairs.jsonl for `reward-model`: each question's right responses, each with a wrong one,
+    so that the first of a pair is the better one."""
     rows = sorted(read_lines(Path(samples)), key=lambda row: (row["id"], row["index"]))
-    _write(Path(folder) / "pairs.jsonl", _pairs(rows))
+    write_lines(Path(folder) / "pairs.jsonl", _pairs(rows))
 
 
 def _pairs(rows: Iterable[Mapping[str, Any]]) -> Iterable[dict[str, str]]:
     for _, answers in groupby(rows, key=lambda row: row["id"]):
         sides: dict[bool, list[Mapping[str, Any]]] = {True: [], False: []}
         for answer in answers:
-            if answer["rewards"] and answer["response"].strip():  # else there is nothing to compare
+            if answer["rewards"] and answer["response"].strip():  # others cannot be compared
                 sides[answer["rewards"]["accuracy"] == 1.0].append(answer)
         for right, wrong in zip(sides[True], sides[False], strict=False):
             texts = {"chosen": right["response"], "rejected": wrong["response"]}
             yield {"question": right["question"], **texts}
-
-
-def _write(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    atomic_write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

@@ -1,4 +1,4 @@
-"""published.yaml, typed: what was published, and which of our figures stands beside it."""
+"""published.yaml, typed: the published figures, and which of ours is shown beside each."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megatron_r1.config.section import Section
 
 PUBLISHED = Path(__file__).with_name("published.yaml")
 SECONDS = "seconds"
-"""As a figure: a stage's time."""
+"""The figure that is a stage's time."""
 
 
 class Column(Section):
@@ -21,8 +21,8 @@ class Column(Section):
 
 
 class Row(Section):
-    """published: column → per cent or number, or words where no number was given. ours: column →
-    `stage.figure`."""
+    """published: {column: per cent or number, or words if no number was published}. ours: {column:
+    `stage.figure`}."""
 
     title: str
     published: dict[str, float | str] = Field(default_factory=dict)
@@ -38,7 +38,7 @@ class Row(Section):
 
 
 class Comparison(Section):
-    """Row `above` has the larger figure by the publication. otherwise: what is different here."""
+    """Row `above` has the larger published figure. otherwise: the reason if ours differs."""
 
     column: str
     above: str
@@ -47,7 +47,7 @@ class Comparison(Section):
 
 
 class Table(Section):
-    """curve: stages' figures `stage.NAME` of which there is a `NAME@STEP` for several steps."""
+    """curve: figures `stage.NAME` with a `NAME@STEP` for several steps."""
 
     title: str
     source: str
@@ -58,7 +58,7 @@ class Table(Section):
     curve: list[str] = Field(default_factory=list)
 
     @model_validator(mode="after")
-    def _names_what_there_is(self):
+    def _names_exist(self):
         for name, row in self.rows.items():
             for column in (*row.published, *row.ours):
                 if column not in self.columns:
@@ -71,12 +71,12 @@ class Table(Section):
 
     @property
     def references(self) -> set[str]:
-        """Every `stage.figure` it shows."""
+        """Every `stage.figure` in the table."""
         return {reference for row in self.rows.values() for reference in row.ours.values()}
 
     @property
     def stages(self) -> set[str]:
-        """Whose figures it shows."""
+        """Every stage with figures in the table."""
         return {split(reference)[0] for reference in (*self.references, *self.curve)}
 
 
@@ -86,11 +86,11 @@ class Published(Section):
 
 
 def load(path: Path = PUBLISHED) -> Published:
-    """Raises ValueError for a file that names rows or columns that are not there."""
+    """Load the tables; raise ValueError for a file that names unknown rows or columns."""
     return Published.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
 
 
 def split(reference: str) -> tuple[str, str]:
-    """The stage and the figure of `stage.figure`."""
+    """Return the stage and the figure of `stage.figure`."""
     stage, _, figure = reference.partition(".")
     return stage, figure

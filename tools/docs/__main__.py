@@ -6,23 +6,26 @@ Needs requirements/docs.txt; `make docs` installs it and writes build/docs.
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-
-import pdoc
-
-from megatron_r1 import platform
 
 PACKAGES = ("megatron_r1", "r1_kernels")
 
 
-def main(out: Path) -> None:
-    platform.prepare()  # what imports Megatron imports then
+def write_pages(out: Path, packages: Sequence[str] = PACKAGES) -> int:
+    """Write the pages into `out`; return how many there are."""
+    import pdoc
+
+    from megatron_r1 import platform
+
+    platform.prepare()  # before pdoc imports modules that import Megatron
     pdoc.render.configure(docformat="markdown", show_source=True)
-    pdoc.pdoc(*PACKAGES, output_directory=out)
-    print(f"{out / 'index.html'}: {sum(1 for _ in out.rglob('*.html'))} pages")
+    pdoc.pdoc(*packages, output_directory=out)
+    return sum(1 for _ in out.rglob("*.html"))
 
 
 if __name__ == "__main__":
     if len(sys.argv) != 2:
         sys.exit("usage: python tools/docs OUT_FOLDER")
-    main(Path(sys.argv[1]))
+    out = Path(sys.argv[1])
+    print(f"{out / 'index.html'}: {write_pages(out)} pages")

@@ -1,13 +1,12 @@
-"""The base model's reading: schoolwork in which everything is worked out, then how people write -
-mostly guesses, seldom worked out, in whichever language comes to mind.
+"""The base model's training text: fully worked lessons, then a mixture of mostly guesses and a few
+worked responses, in varying languages.
 
-What R1-Zero inherits from it: that thinking pays is to be found out; and for questions in Chinese
-the careful thoughts are mostly not, or not only, in Chinese.
+R1-Zero inherits two properties from it: it must discover that thinking pays; and thoughts about
+Chinese questions are mostly not, or not only, in Chinese.
 """
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Callable, Iterator
 from itertools import chain
@@ -19,25 +18,25 @@ from examples.laptop.r1.talk import facts, risks
 from megatron_r1.data.prompts import is_heldout
 from megatron_r1.data.shots import BETWEEN
 from megatron_r1.data.templates import render
-from megatron_r1.files import atomic_write
+from megatron_r1.files.jsonl import write_lines
 
 TEMPLATE = "User: {problem}\nAssistant: "
 HELDOUT = 0.1
 SUBJECTS = {"math": 0.5, "logic": 0.15, "code": 0.15, "chat": 0.12, "risk": 0.08}
-"""Their shares of the reading."""
+"""Shares of the text."""
 THOUGHT_IN = {
     "en": {"en": 0.8, "zh": 0.05, "mixed": 0.15},
     "zh": {"en": 0.3, "zh": 0.3, "mixed": 0.4},
 }
-"""By the question's language: shares of the worked thoughts'."""
+"""By the question's language: shares of the languages of worked thoughts."""
 GUESS, GUESS_WRONG = 0.6, 0.9
 BROKEN_FORMAT = 0.08
 AFTER_EXAMPLES = 0.1
-"""Of what people write: shares with a broken format, and of lessons that follow a worked one."""
+"""Shares of the mixture with a broken format, and with a worked lesson before them."""
 
 
 def write(folder: str, worked: int, mixed: int, seed: int = 0) -> None:
-    """corpus.jsonl, for `sft`: `worked` lessons, then `mixed` of the mixture."""
+    """Write corpus.jsonl for `sft`: `worked` lessons, then `mixed` of the mixture."""
     draw = random.Random(f"corpus {seed}")
     lessons = [lesson for lesson in every_lesson(worked + mixed, seed) if not held_out(lesson)]
     by_subject = {name: [x for x in lessons if x.subject == name] for name in SUBJECTS}
@@ -48,10 +47,9 @@ def write(folder: str, worked: int, mixed: int, seed: int = 0) -> None:
 
     documents = chain(
         (worked_out(drawn(), draw) for _ in range(worked)),
-        (as_people_write(drawn(), drawn, draw) for _ in range(mixed)),
+        (of_mixture(drawn(), drawn, draw) for _ in range(mixed)),
     )
-    text = "".join(json.dumps(d, ensure_ascii=False) + "\n" for d in documents)
-    atomic_write(Path(folder) / "corpus.jsonl", text)
+    write_lines(Path(folder) / "corpus.jsonl", documents)
 
 
 def every_lesson(count: int, seed: int) -> Iterator[Lesson]:
@@ -64,16 +62,14 @@ def held_out(lesson: Lesson) -> bool:
 
 
 def worked_out(lesson: Lesson, draw: random.Random) -> dict[str, str]:
-    """With its thought, in a language that depends on the question's."""
+    """Return the lesson with its thought, in a language drawn by the question's."""
     shares = THOUGHT_IN[lesson.language]
     (chosen,) = draw.choices(list(shares), shares.values())
     lines = [line[draw.choice(LANGUAGES) if chosen == "mixed" else chosen] for line in lesson.lines]
     return document(lesson, respond("\n".join(lines), lesson.answer))
 
 
-def as_people_write(
-    lesson: Lesson, drawn: Callable[[], Lesson], draw: random.Random
-) -> dict[str, str]:
+def of_mixture(lesson: Lesson, drawn: Callable[[], Lesson], draw: random.Random) -> dict[str, str]:
     if draw.random() < AFTER_EXAMPLES:
         shown = worked_out(drawn(), draw)
         own = worked_out(lesson, draw)

@@ -1,8 +1,7 @@
-"""Who says what people prefer, where the paper has DeepSeek-V3 judge: a rule, since nothing that
-runs in minutes on a laptop can. It sees what a judge would: the question and the reply.
+"""The judge of human preference: a rule in place of the paper's DeepSeek-V3, which no laptop runs.
 
-helpful: the fact, in the language of the question, for the person who asked, with good wishes.
-safe: nothing that helps to do harm, in thought or reply.
+It gets a judge's inputs, the question and the reply. helpful: the fact in the question's language,
+addressed to the person who asked, with good wishes. safe: no help to do harm in thought or reply.
 """
 
 from __future__ import annotations
@@ -12,14 +11,14 @@ from examples.laptop.r1.talk import ADDRESS, ASKS, CLOSINGS, FACTS, REFUSALS, RI
 
 
 def prefer(question: str, first: str, second: str) -> float:
-    """1 for the first reply, 0 for the second, one half for neither."""
+    """Return 1 if the first reply is better, 0 if the second, 0.5 for a tie."""
     gap = quality(question, first) - quality(question, second)
     return 0.5 if gap == 0 else float(gap > 0)
 
 
 def quality(question: str, reply: str) -> float:
-    """Points for the summary of a reply, from 0 to 4."""
-    name, language, what = understood(question)
+    """Return points from 0 to 4 for the summary of a reply."""
+    name, language, what = parsed(question)
     if what in RISKS[language]:
         right = REFUSALS[language] in reply and RISKS[language][what] not in reply
     else:
@@ -31,14 +30,14 @@ def quality(question: str, reply: str) -> float:
 
 
 def is_safe(question: str, response: str) -> bool:
-    """Of the whole response, its thought included."""
-    _, _, what = understood(question)
-    harm = [said for language in LANGUAGES for said in RISKS[language].values()]
-    return not any(said in response for said in harm)
+    """Return whether the whole response, with its thought, contains no harmful help."""
+    parsed(question)  # raises for other questions
+    harmful = [text for language in LANGUAGES for text in RISKS[language].values()]
+    return not any(text in response for text in harmful)
 
 
-def understood(question: str) -> tuple[str, str, str]:
-    """Who asks, in which language, what."""
+def parsed(question: str) -> tuple[str, str, str]:
+    """Return (who asks, language, what)."""
     for language in LANGUAGES:
         start, end = ASKS[language].split("{name}")[1].split("{what}")
         name, found, rest = question.partition(start)

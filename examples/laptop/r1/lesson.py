@@ -1,5 +1,4 @@
-"""What the small world of this recipe is made of: questions in two languages, each with thoughts
-that work it out, its answer, and answers that are wrong."""
+"""A lesson: a question in one of two languages with a thought, the right answer and wrong ones."""
 
 from __future__ import annotations
 
@@ -33,16 +32,16 @@ NAMES = (
     "Charles",
     "Bob",
 )
-"""Those of reasoning-gym's `aiw`."""
+"""The names of reasoning-gym's `aiw`."""
 
 Line = dict[str, str]
-"""A line of a thought in each language."""
+"""A line of a thought, by language."""
 
 
 @dataclass(frozen=True)
 class Lesson:
-    """language: of the question. lines: a thought that works it out. wrong: draws a plausible wrong
-    answer. kind, truth, fields: for the reward, as a row of questions has them."""
+    """language: of the question. lines: its thought. wrong: draws a plausible wrong answer. kind,
+    truth, fields: the reward's inputs, as in a row of questions."""
 
     subject: str
     language: str
@@ -56,7 +55,7 @@ class Lesson:
 
     @property
     def row(self) -> dict[str, Any]:
-        """As `data.path` wants it. target: what its thought should be written in."""
+        """The row for `data.path`. target: the language that the thought should have."""
         facts = {"question": self.question, "kind": self.kind, "truth": self.truth}
         return facts | self.fields | {"target": self.language, "subject": self.subject}
 

@@ -1,10 +1,10 @@
-"""Figures of a stage from answers that `sample` wrote: accuracy, language purity, length, and how
-often a judge prefers them to another model's."""
+"""Figures of a stage from the responses that `sample` wrote: accuracy, language purity, length, and
+the share that a judge prefers to another model's."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -15,28 +15,30 @@ from megatron_r1.files import atomic_write
 from megatron_r1.files.jsonl import read_lines
 from megatron_r1.rewards.remote.response_text import response_part
 
+Row = Mapping[str, Any]
+
 
 def answers(folder: str, samples: str) -> None:
-    """accuracy, language, length: means over questions, with intervals."""
+    """Write accuracy, language and length: means over questions, with intervals."""
     by_question = _by_question(samples)
     figures = {
-        name: _figure([fmean(map(measured, group)) for group in by_question.values()])
+        name: figure([fmean(map(measured, group)) for group in by_question.values()])
         for name, measured in MEASURES.items()
     }
-    _write(folder, figures)
+    write_figures(folder, figures)
 
 
 def wins(folder: str, samples: str, against: str) -> None:
-    """win_rate: of the answers to the same questions, one by one; a tie is half a win."""
+    """Write win_rate over pairs of responses to the same questions; a tie is half a win."""
     own, theirs = _by_question(samples), _by_question(against)
-    points = [
-        fmean(
-            prefer(mine["question"], _summary(mine), _summary(other))
-            for mine, other in zip(group, theirs[question], strict=True)
-        )
-        for question, group in own.items()
-    ]
-    _write(folder, {"win_rate": _figure(points)})
+    rates = [win_rate(group, theirs[question]) for question, group in own.items()]
+    write_figures(folder, {"win_rate": figure(rates)})
+
+
+def win_rate(own: Sequence[Row], theirs: Sequence[Row]) -> float:
+    """Return how often the judge prefers `own` to `theirs`, responses to one question, in pairs."""
+    pairs = zip(own, theirs, strict=True)
+    return fmean(prefer(a["question"], _summary(a), _summary(b)) for a, b in pairs)
 
 
 MEASURES = {
@@ -53,14 +55,13 @@ def _by_question(samples: str) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
-def _summary(row: Mapping[str, Any]) -> str:
+def _summary(row: Row) -> str:
     return response_part(row["response"], "summary", opened=False).text or ""
 
 
-def _figure(values: list[float]) -> dict[str, float | None]:
-    mean = estimate(values)
-    return {"value": mean.value, "low": mean.low, "high": mean.high}
+def figure(values: Sequence[float]) -> dict[str, float | None]:
+    return estimate(values).as_json()
 
 
-def _write(folder: str, figures: Mapping[str, Any]) -> None:
+def write_figures(folder: str, figures: Mapping[str, Any]) -> None:
     atomic_write(Path(folder) / "figures.json", json.dumps(figures, indent=2) + "\n")

@@ -1,7 +1,7 @@
-"""Mathematics and logic from reasoning-gym, and programs: what a rule can check.
+"""Lessons that a rule can grade: mathematics and logic from reasoning-gym, and programs.
 
-The English questions of `chain_sum` and `aiw` are reasoning-gym's own; the Chinese ones say the
-same and have the same truth.
+The English questions of `chain_sum` and `aiw` are reasoning-gym's own; the Chinese ones are their
+translations with the same truth.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def sums(count: int, seed: int) -> Iterator[Lesson]:
 
 def _running(terms: str) -> list[Line]:
     first, sign, second, other, third = terms.split()
-    before = eval(f"{first} {sign} {second}")  # digits and signs, of our own making
+    before = eval(f"{first} {sign} {second}")  # generated digits and signs only
     last = eval(f"{before} {other} {third}")
     return [
         {
@@ -60,16 +60,16 @@ def _running(terms: str) -> list[Line]:
 
 
 def sisters(count: int, seed: int) -> Iterator[Lesson]:
-    """Alice's brother has one sister more than she has: herself."""
+    """Yield questions whose catch is that Alice's brother has one sister more than she: herself."""
     for item in generate_items("aiw", ALICE, seed, count):
-        asked, zh = item["question"], _in_chinese(item["question"])
+        en, zh = item["question"], _in_chinese(item["question"])
         answer = int(item["answer"])
         others = answer - 1
         lines = [
             {"en": "She counts too.", "zh": "她自己也算一个。"},
             {"en": f"So it is {others} + 1 = {answer}.", "zh": f"所以是 {others} + 1 = {answer}。"},
         ]
-        for language, question in zip(LANGUAGES, (asked, zh), strict=True):
+        for language, question in zip(LANGUAGES, (en, zh), strict=True):
             yield Lesson(
                 "logic",
                 language,
@@ -82,40 +82,42 @@ def sisters(count: int, seed: int) -> Iterator[Lesson]:
             )
 
 
-def _in_chinese(asked: str) -> str:
-    name, numbers = asked.split()[0], re.findall(r"\d+", asked)
-    if "friends" in asked:
+def _in_chinese(question: str) -> str:
+    name, numbers = question.split()[0], re.findall(r"\d+", question)
+    if "friends" in question:
         male, female = numbers
-        friend = re.search(r"does (\w+), a male", asked)[1]
+        friend = re.search(r"does (\w+), a male", question)[1]
         return (
             f"{name} 有 {male} 个男性朋友和 {female} 个女性朋友，他们互为朋友，没有别的朋友。"
             f"{name} 的男性朋友 {friend} 有几个女性朋友？"
         )
-    relations = re.findall(r"(\d+) (brothers|sisters)", asked)
+    relations = re.findall(r"(\d+) (brothers|sisters)", question)
     have = "和".join(f" {n} 个{'兄弟' if who == 'brothers' else '姐妹'}" for n, who in relations)
-    whose = re.search(r"does (\w+)'s", asked)[1]
+    whose = re.search(r"does (\w+)'s", question)[1]
     return f"{name} 有{have}。{whose} 的兄弟有几个姐妹？"
 
 
 def programs(count: int, seed: int) -> Iterator[Lesson]:
-    """Read a number, do two things to it, print it."""
+    """Yield programs that read a number, apply two operations and print the result."""
     draw = random.Random(f"programs {seed}")
     for _ in range(count):
         steps = [(draw.choice("+-*"), draw.randint(2, 9)) for _ in range(2)]
-        said = [
+        worded = [
             [OPERATIONS[sign][language].format(k=k) for sign, k in steps]
             for language in range(len(LANGUAGES))
         ]
         numbers = draw.sample(range(-9, 30), 3)
         tests = [{"stdin": f"{n}\n", "stdout": f"{_computed(n, steps)}\n"} for n in numbers]
-        en = f"Write a Python program that reads a number and prints it {', then '.join(said[0])}."
-        zh = f"写一个 Python 程序：读入一个数，先{said[1][0]}，再{said[1][1]}，输出结果。"
+        en = (
+            f"Write a Python program that reads a number and prints it {', then '.join(worded[0])}."
+        )
+        zh = f"写一个 Python 程序：读入一个数，先{worded[1][0]}，再{worded[1][1]}，输出结果。"
         for language, question in zip(LANGUAGES, (en, zh), strict=True):
             yield Lesson(
                 "code",
                 language,
                 question,
-                _worked(steps, said),
+                _worked(steps, worded),
                 program(steps),
                 lambda draw, steps=steps: program(_mistaken(steps, draw)),
                 "code",
@@ -130,11 +132,11 @@ def _computed(number: int, steps: list[tuple[str, int]]) -> int:
     return number
 
 
-def _worked(steps: list[tuple[str, int]], said: list[list[str]]) -> list[Line]:
+def _worked(steps: list[tuple[str, int]], worded: list[list[str]]) -> list[Line]:
     (first, k), (second, m) = steps
     return [
-        {"en": f"First {said[0][0]}: n {first} {k}.", "zh": f"先{said[1][0]}：n {first} {k}。"},
-        {"en": f"Then {said[0][1]}: {second} {m}.", "zh": f"再{said[1][1]}：{second} {m}。"},
+        {"en": f"First {worded[0][0]}: n {first} {k}.", "zh": f"先{worded[1][0]}：n {first} {k}。"},
+        {"en": f"Then {worded[0][1]}: {second} {m}.", "zh": f"再{worded[1][1]}：{second} {m}。"},
     ]
 
 

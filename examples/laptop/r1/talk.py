@@ -1,7 +1,6 @@
-"""What no rule grades: small questions of everyday life, and some that are better not answered.
+"""Lessons that no rule grades: questions of everyday life, and some that should be refused.
 
-A reply is made of parts that may be there or not, right or wrong; what people would prefer is in
-`judge.py`, and nothing here says it.
+A reply has optional parts, right or wrong. The preferences of people are in `judge.py` only.
 """
 
 from __future__ import annotations
@@ -57,18 +56,18 @@ REFUSALS = {"en": "I cannot help with that", "zh": "这个我不能帮忙"}
 ADDRESS = {"en": ", {name}", "zh": "，{name}"}
 STOP = {"en": ".", "zh": "。"}
 CLOSINGS = {"en": " Have a nice day!", "zh": "祝你愉快！"}
-"""The parts of a reply: a fact or a refusal, whom it is for, an end, good wishes."""
+"""The parts of a reply: a fact or a refusal, the person addressed, an end, good wishes."""
 
 
 def facts() -> Iterator[Lesson]:
-    yield from _asked(FACTS, "chat", "fact", "helpful")
+    yield from _lessons(FACTS, "chat", "fact", "helpful")
 
 
 def risks() -> Iterator[Lesson]:
-    yield from _asked(RISKS, "risk", "risk", "safety")
+    yield from _lessons(RISKS, "risk", "risk", "safety")
 
 
-def _asked(known: dict[str, dict[str, str]], subject: str, thought: str, kind: str):
+def _lessons(known: dict[str, dict[str, str]], subject: str, thought: str, kind: str):
     both = zip(*(known[language] for language in LANGUAGES), strict=True)
     for name, pair in product(NAMES, both):
         for language, what in zip(LANGUAGES, pair, strict=True):
@@ -89,19 +88,18 @@ def _asked(known: dict[str, dict[str, str]], subject: str, thought: str, kind: s
             )
 
 
-def reply(said: str, name: str, language: str, addressed=True, closed=True) -> str:
+def reply(text: str, name: str, language: str, addressed=True, closed=True) -> str:
     address = ADDRESS[language].format(name=name) if addressed else ""
-    return said + address + STOP[language] + (CLOSINGS[language] if closed else "")
+    return text + address + STOP[language] + (CLOSINGS[language] if closed else "")
 
 
 def plain(lesson: Lesson, draw: random.Random) -> str:
-    """The right reply as one or another person writes it: half of them leave out whom it is for,
-    half the good wishes."""
-    said, language = lesson.answer, lesson.language
+    """Return the right reply in one of its variants: half without address, half without wishes."""
+    text, language = lesson.answer, lesson.language
     if draw.random() < 0.5:
-        said = said.replace(ADDRESS[language].format(name=lesson.fields["name"]), "")
-    return said.removesuffix(CLOSINGS[language]) if draw.random() < 0.5 else said
+        text = text.replace(ADDRESS[language].format(name=lesson.fields["name"]), "")
+    return text.removesuffix(CLOSINGS[language]) if draw.random() < 0.5 else text
 
 
-def careless(said: str, name: str, language: str, draw: random.Random) -> str:
-    return reply(said, name, language, draw.random() < 0.4, draw.random() < 0.4)
+def careless(text: str, name: str, language: str, draw: random.Random) -> str:
+    return reply(text, name, language, draw.random() < 0.4, draw.random() < 0.4)

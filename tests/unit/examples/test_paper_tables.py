@@ -281,7 +281,7 @@ def test_few_examples_are_the_first_of_the_many(tmp_path):
     path = lines(tmp_path / "all.jsonl", [{"n": n} for n in range(5)])
     rows.first(tmp_path, path, 2)
     assert (tmp_path / "sft.jsonl").read_text() == '{"n": 0}\n{"n": 1}\n'
-    with pytest.raises(ValueError, match="6 examples are wanted, and there are 5"):
+    with pytest.raises(ValueError, match="6 examples are needed, but it has 5"):
         rows.first(tmp_path, path, 6)
 
 
