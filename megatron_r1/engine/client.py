@@ -222,11 +222,11 @@ class EngineClient:
         return EngineFault(f"{self.url}{GENERATE}: {error}: {_shorten(body)}")
 
 
-async def is_healthy(url: str) -> bool:
-    """Return whether the server at `url` replies to GET /health with status 200."""
+async def is_healthy(url: str, path: str = "/health") -> bool:
+    """Return whether the server at `url` replies to GET `path` with status 200."""
     try:
         async with EngineClient(url, timeout_seconds=HEALTH_SECONDS) as client:
-            await client.request("GET", "/health")
+            await client.request("GET", path)
     except EngineError:
         return False
     return True

@@ -3,13 +3,13 @@ refuse it late."""
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
 
 from megatron_r1.config import Config, RolloutConfig, TeacherConfig
 from megatron_r1.errors import UserError
+from megatron_r1.models.hf_config import language_settings, load_config
 
 LAYOUT = {"tensor", "pipeline", "data", "expert_parallel"}
 ENGINE = LAYOUT | {"dtype", "max_num_seqs", "kv_cache_gib", "gpu_memory", "plain_matrices"}
@@ -44,7 +44,7 @@ def context_length(config: Config) -> int:
         UserError: it is more than the model has positions for, or responses would leave no room for
             a prompt.
     """
-    limit = positions(Path(config.model.path) / "config.json")
+    limit = positions(config.model.path)
     length = config.rollout.max_model_len or limit
     if length > limit:
         raise UserError(
@@ -60,21 +60,23 @@ def context_length(config: Config) -> int:
     return length
 
 
-def positions(file: Path, key: str = "model.path") -> int:
-    """Return max_position_embeddings of the model whose config.json is `file`. Raises UserError."""
-    if not file.is_file():
-        raise UserError(f"{file} does not exist: {key} must be a Hugging Face model folder")
+def positions(folder: str | Path, key: str = "model.path") -> int:
+    """Return max_position_embeddings of a model. key: of `folder` in the recipe. Raises
+    UserError."""
+    hf = load_config(folder, key)
     try:
-        return int(_language_model(file)["max_position_embeddings"])
+        return int(language_settings(hf)["max_position_embeddings"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{file}: no max_position_embeddings can be read ({error!r})") from error
+        raise UserError(
+            f"{folder}/config.json: no max_position_embeddings can be read ({error!r})"
+        ) from error
 
 
 def vocab_size(model: Path) -> int | None:
     """Return the vocabulary's size in a model's config.json, or None where it is not readable."""
     try:
-        return _language_model(model / "config.json").get("vocab_size")
-    except (OSError, ValueError, AttributeError):
+        return language_settings(load_config(model)).get("vocab_size")
+    except (UserError, AttributeError):
         return None  # the server's own error is more precise
 
 
@@ -99,7 +101,7 @@ def check_ranks(engines: RolloutConfig | TeacherConfig, hf: dict, section: str) 
     Raises:
         UserError: names the setting, its value and the remedy.
     """
-    language = hf.get("text_config") or hf
+    language = language_settings(hf)
     heads = language.get("num_attention_heads", engines.tensor)
     kv_heads = language.get("num_key_value_heads") or heads
     if heads % engines.tensor:
@@ -135,9 +137,3 @@ def num_experts(language: dict) -> int:
     model is dense."""
     names = ("n_routed_experts", "num_local_experts", "num_experts")
     return next((count for name in names if (count := language.get(name))), 0)
-
-
-def _language_model(file: Path) -> dict:
-    hf = json.loads(file.read_text(encoding="utf-8"))
-    # Multimodal models keep their language model's settings one level down.
-    return hf.get("text_config") or hf

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from megatron_r1.evaluation.policy import Decoding
 from megatron_r1.evaluation.response import TextResponse
 from megatron_r1.fleet.placement import check_room, growing, open_pool, server_maker
 from megatron_r1.fleet.rollout_fleet import RolloutFleet
+from megatron_r1.models.hf_config import load_config
 
 
 class EnginePolicy:
@@ -49,7 +49,7 @@ class EnginePolicy:
         )
         self._room = context_length(config)
         check_room(rollout)
-        check_engines(config, json.loads((model / "config.json").read_text(encoding="utf-8")))
+        check_engines(config, load_config(model))
         self._fleet: RolloutFleet | None = None
         self._resources = contextlib.AsyncExitStack()
         self.concurrency = rollout.engines * rollout.data * rollout.max_num_seqs

@@ -25,6 +25,28 @@ _MTP_COUNTS = ("num_nextn_predict_layers", "num_mtp_layers")
 _ALIASES = {"num_mtp_layers": "num_nextn_predict_layers", "num_local_experts": "n_routed_experts"}
 
 
+def load_config(path: str | Path, key: str = "model.path") -> dict:
+    """Return `config.json` of a model folder as it is, of any architecture. key: the recipe's key
+    of `path`, for error messages. Raises UserError when the file is missing or not JSON."""
+    file = Path(path) / "config.json"
+    if not file.is_file():
+        own = Path(path) / "hf"
+        hint = f"; did you mean {own}?" if (own / "config.json").is_file() else ""
+        raise UserError(
+            f"{file} does not exist (relative to {Path.cwd()}): {key} must be a Hugging Face model "
+            f"folder{hint}"
+        )
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{file} is not valid JSON: {error}") from error
+
+
+def language_settings(hf: dict) -> dict:
+    """Return the language model's settings, which multimodal models keep one level down."""
+    return hf.get("text_config") or hf
+
+
 def read_hf_config(
     path: str | Path, head: Head | None = "language", key: str = "model.path"
 ) -> dict:
@@ -38,17 +60,7 @@ def read_hf_config(
     ARCHITECTURES, or it is a score model where a language model is expected.
     """
     file = Path(path) / "config.json"
-    if not file.is_file():
-        own = Path(path) / "hf"
-        hint = f"; did you mean {own}?" if (own / "config.json").is_file() else ""
-        raise UserError(
-            f"{file} does not exist (relative to {Path.cwd()}): {key} must be a Hugging Face model "
-            f"folder{hint}"
-        )
-    try:
-        hf = json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{file} is not valid JSON: {error}") from error
+    hf = load_config(path, key)
     for alias, name in _ALIASES.items():
         if alias in hf:
             hf.setdefault(name, hf.pop(alias))

@@ -3,7 +3,6 @@ sampled (`RolloutFleet.score`). Their weights never change."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from megatron_r1.engine.recipe import (
 from megatron_r1.errors import UserError
 from megatron_r1.fleet.external import ExternalFleet
 from megatron_r1.fleet.rollout_fleet import RolloutFleet
+from megatron_r1.models.hf_config import language_settings, load_config
 
 NUM_SHOWN = 5
 """Differing tokens that an error names."""
@@ -66,10 +66,10 @@ def check_teacher(config: Config) -> None:
         )
     if not path:
         return
-    hf = _hf_config(path)
+    hf = load_config(path, "teacher.path")
     if not config.teacher.url:
         check_ranks(config.teacher, hf, "teacher")
-    room, needed = positions(Path(path) / "config.json", "teacher.path"), context_length(config)
+    room, needed = positions(path, "teacher.path"), context_length(config)
     if room < needed:
         raise UserError(
             f"teacher.path {path} has {room} positions (max_position_embeddings), and the student "
@@ -81,8 +81,8 @@ def check_teacher(config: Config) -> None:
             "teacher scores at temperature 1 without a cut, which has to be the student's "
             "distribution too; set both to 1"
         )
-    student = _hf_config(config.model.path)
-    own, known = (_language_settings(each).get("vocab_size", 0) for each in (student, hf))
+    student = load_config(config.model.path)
+    own, known = (language_settings(each).get("vocab_size", 0) for each in (student, hf))
     if known < own:
         raise UserError(
             f"teacher.path {path} knows tokens 0 … {known - 1}, and the student may write any of "
@@ -114,19 +114,3 @@ def differing_tokens(student: Mapping[str, int], teacher: Mapping[str, int]) -> 
     ]
     more = f" and {len(wrong) - NUM_SHOWN:,} more" if len(wrong) > NUM_SHOWN else ""
     return "; ".join(shown) + more
-
-
-def _hf_config(path: str) -> dict:
-    """Read config.json, of any model that vLLM supports."""
-    file = Path(path) / "config.json"
-    if not file.is_file():
-        raise UserError(f"teacher.path: {file} does not exist; name a Hugging Face model folder")
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"teacher.path: {file} is not JSON: {error}") from error
-
-
-def _language_settings(hf: dict) -> dict:
-    """Return the language model's settings, which multimodal models keep one level down."""
-    return hf.get("text_config") or hf

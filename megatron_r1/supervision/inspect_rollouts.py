@@ -9,8 +9,7 @@ import re
 import signal
 import time
 
-import aiohttp
-
+from megatron_r1.engine.errors import EngineError
 from megatron_r1.engine.server import EngineServer
 from megatron_r1.fleet.engine import Engine
 from megatron_r1.fleet.rollout_fleet import RolloutFleet
@@ -67,22 +66,21 @@ async def count_tokens(rollouts: RolloutCollector) -> int:
     without metrics count 0."""
 
     async def of(engine: Engine) -> float:
-        with contextlib.suppress(aiohttp.ClientError, TimeoutError, OSError):
-            url, headers = f"{engine.client.url}/metrics", engine.client.headers
-            async with session.get(url, headers=headers) as response:
-                return sum(float(count) for count in TOKENS.findall(await response.text()))
+        with contextlib.suppress(EngineError, TimeoutError):
+            async with asyncio.timeout(ANSWER_SECONDS):
+                body = await engine.client.request("GET", "/metrics")
+            return sum(float(count) for count in TOKENS.findall(body.decode()))
         return 0.0
 
     up = [engine for engine in rollouts.fleet.engines if engine.is_up and engine.client.url]
-    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(ANSWER_SECONDS)) as session:
-        return int(sum(await asyncio.gather(*(of(engine) for engine in up))))
+    return int(sum(await asyncio.gather(*(of(engine) for engine in up))))
 
 
 async def stacks(engine: Engine) -> str:
     """Return the stacks of an engine's processes on this host, which a signal makes them log."""
     server = engine.server
     if not isinstance(server, EngineServer) or server.process is None:
-        return "runs on another host: its stacks are for its agent there to tell"
+        return "runs on another host, which has its stacks"
     start = server.log_path.stat().st_size if server.log_path.exists() else 0
     members = inspection.session_members(server.process.pid)
     pids = [pid for pid in members if inspection.catches_signal(pid, STACK_SIGNAL)]

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import socket
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from megatron_r1.engine import gpu
+from megatron_r1.engine.client import is_healthy
 from megatron_r1.engine.settings import engine_environment
 from megatron_r1.engine.temporary_files import Scratch
 from megatron_r1.processes.children import free_port
@@ -20,7 +20,6 @@ from megatron_r1.workflow.child import Child, describe_status
 from megatron_r1.workflow.recipe import ServeConfig
 
 POLL_SECONDS = 0.1
-HEALTH_SECONDS = 5.0
 END_SECONDS = 15.0
 CPU_THREADS, CPU_CACHE_GIB = 1, 1
 VLLM = "megatron_r1.vllm_plugin.serve"
@@ -56,11 +55,8 @@ class Server:
         while time.monotonic() < deadline:
             while_waiting()
             self.check()
-            with contextlib.suppress(urllib.error.URLError, OSError):
-                address = f"{self.url}{self.config.health}"
-                with urllib.request.urlopen(address, timeout=HEALTH_SECONDS) as answer:
-                    if answer.status == 200:
-                        return
+            if asyncio.run(is_healthy(self.url, self.config.health)):
+                return
             time.sleep(POLL_SECONDS)
         raise ServingError(
             f"serve.{self.name}: not ready after {self.config.timeout_seconds:g} s; raise its "

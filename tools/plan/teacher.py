@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 from megatron_r1.config import Config
 from megatron_r1.engine.recipe import check_ranks, positions
-from megatron_r1.models.hf_config import read_hf_config
+from megatron_r1.models.hf_config import load_config, read_hf_config
 from megatron_r1.reporting.wording import counted
 from tools.plan.flops import forward_flops
 from tools.plan.job import BYTES, Job
@@ -20,10 +17,9 @@ LOGITS = 4
 
 def check_teacher(config: Config) -> None:
     """Raise UserError for a teacher that does not exist, or that its ranks cannot share."""
-    file = Path(config.teacher.path) / "config.json"
-    positions(file, "teacher.path")
+    positions(config.teacher.path, "teacher.path")
     if not config.teacher.url:
-        check_ranks(config.teacher, json.loads(file.read_text(encoding="utf-8")), "teacher")
+        check_ranks(config.teacher, load_config(config.teacher.path, "teacher.path"), "teacher")
 
 
 def teacher_section(job: Job) -> Section:
