@@ -111,7 +111,7 @@ def packed_step(batches, model):
 
 def padded_step(batches, model):
     ids = next(batches)
-    # A multiple of every tensor-parallel size, as sequence parallelism wants; behind the real
+    # A multiple of every tensor-parallel size, as sequence parallelism requires; behind the real
     # tokens.
     ids = torch.nn.functional.pad(ids, (0, -ids.shape[1] % 4))
     positions = torch.arange(ids.shape[1])[None]
@@ -177,7 +177,7 @@ def compare(name, hf, grid, sizes, oracle, out):
     chunks = build(hf, sizes)
     weights.load_hf(chunks, hf, model_folder)
     same_checkpoint(name, hf, grid, chunks, model_folder, out)
-    # The same four packed batches whatever the number of data-parallel ranks that share them.
+    # The same four packed batches for every number of data-parallel ranks that share them.
     groups = [sequences[0:1], sequences[1:2], sequences[2:5], sequences[5:6]]
     ranks, rank = (
         parallel_state.get_data_parallel_world_size(),

@@ -33,7 +33,7 @@ TEMPERATURE, RATE, LIMIT = 0.8, 0.05, 40
 
 
 def samples(seed: int) -> list[Sample]:
-    """Twelve, one of which nobody could grade, with what a teacher would say of them."""
+    """Twelve, one of them ungraded, with a teacher's log-probabilities."""
     draw = random.Random(seed)
     made = []
     for i in range(12):
@@ -100,14 +100,16 @@ def main() -> None:
             rl = Config(rl={"algorithm": name, **chosen}).rl
             names = load(trainer, position, (10 * turn + 1, 10 * turn + 2))
             trainer.score(TEMPERATURE, reference=True)
-            told = {
+            settings_of_loss = {
                 **rl.loss_settings,
                 "temperature": TEMPERATURE,
                 "max_response_tokens": LIMIT,
             }
             report[name] = {"advantages": advantages_of(trainer, position, name, rl, names)}
             loss = algorithms.find(name).loss
-            report[name]["updates"] = [trainer.update(i, loss, told, RATE) for i in (0, 1)]
+            report[name]["updates"] = [
+                trainer.update(i, loss, settings_of_loss, RATE) for i in (0, 1)
+            ]
         weights.write_hf(trainer.bare, trainer.hf, out / f"{grid}.safetensors", dtype=torch.float32)
         first = position.data_rank == position.tensor_rank == 0
         if position.last_stage and first and parallel_state.get_context_parallel_rank() == 0:

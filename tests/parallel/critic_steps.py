@@ -58,12 +58,12 @@ def gap_of_values(trainer, position, plan, expected) -> float:
     for batch, members in zip(trainer.minibatches[0], plan, strict=False):
         assert not batch.values[~batch.is_response].any(), "no value outside responses"
         held = batch.values[batch.is_response]
-        wanted = torch.cat([expected[i] for i in members])
+        expected_values = torch.cat([expected[i] for i in members])
         if parallel_state.get_context_parallel_world_size() > 1:
             # A rank holds some of the tokens: each is one of the oracle's values.
-            gaps = (held[:, None] - wanted[None]).abs().min(1).values
+            gaps = (held[:, None] - expected_values[None]).abs().min(1).values
         else:
-            gaps = (held - wanted).abs()
+            gaps = (held - expected_values).abs()
         worst, seen = max(worst, gaps.max().item() if len(gaps) else 0.0), seen + len(held)
     total = torch.tensor(seen)
     dist.all_reduce(total, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
@@ -108,8 +108,12 @@ def play(name: str, grid: str, policy: Path, scored: Path, out: Path) -> None:
     close(name, grid, "values", gap_of_values(trainer, position, plan, expected["old"]), TOLERANCE)
     for step in range(STEPS):
         metrics = trainer.update_critic(0, RATE)
-        wanted = expected["metrics"][step]
-        gaps = [abs(metrics[key] - wanted[key]) for key in wanted] if position.last_stage else [0.0]
+        expected_values = expected["metrics"][step]
+        gaps = (
+            [abs(metrics[key] - expected_values[key]) for key in expected_values]
+            if position.last_stage
+            else [0.0]
+        )
         close(name, grid, f"metrics of update {step}", max(gaps), 5 * TOLERANCE)
     assert 0 < expected["metrics"][-1]["value/clip_fraction"] < 1, "clipping was to be tried"
     trainer.values()

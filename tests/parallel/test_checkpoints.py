@@ -81,14 +81,14 @@ def test_every_file_of_every_rank_is_in_the_manifest_and_a_name_is_taken_once(st
         assert "is there already" in rank["again"][0]
 
 
-def test_a_disk_that_fills_on_one_rank_is_told_to_all_and_leaves_nothing_behind(straight, oracle):
+def test_a_full_disk_of_one_rank_raises_on_all_and_leaves_nothing_behind(straight, oracle):
     out, _ = straight
     for rank in play("full", oracle, out):
         assert (
             "step_00000005 could not be written (rank 1: [Errno 27] File too large" in rank["error"]
         )
         assert "make room" in rank["error"]
-        assert rank["next"] == rank["error"], "a failure that nobody asked about must not be lost"
+        assert rank["next"] == rank["error"], "a failure must be reported by the next save"
         assert not [name for name in rank["left"] if "step_00000005" in name]
     assert finding.newest(out, "full") == (out / "step_00000002", [])
 
@@ -100,8 +100,8 @@ def test_a_rank_killed_while_it_writes_leaves_the_last_good_one(straight, oracle
     assert (out / ".step_00000007.partial").is_dir() and not (out / "step_00000007").exists()
     assert finding.remove_partial(out) == ["step_00000007"]
     assert finding.newest(out, "full") == (out / "step_00000002", [])
-    told = out / "killed_0.json"
-    assert not told.exists() or "lost each other" in json.loads(told.read_text())
+    report = out / "killed_0.json"
+    assert not report.exists() or "lost each other" in json.loads(report.read_text())
 
 
 def test_ranks_find_every_flipped_byte_between_them(straight, oracle):

@@ -1,4 +1,4 @@
-"""PPO's critic equals a naive fp64 loop over transformers' model, whatever the layout."""
+"""PPO's critic equals a naive fp64 loop over transformers' model on every layout."""
 
 from pathlib import Path
 

@@ -85,6 +85,6 @@ def test_ranks_of_the_671b_layout_are_what_the_plan_and_the_weight_table_say():
 @pytest.mark.slow
 def test_all_2048_ranks_together_hold_the_model_once():
     # 671,026,419,200 values and 11,610,068,224 of the MTP layer.
-    said = build()
-    assert "2,048 ranks (128 different)" in said
-    assert "together they own 682,636,487,424 values" in said
+    output = build()
+    assert "2,048 ranks (128 different)" in output
+    assert "together they own 682,636,487,424 values" in output

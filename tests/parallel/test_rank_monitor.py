@@ -1,4 +1,4 @@
-"""Ranks that are stuck: their side threads answer over real sockets, whatever the main ones do."""
+"""The monitors of stuck ranks answer over real sockets."""
 
 import asyncio
 import os
@@ -32,24 +32,24 @@ def start_ranks(address: str) -> list[subprocess.Popen]:
     ]
 
 
-async def ask(controller: RankSocket, processes: list[subprocess.Popen]):
+async def inspect(controller: RankSocket, processes: list[subprocess.Popen]):
     async with asyncio.timeout(120):
-        found = {}
-        while len(found) < 2 or any(at.operation != "update" for at in found.values()):
-            found = await controller.statuses(range(3), within_seconds=1)
-        assert set(found) == {0, 1}, "the third never came"
+        statuses = {}
+        while len(statuses) < 2 or any(at.operation != "update" for at in statuses.values()):
+            statuses = await controller.statuses(range(3), within_seconds=1)
+        assert set(statuses) == {0, 1}, "the third never came"
         processes[1].send_signal(signal.SIGSTOP)
-        while found.keys() != {0} or found[0].threads[0].collective is None:
-            found = await controller.statuses(range(2), within_seconds=1)
-        return found[0]
+        while statuses.keys() != {0} or statuses[0].threads[0].collective is None:
+            statuses = await controller.statuses(range(2), within_seconds=1)
+        return statuses[0]
 
 
-def test_a_rank_stuck_in_a_collective_names_it_and_ends_when_nobody_is_left():
+def test_a_rank_stuck_in_a_collective_names_it_and_ends_without_a_controller():
     async def run():
         controller = RankSocket("tcp://127.0.0.1:*", TOKEN)
         processes = start_ranks(controller.address)
         try:
-            stuck = await ask(controller, processes)
+            stuck = await inspect(controller, processes)
             controller.close()
             _, errors = await asyncio.to_thread(processes[0].communicate, timeout=60)
         finally:

@@ -35,7 +35,7 @@ def test_scores_losses_gradients_and_checkpoints_equal_transformers(
     for grid in grids:
         lines = [line for line in output.splitlines() if f" {grid} " in line]
         num_models = len(models_on(grid, num_ranks))
-        told = (" scores: ", "round trip", "pairwise loss", "pointwise loss", "starts from a")
-        for what in told:
+        checks = (" scores: ", "round trip", "pairwise loss", "pointwise loss", "starts from a")
+        for what in checks:
             assert sum(what in line for line in lines) == num_models, (what, output[-3000:])
         assert sum("gradients" in line for line in lines) == 2 * num_models, output[-3000:]

@@ -33,13 +33,13 @@ def test_every_split_gives_one_process_s_advantages_and_updates(single, oracle, 
     moved = max((weights[n] - start[n]).abs().max().item() for n in weights)
     for grid in grids:
         report = json.loads((single / f"{grid}.json").read_text())
-        for name, wanted in expected.items():
+        for name, answers in expected.items():
             got = report[name]
-            assert got["advantages"].keys() == wanted["advantages"].keys(), f"{grid} {name}"
-            for where, numbers in wanted["advantages"].items():
+            assert got["advantages"].keys() == answers["advantages"].keys(), f"{grid} {name}"
+            for where, numbers in answers["advantages"].items():
                 near = pytest.approx(numbers, rel=TOLERANCE, abs=TOLERANCE)
                 assert got["advantages"][where] == near, f"{grid} {name} {where}"
-            for one, other in zip(got["updates"], wanted["updates"], strict=True):
+            for one, other in zip(got["updates"], answers["updates"], strict=True):
                 assert one == pytest.approx(other, rel=TOLERANCE, abs=TOLERANCE), f"{grid} {name}"
         for name, tensor in load_file(single / f"{grid}.safetensors").items():
             gap = (tensor - weights[name]).abs().max().item()

@@ -93,7 +93,7 @@ def checkpoints_that_do_not_fit_are_named(build, oracle, out):
     refuses(lambda: weights.load_hf(chunks, hf, bad), "lacks: model-00001-of-00002.safetensors")
 
 
-def a_checkpoint_without_mtp_says_how_to_go_on(build, oracle, out):
+def a_checkpoint_without_mtp_is_refused_with_the_remedy(build, oracle, out):
     source = oracle / "deepseek-plain-noqlora"
     hf = {**models.read_hf_config(source), "num_nextn_predict_layers": 1}
     refuses(lambda: weights.load_hf(build(hf), hf, source), "missing", "model.mtp")
@@ -136,7 +136,7 @@ def bfloat16_files_keep_the_correction_bias_in_float32(build, oracle, out):
         assert torch.equal(tensor, again[name]), name
 
 
-def a_subset_can_be_written_and_a_full_disk_is_told_to_every_rank(build, oracle, out):
+def a_subset_can_be_written_and_a_full_disk_raises_on_every_rank(build, oracle, out):
     hf = models.read_hf_config(oracle / "llama3")
     chunks = build(hf)
     names = ["lm_head.weight", "model.layers.3.self_attn.k_proj.weight"]
@@ -174,10 +174,10 @@ def main(oracle: Path, out: Path) -> None:
     dist.init_process_group(platform.distributed_backend())
     checks = (
         checkpoints_that_do_not_fit_are_named,
-        a_checkpoint_without_mtp_says_how_to_go_on,
+        a_checkpoint_without_mtp_is_refused_with_the_remedy,
         a_model_without_mtp_is_exported_without,
         bfloat16_files_keep_the_correction_bias_in_float32,
-        a_subset_can_be_written_and_a_full_disk_is_told_to_every_rank,
+        a_subset_can_be_written_and_a_full_disk_raises_on_every_rank,
         random_weights_do_not_depend_on_the_split,
     )
     with grid(tp=2) as build:

@@ -1,4 +1,4 @@
-"""Section fp8 of a recipe: its defaults, what is refused, and what Megatron is told on a GPU."""
+"""Section fp8 of a recipe: its defaults, what is refused, and Megatron's fields on a GPU."""
 
 import sys
 from types import ModuleType, SimpleNamespace
@@ -68,7 +68,7 @@ def test_hardware_that_can_is_accepted():
 
 @pytest.fixture
 def hopper(monkeypatch):
-    """A machine that says it has a Hopper GPU, without Transformer Engine."""
+    """A machine that reports a Hopper GPU, without Transformer Engine."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setattr(torch.version, "cuda", "12.9")
 
@@ -111,7 +111,7 @@ def test_scales_that_the_environment_decides_are_compared_with_the_recipe(hopper
         ({"recipe": "tensorwise"}, "hybrid"),
     ],
 )
-def test_megatron_knows_what_it_is_told(hopper, monkeypatch, settings, format):
+def test_megatron_accepts_the_fields(hopper, monkeypatch, settings, format):
     fake_engine(monkeypatch, Float8BlockScaling=True, Float8CurrentScaling=False)
     fields = megatron_fields(FP8Config(**settings))
     made = TransformerConfig(

@@ -74,7 +74,9 @@ def test_a_layout_means_what_it_means_to_megatron(layout, pipeline, virtual, num
         (None, 16, 1, 61, 1, "num_hidden_layers=61 is not a multiple of pipeline stages 16"),
     ],
 )
-def test_a_layout_that_cannot_be_says_why(layout, pipeline, virtual, num_layers, num_mtp, message):
+def test_an_impossible_layout_is_refused_with_its_reason(
+    layout, pipeline, virtual, num_layers, num_mtp, message
+):
     with pytest.raises(ValueError, match=message):
         pipeline_stages(num_layers, pipeline, virtual, num_mtp=num_mtp, layout=layout)
 

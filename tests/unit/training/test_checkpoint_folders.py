@@ -101,11 +101,11 @@ class Ranks:
 
 
 def open_and_verify(folder: Path, **settings) -> tuple[CheckpointSeries, list[str]]:
-    said: list[str] = []
+    messages: list[str] = []
     config = CheckpointConfig(**settings)
-    series = CheckpointSeries(folder, config, said.append)
+    series = CheckpointSeries(folder, config, messages.append)
     asyncio.run(series.verify(Ranks(config.verify)))
-    return series, said
+    return series, messages
 
 
 def test_a_manifest_has_the_size_and_the_blake3_of_every_file(tmp_path):
@@ -149,10 +149,10 @@ def test_damage_is_named_and_the_checkpoint_before_it_is_used(tmp_path, kind):
     for step in (2, 4, 6):
         make(tmp_path, step)
     hurt(tmp_path / "step_00000006")
-    series, said = open_and_verify(tmp_path)
+    series, messages = open_and_verify(tmp_path)
     assert series.latest == tmp_path / "step_00000004" and series.state() == {"step": 4}
-    assert len(said) == 2 and words in said[0] and "DAMAGED" in said[0]
-    assert "step_00000006" in said[0] and said[1] == "continuing from step_00000004 instead"
+    assert len(messages) == 2 and words in messages[0] and "DAMAGED" in messages[0]
+    assert "step_00000006" in messages[0] and messages[1] == "continuing from step_00000004 instead"
     names = sorted(p.name for p in tmp_path.iterdir())
     assert names == ["step_00000002", "step_00000004", "step_00000006.damaged"]
 
@@ -164,12 +164,12 @@ def test_the_last_good_one_may_be_several_back(tmp_path):
     flip(tmp_path / "step_00000004/__0_0.distcp")
     (tmp_path / "step_00000003/manifest.json").unlink()
     flip(tmp_path / "step_00000002/__0_0.distcp")
-    series, said = open_and_verify(tmp_path)
+    series, messages = open_and_verify(tmp_path)
     assert series.latest == tmp_path / "step_00000001"
-    assert sum("DAMAGED" in line for line in said) == 4
+    assert sum("DAMAGED" in line for line in messages) == 4
 
 
-def test_with_nothing_but_damage_the_run_refuses_says_what_and_deletes_nothing(tmp_path):
+def test_with_nothing_but_damage_the_run_refuses_and_deletes_nothing(tmp_path):
     for step in (2, 4):
         make(tmp_path, step)
     truncate(tmp_path / "step_00000002")
@@ -206,13 +206,13 @@ def test_what_was_set_aside_keeps_a_run_from_starting_over(tmp_path):
 
 
 def test_an_empty_run_begins_and_a_half_written_first_checkpoint_is_removed(tmp_path):
-    series, said = open_and_verify(tmp_path / "not there yet")
-    assert series.latest is None and series.state() is None and said == []
+    series, messages = open_and_verify(tmp_path / "not there yet")
+    assert series.latest is None and series.state() is None and messages == []
     make(tmp_path, 3).rename(tmp_path / ".step_00000003.partial")
     make(tmp_path, 2).rename(tmp_path / ".step_00000002.deleted")
-    series, said = open_and_verify(tmp_path)
+    series, messages = open_and_verify(tmp_path)
     assert series.latest is None and list(tmp_path.iterdir()) == []
-    assert said == ["step_00000003 was still being written when the run ended; removed"]
+    assert messages == ["step_00000003 was still being written when the run ended; removed"]
 
 
 def test_verify_size_and_none_trust_what_they_do_not_look_at(tmp_path):

@@ -42,7 +42,7 @@ def test_moments_are_rounded_to_bf16_after_every_step():
         assert kept.dtype == torch.float32 and torch.equal(kept, kept.bfloat16().float())
 
 
-def test_what_a_gpu_is_told(monkeypatch):
+def test_moment_fields_on_a_gpu(monkeypatch):
     assert moment_fields(BF16) == {}
     monkeypatch.setattr(platform, "has_gpu", lambda: True)
     with pytest.raises(ValueError, match="needs Transformer Engine"):

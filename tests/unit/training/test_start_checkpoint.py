@@ -15,7 +15,7 @@ def make(folder):
     return folder
 
 
-def test_a_checkpoint_with_a_manifest_is_taken_and_one_without_is_told_of(tmp_path):
+def test_a_checkpoint_with_a_manifest_is_accepted_and_one_without_gets_a_note(tmp_path):
     folder = make(tmp_path / "converted")
     assert finding.check_start(folder) is None
     (folder / "manifest.json").unlink()
@@ -33,13 +33,13 @@ def test_a_run_s_folder_is_refused_with_the_name_of_its_newest_checkpoint(tmp_pa
 
 
 @pytest.mark.parametrize(
-    "exists, said", [(True, "has no metadata.json"), (False, "does not exist")]
+    "exists, reason", [(True, "has no metadata.json"), (False, "does not exist")]
 )
-def test_anything_else_is_refused(tmp_path, exists, said):
+def test_other_folders_are_refused(tmp_path, exists, reason):
     folder = tmp_path / "other"
     if exists:
         folder.mkdir()
-    with pytest.raises(ValueError, match=f"{folder} {said}; give the folder of a Megatron"):
+    with pytest.raises(ValueError, match=f"{folder} {reason}; give the folder of a Megatron"):
         finding.check_start(folder)
 
 

@@ -40,15 +40,15 @@ def client(tmp_path, monkeypatch):
     return client
 
 
-def test_a_call_that_was_given_up_leaves_its_reply_to_nobody(client):
-    """An engine that ends while it is connected gives the trainer's part of that up."""
+def test_the_reply_to_a_cancelled_call_is_not_taken_for_the_next_one(client):
+    """An engine that ends while it connects cancels the trainer's part of the connection."""
 
     async def story():
         given_up = asyncio.create_task(client.call("connect_engine"))
         waits = asyncio.create_task(client.call("probe"))
         await asyncio.sleep(0.05)
         given_up.cancel()
-        waits.cancel()  # which the rank has not been told of
+        waits.cancel()  # not sent to the rank yet
         after = asyncio.create_task(client.call("update"))
         await asyncio.sleep(0.05)
         assert not after.done() and not client.is_usable
@@ -58,19 +58,19 @@ def test_a_call_that_was_given_up_leaves_its_reply_to_nobody(client):
     assert asyncio.run(asyncio.wait_for(story(), 10)) == ({"operation": "update"}, True)
 
 
-def test_who_asks_hears_when_the_ranks_are_told(client):
+def test_begun_is_called_when_the_call_is_sent_to_the_ranks(client):
     async def story():
-        told = []
+        waiting = []
         first = asyncio.create_task(client.call("score"))
         await asyncio.sleep(0.05)
         second = asyncio.create_task(
-            client.call_all("connect_engine", begun=lambda: told.append(client.waiting))
+            client.call_all("connect_engine", begun=lambda: waiting.append(client.waiting))
         )
         await asyncio.sleep(0.05)
-        assert not told
+        assert not waiting
         client.socket.answers.set()
         assert await second == [{"operation": "connect_engine"}]
         await first
-        return told
+        return waiting
 
     assert asyncio.run(asyncio.wait_for(story(), 10)) == [None]

@@ -50,7 +50,7 @@ LLAMA_8B = {
     "tie_word_embeddings": False,
     "torch_dtype": "bfloat16",
 }
-# Small enough to enumerate, sizes that tell rows from columns, a vocabulary no size divides.
+# Small enough to enumerate, different sizes for rows and columns, a vocabulary no size divides.
 SMALL_DEEPSEEK = {
     **DEEPSEEK_V3,
     "vocab_size": 67,
@@ -135,7 +135,7 @@ def test_query_groups_interleaves_queries_keys_and_values():
     )
 
 
-def test_a_split_that_does_not_divide_says_what():
+def test_a_split_that_does_not_divide_is_named():
     with pytest.raises(ValueError, match="num_key_value_heads=2"):
         pieces_of(QueryGroups(2), [("q", (4, 1)), ("k", (2, 1)), ("v", (2, 1))], 0, 4)
     with pytest.raises(ValueError, match="gate .*cannot be split into 4"):
