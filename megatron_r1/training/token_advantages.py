@@ -8,7 +8,7 @@ graded."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -62,10 +62,9 @@ class Responses:
             return whole
         return whole[held_positions(self._borders, self._rank, self._ranks)]
 
-    def keep(self, advantages: Tensor) -> None:
-        """Store `advantages` (T,) in the batch; 0 outside responses and where not graded."""
-        counts = self.is_response & self.is_graded
-        self.batch.advantages = self.own(torch.where(counts, advantages, 0.0))
+    def masked(self, advantages: Tensor) -> Tensor:
+        """Return `advantages` (T,) with 0 outside responses and where not graded."""
+        return torch.where(self.is_response & self.is_graded, advantages, 0.0)
 
     def at_end(self, values: Tensor) -> Tensor:
         """Return `values` (T,) on the last token of each response, 0 elsewhere."""
@@ -105,12 +104,13 @@ class Scored:
         self._data_group = data_group
         self.responses = [Responses(batch, context_group) for batch in batches]
 
-    def normalise(self, epsilon: float) -> None:
-        """Shift and scale the advantages of all graded response tokens of the rollout to mean 0 and
-        standard deviation 1 (of the population, epsilon added to it)."""
-        batches = [(r.batch, r.own(r.is_response & r.is_graded)) for r in self.responses]
-        kept = [batch.advantages[counts].double() for batch, counts in batches]
-        sums = [torch.stack([a.sum(), a.square().sum(), a.new_tensor(len(a))]) for a in kept]
+    def normalised(self, advantages: list[Tensor], epsilon: float) -> list[Tensor]:
+        """Return `advantages`, (T,) per micro-batch, shifted and scaled so that those of all graded
+        response tokens of the rollout have mean 0 and standard deviation 1 (of the population,
+        epsilon added to it)."""
+        pairs = list(zip(self.responses, advantages, strict=True))
+        own = [r.own(a)[r.own(r.is_response & r.is_graded)].double() for r, a in pairs]
+        sums = [torch.stack([a.sum(), a.square().sum(), a.new_tensor(len(a))]) for a in own]
         total = torch.stack(sums).sum(0)
         if self._data_group is not None:
             # Over data and context parallelism: mean and deviation are those of the whole rollout.
@@ -118,14 +118,27 @@ class Scored:
         mean, square = (total[:2] / total[2].clamp(min=1)).unbind()
         scale = (square - mean.square()).clamp(min=0).sqrt() + epsilon
         scale = torch.where(scale > 0, scale, 1.0)
-        for batch, counts in batches:
-            normal = ((batch.advantages.double() - mean) / scale).to(batch.advantages.dtype)
-            batch.advantages = torch.where(counts, normal, 0.0)
+        return [r.masked(((a.double() - mean) / scale).to(a.dtype)) for r, a in pairs]
+
+    def store(self, targets: TokenTargets) -> None:
+        """Replace the advantages, and the returns if any, in the micro-batches."""
+        for number, responses in enumerate(self.responses):
+            responses.batch.advantages = responses.own(targets.advantages[number])
+            if targets.returns is not None:
+                responses.batch.returns = responses.own(targets.returns[number])
 
 
-TokenAdvantages = Callable[[Scored, dict[str, Any]], None]
-"""(scored rollout, settings): replaces the advantages in its batches. settings: kl_beta, discount,
-gae_lambda, advantage_std, advantage_epsilon (`config.RLConfig`)."""
+class TokenTargets(NamedTuple):
+    """Per micro-batch of a rollout, (T,) each: the advantages, 0 outside responses, and the returns
+    that a critic learns, if there is one."""
+
+    advantages: list[Tensor]
+    returns: list[Tensor] | None = None
+
+
+TokenAdvantages = Callable[[Scored, dict[str, Any]], TokenTargets]
+"""(scored rollout, settings) → advantages per token. settings: kl_beta, discount, gae_lambda,
+advantage_std, advantage_epsilon (`config.RLConfig`)."""
 
 
 def penalised_rewards(responses: Responses, kl_beta: float) -> Tensor:
@@ -139,8 +152,11 @@ def penalised_rewards(responses: Responses, kl_beta: float) -> Tensor:
     return torch.where(responses.is_response & responses.is_graded, rewards, 0.0)
 
 
-def reward_to_go(scored: Scored, settings: dict[str, Any]) -> None:
-    """Set A_t = Σ_{s≥t} discount^(s-t) r_s, r the penalised rewards."""
+def reward_to_go(scored: Scored, settings: dict[str, Any]) -> list[Tensor]:
+    """Return A_t = Σ_{s≥t} discount^(s-t) r_s, r the penalised rewards, per micro-batch."""
+    advantages = []
     for responses in scored.responses:
         rewards = penalised_rewards(responses, settings["kl_beta"])
-        responses.keep(responses.discounted_sums(rewards, settings["discount"]))
+        sums = responses.discounted_sums(rewards, settings["discount"])
+        advantages.append(responses.masked(sums))
+    return advantages

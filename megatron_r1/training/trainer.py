@@ -167,7 +167,7 @@ class Trainer:
         "module:function" computes per token; score() comes first."""
         if self.position.last_stage:
             scored = Scored(self._batches(), self.groups.cp, self.groups.dp_cp)
-            find_function(function)(scored, settings)
+            scored.store(find_function(function)(scored, settings))
 
     def agreement(self) -> dict[str, float]:
         """Return the mean and the largest absolute difference, over response tokens, of the

@@ -20,7 +20,7 @@ from megatron_r1.rl.algorithms.grpo import loss
 
 if TYPE_CHECKING:
     from megatron_r1.config import RLConfig
-    from megatron_r1.training.token_advantages import Scored
+    from megatron_r1.training.token_advantages import Scored, TokenTargets
 
 __all__ = ["advantages", "loss", "token_advantages"]
 
@@ -30,9 +30,14 @@ def advantages(groups: list[list[float | None]], rl: RLConfig) -> list[list[floa
     return [[0.0] * len(rewards) for rewards in groups]
 
 
-def token_advantages(scored: Scored, settings: dict[str, Any]) -> None:
-    """Replace the advantages; reads batch.logprobs["teacher"] and ["old"]."""
+def token_advantages(scored: Scored, settings: dict[str, Any]) -> TokenTargets:
+    """Return A from batch.logprobs["teacher"] and ["old"]."""
+    from megatron_r1.training.token_advantages import TokenTargets
+
+    advantages = []
     for responses in scored.responses:
         logprobs = responses.batch.logprobs
         gaps = responses.whole(logprobs["teacher"] - logprobs["old"])
-        responses.keep(responses.discounted_sums(gaps, settings["discount"]))
+        sums = responses.discounted_sums(gaps, settings["discount"])
+        advantages.append(responses.masked(sums))
+    return TokenTargets(advantages)

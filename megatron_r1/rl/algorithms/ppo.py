@@ -21,22 +21,24 @@ from megatron_r1.rl.algorithms.grpo import loss
 from megatron_r1.rl.algorithms.reinforce_pp import advantages
 
 if TYPE_CHECKING:
-    from megatron_r1.training.token_advantages import Scored
+    from megatron_r1.training.token_advantages import Scored, TokenTargets
 
 __all__ = ["advantages", "loss", "token_advantages"]
 
 
-def token_advantages(scored: Scored, settings: dict[str, Any]) -> None:
-    """Replace the advantages, and set the critic's targets, batch.returns, from batch.values."""
-    from megatron_r1.training.token_advantages import penalised_rewards
+def token_advantages(scored: Scored, settings: dict[str, Any]) -> TokenTargets:
+    """Return A and the critic's targets R, from batch.values."""
+    from megatron_r1.training.token_advantages import TokenTargets, penalised_rewards
 
     discount = settings["discount"]
+    advantages, returns = [], []
     for responses in scored.responses:
         values = responses.whole(responses.batch.values)
         rewards = penalised_rewards(responses, settings["kl_beta"])
         deltas = rewards + discount * responses.following(values) - values
-        advantages = responses.discounted_sums(deltas, discount * settings["gae_lambda"])
-        responses.keep(advantages)
-        responses.batch.returns = responses.batch.advantages + responses.own(values)
+        sums = responses.discounted_sums(deltas, discount * settings["gae_lambda"])
+        advantages.append(responses.masked(sums))
+        returns.append(advantages[-1] + values)
     if settings["advantage_std"] == "batch":
-        scored.normalise(settings["advantage_epsilon"])
+        advantages = scored.normalised(advantages, settings["advantage_epsilon"])
+    return TokenTargets(advantages, returns)

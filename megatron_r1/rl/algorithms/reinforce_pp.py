@@ -19,7 +19,7 @@ from megatron_r1.rl.algorithms.grpo import loss
 
 if TYPE_CHECKING:
     from megatron_r1.config import RLConfig
-    from megatron_r1.training.token_advantages import Scored
+    from megatron_r1.training.token_advantages import Scored, TokenTargets
 
 __all__ = ["advantages", "loss", "token_advantages"]
 
@@ -29,9 +29,9 @@ def advantages(groups: list[list[float | None]], rl: RLConfig) -> list[list[floa
     return ungraded_as_nan(groups)
 
 
-def token_advantages(scored: Scored, settings: dict[str, Any]) -> None:
-    """Replace the advantages."""
-    from megatron_r1.training.token_advantages import reward_to_go
+def token_advantages(scored: Scored, settings: dict[str, Any]) -> TokenTargets:
+    """Return A, normalised over the rollout."""
+    from megatron_r1.training.token_advantages import TokenTargets, reward_to_go
 
-    reward_to_go(scored, settings)
-    scored.normalise(settings["advantage_epsilon"])
+    advantages = reward_to_go(scored, settings)
+    return TokenTargets(scored.normalised(advantages, settings["advantage_epsilon"]))

@@ -22,7 +22,7 @@ from megatron_r1.rl.algorithms.grpo import loss
 
 if TYPE_CHECKING:
     from megatron_r1.config import RLConfig
-    from megatron_r1.training.token_advantages import Scored
+    from megatron_r1.training.token_advantages import Scored, TokenTargets
 
 __all__ = ["advantages", "loss", "token_advantages"]
 
@@ -33,11 +33,11 @@ def advantages(groups: list[list[float | None]], rl: RLConfig) -> list[list[floa
     return [_leave_one_out(rewards) for rewards in groups]
 
 
-def token_advantages(scored: Scored, settings: dict[str, Any]) -> None:
-    """Replace the advantages."""
-    from megatron_r1.training.token_advantages import reward_to_go
+def token_advantages(scored: Scored, settings: dict[str, Any]) -> TokenTargets:
+    """Return A: the response's advantage and the penalties to come."""
+    from megatron_r1.training.token_advantages import TokenTargets, reward_to_go
 
-    reward_to_go(scored, settings)
+    return TokenTargets(reward_to_go(scored, settings))
 
 
 def _leave_one_out(rewards: list[float | None]) -> list[float]:

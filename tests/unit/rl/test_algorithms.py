@@ -125,7 +125,8 @@ def ours(problem, name, settings):
     if first_old:
         every = [batch for step in steps for batch, _ in step]
         function = find_function(algorithm.token_advantages)
-        function(Scored(every), config.rl.token_settings)
+        scored = Scored(every)
+        scored.store(function(scored, config.rl.token_settings))
     settings = {**config.rl.loss_settings, "max_response_tokens": LIMIT}
     for step in steps:
         terms = []
@@ -310,7 +311,8 @@ def test_rewards_that_are_all_equal_are_normalised_to_0():
         [Sample.pack([1], [2] * n, None, 0.7) for n in (1, 4, 9)], Split(), torch.device("cpu")
     )
     settings = {"kl_beta": 0.0, "discount": 1.0, "advantage_epsilon": 0.0}
-    find_function(algorithms.find("reinforce_pp").token_advantages)(Scored([batch]), settings)
+    scored = Scored([batch])
+    scored.store(find_function(algorithms.find("reinforce_pp").token_advantages)(scored, settings))
     assert batch.advantages.abs().max() < 1e-6
 
 
@@ -345,7 +347,7 @@ def test_a_micro_batch_without_samples_is_left_as_it_is():
     batch.logprobs["old"] = batch.logprobs["reference"] = torch.zeros(2)
     scored = Scored([batch])
     settings = {"kl_beta": 0.1, "discount": 1.0, "advantage_epsilon": 1e-6}
-    find_function(algorithms.find("reinforce_pp").token_advantages)(scored, settings)
+    scored.store(find_function(algorithms.find("reinforce_pp").token_advantages)(scored, settings))
     assert batch.advantages.tolist() == [0.0, 0.0]
 
 
