@@ -50,15 +50,17 @@ Every key, its default and meaning: megatron-r1 keys, or keys rl sample.keep for
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command and return its exit status: 0 done, 1 failed, 2 a mistake in the command or the
-    recipe, 130 stopped."""
+    """Run a command and return its exit status: 0 done, 1 failed, 2 a mistake of the user's
+    (`UserError`), 130 stopped. Other exceptions are bugs, and keep their traceback."""
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         return _dispatch(arguments)
-    except ValueError as error:
+    except UserError as error:
         print(f"megatron-r1: {error}", file=sys.stderr)
         return 2
-    except RuntimeError as error:  # TrainerError, EngineError: the message is the diagnosis
+    except (NotImplementedError, RecursionError):  # RuntimeErrors that only a bug causes
+        raise
+    except RuntimeError as error:  # TrainerError, EngineError, …: the message is the diagnosis
         print(f"megatron-r1: {error}", file=sys.stderr)
         return 1
     except BrokenPipeError:  # `| head` has ended

@@ -105,7 +105,7 @@ def _require_weights(model: ModelConfig) -> None:
     if model.init == "load" and not model.checkpoint:
         try:
             weight_files(Path(model.path))
-        except ValueError as error:
+        except UserError as error:
             raise UserError(
                 f"model.path: {error}; give a folder with weights, or model.init: random to sft"
             ) from None

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_r1.errors import did_you_mean
+from megatron_r1.errors import UserError, did_you_mean
 
 
 @dataclass(frozen=True)
@@ -140,5 +140,5 @@ def rules_of(name: str) -> AlgorithmRules:
     if name not in ALGORITHMS:
         meant = did_you_mean(name.replace("+", "p"), NAMES, "{}")
         meant = meant or f"; use {', '.join(NAMES)}"
-        raise ValueError(f"rl.algorithm: there is no {name!r}{meant}")
+        raise UserError(f"rl.algorithm: there is no {name!r}{meant}")
     return ALGORITHMS[name]

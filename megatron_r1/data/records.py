@@ -94,11 +94,15 @@ def _read_jsonl(path: Path) -> Iterator[tuple[str, Record]]:
 
 def _read_parquet(path: Path) -> Iterator[tuple[str, Record]]:
     try:
+        import pyarrow
         import pyarrow.parquet as parquet
     except ImportError:
         raise UserError(f"{path}: reading Parquet needs pyarrow: pip install pyarrow") from None
     number = 0
-    for batch in parquet.ParquetFile(path).iter_batches(batch_size=1024):
-        for row in batch.to_pylist():
-            number += 1
-            yield f"{path}:{number}", row
+    try:
+        for batch in parquet.ParquetFile(path).iter_batches(batch_size=1024):
+            for row in batch.to_pylist():
+                number += 1
+                yield f"{path}:{number}", row
+    except pyarrow.ArrowInvalid as error:
+        raise UserError(f"{path}: no readable Parquet file: {error}") from None

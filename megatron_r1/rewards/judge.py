@@ -14,6 +14,7 @@ import json
 from collections import Counter
 from dataclasses import dataclass
 
+from megatron_r1.errors import UserError
 from megatron_r1.rewards.base import Grade
 from megatron_r1.rewards.remote.judge_client import JudgeClient, JudgeSettings
 from megatron_r1.rewards.remote.judge_prompts import COMPARE, VERIFY
@@ -90,13 +91,13 @@ class Judge:
 
         verify: 1 when most votes find the response correct, else 0; truth: the reference answer.
         compare: the share of votes that prefer it to `truth`, another response to the question.
-        opened: the prompt ended with `<think>`. Raises ValueError without a question or a truth,
+        opened: the prompt ended with `<think>`. Raises UserError without a question or a truth,
         Ungradable, ServiceError.
         """
         mode = self.settings.mode
         if not isinstance(question, str) or truth is None:
             missing = "a question" if truth is not None else "a truth"
-            raise ValueError(f"the judge needs {missing} to {mode} a response: add it to the row")
+            raise UserError(f"the judge needs {missing} to {mode} a response: add it to the row")
         part = response_part(response, self.settings.part, opened)
         if part.text is None:
             return Grade(0.0, part.reason)

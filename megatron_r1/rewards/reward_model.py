@@ -18,6 +18,7 @@ from typing import Any
 import msgspec
 from pydantic import Field, field_validator, model_validator
 
+from megatron_r1.errors import UserError
 from megatron_r1.rewards.base import Grade
 from megatron_r1.rewards.remote.response_text import (
     Part,
@@ -112,9 +113,9 @@ class RewardModel:
         **entry: object,
     ) -> Grade:
         """Return the response's score as a reward in [0, 1]. opened: the prompt ended with
-        `<think>`. Raises ValueError without a question, Ungradable, ServiceError."""
+        `<think>`. Raises UserError without a question, Ungradable, ServiceError."""
         if not isinstance(question, str):
-            raise ValueError("a reward model needs the question: add it to the row")
+            raise UserError("a reward model needs the question: add it to the row")
         question, part = prepare_texts(
             question, response, self.part, opened, self.settings.max_chars
         )

@@ -1,8 +1,9 @@
-"""What the command line says of failures that are nobody's mistake in the recipe."""
+"""Exit statuses and messages of the command line for failures and mistakes; its help."""
 
 import pytest
 
 from megatron_r1 import cli
+from megatron_r1.errors import TrainerError, UserError
 
 
 def test_a_full_disk_is_a_sentence_and_not_a_traceback(monkeypatch, capsys):
@@ -12,9 +13,9 @@ def test_a_full_disk_is_a_sentence_and_not_a_traceback(monkeypatch, capsys):
 
     monkeypatch.setattr(cli, "_dispatch", write)
     assert cli.main(["rl"]) == 1
-    told = capsys.readouterr().err
-    assert "the disk is full: " in told and "No space left on device" in told
-    assert "run the same command again" in told
+    output = capsys.readouterr().err
+    assert "the disk is full: " in output and "No space left on device" in output
+    assert "run the same command again" in output
 
 
 def test_other_errors_of_the_system_keep_their_traceback(monkeypatch):
@@ -26,14 +27,31 @@ def test_other_errors_of_the_system_keep_their_traceback(monkeypatch):
         cli.main(["rl"])
 
 
+def test_a_mistake_of_the_user_is_a_message_and_other_value_errors_are_bugs(monkeypatch, capsys):
+    def fail(error):
+        def dispatch(arguments):
+            raise error
+
+        monkeypatch.setattr(cli, "_dispatch", dispatch)
+        return cli.main(["rl"])
+
+    assert fail(UserError("rl.group_size: 0 is too small")) == 2
+    assert capsys.readouterr().err == "megatron-r1: rl.group_size: 0 is too small\n"
+    assert fail(TrainerError("trainer rank 0 is gone")) == 1
+    assert capsys.readouterr().err == "megatron-r1: trainer rank 0 is gone\n"
+    for bug in (ValueError("not enough values to unpack"), RecursionError(), NotImplementedError()):
+        with pytest.raises(type(bug)):
+            fail(bug)
+
+
 @pytest.mark.parametrize("command", [["rl", "--help"], ["help", "rl"], ["rl", "r.yaml", "-h"]])
 def test_a_verb_s_help_is_about_that_verb(command, capsys):
     assert cli.main(command) == 0
-    told = capsys.readouterr().out
-    assert told.startswith("usage: megatron-r1 rl RECIPE.yaml")
-    assert "has to set run.folder, model.path." in told
-    assert "rl.group_size: 16   # outputs per question" in told
-    assert "sft.batch_size" not in told
+    output = capsys.readouterr().out
+    assert output.startswith("usage: megatron-r1 rl RECIPE.yaml")
+    assert "has to set run.folder, model.path." in output
+    assert "rl.group_size: 16   # outputs per question" in output
+    assert "sft.batch_size" not in output
 
 
 def test_every_verb_has_help(capsys):
