@@ -78,11 +78,7 @@ class RunFolder:
             after = flatten(new)
             unknown_then = {k: v for k, v in flatten(_plain(defaults or {})).items() if k in after}
             before = unknown_then | flatten(self.read_config())
-            changed = [
-                key
-                for key in sorted(before.keys() | after.keys())
-                if before.get(key, _ABSENT) != after.get(key, _ABSENT)
-            ]
+            changed = sorted(changed_keys(before, after))
             refused = [key for key in changed if not _is_allowed(key, may_change)]
             if refused:
                 raise UserError(self._refusal(refused, before, after))
@@ -164,8 +160,7 @@ class RunFolder:
 
     def _refusal(self, keys: list[str], before: dict[str, Any], after: dict[str, Any]) -> str:
         lines = [
-            f"  {key}: {_shown(before, key)} in the folder, {_shown(after, key)} now"
-            for key in keys
+            f"  {key}: {shown(before, key)} in the folder, {shown(after, key)} now" for key in keys
         ]
         return "\n".join(
             [
@@ -206,6 +201,19 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def changed_keys(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """Return the keys whose values differ or that only one of both has, those of `after` first."""
+    return [
+        key
+        for key in dict.fromkeys([*after, *before])
+        if before.get(key, _ABSENT) != after.get(key, _ABSENT)
+    ]
+
+
+def shown(values: Mapping[str, Any], key: str, absent: str = "not set") -> str:
+    return repr(values[key]) if key in values else absent
+
+
 def _integer_step(record: Mapping[str, Any], what: str) -> int:
     step = record.get("step")
     if not isinstance(step, int) or isinstance(step, bool):
@@ -223,10 +231,6 @@ def _plain(value: Any) -> Any:
 
 def _is_allowed(key: str, may_change: Collection[str]) -> bool:
     return any(key == allowed or key.startswith(f"{allowed}.") for allowed in may_change)
-
-
-def _shown(flat: dict[str, Any], key: str) -> str:
-    return repr(flat[key]) if key in flat else "not set"
 
 
 class _Lock:

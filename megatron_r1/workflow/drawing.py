@@ -63,12 +63,10 @@ def graph_svg(
         width=max(x + node.width / 2 for node, (x, _) in centres.items()) + MARGIN,
         height=MARGIN * 2 + len(layers) * (BOX_HEIGHT + LAYER_GAP) - LAYER_GAP,
         edges=[_edge([centres[node] for node in path]) for path in paths],
-        boxes=[
-            (box, INKS[box.state], *centres[Node(name)], _short(box.first), _short(box.second))
-            for name, box in boxes.items()
-        ],
+        boxes=[(box, INKS[box.state], *centres[Node(name)]) for name, box in boxes.items()],
         box_width=BOX_WIDTH,
         box_height=BOX_HEIGHT,
+        max_chars=MAX_CHARS,
     )
 
 
@@ -134,7 +132,3 @@ def _edge(points: Sequence[tuple[float, float]]) -> tuple[str, tuple[float, floa
         path += f"C{x0:.1f},{middle:.1f} {x1:.1f},{middle:.1f} {x1:.1f},{end:.1f}"
     x, y = points[-1]
     return path, (x, y - half)
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= MAX_CHARS else f"{text[: MAX_CHARS - 1]}…"

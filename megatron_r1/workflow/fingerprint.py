@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_r1.config import RESUMABLE, Config
-from megatron_r1.reporting.run_folder import flatten
+from megatron_r1.reporting.run_folder import changed_keys, flatten, shown
 from megatron_r1.user_code import syntax_of
 from megatron_r1.workflow.plan import Plan, Stage
 from megatron_r1.workflow.references import references, substitute, texts
@@ -40,7 +40,6 @@ SECTIONS_OF_VERB = {
     "sample": ("sample",),
 }
 """Sections that only one verb reads."""
-_ABSENT = object()
 
 
 def settings(plan: Plan, stage: Stage, finished: bool) -> dict[str, Any]:
@@ -110,11 +109,9 @@ def changes(
     known: values of keys that `before`, written by an earlier version, may lack.
     """
     before = {key: value for key, value in (known or {}).items() if key in after} | before
-    keys = [*after, *(key for key in before if key not in after)]
     return [
-        f"{key}: {_shown(before, key)} then, {_shown(after, key)} now"
-        for key in keys
-        if before.get(key, _ABSENT) != after.get(key, _ABSENT)
+        f"{key}: {shown(before, key, 'not there')} then, {shown(after, key, 'not there')} now"
+        for key in changed_keys(before, after)
     ]
 
 
@@ -185,10 +182,6 @@ def _texts_and_keys(value: Any) -> Iterator[str]:
     elif isinstance(value, list):
         for item in value:
             yield from _texts_and_keys(item)
-
-
-def _shown(values: dict[str, Any], key: str) -> str:
-    return repr(values[key]) if key in values else "not there"
 
 
 def _decides(key: str, finished: bool) -> bool:
