@@ -1,14 +1,19 @@
-"""What eval and sample share: a locked folder of responses, and an end by signal."""
+"""What eval and sample share: a locked folder of responses, an end by signal, and the policy."""
 
 from __future__ import annotations
 
 import asyncio
 import signal
 from collections.abc import Callable, Coroutine
+from pathlib import Path
 from typing import Any
 
 from megatron_r1.config import Config
+from megatron_r1.config.evaluation import ServerConfig
+from megatron_r1.data.shots import Shots
 from megatron_r1.errors import UserError
+from megatron_r1.evaluation.policy import Decoding, Policy
+from megatron_r1.evaluation.server_policy import ServerPolicy
 from megatron_r1.reporting.run_folder import RunFolder
 
 
@@ -30,6 +35,27 @@ def run_in_folder(
             asyncio.run(_stoppable(body(folder)))
         except asyncio.CancelledError:
             raise KeyboardInterrupt from None
+
+
+async def make_policy(
+    config: Config,
+    folder: Path,
+    server: ServerConfig | None,
+    key: str,
+    decoding: Decoding,
+    shots: Shots | None = None,
+) -> Policy:
+    """Return the served model, or engines for `model.path`; a checkpoint is exported first.
+
+    key: of `server` in the recipe. shots: worked examples before every question.
+    """
+    if server is not None:
+        return ServerPolicy(server, config.data.template, decoding, shots, key)
+    from megatron_r1.commands.export import model_to_serve
+    from megatron_r1.evaluation.engine_policy import EnginePolicy
+
+    model = await model_to_serve(config, folder)
+    return EnginePolicy(config, model, decoding, folder, shots)
 
 
 async def _stoppable(body: Coroutine[Any, Any, None]) -> None:

@@ -7,24 +7,22 @@ import asyncio
 import json
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
-from megatron_r1.commands.answers_folder import run_in_folder
+from megatron_r1.commands.answers_folder import make_policy, run_in_folder
 from megatron_r1.config import Config
 from megatron_r1.data.prompts import Prompt
 from megatron_r1.errors import UserError
 from megatron_r1.evaluation.figure import write_figure
 from megatron_r1.evaluation.grading import Grader
 from megatron_r1.evaluation.identity import keep_identity, settings_that_matter, versions
-from megatron_r1.evaluation.policy import Decoding, Policy
+from megatron_r1.evaluation.policy import Decoding
 from megatron_r1.evaluation.progress import Progress
 from megatron_r1.evaluation.questions import QuestionSet, digest, load_question_sets
 from megatron_r1.evaluation.report import print_table, write_report
 from megatron_r1.evaluation.response import TextResponse
 from megatron_r1.evaluation.response_log import ResponseLog
 from megatron_r1.evaluation.sampling import Sampler
-from megatron_r1.evaluation.server_policy import ServerPolicy
 from megatron_r1.evaluation.summary import Summary, summarize
 from megatron_r1.files import atomic_write
 from megatron_r1.files.jsonl import read_lines
@@ -60,7 +58,9 @@ def run(config: Config) -> None:
 async def _evaluate(config: Config, folder: RunFolder, sets: list[QuestionSet]) -> None:
     began = time.monotonic()
     log = ResponseLog(folder.samples_path, "eval")
-    policy = await _make_policy(config, folder.path)
+    limit = config.rollout.max_response_tokens
+    decoding = Decoding(config.eval.temperature, config.eval.top_p, limit)
+    policy = await make_policy(config, folder.path, config.eval.server, "eval.server", decoding)
     settings = settings_that_matter(config, policy.identity)
     keep_identity(folder.path / "identity.json", settings, bool(log.digests))
     # All other settings may change between starts; the file has those of the latest.
@@ -117,19 +117,6 @@ def _question_lines(sets: Sequence[QuestionSet]) -> Iterator[dict[str, Any]]:
                 "question": prompt.question,
                 "truth": shorten(prompt.truth, 10 * MAX_TRUTH_CHARS),
             }
-
-
-async def _make_policy(config: Config, folder: Path) -> Policy:
-    evaluated = config.eval
-    limit = config.rollout.max_response_tokens
-    decoding = Decoding(evaluated.temperature, evaluated.top_p, limit)
-    if evaluated.server:
-        return ServerPolicy(evaluated.server, config.data.template, decoding)
-    from megatron_r1.commands.export import model_to_serve
-    from megatron_r1.evaluation.engine_policy import EnginePolicy
-
-    model = await model_to_serve(config, folder)
-    return EnginePolicy(config, model, decoding, folder)
 
 
 def _write_results(

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_r1.commands.answers_folder import run_in_folder
+from megatron_r1.commands.answers_folder import make_policy, run_in_folder
 from megatron_r1.config import Config
 from megatron_r1.config.sample import KeepConfig
 from megatron_r1.curation.cache import ResultCache
@@ -40,7 +40,6 @@ from megatron_r1.evaluation.progress import Progress
 from megatron_r1.evaluation.questions import QuestionSet
 from megatron_r1.evaluation.response_log import ResponseLog
 from megatron_r1.evaluation.sampling import Sampler
-from megatron_r1.evaluation.server_policy import ServerPolicy
 from megatron_r1.files import atomic_write
 from megatron_r1.reporting.run_folder import RunFolder
 from megatron_r1.rewards.combine import weights_at
@@ -132,7 +131,11 @@ async def _sample(config: Config, folder: RunFolder, plan: Plan) -> None:
         if config.sample.is_graded:
             # As a training run grades in its first step.
             grader = Grader(pool, weights_at(rewards.weights, step=1), rewards.options)
-        policy = await _make_policy(config, folder.path, plan.shots)
+        rollout, server = config.rollout, config.sample.server
+        decoding = Decoding(rollout.temperature, rollout.top_p, rollout.max_response_tokens)
+        policy = await make_policy(
+            config, folder.path, server, "sample.server", decoding, plan.shots
+        )
         stack.push_async_callback(policy.close)
         settings = _settings_that_matter(config, policy, plan.shots)
         keep_identity(folder.path / "identity.json", settings, bool(log.digests))
@@ -164,18 +167,6 @@ def _make_judge(config: Config, folder: Path) -> ResponseJudge | None:
         return None
     options = config.rewards.options.get("judge", {})
     return make_judge(config.sample, options, ResultCache(folder / "judgements.jsonl"))
-
-
-async def _make_policy(config: Config, folder: Path, shots: Shots | None) -> Policy:
-    rollout, server = config.rollout, config.sample.server
-    decoding = Decoding(rollout.temperature, rollout.top_p, rollout.max_response_tokens)
-    if server is not None:
-        return ServerPolicy(server, config.data.template, decoding, shots, "sample.server")
-    from megatron_r1.commands.export import model_to_serve
-    from megatron_r1.evaluation.engine_policy import EnginePolicy
-
-    model = await model_to_serve(config, folder)
-    return EnginePolicy(config, model, decoding, folder, shots)
 
 
 def _settings_that_matter(config: Config, policy: Policy, shots: Shots | None) -> dict[str, Any]:

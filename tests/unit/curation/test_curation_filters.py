@@ -55,7 +55,7 @@ KEPT = {
     "chinese paragraph": ("paragraphs", think(ZH * 5), {}),
     # A long summary is the writing that was asked for, not a chain of thought.
     "long summary": ("paragraphs", think("Short.", EN * 20), {}),
-    # No thought at all: nothing that nobody could follow.
+    # No thought, so no paragraph of it is too long.
     "no thought": ("paragraphs", EN * 20, {}),
     # Code in the summary answers "write a program".
     "code in the summary": ("code_blocks", think(EN, CODE), {}),
@@ -97,7 +97,7 @@ DROPPED = {
     "text before": ("format", "Well. " + think(EN), {}, "text before"),
     # An empty thought teaches not to think.
     "empty thought": ("format", "<think> \n</think>It is 100.", {}, "thought is empty"),
-    "nothing to say": ("format", "<think>一百</think>\n", {}, "nothing follows"),
+    "empty summary": ("format", "<think>一百</think>\n", {}, "nothing follows"),
     "answer tag open": ("format", "<think>a</think><answer>100", {}, "</answer> occurs 0 times"),
     "empty answer": ("format", "<think>a</think><answer> </answer>", {}, "nothing follows"),
     "text beside the tags": ("format", "<think>a</think>So <answer>1</answer>", {}, "outside"),
@@ -123,7 +123,7 @@ def test_what_the_question_is_about_counts():
     program = think(CODE)
     assert reason_for("code_blocks", program, prompt("code")) == ""
     assert reason_for("code_blocks", program, prompt("my:grade"), kinds=["code", "my:grade"]) == ""
-    # A bilingual set says per question which language it wants, as the language reward reads it.
+    # A bilingual set has a target language per question, which the language reward reads too.
     assert reason_for("language", think(ZH, "一百。"), prompt(target="zh")) == ""
     assert reason_for("language", think(EN), prompt(target="zh")) == "0% of its words are Chinese"
     # A field of that name which is no language is the question's own affair.

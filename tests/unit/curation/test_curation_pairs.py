@@ -1,4 +1,4 @@
-"""Preference pairs and safety labels: who is compared, what the votes say, what length says."""
+"""Preference pairs and safety labels: which responses are compared, votes, and lengths."""
 
 import asyncio
 import itertools
@@ -87,10 +87,10 @@ def test_a_judge_with_an_eye_for_order_alone_makes_no_pairs(tmp_path, function, 
 )
 def test_near_ties_are_dropped(tmp_path, in_favour, margin, code):
     # 4 votes for a clear winner, of which some are for the second in fact: 3 : 1 leads by a half.
-    said = iter([1.0] * in_favour + [0.0] * (4 - in_favour))
+    votes = iter([1.0] * in_favour + [0.0] * (4 - in_favour))
 
     def for_the_long_one(question, first, second):
-        vote = next(said)
+        vote = next(votes)
         return vote if len(first) > len(second) else 1 - vote
 
     decided, rows, _ = pairs_of(
@@ -216,8 +216,8 @@ def test_pairs_left_out_for_their_lengths_say_so(tmp_path):
     decided = [run_decide(decide, g, p) for p, g in zip(prompts, groups, strict=True)]
     assert [codes[1] for codes, _ in decided] == ["length_balance", "chosen", "chosen"]
     assert [len(rows) for _, rows in decided] == [0, 1, 1]
-    told = decide.length_bias()
-    assert told["pairs"] == 2 and 0 < told["length_bias"] <= 0.1
+    bias = decide.length_bias()
+    assert bias["pairs"] == 2 and 0 < bias["length_bias"] <= 0.1
 
 
 def test_labels_are_of_the_whole_response(tmp_path):
@@ -274,12 +274,12 @@ def test_a_served_judge_compares_and_is_asked_once(tmp_path):
 
 
 def test_a_served_judge_labels_by_its_votes(tmp_path):
-    said = iter(["safe", "unsafe", "unsafe"])
+    verdicts = iter(["safe", "unsafe", "unsafe"])
     seen = []
 
     def decide(texts):
         seen.append(texts)
-        return next(said)
+        return next(verdicts)
 
     share, num_asked = served("labels", decide, lambda j: j.safety("Q?", "R."), tmp_path)
     assert share == pytest.approx(1 / 3) and num_asked == 3
@@ -304,10 +304,10 @@ def test_a_judge_that_cannot_be_asked_is_named(tmp_path, monkeypatch, settings, 
         make_judge(SampleConfig(**settings), options, ResultCache(tmp_path / "v"))
 
 
-@pytest.mark.parametrize("said", ["A", None, 1.5, -0.1, float("nan")])
-def test_a_judge_that_returns_no_preference_is_named(tmp_path, said):
+@pytest.mark.parametrize("vote", ["A", None, 1.5, -0.1, float("nan")])
+def test_a_judge_that_returns_no_preference_is_named(tmp_path, vote):
     with pytest.raises(ValueError, match="return a number from 0 to 1"):
-        pairs_of(tmp_path, lambda *texts: said, [summary(0, 1), summary(1, 2)])
+        pairs_of(tmp_path, lambda *texts: vote, [summary(0, 1), summary(1, 2)])
 
 
 def test_what_a_function_raises_names_the_function_and_the_question(tmp_path):

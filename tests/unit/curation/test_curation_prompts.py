@@ -159,7 +159,7 @@ def test_signs_are_words():
     template = "State the final answer to the following arithmetic problem: {} ="
     asked = template.format("4 - 9 + 2")
     assert avoided([asked], [template.format("4 + 9 - 2")]) == []
-    # Eleven words of the task and two of the sum: too near, where nobody else is asked for sums.
+    # Eleven words of the task and two of the sum: too near, as no other question is a sum.
     assert avoided([asked], [template.format("4 - 9 + 3")]) == [asked]
     assert avoided([asked], [template.format("4 - 9 + 3")], n=0) == []
 

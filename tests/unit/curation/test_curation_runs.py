@@ -1,4 +1,4 @@
-"""`megatron-r1 sample` against a served model: what it asks, keeps, continues and refuses."""
+"""`megatron-r1 sample` against a served model: requests, kept responses, resuming, refusals."""
 
 import asyncio
 import json
@@ -110,8 +110,8 @@ def test_right_answers_are_kept_and_every_answer_says_why(recipe, tmp_path, caps
     result = json.loads((tmp_path / "out/curation.json").read_text())
     assert result["decisions"] == {"kept": len(kept), "wrong": 24 - len(kept)}
     assert result["accuracy"] == pytest.approx(len(kept) / 24)
-    told = capsys.readouterr().out
-    assert f"24 answers to 6 questions, {len(kept)} kept" in told and "wrong" in told
+    printed = capsys.readouterr().out
+    assert f"24 answers to 6 questions, {len(kept)} kept" in printed and "wrong" in printed
 
 
 def test_another_choice_is_made_without_sampling_again(recipe, tmp_path):
@@ -264,7 +264,7 @@ def test_pairs_and_labels_need_no_truth(recipe, tmp_path):
         chosen = [s["response"] for s in samples if s["decision"] == "chosen"]
         assert sorted(chosen) == sorted(p["chosen"] for p in pairs)
         num_asked, votes = len(server.requests), (tmp_path / "out/judgements.jsonl").read_bytes()
-        # A judge that likes length, and lengths that must not tell: nothing is left to learn from.
+        # A judge that likes length, and lengths that must balance: no pair is left.
         assert main(["sample", recipe(server.url, **judge | {"pairs": {}})]) == 1
         assert lines(tmp_path / "out/pairs.jsonl") == []
         result = json.loads((tmp_path / "out/curation.json").read_text())
@@ -322,7 +322,7 @@ def test_answers_that_no_grader_could_grade_are_graded_again(recipe, tmp_path):
         "from pathlib import Path\n"
         "from megatron_r1.rewards.base import Grade\n"
         "def grade(response, truth, **entry):\n"
-        "    if 'I think' not in response and truth == '6' and not Path('mended').exists():\n"
+        "    if 'I think' not in response and truth == '6' and not Path('repaired').exists():\n"
         "        raise OSError('no sandbox')\n"
         "    return Grade(1.0, 'fine')\n"
     )
@@ -333,7 +333,7 @@ def test_answers_that_no_grader_could_grade_are_graded_again(recipe, tmp_path):
         assert main(arguments) == 0
         decided = {s["question"]: s["decision"] for s in lines(tmp_path / "out/samples.jsonl")}
         assert decided["What is 3 + 3?"] == "ungraded" and decided["What is 4 + 4?"] == "kept"
-        (tmp_path / "mended").touch()
+        (tmp_path / "repaired").touch()
         assert main(arguments) == 0
         assert len(server.requests) == 12
     assert {s["decision"] for s in lines(tmp_path / "out/samples.jsonl")} == {"kept"}

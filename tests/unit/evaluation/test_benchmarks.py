@@ -113,14 +113,14 @@ def pack(tests):
 
 def livecodebench(number, day, functional=False, **more):
     kind = "functional" if functional else "stdin"
-    given, made = ("[1, 2]\n3", "[1, 2, 3]") if functional else ("3\n", "6\n")
+    given, result = ("[1, 2]\n3", "[1, 2, 3]") if functional else ("3\n", "6\n")
     return {
         **{"question_title": "t", "question_content": f"Problem {number}.", "platform": "atcoder"},
         **{"question_id": f"abc{number}", "contest_id": "abc", "contest_date": f"{day}T00:00:00"},
         "starter_code": "class Solution:\n    def add(self, a, b):\n        " if functional else "",
         **{"difficulty": "easy", "metadata": '{"func_name": "add"}' if functional else "{}"},
-        "public_test_cases": json.dumps([{"input": given, "output": made, "testtype": kind}]),
-        "private_test_cases": pack([{"input": given, "output": made, "testtype": kind}] * 2),
+        "public_test_cases": json.dumps([{"input": given, "output": result, "testtype": kind}]),
+        "private_test_cases": pack([{"input": given, "output": result, "testtype": kind}] * 2),
         **more,
     }
 
@@ -159,10 +159,10 @@ def test_livecodebench_releases_and_dates(tmp_path):
 
 class Evil:
     def __init__(self, call, *arguments):
-        self.made = call, arguments
+        self.reduced = call, arguments
 
     def __reduce__(self):
-        return self.made
+        return self.reduced
 
 
 def test_private_tests_are_read_without_running_what_they_hold(tmp_path):

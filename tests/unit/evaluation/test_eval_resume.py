@@ -54,14 +54,14 @@ def right(question, body):
 
 
 def test_every_sample_is_graded_and_can_be_audited(recipe, tmp_path, capsys):
-    def say(question, body):
+    def reply(question, body):
         number = asked_number(question)
         if number == 3:  # never right
             return 200, r"\boxed{7}"
         wrong = number == 2 and body["seed"] % 2  # depends on the sample
         return 200, rf"\boxed{{{2 * number + wrong}}}"
 
-    with FakeServer(say) as server:
+    with FakeServer(reply) as server:
         assert main(["eval", recipe(server.url)]) == 0
     samples = lines(tmp_path / "out/samples.jsonl")
     assert len(samples) == 12 == len({(s["id"], s["index"]) for s in samples})
@@ -167,7 +167,7 @@ def test_a_changed_question_is_refused_by_name(recipe, tmp_path, capsys):
 
 
 def test_cut_answers_and_thoughts_of_their_own_field(recipe, tmp_path):
-    def say(question, body):
+    def reply(question, body):
         number = asked_number(question)
         message = {"role": "assistant", "content": rf"\boxed{{{2 * number}}}"}
         if number == 1:  # a thought apart, as servers with a reasoning parser send it
@@ -179,7 +179,7 @@ def test_cut_answers_and_thoughts_of_their_own_field(recipe, tmp_path):
             "choices": [{"finish_reason": "length" if cut else "stop", "message": message}]
         }
 
-    with FakeServer(say) as server:
+    with FakeServer(reply) as server:
         assert main(["eval", recipe(server.url, samples=1)]) == 0
     samples = {s["id"]: s for s in lines(tmp_path / "out/samples.jsonl")}
     assert [samples[f"q{i}"]["reward"] for i in range(4)] == [1, 1, 0, 0]
@@ -215,12 +215,12 @@ def test_busy_servers_are_asked_again_and_keys_come_from_the_environment(
 ):
     busy = {"left": 3}
 
-    def say(question, body):
+    def reply(question, body):
         busy["left"] -= 1
         return (503, "loading") if busy["left"] >= 0 else right(question, body)
 
     monkeypatch.setenv("EVAL_TEST_KEY", "secret-1")
-    with FakeServer(say) as server:
+    with FakeServer(reply) as server:
         path = recipe(server.url, samples=1, server=", api_key_env: EVAL_TEST_KEY")
         assert main(["eval", path]) == 0
         assert {h["Authorization"] for h in server.headers} == {"Bearer secret-1"}
@@ -231,30 +231,32 @@ def test_busy_servers_are_asked_again_and_keys_come_from_the_environment(
     assert "EVAL_TEST_KEY is not set" in capsys.readouterr().err
 
 
-def test_a_server_that_is_loading_is_waited_for_aloud(recipe, capsys, monkeypatch):
+def test_waiting_for_a_loading_server_is_reported(recipe, capsys, monkeypatch):
     monkeypatch.setattr(server_wait, "REPORT_SECONDS", 0.05)
     busy = {"left": 2}
 
-    def say(question, body):
+    def reply(question, body):
         busy["left"] -= 1
         return (503, "loading the weights") if busy["left"] >= 0 else right(question, body)
 
-    with FakeServer(say) as server:
+    with FakeServer(reply) as server:
         assert main(["eval", recipe(server.url, samples=1)]) == 0
     first, *others = capsys.readouterr().out.splitlines()
     assert first == f"waiting for model m at {server.url}"
-    told = [line for line in others if line.startswith(first)]
-    assert any("s: status 503: " in line and "loading the weights" in line for line in told), others
+    waiting = [line for line in others if line.startswith(first)]
+    assert any("s: status 503: " in line and "loading the weights" in line for line in waiting), (
+        others
+    )
 
 
 def test_an_address_where_nobody_listens_is_named_at_once(recipe, capsys):
     with FakeServer(right) as server:
         url = server.url  # free again afterwards
     assert main(["eval", recipe(url), "--eval.server.wait_seconds", "0"]) == 1
-    said = capsys.readouterr()
-    assert said.out == f"waiting for model m at {url}\n"
+    printed = capsys.readouterr()
+    assert printed.out == f"waiting for model m at {url}\n"
     for words in (f"{url}: nobody answers there (", "Connect", "raise eval.server.wait_seconds"):
-        assert words in said.err, said.err
+        assert words in printed.err, printed.err
 
 
 def test_a_server_may_come_up_late(recipe):
@@ -298,11 +300,11 @@ def test_a_mistake_in_the_recipe_is_named_before_anything_is_asked(
 
 
 def test_completions_get_the_template_and_gym_needs_no_data(recipe, tmp_path):
-    def say(question, body):
+    def reply(question, body):
         return 200, "<think>no idea</think><answer>0</answer>"
 
     suite = [{"name": "gym/chain_sum", "options": {"questions": 3}, "label": "sums"}]
-    with FakeServer(say) as server:
+    with FakeServer(reply) as server:
         path = recipe(server.url, samples=2, benchmarks=suite, server=", api: completions")
         assert main(["eval", path]) == 0
     assert set(server.paths) == {"/v1/completions"}
@@ -323,7 +325,7 @@ def test_a_broken_grader_stops_the_run_and_its_samples_are_graded_again(
         "from megatron_r1.rewards.base import Grade\n"
         "def grade(response, truth, **entry):\n"
         "    if '<answer>' in response: return Grade(0.0, 'only tried')\n"
-        f"    if not Path({str(tmp_path / 'mended')!r}).exists():\n"
+        f"    if not Path({str(tmp_path / 'repaired')!r}).exists():\n"
         "        raise OSError('no sandbox')\n"
         "    return Grade(1.0, 'fine')\n"
     )
@@ -341,7 +343,7 @@ def test_a_broken_grader_stops_the_run_and_its_samples_are_graded_again(
         assert "no answer could be graded" in capsys.readouterr().err
         num_asked = len(server.requests)
         assert num_asked < 30
-        (tmp_path / "mended").touch()
+        (tmp_path / "repaired").touch()
         assert main(["eval", path]) == 0
         # Of the two under way at once, one was not finished when the run stopped.
         assert len({r["seed"] for r in server.requests}) == 30 >= len(server.requests) - 1

@@ -16,7 +16,8 @@ def logit(p: float) -> float:
 
 
 def test_calibration_error_is_the_mean_gap_weighted_by_bins():
-    # Bin [0.8, 0.9): 0.85 x 4 said, 2 came true: gap 0.35. Bin [0.1, 0.2): 0.15, came true: 0.85.
+    # Bin [0.8, 0.9): 0.85 predicted 4 times, 2 came true: gap 0.35. Bin [0.1, 0.2): 0.15 predicted
+    # once, came true: gap 0.85.
     probabilities, outcomes = [0.85] * 4 + [0.15], [1, 1, 0, 0, 1]
     expected = (4 * 0.35 + 1 * 0.85) / 5
     assert expected_calibration_error(probabilities, outcomes) == pytest.approx(expected)
@@ -27,7 +28,7 @@ def test_pairs():
     margins = [logit(0.9)] * 9 + [-logit(0.9)]
     questions = [f"q{i}" for i in range(10)]
     measures = pair_measures(questions, margins, [0.0] * 10)
-    # Nine of ten times the higher one is the chosen, and that is what the margins say.
+    # Nine of ten times the higher one is the chosen, as the margins predict.
     assert measures["eval/accuracy"] == pytest.approx(0.9)
     assert measures["eval/calibration_error"] == pytest.approx(0, abs=1e-12)
     assert measures["eval/margin"] == pytest.approx(0.8 * logit(0.9))

@@ -1,0 +1,114 @@
+"""The loop of `eval` and `sample`: what a failure leaves in the log, and how the log is read."""
+
+import asyncio
+from dataclasses import replace
+
+import pytest
+
+from megatron_r1.data.prompts import make_prompt
+from megatron_r1.evaluation.questions import QuestionSet
+from megatron_r1.evaluation.response import TextResponse
+from megatron_r1.evaluation.response_log import ResponseLog
+from megatron_r1.evaluation.sampling import MAX_UNGRADED, Sampler, sample_seed
+from megatron_r1.files.jsonl import read_lines
+from megatron_r1.rewards.base import UNGRADED
+
+
+class Policy:
+    """Responds `limit` times, then fails; keeps the seeds."""
+
+    concurrency = 2
+    identity: dict = {}
+
+    def __init__(self, limit=1_000):
+        self.limit, self.seeds = limit, []
+
+    async def respond(self, question, seed):
+        if len(self.seeds) == self.limit:
+            raise RuntimeError("the engine died")
+        self.seeds.append(seed)
+        return TextResponse(f"about {question}", 3)
+
+
+class Grader:
+    """Takes a while for each response; fails on all of them if it is broken."""
+
+    def __init__(self, is_broken=False):
+        self.is_broken = is_broken
+
+    async def grade(self, prompt, response):
+        await asyncio.sleep(0.05)
+        if self.is_broken:
+            return replace(response, reason=f"{UNGRADED}: no sandbox")
+        return replace(response, rewards={"accuracy": 1.0}, reward=1.0, reason="right")
+
+
+def run_sampler(path, policy, grader, num_questions=40, num_samples=2, title=""):
+    prompts = [make_prompt(f"{i}?", "math", i, {}) for i in range(num_questions)]
+    questions = QuestionSet(title, prompts, num_samples)
+
+    async def run():
+        log = ResponseLog(path, "eval" if title else "sample")
+        sampler = Sampler(policy, grader, log, [questions], 0, lambda *_: {}, by_question=not title)
+        await sampler.run()
+
+    asyncio.run(run())
+
+
+def test_what_was_sampled_before_an_engine_failed_is_graded_and_logged(tmp_path):
+    path, policy = tmp_path / "samples.jsonl", Policy(limit=5)
+    with pytest.raises(RuntimeError, match="the engine died"):
+        run_sampler(path, policy, Grader())
+    assert sorted(line["seed"] for line in read_lines(path)) == sorted(policy.seeds)
+    resumed = Policy()
+    run_sampler(path, resumed, Grader())
+    assert len(resumed.seeds) == 75 and not set(resumed.seeds) & set(policy.seeds)
+
+
+def test_a_broken_grader_stops_sampling_and_loses_nothing(tmp_path):
+    path, policy = tmp_path / "samples.jsonl", Policy()
+    with pytest.raises(ValueError, match="math: no answer could be graded: .*no sandbox"):
+        run_sampler(path, policy, Grader(is_broken=True))
+    lines = list(read_lines(path))
+    assert MAX_UNGRADED <= len(lines) == len(policy.seeds) < 80
+    resumed = Policy()
+    run_sampler(path, resumed, Grader())
+    assert len(resumed.seeds) == 80 - len(lines)
+    last = {(line["id"], line["index"]): line for line in read_lines(path)}
+    assert len(last) == 80 and all(line["reward"] == 1.0 for line in last.values())
+
+
+def test_order_of_samples(tmp_path):
+    def order(title):
+        policy = Policy()
+        policy.concurrency = 1
+        run_sampler(tmp_path / f"{title}.jsonl", policy, None, 2, 2, title)
+        prompts = [make_prompt(f"{i}?", "math", i, {}) for i in range(2)]
+        seeds = {
+            sample_seed(0, (title, prompt.id), index): (number, index)
+            for number, prompt in enumerate(prompts)
+            for index in range(2)
+        }
+        return [seeds[seed] for seed in policy.seeds]
+
+    assert order("") == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    assert order("bench") == [(0, 0), (1, 0), (0, 1), (1, 1)]
+
+
+def test_ids_and_benchmarks_with_any_characters_are_found_again(tmp_path):
+    path = tmp_path / "samples.jsonl"
+    keys = [("a/b", "c"), ("a", "b/c"), ('q"uo\\te', 'x", "id": "y'), ("é\n", "数")]
+
+    async def write():
+        log = ResponseLog(path, "eval")
+        for benchmark, question in keys:
+            response = TextResponse(f"{benchmark} {question}").to_line()
+            log.add({"benchmark": benchmark, "id": question, "digest": "d", "seed": 1, **response})
+        await log.close()
+
+    asyncio.run(write())
+    log = ResponseLog(path, "eval")
+    responses = [[line["response"] for line in lines] for lines in log.read(keys, 1)]
+    assert responses == [[f"{benchmark} {question}"] for benchmark, question in keys]
+    assert [line["id"] for line in log.read_others(set(keys[:2]), 1)] == [keys[2][1], keys[3][1]]
+    assert log.count(keys, 1) == 4 and log.count(keys[:1], 1) == 1
