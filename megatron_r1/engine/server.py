@@ -59,8 +59,7 @@ class Server(ABC):
         """Return how the server ended."""
 
     @abstractmethod
-    def _why_not_ready(self) -> str:
-        """Return why the server is not ready yet."""
+    def _why_not_ready(self) -> str: ...
 
     async def wait_ready(self, timeout_seconds: float = 300.0) -> None:
         """Wait until the server answers; stop it if it does not.

@@ -7,7 +7,7 @@ import contextlib
 import os
 import secrets
 from array import array
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +28,9 @@ UpdateInfo = Mapping[str, Any] | Sequence[Mapping[str, Any]]
 INCOMPLETE_PUSH = ("broke off", "have not sent all of it")
 """Words in the receive buffer's errors (`weight_sync.receive`) for a push that did not complete."""
 
-Feed = Callable[[Engine], contextlib.AbstractAsyncContextManager[None]]
+Feed = Callable[[Engine], contextlib.AbstractAsyncContextManager[object]]
 """Its entry sends an engine the weights that the fleet's engines hold; no push begins before its
 exit."""
-
-
-@contextlib.asynccontextmanager
-async def no_feed(engine: Engine) -> AsyncIterator[None]:
-    yield
 
 
 class RolloutFleet:
@@ -82,7 +77,7 @@ class RolloutFleet:
         self.role, self.make_server = role, make_server
         self.server_settings = server_settings
         self.version = -1
-        self.feed: Feed = no_feed
+        self.feed: Feed = contextlib.nullcontext
         """How an engine that joins gets the others' weights (`weight_sync.bridge`)."""
         self.awake = asyncio.Event()
         """Clear while the engines' memory is the trainer's."""
