@@ -5,7 +5,8 @@
     config.py, build.py                                  Megatron's configuration, and the model
     policy_model.py, score_model.py                      the last stage: hidden states or scores
     layers.py, norm.py, attention.py                     layers that Megatron lacks on a CPU
-    rotary.py, context.py, replay.py, fp8/               packed batches, context parallelism, …
+    rotary.py, context.py                                packed batches, context parallelism
+    replay.py, fp8/                                      routing replay, FP8
 
 A new architecture is one file here, one table in weights/ and a line in hf_config.py. Everything
 but `read_hf_config` is imported at first use, after `megatron_r1.platform.prepare()`.

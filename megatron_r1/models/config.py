@@ -94,7 +94,10 @@ def transformer_config(
     unknown = overrides.keys() - {field.name for field in dataclasses.fields(kind)}
     if unknown:
         raise UserError(f"{kind.__name__} has no field {', '.join(sorted(unknown))}")
-    return kind(**{**fields, **overrides})
+    try:
+        return kind(**{**fields, **overrides})
+    except ValueError as error:
+        raise UserError(f"Megatron-Core refuses this configuration: {error}") from error
 
 
 def _sequence_parallel(setting: bool | None, tensor_parallel: int, has_experts: bool) -> bool:
