@@ -85,7 +85,7 @@ class ServerPolicy:
         url, failures = self._server.url, [""]
         name = f"model {self._server.model} at {url}"
         async with report_waiting(name, lambda: self._service.trouble or failures[-1]):
-            await wait_until_listening(url, self._server.wait_seconds, failures.append)
+            await wait_until_listening(url, self._server.wait_seconds, failures.append, self._key)
             try:
                 await self._service.request(self._body(TINY_QUESTION, 0) | {"max_tokens": 1})
             except Ungradable as error:
