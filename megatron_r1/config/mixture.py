@@ -6,8 +6,8 @@ from typing import Any
 
 from pydantic import Field, ValidationError, model_validator
 
+from megatron_r1.config.mistakes import explain
 from megatron_r1.config.section import Section
-from megatron_r1.errors import did_you_mean
 
 
 class MixturePart(Section):
@@ -58,18 +58,7 @@ def _read_part(number: int, entry: Any) -> MixturePart:
         entry = {"path": entry}
     if not isinstance(entry, dict):
         raise ValueError(f"{place}: must be a path or {{path, share|count|repeat}}, got {entry!r}")
-    known = MixturePart.model_fields
-    for key in entry:
-        if key not in known:
-            names = ", ".join(known)
-            raise ValueError(
-                f"{place}: unknown key {key}{did_you_mean(key, known, '{}')} ({names})"
-            )
     try:
         return MixturePart.model_validate(entry)
     except ValidationError as failure:
-        error = failure.errors()[0]
-        if error["type"] == "value_error":
-            raise ValueError(f"{place}: {error['ctx']['error']}") from None
-        key = ".".join([place, *map(str, error["loc"])])
-        raise ValueError(f"{key}: {error['msg']}, got {error.get('input')!r}") from None
+        raise ValueError(f"{place}: {explain(failure, MixturePart)}") from None

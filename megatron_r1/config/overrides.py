@@ -13,7 +13,7 @@ from megatron_r1.errors import UserError, did_you_mean
 
 
 def parse_overrides(options: list[str], switches: Collection[str] = ()) -> dict[str, Any]:
-    """`--rl.group_size 8 --data.task=chain_sum` → {"rl.group_size": 8, "data.task": "chain_sum"}.
+    """Parse `--rl.group_size 8 --data.task=sums` to {"rl.group_size": 8, "data.task": "sums"}.
 
     Values are YAML; a template such as `{problem}` is text. switches: keys that become true when no
     value follows. Raises UserError for an option without a value or without a section.

@@ -91,20 +91,20 @@ def percent(fraction: float) -> str:
 
 
 def counted(count: int, noun: str) -> str:
-    """1 file, 1,300 files, 2 batches."""
+    """Format a count: 1 file, 1,300 files, 2 batches."""
     plural = "es" if noun.endswith("ch") else "s"
     return f"{count:,} {noun}{'' if count == 1 else plural}"
 
 
 def clock(seconds: float) -> str:
-    """0:07, 12:34, 1:02:03."""
+    """Format a time: 0:07, 12:34, 1:02:03."""
     whole = max(0, int(seconds))
     hours, minutes, rest = whole // 3600, whole // 60 % 60, whole % 60
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def duration(seconds: float) -> str:
-    """7.2 s, 6 min 12 s, 3 h 20 min, 2 d 4 h."""
+    """Format a duration: 7.2 s, 6 min 12 s, 3 h 20 min, 2 d 4 h."""
     if seconds < 59.95:
         return f"{seconds:.1f} s"
     whole = round(seconds)

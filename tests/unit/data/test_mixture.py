@@ -109,8 +109,11 @@ def test_the_log_says_what_is_in_it(files):
     [
         ([], "sft.data: the list is empty"),
         ([{"path": "a", "shere": 1}], "sft.data.0: unknown key shere; did you mean share?"),
-        ([{"path": "a"}, {"share": 1}], "sft.data.1.path: Field required"),
-        ([{"path": "a", "share": 2}], "sft.data.0.share: Input should be less than or equal to 1"),
+        ([{"path": "a"}, {"share": 1}], "sft.data.1: path must be set"),
+        (
+            [{"path": "a", "share": 2}],
+            "sft.data.0: share: input should be less than or equal to 1",
+        ),
         ([{"path": "a", "share": 0.5, "count": 2}], "sft.data.0: a has {'share': 0.5, 'count': 2}"),
         ([{"path": "a", "share": 0.5}, {"path": "b", "share": 0.4}], "add up to 0.9; make that 1"),
         ([{"path": "a", "share": 1}, {"path": "b"}], "add up to 1, which leaves nothing"),
