@@ -55,5 +55,5 @@ class ScoreModel(GPTModel):
         return self.score(hidden_states).transpose(0, 1).contiguous()
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
-        """As MegatronModule's: GPTModel's version handles an output layer and tied embeddings."""
+        """Skip GPTModel's version, which handles an output layer and tied embeddings."""
         return MegatronModule.sharded_state_dict(self, prefix, sharded_offsets, metadata)

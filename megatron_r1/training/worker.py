@@ -23,7 +23,7 @@ from megatron_r1.training.wire import Call, Reply, Share, identity, monitor_iden
 
 
 def serve_under_torchrun(config: Config, address: str | None) -> None:
-    """As `serve`; rank 0 broadcasts the controller's address and token to the others."""
+    """Do as `serve`; rank 0 broadcasts the controller's address and token to the others."""
     position = distributed.initialize(config.parallel, config.run.seed)
     token = distributed.from_rank_zero(os.environ.get(RANKS_ENVIRONMENT))
     os.environ[RANKS_ENVIRONMENT] = token

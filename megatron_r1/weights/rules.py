@@ -1,4 +1,4 @@
-"""What a weight table consists of: rules, pieces, and the ways a parameter is split over ranks.
+"""The parts of a weight table: rules, pieces, and the ways a parameter is split over ranks.
 
 A rule maps one Megatron parameter to the Hugging Face tensors in it. A split turns a rule and a
 rank into pieces: runs of rows or columns of one HF tensor at some offset of that rank's parameter.

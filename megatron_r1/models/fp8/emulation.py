@@ -48,7 +48,7 @@ def _forward_impl(
     wgrad_deferral_limit=None,
     tp_group=None,
 ) -> Tensor:
-    """As Megatron's linear_with_grad_accumulation_and_async_allreduce (tensor_parallel/layers.py).
+    """Replacement of Megatron's linear_with_grad_accumulation_and_async_allreduce (layers.py).
 
     input: (s, b, in), under sequence parallelism this rank's part of s; weight: (out, in) -> (s, b,
     out).

@@ -32,7 +32,7 @@ from megatron_r1.training.checkpoints.host_memory import HostMemory
 from megatron_r1.training.reference import Reference
 
 FORMAT = "fully_reshardable"
-"""Of the distributed optimizer's state: whole moments per parameter, for any layout to load."""
+"""Format of the distributed optimizer's state: whole moments per parameter, for any layout."""
 
 REFERENCE, CRITIC = "reference.", "critic."
 """Prefixes of their tensors' names."""

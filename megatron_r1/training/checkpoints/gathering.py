@@ -37,7 +37,8 @@ def gathering(part: Any, index: int, memory: HostMemory | None) -> Iterator[None
 
 
 def _gather(part: Any, index: int, memory: HostMemory | None, **_: Any) -> dict[Any, Any]:
-    """As Megatron's get_parameter_state_dp_zero, padded: [buffer][dtype][key], fp32 [numel]."""
+    """Return the padded state as Megatron's get_parameter_state_dp_zero does: [buffer][dtype][key],
+    fp32 [numel] each."""
     state: dict[Any, Any] = {"buckets_coalesced": True}
     for number, (buffer, ranges) in enumerate(zip(part.buffers, part.gbuf_ranges, strict=True)):
         ((dtype, shards),) = ranges.items()

@@ -20,7 +20,7 @@ UNREADABLE = (
     *(KeyError, RuntimeError, ValueError, OSError, EOFError, UnpicklingError),
     *(CheckpointingException, CheckpointException),
 )
-"""What Megatron and torch raise where names, shapes or bytes are not as they expect."""
+"""Errors of Megatron and torch for unexpected names, shapes or bytes."""
 
 
 def damage(folder: Path, verify: Verify) -> list[str]:
