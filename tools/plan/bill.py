@@ -10,9 +10,9 @@ from tools.plan.communication import communication_section
 from tools.plan.flops import flops_section
 from tools.plan.hardware import GIB
 from tools.plan.job import Job
-from tools.plan.memory import LANDING, RankMemory, memory_section, rank_memory
+from tools.plan.memory import RECEIVE_BUFFER, RankMemory, memory_section, rank_memory
 from tools.plan.parameters import parameter_section
-from tools.plan.push import landing_bytes, push_section, sends_differences, sent_last_bytes
+from tools.plan.push import push_section, receive_buffer_bytes, sends_differences, sent_last_bytes
 from tools.plan.quantity import Quantity, Section
 from tools.plan.rollout import Engines, rollout_section, samples_section
 from tools.plan.teacher import teacher_section
@@ -20,7 +20,7 @@ from tools.plan.timing import StepTime, time_section
 
 SENT_LAST = "sent last"
 WHAT = {
-    LANDING: ", weights on their way into an engine",
+    RECEIVE_BUFFER: ", weights on their way into an engine",
     SENT_LAST: " on average, what push.delta is the difference to",
 }
 """Additions to the formula of kinds of host memory whose name is unclear."""
@@ -115,7 +115,7 @@ class Bill:
             "parallel.tokens_per_microbatch",
             "loss head": "raise parallel.tensor or .context",
             "optimizer": "raise parallel.optimizer_offload, or use more GPUs",
-            LANDING: self._less_landing(),
+            RECEIVE_BUFFER: self._smaller_receive_buffer(),
             "reference": f"keep it away from the fullest rank: {self._split()}",
             "reserved": "use GPUs with more memory",
         }.get(kind, self._split())
@@ -131,7 +131,7 @@ class Bill:
         fullest = max(self.ranks, key=lambda rank: sum(rank.host.values()))
         kinds = dict(fullest.host)
         if not job.rollout_gpus:
-            kinds |= self._landing()
+            kinds |= self._receive_buffer()
         if sends_differences(job):
             kinds[SENT_LAST] = sent_last_bytes(job)
         return self._of_node(kinds, job.world_size)
@@ -139,11 +139,11 @@ class Bill:
     def _engines_host(self) -> Section:
         """Return the host memory of a node with engines only."""
         gpus = self.job.rollout_gpus
-        return self._of_node(self._landing(), gpus) if gpus else {}
+        return self._of_node(self._receive_buffer(), gpus) if gpus else {}
 
-    def _landing(self) -> dict[str, int]:
-        num_bytes = landing_bytes(self.job, "host")
-        return {LANDING: num_bytes} if num_bytes else {}
+    def _receive_buffer(self) -> dict[str, int]:
+        num_bytes = receive_buffer_bytes(self.job, "host")
+        return {RECEIVE_BUFFER: num_bytes} if num_bytes else {}
 
     def _of_node(self, kinds: dict[str, int], gpus: int) -> Section:
         """Return the sums over the ranks of one node, of `gpus` in all."""
@@ -171,18 +171,18 @@ class Bill:
             "critic's optimizer": "lower parallel.optimizer_offload, or ",
             SENT_LAST: "set push.delta to false, or ",
         }.get(largest, "")
-        way = self._less_landing() if largest == LANDING else fix + self._split()
+        way = self._smaller_receive_buffer() if largest == RECEIVE_BUFFER else fix + self._split()
         return (
             f"a host needs {_size(needed)} of {_size(memory)}, {parts[largest]} of it {largest}: "
             f"{way}"
         )
 
-    def _less_landing(self) -> str:
+    def _smaller_receive_buffer(self) -> str:
         """Return the remedy that makes an engine rank's receive buffer smaller."""
         more = "give each engine more GPUs"
         if sends_differences(self.job):  # differences need all of the previous push
             return more
-        return f"set push.memory_gib below {landing_bytes(self.job) / GIB:.3g}, or {more}"
+        return f"set push.memory_gib below {receive_buffer_bytes(self.job) / GIB:.3g}, or {more}"
 
     def _cache(self) -> str | None:
         engines, job = self.engines, self.job
@@ -190,9 +190,13 @@ class Bill:
         if engines.cache >= needed:
             return None
         trainer = f", {_size(engines.resident)} of the trainer" if engines.resident else ""
-        landing = f", {_size(engines.landing)} of {LANDING}" if engines.landing else ""
+        buffer = (
+            f", {_size(engines.receive_buffer)} of {RECEIVE_BUFFER}"
+            if engines.receive_buffer
+            else ""
+        )
         beside = (
-            f"beside {_size(engines.weights)} of weights{landing}{trainer} and "
+            f"beside {_size(engines.weights)} of weights{buffer}{trainer} and "
             f"{_size(job.assumptions.reserved)} reserved"
         )
         has = f"has {_size(engines.cache)}"
@@ -214,8 +218,8 @@ class Bill:
         if rollout.tensor * rollout.data == 1:
             ways = [f"lower rollout.engines={rollout.engines} (more GPUs each)"]
             ways = ways if rollout.engines > 1 else ["use more GPUs"]
-        if self.engines.landing:
-            ways.append(self._less_landing())
+        if self.engines.receive_buffer:
+            ways.append(self._smaller_receive_buffer())
         if self.engines.resident:
             ways += [self._split(), "give the engines GPUs of their own (--rollout-gpus)"]
         elif self.engines.cache > 0:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from tools.plan.activations import Layer, in_flight, layer_activations
 from tools.plan.job import BYTES, Job
 from tools.plan.parameters import Counts, RankCounts
-from tools.plan.push import landing_bytes
+from tools.plan.push import receive_buffer_bytes
 from tools.plan.quantity import Quantity, Section
 
 # Of r1_kernels.linear_head; not imported, as that would import torch.
@@ -45,7 +45,7 @@ class RankMemory:
 PERSISTENT = ("parameters", "gradients", "optimizer")
 CRITIC = "critic"
 """The same three of PPO's critic, in addition to the policy's."""
-LANDING = "landing memory"
+RECEIVE_BUFFER = "landing memory"
 """The receive buffer of the engine rank on the same GPU, which it keeps while it sleeps."""
 
 
@@ -111,8 +111,8 @@ def _of_rank(job: Job, ranks: RankCounts, layers: dict[bool, Layer], rank: int) 
         "loss head": head,
         "reserved": reserved,
     }
-    if landing := 0 if job.rollout_gpus else landing_bytes(job, "GPU"):
-        training[LANDING] = scoring[LANDING] = landing
+    if buffer := 0 if job.rollout_gpus else receive_buffer_bytes(job, "GPU"):
+        training[RECEIVE_BUFFER] = scoring[RECEIVE_BUFFER] = buffer
     if parallel.reference_offload == "device":
         training["reference"] = host.pop("reference")
     if job.verb != "rl":
@@ -226,7 +226,7 @@ def memory_section(job: Job, rank: RankMemory) -> Section:
         "loss head": head_bytes(job)[1] if rank.training["loss head"] else "not on this rank",
         "reserved": "assumed: CUDA context, NCCL, fragmentation",
         "reference": f"parameters x {value} B",
-        LANDING: "weights on their way into the engine on this GPU, kept between pushes",
+        RECEIVE_BUFFER: "weights on their way into the engine on this GPU, kept between pushes",
         CRITIC: "parameters, gradients and optimizer of a score model, as above",
     }
     section = {

@@ -49,7 +49,7 @@ def check_engines(job: Job) -> None:
     """Raise UserError for engines that are impossible on these GPUs or for this model."""
     job.check_engines()
     needed, push = engine_rank_bytes(job), job.config.push
-    if sends_differences(job) and landing_bytes(job) < needed:
+    if sends_differences(job) and receive_buffer_bytes(job) < needed:
         raise UserError(
             f"push.delta: push.memory_gib={push.memory_gib:g} brings {needed / GIB:.3g} GiB of "
             "weights in windows, and each overwrites what the next push would be the difference "
@@ -105,18 +105,18 @@ def _needed_bytes(job: Job) -> float:
     return layout.engines * sum(one_engine)
 
 
-def landing_bytes(job: Job, on: Literal["host", "GPU"] | None = None) -> int:
+def receive_buffer_bytes(job: Job, on: Literal["host", "GPU"] | None = None) -> int:
     """Return bytes of an engine rank's receive buffer, which it keeps between pushes.
 
     on: return 0 if the transport's buffer is not there.
     """
-    if not pushes(job) or on not in (None, landing_place(job)):
+    if not pushes(job) or on not in (None, receive_buffer_place(job)):
         return 0
     needed, limit = engine_rank_bytes(job), job.config.push.memory_gib
     return needed if limit is None else min(needed, round(limit * GIB))
 
 
-def landing_place(job: Job) -> Literal["host", "GPU"]:
+def receive_buffer_place(job: Job) -> Literal["host", "GPU"]:
     """Return where the receive buffer is; with NCCL the host, as the GPU holds one bucket."""
     return "GPU" if job.config.push.transport == "cuda_ipc" else "host"
 
@@ -186,7 +186,9 @@ def push_section(job: Job) -> Section:
             "B",
             "into an engine GPU with projections quantised on the way, 1 B + 4 B / 128 x 128",
         )
-    section["landing memory"] = Quantity(landing_bytes(job), "B", _landing_formula(job))
+    section["landing memory"] = Quantity(
+        receive_buffer_bytes(job), "B", _receive_buffer_formula(job)
+    )
     if sends_differences(job):
         section["sent last"] = Quantity(
             out,
@@ -197,12 +199,12 @@ def push_section(job: Job) -> Section:
     return section
 
 
-def _landing_formula(job: Job) -> str:
+def _receive_buffer_formula(job: Job) -> str:
     push = job.config.push
     how = "all its weights at once"
-    if landing_bytes(job) < engine_rank_bytes(job):
+    if receive_buffer_bytes(job) < engine_rank_bytes(job):
         how = f"push.memory_gib={push.memory_gib:g}: engines pause while the rest travels"
-    text = f"of an engine rank, on its {landing_place(job)} ({push.transport}); {how}"
+    text = f"of an engine rank, on its {receive_buffer_place(job)} ({push.transport}); {how}"
     if push.on_one_host and not _is_one_node(job):
         # NCCL refuses a pair of ranks on one GPU.
         others = "nccl or gloo" if job.rollout_gpus else "gloo"

@@ -10,7 +10,7 @@ from megatron_r1.reporting.wording import counted
 from tools.plan.flops import decode_flops, forward_flops
 from tools.plan.job import BYTES, Job
 from tools.plan.parameters import ModelCounts
-from tools.plan.push import engine_layout, engine_rank_bytes, in_fp8, landing_bytes
+from tools.plan.push import engine_layout, engine_rank_bytes, in_fp8, receive_buffer_bytes
 from tools.plan.quantity import Quantity, Section
 
 ID = LOGPROB = 4
@@ -63,14 +63,14 @@ class Engines:
         return engine_rank_bytes(self.job)
 
     @property
-    def landing(self) -> int:
+    def receive_buffer(self) -> int:
         """Bytes on one GPU for the weights of the next push."""
-        return landing_bytes(self.job, "GPU")
+        return receive_buffer_bytes(self.job, "GPU")
 
     @property
     def cache(self) -> int:
         """Bytes left for KV cache on one GPU; negative if even the weights do not fit."""
-        taken = self.job.assumptions.reserved + self.resident + self.weights + self.landing
+        taken = self.job.assumptions.reserved + self.resident + self.weights + self.receive_buffer
         return round(self.job.hardware.memory - taken)
 
     @property
@@ -176,7 +176,11 @@ def rollout_section(engines: Engines) -> Section:
             "B",
             (f"no room, {Quantity(-engines.cache, 'B', '')} short: " if engines.cache < 0 else "")
             + "memory - reserved - weights"
-            + (f" - landing {Quantity(engines.landing, 'B', '')}" if engines.landing else "")
+            + (
+                f" - landing {Quantity(engines.receive_buffer, 'B', '')}"
+                if engines.receive_buffer
+                else ""
+            )
             + (f" - trainer's {Quantity(engines.resident, 'B', '')}" if engines.resident else ""),
         ),
         "tokens cached": Quantity(

@@ -118,7 +118,7 @@ def test_sampling_without_a_trainer_has_no_fp8_push():
     changed = {"push.fp8": True, "push.transport": "cuda_ipc"}
     config = configuration.load(RECIPE, changed)
     engines = Engines(Job(V3, config, 2048, HARDWARE["H800"], verb="sample"))
-    assert engines.weights == Engines(planned()).weights and not engines.landing
+    assert engines.weights == Engines(planned()).weights and not engines.receive_buffer
 
 
 @pytest.mark.parametrize(
@@ -154,7 +154,7 @@ def test_landing_memory_of_engines_on_their_own_gpus_is_not_the_trainer_s():
     assert engines.value == 8 * host["push"]["landing memory"].value
     bill = Bill(planned(**alone, push__transport="cuda_ipc"))
     assert bill.worst.peak == Bill(planned()).worst.peak
-    assert bill.engines.landing == bill.engines.weights
+    assert bill.engines.receive_buffer == bill.engines.weights
     assert "host memory of an engines' node" not in bill.sections()
 
 
