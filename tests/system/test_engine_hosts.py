@@ -31,7 +31,7 @@ async def until(condition, seconds):
 
 
 def engine_processes(agent):
-    """Of an agent, those that it started."""
+    """Return the processes that an agent started."""
     found = subprocess.run(["pgrep", "-P", str(agent.pid)], capture_output=True, text=True)
     return [int(process) for process in found.stdout.split()]
 
@@ -53,17 +53,17 @@ def model(tmp_path_factory):
 
 @pytest.mark.slow
 def test_hosts_join_vanish_and_bring_engines_again(model, tmp_path):
-    agents, said = [], []
+    agents, messages = [], []
 
     async def scenario():
         rollout = RolloutConfig(placement="hosts", hosts_address="127.0.0.1")
-        async with open_pool(rollout, tmp_path, True, said.append) as pool:
+        async with open_pool(rollout, tmp_path, True, messages.append) as pool:
             agents.append(agent(tmp_path))
             fleet = RolloutFleet(
                 1,
                 tmp_path,
                 make_server=server_maker(pool),
-                notify=said.append,
+                notify=messages.append,
                 max_restarts=2,
                 **SMALL,
             )
@@ -76,7 +76,7 @@ def test_hosts_join_vanish_and_bring_engines_again(model, tmp_path):
                 agents.append(agent(tmp_path))
                 await until(lambda: sum(e.is_open for e in fleet.engines) == 2, 240)
                 # The first host dies with a request in flight: its engine dies with it, the
-                # request is answered by the other, and nobody is restarted.
+                # request is answered by the other, and none is restarted.
                 (process,) = engine_processes(agents[0])
                 asked = [
                     asyncio.create_task(fleet.generate([1, 2, 3], n=2, max_tokens=100))
@@ -92,12 +92,12 @@ def test_hosts_join_vanish_and_bring_engines_again(model, tmp_path):
                 assert fleet.num_restarts == 0
                 again = await fleet.generate([1, 2, 3], n=1, max_tokens=8, temperature=0.0)
                 assert [c.token_ids for c in again] == [c.token_ids for c in first]
-                # kill -9 of an engine: its host starts another, with what its log says.
+                # kill -9 of an engine: its host starts another, and reports its log.
                 (process,) = engine_processes(agents[1])
                 os.kill(process, signal.SIGKILL)
                 await until(lambda: fleet.num_restarts == 1, 30)
                 await until(lambda: any(e.is_open for e in fleet.engines), 240)
-                assert any("on host" in line and "SIGKILL" in line for line in said)
+                assert any("on host" in line and "SIGKILL" in line for line in messages)
         assert agents[1].wait(20) == 0  # the run is over
 
     try:

@@ -36,7 +36,7 @@ def loop():
 
 @pytest.fixture(scope="module")
 def fleet(models, loop, tmp_path_factory):
-    """Of two; the first starts with spoiled weights."""
+    """A fleet of two; the first engine starts with spoiled weights."""
     is_first = True
 
     def make_server(model, log, **settings):
@@ -63,8 +63,8 @@ def assert_right(oracle, models, made):
 
 def test_an_engine_that_answers_nonsense_is_found_and_replaced(models, oracle, loop, fleet):
     """Nothing but its answers tells that it is ill."""
-    spoiled, said = fleet.engines[0], []
-    fleet.members.notify = said.append
+    spoiled, messages = fleet.engines[0], []
+    fleet.members.notify = messages.append
 
     async def sample_until_replaced():
         made = await rounds(fleet, 4)
@@ -74,8 +74,8 @@ def test_an_engine_that_answers_nonsense_is_found_and_replaced(models, oracle, l
         return made + await rounds(fleet, 4)
 
     made = loop(sample_until_replaced())
-    assert fleet.num_restarts == 1, said
-    assert "engine-0 cannot go on" in said[0] and "log-probability of token" in said[0]
+    assert fleet.num_restarts == 1, messages
+    assert "engine-0 cannot go on" in messages[0] and "log-probability of token" in messages[0]
     assert fleet.metrics()["engines/requeued"] >= 2
     assert fleet.engines[0] is not spoiled and not spoiled.server.is_alive()
     assert_right(oracle, models, made)

@@ -36,7 +36,7 @@ class Hosts:
     """A fleet of one engine over two hosts of this machine, each with an address of its own."""
 
     def __init__(self, folder):
-        self.folder, self.said, self.agents = folder, [], {}
+        self.folder, self.messages, self.agents = folder, [], {}
 
     def come(self, address):
         self.agents[address] = agent(self.folder, address)
@@ -46,12 +46,12 @@ class Hosts:
         rollout = RolloutConfig(
             placement="hosts", hosts_address="127.0.0.1", hosts_per_engine=2, data=2
         )
-        async with open_pool(rollout, self.folder, False, self.said.append) as pool:
+        async with open_pool(rollout, self.folder, False, self.messages.append) as pool:
             fleet = RolloutFleet(
                 1,
                 self.folder,
                 make_server=server_maker(pool),
-                notify=self.said.append,
+                notify=self.messages.append,
                 max_restarts=1,
                 start_timeout_seconds=START,
                 weight_transfer_backend="megatron_r1_gloo",
@@ -105,13 +105,13 @@ def test_experts_on_two_hosts_get_their_weights_and_a_killed_host_is_reopen_pool
         async with asyncio.timeout(2 * START):
             groups = await asked
         assert fleet.num_restarts == 1 and not server.is_alive()
-        assert any("engine-0 died: host" in line for line in hosts.said)
+        assert any("engine-0 died: host" in line for line in hosts.messages)
         assert "has closed its line" in server.describe_end()
         assert stamped(groups) == {1}
         assert largest_difference(oracle, trained, groups) < TOLERANCE
 
     statuses = asyncio.run(hosts.run(scenario, before, layout))
-    assert statuses == [-signal.SIGKILL, 0, 0]  # the others were told that the run is over
+    assert statuses == [-signal.SIGKILL, 0, 0]  # the others were ordered to leave
     logs = {log.name for log in tmp_path.glob("engine-*.log")}
     assert logs == {"engine-0.log", "engine-0-part-1.log"}
 
@@ -135,7 +135,7 @@ def test_every_call_reaches_copies_that_share_nothing_and_one_that_hangs_is_noti
             os.killpg(process, signal.SIGSTOP)
         groups = await sample(fleet)
         assert fleet.num_restarts == 1
-        assert any("has not answered for 10 seconds" in line for line in hosts.said)
+        assert any("has not answered for 10 seconds" in line for line in hosts.messages)
         assert largest_difference(oracle, trained, groups) < TOLERANCE
 
     run = hosts.run(scenario, before, {"data": 2}, unresponsive_seconds=10)
