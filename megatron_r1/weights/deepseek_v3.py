@@ -4,24 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from megatron_r1.weights.rules import (
-    Rule,
-    Source,
-    Table,
-    columns,
-    gated,
-    output_head,
-    rows,
-    vocabulary,
-    weight,
-    whole,
-)
+from megatron_r1.weights.rules import Rule, Source, Table, columns, gated, rows, weight, whole
 
 
 def table(hf: dict) -> Table:
     """Return the rules for this `config.json`, MTP layers included."""
-    hidden, vocab, num_layers = hf["hidden_size"], hf["vocab_size"], hf["num_hidden_layers"]
-    num_mtp = hf.get("num_nextn_predict_layers") or 0
+    num_layers, num_mtp = hf["num_hidden_layers"], hf.get("num_nextn_predict_layers") or 0
     num_dense = min(hf.get("first_k_dense_replace") or 0, num_layers)
     dense, sparse = _attention(hf) + _mlp(hf), _attention(hf) + _experts(hf)
     layers = [dense] * num_dense + [sparse] * (num_layers - num_dense)
@@ -29,13 +17,10 @@ def table(hf: dict) -> Table:
     for layer in range(num_layers, num_layers + num_mtp):
         copies[f"model.layers.{layer}.embed_tokens.weight"] = "model.embed_tokens.weight"
         copies[f"model.layers.{layer}.shared_head.head.weight"] = "lm_head.weight"
-    return Table(
-        embedding=[
-            weight("embedding.word_embeddings", "model.embed_tokens", (vocab, hidden), vocabulary)
-        ],
-        layers=layers,
-        final_norm=[weight("decoder.final_layernorm", "model.norm", (hidden,), whole)],
-        head=[output_head(hf, "lm_head")],
+    return Table.of_decoder(
+        hf,
+        "lm_head",
+        layers,
         # An MTP layer has the structure of the last decoder layer.
         mtp=[_mtp(hf, layers[-1])] * num_mtp,
         copies=copies,

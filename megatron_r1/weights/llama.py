@@ -2,18 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_r1.weights.rules import (
-    QueryGroups,
-    Rule,
-    Source,
-    Table,
-    gated,
-    output_head,
-    rows,
-    vocabulary,
-    weight,
-    whole,
-)
+from megatron_r1.weights.rules import QueryGroups, Rule, Source, Table, gated, rows, weight, whole
 
 
 def table(hf: dict) -> Table:
@@ -23,16 +12,9 @@ def table(hf: dict) -> Table:
 
 def decoder(hf: dict, qkv_bias: bool) -> Table:
     """Return the rules of a decoder with grouped-query attention and a SwiGLU in every layer."""
-    hidden, vocab = hf["hidden_size"], hf["vocab_size"]
-    embedding = "model.embed_tokens"
-    head = embedding if hf.get("tie_word_embeddings") else "lm_head"
+    head = "model.embed_tokens" if hf.get("tie_word_embeddings") else "lm_head"
     layer = _attention(hf, qkv_bias) + _mlp(hf)
-    return Table(
-        embedding=[weight("embedding.word_embeddings", embedding, (vocab, hidden), vocabulary)],
-        layers=[layer] * hf["num_hidden_layers"],
-        final_norm=[weight("decoder.final_layernorm", "model.norm", (hidden,), whole)],
-        head=[output_head(hf, head)],
-    )
+    return Table.of_decoder(hf, head, [layer] * hf["num_hidden_layers"])
 
 
 def _attention(hf: dict, qkv_bias: bool) -> list[Rule]:

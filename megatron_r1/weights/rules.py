@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from megatron_r1.errors import UserError
 from megatron_r1.models.hf_config import has_score_head
@@ -87,19 +88,31 @@ class Table:
     copies: dict[str, str] = field(default_factory=dict)
     num_experts: int = 0
 
+    @classmethod
+    def of_decoder(cls, hf: dict, head: str, layers: list[list[Rule]], **more: Any) -> Table:
+        """Return the table of a decoder with these layers: word embedding, final norm and head.
+
+        head: the HF name of the LM head; a score model has its score head instead. more: further
+        fields.
+        """
+        hidden, vocab = hf["hidden_size"], hf["vocab_size"]
+        embedding = "embedding.word_embeddings"
+        last = weight("output_layer", head, (vocab, hidden), vocabulary)
+        if has_score_head(hf):
+            last = weight("score", "score", (1, hidden), whole)
+        return cls(
+            embedding=[weight(embedding, "model.embed_tokens", (vocab, hidden), vocabulary)],
+            layers=layers,
+            final_norm=[weight("decoder.final_layernorm", "model.norm", (hidden,), whole)],
+            head=[last],
+            **more,
+        )
+
 
 def weight(megatron: str, name: str, shape: Shape, split: Split, te: str | None = None) -> Rule:
     """Return the rule of one `.weight` that is one HF `.weight`; names without the ending, except
     `te`."""
     return Rule(f"{megatron}.weight", (Source(f"{name}.weight", shape),), split, te)
-
-
-def output_head(hf: dict, name: str) -> Rule:
-    """Return the rule of the LM head, the HF tensor `name`.weight, or of a score model's head."""
-    hidden = hf["hidden_size"]
-    if has_score_head(hf):
-        return weight("score", "score", (1, hidden), whole)
-    return weight("output_layer", name, (hf["vocab_size"], hidden), vocabulary)
 
 
 def gated(
