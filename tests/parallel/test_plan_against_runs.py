@@ -1,7 +1,6 @@
 """The plan against what is really built: memory of small runs, parameters of the 671B ranks."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -9,14 +8,13 @@ from plan_allocation import config
 from ranks import run_ranks, run_script
 from small_models import DEEPSEEK
 
+from tools.plan.hardware import HARDWARE
+from tools.plan.job import Job
+from tools.plan.memory import CRITIC, PERSISTENT, rank_memory
+
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))
 
-from tools.plan.hardware import HARDWARE  # noqa: E402
-from tools.plan.job import Job  # noqa: E402
-from tools.plan.memory import CRITIC, PERSISTENT, rank_memory  # noqa: E402
-
-# Large enough that what Megatron rounds up and forgets to share is small, as in a real run.
+# Large enough that Megatron's padding and unsharded remainders are small, as in a real run.
 MODEL = {
     **DEEPSEEK,
     "vocab_size": 1021,

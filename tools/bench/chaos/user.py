@@ -1,7 +1,9 @@
-"""A simulated user who restarts the same command whenever it ends, and reads the metrics."""
+"""A simulated user, who restarts the same command whenever it ends and reads the metrics, and the
+processes of the run, found from outside as `ps` finds them."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -19,7 +21,6 @@ import psutil
 from megatron_r1.files.framed import FramedFile
 from megatron_r1.processes.lifetime import die_with_parent
 from megatron_r1.rl.sample_record import Accepted, decode
-from tools.bench.chaos.roles import Roles
 
 POLL_SECONDS = 0.02
 PATIENCE = 4
@@ -156,6 +157,47 @@ class User:
                 self._seen[step] = raw
                 self.sightings.append(Sighting(line, self.seconds, len(self.ends)))
                 self.best = max(self.best, step)
+
+
+def _log_name(process: psutil.Process, folder: Path) -> str | None:
+    """Return the name of the log in `folder` that is its standard output, or None."""
+    try:
+        output = Path(os.readlink(f"/proc/{process.pid}/fd/1"))
+    except OSError:
+        return None
+    return output.name if output.parent == folder else None
+
+
+class Roles:
+    """The processes under `controller`; every list may be empty while a role starts."""
+
+    def __init__(self, controller: psutil.Process, run: Path) -> None:
+        self.controller, self.logs = controller, run / "logs"
+
+    def trainer_ranks(self) -> list[psutil.Process]:
+        """Return them in order of their ranks."""
+        return self._named("trainer_", leads=True)
+
+    def engine_servers(self) -> list[psutil.Process]:
+        """Return the HTTP servers, in order of the engines."""
+        return self._named("engine-", leads=True)
+
+    def engine_cores(self) -> list[psutil.Process]:
+        """Return the processes that hold the weights and generate, forked by a server."""
+        return self._named("engine-", leads=False)
+
+    def _named(self, prefix: str, leads: bool) -> list[psutil.Process]:
+        """Return session leaders (leads), or else the processes named by vLLM."""
+        found = []
+        with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
+            for process in self.controller.children(recursive=True):
+                name = _log_name(process, self.logs)
+                if name is None or not name.startswith(prefix):
+                    continue
+                is_leader = os.getsid(process.pid) == process.pid
+                if leads if is_leader else not leads and process.name().startswith("VLLM::"):
+                    found.append((name, process.pid, process))
+        return [process for _, _, process in sorted(found)]
 
 
 def kept_groups(log: Path) -> dict[int, int]:
