@@ -9,8 +9,28 @@ from typing import Any
 
 LANGUAGES = ("en", "zh")
 NAMES = (
-    *"Mary Patricia Jennifer Linda Elizabeth Barbara Susan Jessica Sarah Margaret Alice".split(),
-    *"James John Robert Michael William David Richard Joseph Thomas Charles Bob".split(),
+    "Mary",
+    "Patricia",
+    "Jennifer",
+    "Linda",
+    "Elizabeth",
+    "Barbara",
+    "Susan",
+    "Jessica",
+    "Sarah",
+    "Margaret",
+    "Alice",
+    "James",
+    "John",
+    "Robert",
+    "Michael",
+    "William",
+    "David",
+    "Richard",
+    "Joseph",
+    "Thomas",
+    "Charles",
+    "Bob",
 )
 """The names of reasoning-gym's `aiw`."""
 
