@@ -4,7 +4,6 @@ from functools import cache
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
 
 from megatron_r1.reporting.wording import printable
 
@@ -12,15 +11,9 @@ from megatron_r1.reporting.wording import printable
 def render(template: str, **values: Any) -> str:
     """Return the HTML of a template, such as "reporting/templates/run.html.jinja".
 
-    Values are escaped unless they are `Markup`.
+    Values are escaped unless the template marks them as safe.
     """
     return _environment().get_template(template).render(values)
-
-
-def page(title: str, body: str) -> str:
-    """Return a whole page. title, body: already escaped."""
-    template = "reporting/templates/page.html.jinja"
-    return render(template, title=Markup(title), body=Markup(body))
 
 
 def style() -> str:
