@@ -14,7 +14,7 @@ from megatron_r1.evaluation.estimators import Estimate
 from megatron_r1.evaluation.summary import Summary
 from megatron_r1.files import atomic_write
 from megatron_r1.reporting.page import render
-from megatron_r1.reporting.wording import number, percent, printable
+from megatron_r1.reporting.wording import number, percent, printable, shorten
 
 LOG_WIDTH = 140
 NUM_EXAMPLES = 2
@@ -98,7 +98,7 @@ def _examples(
             if sample["length"] is not None:
                 details.append(f"{sample['length']:,} tokens")
             text = printable(question["question"][:MAX_CHARACTERS], keep_newlines=True)
-            response = printable(_shortened(sample["response"]), keep_newlines=True)
+            response = printable(shorten(sample["response"], MAX_CHARACTERS), keep_newlines=True)
             group.append(
                 {
                     "question": text,
@@ -117,11 +117,3 @@ def _verdict(sample: Sample) -> str:
     if sample["truncated"]:
         return "truncated"
     return "right" if sample["reward"] == 1.0 else "wrong"
-
-
-def _shortened(text: str) -> str:
-    if len(text) <= MAX_CHARACTERS:
-        return text
-    half = MAX_CHARACTERS // 2
-    left_out = f"\n[… {len(text) - MAX_CHARACTERS:,} characters left out …]\n"
-    return text[:half] + left_out + text[-half:]

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_r1.reporting.wording import finite, is_right, last_line, printable
+from megatron_r1.reporting.wording import finite, is_right, last_line, printable, shorten
 
 NUM_QUESTIONS = 3
 MAX_CHARACTERS = 6000
@@ -127,11 +127,7 @@ def _card(sample: Sample) -> Card:
 
 def _segments(text: str) -> Iterator[tuple[str, str]]:
     """Yield the chain of thought plain, its tags faint, the answer in the colour of the verdict."""
-    if len(text) > MAX_CHARACTERS:
-        half = MAX_CHARACTERS // 2
-        left_out = f"\n[… {len(text) - MAX_CHARACTERS:,} characters left out …]\n"
-        text = text[:half] + left_out + text[-half:]
-    text = printable(text.strip(), keep_newlines=True)
+    text = printable(shorten(text, MAX_CHARACTERS).strip(), keep_newlines=True)
     if not text:
         yield "i", "(empty)"
     tags: dict[int, str] = {}

@@ -130,6 +130,15 @@ def printable(text: Any, keep_newlines: bool = False) -> str:
     )
 
 
+def shorten(text: str, max_characters: int) -> str:
+    """Replace the middle of a longer text by the number of characters left out."""
+    if len(text) <= max_characters:
+        return text
+    half = max_characters // 2
+    left_out = f"\n[… {len(text) - max_characters:,} characters left out …]\n"
+    return text[:half] + left_out + text[-half:]
+
+
 def is_right(sample: Mapping[str, Any]) -> bool:
     """Return whether a sample is right, by its accuracy reward, or by its reward without one."""
     rewards = sample.get("rewards")
