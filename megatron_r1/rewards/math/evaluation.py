@@ -63,7 +63,7 @@ def evaluate(expression: sympy.Basic, values: Mapping[str, Any] | None = None) -
 def exact_rational(node: sympy.Basic) -> Fraction | None:
     """Return the exact value; None with symbols, roots or functions, and if it is too long.
 
-    The digits of an approximation do not tell 2^2024 from 2^2024 - 2.
+    The digits of an approximation are the same for 2^2024 and 2^2024 - 2.
     """
     if isinstance(node, sympy.Float):
         return None

@@ -1,7 +1,7 @@
 r"""The outer structure of an answer: brackets, lists and matrices, split without a parser.
 
-Comparing member by member, instead of as sympy sets, tells an ordered pair from a set, counts every
-candidate that an answer lists, and makes a large matrix cheap.
+Comparing member by member, instead of as sympy sets, distinguishes an ordered pair from a set,
+counts every candidate that an answer lists, and makes a large matrix cheap.
 """
 
 import re

@@ -1,4 +1,4 @@
-r"""Compare expressions: parse them, evaluate both at random points, and last ask math-verify.
+r"""Compare expressions: parse them, evaluate both at random points, and last call math-verify.
 
 math-verify's parser (latex2sympy) is called directly. Its own `parse` searches a text for an
 answer, with regular expressions that can take exponential time, and changes it: it drops units

@@ -6,35 +6,16 @@ conversion. Words that scale a value (`million`, `dozen`) or join values (`or`) 
 
 import re
 
-KNOWN = {
-    **dict.fromkeys(("m", "meter", "metre"), "m"),
-    **dict.fromkeys(("cm", "centimeter", "centimetre"), "cm"),
-    **dict.fromkeys(("mm", "millimeter", "millimetre"), "mm"),
-    **dict.fromkeys(("km", "kilometer", "kilometre"), "km"),
-    **dict.fromkeys(("in", "inch", "inche"), "in"),
-    **dict.fromkeys(("ft", "foot", "feet"), "ft"),
-    **dict.fromkeys(("yd", "yard"), "yd"),
-    **dict.fromkeys(("mi", "mile"), "mi"),
-    **dict.fromkeys(("g", "gram", "gramme"), "g"),
-    **dict.fromkeys(("kg", "kilogram"), "kg"),
-    **dict.fromkeys(("mg", "milligram"), "mg"),
-    **dict.fromkeys(("lb", "pound"), "lb"),
-    **dict.fromkeys(("l", "L", "liter", "litre"), "l"),
-    **dict.fromkeys(("ml", "mL", "milliliter", "millilitre"), "ml"),
-    **dict.fromkeys(("s", "sec", "second"), "s"),
-    **dict.fromkeys(("min", "minute"), "min"),
-    **dict.fromkeys(("h", "hr", "hour"), "h"),
-    **dict.fromkeys(("°", "deg", "degree"), "°"),
-    **dict.fromkeys(("rad", "radian"), "rad"),
-    **dict.fromkeys(("mph", "km/h", "kmh", "m/s", "rpm", "Hz", "kHz", "MHz"), None),
-    **dict.fromkeys(("J", "kJ", "N", "W", "kW", "V", "A", "K", "Pa", "kPa", "mol", "eV"), None),
-    **dict.fromkeys(("$", "dollar", "USD", "US$"), "$"),
-    **dict.fromkeys(("€", "euro", "EUR"), "€"),
-    **dict.fromkeys(("£", "GBP"), "£"),
-    **dict.fromkeys(("¢", "cent"), "¢"),
-    **dict.fromkeys(("¥", "yuan"), "¥"),
-    **dict.fromkeys(("yen", "₹", "rupee"), None),
-}
+# Spellings of one unit, the canonical one first.
+_KNOWN = """
+    m meter metre | cm centimeter centimetre | mm millimeter millimetre | km kilometer kilometre |
+    in inch inche | ft foot feet | yd yard | mi mile | g gram gramme | kg kilogram | mg milligram |
+    lb pound | l L liter litre | ml mL milliliter millilitre | s sec second | min minute |
+    h hr hour | ° deg degree | rad radian | mph | km/h | kmh | m/s | rpm | Hz | kHz | MHz | J | kJ |
+    N | W | kW | V | A | K | Pa | kPa | mol | eV | $ dollar USD US$ | € euro EUR | £ GBP | ¢ cent |
+    ¥ yuan | yen | ₹ | rupee
+"""
+KNOWN = {word: words[0] for words in map(str.split, _KNOWN.split("|")) for word in words}
 # Words that change the value, or name another one: `13 million`, `13 or less`, `13 squared`.
 _NO_UNITS = """
     hundred thousand million billion trillion lakh crore dozen score half halves third quarter
@@ -157,5 +138,5 @@ def _is_known(word: str) -> bool:
 def _canonical(word: str) -> str:
     for form in (word, word.lower(), word.lower().removesuffix("s")):
         if form in KNOWN:
-            return KNOWN[form] or form
+            return KNOWN[form]
     return word.lower().removesuffix("s") if len(word) > 3 else word

@@ -1,4 +1,4 @@
-"""A client of one model served over HTTP, which retries and tells apart kinds of failure.
+"""A client of one model served over HTTP, which retries and distinguishes kinds of failure.
 
 A policy learns from a reward of 0, and must not learn from an outage. So a request ends in one of
 three ways: the service's reply; `Ungradable`, when only this request cannot be answered; or
