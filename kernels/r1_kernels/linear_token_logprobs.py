@@ -20,12 +20,7 @@ from r1_kernels.arguments import (
 )
 from r1_kernels.backends import choose
 from r1_kernels.gemm import wide
-from r1_kernels.linear_head import (
-    HeadGradients,
-    LinearHead,
-    default_chunk_tokens,
-    head_softmax,
-)
+from r1_kernels.linear_head import HeadGradients, LinearHead, default_chunk_tokens, head_softmax
 from r1_kernels.vocabulary import RowUpstream, Shard
 
 

@@ -230,12 +230,7 @@ def row_statistics(logits: Tensor, targets: Tensor, shard: Shard, scale: float) 
 
 
 def logits_gradient(
-    logits: Tensor,
-    targets: Tensor,
-    shard: Shard,
-    scale: float,
-    upstream: RowUpstream,
-    out: Tensor,
+    logits: Tensor, targets: Tensor, shard: Shard, scale: float, upstream: RowUpstream, out: Tensor
 ) -> Tensor:
     """Write the gradient of the logits to `out`, in its dtype; `out` may be `logits` itself.
 

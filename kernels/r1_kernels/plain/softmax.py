@@ -43,12 +43,7 @@ def row_statistics(logits: Tensor, targets: Tensor, shard: Shard, scale: float) 
 
 
 def logits_gradient(
-    logits: Tensor,
-    targets: Tensor,
-    shard: Shard,
-    scale: float,
-    upstream: RowUpstream,
-    out: Tensor,
+    logits: Tensor, targets: Tensor, shard: Shard, scale: float, upstream: RowUpstream, out: Tensor
 ) -> Tensor:
     """See `fused.softmax.logits_gradient`."""
     entropy, peak, log_total, grad_logprobs, grad_entropy = upstream

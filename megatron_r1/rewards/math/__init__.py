@@ -20,12 +20,7 @@ CACHE_SIZE = 4_096
 
 
 def grade(
-    response: str,
-    truth: object,
-    *,
-    opened: bool = False,
-    plain_line: bool = True,
-    **entry: object,
+    response: str, truth: object, *, opened: bool = False, plain_line: bool = True, **entry: object
 ) -> Grade:
     r"""Return 1 when the response's final answer is mathematically `truth`, else 0.
 

@@ -17,12 +17,7 @@ import sympy
 from latex2sympy2_extended.latex2sympy2 import ConversionConfig, latex2sympy
 from math_verify import verify
 
-from megatron_r1.rewards.math.evaluation import (
-    NotNumeric,
-    OutOfRange,
-    evaluate,
-    exact_rational,
-)
+from megatron_r1.rewards.math.evaluation import NotNumeric, OutOfRange, evaluate, exact_rational
 from megatron_r1.rewards.math.number import rounds_to_same
 
 CONVERSION = ConversionConfig(lowercase_symbols=False)
@@ -84,10 +79,7 @@ def read_expression(text: str) -> sympy.Basic | None:
         return None
     try:
         parsed = latex2sympy(
-            text,
-            is_real=True,
-            normalization_config=None,
-            conversion_config=CONVERSION,
+            text, is_real=True, normalization_config=None, conversion_config=CONVERSION
         )
     except MemoryError:
         raise

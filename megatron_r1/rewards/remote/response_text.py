@@ -37,10 +37,7 @@ def fill_template(template: str, question: str, response: str) -> str:
 
 def chat_messages(question: str, response: str) -> list[dict[str, str]]:
     """Return both texts as messages for a chat template."""
-    return [
-        {"role": "user", "content": question},
-        {"role": "assistant", "content": response},
-    ]
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": response}]
 
 
 def check_template(template: str | None) -> str | None:
