@@ -20,7 +20,7 @@ OLDEST_KERNEL = (5, 14)
 def require(language: str) -> None:
     """Return if programs in `language` ("python", "cpp") can be graded on this machine.
 
-    Otherwise raise SandboxUnavailable, a ValueError with the remedy.
+    Otherwise raise SandboxUnavailable, a UserError with the remedy.
     """
     release = re.match(r"(\d+)\.(\d+)", platform.release())
     if release and tuple(map(int, release.groups())) < OLDEST_KERNEL:

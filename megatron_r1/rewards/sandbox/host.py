@@ -11,13 +11,15 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_r1.errors import UserError
+
 NOBODY = 65534
 """User and group id inside every sandbox; outside too, where the grader runs as root."""
 
 COMPILER, PRLIMIT = "/usr/bin/g++", "/usr/bin/prlimit"
 
 
-class SandboxUnavailable(ValueError):
+class SandboxUnavailable(UserError):
     """This machine cannot run sandboxes, so no program is run; the message has the remedy."""
 
 
