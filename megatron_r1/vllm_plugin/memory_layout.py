@@ -1,4 +1,4 @@
-"""Where in the receive memory each parameter is, and the table of it that the trainer reads."""
+"""Where in the receive buffer each parameter is, and the table of it that the trainer reads."""
 
 from __future__ import annotations
 

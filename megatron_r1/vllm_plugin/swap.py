@@ -1,7 +1,7 @@
 """Replaces the engine's weights by received ones, layer by layer, in the form of vLLM's kernels.
 
 This is vLLM's layerwise reload (model_loader/reload/layerwise.py) without its loaders: the
-parameters of a layer are views of the receive memory, vLLM's own post-processing runs on them, and
+parameters of a layer are views of the receive buffer, vLLM's own post-processing runs on them, and
 its result is copied into the tensors that the engine computes with, whose addresses stay. MLA's
 absorbed W_UK_T and W_UV follow in `finish`.
 """

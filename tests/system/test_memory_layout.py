@@ -1,4 +1,4 @@
-"""Where parameters lie in the receive memory: a view shows what was written by the table."""
+"""Where parameters lie in the receive buffer: a view shows what was written by the table."""
 
 import pytest
 import torch

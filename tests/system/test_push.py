@@ -33,7 +33,7 @@ TRAINERS = {
     "qwen": [{"tensor": 2}, {"pipeline": 2}, {"processes": 2}],
 }
 SMALL = 4e-3
-"""GiB of receive memory: about half of what the models have, so that it comes in windows."""
+"""GiB of receive buffer: about half of what the models have, so that it comes in windows."""
 
 
 @pytest.mark.parametrize(
