@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from megatron_r1.commands.answers_folder import make_policy, run_in_folder
+from megatron_r1.commands.sampling_run import make_policy, run_in_folder
 from megatron_r1.config import Config
 from megatron_r1.data.prompts import Prompt
 from megatron_r1.errors import UserError

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_r1.commands.answers_folder import make_policy, run_in_folder
+from megatron_r1.commands.sampling_run import make_policy, run_in_folder
 from megatron_r1.config import Config
 from megatron_r1.config.sample import KeepConfig
 from megatron_r1.curation.cache import ResultCache

@@ -1,4 +1,4 @@
-"""What eval and sample share: a locked folder of responses, an end by signal, and the policy."""
+"""What eval and sample share: a locked run folder, an end by signal, and the sampled model."""
 
 from __future__ import annotations
 
