@@ -1,6 +1,6 @@
 """The prompts of a judge, and the one form in which its verdict counts.
 
-The judge ends with a line of JSON that repeats the request's key (see `hostile_text.fence_key`):
+The judge ends with a line of JSON that repeats the request's key (see `untrusted_text.fence_key`):
     {"key": "3f2a9c0d1e4b5a67", "verdict": "correct"}
 A response cannot know the key: no text in it, nor a quote from it, can be a verdict.
 """
