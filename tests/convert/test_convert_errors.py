@@ -16,8 +16,8 @@ def hf(tmp_path):
 
 @pytest.fixture
 def megatron(convert, hf, tmp_path):
-    status, said = convert("from-hf", hf, tmp_path / "megatron")
-    assert status == 0, said
+    status, output = convert("from-hf", hf, tmp_path / "megatron")
+    assert status == 0, output
     return tmp_path / "megatron"
 
 
@@ -28,9 +28,9 @@ def flip(path, at):
 
 
 def refused(outcome, *parts):
-    status, said = outcome
-    assert status == 2, said
-    assert all(part in said for part in parts), said
+    status, output = outcome
+    assert status == 2, output
+    assert all(part in output for part in parts), output
 
 
 def test_verify_finds_one_flipped_bit_and_says_where(convert, hf, tmp_path):
@@ -41,28 +41,30 @@ def test_verify_finds_one_flipped_bit_and_says_where(convert, hf, tmp_path):
     name = "model.layers.2.mlp.experts.5.up_proj.weight"
     tensors[name].view(torch.int16)[3, 7] ^= 1
     save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
-    status, said = convert("verify", hf, other)
+    status, output = convert("verify", hf, other)
     assert status == 1
     changed = load_file(hf / "model.safetensors")[name].float() - tensors[name].float()
     gap = f"{changed.abs().max().item():.6g}"
-    assert f"{name}: 1 element differs, max |Δ| {gap} at [3, 7]" in said
-    assert "172 of 173 tensors equal" in said
+    assert f"{name}: 1 element differs, max |Δ| {gap} at [3, 7]" in output
+    assert "172 of 173 tensors equal" in output
 
 
 def test_verify_tells_other_dtypes_from_other_values(convert, hf, megatron, tmp_path):
     wide = tmp_path / "wide"
     assert convert("to-hf", megatron, wide, "--dtype", "float32", "--no-check")[0] == 0
-    status, said = convert("verify", hf, wide)
+    status, output = convert("verify", hf, wide)
     assert status == 0
-    assert "tensors are bfloat16 in A and float32 in B: compared after rounding to bfloat16" in said
+    assert (
+        "tensors are bfloat16 in A and float32 in B: compared after rounding to bfloat16" in output
+    )
     tensors = load_file(wide / "model.safetensors")
     tensors["lm_head.weight"][0, 0] = 1.5
     del tensors["model.layers.4.hnorm.weight"]
     save_file(tensors, wide / "model.safetensors", metadata={"format": "pt"})
-    status, said = convert("verify", megatron, wide, "--config", hf)
+    status, output = convert("verify", megatron, wide, "--config", hf)
     assert status == 1
-    assert "lm_head.weight: 1 element differs" in said and " at [0, 0]" in said, said
-    assert "model.layers.4.hnorm.weight: only in one" in said
+    assert "lm_head.weight: 1 element differs" in output and " at [0, 0]" in output, output
+    assert "model.layers.4.hnorm.weight: only in one" in output
 
 
 def test_a_damaged_checkpoint_is_not_converted(convert, megatron, tmp_path):

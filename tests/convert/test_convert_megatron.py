@@ -38,9 +38,11 @@ def test_converted_checkpoints_are_what_megatron_saves_and_loads(convert, tmp_pa
 def test_the_result_computes_the_checkpoints_logits(convert, oracle, tmp_path, model, dtype):
     assert convert("from-hf", oracle / model, tmp_path / "megatron")[0] == 0
     arguments = ("--dtype", dtype, "--config", oracle / model)
-    status, said = convert("to-hf", tmp_path / "megatron", tmp_path / "out", *arguments)
-    assert status == 0 and "transformers' logits are Megatron's, both on the weights" in said, said
-    assert f"rounded to {dtype.replace('fp8', 'FP8')} (" in said
+    status, output = convert("to-hf", tmp_path / "megatron", tmp_path / "out", *arguments)
+    assert status == 0 and "transformers' logits are Megatron's, both on the weights" in output, (
+        output
+    )
+    assert f"rounded to {dtype.replace('fp8', 'FP8')} (" in output
 
 
 def test_a_result_that_computes_something_else_is_refused(convert, oracle, tmp_path):

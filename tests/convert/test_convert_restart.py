@@ -66,12 +66,12 @@ def test_an_interrupted_conversion_is_not_mixed_with_another(convert, tmp_path):
     source = write_folder(tmp_path / "hf", MODELS["llama3"], torch.float32)
     out = tmp_path / "out"
     assert run_killed(20, "from-hf", source, out).returncode == -9
-    status, said = convert("from-hf", source, out, "--dtype", "bfloat16")
+    status, output = convert("from-hf", source, out, "--dtype", "bfloat16")
     assert status == 2
-    assert "unfinished conversion of something else (dtype float32 there, bfloat16 now)" in said
+    assert "unfinished conversion of something else (dtype float32 there, bfloat16 now)" in output
     os.utime(source / "model.safetensors")
-    status, said = convert("from-hf", source, out)
-    assert status == 2 and "source's files" in said, said
+    status, output = convert("from-hf", source, out)
+    assert status == 2 and "source's files" in output, output
 
 
 @pytest.mark.slow

@@ -39,11 +39,11 @@ def assert_same_bits(a, b):
 @pytest.mark.parametrize("model", MODELS)
 def test_plain_weights_come_back_bit_by_bit(convert, tmp_path, model, dtype):
     source = write_folder(tmp_path / "hf", MODELS[model], dtype)
-    status, said = convert("from-hf", source, tmp_path / "megatron")
-    assert status == 0, said
+    status, output = convert("from-hf", source, tmp_path / "megatron")
+    assert status == 0, output
     arguments = ("--no-check", "--max-file-bytes", 60_000)
-    status, said = convert("to-hf", tmp_path / "megatron", tmp_path / "back", *arguments)
-    assert status == 0, said
+    status, output = convert("to-hf", tmp_path / "megatron", tmp_path / "back", *arguments)
+    assert status == 0, output
     back = tmp_path / "back"
     assert len(list(back.glob("*.safetensors"))) > 1
     assert_same_bits(tensors_in(source), tensors_in(back))
@@ -69,24 +69,24 @@ def test_fp8_weights_come_back_bit_by_bit(convert, tmp_path, model, kind, dtype)
     source = tmp_path / "fp8"
     values = publish(plain, source, kind)
     assert sum(n.endswith("_scale_inv") for n in tensors_in(source)) > 10
-    status, said = convert("from-hf", source, tmp_path / "megatron", "--dtype", dtype)
-    assert status == 0, said
-    status, said = convert(
+    status, output = convert("from-hf", source, tmp_path / "megatron", "--dtype", dtype)
+    assert status == 0, output
+    status, output = convert(
         "to-hf", tmp_path / "megatron", tmp_path / "back", "--dtype", "fp8", "--no-check"
     )
-    assert status == 0, said
+    assert status == 0, output
     assert_same_bits(tensors_in(source), tensors_in(tmp_path / "back"))
     config = json.loads((tmp_path / "back" / "config.json").read_text())
     assert config == json.loads((source / "config.json").read_text())
     # In between lie the values that DeepSeek's formula gives.
-    status, said = convert("to-hf", tmp_path / "megatron", tmp_path / "wide", "--no-check")
-    assert status == 0, said
+    status, output = convert("to-hf", tmp_path / "megatron", tmp_path / "wide", "--no-check")
+    assert status == 0, output
     assert "quantization_config" not in json.loads((tmp_path / "wide/config.json").read_text())
     for name, found in tensors_in(tmp_path / "wide").items():
         kept = torch.float32 if name.endswith("e_score_correction_bias") else getattr(torch, dtype)
         assert torch.equal(found, values[name].to(kept)), name
-    status, said = convert("verify", source, tmp_path / "wide")
-    assert status == 0 and "within FP8's rounding" in said, said
+    status, output = convert("verify", source, tmp_path / "wide")
+    assert status == 0 and "within FP8's rounding" in output, output
 
 
 def test_trained_weights_get_scales_of_their_own(convert, tmp_path):
@@ -114,7 +114,7 @@ def test_trained_weights_get_scales_of_their_own(convert, tmp_path):
     assert torch.equal(new[1, 1], largest / torch.tensor(448.0))
     rebuilt = dequantise(found[name], new)
     assert (rebuilt - tensors[name].float()).abs().max() <= largest * 2**-4
-    status, said = convert("verify", tmp_path / "trained", out, "--config", tmp_path / "fp8")
-    assert status == 0, said
-    status, said = convert("verify", tmp_path / "fp8", out)
-    assert status == 1 and said.startswith(name), said
+    status, output = convert("verify", tmp_path / "trained", out, "--config", tmp_path / "fp8")
+    assert status == 0, output
+    status, output = convert("verify", tmp_path / "fp8", out)
+    assert status == 1 and output.startswith(name), output

@@ -45,12 +45,12 @@ DAMAGE = {
 
 
 def test_the_newest_is_taken_and_named(convert, run, tmp_path):
-    status, said = convert("to-hf", run, tmp_path / "out", "--no-check")
-    assert status == 0 and f"{run}: step 4, its newest" in said, said
-    assert "in 1 file\n" in said
+    status, output = convert("to-hf", run, tmp_path / "out", "--no-check")
+    assert status == 0 and f"{run}: step 4, its newest" in output, output
+    assert "in 1 file\n" in output
     assert convert("verify", tmp_path / "out", tmp_path / "hf4")[0] == 0
-    status, said = convert("verify", run, tmp_path / "hf2")
-    assert status == 1 and f"{run}: step 4, its newest" in said, said
+    status, output = convert("verify", run, tmp_path / "hf2")
+    assert status == 1 and f"{run}: step 4, its newest" in output, output
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
@@ -62,10 +62,10 @@ def test_an_older_one_is_not_taken_for_a_damaged_newest_but_offered(convert, run
         ("to-hf", run, out, "--no-check", "--dtype", "bfloat16"),
         ("verify", run, tmp_path / "hf2"),
     ):
-        status, said = convert(*arguments)
-        assert status == 2 and "step_00000004 is damaged" in said and fault in said, said
-        assert "of step 2" in said and not list(tmp_path.glob("out*"))
-        command = said.strip().splitlines()[-1].split()
+        status, output = convert(*arguments)
+        assert status == 2 and "step_00000004 is damaged" in output and fault in output, output
+        assert "of step 2" in output and not list(tmp_path.glob("out*"))
+        command = output.strip().splitlines()[-1].split()
         assert command[:2] == ["python", "tools/convert"]
         older = subprocess.run([sys.executable, *command[1:]], cwd=REPOSITORY, timeout=300)
         assert older.returncode == 0
@@ -75,18 +75,18 @@ def test_an_older_one_is_not_taken_for_a_damaged_newest_but_offered(convert, run
 def test_with_nothing_undamaged_or_set_aside_that_is_said(convert, run, tmp_path):
     for step in (2, 4):
         flip(run / f"checkpoints/step_{step:08d}")
-    status, said = convert("to-hf", run, tmp_path / "out")
-    assert status == 2 and "has no older one that is undamaged" in said, said
+    status, output = convert("to-hf", run, tmp_path / "out")
+    assert status == 2 and "has no older one that is undamaged" in output, output
     aside = run / "checkpoints/step_00000004.damaged"
     (run / "checkpoints/step_00000004").rename(aside)
-    said = convert("to-hf", run, tmp_path / "out")[1]
-    assert "step 2, its newest" in said and f"set aside as damaged: {aside.name}" in said
+    output = convert("to-hf", run, tmp_path / "out")[1]
+    assert "step 2, its newest" in output and f"set aside as damaged: {aside.name}" in output
 
 
 def test_without_a_manifest_nothing_was_verified_and_that_is_said(convert, run, tmp_path):
     checkpoint = run / "checkpoints/step_00000004"
-    said = convert("to-hf", checkpoint, tmp_path / "whole", "--no-check")[1]
-    assert "manifest.json" not in said
+    output = convert("to-hf", checkpoint, tmp_path / "whole", "--no-check")[1]
+    assert "manifest.json" not in output
     (checkpoint / "manifest.json").unlink()
-    status, said = convert("to-hf", checkpoint, tmp_path / "out", "--no-check")
-    assert status == 0 and f"{checkpoint} has no manifest.json: no checksum" in said, said
+    status, output = convert("to-hf", checkpoint, tmp_path / "out", "--no-check")
+    assert status == 0 and f"{checkpoint} has no manifest.json: no checksum" in output, output

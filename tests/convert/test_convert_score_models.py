@@ -25,10 +25,10 @@ def test_a_score_model_comes_back_bit_by_bit(convert, tmp_path, name, dtype):
     source = write_folder(tmp_path / "hf", {**scored(name), "tie_word_embeddings": False}, dtype)
     before = load_file(source / "model.safetensors")
     assert before["score.weight"].shape == (1, 48) and "lm_head.weight" not in before
-    status, said = convert("from-hf", source, tmp_path / "megatron")
-    assert status == 0, said
-    status, said = convert("to-hf", tmp_path / "megatron", tmp_path / "back", "--no-check")
-    assert status == 0, said
+    status, output = convert("from-hf", source, tmp_path / "megatron")
+    assert status == 0, output
+    status, output = convert("to-hf", tmp_path / "megatron", tmp_path / "back", "--no-check")
+    assert status == 0, output
     after = load_file(tmp_path / "back/model.safetensors")
     assert after.keys() == before.keys()
     for key, values in before.items():
@@ -46,8 +46,8 @@ def test_the_checkpoint_says_that_it_is_a_score_model_where_config_json_does_not
     shutil.rmtree(tmp_path / "megatron/huggingface")
     language = write_folder(tmp_path / "language", MODELS["llama3"], torch.float32)
     arguments = ("--config", language, "--no-check", "--checksums", "none")
-    status, said = convert("to-hf", tmp_path / "megatron", tmp_path / "back", *arguments)
-    assert status == 0, said
+    status, output = convert("to-hf", tmp_path / "megatron", tmp_path / "back", *arguments)
+    assert status == 0, output
     config = json.loads((tmp_path / "back/config.json").read_text())
     assert config["architectures"] == ["LlamaForSequenceClassification"]
     assert config["num_labels"] == 1 and config["id2label"] == {"0": "score"}

@@ -49,9 +49,9 @@ def in_the_repository(monkeypatch):
 
 def planned(recipe: Path, tmp_path: Path, *options: str) -> dict:
     file = tmp_path / "plan.json"
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said):
-        assert main([str(recipe), "--json", str(file), *options]) == 0, said.getvalue()[-2000:]
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
+        assert main([str(recipe), "--json", str(file), *options]) == 0, output.getvalue()[-2000:]
     return json.loads(file.read_text())
 
 
@@ -87,8 +87,8 @@ def test_a_reward_model_has_no_vocabulary_and_a_pair_is_two_samples(tmp_path):
 def test_a_layout_of_sft_that_does_not_fit_names_those_that_do(capsys):
     recipe = str(DISTILL / "qwen2.5-32b.yaml")
     assert main([recipe, "--parallel.tensor", "1"]) == 1
-    said = capsys.readouterr().out
-    assert "does not fit: pipeline rank 0" in said and "--parallel.tensor" in said
+    output = capsys.readouterr().out
+    assert "does not fit: pipeline rank 0" in output and "--parallel.tensor" in output
 
 
 def test_a_batch_smaller_than_its_replicas_is_refused(capsys, monkeypatch):
@@ -158,8 +158,8 @@ def test_the_pipeline_is_a_graph_of_these_recipes(tmp_path, monkeypatch, capsys)
         (tmp_path / f"data/{name}.jsonl").touch()
     recipe = "examples/deepseek_r1/pipeline.yaml"
     assert cli.main(["pipeline", recipe, "--pipeline.dry", "true"]) == 0
-    said = capsys.readouterr().out
-    assert "# all_scenarios_rl, after reasoning_again, helpful_rm, safety_rm" in said
+    output = capsys.readouterr().out
+    assert "# all_scenarios_rl, after reasoning_again, helpful_rm, safety_rm" in output
     written = {path.stem: path for path in (tmp_path / "runs/deepseek_r1/recipes").glob("*.yaml")}
     assert written.keys() == {*VERBS, "reasoning_again"}
     for name, path in written.items():

@@ -35,5 +35,5 @@ def test_the_last_part_asks_as_much_of_everyday_as_of_reasoning_and_nothing_held
     hidden = {row["question"] for name in written if "heldout" in name for row in written[name]}
     asked = {row["question"] for row in written["all.jsonl"]}
     assert hidden and not hidden & asked
-    told = {row["prompt"] for row in written["replies.jsonl"]}
-    assert not told & {f"User: {question}\nAssistant: " for question in hidden}
+    replies = {row["prompt"] for row in written["replies.jsonl"]}
+    assert not replies & {f"User: {question}\nAssistant: " for question in hidden}

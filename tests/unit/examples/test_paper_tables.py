@@ -205,7 +205,7 @@ def test_a_comparison_of_rows_that_are_not_there_is_refused(tmp_path):
         tables.load(tmp_path / "published.yaml")
 
 
-def answers(question: str, said: list[str], kind: str = "math", truth: str = "7") -> list[dict]:
+def answers(question: str, texts: list[str], kind: str = "math", truth: str = "7") -> list[dict]:
     return [
         {
             "id": question,
@@ -215,7 +215,7 @@ def answers(question: str, said: list[str], kind: str = "math", truth: str = "7"
             "response": f"<think>…</think><answer>{text}</answer>",
             "rewards": {"accuracy": float(text == truth)},
         }
-        for index, text in enumerate(said)
+        for index, text in enumerate(texts)
     ]
 
 
@@ -230,9 +230,9 @@ def figures(folder: Path) -> dict:
 
 def test_majority_votes(tmp_path):
     # 7 is right. Programs (c) cannot be compared, and do not vote.
-    said = answers("a", ["8", "7", "7"]) + answers("b", ["7", "8", "8"])
-    said += answers("c", ["x", "y", "7"], kind="code")
-    measure.votes(tmp_path, lines(tmp_path / "samples.jsonl", said[::-1]), [1, 2, 3])
+    samples = answers("a", ["8", "7", "7"]) + answers("b", ["7", "8", "8"])
+    samples += answers("c", ["x", "y", "7"], kind="code")
+    measure.votes(tmp_path, lines(tmp_path / "samples.jsonl", samples[::-1]), [1, 2, 3])
     found = figures(tmp_path)
     assert found["majority@1"] == pytest.approx((2 / 3 + 1 / 3) / 2)
     # Of two that differ the first counts: a has 8|7, 8|7, 7|7; b has 7|8, 7|8, 8|8.
@@ -266,14 +266,14 @@ def test_accuracy_while_learning_is_the_mean_of_all_steps(tmp_path):
 
 
 def test_pairs_are_a_right_and_a_wrong_answer_to_one_question(tmp_path):
-    said = answers("a", ["7", "8", "9", "7"]) + answers("b", ["7", "7"])
-    said[3]["rewards"] = {}  # nobody could grade it
-    said += answers("c", ["7", "8"])
-    said[-1]["response"] = " "  # nothing to tell it by
-    rows.right_and_wrong(tmp_path, lines(tmp_path / "samples.jsonl", said))
+    samples = answers("a", ["7", "8", "9", "7"]) + answers("b", ["7", "7"])
+    samples[3]["rewards"] = {}  # not graded
+    samples += answers("c", ["7", "8"])
+    samples[-1]["response"] = " "  # empty
+    rows.right_and_wrong(tmp_path, lines(tmp_path / "samples.jsonl", samples))
     pairs = [json.loads(line) for line in (tmp_path / "pairs.jsonl").open()]
     assert [(p["question"], p["chosen"], p["rejected"]) for p in pairs] == [
-        ("a", said[0]["response"], said[1]["response"])
+        ("a", samples[0]["response"], samples[1]["response"])
     ]
 
 

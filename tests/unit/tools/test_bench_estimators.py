@@ -105,8 +105,8 @@ def plan(tmp_path, monkeypatch) -> Plan:
     monkeypatch.chdir(ROOT)
     file = tmp_path / "bench.yaml"
     file.write_text(yaml.safe_dump(recipe(7)))
-    told = ["pipeline", str(file), "--pipeline.folder", str(tmp_path / "out")]
-    assert cli.main([*told, "--pipeline.status", "true"]) == 0
+    options = ["pipeline", str(file), "--pipeline.folder", str(tmp_path / "out")]
+    assert cli.main([*options, "--pipeline.status", "true"]) == 0
     return Plan.of(load(file, {"pipeline.folder": "out"}), file, tmp_path / "out", 0)
 
 

@@ -97,9 +97,11 @@ def doubling(inputs):
 
 def run_case(*implementations, skip=None, seconds=60.0):
     case = Case("policy_loss", "", PolicyInputs, implementations)
-    said = []
-    run = CaseRun(case, SMALL, CPU, time.time() + seconds, skip or {}, lambda **m: said.append(m))
-    return run.run(repeats=2)["rows"], said
+    reports = []
+    run = CaseRun(
+        case, SMALL, CPU, time.time() + seconds, skip or {}, lambda **m: reports.append(m)
+    )
+    return run.run(repeats=2)["rows"], reports
 
 
 def test_a_subject_that_raises_is_a_row_and_the_others_are_measured():
@@ -121,9 +123,9 @@ def test_a_subject_that_raises_is_a_row_and_the_others_are_measured():
 
 
 def test_no_time_left_is_a_reason_too():
-    rows, said = run_case(Implementation(OURS, doubling), seconds=-1.0)
+    rows, reports = run_case(Implementation(OURS, doubling), seconds=-1.0)
     assert "--minutes" in rows[0]["not_run"]
-    assert {"doing": OURS} not in said
+    assert {"doing": OURS} not in reports
 
 
 WORKER = """

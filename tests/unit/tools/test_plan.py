@@ -65,14 +65,14 @@ def real_job(**parallel) -> Job:
 
 def test_an_engine_is_laid_out_as_the_recipe_says_or_as_vllm_serves_such_models():
     config = configuration.load(RECIPE)
-    told = engine_layout(Job(V3, config, 2048, HARDWARE["H800"]))
-    assert (told.tensor, told.data, told.expert_parallel) == (8, 16, True)
+    given = engine_layout(Job(V3, config, 2048, HARDWARE["H800"]))
+    assert (given.tensor, given.data, given.expert_parallel) == (8, 16, True)
     changed = {"rollout.tensor": 16, "rollout.data": 8}
     wide = engine_layout(Job(V3, configuration.load(RECIPE, changed), 2048, HARDWARE["H800"]))
     assert (wide.tensor, wide.data, wide.engines) == (16, 8, 16)
     silent = {"rollout.tensor": 1, "rollout.data": 1, "rollout.expert_parallel": False}
     assumed = engine_layout(Job(V3, configuration.load(RECIPE, silent), 2048, HARDWARE["H800"]))
-    assert assumed == told
+    assert assumed == given
 
 
 def planned(**overrides) -> Job:
@@ -125,11 +125,11 @@ def test_sampling_without_a_trainer_has_no_fp8_push():
     "transport, gib",
     [("shm", None), ("gloo", 2.0), ("nccl", 20.0), ("cuda_ipc", None), ("cuda_ipc", 2.0)],
 )
-def test_landing_memory_is_where_the_transport_lands(transport, gib):
+def test_the_receive_buffer_is_where_the_transport_writes(transport, gib):
     bill = Bill(planned(push__transport=transport, push__memory_gib=gib))
     sections, limit = bill.sections(), math.inf if gib is None else gib * GIB
-    landing = min(limit, bill.engines.weights)
-    assert sections["push"]["landing memory"].value == landing
+    buffer = min(limit, bill.engines.weights)
+    assert sections["push"]["landing memory"].value == buffer
     formula = sections["push"]["landing memory"].formula
     assert f"({transport})" in formula and ("engines pause" in formula) == (gib == 2)
     assert ("is for one host" in formula) == (transport in ("shm", "cuda_ipc"))
@@ -139,14 +139,14 @@ def test_landing_memory_is_where_the_transport_lands(transport, gib):
     host = sections["host memory of a node"]
     if transport == "cuda_ipc":
         assert "landing memory" not in host and "on its GPU" in formula
-        assert before - bill.engines.cache == trainer["landing memory"].value == landing
-        assert bill.worst.peak == default.worst.peak + landing
+        assert before - bill.engines.cache == trainer["landing memory"].value == buffer
+        assert bill.worst.peak == default.worst.peak + buffer
     else:
-        assert host["landing memory"].value == 8 * landing and "on its host" in formula
+        assert host["landing memory"].value == 8 * buffer and "on its host" in formula
         assert bill.engines.cache == before and "landing memory" not in trainer
 
 
-def test_landing_memory_of_engines_on_their_own_gpus_is_not_the_trainer_s():
+def test_receive_buffers_of_engines_on_their_own_gpus_are_not_the_trainers():
     alone = {"rollout_gpus": 2048, "rollout__colocated": False}
     host = Bill(planned(**alone, push__transport="gloo")).sections()
     assert "landing memory" not in host["host memory of a node"]
@@ -158,7 +158,7 @@ def test_landing_memory_of_engines_on_their_own_gpus_is_not_the_trainer_s():
     assert "host memory of an engines' node" not in bill.sections()
 
 
-def test_landing_memory_that_does_not_fit_is_named_with_what_makes_it_smaller():
+def test_a_receive_buffer_that_does_not_fit_is_named_with_its_remedy():
     hardware = replace(HARDWARE["H800"], memory=60 * GIB)
     job = replace(planned(push__transport="cuda_ipc"), hardware=hardware)
     trainer, cache = Bill(job).problems()
@@ -166,8 +166,11 @@ def test_landing_memory_that_does_not_fit_is_named_with_what_makes_it_smaller():
     assert "of landing memory" in cache and "set push.memory_gib below 15.2, or give" in cache
     hardware = replace(HARDWARE["H800"], host_memory=15 * GIB)
     alone = {"rollout_gpus": 2048, "push__transport": "gloo"}
-    told = Bill(replace(planned(**alone), hardware=hardware)).problems()[-1]
-    assert "a host needs 121.45 GiB of 120.00 GiB" in told and "set push.memory_gib below" in told
+    problem = Bill(replace(planned(**alone), hardware=hardware)).problems()[-1]
+    assert (
+        "a host needs 121.45 GiB of 120.00 GiB" in problem
+        and "set push.memory_gib below" in problem
+    )
     job = planned(**alone, push__delta=True, checkpoint__asynchronous=False)
     trainer, engines = Bill(replace(job, hardware=hardware)).problems()
     assert "121.45 GiB of it sent last: set push.delta to false, or raise" in trainer
@@ -226,12 +229,12 @@ def test_engines_that_are_not_colocated_are_told_what_gives_them_gpus(capsys, st
     options = ["--rollout.colocated", "false", "--rl.staleness", staleness]
     options += ["--rl.importance_cap", "2"]
     assert main([str(RECIPE), *options]) == 0
-    told = " ".join(capsys.readouterr().out.split())
-    advice = re.search(r"rollout.colocated is false.* pass (--rollout-gpus 2048) assumed", told)
-    assert advice and "on the same GPUs, in turn" in told
+    output = " ".join(capsys.readouterr().out.split())
+    advice = re.search(r"rollout.colocated is false.* pass (--rollout-gpus 2048) assumed", output)
+    assert advice and "on the same GPUs, in turn" in output
     assert main([str(RECIPE), *options, *advice[1].split()]) == 0
-    told = capsys.readouterr().out
-    assert "on GPUs of their own" in told and "rollout.colocated" not in told
+    output = capsys.readouterr().out
+    assert "on GPUs of their own" in output and "rollout.colocated" not in output
     assert main([str(RECIPE)]) == 0
     assert "rollout.colocated" not in capsys.readouterr().out
 
@@ -403,9 +406,12 @@ def test_the_real_recipe_fits_and_leaves_room_for_65536_tokens():
 
 def test_a_layout_that_cannot_work_names_the_number_and_those_that_can(capsys):
     assert main([str(RECIPE), "--gpus", "2048", "--parallel.recompute", "none"]) == 1
-    said = capsys.readouterr().out
-    assert "does not fit: pipeline rank" in said and "of it activations: set parallel.recom" in said
-    assert "--parallel.recompute full" in said
+    output = capsys.readouterr().out
+    assert (
+        "does not fit: pipeline rank" in output
+        and "of it activations: set parallel.recom" in output
+    )
+    assert "--parallel.recompute full" in output
     job = real_job(recompute="none")
     for found in nearest(job, 3):
         assert Bill(job.with_parallel(**found.changes)).problems() == []
@@ -479,17 +485,17 @@ def test_engines_that_do_not_make_up_the_gpus_are_told_how_many_would(capsys, re
 def test_too_few_samples_are_told_what_gives_more_of_them_and_how_many_gpus_they_feed(capsys):
     few = ["--rl.questions_per_rollout", "1", "--rl.group_size", "8", "--rl.minibatches", "1"]
     assert main([str(RECIPE), *few]) == 1
-    told = capsys.readouterr().out
-    assert "8 samples of an optimizer step cannot be spread over 16 data-parallel ranks" in told
-    assert "raise rl.questions_per_rollout, raise" in told and "use at most 1,024 GPUs" in told
+    output = capsys.readouterr().out
+    assert "8 samples of an optimizer step cannot be spread over 16 data-parallel ranks" in output
+    assert "raise rl.questions_per_rollout, raise" in output and "use at most 1,024 GPUs" in output
 
 
 def test_engines_are_told_the_nearest_numbers_on_both_sides(capsys):
     assert main([str(RECIPE), "--gpus", "2047"]) == 1
-    told = capsys.readouterr().out
-    assert "rollout.engines=16 of 128 GPUs (rollout.tensor=8 x rollout.data=16)" in told
-    assert "are 2,048 GPUs, not 2,047" in told
-    assert "--gpus 1920 --rollout.engines 15 or --gpus 2048 --rollout.engines 16" in told
+    output = capsys.readouterr().out
+    assert "rollout.engines=16 of 128 GPUs (rollout.tensor=8 x rollout.data=16)" in output
+    assert "are 2,048 GPUs, not 2,047" in output
+    assert "--gpus 1920 --rollout.engines 15 or --gpus 2048 --rollout.engines 16" in output
 
 
 @pytest.mark.parametrize(
@@ -519,9 +525,9 @@ def test_a_bill_without_room_has_no_impossible_numbers(tmp_path, capsys, recipe)
     file = tmp_path / "plan.json"
     path = str(RECIPE.parent / f"{recipe}.yaml")
     assert main([path, "--memory-gib", "20", "--json", str(file)]) == 1
-    told = capsys.readouterr().out
-    assert "GiB short" in told
-    words = told.split()
+    output = capsys.readouterr().out
+    assert "GiB short" in output
+    words = output.split()
     assert not {"inf", "nan", "nan%"} & set(words)
     assert not [word for word in words if word.startswith("-") and word[1:2].isdigit()]
     plan = json.loads(file.read_text(), parse_constant=pytest.fail)
@@ -543,18 +549,18 @@ def test_room_for_less_than_one_sequence_is_no_room():
 
 def test_one_of_a_thing_is_not_named_in_the_plural(capsys):
     assert main(LAPTOP) == 0
-    told = capsys.readouterr().out
-    assert "1 engine of 1 GPU" in told and "V = 1 chunk, P = 1 stage" in told
+    output = capsys.readouterr().out
+    assert "1 engine of 1 GPU" in output and "V = 1 chunk, P = 1 stage" in output
     nouns = "GPUs|ranks|chunks|stages|layers|slots|tokens|samples|engines|micro-batches"
-    assert not re.findall(rf"(?<![\d.,])1 (?:{nouns})\b", told)
+    assert not re.findall(rf"(?<![\d.,])1 (?:{nouns})\b", output)
 
 
 @pytest.mark.parametrize(
-    ("hours", "said"),
+    ("hours", "text"),
     [(0.004, "14.4 s"), (0.25, "15 minutes"), (7.25, "7.2 hours"), (1053, "1,053 hours")],
 )
-def test_a_run_s_hours_are_said_in_a_unit_that_leaves_digits(hours, said):
-    assert str(Quantity(hours, "hours", "")) == said
+def test_hours_of_a_run_have_a_unit_that_leaves_digits(hours, text):
+    assert str(Quantity(hours, "hours", "")) == text
 
 
 def test_several_recipes_have_a_bill_each_and_a_verdict_at_the_end(capsys):
@@ -623,9 +629,9 @@ def test_an_assumed_engine_uses_all_its_gpus_and_divides_the_heads(gpus):
 def test_advice_is_not_what_the_recipe_does_or_its_model_cannot(capsys):
     dense = str(ROOT / "examples/distill/qwen2.5-32b_rl.yaml")
     assert main([dense, "--memory-gib", "30"]) == 1
-    told = " ".join(capsys.readouterr().out.split())
-    assert "recompute full" in told and "of it activations: raise parallel.context" in told
-    assert "parallel.expert" not in told and "raise rollout.tensor=8 (more GPUs" in told
+    output = " ".join(capsys.readouterr().out.split())
+    assert "recompute full" in output and "of it activations: raise parallel.context" in output
+    assert "parallel.expert" not in output and "raise rollout.tensor=8 (more GPUs" in output
     assert main([*LAPTOP, "--memory-gib", "6.1"]) == 1
     assert "1.04 GiB of it activations: set parallel.recompute to full" in capsys.readouterr().out
     assert main([*LAPTOP, "--memory-gib", "5"]) == 1
