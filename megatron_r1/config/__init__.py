@@ -6,7 +6,8 @@ The defaults of `rl`, `optimizer` and `rollout` are DeepSeek-R1-Zero's (arXiv 25
 nearest right one.
 """
 
-from megatron_r1.config.other_models import CriticConfig, RewardModelConfig, TeacherConfig
+from megatron_r1.config.engines import RolloutConfig, TeacherConfig
+from megatron_r1.config.other_models import CriticConfig, RewardModelConfig
 from megatron_r1.config.recipe import (
     RESUMABLE,
     Config,
@@ -17,7 +18,7 @@ from megatron_r1.config.recipe import (
     load,
     parse,
 )
-from megatron_r1.config.rl import PRESETS, RewardsConfig, RLConfig, RolloutConfig
+from megatron_r1.config.rl import PRESETS, RewardsConfig, RLConfig
 from megatron_r1.config.run import CheckpointConfig, DataConfig, ModelConfig, RunConfig
 from megatron_r1.config.sample import SampleConfig
 from megatron_r1.config.training import FP8Config, OptimizerConfig, ParallelConfig, SFTConfig

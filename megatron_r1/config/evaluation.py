@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from megatron_r1.config.section import Section
 from megatron_r1.rewards.remote.settings import ServiceSettings
@@ -15,17 +15,14 @@ class BenchmarkConfig(Section):
 
     name: str = Field(description="aime_2024, gym/logic, …, or package.module:NAME of your own")
     label: str = Field("", description="what results call it; default: the name")
-    path: str | None = Field(
-        None, description="file, folder or hub name of the data; default: its own name on the hub"
-    )
-    files: list[str] = Field(
-        default_factory=list, description="patterns of the files to take from a folder or the hub"
-    )
+    path: str | None = None
+    """file, folder or hub name of the data; default: its own name on the hub"""
+    files: list[str] = []
+    """patterns of the files to take from a folder or the hub"""
     samples: int | None = Field(None, ge=1, description="default: eval.samples")
     limit: int | None = Field(None, ge=1, description="the first so many; default: eval.limit")
-    instruction: str | None = Field(
-        None, description="the prompt around {problem}; default: the benchmark's"
-    )
+    instruction: str | None = None
+    """the prompt around {problem}; default: the benchmark's"""
     options: dict[str, Any] = Field(default_factory=dict, description="the benchmark's own")
 
     @model_validator(mode="before")
@@ -41,14 +38,13 @@ class BenchmarkConfig(Section):
 class ServerConfig(ServiceSettings):
     """A served model that answers instead of `model.path`."""
 
-    api: Literal["chat", "completions"] = Field(
-        "chat",
-        description="chat: the question as a user's message, in the server's template; "
-        "completions: the text that data.template makes",
-    )
-    wait_seconds: float = Field(
-        10.0, ge=0, description="at the start, for a server that nobody can reach yet"
-    )
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    api: Literal["chat", "completions"] = "chat"
+    """chat: the question as a user's message, in the server's template; completions: the text that
+    data.template makes"""
+    wait_seconds: float = Field(10.0, ge=0)
+    """at the start, for a server that nobody can reach yet"""
     timeout_seconds: float = Field(3600.0, gt=0, description="for one answer")
     concurrency: int = Field(64, ge=1, description="answers under way at once")
 
@@ -56,20 +52,14 @@ class ServerConfig(ServiceSettings):
 class EvalConfig(Section):
     """The held-out evaluations of a training run, and those of the verb `eval`."""
 
-    every: int = Field(
-        0,
-        ge=0,
-        description="steps between evaluations on the held-out questions; 0: first and last only",
-    )
-    samples: int = Field(
-        16, ge=1, description="answers per question: pass@1 is their mean, cons@N their majority"
-    )
+    every: int = Field(0, ge=0)
+    """steps between evaluations on the held-out questions; 0: first and last only"""
+    samples: int = Field(16, ge=1)
+    """answers per question: pass@1 is their mean, cons@N their majority"""
     temperature: float = Field(0.6, gt=0)
     top_p: float = Field(0.95, gt=0, le=1)
-    benchmarks: list[BenchmarkConfig] = Field(
-        default_factory=list, description="names, or {name, path, samples, limit, options, …}"
-    )
+    benchmarks: list[BenchmarkConfig] = []
+    """names, or {name, path, samples, limit, options, …}"""
     limit: int | None = Field(None, ge=1, description="questions per benchmark, the first ones")
-    server: ServerConfig | None = Field(
-        None, description="{url, model, api_key_env, api, …}: evaluated instead of model.path"
-    )
+    server: ServerConfig | None = None
+    """{url, model, api_key_env, api, …}: evaluated instead of model.path"""

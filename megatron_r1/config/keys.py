@@ -67,7 +67,8 @@ def models_within(annotation: Any, entry: str = "") -> Iterator[tuple[type[BaseM
 def _line(key: str, field: FieldInfo) -> str:
     default = field.get_default(call_default_factory=True)
     text = "(required)" if default is PydanticUndefined else as_text(_plain(default))
-    return f"{key}: {text}" + (f"   # {field.description}" if field.description else "")
+    meaning = " ".join((field.description or "").split())
+    return f"{key}: {text}" + (f"   # {meaning}" if meaning else "")
 
 
 def _plain(value: Any) -> Any:

@@ -10,43 +10,27 @@ from megatron_r1.config.section import Resumable, Section
 
 
 class PushConfig(Section):
-    transport: Resumable[Literal["shm", "cuda_ipc", "gloo", "nccl"]] = Field(
-        "shm",
-        description="shm, or cuda_ipc between GPUs: trainer and engines on one host; gloo, nccl: "
-        "on many. See docs/push.md",
-    )
-    memory_gib: Resumable[float | None] = Field(
-        None,
-        gt=0,
-        description="memory an engine rank may use for weights on their way; with less than "
-        "all its weights engines pause while they travel; default: as much as they have",
-    )
-    fp8: bool = Field(
-        False,
-        description="quantise projections on their way, in blocks of 128 x 128: half of bf16's "
-        "bytes, and engines compute with FP8 weights",
-    )
-    delta: Resumable[bool] = Field(
-        False,
-        description="over gloo and nccl send only what changed since the push before; for slow "
-        "links, at the cost of host memory for what was sent last",
-    )
-    full_every: Resumable[int] = Field(
-        50, ge=1, description="with delta: after so many pushes to an engine one is whole"
-    )
+    transport: Resumable[Literal["shm", "cuda_ipc", "gloo", "nccl"]] = "shm"
+    """shm, or cuda_ipc between GPUs: trainer and engines on one host; gloo, nccl: on many. See
+    docs/push.md"""
+    memory_gib: Resumable[float | None] = Field(None, gt=0)
+    """memory an engine rank may use for weights on their way; with less than all its weights
+    engines pause while they travel; default: as much as they have"""
+    fp8: bool = False
+    """quantise projections on their way, in blocks of 128 x 128: half of bf16's bytes, and engines
+    compute with FP8 weights"""
+    delta: Resumable[bool] = False
+    """over gloo and nccl send only what changed since the push before; for slow links, at the cost
+    of host memory for what was sent last"""
+    full_every: Resumable[int] = Field(50, ge=1)
+    """with delta: after so many pushes to an engine one is whole"""
     timeout_seconds: Resumable[float] = Field(600.0, gt=0, description="for one push")
-    probes: Resumable[int] = Field(
-        2,
-        ge=0,
-        description="prompts each engine answers after every push, to compare its "
-        "log-probabilities with the trainer's; 0: none",
-    )
-    probe_tolerance: Resumable[float | None] = Field(
-        None,
-        gt=0,
-        description="mean difference at which the run stops; default 0.001 where trainer and "
-        "engine compute in float32, 0.3 in bfloat16",
-    )
+    probes: Resumable[int] = Field(2, ge=0)
+    """prompts each engine answers after every push, to compare its log-probabilities with the
+    trainer's; 0: none"""
+    probe_tolerance: Resumable[float | None] = Field(None, gt=0)
+    """mean difference at which the run stops; default 0.001 where trainer and engine compute in
+    float32, 0.3 in bfloat16"""
 
     @model_validator(mode="after")
     def _delta_travels(self) -> PushConfig:

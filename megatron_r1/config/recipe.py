@@ -9,11 +9,12 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError, model_validator
 
+from megatron_r1.config.engines import RolloutConfig, TeacherConfig
 from megatron_r1.config.evaluation import EvalConfig
 from megatron_r1.config.mistakes import explain
-from megatron_r1.config.other_models import CriticConfig, RewardModelConfig, TeacherConfig
+from megatron_r1.config.other_models import CriticConfig, RewardModelConfig
 from megatron_r1.config.push import PushConfig
-from megatron_r1.config.rl import PRESETS, RewardsConfig, RLConfig, RolloutConfig
+from megatron_r1.config.rl import PRESETS, RewardsConfig, RLConfig
 from megatron_r1.config.run import CheckpointConfig, DataConfig, ModelConfig, RunConfig
 from megatron_r1.config.sample import SampleConfig
 from megatron_r1.config.section import Resumable, Section, resumable_keys

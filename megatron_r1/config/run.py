@@ -11,67 +11,41 @@ from megatron_r1.errors import UserError
 
 
 class RunConfig(Section):
-    folder: Resumable[str] = Field(
-        "", description="where everything of this run is written; required"
-    )
+    folder: Resumable[str] = ""
+    """where everything of this run is written; required"""
     seed: int = Field(0, description="of sampling prompts, generation and initialization")
-    steps: Resumable[int] = Field(
-        650,
-        gt=0,
-        description="rollouts (rl; 650 x 16 = the paper's 10,400 optimizer steps), batches (sft)",
-    )
-    log_samples: Resumable[int] = Field(
-        8, ge=0, description="training samples written down per step"
-    )
-    hang_seconds: Resumable[float] = Field(
-        1800.0,
-        ge=0,
-        description="without any progress, after which a report says what everything waits for; "
-        "0: never. See docs/supervision.md",
-    )
-    on_hang: Resumable[Literal["stop", "restart", "report"]] = Field(
-        "stop", description="then; restart: kill what hangs and go on, where that is possible"
-    )
-    max_trainer_restarts: Resumable[int] = Field(
-        3, ge=0, description="times lost trainer ranks are started again while a command runs"
-    )
-    health_port: Resumable[int | None] = Field(
-        0,
-        ge=0,
-        le=65_535,
-        description="of GET /health and /metrics (Prometheus); 0: any free one; null: none",
-    )
+    steps: Resumable[int] = Field(650, gt=0)
+    """rollouts (rl; 650 x 16 = the paper's 10,400 optimizer steps), batches (sft)"""
+    log_samples: Resumable[int] = Field(8, ge=0)
+    """training samples written down per step"""
+    hang_seconds: Resumable[float] = Field(1800.0, ge=0)
+    """without any progress, after which a report says what everything waits for; 0: never. See
+    docs/supervision.md"""
+    on_hang: Resumable[Literal["stop", "restart", "report"]] = "stop"
+    """then; restart: kill what hangs and go on, where that is possible"""
+    max_trainer_restarts: Resumable[int] = Field(3, ge=0)
+    """times lost trainer ranks are started again while a command runs"""
+    health_port: Resumable[int | None] = Field(0, ge=0, le=65_535)
+    """of GET /health and /metrics (Prometheus); 0: any free one; null: none"""
 
 
 class ModelConfig(Section):
-    path: str = Field(
-        "", description="Hugging Face folder: config.json, tokenizer, weights; required"
-    )
-    checkpoint: str | None = Field(
-        None,
-        description="Megatron checkpoint (of tools/convert or a run) to take the weights from, "
-        "instead of path's",
-    )
-    head: Literal["language", "score"] = Field(
-        "language",
-        description="score: one number per token instead of logits; reward-model sets it",
-    )
-    init: Literal["load", "random"] = Field(
-        "load", description="random: train from nothing; the folder needs no weights"
-    )
+    path: str = ""
+    """Hugging Face folder: config.json, tokenizer, weights; required"""
+    checkpoint: str | None = None
+    """Megatron checkpoint (of tools/convert or a run) to take the weights from, instead of
+    path's"""
+    head: Literal["language", "score"] = "language"
+    """score: one number per token instead of logits; reward-model sets it"""
+    init: Literal["load", "random"] = "load"
+    """random: train from nothing; the folder needs no weights"""
     init_std: float = Field(0.02, gt=0, description="standard deviation of random weights")
-    dtype: Literal["float32", "bfloat16"] = Field(
-        "bfloat16", description="of the trainer's parameters"
-    )
-    mtp: Literal["frozen", "train", "none"] = Field(
-        "frozen",
-        description="multi-token-prediction layers: carried unchanged, trained (sft), left out",
-    )
-    expert_bias_update_rate: float = Field(
-        0.0,
-        ge=0,
-        description="of the router's aux-loss-free bias, per optimizer step; 0: frozen",
-    )
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """of the trainer's parameters"""
+    mtp: Literal["frozen", "train", "none"] = "frozen"
+    """multi-token-prediction layers: carried unchanged, trained (sft), left out"""
+    expert_bias_update_rate: float = Field(0.0, ge=0)
+    """of the router's aux-loss-free bias, per optimizer step; 0: frozen"""
 
     @model_validator(mode="after")
     def _weights_are_loaded_or_random(self) -> ModelConfig:
@@ -95,9 +69,8 @@ class DataConfig(Section):
     heldout_path: str | None = Field(None, description="a file held out whole, for evaluation")
     task: str | None = Field(None, description="a reasoning-gym task, instead of a file")
     parameters: dict[str, Any] = Field(default_factory=dict, description="the task's own settings")
-    kind: str | None = Field(
-        None, description="the reward that grades; default: the row's, or math"
-    )
+    kind: str | None = None
+    """the reward that grades; default: the row's, or math"""
     columns: dict[str, str] | None = Field(None, description="our name: the file's column")
     num_train: int | None = Field(None, gt=0, description="questions to train on; a task needs it")
     num_heldout: int | None = Field(None, ge=0, description="questions kept out of training")
@@ -107,16 +80,11 @@ class DataConfig(Section):
 
 
 class CheckpointConfig(Section):
-    every: int = Field(
-        1,
-        ge=1,
-        description="steps between checkpoints; a kill loses at most these, and those since the "
-        "checkpoint that was still being written",
-    )
+    every: int = Field(1, ge=1)
+    """steps between checkpoints; a kill loses at most these, and those since the checkpoint that
+    was still being written"""
     keep: int = Field(2, ge=1, description="newest checkpoints kept")
-    asynchronous: bool = Field(
-        True, description="train on while one is written, and hold the host memory for its copy"
-    )
-    verify: Literal["full", "size", "none"] = Field(
-        "full", description="before loading: checksum of every byte, sizes only, or nothing"
-    )
+    asynchronous: bool = True
+    """train on while one is written, and hold the host memory for its copy"""
+    verify: Literal["full", "size", "none"] = "full"
+    """before loading: checksum of every byte, sizes only, or nothing"""

@@ -21,25 +21,17 @@ SERVED_JUDGE = "judge"
 class KeepConfig(Section):
     """Which of a question's graded responses are kept."""
 
-    min_accuracy: float | None = Field(
-        1.0,
-        ge=0,
-        le=1,
-        description="by the question's own kind of reward; null: answers are not graded",
-    )
-    min_reward: float | None = Field(
-        None, description="of the weighted sum of rewards.weights; null: no limit"
-    )
+    min_accuracy: float | None = Field(1.0, ge=0, le=1)
+    """by the question's own kind of reward; null: answers are not graded"""
+    min_reward: float | None = None
+    """of the weighted sum of rewards.weights; null: no limit"""
     per_prompt: int | None = Field(None, ge=1, description="answers of a question; null: all")
-    choose: Literal["random", "shortest", "first", "best"] = Field(
-        "random", description="which of more than per_prompt; best: by reward"
-    )
-    min_pass_rate: float | None = Field(
-        None, ge=0, le=1, description="questions that are right less often are left out"
-    )
-    max_pass_rate: float | None = Field(
-        None, ge=0, le=1, description="questions that are right more often are left out"
-    )
+    choose: Literal["random", "shortest", "first", "best"] = "random"
+    """which of more than per_prompt; best: by reward"""
+    min_pass_rate: float | None = Field(None, ge=0, le=1)
+    """questions that are right less often are left out"""
+    max_pass_rate: float | None = Field(None, ge=0, le=1)
+    """questions that are right more often are left out"""
 
     @property
     def is_graded(self) -> bool:
@@ -72,14 +64,11 @@ class RenderConfig(Section):
     """The form in which kept responses are written to sft.jsonl."""
 
     template: str | None = Field(None, description="of the prompt; default: data.template")
-    response: str = Field(
-        "{response}",
-        description="text with {thought}, {summary}, {answer} or {response}, such as "
-        "<think>{thought}</think>{summary}",
-    )
-    tokenizer: str | None = Field(
-        None, description="folder whose chat template renders, for another model; default: ours"
-    )
+    response: str = "{response}"
+    """text with {thought}, {summary}, {answer} or {response}, such as
+    <think>{thought}</think>{summary}"""
+    tokenizer: str | None = None
+    """folder whose chat template renders, for another model; default: ours"""
 
     @field_validator("response")
     @classmethod
@@ -98,19 +87,13 @@ class PairsConfig(Section):
     """Preference pairs (arXiv 2501.12948 v2, section on the helpful reward model)."""
 
     per_prompt: int = Field(1, ge=1, description="pairs of a question, no answer in two of them")
-    margin: float = Field(
-        0.5, ge=0, le=1, description="share of votes won less share lost; with less, a near-tie"
-    )
-    votes: int = Field(
-        4, ge=2, description="calls of a judge function; a served one has rewards.options.judge"
-    )
+    margin: float = Field(0.5, ge=0, le=1)
+    """share of votes won less share lost; with less, a near-tie"""
+    votes: int = Field(4, ge=2)
+    """calls of a judge function; a served one has rewards.options.judge"""
     part: Part = Field("summary", description="compared and measured: summary, or response")
-    max_length_bias: float | None = Field(
-        0.05,
-        ge=0,
-        description="mean of log(length of chosen / length of rejected) that may be left, either "
-        "way; null: any",
-    )
+    max_length_bias: float | None = Field(0.05, ge=0)
+    """mean of log(length of chosen / length of rejected) that may be left, either way; null: any"""
 
     @field_validator("votes")
     @classmethod
@@ -125,39 +108,26 @@ class PairsConfig(Section):
 
 class SampleConfig(Section):
     samples: int = Field(4, ge=1, description="answers drawn for each question")
-    output: Output = Field(
-        "sft",
-        description="sft: kept answers; pairs: preferences; labels: safe or unsafe; answers: "
-        "graded only",
-    )
-    server: ServerConfig | None = Field(
-        None, description="{url, model, …}: a served model that answers instead of model.path"
-    )
-    shots: str | None = Field(
-        None, description="JSONL of {question, response}: worked examples in front of the question"
-    )
-    num_shots: int | None = Field(
-        None, ge=1, description="of them before each question, drawn anew; default: all"
-    )
-    avoid: list[str] = Field(
-        default_factory=list, description="files of questions that must not be sampled"
-    )
-    avoid_ngram: int = Field(
-        13, ge=0, description="words in a row that such a question must not share; 0: equality only"
-    )
+    output: Output = "sft"
+    """sft: kept answers; pairs: preferences; labels: safe or unsafe; answers: graded only"""
+    server: ServerConfig | None = None
+    """{url, model, …}: a served model that answers instead of model.path"""
+    shots: str | None = None
+    """JSONL of {question, response}: worked examples in front of the question"""
+    num_shots: int | None = Field(None, ge=1)
+    """of them before each question, drawn anew; default: all"""
+    avoid: list[str] = []
+    """files of questions that must not be sampled"""
+    avoid_ngram: int = Field(13, ge=0)
+    """words in a row that such a question must not share; 0: equality only"""
     keep: KeepConfig = KeepConfig()
-    filters: dict[str, Any] = Field(
-        default_factory=dict,
-        description="name: its options, true, or false to switch it off; over the output's own",
-    )
-    rewrite: str | None = Field(
-        None, description="module:function(question, response) → readable response, or None"
-    )
+    filters: dict[str, Any] = {}
+    """name: its options, true, or false to switch it off; over the output's own"""
+    rewrite: str | None = None
+    """module:function(question, response) → readable response, or None"""
     render: RenderConfig = RenderConfig()
-    judge: str = Field(
-        SERVED_JUDGE,
-        description="of pairs and labels: judge (rewards.options.judge), or module:function",
-    )
+    judge: str = SERVED_JUDGE
+    """of pairs and labels: judge (rewards.options.judge), or module:function"""
     pairs: PairsConfig = PairsConfig()
 
     @model_validator(mode="after")

@@ -12,9 +12,14 @@ T = TypeVar("T")
 
 
 class Section(BaseModel):
-    """Typed, immutable settings; unknown keys are refused."""
+    """Typed, immutable settings; unknown keys are refused.
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    A description that does not fit beside its field stands below it.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, protected_namespaces=(), use_attribute_docstrings=True
+    )
 
 
 @dataclass(frozen=True)

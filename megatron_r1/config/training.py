@@ -21,52 +21,35 @@ class OptimizerConfig(Section):
     epsilon: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.1, ge=0)
     clip_grad: float = Field(1.0, gt=0, description="global gradient norm")
-    moments: Literal["float32", "bfloat16"] = Field(
-        "float32", description="of Adam; bfloat16: DeepSeek-V3's, 4 bytes a parameter less"
-    )
+    moments: Literal["float32", "bfloat16"] = "float32"
+    """of Adam; bfloat16: DeepSeek-V3's, 4 bytes a parameter less"""
 
 
 class ParallelConfig(Section):
-    processes: int = Field(
-        1, ge=1, description="trainer ranks started on this machine; under torchrun: WORLD_SIZE"
-    )
+    processes: int = Field(1, ge=1)
+    """trainer ranks started on this machine; under torchrun: WORLD_SIZE"""
     tensor: int = Field(1, ge=1)
     pipeline: int = Field(1, ge=1)
     expert: int = Field(1, ge=1)
     context: int = Field(1, ge=1)
     expert_tensor: int = Field(1, ge=1)
-    virtual_pipeline: int = Field(
-        1, ge=1, description="model chunks per pipeline rank, interleaved to shorten the bubble"
-    )
-    pipeline_layout: str | None = Field(
-        None,
-        description="what each chunk holds, in Megatron's letters: E embedding, t decoder layer, "
-        "m MTP layers, L head and loss, as in Et*3|(tt|)*29mL; default: layers spread evenly",
-    )
-    recompute: Literal["none", "selective", "full"] = Field(
-        "none",
-        description="activations computed again in the backward pass; selective: those of "
-        "recompute_modules",
-    )
-    recompute_modules: list[str] = Field(
-        ["core_attn"],
-        description="core_attn, layernorm, mla_up_proj, mlp, moe, moe_act, shared_experts",
-    )
-    optimizer_offload: float = Field(
-        0.0,
-        ge=0,
-        le=1,
-        description="share of the optimizer's state and update on the host; on a CPU all is there",
-    )
-    reference_offload: Literal["host", "device"] = Field(
-        "host", description="where the reference's weights wait; device: always on the GPU"
-    )
-    tokens_per_microbatch: int = Field(
-        16_384, gt=0, description="upper limit; a longer sample gets a micro-batch alone"
-    )
-    threads: int | None = Field(
-        None, description="CPU threads per trainer rank; default: cores / ranks"
-    )
+    virtual_pipeline: int = Field(1, ge=1)
+    """model chunks per pipeline rank, interleaved to shorten the bubble"""
+    pipeline_layout: str | None = None
+    """what each chunk holds, in Megatron's letters: E embedding, t decoder layer, m MTP layers, L
+    head and loss, as in Et*3|(tt|)*29mL; default: layers spread evenly"""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """activations computed again in the backward pass; selective: those of recompute_modules"""
+    recompute_modules: list[str] = ["core_attn"]
+    """core_attn, layernorm, mla_up_proj, mlp, moe, moe_act, shared_experts"""
+    optimizer_offload: float = Field(0.0, ge=0, le=1)
+    """share of the optimizer's state and update on the host; on a CPU all is there"""
+    reference_offload: Literal["host", "device"] = "host"
+    """where the reference's weights wait; device: always on the GPU"""
+    tokens_per_microbatch: int = Field(16_384, gt=0)
+    """upper limit; a longer sample gets a micro-batch alone"""
+    threads: int | None = None
+    """CPU threads per trainer rank; default: cores / ranks"""
 
     def check_sizes(self, world_size: int) -> None:
         """Raise UserError where the sizes do not divide `world_size` ranks."""
@@ -83,16 +66,12 @@ class ParallelConfig(Section):
 
 
 class FP8Config(Section):
-    recipe: Literal["none", "blockwise", "tensorwise", "mxfp8"] = Field(
-        "none",
-        description="of the linear layers' products; blockwise: DeepSeek-V3's. See docs/fp8.md",
-    )
-    format: Literal["e4m3", "hybrid"] | None = Field(
-        None, description="hybrid: output gradients in e5m2; default: e4m3, for tensorwise hybrid"
-    )
-    scales: Literal["power_of_two", "float32"] | None = Field(
-        None, description="of a tile; default: power_of_two, for tensorwise float32"
-    )
+    recipe: Literal["none", "blockwise", "tensorwise", "mxfp8"] = "none"
+    """of the linear layers' products; blockwise: DeepSeek-V3's. See docs/fp8.md"""
+    format: Literal["e4m3", "hybrid"] | None = None
+    """hybrid: output gradients in e5m2; default: e4m3, for tensorwise hybrid"""
+    scales: Literal["power_of_two", "float32"] | None = None
+    """of a tile; default: power_of_two, for tensorwise float32"""
 
     @property
     def gradient_format(self) -> str:
@@ -116,18 +95,13 @@ class FP8Config(Section):
 
 
 class SFTConfig(Section):
-    data: str | list[MixturePart] = Field(
-        "",
-        description="JSONL of {prompt, response}, or a list of {path, share|count|repeat}; "
-        "required by sft",
-    )
-    epochs: float | None = Field(
-        None, gt=0, description="instead of run.steps: passes over the data (the paper: 2)"
-    )
+    data: str | list[MixturePart] = ""
+    """JSONL of {prompt, response}, or a list of {path, share|count|repeat}; required by sft"""
+    epochs: float | None = Field(None, gt=0)
+    """instead of run.steps: passes over the data (the paper: 2)"""
     batch_size: int = Field(128, gt=0, description="samples per optimizer step")
-    order: Literal["shuffled", "file"] = Field(
-        "shuffled", description="file: as they stand there, for a curriculum"
-    )
+    order: Literal["shuffled", "file"] = "shuffled"
+    """file: as they stand there, for a curriculum"""
 
     @field_validator("data", mode="before")
     @classmethod

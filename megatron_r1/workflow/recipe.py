@@ -24,15 +24,11 @@ class PipelineConfig(Section):
     folder: str = Field("", description="where everything of this pipeline is written; required")
     title: str = Field("", description="of the report; default: the folder's name")
     seed: int = Field(0, description="run.seed of every stage that sets none")
-    seeds: list[int] = Field(
-        default_factory=list, description="the whole graph once for each, in FOLDER/seed_N"
-    )
-    jobs: int = Field(
-        1,
-        ge=1,
-        description="how many stages may run at a time, each with the cores or GPUs it finds, or "
-        "with those of its launch",
-    )
+    seeds: list[int] = []
+    """the whole graph once for each, in FOLDER/seed_N"""
+    jobs: int = Field(1, ge=1)
+    """how many stages may run at a time, each with the cores or GPUs it finds, or with those of its
+    launch"""
     only: str = Field("", description="run this stage alone")
     until: str = Field("", description="run this stage and what it needs")
     status: bool = Field(False, description="print what is done and what is not; run nothing")
@@ -65,20 +61,15 @@ class PipelineConfig(Section):
 
 class ServeConfig(Section):
     model: str = Field("", description="folder of the model that vLLM serves, under this name")
-    task: Literal["generate", "classify"] = Field(
-        "generate", description="classify: a reward model's scores, by /classify"
-    )
-    arguments: list[str] = Field(
-        default_factory=list, description="further arguments of vLLM's server"
-    )
-    command: list[str] = Field(
-        default_factory=list,
-        description="a server of another kind, instead of model; {port}, {host} stand for its own",
-    )
+    task: Literal["generate", "classify"] = "generate"
+    """classify: a reward model's scores, by /classify"""
+    arguments: list[str] = []
+    """further arguments of vLLM's server"""
+    command: list[str] = []
+    """a server of another kind, instead of model; {port}, {host} stand for its own"""
     health: str = Field("/health", description="path that answers 200 once it is ready")
-    host: str = Field(
-        "127.0.0.1", description="address it listens at; a stage on other machines wants this one's"
-    )
+    host: str = "127.0.0.1"
+    """address it listens at; a stage on other machines wants this one's"""
     launch: str = Field("", description="command prefix, such as env CUDA_VISIBLE_DEVICES=7")
     timeout_seconds: float = Field(600.0, gt=0, description="until it must be ready")
 
@@ -102,12 +93,10 @@ class StageConfig(Section):
     arguments: dict[str, Any] = Field(default_factory=dict, description="of make's function")
     after: list[str] = Field(default_factory=list, description="stages it needs no file of")
     title: str = Field("", description="what the report calls it; default: its name")
-    evaluates: str = Field(
-        "", description="stage whose row shows its figures; of eval: the one of model.path"
-    )
-    serve: dict[str, ServeConfig] = Field(
-        default_factory=dict, description="models served while it runs, at ${serve.NAME.url}"
-    )
+    evaluates: str = ""
+    """stage whose row shows its figures; of eval: the one of model.path"""
+    serve: dict[str, ServeConfig] = {}
+    """models served while it runs, at ${serve.NAME.url}"""
     launch: str = Field("", description="command prefix, such as srun -n1 or sbatch --wait FILE")
 
     @model_validator(mode="after")
@@ -127,9 +116,8 @@ class StageConfig(Section):
 
 class Recipe(Section):
     pipeline: PipelineConfig = PipelineConfig()
-    defaults: dict[str, Any] = Field(
-        default_factory=dict, description="sections, under every stage's recipe and settings"
-    )
+    defaults: dict[str, Any] = {}
+    """sections, under every stage's recipe and settings"""
     stages: dict[str, StageConfig] = Field(min_length=1)
 
 

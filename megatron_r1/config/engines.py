@@ -1,0 +1,108 @@
+"""The vLLM engines of a run: those that sample rollouts, and those of a teacher."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from megatron_r1.config.section import Resumable, Section
+
+
+class EngineConfig(Section):
+    """Settings that the engines of rollouts and of a teacher share."""
+
+    tensor: Resumable[int] = Field(1, ge=1, description="ranks of an engine that share every layer")
+    pipeline: Resumable[int] = Field(1, ge=1, description="stages of layers in an engine")
+    data: Resumable[int] = Field(1, ge=1)
+    """copies of tensor x pipeline ranks behind one engine's address"""
+    expert_parallel: Resumable[bool] = False
+    """spread routed experts whole over tensor x data ranks; else each is split"""
+    gpu_memory: Resumable[float | None] = Field(None, gt=0, le=1)
+    """share of its GPU's memory that an engine takes; default: vLLM's own"""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    kv_cache_gib: int = Field(1, gt=0, description="KV cache on a CPU, GiB")
+    threads: Resumable[int | None] = Field(None, ge=1)
+    """CPU threads per engine; default: 2, and 1 on a machine of 2 cores"""
+    start_timeout_seconds: float = Field(600.0, gt=0)
+    request_timeout_seconds: float = Field(3600.0, gt=0)
+    max_restarts: Resumable[int] = Field(10, ge=0)
+    """dead, slow or garbling engines replaced while a command runs; a death after that stops the
+    run"""
+    unresponsive_seconds: Resumable[float] = Field(120.0, gt=0)
+    """an engine that has not answered for so long counts as dead"""
+
+
+class RolloutConfig(EngineConfig):
+    engines: Resumable[int] = Field(1, ge=1)
+    """vLLM servers; with placement: hosts those waited for, more may join"""
+    placement: Resumable[Literal["local", "hosts"]] = "local"
+    """where engines run: the controller's host, or hosts that come to it (`python -m
+    megatron_r1.fleet.host`). See docs/slurm.md"""
+    hosts_port: Resumable[int] = Field(0, ge=0, le=65_535)
+    """where engine hosts come to; 0: any free one"""
+    hosts_address: Resumable[str | None] = None
+    """of the controller's host, for engine hosts; default: its name"""
+    host_silence_seconds: Resumable[float] = Field(30.0, gt=0)
+    """a host that has not been heard from for so long has vanished"""
+    hosts_per_engine: Resumable[int] = Field(1, ge=1)
+    """hosts that share an engine's copies (data), with placement: hosts; an engine gets all of them
+    at once"""
+    colocated: Resumable[bool] = False
+    """engines sleep on the trainer's own GPUs while it computes; see docs/rollout.md"""
+    temperature: float = Field(1.0, gt=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    max_response_tokens: int = Field(32_768, gt=0)
+    max_model_len: int | None = None
+    """tokens, prompt and response; default: the model's own limit"""
+    max_num_seqs: int = Field(256, gt=0, description="sequences an engine decodes at once")
+    plain_matrices: bool = False
+    """keep matrices unpacked on a CPU: faster pushes, slower generation"""
+
+    @model_validator(mode="after")
+    def _spreads_over_hosts(self) -> RolloutConfig:
+        hosts = self.hosts_per_engine
+        if hosts > 1 and self.placement != "hosts":
+            raise ValueError(
+                f"rollout.hosts_per_engine: {hosts} needs engine hosts to spread an engine over; "
+                "set rollout.placement: hosts, or rollout.hosts_per_engine: 1"
+            )
+        if self.data % hosts:
+            raise ValueError(
+                f"rollout.hosts_per_engine: {hosts} does not divide rollout.data: {self.data}, the "
+                "copies that the hosts share out; choose a divisor"
+            )
+        return self
+
+
+class TeacherConfig(EngineConfig):
+    """The teacher of on-policy distillation, whose engines score the student's samples."""
+
+    path: str = ""
+    """Hugging Face folder of any model vLLM serves, with the student's tokenizer; what
+    rl.algorithm: on_policy_distillation learns from"""
+    url: Resumable[list[str]] = []
+    """of vLLM servers that already serve path's model, started with --enable-scale-out; default:
+    engines of this run"""
+    engines: Resumable[int] = Field(1, ge=1, description="vLLM servers on the controller's host")
+    max_num_seqs: Resumable[int] = Field(64, gt=0, description="samples an engine scores at once")
+    tokens_at_once: Resumable[int] = Field(2048, gt=0)
+    """of one pass; the logits of all of them exist together, in fp32"""
+    start_timeout_seconds: float = Field(600.0, gt=0, description="also to wait for a url")
+
+    @model_validator(mode="after")
+    def _fits_together(self):
+        if self.url and not self.path:
+            raise ValueError(
+                f"teacher.url: {', '.join(self.url)} serves a model whose tokenizer must be the "
+                "student's; set teacher.path to its folder, for the check"
+            )
+        for url in self.url:
+            if not url.startswith(("http://", "https://")):
+                raise ValueError(f"teacher.url: {url} is no address; write http://host:port")
+        if self.tokens_at_once < self.max_num_seqs:
+            raise ValueError(
+                f"teacher.tokens_at_once: {self.tokens_at_once} is less than teacher.max_num_seqs: "
+                f"{self.max_num_seqs}, and every sample has a token; raise it or lower the other"
+            )
+        return self
