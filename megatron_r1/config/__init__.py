@@ -22,30 +22,3 @@ from megatron_r1.config.rl import PRESETS, RewardsConfig, RLConfig
 from megatron_r1.config.run import CheckpointConfig, DataConfig, ModelConfig, RunConfig
 from megatron_r1.config.sample import SampleConfig
 from megatron_r1.config.training import FP8Config, OptimizerConfig, ParallelConfig, SFTConfig
-
-__all__ = [
-    "PRESETS",
-    "RESUMABLE",
-    "CheckpointConfig",
-    "Config",
-    "CriticConfig",
-    "DataConfig",
-    "FP8Config",
-    "ModelConfig",
-    "OptimizerConfig",
-    "ParallelConfig",
-    "RLConfig",
-    "RewardModelConfig",
-    "RewardsConfig",
-    "RolloutConfig",
-    "RunConfig",
-    "SFTConfig",
-    "SampleConfig",
-    "TeacherConfig",
-    "dump",
-    "from_overrides",
-    "from_tree",
-    "known_keys",
-    "load",
-    "parse",
-]

@@ -33,100 +33,43 @@ class AlgorithmRules:
     teacher: bool = False
 
 
+PPO_CLIP = {"clip_low": 0.2, "clip_high": 0.2}
+DAPO_SAMPLES = {"dynamic_sampling": True, "loss_average": "token", "overlong_buffer": 0.2}
+NO_KL = {"kl_beta": 0.0}
+PLAIN_SUM = {"advantage_std": "none", "loss_average": "constant"}
 ALGORITHMS: dict[str, AlgorithmRules] = {
     "grpo": AlgorithmRules(),  # the defaults of RLConfig are R1-Zero's
-    "dapo": AlgorithmRules(
-        defaults={
-            "clip_low": 0.2,
-            "clip_high": 0.28,
-            "dynamic_sampling": True,
-            "loss_average": "token",
-            "overlong_buffer": 0.2,
-            "kl_beta": 0.0,
-        }
-    ),
-    "dr_grpo": AlgorithmRules(
-        defaults={
-            "advantage_std": "none",
-            "loss_average": "constant",
-            "clip_low": 0.2,
-            "clip_high": 0.2,
-            "kl_beta": 0.0,
-        }
-    ),
+    "dapo": AlgorithmRules({"clip_low": 0.2, "clip_high": 0.28} | DAPO_SAMPLES | NO_KL),
+    "dr_grpo": AlgorithmRules(PLAIN_SUM | PPO_CLIP | NO_KL),
     "gspo": AlgorithmRules(
-        defaults={
-            "ratio_level": "sequence",
-            "clip_low": 3e-4,
-            "clip_high": 4e-4,
-            "minibatches": 4,
-            "kl_beta": 0.0,
-        }
+        {"ratio_level": "sequence", "clip_low": 3e-4, "clip_high": 4e-4, "minibatches": 4} | NO_KL
     ),
     "cispo": AlgorithmRules(
-        defaults={
-            "clip_low": 10.0,
-            "clip_high": 4.0,
-            "loss_average": "token",
-            "dynamic_sampling": True,
-            "overlong_buffer": 0.2,
-            "kl_beta": 0.0,
-        },
-        dual_clip=False,
+        {"clip_low": 10.0, "clip_high": 4.0} | DAPO_SAMPLES | NO_KL, dual_clip=False
     ),
     "reinforce": AlgorithmRules(
-        defaults={
-            "advantage_std": "none",
-            "loss_average": "constant",
-            "minibatches": 1,
-            "kl_beta": 0.0,
-        },
-        advantage_stds=("none", "batch"),
-        min_group_size=1,
+        PLAIN_SUM | {"minibatches": 1} | NO_KL, advantage_stds=("none", "batch"), min_group_size=1
     ),
     "reinforce_pp": AlgorithmRules(
-        defaults={
-            "advantage_std": "batch",
-            "loss_average": "token",
-            "clip_low": 0.2,
-            "clip_high": 0.2,
-            "kl_beta": 0.01,
-        },
+        {"advantage_std": "batch", "loss_average": "token"} | PPO_CLIP | {"kl_beta": 0.01},
         kl_in_reward=True,
         advantage_stds=("batch",),
         min_group_size=1,
     ),
     "rloo": AlgorithmRules(
-        defaults={
-            "group_size": 4,
-            "advantage_std": "none",
-            "loss_average": "constant",
-            "minibatches": 1,
-            "kl_beta": 0.03,
-        },
+        {"group_size": 4} | PLAIN_SUM | {"minibatches": 1, "kl_beta": 0.03},
         kl_in_reward=True,
         advantage_stds=("none",),
     ),
     "ppo": AlgorithmRules(
-        defaults={
-            "advantage_std": "batch",
-            "clip_low": 0.2,
-            "clip_high": 0.2,
-            "gae_lambda": 1.0,
-            "discount": 1.0,
-        },
+        {"advantage_std": "batch"} | PPO_CLIP | {"gae_lambda": 1.0, "discount": 1.0},
         kl_in_reward=True,
         advantage_stds=("batch", "none"),
         min_group_size=1,
         critic=True,
     ),
     "on_policy_distillation": AlgorithmRules(
-        defaults={
-            "advantage_std": "none",
-            "loss_average": "token",
-            "discount": 0.0,
-            "kl_beta": 0.0,
-        },
+        {"advantage_std": "none", "loss_average": "token", "discount": 0.0} | NO_KL,
         advantage_stds=("none",),
         min_group_size=1,
         teacher=True,

@@ -98,11 +98,9 @@ class RLConfig(Section):
     reward (DAPO: 0.2); 0: none"""
     overlong_penalty: float = Field(1.0, ge=0)
     """that punishment at max_response_tokens (DAPO, eq. 13: 1)"""
-
     routing_replay: bool = False
     """train every token through the experts the engine chose for it; a mixture of experts only. See
     docs/routing_replay.md"""
-
     sample_log: Resumable[bool] = True
     """write every finished group down, so that a run that is killed does not sample it again; needs
     the disk of the steps since the oldest checkpoint kept"""
@@ -147,17 +145,9 @@ class RLConfig(Section):
     @property
     def loss_settings(self) -> dict[str, Any]:
         """The settings of the algorithm's loss, except max_response_tokens."""
-        names = (
-            "clip_low",
-            "clip_high",
-            "dual_clip",
-            "ratio_level",
-            "importance_cap",
-            "kl_beta",
-            "kl_estimator",
-            "entropy_coef",
-        )
-        settings = {name: getattr(self, name) for name in names}
+        names = ("clip_low", "clip_high", "dual_clip", "ratio_level", "importance_cap")
+        names_of_kl = ("kl_beta", "kl_estimator", "entropy_coef")
+        settings = {name: getattr(self, name) for name in (*names, *names_of_kl)}
         if algorithms.rules_of(self.algorithm).kl_in_reward:
             settings["kl_beta"] = 0.0
         return {"average": self.loss_average, **settings}
@@ -172,12 +162,6 @@ class RLConfig(Section):
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "r1_zero": {},
     "grpo_v1": {
-        "rl": {
-            "group_size": 64,
-            "clip_low": 0.2,
-            "clip_high": 0.2,
-            "kl_beta": 0.04,
-            "reference_refresh": 0,
-        }
+        "rl": algorithms.PPO_CLIP | {"group_size": 64, "kl_beta": 0.04, "reference_refresh": 0}
     },
 }

@@ -1,7 +1,5 @@
 """Scalars for TensorBoard, written with its own event writer, without torch or tensorflow."""
 
-import math
-import numbers
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +8,8 @@ from typing import Any
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+from megatron_r1.reporting.wording import finite
 
 
 class TensorBoardLog:
@@ -32,7 +32,7 @@ class TensorBoardLog:
         values = [
             Summary.Value(tag=key, simple_value=float(value))
             for key, value in metrics.items()
-            if key != "step" and _is_number(value)
+            if key != "step" and finite(metrics, key) is not None
         ]
         self._add(Event(step=int(metrics["step"]), summary=Summary(value=values)))
         self._writer.flush()
@@ -49,9 +49,3 @@ class TensorBoardLog:
     def _add(self, event: Event) -> None:
         event.wall_time = time.time()
         self._writer.add_event(event)
-
-
-def _is_number(value: Any) -> bool:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        return False
-    return math.isfinite(value)
