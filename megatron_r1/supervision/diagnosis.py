@@ -9,27 +9,22 @@ import traceback
 from collections.abc import Coroutine
 from typing import Any, cast
 
-from megatron_r1.supervision.findings import Finding, indented, seconds
-from megatron_r1.supervision.inspect_rollouts import (
-    inspect_engines,
-    inspect_rewards,
-    inspect_teacher,
-)
-from megatron_r1.supervision.inspect_trainer import inspect_trainer
+from megatron_r1.supervision import inspect_roles
+from megatron_r1.supervision.inspect_roles import Finding, indented, seconds
 from megatron_r1.supervision.run_handles import RunHandles
 
 
 async def diagnose(run: RunHandles) -> list[Finding]:
     """Return a finding per role; the first is what everything waits for."""
     rollouts = run.rollouts
-    inspections = [inspect_trainer(run.trainer)]
+    inspections = [inspect_roles.inspect_trainer(run.trainer)]
     if rollouts is not None:
-        inspections.append(inspect_engines(rollouts, pushing=_is_pushing(run)))
+        inspections.append(inspect_roles.inspect_engines(rollouts, pushing=_is_pushing(run)))
         if rollouts.teacher is not None:
-            inspections.append(inspect_teacher(rollouts))
+            inspections.append(inspect_roles.inspect_teacher(rollouts))
     findings = {finding.role: finding for finding in await asyncio.gather(*inspections)}
     if rollouts is not None:
-        findings["rewards"] = inspect_rewards(rollouts)
+        findings["rewards"] = inspect_roles.inspect_rewards(rollouts)
     findings["controller"] = _inspect_controller(run)
     awaited = _awaited_role(run)
     return [findings.pop(awaited), *findings.values()]

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import math
+import re
 import time
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import prometheus_client
 from aiohttp import web
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 from megatron_r1.errors import UserError
 from megatron_r1.files import atomic_write
+from megatron_r1.rewards.runtime.meter import LEVELS
+from megatron_r1.rl.collector import RolloutCollector
 from megatron_r1.rl.in_flight import PHASES
-from megatron_r1.supervision.prometheus import RunCollector
+from megatron_r1.supervision.run_handles import RunHandles
 from megatron_r1.supervision.watchdog import Watchdog
 
 ADDRESS_FILE = "health_address"
+PREFIX = "megatron_r1_"
+COUNTED = ("trainer/restarts", "engines/restarts")
+"""Keys of a metrics line that have counters of their own in /metrics."""
 
 
 def health(watchdog: Watchdog) -> dict[str, Any]:
@@ -78,9 +88,8 @@ class HealthServer:
     async def __aenter__(self) -> HealthServer:
         """Raises UserError if the port is taken."""
         application = web.Application()
-        application.add_routes(
-            [web.get("/health", self._health), web.get("/metrics", self._metrics)]
-        )
+        application.router.add_get("/health", self._health)
+        application.router.add_get("/metrics", self._metrics)
         self._runner = web.AppRunner(application, access_log=None)
         await self._runner.setup()
         try:
@@ -105,7 +114,77 @@ class HealthServer:
         return web.json_response(facts, status=503 if facts["status"] == "stalled" else 200)
 
     async def _metrics(self, _: web.Request) -> web.Response:
+        content_type = {"Content-Type": prometheus_client.CONTENT_TYPE_LATEST}
         body = prometheus_client.generate_latest(self._registry)
-        return web.Response(
-            body=body, headers={"Content-Type": prometheus_client.CONTENT_TYPE_LATEST}
-        )
+        return web.Response(body=body, headers=content_type)
+
+
+class RunCollector(Collector):
+    """Collects gauges for every number of the newest metrics line (megatron_r1_reward_mean for
+    "reward/mean", megatron_r1_phase_seconds{phase=…} for times), and counters since this process
+    began."""
+
+    def __init__(self, watchdog: Watchdog) -> None:
+        self._watchdog = watchdog
+
+    def collect(self) -> Iterator[Metric]:
+        run = self._watchdog.run
+        yield from _of_the_step(run)
+        is_stalled = self._watchdog.is_stalled
+        yield _gauge("stalled", "1: nothing has moved for run.hang_seconds", is_stalled)
+        yield _gauge("seconds_since_progress", "of any role", self._watchdog.quiet_seconds)
+        yield _counter("hang_reports", "hangs noticed", self._watchdog.num_reports)
+        trainer = run.trainer
+        yield _gauge("trainer_ranks", "that have built their model", len(trainer.ranks))
+        yield _counter("trainer_restarts", "of all ranks together", trainer.num_restarts)
+        yield _counter("trainer_replies", "of single ranks to calls", trainer.num_replies)
+        if run.rollouts is not None:
+            yield from _of_the_rollouts(run.rollouts)
+
+
+def _of_the_step(run: RunHandles) -> Iterator[Metric]:
+    latest = dict(run.recorder.latest)
+    yield _gauge("step", "finished last", latest.pop("step", run.recorder.state.step))
+    seconds = {}
+    for name, value in latest.items():
+        if isinstance(value, int | float) and math.isfinite(value) and name not in COUNTED:
+            if name.startswith("time/"):
+                seconds[name.removeprefix("time/")] = value
+            else:
+                yield _gauge(re.sub(r"\W", "_", name), f"{name} of the last step", value)
+    yield _gauges("phase_seconds", "of the last step", "phase", seconds)
+
+
+def _of_the_rollouts(rollouts: RolloutCollector) -> Iterator[Metric]:
+    fleet, in_flight = rollouts.fleet, rollouts.in_flight
+    running = {engine.name: engine.num_running for engine in fleet.engines}
+    up = {engine.name: engine.is_up for engine in fleet.engines}
+    yield _gauges("engine_up", "1: it serves", "engine", up)
+    yield _gauges("engine_sequences", "asked for and not back", "engine", running)
+    yield _counter("engine_restarts", "of engines that died or hung", fleet.num_restarts)
+    yield _gauge("engines_policy_version", "of the weights that engines hold", fleet.version)
+    yield _counter("samples", "responses that came back", in_flight.num_samples)
+    yield _counter("tokens", "of these responses", in_flight.num_tokens)
+    yield _counter("groups", "sampled", in_flight.num_groups)
+    open_groups: dict[str, float] = {phase: in_flight.count(phase) for phase in PHASES}
+    yield _gauges("groups_open", "not finished", "doing", open_groups)
+    grades = CounterMetricFamily(f"{PREFIX}grader_results", "of reward workers", labels=["result"])
+    levels = GaugeMetricFamily(f"{PREFIX}grader_jobs", "not done", labels=["state"])
+    for name, count in rollouts.pool.snapshot().items():
+        (levels if name in LEVELS else grades).add_metric([name], count)
+    yield from (grades, levels)
+
+
+def _gauge(name: str, meaning: str, value: float) -> Metric:
+    return GaugeMetricFamily(PREFIX + name, meaning, value=float(value))
+
+
+def _gauges(name: str, meaning: str, label: str, values: Mapping[str, float]) -> Metric:
+    family = GaugeMetricFamily(PREFIX + name, meaning, labels=[label])
+    for key, value in values.items():
+        family.add_metric([key], value)
+    return family
+
+
+def _counter(name: str, meaning: str, value: float) -> Metric:
+    return CounterMetricFamily(PREFIX + name, meaning, value=float(value))

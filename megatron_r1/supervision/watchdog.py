@@ -10,8 +10,7 @@ from collections.abc import Callable, Iterator
 
 from megatron_r1.files import atomic_write
 from megatron_r1.supervision.diagnosis import diagnose, report
-from megatron_r1.supervision.findings import Finding, seconds
-from megatron_r1.supervision.inspect_rollouts import count_tokens
+from megatron_r1.supervision.inspect_roles import Finding, count_tokens, seconds
 from megatron_r1.supervision.run_handles import RunHandles
 
 MAX_TICK_SECONDS = 5.0

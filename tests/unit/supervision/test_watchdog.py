@@ -229,7 +229,7 @@ def hung_engine(server):
 def test_an_engine_that_owes_a_group_is_named_with_it_and_asked_for_its_stacks(
     tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("megatron_r1.supervision.inspect_rollouts.ANSWER_SECONDS", 0.2)
+    monkeypatch.setattr("megatron_r1.supervision.inspect_roles.ANSWER_SECONDS", 0.2)
     run = Run(tmp_path, hang_seconds=0.5)
     asked = make_prompt(QUESTION, "math", "42", {})
     servers = [EngineServer(run.config.model.path, tmp_path / f"engine-{i}.log") for i in (0, 1)]
@@ -267,7 +267,7 @@ def test_an_engine_that_owes_a_group_is_named_with_it_and_asked_for_its_stacks(
 
 def test_a_teacher_that_says_nothing_is_what_everything_waits_for(tmp_path, monkeypatch):
     """Once the group's grades are back; the rewards are not to blame."""
-    monkeypatch.setattr("megatron_r1.supervision.inspect_rollouts.ANSWER_SECONDS", 0.2)
+    monkeypatch.setattr("megatron_r1.supervision.inspect_roles.ANSWER_SECONDS", 0.2)
     run = Run(tmp_path, hang_seconds=0.5)
     asked = make_prompt(QUESTION, "math", "1", {})
 

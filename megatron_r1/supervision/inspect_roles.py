@@ -1,4 +1,7 @@
-"""Inspects engines and reward workers: open requests, whether they respond, and their stacks."""
+"""Inspects the roles of a run: trainer ranks, engines and reward workers.
+
+A trainer rank has a thread for this, which responds while its main thread is stuck.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,8 @@ import os
 import re
 import signal
 import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
 
 from megatron_r1.engine.errors import EngineError
 from megatron_r1.engine.server import EngineServer
@@ -17,7 +22,8 @@ from megatron_r1.processes import inspection
 from megatron_r1.rewards.runtime.pool import OutstandingJob
 from megatron_r1.rl.collector import RolloutCollector
 from megatron_r1.rl.in_flight import InFlight, InFlightGroup, Phase
-from megatron_r1.supervision.findings import Finding, indented, seconds
+from megatron_r1.training.client import TrainerClient
+from megatron_r1.training.wire import RankStatus
 
 ANSWER_SECONDS = 5.0
 STACKS_SECONDS = 1.0
@@ -25,6 +31,110 @@ STACK_LINES = 150
 STACK_SIGNAL = signal.SIGUSR2
 """On which every process of an engine writes its stacks to its log (`vllm_plugin`)."""
 TOKENS = re.compile(r"^vllm:generation_tokens_total(?:\{.*\})? (\S+)$", re.MULTILINE)
+STATES = {
+    "tracing-stop": "stopped by a debugger",
+    "disk-sleep": "in the kernel, on a disk or a device",
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """headline: the role's state in one sentence. details: lines of evidence. recover: kills what
+    hangs, so that its supervisor starts it again; None where that is not possible."""
+
+    role: str
+    headline: str
+    details: list[str] = field(default_factory=list)
+    recover: Callable[[], Awaitable[None]] | None = None
+
+
+def indented(lines: list[str], by: int = 4) -> list[str]:
+    return [" " * by + line for text in lines for line in text.splitlines()]
+
+
+def seconds(value: float) -> str:
+    """Format a duration as "12 s", "3 min" or "2.5 h"."""
+    if value < 120:
+        return f"{value:.0f} s"
+    return f"{value / 60:.0f} min" if value < 7_200 else f"{value / 3600:.1f} h"
+
+
+async def inspect_trainer(trainer: TrainerClient) -> Finding:
+    """Inspect all ranks. The headline has the open call, the ranks without a reply, and where they
+    are."""
+    waiting = trainer.waiting
+    statuses = await trainer.socket.statuses(range(trainer.world_size), ANSWER_SECONDS)
+    if waiting is None:
+        headline = "trainer: every rank waits for the controller"
+    else:
+        since = seconds(time.monotonic() - waiting.since)
+        missing = _ranks(sorted(waiting.missing))
+        where = _locations(trainer, waiting.missing, statuses)
+        headline = f"trainer: {waiting.operation!r} since {since}, no reply from {missing}; {where}"
+    details = []
+    for rank in range(trainer.world_size):
+        details += _rank_lines(trainer, rank, statuses.get(rank))
+
+    async def kill() -> None:
+        await asyncio.to_thread(trainer.kill)
+
+    can_recover = waiting is not None and trainer.can_restart
+    return Finding("trainer", headline, details, kill if can_recover else None)
+
+
+def _locations(trainer: TrainerClient, missing: set[int], statuses: dict[int, RankStatus]) -> str:
+    """Return where ranks are, grouped by location. Ranks that do not respond come first: the others
+    wait for them."""
+    by_location: dict[str, list[int]] = {}
+    for rank in sorted(missing, key=lambda rank: (rank in statuses, rank)):
+        location = _silence(trainer, rank)
+        if rank in statuses:
+            main = statuses[rank].threads[0]
+            inside = main.collective
+            location = f"in {inside}" if inside else f"in no collective, at {main.frames[-1]}"
+        by_location.setdefault(location, []).append(rank)
+    return "; ".join(f"{_ranks(ranks)} {location}" for location, ranks in by_location.items())
+
+
+def _rank_lines(trainer: TrainerClient, rank: int, status: RankStatus | None) -> list[str]:
+    name = f"rank {rank}{_coordinates(trainer, rank)}"
+    if status is None:
+        return [f"{name} {_silence(trainer, rank)}"]
+    lines = [f"{name}: {status.operation}, for {seconds(status.seconds)}"]
+    for index, thread in enumerate(status.threads):
+        # Helper threads only if they wait for other ranks too, such as a checkpoint's.
+        if index == 0 or thread.collective:
+            inside = f", in {thread.collective}" if thread.collective else ""
+            lines += indented([f"thread {thread.name}{inside}"], 2) + indented(thread.frames)
+    return lines
+
+
+def _coordinates(trainer: TrainerClient, rank: int) -> str:
+    if rank >= len(trainer.ranks):
+        return ""
+    coordinates = trainer.ranks[rank]
+    axes = ("tensor", "pipeline", "expert", "data")
+    return " (" + ", ".join(f"{axis} {coordinates[f'{axis}_rank']}" for axis in axes) + ")"
+
+
+def _silence(trainer: TrainerClient, rank: int) -> str:
+    process = trainer.process_of(rank)
+    silent = f"does not answer within {ANSWER_SECONDS:g} s"
+    return f"{silent}: {process_state(process)}" if process else silent
+
+
+def process_state(process: int) -> str:
+    """Return whether a process of this host runs, is stopped, or has ended."""
+    state = inspection.state(process)
+    if state is None:
+        return f"process {process} has ended"
+    return f"process {process} is {STATES.get(state, state)}"
+
+
+def _ranks(ranks: list[int], most: int = 16) -> str:
+    shown = ", ".join(map(str, ranks[:most]))
+    more = f" and {len(ranks) - most} more" if len(ranks) > most else ""
+    return f"rank{'s' if len(ranks) > 1 else ''} {shown}{more}"
 
 
 async def inspect_engines(rollouts: RolloutCollector, pushing: bool = False) -> Finding:
