@@ -2,8 +2,7 @@
 
 Needs torch, and triton for CUDA tensors; nothing else. Every function takes `backend`: None runs
 Triton kernels on CUDA tensors and plain PyTorch elsewhere; `r1_kernels.reference` has the same
-functions bound to plain PyTorch on any device.
-"""
+functions bound to plain PyTorch on any device."""
 
 from r1_kernels import reference
 from r1_kernels.blockwise import dequantize_blockwise, quantize_blockwise

@@ -19,8 +19,7 @@ class Sequences:
     """S sequences packed into T tokens: sums over each, and per-sequence values per token.
 
     With a group, each of its ranks holds some tokens of every sequence, and every rank gets the
-    sums of the whole sequences.
-    """
+    sums of the whole sequences."""
 
     def __init__(
         self,
@@ -66,8 +65,7 @@ class Averaging(NamedTuple):
         """Return the sequences of the batch, or None if `average` and `ratio_level` need none.
 
         Raises ValueError for unknown names, missing or wrong borders, and a group of several ranks
-        without a denominator: a rank cannot count the tokens of other ranks.
-        """
+        without a denominator: a rank cannot count the tokens of other ranks."""
         group = self.sequence_group
         if group is not None and dist.get_world_size(group) == 1:
             group = None
@@ -92,8 +90,7 @@ class Averaging(NamedTuple):
         average "token": mask / denominator, by default Σ mask. "sequence": the weights of a
         sequence add up to 1 / denominator, by default the number of sequences with a seen token
         (GRPO). Without any seen token, all weights are 0. Raises ValueError for a denominator that
-        is not positive; the value of a tensor is not checked.
-        """
+        is not positive; the value of a tensor is not checked."""
         denominator = self.denominator
         if isinstance(denominator, int | float) and not denominator > 0:
             raise ValueError(f"denominator is {denominator}: it must be positive")

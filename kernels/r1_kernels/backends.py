@@ -1,8 +1,7 @@
 """Choose the primitives of a call: Triton kernels (`fused`) or plain PyTorch (`plain`).
 
 The two packages have the same functions with the same signatures. The algorithms - chunking,
-vocabulary parallelism, autograd - are written once, over either.
-"""
+vocabulary parallelism, autograd - are written once, over either."""
 
 from __future__ import annotations
 

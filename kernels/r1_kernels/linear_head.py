@@ -5,8 +5,7 @@ size 7,168, computing them a second time costs a third more time, and writing an
 5-7% (docs/kernels.md), so all work on a chunk is done while it exists.
 
 The statistics of a chunk are gathered over the group while the GPU runs the next product: a chunk's
-softmax is read only after the next work is queued.
-"""
+softmax is read only after the next work is queued."""
 
 from __future__ import annotations
 

@@ -12,8 +12,7 @@ holds logits(i) and another, in hidden's dtype, d_logits(i - 1). A rank with the
 does not wait and, in fp32, needs only the first buffer.
 
 Tokens whose mask is 0 - prompts, padding - are left out of every product. Derivations, bytes and
-lower bounds: docs/kernels.md.
-"""
+lower bounds: docs/kernels.md."""
 
 from __future__ import annotations
 
@@ -87,8 +86,7 @@ def linear_policy_loss(
     old_logprobs None: the present policy's own log-probabilities (ratio 1), for the one update of
     an on-policy step. ratio_level "sequence" (GSPO) needs all of a sequence's log-probabilities
     before the first gradient: one product more.
-    Raises ValueError for shapes, dtypes, devices, targets and settings that do not fit, by name.
-    """
+    Raises ValueError for shapes, dtypes, devices, targets and settings that do not fit, by name."""
     check_tensors(hidden=hidden, weight=weight, targets=targets, advantages=advantages, mask=mask)
     settings = PolicySettings(
         clip_low, clip_high, dual_clip, kl_beta, kl_estimator, importance_cap, objective

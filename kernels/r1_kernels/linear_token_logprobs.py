@@ -2,8 +2,7 @@
 
 Without a gradient: one matrix product, whose result exists for one chunk at a time. With a
 gradient, the backward pass computes each chunk's logits again (four products in all), because the
-upstream gradient is not known before; where it is known, `linear_policy_loss` needs three.
-"""
+upstream gradient is not known before; where it is known, `linear_policy_loss` needs three."""
 
 from __future__ import annotations
 
@@ -47,8 +46,7 @@ def linear_token_logprobs(
     the group; False leaves this rank's part, for callers that sum it themselves, as Megatron's
     tensor-parallel regions do.
     Returns logprobs (T,) and entropy (T,), fp32 (fp64 for fp64), the same bits on every rank.
-    Raises ValueError for shapes, dtypes, devices, targets and a temperature that do not fit.
-    """
+    Raises ValueError for shapes, dtypes, devices, targets and a temperature that do not fit."""
     check_tensors(hidden=hidden, weight=weight, targets=targets)
     head = make_head(hidden, weight, temperature, group, vocab_size, chunk_tokens, backend)
     check_same_device(hidden=hidden, weight=weight, targets=targets)

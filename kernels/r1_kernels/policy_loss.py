@@ -3,8 +3,7 @@
 One pass over the tokens computes the loss, its derivative and every metric (formulae:
 `policy_terms`); the backward pass multiplies by the upstream gradient. With a sequence-level ratio
 (GSPO, arXiv 2507.18071 eq. 7), x is its mean over the seen tokens of the sequence, and its
-derivative is the mean over the sequence.
-"""
+derivative is the mean over the sequence."""
 
 from __future__ import annotations
 
@@ -71,8 +70,7 @@ def policy_loss(
     average and denominator: see `averaging.Averaging.weights`; denominator=1 gives the sum.
     clip_low, clip_high: ε on either side; 10, DeepSeek-R1's, hardly clips, where PPO's is 0.2.
     Formulae and the other settings: `policy_terms`.
-    Raises ValueError for shapes, dtypes, devices and settings that do not fit, by name.
-    """
+    Raises ValueError for shapes, dtypes, devices and settings that do not fit, by name."""
     check_tensors(logprobs=logprobs, advantages=advantages, mask=mask)
     if logprobs.dim() != 1:
         raise ValueError(f"logprobs must be (T,), got {tuple(logprobs.shape)}: flatten the batch")
@@ -113,8 +111,7 @@ def prepare_tokens(
     """Check the tensors of one batch. Return them detached, with weights of `dtype` for the mask.
 
     given: the caller's tensors, with the mask as `weights`. others: further tensors that must be on
-    the same device. Raises ValueError for tensors and settings that do not fit, by name.
-    """
+    the same device. Raises ValueError for tensors and settings that do not fit, by name."""
     tensors = given._asdict()
     mask = tensors.pop("weights")
     num_tokens = len(given.advantages if given.logprobs is None else given.logprobs)

@@ -18,8 +18,7 @@ constant and no token loses its gradient:
          (http://joschu.net/blog/kl-approx.html; R1 uses k3)
 
 Exponents are capped at MAX_LOG_RATIO; beyond it the derivative is 0, as that of a minimum is. A
-token with weight w = 0 does not count, even if its tensors hold NaN.
-"""
+token with weight w = 0 does not count, even if its tensors hold NaN."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
 """The public functions with the same signatures, in plain PyTorch on any device.
 
 Machines without a GPU train with them, and the Triton kernels are compared with them. Both backends
-run the same chunked algorithms; fp64 autograd is the oracle of both (tests/kernels).
-"""
+run the same chunked algorithms; fp64 autograd is the oracle of both (tests/kernels)."""
 
 from functools import partial, update_wrapper
 

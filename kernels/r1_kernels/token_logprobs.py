@@ -4,8 +4,7 @@ The forward pass reads the logits once; the backward pass reads them once more a
 gradient, on request into the same memory. With z the logits, c = 1 / temperature, p = softmax(c z),
 y the target and H the entropy:
 
-    d logprob / d z_j = c ([j = y] - p_j)            d H / d z_j = -c p_j (log p_j + H)
-"""
+    d logprob / d z_j = c ([j = y] - p_j)            d H / d z_j = -c p_j (log p_j + H)"""
 
 from __future__ import annotations
 
@@ -41,8 +40,7 @@ def token_logprobs(
     inplace_backward: the backward pass writes the gradient over `logits`, which no other operation
     may need, and can run once. Returns logprobs (T,) and entropy (T,), fp32 (fp64 for fp64),
     the same bits on every rank of the group.
-    Raises ValueError for shapes, dtypes, devices, targets and a temperature that do not fit.
-    """
+    Raises ValueError for shapes, dtypes, devices, targets and a temperature that do not fit."""
     check_tensors(logits=logits, targets=targets)
     check_logits(logits)
     check_temperature(temperature)

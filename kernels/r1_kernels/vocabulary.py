@@ -8,8 +8,7 @@ temperature, a rank computes over its own columns (`STATISTICS`):
 
 One all-gather of these four numbers per token gives every rank the softmax of the whole row,
 combined in rank order: the same bits on every rank and in every run. The peak is kept separate from
-the logarithm of the total, because their sum loses digits where logits are large.
-"""
+the logarithm of the total, because their sum loses digits where logits are large."""
 
 from __future__ import annotations
 

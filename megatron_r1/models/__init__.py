@@ -9,8 +9,7 @@
     replay.py, fp8/                                      routing replay, FP8
 
 A new architecture is one file here, one table in weights/ and a line in hf_config.py. Everything
-but `read_hf_config` is imported at first use, after `megatron_r1.platform.prepare()`.
-"""
+but `read_hf_config` is imported at first use, after `megatron_r1.platform.prepare()`."""
 
 from typing import Any
 

@@ -14,8 +14,7 @@ ring of ranks instead.
 
 Shapes: s tokens, b sequences, t tokens of a packed batch on this rank, h query heads, g key/value
 heads (g divides h), d head size of queries and keys, e head size of values. Padded batches have
-Megatron's order (s, b, heads, size); packed ones have no b.
-"""
+Megatron's order (s, b, heads, size); packed ones have no b."""
 
 from __future__ import annotations
 
@@ -73,8 +72,7 @@ class CoreAttention(MegatronModule):
         query (s, b, h, d), key (s, b, g, d), value (s, b, g, e) -> (s, b, h*e); with
         packed_seq_params, query (t, h, d), key (t, g, d), value (t, g, e) -> (t, h*e). The borders
         of the packed sequences are cu_seqlens_q, int32 (sequences + 1,), from 0 to the tokens of
-        all context-parallel ranks together.
-        """
+        all context-parallel ranks together."""
         assert attention_mask is None and attention_bias is None, "only causal masking is built in"
         if packed_seq_params is None:
             assert self.group.size() == 1, "context parallelism works on packed batches"
@@ -93,8 +91,7 @@ def attend_split(
     """Attend on the part of a packed batch that this rank of the context-parallel `group` holds.
 
     query (t, h, d), key (t, g, d), value (t, g, e) -> (t, h, e). borders: int64 (S + 1,), those of
-    the whole batch.
-    """
+    the whole batch."""
     rank, ranks = group.rank(), group.size()
     # Over the context group: every rank needs the keys and values of all; in the backward pass
     # their gradients are summed.
@@ -128,8 +125,7 @@ def attend_packed(
 
     query (t, h, d), key (k, g, d), value (k, g, e) -> (t, h, e). lengths: int64, queries per
     sequence, summing to t. key_lengths: keys per sequence, summing to k, none below the queries
-    (which are the last ones of their sequence); None: as many as queries.
-    """
+    (which are the last ones of their sequence); None: as many as queries."""
     padded = (lengths + BUCKET_TOKENS - 1) // BUCKET_TOKENS * BUCKET_TOKENS
     order = padded.argsort(stable=True)
     widths, bucket, rows = padded.unique(return_inverse=True, return_counts=True)

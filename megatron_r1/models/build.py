@@ -16,10 +16,7 @@ from megatron_r1.models.score_model import ScoreModel
 
 
 def build_model(
-    hf: dict,
-    config: TransformerConfig,
-    *,
-    vp_stage: int | None = None,
+    hf: dict, config: TransformerConfig, *, vp_stage: int | None = None
 ) -> PolicyModel | ScoreModel:
     """Return this rank's pipeline stage (of virtual stage `vp_stage`) with Megatron's random
     weights.
@@ -27,8 +24,7 @@ def build_model(
     The model maps input_ids and position_ids, (b, s) int64, to hidden states (b, s, h) or, with a
     score head, scores (b, s) fp32, on the last stage; earlier stages return (s, b, h), Megatron's
     order. Megatron's process groups must exist and agree with `config`. The vocabulary is padded to
-    a multiple of the tensor-parallel size (see `vocab_shard`).
-    """
+    a multiple of the tensor-parallel size (see `vocab_shard`)."""
     model = import_module(f"megatron_r1.models.{architecture(hf)}")
     patch_rotary_embedding()
     block, mtp = block_specs(config, vp_stage=vp_stage)
@@ -62,8 +58,7 @@ def _mark_experts(model: PolicyModel | ScoreModel) -> None:
 
     Megatron marks them so (`allreduce` False) only when expert_parallel > 1
     (tensor_parallel/layers.py). With tensor_parallel 2 and both expert sizes 1, two ranks hold the
-    same experts and see different tokens, and their gradients would not be summed.
-    """
+    same experts and see different tokens, and their gradients would not be summed."""
     config = model.config
     if config.num_moe_experts and (
         config.expert_tensor_parallel_size != config.tensor_model_parallel_size
@@ -77,8 +72,7 @@ def freeze_mtp(model: PolicyModel) -> None:
     """Exclude the MTP layers from training; call before wrapping in DistributedDataParallel.
 
     For RL, which has no labels for them: weight decay would still shrink parameters without
-    gradients.
-    """
+    gradients."""
     model = unwrap_model(model)
     if getattr(model, "mtp", None) is not None:
         model.mtp.requires_grad_(False)

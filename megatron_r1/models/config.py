@@ -57,8 +57,7 @@ def transformer_config(
     that replace these.
 
     Raises UserError for a configuration this stack would compute wrongly, for sizes that do not
-    divide, and for an unknown override.
-    """
+    divide, and for an unknown override."""
     model = import_module(f"megatron_r1.models.{architecture(hf)}")
     check_supported(hf)
     transformer_engine = platform.uses_transformer_engine()

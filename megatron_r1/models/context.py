@@ -3,8 +3,7 @@
 A causal query late in a sample costs more than an early one, so each sample is cut into 2 * ranks
 equal chunks and rank r holds chunks r and 2 * ranks - 1 - r: every rank has equally many tokens and
 equal work. A rank's tokens are its two chunks of the first sample, then those of the second, and so
-on: a packed batch whose borders are the global ones divided by the number of ranks.
-"""
+on: a packed batch whose borders are the global ones divided by the number of ranks."""
 
 from __future__ import annotations
 
@@ -16,8 +15,7 @@ def held_positions(borders: Tensor, rank: int, ranks: int) -> Tensor:
     """Return the positions (T / ranks,) int64 of the whole batch that `rank` holds, in its order.
 
     borders: (S + 1,) integers from 0 to T. Raises ValueError where ranks > 1 and a sample's length
-    is not a multiple of 2 * ranks.
-    """
+    is not a multiple of 2 * ranks."""
     borders = borders.long()
     if ranks == 1:
         return torch.arange(int(borders[-1]), device=borders.device)

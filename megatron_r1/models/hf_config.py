@@ -57,8 +57,7 @@ def read_hf_config(
     key of `path`, for error messages.
 
     Raises UserError when the file is missing or unreadable, its architecture is not in
-    ARCHITECTURES, or it is a score model where a language model is expected.
-    """
+    ARCHITECTURES, or it is a score model where a language model is expected."""
     file = Path(path) / "config.json"
     hf = load_config(path, key)
     for alias, name in _ALIASES.items():
@@ -137,8 +136,7 @@ def rope_parameters(hf: dict) -> dict:
     """Return the rotary settings as one flat dict with `rope_type` and `rope_theta`.
 
     transformers 5 writes `rope_parameters`; earlier versions `rope_theta` beside `rope_scaling`,
-    with the kind in `rope_type` or `type`.
-    """
+    with the kind in `rope_type` or `type`."""
     rope = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
     rope["rope_type"] = rope.get("rope_type") or rope.pop("type", None) or "default"
     rope.setdefault("rope_theta", hf.get("rope_theta", 10_000.0))

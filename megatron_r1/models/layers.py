@@ -53,8 +53,7 @@ class LatentAttention(MLASelfAttention):
     tensor_parallel > 1: each rank's heads contribute to it, and
     gather_from_tensor_model_parallel_region does not sum the contributions
     (multi_latent_attention.py:607, Megatron-Core 0.16.1). Behind a replicated projection, the
-    backward pass of the gather over the sequence sums them.
-    """
+    backward pass of the gather over the sequence sums them."""
 
     def __init__(self, config, *args, **kwargs):
         super().__init__(config, *args, **kwargs)
@@ -70,8 +69,7 @@ class PackedMTPLayer(MultiTokenPredictionLayer):
     """An MTP layer that can be recomputed as a whole on packed batches.
 
     Megatron passes every argument through its checkpoint function, which saves them as tensors
-    (multi_token_prediction.py:800, Megatron-Core 0.16.1); PackedSeqParams is not a tensor.
-    """
+    (multi_token_prediction.py:800, Megatron-Core 0.16.1); PackedSeqParams is not a tensor."""
 
     def _checkpointed_forward(self, forward_func, *, hidden_states, decoder_input, **context):
         if self.config.fp8:  # Transformer Engine's checkpoint function takes any argument
@@ -89,8 +87,7 @@ def block_specs(config, *, vp_stage: int | None = None):
     """Return this stage's decoder spec and, where the stage holds MTP layers, their spec, or None.
 
     config.transformer_impl "transformer_engine" uses Megatron's Transformer Engine classes as they
-    are; "local" uses Megatron's own linear layers with our RMSNorm and CoreAttention.
-    """
+    are; "local" uses Megatron's own linear layers with our RMSNorm and CoreAttention."""
     transformer_engine = config.transformer_impl == "transformer_engine"
     block = get_gpt_decoder_block_spec(
         config, transformer_engine, normalization="RMSNorm", vp_stage=vp_stage

@@ -43,8 +43,7 @@ def rope_scaling(hf: dict) -> dict | None:
     """Return the arguments of RotaryEmbedding._apply_scaling, or None without scaling.
 
     GPTModel takes the factor only and fixes the other three at Llama 3.1's values; config.json may
-    have others.
-    """
+    have others."""
     rope = rope_parameters(hf)
     if rope["rope_type"] != "llama3":
         return None

@@ -3,8 +3,7 @@
 The meaning is that of Megatron-Core 0.16.1 (transformer/pipeline_parallel_layer_layout.py and
 transformer_block.py), whose own classes need process groups. A *stage* here is one model chunk:
 pipeline rank p of P holds the chunks (0, p) … (V - 1, p) of V virtual stages, and micro-batches
-pass the chunks in the order (0, 0), (0, 1) … (0, P - 1), (1, 0) …
-"""
+pass the chunks in the order (0, 0), (0, 1) … (0, P - 1), (1, 0) …"""
 
 from __future__ import annotations
 
@@ -22,8 +21,7 @@ class Stage:
     """One model chunk: its decoder layers by global index, and its other parts.
 
     final_norm: the norm after the last decoder layer; a model with MTP layers has it on the chunk
-    of that layer, not on that of the head.
-    """
+    of that layer, not on that of the head."""
 
     layers: tuple[int, ...]
     embedding: bool = True
@@ -48,8 +46,7 @@ def pipeline_stages(
     the embedding on the first chunk, MTP layers and head on the last. num_mtp: MTP layers of the
     model as built.
 
-    Raises UserError for a layout that Megatron would refuse or silently build differently.
-    """
+    Raises UserError for a layout that Megatron would refuse or silently build differently."""
     if layout:
         return _spelled_out(layout, num_layers, pipeline, virtual, num_mtp)
     if num_layers % (pipeline * virtual):

@@ -6,8 +6,7 @@ tokens x vocabulary logits. LMHead keeps the communication that Megatron's outpu
 hidden states are still summed over ranks.
 
 Shapes: s tokens, b batches (1 for a packed batch), h hidden size. Inside the model tensors have
-Megatron's order (s, b, h); what the last stage returns is (b, s, h).
-"""
+Megatron's order (s, b, h); what the last stage returns is (b, s, h)."""
 
 from __future__ import annotations
 
@@ -33,8 +32,7 @@ class LMHead(ColumnParallelLinear):
     """Megatron's output layer without its product: holds the weight, returns the hidden states.
 
     It is still called in the forward pass, because Megatron's overlapped parameter gathering waits
-    for a module's parameters in that module's forward hook.
-    """
+    for a module's parameters in that module's forward hook."""
 
     @classmethod
     def replacing(cls, layer: ColumnParallelLinear, config) -> LMHead:
@@ -76,8 +74,7 @@ class PolicyModel(GPTModel):
     pass of the output also contains the MTP layers' loss (scaled as in Megatron:
     mtp_loss_scaling_factor and the token count); the hidden states themselves are the same. Without
     labels MTP layers are not run. Where they are on an earlier stage than the head, that stage
-    sends their hidden states behind its own, and the last stage computes the loss.
-    """
+    sends their hidden states behind its own, and the last stage computes the loss."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -119,8 +116,7 @@ class PolicyModel(GPTModel):
         """Return `hidden` (s, b, h) with the gradient of the MTP losses in its backward pass.
 
         predicted[k]: (s, b, h), hidden states of MTP layer k, whose targets are the labels shifted
-        by k + 1; labels, loss_mask: (b, s).
-        """
+        by k + 1; labels, loss_mask: (b, s)."""
         mask = torch.ones_like(labels, dtype=torch.float32) if loss_mask is None else loss_mask
         scale = self.config.mtp_loss_scaling_factor / self.config.mtp_num_layers
         roll = {"shifts": -1, "dims": -1, "cp_group": self.cp_group}
@@ -160,8 +156,7 @@ class PolicyModel(GPTModel):
 def lm_head_weight(model) -> Tensor:
     """Return this rank's rows of the head, (padded vocabulary / tensor_parallel, h), tied or not.
 
-    model: a last pipeline stage, bare or wrapped. Rows outside `vocab_shard` are padding.
-    """
+    model: a last pipeline stage, bare or wrapped. Rows outside `vocab_shard` are padding."""
     model = unwrap_model(model)
     weight = model.output_layer.weight
     return model.shared_embedding_or_output_weight() if weight is None else weight
@@ -172,8 +167,7 @@ def vocab_shard(model) -> range:
     vocab_shard[i].
 
     Shorter than the weight where the vocabulary is padded to a multiple of the tensor-parallel
-    size; a softmax must leave those last rows out (logits -inf, or the weight cut).
-    """
+    size; a softmax must leave those last rows out (logits -inf, or the weight cut)."""
     model = unwrap_model(model)
     num_rows = model.output_layer.output_size_per_partition
     start = num_rows * model.output_layer.tp_group.rank()
@@ -185,8 +179,7 @@ def vocab_shard(model) -> range:
 def logits(model, hidden: Tensor) -> Tensor:
     """Return the logits (b, s, this rank's vocabulary) of `hidden` (b, s, h), the last stage's.
 
-    Logits of padding rows are -inf. For tools and tests: the training loss never forms them.
-    """
+    Logits of padding rows are -inf. For tools and tests: the training loss never forms them."""
     out = hidden @ lm_head_weight(model).t()
     padding = torch.arange(out.shape[-1], device=out.device) >= len(vocab_shard(model))
     return out.masked_fill(padding, float("-inf"))

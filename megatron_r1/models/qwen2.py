@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 from megatron_r1.models.hf_config import require
-from megatron_r1.models.llama import (
-    divisions,
-    grouped_query_fields,
-    model_arguments,
-    rope_scaling,
-)
+from megatron_r1.models.llama import divisions, grouped_query_fields, model_arguments, rope_scaling
 
 LATENT_ATTENTION = False
 

@@ -7,8 +7,7 @@ groups affect only the choice and so have no effect on a replayed token.
 A router calls the object in its `router_replay` for the top k (moe_utils.py:706, Megatron-Core
 0.16.1). Megatron's own class (router_replay.py) replays all tokens or none, and a caller has to set
 whether a pass is a forward pass or its recomputation, which is not possible with a schedule that
-interleaves the two.
-"""
+interleaves the two."""
 
 from __future__ import annotations
 

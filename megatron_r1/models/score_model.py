@@ -3,8 +3,7 @@
 The head is one row of weights, whole on every tensor-parallel rank. Under sequence parallelism each
 rank multiplies its own part of the tokens and only the scores are gathered, so that each gradient
 counts once: that of the hidden states is cut to the rank's own tokens, that of the head is summed
-over the tensor ranks like a norm's (`sequence_parallel` on the parameter).
-"""
+over the tensor ranks like a norm's (`sequence_parallel` on the parameter)."""
 
 from __future__ import annotations
 

@@ -125,8 +125,7 @@ class TrainerClient:
         """Wait until every rank has built its model.
 
         Raises the error of the first rank that fails: UserError for a user's mistake, else
-        TrainerError.
-        """
+        TrainerError."""
         replies = await self._gather("start", self.world_size)
         self.ranks = [replies[rank] for rank in range(self.world_size)]
 
@@ -135,8 +134,7 @@ class TrainerClient:
 
         unit: number of consecutive samples that stay in one micro-batch, in their order. Returns
         `packing/waste` and `packing/fill` (`packing.Packing`), `packing/microbatches` per rank and
-        update, and `packing/padding`, the share of padding tokens.
-        """
+        update, and `packing/padding`, the share of padding tokens."""
         limit = self.config.parallel.tokens_per_microbatch
         shares: list[list[Microbatches]] = [[] for _ in range(self.data_size)]
         packings = [
@@ -161,8 +159,7 @@ class TrainerClient:
         """Make one optimizer step on mini-batch `index`; return its metrics.
 
         Raises TrainerError when loss or gradient is not finite: the weights are then lost, and the
-        newest checkpoint is from before.
-        """
+        newest checkpoint is from before."""
         arguments = {"index": index, "loss": loss, "settings": settings}
         metrics = await self.call("update", **arguments, learning_rate=learning_rate)
         _require_finite(metrics, ("loss", "grad_norm"), "optimizer.learning_rate")
@@ -207,8 +204,7 @@ class TrainerClient:
         """Return the mean absolute difference between the engine's and the trainer's
         log-probabilities of the sampled tokens.
 
-        sequences: (prompt_ids, response_ids, logprobs) of each.
-        """
+        sequences: (prompt_ids, response_ids, logprobs) of each."""
         samples = [Sample.pack(*sequence) for sequence in sequences]
         return (await self.call("probe", samples=samples))["probe/mean"]
 

@@ -1,8 +1,7 @@
 """Finds the collective that a thread waits in, from its stack frames.
 
 gloo waits inside the call, so the frames name it. NCCL's calls return at once and the thread waits
-where it next needs a result; then only that place is known.
-"""
+where it next needs a result; then only that place is known."""
 
 from __future__ import annotations
 
@@ -29,8 +28,7 @@ AXES = {
 def collective(innermost: FrameType) -> str | None:
     """Return a description of the collective that `innermost` waits in, or None.
 
-    Such as "all_reduce among ranks 0, 1 (tensor), asked for by _reduce (mappings.py:32)".
-    """
+    Such as "all_reduce among ranks 0, 1 (tensor), asked for by _reduce (mappings.py:32)"."""
     frame: FrameType | None = innermost
     while frame is not None:
         for files in (C10D, MEGATRON):

@@ -52,8 +52,7 @@ def model_chunks(
     """Return this rank's chunks, one per virtual pipeline stage, with their initial weights.
 
     score_std: standard deviation of a new score head; None: 1 / sqrt(hidden_size + 1) (arXiv
-    2009.01325), which gives scores of about unit variance behind the final norm.
-    """
+    2009.01325), which gives scores of about unit variance behind the final norm."""
     num_chunks = transformer.virtual_pipeline_model_parallel_size
     chunks = []
     for stage in range(num_chunks) if num_chunks else [None]:

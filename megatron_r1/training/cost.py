@@ -4,8 +4,7 @@ A token costs 2 P products forward, P the parameters it passes, and 2 L h (d_qk 
 token it attends to, half of the sample on average (L layers, h heads). So a sample of s tokens
 costs s (1 + s / s_0) in units of one token without attention, where s_0 = 2 P / (L h (d_qk + d_v))
 is the length at which attention costs as much as all else. For DeepSeek-V3 s_0 is about 30,000
-tokens: a sample of 65,536 costs as much as thirteen of 10,000, not as much as seven.
-"""
+tokens: a sample of 65,536 costs as much as thirteen of 10,000, not as much as seven."""
 
 from __future__ import annotations
 

@@ -21,12 +21,7 @@ from megatron_r1.training.distributed import GridPosition
 from megatron_r1.training.losses import LossTerms
 from megatron_r1.training.optimizer import new_optimizer
 from megatron_r1.training.packed import PackedBatch
-from megatron_r1.training.passes import (
-    merge_reports,
-    optimizer_step,
-    reduce_over_data,
-    run_passes,
-)
+from megatron_r1.training.passes import merge_reports, optimizer_step, reduce_over_data, run_passes
 
 
 def needs_critic(config: Config) -> bool:
@@ -42,8 +37,7 @@ class Critic:
         advantages are those without a critic.
 
         data_group: the data- and context-parallel ranks, for the metrics. Raises UserError for a
-        model whose vocabulary is smaller than the policy's, else as `construction`.
-        """
+        model whose vocabulary is smaller than the policy's, else as `construction`."""
         own = config.of_critic()
         hf = read_hf_config(own.model.path, "score", "critic.path")
         policy_tokens = read_hf_config(config.model.path)["vocab_size"]
@@ -72,8 +66,7 @@ class Critic:
 
         Returns, over the response tokens of the whole mini-batch, value/loss, value/clip_fraction,
         value/mean (before the step), value/explained_variance of the values used for the advantages
-        (1: equal to the returns; 0: no better than their mean), and value/grad_norm.
-        """
+        (1: equal to the returns; 0: no better than their mean), and value/grad_norm."""
         compute = partial(_loss, self.value_clip)
         run = partial(run_passes, self.chunks, batches, compute, forward_only=False)
         reports, stepped = optimizer_step(self.chunks, self.optimizer, learning_rate, run)
@@ -89,8 +82,7 @@ def value_loss(batch: PackedBatch, values: Tensor, clip: float | None) -> LossTe
 
     values: (T,) fp32, V at every position; V_old is `batch.values`, R `batch.returns`, ε `clip`,
     None for ∞. The clipped term is that of PPO's first implementation (arXiv 2005.12729, section
-    3).
-    """
+    3)."""
     assert batch.values is not None and batch.returns is not None, "values and returns come first"
     rows = batch.response_rows
     new, old, returns = values[rows], batch.values[rows], batch.returns[rows]

@@ -21,8 +21,7 @@ from megatron_r1.models.pipeline_stages import parse_layout
 class GridPosition:
     """Coordinates of a rank on the parallel grid; the controller distributes batches by them.
 
-    last_stage: whether the rank is on the last pipeline stage, which computes the loss.
-    """
+    last_stage: whether the rank is on the last pipeline stage, which computes the loss."""
 
     rank: int
     world_size: int
@@ -36,8 +35,7 @@ class GridPosition:
 def initialize(parallel: ParallelConfig, seed: int) -> GridPosition:
     """Join the process group, create Megatron's groups and seed every random stream.
 
-    Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, as torchrun sets them.
-    """
+    Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, as torchrun sets them."""
     world_size, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
     parallel.check_sizes(world_size)
@@ -85,8 +83,7 @@ def leave() -> None:
     """Destroy the process groups; a rank calls this last.
 
     This waits for gloo's threads: one that still holds a tensor of the last collective while Python
-    shuts down ends the process by signal 6 (pytorch/pytorch#190489).
-    """
+    shuts down ends the process by signal 6 (pytorch/pytorch#190489)."""
     from megatron.core import parallel_state
 
     parallel_state.destroy_model_parallel()
@@ -105,8 +102,7 @@ def embedding_ranks(pipeline_layout: str | None, pipeline: Sequence[int]) -> lis
     the one with the MTP layers, which without a layout is the last.
 
     Where MTP layers and head are on different ranks, Megatron would otherwise treat the last rank's
-    head as a copy of the embedding (Megatron-Core 0.16.1, language_module.py:47).
-    """
+    head as a copy of the embedding (Megatron-Core 0.16.1, language_module.py:47)."""
     with_copy = pipeline[-1]
     for index, stage in enumerate(parse_layout(pipeline_layout) if pipeline_layout else []):
         if "m" in stage:

@@ -27,8 +27,7 @@ class LossTerms(NamedTuple):
     maximum of, over micro-batches and ranks.
 
     A sum named "a/b" is divided by the sum named "b" once everything is added up, and reported as
-    "a".
-    """
+    "a"."""
 
     loss: Tensor
     denominator: Tensor
@@ -44,8 +43,7 @@ def denominator(batch: PackedBatch, average: str) -> Tensor:
     """Return the denominator, () int32, of a sum of the batch's losses.
 
     average: "token" gives the number of response tokens; "sequence" (the sum holds each response's
-    mean) and "constant" (it holds each response's sum over a constant) the number of responses.
-    """
+    mean) and "constant" (it holds each response's sum over a constant) the number of responses."""
     if average == "token":
         return batch.is_response.sum().int()
     if average in ("sequence", "constant"):

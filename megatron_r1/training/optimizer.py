@@ -24,8 +24,7 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 def new_optimizer(config: Config, chunks: list[DistributedDataParallel]) -> MegatronOptimizer:
     """Return Adam with decoupled weight decay over all chunks.
 
-    Raises UserError for moments or an offload that this machine cannot do.
-    """
+    Raises UserError for moments or an offload that this machine cannot do."""
     settings, dtype = config.optimizer, config.model.dtype
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
@@ -71,8 +70,7 @@ def _offload_fields(share: float) -> dict[str, Any]:
 def moment_fields(config: Config) -> dict[str, Any]:
     """Return the fields of Megatron's OptimizerConfig for `optimizer.moments`.
 
-    Raises UserError without Transformer Engine, and together with an offload.
-    """
+    Raises UserError without Transformer Engine, and together with an offload."""
     if config.optimizer.moments == "float32" or not platform.has_gpu():
         return {}
     if not platform.uses_transformer_engine():

@@ -6,8 +6,7 @@ prompt_length - 1 … length - 2; the last position of every sample predicts not
 With context parallelism every sample is padded to a multiple of 2 * ranks. The whole micro-batch is
 packed first, and each rank keeps its positions of every tensor (`models.context`), so targets and
 advantages come from the whole sample. For attention, padding belongs to the sample before it, where
-causal masking hides it from real tokens; it is never a response token.
-"""
+causal masking hides it from real tokens; it is never a response token."""
 
 from __future__ import annotations
 
@@ -66,8 +65,7 @@ class PackedBatch:
     logprobs: fp32 (T,) by name, 0 outside responses: "old" and "reference" are computed by the
     trainer, "teacher" is there where all samples have it;
     routing: the experts to replay on this rank (`models.replay`), of its own layers and, under
-    sequence parallelism, its own part of the T tokens; None without routing replay.
-    """
+    sequence parallelism, its own part of the T tokens; None without routing replay."""
 
     input_ids: Tensor
     position_ids: Tensor
@@ -88,10 +86,7 @@ class PackedBatch:
 
 
 def packed_batch(
-    samples: list[Sample],
-    split: Split,
-    device: torch.device,
-    routing: RoutingPart | None = None,
+    samples: list[Sample], split: Split, device: torch.device, routing: RoutingPart | None = None
 ) -> PackedBatch:
     """Pack `samples`, possibly none, and return this rank's part.
 

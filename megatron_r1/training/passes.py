@@ -34,8 +34,7 @@ def run_passes(
 ) -> list[Any]:
     """Run forward and, unless forward_only, backward over `batches`.
 
-    Returns the reports of `compute`, one per micro-batch, on the last pipeline stage.
-    """
+    Returns the reports of `compute`, one per micro-batch, on the last pipeline stage."""
 
     def forward_step(iterator, model):
         batch = next(iterator)
@@ -69,8 +68,7 @@ def optimizer_step(
 ) -> tuple[list[Any], dict[str, float]]:
     """Make one optimizer step with the gradients that `run` computes.
 
-    Returns the reports of `run`, and the metrics grad_norm and step_taken (0 or 1).
-    """
+    Returns the reports of `run`, and the metrics grad_norm and step_taken (0 or 1)."""
     for chunk in chunks:
         chunk.train()
         chunk.zero_grad_buffer()
@@ -97,16 +95,12 @@ def merge_reports(
 
 
 def reduce_over_data(
-    position: GridPosition,
-    group: ProcessGroup,
-    sums: dict[str, Any],
-    maxima: dict[str, Any],
+    position: GridPosition, group: ProcessGroup, sums: dict[str, Any], maxima: dict[str, Any]
 ) -> dict[str, float]:
     """Reduce metrics over the data- and context-parallel ranks of the last stage; {} elsewhere.
 
     group: these ranks (Megatron's dp_cp). Of sums named "a/b" and "b" the quotient is returned as
-    "a".
-    """
+    "a"."""
     if not position.last_stage:
         return {}
     device = platform.device()

@@ -2,8 +2,7 @@
 
     python -m megatron_r1.training.rank RECIPE_JSON CONTROLLER_ADDRESS
 
-with torchrun's environment variables set (RANK, WORLD_SIZE, …).
-"""
+with torchrun's environment variables set (RANK, WORLD_SIZE, …)."""
 
 import sys
 

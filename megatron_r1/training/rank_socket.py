@@ -12,14 +12,7 @@ import zmq
 import zmq.asyncio
 
 from megatron_r1.processes.authentication import protect_server
-from megatron_r1.training.wire import (
-    MONITOR,
-    Call,
-    RankStatus,
-    Reply,
-    identity,
-    monitor_identity,
-)
+from megatron_r1.training.wire import MONITOR, Call, RankStatus, Reply, identity, monitor_identity
 
 
 class RankSocket:

@@ -22,8 +22,7 @@ class RunState:
 
     step: finished steps; optimizer_step: finished updates, which the learning rate depends on;
     sampler: position in the data; rewards: counters of reward workers and services since the run
-    began (`RewardPool.snapshot`).
-    """
+    began (`RewardPool.snapshot`)."""
 
     step: int = 0
     optimizer_step: int = 0
@@ -75,8 +74,7 @@ class Recorder:
     async def load(self, trainer: TrainerClient, reference: bool) -> None:
         """Load the newest checkpoint into the trainer; go further back where it is damaged.
 
-        reference: whether it holds a reference policy. Raises UserError when none is good.
-        """
+        reference: whether it holds a reference policy. Raises UserError when none is good."""
         newest = self.checkpoints.latest
         await self.checkpoints.verify(trainer)
         if self.checkpoints.latest != newest:

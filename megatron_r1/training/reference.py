@@ -1,8 +1,7 @@
 """The reference policy: a second set of this rank's weights, swapped in only while it is scored.
 
 On the host it takes GPU memory only while it is swapped in; then policy and reference are both on
-the device. On the device it is there all the time, and nothing is copied.
-"""
+the device. On the device it is there all the time, and nothing is copied."""
 
 from __future__ import annotations
 

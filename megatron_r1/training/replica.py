@@ -2,8 +2,7 @@
 
 The controller sends a data-parallel share to the first rank of each replica only, which sends it on
 to the others. A share therefore travels over the controller's network once, however many tensor,
-pipeline and context ranks the replica has, and no rank sees another replica's samples.
-"""
+pipeline and context ranks the replica has, and no rank sees another replica's samples."""
 
 from __future__ import annotations
 

@@ -3,8 +3,7 @@
 A sample is one text; its score is read at its last token. That position may be on any rank of the
 context group. All these ranks compute the same loss from the same scores; the gradient reaches the
 rank that has the position, and the sample is counted on the first context rank
-(`PackedBatch.num_samples`).
-"""
+(`PackedBatch.num_samples`)."""
 
 from __future__ import annotations
 
@@ -46,8 +45,7 @@ def pairwise(batch: PackedBatch, scores: Scores, settings: dict[str, Any]) -> Lo
 
     Bradley-Terry (arXiv 2203.02155, equation 1, with one pair per question). Samples 2i and 2i + 1
     are a pair, the chosen one first. Metrics: accuracy, the share of pairs whose chosen response
-    scores higher; margin, s_chosen - s_rejected.
-    """
+    scores higher; margin, s_chosen - s_rejected."""
     of_samples = scores.of_samples()
     margins = of_samples[0::2] - of_samples[1::2]
     measured = {"accuracy": margins > 0, "margin": margins}
@@ -59,8 +57,7 @@ def pointwise(batch: PackedBatch, scores: Scores, settings: dict[str, Any]) -> L
     their number.
 
     Metrics: accuracy, the share of scores on their label's side of 0; margin, the distance to 0
-    there.
-    """
+    there."""
     of_samples, labels = scores.of_samples(), batch.labels
     margins = of_samples * (2 * labels - 1)
     losses = binary_cross_entropy_with_logits(of_samples, labels, reduction="none")

@@ -38,12 +38,7 @@ from megatron_r1.training.head import Head
 from megatron_r1.training.losses import Loss
 from megatron_r1.training.optimizer import new_optimizer
 from megatron_r1.training.packed import PackedBatch, Split, packed_batch
-from megatron_r1.training.passes import (
-    merge_reports,
-    optimizer_step,
-    reduce_over_data,
-    run_passes,
-)
+from megatron_r1.training.passes import merge_reports, optimizer_step, reduce_over_data, run_passes
 from megatron_r1.training.reference import Reference
 from megatron_r1.training.routing import RoutingPart
 from megatron_r1.training.scores import Scores
@@ -269,11 +264,7 @@ class Trainer:
         wait: until it is done."""
         progress = self.saving.progress(wait)
         assert progress is not None, "save_checkpoint() comes first"
-        return {
-            "is_done": progress.is_done,
-            "error": progress.error,
-            "seconds": progress.seconds,
-        }
+        return {"is_done": progress.is_done, "error": progress.error, "seconds": progress.seconds}
 
     def verify_checkpoint(self, folder: str) -> dict[str, Any]:
         """Return {"damage": lines}, the faults of `folder` that `checkpoint.verify` looks for."""
@@ -311,10 +302,7 @@ class Trainer:
             self.replay.begin(model, batch.routing)
             if not train_mtp:
                 return {}
-            return {
-                "labels": batch.targets[None],
-                "loss_mask": batch.is_response[None].float(),
-            }
+            return {"labels": batch.targets[None], "loss_mask": batch.is_response[None].float()}
 
         reports = run_passes(
             self.chunks, batches, compute, forward_only=forward_only, inputs=inputs

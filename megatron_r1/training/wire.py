@@ -1,7 +1,6 @@
 """Messages between the controller and the trainer ranks: msgpack, no pickles.
 
-Imports neither torch nor Megatron, because the controller imports it.
-"""
+Imports neither torch nor Megatron, because the controller imports it."""
 
 from __future__ import annotations
 
@@ -32,8 +31,7 @@ class Sample(msgspec.Struct, frozen=True):
     routing: indices [rows, moe layers, topk] of the experts the engine chose, of 1 or 2 bytes each
     (`models.routing_shape`), for the tokens before the last; empty without routing replay; teacher:
     float32 bytes, the teacher's log-probabilities of the response, or None; label: for a reward
-    model, 1 for a good text, 0 for a bad one.
-    """
+    model, 1 for a good text, 0 for a bad one."""
 
     token_ids: bytes
     prompt_length: int

@@ -36,8 +36,7 @@ def serve(config: Config, address: str, position: GridPosition | None = None) ->
 
     An operation that fails is answered with the message of a UserError, or else a traceback, and
     ends the process: its peers may already wait in a collective, and only a restart brings all
-    ranks back to the same state.
-    """
+    ranks back to the same state."""
     rank = int(os.environ["RANK"])
     socket = _dealer(identity(rank))
     monitor = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)

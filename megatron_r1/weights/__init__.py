@@ -11,8 +11,7 @@ A new architecture is one table: `table(hf)` in a module here, named in `models.
 export, conversion, the push to the engines and the memory planner read the same table.
 
 `hf_tensors`, `layout` and `shard` need a configuration only; what works on Megatron model chunks is
-imported at first use.
-"""
+imported at first use."""
 
 from typing import Any
 

@@ -1,7 +1,6 @@
 """The parameters of every rank, from `config.json` and parallel coordinates alone.
 
-No model is built, so a laptop can plan the resharding or the memory of thousands of ranks.
-"""
+No model is built, so a laptop can plan the resharding or the memory of thousands of ranks."""
 
 from __future__ import annotations
 
@@ -24,8 +23,7 @@ class Shard:
 
     layers: global indices of its decoder layers, in order. embedding, final_norm, head, mtp:
     whether it has the embedding, the norm after the last decoder layer, the LM head, the MTP
-    layers. transformer_engine: whether its parameters have Transformer Engine's names.
-    """
+    layers. transformer_engine: whether its parameters have Transformer Engine's names."""
 
     layers: tuple[int, ...]
     embedding: bool = True
@@ -45,8 +43,7 @@ class Entry:
     shape: this rank's. pieces: the HF tensors in it; rows without a piece are vocabulary padding.
     owner: whether this rank, of those that hold the same pieces along the tensor and pipeline axes,
     writes them. expert: whether its replicas are the expert-data-parallel group. dtype: its own if
-    it differs from the model's, else None.
-    """
+    it differs from the model's, else None."""
 
     shape: Shape
     pieces: tuple[Piece, ...]
@@ -63,8 +60,7 @@ def table(hf: dict) -> Table:
 def hf_tensors(hf: dict, *, with_mtp: bool = True) -> dict[str, tuple[Shape, str]]:
     """Return name -> (shape, dtype) of every tensor of the full HF checkpoint, in its order.
 
-    The dtype is config.json's (default "bfloat16"), except for tensors that have their own.
-    """
+    The dtype is config.json's (default "bfloat16"), except for tensors that have their own."""
     rules, default = table(hf), hf.get("dtype") or hf.get("torch_dtype") or "bfloat16"
     tensors: dict[str, tuple[Shape, str]] = {}
     for prefix, rule in _placed(rules, with_mtp):

@@ -19,8 +19,7 @@ def local_pieces(
 
     model_chunks: this rank's virtual pipeline stages, bare or wrapped. owner: exactly one rank of
     the job owns each piece, so the owners together write every HF tensor once. Raises ValueError
-    for a parameter that no rule covers, and for one whose shape differs from its rule's.
-    """
+    for a parameter that no rule covers, and for one whose shape differs from its rule's."""
     for tensor, entry in local_entries(model_chunks, hf):
         yield tensor, entry.pieces, entry.owner and _first_replica(entry.expert)
 

@@ -23,8 +23,7 @@ def load_hf(model_chunks: Sequence, hf: dict, path: str | Path, stored: dict | N
     `hf` starts from; its heads are ignored and the score head's weights are not changed. FP8
     checkpoints (fp8.py) are dequantised. MTP layers' copies of the embedding and head are ignored.
     Vocabulary padding becomes zero. Raises UserError naming every missing, unexpected or mis-shaped
-    tensor.
-    """
+    tensor."""
     with HfWeights(path, stored or hf) as weights:
         weights.check(has_mtp(model_chunks))
         _fill(model_chunks, hf, weights)
@@ -36,8 +35,7 @@ def load_megatron(
     """Fill this rank's parameters from the weights in the Megatron checkpoint `path`.
 
     It may have been saved at any layout, with Megatron's own or Transformer Engine's layers; other
-    content (optimizer, reference) is ignored. stored and errors: as in `load_hf`.
-    """
+    content (optimizer, reference) is ignored. stored and errors: as in `load_hf`."""
     with MegatronWeights(path, stored or hf) as weights:
         weights.check(has_mtp(model_chunks))
         _fill(model_chunks, hf, weights)
@@ -67,8 +65,7 @@ def initialize(model_chunks: Sequence, hf: dict, *, std: float, seed: int) -> No
     """Fill this rank's parameters with random weights, the same for every parallel layout.
 
     Matrices are drawn from N(0, std^2), each HF tensor from a generator seeded by `seed` and its
-    name; norms become 1, biases 0. Each tensor is drawn whole, in fp32, one at a time.
-    """
+    name; norms become 1, biases 0. Each tensor is drawn whole, in fp32, one at a time."""
     shapes = hf_tensors(hf)
     with torch.no_grad():
         for parameter, pieces, _ in local_pieces(model_chunks, hf):

@@ -6,8 +6,7 @@ Import, export, the push to the engines and the memory planner all work on piece
 
 To add an architecture, write a module like `llama.py` with one function `table(hf) -> Table`, which
 lists a `Rule` per parameter (`weight` and `gated` make the usual ones), and name the module in
-`models.hf_config`; nothing else reads parameter names. No torch.
-"""
+`models.hf_config`; nothing else reads parameter names. No torch."""
 
 from __future__ import annotations
 
@@ -36,8 +35,7 @@ class Source:
 class Piece:
     """`length` rows (dim 0) or columns (dim 1) of an HF tensor, and their offset on a rank.
 
-    hf[name].narrow(dim, hf_start, length) equals parameter.narrow(dim, local_start, length).
-    """
+    hf[name].narrow(dim, hf_start, length) equals parameter.narrow(dim, local_start, length)."""
 
     hf_name: str
     dim: int
@@ -56,8 +54,7 @@ class Rule:
 
     megatron: name relative to its layer, with Megatron's own layers. te: the name with Transformer
     Engine's layers where it differs. `{e}` in a name is an expert: the local index in Megatron's,
-    the global one in HF's. dtype: set where the tensor's differs from the model's.
-    """
+    the global one in HF's. dtype: set where the tensor's differs from the model's."""
 
     megatron: str
     sources: tuple[Source, ...]
@@ -77,8 +74,7 @@ class Table:
 
     layers[i] are the rules of decoder layer i (Megatron `decoder.layers.`, HF `model.layers.i.`),
     mtp[k] those of MTP layer k (Megatron `mtp.layers.k.`, HF `model.layers.<num_layers + k>.`).
-    copies: HF tensors that repeat another one; written on export, ignored on import.
-    """
+    copies: HF tensors that repeat another one; written on export, ignored on import."""
 
     embedding: list[Rule]
     layers: list[list[Rule]]
@@ -93,8 +89,7 @@ class Table:
         """Return the table of a decoder with these layers: word embedding, final norm and head.
 
         head: the HF name of the LM head; a score model has its score head instead. more: further
-        fields.
-        """
+        fields."""
         hidden, vocab = hf["hidden_size"], hf["vocab_size"]
         embedding = "embedding.word_embeddings"
         last = weight("output_layer", head, (vocab, hidden), vocabulary)
@@ -120,8 +115,7 @@ def gated(
 ) -> list[Rule]:
     """Return the rules of a SwiGLU with `inner` features: gate and up are one Megatron parameter.
 
-    te: Transformer Engine's names of both parameters where they differ.
-    """
+    te: Transformer Engine's names of both parameters where they differ."""
     gate_up = tuple(
         Source(f"{name}.{part}_proj.weight", (inner, hidden)) for part in ("gate", "up")
     )
@@ -140,8 +134,7 @@ def whole(sources: tuple[Source, ...], rank: int, ranks: int) -> tuple[Shape, li
 def columns(sources: tuple[Source, ...], rank: int, ranks: int) -> tuple[Shape, list[Piece]]:
     """Column-parallel: rows (output features) are split.
 
-    Several sources are concatenated: [gate of this rank; up of this rank].
-    """
+    Several sources are concatenated: [gate of this rank; up of this rank]."""
     return _interleave(sources, blocks=ranks, first=rank, count=1)
 
 

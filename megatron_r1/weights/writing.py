@@ -2,8 +2,7 @@
 
 Every rank computes the same header from the weight table. Rank 0 creates the file at its full size
 under a temporary name, every owner maps it and copies its pieces into place (nothing is gathered;
-no rank ever holds a whole tensor), and rank 0 renames it.
-"""
+no rank ever holds a whole tensor), and rank 0 renames it."""
 
 from __future__ import annotations
 
@@ -27,12 +26,7 @@ from megatron_r1.weights.stored.hf_folder import (
     write_config,
     write_index,
 )
-from megatron_r1.weights.stored.safetensors_file import (
-    FilePlan,
-    Placed,
-    plan_file,
-    stored_tensors,
-)
+from megatron_r1.weights.stored.safetensors_file import FilePlan, Placed, plan_file, stored_tensors
 
 
 def save_hf(
@@ -49,8 +43,7 @@ def save_hf(
     The configuration and tokenizer files are copied from `source_folder`; all ranks must see both
     folders. The folder appears complete or not at all (an existing one is replaced). Weights are
     split into files of at most max_shard_bytes, except for larger single tensors. Raises UserError
-    on every rank when something cannot be written.
-    """
+    on every rank when something cannot be written."""
     out, source = Path(out_folder), Path(source_folder)
     unfinished = out.with_name(out.name + ".incomplete")
     with_mtp = has_mtp(model_chunks)
@@ -87,8 +80,7 @@ def write_hf(
     file keeps the previous weights. dtype: of the stored tensors, except those with a dtype of
     their own (the router's correction bias stays float32). durable: fsync before renaming. Raises
     UserError on every rank when the file cannot be created (no such folder, not enough space), and
-    ValueError for unknown `names`.
-    """
+    ValueError for unknown `names`."""
     plan = plan_file(stored_tensors(hf, dtype, with_mtp=has_mtp(model_chunks), names=names))
     write_files(model_chunks, hf, {Path(path): plan}, durable=durable)
 
@@ -142,8 +134,7 @@ def write_files(
 def on_first_rank(action: Callable[[], object], group: dist.ProcessGroup | None = None) -> None:
     """Run `action` on rank 0 while the others wait; raise its OSError as a UserError on all ranks.
 
-    group: all ranks, over another backend than the default group's.
-    """
+    group: all ranks, over another backend than the default group's."""
     outcome: list[str | None] = [None]
     if not dist.is_initialized() or dist.get_rank() == 0:
         try:

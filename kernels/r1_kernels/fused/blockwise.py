@@ -14,8 +14,7 @@ To have the same bits as the plain definition:
   `_e4m3_value` do, with 17 and 14 instructions per element, mostly integer: about 0.75e12
   elements/s on an A100, whose memory allows 0.68e12. On an H200 they would be slower than memory,
   so newer devices use their own instruction. Both give the same code for all values of a scaled
-  block, within ±448 and NaN; beyond, one of them saturates.
-"""
+  block, within ±448 and NaN; beyond, one of them saturates."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
 """The policy loss of a flat run of tokens and its derivative: one pass, each input read once.
 
 Formulae: `r1_kernels.policy_terms`. Each program sums the loss of its own block; the few partial
-sums are added outside, in one order.
-"""
+sums are added outside, in one order."""
 
 from __future__ import annotations
 

@@ -12,8 +12,7 @@ multiple of 16 would split the 16-byte loads. Rows that do not all begin at a mu
 are read in smaller pieces.
 
 Exponentials are base 2 and take (z - peak) · c: the difference first, so that the largest term is
-exactly 1 and a log-probability cannot come out positive.
-"""
+exactly 1 and a log-probability cannot come out positive."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
 """Softmax statistics of rows of logits, and the gradient of the logits, in PyTorch.
 
 A tile of rows at a time, so that intermediate results are small beside the logits, but large enough
-that starting the threads of each operation costs little, also on a busy machine.
-"""
+that starting the threads of each operation costs little, also on a busy machine."""
 
 from __future__ import annotations
 

@@ -28,8 +28,7 @@ def emulate(model: torch.nn.Module, recipe: Recipe) -> None:
     Megatron's linear layers, and our ReplicatedLinear, compute their product in the method
     `_forward_impl`; only that one is replaced, so sharding, communication and parameters are
     unchanged. Embedding, head, router, norms and attention stay in high precision, as in
-    DeepSeek-V3 (section 3.3.1).
-    """
+    DeepSeek-V3 (section 3.3.1)."""
     for module in model.modules():
         if isinstance(module, LINEAR) and not isinstance(module, LMHead):
             linear: Any = module
@@ -51,8 +50,7 @@ def _forward_impl(
     """Replacement of Megatron's linear_with_grad_accumulation_and_async_allreduce (layers.py).
 
     input: (s, b, in), under sequence parallelism this rank's part of s; weight: (out, in) -> (s, b,
-    out).
-    """
+    out)."""
     assert not gradient_accumulation_fusion and not grad_output_buffer, "CUDA only: not emulated"
     if sequence_parallel:
         # Over the tensor group, before quantising: tiles along the tokens are then those of a

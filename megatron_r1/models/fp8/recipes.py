@@ -77,8 +77,7 @@ _SHAPES: dict[str, tuple[tuple[Tile, Tile, Tile], int, int]] = {
 def check_sizes(model: torch.nn.Module, recipe: Recipe) -> None:
     """Raise UserError for a weight with a size, on this rank, that the matrix units do not support.
 
-    Tiles that are cut off at the edge are supported (DeepSeek-V3's 576 latent rows).
-    """
+    Tiles that are cut off at the edge are supported (DeepSeek-V3's 576 latent rows)."""
     for name, weight in model.named_parameters():
         if _PRODUCT.search(name) and any(size % recipe.size_multiple for size in weight.shape):
             raise UserError(

@@ -11,5 +11,4 @@ them.
     writer.py       writes the copies in the background, each file hashed on its way
     loading.py      verifies with all ranks, then reads at any parallel layout
 
-docs/checkpoints.md describes the folder and what happens after each kind of damage.
-"""
+docs/checkpoints.md describes the folder and what happens after each kind of damage."""

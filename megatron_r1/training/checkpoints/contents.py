@@ -8,8 +8,7 @@ reference        the reference policy, as "model" with names that begin with "re
 critic           PPO's critic, as "model" with names that begin with "critic."; critic_optimizer and
                  critic_step as the policy's
 rng              the random streams of every rank; restored at an equal layout only
-layout           the layout that wrote them
-"""
+layout           the layout that wrote them"""
 
 from __future__ import annotations
 
@@ -59,8 +58,7 @@ def sharded(networks: Networks, memory: HostMemory | None = None) -> dict[str, A
     """Return the tree of this rank. Its tensors are the model's own: copy before either changes.
 
     memory: where the optimizer's shards are gathered, for saving; None: for loading, only buffers
-    of the right size are made.
-    """
+    of the right size are made."""
     (chunks, optimizer), reference, critic = networks
     weights = [_weights(chunk, "") for chunk in chunks]
     states, step = _optimizer(optimizer, weights, memory)
@@ -87,8 +85,7 @@ def _optimizer(
     """Return the sharded state of an optimizer's parts, and its number of finished updates.
 
     weights: the entries of its model's chunks; first: index of its first part among all optimizers
-    that are gathered in `memory`.
-    """
+    that are gathered in `memory`."""
     _allocate_state(optimizer)
     kind = {"distrib_optim_sharding_type": FORMAT}
     # Parameters of all chunks belong to one optimizer, which finds them by identity.
@@ -183,8 +180,7 @@ def _parts(optimizer: Any) -> list[Any]:
 def _little_to_collect() -> Iterator[None]:
     """Within the context, exclude all objects that exist now from garbage collection.
 
-    Megatron collects after every part, 0.4 s a time for the objects of its imports alone.
-    """
+    Megatron collects after every part, 0.4 s a time for the objects of its imports alone."""
     gc.freeze()
     try:
         yield
@@ -197,8 +193,7 @@ def _separate_steps(inner: torch.optim.Optimizer) -> None:
 
     After loading they share one (distrib_optimizer.py:825): the next update would increment it once
     per parameter, and Adam's bias correction would be over in one step. On a GPU the step is a
-    number of the group.
-    """
+    number of the group."""
     for state in inner.state.values():
         if torch.is_tensor(state.get("step")):
             state["step"] = state["step"].clone()
@@ -207,8 +202,7 @@ def _separate_steps(inner: torch.optim.Optimizer) -> None:
 def _allocate_state(optimizer: Any) -> None:
     """Give optimizers that have not stepped yet their moments, by a step that changes nothing.
 
-    Megatron's distributed optimizer over torch's AdamW can neither save nor load without them.
-    """
+    Megatron's distributed optimizer over torch's AdamW can neither save nor load without them."""
     for part in _parts(optimizer):
         inner = part.optimizer
         if inner.state:

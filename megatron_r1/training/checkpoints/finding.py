@@ -3,8 +3,7 @@ the one that `model.checkpoint` names.
 
 step_00000012            whole: renamed to this when every file of it was on disk
 .step_00000016.partial   was being written when the run was killed; removed at the next start
-step_00000008.damaged    found damaged and set aside for the user to inspect; never deleted
-"""
+step_00000008.damaged    found damaged and set aside for the user to inspect; never deleted"""
 
 from __future__ import annotations
 
@@ -67,8 +66,7 @@ def newest(
     that are newer.
 
     below: consider only checkpoints older than this one. Compares names, sizes and the manifest
-    (verify "none": names only); the trainer ranks verify the checksums.
-    """
+    (verify "none": names only); the trainer ranks verify the checksums."""
     damaged: list[Damaged] = []
     for folder in reversed(whole(checkpoints)):
         if below is not None and step_of(folder) >= step_of(below):
@@ -142,8 +140,7 @@ def check_start(folder: Path) -> str | None:
     """Raise UserError unless `folder`, of `model.checkpoint`, is a Megatron checkpoint.
 
     Checked before any rank starts; the ranks verify the checksums when they load it. Returns a note
-    for the user where there is no manifest to verify against: the checkpoint was made elsewhere.
-    """
+    for the user where there is no manifest to verify against: the checkpoint was made elsewhere."""
     if (folder / "metadata.json").is_file():
         if has_manifest(folder):
             return None

@@ -2,8 +2,7 @@
 
 Megatron's own gathering (distrib_optimizer.py:977) makes five copies in fresh memory. It also
 leaves out the padding between buckets (:1112) that the index of parameters counts (:1499): with
-more than one bucket, the state of all later ones is stored off by up to 127 elements.
-"""
+more than one bucket, the state of all later ones is stored off by up to 127 elements."""
 
 from __future__ import annotations
 
@@ -27,8 +26,7 @@ def gathering(part: Any, index: int, memory: HostMemory | None) -> Iterator[None
     """Within the context, part `index` of the optimizer gathers into `memory`; without memory, only
     buffers of the right size are made.
 
-    Every data-parallel rank gets everything, so that they can share the writing.
-    """
+    Every data-parallel rank gets everything, so that they can share the writing."""
     part.get_parameter_state_dp_zero = partial(_gather, part, index, memory)
     try:
         yield

@@ -2,8 +2,7 @@
 
 Fresh memory is slow: its pages are faulted in one by one, and on a GPU they have to be pinned for a
 fast copy. The price is that the memory is taken for the whole run: what one rank writes, and its
-part of the optimizer whole.
-"""
+part of the optimizer whole."""
 
 from __future__ import annotations
 
@@ -40,8 +39,7 @@ class HostMemory:
         """Return `tensor` on the host, contiguous and alone in its storage.
 
         A part of a gathered buffer is not copied again. A copy from a GPU is complete after
-        `platform.synchronize`.
-        """
+        `platform.synchronize`."""
         tensor = tensor.detach()
         is_gathered = tensor.untyped_storage().data_ptr() in self._storages
         if is_gathered and tensor.is_contiguous():

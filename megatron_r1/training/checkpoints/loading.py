@@ -26,8 +26,7 @@ UNREADABLE = (
 def damage(folder: Path, verify: Verify) -> list[str]:
     """Return the faults of `folder`, one line per file, the same on every rank.
 
-    Called on all ranks together; each reads its share of the bytes.
-    """
+    Called on all ranks together; each reads its share of the bytes."""
     faults: list[str] = []
     if verify != "none":
         try:
@@ -45,8 +44,7 @@ def load(folder: Path, networks: Networks) -> bool:
     """Read `folder` into `networks` and, at the layout that wrote it, every rank's random streams.
 
     Returns whether the streams were restored. Raises UserError, naming the folder, when its tensors
-    do not fit the model.
-    """
+    do not fit the model."""
     tree = contents.sharded(networks)
     own_layout = contents.layout(networks.policy.chunks)
     try:

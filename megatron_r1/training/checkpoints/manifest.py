@@ -3,8 +3,7 @@
     manifest.json   {"format": 1, "files": {".metadata": {"bytes": 5120, "blake3": "9f…"}, …},
                      "digest": "…"}         of "files" itself, so that a flipped byte here shows too
 BLAKE3, because it is the fastest hash without accidental collisions (4.5 GB/s on one core where
-CRC-32 does 2.0 and BLAKE2b 0.7), and because the `b3sum` command checks the files alone.
-"""
+CRC-32 does 2.0 and BLAKE2b 0.7), and because the `b3sum` command checks the files alone."""
 
 from __future__ import annotations
 
@@ -40,8 +39,7 @@ class BadManifest(Exception):
 def write(folder: Path, known: Mapping[str, Entry] | None = None) -> None:
     """Write the manifest of every file in `folder`, atomically; call when all are written.
 
-    known: entries of files that were hashed as they were written; the other files are read.
-    """
+    known: entries of files that were hashed as they were written; the other files are read."""
     known = known or {}
     rest = [name for name in _files(folder) if name not in known]
     with ThreadPoolExecutor(THREADS) as pool:
@@ -77,8 +75,7 @@ def damage(folder: Path, verify: Verify = "full", only: Collection[str] | None =
     """Return the faults of `folder`, a line per file; empty where it is as it was written.
 
     verify: "full" hashes every byte, "size" compares file sizes, "none" checks nothing. only: the
-    files to check; None: all.
-    """
+    files to check; None: all."""
     if verify == "none":
         return []
     try:

@@ -29,8 +29,7 @@ class _Saving:
 class CheckpointSeries:
     """The checkpoints of one run. `latest`: the newest that is known to be whole, or None.
 
-    notify: called with lines for the user.
-    """
+    notify: called with lines for the user."""
 
     def __init__(self, folder: Path, settings: CheckpointConfig, notify: Callable[[str], None]):
         """Choose the newest checkpoint whose manifest, files and sizes are right.

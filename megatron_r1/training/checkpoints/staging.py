@@ -3,8 +3,7 @@
 Megatron's planner decides which rank writes which shard of which tensor into which file, in the
 torch_dist format. Megatron would also write, in processes forked from this one; a fork of a process
 with CUDA, NCCL or gloo threads is undefined, and its spawned alternative needs a GPU. So only the
-plan is taken from it, and `writer` writes in threads.
-"""
+plan is taken from it, and `writer` writes in threads."""
 
 from __future__ import annotations
 

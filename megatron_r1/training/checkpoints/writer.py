@@ -2,8 +2,7 @@
 
 A thread per rank writes the staged files and hashes their bytes; writing, syncing and hashing
 release the interpreter lock. The threads then agree over a process group of their own, so that they
-never wait for the training threads, and rank 0 writes the manifest and renames the folder.
-"""
+never wait for the training threads, and rank 0 writes the manifest and renames the folder."""
 
 from __future__ import annotations
 
@@ -78,18 +77,14 @@ class CheckpointWriter:
         self._progress: Progress | None = None
 
     def save(
-        self,
-        folder: Path,
-        make_tree: Callable[[HostMemory], dict[str, Any]],
-        state: dict[str, Any],
+        self, folder: Path, make_tree: Callable[[HostMemory], dict[str, Any]], state: dict[str, Any]
     ) -> None:
         """Start to write `folder` and return when the tensors are copied; waits for the previous
         save first.
 
         make_tree: returns the sharded entries, gathered in the memory given. state: the
         controller's, JSON. Raises UserError, on every rank, where the folder cannot be made or the
-        previous save failed.
-        """
+        previous save failed."""
         previous = self.progress(wait=True)
         if previous is not None and previous.error is not None:
             raise UserError(previous.error)
@@ -169,8 +164,7 @@ class HashedFile:
     """A file written from front to end and hashed; synced and closed by the `with` block.
 
     `entry` is computed from the bytes handed to the disk, so that what the disk changes shows on
-    loading.
-    """
+    loading."""
 
     def __init__(self, path: Path):
         self._file = open(path, "wb", buffering=0)  # noqa: SIM115 - closed by __exit__
@@ -216,10 +210,7 @@ class HashedFile:
 
 
 def write_items(
-    writer: FileSystemWriterAsync,
-    stream: HashedFile,
-    name: str,
-    items: Sequence[tuple[Any, Any]],
+    writer: FileSystemWriterAsync, stream: HashedFile, name: str, items: Sequence[tuple[Any, Any]]
 ) -> list[Any]:
     """Append `items` in the format of torch's distributed checkpoint; return its results."""
     form = SerializationFormat.TORCH_SAVE

@@ -5,5 +5,4 @@ by piece.
     dcp_reading, dcp_writing, saved_tensor, megatron_names   Megatron's distributed checkpoints
     megatron_weights                                         these, read as Hugging Face tensors
     fp8, fp8_blocks                                          DeepSeek's FP8 layout
-    raw                                                      rectangles of files, without mapping
-"""
+    raw                                                      rectangles of files, without mapping"""

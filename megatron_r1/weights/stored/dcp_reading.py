@@ -3,8 +3,7 @@
 `.metadata` is that of torch.distributed.checkpoint: the tensors, the chunks each was saved in, and
 for every chunk the file and byte range. A chunk is written by `torch.save`: an uncompressed zip of
 a pickle that describes the tensor and its raw data. Only the bytes of the requested rectangles are
-read, so that no chunk, however large, is ever whole in memory.
-"""
+read, so that no chunk, however large, is ever whole in memory."""
 
 from __future__ import annotations
 
@@ -44,8 +43,7 @@ class _Chunk:
 class DistributedCheckpoint:
     """The tensors of the checkpoint in `folder`: `shapes` and `dtypes` by key.
 
-    Raises UserError when the folder is not such a checkpoint, or a file is missing or truncated.
-    """
+    Raises UserError when the folder is not such a checkpoint, or a file is missing or truncated."""
 
     def __init__(self, folder: str | Path):
         self.path = Path(folder)
@@ -74,8 +72,7 @@ class DistributedCheckpoint:
     def read(self, key: str, starts: Box, sizes: Box) -> Tensor:
         """Return a rectangle of the tensor `key`, in its stored dtype, assembled from its chunks.
 
-        Raises UserError where the chunks do not cover it, or are damaged.
-        """
+        Raises UserError where the chunks do not cover it, or are damaged."""
         out = torch.empty(tuple(sizes), dtype=self.dtypes[key])
         covered = 0
         for chunk in self._near(key, starts, sizes):

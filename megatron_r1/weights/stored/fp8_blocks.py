@@ -26,8 +26,7 @@ def quantise(
     in fp32 or rounded to bf16, keeps that scale, and with it every bit. Without it FP8 → bf16 → FP8
     would not be the identity: bf16 rounding changes a number by at most 2^-8 of itself and half the
     distance between two e4m3 numbers is at least 2^-5 of them, so the codes are recovered, but the
-    scale is not (amax has been rounded too). A block that training has changed gets a new scale.
-    """
+    scale is not (amax has been rounded too). A block that training has changed gets a new scale."""
     x = x.float()
     q, scale = quantize_blockwise(x)
     if power_of_two:

@@ -25,8 +25,7 @@ _CARRIED = (".json", ".jinja", ".txt", ".model")
 def split_into_files(tensors: Tensors, max_bytes: int) -> dict[str, dict]:
     """Return file name -> its tensors, at most max_bytes, except for larger single tensors.
 
-    The scales of an FP8 weight are in the same file, because they are computed together.
-    """
+    The scales of an FP8 weight are in the same file, because they are computed together."""
     shards: list[dict] = [{}]
     size = 0
     for name, (shape, dtype) in tensors.items():
@@ -70,8 +69,7 @@ def write_config(
     """Write the config.json of `source`, changed to describe the weights in `folder`.
 
     dtype: of the weights; float8_e4m3fn for the published FP8 layout, whose other tensors are bf16.
-    with_score: whether they are a score model's, also if `source` is a language model's.
-    """
+    with_score: whether they are a score model's, also if `source` is a language model's."""
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     # For loaders these take precedence over the files.
     quantisation = config.pop("quantization_config", None)

@@ -14,12 +14,7 @@ from megatron_r1.weights.stored import fp8, fp8_blocks
 from megatron_r1.weights.stored.safetensors_file import SafetensorsFile
 from megatron_r1.weights.stored.weight_files import INDEX, SINGLE, weight_files
 
-FLOATS = {
-    "F32": "float32",
-    "BF16": "bfloat16",
-    "F16": "float16",
-    "F8_E4M3": fp8.STORED,
-}
+FLOATS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F8_E4M3": fp8.STORED}
 # Tensors that no table lists but a checkpoint may hold: tied heads, and buffers of older
 # transformers.
 _IGNORED = ("lm_head.weight", ".rotary_emb.inv_freq")
@@ -32,8 +27,7 @@ class HfWeights:
     """The tensors of the safetensors checkpoint in `folder`, which has the configuration `hf`.
 
     Reads `model.safetensors.index.json` and its files, or one `model.safetensors`. Raises UserError
-    for missing and damaged files when opened; `check` compares names and shapes with `hf`.
-    """
+    for missing and damaged files when opened; `check` compares names and shapes with `hf`."""
 
     def __init__(self, folder: str | Path, hf: dict):
         self.path, self.hf = Path(folder), hf
@@ -61,8 +55,7 @@ class HfWeights:
     def read(self, name: str, dim: int, start: int, length: int) -> Tensor:
         """Return `length` rows (dim 0) or columns (dim 1), in the stored dtype; FP8 as fp32 values.
 
-        A copy of the table (`Table.copies`) that the folder lacks is read from its original.
-        """
+        A copy of the table (`Table.copies`) that the folder lacks is read from its original."""
         name = name if name in self._home else self.copies.get(name, name)
         starts, sizes = self._box(name, dim, start, length)
         file = self._home[name]

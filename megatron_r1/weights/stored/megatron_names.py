@@ -4,8 +4,7 @@ Megatron names and splits tensors by rules of its own (`sharded_state_dict`): th
 are one tensor with the expert as first axis; the layers of a model whose layers are all alike are
 one tensor with the layer as first axis; in grouped-query layers the norms have the names of those
 inside Transformer Engine's linear layers, also with Megatron's own layers. All of it follows from
-the weight table; tests compare it with what Megatron saves.
-"""
+the weight table; tests compare it with what Megatron saves."""
 
 from __future__ import annotations
 
@@ -75,8 +74,7 @@ def stored_layout(
 
     transformer_engine: whether Transformer Engine's layers saved it; only latent attention's names
     differ. stacked: whether layers are one axis; None: as in Megatron 0.16, for models without
-    experts.
-    """
+    experts."""
     rules = table(hf)
     if stacked is None:
         stacked = not rules.num_experts

@@ -1,8 +1,7 @@
 """Reads and writes rectangles of tensors in files, without mapping the files.
 
 A mapped page counts as this process's memory, and a converter touches every page of a file; with
-reads into a buffer, its memory stays at the size of the buffer.
-"""
+reads into a buffer, its memory stays at the size of the buffer."""
 
 from __future__ import annotations
 
@@ -27,8 +26,7 @@ def read_box(
     """Return tensor[starts[0] : starts[0] + sizes[0], …] of the contiguous tensor at offset `at`.
 
     file: a file descriptor. Only the rows of the rectangle are read; where it has only some of the
-    columns, in stripes of STRIPE_BYTES. Raises EOFError when the file is too short.
-    """
+    columns, in stripes of STRIPE_BYTES. Raises EOFError when the file is too short."""
     out = torch.empty(tuple(sizes), dtype=dtype)
     if not out.numel():
         return out

@@ -1,8 +1,7 @@
 """The safetensors format: 8 bytes of header length, a JSON header, tensors without gaps.
 
 Files are read here, not by the safetensors library, which maps them (see raw.py), and planned
-before they exist, so that all ranks of an export know where each tensor will lie.
-"""
+before they exist, so that all ranks of an export know where each tensor will lie."""
 
 from __future__ import annotations
 
@@ -121,8 +120,7 @@ def stored_tensors(
 ) -> dict[str, tuple[Shape, torch.dtype]]:
     """Return name -> (shape, dtype on disk) of the tensors of an export.
 
-    names: only these; ValueError for unknown ones.
-    """
+    names: only these; ValueError for unknown ones."""
     own = {name for name, (_, kept) in hf_tensors({**hf, "dtype": "any"}).items() if kept != "any"}
     tensors = {
         name: (shape, torch.float32 if name in own else dtype)

@@ -1,7 +1,6 @@
 """Finds the raw data of a tensor written by `torch.save`, without loading it.
 
-`torch.save` writes an uncompressed zip of a pickle that describes the tensor, and the data.
-"""
+`torch.save` writes an uncompressed zip of a pickle that describes the tensor, and the data."""
 
 from __future__ import annotations
 
@@ -26,8 +25,7 @@ def describe_saved(file: int, at: int, length: int) -> tuple[torch.dtype, tuple[
     """Return (dtype, shape, file offset of the raw data) of a contiguous tensor.
 
     file: a descriptor; the `torch.save` is at [at, at + length). Raises BadZipFile, UnpicklingError
-    or KeyError for other content.
-    """
+    or KeyError for other content."""
     with zipfile.ZipFile(_Slice(file, at, length)) as archive:
         root = archive.namelist()[0].split("/")[0]
         described = _Description(io.BytesIO(archive.read(f"{root}/data.pkl"))).load()

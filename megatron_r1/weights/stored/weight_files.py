@@ -13,8 +13,7 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 def weight_files(folder: Path) -> list[Path]:
     """Return the weight files of a Hugging Face folder.
 
-    Raises UserError where there are none, and for files that its index lists but are missing.
-    """
+    Raises UserError where there are none, and for files that its index lists but are missing."""
     single, index = folder / SINGLE, folder / INDEX
     if index.is_file():
         try:
