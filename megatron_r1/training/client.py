@@ -26,10 +26,9 @@ from megatron_r1.models import read_hf_config
 from megatron_r1.processes import children
 from megatron_r1.processes.authentication import RANKS_ENVIRONMENT
 from megatron_r1.processes.logs import last_lines
-from megatron_r1.training.cost import sample_cost
-from megatron_r1.training.packing import Packing, pack
+from megatron_r1.training.packing import Packing, pack, sample_cost
 from megatron_r1.training.rank_socket import RankSocket
-from megatron_r1.training.wire import Call, Microbatches, Reply, Sample, Share
+from megatron_r1.training.wire import Call, Reply, Sample, Share
 
 POLL_SECONDS = 0.5
 
@@ -136,14 +135,14 @@ class TrainerClient:
         `packing/waste` and `packing/fill` (`packing.Packing`), `packing/microbatches` per rank and
         update, and `packing/padding`, the share of padding tokens."""
         limit = self.config.parallel.tokens_per_microbatch
-        shares: list[list[Microbatches]] = [[] for _ in range(self.data_size)]
+        shares: list[Share] = [[] for _ in range(self.data_size)]
         packings = [
             pack([len(s) for s in samples], self.data_size, limit, cost=self._cost, unit=unit)
             for samples in minibatches
         ]
         for samples, packing in zip(minibatches, packings, strict=True):
             for rank, share in enumerate(packing.shares):
-                shares[rank].append(Microbatches([[samples[i] for i in m] for m in share]))
+                shares[rank].append([[samples[i] for i in m] for m in share])
         loaded = self._last_stage(await self._everywhere("load", shares=shares))
         self._packings = packings
         return {
@@ -245,7 +244,7 @@ class TrainerClient:
         self,
         operation: str,
         arguments: dict[str, Any] | None = None,
-        shares: list[list[Microbatches]] | None = None,
+        shares: list[Share] | None = None,
         begun: Callable[[], object] | None = None,
     ) -> dict[int, dict[str, Any]]:
         await self._busy.acquire()
@@ -266,12 +265,12 @@ class TrainerClient:
         self,
         operation: str,
         arguments: dict[str, Any] | None,
-        shares: list[list[Microbatches]] | None,
+        shares: list[Share] | None,
     ) -> dict[int, dict[str, Any]]:
         for rank, description in enumerate(self.ranks):
             share = None
             if shares and description["leads_replica"]:
-                share = msgspec.msgpack.encode(Share(shares[description["data_rank"]]))
+                share = msgspec.msgpack.encode(shares[description["data_rank"]])
             try:
                 await self.socket.send(rank, Call(operation, arguments or {}, share))
             except zmq.ZMQError:

@@ -1,4 +1,5 @@
-"""Joins the process groups and gives this rank's position on Megatron's parallel grid."""
+"""Joins the process groups and gives this rank's position on Megatron's parallel grid, and its
+model replica."""
 
 from __future__ import annotations
 
@@ -116,3 +117,42 @@ def from_rank_zero(value: str | None) -> str:
     dist.broadcast_object_list(values, src=0)  # over all ranks: only rank 0 got the value
     assert values[0] is not None, "rank 0 has no value"
     return values[0]
+
+
+class Replica:
+    """The ranks that hold one copy of the model between them and see the same samples; created on
+    every rank together, after Megatron's grid.
+
+    The controller sends a data-parallel share to the first rank of each replica only, which sends
+    it on to the others: it travels over the controller's network once, however many ranks the
+    replica has, and no rank sees another replica's samples."""
+
+    def __init__(self, position: GridPosition):
+        own = torch.tensor([position.data_rank], device=platform.device())
+        data_ranks = [torch.empty_like(own) for _ in range(position.world_size)]
+        dist.all_gather(data_ranks, own)  # over all ranks: each needs the members of all replicas
+        replicas: dict[int, list[int]] = {}
+        for rank, data_rank in enumerate(data_ranks):
+            replicas.setdefault(int(data_rank), []).append(rank)
+        # Every rank creates every group: use_local_synchronization names a group by how many its
+        # rank has created, in which ranks differ (torch 2.13, distributed_c10d.py:5467), and hangs.
+        # Samples are bytes on hosts: gloo, also where tensors travel by NCCL.
+        groups = {d: dist.new_group(ranks, backend="gloo") for d, ranks in replicas.items()}
+        self._members, self._group = replicas[position.data_rank], groups[position.data_rank]
+        self.leads = position.rank == self._members[0]
+
+    def share(self, payload: bytes | None) -> bytes:
+        """Return the leader's `payload` on every rank of the replica."""
+        if len(self._members) == 1:
+            assert payload is not None
+            return payload
+        # Over the replica: its leader alone received the payload. First the size, for the buffer.
+        size = torch.tensor([len(payload or b"")])
+        dist.broadcast(size, self._members[0], group=self._group)
+        if not size.item():
+            return b""
+        buffer = torch.empty(int(size), dtype=torch.uint8)
+        if self.leads:
+            buffer = torch.frombuffer(bytearray(payload or b""), dtype=torch.uint8)
+        dist.broadcast(buffer, self._members[0], group=self._group)
+        return buffer.numpy().tobytes()

@@ -37,13 +37,12 @@ from megatron_r1.training.distributed import GridPosition
 from megatron_r1.training.head import Head
 from megatron_r1.training.losses import Loss
 from megatron_r1.training.optimizer import new_optimizer
-from megatron_r1.training.packed import PackedBatch, Split, packed_batch
+from megatron_r1.training.packed import PackedBatch, RoutingPart, Split, packed_batch
 from megatron_r1.training.passes import merge_reports, optimizer_step, reduce_over_data, run_passes
 from megatron_r1.training.reference import Reference
-from megatron_r1.training.routing import RoutingPart
 from megatron_r1.training.scores import Scores
 from megatron_r1.training.token_advantages import Scored
-from megatron_r1.training.wire import Microbatches, Sample
+from megatron_r1.training.wire import Sample, Share
 from megatron_r1.user_code import find_function
 
 
@@ -88,18 +87,16 @@ class Trainer:
         """The parameters of the whole model, counted in its weight table."""
         return sum(math.prod(shape) for shape, _ in weights.hf_tensors(self.hf).values())
 
-    def load(self, minibatches: list[Microbatches]) -> dict[str, float]:
-        """Pack samples into tensors: minibatches[i].samples[m] is micro-batch m of update i.
+    def load(self, share: Share) -> dict[str, float]:
+        """Pack samples into tensors: share[i][m] is micro-batch m of update i.
 
         Returns "packing/padding", the share of padding among the tokens computed."""
+        pack = partial(packed_batch, split=self.split, device=platform.device())
         self.minibatches = [
-            [
-                packed_batch(s, self.split, platform.device(), self.routing)
-                for s in self._in_rounds(step.samples)
-            ]
-            for step in minibatches
+            [pack(samples, routing=self.routing) for samples in self._in_rounds(step)]
+            for step in share
         ]
-        samples = [s for step in minibatches for batch in step.samples for s in batch]
+        samples = [s for step in share for batch in step for s in batch]
         # The sum also runs over context ranks, which hold parts of the same samples.
         own = sum(len(s) for s in samples) / self.config.parallel.context
         slots = sum(batch.input_ids.numel() for step in self.minibatches for batch in step)

@@ -68,16 +68,8 @@ class Sample(msgspec.Struct, frozen=True):
         return len(self.token_ids) // 4
 
 
-class Microbatches(msgspec.Struct, frozen=True):
-    """The share of one model replica in one optimizer step; samples[m] is micro-batch m."""
-
-    samples: list[list[Sample]]
-
-
-class Share(msgspec.Struct, frozen=True):
-    """The samples of one model replica: minibatches[i] is for optimizer step i."""
-
-    minibatches: list[Microbatches]
+Share = list[list[list[Sample]]]
+"""The samples of one model replica: share[i][m] are those of micro-batch m of optimizer step i."""
 
 
 class Call(msgspec.Struct, frozen=True):

@@ -16,9 +16,8 @@ from megatron_r1.config import Config
 from megatron_r1.errors import UserError
 from megatron_r1.processes.authentication import RANKS_ENVIRONMENT, protect_client
 from megatron_r1.training import distributed
-from megatron_r1.training.distributed import GridPosition
+from megatron_r1.training.distributed import GridPosition, Replica
 from megatron_r1.training.rank_monitor import IDLE, RankMonitor
-from megatron_r1.training.replica import Replica
 from megatron_r1.training.wire import Call, Reply, Share, identity, monitor_identity
 
 
@@ -119,8 +118,8 @@ class Operations:
     def run(self, call: Call) -> dict[str, Any]:
         """Run one operation; its result is JSON-like. Raises ValueError for an unknown one."""
         if call.operation == "load":
-            share = msgspec.msgpack.decode(self.replica.share(call.share), type=Share)
-            return self.trainer.load(share.minibatches)
+            payload = self.replica.share(call.share)
+            return self.trainer.load(msgspec.msgpack.decode(payload, type=Share))
         if call.operation not in OPERATIONS:
             raise ValueError(f"unknown operation {call.operation!r}: use {', '.join(OPERATIONS)}")
         home = self.push if call.operation in PUSH_OPERATIONS else self.trainer

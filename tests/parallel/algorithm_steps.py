@@ -21,7 +21,7 @@ from megatron_r1.config import Config
 from megatron_r1.rl import algorithms
 from megatron_r1.training import distributed
 from megatron_r1.training.packing import pack
-from megatron_r1.training.wire import Microbatches, Sample
+from megatron_r1.training.wire import Sample
 
 SETTINGS = {
     "rloo": {"kl_beta": 0.5},
@@ -51,7 +51,7 @@ def load(trainer, position, seeds) -> list[list[list[str]]]:
     for seed in seeds:
         made = samples(seed)
         plan = pack([len(s) for s in made], position.data_size, 80).shares[position.data_rank]
-        steps.append(Microbatches([[made[i] for i in members] for members in plan]))
+        steps.append([[made[i] for i in members] for members in plan])
         names.append([[f"{seed}.{i}" for i in members] for members in plan])
     trainer.load(steps)
     return names

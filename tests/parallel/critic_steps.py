@@ -19,7 +19,7 @@ from megatron_r1.config import Config
 from megatron_r1.models import read_hf_config
 from megatron_r1.training import distributed
 from megatron_r1.training.packing import pack
-from megatron_r1.training.wire import Microbatches, Sample
+from megatron_r1.training.wire import Sample
 
 TOLERANCE = 2e-5
 POLICY_LOSS = "megatron_r1.training.losses:supervised"
@@ -41,7 +41,7 @@ def load(trainer, position) -> list[list[int]]:
     """The rollout, with returns; which samples this rank's micro-batches are of."""
     samples = [Sample.pack(p, r, advantage=target) for p, r, target in rollout()]
     plan = pack([len(s) for s in samples], position.data_size, 60).shares[position.data_rank]
-    trainer.load([Microbatches([[samples[i] for i in members] for members in plan])])
+    trainer.load([[[samples[i] for i in members] for members in plan]])
     trainer.values()
     for batch in trainer.minibatches[0]:
         batch.returns = batch.advantages.clone()

@@ -19,7 +19,7 @@ from megatron_r1 import weights
 from megatron_r1.config import Config
 from megatron_r1.training import distributed
 from megatron_r1.training.packing import pack
-from megatron_r1.training.wire import Microbatches, Sample
+from megatron_r1.training.wire import Sample
 
 LOSS = "megatron_r1.training.losses:supervised"
 STEPS = 6
@@ -100,7 +100,7 @@ def settings(folder: str, recipe: str, dtype: str, grid: str, smooth: bool) -> C
 def load(trainer, position, seed: int) -> None:
     made = samples(seed)
     plan = pack([len(s) for s in made], position.data_size, 256).shares[position.data_rank]
-    trainer.load([Microbatches([[made[i] for i in members] for members in plan])])
+    trainer.load([[[made[i] for i in members] for members in plan]])
 
 
 def main() -> None:

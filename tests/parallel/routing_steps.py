@@ -18,7 +18,7 @@ from megatron_r1 import weights
 from megatron_r1.config import Config
 from megatron_r1.training import distributed
 from megatron_r1.training.packing import pack
-from megatron_r1.training.wire import Microbatches, Sample
+from megatron_r1.training.wire import Sample
 
 LOSS = "megatron_r1.training.losses:supervised"
 RECOMPUTE = {
@@ -60,7 +60,7 @@ def record_own(model: str, samples: list[Sample]) -> list[Sample]:
             recorders.append(RouterReplay())
             recorders[-1].set_router_replay_action(RouterReplayAction.RECORD)
             layer.mlp.router.router_replay = recorders[-1]
-    trainer.load([Microbatches([samples])])
+    trainer.load([[samples]])
     trainer.score(1.0, reference=False)
     chosen = torch.stack([r.get_recorded_indices() for r in recorders], 1).to(torch.uint8)
     made, start = [], 0
@@ -76,7 +76,7 @@ def replay_own(model: str, samples: list[Sample]) -> dict:
 
     recorded, without = record_own(model, samples)
     trainer = Trainer(config(model, "one"), POSITION)
-    trainer.load([Microbatches([recorded])])
+    trainer.load([[recorded]])
     metrics = trainer.score(1.0, reference=False)
     same = torch.equal(trainer.minibatches[0][0].logprobs["old"], without)
     return {"same": same, "agreement": metrics["routing/agreement"]}
@@ -87,7 +87,7 @@ def steps(model: str, grid: str, samples: list[Sample], out: Path) -> dict:
 
     trainer = Trainer(config(model, grid), POSITION)
     plan = pack([len(s) for s in samples], POSITION.data_size, 50).shares[POSITION.data_rank]
-    trainer.load([Microbatches([[samples[i] for i in members] for members in plan])])
+    trainer.load([[[samples[i] for i in members] for members in plan]])
     trainer.keep_reference()
     report = trainer.score(1.0, reference=True) | trainer.agreement()
     report["microbatches"] = len(plan)

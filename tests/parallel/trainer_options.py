@@ -19,7 +19,7 @@ from megatron_r1 import weights
 from megatron_r1.config import Config
 from megatron_r1.training import distributed
 from megatron_r1.training.packing import pack
-from megatron_r1.training.wire import Microbatches, Sample
+from megatron_r1.training.wire import Sample
 
 LOSS = "megatron_r1.training.losses:supervised"
 BIAS = "e_score_correction_bias"
@@ -59,7 +59,7 @@ def trained(settings: Config, position):
         for length in (8, 16, 40, 24, 8, 64, 32, 16)
     ]
     plan = pack([len(s) for s in made], position.data_size, 80).shares[position.data_rank]
-    trainer.load([Microbatches([[made[i] for i in members] for members in plan])])
+    trainer.load([[[made[i] for i in members] for members in plan]])
     metrics = trainer.update(0, LOSS, {}, 0.01)
     return trainer, metrics
 

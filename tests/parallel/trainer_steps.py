@@ -18,7 +18,7 @@ from megatron_r1 import weights
 from megatron_r1.config import Config
 from megatron_r1.training import distributed
 from megatron_r1.training.packing import pack
-from megatron_r1.training.wire import Microbatches, Sample
+from megatron_r1.training.wire import Sample
 
 SETTINGS = {
     "temperature": 0.8,
@@ -67,7 +67,7 @@ def load(trainer, position, seeds, first_old=True) -> None:
     for seed in seeds:
         made = samples(seed)
         plan = pack([len(s) for s in made], position.data_size, 80).shares[position.data_rank]
-        steps.append(Microbatches([[made[i] for i in members] for members in plan]))
+        steps.append([[made[i] for i in members] for members in plan])
     trainer.load(steps)
     trainer.score(SETTINGS["temperature"], reference=True, first_old=first_old)
 

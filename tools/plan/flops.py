@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from math import prod
 
-from megatron_r1.training.cost import head_sizes
+from megatron_r1.training.packing import head_sizes
 from megatron_r1.weights.layout import table
 from tools.plan.job import Job
 from tools.plan.parameters import ModelCounts

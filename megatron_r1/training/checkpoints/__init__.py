@@ -5,8 +5,7 @@ them.
     manifest.py     size and checksum of every file                          no torch
     series.py       the controller's part: save, await the outcome, load     no torch
     contents.py     the tensors and states that a rank saves and restores
-    gathering.py    puts the optimizer's shards together
-    host_memory.py  buffers that are kept between checkpoints
+    host_memory.py  buffers kept between checkpoints, where the optimizer's shards are gathered
     staging.py      copies the content into host memory, planned by Megatron
     writer.py       writes the copies in the background, each file hashed on its way
     loading.py      verifies with all ranks, then reads at any parallel layout

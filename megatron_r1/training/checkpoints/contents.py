@@ -26,8 +26,7 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.transformer import MegatronModule
 
 from megatron_r1 import platform
-from megatron_r1.training.checkpoints.gathering import gathering
-from megatron_r1.training.checkpoints.host_memory import HostMemory
+from megatron_r1.training.checkpoints.host_memory import HostMemory, gathering
 from megatron_r1.training.reference import Reference
 
 FORMAT = "fully_reshardable"

@@ -2,7 +2,7 @@
 by piece.
 
     hf_folder, hf_weights, weight_files, safetensors_file    Hugging Face folders
-    dcp_reading, dcp_writing, saved_tensor, megatron_names   Megatron's distributed checkpoints
+    dcp_reading, dcp_writing, megatron_names                 Megatron's distributed checkpoints
     megatron_weights                                         these, read as Hugging Face tensors
     fp8, fp8_blocks                                          DeepSeek's FP8 layout
     raw                                                      rectangles of files, without mapping"""

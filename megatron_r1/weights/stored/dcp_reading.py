@@ -8,23 +8,23 @@ read, so that no chunk, however large, is ever whole in memory."""
 from __future__ import annotations
 
 import json
-import os
 import pickle
-import zipfile
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.checkpoint import FileSystemReader, TensorStorageMetadata
+from torch.distributed.checkpoint.utils import _create_file_view
 
 from megatron_r1.errors import UserError
 from megatron_r1.weights.stored.raw import read_box
-from megatron_r1.weights.stored.saved_tensor import describe_saved
 
 Box = Sequence[int]
 
@@ -55,13 +55,13 @@ class DistributedCheckpoint:
                 self.shapes[key] = tuple(entry.size)
                 self.dtypes[key] = entry.properties.dtype
         self._metadata = metadata
-        self._files: dict[str, int] = {}
+        self._files: dict[str, BinaryIO] = {}
         self._data_offsets: dict[tuple[str, int], int] = {}
         self._check_files()
 
     def close(self) -> None:
         for file in self._files.values():
-            os.close(file)
+            file.close()
         self._files.clear()
 
     @cached_property
@@ -122,27 +122,32 @@ class DistributedCheckpoint:
         return [chunk for bucket in buckets.values() for chunk in bucket]
 
     def _read_chunk(self, key: str, chunk: _Chunk, starts: Box, sizes: Box) -> Tensor:
-        file = self._open(chunk.file)
-        where = f"{key} at {chunk.starts} in {self.path / chunk.file}"
+        if chunk.file not in self._files:
+            self._files[chunk.file] = open(self.path / chunk.file, "rb")  # noqa: SIM115 - see close
+        file = self._files[chunk.file]
         try:
             at = self._data_offset(file, key, chunk)
-            return read_box(file, at, chunk.sizes, self.dtypes[key], starts, sizes)
-        except (zipfile.BadZipFile, pickle.UnpicklingError, KeyError, EOFError) as error:
+            return read_box(file.fileno(), at, chunk.sizes, self.dtypes[key], starts, sizes)
+        except (RuntimeError, LookupError, EOFError, pickle.UnpicklingError) as error:
+            where = f"{key} at {chunk.starts} in {self.path / chunk.file}"
             raise UserError(f"{where} is damaged ({error}); use another checkpoint") from error
 
-    def _data_offset(self, file: int, key: str, chunk: _Chunk) -> int:
+    def _data_offset(self, file: BinaryIO, key: str, chunk: _Chunk) -> int:
+        """Return the offset in the file of a chunk's raw data, which a fake tensor knows."""
         known = self._data_offsets.get((chunk.file, chunk.offset))
         if known is None:
-            dtype, shape, offset = describe_saved(file, chunk.offset, chunk.length)
-            if (dtype, shape) != (self.dtypes[key], chunk.sizes):
-                raise KeyError(f"the metadata says {chunk.sizes}, the file {dtype} {shape}")
-            known = self._data_offsets[chunk.file, chunk.offset] = offset
+            view = _create_file_view(file, chunk.offset, chunk.length)
+            with FakeTensorMode():
+                saved = torch.load(view, map_location="cpu", weights_only=True)
+            if (saved.dtype, tuple(saved.shape)) != (self.dtypes[key], chunk.sizes):
+                raise LookupError(
+                    f"the metadata says {chunk.sizes}, the file {saved.dtype} {tuple(saved.shape)}"
+                )
+            if not saved.is_contiguous() or saved.storage_offset():
+                raise LookupError("its tensor is not plain")
+            known = chunk.offset + saved.untyped_storage()._checkpoint_offset
+            self._data_offsets[chunk.file, chunk.offset] = known
         return known
-
-    def _open(self, name: str) -> int:
-        if name not in self._files:
-            self._files[name] = os.open(self.path / name, os.O_RDONLY)
-        return self._files[name]
 
     def _check_files(self) -> None:
         ends: dict[str, int] = defaultdict(int)

@@ -14,26 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import _TYPES
 
 from megatron_r1.errors import UserError
 from megatron_r1.weights.layout import Shape, hf_tensors
 from megatron_r1.weights.stored.raw import read_box
 
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_NAMES = {dtype: name for name, dtype in _TYPES.items()}
 _LARGEST_HEADER = 100_000_000  # the library's own limit
 
 
@@ -64,7 +51,7 @@ class SafetensorsFile:
     def read(self, name: str, starts: tuple[int, ...], sizes: tuple[int, ...]) -> torch.Tensor:
         """Return a rectangle of a tensor, in its stored dtype."""
         at = self.tensors[name]
-        return read_box(self.file, at.offset, at.shape, DTYPES[at.dtype], starts, sizes)
+        return read_box(self.file, at.offset, at.shape, _TYPES[at.dtype], starts, sizes)
 
     def _header(self) -> dict[str, Stored]:
         size = os.fstat(self.file).st_size
@@ -83,7 +70,7 @@ class SafetensorsFile:
                         f"{name} ends at byte {8 + length + end}, the file at {size}: it is cut off"
                     )
                 last = max(last, end)
-                known = DTYPES.get(entry["dtype"])
+                known = _TYPES.get(entry["dtype"])
                 if known and prod(entry["shape"]) * known.itemsize != end - start:
                     raise ValueError(f"{name} has {end - start} bytes, its shape says otherwise")
             if 8 + length + last != size:

@@ -75,12 +75,12 @@ def _train(task: dict[str, Any], place) -> dict[str, Any]:
 
 def _load(trainer, sentences: list[list[int]]) -> None:
     from megatron_r1.training.packing import pack
-    from megatron_r1.training.wire import Microbatches, Sample
+    from megatron_r1.training.wire import Sample
 
     samples = [Sample.pack(tokens[:2], tokens[2:]) for tokens in sentences]
     limit = trainer.config.parallel.tokens_per_microbatch
     plan = pack([len(s) for s in samples], 1, limit).shares[0]
-    trainer.load([Microbatches([[samples[i] for i in members] for members in plan])])
+    trainer.load([[[samples[i] for i in members] for members in plan]])
 
 
 def _logprobs(trainer, sentences: list[list[int]]):
