@@ -8,6 +8,7 @@ read, so that no chunk, however large, is ever whole in memory."""
 from __future__ import annotations
 
 import json
+import os
 import pickle
 from collections import defaultdict
 from collections.abc import Sequence
@@ -15,11 +16,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.checkpoint import FileSystemReader, TensorStorageMetadata
 from torch.distributed.checkpoint.utils import _create_file_view
 
@@ -55,13 +54,13 @@ class DistributedCheckpoint:
                 self.shapes[key] = tuple(entry.size)
                 self.dtypes[key] = entry.properties.dtype
         self._metadata = metadata
-        self._files: dict[str, BinaryIO] = {}
+        self._files: dict[str, int] = {}
         self._data_offsets: dict[tuple[str, int], int] = {}
         self._check_files()
 
     def close(self) -> None:
         for file in self._files.values():
-            file.close()
+            os.close(file)
         self._files.clear()
 
     @cached_property
@@ -123,22 +122,25 @@ class DistributedCheckpoint:
 
     def _read_chunk(self, key: str, chunk: _Chunk, starts: Box, sizes: Box) -> Tensor:
         if chunk.file not in self._files:
-            self._files[chunk.file] = open(self.path / chunk.file, "rb")  # noqa: SIM115 - see close
-        file = self._files[chunk.file]
+            self._files[chunk.file] = os.open(self.path / chunk.file, os.O_RDONLY)
         try:
-            at = self._data_offset(file, key, chunk)
-            return read_box(file.fileno(), at, chunk.sizes, self.dtypes[key], starts, sizes)
-        except (RuntimeError, LookupError, EOFError, pickle.UnpicklingError) as error:
-            where = f"{key} at {chunk.starts} in {self.path / chunk.file}"
-            raise UserError(f"{where} is damaged ({error}); use another checkpoint") from error
+            at = self._data_offset(key, chunk)
+            return read_box(
+                self._files[chunk.file], at, chunk.sizes, self.dtypes[key], starts, sizes
+            )
+        except (RuntimeError, LookupError, ValueError, EOFError, pickle.UnpicklingError) as error:
+            where, cause = f"{key} at {chunk.starts}", str(error).partition("\n")[0]
+            raise UserError(
+                f"{where} in {self.path / chunk.file} is damaged ({cause}); use another checkpoint"
+            ) from error
 
-    def _data_offset(self, file: BinaryIO, key: str, chunk: _Chunk) -> int:
-        """Return the offset in the file of a chunk's raw data, which a fake tensor knows."""
+    def _data_offset(self, key: str, chunk: _Chunk) -> int:
+        """Return the offset in the file of a chunk's raw data, which a meta tensor knows."""
         known = self._data_offsets.get((chunk.file, chunk.offset))
         if known is None:
-            view = _create_file_view(file, chunk.offset, chunk.length)
-            with FakeTensorMode():
-                saved = torch.load(view, map_location="cpu", weights_only=True)
+            with open(self.path / chunk.file, "rb") as file:
+                view = _create_file_view(file, chunk.offset, chunk.length)
+                saved = torch.load(view, map_location="meta", weights_only=True)
             if (saved.dtype, tuple(saved.shape)) != (self.dtypes[key], chunk.sizes):
                 raise LookupError(
                     f"the metadata says {chunk.sizes}, the file {saved.dtype} {tuple(saved.shape)}"
