@@ -51,8 +51,11 @@ class Rows:
 class RowSampler(EpochSampler[Row]):
     """Draws rows in shuffled epochs; a state is refused after a token or label has changed."""
 
-    def __init__(self, rows: list[Row], seed: int) -> None:
-        super().__init__(rows, seed, _fingerprint)
+    def key(self, item: Row) -> str:
+        digest = hashlib.sha256()
+        for sample in item.samples:
+            digest.update(sample.token_ids + b"%f" % sample.label)
+        return digest.hexdigest()
 
 
 def run(config: Config) -> None:
@@ -168,13 +171,6 @@ async def _scores(trainer: TrainerClient, rows: list[Row]) -> list[float]:
     copies = -(-trainer.data_size // len(samples))
     await trainer.load([samples * copies])
     return (await trainer.sample_scores())[0][: len(samples)]
-
-
-def _fingerprint(row: Row) -> str:
-    digest = hashlib.sha256()
-    for sample in row.samples:
-        digest.update(sample.token_ids + b"%f" % sample.label)
-    return digest.hexdigest()
 
 
 def _next_commands(config: Config) -> list[tuple[str, str]]:

@@ -15,21 +15,10 @@ from megatron_r1.data.prompts import PromptSplit, load_prompts
 from megatron_r1.data.sampler import PromptSampler
 from megatron_r1.data.text import PromptText
 from megatron_r1.engine import gpu
-from megatron_r1.engine.recipe import (
-    check_engines,
-    context_length,
-    engine_settings,
-    fleet_settings,
-)
+from megatron_r1.engine.recipe import check_engines, context_length, engine_settings, fleet_settings
 from megatron_r1.errors import UserError
 from megatron_r1.fleet.hosts.pool import HostPool
-from megatron_r1.fleet.placement import (
-    check_room,
-    growing,
-    hosts_address,
-    open_pool,
-    server_maker,
-)
+from megatron_r1.fleet.placement import check_room, growing, hosts_address, open_pool, server_maker
 from megatron_r1.fleet.rollout_fleet import RolloutFleet
 from megatron_r1.models import read_hf_config
 from megatron_r1.models.routing_shape import routing_shape
@@ -65,7 +54,12 @@ def run(config: Config) -> None:
     check_engines(config, hf)
     check_room(config.rollout)
     check_pushes(config, hf)
-    _check_transport(config.push.transport)
+    transport = config.push.transport
+    if transport in ("cuda_ipc", "nccl") and not gpu.is_usable():
+        raise UserError(
+            f"push.transport: {transport} moves memory of GPUs, and there is none here; set shm, "
+            "or gloo where engines are on other hosts"
+        )
     check_teacher(config)
     if config.rollout.placement == "hosts":
         hosts_address(config.rollout)
@@ -87,21 +81,12 @@ def run(config: Config) -> None:
     async def body(
         recorder: Recorder, trainer: TrainerClient, stop: StopRequest, supervisor: Supervisor
     ) -> None:
-        folder, notify = recorder.folder.path, recorder.view.message
-        one_memory = config.push.on_one_host
-        async with open_pool(config.rollout, folder, one_memory, notify) as hosts:
+        place = (config.rollout, recorder.folder.path, config.push.on_one_host)
+        async with open_pool(*place, recorder.view.message) as hosts:
             roles = (recorder, trainer, stop, supervisor)
             await _with_engines(config, *roles, text, prompts, hosts)
 
     run_training(config, "rl", facts, body, _next_commands(config))
-
-
-def _check_transport(transport: str) -> None:
-    if transport in ("cuda_ipc", "nccl") and not gpu.is_usable():
-        raise UserError(
-            f"push.transport: {transport} moves memory of GPUs, and there is none here; set shm, "
-            "or gloo where engines are on other hosts"
-        )
 
 
 def that_fit(prompts: PromptSplit, text: PromptText, room: int) -> PromptSplit:
@@ -126,10 +111,7 @@ def _next_commands(config: Config) -> list[tuple[str, str]]:
     folder, more = config.run.folder, config.run.steps + config.run.steps // 2
     return [
         ("the curves, live", f"tensorboard --logdir {folder}"),
-        (
-            "train on from here",
-            f"megatron-r1 rl {folder}/config.yaml --run.steps {more}",
-        ),
+        ("train on from here", f"megatron-r1 rl {folder}/config.yaml --run.steps {more}"),
         (
             "serve the model over an OpenAI-compatible API",
             f"python -m vllm.entrypoints.openai.api_server --model {folder}/hf --dtype float32 "

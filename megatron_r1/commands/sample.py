@@ -17,18 +17,16 @@ from megatron_r1.commands.sampling_run import make_policy, run_in_folder
 from megatron_r1.config import Config
 from megatron_r1.config.sample import KeepConfig
 from megatron_r1.curation.cache import ResultCache
-from megatron_r1.curation.counts import DecisionCounts
-from megatron_r1.curation.decision import DUPLICATE
+from megatron_r1.curation.decision import DUPLICATE, DecisionCounts
 from megatron_r1.curation.decontamination import contaminated, load_avoided
-from megatron_r1.curation.filters import check_filters, filters_of
-from megatron_r1.curation.filters.worker import PooledFilters
+from megatron_r1.curation.filters import PooledFilters, check_filters, filters_of
 from megatron_r1.curation.judges import ResponseJudge, make_judge
 from megatron_r1.curation.outputs import Decide, decide_all, write_outputs
 from megatron_r1.curation.preference_pairs import PreferencePairs
 from megatron_r1.curation.rendering import Rendering
 from megatron_r1.curation.safety_labels import SafetyLabels
 from megatron_r1.curation.selection import Selection
-from megatron_r1.curation.sft_examples import Rewriter, SftExamples
+from megatron_r1.curation.sft_examples import SftExamples, cached_rewriter
 from megatron_r1.curation.user_function import UserFunction, load_function
 from megatron_r1.data.prompts import load_prompts
 from megatron_r1.data.shots import Shots
@@ -219,7 +217,7 @@ async def _decide(
         decide = SafetyLabels(selection, judge)
     else:
         cache = ResultCache(folder / "rewrites.jsonl")
-        rewriter = Rewriter(plan.rewrite, cache) if plan.rewrite else None
+        rewriter = cached_rewriter(plan.rewrite, cache) if plan.rewrite else None
         decide = SftExamples(selection, plan.rendering, rewriter, grader)
     counts = DecisionCounts()
     output = folder / FILES[sample.output] if sample.output in FILES else None

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import os
 import stat
@@ -84,49 +85,33 @@ async def _score(config: Config, lines: BinaryIO, graded: BinaryIO) -> _Tally:
     settings = config.rewards
     cores = len(os.sched_getaffinity(0))
     workers = settings.workers if "workers" in settings.model_fields_set else cores
-    outstanding: deque[tuple[asyncio.Task, int]] = deque()
+    tasks: deque[tuple[asyncio.Task, int]] = deque()  # each with the size of its line
+    num_bytes, numbers = 0, itertools.count(1)
     try:
         async with RewardPool(workers, settings.timeout_seconds, settings.memory_bytes) as pool:
             tally = _Tally(pool)
             grader = _LineGrader(pool, settings.options, config.data.kind, tally)
-            await _stream(grader, lines, graded, tally, outstanding)
+            batch: list[bytes | None] = [b""]
+            while batch:
+                # In a thread: waiting for a slow pipe must not delay the workers' replies.
+                batch = await asyncio.to_thread(_read_batch, lines)
+                for line in batch:
+                    task = asyncio.create_task(grader.grade(next(numbers), line))
+                    tasks.append((task, len(line or b"")))
+                    num_bytes += len(line or b"")
+                while tasks and (
+                    not batch
+                    or len(tasks) > MAX_OUTSTANDING_LINES
+                    or num_bytes > MAX_OUTSTANDING_BYTES
+                ):
+                    task, size = tasks.popleft()
+                    num_bytes -= size
+                    record, grade = await task
+                    graded.write(_encode(record, grade))
+                    tally.add(record.get("kind"), grade)
     finally:
-        await asyncio.gather(*(task for task, _ in outstanding), return_exceptions=True)
+        await asyncio.gather(*(task for task, _ in tasks), return_exceptions=True)
     return tally
-
-
-async def _stream(
-    grader: _LineGrader,
-    lines: BinaryIO,
-    graded: BinaryIO,
-    tally: _Tally,
-    outstanding: deque[tuple[asyncio.Task, int]],
-) -> None:
-    num_bytes, number = 0, 0
-    # In a thread: waiting for a slow pipe must not delay the workers' replies.
-    while batch := await asyncio.to_thread(_read_batch, lines):
-        for line in batch:
-            number += 1
-            task = asyncio.create_task(grader.grade(number, line))
-            outstanding.append((task, len(line or b"")))
-            num_bytes += len(line or b"")
-        while outstanding and (
-            len(outstanding) > MAX_OUTSTANDING_LINES or num_bytes > MAX_OUTSTANDING_BYTES
-        ):
-            num_bytes -= await _write_next(outstanding, graded, tally)
-    while outstanding:
-        await _write_next(outstanding, graded, tally)
-
-
-async def _write_next(
-    outstanding: deque[tuple[asyncio.Task, int]], graded: BinaryIO, tally: _Tally
-) -> int:
-    """Write the oldest line once it is graded; return its size in bytes."""
-    task, num_bytes = outstanding.popleft()
-    record, grade = await task
-    graded.write(_encode(record, grade))
-    tally.add(record.get("kind"), grade)
-    return num_bytes
 
 
 class _Tally:
@@ -254,17 +239,13 @@ def _read_batch(lines: BinaryIO) -> list[bytes | None]:
     return batch
 
 
-@contextlib.contextmanager
-def _source(name: str) -> Iterator[BinaryIO]:
+def _source(name: str) -> contextlib.AbstractContextManager[BinaryIO]:
     if name == PIPE:
-        yield sys.stdin.buffer
-        return
+        return contextlib.nullcontext(sys.stdin.buffer)
     try:
-        file = open(name, "rb")  # noqa: SIM115 - closed below; only its own errors are the user's
+        return open(name, "rb")  # noqa: SIM115 - the caller closes it
     except OSError as error:
         raise UserError(f"{name}: {error.strerror}") from None
-    with file:
-        yield file
 
 
 @contextlib.contextmanager

@@ -97,7 +97,12 @@ async def _run(
             await trainer.close()
             recorder.close(outcome or f"stopped after step {recorder.state.step},")
             if folder.read_metrics():
-                _report(folder, title, config.model.path, facts, next_commands)
+                # Imports matplotlib, for which the trainer need not wait at the start.
+                from megatron_r1.reporting.report import write_report
+
+                summary = {"model": config.model.path, "task": " · ".join(facts[1:])}
+                write_report(folder, title=title, facts=summary, next_commands=next_commands)
+                print(f"report: {folder.path / 'report.html'}", flush=True)
 
 
 def _require_weights(model: ModelConfig) -> None:
@@ -109,18 +114,3 @@ def _require_weights(model: ModelConfig) -> None:
             raise UserError(
                 f"model.path: {error}; give a folder with weights, or model.init: random to sft"
             ) from None
-
-
-def _report(
-    folder: RunFolder,
-    title: str,
-    model: str,
-    facts: Sequence[str],
-    next_commands: Sequence[tuple[str, str]],
-) -> None:
-    # Imports matplotlib, for which the trainer need not wait at the start.
-    from megatron_r1.reporting.report import write_report
-
-    summary = {"model": model, "task": " · ".join(facts[1:])}
-    write_report(folder, title=title, facts=summary, next_commands=next_commands)
-    print(f"report: {folder.path / 'report.html'}", flush=True)

@@ -18,7 +18,7 @@ from megatron_r1.evaluation.response import TextResponse
 from megatron_r1.rewards.combine import ACCURACY
 
 RunFilters = Callable[[Prompt, TextResponse], Awaitable[Decision | None]]
-"""Why the filters drop a response, None to keep it (`filters.worker.PooledFilters`)."""
+"""Why the filters drop a response, None to keep it (`filters.PooledFilters`)."""
 
 
 class Selection:

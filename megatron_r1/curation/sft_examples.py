@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,27 +17,24 @@ from megatron_r1.errors import UserError
 from megatron_r1.evaluation.grading import Grader
 from megatron_r1.evaluation.response import TextResponse
 
+Rewriter = Callable[[str, str], Awaitable[str | None]]
+"""(question, response) → the rewritten response, None to drop it."""
 
-class Rewriter:
-    """A function that makes a response readable, as people and a model did for DeepSeek-R1's cold
-    start. Its results are cached until its module changes."""
 
-    def __init__(self, function: UserFunction, cache: ResultCache) -> None:
-        self._function, self._cache = function, cache
+def cached_rewriter(function: UserFunction, cache: ResultCache) -> Rewriter:
+    """Return a user's function that makes a response readable, as people and a model did for
+    DeepSeek-R1's cold start. Its results are cached until its module changes."""
 
-    async def __call__(self, question: str, response: str) -> str | None:
-        """Return the rewritten response, None to drop it. Raises UserError for another result."""
-        key = ("rewrite", self._function.identity, question, response)
-        return await self._cache.get(key, lambda: self._rewrite(question, response))
-
-    async def _rewrite(self, question: str, response: str) -> str | None:
-        text = await self._function(question, response)
+    async def rewrite(*texts: str) -> str | None:
+        text = await function(*texts)
         if text is not None and not isinstance(text, str):
             raise UserError(
-                f"{self._function.key}: {self._function.path} returned {text!r}; return the "
-                "response, or None to drop it"
+                f"{function.key}: {function.path} returned {text!r}; return the response, or None "
+                "to drop it"
             )
         return text
+
+    return lambda *texts: cache.get(("rewrite", function.identity, *texts), lambda: rewrite(*texts))
 
 
 class SftExamples:

@@ -11,8 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_r1.config.mixture import MixturePart
-from megatron_r1.data.sampler import EpochSampler
-from megatron_r1.data.sft import Example, load_examples
+from megatron_r1.data.sft import Example, ExampleSampler, load_examples
 from megatron_r1.errors import UserError
 
 
@@ -63,7 +62,7 @@ def epoch_counts(parts: Sequence[MixturePart], sizes: Sequence[int]) -> list[int
     return counts
 
 
-class MixtureSampler(EpochSampler[Example]):
+class MixtureSampler(ExampleSampler):
     """Draws epochs that have exactly `num_per_epoch` examples of every ingredient.
 
     Where that is no multiple of the file's size, each epoch has the next examples of the file, so
@@ -73,7 +72,7 @@ class MixtureSampler(EpochSampler[Example]):
     def __init__(self, ingredients: Sequence[Ingredient], seed: int, shuffled: bool = True) -> None:
         self._counts = [(len(i.examples), i.num_per_epoch) for i in ingredients]
         examples = [example for i in ingredients for example in i.examples]
-        super().__init__(examples, seed, lambda e: f"{e.prompt}\0{e.response}", shuffled)
+        super().__init__(examples, seed, shuffled)
         content = f"{self._fingerprint}{self._counts}"
         self._fingerprint = hashlib.sha256(content.encode()).hexdigest()[:16]
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Generic, TypeVar
 
 from megatron_r1.data.prompts import Prompt
@@ -14,29 +14,23 @@ Item = TypeVar("Item")
 class EpochSampler(Generic[Item]):
     """Draws from `items`; each epoch is a new shuffle that depends on (seed, epoch) only.
 
-    key: returns the text that identifies an item; a state is refused after any has changed.
     shuffled: False keeps the items in their order in every epoch.
     """
 
-    def __init__(
-        self,
-        items: Sequence[Item],
-        seed: int,
-        key: Callable[[Item], str] = repr,
-        shuffled: bool = True,
-    ) -> None:
+    def __init__(self, items: Sequence[Item], seed: int, shuffled: bool = True) -> None:
         if not items:
             raise ValueError("there is nothing to sample from: the list is empty")
-        self.items = items
-        self.seed = seed
-        self.shuffled = shuffled
-        self.epoch = 0
-        self.position = 0
+        self.items, self.seed, self.shuffled = items, seed, shuffled
+        self.epoch = self.position = 0
         digest = hashlib.sha256()
         for item in items:
-            digest.update(hashlib.sha256(key(item).encode("utf-8", "replace")).digest())
+            digest.update(hashlib.sha256(self.key(item).encode("utf-8", "replace")).digest())
         self._fingerprint = digest.hexdigest()[:16]
         self._order = self._shuffle()
+
+    def key(self, item: Item) -> str:
+        """Return the text that identifies an item; a state is refused after any has changed."""
+        return repr(item)
 
     def next(self, n: int) -> list[Item]:
         """Return the next `n` items; may run over the end of an epoch into the next."""
@@ -86,7 +80,5 @@ class EpochSampler(Generic[Item]):
 class PromptSampler(EpochSampler[Prompt]):
     """Draws prompts; a state is refused after a question, a truth or a kind has changed."""
 
-    def __init__(self, prompts: Sequence[Prompt], seed: int) -> None:
-        super().__init__(
-            prompts, seed, key=lambda prompt: f"{prompt.id}{prompt.kind}{prompt.truth}"
-        )
+    def key(self, item: Prompt) -> str:
+        return f"{item.id}{item.kind}{item.truth}"

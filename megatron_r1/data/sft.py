@@ -1,6 +1,6 @@
 """Supervised examples: a prompt text and the response to learn."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,7 +34,5 @@ def load_examples(path: str | Path, columns: Mapping[str, str] | None = None) ->
 class ExampleSampler(EpochSampler[Example]):
     """Draws examples; a state is refused after an example has changed."""
 
-    def __init__(self, examples: Sequence[Example], seed: int, shuffled: bool = True) -> None:
-        super().__init__(
-            examples, seed, lambda example: f"{example.prompt}\0{example.response}", shuffled
-        )
+    def key(self, item: Example) -> str:
+        return f"{item.prompt}\0{item.response}"

@@ -24,12 +24,7 @@ class EnginePolicy:
     """Uses the same engines, prompts, sampling and hosts as training (`rollout`)."""
 
     def __init__(
-        self,
-        config: Config,
-        model: Path,
-        decoding: Decoding,
-        folder: Path,
-        shots: Shots | None = None,
+        self, config: Config, model: Path, decoding: Decoding, folder: Path, shots: Shots | None
     ) -> None:
         """folder: `run.folder`, for `logs/` and the controller's address that engine hosts read.
         shots: worked examples before every question.
@@ -37,16 +32,12 @@ class EnginePolicy:
         Raises ValueError for a model without config, weights or tokenizer.
         """
         require_weights(model)
-        config = config.model_copy(
-            update={"model": config.model.model_copy(update={"path": str(model)})}
-        )
-        rollout = config.rollout
+        named = config.model.model_copy(update={"path": str(model)})
+        config = config.model_copy(update={"model": named})
+        rollout, source = config.rollout, (str(model), config.data.template)
         self._config, self._model, self._decoding = config, model, decoding
         self._folder = folder
-        template = config.data.template
-        self._text = (
-            FewShotText(str(model), template, shots) if shots else PromptText(str(model), template)
-        )
+        self._text = FewShotText(*source, shots) if shots else PromptText(*source)
         self._room = context_length(config)
         check_room(rollout)
         check_engines(config, load_config(model))
@@ -97,12 +88,8 @@ class EnginePolicy:
             stop_token_ids=[self._text.end],
             seed=seed,
         )
-        return TextResponse(
-            self._text.decode(response.token_ids),
-            len(response.token_ids),
-            response.finish_reason == "length",
-            opened,
-        )
+        ids, truncated = response.token_ids, response.finish_reason == "length"
+        return TextResponse(self._text.decode(ids), len(ids), truncated, opened)
 
     async def close(self) -> None:
         await self._resources.aclose()

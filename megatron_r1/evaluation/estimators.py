@@ -100,9 +100,4 @@ def subsets(num_samples: int, size: int, seed: int) -> list[tuple[int, ...]]:
 
 def powers_up_to(num_samples: int) -> list[int]:
     """Return 1, 2, 4, … and `num_samples`: the k of pass@k and cons@k that are reported."""
-    powers = []
-    power = 1
-    while power < num_samples:
-        powers.append(power)
-        power *= 2
-    return [*powers, num_samples]
+    return [*(2**i for i in range((num_samples - 1).bit_length())), num_samples]

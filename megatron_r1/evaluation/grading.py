@@ -27,12 +27,7 @@ class RewardTerms:
         self._pool, self._options = pool, options
 
     async def grade(
-        self,
-        terms: Sequence[str],
-        prompt: Prompt,
-        text: str,
-        num_tokens: int | None,
-        opened: bool,
+        self, terms: Sequence[str], prompt: Prompt, text: str, num_tokens: int | None, opened: bool
     ) -> dict[str, Grade]:
         """Return term → grade. num_tokens: None if unknown. opened: the prompt ended with
         `<think>`. Raises ValueError for a reward that cannot be used, RuntimeError for a service

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import platform
 from collections.abc import Mapping
@@ -41,16 +42,15 @@ def keep_identity(path: Path, settings: Mapping[str, Any], has_samples: bool) ->
         return
     before = json.loads(path.read_text(encoding="utf-8"))
     names = [*before, *(name for name in settings if name not in before)]
-    changed = [name for name in names if before.get(name) != settings.get(name)]
+    changed = [
+        f"  {name}: {before.get(name)!r} in the folder, {settings.get(name)!r} now\n"
+        for name in names
+        if before.get(name) != settings.get(name)
+    ]
     if changed:
-        lines = [
-            f"  {n}: {before.get(n)!r} in the folder, {settings.get(n)!r} now" for n in changed
-        ]
         raise UserError(
-            f"{path.parent} holds answers with other settings:\n"
-            + "\n".join(lines)
-            + "\nTo continue, restore those; to start anew, choose another run.folder or remove "
-            "this one."
+            f"{path.parent} holds answers with other settings:\n{''.join(changed)}To continue, "
+            "restore those; to start anew, choose another run.folder or remove this one."
         )
 
 
@@ -58,8 +58,6 @@ def versions() -> dict[str, str]:
     """Return the versions of Python and of the installed packages that results can depend on."""
     installed = {"python": platform.python_version()}
     for package in PACKAGES:
-        try:
+        with contextlib.suppress(metadata.PackageNotFoundError):
             installed[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
     return installed

@@ -14,31 +14,20 @@ class Progress:
 
     def __init__(self) -> None:
         self._is_terminal = sys.stdout.isatty()
-        self._began: float | None = None
-        self._first = 0
-        self._shown_at = -1.0
-        self._shown_share = -1
+        self._began: tuple[float, int] | None = None  # time, and samples finished before
+        self._next = 0.0  # prints from this time on a terminal, from this share in a log
 
     def __call__(self, done: int, total: int) -> None:
         now = time.monotonic()
-        if self._began is None:
-            self._began, self._first = now, done
-        share = NUM_LOG_LINES * done // total if total else NUM_LOG_LINES
-        if self._is_terminal:
-            if now - self._shown_at < REFRESH_SECONDS and done < total:
-                return
-        elif share == self._shown_share and done < total:
+        began, first = self._began = self._began or (now, done)
+        reached = now if self._is_terminal else NUM_LOG_LINES * done // max(1, total)
+        if reached < self._next and done < total:
             return
-        self._shown_at, self._shown_share = now, share
-        line = f"{done:,} of {total:,} samples graded{self._rest(now, done, total)}"
+        self._next = reached + (REFRESH_SECONDS if self._is_terminal else 1)
+        line = f"{done:,} of {total:,} samples graded"
+        if first < done < total:
+            line += f", about {duration((now - began) / (done - first) * (total - done))} to go"
         if self._is_terminal:
             print(f"\r\x1b[2K{line}", end="\n" if done == total else "", flush=True)
         else:
             print(line, flush=True)
-
-    def _rest(self, now: float, done: int, total: int) -> str:
-        new = done - self._first
-        if not new or done == total:
-            return ""
-        assert self._began is not None
-        return f", about {duration((now - self._began) / new * (total - done))} to go"

@@ -88,20 +88,15 @@ class Sampler:
         return self.num_wanted - self.num_done
 
     def _missing(self) -> Iterator[Job]:
-        for questions, prompt, index in self._jobs():
+        most = max(questions.num_samples for questions in self._sets)
+        if self._by_question:
+            jobs = ((s, p, i) for s in self._sets for p in s.prompts for i in range(s.num_samples))
+        else:
+            sets = ((s, i) for i in range(most) for s in self._sets if i < s.num_samples)
+            jobs = ((s, p, i) for s, i in sets for p in s.prompts)
+        for questions, prompt, index in jobs:
             if (questions.key(prompt), index) not in self._log:
                 yield questions, prompt, index
-
-    def _jobs(self) -> Iterator[Job]:
-        if self._by_question:
-            for questions in self._sets:
-                for prompt in questions.prompts:
-                    yield from ((questions, prompt, i) for i in range(questions.num_samples))
-            return
-        for index in range(max(questions.num_samples for questions in self._sets)):
-            for questions in self._sets:
-                if index < questions.num_samples:
-                    yield from ((questions, prompt, index) for prompt in questions.prompts)
 
     async def _sample(self, jobs: Iterator[Job], grading: asyncio.TaskGroup) -> None:
         for questions, prompt, index in jobs:
@@ -112,7 +107,7 @@ class Sampler:
             # The next question is sampled while this response is graded.
             await self._grading_slots.acquire()
             response = replace(response, index=index)
-            grading.create_task(self._finish(questions, prompt, response, seed, is_new=True))
+            grading.create_task(self._finish(questions, prompt, response, seed, new=True))
 
     async def _grade_again(self, grading: asyncio.TaskGroup) -> None:
         """Grade the logged responses whose grader failed the last time."""
@@ -123,22 +118,17 @@ class Sampler:
         for questions in self._sets:
             prompts = [prompt for prompt in questions.prompts if questions.key(prompt) in keys]
             lines_of = self._log.read(map(questions.key, prompts), questions.num_samples)
-            for prompt, lines in zip(prompts, lines_of, strict=True):
-                for line in lines:
-                    if (questions.key(prompt), line["index"]) in ungraded:
-                        await self._grading_slots.acquire()
-                        response = TextResponse.from_line(line)
-                        grading.create_task(
-                            self._finish(questions, prompt, response, line["seed"], is_new=False)
-                        )
+            logged = ((p, line) for p, of in zip(prompts, lines_of, strict=True) for line in of)
+            for prompt, line in logged:
+                if (questions.key(prompt), line["index"]) in ungraded:
+                    await self._grading_slots.acquire()
+                    finish = self._finish(
+                        questions, prompt, TextResponse.from_line(line), line["seed"], new=False
+                    )
+                    grading.create_task(finish)
 
     async def _finish(
-        self,
-        questions: QuestionSet,
-        prompt: Prompt,
-        response: TextResponse,
-        seed: int,
-        is_new: bool,
+        self, questions: QuestionSet, prompt: Prompt, response: TextResponse, seed: int, new: bool
     ) -> None:
         """Grade and log one response."""
         try:
@@ -150,7 +140,7 @@ class Sampler:
         line: dict[str, Any] = {"benchmark": questions.title} if questions.title else {}
         line |= {"id": prompt.id, "digest": digest(prompt), "seed": seed}
         self._log.add(line | response.to_line() | self._details(questions, prompt, response))
-        if is_new:
+        if new:
             self.num_done += 1
             self._on_progress(self.num_done, self.num_wanted)
 

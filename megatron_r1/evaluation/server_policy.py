@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 import msgspec
@@ -96,17 +97,13 @@ class ServerPolicy:
             reply = await self._service.request(self._body(question, seed))
         except Ungradable as error:
             await self._refuse_limits(error)
-            return TextResponse("", None, False, False, f"the server gave no answer: {error}")
+            return TextResponse("", refusal=f"the server gave no answer: {error}")
         self._takes_limits = True
         if not reply.choices:
-            return TextResponse("", None, False, False, "the server's answer has no choices")
+            return TextResponse("", refusal="the server's answer has no choices")
         text, truncated = _text_of(reply.choices[0]), reply.choices[0].finish_reason == "length"
-        return TextResponse(
-            text,
-            reply.usage.completion_tokens if reply.usage else None,
-            truncated,
-            self._is_opened(text, truncated),
-        )
+        num_tokens = reply.usage.completion_tokens if reply.usage else None
+        return TextResponse(text, num_tokens, truncated, self._is_opened(text, truncated))
 
     async def close(self) -> None:
         await self._service.close()
@@ -133,14 +130,7 @@ class ServerPolicy:
             content = {"prompt": self._shots.text(self._template, question)}
         else:
             content = {"prompt": render(self._template, question)}
-        return {
-            "model": self._server.model,
-            **content,
-            "temperature": self._decoding.temperature,
-            "top_p": self._decoding.top_p,
-            "max_tokens": self._decoding.max_tokens,
-            "seed": seed,
-        }
+        return {"model": self._server.model, **content, **asdict(self._decoding), "seed": seed}
 
     def _is_opened(self, text: str, truncated: bool) -> bool:
         """Return whether the response starts inside a thought that the prompt opened.

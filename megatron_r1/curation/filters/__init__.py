@@ -12,7 +12,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from megatron_r1.curation.decision import DUPLICATE
+from megatron_r1.curation.decision import DUPLICATE, Decision
 from megatron_r1.curation.filters.code_blocks import code_blocks
 from megatron_r1.curation.filters.format import broken_format
 from megatron_r1.curation.filters.language import mixed_languages
@@ -22,6 +22,8 @@ from megatron_r1.curation.filters.truncated import truncated
 from megatron_r1.data.prompts import Prompt, make_prompt
 from megatron_r1.errors import UserError, did_you_mean
 from megatron_r1.evaluation.response import TextResponse
+from megatron_r1.rewards.base import Grade
+from megatron_r1.rewards.runtime.pool import RewardPool
 
 Filter = Callable[..., str]
 REGISTRY: dict[str, Filter] = {
@@ -44,6 +46,8 @@ OF_OUTPUT: dict[str, tuple[str, ...]] = {
 }
 """The defaults of each `sample.output`."""
 
+FACTS, FIELDS = ("num_tokens", "truncated", "opened"), ("target",)
+"""What filters use of a response and of a prompt's fields; tests of programs are not sent."""
 EXAMPLE = TextResponse("<think>Two and two.</think> It is 4.", num_tokens=9)
 
 Filters = Mapping[str, Mapping[str, Any]]
@@ -64,29 +68,21 @@ def check_filters(given: Mapping[str, Any]) -> None:
         if isinstance(options, bool):
             continue
         if not isinstance(options, Mapping):
-            raise UserError(
-                f"{place}: must be true, false or a mapping of options, got {options!r}"
-            )
-        known = option_names(name)
+            message = f"must be true, false or a mapping of options, got {options!r}"
+            raise UserError(f"{place}: {message}")
+        run = REGISTRY.get(name)
+        known = list(inspect.signature(run).parameters)[2:] if run else []
         for option in options:
             if option not in known:
                 raise UserError(
                     f"{place}: unknown option {option}{did_you_mean(option, known, '{}')} (it has "
                     f"{', '.join(known) or 'none'})"
                 )
-        if name in REGISTRY and options:
+        if run and options:
             try:
-                REGISTRY[name](EXAMPLE, make_prompt("2 + 2?", "math", "4", {}), **options)
+                run(EXAMPLE, make_prompt("2 + 2?", "math", "4", {}), **options)
             except (ValueError, TypeError) as error:
                 raise UserError(f"{place}: {error}") from None
-
-
-def option_names(name: str) -> list[str]:
-    """Return the keyword arguments of a filter."""
-    if name not in REGISTRY:
-        return []
-    parameters = inspect.signature(REGISTRY[name]).parameters.values()
-    return [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
 
 
 def filters_of(output: str, given: Mapping[str, Mapping[str, Any] | bool]) -> Filters:
@@ -108,3 +104,39 @@ def first_objection(response: TextResponse, prompt: Prompt, filters: Filters) ->
         if name in REGISTRY and (reason := REGISTRY[name](response, prompt, **options)):
             return name, reason
     return "", ""
+
+
+class PooledFilters:
+    """Runs filters in the reward workers, which use all cores and survive a filter that crashes: a
+    long response takes tens of milliseconds, too long for the controller's event loop."""
+
+    def __init__(self, pool: RewardPool, filters: Filters) -> None:
+        self._pool = pool
+        self._filters = {name: dict(o) for name, o in filters.items() if name in REGISTRY}
+
+    async def __call__(self, prompt: Prompt, response: TextResponse) -> Decision | None:
+        """Return why the response is dropped, None to keep it. Raises as `RewardPool.grade`."""
+        if not self._filters:
+            return None
+        fields = {name: prompt.fields[name] for name in FIELDS if name in prompt.fields}
+        verdict = await self._pool.grade(
+            f"{__name__}:grade",
+            response.text,
+            None,
+            facts={name: getattr(response, name) for name in FACTS},
+            prompt={"question": prompt.question, "kind": prompt.kind, "fields": fields},
+            filters=self._filters,
+        )
+        if verdict.reward:
+            return None
+        name, _, why = verdict.reason.partition(": ")
+        return Decision(name, why) if name in REGISTRY else Decision("unfiltered", verdict.reason)
+
+
+def grade(
+    response: str, truth: object, *, facts: dict[str, Any], prompt: dict[str, Any], filters: Filters
+) -> Grade:
+    """Return 1 for a response that all filters keep, else 0 with the reason "filter: why"."""
+    filtered = TextResponse(response, **facts)
+    name, why = first_objection(filtered, Prompt("", truth=truth, **prompt), filters)
+    return Grade(0.0, f"{name}: {why}") if name else Grade(1.0, "")

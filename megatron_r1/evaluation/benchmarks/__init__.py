@@ -1,4 +1,4 @@
-"""Benchmarks: one file each, one line each in `REGISTRY`.
+"""Benchmarks, one line each in `REGISTRY`.
 
 A benchmark maps the rows of its public data set to prompts (`base.Benchmark`); the same rewards as
 in training grade the responses.
@@ -11,13 +11,13 @@ from megatron_r1.evaluation.benchmarks.base import Benchmark
 
 PACKAGE = "megatron_r1.evaluation.benchmarks"
 REGISTRY: dict[str, str] = {
-    "aime_2024": f"{PACKAGE}.aime:BENCHMARK",
+    "aime_2024": f"{PACKAGE}.mathematics:AIME_2024",
     "codeforces": f"{PACKAGE}.codeforces:BENCHMARK",
-    "gpqa_diamond": f"{PACKAGE}.gpqa:BENCHMARK",
+    "gpqa_diamond": f"{PACKAGE}.multiple_choice:GPQA_DIAMOND",
     "gym": f"{PACKAGE}.gym:BENCHMARK",
     "livecodebench": f"{PACKAGE}.livecodebench:BENCHMARK",
-    "math_500": f"{PACKAGE}.math500:BENCHMARK",
-    "mmlu": f"{PACKAGE}.mmlu:BENCHMARK",
+    "math_500": f"{PACKAGE}.mathematics:MATH_500",
+    "mmlu": f"{PACKAGE}.multiple_choice:MMLU",
 }
 
 

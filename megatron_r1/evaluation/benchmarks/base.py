@@ -11,10 +11,10 @@ from megatron_r1.data.templates import PLACEHOLDER
 from megatron_r1.errors import UserError, did_you_mean
 from megatron_r1.evaluation.benchmarks.sources import Options, Rows, pick_columns
 
-__all__ = ["BOXED", "Benchmark", "Options", "Question", "Rows", "pick_columns", "to_prompts"]
+__all__ = ["Benchmark", "Options", "Question", "Rows", "code_limits", "pick_columns", "to_prompts"]
 
-BOXED = "{problem}\n\nPlease reason step by step, and put your final answer within \\boxed{}."
-"""The instruction that DeepSeek-R1's authors recommend for mathematics (the model's page)."""
+MAX_TOTAL_SECONDS = 600
+"""Wall time for all tests of one program."""
 
 
 @dataclass(frozen=True)
@@ -71,3 +71,18 @@ def to_prompts(questions: Iterable[Question], instruction: str) -> Iterator[Prom
         seen[name] = seen.get(name, 0) + 1
         name = name if seen[name] == 1 else f"{name}-{seen[name]}"
         yield Prompt(name, text, question.kind, question.truth, question.fields)
+
+
+def code_limits(cpu_seconds: float, memory_mib: float, num_tests: int) -> dict[str, float]:
+    """Return `limits` of the code reward for a judge's limits per test (`rewards.sandbox.limits`).
+
+    Wall time is twice the CPU time, because the machine does other work too. All tests together get
+    the time they may take one by one, up to `MAX_TOTAL_SECONDS`.
+    """
+    cpu_seconds = min(max(cpu_seconds, 1.0), 120.0)
+    return {
+        "cpu_seconds": cpu_seconds,
+        "wall_seconds": 2 * cpu_seconds,
+        "total_seconds": min(max(60.0, cpu_seconds * num_tests), MAX_TOTAL_SECONDS),
+        "memory_mib": min(memory_mib, 16_384),
+    }

@@ -4,13 +4,13 @@ Interactive problems, those that read files and those with incomplete tests are 
 that passes incomplete tests may be wrong. The result is the share of solved problems, not a rating.
 """
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
 from megatron_r1.data.records import require_text
 from megatron_r1.errors import UserError
-from megatron_r1.evaluation.benchmarks.base import Benchmark, Question
-from megatron_r1.evaluation.benchmarks.code_limits import code_limits
+from megatron_r1.evaluation.benchmarks.base import Benchmark, Question, code_limits
 from megatron_r1.evaluation.benchmarks.sources import Options, Rows, pick_columns
 
 NAMES = (
@@ -29,17 +29,13 @@ def questions(rows: Rows, options: Options) -> Iterator[Question]:
     language = options["language"]
     if language not in LANGUAGES:
         raise UserError(f"codeforces: language {language!r} is not one of {', '.join(LANGUAGES)}")
-    lowest, highest = options["min_rating"], options["max_rating"]
+    lowest, highest = options["min_rating"] or 0, options["max_rating"] or math.inf
     for place, row in rows:
         columns = pick_columns(place, row, [LAYOUT])
-        if columns["interaction_format"] or columns["input_mode"] not in (None, "stdio"):
-            continue
-        if not columns["official_tests_complete"] or not columns["official_tests"]:
-            continue
-        rating = columns["rating"] or 0
-        if (lowest and rating < lowest) or (highest and rating > highest):
-            continue
-        yield _question(place, columns, language)
+        is_batch = not columns["interaction_format"] and columns["input_mode"] in (None, "stdio")
+        has_tests = columns["official_tests_complete"] and columns["official_tests"]
+        if is_batch and has_tests and lowest <= (columns["rating"] or 0) <= highest:
+            yield _question(place, columns, language)
 
 
 def files(options: Options) -> list[str]:

@@ -16,34 +16,29 @@ from megatron_r1.errors import UserError, did_you_mean
 from megatron_r1.evaluation.benchmarks.base import Benchmark, Question
 from megatron_r1.evaluation.benchmarks.sources import Options, Rows
 
-SUITES: dict[str, tuple[str, ...]] = {
+_NAMES = {
     "arithmetic": (
-        *("basic_arithmetic", "chain_sum", "products", "gcd", "lcm", "fraction_simplification"),
-        *("decimal_arithmetic", "prime_factorization", "number_format", "time_intervals"),
+        "basic_arithmetic chain_sum products gcd lcm fraction_simplification "
+        "decimal_arithmetic prime_factorization number_format time_intervals"
     ),
     "algebra": (
-        *("simple_equations", "polynomial_equations", "polynomial_multiplication"),
-        *("complex_arithmetic", "simple_integration", "intermediate_integration"),
+        "simple_equations polynomial_equations polynomial_multiplication complex_arithmetic "
+        "simple_integration intermediate_integration"
     ),
     "algorithmic": (
-        *("base_conversion", "count_primes", "letter_counting", "number_sorting", "word_sorting"),
-        *("spell_backward", "binary_matrix", "rotate_matrix", "spiral_matrix", "string_insertion"),
+        "base_conversion count_primes letter_counting number_sorting word_sorting "
+        "spell_backward binary_matrix rotate_matrix spiral_matrix string_insertion"
     ),
-    "logic": (
-        *("knights_knaves", "propositional_logic", "zebra_puzzles", "self_reference"),
-        *("circuit_logic", "aiw"),
-    ),
-    "graphs": (
-        *("course_schedule", "family_relationships", "largest_island", "quantum_lock"),
-        "shortest_path",
-    ),
-    "games": ("puzzle24", "mini_sudoku", "n_queens", "tower_of_hanoi", "maze"),
-    "geometry": ("simple_geometry", "advanced_geometry"),
+    "logic": "knights_knaves propositional_logic zebra_puzzles self_reference circuit_logic aiw",
+    "graphs": "course_schedule family_relationships largest_island quantum_lock shortest_path",
+    "games": "puzzle24 mini_sudoku n_queens tower_of_hanoi maze",
+    "geometry": "simple_geometry advanced_geometry",
     "mixed": (
-        *("chain_sum", "gcd", "simple_equations", "polynomial_equations", "base_conversion"),
-        *("number_sorting", "knights_knaves", "largest_island", "puzzle24", "simple_geometry"),
+        "chain_sum gcd simple_equations polynomial_equations base_conversion number_sorting "
+        "knights_knaves largest_island puzzle24 simple_geometry"
     ),
 }
+SUITES = {suite: tuple(tasks.split()) for suite, tasks in _NAMES.items()}
 DIFFICULTIES = {"easy": 0, "medium": 1, "hard": 2}
 """Levels of reasoning-gym's curricula; "default" is each task's own default settings."""
 ATTEMPTS_PER_QUESTION = 50

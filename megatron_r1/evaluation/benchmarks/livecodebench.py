@@ -12,8 +12,7 @@ from typing import Any
 
 from megatron_r1.data.records import require_text
 from megatron_r1.errors import UserError
-from megatron_r1.evaluation.benchmarks.base import Benchmark, Question
-from megatron_r1.evaluation.benchmarks.code_limits import code_limits
+from megatron_r1.evaluation.benchmarks.base import Benchmark, Question, code_limits
 from megatron_r1.evaluation.benchmarks.packed_tests import decode_tests
 from megatron_r1.evaluation.benchmarks.sources import Options, Rows, pick_columns
 
@@ -42,11 +41,8 @@ def questions(rows: Rows, options: Options) -> Iterator[Question]:
     for place, row in rows:
         columns = pick_columns(place, row, [LAYOUT])
         day = _day(f"{place}: contest_date", columns["contest_date"])
-        if not first <= day <= last:
-            continue
-        if options["difficulty"] not in (None, columns["difficulty"]):
-            continue
-        yield _question(place, columns)
+        if first <= day <= last and options["difficulty"] in (None, columns["difficulty"]):
+            yield _question(place, columns)
 
 
 def files(options: Options) -> list[str]:

@@ -1,13 +1,56 @@
-"""Multiple-choice questions, whose truth is a letter."""
+"""Multiple-choice benchmarks, whose truth is a letter: MMLU (14,042 questions from 57 subjects,
+Hendrycks et al., 2009.03300) and GPQA Diamond (198 graduate-level ones, Rein et al., 2311.12022).
+
+GPQA has the right choice in a column of its own. The choices are shuffled once per question, by its
+id and a seed, so that every sample and every run has the same order.
+"""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from megatron_r1.data.records import require_text
+from megatron_r1.errors import UserError
+from megatron_r1.evaluation.benchmarks.base import Benchmark, Question
+from megatron_r1.evaluation.benchmarks.sources import Options, Rows, pick_columns
 
 LETTERS = "ABCDEFGHIJ"
 INSTRUCTION = (
     "Answer the following multiple choice question. Please reason step by step, and put only "
     "the letter of your final answer within \\boxed{}.\n\n{problem}"
 )
+MMLU_LAYOUT = {name: name for name in ("question", "subject", "choices", "answer")}
+CHOICES = ("Correct Answer", "Incorrect Answer 1", "Incorrect Answer 2", "Incorrect Answer 3")
+GPQA_LAYOUT = {name: name for name in ("Record ID", "Question", *CHOICES)}
+
+
+def mmlu_questions(rows: Rows, options: Options) -> Iterator[Question]:
+    subjects, seen = set(options["subjects"]), set()
+    for place, row in rows:
+        columns = pick_columns(place, row, [MMLU_LAYOUT])
+        seen.add(columns["subject"])
+        if subjects and columns["subject"] not in subjects:
+            continue
+        choices = columns["choices"]
+        if not isinstance(choices, list) or not 2 <= len(choices) <= len(LETTERS):
+            raise UserError(f"{place}: 'choices' must be a list of texts, got {choices!r}")
+        problem = require_text(place, columns, "question").strip()
+        letter = _letter(place, columns["answer"], len(choices))
+        yield Question("", lettered(problem, choices), "math", letter)
+    if unknown := sorted(subjects - seen):
+        raise UserError(f"mmlu has no subject {unknown[0]!r}; it has {', '.join(sorted(seen))}")
+
+
+def gpqa_questions(rows: Rows, options: Options) -> Iterator[Question]:
+    for place, row in rows:
+        columns = pick_columns(place, row, [GPQA_LAYOUT])
+        question_id = str(columns["Record ID"])
+        choices = [require_text(place, columns, name).strip() for name in CHOICES]
+        order = list(range(len(choices)))
+        random.Random(f"gpqa/{options['seed']}/{question_id}").shuffle(order)
+        question = require_text(place, columns, "Question").strip()
+        problem = lettered(question, [choices[index] for index in order])
+        yield Question(question_id, problem, "math", LETTERS[order.index(0)])
 
 
 def lettered(problem: str, choices: Sequence[str]) -> str:
@@ -16,8 +59,25 @@ def lettered(problem: str, choices: Sequence[str]) -> str:
     return "\n".join([problem, "", *lines])
 
 
-def shuffled(choices: Sequence[str], key: str) -> tuple[list[str], str]:
-    """Return the choices in an order that depends on `key` alone, and the letter of the first."""
-    order = list(range(len(choices)))
-    random.Random(key).shuffle(order)
-    return [choices[index] for index in order], LETTERS[order.index(0)]
+def _letter(place: str, answer: Any, num_choices: int) -> str:
+    """Return the letter of an answer: the data set has 0 to 3, exports of it the letter."""
+    letters = list(LETTERS[:num_choices])
+    if isinstance(answer, str) and answer.strip().upper() in letters:
+        return answer.strip().upper()
+    if isinstance(answer, int) and 0 <= answer < num_choices:
+        return letters[answer]
+    raise UserError(f"{place}: 'answer' must be 0 to {num_choices - 1} or a letter, got {answer!r}")
+
+
+MMLU = Benchmark(
+    mmlu_questions,
+    INSTRUCTION,
+    hubs={"cais/mmlu": lambda options: ["all/test-*.parquet"]},
+    options={"subjects": []},  # such as [abstract_algebra]; [] for all
+)
+GPQA_DIAMOND = Benchmark(
+    gpqa_questions,
+    INSTRUCTION,
+    hubs={"Idavidrein/gpqa": lambda options: ["gpqa_diamond.csv"]},
+    options={"seed": 0},
+)

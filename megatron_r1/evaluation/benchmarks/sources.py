@@ -49,7 +49,12 @@ def read_rows(
                 f"benchmark {name}: no such file or folder {place}; give a file, a folder, or a "
                 f"data set's name on the hub such as {hub}"
             )
-        patterns = files or _patterns(name, hubs, options, place)
+        if not files and place not in hubs:
+            raise UserError(
+                f"benchmark {name}: which files of {place} are it? Name them, for example "
+                f"files: ['data/test-*.parquet']; known without: {', '.join(hubs)}"
+            )
+        patterns = files or hubs[place](options)
         local = _download(name, place, patterns)
     else:
         patterns = files or [p for known in hubs.values() for p in known(options)]
@@ -71,15 +76,6 @@ def pick_columns(
     raise UserError(
         f"{place}: no column {', '.join(map(repr, missing))}; it has {', '.join(map(str, row))}: "
         "is this the right file?"
-    )
-
-
-def _patterns(name: str, hubs: Hubs, options: Options, hub: str) -> Sequence[str]:
-    if hub in hubs:
-        return hubs[hub](options)
-    raise UserError(
-        f"benchmark {name}: which files of {hub} are it? Name them, for example "
-        f"files: ['data/test-*.parquet']; known without: {', '.join(hubs)}"
     )
 
 

@@ -5,8 +5,14 @@ import re
 
 import pytest
 
-from megatron_r1.curation.filters import NAMES, REGISTRY, check_filters, filters_of, first_objection
-from megatron_r1.curation.filters.worker import PooledFilters
+from megatron_r1.curation.filters import (
+    NAMES,
+    REGISTRY,
+    PooledFilters,
+    check_filters,
+    filters_of,
+    first_objection,
+)
 from megatron_r1.data.prompts import make_prompt
 from megatron_r1.evaluation.response import TextResponse
 from megatron_r1.rewards.runtime.pool import RewardPool
