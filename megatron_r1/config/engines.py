@@ -27,8 +27,7 @@ class EngineConfig(Section):
     start_timeout_seconds: float = Field(600.0, gt=0)
     request_timeout_seconds: float = Field(3600.0, gt=0)
     max_restarts: Resumable[int] = Field(10, ge=0)
-    """dead, slow or garbling engines replaced while a command runs; a death after that stops the
-    run"""
+    """dead, slow or garbling engines replaced in a command; a death after that stops the run"""
     unresponsive_seconds: Resumable[float] = Field(120.0, gt=0)
     """an engine that has not answered for so long counts as dead"""
 
@@ -46,8 +45,7 @@ class RolloutConfig(EngineConfig):
     host_silence_seconds: Resumable[float] = Field(30.0, gt=0)
     """a host that has not been heard from for so long has vanished"""
     hosts_per_engine: Resumable[int] = Field(1, ge=1)
-    """hosts that share an engine's copies (data), with placement: hosts; an engine gets all of them
-    at once"""
+    """hosts that share an engine's copies (data), all taken at once; with placement: hosts"""
     colocated: Resumable[bool] = False
     """engines sleep on the trainer's own GPUs while it computes; see docs/rollout.md"""
     temperature: float = Field(1.0, gt=0)

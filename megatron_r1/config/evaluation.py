@@ -17,8 +17,7 @@ class BenchmarkConfig(Section):
     label: str = Field("", description="what results call it; default: the name")
     path: str | None = None
     """file, folder or hub name of the data; default: its own name on the hub"""
-    files: list[str] = []
-    """patterns of the files to take from a folder or the hub"""
+    files: list[str] = Field([], description="patterns of the files to take of a folder or the hub")
     samples: int | None = Field(None, ge=1, description="default: eval.samples")
     limit: int | None = Field(None, ge=1, description="the first so many; default: eval.limit")
     instruction: str | None = None
@@ -43,8 +42,7 @@ class ServerConfig(ServiceSettings):
     api: Literal["chat", "completions"] = "chat"
     """chat: the question as a user's message, in the server's template; completions: the text that
     data.template makes"""
-    wait_seconds: float = Field(10.0, ge=0)
-    """at the start, for a server that nobody can reach yet"""
+    wait_seconds: float = Field(10.0, ge=0, description="at the start, until it can be reached")
     timeout_seconds: float = Field(3600.0, gt=0, description="for one answer")
     concurrency: int = Field(64, ge=1, description="answers under way at once")
 

@@ -20,8 +20,7 @@ class CriticConfig(Section):
     value_clip: float | None = Field(0.2, gt=0)
     """how far a value may move from the rollout's before it is no longer pushed (arXiv 2005.12729,
     section 3); null: not limited"""
-    warmup_steps: int = Field(0, ge=0)
-    """rollouts at the start from which the critic alone learns"""
+    warmup_steps: int = Field(0, ge=0, description="first rollouts, which train the critic alone")
 
 
 class RewardModelConfig(Section):

@@ -11,8 +11,7 @@ from megatron_r1.config.section import Resumable, Section
 
 class PushConfig(Section):
     transport: Resumable[Literal["shm", "cuda_ipc", "gloo", "nccl"]] = "shm"
-    """shm, or cuda_ipc between GPUs: trainer and engines on one host; gloo, nccl: on many. See
-    docs/push.md"""
+    """shm, or cuda_ipc between GPUs: all on one host; gloo, nccl: on many. See docs/push.md"""
     memory_gib: Resumable[float | None] = Field(None, gt=0)
     """memory an engine rank may use for weights on their way; with less than all its weights
     engines pause while they travel; default: as much as they have"""

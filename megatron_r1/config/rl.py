@@ -55,13 +55,10 @@ class RLConfig(Section):
     )
     group_size: int = Field(16, ge=1)
     """outputs per question, G; 2 or more where a group is the baseline"""
-    questions_per_rollout: int = Field(512, gt=0)
-    """512 x 16 = the paper's 8,192 outputs"""
+    questions_per_rollout: int = Field(512, gt=0, description="512 x 16 = the paper's 8192 outputs")
     minibatches: int = Field(16, gt=0, description="optimizer steps per rollout, one inner epoch")
-    clip_low: float = Field(10.0, gt=0)
-    """epsilon: the ratio is clipped below 1 - clip_low"""
-    clip_high: float = Field(10.0, gt=0)
-    """epsilon: the ratio is clipped above 1 + clip_high"""
+    clip_low: float = Field(10.0, gt=0, description="the ratio is clipped below 1 - clip_low")
+    clip_high: float = Field(10.0, gt=0, description="the ratio is clipped above 1 + clip_high")
     dual_clip: float | None = Field(None, gt=1)
     """a negative advantage's ratio counts at most this; null: no limit"""
     ratio_level: Literal["token", "sequence"] = "token"
@@ -91,8 +88,7 @@ class RLConfig(Section):
     token, over max_response_tokens per output (Dr. GRPO)"""
     discount: float = Field(1.0, ge=0, le=1)
     """gamma: of what follows a token (rloo, reinforce_pp, ppo, on_policy_distillation)"""
-    gae_lambda: float = Field(1.0, ge=0, le=1)
-    """lambda of generalized advantage estimation (ppo)"""
+    gae_lambda: float = Field(1.0, ge=0, le=1, description="of ppo's generalized advantages")
     overlong_buffer: float = Field(0.0, ge=0, le=1)
     """share of max_response_tokens, at its end, over which a growing punishment is taken from the
     reward (DAPO: 0.2); 0: none"""

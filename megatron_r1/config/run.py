@@ -11,13 +11,11 @@ from megatron_r1.errors import UserError
 
 
 class RunConfig(Section):
-    folder: Resumable[str] = ""
-    """where everything of this run is written; required"""
+    folder: Resumable[str] = Field("", description="where all files of it are written; required")
     seed: int = Field(0, description="of sampling prompts, generation and initialization")
     steps: Resumable[int] = Field(650, gt=0)
     """rollouts (rl; 650 x 16 = the paper's 10,400 optimizer steps), batches (sft)"""
-    log_samples: Resumable[int] = Field(8, ge=0)
-    """training samples written down per step"""
+    log_samples: Resumable[int] = Field(8, ge=0, description="training samples written per step")
     hang_seconds: Resumable[float] = Field(1800.0, ge=0)
     """without any progress, after which a report says what everything waits for; 0: never. See
     docs/supervision.md"""
@@ -30,18 +28,15 @@ class RunConfig(Section):
 
 
 class ModelConfig(Section):
-    path: str = ""
-    """Hugging Face folder: config.json, tokenizer, weights; required"""
+    path: str = Field("", description="Hugging Face folder: config, tokenizer, weights; required")
     checkpoint: str | None = None
-    """Megatron checkpoint (of tools/convert or a run) to take the weights from, instead of
-    path's"""
+    """Megatron checkpoint (of tools/convert or a run) whose weights are taken, not path's"""
     head: Literal["language", "score"] = "language"
     """score: one number per token instead of logits; reward-model sets it"""
     init: Literal["load", "random"] = "load"
     """random: train from nothing; the folder needs no weights"""
     init_std: float = Field(0.02, gt=0, description="standard deviation of random weights")
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """of the trainer's parameters"""
+    dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="of trained parameters")
     mtp: Literal["frozen", "train", "none"] = "frozen"
     """multi-token-prediction layers: carried unchanged, trained (sft), left out"""
     expert_bias_update_rate: float = Field(0.0, ge=0)
@@ -69,8 +64,7 @@ class DataConfig(Section):
     heldout_path: str | None = Field(None, description="a file held out whole, for evaluation")
     task: str | None = Field(None, description="a reasoning-gym task, instead of a file")
     parameters: dict[str, Any] = Field(default_factory=dict, description="the task's own settings")
-    kind: str | None = None
-    """the reward that grades; default: the row's, or math"""
+    kind: str | None = Field(None, description="the reward that grades; default: the row's or math")
     columns: dict[str, str] | None = Field(None, description="our name: the file's column")
     num_train: int | None = Field(None, gt=0, description="questions to train on; a task needs it")
     num_heldout: int | None = Field(None, ge=0, description="questions kept out of training")

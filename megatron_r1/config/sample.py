@@ -116,8 +116,7 @@ class SampleConfig(Section):
     """JSONL of {question, response}: worked examples in front of the question"""
     num_shots: int | None = Field(None, ge=1)
     """of them before each question, drawn anew; default: all"""
-    avoid: list[str] = []
-    """files of questions that must not be sampled"""
+    avoid: list[str] = Field([], description="files of questions that must not be sampled")
     avoid_ngram: int = Field(13, ge=0)
     """words in a row that such a question must not share; 0: equality only"""
     keep: KeepConfig = KeepConfig()

@@ -48,8 +48,7 @@ class ParallelConfig(Section):
     """where the reference's weights wait; device: always on the GPU"""
     tokens_per_microbatch: int = Field(16_384, gt=0)
     """upper limit; a longer sample gets a micro-batch alone"""
-    threads: int | None = None
-    """CPU threads per trainer rank; default: cores / ranks"""
+    threads: int | None = Field(None, description="CPU threads per rank; default: cores / ranks")
 
     def check_sizes(self, world_size: int) -> None:
         """Raise UserError where the sizes do not divide `world_size` ranks."""

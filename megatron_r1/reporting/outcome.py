@@ -104,11 +104,16 @@ def outcome_sentence(metrics: Metrics, heldout: Sequence[Evaluation]) -> str:
 
 def first_and_last(metrics: Metrics, key: str) -> tuple[float, float] | None:
     """Return the means of the first and the last tenth of a curve: single steps are noisy."""
-    values = [value for line in metrics if (value := finite(line, key)) is not None]
+    values = recorded(metrics, key)
     if not values:
         return None
     tenth = max(1, len(values) // 10)
     return float(np.mean(values[:tenth])), float(np.mean(values[-tenth:]))
+
+
+def recorded(metrics: Metrics, key: str) -> list[float]:
+    """Return the values of a metric, without those that are missing or not finite."""
+    return [value for line in metrics if (value := finite(line, key)) is not None]
 
 
 def num_steps(metrics: Metrics) -> int:

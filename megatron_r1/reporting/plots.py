@@ -12,20 +12,12 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-# Placeholder colours for matplotlib; in the SVG they become var(--name).
-INKS = {
-    "ink": "#010101",
-    "muted": "#020202",
-    "grid": "#030303",
-    "page": "#040404",
-    "accent": "#050505",
-    "second": "#060606",
-    "rollout": "#070707",
-    "reward": "#080808",
-    "train": "#090909",
-    "push": "#0a0a0a",
-    "other": "#0b0b0b",
-}
+INK_NAMES = (
+    *("ink", "muted", "grid", "page", "accent", "second"),
+    *("rollout", "reward", "train", "push", "other"),
+)
+# Placeholder colours for matplotlib (#010101, …); in the SVG they become var(--name).
+INKS = {name: "#" + 3 * f"{number:02x}" for number, name in enumerate(INK_NAMES, 1)}
 MAX_POINTS = 300
 STYLE = {
     "svg.fonttype": "none",

@@ -16,6 +16,7 @@ from megatron_r1.reporting.outcome import (
     first_and_last,
     num_steps,
     outcome_sentence,
+    recorded,
 )
 from megatron_r1.reporting.page import render
 from megatron_r1.reporting.report_plots import small_plots, time_split, two_curves
@@ -91,21 +92,17 @@ def _tiles(metrics: Metrics, heldout: Sequence[Evaluation]) -> list[tuple[str, s
         tiles.append(("response length", _arrow(*map(number, ends)), f"tokens, {where}"))
     elif losses := first_and_last(metrics, "loss"):
         tiles.append(("loss", _arrow(*map(number, losses)), "first and last tenth"))
-    if gaps := _values(metrics, "logprob_diff/mean"):
-        largest = _values(metrics, "logprob_diff/max")
+    if gaps := recorded(metrics, "logprob_diff/mean"):
+        largest = recorded(metrics, "logprob_diff/max")
         note = f"largest {number(max(largest))}" if largest else ""
-        if own := _values(metrics, "logprob_diff/without_replay"):
+        if own := recorded(metrics, "logprob_diff/without_replay"):
             note += f"; without routing replay {number(float(np.mean(own)))}"
         tiles.append(("logprob diff to the engine", number(float(np.mean(gaps))), note))
-    if speeds := _values(metrics, "tokens_per_second"):
-        seconds = _values(metrics, "time/step")
+    if speeds := recorded(metrics, "tokens_per_second"):
+        seconds = recorded(metrics, "time/step")
         note = f"{number(float(np.median(seconds)))} s a step" if seconds else ""
         tiles.append(("tokens per second", number(float(np.median(speeds))), note))
     return tiles
-
-
-def _values(metrics: Metrics, key: str) -> list[float]:
-    return [value for line in metrics if (value := finite(line, key)) is not None]
 
 
 def _arrow(first: str, last: str) -> str:

@@ -97,23 +97,18 @@ def time_split(metrics: Metrics) -> list[Plot]:
 
 def _trained(metrics: Metrics, key: str, label: str, ink: str) -> list[Curve]:
     present = [m for m in metrics if key in m]
-    values = np.array([np.nan if (v := finite(m, key)) is None else v for m in present])
+    values = np.array([finite(m, key) for m in present], dtype=float)  # None becomes NaN
     if not len(values) or np.isnan(values).all():
         return []
-    noisy = key != "learning_rate"
-    return [Curve(label, _steps(present), values, ink, noisy=noisy)]
+    return [Curve(label, _steps(present), values, ink, noisy=key != "learning_rate")]
 
 
 def _points(label: str, scores: Sequence[tuple[int, Score]], ink: str, marker: str) -> list[Curve]:
     if not scores:
         return []
-    values = [score for _, score in scores]
-    low, high = (
-        np.array([np.nan if end is None else end for end in side])
-        for side in ([s.low for s in values], [s.high for s in values])
-    )
-    steps = np.array([step for step, _ in scores], dtype=float)
-    return [Curve(label, steps, np.array([s.value for s in values]), ink, marker, low, high)]
+    rows = [(step, score.value, score.low, score.high) for step, score in scores]
+    steps, values, low, high = np.array(rows, dtype=float).T  # None becomes NaN
+    return [Curve(label, steps, values, ink, marker, low, high)]
 
 
 def _steps(metrics: Metrics) -> np.ndarray:

@@ -119,8 +119,7 @@ class RunFolder:
         if step <= self._last_step:
             raise ValueError(
                 f"{self.metrics_path} already has step {self._last_step}, cannot append step "
-                f"{step}; "
-                "call truncate_after(checkpoint step) before continuing a run"
+                f"{step}; call truncate_after(checkpoint step) before continuing a run"
             )
         append_lines(self.metrics_path, [metrics])
         self._last_step = step
@@ -159,17 +158,13 @@ class RunFolder:
         return read_lines(self.samples_path)
 
     def _refusal(self, keys: list[str], before: dict[str, Any], after: dict[str, Any]) -> str:
-        lines = [
-            f"  {key}: {shown(before, key)} in the folder, {shown(after, key)} now" for key in keys
-        ]
-        return "\n".join(
-            [
-                f"{self.path} holds a run with other settings:",
-                *lines,
-                "To continue that run, give it the settings it has; "
-                "to start another one, choose another folder or remove this one.",
-            ]
+        lines = [f"{self.path} holds a run with other settings:"]
+        lines += [f"  {k}: {shown(before, k)} in the folder, {shown(after, k)} now" for k in keys]
+        lines.append(
+            "To continue that run, give it the settings it has; to start another one, choose "
+            "another folder or remove this one."
         )
+        return "\n".join(lines)
 
 
 _ABSENT = object()

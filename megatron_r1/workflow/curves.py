@@ -61,13 +61,13 @@ def heldout_points(runs: Sequence[Lines], key: str, ink: str) -> list[Curve]:
     if len(runs) == 1:
         lines, name = {line["step"]: line for line in runs[0]}, key.removeprefix("eval/")
         low, high = (
-            [_or_nan(lines[step], f"interval/{name}/{end}") for step in by_step]
+            np.array([finite(lines[step], f"interval/{name}/{end}") for step in by_step], float)
             for end in ("low", "high")
-        )
+        )  # None becomes NaN
     else:
-        low, high = ([end(values) for values in by_step.values()] for end in (min, max))
+        low, high = (np.array([end(v) for v in by_step.values()]) for end in (min, max))
     # matplotlib leaves labels that begin with _ out of its legend.
-    return [Curve("_held-out", *_means(by_step), ink, "o", np.array(low), np.array(high))]
+    return [Curve("_held-out", *_means(by_step), ink, "o", low, high)]
 
 
 def _read(plans: Sequence[Plan], graph: Graph, file: str) -> dict[str, list[Lines]]:
@@ -89,8 +89,3 @@ def _by_step(runs: Sequence[Lines], key: str) -> dict[int, list[float]]:
 
 def _means(by_step: Mapping[int, Sequence[float]]) -> tuple[np.ndarray, np.ndarray]:
     return np.array([*by_step], dtype=float), np.array([fmean(v) for v in by_step.values()])
-
-
-def _or_nan(line: Mapping[str, Any], key: str) -> float:
-    value = finite(line, key)
-    return np.nan if value is None else value

@@ -124,10 +124,8 @@ def git_commit() -> dict[str, Any] | None:
 
 
 def _git(*arguments: str) -> str:
-    command = ["git", *arguments]
-    return subprocess.run(
-        command, capture_output=True, text=True, check=True, timeout=30
-    ).stdout.strip()
+    command, silent = ["git", *arguments], subprocess.DEVNULL
+    return subprocess.check_output(command, stderr=silent, text=True, timeout=30).strip()
 
 
 def _urls(stage: Stage) -> dict[str, str]:

@@ -24,8 +24,7 @@ class PipelineConfig(Section):
     folder: str = Field("", description="where everything of this pipeline is written; required")
     title: str = Field("", description="of the report; default: the folder's name")
     seed: int = Field(0, description="run.seed of every stage that sets none")
-    seeds: list[int] = []
-    """the whole graph once for each, in FOLDER/seed_N"""
+    seeds: list[int] = Field([], description="the whole graph once for each, in FOLDER/seed_N")
     jobs: int = Field(1, ge=1)
     """how many stages may run at a time, each with the cores or GPUs it finds, or with those of its
     launch"""
@@ -63,8 +62,7 @@ class ServeConfig(Section):
     model: str = Field("", description="folder of the model that vLLM serves, under this name")
     task: Literal["generate", "classify"] = "generate"
     """classify: a reward model's scores, by /classify"""
-    arguments: list[str] = []
-    """further arguments of vLLM's server"""
+    arguments: list[str] = Field([], description="further arguments of vLLM's server")
     command: list[str] = []
     """a server of another kind, instead of model; {port}, {host} stand for its own"""
     health: str = Field("/health", description="path that answers 200 once it is ready")
@@ -116,8 +114,7 @@ class StageConfig(Section):
 
 class Recipe(Section):
     pipeline: PipelineConfig = PipelineConfig()
-    defaults: dict[str, Any] = {}
-    """sections, under every stage's recipe and settings"""
+    defaults: dict[str, Any] = Field({}, description="sections, below every stage's own settings")
     stages: dict[str, StageConfig] = Field(min_length=1)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from megatron_r1.errors import UserError
 from megatron_r1.files.jsonl import read_lines
+from megatron_r1.reporting.outcome import first_and_last
 from megatron_r1.reporting.wording import finite, number, percent
 
 FILE = "figures.json"
@@ -99,21 +100,15 @@ def is_share(name: str, value: float) -> bool:
     return name not in NOT_SHARES and 0.0 <= value <= 1.0
 
 
-def last_tenth(metrics: Sequence[Mapping[str, Any]], key: str) -> float | None:
-    """Return the mean over the last tenth of a curve: single steps are noisy."""
-    values = [value for line in metrics if (value := finite(line, key)) is not None]
-    return fmean(values[-max(1, len(values) // 10) :]) if values else None
-
-
 def _of_training(metrics: Sequence[Mapping[str, Any]]) -> dict[str, Result]:
     """Return results on training samples, which a held-out evaluation overrides."""
     keys = {"length": "response_length/mean", "language": "language/mean"}
     if not any("reward/mean" in line for line in metrics[-1:]):
         keys["loss"] = "loss"  # a policy-gradient loss is no measure of quality
     return {
-        name: Result(value, source=f"metrics.jsonl: {key}, mean of the last tenth of the steps")
+        name: Result(ends[1], source=f"metrics.jsonl: {key}, mean of the last tenth of the steps")
         for name, key in keys.items()
-        if (value := last_tenth(metrics, key)) is not None
+        if (ends := first_and_last(metrics, key))
     }
 
 
