@@ -6,7 +6,6 @@ import asyncio
 import time
 from array import array
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 from megatron_r1.config import RewardsConfig
 from megatron_r1.data.prompts import Prompt
@@ -17,15 +16,7 @@ from megatron_r1.rewards.runtime.pool import RewardPool
 from megatron_r1.rl.grading import ResponseGrader, check_grades
 from megatron_r1.rl.in_flight import InFlight, InFlightGroup
 from megatron_r1.rl.rollout import GradedResponse, Group, Rollout, Sampling
-
-
-class FinishedGroups(Protocol):
-    """Groups of a step that were finished before its run was killed (`rl.sample_log.StepLog`)."""
-
-    def reserve(self, count: int) -> range: ...
-    def recall(self, position: int, prompt: Prompt) -> Group | None: ...
-    def is_final(self, group: Group) -> bool: ...
-    def keep(self, position: int, group: Group) -> None: ...
+from megatron_r1.rl.sample_log import StepLog
 
 
 @dataclass
@@ -55,7 +46,7 @@ class RolloutCollector:
         self._max_ungraded = rewards.max_ungraded
 
     async def collect(
-        self, prompts: list[Prompt], sampling: Sampling, finished: FinishedGroups | None = None
+        self, prompts: list[Prompt], sampling: Sampling, finished: StepLog | None = None
     ) -> Rollout:
         """Sample and grade a group for each prompt, all at once; with `sampling.is_scored` the
         teacher scores a group as soon as it is sampled.
@@ -92,7 +83,7 @@ class RolloutCollector:
         prompt: Prompt,
         sampling: Sampling,
         ends: PhaseEnds,
-        finished: FinishedGroups | None,
+        finished: StepLog | None,
         position: int,
     ) -> Group:
         recalled = finished.recall(position, prompt) if finished else None

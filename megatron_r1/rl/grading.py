@@ -52,16 +52,10 @@ class ResponseGrader:
 def check_grades(groups: list[Group], max_ungraded: float) -> None:
     """Check the grades of everything that was sampled for one purpose.
 
-    Raises UserError where a reward failed on every response, RuntimeError where a larger share of
-    them than `max_ungraded` could not be graded.
+    Raises UserError where one reward failed on every response: one may break a grader, but not all.
+    Raises RuntimeError where a larger share of them than `max_ungraded` could not be graded: the
+    policy would be trained on those that are easy to grade.
     """
-    refuse_broken_reward(groups)
-    refuse_ungraded(groups, max_ungraded)
-
-
-def refuse_broken_reward(groups: list[Group]) -> None:
-    """Raise UserError where one reward failed on every response: one response may break a grader,
-    but not all of them."""
     responses = responses_of(groups)
     if not responses:
         return
@@ -71,12 +65,6 @@ def refuse_broken_reward(groups: list[Group]) -> None:
         raise UserError(
             f"reward {name!r} failed on all {len(responses)} answers: {responses[0].reason}"
         )
-
-
-def refuse_ungraded(groups: list[Group], max_ungraded: float) -> None:
-    """Raise RuntimeError where too many responses could not be graded: the policy would be trained
-    on those that are easy to grade."""
-    responses = responses_of(groups)
     ungraded = [graded for graded in responses if not graded.is_graded]
     allowed = math.ceil(max_ungraded * len(responses))
     if len(ungraded) > allowed:

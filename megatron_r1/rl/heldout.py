@@ -21,11 +21,7 @@ class HeldoutEvaluation:
     """Evaluates the engines' weights on the held-out prompts of a run, and records the result."""
 
     def __init__(
-        self,
-        config: Config,
-        collector: RolloutCollector,
-        prompts: list[Prompt],
-        recorder: Recorder,
+        self, config: Config, collector: RolloutCollector, prompts: list[Prompt], recorder: Recorder
     ):
         self._config, self._recorder = config, recorder
         self._collector, self._prompts = collector, prompts

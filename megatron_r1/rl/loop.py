@@ -14,7 +14,7 @@ from __future__ import annotations
 import random
 
 from megatron_r1.config import Config
-from megatron_r1.rl.overlong import overlong_punishment
+from megatron_r1.rl.advantages import overlong_punishment
 from megatron_r1.rl.passes import TrainerPasses
 from megatron_r1.rl.rollout import GradedResponse, Group
 from megatron_r1.rl.session import Session

@@ -71,7 +71,7 @@ class Rollout:
 
     rollout_seconds: until the last token was sampled. reward_seconds, teacher_seconds: from there
     to the last grade and to the teacher's last score. passed_over: groups that were sampled and
-    graded but are not trained on (`rl.dynamic_sampling`).
+    graded but are not trained on (`collect_informative`).
     """
 
     groups: list[Group]

@@ -137,7 +137,7 @@ class SampleLog:
 class StepLog:
     """One step's groups, by the position of their prompt among all that the step draws.
 
-    Batches that draw in rounds (`rl.dynamic_sampling`) thus continue in the round they were in.
+    Batches that draw in rounds (`collect_informative`) thus continue in the round they were in.
     """
 
     def __init__(self, log: SampleLog, path: Path) -> None:

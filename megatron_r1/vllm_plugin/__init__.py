@@ -38,9 +38,9 @@ def _patch_cpu_build() -> None:
 
     if not current_platform.is_cpu():
         return
-    from megatron_r1.vllm_plugin import cpu_fp8, cpu_parallel, cpu_patches, cpu_routing
+    from megatron_r1.vllm_plugin import cpu_parallel, cpu_patches, cpu_routing
 
-    for patches in (cpu_patches, cpu_parallel, cpu_fp8, cpu_routing):
+    for patches in (cpu_patches, cpu_parallel, cpu_routing):
         patches.apply()
 
 

@@ -1,8 +1,10 @@
 """Patches of vLLM 0.32's CPU build: three bugs that give wrong log-probabilities without an error,
-three that end the engine, and two that make starts and pushes slow.
+five that end the engine, two of them with block-wise FP8 models, and two that make starts and
+pushes slow.
 
 Without any one of the first five, tests/system/test_engine.py, which compares with transformers,
-fails. Paths are below vllm/. `apply` makes those patches that are made once per process.
+fails; without the last two, test_push_fp8_engine.py. Paths are below vllm/. `apply` makes those
+patches that are made once per process.
 """
 
 import mmap
@@ -31,6 +33,8 @@ def apply() -> None:
     allocate_cache_lazily()
     use_reference_attention()
     request_amx()
+    allow_cpus_without_amx()
+    pass_bias_as_float32()
 
 
 def heads_are_adjacent(x: torch.Tensor | None, head_size: int) -> bool:
@@ -58,10 +62,7 @@ def fix_strided_rotary() -> None:
     upstream = RotaryEmbedding.forward_cpu
 
     def forward_cpu(
-        self: Any,
-        positions: torch.Tensor,
-        query: torch.Tensor,
-        key: torch.Tensor | None = None,
+        self: Any, positions: torch.Tensor, query: torch.Tensor, key: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         adjacent = all(heads_are_adjacent(x, self.head_size) for x in (query, key))
         return (upstream if adjacent else type(self).forward_native)(self, positions, query, key)
@@ -234,3 +235,42 @@ def request_amx() -> None:
     """
     if torch.cpu._is_amx_tile_supported():
         torch.cpu._init_amx()
+
+
+def allow_cpus_without_amx() -> None:
+    """Let CPUs with AVX-512 and bf16 compute FP8 models; activations stay in bf16 there.
+
+    Upstream: model_executor/kernels/linear/scaled_mm/cpu.py:236 (`CPUFp8BlockScaledMMKernel`) and
+    layers/fused_moe/experts/cpu_moe.py:456 (`CPUExpertsFp8`). Without it: both refuse CPUs without
+    AMX, although their operators have a slower path with the same results. Goes when: they accept
+    such CPUs.
+    """
+    from vllm.model_executor.kernels.linear.scaled_mm.cpu import CPUFp8BlockScaledMMKernel
+    from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUExpertsFp8
+
+    if torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported():
+        supported = classmethod(lambda cls, capability=None: (True, None))
+        CPUFp8BlockScaledMMKernel.is_supported = supported
+        CPUExpertsFp8._supports_current_device = staticmethod(lambda: True)
+
+
+def pass_bias_as_float32() -> None:
+    """Give the FP8 product a bias in fp32.
+
+    Upstream: model_executor/kernels/linear/scaled_mm/cpu.py:306 (`apply_weights`). Without it: it
+    passes a bias in bf16, which the operator refuses. Goes when: it converts the bias.
+    """
+    from vllm.model_executor.kernels.linear.scaled_mm.cpu import CPUFp8BlockScaledMMKernel
+
+    upstream = CPUFp8BlockScaledMMKernel.apply_weights
+
+    def apply_weights(
+        self: Any,
+        layer: torch.nn.Module,
+        x: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        **named: object,
+    ) -> torch.Tensor:
+        return upstream(self, layer, x, None if bias is None else bias.float(), **named)
+
+    CPUFp8BlockScaledMMKernel.apply_weights = apply_weights

@@ -128,10 +128,7 @@ class EngineLinks:
         """Send push number `push` to these engines; gone: engines for which trainer ranks free all
         resources."""
         results = await self.trainer.call_all(
-            "send_weights",
-            push=push,
-            engines=[engine.index for engine in engines],
-            gone=list(gone),
+            "send_weights", push=push, engines=[engine.index for engine in engines], gone=list(gone)
         )
         for rank, result in enumerate(results):
             for engine in engines:

@@ -1,9 +1,9 @@
 """Policy-gradient estimators: one module each, named as in a recipe (`rl.algorithm`).
 
 A module's docstring is its definition, with its source; `config/algorithms.py` has its defaults and
-the rules of its settings. It defines `advantages` and `loss`, and `token_advantages` if each token
-has its own. The controller imports the modules too, to compute advantages: they import torch and
-Megatron inside functions only.
+the rules of its settings. It defines `advantages` and `loss`, where they are not GRPO's, and
+`token_advantages` if each token has its own. The controller imports the modules too, to compute
+advantages: they import torch and Megatron inside functions only.
 
 Notation: P prompts, G responses o_i to each, N responses in a mini-batch, |o_i| tokens of response
 i, ρ = π_θ / π_old of a token, "clip" = min(ρ A, clip(ρ, 1 - ε_low, 1 + ε_high) A). The loss is -J;
@@ -15,10 +15,10 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from megatron_r1.config import RLConfig
 from megatron_r1.config.algorithms import AlgorithmRules, rules_of
+from megatron_r1.rl.algorithms import grpo
 
 
 @dataclass(frozen=True)
@@ -44,15 +44,13 @@ def find(name: str) -> Algorithm:
     """Return the algorithm called `name`. Raises UserError for an unknown name."""
     rules = rules_of(name)
     module = importlib.import_module(f"{__name__}.{name}")
-    token_advantages = getattr(module, "token_advantages", None)
+    advantages = getattr(module, "advantages", grpo.advantages)
+    loss = getattr(module, "loss", grpo.loss)
+    token_advantages = f"{module.__name__}:token_advantages"
     return Algorithm(
         name,
         rules,
-        module.advantages,
-        _path(module.loss),
-        _path(token_advantages) if token_advantages else None,
+        advantages,
+        f"{loss.__module__}:loss",
+        token_advantages if hasattr(module, "token_advantages") else None,
     )
-
-
-def _path(function: Callable[..., Any]) -> str:
-    return f"{function.__module__}:{function.__name__}"

@@ -14,14 +14,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from megatron_r1.rl.algorithms import grpo
-from megatron_r1.rl.algorithms.grpo import advantages
 
 if TYPE_CHECKING:
     from megatron_r1.training.head import Head
     from megatron_r1.training.losses import LossTerms
     from megatron_r1.training.packed import PackedBatch
-
-__all__ = ["advantages", "loss"]
 
 
 def loss(batch: PackedBatch, head: Head, settings: dict[str, Any]) -> LossTerms:

@@ -7,7 +7,3 @@ GRPO with four changes, each a setting: ε_high above ε_low, so that unlikely t
 so that tokens of long responses weigh as much as others (`loss_average`, 3.3); a soft punishment
 of responses near the length limit (`overlong_buffer`, 3.4: 4,096 of 20,480 tokens). No KL.
 """
-
-from megatron_r1.rl.algorithms.grpo import advantages, loss
-
-__all__ = ["advantages", "loss"]

@@ -7,7 +7,3 @@ Dividing by the standard deviation gives prompts that are nearly all right or al
 and averaging per sequence, 1/|o_i|, makes long wrong responses cheap; both are left out
 (`advantage_std` none, `loss_average` constant). No KL.
 """
-
-from megatron_r1.rl.algorithms.grpo import advantages, loss
-
-__all__ = ["advantages", "loss"]

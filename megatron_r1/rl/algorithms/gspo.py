@@ -9,7 +9,3 @@ sequence. The ratio moves much less than a token's, hence the small clips (secti
 mini-batches per rollout). After an update some tokens take other experts, which upsets token ratios
 but hardly moves this one.
 """
-
-from megatron_r1.rl.algorithms.grpo import advantages, loss
-
-__all__ = ["advantages", "loss"]

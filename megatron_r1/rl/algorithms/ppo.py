@@ -17,13 +17,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from megatron_r1.rl.algorithms.grpo import loss
 from megatron_r1.rl.algorithms.reinforce_pp import advantages
 
 if TYPE_CHECKING:
     from megatron_r1.training.token_advantages import Scored, TokenTargets
 
-__all__ = ["advantages", "loss", "token_advantages"]
+__all__ = ["advantages", "token_advantages"]
 
 
 def token_advantages(scored: Scored, settings: dict[str, Any]) -> TokenTargets:

@@ -16,12 +16,9 @@ from statistics import fmean
 from typing import TYPE_CHECKING
 
 from megatron_r1.rl.advantages import graded, over_batch_std
-from megatron_r1.rl.algorithms.grpo import loss
 
 if TYPE_CHECKING:
     from megatron_r1.config import RLConfig
-
-__all__ = ["advantages", "loss"]
 
 
 def advantages(groups: list[list[float | None]], rl: RLConfig) -> list[list[float]]:

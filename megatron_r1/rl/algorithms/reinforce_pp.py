@@ -15,13 +15,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from megatron_r1.rl.advantages import ungraded_as_nan
-from megatron_r1.rl.algorithms.grpo import loss
 
 if TYPE_CHECKING:
     from megatron_r1.config import RLConfig
     from megatron_r1.training.token_advantages import Scored, TokenTargets
-
-__all__ = ["advantages", "loss", "token_advantages"]
 
 
 def advantages(groups: list[list[float | None]], rl: RLConfig) -> list[list[float]]:

@@ -9,10 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from megatron_r1.errors import UserError
-from megatron_r1.weight_sync.plan.engine_layout import EngineLayout
 from megatron_r1.weight_sync.plan.predicted_layout import PredictedLayout
-from megatron_r1.weight_sync.plan.region import Region
-from megatron_r1.weight_sync.plan.tensors import HFTensor, checkpoint_tensors
+from megatron_r1.weight_sync.plan.ranks import EngineLayout
+from megatron_r1.weight_sync.plan.tensors import HFTensor, Region, checkpoint_tensors
 from megatron_r1.weights.layout import hf_tensors, table
 from megatron_r1.weights.rules import Shape, whole
 from megatron_r1.weights.stored.fp8 import BLOCK, is_quantised, scale_name, scale_shape

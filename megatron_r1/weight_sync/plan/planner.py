@@ -10,15 +10,12 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Hashable, Iterator
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from megatron_r1.errors import UserError
-from megatron_r1.weight_sync.plan.engine_layout import Coordinate, EngineLayout
 from megatron_r1.weight_sync.plan.predicted_layout import PredictedLayout
-from megatron_r1.weight_sync.plan.region import Region, Transfer
-from megatron_r1.weight_sync.plan.tensors import HFTensor, checkpoint_tensors
-from megatron_r1.weight_sync.plan.trainer_grid import TrainerGrid
+from megatron_r1.weight_sync.plan.ranks import Coordinate, EngineLayout, TrainerGrid
+from megatron_r1.weight_sync.plan.tensors import HFTensor, Region, Transfer, checkpoint_tensors
 from megatron_r1.weights.layout import Shard, stage_shards
 from megatron_r1.weights.rules import Table, whole
 
@@ -33,27 +30,11 @@ class Needs(Protocol):
     def cache_key(self, tensor: HFTensor) -> Hashable | None: ...
 
 
-@dataclass(frozen=True)
-class Holding:
+class Holding(NamedTuple):
     """The part of a tensor that all ranks of `replicas` hold."""
 
     region: Region
     replicas: range
-
-
-@dataclass(frozen=True)
-class SharedHolding:
-    """A holding and the regions of it that each engine needs.
-
-    needed: (rank within the engine, region), the same for every engine. The replicas take turns,
-    the one at `offset` first.
-    """
-
-    name: str
-    dtype: str | None
-    replicas: range
-    offset: int
-    needed: list[tuple[int, Region]]
 
 
 class Planner:
@@ -100,15 +81,15 @@ class Planner:
         expert_tensor, expert_rank = self.grid.expert_coordinate(rank)
         for item in self._held(stage, expert_rank):
             own = expert_tensor if item.expert is not None else tensor
-            for holding in self.holdings(item, own):
-                needed = self.needed_of(item, holding.region)
+            for held, replicas in self.holdings(item, own):
+                needed = self.needed_of(item, held)
                 if not needed:
                     continue
                 first, end = 0, len(needed) * self.engines.engines
                 if engine is not None:
                     first, end = engine * len(needed), (engine + 1) * len(needed)
-                turns = len(holding.replicas)
-                mine = holding.replicas.index(rank) - first_turn(item.name)
+                turns = len(replicas)
+                mine = replicas.index(rank) - first_turn(item.name)
                 for turn in range(first + (mine - first) % turns, end, turns):
                     to_engine, index = divmod(turn, len(needed))
                     at, region = needed[index]
@@ -116,26 +97,16 @@ class Planner:
                     dtype = item.rule.dtype
                     yield Transfer(item.name, item.shape, region, rank, receiver, dtype)
 
-    def shared_holdings(self) -> Iterator[SharedHolding]:
-        """Yield everything that is sent, once per holding: sums over a million transfers need no
-        list of them."""
+    def shared_holdings(self) -> Iterator[tuple[HFTensor, range, list[tuple[Coordinate, Region]]]]:
+        """Yield everything that is sent, once per holding, as the tensor, its replicas, and what of
+        it each engine needs: sums over a million transfers need no list of them."""
         for stage in range(self.grid.pipeline):
             for expert_rank in range(self.grid.expert):
                 for item in self._held(stage, expert_rank):
                     if item.expert is None and expert_rank:
                         continue
-                    for holding in self.holdings(item):
-                        replicas = holding.replicas
-                        yield SharedHolding(
-                            item.name,
-                            item.rule.dtype,
-                            replicas,
-                            first_turn(item.name) % len(replicas),
-                            [
-                                (self.engines.rank(at), region)
-                                for at, region in self.needed_of(item, holding.region)
-                            ],
-                        )
+                    for region, replicas in self.holdings(item):
+                        yield item, replicas, self.needed_of(item, region)
 
     def holdings(self, item: HFTensor, only: int | None = None) -> Iterator[Holding]:
         """Yield the parts of a tensor over the trainer's ranks.
@@ -143,11 +114,8 @@ class Planner:
         only: the part of this (expert-)tensor-parallel rank.
         """
         grid, rule = self.grid, item.rule
-        stage = (
-            self._stage_of_part[item.part]
-            if item.layer is None
-            else self._stage_of_layer[item.layer]
-        )
+        layer = item.layer
+        stage = self._stage_of_part[item.part] if layer is None else self._stage_of_layer[layer]
         if rule.split is whole:
             yield Holding(Region.whole(item.shape), grid.whole_replicas(stage))
             return
@@ -166,17 +134,13 @@ class Planner:
     def needed_of(self, item: HFTensor, held: Region) -> list[tuple[Coordinate, Region]]:
         """Return who within one engine needs which part of `held`."""
         alike = self.needs.cache_key(item)
-        key = (alike, held)
-        if alike is not None and key in self._needed:
-            return self._needed[key]
-        needed = []
-        for at in self.needs.coordinates(item):
-            region = self.needs.region(item, at)
-            part = region and held.intersection(region)
-            if part:
-                needed.append((at, part))
+        if alike is not None and (alike, held) in self._needed:
+            return self._needed[alike, held]
+        regions = ((at, self.needs.region(item, at)) for at in self.needs.coordinates(item))
+        parts = ((at, held.intersection(region)) for at, region in regions if region)
+        needed = [(at, part) for at, part in parts if part]
         if alike is not None:
-            self._needed[key] = needed
+            self._needed[alike, held] = needed
         return needed
 
     def _held(self, stage: int, expert_rank: int) -> Iterator[HFTensor]:

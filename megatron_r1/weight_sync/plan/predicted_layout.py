@@ -12,9 +12,8 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterator
 
 from megatron_r1.errors import UserError
-from megatron_r1.weight_sync.plan.engine_layout import Coordinate, EngineLayout
-from megatron_r1.weight_sync.plan.region import Region
-from megatron_r1.weight_sync.plan.tensors import HFTensor, checkpoint_tensors, is_tied
+from megatron_r1.weight_sync.plan.ranks import Coordinate, EngineLayout
+from megatron_r1.weight_sync.plan.tensors import HFTensor, Region, checkpoint_tensors, is_tied
 from megatron_r1.weights.layout import table
 from megatron_r1.weights.rules import QueryGroups, Shape, columns, rows, vocabulary, whole
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from megatron_r1.config import Config
 from megatron_r1.engine.recipe import LAYOUT
-from megatron_r1.weight_sync.plan.engine_layout import EngineLayout
 from megatron_r1.weight_sync.plan.fp8_blocks import check_blocks
 from megatron_r1.weight_sync.plan.predicted_layout import PredictedLayout
+from megatron_r1.weight_sync.plan.ranks import EngineLayout
 
 
 def engine_layout(config: Config) -> EngineLayout:

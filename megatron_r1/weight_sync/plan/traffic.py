@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_r1.weight_sync.plan.planner import Planner
-from megatron_r1.weight_sync.plan.region import Region
+from megatron_r1.weight_sync.plan.planner import Planner, first_turn
+from megatron_r1.weight_sync.plan.tensors import Region
 from megatron_r1.weights.stored.fp8 import BLOCK, is_quantised
 
 ByteCount = Callable[[str, str | None, Region], float]
@@ -35,19 +35,16 @@ def traffic(planner: Planner, num_bytes: ByteCount) -> Traffic:
     engines = planner.engines
     sent = np.zeros(planner.grid.world)
     one_engine = np.zeros(engines.ranks_per_engine)
-    for shared in planner.shared_holdings():
-        sizes = [num_bytes(shared.name, shared.dtype, region) for _, region in shared.needed]
-        for (rank, _), size in zip(shared.needed, sizes, strict=True):
-            one_engine[rank] += size
-        turns, replicas = len(shared.replicas), shared.replicas
-        rounds, rest = divmod(engines.engines * len(sizes), turns)
-        if len(set(sizes)) == 1:
-            sent[replicas.start : replicas.stop : replicas.step] += rounds * sizes[0]
-            first = rounds * turns
-        else:
-            first = 0
-        for turn in range(first, first + rest if first else rounds * turns + rest):
-            sent[replicas[(turn + shared.offset) % turns]] += sizes[turn % len(sizes)]
+    for item, replicas, needed in planner.shared_holdings():
+        sizes = [num_bytes(item.name, item.rule.dtype, region) for _, region in needed]
+        for (at, _), size in zip(needed, sizes, strict=True):
+            one_engine[engines.rank(at)] += size
+        first, end, turns = 0, engines.engines * len(sizes), len(replicas)
+        if len(set(sizes)) == 1:  # whole rounds at once
+            sent[replicas.start : replicas.stop : replicas.step] += end // turns * sizes[0]
+            first = end // turns * turns
+        for turn in range(first, end):
+            sent[replicas[(turn + first_turn(item.name)) % turns]] += sizes[turn % len(sizes)]
     return Traffic(sent, np.tile(one_engine, engines.engines))
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate
 
 import torch
 
-from megatron_r1.weight_sync.receive.coverage import check_coverage, first_few
 from megatron_r1.weight_sync.receive.table import Delivery, SlotTable, by_window, slot_view
 from megatron_r1.weight_sync.verify.checksum import RunningChecksum
 
@@ -83,7 +83,7 @@ class ReceiveBuffer:
         if wrong:
             raise ValueError(
                 f"push {push}: {len(wrong)} tensors arrived otherwise than they were sent: "
-                f"{first_few(wrong)}"
+                f"{_first_few(wrong)}"
             )
 
     def _checksum(self, sender: int, push: int, index: int) -> RunningChecksum:
@@ -102,3 +102,33 @@ class ReceiveBuffer:
             for sender, last in self._last.items()
             if last[window] and (self._push[sender], self._count[sender]) < (push, last[window])
         ]
+
+
+def check_coverage(table: SlotTable, deliveries: Iterable[Delivery]) -> None:
+    """Raise ValueError, naming tensors, where the deliveries leave out elements of a slot or hold
+    some twice."""
+    parts = defaultdict(list)
+    for delivery in deliveries:
+        parts[delivery.slot].append(delivery)
+    problems = []
+    for index, slot in enumerate(table.slots):
+        of_slot = parts.get(index, [])
+        size = sum(part.num_elements for part in of_slot)
+        if size != slot.height * slot.width or _overlap(of_slot):
+            problems.append(f"{slot.name} ({size} of {slot.height * slot.width} elements)")
+    if problems:
+        raise ValueError(
+            f"{len(problems)} tensors would not be sent whole and once: {_first_few(problems)}"
+        )
+
+
+def _first_few(tensors: Sequence[str], count: int = 5) -> str:
+    return ", ".join(tensors[:count]) + (", ..." if len(tensors) > count else "")
+
+
+def _overlap(parts: list[Delivery]) -> bool:
+    return any(
+        max(a.top, b.top) < min(a.bottom, b.bottom) and max(a.left, b.left) < min(a.right, b.right)
+        for i, a in enumerate(parts)
+        for b in parts[:i]
+    )

@@ -12,11 +12,10 @@ from typing import Any
 from torch import Tensor
 from torch.distributed import Store
 
-from megatron_r1.weight_sync.plan.engine_layout import EngineLayout
 from megatron_r1.weight_sync.plan.planner import Planner
+from megatron_r1.weight_sync.plan.ranks import EngineLayout, TrainerGrid
 from megatron_r1.weight_sync.plan.receiver_layout import Encoding, ReceiverLayout
-from megatron_r1.weight_sync.plan.region import Region
-from megatron_r1.weight_sync.plan.trainer_grid import TrainerGrid
+from megatron_r1.weight_sync.plan.tensors import Region
 from megatron_r1.weight_sync.receive.rendezvous import Rendezvous, TableStore
 from megatron_r1.weight_sync.receive.table import SlotTable
 from megatron_r1.weight_sync.send.slices import EncodedSlices, ParameterSlice

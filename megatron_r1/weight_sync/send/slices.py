@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from megatron_r1.weight_sync.plan.receiver_layout import Encoding
-from megatron_r1.weight_sync.plan.region import Region
+from megatron_r1.weight_sync.plan.tensors import Region
 from megatron_r1.weights.rules import Piece
 from megatron_r1.weights.stored.fp8_blocks import quantise
 

@@ -37,8 +37,8 @@ class Header(NamedTuple):
     base: int
 
 
-class ProcessGroupReceiver(Receiver):
-    backend = ""
+class GlooReceiver(Receiver):
+    backend = "gloo"
     device = torch.device("cpu")
 
     def allocate(self) -> torch.Tensor:
@@ -101,25 +101,20 @@ class ProcessGroupReceiver(Receiver):
             data = torch.empty(size, dtype=torch.uint8, device=self.device)
             work = group.recv([data], 1, 0)
             if arriving:
-                self._unpack(header, deliveries, *arriving)
+                self._unpack(header, sender, *arriving)
             arriving = (work, data, bucket)
         if arriving:
-            self._unpack(header, deliveries, *arriving)
+            self._unpack(header, sender, *arriving)
         sums = torch.empty(len(indices), dtype=torch.int64, device=self.device)
         finish(group.recv([sums], 1, 0), self)
         for index, sent in zip(indices, sums.tolist(), strict=True):
             self.buffer.arrived(sender, header.push, index, sent % 2**64)
 
     def _unpack(
-        self,
-        header: Header,
-        deliveries: Sequence[Delivery],
-        work: dist.Work,
-        data: torch.Tensor,
-        bucket: list[Chunk],
+        self, header: Header, sender: int, work: dist.Work, data: torch.Tensor, bucket: list[Chunk]
     ) -> None:
         finish(work, self)
-        packed, table = data.cpu(), self.table
+        packed, table, deliveries = data.cpu(), self.table, self.buffer.deliveries[sender]
         if header.base:
             # The base is in another area than this push where areas alternate.
             state = pack(table, deliveries, table.area(self.memory, header.base), bucket)
@@ -128,8 +123,8 @@ class ProcessGroupReceiver(Receiver):
         unpack(table, deliveries, table.area(self.memory, header.push), bucket, packed)
 
 
-class ProcessGroupSender(Sender):
-    backend = ""
+class GlooSender(Sender):
+    backend = "gloo"
     device = torch.device("cpu")
 
     _base = 0
@@ -212,7 +207,7 @@ class ProcessGroupSender(Sender):
         return torch.tensor(list(values), dtype=torch.int64, device=self.device)
 
 
-def finish(work: dist.Work, end: ProcessGroupReceiver | ProcessGroupSender) -> None:
+def finish(work: dist.Work, end: GlooReceiver | GlooSender) -> None:
     """Wait for `work`, at most as long as a push may take."""
     if end.backend == "gloo":
         work.wait(datetime.timedelta(seconds=end.rendezvous.push_seconds))
@@ -234,17 +229,9 @@ def pair(
     return dist.ProcessGroupNCCL(store, group_rank, 2, options)
 
 
-class GlooReceiver(ProcessGroupReceiver):
-    backend = "gloo"
-
-
-class GlooSender(ProcessGroupSender):
-    backend = "gloo"
-
-
-class NcclReceiver(ProcessGroupReceiver):
+class NcclReceiver(GlooReceiver):
     backend, device = "nccl", torch.device("cuda")
 
 
-class NcclSender(ProcessGroupSender):
+class NcclSender(GlooSender):
     backend, device = "nccl", torch.device("cuda")

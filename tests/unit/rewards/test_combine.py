@@ -17,7 +17,7 @@ from megatron_r1.rewards.runtime.meter import RewardMeter
 from megatron_r1.rewards.runtime.pool import RewardPool
 from megatron_r1.rewards.runtime.time_limits import time_limit
 from megatron_r1.rewards.sandbox.limits import Limits
-from megatron_r1.rl.grading import ResponseGrader, refuse_broken_reward
+from megatron_r1.rl.grading import ResponseGrader, check_grades
 from megatron_r1.rl.rollout import Group
 
 PREFERENCE_IN_THE_LAST_400 = {
@@ -196,10 +196,10 @@ def test_a_term_that_fails_on_every_answer_stops_the_run():
     options = {"language": {"target": "fr"}}
     responses = grade_at((1, 1), GOOD, prompt, weights={"language": 1.0}, options=options)
     with pytest.raises(ValueError, match="reward 'language' failed on all 2 answers.*got 'fr'"):
-        refuse_broken_reward([Group(prompt, [], responses)])
+        check_grades([Group(prompt, [], responses)], 1.0)
     fine = grade_at((1,), GOOD, prompt, weights={"accuracy": 1.0})
-    refuse_broken_reward([Group(prompt, [], responses + fine)])
-    refuse_broken_reward([])
+    check_grades([Group(prompt, [], responses + fine)], 1.0)
+    check_grades([], 1.0)
 
 
 HANGING = """

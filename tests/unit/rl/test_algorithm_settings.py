@@ -13,8 +13,8 @@ from megatron_r1.config.algorithms import NAMES
 from megatron_r1.data.prompts import make_prompt
 from megatron_r1.engine.responses import Response
 from megatron_r1.rl import algorithms
+from megatron_r1.rl.advantages import overlong_punishment
 from megatron_r1.rl.loop import training_reward, training_samples, update
-from megatron_r1.rl.overlong import overlong_punishment
 from megatron_r1.rl.passes import TrainerPasses
 from megatron_r1.rl.rollout import GradedResponse, Group
 from megatron_r1.training.recorder import RunState

@@ -11,7 +11,7 @@ from megatron_r1.engine.responses import Response
 from megatron_r1.rewards.base import UNGRADED, Grade
 from megatron_r1.rl import algorithms
 from megatron_r1.rl.collector import RolloutCollector
-from megatron_r1.rl.grading import refuse_ungraded
+from megatron_r1.rl.grading import check_grades
 from megatron_r1.rl.loop import training_reward
 from megatron_r1.rl.metrics import rollout_metrics
 from megatron_r1.rl.rollout import GradedResponse, Group, Rollout, Sampling
@@ -28,18 +28,18 @@ def graded(reward, *ungraded, is_graded=None):
 def test_more_ungraded_answers_than_allowed_stop_the_run():
     prompt = make_prompt("2 + 11?", "judge", "13", {})
     fine, lost = [graded(1.0)] * 20, [graded(0.0, "accuracy")] * 3
-    refuse_ungraded([Group(prompt, [], fine[:18] + lost[:2])], 0.1)
-    refuse_ungraded([Group(prompt, [], fine[:3] + lost[:1])], 0.1)  # 0.4 answers: one is allowed
+    check_grades([Group(prompt, [], fine[:18] + lost[:2])], 0.1)
+    check_grades([Group(prompt, [], fine[:3] + lost[:1])], 0.1)  # 0.4 answers: one is allowed
     message = (
         "3 of 20 answers could not be graded, at most 2 may be .rewards.max_ungraded: 0.1.; the "
         "first: cannot be graded: .'accuracy'"
     )
     with pytest.raises(RuntimeError, match=message):
-        refuse_ungraded([Group(prompt, [], fine[:17]), Group(prompt, [], lost)], 0.1)
+        check_grades([Group(prompt, [], fine[:17]), Group(prompt, [], lost)], 0.1)
     with pytest.raises(RuntimeError, match="1 of 2 .* at most 0 may"):
-        refuse_ungraded([Group(prompt, [], [fine[0], lost[0]])], 0.0)
+        check_grades([Group(prompt, [], [fine[0], lost[0]])], 0.0)
     measured = graded(1.0, "judge", is_graded=True)  # it has no weight
-    refuse_ungraded([Group(prompt, [], [measured] * 3)], 0.0)
+    check_grades([Group(prompt, [], [measured] * 3 + fine[:1])], 0.0)
 
 
 def test_a_group_that_cannot_be_graded_is_one_of_many():

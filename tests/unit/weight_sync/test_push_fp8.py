@@ -14,7 +14,7 @@ from megatron_r1.models import read_hf_config
 from megatron_r1.weight_sync.plan import EngineLayout, TrainerGrid
 from megatron_r1.weight_sync.plan.fp8_blocks import check_blocks, pushed_tensors, scale_region
 from megatron_r1.weight_sync.plan.recipe import check_pushes
-from megatron_r1.weight_sync.plan.region import Region
+from megatron_r1.weight_sync.plan.tensors import Region
 from megatron_r1.weight_sync.receive import SlotTable
 from megatron_r1.weight_sync.receive.rendezvous import ReceiverInfo, Rendezvous
 from megatron_r1.weight_sync.receive.table import dtype_of, slot_view

@@ -11,11 +11,11 @@ import xxhash
 from torch.distributed import TCPStore
 
 from megatron_r1.weight_sync.receive import Delivery, Slot, SlotTable
-from megatron_r1.weight_sync.receive.coverage import check_coverage
+from megatron_r1.weight_sync.receive.buffer import check_coverage
 from megatron_r1.weight_sync.receive.rendezvous import ReceiverInfo, Rendezvous, TableStore
 from megatron_r1.weight_sync.receive.table import slot_view
-from megatron_r1.weight_sync.transports import buckets, named_memory, receiver_class, sender_class
-from megatron_r1.weight_sync.transports.named_memory import NamedMemory, sweep
+from megatron_r1.weight_sync.transports import buckets, receiver_class, sender_class, shared_memory
+from megatron_r1.weight_sync.transports.shared_memory import NamedMemory, sweep
 from megatron_r1.weight_sync.verify.checksum import (
     MIXER,
     RunningChecksum,
@@ -298,11 +298,11 @@ def test_a_plan_that_leaves_out_or_doubles_elements_is_refused(broken, named):
 
 def test_memory_of_a_process_that_was_killed_is_swept_away(monkeypatch):
     """And not that of one that lives: it is locked."""
-    monkeypatch.setattr(named_memory, "SWEEP_AGE_SECONDS", -1.0)
-    paths = [named_memory.FOLDER / f"{named_memory.PREFIX}test.{os.getpid()}_{i}" for i in (0, 1)]
+    monkeypatch.setattr(shared_memory, "SWEEP_AGE_SECONDS", -1.0)
+    paths = [shared_memory.FOLDER / f"{shared_memory.PREFIX}test.{os.getpid()}_{i}" for i in (0, 1)]
     code = (
         "import sys, time, pathlib\n"
-        "from megatron_r1.weight_sync.transports.named_memory import NamedMemory\n"
+        "from megatron_r1.weight_sync.transports.shared_memory import NamedMemory\n"
         "held = NamedMemory(pathlib.Path(sys.argv[1]), 4096)\n"
         "print('created', flush=True)\n"
         "time.sleep(60)"
@@ -323,5 +323,5 @@ def test_memory_of_a_process_that_was_killed_is_swept_away(monkeypatch):
 def test_a_sender_that_comes_too_late_leaves_nothing(tmp_path):
     gone = tmp_path / "gone"
     with pytest.raises(FileNotFoundError):
-        named_memory.map_bytes(gone, 64)
+        shared_memory.map_bytes(gone, 64)
     assert not gone.exists()
