@@ -19,17 +19,7 @@ import platform
 import sys
 from pathlib import Path
 
-from tools.bench import (
-    chaos,
-    estimators,
-    fp8,
-    kernels,
-    machine,
-    push,
-    resources,
-    rewards,
-    step,
-)
+from tools.bench import chaos, estimators, fp8, kernels, machine, push, resources, rewards, step
 
 BENCHES = {
     "chaos": chaos,

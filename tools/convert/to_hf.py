@@ -143,9 +143,7 @@ def _write_tensor(job: Job, file: int, name: str, placed, scales) -> None:
         values = weights.read(name, 0, first, count)
         if scales:
             values, inverse = fp8_blocks.quantise(
-                values,
-                known.rows(name, first, count),
-                power_of_two=known.power_of_two,
+                values, known.rows(name, first, count), power_of_two=known.power_of_two
             )
             write_at(file, scales.offset + first // fp8.BLOCK * scale_row, inverse)
         write_at(file, placed.offset + first * row, values.to(placed.dtype))

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from tools.bench.kernels import measure, supervise, table
-from tools.bench.kernels.case_run import CaseRun
+from tools.bench.kernels.calls import OURS, Implementation
 from tools.bench.kernels.cases import CASES, Case
-from tools.bench.kernels.implementation import OURS, Implementation
 from tools.bench.kernels.inputs import HiddenInputs, LogitsInputs, MatrixInputs, PolicyInputs
 from tools.bench.kernels.sizes import PRESETS, Sizes
+from tools.bench.kernels.worker import run_case
 
 CPU = torch.device("cpu")
 SMALL = Sizes(tokens=48, vocab=333, hidden=16, dtype="float32")
@@ -84,33 +84,36 @@ def test_memory_is_what_the_call_needed_whatever_was_freed_before(megabytes):
     assert sample.extra_bytes == pytest.approx(megabytes * 2**20, abs=2**20)
 
 
-def failing(error):
-    def make(inputs):
+def failing(name, error):
+    def load():
         raise error
 
-    return make
+    return Implementation(name, doubled, load)
 
 
-def doubling(inputs):
-    return lambda: {"loss": inputs.exact_loss, "logprobs": 2 * inputs.exact}
+def doubled(function, inputs):
+    return {"loss": inputs.exact_loss, "logprobs": 2 * inputs.exact}
 
 
-def run_case(*implementations, skip=None, seconds=60.0):
+def doubling(name, **how):
+    return Implementation(name, doubled, lambda: None, **how)
+
+
+def rows_of(*implementations, seconds=60.0):
     case = Case("policy_loss", "", PolicyInputs, implementations)
+    task = {"sizes": dataclasses.asdict(SMALL), "device": "cpu", "repeats": 2}
     reports = []
-    run = CaseRun(
-        case, SMALL, CPU, time.time() + seconds, skip or {}, lambda **m: reports.append(m)
-    )
-    return run.run(repeats=2)["rows"], reports
+    result = run_case(case, task, time.time() + seconds, {}, lambda **m: reports.append(m))
+    return result["rows"], reports
 
 
 def test_a_subject_that_raises_is_a_row_and_the_others_are_measured():
-    rows, _ = run_case(
-        Implementation("a", failing(ModuleNotFoundError("no", name="liger_kernel"))),
-        Implementation("b", failing(torch.OutOfMemoryError("tried to allocate 9 GiB"))),
-        Implementation("c", failing(RuntimeError("CUDA error:\n   no kernel image"))),
-        Implementation(OURS, doubling),
-        Implementation("d", doubling, gpu_only=True),
+    rows, _ = rows_of(
+        failing("a", ModuleNotFoundError("no", name="liger_kernel")),
+        failing("b", torch.OutOfMemoryError("tried to allocate 9 GiB")),
+        failing("c", RuntimeError("CUDA error:\n   no kernel image")),
+        doubling(OURS),
+        doubling("d", gpu_only=True),
     )
     reasons = {row["name"]: row["not_run"] for row in rows}
     assert "liger_kernel" in reasons["a"] and "requirements/bench.txt" in reasons["a"]
@@ -123,7 +126,7 @@ def test_a_subject_that_raises_is_a_row_and_the_others_are_measured():
 
 
 def test_no_time_left_is_a_reason_too():
-    rows, reports = run_case(Implementation(OURS, doubling), seconds=-1.0)
+    rows, reports = rows_of(doubling(OURS), seconds=-1.0)
     assert "--minutes" in rows[0]["not_run"]
     assert {"doing": OURS} not in reports
 
@@ -148,7 +151,7 @@ print(json.dumps({"done": True}), flush=True)
 def test_a_subject_that_kills_or_hangs_its_process_is_left_out_and_the_rest_goes_on():
     task = {"cases": ["first", "second", "third"], "deadline": time.time() + 60}
     found = supervise.results(
-        task, lambda doing: None, silence=2.0, start=lambda: [sys.executable, "-c", WORKER]
+        task, lambda doing: None, silence=2.0, worker=[sys.executable, "-c", WORKER]
     )
     assert dict(found) == {
         "first": {"dies": "ended the process: SIGABRT"},

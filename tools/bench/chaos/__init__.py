@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from tools.bench.chaos import oracle, task
-from tools.bench.chaos.faults import FAULTS, Scene, possible, small_disk
+from tools.bench.chaos.faults import FAULTS, possible, small_disk
 from tools.bench.chaos.schedule import Report, disturb
-from tools.bench.chaos.user import End, User
+from tools.bench.chaos.user import User
 from tools.bench.children import megatron_r1, write_recipe
 
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
@@ -48,10 +48,8 @@ def run(chosen: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="chaos") as scratch:
         folder = (chosen.keep or Path(scratch)).resolve()
         base = task.make_base(folder / "model", chosen.seed)
-        undisturbed = [
-            _undisturbed(folder / f"undisturbed_{i}", base, chosen)
-            for i in range(chosen.undisturbed)
-        ]
+        folders = [folder / f"undisturbed_{i}" for i in range(chosen.undisturbed)]
+        undisturbed = [_undisturbed(each, base, chosen) for each in folders]
         with small_disk(folder / "disk", DISK_MEBIBYTES) as disk:
             try:
                 user, reports = _disturbed(disk, folder / "commands", base, names, chosen)
@@ -79,9 +77,8 @@ def _undisturbed(folder: Path, base: Path, chosen: argparse.Namespace) -> Path:
             user.follow(1.0)
     finally:
         user.close()
-    print(
-        f"undisturbed: accuracy {oracle.accuracy(user.run):.3f} in {user.seconds:.0f} s", flush=True
-    )
+    accuracy = oracle.accuracy(user.run)
+    print(f"undisturbed: accuracy {accuracy:.3f} in {user.seconds:.0f} s", flush=True)
     return user.run
 
 
@@ -91,11 +88,9 @@ def _disturbed(
     user = User(_recipe(disk, base, chosen), disk / "run", logs, ENVIRONMENT)
     draw = random.Random(chosen.seed)
     try:
-        gap = tuple(chosen.gap)
-        reports = disturb(Scene(user, disk), names, chosen.steps, gap, draw, _print_report)
+        return user, disturb(user, names, chosen.steps, chosen.gap, draw, _print_report)
     finally:
         user.close()
-    return user, reports
 
 
 def _print_report(report: Report) -> None:
@@ -105,18 +100,19 @@ def _print_report(report: Report) -> None:
     print(f"step {report.step:4}  {report.fault:36}{took}  {what}", flush=True)
 
 
-def _end_as_json(end: End, run: Path) -> dict[str, Any]:
-    """Return how a command ended, with "RUN" for the temporary run folder."""
-    stderr = end.stderr[-STDERR_CHARS:].replace(str(run), "RUN")
-    return {"at_seconds": round(end.seconds), "status": end.status, "said": stderr}
-
-
 def _result(
     user: User, reports: list[Report], run: Path, undisturbed: list[Path], chosen
 ) -> dict[str, Any]:
-    broken = oracle.violations(user, run, undisturbed, chosen.steps, chosen.staleness)
+    broken = [
+        *oracle.steps_once(run, chosen.steps, chosen.staleness),
+        *oracle.samples_once(run, undisturbed[0], chosen.steps),
+        *oracle.evaluated_once(run, undisturbed[0]),
+        *oracle.nothing_lost(user),
+        *oracle.as_accurate(run, undisturbed),
+    ]
     mean, allowed = oracle.allowed_gap(undisturbed)
     again = len(user.sightings) - chosen.steps
+    said = [end.stderr[-STDERR_CHARS:].replace(str(run), "RUN") for end in user.ends]
     result = {
         "steps": chosen.steps,
         "seed": chosen.seed,
@@ -129,7 +125,10 @@ def _result(
         "accuracy_undisturbed": [oracle.accuracy(folder) for folder in undisturbed],
         "accuracy_allowed_gap": allowed,
         "broken": broken,
-        "ends": [_end_as_json(end, run) for end in user.ends],
+        "ends": [
+            {"at_seconds": round(end.seconds), "status": end.status, "said": text}
+            for end, text in zip(user.ends, said, strict=True)
+        ],
         "reports": [asdict(report) for report in reports],
     }
     print(

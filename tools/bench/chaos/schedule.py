@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from tools.bench.chaos.faults import FAULTS, Scene
+from tools.bench.chaos.faults import FAULTS
+from tools.bench.chaos.user import User
 
 OVERLAP = 0.15
 """Probability that the next fault does not wait for the run to recover."""
@@ -36,16 +37,15 @@ def order(names: list[str], draw: random.Random) -> Iterator[str]:
 
 
 def disturb(
-    scene: Scene,
+    user: User,
     names: list[str],
     steps: int,
     gap: tuple[int, int],
     draw: random.Random,
-    report_to: Callable[[Report], Any] = print,
+    report_to: Callable[[Report], Any],
 ) -> list[Report]:
     """Inject faults until the run is done. gap: steps between a recovery and the next fault."""
-    user, reports = scene.user, []
-    faults = order(names, draw)
+    reports, faults = [], order(names, draw)
     _until(user, lambda: user.best >= 1)
     num_reported, wait = 0, draw.randint(1, gap[0])
     while not user.is_done:
@@ -54,10 +54,10 @@ def disturb(
         if user.best >= steps - 1:
             break
         user.follow(draw.uniform(0.0, 1.5))  # into any phase of a step
-        reports.append(_inject(scene, next(faults), draw))
+        reports.append(_inject(user, next(faults), draw))
         if draw.random() < OVERLAP and user.best < steps - 1:
             user.follow(draw.uniform(0.0, 20.0))
-            reports.append(_inject(scene, next(faults), draw))
+            reports.append(_inject(user, next(faults), draw))
         at = reports[-1].step
         _until(user, lambda at=at: user.best > at)
         for report in reports[num_reported:]:
@@ -70,20 +70,19 @@ def disturb(
     return reports
 
 
-def _inject(scene: Scene, name: str, draw: random.Random) -> Report:
+def _inject(user: User, name: str, draw: random.Random) -> Report:
     """Inject the fault as soon as its target exists; raise RuntimeError if it never does."""
-    user = scene.user
     deadline = user.seconds + LATEST_RECOVERY_SECONDS
     while user.seconds < deadline:
         seconds = user.seconds
-        what = FAULTS[name](scene, draw)
+        what = FAULTS[name](user, draw) if user.is_running else None
         if what or user.is_done:
             return Report(name, user.best, round(seconds, 2), what or "came too late")
         user.follow(0.02)
     raise RuntimeError(f"no target for this fault after step {user.best}: {name}")
 
 
-def _until(user, condition: Callable[[], bool]) -> None:
+def _until(user: User, condition: Callable[[], bool]) -> None:
     deadline = user.seconds + LATEST_RECOVERY_SECONDS
     while not condition() and not user.is_done:
         user.follow(0.1)

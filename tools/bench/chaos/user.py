@@ -1,5 +1,5 @@
-"""A simulated user, who restarts the same command whenever it ends and reads the metrics, and the
-processes of the run, found from outside as `ps` finds them."""
+"""A simulated user, who restarts the same command whenever it ends, reads the metrics, and finds
+the processes of the run from outside, as `ps` finds them."""
 
 from __future__ import annotations
 
@@ -23,6 +23,13 @@ from megatron_r1.processes.lifetime import die_with_parent
 from megatron_r1.rl.sample_record import Accepted, decode
 
 POLL_SECONDS = 0.02
+ROLES = {
+    "trainer ranks": ("trainer_", True),
+    "engine servers": ("engine-", True),
+    "engine cores": ("engine-", False),
+}
+"""The beginning of the name of a role's log, and whether its processes lead their sessions. Engine
+cores hold the weights and generate; a server forks them, and vLLM names them."""
 PATIENCE = 4
 """How often in a row the command may end without a new step."""
 
@@ -49,7 +56,7 @@ class End:
 @dataclass
 class User:
     """Restarts `command` while `follow` is called. run: the run's folder; logs: a folder for the
-    output of each command; seconds count from the construction."""
+    output of each command, on a disk that is not filled; seconds count from the construction."""
 
     command: list[str]
     run: Path
@@ -79,17 +86,27 @@ class User:
     def is_running(self) -> bool:
         return self.process is not None and self.process.poll() is None
 
-    def roles(self) -> Roles | None:
-        """Return the processes of the running command; None while it does not run."""
+    def any_process(self, role: str, draw: random.Random) -> psutil.Process | None:
+        """Return a random process of one of ROLES, or the "controller", which is the command.
+
+        None while the role starts or the command does not run.
+        """
         if not self.is_running:
             return None
-        return Roles(psutil.Process(self.process.pid), self.run)
-
-    def any_process(self, role: str, draw: random.Random) -> psutil.Process | None:
-        """Return a random process of a role, the name of a method of Roles; None without any."""
-        roles = self.roles()
-        found = getattr(roles, role)() if roles else []
-        return draw.choice(found) if found else None
+        controller = psutil.Process(self.process.pid)
+        if role == "controller":
+            return controller
+        prefix, leads = ROLES[role]
+        found = []
+        with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
+            for process in controller.children(recursive=True):
+                name = _log_name(process, self.run / "logs")
+                if not name.startswith(prefix):
+                    continue
+                is_leader = os.getsid(process.pid) == process.pid
+                if leads if is_leader else not leads and process.name().startswith("VLLM::"):
+                    found.append((name, process.pid, process))
+        return draw.choice(sorted(found))[2] if found else None
 
     def follow(self, seconds: float = 0.0) -> None:
         """Read metrics and restart for `seconds`; raise RuntimeError without progress."""
@@ -106,8 +123,7 @@ class User:
 
     def close(self) -> None:
         if self.process is not None:
-            if self.is_running:
-                self.process.kill()
+            self.process.kill()
             self.process.wait()
 
     def _start(self) -> None:
@@ -136,7 +152,6 @@ class User:
         self.is_done = status == 0
 
     def _log(self, kind: str) -> Path:
-        """Return the present command's log, on a disk that is not filled."""
         return self.logs / f"command_{len(self.ends)}.{kind}"
 
     def _read(self) -> None:
@@ -145,10 +160,9 @@ class User:
             found = path.stat()
         except FileNotFoundError:
             return
-        mark = (found.st_size, found.st_mtime_ns)
-        if mark == self._mark:
+        before, self._mark = self._mark, (found.st_size, found.st_mtime_ns)
+        if self._mark == before:
             return
-        self._mark = mark
         text = path.read_text(errors="replace")
         for raw in text[: text.rfind("\n") + 1].splitlines():
             line = json.loads(raw)
@@ -159,45 +173,13 @@ class User:
                 self.best = max(self.best, step)
 
 
-def _log_name(process: psutil.Process, folder: Path) -> str | None:
-    """Return the name of the log in `folder` that is its standard output, or None."""
+def _log_name(process: psutil.Process, folder: Path) -> str:
+    """Return the name of the log in `folder` that is its standard output, or ""."""
     try:
         output = Path(os.readlink(f"/proc/{process.pid}/fd/1"))
     except OSError:
-        return None
-    return output.name if output.parent == folder else None
-
-
-class Roles:
-    """The processes under `controller`; every list may be empty while a role starts."""
-
-    def __init__(self, controller: psutil.Process, run: Path) -> None:
-        self.controller, self.logs = controller, run / "logs"
-
-    def trainer_ranks(self) -> list[psutil.Process]:
-        """Return them in order of their ranks."""
-        return self._named("trainer_", leads=True)
-
-    def engine_servers(self) -> list[psutil.Process]:
-        """Return the HTTP servers, in order of the engines."""
-        return self._named("engine-", leads=True)
-
-    def engine_cores(self) -> list[psutil.Process]:
-        """Return the processes that hold the weights and generate, forked by a server."""
-        return self._named("engine-", leads=False)
-
-    def _named(self, prefix: str, leads: bool) -> list[psutil.Process]:
-        """Return session leaders (leads), or else the processes named by vLLM."""
-        found = []
-        with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
-            for process in self.controller.children(recursive=True):
-                name = _log_name(process, self.logs)
-                if name is None or not name.startswith(prefix):
-                    continue
-                is_leader = os.getsid(process.pid) == process.pid
-                if leads if is_leader else not leads and process.name().startswith("VLLM::"):
-                    found.append((name, process.pid, process))
-        return [process for _, _, process in sorted(found)]
+        return ""
+    return output.name if output.parent == folder else ""
 
 
 def kept_groups(log: Path) -> dict[int, int]:

@@ -84,9 +84,5 @@ def recipe(steps: int) -> dict[str, Any]:
     for name, choice in CHOICES.items():
         settings = {**COMMON, **choice.settings, "run": {"steps": steps}}
         settings["rl"] = {"algorithm": name, **choice.settings.get("rl", {})}
-        stages[name] = {
-            "verb": "rl",
-            "recipe": str(LAPTOP / "r1_zero.yaml"),
-            "settings": settings,
-        }
+        stages[name] = {"verb": "rl", "recipe": str(LAPTOP / "r1_zero.yaml"), "settings": settings}
     return {"stages": stages}

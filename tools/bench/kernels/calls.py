@@ -1,132 +1,110 @@
-"""What is timed, for every kind of implementation: a call on seeded inputs, with its gradients.
+"""What is timed: the implementations, each a call on seeded inputs, with its gradients.
 
-An implementation is given by a `load` function: it imports what it needs and returns the function
-that computes. Such functions have one of these signatures, with further results after `...`:
+The calls take a function of one of these signatures, with further results after `...`:
 
-    linear log-probabilities  (hidden (T, H), weight (V, H), targets (T,)) -> (logprobs (T,), ...)
-    log-probabilities         (logits (T, V), targets (T,)) -> (logprobs (T,), ...)
-    linear policy loss        (hidden, weight, targets, *loss_inputs) -> (loss, logprobs, ...)
-    policy loss               (logprobs (T,), *loss_inputs) -> loss
+    on_hidden           (hidden (T, H), weight (V, H), targets (T,)) -> (logprobs (T,), ...)
+    on_logits           (logits (T, V), targets (T,)) -> (logprobs (T,), ...)
+    linear_policy_loss  (hidden, weight, targets, *loss_inputs) -> (loss, logprobs, ...)
+    policy_loss         (logprobs (T,), *loss_inputs) -> loss
 
-Each helper here returns a call whose results have the names that the inputs' `errors` compares.
+and return results by the names that the inputs' `errors` compares.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from tools.bench.kernels import eager
-from tools.bench.kernels.implementation import Call, Implementation
 from tools.bench.kernels.inputs import HiddenInputs, LogitsInputs, MatrixInputs, PolicyInputs
 
-Load = Callable[[], Callable[..., Any]]
+OURS = "r1_kernels"
+TOO_LATE = "the time given was used up: raise --minutes, or use --only"
+Results = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One row of a table: call(function, inputs) is timed, for the function that `load` returns.
+
+    load: imports what it needs and does what is not timed. computes: what it does more or less than
+    ours, in words. overwrites: its inputs are restored after each call.
+    """
+
+    name: str
+    call: Callable[[Any, Any], Results]
+    load: Callable[[], Any]
+    computes: str = ""
+    gpu_only: bool = False
+    overwrites: bool = False
+
+
+def with_gradients(row: Implementation, adds: str = "", **options: bool) -> Implementation:
+    """Return `row` with its backward pass. adds: what that adds to `computes`."""
+    call = partial(row.call, gradients=True, **options)
+    return replace(row, call=call, computes="; ".join(filter(None, [row.computes, adds])))
 
 
 def on_hidden(
-    inputs: HiddenInputs, load: Load, gradients: bool = False, policy: bool = False
-) -> Call:
+    logprobs_of: Callable, inputs: HiddenInputs, gradients: bool = False, policy: bool = False
+) -> Results:
     """Linear log-probabilities. gradients: of the fixed upstream gradient; with `policy` those of
     the policy loss in eager PyTorch."""
-    logprobs_of, tokens = load(), inputs.tokens
-    leaves = inputs.leaves(gradients)
-
-    def call():
-        with torch.set_grad_enabled(gradients):
-            logprobs, *_ = logprobs_of(*leaves, tokens.targets)
-        results = {"logprobs": logprobs.detach()}
-        if gradients:
-            total, upstream = logprobs, inputs.upstream
-            if policy:
-                total, upstream = eager.policy_loss(logprobs, *tokens.loss_inputs), None
-            results["hidden"], results["weight"] = torch.autograd.grad(total, leaves, upstream)
-        return results
-
-    return call
+    leaves, tokens = inputs.leaves(gradients), inputs.tokens
+    with torch.set_grad_enabled(gradients):
+        logprobs, *_ = logprobs_of(*leaves, tokens.targets)
+    results = {"logprobs": logprobs.detach()}
+    if gradients:
+        total, upstream = logprobs, inputs.upstream
+        if policy:
+            total, upstream = eager.policy_loss(logprobs, *tokens.loss_inputs), None
+        results["hidden"], results["weight"] = torch.autograd.grad(total, leaves, upstream)
+    return results
 
 
-def on_logits(inputs: LogitsInputs, load: Load, gradients: bool = False) -> Call:
+def on_logits(logprobs_of: Callable, inputs: LogitsInputs, gradients: bool = False) -> Results:
     """Log-probabilities from logits, and the gradient in the logits."""
-    logprobs_of, targets = load(), inputs.tokens.targets
-
-    def call():
-        logits = inputs.logits if gradients else inputs.logits.detach()
-        with torch.set_grad_enabled(gradients):
-            logprobs, *_ = logprobs_of(logits, targets)
-        results = {"logprobs": logprobs.detach()}
-        if gradients:
-            (results["logits"],) = torch.autograd.grad(logprobs, logits, inputs.upstream)
-        return results
-
-    return call
+    logits = inputs.logits if gradients else inputs.logits.detach()
+    with torch.set_grad_enabled(gradients):
+        logprobs, *_ = logprobs_of(logits, inputs.tokens.targets)
+    results = {"logprobs": logprobs.detach()}
+    if gradients:
+        (results["logits"],) = torch.autograd.grad(logprobs, logits, inputs.upstream)
+    return results
 
 
-def linear_policy_loss(inputs: HiddenInputs, load: Load) -> Call:
-    function, leaves, tokens = load(), inputs.leaves(True), inputs.tokens
-
-    def call():
-        loss, logprobs, *_ = function(*leaves, tokens.targets, *tokens.loss_inputs)
-        hidden, weight = torch.autograd.grad(loss, leaves)
-        return {"logprobs": logprobs.detach(), "hidden": hidden, "weight": weight}
-
-    return call
+def linear_policy_loss(function: Callable, inputs: HiddenInputs) -> Results:
+    leaves, tokens = inputs.leaves(True), inputs.tokens
+    loss, logprobs, *_ = function(*leaves, tokens.targets, *tokens.loss_inputs)
+    hidden, weight = torch.autograd.grad(loss, leaves)
+    return {"logprobs": logprobs.detach(), "hidden": hidden, "weight": weight}
 
 
-def policy_loss(inputs: PolicyInputs, load: Load) -> Call:
-    function = load()
-
-    def call():
-        loss = function(inputs.logprobs, *inputs.tokens.loss_inputs)
-        (logprobs,) = torch.autograd.grad(loss, inputs.logprobs)
-        return {"loss": loss.detach(), "logprobs": logprobs}
-
-    return call
+def policy_loss(function: Callable, inputs: PolicyInputs) -> Results:
+    loss = function(inputs.logprobs, *inputs.tokens.loss_inputs)
+    (logprobs,) = torch.autograd.grad(loss, inputs.logprobs)
+    return {"loss": loss.detach(), "logprobs": logprobs}
 
 
-def quantize(inputs: MatrixInputs, load: Load) -> Call:
-    function = load()
-
-    def call():
-        return dict(zip(("quantized", "scale"), function(inputs.x), strict=True))
-
-    return call
+def quantize(function: Callable, inputs: MatrixInputs) -> Results:
+    return dict(zip(("quantized", "scale"), function(inputs.x), strict=True))
 
 
-def dequantize(inputs: MatrixInputs, load: Load) -> Call:
-    function = load()
-
-    def call():
-        return {"values": function(inputs.quantized, inputs.scale, dtype=inputs.x.dtype)}
-
-    return call
+def dequantize(function: Callable, inputs: MatrixInputs) -> Results:
+    return {"values": function(inputs.quantized, inputs.scale, dtype=inputs.x.dtype)}
 
 
-class Passes(NamedTuple):
-    """One implementation in up to three tables. policy: with the policy loss in eager PyTorch."""
-
-    forward: Implementation
-    backward: Implementation
-    policy: Implementation | None = None
-
-
-def hidden_passes(name: str, load: Load, computes: str = "", gpu_only: bool = False) -> Passes:
-    """computes: what the implementation does more or less than ours, in words."""
-    make = partial(Implementation, name, gpu_only=gpu_only)
-    with_loss = "; ".join(filter(None, [computes, "loss in eager PyTorch"]))
-    return Passes(
-        make(partial(on_hidden, load=load), computes),
-        make(partial(on_hidden, load=load, gradients=True), computes),
-        make(partial(on_hidden, load=load, gradients=True, policy=True), with_loss),
-    )
-
-
-def logits_passes(name: str, load: Load, computes: str = "", gradient: str = "", **how) -> Passes:
-    """gradient: what `computes` adds in the backward pass. how: other fields of Implementation."""
-    both = "; ".join(filter(None, [computes, gradient]))
-    return Passes(
-        Implementation(name, partial(on_logits, load=load), computes, **how),
-        Implementation(name, partial(on_logits, load=load, gradients=True), both, **how),
-    )
+def why(error: BaseException) -> str:
+    """Return the reason of a failure, in one line of the table."""
+    text = " ".join(str(error).split())
+    signs = ("ALLOC_FAILED", "out of memory", "can't allocate memory")
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or any(s in text for s in signs):
+        return "out of memory"
+    if isinstance(error, ModuleNotFoundError):
+        return f"needs the Python package {error.name}: see requirements/bench.txt"
+    return f"{type(error).__name__}: {text[:110]}"

@@ -1,12 +1,23 @@
-"""The tables: each kernel with its inputs, its implementations and its share of the time."""
+"""The tables: each kernel with its inputs, its implementations and its share of the time.
+
+r1_kernels is called as the trainer calls it (Triton on a GPU, plain PyTorch on a CPU). The two
+baselines of every table are eager PyTorch, and the same functions under torch.compile.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
-from tools.bench.kernels import ours, peer_liger, peers
-from tools.bench.kernels.implementation import Implementation
+import r1_kernels
+import torch
+
+from tools.bench.kernels import calls, eager, peers
+from tools.bench.kernels.calls import OURS, Implementation, with_gradients
 from tools.bench.kernels.inputs import HiddenInputs, LogitsInputs, MatrixInputs, PolicyInputs
+
+SETTINGS = {"clip_low": eager.CLIP, "clip_high": eager.CLIP, "kl_beta": eager.KL_BETA}
 
 
 @dataclass(frozen=True)
@@ -22,19 +33,53 @@ class Case:
     weight: int = 1
 
 
+def _linear_policy_loss(*inputs):
+    out = r1_kernels.linear_policy_loss(*inputs, **SETTINGS)
+    return out.loss, out.logprobs
+
+
+def _policy_loss(*inputs):
+    return r1_kernels.policy_loss(*inputs, **SETTINGS).loss
+
+
+def _token_logprobs(logits, targets, inplace: bool = False):
+    # A model's logits are not a leaf, and only such may be overwritten.
+    return r1_kernels.token_logprobs(logits.view_as(logits), targets, inplace_backward=inplace)
+
+
+def _rows(
+    call: Callable, ours: Callable, plain: Callable, computes: str = ""
+) -> tuple[Implementation, ...]:
+    """Return ours and the baselines. plain: a function of eager.py; computes: of the baselines."""
+    # One specialised graph for this call, as a training step would have.
+    compiled = partial(torch.compile, plain, dynamic=False)
+    return (
+        Implementation(OURS, call, lambda: ours),
+        Implementation("eager PyTorch", call, lambda: plain, computes),
+        Implementation("torch.compile", call, compiled, computes),
+    )
+
+
+_ON_HIDDEN = _rows(calls.on_hidden, r1_kernels.linear_token_logprobs, eager.linear_token_logprobs)
+_ON_LOGITS = _rows(calls.on_logits, _token_logprobs, eager.token_logprobs)
+_IN_PLACE = Implementation(
+    OURS, calls.on_logits, lambda: partial(_token_logprobs, inplace=True), overwrites=True
+)
+_KEPT = Implementation("r1_kernels, logits kept", calls.on_logits, lambda: _token_logprobs)
+
 CASES = (
     Case(
         "linear_policy_loss",
         "policy loss from hidden states, forward and backward",
         HiddenInputs,
         (
-            *ours.LINEAR_POLICY_LOSS,
-            peer_liger.LINEAR_GRPO,
-            peers.TRL_CHUNKED.policy,
-            peers.CCE.policy,
-            peers.CCE_EXACT.policy,
-            peer_liger.SCALED_CE.policy,
-            peer_liger.LINEAR_MEAN_CE,
+            *_rows(calls.linear_policy_loss, _linear_policy_loss, eager.linear_policy_loss),
+            peers.LIGER_LINEAR_GRPO,
+            *(
+                with_gradients(peer, "loss in eager PyTorch", policy=True)
+                for peer in (peers.TRL_CHUNKED, peers.CCE, peers.CCE_EXACT, peers.LIGER_SCALED_CE)
+            ),
+            peers.LIGER_MEAN_CE,
         ),
         gradients=True,
         masked=True,
@@ -44,13 +89,7 @@ CASES = (
         "linear_token_logprobs",
         "log-probabilities and entropy from hidden states, no gradient",
         HiddenInputs,
-        (
-            *ours.LINEAR_TOKEN_LOGPROBS,
-            peers.TRL_CHUNKED.forward,
-            peers.CCE_FORWARD,
-            peer_liger.SCALED_CE.forward,
-            peer_liger.LINEAR_CE.forward,
-        ),
+        (*_ON_HIDDEN, peers.TRL_CHUNKED, peers.CCE_FORWARD, peers.LIGER_SCALED_CE, peers.LIGER_CE),
         weight=3,
     ),
     Case(
@@ -58,12 +97,12 @@ CASES = (
         "log-probabilities and entropy from hidden states, forward and backward",
         HiddenInputs,
         (
-            *ours.LINEAR_TOKEN_LOGPROBS_BACKWARD,
-            peers.TRL_CHUNKED.backward,
-            peers.CCE.backward,
-            peers.CCE_EXACT.backward,
-            peer_liger.SCALED_CE.backward,
-            peer_liger.LINEAR_CE.backward,
+            *map(with_gradients, _ON_HIDDEN),
+            with_gradients(peers.TRL_CHUNKED),
+            with_gradients(peers.CCE),
+            with_gradients(peers.CCE_EXACT),
+            with_gradients(peers.LIGER_SCALED_CE),
+            with_gradients(peers.LIGER_CE),
         ),
         gradients=True,
         weight=4,
@@ -72,12 +111,7 @@ CASES = (
         "token_logprobs",
         "log-probabilities and entropy from logits, no gradient",
         LogitsInputs,
-        (
-            *ours.TOKEN_LOGPROBS,
-            peers.TRL_LOGITS.forward,
-            peers.MEGATRON.forward,
-            peer_liger.SELECTIVE,
-        ),
+        (*_ON_LOGITS, peers.TRL_LOGITS, peers.MEGATRON, peers.LIGER_SELECTIVE),
         weight=2,
     ),
     Case(
@@ -85,10 +119,9 @@ CASES = (
         "log-probabilities and entropy from logits, forward and backward into the logits",
         LogitsInputs,
         (
-            *ours.TOKEN_LOGPROBS_BACKWARD,
-            peers.TRL_LOGITS.backward,
-            peers.MEGATRON.backward,
-            peer_liger.TRITON_GRPO,
+            *map(with_gradients, (_IN_PLACE, _KEPT, *_ON_LOGITS[1:], peers.TRL_LOGITS)),
+            with_gradients(peers.MEGATRON, "gradient in bfloat16"),
+            peers.LIGER_TRITON_GRPO,
         ),
         gradients=True,
         weight=3,
@@ -97,15 +130,20 @@ CASES = (
         "policy_loss",
         "policy loss from log-probabilities, forward and backward",
         PolicyInputs,
-        ours.POLICY_LOSS,
+        _rows(calls.policy_loss, _policy_loss, eager.policy_loss, "no ratio, clip or KL out"),
         gradients=True,
     ),
     Case(
         "quantize_blockwise",
         "a matrix to fp8 with a scale for each 128 x 128 block (DeepGEMM's definition)",
         MatrixInputs,
-        ours.QUANTIZE,
+        _rows(calls.quantize, r1_kernels.quantize_blockwise, eager.quantize),
     ),
-    Case("dequantize_blockwise", "and back", MatrixInputs, ours.DEQUANTIZE),
+    Case(
+        "dequantize_blockwise",
+        "and back",
+        MatrixInputs,
+        _rows(calls.dequantize, r1_kernels.dequantize_blockwise, eager.dequantize),
+    ),
 )
 BY_NAME = {case.name: case for case in CASES}

@@ -6,8 +6,6 @@ fp64 is also the reference of the errors.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -63,8 +61,3 @@ def dequantize(quantized: Tensor, scale: Tensor, dtype: torch.dtype, block: int 
     rows, columns = quantized.shape
     spread = scale.repeat_interleave(block, 0)[:rows].repeat_interleave(block, 1)[:, :columns]
     return (quantized.float() * spread).to(dtype)
-
-
-def compiled(function: Callable) -> Callable:
-    """Compile to one specialised graph per call site, as a training step would have."""
-    return torch.compile(function, dynamic=False)

@@ -8,7 +8,10 @@ position is masked, since implementations that shift logits against targets have
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,12 +21,12 @@ from tools.bench.kernels.sizes import Sizes
 
 SPREAD = 3.0
 LARGEST_LIFT = 20.0
-Outputs = dict[str, Tensor]
 POLICY_DRIFT = 0.1  # standard deviation of the old and reference log-probabilities around the new
 
 
-def seeded(device: torch.device, seed: int = 0) -> torch.Generator:
-    return torch.Generator(device).manual_seed(seed)
+def seeded(device: torch.device) -> dict[str, Any]:
+    """Return the options of PyTorch's random functions."""
+    return {"generator": torch.Generator(device).manual_seed(0), "device": device}
 
 
 @dataclass
@@ -45,44 +48,59 @@ class Tokens:
         """Reshape (T, ...) to (sequences, length, ...)."""
         return value.unflatten(0, (self.sequences, -1))
 
+    @cached_property
+    def sequence_advantages(self) -> Tensor:
+        return self.rows(self.advantages)[:, 0].contiguous()
 
-def make_tokens(
-    sizes: Sizes, targets: Tensor, logprobs: Tensor, generator: torch.Generator
-) -> Tokens:
-    device, shape = targets.device, (sizes.sequences, sizes.length)
-    ends = torch.randint(
-        sizes.length * 7 // 8,
-        sizes.length,
-        (sizes.sequences, 1),
-        generator=generator,
-        device=device,
-    )
-    mask = (torch.arange(sizes.length, device=device) < ends).float().flatten()
-    advantages = torch.randn(sizes.sequences, 1, generator=generator, device=device)
-    noise = torch.randn(2, sizes.tokens, generator=generator, device=device) * POLICY_DRIFT
-    old, ref = logprobs.float() + noise
-    advantages = advantages.expand(shape).flatten()
+    @cached_property
+    def without_last(self) -> list[Tensor]:
+        """targets, mask, old and ref as rows without their last position."""
+        parts = self.targets, self.mask, self.old, self.ref
+        return [self.rows(part)[:, :-1].contiguous() for part in parts]
+
+
+def make_tokens(sizes: Sizes, targets: Tensor, logprobs: Tensor, random: dict[str, Any]) -> Tokens:
+    length, column = sizes.length, (sizes.sequences, 1)
+    ends = torch.randint(length * 7 // 8, length, column, **random)
+    mask = (torch.arange(length, device=targets.device) < ends).float().flatten()
+    advantages = torch.randn(column, **random).expand(-1, length).flatten()
+    old, ref = logprobs.float() + torch.randn(2, sizes.tokens, **random) * POLICY_DRIFT
     return Tokens(targets, mask, advantages, old, ref, sizes.sequences)
 
 
-class HiddenInputs:
+class Inputs:
+    """checks: the error of each result that a call may return, with the error's name."""
+
+    tokens: Tokens
+    logprobs: Tensor
+    checks: dict[str, tuple[str, Callable[[Tensor], float]]]
+
+    def errors(self, outputs: dict[str, Tensor]) -> dict[str, float]:
+        checks = {name: self.checks[name] for name in self.checks if name in outputs}
+        return {label: error(outputs[name]) for name, (label, error) in checks.items()}
+
+    def check_logprobs(self) -> tuple[str, Callable[[Tensor], float]]:
+        real = self.tokens.mask > 0
+        return "log-probs", lambda got: truth.largest(got[real], self.logprobs[real])
+
+
+class HiddenInputs(Inputs):
     """hidden (T, H) and weight (V, H), both leaves; upstream (T,): the policy loss's gradient."""
 
     def __init__(self, sizes: Sizes, device: torch.device) -> None:
-        self.sizes, generator = sizes, seeded(device)
-        options = {"generator": generator, "device": device}
-        targets = torch.randint(sizes.shard, (sizes.tokens,), **options)
-        weight = torch.randn(sizes.shard, sizes.hidden, **options) * (SPREAD / sizes.hidden**0.5)
-        hidden = torch.randn(sizes.tokens, sizes.hidden, **options)
-        lift = torch.rand(sizes.tokens, 1, **options) * (LARGEST_LIFT / SPREAD**2)
+        random = seeded(device)
+        targets = torch.randint(sizes.shard, (sizes.tokens,), **random)
+        weight = torch.randn(sizes.shard, sizes.hidden, **random) * (SPREAD / sizes.hidden**0.5)
+        hidden = torch.randn(sizes.tokens, sizes.hidden, **random)
+        lift = torch.rand(sizes.tokens, 1, **random) * (LARGEST_LIFT / SPREAD**2)
         hidden += lift * weight[targets]
         self.hidden = hidden.to(sizes.torch_dtype).requires_grad_()
         self.weight = weight.to(sizes.torch_dtype).requires_grad_()
         del hidden, weight
-        self._solve(targets, generator)
+        self._solve(sizes, targets, random)
 
     @torch.no_grad()
-    def _solve(self, targets: Tensor, generator: torch.Generator) -> None:
+    def _solve(self, sizes: Sizes, targets: Tensor, random: dict[str, Any]) -> None:
         hidden, weight, device = self.hidden, self.weight, self.hidden.device
         exact_weight = weight.double()
 
@@ -90,22 +108,24 @@ class HiddenInputs:
             return hidden[part].double() @ exact_weight.t()
 
         lse, self.logprobs = truth.normalisers(logits_of, targets, len(weight))
-        self.tokens = make_tokens(self.sizes, targets, self.logprobs, generator)
+        self.tokens = make_tokens(sizes, targets, self.logprobs, random)
         with torch.enable_grad():
             _, upstream = truth.policy_gradient(self.logprobs, *self.tokens.loss_inputs)
         self.upstream = upstream.float()
         self.rows = truth.sample(len(hidden), device)
         self.columns = torch.cat([truth.sample(len(weight), device), targets[self.rows]])
         of_rows = truth.logits_gradient(
-            logits_of(self.rows),
-            targets[self.rows],
-            lse[self.rows],
-            upstream[self.rows],
+            logits_of(self.rows), targets[self.rows], lse[self.rows], upstream[self.rows]
         )
         self.exact_hidden = of_rows @ exact_weight
         self.exact_weight = truth.weight_gradient(
             hidden, weight, self.columns, targets, lse, upstream
         )
+        self.checks = {
+            "logprobs": self.check_logprobs(),
+            "hidden": ("d hidden", lambda d: truth.relative(d[self.rows], self.exact_hidden)),
+            "weight": ("d weight", lambda d: truth.relative(d[self.columns], self.exact_weight)),
+        }
 
     def leaves(self, gradients: bool) -> tuple[Tensor, Tensor]:
         """Return hidden and weight; detached ones, unless `gradients`, as some peers check
@@ -113,58 +133,39 @@ class HiddenInputs:
         leaves = self.hidden, self.weight
         return leaves if gradients else tuple(leaf.detach() for leaf in leaves)
 
-    def errors(self, outputs: Outputs) -> dict[str, float]:
-        found, real = {}, self.tokens.mask > 0
-        if "logprobs" in outputs:
-            found["log-probs"] = truth.largest(outputs["logprobs"][real], self.logprobs[real])
-        if "hidden" in outputs:
-            found["d hidden"] = truth.relative(outputs["hidden"][self.rows], self.exact_hidden)
-        if "weight" in outputs:
-            found["d weight"] = truth.relative(outputs["weight"][self.columns], self.exact_weight)
-        return found
-
     def bound(self, gradients: bool, masked: bool) -> measure.Bound:
         """masked: masked tokens need not be computed."""
         tokens = int((self.tokens.mask > 0).sum()) if masked else len(self.hidden)
-        return measure.matrix_bound(
-            self.hidden.detach(), self.weight.detach(), tokens, 3 if gradients else 1
-        )
+        return measure.matrix_bound(*self.leaves(False), tokens, 3 if gradients else 1)
 
 
-class LogitsInputs:
+class LogitsInputs(Inputs):
     """logits (T, V), a leaf; upstream (T,): the policy loss's gradient."""
 
     def __init__(self, sizes: Sizes, device: torch.device) -> None:
-        self.sizes, generator = sizes, seeded(device)
-        options = {"generator": generator, "device": device}
-        targets = torch.randint(sizes.shard, (sizes.tokens,), **options)
+        random = seeded(device)
+        targets = torch.randint(sizes.shard, (sizes.tokens,), **random)
         self.logits = torch.empty(sizes.tokens, sizes.shard, dtype=sizes.torch_dtype, device=device)
         for part in truth.chunks(sizes.tokens, sizes.shard, device):
-            rows = torch.randn(part.stop - part.start, sizes.shard, **options).mul_(SPREAD)
-            lift = torch.rand(len(rows), 1, **options) * LARGEST_LIFT
-            self.logits[part] = rows.scatter_add_(1, targets[part, None], lift).to(
-                self.logits.dtype
-            )
+            rows = torch.randn(part.stop - part.start, sizes.shard, **random).mul_(SPREAD)
+            lift = torch.rand(len(rows), 1, **random) * LARGEST_LIFT
+            self.logits[part] = rows.scatter_add_(1, targets[part, None], lift)
         self.pristine = self.logits.clone()
         self.logits.requires_grad_()
         lse, self.logprobs = truth.normalisers(
             lambda part: self.pristine[part].double(), targets, sizes.shard
         )
-        self.tokens = make_tokens(sizes, targets, self.logprobs, generator)
+        self.tokens = make_tokens(sizes, targets, self.logprobs, random)
         _, upstream = truth.policy_gradient(self.logprobs, *self.tokens.loss_inputs)
         self.upstream = upstream.float()
         self.rows = at = truth.sample(sizes.tokens, device)
         self.exact = truth.logits_gradient(
             self.pristine[at].double(), targets[at], lse[at], upstream[at]
         )
-
-    def errors(self, outputs: Outputs) -> dict[str, float]:
-        found, real = {}, self.tokens.mask > 0
-        if "logprobs" in outputs:
-            found["log-probs"] = truth.largest(outputs["logprobs"][real], self.logprobs[real])
-        if "logits" in outputs:
-            found["d logits"] = truth.relative(outputs["logits"][self.rows], self.exact)
-        return found
+        self.checks = {
+            "logprobs": self.check_logprobs(),
+            "logits": ("d logits", lambda d: truth.relative(d[at], self.exact)),
+        }
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -177,21 +178,19 @@ class LogitsInputs:
         return measure.copy_bound(self.logits.device, num_bytes * (3 if gradients else 1))
 
 
-class PolicyInputs:
+class PolicyInputs(Inputs):
     """logprobs (T,) fp32, a leaf, and the tokens' other inputs."""
 
     def __init__(self, sizes: Sizes, device: torch.device) -> None:
-        generator = seeded(device)
+        random = seeded(device)
         targets = torch.zeros(sizes.tokens, dtype=torch.long, device=device)
-        logprobs = -LARGEST_LIFT * torch.rand(sizes.tokens, generator=generator, device=device)
+        logprobs = -LARGEST_LIFT * torch.rand(sizes.tokens, **random)
         self.logprobs = logprobs.requires_grad_()
-        self.tokens = make_tokens(sizes, targets, logprobs.detach(), generator)
+        self.tokens = make_tokens(sizes, targets, logprobs.detach(), random)
         self.exact_loss, self.exact = truth.policy_gradient(logprobs, *self.tokens.loss_inputs)
-
-    def errors(self, outputs: Outputs) -> dict[str, float]:
-        return {
-            "loss": truth.largest(outputs["loss"], self.exact_loss),
-            "d log-probs": truth.relative(outputs["logprobs"], self.exact),
+        self.checks = {
+            "loss": ("loss", partial(truth.largest, exact=self.exact_loss)),
+            "logprobs": ("d log-probs", partial(truth.relative, exact=self.exact)),
         }
 
     def bound(self, gradients: bool, masked: bool) -> measure.Bound:
@@ -199,42 +198,39 @@ class PolicyInputs:
         return measure.copy_bound(self.logprobs.device, 6 * 4 * len(self.logprobs))
 
 
-class MatrixInputs:
+class MatrixInputs(Inputs):
     """x (V, H): a weight, its fp8 values and block scales; exact ones of a sample of its rows."""
 
     def __init__(self, sizes: Sizes, device: torch.device) -> None:
-        x = torch.randn(sizes.shard, sizes.hidden, generator=seeded(device), device=device)
+        x = torch.randn(sizes.shard, sizes.hidden, **seeded(device))
         self.x = x.mul_(sizes.hidden**-0.5).to(sizes.torch_dtype)
         del x
         self.quantized, self.scale = eager.quantize(self.x)
         self.rows = truth.sample(sizes.shard, device)
         self.exact_scale = self._scales_in_fp64(self.rows)
         scaled = self.x[self.rows].double() / self.exact_scale
-        self.exact_codes = scaled.float().to(torch.float8_e4m3fn).float()
-        values = self.quantized[self.rows].double()
-        self.exact_values = values * self._of_rows(self.scale.double())
+        codes = scaled.float().to(torch.float8_e4m3fn).float()
+        values = self.quantized[self.rows].double() * self._of_rows(self.scale.double())
+
+        def codes_off(found: Tensor) -> float:
+            return (found[self.rows].float() != codes).double().mean().item()
+
+        self.checks = {
+            "scale": ("scales", lambda s: truth.relative(self._of_rows(s), self.exact_scale)),
+            "quantized": ("codes off", codes_off),
+            "values": ("values", lambda found: truth.relative(found[self.rows], values)),
+        }
 
     def _scales_in_fp64(self, rows: Tensor) -> Tensor:
         """Return the scale of each element of `rows`, by a separate walk over 128 x 128 blocks."""
         amax = torch.stack([self.x[r // 128 * 128 :][:128].abs().amax(0) for r in rows.tolist()])
-        blocks = [
-            part.amax(1, keepdim=True).expand_as(part) for part in amax.double().split(128, 1)
-        ]
+        parts = amax.double().split(128, 1)
+        blocks = [part.amax(1, keepdim=True).expand_as(part) for part in parts]
         return torch.cat(blocks, 1).clamp(min=eager.SMALLEST_AMAX) / eager.FP8_MAX
 
     def _of_rows(self, scale: Tensor) -> Tensor:
         spread = scale[self.rows // 128].repeat_interleave(128, 1)
         return spread[:, : self.x.shape[1]]
-
-    def errors(self, outputs: Outputs) -> dict[str, float]:
-        found = {}
-        if "quantized" in outputs:
-            codes = outputs["quantized"][self.rows].float()
-            found["scales"] = truth.relative(self._of_rows(outputs["scale"]), self.exact_scale)
-            found["codes off"] = (codes != self.exact_codes).double().mean().item()
-        if "values" in outputs:
-            found["values"] = truth.relative(outputs["values"][self.rows], self.exact_values)
-        return found
 
     def bound(self, gradients: bool, masked: bool) -> measure.Bound:
         """The matrix is read and its fp8 codes are written, or the other way around."""

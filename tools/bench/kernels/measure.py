@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,29 +27,27 @@ COPIED_BYTES = {"cpu": 2**27, "cuda": 2**30}
 L2_BYTES = 2**28  # several times the largest L2 cache (H200: 50 MB; B200: 126 MB)
 
 
-@dataclass
-class Sample:
+class Sample(NamedTuple):
     """extra_bytes: None if it cannot be measured on this machine."""
 
     seconds: float
     extra_bytes: int | None
-    results: Any = None
 
 
 class CpuMeter:
     def __init__(self) -> None:
-        libc = ctypes.CDLL(None)
-        self._trim = getattr(libc, "malloc_trim", lambda pad: 0)
+        self._trim = getattr(ctypes.CDLL(None), "malloc_trim", lambda pad: 0)
 
     def __call__(self, call: Callable[[], Any]) -> Sample:
         gc.collect()
         self._trim(0)
         before = self._reset_peak()
         started = time.perf_counter()
-        results = call()
+        results = call()  # kept, as its memory counts
         seconds = time.perf_counter() - started
         peak = None if before is None else _status("VmHWM")
-        return Sample(seconds, None if peak is None else max(0, peak - before), results)
+        del results
+        return Sample(seconds, None if peak is None else max(0, peak - before))
 
     def settle(self) -> None:
         gc.collect()
@@ -55,8 +55,7 @@ class CpuMeter:
     @staticmethod
     def _reset_peak() -> int | None:
         try:
-            with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
-                file.write("5")
+            Path("/proc/self/clear_refs").write_text("5")
         except OSError:  # not Linux, or a container that forbids it
             return None
         return _status("VmRSS")
@@ -78,8 +77,9 @@ class CudaMeter:
         results = call()
         end.record()
         torch.cuda.synchronize(self._device)
-        peak = torch.cuda.max_memory_allocated(self._device)
-        return Sample(start.elapsed_time(end) / 1e3, peak - before, results)
+        del results
+        extra_bytes = torch.cuda.max_memory_allocated(self._device) - before
+        return Sample(start.elapsed_time(end) / 1e3, extra_bytes)
 
     def settle(self) -> None:
         """Free memory; raise RuntimeError if an earlier call broke the device's context."""
@@ -93,11 +93,8 @@ def meter(device: torch.device) -> CpuMeter | CudaMeter:
 
 
 def _status(field: str) -> int | None:
-    with open("/proc/self/status", encoding="ascii") as file:
-        for line in file:
-            if line.startswith(field + ":"):
-                return int(line.split()[1]) * 1024
-    return None
+    found = re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+    return int(found[1]) * 1024 if found else None
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tools.bench.kernels.implementation import OURS
+from tools.bench.kernels.calls import OURS
 from tools.bench.kernels.table import duration, quantity
 
 OURS_COLOUR, PEER_COLOUR = "#1f6f8b", "#b8c4cc"
@@ -25,13 +25,9 @@ def draw(cases: list[dict[str, Any]], title: str, path: Path) -> None:
     if not shown:
         return
     heights = [FRAME_INCHES + ROW_INCHES * len(rows) for _, rows in shown]
+    size = WIDTH_INCHES, sum(heights)
     figure, panels = pyplot.subplots(
-        len(shown),
-        2,
-        figsize=(WIDTH_INCHES, sum(heights)),
-        height_ratios=heights,
-        layout="constrained",
-        squeeze=False,
+        len(shown), 2, figsize=size, height_ratios=heights, layout="constrained", squeeze=False
     )
     figure.suptitle(title, fontsize=10)
     for (case, rows), (left, right) in zip(shown, panels, strict=True):

@@ -16,27 +16,26 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from tools.bench.children import environment
-from tools.bench.kernels.implementation import TOO_LATE
+from tools.bench.kernels.calls import TOO_LATE
 
 SILENCE_SECONDS = 100.0  # of one step: a compilation takes up to a minute
 GRACE_SECONDS = 45.0  # after the deadline, for the step it fell into
-Result = tuple[str, dict[str, Any]]
-
-
-def command() -> list[str]:
-    return [sys.executable, "-m", "tools.bench.kernels.worker"]
+# Twenty implementations share one allocator: without this, fragments of one leave too little room
+# for the next.
+ALLOCATOR = "PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True"
+WORKER = (sys.executable, "-m", "tools.bench.kernels.worker")
 
 
 def results(
     task: dict[str, Any],
     progress: Callable[[str], None],
     silence: float = SILENCE_SECONDS,
-    start: Callable[[], list[str]] = command,
-) -> Iterator[Result]:
+    worker: Sequence[str] = WORKER,
+) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield (case name, result) for each of task["cases"], in order.
 
     task["deadline"]: as time.time(); progress: called with what is being measured.
@@ -47,7 +46,7 @@ def results(
             yield from ((case, {"failed": TOO_LATE}) for case in task["cases"])
             return
         doing, reason = "", ""
-        for message in _messages(task, silence, start()):
+        for message in _messages(task, silence, worker):
             case = message.get("case")
             if "result" in message:
                 yield case, message["result"]
@@ -67,21 +66,17 @@ def results(
                 task["skip"][case][doing] = reason
 
 
-def _messages(task: dict[str, Any], silence: float, call: list[str]) -> Iterator[dict[str, Any]]:
+def _messages(
+    task: dict[str, Any], silence: float, command: Sequence[str]
+) -> Iterator[dict[str, Any]]:
     """Yield the worker's messages, then {"ended": why} unless it ended with success."""
     with tempfile.TemporaryFile("w+") as log:
-        worker = subprocess.Popen(
-            call,
-            stdin=-1,
-            stdout=-1,
-            stderr=log,
-            text=True,
-            env=environment(),
-            start_new_session=True,
-        )
+        name, value = ALLOCATOR
+        env = environment(**{name: os.environ.get(name, value)})
+        streams = {"stdin": -1, "stdout": -1, "stderr": log, "text": True}
+        worker = subprocess.Popen(command, env=env, start_new_session=True, **streams)
         lines: queue.Queue[str] = queue.Queue()
-        reader = threading.Thread(target=_read, args=(worker.stdout, lines), daemon=True)
-        reader.start()
+        threading.Thread(target=_read, args=(worker.stdout, lines), daemon=True).start()
         try:
             worker.stdin.write(json.dumps(task))
             worker.stdin.close()

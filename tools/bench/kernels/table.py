@@ -5,7 +5,7 @@ from __future__ import annotations
 from statistics import median
 from typing import Any
 
-from tools.bench.kernels.implementation import OURS
+from tools.bench.kernels.calls import OURS
 
 
 def summarised(name: str, about: str, result: dict[str, Any]) -> dict[str, Any]:
@@ -18,13 +18,8 @@ def summarised(name: str, about: str, result: dict[str, Any]) -> dict[str, Any]:
         row["time_ratio"] = _ratio(row["median_seconds"], ours["median_seconds"])
         row["memory_ratio"] = _ratio(row["extra_bytes"], ours["extra_bytes"])
         row["share_of_bound"] = _ratio(bound["needed"] / bound["rate"], row["median_seconds"])
-    return {
-        "kernel": name,
-        "about": about,
-        "failed": result.get("failed", ""),
-        "bound": bound,
-        "rows": rows,
-    }
+    failed = result.get("failed", "")
+    return {"kernel": name, "about": about, "failed": failed, "bound": bound, "rows": rows}
 
 
 def _ratio(value: float | None, by: float | None) -> float | None:
@@ -40,16 +35,15 @@ def lines(case: dict[str, Any]) -> list[str]:
     head.append(f"  bound: {bound['name']}, {quantity(bound['rate'], bound['unit'] + '/s')}")
     ran = [row for row in rows if not row["not_run"]]
     errors = list(dict.fromkeys(name for row in ran for name in row["errors"]))
-    columns = ["", "time", "x ours", "extra memory", "x ours", "of bound"]
+    width = max(len(row["name"]) for row in rows)
+    columns = [" " * width, "time", "x ours", "extra memory", "x ours", "of bound"]
     columns += [f"err {name}" for name in errors] + ["computes"]
-    columns[0] = " " * max(len(row["name"]) for row in rows)
-    cells = [[*_cells(row), *_errors(row, errors), row["computes"]] for row in ran]
-    not_run = [row for row in rows if row["not_run"]]
-    reasons = [f"  {row['name']:{len(columns[0])}}  not run: {row['not_run']}" for row in not_run]
+    cells = [_cells(row, errors) for row in ran]
+    reasons = [f"  {r['name']:{width}}  not run: {r['not_run']}" for r in rows if r["not_run"]]
     return [*head, *(aligned([columns, *cells]) if cells else []), *reasons]
 
 
-def _cells(row: dict[str, Any]) -> list[str]:
+def _cells(row: dict[str, Any], errors: list[str]) -> list[str]:
     share = row["share_of_bound"]
     return [
         row["name"],
@@ -58,11 +52,9 @@ def _cells(row: dict[str, Any]) -> list[str]:
         "-" if row["extra_bytes"] is None else quantity(row["extra_bytes"], "B"),
         _times(row["memory_ratio"]),
         "-" if share is None else f"{share:.0%}" if share >= 0.1 else f"{share:.1%}",
+        *(f"{row['errors'][name]:.1e}" if name in row["errors"] else "-" for name in errors),
+        row["computes"],
     ]
-
-
-def _errors(row: dict[str, Any], names: list[str]) -> list[str]:
-    return [f"{row['errors'][name]:.1e}" if name in row["errors"] else "-" for name in names]
 
 
 def aligned(rows: list[list[str]]) -> list[str]:
@@ -83,10 +75,8 @@ def _times(ratio: float | None) -> str:
 def duration(seconds: float | None) -> str:
     if seconds is None:
         return "-"
-    for size, unit in ((1.0, "s"), (1e-3, "ms")):
-        if seconds >= size:
-            return f"{seconds / size:.3g} {unit}"
-    return f"{seconds * 1e6:.3g} us"
+    size, unit = (1, "s") if seconds >= 1 else (1e-3, "ms") if seconds >= 1e-3 else (1e-6, "us")
+    return f"{seconds / size:.3g} {unit}"
 
 
 def quantity(value: float, unit: str) -> str:

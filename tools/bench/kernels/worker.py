@@ -3,6 +3,10 @@
 {"case": name, "doing": what} before every step, which tells the supervisor what a silent or dead
 worker was doing; {"case": name, "result": ...} after each case; {"case": name, "broken": why}
 before it ends because the device no longer works. What peers print goes to stderr.
+
+Of a case, every implementation is warmed up and checked, then all are timed in turns: a round times
+each once, so that changes during a run (clocks, heat, other load) affect all of them alike. One
+that fails becomes a row with the reason; its memory is freed before the next.
 """
 
 from __future__ import annotations
@@ -11,40 +15,129 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
+from functools import lru_cache, partial
+from statistics import median
 from typing import Any
 
-# Twenty implementations share one allocator: without this, fragments of one leave too little room
-# for the next. Read when torch first allocates.
-os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+import torch
 
-import torch  # noqa: E402
+from tools.bench.kernels.calls import TOO_LATE, Implementation, why
+from tools.bench.kernels.cases import BY_NAME, Case
+from tools.bench.kernels.measure import meter
+from tools.bench.kernels.sizes import Sizes
 
-from tools.bench.kernels.case_run import Broken, CaseRun  # noqa: E402
-from tools.bench.kernels.cases import BY_NAME, Case  # noqa: E402
-from tools.bench.kernels.implementation import TOO_LATE, why  # noqa: E402
-from tools.bench.kernels.sizes import Sizes  # noqa: E402
+ENOUGH_SECONDS = {"cpu": 2.0, "cuda": 5.0}  # of timed calls of one row; each gets at least one
+WARM_SHARE = 0.75  # of a case's time, after which no further implementation is started
+
+
+class Broken(Exception):
+    """The device's context is lost: this process can measure nothing more."""
+
+
+@lru_cache(maxsize=1)
+def make_inputs(kind: type, sizes: Sizes, device: torch.device) -> Any:
+    """Cached for the next case, which often has the same inputs."""
+    return kind(sizes, device)
+
+
+def new_row(each: Implementation, device: torch.device, reason: str) -> dict[str, Any]:
+    """Return a row without numbers. not_run: why it will get none; extra_bytes: the largest of all
+    timed calls."""
+    row = {"name": each.name, "computes": each.computes, "not_run": reason}
+    if each.gpu_only and device.type != "cuda":
+        row["not_run"] = "runs on a GPU only"
+    return {**row, "seconds": [], "extra_bytes": None, "errors": {}}
+
+
+def run_case(
+    case: Case,
+    task: dict[str, Any],
+    until: float,
+    skip: dict[str, str],
+    report: Callable[..., None],
+) -> dict[str, Any]:
+    """Return the case's bound and rows.
+
+    task: sizes, device and repeats. until: time.time() by which it should end. skip:
+    implementations that ended an earlier process, each with the reason. report(doing=...) is called
+    before each step, for the supervisor.
+    """
+    device, started = torch.device(task["device"]), time.time()
+    report(doing="inputs")
+    inputs = make_inputs(case.inputs, Sizes(**task["sizes"]), device)
+    bound, measure = inputs.bound(case.gradients, case.masked), meter(device)
+    made: dict[str, Callable[[], Any]] = {}
+
+    def warm_up(each: Implementation, row: dict[str, Any]) -> None:
+        call = partial(each.call, each.load(), inputs)
+        row["errors"] = inputs.errors(call())
+        made[each.name] = call
+
+    def time_once(each: Implementation, row: dict[str, Any]) -> None:
+        seconds, extra_bytes = measure(made[each.name])
+        row["seconds"].append(seconds)
+        if extra_bytes is not None:
+            row["extra_bytes"] = max(row["extra_bytes"] or 0, extra_bytes)
+
+    def attempt(step: Callable, each: Implementation, row: dict[str, Any]) -> None:
+        """Do the step; an exception becomes the row's reason."""
+        report(doing=each.name)
+        failed = False
+        try:
+            step(each, row)
+        except Exception as error:
+            failed = True
+            made.pop(each.name, None)
+            if not row["seconds"]:
+                row["not_run"] = why(error)
+        try:  # outside the handler, which holds the failed call's tensors
+            if each.overwrites:
+                inputs.restore()
+            if failed or step is warm_up:
+                measure.settle()
+        except RuntimeError as error:
+            raise Broken(row["not_run"] or why(error)) from error
+
+    rows = [new_row(each, device, skip.get(each.name, "")) for each in case.implementations]
+    pairs = list(zip(case.implementations, rows, strict=True))
+    for each, row in pairs:
+        if not row["not_run"] and time.time() > started + WARM_SHARE * (until - started):
+            row["not_run"] = TOO_LATE
+        if not row["not_run"]:
+            attempt(warm_up, each, row)
+    bound_seconds = []
+    measure(bound.call)
+    for _ in range(task["repeats"]):
+        report(doing="bound")
+        bound_seconds.append(measure(bound.call).seconds)
+        for each, row in pairs:
+            enough = time.time() > until or sum(row["seconds"]) > ENOUGH_SECONDS[device.type]
+            if each.name in made and not (row["seconds"] and enough):
+                attempt(time_once, each, row)
+    rate = bound.done / median(bound_seconds)
+    about = {"name": bound.name, "unit": bound.unit, "rate": rate, "needed": bound.needed}
+    return {"bound": about, "rows": rows}
 
 
 def main() -> None:
     lines = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     task = json.load(sys.stdin)
-    device, cases = torch.device(task["device"]), [BY_NAME[name] for name in task["cases"]]
+    cases = [BY_NAME[name] for name in task["cases"]]
     for index, case in enumerate(cases):
 
         def report(case: Case = case, **what: Any) -> None:
             lines.write(json.dumps({"case": case.name, **what}) + "\n")
 
         now = time.time()
-        share = case.weight / sum(each.weight for each in cases[index:])
-        until = now + share * max(0.0, task["deadline"] - now)
-        skip = task["skip"].get(case.name, {})
         if now > task["deadline"]:
             report(result={"failed": TOO_LATE})
             continue
+        share = case.weight / sum(each.weight for each in cases[index:])
+        until = now + share * (task["deadline"] - now)
         try:
-            sizes = Sizes(**task["sizes"])
-            result = CaseRun(case, sizes, device, until, skip, report).run(task["repeats"])
+            result = run_case(case, task, until, task["skip"].get(case.name, {}), report)
         except Broken as broken:
             report(broken=str(broken))
             sys.exit(1)

@@ -104,16 +104,7 @@ GIANTS = {
     "every number to 100": ", ".join(str(n) for n in range(100)),
     "ten megabytes": "1" * 10_000_000,
 }
-ANSWERS = {
-    **TOWERS,
-    **NESTED,
-    **REGEXES,
-    **UNDEFINED,
-    **CODE,
-    **PROMPTS,
-    **LOOK_ALIKES,
-    **GIANTS,
-}
+ANSWERS = {**TOWERS, **NESTED, **REGEXES, **UNDEFINED, **CODE, **PROMPTS, **LOOK_ALIKES, **GIANTS}
 RESPONSES = {
     "answer inside the thought": "<think><answer>13</answer></think>",
     "box inside the thought": r"<think>\boxed{13}</think>",
