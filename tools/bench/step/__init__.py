@@ -56,8 +56,8 @@ def run(chosen: argparse.Namespace) -> dict[str, Any]:
     print(table(comparisons, overlap))
     result = {
         "packages": versions,
-        "load": _range(before["load"] for before in conditions),
-        "cores are worth": _range(before["worth"] for before in conditions),
+        "load": _range(load for load, _ in conditions),
+        "cores are worth": _range(worth for _, worth in conditions),
         "work": {name: vars(work) for name, work in WORKS.items()},
         "comparisons": comparisons,
         "overlap": overlap,
@@ -70,32 +70,30 @@ def run(chosen: argparse.Namespace) -> dict[str, Any]:
 
 def _measure(
     chosen: argparse.Namespace, folder: Path
-) -> tuple[dict[tuple[str, str], list[dict]], list[dict[str, float]]]:
-    """Return ({(work, system): its steps in all runs}, load and cores' worth before each run)."""
+) -> tuple[dict[tuple[str, str], list[dict]], list[tuple[float, float]]]:
+    """Return ({(work, system): its steps in all runs}, [(load, cores' worth) before each run])."""
     model = write_model(folder / "model", Tail())
     questions = write_questions(folder / "questions.jsonl", 256)
     steps: dict[tuple[str, str], list[dict]] = {}
-    conditions: list[dict[str, float]] = []
+    conditions: list[tuple[float, float]] = []
     turns = [(name, system) for name in WORKS for system in SYSTEMS[name]]
-    for repeat in range(chosen.repeats):
-        for name, system in turns:
-            work = WORKS[name]
-            conditions.append({"load": os.getloadavg()[0], "worth": machine.cores_worth()})
-            if system == "trl":
-                # With long responses one of TRL's steps takes as long as several of ours.
-                count = chosen.steps if name == "short" else max(2, chosen.steps // 3)
-                lines = theirs.run(work, model, questions, count, chosen.peer_python)
-            else:
-                run_folder = folder / f"{name} {system} {repeat}"
-                lines = ours.run(work, model, questions, run_folder, chosen.steps, SETTINGS[system])
-            steps.setdefault((name, system), []).extend(lines)
-            seconds = ", ".join(f"{line['seconds']:.2f}" for line in lines)
-            load, worth = conditions[-1].values()
-            print(
-                f"{name}, {system}: {seconds} s a step; before it load {load:.1f}, "
-                f"{machine.num_cores()} cores worth {worth:.1f}",
-                flush=True,
-            )
+    for turn, (name, system) in enumerate(turns * chosen.repeats):
+        work, (load, worth) = WORKS[name], (os.getloadavg()[0], machine.cores_worth())
+        conditions.append((load, worth))
+        if system == "trl":
+            # With long responses one of TRL's steps takes as long as several of ours.
+            count = chosen.steps if name == "short" else max(2, chosen.steps // 3)
+            lines = theirs.run(work, model, questions, count, chosen.peer_python)
+        else:
+            run = folder / f"{turn} {system}"
+            lines = ours.run(work, model, questions, run, chosen.steps, SETTINGS[system])
+        steps.setdefault((name, system), []).extend(lines)
+        seconds = ", ".join(f"{line['seconds']:.2f}" for line in lines)
+        print(
+            f"{name}, {system}: {seconds} s a step; before it load {load:.1f}, "
+            f"{machine.num_cores()} cores worth {worth:.1f}",
+            flush=True,
+        )
     return steps, conditions
 
 

@@ -6,18 +6,17 @@ import datetime
 from statistics import median
 from typing import Any
 
-from tools.bench.step.work import Work
-
 TEXT = """# Whole RL steps beside TRL
 
 `python tools/bench step`, {date}; {cores} cores, no GPU; load average before a run {load};
 at once the cores got {worth} times as much done as one (a virtual machine's may be threads of one);
 {packages}.
 
-The same Qwen2-shaped model folder for both (4 layers, hidden 128, fp32), the same {questions}
-questions x {group} answers a step, {updates} update a step, no reference model, the same reward,
-which costs nothing. Weights are random, but for the chance to end, which gives the lengths of
-reasoning: most short, a few very long. *Long tail* stops at {long} tokens, *short* at {short}.
+The same Qwen2-shaped model folder for both (4 layers, hidden 128, fp32), the same
+{long[questions]} questions x {long[group]} answers a step, {long[minibatches]} update a step, no
+reference model, the same reward, which costs nothing. Weights are random, but for the chance to
+end, which gives the lengths of reasoning: most short, a few very long. *Long tail* stops at
+{long[limit]} tokens, *short* at {short[limit]}.
 
 Ours is the command line (`megatron-r1 rl`): vLLM's server, the controller, reward workers, the
 trainer, the push, metrics and samples written down. TRL is GRPOTrainer in one process: one batch of
@@ -30,16 +29,17 @@ are what all processes of a system used: noise moves them least.
 {table}
 ```
 The last line: one core for the engine and one for the trainer, in turns and with
-`rl.staleness: 1`. Every step is in [step.json](step.json)."""
+`rl.staleness: 1`. Every step is in [step.json](step.json).
+"""
 Steps = list[dict[str, Any]]
 """One dictionary per step: "seconds" (wall clock), "core_seconds" and "response_tokens"."""
 
 
 def compared(ours: Steps, theirs: Steps) -> dict[str, Any]:
     """Return the medians of both systems and the ratio of their tokens per second."""
-    both = {"ours": medians(ours), "trl": medians(theirs)}
-    rates = [both[system]["tokens_per_second"] for system in ("ours", "trl")]
-    return {**both, "ratio": rates[0] / rates[1]}
+    both = medians(ours), medians(theirs)
+    ratio = both[0]["tokens_per_second"] / both[1]["tokens_per_second"]
+    return {"ours": both[0], "trl": both[1], "ratio": ratio}
 
 
 def medians(steps: Steps) -> dict[str, float]:
@@ -73,15 +73,10 @@ def table(comparisons: dict[str, dict], overlap: dict[str, float]) -> str:
     lines = [row.format("", "", "s/step", "core s/step", "tokens", "tokens/s", "ratio")]
     for name, comparison in comparisons.items():
         for system in ("ours", "trl"):
-            of = comparison[system]
-            ratio = f"{comparison['ratio']:.2f}" if system == "ours" else ""
-            cells = (
-                f"{of['seconds']:.2f}",
-                f"{of['core_seconds']:.2f}",
-                f"{of['response_tokens']:,.0f}",
-                f"{of['tokens_per_second']:,.0f}",
-            )
-            lines.append(row.format(name, system, *cells, ratio))
+            of, ratio = comparison[system], comparison["ratio"]
+            cells = [f"{of[key]:.2f}" for key in ("seconds", "core_seconds")]
+            cells += [f"{of[key]:,.0f}" for key in ("response_tokens", "tokens_per_second")]
+            lines.append(row.format(name, system, *cells, f"{ratio:.2f}" * (system == "ours")))
     lines.append(
         "a core each, long tail: rollout {rollout:.2f} s, training and push {training:.2f} s; in "
         "turns {in_turns:.2f} s, overlapped {overlapped:.2f} s = {ratio:.2f} x the slower".format(
@@ -93,21 +88,14 @@ def table(comparisons: dict[str, dict], overlap: dict[str, float]) -> str:
 
 def as_page(result: dict[str, Any], cores: int) -> str:
     """Return the page of one result of `run`."""
-    long, short = (Work(**settings) for settings in result["work"].values())
-    packages = ", ".join(f"{name} {version}" for name, version in result["packages"].items())
-    return (
-        TEXT.format(
-            date=datetime.date.today().isoformat(),
-            cores=cores,
-            load=" to ".join(f"{limit:.1f}" for limit in result["load"]),
-            worth=" to ".join(f"{limit:.1f}" for limit in result["cores are worth"]),
-            packages=packages,
-            questions=long.questions,
-            group=long.group,
-            updates=long.minibatches,
-            long=long.limit,
-            short=short.limit,
-            table=table(result["comparisons"], result["overlap"]),
-        )
-        + "\n"
+    long, short = result["work"].values()
+    return TEXT.format(
+        date=datetime.date.today().isoformat(),
+        cores=cores,
+        load=" to ".join(f"{limit:.1f}" for limit in result["load"]),
+        worth=" to ".join(f"{limit:.1f}" for limit in result["cores are worth"]),
+        packages=", ".join(f"{name} {version}" for name, version in result["packages"].items()),
+        long=long,
+        short=short,
+        table=table(result["comparisons"], result["overlap"]),
     )

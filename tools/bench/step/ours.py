@@ -6,8 +6,9 @@ import contextlib
 import subprocess
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+import numpy as np
 import psutil
 
 from megatron_r1.files.jsonl import read_lines
@@ -61,9 +62,8 @@ def run(
     """
     folder.mkdir(parents=True)
     out = folder / "run"
-    path = write_recipe(
-        folder / "recipe.yaml", recipe(work, model, questions, out, steps + 1, more)
-    )
+    settings = recipe(work, model, questions, out, steps + 1, more)
+    path = write_recipe(folder / "recipe.yaml", settings)
     with open(folder / "output", "w+") as output:
         process = subprocess.Popen(
             megatron_r1("rl", path), env=environment(), stdout=output, stderr=subprocess.STDOUT
@@ -73,32 +73,20 @@ def run(
             output.seek(0)
             raise RuntimeError(f"rl {path} ended with {process.returncode}:\n{output.read()}")
     lines = list(read_lines(out / "metrics.jsonl"))
-    return [
-        {
-            **line,
-            "seconds": end.time - start.time,
-            "core_seconds": end.used - start.used,
-            "response_tokens": round(line["response_length/mean"] * work.num_responses),
-        }
-        for line, start, end in zip(lines[1:], marks[:-1], marks[1:], strict=True)
-    ]
+    for line, before, mark in zip(lines[1:], marks[:-1], marks[1:], strict=True):
+        line["seconds"], line["core_seconds"] = mark - before
+        line["response_tokens"] = round(line["response_length/mean"] * work.num_responses)
+    return lines[1:]
 
 
-class Mark(NamedTuple):
-    """time: wall clock; used: core seconds of all processes of the run so far."""
-
-    time: float
-    used: float
-
-
-def _watch(path: Path, process: subprocess.Popen) -> list[Mark]:
-    """Return a mark for each line of `path`, made when it appears, until the process ends."""
-    marks: list[Mark] = []
-    size = 0
+def _watch(path: Path, process: subprocess.Popen) -> list[np.ndarray]:
+    """Return (wall clock, core seconds of all processes of the run so far) for each line of `path`,
+    taken when it appears, until the process ends."""
+    marks, size = [], 0
     while process.poll() is None:
         now = path.stat().st_size if path.exists() else 0
         if now != size:
-            mark = Mark(time.perf_counter(), _used(psutil.Process(process.pid)))
+            mark = np.array([time.perf_counter(), _used(psutil.Process(process.pid))])
             size = now
             marks += [mark] * (path.read_bytes().count(b"\n") - len(marks))
         time.sleep(POLL_SECONDS)
@@ -109,6 +97,5 @@ def _used(process: psutil.Process) -> float:
     used = 0.0
     for each in [process, *process.children(recursive=True)]:
         with contextlib.suppress(psutil.NoSuchProcess):
-            times = each.cpu_times()
-            used += times.user + times.system
+            used += sum(each.cpu_times()[:2])  # user and system
     return used

@@ -15,6 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
@@ -24,13 +25,13 @@ from tools.bench.step.work import Work, reward
 
 
 class StepTimes(TrainerCallback):
-    """Record wall-clock and processor time at the end of each optimizer step."""
+    """Collects wall-clock and processor time at the end of each optimizer step."""
 
     def __init__(self):
-        self.marks: list[tuple[float, float]] = []
+        self.marks: list[np.ndarray] = []
 
     def on_step_end(self, args, state, control, **context):
-        self.marks.append((time.perf_counter(), time.process_time()))
+        self.marks.append(np.array([time.perf_counter(), time.process_time()]))
 
 
 def main() -> None:
@@ -56,7 +57,7 @@ def main() -> None:
         trainer.train()
     ends = clock.marks[work.minibatches - 1 :: work.minibatches]
     for start, end, tokens in zip(ends[:-1], ends[1:], lengths[1:], strict=True):
-        seconds, core_seconds = (b - a for a, b in zip(start, end, strict=True))
+        seconds, core_seconds = end - start
         line = {"seconds": seconds, "core_seconds": core_seconds, "response_tokens": tokens}
         print(json.dumps(line))
 

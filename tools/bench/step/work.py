@@ -6,6 +6,7 @@ import json
 import random
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -35,17 +36,23 @@ class Work:
 def write_questions(path: Path, count: int, seed: int = 0) -> Path:
     """Write sums of two to four numbers as JSONL: prompts of unequal length."""
     draw = random.Random(seed)
-    kind = "tools.bench.step.parity:grade"
-    lines = []
-    for _ in range(count):
-        terms = [
-            str(draw.randrange(1, 10 ** draw.randrange(1, 5))) for _ in range(draw.randrange(2, 5))
-        ]
-        lines.append({"question": f"{' + '.join(terms)} =", "truth": "0", "kind": kind})
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    kind = "tools.bench.step.work:grade"
+    with path.open("w") as file:
+        for _ in range(count):
+            numbers = range(draw.randrange(2, 5))
+            terms = [str(draw.randrange(1, 10 ** draw.randrange(1, 5))) for _ in numbers]
+            line = {"question": f"{' + '.join(terms)} =", "truth": "0", "kind": kind}
+            file.write(json.dumps(line) + "\n")
     return path
 
 
 def reward(response: str) -> float:
     """Return the parity of the length: free to compute, and different within a group."""
     return float(len(response) % 2)
+
+
+def grade(response: str, truth: str, **entry) -> Any:
+    """The same for megatron-r1, as the questions' "kind"."""
+    from megatron_r1.rewards import Grade  # here, as TRL's interpreter need not have it
+
+    return Grade(reward(response), "parity of its length")
