@@ -15,8 +15,8 @@ at once the cores got {worth} times as much done as one (a virtual machine's may
 The same Qwen2-shaped model folder for both (4 layers, hidden 128, fp32), the same
 {long[questions]} questions x {long[group]} answers a step, {long[minibatches]} update a step, no
 reference model, the same reward, which costs nothing. Weights are random, but for the chance to
-end, which gives the lengths of reasoning: most short, a few very long. *Long tail* stops at
-{long[limit]} tokens, *short* at {short[limit]}.
+end, which gives the lengths of reasoning: most short, a few very long. *Long tail* stops
+at {long[limit]} tokens, *short* at {short[limit]}.
 
 Ours is the command line (`megatron-r1 rl`): vLLM's server, the controller, reward workers, the
 trainer, the push, metrics and samples written down. TRL is GRPOTrainer in one process: one batch of
