@@ -10,8 +10,8 @@ from typing import Any
 from megatron_r1.data.prompts import Prompt, one_of_each
 from megatron_r1.errors import UserError
 from megatron_r1.evaluation.response import TextResponse
+from megatron_r1.rewards import find_fault
 from megatron_r1.rewards.base import Grade
-from megatron_r1.rewards.check import find_fault
 from megatron_r1.rewards.combine import ACCURACY, combine
 from megatron_r1.rewards.options import FORM_REWARDS, call_fields
 from megatron_r1.rewards.runtime.pool import RewardPool

@@ -6,9 +6,10 @@ import any library. Rewards that request a served model are in `remote/`; `sandb
 """
 
 import sys
+from collections.abc import Awaitable, Callable
 
 from megatron_r1.errors import UserError, did_you_mean
-from megatron_r1.rewards.base import Grade
+from megatron_r1.rewards.base import UNGRADED, Grade
 
 REGISTRY: dict[str, str] = {
     "code": "megatron_r1.rewards.code:grade",
@@ -47,4 +48,17 @@ def resolve(kind: str) -> str:
     )
 
 
-__all__ = ["REGISTRY", "REMOTE", "Grade", "resolve"]
+async def find_fault(kind: str, truth: object, grade: Callable[[str], Awaitable[Grade]]) -> str:
+    """Return why a reward cannot be used, beginning with `base.UNGRADED`, or "" if it can.
+
+    grade: the reward `kind` with all arguments but the response. The rewards of this package grade
+    any text, the empty one too. A user's own may raise where there is no answer; one that also
+    raises on a well-formed answer is broken, or is called with arguments that it does not take.
+    """
+    reason = (await grade("")).reason
+    if reason.startswith(UNGRADED) and kind not in REGISTRY | REMOTE:
+        reason = (await grade(f"<think>I think.</think>\n<answer>{truth}</answer>")).reason
+    return reason if reason.startswith(UNGRADED) else ""
+
+
+__all__ = ["REGISTRY", "REMOTE", "Grade", "find_fault", "resolve"]

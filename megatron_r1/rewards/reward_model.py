@@ -38,9 +38,7 @@ class RewardModelSettings(ServiceSettings):
     shift: float = Field(0.0, description="the score that gets 0.5")
     scale: float = Field(1.0, gt=0, description="points of score per unit of the sigmoid")
     label: int | None = Field(None, ge=0, description="the good class of a model with several")
-    threshold: float | None = Field(
-        None, description="1 from this score on, else 0; default: the sigmoid"
-    )
+    threshold: float | None = Field(None, description="1 from this score on, else 0; null: sigmoid")
     template: str | None = Field(
         None,
         description="text with {question} and {response}, and any special tokens the model needs; "
@@ -116,12 +114,10 @@ class RewardModel:
         `<think>`. Raises UserError without a question, Ungradable, ServiceError."""
         if not isinstance(question, str):
             raise UserError("a reward model needs the question: add it to the row")
-        question, part = prepare_texts(
-            question, response, self.part, opened, self.settings.max_chars
-        )
+        asked, part = prepare_texts(question, response, self.part, opened, self.settings.max_chars)
         if part.text is None:
             return Grade(0.0, part.reason)
-        classification = await self.service.request(self._body(question, part.text))
+        classification = await self.service.request(self._body(asked, part.text))
         try:
             return self._reward(classification)
         except ValueError as error:

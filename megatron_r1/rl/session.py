@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 from megatron_r1.processes.stopping import StopRequest
-from megatron_r1.rewards.runtime.meter import LEVELS, RewardMeter
+from megatron_r1.rewards.runtime.pool import LEVELS, RewardMeter
 from megatron_r1.rl.heldout import HeldoutEvaluation
 from megatron_r1.rl.metrics import mean_of_updates, rollout_metrics, sample_records
 from megatron_r1.rl.passes import TrainerPasses

@@ -15,7 +15,7 @@ from prometheus_client.registry import Collector
 
 from megatron_r1.errors import UserError
 from megatron_r1.files import atomic_write
-from megatron_r1.rewards.runtime.meter import LEVELS
+from megatron_r1.rewards.runtime.pool import LEVELS
 from megatron_r1.rl.collector import RolloutCollector
 from megatron_r1.rl.in_flight import PHASES
 from megatron_r1.supervision.run_handles import RunHandles

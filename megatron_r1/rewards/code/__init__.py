@@ -4,19 +4,18 @@ Expected values never enter the program's sandbox: it gets one test's input, and
 compared outside. A checker is a program too and runs in another sandbox, after the first has ended.
 """
 
-import contextlib
 import marshal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from megatron_r1.rewards.base import Grade, shorten
 from megatron_r1.rewards.code.checker import run_checker
 from megatron_r1.rewards.code.compare import equal_output, equal_result
 from megatron_r1.rewards.code.find_program import find_program
-from megatron_r1.rewards.code.problem import Problem, Test, parse_problem
-from megatron_r1.rewards.code.scoring import TestScore, describe_failure
+from megatron_r1.rewards.code.problem import Problem, parse_problem
 from megatron_r1.rewards.sandbox import availability
-from megatron_r1.rewards.sandbox.limits import Budget, Limits
+from megatron_r1.rewards.sandbox.limits import Limits
+from megatron_r1.rewards.sandbox.process import describe_failure
 from megatron_r1.rewards.sandbox.programs import (
     STANDARDS,
     Program,
@@ -25,7 +24,6 @@ from megatron_r1.rewards.sandbox.programs import (
     python_script,
 )
 from megatron_r1.rewards.sandbox.run import run
-from megatron_r1.rewards.sandbox.sealed_file import SealedFile
 
 
 def grade(
@@ -64,16 +62,11 @@ def grade(
         program = python_call(extraction.text, problem.function)
     else:
         program = python_script(extraction.text)
-    with contextlib.closing(program):
-        return _total(problem, partial, _run_tests(problem, program, parsed_limits, deadline))
-
-
-def _total(problem: Problem, partial: bool, scores: Iterator[TestScore]) -> Grade:
     num_tests, num_passed, total, failure = len(problem.tests), 0, 0.0, ""
-    for number, test in enumerate(scores, 1):
-        num_passed += test.score == 1.0
-        total += test.score
-        if test.score < 1.0:
+    for number, test in enumerate(_run_tests(problem, program, parsed_limits, deadline), 1):
+        num_passed += test.reward == 1.0
+        total += test.reward
+        if test.reward < 1.0:
             failure = failure or f"test {number} of {num_tests}: {test.reason}"
             if not partial:
                 return Grade(0.0, failure)
@@ -82,36 +75,27 @@ def _total(problem: Problem, partial: bool, scores: Iterator[TestScore]) -> Grad
     return Grade(total / num_tests, f"passed {num_passed} of {num_tests} tests; {failure}")
 
 
-def _run_tests(
-    problem: Problem, program: Program, limits: Limits, deadline: float
-) -> Iterator[TestScore]:
-    def budget() -> Budget:
-        left = max(deadline - time.monotonic(), 0.01)
-        return limits.program(left, compiled=program.compiled)
-
+def _run_tests(problem: Problem, program: Program, limits: Limits, end: float) -> Iterator[Grade]:
+    """Yield the grade of each test. end: time.monotonic() at which no further test starts."""
+    is_call = problem.function is not None
+    is_equal = equal_result if is_call else equal_output
     for test in problem.tests:
-        if time.monotonic() >= deadline:
-            yield TestScore(0.0, f"not run: the {limits.total_seconds:g} s of all tests are over")
+        if (left := end - time.monotonic()) <= 0:
+            yield Grade(0.0, f"not run: the {limits.total_seconds:g} s of all tests are over")
+            continue
+        budget = limits.program(left, compiled=program.compiled)
+        if is_call:
+            stdin = marshal.dumps((test.args, test.kwargs), 2)
         else:
-            yield _run_test(problem, test, program, limits, budget)
-
-
-def _run_test(
-    problem: Problem, test: Test, program: Program, limits: Limits, budget: Callable[[], Budget]
-) -> TestScore:
-    if problem.function is None:
-        stdin_bytes = test.stdin.encode("utf-8", "replace")
-    else:
-        stdin_bytes = marshal.dumps((test.args, test.kwargs), 2)
-    test_budget = budget()
-    with SealedFile(stdin_bytes) as stdin:
-        outcome = run(program.command, test_budget, stdin=stdin, files=program.files)
-    if failure := describe_failure(outcome, test_budget):
-        return TestScore(0.0, failure)
-    if problem.checker is not None:
-        return run_checker(problem.checker, test, outcome.stdout, budget(), limits.program())
-    compare = equal_output if problem.function is None else equal_result
-    if compare(outcome.stdout, test.expected, problem.tolerance):
-        return TestScore(1.0, "passed")
-    printed = shorten(outcome.stdout[:400].decode("utf-8", "replace")) or "nothing"
-    return TestScore(0.0, f"wrong answer: {printed}, expected {shorten(test.expected)}")
+            stdin = test.stdin.encode("utf-8", "replace")
+        outcome = run(program.command, budget, stdin=stdin, files=program.files)
+        if failure := describe_failure(outcome, budget):
+            yield Grade(0.0, failure)
+        elif problem.checker is not None:
+            budget = limits.program(end - time.monotonic())
+            yield run_checker(problem.checker, test, outcome.stdout, budget, limits.program())
+        elif is_equal(outcome.stdout, test.expected, problem.tolerance):
+            yield Grade(1.0, "passed")
+        else:
+            printed = shorten(outcome.stdout[:400].decode("utf-8", "replace")) or "nothing"
+            yield Grade(0.0, f"wrong answer: {printed}, expected {shorten(test.expected)}")

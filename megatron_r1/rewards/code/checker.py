@@ -11,22 +11,19 @@ raise, and is wrong. So the checker counts as broken only where it also fails on
 or, without one, before it opens any output.
 """
 
-import contextlib
 import json
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_r1.rewards.base import shorten
+from megatron_r1.rewards.base import Grade, shorten
 from megatron_r1.rewards.code.problem import Test
-from megatron_r1.rewards.code.scoring import TestScore, describe_failure
 from megatron_r1.rewards.sandbox.limits import Budget
-from megatron_r1.rewards.sandbox.process import Outcome
-from megatron_r1.rewards.sandbox.programs import python_checker
+from megatron_r1.rewards.sandbox.process import Outcome, describe_failure
+from megatron_r1.rewards.sandbox.programs import python_script
 from megatron_r1.rewards.sandbox.run import run
-from megatron_r1.rewards.sandbox.sealed_file import SealedFile
 
 FAILED = 3
-ACTUAL_OPENED = b"\0actual\n"  # see sandbox/inside_checker.py
+ACTUAL_OPENED = b"\0actual\n"  # see sandbox/inside_script.py
 
 
 @dataclass(frozen=True)
@@ -39,46 +36,42 @@ class _Failure:
 
 def run_checker(
     checker: str, test: Test, actual: bytes, budget: Budget, full_budget: Budget
-) -> TestScore:
+) -> Grade:
     """Return the checker's score of `actual`.
 
     full_budget: for the run on the expected output, which must not suffer from the time that the
     response's program has used. Raises ValueError for a checker that is broken for every response.
     """
     score = _run(checker, test, actual, budget)
-    if isinstance(score, TestScore):
+    if isinstance(score, Grade):
         return score
     control = _run(checker, test, test.expected.encode("utf-8", "replace"), full_budget)
     if isinstance(control, _Failure) and (test.expected or not control.opened_actual):
         where = "on the expected output" if control.opened_actual else "before it opens any output"
         raise ValueError(f"the checker is broken: it fails {where}: {control.reason}")
-    return TestScore(0.0, f"the checker fails on this output: {score.reason}")
+    return Grade(0.0, f"the checker fails on this output: {score.reason}")
 
 
-def _run(checker: str, test: Test, actual: bytes, budget: Budget) -> TestScore | _Failure:
-    program = python_checker(checker, "input", "expected", "actual")
-    contents = {
+def _run(checker: str, test: Test, actual: bytes, budget: Budget) -> Grade | _Failure:
+    files = {
         "input": test.stdin.encode("utf-8", "replace"),
         "expected": test.expected.encode("utf-8", "replace"),
         "actual": actual,
     }
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(contextlib.closing(program))
-        no_input = stack.enter_context(SealedFile(b""))
-        files = {name: stack.enter_context(SealedFile(data)) for name, data in contents.items()}
-        outcome = run(program.command, budget, stdin=no_input, files={**program.files, **files})
+    program = python_script(checker, *files)
+    outcome = run(program.command, budget, files={**program.files, **files})
     return _read_score(outcome, budget)
 
 
-def _read_score(outcome: Outcome, budget: Budget) -> TestScore | _Failure:
+def _read_score(outcome: Outcome, budget: Budget) -> Grade | _Failure:
     printed = outcome.stdout.decode("utf-8", "replace").strip().rpartition("\n")[2]
     opened_actual = ACTUAL_OPENED in outcome.stderr
     if failure := describe_failure(outcome, budget):
         if outcome.stopped or outcome.status == FAILED or outcome.status > 128:
             return _Failure(failure, opened_actual)
-        return TestScore(0.0, f"the checker rejects: {shorten(printed) or failure}")
+        return Grade(0.0, f"the checker rejects: {shorten(printed) or failure}")
     if not printed:
-        return TestScore(1.0, "accepted by the checker")
+        return Grade(1.0, "accepted by the checker")
     score, reason = _parse_json(printed), ""
     if isinstance(score, dict):
         reason = str(score.get("reason", ""))
@@ -90,7 +83,7 @@ def _read_score(outcome: Outcome, budget: Budget) -> TestScore | _Failure:
             opened_actual,
         )
     verb = "accepted" if score == 1 else "rejected" if score == 0 else "partly accepted"
-    return TestScore(float(score), f"{verb} by the checker" + (f": {reason}" if reason else ""))
+    return Grade(float(score), f"{verb} by the checker" + (f": {reason}" if reason else ""))
 
 
 def _parse_json(printed: str) -> Any:

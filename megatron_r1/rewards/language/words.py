@@ -1,4 +1,5 @@
-"""Count the words of text in any script, so that a Chinese and an English word weigh the same."""
+"""Count the words of text in any script, so that a Chinese and an English word weigh the same,
+and symbols and single letters as words."""
 
 import re
 from dataclasses import dataclass
@@ -19,6 +20,18 @@ HAN_PER_WORD = 1.7
 # No English word is longer; a longer one is several words joined, five letters each.
 MAX_WORD_LETTERS = 20
 GLUED_WORD_LETTERS = 5
+
+# A few symbols and single letters are mathematics, punctuation or emoji. But a language can be
+# spelled in any of them (Morse, Braille, `f,i,r,s,t`), so none may be free without bound.
+SYMBOL = r"(?:[^\w\s]|_)"
+# Symbols of any kind with only white space between them.
+STRETCH = re.compile(rf"{SYMBOL}(?:\s*+{SYMBOL})*+")
+FREE_PER_STRETCH = 4
+"""Between two operands or words: `)) = (` has four symbols."""
+# Punctuation and mathematics: ASCII, Latin-1, general and CJK punctuation, arrows, operators.
+RARE_RUN = re.compile(
+    r"[^\w\s!-~\u00a1-\u00bf×÷\u2010-\u205e\u2190-\u22ff\u27c0-\u27ff\u2900-\u2aff\u3000-\u303f]+"
+)
 
 
 @dataclass(frozen=True)
@@ -68,3 +81,25 @@ def count_words(text: str) -> WordCount:
 def _is_english(word: str) -> bool:
     """Whether a Latin word may be English: only names have accents (Erdős, Poincaré)."""
     return word[0].isupper() or word.replace("’", "").isascii()
+
+
+def count_marks(text: str) -> float:
+    """Return how many words the symbols and single letters of `text` may encode, five per word.
+
+    A stretch of symbols is free up to four; a run of symbols outside punctuation and mathematics is
+    at least one word. Linear in the length of `text`.
+    """
+    words = (word for _, word in RUNS.findall(text))
+    letters = sum(len(w) for w in words if len(w) == 1 or GREEK_SYMBOL.fullmatch(w))
+    return count_symbols(text) + letters / GLUED_WORD_LETTERS
+
+
+def count_symbols(text: str) -> float:
+    """Return `count_marks` without letters, for a formula, where they are variables."""
+    total = 0.0
+    for stretch in STRETCH.finditer(text):
+        rare = RARE_RUN.findall(stretch[0])
+        total += sum(max(1.0, len(run) / GLUED_WORD_LETTERS) for run in rare)
+        num_common = len(stretch[0]) - len("".join(rare)) - sum(map(str.isspace, stretch[0]))
+        total += max(0, num_common - FREE_PER_STRETCH) / GLUED_WORD_LETTERS
+    return total

@@ -7,8 +7,14 @@ Untrusted text is graded within `RewardPool`, which kills a worker that takes to
 
 import functools
 
-from megatron_r1.rewards.adjacent_numbers import stated_numbers
-from megatron_r1.rewards.answer import MARKER, describe, extract, final_answers, unwrap
+from megatron_r1.rewards.answer import (
+    MARKER,
+    describe,
+    extract,
+    final_answers,
+    stated_numbers,
+    unwrap,
+)
 from megatron_r1.rewards.base import Grade, shorten
 from megatron_r1.rewards.math.comparison import compare
 from megatron_r1.rewards.math.text import stated_answer

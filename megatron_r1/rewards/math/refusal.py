@@ -13,23 +13,21 @@ import re
 from megatron_r1.rewards.math.number import read_number
 from megatron_r1.rewards.math.structure import nesting
 
-LETTER_END = r"(?![A-Za-z])"
-TRIGONOMETRY = (
-    rf"\\(?:arc|a)?(?:sin|cos|tan|cot|sec|csc){LETTER_END}|(?<![A-Za-z])arc(?:sin|cos|tan)"
-)
-LOGARITHM = rf"\\(?:log|ln|lg){LETTER_END}"
+END = r"(?![A-Za-z])"
+TRIGONOMETRY = rf"\\(?:arc|a)?(?:sin|cos|tan|cot|sec|csc){END}|(?<![A-Za-z])arc(?:sin|cos|tan)"
+LOGARITHM = rf"\\(?:log|ln|lg){END}"
 HYPERBOLIC = "sinh|cosh|tanh|coth"
 ROOT = r"\\sqrt|\^\s*\{[^{}]*(?:/|\\frac|\.\d)"
 EXPONENTIAL = r"(?<![A-Za-z])e\s*\^|\\exp"
 COUNT = (
-    rf"(?<=[\w)}}])\s*!|\\(?:[dt]?binom|choose|Gamma){LETTER_END}"
+    rf"(?<=[\w)}}])\s*!|\\(?:[dt]?binom|choose|Gamma){END}"
     r"|_\s*\{?\s*\w+\s*\}?\s*[CP](?![A-Za-z])"
 )
-ROUNDING = rf"\\(?:l|r)?(?:floor|ceil){LETTER_END}|\\l(?:floor|ceil)"
+ROUNDING = rf"\\(?:l|r)?(?:floor|ceil){END}|\\l(?:floor|ceil)"
 BARS = r"\||\\mid"
 VARIABLE = (
     r"(?<![\\A-Za-z])[A-Za-df-hj-z](?![A-Za-z])|(?<![\\A-Za-z])[A-Za-z]{2,3}(?![A-Za-z])"
-    r"|\\(?:alpha|beta|gamma|delta|theta|lambda|mu|rho|sigma|tau|phi|omega|psi|xi|eta)" + LETTER_END
+    r"|\\(?:alpha|beta|gamma|delta|theta|lambda|mu|rho|sigma|tau|phi|omega|psi|xi|eta)" + END
 )
 # Operators that an answer must not leave open, unless the truth matches the second pattern.
 OPERATORS = [
@@ -49,9 +47,7 @@ POWER = re.compile(r"(?<=[\d)])(?<!(?<!\d)10)\s*\^")
 ARITHMETIC = re.compile(
     r"(?<=[\d)}!])\s*(?:[+-]|\\times|\\cdot|\\div)\s*(?=[\d({\\-])(?!\s*10\s*\^)"
 )
-RELATION = re.compile(
-    r"[=<>,;]|\\(?:approx|[lg]eq|neq|in|pm)(?![A-Za-z])|(?<![A-Za-z])(?:or|and)(?![A-Za-z])"
-)
+RELATION = re.compile(rf"[=<>,;]|\\(?:approx|[lg]eq|neq|in|pm){END}|(?<![A-Za-z])(?:or|and){END}")
 # Left open, these let a response copy the question: the integral to solve equals its solution.
 COMPUTATIONS = re.compile(
     r"\\(?:o?i*int|sum|prod|coprod|lim(?:sup|inf)?|det|gcd|lcm|max|min|mod|pmod|bmod|operatorname)"

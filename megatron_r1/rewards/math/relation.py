@@ -160,10 +160,8 @@ def _same_constraint(left: tuple[str, sympy.Expr], right: tuple[str, sympy.Expr]
     if not difference.free_symbols:
         return False
     # The ratio at one point has to hold everywhere.
-    point = {
-        s: sympy.Rational(7 + 3 * k, 11)
-        for k, s in enumerate(sorted(other.free_symbols, key=lambda s: s.name))
-    }
+    symbols = sorted(other.free_symbols, key=lambda symbol: symbol.name)
+    point = {s: sympy.Rational(7 + 3 * k, 11) for k, s in enumerate(symbols)}
     bottom = other.subs(point)
     if bottom.is_zero or not bottom.is_finite:
         return False

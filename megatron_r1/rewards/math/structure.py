@@ -7,18 +7,14 @@ counts every candidate that an answer lists, and makes a large matrix cheap.
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
-
-Item = TypeVar("Item")
+from typing import Any
 
 TOKEN = re.compile(
     r"\\\\|\\[{}]|\\[A-Za-z]+|[()\[\]{}]|[,;&=<>|]|\b(?:or|and)\b|[^\\,;&=<>|()\[\]{}oa]+|.",
     re.DOTALL,
 )
-OPENING, CLOSING = (
-    frozenset(("(", "[", "{", r"\{", r"\langle")),
-    frozenset((")", "]", "}", r"\}", r"\rangle")),
-)
+OPENING = frozenset(("(", "[", "{", r"\{", r"\langle"))
+CLOSING = frozenset((")", "]", "}", r"\}", r"\rangle"))
 SEPARATORS = frozenset((",", ";", "or", "and"))
 THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 MATRIX = re.compile(r"\\begin\{([pb]?matrix|array)\}(?:\{[lcr|]+\})?(.*)\\end\{\1\}", re.DOTALL)
@@ -94,9 +90,7 @@ def read_matrix(text: str) -> list[list[str]] | None:
     return [[cell.strip() for cell in row.split("&")] for row in rows]
 
 
-def match_all(
-    left: Sequence[Item], right: Sequence[Item], same: Callable[[Item, Item], bool]
-) -> bool:
+def match_all(left: Sequence[Any], right: Sequence[Any], same: Callable[..., bool]) -> bool:
     """Whether each item of `left` is the same as another one of `right`, in any order."""
     remaining = list(right)
     for item in left:

@@ -23,6 +23,7 @@ from megatron_r1.rewards.math.number import rounds_to_same
 CONVERSION = ConversionConfig(lowercase_symbols=False)
 NUM_POINTS = 3
 CACHE_SIZE = 2_048
+KINDS = (sympy.Set, sympy.MatrixBase, sympy.Expr, sympy.Basic)
 EXACT_ERROR, FLOAT_ERROR = mpmath.mpf("1e-80"), 1e-6
 VAGUE = re.compile(r"\\(?:approx|sim|simeq|cong|equiv|neq?|to|mid)(?![A-Za-z])")
 BASE = re.compile(r"\d\s*_")
@@ -58,7 +59,7 @@ def same_value(left: sympy.Basic, right: sympy.Basic, *, seed: str) -> bool:
     seed: selects the points. (It is not computed from the objects: sympy may evaluate one in order
     to print it.)
     """
-    if any(_is_undefined(side) for side in (left, right)):
+    if left.has(sympy.nan, sympy.zoo) or right.has(sympy.nan, sympy.zoo):
         return False
     if isinstance(left, sympy.Expr) and isinstance(right, sympy.Expr):
         if left == right:
@@ -68,7 +69,10 @@ def same_value(left: sympy.Basic, right: sympy.Basic, *, seed: str) -> bool:
             return exact[0] == exact[1]
         if (same := _same_at_points(left, right, seed)) is not None:
             return same
-    return _is_kind(left, right) and verify(left, right, timeout_seconds=None)
+    # verify would compare a set with a number, and an equation with its right side.
+    if any(isinstance(left, kind) != isinstance(right, kind) for kind in KINDS):
+        return False
+    return verify(left, right, timeout_seconds=None)
 
 
 @functools.lru_cache(maxsize=CACHE_SIZE)
@@ -132,17 +136,6 @@ def _close(left: mpmath.mpc, right: mpmath.mpc, *, is_float: bool, is_constant: 
         return rounds_to_same(*(Fraction(mpmath.nstr(side.real, 20)) for side in (left, right)))
     size = max(abs(left), abs(right))
     return bool(abs(left - right) <= (FLOAT_ERROR if is_float else EXACT_ERROR) * size)
-
-
-def _is_undefined(side: sympy.Basic) -> bool:
-    return side.has(sympy.nan, sympy.zoo)
-
-
-def _is_kind(left: object, right: object) -> bool:
-    """Whether both are of one kind: verify would compare a set with a number, and an equation with
-    its right side."""
-    kinds = (sympy.Set, sympy.MatrixBase, sympy.Expr, sympy.Basic)
-    return all(isinstance(left, kind) == isinstance(right, kind) for kind in kinds)
 
 
 # The parser builds its tables while it parses, 0.1 s and more for each new kind of expression. Done

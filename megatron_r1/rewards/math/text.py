@@ -26,7 +26,7 @@ OTHER_LABEL = re.compile(
 )
 CAPITALS = re.compile(r"[A-Z]{2,3}")
 SHORT_WORDS = frozenset(
-    ("yes", "no", "odd", "even", "all", "any", "one", "two", "six", "ten", "tie")
+    ["yes", "no", "odd", "even", "all", "any", "one", "two", "six", "ten", "tie"]
 )
 WORD = re.compile(r"[A-Za-z]+(?:['-][A-Za-z]+)*")
 STATED = re.compile(r"(?:^|\W)answer\b[\s:*]*(?:(?:is|to|=)\b)?[\s:*=]*", re.IGNORECASE)
@@ -70,9 +70,7 @@ MONTH = (
     r"|sept?(?:ember)?|oct(?:ober)?|nov(?:ember)?|dec(?:ember)?)\.?"
 )
 DAY, YEAR = r"(?P<day>\d{1,2})(?:st|nd|rd|th)?", r"(?:,? (?P<year>\d{4}))?"
-DATES = [
-    re.compile(pattern) for pattern in (rf"{MONTH} {DAY}{YEAR}", rf"{DAY} (?:of )?{MONTH}{YEAR}")
-]
+DATES = [re.compile(rf"{MONTH} {DAY}{YEAR}"), re.compile(rf"{DAY} (?:of )?{MONTH}{YEAR}")]
 TIME = re.compile(r"(?P<hour>\d{1,2})(?::(?P<minute>\d\d))? ?(?P<half>[ap])\.?m\.?")
 
 

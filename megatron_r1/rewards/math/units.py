@@ -94,12 +94,12 @@ def split_unit(text: str) -> tuple[str, str | None]:
     if match is not None and match["value"] and not ANGLE_FUNCTION.search(match["value"]):
         return match["value"], _canonical(re.sub(r"[\\\s]", "", match["unit"]))
     if (match := TEXT_UNIT.fullmatch(text)) is not None and match["value"]:
-        unit = _unit(match["unit"], (match["power"] or "") + (match[3] or ""), in_text=True)
+        unit = _unit(match["unit"], (match["power"] or "") + (match[3] or ""))
         if unit is not None:
             return match["value"], unit
     match = PLAIN_UNIT.fullmatch(text)
     if match is not None and PLAIN_VALUE.fullmatch(match["value"]):
-        unit = _unit(match["unit"], match["power"], in_text=False)
+        unit = _unit(match["unit"], match["power"])
         # `5m` is five times m; `5 m` and `5cm` are lengths.
         if unit is not None and (len(match["unit"]) > 1 or match["space"]):
             return match["value"], unit
@@ -111,32 +111,26 @@ def same_unit(left: str | None, right: str | None) -> bool:
     return left is None or right is None or left == right
 
 
-def _unit(words: str, power: str, *, in_text: bool) -> str | None:
-    if words in KNOWN or words.lower() in KNOWN:
-        parts = [words]
-    else:
-        parts = [part for part in re.split(r"[ /.-]+", words) if part]
-    if any(
-        part.lower() in NO_UNITS or part.lower().removesuffix("s") in NO_UNITS for part in parts
-    ):
+def _unit(words: str, power: str) -> str | None:
+    is_one = words in KNOWN or words.lower() in KNOWN
+    parts = [words] if is_one else [part for part in re.split(r"[ /.-]+", words) if part]
+    if any(not NO_UNITS.isdisjoint(_forms(part)[1:]) for part in parts):
         return None
     exponent = "".join(digit for digit in power if digit.isdigit())
     for prefix, number in (("sq", "2"), ("square", "2"), ("cu", "3"), ("cubic", "3")):
         if parts[0].lower() == prefix and len(parts) > 1:
             parts, exponent = parts[1:], number
     names = [_canonical(part) for part in parts]
-    known = all(_is_known(part) or part.lower() == "per" for part in parts)
+    known = all(part.lower() == "per" or any(f in KNOWN for f in _forms(part)) for part in parts)
     if not known and any(len(part) < 3 for part in parts if part.lower() not in ("of", "per")):
         return None  # `5 ab` may be five times a times b
     return "/".join(name for name in names if name != "per") + exponent
 
 
-def _is_known(word: str) -> bool:
-    return any(form in KNOWN for form in (word, word.lower(), word.lower().removesuffix("s")))
-
-
 def _canonical(word: str) -> str:
-    for form in (word, word.lower(), word.lower().removesuffix("s")):
-        if form in KNOWN:
-            return KNOWN[form]
-    return word.lower().removesuffix("s") if len(word) > 3 else word
+    default = word.lower().removesuffix("s") if len(word) > 3 else word
+    return next((KNOWN[form] for form in _forms(word) if form in KNOWN), default)
+
+
+def _forms(word: str) -> tuple[str, str, str]:
+    return word, word.lower(), word.lower().removesuffix("s")

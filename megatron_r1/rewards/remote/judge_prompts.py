@@ -1,16 +1,15 @@
 """The prompts of a judge, and the one form in which its verdict counts.
 
-The judge ends with a line of JSON that repeats the request's key (see `untrusted_text.fence_key`):
+The judge ends with a line of JSON that repeats the request's key (see `fence_key`):
     {"key": "3f2a9c0d1e4b5a67", "verdict": "correct"}
 A response cannot know the key: no text in it, nor a quote from it, can be a verdict.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
-
-from megatron_r1.rewards.remote.untrusted_text import fence_key, fenced
 
 VERIFY = """\
 Decide whether a response answers a question correctly, by comparing its final answer with the \
@@ -85,3 +84,22 @@ def read_verdict(reply: str, key: str, verdicts: Sequence[str]) -> str | None:
         if verdict in ([("key", key), ("verdict", choice)], [("verdict", choice), ("key", key)]):
             return choice
     return None
+
+
+def fence_key(*parts: object) -> str:
+    """Return a key that none of `parts` can contain, the same for the same parts.
+
+    It is a hash of all parts. A part that contained it would have to contain its own hash, so the
+    author of a part cannot know it, as with a random key; unlike a random key, it lets a repeated
+    request find its cached reply.
+    """
+    digest = hashlib.sha256()
+    for part in parts:
+        content = str(part).encode("utf-8", "replace")
+        digest.update(len(content).to_bytes(8, "big") + content)
+    return digest.hexdigest()[:16]
+
+
+def fenced(name: str, key: str, text: str) -> str:
+    """Return `text` between two lines that cannot be written without knowing `key`."""
+    return f"[{name} {key}]\n{text}\n[end of {name} {key}]"

@@ -9,9 +9,16 @@ import re
 from typing import Literal
 
 from megatron_r1.rewards.answer import THINK, Extraction, after_thought
-from megatron_r1.rewards.remote.untrusted_text import break_control_tokens, cut_middle
 
 Part = Literal["summary", "response"]
+# Control tokens that chat templates write between turns. The server's tokenizer would read their
+# text as the tokens themselves: a response could end its own turn and begin another.
+CONTROL_TOKEN = re.compile(
+    r"<(?=[|｜])|(?<=[|｜])>|"
+    r"[\[<](?=/?INST\])|<(?=</?SYS>>)|"
+    r"<(?=/?(?:s|bos|eos|pad|unk)>)|<(?=(?:start|end)_of_turn>)",
+    re.IGNORECASE,
+)
 PLACEHOLDERS = re.compile(r"\{(question|response)\}")
 
 
@@ -62,3 +69,19 @@ def response_part(response: str, part: Part, opened: bool) -> Extraction:
         return Extraction(None, "no summary: the thought is never closed")
     summary = summary.strip()
     return Extraction(summary) if summary else Extraction(None, "no summary: it is empty")
+
+
+def break_control_tokens(text: str) -> str:
+    """Return `text` in valid UTF-8 with every chat control token broken by a space."""
+    text = text.encode("utf-8", "replace").decode("utf-8").replace("\0", "\ufffd")
+    return CONTROL_TOKEN.sub(lambda sign: " >" if sign[0] == ">" else f"{sign[0]} ", text)
+
+
+def cut_middle(text: str, max_chars: int) -> str:
+    """Cut `text` to about `max_chars`: as much of its beginning as of its end, where the answer
+    is, with a note of how much is missing between them."""
+    if len(text) <= max_chars:
+        return text
+    half = max_chars // 2
+    missing = len(text) - 2 * half
+    return f"{text[:half]}\n[... {missing} characters left out ...]\n{text[-half:]}"

@@ -47,9 +47,7 @@ class RemoteRewards:
         self._checks: dict[str, asyncio.Task[None]] = {}
         self._counters: Counter[str] = Counter()
 
-    async def grade(
-        self, kind: str, response: str, truth: object, fields: Mapping[str, Any]
-    ) -> Grade:
+    async def grade(self, kind: str, response: str, truth: object, fields: dict[str, Any]) -> Grade:
         """Return the grade of one response. fields: settings of `kind`, and the prompt's fields.
 
         Raises ServiceError when the service is down, refuses the client, or fails its check: that

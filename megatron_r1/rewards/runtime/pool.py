@@ -20,8 +20,8 @@ from megatron_r1.rewards import REMOTE, resolve
 from megatron_r1.rewards.base import Grade
 from megatron_r1.rewards.remote.runner import RemoteRewards
 from megatron_r1.rewards.runtime.process import START_TIMEOUT_SECONDS, WorkerLost, WorkerProcess
-from megatron_r1.rewards.runtime.protocol import LENGTH, Job, Reply, frame
-from megatron_r1.rewards.runtime.time_limits import time_limit
+from megatron_r1.rewards.runtime.worker import LENGTH, Job, Reply, frame
+from megatron_r1.rewards.sandbox.limits import time_limit
 
 # Jobs sent to a worker ahead of time: enough that its pipe never runs dry, and at most this many
 # seconds of work can get stuck behind one slow job.
@@ -31,6 +31,8 @@ COUNTERS = ("graded", "timeouts", "crashes", "out_of_memory", "errors")
 
 SMALL_LIMIT_BYTES = 512 * 2**20
 """About the address space that importing the largest reward, with sympy, takes."""
+LEVELS = ("queued", "running")
+"""What a snapshot counts now, and not since the start."""
 
 
 @dataclass(eq=False)
@@ -67,12 +69,12 @@ class OutstandingJob:
 class RewardPool:
     """`num_workers` processes that grade; they start with the first `grade`.
 
-    timeout_seconds: wall time for one grade; programs have more (`time_limits`).
+    timeout_seconds: wall time for one grade; programs have more (`sandbox.limits.time_limit`).
     memory_limit_bytes: address space of a worker (about 200 MB with math-verify and reasoning-gym
     imported).
     Belongs to the event loop that first uses it; workers die when the thread of that loop does.
     busy_seconds: time spent on grading, summed over workers. most_outstanding: the largest number
-    of jobs queued and running at once; `meter.RewardMeter` resets it to 0.
+    of jobs queued and running at once; `RewardMeter` resets it to 0.
     """
 
     def __init__(
@@ -152,11 +154,11 @@ class RewardPool:
         """Return running and then queued jobs, each the oldest first, at most `most`."""
         outstanding = [*self._running.values(), *self._queue]
         outstanding.sort(key=lambda pending: (pending.worker_pid is None, pending.since))
-        now = time.monotonic()
-        return [
-            OutstandingJob(p.target, p.worker_pid, now - p.since, _question(p))
-            for p in outstanding[:most]
-        ]
+        jobs, now = [], time.monotonic()
+        for p in outstanding[:most]:
+            question = msgspec.json.decode(p.frame[LENGTH.size :], type=Job).fields.get("question")
+            jobs.append(OutstandingJob(p.target, p.worker_pid, now - p.since, question))
+        return jobs
 
     async def close(self) -> None:
         """Kill the workers; a `grade` still waiting raises RuntimeError. Safe to call again."""
@@ -226,9 +228,10 @@ class RewardPool:
                 if reply.id != first.id:
                     raise WorkerLost(f"a reply to job {reply.id} instead of {first.id}")
         except TimeoutError:
-            self._remove_first(sent)
+            self._running.pop(sent.popleft().id, None)
             if is_loaded:
-                self._fail_job(first, "timeouts", f"timed out after {limit:g} s")
+                self._counters["timeouts"] += 1
+                self._set_grade(first, Grade(0.0, f"timed out after {limit:g} s"))
             else:
                 self._raise(first, f"its module took over {limit:g} s to import")
             return False
@@ -241,7 +244,7 @@ class RewardPool:
         if reply.status == "loaded":
             worker.loaded.add(first.target)
             return True
-        self._remove_first(sent)
+        self._running.pop(sent.popleft().id, None)
         self._handle_reply(first, reply)
         elapsed = time.perf_counter() - started
         worker.seconds_per_job += 0.2 * (elapsed - worker.seconds_per_job)
@@ -253,7 +256,7 @@ class RewardPool:
         first.num_crashes += 1
         self._counters["crashes"] += 1
         if first.num_crashes == 2:
-            self._remove_first(sent)
+            self._running.pop(sent.popleft().id, None)
             ending = f"signal {-status}" if status < 0 else f"exit status {status}"
             message = f": {worker.last_words}" if worker.last_words else ""
             if first.target in worker.loaded:
@@ -263,26 +266,17 @@ class RewardPool:
                 self._raise(first, f"importing it ends the process ({ending}){message}")
 
     def _handle_reply(self, job: _Pending, reply: Reply) -> None:
-        if reply.status == "graded":
-            try:
-                self._set_grade(job, Grade(reply.reward, reply.reason))
-                self._counters["graded"] += 1
-            except ValueError as error:
-                self._fail_job(job, "errors", str(error))
-        elif reply.status == "unloadable":
+        if reply.status == "unloadable":
             self._raise(job, reply.reason)
-        elif reply.status == "memory":
-            limit = f"{self.memory_limit_bytes / 2**20:.0f} MiB"
-            self._fail_job(job, "out_of_memory", f"{reply.reason} of {limit}")
-        else:
-            self._fail_job(job, "errors", reply.reason)
-
-    def _remove_first(self, sent: deque[_Pending]) -> None:
-        self._running.pop(sent.popleft().id, None)
-
-    def _fail_job(self, job: _Pending, counter: str, reason: str) -> None:
+            return
+        counter = {"graded": "graded", "memory": "out_of_memory"}.get(reply.status, "errors")
+        limit = f" of {self.memory_limit_bytes / 2**20:.0f} MiB" if reply.status == "memory" else ""
+        try:
+            grade = Grade(reply.reward, reply.reason + limit)
+        except ValueError as error:
+            counter, grade = "errors", Grade(0.0, str(error))
         self._counters[counter] += 1
-        self._set_grade(job, Grade(0.0, reason))
+        self._set_grade(job, grade)
 
     def _set_grade(self, job: _Pending, grade: Grade) -> None:
         if not job.result.done():
@@ -305,6 +299,32 @@ class RewardPool:
                 pending.result.set_exception(error)
 
 
-def _question(pending: _Pending) -> str | None:
-    fields = msgspec.json.decode(pending.frame[LENGTH.size :], type=Job).fields
-    return fields.get("question")
+class RewardMeter:
+    """The `rewards/…` numbers of metrics.jsonl since construction; one meter at a time."""
+
+    def __init__(self, pool: RewardPool) -> None:
+        self._pool = pool
+        self._counts = pool.snapshot()
+        self._busy_seconds = pool.busy_seconds
+        self._started = time.perf_counter()
+        pool.most_outstanding = 0
+
+    def read(self) -> dict[str, float]:
+        """Return the metrics since the start.
+
+        rewards/graded, /timeouts, /crashes, …: the pool's counters. rewards/most_outstanding: the
+        largest number of jobs queued and running at once. rewards/busy: the share of the time that
+        workers were grading, averaged over them.
+        """
+        seconds = max(time.perf_counter() - self._started, 1e-9)
+        counts = {
+            f"rewards/{name}": count - self._counts.get(name, 0)
+            for name, count in self._pool.snapshot().items()
+            if name not in LEVELS
+        }
+        busy = (self._pool.busy_seconds - self._busy_seconds) / (seconds * self._pool.num_workers)
+        return {
+            **counts,
+            "rewards/most_outstanding": self._pool.most_outstanding,
+            "rewards/busy": min(busy, 1.0),
+        }

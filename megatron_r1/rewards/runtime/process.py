@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 
 from megatron_r1.processes.children import popen_options
-from megatron_r1.rewards.runtime.protocol import LENGTH, MAX_REPLY_BYTES, Reply
+from megatron_r1.rewards.runtime.worker import LENGTH, MAX_REPLY_BYTES, Reply
 
 START_TIMEOUT_SECONDS = 120.0
 STDERR_BYTES = 4096

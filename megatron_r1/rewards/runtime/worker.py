@@ -2,21 +2,60 @@
 
 Reads jobs from stdin, grades them one after the other and writes replies to the original stdout.
 It dies with its parent, which enforces time limits and replaces it.
+
+Messages are length-prefixed frames of JSON, because a truth may be an integer of any size, and
+because nothing that a process which runs hostile text sends may be unpickled.
 """
 
+import inspect
 import os
 import resource
+import struct
 import sys
-from collections.abc import Callable
-from typing import BinaryIO
+from collections.abc import Callable, Mapping
+from inspect import Parameter
+from typing import Any, BinaryIO, Literal
 
 import msgspec
 
 from megatron_r1.processes.lifetime import end_without_parent
+from megatron_r1.rewards import REGISTRY
 from megatron_r1.rewards.base import MAX_REASON_CHARS, UNGRADED, Grade, shorten
-from megatron_r1.rewards.runtime.call_errors import explain_call
-from megatron_r1.rewards.runtime.protocol import LENGTH, Job, Reply, frame
 from megatron_r1.user_code import find_function
+
+LENGTH = struct.Struct("<I")
+MAX_REPLY_BYTES = 64 * 1024
+POSITIONAL = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
+VARIADIC = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
+
+
+class Job(msgspec.Struct):
+    """target: "module:function" of the reward, called as function(response, truth, **fields)."""
+
+    id: int
+    target: str
+    response: str
+    truth: Any
+    fields: dict[str, Any]
+
+
+class Reply(msgspec.Struct):
+    """A worker's message.
+
+    ready: the worker has started. loaded: the function of job `id` is imported, and grading starts.
+    graded: the job's grade. failed: the function raised, see `reason`. memory: the job exceeded the
+    memory limit, and the worker exits. unloadable: the function cannot be imported.
+    """
+
+    status: Literal["ready", "loaded", "graded", "failed", "memory", "unloadable"]
+    id: int = -1
+    reward: float = 0.0
+    reason: str = ""
+
+
+def frame(message: msgspec.Struct) -> bytes:
+    payload = msgspec.json.encode(message)
+    return LENGTH.pack(len(payload)) + payload
 
 
 def main(memory_limit_bytes: int) -> None:
@@ -59,6 +98,37 @@ def _grade(function: Callable[..., Grade], job: Job) -> Reply:
         is_call = isinstance(error, TypeError)
         explanation = explain_call(function, job.target, job.fields) if is_call else ""
         return Reply("failed", job.id, reason=f"{UNGRADED}: {explanation or _describe(error)}")
+
+
+def explain_call(function: Callable[..., Any], target: str, fields: Mapping[str, Any]) -> str:
+    """Return which argument function(response, truth, **fields) lacks or refuses, and the remedy.
+
+    "" for a call that fits the signature. target: the function's "module:function".
+    """
+    try:
+        parameters = list(inspect.signature(function).parameters.values())
+    except (TypeError, ValueError):  # written in C, without a signature
+        return ""
+    kind = next((name for name, path in REGISTRY.items() if path == target), target)
+    signature = f"def {target.partition(':')[2]}(response, truth, *, …, **entry) -> Grade"
+    kinds = {parameter.kind for parameter in parameters}
+    positional = [parameter for parameter in parameters if parameter.kind in POSITIONAL]
+    if len(positional) < 2 and Parameter.VAR_POSITIONAL not in kinds:
+        return f"reward {kind!r} must take a response and a truth: {signature}"
+    named = [p for p in parameters if p not in positional[:2] and p.kind not in VARIADIC]
+    missing = [p.name for p in named if p.default is p.empty and p.name not in fields]
+    if missing:
+        return (
+            f"reward {kind!r} needs {', '.join(missing)}: give it in the row, or for all rows as "
+            f"rewards.options.{kind}.{missing[0]}"
+        )
+    refused = sorted(fields.keys() - {parameter.name for parameter in named})
+    if refused and Parameter.VAR_KEYWORD not in kinds:
+        return (
+            f"reward {kind!r} is called with {refused[0]!r} and does not take it: end its "
+            f"parameters with **entry, {signature}"
+        )
+    return ""
 
 
 def _describe(error: BaseException) -> str:

@@ -73,9 +73,7 @@ def interpreter() -> Interpreter:
 def compiler() -> str:
     """Return the system's g++: its headers and libraries are in folders that the sandbox mounts."""
     if not os.access(COMPILER, os.X_OK):
-        raise SandboxUnavailable(
-            f"C++ answers need {COMPILER}, which is missing: apt-get install g++"
-        )
+        raise SandboxUnavailable(f"C++ answers need {COMPILER}: apt-get install g++")
     return COMPILER
 
 

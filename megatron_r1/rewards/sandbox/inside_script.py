@@ -1,7 +1,10 @@
-"""Run a Python program inside the sandbox: `python -c THIS_FILE PROGRAM [ARGUMENT …]`.
+"""Run a Python program inside the sandbox: `python -c THIS_FILE PROGRAM`, or a checker, with
+INPUT EXPECTED ACTUAL.
 
 The interpreter starts without `site` (a third of its start-up time), which defines `exit` and
-`quit`. The recursion limit is the one LiveCodeBench sets.
+`quit`. The recursion limit is the one LiveCodeBench sets. A checker that fails (an exception) exits
+with status 3; one that rejects exits with another status. A mark on standard error shows that
+ACTUAL was opened: a failure before it is not caused by the output.
 """
 
 
@@ -12,9 +15,25 @@ def start() -> None:
     builtins["exit"] = builtins["quit"] = sys.exit
     sys.setrecursionlimit(50_000)
     del sys.argv[0], globals()["start"]  # the program finds a `__main__` like any other
-    with open(sys.argv[0], "rb") as file:
-        source = file.read()
-    exec(compile(source, sys.argv[0], "exec", dont_inherit=True), globals())
+    path, *files = sys.argv
+
+    if files:
+        import os
+
+        def watch(event: str, arguments: tuple) -> None:
+            if event == "open" and os.path.basename(str(arguments[0])) == files[-1]:
+                os.write(2, b"\0actual\n")
+
+        sys.addaudithook(watch)
+    try:
+        with open(path, "rb") as file:
+            source = file.read()
+        exec(compile(source, path, "exec", dont_inherit=True), globals())
+    except BaseException as error:
+        if not files or isinstance(error, SystemExit):
+            raise
+        sys.stderr.write(f"\n{type(error).__name__}: {error}\n")
+        sys.exit(3)  # testlib's status for a checker that failed
 
 
 start()

@@ -1,11 +1,14 @@
 """Resource limits of a program: those of a graded answer, and the budget of a single run."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 MIB = 2**20
 MAX_PROGRAM_BYTES = 32 * MIB
+MARGIN_SECONDS = 15.0
+"""Time to kill a program after the code reward's own limits are used up."""
 COMPILER_PROCESSES, COMPILER_STACK_BYTES = 16, 64 * MIB
 
 
@@ -84,7 +87,7 @@ class Limits:
         """
         memory_bytes = int(self.memory_mib * MIB)
         return Budget(
-            wall_seconds=min(self.wall_seconds, seconds_left),
+            wall_seconds=min(self.wall_seconds, max(seconds_left, 0.01)),
             cpu_seconds=self.cpu_seconds,
             memory_bytes=memory_bytes,
             # Deep recursion needs stack, but every thread reserves as much of the address space.
@@ -105,3 +108,18 @@ class Limits:
             output_bytes=MAX_PROGRAM_BYTES,
             disk_bytes=4 * MAX_PROGRAM_BYTES,
         )
+
+
+def time_limit(kind: str, fields: Mapping[str, Any], seconds: float) -> float:
+    """Return how long one grade may take: `seconds`, or for programs what their limits add up to.
+
+    The code reward ends every program itself, and many tests may take longer than any formula
+    should. One limit for both would fail such programs, or wait a minute for every formula that
+    hangs.
+    """
+    if kind != "code":
+        return seconds
+    try:
+        return max(seconds, Limits.parse(fields.get("limits")).total_seconds + MARGIN_SECONDS)
+    except (TypeError, ValueError):  # the reward raises it at once
+        return seconds

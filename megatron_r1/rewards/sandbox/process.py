@@ -23,6 +23,16 @@ from megatron_r1.rewards.sandbox.limits import Budget
 
 SETUP_SECONDS = 20.0
 ENDING_SECONDS = 20.0
+SIGNALS = {
+    6: "aborted",
+    7: "bus error",
+    8: "arithmetic error, such as a division by zero",
+    9: "killed",
+    11: "segmentation fault or abort",  # abort() where SIGABRT is ignored, as in process 1
+    24: "CPU time limit",
+    25: "file size limit",
+    31: "forbidden system call",
+}
 
 
 class SandboxError(RuntimeError):
@@ -83,15 +93,14 @@ class SandboxProcess:
         return Outcome(stdout, stderr, status, seconds, stopped)
 
     def close(self) -> None:
-        """Kill the sandbox if it still runs, and close all descriptors. Safe in any state."""
+        """Kill the sandbox if it still runs, and close its pipes. Safe in any state."""
         try:
             self._kill()
         finally:
             for pipe in self._pipes:
                 pipe.close()
-            for fd in (self.status_fd, self.block_fd, self.init_pidfd):
-                if fd is not None:
-                    os.close(fd)
+            if self.init_pidfd is not None:
+                os.close(self.init_pidfd)
 
     def _collect_output(self) -> str:
         """Read until all pipes are closed. Return the limit that was reached first, or ""."""
@@ -159,3 +168,28 @@ class SandboxProcess:
             if "exit-code" in report:
                 return report["exit-code"]
         return None
+
+
+def describe_failure(outcome: Outcome, budget: Budget) -> str:
+    """Return which limit the program exceeded or how it crashed; "" if it exited normally."""
+    if outcome.stopped == "wall time":
+        return f"time limit: stopped after {budget.wall_seconds:.3g} s"
+    if outcome.stopped == "output":
+        return f"output limit: over {budget.output_bytes / 2**20:g} MiB"
+    if outcome.status == 0:
+        return ""
+    message = _last_line(outcome.stderr)
+    if any(name in message for name in ("MemoryError", "bad_alloc")):
+        return f"memory limit of {budget.memory_bytes / 2**20:g} MiB: {message}"
+    ending = f"exit status {outcome.status}"
+    if outcome.status > 128:
+        signal = outcome.status - 128
+        ending = SIGNALS.get(signal, f"signal {signal}")
+        if signal == 9 and outcome.seconds >= budget.cpu_seconds:
+            return f"time limit: {budget.cpu_seconds:g} s of CPU"
+    return f"runtime error ({ending})" + (f": {message}" if message else "")
+
+
+def _last_line(stderr: bytes) -> str:
+    lines = stderr[-2000:].decode("utf-8", "replace").splitlines()
+    return shorten(next((line for line in reversed(lines) if line.strip()), ""), 160)

@@ -5,30 +5,50 @@ counts what runs in the sandbox's own user namespace (Linux 5.14), not all proce
 the host.
 """
 
+import contextlib
+import fcntl
+import functools
 import math
 import os
 import resource
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import BinaryIO
 
 from megatron_r1.rewards.sandbox import host
-from megatron_r1.rewards.sandbox.bwrap_options import ENVIRONMENT, WORK, bwrap_options
 from megatron_r1.rewards.sandbox.limits import Budget
 from megatron_r1.rewards.sandbox.process import Outcome, SandboxError, SandboxProcess
-from megatron_r1.rewards.sandbox.sealed_file import SealedFile
 from megatron_r1.rewards.sandbox.seccomp import build_filter
 
 NUM_OPEN_FILES = 64
-_filters: dict[bool, SealedFile] = {}
+WORK = "/work"
+"""The working folder. A program cannot write even there: files in memory do not count against the
+limit on address space, and their number cannot be limited."""
+ENVIRONMENT = {
+    **{"PATH": "/usr/bin", "HOME": WORK, "TMPDIR": WORK, "LANG": "C.UTF-8", "PYTHONUTF8": "1"},
+    # The same answer gets the same reward, even if it depends on the order of a set.
+    "PYTHONHASHSEED": "0",
+}
+NAMESPACES = (
+    *("--unshare-all", "--unshare-user", "--uid", str(host.NOBODY), "--gid", str(host.NOBODY)),
+    *("--hostname", "sandbox", "--die-with-parent", "--new-session"),
+    # The program is process 1 itself: bwrap then waits for it and reaps it. Otherwise every run
+    # leaves a zombie in containers whose first process reaps nothing.
+    "--as-pid-1",
+)
+LIBRARIES = ("/usr/lib", "/usr/lib32", "/usr/lib64")
+LINKS = ("/lib", "/lib32", "/lib64")
+COMPILER_FOLDERS = ("/usr/bin", "/usr/include", "/usr/libexec")
 
 
 def run(
     command: Sequence[str],
     budget: Budget,
     *,
-    stdin: SealedFile,
-    files: Mapping[str, SealedFile],
+    stdin: bytes = b"",
+    files: Mapping[str, bytes],
     compiler: bool = False,
 ) -> Outcome:
     """Run `command` with `files` in its working folder; the sandbox is gone on return.
@@ -43,49 +63,78 @@ def run(
         return _run_once(command, budget, stdin, files, compiler)
 
 
+def sealed_file(content: bytes) -> BinaryIO:
+    """Return an open file in memory, without a name, that no process can change."""
+    file = os.fdopen(os.memfd_create("sandbox", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING), "w+b")
+    file.write(content)
+    file.seek(0)
+    seals = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
+    fcntl.fcntl(file, fcntl.F_ADD_SEALS, seals)
+    return file
+
+
 def _run_once(
     command: Sequence[str],
     budget: Budget,
-    stdin: SealedFile,
-    files: Mapping[str, SealedFile],
+    stdin: bytes,
+    files: Mapping[str, bytes],
     compiler: bool,
 ) -> Outcome:
-    if compiler not in _filters:
-        _filters[compiler] = SealedFile(build_filter(compiler=compiler))
-    seccomp = _filters[compiler].rewind()
-    status_read, status_write = os.pipe()
-    block_read, block_write = os.pipe()
-    inherited = [status_write, block_read, seccomp]
-    arguments = [*host.launcher(), *bwrap_options(compiler=compiler, disk_bytes=budget.disk_bytes)]
-    for name, file in files.items():
-        fd = file.rewind()
-        inherited.append(fd)
-        arguments += ["--perms", "0700", "--file", str(fd), f"{WORK}/{name}"]
-    arguments += ["--remount-ro", "/", "--seccomp", str(seccomp), "--block-fd", str(block_read)]
-    arguments += ["--json-status-fd", str(status_write), "--", *_prlimit(budget), *command]
-    started = time.monotonic()
-    try:
-        process = subprocess.Popen(
-            arguments,
-            bufsize=0,
-            stdin=stdin.rewind(),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            pass_fds=inherited,
-            env=ENVIRONMENT,
-        )
-    except BaseException:
-        os.close(status_read)
-        os.close(block_write)
-        raise
-    finally:
-        os.close(status_write)
-        os.close(block_read)
-    sandbox = SandboxProcess(process, status_read, block_write, budget, started)
-    try:
-        return sandbox.wait()
-    finally:
-        sandbox.close()
+    with contextlib.ExitStack() as stack:
+        contents = [stdin, build_filter(compiler=compiler), *files.values()]
+        fds = [stack.enter_context(sealed_file(content)).fileno() for content in contents]
+        options = ["--seccomp", str(fds[1])]
+        for name, fd in zip(files, fds[2:], strict=True):
+            options += ["--perms", "0700", "--file", str(fd), f"{WORK}/{name}"]
+        status_read, status_write = os.pipe()
+        block_read, block_write = os.pipe()
+        stack.callback(os.close, status_read)
+        stack.callback(os.close, block_write)
+        arguments = [*host.launcher(), *NAMESPACES, *_view(compiler, budget.disk_bytes), *options]
+        arguments += ["--remount-ro", "/", "--block-fd", str(block_read)]
+        arguments += ["--json-status-fd", str(status_write), "--", *_prlimit(budget), *command]
+        started = time.monotonic()
+        try:
+            process = subprocess.Popen(
+                arguments,
+                bufsize=0,
+                stdin=fds[0],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                pass_fds=[status_write, block_read, *fds[1:]],
+                env=ENVIRONMENT,
+            )
+        finally:
+            os.close(status_write)
+            os.close(block_read)
+        sandbox = SandboxProcess(process, status_read, block_write, budget, started)
+        with contextlib.closing(sandbox):
+            return sandbox.wait()
+
+
+@functools.cache
+def _view(compiler: bool, disk_bytes: int) -> tuple[str, ...]:
+    """Return bwrap's options for the files of the sandbox.
+
+    It sees read-only the shared libraries and the interpreter or, with `compiler`, the system's
+    programs and headers; no /etc, /home, /root, /proc, /sys, /tmp, and no device but /dev/null.
+    Only the compiler gets a writable working folder, of `disk_bytes`.
+    """
+    arguments: list[str] = []
+    for folder in LIBRARIES + (COMPILER_FOLDERS if compiler else ()):
+        if os.path.isdir(folder) and not os.path.islink(folder):
+            arguments += ["--ro-bind", folder, folder]
+    for link in LINKS:
+        if os.path.islink(link):
+            arguments += ["--symlink", str(Path(link).resolve()), link]
+        elif os.path.isdir(link):
+            arguments += ["--ro-bind", link, link]
+    if compiler:
+        arguments += ["--symlink", "usr/bin", "/bin", "--size", str(disk_bytes), "--tmpfs", WORK]
+    else:
+        arguments += [*host.interpreter().mounts, "--ro-bind", host.PRLIMIT, host.PRLIMIT]
+        arguments += ["--dir", WORK]
+    return (*arguments, "--dev-bind", "/dev/null", "/dev/null", "--chdir", WORK)
 
 
 def _prlimit(budget: Budget) -> list[str]:
@@ -97,9 +146,7 @@ def _prlimit(budget: Budget) -> list[str]:
         "nproc": budget.processes,
         "fsize": budget.disk_bytes,
         "nofile": NUM_OPEN_FILES,
-        "core": 0,
-        "memlock": 0,
-        "msgqueue": 0,
+        **dict.fromkeys(("core", "memlock", "msgqueue"), 0),
     }
     arguments = [host.PRLIMIT]
     for name, value in limits.items():

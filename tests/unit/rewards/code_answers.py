@@ -9,7 +9,7 @@ import pytest
 
 from megatron_r1.rewards import code
 from megatron_r1.rewards.base import Grade
-from megatron_r1.rewards.sandbox import availability, bwrap_options
+from megatron_r1.rewards.sandbox import availability, run
 
 # Wall time enough for a second of CPU on a busy machine.
 QUICK = {"cpu_seconds": 1, "wall_seconds": 30, "compile_seconds": 30, "total_seconds": 60}
@@ -49,7 +49,7 @@ def named_sandboxes(name: str):
     try:
         yield
     finally:
-        bwrap_options.NAMESPACES, bwrap_options.ENVIRONMENT["NAME"] = before
+        run.NAMESPACES, run.ENVIRONMENT["NAME"] = before
         left = processes_of(name)
         assert not left, left
 
@@ -73,9 +73,7 @@ def grade_in_named_sandbox(response: str, truth: object, *, name: str, **entry: 
 
 
 def set_name(old: str, new: str) -> tuple:
-    before = bwrap_options.NAMESPACES, bwrap_options.ENVIRONMENT.get("NAME", "")
-    bwrap_options.NAMESPACES = tuple(
-        new if part == old else part for part in bwrap_options.NAMESPACES
-    )
-    bwrap_options.ENVIRONMENT["NAME"] = new
+    before = run.NAMESPACES, run.ENVIRONMENT.get("NAME", "")
+    run.NAMESPACES = tuple(new if part == old else part for part in run.NAMESPACES)
+    run.ENVIRONMENT["NAME"] = new
     return before

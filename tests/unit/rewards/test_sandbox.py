@@ -18,9 +18,9 @@ from code_answers import QUICK, fenced, needs_sandbox, processes_of, why_not
 from megatron_r1.rewards import code
 from megatron_r1.rewards.base import UNGRADED
 from megatron_r1.rewards.runtime.pool import RewardPool
-from megatron_r1.rewards.sandbox import availability, host, syscalls
+from megatron_r1.rewards.sandbox import availability, host, seccomp
 from megatron_r1.rewards.sandbox.process import SandboxError
-from megatron_r1.rewards.sandbox.sealed_file import SealedFile
+from megatron_r1.rewards.sandbox.run import sealed_file
 
 TRUTH = {"tests": [{"stdin": "", "stdout": "42"}]}
 SLEEPER = fenced("import time\ntime.sleep(1000)")
@@ -183,17 +183,17 @@ def test_neither_descriptors_nor_children_pile_up():
 
 
 def test_what_is_handed_in_cannot_be_changed():
-    with SealedFile(b"x") as file:
+    with sealed_file(b"x") as file:
         for change in (
-            lambda: os.write(file.rewind(), b"y"),
-            lambda: os.ftruncate(file.rewind(), 0),
+            lambda: os.pwrite(file.fileno(), b"y", 0),
+            lambda: os.truncate(file.fileno(), 0),
         ):
             with pytest.raises(PermissionError):
                 change()
-        assert os.read(file.rewind(), 9) == b"x"
+        assert os.read(file.fileno(), 9) == b"x"
 
 
-@pytest.mark.parametrize("machine", syscalls.MACHINES)
+@pytest.mark.parametrize("machine", seccomp.MACHINES)
 def test_system_call_numbers_are_the_kernel_s(machine):
     path = next(
         (
@@ -208,9 +208,8 @@ def test_system_call_numbers_are_the_kernel_s(machine):
     defined = re.findall(r"#define __NR(?:3264)?_(\w+)\s+(\d+)\n", path.read_text())
     numbers = {name: int(number) for name, number in defined}
     numbers.setdefault("newfstatat", numbers.get("fstatat"))
-    tables = (syscalls.FILES, syscalls.MEMORY, syscalls.PROCESS, syscalls.SIGNALS_AND_TIME)
-    for table in (*tables, syscalls.FILTERED, syscalls.COMPILING):
-        for name, number in syscalls.numbers(table, machine).items():
+    for table in (seccomp.ALLOWED, seccomp.FILTERED, seccomp.COMPILING):
+        for name, number in seccomp.numbers(table, machine).items():
             assert numbers[name] == number, name
 
 
