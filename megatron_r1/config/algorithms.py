@@ -4,8 +4,6 @@ The mathematics of each is in `rl/algorithms/<name>.py`, whose docstring gives t
 values here.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Any
 

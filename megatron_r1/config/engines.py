@@ -1,8 +1,6 @@
 """The vLLM engines of a run: those that sample rollouts, and those of a teacher."""
 
-from __future__ import annotations
-
-from typing import Literal
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -58,7 +56,7 @@ class RolloutConfig(EngineConfig):
     """keep matrices unpacked on a CPU: faster pushes, slower generation"""
 
     @model_validator(mode="after")
-    def _spreads_over_hosts(self) -> RolloutConfig:
+    def _spreads_over_hosts(self) -> Self:
         hosts = self.hosts_per_engine
         if hosts > 1 and self.placement != "hosts":
             raise ValueError(

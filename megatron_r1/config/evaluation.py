@@ -1,7 +1,5 @@
 """Settings of evaluation: benchmarks, samples per question, a served model."""
 
-from __future__ import annotations
-
 from typing import Any, Literal
 
 from pydantic import ConfigDict, Field, model_validator

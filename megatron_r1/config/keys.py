@@ -1,7 +1,5 @@
 """Every key that a recipe may have: its default and its meaning, as lines of dotted YAML."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from typing import Any, get_args, get_origin
 

@@ -1,7 +1,5 @@
 """Validation errors of a recipe as sentences that name the key, its value and the remedy."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from typing import Any, get_origin
 

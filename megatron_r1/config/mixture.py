@@ -1,8 +1,6 @@
 """Mixtures of supervised data: the share of each file in an epoch."""
 
-from __future__ import annotations
-
-from typing import Any
+from typing import Any, Self
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -21,7 +19,7 @@ class MixturePart(Section):
     columns: dict[str, str] | None = Field(None, description="our name: the file's column")
 
     @model_validator(mode="after")
-    def _is_sized_once(self) -> MixturePart:
+    def _is_sized_once(self) -> Self:
         sizes = {name: getattr(self, name) for name in ("share", "count", "repeat")}
         given = {name: size for name, size in sizes.items() if size is not None}
         if len(given) > 1:

@@ -1,7 +1,5 @@
 """The models that a run trains beside or instead of its policy: a critic, a reward model."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 from pydantic import Field, field_validator

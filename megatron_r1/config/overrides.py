@@ -1,7 +1,5 @@
 """`--section.key value` on a command line."""
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Collection
 from typing import Any

@@ -1,8 +1,6 @@
 """Settings of the weight push from trainer to engines."""
 
-from __future__ import annotations
-
-from typing import Literal
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -32,7 +30,7 @@ class PushConfig(Section):
     float32, 0.3 in bfloat16"""
 
     @model_validator(mode="after")
-    def _delta_travels(self) -> PushConfig:
+    def _delta_travels(self) -> Self:
         if self.delta and self.on_one_host:
             raise ValueError(
                 f"push.delta: with push.transport: {self.transport} nothing travels, weights are "

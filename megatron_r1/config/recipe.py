@@ -1,10 +1,8 @@
 """A recipe: all sections together, read from YAML and the command line."""
 
-from __future__ import annotations
-
 from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import yaml
 from pydantic import BaseModel, ValidationError, model_validator
@@ -43,7 +41,7 @@ class Config(Section):
     fp8: FP8Config = FP8Config()
 
     @model_validator(mode="after")
-    def _across_sections(self) -> Config:
+    def _across_sections(self) -> Self:
         num_responses = self.rl.questions_per_rollout * self.rl.group_size
         if num_responses % self.rl.minibatches:
             raise ValueError(
@@ -68,7 +66,7 @@ class Config(Section):
             )
         return self
 
-    def of_critic(self) -> Config:
+    def of_critic(self) -> Self:
         """Return the recipe of the critic: the same run with the critic as its model."""
         critic, parallel = self.critic, self.parallel
         model: dict[str, Any] = {"head": "score"}

@@ -3,9 +3,7 @@
 The defaults are DeepSeek-R1-Zero's (arXiv 2501.12948 v2, section 2 and supplement B).
 """
 
-from __future__ import annotations
-
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -109,7 +107,7 @@ class RLConfig(Section):
         return {**algorithms.rules_of(given.get("algorithm", "grpo")).defaults, **given}
 
     @model_validator(mode="after")
-    def _fits_the_algorithm(self) -> RLConfig:
+    def _fits_the_algorithm(self) -> Self:
         algorithm = algorithms.rules_of(self.algorithm)
         if self.group_size < algorithm.min_group_size:
             raise ValueError(

@@ -1,8 +1,6 @@
 """Settings of the run itself, its model, data and checkpoints."""
 
-from __future__ import annotations
-
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -43,7 +41,7 @@ class ModelConfig(Section):
     """of the router's aux-loss-free bias, per optimizer step; 0: frozen"""
 
     @model_validator(mode="after")
-    def _weights_are_loaded_or_random(self) -> ModelConfig:
+    def _weights_are_loaded_or_random(self) -> Self:
         if self.checkpoint and self.init == "random":
             raise ValueError(
                 f"model.checkpoint: {self.checkpoint} would not be read with model.init: random; "

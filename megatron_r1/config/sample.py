@@ -4,9 +4,7 @@ The defaults are those of DeepSeek-R1's rejection sampling (arXiv 2501.12948: ev
 response without mixed languages, long paragraphs and code blocks); see docs/sampling.md.
 """
 
-from __future__ import annotations
-
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -38,7 +36,7 @@ class KeepConfig(Section):
         return self.min_accuracy is not None
 
     @model_validator(mode="after")
-    def _has_the_grades_it_needs(self) -> KeepConfig:
+    def _has_the_grades_it_needs(self) -> Self:
         graded = {
             "min_reward": self.min_reward is not None,
             "min_pass_rate": self.min_pass_rate is not None,
@@ -130,7 +128,7 @@ class SampleConfig(Section):
     pairs: PairsConfig = PairsConfig()
 
     @model_validator(mode="after")
-    def _fits_together(self) -> SampleConfig:
+    def _fits_together(self) -> Self:
         if self.output == "pairs" and self.samples < 2:
             raise ValueError(
                 f"sample.samples: {self.samples} answer cannot be compared with another; "

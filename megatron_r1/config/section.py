@@ -1,7 +1,5 @@
 """The base of every section of a recipe, and the mark of settings that a resumed run may change."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, TypeVar

@@ -1,8 +1,6 @@
 """Settings of the train step: optimizer, parallel layout, FP8, supervised data."""
 
-from __future__ import annotations
-
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -84,7 +82,7 @@ class FP8Config(Section):
         return self.scales or ("float32" if self.recipe == "tensorwise" else "power_of_two")
 
     @model_validator(mode="after")
-    def _scales_of_recipe(self) -> FP8Config:
+    def _scales_of_recipe(self) -> Self:
         if self.recipe == "mxfp8" and self.scales == "float32":
             raise ValueError(
                 "fp8.scales: float32 is not possible with fp8.recipe mxfp8, whose scales are "

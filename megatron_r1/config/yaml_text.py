@@ -1,7 +1,5 @@
 """Recipes as YAML text: a key that occurs twice is an error, not a choice of the last one."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

@@ -6,7 +6,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
-from typing import Any, TextIO
+from typing import Any, Self, TextIO
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -153,7 +153,7 @@ class LiveView:
         with contextlib.suppress(OSError):
             self._live.stop()
 
-    def __enter__(self) -> "LiveView":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:

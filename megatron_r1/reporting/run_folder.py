@@ -7,7 +7,7 @@ import struct
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import yaml
 
@@ -45,7 +45,7 @@ class RunFolder:
         self._lock: _Lock | None = None
         self._last_step: int | None = None
 
-    def __enter__(self) -> "RunFolder":
+    def __enter__(self) -> Self:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError, FileNotFoundError) as error:

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
@@ -40,7 +40,7 @@ class TensorBoardLog:
     def close(self) -> None:
         self._writer.close()
 
-    def __enter__(self) -> "TensorBoardLog":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:

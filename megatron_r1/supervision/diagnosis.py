@@ -1,7 +1,5 @@
 """What everything waits for: inspects every role, ranks them, and writes a report."""
 
-from __future__ import annotations
-
 import asyncio
 import socket
 import time

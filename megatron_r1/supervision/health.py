@@ -1,12 +1,10 @@
 """GET /health (JSON, 503 when stalled) and GET /metrics (Prometheus), served by the controller."""
 
-from __future__ import annotations
-
 import math
 import re
 import time
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Self
 
 import prometheus_client
 from aiohttp import web
@@ -85,7 +83,7 @@ class HealthServer:
         self._file = watchdog.run.folder / ADDRESS_FILE
         self.address = ""
 
-    async def __aenter__(self) -> HealthServer:
+    async def __aenter__(self) -> Self:
         """Raises UserError if the port is taken."""
         application = web.Application()
         application.router.add_get("/health", self._health)

@@ -3,8 +3,6 @@
 A trainer rank has a thread for this, which responds while its main thread is stuck.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import os

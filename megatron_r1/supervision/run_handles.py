@@ -1,7 +1,5 @@
 """The roles of a run as its supervision sees them, and their progress."""
 
-from __future__ import annotations
-
 from collections.abc import Hashable
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Runs the work of a command under a watchdog and a health endpoint, and restarts lost ranks."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable, Coroutine

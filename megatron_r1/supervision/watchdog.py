@@ -1,7 +1,5 @@
 """Notices that a run makes no progress, reports what it waits for, and acts by `run.on_hang`."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import faulthandler

@@ -1,7 +1,5 @@
 """Checks of a plan before anything runs."""
 
-from __future__ import annotations
-
 import ast
 import importlib
 import shlex

@@ -1,7 +1,5 @@
 """A command behind a reaper: start it, show and log its output, stop it."""
 
-from __future__ import annotations
-
 import contextlib
 import shlex
 import signal

@@ -1,7 +1,5 @@
 """The curves of all RL stages in common plots."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any

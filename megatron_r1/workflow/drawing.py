@@ -1,7 +1,5 @@
 """The graph of stages as inline SVG: layers from top to bottom, edges between the boxes."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise

@@ -1,7 +1,5 @@
 """Runs the chosen stages of every seed that are not done, several at a time."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Collection, Hashable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait

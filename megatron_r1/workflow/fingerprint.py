@@ -3,8 +3,6 @@
 Files and folders are compared by digests.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json

@@ -5,8 +5,6 @@ The function gets the stage's folder, where it writes its files, and its argumen
 folder is empty: files of attempts that were killed are removed before.
 """
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

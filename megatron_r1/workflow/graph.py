@@ -1,7 +1,5 @@
 """The graph of stages: references are its edges, `after` adds edges without a file."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Iterable, Mapping
 from graphlib import CycleError, TopologicalSorter
 

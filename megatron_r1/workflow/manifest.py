@@ -4,8 +4,6 @@
 process is killed.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import socket

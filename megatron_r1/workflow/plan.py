@@ -1,12 +1,10 @@
 """A workflow for one seed: the settings of each stage, and what references stand for."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from megatron_r1 import config as configuration
 from megatron_r1.config import Config
@@ -81,7 +79,7 @@ class Plan:
         folder: Path,
         seed: int,
         implied: Mapping[str, Mapping[str, Any]] | None = None,
-    ) -> Plan:
+    ) -> Self:
         """Plan the stages of a recipe. implied: verb → sections that it sets by itself."""
         path, stages, broken = Path(path), {}, {}
         for name, config in recipe.stages.items():

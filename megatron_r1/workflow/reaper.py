@@ -6,8 +6,6 @@ dies, by kill -9 too, and it then kills all of them. SIGTERM and SIGINT are pass
 alone, so that it can end in order.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import signal

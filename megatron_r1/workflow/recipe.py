@@ -1,7 +1,5 @@
 """A pipeline's recipe: its stages and settings, typed."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import Any, Literal

@@ -1,7 +1,5 @@
 """`${stage}`, `${stage.hf}`, `${serve.helpful.url}`, `${pipeline.seed}`, `${here}` in a recipe."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterator
 from typing import Any

@@ -1,14 +1,12 @@
 """The reports of a pipeline: the page `report.html`, its numbers in `report.json`, and their table
 in `report.md`."""
 
-from __future__ import annotations
-
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from megatron_r1.files import atomic_write
 from megatron_r1.reporting.page import render
@@ -24,39 +22,11 @@ from megatron_r1.workflow.status import State, Status, examine_all
 BY_PROGRESS = [State.FAILED, State.STALE, State.PENDING, State.UNFINISHED, State.RUNNING]
 
 
-@dataclass(frozen=True)
-class Cell:
+class Cell(NamedTuple):
     """source: the file and key of the number, and the number of each seed."""
 
     text: str
     source: str = ""
-
-
-@dataclass(frozen=True)
-class Table:
-    """A row per stage with results, its title first; a column per result. spread: what the
-    intervals are."""
-
-    heads: list[str]
-    rows: list[list[Cell]]
-    spread: str
-
-    @classmethod
-    def of(cls, report: Mapping[str, Any]) -> Table:
-        """report: the content of report.json."""
-        shown = [s for s in report["stages"].values() if s["figures"] and not s["evaluates"]]
-        names = {name: None for stage in shown for name in stage["figures"]}
-        columns = [n for n in LABELS if n in names] + [n for n in names if n not in LABELS]
-        return cls(
-            [printable(LABELS.get(name, name)) for name in columns],
-            [
-                [Cell(printable(stage["title"])), *(_cell(stage, name) for name in columns)]
-                for stage in shown
-            ],
-            "Means over seeds ± their standard deviation."
-            if len(report["seeds"]) > 1
-            else "In brackets 95% intervals, where an evaluation gave them.",
-        )
 
 
 def write_report(root: Path, title: str, command: str, plans: Sequence[Plan], graph: Graph) -> Path:
@@ -71,7 +41,7 @@ def write_report(root: Path, title: str, command: str, plans: Sequence[Plan], gr
     runs = [run for stage in report["stages"].values() for run in stage["by_seed"].values()]
     stages_done = f"{sum(run['state'] == State.DONE for run in runs)} of {len(runs)}"
     time_spent = duration(sum(run["seconds"] or 0.0 for run in runs))
-    shared = {"title": printable(report["title"]), "table": Table.of(report)}
+    shared = {"title": printable(report["title"]), "table": _table(report)}
     markdown = render(
         "workflow/templates/report.md.jinja",
         **(report | shared | {"stages_done": f"{stages_done} stages done", "time": time_spent}),
@@ -172,6 +142,20 @@ def _drawing(report: Mapping[str, Any], graph: Graph) -> str:
         second = " · ".join(filter(None, [stage["verb"], state, mean]))
         boxes[name] = Box(state, stage["title"], second)
     return graph_svg(boxes, graph.upstream, graph.depths())
+
+
+def _table(report: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a row per stage with results, its title first, and a column per result. spread: what
+    the intervals are."""
+    shown = [s for s in report["stages"].values() if s["figures"] and not s["evaluates"]]
+    names = {name: None for stage in shown for name in stage["figures"]}
+    columns = [n for n in LABELS if n in names] + [n for n in names if n not in LABELS]
+    spread = "In brackets 95% intervals, where an evaluation gave them."
+    if len(report["seeds"]) > 1:
+        spread = "Means over seeds ± their standard deviation."
+    rows = [[Cell(printable(s["title"])), *(_cell(s, name) for name in columns)] for s in shown]
+    heads = [printable(LABELS.get(name, name)) for name in columns]
+    return {"heads": heads, "rows": rows, "spread": spread}
 
 
 def _cell(stage: Mapping[str, Any], name: str) -> Cell:

@@ -1,13 +1,11 @@
 """The results of a stage: numbers read from the files in its folder."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any
+from typing import Any, Self
 
 from megatron_r1.errors import UserError
 from megatron_r1.files.jsonl import read_lines
@@ -58,7 +56,7 @@ class Spread:
     values: list[float]
 
     @classmethod
-    def of(cls, values: Sequence[float]) -> Spread:
+    def of(cls, values: Sequence[float]) -> Self:
         deviation = stdev(values) if len(values) > 1 else None
         return cls(fmean(values), deviation, list(values))
 

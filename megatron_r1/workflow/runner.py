@@ -1,7 +1,5 @@
 """Runs one stage: writes its recipe, serves its models, and waits for its command."""
 
-from __future__ import annotations
-
 import shlex
 import shutil
 import signal
@@ -10,6 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import yaml
 
@@ -46,7 +45,7 @@ class Signals:
     def __init__(self) -> None:
         self.count = 0
 
-    def __enter__(self) -> Signals:
+    def __enter__(self) -> Self:
         numbers = (signal.SIGINT, signal.SIGTERM)
         self._before = {number: signal.signal(number, self._on_signal) for number in numbers}
         return self

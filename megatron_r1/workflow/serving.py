@@ -1,7 +1,5 @@
 """Servers of the models that a stage calls while it runs: reward models, a judge, a teacher."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import socket

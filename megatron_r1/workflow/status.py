@@ -1,7 +1,5 @@
 """The state of each stage: its manifest compared with what it would be made from now."""
 
-from __future__ import annotations
-
 import enum
 import time
 from collections.abc import Mapping, Sequence
