@@ -25,7 +25,7 @@ ENTRYPOINT ["megatron-r1"]
 
 FROM ${VLLM_IMAGE} AS engine
 WORKDIR /opt/megatron-r1
-# The engine needs the plugin only, which imports torch and vllm.
+# The engine needs the plugin only, which imports torch, vllm and xxhash.
 COPY setup.py pyproject.toml README.md ./
 COPY kernels kernels
 COPY megatron_r1 megatron_r1

@@ -15,7 +15,7 @@ from megatron_r1 import config as configuration
 from megatron_r1.commands import torchrun
 from megatron_r1.config.keys import describe, switches
 from megatron_r1.config.overrides import parse_overrides
-from megatron_r1.errors import UserError, did_you_mean
+from megatron_r1.errors import RunError, UserError, did_you_mean
 from megatron_r1.processes.imports import quick_imports
 
 VERBS = {
@@ -50,17 +50,15 @@ Every key, its default and meaning: megatron-r1 keys, or keys rl sample.keep for
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command and return its exit status: 0 done, 1 failed, 2 a mistake of the user's
-    (`UserError`), 130 stopped. Other exceptions are bugs, and keep their traceback."""
+    """Run a command and return its exit status: 0 done, 1 failed (`RunError`, a full disk), 2 a
+    mistake of the user's (`UserError`), 130 stopped. Other exceptions keep their traceback."""
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         return _dispatch(arguments)
     except UserError as error:
         print(f"megatron-r1: {error}", file=sys.stderr)
         return 2
-    except (NotImplementedError, RecursionError):  # RuntimeErrors that only a bug causes
-        raise
-    except RuntimeError as error:  # TrainerError, EngineError, …: the message is the diagnosis
+    except RunError as error:
         print(f"megatron-r1: {error}", file=sys.stderr)
         return 1
     except BrokenPipeError:  # `| head` has ended

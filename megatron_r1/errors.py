@@ -12,7 +12,14 @@ class UserError(ValueError):
     """
 
 
-class TrainerError(RuntimeError):
+class RunError(RuntimeError):
+    """A run cannot go on for a reason outside this code; the message is the diagnosis.
+
+    The command line prints it without a traceback and exits with status 1.
+    """
+
+
+class TrainerError(RunError):
     """A trainer rank failed or vanished; the message names it and the reason."""
 
 

@@ -38,7 +38,7 @@ MAX_TRUTH_CHARS = 200
 def run(config: Config) -> None:
     """Sample what is missing, grade it, and write the results.
 
-    Raises UserError before any long work starts, RuntimeError if an engine or a server fails. The
+    Raises UserError before any long work starts, RunError if an engine or a server fails. The
     same command continues.
     """
     if not config.eval.server and not config.model.path:

@@ -27,7 +27,7 @@ from megatron_r1.workflow.status import State, examine_all, stale_text, status_l
 
 def run(path: str, overrides: Mapping[str, Any], verbs: Mapping[str, str]) -> None:
     """Run the pipeline of the recipe at `path`. verbs: name → module of the verbs that stages may
-    use. Raises UserError before anything runs, RuntimeError when a stage fails, KeyboardInterrupt
+    use. Raises UserError before anything runs, RunError when a stage fails, KeyboardInterrupt
     when asked to stop."""
     if is_rank():
         raise UserError(

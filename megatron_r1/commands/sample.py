@@ -30,7 +30,7 @@ from megatron_r1.curation.sft_examples import SftExamples, cached_rewriter
 from megatron_r1.curation.user_function import UserFunction, load_function
 from megatron_r1.data.prompts import load_prompts
 from megatron_r1.data.shots import Shots
-from megatron_r1.errors import UserError
+from megatron_r1.errors import RunError, UserError
 from megatron_r1.evaluation.grading import Grader
 from megatron_r1.evaluation.identity import keep_identity, versions
 from megatron_r1.evaluation.policy import Decoding, Policy
@@ -74,7 +74,7 @@ class Plan:
 def run(config: Config) -> None:
     """Sample what is missing, decide, write the outputs.
 
-    Raises UserError before any long work starts, RuntimeError if an engine or a service fails or no
+    Raises UserError before any long work starts, RunError if an engine or a service fails or no
     response is kept. The same command continues.
     """
     if bool(config.sample.server) == bool(config.model.path):
@@ -224,7 +224,7 @@ async def _decide(
     await write_outputs(log, plan.questions, decide, output, counts.add)
     _report(folder, plan, counts, output, facts, {"filters": filters, **settings})
     if not counts.num_kept:
-        raise RuntimeError(
+        raise RunError(
             f"{folder}: no answer is kept; most are {counts.decisions.most_common(1)[0][0]} "
             f"(samples.jsonl has the reason of each). Change {REMEDIES[sample.output]}: the same "
             "command then decides again without sampling"

@@ -24,7 +24,7 @@ from typing import Any, BinaryIO
 
 from megatron_r1.config import Config
 from megatron_r1.data.records import describe_json_error
-from megatron_r1.errors import UserError
+from megatron_r1.errors import RunError, UserError
 from megatron_r1.files import atomic_writer
 from megatron_r1.reporting.wording import duration
 from megatron_r1.rewards.base import UNGRADED, Grade
@@ -58,8 +58,8 @@ def run(config: Config, source: str, target: str) -> None:
 
     Uses every core unless `rewards.workers` is given. `target` appears when all lines are graded.
     Raises UserError for a source that cannot be read or a target that cannot be written,
-    RuntimeError when no worker can be started or the reader of the output has ended. After all
-    lines are written it raises RuntimeError also where a served model failed or no line could be
+    RunError when no worker can be started or the reader of the output has ended. After all
+    lines are written it raises RunError also where a served model failed or no line could be
     graded: such zeros should not be trained on.
     """
     try:
@@ -67,15 +67,15 @@ def run(config: Config, source: str, target: str) -> None:
             tally = asyncio.run(_score(config, lines, graded))
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python flushes stdout again at exit
-        raise RuntimeError("the reader of the output has ended") from None
+        raise RunError("the reader of the output has ended") from None
     print(tally.summary(), file=sys.stderr if target == PIPE else sys.stdout)
     if tally.num_service_failures:
-        raise RuntimeError(
+        raise RunError(
             f"reward 0 because a service failed, lines: {tally.num_service_failures:,}; the "
             f"first of them: {tally.first_service_failure}"
         )
     if tally.num_lines and tally.num_ungraded == tally.num_lines:
-        raise RuntimeError(
+        raise RunError(
             f"{target}: none of the {tally.num_lines:,} lines could be graded; the first: "
             f"{tally.first_ungraded}"
         )

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_r1.errors import UserError
+from megatron_r1.errors import RunError, UserError
 from megatron_r1.user_code import find_function, syntax_of
 
 
@@ -26,14 +26,14 @@ class UserFunction:
     async def __call__(self, *arguments: Any) -> Any:
         """Await a coroutine function; call any other in a thread, as it may wait for a network.
 
-        Raises RuntimeError for what the function raises.
+        Raises RunError for what the function raises.
         """
         try:
             if inspect.iscoroutinefunction(self.function):
                 return await self.function(*arguments)
             return await asyncio.to_thread(self.function, *arguments)
         except Exception as error:
-            raise RuntimeError(
+            raise RunError(
                 f"{self.key}: {self.path} raised {error!r} for the question {arguments[0][:80]!r}; "
                 "fix it, and run the same command again"
             ) from error

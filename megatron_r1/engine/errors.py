@@ -1,7 +1,9 @@
 """Errors of rollout engines."""
 
+from megatron_r1.errors import RunError
 
-class EngineError(RuntimeError):
+
+class EngineError(RunError):
     """An engine did not start, died, refused a call or gave an unusable reply. The message names
     the engine and, where it helps, its log.
 

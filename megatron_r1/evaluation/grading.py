@@ -30,7 +30,7 @@ class RewardTerms:
         self, terms: Sequence[str], prompt: Prompt, text: str, num_tokens: int | None, opened: bool
     ) -> dict[str, Grade]:
         """Return term → grade. num_tokens: None if unknown. opened: the prompt ended with
-        `<think>`. Raises ValueError for a reward that cannot be used, RuntimeError for a service
+        `<think>`. Raises ValueError for a reward that cannot be used, RunError for a service
         that is down."""
         facts: dict[str, object] = {"question": prompt.question}
         if num_tokens is not None:

@@ -25,7 +25,7 @@ class Policy(Protocol):
     identity: dict[str, Any]
 
     async def start(self) -> None:
-        """Make it ready, before the first question. Raises RuntimeError if that fails."""
+        """Make it ready, before the first question. Raises RunError if that fails."""
 
     async def respond(self, question: str, seed: int) -> TextResponse:
         """Sample one response. The same seed gives the same response, as far as the engine can

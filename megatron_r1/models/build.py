@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-
 from megatron.core import parallel_state
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import unwrap_model
 
-from megatron_r1.models.hf_config import architecture, has_score_head
+from megatron_r1.models.hf_config import has_score_head, model_family
 from megatron_r1.models.layers import block_specs
 from megatron_r1.models.policy_model import PolicyModel
 from megatron_r1.models.rotary import patch_rotary_embedding
@@ -25,7 +23,7 @@ def build_model(
     score head, scores (b, s) fp32, on the last stage; earlier stages return (s, b, h), Megatron's
     order. Megatron's process groups must exist and agree with `config`. The vocabulary is padded to
     a multiple of the tensor-parallel size (see `vocab_shard`)."""
-    model = import_module(f"megatron_r1.models.{architecture(hf)}")
+    model = model_family(hf)
     patch_rotary_embedding()
     block, mtp = block_specs(config, vp_stage=vp_stage)
     tensor_parallel = config.tensor_model_parallel_size

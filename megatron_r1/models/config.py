@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from importlib import import_module
 
 import torch
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 from megatron_r1 import platform
 from megatron_r1.errors import UserError
-from megatron_r1.models.hf_config import architecture, check_supported
+from megatron_r1.models.hf_config import check_supported, model_family
 from megatron_r1.models.pipeline_stages import pipeline_stages
 
 RECOMPUTE_MODULES = [
@@ -58,7 +57,7 @@ def transformer_config(
 
     Raises UserError for a configuration this stack would compute wrongly, for sizes that do not
     divide, and for an unknown override."""
-    model = import_module(f"megatron_r1.models.{architecture(hf)}")
+    model = model_family(hf)
     check_supported(hf)
     transformer_engine = platform.uses_transformer_engine()
     sizes = {

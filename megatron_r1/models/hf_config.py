@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from importlib import import_module
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, Protocol, cast
 
 from megatron_r1.errors import UserError
 
@@ -116,13 +116,40 @@ def architecture(hf: dict) -> str:
     )
 
 
+class ModelFamily(Protocol):
+    """What a module of `models/` defines for the architectures that `_MODULES` names after it.
+
+    hf: the content of `config.json`. All functions raise UserError for what they do not support.
+    """
+
+    LATENT_ATTENTION: bool
+    """Whether the configuration is an MLATransformerConfig (multi-head latent attention)."""
+
+    def config_fields(self, hf: dict) -> dict[str, Any]:
+        """Return the fields of Megatron's TransformerConfig that are the family's own."""
+
+    def model_arguments(self, hf: dict) -> dict[str, Any]:
+        """Return the arguments of GPTModel beside the configuration."""
+
+    def divisions(self, hf: dict, transformer_engine: bool) -> list[tuple[str, int, str]]:
+        """Return (field, its value, the parallel setting that must divide it) triples."""
+
+    def rope_scaling(self, hf: dict) -> dict[str, Any] | None:
+        """Return the arguments of RotaryEmbedding._apply_scaling; only without latent attention."""
+
+
+def model_family(hf: dict) -> ModelFamily:
+    """Return the module of `models/` for this `config.json`; UserError for an unknown one."""
+    return cast(ModelFamily, import_module(f"megatron_r1.models.{architecture(hf)}"))
+
+
 def check_supported(hf: dict) -> None:
     """Raise UserError for a model that this stack would compute differently from transformers."""
     need(hf, "num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size")
     need(hf, "vocab_size", "rms_norm_eps")
     if hf.get("hidden_act", "silu") != "silu":
         raise UserError(f"hidden_act={hf['hidden_act']!r} is not supported, only 'silu' is")
-    model = import_module(f"megatron_r1.models.{architecture(hf)}")
+    model = model_family(hf)
     model.config_fields(hf)
     model.model_arguments(hf)
 

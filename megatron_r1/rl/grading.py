@@ -8,7 +8,7 @@ from megatron_r1.config import RewardsConfig
 from megatron_r1.data.prompts import Prompt
 from megatron_r1.data.text import PromptText
 from megatron_r1.engine.responses import Response
-from megatron_r1.errors import UserError
+from megatron_r1.errors import RunError, UserError
 from megatron_r1.evaluation.grading import RewardTerms
 from megatron_r1.rewards.combine import ACCURACY, combine, weights_at
 from megatron_r1.rewards.runtime.pool import RewardPool
@@ -53,7 +53,7 @@ def check_grades(groups: list[Group], max_ungraded: float) -> None:
     """Check the grades of everything that was sampled for one purpose.
 
     Raises UserError where one reward failed on every response: one may break a grader, but not all.
-    Raises RuntimeError where a larger share of them than `max_ungraded` could not be graded: the
+    Raises RunError where a larger share of them than `max_ungraded` could not be graded: the
     policy would be trained on those that are easy to grade.
     """
     responses = responses_of(groups)
@@ -68,7 +68,7 @@ def check_grades(groups: list[Group], max_ungraded: float) -> None:
     ungraded = [graded for graded in responses if not graded.is_graded]
     allowed = math.ceil(max_ungraded * len(responses))
     if len(ungraded) > allowed:
-        raise RuntimeError(
+        raise RunError(
             f"{len(ungraded)} of {len(responses)} answers could not be graded, at most {allowed} "
             f"may be (rewards.max_ungraded: {max_ungraded:g}); the first: {ungraded[0].reason}. "
             "Repair the reward or raise that setting; the same command continues"

@@ -58,7 +58,7 @@ async def evaluate(
     count in no mean, and a question without a graded response in none.
     interval/…/low, /high: their 95% intervals (`estimators.estimate`).
 
-    Raises UserError and RuntimeError as `grading.check_grades`.
+    Raises UserError and RunError as `grading.check_grades`.
     """
     rollout = await collector.collect(prompts, sampling)
     collector.check_grades(rollout.groups)

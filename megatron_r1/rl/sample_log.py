@@ -24,7 +24,7 @@ from typing import TypeVar
 import msgspec
 
 from megatron_r1.data.prompts import Prompt
-from megatron_r1.errors import UserError
+from megatron_r1.errors import RunError, UserError
 from megatron_r1.files import fsync
 from megatron_r1.files.framed import FramedFile, append_frame
 from megatron_r1.rl.rollout import Group
@@ -65,12 +65,12 @@ class SampleLog:
             self._timer = asyncio.get_running_loop().call_later(SYNC_SECONDS, self._sync_later)
 
     async def finish(self, path: Path) -> None:
-        """Wait until everything appended is on disk, and close `path`. Raises RuntimeError where
+        """Wait until everything appended is on disk, and close `path`. Raises RunError where
         writing failed."""
         await self._in_thread(self._sync)
         await self._in_thread(lambda: self._close(path))
         if self._failure is not None:
-            raise RuntimeError(
+            raise RunError(
                 f"{self.folder}: samples cannot be written down ({self._failure}); make room, or "
                 "set rl.sample_log: false, and run the same command again"
             )
@@ -186,7 +186,7 @@ class StepLog:
 
     async def accept(self) -> None:
         """Record that the batch is complete and will be trained on; returns when all of it is on
-        disk. Raises RuntimeError where writing failed."""
+        disk. Raises RunError where writing failed."""
         if not self.is_accepted:
             self._log.append(self._path, Accepted)
             self.is_accepted = True

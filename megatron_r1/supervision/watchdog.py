@@ -6,6 +6,7 @@ import faulthandler
 import time
 from collections.abc import Callable, Iterator
 
+from megatron_r1.errors import RunError
 from megatron_r1.files import atomic_write
 from megatron_r1.supervision.diagnosis import diagnose, report
 from megatron_r1.supervision.inspect_roles import Finding, count_tokens, seconds
@@ -17,7 +18,7 @@ MAX_TICK_SECONDS = 5.0
 MIN_BLOCKED_SECONDS = 60.0
 
 
-class HangError(RuntimeError):
+class HangError(RunError):
     """The run has made no progress for too long; the message is the diagnosis."""
 
 

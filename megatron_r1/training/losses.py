@@ -5,8 +5,8 @@ denominator. The trainer divides by the denominator of the whole optimizer step,
 micro-batches and data-parallel ranks, so that the result does not depend on how samples were
 packed. Losses are named in recipes and algorithms as "module:function".
 
-Averaging happens in two places. Within a micro-batch r1_kernels (`averaging.token_weights`) weighs
-the tokens of the sum: 1 each ("token"), 1 / |o_i| ("sequence"), or 1 / L ("constant", its
+Averaging happens in two places. Within a micro-batch r1_kernels (`Averaging.weights`) weighs the
+tokens of the sum: 1 each ("token"), 1 / |o_i| ("sequence"), or 1 / L ("constant", its
 denominator being max_response_tokens). Over the optimizer step the trainer divides by the sum of
 `denominator` below. `rl.loss_average` selects both in `rl.algorithms.grpo.loss`."""
 

@@ -7,7 +7,7 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-from megatron_r1.errors import UserError
+from megatron_r1.errors import RunError, UserError
 from megatron_r1.reporting.wording import duration
 from megatron_r1.workflow import manifest
 from megatron_r1.workflow.graph import Graph
@@ -36,7 +36,7 @@ class Executor:
         self._statuses = {plan.seed: examine_all(plan, graph) for plan in plans}
 
     def run(self, chosen: Sequence[str]) -> None:
-        """Raises RuntimeError when a stage fails, UserError for one that has become stale and may
+        """Raises RunError when a stage fails, UserError for one that has become stale and may
         not be redone, KeyboardInterrupt when a signal asked to stop."""
         for seed, plan in self._plans.items():
             print(f"{plan.folder} · {len(chosen)} stages · seed {seed}")
@@ -77,7 +77,7 @@ class Executor:
                 stage, upstream, _referenced_outputs(plan, name)
             )
         except StageFailed as failure:
-            raise RuntimeError(
+            raise RunError(
                 f"stage {title} failed: {failure}\nThe same command continues with this stage."
             ) from None
         statuses[name] = examine(plan, stage, above)

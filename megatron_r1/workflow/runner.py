@@ -12,7 +12,7 @@ from typing import Self
 
 import yaml
 
-from megatron_r1.errors import UserError
+from megatron_r1.errors import RunError, UserError
 from megatron_r1.files import atomic_write
 from megatron_r1.processes import stopping
 from megatron_r1.processes.logs import excerpt
@@ -35,7 +35,7 @@ COMPLETE = {
 """The output that each verb writes last."""
 
 
-class StageFailed(RuntimeError):
+class StageFailed(RunError):
     """A stage ended without being done; the message is the diagnosis."""
 
 

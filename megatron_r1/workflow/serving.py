@@ -12,6 +12,7 @@ from megatron_r1.engine import gpu
 from megatron_r1.engine.client import is_healthy
 from megatron_r1.engine.settings import engine_environment
 from megatron_r1.engine.temporary_files import Scratch
+from megatron_r1.errors import RunError
 from megatron_r1.processes.children import free_port
 from megatron_r1.processes.logs import excerpt
 from megatron_r1.workflow.child import Child, describe_status
@@ -24,7 +25,7 @@ VLLM = "megatron_r1.vllm_plugin.serve"
 """Module that runs vLLM's own server, whose engine processes end with it."""
 
 
-class ServingError(RuntimeError):
+class ServingError(RunError):
     """A served model did not start or has ended; the message is the diagnosis."""
 
 

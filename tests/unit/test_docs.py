@@ -57,3 +57,17 @@ def test_the_map_lists_the_packages_that_the_import_contract_orders():
 def test_the_readme_is_one_page():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert len(text.splitlines()) <= 130 and len(text.split()) <= 1200
+
+
+def test_short_names_of_modules_exist():
+    """`rl/loop` or `weight_sync/plan/planner.py` in a document is a file of megatron_r1."""
+    packages = {path.name for path in (ROOT / "megatron_r1").iterdir() if path.is_dir()}
+    wrong = []
+    for page in PAGES:
+        for short in re.findall(r"`((?:\w+/)+\w+(?:\.py)?/?)`", page.read_text(encoding="utf-8")):
+            path = ROOT / "megatron_r1" / short
+            if short.partition("/")[0] in packages and not (
+                path.exists() or path.with_suffix(".py").exists()
+            ):
+                wrong.append(f"{name(page)}: {short}")
+    assert wrong == []

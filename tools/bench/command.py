@@ -36,7 +36,11 @@ BENCHES = {
 
 def main() -> int:
     """Return 1 if the result has a non-empty "broken", else 0."""
-    parser = argparse.ArgumentParser(prog="tools/bench", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="tools/bench",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     choices = parser.add_subparsers(dest="what", required=True)
     for name, bench in BENCHES.items():
         options = choices.add_parser(name, description=bench.__doc__)

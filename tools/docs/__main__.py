@@ -5,7 +5,7 @@ Needs requirements/docs.txt; `make docs` installs it and writes build/docs.
 
 from __future__ import annotations
 
-import sys
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,7 +25,7 @@ def write_pages(out: Path, packages: Sequence[str] = PACKAGES) -> int:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit("usage: python tools/docs OUT_FOLDER")
-    out = Path(sys.argv[1])
+    parser = argparse.ArgumentParser(prog="tools/docs", description=__doc__)
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder for the pages")
+    out = parser.parse_args().out
     print(f"{out / 'index.html'}: {write_pages(out)} pages")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from importlib import import_module
 from typing import Literal
 
 from megatron_r1.config import Config, ParallelConfig, SampleConfig
@@ -13,7 +12,7 @@ from megatron_r1.config.other_models import RewardModelConfig
 from megatron_r1.config.training import SFTConfig
 from megatron_r1.engine.recipe import check_engines
 from megatron_r1.errors import UserError
-from megatron_r1.models.hf_config import architecture, read_hf_config
+from megatron_r1.models.hf_config import model_family, read_hf_config
 from megatron_r1.reporting.wording import counted
 from megatron_r1.weights.layout import Shard, stage_shards, table
 from megatron_r1.weights.rules import Table
@@ -252,7 +251,7 @@ class Job:
             "expert_tensor_parallel": self.parallel.expert_tensor,
             "context_parallel": self.parallel.context,
         }
-        model = import_module(f"megatron_r1.models.{architecture(self.hf)}")
+        model = model_family(self.hf)
         for name, size, setting in model.divisions(self.hf, True):
             if size % sizes[setting]:
                 key = f"parallel.{setting.removesuffix('_parallel')}"

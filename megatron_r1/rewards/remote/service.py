@@ -18,7 +18,7 @@ from typing import Any
 import aiohttp
 import msgspec
 
-from megatron_r1.errors import UserError
+from megatron_r1.errors import RunError, UserError
 from megatron_r1.rewards.base import shorten
 from megatron_r1.rewards.remote.settings import ServiceSettings
 
@@ -31,7 +31,7 @@ TRIES_BEFORE_PROBE = 3
 EXCERPT_CHARS = 300
 
 
-class ServiceError(RuntimeError):
+class ServiceError(RunError):
     """The service is down, refuses the client, or does not serve a fitting model."""
 
 

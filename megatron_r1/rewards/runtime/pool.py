@@ -113,7 +113,7 @@ class RewardPool:
 
         A failure that the response causes (time, memory, a crash, an exception in the reward) is a
         grade of 0 with the reason. A mistake of the user raises UserError: an unknown kind, a
-        module that cannot be imported, a truth or field that is not JSON. RuntimeError: no worker
+        module that cannot be imported, a truth or field that is not JSON. RunError: no worker
         can be started, the pool is closed, or a served model is down
         (`remote.service.ServiceError`).
         """

@@ -9,6 +9,7 @@ from typing import Any
 
 import msgspec
 
+from megatron_r1.errors import RunError
 from megatron_r1.processes.children import popen_options
 from megatron_r1.rewards.runtime.worker import LENGTH, MAX_REPLY_BYTES, Reply
 
@@ -39,7 +40,7 @@ class WorkerProcess:
 
     @classmethod
     async def start(cls, memory_limit_bytes: int) -> "WorkerProcess":
-        """Return a worker that is ready for jobs; otherwise raise RuntimeError with its stderr."""
+        """Return a worker that is ready for jobs; otherwise raise RunError with its stderr."""
         process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
@@ -55,7 +56,7 @@ class WorkerProcess:
                 await worker.receive()
         except (WorkerLost, TimeoutError) as error:
             await worker.kill()
-            raise RuntimeError(
+            raise RunError(
                 f"a reward worker did not start ({worker.last_words or error or 'no message'}); "
                 f"its memory limit is {memory_limit_bytes} bytes: raise it if that is too little"
             ) from None

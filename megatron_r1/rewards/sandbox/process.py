@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 import psutil
 
+from megatron_r1.errors import RunError
 from megatron_r1.rewards.base import shorten
 from megatron_r1.rewards.sandbox.limits import Budget
 
@@ -35,7 +36,7 @@ SIGNALS = {
 }
 
 
-class SandboxError(RuntimeError):
+class SandboxError(RunError):
     """bubblewrap could not build the sandbox or did not end: the program has no outcome."""
 
 
