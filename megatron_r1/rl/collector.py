@@ -95,7 +95,17 @@ class RolloutCollector:
                 responses = [graded.response for graded in recalled.responses]
             else:
                 prompt_ids = self.text.encode(prompt.question)
-                responses = await self._sample(prompt, prompt_ids, sampling)
+                responses = await self.fleet.generate(
+                    prompt_ids,
+                    n=sampling.num_samples,
+                    max_tokens=sampling.max_tokens,
+                    temperature=sampling.temperature,
+                    top_p=sampling.top_p,
+                    stop_token_ids=[self.text.end],
+                    routing=sampling.routing,
+                    kind=prompt.kind,
+                    order=sampling.step,
+                )
             ends.sampled = time.perf_counter()
             tracked.sampling_done(responses)
             graded, scores = await asyncio.gather(
@@ -111,21 +121,6 @@ class RolloutCollector:
         if finished:
             finished.keep(position, group)
         return group
-
-    async def _sample(
-        self, prompt: Prompt, prompt_ids: list[int], sampling: Sampling
-    ) -> list[Response]:
-        return await self.fleet.generate(
-            prompt_ids,
-            n=sampling.num_samples,
-            max_tokens=sampling.max_tokens,
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            stop_token_ids=[self.text.end],
-            routing=sampling.routing,
-            kind=prompt.kind,
-            order=sampling.step,
-        )
 
     async def _grade(
         self,

@@ -41,11 +41,8 @@ def rollout_metrics(rollout: Rollout, version: int) -> dict[str, float]:
 def mean_of_updates(updates: list[dict[str, float]]) -> dict[str, float]:
     """Return the mean of each metric over the mini-batches of a rollout; of a maximum, the
     maximum."""
-    names = updates[0].keys()
-    return {
-        name: (max if name.endswith("/max") else fmean)([u[name] for u in updates])
-        for name in names
-    }
+    means = {name: max if name.endswith("/max") else fmean for name in updates[0]}
+    return {name: mean([update[name] for update in updates]) for name, mean in means.items()}
 
 
 def sample_records(

@@ -1,4 +1,4 @@
-"""FP8 pushes: the tensors of such an engine, and the layouts that keep every block on one rank.
+"""FP8 pushes: the tensors of such an engine, and the regions that are whole blocks of them.
 
 A block of 128 x 128 has one scale, so a rank that holds all of it quantises it and sends it whole
 to an engine rank.
@@ -6,18 +6,10 @@ to an engine rank.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-from megatron_r1.errors import UserError
-from megatron_r1.weight_sync.plan.predicted_layout import PredictedLayout
-from megatron_r1.weight_sync.plan.ranks import EngineLayout
-from megatron_r1.weight_sync.plan.tensors import HFTensor, Region, checkpoint_tensors
-from megatron_r1.weights.layout import hf_tensors, table
-from megatron_r1.weights.rules import Shape, whole
+from megatron_r1.weight_sync.plan.tensors import Region
+from megatron_r1.weights.layout import hf_tensors
+from megatron_r1.weights.rules import Shape
 from megatron_r1.weights.stored.fp8 import BLOCK, is_quantised, scale_name, scale_shape
-
-FUSED_FIRST = ("gate_proj", "q_a_proj", "k_proj", "q_proj")
-"""vLLM stores another projection behind these in one matrix, which must begin at a block."""
 
 
 def pushed_tensors(hf: dict, *, fp8: bool) -> list[tuple[str, Shape]]:
@@ -42,70 +34,3 @@ def first_cut(region: Region, shape: Shape) -> int | None:
     """Return the first row or column at which `region` cuts a block of a tensor of `shape`."""
     edges = ((region.top, 0), (region.bottom, 0), (region.left, 1), (region.right, 1))
     return next((edge for edge, dim in edges if edge % BLOCK and edge != shape[dim]), None)
-
-
-def check_blocks(hf: dict, engines: EngineLayout, *, tensor: int, expert_tensor: int) -> None:
-    """Refuse layouts that cut blocks.
-
-    tensor, expert_tensor: the trainer's parallel sizes.
-
-    Raises:
-        UserError: names the tensor, its size and the setting.
-    """
-    for item, region in _trainer_regions(hf, tensor, expert_tensor):
-        of_expert = item.expert is not None
-        name, size = ("expert_tensor", expert_tensor) if of_expert else ("tensor", tensor)
-        at = first_cut(region, item.shape)
-        if at is not None and size == 1:
-            raise UserError(
-                f"push.fp8: Megatron keeps {item.name} {item.shape} in parts that end at {at}, "
-                f"within a block of {BLOCK}: a model with heads of {at} cannot be pushed in FP8; "
-                "set push.fp8: false"
-            )
-        _refuse_cut(item, region, f"parallel.{name}={size}")
-    predicted = PredictedLayout(hf, engines)
-    for rank in range(0, engines.ranks_per_engine, engines.tensor):
-        for item, region in predicted.needed(engines.coordinate(rank)):
-            if not is_quantised(item.name):
-                continue
-            setting = f"rollout.tensor={engines.tensor}"
-            if item.expert is not None and not engines.expert_parallel:
-                setting += f" x rollout.data={engines.data} (or rollout.expert_parallel: true)"
-            _refuse_cut(item, region, setting)
-            if _is_fused_first(item) and region.bottom % BLOCK:
-                raise UserError(
-                    f"push.fp8: {item.name} {item.shape} does not end with a block of {BLOCK}, and "
-                    "vLLM stores the next projection behind it in the same matrix: set push.fp8: "
-                    "false"
-                )
-
-
-def _refuse_cut(item: HFTensor, region: Region, setting: str) -> None:
-    at = first_cut(region, item.shape)
-    if at is not None:
-        raise UserError(
-            f"push.fp8: {setting} cuts {item.name} {item.shape} at {at}, within a block of "
-            f"{BLOCK} x {BLOCK}, which has one scale: lower it, or set push.fp8: false"
-        )
-
-
-def _trainer_regions(
-    hf: dict, tensor: int, expert_tensor: int
-) -> Iterator[tuple[HFTensor, Region]]:
-    """Yield every region of a quantised tensor that a trainer rank holds, of one expert only."""
-    rules = table(hf)
-    for item in checkpoint_tensors(rules, {"layers"}, range(len(rules.layers)), (0,)):
-        if not is_quantised(item.name) or item.rule.split is whole:
-            continue
-        source = item.rule.sources[item.source]
-        ranks = tensor if item.expert is None else expert_tensor
-        for rank in range(ranks):
-            for piece in item.rule.split(item.rule.sources, rank, ranks)[1]:
-                if piece.hf_name == source.name:
-                    yield item, Region.of(piece, item.shape)
-
-
-def _is_fused_first(item: HFTensor) -> bool:
-    name = item.name.split(".")[-2]
-    alone = name == "q_proj" and len(item.rule.sources) == 1
-    return name in FUSED_FIRST and not alone

@@ -9,25 +9,18 @@ never sees the others'.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Hashable, Iterator
-from typing import NamedTuple, Protocol
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, NamedTuple
 
 from megatron_r1.errors import UserError
 from megatron_r1.weight_sync.plan.predicted_layout import PredictedLayout
 from megatron_r1.weight_sync.plan.ranks import Coordinate, EngineLayout, TrainerGrid
 from megatron_r1.weight_sync.plan.tensors import HFTensor, Region, Transfer, checkpoint_tensors
 from megatron_r1.weights.layout import Shard, stage_shards
-from megatron_r1.weights.rules import Table, whole
+from megatron_r1.weights.rules import whole
 
-
-class Needs(Protocol):
-    """The regions that the ranks of an engine need: `PredictedLayout` or `ReceiverLayout`."""
-
-    table: Table
-
-    def coordinates(self, tensor: HFTensor) -> list[Coordinate]: ...
-    def region(self, tensor: HFTensor, at: Coordinate) -> Region | None: ...
-    def cache_key(self, tensor: HFTensor) -> Hashable | None: ...
+if TYPE_CHECKING:  # imports torch
+    from megatron_r1.weight_sync.plan.receiver_layout import ReceiverLayout
 
 
 class Holding(NamedTuple):
@@ -51,7 +44,7 @@ class Planner:
         grid: TrainerGrid,
         engines: EngineLayout,
         stages: list[list[Shard]] | None = None,
-        needs: Needs | None = None,
+        needs: PredictedLayout | ReceiverLayout | None = None,
     ):
         self.grid, self.engines = grid, engines
         self.needs = needs or PredictedLayout(hf, engines)

@@ -10,6 +10,7 @@ routed experts are FusedMoE's.
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator
+from itertools import product
 
 from megatron_r1.errors import UserError
 from megatron_r1.weight_sync.plan.ranks import Coordinate, EngineLayout
@@ -39,13 +40,10 @@ class PredictedLayout:
         self._stage_layers = stage_layers(len(self.table.layers), layout.pipeline)
         self._stage_of_layer = [s for s, layers in enumerate(self._stage_layers) for _ in layers]
         self._embedding_stages = sorted({0, layout.pipeline - 1} if is_tied(self.table) else {0})
+        self._num_expert_ranks = layout.data * layout.tensor
+        within = list(product(range(layout.data), range(layout.tensor)))
         self._stage_coordinates = [
-            [
-                Coordinate(stage, data, tensor)
-                for data in range(layout.data)
-                for tensor in range(layout.tensor)
-            ]
-            for stage in range(layout.pipeline)
+            [Coordinate(stage, *at) for at in within] for stage in range(layout.pipeline)
         ]
 
     def tensors(self, at: Coordinate) -> Iterator[HFTensor]:
@@ -109,10 +107,6 @@ class PredictedLayout:
         if tensor.source == 0 or groups % ranks == 0:
             return _share(shape, 0, rank, ranks)
         return _share(shape, 0, rank * groups // ranks, groups)  # several ranks share a head
-
-    @property
-    def _num_expert_ranks(self) -> int:
-        return self.layout.data * self.layout.tensor
 
     def _experts_on(self, at: Coordinate) -> range:
         """Return the routed experts on the rank at `at` under expert parallelism (FusedMoE, linear

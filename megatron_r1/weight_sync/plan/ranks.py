@@ -28,29 +28,18 @@ class TrainerGrid:
     expert_tensor: int = 1
 
     def __post_init__(self):
-        for name, size in (("dense", self.dense_model), ("experts", self.expert_model)):
-            if self.world % (size * self.pipeline):
+        for name, model in (("dense", self.tensor * self.context), ("experts", self.expert_model)):
+            size = model * self.pipeline
+            if self.world % size:
                 raise UserError(
-                    f"{self.world} trainer ranks cannot be divided into groups of "
-                    f"{size * self.pipeline} ({name})"
+                    f"{self.world} trainer ranks cannot be divided into groups of {size} ({name})"
                 )
 
     @classmethod
     def of(cls, parallel: ParallelConfig, world: int) -> TrainerGrid:
         """Return the grid of `world` ranks under a recipe's `parallel` section."""
-        return cls(
-            world,
-            parallel.tensor,
-            parallel.pipeline,
-            parallel.context,
-            parallel.expert,
-            parallel.expert_tensor,
-        )
-
-    @property
-    def dense_model(self) -> int:
-        """Number of ranks of a pipeline stage that differ in tensor or context coordinate."""
-        return self.tensor * self.context
+        axes = {"tensor", "pipeline", "context", "expert", "expert_tensor"}
+        return cls(world, **parallel.model_dump(include=axes))
 
     @property
     def expert_model(self) -> int:

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -28,20 +27,8 @@ HeldPieces = Mapping[str, Sequence[tuple[Tensor, Piece]]]
 """HF name -> the parameters that hold pieces of that tensor."""
 
 
-@dataclass(frozen=True)
-class _Link:
-    """The link to one engine rank. slices[i] is the data of its i-th delivery."""
-
-    sender: Sender
-    slices: list[tuple[ParameterSlice, Encoding]]
-
-    def send(self, push: int, window: int) -> None:
-        if window < self.sender.table.num_windows:
-            self.sender.send(push, window, EncodedSlices(self.slices))
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(d.num_bytes(self.sender.table) for d in self.sender.deliveries)
+_Link = tuple[Sender, list[tuple[ParameterSlice, Encoding]]]
+"""To one engine rank: the transport's end, and the data of each of its deliveries."""
 
 
 class WeightSender:
@@ -97,16 +84,16 @@ class WeightSender:
             )
         except (OSError, RuntimeError, ValueError) as error:  # torch.distributed raises the second
             return {"problem": f"{type(error).__name__}: {error}"}
-        links = self._links[engine]
+        ends = [sender for sender, _ in self._links[engine]]
         return {
-            "num_windows": max((link.sender.table.num_windows for link in links), default=1),
-            "num_bytes": sum(link.num_bytes for link in links),
+            "num_windows": max((end.table.num_windows for end in ends), default=1),
+            "num_bytes": sum(d.num_bytes(end.table) for end in ends for d in end.deliveries),
         }
 
     def disconnect(self, engine: int) -> None:
         """Close the links to an engine, if there are any."""
-        for link in self._links.pop(engine, []):
-            link.sender.close()
+        for sender, _ in self._links.pop(engine, []):
+            sender.close()
 
     def send(self, push: int, engines: Sequence[int], gone: Sequence[int] = ()) -> dict[str, Any]:
         """Send the present weights to these engines, as push number `push` of each.
@@ -118,12 +105,13 @@ class WeightSender:
             self.disconnect(engine)
         problems: dict[str, str] = {}
         links = {engine: self._links.get(engine, []) for engine in engines}
-        tables = [link.sender.table for of_engine in links.values() for link in of_engine]
+        tables = [sender.table for of_engine in links.values() for sender, _ in of_engine]
         for window in range(max((table.num_windows for table in tables), default=0)):
             for engine, of_engine in links.items():
                 try:
-                    for link in of_engine if str(engine) not in problems else []:
-                        link.send(push, window)
+                    for sender, slices in of_engine if str(engine) not in problems else []:
+                        if window < sender.table.num_windows:
+                            sender.send(push, window, EncodedSlices(slices))
                 except (OSError, RuntimeError) as error:  # torch.distributed raises the latter
                     problems[str(engine)] = f"{type(error).__name__}: {error}"
         return {"problems": problems}
@@ -145,20 +133,21 @@ class WeightSender:
             part = self._slice(transfer.name, transfer.region)
             for delivery, encoding in needs.deliveries(rank, transfer):
                 deliveries[rank].append((delivery, (part, encoding)))
-        links, plans = [], {}
+        links: list[_Link] = []
+        plans = {}
         try:
             for rank, items in deliveries.items():
                 items.sort(key=lambda item: item[0].slot)
                 end = sender_class(transport)
                 sender = end(rendezvous, self.rank, rank, receivers[rank], full_every)
-                links.append(_Link(sender, [part for _, part in items]))
+                links.append((sender, [part for _, part in items]))
                 plans[rank] = sender.plan([delivery for delivery, _ in items])
             rendezvous.publish_plans(self.rank, self.grid.world, plans, layout.num_ranks)
-            for link in links:
-                link.sender.connect()
+            for sender, _ in links:
+                sender.connect()
         except BaseException:
-            for link in links:
-                link.sender.close()
+            for sender, _ in links:
+                sender.close()
             raise
         return links
 
