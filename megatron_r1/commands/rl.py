@@ -140,7 +140,7 @@ async def _with_engines(
     supervisor.watch_rollouts(collector)
     try:
         if not config.rl.sample_log:
-            await log.clear()  # old samples are not of this run's policies
+            await log.prune()  # old samples are not of this run's policies
         await collector.grader.check_rewards(prompts.train + prompts.heldout)
         recorder.view.phase("starting", f"trainer and {config.rollout.engines} x vLLM")
         # version: every engine gets the trainer's weights before it samples.

@@ -5,6 +5,7 @@ mean and no deviation.
 from __future__ import annotations
 
 import math
+from itertools import chain
 from statistics import fmean, pstdev
 
 
@@ -33,13 +34,9 @@ def group_advantages(
     known = graded(rewards)
     if len(set(known)) < 2:
         return [0.0] * len(rewards)
-    if divide_by == "none":
-        scale = 1.0
-    elif divide_by == "group":
-        scale = pstdev(known) + epsilon
-    else:
+    if divide_by not in ("group", "none"):
         raise ValueError(f"divide_by {divide_by!r}: use group or none")
-    mean = fmean(known)
+    mean, scale = fmean(known), pstdev(known) + epsilon if divide_by == "group" else 1.0
     return [0.0 if r is None else (r - mean) / scale for r in rewards]
 
 
@@ -48,12 +45,8 @@ def over_batch_std(
 ) -> list[list[float]]:
     """Return `advantages` divided by epsilon + the standard deviation of those of all graded
     responses of the rollout."""
-    known = [
-        a
-        for of_group, group in zip(advantages, rewards, strict=True)
-        for a, r in zip(of_group, group, strict=True)
-        if r is not None
-    ]
+    pairs = zip(chain(*advantages), chain(*rewards), strict=True)
+    known = [advantage for advantage, reward in pairs if reward is not None]
     if len(set(known)) < 2:
         return advantages
     scale = pstdev(known) + epsilon

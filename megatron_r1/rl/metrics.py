@@ -50,29 +50,25 @@ def sample_records(
 ) -> list[dict[str, Any]]:
     """Return lines for samples.jsonl: the first response of `limit` groups, or, with None, every
     response of all groups."""
-    if limit is None:
-        chosen = [(group, graded) for group in groups for graded in group.responses]
-    else:
-        chosen = [(group, group.responses[0]) for group in groups[:limit]]
-    return [_record(group, graded, step, split) for group, graded in chosen]
+    count = None if limit is None else 1
+    return [
+        {
+            "step": step,
+            "split": split,
+            "id": group.prompt.id,
+            "question": group.prompt.question,
+            "truth": group.prompt.truth,
+            "response": graded.text,
+            "reward": graded.reward,
+            "rewards": graded.rewards,
+            "reason": graded.reason,
+            "length": len(graded.response.token_ids),
+            "policy_version": (graded.response.policy_versions or [None])[-1],
+        }
+        for group in groups[:limit]
+        for graded in group.responses[:count]
+    ]
 
 
 def _mean(term: str, responses: list[GradedResponse]) -> float:
     return fmean([r.rewards[term] for r in responses if term not in r.ungraded] or [0.0])
-
-
-def _record(group: Group, graded: GradedResponse, step: int, split: str) -> dict[str, Any]:
-    versions = graded.response.policy_versions
-    return {
-        "step": step,
-        "split": split,
-        "id": group.prompt.id,
-        "question": group.prompt.question,
-        "truth": group.prompt.truth,
-        "response": graded.text,
-        "reward": graded.reward,
-        "rewards": graded.rewards,
-        "reason": graded.reason,
-        "length": len(graded.response.token_ids),
-        "policy_version": versions[-1] if versions else None,
-    }

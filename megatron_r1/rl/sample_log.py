@@ -75,13 +75,9 @@ class SampleLog:
                 "set rl.sample_log: false, and run the same command again"
             )
 
-    async def prune(self, step: int) -> None:
-        """Delete the logs up to `step`, to which no checkpoint goes back."""
-        await self._in_thread(lambda: self._remove(until=step))
-
-    async def clear(self) -> None:
-        """Delete all logs: their samples are of policies that this run will not have."""
-        await self._in_thread(lambda: self._remove(until=math.inf))
+    async def prune(self, until: float = math.inf) -> None:
+        """Delete the logs up to step `until`, to which no checkpoint goes back; default all."""
+        await self._in_thread(lambda: self._remove(until))
 
     async def close(self) -> None:
         """Sync and end the thread. May be called more than once."""

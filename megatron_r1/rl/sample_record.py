@@ -45,10 +45,8 @@ class Accepted(msgspec.Struct, array_like=True, frozen=True, tag="accepted"):
     """The step's batch was complete and its grades were checked: it may have been trained on."""
 
 
-Record = GroupRecord | Accepted
-
 encode = msgspec.msgpack.Encoder().encode
-decode = msgspec.msgpack.Decoder(Record).decode
+decode = msgspec.msgpack.Decoder(GroupRecord | Accepted).decode
 
 
 def pack(position: int, group: Group) -> GroupRecord:
@@ -72,10 +70,10 @@ def _pack_response(graded: GradedResponse) -> ResponseRecord:
         response.policy_versions.tobytes(),
         response.finish_reason,
         response.routing,
-        _encode_text(graded.text),
+        graded.text.encode("utf-8", "surrogatepass"),
         graded.rewards,
         graded.reward,
-        _encode_text(graded.reason),
+        graded.reason.encode("utf-8", "surrogatepass"),
         graded.ungraded,
         graded.is_graded,
         None if teacher is None else teacher.tobytes(),
@@ -84,30 +82,18 @@ def _pack_response(graded: GradedResponse) -> ResponseRecord:
 
 def _unpack_response(record: ResponseRecord) -> GradedResponse:
     teacher = record.teacher_logprobs
+    token_ids, versions = _array("i", record.token_ids), _array("i", record.policy_versions)
+    logprobs = _array("f", record.logprobs)
     return GradedResponse(
-        Response(
-            _array("i", record.token_ids),
-            _array("f", record.logprobs),
-            _array("i", record.policy_versions),
-            record.finish_reason,
-            record.routing,
-        ),
-        _decode_text(record.text),
+        Response(token_ids, logprobs, versions, record.finish_reason, record.routing),
+        record.text.decode("utf-8", "surrogatepass"),
         record.rewards,
         record.reward,
-        _decode_text(record.reason),
+        record.reason.decode("utf-8", "surrogatepass"),
         record.ungraded,
         record.is_graded,
         None if teacher is None else _array("f", teacher),
     )
-
-
-def _encode_text(text: str) -> bytes:
-    return text.encode("utf-8", "surrogatepass")
-
-
-def _decode_text(content: bytes) -> str:
-    return content.decode("utf-8", "surrogatepass")
 
 
 def _array(typecode: str, content: bytes) -> array:

@@ -10,7 +10,6 @@ with the version that made it.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import Awaitable, Callable
 from typing import Generic, TypeVar
 
@@ -63,13 +62,10 @@ class RolloutStream(Generic[Batch]):
 
     async def close(self) -> None:
         """Cancel the batches that were not taken; the engines abort their requests."""
-        tasks = list(self._tasks.values())
-        self._tasks = {}
+        tasks, self._tasks = list(self._tasks.values()), {}
         for task in tasks:
             task.cancel()
-        for task in tasks:
-            with contextlib.suppress(asyncio.CancelledError, Exception):
-                await task
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _start(self, step: int, before: asyncio.Task[Batch] | None) -> Batch:
         if self._one_at_a_time and before is not None:

@@ -9,14 +9,7 @@ from pathlib import Path
 from megatron_r1.config import Config
 from megatron_r1.config.algorithms import rules_of
 from megatron_r1.data.tokenizer import load_tokenizer
-from megatron_r1.engine import gpu
-from megatron_r1.engine.recipe import (
-    check_ranks,
-    context_length,
-    engine_settings,
-    fleet_settings,
-    positions,
-)
+from megatron_r1.engine import gpu, recipe
 from megatron_r1.errors import UserError
 from megatron_r1.fleet.external import ExternalFleet
 from megatron_r1.fleet.rollout_fleet import RolloutFleet
@@ -29,10 +22,10 @@ NUM_SHOWN = 5
 def teacher_fleet(config: Config, logs: Path, notify: Callable[[str], None]) -> RolloutFleet:
     """Return the engines of section `teacher`, to be started with the model `teacher.path`."""
     teacher = config.teacher
-    supervision = {**fleet_settings(teacher), "role": "teacher", "notify": notify}
+    supervision = {**recipe.fleet_settings(teacher), "role": "teacher", "notify": notify}
     # vLLM samples one token after those it scores. If that is beyond the model's positions it must
     # be allowed; nothing is computed there, as the token is not an input.
-    max_model_len = context_length(config) + 1
+    max_model_len = recipe.context_length(config) + 1
     if teacher.url:
         return ExternalFleet(teacher.url, logs, max_model_len=max_model_len, **supervision)
     return RolloutFleet(
@@ -44,7 +37,7 @@ def teacher_fleet(config: Config, logs: Path, notify: Callable[[str], None]) -> 
         extra_args=["--max-num-batched-tokens", str(teacher.tokens_at_once)],
         extra_env={"VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1"},
         **supervision,
-        **engine_settings(teacher),
+        **recipe.engine_settings(teacher),
     )
 
 
@@ -68,8 +61,8 @@ def check_teacher(config: Config) -> None:
         return
     hf = load_config(path, "teacher.path")
     if not config.teacher.url:
-        check_ranks(config.teacher, hf, "teacher")
-    room, needed = positions(path, "teacher.path"), context_length(config)
+        recipe.check_ranks(config.teacher, hf, "teacher")
+    room, needed = recipe.positions(path, "teacher.path"), recipe.context_length(config)
     if room < needed:
         raise UserError(
             f"teacher.path {path} has {room} positions (max_position_embeddings), and the student "
@@ -88,12 +81,9 @@ def check_teacher(config: Config) -> None:
             f"teacher.path {path} knows tokens 0 … {known - 1}, and the student may write any of "
             f"0 … {own - 1}; choose a teacher with a vocab_size of at least {own}"
         )
-    vocabularies = (
-        load_tokenizer(folder, key).get_vocab()
-        for folder, key in ((config.model.path, "model.path"), (path, "teacher.path"))
-    )
-    difference = differing_tokens(*vocabularies)
-    if difference:
+    tokenizer = load_tokenizer(config.model.path, "model.path")
+    vocabulary = load_tokenizer(path, "teacher.path").get_vocab()
+    if difference := differing_tokens(tokenizer.get_vocab(), vocabulary):
         raise UserError(
             f"teacher.path {path}: its tokenizer is not the student's ({config.model.path}), so "
             f"its log-probabilities are of other texts: {difference}. Choose a teacher of the same "

@@ -128,7 +128,7 @@ def test_steps_before_the_oldest_checkpoint_are_deleted(tmp_path):
             step.keep(0, group(0, 1.0))
         await log.prune(2)
         assert [path.name for path in tmp_path.iterdir()] == ["step_00000003.log"]
-        await log.clear()
+        await log.prune()
         assert list(tmp_path.iterdir()) == []
         await log.close()
 
