@@ -8,16 +8,11 @@ from torch import Tensor
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
-def check_float(name: str, tensor: Tensor) -> None:
-    if tensor.dtype not in FLOATS:
-        raise ValueError(f"{name} must be floating point, got {tensor.dtype}")
-
-
 def check_floats(**tensors: Tensor | None) -> None:
     """Each must be None, or floating point."""
     for name, tensor in tensors.items():
-        if tensor is not None:
-            check_float(name, tensor)
+        if tensor is not None and tensor.dtype not in FLOATS:
+            raise ValueError(f"{name} must be floating point, got {tensor.dtype}")
 
 
 def check_tensors(**tensors: Tensor) -> None:
@@ -40,7 +35,7 @@ def check_same_device(**tensors: Tensor | None) -> None:
 
 def check_head(hidden: Tensor, weight: Tensor) -> None:
     """hidden must be (T, H) and weight (V_local, H), of one floating dtype."""
-    check_float("hidden", hidden)
+    check_floats(hidden=hidden)
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(
             f"hidden must be (T, H) and weight (V, H), got {tuple(hidden.shape)} and "
@@ -51,12 +46,6 @@ def check_head(hidden: Tensor, weight: Tensor) -> None:
             f"weight is {weight.dtype}, hidden {hidden.dtype}: give both one dtype, under "
             "autocast weight.to(hidden.dtype)"
         )
-
-
-def check_logits(logits: Tensor) -> None:
-    check_float("logits", logits)
-    if logits.dim() != 2:
-        raise ValueError(f"logits must be (T, V), got {tuple(logits.shape)}: flatten the batch")
 
 
 def check_targets(

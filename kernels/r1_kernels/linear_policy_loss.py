@@ -27,7 +27,7 @@ from r1_kernels.averaging import Averaging
 from r1_kernels.gemm import wide
 from r1_kernels.linear_head import HeadGradients, LinearHead, Rows
 from r1_kernels.linear_token_logprobs import head_logprobs, make_head
-from r1_kernels.policy_loss import policy_loss, prepare_tokens
+from r1_kernels.policy_loss import prepare_tokens, tokens_loss
 from r1_kernels.policy_terms import PolicySettings, PolicyTerms, TokenTensors
 from r1_kernels.vocabulary import RowSoftmax, RowUpstream
 
@@ -95,32 +95,19 @@ def linear_policy_loss(
     head = make_head(hidden, weight, temperature, group, vocab_size, chunk_tokens, backend)
     check_tokens(len(hidden), advantages=advantages)
     given = TokenTensors(None, old_logprobs, ref_logprobs, rollout_logprobs, advantages, mask)
-    tokens, _ = prepare_tokens(
-        given,
-        settings,
-        averaging,
-        head.primitives,
-        wide(hidden.dtype),
-        hidden=hidden,
-        weight=weight,
-        targets=targets,
+    on_one_device = {"hidden": hidden, "weight": weight, "targets": targets}
+    tokens, sequences = prepare_tokens(
+        given, settings, averaging, head.primitives, wide(hidden.dtype), **on_one_device
     )
     rows = _seen_rows(tokens.weights)
     check_targets(targets, len(hidden), head.shard.size, None if isinstance(rows, int) else rows)
     if ratio_level == "sequence":
         logprobs, entropy = _seen_logprobs(hidden, weight, targets, rows, head, reduce_hidden_grad)
-        terms = policy_loss(
-            logprobs,
-            old_logprobs,
-            ref_logprobs,
-            advantages,
-            mask,
-            **settings._asdict(),
-            **averaging._asdict(),
-            rollout_logprobs=rollout_logprobs,
-            entropy=entropy,
-            entropy_coef=entropy_coef,
-            backend=backend,
+        tokens = tokens._replace(logprobs=logprobs.detach())
+        if old_logprobs is None:
+            tokens = tokens._replace(old_logprobs=tokens.logprobs)
+        terms = tokens_loss(
+            logprobs, entropy, tokens, settings, sequences, entropy_coef, head.primitives
         )
         return LinearPolicyLoss(terms.loss, logprobs.detach(), entropy.detach(), *terms[1:])
     needs = [torch.is_grad_enabled() and t.requires_grad for t in (hidden, weight)]

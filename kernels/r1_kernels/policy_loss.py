@@ -94,10 +94,8 @@ def policy_loss(
     tokens, sequences = prepare_tokens(
         given, settings, averaging, primitives, wide(logprobs.dtype), entropy=entropy
     )
-    terms, grad = _with_ratio_level(tokens, settings, sequences, ratio_level, primitives)
-    bonus = entropy_coef * tokens.weights if entropy_coef else None
-    loss = _Loss.apply(logprobs, entropy, terms.loss, grad, bonus)
-    return PolicyLoss(loss, terms.ratio, terms.clipped, terms.kl, terms.importance)
+    level = sequences if ratio_level == "sequence" else None
+    return tokens_loss(logprobs, entropy, tokens, settings, level, entropy_coef, primitives)
 
 
 def prepare_tokens(
@@ -125,17 +123,30 @@ def prepare_tokens(
     return TokenTensors(*detached)._replace(weights=weights), sequences
 
 
-def _with_ratio_level(
+def tokens_loss(
+    logprobs: Tensor,
+    entropy: Tensor | None,
     tokens: TokenTensors,
     settings: PolicySettings,
     sequences: Sequences | None,
-    ratio_level: str,
+    entropy_coef: float,
     primitives: ModuleType,
+) -> PolicyLoss:
+    """Compute `policy_loss` of prepared tokens. sequences: those whose ratio is one, or None."""
+    if sequences is None:
+        terms = primitives.policy_terms(tokens, settings)
+        grad = terms.grad_ratio + terms.grad_logprob
+    else:
+        terms, grad = _with_sequence_ratios(tokens, settings, sequences, primitives)
+    bonus = entropy_coef * tokens.weights if entropy_coef else None
+    loss = _Loss.apply(logprobs, entropy, terms.loss, grad, bonus)
+    return PolicyLoss(loss, terms.ratio, terms.clipped, terms.kl, terms.importance)
+
+
+def _with_sequence_ratios(
+    tokens: TokenTensors, settings: PolicySettings, sequences: Sequences, primitives: ModuleType
 ) -> tuple[PolicyTerms, Tensor]:
     """Return the terms, and the derivative (T,) of the loss by the log-probabilities."""
-    if ratio_level == "token" or sequences is None:
-        terms = primitives.policy_terms(tokens, settings)
-        return terms, terms.grad_ratio + terms.grad_logprob
     seen = ~(tokens.weights <= 0)
     dtype = wide(tokens.logprobs.dtype)
     gap = tokens.logprobs.to(dtype) - tokens.old_logprobs.to(dtype)

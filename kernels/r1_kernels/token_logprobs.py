@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from r1_kernels.arguments import (
-    check_logits,
+    check_floats,
     check_same_device,
     check_targets,
     check_temperature,
@@ -42,7 +42,9 @@ def token_logprobs(
     the same bits on every rank of the group.
     Raises ValueError for shapes, dtypes, devices, targets and a temperature that do not fit."""
     check_tensors(logits=logits, targets=targets)
-    check_logits(logits)
+    check_floats(logits=logits)
+    if logits.dim() != 2:
+        raise ValueError(f"logits must be (T, V), got {tuple(logits.shape)}: flatten the batch")
     check_temperature(temperature)
     check_same_device(logits=logits, targets=targets)
     shard = Shard.of(logits, logits.shape[1], group, vocab_size)

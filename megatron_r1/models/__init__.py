@@ -4,7 +4,7 @@
     deepseek_v3.py, llama.py, qwen2.py                   one architecture each: its config fields
     config.py, build.py                                  Megatron's configuration, and the model
     policy_model.py, score_model.py                      the last stage: hidden states or scores
-    layers.py, norm.py, attention.py                     layers that Megatron lacks on a CPU
+    layers.py, attention.py                              layers that Megatron lacks on a CPU
     rotary.py, context.py                                packed batches, context parallelism
     replay.py, fp8/                                      routing replay, FP8
 

@@ -41,15 +41,11 @@ class CoreAttention(MegatronModule):
     def __init__(
         self,
         config,
-        layer_number: int,
-        attn_mask_type,
-        attention_type: str,
-        attention_dropout: float | None = None,
+        *positional,
         softmax_scale: float | None = None,
         k_channels: int | None = None,
-        v_channels: int | None = None,
-        cp_comm_type: str | None = None,
         pg_collection=None,
+        **unused,
     ):
         super().__init__(config=config)
         self.softmax_scale = softmax_scale or (k_channels or config.kv_channels) ** -0.5

@@ -34,16 +34,9 @@ class Patch:
 PATCHES: list[Patch] = []
 
 
-def _patch(
-    name: str, upstream: str, text: str
-) -> Callable[[Callable[[], None]], Callable[[], None]]:
+def _patch(name: str, upstream: str, text: str) -> Callable[[Callable[[], None]], None]:
     """Register the decorated function as a patch; the arguments are those of `Patch`."""
-
-    def register(install: Callable[[], None]) -> Callable[[], None]:
-        PATCHES.append(Patch(name, upstream, text, install))
-        return install
-
-    return register
+    return lambda install: PATCHES.append(Patch(name, upstream, text, install))
 
 
 class _Event:

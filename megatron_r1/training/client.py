@@ -292,7 +292,8 @@ class TrainerClient:
             while self.waiting.missing:
                 reply = await self.socket.reply(POLL_SECONDS)
                 if reply is None:
-                    lost = self._lost(replies)
+                    silent = (r for r in range(len(self._processes)) if r not in replies)
+                    lost = next((r for r in silent if self._processes[r].poll() is not None), None)
                     # The last reply of a rank that died may have arrived since.
                     reply = await self.socket.reply(POLL_SECONDS) if lost is not None else None
                     if reply is None and lost is not None:
@@ -315,13 +316,6 @@ class TrainerClient:
         await asyncio.sleep(POLL_SECONDS)
         killed = [r for r, p in enumerate(self._processes) if (p.poll() or 0) < 0]
         raise TrainerLost(self._cause_of_death(killed[0]) if killed else reply.error)
-
-    def _lost(self, replies: dict[int, Any]) -> int | None:
-        """Return a rank that has not replied and whose process has ended, or None."""
-        for rank, process in enumerate(self._processes):
-            if rank not in replies and process.poll() is not None:
-                return rank
-        return None
 
     def _cause_of_death(self, rank: int) -> str:
         if rank >= len(self._processes):

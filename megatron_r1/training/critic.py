@@ -56,10 +56,7 @@ class Critic:
 
     def values(self, batches: list[PackedBatch]) -> None:
         """Fill `PackedBatch.values`, on the last stage."""
-        for chunk in self.chunks:
-            chunk.eval()
-        with torch.no_grad():
-            run_passes(self.chunks, batches, _keep_values, forward_only=True)
+        run_passes(self.chunks, batches, _keep_values, forward_only=True)
 
     def update(self, batches: list[PackedBatch], learning_rate: float) -> dict[str, float]:
         """Make one optimizer step towards `PackedBatch.returns`.

@@ -32,7 +32,7 @@ def run_passes(
     forward_only: bool,
     inputs: Inputs | None = None,
 ) -> list[Any]:
-    """Run forward and, unless forward_only, backward over `batches`.
+    """Run forward over `batches` and, unless forward_only (then in evaluation mode), backward.
 
     Returns the reports of `compute`, one per micro-batch, on the last pipeline stage."""
 
@@ -48,16 +48,20 @@ def run_passes(
         )
         return out, partial(compute, batch)
 
+    for chunk in chunks if forward_only else ():
+        chunk.eval()
     interleaved = len(chunks) > 1
-    return get_forward_backward_func()(
-        forward_step_func=forward_step,
-        data_iterator=[iter(batches) for _ in chunks] if interleaved else iter(batches),
-        model=chunks,
-        num_microbatches=len(batches),
-        seq_length=max(batch.input_ids.shape[1] for batch in batches),
-        micro_batch_size=1,
-        forward_only=forward_only,
-    )
+    # forward_only alone leaves Megatron recording a graph.
+    with torch.set_grad_enabled(not forward_only):
+        return get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=[iter(batches) for _ in chunks] if interleaved else iter(batches),
+            model=chunks,
+            num_microbatches=len(batches),
+            seq_length=max(batch.input_ids.shape[1] for batch in batches),
+            micro_batch_size=1,
+            forward_only=forward_only,
+        )
 
 
 def optimizer_step(

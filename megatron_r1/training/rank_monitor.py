@@ -67,9 +67,7 @@ class RankMonitor:
         poller = zmq.Poller()
         poller.register(socket, zmq.POLLIN)
         poller.register(monitor, zmq.POLLIN)
-        while True:
-            if socket not in dict(poller.poll()):
-                break
+        while socket in dict(poller.poll()):
             question = int(socket.recv())
             socket.send(msgspec.msgpack.encode(self.status(question)))
         time.sleep(GRACE_SECONDS)

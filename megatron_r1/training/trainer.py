@@ -12,6 +12,7 @@ prompts or rewards."""
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -214,11 +215,8 @@ class Trainer:
         """Return {"scores": s}, s[i][m] a score model's scores of the samples of micro-batch m of
         mini-batch i; empty on ranks before the last stage."""
         scores: list[list[list[float]]] = []
-        for chunk in self.chunks:
-            chunk.eval()
         for batches in self.minibatches:
-            with torch.no_grad():
-                reports = self._run(batches, self._scores_only, forward_only=True)
+            reports = self._run(batches, self._scores_only, forward_only=True)
             scores.append(reports if self.position.last_stage else [])
         return {"scores": scores}
 
@@ -261,7 +259,7 @@ class Trainer:
         wait: until it is done."""
         progress = self.saving.progress(wait)
         assert progress is not None, "save_checkpoint() comes first"
-        return {"is_done": progress.is_done, "error": progress.error, "seconds": progress.seconds}
+        return asdict(progress)
 
     def verify_checkpoint(self, folder: str) -> dict[str, Any]:
         """Return {"damage": lines}, the faults of `folder` that `checkpoint.verify` looks for."""
@@ -282,13 +280,8 @@ class Trainer:
         return {"is_same_layout": loading.load(Path(folder), self._networks())}
 
     def _score(self, batches: list[PackedBatch], name: str, temperature: float) -> None:
-        if not batches:
-            return
-        for chunk in self.chunks:
-            chunk.eval()
-        compute = partial(self._logprobs_only, name, temperature)
-        with torch.no_grad():  # forward_only alone leaves Megatron recording a graph
-            self._run(batches, compute, forward_only=True)
+        if batches:
+            self._run(batches, partial(self._logprobs_only, name, temperature), forward_only=True)
 
     def _run(self, batches: list[PackedBatch], compute, forward_only: bool) -> list[Any]:
         """Run Megatron's schedule over `batches`, with routing replay and MTP labels; returns the

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from megatron_r1.weights.llama import dense_mlp
 from megatron_r1.weights.rules import Rule, Source, Table, columns, gated, rows, weight, whole
 
 
@@ -11,7 +12,7 @@ def table(hf: dict) -> Table:
     """Return the rules for this `config.json`, MTP layers included."""
     num_layers, num_mtp = hf["num_hidden_layers"], hf.get("num_nextn_predict_layers") or 0
     num_dense = min(hf.get("first_k_dense_replace") or 0, num_layers)
-    dense, sparse = _attention(hf) + _mlp(hf), _attention(hf) + _experts(hf)
+    dense, sparse = _attention(hf) + dense_mlp(hf), _attention(hf) + _experts(hf)
     layers = [dense] * num_dense + [sparse] * (num_layers - num_dense)
     copies = {}
     for layer in range(num_layers, num_layers + num_mtp):
@@ -50,14 +51,6 @@ def _attention(hf: dict) -> list[Rule]:
         weight(m + "kv_layernorm", h + "kv_a_layernorm", (latent,), whole, kv_norm),
         weight(m + "linear_kv_up_proj", h + "kv_b_proj", (kv_height, latent), columns),
         weight(m + "linear_proj", h + "o_proj", (hidden, heads * value), rows),
-    ]
-
-
-def _mlp(hf: dict) -> list[Rule]:
-    hidden, norm = hf["hidden_size"], "mlp.linear_fc1.layer_norm_weight"
-    return [
-        weight("pre_mlp_layernorm", "post_attention_layernorm", (hidden,), whole, norm),
-        *gated("mlp", "mlp", hidden, hf["intermediate_size"]),
     ]
 
 

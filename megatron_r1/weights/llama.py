@@ -13,7 +13,7 @@ def table(hf: dict) -> Table:
 def decoder(hf: dict, qkv_bias: bool) -> Table:
     """Return the rules of a decoder with grouped-query attention and a SwiGLU in every layer."""
     head = "model.embed_tokens" if hf.get("tie_word_embeddings") else "lm_head"
-    layer = _attention(hf, qkv_bias) + _mlp(hf)
+    layer = _attention(hf, qkv_bias) + dense_mlp(hf)
     return Table.of_decoder(hf, head, [layer] * hf["num_hidden_layers"])
 
 
@@ -34,7 +34,8 @@ def _attention(hf: dict, qkv_bias: bool) -> list[Rule]:
     ]
 
 
-def _mlp(hf: dict) -> list[Rule]:
+def dense_mlp(hf: dict) -> list[Rule]:
+    """Return the rules of a SwiGLU and the norm before it."""
     hidden, norm = hf["hidden_size"], "mlp.linear_fc1.layer_norm_weight"
     return [
         weight("pre_mlp_layernorm", "post_attention_layernorm", (hidden,), whole, norm),

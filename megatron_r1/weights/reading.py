@@ -24,9 +24,7 @@ def load_hf(model_chunks: Sequence, hf: dict, path: str | Path, stored: dict | N
     checkpoints (fp8.py) are dequantised. MTP layers' copies of the embedding and head are ignored.
     Vocabulary padding becomes zero. Raises UserError naming every missing, unexpected or mis-shaped
     tensor."""
-    with HfWeights(path, stored or hf) as weights:
-        weights.check(has_mtp(model_chunks))
-        _fill(model_chunks, hf, weights)
+    _load(model_chunks, hf, HfWeights(path, stored or hf))
 
 
 def load_megatron(
@@ -36,9 +34,7 @@ def load_megatron(
 
     It may have been saved at any layout, with Megatron's own or Transformer Engine's layers; other
     content (optimizer, reference) is ignored. stored and errors: as in `load_hf`."""
-    with MegatronWeights(path, stored or hf) as weights:
-        weights.check(has_mtp(model_chunks))
-        _fill(model_chunks, hf, weights)
+    _load(model_chunks, hf, MegatronWeights(path, stored or hf))
 
 
 def initialize_score(model_chunks: Sequence, hf: dict, *, std: float, seed: int) -> None:
@@ -49,9 +45,10 @@ def initialize_score(model_chunks: Sequence, hf: dict, *, std: float, seed: int)
                 parameter.copy_(_drawn(SCORE, tuple(parameter.shape), std, seed))
 
 
-def _fill(model_chunks: Sequence, hf: dict, weights: HfWeights | MegatronWeights) -> None:
+def _load(model_chunks: Sequence, hf: dict, weights: HfWeights | MegatronWeights) -> None:
     headless = has_score_head(hf) and not has_score_head(weights.hf)
-    with torch.no_grad():
+    with weights, torch.no_grad():
+        weights.check(has_mtp(model_chunks))
         for parameter, pieces, _ in local_pieces(model_chunks, hf):
             if headless and [piece.hf_name for piece in pieces] == [SCORE]:
                 continue

@@ -26,7 +26,7 @@ from megatron_r1.weights.stored.hf_folder import (
     write_config,
     write_index,
 )
-from megatron_r1.weights.stored.safetensors_file import FilePlan, Placed, plan_file, stored_tensors
+from megatron_r1.weights.stored.safetensors_file import FilePlan, plan_file, stored_tensors
 
 
 def save_hf(
@@ -114,13 +114,13 @@ def write_files(
                         continue
                     path = home[name]
                     if path not in views:
+                        file, size = str(unfinished[path]), plans[path].num_bytes
                         views[path] = torch.from_file(
-                            str(unfinished[path]),
-                            shared=True,
-                            size=plans[path].num_bytes,
-                            dtype=torch.uint8,
+                            file, shared=True, size=size, dtype=torch.uint8
                         )
-                    target = _view(views[path], plans[path].tensors[name])
+                    at = plans[path].tensors[name]
+                    target = views[path][at.offset : at.offset + at.num_bytes].view(at.dtype)
+                    target = target.view(at.shape)
                     target.narrow(piece.dim, piece.hf_start, piece.length).copy_(values)
     if durable:
         for path in views:
@@ -170,7 +170,3 @@ def _create(path: Path, plan: FilePlan) -> None:
             raise OSError(
                 error.errno, f"{error.strerror} ({plan.num_bytes} bytes)", path
             ) from error
-
-
-def _view(mapped: torch.Tensor, at: Placed) -> torch.Tensor:
-    return mapped[at.offset : at.offset + at.num_bytes].view(at.dtype).view(at.shape)

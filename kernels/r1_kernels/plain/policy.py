@@ -1,4 +1,4 @@
-"""The policy loss of a flat run of tokens and its derivative, in PyTorch.
+"""The policy loss of a flat run of tokens and its derivative, and sums over sequences, in PyTorch.
 
 Formulae: `r1_kernels.policy_terms`."""
 
@@ -81,3 +81,9 @@ def _kl(g: Tensor, estimator: str) -> tuple[Tensor, Tensor]:
         return 0.5 * g * g, -g
     capped = g.clamp(max=MAX_LOG_RATIO)
     return capped.exp() - capped - 1.0, torch.where(g > MAX_LOG_RATIO, 0.0, 1.0 - capped.exp())
+
+
+def segment_sums(values: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """Sum (T,) values of S packed sequences with borders (S + 1,) → (S,), at least fp32."""
+    values = values.to(wide(values.dtype))
+    return torch.segment_reduce(values, "sum", offsets=cu_seqlens.to(torch.int64), initial=0)

@@ -26,7 +26,8 @@ def megatron_fields(fp8: FP8Config) -> dict[str, Any]:
     """Return the fields of Megatron's TransformerConfig for `fp8.recipe`, which must not be "none".
 
     Raises UserError where this GPU, CUDA or Transformer Engine cannot run the recipe."""
-    check_device(fp8, torch.cuda.get_device_capability(), _version(torch.version.cuda))
+    cuda = tuple(int(part) for part in (torch.version.cuda or "0.0").split(".")[:2])
+    check_device(fp8, torch.cuda.get_device_capability(), cuda)
     _check_transformer_engine(fp8)
     return {
         "fp8": "hybrid" if fp8.gradient_format == "e5m2" else "e4m3",
@@ -91,7 +92,3 @@ def _check_transformer_engine(fp8: FP8Config) -> None:
                 f"fp8.scales={fp8.scale_kind} is set by the environment for Transformer Engine: "
                 f"start the trainer with {variable}={value}"
             )
-
-
-def _version(text: str | None) -> tuple[int, ...]:
-    return tuple(int(part) for part in (text or "0.0").split(".")[:2])

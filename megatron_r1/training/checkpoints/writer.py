@@ -6,12 +6,13 @@ never wait for the training threads, and rank 0 writes the manifest and renames 
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -59,7 +60,6 @@ class Progress:
     """State of the latest save. error: a sentence, the same on every rank. seconds: from the call
     to the renaming."""
 
-    folder: Path
     is_done: bool = False
     error: str | None = None
     seconds: float = 0.0
@@ -98,7 +98,7 @@ class CheckpointWriter:
             staged = stage(make_tree(self._memory), partial, self._memory)
         except OSError as error:
             raise UserError(_sentence(folder, str(error))) from error
-        self._progress = Progress(folder)
+        self._progress = Progress()
         arguments = (staged, partial, folder, state, began)
         self._thread = threading.Thread(target=self._write, args=arguments, daemon=True)
         self._thread.start()
@@ -118,8 +118,9 @@ class CheckpointWriter:
         """Run in the background thread; record the same outcome on all ranks."""
         written = Written(dist.get_rank())
         try:
+            write = functools.partial(_write_file, staged.writer)
             with ThreadPoolExecutor(FILES_PER_RANK) as pool:
-                for name, entry, results in pool.map(_write_file(staged), staged.files):
+                for name, entry, results in pool.map(write, staged.files):
                     written.entries[name] = entry
                     written.results.append(results)
         except Exception as error:  # the disk's, Megatron's or ours: none may be lost
@@ -137,7 +138,7 @@ class CheckpointWriter:
         except RuntimeError as lost:  # gloo's: a rank has ended
             cause = f"the ranks lost each other while they wrote: {lost}"
             failure = _sentence(folder, cause, "see the logs of the others")
-        self._progress = Progress(folder, True, failure, time.perf_counter() - began)
+        self._progress = Progress(True, failure, time.perf_counter() - began)
 
 
 def _make_empty(partial: Path, folder: Path) -> None:
@@ -151,13 +152,15 @@ def _make_empty(partial: Path, folder: Path) -> None:
         raise OSError(_sentence(folder, str(error))) from error
 
 
-def _write_file(staged: Staged) -> Callable[[StagedFile], tuple[str, Entry, list[Any]]]:
-    def write(file: StagedFile) -> tuple[str, Entry, list[Any]]:
-        with HashedFile(file.path) as stream:
-            results = write_items(staged.writer, stream, file.path.name, file.items)
-        return file.path.name, stream.entry, results
-
-    return write
+def _write_file(writer: FileSystemWriterAsync, file: StagedFile) -> tuple[str, Entry, list[Any]]:
+    """Write the items in the format of torch's distributed checkpoint; return torch's results."""
+    name, form = file.path.name, SerializationFormat.TORCH_SAVE
+    with HashedFile(file.path) as stream:
+        results = [
+            _write_item(writer.transforms, stream, data, item, name, form)
+            for item, data in file.items
+        ]
+    return name, stream.entry, results
 
 
 class HashedFile:
@@ -207,14 +210,6 @@ class HashedFile:
 
     def flush(self) -> None:
         pass
-
-
-def write_items(
-    writer: FileSystemWriterAsync, stream: HashedFile, name: str, items: Sequence[tuple[Any, Any]]
-) -> list[Any]:
-    """Append `items` in the format of torch's distributed checkpoint; return its results."""
-    form = SerializationFormat.TORCH_SAVE
-    return [_write_item(writer.transforms, stream, data, item, name, form) for item, data in items]
 
 
 def _finish(

@@ -1,4 +1,4 @@
-"""Quantises to, and dequantises from, DeepSeek's FP8 blocks (`fp8` has the layout)."""
+"""Quantises to DeepSeek's FP8 blocks (`fp8` has the layout)."""
 
 from __future__ import annotations
 
@@ -9,16 +9,11 @@ from torch import Tensor
 from megatron_r1.weights.stored.fp8 import BLOCK, scale_shape
 
 
-def dequantise(q: Tensor, scale_inv: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Return q · scale_inv (M, N) of whole blocks in `dtype`; q (M, N) float8_e4m3fn, scale_inv
-    (⌈M/128⌉, ⌈N/128⌉) fp32."""
-    return dequantize_blockwise(q, scale_inv, dtype=dtype)
-
-
 def quantise(
     x: Tensor, known: Tensor | None = None, *, power_of_two: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Return (q, scale_inv) of whole blocks x (M, N), fp32 or bf16; shapes as in `dequantise`.
+    """Return (q, scale_inv) of whole blocks x (M, N), fp32 or bf16: float8_e4m3fn (M, N)
+    and fp32 (⌈M/128⌉, ⌈N/128⌉).
 
     A block's scale is amax / 448 (rounded up to a power of two if `power_of_two`, for checkpoints
     whose quantization_config has scale_fmt "ue8m0"). known: scales (⌈M/128⌉, ⌈N/128⌉) that the
@@ -35,7 +30,7 @@ def quantise(
     if known is None:
         return q, scale
     candidate = _codes(x, known)
-    exact = dequantise(candidate, known)
+    exact = dequantize_blockwise(candidate, known, dtype=torch.float32)
     same = _whole_blocks(exact == x) | _whole_blocks(exact.bfloat16().float() == x)
     chosen = spread(same, x.shape)
     q = torch.where(chosen, candidate.view(torch.uint8), q.view(torch.uint8))

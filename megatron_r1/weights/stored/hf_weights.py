@@ -6,11 +6,13 @@ import json
 from functools import cached_property
 from pathlib import Path
 
+import torch
+from r1_kernels import dequantize_blockwise
 from torch import Tensor
 
 from megatron_r1.errors import UserError
 from megatron_r1.weights.layout import Shape, hf_tensors, table
-from megatron_r1.weights.stored import fp8, fp8_blocks
+from megatron_r1.weights.stored import fp8
 from megatron_r1.weights.stored.safetensors_file import SafetensorsFile
 from megatron_r1.weights.stored.weight_files import INDEX, SINGLE, weight_files
 
@@ -70,7 +72,7 @@ class HfWeights:
         q = file.read(name, outer, tuple(e - o for e, o in zip(ends, outer, strict=True)))
         blocks = tuple(x - f for x, f in zip(last, first, strict=True))
         scales = self.read_stored(fp8.scale_name(name), first, blocks)
-        values = fp8_blocks.dequantise(q, scales)
+        values = dequantize_blockwise(q, scales, dtype=torch.float32)
         for axis, (outside, inside, size) in enumerate(zip(outer, starts, sizes, strict=True)):
             values = values.narrow(axis, inside - outside, size)
         return values

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megatron_r1.models.norm import RMSNorm
+from megatron_r1.models.layers import RMSNorm
 
 
 def formula(x, weight, eps):
