@@ -10,13 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from r1_kernels.arguments import (
-    check_head,
-    check_same_device,
-    check_targets,
-    check_temperature,
-    check_tensors,
-)
+from r1_kernels.arguments import check_head, check_same_device, check_targets, check_temperature
 from r1_kernels.backends import choose
 from r1_kernels.gemm import wide
 from r1_kernels.linear_head import HeadGradients, LinearHead, default_chunk_tokens, head_softmax
@@ -47,9 +41,8 @@ def linear_token_logprobs(
     tensor-parallel regions do.
     Returns logprobs (T,) and entropy (T,), fp32 (fp64 for fp64), the same bits on every rank.
     Raises ValueError for shapes, dtypes, devices, targets and a temperature that do not fit."""
-    check_tensors(hidden=hidden, weight=weight, targets=targets)
-    head = make_head(hidden, weight, temperature, group, vocab_size, chunk_tokens, backend)
     check_same_device(hidden=hidden, weight=weight, targets=targets)
+    head = make_head(hidden, weight, temperature, group, vocab_size, chunk_tokens, backend)
     check_targets(targets, len(hidden), head.shard.size)
     return head_logprobs(hidden, weight, targets, head, reduce_hidden_grad)
 

@@ -12,13 +12,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from r1_kernels.arguments import (
-    check_floats,
-    check_same_device,
-    check_targets,
-    check_temperature,
-    check_tensors,
-)
+from r1_kernels.arguments import check_floats, check_same_device, check_targets, check_temperature
 from r1_kernels.backends import choose
 from r1_kernels.vocabulary import PendingStatistics, RowUpstream, Shard
 
@@ -41,12 +35,11 @@ def token_logprobs(
     may need, and can run once. Returns logprobs (T,) and entropy (T,), fp32 (fp64 for fp64),
     the same bits on every rank of the group.
     Raises ValueError for shapes, dtypes, devices, targets and a temperature that do not fit."""
-    check_tensors(logits=logits, targets=targets)
+    check_same_device(logits=logits, targets=targets)
     check_floats(logits=logits)
     if logits.dim() != 2:
         raise ValueError(f"logits must be (T, V), got {tuple(logits.shape)}: flatten the batch")
     check_temperature(temperature)
-    check_same_device(logits=logits, targets=targets)
     shard = Shard.of(logits, logits.shape[1], group, vocab_size)
     check_targets(targets, len(logits), shard.size)
     if inplace_backward and logits.is_leaf and logits.requires_grad:

@@ -49,11 +49,9 @@ def transformer_config(
     the layers of each chunk (`models.pipeline_stages`); None: layers spread evenly.
     sequence_parallel: None means True for models with experts where tensor_parallel > 1 (Megatron
     requires it there; a packed batch must then have a multiple of tensor_parallel tokens), else
-    False. with_mtp: whether to build the multi-token-prediction layers. expert_bias_update_rate:
-    step of the router's load-balancing bias per optimizer step; 0 keeps it fixed. recompute: "none"
-    keeps every activation; "selective" recomputes those of `recompute_modules` in the backward
-    pass; "full" keeps only the input of each layer. overrides: fields of Megatron's configuration
-    that replace these.
+    False. with_mtp: whether to build the multi-token-prediction layers. overrides: fields of
+    Megatron's configuration that replace these. The rest: as in `config.ParallelConfig` and
+    `config.ModelConfig`.
 
     Raises UserError for a configuration this stack would compute wrongly, for sizes that do not
     divide, and for an unknown override."""

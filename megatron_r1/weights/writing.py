@@ -20,12 +20,7 @@ from megatron_r1.files import fsync
 from megatron_r1.models.hf_config import has_score_head
 from megatron_r1.weights.layout import table
 from megatron_r1.weights.local import has_mtp, local_pieces
-from megatron_r1.weights.stored.hf_folder import (
-    carry_files,
-    split_into_files,
-    write_config,
-    write_index,
-)
+from megatron_r1.weights.stored import hf_folder
 from megatron_r1.weights.stored.safetensors_file import FilePlan, plan_file, stored_tensors
 
 
@@ -47,20 +42,22 @@ def save_hf(
     out, source = Path(out_folder), Path(source_folder)
     unfinished = out.with_name(out.name + ".incomplete")
     with_mtp = has_mtp(model_chunks)
-    files = split_into_files(stored_tensors(hf, dtype, with_mtp=with_mtp), max_shard_bytes)
+    files = hf_folder.split_into_files(
+        stored_tensors(hf, dtype, with_mtp=with_mtp), max_shard_bytes
+    )
 
     def begin() -> None:
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
-        carry_files(source, unfinished)
-        write_config(source, unfinished, dtype, with_mtp, has_score_head(hf))
+        hf_folder.carry_files(source, unfinished)
+        hf_folder.write_config(source, unfinished, dtype, with_mtp, has_score_head(hf))
 
     def finish() -> None:
-        write_index(unfinished, files)
+        hf_folder.write_index(unfinished, files)
         _replace(unfinished, out)
 
     on_first_rank(begin)
-    plans = {unfinished / name: plan_file(tensors) for name, tensors in files.items()}
+    plans = {unfinished / name: plan_file(content) for name, content in files.items()}
     write_files(model_chunks, hf, plans, durable=True)
     on_first_rank(finish)
 
