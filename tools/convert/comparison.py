@@ -53,8 +53,7 @@ def _opened(sides: Sides):
 
 
 def _compare_batch(sides: Sides, names: list[str]) -> list[Difference]:
-    found = [_compare_tensor(sides, name) for name in names]
-    return [difference for difference in found if difference is not None]
+    return [found for name in names if (found := _compare_tensor(sides, name))]
 
 
 def _compare_tensor(sides: Sides, name: str) -> Difference | None:
@@ -84,9 +83,9 @@ def _compare_tensor(sides: Sides, name: str) -> Difference | None:
     return Difference(name, count, largest, where) if count else None
 
 
-def entry_of(weights, name: str) -> tuple[tuple[int, ...], str]:
-    """Return (shape, stored dtype) of a tensor that is stored, possibly as a copy of another."""
-    return weights.tensors.get(name) or weights.tensors[weights.copies[name]]
+def entry_of(weights, name: str) -> tuple[tuple[int, ...], str] | None:
+    """Return (shape, stored dtype) of a tensor, which may be stored as another; None without."""
+    return weights.tensors.get(name) or weights.tensors.get(weights.copies.get(name))
 
 
 def common_dtype(a: str, b: str) -> torch.dtype:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from argparse import Namespace
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache, partial
 from math import prod
 from pathlib import Path
 
 import torch
+from pydantic import TypeAdapter
 
 from megatron_r1.errors import UserError
 from megatron_r1.files import atomic_write
@@ -57,6 +57,9 @@ class Done:
     entry: manifest.Entry
 
 
+DONE = TypeAdapter(Done)
+
+
 def run(chosen: Namespace) -> int:
     """Convert; OUT appears when it is complete."""
     if not is_hf(chosen.hf):
@@ -64,7 +67,9 @@ def run(chosen: Namespace) -> int:
     refuse_inside(chosen.out, chosen.hf)
     hf = read_supported_config(chosen.hf)
     with HfWeights(chosen.hf, hf) as weights:
-        with_mtp = _has_mtp(weights, hf)
+        # Whether it has the MTP layers that its config.json names.
+        first_mtp = f"model.layers.{hf['num_hidden_layers']}."
+        with_mtp = any(name.startswith(first_mtp) for name in weights.tensors)
         weights.check(with_mtp)
         stored = weights.tensors["model.embed_tokens.weight"][1]
     dtype = getattr(torch, chosen.dtype or stored)
@@ -84,10 +89,8 @@ def run(chosen: Namespace) -> int:
     files = group(p for slot in layout.slots for p in cut(slot, job.dtype_of(slot.key).itemsize))
     done = parts.run(partial(write_file, job), list(enumerate(files)), chosen.workers)
     _finish(work, job, layout, done, with_mtp)
-    print(
-        f"{chosen.out}: {counted(len(layout.shapes), 'Megatron tensor')}, {plan['dtype']}, in "
-        f"{counted(len(files), 'file')}"
-    )
+    tensors = counted(len(layout.shapes), "Megatron tensor")
+    print(f"{chosen.out}: {tensors}, {plan['dtype']}, in {counted(len(files), 'file')}")
     return 0
 
 
@@ -100,12 +103,12 @@ def write_file(job: Job, part: tuple[int, list[Piece]]) -> Done:
     path = job.folder / f"__{number}_0.distcp"
     contents = _contents(job.folder, number)
     if path.exists() and contents.exists():
-        return _read_done(json.loads(contents.read_text(encoding="utf-8")))
+        return DONE.validate_json(contents.read_bytes())
     unnamed = path.with_name(f".{path.name}.tmp")
     chunks = write_chunks(unnamed, _values(job, pieces))
     chunks = [Written(w.chunk, path.name, w.offset, w.length) for w in chunks]
     done = Done(chunks, manifest.checksum(unnamed))
-    atomic_write(contents, json.dumps({"chunks": [asdict(w) for w in chunks], "entry": done.entry}))
+    atomic_write(contents, DONE.dump_json(done).decode())
     unnamed.rename(path)
     return done
 
@@ -162,24 +165,5 @@ def _write_hf_files(job: Job, with_mtp: bool) -> None:
             write_at(file.fileno(), at, weights.scales(name))
 
 
-def _has_mtp(weights: HfWeights, hf: dict) -> bool:
-    """Return whether the folder has the MTP layers that its config.json names."""
-    first = f"model.layers.{hf['num_hidden_layers']}."
-    return any(name.startswith(first) for name in weights.tensors)
-
-
 def _contents(folder: Path, number: int) -> Path:
     return folder / f".__{number}_0.distcp.json"
-
-
-def _read_done(contents: dict) -> Done:
-    chunks = [
-        Written(
-            Chunk(w["chunk"]["key"], tuple(w["chunk"]["starts"]), tuple(w["chunk"]["sizes"])),
-            w["file"],
-            w["offset"],
-            w["length"],
-        )
-        for w in contents["chunks"]
-    ]
-    return Done(chunks, manifest.Entry(*contents["entry"]))

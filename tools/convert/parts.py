@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from megatron_r1.processes.lifetime import die_with_parent
@@ -30,36 +30,27 @@ def run(
     work and parts must be picklable. Workers die with this process, so that after a kill none of
     them writes beside the command that continues.
     """
-    results, progress = [], _Progress(len(parts), what)
     if workers == 1 or len(parts) < 2:
         _prepare()
-        for part in parts:
-            results.append(work(part))
-            progress.update(len(results))
-        return results
+        return _with_progress(map(work, parts), len(parts), what)
     # Spawned: a forked child would share the parent's open files and threads.
     context = multiprocessing.get_context("spawn")
     with context.Pool(min(workers, len(parts)), initializer=_start_worker) as pool:
-        for result in pool.imap(work, parts):
-            results.append(result)
-            progress.update(len(results))
-    return results
+        return _with_progress(pool.imap(work, parts), len(parts), what)
 
 
-class _Progress:
-    """Prints a line of progress every SECONDS_BETWEEN_LINES."""
-
-    def __init__(self, total: int, what: str):
-        self.total, self.what = total, what
-        self.began = self.printed = time.monotonic()
-
-    def update(self, done: int) -> None:
+def _with_progress(results: Iterable[Any], total: int, what: str) -> list[Any]:
+    """Return the results as a list; print a line every SECONDS_BETWEEN_LINES."""
+    found, began = [], time.monotonic()
+    printed = began
+    for result in results:
+        found.append(result)
         now = time.monotonic()
-        if now - self.printed < SECONDS_BETWEEN_LINES:
-            return
-        self.printed, seconds = now, now - self.began
-        left = seconds / done * (self.total - done)
-        print(f"  {self.what} {done}/{self.total}, {seconds:.0f} s, {left:.0f} left", flush=True)
+        if now - printed >= SECONDS_BETWEEN_LINES:
+            printed, seconds, done = now, now - began, len(found)
+            left = seconds / done * (total - done)
+            print(f"  {what} {done}/{total}, {seconds:.0f} s, {left:.0f} left", flush=True)
+    return found
 
 
 def _start_worker() -> None:

@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from math import prod
 from pathlib import Path
 
 import psutil
@@ -31,17 +32,12 @@ _BYTES_PER_PARAMETER = 6  # fp32, and half as much again while loading
 def check(checkpoint: Path, hf_files: Path, folder: Path, dtype: torch.dtype, workers: int) -> None:
     """Raise UserError with the difference unless `folder` is the model in `checkpoint`."""
     hf = read_config(hf_files, checkpoint)
-    needed = _BYTES_PER_PARAMETER * sum(
-        torch.Size(shape).numel() for shape, _ in hf_tensors(hf).values()
-    )
+    needed = _BYTES_PER_PARAMETER * sum(prod(shape) for shape, _ in hf_tensors(hf).values())
     free = psutil.virtual_memory().available
     fits = needed < free
     if not fits:
-        print(
-            f"the model needs {needed / 1e9:.0f} GB to be run, {free / 1e9:.0f} are "
-            "free: its logits are NOT compared, its tensors are",
-            flush=True,
-        )
+        gigabytes = f"the model needs {needed / 1e9:.0f} GB to be run, {free / 1e9:.0f} are free"
+        print(f"{gigabytes}: its logits are NOT compared, its tensors are", flush=True)
     if not fits or dtype == torch.float8_e4m3fn:
         _same_tensors(checkpoint, hf_files, folder, workers)
     if fits:
@@ -65,11 +61,10 @@ def _same_tensors(checkpoint: Path, hf_files: Path, folder: Path, workers: int) 
 
 def _rounding(stored: torch.dtype, dtype: torch.dtype) -> str:
     """Return, in words, how the weights of both sides are rounded before the comparison."""
-    if dtype == torch.float8_e4m3fn:
-        return ", both on the weights rounded to FP8 (what rounding changes is not compared)"
-    if torch.promote_types(stored, dtype) == dtype:
+    fp8 = dtype == torch.float8_e4m3fn
+    if not fp8 and torch.promote_types(stored, dtype) == dtype:
         return ""
-    name = str(dtype).removeprefix("torch.")
+    name = "FP8" if fp8 else str(dtype).removeprefix("torch.")
     return f", both on the weights rounded to {name} (what rounding changes is not compared)"
 
 

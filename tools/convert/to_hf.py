@@ -61,7 +61,9 @@ def run(chosen: Namespace) -> int:
     hf_files = find_hf_files(checkpoint, chosen.config)
     hf = read_supported_config(hf_files, checkpoint)
     with MegatronWeights(checkpoint, hf) as weights:
-        dtype = _dtype(chosen.dtype) or weights.dtype
+        dtype = weights.dtype
+        if chosen.dtype:
+            dtype = FP8 if chosen.dtype == "fp8" else getattr(torch, chosen.dtype)
         with_mtp = weights.with_mtp
     if dtype == FP8:
         fp8.check_config(hf)
@@ -91,10 +93,8 @@ def run(chosen: Namespace) -> int:
     work.finish()
     if not (checkpoint / manifest.NAME).is_file():
         print(f"{checkpoint} has no {manifest.NAME}: no checksum of it was verified")
-    print(
-        f"{chosen.out}: {counted(sum(map(len, files.values())), 'Hugging Face tensor')} in "
-        f"{counted(len(files), 'file')}"
-    )
+    tensors = counted(sum(map(len, files.values())), "Hugging Face tensor")
+    print(f"{chosen.out}: {tensors} in {counted(len(files), 'file')}")
     return 0
 
 
@@ -105,11 +105,9 @@ def hf_tensors_on_disk(hf: dict, dtype: torch.dtype, with_mtp: bool) -> dict:
     tensors = {}
     plain = stored_tensors(hf, torch.bfloat16, with_mtp=with_mtp)
     for name, (shape, kept) in plain.items():
+        tensors[name] = (shape, FP8 if fp8.is_quantised(name) else kept)
         if fp8.is_quantised(name):
-            tensors[name] = (shape, FP8)
             tensors[fp8.scale_name(name)] = (fp8.scale_shape(shape), torch.float32)
-        else:
-            tensors[name] = (shape, kept)
     return tensors
 
 
@@ -154,7 +152,3 @@ def _inputs(job: Job) -> tuple[MegatronWeights, KnownScales]:
     """Open the inputs, once per process."""
     hf = read_config(job.hf_files, job.checkpoint)
     return MegatronWeights(job.checkpoint, hf), KnownScales(job.hf_files, hf)
-
-
-def _dtype(name: str | None) -> torch.dtype | None:
-    return None if name is None else FP8 if name == "fp8" else getattr(torch, name)

@@ -33,11 +33,9 @@ def run(chosen: Namespace) -> int:
         print(f"… and {len(differing) - SHOWN} more tensors that differ less")
     for text in explained:
         print(text)
-    num_bad = len(alone) + len(reshaped) + len(differing)
-    print(
-        f"{len(names) - len(differing)} of {len(names) + len(alone) + len(reshaped)} tensors equal"
-    )
-    return 1 if num_bad else 0
+    total = len(names) + len(alone) + len(reshaped)
+    print(f"{len(names) - len(differing)} of {total} tensors equal")
+    return 0 if not (alone or reshaped or differing) else 1
 
 
 def _model(path: Path, chosen: Namespace) -> Path:
@@ -57,20 +55,16 @@ def _sort_names(a, b) -> tuple[list[str], list[str], list[str]]:
     """Return (names in both, missing tensors, other shapes), the last two in words."""
     both, alone, reshaped = [], [], []
     for name in [*a.tensors, *(n for n in b.tensors if n not in a.tensors)]:
-        lacking = [side for side in (a, b) if not _has(side, name)]
+        lacking = [side for side in (a, b) if entry_of(side, name) is None]
         if lacking:
             alone.append(f"{name}: only in one, {lacking[0].path} lacks it")
             continue
-        first, second = entry_of(a, name)[0], entry_of(b, name)[0]
+        first, second = (entry_of(side, name)[0] for side in (a, b))
         if first != second:
             reshaped.append(f"{name}: {first} in A, {second} in B")
         else:
             both.append(name)
     return both, alone, reshaped
-
-
-def _has(weights, name: str) -> bool:
-    return name in weights.tensors or weights.copies.get(name) in weights.tensors
 
 
 def _explain(a, b, names: list[str]) -> list[str]:
@@ -80,12 +74,9 @@ def _explain(a, b, names: list[str]) -> list[str]:
     for (first, second), count in pairs.items():
         if first == second:
             continue
-        how = f"compared after rounding to {_coarser(first, second)}"
+        coarser = str(common_dtype(first, second)).removeprefix("torch.")
+        how = f"compared after rounding to {coarser}"
         if fp8.STORED in (first, second):
             how = "compared within FP8's rounding (half a step)"
         lines.append(f"{count} tensors are {first} in A and {second} in B: {how}")
     return lines
-
-
-def _coarser(a: str, b: str) -> str:
-    return str(common_dtype(a, b)).removeprefix("torch.")

@@ -44,11 +44,8 @@ def run(chosen: argparse.Namespace) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as folder:
             measured = measure(Path(folder), shape, plain_matrices, chosen.repeats, chosen.reloads)
             here[name] = asyncio.run(measured)
-        print(
-            f"here, {name}: medians of {chosen.repeats} pushes and "
-            f"{chosen.reloads} reloads, without the first",
-            flush=True,
-        )
+        rounds = f"{chosen.repeats} pushes and {chosen.reloads} reloads, without the first"
+        print(f"here, {name}: medians of {rounds}", flush=True)
         _print_values(here[name])
     return {"real_size": plan, "here": here}
 

@@ -51,20 +51,15 @@ async def measure(
     dtype = shape["torch_dtype"]
     (folder / "model").mkdir()
     (folder / "model/config.json").write_text(json.dumps(shape))
-    config = Config.model_validate(
-        {
-            "model": {"path": str(folder / "model"), "init": "random", "dtype": dtype},
-            "rollout": {"dtype": dtype},
-        }
-    )
+    given = {"path": str(folder / "model"), "init": "random", "dtype": dtype}
+    config = Config.model_validate({"model": given, "rollout": {"dtype": dtype}})
     trainer = TrainerClient(config, folder / "logs")
     trainer.launch()
-    settings = {"max_model_len": 512, "max_num_seqs": 4, "dtype": dtype}
-    settings["plain_matrices"] = plain_matrices
+    settings = {"max_model_len": 512, "max_num_seqs": 4, "plain_matrices": plain_matrices}
     try:
         await trainer.connect()
         await trainer.call("export", folder=str(folder / "export"))
-        async with RolloutFleet(1, folder / "logs", **settings) as fleet:
+        async with RolloutFleet(1, folder / "logs", dtype=dtype, **settings) as fleet:
             await fleet.start(folder / "export", version=-1)
             return await _measure(trainer, fleet, config, shape, folder, repeats, num_reloads)
     finally:
@@ -97,27 +92,23 @@ async def _measure(
     for _ in range(1 + num_reloads):
         reloads.append(await _export_and_reload(trainer, fleet, folder / "export"))
     pushes, reloads = pushes[WARM_UP:], reloads[1:]
-    found = {
-        name: median(seconds[name] for seconds in rounds)
-        for rounds in (pushes, reloads)
-        for name in rounds[0]
-    }
-    shares = {
-        name: quantiles((r["copy"] / r[name] for r in pushes), n=4)
-        for name in ("push/transfer", "push")
-    }
+    both = pushes, reloads
+    found = {name: median(r[name] for r in rounds) for rounds in both for name in rounds[0]}
+    of_transfer, of_push = (
+        quantiles((r["copy"] / r[name] for r in pushes), n=4) for name in ("push/transfer", "push")
+    )
     return {
         "model": f"Qwen2 shape, {num_bytes / 2e9 * 2 / width:.3g}B parameters in "
         f"{config.rollout.dtype}, {num_bytes / 1e9:.3g} GB",
         "memory copy, one core, GB/s": num_bytes / found["copy"] / 1e9,
         "transfer, seconds": found["push/transfer"],
         "transfer, GB/s": num_bytes / found["push/transfer"] / 1e9,
-        "transfer over memory copy": shares["push/transfer"][1],
-        "transfer over memory copy, quartiles": shares["push/transfer"][::2],
+        "transfer over memory copy": of_transfer[1],
+        "transfer over memory copy, quartiles": of_transfer[::2],
         "pause, seconds": found["push/pause"],
         "push, seconds": found["push"],
-        "push over memory copy": shares["push"][1],
-        "push over memory copy, quartiles": shares["push"][::2],
+        "push over memory copy": of_push[1],
+        "push over memory copy, quartiles": of_push[::2],
         "export, seconds": found["export"],
         "reload, seconds": found["reload"],
         "all cores are worth, before and after the pushes": worth,

@@ -28,7 +28,7 @@ ADAPTER = 400e9 / 8
 
 def plan_of_671b() -> dict[str, dict[str, float | str]]:
     hf = json.loads(MODEL.read_text(encoding="utf-8"))
-    planner = _planner(hf)
+    planner = Planner(hf, GRID, ENGINES, _stages(hf))
     found: dict[str, dict[str, float | str]] = {"plan": _seconds(hf)}
     needs = PredictedLayout(hf, ENGINES)
     for name, num_bytes in (("bf16", plain_bytes("bfloat16")), ("fp8", fp8_bytes)):
@@ -53,10 +53,6 @@ def plan_of_671b() -> dict[str, dict[str, float | str]]:
 
 def _stages(hf: dict) -> list[list[Shard]]:
     return stage_shards(hf, GRID.pipeline, pipeline_layout=STAGES, with_mtp=False)
-
-
-def _planner(hf: dict) -> Planner:
-    return Planner(hf, GRID, ENGINES, _stages(hf))
 
 
 def _seconds(hf: dict) -> dict[str, float]:

@@ -57,25 +57,26 @@ def measure(case, launch, arch: int) -> dict[str, Any]:
     from tools.bench.resources import bound, machine_code
 
     kernel, warps = launch.kernel, launch.kernel.metadata.num_warps
+    threads = 32 * warps
     moved = machine_code.traffic(kernel.asm["ttir"])
     handled = moved.elements or case.elements / launch.programs
     used = machine_code.resources(kernel)
-    loop = machine_code.main_loop(kernel, moved, handled / launch.threads)
-    programs = bound.programs_per_sm(arch, used.registers, used.shared_bytes, warps)
+    loop = machine_code.main_loop(kernel, moved, handled / threads)
+    programs = bound.programs_per_sm(arch, used["registers"], used["shared_bytes"], warps)
     num_bytes = (moved.loaded + moved.stored) / handled
     entry = {
         "kernel": launch.name,
-        **used._asdict(),
+        **used,
         "warps": warps,
         "programs_per_sm": programs,
-        **loop._asdict(),
-        "loading_bytes_per_sm": loop.loaded_bytes * launch.threads * programs,
+        **loop,
+        "loading_bytes_per_sm": loop["loaded_bytes"] * threads * programs,
         "bytes": num_bytes,
         "least_bytes": case.least_bytes,
     }
     if arch == bound.H200:
-        limits = bound.bounds(num_bytes, loop.instructions, loop.mufu)
-        entry["elements_per_second"] = limits._asdict()
+        limits = bound.bounds(num_bytes, loop["instructions"], loop["mufu"])
+        entry["elements_per_second"] = limits
     return {k: round(v, 4) if isinstance(v, float) else v for k, v in entry.items()}
 
 

@@ -7,8 +7,6 @@ latency, and the half rate of integer, minimum and conversion instructions.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 ARCHITECTURES = (80, 90, 100)
 SHARED_KIB = {80: 164, 90: 228, 100: 228}  # of an SM
 RESERVED_SHARED = 1024  # bytes per program that CUDA itself uses
@@ -25,14 +23,6 @@ MUFU = 16  # exponentials, reciprocals, ... per clock and SM
 BANDWIDTH = 4.8e12
 
 
-class Bounds(NamedTuple):
-    """Upper bounds in elements per second of an H200."""
-
-    memory: float
-    issue: float
-    mufu: float
-
-
 def programs_per_sm(arch: int, registers: int, shared: int, warps: int) -> int:
     """Return how many programs with these registers per thread and shared bytes fit on an SM."""
     of_warp = -(-registers * 32 // REGISTER_UNIT) * REGISTER_UNIT
@@ -44,10 +34,11 @@ def programs_per_sm(arch: int, registers: int, shared: int, warps: int) -> int:
     )
 
 
-def bounds(num_bytes: float, instructions: float, mufu: float) -> Bounds:
-    """Return the bounds from bytes, instructions and MUFU operations per element."""
-    return Bounds(
-        memory=BANDWIDTH / num_bytes,
-        issue=SMS * CLOCK * ISSUED / instructions,
-        mufu=SMS * CLOCK * MUFU / mufu if mufu else float("inf"),
-    )
+def bounds(num_bytes: float, instructions: float, mufu: float) -> dict[str, float]:
+    """Return an H200's upper bounds in elements per second, from bytes, instructions and MUFU
+    operations per element."""
+    return {
+        "memory": BANDWIDTH / num_bytes,
+        "issue": SMS * CLOCK * ISSUED / instructions,
+        "mufu": SMS * CLOCK * MUFU / mufu if mufu else float("inf"),
+    }

@@ -55,29 +55,21 @@ def _softmax() -> Iterator[Case]:
         # A last id that is no multiple of 16 must not cost the whole loop its wide loads.
         ("bf16, padded", BF16, VOCAB, VOCAB - 1),
     ):
-        yield Case(
-            f"row_statistics {name}",
-            partial(_row_statistics, dtype, columns, real),
-            dtype.itemsize,
-            TOKENS * columns,
-        )
+        launcher = partial(_row_statistics, dtype, columns, real)
+        yield Case(f"row_statistics {name}", launcher, dtype.itemsize, TOKENS * columns)
     for dtype, out in ((BF16, BF16), (FP32, BF16), (FP32, FP32)):
         for more in ("", ", entropy", *([", padded"] if out == dtype == BF16 else [])):
-            yield Case(
-                f"logits_gradient {NAMES[dtype]} to {NAMES[out]}{more}",
-                partial(_logits_gradient, dtype, out, more),
-                dtype.itemsize + out.itemsize,
-                TOKENS * VOCAB,
-            )
+            name = f"logits_gradient {NAMES[dtype]} to {NAMES[out]}{more}"
+            launcher = partial(_logits_gradient, dtype, out, more)
+            yield Case(name, launcher, dtype.itemsize + out.itemsize, TOKENS * VOCAB)
 
 
 def _policies() -> Iterator[Case]:
     for present in POLICIES:
         # Always read: log-probabilities, old ones, advantages, weights. Written: six numbers.
         inputs = 4 + sum(name in present for name in ("reference", "rollout", "sequence"))
-        yield Case(
-            f"policy_terms {present}".strip(), partial(_policy, present), 4 * inputs + 24, TOKENS
-        )
+        name = f"policy_terms {present}".strip()
+        yield Case(name, partial(_policy, present), 4 * inputs + 24, TOKENS)
     yield Case("segment_sums", _segments, 4, TOKENS)
 
 
@@ -105,29 +97,22 @@ def _row_statistics(dtype: torch.dtype, columns: int, real: int) -> None:
 
 def _logits_gradient(dtype: torch.dtype, out: torch.dtype, more: str) -> None:
     logits = _meta(TOKENS, VOCAB, dtype=dtype)
-    fused.logits_gradient(
-        logits,
-        _targets(),
-        Shard(0, VOCAB, VOCAB - ("padded" in more), VOCAB, None),
-        1.0,
-        RowUpstream(
-            *(_meta(TOKENS) for _ in range(4)), _meta(TOKENS) if "entropy" in more else None
-        ),
-        logits if out == dtype else torch.empty_like(logits, dtype=out),
-    )
+    shard = Shard(0, VOCAB, VOCAB - ("padded" in more), VOCAB, None)
+    rows = [_meta(TOKENS) for _ in range(5)]
+    upstream = RowUpstream(*rows[:4], rows[4] if "entropy" in more else None)
+    target = logits if out == dtype else torch.empty_like(logits, dtype=out)
+    fused.logits_gradient(logits, _targets(), shard, 1.0, upstream, target)
 
 
 def _policy(present: str) -> None:
     def given(name: str) -> Tensor | None:
         return _meta(TOKENS) if name in present else None
 
+    always = {k: _meta(TOKENS) for k in ("logprobs", "old_logprobs", "advantages", "weights")}
     tokens = TokenTensors(
-        logprobs=_meta(TOKENS),
-        old_logprobs=_meta(TOKENS),
+        **always,
         ref_logprobs=given("reference"),
         rollout_logprobs=given("rollout"),
-        advantages=_meta(TOKENS),
-        weights=_meta(TOKENS),
         log_ratio=given("sequence"),
     )
     dual_clip = 3.0 if "dual clip" in present else None

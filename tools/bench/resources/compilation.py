@@ -28,10 +28,6 @@ class Launch(NamedTuple):
     programs: int
     kernel: Any
 
-    @property
-    def threads(self) -> int:
-        return 32 * self.kernel.metadata.num_warps
-
 
 class AbsentGPU:
     """Driver for compilation only. The architecture is also the device number, because Triton keeps

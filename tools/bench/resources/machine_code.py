@@ -30,24 +30,6 @@ class Traffic(NamedTuple):
     stored: int
 
 
-class Resources(NamedTuple):
-    registers: int
-    spilled_bytes: int
-    shared_bytes: int
-
-
-class MainLoop(NamedTuple):
-    """One thread's. Widths: bytes of one instruction; mufu, instructions: per element."""
-
-    widest_load: int
-    widest_store: int
-    loaded_bytes: int
-    barriers: int
-    shuffles: int
-    mufu: float
-    instructions: float
-
-
 class Instruction(NamedTuple):
     address: int
     opcode: str
@@ -88,15 +70,19 @@ def _moved(lines: list[str]) -> tuple[int, int]:
     return num_bytes["load"], num_bytes["store"]
 
 
-def resources(kernel: Any) -> Resources:
-    """Return the resources of a kernel compiled by Triton."""
+def resources(kernel: Any) -> dict[str, int]:
+    """Return registers, spilled bytes and shared bytes of a kernel compiled by Triton."""
     usage = _cuobjdump(kernel, "-res-usage")
     found = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
-    return Resources(found["REG"], found["STACK"] + found["LOCAL"], kernel.metadata.shared)
+    return {
+        "registers": found["REG"],
+        "spilled_bytes": found["STACK"] + found["LOCAL"],
+        "shared_bytes": kernel.metadata.shared,
+    }
 
 
-def main_loop(kernel: Any, moved: Traffic, elements: float) -> MainLoop:
-    """Return one thread's main loop.
+def main_loop(kernel: Any, moved: Traffic, elements: float) -> dict[str, float]:
+    """Return what one thread's main loop does; mufu and instructions are per element.
 
     elements: of one thread; with a loop, in one iteration of the source's loop.
     """
@@ -105,15 +91,15 @@ def main_loop(kernel: Any, moved: Traffic, elements: float) -> MainLoop:
     stores = [i.num_bytes for i in body if i.is_a("STG")]
     if moved.elements is not None:
         elements *= sum(loads) * 32 * kernel.metadata.num_warps / moved.loaded
-    return MainLoop(
-        widest_load=max(loads, default=0),
-        widest_store=max(stores, default=0),
-        loaded_bytes=sum(loads),
-        barriers=sum(i.is_a("BAR", "UBAR") for i in body),
-        shuffles=sum(i.is_a("SHFL") for i in body),
-        mufu=sum(i.is_a("MUFU") for i in body) / elements,
-        instructions=len(body) / elements,
-    )
+    return {
+        "widest_load": max(loads, default=0),
+        "widest_store": max(stores, default=0),
+        "loaded_bytes": sum(loads),
+        "barriers": sum(i.is_a("BAR", "UBAR") for i in body),
+        "shuffles": sum(i.is_a("SHFL") for i in body),
+        "mufu": sum(i.is_a("MUFU") for i in body) / elements,
+        "instructions": len(body) / elements,
+    }
 
 
 def _cuobjdump(kernel: Any, option: str) -> str:

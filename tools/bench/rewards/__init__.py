@@ -71,10 +71,8 @@ async def _rate(batch: list[Sample], chosen: argparse.Namespace) -> tuple[float 
         start = time.perf_counter()
         grades = await asyncio.gather(*(_grade(pool, sample) for sample in batch))
         seconds = time.perf_counter() - start
-    wrong = [
-        sample for sample, grade in zip(batch, grades, strict=True) if grade.reward != sample.reward
-    ]
-    return len(batch) / seconds, len(wrong)
+    pairs = zip(batch, grades, strict=True)
+    return len(batch) / seconds, sum(grade.reward != sample.reward for sample, grade in pairs)
 
 
 def math_verify_alone(batch: list[Sample]) -> dict[str, Any]:

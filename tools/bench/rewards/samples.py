@@ -82,11 +82,8 @@ Question = tuple[str, list[str], list[str]]
 def _integer(rng: random.Random) -> Question:
     n = rng.randint(-999, 9_999)
     right = [f"{n}", f"{n}.0", rf"\boxed{{{n}}}", f"x = {n}", f"${n}$", f"{n:,}"]
-    return (
-        str(n),
-        right,
-        [f"{n + 1}", f"{n - 7}", f"{n + 10}", f"x = {2 * n + 1}", f"{n} or {n + 1}"],
-    )
+    wrong = [f"{n + 1}", f"{n - 7}", f"{n + 10}", f"x = {2 * n + 1}", f"{n} or {n + 1}"]
+    return str(n), right, wrong
 
 
 def _fraction(rng: random.Random) -> Question:
@@ -97,11 +94,8 @@ def _fraction(rng: random.Random) -> Question:
         f"{top / bottom}",
         rf"\dfrac{{{2 * top}}}{{{2 * bottom}}}",
     ]
-    return (
-        f"{top}/{bottom}",
-        right,
-        [f"{bottom}/{top}", f"{top + 1}/{bottom}", f"{top / bottom + 0.1}"],
-    )
+    wrong = [f"{bottom}/{top}", f"{top + 1}/{bottom}", f"{top / bottom + 0.1}"]
+    return right[0], right, wrong
 
 
 def _surd(rng: random.Random) -> Question:
