@@ -8,12 +8,12 @@ import os
 import signal
 import sys
 
-from tools.convert import chunks, from_hf, to_hf
+from tools.convert import from_hf, to_hf
 from tools.convert.command import main
 
 count = int(sys.argv.pop(1))
 calls = itertools.count(1)
-chunks.FILE_BYTES = 60_000
+from_hf.FILE_BYTES = 60_000
 
 
 def killing(function):

@@ -17,20 +17,13 @@ import datetime
 import json
 import platform
 import sys
+from importlib import import_module
 from pathlib import Path
 
-from tools.bench import chaos, estimators, fp8, kernels, machine, push, resources, rewards, step
+from tools.bench import machine
 
-BENCHES = {
-    "chaos": chaos,
-    "estimators": estimators,
-    "fp8": fp8,
-    "kernels": kernels,
-    "push": push,
-    "resources": resources,
-    "rewards": rewards,
-    "step": step,
-}
+NAMES = "chaos", "estimators", "fp8", "kernels", "push", "resources", "rewards", "step"
+BENCHES = {name: import_module(f"tools.bench.{name}") for name in NAMES}
 """Each has `add_options(parser)`, and `run(chosen)`, which prints tables and returns the JSON."""
 
 

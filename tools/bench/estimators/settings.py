@@ -6,7 +6,10 @@ default (docs/algorithms.md).
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from tools.bench.children import ROOT
@@ -63,6 +66,13 @@ COMMON = {
 }
 
 
+def write_corpus(folder: Path, seed: int) -> None:
+    """Write the base model's base.jsonl as `python -m examples.laptop.demo --seed SEED` does."""
+    out = str(Path(folder) / "base.jsonl")
+    command = [sys.executable, "-m", "examples.laptop.make_corpus", out, "--seed", str(seed)]
+    subprocess.run(command, check=True)
+
+
 def recipe(steps: int) -> dict[str, Any]:
     """Return the recipe for `megatron-r1 pipeline`, without its folder.
 
@@ -72,7 +82,7 @@ def recipe(steps: int) -> dict[str, Any]:
         "corpus": {
             "verb": "make",
             # Imported by the pipeline's child, which runs in the repository root.
-            "function": "tools.bench.estimators.demo_corpus:write",
+            "function": "tools.bench.estimators.settings:write_corpus",
             "arguments": {"seed": "${pipeline.seed}"},
         },
         "base": {

@@ -26,8 +26,6 @@ class Sizes:
         for name in ("tokens", "vocab", "hidden", "tp"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: give a positive number")
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype is {self.dtype!r}: use one of {', '.join(DTYPES)}")
         if self.vocab % self.tp:
             raise ValueError(f"vocab {self.vocab} does not divide by tp {self.tp}: change one")
         if self.tokens % self.sequences:
