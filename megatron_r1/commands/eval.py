@@ -1,23 +1,20 @@
 """Evaluate a model on benchmarks: pass@1, pass@k, cons@N, with intervals and every answer kept.
 See docs/evaluation.md."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from megatron_r1.commands.sampling_run import make_policy, run_in_folder
+from megatron_r1.commands.sampling_run import keep_settings, make_policy, run_in_folder
 from megatron_r1.config import Config
 from megatron_r1.data.prompts import Prompt
 from megatron_r1.errors import UserError
 from megatron_r1.evaluation.figure import write_figure
 from megatron_r1.evaluation.grading import Grader
-from megatron_r1.evaluation.identity import keep_identity, settings_that_matter, versions
+from megatron_r1.evaluation.identity import settings_that_matter, versions
 from megatron_r1.evaluation.policy import Decoding
-from megatron_r1.evaluation.progress import Progress
 from megatron_r1.evaluation.questions import QuestionSet, digest, load_question_sets
 from megatron_r1.evaluation.report import print_table, write_report
 from megatron_r1.evaluation.response import TextResponse
@@ -25,7 +22,7 @@ from megatron_r1.evaluation.response_log import ResponseLog
 from megatron_r1.evaluation.sampling import Sampler
 from megatron_r1.evaluation.summary import Summary, summarize
 from megatron_r1.files import atomic_write
-from megatron_r1.files.jsonl import read_lines
+from megatron_r1.files.jsonl import read_lines, write_lines
 from megatron_r1.reporting.run_folder import RunFolder
 from megatron_r1.rewards.base import shorten
 from megatron_r1.rewards.combine import ACCURACY
@@ -36,11 +33,8 @@ MAX_TRUTH_CHARS = 200
 
 
 def run(config: Config) -> None:
-    """Sample what is missing, grade it, and write the results.
-
-    Raises UserError before any long work starts, RunError if an engine or a server fails. The
-    same command continues.
-    """
+    """Sample what is missing, grade it, and write the results. Raises UserError before any long
+    work starts, RunError if an engine or a server fails. The same command continues."""
     if not config.eval.server and not config.model.path:
         raise UserError(
             "eval needs a model: model.path (a Hugging Face folder or a run's folder) or "
@@ -62,35 +56,21 @@ async def _evaluate(config: Config, folder: RunFolder, sets: list[QuestionSet]) 
     decoding = Decoding(config.eval.temperature, config.eval.top_p, limit)
     policy = await make_policy(config, folder.path, config.eval.server, "eval.server", decoding)
     settings = settings_that_matter(config, policy.identity)
-    keep_identity(folder.path / "identity.json", settings, bool(log.digests))
-    # All other settings may change between starts; the file has those of the latest.
-    folder.write_config(config.model_dump(), may_change=tuple(Config.model_fields))
+    keep_settings(folder, config, settings, log)
     rewards = config.rewards
     pool = RewardPool(rewards.workers, rewards.timeout_seconds, rewards.memory_bytes)
     try:
         grader = Grader(pool, {ACCURACY: 1.0}, rewards.options)
-        sampler = Sampler(
-            policy,
-            grader,
-            log,
-            sets,
-            config.run.seed,
-            _audit_fields,
-            by_question=False,
-            on_progress=Progress(),
-        )
-        lines = [json.dumps(line, ensure_ascii=False) for line in _question_lines(sets)]
-        atomic_write(folder.path / "questions.jsonl", "\n".join(lines) + "\n")
+        seed = config.run.seed
+        sampler = Sampler(policy, grader, log, sets, seed, _audit_fields, by_question=False)
+        write_lines(folder.path / "questions.jsonl", _question_lines(sets))
         for questions in sets:
             try:
                 await grader.check(questions.prompts)
             except UserError as error:
                 raise UserError(f"benchmark {questions.title}, {error}") from None
-        if sampler.num_missing:
-            await policy.start()
         await sampler.run()
-        await policy.close()  # voting and resampling need no engine
-        summaries = await summarize(pool, log, sets, config.run.seed)
+        summaries = [await summarize(pool, log, questions, seed) for questions in sets]
     finally:
         await asyncio.gather(policy.close(), pool.close())
     _write_results(config, folder, settings, summaries, time.monotonic() - began)
@@ -120,11 +100,7 @@ def _question_lines(sets: Sequence[QuestionSet]) -> Iterator[dict[str, Any]]:
 
 
 def _write_results(
-    config: Config,
-    folder: RunFolder,
-    settings: dict[str, Any],
-    summaries: list[Summary],
-    seconds: float,
+    config: Config, folder: RunFolder, settings: dict, summaries: list[Summary], seconds: float
 ) -> None:
     result = {
         "benchmarks": {summary.title: summary.as_json() for summary in summaries},

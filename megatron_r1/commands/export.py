@@ -1,7 +1,5 @@
 """Exports a checkpoint of a run as a Hugging Face folder, with the trainer that wrote it."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 

@@ -1,8 +1,6 @@
 """Runs commands as a graph of stages: those not done, unless some are stale, with one report. See
 docs/pipeline.md."""
 
-from __future__ import annotations
-
 import importlib
 import shlex
 import sys

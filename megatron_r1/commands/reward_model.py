@@ -3,8 +3,6 @@
 Sources: arXiv 2501.12948 v2, section 3.1 and supplement B.3; docs/reward_models.md.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections import Counter
 from collections.abc import Sequence
@@ -79,15 +77,10 @@ def run(config: Config) -> None:
         if rows.heldout:
             await _evaluate(config, recorder, trainer, rows.heldout)
 
+    sampler = RowSampler(rows.train, config.run.seed)
+    loss, size = f"megatron_r1.training.scores:{settings.kind}", len(rows.train[0].samples)
     task = SupervisedTask(
-        config,
-        RowSampler(rows.train, config.run.seed),
-        settings.batch_size,
-        _samples_of,
-        f"megatron_r1.training.scores:{settings.kind}",
-        len(rows.train[0].samples),
-        notes,
-        evaluate,
+        config, sampler, settings.batch_size, _samples_of, loss, size, notes, evaluate
     )
     unit = "pairs" if settings.kind == "pairwise" else "labelled responses"
     facts = [config.model.path, f"{len(rows.train):,} {unit}, {len(rows.heldout):,} held out"]
@@ -95,11 +88,9 @@ def run(config: Config) -> None:
 
 
 def load_rows(config: Config, text: ScoredText, hf: dict[str, Any]) -> Rows:
-    """Read the rows of `reward_model.data`, tokenize them and split them by their questions.
-
-    Raises UserError with file and line for a bad row, for texts that end with the padding token,
-    and where a side has no rows.
-    """
+    """Read the rows of `reward_model.data`, tokenize them and split them by their questions. Raises
+    UserError with file and line for a bad row, for texts that end with the padding token, and where
+    a side has no rows."""
     settings = config.reward_model
     limit = settings.max_tokens or hf["max_position_embeddings"]
     sides: dict[bool, list[Row]] = {False: [], True: []}
@@ -154,7 +145,10 @@ async def _evaluate(
     recorder.view.phase("evaluation", f"{len(heldout):,} held-out rows")
     scores: list[float] = []
     for first in range(0, len(heldout), EVALUATION_BATCH_ROWS):
-        scores += await _scores(trainer, heldout[first : first + EVALUATION_BATCH_ROWS])
+        samples = _samples_of(heldout[first : first + EVALUATION_BATCH_ROWS])
+        # Every data-parallel rank needs a sample: too few are sent several times.
+        await trainer.load([samples * -(-trainer.data_size // len(samples))])
+        scores += (await trainer.sample_scores())[0][: len(samples)]
     questions = [row.question for row in heldout]
     if config.reward_model.kind == "pairwise":
         measures = pair_measures(questions, scores[0::2], scores[1::2])
@@ -162,15 +156,6 @@ async def _evaluate(
         labels = [row.samples[0].label for row in heldout]
         measures = label_measures(questions, scores, labels)
     recorder.evaluation({"step": recorder.state.step, **measures}, [])
-
-
-async def _scores(trainer: TrainerClient, rows: list[Row]) -> list[float]:
-    """Return the scores of all samples of `rows`, in order."""
-    samples = _samples_of(rows)
-    # Every data-parallel rank needs a sample: too few are sent several times.
-    copies = -(-trainer.data_size // len(samples))
-    await trainer.load([samples * copies])
-    return (await trainer.sample_scores())[0][: len(samples)]
 
 
 def _next_commands(config: Config) -> list[tuple[str, str]]:

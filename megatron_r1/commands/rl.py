@@ -1,13 +1,9 @@
 """Reinforcement learning: R1-Zero, R1's reasoning stage and its stage for all scenarios. See
 docs/stages/, docs/algorithms.md and docs/rewards.md."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import sys
-from collections.abc import Callable
-from pathlib import Path
 
 from megatron_r1.commands.training_run import run_training
 from megatron_r1.config import Config
@@ -133,7 +129,7 @@ async def _with_engines(
     rewards, notify = config.rewards, recorder.view.message
     pool = RewardPool(rewards.workers, rewards.timeout_seconds, rewards.memory_bytes)
     logs = recorder.folder.path / "logs"
-    fleet = _fleet(config, logs, recorder.state.step, notify, hosts)
+    fleet = _fleet(config, recorder, hosts)
     teacher = teacher_fleet(config, logs, notify) if config.teacher.path else None
     collector = RolloutCollector(fleet, pool, text, config.rewards, teacher)
     log = SampleLog(recorder.folder.sample_log, notify)
@@ -153,7 +149,9 @@ async def _with_engines(
 
         async def attempt() -> None:
             sampler = PromptSampler(prompts.train, config.run.seed)
-            bridge = weight_bridge(config, trainer, fleet, _probes(config, text, prompts))
+            room = context_length(config) - PROBE_TOKENS
+            first = [text.encode(p.question)[:room] for p in prompts.train[: config.push.probes]]
+            bridge = weight_bridge(config, trainer, fleet, first)
             session = Session(
                 recorder,
                 stop,
@@ -176,25 +174,19 @@ async def _with_engines(
         await asyncio.gather(*(each.close() for each in fleets), pool.close(), log.close())
 
 
-def _fleet(
-    config: Config,
-    logs: Path,
-    first_step: int,
-    notify: Callable[[str], None],
-    hosts: HostPool | None,
-) -> RolloutFleet:
+def _fleet(config: Config, recorder: Recorder, hosts: HostPool | None) -> RolloutFleet:
     rollout = config.rollout
     return RolloutFleet(
         rollout.engines,
-        logs,
-        notify=notify,
+        recorder.folder.path / "logs",
+        notify=recorder.view.message,
         make_server=server_maker(hosts),
         weight_transfer_backend=f"megatron_r1_{config.push.transport}",
         device=gpu.device(),
         sleeps=rollout.colocated,
         max_model_len=context_length(config),
         # A run that continues must not draw the numbers of its beginning again.
-        seed=config.run.seed * 1_000_003 + first_step,
+        seed=config.run.seed * 1_000_003 + recorder.state.step,
         return_routing=config.rl.routing_replay,
         extra_args=_model_as_pushed(config),
         **fleet_settings(rollout),
@@ -210,10 +202,3 @@ def _model_as_pushed(config: Config) -> list[str]:
         form = {"quantization_config": fp8.CONFIG if config.push.fp8 else None}
         arguments += ["--hf-overrides", json.dumps(form)]
     return arguments
-
-
-def _probes(config: Config, text: PromptText, prompts: PromptSplit) -> list[list[int]]:
-    """Return the prompts that every engine answers after a push."""
-    room = context_length(config) - PROBE_TOKENS
-    first = prompts.train[: config.push.probes]
-    return [text.encode(prompt.question)[:room] for prompt in first]

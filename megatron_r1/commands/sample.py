@@ -5,15 +5,13 @@ The first pass samples and grades every response and logs it in samples.jsonl; t
 which are kept. If only what is kept has changed, the second pass alone is repeated.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_r1.commands.sampling_run import make_policy, run_in_folder
+from megatron_r1.commands.sampling_run import keep_settings, make_policy, run_in_folder
 from megatron_r1.config import Config
 from megatron_r1.config.sample import KeepConfig
 from megatron_r1.curation.cache import ResultCache
@@ -32,9 +30,8 @@ from megatron_r1.data.prompts import load_prompts
 from megatron_r1.data.shots import Shots
 from megatron_r1.errors import RunError, UserError
 from megatron_r1.evaluation.grading import Grader
-from megatron_r1.evaluation.identity import keep_identity, versions
+from megatron_r1.evaluation.identity import versions
 from megatron_r1.evaluation.policy import Decoding, Policy
-from megatron_r1.evaluation.progress import Progress
 from megatron_r1.evaluation.questions import QuestionSet
 from megatron_r1.evaluation.response_log import ResponseLog
 from megatron_r1.evaluation.sampling import Sampler
@@ -72,11 +69,9 @@ class Plan:
 
 
 def run(config: Config) -> None:
-    """Sample what is missing, decide, write the outputs.
-
-    Raises UserError before any long work starts, RunError if an engine or a service fails or no
-    response is kept. The same command continues.
-    """
+    """Sample what is missing, decide, write the outputs. Raises UserError before any long work
+    starts, RunError if an engine or a service fails or no response is kept. The same command
+    continues."""
     if bool(config.sample.server) == bool(config.model.path):
         raise UserError(
             "sample needs one model: either model.path (a Hugging Face folder or a run's folder) "
@@ -119,8 +114,10 @@ def _plan(config: Config) -> Plan:
 async def _sample(config: Config, folder: RunFolder, plan: Plan) -> None:
     log = ResponseLog(folder.samples_path, "sample")
     async with contextlib.AsyncExitStack() as stack:
-        judge = _make_judge(config, folder.path)
-        if judge is not None:
+        judge = None
+        if config.sample.output in ("pairs", "labels"):
+            cache = ResultCache(folder.path / "judgements.jsonl")
+            judge = make_judge(config.sample, config.rewards.options.get("judge", {}), cache)
             stack.push_async_callback(judge.close)
         rewards = config.rewards
         pool = RewardPool(rewards.workers, rewards.timeout_seconds, rewards.memory_bytes)
@@ -131,14 +128,11 @@ async def _sample(config: Config, folder: RunFolder, plan: Plan) -> None:
             grader = Grader(pool, weights_at(rewards.weights, step=1), rewards.options)
         rollout, server = config.rollout, config.sample.server
         decoding = Decoding(rollout.temperature, rollout.top_p, rollout.max_response_tokens)
-        policy = await make_policy(
-            config, folder.path, server, "sample.server", decoding, plan.shots
-        )
+        key = "sample.server"
+        policy = await make_policy(config, folder.path, server, key, decoding, plan.shots)
         stack.push_async_callback(policy.close)
         settings = _settings_that_matter(config, policy, plan.shots)
-        keep_identity(folder.path / "identity.json", settings, bool(log.digests))
-        # All other settings may change between starts; the file has those of the latest.
-        folder.write_config(config.model_dump(), may_change=tuple(Config.model_fields))
+        keep_settings(folder, config, settings, log)
         if grader is not None:
             await grader.check(plan.questions.prompts)
         if judge is not None:
@@ -151,20 +145,9 @@ async def _sample(config: Config, folder: RunFolder, plan: Plan) -> None:
             config.run.seed,
             lambda questions, prompt, response: {"kind": prompt.kind, "question": prompt.question},
             by_question=True,
-            on_progress=Progress(),
         )
-        if sampler.num_missing:
-            await policy.start()
         await sampler.run()
-        await policy.close()  # deciding needs no engine
         await _decide(config, folder.path, plan, log, pool, grader, judge, settings)
-
-
-def _make_judge(config: Config, folder: Path) -> ResponseJudge | None:
-    if config.sample.output not in ("pairs", "labels"):
-        return None
-    options = config.rewards.options.get("judge", {})
-    return make_judge(config.sample, options, ResultCache(folder / "judgements.jsonl"))
 
 
 def _settings_that_matter(config: Config, policy: Policy, shots: Shots | None) -> dict[str, Any]:
@@ -196,12 +179,9 @@ async def _decide(
 ) -> None:
     sample = config.sample
     filters = filters_of(sample.output, sample.filters)
-    selection = Selection(
-        sample.keep if sample.keeps else KeepConfig(min_accuracy=None),
-        PooledFilters(pool, filters),
-        DUPLICATE in filters,
-        config.run.seed,
-    )
+    keep = sample.keep if sample.keeps else KeepConfig(min_accuracy=None)
+    run_filters, drops_duplicates = PooledFilters(pool, filters), DUPLICATE in filters
+    selection = Selection(keep, run_filters, drops_duplicates, config.run.seed)
     decide: Decide
     facts: dict[str, Any] = {}
     if sample.output == "pairs":
@@ -220,9 +200,9 @@ async def _decide(
         rewriter = cached_rewriter(plan.rewrite, cache) if plan.rewrite else None
         decide = SftExamples(selection, plan.rendering, rewriter, grader)
     counts = DecisionCounts()
-    output = folder / FILES[sample.output] if sample.output in FILES else None
-    await write_outputs(log, plan.questions, decide, output, counts.add)
-    _report(folder, plan, counts, output, facts, {"filters": filters, **settings})
+    file = FILES.get(sample.output)
+    await write_outputs(log, plan.questions, decide, folder / file if file else None, counts.add)
+    _report(folder, plan, counts, file, facts, {"filters": filters, **settings})
     if not counts.num_kept:
         raise RunError(
             f"{folder}: no answer is kept; most are {counts.decisions.most_common(1)[0][0]} "
@@ -232,12 +212,7 @@ async def _decide(
 
 
 def _report(
-    folder: Path,
-    plan: Plan,
-    counts: DecisionCounts,
-    output: Path | None,
-    facts: dict[str, Any],
-    settings: dict[str, Any],
+    folder: Path, plan: Plan, counts: DecisionCounts, file: str | None, facts: dict, settings: dict
 ) -> None:
     result = counts.as_json() | facts
     result |= {"avoided": len(plan.avoided), "settings": settings, "versions": versions()}
@@ -251,5 +226,5 @@ def _report(
             f", {facts['length_bias_before']:+.3f} before pairs were left out for it",
             flush=True,
         )
-    names = ["samples.jsonl", "curation.json", *([output.name] if output else [])]
-    print(f"{folder}/: {', '.join(names)}", flush=True)
+    names = ("samples.jsonl", "curation.json", file)
+    print(f"{folder}/: {', '.join(filter(None, names))}", flush=True)

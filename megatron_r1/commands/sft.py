@@ -1,7 +1,5 @@
 """Supervised fine-tuning: teach responses by example. Also what makes the laptop's base model."""
 
-from __future__ import annotations
-
 from megatron_r1.commands.supervised import SupervisedTask, run_supervised, with_steps
 from megatron_r1.config import Config
 from megatron_r1.config.algorithms import rules_of

@@ -1,14 +1,12 @@
 """Training on a data set of examples: what `sft` and `reward-model` share."""
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, Literal, TypeVar
 
-from megatron_r1.commands.training_run import run_training
+from megatron_r1.commands.training_run import Commands, run_training
 from megatron_r1.config import Config
 from megatron_r1.data.sampler import EpochSampler
 from megatron_r1.errors import UserError
@@ -60,10 +58,7 @@ def with_steps(config: Config, section: Literal["sft", "reward_model"], epoch_si
 
 
 def run_supervised(
-    task: SupervisedTask,
-    title: str,
-    facts: Sequence[str],
-    next_commands: Sequence[tuple[str, str]] = (),
+    task: SupervisedTask, title: str, facts: Sequence[str], next_commands: Commands = ()
 ) -> None:
     """Train for `run.steps` batches; arguments and errors as of `run_training`."""
     start = task.sampler.state_dict()

@@ -1,8 +1,6 @@
 """Commands under torchrun, or srun in its manner: every process it starts is a trainer rank, and
 rank 0 starts the controller, which runs the command."""
 
-from __future__ import annotations
-
 import os
 import secrets
 import subprocess

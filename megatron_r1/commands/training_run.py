@@ -1,7 +1,5 @@
 """A training run: its folder, its trainer, its loop, then export and report, and a clean stop."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import os
@@ -23,18 +21,18 @@ Body = Callable[[Recorder, TrainerClient, StopRequest, Supervisor], Awaitable[No
 """Trains. Called while the trainer's ranks are still starting: it awaits `trainer.connect()`."""
 
 
+Commands = Sequence[tuple[str, str]]
+"""(purpose, command) suggestions for the report."""
+
+
 def run_training(
-    config: Config,
-    name: str,
-    facts: Sequence[str],
-    body: Body,
-    next_commands: Sequence[tuple[str, str]] = (),
+    config: Config, name: str, facts: Sequence[str], body: Body, next_commands: Commands = ()
 ) -> None:
     """Run `body`, export the model and write the report.
 
     name: of the kind of run, for its title. facts: about the run, the model's path first.
-    next_commands: (purpose, command) suggestions for the report. Raises UserError, TrainerError or
-    EngineError as they end the run, KeyboardInterrupt when it was asked to stop.
+    Raises UserError, TrainerError or EngineError as they end the run, KeyboardInterrupt when it was
+    asked to stop.
     """
     try:
         asyncio.run(_run(config, name, facts, body, next_commands))
@@ -43,11 +41,7 @@ def run_training(
 
 
 async def _run(
-    config: Config,
-    name: str,
-    facts: Sequence[str],
-    body: Body,
-    next_commands: Sequence[tuple[str, str]],
+    config: Config, name: str, facts: Sequence[str], body: Body, next_commands: Commands
 ) -> None:
     stop = StopRequest()
     stop.listen()

@@ -1,7 +1,5 @@
 """Expensive results on disk: a judge's votes and rewritten responses are computed only once."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Awaitable, Callable

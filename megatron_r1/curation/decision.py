@@ -1,7 +1,5 @@
 """What becomes of a response: a code that is counted, and the reason; and the counts."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -53,11 +51,8 @@ class DecisionCounts:
             self._num_kept_tokens += line["length"] or 0
 
     def as_json(self) -> dict[str, Any]:
-        """Return the content of curation.json.
-
-        accuracy: mean over graded responses, None without any. kept_tokens: as sampled, before
-        rewriting.
-        """
+        """Return the content of curation.json. accuracy: mean over graded responses, None without
+        any. kept_tokens: as sampled, before rewriting."""
         return {
             "questions": len(self._questions),
             "questions_with_kept": sum(self._questions.values()),

@@ -5,8 +5,6 @@ row (13: GPT-3, arXiv 2005.14165, appendix C). As there, an n-gram that more tha
 questions have in common is a task's boilerplate, and is ignored.
 """
 
-from __future__ import annotations
-
 import itertools
 import re
 from collections import Counter
@@ -25,10 +23,8 @@ Ngram = tuple[str, ...]
 
 
 def load_avoided(paths: Iterable[str | Path]) -> list[str]:
-    """Return the questions of JSONL or Parquet files.
-
-    Raises ValueError with file and line for a row without one.
-    """
+    """Return the questions of JSONL or Parquet files. Raises ValueError with file and line for a
+    row without one."""
     return [
         require_text(place, row, "question") for path in paths for place, row in read_records(path)
     ]

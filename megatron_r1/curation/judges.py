@@ -24,11 +24,8 @@ ARGUMENTS = {"pairs": "question, first, second", "labels": "question, response"}
 def make_judge(
     config: SampleConfig, options: Mapping[str, Any], cache: ResultCache
 ) -> ResponseJudge:
-    """Return the judge that `sample.judge` names.
-
-    options: `rewards.options.judge`. Raises UserError for a judge without an address, and for a
-    function that cannot be called.
-    """
+    """Return the judge that `sample.judge` names. options: `rewards.options.judge`. Raises
+    UserError for a judge without an address, and for a function that cannot be called."""
     if config.judge != SERVED_JUDGE:
         function = load_function(config.judge, "sample.judge", ARGUMENTS[config.output])
         return FunctionJudge(function, config.pairs.votes, cache)

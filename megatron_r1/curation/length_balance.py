@@ -9,8 +9,6 @@ A Bradley-Terry model whose only feature is the log of the length, with weight w
 loss -Σ log sigmoid(w d), with slope -½ Σ d at w = 0. So at a mean of 0 it learns nothing.
 """
 
-from __future__ import annotations
-
 import bisect
 import math
 from collections.abc import Hashable, Mapping
@@ -25,11 +23,9 @@ def log_ratio(chosen: str, rejected: str) -> float:
 
 
 def pairs_to_drop(log_ratios: Mapping[Pair, float], max_bias: float) -> set[Pair]:
-    """Return pairs without which the mean of d is within ±`max_bias`.
-
-    They are few: each in turn is the one whose removal leaves the sum nearest to 0, which is the
-    most one-sided pair while the sum is large.
-    """
+    """Return pairs without which the mean of d is within ±`max_bias`. They are few: each in turn is
+    the one whose removal leaves the sum nearest to 0, which is the most one-sided pair while the
+    sum is large."""
     by_ratio = sorted(log_ratios, key=lambda pair: log_ratios[pair])
     ratios = [log_ratios[pair] for pair in by_ratio]
     total = math.fsum(ratios)

@@ -4,8 +4,6 @@ It runs without engines: other filters or shares are decided in minutes about re
 days. The same responses give the same files.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import json
@@ -69,10 +67,8 @@ async def write_outputs(
     output: Path | None,
     count: Callable[[Mapping[str, Any], Decision], None],
 ) -> None:
-    """Write `output`, and samples.jsonl anew with every decision; both whole or not at all.
-
-    count: called with every response's line and the decision about it.
-    """
+    """Write `output`, and samples.jsonl anew with every decision; both whole or not at all. count:
+    called with every response's line and the decision about it."""
     keys = {questions.key(prompt) for prompt in questions.prompts}
     async with contextlib.AsyncExitStack() as stack:
         kept = stack.enter_context(atomic_writer(output)) if output else None

@@ -5,8 +5,6 @@ alternating order, near-ties dropped, chosen and rejected of comparable length o
 (arXiv 2501.12948 v2, section 3.1 and supplement B.3).
 """
 
-from __future__ import annotations
-
 import asyncio
 import itertools
 import math
@@ -29,11 +27,9 @@ PairId = tuple[str, int, int]
 
 
 class PreferencePairs:
-    """Compares a question's responses in pairs.
-
-    log_ratios: of the lengths of every pair with a winner (`length_balance`). dropped: the pairs
-    that `balance` leaves out; it is called once all pairs are known.
-    """
+    """Compares a question's responses in pairs. log_ratios: of the lengths of every pair with a
+    winner (`length_balance`). dropped: the pairs that `balance` leaves out; it is called once all
+    pairs are known."""
 
     def __init__(self, selection: Selection, settings: PairsConfig, judge: ResponseJudge) -> None:
         self._selection, self._settings, self._judge = selection, settings, judge
@@ -109,26 +105,21 @@ class PreferencePairs:
         why = f"answer {chosen.index} over {rejected.index}: {votes}"
         if pair in self.dropped:
             return dict.fromkeys(both, Decision("length_balance", why)), []
+        lost, won = sorted((outcome.wins, outcome.losses))
         row = {
             "question": prompt.question,
             "chosen": chosen.whole,
             "rejected": rejected.whole,
-            "votes": {
-                "chosen": max(outcome.wins, outcome.losses),
-                "rejected": min(outcome.wins, outcome.losses),
-                "ties": outcome.ties,
-            },
+            "votes": {"chosen": won, "rejected": lost, "ties": outcome.ties},
             "id": prompt.id,
         }
         return {chosen.index: Decision(CHOSEN, why), rejected.index: Decision(REJECTED, why)}, [row]
 
 
 def pair_up(lengths: dict[int, int], num_pairs: int) -> list[tuple[int, int]]:
-    """Return at most `num_pairs` disjoint pairs of responses.
-
-    lengths: index → length. Each pair in turn is the one with the smallest ratio of lengths among
-    the responses that are left; ties go to the smaller indices.
-    """
+    """Return at most `num_pairs` disjoint pairs of responses. lengths: index → length. Each pair in
+    turn is the one with the smallest ratio of lengths among the responses that are left; ties go to
+    the smaller indices."""
     distance = {
         (i, j): abs(math.log(max(1, lengths[i]) / max(1, lengths[j])))
         for i, j in itertools.combinations(sorted(lengths), 2)

@@ -4,8 +4,6 @@ R1-Zero writes `<think>…</think> <answer>…</answer>` after a prompt that des
 trained on a chat whose assistant thinks, then writes a summary.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 from functools import cached_property
@@ -38,10 +36,8 @@ class Rendering:
 
     def __init__(self, settings: RenderConfig, template: str, model_path: str) -> None:
         """template: of the prompts that were sampled from. model_path: of the tokenizer whose chat
-        template is used unless the settings name another.
-
-        Raises ValueError for an invalid template, and for a chat without a tokenizer.
-        """
+        template is used unless the settings name another. Raises ValueError for an invalid
+        template, and for a chat without a tokenizer."""
         self._response = settings.response
         self._template = settings.template or template
         self._tokenizer_path = settings.tokenizer or model_path
@@ -56,11 +52,9 @@ class Rendering:
             self._chat_text  # noqa: B018 - report a folder without a chat template now
 
     def prompt(self, question: str) -> str:
-        """Return the prompt without the tokens that the tokenizer puts in front by itself.
-
-        `sft` adds them when it encodes the prompt; a chat template that writes them too would
-        otherwise have them twice.
-        """
+        """Return the prompt without the tokens that the tokenizer puts in front by itself. `sft`
+        adds them when it encodes the prompt; a chat template that writes them too would otherwise
+        have them twice."""
         if self._template != CHAT:
             return render(self._template, question)
         text, plain = self._chat_text
@@ -68,9 +62,7 @@ class Rendering:
 
     def response(self, response: TextResponse, question: str) -> str | None:
         """Return the response in its new form; a thought that the prompt opens is not opened again.
-
-        None if a part that the form has is missing, or the thought that the prompt opens.
-        """
+        None if a part that the form has is missing, or the thought that the prompt opens."""
         parts: dict[str, str] = {}
         for name in PLACEHOLDERS.findall(self._response):
             part = PARTS[name](response)

@@ -4,8 +4,6 @@ DeepSeek-R1's safety reward model is trained on 106 thousand of them, by a point
 the whole response with its thought (arXiv 2501.12948 v2, section 3.1 and supplement B.3).
 """
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Sequence
 

@@ -5,8 +5,6 @@ empty; the whole question is too easy or too hard; the response is wrong, or its
 filter drops it; it duplicates an earlier one. `keep.per_prompt` of the others are chosen.
 """
 
-from __future__ import annotations
-
 import asyncio
 import random
 from collections.abc import Awaitable, Callable, Sequence
@@ -49,10 +47,8 @@ class Selection:
     async def drop(
         self, prompt: Prompt, response: TextResponse, of_question: Decision | None = None
     ) -> Decision | None:
-        """Return why a response by itself is dropped, None to keep it.
-
-        of_question: why all graded responses to this question are dropped.
-        """
+        """Return why a response by itself is dropped, None to keep it. of_question: why all graded
+        responses to this question are dropped."""
         if response.refusal:
             return Decision("no_answer", response.refusal)
         if response.is_ungraded:
@@ -70,20 +66,17 @@ class Selection:
         return await self._filters(prompt, response)
 
     def in_order(self, prompt: Prompt, responses: Sequence[TextResponse]) -> list[TextResponse]:
-        """Return the responses in the order in which they are chosen.
-
-        Ties go to the earlier response; a random order depends on (seed, question) alone.
-        """
+        """Return the responses in the order in which they are chosen. Ties go to the earlier
+        response; a random order depends on (seed, question) alone."""
+        ordered = list(responses)
         match self.keep.choose:
             case "random":
-                shuffled = list(responses)
-                random.Random(f"{self._seed}/{prompt.id}").shuffle(shuffled)
-                return shuffled
+                random.Random(f"{self._seed}/{prompt.id}").shuffle(ordered)
             case "shortest":
-                return sorted(responses, key=lambda response: response.length)
+                ordered.sort(key=lambda response: response.length)
             case "best":
-                return sorted(responses, key=_reward, reverse=True)
-        return list(responses)
+                ordered.sort(key=_reward, reverse=True)
+        return ordered
 
     def _question_drop(self, responses: Sequence[TextResponse]) -> Decision | None:
         keep = self.keep

@@ -1,7 +1,5 @@
 """sft.jsonl: the kept responses, rewritten by `sample.rewrite`, in the form to be trained on."""
 
-from __future__ import annotations
-
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from typing import Any

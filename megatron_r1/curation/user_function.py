@@ -1,7 +1,5 @@
 """A user's function that a recipe names as "module:function"."""
 
-from __future__ import annotations
-
 import asyncio
 import hashlib
 import inspect
@@ -25,9 +23,7 @@ class UserFunction:
 
     async def __call__(self, *arguments: Any) -> Any:
         """Await a coroutine function; call any other in a thread, as it may wait for a network.
-
-        Raises RunError for what the function raises.
-        """
+        Raises RunError for what the function raises."""
         try:
             if inspect.iscoroutinefunction(self.function):
                 return await self.function(*arguments)
@@ -40,11 +36,9 @@ class UserFunction:
 
 
 def load_function(path: str, key: str, arguments: str) -> UserFunction:
-    """Import a function; modules are also found in the folder the command was started in.
-
-    key: of the recipe. arguments: their names, comma-separated. Raises UserError for a path of
-    another form, a module that cannot be imported, and a function with other parameters.
-    """
+    """Import a function; modules are also found in the folder the command was started in. key: of
+    the recipe. arguments: their names, comma-separated. Raises UserError for a path of another
+    form, a module that cannot be imported, and a function with other parameters."""
     module, _, name = path.partition(":")
     if not (name.isidentifier() and all(part.isidentifier() for part in module.split("."))):
         raise UserError(f"{key}: {path!r} is not written as module:function")

@@ -1,7 +1,5 @@
 """Training data of reward models: pairs of responses to a question, or labelled responses."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +14,8 @@ Kind = Literal["pairwise", "pointwise"]
 @dataclass(frozen=True)
 class Preference:
     """One row: responses to a question, each with its label; of a pair, the better one first.
-
     opened: whether the prompt ended with `<think>`, which the responses then do not repeat.
-    location: "file:line" of the row.
-    """
+    location: "file:line" of the row."""
 
     question: str
     responses: tuple[str, ...]

@@ -129,10 +129,7 @@ def _split(
     num_heldout: int | None,
 ) -> PromptSplit:
     limits = {False: num_train, True: num_heldout if fraction else 0}
-    sides: dict[bool, dict[str, Prompt]] = {
-        False: {},
-        True: {prompt.id: prompt for prompt in heldout},
-    }
+    sides: dict[bool, dict[str, Prompt]] = {False: {}, True: {p.id: p for p in heldout}}
 
     def is_full(side: bool) -> bool:
         limit = limits[side]
@@ -169,8 +166,7 @@ def _from_file(
             resolve(row_kind)
         except (ValueError, AttributeError, TypeError) as error:
             raise UserError(f"{location}: {error}") from error
-        fields = {name: value for name, value in row.items() if name not in RESERVED_FIELDS}
-        fields.pop("question")
+        fields = {n: v for n, v in row.items() if n not in ("question", *RESERVED_FIELDS)}
         yield make_prompt(question, row_kind, row.get("truth"), fields)
 
 
@@ -178,11 +174,9 @@ def _from_task(
     task: str, parameters: dict[str, Any], seed: int, num_items: int, kind: str | None
 ) -> Iterator[Prompt]:
     for item in generate_items(task, parameters, seed, num_items):
-        if kind in (None, "logic"):
-            fields = {"task": task, "parameters": parameters, "entry": item}
-            yield make_prompt(item["question"], "logic", item["answer"], fields)
-        else:
-            yield make_prompt(item["question"], kind, item["answer"], {})
+        own = {"task": task, "parameters": parameters, "entry": item}
+        fields = own if kind in (None, "logic") else {}
+        yield make_prompt(item["question"], kind or "logic", item["answer"], fields)
 
 
 def _digest(question: str) -> bytes:

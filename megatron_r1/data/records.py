@@ -3,6 +3,7 @@
 import json
 from collections.abc import Collection, Iterator, Mapping
 from difflib import get_close_matches
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +27,9 @@ def read_records(
         what = "a folder, not a file" if path.is_dir() else "no such file"
         where = "" if path.is_absolute() else f" (relative to {Path.cwd()})"
         raise UserError(f"{path}: {what}{where}")
-    if path.suffix == ".parquet":
-        rows = _read_parquet(path)
-    elif path.suffix == ".jsonl":
-        rows = _read_jsonl(path)
-    else:
+    if path.suffix not in (".jsonl", ".parquet"):
         raise UserError(f"{path}: expected a .jsonl or .parquet file")
+    rows = _read_parquet(path) if path.suffix == ".parquet" else _read_jsonl(path)
     for ours in columns:
         # Rewards may read columns of any name, but hardly of one so close to ours.
         near = [] if ours in names else get_close_matches(ours, names, n=1, cutoff=0.8)
@@ -98,11 +96,10 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, Record]]:
         import pyarrow.parquet as parquet
     except ImportError:
         raise UserError(f"{path}: reading Parquet needs pyarrow: pip install pyarrow") from None
-    number = 0
     try:
-        for batch in parquet.ParquetFile(path).iter_batches(batch_size=1024):
-            for row in batch.to_pylist():
-                number += 1
-                yield f"{path}:{number}", row
+        batches = parquet.ParquetFile(path).iter_batches(batch_size=1024)
+        rows = chain.from_iterable(batch.to_pylist() for batch in batches)
+        for number, row in enumerate(rows, start=1):
+            yield f"{path}:{number}", row
     except pyarrow.ArrowInvalid as error:
         raise UserError(f"{path}: no readable Parquet file: {error}") from None

@@ -12,10 +12,8 @@ Item = TypeVar("Item")
 
 
 class EpochSampler(Generic[Item]):
-    """Draws from `items`; each epoch is a new shuffle that depends on (seed, epoch) only.
-
-    shuffled: False keeps the items in their order in every epoch.
-    """
+    """Draws from `items`; each epoch is a new shuffle that depends on (seed, epoch) only. shuffled:
+    False keeps the items in their order in every epoch."""
 
     def __init__(self, items: Sequence[Item], seed: int, shuffled: bool = True) -> None:
         if not items:
@@ -51,12 +49,8 @@ class EpochSampler(Generic[Item]):
 
     def state_dict(self) -> dict[str, Any]:
         """Return, as JSON, where the next draw starts and a fingerprint of the items."""
-        return {
-            "seed": self.seed,
-            "epoch": self.epoch,
-            "position": self.position,
-            "fingerprint": self._fingerprint,
-        }
+        own = {name: getattr(self, name) for name in ("seed", "epoch", "position")}
+        return {**own, "fingerprint": self._fingerprint}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state` was taken. Raises UserError if the items or the seed differ."""

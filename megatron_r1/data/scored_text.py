@@ -4,8 +4,6 @@ They equal those that the served model gets: the text that `rewards.reward_model
 as vLLM does.
 """
 
-from __future__ import annotations
-
 from megatron_r1.data.tokenizer import load_tokenizer
 from megatron_r1.errors import UserError
 from megatron_r1.rewards.remote.response_text import (
@@ -22,12 +20,9 @@ class ScoredText:
     """The tokenizer of a Hugging Face folder with one template for question and response."""
 
     def __init__(self, model_path: str, template: str | None, part: Part, max_chars: int):
-        """template: text with {question} and {response}; None: the tokenizer's chat template.
-
-        part: of the response that is scored. max_chars: longer texts are shortened.
-        Raises UserError for a folder without a tokenizer, or without a chat template that shows the
-        scored part.
-        """
+        """template: text with {question} and {response}; None: the tokenizer's chat template. part:
+        of the response that is scored. max_chars: longer texts are shortened. Raises UserError for
+        a folder without a tokenizer, or without a chat template that shows the scored part."""
         self.template, self.part, self.max_chars = template, part, max_chars
         self._tokenizer = load_tokenizer(model_path, "model.path")
         if template is None and not self._tokenizer.chat_template:

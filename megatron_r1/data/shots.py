@@ -1,7 +1,5 @@
 """Few-shot prompts: worked examples in front of a question."""
 
-from __future__ import annotations
-
 import hashlib
 import random
 from dataclasses import dataclass
@@ -26,10 +24,8 @@ class Shot:
 
 
 class Shots:
-    """The worked examples of a file, some of which precede each question.
-
-    The choice depends on (seed, question) alone, and never includes the question itself.
-    """
+    """The worked examples of a file, some of which precede each question. The choice depends on
+    (seed, question) alone, and never includes the question itself."""
 
     def __init__(self, path: str | Path, num_shots: int | None, seed: int) -> None:
         """num_shots: per question; None for all. Raises UserError for a bad or too small file."""

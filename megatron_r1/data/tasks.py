@@ -26,10 +26,8 @@ def generate_items(
 
 
 def level_parameters(task: str, level: int) -> dict[str, Any]:
-    """Return the parameters of a task at a level of its reasoning-gym curriculum, 0 the easiest.
-
-    A setting with fewer levels stays at its last. Raises UserError for a task without curriculum.
-    """
+    """Return the parameters of a task at a level of its reasoning-gym curriculum, 0 the easiest. A
+    setting with fewer levels stays at its last. Raises UserError for a task without curriculum."""
     from reasoning_gym.factory import CURRICULA
 
     if task not in CURRICULA:

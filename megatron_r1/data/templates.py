@@ -23,9 +23,7 @@ TEMPLATES: dict[str, str] = {
 
 def find_template(template: str) -> str:
     """Return the text of a template: a name in `TEMPLATES`, or a text with `{problem}` in it.
-
-    Raises UserError for a text without the placeholder, ValueError for "chat".
-    """
+    Raises UserError for a text without the placeholder, ValueError for "chat"."""
     if template == CHAT:
         raise ValueError("the chat template belongs to the tokenizer: use apply_chat_template")
     text = TEMPLATES.get(template, template)

@@ -1,7 +1,5 @@
 """Questions → prompt tokens, response tokens → text: a tokenizer with a template."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,12 +17,9 @@ class PromptText:
         template: str,
         keys: tuple[str, str] = ("model.path", "data.template"),
     ):
-        """keys: the recipe's keys that name model and template, for errors.
-
-        Sets opens_thought: whether prompts end with `<think>`, which responses then do not repeat.
-        Raises UserError if the folder has no tokenizer, the tokenizer names no end token, or the
-        template is none.
-        """
+        """keys: the recipe's keys that name model and template, for errors. Sets opens_thought:
+        whether prompts end with `<think>`, which responses then do not repeat. Raises UserError if
+        the folder has no tokenizer, the tokenizer names no end token, or the template is none."""
         self._chat = template == "chat"
         self._template = template if self._chat else find_template(template)
         self._tokenizer = load_tokenizer(model_path, keys[0])

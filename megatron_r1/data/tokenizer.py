@@ -1,7 +1,5 @@
 """Loads the tokenizer of a Hugging Face folder."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """A model folder served by vLLM engines that this command starts."""
 
-from __future__ import annotations
-
 import contextlib
 from functools import partial
 from pathlib import Path
@@ -27,10 +25,8 @@ class EnginePolicy:
         self, config: Config, model: Path, decoding: Decoding, folder: Path, shots: Shots | None
     ) -> None:
         """folder: `run.folder`, for `logs/` and the controller's address that engine hosts read.
-        shots: worked examples before every question.
-
-        Raises ValueError for a model without config, weights or tokenizer.
-        """
+        shots: worked examples before every question. Raises ValueError for a model without config,
+        weights or tokenizer."""
         require_weights(model)
         named = config.model.model_copy(update={"path": str(model)})
         config = config.model_copy(update={"model": named})

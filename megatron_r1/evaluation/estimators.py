@@ -5,8 +5,6 @@ independent. So every interval resamples whole questions (a cluster bootstrap), 
 have the same weight, whatever their number of samples.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Sequence
@@ -88,9 +86,7 @@ def resampled_means(values: np.ndarray, seed: int) -> np.ndarray:
 
 def subsets(num_samples: int, size: int, seed: int) -> list[tuple[int, ...]]:
     """Return sets of `size` ascending sample indices: all, or `NUM_SUBSETS` random ones of many.
-
-    The vote of m out of n samples is the mean over these; m = n gives the whole set.
-    """
+    The vote of m out of n samples is the mean over these; m = n gives the whole set."""
     if math.comb(num_samples, size) <= NUM_SUBSETS:
         return list(itertools.combinations(range(num_samples), size))
     generator = np.random.default_rng(seed)

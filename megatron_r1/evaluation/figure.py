@@ -1,7 +1,5 @@
 """The figure of an evaluation: pass@k and cons@k over the number of samples."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Grading of single responses: accuracy by the question's kind of reward, and weighted terms."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
@@ -43,11 +41,9 @@ class RewardTerms:
     async def check(
         self, terms: Collection[str], prompts: Sequence[Prompt], opened: bool = False
     ) -> None:
-        """Call every term and every kind of prompt's own reward once.
-
-        Raises UserError for one that cannot be imported or cannot grade what it is called with: a
-        truth it does not understand, an option, a field or a program it lacks (`find_fault`).
-        """
+        """Call every term and every kind of prompt's own reward once. Raises UserError for one that
+        cannot be imported or cannot grade what it is called with: a truth it does not understand,
+        an option, a field or a program it lacks (`find_fault`)."""
         for prompt in one_of_each(prompts):
             for term in dict.fromkeys((ACCURACY, *terms)):
 
@@ -80,9 +76,7 @@ class Grader:
 
     async def grade(self, prompt: Prompt, response: TextResponse) -> TextResponse:
         """Return the response with its rewards; with the reason alone if a grader failed on it.
-
-        Raises as `RewardTerms.grade`.
-        """
+        Raises as `RewardTerms.grade`."""
         grades = await self._rewards.grade(
             self._terms, prompt, response.text, response.num_tokens, response.opened
         )

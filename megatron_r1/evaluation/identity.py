@@ -1,7 +1,5 @@
 """The settings that must not change while a folder is continued, and the packages' versions."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import platform
@@ -33,10 +31,8 @@ def settings_that_matter(config: Config, policy: Mapping[str, Any]) -> dict[str,
 
 
 def keep_identity(path: Path, settings: Mapping[str, Any], has_samples: bool) -> None:
-    """Write `settings` into a new folder; compare them with those of one that has samples.
-
-    Raises UserError naming each difference with both values.
-    """
+    """Write `settings` into a new folder; compare them with those of one that has samples. Raises
+    UserError naming each difference with both values."""
     if not (has_samples and path.exists()):
         atomic_write(path, json.dumps(settings, indent=1) + "\n")
         return

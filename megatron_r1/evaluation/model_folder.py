@@ -1,7 +1,5 @@
 """The model that a path names, and its fingerprint."""
 
-from __future__ import annotations
-
 import hashlib
 from pathlib import Path
 
@@ -15,10 +13,8 @@ WEIGHTS = ("*.safetensors", "*.bin", "*.json", "tokenizer.model")
 
 def find_model(path: str) -> tuple[Path, bool]:
     """Return (a Hugging Face folder, False) or (a checkpoint that must be exported first, True).
-
     path: a Hugging Face folder; a run's folder, whose `hf/` is used unless a checkpoint is newer;
-    or one checkpoint of a run. Raises UserError for anything else.
-    """
+    or one checkpoint of a run. Raises UserError for anything else."""
     folder = Path(path)
     if (folder / "config.json").is_file():
         return folder, False
@@ -55,10 +51,8 @@ def require_weights(folder: Path) -> None:
 
 def fingerprint(folder: Path) -> str:
     """Return a digest of a model folder's files: names, sizes, and 16 blocks of 64 KiB of each.
-
     Training changes nearly every weight, so the blocks distinguish models without reading hundreds
-    of gigabytes.
-    """
+    of gigabytes."""
     digest = hashlib.sha256()
     for path in sorted({p for pattern in WEIGHTS for p in folder.glob(pattern)}):
         size = path.stat().st_size

@@ -1,7 +1,5 @@
 """The interface of a model that is evaluated or sampled."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any, Protocol
 

@@ -1,7 +1,5 @@
 """The questions that are sampled: every benchmark of the recipe, loaded and checked."""
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import json
@@ -31,10 +29,8 @@ class QuestionSet:
 
 
 def load_question_sets(config: EvalConfig) -> list[QuestionSet]:
-    """Load all benchmarks of the recipe.
-
-    Raises UserError for two of the same title, and what loading raises.
-    """
+    """Load all benchmarks of the recipe. Raises UserError for two of the same title, and what
+    loading raises."""
     if not config.benchmarks:
         raise UserError("eval.benchmarks must be set, for example to [gym/arithmetic]")
     titles = [entry.title for entry in config.benchmarks]

@@ -1,7 +1,5 @@
 """Accuracy, margin and calibration of a reward model's scores on held-out rows."""
 
-from __future__ import annotations
-
 import math
 from collections import defaultdict
 from collections.abc import Sequence
@@ -30,12 +28,9 @@ def pair_measures(
 def label_measures(
     questions: Sequence[str], scores: Sequence[float], labels: Sequence[float]
 ) -> dict[str, float]:
-    """Return measures of labelled responses by their scores (logits).
-
-    accuracy: the share of scores on their label's side of 0. margin: the distance from 0 to that
-    side. loss: binary cross entropy. calibration_error: of sigmoid(score) as the probability of a
-    good response.
-    """
+    """Return measures of labelled responses by their scores (logits). accuracy: the share of scores
+    on their label's side of 0. margin: the distance from 0 to that side. loss: binary cross
+    entropy. calibration_error: of sigmoid(score) as the probability of a good response."""
     margins = [score if label else -score for score, label in zip(scores, labels, strict=True)]
     return _measures(questions, margins, [_sigmoid(score) for score in scores], labels)
 
@@ -44,10 +39,7 @@ def expected_calibration_error(
     probabilities: Sequence[float], outcomes: Sequence[float], bins: int = NUM_BINS
 ) -> float:
     """Return Σ_b n_b / n · |mean outcome - mean probability| over equal bins of the probability
-    (Guo et al. 2017, arXiv 1706.04599, eq. 3).
-
-    outcomes: 0 or 1.
-    """
+    (Guo et al. 2017, arXiv 1706.04599, eq. 3). outcomes: 0 or 1."""
     members_of: dict[int, list[tuple[float, float]]] = defaultdict(list)
     for probability, outcome in zip(probabilities, outcomes, strict=True):
         members_of[min(bins - 1, int(probability * bins))].append((probability, outcome))
@@ -72,8 +64,8 @@ def _measures(
         "eval/calibration_error": expected_calibration_error(probabilities, outcomes),
     }
     if accuracy.low is not None and accuracy.high is not None:
-        ends = {"low": accuracy.low, "high": accuracy.high}
-        measures |= {f"interval/accuracy/{end}": value for end, value in ends.items()}
+        interval = {"low": accuracy.low, "high": accuracy.high}
+        measures |= {f"interval/accuracy/{end}": value for end, value in interval.items()}
     return measures
 
 

@@ -1,7 +1,5 @@
 """The results of an evaluation: a table in the terminal and `report.html`."""
 
-from __future__ import annotations
-
 import base64
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -68,9 +66,7 @@ def write_report(
     samples: Iterable[Sample],
 ) -> Path:
     """Write one self-contained page: all metrics, the figure, and samples of every verdict.
-
-    questions: (benchmark, id) → its line of questions.jsonl. samples: lines of samples.jsonl.
-    """
+    questions: (benchmark, id) → its line of questions.jsonl. samples: lines of samples.jsonl."""
     html = render(
         "evaluation/templates/evaluation.html.jinja",
         title=printable(title),
@@ -97,19 +93,15 @@ def _examples(
             details = [source, f"reward {sample['reward']:.3g}"]
             if sample["length"] is not None:
                 details.append(f"{sample['length']:,} tokens")
-            text = printable(question["question"][:MAX_CHARACTERS], keep_newlines=True)
             response = printable(shorten(sample["response"], MAX_CHARACTERS), keep_newlines=True)
-            group.append(
-                {
-                    "question": text,
-                    "truth": sample["truth"],
-                    "verdict": _verdict(sample),
-                    "is_right": sample["reward"] == 1.0,
-                    "details": details,
-                    "response": response or "(empty)",
-                    "reason": sample["reason"],
-                }
-            )
+            shown = {
+                "question": printable(question["question"][:MAX_CHARACTERS], keep_newlines=True),
+                "verdict": _verdict(sample),
+                "is_right": sample["reward"] == 1.0,
+                "details": details,
+                "response": response or "(empty)",
+            }
+            group.append({**shown, "truth": sample["truth"], "reason": sample["reason"]})
     return [example for _, group in sorted(groups.items()) for example in group]
 
 

@@ -4,8 +4,6 @@ Of two lines about the same response the later counts, so that a response whose 
 graded again. The texts stay on disk: 800 thousand questions take about 250 MB of memory.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from array import array
@@ -26,10 +24,8 @@ LINE_START = re.compile(rb'\{(?:"benchmark": (%s), )?"id": (%s)' % (TEXT, TEXT))
 
 class ResponseLog:
     """`add` returns at once; lines are written together and are durable when `close` returns.
-
     digests: question → digest of everything that its grades depend on. ungraded: (question, index)
-    of the responses whose grader failed.
-    """
+    of the responses whose grader failed."""
 
     def __init__(self, path: Path, command: Literal["eval", "sample"]) -> None:
         """Raises UserError for a file that another command wrote."""

@@ -1,7 +1,5 @@
 """The loop of `eval` and `sample`: sample what is missing, grade it, log it; resumable."""
 
-from __future__ import annotations
-
 import asyncio
 import hashlib
 from collections import Counter
@@ -13,6 +11,7 @@ from megatron_r1.data.prompts import Prompt
 from megatron_r1.errors import UserError
 from megatron_r1.evaluation.grading import Grader
 from megatron_r1.evaluation.policy import Policy
+from megatron_r1.evaluation.progress import Progress
 from megatron_r1.evaluation.questions import QuestionSet, digest
 from megatron_r1.evaluation.response import TextResponse
 from megatron_r1.evaluation.response_log import QuestionKey, ResponseLog
@@ -39,18 +38,16 @@ class Sampler:
         details: Details,
         *,
         by_question: bool,
-        on_progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
         """grader: None to log responses ungraded. details: more fields for a response's line.
         by_question: all samples of a question in a row, so that the engine can reuse its prompt's
-        cache; otherwise first samples of all questions come first. on_progress: called with
-        (finished, wanted) samples.
+        cache; otherwise first samples of all questions come first.
 
         Raises UserError if the log has responses to other versions of the questions.
         """
         self._policy, self._grader, self._log = policy, grader, log
         self._sets, self._seed, self._details = sets, seed, details
-        self._by_question, self._on_progress = by_question, on_progress
+        self._by_question, self._progress = by_question, Progress()
         self._grading_slots = asyncio.Semaphore(MAX_GRADING * policy.concurrency)
         self._num_ungraded: Counter[str] = Counter()
         self._gradable: set[str] = set()
@@ -62,7 +59,10 @@ class Sampler:
     async def run(self) -> None:
         """Return when every response is graded and logged. Raises the first failure of an engine,
         a server or a grader; the log keeps what was finished before."""
-        self._on_progress(self.num_done, self.num_wanted)
+        num_missing = self.num_wanted - self.num_done
+        if num_missing:
+            await self._policy.start()
+        self._progress(self.num_done, self.num_wanted)
         jobs = self._missing()
         failure: Exception | None = None
         try:
@@ -70,7 +70,7 @@ class Sampler:
                 await self._grade_again(grading)
                 try:
                     async with asyncio.TaskGroup() as sampling:
-                        for _ in range(min(self._policy.concurrency, self.num_missing)):
+                        for _ in range(min(self._policy.concurrency, num_missing)):
                             sampling.create_task(self._sample(jobs, grading))
                 except ExceptionGroup as failures:
                     # A dead engine fails all its requests; the first failure is enough. Responses
@@ -82,10 +82,7 @@ class Sampler:
             await self._log.close()
         if stopped := failure or self._broken_grader:
             raise stopped
-
-    @property
-    def num_missing(self) -> int:
-        return self.num_wanted - self.num_done
+        await self._policy.close()  # voting and deciding need no engine
 
     def _missing(self) -> Iterator[Job]:
         most = max(questions.num_samples for questions in self._sets)
@@ -142,7 +139,7 @@ class Sampler:
         self._log.add(line | response.to_line() | self._details(questions, prompt, response))
         if new:
             self.num_done += 1
-            self._on_progress(self.num_done, self.num_wanted)
+            self._progress(self.num_done, self.num_wanted)
 
     def _count_failures(
         self, questions: QuestionSet, prompt: Prompt, response: TextResponse

@@ -1,7 +1,5 @@
 """A model behind an OpenAI-compatible server: vLLM, SGLang, llama.cpp, a provider."""
 
-from __future__ import annotations
-
 from dataclasses import asdict
 from typing import Any
 
@@ -43,8 +41,7 @@ class Reply(msgspec.Struct):
 
 class ServerPolicy:
     """Sends one request per response, and repeats it while the server is busy or away
-    (`rewards.remote.service`).
-    """
+    (`rewards.remote.service`)."""
 
     def __init__(
         self,
@@ -55,11 +52,8 @@ class ServerPolicy:
         key: str = "eval.server",
     ) -> None:
         """template: used with api "completions" only. shots: worked examples before every question.
-        key: of the recipe, for errors.
-
-        Raises ValueError for a template that needs a tokenizer, and for an api_key_env that is not
-        set.
-        """
+        key: of the recipe, for errors. Raises ValueError for a template that needs a tokenizer, and
+        for an api_key_env that is not set."""
         self._server, self._decoding, self._shots, self._key = server, decoding, shots, key
         self._chat = server.api == "chat"
         if not self._chat:
@@ -78,11 +72,8 @@ class ServerPolicy:
         }
 
     async def start(self) -> None:
-        """Request one token, so that a wrong address, name or key is reported now.
-
-        An unreachable server is retried for `wait_seconds`, one that is loading for
-        `retry_seconds`.
-        """
+        """Request one token, so that a wrong address, name or key is reported now. An unreachable
+        server is retried for `wait_seconds`, one that is loading for `retry_seconds`."""
         url, failures = self._server.url, [""]
         name = f"model {self._server.model} at {url}"
         async with report_waiting(name, lambda: self._service.trouble or failures[-1]):
@@ -133,12 +124,9 @@ class ServerPolicy:
         return {"model": self._server.model, **content, **asdict(self._decoding), "seed": seed}
 
     def _is_opened(self, text: str, truncated: bool) -> bool:
-        """Return whether the response starts inside a thought that the prompt opened.
-
-        A server does not show its chat template, and those of reasoning models end with <think>.
-        So a truncated response without any tag is taken for an unfinished thought, which has no
-        answer.
-        """
+        """Return whether the response starts inside a thought that the prompt opened. A server does
+        not show its chat template, and those of reasoning models end with <think>. So a truncated
+        response without any tag is taken for an unfinished thought, which has no answer."""
         if not self._chat:
             return is_opened(find_template(self._template))
         return truncated and THINK not in text and END_THINK not in text

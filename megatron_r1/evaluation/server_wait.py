@@ -1,7 +1,5 @@
 """Waiting for a model server that may still be starting, with a report on the terminal."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import time
@@ -50,21 +48,19 @@ async def wait_until_listening(
 
 @contextlib.asynccontextmanager
 async def report_waiting(name: str, reason: Callable[[], str]) -> AsyncIterator[None]:
-    """Print a line when the block begins, and one with the latest reason every few seconds.
+    """Print a line when the block begins, and one with the latest reason every few seconds. reason:
+    returns "" while none is known."""
 
-    reason: returns "" while none is known.
-    """
+    print(f"waiting for {name}", flush=True)
+    began = time.monotonic()
 
     async def report() -> None:
-        began = time.monotonic()
-        print(f"waiting for {name}", flush=True)
         while True:
             await asyncio.sleep(REPORT_SECONDS)
             why = f": {reason()}" if reason() else ""
             print(f"waiting for {name}, {time.monotonic() - began:.0f} s{why}", flush=True)
 
     reporting = asyncio.create_task(report())
-    await asyncio.sleep(0)  # print the first line before anything blocks
     try:
         yield
     finally:

@@ -26,11 +26,8 @@ from megatron_r1.rewards.runtime.pool import RewardPool
 
 @dataclass(frozen=True)
 class Summary:
-    """The results of one benchmark.
-
-    metrics: name → estimate over questions; "length" in tokens, the others fractions. counts: of
-    questions and samples. passes, votes: k → pass@k and cons@k.
-    """
+    """The results of one benchmark. metrics: name → estimate over questions; "length" in tokens,
+    the others fractions. counts: of questions and samples. passes, votes: k → pass@k and cons@k."""
 
     title: str
     num_samples: int
@@ -65,18 +62,9 @@ class Graded:
 
 
 async def summarize(
-    pool: RewardPool, log: ResponseLog, sets: Sequence[QuestionSet], seed: int
-) -> list[Summary]:
-    """Return a summary of each benchmark, whose samples must all be in the log.
-
-    seed: of the resampling.
-    """
-    return [await _summarize(pool, log, questions, seed) for questions in sets]
-
-
-async def _summarize(
     pool: RewardPool, log: ResponseLog, question_set: QuestionSet, seed: int
 ) -> Summary:
+    """Summarize a benchmark, whose samples must all be in the log. seed: of the resampling."""
     lines_of = log.read(map(question_set.key, question_set.prompts), question_set.num_samples)
     questions = [[Graded.from_line(line) for line in lines] for lines in lines_of]
     samples = [sample for question in questions for sample in question]

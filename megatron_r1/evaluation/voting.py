@@ -1,7 +1,5 @@
 """Majority vote over several answers to one question (cons@N), by what the answers mean."""
 
-from __future__ import annotations
-
 import asyncio
 import hashlib
 import re
@@ -27,11 +25,9 @@ RIGHT = -1
 
 @dataclass(frozen=True)
 class Vote:
-    """A response's final answer.
-
-    key: equal for the same number, and for the same text without decoration and case. text: as
-    written, for comparisons by meaning; "" for a text too long to compare, whose key is a digest.
-    """
+    """A response's final answer. key: equal for the same number, and for the same text without
+    decoration and case. text: as written, for comparisons by meaning; "" for a text too long to
+    compare, whose key is a digest."""
 
     key: str | Fraction
     text: str
@@ -84,10 +80,8 @@ async def group_answers(
 
 
 def majority_of(groups: Sequence[object | None]) -> int | None:
-    """Return the index of the first sample of the largest group; None without any vote.
-
-    A tie goes to the group whose answer came first.
-    """
+    """Return the index of the first sample of the largest group; None without any vote. A tie goes
+    to the group whose answer came first."""
     counts = Counter(group for group in groups if group is not None)
     if not counts:
         return None
@@ -107,11 +101,9 @@ async def majority_score(
     scores: Sequence[float],
     opened: bool = False,
 ) -> float:
-    """Return the score of the majority's answer, which cons@N averages; 0 without any vote.
-
-    Answers are compared by meaning only if that can change the outcome: for mathematics, if some
-    answer is right and the wrong ones together could outvote it.
-    """
+    """Return the score of the majority's answer, which cons@N averages; 0 without any vote. Answers
+    are compared by meaning only if that can change the outcome: for mathematics, if some answer is
+    right and the wrong ones together could outvote it."""
     votes = [read_vote(text, opened) for text in responses]
     if kind == "math":
         num_votes = sum(vote is not None for vote in votes)
@@ -124,9 +116,7 @@ async def majority_score(
 
 async def _by_meaning(pool: RewardPool, votes: Sequence[Vote]) -> dict[str | Fraction, int]:
     """Return key → group of distinct answers: each joins the first earlier one of equal meaning.
-
-    Answers whose comparison runs out of time or memory count as different.
-    """
+    Answers whose comparison runs out of time or memory count as different."""
     representatives: list[Vote] = []
     numbers: dict[str | Fraction, int] = {}
     for vote in votes:
@@ -145,11 +135,8 @@ async def _by_meaning(pool: RewardPool, votes: Sequence[Vote]) -> dict[str | Fra
 
 def grade(response: str, truth: str, **entry: object) -> Grade:
     """Return 1 if each of the two answers is accepted when the other is the truth; runs in the
-    reward workers, which can be killed.
-
-    math-verify's comparison is not symmetric: if 1 is expected it accepts `2x + z = 1`, but not the
-    other way round. A vote needs a symmetric relation.
-    """
+    reward workers, which can be killed. math-verify's comparison is not symmetric: if 1 is expected
+    it accepts `2x + z = 1`, but not the other way round. A vote needs a symmetric relation."""
     from megatron_r1.rewards.math import equivalent  # sympy, which the controller does not need
 
     same = equivalent(truth, response) and equivalent(response, truth)

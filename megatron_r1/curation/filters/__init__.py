@@ -6,8 +6,6 @@ languages, long paragraphs and code blocks (arXiv 2501.12948, section 2.3.3 of v
 where it collects its cold start (v2, supplement B.3).
 """
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -54,10 +52,8 @@ Filters = Mapping[str, Mapping[str, Any]]
 
 
 def check_filters(given: Mapping[str, Any]) -> None:
-    """Check a recipe's `sample.filters`: name → options, true or false.
-
-    Raises UserError naming the filter and the option for an unknown one, and for an invalid value.
-    """
+    """Check a recipe's `sample.filters`: name → options, true or false. Raises UserError naming the
+    filter and the option for an unknown one, and for an invalid value."""
     for name, options in given.items():
         place = f"sample.filters.{name}"
         if name not in NAMES:
@@ -86,10 +82,8 @@ def check_filters(given: Mapping[str, Any]) -> None:
 
 
 def filters_of(output: str, given: Mapping[str, Mapping[str, Any] | bool]) -> Filters:
-    """Return the active filters in order, with their options.
-
-    output: `sample.output`, for its defaults. given: `sample.filters`.
-    """
+    """Return the active filters in order, with their options. output: `sample.output`, for its
+    defaults. given: `sample.filters`."""
     chosen: dict[str, Mapping[str, Any]] = {}
     for name in NAMES:
         options = given.get(name, name in OF_OUTPUT[output])

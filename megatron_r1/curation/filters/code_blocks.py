@@ -17,10 +17,8 @@ def code_blocks(
     kinds: Sequence[str] = ("code",),
     part: str = "thought",
 ) -> str:
-    """Drop a response with a fenced code block, also one that is never closed.
-
-    kinds: of questions whose responses may have them. Raises ValueError if it is no list.
-    """
+    """Drop a response with a fenced code block, also one that is never closed. kinds: of questions
+    whose responses may have them. Raises ValueError if it is no list."""
     if isinstance(kinds, str) or not all(isinstance(kind, str) for kind in kinds):
         raise ValueError(f"kinds must be a list of kinds of questions, got {kinds!r}")
     text = judged_part(response, part)

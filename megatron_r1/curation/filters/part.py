@@ -1,7 +1,5 @@
 """The part of a response that a filter checks."""
 
-from __future__ import annotations
-
 from megatron_r1.evaluation.response import TextResponse
 from megatron_r1.rewards.answer import ANSWER, END_ANSWER, END_THINK, THINK
 
@@ -10,9 +8,7 @@ PARTS = ("thought", "response")
 
 def judged_part(response: TextResponse, part: object) -> str | None:
     """Return the thought, None without one; or the whole response with a line break for every tag.
-
-    Raises ValueError for another part.
-    """
+    Raises ValueError for another part."""
     if part == "thought":
         return response.thought
     if part != "response":

@@ -8,10 +8,8 @@ def repetition(
     response: TextResponse, prompt: Prompt, *, min_new: float = 0.7, window: int = 50
 ) -> str:
     """Drop a response in which less than `min_new` of the windows of `window` characters are new
-    (`rewards.repetition`; a text written twice has half).
-
-    Raises ValueError for values out of range.
-    """
+    (`rewards.repetition`; a text written twice has half). Raises ValueError for values out of
+    range."""
     from megatron_r1.rewards.repetition import grade  # numpy, which reading a recipe does not need
 
     if isinstance(min_new, bool) or not isinstance(min_new, int | float) or not 0 < min_new <= 1:

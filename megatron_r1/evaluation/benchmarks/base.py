@@ -1,7 +1,5 @@
 """The definition of a benchmark: where its rows come from and how a row becomes a question."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -57,10 +55,7 @@ class Benchmark:
 
 def to_prompts(questions: Iterable[Question], instruction: str) -> Iterator[Prompt]:
     """Yield prompts with unique ids: the data set's, or a hash of the text; a repeated one gets
-    "-2", "-3", …
-
-    Raises UserError for an instruction without {problem}.
-    """
+    "-2", "-3", … Raises UserError for an instruction without {problem}."""
     if PLACEHOLDER not in instruction:
         raise UserError(f"instruction {instruction!r} has no {PLACEHOLDER}: put the question's in")
     seen: dict[str, int] = {}
@@ -75,10 +70,8 @@ def to_prompts(questions: Iterable[Question], instruction: str) -> Iterator[Prom
 
 def code_limits(cpu_seconds: float, memory_mib: float, num_tests: int) -> dict[str, float]:
     """Return `limits` of the code reward for a judge's limits per test (`rewards.sandbox.limits`).
-
     Wall time is twice the CPU time, because the machine does other work too. All tests together get
-    the time they may take one by one, up to `MAX_TOTAL_SECONDS`.
-    """
+    the time they may take one by one, up to `MAX_TOTAL_SECONDS`."""
     cpu_seconds = min(max(cpu_seconds, 1.0), 120.0)
     return {
         "cpu_seconds": cpu_seconds,

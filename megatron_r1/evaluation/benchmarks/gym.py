@@ -56,10 +56,8 @@ def questions(rows: Rows, options: Options) -> Iterator[Question]:
 
 
 def _of_task(task: str, options: Options, exactly: bool) -> Iterator[Question]:
-    """Yield `questions` distinct questions of one task.
-
-    exactly: raise UserError for a task with fewer; in a suite, such a task gives those it has.
-    """
+    """Yield `questions` distinct questions of one task. exactly: raise UserError for a task with
+    fewer; in a suite, such a task gives those it has."""
     parameters, difficulty = dict(options["parameters"]), options["difficulty"]
     if difficulty != "default":
         if difficulty not in DIFFICULTIES:

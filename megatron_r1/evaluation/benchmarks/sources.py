@@ -4,8 +4,6 @@ From the hub only files are downloaded, and read here. Loading scripts of data s
 and the `datasets` library is not needed; Parquet needs pyarrow.
 """
 
-from __future__ import annotations
-
 import csv
 import fnmatch
 import json
@@ -31,12 +29,9 @@ Hubs = Mapping[str, Callable[[Options], Sequence[str]]]
 def read_rows(
     name: str, hubs: Hubs, options: Options, path: str | None, files: Sequence[str]
 ) -> Iterator[Row]:
-    """Yield every row of a benchmark.
-
-    path: a file, a folder, a hub name, or None for the first of `hubs`. files: glob patterns of the
-    files of a folder or repository; () for the benchmark's own. Raises UserError naming the file,
-    the row and the remedy.
-    """
+    """Yield every row of a benchmark. path: a file, a folder, a hub name, or None for the first of
+    `hubs`. files: glob patterns of the files of a folder or repository; () for the benchmark's own.
+    Raises UserError naming the file, the row and the remedy."""
     hub = next(iter(hubs))
     place = path or hub
     local = Path(place)
@@ -65,9 +60,8 @@ def pick_columns(
     place: str, row: Mapping[str, Any], layouts: Sequence[Mapping[str, str]]
 ) -> dict[str, Any]:
     """Return the row under our names, by the first layout whose columns it has; others are dropped.
-
-    layouts: our name → the column's. Raises UserError naming the missing and the present columns.
-    """
+    layouts: our name → the column's. Raises UserError naming the missing and the present
+    columns."""
     for layout in layouts:
         if all(column in row for column in layout.values()):
             return {ours: row[column] for ours, column in layout.items()}
@@ -111,14 +105,10 @@ def _read_folder(name: str, folder: Path, patterns: Sequence[str]) -> Iterator[R
 
 
 def _read(path: Path) -> Iterator[Row]:
-    if path.suffix == ".csv":
-        yield from _read_csv(path)
-    elif path.suffix == ".json":
-        yield from _read_json(path)
-    elif path.suffix in SUFFIXES:
-        yield from read_records(path)
-    else:
+    if path.suffix not in SUFFIXES:
         raise UserError(f"{path}: expected {', '.join(SUFFIXES)}")
+    read = {".csv": _read_csv, ".json": _read_json}.get(path.suffix, read_records)
+    yield from read(path)
 
 
 def _read_csv(path: Path) -> Iterator[Row]:

@@ -23,6 +23,12 @@ class Policy:
     def __init__(self, limit=1_000):
         self.limit, self.seeds = limit, []
 
+    async def start(self):
+        assert not self.seeds
+
+    async def close(self):
+        assert self.seeds
+
     async def respond(self, question, seed):
         if len(self.seeds) == self.limit:
             raise RuntimeError("the engine died")
