@@ -45,11 +45,17 @@ ATTEMPTS_PER_QUESTION = 50
 
 
 def questions(rows: Rows, options: Options) -> Iterator[Question]:
+    from reasoning_gym.factory import DATASETS
+
     suite = options["suite"]
     tasks = SUITES.get(suite, (suite,))
-    if suite not in SUITES:
-        _check_task(suite)
-    elif options["parameters"]:
+    if suite not in SUITES and suite not in DATASETS:
+        hint = did_you_mean(suite, [*SUITES, *DATASETS], "'gym/{}'")
+        raise UserError(
+            f"gym has no suite or task {suite!r}{hint} (suites: {', '.join(SUITES)}; tasks: "
+            "those of reasoning-gym)"
+        )
+    if suite in SUITES and options["parameters"]:
         raise UserError(f"gym/{suite}: parameters belong to one task; name it: gym/{tasks[0]}")
     for task in tasks:
         yield from _of_task(task, options, exactly=len(tasks) == 1)
@@ -81,17 +87,6 @@ def _of_task(task: str, options: Options, exactly: bool) -> Iterator[Question]:
         f"gym/{task}: only {len(seen)} distinct questions of {wanted}; set fewer `questions`, or "
         "make them more varied by its parameters"
     )
-
-
-def _check_task(name: str) -> None:
-    from reasoning_gym.factory import DATASETS
-
-    if name not in DATASETS:
-        hint = did_you_mean(name, [*SUITES, *DATASETS], "'gym/{}'")
-        raise UserError(
-            f"gym has no suite or task {name!r}{hint} (suites: {', '.join(SUITES)}; tasks: "
-            "those of reasoning-gym)"
-        )
 
 
 BENCHMARK = Benchmark(
