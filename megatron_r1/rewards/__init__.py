@@ -51,9 +51,8 @@ def resolve(kind: str) -> str:
 async def find_fault(kind: str, truth: object, grade: Callable[[str], Awaitable[Grade]]) -> str:
     """Return why a reward cannot be used, beginning with `base.UNGRADED`, or "" if it can.
 
-    grade: the reward `kind` with all arguments but the response. The rewards of this package grade
-    any text, the empty one too. A user's own may raise where there is no answer; one that also
-    raises on a well-formed answer is broken, or is called with arguments that it does not take.
+    grade: the reward `kind` with all arguments but the response. A user's own may raise where there
+    is no answer; one that also raises on a well-formed answer is broken, or called wrongly.
     """
     reason = (await grade("")).reason
     if reason.startswith(UNGRADED) and kind not in REGISTRY | REMOTE:

@@ -93,11 +93,8 @@ def extract(response: str, *, opened: bool = False, plain_line: bool = False) ->
 
 
 def last_boxed(text: str) -> str | None:
-    r"""Return the content of the last complete `\boxed{…}` or `\fbox{…}`, or None.
-
-    Boxes joined only by "and", "or" or a comma are one answer: `\boxed{12} or \boxed{13}` is
-    "12, 13", and not 13.
-    """
+    r"""Return the content of the last complete `\boxed{…}` or `\fbox{…}`, or None. Boxes joined
+    only by "and", "or" or a comma are one answer: `\boxed{12} or \boxed{13}` is "12, 13"."""
     return next(_boxed_from_the_end(text), None)
 
 
@@ -109,7 +106,9 @@ def final_answers(block: str) -> list[str]:
     others. Otherwise the text itself.
     """
     if boxed := list(_boxed_from_the_end(block)):
-        others = [*_alternatives_to_boxes(block), *stated_numbers(block), *_within_box(boxed[0])]
+        others = [*_alternatives_to_boxes(block), *stated_numbers(block)]
+        if last_boxed(boxed[0]) is not None:  # the 12 of `\boxed{12\boxed{13}}`
+            others += _alternatives_to_boxes(boxed[0])
         return list(dict.fromkeys((*others, *boxed[1:], boxed[0])))
     _, found, last = block.rpartition(MARKER)
     if found and last.strip() and "\n" not in last.strip():
@@ -151,7 +150,9 @@ def _boxed_from_the_end(text: str) -> Iterator[str]:
         content = text[inner:end]
         if following is not None and stop > following:
             contents = []  # it encloses the boxes after it
-        elif following is not None and not _are_joined(text, stop, following):
+        elif following is not None and not (
+            0 <= following - stop <= 80 and BETWEEN_BOXES.fullmatch(text, stop, following)
+        ):
             yield ", ".join(contents)
             contents = []
         if content not in contents:
@@ -173,11 +174,6 @@ def _alternatives_to_boxes(text: str) -> list[str]:
     return words + adjacent_numbers(text[:start], text[stop:])
 
 
-def _within_box(content: str) -> list[str]:
-    r"""Return answers next to a box inside a box: the 12 of `\boxed{12\boxed{13}}`."""
-    return _alternatives_to_boxes(content) if last_boxed(content) is not None else []
-
-
 def _boxes_from_the_end(text: str) -> Iterator[tuple[int, int, int, int]]:
     """Yield (box start, content start, content end, box end), the last box first."""
     nearest = {box: text.rfind(box) for box in BOXES}
@@ -192,10 +188,6 @@ def _boxes_from_the_end(text: str) -> Iterator[tuple[int, int, int, int]]:
         for box, position in nearest.items():
             if position == start:
                 nearest[box] = text.rfind(box, 0, start)
-
-
-def _are_joined(text: str, end: int, start: int) -> bool:
-    return 0 <= start - end <= 80 and BETWEEN_BOXES.fullmatch(text, end, start) is not None
 
 
 def _last_line(visible: str) -> str:
@@ -239,10 +231,8 @@ def describe(answer: str, expected: str, correct: bool) -> str:
 
 
 def adjacent_numbers(before: str, after: str = "") -> list[str]:
-    r"""Return the numbers that alone make up the text before or after a box: `12 \boxed{13}`.
-
-    A number within a sentence or a calculation explains the answer and is not returned.
-    """
+    r"""Return the numbers that alone make up the text before or after a box: `12 \boxed{13}`, not
+    those within a sentence or a calculation, which explain the answer."""
     numbers = []
     for pattern, text in ((BARE_BEFORE, before), (BARE_AFTER, after)):
         if len(text) > MAX_BARE_CHARS or (pattern is BARE_BEFORE and LIST_ITEM.fullmatch(text)):

@@ -39,11 +39,8 @@ class Comparison:
         return (self.wins + self.ties / 2) / (self.wins + self.losses + self.ties)
 
     def winner(self, margin: float = 0.5) -> int | None:
-        """Return 0 or 1 for the better response, or None for a tie or near-tie.
-
-        Near-tie: the shares of wins and losses differ by less than `margin`, in [0, 1]. Preference
-        data leaves these pairs out.
-        """
+        """Return 0 or 1 for the better response, or None for a tie or near-tie: the shares of wins
+        and losses differ by less than `margin`, in [0, 1]."""
         lead = 2 * self.preference - 1
         if lead == 0 or abs(lead) < margin:
             return None

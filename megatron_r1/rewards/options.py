@@ -66,8 +66,7 @@ def read_options(options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 def option_names(kind: str) -> frozenset[str]:
     """Return the keyword arguments of a registered reward that a recipe may set.
 
-    This imports the reward into the calling process. Only `math` and `logic` import large
-    libraries (1 to 2 s), and only recipes that set options of theirs pay for it.
+    This imports the reward; `math` and `logic` import large libraries (1 to 2 s).
     """
     parameters = inspect.signature(find_function(REGISTRY[kind])).parameters.values()
     names = {parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY}

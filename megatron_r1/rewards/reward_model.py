@@ -13,10 +13,11 @@ Sources: arXiv 2501.12948 v2, section 3.1 and supplement B.3.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
-from pydantic import Field, field_validator, model_validator
+import numpy as np
+from pydantic import AfterValidator, Field, model_validator
 
 from megatron_r1.errors import UserError
 from megatron_r1.rewards.base import Grade
@@ -39,16 +40,11 @@ class RewardModelSettings(ServiceSettings):
     scale: float = Field(1.0, gt=0, description="points of score per unit of the sigmoid")
     label: int | None = Field(None, ge=0, description="the good class of a model with several")
     threshold: float | None = Field(None, description="1 from this score on, else 0; null: sigmoid")
-    template: str | None = Field(
+    template: Annotated[str | None, AfterValidator(check_template)] = Field(
         None,
         description="text with {question} and {response}, and any special tokens the model needs; "
         "default: the server's chat template",
     )
-
-    @field_validator("template")
-    @classmethod
-    def _has_response(cls, template: str | None) -> str | None:
-        return check_template(template)
 
     @model_validator(mode="after")
     def _has_one_form(self) -> RewardModelSettings:
@@ -137,13 +133,12 @@ class RewardModel:
         if label is None:
             score = scores[0]
         else:  # log(p / (1 - p)) of its softmax
-            others = [other for place, other in enumerate(scores) if place != label]
-            highest = max(others)
-            score = scores[label] - highest
-            score -= math.log(sum(math.exp(other - highest) for other in others))
+            others = scores[:label] + scores[label + 1 :]
+            score = scores[label] - float(np.logaddexp.reduce(others))
         settings = self.settings
         if settings.threshold is None:
-            reward = _sigmoid((score - settings.shift) / settings.scale)
+            # The logistic function; tanh does not overflow.
+            reward = (1 + math.tanh((score - settings.shift) / settings.scale / 2)) / 2
         else:
             reward = float(score >= settings.threshold)
         return Grade(reward, f"score {score:.4g}")
@@ -164,8 +159,3 @@ class Safety(RewardModel):
     """Trained on single responses. It scores the whole response: harm in a thought is harm."""
 
     part: Part = "response"
-
-
-def _sigmoid(x: float) -> float:
-    # exp of a positive number could overflow.
-    return 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))

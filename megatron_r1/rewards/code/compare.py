@@ -15,10 +15,12 @@ def equal_output(actual: bytes, expected: str, tolerance: float | None) -> bool:
     tolerance: two tokens that are decimal numbers may differ by tolerance × max(1, |expected|), so
     that 0 accepts 1.0 for 1; None: tokens are compared as text.
     """
-    lines = _lines(actual), _lines(expected.encode("utf-8", "replace"))
-    if len(lines[0]) != len(lines[1]):
-        return False
-    return all(_equal_lines(*pair, tolerance) for pair in zip(*lines, strict=True))
+    texts = actual, expected.encode("utf-8", "replace")
+    left, right = (text.rstrip().split(b"\n") for text in texts)
+    return len(left) == len(right) and all(
+        a == b or all(_equal_tokens(*pair, tolerance) for pair in zip_longest(a.split(), b.split()))
+        for a, b in zip(left, right, strict=True)
+    )
 
 
 def equal_result(actual: bytes, expected: Any, tolerance: float | None) -> bool:
@@ -28,26 +30,14 @@ def equal_result(actual: bytes, expected: Any, tolerance: float | None) -> bool:
     `equal_output`, for every number.
     """
     try:
-        value = json.loads(actual)
-        return _equal_values(value, expected, tolerance)
+        return _equal_values(json.loads(actual), expected, tolerance)
     except (ValueError, RecursionError, OverflowError):
         return False
 
 
-def _lines(text: bytes) -> list[bytes]:
-    return text.rstrip().split(b"\n")
-
-
-def _equal_lines(actual: bytes, expected: bytes, tolerance: float | None) -> bool:
-    if actual == expected:
-        return True
-    pairs = zip_longest(actual.split(), expected.split())
-    return all(a == b or _equal_tokens(a, b, tolerance) for a, b in pairs)
-
-
 def _equal_tokens(actual: bytes | None, expected: bytes | None, tolerance: float | None) -> bool:
-    if tolerance is None or actual is None or expected is None:
-        return False
+    if actual == expected or tolerance is None or actual is None or expected is None:
+        return actual == expected
     if max(len(actual), len(expected)) > MAX_NUMBER_BYTES:
         return False
     if not (NUMBER.fullmatch(actual) and NUMBER.fullmatch(expected)):
@@ -56,18 +46,14 @@ def _equal_tokens(actual: bytes | None, expected: bytes | None, tolerance: float
 
 
 def _equal_values(actual: Any, expected: Any, tolerance: float | None) -> bool:
-    if isinstance(expected, list):
-        return (
-            isinstance(actual, list)
-            and len(actual) == len(expected)
-            and all(_equal_values(a, b, tolerance) for a, b in zip(actual, expected, strict=True))
-        )
     if isinstance(expected, dict):
-        return (
-            isinstance(actual, dict)
-            and actual.keys() == expected.keys()
-            and all(_equal_values(actual[key], expected[key], tolerance) for key in expected)
-        )
+        if not isinstance(actual, dict) or actual.keys() != expected.keys():
+            return False
+        return all(_equal_values(actual[key], expected[key], tolerance) for key in expected)
+    if isinstance(expected, list):
+        if not isinstance(actual, list) or len(actual) != len(expected):
+            return False
+        return all(_equal_values(a, b, tolerance) for a, b in zip(actual, expected, strict=True))
     if actual == expected:
         return True
     if tolerance is None or not all(isinstance(v, int | float) for v in (actual, expected)):

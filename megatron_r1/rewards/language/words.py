@@ -84,11 +84,8 @@ def _is_english(word: str) -> bool:
 
 
 def count_marks(text: str) -> float:
-    """Return how many words the symbols and single letters of `text` may encode, five per word.
-
-    A stretch of symbols is free up to four; a run of symbols outside punctuation and mathematics is
-    at least one word. Linear in the length of `text`.
-    """
+    """Return how many words the symbols and single letters of `text` may encode, five per word. A
+    run of symbols outside punctuation and mathematics is at least one. Linear in the length."""
     words = (word for _, word in RUNS.findall(text))
     letters = sum(len(w) for w in words if len(w) == 1 or GREEK_SYMBOL.fullmatch(w))
     return count_symbols(text) + letters / GLUED_WORD_LETTERS

@@ -59,10 +59,8 @@ def grade(
 
 
 def equivalent(expected: str, answer: str) -> bool:
-    """Whether `answer` means the same as `expected`; both without decoration (`answer.unwrap`).
-
-    It may take long: call it for trusted text only, or inside a worker of the pool.
-    """
+    """Whether `answer` means the same as `expected`; both without decoration (`answer.unwrap`). It
+    may take long: call it for trusted text only, or inside a worker of the pool."""
     return _compare(expected, answer)[0]
 
 

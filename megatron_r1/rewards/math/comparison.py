@@ -260,10 +260,8 @@ def _structure(text: str) -> Structure | None:
 
 
 def _members(truth: Structure, answer: Structure) -> tuple[list[str], list[str], bool]:
-    """Return the members of both, and whether names give them an order.
-
-    Names are removed where only one side has them, and where all are the same: `x = 3 or x = -1`.
-    """
+    """Return the members of both, and whether names give them an order. Names are removed where
+    only one side has them, and where all are the same: `x = 3 or x = -1`."""
     (names, left), (other_names, right) = _values(truth), _values(answer)
     if names and other_names and (len(set(names)) > 1 or set(names) != set(other_names)):
         return list(truth.members), list(answer.members), False

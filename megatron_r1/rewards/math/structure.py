@@ -4,6 +4,7 @@ Comparing member by member, instead of as sympy sets, distinguishes an ordered p
 counts every candidate that an answer lists, and makes a large matrix cheap.
 """
 
+import itertools
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -35,25 +36,16 @@ class Structure:
 
 def nesting(text: str) -> int | None:
     """Return how deep brackets are nested in `text`; None where they do not close."""
-    depth = deepest = 0
-    for token in TOKEN.findall(text):
-        if token in OPENING:
-            depth += 1
-            deepest = max(deepest, depth)
-        elif token in CLOSING:
-            depth -= 1
-            if depth < 0:
-                return None
-    return deepest if depth == 0 else None
+    depths = [0, *_depths(TOKEN.findall(text))]
+    return max(depths) if depths[-1] == 0 and min(depths) == 0 else None
 
 
 def split(text: str, separators: frozenset[str]) -> list[tuple[str, str]]:
     """Split `text` at separators outside all brackets into (part, separator after it)."""
     parts: list[tuple[str, str]] = []
     current: list[str] = []
-    depth = 0
-    for token in TOKEN.findall(text):
-        depth += (token in OPENING) - (token in CLOSING)
+    tokens = TOKEN.findall(text)
+    for token, depth in zip(tokens, _depths(tokens), strict=True):
         if depth == 0 and token in separators:
             parts.append(("".join(current).strip(), token))
             current = []
@@ -115,9 +107,11 @@ def _enclosing(text: str) -> tuple[str, str]:
     tokens = TOKEN.findall(text.strip())
     if len(tokens) < 2 or tokens[0] not in OPENING or tokens[-1] not in CLOSING:
         return "", text.strip()
-    depth = 0
-    for position, token in enumerate(tokens):
-        depth += (token in OPENING) - (token in CLOSING)
-        if depth == 0 and position < len(tokens) - 1:
-            return "", text.strip()
+    if 0 in _depths(tokens)[:-1]:
+        return "", text.strip()
     return tokens[0] + tokens[-1], "".join(tokens[1:-1]).strip()
+
+
+def _depths(tokens: list[str]) -> list[int]:
+    """Return in how many brackets each token stands; a closing one counts as outside its own."""
+    return list(itertools.accumulate((t in OPENING) - (t in CLOSING) for t in tokens))

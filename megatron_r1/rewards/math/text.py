@@ -111,10 +111,8 @@ def plain(text: str) -> str:
 
 
 def read_choice(text: str) -> tuple[str, str] | None:
-    """Read the letter of a choice and the text after it: `C`, `(C)`, `C. 12`, `option C`.
-
-    None for any other text, and where a second letter is named.
-    """
+    """Read the letter of a choice and the text after it: `C`, `(C)`, `C. 12`, `option C`. None for
+    any other text, and where a second letter is named."""
     text = PREFIX.sub("", plain(text), count=1)
     if (match := LABEL.fullmatch(text)) is None:
         return None
@@ -156,10 +154,8 @@ def same_words(expected: str, answer: str, *, ignore_case: bool) -> bool:
 
 
 def read_phrase(text: str) -> str:
-    """Return the sign for a phrase such as "no solution", or one phrase for all of its meaning.
-
-    Any other text is returned unchanged.
-    """
+    """Return the sign for a phrase such as "no solution", or one phrase for all of its meaning; any
+    other text unchanged."""
     if len(text) > MAX_PHRASE_CHARS:
         return text
     words = plain(text).lower()

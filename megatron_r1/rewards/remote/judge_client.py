@@ -37,15 +37,12 @@ class JudgeSettings(ServiceSettings):
 
     @model_validator(mode="after")
     def _votes_can_decide(self) -> JudgeSettings:
-        parity, reason = (
-            ("odd", "there is a majority")
-            if self.mode == "verify"
-            else ("even", "each response is shown first equally often")
-        )
-        if self.num_votes % 2 != (parity == "odd"):
-            raise ValueError(
-                f"votes must be {parity} to {self.mode}, so that {reason}; got {self.votes}"
-            )
+        if self.num_votes % 2 != (self.mode == "verify"):
+            need = {
+                "verify": "odd to verify, so that there is a majority",
+                "compare": "even to compare, so that each response is shown first equally often",
+            }
+            raise ValueError(f"votes must be {need[self.mode]}; got {self.votes}")
         return self
 
     @property

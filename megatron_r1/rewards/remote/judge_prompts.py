@@ -87,11 +87,9 @@ def read_verdict(reply: str, key: str, verdicts: Sequence[str]) -> str | None:
 
 
 def fence_key(*parts: object) -> str:
-    """Return a key that none of `parts` can contain, the same for the same parts.
+    """Return a key that the author of no part can know, since it is a hash of all parts.
 
-    It is a hash of all parts. A part that contained it would have to contain its own hash, so the
-    author of a part cannot know it, as with a random key; unlike a random key, it lets a repeated
-    request find its cached reply.
+    Unlike a random key, it lets a repeated request find its cached reply.
     """
     digest = hashlib.sha256()
     for part in parts:

@@ -98,10 +98,7 @@ def settings_names(kind: str) -> frozenset[str]:
 
 
 def check_options(kind: str, options: Mapping[str, Any]) -> None:
-    """Raise ValueError for options that are not settings of reward `kind`.
-
-    The key is not needed: a trainer's node, which reads the recipe too, may not have it.
-    """
+    """Raise UserError for options that are no settings of reward `kind`; no key is read."""
     read_settings(kind, reward_class(kind).settings_type, options)
 
 

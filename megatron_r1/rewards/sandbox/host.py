@@ -8,7 +8,6 @@ import os
 import shutil
 import stat
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_r1.errors import UserError
@@ -21,14 +20,6 @@ COMPILER, PRLIMIT = "/usr/bin/g++", "/usr/bin/prlimit"
 
 class SandboxUnavailable(UserError):
     """This machine cannot run sandboxes, so no program is run; the message has the remedy."""
-
-
-@dataclass(frozen=True)
-class Interpreter:
-    """path: the Python executable inside the sandbox. mounts: bwrap options that mount it."""
-
-    path: str
-    mounts: tuple[str, ...]
 
 
 @functools.cache
@@ -47,8 +38,9 @@ def launcher() -> tuple[str, ...]:
 
 
 @functools.cache
-def interpreter() -> Interpreter:
-    """Return this process's Python if the sandbox user can read it, else the system's."""
+def interpreter() -> tuple[str, tuple[str, ...]]:
+    """Return the path of a Python inside the sandbox, and the bwrap options that mount it: this
+    process's Python if the sandbox user can read it, else the system's."""
     version = f"python{sys.version_info.major}.{sys.version_info.minor}"
     prefix = Path(sys.base_prefix).resolve()
     own, library = prefix / "bin" / version, prefix / "lib" / version
@@ -59,21 +51,23 @@ def interpreter() -> Interpreter:
         if (library / "site-packages").is_dir():
             packages = f"/python/lib/{version}/site-packages"
             mounts += ("--tmpfs", packages, "--remount-ro", packages)
-        return Interpreter("/python/bin/python3", mounts)
+        return "/python/bin/python3", mounts
     system = Path("/usr/bin/python3").resolve()
     if not system.exists():
         raise SandboxUnavailable(
             f"code answers need a Python that the sandbox may read, and {own} is private to one "
             "user: install the system's (apt-get install python3)"
         )
-    return Interpreter(str(system), ("--ro-bind", str(system), str(system)))
+    return str(system), ("--ro-bind", str(system), str(system))
 
 
 @functools.cache
 def compiler() -> str:
     """Return the system's g++: its headers and libraries are in folders that the sandbox mounts."""
     if not os.access(COMPILER, os.X_OK):
-        raise SandboxUnavailable(f"C++ answers need {COMPILER}: apt-get install g++")
+        raise SandboxUnavailable(
+            f"C++ answers need {COMPILER}, which is missing: apt-get install g++"
+        )
     return COMPILER
 
 

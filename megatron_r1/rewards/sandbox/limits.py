@@ -14,7 +14,7 @@ COMPILER_PROCESSES, COMPILER_STACK_BYTES = 16, 64 * MIB
 
 @dataclass(frozen=True)
 class Budget:
-    """Limits of one run, in seconds and bytes. disk_bytes: files that a compiler may write."""
+    """Limits of one run. disk_bytes: files that a compiler may write."""
 
     wall_seconds: float
     cpu_seconds: float
@@ -22,7 +22,7 @@ class Budget:
     stack_bytes: int
     processes: int
     output_bytes: int
-    disk_bytes: int
+    disk_bytes: int = 0
 
 
 CAPS: dict[str, float] = {
@@ -94,7 +94,6 @@ class Limits:
             stack_bytes=memory_bytes // (2 if compiled else 8),
             processes=int(self.processes),
             output_bytes=int(self.output_mib * MIB),
-            disk_bytes=0,
         )
 
     def compiler(self) -> Budget:
@@ -111,12 +110,8 @@ class Limits:
 
 
 def time_limit(kind: str, fields: Mapping[str, Any], seconds: float) -> float:
-    """Return how long one grade may take: `seconds`, or for programs what their limits add up to.
-
-    The code reward ends every program itself, and many tests may take longer than any formula
-    should. One limit for both would fail such programs, or wait a minute for every formula that
-    hangs.
-    """
+    """Return how long one grade may take: `seconds`, or for programs, which the code reward ends
+    itself, what their limits add up to: many tests may take longer than any formula should."""
     if kind != "code":
         return seconds
     try:

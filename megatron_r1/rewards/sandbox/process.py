@@ -74,8 +74,7 @@ class SandboxProcess:
         self.process, self.budget = process, budget
         self.status_fd, self.block_fd = status_fd, block_fd
         self.init_pidfd: int | None = None  # of the sandbox's process 1
-        self._pipes = process.stdout, process.stderr
-        self.stdout_fd, self.stderr_fd = (pipe.fileno() for pipe in self._pipes)
+        self.stdout_fd, self.stderr_fd = process.stdout.fileno(), process.stderr.fileno()
         self.received = {fd: bytearray() for fd in (self.stdout_fd, self.stderr_fd, status_fd)}
         self.started = started
         self.deadline = started + SETUP_SECONDS
@@ -94,12 +93,10 @@ class SandboxProcess:
         return Outcome(stdout, stderr, status, seconds, stopped)
 
     def close(self) -> None:
-        """Kill the sandbox if it still runs, and close its pipes. Safe in any state."""
+        """Kill the sandbox if it still runs. Safe in any state."""
         try:
             self._kill()
         finally:
-            for pipe in self._pipes:
-                pipe.close()
             if self.init_pidfd is not None:
                 os.close(self.init_pidfd)
 

@@ -57,5 +57,5 @@ def compile_cpp(source: str, standard: str, budget: Budget) -> Program | str:
 
 def _python(starter: str, source: str, *arguments: str) -> Program:
     # -s -S: no site-packages; -B: no .pyc files. Not -I, which would drop PYTHONHASHSEED.
-    command = (host.interpreter().path, "-s", "-S", "-B", "-c", starter, "main.py", *arguments)
+    command = (host.interpreter()[0], "-s", "-S", "-B", "-c", starter, "main.py", *arguments)
     return Program(command, {"main.py": source.encode("utf-8", "replace")})

@@ -107,6 +107,7 @@ def _run_once(
         finally:
             os.close(status_write)
             os.close(block_read)
+        stack.enter_context(process)
         sandbox = SandboxProcess(process, status_read, block_write, budget, started)
         with contextlib.closing(sandbox):
             return sandbox.wait()
@@ -132,7 +133,7 @@ def _view(compiler: bool, disk_bytes: int) -> tuple[str, ...]:
     if compiler:
         arguments += ["--symlink", "usr/bin", "/bin", "--size", str(disk_bytes), "--tmpfs", WORK]
     else:
-        arguments += [*host.interpreter().mounts, "--ro-bind", host.PRLIMIT, host.PRLIMIT]
+        arguments += [*host.interpreter()[1], "--ro-bind", host.PRLIMIT, host.PRLIMIT]
         arguments += ["--dir", WORK]
     return (*arguments, "--dev-bind", "/dev/null", "/dev/null", "--chdir", WORK)
 
