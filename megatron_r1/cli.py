@@ -14,7 +14,7 @@ from typing import Any
 from megatron_r1 import config as configuration
 from megatron_r1.commands import torchrun
 from megatron_r1.config.keys import describe, switches
-from megatron_r1.config.overrides import parse_overrides
+from megatron_r1.config.recipe import parse_overrides
 from megatron_r1.errors import RunError, UserError, did_you_mean
 from megatron_r1.processes.imports import quick_imports
 

@@ -5,7 +5,7 @@ from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
-from pydantic_core import PydanticUndefined
+from pydantic_core import PydanticUndefined, to_jsonable_python
 
 from megatron_r1.config.yaml_text import as_text
 from megatron_r1.errors import UserError, did_you_mean
@@ -64,18 +64,9 @@ def models_within(annotation: Any, entry: str = "") -> Iterator[tuple[type[BaseM
 
 def _line(key: str, field: FieldInfo) -> str:
     default = field.get_default(call_default_factory=True)
-    text = "(required)" if default is PydanticUndefined else as_text(_plain(default))
+    text = "(required)" if default is PydanticUndefined else as_text(to_jsonable_python(default))
     meaning = " ".join((field.description or "").split())
     return f"{key}: {text}" + (f"   # {meaning}" if meaning else "")
-
-
-def _plain(value: Any) -> Any:
-    """Convert models to mappings and tuples to lists, as YAML can hold them."""
-    if isinstance(value, BaseModel):
-        return value.model_dump(mode="json")
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def _is_under(key: str, name: str) -> bool:

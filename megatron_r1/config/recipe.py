@@ -1,5 +1,7 @@
 """A recipe: all sections together, read from YAML and the command line."""
 
+import difflib
+from collections.abc import Collection
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, Self
@@ -18,7 +20,7 @@ from megatron_r1.config.sample import SampleConfig
 from megatron_r1.config.section import Resumable, Section, resumable_keys
 from megatron_r1.config.training import FP8Config, OptimizerConfig, ParallelConfig, SFTConfig
 from megatron_r1.config.yaml_text import put, read_sections
-from megatron_r1.errors import UserError
+from megatron_r1.errors import UserError, did_you_mean
 
 
 class Config(Section):
@@ -147,7 +149,46 @@ def known_keys() -> list[str]:
     return [f"{name}.{key}" for name, model in sections.items() for key in model.model_fields]
 
 
+def parse_overrides(options: list[str], switches: Collection[str] = ()) -> dict[str, Any]:
+    """Parse `--rl.group_size 8 --data.task=sums` to {"rl.group_size": 8, "data.task": "sums"}.
+
+    Values are YAML; a template such as `{problem}` is text. switches: keys that become true when no
+    value follows. Raises UserError for an option without a value or without a section.
+    """
+    overrides: dict[str, Any] = {}
+    pending = list(options)
+    while pending:
+        option = pending.pop(0)
+        if not option.startswith("--"):
+            raise UserError(f"unexpected argument {option}: settings are --section.key value")
+        key, equals, value = option[2:].partition("=")
+        if not equals:
+            is_last = not pending or pending[0].startswith("--")
+            if is_last and key in switches:
+                overrides[key] = True
+                continue
+            if not pending:
+                raise UserError(f"--{key} needs a value{did_you_mean(key, switches, '--{}')}")
+            value = pending.pop(0)
+        if "." not in key:
+            # Compared with whole keys, most of which are longer: a looser cutoff than elsewhere.
+            near = difflib.get_close_matches(key, known_keys(), n=1, cutoff=0.4)
+            hint = f"; did you mean --{near[0]}?" if near else ""
+            raise UserError(f"unknown option --{key}: settings are --section.key value{hint}")
+        overrides[key] = _value(value)
+    return overrides
+
+
 def _with_overrides(tree: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
     for dotted, value in overrides.items():
         put(tree, dotted.split("."), value, dotted)
     return tree
+
+
+def _value(text: str) -> Any:
+    try:
+        value = yaml.safe_load(text) if text else ""
+    except yaml.YAMLError:
+        return text  # no YAML, such as a template
+    # `{problem}` is YAML, too: a mapping of a name to nothing, which no setting takes.
+    return text if value and isinstance(value, dict) and ":" not in text else value

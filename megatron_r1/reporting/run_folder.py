@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import yaml
+from pydantic_core import to_jsonable_python
 
 from megatron_r1.errors import UserError
 from megatron_r1.files import atomic_write
@@ -73,10 +74,12 @@ class RunFolder:
         they are updated in the file. defaults: values of settings that a run started by an earlier
         version does not have. Raises UserError naming every other difference with both values.
         """
-        new = _plain(config)
+        new = to_jsonable_python(config)
         if self.config_path.exists() and self.has_begun:
             after = flatten(new)
-            unknown_then = {k: v for k, v in flatten(_plain(defaults or {})).items() if k in after}
+            unknown_then = {
+                k: v for k, v in flatten(to_jsonable_python(defaults or {})).items() if k in after
+            }
             before = unknown_then | flatten(self.read_config())
             changed = sorted(changed_keys(before, after))
             refused = [key for key in changed if not _is_allowed(key, may_change)]
@@ -214,14 +217,6 @@ def _integer_step(record: Mapping[str, Any], what: str) -> int:
     if not isinstance(step, int) or isinstance(step, bool):
         raise ValueError(f"{what} has step {step!r}; give it the integer number of its step")
     return step
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return str(value) if isinstance(value, Path) else value
 
 
 def _is_allowed(key: str, may_change: Collection[str]) -> bool:

@@ -19,7 +19,7 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from megatron_r1 import config as configuration
-from megatron_r1.config.overrides import parse_overrides
+from megatron_r1.config.recipe import parse_overrides
 from megatron_r1.engine.recipe import context_length
 from megatron_r1.errors import UserError
 from megatron_r1.files import atomic_write
