@@ -13,22 +13,13 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 SPECIAL = ["<bos>", "<eos>", "<pad>"]
-PHRASES = [
-    "<think>",
-    "</think>",
-    "<answer>",
-    "</answer>",
+TAGS = ["<think>", "</think>", "<answer>", "</answer>"]
+QUESTION = [
     "User: ",
     "\nAssistant: ",
     "State the final answer to the following arithmetic problem: ",
-    " + ",
-    " - ",
-    " = ",
-    " =",
-    "wait",
-    "so",
-    " ",
 ]
+PHRASES = [*TAGS, *QUESTION, " + ", " - ", " = ", " =", "wait", "so", " "]
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -40,9 +31,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL])
-    tokenizer.add_tokens(
-        [AddedToken(phrase, special=False, normalized=False) for phrase in phrases]
-    )
+    tokenizer.add_tokens([AddedToken(text, special=False, normalized=False) for text in phrases])
     return as_transformers(tokenizer)
 
 

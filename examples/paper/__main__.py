@@ -32,16 +32,14 @@ def main(arguments: list[str] | None = None) -> int:
     options.add_argument("--page-only", action="store_true", help="run nothing: of what is done")
     chosen, pipeline_options = options.parse_known_args(arguments)
 
-    common = [
-        str(RECIPE),
-        "--pipeline.folder",
-        str(chosen.folder),
-        "--pipeline.seeds",
-        chosen.seeds,
-    ]
+    common = [str(RECIPE), "--pipeline.folder", str(chosen.folder)]
+    common += ["--pipeline.seeds", chosen.seeds, *pipeline_options]
+    runs: list[list[str]] = [] if chosen.page_only else [[]]
+    if runs and chosen.only:
+        runs = [["--pipeline.until", name] for name in needed(published.tables[chosen.only])]
     status = 0
-    for more in [] if chosen.page_only else _runs(published, chosen.only):
-        status = cli.main(["pipeline", *common, *pipeline_options, *more])
+    for more in runs:
+        status = cli.main(["pipeline", *common, *more])
         if status:
             break
     try:
@@ -52,14 +50,6 @@ def main(arguments: list[str] | None = None) -> int:
     for file in write_page(chosen.page, published, results):
         print(file)
     return status
-
-
-def _runs(published: tables.Published, only: str | None) -> list[list[str]]:
-    """Return the options of each run of the pipeline: one run, or one per stage of the table."""
-    if only is None:
-        return [[]]
-    stages = needed(published.tables[only])
-    return [["--pipeline.until", name] for name in stages]
 
 
 def needed(table: tables.Table) -> list[str]:

@@ -33,40 +33,27 @@ def write_page(path: Path, published: Published, results: Results) -> list[Path]
 
     Missing figures leave empty cells, and the page states that it is incomplete.
     """
-    files, sections = [], []
+    files, sections, overview = [], [], ["| table | |", "|---|---|"]
     for name, table in published.tables.items():
         verdicts = [verdict(table, comparison, results) for comparison in table.compare]
-        plot = draw(table, results)
+        overview.append(f"| [{table.title}](#{_anchor(table.title)}) | {summary(verdicts)} |")
+        plot, link = draw(table, results), ""
         if plot is not None:
             files.append(atomic_write(path.with_suffix("") / f"{name}.svg", plot))
-        link = f"![{table.title}]({path.stem}/{name}.svg)" if plot is not None else ""
+            link = f"![{table.title}]({path.stem}/{name}.svg)"
         sections.append(_section(table, results, verdicts, link))
-    head = [
-        INTRODUCTION.format(paper=published.paper),
-        _facts(results),
-        _overview(published, results),
-    ]
-    text = "\n".join([*head, *sections])
-    return [atomic_write(path, text), *files]
+    head = [INTRODUCTION.format(paper=published.paper), _facts(results), *overview, ""]
+    return [atomic_write(path, "\n".join([*head, *sections])), *files]
 
 
 def _facts(results: Results) -> str:
     done, count, seconds = results.progress
-    seeds = ", ".join(results.seeds)
-    when = results.report["written"]
+    seeds, when = ", ".join(results.seeds), results.report["written"]
     facts = f"Seeds {seeds}; {done} of {count} stages done, in {duration(seconds)}; {when}.\n"
     if done == count:
         return facts
     missing = "the same command continues, and what is missing here has not been run"
     return f"{facts}\n**Not complete**: {missing}.\n"
-
-
-def _overview(published: Published, results: Results) -> str:
-    lines = ["| table | |", "|---|---|"]
-    for table in published.tables.values():
-        verdicts = [verdict(table, comparison, results) for comparison in table.compare]
-        lines.append(f"| [{table.title}](#{_anchor(table.title)}) | {summary(verdicts)} |")
-    return "\n".join(lines) + "\n"
 
 
 def _anchor(title: str) -> str:

@@ -52,14 +52,8 @@ def _rows(axes: Axes, table: Table, name: str, results: Results) -> None:
         if name in row.ours and (spread := results.spread(row.ours[name])):
             below = [height + 0.2] * len(spread.values)
             axes.plot(spread.values, below, ".", color=INKS["other"])
-            axes.errorbar(
-                spread.mean,
-                height,
-                xerr=spread.deviation or 0.0,
-                fmt="o",
-                color=INKS["accent"],
-                capsize=3,
-            )
+            bar = {"xerr": spread.deviation or 0.0, "capsize": 3}
+            axes.errorbar(spread.mean, height, fmt="o", color=INKS["accent"], **bar)
         published = row.published.get(name)
         if isinstance(published, float):
             share = published / 100 if column.unit == "share" else published
@@ -67,9 +61,8 @@ def _rows(axes: Axes, table: Table, name: str, results: Results) -> None:
     axes.set_yticks(range(len(table.rows)), [row.title for row in table.rows.values()])
     axes.set_ylim(len(table.rows) - 0.5, -0.5)
     axes.tick_params(axis="y", labelcolor=INKS["ink"])
-    _titled(axes, column)
     axes.xaxis.set_major_locator(MaxNLocator(5))
-    _scale(axes.xaxis, column)
+    _describe(axes, axes.xaxis, column)
 
 
 def _curve(axes: Axes, column: Column, points: Mapping[int, Mapping[str, float]]) -> None:
@@ -82,24 +75,19 @@ def _curve(axes: Axes, column: Column, points: Mapping[int, Mapping[str, float]]
     axes.set_xlabel("steps")
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.yaxis.set_major_locator(MaxNLocator(4))
-    _titled(axes, column)
-    _scale(axes.yaxis, column)
+    _describe(axes, axes.yaxis, column)
 
 
-def _titled(axes: Axes, column: Column) -> None:
+def _describe(axes: Axes, axis, column: Column) -> None:
     axes.set_title(column.title, fontsize=9, loc="left", color=INKS["muted"])
-
-
-def _scale(axis, column: Column) -> None:
     if column.unit == "share":
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.4g}%"))
 
 
 def _svg(figure: Figure) -> str:
     buffer = io.StringIO()
-    figure.savefig(
-        buffer, format="svg", metadata={"Date": None, "Creator": None}, facecolor=INKS["page"]
-    )
+    unstamped = {"Date": None, "Creator": None}
+    figure.savefig(buffer, format="svg", metadata=unstamped, facecolor=INKS["page"])
     svg = buffer.getvalue()
     for ink, colour in INKS.items():
         svg = svg.replace(colour, COLOURS[ink])

@@ -60,9 +60,8 @@ class Results:
     @property
     def progress(self) -> tuple[int, int, float]:
         """(finished stages, all stages, seconds)."""
-        runs = [
-            run for stage in self.report["stages"].values() for run in stage["by_seed"].values()
-        ]
+        stages = self.report["stages"].values()
+        runs = [run for stage in stages for run in stage["by_seed"].values()]
         done = sum(run["state"] == "done" for run in runs)
         return done, len(runs), sum(run["seconds"] or 0.0 for run in runs)
 
@@ -92,10 +91,8 @@ class Verdict:
 
 def verdict(table: Table, comparison: Comparison, results: Results) -> Verdict:
     """Return whether a published order of two rows is ours too, seed by seed."""
-    above, below = (
-        results.by_seed(table.rows[name].ours[comparison.column])
-        for name in (comparison.above, comparison.below)
-    )
+    sides = (table.rows[name].ours for name in (comparison.above, comparison.below))
+    above, below = (results.by_seed(ours[comparison.column]) for ours in sides)
     gaps = [above[seed] - below[seed] for seed in above if seed in below]
     if not gaps:
         return Verdict(comparison, State.UNKNOWN, None)

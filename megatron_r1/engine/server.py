@@ -169,11 +169,9 @@ class EngineServer(Server):
     def describe_end(self) -> str:
         """Return how the process ended and an excerpt of its log, root cause first."""
         code = self.process.poll() if self.process else None
-        how = (
-            f"signal {signal.Signals(-code).name}"
-            if code is not None and code < 0
-            else f"exit code {code}"
-        )
+        how = f"exit code {code}"
+        if code is not None and code < 0:
+            how = f"signal {signal.Signals(-code).name}"
         return f"{how}; from {self.log_path}:\n{self.log_excerpt()}"
 
     def log_excerpt(self) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import mmap
 import numbers
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -133,15 +134,11 @@ def _parse(path: Path, number: int, line: bytes) -> dict[str, Any]:
 
 def _cut_torn_line(path: Path) -> None:
     with open(path, "r+b") as file:
-        end = position = file.seek(0, os.SEEK_END)
-        while position > 0:
-            start = max(0, position - 65536)
-            file.seek(start)
-            newline = file.read(position - start).rfind(b"\n")
-            if newline >= 0:
-                position = start + newline + 1
-                break
-            position = start
-        if position < end:
-            file.truncate(position)
+        size = os.fstat(file.fileno()).st_size
+        if not size:
+            return
+        with mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as content:
+            whole = content.rfind(b"\n") + 1
+        if whole < size:
+            file.truncate(whole)
             os.fsync(file.fileno())

@@ -10,12 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from megatron_r1.engine.client import EngineClient
-from megatron_r1.engine.errors import (
-    ConnectionBroken,
-    EngineDied,
-    EngineError,
-    EngineTimeout,
-)
+from megatron_r1.engine.errors import ConnectionBroken, EngineDied, EngineError, EngineTimeout
 from megatron_r1.engine.server import Server
 from megatron_r1.fleet.pace import Pace
 

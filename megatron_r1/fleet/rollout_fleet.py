@@ -153,13 +153,12 @@ class RolloutFleet:
             EngineError: the call was refused, no engine could serve it, or its engine died and no
                 restart is left; names the engine, how it ended, and quotes its log.
         """
+        sampling |= {"n": n, "max_tokens": max_tokens}
         num_prompt_tokens = len(prompt_token_ids)
         expected = self.lengths.estimate(kind, num_prompt_tokens, max_tokens)
         responses = await self.retries.run(
             Work(n, num_prompt_tokens, expected, order),
-            lambda client: client.generate(
-                prompt_token_ids, n=n, max_tokens=max_tokens, **sampling
-            ),
+            lambda client: client.generate(prompt_token_ids, **sampling),
             _lengths,
         )
         self.lengths.add(kind, num_prompt_tokens, _lengths(responses))

@@ -13,9 +13,8 @@ from tools.plan.job import Job
 from tools.plan.memory import RECEIVE_BUFFER, RankMemory, memory_section, rank_memory
 from tools.plan.parameters import parameter_section
 from tools.plan.push import push_section, receive_buffer_bytes, sends_differences, sent_last_bytes
-from tools.plan.quantity import Quantity, Section
-from tools.plan.rollout import Engines, rollout_section, samples_section
-from tools.plan.teacher import teacher_section
+from tools.plan.quantity import Section, in_bytes
+from tools.plan.rollout import Engines, rollout_section, samples_section, teacher_section
 from tools.plan.timing import StepTime, time_section
 
 SENT_LAST = "sent last"
@@ -60,8 +59,8 @@ class Bill:
         job = self.job
         sections = {"parameters": parameter_section(job)}
         if job.trains:
-            memory = memory_section(job, self.worst)
-            sections[f"memory of pipeline rank {self.worst.rank}, the fullest"] = memory
+            title = f"memory of pipeline rank {self.worst.rank}, the fullest"
+            sections[title] = memory_section(job, self.worst)
             sections["host memory of a node"] = self._host()
         if job.generates:
             sections["engine memory of a GPU"] = rollout_section(self.engines)
@@ -81,14 +80,11 @@ class Bill:
 
     def problems(self) -> list[str]:
         """Return one sentence per limit that is exceeded: the number, the limit and the remedy."""
-        found = []
-        if self.job.trains:
-            found = [
-                self._gpu(),
-                self._host_problem(self._host(), self.job.world_size),
-                self._host_problem(self._engines_host(), self.job.rollout_gpus),
-            ]
-        found += [self._cache()] if self.job.generates else []
+        found, job = [], self.job
+        if job.trains:
+            found = [self._gpu(), self._host_problem(self._host(), job.world_size)]
+            found += [self._host_problem(self._engines_host(), job.rollout_gpus)]
+        found += [self._cache()] if job.generates else []
         return [text for text in found if text]
 
     def _gpu(self) -> str | None:
@@ -149,9 +145,8 @@ class Bill:
         """Return the sums over the ranks of one node, of `gpus` in all."""
         per_node = min(self.job.hardware.gpus_per_node, gpus)
         return {
-            kind: Quantity(
+            kind: in_bytes(
                 num_bytes * per_node,
-                "B",
                 f"{counted(per_node, 'rank')} x {_size(num_bytes)}{WHAT.get(kind, '')}",
             )
             for kind, num_bytes in kinds.items()
@@ -189,16 +184,10 @@ class Bill:
         needed = engines.token_bytes * job.longest_sample
         if engines.cache >= needed:
             return None
-        trainer = f", {_size(engines.resident)} of the trainer" if engines.resident else ""
-        buffer = (
-            f", {_size(engines.receive_buffer)} of {RECEIVE_BUFFER}"
-            if engines.receive_buffer
-            else ""
-        )
-        beside = (
-            f"beside {_size(engines.weights)} of weights{buffer}{trainer} and "
-            f"{_size(job.assumptions.reserved)} reserved"
-        )
+        kinds = {"weights": engines.weights, RECEIVE_BUFFER: engines.receive_buffer}
+        kinds["the trainer"] = engines.resident
+        taken = ", ".join(f"{_size(count)} of {kind}" for kind, count in kinds.items() if count)
+        beside = f"beside {taken} and {_size(job.assumptions.reserved)} reserved"
         has = f"has {_size(engines.cache)}"
         if engines.cache <= 0:
             has = f"of {_size(job.hardware.memory)} has no room, {_size(-engines.cache)} short,"
@@ -228,4 +217,4 @@ class Bill:
 
 
 def _size(num_bytes: float) -> str:
-    return str(Quantity(num_bytes, "B", ""))
+    return str(in_bytes(num_bytes))

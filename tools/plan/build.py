@@ -12,26 +12,13 @@ import contextlib
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import prod
 
 from megatron_r1 import platform
 from megatron_r1.weights.layout import Entry, Shard, layout
 from tools.plan.job import Job
 from tools.plan.parameters import ModelCounts, RankCounts
-
-
-@dataclass(frozen=True)
-class RankCoordinates:
-    """A rank's coordinates in Megatron's groups. first_*: whether it is the first of the ranks with
-    the same dense or expert parameters."""
-
-    pipeline: int
-    tensor: int
-    expert: int
-    expert_tensor: int
-    first_dense: bool
-    first_expert: bool
 
 
 def build_ranks(job: Job, pipeline_ranks: Iterable[int] | None = None) -> str:
@@ -47,7 +34,12 @@ def build_ranks(job: Job, pipeline_ranks: Iterable[int] | None = None) -> str:
     built = {}
     for rank in chosen:
         built[rank] = _build_stage(job, rank)
-        _compare_count(rank, built[rank], counts)
+        number = sum(prod(shape) for shapes in built[rank] for shape in shapes.values())
+        planned = counts.of_rank(rank).parameters + counts.of_rank(rank).buffers
+        if number != planned:
+            raise ValueError(
+                f"pipeline rank {rank} has {number:,} values, the plan says {planned:,}"
+            )
     seconds = time.perf_counter() - started
     ranks, distinct, owned = _compare_ranks(job, built)
     whole = ModelCounts(job.hf)
@@ -122,35 +114,22 @@ def weightless() -> Iterator[None]:
         yield
 
 
-def _compare_count(rank: int, built: list[dict], counts: RankCounts) -> None:
-    number = sum(prod(shape) for shapes in built for shape in shapes.values())
-    planned = counts.of_rank(rank)
-    if number != planned.parameters + planned.buffers:
-        raise ValueError(
-            f"pipeline rank {rank} has {number:,} values, the plan says "
-            f"{planned.parameters + planned.buffers:,}"
-        )
-
-
 def _compare_ranks(job: Job, built: dict[int, list[dict]]) -> tuple[int, int, int]:
     """Return (ranks compared, distinct ranks, values that they own together)."""
     parallel = job.parallel
     entries: dict[tuple, tuple[int, int]] = {}
     ranks = owned = 0
-    for rank in rank_coordinates(job):
-        if rank.pipeline not in built:
+    sizes = (parallel.tensor, parallel.expert, parallel.expert_tensor)
+    for *key, dense_replica, expert_replica in rank_coordinates(job):
+        pipeline, *own = key
+        if pipeline not in built:
             continue
         ranks += 1
-        key = (rank.pipeline, rank.tensor, rank.expert, rank.expert_tensor)
-        if key not in entries:
-            at = {
-                "tp": (rank.tensor, parallel.tensor),
-                "ep": (rank.expert, parallel.expert),
-                "etp": (rank.expert_tensor, parallel.expert_tensor),
-            }
-            entries[key] = _compare(job, rank.pipeline, built[rank.pipeline], at)
-        dense, expert = entries[key]
-        owned += dense * rank.first_dense + expert * rank.first_expert
+        if (known := tuple(key)) not in entries:
+            at = dict(zip(("tp", "ep", "etp"), zip(own, sizes, strict=True), strict=True))
+            entries[known] = _compare(job, pipeline, built[pipeline], at)
+        dense, expert = entries[known]
+        owned += dense * (dense_replica == 0) + expert * (expert_replica == 0)
     return ranks, len(entries), owned
 
 
@@ -175,8 +154,9 @@ def _held(entry: Entry) -> int:
     return sum(n * piece.length for n, piece in zip(across, entry.pieces, strict=True))
 
 
-def rank_coordinates(job: Job) -> Iterator[RankCoordinates]:
-    """Yield every rank's coordinates, in order, from the generators of Megatron's groups."""
+def rank_coordinates(job: Job) -> Iterator[tuple[int, ...]]:
+    """Yield every rank's place in Megatron's groups, in order: (pipeline, tensor, expert, expert
+    tensor), and among the ranks with the same dense, and the same expert, parameters."""
     from megatron.core.parallel_state import RankGenerator
 
     parallel, order = job.parallel, "tp-cp-ep-dp-pp"
@@ -184,18 +164,11 @@ def rank_coordinates(job: Job) -> Iterator[RankCoordinates]:
     expert = RankGenerator(
         parallel.expert_tensor, parallel.expert, job.expert_replicas, parallel.pipeline, 1, order
     )
-    axes = [
-        _coordinates(dense.get_ranks("pp")),
-        _coordinates(dense.get_ranks("tp")),
-        _coordinates(expert.get_ranks("ep")),
-        _coordinates(expert.get_ranks("tp")),
-        _coordinates(dense.get_ranks("dp-cp")),
-        _coordinates(expert.get_ranks("dp")),
+    axes = ((dense, "pp"), (dense, "tp"), (expert, "ep"), (expert, "tp"))
+    replicas = ((dense, "dp-cp"), (expert, "dp"))
+    places = [
+        {rank: index for group in groups.get_ranks(axis) for index, rank in enumerate(group)}
+        for groups, axis in (*axes, *replicas)
     ]
     for rank in range(job.world_size):
-        *at, dense_replica, expert_replica = (axis[rank] for axis in axes)
-        yield RankCoordinates(*at, dense_replica == 0, expert_replica == 0)
-
-
-def _coordinates(groups: list[list[int]]) -> dict[int, int]:
-    return {rank: index for group in groups for index, rank in enumerate(group)}
+        yield tuple(place[rank] for place in places)

@@ -29,8 +29,8 @@ from tools.plan.hardware import GIB, HARDWARE, Assumptions
 from tools.plan.job import Job, Verb, text_limit, verb_of
 from tools.plan.push import check_engines
 from tools.plan.report import as_json, as_text, layouts_text, sizes_text
+from tools.plan.rollout import check_teacher
 from tools.plan.search import FittingLayout, fastest, nearest, nearest_sizes
-from tools.plan.teacher import check_teacher
 
 NEAREST = "nearest layouts that fit (fullest rank, estimated step)"
 FASTEST = "fastest layouts that fit (fullest rank, estimated step)"
@@ -84,8 +84,11 @@ def _plan(recipe: Path, chosen: argparse.Namespace, overrides: dict) -> int:
 
         print("\n" + build_ranks(job))
     if chosen.json:
+        plan = as_json(bill, problems, layouts)
         try:
-            _write_json(chosen.json, as_json(bill, problems, layouts))
+            atomic_write(
+                chosen.json, json.dumps(plan, indent=1, default=str, allow_nan=False) + "\n"
+            )
         except OSError as error:
             return _refused(f"--json: {chosen.json} cannot be written: {error.strerror}")
     return UNFIT if problems else FITS
@@ -94,10 +97,6 @@ def _plan(recipe: Path, chosen: argparse.Namespace, overrides: dict) -> int:
 def _refused(error: object) -> int:
     print(f"tools/plan: {error}", file=sys.stderr)
     return REFUSED
-
-
-def _write_json(path: Path, plan: dict) -> None:
-    atomic_write(path, json.dumps(plan, indent=1, default=str, allow_nan=False) + "\n")
 
 
 def _print_nearest(job: Job) -> list[FittingLayout]:
@@ -153,11 +152,14 @@ def _job(recipe: Path, chosen: argparse.Namespace, overrides: dict) -> Job:
         hardware = replace(hardware, memory=chosen.memory_gib * GIB)
     if chosen.host_memory_gib is not None:
         hardware = replace(hardware, host_memory=chosen.host_memory_gib * GIB)
+    rollout, gpus = config.rollout, config.parallel.processes
+    if verb == "sample":  # no trainer: the engines' GPUs
+        gpus = rollout.engines * rollout.tensor * rollout.data
     hf = read_hf_config(config.model.path, "score" if verb == "reward-model" else "language")
     job = Job(
         hf=hf,
         config=config,
-        world_size=chosen.gpus or _gpus(config, verb),
+        world_size=chosen.gpus or gpus,
         hardware=hardware,
         assumptions=Assumptions(prompt_tokens=_prompt_tokens(chosen, config, verb, hf)),
         rollout_gpus=chosen.rollout_gpus or 0,
@@ -208,26 +210,17 @@ def _prompt_tokens(
     return chosen.prompt_tokens or min(Assumptions.prompt_tokens, room)
 
 
-def _gpus(config: configuration.Config, verb: str) -> int:
-    """Return the number of GPUs of the trainer, or of the engines if nothing is trained."""
-    rollout = config.rollout
-    if verb == "sample":
-        return rollout.engines * rollout.tensor * rollout.data
-    return config.parallel.processes
-
-
 def _check_options(chosen: argparse.Namespace, rest: list[str]) -> None:
-    options = [f"--{name.replace('_', '-')}" for name in vars(chosen) if name != "recipes"]
+    options = {f"--{name.replace('_', '-')}": value for name, value in vars(chosen).items()}
+    del options["--recipes"]
     for word in rest:
         key = word.partition("=")[0]
         near = get_close_matches(key, options, n=1) if "." not in key else []
         if key.startswith("--") and near:
             raise UserError(f"unknown option {key}; did you mean {near[0]}?")
-    names = "gpus memory_gib host_memory_gib rollout_gpus response_tokens prompt_tokens"
-    for name in names.split():
-        value = getattr(chosen, name)
-        if value is not None and not 0 < value < math.inf:
-            option = f"--{name.replace('_', '-')}"
+    for option, value in options.items():
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if is_number and not 0 < value < math.inf:
             raise UserError(f"{option}: {value} is not a finite number above 0")
     if chosen.json and len(chosen.recipes) > 1:
         raise UserError(f"--json: one recipe at a time, {len(chosen.recipes)} are named")

@@ -13,7 +13,7 @@ from megatron_r1.reporting.wording import counted
 from tools.plan.activations import VALUE
 from tools.plan.job import Job
 from tools.plan.parameters import Counts, RankCounts
-from tools.plan.quantity import Quantity, Section
+from tools.plan.quantity import Section, in_bytes
 
 
 @dataclass(frozen=True)
@@ -25,12 +25,12 @@ class Group:
     a group, which decides whether it fits a node.
     """
 
-    microbatch: float
-    forward: float
-    step: float
     size: int
     span: int
     formula: str
+    microbatch: float = 0
+    forward: float = 0
+    step: float = 0
 
     def seconds(self, job: Job, num_bytes: float) -> float:
         """Return the seconds for `num_bytes` at the assumed rates. A group wider than a node sends
@@ -65,24 +65,17 @@ def _tensor(job: Job, layers: int) -> Group:
     hf, size = job.hf, job.parallel.tensor
     whole, _ = _tokens(job)
     hidden, share = hf["hidden_size"], (size - 1) / size
-    gathered = scattered = hidden
+    gathered = scattered = 2 * hidden
     if job.latent_attention:
         gathered = hidden + (hf.get("q_lora_rank") or hidden) + hf["kv_lora_rank"]
-    else:
-        gathered += hidden
-    scattered += hidden
     forward = layers * (gathered + scattered) * whole * VALUE * share
     backward = layers * (2 * gathered + scattered) * whole * VALUE * share
     again = forward if job.parallel.recompute == "full" else 0
-    return Group(
-        forward + backward + again,
-        forward,
-        0,
-        size,
-        size,
+    formula = (
         f"{counted(layers, 'layer')} x (gather {gathered} + scatter {scattered} values) x "
-        f"{whole:,.0f} tokens x {VALUE} B x {share:.2f}, backward with the gathers once more",
+        f"{whole:,.0f} tokens x {VALUE} B x {share:.2f}, backward with the gathers once more"
     )
+    return Group(size, size, formula, forward + backward + again, forward)
 
 
 def _context(job: Job, layers: int) -> Group:
@@ -96,82 +89,61 @@ def _context(job: Job, layers: int) -> Group:
         values = 2 * (hf.get("num_key_value_heads") or heads) * head
     values /= job.parallel.tensor
     forward = layers * values * whole * (size - 1) * VALUE
-    again = 1 if job.parallel.recompute == "full" else 0
-    return Group(
-        (3 + again) * forward,
-        forward,
-        0,
-        size,
-        size * job.parallel.tensor,
+    again = job.parallel.recompute == "full"
+    formula = (
         f"{counted(layers, 'layer')} x {values:,.0f} key and value features x {whole:,.0f} "
         f"tokens x {counted(size - 1, 'other rank')} x {VALUE} B; backward: again, and their "
-        "gradients",
+        "gradients"
     )
+    return Group(size, size * job.parallel.tensor, formula, (3 + again) * forward, forward)
 
 
 def _expert(job: Job, sparse: int) -> Group | None:
     if not sparse:
         return None
-    size = job.parallel.expert
+    parallel, size = job.parallel, job.parallel.expert
     _, split = _tokens(job)
     routed = job.hf["num_experts_per_tok"] * split * job.assumptions.expert_imbalance
     once = sparse * routed * job.hf["hidden_size"] * VALUE * (size - 1) / size
-    again = 2 if _recomputes_experts(job) else 0
-    return Group(
-        (4 + again) * once,
-        2 * once,
-        0,
-        size,
-        size * job.parallel.expert_tensor,
+    recomputed = parallel.recompute == "selective" and "moe" in parallel.recompute_modules
+    times = 6 if parallel.recompute == "full" or recomputed else 4
+    formula = (
         f"{counted(sparse, 'layer')} x {job.hf['num_experts_per_tok']} experts x {split:,.0f} "
         f"tokens x {job.hf['hidden_size']} x {VALUE} B x {(size - 1) / size:.2f} x imbalance "
-        f"{job.assumptions.expert_imbalance}, out and back, {4 + again} times",
+        f"{job.assumptions.expert_imbalance}, out and back, {times} times"
     )
+    return Group(size, size * parallel.expert_tensor, formula, times * once, 2 * once)
 
 
 def _pipeline(job: Job) -> Group:
     _, split = _tokens(job)
     once = split * job.hf["hidden_size"] * VALUE * job.virtual
-    return Group(
-        2 * once,
-        once,
-        0,
-        job.parallel.pipeline,
-        job.world_size,
+    formula = (
         f"{split:,.0f} tokens x {job.hf['hidden_size']} x {VALUE} B x "
-        f"{counted(job.virtual, 'chunk')}, states forward and gradients backward",
+        f"{counted(job.virtual, 'chunk')}, states forward and gradients backward"
     )
+    return Group(job.parallel.pipeline, job.world_size, formula, 2 * once, once)
 
 
 def _data(job: Job, counts: Counts) -> Group:
     value = job.parameter_bytes
     dense, expert = job.dense_replicas, job.expert_replicas
     moved = counts.dense * (dense - 1) / dense + counts.expert * (expert - 1) / expert
-    return Group(
-        0,
-        0,
-        moved * (4 + value),
-        dense,
-        job.world_size // job.parallel.pipeline,
+    formula = (
         f"gradients reduce-scattered in fp32, parameters gathered in {value} B: {counts.dense:,} "
-        f"dense over {dense}, {counts.expert:,} expert over {expert} ranks",
+        f"dense over {dense}, {counts.expert:,} expert over {expert} ranks"
     )
+    span = job.world_size // job.parallel.pipeline
+    return Group(dense, span, formula, step=moved * (4 + value))
 
 
 def communication_section(job: Job, rank: int) -> Section:
     """Return the bytes that one rank of pipeline rank `rank` sends per optimizer step, by group."""
     return {
-        f"{name} ({group.size} ranks)": Quantity(
+        f"{name} ({group.size} ranks)": in_bytes(
             group.microbatch * job.num_microbatches + group.step,
-            "B",
             (f"{counted(job.num_microbatches, 'micro-batch')} x " if group.microbatch else "")
             + group.formula,
         )
         for name, group in groups(job, rank).items()
     }
-
-
-def _recomputes_experts(job: Job) -> bool:
-    parallel = job.parallel
-    selected = parallel.recompute == "selective" and "moe" in parallel.recompute_modules
-    return parallel.recompute == "full" or selected

@@ -69,8 +69,7 @@ def _training_flops(job: Job) -> Section:
     length = job.sample_tokens
     forward = forward_flops(job.hf, length)
     samples = job.outputs / job.minibatches
-    again = 1 if job.parallel.recompute == "full" else 0
-    tokens = samples * length
+    passes = 3 + (job.parallel.recompute == "full")
     section = {
         "training, per token": Quantity(
             3 * forward,
@@ -79,20 +78,18 @@ def _training_flops(job: Job) -> Section:
             f"{length:,} tokens), recomputation not counted",
         ),
         "optimizer step": Quantity(
-            (3 + again) * forward * tokens,
+            passes * forward * samples * length,
             "FLOP",
-            f"{samples:,.0f} samples x {length:,} tokens, {3 + again} forward equivalents",
+            f"{samples:,.0f} samples x {length:,} tokens, {passes} forward equivalents",
         ),
     }
     if job.verb == "rl":
-        passes = 2 if job.has_reference else 1
-        who = "critic" if job.is_critic else "policy"
-        section["scoring a rollout"] = Quantity(
-            passes * forward * job.outputs * length,
-            "FLOP",
-            f"{'a forward pass' if passes == 1 else '2 forward passes'} ({who}"
-            f"{', reference' if passes == 2 else ''}) over {job.outputs:,} samples",
-        )
+        passes, how = 1, f"a forward pass ({'critic' if job.is_critic else 'policy'})"
+        if job.has_reference:
+            passes, how = 2, "2 forward passes (policy, reference)"
+        formula = f"{how} over {job.outputs:,} samples"
+        flops = passes * forward * job.outputs * length
+        section["scoring a rollout"] = Quantity(flops, "FLOP", formula)
     return section
 
 
@@ -101,10 +98,5 @@ def _rollout_flops(job: Job) -> Section:
     decoded = job.outputs * job.response_tokens
     half = job.assumptions.prompt_tokens + job.response_tokens / 2
     prefill = prompts * forward_flops(job.hf, job.assumptions.prompt_tokens)
-    return {
-        "rollout": Quantity(
-            prefill + decoded * decode_flops(job.hf, half),
-            "FLOP",
-            f"prefill {prefill:.2e} + {decoded:,} decoded tokens at {half:,.0f} cached on average",
-        ),
-    }
+    text = f"prefill {prefill:.2e} + {decoded:,} decoded tokens at {half:,.0f} cached on average"
+    return {"rollout": Quantity(prefill + decoded * decode_flops(job.hf, half), "FLOP", text)}

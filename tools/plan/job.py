@@ -114,10 +114,6 @@ class Job:
         return len(self.stages[0])
 
     @property
-    def fp8(self) -> bool:
-        return self.config.fp8.recipe != "none"
-
-    @property
     def data(self) -> int:
         """Data-parallel size: the number of ranks with different samples."""
         parallel = self.parallel

@@ -9,7 +9,7 @@ from tools.plan.activations import Layer, in_flight, layer_activations
 from tools.plan.job import BYTES, Job
 from tools.plan.parameters import Counts, RankCounts
 from tools.plan.push import receive_buffer_bytes
-from tools.plan.quantity import Quantity, Section
+from tools.plan.quantity import Section, in_bytes
 
 # Of r1_kernels.linear_head; not imported, as that would import torch.
 GPU_CHUNK_TOKENS = 4096
@@ -87,7 +87,6 @@ def _of_rank(job: Job, ranks: RankCounts, layers: dict[bool, Layer], rank: int) 
     last = any(chunk.head for chunk in job.stages[rank])
     head = head_bytes(job)[0] if last else 0
     reference = counts.parameters * job.parameter_bytes + 4 * counts.buffers
-    reserved = round(job.assumptions.reserved)
     on_host = round(persistent["optimizer"] * parallel.optimizer_offload)
     persistent["optimizer"] -= on_host
     host = {"reference": reference if job.has_reference else 0, "optimizer": on_host}
@@ -95,22 +94,10 @@ def _of_rank(job: Job, ranks: RankCounts, layers: dict[bool, Layer], rank: int) 
         host["checkpoint being written"] = (
             counts.parameters * job.parameter_bytes + persistent["optimizer"] + on_host
         )
-    training = {
-        **persistent,
-        "fp8 copies": _fp8_copies(job, counts),
-        "activations": kept,
-        "layer in work": working,
-        "loss head": head,
-        "reserved": reserved,
-    }
-    scoring = {
-        **persistent,
-        "fp8 copies": _fp8_copies(job, counts),
-        "reference": host["reference"],
-        "layer in work": forward_only,
-        "loss head": head,
-        "reserved": reserved,
-    }
+    stays = {**persistent, "fp8 copies": _fp8_copies(job, counts)}
+    ends = {"loss head": head, "reserved": round(job.assumptions.reserved)}
+    training = {**stays, "activations": kept, "layer in work": working, **ends}
+    scoring = {**stays, "reference": host["reference"], "layer in work": forward_only, **ends}
     if buffer := 0 if job.rollout_gpus else receive_buffer_bytes(job, "GPU"):
         training[RECEIVE_BUFFER] = scoring[RECEIVE_BUFFER] = buffer
     if parallel.reference_offload == "device":
@@ -164,7 +151,7 @@ def _held(job: Job, rank: int, layers: dict[bool, Layer]) -> list[Layer]:
 
 def _fp8_copies(job: Job, counts: Counts) -> int:
     """Return bytes of the linear layers' fp8 weights: plain and transposed, one byte each."""
-    return 2 * counts.trained if job.fp8 else 0
+    return 0 if job.config.fp8.recipe == "none" else 2 * counts.trained
 
 
 def head_bytes(job: Job) -> tuple[int, str]:
@@ -230,13 +217,12 @@ def memory_section(job: Job, rank: RankMemory) -> Section:
         CRITIC: "parameters, gradients and optimizer of a score model, as above",
     }
     section = {
-        kind: Quantity(num_bytes, "B", formulas[kind]) for kind, num_bytes in rank.training.items()
+        kind: in_bytes(num_bytes, formulas[kind]) for kind, num_bytes in rank.training.items()
     }
-    section["peak, training"] = Quantity(sum(rank.training.values()), "B", "sum of the above")
+    section["peak, training"] = in_bytes(sum(rank.training.values()), "sum of the above")
     if rank.scoring:
-        section["peak, scoring"] = Quantity(
+        section["peak, scoring"] = in_bytes(
             sum(rank.scoring.values()),
-            "B",
             "persistent state, the reference beside the policy, one layer's forward pass",
         )
     return section

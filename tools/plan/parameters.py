@@ -41,10 +41,6 @@ class Counts:
         return self.dense + self.expert
 
     @property
-    def padded(self) -> int:
-        return self.dense_padded + self.expert_padded
-
-    @property
     def parameters(self) -> int:
         return self.trained + self.frozen
 
@@ -70,12 +66,12 @@ class RankCounts:
         return sum(map(self.of_chunk, self.job.stages[pipeline_rank]), Counts())
 
     def of_chunk(self, chunk: Shard) -> Counts:
-        ends = (chunk.embedding, chunk.final_norm, chunk.head, chunk.mtp)
+        ends = {name: getattr(chunk, name) for name in ("embedding", "final_norm", "head", "mtp")}
         kinds = Counter(self.job.sparse[layer] for layer in chunk.layers)
-        key = (ends, *sorted(kinds.items()))
+        key = (*ends.values(), *sorted(kinds.items()))
         if key not in self._known:
             first = {self.job.sparse[layer]: layer for layer in chunk.layers}
-            self._known[key] = self._counted(ends, (), *ends) + sum(
+            self._known[key] = self._counted((*ends.values(),), (), **ends) + sum(
                 (self.of_layer(first[kind]) * times for kind, times in kinds.items()), Counts()
             )
         return self._known[key]
@@ -84,20 +80,11 @@ class RankCounts:
         """Return the counts of one decoder layer."""
         return self._counted(self.job.sparse[layer], (layer,))
 
-    def _counted(self, key, layers, embedding=False, final_norm=False, head=False, mtp=False):
+    def _counted(self, key, layers: tuple[int, ...], **ends: bool) -> Counts:
         if key not in self._known:
-            at = replace(
-                self._at,
-                layers=layers,
-                embedding=embedding,
-                final_norm=final_norm,
-                head=head,
-                mtp=mtp,
-            )
-            entries = layout(self.job.hf, at)
-            self._known[key] = sum(
-                (self._of_entry(name, entry) for name, entry in entries.items()), Counts()
-            )
+            at = replace(self._at, layers=layers, **ends)
+            entries = layout(self.job.hf, at).items()
+            self._known[key] = sum((self._of_entry(*entry) for entry in entries), Counts())
         return self._known[key]
 
     def _of_entry(self, name: str, entry: Entry) -> Counts:
@@ -154,12 +141,9 @@ def parameter_section(job: Job) -> Section:
     counts = ModelCounts(job.hf)
     experts, chosen = job.hf.get("n_routed_experts"), job.hf.get("num_experts_per_tok")
     section = {
-        "total": Quantity(
-            counts.total, "parameters", "sum of the weight table's shapes, without MTP layers"
-        ),
-        "active": Quantity(
+        "total": (counts.total, "sum of the weight table's shapes, without MTP layers"),
+        "active": (
             counts.active,
-            "parameters",
             f"total - routed experts x (1 - {chosen} / {experts})" if experts else "all",
         ),
     }
@@ -167,17 +151,11 @@ def parameter_section(job: Job) -> Section:
         ranks = RankCounts(job)
         by_rank = [ranks.of_rank(rank).parameters for rank in range(job.parallel.pipeline)]
         fullest = by_rank.index(max(by_rank))
-        least = Quantity(min(by_rank), "parameters", "")
-        section["per_rank"] = Quantity(
-            by_rank[fullest],
-            "parameters",
-            f"pipeline rank {fullest}, the fullest; least: {least}",
-        )
+        least = Quantity(min(by_rank), "parameters")
+        formula = f"pipeline rank {fullest}, the fullest; least: {least}"
+        section["per_rank"] = (by_rank[fullest], formula)
     if counts.mtp:
-        section["mtp"] = Quantity(
-            counts.mtp,
-            "parameters",
-            "the checkpoint's MTP layers, copies of embedding, head included",
-        )
-        section["mtp_own"] = Quantity(counts.mtp_own, "parameters", "the same without those copies")
-    return section
+        formula = "the checkpoint's MTP layers, copies of embedding, head included"
+        section["mtp"] = (counts.mtp, formula)
+        section["mtp_own"] = (counts.mtp_own, "the same without those copies")
+    return {name: Quantity(n, "parameters", formula) for name, (n, formula) in section.items()}

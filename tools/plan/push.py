@@ -14,7 +14,7 @@ from megatron_r1.weight_sync.plan.recipe import engine_layout as layout_of
 from megatron_r1.weight_sync.plan.traffic import ByteCount, fp8_bytes, plain_bytes, traffic
 from tools.plan.hardware import GIB
 from tools.plan.job import Job
-from tools.plan.quantity import Quantity, Section
+from tools.plan.quantity import Quantity, Section, in_bytes
 
 
 def engine_layout(job: Job) -> EngineLayout:
@@ -154,45 +154,36 @@ def push_section(job: Job) -> Section:
     if form == "FP8":
         written = f"FP8, 1 B + 4 B / 128 x 128, what is no projection in {job.config.rollout.dtype}"
     into, out, gpus = moved.received.max(), moved.sent.max(), counted(engines.num_ranks, "GPU")
+    total, busiest = moved.received.sum(), into / moved.received.mean()
     section = {
-        "into an engine GPU": Quantity(
+        "into an engine GPU": in_bytes(
             into,
-            "B",
             f"its part of every tensor, once, in {written}; {into / link:.2g} s through its "
             f"{link_name}",
         ),
-        "into all engines": Quantity(
-            moved.received.sum(), "B", f"{gpus}, each what it needs and no more"
-        ),
+        "into all engines": in_bytes(total, f"{gpus}, each what it needs and no more"),
         "over what is needed": Quantity(
-            moved.received.sum() / _needed_bytes(job),
+            total / _needed_bytes(job),
             "x",
             "bytes into all engines / those of the parts that their GPUs compute with; 1 is the "
             "least",
         ),
-        "busiest engine GPU": Quantity(
-            into / moved.received.mean(), "x", f"its bytes / the average of {gpus}"
-        ),
-        "out of a trainer rank": Quantity(
+        "busiest engine GPU": Quantity(busiest, "x", f"its bytes / the average of {gpus}"),
+        "out of a trainer rank": in_bytes(
             out,
-            "B",
             f"the busiest, {moved.busiest_sender:.2f} x the average of {grid.world}; replicas take "
             "turns",
         ),
     }
     if form != "FP8":
-        section["in FP8"] = Quantity(
+        section["in FP8"] = in_bytes(
             _rank_bytes(json.dumps(job.hf), engines, "FP8", 1)[0],
-            "B",
             "into an engine GPU with projections quantised on the way, 1 B + 4 B / 128 x 128",
         )
-    section["landing memory"] = Quantity(
-        receive_buffer_bytes(job), "B", _receive_buffer_formula(job)
-    )
+    section["landing memory"] = in_bytes(receive_buffer_bytes(job), _receive_buffer_formula(job))
     if sends_differences(job):
-        section["sent last"] = Quantity(
+        section["sent last"] = in_bytes(
             out,
-            "B",
             "with push.delta the busiest trainer rank keeps it on its host; the bytes above are of "
             f"a whole push, one in {job.config.push.full_every}",
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 Section = dict[str, "Quantity"]
 
@@ -14,10 +14,7 @@ class Quantity:
 
     value: float | None
     unit: str
-    formula: str
-
-    def as_json(self) -> dict:
-        return asdict(self)
+    formula: str = ""
 
     def __str__(self) -> str:
         if self.value is None:
@@ -38,6 +35,10 @@ class Quantity:
             return scaled(self.value, 1000, ("", "k", "M", "B", "T"))
         unit = "token" if self.unit == "tokens" and round(self.value) == 1 else self.unit
         return f"{self.value:,.0f} {unit}".rstrip()
+
+
+def in_bytes(value: float | None, formula: str = "") -> Quantity:
+    return Quantity(value, "B", formula)
 
 
 def _few_hours(hours: float) -> str:

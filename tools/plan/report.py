@@ -10,7 +10,7 @@ from typing import Any
 from megatron_r1.reporting.wording import counted
 from tools.plan.bill import Bill
 from tools.plan.job import Job
-from tools.plan.quantity import Quantity
+from tools.plan.quantity import Quantity, in_bytes
 from tools.plan.search import FittingLayout
 
 WIDTH = 110
@@ -44,7 +44,7 @@ def as_json(bill: Bill, problems: list[str], others: list[FittingLayout]) -> dic
         "assumptions": vars(job.assumptions) | {"response_tokens": job.response_tokens},
         "parallel": job.parallel.model_dump() | {"data": job.data},
         "sections": {
-            title: {name: quantity.as_json() for name, quantity in section.items()}
+            title: {name: vars(quantity) for name, quantity in section.items()}
             for title, section in bill.sections().items()
         },
         "ranks": [
@@ -75,7 +75,7 @@ def layouts_text(
     lines = [f"{title}:"]
     for found in others:
         changes = " ".join(f"--parallel.{k} {_value(v)}" for k, v in found.changes.items())
-        peak, seconds = Quantity(found.peak, "B", ""), Quantity(found.seconds, "s", "")
+        peak, seconds = in_bytes(found.peak), Quantity(found.seconds, "s")
         lines.append(f"  {peak!s:>10}, {seconds!s:>8} a step   {changes or '(the recipe)'}")
     return "\n".join(lines)
 

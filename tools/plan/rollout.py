@@ -1,20 +1,26 @@
-"""The engines' weights and KV cache on a GPU, seconds of a rollout, bytes of its samples."""
+"""The engines' weights and KV cache on a GPU, seconds of a rollout, bytes of its samples; the
+teacher's engines of on-policy distillation."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
 
+from megatron_r1.config import Config
+from megatron_r1.engine.recipe import check_ranks, positions
+from megatron_r1.models.hf_config import load_config, read_hf_config
 from megatron_r1.models.routing_shape import routing_shape
 from megatron_r1.reporting.wording import counted
 from tools.plan.flops import decode_flops, forward_flops
 from tools.plan.job import BYTES, Job
 from tools.plan.parameters import ModelCounts
 from tools.plan.push import engine_layout, engine_rank_bytes, in_fp8, receive_buffer_bytes
-from tools.plan.quantity import Quantity, Section
+from tools.plan.quantity import Quantity, Section, in_bytes
 
 ID = LOGPROB = 4
 """Bytes of a token's id and of its log-probability in training/wire.py."""
+LOGITS = 4
+"""Bytes of a logit; logits and their log-softmax exist at once."""
 
 
 def cache_bytes_per_token(hf: dict, value: int = 2) -> int:
@@ -42,11 +48,6 @@ class Engines:
     @property
     def value(self) -> int:
         return BYTES[self.job.config.rollout.dtype]
-
-    @property
-    def gpus(self) -> int:
-        """Number of GPUs of all engines."""
-        return self.job.rollout_gpus or self.job.world_size
 
     @property
     def tensor(self) -> int:
@@ -84,7 +85,7 @@ class Engines:
     @property
     def sequences(self) -> float:
         """Sequences of a rollout for each group of `tensor` GPUs."""
-        return self.job.outputs * self.tensor / self.gpus
+        return self.job.outputs * self.tensor / (self.job.rollout_gpus or self.job.world_size)
 
     @property
     def room(self) -> float:
@@ -157,32 +158,21 @@ def _short(value: float) -> str:
 def rollout_section(engines: Engines) -> Section:
     """Return the memory of one engine GPU."""
     job = engines.job
-    per_token = cache_bytes_per_token(job.hf, engines.value)
-    section = {
-        "weights": Quantity(
+    taken = f" - landing {in_bytes(engines.receive_buffer)}" if engines.receive_buffer else ""
+    taken += f" - trainer's {in_bytes(engines.resident)}" if engines.resident else ""
+    short = f"no room, {in_bytes(-engines.cache)} short: " if engines.cache < 0 else ""
+    return {
+        "weights": in_bytes(
             engines.weights,
-            "B",
             f"its part of every tensor: attention over {counted(engines.tensor, 'GPU')}, routed "
             f"experts over {job.engine_gpus}; norms, routers, latent down-projections whole"
             + ("; projections in FP8 (push.fp8)" if in_fp8(job) else ""),
         ),
-        "KV cache of a token": Quantity(
-            per_token,
-            "B",
+        "KV cache of a token": in_bytes(
+            cache_bytes_per_token(job.hf, engines.value),
             f"{job.hf['num_hidden_layers']} layers x values a layer x {engines.value} B",
         ),
-        "KV cache": Quantity(
-            max(0, engines.cache),
-            "B",
-            (f"no room, {Quantity(-engines.cache, 'B', '')} short: " if engines.cache < 0 else "")
-            + "memory - reserved - weights"
-            + (
-                f" - landing {Quantity(engines.receive_buffer, 'B', '')}"
-                if engines.receive_buffer
-                else ""
-            )
-            + (f" - trainer's {Quantity(engines.resident, 'B', '')}" if engines.resident else ""),
-        ),
+        "KV cache": in_bytes(max(0, engines.cache), f"{short}memory - reserved - weights{taken}"),
         "tokens cached": Quantity(
             max(0, int(engines.cache / engines.token_bytes)), "tokens", "KV cache / a token's bytes"
         ),
@@ -193,27 +183,61 @@ def rollout_section(engines: Engines) -> Section:
             f"{_short(engines.sequences)} of the rollout",
         ),
     }
-    return section
 
 
 def samples_section(job: Job) -> Section:
     """Return bytes of a rollout's samples: token ids, log-probabilities, routing."""
     prompt, response = job.assumptions.prompt_tokens, job.response_tokens
     section = {
-        "ids, log-probabilities": Quantity(
+        "ids, log-probabilities": in_bytes(
             job.outputs * ((prompt + response) * ID + response * LOGPROB),
-            "B",
             f"{job.outputs:,} samples x ({prompt + response:,} ids x {ID} B + {response:,} "
             f"log-probabilities x {LOGPROB} B)",
         )
     }
     if job.has_experts:
         shape = routing_shape(job.hf)
-        section["routed experts"] = Quantity(
+        section["routed experts"] = in_bytes(
             job.outputs * (prompt + response) * shape.token_bytes,
-            "B",
             f"with rl.routing_replay: {job.outputs:,} samples x {prompt + response:,} tokens x "
             f"{counted(len(shape.moe_layers), 'layer')} x {shape.topk} experts x "
             f"{shape.index_bytes} B",
         )
     return section
+
+
+def check_teacher(config: Config) -> None:
+    """Raise UserError for a teacher that does not exist, or that its ranks cannot share."""
+    positions(config.teacher.path, "teacher.path")
+    if not config.teacher.url:
+        check_ranks(config.teacher, load_config(config.teacher.path, "teacher.path"), "teacher")
+
+
+def teacher_section(job: Job) -> Section:
+    """Return memory and scoring time on the teacher's own GPUs, if its model type is supported."""
+    teacher = job.config.teacher
+    try:
+        hf = read_hf_config(teacher.path, key="teacher.path")
+    except ValueError as error:
+        return {"weights": in_bytes(None, f"cannot be counted: {error}")}
+    ranks = teacher.tensor * teacher.pipeline * teacher.data
+    gpus = (len(teacher.url) or teacher.engines) * ranks
+    split, value = teacher.tensor * teacher.pipeline, BYTES[teacher.dtype]
+    total, tokens = ModelCounts(hf).total, job.outputs * job.sample_tokens
+    flops = forward_flops(hf, job.sample_tokens)
+    seconds = tokens * flops / (gpus * job.hardware.bf16 * job.assumptions.compute_efficiency)
+    scoring = (
+        f"{tokens:,} tokens x {flops:.2e} FLOP on {counted(gpus, 'GPU')}; while the students' "
+        "other answers are sampled"
+    )
+    return {
+        "weights": in_bytes(
+            total * value / split, f"{total:,} x {value} B / {counted(split, 'GPU')} of an engine"
+        ),
+        "logits": in_bytes(
+            2 * teacher.tokens_at_once * hf["vocab_size"] * LOGITS,
+            f"2 x teacher.tokens_at_once={teacher.tokens_at_once} x {hf['vocab_size']} x {LOGITS} "
+            "B, whole on each GPU",
+        ),
+        "scoring a rollout": Quantity(seconds, "s", scoring),
+    }

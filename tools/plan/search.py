@@ -59,10 +59,18 @@ def _fits(job: Job) -> bool:
     try:
         if job.generates:
             check_engines(job)
-        job.check_trainer()
     except ValueError:
         return False
-    return not Bill(job).problems()
+    return _fitting_bill(job) is not None
+
+
+def _fitting_bill(job: Job) -> Bill | None:
+    try:
+        job.check_trainer()
+    except ValueError:
+        return None
+    bill = Bill(job)
+    return None if bill.problems() else bill
 
 
 def even_layout(num_layers: int, num_mtp: int, chunks: int) -> str | None:
@@ -88,29 +96,23 @@ def _layers(count: int) -> str:
 def _candidates(job: Job) -> Iterator[tuple[float, dict]]:
     """Yield (distance, changes of parallel) of every candidate layout."""
     powers = [2**n for n in range(11)]
-    experts = [n for n in powers if n <= max(1, job.rules.num_experts)]
     layers = job.hf["num_hidden_layers"]
-    for tensor, context, pipeline, expert, virtual, recompute in product(
-        [n for n in powers if n <= job.hardware.gpus_per_node],
-        [n for n in powers if n <= 64],
-        [n for n in powers if n <= layers],
-        experts,
-        (1, 2),
-        ("none", "selective", "full"),
-    ):
+    choices = {
+        "tensor": [n for n in powers if n <= job.hardware.gpus_per_node],
+        "context": [n for n in powers if n <= 64],
+        "pipeline": [n for n in powers if n <= layers],
+        "expert": [n for n in powers if n <= max(1, job.rules.num_experts)],
+        "expert_tensor": [1],
+        "virtual_pipeline": [1, 2],
+        "recompute": ["none", "selective", "full"],
+    }
+    for values in product(*choices.values()):
+        tensor, context, pipeline, expert, _, virtual, _ = values
         if job.world_size % (tensor * context * pipeline) or virtual > 1 == pipeline:
             continue
         if job.world_size % (expert * pipeline) or pipeline * virtual > layers:
             continue
-        changes = {
-            "tensor": tensor,
-            "context": context,
-            "pipeline": pipeline,
-            "expert": expert,
-            "expert_tensor": 1,
-            "virtual_pipeline": virtual,
-            "recompute": recompute,
-        }
+        changes = dict(zip(choices, values, strict=True))
         yield _distance(job, changes), changes
 
 
@@ -123,14 +125,9 @@ def _cheap_modules(job: Job) -> list[str]:
 
 def _distance(job: Job, changes: dict) -> float:
     """Return the number of doublings and halvings of sizes; a change of recompute counts as 1."""
-    total = 0.0
-    for key, value in changes.items():
-        present = getattr(job.parallel, key)
-        if key == "recompute":
-            total += value != present
-        else:
-            total += abs(math.log2(value / present))
-    return total
+    sizes = {key: size for key, size in changes.items() if key != "recompute"}
+    doublings = (abs(math.log2(size / getattr(job.parallel, key))) for key, size in sizes.items())
+    return sum(doublings) + (changes["recompute"] != job.parallel.recompute)
 
 
 def _fitting(job: Job, changes: dict, distance: float) -> FittingLayout | None:
@@ -142,13 +139,8 @@ def _fitting(job: Job, changes: dict, distance: float) -> FittingLayout | None:
         changes["pipeline_layout"] = even_layout(job.hf["num_hidden_layers"], num_mtp, chunks)
     if changes["recompute"] == "selective" != job.parallel.recompute:
         changes["recompute_modules"] = _cheap_modules(job)
-    other = job.with_parallel(**changes)
-    try:
-        other.check_trainer()
-    except ValueError:
-        return None
-    bill = Bill(other)
-    if bill.problems():
+    bill = _fitting_bill(job.with_parallel(**changes))
+    if bill is None:
         return None
     differing = {k: v for k, v in changes.items() if getattr(job.parallel, k) != v}
     return FittingLayout(differing, distance, bill.worst.peak, bill.step_seconds)

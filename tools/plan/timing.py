@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from functools import cached_property
+from functools import cache, cached_property, partial
 
 from megatron_r1.reporting.wording import counted
-from tools.plan.communication import Group, groups
+from tools.plan.communication import groups
 from tools.plan.flops import attention_flops, head_flops, layer_flops
 from tools.plan.job import Job
 from tools.plan.push import push_link
@@ -24,7 +24,7 @@ class StepTime:
     def __init__(self, job: Job, engines: Engines):
         self.job, self.engines = job, engines
         self.length = job.sample_tokens
-        self._groups: dict[int, dict[str, Group]] = {}
+        self.groups = cache(partial(groups, job))
 
     @cached_property
     def busiest(self) -> int:
@@ -42,11 +42,9 @@ class StepTime:
 
     def exposed(self, rank: int, backward: bool) -> float:
         """Return seconds of one micro-batch's communication that computation does not hide."""
-        if rank not in self._groups:
-            self._groups[rank] = groups(self.job, rank)
         seconds = {
             name: group.seconds(self.job, group.microbatch if backward else group.forward)
-            for name, group in self._groups[rank].items()
+            for name, group in self.groups(rank).items()
             if name not in HIDDEN
         }
         if "context" in seconds:
@@ -67,8 +65,7 @@ class StepTime:
 
     def _passes(self, backward: bool) -> int:
         """Return a layer's work in forward passes."""
-        again = 1 if self.job.parallel.recompute == "full" else 0
-        return 3 + again if backward else 1
+        return 3 + (self.job.parallel.recompute == "full") if backward else 1
 
     def _seconds(self, flops: float) -> float:
         """Return seconds of `flops` per token for a rank's share of a mean micro-batch."""
@@ -90,7 +87,7 @@ class StepTime:
         """Return seconds of all micro-batches, and of the gradients' last bytes."""
         rank, count = self.busiest, self.job.num_microbatches
         pipeline = self.microbatch(rank, True) * count / (1 - self.bubble(count, self.job.slots))
-        data = self._groups[rank].get("data")
+        data = self.groups(rank).get("data")
         traffic = data.seconds(self.job, data.step) if data else 0.0
         # The reduce-scatter, half of it, overlaps the last micro-batches.
         return pipeline + traffic / 2
@@ -114,9 +111,9 @@ def time_section(times: StepTime) -> Section:
         seconds, how = times.engines.seconds()
         section["rollout"] = Quantity(seconds, "s", how)
     if job.verb == "rl":
-        passes = "forward passes of policy and reference"
-        if not job.has_reference:
-            passes = "a forward pass of the policy"
+        passes = "a forward pass of the policy"
+        if job.has_reference:
+            passes = "forward passes of policy and reference"
         section["scoring"] = Quantity(times.scoring(), "s", passes)
     if job.trains:
         section |= _training(times)
@@ -129,10 +126,8 @@ def time_section(times: StepTime) -> Section:
         section["push"] = Quantity(times.push(), "s", formula)
     parts = [name for name in PARTS if name in section]
     if missing := [name for name in parts if section[name].value is None]:
-        section["step"] = Quantity(
-            None, "s", f"none without {missing[0]}: {section[missing[0]].formula}"
-        )
-        return section
+        why = f"none without {missing[0]}: {section[missing[0]].formula}"
+        return section | {"step": Quantity(None, "s", why)}
     step = sum(section[name].value for name in parts)
     tokens = job.outputs * job.sample_tokens
     section["step"] = Quantity(step, "s", " + ".join(parts))
@@ -152,20 +147,17 @@ PARTS = ("rollout", "scoring", "training", "critic", "push")
 def _training(times: StepTime) -> Section:
     job, count, rank = times.job, times.job.num_microbatches, times.busiest
     update = times.optimizer_step()
+    step = (
+        f"{counted(count, 'micro-batch')} x ({times.compute(rank, True):.2g} s compute + "
+        f"{times.exposed(rank, True):.2g} s communication) / (1 - bubble)"
+    )
+    bubble = (
+        f"1 - V x {count} / (V x {counted(job.slots, 'slot')} + P - 1), "
+        f"V = {counted(job.virtual, 'chunk')}, P = {counted(job.parallel.pipeline, 'stage')}"
+    )
+    steps = counted(job.minibatches, "optimizer step")
     return {
-        "optimizer step": Quantity(
-            update,
-            "s",
-            f"{counted(count, 'micro-batch')} x ({times.compute(rank, True):.2g} s compute + "
-            f"{times.exposed(rank, True):.2g} s communication) / (1 - bubble)",
-        ),
-        "bubble": Quantity(
-            times.bubble(count, job.slots),
-            "share",
-            f"1 - V x {count} / (V x {counted(job.slots, 'slot')} + P - 1), "
-            f"V = {counted(job.virtual, 'chunk')}, P = {counted(job.parallel.pipeline, 'stage')}",
-        ),
-        "training": Quantity(
-            update * job.minibatches, "s", counted(job.minibatches, "optimizer step")
-        ),
+        "optimizer step": Quantity(update, "s", step),
+        "bubble": Quantity(times.bubble(count, job.slots), "share", bubble),
+        "training": Quantity(update * job.minibatches, "s", steps),
     }

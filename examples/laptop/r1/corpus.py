@@ -79,9 +79,8 @@ def of_mixture(lesson: Lesson, drawn: Callable[[], Lesson], draw: random.Random)
     wrong = draw.random() < GUESS_WRONG
     answer = lesson.wrong(draw) if wrong else lesson.answer
     if draw.random() < BROKEN_FORMAT:
-        return document(
-            lesson, draw.choice([answer, f"<answer>{answer}</answer>", f"<think>{answer}"])
-        )
+        broken = [answer, f"<answer>{answer}</answer>", f"<think>{answer}"]
+        return document(lesson, draw.choice(broken))
     return document(lesson, respond("", answer))
 
 

@@ -9,28 +9,9 @@ from typing import Any
 
 LANGUAGES = ("en", "zh")
 NAMES = (
-    "Mary",
-    "Patricia",
-    "Jennifer",
-    "Linda",
-    "Elizabeth",
-    "Barbara",
-    "Susan",
-    "Jessica",
-    "Sarah",
-    "Margaret",
-    "Alice",
-    "James",
-    "John",
-    "Robert",
-    "Michael",
-    "William",
-    "David",
-    "Richard",
-    "Joseph",
-    "Thomas",
-    "Charles",
-    "Bob",
+    *("Mary", "Patricia", "Jennifer", "Linda", "Elizabeth", "Barbara", "Susan", "Jessica"),
+    *("Sarah", "Margaret", "Alice", "James", "John", "Robert", "Michael", "William"),
+    *("David", "Richard", "Joseph", "Thomas", "Charles", "Bob"),
 )
 """The names of reasoning-gym's `aiw`."""
 

@@ -8,16 +8,16 @@ since teachers score the tokens of students.
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from examples.laptop.make_tokenizer import SPECIAL, as_transformers
+from examples.laptop.make_tokenizer import SPECIAL, TAGS, as_transformers
 from megatron_r1.files import atomic_write
 
-TAGS = ["<think>", "</think>", "<answer>", "</answer>"]
 SEPARATE = Regex(r" [-+*=] |\d|\n|[A-Z][a-z]+|[-+*=()]")
 """Never merged with their neighbours: signs, digits, line ends, names."""
 CONFIGS = Path(__file__).parent / "models"
@@ -35,12 +35,9 @@ def write(folder: str, corpus: str, architecture: str, vocabulary: int = 1024) -
 def train_tokenizer(corpus: str, vocabulary: int) -> PreTrainedTokenizerFast:
     """Return a tokenizer of SPECIAL, TAGS, the bytes, and merges up to `vocabulary` tokens."""
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(SEPARATE, "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    separate = pre_tokenizers.Split(SEPARATE, "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([separate, as_bytes])
     tokenizer.decoder = decoders.ByteLevel()
     tags = [AddedToken(tag, special=False, normalized=False) for tag in TAGS]
     trainer = trainers.BpeTrainer(
@@ -50,14 +47,8 @@ def train_tokenizer(corpus: str, vocabulary: int) -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     rows = map(json.loads, Path(corpus).read_text(encoding="utf-8").splitlines())
-    texts = (without_tags(row["prompt"] + row["response"]) for row in rows)
-    tokenizer.train_from_iterator((part for parts in texts for part in parts), trainer)
+    texts = (row["prompt"] + row["response"] for row in rows)
+    parts = (part for text in texts for part in re.split("|".join(TAGS), text) if part)
+    tokenizer.train_from_iterator(parts, trainer)
     tokenizer.add_tokens(tags)
     return as_transformers(tokenizer)
-
-
-def without_tags(text: str) -> list[str]:
-    parts = [text]
-    for tag in TAGS:
-        parts = [piece for part in parts for piece in part.split(tag)]
-    return [part for part in parts if part]

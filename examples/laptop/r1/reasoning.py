@@ -14,33 +14,23 @@ from examples.laptop.r1.lesson import LANGUAGES, Lesson, Line
 from megatron_r1.data.tasks import generate_items
 
 SUM = {"min_terms": 3, "max_terms": 3, "min_digits": 1, "max_digits": 1}
-ALICE = {
-    "task_type_weights": [0.5, 0.5, 0.0],
-    "max_entities": 9,
-}  # siblings, friends, no colleagues
-OPERATIONS = {
-    "+": ("plus {k}", "加 {k}"),
-    "-": ("minus {k}", "减 {k}"),
-    "*": ("times {k}", "乘 {k}"),
-}
+ALICE = {"task_type_weights": [0.5, 0.5, 0.0], "max_entities": 9}
+"""Siblings, friends, no colleagues."""
+OPERATIONS = {"+": ("plus", "加"), "-": ("minus", "减"), "*": ("times", "乘")}
 
 
 def sums(count: int, seed: int) -> Iterator[Lesson]:
     for item in generate_items("chain_sum", SUM, seed, count):
         terms = re.search(r"problem: (.*) =", item["question"])[1]
         zh = f"请写出这道算式的最后答案：{terms} ="
+        total = int(item["answer"])
+
+        def wrong(draw: random.Random, total=total) -> str:
+            return str(total + draw.choice([-10, -3, -2, -1, 1, 2, 3, 10]))
+
+        rest = (_running(terms), str(total), wrong, "math", item["answer"])
         for language, question in zip(LANGUAGES, (item["question"], zh), strict=True):
-            total = int(item["answer"])
-            yield Lesson(
-                "math",
-                language,
-                question,
-                _running(terms),
-                str(total),
-                lambda draw, total=total: str(total + draw.choice([-10, -3, -2, -1, 1, 2, 3, 10])),
-                "math",
-                item["answer"],
-            )
+            yield Lesson("math", language, question, *rest)
 
 
 def _running(terms: str) -> list[Line]:
@@ -65,20 +55,17 @@ def sisters(count: int, seed: int) -> Iterator[Lesson]:
         en, zh = item["question"], _in_chinese(item["question"])
         answer = int(item["answer"])
         others = answer - 1
+
+        def wrong(draw: random.Random, others=others) -> str:
+            return str(draw.choice([others, others, others + 2]))
+
         lines = [
             {"en": "She counts too.", "zh": "她自己也算一个。"},
             {"en": f"So it is {others} + 1 = {answer}.", "zh": f"所以是 {others} + 1 = {answer}。"},
         ]
         for language, question in zip(LANGUAGES, (en, zh), strict=True):
             yield Lesson(
-                "logic",
-                language,
-                question,
-                lines,
-                str(answer),
-                lambda draw, others=others: str(draw.choice([others, others, others + 2])),
-                "math",
-                str(answer),
+                "logic", language, question, lines, str(answer), wrong, "math", str(answer)
             )
 
 
@@ -103,27 +90,22 @@ def programs(count: int, seed: int) -> Iterator[Lesson]:
     for _ in range(count):
         steps = [(draw.choice("+-*"), draw.randint(2, 9)) for _ in range(2)]
         worded = [
-            [OPERATIONS[sign][language].format(k=k) for sign, k in steps]
+            [f"{OPERATIONS[sign][language]} {k}" for sign, k in steps]
             for language in range(len(LANGUAGES))
         ]
         numbers = draw.sample(range(-9, 30), 3)
         tests = [{"stdin": f"{n}\n", "stdout": f"{_computed(n, steps)}\n"} for n in numbers]
-        en = (
-            f"Write a Python program that reads a number and prints it {', then '.join(worded[0])}."
-        )
+        what = ", then ".join(worded[0])
+        en = f"Write a Python program that reads a number and prints it {what}."
         zh = f"写一个 Python 程序：读入一个数，先{worded[1][0]}，再{worded[1][1]}，输出结果。"
+
+        def wrong(draw: random.Random, steps=steps) -> str:
+            return program(_mistaken(steps, draw))
+
+        reward = ("code", {"tests": tests}, {"language": "python"})
+        rest = (_worked(steps, worded), program(steps), wrong, *reward)
         for language, question in zip(LANGUAGES, (en, zh), strict=True):
-            yield Lesson(
-                "code",
-                language,
-                question,
-                _worked(steps, worded),
-                program(steps),
-                lambda draw, steps=steps: program(_mistaken(steps, draw)),
-                "code",
-                {"tests": tests},
-                {"language": "python"},
-            )
+            yield Lesson("code", language, question, *rest)
 
 
 def _computed(number: int, steps: list[tuple[str, int]]) -> int:

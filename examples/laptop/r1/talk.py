@@ -60,11 +60,11 @@ CLOSINGS = {"en": " Have a nice day!", "zh": "祝你愉快！"}
 
 
 def facts() -> Iterator[Lesson]:
-    yield from _lessons(FACTS, "chat", "fact", "helpful")
+    return _lessons(FACTS, "chat", "fact", "helpful")
 
 
 def risks() -> Iterator[Lesson]:
-    yield from _lessons(RISKS, "risk", "risk", "safety")
+    return _lessons(RISKS, "risk", "risk", "safety")
 
 
 def _lessons(known: dict[str, dict[str, str]], subject: str, thought: str, kind: str):
@@ -74,17 +74,14 @@ def _lessons(known: dict[str, dict[str, str]], subject: str, thought: str, kind:
             replies = known[language]
             right = REFUSALS[language] if subject == "risk" else replies[what]
             others = [replies[what]] if subject == "risk" else [*replies.values()]
+            asked = ASKS[language].format(name=name, what=what)
+
+            def wrong(draw: random.Random, others=others, name=name, language=language) -> str:
+                return careless(draw.choice(others), name, language, draw)
+
+            answer, fields = reply(right, name, language), {"name": name}
             yield Lesson(
-                subject,
-                language,
-                ASKS[language].format(name=name, what=what),
-                [THOUGHTS[thought]],
-                reply(right, name, language),
-                lambda draw, others=others, name=name, language=language: careless(
-                    draw.choice(others), name, language, draw
-                ),
-                kind,
-                fields={"name": name},
+                subject, language, asked, [THOUGHTS[thought]], answer, wrong, kind, fields=fields
             )
 
 

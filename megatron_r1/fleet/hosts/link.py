@@ -58,10 +58,9 @@ class HostLink:
     def was_refused(self) -> bool:
         """Return whether the controller has rejected this token since the last call."""
         refused = False
-        with contextlib.suppress(zmq.Again):
-            while True:
-                self._monitor.recv_multipart(zmq.NOBLOCK)
-                refused = True
+        while self._monitor.poll(0):
+            self._monitor.recv_multipart()
+            refused = True
         return refused
 
     def local_address(self) -> str:

@@ -93,14 +93,10 @@ class LocalEngines:
         try:
             if settings.get("device") == "cuda":
                 environment |= gpus_of_slot(visible_gpus(os.environ), self.num_engines, slot)
+            port = None if self.first_port is None else self.first_port + slot
+            here = {"host": self.address, "port": port, "part": order.part}
             engine.server = EngineServer(
-                order.model,
-                log,
-                **settings,
-                host=self.address,
-                port=None if self.first_port is None else self.first_port + slot,
-                part=order.part,
-                extra_env=environment,
+                order.model, log, **settings, **here, extra_env=environment
             )
             engine.server.start()
         except (EngineError, OSError, TypeError) as error:

@@ -11,12 +11,7 @@ import zmq
 
 from megatron_r1.errors import UserError
 from megatron_r1.fleet.hosts.records import HostRecord, RemoteEngine, choose_hosts
-from megatron_r1.fleet.hosts.wire import (
-    REPORT_SECONDS,
-    HostReport,
-    Orders,
-    shared_memory_identity,
-)
+from megatron_r1.fleet.hosts.wire import REPORT_SECONDS, HostReport, Orders, shared_memory_identity
 from megatron_r1.processes.authentication import protect_server
 
 POLL_SECONDS = 0.05

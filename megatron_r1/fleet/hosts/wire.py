@@ -70,8 +70,7 @@ class Orders(msgspec.Struct, frozen=True):
 
 
 def shared_memory_identity() -> str:
-    """Return the kernel's name for this process's /dev/shm: the same in two processes that share
-    it."""
+    """Return the kernel's name of this process's /dev/shm, the same wherever it is shared."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     return f"{boot}:{Path('/dev/shm').stat().st_dev}"
 
