@@ -34,13 +34,9 @@ class EngineClient:
         timeout_seconds: float = 1800.0,
         vocab_size: int | None = None,
     ) -> None:
-        """
-        Args:
-            url: `http://host:port`.
-            secret: the server's bearer token (`EngineSettings.secret`); empty: it has none.
-            timeout_seconds: for one call, from sending to the last byte.
-            vocab_size: of the model; a token beyond it is a fault.
-        """
+        """url: `http://host:port`. secret: the server's bearer token (`EngineSettings.secret`);
+        empty: it has none. timeout_seconds: for one call, from sending to the last byte.
+        vocab_size: of the model; a token beyond it is a fault."""
         self.url = url.rstrip("/")
         self.headers = {"Authorization": f"Bearer {secret}"} if secret else {}
         self.timeout_seconds, self.vocab_size = timeout_seconds, vocab_size

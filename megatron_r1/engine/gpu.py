@@ -40,10 +40,7 @@ def visible_gpus(environment: Mapping[str, str]) -> list[str]:
 
 def gpus_of_slot(visible: list[str], num_engines: int, slot: int) -> dict[str, str]:
     """Return the environment variable that gives one of several engines its equal share of GPUs.
-
-    Raises:
-        EngineError: the GPUs cannot be divided evenly.
-    """
+    Raises EngineError if they cannot be divided evenly."""
     if not visible or len(visible) % num_engines:
         raise EngineError(
             f"{len(visible)} GPUs ({','.join(visible) or 'none visible'}) cannot be divided among "

@@ -38,11 +38,8 @@ def engine_settings(engines: RolloutConfig | TeacherConfig) -> dict[str, Any]:
 def context_length(config: Config) -> int:
     """Return `rollout.max_model_len`, or the model's own limit, in tokens.
 
-    The model may be any that vLLM supports, also one that cannot be trained here.
-
-    Raises:
-        UserError: it is more than the model has positions for, or responses would leave no room for
-            a prompt.
+    The model may be any that vLLM supports, also one that cannot be trained here. Raises UserError
+    if it has fewer positions, or responses would leave no room for a prompt.
     """
     limit = positions(config.model.path)
     length = config.rollout.max_model_len or limit
@@ -81,11 +78,7 @@ def vocab_size(model: Path) -> int | None:
 
 
 def check_engines(config: Config, hf: dict) -> None:
-    """Refuse what no rollout engine can serve, for any model whose `config.json` is `hf`.
-
-    Raises:
-        UserError: names the setting, its value and the remedy.
-    """
+    """Raise UserError for what no rollout engine can serve. hf: any model's `config.json`."""
     rollout = config.rollout
     check_ranks(rollout, hf, "rollout")
     if config.rl.routing_replay and rollout.pipeline > 1:
@@ -96,11 +89,7 @@ def check_engines(config: Config, hf: dict) -> None:
 
 
 def check_ranks(engines: RolloutConfig | TeacherConfig, hf: dict, section: str) -> None:
-    """Refuse engines whose ranks cannot share the model. section: of the recipe, for the error.
-
-    Raises:
-        UserError: names the setting, its value and the remedy.
-    """
+    """Raise UserError for engines whose ranks cannot share the model. section: of the recipe."""
     language = language_settings(hf)
     heads = language.get("num_attention_heads", engines.tensor)
     kv_heads = language.get("num_key_value_heads") or heads

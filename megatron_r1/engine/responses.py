@@ -79,9 +79,8 @@ def parse_responses(
 ) -> list[Response]:
     """Return the responses in vLLM's reply to a generate call.
 
-    Raises:
-        ValueError: the reply is malformed, a token is outside the vocabulary, a log-probability is
-            not finite, or the policy versions or routed experts do not cover exactly the tokens.
+    Raises ValueError if it is malformed, a token is outside the vocabulary, a log-probability is
+    not finite, or the policy versions or routed experts do not cover exactly the tokens.
     """
     return [
         _response(choice, num_prompt_tokens, routing, vocab_size)
@@ -90,11 +89,8 @@ def parse_responses(
 
 
 def parse_scores(body: bytes, token_ids: Sequence[int], first: int) -> array[float]:
-    """Return the log-probabilities of token_ids[first:], float32, from vLLM's reply.
-
-    Raises:
-        ValueError: the reply is malformed, scores other tokens, or has a value that is not finite.
-    """
+    """Return the log-probabilities of token_ids[first:], float32, from vLLM's reply. Raises
+    ValueError if it is malformed, scores other tokens, or has a value that is not finite."""
     entries = _decode_score(body).prompt_logprobs
     if len(entries) != len(token_ids):
         raise ValueError(f"{len(token_ids)} tokens but scores of {len(entries)}")

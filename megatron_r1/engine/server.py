@@ -62,11 +62,8 @@ class Server(ABC):
     def _why_not_ready(self) -> str: ...
 
     async def wait_ready(self, timeout_seconds: float = 300.0) -> None:
-        """Wait until the server answers; stop it if it does not.
-
-        Raises:
-            EngineError: it ended (noticed at once), cannot start, or is not ready in time.
-        """
+        """Wait until the server answers; stop it if it does not. Raises EngineError if it ended
+        (noticed at once), cannot start, or is not ready in time."""
         deadline = time.monotonic() + timeout_seconds
         while time.monotonic() < deadline:
             if not self.is_alive():
@@ -97,12 +94,8 @@ class EngineServer(Server):
     def __init__(
         self, model: str | os.PathLike[str], log_path: str | os.PathLike[str], **settings: Any
     ) -> None:
-        """
-        Args:
-            model: folder with `config.json` (Hugging Face) and the first weights.
-            log_path: receives everything the engine prints; appended to.
-            settings: of `EngineSettings`.
-        """
+        """model: folder with `config.json` (Hugging Face) and the first weights. log_path: receives
+        everything the engine prints; appended to. settings: of `EngineSettings`."""
         self.model = Path(model)
         self.log_path = Path(log_path)
         self.settings = EngineSettings(**settings)
@@ -126,12 +119,8 @@ class EngineServer(Server):
         return self._url
 
     def start(self) -> None:
-        """Start the process on a free port and return at once.
-
-        Raises:
-            EngineError: the model folder is unusable.
-            OSError: the port is taken.
-        """
+        """Start the process on a free port and return at once. Raises EngineError if the model
+        folder is unusable, OSError if the port is taken."""
         check_model_folder(self.model)
         command = [sys.executable, "-m", "megatron_r1.vllm_plugin.serve", *self.arguments]
         command += self._choose_ports()
@@ -199,11 +188,8 @@ class EngineServer(Server):
 
 
 def check_model_folder(model: Path) -> None:
-    """Refuse what vLLM would refuse only after importing everything.
-
-    Raises:
-        EngineError: no folder, no `config.json`, or one that names no architecture.
-    """
+    """Raise EngineError where there is no folder, no `config.json`, or one that names no
+    architecture, which vLLM would refuse only after importing everything."""
     config = model / "config.json"
     if not config.is_file():
         raise EngineError(

@@ -32,11 +32,7 @@ RETRY_SECONDS = 60.0
 
 
 def check_room(rollout: RolloutConfig) -> None:
-    """Refuse more engines than a host without GPUs has memory for, before they fill it.
-
-    Raises:
-        UserError: names the setting, its value and the remedy.
-    """
+    """Raise UserError for more engines than a host without GPUs has memory for."""
     if rollout.placement != "local" or gpu.device() != "cpu":
         return
     ranks = rollout.engines * rollout.tensor * rollout.pipeline * rollout.data
@@ -55,10 +51,8 @@ async def open_pool(
 ) -> AsyncIterator[HostPool | None]:
     """Yield the pool of engine hosts of a run in `folder`, or None for `rollout.placement: local`.
 
-    Hosts find the pool by the folder; at the end it orders them to leave.
-
-    Raises:
-        UserError: the port is taken, or this host's name does not resolve.
+    Hosts find the pool by the folder; at the end it orders them to leave. Raises UserError if the
+    port is taken, or this host's name does not resolve.
     """
     if rollout.placement == "local":
         yield None

@@ -37,12 +37,8 @@ class Replacement:
         max_restarts: int,
         unresponsive_seconds: float,
     ) -> None:
-        """
-        Args:
-            start_replacement: starts an engine in the place of a dead one, with the current
-                weights, or raises EngineError.
-            unresponsive_seconds: an engine that has not answered for so long counts as dead.
-        """
+        """start_replacement: starts an engine in the place of a dead one, with the current weights,
+        or raises EngineError. unresponsive_seconds: as `RolloutFleet`'s."""
         self.members, self.start_replacement = members, start_replacement
         self.max_restarts, self.unresponsive_seconds = max_restarts, unresponsive_seconds
         self.patience_seconds = 0.0

@@ -39,13 +39,8 @@ class RequestRetries:
         """Return the first usable result of `call` on an engine.
 
         Deaths are not the request's fault and do not count as attempts; the restarts bound them.
-
-        Args:
-            lengths: returns the tokens of each sequence of a result.
-
-        Raises:
-            EngineError: an engine refused the call, MAX_ATTEMPTS replies were unusable, or no
-                engine is left.
+        lengths: returns the tokens of each sequence of a result. Raises EngineError if an engine
+        refuses the call, MAX_ATTEMPTS replies are unusable, or no engine is left.
         """
         dispatcher = self.members.dispatcher
         faults: list[EngineFault] = []

@@ -114,10 +114,8 @@ class RolloutFleet:
     async def start(self, model_path: str | os.PathLike[str], version: int = 0) -> None:
         """Start all engines on the weights in `model_path` and name these `version`.
 
-        The engines end with the calling thread: call it from the main one.
-
-        Raises:
-            EngineError: one did not start; none is left running.
+        The engines end with the calling thread: call it from the main one. Raises EngineError if
+        one does not start; none is left running then.
         """
         self._model = Path(model_path)
         try:
@@ -166,11 +164,8 @@ class RolloutFleet:
 
     async def score(self, token_ids: Sequence[int], first: int, *, order: int = 0) -> array[float]:
         """Return the log-probabilities of token_ids[first:] at temperature 1, float32, from one
-        engine; from another where it dies or fails. order: calls with a lower one go first.
-
-        Raises:
-            EngineError: as `generate`.
-        """
+        engine; from another where it dies or fails. order: calls with a lower one go first. Raises
+        as `generate`."""
         return await self.retries.run(
             Work(1, len(token_ids), ExpectedLength(1.0, 1.0, num_groups=1), order),
             lambda client: client.score(token_ids, first),
@@ -223,11 +218,7 @@ class RolloutFleet:
 
     async def sleep(self) -> None:
         """Free the engines' memory for the trainer: weights and caches are dropped until the next
-        push. Nothing may be in flight.
-
-        Raises:
-            EngineError: an engine refused.
-        """
+        push. Nothing may be in flight. Raises EngineError if an engine refuses."""
         self.members.require_usable()
         async with self._pushing:
             self.awake.clear()
@@ -237,11 +228,8 @@ class RolloutFleet:
             await self._on(self.members.up, lambda client: client.sleep())
 
     async def add_engine(self) -> Engine:
-        """Start one more engine, give it the current weights, and let it serve.
-
-        Raises:
-            EngineError: it did not start.
-        """
+        """Start one more engine, give it the current weights, and let it serve. Raises EngineError
+        if it does not start."""
         self.members.require_usable()
         # Reserved from now on: others may be joining, and none is in `engines` yet while the
         # fleet sleeps.
@@ -257,11 +245,7 @@ class RolloutFleet:
 
     async def remove_engine(self, index: int) -> None:
         """Let an engine finish its requests, for at most two minutes, and end it; the others repeat
-        what is left.
-
-        Raises:
-            ValueError: there is no such engine, or no other.
-        """
+        what is left. Raises ValueError if there is no such engine, or no other."""
         engine = next((engine for engine in self.engines if engine.index == index), None)
         if engine is None:
             raise ValueError(f"no engine {index}; there are {[e.index for e in self.engines]}")
@@ -316,11 +300,8 @@ class RolloutFleet:
 
     async def _start_one(self, index: int, instead_of: Engine | None = None) -> Engine:
         """Start an engine, give it the current weights, and let it serve. Where the fleet is put to
-        sleep before that, start again once it is awake.
-
-        Raises:
-            EngineError: it did not start, or refused them; or `instead_of` has left meanwhile.
-        """
+        sleep before that, start again once it is awake. Raises EngineError if it does not start, or
+        refuses them, or `instead_of` has left meanwhile."""
         while True:
             await self.awake.wait()
             try:
@@ -368,11 +349,7 @@ class RolloutFleet:
 
 def share_of_gpus(settings: dict[str, Any], index: int, num_engines: int) -> dict[str, Any]:
     """Return the settings of one of several engines on this host's GPUs, each of which gets an
-    equal share.
-
-    Raises:
-        EngineError: the GPUs cannot be divided evenly.
-    """
+    equal share. Raises EngineError as `gpus_of_slot`."""
     if num_engines == 1 or settings.get("device") != "cuda":
         return settings
     gpus = gpus_of_slot(visible_gpus(os.environ), num_engines, index % num_engines)

@@ -35,11 +35,8 @@ def make_token(folder: str | os.PathLike[str]) -> str:
 
 
 def known_token(path: str | os.PathLike[str] | None) -> str:
-    """Return MEGATRON_R1_TOKEN, or the file's content.
-
-    Raises:
-        UserError: there is no such file, or it is empty, or readable by others.
-    """
+    """Return MEGATRON_R1_TOKEN, or the file's content. Raises UserError if there is no such file,
+    or it is empty, or readable by others."""
     if token := os.environ.get(ENVIRONMENT):
         return token
     if path is None or not Path(path).is_file():

@@ -49,12 +49,9 @@ class LocalEngines:
     def __init__(
         self, num_engines: int, address: str, first_port: int | None, logs: Path | None
     ) -> None:
-        """
-        Args:
-            address: of this host, where others reach the engines; they listen on it alone.
-            first_port: of the engine in slot 0; None: any free one.
-            logs: folder for the engines' logs; None: the controller's.
-        """
+        """address: of this host, where others reach the engines; they listen on it alone.
+        first_port: of the engine in slot 0; None: any free one. logs: folder for the engines' logs;
+        None: the controller's."""
         self.num_engines, self.address = num_engines, address
         self.first_port, self.logs = first_port, logs
         self._engines: dict[str, LocalEngine] = {}

@@ -56,11 +56,8 @@ class RemoteEngine:
     def __init__(
         self, model: Path, log_path: Path, num_hosts: int, settings: dict[str, Any]
     ) -> None:
-        """
-        Args:
-            num_hosts: the engine is spread over so many, and gets them all at once.
-            settings: of `EngineSettings`, but for host, port, part and GPUs, which its hosts set.
-        """
+        """num_hosts: the engine is spread over so many, and gets them all at once. settings: of
+        `EngineSettings`, but for host, port, part and GPUs, which its hosts set."""
         self.name = uuid.uuid4().hex
         self.model, self.log_path = Path(model).resolve(), Path(log_path).resolve()
         self.settings = settings
