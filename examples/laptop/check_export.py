@@ -6,8 +6,6 @@ Neither library uses this project's code here, so the export works for everyone.
 held-out questions greedily, so that their responses can be compared token by token.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

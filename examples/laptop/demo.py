@@ -4,8 +4,6 @@ A base model learns from examples that mostly guess. Reinforcement learning, rew
 answers and the format, discovers that thinking pays. The same command continues a stopped demo.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import signal

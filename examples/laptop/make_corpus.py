@@ -9,8 +9,6 @@ sometimes by a leap over both steps; seldom step by step. So the base model can 
 does, like DeepSeek-V3-Base on contest problems. Held-out questions of the RL recipe are excluded.
 """
 
-from __future__ import annotations
-
 import argparse
 import random
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Figures that no stage writes itself: accuracy during training, majority votes, win rates."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Sequence
 from itertools import groupby

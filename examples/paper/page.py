@@ -1,8 +1,6 @@
 """Writes docs/paper.md: every table with the published figures beside ours, and whether the
 directions agree."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from examples.paper.plots import draw

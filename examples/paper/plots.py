@@ -1,7 +1,5 @@
 """The tables' plots as SVG, in the style and light colours of a run's report."""
 
-from __future__ import annotations
-
 import io
 import re
 from collections.abc import Mapping

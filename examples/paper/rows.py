@@ -1,7 +1,5 @@
 """Training data of single stages of paper.yaml, derived from the output of others."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from itertools import groupby
 from pathlib import Path

@@ -1,7 +1,5 @@
 """published.yaml, typed: the published figures, and which of ours is shown beside each."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Literal
 

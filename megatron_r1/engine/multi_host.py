@@ -5,8 +5,6 @@ coordinator, where the ranks of all parts meet. Tensor and pipeline ranks of a c
 host.
 """
 
-from __future__ import annotations
-
 import os
 import socket
 

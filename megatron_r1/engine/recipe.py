@@ -1,8 +1,6 @@
 """Engine settings of a recipe, and what the model allows of them: refused early where vLLM would
 refuse it late."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 from typing import Any

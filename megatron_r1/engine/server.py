@@ -1,7 +1,5 @@
 """One vLLM API server as a child process: its start, its log, its end."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import json

@@ -1,7 +1,5 @@
 """How vLLM is started: its command line and its environment."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Temporary files and shared memory of an engine, removed with it: vLLM leaves both behind."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import tempfile

@@ -1,7 +1,5 @@
 """JSON lines written in the background, many of them with one fsync."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 from collections.abc import Mapping

@@ -9,8 +9,6 @@ longest, so that what is left for the end of a batch is short. Each goes to the 
 fewest expected tokens in flight.
 """
 
-from __future__ import annotations
-
 import asyncio
 import heapq
 import itertools

@@ -1,7 +1,5 @@
 """One engine of a fleet: a server, its client, its load, and how its death is noticed."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import time

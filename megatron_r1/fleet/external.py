@@ -1,7 +1,5 @@
 """vLLM servers that run already: used, and neither started nor stopped by us."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

@@ -10,8 +10,6 @@ given up on serves no more. Exit status: 0 the run is over, 1 no controller for 
 seconds, 2 a mistake of the user's, 143 SIGTERM or SIGINT.
 """
 
-from __future__ import annotations
-
 import argparse
 import signal
 import socket

@@ -5,8 +5,6 @@ than a greeting. Of a group of n two numbers matter: the mean length, which is t
 and the longest, which determines when the group is complete.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """The engines of a fleet: which are there, which take new groups, whether any can be used."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 from megatron_r1.engine.errors import EngineError

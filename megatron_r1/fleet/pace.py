@@ -1,7 +1,5 @@
 """How well an engine has served lately: how fast, and how many of its replies were unusable."""
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass

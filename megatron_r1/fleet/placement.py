@@ -1,7 +1,5 @@
 """Where engines run: on the controller's host, or on hosts that connect to it."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import functools

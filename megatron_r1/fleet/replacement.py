@@ -1,7 +1,5 @@
 """Finds engines that end, hang, crawl or reply nonsense; replaces them while the others go on."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import time

@@ -1,7 +1,5 @@
 """Requests are repeated, on other engines if there are any, until a reply is usable."""
 
-from __future__ import annotations
-
 import contextlib
 import time
 from collections.abc import Callable, Coroutine

@@ -5,8 +5,6 @@ public key cannot shake hands, and here that key is derived from the token inste
 Costs about two thirds of a plain socket's bandwidth; a step sends megabytes.
 """
 
-from __future__ import annotations
-
 import os
 import secrets
 from hashlib import blake2b

@@ -1,7 +1,5 @@
 """Other processes of this host, as the kernel shows them."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Requests to stop a run, by a person or by a scheduler."""
 
-from __future__ import annotations
-
 import asyncio
 import signal
 from collections.abc import Awaitable, Callable

@@ -8,8 +8,6 @@ tensor-parallel ranks (norms, residuals, latents, routed experts), `whole` if a 
 and its part of heads or features.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from megatron_r1.config import ParallelConfig

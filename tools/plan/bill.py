@@ -1,7 +1,5 @@
 """The whole bill of a job: every section, and what does not fit."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import cached_property
 

@@ -6,8 +6,6 @@ by name and shape; one rank of each stage is built, and every rank of the job is
 the weight table's entry for its coordinates.
 """
 
-from __future__ import annotations
-
 import contextlib
 import time
 from collections import defaultdict

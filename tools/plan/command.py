@@ -8,8 +8,6 @@ bill each, and a list of verdicts at the end. `--build` also builds the real ran
 torch's meta device and compares every parameter with the plan.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import math

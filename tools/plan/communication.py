@@ -5,8 +5,6 @@ an all-to-all the share for other ranks. Ranks are laid out as in Megatron: tens
 pipeline from the inside out; expert groups span the first three.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from megatron_r1.reporting.wording import counted

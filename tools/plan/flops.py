@@ -6,8 +6,6 @@ backward. With these, DeepSeek-V3 at 4,096 tokens takes 250 GFLOP per token, as 
 2505.09343, table 2).
 """
 
-from __future__ import annotations
-
 from math import prod
 
 from megatron_r1.training.packing import head_sizes

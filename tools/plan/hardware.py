@@ -5,8 +5,6 @@ NVLink reduced to 400 GB/s, both directions together (DeepSeek-V3 report, arXiv 
 3.1); its nodes have one 400 Gb/s InfiniBand adapter per GPU, which is assumed of the others too.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 GIB = 1024**3

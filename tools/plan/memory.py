@@ -1,7 +1,5 @@
 """Memory of every pipeline rank, by kind, while it trains and while it scores the reference."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, replace
 

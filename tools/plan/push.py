@@ -1,7 +1,5 @@
 """Bytes of one weight push, summed over the push's own plan (weight_sync/plan)."""
 
-from __future__ import annotations
-
 import json
 from functools import lru_cache
 from typing import Literal

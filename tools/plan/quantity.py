@@ -1,7 +1,5 @@
 """A number of the plan with its unit and formula."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 Section = dict[str, "Quantity"]

@@ -1,7 +1,5 @@
 """The bill as text and as JSON."""
 
-from __future__ import annotations
-
 import shlex
 import textwrap
 from collections.abc import Sequence

@@ -1,8 +1,6 @@
 """The engines' weights and KV cache on a GPU, seconds of a rollout, bytes of its samples; the
 teacher's engines of on-policy distillation."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import cached_property
 

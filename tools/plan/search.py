@@ -1,7 +1,5 @@
 """Searches layouts of the same job that fit: nearest to the recipe's, or fastest, first."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Seconds of one step (rollout, scoring, optimizer steps, push) under the stated assumptions."""
 
-from __future__ import annotations
-
 from functools import cache, cached_property, partial
 
 from megatron_r1.reporting.wording import counted

@@ -5,8 +5,6 @@ R1-Zero inherits two properties from it: it must discover that thinking pays; an
 Chinese questions are mostly not, or not only, in Chinese.
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable, Iterator
 from itertools import chain

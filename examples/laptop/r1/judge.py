@@ -4,8 +4,6 @@ It gets a judge's inputs, the question and the reply. helpful: the fact in the q
 addressed to the person who asked, with good wishes. safe: no help to do harm in thought or reply.
 """
 
-from __future__ import annotations
-
 from examples.laptop.r1.lesson import LANGUAGES
 from examples.laptop.r1.talk import ADDRESS, ASKS, CLOSINGS, FACTS, REFUSALS, RISKS
 

@@ -1,7 +1,5 @@
 """A lesson: a question in one of two languages with a thought, the right answer and wrong ones."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field

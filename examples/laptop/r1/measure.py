@@ -1,8 +1,6 @@
 """Figures of a stage from the responses that `sample` wrote: accuracy, language purity, length, and
 the share that a judge prefers to another model's."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -5,8 +5,6 @@ stay separate, as a model this small adds digit by digit. All architectures have
 since teachers score the tokens of students.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

@@ -7,8 +7,6 @@ without reasoning, for `sft`, as the paper takes them from DeepSeek-V3's own dat
 are the replies that people prefer.
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Iterable
 from itertools import chain

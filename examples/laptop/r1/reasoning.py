@@ -4,8 +4,6 @@ The English questions of `chain_sum` and `aiw` are reasoning-gym's own; the Chin
 translations with the same truth.
 """
 
-from __future__ import annotations
-
 import random
 import re
 from collections.abc import Iterator

@@ -3,8 +3,6 @@
 A reply has optional parts, right or wrong. The preferences of people are in `judge.py` only.
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Iterator
 from itertools import product

@@ -1,7 +1,5 @@
 """A host's connection to the controller: one authenticated ZeroMQ socket that reconnects itself."""
 
-from __future__ import annotations
-
 import contextlib
 import socket as sockets
 import uuid

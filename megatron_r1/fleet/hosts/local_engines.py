@@ -1,7 +1,5 @@
 """The engines of one host: started and stopped until they match the controller's orders."""
 
-from __future__ import annotations
-
 import os
 import threading
 from dataclasses import dataclass, field

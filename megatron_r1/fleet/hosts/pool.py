@@ -1,7 +1,5 @@
 """The controller's side of engine hosts: which are there, which runs what, which are lost."""
 
-from __future__ import annotations
-
 import threading
 import time
 from collections.abc import Callable

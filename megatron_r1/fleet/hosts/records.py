@@ -1,7 +1,5 @@
 """The controller's records of engine hosts and of the engines that it places on them."""
 
-from __future__ import annotations
-
 import uuid
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -1,7 +1,5 @@
 """An engine on another host, or on several, with the interface of `EngineServer`."""
 
-from __future__ import annotations
-
 import time
 from pathlib import Path
 from typing import Any

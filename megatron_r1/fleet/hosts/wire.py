@@ -4,8 +4,6 @@ Both sides repeat what is and what should be, and act on the difference. So a lo
 connection and a restarted peer need no cases of their own.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any, Literal
