@@ -16,7 +16,8 @@ from megatron_r1.workflow.results import Spread
 
 @dataclass(frozen=True)
 class Results:
-    """report: as `megatron-r1 pipeline` writes it."""
+    """The results of a pipeline, read from its report. report: as `megatron-r1 pipeline` writes
+    it."""
 
     report: Mapping[str, Any]
 
@@ -78,7 +79,8 @@ class State(enum.StrEnum):
 
 @dataclass(frozen=True)
 class Verdict:
-    """gap: `above` minus `below`, one value per seed that has both; None if no seed has."""
+    """Whether the seeds confirm a comparison. gap: `above` minus `below`, one value per seed that
+    has both; None if no seed has."""
 
     comparison: Comparison
     state: State

@@ -19,8 +19,8 @@ class Column(Section):
 
 
 class Row(Section):
-    """published: {column: per cent or number, or words if no number was published}. ours: {column:
-    `stage.figure`}."""
+    """One row of a table: what the paper published and what this run got. published: {column: per
+    cent or number, or words if no number was published}. ours: {column: `stage.figure`}."""
 
     title: str
     published: dict[str, float | str] = Field(default_factory=dict)
@@ -45,7 +45,8 @@ class Comparison(Section):
 
 
 class Table(Section):
-    """curve: figures `stage.NAME` with a `NAME@STEP` for several steps."""
+    """One table of the paper beside this run's numbers. curve: figures `stage.NAME` with a
+    `NAME@STEP` for several steps."""
 
     title: str
     source: str

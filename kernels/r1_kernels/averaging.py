@@ -34,19 +34,20 @@ class Sequences:
         self.group = group
 
     def sums(self, values: Tensor) -> Tensor:
-        """(T,) → (S,)."""
+        """Return the sum over each sequence, (S,), from values (T,)."""
         sums = self.primitives.segment_sums(values, self.cu_seqlens)
         if self.group is not None:
+            # Over the ranks that share the sequences: each has summed its own tokens alone.
             dist.all_reduce(sums, group=self.group)
         return sums
 
     def spread(self, values: Tensor) -> Tensor:
-        """(S,) → (T,): each token gets the value of its sequence."""
+        """Return for each token, (T,), the value of its sequence, from values (S,)."""
         lengths = self.cu_seqlens.diff()
         return values.repeat_interleave(lengths, output_size=self.tokens)
 
     def means(self, values: Tensor, seen: Tensor) -> Tensor:
-        """(T,) → (T,): each token gets the mean of `values` over its sequence's seen tokens."""
+        """Return for each token, (T,), the mean of `values` over its sequence's seen tokens."""
         total = self.sums(torch.where(seen, values, 0.0))
         count = self.sums(seen.to(total.dtype))
         return self.spread(total / count.clamp(min=1))

@@ -31,7 +31,8 @@ CPU_CHUNK_ELEMENTS = 1 << 24  # 64 MiB of fp32 logits; half of it is slower
 
 @dataclass(frozen=True)
 class LinearHead:
-    """weight: (V_local, H). scale: 1 / temperature. chunk_tokens: tokens with logits at once."""
+    """The output layer of one rank, whose logits are computed in chunks. weight: (V_local, H).
+    scale: 1 / temperature. chunk_tokens: tokens with logits at once."""
 
     weight: Tensor
     shard: Shard
@@ -141,6 +142,8 @@ class HeadGradients:
         )
         matmul_into(part, d_logits, weight)
         self._finish_reducing()
+        # Over the vocabulary group: each rank has the part from its rows of the weight. The sum
+        # travels while the next chunk is computed.
         self.reducing = rows, part, dist.all_reduce(part, group=self.group, async_op=True)
 
     def finish(self) -> tuple[Tensor | None, Tensor | None]:

@@ -33,8 +33,8 @@ from r1_kernels.vocabulary import RowSoftmax, RowUpstream
 
 
 class LinearPolicyLoss(NamedTuple):
-    """loss: (), differentiable in hidden and weight; the rest (T,) without gradient, 0 where the
-    mask is 0. All fp32 (fp64 for fp64).
+    """What `linear_policy_loss` returns. loss: (), differentiable in hidden and weight; the rest
+    (T,) without gradient, 0 where the mask is 0. All fp32 (fp64 for fp64).
 
     See `PolicyLoss` for ratio, clipped, kl and importance."""
 

@@ -22,7 +22,8 @@ from r1_kernels.policy_terms import PolicySettings, PolicyTerms, TokenTensors
 
 
 class PolicyLoss(NamedTuple):
-    """loss: (); the rest (T,) without gradient, 0 where the mask is 0. All fp32 (fp64 for fp64).
+    """What `policy_loss` returns. loss: (); the rest (T,) without gradient, 0 where the mask is 0.
+    All fp32 (fp64 for fp64).
 
     ratio: ρ, not clipped. clipped: 1 where the clip is active, else 0. kl: the estimate.
     importance: v, the weight that corrects from the engine's to the trainer's policy."""

@@ -84,7 +84,8 @@ class TokenTensors(NamedTuple):
 
 
 class PolicyTerms(NamedTuple):
-    """loss: (blocks,), partial sums; the rest (T,), 0 where the weight is 0.
+    """What the loss and its gradient are made of, computed in one pass over the tokens. loss:
+    (blocks,), partial sums; the rest (T,), 0 where the weight is 0.
 
     grad_ratio: derivative of the loss by the log-ratio, 0 for cispo. grad_logprob: derivative by
     the logprob itself, of the KL term and of cispo's surrogate. clipped: 1 where the clip is

@@ -39,7 +39,8 @@ class Row:
 
 @dataclass(frozen=True)
 class Rows:
-    """dropped: how many rows were left out, by reason."""
+    """The training and held-out rows of a reward model. dropped: how many rows were left out, by
+    reason."""
 
     train: list[Row]
     heldout: list[Row]

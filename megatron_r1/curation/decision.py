@@ -16,7 +16,8 @@ DUPLICATE = "duplicate"
 
 @dataclass(frozen=True)
 class Decision:
-    """code: `decision` in samples.jsonl. why: for a person who reads the line."""
+    """Whether a response is kept, and why. code: `decision` in samples.jsonl. why: for a person who
+    reads the line."""
 
     code: str
     why: str = ""

@@ -41,7 +41,8 @@ def make_judge(
 
 
 class ResponseJudge(ABC):
-    """Votes are cached, so that a resumed command requests none twice."""
+    """Base class of judges; votes are cached on disk by their texts, so that a resumed command
+    requests none twice."""
 
     def __init__(self, identity: object, cache: ResultCache) -> None:
         """identity: JSON value of all that the votes depend on beside the texts."""
@@ -72,7 +73,8 @@ class ResponseJudge(ABC):
 
 
 class FunctionJudge(ResponseJudge):
-    """compare: above 0.5 is a vote for the first response, below for the second, 0.5 is a tie."""
+    """Asks a user's function for the votes on responses. compare: above 0.5 is a vote for the first
+    response, below for the second, 0.5 is a tie."""
 
     def __init__(self, function: UserFunction, num_votes: int, cache: ResultCache) -> None:
         super().__init__((function.identity, num_votes), cache)

@@ -29,7 +29,8 @@ NOT_ASKED = "not_asked"
 
 @dataclass(frozen=True)
 class QuestionResult:
-    """decisions: one for each of a question's responses. rows: lines of the output file."""
+    """The decisions about one question and the rows written for it. decisions: one for each of a
+    question's responses. rows: lines of the output file."""
 
     decisions: Sequence[Decision]
     rows: Sequence[Mapping[str, Any]]

@@ -17,7 +17,8 @@ from megatron_r1.rewards.remote.service import Ungradable
 
 
 class SafetyLabels:
-    """label: 1 if most votes are for safe, 0 if most are against; an even vote gives none."""
+    """Labels the responses of a question as safe or unsafe by the votes of a judge. label: 1 if
+    most votes are for safe, 0 if most are against; an even vote gives none."""
 
     def __init__(self, selection: Selection, judge: ResponseJudge) -> None:
         self._selection, self._judge = selection, judge

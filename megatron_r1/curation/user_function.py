@@ -13,8 +13,9 @@ from megatron_r1.user_code import find_function, syntax_of
 
 @dataclass(frozen=True)
 class UserFunction:
-    """path: "module:function". key: the recipe's key that names it. identity: the path and a digest
-    of its module; results of another version of the module have another identity."""
+    """A user's function that a recipe names. path: "module:function". key: the recipe's key that
+    names it. identity: the path and a digest of its module; results of another version of the
+    module have another identity."""
 
     path: str
     key: str

@@ -13,7 +13,8 @@ COLUMNS = "in sft.data, beside path, columns"
 
 @dataclass(frozen=True)
 class Example:
-    """prompt: the text the model is given, template included, without loss. response: with loss."""
+    """One example of supervised training. prompt: the text the model is given, template included,
+    without loss. response: with loss."""
 
     prompt: str
     response: str

@@ -13,8 +13,8 @@ import psutil
 
 
 class EnginePart(msgspec.Struct, frozen=True):
-    """Part `index` of `count`. coordinator: the first part's, as host:port, which it chooses when
-    it starts."""
+    """One host's part of an engine that spans `count` hosts. coordinator: the first part's, as
+    host:port, which it chooses when it starts."""
 
     index: int
     count: int

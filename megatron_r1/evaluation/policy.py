@@ -16,8 +16,8 @@ class Decoding:
 
 
 class Policy(Protocol):
-    """concurrency: the number of requests that keep it busy. identity: JSON values that must be the
-    same when a run is resumed."""
+    """A model that answers questions. concurrency: the number of requests that keep it busy.
+    identity: JSON values that must be the same when a run is resumed."""
 
     concurrency: int
     identity: dict[str, Any]

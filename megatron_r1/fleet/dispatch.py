@@ -47,8 +47,8 @@ class Work:
 
     @property
     def occupied(self) -> float:
-        """Sequences that an engine decodes for it, averaged over the time until the whole group is
-        back: most end long before the longest does."""
+        """Return the mean number of sequences this group keeps in an engine until its last response
+        ends."""
         if not self.expected.num_groups:
             return self.num_sequences * UNKNOWN_SHARE
         share = self.expected.mean / max(self.expected.longest, 1.0)
@@ -76,7 +76,7 @@ class Dispatcher:
         return sum(not future.done() for _, _, future in self._waiting)
 
     def use(self, engines: Iterable[Engine]) -> None:
-        """Assign work to these engines from now on, and to no others."""
+        """Set the engines that receive work."""
         self.engines = list(engines)
         self._schedule()
 

@@ -27,10 +27,11 @@ PACE_SECONDS = 300.0
 
 @dataclass(eq=False)
 class Engine:
-    """role, index: its name, unique at any time. num_running: sequences in flight; num_occupied,
-    tokens_expected: the dispatcher's expectation of them. is_up: it answers and holds the current
-    weights, so it gets every push. is_open: it gets new groups; a draining one does not.
-    is_leaving: it is not to be replaced. died: set once its death was noticed."""
+    """One engine of a fleet, with its load and state. role, index: its name, unique at any time.
+    num_running: sequences in flight; num_occupied, tokens_expected: the dispatcher's expectation of
+    them. is_up: it answers and holds the current weights, so it gets every push. is_open: it gets
+    new groups; a draining one does not. is_leaving: it is not to be replaced. died: set once its
+    death was noticed."""
 
     index: int
     server: Server

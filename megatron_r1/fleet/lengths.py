@@ -33,7 +33,7 @@ class ExpectedLength:
 
 
 class LengthEstimator:
-    """`add` every complete group; `estimate` the next."""
+    """Estimates response lengths from completed groups."""
 
     def __init__(self) -> None:
         self._averages: dict[tuple[str, int] | None, ExpectedLength] = {}
@@ -49,12 +49,12 @@ class LengthEstimator:
         return ExpectedLength(max_tokens / 2, max_tokens)
 
     def add(self, kind: str, prompt_tokens: int, lengths: Sequence[int]) -> None:
-        """lengths: tokens of each response of one group."""
+        """Add the response lengths (tokens) of one complete group."""
         for key in (_key(kind, prompt_tokens), None):
             average = self._averages.setdefault(key, ExpectedLength(0.0, 0.0))
             average.update(sum(lengths) / len(lengths), max(lengths))
 
 
 def _key(kind: str, prompt_tokens: int) -> tuple[str, int]:
-    """Prompts up to 1, 3, 7, 15, ... tokens are of one size."""
+    """Return the bucket of a prompt: its kind and the power of two of its length."""
     return kind, prompt_tokens.bit_length()

@@ -26,7 +26,7 @@ class Members:
         return [engine for engine in self.engines if engine.is_up]
 
     def begin(self) -> None:
-        """Serve calls from now on."""
+        """Start to accept `generate` and `score` calls."""
         self._refusal = ""
         self._update()
 

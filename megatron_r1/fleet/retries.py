@@ -20,7 +20,7 @@ meets a fresh engine; where that fails too, the weights or the request are at fa
 
 
 class RequestRetries:
-    """num_requeued: sequences requested again, in all."""
+    """Repeats failed requests; num_requeued counts sequences sent again."""
 
     def __init__(self, members: Members, on_failure: OnFailure) -> None:
         """on_failure: called with an engine that died or gave an unusable reply; it may raise

@@ -39,7 +39,8 @@ class RMSNorm(torch.nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: (s, b, hidden_size) or (..., hidden_size), any float dtype -> same shape and dtype."""
+        """Return the normalised activations. x: (s, b, hidden_size) or (..., hidden_size), any
+        float dtype -> same shape and dtype."""
         return _Normalize.apply(x, self.weight, self.eps)
 
 
@@ -81,7 +82,8 @@ class ReplicatedLinear(torch.nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel
 
     def forward(self, x: Tensor) -> tuple[Tensor, None]:
-        """x: (s, b, input_size) -> (s, b, output_size) and no bias, as Megatron's linear layers."""
+        """Return the layer's product. x: (s, b, input_size) -> (s, b, output_size) and no bias, as
+        Megatron's linear layers."""
         return self._forward_impl(x, self.weight), None
 
     def _forward_impl(self, input: Tensor, weight: Tensor) -> Tensor:

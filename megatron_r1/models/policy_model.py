@@ -55,7 +55,8 @@ class LMHead(ColumnParallelLinear):
         weight: Tensor | None = None,
         runtime_gather_output: bool | None = None,
     ) -> tuple[Tensor, None]:
-        """input_: (s, b, h), under sequence parallelism this rank's part of s -> (s, b, h) whole.
+        """Gather the input of the output layer. input_: (s, b, h), under sequence parallelism this
+        rank's part of s -> (s, b, h) whole.
 
         Over the tensor-parallel group: each rank's gradient comes from its part of the vocabulary,
         so the backward pass sums them (all-reduce, or reduce-scatter under sequence parallelism).

@@ -26,8 +26,8 @@ class ScoreHead(MegatronModule):
         self.tp_group = tp_group
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """hidden: (s, b, h), under sequence parallelism this rank's part of s -> (s, b) whole, fp32
-        as in vLLM's pooling heads."""
+        """Return the score at every position. hidden: (s, b, h), under sequence parallelism this
+        rank's part of s -> (s, b) whole, fp32 as in vLLM's pooling heads."""
         scores = hidden.float() @ self.weight[0].float()
         if not self.config.sequence_parallel:
             return scores

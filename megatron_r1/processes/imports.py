@@ -13,8 +13,9 @@ from typing import Any
 
 @contextlib.contextmanager
 def quick_imports() -> Iterator[None]:
-    """For what a process imports at its start. Objects that exist at the end are excluded from
-    collection for good (`gc.freeze`), which also saves forked children their copies of them."""
+    """Disable garbage collection inside the block, then freeze what was imported. Objects that
+    exist at the end are excluded from collection for good (`gc.freeze`), which also saves forked
+    children their copies of them."""
     gc.disable()
     try:
         yield

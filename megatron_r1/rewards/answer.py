@@ -59,7 +59,8 @@ STATEMENT = re.compile(
 
 @dataclass(frozen=True)
 class Extraction:
-    """text: the stripped answer, or None, with the reason why there is none."""
+    """The final answer found in a response. text: the stripped answer, or None, with the reason why
+    there is none."""
 
     text: str | None
     reason: str = ""

@@ -33,7 +33,8 @@ class ResponseRecord(msgspec.Struct, array_like=True, frozen=True):
 
 
 class GroupRecord(msgspec.Struct, array_like=True, frozen=True, tag="group"):
-    """position: of the group's prompt among all that the step drew. prompt_id: of that prompt."""
+    """One finished group of the sample log. position: of the group's prompt among all that the step
+    drew. prompt_id: of that prompt."""
 
     position: int
     prompt_id: str

@@ -37,8 +37,9 @@ STATES = {
 
 @dataclass(frozen=True)
 class Finding:
-    """headline: the role's state in one sentence. details: lines of evidence. recover: kills what
-    hangs, so that its supervisor starts it again; None where that is not possible."""
+    """What an inspection found out about one role of a run that hangs. headline: the role's state
+    in one sentence. details: lines of evidence. recover: kills what hangs, so that its supervisor
+    starts it again; None where that is not possible."""
 
     role: str
     headline: str

@@ -154,5 +154,6 @@ class Replica:
         buffer = torch.empty(int(size), dtype=torch.uint8)
         if self.leads:
             buffer = torch.frombuffer(bytearray(payload or b""), dtype=torch.uint8)
+        # Over the replica: the others have only an empty buffer of that size.
         dist.broadcast(buffer, self._members[0], group=self._group)
         return buffer.numpy().tobytes()

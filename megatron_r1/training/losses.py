@@ -23,8 +23,8 @@ from megatron_r1.training.packed import PackedBatch
 
 
 class LossTerms(NamedTuple):
-    """loss: () fp32 sum; denominator: () int; sums, maxima: metrics to add up, or to take the
-    maximum of, over micro-batches and ranks.
+    """A loss as a sum, with its denominator and metrics. loss: () fp32 sum; denominator: () int;
+    sums, maxima: metrics to add up, or to take the maximum of, over micro-batches and ranks.
 
     A sum named "a/b" is divided by the sum named "b" once everything is added up, and reported as
     "a"."""
@@ -52,7 +52,7 @@ def denominator(batch: PackedBatch, average: str) -> Tensor:
 
 
 def supervised(batch: PackedBatch, head: Head, settings: dict[str, Any]) -> LossTerms:
-    """-Σ log p(token) over response tokens, divided by their number (SFT)."""
+    """Return the SFT loss, -Σ log p over response tokens, to be divided by their number."""
     logprobs, _ = head.logprobs()
     loss, count = -logprobs.sum(), denominator(batch, "token")
     return LossTerms(loss, count, {"loss/tokens": loss.detach(), "tokens": count}, {})

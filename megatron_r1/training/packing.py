@@ -27,9 +27,9 @@ Bins = list[list[int]]
 
 @dataclass(frozen=True)
 class Packing:
-    """shares[rank][m]: indices of the samples of micro-batch m on that rank. waste: the share of
-    all ranks' time spent waiting for the rank with the costliest micro-batch. fill: mean of tokens
-    per micro-batch / limit."""
+    """An assignment of samples to ranks and micro-batches. shares[rank][m]: indices of the samples
+    of micro-batch m on that rank. waste: the share of all ranks' time spent waiting for the rank
+    with the costliest micro-batch. fill: mean of tokens per micro-batch / limit."""
 
     shares: list[Bins]
     waste: float

@@ -44,7 +44,7 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Copy:
-    """Rectangle (top, bottom, left, right) of HF tensor `name`, copied into a parameter.
+    """A rectangle of HF tensor `name` that a loader copied into a parameter.
 
     offset, pitch: of its first element and between its rows, in elements of the parameter.
     """

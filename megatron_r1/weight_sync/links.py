@@ -138,7 +138,8 @@ class EngineLinks:
 
     @contextlib.contextmanager
     def reporting_deaths(self, engines: Sequence[Engine]) -> Iterator[None]:
-        """Within: report engines that die to the trainer at once, where it may wait for them."""
+        """While the block runs, report dead engines to the trainer, which may be waiting for
+        them."""
 
         async def report(engine: Engine) -> None:
             await engine.died.wait()

@@ -126,20 +126,20 @@ def gated(
 
 
 def whole(sources: tuple[Source, ...], rank: int, ranks: int) -> tuple[Shape, list[Piece]]:
-    """Replicated: every rank holds the whole tensor."""
+    """Return shape and pieces of a replicated tensor: every rank holds it whole."""
     (source,) = sources
     return source.shape, [Piece(source.name, 0, 0, 0, source.shape[0])]
 
 
 def columns(sources: tuple[Source, ...], rank: int, ranks: int) -> tuple[Shape, list[Piece]]:
-    """Column-parallel: rows (output features) are split.
+    """Return shape and pieces of a column-parallel tensor: its rows (output features) are split.
 
     Several sources are concatenated: [gate of this rank; up of this rank]."""
     return _interleave(sources, blocks=ranks, first=rank, count=1)
 
 
 def rows(sources: tuple[Source, ...], rank: int, ranks: int) -> tuple[Shape, list[Piece]]:
-    """Row-parallel: columns (input features) are split."""
+    """Return shape and pieces of a row-parallel tensor: its columns (input features) are split."""
     (source,) = sources
     height, width = source.shape
     length = _divide(width, ranks, source)

@@ -25,7 +25,7 @@ INKS = {
 
 @dataclass(frozen=True)
 class Box:
-    """state: a key of INKS; first, second: its lines of text."""
+    """One box of the drawing: a stage. state: a key of INKS; first, second: its lines of text."""
 
     state: str
     first: str

@@ -23,7 +23,8 @@ BY_PROGRESS = [State.FAILED, State.STALE, State.PENDING, State.UNFINISHED, State
 
 
 class Cell(NamedTuple):
-    """source: the file and key of the number, and the number of each seed."""
+    """One number of the report's table, with its source. source: the file and key of the number,
+    and the number of each seed."""
 
     text: str
     source: str = ""
@@ -145,8 +146,8 @@ def _drawing(report: Mapping[str, Any], graph: Graph) -> str:
 
 
 def _table(report: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a row per stage with results, its title first, and a column per result. spread: what
-    the intervals are."""
+    """Build the table from the content of report.json. Return a row per stage with results, its
+    title first, and a column per result. spread: what the intervals are."""
     shown = [s for s in report["stages"].values() if s["figures"] and not s["evaluates"]]
     names = {name: None for stage in shown for name in stage["figures"]}
     columns = [n for n in LABELS if n in names] + [n for n in names if n not in LABELS]

@@ -28,7 +28,8 @@ class State(enum.StrEnum):
 
 @dataclass(frozen=True)
 class Status:
-    """reasons: why the stage is stale, or how it failed. manifest: its stage.json or begun.json."""
+    """The state of one stage, with the reasons for it. reasons: why the stage is stale, or how it
+    failed. manifest: its stage.json or begun.json."""
 
     state: State
     reasons: list[str] = field(default_factory=list)

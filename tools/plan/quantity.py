@@ -7,8 +7,9 @@ Section = dict[str, "Quantity"]
 
 @dataclass(frozen=True)
 class Quantity:
-    """unit: "B", "parameters", "tokens", "FLOP", "s", "hours", "share" (of 1), "x" (a ratio) or ""
-    for a count. value: None if there is none; the formula then gives the reason."""
+    """A number with its unit and formula. unit: "B", "parameters", "tokens", "FLOP", "s", "hours",
+    "share" (of 1), "x" (a ratio) or "" for a count. value: None if there is none; the formula then
+    gives the reason."""
 
     value: float | None
     unit: str

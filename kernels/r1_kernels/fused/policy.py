@@ -165,7 +165,7 @@ def policy_terms_kernel(
 
 
 def policy_terms(tokens: TokenTensors, settings: PolicySettings) -> PolicyTerms:
-    """Loss and derivatives of (T,) tokens; T may be 0."""
+    """Compute loss, derivatives and metrics of (T,) tokens; T may be 0."""
     given = TokenTensors(*[t if t is None else t.contiguous() for t in tokens])
     count = len(given.logprobs)
     blocks = triton.cdiv(count, BLOCK)

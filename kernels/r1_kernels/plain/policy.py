@@ -12,7 +12,7 @@ from r1_kernels.policy_terms import MAX_LOG_RATIO, PolicySettings, PolicyTerms, 
 
 
 def policy_terms(tokens: TokenTensors, settings: PolicySettings) -> PolicyTerms:
-    """Loss and derivatives of (T,) tokens; T may be 0."""
+    """Compute loss, derivatives and metrics of (T,) tokens; T may be 0."""
     dtype = wide(tokens.logprobs.dtype)
     tokens = TokenTensors(*[t if t is None else t.to(dtype) for t in tokens])
     seen = ~(tokens.weights <= 0)  # a weight of NaN is seen

@@ -17,8 +17,8 @@ MAX_TOTAL_SECONDS = 600
 
 @dataclass(frozen=True)
 class Question:
-    """id: of the data set, or "". problem: without the instruction. kind, truth, fields: as in
-    `data.prompts.Prompt`."""
+    """One question of a benchmark. id: of the data set, or "". problem: without the instruction.
+    kind, truth, fields: as in `data.prompts.Prompt`."""
 
     id: str
     problem: str

@@ -232,7 +232,7 @@ class HostPool:
                 )
 
     def _withdraw(self, engine: RemoteEngine) -> None:
-        """Have its hosts stop their parts of it."""
+        """Order every host of `engine` to stop its part."""
         self._placed.pop(engine.name, None)
         for host in self._hosts.values():
             host.assigned.discard(engine.name)

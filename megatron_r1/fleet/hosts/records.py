@@ -11,9 +11,9 @@ from megatron_r1.fleet.hosts.wire import EngineOrder, EngineReport, HostReport
 
 @dataclass(eq=False)
 class HostRecord:
-    """heard, reached: when its last report arrived, and when a message to it was last accepted
-    (time.monotonic); assigned: names of engines that it runs, all or a part; num_deaths: of
-    these, those that ended here without an order."""
+    """What the controller knows about one engine host. heard, reached: when its last report
+    arrived, and when a message to it was last accepted (time.monotonic); assigned: names of engines
+    that it runs, all or a part; num_deaths: of these, those that ended here without an order."""
 
     report: HostReport
     heard: float
@@ -95,7 +95,7 @@ class RemoteEngine:
         return f"on host {part.host.name}: {part.report.end}"
 
     def _log(self, part: RemotePart) -> Path:
-        """Each part has its own file, as hosts may share the folder."""
+        """Return the log path of one part; parts may share a folder, so each has a file."""
         path = self.log_path
         return path if part.index == 0 else path.with_stem(f"{path.stem}-part-{part.index}")
 

@@ -38,7 +38,7 @@ class RemoteServer(Server):
         return self.engine.url
 
     def start(self) -> None:
-        """Queue it for a host and return at once."""
+        """Queue this engine for a host and return at once."""
         self.pool.add(self.engine)
 
     def is_alive(self) -> bool:

@@ -28,7 +28,8 @@ ACTUAL_OPENED = b"\0actual\n"  # see sandbox/inside_script.py
 
 @dataclass(frozen=True)
 class _Failure:
-    """reason: what ended the checker. opened_actual: whether it had opened the program's output."""
+    """Why a checker gave no verdict. reason: what ended the checker. opened_actual: whether it had
+    opened the program's output."""
 
     reason: str
     opened_actual: bool

@@ -27,9 +27,10 @@ class Test:
 
 @dataclass(frozen=True)
 class Problem:
-    """tests: at least one. function: the name to call, or None where the program reads and prints.
-    checker: source of a Python program that replaces the comparison, or None. tolerance: allowed
-    difference of numbers (see `compare`), or None to compare text."""
+    """A programming problem, as its tests define it. tests: at least one. function: the name to
+    call, or None where the program reads and prints. checker: source of a Python program that
+    replaces the comparison, or None. tolerance: allowed difference of numbers (see `compare`), or
+    None to compare text."""
 
     tests: tuple[Test, ...]
     function: str | None = None

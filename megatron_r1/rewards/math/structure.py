@@ -24,7 +24,8 @@ SETS = frozenset((r"\{\}", "{}"))
 
 @dataclass(frozen=True)
 class Structure:
-    """brackets: "" for a bare list, else a pair such as "[)" or "()". members: their texts."""
+    """The outer structure of an answer. brackets: "" for a bare list, else a pair such as "[)" or
+    "()". members: the texts between them."""
 
     brackets: str
     members: tuple[str, ...]

@@ -40,7 +40,8 @@ class Ungradable(Exception):
 
 
 class _TryAgain(Exception):
-    """is_fault: the request itself may be the cause. wait_seconds: requested by the service."""
+    """A request failed in a way that a repetition may mend. is_fault: the request itself may be the
+    cause. wait_seconds: requested by the service."""
 
     def __init__(self, message: str, is_fault: bool, wait_seconds: float = 0.0) -> None:
         super().__init__(message)

@@ -30,7 +30,8 @@ VARIADIC = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
 
 
 class Job(msgspec.Struct):
-    """target: "module:function" of the reward, called as function(response, truth, **fields)."""
+    """One response for a worker to grade. target: "module:function" of the reward, called as
+    function(response, truth, **fields)."""
 
     id: int
     target: str

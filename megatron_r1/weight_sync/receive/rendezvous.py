@@ -47,8 +47,8 @@ class SendPlan(msgspec.Struct, frozen=True):
 
 
 class TableStore:
-    """Tables by digest. Equal engines have equal tables, so each table is published once and a
-    trainer rank reads it once."""
+    """Publishes slot tables under their digest, so equal engines share one. Each is published once
+    and a trainer rank reads it once."""
 
     def __init__(self, store: Store):
         self._store = PrefixStore("tables", store)
@@ -160,7 +160,8 @@ class Rendezvous:
 
 
 def report_gone(host: str, port: int, engine: str) -> None:
-    """Controller: publish that an engine is gone, so that trainer ranks stop waiting for it.
+    """Publish, on the controller, that an engine is gone, so that trainer ranks stop waiting for
+    it.
 
     host, port: of the trainer's store. Raises torch.distributed.DistError where the trainer is gone
     as well.

@@ -49,7 +49,8 @@ class Receiver(ABC):
 
 
 class Slices(Protocol):
-    """values[i]: the data (height, width) of the i-th delivery, of any dtype."""
+    """Data of deliveries, looked up by position. values[i]: the data (height, width) of the i-th
+    delivery, of any dtype."""
 
     def __getitem__(self, index: int, /) -> torch.Tensor: ...
 

@@ -30,7 +30,8 @@ IDLE_SECONDS = 30 * 24 * 3600.0
 
 
 class Header(NamedTuple):
-    """Precedes each window. base: the push to which this one is the difference; 0: it is whole."""
+    """Header of one window on the wire. base: the push to which this one is the difference; 0: it
+    is whole."""
 
     push: int
     window: int

@@ -44,8 +44,9 @@ class Slot:
 
 @dataclass
 class StoredLayout:
-    """shapes: key -> shape of the whole stored tensor, prepended axes first. dtypes: of tensors
-    whose dtype is not the model's. vocabulary: keys whose rows may be padded."""
+    """The tensors of a stored Megatron checkpoint, and the HF rows that each holds. shapes: key ->
+    shape of the whole stored tensor, prepended axes first. dtypes: of tensors whose dtype is not
+    the model's. vocabulary: keys whose rows may be padded."""
 
     slots: list[Slot] = field(default_factory=list)
     shapes: dict[str, Shape] = field(default_factory=dict)

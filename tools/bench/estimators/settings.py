@@ -20,7 +20,8 @@ TEACHER = "grpo"
 
 @dataclass(frozen=True)
 class Choice:
-    """settings: sections of a recipe. why: the reason that this size needs them."""
+    """The settings that one estimator is compared with. settings: sections of a recipe. why: the
+    reason that this size needs them."""
 
     settings: dict[str, Any] = field(default_factory=dict)
     why: str = ""

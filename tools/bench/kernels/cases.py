@@ -22,7 +22,8 @@ SETTINGS = {"clip_low": eager.CLIP, "clip_high": eager.CLIP, "kl_beta": eager.KL
 
 @dataclass(frozen=True)
 class Case:
-    """gradients, masked: what the bound counts. weight: about its share of the run's time."""
+    """One computation that is measured in several implementations. gradients, masked: what the
+    bound counts. weight: about its share of the run's time."""
 
     name: str
     about: str

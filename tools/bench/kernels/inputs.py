@@ -69,7 +69,8 @@ def make_tokens(sizes: Sizes, targets: Tensor, logprobs: Tensor, random: dict[st
 
 
 class Inputs:
-    """checks: the error of each result that a call may return, with the error's name."""
+    """The tensors that every implementation of a case is called with. checks: the error of each
+    result that a call may return, with the error's name."""
 
     tokens: Tokens
     logprobs: Tensor
@@ -134,7 +135,8 @@ class HiddenInputs(Inputs):
         return leaves if gradients else tuple(leaf.detach() for leaf in leaves)
 
     def bound(self, gradients: bool, masked: bool) -> measure.Bound:
-        """masked: masked tokens need not be computed."""
+        """Return the least time that the matrix products can take. masked: masked tokens need not
+        be computed."""
         tokens = int((self.tokens.mask > 0).sum()) if masked else len(self.hidden)
         return measure.matrix_bound(*self.leaves(False), tokens, 3 if gradients else 1)
 

@@ -28,7 +28,7 @@ L2_BYTES = 2**28  # several times the largest L2 cache (H200: 50 MB; B200: 126 M
 
 
 class Sample(NamedTuple):
-    """extra_bytes: None if it cannot be measured on this machine."""
+    """One measurement of a call. extra_bytes: None if it cannot be measured on this machine."""
 
     seconds: float
     extra_bytes: int | None

@@ -34,8 +34,8 @@ NAMES = {BF16: "bf16", FP32: "fp32"}
 
 
 class Case(NamedTuple):
-    """least_bytes: bytes per element that the algorithm must move; elements: of the whole launch,
-    used for kernels without a loop."""
+    """One kernel launch whose resources are examined. least_bytes: bytes per element that the
+    algorithm must move; elements: of the whole launch, used for kernels without a loop."""
 
     name: str
     launcher: Callable[[], object]

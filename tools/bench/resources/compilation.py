@@ -22,7 +22,8 @@ from triton.runtime.jit import JITFunction
 
 
 class Launch(NamedTuple):
-    """programs: of the grid; kernel: Triton's compiled one, with `asm` and `metadata`."""
+    """A kernel as it was compiled and launched. programs: of the grid; kernel: Triton's compiled
+    one, with `asm` and `metadata`."""
 
     name: str
     programs: int
