@@ -1,7 +1,5 @@
 """`megatron-r1 VERB RECIPE.yaml [--section.key value …]`: parsing and dispatch."""
 
-from __future__ import annotations
-
 import errno
 import importlib
 import inspect

@@ -1,7 +1,5 @@
 """Users' own functions, named as "module:function"."""
 
-from __future__ import annotations
-
 import ast
 import contextlib
 import importlib

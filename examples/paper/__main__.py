@@ -6,8 +6,6 @@ two cores. The same command continues a stopped run. Unknown options, such as --
 are passed to `megatron-r1 pipeline`.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from pathlib import Path

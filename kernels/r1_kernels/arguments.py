@@ -1,7 +1,5 @@
 """Checks of arguments; each raises ValueError with the argument's name before any work starts."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

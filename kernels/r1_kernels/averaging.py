@@ -1,7 +1,5 @@
 """Weights of the tokens' losses: token-level or sequence-level averages over packed sequences."""
 
-from __future__ import annotations
-
 from types import ModuleType
 from typing import NamedTuple
 

@@ -3,8 +3,6 @@
 The two packages have the same functions with the same signatures. The algorithms - chunking,
 vocabulary parallelism, autograd - are written once, over either."""
 
-from __future__ import annotations
-
 import importlib
 import importlib.util
 import os

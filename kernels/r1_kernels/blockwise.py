@@ -14,8 +14,6 @@ backends give the same bits (a NaN's sign aside). DeepGEMM's own functions give 
 CUDA tensors PyTorch replaces their `/ 448.0` by a multiplication with the reciprocal, and a scale
 can differ in its last bit."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

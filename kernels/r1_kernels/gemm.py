@@ -1,7 +1,5 @@
 """The three matrix products of a linear head, accumulated and kept in fp32 (fp64 for fp64)."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -7,8 +7,6 @@ size 7,168, computing them a second time costs a third more time, and writing an
 The statistics of a chunk are gathered over the group while the GPU runs the next product: a chunk's
 softmax is read only after the next work is queued."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import ModuleType

@@ -14,8 +14,6 @@ does not wait and, in fp32, needs only the first buffer.
 Tokens whose mask is 0 - prompts, padding - are left out of every product. Derivations, bytes and
 lower bounds: docs/kernels.md."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

@@ -4,8 +4,6 @@ Without a gradient: one matrix product, whose result exists for one chunk at a t
 gradient, the backward pass computes each chunk's logits again (four products in all), because the
 upstream gradient is not known before; where it is known, `linear_policy_loss` needs three."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup

@@ -5,8 +5,6 @@ One pass over the tokens computes the loss, its derivative and every metric (for
 (GSPO, arXiv 2507.18071 eq. 7), x is its mean over the seen tokens of the sequence, and its
 derivative is the mean over the sequence."""
 
-from __future__ import annotations
-
 from types import ModuleType
 from typing import NamedTuple
 

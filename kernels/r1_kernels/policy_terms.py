@@ -20,8 +20,6 @@ constant and no token loses its gradient:
 Exponents are capped at MAX_LOG_RATIO; beyond it the derivative is 0, as that of a minimum is. A
 token with weight w = 0 does not count, even if its tensors hold NaN."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 from torch import Tensor

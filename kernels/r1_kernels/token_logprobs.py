@@ -6,8 +6,6 @@ y the target and H the entropy:
 
     d logprob / d z_j = c ([j = y] - p_j)            d H / d z_j = -c p_j (log p_j + H)"""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup

@@ -16,8 +16,6 @@ Shapes: s tokens, b sequences, t tokens of a packed batch on this rank, h query 
 heads (g divides h), d head size of queries and keys, e head size of values. Padded batches have
 Megatron's order (s, b, heads, size); packed ones have no b."""
 
-from __future__ import annotations
-
 import torch
 from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams

@@ -1,7 +1,5 @@
 """Builds this rank's part of a model."""
 
-from __future__ import annotations
-
 from megatron.core import parallel_state
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import unwrap_model

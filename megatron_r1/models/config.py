@@ -1,7 +1,5 @@
 """Translates a Hugging Face configuration and parallel sizes into Megatron's TransformerConfig."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Sequence
 

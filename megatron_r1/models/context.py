@@ -5,8 +5,6 @@ equal chunks and rank r holds chunks r and 2 * ranks - 1 - r: every rank has equ
 equal work. A rank's tokens are its two chunks of the first sample, then those of the second, and so
 on: a packed batch whose borders are the global ones divided by the number of ranks."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """DeepSeek-V3 (arXiv 2412.19437): multi-head latent attention, shared and routed experts, MTP."""
 
-from __future__ import annotations
-
 from megatron_r1.errors import UserError
 from megatron_r1.models.hf_config import need, num_mtp_layers, require, rope_parameters
 

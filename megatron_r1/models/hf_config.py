@@ -1,7 +1,5 @@
 """Reads a Hugging Face `config.json`; imports no torch or Megatron, so that errors come at once."""
 
-from __future__ import annotations
-
 import json
 from importlib import import_module
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Layers that Megatron-Core lacks on a CPU, and the specs that choose each layer's modules."""
 
-from __future__ import annotations
-
 import copy
 
 import torch

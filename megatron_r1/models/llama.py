@@ -1,7 +1,5 @@
 """Llama 3 (arXiv 2407.21783): grouped-query attention, SwiGLU, scaled rotary frequencies."""
 
-from __future__ import annotations
-
 from megatron_r1.errors import UserError
 from megatron_r1.models.hf_config import need, require, rope_parameters
 

@@ -5,8 +5,6 @@ transformer_block.py), whose own classes need process groups. A *stage* here is 
 pipeline rank p of P holds the chunks (0, p) … (V - 1, p) of V virtual stages, and micro-batches
 pass the chunks in the order (0, 0), (0, 1) … (0, P - 1), (1, 0) …"""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass

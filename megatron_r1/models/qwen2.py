@@ -1,7 +1,5 @@
 """Qwen2 and Qwen2.5 (arXiv 2407.10671): Llama's decoder with biases on query, key and value."""
 
-from __future__ import annotations
-
 from megatron_r1.models.hf_config import require
 from megatron_r1.models.llama import divisions, grouped_query_fields, model_arguments, rope_scaling
 

@@ -9,8 +9,6 @@ A router calls the object in its `router_replay` for the top k (moe_utils.py:706
 whether a pass is a forward pass or its recomputation, which is not possible with a schedule that
 interleaves the two."""
 
-from __future__ import annotations
-
 import contextlib
 from collections import deque
 from collections.abc import Iterator, Sequence

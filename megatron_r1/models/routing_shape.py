@@ -1,7 +1,5 @@
 """The shape of a model's expert routing, from its config.json. No torch."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from megatron_r1.errors import UserError

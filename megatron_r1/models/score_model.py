@@ -5,8 +5,6 @@ rank multiplies its own part of the tokens and only the scores are gathered, so 
 counts once: that of the hidden states is cut to the rank's own tokens, that of the head is summed
 over the tensor ranks like a norm's (`sequence_parallel` on the parameter)."""
 
-from __future__ import annotations
-
 import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region

@@ -12,8 +12,6 @@ between two settings or two layers ask `has_gpu()` or `uses_transformer_engine()
 Processes that run transformers or vLLM must not call `prepare()`: both ask `torch.cuda` which
 device they run on and would believe the patched answers."""
 
-from __future__ import annotations
-
 import warnings
 
 import torch

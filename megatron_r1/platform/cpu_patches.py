@@ -4,8 +4,6 @@ Megatron-Core names CUDA directly in some fifty places. Each patch names an upst
 needs it; tests/unit/test_platform.py fails when that line moves. `platform.prepare()` installs the
 patches in the order of this file, before Megatron is imported."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import os

@@ -7,8 +7,6 @@ better; R1's preference pairs take four such judgements each, with near-ties dro
 of v2).
 """
 
-from __future__ import annotations
-
 import asyncio
 import json
 from collections import Counter

@@ -2,8 +2,6 @@
 mean and no deviation.
 """
 
-from __future__ import annotations
-
 import math
 from itertools import chain
 from statistics import fmean, pstdev

@@ -1,7 +1,5 @@
 """Grades the responses of a training run: accuracy by the prompt's own reward, and other terms."""
 
-from __future__ import annotations
-
 import math
 
 from megatron_r1.config import RewardsConfig

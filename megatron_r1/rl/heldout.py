@@ -1,7 +1,5 @@
 """Accuracy on held-out questions: pass@1 as a mean over samples, and the majority's."""
 
-from __future__ import annotations
-
 import asyncio
 from collections import defaultdict
 from statistics import fmean

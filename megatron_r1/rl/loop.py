@@ -9,8 +9,6 @@ new weights for the engines. `rl.algorithm` chooses the estimator of advantages 
     megatron-r1 rl examples/laptop/r1_zero.yaml
 """
 
-from __future__ import annotations
-
 import random
 
 from megatron_r1.config import Config

@@ -1,7 +1,5 @@
 """A step in numbers and lines: what metrics.jsonl and samples.jsonl hold of it."""
 
-from __future__ import annotations
-
 from statistics import fmean, pstdev
 from typing import Any
 

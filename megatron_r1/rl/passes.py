@@ -1,7 +1,5 @@
 """The trainer's passes over a rollout, each with the settings that the recipe gives it."""
 
-from __future__ import annotations
-
 from megatron_r1.config import Config
 from megatron_r1.rl import algorithms
 from megatron_r1.training.client import TrainerClient

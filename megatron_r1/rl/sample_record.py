@@ -4,8 +4,6 @@
 texts may hold lone surrogates, which strings of msgpack must not.
 """
 
-from __future__ import annotations
-
 from array import array
 
 import msgspec

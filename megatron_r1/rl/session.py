@@ -1,7 +1,5 @@
 """A run around the algorithm: where it starts and ends, its steps' records, and its checkpoints."""
 
-from __future__ import annotations
-
 import contextlib
 import time
 from collections import Counter

@@ -1,7 +1,5 @@
 """The rollouts of the training steps, sampled ahead of training and kept in the sample log."""
 
-from __future__ import annotations
-
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from functools import partial

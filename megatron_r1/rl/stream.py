@@ -7,8 +7,6 @@ versions when it is trained on. Sampling continues across a weight push, and eac
 with the version that made it.
 """
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Generic, TypeVar

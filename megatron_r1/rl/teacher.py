@@ -1,8 +1,6 @@
 """The teacher of on-policy distillation: engines that only score the tokens which the student
 sampled (`RolloutFleet.score`). Their weights never change."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from pathlib import Path
 

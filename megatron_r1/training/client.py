@@ -1,7 +1,5 @@
 """The controller's client of the trainer ranks: starts them, calls operations, restarts them."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import math

@@ -1,8 +1,6 @@
 """Builds the parts of a trainer rank from the recipe: Megatron's configuration, model chunks and
 gradient buffers. Called on every rank together."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

@@ -4,8 +4,6 @@ Its score after token t is V(s_t), the value of the text up to and including t, 
 policy chooses token t + 1. It is read at the positions where the policy predicts a response token.
 """
 
-from __future__ import annotations
-
 from functools import partial
 
 import torch

@@ -1,8 +1,6 @@
 """Joins the process groups and gives this rank's position on Megatron's parallel grid, and its
 model replica."""
 
-from __future__ import annotations
-
 import os
 import sys
 import warnings

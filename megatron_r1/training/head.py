@@ -2,8 +2,6 @@
 
 Only response tokens pass through the head; prompts and padding cost nothing there."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

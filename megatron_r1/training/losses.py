@@ -10,8 +10,6 @@ tokens of the sum: 1 each ("token"), 1 / |o_i| ("sequence"), or 1 / L ("constant
 denominator being max_response_tokens). Over the optimizer step the trainer divides by the sum of
 `denominator` below. `rl.loss_average` selects both in `rl.algorithms.grpo.loss`."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, NamedTuple
 

@@ -6,8 +6,6 @@ parallelism.
 saved. On a GPU Transformer Engine's Adam stores them so; on a CPU they are rounded after every
 step, which gives the same numbers without the saving."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

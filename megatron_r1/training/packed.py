@@ -8,8 +8,6 @@ packed first, and each rank keeps its positions of every tensor (`models.context
 advantages come from the whole sample. For attention, padding belongs to the sample before it, where
 causal masking hides it from real tokens; it is never a response token."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, field
 

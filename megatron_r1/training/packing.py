@@ -11,8 +11,6 @@ costs s (1 + s / s_0) in units of one token without attention, where s_0 = 2 P /
 is the length at which attention costs as much as all else. For DeepSeek-V3 s_0 is about 30,000
 tokens: a sample of 65,536 costs as much as thirteen of 10,000, not as much as seven."""
 
-from __future__ import annotations
-
 import heapq
 from collections.abc import Callable
 from dataclasses import dataclass

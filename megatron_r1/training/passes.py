@@ -1,8 +1,6 @@
 """Megatron's schedule over packed micro-batches, the optimizer step around it, and the reduction of
 the metrics over ranks. The policy and the critic both use these functions."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from functools import partial

@@ -7,8 +7,6 @@ is stopped, has ended, or holds that lock.
 When the controller is gone, a rank that waits for a call ends by itself. The monitor ends one that
 is stuck in an operation, so that torchrun notices and restarts all ranks."""
 
-from __future__ import annotations
-
 import os
 import sys
 import threading

@@ -1,7 +1,5 @@
 """The controller's socket, which receives the ranks' replies and their monitors' statuses."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import itertools

@@ -1,7 +1,5 @@
 """Records a run (folder, checkpoints, TensorBoard, terminal) and restores where it was left."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path

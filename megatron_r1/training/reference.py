@@ -3,8 +3,6 @@
 On the host it takes GPU memory only while it is swapped in; then policy and reference are both on
 the device. On the device it is there all the time, and nothing is copied."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator
 

@@ -1,7 +1,5 @@
 """The learning rate of each optimizer step."""
 
-from __future__ import annotations
-
 import math
 
 from megatron_r1.config import OptimizerConfig

@@ -5,8 +5,6 @@ context group. All these ranks compute the same loss from the same scores; the g
 rank that has the position, and the sample is counted on the first context rank
 (`PackedBatch.num_samples`)."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

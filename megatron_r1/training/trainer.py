@@ -9,8 +9,6 @@ tokens with an engine. The other operations (`worker.OPERATIONS`) write and read
 Every operation is called on all ranks at the same time. A rank handles samples and losses, not
 prompts or rewards."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import asdict
 from functools import partial

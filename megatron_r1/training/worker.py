@@ -1,7 +1,5 @@
 """The main loop of a trainer rank: join the grid, build the trainer, run the controller's calls."""
 
-from __future__ import annotations
-
 import dataclasses
 import os
 import sys

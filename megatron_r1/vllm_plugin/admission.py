@@ -4,8 +4,6 @@ vLLM's own check (VLLM_API_KEY) does not cover the calls that pause an engine, r
 or run a method by name in its workers.
 """
 
-from __future__ import annotations
-
 import os
 import secrets
 from typing import Any

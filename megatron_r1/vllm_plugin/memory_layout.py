@@ -1,7 +1,5 @@
 """Where in the receive buffer each parameter is, and the table of it that the trainer reads."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby

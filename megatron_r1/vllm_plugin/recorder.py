@@ -6,8 +6,6 @@ where in which parameter. Fused, split, expert-parallel and padded parameters co
 construction, and a receiver of exactly those rectangles needs no loader any more.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 

@@ -6,8 +6,6 @@ its result is copied into the tensors that the engine computes with, whose addre
 absorbed W_UK_T and W_UV follow in `finish`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import groupby
 

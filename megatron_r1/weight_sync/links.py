@@ -1,7 +1,5 @@
 """The links between the trainer and the engines: connecting them and sending over them."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence

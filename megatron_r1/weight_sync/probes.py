@@ -1,7 +1,5 @@
 """The check after a push: engine and trainer must agree on a few tokens' log-probabilities."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Sequence
 

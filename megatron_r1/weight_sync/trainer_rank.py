@@ -1,7 +1,5 @@
 """The verbs of a push on a trainer rank."""
 
-from __future__ import annotations
-
 import os
 from collections import defaultdict
 from collections.abc import Sequence

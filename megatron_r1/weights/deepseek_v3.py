@@ -1,7 +1,5 @@
 """The weight table of DeepSeek-V3."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from megatron_r1.weights.llama import dense_mlp

@@ -2,8 +2,6 @@
 
 No model is built, so a laptop can plan the resharding or the memory of thousands of ranks."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from importlib import import_module

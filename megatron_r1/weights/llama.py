@@ -1,7 +1,5 @@
 """The weight table of Llama, and of all decoders with grouped-query attention."""
 
-from __future__ import annotations
-
 from megatron_r1.weights.rules import QueryGroups, Rule, Source, Table, gated, rows, weight, whole
 
 

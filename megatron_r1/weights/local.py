@@ -1,7 +1,5 @@
 """The layout of this rank's model chunks, joined with their tensors."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 
 from megatron.core import parallel_state

@@ -1,7 +1,5 @@
 """The weight table of Qwen2 and Qwen2.5: Llama's with biases on query, key and value."""
 
-from __future__ import annotations
-
 from megatron_r1.weights.llama import decoder
 from megatron_r1.weights.rules import Table
 

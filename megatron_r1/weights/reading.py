@@ -1,7 +1,5 @@
 """Import: every rank reads its own slices of a checkpoint and nothing else."""
 
-from __future__ import annotations
-
 import zlib
 from collections.abc import Sequence
 from pathlib import Path

@@ -4,8 +4,6 @@ Every rank computes the same header from the weight table. Rank 0 creates the fi
 under a temporary name, every owner maps it and copies its pieces into place (nothing is gathered;
 no rank ever holds a whole tensor), and rank 0 renames it."""
 
-from __future__ import annotations
-
 import os
 import shutil
 from collections import defaultdict

@@ -1,7 +1,5 @@
 """Processes that the benches start: their environment, and megatron-r1's command line."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

@@ -10,8 +10,6 @@ rewards    grades per second of each reward, and a soak with hostile responses
 resources  what r1_kernels' Triton kernels compile to, without a GPU: registers, instructions
 """
 
-from __future__ import annotations
-
 import argparse
 import datetime
 import json

@@ -5,8 +5,6 @@ to hour. Processes that should run side by side then take turns, so figures of p
 printed beside `cores_worth()`.
 """
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import platform

@@ -1,7 +1,5 @@
 """Folders of small Qwen2-shaped models, with the tokenizer of examples/laptop."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

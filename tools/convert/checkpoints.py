@@ -4,8 +4,6 @@ A run's folder names its newest checkpoint. If that one is damaged, no older one
 the result would be another policy than the requested one.
 """
 
-from __future__ import annotations
-
 import shlex
 from argparse import Namespace
 from dataclasses import dataclass

@@ -8,8 +8,6 @@ The model is never whole in memory. The same command continues a conversion that
 by kill -9. Formats, memory and times: docs/convert.md.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Compares two sets of weights tensor by tensor, a stripe at a time."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path

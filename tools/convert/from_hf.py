@@ -1,7 +1,5 @@
 """a Hugging Face folder as a Megatron checkpoint of the weights"""
 
-from __future__ import annotations
-
 from argparse import Namespace
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass

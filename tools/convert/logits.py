@@ -7,8 +7,6 @@ Of a score model: the score (2, 48, 1) after each token. Each library runs in a 
 as transformers must not see the replacements that Megatron needs on a CPU.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import sys

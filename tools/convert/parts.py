@@ -1,7 +1,5 @@
 """Divides a conversion: parts over processes, tensors into stripes that fit into memory."""
 
-from __future__ import annotations
-
 import multiprocessing
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence

@@ -4,8 +4,6 @@ A model that does not fit into memory is compared tensor by tensor instead, whic
 values, but not that a library loads them.
 """
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

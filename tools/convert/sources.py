@@ -1,7 +1,5 @@
 """The source and target models: configuration, weights, and a fingerprint of their files."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import yaml

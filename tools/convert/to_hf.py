@@ -1,7 +1,5 @@
 """a Megatron checkpoint as a Hugging Face folder"""
 
-from __future__ import annotations
-
 import os
 from argparse import Namespace
 from dataclasses import dataclass

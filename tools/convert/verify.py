@@ -1,7 +1,5 @@
 """compare two models of either kind, tensor by tensor"""
 
-from __future__ import annotations
-
 from argparse import Namespace
 from collections import Counter
 from pathlib import Path

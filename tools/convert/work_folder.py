@@ -1,7 +1,5 @@
 """The folder of an unfinished conversion, renamed to OUT at the end."""
 
-from __future__ import annotations
-
 import fcntl
 import json
 import shutil

@@ -3,8 +3,6 @@
 Needs requirements/docs.txt; `make docs` installs it and writes build/docs.
 """
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Sequence
 from pathlib import Path

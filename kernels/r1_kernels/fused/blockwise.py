@@ -16,8 +16,6 @@ To have the same bits as the plain definition:
   so newer devices use their own instruction. Both give the same code for all values of a scaled
   block, within ±448 and NaN; beyond, one of them saturates."""
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl

@@ -3,8 +3,6 @@
 Formulae: `r1_kernels.policy_terms`. Each program sums the loss of its own block; the few partial
 sums are added outside, in one order."""
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl

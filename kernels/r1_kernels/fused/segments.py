@@ -1,7 +1,5 @@
 """Sums over packed sequences: one program sums one sequence, in one order."""
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl

@@ -14,8 +14,6 @@ are read in smaller pieces.
 Exponentials are base 2 and take (z - peak) · c: the difference first, so that the largest term is
 exactly 1 and a log-probability cannot come out positive."""
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -3,8 +3,6 @@
 Whole checkpoints are converted with this, so memory is bounded: besides input and output, only a
 few fp32 copies of one stripe exist, of at most STRIPE_ELEMENTS (or one row of blocks)."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import torch

@@ -2,8 +2,6 @@
 
 Formulae: `r1_kernels.policy_terms`."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

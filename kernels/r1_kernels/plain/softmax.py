@@ -3,8 +3,6 @@
 A tile of rows at a time, so that intermediate results are small beside the logits, but large enough
 that starting the threads of each operation costs little, also on a busy machine."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -3,8 +3,6 @@
 `megatron_fields` returns fields of Megatron's configuration; `apply` checks the model built with
 them and installs the emulation. docs/fp8.md lists what is quantised and what has been checked."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

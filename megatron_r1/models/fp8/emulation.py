@@ -1,7 +1,5 @@
 """Makes Megatron's linear layers compute their products in emulated FP8 (`product`)."""
 
-from __future__ import annotations
-
 from functools import partial
 from typing import Any
 

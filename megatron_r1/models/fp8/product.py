@@ -15,8 +15,6 @@ rounded down to a power of two if the recipe says so, and rounded in fp32 otherw
 limit, unlike the checkpoint format of `r1_kernels.quantize_blockwise` (amax ≥ 1e-4), which would
 round the gradients of a long batch to zero."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -11,8 +11,6 @@ for wgrad, in columns of tokens where fprop and dgrad have rows of features. Dee
 2412.19437 section 3.3): tiles of 128 for x and dy, blocks of 128 x 128 for W, e4m3 everywhere.
 MXFP8 (OCP Microscaling Formats 1.0): 32 for all three, scales that are powers of two."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 

@@ -5,8 +5,6 @@ Megatron-Core 0.16.1 wraps every decoder and MTP layer in Transformer Engine's a
 head, router and norms are not Transformer Engine linear layers; `fp8_dot_product_attention=False`
 excludes attention."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -5,8 +5,6 @@ The judge ends with a line of JSON that repeats the request's key (see `fence_ke
 A response cannot know the key: no text in it, nor a quote from it, can be a verdict.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Mapping, Sequence

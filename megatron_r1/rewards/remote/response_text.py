@@ -3,8 +3,6 @@
 Serving and training of a reward model both use these functions, so that both see the same text.
 """
 
-from __future__ import annotations
-
 import re
 from typing import Literal
 

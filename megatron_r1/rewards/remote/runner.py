@@ -5,8 +5,6 @@ process has hundreds of requests in flight. A hostile response can do little to 
 send it, and read one number or verdict.
 """
 
-from __future__ import annotations
-
 import asyncio
 import importlib
 import json

@@ -5,8 +5,6 @@ three ways: the service's reply; `Ungradable`, when only this request cannot be 
 `ServiceError`, which stops the run (the same command continues from its checkpoint).
 """
 
-from __future__ import annotations
-
 import asyncio
 import itertools
 import os

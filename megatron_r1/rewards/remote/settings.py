@@ -1,7 +1,5 @@
 """Settings of every served reward, from `rewards.options` or from a line of `score`."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any, TypeVar
 from urllib.parse import urlsplit

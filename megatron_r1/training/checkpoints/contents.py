@@ -10,8 +10,6 @@ critic           PPO's critic, as "model" with names that begin with "critic."; 
 rng              the random streams of every rank; restored at an equal layout only
 layout           the layout that wrote them"""
 
-from __future__ import annotations
-
 import contextlib
 import gc
 import random

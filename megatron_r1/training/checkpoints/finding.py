@@ -5,8 +5,6 @@ step_00000012            whole: renamed to this when every file of it was on dis
 .step_00000016.partial   was being written when the run was killed; removed at the next start
 step_00000008.damaged    found damaged and set aside for the user to inspect; never deleted"""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

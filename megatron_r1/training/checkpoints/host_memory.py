@@ -9,8 +9,6 @@ The distributed optimizer's shards are gathered here in one copy. Megatron's own
 buckets (:1112) that the index of parameters counts (:1499): with more than one bucket, the state of
 all later ones is stored off by up to 127 elements."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Hashable, Iterator
 from functools import partial

@@ -1,7 +1,5 @@
 """Reads a checkpoint at any parallel layout, after all ranks together have verified it."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any

@@ -5,8 +5,6 @@
 BLAKE3, because it is the fastest hash without accidental collisions (4.5 GB/s on one core where
 CRC-32 does 2.0 and BLAKE2b 0.7), and because the `b3sum` command checks the files alone."""
 
-from __future__ import annotations
-
 import heapq
 import json
 from collections.abc import Collection, Iterator, Mapping

@@ -1,7 +1,5 @@
 """The controller's part of checkpoints: chooses the one to continue from, saves one at a time."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import time

@@ -5,8 +5,6 @@ torch_dist format. Megatron would also write, in processes forked from this one;
 with CUDA, NCCL or gloo threads is undefined, and its spawned alternative needs a GPU. So only the
 plan is taken from it, and `writer` writes in threads."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any

@@ -4,8 +4,6 @@ A block of 128 x 128 has one scale, so a rank that holds all of it quantises it 
 to an engine rank.
 """
 
-from __future__ import annotations
-
 from megatron_r1.weight_sync.plan.tensors import Region
 from megatron_r1.weights.layout import hf_tensors
 from megatron_r1.weights.rules import Shape

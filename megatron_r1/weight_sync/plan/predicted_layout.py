@@ -7,8 +7,6 @@ and norms, vocabulary VocabParallelEmbedding and ParallelLMHead, QueryGroups QKV
 routed experts are FusedMoE's.
 """
 
-from __future__ import annotations
-
 from collections.abc import Hashable, Iterator
 from itertools import product
 

@@ -1,8 +1,6 @@
 """Which part of every Hugging Face tensor each rank of a vLLM engine needs, from its ranks' tables
 (`PredictedLayout` answers the same questions without an engine)."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Literal

@@ -1,7 +1,5 @@
 """The engines' layout of a recipe, and the checks that a push can serve it."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 from megatron_r1.config import Config

@@ -1,7 +1,5 @@
 """Which deliveries of the push under way have arrived, and whether they are correct."""
 
-from __future__ import annotations
-
 import threading
 import time
 from collections import defaultdict

@@ -4,8 +4,6 @@ Both sides use a torch.distributed store that the trainer hosts. Keys begin with
 which is new for every start of an engine.
 """
 
-from __future__ import annotations
-
 import datetime
 import time
 from collections.abc import Mapping

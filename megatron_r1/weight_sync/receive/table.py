@@ -1,7 +1,5 @@
 """What an engine rank needs and where it goes, and what a trainer rank delivers of it."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import msgspec

@@ -2,8 +2,6 @@
 this rank, straight from the model's parameters.
 """
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any

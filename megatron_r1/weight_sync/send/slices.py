@@ -1,7 +1,5 @@
 """Slices of a trainer rank's parameters, as they are or quantised to FP8 blocks during a push."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 

@@ -3,8 +3,6 @@
 Sender and receiver cut alike, so no sizes need to be exchanged.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 
 import torch

@@ -8,8 +8,6 @@ Blocks are small because training changes scattered elements: at a learning rate
 changes 1% of bf16 weights, which is 2% of blocks of 4 bytes and 29% of blocks of 64 (docs/push.md).
 """
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 

@@ -6,8 +6,6 @@ another is packed, or unpacked; the checksums follow each window. A push is sent
 difference to the pair's last push; then every bucket's length precedes it.
 """
 
-from __future__ import annotations
-
 import datetime
 import threading
 import time

@@ -9,8 +9,6 @@ nothing outlives them. The process that creates a file holds a lock on it until 
 a lock was left by a killed process, and `sweep` removes it.
 """
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import os

@@ -5,8 +5,6 @@ its bytes are in the cache. On a GPU, where either would copy all bytes to the h
 They detect accidental errors of wires, memory and indices, not an adversary.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 
 import numpy as np

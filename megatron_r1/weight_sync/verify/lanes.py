@@ -7,8 +7,6 @@ this loop and 0.14 s with XXH3 and a copy by chunks (0.42 GB on 2 cores; docs/lo
 llvmlite, a dependency of vLLM, compiles the loop for the host's widest vectors in 20 ms.
 """
 
-from __future__ import annotations
-
 import ctypes
 from collections.abc import Callable
 from functools import cache

@@ -5,8 +5,6 @@ for every chunk the file and byte range. A chunk is written by `torch.save`: an 
 a pickle that describes the tensor and its raw data. Only the bytes of the requested rectangles are
 read, so that no chunk, however large, is ever whole in memory."""
 
-from __future__ import annotations
-
 import json
 import os
 import pickle

@@ -4,8 +4,6 @@ The folder has the content of a trainer's save: files of tensors, each chunk a `
 own; `.metadata`, the file and byte range of every chunk; `common.pt`, the state that is not tensors
 (empty here); `metadata.json`, the name of the format."""
 
-from __future__ import annotations
-
 import io
 import os
 import pickle

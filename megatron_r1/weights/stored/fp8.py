@@ -7,8 +7,6 @@ those of MTP too; embedding, head, norms, the router and MTP's eh_proj are not
 (deepseek-ai/DeepSeek-V3, inference/model.py; in vLLM's deepseek_mtp.py eh_proj is a plain Linear).
 """
 
-from __future__ import annotations
-
 import re
 
 from megatron_r1.errors import UserError

@@ -1,7 +1,5 @@
 """Quantises to DeepSeek's FP8 blocks (`fp8` has the layout)."""
 
-from __future__ import annotations
-
 import torch
 from r1_kernels import dequantize_blockwise, quantize_blockwise
 from torch import Tensor

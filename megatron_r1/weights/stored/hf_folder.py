@@ -1,7 +1,5 @@
 """The files of a Hugging Face folder: configuration, tokenizer, index, and the split of weights."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Mapping

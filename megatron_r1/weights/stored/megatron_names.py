@@ -6,8 +6,6 @@ one tensor with the layer as first axis; in grouped-query layers the norms have 
 inside Transformer Engine's linear layers, also with Megatron's own layers. All of it follows from
 the weight table; tests compare it with what Megatron saves."""
 
-from __future__ import annotations
-
 import re
 from collections import defaultdict
 from dataclasses import dataclass, field, replace

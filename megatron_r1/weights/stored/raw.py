@@ -3,8 +3,6 @@
 A mapped page counts as this process's memory, and a converter touches every page of a file; with
 reads into a buffer, its memory stays at the size of the buffer."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
 from math import prod

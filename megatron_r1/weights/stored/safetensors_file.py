@@ -3,8 +3,6 @@
 Files are read here, not by the safetensors library, which maps them (see raw.py), and planned
 before they exist, so that all ranks of an export know where each tensor will lie."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Collection, Mapping

@@ -1,7 +1,5 @@
 """Lists the safetensors files of a model folder. No torch."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

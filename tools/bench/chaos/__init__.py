@@ -6,8 +6,6 @@ Checked at the end: every step is recorded once, no finished sample is lost, and
 is that of undisturbed runs.
 """
 
-from __future__ import annotations
-
 import argparse
 import random
 import shutil

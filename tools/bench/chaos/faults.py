@@ -4,8 +4,6 @@ It returns None if its target does not exist yet; it is then tried again. A faul
 process for a while also resumes it.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import random

@@ -1,7 +1,5 @@
 """The invariants of a run under faults: each function yields its violations, in words."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path

@@ -3,8 +3,6 @@
 Usually the next fault waits until the run has recovered; with probability OVERLAP it does not.
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass

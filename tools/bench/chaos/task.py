@@ -5,8 +5,6 @@ guesses, with one digit wrong. Reinforcement learning discovers that thinking pa
 numbers it was not trained on.
 """
 
-from __future__ import annotations
-
 import json
 import random
 from pathlib import Path

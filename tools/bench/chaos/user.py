@@ -1,8 +1,6 @@
 """A simulated user, who restarts the same command whenever it ends, reads the metrics, and finds
 the processes of the run from outside, as `ps` finds them."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

@@ -5,8 +5,6 @@ end. The runs are stages of a pipeline: stopped runs continue, finished ones are
 45 minutes per seed on two cores without other load.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import json

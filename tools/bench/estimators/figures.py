@@ -1,7 +1,5 @@
 """The published figures of runs, as a table and as docs/benchmarks/estimators.md."""
 
-from __future__ import annotations
-
 import datetime
 from collections.abc import Mapping, Sequence
 from statistics import fmean, median

@@ -4,8 +4,6 @@ A setting that is not here is the demo's (examples/laptop/r1_zero.yaml) or else 
 default (docs/algorithms.md).
 """
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from dataclasses import dataclass, field

@@ -4,8 +4,6 @@ All variants start from the same weights and see the same sentences, for several
 GPU, FP8 is emulated: the figures are about numerics, and the seconds are those of the emulation.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import subprocess

@@ -4,8 +4,6 @@ Both curves are smoothed by an exponential moving average with coefficient 0.9; 
 relative error stays within 0.25% there (16B and 230B parameters, a trillion tokens).
 """
 
-from __future__ import annotations
-
 from statistics import mean
 
 SMOOTHING = 0.9

@@ -6,8 +6,6 @@ Of 64 tokens, 4 may follow a pair (the older one counts modulo 4), with probabil
 zero.
 """
 
-from __future__ import annotations
-
 import math
 import random
 

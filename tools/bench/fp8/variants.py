@@ -1,7 +1,5 @@
 """The compared numerics as settings of a recipe, and the model and optimizer they share."""
 
-from __future__ import annotations
-
 from typing import Any
 
 VARIANTS: dict[str, dict[str, Any]] = {

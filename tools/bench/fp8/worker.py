@@ -3,8 +3,6 @@
 It uses the real trainer (Megatron's model, optimizer and schedule) on one rank, with SFT's loss.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import sys

@@ -5,8 +5,6 @@ Without options: DeepSeek-V3's output layer on a GPU; on a CPU, a size for which
 3 GB.
 """
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import datetime

@@ -10,8 +10,6 @@ The calls take a function of one of these signatures, with further results after
 and return results by the names that the inputs' `errors` compares.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial

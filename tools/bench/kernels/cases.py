@@ -4,8 +4,6 @@ r1_kernels is called as the trainer calls it (Triton on a GPU, plain PyTorch on 
 baselines of every table are eager PyTorch, and the same functions under torch.compile.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial

@@ -4,8 +4,6 @@ The same functions under torch.compile are the second baseline of each table; th
 fp64 is also the reference of the errors.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -6,8 +6,6 @@ with its own advantage and a short masked tail, about 6% of all tokens. Every se
 position is masked, since implementations that shift logits against targets have none for it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial

@@ -8,8 +8,6 @@ system: pages kept from an earlier call would hide this one's use. On both, the 
 gradients included, count.
 """
 
-from __future__ import annotations
-
 import ctypes
 import gc
 import re

@@ -1,7 +1,5 @@
 """Apple's cut-cross-entropy 25.1.1, Liger-Kernel 0.8.5, Megatron-Core 0.16.1 and TRL 1.16."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial

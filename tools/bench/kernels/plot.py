@@ -1,7 +1,5 @@
 """A plot of the tables: time and peak extra memory of every implementation that ran."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

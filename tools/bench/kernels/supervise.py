@@ -5,8 +5,6 @@ the CUDA context or deadlocked), the implementation it was running becomes a row
 and a new worker continues with the same case, without that implementation.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import queue

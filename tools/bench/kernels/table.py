@@ -1,7 +1,5 @@
 """The printed tables, from the rows of the JSON file."""
 
-from __future__ import annotations
-
 from statistics import median
 from typing import Any
 

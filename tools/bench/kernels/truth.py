@@ -4,8 +4,6 @@ Log-probabilities are exact for every token. Gradients are exact for a sample of
 them in fp64 would take four times the memory of what is measured.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

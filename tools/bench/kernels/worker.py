@@ -9,8 +9,6 @@ each once, so that changes during a run (clocks, heat, other load) affect all of
 that fails becomes a row with the reason; its memory is freed before the next.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import sys

@@ -4,8 +4,6 @@ Here: from a trainer to an engine, compared with memory copies and with export a
 real size: the bytes that the plan moves, and the seconds that planning takes.
 """
 
-from __future__ import annotations
-
 import argparse
 import asyncio
 import tempfile

@@ -7,8 +7,6 @@ copies as many bytes in memory. Afterwards the alternative is measured: the trai
 Hugging Face folder and the engine reloads it.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import time

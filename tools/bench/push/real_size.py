@@ -1,8 +1,6 @@
 """The push of DeepSeek-V3 from 2,048 training ranks to 64 engines of 16 GPUs, computed from the
 plan that a push follows."""
 
-from __future__ import annotations
-
 import json
 import time
 from dataclasses import astuple, replace

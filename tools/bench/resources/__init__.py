@@ -6,8 +6,6 @@ exponentials (MUFU). For sm_90 also the upper bounds in elements per second of a
 memory, its issue slots and its MUFU units.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import sys

@@ -5,8 +5,6 @@ Sources: CUDA C++ Programming Guide, "Technical Specifications per Compute Capab
 latency, and the half rate of integer, minimum and conversion instructions.
 """
 
-from __future__ import annotations
-
 ARCHITECTURES = (80, 90, 100)
 SHARED_KIB = {80: 164, 90: 228, 100: 228}  # of an SM
 RESERVED_SHARED = 1024  # bytes per program that CUDA itself uses

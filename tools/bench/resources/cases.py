@@ -4,8 +4,6 @@ Sizes are those of DeepSeek-V3's output layer, 129,280 columns or an eighth, and
 weights; tensors are on PyTorch's meta device and take no memory.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import NamedTuple

@@ -5,8 +5,6 @@ that names the target architecture, and a launch compiles and stops. The special
 divisibility by 16, constants, warps) is that of a launch on a GPU, by Triton's own rules.
 """
 
-from __future__ import annotations
-
 import importlib
 import inspect
 import pkgutil

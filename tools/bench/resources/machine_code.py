@@ -5,8 +5,6 @@ moves; the machine code (SASS) gives the instructions. ptxas may unroll: the rat
 is the number of source iterations in one iteration of its loop.
 """
 
-from __future__ import annotations
-
 import re
 import subprocess
 import tempfile

@@ -7,8 +7,6 @@ megatron-r1 alone, is the step of overlapped rollouts against the slower of its 
 --recipe: the phases of a recipe.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import sys

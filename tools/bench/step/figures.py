@@ -1,7 +1,5 @@
 """The published figures of single steps, as a table and as docs/benchmarks/step.md."""
 
-from __future__ import annotations
-
 import datetime
 from statistics import median
 from typing import Any

@@ -7,8 +7,6 @@ dwelling one, and the probability of a first dwelling token is `Tail.dwell`. Len
 two-state Markov chain, the same for every system that samples from the folder.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from dataclasses import dataclass

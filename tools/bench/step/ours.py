@@ -1,7 +1,5 @@
 """megatron-r1 as a user runs it: a recipe on the command line, measured from outside."""
 
-from __future__ import annotations
-
 import contextlib
 import subprocess
 import time

@@ -7,8 +7,6 @@ faster), and nothing is logged, saved or recomputed. With one update per rollout
 log-probabilities from the update itself, as megatron-r1 does.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 import tempfile

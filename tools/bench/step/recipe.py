@@ -4,8 +4,6 @@ The first step of a run includes warming up and is left out. If the given model 
 weights, random ones of its shape are used (their responses are long and wrong: a worst case).
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import tempfile

@@ -1,7 +1,5 @@
 """TRL, run by an interpreter that has it."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 from pathlib import Path

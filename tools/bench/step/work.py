@@ -1,7 +1,5 @@
 """The work of both systems: questions, limits, reward, and the part of the algorithm they share."""
 
-from __future__ import annotations
-
 import json
 import random
 from dataclasses import asdict, dataclass
