@@ -3,13 +3,13 @@
 import math
 
 from megatron_r1.config import RewardsConfig
-from megatron_r1.data.prompts import Prompt
+from megatron_r1.data.prompts import Prompt, one_of_each
 from megatron_r1.data.text import PromptText
 from megatron_r1.engine.responses import Response
 from megatron_r1.errors import RunError, UserError
-from megatron_r1.evaluation.grading import RewardTerms
 from megatron_r1.rewards.combine import ACCURACY, combine, weights_at
 from megatron_r1.rewards.runtime.pool import RewardPool
+from megatron_r1.rewards.terms import RewardTerms
 from megatron_r1.rl.rollout import GradedResponse, Group, responses_of
 
 
@@ -44,7 +44,8 @@ class ResponseGrader:
 
         Raises UserError as `RewardTerms.check`.
         """
-        await self._terms.check(self._weights.keys(), prompts, self._text.opens_thought)
+        examples = one_of_each(prompts)
+        await self._terms.check(self._weights.keys(), examples, self._text.opens_thought)
 
 
 def check_grades(groups: list[Group], max_ungraded: float) -> None:
