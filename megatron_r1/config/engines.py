@@ -25,32 +25,34 @@ class EngineConfig(Section):
     start_timeout_seconds: float = Field(600.0, gt=0)
     request_timeout_seconds: float = Field(3600.0, gt=0)
     max_restarts: Resumable[int] = Field(10, ge=0)
-    """dead, slow or garbling engines replaced in a command; a death after that stops the run"""
+    """how many dead, slow or garbling engines a command replaces; a death after that stops the
+    run"""
     unresponsive_seconds: Resumable[float] = Field(120.0, gt=0)
     """an engine that has not answered for so long counts as dead"""
 
 
 class RolloutConfig(EngineConfig):
     engines: Resumable[int] = Field(1, ge=1)
-    """vLLM servers; with placement: hosts those waited for, more may join"""
+    """number of vLLM servers; with placement: hosts the run waits for so many, and more may join"""
     placement: Resumable[Literal["local", "hosts"]] = "local"
-    """where engines run: the controller's host, or hosts that come to it (`python -m
+    """where engines run: on the controller's host, or on hosts that connect to it (`python -m
     megatron_r1.fleet.host`). See docs/slurm.md"""
     hosts_port: Resumable[int] = Field(0, ge=0, le=65_535)
-    """where engine hosts come to; 0: any free one"""
+    """port of the controller that engine hosts connect to; 0: any free one"""
     hosts_address: Resumable[str | None] = None
-    """of the controller's host, for engine hosts; default: its name"""
+    """address at which engine hosts reach the controller's host; default: its name"""
     host_silence_seconds: Resumable[float] = Field(30.0, gt=0)
     """a host that has not been heard from for so long has vanished"""
     hosts_per_engine: Resumable[int] = Field(1, ge=1)
-    """hosts that share an engine's copies (data), all taken at once; with placement: hosts"""
+    """hosts that one engine's copies (data) are spread over, all taken at once; needs placement:
+    hosts"""
     colocated: Resumable[bool] = False
     """engines sleep on the trainer's own GPUs while it computes; see docs/rollout.md"""
     temperature: float = Field(1.0, gt=0)
     top_p: float = Field(1.0, gt=0, le=1)
     max_response_tokens: int = Field(32_768, gt=0)
     max_model_len: int | None = None
-    """tokens, prompt and response; default: the model's own limit"""
+    """most tokens of prompt and response together; default: the model's own limit"""
     max_num_seqs: int = Field(256, gt=0, description="sequences an engine decodes at once")
     plain_matrices: bool = False
     """keep matrices unpacked on a CPU: faster pushes, slower generation"""
@@ -75,16 +77,18 @@ class TeacherConfig(EngineConfig):
     """The teacher of on-policy distillation, whose engines score the student's samples."""
 
     path: str = ""
-    """Hugging Face folder of any model vLLM serves, with the student's tokenizer; what
-    rl.algorithm: on_policy_distillation learns from"""
+    """Hugging Face folder of the teacher, which rl.algorithm: on_policy_distillation learns from:
+    any model that vLLM serves and that has the student's tokenizer"""
     url: Resumable[list[str]] = []
-    """of vLLM servers that already serve path's model, started with --enable-scale-out; default:
-    engines of this run"""
+    """addresses of vLLM servers that already serve path's model, started with --enable-scale-out;
+    default: the run starts engines of its own"""
     engines: Resumable[int] = Field(1, ge=1, description="vLLM servers on the controller's host")
-    max_num_seqs: Resumable[int] = Field(64, gt=0, description="samples an engine scores at once")
+    max_num_seqs: Resumable[int] = Field(64, gt=0, description="sequences an engine scores at once")
     tokens_at_once: Resumable[int] = Field(2048, gt=0)
-    """of one pass; the logits of all of them exist together, in fp32"""
-    start_timeout_seconds: float = Field(600.0, gt=0, description="also to wait for a url")
+    """tokens that an engine scores in one pass; the logits of all of them exist together, in
+    fp32"""
+    start_timeout_seconds: float = Field(600.0, gt=0)
+    """limit for the start of an engine, and for a url to be reached"""
 
     @model_validator(mode="after")
     def _fits_together(self):

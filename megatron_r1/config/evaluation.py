@@ -15,12 +15,16 @@ class BenchmarkConfig(Section):
     label: str = Field("", description="what results call it; default: the name")
     path: str | None = None
     """file, folder or hub name of the data; default: its own name on the hub"""
-    files: list[str] = Field([], description="patterns of the files to take of a folder or the hub")
-    samples: int | None = Field(None, ge=1, description="default: eval.samples")
-    limit: int | None = Field(None, ge=1, description="the first so many; default: eval.limit")
+    files: list[str] = []
+    """patterns of the files to take from a folder or the hub"""
+    samples: int | None = Field(None, ge=1)
+    """responses per question; default: eval.samples"""
+    limit: int | None = Field(None, ge=1)
+    """questions used, the first ones; default: eval.limit"""
     instruction: str | None = None
     """the prompt around {problem}; default: the benchmark's"""
-    options: dict[str, Any] = Field(default_factory=dict, description="the benchmark's own")
+    options: dict[str, Any] = Field(default_factory=dict)
+    """options of the benchmark itself"""
 
     @model_validator(mode="before")
     @classmethod
@@ -40,9 +44,10 @@ class ServerConfig(ServiceSettings):
     api: Literal["chat", "completions"] = "chat"
     """chat: the question as a user's message, in the server's template; completions: the text that
     data.template makes"""
-    wait_seconds: float = Field(10.0, ge=0, description="at the start, until it can be reached")
-    timeout_seconds: float = Field(3600.0, gt=0, description="for one answer")
-    concurrency: int = Field(64, ge=1, description="answers under way at once")
+    wait_seconds: float = Field(10.0, ge=0)
+    """how long the start waits for the server to be reachable"""
+    timeout_seconds: float = Field(3600.0, gt=0, description="limit for one response")
+    concurrency: int = Field(64, ge=1, description="responses requested at once")
 
 
 class EvalConfig(Section):
@@ -51,11 +56,11 @@ class EvalConfig(Section):
     every: int = Field(0, ge=0)
     """steps between evaluations on the held-out questions; 0: first and last only"""
     samples: int = Field(16, ge=1)
-    """answers per question: pass@1 is their mean, cons@N their majority"""
+    """responses per question: pass@1 is their mean, cons@N their majority"""
     temperature: float = Field(0.6, gt=0)
     top_p: float = Field(0.95, gt=0, le=1)
     benchmarks: list[BenchmarkConfig] = []
     """names, or {name, path, samples, limit, options, …}"""
     limit: int | None = Field(None, ge=1, description="questions per benchmark, the first ones")
     server: ServerConfig | None = None
-    """{url, model, api_key_env, api, …}: evaluated instead of model.path"""
+    """{url, model, api_key_env, api, …}: a served model, evaluated instead of model.path"""

@@ -27,7 +27,7 @@ def keys_of(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Fie
 
 
 def describe(models: Sequence[type[BaseModel]], chosen: Sequence[str] = ()) -> str:
-    """Return a line such as `rl.group_size: 16   # outputs of a question` per key.
+    """Return a line such as `rl.group_size: 16   # responses per question` per key.
 
     models: their sections have different names. chosen: sections or keys (`rl`, `sample.keep`) to
     show; default: all. Raises UserError for a name that is neither.

@@ -13,10 +13,11 @@ class MixturePart(Section):
     the file is used once (`repeat: 1`)."""
 
     path: str = Field(min_length=1, description="JSONL or Parquet of {prompt, response}")
-    share: float | None = Field(None, gt=0, le=1, description="of an epoch's examples")
-    count: int | None = Field(None, gt=0, description="examples of it in an epoch")
-    repeat: float | None = Field(None, gt=0, description="times all of it is in an epoch")
-    columns: dict[str, str] | None = Field(None, description="our name: the file's column")
+    share: float | None = Field(None, gt=0, le=1)
+    """share of an epoch's examples that come from this file"""
+    count: int | None = Field(None, gt=0, description="how many of its examples an epoch has")
+    repeat: float | None = Field(None, gt=0, description="how often an epoch has the whole file")
+    columns: dict[str, str] | None = Field(None, description="{our name: the file's column}")
 
     @model_validator(mode="after")
     def _is_sized_once(self) -> Self:

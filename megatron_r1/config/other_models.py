@@ -12,13 +12,15 @@ class CriticConfig(Section):
     """PPO's critic, a second model that predicts the return at every token."""
 
     path: str | None = None
-    """Hugging Face folder it starts from, of a language or a reward model with the policy's
-    tokenizer; default: the policy's first weights"""
-    learning_rate: float = Field(1e-5, gt=0, description="the policy's decay holds for it too")
+    """Hugging Face folder that the critic starts from: a language or a reward model with the
+    policy's tokenizer; default: the policy's first weights"""
+    learning_rate: float = Field(1e-5, gt=0)
+    """the critic's own, which decays as the policy's does"""
     value_clip: float | None = Field(0.2, gt=0)
     """how far a value may move from the rollout's before it is no longer pushed (arXiv 2005.12729,
     section 3); null: not limited"""
-    warmup_steps: int = Field(0, ge=0, description="first rollouts, which train the critic alone")
+    warmup_steps: int = Field(0, ge=0)
+    """number of first rollouts that train the critic alone"""
 
 
 class RewardModelConfig(Section):
@@ -33,7 +35,7 @@ class RewardModelConfig(Section):
     kind: Literal["pairwise", "pointwise"] = "pairwise"
     """the loss: Bradley-Terry on pairs, or cross entropy on labels"""
     part: Part | None = None
-    """of a response that is scored; default: summary for pairwise (R1's helpful), response for
+    """part of a response that is scored; default: summary for pairwise (R1's helpful), response for
     pointwise (its safety)"""
     template: str | None = None
     """text with {question} and {response}, special tokens included; the score is read at its last

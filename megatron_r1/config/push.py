@@ -9,10 +9,11 @@ from megatron_r1.config.section import Resumable, Section
 
 class PushConfig(Section):
     transport: Resumable[Literal["shm", "cuda_ipc", "gloo", "nccl"]] = "shm"
-    """shm, or cuda_ipc between GPUs: all on one host; gloo, nccl: on many. See docs/push.md"""
+    """shm, or cuda_ipc between GPUs, if all ranks are on one host; gloo or nccl for many hosts. See
+    docs/push.md"""
     memory_gib: Resumable[float | None] = Field(None, gt=0)
-    """memory an engine rank may use for weights on their way; with less than all its weights
-    engines pause while they travel; default: as much as they have"""
+    """memory an engine rank may use for weights on their way; if that is less than all its weights,
+    engines pause while they travel; default: as much as the weights have"""
     fp8: bool = False
     """quantise projections on their way, in blocks of 128 x 128: half of bf16's bytes, and engines
     compute with FP8 weights"""
@@ -20,14 +21,14 @@ class PushConfig(Section):
     """over gloo and nccl send only what changed since the push before; for slow links, at the cost
     of host memory for what was sent last"""
     full_every: Resumable[int] = Field(50, ge=1)
-    """with delta: after so many pushes to an engine one is whole"""
-    timeout_seconds: Resumable[float] = Field(600.0, gt=0, description="for one push")
+    """with delta: one of so many pushes to an engine is whole"""
+    timeout_seconds: Resumable[float] = Field(600.0, gt=0, description="limit for one push")
     probes: Resumable[int] = Field(2, ge=0)
     """prompts each engine answers after every push, to compare its log-probabilities with the
     trainer's; 0: none"""
     probe_tolerance: Resumable[float | None] = Field(None, gt=0)
-    """mean difference at which the run stops; default 0.001 where trainer and engine compute in
-    float32, 0.3 in bfloat16"""
+    """mean difference of these log-probabilities at which the run stops; default: 0.001 where
+    trainer and engine compute in float32, 0.3 in bfloat16"""
 
     @model_validator(mode="after")
     def _delta_travels(self) -> Self:

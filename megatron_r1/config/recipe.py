@@ -48,7 +48,7 @@ class Config(Section):
         if num_responses % self.rl.minibatches:
             raise ValueError(
                 f"rl.minibatches: {self.rl.minibatches} does not divide the {num_responses} "
-                f"outputs of a rollout ({self.rl.questions_per_rollout} questions x "
+                f"responses of a rollout ({self.rl.questions_per_rollout} questions x "
                 f"{self.rl.group_size}); choose a divisor"
             )
         if self.rl.staleness and self.rl.importance_cap is None:

@@ -20,12 +20,13 @@ class RewardsConfig(Section):
     options: Annotated[
         dict[str, dict[str, Any]], MayChange(("helpful.url", "judge.url", "safety.url"))
     ] = {}
-    """reward: its options, such as language: {target: zh}"""
+    """{reward: its options}, such as language: {target: zh}"""
     max_ungraded: Resumable[float] = Field(0.1, ge=0, le=1)
-    """share of a rollout's answers that graders may fail on, rounded up; with more the run stops"""
+    """share of a rollout's responses that graders may fail on, rounded up; with more the run
+    stops"""
     workers: Resumable[int] = Field(2, ge=1, description="grader processes")
     timeout_seconds: float = Field(5.0, gt=0)
-    """for one answer; then its grader is killed and it gets 0"""
+    """limit for one response; then its grader is killed and the response gets 0"""
     memory_gib: float = Field(4.0, gt=0, description="address space of one grader")
 
     @property
@@ -45,29 +46,31 @@ class RewardsConfig(Section):
 
 class RLConfig(Section):
     preset: Literal["r1_zero", "grpo_v1"] = "r1_zero"
-    """values below that a recipe leaves out"""
+    """where the values come from that a recipe leaves out"""
     algorithm: str = Field(
         "grpo",
         description="the policy-gradient estimator, with its own defaults for what recipe and "
         f"preset leave out: {', '.join(algorithms.NAMES)}. See docs/algorithms.md",
     )
     group_size: int = Field(16, ge=1)
-    """outputs per question, G; 2 or more where a group is the baseline"""
-    questions_per_rollout: int = Field(512, gt=0, description="512 x 16 = the paper's 8192 outputs")
+    """responses per question, G; 2 or more where a group is the baseline"""
+    questions_per_rollout: int = Field(512, gt=0)
+    """questions that a rollout samples; 512 x 16 = the paper's 8192 responses"""
     minibatches: int = Field(16, gt=0, description="optimizer steps per rollout, one inner epoch")
     clip_low: float = Field(10.0, gt=0, description="the ratio is clipped below 1 - clip_low")
     clip_high: float = Field(10.0, gt=0, description="the ratio is clipped above 1 + clip_high")
     dual_clip: float | None = Field(None, gt=1)
     """a negative advantage's ratio counts at most this; null: no limit"""
     ratio_level: Literal["token", "sequence"] = "token"
-    """sequence: one ratio per output, the mean of its logarithm (GSPO)"""
+    """sequence: one ratio per response, the mean of its logarithm (GSPO)"""
     importance_cap: float | None = Field(None, gt=0)
-    """weigh by trainer's over engine's probability, at most this; null: do not"""
+    """each token is weighed by the trainer's over the engine's probability, at most this; null: not
+    weighed"""
     kl_beta: float = Field(0.001, ge=0)
     """weight of the estimate of KL to the reference, in the loss; of rloo, reinforce_pp and ppo in
     the reward"""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
-    """in loss and metrics (in a reward it is k1); k3: the paper's"""
+    """estimate of KL in loss and metrics (in a reward it is k1); k3: the paper's"""
     entropy_coef: float = Field(0.0, ge=0, description="weight of an entropy bonus")
     reference_refresh: int = Field(400, ge=0)
     """optimizer steps between replacing the reference; 0: never"""
@@ -75,23 +78,24 @@ class RLConfig(Section):
     """versions a sampled token may be behind the policy that trains on it; 0: rollout and training
     take turns, 1: one step off, more: further ahead"""
     dynamic_sampling: bool = False
-    """replace groups whose outputs all have the same reward (DAPO)"""
+    """replace groups whose responses all have the same reward (DAPO)"""
     dynamic_sampling_rounds: int = Field(4, ge=1)
-    """times prompts are drawn for one rollout, before it is filled up"""
+    """how often prompts are drawn for one rollout, before it is filled up"""
     advantage_std: Literal["group", "batch", "none"] = "group"
     """divide by the standard deviation of the group, of the rollout, or not"""
     advantage_epsilon: float = Field(1e-6, ge=0, description="added to the standard deviation")
     loss_average: Literal["sequence", "token", "constant"] = "sequence"
-    """sequence: each output weighs the same (GRPO, eq. 1); token: each token (DAPO); constant: each
-    token, over max_response_tokens per output (Dr. GRPO)"""
+    """sequence: each response weighs the same (GRPO, eq. 1); token: each token (DAPO); constant:
+    each token, over max_response_tokens per response (Dr. GRPO)"""
     discount: float = Field(1.0, ge=0, le=1)
-    """gamma: of what follows a token (rloo, reinforce_pp, ppo, on_policy_distillation)"""
-    gae_lambda: float = Field(1.0, ge=0, le=1, description="of ppo's generalized advantages")
+    """gamma, the discount of what follows a token (rloo, reinforce_pp, ppo,
+    on_policy_distillation)"""
+    gae_lambda: float = Field(1.0, ge=0, le=1, description="lambda of ppo's generalized advantages")
     overlong_buffer: float = Field(0.0, ge=0, le=1)
     """share of max_response_tokens, at its end, over which a growing punishment is taken from the
     reward (DAPO: 0.2); 0: none"""
     overlong_penalty: float = Field(1.0, ge=0)
-    """that punishment at max_response_tokens (DAPO, eq. 13: 1)"""
+    """how large that punishment is at max_response_tokens (DAPO, eq. 13: 1)"""
     routing_replay: bool = False
     """train every token through the experts the engine chose for it; a mixture of experts only. See
     docs/routing_replay.md"""

@@ -9,20 +9,21 @@ from megatron_r1.errors import UserError
 
 
 class RunConfig(Section):
-    folder: Resumable[str] = Field("", description="where all files of it are written; required")
-    seed: int = Field(0, description="of sampling prompts, generation and initialization")
+    folder: Resumable[str] = ""
+    """where all files of the run are written; required"""
+    seed: int = Field(0, description="seed of prompt sampling, generation and initialization")
     steps: Resumable[int] = Field(650, gt=0)
     """rollouts (rl; 650 x 16 = the paper's 10,400 optimizer steps), batches (sft)"""
     log_samples: Resumable[int] = Field(8, ge=0, description="training samples written per step")
     hang_seconds: Resumable[float] = Field(1800.0, ge=0)
-    """without any progress, after which a report says what everything waits for; 0: never. See
+    """time without any progress after which a report says what everything waits for; 0: never. See
     docs/supervision.md"""
     on_hang: Resumable[Literal["stop", "restart", "report"]] = "stop"
-    """then; restart: kill what hangs and go on, where that is possible"""
+    """what follows that report; restart: kill what hangs and go on, where that is possible"""
     max_trainer_restarts: Resumable[int] = Field(3, ge=0)
-    """times lost trainer ranks are started again while a command runs"""
+    """how often a command starts lost trainer ranks again"""
     health_port: Resumable[int | None] = Field(0, ge=0, le=65_535)
-    """of GET /health and /metrics (Prometheus); 0: any free one; null: none"""
+    """port of GET /health and /metrics (Prometheus); 0: any free one; null: none"""
 
 
 class ModelConfig(Section):
@@ -34,11 +35,12 @@ class ModelConfig(Section):
     init: Literal["load", "random"] = "load"
     """random: train from nothing; the folder needs no weights"""
     init_std: float = Field(0.02, gt=0, description="standard deviation of random weights")
-    dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="of trained parameters")
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """dtype of trained parameters"""
     mtp: Literal["frozen", "train", "none"] = "frozen"
     """multi-token-prediction layers: carried unchanged, trained (sft), left out"""
     expert_bias_update_rate: float = Field(0.0, ge=0)
-    """of the router's aux-loss-free bias, per optimizer step; 0: frozen"""
+    """step of the router's aux-loss-free bias, per optimizer step; 0: frozen"""
 
     @model_validator(mode="after")
     def _weights_are_loaded_or_random(self) -> Self:
@@ -63,11 +65,11 @@ class DataConfig(Section):
     task: str | None = Field(None, description="a reasoning-gym task, instead of a file")
     parameters: dict[str, Any] = Field(default_factory=dict, description="the task's own settings")
     kind: str | None = Field(None, description="the reward that grades; default: the row's or math")
-    columns: dict[str, str] | None = Field(None, description="our name: the file's column")
+    columns: dict[str, str] | None = Field(None, description="{our name: the file's column}")
     num_train: int | None = Field(None, gt=0, description="questions to train on; a task needs it")
     num_heldout: int | None = Field(None, ge=0, description="questions kept out of training")
     heldout_fraction: float = Field(0.1, ge=0, lt=1, description="share of all questions held out")
-    seed: int = Field(0, description="of making a task's questions")
+    seed: int = Field(0, description="seed that a task's questions are made with")
     template: str = Field("r1_zero", description="r1_zero, plain, chat, or a text with {problem}")
 
 
@@ -79,4 +81,4 @@ class CheckpointConfig(Section):
     asynchronous: bool = True
     """train on while one is written, and hold the host memory for its copy"""
     verify: Literal["full", "size", "none"] = "full"
-    """before loading: checksum of every byte, sizes only, or nothing"""
+    """what is checked before loading: checksum of every byte, sizes only, or nothing"""

@@ -20,12 +20,13 @@ class KeepConfig(Section):
     """Which of a question's graded responses are kept."""
 
     min_accuracy: float | None = Field(1.0, ge=0, le=1)
-    """by the question's own kind of reward; null: answers are not graded"""
+    """least reward of the question's own kind; null: responses are not graded"""
     min_reward: float | None = None
-    """of the weighted sum of rewards.weights; null: no limit"""
-    per_prompt: int | None = Field(None, ge=1, description="answers of a question; null: all")
+    """least weighted sum of rewards.weights; null: no limit"""
+    per_prompt: int | None = Field(None, ge=1)
+    """responses kept of a question; null: all"""
     choose: Literal["random", "shortest", "first", "best"] = "random"
-    """which of more than per_prompt; best: by reward"""
+    """which are kept of more than per_prompt; best: by reward"""
     min_pass_rate: float | None = Field(None, ge=0, le=1)
     """questions that are right less often are left out"""
     max_pass_rate: float | None = Field(None, ge=0, le=1)
@@ -61,12 +62,12 @@ class KeepConfig(Section):
 class RenderConfig(Section):
     """The form in which kept responses are written to sft.jsonl."""
 
-    template: str | None = Field(None, description="of the prompt; default: data.template")
+    template: str | None = Field(None, description="template of the prompt; default: data.template")
     response: str = "{response}"
     """text with {thought}, {summary}, {answer} or {response}, such as
     <think>{thought}</think>{summary}"""
     tokenizer: str | None = None
-    """folder whose chat template renders, for another model; default: ours"""
+    """folder whose chat template renders, for another model; default: that of model.path"""
 
     @field_validator("response")
     @classmethod
@@ -76,7 +77,7 @@ class RenderConfig(Section):
         ):
             raise ValueError(
                 f"sample.render.response: {response!r} has none of {{thought}}, {{summary}}, "
-                "{answer} and {response}, so all answers would be the same"
+                "{answer} and {response}, so all responses would be the same"
             )
         return response
 
@@ -84,12 +85,12 @@ class RenderConfig(Section):
 class PairsConfig(Section):
     """Preference pairs (arXiv 2501.12948 v2, section on the helpful reward model)."""
 
-    per_prompt: int = Field(1, ge=1, description="pairs of a question, no answer in two of them")
+    per_prompt: int = Field(1, ge=1, description="pairs of a question, no response in two of them")
     margin: float = Field(0.5, ge=0, le=1)
     """share of votes won less share lost; with less, a near-tie"""
     votes: int = Field(4, ge=2)
-    """calls of a judge function; a served one has rewards.options.judge"""
-    part: Part = Field("summary", description="compared and measured: summary, or response")
+    """calls of a judge function per pair; a served judge has rewards.options.judge"""
+    part: Part = Field("summary", description="what is compared and measured: summary, or response")
     max_length_bias: float | None = Field(0.05, ge=0)
     """mean of log(length of chosen / length of rejected) that may be left, either way; null: any"""
 
@@ -98,52 +99,53 @@ class PairsConfig(Section):
     def _half_in_each_order(cls, votes: int) -> int:
         if votes % 2:
             raise ValueError(
-                f"sample.pairs.votes: {votes} is odd; each answer is to be first equally often, so "
-                f"make it {votes + 1}"
+                f"sample.pairs.votes: {votes} is odd; each response is to be first equally often, "
+                f"so make it {votes + 1}"
             )
         return votes
 
 
 class SampleConfig(Section):
-    samples: int = Field(4, ge=1, description="answers drawn for each question")
+    samples: int = Field(4, ge=1, description="responses drawn for each question")
     output: Output = "sft"
-    """sft: kept answers; pairs: preferences; labels: safe or unsafe; answers: graded only"""
+    """sft: kept responses; pairs: preferences; labels: safe or unsafe; answers: responses, graded
+    only"""
     server: ServerConfig | None = None
     """{url, model, …}: a served model that answers instead of model.path"""
     shots: str | None = None
     """JSONL of {question, response}: worked examples in front of the question"""
     num_shots: int | None = Field(None, ge=1)
-    """of them before each question, drawn anew; default: all"""
+    """how many of them stand before each question, drawn anew; default: all"""
     avoid: list[str] = Field([], description="files of questions that must not be sampled")
     avoid_ngram: int = Field(13, ge=0)
     """words in a row that such a question must not share; 0: equality only"""
     keep: KeepConfig = KeepConfig()
     filters: dict[str, Any] = {}
-    """name: its options, true, or false to switch it off; over the output's own"""
+    """{name: its options, true, or false to switch it off}, over the defaults of output"""
     rewrite: str | None = None
     """module:function(question, response) → readable response, or None"""
     render: RenderConfig = RenderConfig()
     judge: str = SERVED_JUDGE
-    """of pairs and labels: judge (rewards.options.judge), or module:function"""
+    """who judges pairs and labels: judge (rewards.options.judge), or module:function"""
     pairs: PairsConfig = PairsConfig()
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         if self.output == "pairs" and self.samples < 2:
             raise ValueError(
-                f"sample.samples: {self.samples} answer cannot be compared with another; "
+                f"sample.samples: {self.samples} response cannot be compared with another; "
                 "sample.output: pairs needs 2 or more"
             )
         if self.rewrite is not None and self.output != "sft":
             raise ValueError(
-                f"sample.rewrite: only sample.output: sft has kept answers to rewrite, not "
+                f"sample.rewrite: only sample.output: sft has kept responses to rewrite, not "
                 f"{self.output}"
             )
         changed = [name for name, value in self.keep if value != getattr(KeepConfig(), name)]
         if changed and not self.keeps:
             raise ValueError(
-                f"sample.keep.{changed[0]}: only graded answers are kept or not; the judge decides "
-                f"on sample.output: {self.output}. Leave it out"
+                f"sample.keep.{changed[0]}: only graded responses are kept or not; the judge "
+                f"decides on sample.output: {self.output}. Leave it out"
             )
         if self.num_shots is not None and self.shots is None:
             raise ValueError(f"sample.num_shots: {self.num_shots} of which file? set sample.shots")

@@ -11,16 +11,16 @@ from megatron_r1.errors import UserError
 
 class OptimizerConfig(Section):
     learning_rate: float = Field(3e-6, gt=0)
-    min_learning_rate: float = Field(0.0, ge=0, description="at the end of the decay")
+    min_learning_rate: float = Field(0.0, ge=0, description="learning rate at the end of the decay")
     warmup: int = Field(0, ge=0, description="optimizer steps of linear warm-up")
     decay: Literal["constant", "linear", "cosine"] = "constant"
     beta1: float = Field(0.9, ge=0, lt=1)
     beta2: float = Field(0.95, ge=0, lt=1)
     epsilon: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.1, ge=0)
-    clip_grad: float = Field(1.0, gt=0, description="global gradient norm")
+    clip_grad: float = Field(1.0, gt=0, description="largest global norm of the gradient")
     moments: Literal["float32", "bfloat16"] = "float32"
-    """of Adam; bfloat16: DeepSeek-V3's, 4 bytes a parameter less"""
+    """dtype of Adam's moments; bfloat16: DeepSeek-V3's, 4 bytes a parameter less"""
 
 
 class ParallelConfig(Section):
@@ -64,11 +64,11 @@ class ParallelConfig(Section):
 
 class FP8Config(Section):
     recipe: Literal["none", "blockwise", "tensorwise", "mxfp8"] = "none"
-    """of the linear layers' products; blockwise: DeepSeek-V3's. See docs/fp8.md"""
+    """how the linear layers' products are scaled; blockwise: DeepSeek-V3's. See docs/fp8.md"""
     format: Literal["e4m3", "hybrid"] | None = None
     """hybrid: output gradients in e5m2; default: e4m3, for tensorwise hybrid"""
     scales: Literal["power_of_two", "float32"] | None = None
-    """of a tile; default: power_of_two, for tensorwise float32"""
+    """values of a tile's scale; default: power_of_two, for tensorwise float32"""
 
     @property
     def gradient_format(self) -> str:
@@ -98,7 +98,7 @@ class SFTConfig(Section):
     """instead of run.steps: passes over the data (the paper: 2)"""
     batch_size: int = Field(128, gt=0, description="samples per optimizer step")
     order: Literal["shuffled", "file"] = "shuffled"
-    """file: as they stand there, for a curriculum"""
+    """file: samples in the order of the file, for a curriculum"""
 
     @field_validator("data", mode="before")
     @classmethod

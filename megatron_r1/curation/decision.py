@@ -74,7 +74,7 @@ class DecisionCounts:
             for code, count in self.decisions.most_common()
         ]
         head = (
-            f"{total:,} answers to {len(self._questions):,} questions, {self.num_kept:,} kept, "
+            f"{total:,} responses to {len(self._questions):,} questions, {self.num_kept:,} kept, "
             f"of {sum(self._questions.values()):,} questions"
         )
         return "\n".join([head, *lines])

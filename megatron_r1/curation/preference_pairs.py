@@ -97,12 +97,12 @@ class PreferencePairs:
         winner = outcome.winner(self._settings.margin)
         if winner is None:
             code = "tie" if outcome.preference == 0.5 else "near_tie"
-            why = f"answer {first.index} against {second.index}: {votes}"
+            why = f"response {first.index} against {second.index}: {votes}"
             return dict.fromkeys(both, Decision(code, why)), []
         chosen, rejected = (first, second) if winner == 0 else (second, first)
         pair = (prompt.id, *both)
         self.log_ratios[pair] = log_ratio(shown[chosen.index], shown[rejected.index])
-        why = f"answer {chosen.index} over {rejected.index}: {votes}"
+        why = f"response {chosen.index} over {rejected.index}: {votes}"
         if pair in self.dropped:
             return dict.fromkeys(both, Decision("length_balance", why)), []
         lost, won = sorted((outcome.wins, outcome.losses))

@@ -39,7 +39,7 @@ class Selection:
             if reason is None and self._drops_duplicates:
                 same = first.setdefault(normalize(response.text), response.index)
                 if same != response.index:
-                    reason = Decision(DUPLICATE, f"the same as answer {same}")
+                    reason = Decision(DUPLICATE, f"the same as response {same}")
             if reason is not None:
                 drops[response.index] = reason
         return drops
@@ -82,7 +82,7 @@ class Selection:
         keep = self.keep
         if keep.min_accuracy is None or (rate := pass_rate(responses, keep.min_accuracy)) is None:
             return None
-        why = f"{rate:.0%} of its answers are right"
+        why = f"{rate:.0%} of its responses are right"
         if keep.max_pass_rate is not None and rate > keep.max_pass_rate:
             return Decision("too_easy", why)
         if keep.min_pass_rate is not None and rate < keep.min_pass_rate:

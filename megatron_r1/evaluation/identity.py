@@ -45,7 +45,7 @@ def keep_identity(path: Path, settings: Mapping[str, Any], has_samples: bool) ->
     ]
     if changed:
         raise UserError(
-            f"{path.parent} holds answers with other settings:\n{''.join(changed)}To continue, "
+            f"{path.parent} holds responses with other settings:\n{''.join(changed)}To continue, "
             "restore those; to start anew, choose another run.folder or remove this one."
         )
 

@@ -152,7 +152,7 @@ class Sampler:
             self._num_ungraded[name] += 1
             if self._num_ungraded[name] == MAX_UNGRADED:
                 self._broken_grader = UserError(
-                    f"{name}: no answer could be graded: {response.reason}"
+                    f"{name}: no response could be graded: {response.reason}"
                 )
 
     def _refuse_other_versions(self) -> None:
@@ -163,7 +163,7 @@ class Sampler:
                     label = "give the benchmark another label, " if questions.title else ""
                     where = f"benchmark {questions.title}, " if questions.title else ""
                     raise UserError(
-                        f"{self._log.path} has answers to another version of {where}question "
+                        f"{self._log.path} has responses to another version of {where}question "
                         f"{prompt.id} ({prompt.question[:60]!r}): its text, kind, truth or fields "
                         f"have changed. Restore them, {label}or choose another run.folder"
                     )

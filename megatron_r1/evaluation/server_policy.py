@@ -88,10 +88,10 @@ class ServerPolicy:
             reply = await self._service.request(self._body(question, seed))
         except Ungradable as error:
             await self._refuse_limits(error)
-            return TextResponse("", refusal=f"the server gave no answer: {error}")
+            return TextResponse("", refusal=f"the server gave no response: {error}")
         self._takes_limits = True
         if not reply.choices:
-            return TextResponse("", refusal="the server's answer has no choices")
+            return TextResponse("", refusal="the server's reply has no choices")
         text, truncated = _text_of(reply.choices[0]), reply.choices[0].finish_reason == "length"
         num_tokens = reply.usage.completion_tokens if reply.usage else None
         return TextResponse(text, num_tokens, truncated, self._is_opened(text, truncated))

@@ -60,7 +60,7 @@ def overlong_punishment(num_tokens: int, limit: int, buffer: float) -> float:
 
     limit: L, the longest response that may be sampled. buffer: B as a share of L; 0 for no
     punishment. It is added to no reported reward: a reward that drops at once at L does not show
-    the policy why a truncated answer, mostly wrong for lack of room, is punished.
+    the policy why a truncated response, mostly wrong for lack of room, is punished.
     """
     buffer_tokens = buffer * limit
     excess = num_tokens - (limit - buffer_tokens)

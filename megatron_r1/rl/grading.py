@@ -62,13 +62,13 @@ def check_grades(groups: list[Group], max_ungraded: float) -> None:
         term = min(broken)
         name = groups[0].prompt.kind if term == ACCURACY else term
         raise UserError(
-            f"reward {name!r} failed on all {len(responses)} answers: {responses[0].reason}"
+            f"reward {name!r} failed on all {len(responses)} responses: {responses[0].reason}"
         )
     ungraded = [graded for graded in responses if not graded.is_graded]
     allowed = math.ceil(max_ungraded * len(responses))
     if len(ungraded) > allowed:
         raise RunError(
-            f"{len(ungraded)} of {len(responses)} answers could not be graded, at most {allowed} "
+            f"{len(ungraded)} of {len(responses)} responses could not be graded, at most {allowed} "
             f"may be (rewards.max_ungraded: {max_ungraded:g}); the first: {ungraded[0].reason}. "
             "Repair the reward or raise that setting; the same command continues"
         )

@@ -48,7 +48,7 @@ class Session:
             self.step = self.state.step
             self._rewards_before = Counter(self.state.rewards)
             counts = ", ".join(f"{n:,} {name}" for name, n in self._rewards_before.items())
-            view.message(f"answers so far: {counts or 'none graded'}")
+            view.message(f"responses so far: {counts or 'none graded'}")
             self.sampler.prompts.load_state_dict(self.state.sampler)
         elif uses_reference:
             await self.trainer.call("keep_reference")

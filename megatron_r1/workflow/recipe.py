@@ -20,7 +20,7 @@ NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
 
 class PipelineConfig(Section):
     folder: str = Field("", description="where everything of this pipeline is written; required")
-    title: str = Field("", description="of the report; default: the folder's name")
+    title: str = Field("", description="title of the report; default: the folder's name")
     seed: int = Field(0, description="run.seed of every stage that sets none")
     seeds: list[int] = Field([], description="the whole graph once for each, in FOLDER/seed_N")
     jobs: int = Field(1, ge=1)
@@ -67,7 +67,7 @@ class ServeConfig(Section):
     host: str = "127.0.0.1"
     """address it listens at; a stage on other machines wants this one's"""
     launch: str = Field("", description="command prefix, such as env CUDA_VISIBLE_DEVICES=7")
-    timeout_seconds: float = Field(600.0, gt=0, description="until it must be ready")
+    timeout_seconds: float = Field(600.0, gt=0, description="time in which it must be ready")
 
     @field_validator("arguments", "command", mode="before")
     @classmethod
@@ -84,13 +84,18 @@ class ServeConfig(Section):
 class StageConfig(Section):
     verb: str = Field(description="what runs: sft, rl, eval, …, or make")
     recipe: str = Field("", description="settings to begin with; relative to the pipeline's recipe")
-    settings: dict[str, Any] = Field(default_factory=dict, description="sections, over recipe's")
-    function: str = Field("", description="of make: package.module:name, called as name(folder, …)")
-    arguments: dict[str, Any] = Field(default_factory=dict, description="of make's function")
+    settings: dict[str, Any] = Field(
+        default_factory=dict, description="sections that override recipe's"
+    )
+    function: str = ""
+    """what make calls: package.module:name, as name(folder, …)"""
+    arguments: dict[str, Any] = Field(
+        default_factory=dict, description="arguments of make's function"
+    )
     after: list[str] = Field(default_factory=list, description="stages it needs no file of")
     title: str = Field("", description="what the report calls it; default: its name")
     evaluates: str = ""
-    """stage whose row shows its figures; of eval: the one of model.path"""
+    """stage whose row shows its figures; default for eval: the stage that model.path is of"""
     serve: dict[str, ServeConfig] = {}
     """models served while it runs, at ${serve.NAME.url}"""
     launch: str = Field("", description="command prefix, such as srun -n1 or sbatch --wait FILE")
@@ -112,7 +117,7 @@ class StageConfig(Section):
 
 class Recipe(Section):
     pipeline: PipelineConfig = PipelineConfig()
-    defaults: dict[str, Any] = Field({}, description="sections, below every stage's own settings")
+    defaults: dict[str, Any] = Field({}, description="sections that every stage overrides")
     stages: dict[str, StageConfig] = Field(min_length=1)
 
 

@@ -28,9 +28,9 @@ class JudgeSettings(ServiceSettings):
     )
     votes: int | None = Field(None, ge=1, description="default: 3 to verify, 4 to compare")
     temperature: float | None = Field(0.6, ge=0, description="null: the service's own")
-    max_tokens: int | None = Field(4096, gt=0, description="of a judgement; null: not sent")
+    max_tokens: int | None = Field(4096, gt=0, description="limit of a judgement; null: not sent")
     part: Part = Field("summary", description="shown: what follows the thought, or the response")
-    cache: str | None = Field(None, description="folder that keeps the judge's answers")
+    cache: str | None = Field(None, description="folder that keeps the judge's replies")
     extra_body: dict[str, Any] = Field(
         default_factory=dict, description="more keys of the request; one that is null is left out"
     )

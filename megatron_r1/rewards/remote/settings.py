@@ -12,11 +12,15 @@ from megatron_r1.errors import UserError, did_you_mean
 class ServiceSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
-    url: str = Field(description="of the service: http://host:port, or the base URL in its manual")
+    url: str = Field(
+        description="address of the service: http://host:port, or the base URL in its manual"
+    )
     model: str = Field(min_length=1, description="the name it is served under")
     api_key_env: str | None = Field(None, description="environment variable of the key; null: none")
-    timeout_seconds: float = Field(120.0, gt=0, description="for one try")
-    retry_seconds: float = Field(300.0, ge=0, description="of absence until the run stops")
+    timeout_seconds: float = Field(120.0, gt=0, description="limit for one try")
+    retry_seconds: float = Field(
+        300.0, ge=0, description="how long the service may be absent before the run stops"
+    )
     concurrency: int = Field(32, ge=1, description="requests at once")
     max_chars: int = Field(20_000, ge=100, description="a longer response loses its middle")
 

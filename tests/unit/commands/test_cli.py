@@ -50,7 +50,7 @@ def test_a_verb_s_help_is_about_that_verb(command, capsys):
     output = capsys.readouterr().out
     assert output.startswith("usage: megatron-r1 rl RECIPE.yaml")
     assert "has to set run.folder, model.path." in output
-    assert "rl.group_size: 16   # outputs per question" in output
+    assert "rl.group_size: 16   # responses per question, G" in output
     assert "sft.batch_size" not in output
 
 

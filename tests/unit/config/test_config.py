@@ -52,7 +52,7 @@ def test_a_preset_fills_what_the_recipe_leaves_out(tmp_path):
         ({"rl": {"group_size": 1}}, "greater than or equal to 2, got 1"),
         ({"model": {"checkpoint": "a/b", "init": "random"}},
          "model.checkpoint: a/b would not be read with model.init: random"),
-        ({"rl": {"minibatches": 7}}, "rl.minibatches: 7 does not divide the 8192 outputs"),
+        ({"rl": {"minibatches": 7}}, "rl.minibatches: 7 does not divide the 8192 responses"),
     ],
 )  # fmt: skip
 def test_a_wrong_key_or_value_names_itself_and_the_remedy(tmp_path, wrong, right):

@@ -111,7 +111,7 @@ def test_right_answers_are_kept_and_every_answer_says_why(recipe, tmp_path, caps
     assert result["decisions"] == {"kept": len(kept), "wrong": 24 - len(kept)}
     assert result["accuracy"] == pytest.approx(len(kept) / 24)
     printed = capsys.readouterr().out
-    assert f"24 answers to 6 questions, {len(kept)} kept" in printed and "wrong" in printed
+    assert f"24 responses to 6 questions, {len(kept)} kept" in printed and "wrong" in printed
 
 
 def test_another_choice_is_made_without_sampling_again(recipe, tmp_path):

@@ -177,10 +177,10 @@ def test_rows_are_what_sft_reads_in_the_order_of_choice():
         ({"keep": {"min_pass_rate": 0.9, "max_pass_rate": 0.1}}, "so no question would be left"),
         ({"output": "pairs", "samples": 1}, "sample.output: pairs needs 2 or more"),
         ({"output": "pairs", "keep": {"per_prompt": 1}}, "sample.keep.per_prompt: only graded"),
-        ({"output": "pairs", "rewrite": "a:b"}, "only sample.output: sft has kept answers"),
+        ({"output": "pairs", "rewrite": "a:b"}, "only sample.output: sft has kept responses"),
         ({"num_shots": 2}, "sample.num_shots: 2 of which file? set sample.shots"),
         ({"render": {"response": "<think></think>"}}, "has none of {thought}, {summary}, {answer}"),
-        ({"pairs": {"votes": 3}}, "sample.pairs.votes: 3 is odd; each answer is to be first"),
+        ({"pairs": {"votes": 3}}, "sample.pairs.votes: 3 is odd; each response is to be first"),
     ],
 )  # fmt: skip
 def test_settings_that_do_not_go_together(settings, message):

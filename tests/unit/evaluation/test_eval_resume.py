@@ -340,7 +340,7 @@ def test_a_broken_grader_stops_the_run_and_its_samples_are_graded_again(
     with FakeServer(right) as server:
         path = recipe(server.url, samples=1, benchmarks=["shaky_bench:BENCHMARK"])
         assert main(["eval", path]) == 2
-        assert "no answer could be graded" in capsys.readouterr().err
+        assert "no response could be graded" in capsys.readouterr().err
         num_asked = len(server.requests)
         assert num_asked < 30
         (tmp_path / "repaired").touch()

@@ -73,7 +73,7 @@ def test_what_was_sampled_before_an_engine_failed_is_graded_and_logged(tmp_path)
 
 def test_a_broken_grader_stops_sampling_and_loses_nothing(tmp_path):
     path, policy = tmp_path / "samples.jsonl", Policy()
-    with pytest.raises(ValueError, match="math: no answer could be graded: .*no sandbox"):
+    with pytest.raises(ValueError, match="math: no response could be graded: .*no sandbox"):
         run_sampler(path, policy, Grader(is_broken=True))
     lines = list(read_lines(path))
     assert MAX_UNGRADED <= len(lines) == len(policy.seeds) < 80

@@ -193,7 +193,7 @@ def test_a_term_that_fails_on_every_answer_stops_the_run():
     prompt = make_prompt("2 + 11?", "math", "13", {})
     options = {"language": {"target": "fr"}}
     responses = grade_at((1, 1), GOOD, prompt, weights={"language": 1.0}, options=options)
-    with pytest.raises(ValueError, match="reward 'language' failed on all 2 answers.*got 'fr'"):
+    with pytest.raises(ValueError, match="reward 'language' failed on all 2 responses.*got 'fr'"):
         check_grades([Group(prompt, [], responses)], 1.0)
     fine = grade_at((1,), GOOD, prompt, weights={"accuracy": 1.0})
     check_grades([Group(prompt, [], responses + fine)], 1.0)

@@ -31,7 +31,7 @@ def test_more_ungraded_answers_than_allowed_stop_the_run():
     check_grades([Group(prompt, [], fine[:18] + lost[:2])], 0.1)
     check_grades([Group(prompt, [], fine[:3] + lost[:1])], 0.1)  # 0.4 answers: one is allowed
     message = (
-        "3 of 20 answers could not be graded, at most 2 may be .rewards.max_ungraded: 0.1.; the "
+        "3 of 20 responses could not be graded, at most 2 may be .rewards.max_ungraded: 0.1.; the "
         "first: cannot be graded: .'accuracy'"
     )
     with pytest.raises(RuntimeError, match=message):
@@ -61,7 +61,7 @@ def test_a_group_that_cannot_be_graded_is_one_of_many():
     alone = asyncio.run(collector.collect([prompt], Sampling(2, 1.0, 1.0, 8)))
     fine = Group(prompt, [], [graded(1.0), graded(0.0)])
     collector.check_grades([*alone.groups, fine])
-    with pytest.raises(ValueError, match="reward 'math' failed on all 2 answers"):
+    with pytest.raises(ValueError, match="reward 'math' failed on all 2 responses"):
         collector.check_grades(alone.groups)
 
 
