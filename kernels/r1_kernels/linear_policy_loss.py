@@ -134,7 +134,7 @@ class _Run(NamedTuple):
     def terms(self, rows: Rows, softmax: RowSoftmax) -> PolicyTerms:
         """Compute the loss of one chunk and its derivatives by the log-probabilities."""
         parts = [None if tensor is None else tensor[rows] for tensor in self.tokens]
-        chunk = TokenTensors(*parts)._replace(logprobs=softmax.logprobs)
+        chunk = TokenTensors._make(parts)._replace(logprobs=softmax.logprobs)
         if chunk.old_logprobs is None:
             chunk = chunk._replace(old_logprobs=softmax.logprobs)
         terms = self.head.primitives.policy_terms(chunk, self.settings)

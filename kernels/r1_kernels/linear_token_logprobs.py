@@ -100,7 +100,7 @@ class _LinearTokenLogprobs(torch.autograd.Function):
         for rows in head.chunks(len(hidden)):
             states = hidden[rows]
             parts = (*softmax, grad_logprobs, grad_entropy)
-            upstream = RowUpstream(*(None if part is None else part[rows] for part in parts))
+            upstream = RowUpstream._make(None if part is None else part[rows] for part in parts)
             logits = head.logits(states, buffer)
             d_logits = head.gradient(logits, targets[rows], upstream, d_buffer)
             gradients.add(rows, states, d_logits)

@@ -119,7 +119,7 @@ def prepare_tokens(
     sequences = averaging.sequences(num_tokens, primitives)
     weights = averaging.weights(mask, sequences, dtype)
     detached = [None if tensor is None else tensor.detach() for tensor in given]
-    return TokenTensors(*detached)._replace(weights=weights), sequences
+    return TokenTensors._make(detached)._replace(weights=weights), sequences
 
 
 def tokens_loss(
@@ -147,8 +147,9 @@ def _with_sequence_ratios(
 ) -> tuple[PolicyTerms, Tensor]:
     """Return the terms, and the derivative (T,) of the loss by the log-probabilities."""
     seen = ~(tokens.weights <= 0)
-    dtype = wide(tokens.logprobs.dtype)
-    gap = tokens.logprobs.to(dtype) - tokens.old_logprobs.to(dtype)
+    logprobs, old_logprobs = tokens.both_logprobs()
+    dtype = wide(logprobs.dtype)
+    gap = logprobs.to(dtype) - old_logprobs.to(dtype)
     terms = primitives.policy_terms(tokens._replace(log_ratio=sequences.means(gap, seen)), settings)
     # All tokens of a sequence have the same x, a mean to which each seen token adds 1 / |o|.
     total = sequences.sums(terms.grad_ratio)

@@ -72,13 +72,18 @@ class TokenTensors(NamedTuple):
     logprobs and old_logprobs are None only until a chunk's log-probabilities are computed.
     log_ratio replaces logprobs - old_logprobs where the ratio is a whole sequence's."""
 
-    logprobs: Tensor
-    old_logprobs: Tensor
+    logprobs: Tensor | None
+    old_logprobs: Tensor | None
     ref_logprobs: Tensor | None
     rollout_logprobs: Tensor | None
     advantages: Tensor
     weights: Tensor
     log_ratio: Tensor | None = None
+
+    def both_logprobs(self) -> tuple[Tensor, Tensor]:
+        """Return logprobs and old_logprobs, which are computed by now."""
+        assert self.logprobs is not None and self.old_logprobs is not None
+        return self.logprobs, self.old_logprobs
 
 
 class PolicyTerms(NamedTuple):

@@ -34,7 +34,7 @@ class RMSNorm(torch.nn.Module):
         self.eps = eps
         self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
         # Makes finalize_model_grads sum the gradient over the tensor group.
-        self.weight.sequence_parallel = config.sequence_parallel
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the normalised activations. x: (s, b, hidden_size) or (..., hidden_size), any
@@ -77,7 +77,7 @@ class ReplicatedLinear(torch.nn.Module):
             config.init_method(self.weight)
         # Each rank computes on its part of the sequence, so the gradient is summed over the tensor
         # group, as those of norms are.
-        self.weight.sequence_parallel = config.sequence_parallel
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> tuple[Tensor, None]:
         """Return the layer's product. x: (s, b, input_size) -> (s, b, output_size) and no bias, as

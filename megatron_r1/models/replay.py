@@ -40,7 +40,8 @@ class LayerReplay:
         self.current: Recorded | None = None
         self.waiting: deque[Recorded | None] = deque()
         self.measures = False
-        self.agreed, self.asked = 0, 0
+        self.agreed: Tensor | int = 0
+        self.asked: Tensor | int = 0
 
     def get_replay_topk(
         self, scores: Tensor, topk: int, num_groups, group_topk, default_compute_topk

@@ -20,7 +20,7 @@ class ScoreHead(MegatronModule):
         self.weight = torch.nn.Parameter(
             torch.zeros(1, config.hidden_size, dtype=config.params_dtype)
         )
-        self.weight.sequence_parallel = config.sequence_parallel
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
         self.tp_group = tp_group
 
     def forward(self, hidden: Tensor) -> Tensor:

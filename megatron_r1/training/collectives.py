@@ -5,6 +5,10 @@ where it next needs a result; then only that place is known."""
 
 import sys
 from types import FrameType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 C10D = ("torch/distributed/distributed_c10d.py", "torch/distributed/c10d_logger.py")
 # Files in which Megatron waits for earlier requests, outside of torch's functions.
@@ -77,7 +81,7 @@ def _among(frame: FrameType) -> str:
     return f" among ranks {shown}" + (f" ({' and '.join(axes)})" if axes else "")
 
 
-def _axes_of(group: object) -> list[str]:
+def _axes_of(group: ProcessGroup | None) -> list[str]:
     """Return the parallel axes whose group this is, or else those whose groups have its ranks."""
     import torch.distributed as dist
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch.distributed import ProcessGroup
 
@@ -63,7 +64,7 @@ def run_passes(
 
 
 def optimizer_step(
-    chunks: Sequence[torch.nn.Module],
+    chunks: Sequence[DistributedDataParallel],
     optimizer: Any,
     learning_rate: float,
     run: Callable[[], list[Any]],

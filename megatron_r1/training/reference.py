@@ -4,7 +4,7 @@ On the host it takes GPU memory only while it is swapped in; then policy and ref
 the device. On the device it is there all the time, and nothing is copied."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from megatron_r1 import platform
 class Reference:
     """A frozen copy of a model's parameters and persistent buffers (the router's bias, too)."""
 
-    def __init__(self, chunks: list[torch.nn.Module], on_host: bool = True):
+    def __init__(self, chunks: Sequence[torch.nn.Module], on_host: bool = True):
         """on_host: keep the weights in pinned host memory instead of beside the policy's."""
         self._live = [t for chunk in chunks for t in _weights(chunk)]
         self._kept = [

@@ -6,7 +6,7 @@ Without any one of these patches tests/system/test_engine_parallel.py fails. Pat
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -109,7 +109,7 @@ def gather_uneven_shares() -> None:
     ) -> torch.Tensor | list[torch.Tensor]:
         assert dim == 0, f"all_gatherv over dimension {dim}"
         if isinstance(input_, list):
-            return [all_gatherv(self, one, dim, sizes) for one in input_]
+            return [cast(torch.Tensor, all_gatherv(self, one, dim, sizes)) for one in input_]
         sizes = sizes or [len(input_)] * self.world_size
         mine = input_.new_zeros(max(sizes), *input_.shape[1:])
         mine[: len(input_)] = input_

@@ -8,6 +8,7 @@ construction, and a receiver of exactly those rectangles needs no loader any mor
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -76,16 +77,17 @@ def record(
     """
     layers = list(model.modules())
     tied = _tied(layers)
-    torchao, model._do_torchao_reload = getattr(model, "_do_torchao_reload", False), False
+    loader: Any = model  # torch's annotations allow tensors and modules as attributes only
+    torchao, loader._do_torchao_reload = getattr(model, "_do_torchao_reload", False), False
     infos = [to_checkpoint_form(layer) for layer in layers]
     try:
         recorder = _Recorder(dict(model.named_modules()), tied)
         with recorder, torch.no_grad():
-            model.load_weights(recorder.source(name, shape) for name, shape in tensors)
+            loader.load_weights(recorder.source(name, shape) for name, shape in tensors)
     finally:
         for layer, info in zip(layers, infos, strict=True):
             to_kernel_form(layer, info)
-        model._do_torchao_reload = torchao
+        loader._do_torchao_reload = torchao
     recorder.check_whole()
     return recorder.copies
 
@@ -158,7 +160,7 @@ class _Recorder(TorchDispatchMode):
                 f"the loader of {parameter.title} takes elements of {name} (shape "
                 f"{tuple(whole.shape)}) that are not a rectangle of rows and columns"
             )
-        copy = Copy(name, rectangle, target.storage_offset(), pitch)
+        copy = Copy(name, rectangle, int(target.storage_offset()), pitch)
         self.copies.setdefault(parameter, []).append(copy)
 
     def check_whole(self) -> None:
@@ -206,10 +208,12 @@ def _rectangle(view: torch.Tensor, whole: torch.Tensor) -> tuple[int, int, int, 
         return None
     flat = view.reshape(-1, 1) if whole.dim() < 2 else _matrix(view)
     if whole.dim() == 2 and flat.dim() < 2:
-        flat = flat.reshape(-1, columns) if view.numel() % columns == 0 else None
-    if flat is None or flat.dim() != 2:
+        if view.numel() % columns:
+            return None
+        flat = flat.reshape(-1, columns)
+    if flat.dim() != 2:
         return None
-    top, left = divmod(view.storage_offset(), columns)
+    top, left = divmod(int(view.storage_offset()), columns)
     height, width = flat.shape
     if (height > 1 and flat.stride(0) != columns) or (width > 1 and flat.stride(1) != 1):
         return None

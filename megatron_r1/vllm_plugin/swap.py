@@ -8,6 +8,7 @@ absorbed W_UK_T and W_UV follow in `finish`.
 
 from collections.abc import Sequence
 from itertools import groupby
+from typing import Any, cast
 
 import torch
 from vllm.config import ModelConfig
@@ -57,7 +58,7 @@ def finish(model: torch.nn.Module, config: ModelConfig) -> None:
     """Recompute the tensors that depend on several layers' weights."""
     for layer in model.modules():
         if is_deferred_attention_layer(layer):
-            layer.process_weights_after_loading(config.dtype)
+            cast(Any, layer).process_weights_after_loading(config.dtype)
     repack_output_head(model)
 
 
@@ -111,4 +112,4 @@ def _post_process(layer: torch.nn.Module) -> None:
     method.process_weights_after_loading(layer)
     # New parameters carry the rank of the whole group, even if they are replicated.
     if hasattr(layer, "update_param_tp_status"):
-        layer.update_param_tp_status()
+        cast(Any, layer).update_param_tp_status()

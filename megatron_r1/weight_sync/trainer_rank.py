@@ -67,6 +67,6 @@ def _store() -> tuple[dist.TCPStore, list]:
     store = None
     if dist.get_rank() == 0:
         store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
-    port = [store and store.port]
+    port: list[Any] = [store and store.port]
     dist.broadcast_object_list(port, src=0)  # over all ranks: only rank 0 knows its free port
     return store or dist.TCPStore(host, port[0], is_master=False), [host, port[0]]

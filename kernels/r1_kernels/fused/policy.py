@@ -164,22 +164,23 @@ def policy_terms_kernel(
 
 def policy_terms(tokens: TokenTensors, settings: PolicySettings) -> PolicyTerms:
     """Compute loss, derivatives and metrics of (T,) tokens; T may be 0."""
-    given = TokenTensors(*[t if t is None else t.contiguous() for t in tokens])
-    count = len(given.logprobs)
+    given = TokenTensors._make(t if t is None else t.contiguous() for t in tokens)
+    logprobs, old_logprobs = given.both_logprobs()
+    count = len(logprobs)
     blocks = triton.cdiv(count, BLOCK)
-    device = given.logprobs.device
+    device = logprobs.device
     loss = torch.empty(blocks, dtype=torch.float32, device=device)
     outputs = torch.empty(6, count, dtype=torch.float32, device=device)
     if count:
-        with torch.cuda.device_of(given.logprobs):
+        with torch.cuda.device_of(logprobs):
             policy_terms_kernel[(blocks,)](
-                given.logprobs,
-                given.old_logprobs,
-                _or(given.ref_logprobs, given.logprobs),
-                _or(given.rollout_logprobs, given.logprobs),
+                logprobs,
+                old_logprobs,
+                _or(given.ref_logprobs, logprobs),
+                _or(given.rollout_logprobs, logprobs),
                 given.advantages,
                 given.weights,
-                _or(given.log_ratio, given.logprobs),
+                _or(given.log_ratio, logprobs),
                 loss,
                 outputs,
                 count,

@@ -11,28 +11,29 @@ from r1_kernels.policy_terms import MAX_LOG_RATIO, PolicySettings, PolicyTerms, 
 
 def policy_terms(tokens: TokenTensors, settings: PolicySettings) -> PolicyTerms:
     """Compute loss, derivatives and metrics of (T,) tokens; T may be 0."""
-    dtype = wide(tokens.logprobs.dtype)
-    tokens = TokenTensors(*[t if t is None else t.to(dtype) for t in tokens])
+    dtype = wide(tokens.both_logprobs()[0].dtype)
+    tokens = TokenTensors._make(t if t is None else t.to(dtype) for t in tokens)
+    logprobs, old_logprobs = tokens.both_logprobs()
     seen = ~(tokens.weights <= 0)  # a weight of NaN is seen
     # Tokens that do not count may hold NaN: replace them before the arithmetic, not after.
     weight, advantage = (torch.where(seen, t, 0.0) for t in (tokens.weights, tokens.advantages))
     x = tokens.log_ratio
     if x is None:
-        x = tokens.logprobs - tokens.old_logprobs
+        x = logprobs - old_logprobs
     x = torch.where(seen, x, 0.0)
     ratio = x.clamp(max=MAX_LOG_RATIO).exp()
     limited = ratio.clamp(1.0 - settings.clip_low, 1.0 + settings.clip_high)
     if settings.objective == "cispo":
         clipped = limited != ratio
         by_ratio, by_logprob = torch.zeros_like(ratio), limited * advantage
-        surrogate = by_logprob * torch.where(seen, tokens.logprobs, 0.0)
+        surrogate = by_logprob * torch.where(seen, logprobs, 0.0)
     else:
         surrogate, clipped = _clipped_surrogate(ratio, limited, advantage, settings.dual_clip)
         by_ratio = torch.where(clipped | (x > MAX_LOG_RATIO), 0.0, ratio * advantage)
         by_logprob = torch.zeros_like(ratio)
     importance = seen.to(dtype)
     if tokens.rollout_logprobs is not None:
-        gap = torch.where(seen, tokens.old_logprobs - tokens.rollout_logprobs, 0.0)
+        gap = torch.where(seen, old_logprobs - tokens.rollout_logprobs, 0.0)
         trust = gap.clamp(max=MAX_LOG_RATIO).exp()
         if settings.importance_cap is not None:
             trust = trust.clamp(max=settings.importance_cap)
@@ -41,7 +42,7 @@ def policy_terms(tokens: TokenTensors, settings: PolicySettings) -> PolicyTerms:
     grad_logprob = -weight * importance * by_logprob
     kl = torch.zeros_like(ratio)
     if tokens.ref_logprobs is not None:
-        g = torch.where(seen, tokens.ref_logprobs - tokens.logprobs, 0.0)
+        g = torch.where(seen, tokens.ref_logprobs - logprobs, 0.0)
         kl, slope = _kl(g, settings.kl_estimator)
         total = total + settings.kl_beta * kl
         grad_logprob = grad_logprob + weight * settings.kl_beta * slope

@@ -32,7 +32,9 @@ def token_advantages(scored: Scored, settings: dict[str, Any]) -> TokenTargets:
     discount = settings["discount"]
     advantages, returns = [], []
     for responses in scored.responses:
-        values = responses.whole(responses.batch.values)
+        own = responses.batch.values
+        assert own is not None, "the critic's values come first"
+        values = responses.whole(own)
         rewards = penalised_rewards(responses, settings["kl_beta"])
         deltas = rewards + discount * responses.following(values) - values
         sums = responses.discounted_sums(deltas, discount * settings["gae_lambda"])

@@ -7,6 +7,7 @@ never wait for the training threads, and rank 0 writes the manifest and renames 
 from __future__ import annotations
 
 import functools
+import io
 import json
 import os
 import shutil
@@ -17,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch.distributed as dist
 from blake3 import blake3
@@ -156,9 +157,9 @@ def _write_file(writer: FileSystemWriterAsync, file: StagedFile) -> tuple[str, E
     """Write the items in the format of torch's distributed checkpoint; return torch's results."""
     name, form = file.path.name, SerializationFormat.TORCH_SAVE
     with HashedFile(file.path) as stream:
+        out = cast(io.IOBase, stream)  # of which torch uses write, tell and flush
         results = [
-            _write_item(writer.transforms, stream, data, item, name, form)
-            for item, data in file.items
+            _write_item(writer.transforms, out, data, item, name, form) for item, data in file.items
         ]
     return name, stream.entry, results
 

@@ -44,6 +44,10 @@ class SendPlan(msgspec.Struct, frozen=True):
     address: str = ""
 
 
+def _put(store: Store, key: str, value: bytes) -> None:
+    store.set(key, value)  # type: ignore[arg-type]  # the stubs say str, torch takes both
+
+
 class TableStore:
     """Publishes slot tables under their digest, so equal engines share one. Each is published once
     and a trainer rank reads it once."""
@@ -57,7 +61,7 @@ class TableStore:
         encoded = msgspec.msgpack.encode(table)
         digest = xxhash.xxh3_128_hexdigest(encoded)
         if not self._store.check([digest]):
-            self._store.set(digest, encoded)
+            _put(self._store, digest, encoded)
         return digest
 
     def get(self, digest: str) -> SlotTable:
@@ -93,12 +97,12 @@ class Rendezvous:
     def publish_receiver(self, rank: int, info: ReceiverInfo) -> None:
         """Engine rank: publish its table and address."""
         published = _PublishedReceiver(self._tables.publish(info.table), info.address)
-        self.store.set(f"offer/{rank}", msgspec.msgpack.encode(published))
+        _put(self.store, f"offer/{rank}", msgspec.msgpack.encode(published))
 
     def publish_problem(self, rank: int, problem: str) -> None:
         """Engine rank: publish that it cannot take part, so that trainer ranks need not wait."""
         published = _PublishedReceiver(problem=problem)
-        self.store.set(f"offer/{rank}", msgspec.msgpack.encode(published))
+        _put(self.store, f"offer/{rank}", msgspec.msgpack.encode(published))
 
     def plans(self, rank: int) -> dict[int, SendPlan]:
         """Engine rank: return the plans of the trainer ranks that send it something."""
@@ -127,12 +131,13 @@ class Rendezvous:
         self, sender: int, num_senders: int, plans: Mapping[int, SendPlan], num_ranks: int
     ) -> None:
         """Trainer rank `sender` of `num_senders`: publish its plans by engine rank."""
+        append = self.store.append  # type: ignore[attr-defined]  # missing in the stubs
         for rank, plan in plans.items():
-            self.store.set(f"plan/{rank}/{sender}", msgspec.msgpack.encode(plan))
-            self.store.append(f"senders/{rank}", f"{sender} ")
+            _put(self.store, f"plan/{rank}/{sender}", msgspec.msgpack.encode(plan))
+            append(f"senders/{rank}", f"{sender} ")
         if self.store.add("count", 1) == num_senders:
             for rank in range(num_ranks):
-                self.store.append(f"senders/{rank}", "")
+                append(f"senders/{rank}", "")
             self.store.set("planned", "1")
 
     def release(self, rank: int, push: int, window: int) -> None:

@@ -10,7 +10,7 @@ import datetime
 import threading
 import time
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -222,10 +222,11 @@ def pair(
     group_rank = 1 if is_sender else 0
     if backend == "gloo":
         timeout = datetime.timedelta(seconds=rendezvous.timeout_seconds)
-        return dist.ProcessGroupGloo(store, group_rank, 2, timeout)
+        gloo = dist.ProcessGroupGloo(store, group_rank, 2, timeout)
+        return cast(dist.ProcessGroup, gloo)  # the stubs give a backend no send and recv
     options = dist.ProcessGroupNCCL.Options()
     options._timeout = datetime.timedelta(seconds=rendezvous.push_seconds)
-    return dist.ProcessGroupNCCL(store, group_rank, 2, options)
+    return cast(dist.ProcessGroup, dist.ProcessGroupNCCL(store, group_rank, 2, options))
 
 
 class NcclReceiver(GlooReceiver):

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 from pathlib import Path
+from typing import IO, cast
 
 import torch
 from torch import Tensor
@@ -138,7 +139,7 @@ class DistributedCheckpoint:
         if known is None:
             with open(self.path / chunk.file, "rb") as file:
                 view = _create_file_view(file, chunk.offset, chunk.length)
-                saved = torch.load(view, map_location="meta", weights_only=True)
+                saved = torch.load(cast(IO[bytes], view), map_location="meta", weights_only=True)
             if (saved.dtype, tuple(saved.shape)) != (self.dtypes[key], chunk.sizes):
                 raise LookupError(
                     f"the metadata says {chunk.sizes}, the file {saved.dtype} {tuple(saved.shape)}"

@@ -86,7 +86,7 @@ def write_metadata(
         index = MetadataIndex(at.chunk.key, starts)
         storage[index] = _StorageInfo(at.file, at.offset, at.length)
     metadata = Metadata(
-        tensors, storage_data=storage, storage_meta=StorageMeta(), version=_DCP_VERSION
+        dict(tensors), storage_data=storage, storage_meta=StorageMeta(), version=_DCP_VERSION
     )
     common = io.BytesIO()
     torch.save({}, common)

@@ -48,7 +48,7 @@ def read_box(
 
 def read_into(file: int, at: int, out: Tensor) -> None:
     """Fill the contiguous `out` from offset `at`; EOFError when the file is too short."""
-    buffer = memoryview(as_bytes(out).numpy())
+    buffer = as_bytes(out).numpy().data
     while buffer:
         count = os.preadv(file, [buffer], at)
         if not count:
@@ -58,7 +58,7 @@ def read_into(file: int, at: int, out: Tensor) -> None:
 
 def write_at(file: int, at: int, values: Tensor) -> None:
     """Write all of a contiguous tensor at offset `at`."""
-    buffer = memoryview(as_bytes(values.contiguous()).numpy())
+    buffer = as_bytes(values.contiguous()).numpy().data
     while buffer:
         count = os.pwrite(file, buffer, at)
         buffer, at = buffer[count:], at + count

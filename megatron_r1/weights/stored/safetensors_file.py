@@ -12,12 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import _TYPES
+from safetensors.torch import _TYPES as _ALL_TYPES
 
 from megatron_r1.errors import UserError
 from megatron_r1.weights.layout import Shape, hf_tensors
 from megatron_r1.weights.stored.raw import read_box
 
+_TYPES: dict[str, torch.dtype] = {
+    name: dtype for name, dtype in _ALL_TYPES.items() if dtype is not None
+}
 _NAMES = {dtype: name for name, dtype in _TYPES.items()}
 _LARGEST_HEADER = 100_000_000  # the library's own limit
 
