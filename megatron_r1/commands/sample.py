@@ -205,7 +205,7 @@ async def _decide(
     _report(folder, plan, counts, file, facts, {"filters": filters, **settings})
     if not counts.num_kept:
         raise RunError(
-            f"{folder}: no answer is kept; most are {counts.decisions.most_common(1)[0][0]} "
+            f"{folder}: no response is kept; most are {counts.decisions.most_common(1)[0][0]} "
             f"(samples.jsonl has the reason of each). Change {REMEDIES[sample.output]}: the same "
             "command then decides again without sampling"
         )

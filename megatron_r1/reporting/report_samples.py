@@ -54,7 +54,7 @@ def chosen_samples(read: Callable[[], Iterator[Sample]]) -> Samples | None:
         if sample.get("split", "train") == split and sample["step"] in by_step:
             by_step[sample["step"]].append(sample)
     if split == "eval" and len(moments) > 1:
-        intro = "The same held-out questions at each moment; of several answers, the first."
+        intro = "The same held-out questions at each moment; of several responses, the first."
         if by_question := _same_questions(by_step):
             return Samples(intro, by_question=by_question)
     else:
@@ -105,7 +105,7 @@ def _moment(by_step: Mapping[int, Any], step: int, answers: Sequence[Sample] = (
     name = NAMES[len(by_step)][list(by_step).index(step)]
     text = f"{name}, step {step}" if name else f"step {step}"
     if len(answers) > 1:
-        text += f" · {sum(map(is_right, answers))} of {len(answers)} answers right"
+        text += f" · {sum(map(is_right, answers))} of {len(answers)} responses right"
     return text
 
 

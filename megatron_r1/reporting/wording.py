@@ -58,7 +58,7 @@ METRICS = {
         Metric("staleness", "staleness", "policy versions between sampling and training"),
         Metric("language/mean", "language", "words of the thought in the target language", "%"),
         Metric("rewards/busy", "graders busy", "share of the time reward workers graded", "%"),
-        Metric("rewards/timeouts", "grader timeouts", "answers whose grader was killed"),
+        Metric("rewards/timeouts", "grader timeouts", "responses whose grader was killed"),
     ]
 }
 PHASES = ("rollout", "reward", "train", "push")

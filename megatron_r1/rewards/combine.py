@@ -90,7 +90,7 @@ def read_weights(weights: Mapping[str, Any]) -> dict[str, float | Weight]:
     numbers = {name: w.weight if isinstance(w, Weight) else w for name, w in read.items()}
     if not any(number > 0 for number in numbers.values()):
         raise UserError(
-            f"rewards.weights: no weight is above 0 (got {numbers}), so no answer would be "
+            f"rewards.weights: no weight is above 0 (got {numbers}), so no response would be "
             f"rewarded; give one, such as {ACCURACY}: 1.0"
         )
     return read

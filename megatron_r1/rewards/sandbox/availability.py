@@ -24,7 +24,7 @@ def require(language: str) -> None:
     release = re.match(r"(\d+)\.(\d+)", platform.release())
     if release and tuple(map(int, release.groups())) < OLDEST_KERNEL:
         raise host.SandboxUnavailable(
-            f"code answers need Linux {'.'.join(map(str, OLDEST_KERNEL))} or newer, this is "
+            f"graded programs need Linux {'.'.join(map(str, OLDEST_KERNEL))} or newer, this is "
             f"{platform.release()}: run them on a newer system"
         )
     host.launcher()
@@ -35,9 +35,9 @@ def require(language: str) -> None:
         outcome = run(program.command, Limits().program(), files=program.files)
     except SandboxError as error:
         raise host.SandboxUnavailable(
-            f"code answers run in a sandbox or not at all, and it cannot be built ({error}): allow "
-            "user namespaces (Debian: sysctl kernel.unprivileged_userns_clone=1; Ubuntu: sysctl "
-            "kernel.apparmor_restrict_unprivileged_userns=0; Docker: --security-opt "
+            f"graded programs run in a sandbox or not at all, and it cannot be built ({error}): "
+            "allow user namespaces (Debian: sysctl kernel.unprivileged_userns_clone=1; Ubuntu: "
+            "sysctl kernel.apparmor_restrict_unprivileged_userns=0; Docker: --security-opt "
             "seccomp=unconfined --security-opt apparmor=unconfined --security-opt "
             "systempaths=unconfined)"
         ) from None

@@ -55,8 +55,8 @@ def interpreter() -> tuple[str, tuple[str, ...]]:
     system = Path("/usr/bin/python3").resolve()
     if not system.exists():
         raise SandboxUnavailable(
-            f"code answers need a Python that the sandbox may read, and {own} is private to one "
-            "user: install the system's (apt-get install python3)"
+            f"graded programs need a Python that the sandbox may read, and {own} is private to "
+            "one user: install the system's (apt-get install python3)"
         )
     return str(system), ("--ro-bind", str(system), str(system))
 
@@ -66,7 +66,7 @@ def compiler() -> str:
     """Return the system's g++: its headers and libraries are in folders that the sandbox mounts."""
     if not os.access(COMPILER, os.X_OK):
         raise SandboxUnavailable(
-            f"C++ answers need {COMPILER}, which is missing: apt-get install g++"
+            f"C++ programs need {COMPILER}, which is missing: apt-get install g++"
         )
     return COMPILER
 
@@ -75,7 +75,7 @@ def _find(program: str, package: str) -> str:
     path = shutil.which(program)
     if path is None:
         raise SandboxUnavailable(
-            f"code answers run in a sandbox or not at all, and {program} is missing: "
+            f"graded programs run in a sandbox or not at all, and {program} is missing: "
             f"apt-get install {package} (or your system's package of that name)"
         )
     return path

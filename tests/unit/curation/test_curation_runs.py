@@ -305,7 +305,7 @@ def test_a_mistake_is_named_before_anything_is_asked(recipe, capsys, sample, opt
 def test_where_nothing_is_kept_the_command_fails_and_says_why(recipe, tmp_path, capsys):
     with FakeServer(lambda q, b: (200, "I do not know.")) as server:
         assert main(["sample", recipe(server.url)]) == 1
-    assert "no answer is kept; most are wrong" in capsys.readouterr().err
+    assert "no response is kept; most are wrong" in capsys.readouterr().err
     assert lines(tmp_path / "out/sft.jsonl") == []
     assert {s["decision"] for s in lines(tmp_path / "out/samples.jsonl")} == {"wrong"}
 

@@ -140,7 +140,7 @@ def test_a_full_run_is_reported_with_its_numbers(tmp_path):
     assert "sums <1>" in words and "DeepSeek-V3 & small" in words
     assert "tensorboard --logdir 'a' && echo <b>" in words
     assert "time in steps 30.0 s" in words and "group_size" in words
-    assert words.count("· 0 of 4 answers right") == 1
+    assert words.count("· 0 of 4 responses right") == 1
     assert html.count("<svg") == 2 + 7 + 1
 
 

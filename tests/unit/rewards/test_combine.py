@@ -82,7 +82,7 @@ def test_a_schedule_survives_the_resolved_configuration(tmp_path):
         ({"weights": {"format": {"weight": 1, "from_step": 5, "to_step": 4}}}, "never count"),
         ({"weights": {}}, "rewards.weights: no weight is above 0"),
         ({"weights": {"accuracy": 0, "format": {"weight": -1}}},
-         "no weight is above 0 (got {'accuracy': 0.0, 'format': -1}), so no answer would be rew"),
+         "no weight is above 0 (got {'accuracy': 0.0, 'format': -1}), so no response would be rew"),
         ({"weights": 3}, "rewards.weights: input should be a valid dictionary"),
         ({"max_ungraded": 2}, "rewards.max_ungraded: input should be less than or equal to 1"),
         ({"options": {"langage": {}}}, "rewards.options.langage: unknown reward kind"),
