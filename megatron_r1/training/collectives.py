@@ -3,6 +3,8 @@
 gloo waits inside the call, so the frames name it. NCCL's calls return at once and the thread waits
 where it next needs a result; then only that place is known."""
 
+from __future__ import annotations
+
 import sys
 from types import FrameType
 from typing import TYPE_CHECKING

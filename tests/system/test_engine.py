@@ -180,8 +180,8 @@ def test_a_push_that_arrives_otherwise_than_it_was_sent_changes_nothing(
     """It is refused by the tensor's name, and the engine goes on with the weights before."""
     name, client = "model.layers.1.mlp.experts.5.up_proj.weight", fleet.engines[0].client
     loop(push("a"))
-    link = bridge.trainer.sender._links[0][0]
-    names = (link.sender.table.slots[d.slot].name for d in link.sender.deliveries)
+    sender, _ = bridge.trainer.sender._links[0][0]
+    names = (sender.table.slots[d.slot].name for d in sender.deliveries)
 
     def damaged(*arguments):
         return copy_with_checksum(*arguments) ^ (next(names) == name)
