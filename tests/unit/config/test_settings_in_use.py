@@ -4,6 +4,7 @@ import json
 from array import array
 
 import pytest
+from small_qwen2 import MODEL
 
 from megatron_r1.commands import sample
 from megatron_r1.config import Config, parse
@@ -13,21 +14,6 @@ from megatron_r1.engine.responses import Response
 from megatron_r1.rl.metrics import sample_records
 from megatron_r1.rl.rollout import GradedResponse, Group
 from megatron_r1.weight_sync.bridge import weight_bridge
-
-MODEL = {
-    "architectures": ["Qwen2ForCausalLM"],
-    "model_type": "qwen2",
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 32,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "rms_norm_eps": 1e-6,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-    "tie_word_embeddings": True,
-}
 
 
 @pytest.mark.parametrize("section", ["rollout", "teacher"])

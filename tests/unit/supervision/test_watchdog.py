@@ -14,6 +14,7 @@ import aiohttp
 import pytest
 from fake_server import FakeServer
 from prometheus_client.parser import text_string_to_metric_families
+from small_qwen2 import MODEL
 
 from megatron_r1.config import RewardsConfig, parse
 from megatron_r1.data.prompts import make_prompt
@@ -33,20 +34,6 @@ from megatron_r1.training.recorder import Recorder
 QUESTION = "What is 6 x 7?"
 TEXT = SimpleNamespace(encode=lambda question: [5], end=1)
 """In place of a tokenizer: every question is one token."""
-MODEL = {
-    "architectures": ["Qwen2ForCausalLM"],
-    "model_type": "qwen2",
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 32,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "rms_norm_eps": 1e-6,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-    "tie_word_embeddings": True,
-}
 GRADERS = """
 import pathlib, time
 from megatron_r1.rewards import Grade
