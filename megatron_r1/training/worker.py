@@ -98,7 +98,7 @@ class Operations:
 
         self.position, self.replica = position, Replica(position)
         self.trainer = Trainer(config, position)
-        self.push = WeightPush(self.trainer.bare, self.trainer.hf, config.parallel)
+        self.push = WeightPush(self.trainer.bare, self.trainer.hf, config)
 
     def describe(self) -> dict[str, Any]:
         """Return the rank's grid position and facts of its model, the reply to its start."""

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_r1.config.training import ParallelConfig
+from megatron_r1.config import Config
 from megatron_r1.weight_sync.plan import TrainerGrid
 from megatron_r1.weight_sync.send.sender import WeightSender
-from megatron_r1.weights.layout import stage_shards
+from megatron_r1.weights.layout import recipe_stages
 from megatron_r1.weights.local import local_entries
 
 
@@ -21,8 +21,8 @@ class WeightPush:
     model_chunks: this rank's virtual stages.
     """
 
-    def __init__(self, model_chunks: Sequence, hf: dict, parallel: ParallelConfig):
-        self._model_chunks, self._hf, self._parallel = model_chunks, hf, parallel
+    def __init__(self, model_chunks: Sequence, hf: dict, config: Config):
+        self._model_chunks, self._hf, self._config = model_chunks, hf, config
         self._sender: WeightSender | None = None
 
     def open_push(self) -> dict[str, Any]:
@@ -30,19 +30,12 @@ class WeightPush:
 
         Returns "store", the [host, port] of the store that rank 0 hosts for trainer and engines.
         """
-        parallel = self._parallel
-        stages = stage_shards(
-            self._hf,
-            parallel.pipeline,
-            parallel.virtual_pipeline,
-            pipeline_layout=parallel.pipeline_layout,
-            with_mtp=False,
-        )
+        stages = recipe_stages(self._config, self._hf)
         held = defaultdict(list)
         for parameter, entry in local_entries(self._model_chunks, self._hf):
             for piece in entry.pieces:
                 held[piece.hf_name].append((parameter, piece))
-        grid = TrainerGrid.of(parallel, dist.get_world_size())
+        grid = TrainerGrid.of(self._config.parallel, dist.get_world_size())
         store, address = _store()
         rank = dist.get_rank()
         self._sender = WeightSender(self._hf, grid, held, store, rank=rank, stages=stages)

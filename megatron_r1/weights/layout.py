@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from importlib import import_module
 
+from megatron_r1.config import Config
 from megatron_r1.errors import UserError
 from megatron_r1.models.hf_config import architecture
 from megatron_r1.models.pipeline_stages import pipeline_stages
@@ -86,6 +87,18 @@ def stage_shards(
         hf["num_hidden_layers"], pipeline, virtual, num_mtp=num_mtp, layout=pipeline_layout
     )
     return [[Shard(**vars(stage)) for stage in chunks] for chunks in stages]
+
+
+def recipe_stages(config: Config, hf: dict) -> list[list[Shard]]:
+    """Return `stage_shards` of the model that a recipe trains: what runs, pushes and plans use."""
+    parallel = config.parallel
+    return stage_shards(
+        hf,
+        parallel.pipeline,
+        parallel.virtual_pipeline,
+        pipeline_layout=parallel.pipeline_layout,
+        with_mtp=config.model.mtp != "none",
+    )
 
 
 def shard(

@@ -14,7 +14,7 @@ from megatron_r1.engine.recipe import check_engines
 from megatron_r1.errors import UserError
 from megatron_r1.models.hf_config import model_family, read_hf_config
 from megatron_r1.reporting.wording import counted
-from megatron_r1.weights.layout import Shard, stage_shards, table
+from megatron_r1.weights.layout import Shard, recipe_stages, table
 from megatron_r1.weights.rules import Table
 from tools.plan.hardware import Assumptions, Hardware
 
@@ -100,13 +100,7 @@ class Job:
     @cached_property
     def stages(self) -> list[list[Shard]]:
         """[pipeline rank][virtual stage]; raises ValueError for an impossible layout."""
-        return stage_shards(
-            self.hf,
-            self.parallel.pipeline,
-            self.parallel.virtual_pipeline,
-            pipeline_layout=self.parallel.pipeline_layout,
-            with_mtp=self.with_mtp,
-        )
+        return recipe_stages(self.config, self.hf)
 
     @property
     def virtual(self) -> int:

@@ -6,10 +6,11 @@ from megatron_r1.config import Config
 from megatron_r1.engine.recipe import LAYOUT
 from megatron_r1.errors import UserError
 from megatron_r1.weight_sync.plan.fp8_blocks import first_cut
+from megatron_r1.weight_sync.plan.planner import Planner
 from megatron_r1.weight_sync.plan.predicted_layout import PredictedLayout
-from megatron_r1.weight_sync.plan.ranks import EngineLayout
+from megatron_r1.weight_sync.plan.ranks import EngineLayout, TrainerGrid
 from megatron_r1.weight_sync.plan.tensors import HFTensor, Region, checkpoint_tensors
-from megatron_r1.weights.layout import table
+from megatron_r1.weights.layout import recipe_stages, table
 from megatron_r1.weights.rules import whole
 from megatron_r1.weights.stored.fp8 import BLOCK, is_quantised
 
@@ -30,6 +31,8 @@ def check_pushes(config: Config, hf: dict) -> None:
     """
     layout = engine_layout(config)
     predicted = PredictedLayout(hf, layout)
+    grid = TrainerGrid.of(config.parallel, config.parallel.processes)
+    Planner(hf, grid, layout, recipe_stages(config, hf), predicted)  # as every trainer rank does
     for rank in range(0, layout.ranks_per_engine, layout.tensor):  # one of each stage and copy
         for _ in predicted.needed(layout.coordinate(rank)):
             pass

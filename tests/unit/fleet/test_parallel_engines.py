@@ -2,16 +2,20 @@
 
 import asyncio
 import json
+from pathlib import Path
 
 import pytest
 
-from megatron_r1.config import parse
+from megatron_r1.config import load, parse
 from megatron_r1.engine.recipe import check_engines, vocab_size
 from megatron_r1.engine.server import EngineServer
+from megatron_r1.errors import UserError
 from megatron_r1.fleet.rollout_fleet import RolloutFleet, share_of_gpus
+from megatron_r1.models.hf_config import read_hf_config
 from megatron_r1.weight_sync.plan import EngineLayout
 from megatron_r1.weight_sync.plan.recipe import check_pushes, engine_layout
 
+ROOT = Path(__file__).parents[3]
 DENSE = {
     "architectures": ["Qwen2ForCausalLM"],
     "vocab_size": 67,
@@ -144,3 +148,14 @@ def test_the_vocabulary_is_the_language_models(tmp_path):
     for hf, size in [(DENSE, 67), ({"text_config": DENSE}, 67), ({}, None)]:
         (tmp_path / "config.json").write_text(json.dumps(hf))
         assert vocab_size(tmp_path) == size
+
+
+@pytest.mark.parametrize("name", ["r1_zero", "reasoning_rl", "all_scenarios_rl"])
+def test_the_large_recipes_push_from_stages_with_mtp_layers(name):
+    recipe = load(ROOT / f"examples/deepseek_r1/{name}.yaml")
+    assert "m" in recipe.parallel.pipeline_layout
+    hf = read_hf_config(ROOT / recipe.model.path)
+    check_pushes(recipe, hf)
+    no_mtp = recipe.model.model_copy(update={"mtp": "none"})
+    with pytest.raises(UserError, match=r"MTP layers \(m\) must stand there 0 times, not 1"):
+        check_pushes(recipe.model_copy(update={"model": no_mtp}), hf)
