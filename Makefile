@@ -11,13 +11,14 @@ INSTALLED := $(VENV)/.installed
 INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
 .DEFAULT_GOAL := help
-.PHONY: help system-packages cluster-packages setup demo test test-all lint format bench docs clean
+.PHONY: help system-packages cluster-packages setup demo test test-all lint format losses bench docs clean
 
 help:
 	@echo "make demo      a model learns to think: minutes on two CPU cores"
 	@echo "make setup     install everything into $(VENV) (3.7 GB; the others do it, too)"
 	@echo "make test      the tests that take minutes;  make test-all: the long ones as well"
 	@echo "make lint      style, imports between packages, types;  make format: repair the style"
+	@echo "make losses    losses of 20 steps from one seed: a refactoring must not change them"
 	@echo "make bench     kernels and whole steps beside their public peers"
 	@echo "make docs      API pages in build/docs"
 	@echo "make clean     remove $(VENV), runs and build"
@@ -75,6 +76,14 @@ lint: setup
 format: setup
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# make -s losses > before; change the code; make -s losses > after; diff before after
+losses: $(INSTALLED)
+	@rm -rf runs/losses && mkdir -p runs/losses
+	@$(BIN)/python -m examples.laptop.make_corpus runs/losses/base.jsonl
+	@$(BIN)/python -m megatron_r1 sft examples/laptop/base.yaml --sft.data runs/losses/base.jsonl \
+	  --run.folder runs/losses/sft --run.steps 20 >&2
+	@grep -oE '"(step|loss|grad_norm)": [^,}]+' runs/losses/sft/metrics.jsonl
 
 bench: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements/bench.txt

@@ -24,42 +24,6 @@ from megatron_r1.training.wire import Sample
 LOSS = "megatron_r1.training.losses:supervised"
 STEPS = 6
 
-# Every shard of every weight is whole tiles of 128, at tensor parallel 1 and 2.
-MODEL = {
-    "architectures": ["DeepseekV3ForCausalLM"],
-    "model_type": "deepseek_v3",
-    "vocab_size": 67,
-    "hidden_size": 256,
-    "intermediate_size": 256,
-    "moe_intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "n_shared_experts": 2,
-    "n_routed_experts": 4,
-    "num_experts_per_tok": 2,
-    "n_group": 2,
-    "topk_group": 1,
-    "routed_scaling_factor": 1.0,
-    "first_k_dense_replace": 1,
-    "norm_topk_prob": True,
-    "topk_method": "noaux_tc",
-    "scoring_func": "sigmoid",
-    "q_lora_rank": 128,
-    "kv_lora_rank": 96,
-    "qk_nope_head_dim": 64,
-    "qk_rope_head_dim": 64,
-    "v_head_dim": 64,
-    "hidden_act": "silu",
-    "max_position_embeddings": 256,
-    "rms_norm_eps": 1e-6,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-    "attention_bias": False,
-    "tie_word_embeddings": False,
-    "num_nextn_predict_layers": 1,
-    "torch_dtype": "float32",
-}
-
 
 def samples(seed: int) -> list[Sample]:
     """Counting up from a number in steps of another: something to learn."""

@@ -29,11 +29,15 @@ def megatron_r1(verb: str, recipe: Path, settings: Mapping[str, Any] | None = No
     return [sys.executable, "-m", "megatron_r1", verb, str(recipe), *options]
 
 
-def run_to_end(command: list[str]) -> None:
-    """Run `command` from the repository root; exit with its standard error if it fails."""
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+def run_to_end(command: list[str], **more: str) -> str:
+    """Run `command` from the repository root with `environment(**more)`; return its output, or exit
+    with its standard error if it fails."""
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment(**more), capture_output=True, text=True, check=False
+    )
     if done.returncode:
-        sys.exit(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr}")
+        sys.exit(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr[-4000:]}")
+    return done.stdout
 
 
 def write_recipe(path: Path, recipe: Mapping[str, Any]) -> Path:

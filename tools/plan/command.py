@@ -165,7 +165,7 @@ def _job(recipe: Path, chosen: argparse.Namespace, overrides: dict) -> Job:
     )
     assert job.critic is None or job.critic.is_critic, "reading it checks it"
     limit = job.longest_response
-    mean = chosen.response_tokens or max(1, limit // 4)
+    mean = chosen.response_tokens or max(1, int(limit * job.assumptions.response_share))
     if mean > limit:
         key = "reward_model.max_tokens" if verb == "reward-model" else "rollout.max_response_tokens"
         raise UserError(f"--response-tokens: {mean} is above {key}={limit}; lower it")

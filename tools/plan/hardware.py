@@ -21,7 +21,9 @@ class Hardware:
     memory_bandwidth: float
     nvlink: float
     network: float = 50e9
+    # PCIe 5.0 x16, 63 GB/s, less an assumed 13% for packet headers.
     host_link: float = 55e9
+    # 2 TB a node, as in NVIDIA's DGX H100.
     host_memory: float = 2e12 / 8
     gpus_per_node: int = 8
 
@@ -39,7 +41,10 @@ HARDWARE = {
 
 @dataclass(frozen=True)
 class Assumptions:
-    """Numbers of the estimate that no table gives; replace them by measurements."""
+    """Numbers of the estimate that no table gives; replace them by measurements.
+
+    Where no source is named, the value is a guess: nothing has run on a GPU yet.
+    """
 
     compute_efficiency: float = 0.45
     """Share of the bf16 peak while a stage computes, without bubbles and communication. DeepSeek-V3
@@ -57,6 +62,10 @@ class Assumptions:
     """Ratio of the fullest rank's tokens to the mean in an expert-parallel group."""
     prompt_tokens: int = 512
     """Mean and longest length of a prompt."""
+    response_share: float = 0.25
+    """Mean length of a response, as a share of the limit, unless --response-tokens gives it."""
+    questions: int = 10_000
+    """Of a `sample` run without data.num_train."""
 
     def __post_init__(self):
         for name in ("compute_efficiency", "bandwidth_efficiency", "link_efficiency"):

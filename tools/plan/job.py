@@ -19,8 +19,6 @@ from megatron_r1.weights.rules import Table
 from tools.plan.hardware import Assumptions, Hardware
 
 BYTES = {"float32": 4, "bfloat16": 2}
-UNKNOWN_QUESTIONS = 10_000
-"""Assumed number of a `sample` run without data.num_train."""
 
 Verb = Literal["rl", "sft", "reward-model", "sample"]
 
@@ -177,7 +175,7 @@ class Job:
             pairwise = config.reward_model.kind == "pairwise"
             return config.reward_model.batch_size * (2 if pairwise else 1)
         if self.verb == "sample":
-            return (config.data.num_train or UNKNOWN_QUESTIONS) * config.sample.samples
+            return (config.data.num_train or self.assumptions.questions) * config.sample.samples
         return config.rl.questions_per_rollout * config.rl.group_size
 
     @property

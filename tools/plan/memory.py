@@ -43,7 +43,7 @@ class RankMemory:
 PERSISTENT = ("parameters", "gradients", "optimizer")
 CRITIC = "critic"
 """The same three of PPO's critic, in addition to the policy's."""
-RECEIVE_BUFFER = "landing memory"
+RECEIVE_BUFFER = "receive buffer"
 """The receive buffer of the engine rank on the same GPU, which it keeps while it sleeps."""
 
 

@@ -178,7 +178,7 @@ def push_section(job: Job) -> Section:
             _rank_bytes(json.dumps(job.hf), engines, "FP8", 1)[0],
             "into an engine GPU with projections quantised on the way, 1 B + 4 B / 128 x 128",
         )
-    section["landing memory"] = in_bytes(receive_buffer_bytes(job), _receive_buffer_formula(job))
+    section["receive buffer"] = in_bytes(receive_buffer_bytes(job), _receive_buffer_formula(job))
     if sends_differences(job):
         section["sent last"] = in_bytes(
             out,

@@ -156,7 +156,9 @@ def _short(value: float) -> str:
 def rollout_section(engines: Engines) -> Section:
     """Return the memory of one engine GPU."""
     job = engines.job
-    taken = f" - landing {in_bytes(engines.receive_buffer)}" if engines.receive_buffer else ""
+    taken = (
+        f" - receive buffer {in_bytes(engines.receive_buffer)}" if engines.receive_buffer else ""
+    )
     taken += f" - trainer's {in_bytes(engines.resident)}" if engines.resident else ""
     short = f"no room, {in_bytes(-engines.cache)} short: " if engines.cache < 0 else ""
     return {

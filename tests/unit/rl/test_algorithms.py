@@ -27,7 +27,7 @@ EXACT = {"rtol": 1e-9, "atol": 1e-12}
 
 
 class Problem:
-    """16 outputs of 4 questions, in two mini-batches of two micro-batches. The policy has moved
+    """16 responses of 4 questions, in two mini-batches of two micro-batches. The policy has moved
     between them: in the second, the old log-probabilities are not the present ones."""
 
     def __init__(self, seed=0):
@@ -53,7 +53,7 @@ class Problem:
 
         self.hidden = [h.requires_grad_() for h in states()]
         moved = states(0.1)
-        self.outputs = []
+        self.responses = []
         for i, reward in enumerate(self.rewards):
             new = self.logprobs(i, self.hidden[i])
             old = new.detach()
@@ -64,7 +64,7 @@ class Problem:
                 for _ in range(2)
             )
             values = torch.randn(len(new), generator=g, dtype=torch.float64)
-            self.outputs.append(formulae.Output(i // 4, reward, new, old, ref, teacher, values))
+            self.responses.append(formulae.Response(i // 4, reward, new, old, ref, teacher, values))
 
     def logprobs(self, i, hidden):
         prompt, response = self.texts[i]
@@ -85,7 +85,7 @@ class Problem:
             whole[batch.is_response] = torch.cat(tensors)
             return whole
 
-        own = [self.outputs[i] for i in members]
+        own = [self.responses[i] for i in members]
         lengths = [len(o) for o in own]
         batch.advantages = spread(
             [
@@ -140,12 +140,12 @@ def ours(problem, name, settings):
 
 def check(name, settings, make_advantages, term, average, clips=None):
     problem = Problem()
-    advantages = make_advantages(problem.outputs)
+    advantages = make_advantages(problem.responses)
     for step, (loss, gradient, terms, _) in enumerate(ours(problem, name, settings)):
         members = problem.minibatches[step]
-        outputs = [problem.outputs[i] for i in members]
+        responses = [problem.responses[i] for i in members]
         own = [advantages[i].detach() for i in members]
-        expected = formulae.loss(outputs, own, term, average, LIMIT)
+        expected = formulae.loss(responses, own, term, average, LIMIT)
         expected.backward(retain_graph=True)
         wanted = problem.gradients()
         assert wanted.abs().max() > 1e-4, "a problem that teaches nothing"
@@ -153,7 +153,7 @@ def check(name, settings, make_advantages, term, average, clips=None):
         torch.testing.assert_close(loss, expected.detach(), **EXACT)
         clipped = sum(t.sums["clip_fraction/tokens"] for t in terms).item()
         if clips and step == 1:
-            assert formulae.is_clipped_on_both_sides(outputs, own, *clips) and clipped > 0
+            assert formulae.is_clipped_on_both_sides(responses, own, *clips) and clipped > 0
         elif not clips:
             assert clipped == 0
 
@@ -185,8 +185,8 @@ def test_grpo():
 
 
 def test_grpo_with_the_deviation_of_the_rollout():
-    def advantages(outputs):
-        return formulae.over_rollout(outputs, formulae.group_relative(outputs, by_std=False))
+    def advantages(responses):
+        return formulae.over_rollout(responses, formulae.group_relative(responses, by_std=False))
 
     check("grpo", {"advantage_std": "batch"}, advantages, with_kl(10, 10, 0.001), "sequence")
 
@@ -196,8 +196,8 @@ def test_dapo():
 
 
 def test_dr_grpo():
-    def advantages(outputs):
-        return formulae.group_relative(outputs, by_std=False)
+    def advantages(responses):
+        return formulae.group_relative(responses, by_std=False)
 
     check("dr_grpo", {}, advantages, plain(0.2, 0.2), "constant", (0.2, 0.2))
 
@@ -220,8 +220,8 @@ def test_reinforce():
     advantages = formulae.less_the_rollouts_mean
     check("reinforce", {}, advantages, weighted_by_the_ratio, "constant")
 
-    def scaled(outputs):
-        return formulae.over_rollout(outputs, advantages(outputs))
+    def scaled(responses):
+        return formulae.over_rollout(responses, advantages(responses))
 
     check("reinforce", {"advantage_std": "batch"}, scaled, weighted_by_the_ratio, "constant")
 
@@ -229,15 +229,15 @@ def test_reinforce():
 def test_rloo():
     for beta in (0.03, 0.0):
 
-        def advantages(outputs, beta=beta):
-            return formulae.leave_one_out_and_kl(outputs, beta)
+        def advantages(responses, beta=beta):
+            return formulae.leave_one_out_and_kl(responses, beta)
 
         check("rloo", {"kl_beta": beta}, advantages, weighted_by_the_ratio, "constant")
 
 
 def test_reinforce_pp():
-    def advantages(outputs):
-        return formulae.reinforce_pp(outputs, 0.01)
+    def advantages(responses):
+        return formulae.reinforce_pp(responses, 0.01)
 
     check("reinforce_pp", {}, advantages, plain(0.2, 0.2), "token", (0.2, 0.2))
 
@@ -245,20 +245,20 @@ def test_reinforce_pp():
 def test_ppo_normalises_over_the_rollout_and_leaves_returns_for_the_critic():
     settings = {"kl_beta": 0.1, "gae_lambda": 0.9, "discount": 0.95}
 
-    def advantages(outputs):
-        made, _ = formulae.gae(outputs, 0.1, 0.95, 0.9)
-        return formulae.normalised_over_tokens(outputs, made)
+    def advantages(responses):
+        made, _ = formulae.gae(responses, 0.1, 0.95, 0.9)
+        return formulae.normalised_over_tokens(responses, made)
 
     check("ppo", settings, advantages, plain(0.2, 0.2), "sequence", (0.2, 0.2))
 
-    def as_they_are(outputs):
-        return formulae.gae(outputs, 0.1, 0.95, 0.9)[0]
+    def as_they_are(responses):
+        return formulae.gae(responses, 0.1, 0.95, 0.9)[0]
 
     whole = {**settings, "advantage_std": "none"}
     check("ppo", whole, as_they_are, plain(0.2, 0.2), "sequence", (0.2, 0.2))
 
     problem = Problem()
-    _, returns = formulae.gae(problem.outputs, 0.1, 0.95, 0.9)
+    _, returns = formulae.gae(problem.responses, 0.1, 0.95, 0.9)
     for step, (*_, batches) in enumerate(ours(problem, "ppo", settings)):
         wanted = torch.cat([returns[i] for i in problem.minibatches[step]])
         got = torch.cat([batch.returns[batch.is_response] for batch in batches])
@@ -268,8 +268,8 @@ def test_ppo_normalises_over_the_rollout_and_leaves_returns_for_the_critic():
 def test_on_policy_distillation_teaches_ungraded_outputs_too():
     for discount in (0.0, 0.5, 1.0):
 
-        def advantages(outputs, discount=discount):
-            return formulae.distillation(outputs, discount)
+        def advantages(responses, discount=discount):
+            return formulae.distillation(responses, discount)
 
         settings = {"discount": discount}
         check("on_policy_distillation", settings, advantages, weighted_by_the_ratio, "token")
@@ -296,7 +296,7 @@ def test_distillation_and_rloo_have_the_gradients_of_the_divergences_they_are_na
     def estimated(to_go):
         return gradients((joint * -(to_go * both).sum(0)).sum())
 
-    # Over whole outputs: rloo's penalties to go (β 1, no reward), distillation at discount 1.
+    # Over whole responses: rloo's penalties to go (β 1, no reward), distillation at discount 1.
     whole = ((p[:, None] + q).exp() * (p[:, None] + q - other[:, None] - others)).sum()
     to_go = torch.stack([gaps[0] + gaps[1], gaps[1]])
     torch.testing.assert_close(estimated(-to_go), gradients(whole), **EXACT)

@@ -90,7 +90,7 @@ def test_the_page_shows_its_figures_and_the_reasons_of_those_that_ran():
     result = {
         "packages": {"torch": "1.2.3"},
         "steps": 40,
-        "outputs": 256,
+        "responses": 256,
         "seeds": [0, 1],
         "runs": {"grpo": {"0": a_run(14, 0.9)}, "gspo": {"0": a_run(None, 0.5)}},
     }
@@ -141,5 +141,5 @@ def test_runs_that_are_not_done_are_left_out(tmp_path):
     stages["grpo"] = {"by_seed": {"3": {"state": "done"}}}
     stages["ppo"] = {"by_seed": {"3": {"state": "unfinished"}}}
     found = estimators._collected(tmp_path, {"stages": stages})
-    assert found["outputs"] == 256 and list(found["runs"]) == ["grpo"]
+    assert found["responses"] == 256 and list(found["runs"]) == ["grpo"]
     assert found["runs"]["grpo"]["3"]["steps_until_target"] == 3

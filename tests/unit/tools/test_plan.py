@@ -94,7 +94,7 @@ def test_an_fp8_push_is_planned_with_fp8_s_bytes_and_its_engines_with_fp8_weight
     plain, fp8 = (Bill(planned(push__fp8=value)).sections() for value in (False, True))
     assert plain["push"]["in FP8"].value == fp8["push"]["into an engine GPU"].value
     assert "in FP8" not in fp8["push"] and "FP8" in fp8["push"]["into an engine GPU"].formula
-    for name in ("into an engine GPU", "into all engines", "landing memory"):
+    for name in ("into an engine GPU", "into all engines", "receive buffer"):
         assert fp8["push"][name].value < 0.55 * plain["push"][name].value, name
     assert fp8["push"]["out of a trainer rank"].value < plain["push"]["out of a trainer rank"].value
     assert fp8["push"]["over what is needed"].value == 1
@@ -129,8 +129,8 @@ def test_the_receive_buffer_is_where_the_transport_writes(transport, gib):
     bill = Bill(planned(push__transport=transport, push__memory_gib=gib))
     sections, limit = bill.sections(), math.inf if gib is None else gib * GIB
     buffer = min(limit, bill.engines.weights)
-    assert sections["push"]["landing memory"].value == buffer
-    formula = sections["push"]["landing memory"].formula
+    assert sections["push"]["receive buffer"].value == buffer
+    formula = sections["push"]["receive buffer"].formula
     assert f"({transport})" in formula and ("engines pause" in formula) == (gib == 2)
     assert ("is for one host" in formula) == (transport in ("shm", "cuda_ipc"))
     default = Bill(planned(push__transport="nccl"))
@@ -138,20 +138,20 @@ def test_the_receive_buffer_is_where_the_transport_writes(transport, gib):
     trainer = sections[f"memory of pipeline rank {bill.worst.rank}, the fullest"]
     host = sections["host memory of a node"]
     if transport == "cuda_ipc":
-        assert "landing memory" not in host and "on its GPU" in formula
-        assert before - bill.engines.cache == trainer["landing memory"].value == buffer
+        assert "receive buffer" not in host and "on its GPU" in formula
+        assert before - bill.engines.cache == trainer["receive buffer"].value == buffer
         assert bill.worst.peak == default.worst.peak + buffer
     else:
-        assert host["landing memory"].value == 8 * buffer and "on its host" in formula
-        assert bill.engines.cache == before and "landing memory" not in trainer
+        assert host["receive buffer"].value == 8 * buffer and "on its host" in formula
+        assert bill.engines.cache == before and "receive buffer" not in trainer
 
 
 def test_receive_buffers_of_engines_on_their_own_gpus_are_not_the_trainers():
     alone = {"rollout_gpus": 2048, "rollout__colocated": False}
     host = Bill(planned(**alone, push__transport="gloo")).sections()
-    assert "landing memory" not in host["host memory of a node"]
-    engines = host["host memory of an engines' node"]["landing memory"]
-    assert engines.value == 8 * host["push"]["landing memory"].value
+    assert "receive buffer" not in host["host memory of a node"]
+    engines = host["host memory of an engines' node"]["receive buffer"]
+    assert engines.value == 8 * host["push"]["receive buffer"].value
     bill = Bill(planned(**alone, push__transport="cuda_ipc"))
     assert bill.worst.peak == Bill(planned()).worst.peak
     assert bill.engines.receive_buffer == bill.engines.weights
@@ -163,7 +163,7 @@ def test_a_receive_buffer_that_does_not_fit_is_named_with_its_remedy():
     job = replace(planned(push__transport="cuda_ipc"), hardware=hardware)
     trainer, cache = Bill(job).problems()
     assert "pipeline rank 3 needs 72.34 GiB of 60.00 GiB" in trainer
-    assert "of landing memory" in cache and "set push.memory_gib below 15.2, or give" in cache
+    assert "of receive buffer" in cache and "set push.memory_gib below 15.2, or give" in cache
     hardware = replace(HARDWARE["H800"], host_memory=15 * GIB)
     alone = {"rollout_gpus": 2048, "push__transport": "gloo"}
     problem = Bill(replace(planned(**alone), hardware=hardware)).problems()[-1]
@@ -174,7 +174,7 @@ def test_a_receive_buffer_that_does_not_fit_is_named_with_its_remedy():
     job = planned(**alone, push__delta=True, checkpoint__asynchronous=False)
     trainer, engines = Bill(replace(job, hardware=hardware)).problems()
     assert "121.45 GiB of it sent last: set push.delta to false, or raise" in trainer
-    assert engines.endswith("of it landing memory: give each engine more GPUs")
+    assert engines.endswith("of it receive buffer: give each engine more GPUs")
 
 
 def test_what_deltas_keep_is_counted_and_windows_beside_them_are_refused(capsys):
@@ -216,7 +216,7 @@ def test_a_push_within_a_node_goes_over_the_node_s_links():
         config = configuration.load(ROOT / "examples/laptop/r1_zero.yaml", changed)
         bill = Bill(Job(hf, config, 1, h800))
         seconds[transport] = bill.times.push()
-        assert "one host" not in bill.sections()["push"]["landing memory"].formula
+        assert "one host" not in bill.sections()["push"]["receive buffer"].formula
     each = 0.75 / bill.engines.weights
     rates = [h800.host_link, h800.nvlink, h800.network, h800.network]
     assert [1 / s for s in seconds.values()] == pytest.approx([rate * each for rate in rates])

@@ -63,9 +63,9 @@ def run(chosen: argparse.Namespace) -> dict[str, Any]:
 
 
 def _collected(folder: Path, report: dict[str, Any]) -> dict[str, Any]:
-    """Return {"runs": {algorithm: {seed: figures}}, "outputs": responses that a step trains on}."""
+    """Return {"runs": {algorithm: {seed: figures}}, "responses": number that a step trains on}."""
     runs: dict[str, dict[str, dict]] = {}
-    outputs: set[int] = set()
+    counts: set[int] = set()
     for name in CHOICES:
         for seed, stage in report["stages"][name]["by_seed"].items():
             if stage["state"] != "done":
@@ -77,8 +77,8 @@ def _collected(folder: Path, report: dict[str, Any]) -> dict[str, Any]:
             )
             figures = of_run(*lines, rl.questions_per_rollout, rl.group_size)
             runs.setdefault(name, {})[seed] = figures
-            outputs.add(rl.questions_per_rollout * rl.group_size)
-    assert len(outputs) == 1, (
-        f"a step trains on {outputs} answers, but the number must be the same in all runs"
+            counts.add(rl.questions_per_rollout * rl.group_size)
+    assert len(counts) == 1, (
+        f"a step trains on {counts} answers, but the number must be the same in all runs"
     )
-    return {"outputs": outputs.pop(), "runs": runs}
+    return {"responses": counts.pop(), "runs": runs}

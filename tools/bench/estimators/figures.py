@@ -2,6 +2,7 @@
 
 import datetime
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
@@ -12,28 +13,7 @@ from tools.bench.estimators.settings import CHOICES
 TARGET, WINDOW = 0.8, 3
 """The accuracy to reach, and the number of consecutive steps whose mean must reach it."""
 
-TEXT = """# Every estimator on the demo's task
-
-`python tools/bench estimators`, {date}; {cores} cores, no GPU; {packages}; seeds {seeds}.
-
-Every algorithm of `rl.algorithm` trains the demo's base model on the demo's questions with the
-demo's settings (examples/laptop): sums of three digits, {steps} steps of {outputs} answers. Of a
-seed all begin with the same base model; {before} of its held-out answers are right, the mean of
-what the runs measured before their first step.
-
-*steps*: until the mean accuracy of {window} steps in a row is {target:.0%}. *held-out*: accuracy
-of sampled answers to held-out questions after the last step; of several seeds mean ± deviation.
-*answers*: drawn in a step; more than {outputs} where groups without a difference are replaced.
-
-{table}
-
-What differs from the demo's settings, and from an algorithm's own defaults:
-
-{choices}
-
-Every step's accuracy and a step's seconds are in [estimators.json](estimators.json); speed is
-`python tools/bench step`'s subject.
-"""
+PAGE = Path(__file__).with_name("page.md.in")
 HEADS = ("steps", "held-out", "answers")
 
 Lines = Sequence[Mapping[str, Any]]
@@ -106,13 +86,13 @@ def as_page(result: dict[str, Any], cores: int) -> str:
     every = [run for by_seed in runs.values() for run in by_seed.values()]
     before = percent(fmean(run["heldout_before"] for run in every))
     choices = [f"- `{name}`: {c.why}." for name, c in CHOICES.items() if name in runs and c.why]
-    return TEXT.format(
+    return PAGE.read_text(encoding="utf-8").format(
         date=datetime.date.today().isoformat(),
         cores=cores,
         packages=", ".join(f"{name} {version}" for name, version in result["packages"].items()),
         seeds=", ".join(map(str, result["seeds"])),
         steps=result["steps"],
-        outputs=result["outputs"],
+        responses=result["responses"],
         before=before,
         window=WINDOW,
         target=TARGET,

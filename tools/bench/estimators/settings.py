@@ -31,8 +31,8 @@ CHOICES: dict[str, Choice] = {
     "dr_grpo": Choice(),
     "gspo": Choice(
         {"rl": {"clip_low": 0.015, "clip_high": 0.02}},
-        "clips 50 times its source's: at this learning rate an update moves an output's ratio that "
-        "much further, and its own clips would silence all mini-batches after the first",
+        "clips 50 times its source's: at this learning rate an update moves a response's ratio "
+        "that much further, and its own clips would silence all mini-batches after the first",
     ),
     "cispo": Choice(),
     "reinforce": Choice(

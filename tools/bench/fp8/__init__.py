@@ -6,14 +6,14 @@ GPU, FP8 is emulated: the figures are about numerics, and the seconds are those 
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from tools.bench.children import environment
+from tools.bench.children import run_to_end
 from tools.bench.fp8 import curves
 from tools.bench.fp8.language import ENTROPY
 from tools.bench.fp8.variants import BASELINE, MODEL, VARIANTS
@@ -52,37 +52,31 @@ def run(chosen: argparse.Namespace) -> dict[str, Any]:
 
 
 def _runs(names: list[str], chosen: argparse.Namespace, folder: str) -> dict[str, list[dict]]:
-    waiting = [(name, seed) for seed in range(chosen.seeds) for name in names]
-    running: list[tuple[subprocess.Popen, str, int, Path]] = []
-    runs: dict[str, list[dict]] = {name: [{}] * chosen.seeds for name in names}
-    try:
-        while waiting or running:
-            while waiting and len(running) < chosen.jobs:
-                running.append(_start(*waiting.pop(0), chosen, folder))
-            process, name, seed, out = running.pop(0)
-            if process.wait():
-                log = out.with_suffix(".log").read_text()
-                sys.exit(f"{name}, seed {seed} ended with {process.returncode}:\n{log[-4000:]}")
-            runs[name][seed] = json.loads(out.read_text())
-            shown = runs[name][seed]
-            print(f"{name}, seed {seed}: held out {shown['heldout_loss']:.4f}", file=sys.stderr)
-    finally:
-        for process, *_ in running:
-            process.kill()
+    """Return the report of every seed, by variant; exit if a run fails."""
+    runs: dict[str, list[dict]] = {name: [] for name in names}
+    tasks = [(name, seed) for seed in range(chosen.seeds) for name in names]
+    with ThreadPoolExecutor(chosen.jobs) as threads:
+        try:
+            reports = threads.map(lambda task: _train(*task, chosen, folder), tasks)
+            for (name, seed), report in zip(tasks, reports, strict=True):
+                runs[name].append(report)
+                heldout = report["heldout_loss"]
+                print(f"{name}, seed {seed}: held out {heldout:.4f}", file=sys.stderr)
+        finally:
+            threads.shutdown(cancel_futures=True)
     return runs
 
 
-def _start(name: str, seed: int, chosen: argparse.Namespace, folder: str):
+def _train(name: str, seed: int, chosen: argparse.Namespace, folder: str) -> dict[str, Any]:
+    """Run the worker of one variant and seed; return its report."""
     stem = f"{list(VARIANTS).index(name)}_{seed}"
     task, out = Path(folder, f"{stem}_task.json"), Path(folder, f"{stem}.json")
     sizes = {"steps": chosen.steps, "sentences": chosen.sentences, "threads": chosen.threads}
     about = {"variant": name, "seed": seed, "model": f"{folder}/model"}
     task.write_text(json.dumps({**about, **sizes}))
-    env = environment(OMP_NUM_THREADS=str(chosen.threads))
     command = [sys.executable, "-m", "tools.bench.fp8.worker", str(task), str(out)]
-    with out.with_suffix(".log").open("w") as log:
-        process = subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT)
-    return process, name, seed, out
+    run_to_end(command, OMP_NUM_THREADS=str(chosen.threads))
+    return json.loads(out.read_text())
 
 
 def _summary(names: list[str], runs: dict[str, list[dict]], num_seeds: int) -> dict[str, dict]:

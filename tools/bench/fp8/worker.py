@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tools.bench.fp8.language import Language
-from tools.bench.fp8.variants import BASELINE, VOCABULARY, WARMUP_STEPS, settings
+from tools.bench.fp8.variants import BASELINE, MODEL, WARMUP_STEPS, settings
 
 LOSS = "megatron_r1.training.losses:supervised"
 
@@ -44,7 +44,7 @@ def _train(task: dict[str, Any], place) -> dict[str, Any]:
     from megatron_r1.config import parse
     from megatron_r1.training.trainer import Trainer
 
-    language = Language(VOCABULARY, task["seed"])
+    language = Language(MODEL["vocab_size"], task["seed"])
     config = parse(_settings(task))
     trainer = Trainer(config, place)
     losses, began = [], time.perf_counter()
@@ -63,7 +63,7 @@ def _train(task: dict[str, Any], place) -> dict[str, Any]:
     }
     folder = Path(task["model"]).with_name(f"trained_{os.getpid()}")
     folder.mkdir()
-    (folder / "config.json").write_bytes((Path(task["model"]) / "config.json").read_bytes())
+    (folder / "config.json").write_text(json.dumps(MODEL))
     weights.write_hf(trainer.bare, trainer.hf, folder / "model.safetensors", dtype=torch.bfloat16)
     # An engine computes in bf16 with the pushed weights; the gap is the trainer's distance from it.
     loaded = _settings({**task, "variant": BASELINE}, init="load", path=str(folder))

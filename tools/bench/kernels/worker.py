@@ -48,6 +48,61 @@ def new_row(each: Implementation, device: torch.device, reason: str) -> dict[str
     return {**row, "seconds": [], "extra_bytes": None, "errors": {}}
 
 
+class Calls:
+    """The calls of one case's implementations, from their warm-up to their first failure.
+
+    A failure becomes the reason in the implementation's row. report(doing=...) is called before
+    each step, for the supervisor.
+    """
+
+    def __init__(self, inputs: Any, measure: Any, report: Callable[..., None]) -> None:
+        self.inputs, self.measure, self.report = inputs, measure, report
+        self.working: dict[str, Callable[[], Any]] = {}
+
+    def warm_up(self, each: Implementation, row: dict[str, Any]) -> None:
+        """Load it and compare the results of a first call with the exact ones."""
+
+        def first_call() -> None:
+            call = partial(each.call, each.load(), self.inputs)
+            row["errors"] = self.inputs.errors(call())
+            self.working[each.name] = call
+
+        self._attempt(first_call, each, row)
+        self._restore(each, row, settle=True)
+
+    def time_once(self, each: Implementation, row: dict[str, Any]) -> None:
+        """Add the seconds and the extra memory of one call to the row."""
+
+        def timed_call() -> None:
+            seconds, extra_bytes = self.measure(self.working[each.name])
+            row["seconds"].append(seconds)
+            if extra_bytes is not None:
+                row["extra_bytes"] = max(row["extra_bytes"] or 0, extra_bytes)
+
+        self._attempt(timed_call, each, row)
+        self._restore(each, row, settle=each.name not in self.working)
+
+    def _attempt(self, step: Callable[[], None], each: Implementation, row: dict[str, Any]) -> None:
+        self.report(doing=each.name)
+        try:
+            step()
+        except Exception as error:
+            self.working.pop(each.name, None)
+            if not row["seconds"]:
+                row["not_run"] = why(error)
+
+    def _restore(self, each: Implementation, row: dict[str, Any], settle: bool) -> None:
+        """Restore what the call overwrote, and free its memory if `settle`. This is not done in the
+        handler of its exception, which holds the failed call's tensors."""
+        try:
+            if each.overwrites:
+                self.inputs.restore()
+            if settle:
+                self.measure.settle()
+        except RuntimeError as error:
+            raise Broken(row["not_run"] or why(error)) from error
+
+
 def run_case(
     case: Case,
     task: dict[str, Any],
@@ -58,52 +113,20 @@ def run_case(
     """Return the case's bound and rows.
 
     task: sizes, device and repeats. until: time.time() by which it should end. skip:
-    implementations that ended an earlier process, each with the reason. report(doing=...) is called
-    before each step, for the supervisor.
+    implementations that ended an earlier process, each with the reason. report: see `Calls`.
     """
     device, started = torch.device(task["device"]), time.time()
     report(doing="inputs")
     inputs = make_inputs(case.inputs, Sizes(**task["sizes"]), device)
     bound, measure = inputs.bound(case.gradients, case.masked), meter(device)
-    made: dict[str, Callable[[], Any]] = {}
-
-    def warm_up(each: Implementation, row: dict[str, Any]) -> None:
-        call = partial(each.call, each.load(), inputs)
-        row["errors"] = inputs.errors(call())
-        made[each.name] = call
-
-    def time_once(each: Implementation, row: dict[str, Any]) -> None:
-        seconds, extra_bytes = measure(made[each.name])
-        row["seconds"].append(seconds)
-        if extra_bytes is not None:
-            row["extra_bytes"] = max(row["extra_bytes"] or 0, extra_bytes)
-
-    def attempt(step: Callable, each: Implementation, row: dict[str, Any]) -> None:
-        """Do the step; an exception becomes the row's reason."""
-        report(doing=each.name)
-        failed = False
-        try:
-            step(each, row)
-        except Exception as error:
-            failed = True
-            made.pop(each.name, None)
-            if not row["seconds"]:
-                row["not_run"] = why(error)
-        try:  # outside the handler, which holds the failed call's tensors
-            if each.overwrites:
-                inputs.restore()
-            if failed or step is warm_up:
-                measure.settle()
-        except RuntimeError as error:
-            raise Broken(row["not_run"] or why(error)) from error
-
+    calls = Calls(inputs, measure, report)
     rows = [new_row(each, device, skip.get(each.name, "")) for each in case.implementations]
     pairs = list(zip(case.implementations, rows, strict=True))
     for each, row in pairs:
         if not row["not_run"] and time.time() > started + WARM_SHARE * (until - started):
             row["not_run"] = TOO_LATE
         if not row["not_run"]:
-            attempt(warm_up, each, row)
+            calls.warm_up(each, row)
     bound_seconds = []
     measure(bound.call)
     for _ in range(task["repeats"]):
@@ -111,8 +134,8 @@ def run_case(
         bound_seconds.append(measure(bound.call).seconds)
         for each, row in pairs:
             enough = time.time() > until or sum(row["seconds"]) > ENOUGH_SECONDS[device.type]
-            if each.name in made and not (row["seconds"] and enough):
-                attempt(time_once, each, row)
+            if each.name in calls.working and not (row["seconds"] and enough):
+                calls.time_once(each, row)
     rate = bound.done / median(bound_seconds)
     about = {"name": bound.name, "unit": bound.unit, "rate": rate, "needed": bound.needed}
     return {"bound": about, "rows": rows}

@@ -1,34 +1,11 @@
 """The published figures of single steps, as a table and as docs/benchmarks/step.md."""
 
 import datetime
+from pathlib import Path
 from statistics import median
 from typing import Any
 
-TEXT = """# Whole RL steps beside TRL
-
-`python tools/bench step`, {date}; {cores} cores, no GPU; load average before a run {load};
-at once the cores got {worth} times as much done as one (a virtual machine's may be threads of one);
-{packages}.
-
-The same Qwen2-shaped model folder for both (4 layers, hidden 128, fp32), the same
-{long[questions]} questions x {long[group]} answers a step, {long[minibatches]} update a step, no
-reference model, the same reward, which costs nothing. Weights are random, but for the chance to
-end, which gives the lengths of reasoning: most short, a few very long. *Long tail* stops
-at {long[limit]} tokens, *short* at {short[limit]}.
-
-Ours is the command line (`megatron-r1 rl`): vLLM's server, the controller, reward workers, the
-trainer, the push, metrics and samples written down. TRL is GRPOTrainer in one process: one batch of
-transformers' generate for all answers, one forward and backward pass per update (smaller
-micro-batches were no faster), nothing logged or saved. They take turns in one run, so that noise
-meets both; medians of whole steps on the clock, without the first step of each run. Core seconds
-are what all processes of a system used: noise moves them least.
-
-```
-{table}
-```
-The last line: one core for the engine and one for the trainer, in turns and with
-`rl.staleness: 1`. Every step is in [step.json](step.json).
-"""
+PAGE = Path(__file__).with_name("page.md.in")
 Steps = list[dict[str, Any]]
 """One dictionary per step: "seconds" (wall clock), "core_seconds" and "response_tokens"."""
 
@@ -87,7 +64,7 @@ def table(comparisons: dict[str, dict], overlap: dict[str, float]) -> str:
 def as_page(result: dict[str, Any], cores: int) -> str:
     """Return the page of one result of `run`."""
     long, short = result["work"].values()
-    return TEXT.format(
+    return PAGE.read_text(encoding="utf-8").format(
         date=datetime.date.today().isoformat(),
         cores=cores,
         load=" to ".join(f"{limit:.1f}" for limit in result["load"]),
