@@ -1,6 +1,6 @@
 """Weights of the tokens' losses: token-level or sequence-level averages over packed sequences."""
 
-from types import ModuleType
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -23,7 +23,7 @@ class Sequences:
         self,
         cu_seqlens: Tensor,
         tokens: int,
-        primitives: ModuleType,
+        primitives: SimpleNamespace,
         group: ProcessGroup | None = None,
     ):
         """cu_seqlens: (S + 1,) integers from 0 to T. Raises ValueError for anything else."""
@@ -60,7 +60,7 @@ class Averaging(NamedTuple):
     cu_seqlens: Tensor | None
     sequence_group: ProcessGroup | None
 
-    def sequences(self, tokens: int, primitives: ModuleType) -> Sequences | None:
+    def sequences(self, tokens: int, primitives: SimpleNamespace) -> Sequences | None:
         """Return the sequences of the batch, or None if `average` and `ratio_level` need none.
 
         Raises ValueError for unknown names, missing or wrong borders, and a group of several ranks

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from r1_kernels.arguments import check_same_device
-from r1_kernels.backends import choose
+from r1_kernels.registry import choose
 
 BLOCKS = ((128, 128), (1, 128))
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -9,7 +9,7 @@ softmax is read only after the next work is queued."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from types import ModuleType
+from types import SimpleNamespace
 from typing import TypeAlias
 
 import torch
@@ -36,7 +36,7 @@ class LinearHead:
     shard: Shard
     scale: float
     chunk_tokens: int
-    primitives: ModuleType
+    primitives: SimpleNamespace
 
     def buffer(self, tokens: int, dtype: torch.dtype) -> Tensor:
         """Allocate memory for the logits (rows, V_local) of one chunk."""

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from r1_kernels.arguments import check_targets, check_tensors, check_tokens
-from r1_kernels.averaging import Averaging
+from r1_kernels.averaging import Averaging, Sequences
 from r1_kernels.gemm import wide
 from r1_kernels.linear_head import HeadGradients, LinearHead, Rows
 from r1_kernels.linear_token_logprobs import head_logprobs, make_head
@@ -79,11 +79,10 @@ def linear_policy_loss(
 
     hidden: (T, H) float; weight: (V_local, H) of the same dtype, this rank's equal contiguous share
     of the vocabulary over `group`; targets: (T,) int64 or int32 global ids, read where the mask is
-    not 0. temperature, group, vocab_size, chunk_tokens, reduce_hidden_grad: as in
-    `linear_token_logprobs`. The rest: as in `policy_loss`, with the entropy of the head itself.
-    old_logprobs None: the present policy's own log-probabilities (ratio 1), for the one update of
-    an on-policy step. ratio_level "sequence" (GSPO) needs all of a sequence's log-probabilities
-    before the first gradient: one product more.
+    not 0. temperature, vocab_size, chunk_tokens, reduce_hidden_grad: see `linear_token_logprobs`.
+    The rest: as in `policy_loss`, with the entropy of the head itself.
+    old_logprobs None: the present policy's own (ratio 1), for the one update of an on-policy step.
+    ratio_level "sequence" (GSPO) needs all log-probabilities first: one product more.
     Raises ValueError for shapes, dtypes, devices, targets and settings that do not fit, by name."""
     check_tensors(hidden=hidden, weight=weight, targets=targets, advantages=advantages, mask=mask)
     settings = PolicySettings(
@@ -99,19 +98,13 @@ def linear_policy_loss(
     )
     rows = _seen_rows(tokens.weights)
     check_targets(targets, len(hidden), head.shard.size, None if isinstance(rows, int) else rows)
+    run = _Run(head, targets, tokens, rows, settings, entropy_coef)
     if ratio_level == "sequence":
-        logprobs, entropy = _seen_logprobs(hidden, weight, targets, rows, head, reduce_hidden_grad)
-        tokens = tokens._replace(logprobs=logprobs.detach())
-        if old_logprobs is None:
-            tokens = tokens._replace(old_logprobs=tokens.logprobs)
-        terms = tokens_loss(
-            logprobs, entropy, tokens, settings, sequences, entropy_coef, head.primitives
-        )
-        return LinearPolicyLoss(terms.loss, logprobs.detach(), entropy.detach(), *terms[1:])
+        return _with_sequence_ratios(hidden, weight, run, sequences, reduce_hidden_grad)
+    # Inside the Function the grad mode is always off, so it is asked here.
     needs = [torch.is_grad_enabled() and t.requires_grad for t in (hidden, weight)]
     gradients = HeadGradients(head, hidden, needs, reduce_hidden_grad)
-    run = _Run(head, targets, tokens, rows, settings, entropy_coef, gradients)
-    return LinearPolicyLoss(*_LinearPolicyLoss.apply(hidden, weight, run))
+    return LinearPolicyLoss(*_LinearPolicyLoss.apply(hidden, weight, run, gradients))
 
 
 def _seen_rows(weights: Tensor) -> Tensor | int:
@@ -129,7 +122,6 @@ class _Run(NamedTuple):
     rows: Tensor | int
     settings: PolicySettings
     entropy_coef: float
-    gradients: HeadGradients
 
     def terms(self, rows: Rows, softmax: RowSoftmax) -> PolicyTerms:
         """Compute the loss of one chunk and its derivatives by the log-probabilities."""
@@ -157,8 +149,8 @@ class _Run(NamedTuple):
 
 class _LinearPolicyLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, run):
-        head, gradients = run.head, run.gradients
+    def forward(ctx, hidden, weight, run, gradients):
+        head = run.head
         dtype = wide(hidden.dtype)
         count = run.rows if isinstance(run.rows, int) else len(run.rows)
         buffer = head.buffer(count, dtype)
@@ -201,20 +193,30 @@ class _LinearPolicyLoss(torch.autograd.Function):
         if grad_weight is not None:
             out = torch.empty_like(grad_weight, dtype=ctx.weight_dtype)
             grad_weight = torch.mul(grad_weight, upstream, out=out)
-        return grad_hidden, grad_weight, None
+        return grad_hidden, grad_weight, None, None
 
 
-def _seen_logprobs(
+def _with_sequence_ratios(
     hidden: Tensor,
     weight: Tensor,
-    targets: Tensor,
-    rows: Tensor | int,
-    head: LinearHead,
+    run: _Run,
+    sequences: Sequences | None,
     reduce_hidden_grad: bool,
-) -> tuple[Tensor, Tensor]:
-    """Return differentiable log-probabilities and entropy (T,), 0 for tokens that do not count."""
-    if isinstance(rows, int):
-        return head_logprobs(hidden, weight, targets, head, reduce_hidden_grad)
-    seen = head_logprobs(hidden[rows], weight, targets[rows], head, reduce_hidden_grad)
-    logprobs, entropy = (part.new_zeros(len(hidden)).index_copy(0, rows, part) for part in seen)
-    return logprobs, entropy
+) -> LinearPolicyLoss:
+    """Compute the loss whose ratios need all log-probabilities first: two passes over the head."""
+    rows, tokens = run.rows, run.tokens
+    picked = slice(None) if isinstance(rows, int) else rows
+    logprobs, entropy = head_logprobs(
+        hidden[picked], weight, run.targets[picked], run.head, reduce_hidden_grad
+    )
+    if not isinstance(rows, int):
+        # Tokens that do not count keep 0, and their hidden states a gradient of 0.
+        zeros = logprobs.new_zeros(len(hidden))
+        logprobs, entropy = (zeros.index_copy(0, rows, part) for part in (logprobs, entropy))
+    tokens = tokens._replace(logprobs=logprobs.detach())
+    if tokens.old_logprobs is None:
+        tokens = tokens._replace(old_logprobs=tokens.logprobs)
+    loss, *metrics = tokens_loss(
+        logprobs, entropy, tokens, run.settings, sequences, run.entropy_coef, run.head.primitives
+    )
+    return LinearPolicyLoss(loss, logprobs.detach(), entropy.detach(), *metrics)

@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from r1_kernels.arguments import check_head, check_same_device, check_targets, check_temperature
-from r1_kernels.backends import choose
 from r1_kernels.gemm import wide
 from r1_kernels.linear_head import HeadGradients, LinearHead, default_chunk_tokens, head_softmax
+from r1_kernels.registry import choose
 from r1_kernels.vocabulary import RowUpstream, Shard
 
 

@@ -5,7 +5,7 @@ One pass over the tokens computes the loss, its derivative and every metric (for
 (GSPO, arXiv 2507.18071 eq. 7), x is its mean over the seen tokens of the sequence, and its
 derivative is the mean over the sequence."""
 
-from types import ModuleType
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -14,9 +14,9 @@ from torch.distributed import ProcessGroup
 
 from r1_kernels.arguments import check_floats, check_same_device, check_tensors, check_tokens
 from r1_kernels.averaging import Averaging, Sequences
-from r1_kernels.backends import choose
 from r1_kernels.gemm import wide
 from r1_kernels.policy_terms import PolicySettings, PolicyTerms, TokenTensors
+from r1_kernels.registry import choose
 
 
 class PolicyLoss(NamedTuple):
@@ -81,14 +81,8 @@ def policy_loss(
         clip_low, clip_high, dual_clip, kl_beta, kl_estimator, importance_cap, objective
     )
     averaging = Averaging(ratio_level, average, denominator, cu_seqlens, sequence_group)
-    given = TokenTensors(
-        logprobs,
-        logprobs if old_logprobs is None else old_logprobs,
-        ref_logprobs,
-        rollout_logprobs,
-        advantages,
-        mask,
-    )
+    old = logprobs if old_logprobs is None else old_logprobs
+    given = TokenTensors(logprobs, old, ref_logprobs, rollout_logprobs, advantages, mask)
     primitives = choose(logprobs, backend)
     tokens, sequences = prepare_tokens(
         given, settings, averaging, primitives, wide(logprobs.dtype), entropy=entropy
@@ -101,7 +95,7 @@ def prepare_tokens(
     given: TokenTensors,
     settings: PolicySettings,
     averaging: Averaging,
-    primitives: ModuleType,
+    primitives: SimpleNamespace,
     dtype: torch.dtype,
     **others: Tensor | None,
 ) -> tuple[TokenTensors, Sequences | None]:
@@ -129,7 +123,7 @@ def tokens_loss(
     settings: PolicySettings,
     sequences: Sequences | None,
     entropy_coef: float,
-    primitives: ModuleType,
+    primitives: SimpleNamespace,
 ) -> PolicyLoss:
     """Compute `policy_loss` of prepared tokens. sequences: those whose ratio is one, or None."""
     if sequences is None:
@@ -143,7 +137,10 @@ def tokens_loss(
 
 
 def _with_sequence_ratios(
-    tokens: TokenTensors, settings: PolicySettings, sequences: Sequences, primitives: ModuleType
+    tokens: TokenTensors,
+    settings: PolicySettings,
+    sequences: Sequences,
+    primitives: SimpleNamespace,
 ) -> tuple[PolicyTerms, Tensor]:
     """Return the terms, and the derivative (T,) of the loss by the log-probabilities."""
     seen = ~(tokens.weights <= 0)

@@ -3,24 +3,20 @@
 Machines without a GPU train with them, and the Triton kernels are compared with them. Both backends
 run the same chunked algorithms; fp64 autograd is the oracle of both (tests/kernels)."""
 
-from functools import partial, update_wrapper
-
-from r1_kernels.blockwise import dequantize_blockwise, quantize_blockwise
-from r1_kernels.linear_policy_loss import LinearPolicyLoss as LinearPolicyLoss
-from r1_kernels.linear_policy_loss import linear_policy_loss
-from r1_kernels.linear_token_logprobs import linear_token_logprobs
-from r1_kernels.policy_loss import PolicyLoss as PolicyLoss
-from r1_kernels.policy_loss import policy_loss
-from r1_kernels.token_logprobs import token_logprobs
+import importlib
+import inspect
+from functools import cache, partial, update_wrapper
+from typing import Any
 
 
-def _plain(function):
-    return update_wrapper(partial(function, backend="torch"), function)
-
-
-linear_policy_loss = _plain(linear_policy_loss)
-linear_token_logprobs = _plain(linear_token_logprobs)
-token_logprobs = _plain(token_logprobs)
-policy_loss = _plain(policy_loss)
-quantize_blockwise = _plain(quantize_blockwise)
-dequantize_blockwise = _plain(dequantize_blockwise)
+@cache
+def __getattr__(name: str) -> Any:
+    """Return the package's public function of this name, bound to plain PyTorch, or its class."""
+    package = importlib.import_module("r1_kernels")
+    # Dunder names, too, are asked of this function: those of the package are not this module's.
+    if name == "reference" or name not in package.__all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(package, name)
+    if not inspect.isfunction(value):
+        return value
+    return update_wrapper(partial(value, backend="torch"), value)

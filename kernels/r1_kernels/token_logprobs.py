@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from r1_kernels.arguments import check_floats, check_same_device, check_targets, check_temperature
-from r1_kernels.backends import choose
+from r1_kernels.registry import choose
 from r1_kernels.vocabulary import PendingStatistics, RowUpstream, Shard
 
 

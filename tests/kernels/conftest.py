@@ -11,7 +11,7 @@ INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 
 @pytest.fixture(autouse=True)
 def interpreted(monkeypatch):
-    """Also looked at when `r1_kernels.fused` is first imported."""
+    """Also looked at when `r1_kernels.primitives` is first imported."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     round_as_gpus_do(monkeypatch)
 

@@ -3,6 +3,17 @@
 import torch
 
 
+def near(got, want, *, atol, rtol, **parameters):
+    """assert_close in fp64, of results of any dtype; a failure prints the parameters."""
+    torch.testing.assert_close(
+        got.double(),
+        want.double(),
+        atol=atol,
+        rtol=rtol,
+        msg=lambda text: f"{parameters}: {text}",
+    )
+
+
 def problem(tokens=37, hidden=16, vocab=29, spread=1.0, seed=0):
     """Random hidden states, head and targets, fp64."""
     g = torch.Generator().manual_seed(seed)

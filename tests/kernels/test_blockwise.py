@@ -30,7 +30,7 @@ def backend(request, monkeypatch):
     """Plain PyTorch, and Triton's interpreter with either way to convert e4m3."""
     if request.param == "torch":
         return "torch"
-    fused = importlib.import_module("r1_kernels.fused.blockwise")
+    fused = importlib.import_module("r1_kernels.primitives.blockwise_triton")
     monkeypatch.setattr(fused, "_has_e4m3", lambda device: request.param != "triton")
     return "triton"
 
@@ -202,7 +202,7 @@ def test_rows_2_to_the_30_elements_apart_are_read_where_they_lie(backend, block,
 
 def test_the_kernels_write_beyond_2_to_the_32_elements(interpreted, monkeypatch):
     """The first tile of a matrix of 2^30 + 128 columns: its fifth row lies beyond 2^32."""
-    fused = importlib.import_module("r1_kernels.fused.blockwise")
+    fused = importlib.import_module("r1_kernels.primitives.blockwise_triton")
     x = matrix(5, 128, torch.float32)
     expected_q, expected_scale = definition(x, (1, 128))
     q = torch.empty(5 * FAR, dtype=torch.uint8)
@@ -271,7 +271,7 @@ COMPILE = r"""
 import os, re, subprocess, sys, tempfile, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from r1_kernels.fused import blockwise as fused
+from r1_kernels.primitives import blockwise_triton as fused
 
 arch, tools = int(sys.argv[1]), os.path.join(triton.__path__[0], "backends", "nvidia", "bin")
 

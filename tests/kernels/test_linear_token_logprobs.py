@@ -3,6 +3,7 @@
 import formulae
 import pytest
 import torch
+from formulae import near
 from r1_kernels import linear_token_logprobs
 
 # fp32 sums of 29 and of 37 terms of order 10
@@ -22,10 +23,11 @@ def test_values_and_gradients_match_fp64_autograd(backend, chunk, temperature):
     options = {"temperature": temperature, "chunk_tokens": chunk, "backend": backend}
     got, entropy = linear_token_logprobs(c, d, y, **options)
     (got @ up.float() + entropy @ up_entropy.float()).backward()
-    torch.testing.assert_close(got, want.float(), **FP32)
-    torch.testing.assert_close(entropy, want_entropy.float(), **FP32)
-    torch.testing.assert_close(c.grad, a.grad.float(), **GRADIENT)
-    torch.testing.assert_close(d.grad, b.grad.float(), **GRADIENT)
+    near(got, want, **FP32, of="log-probabilities")
+    near(entropy, want_entropy, **FP32, of="entropy")
+    near(c.grad, a.grad, **GRADIENT, of="gradient of hidden")
+    near(d.grad, b.grad, **GRADIENT, of="gradient of weight")
+    assert got.dtype == entropy.dtype == c.grad.dtype == d.grad.dtype == torch.float32
     with torch.no_grad():
         again = linear_token_logprobs(c, d, y, **options)
     assert again[0].equal(got) and again[1].equal(entropy)
@@ -49,7 +51,7 @@ def test_only_the_gradient_that_is_needed_is_made(backend, frozen):
     a, b = h.requires_grad_(), w.requires_grad_()
     formulae.logprobs_and_entropy(a @ b.t(), y)[0].sum().backward()
     kept, expected = (d, b) if frozen == "hidden" else (c, a)
-    torch.testing.assert_close(kept.grad, expected.grad.float(), **GRADIENT)
+    near(kept.grad, expected.grad, **GRADIENT)
     assert (c if frozen == "hidden" else d).grad is None
 
 
@@ -59,13 +61,13 @@ def test_padded_vocabulary_rows_get_no_probability_and_no_gradient(backend):
     c, d = h.float().requires_grad_(), padded.float().requires_grad_()
     got, entropy = linear_token_logprobs(c, d, y, vocab_size=20, backend=backend)
     want, want_entropy = formulae.logprobs_and_entropy(h @ w.t(), y)
-    torch.testing.assert_close(got, want.float(), **FP32)
-    torch.testing.assert_close(entropy, want_entropy.float(), **FP32)
+    near(got, want, **FP32)
+    near(entropy, want_entropy, **FP32)
     (got.sum() + entropy.sum()).backward()
     assert d.grad[20:].abs().max() == 0
     a = h.requires_grad_()
     sum(formulae.logprobs_and_entropy(a @ w.t(), y)).sum().backward()
-    torch.testing.assert_close(c.grad, a.grad.float(), **GRADIENT)
+    near(c.grad, a.grad, **GRADIENT)
 
 
 def test_empty_batches_have_gradients_of_zero(backend):

@@ -199,6 +199,18 @@ def test_presets_and_sizes_are_checked():
         Sizes(tokens=12, vocab=10, hidden=1, dtype="float32")
 
 
+def test_a_registered_kernel_that_no_table_includes_is_measured_alone():
+    (case,) = [case for case in CASES if case.name == "segment_sums"]
+    case = dataclasses.replace(case, implementations=case.implementations[:2])  # no compilation
+    task = {"sizes": dataclasses.asdict(SMALL), "device": "cpu", "repeats": 2}
+    result = run_case(case, task, time.time() + 60, {}, lambda **m: None)
+    for row in result["rows"]:
+        assert row["seconds"] and not row["not_run"], row
+        assert row["errors"]["result"] < 1e-6, row  # fp32 sums of six numbers
+    # 48 values read as fp32
+    assert result["bound"]["needed"] == 48 * 4
+
+
 def test_every_table_has_ours_first():
     assert all(case.implementations[0].name == OURS for case in CASES)
     for case in CASES:

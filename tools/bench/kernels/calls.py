@@ -6,6 +6,7 @@ The calls take a function of one of these signatures, with further results after
     on_logits           (logits (T, V), targets (T,)) -> (logprobs (T,), ...)
     linear_policy_loss  (hidden, weight, targets, *loss_inputs) -> (loss, logprobs, ...)
     policy_loss         (logprobs (T,), *loss_inputs) -> loss
+    primitive           the arguments of a registered kernel's example
 
 and return results by the names that the inputs' `errors` compares.
 """
@@ -19,7 +20,14 @@ import torch
 from torch import Tensor
 
 from tools.bench.kernels import eager
-from tools.bench.kernels.inputs import HiddenInputs, LogitsInputs, MatrixInputs, PolicyInputs
+from tools.bench.kernels.inputs import (
+    ExampleInputs,
+    HiddenInputs,
+    LogitsInputs,
+    MatrixInputs,
+    PolicyInputs,
+    by_name,
+)
 
 OURS = "r1_kernels"
 TOO_LATE = "the time given was used up: raise --minutes, or use --only"
@@ -95,6 +103,10 @@ def quantize(function: Callable, inputs: MatrixInputs) -> Results:
 
 def dequantize(function: Callable, inputs: MatrixInputs) -> Results:
     return {"values": function(inputs.quantized, inputs.scale, dtype=inputs.x.dtype)}
+
+
+def primitive(function: Callable, inputs: ExampleInputs) -> Results:
+    return by_name(function(*inputs.arguments))
 
 
 def why(error: BaseException) -> str:

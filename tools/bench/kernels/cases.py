@@ -1,19 +1,28 @@
 """The tables: each kernel with its inputs, its implementations and its share of the time.
 
 r1_kernels is called as the trainer calls it (Triton on a GPU, plain PyTorch on a CPU). The two
-baselines of every table are eager PyTorch, and the same functions under torch.compile.
+baselines of every table are eager PyTorch, and the same functions under torch.compile. A kernel of
+`r1_kernels.registry` that no public function's table includes gets a table of its own.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import r1_kernels
 import torch
+from r1_kernels.registry import KERNELS, Kernel, primitives
 
 from tools.bench.kernels import calls, eager, peers
 from tools.bench.kernels.calls import OURS, Implementation, with_gradients
-from tools.bench.kernels.inputs import HiddenInputs, LogitsInputs, MatrixInputs, PolicyInputs
+from tools.bench.kernels.inputs import (
+    ExampleInputs,
+    HiddenInputs,
+    LogitsInputs,
+    MatrixInputs,
+    PolicyInputs,
+)
 
 SETTINGS = {"clip_low": eager.CLIP, "clip_high": eager.CLIP, "kl_beta": eager.KL_BETA}
 
@@ -25,7 +34,7 @@ class Case:
 
     name: str
     about: str
-    inputs: type
+    inputs: Callable[..., Any]
     implementations: tuple[Implementation, ...]
     gradients: bool = False
     masked: bool = False
@@ -66,7 +75,7 @@ _IN_PLACE = Implementation(
 )
 _KEPT = Implementation("r1_kernels, logits kept", calls.on_logits, lambda: _token_logprobs)
 
-CASES = (
+_FUNCTIONS = (
     Case(
         "linear_policy_loss",
         "policy loss from hidden states, forward and backward",
@@ -144,5 +153,19 @@ CASES = (
         MatrixInputs,
         _rows(calls.dequantize, r1_kernels.dequantize_blockwise, eager.dequantize),
     ),
+)
+
+
+def alone(kernel: Kernel) -> Case:
+    """Return the table of a kernel by itself, on its first example in the registry."""
+    backend = "triton" if torch.cuda.is_available() else "torch"
+    ours, plain = (getattr(primitives(b), kernel.name) for b in (backend, "torch"))
+    inputs = partial(ExampleInputs, kernel)
+    return Case(kernel.name, kernel.computes, inputs, _rows(calls.primitive, ours, plain))
+
+
+CASES = (
+    *_FUNCTIONS,
+    *(alone(k) for k in KERNELS if k.measured_in not in {case.name for case in _FUNCTIONS}),
 )
 BY_NAME = {case.name: case for case in CASES}

@@ -12,6 +12,7 @@ from functools import cached_property, partial
 from typing import Any
 
 import torch
+from r1_kernels import registry
 from torch import Tensor
 
 from tools.bench.kernels import eager, measure, truth
@@ -235,3 +236,42 @@ class MatrixInputs(Inputs):
     def bound(self, gradients: bool, masked: bool) -> measure.Bound:
         """The matrix is read and its fp8 codes are written, or the other way around."""
         return measure.copy_bound(self.x.device, self.x.numel() * (self.x.element_size() + 1))
+
+
+class ExampleInputs(Inputs):
+    """The arguments of a registered kernel's first example; exact results: plain PyTorch, fp64."""
+
+    def __init__(self, kernel: registry.Kernel, sizes: Sizes, device: torch.device) -> None:
+        torch.manual_seed(0)
+        shape = registry.Sizes(
+            sizes.tokens, sizes.shard, (sizes.shard, sizes.hidden), sizes.sequences
+        )
+        example = next(kernel.examples(shape, str(device)))
+        self.arguments = example.arguments
+        self.num_bytes = int(example.least_bytes * example.elements)
+        self.device = device
+        exact = getattr(registry.primitives("torch"), kernel.name)(*_widened(self.arguments))
+        self.checks = {
+            name: (name, partial(truth.relative, exact=value))
+            for name, value in by_name(exact).items()
+        }
+
+    def bound(self, gradients: bool, masked: bool) -> measure.Bound:
+        """The bytes that the registry gives as the least."""
+        return measure.copy_bound(self.device, self.num_bytes)
+
+
+def by_name(results: Any) -> dict[str, Tensor]:
+    """Return a primitive's tensors by name, or by number if it returns a plain tuple."""
+    if isinstance(results, Tensor):
+        return {"result": results}
+    names = getattr(results, "_fields", map(str, range(len(results))))
+    return dict(zip(names, results, strict=True))
+
+
+def _widened(value: Any) -> Any:
+    """Return an argument with its floating tensors, also those in tuples, in fp64."""
+    if isinstance(value, tuple):
+        parts = [_widened(part) for part in value]
+        return value._make(parts) if hasattr(value, "_make") else tuple(parts)
+    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value

@@ -34,7 +34,7 @@ class Broken(Exception):
 
 
 @lru_cache(maxsize=1)
-def make_inputs(kind: type, sizes: Sizes, device: torch.device) -> Any:
+def make_inputs(kind: Callable[..., Any], sizes: Sizes, device: torch.device) -> Any:
     """Cached for the next case, which often has the same inputs."""
     return kind(sizes, device)
 

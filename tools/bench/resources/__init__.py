@@ -1,9 +1,9 @@
 """What the Triton kernels compile to, read from the machine code, without a GPU and without timing.
 
-Every kernel of r1_kernels.fused is compiled ahead of time for sm_80, sm_90 and sm_100, specialised
-as its launcher would. Reported per element of the main loop: bytes moved, instructions,
-exponentials (MUFU). For sm_90 also the upper bounds in elements per second of an H200: by its
-memory, its issue slots and its MUFU units.
+Every kernel in r1_kernels.registry is compiled ahead of time for sm_80, sm_90 and sm_100, in the
+specialisations of its examples there. Reported per element of the main loop: bytes moved,
+instructions, exponentials (MUFU). For sm_90 also the upper bounds in elements per second of an
+H200: by its memory, its issue slots and its MUFU units.
 """
 
 import argparse
@@ -32,32 +32,33 @@ def run(chosen: argparse.Namespace) -> dict[str, Any]:
         sys.exit("TRITON_INTERPRET=1: Triton's interpreter compiles nothing; unset it, start again")
     # Here, as the other benches also run without Triton.
     import triton
+    from r1_kernels.registry import KERNELS, Sizes
 
-    from tools.bench.resources import bound, cases, compilation
+    from tools.bench.resources import bound, compilation
 
     entries: dict[str, dict[str, Any]] = {}
     print(HEADER)
-    for case in cases.cases():
+    for kernel, example in ((k, e) for k in KERNELS for e in k.examples(Sizes(), "meta")):
         for arch in bound.ARCHITECTURES:
-            for launch in compilation.compile_launches(case.launcher, arch):
-                entry = measure(case, launch, arch)
-                entries[f"{case.name}, sm_{arch}"] = entry
-                print(_line(case.name, arch, entry), flush=True)
+            for launch in compilation.compile_launches(kernel, example, arch):
+                entry = measure(example, launch, arch)
+                entries[f"{example.name}, sm_{arch}"] = entry
+                print(_line(example.name, arch, entry), flush=True)
     print(LEGEND)
     missing = compilation.kernels() - {entry["kernel"] for entry in entries.values()}
     if missing:
-        sys.exit(f"no case in tools/bench/resources/cases.py launches {', '.join(sorted(missing))}")
+        sys.exit(f"no example in r1_kernels/registry.py launches {', '.join(sorted(missing))}")
     return {"triton": triton.__version__, "kernels": entries}
 
 
-def measure(case, launch, arch: int) -> dict[str, Any]:
-    """Return one kernel's entry. case: cases.Case; launch: compilation.Launch."""
+def measure(example, launch, arch: int) -> dict[str, Any]:
+    """Return one kernel's entry. example: registry.Example; launch: compilation.Launch."""
     from tools.bench.resources import bound, machine_code
 
     kernel, warps = launch.kernel, launch.kernel.metadata.num_warps
     threads = 32 * warps
     moved = machine_code.traffic(kernel.asm["ttir"])
-    handled = moved.elements or case.elements / launch.programs
+    handled = moved.elements or example.elements / launch.programs
     used = machine_code.resources(kernel)
     loop = machine_code.main_loop(kernel, moved, handled / threads)
     programs = bound.programs_per_sm(arch, used["registers"], used["shared_bytes"], warps)
@@ -70,7 +71,7 @@ def measure(case, launch, arch: int) -> dict[str, Any]:
         **loop,
         "loading_bytes_per_sm": loop["loaded_bytes"] * threads * programs,
         "bytes": num_bytes,
-        "least_bytes": case.least_bytes,
+        "least_bytes": example.least_bytes,
     }
     if arch == bound.H200:
         limits = bound.bounds(num_bytes, loop["instructions"], loop["mufu"])

@@ -1,20 +1,18 @@
-"""Compile the kernels that a launcher launches, without the GPU.
+"""Compile the kernels that a primitive launches, without the GPU.
 
-Launchers run on meta tensors, which have shapes and no memory. Triton's driver is replaced by one
+Primitives run on meta tensors, which have shapes and no memory. Triton's driver is replaced by one
 that names the target architecture, and a launch compiles and stops. The specialisation (types,
 divisibility by 16, constants, warps) is that of a launch on a GPU, by Triton's own rules.
 """
 
 import importlib
 import inspect
-import pkgutil
-from collections.abc import Callable
 from typing import Any, NamedTuple
 from unittest import mock
 
-import r1_kernels.fused
 import triton
-from r1_kernels.fused import blockwise
+from r1_kernels.primitives import blockwise_triton
+from r1_kernels.registry import KERNELS, Example, Kernel, primitives
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
@@ -45,30 +43,30 @@ class AbsentGPU:
         return 0
 
 
-def compile_launches(launcher: Callable[[], object], arch: int) -> list[Launch]:
-    """Call `launcher` without a GPU; return what it would launch on capability `arch`."""
+def compile_launches(kernel: Kernel, example: Example, arch: int) -> list[Launch]:
+    """Call the primitive without a GPU; return what it would launch on capability `arch`."""
     launches: list[Launch] = []
     compile_and_run = JITFunction.run
 
     def compile_only(self, *args, grid, warmup, **options):
-        kernel = compile_and_run(self, *args, grid=grid, warmup=True, **options)
-        launches.append(Launch(self.__name__, grid[0], kernel))
+        compiled = compile_and_run(self, *args, grid=grid, warmup=True, **options)
+        launches.append(Launch(self.__name__, grid[0], compiled))
 
     with (
         mock.patch.object(JITFunction, "run", compile_only),
         # It queries PyTorch for the tensor's device, not Triton's driver.
-        mock.patch.object(blockwise, "_has_e4m3", lambda device: arch >= 89),
+        mock.patch.object(blockwise_triton, "_has_e4m3", lambda device: arch >= 89),
         mock.patch.object(triton.runtime.driver, "_active", AbsentGPU(arch)),
     ):
-        launcher()
+        getattr(primitives("triton"), kernel.name)(*example.arguments)
     return launches
 
 
 def kernels() -> set[str]:
-    """Return the names of r1_kernels.fused's kernels: Triton functions that no other one calls."""
+    """Return the names of all Triton kernels: Triton functions that no other one calls."""
     functions: dict[str, JITFunction] = {}
-    for module in pkgutil.iter_modules(r1_kernels.fused.__path__):
-        names = vars(importlib.import_module(f"r1_kernels.fused.{module.name}"))
+    for stem in {kernel.stem for kernel in KERNELS}:
+        names = vars(importlib.import_module(f"r1_kernels.primitives.{stem}_triton"))
         functions |= {k: v for k, v in names.items() if isinstance(v, JITFunction)}
     called = {name for f in functions.values() for name in inspect.unwrap(f.fn).__code__.co_names}
     return set(functions) - called

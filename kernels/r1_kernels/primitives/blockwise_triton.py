@@ -1,9 +1,10 @@
 """FP8 e4m3 block-wise quantisation in Triton: every element is read once and written once.
 
-One program holds one tile of rows x 128 elements in registers: load, largest magnitude, scale,
-convert, store. A weight's tile is its 128x128 block, an activation's is 32 blocks of 1x128. Memory
-is the lower bound: 3 bytes per bf16 element in either direction, 1.6e12 elements/s at the 4.8 TB/s
-of an H200.
+One kernel per direction and no collective: a block's scale depends on that block alone. One program
+holds one tile of rows x 128 elements in registers: load, largest magnitude, scale, convert, store.
+A weight's tile is its 128x128 block, an activation's is 32 blocks of 1x128. Memory is the lower
+bound: 3 bytes per bf16 element in either direction, 1.6e12 elements/s at the 4.8 TB/s of an H200.
+There is no backward kernel: quantisation has no gradient here (`r1_kernels.blockwise`).
 
 To have the same bits as the plain definition:
 - The largest magnitude is the maximum of the bit patterns as integers. Non-negative floats are
@@ -25,12 +26,17 @@ WIDTH = tl.constexpr(128)
 E4M3_MAX = tl.constexpr(448.0)
 SMALLEST_AMAX_BITS = tl.constexpr(0x38D1B717)  # 1e-4 in fp32
 
-# Rows per tile and warps per tile, chosen from the registers of the kernels as compiled for sm_90
-# (docs/benchmarks/kernel-resources.md); no GPU has timed them yet. 32 elements per thread: loads of
-# 16 bytes, four (bf16) or eight (fp32) in flight; 53 to 64 registers, so an SM holds two weight
-# tiles or eight activation tiles, 64 KiB of bf16 in flight, of the 29 kB that 4.8 TB/s x 0.8 us /
-# 132 SMs need. Eight warps per weight tile would need 89 to 128 registers: as many bytes in flight,
-# but half the warps to hide the arithmetic.
+# Rows and warps per tile, chosen from the kernels as compiled for sm_90 by Triton 3.9 (in brackets:
+# sm_80); the time on a GPU is not measured. None of these spills. 29 kB in flight per SM are needed
+# (4.8 TB/s x 0.8 us / 132 SMs). Rows / warps: registers, bf16 KiB in flight and warps per SM,
+# instructions per element.
+#   weight      128 / 8: 89 (sm_80: 128), 64, 16, 9.5     128 / 16: 53 (64), 64, 32, 12.8 (used)
+#               128 / 32: 39 (40), 32, 32, 19.2
+#   activation  16 / 4: 39, 48, 48, 20.1                  32 / 4: 59, 64, 32, 14.3 (used)
+#               64 / 4: 95, 80, 20, 11.3                  64 / 8: 59, 64, 32, 14.1
+#   back        16 / 4: 32, 48, 64, 10.1                  32 / 4: 40, 72, 48, 7.8 (used)
+#               64 / 4: 56, 108, 36, 6.8                  64 / 8: 40, 72, 48, 7.8
+# Fewer warps per weight tile take fewer instructions, but leave half the warps to hide them.
 QUANTIZE = {
     128: {"TILE_ROWS": 128, "num_warps": 16, "enable_fp_fusion": False},
     1: {"TILE_ROWS": 32, "num_warps": 4, "enable_fp_fusion": False},
@@ -145,6 +151,7 @@ def _dequantize_kernel(
 def quantize_blocks(x: Tensor, block: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """x (M, N) fp32, bf16 or fp16 -> q (M, N) float8_e4m3fn and scale_inv (ceil(M / rows),
     ceil(N / 128)) fp32; `block` is (rows, 128), rows 1 or 128."""
+    assert x.dim() == 2 and block in ((128, 128), (1, 128)), (x.shape, block)
     x = _with_adjacent_columns(x)
     rows, columns = x.shape
     q = torch.empty((rows, columns), dtype=torch.float8_e4m3fn, device=x.device)
@@ -167,6 +174,9 @@ def dequantize_blocks(
     q: Tensor, scale_inv: Tensor, block: tuple[int, int], dtype: torch.dtype
 ) -> Tensor:
     """q (M, N) float8_e4m3fn times the fp32 scale of its block -> (M, N) of `dtype`."""
+    blocks = tuple(triton.cdiv(size, along) for size, along in zip(q.shape, block, strict=True))
+    assert scale_inv.shape == blocks, (scale_inv.shape, q.shape, block)
+    assert scale_inv.dtype == torch.float32, scale_inv.dtype
     codes = _with_adjacent_columns(q.view(torch.uint8))
     out = torch.empty(q.shape, dtype=dtype, device=q.device)
     # Without the limit a thread would load 16 codes and, through shared memory and spilled

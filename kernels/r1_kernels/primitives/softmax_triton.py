@@ -1,5 +1,11 @@
 """Softmax statistics of rows of logits, and the gradient of the logits: one pass over memory each.
 
+Two kernels, because the gradient needs the whole row's sums: with a vocabulary spread over ranks,
+an all-gather of the 16 bytes per row that the first writes falls between them (not here, in
+`r1_kernels.vocabulary`). row_statistics reads each logit once, b bytes; logits_gradient reads it
+once more and writes its gradient, 2 or 4 bytes. Autograd around both: `r1_kernels.token_logprobs`,
+`r1_kernels.linear_head`.
+
 One program computes one row; rows of 129,280 columns keep a GPU busy from a few hundred tokens on.
 With several programs per row, a row's sums would depend on the number of rows: old and new
 log-probabilities of one token, computed in batches of different sizes, would differ in their bits.
@@ -27,19 +33,26 @@ LOG2E = tl.constexpr(math.log2(math.e))
 LN2 = tl.constexpr(math.log(2.0))
 
 # The constants below are chosen from the registers and instructions of the kernels as compiled for
-# sm_90 (docs/benchmarks/kernel-resources.md); no GPU has timed them yet. The target: an H200 needs
-# 29 kB in flight per SM to use its memory's 4.8 TB/s at a latency of 0.8 us.
+# sm_90 by Triton 3.9 (docs/benchmarks/kernel-resources.md); the time on a GPU is not measured. The
+# target: an H200 needs 29 kB in flight per SM to use its memory's 4.8 TB/s at a latency of 0.8 us.
 LOAD_BYTES = 16  # the largest load of one thread
 # Loads in flight per lane, whose elements share one update of its maximum. For bf16 on sm_90, 2, 4
 # and 8 loads take 10.2, 9.5 and 9.1 instructions per element, where memory takes as long as 12.4,
 # and 32, 64 and 128 registers: 64 KiB in flight per SM each, from 64, 32 and 16 warps. 16 warps
 # would leave a scheduler only four to hide each other's latency.
 LOADS = 4
-NARROW_LOADS = 8  # of one element each
-# One lane per thread. Short rows get fewer lanes: the end of a row costs half an iteration.
+# Of one element each, in rows that do not begin at a multiple of 16 bytes. 4, 8 and 16 of bf16: 28,
+# 32 and 39 registers, 14.8, 12.4 and 11.0 instructions, 16, 32 and 48 KiB in flight per SM.
+NARROW_LOADS = 8
+# One lane per thread. 128, 256 and 512 lanes for a whole bf16 row: 48, 64 and 64 registers, 9.4,
+# 9.5 and 9.7 instructions, 40, 32 and 32 warps per SM; without a time, nothing decides between 128
+# and 256. Short rows get fewer lanes: the end of a row costs half an iteration.
 MAX_LANES = 256
 MIN_TURNS = 4
-# 16 elements per thread: bf16 in 32 registers, so all 64 warps an SM can hold, 64 KiB in flight.
+# bf16, columns per turn / warps: registers, instructions per element, warps and KiB in flight per
+# SM. None spills.
+#     2048 / 8: 32, 8.0, 64, 32    4096 / 8: 32, 7.0, 64, 64 (used)    8192 / 8: 40, 6.8, 48, 96
+#     4096 / 4: 32, 6.8, 64, 128; on sm_100 5.4 instead of 5.0         4096 / 16: 32, 8.0, 64, 32
 GRADIENT_BLOCK = 4096
 NUM_WARPS = 8
 
@@ -77,9 +90,9 @@ def _fold(loaded, peak, total, moment, to_base2):
 
 @triton.jit
 def row_statistics_kernel(
-    logits,  # (T, V_local) any float, rows `row_stride` elements apart
-    targets,  # (T,) integers, ids of the whole vocabulary
-    statistics,  # out (4, T) fp32
+    logits,  # in: (T, V_local) any float, rows `row_stride` elements apart
+    targets,  # in: (T,) integers, ids of the whole vocabulary
+    statistics,  # out: (4, T) fp32, `vocabulary.STATISTICS`
     row_stride,
     num_rows,
     first,
@@ -137,14 +150,14 @@ def _gradient(z, row_peak, to_base2, log2_total, flat, slope, HAS_ENTROPY: tl.co
 
 @triton.jit
 def logits_gradient_kernel(
-    logits,  # (T, V_local) any float, rows `row_stride` elements apart
-    targets,  # (T,) integers, ids of the whole vocabulary
-    peak,  # (T,) fp32, largest logit
-    log_total,  # (T,) fp32
-    entropy,  # (T,) fp32
-    grad_logprobs,  # (T,) fp32
-    grad_entropy,  # (T,) fp32, read only with HAS_ENTROPY
-    gradient,  # out (T, V_local) any float; may be `logits` itself
+    logits,  # in: (T, V_local) any float, rows `row_stride` elements apart
+    targets,  # in: (T,) integers, ids of the whole vocabulary
+    peak,  # in: (T,) fp32, largest logit
+    log_total,  # in: (T,) fp32
+    entropy,  # in: (T,) fp32, read only with HAS_ENTROPY
+    grad_logprobs,  # in: (T,) fp32
+    grad_entropy,  # in: (T,) fp32, read only with HAS_ENTROPY
+    gradient,  # out: (T, V_local) any float; may be `logits` itself
     row_stride,
     gradient_stride,
     first,
@@ -200,6 +213,7 @@ def row_statistics(logits: Tensor, targets: Tensor, shard: Shard, scale: float) 
 
     logits: (T, V_local), columns adjacent in memory; targets: (T,) ids of the whole vocabulary;
     scale: 1 / temperature. Returns (4, T) fp32, `vocabulary.STATISTICS`."""
+    _check_rows(logits, targets, shard)
     rows = len(logits)
     out = torch.empty(len(STATISTICS), rows, dtype=torch.float32, device=logits.device)
     if rows:
@@ -232,6 +246,8 @@ def logits_gradient(
     """Write the gradient of the logits to `out`, in its dtype; `out` may be `logits` itself.
 
     Padding columns get 0, and so do rows whose two upstream gradients are 0."""
+    _check_rows(logits, targets, shard)
+    _check_rows(out, targets, shard)
     # The upstream gradient of a sum is expanded from one number, with stride 0.
     entropy, peak, log_total, grad_logprobs = (part.contiguous() for part in upstream[:4])
     grad_entropy = upstream.grad_entropy
@@ -261,6 +277,14 @@ def logits_gradient(
                 enable_fp_fusion=True,
             )
     return out
+
+
+def _check_rows(matrix: Tensor, targets: Tensor, shard: Shard) -> None:
+    """Assert (T, V_local) floats with adjacent columns: the kernels get a stride for rows only."""
+    about = f"{matrix.dtype} {tuple(matrix.shape)}, strides {matrix.stride()}, {shard}"
+    assert matrix.is_floating_point() and matrix.dtype != torch.float64, about
+    assert matrix.shape == (len(targets), shard.columns), about
+    assert matrix.stride(1) == 1 or shard.columns == 1 or not len(matrix), about
 
 
 def _alignment(matrix: Tensor) -> int:

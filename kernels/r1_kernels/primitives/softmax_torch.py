@@ -13,7 +13,7 @@ TILE_ELEMENTS = 1 << 20  # 4 MiB of fp32
 
 
 def row_statistics(logits: Tensor, targets: Tensor, shard: Shard, scale: float) -> Tensor:
-    """See `fused.softmax.row_statistics`; fp64 logits give fp64."""
+    """See `softmax_triton.row_statistics`; fp64 logits give fp64."""
     out = logits.new_empty(len(STATISTICS), len(logits), dtype=wide(logits.dtype))
     if not shard.real:
         out[0], out[1:] = float("-inf"), 0.0
@@ -42,7 +42,7 @@ def row_statistics(logits: Tensor, targets: Tensor, shard: Shard, scale: float) 
 def logits_gradient(
     logits: Tensor, targets: Tensor, shard: Shard, scale: float, upstream: RowUpstream, out: Tensor
 ) -> Tensor:
-    """See `fused.softmax.logits_gradient`."""
+    """See `softmax_triton.logits_gradient`."""
     entropy, peak, log_total, grad_logprobs, grad_entropy = upstream
     tiles = _tiles(logits)
     for start in tiles:

@@ -1,0 +1,7 @@
+"""The primitives, each twice: as a Triton kernel in `<stem>_triton.py` and beside it, with the same
+name and signature, in plain PyTorch in `<stem>_torch.py`. `r1_kernels.registry` lists them.
+
+A Triton file holds, in this order: the design, the constants with what chose them, the kernels, and
+the launchers. What calls them - checks of a user's arguments, chunking, the all-gather of a spread
+vocabulary, autograd.Function - is written once over either backend, in the modules above this one.
+Deterministic: no atomics, and every sum has one order."""

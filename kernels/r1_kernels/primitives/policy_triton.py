@@ -1,0 +1,277 @@
+"""The policy loss of a flat run of tokens with its derivative, and sums over packed sequences.
+
+Two kernels, because their grids differ: `policy_terms_kernel` has one program per BLOCK tokens,
+`segment_sums_kernel` one per sequence. Each reads its inputs once. policy_terms moves, per token in
+fp32, 16 bytes (log-probability, old one, advantage, weight), 4 more for each of the reference's and
+the engine's log-probabilities and the sequence's log-ratio, and writes 24 (`PolicyTerms` without
+the loss); segment_sums reads 4 bytes per token and writes 4 per sequence. There is no backward
+kernel: the derivative is known in the forward pass, and autograd multiplies it by one number
+(`r1_kernels.policy_loss`).
+
+No collective falls in either kernel. `r1_kernels.averaging` sums over ranks what segment_sums
+returns, where the tokens of a sequence are spread over a group.
+
+Each program sums its own part of the loss, in one order, and the caller adds the parts: atomics
+would add them in an order, and so with bits, that change from run to run.
+Formulae: `r1_kernels.policy_terms`."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from r1_kernels.policy_terms import (
+    KL_ESTIMATORS,
+    MAX_LOG_RATIO,
+    PolicySettings,
+    PolicyTerms,
+    TokenTensors,
+)
+
+# Chosen by registers and instructions as compiled for sm_90 by Triton 3.9; the time on a GPU is not
+# measured. With a reference, tokens per program / warps: registers, instructions per token, and
+# programs for 65,536 tokens (an H200 has 132 SMs). None spills.
+#     256 / 4: 32, 93.0, 256; loads of 8 bytes        512 / 4: 48, 78.8, 128 (used)
+#     256 / 2: 48, 78.5, 256                          1024 / 4: 92, 73.1, 64; 1024 / 8: 48, 79.0, 64
+# 4 floats per thread are one 16-byte load of each input, and 128 programs about one per SM. At most
+# 3.4 MB are moved, so the time is that of one program; with 64 programs half the SMs would idle.
+# Nothing in the code decides between 256 / 2 and 512 / 4: the same threads in other programs.
+BLOCK = 512
+NUM_WARPS = 4
+# 8 floats per thread in loads of 4 bytes, because a sequence may start at any element; adjacent
+# threads load adjacent elements, so that a warp's 128 bytes are still one line of memory. Values
+# per turn / warps: registers, instructions per value, KiB in flight per SM (29 are needed):
+#     1024 / 4: 31, 5.6, 64      2048 / 8: 31, 6.1, 64 (used)      4096 / 8: 40, 5.6, 96
+# None spills and memory is the limit of each, so nothing measured here decides between them.
+SUM_BLOCK = 2048
+SUM_WARPS = 8
+MAX_EXPONENT = tl.constexpr(MAX_LOG_RATIO)
+
+
+@triton.jit
+def _read(tensor, token, inside):
+    return tl.load(tensor + token, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _exp(x):
+    """Return e^x, its exponent capped; NaN stays NaN, which `tl.minimum` would drop."""
+    return tl.exp(tl.where(x > MAX_EXPONENT, MAX_EXPONENT, x))
+
+
+@triton.jit
+def _surrogate(
+    x,
+    logprob,
+    advantage,
+    scale,
+    clip_low,
+    clip_high,
+    dual_clip,
+    HAS_DUAL_CLIP: tl.constexpr,
+    IS_CISPO: tl.constexpr,
+):
+    """Return the surrogate, whether a clip is active, and `scale` times the surrogate's derivatives
+    by the log-ratio x and, cispo's, by the log-probability itself."""
+    ratio = _exp(x)
+    limited = tl.where(ratio < 1.0 - clip_low, 1.0 - clip_low, ratio)
+    limited = tl.where(ratio > 1.0 + clip_high, 1.0 + clip_high, limited)
+    bounded = limited * advantage
+    if IS_CISPO:
+        clipped = limited != ratio
+        surrogate = bounded * logprob
+        by_ratio = tl.zeros(x.shape, tl.float32)
+        by_logprob = scale * bounded
+    else:
+        free = ratio * advantage
+        clipped = bounded < free
+        surrogate = tl.where(clipped, bounded, free)
+        if HAS_DUAL_CLIP:
+            floor = dual_clip * advantage
+            below = (advantage < 0.0) & (surrogate < floor)
+            surrogate = tl.where(below, floor, surrogate)
+            clipped = clipped | below
+        by_ratio = tl.where(clipped | (x > MAX_EXPONENT), 0.0, scale * free)
+        by_logprob = tl.zeros(x.shape, tl.float32)
+    return surrogate, clipped, by_ratio, by_logprob
+
+
+@triton.jit
+def _kl(g, ESTIMATOR: tl.constexpr):
+    """Return estimate 1 to 3 of KL at g = ref_logprob - logprob, and its derivative by logprob."""
+    if ESTIMATOR == 1:
+        kl = -g
+        slope = tl.full(g.shape, 1.0, tl.float32)
+    elif ESTIMATOR == 2:
+        kl = 0.5 * g * g
+        slope = -g
+    else:
+        capped = tl.where(g > MAX_EXPONENT, MAX_EXPONENT, g)
+        e = tl.exp(capped)
+        kl = e - capped - 1.0
+        slope = tl.where(g > MAX_EXPONENT, 0.0, 1.0 - e)
+    return kl, slope
+
+
+@triton.jit
+def _importance(gap, seen, cap, HAS_ROLLOUT: tl.constexpr):
+    """Return min(e^gap, cap), 1 without the engine's log-probabilities, 0 where not seen."""
+    importance = tl.where(seen, 1.0, 0.0)
+    if HAS_ROLLOUT:
+        trust = _exp(gap)
+        importance = tl.where(seen, tl.where(trust > cap, cap, trust), 0.0)
+    return importance
+
+
+@triton.jit
+def _store_rows(outputs, token, num_tokens, inside, rows):
+    """Store a tuple of (BLOCK,) rows of a (rows, num_tokens) matrix."""
+    out = outputs + token
+    for i in tl.static_range(len(rows)):
+        tl.store(out, rows[i], mask=inside)
+        out += num_tokens  # row by row: 5 * num_tokens may not fit in 32 bits
+
+
+@triton.jit
+def policy_terms_kernel(
+    logprobs,  # in: (T,) any float
+    old_logprobs,  # in: (T,) any float
+    ref_logprobs,  # in: (T,) any float, read only with HAS_REF
+    rollout_logprobs,  # in: (T,) any float, read only with HAS_ROLLOUT
+    advantages,  # in: (T,) any float
+    weights,  # in: (T,) any float
+    log_ratio,  # in: (T,) any float, read only with HAS_LOG_RATIO
+    loss,  # out: (blocks,) fp32
+    outputs,  # out: (6, T) fp32: grad_ratio, grad_logprob, ratio, clipped, kl, importance
+    num_tokens,
+    clip_low,
+    clip_high,
+    dual_clip,
+    kl_beta,
+    importance_cap,
+    ESTIMATOR: tl.constexpr,
+    HAS_REF: tl.constexpr,
+    HAS_ROLLOUT: tl.constexpr,
+    HAS_LOG_RATIO: tl.constexpr,
+    HAS_DUAL_CLIP: tl.constexpr,
+    IS_CISPO: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    block = tl.program_id(0).to(tl.int64)
+    token = block * BLOCK + tl.arange(0, BLOCK)
+    inside = token < num_tokens
+    weight = _read(weights, token, inside)
+    logprob = _read(logprobs, token, inside)
+    old = _read(old_logprobs, token, inside)
+    advantage = _read(advantages, token, inside)
+    x = _read(log_ratio, token, inside) if HAS_LOG_RATIO else logprob - old
+    gap = old - _read(rollout_logprobs, token, inside) if HAS_ROLLOUT else old
+    g = _read(ref_logprobs, token, inside) - logprob if HAS_REF else logprob
+    # Tokens that do not count may hold NaN: replaced before the arithmetic, not after. A weight of
+    # NaN counts, so that it shows in the loss.
+    seen = (weight > 0.0) | (weight != weight)
+    weight = tl.where(seen, weight, 0.0)
+    advantage = tl.where(seen, advantage, 0.0)
+    x = tl.where(seen, x, 0.0)
+    importance = _importance(gap, seen, importance_cap, HAS_ROLLOUT)
+    surrogate, clipped, grad_ratio, grad_logprob = _surrogate(
+        x, tl.where(seen, logprob, 0.0), advantage, -weight * importance,
+        clip_low, clip_high, dual_clip, HAS_DUAL_CLIP, IS_CISPO,
+    )  # fmt: skip
+    total = -importance * surrogate
+    kl = tl.zeros((BLOCK,), tl.float32)
+    if HAS_REF:
+        kl, slope = _kl(tl.where(seen, g, 0.0), ESTIMATOR)
+        total += kl_beta * kl
+        by_kl = weight * kl_beta * slope  # 0 where the weight is
+        # Not 0 + by_kl: the compiler may not drop it, because of -0.
+        grad_logprob = grad_logprob + by_kl if IS_CISPO else by_kl
+    tl.store(loss + block, tl.sum(weight * total, 0))
+    ratio = tl.where(seen, _exp(x), 0.0)
+    clipped = tl.where(clipped, 1.0, 0.0)
+    rows = (grad_ratio, grad_logprob, ratio, clipped, kl, importance)
+    _store_rows(outputs, token, num_tokens, inside, rows)
+
+
+@triton.jit
+def segment_sums_kernel(
+    values,  # in: (T,) any float
+    cu_seqlens,  # in: (S + 1,) integers
+    sums,  # out: (S,) fp32
+    BLOCK: tl.constexpr,
+):
+    sequence = tl.program_id(0).to(tl.int64)
+    start = tl.load(cu_seqlens + sequence).to(tl.int64)
+    end = tl.load(cu_seqlens + sequence + 1).to(tl.int64)
+    first = values + start
+    running = tl.zeros((BLOCK,), tl.float32)
+    length = (end - start).to(tl.int32)
+    for offset in range(0, length, BLOCK):
+        token = offset + tl.arange(0, BLOCK)
+        running += tl.load(first + token, mask=token < length, other=0.0).to(tl.float32)
+    tl.store(sums + sequence, tl.sum(running, 0))
+
+
+def policy_terms(tokens: TokenTensors, settings: PolicySettings) -> PolicyTerms:
+    """Compute loss, derivatives and metrics of (T,) tokens of any stride; T may be 0."""
+    given = TokenTensors._make(t if t is None else t.contiguous() for t in tokens)
+    logprobs, old_logprobs = given.both_logprobs()
+    count = len(logprobs)
+    shapes = {name: t.shape for name, t in given._asdict().items() if t is not None}
+    assert set(shapes.values()) == {(count,)}, shapes
+    blocks = triton.cdiv(count, BLOCK)
+    device = logprobs.device
+    loss = torch.empty(blocks, dtype=torch.float32, device=device)
+    outputs = torch.empty(6, count, dtype=torch.float32, device=device)
+    if count:
+        with torch.cuda.device_of(logprobs):
+            policy_terms_kernel[(blocks,)](
+                logprobs,
+                old_logprobs,
+                _or(given.ref_logprobs, logprobs),
+                _or(given.rollout_logprobs, logprobs),
+                given.advantages,
+                given.weights,
+                _or(given.log_ratio, logprobs),
+                loss,
+                outputs,
+                count,
+                settings.clip_low,
+                settings.clip_high,
+                settings.dual_clip or 0.0,
+                settings.kl_beta,
+                float("inf") if settings.importance_cap is None else settings.importance_cap,
+                ESTIMATOR=1 + KL_ESTIMATORS.index(settings.kl_estimator),
+                HAS_REF=given.ref_logprobs is not None,
+                HAS_ROLLOUT=given.rollout_logprobs is not None,
+                HAS_LOG_RATIO=given.log_ratio is not None,
+                HAS_DUAL_CLIP=settings.dual_clip is not None,
+                IS_CISPO=settings.objective == "cispo",
+                BLOCK=BLOCK,
+                num_warps=NUM_WARPS,
+                enable_fp_fusion=True,
+            )
+    return PolicyTerms(loss, *outputs.unbind())
+
+
+def _or(tensor: Tensor | None, stand_in: Tensor) -> Tensor:
+    """Return a valid pointer for an argument that the kernel does not read."""
+    return stand_in if tensor is None else tensor
+
+
+def segment_sums(values: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """Sum (T,) values of S packed sequences with borders (S + 1,) → (S,) fp32."""
+    assert values.dim() == cu_seqlens.dim() == 1, (values.shape, cu_seqlens.shape)
+    values, cu_seqlens = values.contiguous(), cu_seqlens.contiguous()
+    sums = torch.empty(len(cu_seqlens) - 1, dtype=torch.float32, device=values.device)
+    if len(sums):
+        with torch.cuda.device_of(values):
+            segment_sums_kernel[(len(sums),)](
+                values,
+                cu_seqlens,
+                sums,
+                BLOCK=SUM_BLOCK,
+                num_warps=SUM_WARPS,
+                enable_fp_fusion=True,
+            )
+    return sums

@@ -1,0 +1,69 @@
+"""Every registered kernel beside its plain twin, and what is generated from the registry."""
+
+import importlib
+import inspect
+from pathlib import Path
+
+import pytest
+import r1_kernels
+import torch
+from formulae import near
+from r1_kernels import reference, registry
+from r1_kernels.registry import KERNELS, Sizes, primitives
+
+README = Path(__file__).parents[2] / "kernels/README.md"
+# Odd sizes: a prime number of tokens, a vocabulary and a weight that end inside a block.
+SMALL = Sizes(tokens=13, vocab=72, weight=(131, 130), sequences=3)
+
+
+def tensors(results) -> dict[str, torch.Tensor]:
+    """Return results by name. The parts of a loss are added: each backend has its own blocks."""
+    if isinstance(results, torch.Tensor):
+        return {"result": results}
+    named = results._asdict() if hasattr(results, "_asdict") else dict(enumerate(results))
+    return {k: v.sum() if k == "loss" else v for k, v in named.items()}
+
+
+def cloned(arguments: tuple) -> list:
+    """Return arguments of their own for a primitive that may overwrite one."""
+    return [a.clone() if isinstance(a, torch.Tensor) else a for a in arguments]
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
+def test_every_example_gives_the_same_in_triton_and_in_plain_pytorch(kernel):
+    torch.manual_seed(0)
+    for example in kernel.examples(SMALL, "cpu"):
+        ours, plain = (
+            tensors(getattr(primitives(backend), kernel.name)(*cloned(example.arguments)))
+            for backend in ("triton", "torch")
+        )
+        assert ours.keys() == plain.keys(), example.name
+        for name, got in ours.items():
+            # bf16 results may differ by one rounding, 2^-8; fp32 ones in the order of a sum.
+            by = 2**-7 if got.dtype == torch.bfloat16 else 1e-5
+            near(got, plain[name], rtol=by, atol=by, example=example.name, of=name, sizes=SMALL)
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
+def test_both_backends_have_one_signature(kernel):
+    ours, plain = (getattr(primitives(b), kernel.name) for b in ("triton", "torch"))
+    assert inspect.signature(ours) == inspect.signature(plain), kernel.name
+    for function, backend in ((ours, "triton"), (plain, "torch")):
+        module = importlib.import_module(f"r1_kernels.primitives.{kernel.stem}_{backend}")
+        assert function.__module__ == module.__name__
+
+
+def test_readme_has_the_registrys_table():
+    missing = f"kernels/README.md lacks this table:\n{registry.readme_table()}"
+    assert registry.readme_table() in README.read_text(), missing
+
+
+def test_the_reference_has_every_public_function_with_its_signature():
+    for name in r1_kernels.__all__:
+        public = getattr(r1_kernels, name)
+        if inspect.isfunction(public):
+            bound = getattr(reference, name)
+            assert bound.func is public and bound.keywords == {"backend": "torch"}, name
+            assert bound.__doc__ == public.__doc__, name
+    with pytest.raises(AttributeError, match="has no attribute 'softmax_loss'"):
+        _ = reference.softmax_loss
