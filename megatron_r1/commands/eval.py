@@ -15,7 +15,7 @@ from megatron_r1.evaluation.figure import write_figure
 from megatron_r1.evaluation.grading import Grader
 from megatron_r1.evaluation.identity import settings_that_matter, versions
 from megatron_r1.evaluation.policy import Decoding
-from megatron_r1.evaluation.questions import QuestionSet, digest, load_question_sets
+from megatron_r1.evaluation.prompt_sets import PromptSet, digest, load_prompt_sets
 from megatron_r1.evaluation.report import print_table, write_report
 from megatron_r1.evaluation.response import TextResponse
 from megatron_r1.evaluation.response_log import ResponseLog
@@ -45,11 +45,11 @@ def run(config: Config) -> None:
             f"eval has two models: model.path {config.model.path} and eval.server "
             f"{config.eval.server.url}. Leave one out: --model.path '' or --eval.server null"
         )
-    sets = load_question_sets(config.eval)
+    sets = load_prompt_sets(config.eval)
     run_in_folder(config, "the evaluation", lambda folder: _evaluate(config, folder, sets))
 
 
-async def _evaluate(config: Config, folder: RunFolder, sets: list[QuestionSet]) -> None:
+async def _evaluate(config: Config, folder: RunFolder, sets: list[PromptSet]) -> None:
     began = time.monotonic()
     log = ResponseLog(folder.samples_path, "eval")
     limit = config.rollout.max_response_tokens
@@ -62,21 +62,21 @@ async def _evaluate(config: Config, folder: RunFolder, sets: list[QuestionSet]) 
     try:
         grader = Grader(pool, {ACCURACY: 1.0}, rewards.options)
         seed = config.run.seed
-        sampler = Sampler(policy, grader, log, sets, seed, _audit_fields, by_question=False)
+        sampler = Sampler(policy, grader, log, sets, seed, _audit_fields, by_prompt=False)
         write_lines(folder.path / "questions.jsonl", _question_lines(sets))
-        for questions in sets:
+        for prompt_set in sets:
             try:
-                await grader.check(questions.prompts)
+                await grader.check(prompt_set.prompts)
             except UserError as error:
-                raise UserError(f"benchmark {questions.title}, {error}") from None
+                raise UserError(f"benchmark {prompt_set.title}, {error}") from None
         await sampler.run()
-        summaries = [await summarize(pool, log, questions, seed) for questions in sets]
+        summaries = [await summarize(pool, log, prompt_set, seed) for prompt_set in sets]
     finally:
         await asyncio.gather(policy.close(), pool.close())
     _write_results(config, folder, settings, summaries, time.monotonic() - began)
 
 
-def _audit_fields(questions: QuestionSet, prompt: Prompt, response: TextResponse) -> dict[str, Any]:
+def _audit_fields(prompt_set: PromptSet, prompt: Prompt, response: TextResponse) -> dict[str, Any]:
     """Return what a line of samples.jsonl has beside the response: enough to check it by hand."""
     return {
         "reward": response.reward or 0.0,  # a refusal and a failed grader count as wrong
@@ -86,11 +86,11 @@ def _audit_fields(questions: QuestionSet, prompt: Prompt, response: TextResponse
     }
 
 
-def _question_lines(sets: Sequence[QuestionSet]) -> Iterator[dict[str, Any]]:
-    for questions in sets:
-        for prompt in questions.prompts:
+def _question_lines(sets: Sequence[PromptSet]) -> Iterator[dict[str, Any]]:
+    for prompt_set in sets:
+        for prompt in prompt_set.prompts:
             yield {
-                "benchmark": questions.title,
+                "benchmark": prompt_set.title,
                 "id": prompt.id,
                 "digest": digest(prompt),
                 "kind": prompt.kind,

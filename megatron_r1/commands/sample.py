@@ -32,7 +32,7 @@ from megatron_r1.errors import RunError, UserError
 from megatron_r1.evaluation.grading import Grader
 from megatron_r1.evaluation.identity import versions
 from megatron_r1.evaluation.policy import Decoding, Policy
-from megatron_r1.evaluation.questions import QuestionSet
+from megatron_r1.evaluation.prompt_sets import PromptSet
 from megatron_r1.evaluation.response_log import ResponseLog
 from megatron_r1.evaluation.sampling import Sampler
 from megatron_r1.files import atomic_write
@@ -59,9 +59,9 @@ def check(config: Config) -> None:
 
 @dataclass(frozen=True)
 class Plan:
-    """The inputs of a recipe, read and checked. avoided: question id → why it is not sampled."""
+    """The inputs of a recipe, read and checked. avoided: prompt id → why it is not sampled."""
 
-    questions: QuestionSet
+    prompt_set: PromptSet
     avoided: dict[str, str]
     shots: Shots | None
     rendering: Rendering | None
@@ -108,7 +108,7 @@ def _plan(config: Config) -> Plan:
         tokenizer = path if (path / "config.json").is_file() else path / "hf"
         own = str(tokenizer) if config.model.path else ""
         rendering = Rendering(sample.render, config.data.template, own)
-    return Plan(QuestionSet("", prompts, sample.samples), avoided, shots, rendering, rewrite)
+    return Plan(PromptSet("", prompts, sample.samples), avoided, shots, rendering, rewrite)
 
 
 async def _sample(config: Config, folder: RunFolder, plan: Plan) -> None:
@@ -134,17 +134,17 @@ async def _sample(config: Config, folder: RunFolder, plan: Plan) -> None:
         settings = _settings_that_matter(config, policy, plan.shots)
         keep_settings(folder, config, settings, log)
         if grader is not None:
-            await grader.check(plan.questions.prompts)
+            await grader.check(plan.prompt_set.prompts)
         if judge is not None:
             await judge.check()
         sampler = Sampler(
             policy,
             grader,
             log,
-            [plan.questions],
+            [plan.prompt_set],
             config.run.seed,
-            lambda questions, prompt, response: {"kind": prompt.kind, "question": prompt.question},
-            by_question=True,
+            lambda prompt_set, prompt, response: {"kind": prompt.kind, "question": prompt.question},
+            by_prompt=True,
         )
         await sampler.run()
         await _decide(config, folder.path, plan, log, pool, grader, judge, settings)
@@ -188,7 +188,7 @@ async def _decide(
         assert judge is not None
         decide = pairs = PreferencePairs(selection, sample.pairs, judge)
         # All pairs must be judged before lengths can be balanced; the second pass uses the cache.
-        async for _ in decide_all(log, plan.questions, pairs):
+        async for _ in decide_all(log, plan.prompt_set, pairs):
             pass
         pairs.balance()
         facts = pairs.length_bias()
@@ -201,7 +201,7 @@ async def _decide(
         decide = SftExamples(selection, plan.rendering, rewriter, grader)
     counts = DecisionCounts()
     file = FILES.get(sample.output)
-    await write_outputs(log, plan.questions, decide, folder / file if file else None, counts.add)
+    await write_outputs(log, plan.prompt_set, decide, folder / file if file else None, counts.add)
     _report(folder, plan, counts, file, facts, {"filters": filters, **settings})
     if not counts.num_kept:
         raise RunError(

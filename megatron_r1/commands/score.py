@@ -27,7 +27,7 @@ from megatron_r1.data.records import describe_json_error
 from megatron_r1.errors import RunError, UserError
 from megatron_r1.files import atomic_writer
 from megatron_r1.reporting.wording import duration
-from megatron_r1.rewards.base import UNGRADED, Grade
+from megatron_r1.rewards.base import Grade
 from megatron_r1.rewards.options import FACTS, call_fields
 from megatron_r1.rewards.remote.service import ServiceError
 from megatron_r1.rewards.runtime.pool import RewardPool
@@ -126,7 +126,7 @@ class _Tally:
 
     def add(self, kind: object, grade: Grade) -> None:
         self.num_lines += 1
-        if grade.reason.startswith(UNGRADED):
+        if not grade.is_graded:
             self.num_ungraded += 1
             self.first_ungraded = self.first_ungraded or grade.reason
         elif isinstance(kind, str) and (kind in self._rewards or len(self._rewards) < MAX_KINDS):
@@ -175,17 +175,17 @@ class _LineGrader:
     async def grade(self, number: int, line: bytes | None) -> tuple[dict[str, Any], Grade]:
         """Return the line's fields and its grade; a line that is no record is a field itself."""
         if line is None:
-            return {}, _ungraded(f"line {number} is longer than {MAX_LINE_BYTES:,} bytes")
+            return {}, Grade.ungraded(f"line {number} is longer than {MAX_LINE_BYTES:,} bytes")
         if not (stripped := line.strip()):
-            return {"line": ""}, _ungraded(f"line {number} is blank")
+            return {"line": ""}, Grade.ungraded(f"line {number} is blank")
         try:
             record = json.loads(stripped)
         except (ValueError, RecursionError) as error:
             text = line.decode("utf-8", "replace").rstrip("\n")
             fault = describe_json_error(error)
-            return {"line": text}, _ungraded(f"line {number} is not JSON: {fault}")
+            return {"line": text}, Grade.ungraded(f"line {number} is not JSON: {fault}")
         if not isinstance(record, dict):
-            return {"line": record}, _ungraded(f"line {number} is not an object")
+            return {"line": record}, Grade.ungraded(f"line {number} is not an object")
         if self.kind is not None:
             record.setdefault("kind", self.kind)
         return record, await self._grade_record(record)
@@ -194,7 +194,7 @@ class _LineGrader:
         for name in ("kind", "response"):
             if not isinstance(record.get(name), str):
                 actual = f"is {type(record[name]).__name__}" if name in record else "is missing"
-                return _ungraded(f"{name!r} must be a string, it {actual}")
+                return Grade.ungraded(f"{name!r} must be a string, it {actual}")
         kind, truth = record["kind"], record.get("truth")
         fields = {name: value for name, value in record.items() if name not in RESERVED}
         facts = {name: fields.pop(name) for name in FACTS if name in fields}
@@ -203,13 +203,9 @@ class _LineGrader:
             return await self.pool.grade(kind, record["response"], truth, **arguments)
         except ServiceError as error:
             self.tally.service_failed(str(error))
-            return _ungraded(str(error))
+            return Grade.ungraded(error)
         except (ValueError, RecursionError) as error:
-            return _ungraded(str(error))
-
-
-def _ungraded(reason: str) -> Grade:
-    return Grade(0.0, f"{UNGRADED}: {reason}")
+            return Grade.ungraded(error)
 
 
 def _encode(record: dict[str, Any], grade: Grade) -> bytes:

@@ -15,38 +15,38 @@ from typing import Any
 
 from megatron_r1.curation.decision import Decision
 from megatron_r1.data.prompts import Prompt
-from megatron_r1.evaluation.questions import QuestionSet
+from megatron_r1.evaluation.prompt_sets import PromptSet
 from megatron_r1.evaluation.response import TextResponse
 from megatron_r1.evaluation.response_log import ResponseLog
 from megatron_r1.files import atomic_writer
 from megatron_r1.files.jsonl import strict
 
 WINDOW = 64
-"""Questions that are decided on concurrently."""
+"""Prompts that are decided on concurrently."""
 NOT_ASKED = "not_asked"
-"""The decision about responses to questions that the recipe no longer has, or beyond `samples`."""
+"""The decision about responses to prompts that the recipe no longer has, or beyond `samples`."""
 
 
 @dataclass(frozen=True)
-class QuestionResult:
-    """The decisions about one question and the rows written for it. decisions: one for each of a
-    question's responses. rows: lines of the output file."""
+class PromptResult:
+    """The decisions about one prompt and the rows written for it. decisions: one for each of a
+    prompt's responses. rows: lines of the output file."""
 
     decisions: Sequence[Decision]
     rows: Sequence[Mapping[str, Any]]
 
 
-Decide = Callable[[Prompt, Sequence[TextResponse]], Awaitable[QuestionResult]]
+Decide = Callable[[Prompt, Sequence[TextResponse]], Awaitable[PromptResult]]
 
 
 async def decide_all(
-    log: ResponseLog, questions: QuestionSet, decide: Decide
-) -> AsyncGenerator[tuple[list[dict[str, Any]], QuestionResult], None]:
-    """Yield (lines of samples.jsonl, result) of every question in order, WINDOW in progress."""
-    pending: deque[tuple[list[dict[str, Any]], asyncio.Future[QuestionResult]]] = deque()
-    lines_of = log.read(map(questions.key, questions.prompts), questions.num_samples)
+    log: ResponseLog, prompt_set: PromptSet, decide: Decide
+) -> AsyncGenerator[tuple[list[dict[str, Any]], PromptResult], None]:
+    """Yield (lines of samples.jsonl, result) of every prompt in order, WINDOW in progress."""
+    pending: deque[tuple[list[dict[str, Any]], asyncio.Future[PromptResult]]] = deque()
+    lines_of = log.read(map(prompt_set.key, prompt_set.prompts), prompt_set.num_samples)
     try:
-        for prompt, lines in zip(questions.prompts, lines_of, strict=True):
+        for prompt, lines in zip(prompt_set.prompts, lines_of, strict=True):
             responses = [TextResponse.from_line(line) for line in lines]
             pending.append((lines, asyncio.ensure_future(decide(prompt, responses))))
             if len(pending) == WINDOW:
@@ -63,18 +63,18 @@ async def decide_all(
 
 async def write_outputs(
     log: ResponseLog,
-    questions: QuestionSet,
+    prompt_set: PromptSet,
     decide: Decide,
     output: Path | None,
     count: Callable[[Mapping[str, Any], Decision], None],
 ) -> None:
     """Write `output`, and samples.jsonl anew with every decision; both whole or not at all. count:
     called with every response's line and the decision about it."""
-    keys = {questions.key(prompt) for prompt in questions.prompts}
+    keys = {prompt_set.key(prompt) for prompt in prompt_set.prompts}
     async with contextlib.AsyncExitStack() as stack:
         kept = stack.enter_context(atomic_writer(output)) if output else None
         samples = stack.enter_context(atomic_writer(log.path))
-        results = decide_all(log, questions, decide)
+        results = decide_all(log, prompt_set, decide)
         await stack.enter_async_context(contextlib.aclosing(results))
         async for lines, result in results:
             for line, decision in zip(lines, result.decisions, strict=True):
@@ -82,7 +82,7 @@ async def write_outputs(
                 samples.write(_encode(line | {"decision": decision.code, "why": decision.why}))
             if kept is not None:
                 kept.writelines(map(_encode, result.rows))
-        for line in log.read_others(keys, questions.num_samples):
+        for line in log.read_others(keys, prompt_set.num_samples):
             samples.write(_encode(line | {"decision": NOT_ASKED, "why": ""}))
 
 

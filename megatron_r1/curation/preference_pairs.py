@@ -15,7 +15,7 @@ from megatron_r1.config.sample import PairsConfig
 from megatron_r1.curation.decision import CHOSEN, REJECTED, UNGRADED, Decision
 from megatron_r1.curation.judges import ResponseJudge
 from megatron_r1.curation.length_balance import log_ratio, pairs_to_drop
-from megatron_r1.curation.outputs import QuestionResult
+from megatron_r1.curation.outputs import PromptResult
 from megatron_r1.curation.selection import Selection
 from megatron_r1.data.prompts import Prompt
 from megatron_r1.evaluation.response import TextResponse
@@ -23,7 +23,7 @@ from megatron_r1.rewards.judge import Comparison
 from megatron_r1.rewards.remote.service import Ungradable
 
 PairId = tuple[str, int, int]
-"""Question id and the indices of the two responses."""
+"""Prompt id and the indices of the two responses."""
 
 
 class PreferencePairs:
@@ -38,7 +38,7 @@ class PreferencePairs:
         self._failed: dict[tuple[str, str, str], Ungradable] = {}
         """Not judged again: a pair that succeeded in the second pass would not be balanced."""
 
-    async def __call__(self, prompt: Prompt, responses: Sequence[TextResponse]) -> QuestionResult:
+    async def __call__(self, prompt: Prompt, responses: Sequence[TextResponse]) -> PromptResult:
         decisions = await self._selection.drops(prompt, responses)
         by_index = {r.index: r for r in responses if r.index not in decisions}
         shown: dict[int, str] = {}
@@ -58,7 +58,7 @@ class PreferencePairs:
             decided, row = self._conclude(prompt, by_index[i], by_index[j], shown, outcome)
             decisions |= decided
             rows += row
-        return QuestionResult([decisions[response.index] for response in responses], rows)
+        return PromptResult([decisions[response.index] for response in responses], rows)
 
     def balance(self) -> None:
         """Drop pairs until the mean log ratio is within `max_length_bias`."""

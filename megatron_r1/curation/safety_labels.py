@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from megatron_r1.curation.decision import SAFE, UNGRADED, UNSAFE, Decision
 from megatron_r1.curation.judges import ResponseJudge
-from megatron_r1.curation.outputs import QuestionResult
+from megatron_r1.curation.outputs import PromptResult
 from megatron_r1.curation.selection import Selection
 from megatron_r1.data.prompts import Prompt
 from megatron_r1.evaluation.response import TextResponse
@@ -23,7 +23,7 @@ class SafetyLabels:
     def __init__(self, selection: Selection, judge: ResponseJudge) -> None:
         self._selection, self._judge = selection, judge
 
-    async def __call__(self, prompt: Prompt, responses: Sequence[TextResponse]) -> QuestionResult:
+    async def __call__(self, prompt: Prompt, responses: Sequence[TextResponse]) -> PromptResult:
         drops = await self._selection.drops(prompt, responses)
         judged = await asyncio.gather(
             *(self._label(prompt.question, r, drops.get(r.index)) for r in responses)
@@ -39,7 +39,7 @@ class SafetyLabels:
             for response, (decision, share) in zip(responses, judged, strict=True)
             if decision.is_kept
         ]
-        return QuestionResult([decision for decision, _ in judged], rows)
+        return PromptResult([decision for decision, _ in judged], rows)
 
     async def _label(
         self, question: str, response: TextResponse, dropped: Decision | None

@@ -6,7 +6,7 @@ from typing import Any
 
 from megatron_r1.curation.cache import ResultCache
 from megatron_r1.curation.decision import KEPT, NOT_CHOSEN, Decision
-from megatron_r1.curation.outputs import QuestionResult
+from megatron_r1.curation.outputs import PromptResult
 from megatron_r1.curation.rendering import Rendering
 from megatron_r1.curation.selection import Selection
 from megatron_r1.curation.user_function import UserFunction
@@ -50,7 +50,7 @@ class SftExamples:
         self._selection, self._rendering = selection, rendering
         self._rewriter, self._grader = rewriter, grader
 
-    async def __call__(self, prompt: Prompt, responses: Sequence[TextResponse]) -> QuestionResult:
+    async def __call__(self, prompt: Prompt, responses: Sequence[TextResponse]) -> PromptResult:
         decisions = await self._selection.drops(prompt, responses)
         passed = [response for response in responses if response.index not in decisions]
         limit = self._selection.keep.per_prompt or len(responses)
@@ -64,7 +64,7 @@ class SftExamples:
             decisions[response.index] = decision
             num_kept += decision.is_kept
             rows += row
-        return QuestionResult([decisions[response.index] for response in responses], rows)
+        return PromptResult([decisions[response.index] for response in responses], rows)
 
     async def _example(
         self, prompt: Prompt, response: TextResponse

@@ -1,4 +1,7 @@
-"""Questions with their truths, split into train and held-out.
+"""Prompts: questions with their truths, split into train and held-out.
+
+A *prompt* is one item to respond to. Its *question* is the text that a data set has for it; a
+template (`templates`) makes of it the text, and then the token ids, that the policy continues.
 
 A question is held out or not by the hash of its text alone. So the two sides stay disjoint for any
 seed, size, order and file: a base model trained on one set of questions has not seen the held-out
@@ -15,12 +18,10 @@ from typing import Any
 from megatron_r1.data.records import missing, read_records, require_text
 from megatron_r1.data.tasks import generate_items
 from megatron_r1.errors import UserError
-from megatron_r1.rewards import resolve
+from megatron_r1.rewards import WITHOUT_TRUTH, resolve
 
 RESERVED_FIELDS = ("response", "truth", "kind")
 COLUMNS = "data.columns"
-WITHOUT_TRUTH = ("helpful", "logic", "safety")
-"""Rewards without a truth: they compare with nothing, or with a field of their own."""
 
 
 @dataclass(frozen=True)

@@ -26,8 +26,10 @@ class Grader:
         )
         reward = combine(grades, self._weights)
         if failed := [t for t in reward.ungraded if t == ACCURACY or self._weights.get(t)]:
-            return replace(response, rewards={}, reward=None, reason=grades[failed[0]].reason)
-        return replace(response, rewards=reward.terms, reward=reward.total, reason=reward.reason)
+            reason = grades[failed[0]].reason
+            return replace(response, rewards={}, reward=None, reason=reason, is_ungraded=True)
+        rewards, total, reason = reward.terms, reward.total, reward.reason
+        return replace(response, rewards=rewards, reward=total, reason=reason, is_ungraded=False)
 
     async def check(self, prompts: Sequence[Prompt]) -> None:
         """Raise UserError for a reward that cannot be used."""

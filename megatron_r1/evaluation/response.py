@@ -20,7 +20,7 @@ class TextResponse:
     not report it. truncated: cut at the limit of tokens. opened: the prompt ended with `<think>`.
     refusal: why the policy gave no response, else "". index: among the question's samples.
     rewards: term → [0, 1], empty while ungraded. reward: their weighted sum. reason: the graders'
-    reasons; it begins with `UNGRADED` where one of them failed.
+    reasons. is_ungraded: a grader was called and failed.
     """
 
     text: str
@@ -32,11 +32,7 @@ class TextResponse:
     rewards: Mapping[str, float] = field(default_factory=dict)
     reward: float | None = None
     reason: str = ""
-
-    @property
-    def is_ungraded(self) -> bool:
-        """Whether a grader was called and failed."""
-        return self.reason.startswith(UNGRADED)
+    is_ungraded: bool = False
 
     @property
     def length(self) -> int:
@@ -68,10 +64,17 @@ class TextResponse:
             "rewards": dict(self.rewards),
             "reward": self.reward,
             "reason": self.reason,
+            "ungraded": self.is_ungraded,
         }
 
     @classmethod
     def from_line(cls, line: Mapping[str, Any]) -> TextResponse:
         """The inverse of `to_line`."""
         names = ("truncated", "opened", "refusal", "index", "rewards", "reward", "reason")
-        return cls(line["response"], line["length"], **{name: line[name] for name in names})
+        fields = {name: line[name] for name in names}
+        return cls(line["response"], line["length"], **fields, is_ungraded=is_ungraded(line))
+
+
+def is_ungraded(line: Mapping[str, Any]) -> bool:
+    """Whether the grader of a line of samples.jsonl failed; older lines say so in the reason."""
+    return line.get("ungraded", line["reason"].startswith(UNGRADED))

@@ -1,7 +1,7 @@
 """samples.jsonl of `eval` and `sample`: a line per graded response, in the order of completion.
 
 Of two lines about the same response the later counts, so that a response whose grader failed can be
-graded again. The texts stay on disk: 800 thousand questions take about 250 MB of memory.
+graded again. The texts stay on disk: 800 thousand prompts take about 250 MB of memory.
 """
 
 import json
@@ -12,39 +12,39 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_r1.errors import UserError
+from megatron_r1.evaluation.response import is_ungraded
 from megatron_r1.files.jsonl import read_lines, whole_lines
 from megatron_r1.files.line_writer import LineWriter
-from megatron_r1.rewards.base import UNGRADED
 
-QuestionKey = tuple[str, str]
-"""(benchmark, question id); the benchmark is "" in lines of `sample`."""
+PromptKey = tuple[str, str]
+"""(benchmark, prompt id); the benchmark is "" in lines of `sample`."""
 TEXT = rb'"(?:[^"\\]|\\.)*"'
 LINE_START = re.compile(rb'\{(?:"benchmark": (%s), )?"id": (%s)' % (TEXT, TEXT))
 
 
 class ResponseLog:
     """`add` returns at once; lines are written together and are durable when `close` returns.
-    digests: question → digest of everything that its grades depend on. ungraded: (question, index)
+    digests: prompt → digest of everything that its grades depend on. ungraded: (prompt, index)
     of the responses whose grader failed."""
 
     def __init__(self, path: Path, command: Literal["eval", "sample"]) -> None:
         """Raises UserError for a file that another command wrote."""
         self.path, self._command = path, command
-        self.digests: dict[QuestionKey, str] = {}
-        self.ungraded: set[tuple[QuestionKey, int]] = set()
-        self._indices: dict[QuestionKey, int] = {}  # a bit for each index
+        self.digests: dict[PromptKey, str] = {}
+        self.ungraded: set[tuple[PromptKey, int]] = set()
+        self._indices: dict[PromptKey, int] = {}  # a bit for each index
         self._writer = LineWriter(path)
         for line in read_lines(path):
             self._remember(line)
 
-    def __contains__(self, response: tuple[QuestionKey, int]) -> bool:
-        question, index = response
-        return bool(self._indices.get(question, 0) >> index & 1)
+    def __contains__(self, response: tuple[PromptKey, int]) -> bool:
+        prompt, index = response
+        return bool(self._indices.get(prompt, 0) >> index & 1)
 
-    def count(self, questions: Iterable[QuestionKey], num_samples: int) -> int:
-        """Return how many of the questions' first `num_samples` responses are logged."""
+    def count(self, prompts: Iterable[PromptKey], num_samples: int) -> int:
+        """Return how many of the prompts' first `num_samples` responses are logged."""
         mask = (1 << num_samples) - 1
-        return sum((self._indices.get(question, 0) & mask).bit_count() for question in questions)
+        return sum((self._indices.get(prompt, 0) & mask).bit_count() for prompt in prompts)
 
     def add(self, line: Mapping[str, Any]) -> None:
         """Append a line, which begins with the keys benchmark (of `eval`) and id and has those of
@@ -54,34 +54,32 @@ class ResponseLog:
         self._writer.add(line)
 
     def read(
-        self, questions: Iterable[QuestionKey], num_samples: int
+        self, prompts: Iterable[PromptKey], num_samples: int
     ) -> Iterator[list[dict[str, Any]]]:
-        """Yield, for each question in turn, the lines of its first `num_samples` responses by
-        index. One question's lines are in memory at a time."""
+        """Yield, for each prompt in turn, the lines of its first `num_samples` responses by
+        index. One prompt's lines are in memory at a time."""
         if not self.path.exists():
-            yield from ([] for _ in questions)
+            yield from ([] for _ in prompts)
             return
-        offsets: dict[QuestionKey, array[int]] = {}
+        offsets: dict[PromptKey, array[int]] = {}
         with self.path.open("rb") as file:
             for offset, raw in whole_lines(file):
                 offsets.setdefault(_key_of(raw), array("q")).append(offset)
-            for question in questions:
+            for prompt in prompts:
                 lines: dict[int, dict[str, Any]] = {}
-                for offset in offsets.get(question, ()):
+                for offset in offsets.get(prompt, ()):
                     file.seek(offset)
                     line = json.loads(file.readline())
                     lines[line["index"]] = line
                 yield [lines[index] for index in sorted(lines) if index < num_samples]
 
-    def read_others(
-        self, questions: Set[QuestionKey], num_samples: int
-    ) -> Iterator[dict[str, Any]]:
+    def read_others(self, prompts: Set[PromptKey], num_samples: int) -> Iterator[dict[str, Any]]:
         """Yield the lines that `read` leaves out; a later recipe may use them again."""
         num_logged = sum(indices.bit_count() for indices in self._indices.values())
-        if self.count(questions, num_samples) == num_logged:
+        if self.count(prompts, num_samples) == num_logged:
             return  # the usual case: the file need not be read again
         for line in read_lines(self.path):
-            if _key(line) not in questions or line["index"] >= num_samples:
+            if _key(line) not in prompts or line["index"] >= num_samples:
                 yield line
 
     async def close(self) -> None:
@@ -89,10 +87,10 @@ class ResponseLog:
 
     def _remember(self, line: Mapping[str, Any]) -> None:
         try:
-            question, index = _key(line), line["index"]
-            self._indices[question] = self._indices.get(question, 0) | 1 << index
-            self.digests[question] = line["digest"]
-            is_ungraded = line["reason"].startswith(UNGRADED)
+            prompt, index = _key(line), line["index"]
+            self._indices[prompt] = self._indices.get(prompt, 0) | 1 << index
+            self.digests[prompt] = line["digest"]
+            failed = is_ungraded(line)
             is_ours = ("benchmark" in line) == (self._command == "eval")
         except (KeyError, TypeError, AttributeError):
             is_ours = False
@@ -101,16 +99,16 @@ class ResponseLog:
                 f"{self.path} has a line that `{self._command}` did not write "
                 f"({', '.join(line)}): run.folder must be a folder of its own"
             )
-        (self.ungraded.add if is_ungraded else self.ungraded.discard)((question, index))
+        (self.ungraded.add if failed else self.ungraded.discard)((prompt, index))
 
 
-def _key(line: Mapping[str, Any]) -> QuestionKey:
+def _key(line: Mapping[str, Any]) -> PromptKey:
     return line.get("benchmark", ""), line["id"]
 
 
-def _key_of(line: bytes) -> QuestionKey:
+def _key_of(line: bytes) -> PromptKey:
     """Return the key of an encoded line from its first fields: decoding all of it takes longer."""
     match = LINE_START.match(line)
     assert match, f"a line of samples.jsonl begins with {line[:40]!r}"
-    benchmark, question = match.groups()
-    return json.loads(benchmark or b'""'), json.loads(question)
+    benchmark, prompt = match.groups()
+    return json.loads(benchmark or b'""'), json.loads(prompt)

@@ -12,42 +12,42 @@ from megatron_r1.errors import UserError
 from megatron_r1.evaluation.grading import Grader
 from megatron_r1.evaluation.policy import Policy
 from megatron_r1.evaluation.progress import Progress
-from megatron_r1.evaluation.questions import QuestionSet, digest
+from megatron_r1.evaluation.prompt_sets import PromptSet, digest
 from megatron_r1.evaluation.response import TextResponse
-from megatron_r1.evaluation.response_log import QuestionKey, ResponseLog
+from megatron_r1.evaluation.response_log import PromptKey, ResponseLog
 
 MAX_UNGRADED = 20
-"""Failures of a grader on one kind of question, before its first success, that stop the run."""
+"""Failures of a grader on one kind of prompt, before its first success, that stop the run."""
 MAX_GRADING = 4
 """Responses in grading for each one in sampling; beyond that, sampling waits."""
 
-Job = tuple[QuestionSet, Prompt, int]
-Details = Callable[[QuestionSet, Prompt, TextResponse], dict[str, Any]]
+Job = tuple[PromptSet, Prompt, int]
+Details = Callable[[PromptSet, Prompt, TextResponse], dict[str, Any]]
 
 
 class Sampler:
-    """Samples every question `num_samples` times. Only what is in progress is in memory."""
+    """Samples every prompt `num_samples` times. Only what is in progress is in memory."""
 
     def __init__(
         self,
         policy: Policy,
         grader: Grader | None,
         log: ResponseLog,
-        sets: Sequence[QuestionSet],
+        sets: Sequence[PromptSet],
         seed: int,
         details: Details,
         *,
-        by_question: bool,
+        by_prompt: bool,
     ) -> None:
         """grader: None to log responses ungraded. details: more fields for a response's line.
-        by_question: all samples of a question in a row, so that the engine can reuse its prompt's
-        cache; otherwise first samples of all questions come first.
+        by_prompt: all samples of a prompt in a row, so that the engine can reuse its
+        cache; otherwise first samples of all prompts come first.
 
-        Raises UserError if the log has responses to other versions of the questions.
+        Raises UserError if the log has responses to other versions of the prompts.
         """
         self._policy, self._grader, self._log = policy, grader, log
         self._sets, self._seed, self._details = sets, seed, details
-        self._by_question, self._progress = by_question, Progress()
+        self._by_prompt, self._progress = by_prompt, Progress()
         self._grading_slots = asyncio.Semaphore(MAX_GRADING * policy.concurrency)
         self._num_ungraded: Counter[str] = Counter()
         self._gradable: set[str] = set()
@@ -85,26 +85,26 @@ class Sampler:
         await self._policy.close()  # voting and deciding need no engine
 
     def _missing(self) -> Iterator[Job]:
-        most = max(questions.num_samples for questions in self._sets)
-        if self._by_question:
+        most = max(prompt_set.num_samples for prompt_set in self._sets)
+        if self._by_prompt:
             jobs = ((s, p, i) for s in self._sets for p in s.prompts for i in range(s.num_samples))
         else:
             sets = ((s, i) for i in range(most) for s in self._sets if i < s.num_samples)
             jobs = ((s, p, i) for s, i in sets for p in s.prompts)
-        for questions, prompt, index in jobs:
-            if (questions.key(prompt), index) not in self._log:
-                yield questions, prompt, index
+        for prompt_set, prompt, index in jobs:
+            if (prompt_set.key(prompt), index) not in self._log:
+                yield prompt_set, prompt, index
 
     async def _sample(self, jobs: Iterator[Job], grading: asyncio.TaskGroup) -> None:
-        for questions, prompt, index in jobs:
+        for prompt_set, prompt, index in jobs:
             if self._broken_grader:
                 return
-            seed = sample_seed(self._seed, questions.key(prompt), index)
+            seed = sample_seed(self._seed, prompt_set.key(prompt), index)
             response = await self._policy.respond(prompt.question, seed)
-            # The next question is sampled while this response is graded.
+            # The next prompt is sampled while this response is graded.
             await self._grading_slots.acquire()
             response = replace(response, index=index)
-            grading.create_task(self._finish(questions, prompt, response, seed, new=True))
+            grading.create_task(self._finish(prompt_set, prompt, response, seed, new=True))
 
     async def _grade_again(self, grading: asyncio.TaskGroup) -> None:
         """Grade the logged responses whose grader failed the last time."""
@@ -112,40 +112,42 @@ class Sampler:
             return
         ungraded = set(self._log.ungraded)
         keys = {key for key, _ in ungraded}
-        for questions in self._sets:
-            prompts = [prompt for prompt in questions.prompts if questions.key(prompt) in keys]
-            lines_of = self._log.read(map(questions.key, prompts), questions.num_samples)
+        for prompt_set in self._sets:
+            prompts = [prompt for prompt in prompt_set.prompts if prompt_set.key(prompt) in keys]
+            lines_of = self._log.read(map(prompt_set.key, prompts), prompt_set.num_samples)
             logged = ((p, line) for p, of in zip(prompts, lines_of, strict=True) for line in of)
             for prompt, line in logged:
-                if (questions.key(prompt), line["index"]) in ungraded:
+                if (prompt_set.key(prompt), line["index"]) in ungraded:
                     await self._grading_slots.acquire()
                     finish = self._finish(
-                        questions, prompt, TextResponse.from_line(line), line["seed"], new=False
+                        prompt_set, prompt, TextResponse.from_line(line), line["seed"], new=False
                     )
                     grading.create_task(finish)
 
     async def _finish(
-        self, questions: QuestionSet, prompt: Prompt, response: TextResponse, seed: int, new: bool
+        self, prompt_set: PromptSet, prompt: Prompt, response: TextResponse, seed: int, new: bool
     ) -> None:
         """Grade and log one response."""
         try:
             if self._grader is not None and not response.refusal:
                 response = await self._grader.grade(prompt, response)
-                self._count_failures(questions, prompt, response)
+                self._count_failures(prompt_set, prompt, response)
         finally:
             self._grading_slots.release()
-        line: dict[str, Any] = {"benchmark": questions.title} if questions.title else {}
+        line: dict[str, Any] = {"benchmark": prompt_set.title} if prompt_set.title else {}
         line |= {"id": prompt.id, "digest": digest(prompt), "seed": seed}
-        self._log.add(line | response.to_line() | self._details(questions, prompt, response))
+        self._log.add(line | response.to_line() | self._details(prompt_set, prompt, response))
         if new:
             self.num_done += 1
             self._progress(self.num_done, self.num_wanted)
 
     def _count_failures(
-        self, questions: QuestionSet, prompt: Prompt, response: TextResponse
+        self, prompt_set: PromptSet, prompt: Prompt, response: TextResponse
     ) -> None:
         """Stop sampling if a grader fails on everything: its zeros are not the model's."""
-        name = f"benchmark {questions.title}" if questions.title else f"questions of {prompt.kind}"
+        name = (
+            f"benchmark {prompt_set.title}" if prompt_set.title else f"questions of {prompt.kind}"
+        )
         if not response.is_ungraded:
             self._gradable.add(name)
         elif name not in self._gradable:
@@ -156,12 +158,12 @@ class Sampler:
                 )
 
     def _refuse_other_versions(self) -> None:
-        for questions in self._sets:
-            for prompt in questions.prompts:
-                logged = self._log.digests.get(questions.key(prompt))
+        for prompt_set in self._sets:
+            for prompt in prompt_set.prompts:
+                logged = self._log.digests.get(prompt_set.key(prompt))
                 if logged is not None and logged != digest(prompt):
-                    label = "give the benchmark another label, " if questions.title else ""
-                    where = f"benchmark {questions.title}, " if questions.title else ""
+                    label = "give the benchmark another label, " if prompt_set.title else ""
+                    where = f"benchmark {prompt_set.title}, " if prompt_set.title else ""
                     raise UserError(
                         f"{self._log.path} has responses to another version of {where}question "
                         f"{prompt.id} ({prompt.question[:60]!r}): its text, kind, truth or fields "
@@ -169,7 +171,7 @@ class Sampler:
                     )
 
 
-def sample_seed(seed: int, question: QuestionKey, index: int) -> int:
+def sample_seed(seed: int, prompt: PromptKey, index: int) -> int:
     """Return 31 bits that depend on the sample alone, not on what was sampled before it."""
-    text = "/".join(part for part in (str(seed), *question, str(index)) if part)
+    text = "/".join(part for part in (str(seed), *prompt, str(index)) if part)
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") >> 1

@@ -34,7 +34,7 @@ class Usage(msgspec.Struct):
     completion_tokens: int | None = None
 
 
-class Reply(msgspec.Struct):
+class Completion(msgspec.Struct):
     choices: list[Choice]
     usage: Usage | None = None
 
@@ -61,7 +61,7 @@ class ServerPolicy:
         self._template = template
         path = "/chat/completions" if self._chat else "/completions"
         probe = self._body(TINY_QUESTION, 0) | {"max_tokens": 1}
-        self._service = Service(server, server.api_base + path, Reply, probe)
+        self._service = Service(server, server.api_base + path, Completion, probe)
         self._takes_limits = False
         self.concurrency = server.concurrency
         # The address is not part of it: a server may restart on another node.

@@ -11,7 +11,8 @@ from typing import Any
 
 from megatron_r1.data.prompts import Prompt
 from megatron_r1.evaluation.estimators import Estimate, estimate, pass_at_k, powers_up_to, subsets
-from megatron_r1.evaluation.questions import QuestionSet
+from megatron_r1.evaluation.prompt_sets import PromptSet
+from megatron_r1.evaluation.response import is_ungraded
 from megatron_r1.evaluation.response_log import ResponseLog
 from megatron_r1.evaluation.voting import (
     Vote,
@@ -20,7 +21,6 @@ from megatron_r1.evaluation.voting import (
     read_vote,
     score_of_majority,
 )
-from megatron_r1.rewards.base import UNGRADED
 from megatron_r1.rewards.runtime.pool import RewardPool
 
 
@@ -56,35 +56,35 @@ class Graded:
 
     @classmethod
     def from_line(cls, line: Mapping[str, Any]) -> Graded:
-        is_ungraded = line["reason"].startswith(UNGRADED)
         vote = read_vote(line["response"], line["opened"])
-        return cls(float(line["reward"]), line["length"], line["truncated"], is_ungraded, vote)
+        reward, failed = float(line["reward"]), is_ungraded(line)
+        return cls(reward, line["length"], line["truncated"], failed, vote)
 
 
 async def summarize(
-    pool: RewardPool, log: ResponseLog, question_set: QuestionSet, seed: int
+    pool: RewardPool, log: ResponseLog, prompt_set: PromptSet, seed: int
 ) -> Summary:
     """Summarize a benchmark, whose samples must all be in the log. seed: of the resampling."""
-    lines_of = log.read(map(question_set.key, question_set.prompts), question_set.num_samples)
-    questions = [[Graded.from_line(line) for line in lines] for lines in lines_of]
-    samples = [sample for question in questions for sample in question]
+    lines_of = log.read(map(prompt_set.key, prompt_set.prompts), prompt_set.num_samples)
+    groups = [[Graded.from_line(line) for line in lines] for lines in lines_of]
+    samples = [sample for group in groups for sample in group]
 
     def mean(measure: Callable[[Sequence[Graded]], float]) -> Estimate:
-        return estimate([measure(question) for question in questions], seed)
+        return estimate([measure(group) for group in groups], seed)
 
-    sizes = powers_up_to(question_set.num_samples)
+    sizes = powers_up_to(prompt_set.num_samples)
     passes = {k: mean(partial(_pass, k=k)) for k in sizes}
-    votes = await _votes(pool, question_set.prompts, questions, sizes, seed)
-    metrics = {"pass@1": mean(lambda question: fmean(s.reward for s in question))}
+    votes = await _votes(pool, prompt_set.prompts, groups, sizes, seed)
+    metrics = {"pass@1": mean(lambda group: fmean(s.reward for s in group))}
     metrics |= {f"pass@{k}": value for k, value in passes.items() if k > 1}
     # cons@1 is pass@1: the majority of one answer is that answer.
     metrics |= {f"cons@{k}": value for k, value in votes.items() if k > 1}
-    lengths = [[s.length for s in question if s.length is not None] for question in questions]
+    lengths = [[s.length for s in group if s.length is not None] for group in groups]
     if all(lengths):
         metrics["length"] = estimate([fmean(of_question) for of_question in lengths], seed)
-    metrics["truncated"] = mean(lambda question: fmean(s.truncated for s in question))
+    metrics["truncated"] = mean(lambda group: fmean(s.truncated for s in group))
     counts = {
-        "questions": len(questions),
+        "questions": len(groups),
         "samples": len(samples),
         "right": sum(s.reward == 1.0 for s in samples),
         "truncated": sum(s.truncated for s in samples),
@@ -93,37 +93,37 @@ async def summarize(
     }
     if votes:
         counts["without_answer"] = sum(s.vote is None for s in samples)
-    return Summary(question_set.title, question_set.num_samples, metrics, counts, passes, votes)
+    return Summary(prompt_set.title, prompt_set.num_samples, metrics, counts, passes, votes)
 
 
-def _pass(question: Sequence[Graded], k: int) -> float:
+def _pass(group: Sequence[Graded], k: int) -> float:
     """Return pass@k of one question; a sample with partial credit has not passed."""
-    return pass_at_k(len(question), sum(s.reward == 1.0 for s in question), k)
+    return pass_at_k(len(group), sum(s.reward == 1.0 for s in group), k)
 
 
 async def _votes(
     pool: RewardPool,
     prompts: Sequence[Prompt],
-    questions: Sequence[Sequence[Graded]],
+    groups: Sequence[Sequence[Graded]],
     sizes: Sequence[int],
     seed: int,
 ) -> dict[int, Estimate]:
     """Return k → cons@k; empty if some responses have no answer that can be compared."""
     if not all(can_vote(prompt.kind) for prompt in prompts):
         return {}
-    rewards = [[sample.reward for sample in question] for question in questions]
-    groups = await asyncio.gather(
+    rewards = [[sample.reward for sample in group] for group in groups]
+    answer_groups = await asyncio.gather(
         *(
-            group_answers(pool, prompt.kind, [sample.vote for sample in question], scores)
-            for prompt, question, scores in zip(prompts, questions, rewards, strict=True)
+            group_answers(pool, prompt.kind, [sample.vote for sample in group], scores)
+            for prompt, group, scores in zip(prompts, groups, rewards, strict=True)
         )
     )
     curve = {}
     for size in sizes:
-        chosen = subsets(len(questions[0]), size, seed)
+        chosen = subsets(len(groups[0]), size, seed)
         scores = [
             fmean(score_of_majority([of[i] for i in s], [scored[i] for i in s]) for s in chosen)
-            for of, scored in zip(groups, rewards, strict=True)
+            for of, scored in zip(answer_groups, rewards, strict=True)
         ]
         curve[size] = estimate(scores, seed)
     return curve

@@ -1,4 +1,4 @@
-"""Rewards: one file or folder per reward, one line per reward in `REGISTRY`.
+"""Rewards: one file or folder per reward, one line per reward in a table of this file.
 
 A reward is a pure function `grade(response: str, truth, **entry) -> Grade`, where `entry` holds the
 prompt's other fields. It runs in a worker process of `runtime.pool.RewardPool`, so its module may
@@ -9,23 +9,31 @@ import sys
 from collections.abc import Awaitable, Callable
 
 from megatron_r1.errors import UserError, did_you_mean
-from megatron_r1.rewards.base import UNGRADED, Grade
+from megatron_r1.rewards.base import Grade
 
-REGISTRY: dict[str, str] = {
-    "code": "megatron_r1.rewards.code:grade",
+FORM_REWARDS: dict[str, str] = {
     "conciseness": "megatron_r1.rewards.conciseness:grade",
     "format": "megatron_r1.rewards.format:grade",
     "language": "megatron_r1.rewards.language:grade",
-    "logic": "megatron_r1.rewards.logic:grade",
-    "math": "megatron_r1.rewards.math:grade",
     "repetition": "megatron_r1.rewards.repetition:grade",
 }
+"""Rewards of the response alone: as a term they get no truth, and only those fields that they name,
+which saves sending the workers a code prompt's megabytes of tests."""
+REGISTRY: dict[str, str] = {
+    **FORM_REWARDS,
+    "code": "megatron_r1.rewards.code:grade",
+    "logic": "megatron_r1.rewards.logic:grade",
+    "math": "megatron_r1.rewards.math:grade",
+}
+"""Rewards that run in worker processes: the short name of each with its function."""
 REMOTE: dict[str, str] = {
     "helpful": "megatron_r1.rewards.reward_model:Helpful",
     "judge": "megatron_r1.rewards.judge:Judge",
     "safety": "megatron_r1.rewards.reward_model:Safety",
 }
 """Rewards that request a served model: a class each (`remote.runner.RemoteReward`), no worker."""
+WITHOUT_TRUTH = ("helpful", "logic", "safety")
+"""Rewards whose rows need no truth: they compare with nothing, or with a field of their own."""
 
 
 def resolve(kind: str) -> str:
@@ -48,16 +56,13 @@ def resolve(kind: str) -> str:
     )
 
 
-async def find_fault(kind: str, truth: object, grade: Callable[[str], Awaitable[Grade]]) -> str:
-    """Return why a reward cannot be used, beginning with `base.UNGRADED`, or "" if it can.
+async def try_reward(kind: str, truth: object, grade: Callable[[str], Awaitable[Grade]]) -> Grade:
+    """Return a trial's grade, whose `is_graded` says whether the reward can be used.
 
     grade: the reward `kind` with all arguments but the response. A user's own may raise where there
     is no answer; one that also raises on a well-formed answer is broken, or called wrongly.
     """
-    reason = (await grade("")).reason
-    if reason.startswith(UNGRADED) and kind not in REGISTRY | REMOTE:
-        reason = (await grade(f"<think>I think.</think>\n<answer>{truth}</answer>")).reason
-    return reason if reason.startswith(UNGRADED) else ""
-
-
-__all__ = ["REGISTRY", "REMOTE", "Grade", "find_fault", "resolve"]
+    trial = await grade("")
+    if not trial.is_graded and kind not in REGISTRY | REMOTE:
+        trial = await grade(f"<think>I think.</think>\n<answer>{truth}</answer>")
+    return trial

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 MAX_REASON_CHARS = 500
 UNGRADED = "cannot be graded"
-"""The start of a grade's reason where the reward function itself raised."""
+"""The start of the reason of a grade that is none (`Grade.ungraded`)."""
 
 
 @dataclass(frozen=True)
@@ -12,17 +12,24 @@ class Grade:
     """One reward's result for one response.
 
     reward: float in [0, 1]. reason: one line for a person who audits the sample, cut to 500
-    characters. Raises ValueError for a reward outside [0, 1] or NaN.
+    characters. is_graded: False where the reward itself failed, so that its 0 does not measure the
+    response. Raises ValueError for a reward outside [0, 1] or NaN.
     """
 
     reward: float
     reason: str
+    is_graded: bool = True
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.reward <= 1.0:
             raise ValueError(f"reward must be between 0 and 1, got {self.reward!r} ({self.reason})")
         object.__setattr__(self, "reward", float(self.reward))
         object.__setattr__(self, "reason", shorten(self.reason, MAX_REASON_CHARS))
+
+    @classmethod
+    def ungraded(cls, fault: object) -> "Grade":
+        """Return the grade of a response that the reward could not grade because of `fault`."""
+        return cls(0.0, f"{UNGRADED}: {fault}", is_graded=False)
 
 
 def shorten(text: object, max_chars: int = 80) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 from megatron_r1.errors import UserError, did_you_mean
 from megatron_r1.rewards import resolve
-from megatron_r1.rewards.base import UNGRADED, Grade
+from megatron_r1.rewards.base import Grade
 
 ACCURACY = "accuracy"
 """The term that each prompt's own kind of reward grades."""
@@ -70,7 +70,7 @@ def combine(grades: Mapping[str, Grade], weights: Mapping[str, float] = DEFAULT_
             f"rewards.weights names {missing[0]!r}, which was not graded; "
             f"graded: {', '.join(sorted(grades)) or 'nothing'}"
         )
-    ungraded = tuple(t for t, grade in grades.items() if grade.reason.startswith(UNGRADED))
+    ungraded = tuple(term for term, grade in grades.items() if not grade.is_graded)
     return Reward(
         total=sum(weight * grades[term].reward for term, weight in weights.items()),
         terms={term: grade.reward for term, grade in grades.items()},

@@ -6,12 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_r1.errors import UserError, did_you_mean
-from megatron_r1.rewards import REGISTRY, REMOTE, resolve
+from megatron_r1.rewards import FORM_REWARDS, REGISTRY, REMOTE, resolve
 from megatron_r1.user_code import find_function
 
-FORM_REWARDS = frozenset({"conciseness", "format", "language", "repetition"})
-"""Rewards of the response alone: as a term they get no truth, and only those fields that they name,
-which saves sending the workers a code prompt's megabytes of tests."""
 FACTS = ("num_tokens", "opened", "question")
 """Arguments that a run knows of a sample; neither an option nor a prompt's field overrides them."""
 

@@ -5,10 +5,10 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 from megatron_r1.errors import UserError
-from megatron_r1.rewards import find_fault
+from megatron_r1.rewards import FORM_REWARDS, try_reward
 from megatron_r1.rewards.base import Grade
 from megatron_r1.rewards.combine import ACCURACY
-from megatron_r1.rewards.options import FORM_REWARDS, call_fields
+from megatron_r1.rewards.options import call_fields
 from megatron_r1.rewards.runtime.pool import RewardPool
 
 Options = Mapping[str, Mapping[str, Any]]
@@ -60,7 +60,7 @@ class RewardTerms:
     ) -> None:
         """Call every term and the own reward of each of `prompts` once. Raises UserError for one
         that cannot be imported or cannot grade what it is called with: a truth it does not
-        understand, an option, a field or a program it lacks (`find_fault`)."""
+        understand, an option, a field or a program it lacks (`try_reward`)."""
         for prompt in prompts:
             for term in dict.fromkeys((ACCURACY, *terms)):
 
@@ -68,11 +68,12 @@ class RewardTerms:
                     return (await self.grade([term], prompt, text, 0, opened))[term]
 
                 kind = _kind(term, prompt)
-                if fault := await find_fault(kind, prompt.truth, grade):
+                trial = await try_reward(kind, prompt.truth, grade)
+                if not trial.is_graded:
                     name = f"rewards.weights.{term}: it"
                     if term == ACCURACY:
                         name = f"question {prompt.id}: its {kind} answer"
-                    raise UserError(f"{name} {fault}; see rewards.options.{kind}")
+                    raise UserError(f"{name} {trial.reason}; see rewards.options.{kind}")
 
     async def _call(
         self, term: str, prompt: Gradable, text: str, facts: Mapping[str, object]

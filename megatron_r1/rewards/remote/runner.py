@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 from megatron_r1.rewards import REMOTE
-from megatron_r1.rewards.base import UNGRADED, Grade
+from megatron_r1.rewards.base import Grade
 from megatron_r1.rewards.remote.service import Service, Ungradable
 from megatron_r1.rewards.remote.settings import ServiceSettings, read_settings
 
@@ -49,8 +49,8 @@ class RemoteRewards:
         """Return the grade of one response. fields: settings of `kind`, and the prompt's fields.
 
         Raises ServiceError when the service is down, refuses the client, or fails its check: that
-        is never turned into a reward. If only this response cannot be graded, it gets 0 and a
-        reason that begins with `base.UNGRADED`.
+        is never turned into a reward. If only this response cannot be graded, the grade is
+        `Grade.ungraded`.
         """
         names = settings_names(kind)
         options = {name: value for name, value in fields.items() if name in names}
@@ -66,7 +66,7 @@ class RemoteRewards:
             grade = await self._graders[key].grade(response, truth, **entry)
         except Ungradable as error:
             self._counters["ungraded"] += 1
-            return Grade(0.0, f"{UNGRADED}: {error}")
+            return Grade.ungraded(error)
         self._counters["graded"] += 1
         return grade
 

@@ -20,7 +20,7 @@ from megatron_r1.rewards import REMOTE, resolve
 from megatron_r1.rewards.base import Grade
 from megatron_r1.rewards.remote.runner import RemoteRewards
 from megatron_r1.rewards.runtime.process import START_TIMEOUT_SECONDS, WorkerLost, WorkerProcess
-from megatron_r1.rewards.runtime.worker import LENGTH, Job, Reply, frame
+from megatron_r1.rewards.runtime.worker import LENGTH, Job, JobStatus, frame
 from megatron_r1.rewards.sandbox.limits import time_limit
 
 # Jobs sent to a worker ahead of time: enough that its pipe never runs dry, and at most this many
@@ -265,14 +265,15 @@ class RewardPool:
             else:
                 self._raise(first, f"importing it ends the process ({ending}){message}")
 
-    def _handle_reply(self, job: _Pending, reply: Reply) -> None:
+    def _handle_reply(self, job: _Pending, reply: JobStatus) -> None:
         if reply.status == "unloadable":
             self._raise(job, reply.reason)
             return
         counter = {"graded": "graded", "memory": "out_of_memory"}.get(reply.status, "errors")
         limit = f" of {self.memory_limit_bytes / 2**20:.0f} MiB" if reply.status == "memory" else ""
         try:
-            grade = Grade(reply.reward, reply.reason + limit)
+            is_graded = reply.status != "failed"
+            grade = Grade(reply.reward, reply.reason + limit, is_graded)
         except ValueError as error:
             counter, grade = "errors", Grade(0.0, str(error))
         self._counters[counter] += 1

@@ -11,7 +11,7 @@ import msgspec
 
 from megatron_r1.errors import RunError
 from megatron_r1.processes.children import popen_options
-from megatron_r1.rewards.runtime.worker import LENGTH, MAX_REPLY_BYTES, Reply
+from megatron_r1.rewards.runtime.worker import LENGTH, MAX_REPLY_BYTES, JobStatus
 
 START_TIMEOUT_SECONDS = 120.0
 STDERR_BYTES = 4096
@@ -33,7 +33,7 @@ class WorkerProcess:
         self.seconds_per_job = 1.0
         """A moving average, kept by the pool."""
         self._stdin, self._stdout, self._stderr = process.stdin, process.stdout, process.stderr
-        self._decoder = msgspec.json.Decoder(Reply)
+        self._decoder = msgspec.json.Decoder(JobStatus)
         self._stderr_tail = b""
         self._ending: asyncio.Task[int] | None = None
         self._stderr_reader = asyncio.create_task(self._keep_stderr_tail())
@@ -69,7 +69,7 @@ class WorkerProcess:
         with contextlib.suppress(ConnectionError):  # `receive` reports the loss
             self._stdin.write(frame)
 
-    async def receive(self) -> Reply:
+    async def receive(self) -> JobStatus:
         """Return the next reply. Raises WorkerLost."""
         try:
             (num_bytes,) = LENGTH.unpack(await self._stdout.readexactly(LENGTH.size))

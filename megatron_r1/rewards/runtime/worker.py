@@ -20,7 +20,7 @@ import msgspec
 
 from megatron_r1.processes.lifetime import end_without_parent
 from megatron_r1.rewards import REGISTRY
-from megatron_r1.rewards.base import MAX_REASON_CHARS, UNGRADED, Grade, shorten
+from megatron_r1.rewards.base import MAX_REASON_CHARS, Grade, shorten
 from megatron_r1.user_code import find_function
 
 LENGTH = struct.Struct("<I")
@@ -40,12 +40,13 @@ class Job(msgspec.Struct):
     fields: dict[str, Any]
 
 
-class Reply(msgspec.Struct):
-    """A worker's message.
+class JobStatus(msgspec.Struct):
+    """What a worker reports of job `id`, or of itself.
 
     ready: the worker has started. loaded: the function of job `id` is imported, and grading starts.
-    graded: the job's grade. failed: the function raised, see `reason`. memory: the job exceeded the
-    memory limit, and the worker exits. unloadable: the function cannot be imported.
+    graded: the job's grade. failed: a grade of `Grade.ungraded`, because the function raised.
+    memory: the job exceeded the memory limit, and the worker exits. unloadable: the function cannot
+    be imported.
     """
 
     status: Literal["ready", "loaded", "graded", "failed", "memory", "unloadable"]
@@ -67,38 +68,39 @@ def main(memory_limit_bytes: int) -> None:
     decoder = msgspec.json.Decoder(Job)
     functions: dict[str, Callable[..., Grade]] = {}
 
-    def send(reply: Reply) -> None:
-        replies.write(frame(reply))
+    def send(status: JobStatus) -> None:
+        replies.write(frame(status))
         replies.flush()
 
-    send(Reply("ready"))
+    send(JobStatus("ready"))
     while header := jobs.read(LENGTH.size):
         job = decoder.decode(jobs.read(LENGTH.unpack(header)[0]))
         if job.target not in functions:
             try:
                 functions[job.target] = find_function(job.target)
             except BaseException as error:
-                send(Reply("unloadable", job.id, reason=_describe(error)))
+                send(JobStatus("unloadable", job.id, reason=_describe(error)))
                 continue
-            send(Reply("loaded", job.id))
-        reply = _grade(functions[job.target], job)
-        send(reply)
-        if reply.status == "memory":
+            send(JobStatus("loaded", job.id))
+        result = _grade(functions[job.target], job)
+        send(result)
+        if result.status == "memory":
             return
 
 
-def _grade(function: Callable[..., Grade], job: Job) -> Reply:
+def _grade(function: Callable[..., Grade], job: Job) -> JobStatus:
     try:
         grade = function(job.response, job.truth, **job.fields)
         if not isinstance(grade, Grade):
             raise TypeError(f"{job.target} must return a Grade, got {type(grade).__name__}")
-        return Reply("graded", job.id, grade.reward, grade.reason)
     except MemoryError:
-        return Reply("memory", job.id, reason="ran over the memory limit")
+        return JobStatus("memory", job.id, reason="ran over the memory limit")
     except BaseException as error:  # SystemExit too: one response must not end the worker
         is_call = isinstance(error, TypeError)
         explanation = explain_call(function, job.target, job.fields) if is_call else ""
-        return Reply("failed", job.id, reason=f"{UNGRADED}: {explanation or _describe(error)}")
+        grade = Grade.ungraded(explanation or _describe(error))
+    status: Literal["graded", "failed"] = "graded" if grade.is_graded else "failed"
+    return JobStatus(status, job.id, grade.reward, grade.reason)
 
 
 def explain_call(function: Callable[..., Any], target: str, fields: Mapping[str, Any]) -> str:

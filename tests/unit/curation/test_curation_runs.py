@@ -12,9 +12,9 @@ from fake_server import FakeServer
 from megatron_r1.cli import main
 from megatron_r1.curation.cache import ResultCache
 from megatron_r1.curation.decision import Decision
-from megatron_r1.curation.outputs import WINDOW, QuestionResult, decide_all
+from megatron_r1.curation.outputs import WINDOW, PromptResult, decide_all
 from megatron_r1.data.prompts import make_prompt, normalize
-from megatron_r1.evaluation.questions import QuestionSet
+from megatron_r1.evaluation.prompt_sets import PromptSet
 from megatron_r1.evaluation.response import TextResponse
 from megatron_r1.evaluation.response_log import ResponseLog
 from megatron_r1.files.jsonl import append_lines
@@ -374,9 +374,9 @@ def test_decisions_come_in_order_and_few_questions_are_in_memory_at_once(tmp_pat
         most = max(most, len(under_way))
         await asyncio.sleep(0.001 * (int(prompt.question[:-1]) % 7))
         under_way.remove(prompt.id)
-        return QuestionResult([Decision("kept")] * len(responses), [])
+        return PromptResult([Decision("kept")] * len(responses), [])
 
-    questions = QuestionSet("", prompts, 1)
+    questions = PromptSet("", prompts, 1)
 
     async def run():
         log = ResponseLog(tmp_path / "samples.jsonl", "sample")

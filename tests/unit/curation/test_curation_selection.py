@@ -15,7 +15,7 @@ from megatron_r1.curation.rendering import Rendering
 from megatron_r1.curation.sft_examples import SftExamples
 from megatron_r1.data.prompts import make_prompt
 from megatron_r1.evaluation.grading import Grader
-from megatron_r1.rewards.base import UNGRADED, Grade
+from megatron_r1.rewards.base import Grade
 
 ROOT = Path(__file__).parents[3]
 PLAIN = Rendering(RenderConfig(), "Q: {problem}\nA:", "")
@@ -111,7 +111,7 @@ def test_random_depends_on_seed_and_question_alone():
 
 def test_no_answer_and_no_grade_are_no_opinion_of_the_question():
     refused = answer(0, None, text="", refusal="the prompt has 99 tokens")
-    ungraded = answer(1, None, reason="cannot be graded: no sandbox")
+    ungraded = answer(1, None, reason="cannot be graded: no sandbox", is_ungraded=True)
     right, wrong = answer(2), answer(3, 0.0)
     # Of the two that are graded one is right: 50 %.
     found, _ = kept([refused, ungraded, right, wrong], {"max_pass_rate": 0.5})
@@ -147,7 +147,7 @@ def test_a_reward_that_is_only_measured_may_fail(weight, is_graded):
     class Pool:
         async def grade(self, kind, response, truth, **fields):
             failed = kind == "repetition"
-            return Grade(0.0, f"{UNGRADED}: broken") if failed else Grade(1.0, "right")
+            return Grade.ungraded("broken") if failed else Grade(1.0, "right")
 
     weights = {"accuracy": 1.0, "repetition": weight}
     grader = Grader(Pool(), weights, {})

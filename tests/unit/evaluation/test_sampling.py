@@ -6,12 +6,11 @@ from dataclasses import replace
 import pytest
 
 from megatron_r1.data.prompts import make_prompt
-from megatron_r1.evaluation.questions import QuestionSet
+from megatron_r1.evaluation.prompt_sets import PromptSet
 from megatron_r1.evaluation.response import TextResponse
 from megatron_r1.evaluation.response_log import ResponseLog
 from megatron_r1.evaluation.sampling import MAX_UNGRADED, Sampler, sample_seed
 from megatron_r1.files.jsonl import read_lines
-from megatron_r1.rewards.base import UNGRADED
 
 
 class Policy:
@@ -45,13 +44,13 @@ class Grader:
     async def grade(self, prompt, response):
         await asyncio.sleep(0.05)
         if self.is_broken:
-            return replace(response, reason=f"{UNGRADED}: no sandbox")
+            return replace(response, reason="cannot be graded: no sandbox", is_ungraded=True)
         return replace(response, rewards={"accuracy": 1.0}, reward=1.0, reason="right")
 
 
 def run_sampler(path, policy, grader, num_questions=40, num_samples=2, title=""):
     prompts = [make_prompt(f"{i}?", "math", i, {}) for i in range(num_questions)]
-    questions = QuestionSet(title, prompts, num_samples)
+    questions = PromptSet(title, prompts, num_samples)
 
     async def run():
         log = ResponseLog(path, "eval" if title else "sample")

@@ -45,14 +45,14 @@ def test_a_weight_of_0_is_measured_and_changes_nothing():
 def test_a_grade_that_is_none_is_told_from_a_bad_one():
     grades = {
         "accuracy": Grade(0.0, "wrong"),
-        "language": Grade(0.0, "cannot be graded: no target"),
+        "language": Grade.ungraded("no target"),
     }
     assert combine(grades, {}).ungraded == ("language",)
 
 
 @pytest.mark.parametrize(("weight", "is_graded"), [(0.1, False), (0.0, True), (None, True)])
 def test_an_ungraded_term_takes_the_reward_with_it_only_where_it_counts(weight, is_graded):
-    grades = {"accuracy": Grade(1.0, "yes"), "judge": Grade(0.0, "cannot be graded: no verdict")}
+    grades = {"accuracy": Grade(1.0, "yes"), "judge": Grade.ungraded("no verdict")}
     weights = {"accuracy": 1.0} | ({} if weight is None else {"judge": weight})
     assert combine(grades, weights).is_graded is is_graded
 

@@ -8,7 +8,7 @@ import pytest
 from megatron_r1.config import Config, RewardsConfig
 from megatron_r1.data.prompts import make_prompt
 from megatron_r1.engine.responses import Response
-from megatron_r1.rewards.base import UNGRADED, Grade
+from megatron_r1.rewards.base import Grade
 from megatron_r1.rl import algorithms
 from megatron_r1.rl.collector import RolloutCollector
 from megatron_r1.rl.grading import check_grades
@@ -47,7 +47,7 @@ def test_a_group_that_cannot_be_graded_is_one_of_many():
 
     class Broken:
         async def grade(self, kind, response, truth, **fields):
-            return Grade(0.0, f"{UNGRADED}: broken")
+            return Grade.ungraded("broken")
 
     class Engine:
         async def generate(self, prompt_ids, n, **sampling):

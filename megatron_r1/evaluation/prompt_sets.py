@@ -1,4 +1,4 @@
-"""The questions that are sampled: every benchmark of the recipe, loaded and checked."""
+"""The prompts that are sampled: every benchmark of the recipe, loaded and checked."""
 
 import hashlib
 import itertools
@@ -12,23 +12,23 @@ from megatron_r1.errors import UserError
 from megatron_r1.evaluation.benchmarks import find_benchmark
 from megatron_r1.evaluation.benchmarks.base import to_prompts
 from megatron_r1.evaluation.benchmarks.sources import Rows, read_rows
-from megatron_r1.evaluation.response_log import QuestionKey
+from megatron_r1.evaluation.response_log import PromptKey
 
 
 @dataclass(frozen=True)
-class QuestionSet:
-    """Questions that are each sampled `num_samples` times. title: the benchmark's; "" for the
+class PromptSet:
+    """Prompts that are each sampled `num_samples` times. title: the benchmark's; "" for the
     prompts of `sample`."""
 
     title: str
     prompts: list[Prompt]
     num_samples: int
 
-    def key(self, prompt: Prompt) -> QuestionKey:
+    def key(self, prompt: Prompt) -> PromptKey:
         return self.title, prompt.id
 
 
-def load_question_sets(config: EvalConfig) -> list[QuestionSet]:
+def load_prompt_sets(config: EvalConfig) -> list[PromptSet]:
     """Load all benchmarks of the recipe. Raises UserError for two of the same title, and what
     loading raises."""
     if not config.benchmarks:
@@ -41,13 +41,13 @@ def load_question_sets(config: EvalConfig) -> list[QuestionSet]:
 
 
 def digest(prompt: Prompt) -> str:
-    """Return a digest of the question's text, kind, truth and fields."""
+    """Return a digest of the prompt's question, kind, truth and fields."""
     content: list[Any] = [prompt.question, prompt.kind, prompt.truth, prompt.fields]
     text = json.dumps(content, sort_keys=True, ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _load(entry: BenchmarkConfig, config: EvalConfig) -> QuestionSet:
+def _load(entry: BenchmarkConfig, config: EvalConfig) -> PromptSet:
     benchmark, part = find_benchmark(entry.name)
     given = dict(entry.options) | ({"suite": part} if part else {})
     options = benchmark.with_defaults(entry.name, given)
@@ -65,4 +65,4 @@ def _load(entry: BenchmarkConfig, config: EvalConfig) -> QuestionSet:
         raise UserError(
             f"benchmark {entry.title}: no questions are left; loosen its options ({options})"
         )
-    return QuestionSet(entry.title, prompts, entry.samples or config.samples)
+    return PromptSet(entry.title, prompts, entry.samples or config.samples)
