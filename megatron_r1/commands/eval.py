@@ -12,14 +12,12 @@ from megatron_r1.config import Config
 from megatron_r1.data.prompts import Prompt
 from megatron_r1.errors import UserError
 from megatron_r1.evaluation.figure import write_figure
-from megatron_r1.evaluation.grading import Grader
 from megatron_r1.evaluation.identity import settings_that_matter, versions
-from megatron_r1.evaluation.policy import Decoding
 from megatron_r1.evaluation.prompt_sets import PromptSet, digest, load_prompt_sets
 from megatron_r1.evaluation.report import print_table, write_report
-from megatron_r1.evaluation.response import TextResponse
+from megatron_r1.evaluation.response import Decoding, TextResponse
 from megatron_r1.evaluation.response_log import ResponseLog
-from megatron_r1.evaluation.sampling import Sampler
+from megatron_r1.evaluation.sampling import Grader, Sampler
 from megatron_r1.evaluation.summary import Summary, summarize
 from megatron_r1.files import atomic_write
 from megatron_r1.files.jsonl import read_lines, write_lines

@@ -29,12 +29,11 @@ from megatron_r1.curation.user_function import UserFunction, load_function
 from megatron_r1.data.prompts import load_prompts
 from megatron_r1.data.shots import Shots
 from megatron_r1.errors import RunError, UserError
-from megatron_r1.evaluation.grading import Grader
 from megatron_r1.evaluation.identity import versions
-from megatron_r1.evaluation.policy import Decoding, Policy
 from megatron_r1.evaluation.prompt_sets import PromptSet
+from megatron_r1.evaluation.response import Decoding, Policy
 from megatron_r1.evaluation.response_log import ResponseLog
-from megatron_r1.evaluation.sampling import Sampler
+from megatron_r1.evaluation.sampling import Grader, Sampler
 from megatron_r1.files import atomic_write
 from megatron_r1.reporting.run_folder import RunFolder
 from megatron_r1.rewards.combine import weights_at

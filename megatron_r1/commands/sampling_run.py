@@ -11,7 +11,7 @@ from megatron_r1.config.evaluation import ServerConfig
 from megatron_r1.data.shots import Shots
 from megatron_r1.errors import UserError
 from megatron_r1.evaluation.identity import keep_identity
-from megatron_r1.evaluation.policy import Decoding, Policy
+from megatron_r1.evaluation.response import Decoding, Policy
 from megatron_r1.evaluation.response_log import ResponseLog
 from megatron_r1.evaluation.server_policy import ServerPolicy
 from megatron_r1.reporting.run_folder import RunFolder

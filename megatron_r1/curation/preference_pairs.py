@@ -2,19 +2,24 @@
 
 DeepSeek-R1's helpful reward model is trained on 66 thousand pairs: each judged four times in
 alternating order, near-ties dropped, chosen and rejected of comparable length over the whole set
-(arXiv 2501.12948 v2, section 3.1 and supplement B.3).
+(arXiv 2501.12948 v2, section 3.1 and supplement B.3). "Comparable" is here that the mean of
+
+    d = log(length of chosen / length of rejected)
+
+is near 0. A Bradley-Terry model whose only feature is the log of the length, with weight w, has the
+convex loss -Σ log sigmoid(w d), with slope -½ Σ d at w = 0. So at a mean of 0 it learns nothing.
 """
 
 import asyncio
+import bisect
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from megatron_r1.config.sample import PairsConfig
 from megatron_r1.curation.decision import CHOSEN, REJECTED, UNGRADED, Decision
 from megatron_r1.curation.judges import ResponseJudge
-from megatron_r1.curation.length_balance import log_ratio, pairs_to_drop
 from megatron_r1.curation.outputs import PromptResult
 from megatron_r1.curation.selection import Selection
 from megatron_r1.data.prompts import Prompt
@@ -28,7 +33,7 @@ PairId = tuple[str, int, int]
 
 class PreferencePairs:
     """Compares a question's responses in pairs. log_ratios: of the lengths of every pair with a
-    winner (`length_balance`). dropped: the pairs that `balance` leaves out; it is called once all
+    winner. dropped: the pairs that `balance` leaves out; it is called once all
     pairs are known."""
 
     def __init__(self, selection: Selection, settings: PairsConfig, judge: ResponseJudge) -> None:
@@ -131,3 +136,25 @@ def pair_up(lengths: dict[int, int], num_pairs: int) -> list[tuple[int, int]]:
             pairs.append(pair)
             taken.update(pair)
     return pairs
+
+
+def log_ratio(chosen: str, rejected: str) -> float:
+    """Return d from lengths in characters; an empty text counts as one character."""
+    return math.log(max(1, len(chosen)) / max(1, len(rejected)))
+
+
+def pairs_to_drop(log_ratios: Mapping[PairId, float], max_bias: float) -> set[PairId]:
+    """Return pairs without which the mean of d is within ±`max_bias`. They are few: each in turn is
+    the one whose removal leaves the sum nearest to 0, which is the most one-sided pair while the
+    sum is large."""
+    by_ratio = sorted(log_ratios, key=lambda pair: log_ratios[pair])
+    ratios = [log_ratios[pair] for pair in by_ratio]
+    total = math.fsum(ratios)
+    dropped: set[PairId] = set()
+    while ratios and abs(total) > max_bias * len(ratios):
+        above = bisect.bisect_left(ratios, total)
+        near = [i for i in (above - 1, above) if 0 <= i < len(ratios)]
+        nearest = min(near, key=lambda i: abs(total - ratios[i]))
+        dropped.add(by_ratio.pop(nearest))
+        total -= ratios.pop(nearest)
+    return dropped

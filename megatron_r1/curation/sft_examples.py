@@ -12,8 +12,8 @@ from megatron_r1.curation.selection import Selection
 from megatron_r1.curation.user_function import UserFunction
 from megatron_r1.data.prompts import Prompt
 from megatron_r1.errors import UserError
-from megatron_r1.evaluation.grading import Grader
 from megatron_r1.evaluation.response import TextResponse
+from megatron_r1.evaluation.sampling import Grader
 
 Rewriter = Callable[[str, str], Awaitable[str | None]]
 """(question, response) → the rewritten response, None to drop it."""

@@ -11,8 +11,7 @@ from megatron_r1.data.text import PromptText
 from megatron_r1.engine import gpu
 from megatron_r1.engine.recipe import check_engines, context_length, engine_settings, fleet_settings
 from megatron_r1.evaluation.model_folder import fingerprint, require_weights
-from megatron_r1.evaluation.policy import Decoding
-from megatron_r1.evaluation.response import TextResponse
+from megatron_r1.evaluation.response import Decoding, TextResponse
 from megatron_r1.fleet.placement import check_room, growing, open_pool, server_maker
 from megatron_r1.fleet.rollout_fleet import RolloutFleet
 from megatron_r1.models.hf_config import load_config

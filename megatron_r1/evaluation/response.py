@@ -1,15 +1,18 @@
-"""One sampled response to a question, as text, and its rewards once it is graded."""
+"""One sampled response as text, its rewards once it is graded, and what it is sampled from."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, fields
+from typing import Any, Protocol
 
 from megatron_r1.rewards.answer import THINK
 from megatron_r1.rewards.base import UNGRADED
 from megatron_r1.rewards.language import chain_of_thought
 from megatron_r1.rewards.remote.response_text import Part, response_part
+
+LINE_NAMES = {"text": "response", "num_tokens": "length", "is_ungraded": "ungraded"}
+"""Fields of `TextResponse` that have another name in samples.jsonl."""
 
 
 @dataclass(frozen=True)
@@ -54,27 +57,42 @@ class TextResponse:
 
     def to_line(self) -> dict[str, Any]:
         """Return the fields of a line of samples.jsonl."""
-        return {
-            "index": self.index,
-            "response": self.text,
-            "length": self.num_tokens,
-            "truncated": self.truncated,
-            "opened": self.opened,
-            "refusal": self.refusal,
-            "rewards": dict(self.rewards),
-            "reward": self.reward,
-            "reason": self.reason,
-            "ungraded": self.is_ungraded,
-        }
+        return {LINE_NAMES.get(name, name): value for name, value in vars(self).items()}
 
     @classmethod
     def from_line(cls, line: Mapping[str, Any]) -> TextResponse:
         """The inverse of `to_line`."""
-        names = ("truncated", "opened", "refusal", "index", "rewards", "reward", "reason")
-        fields = {name: line[name] for name in names}
-        return cls(line["response"], line["length"], **fields, is_ungraded=is_ungraded(line))
+        line = {**line, "ungraded": is_ungraded(line)}
+        return cls(**{f.name: line[LINE_NAMES.get(f.name, f.name)] for f in fields(cls)})
 
 
 def is_ungraded(line: Mapping[str, Any]) -> bool:
     """Whether the grader of a line of samples.jsonl failed; older lines say so in the reason."""
     return line.get("ungraded", line["reason"].startswith(UNGRADED))
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """Sampling parameters. max_tokens: of the response."""
+
+    temperature: float
+    top_p: float
+    max_tokens: int
+
+
+class Policy(Protocol):
+    """A model that answers questions. concurrency: the number of requests that keep it busy.
+    identity: JSON values that must be the same when a run is resumed."""
+
+    concurrency: int
+    identity: dict[str, Any]
+
+    async def start(self) -> None:
+        """Make it ready, before the first question. Raises RunError if that fails."""
+
+    async def respond(self, question: str, seed: int) -> TextResponse:
+        """Sample one response. The same seed gives the same response, as far as the engine can
+        reproduce it."""
+
+    async def close(self) -> None:
+        """Release everything. May be called twice, and without `start`."""

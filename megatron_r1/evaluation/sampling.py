@@ -2,27 +2,57 @@
 
 import asyncio
 import hashlib
+import sys
+import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from megatron_r1.data.prompts import Prompt
+from megatron_r1.data.prompts import Prompt, one_of_each
 from megatron_r1.errors import UserError
-from megatron_r1.evaluation.grading import Grader
-from megatron_r1.evaluation.policy import Policy
-from megatron_r1.evaluation.progress import Progress
 from megatron_r1.evaluation.prompt_sets import PromptSet, digest
-from megatron_r1.evaluation.response import TextResponse
+from megatron_r1.evaluation.response import Policy, TextResponse
 from megatron_r1.evaluation.response_log import PromptKey, ResponseLog
+from megatron_r1.reporting.wording import duration
+from megatron_r1.rewards.combine import ACCURACY, combine
+from megatron_r1.rewards.runtime.pool import RewardPool
+from megatron_r1.rewards.terms import Options, RewardTerms
 
 MAX_UNGRADED = 20
 """Failures of a grader on one kind of prompt, before its first success, that stop the run."""
 MAX_GRADING = 4
 """Responses in grading for each one in sampling; beyond that, sampling waits."""
+NUM_PROGRESS_LINES = 20
+REFRESH_SECONDS = 0.2
 
 Job = tuple[PromptSet, Prompt, int]
 Details = Callable[[PromptSet, Prompt, TextResponse], dict[str, Any]]
+
+
+class Grader:
+    """Grades a `TextResponse` by constant weights."""
+
+    def __init__(self, pool: RewardPool, weights: Mapping[str, float], options: Options) -> None:
+        """weights: reward term → weight in the sum. options: `rewards.options`."""
+        self._rewards, self._weights = RewardTerms(pool, options), weights
+        self._terms = list(dict.fromkeys((ACCURACY, *weights)))
+
+    async def grade(self, prompt: Prompt, response: TextResponse) -> TextResponse:
+        """Return the response with its rewards; with the reason alone if a grader failed on it.
+        Raises as `RewardTerms.grade`."""
+        grades = await self._rewards.grade(
+            self._terms, prompt, response.text, response.num_tokens, response.opened
+        )
+        reward = combine(grades, self._weights)
+        if failed := [t for t in reward.ungraded if t == ACCURACY or self._weights.get(t)]:
+            reason = grades[failed[0]].reason
+            return replace(response, rewards={}, reward=None, reason=reason, is_ungraded=True)
+        return replace(response, rewards=reward.terms, reward=reward.total, reason=reward.reason)
+
+    async def check(self, prompts: Sequence[Prompt]) -> None:
+        """Raise UserError for a reward that cannot be used."""
+        await self._rewards.check(self._terms, one_of_each(prompts))
 
 
 class Sampler:
@@ -119,9 +149,8 @@ class Sampler:
             for prompt, line in logged:
                 if (prompt_set.key(prompt), line["index"]) in ungraded:
                     await self._grading_slots.acquire()
-                    finish = self._finish(
-                        prompt_set, prompt, TextResponse.from_line(line), line["seed"], new=False
-                    )
+                    response = replace(TextResponse.from_line(line), is_ungraded=False)
+                    finish = self._finish(prompt_set, prompt, response, line["seed"], new=False)
                     grading.create_task(finish)
 
     async def _finish(
@@ -175,3 +204,28 @@ def sample_seed(seed: int, prompt: PromptKey, index: int) -> int:
     """Return 31 bits that depend on the sample alone, not on what was sampled before it."""
     text = "/".join(part for part in (str(seed), *prompt, str(index)) if part)
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") >> 1
+
+
+class Progress:
+    """One line that changes on a terminal, about twenty lines in a log. Called with (finished,
+    wanted) after each sample."""
+
+    def __init__(self) -> None:
+        self._is_terminal = sys.stdout.isatty()
+        self._began: tuple[float, int] | None = None  # time, and samples finished before
+        self._next = 0.0  # prints from this time on a terminal, from this share in a log
+
+    def __call__(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        began, first = self._began = self._began or (now, done)
+        reached = now if self._is_terminal else NUM_PROGRESS_LINES * done // max(1, total)
+        if reached < self._next and done < total:
+            return
+        self._next = reached + (REFRESH_SECONDS if self._is_terminal else 1)
+        line = f"{done:,} of {total:,} samples graded"
+        if first < done < total:
+            line += f", about {duration((now - began) / (done - first) * (total - done))} to go"
+        if self._is_terminal:
+            print(f"\r\x1b[2K{line}", end="\n" if done == total else "", flush=True)
+        else:
+            print(line, flush=True)

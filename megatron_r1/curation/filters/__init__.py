@@ -1,9 +1,9 @@
 """Filters: reasons not to train on a response, even a right one.
 
 A filter is a pure function `(response, prompt, **options) -> str`: why the response is dropped, ""
-to keep it. One file each, one line in `REGISTRY`. DeepSeek-R1 drops chains of thought with mixed
-languages, long paragraphs and code blocks (arXiv 2501.12948, section 2.3.3 of v1), and repetition
-where it collects its cold start (v2, supplement B.3).
+to keep it. One function each in `rules`, one line in `REGISTRY`. DeepSeek-R1 drops chains of
+thought with mixed languages, long paragraphs and code blocks (arXiv 2501.12948, section 2.3.3 of
+v1), and repetition where it collects its cold start (v2, supplement B.3).
 """
 
 import inspect
@@ -11,12 +11,14 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from megatron_r1.curation.decision import DUPLICATE, Decision
-from megatron_r1.curation.filters.code_blocks import code_blocks
-from megatron_r1.curation.filters.format import broken_format
-from megatron_r1.curation.filters.language import mixed_languages
-from megatron_r1.curation.filters.paragraphs import long_paragraphs
-from megatron_r1.curation.filters.repetition import repetition
-from megatron_r1.curation.filters.truncated import truncated
+from megatron_r1.curation.filters.rules import (
+    broken_format,
+    code_blocks,
+    long_paragraphs,
+    mixed_languages,
+    repetition,
+    truncated,
+)
 from megatron_r1.data.prompts import Prompt, make_prompt
 from megatron_r1.errors import UserError, did_you_mean
 from megatron_r1.evaluation.response import TextResponse

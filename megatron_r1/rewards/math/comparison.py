@@ -81,13 +81,7 @@ def equivalent(expected: str, answer: str, *, finished: bool = True) -> bool:
     """
     if (same := _compare_numbers(expected, answer, finished=finished)) is not None:
         return same
-    for rule in (
-        _compare_relations,
-        _compare_units,
-        _compare_matrices,
-        _compare_lists,
-        _compare_sets,
-    ):
+    for rule in RULES:
         if (same := rule(expected, answer)) is not None:
             return same
     if finished and is_unfinished(expected, answer):

@@ -1,12 +1,16 @@
-"""Turn source text into a command that runs in the sandbox."""
+"""Turn source text into a command that runs in the sandbox, if this machine can run one."""
 
+import functools
+import platform
+import re
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_r1.rewards.base import shorten
 from megatron_r1.rewards.sandbox import host
-from megatron_r1.rewards.sandbox.limits import Budget
+from megatron_r1.rewards.sandbox.limits import Budget, Limits
+from megatron_r1.rewards.sandbox.process import SandboxError
 from megatron_r1.rewards.sandbox.run import run
 
 HERE = Path(__file__).parent
@@ -15,6 +19,10 @@ CALL = (HERE / "inside_call.py").read_text(encoding="utf-8")
 STANDARDS = ("c++17", "c++20", "c++23")
 # The GNU dialects, as contest sites use them. One error is enough for a grade's reason.
 COMPILER_OPTIONS = "-O2 -w -fmax-errors=1 -fdiagnostics-color=never -fno-diagnostics-show-caret"
+
+
+OLDEST_KERNEL = (5, 14)
+"""In older kernels the limit on processes counts all of the user's, not those in the sandbox."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +61,40 @@ def compile_cpp(source: str, standard: str, budget: Budget) -> Program | str:
         lines = [line for line in messages if "error" in line] or messages
         return shorten(lines[0] if lines else f"exit status {outcome.status}", 200)
     return Program(("./main",), {"main": outcome.stdout}, compiled=True)
+
+
+@functools.cache
+def require_sandbox(language: str) -> None:
+    """Return if programs in `language` ("python", "cpp") can be graded on this machine.
+
+    Otherwise raise SandboxUnavailable, a UserError with the remedy.
+    """
+    release = re.match(r"(\d+)\.(\d+)", platform.release())
+    if release and tuple(map(int, release.groups())) < OLDEST_KERNEL:
+        raise host.SandboxUnavailable(
+            f"graded programs need Linux {'.'.join(map(str, OLDEST_KERNEL))} or newer, this is "
+            f"{platform.release()}: run them on a newer system"
+        )
+    host.launcher()
+    if language == "cpp":
+        host.compiler()
+    program = python_script("print(6 * 7)")
+    try:
+        outcome = run(program.command, Limits().program(), files=program.files)
+    except SandboxError as error:
+        raise host.SandboxUnavailable(
+            f"graded programs run in a sandbox or not at all, and it cannot be built ({error}): "
+            "allow user namespaces (Debian: sysctl kernel.unprivileged_userns_clone=1; Ubuntu: "
+            "sysctl kernel.apparmor_restrict_unprivileged_userns=0; Docker: --security-opt "
+            "seccomp=unconfined --security-opt apparmor=unconfined --security-opt "
+            "systempaths=unconfined)"
+        ) from None
+    if outcome.stdout != b"42\n":
+        message = shorten(outcome.stderr.decode("utf-8", "replace"), 300)
+        raise host.SandboxUnavailable(
+            f"a trivial program fails in the sandbox (status {outcome.status}: {message}): "
+            "install the system's Python (apt-get install python3)"
+        )
 
 
 def _python(starter: str, source: str, *arguments: str) -> Program:

@@ -13,8 +13,7 @@ from served import Served, judge_that
 from megatron_r1.config.sample import PairsConfig, SampleConfig
 from megatron_r1.curation.cache import ResultCache
 from megatron_r1.curation.judges import FunctionJudge, make_judge
-from megatron_r1.curation.length_balance import log_ratio, pairs_to_drop
-from megatron_r1.curation.preference_pairs import PreferencePairs, pair_up
+from megatron_r1.curation.preference_pairs import PreferencePairs, log_ratio, pair_up, pairs_to_drop
 from megatron_r1.curation.safety_labels import SafetyLabels
 from megatron_r1.curation.user_function import UserFunction, load_function
 from megatron_r1.data.prompts import make_prompt

@@ -14,7 +14,7 @@ from megatron_r1.config.sample import RenderConfig, SampleConfig
 from megatron_r1.curation.rendering import Rendering
 from megatron_r1.curation.sft_examples import SftExamples
 from megatron_r1.data.prompts import make_prompt
-from megatron_r1.evaluation.grading import Grader
+from megatron_r1.evaluation.sampling import Grader
 from megatron_r1.rewards.base import Grade
 
 ROOT = Path(__file__).parents[3]

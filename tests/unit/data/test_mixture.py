@@ -10,7 +10,7 @@ from megatron_r1 import config as configuration
 from megatron_r1.commands.sft import _examples
 from megatron_r1.commands.supervised import with_steps
 from megatron_r1.config.mixture import MixturePart
-from megatron_r1.data.mixture import MixtureSampler, describe, epoch_counts, load_mixture
+from megatron_r1.data.sft import MixtureSampler, describe, epoch_counts, load_mixture
 
 
 def part(path="a", **size):

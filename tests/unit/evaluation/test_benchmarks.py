@@ -218,10 +218,10 @@ CODEFORCES = {
 def test_code_problems_are_ones_the_code_reward_can_judge(tmp_path):
     """The truths go through the reward itself, in the sandbox where there is one."""
     code = pytest.importorskip("megatron_r1.rewards.code")
-    availability = pytest.importorskip("megatron_r1.rewards.sandbox.availability")
+    programs = pytest.importorskip("megatron_r1.rewards.sandbox.programs")
     try:
-        availability.require("python")
-        availability.require("cpp")
+        programs.require_sandbox("python")
+        programs.require_sandbox("cpp")
     except RuntimeError as error:
         pytest.skip(str(error))
     rows = [

@@ -8,7 +8,7 @@ import pytest
 from fake_server import FakeServer
 
 from megatron_r1.cli import main
-from megatron_r1.evaluation import server_wait
+from megatron_r1.evaluation import server_policy
 
 PROBLEMS = [
     {"id": f"q{i}", "problem": f"What is {i} + {i}?", "answer": str(2 * i)} for i in range(4)
@@ -232,7 +232,7 @@ def test_busy_servers_are_asked_again_and_keys_come_from_the_environment(
 
 
 def test_waiting_for_a_loading_server_is_reported(recipe, capsys, monkeypatch):
-    monkeypatch.setattr(server_wait, "REPORT_SECONDS", 0.05)
+    monkeypatch.setattr(server_policy, "REPORT_SECONDS", 0.05)
     busy = {"left": 2}
 
     def reply(question, body):
@@ -273,7 +273,7 @@ def test_a_server_may_come_up_late(recipe):
         port = listening[0].sockets[0].getsockname()[1]
         listening.pop().close()
         url = f"http://127.0.0.1:{port}/v1"
-        await server_wait.wait_until_listening(url, 60, failed)
+        await server_policy.wait_until_listening(url, 60, failed)
         assert len(failures) == len(listening) == 1
         listening.pop().close()
 

@@ -50,11 +50,11 @@ class Grader:
 
 def run_sampler(path, policy, grader, num_questions=40, num_samples=2, title=""):
     prompts = [make_prompt(f"{i}?", "math", i, {}) for i in range(num_questions)]
-    questions = PromptSet(title, prompts, num_samples)
+    prompt_set = PromptSet(title, prompts, num_samples)
 
     async def run():
         log = ResponseLog(path, "eval" if title else "sample")
-        sampler = Sampler(policy, grader, log, [questions], 0, lambda *_: {}, by_question=not title)
+        sampler = Sampler(policy, grader, log, [prompt_set], 0, lambda *_: {}, by_prompt=not title)
         await sampler.run()
 
     asyncio.run(run())

@@ -9,7 +9,7 @@ import pytest
 
 from megatron_r1.rewards import code
 from megatron_r1.rewards.base import Grade
-from megatron_r1.rewards.sandbox import availability, run
+from megatron_r1.rewards.sandbox import programs, run
 
 # Wall time enough for a second of CPU on a busy machine.
 QUICK = {"cpu_seconds": 1, "wall_seconds": 30, "compile_seconds": 30, "total_seconds": 60}
@@ -20,7 +20,7 @@ NAP = {**QUICK, "wall_seconds": 1}
 def why_not(language: str) -> str:
     """Why no sandbox can be made here, with the remedy; empty where one can."""
     try:
-        availability.require(language)
+        programs.require_sandbox(language)
     except ValueError as error:
         return str(error)
     return ""

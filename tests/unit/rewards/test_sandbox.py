@@ -18,7 +18,7 @@ from code_answers import QUICK, fenced, needs_sandbox, processes_of, why_not
 from megatron_r1.rewards import code
 from megatron_r1.rewards.base import UNGRADED
 from megatron_r1.rewards.runtime.pool import RewardPool
-from megatron_r1.rewards.sandbox import availability, host, seccomp
+from megatron_r1.rewards.sandbox import host, programs, seccomp
 from megatron_r1.rewards.sandbox.process import SandboxError
 from megatron_r1.rewards.sandbox.run import sealed_file
 
@@ -30,7 +30,7 @@ HEADERS = {"x86_64": "asm/unistd_64.h", "aarch64": "asm-generic/unistd.h"}
 @pytest.fixture
 def another_machine(monkeypatch):
     """Nothing is known of the machine yet, and nothing may be started on it."""
-    caches = (host.launcher, host.interpreter, host.compiler, availability.require)
+    caches = (host.launcher, host.interpreter, host.compiler, programs.require_sandbox)
     for cache in caches:
         cache.cache_clear()
     with monkeypatch.context() as patch:

@@ -7,8 +7,8 @@ from code_answers import NAP, QUICK, attack, fenced, needs_compiler, needs_sandb
 from code_problems import PROBLEMS
 
 from megatron_r1.rewards import code
+from megatron_r1.rewards.code import find_program
 from megatron_r1.rewards.code.compare import equal_output, equal_result
-from megatron_r1.rewards.code.find_program import find_program
 from megatron_r1.rewards.code.problem import parse_problem
 
 CASES = [

@@ -1,0 +1,150 @@
+"""The filters: each returns why a response is dropped, "" to keep it. One function each."""
+
+import re
+from collections.abc import Sequence
+
+from megatron_r1.data.prompts import Prompt
+from megatron_r1.evaluation.response import TextResponse
+from megatron_r1.rewards.answer import ANSWER, END_ANSWER, END_THINK, THINK
+from megatron_r1.rewards.format import grade as form_grade
+from megatron_r1.rewards.language import LANGUAGES, judged_words
+from megatron_r1.rewards.language.words import HAN, HAN_PER_WORD
+
+FORMS = ("either", "answer_tags", "summary")
+PARTS = ("thought", "response")
+HAN_CHARACTER = re.compile(f"[{HAN}]")
+FENCE = re.compile(r"^\s*(?:```|~~~)", re.MULTILINE)
+FENCED = re.compile(r"```(?:[^`]|`(?!``))*+```")
+
+
+def truncated(response: TextResponse, prompt: Prompt) -> str:
+    """Drop a response that was cut at the token limit: a model trained on it learns not to stop."""
+    return f"cut off after {response.length:,} tokens" if response.truncated else ""
+
+
+def broken_format(response: TextResponse, prompt: Prompt, *, form: str = "either") -> str:
+    """Drop a response that is not of the form `form`, or whose thought or summary is empty.
+
+    form: "answer_tags": `<think>…</think><answer>…</answer>`, as R1-Zero writes it; "summary":
+    `<think>…</think>` and plain text, as R1 does; "either". An empty thought would teach the model
+    not to think. Raises ValueError for another form.
+    """
+    if form not in FORMS:
+        raise ValueError(f"form must be one of {', '.join(FORMS)}, got {form!r}")
+    text = response.whole.strip()
+    for tag in (THINK, END_THINK):
+        if (num_found := text.count(tag)) != 1:
+            return f"{tag} occurs {num_found} times"
+    thought, _, rest = text.partition(END_THINK)
+    if not thought.startswith(THINK):
+        return f"text before {THINK}"
+    if not thought.removeprefix(THINK).strip():
+        return "the thought is empty"
+    has_tags = ANSWER in rest or END_ANSWER in rest
+    if has_tags and form == "summary":
+        return f"{ANSWER} in the summary"
+    if has_tags or form == "answer_tags":
+        verdict = form_grade(response.text, opened=response.opened)
+        if not verdict.reward:
+            return verdict.reason
+        rest = rest.replace(ANSWER, "").replace(END_ANSWER, "")
+    return "" if rest.strip() else "nothing follows the thought"
+
+
+def mixed_languages(
+    response: TextResponse,
+    prompt: Prompt,
+    *,
+    min_share: float = 0.95,
+    target: str | None = None,
+    part: str = "response",
+) -> str:
+    """Drop a response with less than `min_share` of its words in one language.
+
+    Words are counted as by the language reward (`rewards.language`), so code, formulae, names and
+    numbers are in no language. target: "en" or "zh"; default: the question's own `target`, as for
+    the reward, or the language of most words. part: "response", or "thought" for questions whose
+    answer is in another language than the thought. Raises ValueError for other values.
+    """
+    text = judged_part(response, part)
+    _require_share("min_share", min_share)
+    if target is not None and target not in LANGUAGES:
+        raise ValueError(f"target must be one of {', '.join(LANGUAGES)}, got {target!r}")
+    words = judged_words(text or "")
+    if not words.total:
+        return ""
+    shares = {name: getattr(words, name) / words.total for name in LANGUAGES}
+    own = prompt.fields.get("target")
+    wanted = target or (own if own in [*LANGUAGES] else max(shares, key=lambda name: shares[name]))
+    if shares[wanted] >= min_share:
+        return ""
+    return f"{shares[wanted]:.0%} of its words are {LANGUAGES[wanted]}"
+
+
+def long_paragraphs(
+    response: TextResponse, prompt: Prompt, *, max_words: int = 300, part: str = "thought"
+) -> str:
+    """Drop a response with a paragraph of more than `max_words` words; a line break ends one.
+
+    Words are separated by spaces, and may be numbers and formulae; 1.7 Chinese characters are one
+    (`rewards.language.words`), so that a page counts alike in both languages. Code blocks are left
+    to `code_blocks`. Raises ValueError for a limit that is no positive number.
+    """
+    if isinstance(max_words, bool) or not isinstance(max_words, int | float) or max_words <= 0:
+        raise ValueError(f"max_words must be a positive number, got {max_words!r}")
+    text = FENCED.sub("\n", judged_part(response, part) or "")
+    longest = max((num_words(paragraph) for paragraph in text.splitlines()), default=0.0)
+    return f"a paragraph of {longest:,.0f} words" if longest > max_words else ""
+
+
+def num_words(paragraph: str) -> float:
+    others, num_han = HAN_CHARACTER.subn(" ", paragraph)
+    return len(re.findall(r"\S*\w\S*", others)) + num_han / HAN_PER_WORD
+
+
+def code_blocks(
+    response: TextResponse,
+    prompt: Prompt,
+    *,
+    kinds: Sequence[str] = ("code",),
+    part: str = "thought",
+) -> str:
+    """Drop a response with a fenced code block, also one that is never closed. kinds: of questions
+    whose responses may have them. Raises ValueError if it is no list."""
+    if isinstance(kinds, str) or not all(isinstance(kind, str) for kind in kinds):
+        raise ValueError(f"kinds must be a list of kinds of questions, got {kinds!r}")
+    text = judged_part(response, part)
+    if prompt.kind in kinds or text is None:
+        return ""
+    return "a code block" if FENCE.search(text) else ""
+
+
+def repetition(
+    response: TextResponse, prompt: Prompt, *, min_new: float = 0.7, window: int = 50
+) -> str:
+    """Drop a response in which less than `min_new` of the windows of `window` characters are new
+    (`rewards.repetition`; a text written twice has half). Raises ValueError for values out of
+    range."""
+    from megatron_r1.rewards.repetition import grade  # numpy, which reading a recipe does not need
+
+    _require_share("min_new", min_new)
+    verdict = grade(response.text, window=window)
+    return verdict.reason if verdict.reward < min_new else ""
+
+
+def judged_part(response: TextResponse, part: object) -> str | None:
+    """Return the thought, None without one; or the whole response with a line break for every tag.
+    Raises ValueError for another part."""
+    if part == "thought":
+        return response.thought
+    if part != "response":
+        raise ValueError(f"part must be one of {', '.join(PARTS)}, got {part!r}")
+    text = response.text
+    for tag in (THINK, END_THINK, ANSWER, END_ANSWER):
+        text = text.replace(tag, "\n")
+    return text
+
+
+def _require_share(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
+        raise ValueError(f"{name} must be above 0 and at most 1, got {value!r}")
