@@ -118,7 +118,8 @@ def normalize(question: str) -> str:
 
 def is_heldout(question: str, fraction: float, salt: str = "") -> bool:
     """Whether this question belongs to the held-out share, by its text alone. salt: makes the share
-    independent of those of other salts."""
+    independent of those of other salts: a reward model whose pairs have a policy's questions would
+    otherwise find all of them on one side."""
     return int.from_bytes(_digest(salt + question)[-8:], "big") < fraction * 2**64
 
 

@@ -42,6 +42,8 @@ class Usage(msgspec.Struct):
 
 
 class Completion(msgspec.Struct):
+    """What is read of a reply of either path: `message` from chats, `text` from completions."""
+
     choices: list[Choice]
     usage: Usage | None = None
 

@@ -103,7 +103,7 @@ def _read_weight(path: str, name: str, value: Any) -> float | Weight:
         except ValueError as error:
             raise UserError(f"{path}: {error}; {ACCURACY!r} is the prompt's own kind") from None
     if isinstance(value, Weight):
-        value = {field.name: getattr(value, field.name) for field in fields(Weight)}
+        value = vars(value)
     if not isinstance(value, Mapping):
         return _finite(path, value)
     known = [field.name for field in fields(Weight)]

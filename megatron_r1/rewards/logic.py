@@ -16,7 +16,8 @@ from reasoning_gym.factory import DATASETS
 from megatron_r1.rewards.answer import BOXES, describe, encloses, extract
 from megatron_r1.rewards.base import Grade, shorten
 
-# The scorers of these modules call eval() on the answer, to accept a Python list.
+# The scorers of these modules call eval() on the answer, to accept a Python list (reasoning-gym
+# 0.1.25).
 EVALUATING_MODULES = (
     "reasoning_gym.algorithmic.binary_matrix",
     "reasoning_gym.algorithmic.spiral_matrix",

@@ -36,6 +36,8 @@ CHECK_QUESTION, CHECK_RESPONSE = "What is 7 + 5?", "<think>7 + 5 = 12</think>The
 
 
 class RewardModelSettings(ServiceSettings):
+    """Settings of `helpful` and `safety`."""
+
     shift: float = Field(0.0, description="the score that gets 0.5")
     scale: float = Field(1.0, gt=0, description="points of score per unit of the sigmoid")
     label: int | None = Field(None, ge=0, description="the good class of a model with several")

@@ -26,6 +26,8 @@ LANGUAGES = {"cpp": "C++17", "python": "Python 3"}
 
 
 def questions(rows: Rows, options: Options) -> Iterator[Question]:
+    """Yield the problems whose rating is within the options. Raises UserError for an unknown
+    language."""
     language = options["language"]
     if language not in LANGUAGES:
         raise UserError(f"codeforces: language {language!r} is not one of {', '.join(LANGUAGES)}")
@@ -39,6 +41,7 @@ def questions(rows: Rows, options: Options) -> Iterator[Question]:
 
 
 def files(options: Options) -> list[str]:
+    """Return the files of the subset in `options`."""
     folder = "verifiable" if options["subset"] == "verifiable" else "data"
     return [f"{folder}/test-*.parquet"]
 

@@ -36,6 +36,7 @@ FUNCTION = (
 
 
 def questions(rows: Rows, options: Options) -> Iterator[Question]:
+    """Yield the problems of contests within the dates, of the difficulty asked for."""
     first = _day("from", options["from"] or date.min)
     last = _day("to", options["to"] or date.max)
     for place, row in rows:
@@ -46,6 +47,7 @@ def questions(rows: Rows, options: Options) -> Iterator[Question]:
 
 
 def files(options: Options) -> list[str]:
+    """Return the files of a release. Raises UserError for an unknown one."""
     release = str(options["release"]).removeprefix("release_")
     if release not in RELEASES:
         raise UserError(f"livecodebench has no release {release!r}; use {', '.join(RELEASES)}")

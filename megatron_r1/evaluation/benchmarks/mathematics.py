@@ -18,6 +18,7 @@ MATH_LAYOUT = {"id": "unique_id", "problem": "problem", "answer": "answer", "lev
 
 
 def aime_questions(rows: Rows, options: Options) -> Iterator[Question]:
+    """Raises UserError for an answer that is no integer from 0 to 999."""
     for place, row in rows:
         columns = pick_columns(place, row, AIME_LAYOUTS)
         problem = require_text(place, columns, "problem").strip()
@@ -34,6 +35,7 @@ def aime_questions(rows: Rows, options: Options) -> Iterator[Question]:
 
 
 def math_500_questions(rows: Rows, options: Options) -> Iterator[Question]:
+    """Yield the questions of the levels in `options`."""
     levels = {int(level) for level in options["levels"]}
     for place, row in rows:
         columns = pick_columns(place, row, [MATH_LAYOUT])

@@ -25,6 +25,7 @@ GPQA_LAYOUT = {name: name for name in ("Record ID", "Question", *CHOICES)}
 
 
 def mmlu_questions(rows: Rows, options: Options) -> Iterator[Question]:
+    """Yield the questions of the subjects in `options`. Raises UserError for an unknown subject."""
     subjects, seen = set(options["subjects"]), set()
     for place, row in rows:
         columns = pick_columns(place, row, [MMLU_LAYOUT])
@@ -42,6 +43,7 @@ def mmlu_questions(rows: Rows, options: Options) -> Iterator[Question]:
 
 
 def gpqa_questions(rows: Rows, options: Options) -> Iterator[Question]:
+    """Yield the questions, each with its choices in an order of its own."""
     for place, row in rows:
         columns = pick_columns(place, row, [GPQA_LAYOUT])
         question_id = str(columns["Record ID"])

@@ -89,6 +89,8 @@ def _run_tests(problem: Problem, program: Program, limits: Limits, end: float) -
             continue
         budget = limits.program(left, compiled=program.compiled)
         if is_call:
+            # Importing json takes 8 ms in the sandbox. The system's Python, which may run there
+            # (`host.interpreter`), can be older than this one and read no later version.
             stdin = marshal.dumps((test.args, test.kwargs), 2)
         else:
             stdin = test.stdin.encode("utf-8", "replace")

@@ -21,10 +21,14 @@ from megatron_r1.rewards.math.evaluation import NotNumeric, OutOfRange, evaluate
 from megatron_r1.rewards.math.number import rounds_to_same
 
 CONVERSION = ConversionConfig(lowercase_symbols=False)
+# Signs alternate from point to point, so that |x| is not x.
 NUM_POINTS = 3
 CACHE_SIZE = 2_048
 KINDS = (sympy.Set, sympy.MatrixBase, sympy.Expr, sympy.Basic)
-EXACT_ERROR, FLOAT_ERROR = mpmath.mpf("1e-80"), 1e-6
+# Of 120 digits. When fifteen decided, `20! + 1` was taken for `20!`.
+EXACT_ERROR = mpmath.mpf("1e-80")
+# As `number.ROUNDING_PLACES`: a decimal may be rounded.
+FLOAT_ERROR = 1e-6
 VAGUE = re.compile(r"\\(?:approx|sim|simeq|cong|equiv|neq?|to|mid)(?![A-Za-z])")
 BASE = re.compile(r"\d\s*_")
 # `13 13` is parsed as 26 and `1 000` as 0.
@@ -72,6 +76,7 @@ def same_value(left: sympy.Basic, right: sympy.Basic, *, seed: str) -> bool:
     # verify would compare a set with a number, and an equation with its right side.
     if any(isinstance(left, kind) != isinstance(right, kind) for kind in KINDS):
         return False
+    # The truth comes first: verify is not symmetric, and accepts 1 as the truth of `2x + z = 1`.
     return verify(left, right, timeout_seconds=None)
 
 

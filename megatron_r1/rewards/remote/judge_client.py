@@ -23,6 +23,8 @@ DEFAULT_VOTES = {"verify": 3, "compare": 4}
 
 
 class JudgeSettings(ServiceSettings):
+    """Settings of `judge`, as a reward and for preference pairs."""
+
     mode: Literal["verify", "compare"] = Field(
         "verify", description="against a reference answer, or against another response"
     )
@@ -151,6 +153,7 @@ class ReplyCache:
             raise UserError(f"cache: {folder} cannot be written to")
 
     async def get(self, request: dict[str, Any], vote: int) -> str | None:
+        """Return the reply to a request; None for one that is not cached."""
         return await asyncio.to_thread(self._read, self._path(request, vote))
 
     async def put(self, request: dict[str, Any], vote: int, reply: str) -> None:

@@ -87,11 +87,13 @@ class RemoteRewards:
 
 
 def reward_class(kind: str) -> type[RemoteReward]:
+    """Import and return the class of a served reward."""
     module, _, name = REMOTE[kind].partition(":")
     return getattr(importlib.import_module(module), name)
 
 
 def settings_names(kind: str) -> frozenset[str]:
+    """Return the options of a served reward."""
     return frozenset(reward_class(kind).settings_type.model_fields)
 
 

@@ -10,6 +10,8 @@ from megatron_r1.errors import UserError, did_you_mean
 
 
 class ServiceSettings(BaseModel):
+    """Settings that every served reward has."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
     url: str = Field(

@@ -56,11 +56,13 @@ class JobStatus(msgspec.Struct):
 
 
 def frame(message: msgspec.Struct) -> bytes:
+    """Return a message as it is sent: the length of its JSON (uint32, little-endian), the JSON."""
     payload = msgspec.json.encode(message)
     return LENGTH.pack(len(payload)) + payload
 
 
 def main(memory_limit_bytes: int) -> None:
+    """Serve jobs until stdin ends, or one of them exceeds the limit on address space."""
     end_without_parent()
     resource.setrlimit(resource.RLIMIT_AS, (memory_limit_bytes, memory_limit_bytes))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 MIB = 2**20
@@ -25,22 +25,14 @@ class Budget:
     disk_bytes: int = 0
 
 
-CAPS: dict[str, float] = {
-    "cpu_seconds": 120,
-    "wall_seconds": 240,
-    "total_seconds": 3600,
-    "memory_mib": 16384,
-    "processes": 128,
-    "output_mib": 64,
-    "compile_seconds": 240,
-    "compile_memory_mib": 16384,
-}
-"""The largest value that a prompt may set for each limit."""
+def _limit(default: float, cap: float) -> Any:
+    """Return a field of `Limits`; cap: the largest value that a prompt may set."""
+    return field(default=default, metadata={"cap": cap})
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits of one graded answer; a prompt may override each, up to `CAPS`.
+    """Limits of one graded answer; a prompt may override each, up to its cap.
 
     cpu_seconds, wall_seconds: per test (wall time also stops a program that sleeps).
     total_seconds: wall time of the whole answer, compilation included. memory_mib: address space.
@@ -52,32 +44,32 @@ class Limits:
     number above 0 and at most its cap.
     """
 
-    cpu_seconds: float = 6.0
-    wall_seconds: float = 12.0
-    total_seconds: float = 60.0
-    memory_mib: int = 1024
-    processes: int = 16
-    output_mib: float = 4.0
-    compile_seconds: float = 15.0
-    compile_memory_mib: int = 2048
+    cpu_seconds: float = _limit(6.0, cap=120)
+    wall_seconds: float = _limit(12.0, cap=240)
+    total_seconds: float = _limit(60.0, cap=3600)
+    memory_mib: int = _limit(1024, cap=16384)
+    processes: int = _limit(16, cap=128)
+    output_mib: float = _limit(4.0, cap=64)
+    compile_seconds: float = _limit(15.0, cap=240)
+    compile_memory_mib: int = _limit(2048, cap=16384)
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
+        for limit in fields(self):
+            name, value, cap = limit.name, getattr(self, limit.name), limit.metadata["cap"]
             if isinstance(value, bool) or not isinstance(value, int | float):
                 raise ValueError(f"limits.{name} must be a number, got {value!r}")
-            if not 0 < value <= CAPS[name]:
-                raise ValueError(
-                    f"limits.{name} must be above 0 and at most {CAPS[name]}, got {value!r}"
-                )
+            if not 0 < value <= cap:
+                raise ValueError(f"limits.{name} must be above 0 and at most {cap}, got {value!r}")
 
     @classmethod
     def parse(cls, overrides: dict[str, Any] | None) -> "Limits":
         """Return the defaults with a prompt's `overrides`. Raises ValueError for unknown names."""
         if not isinstance(overrides, dict | None):
             raise ValueError(f"limits must be an object, got {overrides!r}")
+        known = [limit.name for limit in fields(cls)]
         for name in overrides or {}:
-            if name not in CAPS:
-                raise ValueError(f"limits.{name} is unknown; known: {', '.join(CAPS)}")
+            if name not in known:
+                raise ValueError(f"limits.{name} is unknown; known: {', '.join(known)}")
         return cls(**overrides or {})
 
     def program(self, seconds_left: float = math.inf, *, compiled: bool = False) -> Budget:

@@ -33,6 +33,7 @@ ENVIRONMENT = {
 }
 NAMESPACES = (
     *("--unshare-all", "--unshare-user", "--uid", str(host.NOBODY), "--gid", str(host.NOBODY)),
+    # A session of its own: otherwise TIOCSTI could type into the grader's terminal (CVE-2017-5226).
     *("--hostname", "sandbox", "--die-with-parent", "--new-session"),
     # The program is process 1 itself: bwrap then waits for it and reaps it. Otherwise every run
     # leaves a zombie in containers whose first process reaps nothing.

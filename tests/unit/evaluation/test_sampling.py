@@ -83,6 +83,16 @@ def test_a_broken_grader_stops_sampling_and_loses_nothing(tmp_path):
     assert len(last) == 80 and all(line["reward"] == 1.0 for line in last.values())
 
 
+def test_a_line_says_whether_its_grader_failed_and_an_older_one_by_its_reason():
+    failed = TextResponse("13", reason="cannot be graded: no sandbox", is_ungraded=True)
+    wrong = TextResponse("13", reason="cannot be graded: says the response")
+    assert TextResponse.from_line(failed.to_line()) == failed
+    assert TextResponse.from_line(wrong.to_line()) == wrong
+    older = failed.to_line()
+    del older["ungraded"]
+    assert TextResponse.from_line(older) == failed
+
+
 def test_order_of_samples(tmp_path):
     def order(title):
         policy = Policy()

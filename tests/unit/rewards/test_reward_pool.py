@@ -51,6 +51,8 @@ def chatter(response, truth, **entry):
 
 def fail(response, truth, **entry): raise KeyError("metadata")
 def stop(response, truth, **entry): sys.exit(0)
+def decline(response, truth, **entry): return Grade.ungraded("no key")
+def quote(response, truth, **entry): return Grade(0.0, response)
 def confused(response, truth, **entry): return 0.5
 def echo(response, truth, **entry): return Grade(1.0, repr((response[:5], truth, entry)))
 """
@@ -165,6 +167,18 @@ def test_what_a_grader_raises_prints_or_returns_stays_its_own(graders):
     assert "must return a Grade, got float" in confused.reason
     assert chatter == Grade(1.0, "")
     assert snapshot["errors"] == 3 and snapshot["crashes"] == 0
+
+
+def test_a_grade_says_itself_whether_it_is_one(graders):
+    async def scenario(pool):
+        declined = await pool.grade("graders:decline", "?", None)
+        quoted = await pool.grade("graders:quote", "cannot be graded: says the response", None)
+        return declined, quoted, pool.snapshot()
+
+    declined, quoted, snapshot = run_in_pool(scenario)
+    assert declined == Grade.ungraded("no key") and not declined.is_graded
+    assert quoted.is_graded and quoted.reward == 0.0
+    assert snapshot["errors"] == snapshot["graded"] == 1
 
 
 def test_ten_megabytes_and_broken_unicode_are_just_wrong_answers(graders):

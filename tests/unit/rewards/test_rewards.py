@@ -1,6 +1,7 @@
 """The graders themselves, called in this process."""
 
 import contextlib
+import inspect
 import io
 import json
 
@@ -8,12 +9,13 @@ import pytest
 import reasoning_gym
 from reasoning_gym.factory import DATASETS
 
-from megatron_r1.rewards import REGISTRY, Grade, resolve
+from megatron_r1.rewards import FORM_REWARDS, REGISTRY, Grade, resolve
 from megatron_r1.rewards import format as format_reward
 from megatron_r1.rewards import logic as logic_reward
 from megatron_r1.rewards.answer import extract, final_answers, last_boxed, unwrap
 from megatron_r1.rewards.combine import combine
 from megatron_r1.rewards.logic import is_formula, refusal
+from megatron_r1.user_code import find_function
 
 GOOD = "<think>2 + 11</think><answer>13</answer>"
 
@@ -41,6 +43,12 @@ def test_an_unknown_kind_names_the_nearest_and_a_path_stands_for_itself():
     }.items():
         with pytest.raises(ValueError, match=hint):
             resolve(kind)
+
+
+@pytest.mark.parametrize("kind", FORM_REWARDS)
+def test_a_reward_of_the_form_needs_no_truth(kind):
+    parameters = inspect.signature(find_function(FORM_REWARDS[kind])).parameters
+    assert parameters["truth"].default is None
 
 
 @pytest.mark.parametrize("response", [GOOD, f"\n {GOOD}\n", GOOD.replace("><", ">\n\n<")])
