@@ -15,6 +15,7 @@ import signal
 import subprocess
 import time
 from dataclasses import dataclass
+from typing import Literal
 
 import psutil
 
@@ -35,6 +36,8 @@ SIGNALS = {
     31: "forbidden system call",
 }
 
+Stopped = Literal["wall time", "output", ""]
+
 
 class SandboxError(RunError):
     """bubblewrap could not build the sandbox or did not end: the program has no outcome."""
@@ -47,14 +50,14 @@ class Outcome:
     stdout, stderr: the bytes written, cut off at the limit that `stopped` names. status: the exit
     status, or 128 + the signal. seconds: wall time of sandbox and program, never less than the CPU
     time that counts against the limit, since the program's process also builds the sandbox.
-    stopped: the limit for which the run was killed from outside ("wall time", "output"), or "".
+    stopped: the limit for which the run was killed from outside, or "".
     """
 
     stdout: bytes
     stderr: bytes
     status: int
     seconds: float
-    stopped: str
+    stopped: Stopped
 
 
 class SandboxProcess:
@@ -100,7 +103,7 @@ class SandboxProcess:
             if self.init_pidfd is not None:
                 os.close(self.init_pidfd)
 
-    def _collect_output(self) -> str:
+    def _collect_output(self) -> Stopped:
         """Read until all pipes are closed. Return the limit that was reached first, or ""."""
         poll = select.poll()
         for fd in self.received:
