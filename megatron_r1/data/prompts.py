@@ -101,16 +101,6 @@ def make_prompt(question: str, kind: str, truth: Any, fields: dict[str, Any]) ->
     return Prompt(_digest(question).hex()[:16], question, kind, truth, fields)
 
 
-def one_of_each(prompts: Iterable[Prompt]) -> list[Prompt]:
-    """Return one prompt of every kind, language and set of fields, on which to try their rewards: a
-    row without a needed column must not stop the run at the step that draws it."""
-    chosen = {
-        (prompt.kind, str(prompt.fields.get("language")), frozenset(prompt.fields)): prompt
-        for prompt in prompts
-    }
-    return list(chosen.values())
-
-
 def normalize(question: str) -> str:
     """Return the text that spellings of one question share: NFKC, folded case, single spaces."""
     return " ".join(unicodedata.normalize("NFKC", question).casefold().split())

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from megatron_r1.data.prompts import Prompt, one_of_each
+from megatron_r1.data.prompts import Prompt
 from megatron_r1.errors import UserError
 from megatron_r1.evaluation.prompt_sets import PromptSet, digest
 from megatron_r1.evaluation.response import Policy, TextResponse
@@ -52,7 +52,7 @@ class Grader:
 
     async def check(self, prompts: Sequence[Prompt]) -> None:
         """Raise UserError for a reward that cannot be used."""
-        await self._rewards.check(self._terms, one_of_each(prompts))
+        await self._rewards.check(self._terms, prompts)
 
 
 class Sampler:

@@ -6,7 +6,6 @@ import any library. Rewards that request a served model are in `remote/`; `sandb
 """
 
 import sys
-from collections.abc import Awaitable, Callable
 
 from megatron_r1.errors import UserError, did_you_mean
 from megatron_r1.rewards.base import Grade
@@ -54,15 +53,3 @@ def resolve(kind: str) -> str:
         f"unknown reward kind {kind!r}{did_you_mean(kind, known)} (known: "
         f"{', '.join(sorted(known))}; your own is written 'package.module:function')"
     )
-
-
-async def try_reward(kind: str, truth: object, grade: Callable[[str], Awaitable[Grade]]) -> Grade:
-    """Return a trial's grade, whose `is_graded` says whether the reward can be used.
-
-    grade: the reward `kind` with all arguments but the response. A user's own may raise where there
-    is no answer; one that also raises on a well-formed answer is broken, or called wrongly.
-    """
-    trial = await grade("")
-    if not trial.is_graded and kind not in REGISTRY | REMOTE:
-        trial = await grade(f"<think>I think.</think>\n<answer>{truth}</answer>")
-    return trial

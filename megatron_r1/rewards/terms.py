@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 from megatron_r1.errors import UserError
-from megatron_r1.rewards import FORM_REWARDS, try_reward
+from megatron_r1.rewards import FORM_REWARDS, REGISTRY, REMOTE
 from megatron_r1.rewards.base import Grade
 from megatron_r1.rewards.combine import ACCURACY
 from megatron_r1.rewards.options import call_fields
@@ -58,22 +58,32 @@ class RewardTerms:
     async def check(
         self, terms: Collection[str], prompts: Iterable[Gradable], opened: bool = False
     ) -> None:
-        """Call every term and the own reward of each of `prompts` once. Raises UserError for one
-        that cannot be imported or cannot grade what it is called with: a truth it does not
-        understand, an option, a field or a program it lacks (`try_reward`)."""
-        for prompt in prompts:
+        """Call every term and the own reward of one prompt of every kind, language and set of
+        fields: a row without a needed column must not stop the run at the step that draws it.
+
+        Raises UserError for a reward that cannot be imported or cannot grade what it is called
+        with: a truth it does not understand, an option, a field or a program it lacks."""
+        examples = {
+            (p.kind, str(p.fields.get("language")), frozenset(p.fields)): p for p in prompts
+        }
+        for prompt in examples.values():
             for term in dict.fromkeys((ACCURACY, *terms)):
-
-                async def grade(text: str, term: str = term, prompt: Gradable = prompt) -> Grade:
-                    return (await self.grade([term], prompt, text, 0, opened))[term]
-
                 kind = _kind(term, prompt)
-                trial = await try_reward(kind, prompt.truth, grade)
+                trial = await self._try(term, prompt, opened)
                 if not trial.is_graded:
                     name = f"rewards.weights.{term}: it"
                     if term == ACCURACY:
                         name = f"question {prompt.id}: its {kind} answer"
                     raise UserError(f"{name} {trial.reason}; see rewards.options.{kind}")
+
+    async def _try(self, term: str, prompt: Gradable, opened: bool) -> Grade:
+        """Return a grade, ungraded if the reward cannot be used. A user's own may raise where there
+        is no answer; one that also raises on a well-formed one is broken, or called wrongly."""
+        trial = (await self.grade([term], prompt, "", 0, opened))[term]
+        if not trial.is_graded and _kind(term, prompt) not in REGISTRY | REMOTE:
+            text = f"<think>I think.</think>\n<answer>{prompt.truth}</answer>"
+            trial = (await self.grade([term], prompt, text, 0, opened))[term]
+        return trial
 
     async def _call(
         self, term: str, prompt: Gradable, text: str, facts: Mapping[str, object]

@@ -3,7 +3,7 @@
 import math
 
 from megatron_r1.config import RewardsConfig
-from megatron_r1.data.prompts import Prompt, one_of_each
+from megatron_r1.data.prompts import Prompt
 from megatron_r1.data.text import PromptText
 from megatron_r1.engine.responses import Response
 from megatron_r1.errors import RunError, UserError
@@ -44,8 +44,7 @@ class ResponseGrader:
 
         Raises UserError as `RewardTerms.check`.
         """
-        examples = one_of_each(prompts)
-        await self._terms.check(self._weights.keys(), examples, self._text.opens_thought)
+        await self._terms.check(self._weights.keys(), prompts, self._text.opens_thought)
 
 
 def check_grades(groups: list[Group], max_ungraded: float) -> None:
