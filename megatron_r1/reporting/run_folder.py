@@ -82,7 +82,7 @@ class RunFolder:
             }
             before = unknown_then | flatten(self.read_config())
             changed = sorted(changed_keys(before, after))
-            refused = [key for key in changed if not _is_allowed(key, may_change)]
+            refused = [key for key in changed if not is_within(key, may_change)]
             if refused:
                 raise UserError(self._refusal(refused, before, after))
             if not changed:
@@ -219,8 +219,9 @@ def _integer_step(record: Mapping[str, Any], what: str) -> int:
     return step
 
 
-def _is_allowed(key: str, may_change: Collection[str]) -> bool:
-    return any(key == allowed or key.startswith(f"{allowed}.") for allowed in may_change)
+def is_within(key: str, names: Collection[str]) -> bool:
+    """Return whether a dotted key is one of `names` or lies in a section that is."""
+    return any(key == name or key.startswith(f"{name}.") for name in names)
 
 
 class _Lock:

@@ -1,6 +1,7 @@
 """Inspects the roles of a run: trainer ranks, engines and reward workers.
 
-A trainer rank has a thread for this, which responds while its main thread is stuck.
+A trainer rank has a thread for this, which responds while its main thread is stuck. Not py-spy: it
+reads another process's memory, which Docker forbids by default, and on its own host only.
 """
 
 import asyncio

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from megatron_r1.config import RESUMABLE, Config
-from megatron_r1.reporting.run_folder import changed_keys, flatten, shown
+from megatron_r1.reporting.run_folder import changed_keys, flatten, is_within, shown
 from megatron_r1.user_code import syntax_of
 from megatron_r1.workflow.plan import Plan, Stage
 from megatron_r1.workflow.references import references, substitute, texts
 
+# Larger files count by size and blocks: the status of a terabyte's model takes seconds.
 WHOLE_BYTES = 256 * 1024**2
 NUM_BLOCKS, BLOCK_BYTES = 64, 65_536
 MISSING = "missing"
@@ -117,8 +118,8 @@ def digest(path: Path) -> str:
     """Return the digest of a file's content, or of the names and contents in a folder (hidden ones
     left out); MISSING where there is neither.
 
-    A file of more than 256 MiB counts by its size and 64 blocks spread over it: training changes
-    nearly every weight, and a model of a terabyte must not be read again to see that it is done.
+    A file of more than WHOLE_BYTES counts by its size and 64 blocks spread over it: training
+    changes nearly every weight.
     """
     if path.is_dir():
         names = sorted(entry.name for entry in path.iterdir() if not _is_hidden(entry))
@@ -184,7 +185,7 @@ def _texts_and_keys(value: Any) -> Iterator[str]:
 
 def _decides(key: str, finished: bool) -> bool:
     free = [name for name in RESUMABLE if not (finished and name in FINAL)]
-    return not any(key == name or key.startswith(f"{name}.") for name in free)
+    return not is_within(key, free)
 
 
 def _is_of_another(key: str, verb: str) -> bool:

@@ -19,7 +19,6 @@ from tools.bench.chaos import oracle, task
 from tools.bench.chaos.faults import FAULTS, possible, small_disk
 from tools.bench.chaos.schedule import Report, disturb
 from tools.bench.chaos.user import User
-from tools.bench.children import megatron_r1, write_recipe
 
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
 DISK_MEBIBYTES = 96
@@ -58,18 +57,16 @@ def run(chosen: argparse.Namespace) -> dict[str, Any]:
     return {"skipped": skipped, **result}
 
 
-def _recipe(folder: Path, base: Path, chosen: argparse.Namespace) -> list[str]:
+def _command(folder: Path, base: Path, chosen: argparse.Namespace) -> list[str]:
     """Write what a run in `folder`/run needs; return its command."""
     questions = task.write_questions(folder / "questions.jsonl")
-    settings = task.recipe(base, folder / "run", questions, chosen.steps, chosen.seed)
-    if chosen.staleness:
-        settings["rl"] |= {"staleness": chosen.staleness, "importance_cap": 2.0}
-    return megatron_r1("rl", write_recipe(folder / "recipe.yaml", settings))
+    run = folder / "run"
+    return task.command(base, run, questions, chosen.steps, chosen.seed, chosen.staleness)
 
 
 def _undisturbed(folder: Path, base: Path, chosen: argparse.Namespace) -> Path:
     folder.mkdir(parents=True)
-    user = User(_recipe(folder, base, chosen), folder / "run", folder / "commands", ENVIRONMENT)
+    user = User(_command(folder, base, chosen), folder / "run", folder / "commands", ENVIRONMENT)
     try:
         while not user.is_done:
             user.follow(1.0)
@@ -83,7 +80,7 @@ def _undisturbed(folder: Path, base: Path, chosen: argparse.Namespace) -> Path:
 def _disturbed(
     disk: Path, logs: Path, base: Path, names: list[str], chosen: argparse.Namespace
 ) -> tuple[User, list[Report]]:
-    user = User(_recipe(disk, base, chosen), disk / "run", logs, ENVIRONMENT)
+    user = User(_command(disk, base, chosen), disk / "run", logs, ENVIRONMENT)
     draw = random.Random(chosen.seed)
     try:
         return user, disturb(user, names, chosen.steps, chosen.gap, draw, _print_report)

@@ -10,13 +10,16 @@ import random
 from pathlib import Path
 from typing import Any
 
-from tools.bench.children import megatron_r1, run_to_end, write_recipe
+import yaml
+
+from tools.bench.children import megatron_r1, run_to_end
 from tools.bench.small_models import qwen2, write_folder
 
-TEMPLATE = "{problem}"
+HERE = Path(__file__).parent
 THINKS = 0.2
 """Share of the base model's examples with a thought."""
-QUESTIONS, GROUP, MINIBATCHES = 8, 8, 2
+RL = yaml.safe_load((HERE / "run.yaml").read_text())["rl"]
+QUESTIONS, MINIBATCHES = RL["questions_per_rollout"], RL["minibatches"]
 NUMBERS = range(100, 1000)
 
 
@@ -25,55 +28,30 @@ def make_base(folder: Path, seed: int) -> Path:
     model = write_folder(folder / "model", qwen2(64, 2, 2, max_position_embeddings=64))
     draw = random.Random(seed)
     write_lines(folder / "examples.jsonl", [_example(draw) for _ in range(64 * 400)])
-    recipe = {
-        "run": {"folder": str(folder / "base"), "steps": 400, "seed": seed},
-        "model": {"path": str(model), "init": "random", "init_std": 0.1, "dtype": "float32"},
-        "sft": {"data": str(folder / "examples.jsonl"), "batch_size": 64, "order": "file"},
-        "optimizer": {"learning_rate": 3e-3, "warmup": 20, "decay": "linear", "weight_decay": 0.0},
-        "checkpoint": {"every": 400},
-        "parallel": {"threads": 1},
+    settings = {
+        "run.folder": folder / "base",
+        "run.seed": seed,
+        "model.path": model,
+        "sft.data": folder / "examples.jsonl",
     }
-    run_to_end(megatron_r1("sft", write_recipe(folder / "base.yaml", recipe)))
+    run_to_end(megatron_r1("sft", HERE / "base.yaml", settings))
     return folder / "base" / "hf"
 
 
-def recipe(base: Path, folder: Path, questions: Path, steps: int, seed: int) -> dict[str, Any]:
-    """Return a recipe with short steps and timeouts, two tensor-parallel ranks and two engines."""
-    return {
-        "run": {
-            "folder": str(folder),
-            "steps": steps,
-            "seed": seed,
-            "log_samples": QUESTIONS,
-            "hang_seconds": 25,
-            "on_hang": "restart",
-            "max_trainer_restarts": 1000,
-        },
-        "model": {"path": str(base), "dtype": "float32"},
-        "data": {"path": str(questions), "num_heldout": 60, "template": TEMPLATE},
-        "rollout": {
-            "engines": 2,
-            "threads": 1,
-            "max_response_tokens": 16,
-            "max_model_len": 48,
-            "dtype": "float32",
-            "max_num_seqs": 16,
-            "max_restarts": 1000,
-            "start_timeout_seconds": 180,
-            "unresponsive_seconds": 15,
-        },
-        "push": {"timeout_seconds": 60},
-        "rl": {
-            "questions_per_rollout": QUESTIONS,
-            "group_size": GROUP,
-            "minibatches": MINIBATCHES,
-            "reference_refresh": 100,
-        },
-        "optimizer": {"learning_rate": 2e-5, "weight_decay": 0.0},
-        "parallel": {"processes": 2, "tensor": 2, "threads": 1},
-        "checkpoint": {"every": 3, "keep": 2},
-        "eval": {"every": 50, "samples": 8, "temperature": 1.0},
+def command(
+    base: Path, folder: Path, questions: Path, steps: int, seed: int, staleness: int
+) -> list[str]:
+    """Return the command of the run in `folder`."""
+    settings = {
+        "run.folder": folder,
+        "run.steps": steps,
+        "run.seed": seed,
+        "model.path": base,
+        "data.path": questions,
     }
+    if staleness:
+        settings |= {"rl.staleness": staleness, "rl.importance_cap": 2.0}
+    return megatron_r1("rl", HERE / "run.yaml", settings)
 
 
 def write_questions(path: Path) -> Path:

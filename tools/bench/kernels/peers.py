@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from pkgutil import resolve_name
+from typing import Any
 
 import torch
 
@@ -11,6 +13,14 @@ from tools.bench.kernels.eager import CLIP, KL_BETA
 from tools.bench.kernels.inputs import HiddenInputs, LogitsInputs
 
 VOCAB_CHUNK = 32_768  # what TRL's trainers pass
+
+
+def _imported(name: str) -> Callable[[], Any]:
+    """Return a loader of `module:name`: a peer is imported when it is measured, if at all."""
+    return partial(resolve_name, name)
+
+
+LIGER_CROSS_ENTROPY = _imported("liger_kernel.ops:LigerFusedLinearCrossEntropyFunction.apply")
 
 
 def _cce(**more: None) -> Callable:
@@ -69,24 +79,17 @@ def _trl_chunked() -> Callable:
     )
 
 
-def _trl_logits() -> Callable:
-    from trl.kernels.logprob_entropy import selective_log_softmax_and_entropy
-
-    return selective_log_softmax_and_entropy
-
-
 TRL_CHUNKED = Implementation("TRL chunked", on_hidden, _trl_chunked)
-TRL_LOGITS = Implementation("TRL log_softmax_and_entropy", on_logits, _trl_logits, gpu_only=True)
-
-
-def _liger_cross_entropy() -> Callable:
-    from liger_kernel.ops import LigerFusedLinearCrossEntropyFunction
-
-    return LigerFusedLinearCrossEntropyFunction.apply
+TRL_LOGITS = Implementation(
+    "TRL log_softmax_and_entropy",
+    on_logits,
+    _imported("trl.kernels.logprob_entropy:selective_log_softmax_and_entropy"),
+    gpu_only=True,
+)
 
 
 def _liger_token_cross_entropy() -> Callable:
-    loss_of = _liger_cross_entropy()
+    loss_of = LIGER_CROSS_ENTROPY()
     # After the targets: bias, class weights, ignored id, z-loss, label smoothing, reduction.
     options = None, None, -100, 0.0, 0.0, "none"
     return lambda *inputs: (-loss_of(*inputs, *options)[0],)
@@ -128,23 +131,11 @@ def _mean_cross_entropy(loss_of: Callable, inputs: HiddenInputs) -> Results:
     return {}
 
 
-def _liger_selective_log_softmax() -> Callable:
-    from liger_kernel.ops.grpo_loss import fused_selective_log_softmax
-
-    return fused_selective_log_softmax
-
-
 def _selective_log_softmax(function: Callable, inputs: LogitsInputs) -> Results:
     targets, *_ = inputs.tokens.without_last
     logprobs = function(inputs.tokens.rows(inputs.logits.detach()), targets, temperature=1.0)
     # (S, L - 1) -> (S * L,): the last position of a sequence is masked and gets 0.
     return {"logprobs": torch.nn.functional.pad(logprobs, (0, 1)).flatten()}
-
-
-def _liger_triton_grpo() -> Callable:
-    from liger_kernel.transformers.grpo_loss import triton_grpo_loss
-
-    return triton_grpo_loss
 
 
 def _triton_grpo(loss_of: Callable, inputs: LogitsInputs) -> Results:
@@ -177,7 +168,7 @@ LIGER_CE = Implementation(
 LIGER_MEAN_CE = Implementation(
     LIGER_CE.name,
     _mean_cross_entropy,
-    _liger_cross_entropy,
+    LIGER_CROSS_ENTROPY,
     "mean cross entropy only: no ratio, clip, KL, entropy",
     gpu_only=True,
 )
@@ -190,14 +181,14 @@ LIGER_LINEAR_GRPO = Implementation(
 LIGER_SELECTIVE = Implementation(
     "Liger selective_log_softmax",
     _selective_log_softmax,
-    _liger_selective_log_softmax,
+    _imported("liger_kernel.ops.grpo_loss:fused_selective_log_softmax"),
     "no entropy",
     gpu_only=True,
 )
 LIGER_TRITON_GRPO = Implementation(
     "Liger triton_grpo_loss",
     _triton_grpo,
-    _liger_triton_grpo,
+    _imported("liger_kernel.transformers.grpo_loss:triton_grpo_loss"),
     "the policy loss too; no entropy, no log-probs out",
     gpu_only=True,
     overwrites=True,
