@@ -24,7 +24,7 @@ from r1_kernels.arguments import check_targets, check_tensors, check_tokens
 from r1_kernels.averaging import Averaging, Sequences
 from r1_kernels.gemm import wide
 from r1_kernels.linear_head import HeadGradients, LinearHead, Rows
-from r1_kernels.linear_token_logprobs import head_logprobs, make_head
+from r1_kernels.linear_token_logprobs import LinearTokenLogprobs, make_head
 from r1_kernels.policy_loss import prepare_tokens, tokens_loss
 from r1_kernels.policy_terms import PolicySettings, PolicyTerms, TokenTensors
 from r1_kernels.vocabulary import RowSoftmax, RowUpstream
@@ -206,7 +206,7 @@ def _with_sequence_ratios(
     """Compute the loss whose ratios need all log-probabilities first: two passes over the head."""
     rows, tokens = run.rows, run.tokens
     picked = slice(None) if isinstance(rows, int) else rows
-    logprobs, entropy = head_logprobs(
+    logprobs, entropy = LinearTokenLogprobs.apply(
         hidden[picked], weight, run.targets[picked], run.head, reduce_hidden_grad
     )
     if not isinstance(rows, int):

@@ -42,14 +42,7 @@ def linear_token_logprobs(
     check_same_device(hidden=hidden, weight=weight, targets=targets)
     head = make_head(hidden, weight, temperature, group, vocab_size, chunk_tokens, backend)
     check_targets(targets, len(hidden), head.shard.size)
-    return head_logprobs(hidden, weight, targets, head, reduce_hidden_grad)
-
-
-def head_logprobs(
-    hidden: Tensor, weight: Tensor, targets: Tensor, head: LinearHead, reduce_hidden_grad: bool
-) -> tuple[Tensor, Tensor]:
-    """Compute `linear_token_logprobs` of checked arguments."""
-    return _LinearTokenLogprobs.apply(hidden, weight, targets, head, reduce_hidden_grad)
+    return LinearTokenLogprobs.apply(hidden, weight, targets, head, reduce_hidden_grad)
 
 
 def make_head(
@@ -75,7 +68,9 @@ def make_head(
     )
 
 
-class _LinearTokenLogprobs(torch.autograd.Function):
+class LinearTokenLogprobs(torch.autograd.Function):
+    """`linear_token_logprobs` of checked arguments."""
+
     @staticmethod
     def forward(ctx, hidden, weight, targets, head, reduce_hidden_grad):
         ctx.set_materialize_grads(False)

@@ -51,17 +51,16 @@ class Example(NamedTuple):
 class Kernel(NamedTuple):
     """A primitive `name` in primitives/<stem>_triton.py and primitives/<stem>_torch.py.
 
-    measured_in: the table of `tools/bench kernels` that includes it; "" for one of its own.
-    computes, reads, writes: for README, b being the bytes of an input element. examples: its
-    launches on a device."""
+    computes, num_bytes: for README; bytes read → written, b being those of an input element.
+    examples: its launches on a device. measured_in: the table of `tools/bench kernels` that
+    includes it; without one it gets its own."""
 
     name: str
     stem: str
-    measured_in: str
     computes: str
-    reads: str
-    writes: str
+    num_bytes: str
     examples: Callable[[Sizes, str], Iterator[Example]]
+    measured_in: str = ""
 
 
 def _row_statistics(sizes: Sizes, device: str) -> Iterator[Example]:
@@ -137,56 +136,49 @@ KERNELS = (
     Kernel(
         "row_statistics",
         "softmax",
-        "token_logprobs",
         "of each row of logits: largest, Σ eˣ, Σ x eˣ, the target's logit",
-        "b per logit; 8 per row",
-        "16 per row",
+        "b per logit, 8 per row → 16 per row",
         _row_statistics,
+        "token_logprobs",
     ),
     Kernel(
         "logits_gradient",
         "softmax",
-        "token_logprobs",
         "the gradient of the logits, over them if wanted",
-        "b per logit; 20 per row, 28 with an entropy gradient",
-        "2 or 4 per logit",
+        "b per logit, 20 per row (28 with an entropy gradient) → 2 or 4 per logit",
         _logits_gradient,
+        "token_logprobs",
     ),
     Kernel(
         "policy_terms",
         "policy",
-        "policy_loss",
         "loss, its derivatives, ratio, clip, KL, importance weight",
-        "16 to 28 per token (4 to 7 floats)",
-        "24 per token; 4 per 512 tokens",
+        "16 to 28 per token (4 to 7 floats) → 24 per token, 4 per 512 tokens",
         _policy_terms,
+        "policy_loss",
     ),
     Kernel(
         "segment_sums",
         "policy",
-        "",
         "sums over packed sequences",
-        "4 per token; two borders per sequence",
-        "4 per sequence",
+        "4 per token, two borders per sequence → 4 per sequence",
         _segment_sums,
     ),
     Kernel(
         "quantize_blocks",
         "blockwise",
-        "quantize_blockwise",
         "FP8 e4m3 codes and a scale per 128×128 or 1×128 block",
-        "b per element",
-        "1 per element; 4 per block",
+        "b per element → 1 per element, 4 per block",
         _quantize_blocks,
+        "quantize_blockwise",
     ),
     Kernel(
         "dequantize_blocks",
         "blockwise",
-        "dequantize_blockwise",
         "codes times the scale of their block",
-        "1 per element; 4 per block",
-        "2 or 4 per element",
+        "1 per element, 4 per block → 2 or 4 per element",
         _dequantize_blocks,
+        "dequantize_blockwise",
     ),
 )
 
@@ -220,10 +212,3 @@ def primitives(backend: str) -> SimpleNamespace:
     return SimpleNamespace(
         **{name: getattr(importlib.import_module(m), name) for name, m in modules.items()}
     )
-
-
-def readme_table() -> str:
-    """Return README's table of the kernels; a test holds it to this."""
-    rows = [(f"`{k.name}`", k.stem, k.computes, k.reads, k.writes) for k in KERNELS]
-    head = ("kernel", "in `primitives/`", "computes", "reads, bytes", "writes, bytes")
-    return "\n".join(f"| {' | '.join(row)} |" for row in [head, ("---",) * 5, *rows])

@@ -20,14 +20,7 @@ import torch
 from torch import Tensor
 
 from tools.bench.kernels import eager
-from tools.bench.kernels.inputs import (
-    ExampleInputs,
-    HiddenInputs,
-    LogitsInputs,
-    MatrixInputs,
-    PolicyInputs,
-    by_name,
-)
+from tools.bench.kernels.inputs import HiddenInputs, LogitsInputs, MatrixInputs, PolicyInputs
 
 OURS = "r1_kernels"
 TOO_LATE = "the time given was used up: raise --minutes, or use --only"
@@ -105,8 +98,9 @@ def dequantize(function: Callable, inputs: MatrixInputs) -> Results:
     return {"values": function(inputs.quantized, inputs.scale, dtype=inputs.x.dtype)}
 
 
-def primitive(function: Callable, inputs: ExampleInputs) -> Results:
-    return by_name(function(*inputs.arguments))
+def primitive(function: Callable, inputs: Any) -> Results:
+    """Call with `inputs.ExampleInputs` of a registered kernel."""
+    return inputs.results(function(*inputs.arguments))
 
 
 def why(error: BaseException) -> str:

@@ -253,20 +253,20 @@ class ExampleInputs(Inputs):
         exact = getattr(registry.primitives("torch"), kernel.name)(*_widened(self.arguments))
         self.checks = {
             name: (name, partial(truth.relative, exact=value))
-            for name, value in by_name(exact).items()
+            for name, value in self.results(exact).items()
         }
+
+    @staticmethod
+    def results(returned: Any) -> dict[str, Tensor]:
+        """Return a primitive's tensors by name, or by number if it returns a plain tuple."""
+        if isinstance(returned, Tensor):
+            return {"result": returned}
+        names = getattr(returned, "_fields", map(str, range(len(returned))))
+        return dict(zip(names, returned, strict=True))
 
     def bound(self, gradients: bool, masked: bool) -> measure.Bound:
         """The bytes that the registry gives as the least."""
         return measure.copy_bound(self.device, self.num_bytes)
-
-
-def by_name(results: Any) -> dict[str, Tensor]:
-    """Return a primitive's tensors by name, or by number if it returns a plain tuple."""
-    if isinstance(results, Tensor):
-        return {"result": results}
-    names = getattr(results, "_fields", map(str, range(len(results))))
-    return dict(zip(names, results, strict=True))
 
 
 def _widened(value: Any) -> Any:
