@@ -17,8 +17,8 @@ heads (g divides h), d head size of queries and keys, e head size of values. Pad
 Megatron's order (s, b, heads, size); packed ones have no b."""
 
 import torch
-from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
@@ -42,14 +42,12 @@ class CoreAttention(MegatronModule):
         *positional,
         softmax_scale: float | None = None,
         k_channels: int | None = None,
-        pg_collection=None,
+        pg_collection: ProcessGroupCollection,
         **unused,
     ):
         super().__init__(config=config)
         self.softmax_scale = softmax_scale or (k_channels or config.kv_channels) ** -0.5
-        self.group = parallel_state.get_context_parallel_group()
-        if pg_collection is not None:
-            self.group = pg_collection.cp
+        self.group = pg_collection.cp
 
     def forward(
         self,

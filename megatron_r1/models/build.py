@@ -1,6 +1,14 @@
 """Builds this rank's part of a model."""
 
-from megatron.core import parallel_state
+from collections.abc import Sequence
+
+from megatron.core.pipeline_parallel.utils import (
+    is_pp_first_stage,
+    is_pp_last_stage,
+    is_vp_first_stage,
+    is_vp_last_stage,
+)
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import unwrap_model
 
@@ -12,20 +20,26 @@ from megatron_r1.models.score_model import ScoreModel
 
 
 def build_model(
-    hf: dict, config: TransformerConfig, *, vp_stage: int | None = None
+    hf: dict,
+    config: TransformerConfig,
+    groups: ProcessGroupCollection | None = None,
+    *,
+    vp_stage: int | None = None,
 ) -> PolicyModel | ScoreModel:
     """Return this rank's pipeline stage (of virtual stage `vp_stage`) with Megatron's random
     weights.
 
     The model maps input_ids and position_ids, (b, s) int64, to hidden states (b, s, h) or, with a
     score head, scores (b, s) fp32, on the last stage; earlier stages return (s, b, h), Megatron's
-    order. Megatron's process groups must exist and agree with `config`. The vocabulary is padded to
-    a multiple of the tensor-parallel size (see `vocab_shard`)."""
+    order. groups: Megatron's process groups, which agree with `config`; None: those of its
+    `parallel_state`. The vocabulary is padded to a multiple of the tensor-parallel size (see
+    `vocab_shard`)."""
+    groups = groups or ProcessGroupCollection.use_mpu_process_groups()
     model = model_family(hf)
     patch_rotary_embedding()
     block, mtp = block_specs(config, vp_stage=vp_stage)
     tensor_parallel = config.tensor_model_parallel_size
-    stage = {"ignore_virtual": False, "vp_stage": vp_stage}
+    num_virtual = config.virtual_pipeline_model_parallel_size
     kind = ScoreModel if has_score_head(hf) else PolicyModel
     built = kind(
         config=config,
@@ -33,9 +47,10 @@ def build_model(
         mtp_block_spec=mtp,
         vocab_size=-(-hf["vocab_size"] // tensor_parallel) * tensor_parallel,
         max_sequence_length=hf["max_position_embeddings"],
-        pre_process=parallel_state.is_pipeline_first_stage(**stage),
-        post_process=parallel_state.is_pipeline_last_stage(**stage),
+        pre_process=is_vp_first_stage(vp_stage, num_virtual) and is_pp_first_stage(groups.pp),
+        post_process=is_vp_last_stage(vp_stage, num_virtual) and is_pp_last_stage(groups.pp),
         parallel_output=True,
+        pg_collection=groups,
         vp_stage=vp_stage,
         **model.model_arguments(hf),
     )
@@ -46,6 +61,11 @@ def build_model(
         rotary = built.rotary_pos_emb
         rotary.inv_freq = rotary._apply_scaling(rotary.inv_freq, **scaling)
     return built
+
+
+def process_groups(chunks: Sequence) -> ProcessGroupCollection:
+    """Return the process groups that a model's chunks, bare or wrapped, were built with."""
+    return unwrap_model(chunks[0]).pg_collection
 
 
 def _mark_experts(model: PolicyModel | ScoreModel) -> None:

@@ -42,22 +42,22 @@ def model_arguments(hf: dict) -> dict:
 
 
 def divisions(hf: dict, transformer_engine: bool) -> list[tuple[str, int, str]]:
-    """Return (field, its value, the parallel setting that must divide it) triples."""
+    """Return (field, its value, the key of `parallel` that must divide it) triples."""
     shared = hf["moe_intermediate_size"] * hf["n_shared_experts"]
     rules = [
-        ("num_attention_heads", hf["num_attention_heads"], "tensor_parallel"),
-        ("intermediate_size", hf["intermediate_size"], "tensor_parallel"),
-        ("moe_intermediate_size * n_shared_experts", shared, "tensor_parallel"),
-        ("hidden_size", hf["hidden_size"], "tensor_parallel"),
-        ("n_routed_experts", hf["n_routed_experts"], "expert_parallel"),
-        ("moe_intermediate_size", hf["moe_intermediate_size"], "expert_tensor_parallel"),
+        ("num_attention_heads", hf["num_attention_heads"], "tensor"),
+        ("intermediate_size", hf["intermediate_size"], "tensor"),
+        ("moe_intermediate_size * n_shared_experts", shared, "tensor"),
+        ("hidden_size", hf["hidden_size"], "tensor"),
+        ("n_routed_experts", hf["n_routed_experts"], "expert"),
+        ("moe_intermediate_size", hf["moe_intermediate_size"], "expert_tensor"),
     ]
     if not transformer_engine:
         # MLASelfAttention creates column-parallel down-projections, which LatentAttention replaces.
         latent = hf["kv_lora_rank"] + hf["qk_rope_head_dim"]
-        rules.append(("kv_lora_rank + qk_rope_head_dim", latent, "tensor_parallel"))
+        rules.append(("kv_lora_rank + qk_rope_head_dim", latent, "tensor"))
         if hf.get("q_lora_rank"):
-            rules.append(("q_lora_rank", hf["q_lora_rank"], "tensor_parallel"))
+            rules.append(("q_lora_rank", hf["q_lora_rank"], "tensor"))
     return rules
 
 

@@ -1,11 +1,16 @@
 """Reads a Hugging Face `config.json`; imports no torch or Megatron, so that errors come at once."""
 
+from __future__ import annotations
+
 import json
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal, Protocol, cast
+from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
 from megatron_r1.errors import UserError
+
+if TYPE_CHECKING:
+    from megatron_r1.config import ParallelConfig
 
 Head = Literal["language", "score"]
 """language: logits over the vocabulary. score: one number per token, for reward models and critics.
@@ -130,7 +135,7 @@ class ModelFamily(Protocol):
         """Return the arguments of GPTModel beside the configuration."""
 
     def divisions(self, hf: dict, transformer_engine: bool) -> list[tuple[str, int, str]]:
-        """Return (field, its value, the parallel setting that must divide it) triples."""
+        """Return (field, its value, the key of `parallel` that must divide it) triples."""
 
     def rope_scaling(self, hf: dict) -> dict[str, Any] | None:
         """Return the arguments of RotaryEmbedding._apply_scaling; only without latent attention."""
@@ -150,6 +155,19 @@ def check_supported(hf: dict) -> None:
     model = model_family(hf)
     model.config_fields(hf)
     model.model_arguments(hf)
+
+
+def check_divisions(hf: dict, parallel: ParallelConfig, transformer_engine: bool) -> None:
+    """Raise UserError for sizes of `parallel` that do not divide the model, or that only experts
+    could have."""
+    for key in () if hf.get("n_routed_experts") else ("expert", "expert_tensor"):
+        if (ranks := getattr(parallel, key)) > 1:
+            raise UserError(f"parallel.{key}={ranks} needs a model with experts; use 1")
+    for field, size, key in model_family(hf).divisions(hf, transformer_engine):
+        if size % (ranks := getattr(parallel, key)):
+            raise UserError(
+                f"parallel.{key}={ranks} does not divide {field}={size}; choose a divisor of {size}"
+            )
 
 
 def num_mtp_layers(hf: dict) -> int:

@@ -51,10 +51,10 @@ def rope_scaling(hf: dict) -> dict | None:
 
 
 def divisions(hf: dict, transformer_engine: bool) -> list[tuple[str, int, str]]:
-    """Return (field, its value, the parallel setting that must divide it) triples."""
+    """Return (field, its value, the key of `parallel` that must divide it) triples."""
     num_heads = hf["num_attention_heads"]
     return [
-        ("num_attention_heads", num_heads, "tensor_parallel"),
-        ("num_key_value_heads", hf.get("num_key_value_heads") or num_heads, "tensor_parallel"),
-        ("intermediate_size", hf["intermediate_size"], "tensor_parallel"),
+        ("num_attention_heads", num_heads, "tensor"),
+        ("num_key_value_heads", hf.get("num_key_value_heads") or num_heads, "tensor"),
+        ("intermediate_size", hf["intermediate_size"], "tensor"),
     ]

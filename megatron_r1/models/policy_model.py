@@ -11,7 +11,6 @@ Megatron's order (s, b, h); what the last stage returns is (b, s, h)."""
 from __future__ import annotations
 
 import torch
-from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
@@ -131,7 +130,7 @@ class PolicyModel(GPTModel):
                     layer,
                     self.config.mtp_num_layers,
                     # Over data and context parallelism, whose ranks have other tokens.
-                    avg_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
+                    avg_group=self.pg_collection.dp_cp,
                 )
             share = 1 if self.config.calculate_per_token_loss else num_tokens.clamp(min=1)
             hidden = MTPLossAutoScaler.apply(hidden, scale * losses / share)

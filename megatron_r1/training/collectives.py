@@ -5,11 +5,11 @@ where it next needs a result; then only that place is known."""
 
 from __future__ import annotations
 
-import sys
 from types import FrameType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from megatron.core.process_groups_config import ProcessGroupCollection
     from torch.distributed import ProcessGroup
 
 C10D = ("torch/distributed/distributed_c10d.py", "torch/distributed/c10d_logger.py")
@@ -19,25 +19,27 @@ MEGATRON = (
     "megatron/core/distributed/param_and_grad_buffer.py",
 )
 AXES = {
-    "tensor": "get_tensor_model_parallel_group",
-    "pipeline": "get_pipeline_model_parallel_group",
-    "data": "get_data_parallel_group",
-    "context": "get_context_parallel_group",
-    "expert": "get_expert_model_parallel_group",
-    "expert data": "get_expert_data_parallel_group",
-    "embedding": "get_embedding_group",
+    "tensor": "tp",
+    "pipeline": "pp",
+    "data": "dp",
+    "context": "cp",
+    "expert": "ep",
+    "expert data": "expt_dp",
+    "embedding": "embd",
 }
+"""Name of a parallel axis → the field of Megatron's ProcessGroupCollection."""
 
 
-def collective(innermost: FrameType) -> str | None:
+def collective(innermost: FrameType, groups: ProcessGroupCollection | None = None) -> str | None:
     """Return a description of the collective that `innermost` waits in, or None.
 
-    Such as "all_reduce among ranks 0, 1 (tensor), asked for by _reduce (mappings.py:32)"."""
+    Such as "all_reduce among ranks 0, 1 (tensor), asked for by _reduce (mappings.py:32)". groups:
+    those whose axes are named; None before they exist."""
     frame: FrameType | None = innermost
     while frame is not None:
         for files in (C10D, MEGATRON):
             if _is_in(frame, files):
-                return _describe(_outermost(frame, files))
+                return _describe(_outermost(frame, files), groups)
         frame = frame.f_back
     return None
 
@@ -57,18 +59,18 @@ def _outermost(frame: FrameType, files: tuple[str, ...]) -> FrameType:
     return public
 
 
-def _describe(frame: FrameType) -> str:
+def _describe(frame: FrameType, groups: ProcessGroupCollection | None) -> str:
     caller = frame.f_back
     while caller is not None and (_is_in(caller, C10D) or caller.f_code.co_name == "wrapper"):
         caller = caller.f_back
-    words = f"{frame.f_code.co_name}{_among(frame)}"
+    words = f"{frame.f_code.co_name}{_among(frame, groups)}"
     if caller is None:
         return words
     file = caller.f_code.co_filename.rpartition("/")[2]
     return f"{words}, asked for by {caller.f_code.co_name} ({file}:{caller.f_lineno})"
 
 
-def _among(frame: FrameType) -> str:
+def _among(frame: FrameType, groups: ProcessGroupCollection | None) -> str:
     """Return " among ranks …" from the function's `group` argument; "" where it is unknown."""
     import torch.distributed as dist
 
@@ -78,20 +80,19 @@ def _among(frame: FrameType) -> str:
     if group is not None and not isinstance(group, dist.ProcessGroup):
         return ""
     group = group or dist.group.WORLD
-    ranks, axes = dist.get_process_group_ranks(group), _axes_of(group)
+    assert group is not None, "torch.distributed is initialised"
+    ranks, axes = dist.get_process_group_ranks(group), _axes_of(group, groups)
     shown = ", ".join(map(str, ranks[:16])) + (f", … {len(ranks)} in all" if ranks[16:] else "")
     return f" among ranks {shown}" + (f" ({' and '.join(axes)})" if axes else "")
 
 
-def _axes_of(group: ProcessGroup | None) -> list[str]:
+def _axes_of(group: ProcessGroup, groups: ProcessGroupCollection | None) -> list[str]:
     """Return the parallel axes whose group this is, or else those whose groups have its ranks."""
     import torch.distributed as dist
 
-    parallel_state = sys.modules.get("megatron.core.parallel_state")
-    if parallel_state is None or not parallel_state.model_parallel_is_initialized():
-        return []
-    groups = {axis: getattr(parallel_state, name)() for axis, name in AXES.items()}
-    groups = {axis: g for axis, g in groups.items() if isinstance(g, dist.ProcessGroup)}
+    axes = {axis: getattr(groups, field, None) for axis, field in AXES.items()}
+    # A rank outside an axis has None, or Megatron's placeholder, instead of a group.
+    axes = {axis: own for axis, own in axes.items() if isinstance(own, dist.ProcessGroup)}
     ranks = dist.get_process_group_ranks(group)
-    same = [axis for axis, g in groups.items() if dist.get_process_group_ranks(g) == ranks]
-    return [axis for axis, g in groups.items() if g is group] or same
+    same = [axis for axis, own in axes.items() if dist.get_process_group_ranks(own) == ranks]
+    return [axis for axis, own in axes.items() if own is group] or same

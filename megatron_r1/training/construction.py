@@ -1,5 +1,4 @@
-"""Builds the parts of a trainer rank from the recipe: Megatron's configuration, model chunks and
-gradient buffers. Called on every rank together."""
+"""Builds a trainer rank's model chunks and gradient buffers; called on every rank together."""
 
 from pathlib import Path
 
@@ -9,6 +8,7 @@ from megatron.core.distributed import (
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
 
 from megatron_r1 import models, platform, weights
@@ -23,29 +23,12 @@ from megatron_r1.weights.rules import SCORE
 from megatron_r1.weights.stored.dcp_reading import DistributedCheckpoint
 
 
-def transformer(config: Config, hf: dict) -> TransformerConfig:
-    """Return Megatron's configuration of the model. Errors as `models.transformer_config`."""
-    parallel = config.parallel
-    return models.transformer_config(
-        hf,
-        params_dtype=getattr(torch, config.model.dtype),
-        tensor_parallel=parallel.tensor,
-        pipeline_parallel=parallel.pipeline,
-        expert_parallel=parallel.expert,
-        expert_tensor_parallel=parallel.expert_tensor,
-        context_parallel=parallel.context,
-        virtual_pipeline=parallel.virtual_pipeline,
-        pipeline_layout=parallel.pipeline_layout,
-        with_mtp=config.model.mtp != "none",
-        expert_bias_update_rate=config.model.expert_bias_update_rate,
-        recompute=parallel.recompute,
-        recompute_modules=parallel.recompute_modules,
-        **fp8.megatron_fields(config.fp8),
-    )
-
-
 def model_chunks(
-    config: Config, hf: dict, transformer: TransformerConfig, score_std: float | None = None
+    config: Config,
+    hf: dict,
+    transformer: TransformerConfig,
+    groups: ProcessGroupCollection,
+    score_std: float | None = None,
 ) -> list[PolicyModel | ScoreModel]:
     """Return this rank's chunks, one per virtual pipeline stage, with their initial weights.
 
@@ -54,7 +37,7 @@ def model_chunks(
     num_chunks = transformer.virtual_pipeline_model_parallel_size
     chunks = []
     for stage in range(num_chunks) if num_chunks else [None]:
-        chunk = models.build_model(hf, transformer, vp_stage=stage)
+        chunk = models.build_model(hf, transformer, groups, vp_stage=stage)
         fp8.apply(chunk, config.fp8)
         if config.model.mtp == "frozen":
             models.freeze_mtp(chunk)
@@ -99,7 +82,9 @@ def _verify(checkpoint: Path, config: Config) -> None:
 
 
 def with_gradients(
-    transformer: TransformerConfig, chunks: list[PolicyModel | ScoreModel]
+    transformer: TransformerConfig,
+    chunks: list[PolicyModel | ScoreModel],
+    groups: ProcessGroupCollection,
 ) -> list[DistributedDataParallel]:
     """Return the chunks wrapped with gradient buffers; sets `transformer`'s gradient functions."""
     settings = DistributedDataParallelConfig(
@@ -107,7 +92,10 @@ def with_gradients(
         use_distributed_optimizer=True,
         overlap_grad_reduce=platform.has_gpu(),
     )
-    wrapped = [DistributedDataParallel(transformer, settings, chunk) for chunk in chunks]
+    wrapped = [
+        DistributedDataParallel(transformer, settings, chunk, pg_collection=groups)
+        for chunk in chunks
+    ]
     for chunk in wrapped:
         chunk.broadcast_params()
     no_sync = [chunk.no_sync for chunk in wrapped]

@@ -8,11 +8,11 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from megatron_r1.config import Config
 from megatron_r1.config.algorithms import rules_of
 from megatron_r1.errors import UserError
+from megatron_r1.models.config import transformer_config
 from megatron_r1.models.hf_config import read_hf_config
 from megatron_r1.training import construction
 from megatron_r1.training.distributed import GridPosition
@@ -30,12 +30,12 @@ def needs_critic(config: Config) -> bool:
 class Critic:
     """This rank's part of the value model and its optimizer."""
 
-    def __init__(self, config: Config, position: GridPosition, data_group: ProcessGroup):
+    def __init__(self, config: Config, position: GridPosition):
         """Build the model. A new head starts at zero: every value is then 0, and the first
         advantages are those without a critic.
 
-        data_group: the data- and context-parallel ranks, for the metrics. Raises UserError for a
-        model whose vocabulary is smaller than the policy's, else as `construction`."""
+        Raises UserError for a model whose vocabulary is smaller than the policy's, else as
+        `construction`."""
         own = config.of_critic()
         hf = read_hf_config(own.model.path, "score", "critic.path")
         policy_tokens = read_hf_config(config.model.path)["vocab_size"]
@@ -44,11 +44,11 @@ class Critic:
                 f"critic.path: {own.model.path} knows {hf['vocab_size']} tokens, the policy "
                 f"{policy_tokens}; give a model with the policy's tokenizer"
             )
-        self.position, self.data_group = position, data_group
+        self.position = position
         self.value_clip = config.critic.value_clip
-        transformer = construction.transformer(own, hf)
-        self.bare = construction.model_chunks(own, hf, transformer, score_std=0.0)
-        self.chunks = construction.with_gradients(transformer, self.bare)
+        transformer = transformer_config(hf, own)
+        self.bare = construction.model_chunks(own, hf, transformer, position.groups, score_std=0.0)
+        self.chunks = construction.with_gradients(transformer, self.bare, position.groups)
         self.optimizer = new_optimizer(own, self.chunks)
         transformer.grad_scale_func = self.optimizer.scale_loss
 
@@ -65,7 +65,7 @@ class Critic:
         compute = partial(_loss, self.value_clip)
         run = partial(run_passes, self.chunks, batches, compute, forward_only=False)
         reports, stepped = optimizer_step(self.chunks, self.optimizer, learning_rate, run)
-        metrics = reduce_over_data(self.position, self.data_group, *merge_reports(reports))
+        metrics = reduce_over_data(self.position, *merge_reports(reports))
         if metrics:
             metrics["value/explained_variance"] = _explained(metrics)
         return metrics | {f"value/{name}": value for name, value in stepped.items()}

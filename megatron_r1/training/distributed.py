@@ -1,5 +1,6 @@
-"""Joins the process groups and gives this rank's position on Megatron's parallel grid, and its
-model replica."""
+"""Joins the process groups; a rank's position on Megatron's grid, and its model replica."""
+
+from __future__ import annotations
 
 import os
 import sys
@@ -7,6 +8,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -15,13 +17,19 @@ from megatron_r1 import platform
 from megatron_r1.config import ParallelConfig
 from megatron_r1.models.pipeline_stages import parse_layout
 
+if TYPE_CHECKING:
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
 
 @dataclass(frozen=True)
 class GridPosition:
-    """Coordinates of a rank on the parallel grid; the controller distributes batches by them.
+    """This rank's process groups, and its coordinates in them.
 
-    last_stage: whether the rank is on the last pipeline stage, which computes the loss."""
+    groups: made once by `initialize`, handed to everything that communicates; data_rank, data_size:
+    of its model replica, by which the controller distributes batches; last_stage: whether the rank
+    is on the last pipeline stage, which computes the loss."""
 
+    groups: ProcessGroupCollection
     rank: int
     world_size: int
     data_rank: int
@@ -42,6 +50,7 @@ def initialize(parallel: ParallelConfig, seed: int) -> GridPosition:
     torch.set_num_threads(parallel.threads or max(1, (os.cpu_count() or 1) // local_world))
     platform.prepare(int(os.environ.get("LOCAL_RANK", rank)))
     from megatron.core import parallel_state
+    from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
     platform.join_process_group()
@@ -53,17 +62,22 @@ def initialize(parallel: ParallelConfig, seed: int) -> GridPosition:
         expert_model_parallel_size=parallel.expert,
         expert_tensor_parallel_size=parallel.expert_tensor,
         get_embedding_ranks=partial(embedding_ranks, parallel.pipeline_layout),
+        create_gloo_process_groups=False,
     )
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed)
+    # Read from Megatron's globals once, here: the model, its gradient buffers, the optimizer, the
+    # schedule and the checkpoints are handed these.
+    groups = ProcessGroupCollection.use_mpu_process_groups()
     return GridPosition(
+        groups=groups,
         rank=rank,
         world_size=world_size,
-        data_rank=parallel_state.get_data_parallel_rank(),
-        data_size=parallel_state.get_data_parallel_world_size(),
-        tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
-        pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
-        last_stage=parallel_state.is_pipeline_last_stage(),
+        data_rank=groups.dp.rank(),
+        data_size=groups.dp.size(),
+        tensor_rank=groups.tp.rank(),
+        pipeline_rank=groups.pp.rank(),
+        last_stage=groups.pp.rank() == groups.pp.size() - 1,
     )
 
 

@@ -15,6 +15,7 @@ from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_mega
 from megatron_r1 import platform
 from megatron_r1.config import Config
 from megatron_r1.errors import UserError
+from megatron_r1.models.build import process_groups
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -41,6 +42,9 @@ def new_optimizer(config: Config, chunks: list[DistributedDataParallel]) -> Mega
             **moment_fields(config),
         ),
         chunks,
+        # Only Megatron's older checkpoint formats send the state over gloo.
+        use_gloo_process_groups=False,
+        pg_collection=process_groups(chunks),
     )
     round_moments(optimizer, config)
     return optimizer

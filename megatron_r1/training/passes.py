@@ -10,9 +10,11 @@ import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from torch.distributed import ProcessGroup
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+from megatron.core.utils import get_model_config
 
 from megatron_r1 import platform
+from megatron_r1.models.build import process_groups
 from megatron_r1.training.distributed import GridPosition
 from megatron_r1.training.packed import PackedBatch
 
@@ -49,10 +51,11 @@ def run_passes(
 
     for chunk in chunks if forward_only else ():
         chunk.eval()
-    interleaved = len(chunks) > 1
+    interleaved, groups = len(chunks) > 1, process_groups(chunks)
+    schedule = get_forward_backward_func(groups.pp.size(), len(chunks) if interleaved else None)
     # forward_only alone leaves Megatron recording a graph.
     with torch.set_grad_enabled(not forward_only):
-        return get_forward_backward_func()(
+        return schedule(
             forward_step_func=forward_step,
             data_iterator=[iter(batches) for _ in chunks] if interleaved else iter(batches),
             model=chunks,
@@ -60,6 +63,8 @@ def run_passes(
             seq_length=max(batch.input_ids.shape[1] for batch in batches),
             micro_batch_size=1,
             forward_only=forward_only,
+            p2p_communicator=P2PCommunicator(groups.pp, get_model_config(chunks[0])),
+            pg_collection=groups,
         )
 
 
@@ -98,12 +103,11 @@ def merge_reports(
 
 
 def reduce_over_data(
-    position: GridPosition, group: ProcessGroup, sums: dict[str, Any], maxima: dict[str, Any]
+    position: GridPosition, sums: dict[str, Any], maxima: dict[str, Any]
 ) -> dict[str, float]:
     """Reduce metrics over the data- and context-parallel ranks of the last stage; {} elsewhere.
 
-    group: these ranks (Megatron's dp_cp). Of sums named "a/b" and "b" the quotient is returned as
-    "a"."""
+    Of sums named "a/b" and "b" the quotient is returned as "a"."""
     if not position.last_stage:
         return {}
     device = platform.device()
@@ -111,8 +115,8 @@ def reduce_over_data(
     largest = torch.tensor([float(v) for v in maxima.values()], dtype=torch.float64, device=device)
     # Over data and context parallelism: each of these ranks has other samples, or other tokens of
     # the same samples. Ranks of one tensor group have equal numbers and are not added up.
-    dist.all_reduce(added, group=group)
-    dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
+    dist.all_reduce(added, group=position.groups.dp_cp)
+    dist.all_reduce(largest, dist.ReduceOp.MAX, group=position.groups.dp_cp)
     total = dict(zip(sums, added.tolist(), strict=True))
     metrics = dict(zip(maxima, largest.tolist(), strict=True))
     wholes = {name.rpartition("/")[2] for name in total if "/" in name}

@@ -7,6 +7,8 @@ is stopped, has ended, or holds that lock.
 When the controller is gone, a rank that waits for a call ends by itself. The monitor ends one that
 is stuck in an operation, so that torchrun notices and restarts all ranks."""
 
+from __future__ import annotations
+
 import os
 import sys
 import threading
@@ -14,12 +16,16 @@ import time
 import traceback
 from collections.abc import Callable
 from types import FrameType
+from typing import TYPE_CHECKING
 
 import msgspec
 import zmq
 
 from megatron_r1.training.collectives import collective
 from megatron_r1.training.wire import RankStatus, ThreadAt
+
+if TYPE_CHECKING:
+    from megatron.core.process_groups_config import ProcessGroupCollection
 
 MAX_FRAMES = 40
 IDLE = "waiting for the controller"
@@ -35,6 +41,8 @@ class RankMonitor:
         self._connect = connect
         self._main = threading.get_ident()
         self._is_stopping = False
+        self.groups: ProcessGroupCollection | None = None
+        """Once they exist, the groups whose axes a status names."""
         self.enter("starting")
         threading.Thread(target=self._serve, name="rank monitor", daemon=True).start()
 
@@ -52,7 +60,7 @@ class RankMonitor:
         frames = sys._current_frames()
         others = sorted(frames.keys() - {self._main, threading.get_ident()})
         threads = [
-            ThreadAt(names.get(i, str(i)), _lines(frames[i]), collective(frames[i]))
+            ThreadAt(names.get(i, str(i)), _lines(frames[i]), collective(frames[i], self.groups))
             for i in (self._main, *others)
             if i in frames
         ]

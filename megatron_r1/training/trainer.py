@@ -17,7 +17,6 @@ from typing import Any
 
 import msgspec
 import torch
-from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from megatron_r1 import models, platform, weights
@@ -51,15 +50,15 @@ class Trainer:
     def __init__(self, config: Config, position: GridPosition):
         """Build the model. Raises UserError for a model or layout that is not supported."""
         self.config, self.position = config, position
-        self.groups = ProcessGroupCollection.use_mpu_process_groups(["tp", "cp", "dp_cp"])
+        self.groups = position.groups
         self.hf = models.read_hf_config(config.model.path, config.model.head)
-        self.transformer = construction.transformer(config, self.hf)
-        self.bare = construction.model_chunks(config, self.hf, self.transformer)
-        self.chunks = construction.with_gradients(self.transformer, self.bare)
+        self.transformer = models.transformer_config(self.hf, config)
+        self.bare = construction.model_chunks(config, self.hf, self.transformer, self.groups)
+        self.chunks = construction.with_gradients(self.transformer, self.bare, self.groups)
         self.optimizer = new_optimizer(config, self.chunks)
         self.transformer.grad_scale_func = self.optimizer.scale_loss
         self.reference: Reference | None = None
-        self.saving = CheckpointWriter(keep_memory=config.checkpoint.asynchronous)
+        self.saving = CheckpointWriter(self.groups.dp_cp, config.checkpoint.asynchronous)
         self._verified: str | None = None
         self.minibatches: list[list[PackedBatch]] = []
         self.split = Split(
@@ -74,7 +73,7 @@ class Trainer:
         self.routing = RoutingPart(shape, self.replay.layers, *split) if shape else None
         self.critic: Critic | None = None
         if needs_critic(config):
-            self.critic = Critic(config, position, self.groups.dp_cp)
+            self.critic = Critic(config, position)
 
     @property
     def score_is_new(self) -> bool:
@@ -110,7 +109,7 @@ class Trainer:
     def _reduced(
         self, sums: dict[str, Any], maxima: dict[str, Any] | None = None
     ) -> dict[str, float]:
-        return reduce_over_data(self.position, self.groups.dp_cp, sums, maxima or {})
+        return reduce_over_data(self.position, sums, maxima or {})
 
     def keep_reference(self) -> None:
         """Make the current policy the reference."""

@@ -1,6 +1,5 @@
 """The main loop of a trainer rank: join the grid, build the trainer, run the controller's calls."""
 
-import dataclasses
 import os
 import sys
 import traceback
@@ -45,9 +44,9 @@ def serve(config: Config, address: str, position: GridPosition | None = None) ->
         socket.send(encode(Reply(rank, result)))
 
     try:
-        operations = Operations(
-            config, position or distributed.initialize(config.parallel, config.run.seed)
-        )
+        position = position or distributed.initialize(config.parallel, config.run.seed)
+        rank_monitor.groups = position.groups
+        operations = Operations(config, position)
         reply(operations.describe())
         poller = zmq.Poller()
         poller.register(socket, zmq.POLLIN)
@@ -101,12 +100,13 @@ class Operations:
         self.push = WeightPush(self.trainer.bare, self.trainer.hf, config)
 
     def describe(self) -> dict[str, Any]:
-        """Return the rank's grid position and facts of its model, the reply to its start."""
-        from megatron.core import parallel_state
-
+        """Return what the controller distributes batches by, and facts of the model: the reply to
+        the rank's start."""
         return {
-            **dataclasses.asdict(self.position),
-            "expert_rank": parallel_state.get_expert_model_parallel_rank(),
+            "rank": self.position.rank,
+            "data_rank": self.position.data_rank,
+            "data_size": self.position.data_size,
+            "last_stage": self.position.last_stage,
             "leads_replica": self.replica.leads,
             "num_parameters": self.trainer.num_parameters,
             "score_is_new": self.trainer.score_is_new,

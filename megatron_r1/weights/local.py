@@ -2,10 +2,10 @@
 
 from collections.abc import Iterator, Sequence
 
-from megatron.core import parallel_state
 from megatron.core.utils import unwrap_model
 from torch import Tensor
 
+from megatron_r1.models.build import process_groups
 from megatron_r1.weights.layout import Entry, Shard, layout
 from megatron_r1.weights.rules import Piece
 
@@ -18,8 +18,11 @@ def local_pieces(
     model_chunks: this rank's virtual pipeline stages, bare or wrapped. owner: exactly one rank of
     the job owns each piece, so the owners together write every HF tensor once. Raises ValueError
     for a parameter that no rule covers, and for one whose shape differs from its rule's."""
+    groups = process_groups(model_chunks)
     for tensor, entry in local_entries(model_chunks, hf):
-        yield tensor, entry.pieces, entry.owner and _first_replica(entry.expert)
+        # Replicas hold the same values; the first of them owns the pieces.
+        replicas = groups.expt_dp if entry.expert else groups.dp_cp
+        yield tensor, entry.pieces, entry.owner and replicas.rank() == 0
 
 
 def local_entries(model_chunks: Sequence, hf: dict) -> Iterator[tuple[Tensor, Entry]]:
@@ -51,26 +54,17 @@ def model_tensors(chunk) -> dict[str, Tensor]:
 
 
 def shard_of(chunk) -> Shard:
-    """Return the shard of this rank's model chunk, from the chunk and Megatron's process groups."""
-    chunk = unwrap_model(chunk)
+    """Return the shard of this rank's model chunk, from the chunk and its process groups."""
+    chunk, groups = unwrap_model(chunk), process_groups([chunk])
     return Shard(
         layers=tuple(layer.layer_number - 1 for layer in chunk.decoder.layers),
         embedding=chunk.pre_process,
         final_norm=chunk.decoder.final_layernorm is not None,
         head=chunk.post_process,
         mtp=bool(chunk.mtp_process),
-        tp=(
-            parallel_state.get_tensor_model_parallel_rank(),
-            parallel_state.get_tensor_model_parallel_world_size(),
-        ),
-        ep=(
-            parallel_state.get_expert_model_parallel_rank(),
-            parallel_state.get_expert_model_parallel_world_size(),
-        ),
-        etp=(
-            parallel_state.get_expert_tensor_parallel_rank(),
-            parallel_state.get_expert_tensor_parallel_world_size(),
-        ),
+        tp=(groups.tp.rank(), groups.tp.size()),
+        ep=(groups.ep.rank(), groups.ep.size()),
+        etp=(groups.expt_tp.rank(), groups.expt_tp.size()),
         transformer_engine=chunk.config.transformer_impl == "transformer_engine",
     )
 
@@ -78,9 +72,3 @@ def shard_of(chunk) -> Shard:
 def has_mtp(model_chunks: Sequence) -> bool:
     """Whether the whole model, over all stages, was built with its MTP layers."""
     return bool(unwrap_model(model_chunks[0]).config.mtp_num_layers)
-
-
-def _first_replica(expert: bool) -> bool:
-    if expert:
-        return parallel_state.get_expert_data_parallel_rank() == 0
-    return parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0

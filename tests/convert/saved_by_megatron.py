@@ -27,9 +27,7 @@ from megatron_r1.weights.stored.megatron_weights import MegatronWeights  # noqa:
 
 
 def build(hf, tensor_parallel):
-    config = models.transformer_config(
-        hf, params_dtype=torch.bfloat16, tensor_parallel=tensor_parallel
-    )
+    config = models.transformer_config(hf, Config(parallel={"tensor": tensor_parallel}))
     model = models.build_model(hf, config)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -84,14 +82,15 @@ def same_as_saved(name, folder, size):
     settings = {"path": str(source), "checkpoint": str(converted), "dtype": "bfloat16"}
     layout = {"tensor": size, "processes": size}
     recipe = Config(model=settings, parallel=layout)
-    transformer = construction.transformer(recipe, hf)
-    same_parameters(model, construction.model_chunks(recipe, hf, transformer)[0])
+    transformer = models.transformer_config(hf, recipe)
+    groups = model.pg_collection
+    same_parameters(model, construction.model_chunks(recipe, hf, transformer, groups)[0])
     print(f"{name} on {size}: Megatron loads what was converted", flush=True)
-    damaged_is_refused(hf, settings, layout, folder / f"{name}-damaged")
+    damaged_is_refused(hf, settings, layout, groups, folder / f"{name}-damaged")
     print(f"{name} on {size}: a flipped bit is refused on every rank", flush=True)
 
 
-def damaged_is_refused(hf, model, layout, damaged):
+def damaged_is_refused(hf, model, layout, groups, damaged):
     """One bit differs, in a file that one of the ranks verifies for all."""
     if dist.get_rank() == 0:
         shutil.copytree(model["checkpoint"], damaged)
@@ -100,9 +99,9 @@ def damaged_is_refused(hf, model, layout, damaged):
         (damaged / "__0_0.distcp").write_bytes(data)
     dist.barrier()
     recipe = Config(model={**model, "checkpoint": str(damaged)}, parallel=layout)
-    transformer = construction.transformer(recipe, hf)
+    transformer = models.transformer_config(hf, recipe)
     try:
-        construction.model_chunks(recipe, hf, transformer)
+        construction.model_chunks(recipe, hf, transformer, groups)
     except ValueError as error:
         told = f"model.checkpoint: {damaged} is damaged: __0_0.distcp does not have the checksum"
         assert told in str(error), error

@@ -34,7 +34,7 @@ from safetensors.torch import load_file  # noqa: E402
 from small_models import MODELS  # noqa: E402
 
 from megatron_r1 import models, weights  # noqa: E402
-from megatron_r1.config import ParallelConfig  # noqa: E402
+from megatron_r1.config import Config, ParallelConfig  # noqa: E402
 from megatron_r1.models.context import held_positions, sample_order  # noqa: E402
 from megatron_r1.training import distributed  # noqa: E402
 
@@ -149,17 +149,17 @@ def report(name, grid, what, difference, tolerance):
 
 def build(hf, sizes):
     """This rank's chunks in Megatron's DDP, and their configuration."""
-    config = models.transformer_config(
-        hf,
-        params_dtype=torch.float32,
-        tensor_parallel=sizes["tp"],
-        pipeline_parallel=sizes["pp"],
-        expert_parallel=sizes["ep"],
-        expert_tensor_parallel=sizes["etp"],
-        context_parallel=sizes["cp"],
-        virtual_pipeline=sizes["vp"],
-        pipeline_layout=sizes["layout"],
-    )
+    parallel = {
+        "tensor": sizes["tp"],
+        "pipeline": sizes["pp"],
+        "expert": sizes["ep"],
+        "expert_tensor": sizes["etp"],
+        "context": sizes["cp"],
+        "virtual_pipeline": sizes["vp"],
+        "pipeline_layout": sizes["layout"],
+    }
+    recipe = Config(model={"dtype": "float32"}, parallel=parallel)
+    config = models.transformer_config(hf, recipe)
     config.finalize_model_grads_func = finalize_model_grads
     num_chunks = config.virtual_pipeline_model_parallel_size
     stages = range(num_chunks) if num_chunks else [None]

@@ -54,10 +54,6 @@ def seen(batch, out):
     return scores.Scores(batch, out.view(-1), parallel_state.get_context_parallel_group())
 
 
-def data_group():
-    return parallel_state.get_data_parallel_group(with_context_parallel=True)
-
-
 def keep_scores(batch, out):
     zero = torch.zeros(())
     return zero, zero.int(), seen(batch, out).of_samples()
@@ -86,7 +82,7 @@ def compare(name, grid, sizes, position, oracle, out):
             chunk.train()
             chunk.zero_grad_buffer()
         reports = run_passes(chunks, batches, partial(compute, loss), forward_only=False)
-        metrics = reduce_over_data(position, data_group(), *merge_reports(reports))
+        metrics = reduce_over_data(position, *merge_reports(reports))
         gap = abs(metrics["loss"] - answers[loss.__name__]) if metrics else 0.0
         report(name, grid, f"{loss.__name__} loss", gap, LOSS_TOLERANCE)
         same_gradients(name, hf, grid, chunks, folder / loss.__name__, out)

@@ -21,6 +21,7 @@ from safetensors import safe_open  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 from megatron_r1 import models, weights  # noqa: E402
+from megatron_r1.config import Config  # noqa: E402
 
 
 @contextlib.contextmanager
@@ -34,10 +35,11 @@ def grid(**sizes):
         expert_tensor_parallel_size=1,
     )
     model_parallel_cuda_manual_seed(1)
-    settings = {f"{names[axis]}_parallel": size for axis, size in sizes.items()}
+    parallel = {names[axis]: size for axis, size in sizes.items()}
 
-    def build(hf, dtype=torch.float32, with_mtp=True):
-        config = models.transformer_config(hf, params_dtype=dtype, with_mtp=with_mtp, **settings)
+    def build(hf, dtype="float32", with_mtp=True):
+        model = {"dtype": dtype, "mtp": "frozen" if with_mtp else "none"}
+        config = models.transformer_config(hf, Config(model=model, parallel=parallel))
         return [models.build_model(hf, config)]
 
     yield build
@@ -128,7 +130,7 @@ def bfloat16_files_keep_the_correction_bias_in_float32(build, oracle, out):
         assert tensor.dtype == kept, name
         assert torch.equal(tensor, expected[name].to(kept)), name
     # And back: a bfloat16 model reads and writes the same bytes.
-    half = build(hf, torch.bfloat16)
+    half = build(hf, "bfloat16")
     weights.load_hf(half, hf, out / "bf16")
     weights.write_hf(half, hf, out / "again.safetensors", dtype=torch.bfloat16)
     again = load_file(out / "again.safetensors")

@@ -36,6 +36,7 @@ def by_megatron(checkpoint: Path, folder: Path, dtype: str) -> torch.Tensor:
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
     from megatron_r1 import models, weights
+    from megatron_r1.config import Config, ModelConfig
     from megatron_r1.weights.stored.dcp_reading import DistributedCheckpoint
 
     backend = platform.distributed_backend()
@@ -44,7 +45,8 @@ def by_megatron(checkpoint: Path, folder: Path, dtype: str) -> torch.Tensor:
     model_parallel_cuda_manual_seed(0)
     hf = models.read_hf_config(str(folder), None)
     with_mtp = any(key.startswith("mtp.") for key in DistributedCheckpoint(checkpoint).shapes)
-    config = models.transformer_config(hf, params_dtype=torch.float32, with_mtp=with_mtp)
+    recipe = Config(model=ModelConfig(dtype="float32", mtp="frozen" if with_mtp else "none"))
+    config = models.transformer_config(hf, recipe)
     model = models.build_model(hf, config).to(platform.device()).eval()
     if dtype == "float8_e4m3fn":
         weights.load_hf([model], hf, folder)

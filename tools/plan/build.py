@@ -60,7 +60,7 @@ def _build_stage(job: Job, pipeline_rank: int) -> list[dict[str, tuple[int, ...]
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     from megatron_r1 import models
-    from megatron_r1.training import construction, distributed
+    from megatron_r1.training import distributed
     from megatron_r1.weights.local import local_entries, model_tensors
 
     parallel = job.parallel
@@ -76,7 +76,7 @@ def _build_stage(job: Job, pipeline_rank: int) -> list[dict[str, tuple[int, ...]
             expert_tensor_parallel_size=parallel.expert_tensor,
             create_gloo_process_groups=False,
         )
-        transformer = construction.transformer(job.config, job.hf)
+        transformer = models.transformer_config(job.hf, job.config)
         transformer.perform_initialization = False
         with weightless():
             chunks = [

@@ -12,7 +12,7 @@ from megatron_r1.config.other_models import RewardModelConfig
 from megatron_r1.config.training import SFTConfig
 from megatron_r1.engine.recipe import check_engines
 from megatron_r1.errors import UserError
-from megatron_r1.models.hf_config import model_family, read_hf_config
+from megatron_r1.models.hf_config import check_divisions, read_hf_config
 from megatron_r1.reporting.wording import counted
 from megatron_r1.weights.layout import Shard, recipe_stages, table
 from megatron_r1.weights.rules import Table
@@ -233,24 +233,7 @@ class Job:
     def check_trainer(self) -> None:
         """Raise ValueError, by name, for sizes of `parallel` that do not divide the model."""
         self.parallel.check_sizes(self.world_size)
-        sizes = {
-            "tensor_parallel": self.parallel.tensor,
-            "expert_parallel": self.parallel.expert,
-            "expert_tensor_parallel": self.parallel.expert_tensor,
-            "context_parallel": self.parallel.context,
-        }
-        model = model_family(self.hf)
-        for name, size, setting in model.divisions(self.hf, True):
-            if size % sizes[setting]:
-                key = f"parallel.{setting.removesuffix('_parallel')}"
-                raise UserError(
-                    f"{key}={sizes[setting]} does not divide {name}={size}; "
-                    f"choose a divisor of {size}"
-                )
-        if not self.has_experts and self.parallel.expert * self.parallel.expert_tensor > 1:
-            raise UserError(
-                f"parallel.expert={self.parallel.expert}: the model has no experts; use 1"
-            )
+        check_divisions(self.hf, self.parallel, transformer_engine=True)
         per_step = self.outputs // self.minibatches
         if per_step < self.data:
             raise UserError(

@@ -18,12 +18,12 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from megatron.core.dist_checkpointing import ShardedObject
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.transformer import MegatronModule
 
 from megatron_r1 import platform
+from megatron_r1.models.build import process_groups
 from megatron_r1.training.checkpoints.host_memory import HostMemory, gathering
 from megatron_r1.training.reference import Reference
 
@@ -128,13 +128,14 @@ def _load_optimizer(optimizer: Any, states: list[dict[str, Any]], step: Any) -> 
 
 def layout(chunks: Chunks) -> dict[str, int]:
     """Return the sizes of the parallel axes: random streams carry over to an equal layout only."""
+    groups = process_groups(chunks)
     return {
         "ranks": dist.get_world_size(),
-        "tensor": parallel_state.get_tensor_model_parallel_world_size(),
-        "pipeline": parallel_state.get_pipeline_model_parallel_world_size(),
-        "context": parallel_state.get_context_parallel_world_size(),
-        "expert": parallel_state.get_expert_model_parallel_world_size(),
-        "expert_tensor": parallel_state.get_expert_tensor_parallel_world_size(),
+        "tensor": groups.tp.size(),
+        "pipeline": groups.pp.size(),
+        "context": groups.cp.size(),
+        "expert": groups.ep.size(),
+        "expert_tensor": groups.expt_tp.size(),
         "chunks": len(chunks),
     }
 
@@ -162,8 +163,8 @@ def put_back_rng(streams: dict[str, Any]) -> None:
 
 def _weights(chunk: MegatronModule, prefix: str) -> dict[str, Any]:
     # Over data and context parallelism the weights are equal; Megatron marks the copies by it.
-    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-    entries = chunk.sharded_state_dict(prefix=prefix, metadata={"dp_cp_group": group})
+    metadata = {"dp_cp_group": process_groups([chunk]).dp_cp}
+    entries = chunk.sharded_state_dict(prefix=prefix, metadata=metadata)
     # Filled by Transformer Engine's delayed FP8 scaling only, and named by the number of shards: an
     # empty one would tie the checkpoint to the layout that wrote it.
     return {name: entry for name, entry in entries.items() if "_extra_state" not in name}

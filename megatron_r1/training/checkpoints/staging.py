@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron.core import dist_checkpointing, parallel_state
+from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.filesystem_async import (
     FileSystemWriterAsync,
@@ -25,6 +25,7 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     _replace_state_dict_keys_with_sharded_keys,
     mcore_to_pyt_state_dict,
 )
+from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.filesystem import DEFAULT_SUFFIX
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import WriteItemType
@@ -53,17 +54,18 @@ class Staged:
     files: list[StagedFile]
 
 
-def stage(tree: dict[str, Any], partial: Path, memory: HostMemory) -> Staged:
+def stage(
+    tree: dict[str, Any], partial: Path, memory: HostMemory, data_group: ProcessGroup
+) -> Staged:
     """Plan together with all ranks and copy this rank's part; training may continue afterwards.
 
     partial: an empty folder, into which the small part that all ranks share is written (common.pt).
-    """
+    data_group: the data- and context-parallel ranks."""
     memory.reuse()
     plan = _PlanOnly(memory)
     # Over data and context parallelism: these ranks have the same weights and, gathered, the same
     # optimizer state, so each writes its share of them.
-    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-    strategy = FullyParallelSaveStrategyWrapper(plan, group)
+    strategy = FullyParallelSaveStrategyWrapper(plan, data_group)
     dist_checkpointing.save(tree, str(partial), strategy, async_sharded_save=True)
     assert plan.staged is not None, "dist_checkpointing.save did not come to the strategy"
     platform.synchronize()  # the copies to pinned memory are asynchronous

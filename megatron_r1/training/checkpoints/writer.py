@@ -69,9 +69,10 @@ class Progress:
 class CheckpointWriter:
     """This rank's part of a save; every method is called on all ranks together."""
 
-    def __init__(self, keep_memory: bool = True) -> None:
-        """keep_memory: keep the host buffers between saves, which makes the next one faster."""
-        self._keep_memory = keep_memory
+    def __init__(self, data_group: dist.ProcessGroup, keep_memory: bool) -> None:
+        """data_group: the data- and context-parallel ranks, which share the writing. keep_memory:
+        keep the host buffers between saves, which makes the next one faster."""
+        self._data_group, self._keep_memory = data_group, keep_memory
         self._memory = HostMemory()
         self._thread: threading.Thread | None = None
         self._group: dist.ProcessGroup | None = None
@@ -96,7 +97,7 @@ class CheckpointWriter:
         partial = partial_of(folder)
         on_first_rank(lambda: _make_empty(partial, folder), self._group)
         try:
-            staged = stage(make_tree(self._memory), partial, self._memory)
+            staged = stage(make_tree(self._memory), partial, self._memory, self._data_group)
         except OSError as error:
             raise UserError(_sentence(folder, str(error))) from error
         self._progress = Progress()

@@ -1,9 +1,9 @@
 import json
 
 import pytest
-import torch
 
 from megatron_r1 import models
+from megatron_r1.config import Config
 
 DEEPSEEK = {
     "architectures": ["DeepseekV3ForCausalLM"],
@@ -50,8 +50,8 @@ YARN = {
 }
 
 
-def build(hf, **settings):
-    return models.transformer_config(hf, params_dtype=torch.float32, **settings)
+def build(hf, **parallel):
+    return models.transformer_config(hf, Config(parallel=parallel))
 
 
 def test_read_hf_config_names_what_is_wrong(tmp_path):
@@ -114,22 +114,21 @@ def test_dense_models_refuse_what_they_would_compute_otherwise(hf, changes, mess
     [
         (
             QWEN,
-            {"tensor_parallel": 3},
+            {"tensor": 3},
             "parallel.tensor=3 does not divide num_attention_heads=4",
         ),
-        (QWEN, {"tensor_parallel": 4}, "parallel.tensor=4 does not divide num_key_value_heads=2"),
-        (QWEN, {"pipeline_parallel": 4}, "num_hidden_layers=6 is not a multiple of pipeline"),
+        (QWEN, {"tensor": 4}, "parallel.tensor=4 does not divide num_key_value_heads=2"),
+        (QWEN, {"pipeline": 4}, "num_hidden_layers=6 is not a multiple of pipeline"),
         (QWEN, {"virtual_pipeline": 2}, "virtual_pipeline=2 needs parallel.pipeline > 1"),
         (
             QWEN,
-            {"pipeline_parallel": 2, "pipeline_layout": "Et*3|t*2L"},
+            {"pipeline": 2, "pipeline_layout": "Et*3|t*2L"},
             "decoder layers \\(t\\) must stand there 6 times, not 5",
         ),
-        (QWEN, {"expert_parallel": 2}, "parallel.expert=2 needs a model with experts"),
-        (DEEPSEEK, {"expert_parallel": 3}, "parallel.expert=3 does not divide n_routed_experts=8"),
-        (DEEPSEEK, {"tensor_parallel": 0}, "parallel.tensor=0 must be a positive integer"),
-        (DEEPSEEK, {"tensor_parallel": 2, "sequence_parallel": False}, "sequence_parallel=False"),
-        (DEEPSEEK, {"recompute": "some"}, "parallel.recompute='some'"),
+        (QWEN, {"expert": 2}, "parallel.expert=2 needs a model with experts"),
+        (DEEPSEEK, {"expert": 3}, "parallel.expert=3 does not divide n_routed_experts=8"),
+        (DEEPSEEK, {"tensor": 0}, "parallel.tensor\n.*greater than or equal to 1"),
+        (DEEPSEEK, {"recompute": "some"}, "parallel.recompute\n.*'none', 'selective' or 'full'"),
         (
             DEEPSEEK,
             {"recompute": "selective", "recompute_modules": ["attention"]},
@@ -145,7 +144,7 @@ def test_dense_models_refuse_what_they_would_compute_otherwise(hf, changes, mess
             {"recompute": "selective", "recompute_modules": ["moe", "shared_experts"]},
             "'moe' includes 'shared_experts'",
         ),
-        (DEEPSEEK, {"no_such_field": 1}, "no field no_such_field"),
+        (DEEPSEEK, {"no_such_field": 1}, "parallel.no_such_field\n"),
     ],
 )
 def test_sizes_that_cannot_be_say_so(hf, settings, message):
@@ -155,7 +154,9 @@ def test_sizes_that_cannot_be_say_so(hf, settings, message):
 
 def test_deepseek_fields_reach_megatron():
     hf = {**DEEPSEEK, "rope_scaling": {"type": "yarn", **YARN}, "num_nextn_predict_layers": 1}
-    config = build(hf, tensor_parallel=2, expert_parallel=4, expert_bias_update_rate=1e-3)
+    model = {"expert_bias_update_rate": 1e-3}
+    recipe = Config(model=model, parallel={"tensor": 2, "expert": 4})
+    config = models.transformer_config(hf, recipe)
     assert config.multi_latent_attention and config.rope_type == "yarn"
     assert (config.rotary_scaling_factor, config.mscale_all_dim) == (40, 1.0)
     assert config.moe_layer_freq == [0, 1, 1, 1]
@@ -170,7 +171,7 @@ def test_one_group_of_experts_means_no_group_limit():
 
 
 def test_dense_models_keep_whole_sequences_under_tensor_parallelism():
-    config = build(QWEN, tensor_parallel=2)
+    config = build(QWEN, tensor=2)
     assert not config.sequence_parallel
     assert config.add_qkv_bias and config.num_query_groups == 2
     assert not build(LLAMA).add_qkv_bias
