@@ -2,7 +2,7 @@
 
 from typing import Any, Literal
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from megatron_r1.config.section import Section
 from megatron_r1.rewards.remote.settings import ServiceSettings
@@ -38,8 +38,6 @@ class BenchmarkConfig(Section):
 
 class ServerConfig(ServiceSettings):
     """A served model that answers instead of `model.path`."""
-
-    model_config = ConfigDict(use_attribute_docstrings=True)
 
     api: Literal["chat", "completions"] = "chat"
     """chat: the question as a user's message, in the server's template; completions: the text that

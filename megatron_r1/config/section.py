@@ -12,12 +12,9 @@ T = TypeVar("T")
 class Section(BaseModel):
     """Typed, immutable settings; unknown keys are refused.
 
-    A description that does not fit beside its field stands below it.
-    """
+    A field's meaning is its `description`, or a docstring below it (`keys.docstrings`)."""
 
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, protected_namespaces=(), use_attribute_docstrings=True
-    )
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
 
 @dataclass(frozen=True)

@@ -83,12 +83,14 @@ def _groups(hf: dict) -> dict:
     # routing silently differs.
     if hf["num_experts_per_tok"] != 2 * chosen:
         raise UserError(
-            f"num_experts_per_tok={hf['num_experts_per_tok']} must be twice topk_group={chosen} "
-            "when experts are chosen by group: else Megatron and vLLM route tokens differently"
+            f"config.json: num_experts_per_tok={hf['num_experts_per_tok']} must be twice "
+            f"topk_group={chosen} when experts are chosen by group: else Megatron and vLLM route "
+            "tokens differently"
         )
     if hf["n_routed_experts"] % num_groups:
         raise UserError(
-            f"n_routed_experts={hf['n_routed_experts']} is not a multiple of n_group={num_groups}"
+            f"config.json: n_routed_experts={hf['n_routed_experts']} is not a multiple of "
+            f"n_group={num_groups}"
         )
     return {"moe_router_num_groups": num_groups, "moe_router_group_topk": chosen}
 
@@ -101,8 +103,8 @@ def _rope(hf: dict) -> dict:
         return {**fields, "rope_type": "rope", "rotary_scaling_factor": 1.0, "mscale_all_dim": 0.0}
     if rope["rope_type"] != "yarn":
         raise UserError(
-            f"rope_type={rope['rope_type']!r} is not supported for DeepSeek-V3, only "
-            "default and yarn"
+            f"rope_type={rope['rope_type']!r} in config.json is not supported for DeepSeek-V3, "
+            "only default and yarn"
         )
     require(rope, attention_factor=None, truncate=True)
     need(rope, "factor", "original_max_position_embeddings")

@@ -27,8 +27,8 @@ def model_arguments(hf: dict) -> dict:
     rope = rope_parameters(hf)
     if rope["rope_type"] not in ("default", "llama3"):
         raise UserError(
-            f"rope_type={rope['rope_type']!r} is not supported for {hf['architectures'][0]}, "
-            "only default and llama3"
+            f"rope_type={rope['rope_type']!r} in config.json is not supported for "
+            f"{hf['architectures'][0]}, only default and llama3"
         )
     return {
         "position_embedding_type": "rope",

@@ -49,8 +49,9 @@ def pipeline_stages(
         return _spelled_out(layout, num_layers, pipeline, virtual, num_mtp)
     if num_layers % (pipeline * virtual):
         raise UserError(
-            f"num_hidden_layers={num_layers} is not a multiple of pipeline stages {pipeline} x "
-            f"virtual stages {virtual}; spell the stages out with parallel.pipeline_layout"
+            f"num_hidden_layers={num_layers} is not a multiple of parallel.pipeline={pipeline} x "
+            f"parallel.virtual_pipeline={virtual}; spell the stages out with "
+            "parallel.pipeline_layout"
         )
     length = num_layers // (pipeline * virtual)
     return [

@@ -57,7 +57,8 @@ def pack(
         samples = "samples" if unit == 1 else f"units of {unit} samples"
         raise UserError(
             f"{len(lengths)} {samples} cannot be spread over {ranks} data-parallel ranks: "
-            "use larger mini-batches or fewer ranks"
+            "use larger mini-batches (fewer rl.minibatches, a larger sft.batch_size or "
+            "reward_model.batch_size) or fewer parallel.processes"
         )
     fewest = -(-sum(lengths) // (ranks * limit))
     for per_rank in count(fewest):

@@ -167,7 +167,10 @@ def _entries(rule: Rule, prefix: str, at: Shard, num_experts: int) -> Iterator[t
     owner = rule.expert or rank == 0 or rule.split is not whole
     group, groups = at.ep
     if rule.expert and num_experts % groups:
-        raise UserError(f"expert_parallel={groups} does not divide n_routed_experts={num_experts}")
+        raise UserError(
+            f"parallel.expert={groups} does not divide n_routed_experts={num_experts}; choose a "
+            f"divisor of {num_experts}"
+        )
     num_local = num_experts // groups if rule.expert else 1
     for local in range(num_local):
         expert = str(group * num_local + local)

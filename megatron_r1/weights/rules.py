@@ -169,7 +169,8 @@ class QueryGroups:
         count = self.num_groups // ranks
         if count * ranks != self.num_groups:
             raise UserError(
-                f"tensor_parallel={ranks} does not divide num_key_value_heads={self.num_groups}"
+                f"parallel.tensor={ranks} does not divide num_key_value_heads={self.num_groups}; "
+                f"choose a divisor of {self.num_groups}"
             )
         return _interleave(sources, blocks=self.num_groups, first=rank * count, count=count)
 
@@ -190,5 +191,9 @@ def _interleave(
 
 def _divide(size: int, parts: int, source: Source) -> int:
     if size % parts:
-        raise UserError(f"{source.name} of shape {source.shape} cannot be split into {parts} parts")
+        key = "parallel.expert_tensor" if "{e}" in source.name else "parallel.tensor"
+        raise UserError(
+            f"{source.name} {source.shape} cannot be split into {parts} parts: set {key} to a "
+            f"divisor of {size}"
+        )
     return size // parts

@@ -146,6 +146,8 @@ class DistributedCheckpoint:
                 )
             if not saved.is_contiguous() or saved.storage_offset():
                 raise LookupError("its tensor is not plain")
+            # Experimental, and without a public counterpart: where torch.load would read a meta
+            # tensor's data (torch 2.11, 2.13).
             known = chunk.offset + saved.untyped_storage()._checkpoint_offset
             self._data_offsets[chunk.file, chunk.offset] = known
         return known
@@ -156,7 +158,10 @@ class DistributedCheckpoint:
             ends[at.relative_path] = max(ends[at.relative_path], at.offset + at.length)
         absent = sorted(name for name in ends if not (self.path / name).is_file())
         if absent:
-            raise UserError(f"checkpoint {self.path} lacks files: {', '.join(absent)}")
+            raise UserError(
+                f"checkpoint {self.path} lacks files: {', '.join(absent)}; copy it whole, or use "
+                "another checkpoint"
+            )
         for name, end in sorted(ends.items()):
             size = (self.path / name).stat().st_size
             if size < end:
@@ -170,7 +175,8 @@ def _metadata(folder: Path):
     about = folder / "metadata.json"
     if not about.is_file() or not (folder / ".metadata").is_file():
         raise UserError(
-            f"{folder} is no Megatron distributed checkpoint: it lacks metadata.json or .metadata"
+            f"{folder} is no Megatron distributed checkpoint: it lacks metadata.json or .metadata; "
+            "give a folder such as RUN/checkpoints/step_00000012"
         )
     backend = json.loads(about.read_text(encoding="utf-8")).get("sharded_backend")
     if backend != "torch_dist":

@@ -12,15 +12,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import _TYPES as _ALL_TYPES
 
 from megatron_r1.errors import UserError
 from megatron_r1.weights.layout import Shape, hf_tensors
 from megatron_r1.weights.stored.raw import read_box
 
-_TYPES: dict[str, torch.dtype] = {
-    name: dtype for name, dtype in _ALL_TYPES.items() if dtype is not None
+_TYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
 }
+"""The format's names of dtypes, those that weights have."""
 _NAMES = {dtype: name for name, dtype in _TYPES.items()}
 _LARGEST_HEADER = 100_000_000  # the library's own limit
 

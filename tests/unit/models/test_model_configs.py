@@ -118,7 +118,7 @@ def test_dense_models_refuse_what_they_would_compute_otherwise(hf, changes, mess
             "parallel.tensor=3 does not divide num_attention_heads=4",
         ),
         (QWEN, {"tensor": 4}, "parallel.tensor=4 does not divide num_key_value_heads=2"),
-        (QWEN, {"pipeline": 4}, "num_hidden_layers=6 is not a multiple of pipeline"),
+        (QWEN, {"pipeline": 4}, "num_hidden_layers=6 is not a multiple of parallel.pipeline=4"),
         (QWEN, {"virtual_pipeline": 2}, "virtual_pipeline=2 needs parallel.pipeline > 1"),
         (
             QWEN,

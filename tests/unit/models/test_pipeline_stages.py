@@ -71,7 +71,7 @@ def test_a_layout_means_what_it_means_to_megatron(layout, pipeline, virtual, num
         ("Ett|m|L|", 2, 1, 2, 1, "last virtual stage"),
         ("Ex|tL", 2, 1, 1, 0, r"'x\|tL' is not understood"),
         ("E(t(t|)*2)*2L", 2, 1, 1, 0, "is not understood"),
-        (None, 16, 1, 61, 1, "num_hidden_layers=61 is not a multiple of pipeline stages 16"),
+        (None, 16, 1, 61, 1, "num_hidden_layers=61 is not a multiple of parallel.pipeline=16"),
     ],
 )
 def test_an_impossible_layout_is_refused_with_its_reason(
