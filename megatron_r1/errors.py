@@ -8,15 +8,13 @@ class UserError(ValueError):
     """A mistake in a user's command, recipe or file.
 
     The message names the thing, its value and the remedy. The command line prints it without a
-    traceback and exits with status 2; any other ValueError is a bug and keeps its traceback.
-    """
+    traceback and exits with status 2; any other ValueError is a bug and keeps its traceback."""
 
 
 class RunError(RuntimeError):
     """A run cannot go on for a reason outside this code; the message is the diagnosis.
 
-    The command line prints it without a traceback and exits with status 1.
-    """
+    The command line prints it without a traceback and exits with status 1."""
 
 
 class TrainerError(RunError):
@@ -31,7 +29,6 @@ def did_you_mean(name: object, known: Iterable[str], form: str = "{!r}") -> str:
     """Return `; did you mean 'math'?` where one of `known` is close to `name`, else "".
 
     form: how the suggestion is formatted. Names that are not close are not suggested: a wrong guess
-    sends the user looking for a mistake that is not there.
-    """
+    sends the user looking for a mistake that is not there."""
     near = difflib.get_close_matches(str(name).lower(), list(known), n=1)
     return f"; did you mean {form.format(near[0])}?" if near else ""

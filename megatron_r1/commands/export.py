@@ -22,8 +22,7 @@ async def export_checkpoint(
 
     checkpoint: `…/checkpoints/step_…` of a run, whose `config.yaml` describes the model. parallel:
     layout of the exporting trainer, which may differ from that of the training. Raises UserError
-    for a checkpoint outside a run, TrainerError when the trainer fails.
-    """
+    for a checkpoint outside a run, TrainerError when the trainer fails."""
     listed, exported = checkpoint / manifest.NAME, target / SOURCE_FILE
     # A checkpoint without manifest is damaged: loading it raises.
     source = manifest.checksum(listed).checksum if listed.is_file() else ""

@@ -1,7 +1,6 @@
 """Reward models: DeepSeek-R1's helpful (pairs, Bradley-Terry) and safety (labels, cross entropy).
 
-Sources: arXiv 2501.12948 v2, section 3.1 and supplement B.3; docs/reward_models.md.
-"""
+Sources: arXiv 2501.12948 v2, section 3.1 and supplement B.3; docs/reward_models.md."""
 
 import hashlib
 from collections import Counter

@@ -2,8 +2,7 @@
 preference pairs, safety labels. See docs/sampling.md.
 
 The first pass samples and grades every response and logs it in samples.jsonl; the second decides
-which are kept. If only what is kept has changed, the second pass alone is repeated.
-"""
+which are kept. If only what is kept has changed, the second pass alone is repeated."""
 
 import contextlib
 import json

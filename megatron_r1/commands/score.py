@@ -3,8 +3,7 @@
     {"kind": "math", "response": "…", "truth": "13"}  →  the same with "reward" and "reason"
 
 `--data.kind math` is the kind of lines that name none. As many lines come out as went in, in their
-order; a line that cannot be graded gets reward 0 and the reason.
-"""
+order; a line that cannot be graded gets reward 0 and the reason."""
 
 from __future__ import annotations
 
@@ -60,8 +59,7 @@ def run(config: Config, source: str, target: str) -> None:
     Raises UserError for a source that cannot be read or a target that cannot be written,
     RunError when no worker can be started or the reader of the output has ended. After all
     lines are written it raises RunError also where a served model failed or no line could be
-    graded: such zeros should not be trained on.
-    """
+    graded: such zeros should not be trained on."""
     try:
         with _source(source) as lines, _target(target) as graded:
             tally = asyncio.run(_score(config, lines, graded))

@@ -27,8 +27,7 @@ class SupervisedTask(Generic[Item]):
     batch_size: items per optimizer step. to_samples: tokenizes the items of a batch. loss: as
     "module:function". unit: as of `TrainerClient.load`. notes: messages about the data and the
     model, once the trainer has started. evaluate: called before the first step, every `eval.every`
-    steps, and after the last.
-    """
+    steps, and after the last."""
 
     config: Config
     sampler: EpochSampler[Item]

@@ -3,8 +3,7 @@
 A recipe is a YAML file of sections; the command line overrides single keys (`--rl.group_size 8`).
 The defaults of `rl`, `optimizer` and `rollout` are DeepSeek-R1-Zero's (arXiv 2501.12948 v2, section
 2 and supplement B); a recipe says only where it differs. Unknown keys are errors that name the
-nearest right one.
-"""
+nearest right one."""
 
 from megatron_r1.config.engines import RolloutConfig, TeacherConfig
 from megatron_r1.config.other_models import CriticConfig, RewardModelConfig

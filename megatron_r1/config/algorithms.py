@@ -1,8 +1,7 @@
 """The policy-gradient estimators of `rl.algorithm`: their defaults and the settings they allow.
 
 The mathematics of each is in `rl/algorithms/<name>.py`, whose docstring gives the source of the
-values here.
-"""
+values here."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,8 +18,7 @@ class AlgorithmRules:
     advantage_stds: allowed values of `advantage_std`. min_group_size: smallest `group_size`.
     dual_clip: whether `dual_clip` has a meaning.
     critic: it needs a critic's values, and trains the critic.
-    teacher: it needs a teacher's log-probabilities.
-    """
+    teacher: it needs a teacher's log-probabilities."""
 
     defaults: dict[str, Any] = field(default_factory=dict)
     kl_in_reward: bool = False

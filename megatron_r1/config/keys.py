@@ -33,8 +33,7 @@ def describe(models: Sequence[type[BaseModel]], chosen: Sequence[str] = ()) -> s
     """Return a line such as `rl.group_size: 16   # responses per question` per key.
 
     models: their sections have different names. chosen: sections or keys (`rl`, `sample.keep`) to
-    show; default: all. Raises UserError for a name that is neither.
-    """
+    show; default: all. Raises UserError for a name that is neither."""
     fields = {key: home for model in models for key, home in keys_of(model)}
     meanings = {home: docstrings(home) for home in fields.values()}
     for name in chosen:

@@ -12,8 +12,7 @@ from megatron_r1.errors import did_you_mean
 def explain(failure: ValidationError, root: type[BaseModel], known: Iterable[str] = ()) -> str:
     """Return all errors of validating a `root`.
 
-    known: dotted keys to suggest for a key that stands in the wrong section.
-    """
+    known: dotted keys to suggest for a key that stands in the wrong section."""
     return "; ".join(_sentence(error, root, known) for error in failure.errors())
 
 

@@ -26,8 +26,7 @@ class CriticConfig(Section):
 class RewardModelConfig(Section):
     """The training of a reward model: its data, loss and the part of a response that it scores.
 
-    The defaults are DeepSeek-R1's (arXiv 2501.12948 v2, section 3.1 and supplement B.3).
-    """
+    The defaults are DeepSeek-R1's (arXiv 2501.12948 v2, section 3.1 and supplement B.3)."""
 
     data: str = ""
     """JSONL or Parquet of {question, chosen, rejected} or of {question, response, label}; required

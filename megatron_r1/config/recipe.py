@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import yaml
-from pydantic import BaseModel, ValidationError, model_validator
+from pydantic import ValidationError, model_validator
 
 from megatron_r1.config.engines import RolloutConfig, TeacherConfig
 from megatron_r1.config.evaluation import EvalConfig
@@ -95,8 +95,7 @@ def load(
 ) -> Config:
     """Read a recipe and apply `{"section.key": value}`.
 
-    required: dotted keys that must have a value. Raises UserError naming every mistake.
-    """
+    required: dotted keys that must have a value. Raises UserError naming every mistake."""
     tree = read_sections(Path(path))
     if "stages" in tree:
         raise UserError(f"recipe {path}: it has stages: run it with megatron-r1 pipeline {path}")
@@ -106,8 +105,7 @@ def load(
 def from_tree(tree: dict[str, Any], origin: str, required: tuple[str, ...] = ()) -> Config:
     """Build the configuration from a recipe's sections, with its preset filled in.
 
-    origin: name of the recipe in errors. Raises UserError naming every mistake.
-    """
+    origin: name of the recipe in errors. Raises UserError naming every mistake."""
     tree = dict(tree)
     rl = tree.get("rl") or {}
     preset = rl.get("preset", "r1_zero") if isinstance(rl, dict) else "r1_zero"
@@ -142,19 +140,14 @@ def dump(config: Config) -> str:
 
 def known_keys() -> list[str]:
     """Return every `section.key`."""
-    sections: dict[str, type[BaseModel]] = {
-        name: field.annotation  # type: ignore[misc]  # every field of Config is a Section
-        for name, field in Config.model_fields.items()
-    }
-    return [f"{name}.{key}" for name, model in sections.items() for key in model.model_fields]
+    return [f"{name}.{key}" for name, section in Config() for key in type(section).model_fields]
 
 
 def parse_overrides(options: list[str], switches: Collection[str] = ()) -> dict[str, Any]:
     """Parse `--rl.group_size 8 --data.task=sums` to {"rl.group_size": 8, "data.task": "sums"}.
 
     Values are YAML; a template such as `{problem}` is text. switches: keys that become true when no
-    value follows. Raises UserError for an option without a value or without a section.
-    """
+    value follows. Raises UserError for an option without a value or without a section."""
     overrides: dict[str, Any] = {}
     pending = list(options)
     while pending:

@@ -1,7 +1,6 @@
 """The rewards of rollouts, and the RL algorithm.
 
-The defaults are DeepSeek-R1-Zero's (arXiv 2501.12948 v2, section 2 and supplement B).
-"""
+The defaults are DeepSeek-R1-Zero's (arXiv 2501.12948 v2, section 2 and supplement B)."""
 
 from typing import Annotated, Any, Literal, Self
 

@@ -1,8 +1,7 @@
 """Settings of sampling training data: how many responses are drawn, which are kept, in what form.
 
 The defaults are those of DeepSeek-R1's rejection sampling (arXiv 2501.12948: every correct
-response without mixed languages, long paragraphs and code blocks); see docs/sampling.md.
-"""
+response without mixed languages, long paragraphs and code blocks); see docs/sampling.md."""
 
 from typing import Any, Literal, Self
 

@@ -21,8 +21,7 @@ class Section(BaseModel):
 class MayChange:
     """Marks a field that may differ when a run continues.
 
-    within: dotted keys of a mapping that may; default: the whole field.
-    """
+    within: dotted keys of a mapping that may; default: the whole field."""
 
     within: tuple[str, ...] = ()
 

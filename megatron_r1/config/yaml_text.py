@@ -18,8 +18,7 @@ def read_sections(
 
     what: name of the file's kind in errors. prepare: is applied to the text before it is parsed.
     Raises UserError for a missing file, invalid YAML, a key that occurs twice in one mapping (`<<`
-    may merge a key that the mapping also sets), and for content that is not a mapping.
-    """
+    may merge a key that the mapping also sets), and for content that is not a mapping."""
     if not path.is_file():
         raise UserError(f"{what} {path}: no such file")
     try:

@@ -28,8 +28,7 @@ def atomic_writer(
     are created.
 
     mode: permissions from the start, less the umask. durable: fsync the content before the rename,
-    and the folder after it, so that both survive a power cut.
-    """
+    and the folder after it, so that both survive a power cut."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")

@@ -3,8 +3,7 @@
 A frame is a mark, the payload's length, the first 16 bytes of BLAKE3 over length and payload, and
 the payload. A kill during a write leaves a torn last frame, which is cut off before more is
 appended. A flipped byte costs its own record: reading goes on at the next mark whose checksum is
-right.
-"""
+right."""
 
 from __future__ import annotations
 

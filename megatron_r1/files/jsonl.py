@@ -17,8 +17,7 @@ def append_lines(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
     """Append one strict JSON line per record in one write, then flush and fsync.
 
     A torn last line (a crash during an earlier write) is cut off first, so that it cannot swallow
-    the new one.
-    """
+    the new one."""
     if not records:
         return
     is_new = not path.exists()
@@ -38,8 +37,7 @@ def append_lines(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     """Yield the records in order, without a torn last line; a missing file has none.
 
-    Raises UserError naming the file and the line if any other line is not a JSON object.
-    """
+    Raises UserError naming the file and the line if any other line is not a JSON object."""
     if not path.exists():
         return
     with open(path, "rb") as file:
@@ -66,8 +64,7 @@ def keep_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> int:
     """Drop every record for which `keep` is false and any torn last line; return how many lines
     were dropped.
 
-    The file is replaced atomically, and only if something is dropped.
-    """
+    The file is replaced atomically, and only if something is dropped."""
     if not path.exists():
         return 0
     with open(path, "rb") as file:
@@ -86,8 +83,7 @@ def strict(record: Mapping[str, Any]) -> dict[str, Any]:
     """Return a copy that strict JSON can hold: NaN and infinities become null and are named.
 
     `{"kl": nan}` becomes `{"kl": null, "nonfinite": {"kl": "nan"}}`: any JSON reader accepts the
-    line, and the value is not lost. Raises ValueError for a value that JSON cannot represent.
-    """
+    line, and the value is not lost. Raises ValueError for a value that JSON cannot represent."""
     nonfinite: dict[str, str] = {}
     clean = {str(key): _strict_value(value, str(key), nonfinite) for key, value in record.items()}
     if nonfinite:

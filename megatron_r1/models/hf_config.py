@@ -122,8 +122,7 @@ def architecture(hf: dict) -> str:
 class ModelFamily(Protocol):
     """What a module of `models/` defines for the architectures that `_MODULES` names after it.
 
-    hf: the content of `config.json`. All functions raise UserError for what they do not support.
-    """
+    hf: the content of `config.json`. All functions raise UserError for what they do not support."""
 
     LATENT_ATTENTION: bool
     """Whether the configuration is an MLATransformerConfig (multi-head latent attention)."""

@@ -13,9 +13,9 @@ tokens: a sample of 65,536 costs as much as thirteen of 10,000, not as much as s
 
 import heapq
 from collections.abc import Callable
-from dataclasses import dataclass
 from itertools import count
 from math import prod
+from typing import NamedTuple
 
 from megatron_r1.errors import UserError
 from megatron_r1.weights import hf_tensors
@@ -23,8 +23,7 @@ from megatron_r1.weights import hf_tensors
 Bins = list[list[int]]
 
 
-@dataclass(frozen=True)
-class Packing:
+class Packing(NamedTuple):
     """An assignment of samples to ranks and micro-batches. shares[rank][m]: indices of the samples
     of micro-batch m on that rank. waste: the share of all ranks' time spent waiting for the rank
     with the costliest micro-batch. fill: mean of tokens per micro-batch / limit."""
@@ -64,17 +63,12 @@ def pack(
     for per_rank in count(fewest):
         bins = _costliest_first(costs, lengths, ranks * per_rank, limit)
         if all(len(b) <= 1 or sum(lengths[i] for i in b) <= limit for b in bins):
-            return _expand_units(_side_by_side(bins, lengths, costs, ranks, limit), unit)
+            shares, waste, fill = _side_by_side(bins, lengths, costs, ranks, limit)
+            whole = [
+                [[i * unit + k for i in m for k in range(unit)] for m in own] for own in shares
+            ]
+            return Packing(whole, waste, fill)
     raise AssertionError("one bin for every sample always fits")
-
-
-def _expand_units(packing: Packing, unit: int) -> Packing:
-    """Replace each unit's index by those of its samples."""
-    shares = [
-        [[i * unit + k for i in members for k in range(unit)] for members in share]
-        for share in packing.shares
-    ]
-    return Packing(shares, packing.waste, packing.fill)
 
 
 def _side_by_side(

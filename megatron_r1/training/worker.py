@@ -124,24 +124,11 @@ class Operations:
         return getattr(home, call.operation)(**call.arguments) or {}
 
 
-STEP_OPERATIONS = (
-    "keep_reference",
-    "score",
-    "agreement",
-    "token_advantages",
-    "update",
-    "values",
-    "update_critic",
-    "sample_scores",
-    "probe",
-)
 PUSH_OPERATIONS = ("open_push", "connect_engine", "send_weights")
-FOLDER_OPERATIONS = (
-    "export",
-    "save_checkpoint",
-    "checkpoint_progress",
-    "verify_checkpoint",
-    "load_checkpoint",
+OPERATIONS = (
+    *("keep_reference", "score", "agreement", "token_advantages", "update", "probe"),
+    *("values", "update_critic", "sample_scores"),
+    *PUSH_OPERATIONS,
+    *("export", "save_checkpoint", "checkpoint_progress", "verify_checkpoint", "load_checkpoint"),
 )
-OPERATIONS = (*STEP_OPERATIONS, *PUSH_OPERATIONS, *FOLDER_OPERATIONS)
 """Methods of `weight_sync.trainer_rank.WeightPush` (PUSH_OPERATIONS) and `trainer.Trainer`."""

@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch.distributed as dist
 from blake3 import blake3
@@ -157,61 +157,46 @@ def _make_empty(partial: Path, folder: Path) -> None:
 def _write_file(writer: FileSystemWriterAsync, file: StagedFile) -> tuple[str, Entry, list[Any]]:
     """Write the items in the format of torch's distributed checkpoint; return torch's results."""
     name, form = file.path.name, SerializationFormat.TORCH_SAVE
-    with HashedFile(file.path) as stream:
-        out = cast(io.IOBase, stream)  # of which torch uses write, tell and flush
+    with HashedFile(file.path) as out:
         results = [
             _write_item(writer.transforms, out, data, item, name, form) for item, data in file.items
         ]
-    return name, stream.entry, results
+        return name, out.entry(), results
 
 
-class HashedFile:
-    """A file written from front to end and hashed; synced and closed by the `with` block.
-
-    `entry` is computed from the bytes handed to the disk, so that what the disk changes shows on
-    loading."""
+class HashedFile(io.FileIO):
+    """A file written from front to end and hashed; synced at the end of the `with` block."""
 
     def __init__(self, path: Path):
-        self._file = open(path, "wb", buffering=0)  # noqa: SIM115 - closed by __exit__
+        super().__init__(path, "wb")
         self._hasher = blake3()
-        self._position = 0
         self._failure: OSError | None = None
-
-    def __enter__(self) -> HashedFile:
-        return self
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         try:
             if self._failure is not None:
                 raise self._failure  # torch raises an error that hides this one
             if kind is None:
-                os.fsync(self._file.fileno())
+                os.fsync(self.fileno())
         finally:
-            self._file.close()
-
-    @property
-    def entry(self) -> Entry:
-        return Entry(self._position, self._hasher.hexdigest())
+            self.close()
 
     def write(self, piece) -> int:
         """Write all of `piece`; a raw file may take less at a time."""
         left = memoryview(piece).cast("B")
         self._hasher.update(left)
-        count = len(left)
+        num_bytes = len(left)
         try:
             while left:
-                left = left[self._file.write(left) :]
+                left = left[super().write(left) :]
         except OSError as error:
             self._failure = self._failure or error
             raise
-        self._position += count
-        return count
+        return num_bytes
 
-    def tell(self) -> int:
-        return self._position
-
-    def flush(self) -> None:
-        pass
+    def entry(self) -> Entry:
+        """Return size and checksum of the bytes handed to the disk: what it changes shows later."""
+        return Entry(self.tell(), self._hasher.hexdigest())
 
 
 def _finish(
