@@ -58,6 +58,7 @@ def build_model(
     _mark_experts(built)
     scaling = None if model.LATENT_ATTENTION else model.rope_scaling(hf)
     if scaling:
+        # GPTModel's own argument takes the factor only (`llama.rope_scaling`).
         rotary = built.rotary_pos_emb
         rotary.inv_freq = rotary._apply_scaling(rotary.inv_freq, **scaling)
     return built

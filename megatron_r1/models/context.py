@@ -30,7 +30,7 @@ def held_positions(borders: Tensor, rank: int, ranks: int) -> Tensor:
 
 
 def sample_order(borders: Tensor, ranks: int) -> Tensor:
-    """Return the index (T,) that puts tokens gathered rank after rank back into sample order."""
+    """Return the index, (T,) int64, that sorts tokens gathered rank after rank by samples."""
     gathered = torch.cat([held_positions(borders, rank, ranks) for rank in range(ranks)])
     order = torch.empty_like(gathered)
     order[gathered] = torch.arange(len(gathered), device=gathered.device)
@@ -38,7 +38,8 @@ def sample_order(borders: Tensor, ranks: int) -> Tensor:
 
 
 def spans(starts: Tensor, lengths: Tensor) -> Tensor:
-    """Return start, start + 1, … start + length - 1 of each span, end to end; int64."""
+    """Return start, start + 1, … start + length - 1 of each span, end to end, (Σ lengths,) int64.
+    starts, lengths: (N,) int64."""
     ends = lengths.cumsum(0)
     total = int(ends[-1]) if len(ends) else 0
     shift = (starts - (ends - lengths)).repeat_interleave(lengths, output_size=total)

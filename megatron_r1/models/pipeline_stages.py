@@ -88,6 +88,7 @@ def _spelled_out(layout, num_layers, pipeline, virtual, num_mtp) -> list[list[St
                 layers=tuple(range(start, end)),
                 embedding="E" in group,
                 mtp="m" in group,
+                # Megatron moves the norm to the last decoder layer's chunk for MTP layers only.
                 final_norm=last_layer if num_mtp else head,
                 head=head,
             )

@@ -81,6 +81,7 @@ class PolicyModel(GPTModel):
         # Rows of the embedding and head beyond this are padding, never a token.
         self.unpadded_vocab_size = self.vocab_size
         if self.post_process:
+            # Replaced, not built anew: Megatron has tied and marked the weight already.
             self.output_layer: LMHead = LMHead.replacing(self.output_layer, self.config)
 
     def _postprocess(
@@ -132,6 +133,7 @@ class PolicyModel(GPTModel):
                     # Over data and context parallelism, whose ranks have other tokens.
                     avg_group=self.pg_collection.dp_cp,
                 )
+            # With per-token losses the schedule divides by the number of tokens of the whole step.
             share = 1 if self.config.calculate_per_token_loss else num_tokens.clamp(min=1)
             hidden = MTPLossAutoScaler.apply(hidden, scale * losses / share)
         return hidden

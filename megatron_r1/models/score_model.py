@@ -44,7 +44,7 @@ class ScoreModel(GPTModel):
         self.unpadded_vocab_size = self.vocab_size
         if self.post_process:
             self.score = ScoreHead(self.config, self.output_layer.tp_group)
-            del self.output_layer
+            del self.output_layer  # of the vocabulary's size, and without a use
 
     def _postprocess(self, hidden_states: Tensor, **context) -> Tensor:
         if not self.post_process:

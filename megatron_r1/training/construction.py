@@ -45,6 +45,7 @@ def model_chunks(
     if config.model.init == "random":
         weights.initialize(chunks, hf, std=config.model.init_std, seed=config.run.seed)
         return chunks
+    # Before anything reads it: a flipped bit in a weight would train without an error.
     if config.model.checkpoint:
         _verify(Path(config.model.checkpoint), config)
     body = language_body(config, hf)
@@ -88,6 +89,7 @@ def with_gradients(
 ) -> list[DistributedDataParallel]:
     """Return the chunks wrapped with gradient buffers; sets `transformer`'s gradient functions."""
     settings = DistributedDataParallelConfig(
+        # Sums of bf16 gradients over many micro-batches and ranks would lose the small ones.
         grad_reduce_in_fp32=transformer.params_dtype != torch.float32,
         use_distributed_optimizer=True,
         overlap_grad_reduce=platform.has_gpu(),
@@ -97,7 +99,7 @@ def with_gradients(
         for chunk in chunks
     ]
     for chunk in wrapped:
-        chunk.broadcast_params()
+        chunk.broadcast_params()  # over data parallelism: replicas start from the same bits
     no_sync = [chunk.no_sync for chunk in wrapped]
     transformer.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
     transformer.finalize_model_grads_func = finalize_model_grads

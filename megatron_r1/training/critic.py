@@ -50,7 +50,7 @@ class Critic:
         self.bare = construction.model_chunks(own, hf, transformer, position.groups, score_std=0.0)
         self.chunks = construction.with_gradients(transformer, self.bare, position.groups)
         self.optimizer = new_optimizer(own, self.chunks)
-        transformer.grad_scale_func = self.optimizer.scale_loss
+        transformer.grad_scale_func = self.optimizer.scale_loss  # read by Megatron's schedule
 
     def values(self, batches: list[PackedBatch]) -> None:
         """Fill `PackedBatch.values`, on the last stage."""
@@ -94,6 +94,7 @@ def value_loss(batch: PackedBatch, values: Tensor, clip: float | None) -> LossTe
         "error": returns - old,
         "error_squared": (returns - old).double().square(),
     }
+    # fp64: the explained variance is a difference of mean squares and squared means.
     sums = {f"{name}/tokens": x.detach().double().sum() for name, x in measured.items()}
     return LossTerms(measured["value/loss"].sum(), count, {**sums, "tokens": count}, {})
 

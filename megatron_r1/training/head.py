@@ -67,5 +67,6 @@ class Head:
             "temperature": self.temperature,
             "group": self.group,
             "vocab_size": self.vocab_size,
+            # The LMHead's gather or copy sums it over the group, in the backward pass.
             "reduce_hidden_grad": False,
         }

@@ -50,7 +50,7 @@ def denominator(batch: PackedBatch, average: str) -> Tensor:
 
 
 def supervised(batch: PackedBatch, head: Head, settings: dict[str, Any]) -> LossTerms:
-    """Return the SFT loss, -Σ log p over response tokens, to be divided by their number."""
+    """Return the SFT loss, -Σ log p over response tokens, () fp32, with their number."""
     logprobs, _ = head.logprobs()
     loss, count = -logprobs.sum(), denominator(batch, "token")
     return LossTerms(loss, count, {"loss/tokens": loss.detach(), "tokens": count}, {})

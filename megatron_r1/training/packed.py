@@ -104,6 +104,7 @@ def packed_batch(
 
     The batch is padded to `split.batch_multiple` by a sample without response. routing: the part of
     the samples' routing that this rank replays, if any."""
+    # bytearray: torch warns of a read-only buffer.
     ids = [torch.frombuffer(bytearray(s.token_ids), dtype=torch.int32).long() for s in samples]
     lengths = [len(i) for i in ids]
     padded = [length + -length % split.sample_multiple for length in lengths]
@@ -127,6 +128,7 @@ def packed_batch(
     has_teacher = all(sample.teacher is not None for sample in samples)
     position = torch.arange(total) - borders[:-1].repeat_interleave(borders.diff())
     held = held_positions(borders, split.context_rank, split.context)
+    # The inverse of `held`, -1 for positions on other context ranks.
     here = torch.full((total,), -1).index_copy(0, held, torch.arange(len(held)))
     ends = [start + length - 1 for start, length in zip(starts, lengths, strict=True)]
     return PackedBatch(

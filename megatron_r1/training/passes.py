@@ -49,6 +49,7 @@ def run_passes(
         )
         return out, partial(compute, batch)
 
+    # Routing replay recognises a pass that will be recomputed by the training mode.
     for chunk in chunks if forward_only else ():
         chunk.eval()
     interleaved, groups = len(chunks) > 1, process_groups(chunks)
@@ -60,6 +61,7 @@ def run_passes(
             data_iterator=[iter(batches) for _ in chunks] if interleaved else iter(batches),
             model=chunks,
             num_microbatches=len(batches),
+            # Ignored: `variable_seq_lengths` has Megatron send the shape of every micro-batch.
             seq_length=max(batch.input_ids.shape[1] for batch in batches),
             micro_batch_size=1,
             forward_only=forward_only,

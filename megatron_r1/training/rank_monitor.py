@@ -81,7 +81,7 @@ class RankMonitor:
             at = self.status().threads[0]
             print(f"the controller is gone; in {at.collective or at.frames[-1]}", file=sys.stderr)
             sys.stderr.flush()
-            os._exit(1)
+            os._exit(1)  # not sys.exit: that ends this thread only
 
 
 def _lines(innermost: FrameType) -> list[str]:

@@ -44,6 +44,7 @@ class Reference:
 
 def _weights(chunk: torch.nn.Module) -> Iterator[Tensor]:
     yield from chunk.parameters()
+    # Buffers that are not saved are derived, such as rotary frequencies, and equal in both.
     persistent = set(chunk.state_dict().keys())
     for name, buffer in chunk.named_buffers():
         if name in persistent:

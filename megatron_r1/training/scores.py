@@ -39,7 +39,7 @@ class Scores:
 
 
 def pairwise(batch: PackedBatch, scores: Scores, settings: dict[str, Any]) -> LossTerms:
-    """Return Σ -log sigmoid(s_chosen - s_rejected) over pairs, divided by their number.
+    """Return Σ -log sigmoid(s_chosen - s_rejected) over pairs, () fp32, with their number.
 
     Bradley-Terry (arXiv 2203.02155, equation 1, with one pair per question). Samples 2i and 2i + 1
     are a pair, the chosen one first. Metrics: accuracy, the share of pairs whose chosen response
@@ -51,8 +51,8 @@ def pairwise(batch: PackedBatch, scores: Scores, settings: dict[str, Any]) -> Lo
 
 
 def pointwise(batch: PackedBatch, scores: Scores, settings: dict[str, Any]) -> LossTerms:
-    """Return Σ of the binary cross entropy of sigmoid(score) and label over samples, divided by
-    their number.
+    """Return Σ of the binary cross entropy of sigmoid(score) and `batch.labels` over samples, ()
+    fp32, with their number.
 
     Metrics: accuracy, the share of scores on their label's side of 0; margin, the distance to 0
     there."""

@@ -116,6 +116,7 @@ class Scored:
             # Over data and context parallelism: mean and deviation are those of the whole rollout.
             dist.all_reduce(total, group=self._data_group)
         mean, square = (total[:2] / total[2].clamp(min=1)).unbind()
+        # Of equal advantages the rounded difference may be below 0, and the deviation 0.
         scale = (square - mean.square()).clamp(min=0).sqrt() + epsilon
         scale = torch.where(scale > 0, scale, 1.0)
         return [r.masked(((a.double() - mean) / scale).to(a.dtype)) for r, a in pairs]

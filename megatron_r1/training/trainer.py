@@ -56,7 +56,7 @@ class Trainer:
         self.bare = construction.model_chunks(config, self.hf, self.transformer, self.groups)
         self.chunks = construction.with_gradients(self.transformer, self.bare, self.groups)
         self.optimizer = new_optimizer(config, self.chunks)
-        self.transformer.grad_scale_func = self.optimizer.scale_loss
+        self.transformer.grad_scale_func = self.optimizer.scale_loss  # read by Megatron's schedule
         self.reference: Reference | None = None
         self.saving = CheckpointWriter(self.groups.dp_cp, config.checkpoint.asynchronous)
         self._verified: str | None = None
@@ -224,7 +224,7 @@ class Trainer:
         samples: as `wire.Sample`, the same on every rank; loaded ones stay."""
         own = msgspec.convert(samples, list[Sample])
         batches = [packed_batch(s, self.split, platform.device()) for s in self._in_rounds([own])]
-        with self.replay.paused():
+        with self.replay.paused():  # an engine's answer to a probe comes without its routing
             self._score(batches, "old", 1.0)
         gap, count, largest = self._gap(batches, "old")
         sums = {"probe/mean/tokens": gap, "tokens": count}
@@ -287,6 +287,7 @@ class Trainer:
 
         def inputs(model, batch):
             self.replay.begin(model, batch.routing)
+            # Without labels the MTP layers are not run, which saves their part of a forward pass.
             if not train_mtp:
                 return {}
             return {"labels": batch.targets[None], "loss_mask": batch.is_response[None].float()}

@@ -37,6 +37,7 @@ def serve(config: Config, address: str, position: GridPosition | None = None) ->
     socket = _dealer(identity(rank))
     monitor = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
     socket.connect(address)
+    # Before the ranks join each other, so that one that hangs there is seen, too.
     rank_monitor = RankMonitor(partial(_connected, monitor_identity(rank), address))
     encode, decode = msgspec.msgpack.encode, msgspec.msgpack.Decoder(Call).decode
 
@@ -67,7 +68,7 @@ def serve(config: Config, address: str, position: GridPosition | None = None) ->
         is_mistake = isinstance(error, UserError)
         message = str(error) if is_mistake else traceback.format_exc()
         socket.send(encode(Reply(rank, None, message, is_mistake)))
-        socket.close(linger=5_000)
+        socket.close(linger=5_000)  # the process ends with `raise`: first the message has to leave
         raise
 
 

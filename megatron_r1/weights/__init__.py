@@ -10,14 +10,14 @@
 A new architecture is one table: `table(hf)` in a module here, named in `models.hf_config`. Import,
 export, conversion, the push to the engines and the memory planner read the same table.
 
-`hf_tensors`, `layout` and `shard` need a configuration only; what works on Megatron model chunks is
+`hf_tensors` and `layout` need a configuration only; what works on Megatron model chunks is
 imported at first use."""
 
 from typing import Any
 
 from megatron_r1.models.pipeline_stages import pipeline_stages
 from megatron_r1.processes.imports import import_lazily
-from megatron_r1.weights.layout import Entry, Shard, hf_tensors, layout, shard, stage_shards
+from megatron_r1.weights.layout import Entry, Shard, hf_tensors, layout, stage_shards
 from megatron_r1.weights.rules import Piece
 
 _HOME = {
@@ -37,7 +37,6 @@ __all__ = [
     "hf_tensors",
     "layout",
     "pipeline_stages",
-    "shard",
     "stage_shards",
     *_HOME,
 ]

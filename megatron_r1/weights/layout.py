@@ -101,24 +101,6 @@ def recipe_stages(config: Config, hf: dict) -> list[list[Shard]]:
     )
 
 
-def shard(
-    hf: dict,
-    *,
-    tp: Rank = (0, 1),
-    pp: Rank = (0, 1),
-    ep: Rank = (0, 1),
-    etp: Rank = (0, 1),
-    vp: Rank = (0, 1),
-    pipeline_layout: str | None = None,
-    with_mtp: bool = True,
-    transformer_engine: bool = False,
-) -> Shard:
-    """Return the Shard at these coordinates."""
-    (rank, ranks), (chunk, chunks) = pp, vp
-    every = stage_shards(hf, ranks, chunks, pipeline_layout=pipeline_layout, with_mtp=with_mtp)
-    return replace(every[rank][chunk], tp=tp, ep=ep, etp=etp, transformer_engine=transformer_engine)
-
-
 def layout(hf: dict, at: Shard) -> dict[str, Entry]:
     """Return Megatron parameter name -> Entry, for all parameters of the shard `at`."""
     rules = table(hf)

@@ -76,6 +76,7 @@ def initialize(model_chunks: Sequence, hf: dict, *, std: float, seed: int) -> No
 
 
 def _drawn(name: str, shape: Shape, std: float, seed: int) -> torch.Tensor:
+    # A CPU's numbers, also with a GPU; crc32, because hash() is salted in every process.
     generator = torch.Generator()
     generator.manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
     return torch.empty(shape).normal_(0.0, std, generator=generator)

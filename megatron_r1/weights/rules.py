@@ -147,10 +147,12 @@ def rows(sources: tuple[Source, ...], rank: int, ranks: int) -> tuple[Shape, lis
 
 
 def vocabulary(sources: tuple[Source, ...], rank: int, ranks: int) -> tuple[Shape, list[Piece]]:
-    """Vocabulary-parallel: rows are split and padded to a multiple of `ranks`."""
+    """Return shape and pieces of a vocabulary-parallel tensor: rows are split, and padded to a
+    multiple of `ranks`."""
     (source,) = sources
     num_tokens, width = source.shape
     height = -(-num_tokens // ranks)
+    # With more ranks than the last rows need, a rank may hold padding alone.
     start = min(rank * height, num_tokens)
     length = min(height, num_tokens - start)
     pieces = [Piece(source.name, 0, start, 0, length)] if length else []

@@ -155,6 +155,7 @@ def rng_entry(loading: bool) -> ShardedObject:
 
 
 def put_back_rng(streams: dict[str, Any]) -> None:
+    """Restore the random streams of a loaded `rng_entry`."""
     torch.set_rng_state(streams["torch"])
     platform.set_rng_state(streams["cuda"])
     get_cuda_rng_tracker().set_states(streams["megatron"])

@@ -115,6 +115,7 @@ class CheckpointSeries:
             "checkpoint/seconds": progress["seconds"],
         }
         self.latest = saving.folder
+        # In a thread: deleting a large folder must not hold up the sampling.
         await asyncio.to_thread(finding.prune, self._folder, self._settings.keep)
 
     def _newest(self, below: Path | None = None) -> tuple[Path | None, list[Damaged]]:

@@ -55,5 +55,6 @@ def _whole_blocks(equal: Tensor) -> Tensor:
 
 
 def _next_power_of_two(scale: Tensor) -> Tensor:
+    # The mantissa is in [0.5, 1): at 0.5 the scale is a power of two itself.
     mantissa, exponent = torch.frexp(scale)
     return torch.ldexp(torch.ones_like(scale), exponent - (mantissa == 0.5).int())

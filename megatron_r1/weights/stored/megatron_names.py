@@ -10,7 +10,7 @@ import re
 from collections import defaultdict
 from dataclasses import dataclass, field, replace
 
-from megatron_r1.weights.layout import Shape, layout, shard, table
+from megatron_r1.weights.layout import Shape, layout, stage_shards, table
 
 _EXPERT = re.compile(
     r"(?P<prefix>.*\.mlp\.experts)\."
@@ -78,7 +78,8 @@ def stored_layout(
     if stacked is None:
         stacked = not rules.num_experts
     fused_norms = transformer_engine or not hf.get("kv_lora_rank")
-    at = replace(shard(hf, with_mtp=with_mtp), transformer_engine=fused_norms)
+    ((whole,),) = stage_shards(hf, with_mtp=with_mtp)
+    at = replace(whole, transformer_engine=fused_norms)
     result = StoredLayout()
     first_axes: dict[str, list[int]] = {}
     for name, entry in layout(hf, at).items():

@@ -99,6 +99,7 @@ class MegatronWeights:
     def _check_shapes(self) -> None:
         for key, expected in self.layout.shapes.items():
             actual = self.checkpoint.shapes[key]
+            # Rows beyond the vocabulary depend on the tensor-parallel size that saved it.
             padded = key in self.layout.vocabulary and actual[0] > expected[0]
             if actual != expected and not (padded and actual[1:] == expected[1:]):
                 raise UserError(

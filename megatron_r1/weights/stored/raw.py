@@ -21,7 +21,8 @@ def read_box(
     starts: Sequence[int],
     sizes: Sequence[int],
 ) -> Tensor:
-    """Return tensor[starts[0] : starts[0] + sizes[0], …] of the contiguous tensor at offset `at`.
+    """Return tensor[starts[0] : starts[0] + sizes[0], …], of shape `sizes`, of the contiguous
+    tensor at offset `at`, which has `shape` and `dtype`.
 
     file: a file descriptor. Only the rows of the rectangle are read; where it has only some of the
     columns, in stripes of STRIPE_BYTES. Raises EOFError when the file is too short."""
@@ -50,6 +51,7 @@ def read_into(file: int, at: int, out: Tensor) -> None:
     """Fill the contiguous `out` from offset `at`; EOFError when the file is too short."""
     buffer = as_bytes(out).numpy().data
     while buffer:
+        # One call reads 2 GiB at most (read(2)), and may read less.
         count = os.preadv(file, [buffer], at)
         if not count:
             raise EOFError(f"{len(buffer)} bytes are missing at offset {at}")

@@ -4,6 +4,7 @@ import threading
 
 import torch
 from torch.distributed import TCPStore
+from weight_shards import shard
 
 from megatron_r1.weight_sync.plan.fp8_blocks import scale_region
 from megatron_r1.weight_sync.plan.predicted_layout import PredictedLayout
@@ -11,7 +12,7 @@ from megatron_r1.weight_sync.receive import Slot, SlotTable
 from megatron_r1.weight_sync.receive.rendezvous import Rendezvous
 from megatron_r1.weight_sync.send.sender import WeightSender
 from megatron_r1.weight_sync.transports import receiver_class
-from megatron_r1.weights import hf_tensors, layout, shard
+from megatron_r1.weights import hf_tensors, layout
 from megatron_r1.weights.stored.fp8 import is_quantised, scale_name
 
 

@@ -6,12 +6,13 @@ from math import prod
 
 import numpy as np
 import pytest
+from weight_shards import shard
 
 from megatron_r1.models import read_hf_config
 from megatron_r1.weight_sync.plan import EngineLayout, Planner, Region, TrainerGrid, Transfer
 from megatron_r1.weight_sync.plan.planner import first_turn
 from megatron_r1.weight_sync.plan.traffic import fp8_bytes, plain_bytes, traffic
-from megatron_r1.weights import layout, shard
+from megatron_r1.weights import layout
 from megatron_r1.weights.layout import stage_shards
 
 DEEPSEEK = {

@@ -5,6 +5,7 @@ from collections import Counter
 from itertools import product
 
 import pytest
+from weight_shards import shard
 
 from megatron_r1 import weights
 from megatron_r1.weights.rules import QueryGroups, Source, columns, rows, vocabulary, whole
@@ -192,7 +193,7 @@ def test_owners_hold_every_element_exactly_once_on_every_grid(hf, transformer_en
     for tp, pp, ep, etp in grids(hf):
         covered = Counter()
         for t, p, e, x in product(range(tp), range(pp), range(ep), range(etp)):
-            at = weights.shard(
+            at = shard(
                 hf,
                 tp=(t, tp),
                 pp=(p, pp),
@@ -218,7 +219,7 @@ def test_owners_hold_every_element_exactly_once_on_every_grid(hf, transformer_en
 
 
 def test_transformer_engines_names_replace_megatrons():
-    at = weights.shard(SMALL_DEEPSEEK, ep=(1, 2), transformer_engine=True)
+    at = shard(SMALL_DEEPSEEK, ep=(1, 2), transformer_engine=True)
     names = weights.layout(SMALL_DEEPSEEK, at)
     assert names["decoder.layers.1.mlp.experts.linear_fc2.weight3"].pieces[0].hf_name == (
         "model.layers.1.mlp.experts.7.down_proj.weight"
@@ -230,7 +231,7 @@ def test_transformer_engines_names_replace_megatrons():
         "mtp.layers.0.transformer_layer.self_attention.linear_q_up_proj.layer_norm_weight",
     ):
         assert name in names
-    dense = weights.layout(SMALL_QWEN, weights.shard(SMALL_QWEN, transformer_engine=True))
+    dense = weights.layout(SMALL_QWEN, shard(SMALL_QWEN, transformer_engine=True))
     assert "decoder.layers.3.self_attention.linear_qkv.layer_norm_weight" in dense
 
 

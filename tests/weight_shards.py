@@ -1,0 +1,21 @@
+from dataclasses import replace
+
+from megatron_r1.weights.layout import Rank, Shard, stage_shards
+
+
+def shard(
+    hf: dict,
+    *,
+    tp: Rank = (0, 1),
+    pp: Rank = (0, 1),
+    ep: Rank = (0, 1),
+    etp: Rank = (0, 1),
+    vp: Rank = (0, 1),
+    pipeline_layout: str | None = None,
+    with_mtp: bool = True,
+    transformer_engine: bool = False,
+) -> Shard:
+    """Return the Shard at these coordinates."""
+    (rank, ranks), (chunk, chunks) = pp, vp
+    every = stage_shards(hf, ranks, chunks, pipeline_layout=pipeline_layout, with_mtp=with_mtp)
+    return replace(every[rank][chunk], tp=tp, ep=ep, etp=etp, transformer_engine=transformer_engine)
