@@ -53,7 +53,7 @@ class Critic:
         transformer.grad_scale_func = self.optimizer.scale_loss  # read by Megatron's schedule
 
     def values(self, batches: list[PackedBatch]) -> None:
-        """Fill `PackedBatch.values`, on the last stage."""
+        """Fill `PackedBatch.values`, (T,) fp32 each, on the last stage."""
         run_passes(self.chunks, batches, _keep_values, forward_only=True)
 
     def update(self, batches: list[PackedBatch], learning_rate: float) -> dict[str, float]:

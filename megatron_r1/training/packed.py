@@ -100,7 +100,7 @@ class PackedBatch:
 def packed_batch(
     samples: list[Sample], split: Split, device: torch.device, routing: RoutingPart | None = None
 ) -> PackedBatch:
-    """Pack `samples`, possibly none, and return this rank's part.
+    """Pack `samples`, possibly none, and return this rank's part, T tokens on `device`.
 
     The batch is padded to `split.batch_multiple` by a sample without response. routing: the part of
     the samples' routing that this rank replays, if any."""

@@ -154,7 +154,7 @@ def penalised_rewards(responses: Responses, kl_beta: float) -> Tensor:
 
 
 def reward_to_go(scored: Scored, settings: dict[str, Any]) -> list[Tensor]:
-    """Return A_t = Σ_{s≥t} discount^(s-t) r_s, r the penalised rewards, per micro-batch."""
+    """Return A_t = Σ_{s≥t} discount^(s-t) r_s, r the penalised rewards, (T,) per micro-batch."""
     advantages = []
     for responses in scored.responses:
         rewards = penalised_rewards(responses, settings["kl_beta"])

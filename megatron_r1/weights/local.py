@@ -47,7 +47,7 @@ def local_entries(model_chunks: Sequence, hf: dict) -> Iterator[tuple[Tensor, En
 
 
 def model_tensors(chunk) -> dict[str, Tensor]:
-    """Return the tensors that the weight table covers: parameters and router bias buffers."""
+    """Return this rank's tensors that the weight table covers: parameters, router bias buffers."""
     chunk = unwrap_model(chunk)
     biases = {n: b for n, b in chunk.named_buffers() if n.endswith(".expert_bias")}
     return dict(chunk.named_parameters()) | biases

@@ -37,7 +37,7 @@ class HostMemory:
         self._num_used = {}
 
     def gathered(self, name: Hashable, numel: int) -> Tensor:
-        """Return the buffer called `name`, fp32 [numel], with its previous content."""
+        """Return the buffer called `name`, (numel,) fp32, with its previous content."""
         buffer = self._gathered.get(name)
         if buffer is None or buffer.numel() != numel:
             buffer = self._gathered[name] = platform.empty_on_host((numel,), torch.float32)
@@ -45,7 +45,7 @@ class HostMemory:
         return buffer
 
     def copy(self, tensor: Tensor) -> Tensor:
-        """Return `tensor` on the host, contiguous and alone in its storage.
+        """Return `tensor` on the host, of its shape and dtype, contiguous and alone in its storage.
 
         A part of a gathered buffer is not copied again. A copy from a GPU is complete after
         `platform.synchronize`."""

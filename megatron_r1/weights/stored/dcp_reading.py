@@ -68,7 +68,7 @@ class DistributedCheckpoint:
         return sum(file.stat().st_size for file in self.path.glob("*.distcp"))
 
     def read(self, key: str, starts: Box, sizes: Box) -> Tensor:
-        """Return a rectangle of the tensor `key`, in its stored dtype, assembled from its chunks.
+        """Return a rectangle of the tensor `key`, of shape `sizes`, in its stored dtype.
 
         Raises UserError where the chunks do not cover it, or are damaged."""
         out = torch.empty(tuple(sizes), dtype=self.dtypes[key])

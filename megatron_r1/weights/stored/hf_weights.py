@@ -78,11 +78,11 @@ class HfWeights:
         return values
 
     def read_stored(self, name: str, starts: Shape, sizes: Shape) -> Tensor:
-        """Return a rectangle as it is stored, of FP8 weights the codes, or of their scales."""
+        """Return a rectangle, of shape `sizes`, as it is stored: FP8 codes, or their scales."""
         return self._home[name].read(name, starts, sizes)
 
     def scales(self, name: str) -> Tensor | None:
-        """Return all scales of an FP8 tensor; None for another."""
+        """Return all scales of an FP8 tensor, fp32 of `fp8.scale_shape`; None for another."""
         stored = self._home.get(fp8.scale_name(name))
         if stored is None:
             return None

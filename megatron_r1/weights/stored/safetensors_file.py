@@ -61,7 +61,7 @@ class SafetensorsFile:
         os.close(self.file)
 
     def read(self, name: str, starts: tuple[int, ...], sizes: tuple[int, ...]) -> torch.Tensor:
-        """Return a rectangle of a tensor, in its stored dtype."""
+        """Return a rectangle of a tensor, of shape `sizes`, in its stored dtype."""
         at = self.tensors[name]
         return read_box(self.file, at.offset, at.shape, _TYPES[at.dtype], starts, sizes)
 
