@@ -75,6 +75,7 @@ def finish(plan: Plan, stage: Stage, upstream: tuple[str, ...], command: list[st
     outputs = fingerprint.outputs(folder)
     settings = fingerprint.settings(plan, stage, finished=True)
     attempts = begun["attempts"]
+    urls = {name: f"${{serve.{name}.url}}" for name in stage.config.serve}
     record = {
         "stage": stage.name,
         "title": stage.title,
@@ -82,7 +83,7 @@ def finish(plan: Plan, stage: Stage, upstream: tuple[str, ...], command: list[st
         "upstream": list(upstream),
         "command": command,
         "directory": str(Path.cwd()),
-        "told": plan.resolve(stage.settings, _urls(stage)),  # named as in older manifests
+        "told": plan.resolve(stage.settings, urls),  # named as in older manifests
         "settings": settings,
         "settings_digest": fingerprint.digest_of_value(settings),
         # The inputs at the beginning: if one has changed since, the stage is stale at once.
@@ -124,10 +125,6 @@ def git_commit() -> dict[str, Any] | None:
 def _git(*arguments: str) -> str:
     command, silent = ["git", *arguments], subprocess.DEVNULL
     return subprocess.check_output(command, stderr=silent, text=True, timeout=30).strip()
-
-
-def _urls(stage: Stage) -> dict[str, str]:
-    return {name: f"${{serve.{name}.url}}" for name in stage.config.serve}
 
 
 def _date(seconds: float) -> str:

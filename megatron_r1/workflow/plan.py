@@ -99,10 +99,6 @@ class Plan:
     def log_of(self, stage: str, server: str = "") -> Path:
         return self.folder / "logs" / f"{stage}{'.' if server else ''}{server}.log"
 
-    def recipe_of(self, stage: str) -> Path:
-        """Return the path of the recipe that is written for the stage's command."""
-        return self.folder / "recipes" / f"{stage}.yaml"
-
     def config(self, stage: Stage, required: tuple[str, ...] = ()) -> Config:
         """Return a stage's settings as its verb will read them, with references unresolved.
 

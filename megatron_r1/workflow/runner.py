@@ -179,7 +179,7 @@ class Runner:
 
 def write_recipe(plan: Plan, stage: Stage, urls: dict[str, str]) -> list[str]:
     """Write the recipe of the stage's command, and return the command."""
-    path = plan.recipe_of(stage.name)
+    path = plan.folder / "recipes" / f"{stage.name}.yaml"
     settings = plan.resolve(stage.settings, urls)
     module, verb = "megatron_r1", [stage.config.verb]
     if stage.is_function:

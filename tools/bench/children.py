@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -38,8 +36,3 @@ def run_to_end(command: list[str], **more: str) -> str:
     if done.returncode:
         sys.exit(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr[-4000:]}")
     return done.stdout
-
-
-def write_recipe(path: Path, recipe: Mapping[str, Any]) -> Path:
-    path.write_text(yaml.safe_dump(dict(recipe), sort_keys=False))
-    return path

@@ -35,10 +35,7 @@ CCE = Implementation(
     "cut-cross-entropy", on_hidden, _cce, "drops small gradients; no entropy", gpu_only=True
 )
 CCE_EXACT = replace(
-    CCE,
-    name="cut-cross-entropy, exact",
-    load=partial(_cce, filter_eps=None),
-    computes="no entropy",
+    CCE, name="cut-cross-entropy, exact", load=partial(_cce, filter_eps=None), computes="no entropy"
 )
 # Without gradients there are none to drop.
 CCE_FORWARD = replace(CCE_EXACT, name=CCE.name)

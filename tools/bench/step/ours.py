@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 import psutil
+import yaml
 
 from megatron_r1.files.jsonl import read_lines
-from tools.bench.children import environment, megatron_r1, write_recipe
+from tools.bench.children import environment, megatron_r1
 from tools.bench.step.work import Work
 
 POLL_SECONDS = 0.002
@@ -61,7 +62,8 @@ def run(
     folder.mkdir(parents=True)
     out = folder / "run"
     settings = recipe(work, model, questions, out, steps + 1, more)
-    path = write_recipe(folder / "recipe.yaml", settings)
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(settings, sort_keys=False))
     with open(folder / "output", "w+") as output:
         process = subprocess.Popen(
             megatron_r1("rl", path), env=environment(), stdout=output, stderr=subprocess.STDOUT
