@@ -23,11 +23,11 @@ from megatron_r1.rewards.runtime.pool import RewardPool
 from megatron_r1.rl.collector import RolloutCollector
 from megatron_r1.rl.heldout import HeldoutEvaluation
 from megatron_r1.rl.loop import train
-from megatron_r1.rl.passes import TrainerPasses
 from megatron_r1.rl.sample_log import SampleLog
 from megatron_r1.rl.session import Session
 from megatron_r1.rl.step_sampler import StepSampler
 from megatron_r1.rl.teacher import check_teacher, teacher_fleet
+from megatron_r1.rl.trainer_passes import TrainerPasses
 from megatron_r1.supervision.supervisor import Supervisor
 from megatron_r1.training.client import TrainerClient
 from megatron_r1.training.recorder import Recorder

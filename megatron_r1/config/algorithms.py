@@ -1,7 +1,7 @@
 """The policy-gradient estimators of `rl.algorithm`: their defaults and the settings they allow.
 
-The mathematics of each is in `rl/algorithms/<name>.py`, whose docstring gives the source of the
-values here."""
+The mathematics of each is in `rl/algorithms/`, in the file of its name or in `grpo_variants.py`,
+whose docstring gives the source of the values here."""
 
 from dataclasses import dataclass, field
 from typing import Any

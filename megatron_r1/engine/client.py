@@ -9,13 +9,23 @@ from typing import Any, Literal
 import aiohttp
 import msgspec
 
-from megatron_r1.engine.errors import ConnectionBroken, EngineError, EngineFault, EngineTimeout
+from megatron_r1.engine.errors import (
+    ConnectionBroken,
+    EngineError,
+    EngineFault,
+    EngineTimeout,
+    PushIncomplete,
+)
 from megatron_r1.engine.responses import Response, parse_responses, parse_scores
 from megatron_r1.models.routing_shape import RoutingShape
 
 BODY_EXCERPT_CHARS = 500
 HEALTH_SECONDS = 5.0
 GENERATE = "/inference/v1/generate"
+
+
+class ErrorReply(msgspec.Struct):
+    kind: str = ""
 
 
 class EngineClient:
@@ -155,8 +165,9 @@ class EngineClient:
             update_info: fields of `vllm_plugin.backend.PushUpdateInfo`. A sequence: one per worker.
 
         Raises:
-            EngineError: the push arrived damaged or incomplete, or the engine could not load it.
-                The engine stays paused then, and unless nothing had changed yet it must not resume.
+            PushIncomplete: the engine stays paused, with its old weights.
+            EngineError: the push arrived damaged, or the engine could not load it. The engine
+                stays paused then, and unless nothing had changed yet it must not resume.
         """
         update = {"update_info": update_info, "weight_version": str(version), "resume": resume}
         await self.request("POST", "/swap_weights", update)
@@ -206,8 +217,7 @@ class EngineClient:
             raise ConnectionBroken(message) from error
         if reply.status != 200:
             message = f"{self.url}{path}: status {reply.status}: {_shorten(body)}"
-            kind = EngineFault if reply.status >= 500 else EngineError
-            raise kind(message, reply.status)
+            raise _error_class(reply.status, body)(message, reply.status)
         return body
 
     async def _generate(self, token_ids: Sequence[int], sampling: dict[str, Any]) -> bytes:
@@ -226,6 +236,16 @@ async def is_healthy(url: str, path: str = "/health") -> bool:
     except EngineError:
         return False
     return True
+
+
+def _error_class(status: int, body: bytes) -> type[EngineError]:
+    if status < 500:
+        return EngineError
+    try:
+        kind = msgspec.json.decode(body, type=ErrorReply).kind
+    except msgspec.MsgspecError:  # vLLM's own server errors may be plain text
+        kind = ""
+    return PushIncomplete if kind == PushIncomplete.KIND else EngineFault
 
 
 def _shorten(body: bytes) -> str:

@@ -28,5 +28,12 @@ class EngineFault(EngineError):
     malformed response. The request is worth repeating."""
 
 
+class PushIncomplete(EngineFault):
+    """The engine did not get all of a push, and still has the weights before it."""
+
+    KIND = "incomplete_push"
+    """"kind" of the reply (`vllm_plugin.swap_endpoint`)."""
+
+
 class ConnectionBroken(EngineFault):
     """The connection broke before the reply: the engine may or may not have executed the call."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_r1.engine.client import EngineClient
-from megatron_r1.engine.errors import EngineDied, EngineError, EngineFault
+from megatron_r1.engine.errors import EngineDied, EngineError, PushIncomplete
 from megatron_r1.engine.gpu import gpus_of_slot, visible_gpus
 from megatron_r1.engine.recipe import vocab_size
 from megatron_r1.engine.responses import Response
@@ -25,9 +25,6 @@ from megatron_r1.fleet.replacement import DRAIN_SECONDS, Replacement
 from megatron_r1.fleet.retries import RequestRetries
 
 UpdateInfo = Mapping[str, Any] | Sequence[Mapping[str, Any]]
-INCOMPLETE_PUSH = ("broke off", "have not sent all of it")
-"""Words in the receive buffer's errors (`weight_sync.receive`) for a push that did not complete."""
-
 Feed = Callable[[Engine], contextlib.AbstractAsyncContextManager[object]]
 """Its entry sends an engine the weights that the fleet's engines hold; no push begins before its
 exit."""
@@ -338,7 +335,7 @@ class RolloutFleet:
         calls = (engine.unless_lost(step(engine.client)) for engine in engines)
         outcomes = await asyncio.gather(*calls, return_exceptions=True)
         for engine, outcome in zip(engines, outcomes, strict=True):
-            if isinstance(outcome, EngineFault) and any(w in str(outcome) for w in INCOMPLETE_PUSH):
+            if isinstance(outcome, PushIncomplete):
                 outcome = EngineDied(f"{engine.name} did not get the weights: {outcome}")
             if isinstance(outcome, EngineDied):
                 self.replacement.replace(engine, outcome)

@@ -13,9 +13,9 @@ import random
 
 from megatron_r1.config import Config
 from megatron_r1.rl.advantages import overlong_punishment
-from megatron_r1.rl.passes import TrainerPasses
 from megatron_r1.rl.rollout import GradedResponse, Group
 from megatron_r1.rl.session import Session
+from megatron_r1.rl.trainer_passes import TrainerPasses
 from megatron_r1.training.wire import Sample
 
 

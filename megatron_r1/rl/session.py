@@ -9,9 +9,9 @@ from megatron_r1.processes.stopping import StopRequest
 from megatron_r1.rewards.runtime.pool import LEVELS, RewardMeter
 from megatron_r1.rl.heldout import HeldoutEvaluation
 from megatron_r1.rl.metrics import mean_of_updates, rollout_metrics, sample_records
-from megatron_r1.rl.passes import TrainerPasses
 from megatron_r1.rl.rollout import Rollout
 from megatron_r1.rl.step_sampler import StepRollout, StepSampler
+from megatron_r1.rl.trainer_passes import TrainerPasses
 from megatron_r1.training.checkpoints.finding import step_of, whole
 from megatron_r1.training.recorder import Recorder
 

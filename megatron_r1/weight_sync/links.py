@@ -17,7 +17,7 @@ Lose = Callable[[Engine, EngineDied], None]
 """Handles an engine that can no longer be used."""
 
 
-class Trainer(Protocol):
+class WeightSource(Protocol):
     """The methods of `TrainerClient` that a push uses."""
 
     async def probe(
@@ -39,7 +39,7 @@ class EngineLinks:
 
     def __init__(
         self,
-        trainer: Trainer,
+        trainer: WeightSource,
         settings: PushConfig,
         tensors: Sequence[tuple[str, Sequence[int]]],
         layout: dict[str, Any],

@@ -35,7 +35,7 @@ from tiny_models import (
 )
 
 from megatron_r1.engine.client import EngineClient
-from megatron_r1.engine.errors import EngineError
+from megatron_r1.engine.errors import EngineError, PushIncomplete
 from megatron_r1.engine.server import EngineServer
 from megatron_r1.fleet.rollout_fleet import RolloutFleet
 from megatron_r1.models.routing_shape import routing_shape
@@ -205,7 +205,7 @@ def test_a_push_that_does_not_come_to_its_end_changes_nothing(models, oracle, lo
     loop(push("a"))
 
     async def update():
-        with pytest.raises(EngineError, match="trainer ranks 0 have not sent all of it"):
+        with pytest.raises(PushIncomplete, match="trainer ranks 0 have not sent all of it"):
             await client.swap_weights({"push": 2000, "timeout_seconds": 0.5}, 2000)
         await client.resume()
 

@@ -1,4 +1,5 @@
-"""Policy-gradient estimators: one module each, named as in a recipe (`rl.algorithm`).
+"""Policy-gradient estimators: one module each, named as in a recipe (`rl.algorithm`), but for those
+that are GRPO with other settings (`grpo_variants`).
 
 A module's docstring is its definition, with its source; `config/algorithms.py` has its defaults and
 the rules of its settings. It defines `advantages` and `loss`, where they are not GRPO's, and
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 
 from megatron_r1.config import RLConfig
 from megatron_r1.config.algorithms import AlgorithmRules, rules_of
-from megatron_r1.rl.algorithms import grpo
+from megatron_r1.rl.algorithms import grpo, grpo_variants
 
 
 @dataclass(frozen=True)
@@ -41,14 +42,11 @@ class Algorithm:
 def find(name: str) -> Algorithm:
     """Return the algorithm called `name`. Raises UserError for an unknown name."""
     rules = rules_of(name)
-    module = importlib.import_module(f"{__name__}.{name}")
+    home = "grpo" if name in grpo_variants.NAMES else name
+    module = importlib.import_module(f"{__name__}.{home}")
     advantages = getattr(module, "advantages", grpo.advantages)
-    loss = getattr(module, "loss", grpo.loss)
-    token_advantages = f"{module.__name__}:token_advantages"
-    return Algorithm(
-        name,
-        rules,
-        advantages,
-        f"{loss.__module__}:loss",
-        token_advantages if hasattr(module, "token_advantages") else None,
-    )
+    loss = f"{getattr(module, 'loss', grpo.loss).__module__}:loss"
+    by_token = None
+    if hasattr(module, "token_advantages"):
+        by_token = f"{module.__name__}:token_advantages"
+    return Algorithm(name, rules, advantages, loss, by_token)

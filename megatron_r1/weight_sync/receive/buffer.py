@@ -12,6 +12,20 @@ from megatron_r1.weight_sync.receive.table import Delivery, SlotTable, by_window
 from megatron_r1.weight_sync.verify.checksum import RunningChecksum
 
 
+class IncompletePush(ValueError):
+    """A push did not come to its end, and nothing of it is in use.
+
+    vLLM passes errors between its processes as text (v1/engine/core.py:1751 and, from the ranks,
+    v1/executor/multiproc_executor.py:1004), so the text has `CODE`, by which
+    `vllm_plugin.swap_endpoint` recognises it.
+    """
+
+    CODE = "incomplete_push"
+
+    def __init__(self, what: str) -> None:
+        super().__init__(f"{self.CODE}: {what}")
+
+
 class ReceiveBuffer:
     """The memory of one engine rank and the state of its deliveries.
 
@@ -63,17 +77,17 @@ class ReceiveBuffer:
     def wait(self, push: int, window: int, timeout_seconds: float) -> None:
         """Wait until all of `window` of `push` has arrived.
 
-        Raises ValueError naming the tensors whose checksums differ, or the trainer ranks whose
-        deliveries are late.
+        Raises IncompletePush, naming trainer ranks whose deliveries are late, and ValueError,
+        naming the tensors whose checksums differ.
         """
         deadline = time.monotonic() + timeout_seconds
         with self._changed:
             while late := self._late(push, window):
                 left = deadline - time.monotonic()
                 if self._failure is not None:
-                    raise ValueError(f"push {push} broke off: {self._failure}")
+                    raise IncompletePush(f"push {push} broke off: {self._failure}")
                 if left <= 0 or not self._changed.wait(left):
-                    raise ValueError(
+                    raise IncompletePush(
                         f"push {push}: after {timeout_seconds:g} s trainer ranks "
                         f"{', '.join(map(str, late))} have not sent all of it"
                     )

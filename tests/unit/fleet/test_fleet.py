@@ -370,7 +370,8 @@ INCOMPLETE_PUSH = {
 
 @pytest.mark.parametrize("error", INCOMPLETE_PUSH.values(), ids=INCOMPLETE_PUSH)
 def test_an_engine_that_did_not_get_the_weights_is_replaced(tmp_path, error):
-    peers = [Peer(good, fails={"/swap_weights": error}), Peer(good), Peer(good)]
+    answer = json.dumps({"kind": "incomplete_push", "error": f"incomplete_push: {error}"})
+    peers = [Peer(good, fails={"/swap_weights": answer}), Peer(good), Peer(good)]
 
     async def story(fleet):
         await fleet.push({}, 1)
@@ -382,9 +383,13 @@ def test_an_engine_that_did_not_get_the_weights_is_replaced(tmp_path, error):
     assert result == ([peers[2], peers[1]], 1)
 
 
-def test_weights_that_are_wrong_stop_the_run(tmp_path):
-    error = "push 1: 1 tensors arrived otherwise than they were sent: lm_head.weight (from rank 0)"
-    peers = [Peer(good, fails={"/swap_weights": error}), Peer(good)]
+WRONG = "push 1: 1 tensors arrived otherwise than they were sent: lm_head.weight (from rank 0)"
+
+
+@pytest.mark.parametrize("answer", [WRONG, json.dumps({"error": {"message": WRONG}})])
+def test_weights_that_are_wrong_stop_the_run(tmp_path, answer):
+    """As plain text and as vLLM answers; neither says that the push is incomplete."""
+    peers = [Peer(good, fails={"/swap_weights": answer}), Peer(good)]
     with pytest.raises(EngineError, match="lm_head.weight"):
         run(tmp_path, peers, lambda fleet: fleet.push({}, 1), num_engines=2, max_restarts=1)
 

@@ -15,8 +15,8 @@ from megatron_r1.engine.responses import Response
 from megatron_r1.rl import algorithms
 from megatron_r1.rl.advantages import overlong_punishment
 from megatron_r1.rl.loop import training_reward, training_samples, update
-from megatron_r1.rl.passes import TrainerPasses
 from megatron_r1.rl.rollout import GradedResponse, Group
+from megatron_r1.rl.trainer_passes import TrainerPasses
 from megatron_r1.training.recorder import RunState
 
 ROOT = Path(__file__).parents[3]

@@ -10,8 +10,9 @@ import torch
 import xxhash
 from torch.distributed import TCPStore
 
+from megatron_r1.engine.errors import PushIncomplete
 from megatron_r1.weight_sync.receive import Delivery, Slot, SlotTable
-from megatron_r1.weight_sync.receive.buffer import check_coverage
+from megatron_r1.weight_sync.receive.buffer import IncompletePush, check_coverage
 from megatron_r1.weight_sync.receive.rendezvous import ReceiverInfo, Rendezvous, TableStore
 from megatron_r1.weight_sync.receive.table import slot_view
 from megatron_r1.weight_sync.transports import buckets, receiver_class, sender_class, shared_memory
@@ -214,7 +215,8 @@ def test_equal_engines_share_one_table():
 def test_a_trainer_rank_that_sends_nothing_is_named(make_world, transport):
     world = make_world(transport, SLOTS, BY_TWO)
     world.send(1, senders=[0])[0].join()
-    with pytest.raises(ValueError, match="trainer ranks 1 have not sent all of it"):
+    late = f"{PushIncomplete.KIND}: .*trainer ranks 1 have not sent all of it"
+    with pytest.raises(IncompletePush, match=late):
         world.receiver.buffer.wait(1, 0, 0.5)
 
 
