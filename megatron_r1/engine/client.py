@@ -77,17 +77,12 @@ class EngineClient:
     ) -> list[Response]:
         """Sample n responses to one prompt in one request.
 
-        Args:
-            stop_token_ids: the only tokens that end a response.
-            temperature: 0 is greedy; the log-probabilities then are those at temperature 1.
-            seed: makes the n responses reproducible for the same weights and the same batch
-                composition; the engine then draws sequence by sequence, which is slower. None: from
-                the engine's own seed.
-            routing: of the model, to get the experts of every token; the engine must have been
-                started with `return_routing`.
-
-        Raises:
-            EngineFault: the reply is not n responses as `parse_responses` requires them.
+        stop_token_ids: the only tokens that end a response. temperature: 0 is greedy; the
+        log-probabilities then are those at temperature 1. seed: makes the n responses reproducible
+        for the same weights and the same batch composition; the engine then draws sequence by
+        sequence, which is slower; None: from the engine's own seed. routing: of the model, to get
+        the experts of every token from an engine that was started with `return_routing`. Raises
+        EngineFault where the reply is not n responses as `parse_responses` requires them.
         """
         sampling = {
             "n": n,
@@ -110,18 +105,12 @@ class EngineClient:
         return responses
 
     async def score(self, token_ids: Sequence[int], first: int) -> array[float]:
-        """Return the log-probability of each given token after all before it, at temperature 1.
+        """Return the log-probability, float32, of each of token_ids[first:] after all tokens before
+        it, at temperature 1.
 
-        Args:
-            token_ids: at most one less than the engine's max_model_len: vLLM always samples one
-                more, which is dropped.
-            first: index of the first token to score, at least 1.
-
-        Returns:
-            float32, one for each of token_ids[first:].
-
-        Raises:
-            EngineFault: the reply is not one finite number for each of these tokens.
+        token_ids: at most one less than the engine's max_model_len: vLLM always samples one more,
+        which is dropped. first: at least 1. Raises EngineFault where the reply is not one finite
+        number for each of these tokens.
         """
         sampling = {
             "max_tokens": 1,
@@ -159,15 +148,11 @@ class EngineClient:
 
         A sequence in flight continues under the new weights, with the keys and values of its
         earlier tokens recomputed, so that each token's log-probability is that of the policy
-        version recorded for it.
+        version recorded for it. update_info: the fields of `vllm_plugin.backend.PushUpdateInfo`; a
+        sequence: one per worker.
 
-        Args:
-            update_info: fields of `vllm_plugin.backend.PushUpdateInfo`. A sequence: one per worker.
-
-        Raises:
-            PushIncomplete: the engine stays paused, with its old weights.
-            EngineError: the push arrived damaged, or the engine could not load it. The engine
-                stays paused then, and unless nothing had changed yet it must not resume.
+        Raises PushIncomplete, and EngineError for a push that arrived damaged or could not be
+        loaded. The engine stays paused then, and unless nothing had changed yet it must not resume.
         """
         update = {"update_info": update_info, "weight_version": str(version), "resume": resume}
         await self.request("POST", "/swap_weights", update)

@@ -49,13 +49,8 @@ def network_environment(address: str) -> dict[str, str]:
     Raises OSError for a name that does not resolve.
     """
     address = socket.gethostbyname(address)
-    interface = os.environ.get("GLOO_SOCKET_IFNAME") or interface_of(address)
-    return {"VLLM_HOST_IP": address} | ({"GLOO_SOCKET_IFNAME": interface} if interface else {})
-
-
-def interface_of(address: str) -> str | None:
-    """Return the name of the network interface that has this IPv4 address, if there is one."""
+    interface = os.environ.get("GLOO_SOCKET_IFNAME")
     for name, addresses in psutil.net_if_addrs().items():
         if any(one.family == socket.AF_INET and one.address == address for one in addresses):
-            return name
-    return None
+            interface = interface or name
+    return {"VLLM_HOST_IP": address} | ({"GLOO_SOCKET_IFNAME": interface} if interface else {})

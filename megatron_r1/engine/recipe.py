@@ -108,7 +108,8 @@ def check_ranks(engines: RolloutConfig | TeacherConfig, hf: dict, section: str) 
             f"{section}.pipeline={engines.pipeline} is more than the model's {layers} layers; "
             "lower it"
         )
-    experts = num_experts(language)
+    names = ("n_routed_experts", "num_local_experts", "num_experts")  # by architecture
+    experts = next((count for name in names if (count := language.get(name))), 0)
     if engines.expert_parallel and not experts:
         raise UserError(f"{section}.expert_parallel: the model has no experts; set it to false")
     ranks = engines.tensor * engines.data
@@ -117,10 +118,3 @@ def check_ranks(engines: RolloutConfig | TeacherConfig, hf: dict, section: str) 
             f"{section}.expert_parallel: {ranks} ranks ({section}.tensor x {section}.data) for "
             f"{experts} experts leave some with none; use more {section}.engines of fewer ranks"
         )
-
-
-def num_experts(language: dict) -> int:
-    """Return the number of routed experts under any of the names that architectures use; 0: the
-    model is dense."""
-    names = ("n_routed_experts", "num_local_experts", "num_experts")
-    return next((count for name in names if (count := language.get(name))), 0)

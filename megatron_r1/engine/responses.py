@@ -141,20 +141,14 @@ def _version_per_token(spans: Sequence[VersionSpan], num_tokens: int) -> array[i
 
 
 def decode_routing(text: str | None, shape: RoutingShape, num_tokens: int) -> bytes:
-    """Return the routed experts of the MoE layers from vLLM's base64 of an .npy array.
+    """Return the routed experts of the MoE layers from vLLM's base64 of an .npy array, as indices
+    [num_tokens - 1, MoE layers, topk] of shape.index_bytes bytes each.
 
     vLLM gives a row per token that passed through the model: all of prompt and response but the
     last token, which was sampled and never fed. A row has every decoder layer, dense ones left at 0
-    (entrypoints/scale_out/token_in_token_out/protocol.py:407, vLLM 0.32).
-
-    Args:
-        num_tokens: of prompt and response.
-
-    Returns:
-        Expert indices [num_tokens - 1, MoE layers, topk], each of shape.index_bytes bytes.
-
-    Raises:
-        ValueError: `text` is None, malformed, or has another shape or impossible experts.
+    (entrypoints/scale_out/token_in_token_out/protocol.py:407, vLLM 0.32). num_tokens: of prompt and
+    response. Raises ValueError where `text` is None, malformed, or has another shape or impossible
+    experts.
     """
     if text is None:
         raise ValueError(

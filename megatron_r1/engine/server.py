@@ -1,7 +1,6 @@
 """One vLLM API server as a child process: its start, its log, its end."""
 
 import asyncio
-import contextlib
 import json
 import os
 import signal
@@ -143,11 +142,7 @@ class EngineServer(Server):
         if self.process is None:
             return
         shared = {*self._shared, *shared_files(self.process.pid)}
-        if self.is_alive():
-            self.process.terminate()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(STOP_SECONDS)
-        children.kill(self.process, KILL_SECONDS)
+        children.stop(self.process, STOP_SECONDS, KILL_SECONDS)
         if self._scratch is not None:
             self._scratch.cleanup()
         for path in shared:

@@ -77,7 +77,8 @@ class Engine:
             await asyncio.wait({request, death}, return_when=asyncio.FIRST_COMPLETED)
             if request.done():
                 error = request.exception()
-                if not isinstance(error, EngineError) or not _may_mean_death(error):
+                is_late = isinstance(error, EngineTimeout)
+                if not isinstance(error, EngineError) or is_late or (error.status or 500) < 500:
                     return request.result()
                 await asyncio.wait({death}, timeout=LAST_WORDS_SECONDS)
             if not death.done():
@@ -99,6 +100,7 @@ class Engine:
             raise EngineDied(f"{self.name} was lost: {broken}") from broken
 
     def death(self) -> EngineDied:
+        """Return the error for calls to this engine, which has ended."""
         return EngineDied(f"{self.name} died: {self.server.describe_end()}")
 
     async def drain(self, within_seconds: float) -> None:
@@ -123,7 +125,3 @@ class Engine:
         except TimeoutError:
             return False
         return True  # it died, which is noticed by its process
-
-
-def _may_mean_death(error: EngineError) -> bool:
-    return not isinstance(error, EngineTimeout) and (error.status or 500) >= 500

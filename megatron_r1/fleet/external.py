@@ -33,8 +33,9 @@ class ExternalFleet(RolloutFleet):
 
 
 class ExternalClient(EngineClient):
-    async def set_version(self, version: int) -> None:
-        """Do nothing: the server's weights are not ours to name."""
+    """A client that leaves the server's weights their name."""
+
+    async def set_version(self, version: int) -> None: ...
 
 
 class ExternalServer(Server):

@@ -1,6 +1,6 @@
 """How long responses will be, estimated from those that came back.
 
-Estimates are kept for each kind of question and size of prompt, because a proof takes more tokens
+Estimates are kept for each kind and size of prompt, because a proof takes more tokens
 than a greeting. Of a group of n two numbers matter: the mean length, which is the work it makes,
 and the longest, which determines when the group is complete.
 """
@@ -12,7 +12,7 @@ MEMORY_GROUPS = 64
 """Groups over which the moving averages extend: lengths drift while a policy learns, by far less
 than a factor of two within one step of the paper's 512 groups."""
 ENOUGH_GROUPS = 4
-"""Groups of its own before a kind of question is estimated apart from all others."""
+"""Groups of its own before a kind of prompt is estimated apart from all others."""
 
 
 @dataclass

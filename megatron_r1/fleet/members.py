@@ -57,6 +57,7 @@ class Members:
         self._update()
 
     def remove(self, engine: Engine) -> None:
+        """Exclude an engine for good; harmless if it has left."""
         self.take_down(engine)
         if engine in self.engines:
             self.engines.remove(engine)

@@ -34,6 +34,7 @@ def check_room(rollout: RolloutConfig) -> None:
     if rollout.placement != "local" or gpu.device() != "cpu":
         return
     ranks = rollout.engines * rollout.tensor * rollout.pipeline * rollout.data
+    # Engines are started all at once: 100,000 of them took everything on a host down.
     needed, room = ranks * RANK_GIB, psutil.virtual_memory().total / 2**30
     if needed > room:
         raise UserError(

@@ -54,18 +54,11 @@ class RolloutFleet:
         notify: Notify = lambda message: None,
         **server_settings: Any,
     ) -> None:
-        """
-        Args:
-            log_folder: gets `ROLE-0.log`, `ROLE-1.log`, ...
-            max_restarts: engines replaced in all; the death after that fails the fleet's calls.
-            unresponsive_seconds: an engine that has not answered for so long counts as dead.
-            notify: gets a line when an engine is replaced, joins or leaves.
-            make_server: where engines run: `EngineServer` on this host.
-            server_settings: of `EngineSettings`, the same for all.
-
-        Raises:
-            ValueError: num_engines < 1.
-        """
+        """log_folder: gets `ROLE-0.log`, `ROLE-1.log`, ... max_restarts: engines replaced in all;
+        the death after that fails the fleet's calls. unresponsive_seconds: an engine that has not
+        answered for so long counts as dead. notify: gets a line when an engine is replaced, joins
+        or leaves. make_server: where engines run: `EngineServer` on this host. server_settings: of
+        `EngineSettings`, the same for all. Raises ValueError for num_engines < 1."""
         if num_engines < 1:
             raise ValueError(f"num_engines is {num_engines}; it must be at least 1")
         self.num_engines, self.log_folder = num_engines, Path(log_folder)
@@ -139,14 +132,10 @@ class RolloutFleet:
     ) -> list[Response]:
         """Sample a group of n responses on one engine; on another where it dies or fails.
 
-        Args:
-            kind: of question: those of one kind are expected to have responses of similar length.
-            order: groups with a lower one go first.
-            sampling: further arguments of `EngineClient.generate`.
-
-        Raises:
-            EngineError: the call was refused, no engine could serve it, or its engine died and no
-                restart is left; names the engine, how it ended, and quotes its log.
+        kind: of prompt: those of one kind are expected to have responses of similar length. order:
+        groups with a lower one go first. sampling: further arguments of `EngineClient.generate`.
+        Raises EngineError where the call was refused, no engine could serve it, or its engine died
+        and no restart is left; it names the engine, how it ended, and quotes its log.
         """
         sampling |= {"n": n, "max_tokens": max_tokens}
         num_prompt_tokens = len(prompt_token_ids)
@@ -182,12 +171,9 @@ class RolloutFleet:
         """Have all engines load the weights that they have received.
 
         Sequences in flight continue under the new weights; their earlier tokens keep their version.
-        An engine that did not receive them, or whose connection breaks, is replaced.
-
-        Raises:
-            ValueError: `version` is not above the current one.
-            EngineError: an engine refused them, or died without a restart left; the fleet is
-                unusable from then on.
+        An engine that did not receive them, or whose connection breaks, is replaced. Raises
+        ValueError for a `version` that is not above the current one, and EngineError where an
+        engine refused them, or died without a restart left: the fleet is unusable from then on.
         """
         self.members.require_usable()
         if version <= self.version:
@@ -228,8 +214,8 @@ class RolloutFleet:
         """Start one more engine, give it the current weights, and let it serve. Raises EngineError
         if it does not start."""
         self.members.require_usable()
-        # Reserved from now on: others may be joining, and none is in `engines` yet while the
-        # fleet sleeps.
+        # Reserved from now on: others may be joining, and none is in `engines` yet while the fleet
+        # sleeps. Of two engines with one number every push would reach one only.
         taken = self._joining.union(engine.index for engine in self.engines)
         index = 1 + max(taken, default=-1)
         self._joining.add(index)

@@ -41,13 +41,16 @@ def popen_options(environment: Mapping[str, str] | None = None) -> dict[str, Any
     }
 
 
-def stop(process: subprocess.Popen, timeout_seconds: float = 10.0) -> None:
-    """Send SIGTERM, wait, then kill the process with everything in its session's first group."""
+def stop(
+    process: subprocess.Popen, timeout_seconds: float = 10.0, kill_seconds: float | None = None
+) -> None:
+    """Send SIGTERM, wait, then kill the process with everything in its session's first group.
+    kill_seconds: as `kill`'s."""
     if process.poll() is None:
         process.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(timeout_seconds)
-    kill(process)
+    kill(process, kill_seconds)
 
 
 def kill(process: subprocess.Popen, timeout_seconds: float | None = None) -> None:

@@ -14,7 +14,8 @@ NOISE = re.compile(r" (WARNING|INFO) [\d-]+ [\d:]+ \[|nanobind: | - leaked |INFO
 LOG_PREFIX = re.compile(r"^(\(\w+ pid=\d+\) )?([A-Z]+ [\d-]+ [\d:]+ \[[^\]]+\] )?")
 EXCERPT_BYTES = 2**18
 """Bytes read from a log's beginning, and from its end: an engine that dies with hundreds of
-requests repeats the same traceback for each of them."""
+requests repeats the same traceback for each of them. After 722 requests it was 140 MB, which each
+of them read."""
 
 
 def excerpt(log: str, num_last_lines: int = 5) -> str:

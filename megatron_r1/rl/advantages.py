@@ -1,5 +1,6 @@
-"""Arithmetic of rewards. None is the reward of a response that could not be graded: it counts in no
-mean and no deviation.
+"""Arithmetic of rewards, on plain numbers: a list per group, in it one reward or advantage per
+response. None is the reward of a response that could not be graded: the mask of every mean and
+deviation here, which are over graded responses.
 """
 
 import math
@@ -21,13 +22,15 @@ def graded(rewards: list[float | None]) -> list[float]:
 def group_advantages(
     rewards: list[float | None], *, divide_by: str = "group", epsilon: float = 1e-6
 ) -> list[float]:
-    """Return A_i = (r_i - mean(r)) / (std(r) + epsilon) over the G responses to one prompt; 0 for
-    ungraded ones (DeepSeekMath, arXiv 2402.03300, section 4.1.2; DeepSeek-R1, arXiv 2501.12948,
-    eq. 3).
+    """Return the group-relative advantages of the G responses to one prompt; 0 for ungraded ones
+    (DeepSeekMath, arXiv 2402.03300, section 4.1.2; DeepSeek-R1, arXiv 2501.12948, eq. 3):
+
+        A_i = (r_i - mean(r)) / (std(r) + epsilon)
 
     A group whose rewards are all equal teaches nothing: its advantages are 0. divide_by: "group"
     for the z-score (population standard deviation, the group's own root mean square), "none" to
-    leave the scale of the rewards (Dr. GRPO). Raises ValueError as `graded`.
+    leave the scale of the rewards (Dr. GRPO, arXiv 2503.20783, section 3.2). Raises ValueError as
+    `graded`.
     """
     known = graded(rewards)
     if len(set(known)) < 2:
@@ -41,8 +44,8 @@ def group_advantages(
 def over_batch_std(
     advantages: list[list[float]], rewards: list[list[float | None]], epsilon: float
 ) -> list[list[float]]:
-    """Return `advantages` divided by epsilon + the standard deviation of those of all graded
-    responses of the rollout."""
+    """Return A_i / (std(A) + epsilon), with the population's standard deviation over all graded
+    responses of the rollout; where those are all equal, `advantages` as they are."""
     pairs = zip(chain(*advantages), chain(*rewards), strict=True)
     known = [advantage for advantage, reward in pairs if reward is not None]
     if len(set(known)) < 2:
@@ -65,11 +68,3 @@ def overlong_punishment(num_tokens: int, limit: int, buffer: float) -> float:
     buffer_tokens = buffer * limit
     excess = num_tokens - (limit - buffer_tokens)
     return -min(1.0, excess / buffer_tokens) if buffer_tokens and excess > 0 else 0.0
-
-
-def ungraded_as_nan(groups: list[list[float | None]]) -> list[list[float]]:
-    """Return the rewards with NaN for None, by which the trainer recognises ungraded responses.
-    Raises ValueError as `graded`."""
-    for rewards in groups:
-        graded(rewards)
-    return [[math.nan if r is None else r for r in rewards] for rewards in groups]

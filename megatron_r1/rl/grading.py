@@ -40,10 +40,8 @@ class ResponseGrader:
         )
 
     async def check_rewards(self, prompts: list[Prompt]) -> None:
-        """Call the reward of every kind of prompt and of every weighted term once.
-
-        Raises UserError as `RewardTerms.check`.
-        """
+        """Call the reward of every kind of prompt and of every weighted term once. Raises UserError
+        as `RewardTerms.check`."""
         await self._terms.check(self._weights.keys(), prompts, self._text.opens_thought)
 
 

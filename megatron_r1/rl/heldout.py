@@ -1,4 +1,4 @@
-"""Accuracy on held-out questions: pass@1 as a mean over samples, and the majority's."""
+"""Accuracy on held-out prompts: pass@1 as a mean over samples, and the majority's."""
 
 import asyncio
 from collections import defaultdict
@@ -50,10 +50,10 @@ async def evaluate(
     """Sample `sampling.num_samples` = N responses to every prompt; return metrics and groups.
 
     eval/pass@1: mean accuracy over all samples (DeepSeek-R1, arXiv 2501.12948, section 3);
-    eval/cons@N: share of questions whose majority answer is right (`voting.majority_score`);
+    eval/cons@N: share of prompts whose majority answer is right (`voting.majority_score`);
     eval/TERM: mean of each other reward that is measured, such as format and language;
     eval/ungraded: share of the responses whose accuracy could not be graded. Ungraded responses
-    count in no mean, and a question without a graded response in none.
+    count in no mean, and a prompt without a graded response in none.
     interval/…/low, /high: their 95% intervals (`estimators.estimate`).
 
     Raises UserError and RunError as `grading.check_grades`.
@@ -85,6 +85,6 @@ async def evaluate(
     if any(ungraded := [ACCURACY in each.ungraded for each in responses]):
         metrics["eval/ungraded"] = fmean(ungraded)
     for name, score in estimates.items():
-        if score.low is not None and score.high is not None:  # a single question has no interval
+        if score.low is not None and score.high is not None:  # a single prompt has no interval
             metrics |= {f"interval/{name}/low": score.low, f"interval/{name}/high": score.high}
     return metrics, rollout.groups

@@ -31,6 +31,7 @@ async def train(session: Session) -> None:
         ]
         advantages = passes.algorithm.advantages(rewards, config.rl)
         samples = training_samples(rollout.groups, advantages)
+        # By seed and step alone, so that a step that is repeated has the same mini-batches.
         random.Random(f"{config.run.seed}:{session.step}").shuffle(samples)
 
         with session.phase("train"):

@@ -3,7 +3,7 @@
 from statistics import fmean, pstdev
 from typing import Any
 
-from megatron_r1.rl.rollout import GradedResponse, Group, Rollout, responses_of
+from megatron_r1.rl.rollout import Group, Rollout, responses_of
 
 
 def rollout_metrics(rollout: Rollout, version: int) -> dict[str, float]:
@@ -18,7 +18,10 @@ def rollout_metrics(rollout: Rollout, version: int) -> dict[str, float]:
     rewards = [graded.reward for graded in responses if graded.is_graded] or [0.0]
     lengths = [len(graded.response.token_ids) for graded in responses]
     versions = sum(sum(graded.response.policy_versions) for graded in responses)
-    means = {term: _mean(term, responses) for term in responses[0].rewards}
+    means = {
+        term: fmean([r.rewards[term] for r in responses if term not in r.ungraded] or [0.0])
+        for term in responses[0].rewards
+    }
     return {
         "reward/mean": fmean(rewards),
         "reward/std": pstdev(rewards),
@@ -66,7 +69,3 @@ def sample_records(
         for group in groups[:limit]
         for graded in group.responses[:count]
     ]
-
-
-def _mean(term: str, responses: list[GradedResponse]) -> float:
-    return fmean([r.rewards[term] for r in responses if term not in r.ungraded] or [0.0])

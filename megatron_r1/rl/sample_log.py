@@ -67,6 +67,8 @@ class SampleLog:
     async def finish(self, path: Path) -> None:
         """Wait until everything appended is on disk, and close `path`. Raises RunError where
         writing failed."""
+        # Before the batch is trained on: otherwise a later group could outlive, on disk, the policy
+        # that made it.
         await self._in_thread(self._sync)
         await self._in_thread(lambda: self._close(path))
         if self._failure is not None:

@@ -40,12 +40,12 @@ def teacher_fleet(config: Config, logs: Path, notify: Callable[[str], None]) -> 
 
 
 def check_teacher(config: Config) -> None:
-    """Refuse a teacher that cannot score the student's responses, and one that is not used.
+    """Raise UserError for a teacher that cannot score the student's responses, and for one that is
+    missing or not used.
 
-    Raises:
-        UserError: rl.algorithm needs a teacher and there is none, or the reverse; the folder is no
-            model; its context is shorter than the student's; the student samples otherwise than at
-            temperature 1; or the teacher has another token, or none, for one of the student's.
+    It cannot where the folder is no model; its context is shorter than the student's; the student
+    samples otherwise than at temperature 1; or the teacher has another token, or none, for one of
+    the student's.
     """
     path, rollout, algorithm = config.teacher.path, config.rollout, config.rl.algorithm
     if bool(path) != rules_of(algorithm).teacher:

@@ -45,9 +45,8 @@ def _patch_cpu_build() -> None:
 
 
 def dump_stacks_on_signal() -> None:
-    """Write this process's Python stacks to its log on SIGUSR2, which vLLM does not use.
-
-    The handler is C and needs no interpreter lock, so it works in a process that is stuck in a
-    kernel or a collective. Forked children inherit it.
-    """
+    """Write this process's Python stacks to its log on SIGUSR2, which vLLM does not use. Forked
+    children inherit it."""
+    # C code without the interpreter lock: it works in a process that is stuck in a kernel or a
+    # collective.
     faulthandler.register(signal.SIGUSR2, all_threads=True)

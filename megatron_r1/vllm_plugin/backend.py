@@ -28,6 +28,8 @@ from megatron_r1.weight_sync.transports.base import Receiver
 
 @dataclass
 class PushInitInfo(WeightTransferInitInfo):
+    """What an engine needs to meet the trainer's ranks."""
+
     store: list
     """[host, port] of the trainer's store."""
     engine: str
@@ -44,6 +46,8 @@ class PushInitInfo(WeightTransferInitInfo):
 
 @dataclass
 class PushUpdateInfo(WeightTransferUpdateInfo):
+    """Which push the engine is to load."""
+
     push: int
     """Its number: one more than that of the engine's last push."""
     timeout_seconds: float = 600.0
@@ -81,16 +85,13 @@ class PushTransferEngine(WeightTransferEngine[PushInitInfo, PushUpdateInfo]):
             raise
 
     def start_weight_update(self) -> None:
+        """Refuse an update before a trainer is connected, with ValueError."""
         if self._receiver is None:
             raise ValueError("no trainer is connected: init_weight_transfer_engine comes first")
 
     def receive_weights(self, update_info: PushUpdateInfo) -> None:
-        """Wait for the push and load it.
-
-        Raises:
-            ValueError: it is incomplete or damaged. With all weights in one window, the old weights
-                are then unchanged.
-        """
+        """Wait for the push and load it. Raises ValueError where it is incomplete or damaged; with
+        all weights in one window, the old weights are then unchanged."""
         receiver, push = self._receiver, update_info.push
         assert receiver is not None, "start_weight_update comes first"
         for window in range(receiver.table.num_windows):

@@ -42,8 +42,8 @@ def with_gaps(
     """Return the same copies with a gap after every row of the matrices that `is_spread` names.
 
     oneDNN reads down the columns of a matrix that it packs. Rows of a power of two of bytes would
-    all map to the same few lines of the cache. With gaps bfloat16 is packed up to three times as
-    fast, and everything a little faster.
+    all map to the same few lines of the cache: 2,048 columns of bfloat16 take 0.36 s per GB on two
+    cores, with gaps 0.13; float32 0.08 and 0.06 (docs/log.md).
     """
     return dict(
         _with_gaps(parameter, of_parameter)

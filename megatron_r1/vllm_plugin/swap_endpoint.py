@@ -12,7 +12,7 @@ from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 from vllm.entrypoints.rl.online.api_router import engine_client, router
 from vllm.entrypoints.rl.online.metrics import weight_operation_metrics
 
-from megatron_r1.weight_sync.receive.buffer import IncompletePush
+from megatron_r1.weight_sync.receive.errors import IncompletePush
 
 
 async def swap_weights(

@@ -83,12 +83,8 @@ class WeightBridge:
             self._is_held, self._version = True, None
 
     async def push(self, version: int) -> dict[str, float]:
-        """Make the trainer's present weights `version` on every engine; return metrics.
-
-        Raises:
-            EngineError: they arrived damaged, or an engine computes something else with them than
-                the trainer.
-        """
+        """Make the trainer's present weights `version` on every engine; return metrics. Raises
+        EngineError where they arrived damaged, or an engine computes something else with them."""
         assert self._settled.locked(), "open() or hold() comes first"
         start = time.perf_counter()
         engines = [engine for engine in self.fleet.engines if engine.is_up]

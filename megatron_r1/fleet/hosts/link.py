@@ -41,6 +41,7 @@ class HostLink:
         self._decode = msgspec.msgpack.Decoder(Orders).decode
 
     def send(self, report: HostReport) -> None:
+        """Send a report, or drop it while the connection is down: the next one repeats it."""
         with contextlib.suppress(zmq.Again):
             self._socket.send(msgspec.msgpack.encode(report), zmq.NOBLOCK)
 

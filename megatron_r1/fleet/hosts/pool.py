@@ -40,23 +40,18 @@ class HostPool:
         needs_shared_memory: bool = False,
         notify: Callable[[str], None] = lambda message: None,
     ) -> None:
-        """
-        Args:
-            bind: where hosts connect, as tcp://*:5557.
-            hosts_per_engine: over how many every engine is spread.
-            silence_seconds: a host without a report for so long is lost.
-            needs_shared_memory: weights travel through this host's /dev/shm; refuse other hosts.
-            notify: gets a line when a host joins or leaves, from the pool's thread.
-
-        Raises:
-            UserError: the port is taken.
-        """
+        """bind: where hosts connect, as tcp://*:5557. hosts_per_engine: over how many every engine
+        is spread. silence_seconds: a host without a report for so long is lost.
+        needs_shared_memory: weights travel through this host's /dev/shm; refuse other hosts.
+        notify: gets a line when a host joins or leaves, from the pool's thread. Raises UserError if
+        the port is taken."""
         self.hosts_per_engine = hosts_per_engine
         self.silence_seconds, self.notify = silence_seconds, notify
         self._memory = shared_memory_identity() if needs_shared_memory else None
         self._socket: zmq.Socket = zmq.Context.instance().socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # an error if the connection is closed
-        # A host that was cut off comes back while its old connection still seems to be open.
+        # A host that was cut off comes back while its old connection still seems to be open, and is
+        # refused: a line that was down for 11 s cost its engines, although 30 are tolerated.
         self._socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
         self._socket.setsockopt(zmq.LINGER, 1000)
         protect_server(self._socket, token)
@@ -90,6 +85,7 @@ class HostPool:
             return count - len(self._waiting)
 
     def describe(self) -> str:
+        """Return in words which hosts are there, or why one was refused."""
         with self._lock:
             hosts = [f"{host.name} with {host.report.num_engines}" for host in self._hosts.values()]
         return self.refusal or ", ".join(hosts) or "no host has come"
@@ -136,6 +132,7 @@ class HostPool:
                     sent, sent_at = orders, time.monotonic()
                 self._drop_silent()
         deadline = time.monotonic() + FAREWELL_SECONDS
+        # Repeated until the hosts have left: a socket closed right after its last send lost it.
         while self._hosts and time.monotonic() < deadline:
             with self._lock:
                 for identity in list(self._hosts):

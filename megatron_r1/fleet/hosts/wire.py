@@ -74,6 +74,7 @@ def shared_memory_identity() -> str:
 
 
 def publish_address(folder: Path, address: str) -> None:
+    """Write where engine hosts connect (tcp://host:port) into the run's folder."""
     atomic_write(folder / ADDRESS_FILE, json.dumps({"engine_hosts": address}) + "\n")
 
 

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 
 def advantages(groups: list[list[float | None]], rl: RLConfig) -> list[list[float]]:
-    """Return group-relative advantages; 0 for an ungraded response, and for a whole group whose
-    rewards are equal."""
+    """Return A_i = (r_i - mean(r)) / std(r), one per response, normalised by `rl.advantage_std`; 0
+    for an ungraded response, and for a whole group whose rewards are equal."""
     by = "group" if rl.advantage_std == "group" else "none"
     by_group = [group_advantages(g, divide_by=by, epsilon=rl.advantage_epsilon) for g in groups]
     if rl.advantage_std == "batch":
@@ -35,7 +35,9 @@ def advantages(groups: list[list[float | None]], rl: RLConfig) -> list[list[floa
 
 
 def loss(batch: PackedBatch, head: Head, settings: dict[str, Any]) -> LossTerms:
-    """Return -J for the advantages in `batch`, as a sum and its denominator.
+    """Return -J for the advantages in `batch`, as a sum over response tokens and its denominator:
+    N with `average` sequence (each response's terms are divided by |o_i| first), Σ_i |o_i| with
+    token, N with constant (they are divided by L first).
 
     settings: those of r1_kernels' policy_loss, where `average` is `rl.loss_average` (`losses` says
     what each is divided by), and `max_response_tokens`. With importance_cap None the difference

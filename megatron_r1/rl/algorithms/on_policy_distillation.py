@@ -27,7 +27,8 @@ def advantages(groups: list[list[float | None]], rl: RLConfig) -> list[list[floa
 
 
 def token_advantages(scored: Scored, settings: dict[str, Any]) -> TokenTargets:
-    """Return A from batch.logprobs["teacher"] and ["old"]."""
+    """Return A_t = Σ_{s≥t} γ^(s-t) (log π_teacher - log π_old)_s, from batch.logprobs["teacher"]
+    and ["old"]; 0 outside responses."""
     from megatron_r1.training.token_advantages import TokenTargets
 
     advantages = []

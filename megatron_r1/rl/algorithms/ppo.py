@@ -26,7 +26,8 @@ __all__ = ["advantages", "token_advantages"]
 
 
 def token_advantages(scored: Scored, settings: dict[str, Any]) -> TokenTargets:
-    """Return A and the critic's targets R, from batch.values."""
+    """Return A_t = Σ_{s≥t} (γ λ)^(s-t) δ_s and the critic's targets R_t = A_t + V_t, from
+    batch.values; A is 0 outside responses and where not graded."""
     from megatron_r1.training.token_advantages import TokenTargets, penalised_rewards
 
     discount = settings["discount"]

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def advantages(groups: list[list[float | None]], rl: RLConfig) -> list[list[float]]:
-    """Return rewards minus the mean of all graded ones; 0 for an ungraded response."""
+    """Return A_i = r_i - mean(r), over the rollout's graded responses; 0 for an ungraded one."""
     known = [reward for rewards in groups for reward in graded(rewards)]
     mean = fmean(known) if known else 0.0
     by_group = [[0.0 if r is None else r - mean for r in rewards] for rewards in groups]

@@ -12,9 +12,10 @@ nor deviation. Clip and β are those usual with PPO.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
-from megatron_r1.rl.advantages import ungraded_as_nan
+from megatron_r1.rl.advantages import graded
 
 if TYPE_CHECKING:
     from megatron_r1.config import RLConfig
@@ -22,12 +23,17 @@ if TYPE_CHECKING:
 
 
 def advantages(groups: list[list[float | None]], rl: RLConfig) -> list[list[float]]:
-    """Return the rewards, from which the trainer computes each token's advantage."""
-    return ungraded_as_nan(groups)
+    """Return the rewards, from which the trainer computes each token's advantage; NaN, by which it
+    recognises them, for ungraded ones. Raises ValueError as `graded`."""
+    for rewards in groups:
+        graded(rewards)
+    return [[math.nan if r is None else r for r in rewards] for rewards in groups]
 
 
 def token_advantages(scored: Scored, settings: dict[str, Any]) -> TokenTargets:
-    """Return A, normalised over the rollout."""
+    """Return A_t = Σ_{s≥t} γ^(s-t) (-β log(π_old / π_ref)_s) + γ^(T-t) r, T the last token, then
+    shifted and scaled to mean 0 and deviation 1 over the graded response tokens of the rollout; 0
+    elsewhere."""
     from megatron_r1.training.token_advantages import TokenTargets, reward_to_go
 
     advantages = reward_to_go(scored, settings)

@@ -25,13 +25,14 @@ if TYPE_CHECKING:
 
 
 def advantages(groups: list[list[float | None]], rl: RLConfig) -> list[list[float]]:
-    """Return rewards minus the mean of the group's others; 0 for a group whose graded rewards are
-    equal or fewer than two, NaN for an ungraded response."""
+    """Return r_i - 1/(G - 1) Σ_{j≠i} r_j, over the group's graded responses; 0 for a
+    group whose graded rewards are equal or fewer than two, NaN for an ungraded response."""
     return [_leave_one_out(rewards) for rewards in groups]
 
 
 def token_advantages(scored: Scored, settings: dict[str, Any]) -> TokenTargets:
-    """Return A: the response's advantage and the penalties to come."""
+    """Return A_t: the response's advantage less the penalties to come, β log(π_old / π_ref)_s for
+    s≥t; 0 outside responses and where not graded."""
     from megatron_r1.training.token_advantages import TokenTargets, reward_to_go
 
     return TokenTargets(reward_to_go(scored, settings))

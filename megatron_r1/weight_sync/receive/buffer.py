@@ -8,22 +8,9 @@ from itertools import accumulate
 
 import torch
 
+from megatron_r1.weight_sync.receive.errors import IncompletePush
 from megatron_r1.weight_sync.receive.table import Delivery, SlotTable, by_window, slot_view
 from megatron_r1.weight_sync.verify.checksum import RunningChecksum
-
-
-class IncompletePush(ValueError):
-    """A push did not come to its end, and nothing of it is in use.
-
-    vLLM passes errors between its processes as text (v1/engine/core.py:1751 and, from the ranks,
-    v1/executor/multiproc_executor.py:1004), so the text has `CODE`, by which
-    `vllm_plugin.swap_endpoint` recognises it.
-    """
-
-    CODE = "incomplete_push"
-
-    def __init__(self, what: str) -> None:
-        super().__init__(f"{self.CODE}: {what}")
 
 
 class ReceiveBuffer:

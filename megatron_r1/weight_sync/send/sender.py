@@ -62,17 +62,13 @@ class WeightSender:
         full_every: int = 1,
         push_seconds: float | None = None,
     ) -> dict[str, Any]:
-        """Agree with all ranks of an engine on the deliveries of this rank.
+        """Agree with all ranks of an engine on the deliveries of this rank. Return either
+        "problem", or "num_windows" and "num_bytes", those that this rank sends per push.
 
-        Args:
-            engine: its index, which decides whose turn it is among ranks that hold the same.
-            name: unique to this start of the engine.
-            layout: the fields of `EngineLayout`, of one engine.
-            full_every: of so many pushes the first is sent whole, the others as differences.
-            push_seconds: limit for a push, default `timeout_seconds`.
-
-        Returns:
-            Either "problem", or "num_windows" and "num_bytes", those that this rank sends per push.
+        engine: its index, which decides whose turn it is among ranks that hold the same. name:
+        unique to this start of the engine. layout: the fields of `EngineLayout`, of one engine.
+        full_every: of so many pushes the first is sent whole, the others as differences.
+        push_seconds: limit for a push, default `timeout_seconds`.
         """
         self.disconnect(engine)
         rendezvous = Rendezvous(self.store, name, timeout_seconds, push_seconds, self._tables)

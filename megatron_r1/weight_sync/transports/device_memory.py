@@ -48,6 +48,8 @@ class DeviceMemory(msgspec.Struct, frozen=True):
 
 
 class DeviceReceiver(SharedMemoryReceiver):
+    """As `SharedMemoryReceiver`, with its memory on the GPU."""
+
     def reserve(self, num_bytes: int) -> torch.Tensor:
         try:
             memory = torch.empty(num_bytes, dtype=torch.uint8, device="cuda")
@@ -62,6 +64,8 @@ class DeviceReceiver(SharedMemoryReceiver):
 
 
 class DeviceSender(SharedMemorySender):
+    """As `SharedMemorySender`, into memory of the receiver's GPU."""
+
     def open(self) -> torch.Tensor:
         packed = base64.b64decode(self.receiver.address)
         return msgspec.msgpack.decode(packed, type=DeviceMemory).open()

@@ -19,7 +19,7 @@ from megatron_r1.weight_sync.receive.rendezvous import Rendezvous, SendPlan
 from megatron_r1.weight_sync.receive.table import Delivery, dtype_of
 from megatron_r1.weight_sync.transports import delta
 from megatron_r1.weight_sync.transports.base import Receiver, Sender, Slices
-from megatron_r1.weight_sync.transports.buckets import Chunk, buckets, num_bytes, pack, unpack
+from megatron_r1.weight_sync.transports.buckets import Buckets, Chunk
 from megatron_r1.weight_sync.verify.checksum import RowsChecksum
 
 CLOSE_SECONDS = 2.0
@@ -37,6 +37,8 @@ class Header(NamedTuple):
 
 
 class GlooReceiver(Receiver):
+    """A thread per trainer rank receives its windows."""
+
     backend = "gloo"
     device = torch.device("cpu")
 
@@ -57,7 +59,7 @@ class GlooReceiver(Receiver):
     def close(self) -> None:
         self._is_closing = True
         for group in self._groups:
-            group.abort()
+            group.abort()  # ends a `recv` that waits for the next push
         # A thread that is still in a call when the interpreter ends would abort the process.
         deadline = time.monotonic() + CLOSE_SECONDS
         for thread in self._threads:
@@ -88,11 +90,11 @@ class GlooReceiver(Receiver):
                 group = None
 
     def _receive_window(self, group: dist.ProcessGroup, sender: int, header: Header) -> None:
-        deliveries = self.buffer.deliveries[sender]
+        buckets = Buckets(self.table, self.buffer.deliveries[sender])
         indices = self.buffer.windows[sender][header.window]
         arriving: tuple[dist.Work, torch.Tensor, list[Chunk]] | None = None
-        for bucket in buckets(self.table, deliveries, indices):
-            size = num_bytes(self.table, deliveries, bucket)
+        for bucket in buckets.of(indices):
+            size = buckets.num_bytes(bucket)
             if header.base:
                 length = torch.empty(1, dtype=torch.int64, device=self.device)
                 finish(group.recv([length], 1, 0), self)
@@ -100,29 +102,36 @@ class GlooReceiver(Receiver):
             data = torch.empty(size, dtype=torch.uint8, device=self.device)
             work = group.recv([data], 1, 0)
             if arriving:
-                self._unpack(header, sender, *arriving)
+                self._unpack(header, buckets, *arriving)
             arriving = (work, data, bucket)
         if arriving:
-            self._unpack(header, sender, *arriving)
+            self._unpack(header, buckets, *arriving)
         sums = torch.empty(len(indices), dtype=torch.int64, device=self.device)
         finish(group.recv([sums], 1, 0), self)
         for index, sent in zip(indices, sums.tolist(), strict=True):
             self.buffer.arrived(sender, header.push, index, sent % 2**64)
 
     def _unpack(
-        self, header: Header, sender: int, work: dist.Work, data: torch.Tensor, bucket: list[Chunk]
+        self,
+        header: Header,
+        buckets: Buckets,
+        work: dist.Work,
+        data: torch.Tensor,
+        bucket: list[Chunk],
     ) -> None:
         finish(work, self)
-        packed, table, deliveries = data.cpu(), self.table, self.buffer.deliveries[sender]
+        packed = data.cpu()
         if header.base:
             # The base is in another area than this push where areas alternate.
-            state = pack(table, deliveries, table.area(self.memory, header.base), bucket)
+            state = buckets.pack(self.table.area(self.memory, header.base), bucket)
             delta.patch(state, packed)
             packed = state
-        unpack(table, deliveries, table.area(self.memory, header.push), bucket, packed)
+        buckets.unpack(self.table.area(self.memory, header.push), bucket, packed)
 
 
 class GlooSender(Sender):
+    """Packs a bucket while the one before is on the wire."""
+
     backend = "gloo"
     device = torch.device("cpu")
 
@@ -159,7 +168,7 @@ class GlooSender(Sender):
         }
         on_the_wire: list[tuple[dist.Work, torch.Tensor]] = []
         self.num_bytes_sent = 0
-        for number, bucket in enumerate(buckets(self.table, self.deliveries, indices)):
+        for number, bucket in enumerate(Buckets(self.table, self.deliveries).of(indices)):
             packed = self._packed(bucket, slices, running)
             messages = self._messages(number, packed, header)
             for work, _ in on_the_wire:

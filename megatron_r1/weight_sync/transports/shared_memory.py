@@ -33,7 +33,8 @@ PREFIX = "megatron_r1_"
 SWEEP_AGE_SECONDS = 60.0
 POLL_SECONDS = 0.002
 FOLLOW_SECONDS = 0.0001
-"""Between reads of the progress arrays: when idle, and while a push is under way."""
+"""Between reads of the progress arrays: when idle, and while a push is under way, where 20 to 500
+us make no difference (docs/log.md)."""
 PUSH, DONE, SUMS = 0, 1, 2
 """Fields of a progress array (uint64): push, bytes written of it, one checksum per delivery."""
 
@@ -79,6 +80,8 @@ def map_bytes(path: Path, num_bytes: int) -> torch.Tensor:
 
 
 class SharedMemoryReceiver(Receiver):
+    """One thread follows all senders' progress arrays."""
+
     _thread: threading.Thread | None = None
     _file: NamedMemory | None = None
 
@@ -170,6 +173,8 @@ class _Follower:
 
 
 class SharedMemorySender(Sender):
+    """Copies slices to their places in the receiver's memory."""
+
     _progress: np.ndarray | None = None
     _file: NamedMemory | None = None
 
