@@ -1,8 +1,8 @@
 """The error of a push that an engine's server has to recognise.
 
-Apart from `buffer`, whose checksums import llvmlite: in a process that has imported it before vLLM
-0.32 starts the engine core, vLLM fails (triton_utils/dispatcher.py:143 asks every attribute of every
-module for its `__dict__`, and llvmlite's library is not one for that).
+Apart from `buffer`, whose checksums import llvmlite. Where the server imports that before it forks
+its engine core, vLLM 0.32 does not start: triton_utils/dispatcher.py:143 looks into `__dict__` of
+every module's attributes, and that of llvmlite's library is no dictionary.
 """
 
 
