@@ -17,8 +17,7 @@ from megatron_r1.errors import UserError, did_you_mean
 def find_function(path: str) -> Callable[..., Any]:
     """Import and return "module:function"; modules are also found in the working folder.
 
-    Raises UserError for an unknown module or function, and what the module raises at its import.
-    """
+    Raises UserError for an unknown module or function, and what the module raises at its import."""
     name, _, function = path.partition(":")
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # last: a user's folder may have the name of a package

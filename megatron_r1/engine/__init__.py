@@ -1,4 +1,3 @@
 """One rollout engine: a vLLM server in processes of its own, driven over HTTP.
 
-Imports neither torch nor vllm.
-"""
+Imports neither torch nor vllm."""

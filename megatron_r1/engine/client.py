@@ -33,8 +33,7 @@ class EngineClient:
 
     Every method raises EngineError: EngineTimeout after `timeout_seconds`, ConnectionBroken where
     the connection fails, EngineFault for status 5xx or an unusable reply, and EngineError itself
-    for a refusal (status 4xx).
-    """
+    for a refusal (status 4xx)."""
 
     def __init__(
         self,
@@ -82,8 +81,7 @@ class EngineClient:
         for the same weights and the same batch composition; the engine then draws sequence by
         sequence, which is slower; None: from the engine's own seed. routing: of the model, to get
         the experts of every token from an engine that was started with `return_routing`. Raises
-        EngineFault where the reply is not n responses as `parse_responses` requires them.
-        """
+        EngineFault where the reply is not n responses as `parse_responses` requires them."""
         sampling = {
             "n": n,
             "max_tokens": max_tokens,
@@ -110,8 +108,7 @@ class EngineClient:
 
         token_ids: at most one less than the engine's max_model_len: vLLM always samples one more,
         which is dropped. first: at least 1. Raises EngineFault where the reply is not one finite
-        number for each of these tokens.
-        """
+        number for each of these tokens."""
         sampling = {
             "max_tokens": 1,
             "temperature": 0.0,

@@ -7,8 +7,7 @@ class EngineError(RunError):
     """An engine did not start, died, refused a call or gave an unusable reply. The message names
     the engine and, where it helps, its log.
 
-    `status` is the HTTP status if there was a reply.
-    """
+    `status` is the HTTP status if there was a reply."""
 
     def __init__(self, message: str, status: int | None = None) -> None:
         super().__init__(message)

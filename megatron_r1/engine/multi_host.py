@@ -2,8 +2,7 @@
 
 This is vLLM's own way of doing it (`--headless`): the first part has the API server and the
 coordinator, where the ranks of all parts meet. Tensor and pipeline ranks of a copy stay on one
-host.
-"""
+host."""
 
 import os
 import socket
@@ -46,8 +45,7 @@ def network_environment(address: str) -> dict[str, str]:
     """Return the environment that makes ranks on the host with this address reachable for others.
 
     gloo would use the address that the host's name resolves to, which on many is a loopback one.
-    Raises OSError for a name that does not resolve.
-    """
+    Raises OSError for a name that does not resolve."""
     address = socket.gethostbyname(address)
     interface = os.environ.get("GLOO_SOCKET_IFNAME")
     for name, addresses in psutil.net_if_addrs().items():

@@ -37,8 +37,7 @@ def context_length(config: Config) -> int:
     """Return `rollout.max_model_len`, or the model's own limit, in tokens.
 
     The model may be any that vLLM supports, also one that cannot be trained here. Raises UserError
-    if it has fewer positions, or responses would leave no room for a prompt.
-    """
+    if it has fewer positions, or responses would leave no room for a prompt."""
     limit = positions(config.model.path)
     length = config.rollout.max_model_len or limit
     if length > limit:

@@ -80,8 +80,7 @@ def parse_responses(
     """Return the responses in vLLM's reply to a generate call.
 
     Raises ValueError if it is malformed, a token is outside the vocabulary, a log-probability is
-    not finite, or the policy versions or routed experts do not cover exactly the tokens.
-    """
+    not finite, or the policy versions or routed experts do not cover exactly the tokens."""
     return [
         _response(choice, num_prompt_tokens, routing, vocab_size)
         for choice in _decode_generate(body).choices
@@ -148,8 +147,7 @@ def decode_routing(text: str | None, shape: RoutingShape, num_tokens: int) -> by
     last token, which was sampled and never fed. A row has every decoder layer, dense ones left at 0
     (entrypoints/scale_out/token_in_token_out/protocol.py:407, vLLM 0.32). num_tokens: of prompt and
     response. Raises ValueError where `text` is None, malformed, or has another shape or impossible
-    experts.
-    """
+    experts."""
     if text is None:
         raise ValueError(
             "the engine returned no routed experts; start it with --enable-return-routed-experts, "

@@ -36,8 +36,7 @@ class EngineSettings:
     secret: bearer token of every call but `/health`; empty: none.
     host: address to listen at. port: None: any free one.
     part: the part of the engine that runs here; None: all of it.
-    extra_args, extra_env: passed to vLLM unchanged; they override the rest.
-    """
+    extra_args, extra_env: passed to vLLM unchanged; they override the rest."""
 
     device: Literal["cpu", "cuda"] = "cpu"
     dtype: str = "float32"

@@ -6,8 +6,7 @@ goes to the others. A group is one request to one engine, which computes its pro
 
 Of the waiting groups, those of the earlier batch come first, and in it those expected to take
 longest, so that what is left for the end of a batch is short. Each goes to the engine with the
-fewest expected tokens in flight.
-"""
+fewest expected tokens in flight."""
 
 import asyncio
 import heapq

@@ -7,8 +7,7 @@ parts of engines that are spread over several nodes.
 It may join and leave while the run goes on. It ends with its parent, and its engines end with it.
 It stops them by itself when the controller falls silent, so that an engine which the controller has
 given up on serves no more. Exit status: 0 the run is over, 1 no controller for `--patience`
-seconds, 2 a mistake of the user's, 143 SIGTERM or SIGINT.
-"""
+seconds, 2 a mistake of the user's, 143 SIGTERM or SIGINT."""
 
 import argparse
 import signal

@@ -75,8 +75,7 @@ def find_slow(paces: Mapping[Key, Pace], now: float) -> dict[Key, str]:
 
     An engine with few tokens in all may simply have had little to do, and one whose sequences are
     slow may have had more of them than the others: only both together make it slow. The only engine
-    is never slow, nor is one without enough groups to compare.
-    """
+    is never slow, nor is one without enough groups to compare."""
     known = {key: pace for key, pace in paces.items() if pace.is_known(now)}
     slow = {}
     for key, pace in known.items():

@@ -51,8 +51,7 @@ async def open_pool(
     """Yield the pool of engine hosts of a run in `folder`, or None for `rollout.placement: local`.
 
     Hosts find the pool by the folder; at the end it orders them to leave. Raises UserError if the
-    port is taken, or this host's name does not resolve.
-    """
+    port is taken, or this host's name does not resolve."""
     if rollout.placement == "local":
         yield None
         return

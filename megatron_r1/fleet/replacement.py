@@ -25,8 +25,7 @@ class Replacement:
     an engine that is only slow or faulty then stays.
 
     tasks: replacements under way. patience_seconds: while engines wait for weights within a step of
-    theirs, the time in which they need not answer.
-    """
+    theirs, the time in which they need not answer."""
 
     def __init__(
         self,
@@ -72,8 +71,7 @@ class Replacement:
         is left.
 
         An engine lost with its host is replaced only if it was the last one: `placement.growing`
-        adds an engine when a host joins.
-        """
+        adds an engine when a host joins."""
         if not engine.is_up:
             return
         if engine.is_leaving:

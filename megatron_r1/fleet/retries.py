@@ -38,8 +38,7 @@ class RequestRetries:
 
         Deaths are not the request's fault and do not count as attempts; the restarts bound them.
         lengths: returns the tokens of each sequence of a result. Raises EngineError if an engine
-        refuses the call, MAX_ATTEMPTS replies are unusable, or no engine is left.
-        """
+        refuses the call, MAX_ATTEMPTS replies are unusable, or no engine is left."""
         dispatcher = self.members.dispatcher
         faults: list[EngineFault] = []
         while len(faults) < MAX_ATTEMPTS:

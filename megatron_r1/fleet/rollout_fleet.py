@@ -37,8 +37,7 @@ class RolloutFleet:
     crawls or gives unusable replies is replaced while the others go on; the replacement gets the
     current weights, and lost requests are repeated. Engines may join and leave at any time. A push
     that a living engine refuses makes the fleet refuse every call: it never serves a mixture of
-    versions.
-    """
+    versions."""
 
     def __init__(
         self,
@@ -105,8 +104,7 @@ class RolloutFleet:
         """Start all engines on the weights in `model_path` and name these `version`.
 
         The engines end with the calling thread: call it from the main one. Raises EngineError if
-        one does not start; none is left running then.
-        """
+        one does not start; none is left running then."""
         self._model = Path(model_path)
         try:
             for index in range(self.num_engines):
@@ -135,8 +133,7 @@ class RolloutFleet:
         kind: of prompt: those of one kind are expected to have responses of similar length. order:
         groups with a lower one go first. sampling: further arguments of `EngineClient.generate`.
         Raises EngineError where the call was refused, no engine could serve it, or its engine died
-        and no restart is left; it names the engine, how it ended, and quotes its log.
-        """
+        and no restart is left; it names the engine, how it ended, and quotes its log."""
         sampling |= {"n": n, "max_tokens": max_tokens}
         num_prompt_tokens = len(prompt_token_ids)
         expected = self.lengths.estimate(kind, num_prompt_tokens, max_tokens)
@@ -173,8 +170,7 @@ class RolloutFleet:
         Sequences in flight continue under the new weights; their earlier tokens keep their version.
         An engine that did not receive them, or whose connection breaks, is replaced. Raises
         ValueError for a `version` that is not above the current one, and EngineError where an
-        engine refused them, or died without a restart left: the fleet is unusable from then on.
-        """
+        engine refused them, or died without a restart left: the fleet is unusable from then on."""
         self.members.require_usable()
         if version <= self.version:
             raise ValueError(

@@ -31,8 +31,7 @@ def popen_options(environment: Mapping[str, str] | None = None) -> dict[str, Any
 
     The child calls `lifetime.end_without_parent` first, so that it ends with the calling thread:
     call from one that lives as long as the child should. (`preexec_fn` could do that here, but it
-    runs Python between fork and exec, which can deadlock in a process with threads.)
-    """
+    runs Python between fork and exec, which can deadlock in a process with threads.)"""
     return {
         "stdin": subprocess.DEVNULL,
         "env": {**os.environ, **(environment or {}), lifetime.PARENT: str(os.getpid())},
@@ -57,8 +56,7 @@ def kill(process: subprocess.Popen, timeout_seconds: float | None = None) -> Non
     """Kill a process that leads its process group, and the group; harmless if it has ended.
 
     timeout_seconds: how long to wait for its end, None: until it has ended. A process inside a
-    driver that hangs does not end even so.
-    """
+    driver that hangs does not end even so."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     with contextlib.suppress(subprocess.TimeoutExpired):
@@ -69,8 +67,7 @@ def free_port(host: str = "") -> int:
     """Return a TCP port that is free now, for a process that will listen on it later.
 
     The port is none of those that the system gives to outgoing connections (Linux: from 32,768 on),
-    which could be taken by then.
-    """
+    which could be taken by then."""
     for port in random.SystemRandom().sample(range(20_000, 32_000), 100):
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind((host, port))

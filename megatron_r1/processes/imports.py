@@ -27,8 +27,7 @@ def quick_imports() -> Iterator[None]:
 def import_lazily(package: str, homes: Mapping[str, str], name: str) -> Any:
     """Return `name` from the module of `package` in `homes`: the body of a package's `__getattr__`.
 
-    Raises AttributeError for a name that is not in `homes`.
-    """
+    Raises AttributeError for a name that is not in `homes`."""
     if name not in homes:
         raise AttributeError(f"module {package!r} has no attribute {name!r}")
     return getattr(import_module(f"{package}.{homes[name]}"), name)

@@ -14,8 +14,7 @@ def end_without_parent(number: int = signal.SIGKILL) -> None:
     ended already.
 
     For the first line of a process that `children` starts. The kernel's signal comes at the end of
-    the *thread* that started this process.
-    """
+    the *thread* that started this process."""
     die_with_parent(number)
     if os.environ.pop(PARENT, str(os.getppid())) != str(os.getppid()):
         os._exit(1)

@@ -1,8 +1,7 @@
 """Have glibc keep freed memory for later allocations, as a GPU's allocator does.
 
 It would map large blocks anew each time, page by page zeroed: half a second per GB where the kernel
-has free pages, three to four where a virtual machine has to get them from its host.
-"""
+has free pages, three to four where a virtual machine has to get them from its host."""
 
 import contextlib
 import ctypes

@@ -1,7 +1,6 @@
 """Arithmetic of rewards, on plain numbers: a list per group, in it one reward or advantage per
 response. None is the reward of a response that could not be graded: the mask of every mean and
-deviation here, which are over graded responses.
-"""
+deviation here, which are over graded responses."""
 
 import math
 from itertools import chain
@@ -30,8 +29,7 @@ def group_advantages(
     A group whose rewards are all equal teaches nothing: its advantages are 0. divide_by: "group"
     for the z-score (population standard deviation, the group's own root mean square), "none" to
     leave the scale of the rewards (Dr. GRPO, arXiv 2503.20783, section 3.2). Raises ValueError as
-    `graded`.
-    """
+    `graded`."""
     known = graded(rewards)
     if len(set(known)) < 2:
         return [0.0] * len(rewards)
@@ -63,8 +61,7 @@ def overlong_punishment(num_tokens: int, limit: int, buffer: float) -> float:
 
     limit: L, the longest response that may be sampled. buffer: B as a share of L; 0 for no
     punishment. It is added to no reported reward: a reward that drops at once at L does not show
-    the policy why a truncated response, mostly wrong for lack of room, is punished.
-    """
+    the policy why a truncated response, mostly wrong for lack of room, is punished."""
     buffer_tokens = buffer * limit
     excess = num_tokens - (limit - buffer_tokens)
     return -min(1.0, excess / buffer_tokens) if buffer_tokens and excess > 0 else 0.0

@@ -52,8 +52,7 @@ class RolloutCollector:
         teacher scores a group as soon as it is sampled.
 
         Groups come back in the order of `prompts`; those that `finished` has are not sampled again.
-        Raises EngineError when an engine fails.
-        """
+        Raises EngineError when an engine fails."""
         start = time.perf_counter()
         ends = PhaseEnds(start, start, start)
         positions = finished.reserve(len(prompts)) if finished else range(len(prompts))

@@ -50,8 +50,7 @@ def check_grades(groups: list[Group], max_ungraded: float) -> None:
 
     Raises UserError where one reward failed on every response: one may break a grader, but not all.
     Raises RunError where a larger share of them than `max_ungraded` could not be graded: the
-    policy would be trained on those that are easy to grade.
-    """
+    policy would be trained on those that are easy to grade."""
     responses = responses_of(groups)
     if not responses:
         return

@@ -56,8 +56,7 @@ async def evaluate(
     count in no mean, and a prompt without a graded response in none.
     interval/…/low, /high: their 95% intervals (`estimators.estimate`).
 
-    Raises UserError and RunError as `grading.check_grades`.
-    """
+    Raises UserError and RunError as `grading.check_grades`."""
     rollout = await collector.collect(prompts, sampling)
     collector.check_grades(rollout.groups)
     votes, means = [], defaultdict(list)

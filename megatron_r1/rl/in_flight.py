@@ -18,8 +18,7 @@ class InFlightGroup:
     """A group that is not finished, and the phase it is in.
 
     since: when the phase began, time.monotonic(). "scoring" is a teacher's, which may begin before
-    the grades are back; the group is in that phase once only scores are missing.
-    """
+    the grades are back; the group is in that phase once only scores are missing."""
 
     def __init__(self, tracker: InFlight, prompt: Prompt) -> None:
         self._tracker, self.prompt = tracker, prompt
@@ -45,8 +44,7 @@ class InFlight:
 
     num_started: groups requested. num_groups, num_samples, num_tokens: groups that were sampled,
     their responses, and these responses' tokens. num_graded: groups that are finished. num_scored:
-    responses that a teacher has scored.
-    """
+    responses that a teacher has scored."""
 
     def __init__(self) -> None:
         self.groups: set[InFlightGroup] = set()

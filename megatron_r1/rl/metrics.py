@@ -11,8 +11,7 @@ def rollout_metrics(rollout: Rollout, version: int) -> dict[str, float]:
 
     version: of the policy that trains on it. Reward means are over graded responses, and
     rewards/ungraded is the share of the others. staleness: versions between the policy that sampled
-    a token and the one that trains on it, mean over tokens.
-    """
+    a token and the one that trains on it, mean over tokens."""
     groups = rollout.groups + rollout.passed_over
     responses = responses_of(groups)
     rewards = [graded.reward for graded in responses if graded.is_graded] or [0.0]

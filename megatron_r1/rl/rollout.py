@@ -16,8 +16,7 @@ class Sampling:
 
     num_samples: G, responses per prompt. max_tokens: the longest response. step: the training step,
     from 1, whose reward weights count. routing: shape of the experts' indices to return with each
-    token, or None for none. is_scored: whether the teacher scores every token.
-    """
+    token, or None for none. is_scored: whether the teacher scores every token."""
 
     num_samples: int
     temperature: float
@@ -34,8 +33,7 @@ class GradedResponse:
 
     text: the decoded response. rewards: each term alone. reward: their weighted sum, 0 and without
     meaning where `is_graded` is False. ungraded: terms whose grader failed. teacher_logprobs:
-    float32, of each token at temperature 1; None where no teacher scored it.
-    """
+    float32, of each token at temperature 1; None where no teacher scored it."""
 
     response: Response
     text: str
@@ -71,8 +69,7 @@ class Rollout:
 
     rollout_seconds: until the last token was sampled. reward_seconds, teacher_seconds: from there
     to the last grade and to the teacher's last score. passed_over: groups that were sampled and
-    graded but are not trained on (`collect_informative`).
-    """
+    graded but are not trained on (`collect_informative`)."""
 
     groups: list[Group]
     rollout_seconds: float

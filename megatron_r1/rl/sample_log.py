@@ -7,8 +7,7 @@ weights, and the samples made from these weights afterwards stay valid.
 
 Durability: a group survives a kill of any process once it is written, and a power cut after
 `SYNC_SECONDS`; a batch is trained on only once all of it is synced. So the log never holds samples
-of a policy whose own training samples are lost. A thread does the writing.
-"""
+of a policy whose own training samples are lost. A thread does the writing."""
 
 from __future__ import annotations
 
@@ -135,8 +134,7 @@ class SampleLog:
 class StepLog:
     """One step's groups, by the position of their prompt among all that the step draws.
 
-    Batches that draw in rounds (`collect_informative`) thus continue in the round they were in.
-    """
+    Batches that draw in rounds (`collect_informative`) thus continue in the round they were in."""
 
     def __init__(self, log: SampleLog, path: Path) -> None:
         """Raises UserError for records of another format."""

@@ -1,8 +1,7 @@
 """The binary format of the sample log: a finished group as bytes and back, exact to the bit.
 
 `GradedResponse` is not encoded itself: its arrays would become lists, eight times larger, and its
-texts may hold lone surrogates, which strings of msgpack must not.
-"""
+texts may hold lone surrogates, which strings of msgpack must not."""
 
 from array import array
 

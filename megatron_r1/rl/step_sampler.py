@@ -116,8 +116,7 @@ async def collect_informative(
 
     draw: returns that many new prompts. Each of at most `max_rounds` rounds draws a prompt for
     every group still missing; equal-reward groups then fill the batch up to its size, and the rest
-    of them are `passed_over`. Times are summed over the rounds.
-    """
+    of them are `passed_over`. Times are summed over the rounds."""
     different: list[Group] = []
     equal: list[Group] = []
     rounds: list[Rollout] = []

@@ -4,8 +4,7 @@ Step s trains the policy of version s - 1. Its batch may begin to be sampled onc
 version s - 1 - ahead. With ahead 0 rollout and training take turns; with 1 the next batch is
 sampled while this one is trained on (one step off), and so on. No token is older than `ahead`
 versions when it is trained on. Sampling continues across a weight push, and each token is stamped
-with the version that made it.
-"""
+with the version that made it."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -31,8 +30,7 @@ class RolloutStream(Generic[Batch]):
         one_at_a_time: each call waits for the one before to end, for batches that draw a number of
         prompts not known before, and for engines that are no faster with fewer sequences. Otherwise
         calls overlap: the next batch fills the engines while the last long samples of the one
-        before are being generated.
-        """
+        before are being generated."""
         self._sample, self._ahead, self._last = sample, ahead, last
         self._one_at_a_time = one_at_a_time
         self._next = first
@@ -49,8 +47,7 @@ class RolloutStream(Generic[Batch]):
         """Wait for the batch of `step` and return it; raises what its sampling raised.
 
         A later batch that has failed meanwhile raises only when it is taken itself. Raises
-        ValueError for a batch that has not begun.
-        """
+        ValueError for a batch that has not begun."""
         if step not in self._tasks:
             raise ValueError(f"the batch of step {step} has not begun: its policy is not pushed")
         try:

@@ -45,8 +45,7 @@ def check_teacher(config: Config) -> None:
 
     It cannot where the folder is no model; its context is shorter than the student's; the student
     samples otherwise than at temperature 1; or the teacher has another token, or none, for one of
-    the student's.
-    """
+    the student's."""
     path, rollout, algorithm = config.teacher.path, config.rollout, config.rl.algorithm
     if bool(path) != rules_of(algorithm).teacher:
         raise UserError(

@@ -13,8 +13,7 @@ class TrainerPasses:
     """Runs the passes of `rl.algorithm` on the trainer; each returns metrics.
 
     The samples stay with the trainer, from `load` to the next `load`. state: counts the policy's
-    updates. bridge: must be held while weights change.
-    """
+    updates. bridge: must be held while weights change."""
 
     def __init__(
         self, config: Config, trainer: TrainerClient, bridge: WeightBridge, state: RunState
@@ -34,8 +33,7 @@ class TrainerPasses:
         """Compute every token's log-probability under π_old and π_ref, and the critic's values.
 
         The first mini-batch's under π_old come with its update, which starts from π_old, unless
-        token advantages need them earlier or replayed routing is measured before.
-        """
+        token advantages need them earlier or replayed routing is measured before."""
         if self.algorithm.rules.critic:
             await self.trainer.call("values")
         has_token_advantages = self.algorithm.token_advantages is not None

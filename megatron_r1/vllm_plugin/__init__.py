@@ -2,8 +2,7 @@
 
 It imports torch, vllm (with their dependencies), `megatron_r1.processes` and the receiving half of
 `megatron_r1.weight_sync`, nothing else of ours. vLLM calls `register` in every one of its processes
-(entry point group `vllm.general_plugins`).
-"""
+(entry point group `vllm.general_plugins`)."""
 
 import faulthandler
 import functools

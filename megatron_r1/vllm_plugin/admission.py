@@ -1,8 +1,7 @@
 """Requests to an engine must carry its secret.
 
 vLLM's own check (VLLM_API_KEY) does not cover the calls that pause an engine, replace its weights
-or run a method by name in its workers.
-"""
+or run a method by name in its workers."""
 
 import os
 import secrets

@@ -3,8 +3,7 @@
 Weights arrive while the engine generates (`ReceiveBuffer`). An update, for which the engine is
 paused, waits until a push is complete and correct, and loads it layer by layer. An engine whose
 update fails before that keeps all its old weights; a later failure leaves it unusable, with an
-error.
-"""
+error."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

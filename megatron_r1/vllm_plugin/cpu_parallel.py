@@ -24,8 +24,7 @@ def keep_intermediate_tensors() -> None:
 
     Upstream: v1/worker/gpu_model_runner.py:5801. Without it: only the profiling run creates them,
     which a CPU skips (cpu_worker.py, `_should_warm_up_model`) when it runs eagerly with a KV cache
-    of given size. Goes when: they are created on loading.
-    """
+    of given size. Goes when: they are created on loading."""
     from vllm.distributed.parallel_state import get_pp_group
     from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
@@ -47,8 +46,7 @@ def compute_local_experts_only() -> None:
     Upstream: model_executor/layers/fused_moe/experts/cpu_moe.py:269 and 526 (`apply`, of plain and
     of FP8 experts). Without it: `expert_map` is ignored, and the kernel reads past the end of this
     rank's weights. Goes when: `apply` maps expert numbers. Here a foreign expert becomes a local
-    one of weight zero, spread over all so that no expert gets most of the tokens.
-    """
+    one of weight zero, spread over all so that no expert gets most of the tokens."""
     from vllm.model_executor.layers.fused_moe.experts import cpu_moe
 
     for experts in (cpu_moe.CPUUnquantizedExperts, cpu_moe.CPUExpertsFp8):
@@ -84,8 +82,7 @@ def local_choice(
     """Return the same choice of experts in this rank's numbers.
 
     topk_ids, topk_weights: [num_tokens, topk]. expert_map: [num_experts], the number of each expert
-    here, or -1.
-    """
+    here, or -1."""
     local = expert_map[topk_ids.long()].to(topk_ids.dtype)
     foreign = local < 0
     return torch.where(foreign, topk_ids % num_local, local), topk_weights.masked_fill(foreign, 0)
@@ -97,8 +94,7 @@ def gather_uneven_shares() -> None:
     Upstream: distributed/device_communicators/base_device_communicator.py:290 and 331. Without it:
     the CPU's communicator lacks `all_gatherv` and `reduce_scatterv`, which the all-to-all of such
     models (`AgRsAll2AllManager`) calls. Goes when: it has them. Shares are padded to the longest,
-    since gloo needs equal ones.
-    """
+    since gloo needs equal ones."""
     from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
 
     def all_gatherv(

@@ -4,8 +4,7 @@ pushes slow.
 
 Without any one of the first five, tests/system/test_engine.py, which compares with transformers,
 fails; without the last two, test_push_fp8_engine.py. Paths are below vllm/. `apply` makes those
-patches that are made once per process.
-"""
+patches that are made once per process."""
 
 import mmap
 from typing import Any
@@ -40,8 +39,7 @@ def apply() -> None:
 def heads_are_adjacent(x: torch.Tensor | None, head_size: int) -> bool:
     """Return whether a token's heads are contiguous.
 
-    x: [num_tokens, heads * head_size] or [num_tokens, heads, head_size], possibly strided.
-    """
+    x: [num_tokens, heads * head_size] or [num_tokens, heads, head_size], possibly strided."""
     if x is None:
         return True
     if x.dim() == 3 and x.shape[1] > 1 and x.stride(1) != head_size:
@@ -55,8 +53,7 @@ def fix_strided_rotary() -> None:
     Upstream: model_executor/layers/rotary_embedding/base.py:298 (`RotaryEmbedding.forward_cpu`).
     Without it: the C++ operator assumes that a token's heads are head_size apart, but MLA passes
     the view q[..., nope:], whose heads are nope + rope apart, and log-probabilities are wrong.
-    (YaRN has its own class, which never takes this path.) Goes when: the operator reads strides.
-    """
+    (YaRN has its own class, which never takes this path.) Goes when: the operator reads strides."""
     from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
 
     upstream = RotaryEmbedding.forward_cpu
@@ -76,8 +73,7 @@ def forget_moe_kernel(method: Any) -> None:
     Upstream: model_executor/layers/fused_moe/unquantized_fused_moe_method.py:166 (`_setup_kernel`).
     Without it: once `moe_kernel` is set, `fused_experts.process_weights_after_loading`, which packs
     w13 and w2 on CPU, is skipped, and the previous version's experts stay. Goes when: it is called
-    on every loading.
-    """
+    on every loading."""
     if current_platform.is_cpu() and getattr(method, "moe_kernel", None) is not None:
         method.moe_kernel = None
 
@@ -87,8 +83,7 @@ def repack_output_head(model: torch.nn.Module) -> None:
 
     Upstream: model_executor/layers/vocab_parallel_embedding.py:67. Without it: the head multiplies
     by a packed copy of its weights; a tied head is never loaded itself, and so keeps the embedding
-    of the first version. Goes when: loading the embedding packs its tied head.
-    """
+    of the first version. Goes when: loading the embedding packs its tied head."""
     if not current_platform.is_cpu():
         return
     tables = [m for m in model.modules() if isinstance(m, VocabParallelEmbedding)]
@@ -104,8 +99,7 @@ def is_lookup_only(layer: torch.nn.Module, model: torch.nn.Module) -> bool:
     skips it. (An embedding without a head beside it may be the head, too.)
 
     Upstream: model_executor/layers/vocab_parallel_embedding.py:67. Without it: every loading packs
-    the embedding for nothing. Goes when: only heads are packed.
-    """
+    the embedding for nothing. Goes when: only heads are packed."""
     return (
         current_platform.is_cpu()
         and isinstance(layer, VocabParallelEmbedding)
@@ -120,8 +114,7 @@ def seed_whole_prompts_only() -> None:
     Upstream: v1/worker/gpu_model_runner.py:3500 (`_bookkeeping_sync`). Without it: after a step
     that computes a part of a prompt, vLLM drops the sampled token and sets the request's generator
     back, which a CPU's cannot ("CPU Generator does not use offset"), and the engine dies. Goes
-    when: it restores the generator's state instead.
-    """
+    when: it restores the generator's state instead."""
     from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
     upstream = CPUModelRunner.sample_tokens
@@ -141,8 +134,7 @@ def keep_matrices_plain() -> None:
     """Multiply by matrices without packing them, where --additional-config has `PLAIN_MATRICES`.
 
     Upstream: model_executor/layers/utils.py:581 (`dispatch_cpu_unquantized_gemm`). Without it:
-    every matrix is packed for oneDNN, most of a push's time. Goes when: vLLM has such a setting.
-    """
+    every matrix is packed for oneDNN, most of a push's time. Goes when: vLLM has such a setting."""
     from vllm import _custom_ops
     from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
@@ -193,8 +185,7 @@ def allocate_cache_lazily() -> None:
     """Let a KV cache take its memory block by block, when tokens are stored there.
 
     Upstream: v1/worker/utils.py:596 (`allocate_kv_cache`). Without it: the whole cache is filled
-    with zeros, two seconds per GiB of every start. Goes when: it uses torch.empty.
-    """
+    with zeros, two seconds per GiB of every start. Goes when: it uses torch.empty."""
     from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
     upstream = CPUModelRunner.initialize_kv_cache_tensors
@@ -211,8 +202,7 @@ def use_reference_attention() -> None:
 
     Upstream: platforms/cpu.py:153 and 260 (`CpuPlatform`). Without it: CPUs with AMX take a backend
     for bf16 only, whatever the dtype, and a float32 engine does not start. Goes when: the choice
-    depends on the dtype.
-    """
+    depends on the dtype."""
     from vllm.platforms.cpu import CpuPlatform
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
@@ -243,8 +233,7 @@ def allow_cpus_without_amx() -> None:
     Upstream: model_executor/kernels/linear/scaled_mm/cpu.py:236 (`CPUFp8BlockScaledMMKernel`) and
     layers/fused_moe/experts/cpu_moe.py:456 (`CPUExpertsFp8`). Without it: both refuse CPUs without
     AMX, although their operators have a slower path with the same results. Goes when: they accept
-    such CPUs.
-    """
+    such CPUs."""
     from vllm.model_executor.kernels.linear.scaled_mm.cpu import CPUFp8BlockScaledMMKernel
     from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUExpertsFp8
 
@@ -258,8 +247,7 @@ def pass_bias_as_float32() -> None:
     """Give the FP8 product a bias in fp32.
 
     Upstream: model_executor/kernels/linear/scaled_mm/cpu.py:306 (`apply_weights`). Without it: it
-    passes a bias in bf16, which the operator refuses. Goes when: it converts the bias.
-    """
+    passes a bias in bf16, which the operator refuses. Goes when: it converts the bias."""
     from vllm.model_executor.kernels.linear.scaled_mm.cpu import CPUFp8BlockScaledMMKernel
 
     upstream = CPUFp8BlockScaledMMKernel.apply_weights

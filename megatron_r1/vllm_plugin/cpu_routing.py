@@ -7,8 +7,7 @@ which needs Triton and so never runs on a CPU. Goes when: upstream supports it.
 vLLM's capturer, the scheduler's part and the HTTP response do not depend on the runner: here the
 first runner captures, and passes each step's rows to the scheduler. Without prefix caching, which
 `EngineSettings` turns off, every row of a sequence passes through the model and none has to be kept
-for another sequence.
-"""
+for another sequence."""
 
 from typing import Any
 
@@ -33,8 +32,7 @@ class RowCollector:
         """Return, by request in which a token was sampled, the rows from the position that the
         scheduler asks for.
 
-        sampled: this step's tokens of each request in the runner's batch, in order.
-        """
+        sampled: this step's tokens of each request in the runner's batch, in order."""
         metadata, batch = scheduled.aux_output_connector_metadata, runner.input_batch
         for request in metadata.finished_requests:
             self._parts.pop(request, None)

@@ -19,8 +19,7 @@ GAP_BYTES = 128
 class Placed:
     """A parameter in checkpoint form at byte `offset` of the memory, while it holds `window`.
 
-    num_rows: those that are received; the rest is a vocabulary's padding.
-    """
+    num_rows: those that are received; the rest is a vocabulary's padding."""
 
     parameter: Parameter
     offset: int
@@ -43,8 +42,7 @@ def with_gaps(
 
     oneDNN reads down the columns of a matrix that it packs. Rows of a power of two of bytes would
     all map to the same few lines of the cache: 2,048 columns of bfloat16 take 0.36 s per GB on two
-    cores, with gaps 0.13; float32 0.08 and 0.06 (docs/log.md).
-    """
+    cores, with gaps 0.13; float32 0.08 and 0.06 (docs/log.md)."""
     return dict(
         _with_gaps(parameter, of_parameter)
         if len(parameter.shape) == 2
@@ -80,8 +78,7 @@ def lay_out(
     a layer's parameters are in one window. in_place: the engine computes with the received weights
     until the next push has arrived, so there are two areas if they fit.
 
-    Raises ValueError where two layers do not fit into limit_bytes.
-    """
+    Raises ValueError where two layers do not fit into limit_bytes."""
     layers = [list(group) for _, group in groupby(copies, key=lambda p: id(p.layer))]
     sizes = [sum(_aligned(p.num_bytes) for p in layer) for layer in layers]
     total = sum(sizes)

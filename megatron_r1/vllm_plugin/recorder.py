@@ -3,8 +3,7 @@
 The model's layers are put into checkpoint form on the meta device, its `load_weights` is run on
 meta tensors, and every copy that its loaders make is recorded: which rectangle of which tensor goes
 where in which parameter. Fused, split, expert-parallel and padded parameters come out right by
-construction, and a receiver of exactly those rectangles needs no loader any more.
-"""
+construction, and a receiver of exactly those rectangles needs no loader any more."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -24,8 +23,7 @@ class Parameter:
     """A parameter or buffer in checkpoint form.
 
     title: its name with its layer's. is_live: vLLM keeps it in this form while serving (a bias), so
-    that a new value is copied into it.
-    """
+    that a new value is copied into it."""
 
     layer: torch.nn.Module
     name: str
@@ -45,8 +43,7 @@ class Parameter:
 class Copy:
     """A rectangle of HF tensor `name` that a loader copied into a parameter.
 
-    offset, pitch: of its first element and between its rows, in elements of the parameter.
-    """
+    offset, pitch: of its first element and between its rows, in elements of the parameter."""
 
     name: str
     rectangle: tuple[int, int, int, int]
@@ -73,8 +70,7 @@ def record(
     The model must not be in use meanwhile, and is unchanged afterwards.
 
     Raises ValueError where a loader does more than copy rectangles, or leaves part of a parameter
-    unloaded.
-    """
+    unloaded."""
     layers = list(model.modules())
     tied = _tied(layers)
     loader: Any = model  # torch's annotations allow tensors and modules as attributes only

@@ -4,8 +4,7 @@ ARGS are those of `vllm serve`. Differences from vLLM's own entry: the server an
 with their parent; one endpoint does all of a swap of weights; on CPU the engine core is forked
 instead of spawned, as vLLM does on GPU, so that torch and vllm are imported once and not two or
 three times, and keeps the memory that it frees. `--headless` runs one host's part of an engine
-whose server is on another host.
-"""
+whose server is on another host."""
 
 import os
 import signal
@@ -24,8 +23,7 @@ def fork_on_cpu() -> None:
     Upstream: vllm/platforms/cpu.py:409 (`CpuPlatform.check_and_update_config`). Without it: every
     process is spawned, so that it reads its own OpenMP settings when it loads, and imports vLLM
     again; `engine_environment` sets them before the first process starts. Goes when: the method can
-    be set.
-    """
+    be set."""
     from vllm.platforms.cpu import CpuPlatform
 
     upstream = CpuPlatform.check_and_update_config.__func__

@@ -3,8 +3,7 @@
 This is vLLM's layerwise reload (model_loader/reload/layerwise.py) without its loaders: the
 parameters of a layer are views of the receive buffer, vLLM's own post-processing runs on them, and
 its result is copied into the tensors that the engine computes with, whose addresses stay. MLA's
-absorbed W_UK_T and W_UV follow in `finish`.
-"""
+absorbed W_UK_T and W_UV follow in `finish`."""
 
 from collections.abc import Sequence
 from itertools import groupby
@@ -38,8 +37,7 @@ def load(
     afterwards the memory may be overwritten.
 
     in_place: the memory may not be overwritten, because the engine computes there with parameters
-    that post-processing leaves unchanged. For engines that captured no addresses: on a CPU.
-    """
+    that post-processing leaves unchanged. For engines that captured no addresses: on a CPU."""
     for _, group in groupby(placed, key=lambda at: id(at.parameter.layer)):
         of_layer = list(group)
         for at in of_layer:

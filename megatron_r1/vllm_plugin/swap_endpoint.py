@@ -1,8 +1,7 @@
 """`POST /swap_weights`: one call of vLLM's server for all of a swap of weights.
 
 vLLM's own calls for it are six, made while nothing generates, and /pause sleeps for 20 ms once the
-engine has stopped (v1/engine/async_llm.py:984): 36 ms in all, where the engine itself needs 3.
-"""
+engine has stopped (v1/engine/async_llm.py:984): 36 ms in all, where the engine itself needs 3."""
 
 from typing import Annotated, Any
 
@@ -26,8 +25,7 @@ async def swap_weights(
     stays paused; for an incomplete push the body of status 500 has "kind": "incomplete_push".
 
     Without `reset_running_requests` vLLM keeps the whole cache while any sequence is in flight: new
-    groups would then attend to keys of the weights before.
-    """
+    groups would then attend to keys of the weights before."""
     engine = engine_client(request)
     # Returns when no step is under way. The engine stamps tokens with their version, so it does not
     # matter when their receiver gets them.

@@ -10,5 +10,4 @@
 7. `verify`: one checksum per delivery, computed on both ends and compared before use.
 8. `megatron_r1.vllm_plugin.swap`: inside vLLM, the received weights replace the old ones.
 
-`receive`, `transports` and `verify` also run inside vLLM, so they import nothing else of ours.
-"""
+`receive`, `transports` and `verify` also run inside vLLM, so they import nothing else of ours."""

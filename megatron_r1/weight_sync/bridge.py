@@ -2,8 +2,7 @@
 
 The bytes of a push arrive beside the weights that an engine generates with; engines pause only
 while the new weights replace the old. Then each engine answers a few prompts, and the trainer must
-compute the same log-probabilities.
-"""
+compute the same log-probabilities."""
 
 from __future__ import annotations
 
@@ -50,8 +49,7 @@ class WeightBridge:
     """Call `open` once, then `hold` before the trainer's weights change and `push` after.
 
     The fleet's `feed` is set to this bridge's: an engine that is replaced, or joins, receives the
-    trainer's weights while those are the version that the other engines have.
-    """
+    trainer's weights while those are the version that the other engines have."""
 
     def __init__(self, fleet: RolloutFleet, links: EngineLinks, prober: Prober | None = None):
         self.fleet, self.links, self.prober = fleet, links, prober
@@ -112,8 +110,7 @@ class WeightBridge:
         """Push to `engine`, which is not in the fleet yet, the weights that the others have.
 
         No push begins within. Waits while the trainer's weights are between two versions. Raises
-        EngineError.
-        """
+        EngineError."""
         async with self._settled:
             if self._is_closed:
                 raise EngineError(f"{engine.name}: the trainer that had weights for it is gone")

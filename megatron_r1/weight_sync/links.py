@@ -34,8 +34,7 @@ class EngineLinks:
 
     tensors: name and shape of every tensor in a checkpoint of the model. layout: the fields of
     `plan.EngineLayout`, of one engine. store_host: the address of trainer rank 0's host for
-    engines; None: the one that the trainer's ranks use.
-    """
+    engines; None: the one that the trainer's ranks use."""
 
     def __init__(
         self,

@@ -17,8 +17,7 @@ to 0.05 (another expert was routed to); weights of another version give more tha
 class Prober:
     """Compares each engine's answers to a few prompts with the trainer.
 
-    prompts: token ids. tolerance: for the mean difference of log-probabilities.
-    """
+    prompts: token ids. tolerance: for the mean difference of log-probabilities."""
 
     def __init__(
         self,
@@ -33,8 +32,7 @@ class Prober:
     async def check(self, push: int, engines: Sequence[Engine], lose: Lose) -> dict[str, float]:
         """Sample from each engine and return the largest mean difference, "push/probe_diff".
 
-        Raises EngineError where it exceeds the tolerance.
-        """
+        Raises EngineError where it exceeds the tolerance."""
         differences: list[float] = []
         for engine in engines if self.prompts else ():
             try:

@@ -27,8 +27,7 @@ class HostPool:
     any thread.
 
     A thread of its own exchanges messages with the hosts, so that a busy controller does not look
-    dead. The pool restarts nothing that has died: the fleet decides that.
-    """
+    dead. The pool restarts nothing that has died: the fleet decides that."""
 
     def __init__(
         self,

@@ -48,8 +48,7 @@ class RemoteEngine:
     ended, it never runs again, even if that host comes back.
 
     loss: which of its hosts is lost, and how that was noticed. first_ended: the part whose end
-    ended the engine.
-    """
+    ended the engine."""
 
     def __init__(
         self, model: Path, log_path: Path, num_hosts: int, settings: dict[str, Any]

@@ -8,8 +8,7 @@ advantages: they import torch and Megatron inside functions only.
 
 Notation: P prompts, G responses o_i to each, N responses in a mini-batch, |o_i| tokens of response
 i, ρ = π_θ / π_old of a token, "clip" = min(ρ A, clip(ρ, 1 - ε_low, 1 + ε_high) A). The loss is -J;
-prompt tokens and padding are masked in every sum over t.
-"""
+prompt tokens and padding are masked in every sum over t."""
 
 import importlib
 from collections.abc import Callable
@@ -29,8 +28,7 @@ class Algorithm:
     advantage that these are computed from, NaN if ungraded.
     loss: "module:function" of a `training.losses.Loss`, called on the trainer ranks.
     token_advantages: "module:function" of a `training.token_advantages.TokenAdvantages`, called
-    there once the rollout is scored; None where all tokens of a response share one advantage.
-    """
+    there once the rollout is scored; None where all tokens of a response share one advantage."""
 
     name: str
     rules: AlgorithmRules

@@ -6,8 +6,7 @@ section 3.1).
 sg stops the gradient. PPO's clip removes the gradient of a token, often a rare one at which the
 reasoning turns; here its weight is bounded and every token keeps its gradient. Averaged per token.
 The weight has no lower bound (ε_low above 1) and there is no KL; equal-reward groups and long
-responses are treated as in DAPO. The source gives no ε_high: 4, a weight of 5, is ours.
-"""
+responses are treated as in DAPO. The source gives no ε_high: 4, a weight of 5, is ours."""
 
 from __future__ import annotations
 

@@ -8,8 +8,7 @@ with ρ = π_θ / π_old of token t; there is no critic. Advantages are normalis
 per sequence: the mean over a response's tokens, then over responses. KL is in the loss, never in
 the reward, and `kl_estimator` chooses its estimate. Masked: prompts, and what follows the end of a
 response. `advantage_std` batch divides by the standard deviation of the rollout instead of the
-group's. The defaults of `rl` are R1-Zero's, so GRPO sets none of its own.
-"""
+group's. The defaults of `rl` are R1-Zero's, so GRPO sets none of its own."""
 
 from __future__ import annotations
 
@@ -43,8 +42,7 @@ def loss(batch: PackedBatch, head: Head, settings: dict[str, Any]) -> LossTerms:
     what each is divided by), and `max_response_tokens`. With importance_cap None the difference
     between the engine's and the trainer's log-probabilities is not corrected. Reads
     batch.logprobs["reference"] if kl_beta > 0, and ["old"]; without "old" the policy itself is
-    taken for π_old (ratio 1).
-    """
+    taken for π_old (ratio 1)."""
     from megatron_r1.training.losses import LossTerms, denominator
 
     settings = dict(settings)

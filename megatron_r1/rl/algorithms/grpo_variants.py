@@ -31,7 +31,6 @@ The ratio belongs to the whole response, as its reward does (`ratio_level` seque
 `r1_kernels.policy_loss`); it is the geometric mean of the tokens' ratios, so that responses of
 different lengths compare. Averaged per sequence. The ratio moves much less than a token's, hence
 the small clips (section 5.1, with four mini-batches per rollout). After an update some tokens take
-other experts, which upsets token ratios but hardly moves this one.
-"""
+other experts, which upsets token ratios but hardly moves this one."""
 
 NAMES = ("dapo", "dr_grpo", "gspo")

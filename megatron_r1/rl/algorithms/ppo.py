@@ -10,8 +10,7 @@ With λ (`gae_lambda`) 1, R_t is the reward to go; a smaller λ relies more on t
 chains of thought lets the reward fade before it reaches the first tokens. γ is `discount`. Averaged
 per sequence. `advantage_std` batch normalises A over the tokens of the rollout, none leaves it.
 For ungraded responses A is 0 and the target is the value itself. How the critic learns: section
-`critic`.
-"""
+`critic`."""
 
 from __future__ import annotations
 

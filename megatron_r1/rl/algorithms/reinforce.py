@@ -7,8 +7,7 @@ Its gradient at ρ = 1 is A_i ∇ log π_θ(o_i) / (N L): a response is one acti
 is the sum of its tokens', so tokens are summed and not averaged. One update per rollout keeps ρ at
 1; with more `minibatches` ρ corrects each token, inside clips that hardly ever bound it.
 `advantage_std` batch divides by the rollout's standard deviation. The mean includes the response's
-own reward, which scales the gradient by (N - 1) / N. No KL.
-"""
+own reward, which scales the gradient by (N - 1) / N. No KL."""
 
 from __future__ import annotations
 

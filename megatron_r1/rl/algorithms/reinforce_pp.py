@@ -7,8 +7,7 @@
 PPO without a critic: the reward is on the last token, a KL penalty on each, and the whole rollout
 gives baseline and scale, so that one response per prompt is enough (`group_size` 1). Averaged per
 token. `discount` weighs later tokens. Ungraded responses have advantage 0 and count in neither mean
-nor deviation. Clip and β are those usual with PPO.
-"""
+nor deviation. Clip and β are those usual with PPO."""
 
 from __future__ import annotations
 

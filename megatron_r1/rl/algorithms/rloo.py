@@ -9,8 +9,7 @@ whole response in its reward, whose expected gradient is that of KL(π_θ ‖ π
 advantage leaves out the penalties before it, which it cannot change, and the baseline of the
 penalty: less variance, the same expectation. Each token's own penalty alone would be the k2 loss
 (log(π_θ / π_ref)² / 2), which has that gradient but for the token's effect on later ones.
-One update per rollout keeps ρ at 1; see `reinforce`. β and G are the source's.
-"""
+One update per rollout keeps ρ at 1; see `reinforce`. β and G are the source's."""
 
 from __future__ import annotations
 

@@ -3,8 +3,7 @@
 Every element that an engine rank needs is sent to it once, by one of the trainer ranks that hold
 it. The sender follows from counting alone, without communication: the ranks that hold the same part
 of a tensor take turns over the engine ranks that need it. A rank computes its own transfers and
-never sees the others'.
-"""
+never sees the others'."""
 
 from __future__ import annotations
 
@@ -35,8 +34,7 @@ class Planner:
 
     stages: the shards of each pipeline rank's virtual stages (`weights.layout.stage_shards`),
     default an even spread. needs: default `PredictedLayout`. Raises UserError for an impossible
-    layout.
-    """
+    layout."""
 
     def __init__(
         self,
@@ -68,8 +66,7 @@ class Planner:
     def sends(self, rank: int, engine: int | None = None) -> Iterator[Transfer]:
         """Yield the transfers of trainer rank `rank`, layer by layer.
 
-        engine: only the transfers to this one.
-        """
+        engine: only the transfers to this one."""
         stage, tensor = self.grid.stage(rank), self.grid.tensor_rank(rank)
         expert_tensor, expert_rank = self.grid.expert_coordinate(rank)
         for item in self._held(stage, expert_rank):
@@ -104,8 +101,7 @@ class Planner:
     def holdings(self, item: HFTensor, only: int | None = None) -> Iterator[Holding]:
         """Yield the parts of a tensor over the trainer's ranks.
 
-        only: the part of this (expert-)tensor-parallel rank.
-        """
+        only: the part of this (expert-)tensor-parallel rank."""
         grid, rule = self.grid, item.rule
         layer = item.layer
         stage = self._stage_of_part[item.part] if layer is None else self._stage_of_layer[layer]

@@ -4,8 +4,7 @@ The weight table that lays a model out over Megatron's ranks also determines how
 each split of `weights.rules` has a counterpart here. vLLM 0.32's classes: columns is
 ColumnParallelLinear and MergedColumnParallelLinear, rows RowParallelLinear, whole ReplicatedLinear
 and norms, vocabulary VocabParallelEmbedding and ParallelLMHead, QueryGroups QKVParallelLinear;
-routed experts are FusedMoE's.
-"""
+routed experts are FusedMoE's."""
 
 from collections.abc import Hashable, Iterator
 from itertools import product
@@ -24,8 +23,7 @@ class PredictedLayout:
     """The regions that the ranks of one engine need of the model that `hf` describes.
 
     Used to plan without an engine; a push uses `ReceiverLayout`. Multi-token-prediction layers are
-    left out: only a drafter needs them. Raises UserError where vLLM cannot split the model so.
-    """
+    left out: only a drafter needs them. Raises UserError where vLLM cannot split the model so."""
 
     def __init__(self, hf: dict, layout: EngineLayout):
         self.layout, self.table = layout, table(hf)

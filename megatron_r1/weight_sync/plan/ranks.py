@@ -2,8 +2,7 @@
 
 Megatron-Core's default order is tp-cp-ep-dp-pp: ranks of dense parameters count tensor fastest,
 then context, data, pipeline; ranks of experts expert-tensor fastest, then expert, expert-data,
-pipeline.
-"""
+pipeline."""
 
 from __future__ import annotations
 
@@ -91,8 +90,7 @@ class EngineLayout:
     expert_parallel: whether routed experts are spread whole over the data x tensor ranks of a stage
     (--enable-expert-parallel); otherwise each expert is split over them. As in vLLM, the rank
     within an engine counts tensor fastest, then pipeline, then data; global ranks count engine
-    after engine.
-    """
+    after engine."""
 
     engines: int = 1
     tensor: int = 1

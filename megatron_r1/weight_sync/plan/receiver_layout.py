@@ -20,8 +20,7 @@ class ReceiverLayout:
     """The regions that the ranks of one engine of `layout` need of the model `hf` describes.
 
     tables: one per rank of the engine. Raises ValueError for a table that has a tensor twice, which
-    no model here needs.
-    """
+    no model here needs."""
 
     def __init__(self, hf: dict, layout: EngineLayout, tables: Sequence[SlotTable]):
         self.layout, self.table, self._tables = layout, table(hf), tables
@@ -51,8 +50,7 @@ class ReceiverLayout:
         """Return `transfer` as a part of engine rank `rank`'s slot for it; where the slot holds FP8
         blocks, with the delivery of their scales.
 
-        Raises ValueError for FP8 of another kind, and for parts of blocks.
-        """
+        Raises ValueError for FP8 of another kind, and for parts of blocks."""
         name, region = transfer.name, transfer.region
         slot = self._tables[rank].slots[self._slots[rank, name]]
         if dtype_of(slot).itemsize > 1:

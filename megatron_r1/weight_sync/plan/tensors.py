@@ -13,8 +13,7 @@ class HFTensor:
     """One tensor of a Hugging Face checkpoint.
 
     part: "embedding", "layers", "final_norm" or "head". layer, expert: global indices, or None.
-    source: index of the tensor in its rule's sources.
-    """
+    source: index of the tensor in its rule's sources."""
 
     name: str
     rule: Rule
@@ -70,8 +69,7 @@ class Transfer:
     """`region` of the HF tensor `name`, which has `shape`.
 
     sender: global trainer rank; receiver: global engine rank. dtype: the tensor's own, or None for
-    the push's.
-    """
+    the push's."""
 
     name: str
     shape: Shape
@@ -93,8 +91,7 @@ def checkpoint_tensors(
     """Yield the tensors of `parts` in checkpoint order.
 
     layers: which decoder layers, where "layers" is one of the parts. experts: which routed experts.
-    A tied head is yielded as the embedding only.
-    """
+    A tied head is yielded as the embedding only."""
     if "embedding" in parts:
         yield from _tensors_of(table.embedding, "embedding")
     if "layers" in parts:

@@ -19,8 +19,7 @@ class ReceiveBuffer:
     deliveries[sender]: those of each trainer rank, in its order, the same in every push. Pushes are
     numbered from 1. A transport writes into `memory` and reports each delivery to `arrived`, from
     any thread; the engine waits in `wait`. Raises ValueError where the deliveries do not cover the
-    table.
-    """
+    table."""
 
     def __init__(
         self, table: SlotTable, memory: torch.Tensor, deliveries: Mapping[int, Sequence[Delivery]]
@@ -65,8 +64,7 @@ class ReceiveBuffer:
         """Wait until all of `window` of `push` has arrived.
 
         Raises IncompletePush, naming trainer ranks whose deliveries are late, and ValueError,
-        naming the tensors whose checksums differ.
-        """
+        naming the tensors whose checksums differ."""
         deadline = time.monotonic() + timeout_seconds
         with self._changed:
             while late := self._late(push, window):

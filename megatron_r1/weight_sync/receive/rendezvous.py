@@ -1,8 +1,7 @@
 """How the ranks of an engine and of the trainer agree, once per engine: tables against plans.
 
 Both sides use a torch.distributed store that the trainer hosts. Keys begin with the engine's name,
-which is new for every start of an engine.
-"""
+which is new for every start of an engine."""
 
 import datetime
 import time
@@ -77,8 +76,7 @@ class Rendezvous:
 
     Every call waits for the other side at most `timeout_seconds`, during a push `push_seconds`
     (default the same), and then raises torch.distributed.DistStoreError. tables: shared by a
-    process that meets many engines.
-    """
+    process that meets many engines."""
 
     def __init__(
         self,
@@ -167,8 +165,7 @@ def report_gone(host: str, port: int, engine: str) -> None:
     it.
 
     host, port: of the trainer's store. Raises torch.distributed.DistError where the trainer is gone
-    as well.
-    """
+    as well."""
     timeout = datetime.timedelta(seconds=REPORT_SECONDS)
     store = TCPStore(host, port, is_master=False, timeout=timeout)
     PrefixStore(engine, store).set(GONE, "1")

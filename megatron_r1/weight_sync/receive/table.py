@@ -11,8 +11,7 @@ class Slot(msgspec.Struct, frozen=True, array_like=True):
 
     offset: byte of its first element in the memory; pitch: bytes from one row to the next. dtype:
     the engine's, such as "bfloat16". window: 0 where all weights fit into the memory at once;
-    otherwise the memory is filled anew for every window, in turn.
-    """
+    otherwise the memory is filled anew for every window, in turn."""
 
     name: str
     top: int
@@ -37,8 +36,7 @@ class SlotTable(msgspec.Struct, frozen=True):
     """All slots of one engine rank, by window and then in checkpoint order.
 
     num_bytes: of one area. areas: 1, or 2 where the engine computes with the received weights in
-    place, so that the next push must be written beside them.
-    """
+    place, so that the next push must be written beside them."""
 
     num_bytes: int
     slots: list[Slot]

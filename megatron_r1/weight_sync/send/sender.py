@@ -1,6 +1,5 @@
 """A trainer rank's part of a push: it sends every engine rank the slices that the plan assigns to
-this rank, straight from the model's parameters.
-"""
+this rank, straight from the model's parameters."""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -68,8 +67,7 @@ class WeightSender:
         engine: its index, which decides whose turn it is among ranks that hold the same. name:
         unique to this start of the engine. layout: the fields of `EngineLayout`, of one engine.
         full_every: of so many pushes the first is sent whole, the others as differences.
-        push_seconds: limit for a push, default `timeout_seconds`.
-        """
+        push_seconds: limit for a push, default `timeout_seconds`."""
         self.disconnect(engine)
         rendezvous = Rendezvous(self.store, name, timeout_seconds, push_seconds, self._tables)
         try:
@@ -93,8 +91,7 @@ class WeightSender:
         """Send the present weights to these engines, as push number `push` of each.
 
         gone: engines to disconnect. Returns "problems" by engine: an engine that is lost during the
-        push does not stop the others.
-        """
+        push does not stop the others."""
         for engine in gone:
             self.disconnect(engine)
         problems: dict[str, str] = {}

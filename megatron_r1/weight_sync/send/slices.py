@@ -49,8 +49,7 @@ class EncodedSlices:
 
     "codes" and "scales" are the two results of `stored.fp8_blocks.quantise` for a slice of whole
     blocks: float8 of its shape, and one fp32 per 128 x 128 block. One computation gives both; only
-    the codes that were read last are kept, and the scales until they are read.
-    """
+    the codes that were read last are kept, and the scales until they are read."""
 
     def __init__(self, slices: Iterable[tuple[ParameterSlice, Encoding]]):
         self._slices = list(slices)

@@ -1,8 +1,7 @@
 """Moves bytes from trainer ranks into an engine rank's memory.
 
 A transport is one file with both its ends, `Receiver` and `Sender` (see base.py), plus one line in
-TRANSPORTS. vLLM knows it as weight-transfer backend `megatron_r1_<name>`.
-"""
+TRANSPORTS. vLLM knows it as weight-transfer backend `megatron_r1_<name>`."""
 
 from __future__ import annotations
 

@@ -15,8 +15,7 @@ class Receiver(ABC):
     """An engine rank's end. Its constructor publishes `table`, waits for all trainer ranks' plans,
     and then receives their pushes in the background.
 
-    memory: uint8, all areas. address: where senders reach it.
-    """
+    memory: uint8, all areas. address: where senders reach it."""
 
     address = ""
 
@@ -58,8 +57,7 @@ class Sender(ABC):
     push `send` window by window.
 
     full_every: of so many pushes the first is sent whole, the others as differences; ignored by
-    transports that write into the receiver's memory.
-    """
+    transports that write into the receiver's memory."""
 
     address = ""
 
@@ -88,8 +86,7 @@ class Sender(ABC):
         """Send the deliveries of one window; on return the slices may change.
 
         From the third window on it first waits until the engine rank has released the window whose
-        memory this one overwrites.
-        """
+        memory this one overwrites."""
 
     @abstractmethod
     def close(self) -> None:

@@ -1,7 +1,6 @@
 """Deliveries cut into chunks of rows, and chunks packed into buckets of bytes.
 
-Sender and receiver cut alike, so no sizes need to be exchanged.
-"""
+Sender and receiver cut alike, so no sizes need to be exchanged."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

@@ -2,8 +2,7 @@
 NVLink or within the GPU itself; nothing passes through the host.
 
 Trainer ranks open the engine rank's memory through CUDA's inter-process handles. Progress and
-checksums are exchanged through /dev/shm, as in `shared_memory`.
-"""
+checksums are exchanged through /dev/shm, as in `shared_memory`."""
 
 from __future__ import annotations
 
@@ -22,8 +21,7 @@ class DeviceMemory(msgspec.Struct, frozen=True):
     """A handle with which another process opens memory of a GPU.
 
     gpu: its UUID, since processes number GPUs differently. handle: the result of
-    `UntypedStorage._share_cuda_` without the device's number.
-    """
+    `UntypedStorage._share_cuda_` without the device's number."""
 
     gpu: str
     handle: list

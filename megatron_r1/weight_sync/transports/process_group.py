@@ -3,8 +3,7 @@
 Every pair of a trainer and an engine rank with something to exchange is a process group of two, so
 that a lost rank breaks its own pairs only. A push is a stream of buckets: one is on the wire while
 another is packed, or unpacked; the checksums follow each window. A push is sent whole, or as the
-difference to the pair's last push; then every bucket's length precedes it.
-"""
+difference to the pair's last push; then every bucket's length precedes it."""
 
 import datetime
 import threading

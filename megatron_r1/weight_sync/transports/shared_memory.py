@@ -6,8 +6,7 @@ while the senders write, so that it finishes just after the last of them.
 
 The memory is a file in /dev/shm whose name is removed as soon as both sides have mapped it, so that
 nothing outlives them. The process that creates a file holds a lock on it until then; a file without
-a lock was left by a killed process, and `sweep` removes it.
-"""
+a lock was left by a killed process, and `sweep` removes it."""
 
 import contextlib
 import fcntl

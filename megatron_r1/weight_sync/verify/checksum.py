@@ -2,8 +2,7 @@
 
 On a CPU: `LaneChecksum` where rows are whole stripes of it, otherwise XXH3, a chunk at a time while
 its bytes are in the cache. On a GPU, where either would copy all bytes to the host: `weighted_sum`.
-They detect accidental errors of wires, memory and indices, not an adversary.
-"""
+They detect accidental errors of wires, memory and indices, not an adversary."""
 
 from collections.abc import Callable, Iterator
 
@@ -76,8 +75,7 @@ def copy_with_checksum(
     have.
 
     report: called from time to time with the number of rows written, never with all of them. Other
-    processes see the rows only after a `lanes.memory_fence`.
-    """
+    processes see the rows only after a `lanes.memory_fence`."""
     if target.is_cuda:
         target.copy_(source)
         return weighted_sum(target)

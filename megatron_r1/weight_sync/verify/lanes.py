@@ -4,8 +4,7 @@ A separate checksum reads the bytes from the cache once more; in the copy's own 
 nothing, because the loop waits for memory. The stores bypass the cache: this core does not read
 them, and their cache lines need not be fetched first. A push with plain matrices takes 0.08 s with
 this loop and 0.14 s with XXH3 and a copy by chunks (0.42 GB on 2 cores; docs/log.md, 2026-11-22).
-llvmlite, a dependency of vLLM, compiles the loop for the host's widest vectors in 20 ms.
-"""
+llvmlite, a dependency of vLLM, compiles the loop for the host's widest vectors in 20 ms."""
 
 import ctypes
 from collections.abc import Callable
@@ -95,8 +94,7 @@ class LaneChecksum:
         plain += w,  running = rotate_left(running, ROTATION) + plain,  modulo 2^64
 
     and XXH3 of both sums of all lanes. A single wrong word shows in `plain`; errors that cancel out
-    there (swapped words, two lost highest bits) show in `running`.
-    """
+    there (swapped words, two lost highest bits) show in `running`."""
 
     def __init__(self) -> None:
         self._sums = np.zeros((2, NUM_LANES), np.uint64)
@@ -110,8 +108,7 @@ class LaneChecksum:
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
         """Do `read(source)` and target.copy_(source), where it `can_copy`.
 
-        Another process sees the bytes only after a `memory_fence`.
-        """
+        Another process sees the bytes only after a `memory_fence`."""
         if len(source):
             _compiled().copy(*_extent(target)[:2], *_extent(source), *self._addresses)
 
