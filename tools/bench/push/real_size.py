@@ -26,7 +26,7 @@ ADAPTER = 400e9 / 8
 
 def plan_of_671b() -> dict[str, dict[str, float | str]]:
     hf = json.loads(MODEL.read_text(encoding="utf-8"))
-    planner = Planner(hf, GRID, ENGINES, _stages(hf))
+    planner = Planner(hf, GRID, ENGINES, stages(hf))
     found: dict[str, dict[str, float | str]] = {"plan": _seconds(hf)}
     needs = PredictedLayout(hf, ENGINES)
     for name, num_bytes in (("bf16", plain_bytes("bfloat16")), ("fp8", fp8_bytes)):
@@ -49,26 +49,26 @@ def plan_of_671b() -> dict[str, dict[str, float | str]]:
     return found
 
 
-def _stages(hf: dict) -> list[list[Shard]]:
+def stages(hf: dict) -> list[list[Shard]]:
     return stage_shards(hf, GRID.pipeline, pipeline_layout=STAGES, with_mtp=False)
 
 
 def _seconds(hf: dict) -> dict[str, float]:
     """Return the seconds to plan for one rank from scratch; the slowest of a few of each kind."""
-    tables = _tables(hf)
-    senders = [_sender_seconds(hf, rank, tables) for rank in (0, 1, 64, 1000, 1984, 2047)]
+    encoded = tables(hf, ONE)
+    senders = [_sender_seconds(hf, rank, encoded) for rank in (0, 1, 64, 1000, 1984, 2047)]
     return {
         "seconds of a training rank, to all engines": max(senders),
-        "GB of tables into all training ranks": GRID.world * sum(map(len, tables)) / 1e9,
+        "GB of tables into all training ranks": GRID.world * sum(map(len, encoded)) / 1e9,
     }
 
 
-def _tables(hf: dict) -> list[bytes]:
+def tables(hf: dict, engine: EngineLayout) -> list[bytes]:
     """Return the table that each rank of an engine publishes: its tensors, one after another."""
-    needs, found = PredictedLayout(hf, ONE), []
-    for rank in range(ONE.ranks_per_engine):
+    needs, found = PredictedLayout(hf, engine), []
+    for rank in range(engine.ranks_per_engine):
         slots, end = [], 0
-        for tensor, at in needs.needed(ONE.coordinate(rank)):
+        for tensor, at in needs.needed(engine.coordinate(rank)):
             pitch = 2 * (at.right - at.left)
             slots.append(Slot(tensor.name, *astuple(at), end, pitch, "bfloat16"))
             end += pitch * (at.bottom - at.top)
@@ -79,9 +79,9 @@ def _tables(hf: dict) -> list[bytes]:
 def _sender_seconds(hf: dict, rank: int, encoded: list[bytes]) -> float:
     """Plan as a sending rank does when it connects to one engine after another."""
     start = time.perf_counter()
-    tables = [msgspec.msgpack.decode(table, type=SlotTable) for table in encoded]
-    needs, stages = ReceiverLayout(hf, ONE, tables), _stages(hf)
+    decoded = [msgspec.msgpack.decode(table, type=SlotTable) for table in encoded]
+    needs, of_stages = ReceiverLayout(hf, ONE, decoded), stages(hf)
     for engine in range(ENGINES.engines):
-        for transfer in Planner(hf, GRID, ONE, stages, needs).sends(rank, engine):
+        for transfer in Planner(hf, GRID, ONE, of_stages, needs).sends(rank, engine):
             needs.deliveries(transfer.receiver % ONE.ranks_per_engine, transfer)
     return time.perf_counter() - start

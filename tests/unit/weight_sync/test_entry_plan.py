@@ -1,0 +1,74 @@
+"""Plans in which each slice enters one engine, against what single ranks hold and need."""
+
+from collections import Counter, defaultdict
+
+import pytest
+
+from megatron_r1.weight_sync.plan import EngineLayout, Planner, TrainerGrid
+from megatron_r1.weight_sync.plan.entry import SET_ENGINES, engine_sets, entries
+from megatron_r1.weight_sync.plan.traffic import fp8_bytes, plain_bytes, traffic
+from megatron_r1.weights.layout import stage_shards
+from tests.unit.weight_sync.test_push_plan import DEEPSEEK, DEEPSEEK_V3, WORLDS, held
+
+BYTES = plain_bytes("bfloat16")
+
+
+@pytest.mark.parametrize("engines", [1, 2, 3])
+@pytest.mark.parametrize(("hf", "grid", "layout"), WORLDS)
+def test_each_rank_s_needs_enter_one_engine_once_from_a_holder(hf, grid, layout, engines):
+    planner = Planner(hf, grid, layout)
+    (plan,) = entries(planner, BYTES, [range(engines)])
+    holdings = [held(hf, grid, rank) for rank in range(grid.world)]
+    assert len(plan) == layout.ranks_per_engine
+    for position, of_position in enumerate(plan):
+        found = Counter()
+        for entry in of_position:
+            assert entry.position == position and entry.engine in range(engines)
+            for part in entry.parts:
+                own = holdings[entry.sender][part.item.name]
+                assert any(part.region.intersection(r) == part.region for r in own), part
+                found[part.item.name, part.region] += 1
+        assert set(found.values()) == {1}
+        elements = defaultdict(int)
+        for (name, region), _ in found.items():
+            elements[name] += region.num_elements
+        at = layout.coordinate(position)
+        needed = {item.name: region.num_elements for item, region in planner.needs.needed(at)}
+        assert elements == needed
+        for one in (name for name, _ in found):
+            regions = [region for name, region in found if name == one]
+            for i, region in enumerate(regions):
+                assert not any(region.intersection(other) for other in regions[:i])
+
+
+def test_everyone_computes_the_same_plan():
+    grid, layout = TrainerGrid(8, pipeline=2, expert=4), EngineLayout(tensor=2, data=2)
+    plans = [entries(Planner(DEEPSEEK, grid, layout), BYTES, [range(2), range(2, 4)]) for _ in "ab"]
+    assert plans[0] == plans[1]
+
+
+def test_sets_are_of_equal_size():
+    assert engine_sets(1) == [range(1)]
+    assert engine_sets(SET_ENGINES) == [range(SET_ENGINES)]
+    assert [len(engines) for engines in engine_sets(SET_ENGINES + 1)] == [8, 9]
+    assert engine_sets(64) == [range(0, 16), range(16, 32), range(32, 48), range(48, 64)]
+
+
+@pytest.mark.parametrize(("count", "most"), [(BYTES, 1.16), (fp8_bytes, 1.2)])
+def test_the_recipe_for_2048_ranks_needs_few_links_and_sends_evenly(count, most):
+    grid = TrainerGrid(2048, tensor=4, context=2, expert=8, pipeline=16)
+    layout = EngineLayout(16, tensor=8, data=16, expert_parallel=True)
+    stages = stage_shards(DEEPSEEK_V3, 16, 2, pipeline_layout="Et|t|(tt|)*29tmL")
+    planner = Planner(DEEPSEEK_V3, grid, layout, stages)
+    (plan,) = entries(planner, count, [range(16)])
+    sent, into, received = Counter(), Counter(), Counter()
+    for entry in (entry for of_position in plan for entry in of_position):
+        sent[entry.sender] += entry.num_bytes
+        into[entry.engine, entry.position] += 1
+        received[entry.position] += entry.num_bytes
+    out = Counter(entry.sender for of_position in plan for entry in of_position)
+    assert max(out.values()) <= 8 and max(into.values()) <= 8
+    assert len(into) == 2048 and len(sent) == 2048
+    assert max(sent.values()) <= most * sum(sent.values()) / 2048
+    needed = traffic(planner, count).received
+    assert [received[p] for p in range(128)] == pytest.approx(needed[:128])

@@ -1,0 +1,180 @@
+"""A push of DeepSeek-V3 from 2,048 trainer ranks, simulated: every rank sends to every engine, or
+every slice enters one engine and the engines exchange them.
+
+Both come from the project's own plans (`weight_sync/plan`), byte by byte.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from megatron_r1.config.recipe import load
+from megatron_r1.models import read_hf_config
+from megatron_r1.weight_sync.plan import EngineLayout, Planner, TrainerGrid
+from megatron_r1.weight_sync.plan.entry import Entry, engine_sets, entries
+from megatron_r1.weight_sync.plan.recipe import engine_layout
+from megatron_r1.weight_sync.plan.traffic import ByteCount, fp8_bytes, plain_bytes, traffic
+from megatron_r1.weights.layout import recipe_stages
+from tools.bench.children import ROOT
+from tools.bench.push import real_size
+from tools.bench.push.assumptions import Assumptions, as_table
+from tools.bench.push.designs import Cluster, direct_links, direct_tasks, entry_tasks
+
+RECIPE = ROOT / "examples/deepseek_r1/r1_zero.yaml"
+FORMS: dict[str, ByteCount] = {"bf16": plain_bytes("bfloat16"), "FP8": fp8_bytes}
+DIRECT_BATCH, ENTRY_BATCH = 0.3, 0.02
+"""Of running tasks that end between two computations of rates. 0.1 and 0.01 change the makespans by
+less than 6% and 1%."""
+PAIR_REQUESTS = 4
+"""Of the store, for a group of two: each sets its address and gets the other's."""
+Plans = list[tuple[range, list[list[Entry]]]]
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    hf: dict
+    planner: Planner
+    cluster: Cluster
+
+    @property
+    def engines(self) -> EngineLayout:
+        return self.planner.engines
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What connects all ranks, once: requests to the store, bytes out of it, groups that a rank
+    creates one after another, by their size, and seconds of planning."""
+
+    requests: float
+    store_bytes: float
+    broadcast_bytes: float
+    group_sizes: list[int]
+    planning: float
+
+    def seconds(self, rates: Assumptions) -> float:
+        creating = sum(
+            rates.group_seconds + size * rates.group_rank_seconds for size in self.group_sizes
+        )
+        return (
+            self.requests / rates.store_requests
+            + self.store_bytes / rates.store_bytes
+            + self.broadcast_bytes / rates.broadcast
+            + self.planning
+            + creating
+        )
+
+
+def simulate() -> dict[str, Any]:
+    start = time.process_time()
+    found: dict[str, Any] = {"assumptions": as_table(Assumptions()), "cases": {}}
+    for case in _cases():
+        rows = [row for form, count in FORMS.items() for row in _rows(case, form, count)]
+        found["cases"][case.name] = rows
+        print(case.name)
+        for row in rows:
+            print(
+                f"  {row['weights']:5} {row['design']:45} {row['seconds']:7.3f} s, "
+                f"{row['over the floor']:6.2f} x floor {row['floor']:.3f} s; links "
+                f"{row['links out of a rank']}/{row['links into a rank']}, groups "
+                f"{row['groups of a rank']}, {row['store requests']:,.0f} requests, set up in "
+                f"{row['setup seconds']:.1f} s",
+                flush=True,
+            )
+    return {**found, "seconds of one core": time.process_time() - start}
+
+
+def _cases() -> Iterator[Case]:
+    config = load(RECIPE)
+    hf = read_hf_config(config.model.path)
+    grid = TrainerGrid.of(config.parallel, config.parallel.processes)
+    engines = engine_layout(config)
+    planner = Planner(hf, grid, engines, recipe_stages(config, hf))
+    cluster = Cluster(grid.world, engines.num_ranks, config.rollout.colocated)
+    yield Case("the recipe's 16 engines x 128 GPUs, colocated", hf, planner, cluster)
+    planner = Planner(hf, real_size.GRID, real_size.ENGINES, real_size.stages(hf))
+    cluster = Cluster(real_size.GRID.world, real_size.ENGINES.num_ranks, colocated=False)
+    yield Case("64 engines x 16 GPUs, of their own", hf, planner, cluster)
+
+
+def _rows(case: Case, form: str, count: ByteCount) -> Iterator[dict[str, Any]]:
+    cluster, rates = case.cluster, case.cluster.rates
+    floor = traffic(case.planner, count).received.max() / rates.nic
+
+    def row(design: str, seconds: float, links: np.ndarray, exchange: int, setup: Setup) -> dict:
+        out, into = (np.bincount(side).max() for side in links.T)
+        return {
+            "weights": form,
+            "design": design,
+            "seconds": seconds,
+            "floor": floor,
+            "over the floor": seconds / floor,
+            "links out of a rank": int(out),
+            "links into a rank": int(into),
+            "groups of a rank": int(max(out, into + bool(exchange))),
+            "groups": len(links) + exchange,
+            "store requests": setup.requests,
+            "setup seconds": setup.seconds(rates),
+        }
+
+    if form == "bf16":  # the bytes of FP8 are half of it, and everything else is the same
+        direct = direct_links(case.planner, count)
+        pairs = np.stack([direct.sender, direct.receiver], axis=1)
+        setup = _direct_setup(case, pairs)
+        for design, rotated, capacity in (
+            ("each engine in turn, packed on the host", False, cluster.with_host_packing()),
+            ("each engine in turn", False, cluster.capacity),
+            ("each engine in turn, each rank in another order", True, cluster.capacity),
+        ):
+            tasks = direct_tasks(cluster, case.planner, direct, rotated)
+            ends = tasks.finish_times(capacity, DIRECT_BATCH)
+            yield row(design, ends.max(), pairs, 0, setup)
+    began = time.process_time()
+    sets = engine_sets(case.engines.engines)
+    plans = list(zip(sets, entries(case.planner, count, sets), strict=True))
+    planning = time.process_time() - began
+    pairs = np.array(
+        [
+            (entry.sender, engines[entry.engine] * case.engines.ranks_per_engine + entry.position)
+            for engines, plan in plans
+            for of_position in plan
+            for entry in of_position
+        ]
+    )
+    ends = entry_tasks(cluster, plans, case.engines.ranks_per_engine).finish_times(
+        cluster.capacity, ENTRY_BATCH
+    )
+    exchange = len(sets) * case.engines.ranks_per_engine
+    setup = _entry_setup(case, pairs, len(sets[0]), planning)
+    yield row("enters one engine, exchanged", ends.max(), pairs, exchange, setup)
+
+
+def _direct_setup(case: Case, pairs: np.ndarray) -> Setup:
+    """Each trainer rank reads the offers of all engine ranks and the table of each position, and
+    publishes a plan per link, which is read; it creates its groups one after another."""
+    world, engines = case.planner.grid.world, case.engines
+    requests = world * (engines.num_ranks + engines.ranks_per_engine + 1) + 5 * engines.num_ranks
+    requests += len(pairs) * (2 + 1 + PAIR_REQUESTS)
+    most = int(np.bincount(pairs[:, 0]).max())
+    return Setup(requests, world * _table_bytes(case), 0, [2] * most, 1.0)
+
+
+def _entry_setup(case: Case, pairs: np.ndarray, members: int, planning: float) -> Setup:
+    """One trainer rank reads offers and tables, and the trainer's ranks pass them on. The plan of a
+    position is one key, read by its ranks. A rank creates its pairs at once, then its group."""
+    engines = case.engines
+    requests = 3 * engines.num_ranks + engines.num_ranks + engines.ranks_per_engine
+    requests += engines.ranks_per_engine + 2 * engines.num_ranks
+    requests += PAIR_REQUESTS * len(pairs) + 2 * engines.num_ranks
+    size = _table_bytes(case)
+    return Setup(requests, size, size, [2, members], planning)
+
+
+def _table_bytes(case: Case) -> int:
+    return sum(map(len, real_size.tables(case.hf, replace(case.engines, engines=1))))
