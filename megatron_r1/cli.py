@@ -31,7 +31,14 @@ COMMANDS = {"score": "megatron_r1.commands.score"}
 of its arguments, and SETTINGS, the sections and keys that it reads."""
 PIPELINE = "pipeline"
 """The verb that runs other verbs, with a recipe of its own kind."""
-MODULES = {**VERBS, **COMMANDS, PIPELINE: "megatron_r1.commands.pipeline"}
+REHEARSE = "rehearse"
+"""The verb that runs a recipe of either kind in miniature."""
+MODULES = {
+    **VERBS,
+    **COMMANDS,
+    PIPELINE: "megatron_r1.commands.pipeline",
+    REHEARSE: "megatron_r1.commands.rehearse",
+}
 HELP = {"-h", "--help"}
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -41,6 +48,7 @@ USAGE = f"""usage: megatron-r1 VERB RECIPE.yaml [--section.key value …]
 verbs: {", ".join(VERBS)}
        megatron-r1 score IN.jsonl OUT.jsonl [--rewards.key value …]   (- is a pipe)
        megatron-r1 pipeline RECIPE.yaml [--pipeline.key value …]   several of them, as a graph
+       megatron-r1 rehearse RECIPE.yaml [--rehearsal.key value …]   any recipe in miniature, first
 The same command continues a run that was stopped.
 On many GPUs: torchrun … -m megatron_r1 VERB RECIPE.yaml
 What a verb does and reads: megatron-r1 VERB --help
@@ -90,6 +98,8 @@ def _dispatch(arguments: list[str]) -> int:
     verb, *rest = arguments
     if verb == PIPELINE:
         return _run_pipeline(rest)
+    if verb == REHEARSE:
+        return _run_rehearsal(rest)
     if verb in COMMANDS:
         return _run_command(verb, rest)
     if verb not in VERBS:
@@ -134,6 +144,16 @@ def _run_pipeline(rest: list[str]) -> int:
         raise UserError(f"{PIPELINE} needs a recipe: megatron-r1 {PIPELINE} RECIPE.yaml")
     recipe, *options = rest
     pipeline.run(recipe, parse_overrides(options, switches(Recipe)), VERBS)
+    return 0
+
+
+def _run_rehearsal(rest: list[str]) -> int:
+    from megatron_r1.commands import rehearse
+
+    if not rest or rest[0].startswith("--"):
+        raise UserError(f"{REHEARSE} needs a recipe: megatron-r1 {REHEARSE} RECIPE.yaml")
+    recipe, *options = rest
+    rehearse.run(recipe, _overrides(options))
     return 0
 
 

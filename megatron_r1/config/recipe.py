@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Collection
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import yaml
 from pydantic import ValidationError, model_validator
@@ -88,6 +88,18 @@ class Config(Section):
 
 RESUMABLE = tuple(resumable_keys(Config))
 """Keys and sections that may differ when a run continues (`section.Resumable`)."""
+
+
+Verb = Literal["rl", "sft", "reward-model", "sample"]
+
+
+def verb_of(config: Config) -> Verb:
+    """Return the verb that a recipe is for, from the sections that it sets."""
+    if config.model.head == "score" or config.reward_model != RewardModelConfig():
+        return "reward-model"
+    if config.sft != SFTConfig():
+        return "sft"
+    return "sample" if config.sample != SampleConfig() else "rl"
 
 
 def load(

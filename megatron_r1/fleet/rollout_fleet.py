@@ -250,8 +250,9 @@ class RolloutFleet:
         """End all engines. Safe to call more than once."""
         await self.replacement.close()
         self.members.dispatcher.fail(EngineError("the fleet was closed"))
-        await asyncio.gather(*(engine.end() for engine in self.engines))
-        self.engines.clear()
+        engines = list(self.engines)
+        self.engines.clear()  # an inspection of one that ends would open its client again
+        await asyncio.gather(*(engine.end() for engine in engines))
 
     def launch(self, index: int) -> Engine:
         """Start an engine's processes, which end with the calling thread, and return at once. Each

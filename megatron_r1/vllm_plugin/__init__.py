@@ -14,7 +14,7 @@ BACKEND_PREFIX = "megatron_r1_"
 
 
 def register() -> None:
-    """Add our weight-transfer backends and patch vLLM's CPU build. Repeated calls do nothing."""
+    """Add our weight-transfer backends and patch vLLM. Repeated calls do nothing."""
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
     from megatron_r1.processes import lifetime
@@ -25,16 +25,19 @@ def register() -> None:
         if name not in WeightTransferEngineFactory._registry:
             backend = "megatron_r1.vllm_plugin.backend", "PushTransferEngine"
             WeightTransferEngineFactory.register_engine(name, *backend)
-    _patch_cpu_build()
+    _patch()
     dump_stacks_on_signal()
     if multiprocessing.parent_process() is not None:
         lifetime.die_with_parent()
 
 
 @functools.cache  # a second call would wrap each patch in itself
-def _patch_cpu_build() -> None:
+def _patch() -> None:
     from vllm.platforms import current_platform
 
+    from megatron_r1.vllm_plugin import sequence_parallel
+
+    sequence_parallel.gather_single_tokens()
     if not current_platform.is_cpu():
         return
     from megatron_r1.vllm_plugin import cpu_parallel, cpu_patches, cpu_routing

@@ -17,14 +17,14 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from megatron_r1 import config as configuration
-from megatron_r1.config.recipe import parse_overrides
+from megatron_r1.config.recipe import Verb, parse_overrides, verb_of
 from megatron_r1.engine.recipe import context_length
 from megatron_r1.errors import UserError
 from megatron_r1.files import atomic_write
 from megatron_r1.models.hf_config import read_hf_config
 from tools.plan.bill import Bill
 from tools.plan.hardware import GIB, HARDWARE, Assumptions
-from tools.plan.job import Job, Verb, text_limit, verb_of
+from tools.plan.job import Job, text_limit
 from tools.plan.push import check_engines
 from tools.plan.report import as_json, as_text, layouts_text, sizes_text
 from tools.plan.rollout import check_teacher

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Literal
 
-from megatron_r1.config import Config, ParallelConfig, SampleConfig
+from megatron_r1.config import Config, ParallelConfig
 from megatron_r1.config.algorithms import rules_of
-from megatron_r1.config.other_models import RewardModelConfig
-from megatron_r1.config.training import SFTConfig
+from megatron_r1.config.recipe import Verb
 from megatron_r1.engine.recipe import check_engines
 from megatron_r1.errors import UserError
 from megatron_r1.models.hf_config import check_divisions, read_hf_config
@@ -19,17 +17,6 @@ from megatron_r1.weights.rules import Table
 from tools.plan.hardware import Assumptions, Hardware
 
 BYTES = {"float32": 4, "bfloat16": 2}
-
-Verb = Literal["rl", "sft", "reward-model", "sample"]
-
-
-def verb_of(config: Config) -> Verb:
-    """Return the verb that a recipe is for, from the sections that it sets."""
-    if config.model.head == "score" or config.reward_model != RewardModelConfig():
-        return "reward-model"
-    if config.sft != SFTConfig():
-        return "sft"
-    return "sample" if config.sample != SampleConfig() else "rl"
 
 
 def text_limit(config: Config, hf: dict) -> int:

@@ -127,7 +127,7 @@ class WeightSender:
         links: list[_Link] = []
         plans = {}
         try:
-            for rank, items in deliveries.items():
+            for rank, items in sorted(deliveries.items()):  # the order in which they connect
                 items.sort(key=lambda item: item[0].slot)
                 end = sender_class(transport)
                 sender = end(rendezvous, self.rank, rank, receivers[rank], full_every)

@@ -8,7 +8,7 @@ difference to the pair's last push; then every bucket's length precedes it."""
 import datetime
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, cast
 
 import torch
@@ -48,12 +48,28 @@ class GlooReceiver(Receiver):
         return torch.empty(self.table.areas * self.table.num_bytes, dtype=torch.uint8)
 
     def connect(self, plans: dict[int, SendPlan]) -> None:
-        for sender in plans:
-            thread = threading.Thread(
-                target=self._receive, args=(sender,), name=f"from rank {sender}", daemon=True
-            )
-            thread.start()
-            self._threads.append(thread)
+        self._start(self._connect, sorted(plans), name="connecting")
+
+    def _connect(self, senders: list[int]) -> None:
+        """Connect the pairs one after another, by trainer rank.
+
+        A store's client has one lock, so a thread that waits for its peer there blocks all others
+        of this process. Trainer ranks connect by engine rank: the first pair, in the order of
+        (trainer rank, engine rank), that is not connected always has both its ends waiting for it.
+        """
+        for sender in senders:
+            try:
+                group = pair(self.backend, self.rendezvous, sender, self.rank, is_sender=False)
+            except Exception as error:
+                self._fail(sender, error)
+                continue
+            self._groups.append(group)
+            self._start(self._receive, sender, group, name=f"from rank {sender}")
+
+    def _start(self, function: Callable[..., None], *arguments: object, name: str) -> None:
+        thread = threading.Thread(target=function, args=arguments, name=name, daemon=True)
+        thread.start()
+        self._threads.append(thread)
 
     def close(self) -> None:
         self._is_closing = True
@@ -64,11 +80,9 @@ class GlooReceiver(Receiver):
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))
 
-    def _receive(self, sender: int) -> None:
-        last, group = 0, None
+    def _receive(self, sender: int, group: dist.ProcessGroup) -> None:
+        last = 0
         try:
-            group = pair(self.backend, self.rendezvous, sender, self.rank, is_sender=False)
-            self._groups.append(group)
             while not self._is_closing:
                 fields = torch.empty(len(Header._fields), dtype=torch.int64, device=self.device)
                 group.recv([fields], 1, 0).wait(datetime.timedelta(seconds=IDLE_SECONDS))
@@ -81,12 +95,15 @@ class GlooReceiver(Receiver):
                 self._receive_window(group, sender, header)
                 last = header.push
         except Exception as error:
-            if not self._is_closing:
-                self.buffer.fail(RuntimeError(f"trainer rank {sender}: {error}"))
-                # The last reference closes the connection, so that the sender fails at once.
-                if group in self._groups:
-                    self._groups.remove(group)
-                group = None
+            self._fail(sender, error)
+            # The last reference closes the connection, so that the sender fails at once.
+            if group in self._groups:
+                self._groups.remove(group)
+            del group
+
+    def _fail(self, sender: int, error: Exception) -> None:
+        if not self._is_closing:
+            self.buffer.fail(RuntimeError(f"trainer rank {sender}: {error}"))
 
     def _receive_window(self, group: dist.ProcessGroup, sender: int, header: Header) -> None:
         buckets = Buckets(self.table, self.buffer.deliveries[sender])

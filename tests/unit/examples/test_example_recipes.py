@@ -9,10 +9,9 @@ import pytest
 
 from megatron_r1 import cli
 from megatron_r1 import config as configuration
-from megatron_r1.config.recipe import Config
+from megatron_r1.config.recipe import Config, verb_of
 from megatron_r1.models import read_hf_config
 from tools.plan.command import main
-from tools.plan.job import verb_of
 from tools.plan.parameters import ModelCounts
 
 ROOT = Path(__file__).parents[3]

@@ -1,0 +1,52 @@
+"""The processes of a rehearsal: the command as a cluster runs it, and its engine hosts."""
+
+import contextlib
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from megatron_r1.config import Config
+from megatron_r1.processes import children
+
+QUIET = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "PYTHONWARNINGS": "ignore"}
+"""More processes than cores: threads that spin would take the cores of those that compute."""
+
+
+def command(verb: str, recipe: Path, config: Config, settings: Sequence[str]) -> list[str]:
+    """Return the command of a verb: under torchrun where it has several trainer ranks."""
+    python = [sys.executable, "-m"]
+    ranks = config.parallel.processes
+    arguments = ["megatron_r1", verb, str(recipe), *settings]
+    if verb == "sample" or ranks == 1:
+        return [*python, *arguments]
+    logs = ["--log-dir", str(Path(config.run.folder) / "logs" / "ranks"), "--redirects", "3"]
+    torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), *logs]
+    return [*python, *torchrun, "--tee", "0:3", "-m", *arguments]
+
+
+@contextlib.contextmanager
+def started(
+    verb: str, recipe: Path, config: Config, settings: Sequence[str], log: Path
+) -> Iterator[subprocess.Popen]:
+    """Start a verb, with engine hosts if its recipe has them, and kill what is left at the end."""
+    processes = []
+    try:
+        if config.rollout.placement == "hosts" and verb in ("rl", "sample"):
+            for number in range(config.rollout.engines * config.rollout.hosts_per_engine):
+                processes.append(_host(config, number, log.with_name(f"host-{number}.log")))
+        main = children.start(command(verb, recipe, config, settings), log, QUIET)
+        processes.insert(0, main)
+        yield main
+    finally:
+        for process in processes:
+            children.kill(process)
+
+
+def _host(config: Config, number: int, log: Path) -> subprocess.Popen:
+    options = ["--folder", config.run.folder, "--engines", "1", "--patience", "900"]
+    # Every host has an address of its own, as on a network.
+    address = ["--address", f"127.0.0.{2 + number}"]
+    return children.start(
+        [sys.executable, "-m", "megatron_r1.fleet.host", *options, *address], log, QUIET
+    )

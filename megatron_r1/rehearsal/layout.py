@@ -1,0 +1,87 @@
+"""Parallel layouts in miniature: an axis that is divided stays divided, into two."""
+
+from math import prod
+
+from megatron_r1.config.training import ParallelConfig
+from megatron_r1.models.pipeline_stages import parse_layout
+
+AXES = ("tensor", "context", "expert", "expert_tensor", "pipeline", "virtual_pipeline")
+PARTS = 2
+"""Size of a divided axis: the least at which every exchange along it takes place."""
+MOST_LAYERS = 2
+"""Decoder layers of one pipeline stage; more exercise nothing that two do not."""
+
+
+def data_size(parallel: ParallelConfig) -> int:
+    """Return the number of model replicas."""
+    return parallel.processes // (parallel.tensor * parallel.context * parallel.pipeline)
+
+
+def miniature(parallel: ParallelConfig, max_ranks: int) -> ParallelConfig:
+    """Return the layout with each axis at most `PARTS`, and replicas of the model dropped if there
+    would be more than `max_ranks` ranks otherwise."""
+    sizes = {axis: min(getattr(parallel, axis), PARTS) for axis in AXES}
+    if parallel.pipeline_layout:
+        groups = short_stages(
+            parse_layout(parallel.pipeline_layout), sizes["pipeline"], parallel.pipeline
+        )
+        sizes["virtual_pipeline"] = len(groups) // sizes["pipeline"]
+        layout = "|".join(groups)
+    else:
+        layout = None
+    replicas = min(data_size(parallel), PARTS)
+    dense = sizes["tensor"] * sizes["context"]
+    # Experts are spread over the ranks of all replicas of a stage.
+    experts = sizes["expert"] * sizes["expert_tensor"]
+    while dense * replicas % experts:
+        replicas += 1
+    if dense * replicas * sizes["pipeline"] > max_ranks and dense % experts == 0:
+        replicas = 1
+    return parallel.model_copy(
+        update={
+            **sizes,
+            "pipeline_layout": layout,
+            "processes": dense * replicas * sizes["pipeline"],
+            "threads": 1,
+        }
+    )
+
+
+def short_stages(groups: list[str], pipeline: int, original: int) -> list[str]:
+    """Return fewer and shorter stages: the first, the last, and of those between as many of
+    different lengths as there is room for.
+
+    groups: of the recipe, in the order of micro-batches, over `original` ranks.
+    """
+    virtual = min(len(groups) // original, PARTS)
+    count = pipeline * virtual
+    between = groups[1:-1]
+    kinds = list(dict.fromkeys(between)) or ["t"]
+    chosen = [kinds[i % len(kinds)] for i in range(max(0, count - 2))]
+    kept = [groups[0], *chosen, groups[-1]] if count > 1 else ["E" + "t" * MOST_LAYERS + "L"]
+    return [_shorter(group) for group in kept]
+
+
+def _shorter(group: str) -> str:
+    layers = group.count("t")
+    return group.replace("t" * layers, "t" * min(layers, MOST_LAYERS)) if layers else group
+
+
+def num_layers(parallel: ParallelConfig) -> int:
+    """Return the decoder layers of a miniature: those of its stages, or two on each."""
+    if parallel.pipeline_layout:
+        return "".join(parse_layout(parallel.pipeline_layout)).count("t")
+    return MOST_LAYERS * parallel.pipeline * parallel.virtual_pipeline
+
+
+def another(parallel: ParallelConfig) -> ParallelConfig:
+    """Return a different layout for the resumed run, with half the ranks where that is possible:
+    one replica less, else one axis less."""
+    for axes in ((), ("tensor", "expert_tensor"), ("context",), ("expert",)):
+        sizes = {axis: 1 for axis in axes}
+        changed = parallel.model_copy(update=sizes)
+        ranks = prod((changed.tensor, changed.context, changed.pipeline))
+        needed = changed.expert * changed.expert_tensor * changed.pipeline
+        if ranks < parallel.processes and ranks % needed == 0:
+            return changed.model_copy(update={"processes": ranks})
+    return parallel.model_copy(update={"processes": 2 * parallel.processes})

@@ -1,0 +1,74 @@
+"""Check a rehearsal's export: python -m megatron_r1.rehearsal.load_export EXPORT MODEL MTP
+
+Every tensor of config.json is there and finite, frozen MTP layers are as in MODEL, other weights
+have changed, and transformers loads the folder and computes finite logits with it.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from megatron_r1.models.hf_config import has_score_head, read_hf_config
+from megatron_r1.weights.layout import hf_tensors
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    """Return all tensors of a folder of safetensors files, in fp32."""
+    found: dict[str, torch.Tensor] = {}
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            found |= {name: file.get_tensor(name).float() for name in file.keys()}
+    return found
+
+
+def main(export: str, model: str, mtp: str) -> str:
+    """Return what was found; SystemExit with the first mistake."""
+    hf = read_hf_config(export)
+    tensors, before = tensors_of(Path(export)), tensors_of(Path(model))
+    expected = hf_tensors(hf)
+    if missing := expected.keys() ^ tensors.keys():
+        sys.exit(f"the export and its config.json differ in {sorted(missing)[:3]}")
+    wrong = [
+        name
+        for name, (shape, _) in expected.items()
+        if tuple(tensors[name].shape) != shape or not tensors[name].isfinite().all()
+    ]
+    if wrong:
+        sys.exit(f"tensors of another shape, or not finite: {wrong[:3]}")
+    first_mtp = f"model.layers.{hf['num_hidden_layers']}."
+    own_mtp = [name for name in tensors if name.startswith(first_mtp)]
+    changed = [n for n in tensors if n in before and not tensors[n].equal(_rounded(before[n]))]
+    if not changed:
+        sys.exit("training has changed no tensor")
+    if mtp == "frozen" and (moved := set(own_mtp) & set(changed) - set(_shared(first_mtp))):
+        sys.exit(f"model.mtp: frozen, but {sorted(moved)[:3]} changed")
+    kind = AutoModelForSequenceClassification if has_score_head(hf) else AutoModelForCausalLM
+    loaded, report = kind.from_pretrained(export, dtype=torch.float32, output_loading_info=True)
+    if report["missing_keys"] or report["mismatched_keys"]:
+        sys.exit(f"transformers: {json.dumps({k: sorted(map(str, v)) for k, v in report.items()})}")
+    with torch.no_grad():
+        logits = loaded(torch.arange(3, 35)[None]).logits
+    if not logits.isfinite().all():
+        sys.exit("transformers computes logits that are not finite")
+    return (
+        f"{len(tensors)} tensors ({len(own_mtp)} of MTP layers), {len(changed)} changed by "
+        "training; transformers loads them and computes finite logits"
+    )
+
+
+def _rounded(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor as a bf16 run would export it if it had not changed."""
+    return tensor.to(torch.bfloat16).float()
+
+
+def _shared(first_mtp: str) -> list[str]:
+    """Return the MTP layer's copies of the embedding and the head, which do change."""
+    return [f"{first_mtp}embed_tokens.weight", f"{first_mtp}shared_head.head.weight"]
+
+
+if __name__ == "__main__":
+    print(main(*sys.argv[1:]))

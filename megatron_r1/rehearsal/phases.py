@@ -1,0 +1,191 @@
+"""The phases of a rehearsal, in order, and what each of them has shown."""
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_r1.config import Config
+from megatron_r1.errors import RunError
+from megatron_r1.processes.logs import last_lines
+from megatron_r1.rehearsal import launch, layout
+from megatron_r1.reporting.run_folder import RunFolder
+from megatron_r1.training.checkpoints.finding import whole
+
+POLL_SECONDS = 0.5
+FILES = {"sft": "sft.jsonl", "pairs": "pairs.jsonl", "labels": "labels.jsonl"}
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What a phase has shown. evidence: the figures or files that show it."""
+
+    phase: str
+    evidence: str
+    seconds: float
+
+
+class Phases:
+    """Runs the phases of one miniature. notify: gets a line at the start of each."""
+
+    def __init__(
+        self,
+        verb: str,
+        recipe: Path,
+        config: Config,
+        timeout_seconds: float,
+        notify: Callable[[str], None],
+    ):
+        self.verb, self.recipe, self.config = verb, recipe, config
+        self.timeout_seconds, self.notify = timeout_seconds, notify
+        self.run_folder = RunFolder(config.run.folder)
+        self.shown: list[Shown] = []
+
+    def run(self) -> list[Shown]:
+        """Run all phases. Raises RunError, naming the phase, with the end of its log."""
+        if self.verb == "sample":
+            self._sample()
+            return self.shown
+        self._until_killed()
+        self._resumed()
+        self._export()
+        return self.shown
+
+    def _until_killed(self) -> None:
+        what = "start, first step, checkpoint, kill -9"
+        with self._phase(what) as phase:
+            phase.wait(lambda: whole(self.run_folder.checkpoints))
+        steps = [line["step"] for line in self.run_folder.read_metrics()]
+        saved = whole(self.run_folder.checkpoints)[-1].name
+        self._show(what, phase, f"{saved} is complete; steps {steps} before the kill")
+
+    def _resumed(self) -> None:
+        other = layout.another(self.config.parallel)
+        changed = {
+            key: value
+            for key, value in other.model_dump().items()
+            if value != getattr(self.config.parallel, key)
+        }
+        settings = [f"--parallel.{key}={value}" for key, value in changed.items()]
+        what = "resume in another layout, to the end"
+        config = self.config.model_copy(update={"parallel": other})
+        with self._phase(what, config, settings) as phase:
+            phase.wait_for_end()
+        lines = list(self.run_folder.read_metrics())
+        steps = [line["step"] for line in lines]
+        if steps != list(range(1, self.config.run.steps + 1)):
+            raise RunError(f"rehearse: {what}: metrics.jsonl has steps {steps}, one is missing")
+        self._show(what, phase, f"{' '.join(settings)}; steps {steps}, each once")
+        if self.verb == "rl":
+            self._show_pushes(lines)
+
+    def _show_pushes(self, lines: Sequence[dict]) -> None:
+        probes = [line.get("push/probe_diff") for line in lines]
+        diffs = [line["logprob_diff/mean"] for line in lines]
+        norms = [line["grad_norm"] for line in lines]
+        if not any(norms):
+            raise RunError(f"rehearse: the gradients of all steps are zero: {norms}")
+        self.shown += [
+            Shown(
+                "rollout, rewards, update",
+                f"gradient norms {_numbers(norms)}; log-probabilities of engine and trainer "
+                f"differ by {_numbers(diffs)} on average",
+                sum(line["time/rollout"] + line["time/train"] for line in lines),
+            ),
+            Shown(
+                "push with proof",
+                f"checksums equal in every engine rank; probes differ by {_numbers(probes)}",
+                sum(line["time/push"] for line in lines),
+            ),
+        ]
+
+    def _export(self) -> None:
+        what, start = "export", time.monotonic()
+        self.notify(what)
+        done = subprocess.run(
+            [sys.executable, "-m", "megatron_r1.rehearsal.load_export"]
+            + [str(self.run_folder.hf), self.config.model.path, self.config.model.mtp],
+            capture_output=True,
+            text=True,
+        )
+        if done.returncode:
+            raise RunError(f"rehearse: {what}: {done.stdout}{done.stderr[-2000:]}")
+        self.shown.append(Shown(what, done.stdout.strip(), time.monotonic() - start))
+
+    def _sample(self) -> None:
+        samples = self.run_folder.samples_path
+        what = "start, sampling, kill -9"
+        with self._phase(what) as phase:
+            phase.wait(lambda: samples.exists() and samples.stat().st_size)
+        self._show(what, phase, f"{_num_lines(samples)} responses before the kill")
+        what = "the same command, to the end"
+        with self._phase(what) as phase:
+            phase.wait_for_end()
+        responses = _num_lines(samples)
+        file = FILES.get(self.config.sample.output)
+        written = self.run_folder.path / file if file else samples
+        kept = _num_lines(written) if written.exists() else 0
+        self._show(what, phase, f"{responses} responses; {kept} lines in {written.name}")
+
+    def _phase(
+        self, what: str, config: Config | None = None, settings: Sequence[str] = ()
+    ) -> "_Phase":
+        self.notify(what)
+        log = self.recipe.with_name(f"log-{len(self.shown)}.txt")
+        started = launch.started(self.verb, self.recipe, config or self.config, settings, log)
+        return _Phase(what, started, log, self.timeout_seconds)
+
+    def _show(self, what: str, phase: "_Phase", evidence: str) -> None:
+        self.shown.append(Shown(what, evidence, phase.seconds))
+
+
+class _Phase:
+    """A started command, which is killed with all its processes at the end of the block."""
+
+    def __init__(self, what: str, started, log: Path, timeout_seconds: float):
+        self.what, self.log, self.timeout_seconds = what, log, timeout_seconds
+        self._started = started
+        self._since = time.monotonic()
+        self.seconds = 0.0
+
+    def __enter__(self) -> "_Phase":
+        self.process = self._started.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.seconds = time.monotonic() - self._since
+        self._started.__exit__(*error)
+
+    def wait(self, condition: Callable[[], object]) -> None:
+        """Wait until `condition()` is true; a command that ends before has failed."""
+        while not condition():
+            if self.process.poll() is not None:
+                self._fail(f"the command ended with status {self.process.returncode}")
+            self._check_time()
+            time.sleep(POLL_SECONDS)
+
+    def wait_for_end(self) -> None:
+        """Wait until the command ends with status 0."""
+        while self.process.poll() is None:
+            self._check_time()
+            time.sleep(POLL_SECONDS)
+        if self.process.returncode:
+            self._fail(f"the command ended with status {self.process.returncode}")
+
+    def _check_time(self) -> None:
+        if time.monotonic() - self._since > self.timeout_seconds:
+            self._fail(f"not done after {self.timeout_seconds:g} s")
+
+    def _fail(self, reason: str) -> None:
+        end = last_lines(self.log)
+        raise RunError(f"rehearse: {self.what}: {reason}; {self.log} ends:\n{end}")
+
+
+def _numbers(values: Sequence[float | None]) -> str:
+    return ", ".join("–" if value is None else f"{value:.2g}" for value in values)
+
+
+def _num_lines(path: Path) -> int:
+    return sum(1 for _ in path.open("rb"))

@@ -1,0 +1,240 @@
+"""A recipe in miniature, and the list of what was changed and why."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_r1.config import Config
+from megatron_r1.config.recipe import dump, parse
+from megatron_r1.rehearsal import layout, model, questions
+
+RESPONSE = 48
+"""Most tokens of a miniature's response."""
+PROMPT = 208
+"""Room for a prompt in the longest template."""
+STEPS = 3
+"""Steps of a rehearsal: it is killed after the first, and continues to the last."""
+LEARNING_RATE = 1e-3
+"""Changes bf16 weights of 0.1 in one step, so that a push which delivers nothing is noticed."""
+QUESTIONS = 16
+PROBE_TOLERANCE = 0.1
+"""In bf16 trainer and engine differ by 0.006 here, with another model's weights by 0.8."""
+
+
+@dataclass
+class Miniature:
+    """A recipe's miniature. config: its settings; hf: its model; changes: (what, recipe's value,
+    miniature's value, why) of everything that is not as in the recipe."""
+
+    config: Config
+    hf: dict
+    changes: list[tuple[str, str, str, str]] = field(default_factory=list)
+
+
+def miniature(config: Config, hf: dict, folder: Path, max_ranks: int) -> Miniature:
+    """Return the miniature of a recipe for the model `hf`, which will run in `folder`."""
+    parallel = layout.miniature(config.parallel, max_ranks)
+    small_hf = model.miniature(hf, layout.num_layers(parallel), config.push.fp8)
+    changed: dict[str, Any] = {
+        "run": {"folder": str(folder / "run"), "steps": STEPS, "hang_seconds": 600.0},
+        "model": {"path": str(folder / "model"), "checkpoint": None, "init": config.model.init},
+        "data": {
+            "path": str(folder / "questions.jsonl"),
+            "heldout_path": None,
+            "task": None,
+            "parameters": {},
+            "kind": None,
+            "columns": None,
+            "num_train": None,
+            "num_heldout": 2,
+            "heldout_fraction": 0.1,
+        },
+        "rollout": _rollout(config),
+        "push": _push(config),
+        "rewards": _rewards(config),
+        "rl": _rl(config, layout.data_size(parallel)),
+        "teacher": _teacher(config, folder),
+        "optimizer": {
+            "learning_rate": LEARNING_RATE,
+            "min_learning_rate": min(config.optimizer.min_learning_rate, LEARNING_RATE),
+            "warmup": min(config.optimizer.warmup, 1),
+        },
+        "parallel": parallel.model_dump() | {"tokens_per_microbatch": _tokens(config)},
+        "checkpoint": {"every": 1},
+        "eval": {"every": 0, "samples": 1, "benchmarks": []},
+        "sft": _sft(config, folder, layout.data_size(parallel)),
+        "reward_model": _reward_model(config, folder, layout.data_size(parallel)),
+        "sample": _sample(config),
+    }
+    if config.critic.path is not None:
+        changed["critic"] = {"path": str(folder / "model")}
+    tree = config.model_dump()
+    for section, values in changed.items():
+        tree[section] |= values
+    small = parse(tree, "the recipe's miniature")
+    return Miniature(small, small_hf, _changes(config, small, hf, small_hf))
+
+
+def write(small: Miniature, verb: str) -> Path:
+    """Write the model, the data and the recipe of a miniature; return the recipe's path."""
+    config, hf = small.config, small.hf
+    folder = Path(config.run.folder).parent
+    model.write_folder(Path(config.model.path), hf, seed=0)
+    if config.teacher.path:
+        model.write_folder(Path(config.teacher.path), hf, seed=1)
+    questions.write_questions(folder / "questions.jsonl", QUESTIONS)
+    questions.write_examples(folder / "examples.jsonl", 4 * QUESTIONS, RESPONSE // 2)
+    if verb == "reward-model":
+        kind = config.reward_model.kind
+        questions.write_preferences(folder / "preferences.jsonl", 4 * QUESTIONS, kind)
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(dump(config))
+    return recipe
+
+
+def _rollout(config: Config) -> dict[str, Any]:
+    rollout = config.rollout
+    hosts = min(rollout.hosts_per_engine, layout.PARTS)
+    return {
+        "engines": min(rollout.engines, layout.PARTS),
+        "tensor": min(rollout.tensor, layout.PARTS),
+        "data": min(rollout.data, layout.PARTS),
+        "pipeline": min(rollout.pipeline, layout.PARTS),
+        "hosts_per_engine": hosts,
+        "hosts_address": "127.0.0.1" if rollout.placement == "hosts" else None,
+        "hosts_port": 0,
+        "max_response_tokens": RESPONSE,
+        "max_model_len": PROMPT + RESPONSE,
+        "max_num_seqs": min(rollout.max_num_seqs, 16),
+        "gpu_memory": None,
+        "threads": 1,
+        "start_timeout_seconds": 1200.0,
+        "host_silence_seconds": 120.0,
+    }
+
+
+def _push(config: Config) -> dict[str, Any]:
+    here = {"nccl": "gloo", "cuda_ipc": "shm"}
+    memory = config.push.memory_gib
+    return {
+        "transport": here.get(config.push.transport, config.push.transport),
+        # A limit is rehearsed by several windows.
+        "memory_gib": memory and min(memory, 0.004),
+        "probe_tolerance": PROBE_TOLERANCE,
+    }
+
+
+def _rewards(config: Config) -> dict[str, Any]:
+    options = {
+        reward: values
+        for reward, values in config.rewards.model_dump()["options"].items()
+        if "url" not in values
+    }
+    return {"options": options, "workers": 1}
+
+
+def _rl(config: Config, data: int) -> dict[str, Any]:
+    rl = config.rl
+    group = min(rl.group_size, 4)
+    minibatches = min(rl.minibatches, 2)
+    # Every replica has a sample in every mini-batch.
+    responses = minibatches * max(data, group) * (2 if rl.group_size == 1 else 1)
+    return {
+        "group_size": group,
+        "minibatches": minibatches,
+        "questions_per_rollout": -(-responses // group),
+        "reference_refresh": min(rl.reference_refresh, 2),
+        "staleness": min(rl.staleness, 2),
+    }
+
+
+def _teacher(config: Config, folder: Path) -> dict[str, Any]:
+    if not config.teacher.path:
+        return {}
+    return {
+        "path": str(folder / "teacher"),
+        "url": [],
+        "engines": 1,
+        "tensor": min(config.teacher.tensor, layout.PARTS),
+        "threads": 1,
+        "start_timeout_seconds": 1200.0,
+    }
+
+
+def _tokens(config: Config) -> int:
+    """Return the limit of a micro-batch, the same multiple of the longest sample as the recipe's."""
+    rollout = config.rollout
+    longest = rollout.max_model_len or rollout.max_response_tokens
+    return max(1, config.parallel.tokens_per_microbatch * (PROMPT + RESPONSE) // longest)
+
+
+def _sft(config: Config, folder: Path, data: int) -> dict[str, Any]:
+    if not config.sft.data:
+        return {}
+    parts: Any = str(folder / "examples.jsonl")
+    if isinstance(config.sft.data, list):
+        parts = [{"path": parts, "count": 2 * QUESTIONS} for _ in config.sft.data]
+    return {"data": parts, "epochs": None, "batch_size": 4 * data}
+
+
+def _reward_model(config: Config, folder: Path, data: int) -> dict[str, Any]:
+    if not config.reward_model.data:
+        return {}
+    return {
+        "data": str(folder / "preferences.jsonl"),
+        "epochs": None,
+        "batch_size": 4 * data,
+        "max_tokens": PROMPT + RESPONSE if config.reward_model.max_tokens else None,
+    }
+
+
+def _sample(config: Config) -> dict[str, Any]:
+    sample = config.sample
+    judges = {"pairs": "compare", "labels": "is_safe"}
+    changed: dict[str, Any] = {
+        "samples": min(sample.samples, 4),
+        "server": None,
+        "shots": None,
+        "num_shots": None,
+        "avoid": [],
+        "rewrite": None,
+    }
+    if sample.output in judges:
+        changed["judge"] = f"{questions.__name__}:{judges[sample.output]}"
+    return changed
+
+
+def _changes(
+    config: Config, small: Config, hf: dict, small_hf: dict
+) -> list[tuple[str, str, str, str]]:
+    """Return every setting and size that differs, with the reason where it is not size alone."""
+    before, after = config.model_dump(), small.model_dump()
+    changes = []
+    for section, values in before.items():
+        for key, value in values.items():
+            new = after[section][key]
+            if value != new:
+                reason = REASONS.get(f"{section}.{key}", "size")
+                changes.append((f"{section}.{key}", _text(value), _text(new), reason))
+    for key, value in hf.items():
+        if small_hf.get(key) != value:
+            changes.append((f"config.json {key}", _text(value), _text(small_hf.get(key)), "size"))
+    return changes
+
+
+REASONS = {
+    "push.transport": "no GPU here",
+    "rewards.options": "no reward model or judge is served",
+    "sample.judge": "a rule judges, no served model",
+    "sample.server": "the miniature answers",
+    "teacher.url": "the run starts the teacher itself",
+    "optimizer.learning_rate": "bf16 weights must change in one step",
+    "model.checkpoint": "random weights",
+    "data.task": "synthetic questions",
+    "data.path": "synthetic questions",
+}
+
+
+def _text(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else text[:57] + "…"

@@ -1,0 +1,18 @@
+"""Settings of a rehearsal itself, beside those of its recipe."""
+
+from pydantic import Field
+
+from megatron_r1.config.section import Section
+
+
+class RehearsalConfig(Section):
+    folder: str = ""
+    """where everything of the rehearsal is written; default: run.folder with -rehearsal"""
+    max_ranks: int = Field(16, ge=1)
+    """most trainer ranks; with fewer than the layout needs, the model's replicas are left out
+    first. A rank takes about 0.4 GiB, an engine's rank about 0.5"""
+    timeout_seconds: float = Field(1800.0, gt=0, description="limit for one phase")
+
+
+class Settings(Section):
+    rehearsal: RehearsalConfig = RehearsalConfig()

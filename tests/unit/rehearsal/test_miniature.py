@@ -1,0 +1,128 @@
+"""Miniatures of recipes: an axis that is divided stays divided, and what a run would refuse of the
+recipe it refuses of the miniature."""
+
+from pathlib import Path
+
+import pytest
+
+from megatron_r1.config import Config, load
+from megatron_r1.config.training import ParallelConfig
+from megatron_r1.models.hf_config import read_hf_config
+from megatron_r1.rehearsal import layout, recipe
+from megatron_r1.weight_sync.plan.recipe import check_pushes
+from megatron_r1.weights.layout import recipe_stages
+
+ROOT = Path(__file__).parents[3]
+RECIPES = [
+    path
+    for folder in ("deepseek_r1", "distill")
+    for path in sorted((ROOT / "examples" / folder).glob("*.yaml"))
+    if path.stem != "pipeline"
+]
+
+
+@pytest.fixture(autouse=True)
+def in_the_repository(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+def miniature(path, max_ranks=16, **changes):
+    config = load(path)
+    if changes:
+        config = config.model_copy(update={"model": config.model.model_copy(update=changes)})
+    hf = read_hf_config(config.model.path, None)
+    return config, recipe.miniature(config, hf, Path("rehearsal"), max_ranks)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_axis_that_is_divided_stays_divided(path):
+    config, small = miniature(path)
+    for section, axes in {
+        "parallel": ("tensor", "context", "expert", "expert_tensor", "pipeline"),
+        "rollout": ("engines", "tensor", "data", "pipeline"),
+    }.items():
+        for axis in axes:
+            before = getattr(getattr(config, section), axis)
+            after = getattr(getattr(small.config, section), axis)
+            assert after == min(before, 2), (section, axis, before, after)
+    if layout.data_size(config.parallel) > 1:
+        assert layout.data_size(small.config.parallel) > 1
+    assert small.config.parallel.processes <= 16
+    small.config.parallel.check_sizes(small.config.parallel.processes)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_its_own_stages_and_pushes_are_possible(path):
+    config, small = miniature(path)
+    if config.model.head == "score" or config.reward_model.data:
+        pytest.skip("a reward model has no MTP layers and is not pushed")
+    assert len(recipe_stages(small.config, small.hf)) == small.config.parallel.pipeline
+    check_pushes(small.config, small.hf)
+
+
+def test_a_layout_that_the_recipe_cannot_push_the_miniature_cannot_either():
+    _, small = miniature(ROOT / "examples/deepseek_r1/r1_zero.yaml", mtp="none")
+    with pytest.raises(ValueError, match=r"MTP layers \(m\) must stand there 0 times, not 1"):
+        check_pushes(small.config, small.hf)
+
+
+def test_stages_keep_their_kinds():
+    _, small = miniature(ROOT / "examples/deepseek_r1/r1_zero.yaml")
+    assert small.config.parallel.pipeline_layout == "Et|t|tt|tmL"
+    assert small.config.parallel.virtual_pipeline == 2
+    assert small.hf["num_hidden_layers"] == 5
+    assert small.hf["n_routed_experts"] == 8 and small.hf["num_nextn_predict_layers"] == 1
+    # vLLM's latent attention on CPUs takes these only.
+    assert (small.hf["kv_lora_rank"], small.hf["qk_rope_head_dim"]) == (512, 64)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "processes"),
+    [
+        ({"processes": 8, "tensor": 4}, 4),
+        ({"processes": 64, "tensor": 8, "context": 2, "pipeline": 2}, 16),
+        # Experts over all replicas: two of them, though the dense part would do with one.
+        ({"processes": 16, "expert": 16}, 2),
+        ({"processes": 32, "expert": 8, "expert_tensor": 4}, 4),
+        ({"processes": 1}, 1),
+    ],
+)
+def test_ranks(sizes, processes):
+    small = layout.miniature(ParallelConfig(**sizes), 16)
+    assert small.processes == processes
+    small.check_sizes(processes)
+
+
+def test_replicas_are_what_is_left_out_first():
+    parallel = ParallelConfig(processes=64, tensor=2, context=2, pipeline=2)
+    assert layout.miniature(parallel, 16).processes == 16
+    small = layout.miniature(parallel, 8)
+    assert (small.processes, small.tensor, small.context, small.pipeline) == (8, 2, 2, 2)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_the_resumed_run_has_another_layout(path):
+    parallel = layout.miniature(load(path).parallel, 16)
+    other = layout.another(parallel)
+    assert other != parallel
+    other.check_sizes(other.processes)
+    assert layout.num_layers(other) == layout.num_layers(parallel)
+
+
+def test_changes_name_every_setting_that_differs():
+    config, small = miniature(ROOT / "examples/deepseek_r1/r1_zero.yaml")
+    changed = {change[0] for change in small.changes}
+    for section in Config.model_fields:
+        before, after = getattr(config, section), getattr(small.config, section)
+        for key, value in before:
+            assert (f"{section}.{key}" in changed) == (getattr(after, key) != value)
+    assert "config.json hidden_size" in changed
+    # What decides how a run behaves is not among them.
+    kept = (
+        "rollout.expert_parallel",
+        "rollout.colocated",
+        "model.mtp",
+        "rl.clip_low",
+        "model.dtype",
+    )
+    assert not changed & set(kept)
