@@ -45,8 +45,8 @@ def _rehearse(job: Job, settings: RehearsalConfig) -> None:
         ranks = small.config.parallel.processes
         print(f"{job.name}: {job.verb} with {ranks} trainer ranks in {folder}", flush=True)
         phases = Phases(job.verb, written, small.config, settings.timeout_seconds, _announce)
-        rows = table.structure(config, hf, small, job.verb)
-        table.write(folder, job.name, rows, phases.run(), small)
+        rows = table.structure(config, hf, small.config, job.verb)
+        table.write(folder, job.name, rows, phases.run(), small.changes)
 
 
 def _announce(phase: str) -> None:

@@ -20,7 +20,7 @@ WIDTH = 256
 EXPERT_WIDTH = 512
 """Of one expert: a multiple of FP8's blocks of 128, also where four ranks share an expert."""
 STD = 0.05
-"""Of random weights. With 0.1 the five layers amplify bf16's rounding until engine and trainer differ
+"""Of random weights. With 0.1 five layers amplify bf16's rounding until engine and trainer differ
 by 0.4 to 1.0; with less than 0.03 all log-probabilities are nearly equal."""
 CHAT = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% endfor %}"

@@ -1,8 +1,8 @@
 """A recipe in miniature, and the list of what was changed and why."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from megatron_r1.config import Config
 from megatron_r1.config.recipe import dump, parse
@@ -21,14 +21,23 @@ PROBE_TOLERANCE = 0.1
 """In bf16 trainer and engine differ by 0.006 here, with another model's weights by 0.8."""
 
 
-@dataclass
+class Change(NamedTuple):
+    """A setting or size that differs from the recipe's."""
+
+    key: str
+    recipe: str
+    miniature: str
+    reason: str
+
+
+@dataclass(frozen=True)
 class Miniature:
-    """A recipe's miniature. config: its settings; hf: its model; changes: (what, recipe's value,
-    miniature's value, why) of everything that is not as in the recipe."""
+    """A recipe's miniature. config: its settings; hf: its model; changes: everything that is not as
+    in the recipe."""
 
     config: Config
     hf: dict
-    changes: list[tuple[str, str, str, str]] = field(default_factory=list)
+    changes: list[Change]
 
 
 def miniature(config: Config, hf: dict, folder: Path, max_ranks: int) -> Miniature:
@@ -162,7 +171,7 @@ def _teacher(config: Config, folder: Path) -> dict[str, Any]:
 
 
 def _tokens(config: Config) -> int:
-    """Return the limit of a micro-batch, the same multiple of the longest sample as the recipe's."""
+    """Return the limit of a micro-batch: the longest sample times as much as in the recipe."""
     rollout = config.rollout
     longest = rollout.max_model_len or rollout.max_response_tokens
     return max(1, config.parallel.tokens_per_microbatch * (PROMPT + RESPONSE) // longest)
@@ -204,9 +213,7 @@ def _sample(config: Config) -> dict[str, Any]:
     return changed
 
 
-def _changes(
-    config: Config, small: Config, hf: dict, small_hf: dict
-) -> list[tuple[str, str, str, str]]:
+def _changes(config: Config, small: Config, hf: dict, small_hf: dict) -> list[Change]:
     """Return every setting and size that differs, with the reason where it is not size alone."""
     before, after = config.model_dump(), small.model_dump()
     changes = []
@@ -215,10 +222,12 @@ def _changes(
             new = after[section][key]
             if value != new:
                 reason = REASONS.get(f"{section}.{key}", "size")
-                changes.append((f"{section}.{key}", _text(value), _text(new), reason))
+                changes.append(Change(f"{section}.{key}", _text(value), _text(new), reason))
     for key, value in hf.items():
         if small_hf.get(key) != value:
-            changes.append((f"config.json {key}", _text(value), _text(small_hf.get(key)), "size"))
+            changes.append(
+                Change(f"config.json {key}", _text(value), _text(small_hf.get(key)), "size")
+            )
     return changes
 
 

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from rich.console import Console
 from rich.table import Table
@@ -11,90 +12,90 @@ from megatron_r1.config import Config
 from megatron_r1.files import atomic_write
 from megatron_r1.rehearsal.layout import data_size
 from megatron_r1.rehearsal.phases import Shown
-from megatron_r1.rehearsal.recipe import Miniature
+from megatron_r1.rehearsal.recipe import Change
 
-Row = tuple[str, str, str, str]
-"""(what, in the recipe, in the miniature, exercised or why not)."""
+
+class Row(NamedTuple):
+    """A part of a recipe's structure. exercised: `YES`, or why not."""
+
+    what: str
+    recipe: str
+    miniature: str
+    exercised: str
+
 
 YES = "yes"
 
 
-def structure(recipe: Config, hf: dict, small: Miniature, verb: str) -> list[Row]:
+SIZES = {
+    "parallel": (
+        *("processes", "tensor", "context", "expert", "expert_tensor"),
+        *("pipeline", "virtual_pipeline", "pipeline_layout", "recompute"),
+    ),
+    "fp8": ("recipe",),
+    "rollout": (
+        *("engines", "tensor", "data", "pipeline", "expert_parallel"),
+        *("placement", "hosts_per_engine", "colocated", "max_response_tokens"),
+    ),
+    "push": ("transport", "fp8", "delta", "memory_gib"),
+    "rl": (
+        *("algorithm", "group_size", "minibatches", "staleness"),
+        *("routing_replay", "dynamic_sampling"),
+    ),
+}
+"""Settings that give a run its structure; those at 1, none or false have nothing to exercise."""
+SECTIONS = {
+    "rl": ("parallel", "fp8", "rollout", "push", "rl"),
+    "sft": ("parallel", "fp8"),
+    "reward-model": ("parallel", "fp8"),
+    "sample": ("rollout",),
+}
+UNUSED = (None, False, 0, 1, "none")
+NOT_HERE = {
+    "rollout.colocated": "in turns, but no GPU memory is freed",
+    "rollout.max_response_tokens": "no: short responses",
+    "fp8.recipe": "emulated",
+}
+
+
+def structure(recipe: Config, hf: dict, small: Config, verb: str) -> list[Row]:
     """Return a row for each part of the recipe's structure that its verb uses."""
     rows: list[Row] = []
-    mini = small.config
-
-    def sizes(section: str, keys: Sequence[str]) -> None:
-        before, after = getattr(recipe, section), getattr(mini, section)
-        for key in keys:
+    for section in SECTIONS[verb]:
+        before, after = getattr(recipe, section), getattr(small, section)
+        for key in SIZES[section]:
             old, new = getattr(before, key), getattr(after, key)
-            if old > 1:
-                is_kept = new > 1
-                rows.append((f"{section}.{key}", f"{old:,}", f"{new}", _kept(is_kept)))
-
+            if old not in UNUSED:
+                exercised = NOT_HERE.get(f"{section}.{key}") or _exercised(old, new)
+                rows.append(Row(f"{section}.{key}", str(old), str(new), exercised))
     if verb != "sample":
-        sizes("parallel", ("processes", "tensor", "context", "expert", "expert_tensor"))
-        sizes("parallel", ("pipeline", "virtual_pipeline"))
-        before, after = data_size(recipe.parallel), data_size(mini.parallel)
-        if before > 1:
-            rows.append(("model replicas", f"{before:,}", str(after), _kept(after > 1)))
-        if recipe.parallel.pipeline_layout:
-            before, after = (str(c.parallel.pipeline_layout) for c in (recipe, mini))
-            rows.append(("parallel.pipeline_layout", before, after, YES))
-        if recipe.parallel.recompute != "none":
-            rows.append(_same("parallel.recompute", recipe.parallel.recompute))
-        if recipe.parallel.optimizer_offload:
-            rows.append(_gpu("parallel.optimizer_offload", recipe.parallel.optimizer_offload))
+        replicas = data_size(recipe.parallel), data_size(small.parallel)
+        if replicas[0] > 1:
+            before, after = map(str, replicas)
+            rows.append(Row("replicas of the model", before, after, _exercised(*replicas)))
         if hf.get("num_nextn_predict_layers"):
-            rows.append(_same("model.mtp", recipe.model.mtp))
-        if recipe.fp8.recipe != "none":
-            rows.append(("fp8.recipe", recipe.fp8.recipe, mini.fp8.recipe, "emulated"))
+            rows.append(Row("model.mtp", recipe.model.mtp, small.model.mtp, YES))
+        if recipe.parallel.optimizer_offload:
+            rows.append(Row("parallel.optimizer_offload", "to the host", "—", "no: needs a GPU"))
+        rows.append(Row("layers", "Transformer Engine", "Megatron-Core's own", "no: needs a GPU"))
     if verb in ("rl", "sample"):
-        sizes("rollout", ("engines", "tensor", "data", "pipeline", "hosts_per_engine"))
-        for key in ("expert_parallel", "colocated"):
-            if getattr(recipe.rollout, key):
-                rows.append(_same(f"rollout.{key}", True))
-        if recipe.rollout.colocated:
-            rows.append(("engines asleep on the trainer's GPUs", "GPU memory", "—", "needs a GPU"))
-        rows.append(_same("rollout.placement", recipe.rollout.placement))
         served = [name for name, values in recipe.rewards.options.items() if "url" in values]
-        for name in served:
-            rows.append((f"rewards.options.{name}", "a served model", "—", "no, not served"))
-    if verb == "rl":
-        old, new = recipe.push.transport, mini.push.transport
-        rows.append(("push.transport", old, new, YES if old == new else f"as {new}: no GPU"))
-        for key in ("fp8", "delta"):
-            if getattr(recipe.push, key):
-                rows.append(_same(f"push.{key}", True))
-        if recipe.push.memory_gib:
-            rows.append(("push in windows", f"{recipe.push.memory_gib} GiB", "2 or more", YES))
-        for key in ("routing_replay", "dynamic_sampling"):
-            if getattr(recipe.rl, key):
-                rows.append(_same(f"rl.{key}", True))
-        sizes("rl", ("group_size", "minibatches", "staleness"))
-        rows.append(_same("rl.algorithm", recipe.rl.algorithm))
-        if recipe.teacher.url:
-            rows.append(("teacher.url", "served elsewhere", "started by the run", "no, not served"))
-    length = f"{recipe.rollout.max_response_tokens:,} tokens"
-    rows.append(("length of a response", length, f"{mini.rollout.max_response_tokens}", "no"))
-    rows.append(("layers computed by", "Transformer Engine", "Megatron-Core's own", "needs a GPU"))
+        rows += [
+            Row(f"rewards.options.{name}", "served", "—", "no: none is served") for name in served
+        ]
+    if verb == "rl" and recipe.teacher.url:
+        rows.append(Row("teacher.url", "served", "started by the run", "no: none is served"))
     return rows
 
 
-def _kept(is_kept: bool) -> str:
-    return YES if is_kept else "no: too many ranks for this machine"
-
-
-def _same(what: str, value: object) -> Row:
-    return what, str(value), str(value), YES
-
-
-def _gpu(what: str, value: object) -> Row:
-    return what, str(value), str(value), "needs a GPU"
+def _exercised(old: object, new: object) -> str:
+    if isinstance(old, str) and old != new and "|" not in old:
+        return "no: needs a GPU"
+    return "no: too many ranks for rehearsal.max_ranks" if new in UNUSED else YES
 
 
 def write(
-    folder: Path, title: str, rows: Sequence[Row], shown: Sequence[Shown], small: Miniature
+    folder: Path, title: str, rows: Sequence[Row], shown: Sequence[Shown], changes: Sequence[Change]
 ) -> None:
     """Print the tables and write them to `rehearsal.json` and `rehearsal.md`."""
     console = Console(width=140, highlight=False)
@@ -108,12 +109,8 @@ def write(
     found = {
         "recipe": title,
         "phases": [vars(phase) for phase in shown],
-        "structure": [
-            dict(zip(("what", "recipe", "miniature", "exercised"), r, strict=True)) for r in rows
-        ],
-        "changes": [
-            dict(zip(("what", "recipe", "miniature", "why"), c, strict=True)) for c in small.changes
-        ],
+        "structure": [row._asdict() for row in rows],
+        "changes": [change._asdict() for change in changes],
     }
     atomic_write(folder / "rehearsal.json", json.dumps(found, indent=1))
     atomic_write(folder / "rehearsal.md", _markdown(title, rows, shown))
