@@ -17,6 +17,7 @@ from megatron_r1.config.push import PushConfig
 from megatron_r1.config.rl import PRESETS, RewardsConfig, RLConfig
 from megatron_r1.config.run import CheckpointConfig, DataConfig, ModelConfig, RunConfig
 from megatron_r1.config.sample import SampleConfig
+from megatron_r1.config.schedule import changes_at
 from megatron_r1.config.section import Resumable, Section, resumable_keys
 from megatron_r1.config.training import FP8Config, OptimizerConfig, ParallelConfig, SFTConfig
 from megatron_r1.config.yaml_text import put, read_sections
@@ -67,6 +68,33 @@ class Config(Section):
                 f"can be sampled ahead of it; set rl.staleness: 0 (it is {self.rl.staleness})"
             )
         return self
+
+    @model_validator(mode="after")
+    def _schedule_is_valid(self) -> Self:
+        for entry in self.rl.schedule:
+            tree = self.model_dump()
+            tree["rl"]["schedule"] = []
+            for section, values in changes_at(self.rl.schedule, entry.from_step).items():
+                tree[section] |= values
+            try:
+                type(self).model_validate(tree)
+            except ValidationError as failure:
+                reasons = explain(failure, type(self), known_keys())
+                raise ValueError(f"rl.schedule, from_step: {entry.from_step}: {reasons}") from None
+        return self
+
+    def at(self, step: int) -> Self:
+        """Return the settings of a step, with what `rl.schedule` changes up to it."""
+        sections = {}
+        for name, values in changes_at(self.rl.schedule, step).items():
+            section = getattr(self, name)
+            sections[name] = type(section).model_validate(section.model_dump() | values)
+        return self.model_copy(update=sections)
+
+    def phases(self) -> list[tuple[int, Self]]:
+        """Return (first step, settings) of each part of the run between changes of the schedule."""
+        steps = [1, *(entry.from_step for entry in self.rl.schedule if entry.from_step > 1)]
+        return [(step, self.at(step)) for step in steps]
 
     def of_critic(self) -> Self:
         """Return the recipe of the critic: the same run with the critic as its model."""

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from megatron_r1.config import algorithms
+from megatron_r1.config.schedule import ScheduleEntry, check_order
 from megatron_r1.config.section import MayChange, Resumable, Section
 from megatron_r1.rewards.combine import DEFAULT_WEIGHTS, Weight, read_weights
 from megatron_r1.rewards.options import read_options
@@ -98,9 +99,17 @@ class RLConfig(Section):
     routing_replay: bool = False
     """train every token through the experts the engine chose for it; a mixture of experts only. See
     docs/routing_replay.md"""
+    schedule: Resumable[list[ScheduleEntry]] = []
+    """settings from a step on, [{from_step: 513, rollout.max_response_tokens: 65536}]; steps are
+    rollouts. A continued run may change it. See docs/algorithms.md"""
     sample_log: Resumable[bool] = True
     """write every finished group down, so that a run that is killed does not sample it again; needs
     the disk of the steps since the oldest checkpoint kept"""
+
+    @field_validator("schedule")
+    @classmethod
+    def _in_order(cls, schedule: list[ScheduleEntry]) -> list[ScheduleEntry]:
+        return check_order(schedule)
 
     @model_validator(mode="before")
     @classmethod

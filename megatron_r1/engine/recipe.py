@@ -45,9 +45,11 @@ def context_length(config: Config) -> int:
             f"rollout.max_model_len: {length} is more than the model's {limit} positions "
             f"({config.model.path}/config.json: max_position_embeddings)"
         )
-    if config.rollout.max_response_tokens >= length:
+    # Engines are sized once, for the longest responses of rl.schedule.
+    longest = max(phase.rollout.max_response_tokens for _, phase in config.phases())
+    if longest >= length:
         raise UserError(
-            f"rollout.max_response_tokens: {config.rollout.max_response_tokens} leaves no room for "
+            f"rollout.max_response_tokens: {longest} leaves no room for "
             f"a prompt within {length} tokens; lower it"
             + (f", or raise rollout.max_model_len (at most {limit})" if length < limit else "")
         )

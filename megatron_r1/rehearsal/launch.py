@@ -6,6 +6,8 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import psutil
+
 from megatron_r1.config import Config
 from megatron_r1.processes import children
 
@@ -29,7 +31,8 @@ def command(verb: str, recipe: Path, config: Config, settings: Sequence[str]) ->
 def started(
     verb: str, recipe: Path, config: Config, settings: Sequence[str], log: Path
 ) -> Iterator[subprocess.Popen]:
-    """Start a verb, with engine hosts if its recipe has them, and kill what is left at the end."""
+    """Start a verb, with engine hosts if its recipe has them; at the end kill -9 whatever of it
+    still runs, on every level."""
     processes = []
     try:
         if config.rollout.placement == "hosts" and verb in ("rl", "sample"):
@@ -40,7 +43,20 @@ def started(
         yield main
     finally:
         for process in processes:
-            children.kill(process)
+            _kill_all(process)
+
+
+def _kill_all(process: subprocess.Popen) -> None:
+    """Kill a process with its descendants, torchrun's ranks in sessions of their own among them,
+    and wait until they are gone and have released the run folder."""
+    descendants = []
+    with contextlib.suppress(psutil.NoSuchProcess):
+        descendants = psutil.Process(process.pid).children(recursive=True)
+    children.kill(process)
+    for each in descendants:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            each.kill()
+    psutil.wait_procs(descendants, timeout=60)
 
 
 def _host(config: Config, number: int, log: Path) -> subprocess.Popen:

@@ -112,7 +112,7 @@ def _rollout(config: Config) -> dict[str, Any]:
         "hosts_per_engine": hosts,
         "hosts_address": "127.0.0.1" if rollout.placement == "hosts" else None,
         "hosts_port": 0,
-        "max_response_tokens": RESPONSE,
+        "max_response_tokens": _response_tokens(config, rollout.max_response_tokens),
         "max_model_len": PROMPT + RESPONSE,
         "max_num_seqs": min(rollout.max_num_seqs, 16),
         "gpu_memory": None,
@@ -120,6 +120,26 @@ def _rollout(config: Config) -> dict[str, Any]:
         "start_timeout_seconds": 1200.0,
         "host_silence_seconds": 120.0,
     }
+
+
+def _response_tokens(config: Config, tokens: int) -> int:
+    """Return the miniature of a limit: the longest of the schedule is `RESPONSE`."""
+    longest = max(phase.rollout.max_response_tokens for _, phase in config.phases())
+    return max(1, RESPONSE * tokens // longest)
+
+
+def _schedule(config: Config) -> list[dict[str, Any]]:
+    """Return the recipe's changes of settings, one at each step from the second."""
+    entries: list[dict[str, Any]] = []
+    for step, entry in enumerate(config.rl.schedule, start=2):
+        changes = dict(entry.changes)
+        if tokens := changes.get("rollout.max_response_tokens"):
+            changes["rollout.max_response_tokens"] = _response_tokens(config, tokens)
+        changes.pop("rl.questions_per_rollout", None)
+        changes.pop("rl.group_size", None)
+        if changes:
+            entries.append({"from_step": step, **changes})
+    return entries
 
 
 def _push(config: Config) -> dict[str, Any]:
@@ -154,6 +174,7 @@ def _rl(config: Config, data: int) -> dict[str, Any]:
         "questions_per_rollout": -(-responses // group),
         "reference_refresh": min(rl.reference_refresh, 2),
         "staleness": min(rl.staleness, 2),
+        "schedule": _schedule(config),
     }
 
 

@@ -34,7 +34,8 @@ class HeldoutEvaluation:
         if not self._prompts:
             return
         self._recorder.view.phase("evaluation", f"{len(self._prompts)} held-out questions")
-        settings, limit = self._config.eval, self._config.rollout.max_response_tokens
+        settings = self._config.eval
+        limit = self._config.at(max(1, step)).rollout.max_response_tokens
         # The base model is evaluated as step 0, with the reward weights of the first step.
         sampling = Sampling(
             settings.samples, settings.temperature, settings.top_p, limit, max(1, step)

@@ -21,8 +21,9 @@ from megatron_r1.training.wire import Sample
 
 async def train(session: Session) -> None:
     """Train on one rollout after another until `run.steps`, or until asked to stop."""
-    config, passes = session.config, session.passes
+    passes = session.passes
     while session.next_step():
+        config = passes.config
         with session.phase("rollout"):
             rollout = await session.rollout()
         rewards = [

@@ -28,7 +28,7 @@ class Session:
         passes: TrainerPasses,
         heldout: HeldoutEvaluation,
     ):
-        self.config, self.state = passes.config, recorder.state
+        self.config, self.state = passes.recipe, recorder.state
         self.recorder, self.stop = recorder, stop
         self.sampler, self.passes, self.heldout = sampler, passes, heldout
         self.collector, self.trainer = sampler.collector, passes.trainer
@@ -65,6 +65,7 @@ class Session:
         if self.stop.requested or self.step >= self.config.run.steps:
             return False
         self.step += 1
+        self.passes.config = self.config.at(self.step)
         self._seconds = {}
         self._meter = RewardMeter(self.collector.pool)
         self._step_start = time.perf_counter()

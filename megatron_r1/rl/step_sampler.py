@@ -73,7 +73,8 @@ class StepSampler:
             await self._stream.close()
 
     async def _sample(self, step: int) -> StepRollout:
-        rl, rollout = self.config.rl, self.config.rollout
+        config = self.config.at(step)
+        rl, rollout = config.rl, config.rollout
         sampling = Sampling(
             rl.group_size,
             rollout.temperature,

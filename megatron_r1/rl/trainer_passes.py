@@ -18,12 +18,14 @@ class TrainerPasses:
     def __init__(
         self, config: Config, trainer: TrainerClient, bridge: WeightBridge, state: RunState
     ):
-        self.config, self.trainer, self.bridge, self.state = config, trainer, bridge, state
+        self.recipe, self.config = config, config
+        self.trainer, self.bridge, self.state = trainer, bridge, state
         self.algorithm = algorithms.find(config.rl.algorithm)
 
     @property
     def uses_reference(self) -> bool:
-        return self.config.rl.kl_beta > 0
+        """Whether the reference has to be there: at any step, for it is a policy of the past."""
+        return any(config.rl.kl_beta > 0 for _, config in self.recipe.phases())
 
     async def load(self, minibatches: list[list[Sample]]) -> dict[str, float]:
         """Send the samples of a rollout to the trainer."""

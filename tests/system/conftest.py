@@ -40,7 +40,12 @@ run: {{folder: {folder}/rl, steps: 3}}
 model: {{path: {folder}/base/hf, dtype: float32}}
 data: {{path: {folder}/questions.jsonl, num_heldout: 4, template: "{{problem}}"}}
 rollout: {{max_response_tokens: 24, dtype: float32, max_num_seqs: 64}}
-rl: {{questions_per_rollout: 4, group_size: 4, minibatches: 2, reference_refresh: 0}}
+rl:
+  questions_per_rollout: 4
+  group_size: 4
+  minibatches: 2
+  reference_refresh: 0
+  schedule: [{{from_step: 3, rollout.max_response_tokens: 12, optimizer.learning_rate: 1.0e-4}}]
 optimizer: {{learning_rate: 3.0e-4}}
 eval: {{samples: 4}}
 rewards:

@@ -83,6 +83,14 @@ def test_terms_count_from_their_step_on_and_the_workers_are_measured(finished):
     assert all(line["rewards/timeouts"] == 0 for line in (first, *later))
 
 
+def test_the_schedule_changes_settings_from_its_step_on(finished):
+    metrics = lines(finished / "metrics.jsonl")
+    assert [m["learning_rate"] for m in metrics] == [3e-4, 3e-4, 1e-4]
+    samples = [s for s in lines(finished / "samples.jsonl") if s["split"] == "train"]
+    longest = {step: max(s["length"] for s in samples if s["step"] == step) for step in (1, 2, 3)}
+    assert longest[3] <= 12 < min(longest[1], longest[2]) <= 24
+
+
 def test_pushed_weights_make_engine_and_trainer_agree_while_the_policy_moves(finished):
     metrics = lines(finished / "metrics.jsonl")
     # fp32 on both sides. Old weights in the engine would be off by what the updates change.

@@ -89,7 +89,38 @@ def _plan(recipe: Path, chosen: argparse.Namespace, overrides: dict) -> int:
             )
         except OSError as error:
             return _refused(f"--json: {chosen.json} cannot be written: {error.strerror}")
-    return UNFIT if problems else FITS
+    return max(UNFIT if problems else FITS, _later_phases(recipe, chosen, overrides))
+
+
+def _later_phases(recipe: Path, chosen: argparse.Namespace, overrides: dict) -> int:
+    """Print a line for each change of `rl.schedule`, unless --step chose one; return the exit
+    status."""
+    status = FITS
+    config = _config(recipe, overrides)
+    if chosen.step or not config.rl.schedule:
+        return status
+    steps = [step for step, _ in config.phases()]
+    seconds = [Bill(_job(recipe, chosen, overrides, 1)).step_seconds]
+    for entry in config.rl.schedule:
+        job = _job(recipe, chosen, overrides, entry.from_step)
+        changes = ", ".join(f"{key}={value}" for key, value in entry.changes.items())
+        print(f"\nfrom step {entry.from_step} ({changes}; --step {entry.from_step} shows all):")
+        if not _can_work(job):
+            status = UNFIT
+            continue
+        bill = Bill(job)
+        seconds.append(bill.step_seconds)
+        problems = bill.problems()
+        peak = f"{bill.worst.peak / GIB:.0f} GiB on the fullest GPU, "
+        print(f"  {peak if job.trains else ''}{bill.step_seconds:,.0f} s a step")
+        print("\n".join(f"  does not fit: {problem}" for problem in problems) or "  fits")
+        status = UNFIT if problems else status
+    ends = [*steps[1:], config.run.steps + 1]
+    if len(seconds) == len(steps):
+        parts = zip(steps, ends, seconds, strict=True)
+        total = sum((end - first) * each for first, end, each in parts)
+        print(f"\nthe run of {config.run.steps} steps: {total / 3600:,.0f} hours")
+    return status
 
 
 def _refused(error: object) -> int:
@@ -137,12 +168,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--prompt-tokens", type=int, help="mean and longest; default: 512")
     parser.add_argument("--search", action="store_true", help="also list the fastest layouts")
     parser.add_argument("--build", action="store_true", help="build the ranks on the meta device")
+    parser.add_argument("--step", type=int, help="plan the settings of rl.schedule at this step")
     parser.add_argument("--json", type=Path, help="also write everything here")
     return parser
 
 
-def _job(recipe: Path, chosen: argparse.Namespace, overrides: dict) -> Job:
-    config = _config(recipe, overrides)
+def _job(recipe: Path, chosen: argparse.Namespace, overrides: dict, step: int | None = None) -> Job:
+    """Return the job of a recipe with the settings of `step`; default: of --step."""
+    config = _config(recipe, overrides).at(step or chosen.step or 1)
     verb = verb_of(config)
     _check_verb(chosen, verb)
     hardware = HARDWARE[chosen.hardware]

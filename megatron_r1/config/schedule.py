@@ -1,0 +1,67 @@
+"""Settings that change with the step: `rl.schedule`."""
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from megatron_r1.errors import did_you_mean
+
+SCHEDULED = {
+    "rollout": ("temperature", "top_p", "max_response_tokens"),
+    "rl": (
+        *("clip_low", "clip_high", "dual_clip", "importance_cap", "kl_beta", "entropy_coef"),
+        *("reference_refresh", "advantage_epsilon", "discount", "gae_lambda"),
+        *("overlong_buffer", "overlong_penalty", "dynamic_sampling_rounds"),
+        *("group_size", "questions_per_rollout"),
+    ),
+    "optimizer": ("learning_rate", "min_learning_rate"),
+    "critic": ("learning_rate", "value_clip"),
+}
+"""Settings that the controller reads anew at every step, by section. Others are built into ranks
+and engines when they start."""
+KEYS = [f"{section}.{key}" for section, keys in SCHEDULED.items() for key in keys]
+
+
+class ScheduleEntry(BaseModel):
+    """`{from_step: 513, rollout.max_response_tokens: 65536}`: settings from a step on."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    from_step: int = Field(gt=0)
+
+    @model_validator(mode="after")
+    def _names_settings_that_can_change(self) -> "ScheduleEntry":
+        for key in self.changes:
+            if key not in KEYS:
+                near = did_you_mean(key, KEYS, "{}") or f"; these can: {', '.join(KEYS)}"
+                raise ValueError(f"rl.schedule: {key} cannot change during a run{near}")
+        if not self.changes:
+            raise ValueError(
+                f"rl.schedule: from_step: {self.from_step} changes nothing; add settings such as "
+                "rollout.max_response_tokens: 65536"
+            )
+        return self
+
+    @property
+    def changes(self) -> dict[str, Any]:
+        """`{"section.key": value}`."""
+        return self.model_extra or {}
+
+
+def changes_at(schedule: list[ScheduleEntry], step: int) -> dict[str, dict[str, Any]]:
+    """Return what differs at `step`, as sections of a recipe; later entries take precedence."""
+    tree: dict[str, dict[str, Any]] = {}
+    for entry in schedule:
+        if entry.from_step <= step:
+            for dotted, value in entry.changes.items():
+                section, _, key = dotted.partition(".")
+                tree.setdefault(section, {})[key] = value
+    return tree
+
+
+def check_order(schedule: list[ScheduleEntry]) -> list[ScheduleEntry]:
+    """Return the schedule; ValueError unless its steps increase."""
+    steps = [entry.from_step for entry in schedule]
+    if sorted(set(steps)) != steps:
+        raise ValueError(f"rl.schedule: from_step must increase from entry to entry, not {steps}")
+    return schedule

@@ -1,0 +1,86 @@
+"""`rl.schedule`: settings from a step on, checked before the run starts."""
+
+from pathlib import Path
+
+import pytest
+
+from megatron_r1.config import load, parse
+from megatron_r1.config.recipe import RESUMABLE, dump
+from megatron_r1.engine.recipe import context_length
+from megatron_r1.errors import UserError
+
+R1_ZERO = Path(__file__).parents[3] / "examples/deepseek_r1/r1_zero.yaml"
+
+
+def scheduled(*entries, **sections):
+    return parse({**sections, "rl": {"schedule": list(entries)}})
+
+
+def test_a_step_has_all_changes_up_to_it():
+    config = scheduled(
+        {"from_step": 3, "rollout.max_response_tokens": 65536, "optimizer.learning_rate": "1e-6"},
+        {"from_step": 5, "rl.kl_beta": 0.0, "optimizer.learning_rate": 5e-7},
+    )
+    seen = [
+        (c.rollout.max_response_tokens, c.optimizer.learning_rate, c.rl.kl_beta)
+        for c in map(config.at, (1, 2, 3, 4, 5, 100))
+    ]
+    first, second, third = (32768, 3e-6, 1e-3), (65536, 1e-6, 1e-3), (65536, 5e-7, 0.0)
+    assert seen == [first, first, second, second, third, third]
+    assert [step for step, _ in config.phases()] == [1, 3, 5]
+    assert config.at(2) == config.at(1)
+
+
+def test_a_change_at_the_first_step_is_no_phase_of_its_own():
+    config = scheduled({"from_step": 1, "rl.kl_beta": 0.5})
+    assert [(step, c.rl.kl_beta) for step, c in config.phases()] == [(1, 0.5)]
+
+
+def test_it_survives_the_recipe_that_a_run_writes(tmp_path):
+    config = scheduled({"from_step": 3, "rollout.temperature": 0.7})
+    (tmp_path / "config.yaml").write_text(dump(config))
+    assert load(tmp_path / "config.yaml") == config
+    assert "rl.schedule" in RESUMABLE
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ([{"from_step": 3}], "from_step: 3 changes nothing"),
+        ([{"rl.kl_beta": 0.1}], "from_step must be set"),
+        ([{"from_step": 0, "rl.kl_beta": 0.1}], "from_step"),
+        (
+            [{"from_step": 3, "rollout.max_respons_tokens": 1}],
+            r"did you mean rollout\.max_response_tokens",
+        ),
+        ([{"from_step": 3, "rollout.tensor": 2}], r"rollout\.tensor cannot change during a run"),
+        ([{"from_step": 3, "rl.kl_beta": -1}], r"from_step: 3: rl\.kl_beta: .* got -1"),
+        (
+            [{"from_step": 3, "rl.questions_per_rollout": 3, "rl.group_size": 3}],
+            "from_step: 3: rl.minibatches: 16 does not divide the 9 responses",
+        ),
+        (
+            [{"from_step": 5, "rl.kl_beta": 1.0}, {"from_step": 5, "rl.kl_beta": 2.0}],
+            r"must increase from entry to entry, not \[5, 5\]",
+        ),
+    ],
+)
+def test_mistakes_are_named(entries, message):
+    with pytest.raises(UserError, match=message):
+        scheduled(*entries)
+
+
+def test_engines_have_room_for_the_longest_responses_of_the_run(monkeypatch):
+    monkeypatch.chdir(R1_ZERO.parents[2])  # model.path is relative
+    assert context_length(load(R1_ZERO)) == 67584
+    with pytest.raises(UserError, match="max_response_tokens: 65536 leaves no room for a prompt"):
+        context_length(load(R1_ZERO, {"rollout.max_model_len": 34816}))
+
+
+def test_r1_zero_has_the_papers_two_phases():
+    config = load(R1_ZERO)
+    (_, before), (step, after) = config.phases()
+    lengths = before.rollout.max_response_tokens, after.rollout.max_response_tokens
+    assert lengths == (32768, 65536)
+    # arXiv 2501.12948 v2: from optimizer step 8,200 on; a rollout has 16.
+    assert (step - 1) * config.rl.minibatches <= 8200 < step * config.rl.minibatches
