@@ -190,8 +190,8 @@ def _serve_as_rank(config: configuration.Config, arguments: list[str]) -> int:
         from megatron_r1.training import worker
 
     if int(os.environ["RANK"]) != 0:
-        worker.serve_under_torchrun(config, None)
+        worker.serve_under_torchrun(config, lambda: None)
         return 0
     controller, address = torchrun.start_controller(arguments)
-    worker.serve_under_torchrun(config, address)
+    worker.serve_under_torchrun(config, lambda: torchrun.await_listening(controller, address))
     return controller.wait()

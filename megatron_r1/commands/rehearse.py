@@ -32,6 +32,7 @@ def run(path: str, overrides: Mapping[str, Any]) -> None:
 
 def _rehearse(job: Job, settings: RehearsalConfig) -> None:
     config = job.config
+    config.parallel.check_sizes(config.parallel.processes)
     folder = Path(settings.folder or f"{config.run.folder}-rehearsal") / job.name
     hf = read_hf_config(config.model.path, None)
     small = recipes.miniature(config, hf, folder, settings.max_ranks)

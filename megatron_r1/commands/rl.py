@@ -5,6 +5,7 @@ import asyncio
 import json
 import sys
 
+from megatron_r1.commands import torchrun
 from megatron_r1.commands.training_run import run_training
 from megatron_r1.config import Config
 from megatron_r1.data.prompts import PromptSplit, load_prompts
@@ -49,7 +50,7 @@ def run(config: Config) -> None:
         routing_shape(hf)
     check_engines(config, hf)
     check_room(config.rollout)
-    check_pushes(config, hf)
+    check_pushes(config, hf, torchrun.num_ranks(config))
     transport = config.push.transport
     if transport in ("cuda_ipc", "nccl") and not gpu.is_usable():
         raise UserError(

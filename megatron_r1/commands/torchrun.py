@@ -1,11 +1,15 @@
 """Commands under torchrun, or srun in its manner: every process it starts is a trainer rank, and
 rank 0 starts the controller, which runs the command."""
 
+import contextlib
 import os
 import secrets
+import socket
 import subprocess
 import sys
+import time
 
+from megatron_r1.config import Config
 from megatron_r1.processes import children
 from megatron_r1.processes.authentication import RANKS_ENVIRONMENT
 from megatron_r1.processes.lifetime import die_with_parent
@@ -16,12 +20,19 @@ PORT, WORLD_SIZE = "MEGATRON_R1_PORT", "MEGATRON_R1_WORLD_SIZE"
 SPANS_HOSTS = "MEGATRON_R1_SPANS_HOSTS"
 """Set for such a controller if the ranks are on several hosts."""
 
+POLL_SECONDS = 0.2
+
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def is_rank() -> bool:
     """Whether torchrun started this process as a trainer rank."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def num_ranks(config: Config) -> int:
+    """Return the number of trainer ranks: torchrun's, where it has started this controller's."""
+    return int(os.environ.get(WORLD_SIZE, 0)) or config.parallel.processes
 
 
 def start_controller(arguments: list[str]) -> tuple[subprocess.Popen, str]:
@@ -39,3 +50,14 @@ def start_controller(arguments: list[str]) -> tuple[subprocess.Popen, str]:
         preexec_fn=die_with_parent,
     )
     return controller, f"tcp://{os.environ['MASTER_ADDR']}:{port}"
+
+
+def await_listening(controller: subprocess.Popen, address: str) -> str | None:
+    """Wait until the controller listens at `address` and return it; None if it has ended before, as
+    it does for a mistake, and for a run that is finished."""
+    host, _, port = address.removeprefix("tcp://").rpartition(":")
+    while controller.poll() is None:
+        with contextlib.suppress(OSError), socket.create_connection((host, int(port)), timeout=5):
+            return address
+        time.sleep(POLL_SECONDS)
+    return None

@@ -6,7 +6,8 @@ import os
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
-from megatron_r1.commands.torchrun import PORT, SPANS_HOSTS, WORLD_SIZE
+from megatron_r1.commands import torchrun
+from megatron_r1.commands.torchrun import PORT, SPANS_HOSTS
 from megatron_r1.config import RESUMABLE, Config, ModelConfig
 from megatron_r1.errors import TrainerError, UserError
 from megatron_r1.evaluation.model_folder import has_newest_export
@@ -45,8 +46,8 @@ async def _run(
 ) -> None:
     stop = StopRequest()
     stop.listen()
-    num_ranks = int(os.environ.get(WORLD_SIZE, 0))  # of torchrun; 0: we start them
-    config.parallel.check_sizes(num_ranks or config.parallel.processes)
+    num_ranks = torchrun.num_ranks(config)
+    config.parallel.check_sizes(num_ranks)
     with RunFolder(config.run.folder) as folder:
         stop.watch(folder.path)
         title = f"{name} · {folder.path.name}"
@@ -58,7 +59,7 @@ async def _run(
             return
         port = os.environ.get(PORT)
         bind = f"tcp://*:{port}" if port else "tcp://127.0.0.1:*"
-        trainer = TrainerClient(config, folder.path / "logs", bind, num_ranks or None)
+        trainer = TrainerClient(config, folder.path / "logs", bind, num_ranks)
         supervisor = Supervisor(config, recorder, trainer, spans_hosts=SPANS_HOSTS in os.environ)
 
         async def work() -> None:
@@ -74,7 +75,7 @@ async def _run(
                 recorder.view.message(f"continuing after step {recorder.state.step}")
             else:
                 _require_weights(config.model)
-            if not num_ranks:
+            if port is None:  # no torchrun has started them
                 trainer.launch()
             await supervisor.run(work())
             if recorder.state.step < config.run.steps:

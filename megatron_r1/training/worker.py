@@ -3,6 +3,7 @@
 import os
 import sys
 import traceback
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -18,12 +19,19 @@ from megatron_r1.training.rank_monitor import IDLE, RankMonitor
 from megatron_r1.training.wire import Call, Reply, Share, identity, monitor_identity
 
 
-def serve_under_torchrun(config: Config, address: str | None) -> None:
-    """Do as `serve`; rank 0 broadcasts the controller's address and token to the others."""
+def serve_under_torchrun(config: Config, find_controller: Callable[[], str | None]) -> None:
+    """Do as `serve`; rank 0 broadcasts the controller's address and token to the others.
+
+    find_controller: called on rank 0; waits until the controller listens and returns its address,
+    or None if it has ended: every rank then returns, as none would notice the end of a process
+    that it was never connected to."""
     position = distributed.initialize(config.parallel, config.run.seed)
     token = distributed.from_rank_zero(os.environ.get(RANKS_ENVIRONMENT))
+    assert token is not None, "rank 0 sets it when it starts the controller"
     os.environ[RANKS_ENVIRONMENT] = token
-    serve(config, distributed.from_rank_zero(address), position)
+    address = distributed.from_rank_zero(find_controller() if position.rank == 0 else None)
+    if address is not None:
+        serve(config, address, position)
     distributed.leave()
 
 

@@ -23,15 +23,17 @@ def engine_layout(config: Config) -> EngineLayout:
     return EngineLayout(**config.rollout.model_dump(include=LAYOUT | {"engines"}))
 
 
-def check_pushes(config: Config, hf: dict) -> None:
+def check_pushes(config: Config, hf: dict, num_ranks: int) -> None:
     """Refuse layouts over which the trainer's weights, or their FP8 blocks, cannot be divided.
+
+    num_ranks: of the trainer; under torchrun not `parallel.processes`.
 
     Raises:
         UserError: names the tensor's size, and the divisors to choose from, or the setting.
     """
     layout = engine_layout(config)
     predicted = PredictedLayout(hf, layout)
-    grid = TrainerGrid.of(config.parallel, config.parallel.processes)
+    grid = TrainerGrid.of(config.parallel, num_ranks)
     Planner(hf, grid, layout, recipe_stages(config, hf), predicted)  # as every trainer rank does
     for rank in range(0, layout.ranks_per_engine, layout.tensor):  # one of each stage and copy
         for _ in predicted.needed(layout.coordinate(rank)):

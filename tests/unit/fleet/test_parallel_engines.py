@@ -71,9 +71,9 @@ def test_what_engines_can_serve_is_not(hf, settings):
 
 
 def test_what_cannot_be_pushed_to_is_refused_too():
-    check_pushes(config(tensor=4), DENSE)
+    check_pushes(config(tensor=4), DENSE, num_ranks=1)
     with pytest.raises(ValueError, match=r"size 4 does not divide .* a divisor of 90"):
-        check_pushes(config(tensor=4), DENSE | {"intermediate_size": 90})
+        check_pushes(config(tensor=4), DENSE | {"intermediate_size": 90}, num_ranks=1)
 
 
 def test_the_layout_is_the_recipes():
@@ -155,7 +155,7 @@ def test_the_large_recipes_push_from_stages_with_mtp_layers(name):
     recipe = load(ROOT / f"examples/deepseek_r1/{name}.yaml")
     assert "m" in recipe.parallel.pipeline_layout
     hf = read_hf_config(ROOT / recipe.model.path)
-    check_pushes(recipe, hf)
+    check_pushes(recipe, hf, recipe.parallel.processes)
     no_mtp = recipe.model.model_copy(update={"mtp": "none"})
     with pytest.raises(UserError, match=r"MTP layers \(m\) must stand there 0 times, not 1"):
-        check_pushes(recipe.model_copy(update={"model": no_mtp}), hf)
+        check_pushes(recipe.model_copy(update={"model": no_mtp}), hf, num_ranks=2048)

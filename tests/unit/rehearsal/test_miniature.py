@@ -57,13 +57,13 @@ def test_its_own_stages_and_pushes_are_possible(path):
     if config.model.head == "score" or config.reward_model.data:
         pytest.skip("a reward model has no MTP layers and is not pushed")
     assert len(recipe_stages(small.config, small.hf)) == small.config.parallel.pipeline
-    check_pushes(small.config, small.hf)
+    check_pushes(small.config, small.hf, small.config.parallel.processes)
 
 
 def test_a_layout_that_the_recipe_cannot_push_the_miniature_cannot_either():
     _, small = miniature(ROOT / "examples/deepseek_r1/r1_zero.yaml", mtp="none")
     with pytest.raises(ValueError, match=r"MTP layers \(m\) must stand there 0 times, not 1"):
-        check_pushes(small.config, small.hf)
+        check_pushes(small.config, small.hf, small.config.parallel.processes)
 
 
 def test_stages_keep_their_kinds():
