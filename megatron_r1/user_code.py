@@ -1,4 +1,4 @@
-"""Users' own functions, named as "module:function"."""
+"""Users' own functions and other values, named as "module:name"."""
 
 import ast
 import contextlib
@@ -15,26 +15,30 @@ from megatron_r1.errors import UserError, did_you_mean
 
 
 def find_function(path: str) -> Callable[..., Any]:
-    """Import and return "module:function"; modules are also found in the working folder.
+    """Import and return "module:function"; raises as `find`."""
+    return find(path, "function", callable)
 
-    Raises UserError for an unknown module or function, and what the module raises at its import."""
-    name, _, function = path.partition(":")
+
+def find(path: str, kind: str, is_one: Callable[[Any], bool]) -> Any:
+    """Import and return "module:name"; modules are also found in the working folder.
+
+    kind: what it must be, in errors. Raises UserError for an unknown module, and where `is_one` is
+    false of the value or there is none; raises what the module raises at its import."""
+    module_name, _, name = path.partition(":")
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # last: a user's folder may have the name of a package
     try:
-        module = importlib.import_module(name)
+        module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
-        if not f"{name}.".startswith(f"{error.name}."):
+        if not f"{module_name}.".startswith(f"{error.name}."):
             raise  # a module that it imports
         raise UserError(
             f"{error}: neither installed nor in {os.getcwd()}; start in the folder that has it"
         ) from None
-    value = getattr(module, function, None)
-    if not callable(value):
-        public = [name for name in vars(module) if not name.startswith("_")]
-        raise UserError(
-            f"{module.__file__} has no function {function}{did_you_mean(function, public)}"
-        )
+    value = getattr(module, name, None)
+    if not is_one(value):
+        known = [key for key, other in vars(module).items() if key[:1] != "_" and is_one(other)]
+        raise UserError(f"{module.__file__} has no {kind} {name}{did_you_mean(name, known)}")
     return value
 
 

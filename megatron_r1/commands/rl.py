@@ -21,6 +21,7 @@ from megatron_r1.models import read_hf_config
 from megatron_r1.models.routing_shape import routing_shape
 from megatron_r1.processes.stopping import StopRequest
 from megatron_r1.rewards.runtime.pool import RewardPool
+from megatron_r1.rl import algorithms
 from megatron_r1.rl.collector import RolloutCollector
 from megatron_r1.rl.heldout import HeldoutEvaluation
 from megatron_r1.rl.loop import train
@@ -45,6 +46,7 @@ def run(config: Config) -> None:
     if config.model.init != "load":
         raise UserError("model.init: rl needs a model to start from; make one with sft, then load")
     config.model.require_language_head()
+    algorithms.find(config.rl.algorithm)
     hf = read_hf_config(config.model.path)
     if config.rl.routing_replay:
         routing_shape(hf)

@@ -1,12 +1,14 @@
 """The policy-gradient estimators of `rl.algorithm`: their defaults and the settings they allow.
 
 The mathematics of each is in `rl/algorithms/`, in the file of its name or in `grpo_variants.py`,
-whose docstring gives the source of the values here."""
+whose docstring gives the source of the values here. An estimator of the user's own has both in one
+module (docs/algorithms.md)."""
 
 from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_r1.errors import UserError, did_you_mean
+from megatron_r1.user_code import find
 
 
 @dataclass(frozen=True)
@@ -75,9 +77,16 @@ NAMES = tuple(ALGORITHMS)
 
 
 def rules_of(name: str) -> AlgorithmRules:
-    """Return the rules of the algorithm called `name`. Raises ValueError for an unknown name."""
-    if name not in ALGORITHMS:
-        meant = did_you_mean(name.replace("+", "p"), NAMES, "{}")
-        meant = meant or f"; use {', '.join(NAMES)}"
-        raise UserError(f"rl.algorithm: there is no {name!r}{meant}")
-    return ALGORITHMS[name]
+    """Return the rules of the algorithm called `name`, or those at "module:NAME" of a user's own.
+
+    Raises UserError for an unknown name, and for a module without them."""
+    if name in ALGORITHMS:
+        return ALGORITHMS[name]
+    if ":" in name:
+        try:
+            return find(name, "AlgorithmRules", lambda value: isinstance(value, AlgorithmRules))
+        except UserError as error:
+            raise UserError(f"rl.algorithm: {name}: {error}") from None
+    meant = did_you_mean(name.replace("+", "p"), NAMES, "{}")
+    meant = meant or f"; use {', '.join(NAMES)}, or your own as module:RULES"
+    raise UserError(f"rl.algorithm: there is no {name!r}{meant}")

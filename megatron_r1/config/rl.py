@@ -9,6 +9,7 @@ from pydantic import Field, field_validator, model_validator
 from megatron_r1.config import algorithms
 from megatron_r1.config.schedule import ScheduleEntry, check_order
 from megatron_r1.config.section import MayChange, Resumable, Section
+from megatron_r1.errors import did_you_mean
 from megatron_r1.rewards.combine import DEFAULT_WEIGHTS, Weight, read_weights
 from megatron_r1.rewards.options import read_options
 
@@ -50,7 +51,8 @@ class RLConfig(Section):
     algorithm: str = Field(
         "grpo",
         description="the policy-gradient estimator, with its own defaults for what recipe and "
-        f"preset leave out: {', '.join(algorithms.NAMES)}. See docs/algorithms.md",
+        f"preset leave out: {', '.join(algorithms.NAMES)}, or your own as module:RULES. See "
+        "docs/algorithms.md",
     )
     group_size: int = Field(16, ge=1)
     """responses per question, G; 2 or more where a group is the baseline"""
@@ -116,7 +118,12 @@ class RLConfig(Section):
     def _defaults_of_the_algorithm(cls, given: Any) -> Any:
         if not isinstance(given, dict) or not isinstance(given.get("algorithm", ""), str):
             return given
-        return {**algorithms.rules_of(given.get("algorithm", "grpo")).defaults, **given}
+        name = given.get("algorithm", "grpo")
+        defaults = algorithms.rules_of(name).defaults
+        for key in defaults.keys() - cls.model_fields.keys():
+            near = did_you_mean(key, cls.model_fields, "{}")
+            raise ValueError(f"rl.algorithm: {name}: its default {key} is no setting of rl{near}")
+        return {**defaults, **given}
 
     @model_validator(mode="after")
     def _fits_the_algorithm(self) -> Self:

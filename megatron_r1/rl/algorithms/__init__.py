@@ -2,9 +2,10 @@
 that are GRPO with other settings (`grpo_variants`).
 
 A module's docstring is its definition, with its source; `config/algorithms.py` has its defaults and
-the rules of its settings. It defines `advantages` and `loss`, where they are not GRPO's, and
-`token_advantages` if each token has its own. The controller imports the modules too, to compute
-advantages: they import torch and Megatron inside functions only.
+the rules of its settings, which a user's own module, named "module:RULES", has itself. It defines
+`advantages` and `loss`, where they are not GRPO's, and `token_advantages` if each token has its
+own. The controller imports the modules too, to compute advantages: they import torch and Megatron
+inside functions only.
 
 Notation: P prompts, G responses o_i to each, N responses in a mini-batch, |o_i| tokens of response
 i, ρ = π_θ / π_old of a token, "clip" = min(ρ A, clip(ρ, 1 - ε_low, 1 + ε_high) A). The loss is -J;
@@ -16,7 +17,10 @@ from dataclasses import dataclass
 
 from megatron_r1.config import RLConfig
 from megatron_r1.config.algorithms import AlgorithmRules, rules_of
+from megatron_r1.errors import UserError
 from megatron_r1.rl.algorithms import grpo, grpo_variants
+
+PARTS = ("advantages", "loss", "token_advantages")
 
 
 @dataclass(frozen=True)
@@ -38,13 +42,23 @@ class Algorithm:
 
 
 def find(name: str) -> Algorithm:
-    """Return the algorithm called `name`. Raises UserError for an unknown name."""
+    """Return the algorithm called `name`, or the user's own at "module:RULES". Raises UserError for
+    an unknown name and for a module that defines nothing of an algorithm."""
     rules = rules_of(name)
-    home = "grpo" if name in grpo_variants.NAMES else name
-    module = importlib.import_module(f"{__name__}.{home}")
-    advantages = getattr(module, "advantages", grpo.advantages)
-    loss = f"{getattr(module, 'loss', grpo.loss).__module__}:loss"
-    by_token = None
-    if hasattr(module, "token_advantages"):
-        by_token = f"{module.__name__}:token_advantages"
-    return Algorithm(name, rules, advantages, loss, by_token)
+    home, is_own, _ = name.partition(":")
+    if not is_own:
+        home = f"{__name__}.{'grpo' if name in grpo_variants.NAMES else name}"
+    module = importlib.import_module(home)
+    defined = {part: f"{home}:{part}" for part in PARTS if hasattr(module, part)}
+    if not defined:
+        raise UserError(
+            f"rl.algorithm: {name}: {module.__file__} defines none of {', '.join(PARTS)}; define "
+            "one, or use grpo and put the settings in the recipe"
+        )
+    return Algorithm(
+        name,
+        rules,
+        getattr(module, "advantages", grpo.advantages),
+        defined.get("loss", f"{grpo.__name__}:loss"),
+        defined.get("token_advantages"),
+    )

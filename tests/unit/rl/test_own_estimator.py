@@ -1,0 +1,113 @@
+"""An estimator outside the package: the one that docs/algorithms.md shows, and its mistakes."""
+
+import re
+import sys
+from pathlib import Path
+
+import estimator_formulae as formulae
+import pytest
+from test_algorithms import check
+
+from megatron_r1.config import RLConfig, dump, load, parse
+from megatron_r1.errors import UserError
+from megatron_r1.rl import algorithms
+
+PAGE = Path(__file__).parents[3] / "docs/algorithms.md"
+
+
+def blocks(language):
+    text = PAGE.read_text(encoding="utf-8").partition("## Add one in one file")[2]
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A working folder in which modules may be written; they are forgotten afterwards."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    before = {*sys.modules}
+    yield tmp_path
+    for name in {*sys.modules} - before:
+        if str(tmp_path) in str(getattr(sys.modules[name], "__file__", "")):
+            del sys.modules[name]
+
+
+@pytest.fixture
+def raft(folder):
+    (folder / "raft.py").write_text(blocks("python")[0], encoding="utf-8")
+    (folder / "mine.yaml").write_text(blocks("yaml")[0], encoding="utf-8")
+    return load("mine.yaml").rl
+
+
+def test_the_recipe_of_the_page_has_the_defaults_of_the_file(raft):
+    assert (raft.algorithm, raft.group_size) == ("raft:RULES", 8)
+    assert (raft.advantage_std, raft.minibatches, raft.kl_beta) == ("none", 1, 0.0)
+    assert raft.loss_settings["kl_beta"] == 0.0
+    config = load("mine.yaml", {"rl.kl_beta": 0.1})
+    Path("config.yaml").write_text(dump(config), encoding="utf-8")
+    assert load("config.yaml") == config and config.rl.kl_beta == 0.1
+    with pytest.raises(ValueError, match="advantage_std: group is not what raft:RULES does; use n"):
+        load("mine.yaml", {"rl.advantage_std": "group"})
+
+
+def test_the_test_of_the_page_passes(raft):
+    names = {}
+    exec(compile(blocks("python")[1], str(PAGE), "exec"), names)
+    tests = [value for name, value in names.items() if name.startswith("test_")]
+    assert tests
+    for test in tests:
+        test()
+
+
+def test_its_loss_and_gradients_are_those_of_its_formula(raft):
+    def best(responses):
+        chosen = {}
+        for o in responses:
+            rewards = formulae.rewards_of(responses, o.group)
+            if o.reward is not None and o.reward == rewards.max() != rewards.min():
+                chosen.setdefault(o.group, o)
+        return formulae.same_for_all_tokens(responses, lambda o: float(chosen.get(o.group) is o))
+
+    def weighted(o, a):
+        return formulae.clipped(o, a, 10.0, 10.0)
+
+    check("raft:RULES", {"minibatches": 2}, best, weighted, "sequence")
+
+
+def test_losses_and_token_advantages_reach_the_trainer_as_names(folder):
+    (folder / "several.py").write_text(
+        "from megatron_r1.config.algorithms import AlgorithmRules\n"
+        "PLAIN, CRITIC = AlgorithmRules(), AlgorithmRules(critic=True)\n"
+        "def loss(batch, head, settings): ...\n"
+        "def token_advantages(scored, settings): ...\n"
+    )
+    plain, critic = algorithms.find("several:PLAIN"), algorithms.find("several:CRITIC")
+    assert plain.loss == critic.loss == "several:loss"
+    assert plain.token_advantages == "several:token_advantages"
+    assert (plain.rules.critic, critic.rules.critic) == (False, True)
+    assert plain.advantages is algorithms.find("grpo").advantages
+
+
+@pytest.mark.parametrize(
+    ("source", "name", "message"),
+    [
+        ("", "nowhere:RULES", "rl.algorithm: nowhere:RULES: No module named 'nowhere': neither"),
+        ("RULES = 3", "own:RULES", "own.py has no AlgorithmRules RULES"),
+        ("MINE = AlgorithmRules()", "own:MIEN", "no AlgorithmRules MIEN"),
+        ("RULES = AlgorithmRules({'clip_hi': 1})", "own:RULES", "default clip_hi is no setting of"),
+        ("", "own", "there is no 'own'; use grpo, .*, or your own as module:RULES"),
+    ],
+)
+def test_mistakes_are_named(folder, source, name, message):
+    head = "from megatron_r1.config.algorithms import AlgorithmRules\n"
+    (folder / "own.py").write_text(f"{head}{source}\ndef advantages(groups, rl): ...\n")
+    with pytest.raises(UserError, match=message):
+        parse({"rl": {"algorithm": name}})
+
+
+def test_a_module_without_an_algorithm_is_refused(folder):
+    text = "from megatron_r1.config.algorithms import AlgorithmRules\nRULES = AlgorithmRules()\n"
+    (folder / "bare.py").write_text(text)
+    assert RLConfig(algorithm="bare:RULES").group_size == 16
+    with pytest.raises(UserError, match="defines none of advantages, loss, token_advantages"):
+        algorithms.find("bare:RULES")
