@@ -2,6 +2,8 @@
 structure, engines and transport with sizes divided, random weights and synthetic questions. Of a
 pipeline, every stage that trains or samples. See docs/rehearse.md."""
 
+import signal
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ def run(path: str, overrides: Mapping[str, Any]) -> None:
     """Rehearse the recipe at `path`. overrides: of the recipe, and `rehearsal.` settings.
 
     Raises UserError before anything starts, RunError for the first phase that fails."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that all processes are stopped
     own = {k.partition(".")[2]: v for k, v in overrides.items() if k.startswith("rehearsal.")}
     settings = RehearsalConfig(**own)
     others = {k: v for k, v in overrides.items() if not k.startswith("rehearsal.")}
@@ -43,7 +46,7 @@ def _rehearse(job: Job, settings: RehearsalConfig) -> None:
                 "another folder"
             )
         written = recipes.write(small, job.verb)
-        ranks = small.config.parallel.processes
+        ranks = "no" if job.verb == "sample" else small.config.parallel.processes
         print(f"{job.name}: {job.verb} with {ranks} trainer ranks in {folder}", flush=True)
         phases = Phases(job.verb, written, small.config, settings.timeout_seconds, _announce)
         rows = table.structure(config, hf, small.config, job.verb)

@@ -50,7 +50,6 @@ SECTIONS = {
     "reward-model": ("parallel", "fp8"),
     "sample": ("rollout",),
 }
-UNUSED = (None, False, 0, 1, "none")
 NOT_HERE = {
     "rollout.colocated": "in turns, but no GPU memory is freed",
     "rollout.max_response_tokens": "no: short responses",
@@ -65,7 +64,7 @@ def structure(recipe: Config, hf: dict, small: Config, verb: str) -> list[Row]:
         before, after = getattr(recipe, section), getattr(small, section)
         for key in SIZES[section]:
             old, new = getattr(before, key), getattr(after, key)
-            if old not in UNUSED:
+            if _is_used(old):
                 exercised = NOT_HERE.get(f"{section}.{key}") or _exercised(old, new)
                 rows.append(Row(f"{section}.{key}", str(old), str(new), exercised))
     if verb != "sample":
@@ -91,7 +90,12 @@ def structure(recipe: Config, hf: dict, small: Config, verb: str) -> list[Row]:
 def _exercised(old: object, new: object) -> str:
     if isinstance(old, str) and old != new and "|" not in old:
         return "no: needs a GPU"
-    return "no: too many ranks for rehearsal.max_ranks" if new in UNUSED else YES
+    return YES if _is_used(new) else "no: too many ranks for rehearsal.max_ranks"
+
+
+def _is_used(value: object) -> bool:
+    """Return whether a setting switches something on, or divides something."""
+    return value not in (None, False, "none") and (value is True or value != 1)
 
 
 def write(
