@@ -61,6 +61,22 @@ def test_an_engine_of_two_ranks_samples_as_transformers_would(family, layout, or
         assert share_of_equal_experts(oracle, model, groups, routing["routing"]) > 0.98
 
 
+@pytest.mark.slow
+def test_the_last_sequence_of_a_data_rank_is_sampled_as_transformers_would(oracle, tmp_path):
+    # One token in a batch, over tensor x data ranks with spread experts: a share of it looks whole.
+    model = tmp_path / "model"
+    oracle(write_model, model, DEEPSEEK, 0)
+    layout = {"tensor": 2, "data": 2, "expert_parallel": True}
+
+    async def start_and_sample():
+        async with RolloutFleet(1, tmp_path, max_model_len=256, max_num_seqs=64, **layout) as fleet:
+            await fleet.start(model)
+            return await sample(fleet, n=1)
+
+    groups = asyncio.run(start_and_sample())
+    assert largest_difference(oracle, model, groups) <= TOLERANCE
+
+
 def share_of_equal_experts(oracle, folder, groups, shape):
     """Of tokens, by transformers; a near tie may fall either way."""
     equal = []
