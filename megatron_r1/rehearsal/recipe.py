@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from megatron_r1.config import Config
 from megatron_r1.config.recipe import dump, parse
+from megatron_r1.curation.filters import NAMES
 from megatron_r1.rehearsal import layout, model, questions
 
 RESPONSE = 48
@@ -228,7 +229,14 @@ def _sample(config: Config) -> dict[str, Any]:
         "num_shots": None,
         "avoid": [],
         "rewrite": None,
+        # Random text has no form, so that nothing would be kept.
+        "filters": dict.fromkeys(NAMES, False),
+        "pairs": sample.pairs.model_dump() | {"max_length_bias": None},
     }
+    if sample.keeps and sample.keep.is_graded:
+        limits = {"min_accuracy": 0.0, "min_reward": None}
+        limits |= {"min_pass_rate": None, "max_pass_rate": None}
+        changed["keep"] = sample.keep.model_dump() | limits
     if sample.output in judges:
         changed["judge"] = f"{questions.__name__}:{judges[sample.output]}"
     return changed
@@ -255,6 +263,8 @@ def _changes(config: Config, small: Config, hf: dict, small_hf: dict) -> list[Ch
 REASONS = {
     "push.transport": "no GPU here",
     "rewards.options": "no reward model or judge is served",
+    "sample.filters": "random text passes none",
+    "sample.keep": "random text is rarely right",
     "sample.judge": "a rule judges, no served model",
     "sample.server": "the miniature answers",
     "teacher.url": "the run starts the teacher itself",
