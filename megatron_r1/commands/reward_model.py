@@ -10,6 +10,7 @@ from itertools import chain
 from typing import Any
 
 from megatron_r1.commands.supervised import SupervisedTask, run_supervised, with_steps
+from megatron_r1.commands.training_run import check_trainer
 from megatron_r1.config import Config
 from megatron_r1.data.preferences import Preference, read_preferences
 from megatron_r1.data.prompts import is_heldout, normalize
@@ -62,6 +63,7 @@ def run(config: Config) -> None:
     settings = config.reward_model
     if config.model.head != "score":
         raise UserError(f"model.head: {config.model.head} has no score to train; set it to score")
+    check_trainer(config, "reward-model")
     hf = read_hf_config(config.model.path, "score")
     text = ScoredText(config.model.path, settings.template, settings.shown, settings.max_chars)
     rows = load_rows(config, text, hf)

@@ -6,7 +6,7 @@ import json
 import sys
 
 from megatron_r1.commands import torchrun
-from megatron_r1.commands.training_run import run_training
+from megatron_r1.commands.training_run import check_trainer, run_training
 from megatron_r1.config import Config
 from megatron_r1.data.prompts import PromptSplit, load_prompts
 from megatron_r1.data.sampler import PromptSampler
@@ -47,6 +47,7 @@ def run(config: Config) -> None:
         raise UserError("model.init: rl needs a model to start from; make one with sft, then load")
     config.model.require_language_head()
     algorithms.find(config.rl.algorithm)
+    check_trainer(config, "rl")
     hf = read_hf_config(config.model.path)
     if config.rl.routing_replay:
         routing_shape(hf)

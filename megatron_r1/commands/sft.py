@@ -1,6 +1,7 @@
 """Supervised fine-tuning: teach responses by example. Also what makes the laptop's base model."""
 
 from megatron_r1.commands.supervised import SupervisedTask, run_supervised, with_steps
+from megatron_r1.commands.training_run import check_trainer
 from megatron_r1.config import Config
 from megatron_r1.config.algorithms import rules_of
 from megatron_r1.data.sampler import EpochSampler
@@ -25,6 +26,7 @@ def run(config: Config) -> None:
     """Train on `sft.data` for `run.steps` batches, or `sft.epochs`. Raises UserError before any
     long work."""
     config.model.require_language_head()
+    check_trainer(config, "sft")
     if rules_of(config.rl.algorithm).critic:
         raise UserError(
             f"rl.algorithm: {config.rl.algorithm} has a critic, which sft would keep in memory and "

@@ -15,6 +15,7 @@ from megatron_r1.processes.stopping import StopRequest
 from megatron_r1.reporting.run_folder import RunFolder
 from megatron_r1.supervision.supervisor import Supervisor
 from megatron_r1.training.client import TrainerClient
+from megatron_r1.training.packing import check_batches
 from megatron_r1.training.recorder import Recorder
 from megatron_r1.weights.stored.weight_files import weight_files
 
@@ -24,6 +25,16 @@ Body = Callable[[Recorder, TrainerClient, StopRequest, Supervisor], Awaitable[No
 
 Commands = Sequence[tuple[str, str]]
 """(purpose, command) suggestions for the report."""
+
+
+def check_trainer(config: Config, verb: str) -> None:
+    """Raise UserError where the trainer's ranks cannot be arranged as `parallel` says, or are too
+    many for the batches of `verb`. Called before anything starts: in RL the trainer itself would
+    find it out only after the engines' start and a whole rollout."""
+    num_ranks = torchrun.num_ranks(config)
+    config.parallel.check_sizes(num_ranks)
+    for _, settings in config.phases():
+        check_batches(settings, verb, num_ranks)
 
 
 def run_training(
@@ -47,7 +58,6 @@ async def _run(
     stop = StopRequest()
     stop.listen()
     num_ranks = torchrun.num_ranks(config)
-    config.parallel.check_sizes(num_ranks)
     with RunFolder(config.run.folder) as folder:
         stop.watch(folder.path)
         title = f"{name} · {folder.path.name}"

@@ -48,6 +48,10 @@ class ParallelConfig(Section):
     """upper limit; a longer sample gets a micro-batch alone"""
     threads: int | None = Field(None, description="CPU threads per rank; default: cores / ranks")
 
+    def num_replicas(self, world_size: int) -> int:
+        """Return the data-parallel size: the number of model replicas with different samples."""
+        return world_size // (self.tensor * self.pipeline * self.context)
+
     def check_sizes(self, world_size: int) -> None:
         """Raise UserError where the sizes do not divide `world_size` ranks."""
         groups = {

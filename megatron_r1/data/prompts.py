@@ -72,9 +72,11 @@ def load_prompts(
     if (path is None) == (task is None):
         raise UserError(f"give either data.path or data.task, got path={path}, task={task}")
     if not 0.0 <= heldout_fraction < 1.0:
-        raise UserError(f"heldout_fraction must be at least 0 and below 1: {heldout_fraction}")
+        raise UserError(f"data.heldout_fraction={heldout_fraction} must be at least 0 and below 1")
     if num_heldout and not heldout_fraction and heldout_path is None:
-        raise UserError(f"num_heldout={num_heldout} needs heldout_fraction > 0 or a heldout_path")
+        raise UserError(
+            f"data.num_heldout={num_heldout} needs heldout_fraction > 0 or a heldout_path"
+        )
     if kind is not None:
         resolve(kind)
     heldout = [] if heldout_path is None else list(_from_file(heldout_path, kind, columns))
@@ -84,15 +86,16 @@ def load_prompts(
         assert task is not None
         if num_train is None or (num_heldout is None and heldout_path is None):
             raise UserError(
-                f"task {task!r} generates any number of questions: set num_train and num_heldout"
+                f"data.task={task} generates any number of questions: set data.num_train and "
+                "data.num_heldout"
             )
         # After this many items without enough new questions, the task is considered exhausted.
         num_attempts = 1_000 + 50 * (num_train + (num_heldout or 0))
         prompts = _from_task(task, dict(parameters or {}), seed, num_attempts, kind)
     fraction = heldout_fraction if heldout_path is None else 0.0
     split = _split(prompts, heldout, fraction, num_train, num_heldout)
-    _require("train", split.train, num_train, task or path)
-    _require("held-out", split.heldout, num_heldout, heldout_path or task or path)
+    _require("train", split.train, num_train, "num_train", task or path)
+    _require("held-out", split.heldout, num_heldout, "num_heldout", heldout_path or task or path)
     return split
 
 
@@ -136,13 +139,17 @@ def _split(
     return PromptSplit(list(sides[False].values()), list(sides[True].values())[:num_heldout])
 
 
-def _require(side: str, prompts: list[Prompt], count: int | None, source: object) -> None:
+def _require(side: str, prompts: list[Prompt], count: int | None, key: str, source: object) -> None:
     if not prompts and count is None and side == "train":
-        raise UserError(f"{source}: it holds no questions to train on")
+        raise UserError(
+            f"{source}: it holds no questions to train on; give more, or lower "
+            "data.heldout_fraction"
+        )
     if len(prompts) < (count or 0):
         raise UserError(
-            f"{source}: only {len(prompts)} distinct {side} questions, {count} wanted; "
-            f"ask for fewer, change the held-out share, or make the questions more varied"
+            f"{source}: only {len(prompts)} distinct {side} questions, {count} wanted; lower "
+            f"data.{key}, change data.heldout_fraction, or make the questions more varied "
+            "(data.parameters of a task)"
         )
 
 

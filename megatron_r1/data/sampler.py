@@ -59,7 +59,7 @@ class EpochSampler(Generic[Item]):
                 what = "items" if name == "fingerprint" else name
                 raise UserError(
                     f"the checkpoint sampled other {what} ({state[name]}) than this run ({own}); "
-                    f"restore the data settings or start a new run"
+                    "restore the data and run.seed, or start a new run in another run.folder"
                 )
         self.epoch, self.position = state["epoch"], state["position"]
         self._order = self._shuffle()

@@ -36,7 +36,7 @@ def load_examples(path: str | Path, columns: Mapping[str, str] | None = None) ->
         for location, row in read_records(path, columns, ("prompt", "response"))
     ]
     if not examples:
-        raise UserError(f"{path}: it holds no examples")
+        raise UserError(f"{path}: it holds no examples; give rows of {{prompt, response}}")
     return examples
 
 

@@ -37,13 +37,13 @@ def visible_gpus(environment: Mapping[str, str]) -> list[str]:
     return [str(index) for index in range(len(glob.glob("/dev/nvidia[0-9]*")))]
 
 
-def gpus_of_slot(visible: list[str], num_engines: int, slot: int) -> dict[str, str]:
+def gpus_of_slot(visible: list[str], num_engines: int, slot: int, key: str) -> dict[str, str]:
     """Return the environment variable that gives one of several engines its equal share of GPUs.
-    Raises EngineError if they cannot be divided evenly."""
+    Raises EngineError, naming the setting `key` of their number, if they cannot be divided."""
     if not visible or len(visible) % num_engines:
         raise EngineError(
             f"{len(visible)} GPUs ({','.join(visible) or 'none visible'}) cannot be divided among "
-            f"{num_engines} engines; change --engines"
+            f"{num_engines} engines; set {key} to a divisor, or CUDA_VISIBLE_DEVICES to a multiple"
         )
     share = len(visible) // num_engines
     return {"CUDA_VISIBLE_DEVICES": ",".join(visible[slot * share : (slot + 1) * share])}

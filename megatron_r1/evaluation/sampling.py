@@ -183,7 +183,8 @@ class Sampler:
             self._num_ungraded[name] += 1
             if self._num_ungraded[name] == MAX_UNGRADED:
                 self._broken_grader = UserError(
-                    f"{name}: no response could be graded: {response.reason}"
+                    f"{name}: no response could be graded: {response.reason}; repair what the "
+                    "reward needs, or leave these questions out"
                 )
 
     def _refuse_other_versions(self) -> None:

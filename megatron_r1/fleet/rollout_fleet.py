@@ -260,7 +260,8 @@ class RolloutFleet:
         assert self._model is not None, "start() was not called"
         settings = self.server_settings
         if self.make_server is EngineServer:  # hosts of a pool divide their GPUs themselves
-            settings = share_of_gpus(settings, index, self.num_engines)
+            key = "teacher.engines" if self.role == "teacher" else "rollout.engines"
+            settings = share_of_gpus(settings, index, self.num_engines, key)
         own = {"seed": settings.get("seed", 0) + index, "secret": secrets.token_hex(32)}
         log = self.log_folder / f"{self.role}-{index}.log"
         server = self.make_server(self._model, log, **(settings | own))
@@ -327,12 +328,14 @@ class RolloutFleet:
         return [engine for engine in engines if engine.is_up]
 
 
-def share_of_gpus(settings: dict[str, Any], index: int, num_engines: int) -> dict[str, Any]:
+def share_of_gpus(
+    settings: dict[str, Any], index: int, num_engines: int, key: str = "rollout.engines"
+) -> dict[str, Any]:
     """Return the settings of one of several engines on this host's GPUs, each of which gets an
-    equal share. Raises EngineError as `gpus_of_slot`."""
+    equal share. key: and errors, as of `gpus_of_slot`."""
     if num_engines == 1 or settings.get("device") != "cuda":
         return settings
-    gpus = gpus_of_slot(visible_gpus(os.environ), num_engines, index % num_engines)
+    gpus = gpus_of_slot(visible_gpus(os.environ), num_engines, index % num_engines, key)
     return settings | {"extra_env": gpus | dict(settings.get("extra_env") or {})}
 
 

@@ -42,7 +42,10 @@ def transformer_config(hf: dict, config: Config) -> TransformerConfig:
     try:
         return kind(**fields)
     except ValueError as error:
-        raise UserError(f"Megatron-Core refuses this configuration: {error}") from error
+        raise UserError(
+            f"Megatron-Core refuses the model of {config.model.path} with the settings of parallel "
+            f"and fp8: {error}"
+        ) from error
 
 
 def _shared_fields(hf: dict, dtype: torch.dtype, transformer_engine: bool) -> dict[str, Any]:

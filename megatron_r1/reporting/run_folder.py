@@ -105,7 +105,7 @@ class RunFolder:
         config = yaml.safe_load(self.config_path.read_text(encoding="utf-8"))
         if not isinstance(config, dict):
             raise UserError(
-                f"{self.config_path}: not a YAML mapping; restore it or start a new run"
+                f"{self.config_path}: not a YAML mapping; restore it, or choose another run.folder"
             )
         return config
 

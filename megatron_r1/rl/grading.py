@@ -58,7 +58,8 @@ def check_grades(groups: list[Group], max_ungraded: float) -> None:
         term = min(broken)
         name = groups[0].prompt.kind if term == ACCURACY else term
         raise UserError(
-            f"reward {name!r} failed on all {len(responses)} responses: {responses[0].reason}"
+            f"reward {name!r} failed on all {len(responses)} responses: {responses[0].reason}; "
+            "repair it, its rewards.options, or leave it out of rewards.weights"
         )
     ungraded = [graded for graded in responses if not graded.is_graded]
     allowed = math.ceil(max_ungraded * len(responses))

@@ -271,7 +271,10 @@ class Trainer:
         if folder != self._verified:
             damage = self.verify_checkpoint(folder)["damage"]
             if damage:
-                raise UserError(f"checkpoint {folder} is damaged: {'; '.join(damage[:5])}")
+                raise UserError(
+                    f"checkpoint {folder} is damaged: {'; '.join(damage[:5])}; run the same "
+                    "command again: it continues from the newest checkpoint that is whole"
+                )
         if reference:
             self.keep_reference()
         return {"is_same_layout": loading.load(Path(folder), self._networks())}

@@ -11,7 +11,7 @@ from megatron_r1.config.recipe import Verb
 from megatron_r1.engine.recipe import check_engines
 from megatron_r1.errors import UserError
 from megatron_r1.models.hf_config import check_divisions, read_hf_config
-from megatron_r1.reporting.wording import counted
+from megatron_r1.training.packing import check_batches
 from megatron_r1.weights.layout import Shard, recipe_stages, table
 from megatron_r1.weights.rules import Table
 from tools.plan.hardware import Assumptions, Hardware
@@ -95,8 +95,7 @@ class Job:
     @property
     def data(self) -> int:
         """Data-parallel size: the number of ranks with different samples."""
-        parallel = self.parallel
-        return self.world_size // (parallel.tensor * parallel.pipeline * parallel.context)
+        return self.parallel.num_replicas(self.world_size)
 
     @property
     def dense_replicas(self) -> int:
@@ -221,22 +220,8 @@ class Job:
         """Raise ValueError, by name, for sizes of `parallel` that do not divide the model."""
         self.parallel.check_sizes(self.world_size)
         check_divisions(self.hf, self.parallel, transformer_engine=True)
-        per_step = self.outputs // self.minibatches
-        if per_step < self.data:
-            raise UserError(
-                f"{counted(per_step, 'sample')} of an optimizer step cannot be spread over "
-                f"{self.data:,} data-parallel ranks; {self._more_samples()}, raise "
-                "parallel.context, .tensor or .pipeline, or use at most "
-                f"{counted(per_step * (self.world_size // self.data), 'GPU')}"
-            )
+        check_batches(self.config, self.verb, self.world_size, "GPU")
         assert self.stages, "building them checks the layout"
-
-    def _more_samples(self) -> str:
-        """Return the remedy that gives an optimizer step more samples."""
-        if self.verb == "rl" and self.minibatches > 1:
-            return f"lower rl.minibatches={self.minibatches}"
-        keys = {"sft": "sft.batch_size", "reward-model": "reward_model.batch_size"}
-        return f"raise {keys.get(self.verb, 'rl.questions_per_rollout')}"
 
     def check_engines(self) -> None:
         """Raise ValueError for engines that are impossible, or impossible on these GPUs."""

@@ -88,7 +88,9 @@ class LocalEngines:
         engine = LocalEngine(order, slot)
         try:
             if settings.get("device") == "cuda":
-                environment |= gpus_of_slot(visible_gpus(os.environ), self.num_engines, slot)
+                environment |= gpus_of_slot(
+                    visible_gpus(os.environ), self.num_engines, slot, "--engines"
+                )
             port = None if self.first_port is None else self.first_port + slot
             here = {"host": self.address, "port": port, "part": order.part}
             engine.server = EngineServer(

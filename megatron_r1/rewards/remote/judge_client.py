@@ -148,9 +148,11 @@ class ReplyCache:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"cache: {folder} cannot be made ({error.strerror})") from None
+            raise UserError(
+                f"cache: {folder} cannot be made ({error.strerror}); choose another"
+            ) from None
         if not os.access(self.folder, os.W_OK):
-            raise UserError(f"cache: {folder} cannot be written to")
+            raise UserError(f"cache: {folder} cannot be written to; choose another")
 
     async def get(self, request: dict[str, Any], vote: int) -> str | None:
         """Return the reply to a request; None for one that is not cached."""

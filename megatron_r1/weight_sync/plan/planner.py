@@ -61,7 +61,10 @@ class Planner:
         self._needed: dict[tuple, list[tuple[Coordinate, Region]]] = {}
         experts = self.table.num_experts
         if experts and experts % grid.expert:
-            raise UserError(f"parallel.expert={grid.expert} does not divide {experts} experts")
+            raise UserError(
+                f"parallel.expert={grid.expert} does not divide {experts} experts; choose a "
+                f"divisor of {experts}"
+            )
 
     def sends(self, rank: int, engine: int | None = None) -> Iterator[Transfer]:
         """Yield the transfers of trainer rank `rank`, layer by layer.

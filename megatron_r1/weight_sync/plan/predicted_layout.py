@@ -8,6 +8,7 @@ routed experts are FusedMoE's."""
 
 from collections.abc import Hashable, Iterator
 from itertools import product
+from typing import NoReturn
 
 from megatron_r1.errors import UserError
 from megatron_r1.weight_sync.plan.ranks import Coordinate, EngineLayout
@@ -30,8 +31,8 @@ class PredictedLayout:
         heads = hf["num_attention_heads"]
         if heads % layout.tensor:
             raise UserError(
-                f"rollout tensor parallel size {layout.tensor} does not divide "
-                f"num_attention_heads={heads}; choose a divisor"
+                f"rollout.tensor={layout.tensor} does not divide num_attention_heads={heads}; "
+                f"choose a divisor of {heads}"
             )
         self._stage_layers = stage_layers(len(self.table.layers), layout.pipeline)
         self._stage_of_layer = [s for s, layers in enumerate(self._stage_layers) for _ in layers]
@@ -90,10 +91,11 @@ class PredictedLayout:
                 return Region.whole(shape)
             # Without expert parallelism vLLM splits experts over data x tensor ranks alike.
             rank, ranks = at.data * ranks + rank, self._num_expert_ranks
-        if rule.split is rows:
-            return _share(shape, 1, rank, ranks)
-        if rule.split is columns:
-            return _share(shape, 0, rank, ranks)
+        if rule.split in (rows, columns):
+            dim = 1 if rule.split is rows else 0
+            if shape[dim] % ranks:
+                self._refuse(tensor, shape[dim], ranks)
+            return _share(shape, dim, rank, ranks)
         if rule.split is vocabulary:
             padded = -(-shape[0] // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
             start, end = rank * padded // ranks, min((rank + 1) * padded // ranks, shape[0])
@@ -103,6 +105,16 @@ class PredictedLayout:
         if tensor.source == 0 or groups % ranks == 0:
             return _share(shape, 0, rank, ranks)
         return _share(shape, 0, rank * groups // ranks, groups)  # several ranks share a head
+
+    def _refuse(self, tensor: HFTensor, size: int, ranks: int) -> NoReturn:
+        keys, other = f"rollout.tensor={self.layout.tensor}", ""
+        if tensor.expert is not None:
+            keys += f" x rollout.data={self.layout.data}"
+            other = ", or set rollout.expert_parallel: true"
+        raise UserError(
+            f"{keys}: {ranks} engine ranks cannot share {tensor.name} {tensor.shape}, as size "
+            f"{ranks} does not divide {size}; choose a divisor of {size}{other}"
+        )
 
     def _experts_on(self, at: Coordinate) -> range:
         """Return the routed experts on the rank at `at` under expert parallelism (FusedMoE, linear
@@ -129,10 +141,5 @@ def stage_layers(num_layers: int, stages: int) -> list[range]:
 
 
 def _share(shape: Shape, dim: int, rank: int, ranks: int) -> Region:
-    if shape[dim] % ranks:
-        raise UserError(
-            f"rollout tensor parallel size {ranks} does not divide dimension {dim} of a tensor of "
-            f"shape {shape}; choose a divisor of {shape[dim]}"
-        )
     length = shape[dim] // ranks
     return Region.along(shape, dim, rank * length, length)

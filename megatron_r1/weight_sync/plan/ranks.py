@@ -27,11 +27,15 @@ class TrainerGrid:
     expert_tensor: int = 1
 
     def __post_init__(self):
-        for name, model in (("dense", self.tensor * self.context), ("experts", self.expert_model)):
-            size = model * self.pipeline
+        groups = {
+            "tensor x context x pipeline": self.tensor * self.context * self.pipeline,
+            "expert_tensor x expert x pipeline": self.expert_model * self.pipeline,
+        }
+        for sizes, size in groups.items():
             if self.world % size:
                 raise UserError(
-                    f"{self.world} trainer ranks cannot be divided into groups of {size} ({name})"
+                    f"parallel: {self.world} trainer ranks cannot be divided into groups of {size} "
+                    f"({sizes}); change parallel.processes or the sizes"
                 )
 
     @classmethod

@@ -194,6 +194,7 @@ def test_memory_that_is_not_shared_is_refused(pool, host, monkeypatch):
 
 def test_gpus_are_shared_out_evenly():
     assert visible_gpus({"CUDA_VISIBLE_DEVICES": "4,5,6,7"}) == ["4", "5", "6", "7"]
-    assert gpus_of_slot(["4", "5", "6", "7"], 2, 1) == {"CUDA_VISIBLE_DEVICES": "6,7"}
-    with pytest.raises(EngineError, match="4 GPUs .4,5,6,7. cannot be divided among 3 engines"):
-        gpus_of_slot(["4", "5", "6", "7"], 3, 0)
+    assert gpus_of_slot(["4", "5", "6", "7"], 2, 1, "--engines") == {"CUDA_VISIBLE_DEVICES": "6,7"}
+    refusal = "4 GPUs .4,5,6,7. cannot be divided among 3 engines; set rollout.engines to a divisor"
+    with pytest.raises(EngineError, match=refusal):
+        gpus_of_slot(["4", "5", "6", "7"], 3, 0, "rollout.engines")

@@ -156,11 +156,12 @@ def test_vllm_s_pipeline_stages():
 
 
 def test_sizes_that_cannot_be_are_named():
-    with pytest.raises(ValueError, match="8 trainer ranks cannot be divided into groups of 3"):
+    groups = r"parallel: 8 trainer ranks cannot be divided into groups of 3 \(tensor x .* change"
+    with pytest.raises(ValueError, match=groups):
         TrainerGrid(8, tensor=3)
-    with pytest.raises(ValueError, match="tensor parallel size 3 does not divide num_attention"):
+    with pytest.raises(ValueError, match="rollout.tensor=3 does not divide num_attention_heads=4;"):
         Planner(DEEPSEEK, TrainerGrid(1), EngineLayout(tensor=3))
-    with pytest.raises(ValueError, match="parallel.expert=3 does not divide 8 experts"):
+    with pytest.raises(ValueError, match="parallel.expert=3 does not divide 8 experts; choose a"):
         Planner(DEEPSEEK, TrainerGrid(3, expert=3), EngineLayout())
 
 
