@@ -98,9 +98,9 @@ def test_sources_that_cannot_be_are_refused(tmp_path):
     with pytest.raises(ValueError, match="refuses .* max_terms must be >= min_terms"):
         parameters = {"min_terms": 3, "max_terms": 2}
         load_prompts(task="chain_sum", parameters=parameters, num_train=1, num_heldout=1)
-    with pytest.raises(ValueError, match="set num_train and num_heldout"):
+    with pytest.raises(ValueError, match="set data.num_train and data.num_heldout"):
         load_prompts(task="chain_sum")
-    with pytest.raises(ValueError, match="needs heldout_fraction > 0"):
+    with pytest.raises(ValueError, match="data.num_heldout=1 needs heldout_fraction > 0"):
         load_prompts(task="chain_sum", num_train=1, num_heldout=1, heldout_fraction=0.0)
 
 
