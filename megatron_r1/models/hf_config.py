@@ -12,12 +12,12 @@ from megatron_r1.errors import UserError
 if TYPE_CHECKING:
     from megatron_r1.config import ParallelConfig
 
-Head = Literal["language", "score"]
+HeadKind = Literal["language", "score"]
 """language: logits over the vocabulary. score: one number per token, for reward models and critics.
 """
 
 _MODULES = {"DeepseekV3": "deepseek_v3", "Qwen2": "qwen2", "Llama": "llama"}
-_SUFFIXES: dict[Head, str] = {"language": "ForCausalLM", "score": "ForSequenceClassification"}
+_SUFFIXES: dict[HeadKind, str] = {"language": "ForCausalLM", "score": "ForSequenceClassification"}
 ARCHITECTURES = {
     name + suffix: module for suffix in _SUFFIXES.values() for name, module in _MODULES.items()
 }
@@ -51,7 +51,7 @@ def language_settings(hf: dict) -> dict:
 
 
 def read_hf_config(
-    path: str | Path, head: Head | None = "language", key: str = "model.path"
+    path: str | Path, head: HeadKind | None = "language", key: str = "model.path"
 ) -> dict:
     """Return the contents of `config.json` in the folder `path`, aliases resolved.
 

@@ -37,7 +37,7 @@ async def train(session: Session) -> None:
 
         with session.phase("train"):
             metrics = await passes.load(minibatches(samples, config.rl.minibatches))
-            metrics |= await passes.score()  # log-probabilities under π_old and π_ref
+            metrics |= await passes.compute_logprobs()  # under π_old and π_ref
             metrics |= await passes.token_advantages()
             updates = [
                 await update(passes, index, session.step) for index in range(config.rl.minibatches)

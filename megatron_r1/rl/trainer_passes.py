@@ -31,7 +31,7 @@ class TrainerPasses:
         """Send the samples of a rollout to the trainer."""
         return await self.trainer.load(minibatches)
 
-    async def score(self) -> dict[str, float]:
+    async def compute_logprobs(self) -> dict[str, float]:
         """Compute every token's log-probability under π_old and π_ref, and the critic's values.
 
         The first mini-batch's under π_old come with its update, which starts from π_old, unless
@@ -40,7 +40,7 @@ class TrainerPasses:
             await self.trainer.call("values")
         has_token_advantages = self.algorithm.token_advantages is not None
         return await self.trainer.call(
-            "score",
+            "compute_logprobs",
             temperature=self.config.rollout.temperature,
             reference=self.uses_reference,
             first_old=has_token_advantages or self.config.rl.routing_replay,

@@ -23,7 +23,7 @@ from megatron_r1.training.wire import Sample
 
 
 @dataclass(frozen=True)
-class Split:
+class TokenSplit:
     """How the ranks that share a micro-batch split its tokens.
 
     tensor: ranks of sequence parallelism, which divide what a context rank holds; context: ranks of
@@ -98,7 +98,10 @@ class PackedBatch:
 
 
 def packed_batch(
-    samples: list[Sample], split: Split, device: torch.device, routing: RoutingPart | None = None
+    samples: list[Sample],
+    split: TokenSplit,
+    device: torch.device,
+    routing: RoutingPart | None = None,
 ) -> PackedBatch:
     """Pack `samples`, possibly none, and return this rank's part, T tokens on `device`.
 
@@ -149,7 +152,7 @@ def packed_batch(
     )
 
 
-def _attention_borders(borders: Tensor, split: Split) -> PackedSeqParams:
+def _attention_borders(borders: Tensor, split: TokenSplit) -> PackedSeqParams:
     longest = int(borders.diff().max())
     params = PackedSeqParams(
         qkv_format="thd",

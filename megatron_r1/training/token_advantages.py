@@ -1,7 +1,8 @@
 """Advantages per token, computed on the trainer ranks once a rollout has log-probabilities.
 
 An estimator of such advantages gets the batches as `Scored`: whole responses, also where ranks of
-context parallelism hold parts of them, and reductions over the whole rollout. What the controller
+context parallelism hold parts of them, and reductions over the whole rollout; what it computes on
+the gathered tensors is in `returns`. What the controller
 sent as a response's advantage is then its reward, on each of its tokens; NaN where it could not be
 graded."""
 
@@ -17,14 +18,17 @@ from torch.distributed import ProcessGroup
 
 from megatron_r1.models.context import held_positions, sample_order
 from megatron_r1.training.packed import PackedBatch
+from megatron_r1.training.returns import discounted_sums, penalised_rewards
 
 
-class Responses:
+class WholeResponses:
     """The responses of one micro-batch, whole and in sample order, on every rank that holds a part
-    of them.
+    of them; `returns` computes on such tensors.
 
-    T: tokens of the whole micro-batch; is_response, is_graded: (T,) bool; rewards: (T,), the
-    response's on each of its tokens, NaN where it is not graded."""
+    T: tokens of the whole micro-batch; is_response: (T,) bool; is_graded: (T,) bool, the tokens of
+    graded responses; rewards: (T,), the response's on each of its tokens, NaN where it is not
+    graded; last: (T,) int64, the position of the last response token of each token's sample, or
+    -1."""
 
     def __init__(self, batch: PackedBatch, context_group: ProcessGroup | None = None):
         """context_group: the ranks that hold the batch's other parts; None: there are none."""
@@ -34,17 +38,15 @@ class Responses:
         self._borders = batch.borders.long() * self._ranks
         self.is_response = self.whole(batch.is_response.to(torch.uint8)).bool()
         self.rewards = self.whole(batch.advantages)
-        self.is_graded = ~self.rewards.isnan()
-        self._position = torch.arange(len(self.is_response), device=self.is_response.device)
-        self._last = self._last_of_each()
-        self._longest = int(self._borders.diff().max())
+        self.is_graded = self.is_response & ~self.rewards.isnan()
+        self.last = self._last_of_each()
 
     def _last_of_each(self) -> Tensor:
-        """Return (T,): the position of the last response token of each token's sample, or -1."""
         lengths = self._borders.diff()
         sample = torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths)
         ends = torch.full_like(lengths, -1)
-        seen = torch.where(self.is_response, self._position, -1)
+        position = torch.arange(len(sample), device=lengths.device)
+        seen = torch.where(self.is_response, position, -1)
         return ends.scatter_reduce(0, sample, seen, "amax")[sample]
 
     def whole(self, part: Tensor) -> Tensor:
@@ -62,32 +64,17 @@ class Responses:
             return whole
         return whole[held_positions(self._borders, self._rank, self._ranks)]
 
-    def masked(self, advantages: Tensor) -> Tensor:
-        """Return `advantages` (T,) with 0 outside responses and where not graded."""
-        return torch.where(self.is_response & self.is_graded, advantages, 0.0)
+    def token_rewards(self, kl_beta: float) -> Tensor:
+        """Return `returns.penalised_rewards`, (T,). Needs logprobs["old"] and ["reference"] with
+        kl_beta > 0."""
+        log_ratio = None
+        if kl_beta:
+            log_ratio = self.whole(self.batch.logprobs["old"] - self.batch.logprobs["reference"])
+        return penalised_rewards(self.rewards, log_ratio, kl_beta, self.is_graded, self.last)
 
-    def at_end(self, values: Tensor) -> Tensor:
-        """Return `values` (T,) on the last token of each response, 0 elsewhere."""
-        return torch.where(self._position == self._last, values, 0.0)
-
-    def following(self, values: Tensor) -> Tensor:
-        """Return (T,): the value of the response's next token, 0 after its last."""
-        return torch.where(self._position < self._last, values.roll(-1), 0.0)
-
-    def discounted_sums(self, values: Tensor, discount: float) -> Tensor:
-        """Return x_t = Σ_{s≥t} discount^(s-t) values_s over the rest of the response; (T,), 0
-        outside.
-
-        Computed by doubling: each pass adds the sums over the next 1, 2, 4 … tokens, so that a
-        response of 32,768 takes 15 passes over the tokens, not 32,768."""
-        sums = torch.where(self.is_response, values, 0.0)
-        reach, factor = 1, discount
-        while reach < self._longest and factor:
-            ahead = self._position + reach
-            inside = ahead <= self._last
-            sums = sums + factor * torch.where(inside, sums[ahead.clamp(max=len(sums) - 1)], 0.0)
-            reach, factor = 2 * reach, factor * factor
-        return torch.where(self.is_response, sums, 0.0)
+    def discounted(self, values: Tensor, discount: float) -> Tensor:
+        """Return `returns.discounted_sums` of `values` (T,) over graded responses."""
+        return discounted_sums(values, discount, self.is_graded, self.last)
 
 
 class Scored:
@@ -102,14 +89,14 @@ class Scored:
         """data_group: the data- and context-parallel ranks, which together hold every token of the
         rollout once; None: this process has all."""
         self._data_group = data_group
-        self.responses = [Responses(batch, context_group) for batch in batches]
+        self.responses = [WholeResponses(batch, context_group) for batch in batches]
 
     def normalised(self, advantages: list[Tensor], epsilon: float) -> list[Tensor]:
         """Return `advantages`, (T,) per micro-batch, shifted and scaled so that those of all graded
         response tokens of the rollout have mean 0 and standard deviation 1 (of the population,
         epsilon added to it)."""
         pairs = list(zip(self.responses, advantages, strict=True))
-        own = [r.own(a)[r.own(r.is_response & r.is_graded)].double() for r, a in pairs]
+        own = [r.own(a)[r.own(r.is_graded)].double() for r, a in pairs]
         sums = [torch.stack([a.sum(), a.square().sum(), a.new_tensor(len(a))]) for a in own]
         total = torch.stack(sums).sum(0)
         if self._data_group is not None:
@@ -119,7 +106,10 @@ class Scored:
         # Of equal advantages the rounded difference may be below 0, and the deviation 0.
         scale = (square - mean.square()).clamp(min=0).sqrt() + epsilon
         scale = torch.where(scale > 0, scale, 1.0)
-        return [r.masked(((a.double() - mean) / scale).to(a.dtype)) for r, a in pairs]
+        scaled = [((a.double() - mean) / scale).to(a.dtype) for a in advantages]
+        return [
+            torch.where(r.is_graded, a, 0.0) for r, a in zip(self.responses, scaled, strict=True)
+        ]
 
     def store(self, targets: TokenTargets) -> None:
         """Replace the advantages, and the returns if any, in the micro-batches."""
@@ -142,22 +132,7 @@ TokenAdvantages = Callable[[Scored, dict[str, Any]], TokenTargets]
 advantage_std, advantage_epsilon (`config.RLConfig`)."""
 
 
-def penalised_rewards(responses: Responses, kl_beta: float) -> Tensor:
-    """Return r_t = -kl_beta log(π_old / π_ref)_t, plus the response's reward at its last token;
-    (T,). The penalty's sum is an unbiased estimate of the KL divergence of whole responses. Needs
-    logprobs["old"] and, with kl_beta > 0, ["reference"]."""
-    rewards = responses.at_end(responses.rewards)
-    if kl_beta:
-        logprobs = responses.batch.logprobs
-        rewards = rewards - kl_beta * responses.whole(logprobs["old"] - logprobs["reference"])
-    return torch.where(responses.is_response & responses.is_graded, rewards, 0.0)
-
-
 def reward_to_go(scored: Scored, settings: dict[str, Any]) -> list[Tensor]:
     """Return A_t = Σ_{s≥t} discount^(s-t) r_s, r the penalised rewards, (T,) per micro-batch."""
-    advantages = []
-    for responses in scored.responses:
-        rewards = penalised_rewards(responses, settings["kl_beta"])
-        sums = responses.discounted_sums(rewards, settings["discount"])
-        advantages.append(responses.masked(sums))
-    return advantages
+    beta, discount = settings["kl_beta"], settings["discount"]
+    return [r.discounted(r.token_rewards(beta), discount) for r in scored.responses]

@@ -1,7 +1,7 @@
 """One trainer rank: Megatron's model, optimizer and schedule behind the operations of a step.
 
-An RL step calls load() (receive the rollout's micro-batches), score() (old and reference
-log-probabilities), agreement() (difference from the engine's), for some algorithms values() and
+An RL step calls load() (receive the rollout's micro-batches), compute_logprobs() (old and
+reference policy), agreement() (difference from the engine's), for some algorithms values() and
 token_advantages(), and then update(), and update_critic(), once per mini-batch. SFT and reward
 models call load() and update(); sample_scores() evaluates a reward model, probe() compares a few
 tokens with an engine. The other operations (`worker.OPERATIONS`) write and read folders.
@@ -35,7 +35,7 @@ from megatron_r1.training.distributed import GridPosition
 from megatron_r1.training.head import Head
 from megatron_r1.training.losses import Loss
 from megatron_r1.training.optimizer import new_optimizer
-from megatron_r1.training.packed import PackedBatch, RoutingPart, Split, packed_batch
+from megatron_r1.training.packed import PackedBatch, RoutingPart, TokenSplit, packed_batch
 from megatron_r1.training.passes import merge_reports, optimizer_step, reduce_over_data, run_passes
 from megatron_r1.training.reference import Reference
 from megatron_r1.training.scores import Scores
@@ -61,7 +61,7 @@ class Trainer:
         self.saving = CheckpointWriter(self.groups.dp_cp, config.checkpoint.asynchronous)
         self._verified: str | None = None
         self.minibatches: list[list[PackedBatch]] = []
-        self.split = Split(
+        self.split = TokenSplit(
             config.parallel.tensor,
             config.parallel.context,
             self.groups.cp.rank(),
@@ -119,7 +119,7 @@ class Trainer:
         else:
             self.reference.refresh()
 
-    def score(
+    def compute_logprobs(
         self, temperature: float, reference: bool, first_old: bool = True
     ) -> dict[str, float]:
         """Compute the log-probabilities of every loaded token under the current policy ("old") and,
@@ -133,15 +133,15 @@ class Trainer:
         batches = self._batches()
         later = batches if first_old else batches[len(self.minibatches[0]) :]
         with self.replay.measured():
-            self._score(later, "old", temperature)
+            self._fill_logprobs(later, "old", temperature)
         with self.replay.paused():
             if reference:
                 assert self.reference is not None, "keep_reference() comes first"
                 with self.reference.in_place():
-                    self._score(batches, "reference", temperature)
+                    self._fill_logprobs(batches, "reference", temperature)
             first = batches[: len(self._in_rounds([[]]))] if self.replay.is_on else []
             if first:
-                self._score(first, "own_routing", temperature)
+                self._fill_logprobs(first, "own_routing", temperature)
         metrics = self.replay.agreement(platform.device())
         if first:
             gap, count, _ = self._gap(first, "own_routing")
@@ -154,14 +154,14 @@ class Trainer:
 
     def token_advantages(self, function: str, settings: dict[str, Any]) -> None:
         """Replace the advantages of all loaded samples by those that the `TokenAdvantages` at
-        "module:function" computes per token; score() comes first."""
+        "module:function" computes per token; compute_logprobs() comes first."""
         if self.position.last_stage:
             scored = Scored(self._batches(), self.groups.cp, self.groups.dp_cp)
             scored.store(find_function(function)(scored, settings))
 
     def agreement(self) -> dict[str, float]:
         """Return the mean and the largest absolute difference, over response tokens, of the
-        engine's log-probabilities and the trainer's "old" ones; score() comes first.
+        engine's log-probabilities and the trainer's "old" ones; compute_logprobs() comes first.
 
         With a teacher also teacher/kl, the sampled estimate of KL(π_old ‖ teacher): the mean of
         log π_old - log π_teacher over the same tokens."""
@@ -225,7 +225,7 @@ class Trainer:
         own = msgspec.convert(samples, list[Sample])
         batches = [packed_batch(s, self.split, platform.device()) for s in self._in_rounds([own])]
         with self.replay.paused():  # an engine's answer to a probe comes without its routing
-            self._score(batches, "old", 1.0)
+            self._fill_logprobs(batches, "old", 1.0)
         gap, count, largest = self._gap(batches, "old")
         sums = {"probe/mean/tokens": gap, "tokens": count}
         return self._reduced(sums, {"probe/max": largest})
@@ -279,7 +279,7 @@ class Trainer:
             self.keep_reference()
         return {"is_same_layout": loading.load(Path(folder), self._networks())}
 
-    def _score(self, batches: list[PackedBatch], name: str, temperature: float) -> None:
+    def _fill_logprobs(self, batches: list[PackedBatch], name: str, temperature: float) -> None:
         if batches:
             self._run(batches, partial(self._logprobs_only, name, temperature), forward_only=True)
 

@@ -135,7 +135,7 @@ class Operations:
 
 PUSH_OPERATIONS = ("open_push", "connect_engine", "send_weights")
 OPERATIONS = (
-    *("keep_reference", "score", "agreement", "token_advantages", "update", "probe"),
+    *("keep_reference", "compute_logprobs", "agreement", "token_advantages", "update", "probe"),
     *("values", "update_critic", "sample_scores"),
     *PUSH_OPERATIONS,
     *("export", "save_checkpoint", "checkpoint_progress", "verify_checkpoint", "load_checkpoint"),

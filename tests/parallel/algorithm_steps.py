@@ -99,7 +99,7 @@ def main() -> None:
         for turn, (name, chosen) in enumerate(SETTINGS.items()):
             rl = Config(rl={"algorithm": name, **chosen}).rl
             names = load(trainer, position, (10 * turn + 1, 10 * turn + 2))
-            trainer.score(TEMPERATURE, reference=True)
+            trainer.compute_logprobs(TEMPERATURE, reference=True)
             settings_of_loss = {
                 **rl.loss_settings,
                 "temperature": TEMPERATURE,

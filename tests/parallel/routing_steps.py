@@ -61,7 +61,7 @@ def record_own(model: str, samples: list[Sample]) -> list[Sample]:
             recorders[-1].set_router_replay_action(RouterReplayAction.RECORD)
             layer.mlp.router.router_replay = recorders[-1]
     trainer.load([[samples]])
-    trainer.score(1.0, reference=False)
+    trainer.compute_logprobs(1.0, reference=False)
     chosen = torch.stack([r.get_recorded_indices() for r in recorders], 1).to(torch.uint8)
     made, start = [], 0
     for sample in samples:
@@ -77,7 +77,7 @@ def replay_own(model: str, samples: list[Sample]) -> dict:
     recorded, without = record_own(model, samples)
     trainer = Trainer(config(model, "one"), POSITION)
     trainer.load([[recorded]])
-    metrics = trainer.score(1.0, reference=False)
+    metrics = trainer.compute_logprobs(1.0, reference=False)
     same = torch.equal(trainer.minibatches[0][0].logprobs["old"], without)
     return {"same": same, "agreement": metrics["routing/agreement"]}
 
@@ -89,7 +89,7 @@ def steps(model: str, grid: str, samples: list[Sample], out: Path) -> dict:
     plan = pack([len(s) for s in samples], POSITION.data_size, 50).shares[POSITION.data_rank]
     trainer.load([[[samples[i] for i in members] for members in plan]])
     trainer.keep_reference()
-    report = trainer.score(1.0, reference=True) | trainer.agreement()
+    report = trainer.compute_logprobs(1.0, reference=True) | trainer.agreement()
     report["microbatches"] = len(plan)
     for batch in trainer.minibatches[0] if POSITION.last_stage else []:
         gap = (batch.logprobs["reference"] - batch.logprobs["old"]).abs().max()

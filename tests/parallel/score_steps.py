@@ -25,7 +25,7 @@ from scored_models import LABELS, models_on  # noqa: E402
 from megatron_r1 import models, weights  # noqa: E402
 from megatron_r1.config import ParallelConfig  # noqa: E402
 from megatron_r1.training import distributed, scores  # noqa: E402
-from megatron_r1.training.packed import Split, packed_batch  # noqa: E402
+from megatron_r1.training.packed import TokenSplit, packed_batch  # noqa: E402
 from megatron_r1.training.packing import pack  # noqa: E402
 from megatron_r1.training.passes import merge_reports, reduce_over_data, run_passes  # noqa: E402
 from megatron_r1.training.wire import Sample  # noqa: E402
@@ -45,7 +45,7 @@ def own_batches(texts, position, sizes):
     plan = pack(lengths, position.data_size, 60, unit=2).shares[position.data_rank]
     plan += [[]] * (-len(plan) % sizes["pp"])
     context = parallel_state.get_context_parallel_rank()
-    split = Split(sizes["tp"], sizes["cp"], context)
+    split = TokenSplit(sizes["tp"], sizes["cp"], context)
     device = torch.device("cpu")
     return [packed_batch([samples[i] for i in m], split, device) for m in plan], plan
 

@@ -6,9 +6,11 @@ DeepSeek-R1, arXiv 2501.12948, eq. 1-3).
 
 with ρ = π_θ / π_old of token t; there is no critic. Advantages are normalised per group, the loss
 per sequence: the mean over a response's tokens, then over responses. KL is in the loss, never in
-the reward, and `kl_estimator` chooses its estimate. Masked: prompts, and what follows the end of a
-response. `advantage_std` batch divides by the standard deviation of the rollout instead of the
-group's. The defaults of `rl` are R1-Zero's, so GRPO sets none of its own."""
+the reward, and `kl_estimator` chooses its estimate. ρ, the clip and the estimators k1, k2 and k3
+are defined in `r1_kernels.policy_terms`; in plain PyTorch they are `primitives/policy_torch.py`.
+Masked: prompts, and what follows the end of a response. `advantage_std` batch divides by the
+standard deviation of the rollout instead of the group's. The defaults of `rl` are R1-Zero's, so
+GRPO sets none of its own."""
 
 from __future__ import annotations
 

@@ -34,6 +34,5 @@ def token_advantages(scored: Scored, settings: dict[str, Any]) -> TokenTargets:
     for responses in scored.responses:
         logprobs = responses.batch.logprobs
         gaps = responses.whole(logprobs["teacher"] - logprobs["old"])
-        sums = responses.discounted_sums(gaps, settings["discount"])
-        advantages.append(responses.masked(sums))
+        advantages.append(responses.discounted(gaps, settings["discount"]))
     return TokenTargets(advantages)

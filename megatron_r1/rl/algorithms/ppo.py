@@ -25,21 +25,25 @@ __all__ = ["advantages", "token_advantages"]
 
 
 def token_advantages(scored: Scored, settings: dict[str, Any]) -> TokenTargets:
-    """Return A_t = Σ_{s≥t} (γ λ)^(s-t) δ_s and the critic's targets R_t = A_t + V_t, from
-    batch.values; A is 0 outside responses and where not graded."""
-    from megatron_r1.training.token_advantages import TokenTargets, penalised_rewards
+    """Return the advantages and targets of `training.returns.gae` with the critic's batch.values,
+    per micro-batch; with `advantage_std` batch the advantages are normalised over the rollout."""
+    from megatron_r1.training.returns import gae
+    from megatron_r1.training.token_advantages import TokenTargets
 
-    discount = settings["discount"]
     advantages, returns = [], []
     for responses in scored.responses:
         own = responses.batch.values
         assert own is not None, "the critic's values come first"
-        values = responses.whole(own)
-        rewards = penalised_rewards(responses, settings["kl_beta"])
-        deltas = rewards + discount * responses.following(values) - values
-        sums = responses.discounted_sums(deltas, discount * settings["gae_lambda"])
-        advantages.append(responses.masked(sums))
-        returns.append(advantages[-1] + values)
+        made, targets = gae(
+            responses.token_rewards(settings["kl_beta"]),
+            responses.whole(own),
+            settings["discount"],
+            settings["gae_lambda"],
+            responses.is_graded,
+            responses.last,
+        )
+        advantages.append(made)
+        returns.append(targets)
     if settings["advantage_std"] == "batch":
         advantages = scored.normalised(advantages, settings["advantage_epsilon"])
     return TokenTargets(advantages, returns)

@@ -5,7 +5,7 @@ import torch
 
 from megatron_r1.models.attention import attend_packed
 from megatron_r1.models.context import held_positions, sample_order, spans
-from megatron_r1.training.packed import Split, packed_batch
+from megatron_r1.training.packed import TokenSplit, packed_batch
 from megatron_r1.training.wire import Sample
 
 BORDERS = torch.tensor([0, 8, 12, 24])
@@ -42,7 +42,7 @@ def test_the_shares_of_a_batch_are_the_batch_padded_sample_by_sample(ranks):
         Sample.pack([7, 8, 9], [10, 11], [-0.5, -0.25], advantage=2.0),
         Sample.pack([5], [6, 1, 2, 4, 3, 2, 1, 9], [-1.0] * 8, advantage=-1.0),
     ]
-    shares = [packed_batch(samples, Split(2, ranks, rank), cpu) for rank in range(ranks)]
+    shares = [packed_batch(samples, TokenSplit(2, ranks, rank), cpu) for rank in range(ranks)]
     borders = shares[0].packed_seq_params.cu_seqlens_q.long()
     order = sample_order(borders, ranks)
     # Lengths 5 and 9 up to multiples of 2 * ranks, all to one of 2 * ranks tokens.

@@ -11,8 +11,8 @@ from megatron_r1.config import Config
 from megatron_r1.config.algorithms import NAMES
 from megatron_r1.rl import algorithms
 from megatron_r1.training.head import Head
-from megatron_r1.training.packed import Split, packed_batch
-from megatron_r1.training.token_advantages import Responses, Scored
+from megatron_r1.training.packed import TokenSplit, packed_batch
+from megatron_r1.training.token_advantages import Scored, WholeResponses
 from megatron_r1.training.wire import Sample
 from megatron_r1.user_code import find_function
 
@@ -75,7 +75,7 @@ class Problem:
     def batch(self, members, numbers, first_old):
         """A packed micro-batch of `members`, and its hidden states."""
         made = [Sample.pack(*self.texts[i], [0.0] * len(self.texts[i][1])) for i in members]
-        batch = packed_batch(made, Split(tensor=4), torch.device("cpu"))
+        batch = packed_batch(made, TokenSplit(tensor=4), torch.device("cpu"))
         hidden = [self.hidden[i] for i in members]
         filler = batch.input_ids.shape[1] - sum(map(len, hidden))
         padding = torch.full((filler, HIDDEN), 7.0, dtype=torch.float64)
@@ -308,7 +308,7 @@ def test_distillation_and_rloo_have_the_gradients_of_the_divergences_they_are_na
 
 def test_rewards_that_are_all_equal_are_normalised_to_0():
     batch = packed_batch(
-        [Sample.pack([1], [2] * n, None, 0.7) for n in (1, 4, 9)], Split(), torch.device("cpu")
+        [Sample.pack([1], [2] * n, None, 0.7) for n in (1, 4, 9)], TokenSplit(), torch.device("cpu")
     )
     settings = {"kl_beta": 0.0, "discount": 1.0, "advantage_epsilon": 0.0}
     scored = Scored([batch])
@@ -332,18 +332,18 @@ def test_discounted_sums_are_the_loop_s_of_any_length(discount):
     draw = random.Random(1)
     lengths = [1, 700, 0, 2, 3, 64, 65, 127, 1]
     made = [Sample.pack([1, 2], [3] * n) for n in lengths]
-    batch = packed_batch(made, Split(tensor=8), torch.device("cpu"))
+    batch = packed_batch(made, TokenSplit(tensor=8), torch.device("cpu"))
     values = [[draw.gauss(0, 1) for _ in range(n)] for n in lengths]
     whole = torch.full((batch.input_ids.shape[1],), math.nan, dtype=torch.float64)
     whole[batch.is_response] = torch.tensor(sum(values, []), dtype=torch.float64)
-    got = Responses(batch).discounted_sums(whole, discount)
+    got = WholeResponses(batch).discounted(whole, discount)
     wanted = sum([formulae.naive_sums(own, discount) for own in values], [])
     assert got[batch.is_response].tolist() == pytest.approx(wanted, rel=1e-12, abs=1e-12)
     assert (got[~batch.is_response] == 0).all()
 
 
 def test_a_micro_batch_without_samples_is_left_as_it_is():
-    batch = packed_batch([], Split(tensor=2), torch.device("cpu"))
+    batch = packed_batch([], TokenSplit(tensor=2), torch.device("cpu"))
     batch.logprobs["old"] = batch.logprobs["reference"] = torch.zeros(2)
     scored = Scored([batch])
     settings = {"kl_beta": 0.1, "discount": 1.0, "advantage_epsilon": 1e-6}

@@ -21,7 +21,7 @@ from megatron_r1.rl.collector import RolloutCollector
 from megatron_r1.rl.rollout import Sampling
 from megatron_r1.rl.sample_record import decode, encode, pack, unpack
 from megatron_r1.rl.teacher import check_teacher, differing_tokens
-from megatron_r1.training.packed import Split, packed_batch
+from megatron_r1.training.packed import TokenSplit, packed_batch
 from megatron_r1.training.wire import Sample
 
 
@@ -362,7 +362,7 @@ def test_scores_survive_the_sample_log_to_the_bit(is_scored):
 def test_scores_stand_where_their_tokens_are_predicted():
     first = Sample.pack([7, 8, 9], [10, 11], [-0.5, -0.25], 2.0, teacher=[-3.0, -4.0])
     second = Sample.pack([5], [6, 1, 2], [-1.0, -2.0, -3.0], -1.0, teacher=[-5.0, -6.0, -7.0])
-    batch = packed_batch([first, second], Split(tensor=4), torch.device("cpu"))
+    batch = packed_batch([first, second], TokenSplit(tensor=4), torch.device("cpu"))
     expected = [0, 0, -3.0, -4.0, 0, -5.0, -6.0, -7.0, 0, 0, 0, 0]
     assert batch.logprobs["teacher"].tolist() == expected
     assert batch.logprobs["teacher"].dtype == torch.float32
@@ -373,8 +373,8 @@ def test_context_ranks_hold_the_scores_of_their_own_tokens():
     sample = Sample.pack(
         [5], list(range(10, 17)), [-1.0] * 7, teacher=[-float(i) for i in range(7)]
     )
-    whole = packed_batch([sample], Split(), torch.device("cpu"))
-    parts = [packed_batch([sample], Split(1, 2, rank), torch.device("cpu")) for rank in (0, 1)]
+    whole = packed_batch([sample], TokenSplit(), torch.device("cpu"))
+    parts = [packed_batch([sample], TokenSplit(1, 2, rank), torch.device("cpu")) for rank in (0, 1)]
     position = torch.cat([part.position_ids[0] for part in parts])
     scores = torch.cat([part.logprobs["teacher"] for part in parts])
     assert scores[position.argsort()].tolist() == whole.logprobs["teacher"].tolist()
@@ -382,8 +382,10 @@ def test_context_ranks_hold_the_scores_of_their_own_tokens():
 
 def test_without_a_teacher_there_is_nothing_to_read_and_without_samples_nothing_to_count():
     cpu = torch.device("cpu")
-    assert "teacher" not in packed_batch([Sample.pack([5], [6], [-1.0])], Split(), cpu).logprobs
-    assert packed_batch([], Split(tensor=2), cpu).logprobs["teacher"].tolist() == [0, 0]
+    assert (
+        "teacher" not in packed_batch([Sample.pack([5], [6], [-1.0])], TokenSplit(), cpu).logprobs
+    )
+    assert packed_batch([], TokenSplit(tensor=2), cpu).logprobs["teacher"].tolist() == [0, 0]
 
 
 def test_scores_of_another_number_of_tokens_are_refused():

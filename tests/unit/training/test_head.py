@@ -6,7 +6,7 @@ import torch
 from megatron_r1.rl.algorithms.grpo import loss as grpo_loss
 from megatron_r1.training.head import Head
 from megatron_r1.training.losses import supervised
-from megatron_r1.training.packed import Split, packed_batch
+from megatron_r1.training.packed import TokenSplit, packed_batch
 from megatron_r1.training.wire import Sample
 
 HIDDEN, VOCABULARY, PADDED = 6, 13, 16
@@ -31,7 +31,7 @@ GRPO = {
 def micro_batch(samples=SAMPLES, seed=0):
     g = torch.Generator().manual_seed(seed)
     made = [Sample.pack(p, r, [-2.0] * len(r), advantage=a) for p, r, a in samples]
-    batch = packed_batch(made, Split(tensor=4), torch.device("cpu"))
+    batch = packed_batch(made, TokenSplit(tensor=4), torch.device("cpu"))
     tokens = batch.input_ids.shape[1]
     hidden = torch.randn(tokens, HIDDEN, generator=g, requires_grad=True)
     weight = torch.randn(PADDED, HIDDEN, generator=g)

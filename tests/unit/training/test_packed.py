@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megatron_r1.training.losses import denominator, supervised
-from megatron_r1.training.packed import Split, packed_batch
+from megatron_r1.training.packed import TokenSplit, packed_batch
 from megatron_r1.training.wire import Sample
 from megatron_r1.user_code import find_function
 
@@ -14,7 +14,7 @@ CPU = torch.device("cpu")
 def batch(multiple_of=1):
     first = Sample.pack([7, 8, 9], [10, 11], [-0.5, -0.25], advantage=2.0)
     second = Sample.pack([5], [6, 1, 2], [-1.0, -2.0, -3.0], advantage=-1.0)
-    return packed_batch([first, second], Split(tensor=multiple_of), CPU)
+    return packed_batch([first, second], TokenSplit(tensor=multiple_of), CPU)
 
 
 def test_positions_targets_and_borders_by_hand():
@@ -38,7 +38,7 @@ def test_padding_for_sequence_parallelism_adds_a_sample_that_counts_nothing():
 
 
 def test_a_microbatch_without_samples_counts_nothing():
-    b = packed_batch([], Split(tensor=2), CPU)
+    b = packed_batch([], TokenSplit(tensor=2), CPU)
     assert b.input_ids.shape == (1, 2) and len(b.response_rows) == 0
     assert denominator(b, "sequence") == 0 and denominator(b, "token") == 0
 
@@ -51,7 +51,7 @@ def test_denominators_count_response_tokens_or_responses():
 
 
 def test_a_response_may_be_empty():
-    b = packed_batch([Sample.pack([3, 4], [])], Split(), CPU)
+    b = packed_batch([Sample.pack([3, 4], [])], TokenSplit(), CPU)
     assert len(b.response_rows) == 0 and denominator(b, "sequence") == 1
 
 

@@ -14,7 +14,7 @@ from megatron_r1.config import Config
 from megatron_r1.engine.responses import decode_routing
 from megatron_r1.engine.server import EngineServer
 from megatron_r1.models.routing_shape import RoutingShape, routing_shape
-from megatron_r1.training.packed import RoutingPart, Split, packed_batch
+from megatron_r1.training.packed import RoutingPart, TokenSplit, packed_batch
 from megatron_r1.training.wire import Sample
 
 CPU = torch.device("cpu")
@@ -65,7 +65,7 @@ def test_experts_survive_the_way_from_the_engine_to_the_packed_batch(shape):
         Sample.pack([5], [6, 1, 2, 3], [-1.0] * 4, 1.0, second),
     ]
     samples = msgspec.msgpack.decode(msgspec.msgpack.encode(samples), type=list[Sample])
-    batch = packed_batch(samples, Split(tensor=4), CPU, RoutingPart(shape, [0, 2]))
+    batch = packed_batch(samples, TokenSplit(tensor=4), CPU, RoutingPart(shape, [0, 2]))
     experts, known = batch.routing
     assert known.tolist() == [*[True] * 4, False, False, False, True, True, False, False, False]
     assert experts[known].tolist() == [*whole[:, [1, 3]].tolist(), *part[:, [1, 3]].tolist()]
@@ -78,7 +78,7 @@ def test_ranks_hold_their_own_tokens_of_the_routing():
     sample = Sample.pack([1], list(range(2, 12)), [-1.0] * 10, 1.0, rows[:, 1:].tobytes())
     by_token = {t + 1: row for t, row in enumerate(rows[:, 1:].tolist())}  # token t + 1 is at t
     for context_rank in range(2):
-        split = Split(tensor=2, context=2, context_rank=context_rank)
+        split = TokenSplit(tensor=2, context=2, context_rank=context_rank)
         tokens = packed_batch([sample], split, CPU).input_ids[0]
         for tensor_rank in range(2):
             part = RoutingPart(SMALL, [0, 1, 2], tensor_rank, 2)
@@ -91,10 +91,10 @@ def test_ranks_hold_their_own_tokens_of_the_routing():
 
 def test_without_replay_nothing_is_carried():
     sample = Sample.pack([1], [2, 3], [-1.0, -1.0])
-    assert sample.routing == b"" and packed_batch([sample], Split(), CPU).routing is None
-    batch = packed_batch([sample], Split(), CPU, RoutingPart(SMALL, [0]))
+    assert sample.routing == b"" and packed_batch([sample], TokenSplit(), CPU).routing is None
+    batch = packed_batch([sample], TokenSplit(), CPU, RoutingPart(SMALL, [0]))
     assert not batch.routing.known.any()
-    empty = packed_batch([], Split(tensor=2), CPU, RoutingPart(SMALL, [0], 1, 2))
+    empty = packed_batch([], TokenSplit(tensor=2), CPU, RoutingPart(SMALL, [0], 1, 2))
     assert empty.routing.known.tolist() == [False]
 
 
@@ -124,7 +124,7 @@ def test_routing_that_does_not_fit_its_sample_is_refused():
         (bytes(18), "3 rows of routing for a sample of 3 tokens"),
     ):
         with pytest.raises(ValueError, match=message):
-            packed_batch([Sample.pack([1], [2, 3], None, 1.0, routing)], Split(), CPU, part)
+            packed_batch([Sample.pack([1], [2, 3], None, 1.0, routing)], TokenSplit(), CPU, part)
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

@@ -61,7 +61,7 @@ def test_the_reply_to_a_cancelled_call_is_not_taken_for_the_next_one(client):
 def test_begun_is_called_when_the_call_is_sent_to_the_ranks(client):
     async def story():
         waiting = []
-        first = asyncio.create_task(client.call("score"))
+        first = asyncio.create_task(client.call("compute_logprobs"))
         await asyncio.sleep(0.05)
         second = asyncio.create_task(
             client.call_all("connect_engine", begun=lambda: waiting.append(client.waiting))

@@ -86,7 +86,7 @@ def _logprobs(trainer, sentences: list[list[int]]):
     import torch
 
     _load(trainer, sentences)
-    trainer.score(temperature=1.0, reference=False)
+    trainer.compute_logprobs(temperature=1.0, reference=False)
     batches = trainer.minibatches[0]
     return torch.cat([batch.logprobs["old"][batch.is_response] for batch in batches])
 

@@ -1,0 +1,64 @@
+"""Rewards per token and what follows from them, on plain tensors.
+
+(T,): the tokens of some samples laid end to end, each token where it is predicted. mask: (T,) bool,
+the response tokens that count, on which alone values are read and results are not 0. last: (T,)
+int64, the position of the last response token of each token's own sample, below the token's where
+there is none, so that nothing crosses from one response to the next. Nothing is divided here: the
+denominator is the loss's (`losses.denominator`). Results have the dtype of the tensors given."""
+
+import torch
+from torch import Tensor
+
+
+def penalised_rewards(
+    rewards: Tensor, log_ratio: Tensor | None, kl_beta: float, mask: Tensor, last: Tensor
+) -> Tensor:
+    """Return (T,), the rewards of tokens (DeepSeekMath, arXiv 2402.03300, eq. 2):
+
+        r_t = -kl_beta log(π_old / π_ref)_t, plus the response's reward at its last token
+
+    rewards: (T,), the response's on each of its tokens; log_ratio: (T,), not read with kl_beta 0.
+    The penalty is the estimate k1; summed over a response it is unbiased for KL(π_old ‖ π_ref) of
+    whole responses."""
+    positions = torch.arange(len(rewards), device=rewards.device)
+    at_end = torch.where(positions == last, rewards, 0.0)
+    if kl_beta:
+        assert log_ratio is not None, "a penalty needs log-probabilities"
+        at_end = at_end - kl_beta * log_ratio
+    return torch.where(mask, at_end, 0.0)
+
+
+def discounted_sums(values: Tensor, discount: float, mask: Tensor, last: Tensor) -> Tensor:
+    """Return (T,), sums over the rest of the response, the token's own value first:
+
+        x_t = Σ_{s≥t} discount^(s-t) values_s = values_t + discount x_{t+1}
+
+    Computed by doubling: each pass adds the sums over the next 1, 2, 4 … tokens, so that a response
+    of 32,768 takes 15 passes over the tokens, not 32,768."""
+    positions = torch.arange(len(values), device=values.device)
+    longest = int((last - positions).max()) + 1
+    sums = torch.where(mask, values, 0.0)
+    reach, factor = 1, discount
+    while reach < longest and factor:
+        ahead = positions + reach
+        following = sums[ahead.clamp(max=len(sums) - 1)]
+        sums = sums + factor * torch.where(ahead <= last, following, 0.0)
+        reach, factor = 2 * reach, factor * factor
+    return torch.where(mask, sums, 0.0)
+
+
+def gae(
+    rewards: Tensor, values: Tensor, discount: float, gae_lambda: float, mask: Tensor, last: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return generalized advantages and the critic's targets, (T,) each (arXiv 1506.02438, eq. 16;
+    PPO, arXiv 1707.06347, eq. 11-12; γ is `discount`, λ `gae_lambda`):
+
+        δ_t = r_t + γ V_{t+1} - V_t,  V = 0 after the last token, also of a truncated response
+        A_t = Σ_{s≥t} (γ λ)^(s-t) δ_s,  R_t = A_t + V_t
+
+    rewards: r, as of `penalised_rewards`; values: V. Where the mask is 0, A is 0 and R is V."""
+    positions = torch.arange(len(values), device=values.device)
+    following = torch.where(positions < last, values.roll(-1), 0.0)
+    deltas = rewards + discount * following - values
+    advantages = discounted_sums(deltas, discount * gae_lambda, mask, last)
+    return advantages, advantages + values
