@@ -19,11 +19,13 @@ class EngineConfig(Section):
     gpu_memory: Resumable[float | None] = Field(None, gt=0, le=1)
     """share of its GPU's memory that an engine takes; default: vLLM's own"""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """dtype of an engine's weights and products"""
     kv_cache_gib: int = Field(1, gt=0, description="KV cache on a CPU, GiB")
     threads: Resumable[int | None] = Field(None, ge=1)
     """CPU threads per engine; default: 2, and 1 on a machine of 2 cores"""
     start_timeout_seconds: float = Field(600.0, gt=0)
-    request_timeout_seconds: float = Field(3600.0, gt=0)
+    """limit for an engine to load its weights and answer"""
+    request_timeout_seconds: float = Field(3600.0, gt=0, description="limit for one request")
     max_restarts: Resumable[int] = Field(10, ge=0)
     """how many dead, slow or garbling engines a command replaces; a death after that stops the
     run"""
@@ -48,9 +50,9 @@ class RolloutConfig(EngineConfig):
     hosts"""
     colocated: Resumable[bool] = False
     """engines sleep on the trainer's own GPUs while it computes; see docs/rollout.md"""
-    temperature: float = Field(1.0, gt=0)
-    top_p: float = Field(1.0, gt=0, le=1)
-    max_response_tokens: int = Field(32_768, gt=0)
+    temperature: float = Field(1.0, gt=0, description="of sampling, and of the trainer's softmax")
+    top_p: float = Field(1.0, gt=0, le=1, description="sample from this share of the probability")
+    max_response_tokens: int = Field(32_768, gt=0, description="a longer response is cut off here")
     max_model_len: int | None = None
     """most tokens of prompt and response together; default: the model's own limit"""
     max_num_seqs: int = Field(256, gt=0, description="sequences an engine decodes at once")

@@ -55,8 +55,9 @@ class EvalConfig(Section):
     """steps between evaluations on the held-out questions; 0: first and last only"""
     samples: int = Field(16, ge=1)
     """responses per question: pass@1 is their mean, cons@N their majority"""
-    temperature: float = Field(0.6, gt=0)
+    temperature: float = Field(0.6, gt=0, description="of sampling (the paper: 0.6)")
     top_p: float = Field(0.95, gt=0, le=1)
+    """sample from this share of the probability (the paper: 0.95)"""
     benchmarks: list[BenchmarkConfig] = []
     """names, or {name, path, samples, limit, options, …}"""
     limit: int | None = Field(None, ge=1, description="questions per benchmark, the first ones")

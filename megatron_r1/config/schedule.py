@@ -27,7 +27,7 @@ class ScheduleEntry(BaseModel):
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
-    from_step: int = Field(gt=0)
+    from_step: int = Field(gt=0, description="first step with these settings")
 
     @model_validator(mode="after")
     def _names_settings_that_can_change(self) -> "ScheduleEntry":

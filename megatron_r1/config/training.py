@@ -10,14 +10,16 @@ from megatron_r1.errors import UserError
 
 
 class OptimizerConfig(Section):
-    learning_rate: float = Field(3e-6, gt=0)
+    learning_rate: float = Field(3e-6, gt=0, description="after warm-up (the paper: 3e-6)")
     min_learning_rate: float = Field(0.0, ge=0, description="learning rate at the end of the decay")
     warmup: int = Field(0, ge=0, description="optimizer steps of linear warm-up")
     decay: Literal["constant", "linear", "cosine"] = "constant"
-    beta1: float = Field(0.9, ge=0, lt=1)
-    beta2: float = Field(0.95, ge=0, lt=1)
-    epsilon: float = Field(1e-8, gt=0)
+    """how the learning rate falls after warm-up, to min_learning_rate at the end of the run"""
+    beta1: float = Field(0.9, ge=0, lt=1, description="Adam's decay of the gradient's mean")
+    beta2: float = Field(0.95, ge=0, lt=1, description="Adam's decay of the gradient's square")
+    epsilon: float = Field(1e-8, gt=0, description="Adam's, added to the root of the square")
     weight_decay: float = Field(0.1, ge=0)
+    """AdamW's: a step takes learning rate x this of a weight; 0: none"""
     clip_grad: float = Field(1.0, gt=0, description="largest global norm of the gradient")
     moments: Literal["float32", "bfloat16"] = "float32"
     """dtype of Adam's moments; bfloat16: DeepSeek-V3's, 4 bytes a parameter less"""
@@ -26,11 +28,11 @@ class OptimizerConfig(Section):
 class ParallelConfig(Section):
     processes: int = Field(1, ge=1)
     """trainer ranks started on this machine; under torchrun: WORLD_SIZE"""
-    tensor: int = Field(1, ge=1)
-    pipeline: int = Field(1, ge=1)
-    expert: int = Field(1, ge=1)
-    context: int = Field(1, ge=1)
-    expert_tensor: int = Field(1, ge=1)
+    tensor: int = Field(1, ge=1, description="ranks that share every layer's matrices")
+    pipeline: int = Field(1, ge=1, description="stages of layers, each on ranks of its own")
+    expert: int = Field(1, ge=1, description="ranks that a layer's routed experts are spread over")
+    context: int = Field(1, ge=1, description="ranks that share the tokens of every sample")
+    expert_tensor: int = Field(1, ge=1, description="ranks that share every routed expert")
     virtual_pipeline: int = Field(1, ge=1)
     """model chunks per pipeline rank, interleaved to shorten the bubble"""
     pipeline_layout: str | None = None

@@ -118,7 +118,7 @@ class StageConfig(Section):
 class Recipe(Section):
     pipeline: PipelineConfig = PipelineConfig()
     defaults: dict[str, Any] = Field({}, description="sections that every stage overrides")
-    stages: dict[str, StageConfig] = Field(min_length=1)
+    stages: dict[str, StageConfig] = Field(min_length=1, description="{name: a stage}")
 
 
 def load(path: str | Path, overrides: dict[str, Any] | None = None) -> Recipe:

@@ -118,6 +118,13 @@ def test_all_keys_with_their_defaults_are_a_recipe_that_changes_nothing(capsys):
     assert set(configuration.Config.model_fields) == tree.keys()
 
 
+def test_every_key_has_a_meaning(capsys):
+    assert main(["keys"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) > 200
+    assert [line for line in lines if not line.partition("   # ")[2]] == []
+
+
 def test_keys_of_one_section(capsys):
     assert main(["keys", "sample.keep", "pipeline"]) == 0
     lines = capsys.readouterr().out.splitlines()
