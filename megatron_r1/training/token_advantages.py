@@ -1,10 +1,9 @@
 """Advantages per token, computed on the trainer ranks once a rollout has log-probabilities.
 
-An estimator of such advantages gets the batches as `Scored`: whole responses, also where ranks of
-context parallelism hold parts of them, and reductions over the whole rollout; what it computes on
-the gathered tensors is in `returns`. What the controller
-sent as a response's advantage is then its reward, on each of its tokens; NaN where it could not be
-graded."""
+An estimator of such advantages gets the batches as `Scored`, which gathers and scatters: whole
+responses, also where ranks of context parallelism hold parts of them, and reductions over the whole
+rollout. The mathematics on the gathered tensors is in `returns`. What the controller sent as a
+response's advantage is then its reward, on each of its tokens; NaN where it could not be graded."""
 
 from __future__ import annotations
 
@@ -23,7 +22,7 @@ from megatron_r1.training.returns import discounted_sums, penalised_rewards
 
 class WholeResponses:
     """The responses of one micro-batch, whole and in sample order, on every rank that holds a part
-    of them; `returns` computes on such tensors.
+    of them.
 
     T: tokens of the whole micro-batch; is_response: (T,) bool; is_graded: (T,) bool, the tokens of
     graded responses; rewards: (T,), the response's on each of its tokens, NaN where it is not
@@ -71,10 +70,6 @@ class WholeResponses:
         if kl_beta:
             log_ratio = self.whole(self.batch.logprobs["old"] - self.batch.logprobs["reference"])
         return penalised_rewards(self.rewards, log_ratio, kl_beta, self.is_graded, self.last)
-
-    def discounted(self, values: Tensor, discount: float) -> Tensor:
-        """Return `returns.discounted_sums` of `values` (T,) over graded responses."""
-        return discounted_sums(values, discount, self.is_graded, self.last)
 
 
 class Scored:
@@ -135,4 +130,7 @@ advantage_std, advantage_epsilon (`config.RLConfig`)."""
 def reward_to_go(scored: Scored, settings: dict[str, Any]) -> list[Tensor]:
     """Return A_t = Σ_{s≥t} discount^(s-t) r_s, r the penalised rewards, (T,) per micro-batch."""
     beta, discount = settings["kl_beta"], settings["discount"]
-    return [r.discounted(r.token_rewards(beta), discount) for r in scored.responses]
+    return [
+        discounted_sums(r.token_rewards(beta), discount, r.is_graded, r.last)
+        for r in scored.responses
+    ]

@@ -28,11 +28,13 @@ def advantages(groups: list[list[float | None]], rl: RLConfig) -> list[list[floa
 def token_advantages(scored: Scored, settings: dict[str, Any]) -> TokenTargets:
     """Return A_t = Σ_{s≥t} γ^(s-t) (log π_teacher - log π_old)_s, from batch.logprobs["teacher"]
     and ["old"]; 0 outside responses."""
+    from megatron_r1.training.returns import discounted_sums
     from megatron_r1.training.token_advantages import TokenTargets
 
     advantages = []
     for responses in scored.responses:
         logprobs = responses.batch.logprobs
         gaps = responses.whole(logprobs["teacher"] - logprobs["old"])
-        advantages.append(responses.discounted(gaps, settings["discount"]))
+        graded, last = responses.is_graded, responses.last
+        advantages.append(discounted_sums(gaps, settings["discount"], graded, last))
     return TokenTargets(advantages)

@@ -12,6 +12,7 @@ from megatron_r1.config.algorithms import NAMES
 from megatron_r1.rl import algorithms
 from megatron_r1.training.head import Head
 from megatron_r1.training.packed import TokenSplit, packed_batch
+from megatron_r1.training.returns import discounted_sums
 from megatron_r1.training.token_advantages import Scored, WholeResponses
 from megatron_r1.training.wire import Sample
 from megatron_r1.user_code import find_function
@@ -336,7 +337,8 @@ def test_discounted_sums_are_the_loop_s_of_any_length(discount):
     values = [[draw.gauss(0, 1) for _ in range(n)] for n in lengths]
     whole = torch.full((batch.input_ids.shape[1],), math.nan, dtype=torch.float64)
     whole[batch.is_response] = torch.tensor(sum(values, []), dtype=torch.float64)
-    got = WholeResponses(batch).discounted(whole, discount)
+    responses = WholeResponses(batch)
+    got = discounted_sums(whole, discount, responses.is_graded, responses.last)
     wanted = sum([formulae.naive_sums(own, discount) for own in values], [])
     assert got[batch.is_response].tolist() == pytest.approx(wanted, rel=1e-12, abs=1e-12)
     assert (got[~batch.is_response] == 0).all()
