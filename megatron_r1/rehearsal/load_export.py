@@ -27,7 +27,7 @@ def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
 
 def main(export: str, model: str, mtp: str) -> str:
     """Return what was found; SystemExit with the first mistake."""
-    hf = read_hf_config(export)
+    hf = read_hf_config(export, None)
     tensors, before = tensors_of(Path(export)), tensors_of(Path(model))
     expected = hf_tensors(hf)
     if missing := expected.keys() ^ tensors.keys():
