@@ -15,6 +15,8 @@ from megatron_r1.reporting.run_folder import RunFolder
 from megatron_r1.training.checkpoints.finding import whole
 
 POLL_SECONDS = 0.5
+ERROR = "megatron-r1: "
+"""What a command's errors begin with."""
 FILES = {"sft": "sft.jsonl", "pairs": "pairs.jsonl", "labels": "labels.jsonl"}
 
 
@@ -179,8 +181,11 @@ class _Phase:
             self._fail(f"not done after {self.timeout_seconds:g} s")
 
     def _fail(self, reason: str) -> None:
-        end = last_lines(self.log)
-        raise RunError(f"rehearse: {self.what}: {reason}; {self.log} ends:\n{end}")
+        lines = self.log.read_text(errors="replace").splitlines() if self.log.exists() else []
+        # torchrun's report, which comes last, does not have the command's own error.
+        errors = [line[line.index(ERROR) :] for line in lines if ERROR in line]
+        cause = "\n".join(errors) or f"{self.log} ends:\n{last_lines(self.log)}"
+        raise RunError(f"rehearse: {self.what}: {reason}\n{cause}")
 
 
 def _numbers(values: Sequence[float | None]) -> str:
