@@ -13,6 +13,7 @@ the logarithm of the total, because their sum loses digits where logits are larg
 from __future__ import annotations
 
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -21,6 +22,9 @@ from torch.distributed import ProcessGroup
 
 # torch 2.13 renamed it.
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+_known_equal: WeakKeyDictionary[ProcessGroup, set[tuple[int, int]]] = WeakKeyDictionary()
+"""Per group, the (columns, vocab_size) with which its ranks were found to agree."""
 
 STATISTICS = ("peak", "total", "moment", "chosen")
 
@@ -41,7 +45,9 @@ class Shard(NamedTuple):
     def of(cls, local: Tensor, columns: int, group: ProcessGroup | None, vocab_size) -> Shard:
         """Return this rank's shard of `columns` columns. local: any tensor on the rank's device.
 
-        Raises ValueError if shards differ, or cannot hold vocab_size ids together."""
+        Raises ValueError if shards differ, or cannot hold vocab_size ids together. That they are
+        equal is asked of the other ranks once per group, columns and vocab_size: a rank whose head
+        changes later, alone, waits for an answer that never comes."""
         ranks = 1 if group is None else dist.get_world_size(group)
         group = group if ranks > 1 else None
         first = 0 if group is None else columns * dist.get_rank(group)
@@ -58,14 +64,20 @@ class Shard(NamedTuple):
 
 def _check_equal(local: Tensor, columns: int, size: int, group: ProcessGroup, ranks: int) -> None:
     """Raise ValueError for unequal shards, which would silently map ids to wrong columns."""
+    known = _known_equal.setdefault(group, set())
+    if (columns, size) in known:
+        return
     mine = torch.tensor([columns, size], dtype=torch.int64, device=local.device)
     everyone = mine.new_empty(2 * ranks)
+    # Over the vocabulary group: every rank sees all shards, so that all raise together, or none.
+    # The host waits for it, which is why a head that was found equal is not asked about again.
     all_gather(everyone, mine, group=group)
     shards = {tuple(shard) for shard in everyone.view(ranks, 2).tolist()}
     if len(shards) > 1:
         raise ValueError(
             f"every rank of the group needs the same columns and vocab_size, got {sorted(shards)}"
         )
+    known.add((columns, size))
 
 
 class RowSoftmax(NamedTuple):

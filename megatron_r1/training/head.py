@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from r1_kernels import LinearPolicyLoss, linear_policy_loss, linear_token_logprobs
+from r1_kernels.arguments import trusted_values
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
@@ -33,9 +34,10 @@ class Head:
         """Return the log-probabilities and the entropy of the response tokens, each (T,) fp32, 0 at
         other positions."""
         rows = self.batch.response_rows
-        logprobs, entropy = linear_token_logprobs(
-            self.hidden[rows], self.weight, self.batch.targets[rows], **self._options()
-        )
+        with trusted_values():  # `packed.check_token_ids` has seen the targets
+            logprobs, entropy = linear_token_logprobs(
+                self.hidden[rows], self.weight, self.batch.targets[rows], **self._options()
+            )
         zeros = torch.zeros(len(self.hidden), device=self.hidden.device)
         return zeros.index_copy(0, rows, logprobs), zeros.index_copy(0, rows, entropy)
 
@@ -46,19 +48,20 @@ class Head:
         the old one (ratio 1), and its log-probabilities are stored as "old". settings: those of
         r1_kernels' policy_loss; with a context_group the denominator must be among them."""
         batch = self.batch
-        terms = linear_policy_loss(
-            self.hidden,
-            self.weight,
-            batch.targets,
-            batch.logprobs.get("old"),
-            batch.logprobs.get("reference"),
-            batch.advantages,
-            batch.is_response,
-            cu_seqlens=batch.borders,
-            sequence_group=self.context_group,
-            **settings,
-            **self._options(),
-        )
+        with trusted_values():  # and `packed_batch` makes the borders
+            terms = linear_policy_loss(
+                self.hidden,
+                self.weight,
+                batch.targets,
+                batch.logprobs.get("old"),
+                batch.logprobs.get("reference"),
+                batch.advantages,
+                batch.is_response,
+                cu_seqlens=batch.borders,
+                sequence_group=self.context_group,
+                **settings,
+                **self._options(),
+            )
         batch.logprobs.setdefault("old", terms.logprobs)
         return terms
 

@@ -9,6 +9,7 @@ advantages come from the whole sample. For attention, padding belongs to the sam
 causal masking hides it from real tokens; it is never a response token."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,6 +17,7 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
+from megatron_r1.errors import UserError
 from megatron_r1.models.context import held_positions
 from megatron_r1.models.replay import Recorded
 from megatron_r1.models.routing_shape import RoutingShape
@@ -150,6 +152,19 @@ def packed_batch(
         logprobs={"teacher": teacher[held].to(device)} if has_teacher else {},
         routing=packed_routing(samples, starts, held, routing, device) if routing else None,
     )
+
+
+def check_token_ids(samples: Iterable[Sample], vocab_size: int) -> None:
+    """Raise UserError for a token that the model does not have. On the host, where the samples come
+    from: the loss head need not wait for the device to look at its targets."""
+    for sample in samples:
+        ids = np.frombuffer(sample.token_ids, np.int32)
+        wrong = ids[(ids < 0) | (ids >= vocab_size)]
+        if len(wrong):
+            raise UserError(
+                f"a sample has token {wrong[0]}, and the model's vocab_size is {vocab_size}: give "
+                "model.path the tokenizer that belongs to its config.json"
+            )
 
 
 def _attention_borders(borders: Tensor, split: TokenSplit) -> PackedSeqParams:

@@ -35,7 +35,13 @@ from megatron_r1.training.distributed import GridPosition
 from megatron_r1.training.head import Head
 from megatron_r1.training.losses import Loss
 from megatron_r1.training.optimizer import new_optimizer
-from megatron_r1.training.packed import PackedBatch, RoutingPart, TokenSplit, packed_batch
+from megatron_r1.training.packed import (
+    PackedBatch,
+    RoutingPart,
+    TokenSplit,
+    check_token_ids,
+    packed_batch,
+)
 from megatron_r1.training.passes import merge_reports, optimizer_step, reduce_over_data, run_passes
 from megatron_r1.training.reference import Reference
 from megatron_r1.training.scores import Scores
@@ -89,12 +95,13 @@ class Trainer:
         """Pack samples into tensors: share[i][m] is micro-batch m of update i.
 
         Returns "packing/padding", the share of padding among the tokens computed."""
+        samples = [s for step in share for batch in step for s in batch]
+        check_token_ids(samples, self.hf["vocab_size"])
         pack = partial(packed_batch, split=self.split, device=platform.device())
         self.minibatches = [
             [pack(samples, routing=self.routing) for samples in self._in_rounds(step)]
             for step in share
         ]
-        samples = [s for step in share for batch in step for s in batch]
         # The sum also runs over context ranks, which hold parts of the same samples.
         own = sum(len(s) for s in samples) / self.config.parallel.context
         slots = sum(batch.input_ids.numel() for step in self.minibatches for batch in step)
@@ -223,6 +230,7 @@ class Trainer:
 
         samples: as `wire.Sample`, the same on every rank; loaded ones stay."""
         own = msgspec.convert(samples, list[Sample])
+        check_token_ids(own, self.hf["vocab_size"])
         batches = [packed_batch(s, self.split, platform.device()) for s in self._in_rounds([own])]
         with self.replay.paused():  # an engine's answer to a probe comes without its routing
             self._fill_logprobs(batches, "old", 1.0)

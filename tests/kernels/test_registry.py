@@ -9,7 +9,8 @@ import r1_kernels
 import torch
 from formulae import near
 from r1_kernels import reference
-from r1_kernels.registry import KERNELS, Sizes, primitives
+from r1_kernels.examples import KERNELS, Sizes
+from r1_kernels.registry import STEMS, primitives
 
 README = Path(__file__).parents[2] / "kernels/README.md"
 # Odd sizes: a prime number of tokens, a vocabulary and a weight that end inside a block.
@@ -51,6 +52,10 @@ def test_both_backends_have_one_signature(kernel):
     for function, backend in ((ours, "triton"), (plain, "torch")):
         module = importlib.import_module(f"r1_kernels.primitives.{kernel.stem}_{backend}")
         assert function.__module__ == module.__name__
+
+
+def test_every_primitive_has_examples():
+    assert [kernel.name for kernel in KERNELS] == list(STEMS)
 
 
 def test_readme_has_the_registrys_table():

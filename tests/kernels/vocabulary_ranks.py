@@ -5,7 +5,7 @@ import os
 import formulae
 import torch
 import torch.distributed as dist
-from r1_kernels import linear_policy_loss, linear_token_logprobs, token_logprobs
+from r1_kernels import linear_policy_loss, linear_token_logprobs, token_logprobs, vocabulary
 from test_linear_policy_loss import expected, whole_problem
 from test_policy_loss import SETTINGS
 
@@ -33,6 +33,7 @@ def main():
     a_rank_with_padding_only(group)
     a_rank_with_banned_tokens_only(group)
     unequal_shards_are_refused(group)
+    equal_shards_are_asked_about_once(group)
     if rank == 0:
         print("all agree")
     dist.destroy_process_group()
@@ -187,6 +188,19 @@ def unequal_shards_are_refused(group):
         assert "every rank of the group needs the same columns" in str(error)
     else:
         raise AssertionError("unequal shards were taken")
+
+
+def equal_shards_are_asked_about_once(group):
+    asked = []
+    real = vocabulary.all_gather
+    vocabulary.all_gather = lambda *a, **k: asked.append(1) or real(*a, **k)
+    try:
+        for size in (5 * dist.get_world_size(), 5 * dist.get_world_size() - 1):
+            for _ in range(3):
+                vocabulary.Shard.of(torch.zeros(1), 5, group, size)
+    finally:
+        vocabulary.all_gather = real
+    assert len(asked) == (2 if dist.get_world_size() > 1 else 0), asked
 
 
 if __name__ == "__main__":

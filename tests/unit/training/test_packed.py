@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megatron_r1.training.losses import denominator, supervised
-from megatron_r1.training.packed import TokenSplit, packed_batch
+from megatron_r1.training.packed import TokenSplit, check_token_ids, packed_batch
 from megatron_r1.training.wire import Sample
 from megatron_r1.user_code import find_function
 
@@ -66,3 +66,10 @@ def test_a_loss_is_found_by_name_or_refused():
     assert find_function("megatron_r1.training.losses:supervised") is supervised
     with pytest.raises(ValueError, match="nowhere.*neither installed"):
         find_function("nowhere:x")
+
+
+@pytest.mark.parametrize("wrong", [12, -1])
+def test_tokens_that_the_model_does_not_have_are_refused(wrong):
+    check_token_ids([Sample.pack([0, 11], [3])], 12)
+    with pytest.raises(ValueError, match=f"token {wrong}, .* vocab_size is 12: .* model.path"):
+        check_token_ids([Sample.pack([0], [11]), Sample.pack([1, 2], [wrong])], 12)

@@ -2,7 +2,7 @@
 
 r1_kernels is called as the trainer calls it (Triton on a GPU, plain PyTorch on a CPU). The two
 baselines of every table are eager PyTorch, and the same functions under torch.compile. A kernel of
-`r1_kernels.registry` that no public function's table includes gets a table of its own.
+`r1_kernels.examples` that no public function's table includes gets a table of its own.
 """
 
 from collections.abc import Callable
@@ -12,7 +12,8 @@ from typing import Any
 
 import r1_kernels
 import torch
-from r1_kernels.registry import KERNELS, Kernel, primitives
+from r1_kernels.examples import KERNELS, Kernel
+from r1_kernels.registry import primitives
 
 from tools.bench.kernels import calls, eager, peers
 from tools.bench.kernels.calls import OURS, Implementation, with_gradients
@@ -157,7 +158,7 @@ _FUNCTIONS = (
 
 
 def alone(kernel: Kernel) -> Case:
-    """Return the table of a kernel by itself, on its first example in the registry."""
+    """Return the table of a kernel by itself, on its first example."""
     backend = "triton" if torch.cuda.is_available() else "torch"
     ours, plain = (getattr(primitives(b), kernel.name) for b in (backend, "torch"))
     inputs = partial(ExampleInputs, kernel)

@@ -12,7 +12,7 @@ from functools import cached_property, partial
 from typing import Any
 
 import torch
-from r1_kernels import registry
+from r1_kernels import examples, registry
 from torch import Tensor
 
 from tools.bench.kernels import eager, measure, truth
@@ -241,9 +241,9 @@ class MatrixInputs(Inputs):
 class ExampleInputs(Inputs):
     """The arguments of a registered kernel's first example; exact results: plain PyTorch, fp64."""
 
-    def __init__(self, kernel: registry.Kernel, sizes: Sizes, device: torch.device) -> None:
+    def __init__(self, kernel: examples.Kernel, sizes: Sizes, device: torch.device) -> None:
         torch.manual_seed(0)
-        shape = registry.Sizes(
+        shape = examples.Sizes(
             sizes.tokens, sizes.shard, (sizes.shard, sizes.hidden), sizes.sequences
         )
         example = next(kernel.examples(shape, str(device)))
@@ -265,7 +265,7 @@ class ExampleInputs(Inputs):
         return dict(zip(names, returned, strict=True))
 
     def bound(self, gradients: bool, masked: bool) -> measure.Bound:
-        """The bytes that the registry gives as the least."""
+        """The bytes that `examples` gives as the least."""
         return measure.copy_bound(self.device, self.num_bytes)
 
 

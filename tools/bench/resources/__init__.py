@@ -1,6 +1,6 @@
 """What the Triton kernels compile to, read from the machine code, without a GPU and without timing.
 
-Every kernel in r1_kernels.registry is compiled ahead of time for sm_80, sm_90 and sm_100, in the
+Every kernel in r1_kernels.examples is compiled ahead of time for sm_80, sm_90 and sm_100, in the
 specialisations of its examples there. Reported per element of the main loop: bytes moved,
 instructions, exponentials (MUFU). For sm_90 also the upper bounds in elements per second of an
 H200: by its memory, its issue slots and its MUFU units.
@@ -32,7 +32,7 @@ def run(chosen: argparse.Namespace) -> dict[str, Any]:
         sys.exit("TRITON_INTERPRET=1: Triton's interpreter compiles nothing; unset it, start again")
     # Here, as the other benches also run without Triton.
     import triton
-    from r1_kernels.registry import KERNELS, Sizes
+    from r1_kernels.examples import KERNELS, Sizes
 
     from tools.bench.resources import bound, compilation
 
@@ -47,12 +47,12 @@ def run(chosen: argparse.Namespace) -> dict[str, Any]:
     print(LEGEND)
     missing = compilation.kernels() - {entry["kernel"] for entry in entries.values()}
     if missing:
-        sys.exit(f"no example in r1_kernels/registry.py launches {', '.join(sorted(missing))}")
+        sys.exit(f"no example in r1_kernels/examples.py launches {', '.join(sorted(missing))}")
     return {"triton": triton.__version__, "kernels": entries}
 
 
 def measure(example, launch, arch: int) -> dict[str, Any]:
-    """Return one kernel's entry. example: registry.Example; launch: compilation.Launch."""
+    """Return one kernel's entry. example: examples.Example; launch: compilation.Launch."""
     from tools.bench.resources import bound, machine_code
 
     kernel, warps = launch.kernel, launch.kernel.metadata.num_warps

@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import triton
+from r1_kernels.examples import KERNELS, Example, Kernel
 from r1_kernels.primitives import blockwise_triton
-from r1_kernels.registry import KERNELS, Example, Kernel, primitives
+from r1_kernels.registry import primitives
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
