@@ -5,6 +5,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate
+from typing import Any
 
 import torch
 
@@ -16,13 +17,13 @@ from megatron_r1.weight_sync.verify.checksum import RunningChecksum
 class ReceiveBuffer:
     """The memory of one engine rank and the state of its deliveries.
 
-    deliveries[sender]: those of each trainer rank, in its order, the same in every push. Pushes are
-    numbered from 1. A transport writes into `memory` and reports each delivery to `arrived`, from
-    any thread; the engine waits in `wait`. Raises ValueError where the deliveries do not cover the
-    table."""
+    deliveries[sender]: those of each trainer rank or `sets.Peer`, in its order, the same in every
+    push. Pushes are numbered from 1. A transport writes into `memory` and reports each delivery to
+    `arrived`, from any thread; the engine waits in `wait`. Raises ValueError where the deliveries
+    do not cover the table."""
 
     def __init__(
-        self, table: SlotTable, memory: torch.Tensor, deliveries: Mapping[int, Sequence[Delivery]]
+        self, table: SlotTable, memory: torch.Tensor, deliveries: Mapping[Any, Sequence[Delivery]]
     ):
         check_coverage(table, [d for of_sender in deliveries.values() for d in of_sender])
         self.table, self.memory, self.deliveries = table, memory, deliveries
@@ -40,11 +41,11 @@ class ReceiveBuffer:
         self._failure: Exception | None = None
         self._changed = threading.Condition()
 
-    def rows_arrived(self, sender: int, push: int, index: int, row: int) -> None:
+    def rows_arrived(self, sender: Any, push: int, index: int, row: int) -> None:
         """Report that the rows of deliveries[sender][index] before `row` are in the memory."""
         self._checksum(sender, push, index).update_to(row)
 
-    def arrived(self, sender: int, push: int, index: int, sent: int) -> None:
+    def arrived(self, sender: Any, push: int, index: int, sent: int) -> None:
         """Report that deliveries[sender][index] is in the memory; sent: the sender's checksum."""
         slot = self.table.slots[self.deliveries[sender][index].slot]
         is_right = self._checksum(sender, push, index).digest() == sent
@@ -60,14 +61,24 @@ class ReceiveBuffer:
             self._failure = error
             self._changed.notify_all()
 
-    def wait(self, push: int, window: int, timeout_seconds: float) -> None:
-        """Wait until all of `window` of `push` has arrived.
+    @property
+    def has_failed(self) -> bool:
+        return self._failure is not None
+
+    def wait(
+        self,
+        push: int,
+        window: int,
+        timeout_seconds: float,
+        senders: Sequence[Any] | None = None,
+    ) -> None:
+        """Wait until all of `window` of `push` has arrived, or what these senders send.
 
         Raises IncompletePush, naming trainer ranks whose deliveries are late, and ValueError,
         naming the tensors whose checksums differ."""
         deadline = time.monotonic() + timeout_seconds
         with self._changed:
-            while late := self._late(push, window):
+            while late := self._late(push, window, senders):
                 left = deadline - time.monotonic()
                 if self._failure is not None:
                     raise IncompletePush(f"push {push} broke off: {self._failure}")
@@ -83,7 +94,7 @@ class ReceiveBuffer:
                 f"{_first_few(wrong)}"
             )
 
-    def _checksum(self, sender: int, push: int, index: int) -> RunningChecksum:
+    def _checksum(self, sender: Any, push: int, index: int) -> RunningChecksum:
         arriving = self._arriving.get(sender)
         if arriving is None or arriving[:2] != (push, index):
             delivery = self.deliveries[sender][index]
@@ -92,12 +103,14 @@ class ReceiveBuffer:
             self._arriving[sender] = arriving = (push, index, RunningChecksum(values))
         return arriving[2]
 
-    def _late(self, push: int, window: int) -> list[int]:
-        """Return the senders whose part of the window has not arrived."""
+    def _late(self, push: int, window: int, senders: Sequence[Any] | None = None) -> list[Any]:
+        """Return those of the senders whose part of the window has not arrived."""
         return [
             sender
             for sender, last in self._last.items()
-            if last[window] and (self._push[sender], self._count[sender]) < (push, last[window])
+            if (senders is None or sender in senders)
+            and last[window]
+            and (self._push[sender], self._count[sender]) < (push, last[window])
         ]
 
 

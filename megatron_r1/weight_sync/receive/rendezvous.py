@@ -43,7 +43,7 @@ class SendPlan(msgspec.Struct, frozen=True):
     address: str = ""
 
 
-def _put(store: Store, key: str, value: bytes) -> None:
+def put(store: Store, key: str, value: bytes) -> None:
     store.set(key, value)  # type: ignore[arg-type]  # the stubs say str, torch takes both
 
 
@@ -60,7 +60,7 @@ class TableStore:
         encoded = msgspec.msgpack.encode(table)
         digest = xxhash.xxh3_128_hexdigest(encoded)
         if not self._store.check([digest]):
-            _put(self._store, digest, encoded)
+            put(self._store, digest, encoded)
         return digest
 
     def get(self, digest: str) -> SlotTable:
@@ -92,15 +92,19 @@ class Rendezvous:
         self.store.set_timeout(datetime.timedelta(seconds=timeout_seconds))
         self._tables = tables or TableStore(store)
 
+    def store_of_pair(self) -> Store:
+        """Return the store over which a trainer rank and an engine rank form a group."""
+        return self.store
+
     def publish_receiver(self, rank: int, info: ReceiverInfo) -> None:
         """Engine rank: publish its table and address."""
         published = _PublishedReceiver(self._tables.publish(info.table), info.address)
-        _put(self.store, f"offer/{rank}", msgspec.msgpack.encode(published))
+        put(self.store, f"offer/{rank}", msgspec.msgpack.encode(published))
 
     def publish_problem(self, rank: int, problem: str) -> None:
         """Engine rank: publish that it cannot take part, so that trainer ranks need not wait."""
         published = _PublishedReceiver(problem=problem)
-        _put(self.store, f"offer/{rank}", msgspec.msgpack.encode(published))
+        put(self.store, f"offer/{rank}", msgspec.msgpack.encode(published))
 
     def plans(self, rank: int) -> dict[int, SendPlan]:
         """Engine rank: return the plans of the trainer ranks that send it something."""
@@ -131,7 +135,7 @@ class Rendezvous:
         """Trainer rank `sender` of `num_senders`: publish its plans by engine rank."""
         append = self.store.append  # type: ignore[attr-defined]  # missing in the stubs
         for rank, plan in plans.items():
-            _put(self.store, f"plan/{rank}/{sender}", msgspec.msgpack.encode(plan))
+            put(self.store, f"plan/{rank}/{sender}", msgspec.msgpack.encode(plan))
             append(f"senders/{rank}", f"{sender} ")
         if self.store.add("count", 1) == num_senders:
             for rank in range(num_ranks):

@@ -121,7 +121,7 @@ class WeightSender:
         deliveries = defaultdict(list)
         for transfer in planner.sends(self.rank, engine):
             rank = transfer.receiver % layout.ranks_per_engine
-            part = self._slice(transfer.name, transfer.region)
+            part = self.slice_of(transfer.name, transfer.region)
             for delivery, encoding in needs.deliveries(rank, transfer):
                 deliveries[rank].append((delivery, (part, encoding)))
         links: list[_Link] = []
@@ -149,7 +149,7 @@ class WeightSender:
             self._needs = layout, tables, ReceiverLayout(self.hf, layout, tables)
         return self._needs[2]
 
-    def _slice(self, name: str, region: Region) -> ParameterSlice:
+    def slice_of(self, name: str, region: Region) -> ParameterSlice:
         for parameter, piece in self.held.get(name, ()):
             part = ParameterSlice(parameter, piece, region)
             if part.is_held:

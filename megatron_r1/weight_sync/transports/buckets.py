@@ -10,6 +10,8 @@ import torch
 from megatron_r1.weight_sync.receive.table import Delivery, SlotTable, slot_view
 
 BUCKET_BYTES = 32 << 20
+ROUND_BYTES = 1 << 30
+"""Received by an engine rank in one round of an exchange, one bucket per engine of the set."""
 Chunk = tuple[int, int, int]
 """(index of the delivery, first row, end row)."""
 
@@ -21,10 +23,11 @@ class Buckets:
     table: SlotTable
     deliveries: Sequence[Delivery]
 
-    def of(self, indices: Sequence[int]) -> Iterator[list[Chunk]]:
-        """Yield the buckets of the deliveries `indices`, in order. A row is never cut."""
+    def of(self, indices: Sequence[int], size: int | None = None) -> Iterator[list[Chunk]]:
+        """Yield the buckets of the deliveries `indices`, in order, of `size` bytes. A row is never
+        cut."""
         bucket: list[Chunk] = []
-        room = BUCKET_BYTES
+        size = room = size or BUCKET_BYTES
         for index in indices:
             height, row = self.deliveries[index].height, self._row_bytes(index)
             start = 0
@@ -35,7 +38,7 @@ class Buckets:
                     start, room = start + rows, room - rows * row
                 if start < height:
                     yield bucket
-                    bucket, room = [], BUCKET_BYTES
+                    bucket, room = [], size
         if bucket:
             yield bucket
 

@@ -80,6 +80,17 @@ class GlooReceiver(Receiver):
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))
 
+    def begins(self, sender: int, header: Header) -> None:
+        """Do nothing: called when a window begins to arrive."""
+
+    def arrived(self, sender: int, header: Header, index: int, checksum: int) -> None:
+        """Check deliveries[sender][index], which is in the memory."""
+        self.buffer.arrived(sender, header.push, index, checksum)
+
+    def fail(self, error: Exception) -> None:
+        """Report that nothing more will arrive."""
+        self.buffer.fail(error)
+
     def _receive(self, sender: int, group: dist.ProcessGroup) -> None:
         last = 0
         try:
@@ -92,6 +103,7 @@ class GlooReceiver(Receiver):
                         f"push {header.push} is the difference to push {header.base}, but this "
                         f"rank has push {last}"
                     )
+                self.begins(sender, header)
                 self._receive_window(group, sender, header)
                 last = header.push
         except Exception as error:
@@ -103,7 +115,7 @@ class GlooReceiver(Receiver):
 
     def _fail(self, sender: int, error: Exception) -> None:
         if not self._is_closing:
-            self.buffer.fail(RuntimeError(f"trainer rank {sender}: {error}"))
+            self.fail(RuntimeError(f"trainer rank {sender}: {error}"))
 
     def _receive_window(self, group: dist.ProcessGroup, sender: int, header: Header) -> None:
         buckets = Buckets(self.table, self.buffer.deliveries[sender])
@@ -125,7 +137,7 @@ class GlooReceiver(Receiver):
         sums = torch.empty(len(indices), dtype=torch.int64, device=self.device)
         finish(group.recv([sums], 1, 0), self)
         for index, sent in zip(indices, sums.tolist(), strict=True):
-            self.buffer.arrived(sender, header.push, index, sent % 2**64)
+            self.arrived(sender, header, index, sent % 2**64)
 
     def _unpack(
         self,
@@ -243,7 +255,7 @@ def pair(
     backend: str, rendezvous: Rendezvous, sender: int, rank: int, *, is_sender: bool
 ) -> dist.ProcessGroup:
     """Return the group of an engine rank (rank 0 in it) and a trainer rank (rank 1 in it)."""
-    store = dist.PrefixStore(f"pair/{sender}/{rank}", rendezvous.store)
+    store = dist.PrefixStore(f"pair/{sender}/{rank}", rendezvous.store_of_pair())
     group_rank = 1 if is_sender else 0
     if backend == "gloo":
         timeout = datetime.timedelta(seconds=rendezvous.timeout_seconds)

@@ -5,7 +5,7 @@ import pytest
 
 from megatron_r1.weight_sync.plan.entry import Entry
 from tools.bench.push.assumptions import Assumptions
-from tools.bench.push.designs import ROUND_BYTES, Cluster, entry_tasks
+from tools.bench.push.designs import Cluster, entry_tasks
 from tools.bench.push.fluid import Tasks
 
 EXACT = {"nic": 1.0, "nic_efficiency": 1.0, "nvlink": 10.0, "nvlink_efficiency": 1.0}
@@ -93,4 +93,3 @@ def test_within_a_node_bytes_pass_nvlink_and_within_a_gpu_only_its_memory():
         tasks = Tasks()
         tasks.add([0], [1.0], cluster.route(np.array([0]), np.array([receiver])))
         assert tasks.finish_times(cluster.capacity) == pytest.approx([seconds])
-    assert ROUND_BYTES > 1

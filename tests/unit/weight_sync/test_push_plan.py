@@ -10,6 +10,7 @@ from weight_shards import shard
 
 from megatron_r1.models import read_hf_config
 from megatron_r1.weight_sync.plan import EngineLayout, Planner, Region, TrainerGrid, Transfer
+from megatron_r1.weight_sync.plan.links import direct_links
 from megatron_r1.weight_sync.plan.planner import first_turn
 from megatron_r1.weight_sync.plan.traffic import fp8_bytes, plain_bytes, traffic
 from megatron_r1.weights import layout
@@ -125,6 +126,20 @@ def test_what_is_sent_is_what_is_received_and_each_element_comes_once_from_a_hol
             assert whole.min() >= 1, (engine, name)
     layers = {n.split(".")[2] for n in names if n.startswith("model.layers.")}
     assert layers == {str(i) for i in range(hf["num_hidden_layers"])}
+
+
+@pytest.mark.parametrize(("hf", "grid", "engines"), WORLDS)
+def test_links_of_all_ranks_are_those_of_each_rank_s_transfers(hf, grid, engines):
+    planner, count = Planner(hf, grid, engines), plain_bytes("bfloat16")
+    expected = Counter()
+    for transfer in (t for rank in range(grid.world) for t in planner.sends(rank)):
+        pair = transfer.sender, transfer.receiver
+        expected[pair] += count(transfer.name, transfer.dtype, transfer.region)
+    links = direct_links(planner, count)
+    pairs = zip(links.sender.tolist(), links.receiver.tolist(), strict=True)
+    assert dict(zip(pairs, links.num_bytes, strict=True)) == expected
+    most = [max(Counter(pair[side] for pair in expected).values()) for side in (0, 1)]
+    assert list(links.most()) == most
 
 
 def test_ranks_are_where_megatron_puts_them():

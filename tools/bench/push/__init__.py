@@ -2,7 +2,8 @@
 
 Here: from a trainer to an engine, compared with memory copies and with export and reload. At the
 real size: the bytes that the plan moves, and the seconds that planning takes. With --simulate:
-designs of a push to 16 x 128 and 64 x 16 GPUs, by events.
+designs of a push to 16 x 128 and 64 x 16 GPUs, by events. With --control-path: 256 processes that
+meet, push to each other, and die in the middle.
 """
 
 import argparse
@@ -11,6 +12,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from tools.bench.push.control import control_path
 from tools.bench.push.here import measure, model
 from tools.bench.push.real_size import plan_of_671b
 from tools.bench.push.scale import simulate
@@ -25,6 +27,7 @@ ENGINES = {
 
 def add_options(options: argparse.ArgumentParser) -> None:
     options.add_argument("--simulate", action="store_true", help="only the simulation at scale")
+    options.add_argument("--control-path", action="store_true", help="only 256 processes")
     options.add_argument("--repeats", type=int, default=30, help="pushes")
     options.add_argument("--reloads", type=int, default=5, help="exports and reloads")
     options.add_argument("--hidden", type=int, default=2048, help="of the model pushed here")
@@ -35,6 +38,8 @@ def add_options(options: argparse.ArgumentParser) -> None:
 def run(chosen: argparse.Namespace) -> dict[str, Any]:
     if chosen.simulate:
         return simulate()
+    if chosen.control_path:
+        return control_path()
     plan = plan_of_671b()
     print("671B, 2,048 training ranks (TP1 PP16 EP64) to 64 engines x 16 GPUs")
     for name, found in plan.items():

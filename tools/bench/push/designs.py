@@ -1,7 +1,4 @@
-"""The designs of a push that are compared, as tasks of the fluid simulation.
-
-`Links` holds what a design sends from whom to whom; it is taken from the project's own plans.
-"""
+"""The designs of a push that are compared, as tasks of the fluid simulation."""
 
 from __future__ import annotations
 
@@ -12,13 +9,11 @@ from functools import cached_property
 import numpy as np
 
 from megatron_r1.weight_sync.plan.entry import Entry
-from megatron_r1.weight_sync.plan.planner import Planner, first_turn
-from megatron_r1.weight_sync.plan.traffic import ByteCount
+from megatron_r1.weight_sync.plan.links import DirectLinks
+from megatron_r1.weight_sync.plan.planner import Planner
+from megatron_r1.weight_sync.transports.buckets import ROUND_BYTES
 from tools.bench.push.assumptions import Assumptions
 from tools.bench.push.fluid import Tasks
-
-ROUND_BYTES = 1 << 30
-"""Bytes that a rank receives in one all-gather."""
 
 
 @dataclass(frozen=True)
@@ -70,35 +65,6 @@ class Cluster:
             (4 * gpus + sender, 1.0),
             (5 * gpus + target, 1.0),
         ]
-
-
-@dataclass(frozen=True)
-class DirectLinks:
-    """Every pair of ranks with something to send, in the order of the sender's first tensor."""
-
-    sender: np.ndarray
-    receiver: np.ndarray
-    num_bytes: np.ndarray
-
-
-def direct_links(planner: Planner, num_bytes: ByteCount) -> DirectLinks:
-    """Return the pairs of `Planner.sends` of all ranks, computed for all of them at once."""
-    engines, found = planner.engines, []
-    for item, replicas, needed in planner.shared_holdings():
-        sizes = [num_bytes(item.name, item.rule.dtype, region) for _, region in needed]
-        ranks = np.array([engines.rank(at) for at, _ in needed])
-        turns = np.arange(len(needed) * engines.engines)
-        sender = replicas.start + (turns + first_turn(item.name)) % len(replicas) * replicas.step
-        engine, index = np.divmod(turns, len(needed))
-        receiver = engine * engines.ranks_per_engine + ranks[index]
-        found.append((sender * engines.num_ranks + receiver, np.array(sizes)[index]))
-    pair, size = (np.concatenate(each) for each in zip(*found, strict=True))
-    # Dictionaries of the sender keep the order of first use.
-    pairs, first, inverse = np.unique(pair, return_index=True, return_inverse=True)
-    total = np.bincount(inverse, size)
-    order = np.argsort(first)
-    sender, receiver = np.divmod(pairs[order], engines.num_ranks)
-    return DirectLinks(sender, receiver, total[order])
 
 
 def direct_tasks(cluster: Cluster, planner: Planner, links: DirectLinks, rotated: bool) -> Tasks:

@@ -17,21 +17,20 @@ from megatron_r1.config.recipe import load
 from megatron_r1.models import read_hf_config
 from megatron_r1.weight_sync.plan import EngineLayout, Planner, TrainerGrid
 from megatron_r1.weight_sync.plan.entry import Entry, engine_sets, entries
+from megatron_r1.weight_sync.plan.links import PAIR_REQUESTS, direct_links, direct_requests
 from megatron_r1.weight_sync.plan.recipe import engine_layout
 from megatron_r1.weight_sync.plan.traffic import ByteCount, fp8_bytes, plain_bytes, traffic
 from megatron_r1.weights.layout import recipe_stages
 from tools.bench.children import ROOT
 from tools.bench.push import real_size
 from tools.bench.push.assumptions import Assumptions, as_table
-from tools.bench.push.designs import Cluster, direct_links, direct_tasks, entry_tasks
+from tools.bench.push.designs import Cluster, direct_tasks, entry_tasks
 
 RECIPE = ROOT / "examples/deepseek_r1/r1_zero.yaml"
 FORMS: dict[str, ByteCount] = {"bf16": plain_bytes("bfloat16"), "FP8": fp8_bytes}
 DIRECT_BATCH, ENTRY_BATCH = 0.3, 0.02
 """Of running tasks that end between two computations of rates. 0.1 and 0.01 change the makespans by
 less than 6% and 1%."""
-PAIR_REQUESTS = 4
-"""Of the store, for a group of two: each sets its address and gets the other's."""
 Plans = list[tuple[range, list[list[Entry]]]]
 
 
@@ -158,9 +157,7 @@ def _rows(case: Case, form: str, count: ByteCount) -> Iterator[dict[str, Any]]:
 def _direct_setup(case: Case, pairs: np.ndarray) -> Setup:
     """Each trainer rank reads the offers of all engine ranks and the table of each position, and
     publishes a plan per link, which is read; it creates its groups one after another."""
-    world, engines = case.planner.grid.world, case.engines
-    requests = world * (engines.num_ranks + engines.ranks_per_engine + 1) + 5 * engines.num_ranks
-    requests += len(pairs) * (2 + 1 + PAIR_REQUESTS)
+    world, requests = case.planner.grid.world, direct_requests(case.planner, len(pairs))
     most = int(np.bincount(pairs[:, 0]).max())
     return Setup(requests, world * _table_bytes(case), 0, [2] * most, 1.0)
 

@@ -1,0 +1,211 @@
+"""Pushes that enter one engine of a set each and are exchanged, against plain slicing."""
+
+import threading
+
+import pytest
+import torch
+
+from megatron_r1.weight_sync.plan import EngineLayout, TrainerGrid
+from megatron_r1.weight_sync.plan.predicted_layout import PredictedLayout
+from megatron_r1.weight_sync.receive.table import Slot, SlotTable, slot_view
+from megatron_r1.weight_sync.transports.buckets import Buckets
+from megatron_r1.weights.stored.fp8_blocks import quantise
+from tests.unit.weight_sync.push_world import draw
+from tests.unit.weight_sync.set_world import SetWorld
+from tests.unit.weight_sync.test_push_plan import DEEPSEEK as WITH_MTP
+from tests.unit.weight_sync.test_push_plan import QWEN
+
+DEEPSEEK = WITH_MTP | {"num_nextn_predict_layers": 0}
+SPREAD = EngineLayout(tensor=2, data=2, expert_parallel=True)
+
+
+def plain_table(hf, engine, rank, windows=1):
+    """Return an engine rank's table in bfloat16; its tensors take turns in `windows` windows, of
+    which two fit into the memory."""
+    needed = list(PredictedLayout(hf, engine).needed(engine.coordinate(rank)))
+    placed, ends = [], [0] * windows
+    for index, (tensor, at) in enumerate(needed):
+        window = index * windows // len(needed)
+        placed.append((tensor.name, at, ends[window], window))
+        ends[window] += 2 * at.num_elements
+    half = -(-max(ends) // 64) * 64
+    return SlotTable(
+        half if windows == 1 else 2 * half,
+        [
+            Slot(
+                name,
+                *(at.top, at.bottom, at.left, at.right),
+                offset=start + window % 2 * half,
+                pitch=2 * (at.right - at.left),
+                dtype="bfloat16",
+                window=window,
+            )
+            for name, at, start, window in placed
+        ],
+    )
+
+
+def wrong_slots(world, tensors, number, window=None):
+    wrong = []
+    for place, receiver in world.receivers.items():
+        area = receiver.table.area(receiver.memory, number)
+        for slot in receiver.table.slots:
+            if window is None or slot.window == window:
+                whole = tensors[slot.name]
+                whole = whole if whole.dim() > 1 else whole[:, None]
+                expected = whole[slot.top : slot.bottom, slot.left : slot.right]
+                if not torch.equal(slot_view(area, slot), expected.bfloat16()):
+                    wrong.append((place, slot.name))
+    return wrong
+
+
+@pytest.mark.parametrize("engines", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("hf", "grid", "layout"),
+    [
+        (
+            DEEPSEEK,
+            TrainerGrid(8, tensor=2, pipeline=2, expert=2),
+            EngineLayout(tensor=2, data=2, expert_parallel=True),
+        ),
+        (DEEPSEEK, TrainerGrid(4, expert=4), EngineLayout(tensor=2)),
+        (QWEN, TrainerGrid(4, tensor=2, pipeline=2), EngineLayout(tensor=2, pipeline=2)),
+        (QWEN, TrainerGrid(1), EngineLayout()),
+    ],
+)
+def test_every_engine_has_every_slice_after_each_push(hf, grid, layout, engines):
+    tensors = draw(hf, 1)
+    world = SetWorld(hf, grid, layout, engines, tensors, table=plain_table)
+    try:
+        assert all("problem" not in answer for answer in world.answers), world.answers
+        for number in (1, 2):
+            assert all(answer == {"problems": {}} for answer in world.send(number))
+            for receiver in world.receivers.values():
+                receiver.buffer.wait(number, 0, 20)
+            assert wrong_slots(world, tensors, number) == []
+            for held in world.held:
+                for parameter in {id(p): p for pieces in held.values() for p, _ in pieces}.values():
+                    parameter.mul_(-2)
+            tensors = {name: tensor * -2 for name, tensor in tensors.items()}
+    finally:
+        world.close()
+
+
+@pytest.fixture
+def make_world():
+    worlds = []
+
+    def make(*args, **named):
+        worlds.append(SetWorld(*args, **named))
+        return worlds[-1]
+
+    yield make
+    for world in worlds:
+        world.close()
+
+
+GRID = TrainerGrid(4, pipeline=2, expert=2)
+
+
+def test_windows_are_exchanged_one_after_another_as_they_are_released(make_world):
+    tensors = draw(DEEPSEEK, 1)
+    windows = 4
+    world = make_world(
+        DEEPSEEK, GRID, SPREAD, 2, tensors, table=lambda *args: plain_table(*args, windows=windows)
+    )
+    assert {answer["num_windows"] for answer in world.answers} == {windows}
+    for number in (1, 2):
+        sending = threading.Thread(target=world.send, args=(number,))
+        sending.start()
+        for window in range(windows):
+            for receiver in world.receivers.values():
+                receiver.buffer.wait(number, window, 20)
+            assert wrong_slots(world, tensors, number, window) == []
+            for (_, rank), receiver in world.receivers.items():
+                receiver.rendezvous.release(rank, number, window)
+        sending.join()
+
+
+def test_an_fp8_push_gives_all_engines_the_same_codes_and_scales(make_world):
+    hf = DEEPSEEK | {"hidden_size": 256, "moe_intermediate_size": 128, "intermediate_size": 256}
+    hf |= {"q_lora_rank": 128, "kv_lora_rank": 192, "qk_nope_head_dim": 64, "v_head_dim": 64}
+    hf |= {"qk_rope_head_dim": 64}
+    tensors = draw(hf, 1)
+    world = make_world(hf, TrainerGrid(2, expert=2), EngineLayout(), 2, tensors)
+    assert world.send(1) == [{"problems": {}}] * 2
+    first, second = world.receivers.values()
+    for receiver in (first, second):
+        receiver.buffer.wait(1, 0, 20)
+    assert torch.equal(first.memory, second.memory)
+    name = "model.layers.2.mlp.experts.3.up_proj.weight"
+    codes, scales = quantise(tensors[name])
+    found = {slot.name: slot_view(first.memory, slot) for slot in first.table.slots}
+    assert torch.equal(found[name].float(), codes.float())
+    assert torch.equal(found[name + "_scale_inv"], scales)
+
+
+def test_damage_in_the_exchange_is_refused_with_the_tensor_s_name(make_world, monkeypatch):
+    tensors = draw(QWEN, 1)
+    world = make_world(QWEN, TrainerGrid(1), EngineLayout(), 2, tensors, table=plain_table)
+    pack = Buckets.pack
+
+    def damaged(*args):
+        packed = pack(*args)
+        packed[7] ^= 1
+        return packed
+
+    monkeypatch.setattr(Buckets, "pack", damaged)
+    world.send(1)
+    for receiver in world.receivers.values():
+        with pytest.raises(ValueError, match=r"1 tensors arrived otherwise.*through engine [01]"):
+            receiver.buffer.wait(1, 0, 20)
+
+
+def test_a_trainer_rank_that_does_not_send_is_named_on_all_engines(make_world):
+    tensors = draw(DEEPSEEK, 1)
+    world = make_world(DEEPSEEK, GRID, SPREAD, 2, tensors, seconds=2, table=plain_table)
+    world.send(1, ranks=(0, 1, 2))
+    positions = {rank for (_, rank), r in world.receivers.items() if 3 in r.buffer.deliveries}
+    for place, receiver in world.receivers.items():
+        if place[1] not in positions:
+            receiver.buffer.wait(1, 0, 20)
+            continue
+        with pytest.raises(ValueError, match=r"rank \d: .*after 2 s trainer ranks 3 have not"):
+            receiver.buffer.wait(1, 0, 20)
+
+
+def test_a_trainer_rank_that_ends_is_named_on_all_engines(make_world):
+    tensors = draw(DEEPSEEK, 1)
+    world = make_world(DEEPSEEK, GRID, SPREAD, 2, tensors, table=plain_table)
+    world.senders[3].close()
+    world.send(1, ranks=(0, 1, 2))
+    positions = {rank for (_, rank), r in world.receivers.items() if 3 in r.buffer.deliveries}
+    for place, receiver in world.receivers.items():
+        if place[1] not in positions:
+            receiver.buffer.wait(1, 0, 20)
+            continue
+        with pytest.raises(ValueError, match="trainer rank 3: "):
+            receiver.buffer.wait(1, 0, 20)
+
+
+def test_an_engine_rank_that_ends_is_named_by_the_others_at_its_position(make_world):
+    tensors = draw(DEEPSEEK, 1)
+    world = make_world(DEEPSEEK, GRID, SPREAD, 3, tensors, table=plain_table)
+    world.receivers[1, 2].close()
+    world.send(1)
+    for engine in (0, 2):
+        with pytest.raises(ValueError, match="rank 2 of engine 1 of the set has died or hangs"):
+            world.receivers[engine, 2].buffer.wait(1, 0, 20)
+
+
+def test_engines_that_need_different_tensors_are_refused(make_world):
+    tensors, layouts = draw(QWEN, 1), iter([EngineLayout(), EngineLayout(tensor=2)])
+    with pytest.raises(ValueError, match="rank 0 of engine 1 needs other tensors"):
+        make_world(
+            QWEN,
+            TrainerGrid(1),
+            EngineLayout(),
+            2,
+            tensors,
+            table=lambda hf, _, rank: plain_table(hf, next(layouts), rank),
+        )

@@ -1,0 +1,313 @@
+"""The control path of a push to a set of engines, with a process per rank: tiny weights, gloo, real
+rendezvous, groups, order of calls, and ranks that die in the middle.
+
+128 trainer ranks and 8 engines of 16 ranks, as planned by `plan.entry`. After an undisturbed push,
+which is compared with the trainer's weights byte by byte, a second one is broken off in each way of
+`FAULTS`; every rank that could not end it must say which rank was at fault.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import tempfile
+import time
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed import TCPStore
+
+from megatron_r1.weight_sync.plan import EngineLayout, TrainerGrid
+from megatron_r1.weight_sync.plan.predicted_layout import PredictedLayout
+from megatron_r1.weight_sync.receive import Slot, SlotTable
+from megatron_r1.weight_sync.receive.sets import MemberRendezvous
+from megatron_r1.weight_sync.receive.table import slot_view
+from megatron_r1.weight_sync.send.sender import WeightSender
+from megatron_r1.weight_sync.send.set_sender import SetSender
+from megatron_r1.weight_sync.transports import buckets, exchange, process_group
+from megatron_r1.weights import hf_tensors, layout
+from megatron_r1.weights.layout import Shard, stage_shards
+
+HF = {
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "num_hidden_layers": 8,
+    "first_k_dense_replace": 1,
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 8,
+    "n_routed_experts": 32,
+    "num_experts_per_tok": 2,
+    "n_shared_experts": 1,
+    "moe_intermediate_size": 16,
+    "intermediate_size": 64,
+    "vocab_size": 256,
+}
+GRID = TrainerGrid(128, tensor=2, pipeline=4, expert=8)
+ENGINE = EngineLayout(tensor=4, data=4, expert_parallel=True)
+ENGINES = 8
+CONNECT_SECONDS, PUSH_SECONDS = 300.0, 20.0
+TRAINER, MEMBER, POSITION = 77, 3, 5
+"""The trainer rank, the engine and the position of the faults."""
+FAULTS = ("none", "trainer rank killed", "engine rank killed", "engine killed", "engine rank hangs")
+
+
+def control_path() -> dict[str, Any]:
+    """Return what happened under each fault."""
+    found = {}
+    for fault in FAULTS:
+        with tempfile.TemporaryDirectory() as folder:
+            found[fault] = _run(fault, Path(folder))
+        print(f"{fault}: {json.dumps(found[fault], indent=1)}", flush=True)
+    broken = [fault for fault, result in found.items() if not result["right"]]
+    return {
+        "trainer ranks": GRID.world,
+        "engine ranks": ENGINES * ENGINE.num_ranks,
+        "push.timeout_seconds": PUSH_SECONDS,
+        "faults": found,
+        "broken": broken,
+    }
+
+
+def _run(fault: str, folder: Path) -> dict[str, Any]:
+    torch.set_num_threads(1)
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        name: torch.randn(shape, generator=generator).bfloat16()
+        for name, (shape, _) in hf_tensors(HF, with_mtp=False).items()
+    }
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    places = [("trainer", rank, 0) for rank in range(GRID.world)]
+    places += [
+        ("engine", member, rank) for member in range(ENGINES) for rank in range(ENGINE.num_ranks)
+    ]
+    # Forked before this process has a store, whose threads a fork would not copy.
+    context = multiprocessing.get_context("fork")
+    common = port, folder, fault, tensors
+    processes = {
+        place: context.Process(target=_rank, args=(place, *common), daemon=True) for place in places
+    }
+    for process in processes.values():
+        process.start()
+    store = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+    _until(store, "ready", len(places), CONNECT_SECONDS)
+    began = time.monotonic()
+    store.set("connect", "1")
+    _until(store, "connected", len(places), CONNECT_SECONDS)
+    connected, keys = time.monotonic() - began, store.num_keys()
+    for push in (1, 2):
+        began = time.monotonic()
+        store.set(f"push{push}", "1")
+        if push == 1:
+            _until(store, "complete", len(places), CONNECT_SECONDS)
+            pushed = time.monotonic() - began
+    for process in processes.values():
+        process.join(PUSH_SECONDS + 60)
+        process.kill()
+    ends = {place: _last(folder, place) for place in places}
+    return {
+        "connect, seconds": connected,
+        "keys in the store": keys,
+        "push 1, seconds": pushed,
+        **_judge(fault, ends, processes),
+    }
+
+
+def _judge(fault: str, ends: dict[tuple, dict], processes: dict[tuple, Any]) -> dict[str, Any]:
+    killed = {place for place, p in processes.items() if p.exitcode == -signal.SIGKILL}
+    victims = _victims(fault)
+    left = {place: end for place, end in ends.items() if place not in victims}
+    wrong = [str(place) for place, end in left.items() if end.get("push 1") != "right"]
+    texts = {place: end["error"] for place, end in left.items() if end.get("error")}
+    engines = {place: text for place, text in texts.items() if place[0] == "engine"}
+    names = {
+        "trainer rank killed": f"trainer rank {TRAINER}:",
+        "engine rank killed": f"rank {POSITION} of engine {MEMBER} ",
+        "engine killed": f"of engine {MEMBER} ",
+        "engine rank hangs": f"engine {MEMBER} ",
+    }
+    named = sum(names.get(fault, "?") in text for text in engines.values())
+    no_end = [str(place) for place, end in left.items() if "push 2" not in end]
+    right = not wrong and not no_end and named == len(engines)
+    right &= bool(engines) == (fault != "none")
+    return {
+        "killed": len(killed & victims),
+        "engine ranks that ended push 2": sum(
+            place[0] == "engine" and end.get("push 2") == "right" for place, end in left.items()
+        ),
+        "engine ranks that report an error": len(engines),
+        "of these name the rank at fault": named,
+        "trainer ranks that report an error": len(texts) - len(engines),
+        "longest until an error, seconds": max(
+            (end["seconds"] for place, end in left.items() if end.get("error")), default=0.0
+        ),
+        "an error": next(iter(engines.values()), ""),
+        "ranks without an end": no_end,
+        "ranks with wrong weights": wrong,
+        "right": right,
+    }
+
+
+def _victims(fault: str) -> set[tuple[str, int, int]]:
+    if fault == "trainer rank killed":
+        return {("trainer", TRAINER, 0)}
+    if fault == "engine killed":
+        return {("engine", MEMBER, rank) for rank in range(ENGINE.num_ranks)}
+    return set() if fault == "none" else {("engine", MEMBER, POSITION)}
+
+
+def _until(store: TCPStore, key: str, count: int, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while (here := store.add(key, 0)) < count:
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"after {seconds:g} s {here} of {count} ranks are {key}")
+        time.sleep(0.02)
+
+
+def _last(folder: Path, place: tuple) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    with contextlib.suppress(FileNotFoundError):
+        for line in (folder / str(place)).read_text().splitlines():
+            found |= json.loads(line)
+    return found
+
+
+def _rank(place: tuple, port: int, folder: Path, fault: str, tensors: dict) -> None:
+    """Be one rank, and write what happens to a file."""
+    buckets.BUCKET_BYTES, buckets.ROUND_BYTES = 1 << 11, ENGINES << 11
+    process_group.CLOSE_SECONDS = 0.1
+    try:
+        with (folder / str(place)).open("w", buffering=1) as out:
+            role = _trainer if place[0] == "trainer" else _engine
+            role(place, port, fault, tensors, lambda **what: out.write(json.dumps(what) + "\n"))
+    finally:
+        os._exit(0)
+
+
+def _client(port: int) -> TCPStore:
+    deadline = time.monotonic() + 60
+    while True:
+        with contextlib.suppress(RuntimeError):
+            return TCPStore("127.0.0.1", port, is_master=False)
+        assert time.monotonic() < deadline, "no store"
+        time.sleep(0.2)
+
+
+def _trainer(place: tuple, port: int, fault: str, tensors: dict, note: Any) -> None:
+    rank, store = place[1], _client(port)
+    sender = WeightSender(HF, GRID, _held(rank, tensors), store, rank=rank)
+
+    def share(value: bytes | None) -> bytes:
+        if value is not None:
+            store.set("tables", value)  # type: ignore[arg-type]
+        return store.get("tables")
+
+    ends = SetSender(sender, share)
+    store.add("ready", 1)
+    store.get("connect")
+    found = ends.connect("set.1", ENGINES, asdict(ENGINE), "gloo", CONNECT_SECONDS, PUSH_SECONDS)
+    note(**found)
+    store.add("connected", 1)
+    store.wait(["push1"])
+    problems = ends.send(1)["problems"]
+    note(**{"push 1": problems or "right"})
+    store.add("complete", 1)
+    store.wait(["push2"])
+    if place in _victims(fault):
+        _die_in(process_group.GlooSender, "_packed", after=2)
+    began = time.monotonic()
+    problems = ends.send(2)["problems"]
+    error = "; ".join(f"engine {engine}: {text}" for engine, text in problems.items())
+    note(**{"push 2": "right", "error": error, "seconds": time.monotonic() - began})
+    store.set(f"trainer{rank}", "1")
+    time.sleep(PUSH_SECONDS + 10 if fault != "none" else 5)  # its end is not to be an error
+
+
+def _engine(place: tuple, port: int, fault: str, tensors: dict, note: Any) -> None:
+    _, member, rank = place
+    store = _client(port)
+    store.add("ready", 1)
+    store.get("connect")
+    met = MemberRendezvous(_client(port), "set.1", member, ENGINES, CONNECT_SECONDS, PUSH_SECONDS)
+    receiver = exchange.GlooExchangeReceiver(met, rank, _table(rank))
+    store.add("connected", 1)
+    receiver.buffer.wait(1, 0, CONNECT_SECONDS)
+    note(**{"push 1": "right" if _is_right(receiver, tensors) else "wrong"})
+    store.add("complete", 1)
+    store.wait(["push2"])
+    if place in _victims(fault):
+        hangs = fault == "engine rank hangs"
+        _die_in(exchange.GlooExchangeReceiver, "_pass_on", after=0, hangs=hangs)
+    began = time.monotonic()
+    try:
+        receiver.buffer.wait(2, 0, PUSH_SECONDS + 10)
+        note(**{"push 2": "right" if _is_right(receiver, tensors) else "wrong"})
+    except ValueError as error:
+        seconds = time.monotonic() - began
+        note(**{"push 2": "refused", "error": str(error), "seconds": seconds})
+    time.sleep(PUSH_SECONDS + 10 if fault != "none" else 5)
+
+
+def _die_in(of: type, method: str, after: int, hangs: bool = False) -> None:
+    """Let this process die, or hang, in the call number `after` of a method."""
+    original, calls = getattr(of, method), Counter[str]()
+
+    def dying(*args: Any) -> Any:
+        calls[method] += 1
+        if calls[method] > after:
+            if hangs:
+                time.sleep(3600)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*args)
+
+    setattr(of, method, dying)
+
+
+def _is_right(receiver: Any, tensors: dict) -> bool:
+    for slot in receiver.table.slots:
+        whole = tensors[slot.name]
+        whole = whole if whole.dim() > 1 else whole[:, None]
+        part = whole[slot.top : slot.bottom, slot.left : slot.right]
+        if not torch.equal(slot_view(receiver.memory, slot), part):
+            return False
+    return True
+
+
+def _table(rank: int) -> SlotTable:
+    slots, end = [], 0
+    for tensor, at in PredictedLayout(HF, ENGINE).needed(ENGINE.coordinate(rank)):
+        pitch, edges = 2 * (at.right - at.left), (at.top, at.bottom, at.left, at.right)
+        slots.append(Slot(tensor.name, *edges, end, pitch, "bfloat16"))
+        end += pitch * (at.bottom - at.top)
+    return SlotTable(end, slots)
+
+
+def _held(rank: int, tensors: dict) -> dict[str, list]:
+    """Return the trainer rank's parameters and their pieces, by HF name."""
+    expert_tensor, expert = GRID.expert_coordinate(rank)
+    (chunk,) = stage_shards(HF, GRID.pipeline, with_mtp=False)[GRID.stage(rank)]
+    axes = {
+        "tp": (GRID.tensor_rank(rank), GRID.tensor),
+        "ep": (expert, GRID.expert),
+        "etp": (expert_tensor, GRID.expert_tensor),
+    }
+    held: dict[str, list] = {}
+    for entry in layout(HF, Shard(**{**vars(chunk), **axes})).values():
+        parameter = torch.zeros(entry.shape, dtype=torch.bfloat16)
+        for piece in entry.pieces:
+            part = tensors[piece.hf_name].narrow(piece.dim, piece.hf_start, piece.length)
+            parameter.narrow(piece.dim, piece.local_start, piece.length).copy_(part)
+            held.setdefault(piece.hf_name, []).append((parameter, piece))
+    return held
