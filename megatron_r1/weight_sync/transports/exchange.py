@@ -73,7 +73,6 @@ class GlooExchangeReceiver(GlooReceiver):
         group, self._group = self._group, None
         if group is not None:
             self._groups.remove(group)
-            group.abort()
         # Without a reference its connections are closed, and the others' calls fail.
 
     def begins(self, sender: int, header: Header) -> None:
@@ -106,17 +105,20 @@ class GlooExchangeReceiver(GlooReceiver):
         leader = next((e for e, windows in enumerate(self._windows) if windows[window]), None)
         if leader is None:
             return
-        push = torch.zeros(1, dtype=torch.int64)
+        push = torch.zeros(1, dtype=torch.int64)  # 0: the leader closes
         if leader == self.rendezvous.member:
             header = self._begun[window].get()
-            if header is None:
+            if header is not None:
+                push[0] = header.push
+            elif not self._is_closing:
                 raise RuntimeError("what enters this rank broke off")
-            push[0] = header.push
             others = [e for e in range(self.rendezvous.members) if e != leader]
             for work in [group.send([push], engine, 0) for engine in others]:
                 work.wait(self._patience)
-        else:  # not a broadcast: closing could not end one that waits for the next push
+        else:  # gloo cannot end a wait for the next push; the leader's closing does
             group.recv([push], leader, 0).wait(datetime.timedelta(seconds=IDLE_SECONDS))
+        if self._is_closing or not int(push):
+            raise RuntimeError(f"engine {leader} of the set has ended")
         number, seconds = int(push), self.rendezvous.push_seconds
         if self._own:
             self.buffer.wait(number, window, seconds, self._own)
