@@ -17,7 +17,7 @@ from megatron_r1.weight_sync.plan.ranks import EngineLayout
 from megatron_r1.weight_sync.plan.receiver_layout import Encoding, ReceiverLayout
 from megatron_r1.weight_sync.plan.tensors import Transfer
 from megatron_r1.weight_sync.plan.traffic import ByteCount, fp8_bytes, plain_bytes
-from megatron_r1.weight_sync.receive.rendezvous import ReceiverInfo
+from megatron_r1.weight_sync.receive.rendezvous import ReceiverInfo, TableStore
 from megatron_r1.weight_sync.receive.sets import MemberRendezvous, PositionPlan, publish_plan
 from megatron_r1.weight_sync.receive.table import Delivery, SlotTable
 from megatron_r1.weight_sync.send.sender import WeightSender
@@ -46,6 +46,7 @@ class SetSender:
 
     def __init__(self, sender: WeightSender, share: Share):
         self.sender, self.share = sender, share
+        self._known = TableStore(sender.store)
         self._links: dict[tuple[int, int], tuple[Sender, _Slices]] = {}
         """By engine of the set and position."""
 
@@ -65,7 +66,13 @@ class SetSender:
         one = replace(EngineLayout(**layout), engines=1)
         met = [
             MemberRendezvous(
-                self.sender.store, name, engine, engines, timeout_seconds, push_seconds
+                self.sender.store,
+                name,
+                engine,
+                engines,
+                timeout_seconds,
+                push_seconds,
+                self._known,
             )
             for engine in range(engines)
         ]
