@@ -16,7 +16,7 @@ from torch.distributed import PrefixStore, Store
 from megatron_r1.weight_sync.receive.rendezvous import Rendezvous, SendPlan, TableStore, put
 from megatron_r1.weight_sync.receive.table import Delivery
 
-ANSWER_SECONDS = 3.0
+ANSWER_SECONDS = 5.0
 """For the ranks of a position to show, after a failure, that they are alive."""
 
 
@@ -94,7 +94,8 @@ class MemberRendezvous(Rendezvous):
         answered = {int(engine) for engine in self.shared.get(mine).split()}
         silent = sorted(set(range(self.members)) - answered)
         if silent:
-            error = f"rank {rank} of engine {silent[0]} of the set has died or hangs: {error}"
+            names = ", ".join(map(str, silent))
+            error = f"rank {rank} of engine {names} of the set has died or hangs: {error}"
         return self.report_failure(rank, error)
 
 

@@ -57,8 +57,6 @@ class GlooExchangeReceiver(GlooReceiver):
         for queue in getattr(self, "_begun", ()):
             queue.put(None)
         super().close()
-        self._groups.clear()  # closes the connections
-        self._group = None
 
     def fail(self, error: Exception) -> None:
         """Publish the error to the set, unless there is one, and let the others fail as well."""
@@ -70,10 +68,6 @@ class GlooExchangeReceiver(GlooReceiver):
         super().fail(error)
         for queue in self._begun:
             queue.put(None)
-        group, self._group = self._group, None
-        if group is not None:
-            self._groups.remove(group)
-        # Without a reference its connections are closed, and the others' calls fail.
 
     def begins(self, sender: int, header: Header) -> None:
         """Note that a window of a push has begun to arrive."""
@@ -86,19 +80,33 @@ class GlooExchangeReceiver(GlooReceiver):
         super().arrived(sender, header, index, checksum)
 
     def _exchange(self) -> None:
+        is_own, error = self._exchange_pushes()
+        if self._is_closing or self.buffer.has_failed:
+            return
+        if is_own:
+            self.fail(RuntimeError(error))
+        else:
+            self._break_off(RuntimeError(self.rendezvous.cause(self.rank, error)))
+
+    def _exchange_pushes(self) -> tuple[bool, str]:
+        """Exchange push after push until one fails. Return whether what enters this rank is damaged
+        or late, or else the group is broken, and the error."""
         try:
             self._group = group = self._create_group()
             self._groups.append(group)
-            while not self._is_closing:
+            while True:
                 for window in range(self.table.num_windows):
                     self._exchange_window(group, window)
+        except ValueError as error:
+            return True, str(error)
         except (RuntimeError, OSError) as error:
-            # Of the group, broken by a rank that failed or died; or `fail` has been here before.
-            if not self._is_closing and not self.buffer.has_failed:
-                self._break_off(RuntimeError(self.rendezvous.cause(self.rank, str(error))))
-        except ValueError as error:  # what enters this rank is damaged or late
-            if not self._is_closing:
-                self.fail(error)
+            return False, str(error)
+        finally:
+            # Without a reference its connections are closed, and the others' calls fail: before
+            # this rank asks who has died, because a rank answers only once its call has failed.
+            if self._group is not None:
+                self._groups.remove(self._group)
+                self._group = None
 
     def _exchange_window(self, group: dist.ProcessGroup, window: int) -> None:
         """Wait for the next push's window, and exchange it."""
