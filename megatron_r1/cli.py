@@ -178,9 +178,10 @@ def _overrides(options: list[str]) -> dict[str, Any]:
 
 
 def _describe_keys(names: Sequence[str]) -> str:
+    from megatron_r1.rehearsal.settings import Settings
     from megatron_r1.workflow.recipe import Recipe
 
-    return describe([configuration.Config, Recipe], names)
+    return describe([configuration.Config, Recipe, Settings], names)
 
 
 def _serve_as_rank(config: configuration.Config, arguments: list[str]) -> int:

@@ -8,17 +8,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from megatron_r1.commands import reward_model
+from megatron_r1.config.mistakes import explain
 from megatron_r1.errors import UserError
 from megatron_r1.models.hf_config import read_hf_config
 from megatron_r1.rehearsal import recipe as recipes
 from megatron_r1.rehearsal import table
 from megatron_r1.rehearsal.jobs import Job, jobs
 from megatron_r1.rehearsal.phases import Phases
-from megatron_r1.rehearsal.settings import RehearsalConfig
+from megatron_r1.rehearsal.settings import RehearsalConfig, Settings
 from megatron_r1.reporting.run_folder import RunFolder
 
-IMPLIED = {"reward-model": reward_model.IMPLIED}
+SETTINGS = ("rehearsal",)
+OF_VERBS = {"reward-model": reward_model.IMPLIED}
 
 
 def run(path: str, overrides: Mapping[str, Any]) -> None:
@@ -27,9 +31,13 @@ def run(path: str, overrides: Mapping[str, Any]) -> None:
     Raises UserError before anything starts, RunError for the first phase that fails."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that all processes are stopped
     own = {k.partition(".")[2]: v for k, v in overrides.items() if k.startswith("rehearsal.")}
-    settings = RehearsalConfig(**own)
+    try:
+        settings = Settings.model_validate({"rehearsal": own}).rehearsal
+    except ValidationError as failure:
+        keys = [f"rehearsal.{key}" for key in RehearsalConfig.model_fields]
+        raise UserError(explain(failure, Settings, keys)) from None
     others = {k: v for k, v in overrides.items() if not k.startswith("rehearsal.")}
-    for job in jobs(path, others, IMPLIED):
+    for job in jobs(path, others, OF_VERBS):
         _rehearse(job, settings)
 
 

@@ -81,6 +81,8 @@ def test_a_defect_is_named(planted, message, tmp_path):
     assert message in log + done.stderr, done.stderr
 
 
-def test_a_recipe_without_a_model_is_refused(tmp_path):
+def test_mistakes_are_refused(tmp_path):
     done = rehearse(ROOT / "examples/laptop/r1_zero.yaml", tmp_path, "--model.path", tmp_path)
     assert done.returncode == 2 and "config.json does not exist" in done.stderr, done.stderr
+    done = rehearse(R1 / "r1_zero.yaml", tmp_path, "--rehearsal.max_rank", "4")
+    assert done.returncode == 2 and "did you mean rehearsal.max_ranks" in done.stderr, done.stderr
