@@ -1,0 +1,30 @@
+"""An estimator outside the package that defines all it may; found on PYTHONPATH, as `grader` is.
+
+Its metric `own` is 1 where the loss, on the trainer ranks, has the advantages computed there."""
+
+from megatron_r1.config.algorithms import AlgorithmRules
+from megatron_r1.rl.advantages import group_advantages
+
+RULES = AlgorithmRules({"advantage_std": "none"}, kl_in_reward=True, advantage_stds=("none",))
+
+
+def advantages(groups, rl):
+    return [group_advantages(rewards, divide_by="none") for rewards in groups]
+
+
+def token_advantages(scored, settings):
+    from megatron_r1.training.token_advantages import TokenTargets, reward_to_go
+
+    made = reward_to_go(scored, {**settings, "discount": 0.5})
+    for responses, whole in zip(scored.responses, made, strict=True):
+        responses.batch.logprobs["own"] = responses.own(whole)
+    return TokenTargets(made)
+
+
+def loss(batch, head, settings):
+    from megatron_r1.rl.algorithms.grpo import loss as grpo_loss
+
+    terms = grpo_loss(batch, head, settings)
+    is_own = batch.advantages == batch.logprobs["own"]
+    terms.sums["own/tokens"] = is_own[batch.is_response].sum()
+    return terms
