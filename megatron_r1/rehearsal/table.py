@@ -72,7 +72,7 @@ def structure(recipe: Config, hf: dict, small: Config, verb: str) -> list[Row]:
         if replicas[0] > 1:
             before, after = map(str, replicas)
             rows.append(Row("replicas of the model", before, after, _exercised(*replicas)))
-        if hf.get("num_nextn_predict_layers"):
+        if hf.get("num_nextn_predict_layers") and verb != "reward-model":
             rows.append(Row("model.mtp", recipe.model.mtp, small.model.mtp, YES))
         if recipe.parallel.optimizer_offload:
             rows.append(Row("parallel.optimizer_offload", "to the host", "—", "no: needs a GPU"))
@@ -125,5 +125,5 @@ def _markdown(title: str, rows: Sequence[Row], shown: Sequence[Shown]) -> str:
     lines = [f"# Rehearsal of {title}", "", "| phase | shown | seconds |", "|---|---|---|"]
     lines += [f"| {p.phase} | {p.evidence} | {p.seconds:.0f} |" for p in shown]
     lines += ["", "| structure | recipe | miniature | exercised |", "|---|---|---|---|"]
-    lines += ["| " + " | ".join(row).replace("|t", "\\|t") + " |" for row in rows]
+    lines += ["| " + " | ".join(x.replace("|", "\\|") for x in row) + " |" for row in rows]
     return "\n".join(lines) + "\n"
