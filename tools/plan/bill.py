@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from megatron_r1.reporting.wording import counted
+from tools.plan.calibrate import assumed_section
 from tools.plan.communication import communication_section
 from tools.plan.flops import flops_section
 from tools.plan.hardware import GIB
@@ -74,6 +75,7 @@ class Bill:
             sections["sent by a rank per optimizer step"] = sent
         sections["operations"] = flops_section(job)
         sections["time"] = time_section(self.times)
+        sections["assumed"] = assumed_section(job)
         return sections
 
     def problems(self) -> list[str]:

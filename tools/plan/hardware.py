@@ -1,73 +1,103 @@
-"""Rates and sizes of GPUs, and the assumed efficiencies of a run.
+"""Rates and sizes of GPUs, and the assumed efficiencies of a run, each with its source.
 
-Peaks are the manufacturer's (dense, without sparsity), one direction of a link. H800: an H100 with
-NVLink reduced to 400 GB/s, both directions together (DeepSeek-V3 report, arXiv 2412.19437, section
-3.1); its nodes have one 400 Gb/s InfiniBand adapter per GPU, which is assumed of the others too.
+The docstring under a field is what `tools/plan` prints beside its value; `--calibrate` replaces any
+of them by a measured one. "A guess": nothing has run on a GPU yet.
 """
 
-from dataclasses import dataclass
+from typing import Annotated, Any
+
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+from pydantic.fields import FieldInfo
 
 GIB = 1024**3
 
+CHECKED = ConfigDict(strict=True, use_attribute_docstrings=True)
+FINITE = Field(gt=0, allow_inf_nan=False)
 
-@dataclass(frozen=True)
+# The text is the unit, as `Quantity` has it.
+Bytes = Annotated[float, FINITE, "B"]
+ByteRate = Annotated[float, FINITE, "B/s"]
+FlopRate = Annotated[float, FINITE, "FLOP/s"]
+Seconds = Annotated[float, FINITE, "s"]
+Ratio = Annotated[float, FINITE, "x"]
+Share = Annotated[float, Field(gt=0, le=1), "share"]
+Count = Annotated[int, Field(gt=0), ""]
+Tokens = Annotated[int, Field(gt=0), "tokens"]
+
+
+@dataclass(frozen=True, config=CHECKED)
 class Hardware:
-    """One GPU and its share of a node. Bytes, FLOP/s, bytes/s in one direction."""
+    """One GPU and its share of a node; links in one direction."""
 
     name: str
-    memory: float
-    bf16: float
-    fp8: float
-    memory_bandwidth: float
-    nvlink: float
-    network: float = 50e9
-    # PCIe 5.0 x16, 63 GB/s, less an assumed 13% for packet headers.
-    host_link: float = 55e9
-    # 2 TB a node, as in NVIDIA's DGX H100.
-    host_memory: float = 2e12 / 8
-    gpus_per_node: int = 8
+    memory: Bytes
+    """Of a GPU; manufacturer."""
+    bf16: FlopRate
+    """Peak without sparsity; manufacturer."""
+    memory_bandwidth: ByteRate
+    """Peak; manufacturer."""
+    nvlink: ByteRate
+    """Manufacturer; H800: arXiv 2412.19437, section 3.1."""
+    network: ByteRate = 50e9
+    """Of a GPU: one 400 Gb/s InfiniBand adapter, as H800 nodes have (arXiv 2412.19437, section
+    3.1); a guess for other GPUs."""
+    host_link: ByteRate = 55e9
+    """PCIe 5.0 x16, 63 GB/s, less 13% for packet headers, a guess."""
+    host_memory: Bytes = 2e12 / 8
+    """Of a node, per GPU; 2 TB a node, as in NVIDIA's DGX H100."""
+    gpus_per_node: Count = 8
+    """As in NVIDIA's DGX H100."""
 
 
 HARDWARE = {
     hardware.name: hardware
     for hardware in (
-        Hardware("H800", 80e9, 989e12, 1979e12, 3.35e12, 200e9),
-        Hardware("H100", 80e9, 989e12, 1979e12, 3.35e12, 450e9),
-        Hardware("H200", 141e9, 989e12, 1979e12, 4.8e12, 450e9),
-        Hardware("B200", 180e9, 2250e12, 4500e12, 7.7e12, 900e9),
+        Hardware("H800", 80e9, 989e12, 3.35e12, 200e9),
+        Hardware("H100", 80e9, 989e12, 3.35e12, 450e9),
+        Hardware("H200", 141e9, 989e12, 4.8e12, 450e9),
+        Hardware("H20", 96e9, 148e12, 4.0e12, 450e9),
+        Hardware("B200", 180e9, 2250e12, 7.7e12, 900e9),
     )
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=CHECKED)
 class Assumptions:
-    """Numbers of the estimate that no table gives; replace them by measurements.
+    """Numbers of the estimate that no table gives."""
 
-    Where no source is named, the value is a guess: nothing has run on a GPU yet.
-    """
+    compute_efficiency: Share = 0.45
+    """Of the bf16 peak while a stage computes, without bubbles and communication. A guess, near the
+    38.9% of whole steps of DeepSeek-V3 in FP8 (arXiv 2505.09343, table 4)."""
+    bandwidth_efficiency: Share = 0.6
+    """Of the memory bandwidth while an engine decodes; a guess."""
+    link_efficiency: Share = 0.75
+    """Of NVLink's and the network's rate in a collective; a guess."""
+    push_efficiency: Share = 0.75
+    """Of the rate of the link into an engine GPU during a push; a guess."""
+    gradients_exposed: Share = 0.5
+    """Of the data axis's traffic: the reduce-scatter overlaps the last micro-batches, the
+    all-gather does not; a guess."""
+    decode_latency_per_layer: Seconds = 150e-6
+    """Least time of a decoding step in each layer of an engine of several GPUs, for any batch: two
+    all-to-alls and small kernels; a guess."""
+    reserved: Bytes = 6 * GIB
+    """What a run cannot use of a GPU: CUDA context, NCCL's buffers, fragmentation; a guess."""
+    expert_imbalance: Ratio = 1.2
+    """The fullest rank's tokens over the mean in an expert-parallel group; a guess."""
+    prompt_tokens: Tokens = 512
+    """Mean and longest length of a prompt, unless --prompt-tokens gives it; a guess."""
+    response_share: Share = 0.25
+    """Mean length of a response over the limit, unless --response-tokens gives it; a guess."""
+    questions: Count = 10_000
+    """Of a `sample` run without data.num_train; a guess."""
 
-    compute_efficiency: float = 0.45
-    """Share of the bf16 peak while a stage computes, without bubbles and communication. DeepSeek-V3
-    reached 38.9% (causal) of its bf16 peak over whole steps in FP8 (arXiv 2505.09343, table 4)."""
-    bandwidth_efficiency: float = 0.6
-    """Share of a GPU's memory bandwidth while an engine decodes."""
-    link_efficiency: float = 0.75
-    """Share of NVLink's and the network's rate in a collective."""
-    decode_latency_per_layer: float = 150e-6
-    """Least seconds of a decoding step in each layer: two all-to-alls and small kernels, for any
-    batch size."""
-    reserved: float = 6 * GIB
-    """Bytes that a run cannot use: CUDA context, NCCL's buffers, fragmentation."""
-    expert_imbalance: float = 1.2
-    """Ratio of the fullest rank's tokens to the mean in an expert-parallel group."""
-    prompt_tokens: int = 512
-    """Mean and longest length of a prompt."""
-    response_share: float = 0.25
-    """Mean length of a response, as a share of the limit, unless --response-tokens gives it."""
-    questions: int = 10_000
-    """Of a `sample` run without data.num_train."""
 
-    def __post_init__(self):
-        for name in ("compute_efficiency", "bandwidth_efficiency", "link_efficiency"):
-            if not 0 < getattr(self, name) <= 1:
-                raise ValueError(f"{name}={getattr(self, name)} must lie in (0, 1]")
+def fields_of(part: Hardware | Assumptions) -> dict[str, FieldInfo]:
+    """Return the named numbers of a part; a field's description is its docstring."""
+    fields: dict[str, Any] = type(part).__pydantic_fields__  # type: ignore[union-attr]
+    return {name: info for name, info in fields.items() if name != "name"}
+
+
+def unit_of(info: FieldInfo) -> str:
+    return next(mark for mark in info.metadata if isinstance(mark, str))

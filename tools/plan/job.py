@@ -41,6 +41,8 @@ class Job:
     rollout_gpus: int = 0
     response_tokens: int = 8192
     verb: Verb = "rl"
+    measured: dict[str, str] = field(default_factory=dict, compare=False)
+    """The file of each name of `hardware` and `assumptions` that --calibrate replaced."""
     shared: dict = field(default_factory=dict, repr=False, compare=False)
     """Cache of counts that are slow to compute and equal for all layouts of one job."""
 

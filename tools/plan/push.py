@@ -136,7 +136,7 @@ def push_link(job: Job) -> tuple[float, str]:
         rate, name = hardware.host_link, "link to the host"
     elif _is_one_node(job) and transport == "cuda_ipc":
         rate, name = hardware.nvlink, "NVLink"
-    return rate * job.assumptions.link_efficiency, name
+    return rate * job.assumptions.push_efficiency, name
 
 
 def _is_one_node(job: Job) -> bool:

@@ -7,9 +7,9 @@ Section = dict[str, "Quantity"]
 
 @dataclass(frozen=True)
 class Quantity:
-    """A number with its unit and formula. unit: "B", "parameters", "tokens", "FLOP", "s", "hours",
-    "share" (of 1), "x" (a ratio) or "" for a count. value: None if there is none; the formula then
-    gives the reason."""
+    """A number with its unit and formula. unit: "B", "B/s", "parameters", "tokens", "FLOP",
+    "FLOP/s", "s", "hours", "share" (of 1), "x" (a ratio) or "" for a count. value: None if there is
+    none; the formula then gives the reason."""
 
     value: float | None
     unit: str
@@ -28,8 +28,8 @@ class Quantity:
             return f"{self.value:.1%}"
         if self.unit == "x":
             return f"{self.value:.2f} x"
-        if self.unit == "FLOP":
-            return scaled(self.value, 1000, ("FLOP", *(p + "FLOP" for p in "kMGTPEZ")))
+        if self.unit in ("FLOP", "FLOP/s", "B/s"):
+            return scaled(self.value, 1000, tuple(p + self.unit for p in ("", *"kMGTPEZ")))
         if self.unit == "parameters":
             return scaled(self.value, 1000, ("", "k", "M", "B", "T"))
         unit = "token" if self.unit == "tokens" and round(self.value) == 1 else self.unit

@@ -118,7 +118,7 @@ def _title(bill: Bill) -> str:
             lines.append(_not_colocated(job))
     lines.append(
         f"assumed: responses of {counted(job.response_tokens, 'token')} on average, prompts of "
-        f"{job.assumptions.prompt_tokens:,}; rates and efficiencies: tools/plan/hardware.py"
+        f"{job.assumptions.prompt_tokens:,}; rates and efficiencies: last section"
     )
     return "\n".join(lines)
 

@@ -87,8 +87,7 @@ class StepTime:
         pipeline = self.microbatch(rank, True) * count / (1 - self.bubble(count, self.job.slots))
         data = self.groups(rank).get("data")
         traffic = data.seconds(self.job, data.step) if data else 0.0
-        # The reduce-scatter, half of it, overlaps the last micro-batches.
-        return pipeline + traffic / 2
+        return pipeline + traffic * self.job.assumptions.gradients_exposed
 
     def scoring(self) -> float:
         job = self.job
@@ -126,9 +125,8 @@ def time_section(times: StepTime) -> Section:
     if missing := [name for name in parts if section[name].value is None]:
         why = f"none without {missing[0]}: {section[missing[0]].formula}"
         return section | {"step": Quantity(None, "s", why)}
-    step = sum(section[name].value for name in parts)
-    tokens = job.outputs * job.sample_tokens
-    section["step"] = Quantity(step, "s", " + ".join(parts))
+    section["step"] = _step(job, {name: section[name].value for name in parts})
+    step, tokens = section["step"].value, job.outputs * job.sample_tokens
     if job.verb == "rl":
         share = section["rollout"].value / step
         section["share of rollout"] = Quantity(share, "share", "rollout / step")
@@ -140,6 +138,17 @@ def time_section(times: StepTime) -> Section:
 
 PARTS = ("rollout", "scoring", "training", "critic", "push")
 """The parts of a step, in order."""
+
+
+def _step(job: Job, parts: dict[str, float]) -> Quantity:
+    """Return the seconds of a step: engines with GPUs of their own sample the next rollout while
+    the trainer computes, if rl.staleness allows it; a push stops both."""
+    total = Quantity(sum(parts.values()), "s", " + ".join(parts))
+    if not (job.verb == "rl" and job.rollout_gpus and job.config.rl.staleness):
+        return total
+    rollout, push = parts.pop("rollout"), parts.pop("push")
+    formula = f"push + the longer of rollout and {' + '.join(parts)}, at once with rl.staleness"
+    return Quantity(push + max(rollout, sum(parts.values())), "s", formula)
 
 
 def _training(times: StepTime) -> Section:

@@ -434,7 +434,7 @@ def test_a_layout_that_cannot_work_names_the_number_and_those_that_can(capsys):
         ),
         (["--gpus", "-1"], 2, "--gpus: -1"),
         (["--memory-gib", "0"], 2, "--memory-gib: 0.0 is not a finite number above 0"),
-        (["--rollout.max_response_tokens", "65536"], 2, "or raise rollout.max_model_len"),
+        (["--rollout.max_response_tokens", "67584"], 2, "or raise rollout.max_model_len"),
         (["--response-tokens", "99999"], 2, "above rollout.max_response_tokens=32768"),
         (["--parallel.tensr", "2"], 2, "did you mean parallel.tensor"),
         (["--gpuss", "8"], 2, "unknown option --gpuss; did you mean --gpus?"),
