@@ -64,7 +64,8 @@ def _fits(job: Job) -> bool:
 
 def _fitting_bill(job: Job) -> Bill | None:
     try:
-        job.check_trainer()
+        if job.trains:
+            job.check_trainer()
     except ValueError:
         return None
     bill = Bill(job)
