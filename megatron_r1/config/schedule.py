@@ -15,7 +15,7 @@ SCHEDULED = {
         *("group_size", "questions_per_rollout"),
     ),
     "optimizer": ("learning_rate", "min_learning_rate"),
-    "critic": ("learning_rate", "value_clip"),
+    "critic": ("learning_rate",),
 }
 """Settings that the controller reads anew at every step, by section. Others are built into ranks
 and engines when they start."""

@@ -3,6 +3,7 @@
 from math import prod
 
 from megatron_r1.config.training import ParallelConfig
+from megatron_r1.errors import UserError
 from megatron_r1.models.pipeline_stages import parse_layout
 
 AXES = ("tensor", "context", "expert", "expert_tensor", "pipeline", "virtual_pipeline")
@@ -19,7 +20,7 @@ def data_size(parallel: ParallelConfig) -> int:
 
 def miniature(parallel: ParallelConfig, max_ranks: int) -> ParallelConfig:
     """Return the layout with each axis at most `PARTS`, and replicas of the model dropped if there
-    would be more than `max_ranks` ranks otherwise."""
+    would be more than `max_ranks` ranks otherwise. Raises UserError if that is not enough."""
     sizes = {axis: min(getattr(parallel, axis), PARTS) for axis in AXES}
     if parallel.pipeline_layout:
         groups = short_stages(
@@ -37,11 +38,17 @@ def miniature(parallel: ParallelConfig, max_ranks: int) -> ParallelConfig:
         replicas += 1
     if dense * replicas * sizes["pipeline"] > max_ranks and dense % experts == 0:
         replicas = 1
+    processes = dense * replicas * sizes["pipeline"]
+    if processes > max_ranks:
+        raise UserError(
+            f"rehearsal.max_ranks: {max_ranks} is less than the {processes} ranks of the layout in "
+            f"miniature; raise it to {processes}"
+        )
     return parallel.model_copy(
         update={
             **sizes,
             "pipeline_layout": layout,
-            "processes": dense * replicas * sizes["pipeline"],
+            "processes": processes,
             "threads": 1,
         }
     )

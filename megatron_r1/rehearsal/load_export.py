@@ -17,11 +17,11 @@ from megatron_r1.weights.layout import hf_tensors
 
 
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
-    """Return all tensors of a folder of safetensors files, in fp32."""
+    """Return all tensors of a folder of safetensors files."""
     found: dict[str, torch.Tensor] = {}
     for path in folder.glob("*.safetensors"):
         with safe_open(path, "pt") as file:
-            found |= {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118 - no mapping
+            found |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
     return found
 
 
@@ -41,7 +41,11 @@ def main(export: str, model: str, mtp: str) -> str:
         sys.exit(f"tensors of another shape, or not finite: {wrong[:3]}")
     first_mtp = f"model.layers.{hf['num_hidden_layers']}."
     own_mtp = [name for name in tensors if name.startswith(first_mtp)]
-    changed = [n for n in tensors if n in before and not tensors[n].equal(_rounded(before[n]))]
+    changed = [
+        name
+        for name, tensor in tensors.items()
+        if name in before and not tensor.equal(before[name].to(tensor.dtype))
+    ]
     if not changed:
         sys.exit("training has changed no tensor")
     if mtp == "frozen" and (moved := set(own_mtp) & set(changed) - set(_shared(first_mtp))):
@@ -58,11 +62,6 @@ def main(export: str, model: str, mtp: str) -> str:
         f"{len(tensors)} tensors ({len(own_mtp)} of MTP layers), {len(changed)} changed by "
         "training; transformers loads them and computes finite logits"
     )
-
-
-def _rounded(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a tensor as a bf16 run would export it if it had not changed."""
-    return tensor.to(torch.bfloat16).float()
 
 
 def _shared(first_mtp: str) -> list[str]:

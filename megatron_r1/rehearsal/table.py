@@ -53,6 +53,7 @@ SECTIONS = {
 NOT_HERE = {
     "rollout.colocated": "in turns, but no GPU memory is freed",
     "rollout.max_response_tokens": "no: short responses",
+    "parallel.processes": "no: the size of the world",
     "fp8.recipe": "emulated",
 }
 
@@ -77,11 +78,14 @@ def structure(recipe: Config, hf: dict, small: Config, verb: str) -> list[Row]:
         if recipe.parallel.optimizer_offload:
             rows.append(Row("parallel.optimizer_offload", "to the host", "—", "no: needs a GPU"))
         rows.append(Row("layers", "Transformer Engine", "Megatron-Core's own", "no: needs a GPU"))
+        rows.append(Row("memory", "of a GPU", "—", "no: tools/plan computes it"))
     if verb in ("rl", "sample"):
         served = [name for name, values in recipe.rewards.options.items() if "url" in values]
         rows += [
             Row(f"rewards.options.{name}", "served", "—", "no: none is served") for name in served
         ]
+    if verb == "sample" and recipe.sample.judge != small.sample.judge:
+        rows.append(Row("sample.judge", recipe.sample.judge, "a rule", "no: none is served"))
     if verb == "rl" and recipe.teacher.url:
         rows.append(Row("teacher.url", "served", "started by the run", "no: none is served"))
     return rows

@@ -23,7 +23,7 @@ async def train(session: Session) -> None:
     """Train on one rollout after another until `run.steps`, or until asked to stop."""
     passes = session.passes
     while session.next_step():
-        config = passes.config
+        config = passes.config  # of this step: rl.schedule may change it
         with session.phase("rollout"):
             rollout = await session.rollout()
         rewards = [
@@ -37,12 +37,13 @@ async def train(session: Session) -> None:
 
         with session.phase("train"):
             metrics = await passes.load(minibatches(samples, config.rl.minibatches))
-            metrics |= await passes.compute_logprobs()  # under π_old and π_ref
+            # Under π_ref, and under π_old where the first update does not compute them anyway.
+            metrics |= await passes.compute_logprobs()
             metrics |= await passes.token_advantages()
             updates = [
                 await update(passes, index, session.step) for index in range(config.rl.minibatches)
             ]
-            metrics |= await passes.engine_agreement()
+            metrics |= await passes.engine_agreement()  # with π_old, known only now
             await passes.refresh_reference_if_due()
         with session.phase("push"):
             await session.push_weights()

@@ -46,7 +46,7 @@ def check_teacher(config: Config) -> None:
     It cannot where the folder is no model; its context is shorter than the student's; the student
     samples otherwise than at temperature 1; or the teacher has another token, or none, for one of
     the student's."""
-    path, rollout, algorithm = config.teacher.path, config.rollout, config.rl.algorithm
+    path, algorithm = config.teacher.path, config.rl.algorithm
     if bool(path) != rules_of(algorithm).teacher:
         raise UserError(
             f"teacher.path: {path} would not be used by rl.algorithm: {algorithm}; set that to "
@@ -65,11 +65,15 @@ def check_teacher(config: Config) -> None:
             f"teacher.path {path} has {room} positions (max_position_embeddings), and the student "
             f"writes up to {needed} tokens with the prompt; set rollout.max_model_len: {room}"
         )
-    if (rollout.temperature, rollout.top_p) != (1.0, 1.0):
+    for step, phase in config.phases():
+        rollout = phase.rollout
+        if (rollout.temperature, rollout.top_p) == (1.0, 1.0):
+            continue
+        when = f"rl.schedule, from_step {step}: " if step > 1 else ""
         raise UserError(
-            f"rollout.temperature: {rollout.temperature:g}, rollout.top_p: {rollout.top_p:g}: the "
-            "teacher scores at temperature 1 without a cut, which has to be the student's "
-            "distribution too; set both to 1"
+            f"{when}rollout.temperature: {rollout.temperature:g}, rollout.top_p: "
+            f"{rollout.top_p:g}: the teacher scores at temperature 1 without a cut, which has to "
+            "be the student's distribution too; set both to 1"
         )
     student = load_config(config.model.path)
     own, known = (language_settings(each).get("vocab_size", 0) for each in (student, hf))

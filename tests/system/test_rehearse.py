@@ -12,7 +12,7 @@ R1, DISTILL = ROOT / "examples/deepseek_r1", ROOT / "examples/distill"
 # What examples/deepseek_r1/stage.sbatch adds to a recipe.
 ON_HOSTS = ("--rollout.placement", "hosts", "--rollout.hosts_per_engine", "16")
 GLOO = ("--push.transport", "gloo")
-NEED_GPU = {"layers", "rollout.colocated"}
+NEED_GPU = {"layers", "memory", "rollout.colocated"}
 SETTINGS = {
     **dict.fromkeys(("reasoning_rl", "all_scenarios_rl"), (*ON_HOSTS, *GLOO)),
     **dict.fromkeys(
@@ -48,7 +48,7 @@ def test_r1_zero_on_2048_gpus_goes_through(tmp_path):
     for axis in ("tensor", "context", "expert", "pipeline", "virtual_pipeline"):
         assert structure[f"parallel.{axis}"]["miniature"] == "2"
     not_exercised = {what for what, row in structure.items() if row["exercised"] != "yes"}
-    assert not_exercised == {*NEED_GPU, "rollout.max_response_tokens"}
+    assert not_exercised == {*NEED_GPU, "parallel.processes", "rollout.max_response_tokens"}
     assert [phase["phase"] for phase in found["phases"]] == [
         "start, first step, checkpoint, kill -9",
         "resume in another layout, to the end",

@@ -1,5 +1,5 @@
 """The plan of a push to several equal engines at once: every slice enters one engine, and equal
-ranks of the engines exchange the rest.
+ranks of the engines exchange the rest. No run uses it yet, see docs/push.md.
 
 Engines are served in *sets* of at most `SET_ENGINES`. Within a set the ranks at one position, one
 of each engine, need the same bytes. Each engine receives an equal part of them from trainer ranks

@@ -2,7 +2,7 @@
 
 One trainer rank reads the tables and passes them on to the others; the plan of a position is one
 key, which the ranks at it read, one of each engine. So a rank makes a handful of requests to the
-store, whatever the number of ranks.
+store, whatever the number of ranks. No run uses it yet, see docs/push.md.
 """
 
 from __future__ import annotations

@@ -1,5 +1,7 @@
 """A trainer rank's part of a push to a set of equal engines: what the plan lets enter some of their
-ranks from this one (`plan.entry`)."""
+ranks from this one (`plan.entry`).
+
+No run uses it yet, see docs/push.md."""
 
 from __future__ import annotations
 

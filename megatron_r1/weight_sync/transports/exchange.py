@@ -1,4 +1,5 @@
-"""Transport to a set of equal engines: what enters one engine is passed on by it to the others.
+"""Transport to a set of equal engines: what enters one engine is passed on by it to the others. No
+run uses it yet, see docs/push.md.
 
 An engine rank receives its part from a few trainer ranks, as in `process_group`, checks it, and
 exchanges it with the ranks at its position of the other engines: in every round each sends a bucket

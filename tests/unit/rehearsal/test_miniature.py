@@ -7,6 +7,7 @@ import pytest
 
 from megatron_r1.config import Config, load
 from megatron_r1.config.training import ParallelConfig
+from megatron_r1.errors import UserError
 from megatron_r1.models.hf_config import read_hf_config
 from megatron_r1.rehearsal import layout, recipe
 from megatron_r1.weight_sync.plan.recipe import check_pushes
@@ -98,6 +99,12 @@ def test_replicas_are_what_is_left_out_first():
     assert layout.miniature(parallel, 16).processes == 16
     small = layout.miniature(parallel, 8)
     assert (small.processes, small.tensor, small.context, small.pipeline) == (8, 2, 2, 2)
+
+
+def test_more_ranks_than_allowed_are_refused():
+    parallel = ParallelConfig(processes=64, tensor=2, context=2, pipeline=2)
+    with pytest.raises(UserError, match=r"rehearsal\.max_ranks: 4 .* the 8 ranks .* raise it to 8"):
+        layout.miniature(parallel, 4)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

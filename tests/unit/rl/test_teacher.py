@@ -49,14 +49,14 @@ def write_model(folder, words, *, positions=64, vocab_size=None, **changes):
 WORDS = ["one", "two", "three"]
 
 
-def check(tmp_path, words=WORDS, rollout=None, teacher=None, **model):
+def check(tmp_path, words=WORDS, rollout=None, teacher=None, schedule=(), **model):
     student = write_model(tmp_path / "student", WORDS, vocab_size=8)
     path = write_model(tmp_path / "teacher", words, **{"vocab_size": 8, **model})
     check_teacher(
         Config(
             model={"path": student},
             rollout={"max_response_tokens": 32} | (rollout or {}),
-            rl={"algorithm": "on_policy_distillation"},
+            rl={"algorithm": "on_policy_distillation", "schedule": list(schedule)},
             teacher={"path": path} | (teacher or {}),
         )
     )
@@ -76,6 +76,7 @@ def test_a_teacher_of_another_architecture_with_more_tokens_of_its_own_is_accept
         ({"vocab_size": 7}, r"knows tokens 0 … 6, and the student may write any of 0 … 7"),
         ({"positions": 48}, "48 positions .*up to 64 tokens.*set rollout.max_model_len: 48"),
         ({"rollout": {"temperature": 0.7}}, "rollout.temperature: 0.7.*set both to 1"),
+        ({"schedule": [{"from_step": 3, "rollout.top_p": 0.9}]}, "from_step 3: .*top_p: 0.9"),
         ({"teacher": {"tensor": 3}}, "teacher.tensor=3 does not divide num_attention_heads=4"),
         ({"teacher": {"path": "nowhere"}}, "nowhere/config.json does not exist"),
     ],
