@@ -89,7 +89,7 @@ def _plan(recipe: Path, chosen: argparse.Namespace, overrides: dict) -> int:
         except OSError as error:
             return _refused(f"--json: {chosen.json} cannot be written: {error.strerror}")
     try:
-        return max(UNFIT if problems else FITS, _later_phases(recipe, chosen, overrides))
+        return UNFIT if problems else _later_phases(recipe, chosen, overrides)
     except ValueError as error:
         return _refused(error)
 

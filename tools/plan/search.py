@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby, product
 from operator import attrgetter
 
@@ -49,8 +49,24 @@ def nearest_sizes(job: Job) -> list[Job]:
     sizes = [smallest * 2**n for n in range(20) if smallest * 2**n <= most]
     below = (size for size in reversed(sizes) if size < job.world_size)
     above = (size for size in sizes if size > job.world_size)
-    found = (next(filter(_fits, map(job.on, side)), None) for side in (below, above))
+    found = (next(filter(_fits_always, map(job.on, side)), None) for side in (below, above))
     return [other for other in found if other]
+
+
+def _fits_always(job: Job) -> bool:
+    """Return whether every part of `rl.schedule` fits; mean lengths grow with their limit."""
+    limit = job.config.rollout.max_response_tokens
+    phases = [config for _, config in job.config.phases()] if job.verb == "rl" else [job.config]
+    return all(
+        _fits(
+            replace(
+                job,
+                config=config,
+                response_tokens=job.response_tokens * config.rollout.max_response_tokens // limit,
+            )
+        )
+        for config in phases
+    )
 
 
 def _fits(job: Job) -> bool:

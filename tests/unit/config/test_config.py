@@ -105,8 +105,8 @@ def test_all_keys_with_their_defaults_are_a_recipe_that_changes_nothing(capsys):
     for line in capsys.readouterr().out.splitlines():
         key, _, default = line.partition("   # ")[0].partition(": ")
         *sections, leaf = key.split(".")
-        of_pipelines = sections and sections[0] in ("pipeline", "stages") or not sections
-        if of_pipelines or "[]" in key or default == "(required)" or key.startswith("eval.server"):
+        of_others = sections and sections[0] in ("pipeline", "stages", "rehearsal") or not sections
+        if of_others or "[]" in key or default == "(required)" or key.startswith("eval.server"):
             continue  # entries of what is empty by default
         if key.startswith("sample.server"):
             continue

@@ -75,13 +75,14 @@ def test_inputs_are_what_every_implementation_can_take():
 @pytest.mark.parametrize("megabytes", [64, 8])
 def test_memory_is_what_the_call_needed_whatever_was_freed_before(megabytes):
     meter = measure.CpuMeter()
+    torch.ones(megabytes * 2**18).sum()  # the first call keeps memory: threads, tables of kernels
     if meter(lambda: None).extra_bytes is None:
         pytest.skip("/proc/self/clear_refs cannot be written here")
     kept = [torch.ones(2**18) for _ in range(200)]  # freed memory an allocator likes to keep
     del kept
     sample = meter(lambda: torch.ones(megabytes * 2**18).sum())
     # The reading is in pages, and the process allocates a little of its own.
-    assert sample.extra_bytes == pytest.approx(megabytes * 2**20, abs=2**20)
+    assert sample.extra_bytes == pytest.approx(megabytes * 2**20, abs=2**21)
 
 
 def failing(name, error):

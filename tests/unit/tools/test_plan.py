@@ -507,7 +507,7 @@ def test_engines_are_told_the_nearest_numbers_on_both_sides(capsys):
         (
             "deepseek_r1/r1_zero",
             ["--gpus", "128", "--rollout.engines", "1"],
-            ["--gpus 512 --rollout.engines 4"],
+            ["--gpus 1024 --rollout.engines 8"],  # the 64K part does not fit on 512
         ),
     ],
 )

@@ -136,7 +136,8 @@ def test_an_fp8_push_gives_all_engines_the_same_codes_and_scales(make_world):
     first, second = world.receivers.values()
     for receiver in (first, second):
         receiver.buffer.wait(1, 0, 20)
-    assert torch.equal(first.memory, second.memory)
+    for slot in first.table.slots:  # between them nothing is written
+        assert torch.equal(*(slot_view(r.memory, slot).float() for r in (first, second))), slot.name
     name = "model.layers.2.mlp.experts.3.up_proj.weight"
     codes, scales = quantise(tensors[name])
     found = {slot.name: slot_view(first.memory, slot) for slot in first.table.slots}
@@ -195,7 +196,7 @@ def test_an_engine_rank_that_ends_is_named_by_the_others_at_its_position(make_wo
     world.send(1)
     for engine in (0, 2):
         with pytest.raises(ValueError, match="rank 2 of engine 1 of the set has died or hangs"):
-            world.receivers[engine, 2].buffer.wait(1, 0, 20)
+            world.receivers[engine, 2].buffer.wait(1, 0, 60)
 
 
 def test_engines_that_need_different_tensors_are_refused(make_world):
