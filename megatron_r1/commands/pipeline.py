@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_r1.commands.torchrun import is_rank
-from megatron_r1.config.yaml_text import as_text
+from megatron_r1.config.yaml_text import as_sections, as_text
 from megatron_r1.errors import UserError, did_you_mean
 from megatron_r1.reporting.run_folder import RunFolder, is_locked
 from megatron_r1.workflow import serving
@@ -68,13 +68,8 @@ def run(path: str, overrides: Mapping[str, Any], verbs: Mapping[str, str]) -> No
 
 def _implied(verbs: Mapping[str, str], used: set[str]) -> dict[str, dict[str, Any]]:
     """Return the settings that each verb in use adds to a recipe, as sections."""
-    implied: dict[str, dict[str, Any]] = {}
-    for verb in used & set(verbs):
-        module = importlib.import_module(verbs[verb])
-        for dotted, value in getattr(module, "IMPLIED", {}).items():
-            section, _, key = dotted.partition(".")
-            implied.setdefault(verb, {}).setdefault(section, {})[key] = value
-    return implied
+    modules = {verb: importlib.import_module(verbs[verb]) for verb in used & set(verbs)}
+    return {verb: as_sections(getattr(m, "IMPLIED", {})) for verb, m in modules.items()}
 
 
 def _chosen(config: PipelineConfig, graph: Graph) -> list[str]:

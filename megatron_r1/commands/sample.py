@@ -18,7 +18,7 @@ from megatron_r1.curation.decision import DUPLICATE, DecisionCounts
 from megatron_r1.curation.decontamination import contaminated, load_avoided
 from megatron_r1.curation.filters import PooledFilters, check_filters, filters_of
 from megatron_r1.curation.judges import ResponseJudge, make_judge
-from megatron_r1.curation.outputs import Decide, decide_all, write_outputs
+from megatron_r1.curation.outputs import FILES, Decide, decide_all, write_outputs
 from megatron_r1.curation.preference_pairs import PreferencePairs
 from megatron_r1.curation.rendering import Rendering
 from megatron_r1.curation.safety_labels import SafetyLabels
@@ -47,7 +47,6 @@ REMEDIES = {
     "pairs": "sample.judge, sample.pairs (margin, max_length_bias) or sample.filters",
     "labels": "sample.judge or sample.filters",
 }
-FILES = {"sft": "sft.jsonl", "pairs": "pairs.jsonl", "labels": "labels.jsonl"}
 
 
 def check(config: Config) -> None:

@@ -4,6 +4,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from megatron_r1.config.yaml_text import as_sections
 from megatron_r1.errors import did_you_mean
 
 SCHEDULED = {
@@ -50,13 +51,11 @@ class ScheduleEntry(BaseModel):
 
 def changes_at(schedule: list[ScheduleEntry], step: int) -> dict[str, dict[str, Any]]:
     """Return what differs at `step`, as sections of a recipe; later entries take precedence."""
-    tree: dict[str, dict[str, Any]] = {}
+    changes: dict[str, Any] = {}
     for entry in schedule:
         if entry.from_step <= step:
-            for dotted, value in entry.changes.items():
-                section, _, key = dotted.partition(".")
-                tree.setdefault(section, {})[key] = value
-    return tree
+            changes |= entry.changes
+    return as_sections(changes)
 
 
 def check_order(schedule: list[ScheduleEntry]) -> list[ScheduleEntry]:

@@ -1,6 +1,6 @@
 """Recipes as YAML text: a key that occurs twice is an error, not a choice of the last one."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,15 @@ def read_sections(
             f"{what} {path}: must be a mapping of sections, found {type(tree).__name__}"
         )
     return {section: keys for section, keys in tree.items() if keys is not None}
+
+
+def as_sections(settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return `{"section.key": value}` as sections."""
+    tree: dict[str, dict[str, Any]] = {}
+    for dotted, value in settings.items():
+        section, _, key = dotted.partition(".")
+        tree.setdefault(section, {})[key] = value
+    return tree
 
 
 def put(tree: dict[str, Any], keys: list[str], value: Any, option: str) -> None:

@@ -26,6 +26,9 @@ WINDOW = 64
 NOT_ASKED = "not_asked"
 """The decision about responses to prompts that the recipe no longer has, or beyond `samples`."""
 
+FILES = {"sft": "sft.jsonl", "pairs": "pairs.jsonl", "labels": "labels.jsonl"}
+"""The file of each `sample.output` that has one."""
+
 
 @dataclass(frozen=True)
 class PromptResult:

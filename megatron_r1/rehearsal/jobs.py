@@ -11,7 +11,7 @@ from typing import Any
 from megatron_r1 import config as configuration
 from megatron_r1.config import Config
 from megatron_r1.config.recipe import verb_of
-from megatron_r1.config.yaml_text import read_sections
+from megatron_r1.config.yaml_text import as_sections, read_sections
 from megatron_r1.errors import UserError
 from megatron_r1.workflow import recipe as workflow_recipe
 from megatron_r1.workflow.plan import Plan
@@ -45,16 +45,13 @@ def jobs(path: str, overrides: Mapping[str, Any], implied: Mapping[str, dict]) -
 
 def _stages(path: str, overrides: Mapping[str, Any], implied: Mapping[str, dict]) -> list[Job]:
     recipe = workflow_recipe.load(path, dict(overrides))
-    plan = Plan.of(recipe, path, Path(recipe.pipeline.folder), recipe.pipeline.seed)
-    found = []
-    for name, stage in plan.stages.items():
-        if stage.config.verb in VERBS:
-            config = plan.config(stage)
-            for key, value in implied.get(stage.config.verb, {}).items():
-                section, _, name_in = key.partition(".")
-                part = getattr(config, section).model_copy(update={name_in: value})
-                config = config.model_copy(update={section: part})
-            found.append(Job(name, stage.config.verb, _with_model(plan, name, config)))
+    added = {verb: as_sections(settings) for verb, settings in implied.items()}
+    plan = Plan.of(recipe, path, Path(recipe.pipeline.folder), recipe.pipeline.seed, added)
+    found = [
+        Job(name, stage.config.verb, _with_model(plan, name, plan.config(stage)))
+        for name, stage in plan.stages.items()
+        if stage.config.verb in VERBS
+    ]
     if not found:
         raise UserError(f"recipe {path}: no stage is one of {', '.join(VERBS)}")
     return found

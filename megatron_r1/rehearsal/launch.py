@@ -31,8 +31,8 @@ def command(verb: str, recipe: Path, config: Config, settings: Sequence[str]) ->
 def started(
     verb: str, recipe: Path, config: Config, settings: Sequence[str], log: Path
 ) -> Iterator[subprocess.Popen]:
-    """Start a verb, with engine hosts if its recipe has them; at the end kill -9 whatever of it
-    still runs, on every level."""
+    """Start a verb, with engine hosts if its recipe has them; at the end, kill -9 all of
+    their processes that still run, and those that these have started."""
     processes = []
     try:
         if config.rollout.placement == "hosts" and verb in ("rl", "sample"):

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from megatron_r1.models.hf_config import has_score_head, read_hf_config
@@ -18,11 +18,8 @@ from megatron_r1.weights.layout import hf_tensors
 
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
     """Return all tensors of a folder of safetensors files."""
-    found: dict[str, torch.Tensor] = {}
-    for path in folder.glob("*.safetensors"):
-        with safe_open(path, "pt") as file:
-            found |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-    return found
+    files = (load_file(path) for path in folder.glob("*.safetensors"))
+    return {name: tensor for tensors in files for name, tensor in tensors.items()}
 
 
 def main(export: str, model: str, mtp: str) -> str:

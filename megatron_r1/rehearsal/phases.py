@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_r1.config import Config
+from megatron_r1.curation.outputs import FILES
 from megatron_r1.errors import RunError
 from megatron_r1.processes.logs import last_lines
 from megatron_r1.rehearsal import launch, layout
@@ -17,7 +18,6 @@ from megatron_r1.training.checkpoints.finding import whole
 POLL_SECONDS = 0.5
 ERROR = "megatron-r1: "
 """What a command's errors begin with."""
-FILES = {"sft": "sft.jsonl", "pairs": "pairs.jsonl", "labels": "labels.jsonl"}
 
 
 @dataclass(frozen=True)

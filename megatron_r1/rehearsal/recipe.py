@@ -47,7 +47,7 @@ def miniature(config: Config, hf: dict, folder: Path, max_ranks: int) -> Miniatu
     small_hf = model.miniature(hf, layout.num_layers(parallel), config.push.fp8)
     changed: dict[str, Any] = {
         "run": {"folder": str(folder / "run"), "steps": STEPS, "hang_seconds": 600.0},
-        "model": {"path": str(folder / "model"), "checkpoint": None, "init": config.model.init},
+        "model": {"path": str(folder / "model"), "checkpoint": None},
         "data": {
             "path": str(folder / "questions.jsonl"),
             "heldout_path": None,

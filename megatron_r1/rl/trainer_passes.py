@@ -21,11 +21,8 @@ class TrainerPasses:
         self.recipe, self.config = config, config
         self.trainer, self.bridge, self.state = trainer, bridge, state
         self.algorithm = algorithms.find(config.rl.algorithm)
-
-    @property
-    def uses_reference(self) -> bool:
-        """Whether the reference has to be there: at any step, for it is a policy of the past."""
-        return any(config.rl.kl_beta > 0 for _, config in self.recipe.phases())
+        # At any step: the reference is a policy of the past, which a later step cannot bring back.
+        self.uses_reference = any(phase.rl.kl_beta > 0 for _, phase in config.phases())
 
     async def load(self, minibatches: list[list[Sample]]) -> dict[str, float]:
         """Send the samples of a rollout to the trainer."""

@@ -162,17 +162,22 @@ def test_damage_in_the_exchange_is_refused_with_the_tensor_s_name(make_world, mo
             receiver.buffer.wait(1, 0, 20)
 
 
-def test_a_trainer_rank_that_does_not_send_is_named_on_all_engines(make_world):
-    tensors = draw(DEEPSEEK, 1)
-    world = make_world(DEEPSEEK, GRID, SPREAD, 2, tensors, seconds=2, table=plain_table)
-    world.send(1, ranks=(0, 1, 2))
+def wait_without_rank_3(world, message):
+    """What trainer rank 3 sends to fails with `message`; all others are complete."""
     positions = {rank for (_, rank), r in world.receivers.items() if 3 in r.buffer.deliveries}
     for place, receiver in world.receivers.items():
         if place[1] not in positions:
             receiver.buffer.wait(1, 0, 20)
             continue
-        with pytest.raises(ValueError, match=r"rank \d: .*after 2 s trainer ranks 3 have not"):
+        with pytest.raises(ValueError, match=message):
             receiver.buffer.wait(1, 0, 20)
+
+
+def test_a_trainer_rank_that_does_not_send_is_named_on_all_engines(make_world):
+    tensors = draw(DEEPSEEK, 1)
+    world = make_world(DEEPSEEK, GRID, SPREAD, 2, tensors, seconds=2, table=plain_table)
+    world.send(1, ranks=(0, 1, 2))
+    wait_without_rank_3(world, r"rank \d: .*after 2 s trainer ranks 3 have not")
 
 
 def test_a_trainer_rank_that_ends_is_named_on_all_engines(make_world):
@@ -180,13 +185,7 @@ def test_a_trainer_rank_that_ends_is_named_on_all_engines(make_world):
     world = make_world(DEEPSEEK, GRID, SPREAD, 2, tensors, table=plain_table)
     world.senders[3].close()
     world.send(1, ranks=(0, 1, 2))
-    positions = {rank for (_, rank), r in world.receivers.items() if 3 in r.buffer.deliveries}
-    for place, receiver in world.receivers.items():
-        if place[1] not in positions:
-            receiver.buffer.wait(1, 0, 20)
-            continue
-        with pytest.raises(ValueError, match="trainer rank 3: "):
-            receiver.buffer.wait(1, 0, 20)
+    wait_without_rank_3(world, "trainer rank 3: ")
 
 
 def test_an_engine_rank_that_ends_is_named_by_the_others_at_its_position(make_world):
