@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,13 +10,13 @@ from typing import Any
 from megatron_r1 import config as configuration
 from megatron_r1.config import Config
 from megatron_r1.config.recipe import verb_of
-from megatron_r1.config.yaml_text import as_sections, read_sections
+from megatron_r1.config.yaml_text import as_sections
 from megatron_r1.errors import UserError
 from megatron_r1.workflow import recipe as workflow_recipe
 from megatron_r1.workflow.plan import Plan
+from megatron_r1.workflow.references import REFERENCE
 
 VERBS = ("rl", "sft", "reward-model", "sample")
-REFERENCE = re.compile(r"\$\{(\w+)\..*\}")
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ def jobs(path: str, overrides: Mapping[str, Any], implied: Mapping[str, dict]) -
 
     Raises UserError for a recipe without anything to rehearse, and for a model that no stage has.
     """
-    if "stages" in read_sections(Path(path)):
+    if "stages" in workflow_recipe.read_tree(Path(path)):
         return _stages(path, overrides, implied)
     config = configuration.load(path, dict(overrides))
     verb = verb_of(config)
@@ -66,15 +65,16 @@ def _with_model(plan: Plan, name: str, config: Config) -> Config:
 def _model_path(plan: Plan, name: str, config: Config) -> str:
     path = config.model.path
     if match := REFERENCE.fullmatch(path):
-        earlier = plan.stages.get(match[1])
+        name_of_earlier = match[1].partition(".")[0]
+        earlier = plan.stages.get(name_of_earlier)
         if earlier is not None and earlier.config.verb in VERBS:
-            return _model_path(plan, match[1], plan.config(earlier))
+            return _model_path(plan, name_of_earlier, plan.config(earlier))
     if Path(path, "config.json").is_file():
         return path
     # A model that is not there yet: the recipe itself names a config.json to plan with.
     own = plan.stages[name].config.recipe
     if own:
-        planned = read_sections(plan.path.parent / own).get("model", {}).get("path", "")
+        planned = workflow_recipe.read_tree(plan.path.parent / own).get("model", {}).get("path", "")
         if Path(planned, "config.json").is_file():
             return planned
     raise UserError(
