@@ -17,7 +17,7 @@ from megatron_r1.config.recipe import (
     load,
     parse,
 )
-from megatron_r1.config.rl import PRESETS, RewardsConfig, RLConfig
+from megatron_r1.config.rl import RewardsConfig, RLConfig
 from megatron_r1.config.run import CheckpointConfig, DataConfig, ModelConfig, RunConfig
 from megatron_r1.config.sample import SampleConfig
 from megatron_r1.config.training import FP8Config, OptimizerConfig, ParallelConfig, SFTConfig

@@ -242,9 +242,9 @@ class EngineClient:
         except (aiohttp.ClientError, OSError) as error:
             message = f"{self.url}{path}: {type(error).__name__}: {error}"
             raise ConnectionBroken(message) from error
-        told = _error_reply(body)
-        what = told.error or f"status {reply.status}: {_shorten(body)}"
-        raise _error_class(reply.status, told)(f"{self.url}{path}: {what}", reply.status)
+        refusal = _error_reply(body)
+        what = refusal.error or f"status {reply.status}: {_shorten(body)}"
+        raise _error_class(reply.status, refusal)(f"{self.url}{path}: {what}", reply.status)
 
     def _unusable(self, body: bytes, error: ValueError) -> EngineFault:
         return EngineFault(f"{self.url}{GENERATE}: {error}: {_shorten(body)}")
@@ -267,11 +267,11 @@ def _error_reply(body: bytes) -> ErrorReply:
         return ErrorReply()
 
 
-def _error_class(status: int, told: ErrorReply) -> type[EngineError]:
+def _error_class(status: int, reply: ErrorReply) -> type[EngineError]:
     if status < 500:
         return EngineError
     kinds = {PushIncomplete.KIND: PushIncomplete, EngineDied.KIND: EngineDied}
-    return kinds.get(told.kind, EngineFault)
+    return kinds.get(reply.kind, EngineFault)
 
 
 def _shorten(body: bytes) -> str:

@@ -69,7 +69,8 @@ async def read_responses(
             lengths = [num_prompt_tokens + choice.num_tokens for choice in choices]
             spilled = await _spilled(content, choices, lengths, routing, spilling)
     except asyncio.IncompleteReadError as error:
-        raise ValueError(f"the reply ends {error.expected} bytes too early") from None
+        missing = (error.expected or 0) - len(error.partial)
+        raise ValueError(f"the reply ends {missing} bytes too early") from None
     return [
         checked(*arrays, choice.weight_versions, choice.finish_reason, rows, vocab_size)
         for choice, arrays, rows in zip(choices, tokens, spilled, strict=True)

@@ -28,7 +28,8 @@ MAX_BOXES = 100
 STOPS = ".,。，"
 CLOSING_SPACES = re.compile(r"(?:(?<!\\)\\[,;:! ]|~|\s)+$")
 # Of chat templates: a model may write them as text, or a rollout end with one.
-SPECIAL_TOKENS = re.compile(r"(?:\s*(?:<\|[\w-]{1,40}\|>|<｜[^｜<>]{1,40}｜>|</s>|<eos>))+\s*$")
+SPECIAL_TOKEN = re.compile(r"(?:<\|[\w-]{1,40}\|>|<｜[^｜<>]{1,40}｜>|</s>|<eos>)$")
+MAX_TOKEN_CHARS = 44
 BRACES = re.compile(r"\\.|[{}]", re.DOTALL)
 DELIMITERS = (
     *(("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ("**", "**"), ("`", "`")),
@@ -77,7 +78,7 @@ def extract(response: str, *, opened: bool = False, plain_line: bool = False) ->
     block (two, or an unclosed one, are no answer); the last `\boxed{}`; with `plain_line`, the last
     line that is not blank, or the display formula that ends there. Linear in the length of the
     response."""
-    visible = after_thought(SPECIAL_TOKENS.sub("", response), opened)
+    visible = after_thought(_without_special_tokens(response), opened)
     if visible is None:
         return Extraction(None, "no answer found: the thought is never closed")
     num_open, num_closed = visible.count(ANSWER), visible.count(END_ANSWER)
@@ -200,8 +201,23 @@ def _last_line(visible: str) -> str:
     return visible[start:]
 
 
+def _without_special_tokens(text: str) -> str:
+    """Return `text` without special tokens at its end and the spaces beside them. Linear: a pattern
+    that begins with spaces would be tried at each space of a long run."""
+    end = stop = _end_of_text(text, len(text))
+    while match := SPECIAL_TOKEN.search(text, max(end - MAX_TOKEN_CHARS, 0), end):
+        end = _end_of_text(text, match.start())
+    return text if end == stop else text[:end]
+
+
+def _end_of_text(text: str, end: int) -> int:
+    while end and text[end - 1].isspace():
+        end -= 1
+    return end
+
+
 def _present(answer: str) -> Extraction:
-    answer = SPECIAL_TOKENS.sub("", answer).strip()
+    answer = _without_special_tokens(answer).strip()
     return Extraction(answer) if answer else Extraction(None, "no answer found: it is empty")
 
 

@@ -39,7 +39,8 @@ class DeliveryCheck:
             layers.setdefault(at.parameter.layer, []).append(at)
         self._turns = list(layers.values())
         """The parameters of each layer; layers that were compared longest ago first."""
-        self._before: list[tuple[PlacedParameter, list[int]]] = []
+        self._before: list[tuple[list[PlacedParameter], PlacedParameter, list[int]]] = []
+        """Of each layer compared in this load: its parameters, a new one of them, and checksums."""
 
     def begin(self, changed: set[int]) -> None:
         """Note the tensors in use before a load. changed: the slots of this window for which other
@@ -48,12 +49,12 @@ class DeliveryCheck:
         left = CPU_BYTES if current_platform.is_cpu() else GPU_BYTES
         self._before = []
         for layer in list(self._turns):
-            tensors = _in_use(layer)
             new = [at for at in layer if at in arrived and not at.parameter.is_live]
+            tensors = _in_use(layer) if new else []
             size = sum(tensor.nbytes for tensor in tensors)
-            if not (new and tensors) or SMALL_BYTES < size > left:
+            if not tensors or SMALL_BYTES < size > left:
                 continue
-            self._before.append((new[0], _checksums(tensors)))
+            self._before.append((layer, new[0], _checksums(tensors)))
             if size > SMALL_BYTES:
                 left -= size
                 self._turns.remove(layer)
@@ -63,10 +64,7 @@ class DeliveryCheck:
         """Compare after a load of the parameters `loaded` from `memory`. Raises UndeliveredPush,
         naming the tensors that the engine does not compute with."""
         wrong = [at for at in loaded if at.parameter.is_live and not _equals(at, memory)]
-        of_layer = {at.parameter.layer: layer for layer in self._turns for at in layer}
-        for at, before in self._before:
-            if _checksums(_in_use(of_layer[at.parameter.layer])) == before:
-                wrong.append(at)
+        wrong += [at for layer, at, before in self._before if _checksums(_in_use(layer)) == before]
         if wrong:
             names = ", ".join(at.parameter.title for at in wrong[:5])
             raise UndeliveredPush(

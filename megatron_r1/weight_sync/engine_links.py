@@ -81,11 +81,6 @@ class EngineLinks:
     def connect_seconds(self) -> float:
         return min(CONNECT_SECONDS, self.settings.timeout_seconds)
 
-    @property
-    def shares(self) -> bool:
-        """Whether engines pass on what they receive."""
-        return any(len(one.engines) > 1 for one in self.sets)
-
     async def open(self) -> None:
         """Let the trainer's ranks prepare to send."""
         (first, *_) = await self.trainer.call_all("open_push")
@@ -198,9 +193,6 @@ class EngineLinks:
         with contextlib.suppress(RuntimeError):  # the trainer is gone as well
             error = f"{engine.name} is gone"
             await asyncio.to_thread(_report_failure, *self._store, one.name, error)
-
-    def set_of(self, engine: Engine) -> EngineSet:
-        return next(one for one in self.sets if engine in one.engines)
 
     @property
     def _most(self) -> int:

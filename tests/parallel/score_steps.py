@@ -25,6 +25,7 @@ from scored_models import LABELS, models_on  # noqa: E402
 from megatron_r1 import models, weights  # noqa: E402
 from megatron_r1.config import ParallelConfig  # noqa: E402
 from megatron_r1.training import distributed, scores  # noqa: E402
+from megatron_r1.training.checkpoints.contents import without_extra_state  # noqa: E402
 from megatron_r1.training.metrics import merge, reduce_over_data  # noqa: E402
 from megatron_r1.training.packed import TokenSplit, packed_batch  # noqa: E402
 from megatron_r1.training.packing import pack  # noqa: E402
@@ -147,8 +148,7 @@ def save(model, folder):
     if dist.get_rank() == 0:
         folder.mkdir()
     dist.barrier()
-    kept = {name: entry for name, entry in entries.items() if "_extra_state" not in name}
-    dist_checkpointing.save({"model": kept}, str(folder))
+    dist_checkpointing.save({"model": without_extra_state(entries)}, str(folder))
     dist.barrier()
 
 

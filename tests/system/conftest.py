@@ -1,5 +1,7 @@
-"""A base model for runs of the command line, and transformers in a process of its own."""
+"""A base model for runs of the command line, an event loop for fleets, and transformers in a
+process of its own."""
 
+import asyncio
 import concurrent.futures
 import json
 import multiprocessing
@@ -7,6 +9,13 @@ from pathlib import Path
 
 import pytest
 from command_line import run, write_model
+
+
+@pytest.fixture(scope="module")
+def loop():
+    """A function that runs a coroutine; all of a module's run in one event loop."""
+    with asyncio.Runner() as runner:
+        yield runner.run
 
 
 @pytest.fixture(scope="session")

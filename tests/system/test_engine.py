@@ -59,12 +59,6 @@ def models(tmp_path_factory, oracle):
 
 
 @pytest.fixture(scope="module")
-def loop():
-    with asyncio.Runner() as runner:
-        yield runner.run
-
-
-@pytest.fixture(scope="module")
 def fleet(models, loop, tmp_path_factory):
     logs = tmp_path_factory.mktemp("logs")
     fleet = RolloutFleet(1, logs, max_restarts=2, return_routing=True, **ENGINE)

@@ -29,12 +29,6 @@ def models(tmp_path_factory, oracle):
 
 
 @pytest.fixture(scope="module")
-def loop():
-    with asyncio.Runner() as runner:
-        yield runner.run
-
-
-@pytest.fixture(scope="module")
 def fleet(models, loop, tmp_path_factory):
     """A fleet of two; the first engine starts with spoiled weights."""
     is_first = True

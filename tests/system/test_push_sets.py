@@ -31,12 +31,6 @@ def models(tmp_path_factory, oracle):
 
 
 @pytest.fixture(scope="module")
-def loop():
-    with asyncio.Runner() as runner:
-        yield runner.run
-
-
-@pytest.fixture(scope="module")
 def fleet(models, loop, tmp_path_factory):
     fleet = RolloutFleet(2, tmp_path_factory.mktemp("logs"), **ENGINES, **LAYOUT, **BACKEND)
     loop(fleet.start(models / "a"))

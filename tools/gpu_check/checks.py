@@ -1,12 +1,11 @@
 """The checks of a machine with a GPU, in the order of the damage that a failure would do."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 PYTEST = ("-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider")
 # Where only torch and Triton are installed, the conftest files do not import.
 ALONE = (*PYTEST, "--noconftest", "-c", "/dev/null", "--rootdir", ".")
-HEAD_MINUTES = 2.0
+BENCH_MINUTES = 2.0
 
 
 @dataclass(frozen=True)
@@ -26,6 +25,11 @@ class Check:
     interpreted: tuple[str, ...] = ()
     num_gpus: int = 1
 
+    @property
+    def command(self) -> str:
+        """The command as it is typed in the repository's root."""
+        return " ".join(("python", *self.arguments))
+
 
 ENGINE = ("vllm", "pydantic", "blake3", "zmq", "megatron.core")
 TRAINER = ("transformer_engine", "megatron.core", "pydantic", "blake3", "zmq")
@@ -41,10 +45,10 @@ CHECKS = (
     Check(
         "kernels beside their peers",
         (
-            *("tools/bench", "kernels", "--minutes", str(HEAD_MINUTES)),
+            *("tools/bench", "kernels", "--minutes", str(BENCH_MINUTES)),
             *("--json", "{out}/kernels.json"),
         ),
-        60 * HEAD_MINUTES + 60,
+        60 * BENCH_MINUTES + 60,
         needs=("triton", "numpy", "xxhash"),
         settles=("`pip install -r requirements/bench.txt && python tools/bench kernels",),
     ),
@@ -98,4 +102,3 @@ CHECKS = (
         settles=("`pytest tests/system` with a CUDA vLLM",),
     ),
 )
-ROOT = Path(__file__).resolve().parents[2]

@@ -13,8 +13,10 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+from megatron_r1.files import atomic_write
+from tools.bench.children import ROOT
 from tools.gpu_check import environment, page, runner
-from tools.gpu_check.checks import CHECKS, ROOT, Check
+from tools.gpu_check.checks import CHECKS, Check
 
 
 def main() -> int:
@@ -49,8 +51,8 @@ def main() -> int:
         if outcome.status != "passed":
             print("\n".join(f"    {line}" for line in outcome.tail), flush=True)
         results = {**about, "checks": [each.as_json() for each in outcomes]}
-        _write(out / "gpu_check.json", json.dumps(results, indent=1) + "\n")
-        _write(out / "gpu_check.md", page.write(about, outcomes))
+        atomic_write(out / "gpu_check.json", json.dumps(results, indent=1) + "\n")
+        atomic_write(out / "gpu_check.md", page.write(about, outcomes))
     print(f"results: {out}/gpu_check.md")
     return int(any(outcome.status == "failed" for outcome in outcomes))
 
@@ -90,9 +92,3 @@ def _selected(only: list[str] | None, interpret: bool) -> list[Check]:
         for check in found
         if check.interpreted
     ]
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_text(text)
-    partial.replace(path)

@@ -29,7 +29,7 @@ def write(about: dict[str, Any], outcomes: Sequence[Outcome]) -> str:
         lines.append(f"| {outcome.check.name} | {result} | {outcome.seconds:.0f} | {settles} |")
     for outcome in outcomes:
         if outcome.status == "failed":
-            command = " ".join(("python", *outcome.check.arguments))
-            lines += ["", f"## Failed: {outcome.check.name}", "", f"`{command}`", "", "```"]
+            check = outcome.check
+            lines += ["", f"## Failed: {check.name}", "", f"`{check.command}`", "", "```"]
             lines += [*outcome.tail, "```"]
     return "\n".join(lines) + "\n"

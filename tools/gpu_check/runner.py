@@ -7,12 +7,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tools.bench.children import environment
-from tools.gpu_check.checks import ROOT, Check
+from tools.bench.children import ROOT, environment
+from tools.gpu_check.checks import Check
 
 SHORTEST_SECONDS = 20.0
 """A check is not begun with less time than this."""
@@ -31,11 +31,10 @@ class Outcome:
 
     def as_json(self) -> dict[str, Any]:
         """Return the outcome with the command as it is typed."""
-        check = asdict(self.check)
         return {
-            "name": check["name"],
-            "command": " ".join(("python", *check["arguments"])),
-            "settles": check["settles"],
+            "name": self.check.name,
+            "command": self.check.command,
+            "settles": self.check.settles,
             "status": self.status,
             "seconds": round(self.seconds, 1),
             "tail": self.tail,

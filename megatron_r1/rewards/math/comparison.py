@@ -71,7 +71,7 @@ def compare(truth: str, answer: str) -> Result:
         return same, ""
     if choice is not None and choice[1]:
         return _same_labelled(choice, answer)
-    if (labelled := math_text.without_label(answer)) is not None and _is_capital_label(answer):
+    if (labelled := math_text.without_label(answer)) is not None:
         answer = labelled
     expected, answer = _condition(spell(expected)), _condition(spell(answer))
     if (same_value := _compare_numbers(expected, answer)) is not None:
@@ -101,10 +101,6 @@ def _condition(text: str) -> str:
     r"""Return the condition of a set of numbers, x > 2 of `\{x \mid x > 2\}`; else `text`."""
     match = SET_BUILDER.fullmatch(text)
     return text if match is None else match["condition"].strip()
-
-
-def _is_capital_label(text: str) -> bool:
-    return re.match(r"\([A-J]\)", math_text.plain(text)) is not None
 
 
 def _same_letter(letter: str, answer: str) -> bool:

@@ -137,7 +137,7 @@ def without_label(text: str) -> str | None:
     r"""Return the text after the label of a choice in round brackets, 27 of `\textbf{(E)}\ 27`, or
     None."""
     choice = read_choice(text)
-    if choice is None or not choice[1] or not plain(text).startswith("("):
+    if choice is None or not choice[1] or not re.match(r"\([A-J]\)", plain(text)):
         return None
     return choice[1]
 
