@@ -8,7 +8,7 @@ from plan_allocation import config
 from ranks import run_ranks, run_script
 from small_models import DEEPSEEK
 
-from tools.plan.hardware import HARDWARE
+from megatron_r1.config.hardware import HARDWARE
 from tools.plan.job import Job
 from tools.plan.memory import CRITIC, PERSISTENT, rank_memory
 
@@ -66,7 +66,7 @@ def build(*pipeline_ranks: int) -> str:
         "from megatron_r1 import config\n"
         "from megatron_r1.models import read_hf_config\n"
         "from tools.plan.build import build_ranks\n"
-        "from tools.plan.hardware import HARDWARE\n"
+        "from megatron_r1.config.hardware import HARDWARE\n"
         "from tools.plan.job import Job\n"
         "settings = config.load('examples/deepseek_r1/r1_zero.yaml')\n"
         "hf = read_hf_config(settings.model.path)\n"

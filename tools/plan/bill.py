@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 from functools import cached_property
 
+from megatron_r1.config.hardware import GIB
 from megatron_r1.reporting.wording import counted
 from tools.plan.calibrate import assumed_section
 from tools.plan.communication import communication_section
 from tools.plan.flops import flops_section
-from tools.plan.hardware import GIB
 from tools.plan.job import Job
 from tools.plan.memory import RECEIVE_BUFFER, RankMemory, memory_section, rank_memory
 from tools.plan.parameters import parameter_section

@@ -1,4 +1,4 @@
-"""Measured values in place of the assumed ones of tools/plan/hardware.py (`--calibrate FILE`)."""
+"""Measured values in place of the assumed ones of config/hardware.py (`--calibrate FILE`)."""
 
 import re
 from dataclasses import replace
@@ -7,9 +7,9 @@ from typing import TypeVar
 
 from pydantic import ValidationError
 
+from megatron_r1.config.hardware import Assumptions, Hardware, fields_of, unit_of
 from megatron_r1.config.yaml_text import read_sections
 from megatron_r1.errors import UserError, did_you_mean
-from tools.plan.hardware import Assumptions, Hardware, fields_of, unit_of
 from tools.plan.job import Job
 from tools.plan.quantity import Quantity, Section
 

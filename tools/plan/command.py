@@ -12,10 +12,10 @@ import json
 import sys
 from pathlib import Path
 
+from megatron_r1.config.hardware import GIB
 from megatron_r1.files import atomic_write
 from tools.plan.arguments import config_of, job_of, parse
 from tools.plan.bill import Bill
-from tools.plan.hardware import GIB
 from tools.plan.job import Job
 from tools.plan.measured import calibrate_from
 from tools.plan.published import table

@@ -6,6 +6,7 @@ pipeline from the inside out; expert groups span the first three."""
 
 from dataclasses import dataclass
 
+from megatron_r1.config.hardware import link_rate
 from megatron_r1.reporting.wording import counted
 from tools.plan.activations import VALUE
 from tools.plan.job import Job
@@ -29,12 +30,8 @@ class Group:
     step: float = 0
 
     def seconds(self, job: Job, num_bytes: float) -> float:
-        """Return the seconds for `num_bytes` at the assumed rates. A group wider than a node sends
-        the part that leaves it through the network, concurrently with the rest through NVLink."""
-        hardware, efficiency = job.hardware, job.assumptions.link_efficiency
-        inside = min(1.0, hardware.gpus_per_node / self.span)
-        slowest = max(inside / hardware.nvlink, (1 - inside) / hardware.network)
-        return num_bytes * slowest / efficiency
+        """Return the seconds for `num_bytes` at the assumed rates."""
+        return num_bytes / link_rate(job.hardware, job.assumptions, self.span)
 
 
 def groups(job: Job, rank: int) -> dict[str, Group]:

@@ -7,6 +7,7 @@ from functools import cached_property
 
 from megatron_r1.config import Config, ParallelConfig
 from megatron_r1.config.algorithms import rules_of
+from megatron_r1.config.hardware import Assumptions, Hardware
 from megatron_r1.config.recipe import Verb
 from megatron_r1.engine.limits import check_engines
 from megatron_r1.errors import UserError
@@ -14,7 +15,6 @@ from megatron_r1.models.hf_config import check_divisions, read_hf_config
 from megatron_r1.training.packing import check_batches
 from megatron_r1.weights.layout import Shard, recipe_stages, table
 from megatron_r1.weights.rules import Table
-from tools.plan.hardware import Assumptions, Hardware
 
 BYTES = {"float32": 4, "bfloat16": 2}
 

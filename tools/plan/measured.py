@@ -13,6 +13,7 @@ from statistics import median
 
 import yaml
 
+from megatron_r1.config.hardware import fields_of
 from megatron_r1.errors import UserError
 from megatron_r1.files import atomic_write
 from megatron_r1.files.jsonl import read_lines
@@ -20,7 +21,6 @@ from megatron_r1.reporting.wording import counted, finite
 from tools.plan.arguments import job_of
 from tools.plan.bill import Bill
 from tools.plan.calibrate import RELATIVE_TO
-from tools.plan.hardware import fields_of
 from tools.plan.job import Job
 from tools.plan.push import pushes
 from tools.plan.timing import time_section

@@ -4,6 +4,7 @@ import json
 from functools import cache, lru_cache
 from typing import Literal
 
+from megatron_r1.config.hardware import GIB
 from megatron_r1.errors import UserError
 from megatron_r1.reporting.wording import counted
 from megatron_r1.weight_sync.plan import EngineLayout, TrainerGrid
@@ -11,7 +12,6 @@ from megatron_r1.weight_sync.plan.checks import engine_layout as layout_of
 from megatron_r1.weight_sync.plan.entry import SET_ENGINES
 from megatron_r1.weight_sync.plan.predicted_layout import PredictedLayout
 from megatron_r1.weight_sync.plan.traffic import ByteCount, fp8_bytes, plain_bytes
-from tools.plan.hardware import GIB
 from tools.plan.job import Job
 from tools.plan.push_sets import SetLinks, set_links
 from tools.plan.quantity import Quantity, Section, in_bytes

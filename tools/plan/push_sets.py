@@ -6,12 +6,12 @@ from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
 
+from megatron_r1.config.hardware import Assumptions
 from megatron_r1.weight_sync.plan import EngineLayout, Planner, TrainerGrid
 from megatron_r1.weight_sync.plan.entry import engine_sets, entries, sent_bytes
 from megatron_r1.weight_sync.plan.traffic import ByteCount
 from megatron_r1.weight_sync.transports import PASSED_BYTES
 from megatron_r1.weights.layout import Shard
-from tools.plan.hardware import Assumptions
 
 PAIR_REQUESTS = 4
 """Of the store, for a group of two: each rank sets its address and gets the other's."""

@@ -14,13 +14,13 @@ from megatron.core.transformer.pipeline_parallel_layer_layout import PipelinePar
 
 from megatron_r1 import config as configuration
 from megatron_r1 import weights
+from megatron_r1.config.hardware import GIB, HARDWARE
 from megatron_r1.models import read_hf_config
 from tools.plan.activations import in_flight, layer_activations
 from tools.plan.bill import Bill
 from tools.plan.command import main
 from tools.plan.communication import groups
 from tools.plan.flops import forward_flops
-from tools.plan.hardware import GIB, HARDWARE
 from tools.plan.job import Job
 from tools.plan.memory import GPU_CHUNK_ELEMENTS, GPU_CHUNK_TOKENS, rank_memory
 from tools.plan.parameters import ModelCounts, RankCounts

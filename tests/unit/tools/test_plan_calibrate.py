@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from megatron_r1.config.hardware import HARDWARE, Assumptions, fields_of
 from tools.plan.command import main
-from tools.plan.hardware import HARDWARE, Assumptions, fields_of
 
 ROOT = Path(__file__).parents[3]
 LAPTOP = ROOT / "examples/laptop/r1_zero.yaml"

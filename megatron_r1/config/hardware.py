@@ -1,8 +1,8 @@
 """Rates and sizes of GPUs, and the assumed efficiencies of a run, each with its source.
 
-The docstring under a field is what `tools/plan` prints beside its value; `--calibrate` replaces any
-of them by a measured one. "A guess": nothing has run on a GPU yet.
-"""
+The docstring under a field is what `tools/plan` prints beside its value; its `--calibrate` replaces
+any of them by a measured one, and `preflight` compares a cluster with them. "A guess": nothing has
+run on a GPU yet."""
 
 from typing import Annotated, Any
 
@@ -117,5 +117,22 @@ def fields_of(part: Hardware | Assumptions) -> dict[str, FieldInfo]:
     return {name: info for name, info in fields.items() if name != "name"}
 
 
+def link_rate(hardware: Hardware, assumptions: Assumptions, span: int) -> float:
+    """Return the assumed bytes per second that a rank sends in a group's collective; span: ranks
+    from the first to the last of the group.
+
+    A group wider than a node sends the part that leaves it through the network, concurrently with
+    the rest through NVLink."""
+    inside = share_inside(hardware.gpus_per_node, span)
+    slowest = max(inside / hardware.nvlink, (1 - inside) / hardware.network)
+    return assumptions.link_efficiency / slowest
+
+
+def share_inside(gpus_per_node: int, span: int) -> float:
+    """Return the share of a group's bytes that stay within a node."""
+    return min(1.0, gpus_per_node / span)
+
+
 def unit_of(info: FieldInfo) -> str:
+    """Return the unit of a field."""
     return next(mark for mark in info.metadata if isinstance(mark, str))
