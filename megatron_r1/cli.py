@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 from megatron_r1 import config as configuration
@@ -33,11 +34,14 @@ PIPELINE = "pipeline"
 """The verb that runs other verbs, with a recipe of its own kind."""
 REHEARSE = "rehearse"
 """The verb that runs a recipe of either kind in miniature."""
+PREFLIGHT = "preflight"
+"""The verb that checks the nodes before they run a recipe; each of its processes is a rank."""
 MODULES = {
     **VERBS,
     **COMMANDS,
     PIPELINE: "megatron_r1.commands.pipeline",
     REHEARSE: "megatron_r1.commands.rehearse",
+    PREFLIGHT: "megatron_r1.commands.preflight",
 }
 HELP = {"-h", "--help"}
 
@@ -49,6 +53,7 @@ verbs: {", ".join(VERBS)}
        megatron-r1 score IN.jsonl OUT.jsonl [--rewards.key value …]   (- is a pipe)
        megatron-r1 pipeline RECIPE.yaml [--pipeline.key value …]   several of them, as a graph
        megatron-r1 rehearse RECIPE.yaml [--rehearsal.key value …]   any recipe in miniature, first
+       megatron-r1 preflight RECIPE.yaml [--json FILE] [--preflight.key value …]   the nodes, last
 The same command continues a run that was stopped.
 On many GPUs: torchrun … -m megatron_r1 VERB RECIPE.yaml
 What a verb does and reads: megatron-r1 VERB --help
@@ -102,6 +107,8 @@ def _dispatch(arguments: list[str]) -> int:
         return _run_pipeline(rest)
     if verb == REHEARSE:
         return _run_rehearsal(rest)
+    if verb == PREFLIGHT:
+        return _run_preflight(rest)
     if verb in COMMANDS:
         return _run_command(verb, rest)
     if verb not in VERBS:
@@ -159,6 +166,32 @@ def _run_rehearsal(rest: list[str]) -> int:
     return 0
 
 
+def _run_preflight(rest: list[str]) -> int:
+    """Be a rank of the preflight under torchrun; otherwise start all of its ranks here."""
+    from megatron_r1.commands import preflight
+    from megatron_r1.config.recipe import take_section
+    from megatron_r1.preflight.settings import Settings
+
+    if not rest or rest[0].startswith("--"):
+        raise UserError(f"{PREFLIGHT} needs a recipe: megatron-r1 {PREFLIGHT} RECIPE.yaml")
+    recipe, *options = rest
+    options = [option.replace("--json", "--preflight.output", 1) for option in options]
+    own, overrides = take_section(_overrides(options), Settings)
+    config = configuration.load(recipe, overrides, required=preflight.REQUIRED)
+    ranks = torchrun.num_ranks(config)
+    if not torchrun.is_rank():
+        config.parallel.check_sizes(ranks)
+        return preflight.start_ranks([PREFLIGHT, *rest], ranks)
+    with without_garbage_collection():
+        from megatron_r1.preflight import judge, rank, report
+
+    facts = rank.run(config, own.preflight)
+    if facts:
+        findings = judge.judge(config, own.preflight, facts)
+        report.write(Path(recipe).stem, own.preflight, facts, findings)
+    return 0
+
+
 def _run_command(verb: str, rest: list[str]) -> int:
     command = importlib.import_module(COMMANDS[verb])
     count = len(command.ARGUMENTS)
@@ -180,10 +213,12 @@ def _overrides(options: list[str]) -> dict[str, Any]:
 
 
 def _describe_keys(names: Sequence[str]) -> str:
-    from megatron_r1.rehearsal.settings import Settings
+    from megatron_r1.preflight.settings import Settings as PreflightSettings
+    from megatron_r1.rehearsal.settings import Settings as RehearsalSettings
     from megatron_r1.workflow.pipeline_recipe import PipelineRecipe
 
-    return describe([configuration.Config, PipelineRecipe, Settings], names)
+    own = (RehearsalSettings, PreflightSettings)
+    return describe((configuration.Config, PipelineRecipe, *own), names)
 
 
 def _serve_as_rank(config: configuration.Config, arguments: list[str]) -> int:

@@ -8,12 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from megatron_r1.commands import reward_model
 from megatron_r1.commands.training_run import check_trainer
 from megatron_r1.config import Config
-from megatron_r1.config.mistakes import explain
+from megatron_r1.config.recipe import take_section
 from megatron_r1.engine.limits import check_engines, context_length
 from megatron_r1.errors import UserError
 from megatron_r1.models.hf_config import read_hf_config
@@ -34,13 +32,8 @@ def run(path: str, overrides: Mapping[str, Any], verbs: Mapping[str, str]) -> No
 
     Raises UserError before anything starts, RunError for the first phase that fails."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that all processes are stopped
-    own = {k.partition(".")[2]: v for k, v in overrides.items() if k.startswith("rehearsal.")}
-    try:
-        settings = Settings.model_validate({"rehearsal": own}).rehearsal
-    except ValidationError as failure:
-        keys = [f"rehearsal.{key}" for key in RehearsalConfig.model_fields]
-        raise UserError(explain(failure, Settings, keys)) from None
-    others = {k: v for k, v in overrides.items() if not k.startswith("rehearsal.")}
+    own, others = take_section(overrides, Settings)
+    settings = own.rehearsal
     found = jobs(path, others, verbs, OF_VERBS, settings.stages)
     for job in found:
         _check(job.config, job.verb)

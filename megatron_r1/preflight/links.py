@@ -1,0 +1,133 @@
+"""Rates of the collectives that each parallel axis uses, and of the links between nodes.
+
+A rate counts the bytes that one rank sends, as `tools/plan` does: an all-reduce of X bytes over n
+ranks sends 2 X (n - 1) / n, an all-to-all X (n - 1) / n. All groups of an axis run at once, as in a
+step, and share the adapters as they do there."""
+
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from megatron_r1 import platform
+from megatron_r1.preflight.facts import Link, Place
+
+if TYPE_CHECKING:
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+AXES = {
+    "tensor": ("tp", "all-reduce"),
+    "context": ("cp", "send/recv"),
+    "expert": ("ep", "all-to-all"),
+    "pipeline": ("pp", "send/recv"),
+    "data": ("dp_cp", "all-reduce"),
+}
+"""Axis → the field of Megatron's ProcessGroupCollection, and what travels on it most."""
+NUM_BYTES = {"cuda": 64 << 20, "cpu": 1 << 20}
+SECONDS = 0.5
+MAX_REPEATS = 50
+PAIR_REPEATS = 8
+
+
+def axis_link(groups: "ProcessGroupCollection", axis: str) -> Link | None:
+    """Return the rate of this rank's group of an axis; None where it has one rank."""
+    field, operation = AXES[axis]
+    group = getattr(groups, field)
+    size = dist.get_world_size(group)
+    if size == 1:
+        return None
+    buffer = _buffer()
+    run, share = _operations(buffer, group, size)[operation]
+    _timed(run, 1)  # not counted: NCCL connects the ranks
+    once = _slowest(_timed(run, 1), group)
+    repeats = max(1, min(MAX_REPEATS, int(SECONDS / once)))
+    seconds = _slowest(_timed(run, repeats), group) / repeats
+    rate = buffer.nbytes * share / seconds
+    return Link(operation, dist.get_process_group_ranks(group), rate)
+
+
+def pair_rates(place: Place) -> list[float]:
+    """Return the rates at which this rank and the same one of each neighbouring node send to each
+    other: a node whose adapter is slow is slow to both neighbours."""
+    rates = []
+    for node in neighbours(place.node, place.num_nodes):
+        if node is not None:
+            partner = node * place.local_size + place.local_rank
+            buffer = _buffer()
+            exchange = partial(
+                _send_and_receive, buffer, partner, torch.empty_like(buffer), partner
+            )
+            _timed(exchange, 1)  # not counted: NCCL connects the ranks
+            rates.append(PAIR_REPEATS * buffer.nbytes / _timed(exchange, PAIR_REPEATS))
+    return rates
+
+
+def neighbours(node: int, num_nodes: int) -> list[int | None]:
+    """Return the node's partner in each of three rounds, or None: the links of a ring, in rounds
+    of separate pairs."""
+    partners: list[int | None] = [None] * 3
+    for first in range(num_nodes if num_nodes > 2 else num_nodes - 1):
+        second, closes = (first + 1) % num_nodes, first == num_nodes - 1
+        pair = (first, second)
+        if node in pair:
+            turn = 2 if closes and num_nodes % 2 else first % 2
+            partners[turn] = pair[1 - pair.index(node)]
+    return partners
+
+
+def _buffer() -> Tensor:
+    device = platform.device()
+    return torch.zeros(NUM_BYTES[device.type] // 4, device=device)
+
+
+def _operations(
+    buffer: Tensor, group: ProcessGroup, size: int
+) -> dict[str, tuple[Callable[[], None], float]]:
+    """Return each operation over `group`, with the bytes that a rank sends as a share of the
+    buffer's."""
+    buffer = buffer[: len(buffer) // size * size]
+    received = torch.empty_like(buffer)
+    ranks = dist.get_process_group_ranks(group)
+    own = ranks.index(dist.get_rank())
+    to, source = ranks[(own + 1) % size], ranks[own - 1]
+    return {
+        # Over the axis: every rank adds to the sum.
+        "all-reduce": (lambda: _discard(dist.all_reduce(buffer, group=group)), 2 * (1 - 1 / size)),
+        # Over the axis: every rank has a part for every other.
+        "all-to-all": (
+            lambda: _discard(dist.all_to_all_single(received, buffer, group=group)),
+            1 - 1 / size,
+        ),
+        # Along the axis: every rank sends to the next one, the last to the first.
+        "send/recv": (lambda: _send_and_receive(buffer, to, received, source), 1.0),
+    }
+
+
+def _send_and_receive(sent: Tensor, to: int, received: Tensor, source: int) -> None:
+    requests = [dist.P2POp(dist.isend, sent, to), dist.P2POp(dist.irecv, received, source)]
+    for request in dist.batch_isend_irecv(requests):
+        request.wait()
+
+
+def _discard(result: object) -> None:
+    """Ignore the handle of a finished collective."""
+
+
+def _timed(run: Callable[[], None], repeats: int) -> float:
+    platform.synchronize()
+    start = time.perf_counter()
+    for _ in range(repeats):
+        run()
+    platform.synchronize()
+    return max(time.perf_counter() - start, 1e-9)
+
+
+def _slowest(seconds: float, group: ProcessGroup) -> float:
+    value = torch.tensor([seconds], device=platform.device(), dtype=torch.float32)
+    dist.all_reduce(value, dist.ReduceOp.MAX, group=group)  # over the axis: a common time
+    return float(value)

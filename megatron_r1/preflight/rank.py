@@ -1,0 +1,131 @@
+"""All checks on one rank, in the order of every rank."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import msgspec
+import torch.distributed as dist
+
+from megatron_r1 import platform
+from megatron_r1.config import Config
+from megatron_r1.preflight import host, links, speed
+from megatron_r1.preflight.facts import Facts, Link, Memory, Node, Place
+from megatron_r1.preflight.folder import check_folder
+from megatron_r1.preflight.progress import Progress
+from megatron_r1.preflight.settings import PreflightConfig
+from megatron_r1.training import distributed
+
+START_TIMES = 4.0
+"""Times the limit for one check: Python's imports from a shared file system, and NCCL's groups."""
+
+
+@dataclass(frozen=True)
+class Probes:
+    """What is measured without other ranks."""
+
+    versions: Callable[[], dict[str, str]] = host.versions
+    products: Callable[[], float] = speed.product_rate
+
+
+def run(config: Config, settings: PreflightConfig, probes: Probes = Probes()) -> list[Facts]:
+    """Run all checks; return the facts of all ranks on rank 0, elsewhere none.
+
+    A rank that hangs ends the process, with its name (`progress`)."""
+    place = Place.here()
+    progress = Progress(
+        _connect, place.rank, place.host, place.world_size, settings.timeout_seconds
+    )
+    progress.start()
+    progress.enter("versions and memory", START_TIMES)
+    # Before this process and its neighbours hold any of it.
+    device_memory = host.device_memory(place.local_rank)
+    versions, memory = (probes.versions(), host.host_memory()) if place.leads else ({}, None)
+    progress.enter("join of the process groups", START_TIMES)
+    groups = distributed.initialize(config.parallel, config.run.seed).groups
+    progress.enter("matrix products")
+    products = probes.products()
+    found: dict[str, Link] = {}
+    for axis, (_, operation) in links.AXES.items():
+        progress.enter(f"{operation} over {axis}", START_TIMES)
+        if link := links.axis_link(groups, axis):
+            found[axis] = link
+    progress.enter("links between nodes", START_TIMES)
+    pairs = links.pair_rates(place) if place.num_nodes > 1 else []
+    progress.enter("run folder")
+    folder = check_folder(Path(config.run.folder), place, progress)
+    progress.enter("connections to rank 0, clocks, ports, sandbox")
+    node = _node(config, place, progress, versions, memory)
+    facts = Facts(
+        rank=place.rank,
+        node_index=place.node,
+        host=place.host,
+        device=platform.device().type,
+        memory=device_memory,
+        products=products,
+        links=found,
+        pairs=pairs,
+        folder=folder,
+        node=node,
+        seconds=progress.seconds,
+    )
+    everyone = _gather(facts, place, progress)
+    distributed.leave_process_groups()
+    progress.close()
+    return everyone
+
+
+def _connect() -> dist.Store:
+    """Return a connection to a store on rank 0's node: torchrun's own, or one that rank 0 hosts at
+    the port that it gives to process groups."""
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    is_torchruns = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    hosts = os.environ["RANK"] == "0" and not is_torchruns
+    store = dist.TCPStore(
+        address,
+        port,
+        is_master=hosts,
+        timeout=timedelta(hours=1),  # `progress` ends what hangs
+        wait_for_workers=False,
+        multi_tenant=True,
+    )
+    return dist.PrefixStore("preflight", store)
+
+
+def _node(
+    config: Config,
+    place: Place,
+    progress: Progress,
+    versions: dict[str, str],
+    memory: Memory | None,
+) -> Node | None:
+    """Return what the first rank of a node finds; None on others."""
+    found, clock = None, None
+    if place.rank == 0:
+        clock = host.ClockServer(place.num_nodes)
+        progress.store.set("clock", str(clock.port))
+    if memory is not None:
+        port = int(progress.store.get("clock"))
+        offset, unreachable = host.clock_offset(os.environ["MASTER_ADDR"], port)
+        ports, sandbox = host.taken_ports(config, place), host.sandbox_fault()
+        found = Node(versions, memory, ports, unreachable, offset, sandbox)
+    progress.meet("clocks read")
+    if clock is not None:
+        clock.close()
+    return found
+
+
+def _gather(facts: Facts, place: Place, progress: Progress) -> list[Facts]:
+    """Return the facts of all ranks on rank 0, elsewhere none."""
+    progress.enter("results")
+    progress.store.set(f"facts/{place.rank}", msgspec.json.encode(facts).decode())
+    everyone = []
+    if place.rank == 0:
+        for rank in range(place.world_size):
+            # Waits for the rank.
+            content = progress.store.get(f"facts/{rank}")
+            everyone.append(msgspec.json.decode(content, type=Facts))
+    progress.meet("results read")  # until then rank 0 may need the store, and a rank's connection
+    return everyone

@@ -1,0 +1,29 @@
+"""Settings of a preflight itself, beside those of its recipe."""
+
+from pydantic import Field
+
+from megatron_r1.config.section import Section
+
+
+class PreflightConfig(Section):
+    """Limits of a preflight, and the files that it writes."""
+
+    slowest: float = Field(0.8, gt=0, le=1)
+    """share of the median below which a rank's products, or the links of a group or node, block"""
+    bandwidth: float = Field(0.5, gt=0)
+    """share of the planner's rate below which the links of a parallel axis block; on GPUs only"""
+    hardware: str = ""
+    """name of the planner's hardware; default: by the GPU's name, H800 without a GPU"""
+    timeout_seconds: float = Field(30.0, gt=0)
+    """limit for one check on one rank; the start of Python and NCCL's groups is given four times as
+    long"""
+    output: str = ""
+    """JSON file of all results; also --json FILE"""
+    calibration: str = ""
+    """file of the measured rates, for `tools/plan --calibrate`"""
+
+
+class Settings(Section):
+    """The section that `preflight` adds to those of a recipe."""
+
+    preflight: PreflightConfig = PreflightConfig()

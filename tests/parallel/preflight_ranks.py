@@ -1,0 +1,51 @@
+"""A preflight of ranks that are nodes of their own: `preflight_ranks.py OUT`.
+
+Planted: node 1 has another folder, products on rank 2 take longer, node 3 has another torch."""
+
+import os
+import socket
+import sys
+import time
+from dataclasses import replace
+
+import torch
+
+from megatron_r1.config import parse
+from megatron_r1.errors import RunError
+from megatron_r1.preflight import folder, host, judge, rank, report, speed
+from megatron_r1.preflight.settings import PreflightConfig
+
+
+def slow(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    time.sleep(1.0)
+    return torch.matmul(left, right)
+
+
+def main() -> None:
+    (out,) = sys.argv[1:]
+    number = os.environ["RANK"]
+    os.environ |= {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    socket.gethostname = lambda: f"node-{number}"
+    own = "-own" if number == "1" else ""
+    folder.APPEAR_SECONDS, folder.NUM_BYTES = 1.0, 1 << 20
+    parallel = {"tensor": 2, "expert": 2, "threads": 1}
+    config = parse({"run": {"folder": f"{out}/run{own}"}, "parallel": parallel})
+    # Ranks that share two cores are slow at random.
+    settings = PreflightConfig(
+        slowest=0.01, output=f"{out}/found.json", calibration=f"{out}/rates.yaml"
+    )
+    probes = rank.Probes()
+    if number == "2":
+        probes = replace(probes, products=lambda: speed.product_rate(slow))
+    if number == "3":
+        probes = replace(probes, versions=lambda: host.versions() | {"torch": "1.0"})
+    facts = rank.run(config, settings, probes)
+    if facts:
+        try:
+            report.write("small", settings, facts, judge.judge(config, settings, facts))
+        except RunError as error:
+            print(f"blocked: {error}")
+
+
+if __name__ == "__main__":
+    main()
