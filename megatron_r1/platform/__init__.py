@@ -21,6 +21,7 @@ from torch import Tensor
 
 from megatron_r1.errors import UserError
 from megatron_r1.platform.cpu_patches import CPU, PATCHES
+from megatron_r1.processes.imports import without_garbage_collection
 from megatron_r1.processes.memory import keep_freed_memory
 
 _REAL_CUDA = torch.cuda.is_available()
@@ -66,8 +67,9 @@ def prepare(local_rank: int = 0) -> torch.device:
     if _REAL_CUDA:
         torch.cuda.set_device(local_rank)
     elif not _prepared:
-        for patch in PATCHES:
-            patch.install()
+        with without_garbage_collection():  # patches import what they change
+            for patch in PATCHES:
+                patch.install()
         keep_freed_memory()
         _prepared = True
     return device()

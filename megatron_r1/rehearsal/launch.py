@@ -9,7 +9,9 @@ from pathlib import Path
 
 import psutil
 
+import megatron_r1
 from megatron_r1.config import Config
+from megatron_r1.engine import gpu
 from megatron_r1.processes import children
 
 QUIET = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "PYTHONWARNINGS": "ignore"}
@@ -24,8 +26,12 @@ def command(verb: str, recipe: Path, config: Config, settings: Sequence[str]) ->
     if verb == "sample" or ranks == 1:
         return [*python, *arguments]
     logs = ["--log-dir", str(Path(config.run.folder) / "logs" / "ranks"), "--redirects", "3"]
-    torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), *logs]
-    return [*python, *torchrun, "--tee", "0:3", "-m", *arguments]
+    torchrun = ["--standalone", "--nproc-per-node", str(ranks), *logs, "--tee", "0:3"]
+    if gpu.is_usable():  # torch then makes no forked process a rank
+        return [*python, "torch.distributed.run", *torchrun, "-m", *arguments]
+    main = str(Path(megatron_r1.__file__).with_name("__main__.py"))
+    forked = ["--start-method", "fork", "--run-path", main]
+    return [*python, "megatron_r1.rehearsal.forked_ranks", *torchrun, *forked, *arguments[1:]]
 
 
 @contextlib.contextmanager

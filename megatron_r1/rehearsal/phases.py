@@ -1,5 +1,6 @@
 """The phases of a rehearsal, in order, and what each of them has shown."""
 
+import os
 import subprocess
 import sys
 import time
@@ -11,10 +12,12 @@ from typing import Self
 from megatron_r1.config import Config
 from megatron_r1.curation.outputs import FILES
 from megatron_r1.errors import RunError
+from megatron_r1.models.hf_config import read_hf_config
 from megatron_r1.processes.logs import last_lines
 from megatron_r1.rehearsal import launch, layout
 from megatron_r1.reporting.run_folder import RunFolder
 from megatron_r1.training.checkpoints.finding import complete_checkpoints
+from megatron_r1.weight_sync.plan.links import planned_links
 
 POLL_SECONDS = 0.05
 """Short: three steps of a small model take two seconds, and the kill should follow the first."""
@@ -65,9 +68,12 @@ class Phases:
         what = "start, first step, checkpoint, kill -9"
         with self._phase(what) as phase:
             phase.wait(lambda: complete_checkpoints(self.run_folder.checkpoints))
-        steps = [line["step"] for line in self.run_folder.read_metrics()]
+        lines = list(self.run_folder.read_metrics())
+        steps = [line["step"] for line in lines]
         saved = complete_checkpoints(self.run_folder.checkpoints)[-1].name
         self._show(what, phase, f"{saved} is complete; steps {steps} before the kill")
+        if self.verb == "rl":
+            self._show_links(round(lines[0]["push/links"]))
 
     def _resumed(self) -> None:
         other = layout.different_layout(self.config.parallel)
@@ -94,6 +100,18 @@ class Phases:
         self._show(what, phase, f"{' '.join(settings)}; steps {steps}, each once")
         if self.verb == "rl":
             self._show_pushes(lines)
+
+    def _show_links(self, made: int) -> None:
+        """Compare the links of the first push with those that `tools/plan` counts."""
+        hf = read_hf_config(self.config.model.path, None)
+        planned = max(planned_links(self.config, hf))
+        if made > planned:
+            raise RunError(
+                f"rehearse: push: a trainer rank has {made} links to engine ranks, where its plan, "
+                f"by which tools/plan counts, has {planned}"
+            )
+        evidence = f"a trainer rank has at most {made} to engine ranks, of {planned} planned"
+        self.shown.append(PhaseResult("links", evidence, 0.0))
 
     def _show_pushes(self, lines: Sequence[dict]) -> None:
         probes = [line.get("push/probe_diff") for line in lines]
@@ -137,6 +155,7 @@ class Phases:
         done = subprocess.run(
             [sys.executable, "-m", "megatron_r1.rehearsal.load_export"]
             + [str(self.run_folder.hf), self.config.model.path, self.config.model.mtp],
+            env=os.environ | launch.QUIET,
             capture_output=True,
             text=True,
         )

@@ -13,6 +13,8 @@ from megatron_r1.workflow.pipeline_recipe import ServeConfig
 from megatron_r1.workflow.serving import choose_ports, served
 
 NAME = "reward_model"
+MOST_TOKENS = 1024
+"""Of a question and its response, whose template may be longer than the policy's."""
 
 
 def reward_models(options: dict[str, dict[str, Any]]) -> dict[str, str]:
@@ -35,7 +37,8 @@ def started(config: Config, hf: dict, folder: Path, verb: str) -> Iterator[list[
         yield []
         return
     model.write_folder(folder / NAME, as_score_model(hf), seed=2)
-    arguments = ["--dtype", "float32", "--max-model-len", "1024", "--served-model-name"]
+    tokens = min(MOST_TOKENS, hf.get("max_position_embeddings", MOST_TOKENS))
+    arguments = ["--dtype", "float32", "--max-model-len", str(tokens), "--served-model-name"]
     server = ServeConfig(
         model=str(folder / NAME), task="classify", arguments=[*arguments, *set(names.values())]
     )

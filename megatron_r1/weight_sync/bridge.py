@@ -94,6 +94,7 @@ class WeightBridge:
             sent = await (self._push_windows if is_windowed else self._push_whole)(version)
         swapped = time.perf_counter()
         metrics = {"push/transfer": sent - start, "push/pause": swapped - sent}
+        metrics["push/links"] = self.links.num_links
         if self.prober is not None:
             metrics |= await self.prober.check(self._push_number, self._up, self._lose)
         self._version = version

@@ -3,13 +3,14 @@
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from megatron_r1.config.push import PushConfig
 from megatron_r1.engine.errors import EngineDied, EngineError
 from megatron_r1.fleet.engine import Engine
-from megatron_r1.weight_sync.plan.entry import SET_ENGINES, engine_sets
+from megatron_r1.weight_sync.plan.entry import engine_sets
+from megatron_r1.weight_sync.plan.links import most_engines
 
 CONNECT_SECONDS = 120.0
 """Limit for the ranks of a set and of the trainer to find each other."""
@@ -41,10 +42,11 @@ class WeightSource(Protocol):
 class EngineSet:
     """Engines that receive a push together: what enters one is passed on to the others.
 
-    name: at the trainer and in its store, new for every set."""
+    name: at the trainer and in its store, new for every set. links: of each trainer rank to it."""
 
     name: str
     engines: list[Engine]
+    links: list[int] = field(default_factory=list)
 
 
 class EngineLinks:
@@ -80,6 +82,11 @@ class EngineLinks:
     @property
     def connect_seconds(self) -> float:
         return min(CONNECT_SECONDS, self.settings.timeout_seconds)
+
+    @property
+    def num_links(self) -> int:
+        """The links of the trainer rank that has most."""
+        return max(map(sum, zip(*(one.links for one in self.sets), strict=True)), default=0)
 
     async def open(self) -> None:
         """Let the trainer's ranks prepare to send."""
@@ -197,8 +204,8 @@ class EngineLinks:
     @property
     def _most(self) -> int:
         """Most engines of a set."""
-        alone = self.settings.on_one_host or self.settings.delta
-        return 1 if alone or self._num_unexplained >= MOST_UNEXPLAINED else SET_ENGINES
+        is_alone = self._num_unexplained >= MOST_UNEXPLAINED
+        return 1 if is_alone else most_engines(self.settings)
 
     def _divided(self, engines: Sequence[Engine]) -> list[list[Engine]]:
         sets = engine_sets(len(engines), self._most) if engines else []
@@ -243,6 +250,8 @@ class EngineLinks:
                 for name, problem in result["problems"].items():
                     text = f"trainer rank {rank} cannot connect to it: {problem}"
                     problems.setdefault(name, text)
+            for one in sets:
+                one.links = [result["num_links"].get(one.name, 0) for result in results]
             self.num_windows = max(self.num_windows, *(r["num_windows"] for r in results))
             is_good = not problems
             patience = self.settings.timeout_seconds if is_good else ANSWER_SECONDS

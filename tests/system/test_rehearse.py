@@ -75,6 +75,7 @@ def test_r1_zero_on_2048_gpus_goes_through(tmp_path):
     assert not_exercised == {*NEED_GPU, "parallel.processes", "rollout.max_response_tokens"}
     assert [phase["phase"] for phase in found["phases"]] == [
         "start, first step, checkpoint, kill -9",
+        "links",
         "resume in another layout, to the end",
         "schedule",
         "rollout, rewards, update",
@@ -130,6 +131,7 @@ QUICK = ("--run.hang_seconds", "60")
     ("planted", "recipe", "message"),
     [
         ("mtp", ZERO, "MTP layers (m) must stand there 0 times, not 1"),
+        ("all_pairs", ZERO, "links to engine ranks, where its plan"),
         ("single_tokens", ZERO, "log-probabilities of engine-"),
         ("undelivered", SMALL, "are not what the engine computes with"),
         ("trained", (R1 / "cold_start_sft.yaml",), "model.mtp: frozen, but"),

@@ -27,6 +27,8 @@ LARGEST, SMALL = 0.5, 0.2
 """Of the bytes that enter an engine rank half at most come from one choice of sender: the busiest
 trainer rank then sends 1.15 times the mean in the recipe for 2,048 GPUs, with whole shares 1.4
 times. Pieces of less than a fifth of that make no choice."""
+SHARED_MEMORY_LARGEST = 1 / 16
+"""As `LARGEST`, where a link costs nothing and every copy by another core helps."""
 
 
 class Part(NamedTuple):
@@ -56,6 +58,11 @@ def engine_sets(engines: int, most: int = SET_ENGINES) -> list[range]:
     count = -(-engines // most)
     edges = [engines * index // count for index in range(count + 1)]
     return [range(*edge) for edge in pairwise(edges)]
+
+
+def largest_over(transport: str) -> float:
+    """Return `LARGEST` over a transport."""
+    return SHARED_MEMORY_LARGEST if transport in ("shm", "cuda_ipc") else LARGEST
 
 
 def entries(
@@ -109,6 +116,14 @@ def sent_bytes(plan: Iterable[Iterable[Entry]], world: int) -> list[float]:
     for entry in (entry for of_position in plan for entry in of_position):
         sent[entry.sender] += entry.num_bytes
     return sent
+
+
+def num_links(plans: Iterable[Iterable[Iterable[Entry]]], world: int) -> list[int]:
+    """Return the number of engine ranks that each trainer rank sends to, in all sets."""
+    links = [0] * world
+    for entry in (entry for plan in plans for of_position in plan for entry in of_position):
+        links[entry.sender] += 1
+    return links
 
 
 class _Piece(NamedTuple):

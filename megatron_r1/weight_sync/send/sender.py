@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.distributed import Store
 
-from megatron_r1.weight_sync.plan.entry import LARGEST, Entry, entries, sent_bytes
+from megatron_r1.weight_sync.plan.entry import Entry, entries, largest_over, sent_bytes
 from megatron_r1.weight_sync.plan.planner import Planner
 from megatron_r1.weight_sync.plan.ranks import EngineLayout, TrainerGrid
 from megatron_r1.weight_sync.plan.receiver_layout import Encoding, ReceiverLayout
@@ -40,8 +40,6 @@ HeldPieces = Mapping[str, Sequence[tuple[Tensor, Piece]]]
 """HF name -> the parameters that hold pieces of that tensor."""
 Share = Callable[[bytes | None], bytes]
 """Passes bytes of trainer rank 0 on to all of them."""
-SHARED_MEMORY_LARGEST = 1 / 16
-"""As `plan.entry.LARGEST`, where a link costs nothing and every copy by another core helps."""
 EXPECTED = (OSError, RuntimeError, ValueError)
 """What fails a set and not this rank; torch.distributed raises the second."""
 
@@ -113,7 +111,7 @@ class WeightSender:
         `EngineLayout`, of one engine. full_every: of so many pushes the first is sent whole, the
         others as differences. push_seconds: limit for a push, default `timeout_seconds`. gone: sets
         to disconnect. Returns "problems" by set, and of the others "num_windows", and "num_bytes"
-        and "num_links" of this rank."""
+        and, by set, "num_links" of this rank."""
         for name in gone:
             self.disconnect(name)
         one = EngineLayout(**{**layout, "engines": 1})
@@ -139,13 +137,14 @@ class WeightSender:
         failed |= {name: text for name, text in zip(present, outcomes, strict=True) if text}
         for name in failed:
             self.disconnect(name)
-        links = [link for name in present.keys() - failed.keys() for link in present[name].links]
+        connected = {name: present[name].links for name in present.keys() - failed.keys()}
+        links = [link for of_set in connected.values() for link in of_set]
         windows = [table.num_windows for tables in offers.tables for table in tables]
         return {
             "problems": offers.problems | failed,
             "num_windows": max(windows, default=1),
             "num_bytes": sum(d.num_bytes(at.end.table) for at in links for d in at.end.deliveries),
-            "num_links": len(links),
+            "num_links": {name: len(of_set) for name, of_set in connected.items()},
         }
 
     def disconnect(self, name: str) -> None:
@@ -228,13 +227,13 @@ class WeightSender:
         links. Return the problems by set."""
         failed: dict[str, str] = {}
         make = partial(sender_class(transport), full_every=full_every)
-        largest = SHARED_MEMORY_LARGEST if transport in ("shm", "cuda_ipc") else LARGEST
         for index, tables in enumerate(offers.tables):
             names = [name for name, (at, _) in offers.sets.items() if at == index]
             try:
                 needs = ReceiverLayout(self.hf, one, tables)
                 planner = Planner(self.hf, self.grid, one, self.stages, needs)
                 members = [range(len(meetings[name])) for name in names]
+                largest = largest_over(transport)
                 plans = entries(planner, _count(tables), members, offers.sent, largest)
             except ValueError as error:
                 failed |= dict.fromkeys(names, f"{type(error).__name__}: {error}")

@@ -206,6 +206,16 @@ def wait_for_ever(module):
     module.RolloutCollector.collect = collect
 
 
+def link_all_pairs(module):
+    """Every slice comes from the least busy of the ranks that hold it: nearly all are linked."""
+    upstream = module.entries
+
+    def entries(planner, num_bytes, sets, sent, largest):
+        return upstream(planner, num_bytes, sets, sent, largest=1e-9)
+
+    module.entries = entries
+
+
 def train_frozen_layers(module):
     """MTP layers are trained, though the recipe freezes them."""
     upstream = module.Trainer.__init__
@@ -223,6 +233,7 @@ PLANTED = {
     "lost": ("megatron_r1.rl.collector", wait_for_ever),
     "trained": ("megatron_r1.training.trainer", train_frozen_layers),
     "mtp": ("megatron_r1.weight_sync.trainer_rank", refuse_mtp),
+    "all_pairs": ("megatron_r1.weight_sync.send.sender", link_all_pairs),
     "single_tokens": ("megatron_r1.vllm_plugin.sequence_parallel", confuse_single_tokens),
     "undelivered": ("megatron_r1.vllm_plugin.swap", deliver_nothing),
     "lost_request": ("megatron_r1.engine.client", lose_a_request),

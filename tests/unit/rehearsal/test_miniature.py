@@ -15,8 +15,11 @@ from megatron_r1.models.hf_config import read_hf_config
 from megatron_r1.rehearsal import layout, miniature, model, questions
 from megatron_r1.rehearsal.phases import Phases
 from megatron_r1.rewards.language import chain_of_thought
-from megatron_r1.weight_sync.plan.checks import check_pushes
+from megatron_r1.weight_sync.plan import TrainerGrid
+from megatron_r1.weight_sync.plan.checks import check_pushes, engine_layout
+from megatron_r1.weight_sync.plan.traffic import plain_bytes
 from megatron_r1.weights.layout import recipe_stages
+from tools.plan.push_sets import set_links
 
 ROOT = Path(__file__).parents[3]
 RECIPES = [
@@ -38,6 +41,27 @@ def shrunk(path, max_ranks=16, **changes):
         config = config.model_copy(update={"model": config.model.model_copy(update=changes)})
     hf = read_hf_config(config.model.path, None)
     return config, miniature.shrink(config, hf, Path("rehearsal"), max_ranks)
+
+
+def test_a_push_with_more_links_than_its_plan_is_refused(tmp_path):
+    config, small = shrunk(ROOT / "examples/deepseek_r1/r1_zero.yaml")
+    path = {"path": str(tmp_path), "mtp": config.model.mtp}
+    changed = {
+        "model": small.config.model.model_copy(update=path),
+        "push": small.config.push.model_copy(update={"transport": "gloo"}),
+    }
+    config = small.config.model_copy(update=changed)
+    (tmp_path / "config.json").write_text(json.dumps(small.hf))
+    stages = recipe_stages(config, small.hf)
+    grid = TrainerGrid.of(config.parallel, 16)
+    arguments = small.hf, grid, engine_layout(config), stages, plain_bytes("bfloat16"), 16
+    most = set_links(*arguments).out  # as tools/plan counts
+    phases = Phases("rl", tmp_path / "recipe.yaml", config, [], 1.0, lambda line: None)
+    phases._show_links(most)
+    with pytest.raises(
+        RunError, match=f"has {most + 1} links to engine ranks, where its plan.*{most}"
+    ):
+        phases._show_links(most + 1)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

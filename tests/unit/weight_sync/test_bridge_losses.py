@@ -87,7 +87,8 @@ class SmallTrainer:
             if members is not None:
                 failure = {"error": "Connection reset", "members": members, "is_damaged": False}
                 problems = {arguments["sets"][0]: failure}
-        return [{"store": ["127.0.0.1", self.port], "problems": problems, "num_windows": 1}]
+        answer = {"problems": problems, "num_windows": 1, "num_links": {}}
+        return [{"store": ["127.0.0.1", self.port], **answer}]
 
     def sets(self):
         """Return the engines' numbers in the sets of each call that connects some."""

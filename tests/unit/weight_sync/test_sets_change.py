@@ -2,6 +2,7 @@
 ranks and engine ranks, with clients in the place of vLLM's servers. Oracle: plain slicing."""
 
 import asyncio
+from collections import Counter
 from functools import partial
 from types import SimpleNamespace
 
@@ -189,6 +190,13 @@ def test_an_engine_that_dies_between_pushes_costs_the_others_a_new_set(make):
         await push(bridge, 3)
         assert [len(one.engines) for one in bridge.links.sets] == [3]
         assert [e.client.version for e in fleet.engines] == [3, 3, 3]
+        of_clients = Counter(
+            sender
+            for client in [engine.client for engine in fleet.engines]
+            for receiver in client.receivers
+            for sender in receiver.senders
+        )
+        assert bridge.links.num_links == max(of_clients.values())
         assert clients[0].num_reused + clients[2].num_reused >= 4, "memory was allocated again"
 
     run(story())
