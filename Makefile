@@ -53,14 +53,14 @@ $(INSTALLED): $(LOCK) setup.py pyproject.toml
 demo: setup
 	$(BIN)/python -m examples.laptop.demo
 
-# Two files of tests at once, the longest folders first (one with a GPU, whose memory an engine takes whole); then, alone,
-# those that need a GPU or a cluster of their own.
+# The tests that need a GPU or a cluster of their own, alone; then the others, two files at once, the longest folders first
+# (one file with a GPU, whose memory an engine takes whole).
 WORKERS := $(if $(wildcard /dev/nvidia0),1,2)
 SIDE_BY_SIDE := tests/system tests/replays tests/parallel tests/convert tests/kernels tests/unit
 define run-tests
-	@echo "$(BIN)/python -m pytest, in two parts: -n $(WORKERS) $(SIDE_BY_SIDE), and the others"; failed=; \
-	$(BIN)/python -m pytest $(1) -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations 20 $(SIDE_BY_SIDE) || failed=1; \
+	@echo "$(BIN)/python -m pytest, in two parts: -n $(WORKERS) $(SIDE_BY_SIDE), and before it the others"; failed=; \
 	$(BIN)/python -m pytest $(1) $(SIDE_BY_SIDE:%=--ignore=%) || failed=1; \
+	$(BIN)/python -m pytest $(1) -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations 20 $(SIDE_BY_SIDE) || failed=1; \
 	test -z "$$failed"
 endef
 

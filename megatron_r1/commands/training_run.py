@@ -14,8 +14,8 @@ from megatron_r1.evaluation.model_folder import has_newest_export
 from megatron_r1.processes.stopping import StopRequest
 from megatron_r1.reporting.run_folder import RunFolder
 from megatron_r1.supervision.supervisor import Supervisor
+from megatron_r1.training.batch_size import check_batches
 from megatron_r1.training.client import TrainerClient
-from megatron_r1.training.packing import check_batches
 from megatron_r1.training.recorder import Recorder
 from megatron_r1.weights.stored.weight_files import weight_files
 

@@ -65,12 +65,14 @@ class TrainerPasses:
         rate = learning_rate(
             self.step_config.optimizer, self.state.optimizer_step, self.num_policy_updates
         )
+        rollout = self.step_config.rollout
         settings = {
-            "temperature": self.step_config.rollout.temperature,
-            "max_response_tokens": self.step_config.rollout.max_response_tokens,
+            "max_response_tokens": rollout.max_response_tokens,
             **self.step_config.rl.loss_settings,
         }
-        metrics = await self.trainer.update(index, self.algorithm.loss, settings, rate)
+        metrics = await self.trainer.update(
+            index, self.algorithm.loss, settings, rate, rollout.temperature
+        )
         return {**metrics, "learning_rate": rate}
 
     async def update_critic(self, index: int, step: int) -> dict[str, float]:

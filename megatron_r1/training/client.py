@@ -21,9 +21,10 @@ from megatron_r1.errors import TrainerError, TrainerLost, UserError
 from megatron_r1.models import read_hf_config
 from megatron_r1.processes.authentication import RANKS_ENVIRONMENT
 from megatron_r1.processes.open_files import allow_open_files
-from megatron_r1.training.packing import Packing, pack, sample_cost
+from megatron_r1.training.packing import Packing, pack
 from megatron_r1.training.rank_processes import RankProcesses
 from megatron_r1.training.rank_socket import RankSocket
+from megatron_r1.training.sample_cost import sample_cost
 from megatron_r1.training.wire import Buffer, Call, Reply, Sample, Share, encode_share
 
 POLL_SECONDS = 0.5
@@ -145,14 +146,26 @@ class TrainerClient:
         return packings, [encode_share(share) for share in shares]
 
     async def update(
-        self, index: int, loss: str, settings: dict[str, Any], learning_rate: float
+        self,
+        index: int,
+        loss: str,
+        settings: dict[str, Any],
+        learning_rate: float,
+        temperature: float = 1.0,
     ) -> dict[str, float]:
-        """Make one optimizer step on mini-batch `index`; return its metrics.
+        """Make one optimizer step on mini-batch `index`; return its metrics. Arguments as
+        `Trainer.update`.
 
         Raises TrainerError when loss or gradient is not finite: the weights are then lost, and the
         newest checkpoint is from before."""
-        arguments = {"index": index, "loss": loss, "settings": settings}
-        metrics = await self.call("update", **arguments, learning_rate=learning_rate)
+        metrics = await self.call(
+            "update",
+            index=index,
+            loss=loss,
+            settings=settings,
+            learning_rate=learning_rate,
+            temperature=temperature,
+        )
         _require_finite(metrics, ("loss", "grad_norm"), "optimizer.learning_rate")
         return metrics
 

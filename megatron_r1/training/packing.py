@@ -3,24 +3,14 @@
 Samples are packed end to end without padding. Every rank runs the same number of micro-batches
 (pipeline and expert collectives require it), and all ranks run micro-batch m at the same time, so
 the cost of micro-batch m, not its tokens, should be equal on every rank. The size of a micro-batch
-is limited in tokens, which determine its memory.
-
-A token costs 2 P products forward, P the parameters it passes, and 2 L h (d_qk + d_v) / 2 for each
-token it attends to, half of the sample on average (L layers, h heads). So a sample of s tokens
-costs s (1 + s / s_0) in units of one token without attention, where s_0 = 2 P / (L h (d_qk + d_v))
-is the length at which attention costs as much as all else. For DeepSeek-V3 s_0 is about 30,000
-tokens: a sample of 65,536 costs as much as thirteen of 10,000, not as much as seven."""
+is limited in tokens, which determine its memory."""
 
 import heapq
 from collections.abc import Callable
 from itertools import count
-from math import prod
 from typing import NamedTuple
 
-from megatron_r1.config import Config
 from megatron_r1.errors import UserError
-from megatron_r1.reporting.wording import counted
-from megatron_r1.weights import hf_tensors
 
 Bins = list[list[int]]
 
@@ -35,29 +25,6 @@ class Packing(NamedTuple):
     fill: float
 
 
-def check_batches(config: Config, verb: str, world_size: int, rank: str = "trainer rank") -> None:
-    """Raise UserError where an optimizer step of rl, sft or reward-model has too few samples for
-    the data-parallel ranks among `world_size`. rank: what one of these is called."""
-    rl, replicas, item = config.rl, config.parallel.num_replicas(world_size), "sample"
-    if verb == "rl":
-        num_samples = rl.questions_per_rollout * rl.group_size // rl.minibatches
-        more = "raise rl.questions_per_rollout"
-        if rl.minibatches > 1:
-            more = f"lower rl.minibatches={rl.minibatches}"
-    else:
-        section = verb.replace("-", "_")
-        num_samples, more = getattr(config, section).batch_size, f"raise {section}.batch_size"
-        if verb == "reward-model" and config.reward_model.kind == "pairwise":
-            item = "pair"  # stays together on one rank (`unit` of `pack`)
-    if num_samples < replicas:
-        most = num_samples * (world_size // replicas)
-        raise UserError(
-            f"{counted(num_samples, item)} of an optimizer step cannot be spread over "
-            f"{replicas:,} data-parallel ranks; {more}, raise parallel.context, .tensor or "
-            f".pipeline, or use at most {counted(most, rank)}"
-        )
-
-
 def pack(
     lengths: list[int],
     ranks: int,
@@ -69,8 +36,8 @@ def pack(
     """Distribute samples of `lengths` tokens over `ranks`.
 
     limit: tokens of a micro-batch; only a sample longer than that exceeds it, and is then alone.
-    cost: length -> cost of a sample (`sample_cost`). unit: number of consecutive samples that
-    stay together, in their order (a pair of responses). There are as few micro-batches as the limit
+    cost: length -> cost of a sample (`sample_cost`). unit: number of consecutive samples that stay
+    together, in their order (a pair of responses). There are as few micro-batches as the limit
     allows: more never waste less (measured on log-normal lengths). A micro-batch is empty only
     where there are too few samples. Raises UserError when there are fewer samples, or units, than
     ranks."""
@@ -132,37 +99,3 @@ def _costliest_first(costs: list[float], lengths: list[int], bins: int, limit: i
         for entry in (*full, (total + costs[sample], best)):
             heapq.heappush(heap, entry)
     return members
-
-
-def sample_cost(hf: dict) -> Callable[[int], float]:
-    """Return the function length in tokens -> cost, in tokens without attention, for model `hf`."""
-    balance = balance_length(hf)
-    return lambda length: length * (1 + length / balance)
-
-
-def balance_length(hf: dict) -> float:
-    """Return s_0: the number of tokens at which attention costs as much as everything else."""
-    width = hf["num_attention_heads"] * sum(head_sizes(hf))
-    return 2 * active_parameters(hf) / (hf["num_hidden_layers"] * width)
-
-
-def head_sizes(hf: dict) -> tuple[int, int]:
-    """Return the features of a query head and of a value head."""
-    if hf.get("kv_lora_rank"):
-        return hf["qk_nope_head_dim"] + hf["qk_rope_head_dim"], hf["v_head_dim"]
-    size = hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"]
-    return size, size
-
-
-def active_parameters(hf: dict) -> float:
-    """Return the number of weights that one token is multiplied with: its routed experts and the
-    head count, the embedding and the multi-token-prediction layers do not."""
-    experts, chosen = hf.get("n_routed_experts"), hf.get("num_experts_per_tok")
-    tied = hf.get("tie_word_embeddings")
-    total = 0.0
-    for name, (shape, _) in hf_tensors(hf, with_mtp=False).items():
-        if len(shape) < 2 or (name == "model.embed_tokens.weight" and not tied):
-            continue
-        share = chosen / experts if experts and ".mlp.experts." in name else 1.0
-        total += prod(shape) * share
-    return total

@@ -183,14 +183,18 @@ class Trainer:
         return Mean(gap, count), Maximum(largest)
 
     def update(
-        self, index: int, loss: str, settings: dict[str, Any], learning_rate: float
+        self,
+        index: int,
+        loss: str,
+        settings: dict[str, Any],
+        learning_rate: float,
+        temperature: float = 1.0,
     ) -> dict[str, float]:
         """Make one optimizer step on mini-batch `index` with the loss at "module:function".
 
+        settings: of the loss. temperature: the logits are divided by it, as when they were sampled.
         Returns the loss's metrics over the whole mini-batch, grad_norm and step_taken."""
         batches = self.minibatches[index]
-        settings = dict(settings)
-        temperature = settings.pop("temperature", 1.0)
         compute = partial(self._loss, find_function(loss), settings, temperature)
         if self.config.model.mtp == "train":
             # Of examples the whole model learns to predict further; of its own samples it must not
@@ -284,7 +288,14 @@ class Trainer:
         zero = torch.zeros((), device=out.device)
         return zero, zero.int(), {}
 
-    def _loss(self, loss: Loss, settings, temperature: float, batch: PackedBatch, out: Tensor):
+    def _loss(
+        self,
+        loss: Loss,
+        settings: dict[str, Any],
+        temperature: float,
+        batch: PackedBatch,
+        out: Tensor,
+    ):
         is_score = has_score_head(self.hf)
         head: Any = self._scores(batch, out) if is_score else self._head(batch, out, temperature)
         terms = loss(batch, head, settings)

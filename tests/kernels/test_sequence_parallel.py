@@ -3,10 +3,10 @@
 from pathlib import Path
 
 import pytest
-from ranks import run_ranks
+from ranks import run_under_torchrun
 
 
 @pytest.mark.parametrize("num_ranks", [1, 3])
 def test_the_ranks_parts_add_up_to_the_whole(num_ranks):
-    output = run_ranks(Path(__file__).parent, num_ranks, "sequence_ranks.py")
+    output = run_under_torchrun(Path(__file__).parent, num_ranks, "sequence_ranks.py")
     assert "all agree" in output

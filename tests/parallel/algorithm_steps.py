@@ -100,15 +100,11 @@ def main() -> None:
             rl = Config(rl={"algorithm": name, **chosen}).rl
             names = load(trainer, position, (10 * turn + 1, 10 * turn + 2))
             trainer.compute_logprobs(TEMPERATURE, reference=True)
-            settings_of_loss = {
-                **rl.loss_settings,
-                "temperature": TEMPERATURE,
-                "max_response_tokens": LIMIT,
-            }
+            settings_of_loss = {**rl.loss_settings, "max_response_tokens": LIMIT}
             report[name] = {"advantages": advantages_of(trainer, position, name, rl, names)}
             loss = algorithms.find(name).loss
             report[name]["updates"] = [
-                trainer.update(i, loss, settings_of_loss, RATE) for i in (0, 1)
+                trainer.update(i, loss, settings_of_loss, RATE, TEMPERATURE) for i in (0, 1)
             ]
         weights.write_hf(trainer.bare, trainer.hf, out / f"{grid}.safetensors", dtype=torch.float32)
         first = position.data_rank == position.tensor_rank == 0

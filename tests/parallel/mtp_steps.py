@@ -20,7 +20,6 @@ from megatron_r1.training.wire import Sample
 
 LOSS = "megatron_r1.rl.algorithms.grpo:loss"
 SETTINGS = {
-    "temperature": 1.0,
     "average": "token",
     "clip_low": 0.2,
     "clip_high": 0.2,

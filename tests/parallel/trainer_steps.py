@@ -20,8 +20,8 @@ from megatron_r1.training import distributed
 from megatron_r1.training.packing import pack
 from megatron_r1.training.wire import Sample
 
+TEMPERATURE = 0.8
 SETTINGS = {
-    "temperature": 0.8,
     "average": "sequence",
     "clip_low": 0.2,
     "clip_high": 0.3,
@@ -69,12 +69,12 @@ def load(trainer, position, seeds, first_old=True) -> None:
         plan = pack([len(s) for s in made], position.data_size, 80).shares[position.data_rank]
         steps.append([[made[i] for i in members] for members in plan])
     trainer.load(steps)
-    trainer.compute_logprobs(SETTINGS["temperature"], reference=True, first_minibatch=first_old)
+    trainer.compute_logprobs(TEMPERATURE, reference=True, first_minibatch=first_old)
 
 
 def update(trainer, index) -> dict:
     level = ("token", "sequence")[index]
-    return trainer.update(index, LOSS, {**SETTINGS, "ratio_level": level}, 0.1)
+    return trainer.update(index, LOSS, {**SETTINGS, "ratio_level": level}, 0.1, TEMPERATURE)
 
 
 def main() -> None:

@@ -1,0 +1,46 @@
+"""The compute that a sample costs, by its length.
+
+A token costs 2 P products forward, P the parameters it passes, and 2 L h (d_qk + d_v) / 2 for each
+token it attends to, half of the sample on average (L layers, h heads). So a sample of s tokens
+costs s (1 + s / s_0) in units of one token without attention, where s_0 = 2 P / (L h (d_qk + d_v))
+is the length at which attention costs as much as all else. For DeepSeek-V3 s_0 is about 30,000
+tokens: a sample of 65,536 costs as much as thirteen of 10,000, not as much as seven."""
+
+from collections.abc import Callable
+from math import prod
+
+from megatron_r1.weights import hf_tensors
+
+
+def sample_cost(hf: dict) -> Callable[[int], float]:
+    """Return the function length in tokens -> cost, in tokens without attention, for model `hf`."""
+    balance = balance_length(hf)
+    return lambda length: length * (1 + length / balance)
+
+
+def balance_length(hf: dict) -> float:
+    """Return s_0: the number of tokens at which attention costs as much as everything else."""
+    width = hf["num_attention_heads"] * sum(head_sizes(hf))
+    return 2 * active_parameters(hf) / (hf["num_hidden_layers"] * width)
+
+
+def head_sizes(hf: dict) -> tuple[int, int]:
+    """Return the features of a query head and of a value head."""
+    if hf.get("kv_lora_rank"):
+        return hf["qk_nope_head_dim"] + hf["qk_rope_head_dim"], hf["v_head_dim"]
+    size = hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"]
+    return size, size
+
+
+def active_parameters(hf: dict) -> float:
+    """Return the number of weights that one token is multiplied with: its routed experts and the
+    head count, the embedding and the multi-token-prediction layers do not."""
+    experts, chosen = hf.get("n_routed_experts"), hf.get("num_experts_per_tok")
+    tied = hf.get("tie_word_embeddings")
+    total = 0.0
+    for name, (shape, _) in hf_tensors(hf, with_mtp=False).items():
+        if len(shape) < 2 or (name == "model.embed_tokens.weight" and not tied):
+            continue
+        share = chosen / experts if experts and ".mlp.experts." in name else 1.0
+        total += prod(shape) * share
+    return total
