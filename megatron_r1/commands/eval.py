@@ -64,7 +64,7 @@ async def _evaluate(config: Config, folder: RunFolder, sets: list[PromptSet]) ->
     rewards = config.rewards
     pool = RewardPool(rewards.workers, rewards.timeout_seconds, rewards.memory_bytes)
     try:
-        grader = Grader(pool, {ACCURACY: 1.0}, rewards.options)
+        grader = Grader(pool, {ACCURACY: 1.0}, rewards.call_options)
         seed = config.run.seed
         sampler = Sampler(policy, grader, log, sets, seed, _audit_fields, by_prompt=False)
         write_lines(folder.path / "questions.jsonl", _question_lines(sets))
@@ -75,7 +75,10 @@ async def _evaluate(config: Config, folder: RunFolder, sets: list[PromptSet]) ->
                 raise UserError(f"benchmark {prompt_set.title}, {error}") from None
         await sampler.run()
         part = rewards.options.get("judge", {}).get("part", "summary")
-        summaries = [await summarize(pool, log, prompt_set, seed, part) for prompt_set in sets]
+        summaries = [
+            await summarize(pool, log, prompt_set, seed, part, rewards.answer)
+            for prompt_set in sets
+        ]
     finally:
         await asyncio.gather(policy.close(), pool.close())
     _write_results(config, folder, settings, summaries, time.monotonic() - began)

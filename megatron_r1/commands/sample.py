@@ -126,7 +126,7 @@ async def _sample(config: Config, folder: RunFolder, plan: Plan) -> None:
         grader = None
         if config.sample.is_graded:
             # As a training run grades in its first step.
-            grader = Grader(pool, weights_at(rewards.weights, step=1), rewards.options)
+            grader = Grader(pool, weights_at(rewards.weights, step=1), rewards.call_options)
         rollout, server = config.rollout, config.sample.server
         decoding = Decoding(rollout.temperature, rollout.top_p, rollout.max_response_tokens)
         key = "sample.server"

@@ -90,7 +90,7 @@ async def _score(config: Config, lines: BinaryIO, graded: BinaryIO) -> _Tally:
     try:
         async with RewardPool(workers, settings.timeout_seconds, settings.memory_bytes) as pool:
             tally = _Tally(pool)
-            grader = _LineGrader(pool, settings.options, config.data.kind, tally)
+            grader = _LineGrader(pool, settings.call_options, config.data.kind, tally)
             batch: list[bytes | None] = [b""]
             while batch:
                 # In a thread: waiting for a slow pipe must not delay the workers' replies.

@@ -12,6 +12,7 @@ from megatron_r1.config.section import MayChange, Resumable, Section
 from megatron_r1.errors import did_you_mean
 from megatron_r1.rewards.combine import DEFAULT_WEIGHTS, Weight, read_weights
 from megatron_r1.rewards.options import read_options
+from megatron_r1.rewards.reading import READERS, Reading
 
 
 class RewardsConfig(Section):
@@ -24,6 +25,10 @@ class RewardsConfig(Section):
         dict[str, dict[str, Any]], MayChange(("helpful.url", "judge.url", "safety.url"))
     ] = {}
     """{reward: its options}, such as language: {target: zh}"""
+    answer: Reading = "strict"
+    """where the final answer of mathematics and logic is read. strict: R1-Zero's, `<answer>`, else
+    a box, else a last line that is the answer; tags, boxed, last: there alone; auto: the first of
+    these three that is there, for models that were not taught tags. See docs/rewards.md"""
     max_ungraded: Resumable[float] = Field(0.1, ge=0, le=1)
     """share of a rollout's responses that graders may fail on, rounded up; with more the run
     stops"""
@@ -31,6 +36,14 @@ class RewardsConfig(Section):
     timeout_seconds: float = Field(5.0, gt=0)
     """limit for one response; then its grader is killed and the response gets 0"""
     memory_gib: float = Field(4.0, gt=0, description="address space of one grader")
+
+    @property
+    def call_options(self) -> dict[str, dict[str, Any]]:
+        """`options`, with `answer` for the rewards that read a final answer."""
+        if self.answer == "strict":
+            return self.options
+        read = {"reading": self.answer}
+        return self.options | {kind: read | self.options.get(kind, {}) for kind in READERS}
 
     @property
     def memory_bytes(self) -> int:

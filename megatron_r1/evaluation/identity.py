@@ -25,7 +25,7 @@ def settings_that_matter(config: Config, policy: Mapping[str, Any]) -> dict[str,
         "eval.temperature": config.eval.temperature,
         "eval.top_p": config.eval.top_p,
         "rollout.max_response_tokens": config.rollout.max_response_tokens,
-        "rewards.options": config.rewards.options,
+        "rewards.options": config.rewards.call_options,
         **policy,
     }
 

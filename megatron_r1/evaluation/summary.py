@@ -17,6 +17,7 @@ from megatron_r1.evaluation.response_log import ResponseLog
 from megatron_r1.evaluation.voting import (
     Vote,
     can_vote,
+    expects_number,
     group_answers,
     read_vote,
     score_of_majority,
@@ -59,28 +60,35 @@ class GradedSample:
     difference: int
 
     @classmethod
-    def from_line(cls, line: Mapping[str, Any], prompt: Prompt, part: Part) -> GradedSample:
-        """difference: to a truth that is another response (`win_rate.length_difference`)."""
+    def from_line(
+        cls, line: Mapping[str, Any], prompt: Prompt, part: Part, reading: str
+    ) -> GradedSample:
+        """Return what a line of the log counts. reading: `rewards.answer`."""
         text, opened = line["response"], line["opened"]
         return cls(
             float(line["reward"]),
             line["length"],
             line["truncated"],
             is_ungraded(line),
-            read_vote(text, opened),
+            read_vote(text, opened, reading, kind=prompt.kind, numeric=expects_number(prompt)),
             length_difference(text, opened, str(prompt.truth), part),
         )
 
 
 async def summarize(
-    pool: RewardPool, log: ResponseLog, prompt_set: PromptSet, seed: int, part: Part = "summary"
+    pool: RewardPool,
+    log: ResponseLog,
+    prompt_set: PromptSet,
+    seed: int,
+    part: Part = "summary",
+    reading: str = "strict",
 ) -> Summary:
     """Summarize a benchmark, whose samples must all be in the log. seed: of the resampling. part:
-    of a response that a judge compares."""
+    of a response that a judge compares. reading: where answers are read, `rewards.answer`."""
     prompts = prompt_set.prompts
     lines_of = log.read(map(prompt_set.key, prompts), prompt_set.num_samples)
     groups = [
-        [GradedSample.from_line(line, prompt, part) for line in lines]
+        [GradedSample.from_line(line, prompt, part, reading) for line in lines]
         for prompt, lines in zip(prompts, lines_of, strict=True)
     ]
     samples = [sample for group in groups for sample in group]

@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
-from megatron_r1.rewards.answer import extract, unwrap
+from megatron_r1.rewards.answer import unwrap
 from megatron_r1.rewards.base import Grade
+from megatron_r1.rewards.reading import is_number, read_answer
 from megatron_r1.rewards.runtime.pool import RewardPool
+from megatron_r1.rewards.terms import Gradable
 
 EQUIVALENCE = f"{__name__}:grade"
 MAX_COMPARED_CHARS = 1_000
@@ -38,9 +40,19 @@ def can_vote(kind: str) -> bool:
     return kind != "code"
 
 
-def read_vote(response: str, opened: bool = False) -> Vote | None:
-    """Return the vote of a response; None without an answer (see `rewards.answer.extract`)."""
-    answer = extract(response, opened=opened).text
+def read_vote(
+    response: str,
+    opened: bool = False,
+    reading: str = "strict",
+    *,
+    kind: str = "",
+    numeric: bool = False,
+) -> Vote | None:
+    """Return the vote of a response; None without an answer. Arguments as of
+    `rewards.reading.read_answer`, by which the reward `kind` reads it, too."""
+    answer = read_answer(
+        response, reading, opened=opened, plain_line=kind == "math", numeric=numeric
+    ).text
     if answer is None:
         return None
     text = unwrap(answer)
@@ -53,6 +65,14 @@ def read_vote(response: str, opened: bool = False) -> Vote | None:
     if len(text) > MAX_COMPARED_CHARS:
         return Vote(hashlib.sha256(compact.encode("utf-8", "replace")).hexdigest(), "")
     return Vote(compact, text)
+
+
+def expects_number(prompt: Gradable) -> bool:
+    """Return whether the truth of a prompt of mathematics or logic is one number."""
+    truth = prompt.truth
+    if prompt.kind == "logic":
+        truth = prompt.fields.get("entry", {}).get("answer")
+    return is_number(truth)
 
 
 async def group_answers(
@@ -99,11 +119,15 @@ async def majority_score(
     responses: Sequence[str],
     scores: Sequence[float],
     opened: bool = False,
+    reading: str = "strict",
+    *,
+    numeric: bool = False,
 ) -> float:
-    """Return the score of the majority's answer, which cons@N averages; 0 without any vote. Answers
+    """Return the score of the majority's answer, which cons@N averages; 0 without any vote.
+    opened, reading, numeric: as of `read_vote`. Answers
     are compared by meaning only if that can change the outcome: for mathematics, if some answer is
     right and the wrong ones together could outvote it."""
-    votes = [read_vote(text, opened) for text in responses]
+    votes = [read_vote(text, opened, reading, kind=kind, numeric=numeric) for text in responses]
     if kind == "math":
         num_votes = sum(vote is not None for vote in votes)
         pairs = zip(votes, scores, strict=True)

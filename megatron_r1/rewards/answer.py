@@ -64,10 +64,15 @@ STATEMENT = re.compile(
 @dataclass(frozen=True)
 class Extraction:
     """The final answer found in a response. text: the stripped answer, or None, with the reason why
-    there is none."""
+    there is none. source: where it was found, for the reason of a grade; "" in the strict reading,
+    whose answers show it."""
 
     text: str | None
     reason: str = ""
+    source: str = ""
+
+
+OPEN_THOUGHT = Extraction(None, "no answer found: the thought is never closed")
 
 
 def extract(response: str, *, opened: bool = False, plain_line: bool = False) -> Extraction:
@@ -78,22 +83,30 @@ def extract(response: str, *, opened: bool = False, plain_line: bool = False) ->
     block (two, or an unclosed one, are no answer); the last `\boxed{}`; with `plain_line`, the last
     line that is not blank, or the display formula that ends there. Linear in the length of the
     response."""
-    visible = after_thought(_without_special_tokens(response), opened)
+    visible = after_thought(without_special_tokens(response), opened)
     if visible is None:
-        return Extraction(None, "no answer found: the thought is never closed")
+        return OPEN_THOUGHT
+    if (tagged := in_tags(visible)) is not None:
+        return tagged
+    if (boxed := last_boxed(visible)) is not None:
+        return present(boxed)
+    if plain_line:
+        return present(last_line(visible.rstrip()))
+    return Extraction(None, "no answer found")
+
+
+def in_tags(visible: str) -> Extraction | None:
+    """Return the content of the one `<answer>` block of the text after a thought; None where there
+    is no such tag. Two blocks, or an incomplete one, are an extraction without an answer."""
     num_open, num_closed = visible.count(ANSWER), visible.count(END_ANSWER)
+    if not (num_open or num_closed):
+        return None
     if num_open > 1 or num_closed > 1:
         return Extraction(None, f"no answer found: {max(num_open, num_closed)} <answer> blocks")
-    if num_open or num_closed:
-        start, end = visible.find(ANSWER), visible.find(END_ANSWER)
-        if start < 0 or end < start:
-            return Extraction(None, "no answer found: the <answer> block is not complete")
-        return _present(visible[start + len(ANSWER) : end])
-    if (boxed := last_boxed(visible)) is not None:
-        return _present(boxed)
-    if plain_line:
-        return _present(_last_line(visible.rstrip()))
-    return Extraction(None, "no answer found")
+    start, end = visible.find(ANSWER), visible.find(END_ANSWER)
+    if start < 0 or end < start:
+        return Extraction(None, "no answer found: the <answer> block is not complete")
+    return present(visible[start + len(ANSWER) : end])
 
 
 def last_boxed(text: str) -> str | None:
@@ -193,7 +206,8 @@ def _boxes_from_the_end(text: str) -> Iterator[tuple[int, int, int, int]]:
                 nearest[box] = text.rfind(box, 0, start)
 
 
-def _last_line(visible: str) -> str:
+def last_line(visible: str) -> str:
+    """Return the last line of a text, or the display formula that ends with it."""
     start = visible.rfind("\n") + 1
     for left, right in DISPLAYS:
         if visible[start:].strip() == right:
@@ -201,7 +215,7 @@ def _last_line(visible: str) -> str:
     return visible[start:]
 
 
-def _without_special_tokens(text: str) -> str:
+def without_special_tokens(text: str) -> str:
     """Return `text` without special tokens at its end and the spaces beside them. Linear: a pattern
     that begins with spaces would be tried at each space of a long run."""
     end = stop = _end_of_text(text, len(text))
@@ -216,9 +230,12 @@ def _end_of_text(text: str, end: int) -> int:
     return end
 
 
-def _present(answer: str) -> Extraction:
-    answer = _without_special_tokens(answer).strip()
-    return Extraction(answer) if answer else Extraction(None, "no answer found: it is empty")
+def present(answer: str, source: str = "") -> Extraction:
+    """Return the extraction of `answer`, or of none if it is blank."""
+    answer = without_special_tokens(answer).strip()
+    if not answer:
+        return Extraction(None, "no answer found: it is empty")
+    return Extraction(answer, source=source)
 
 
 def encloses(left: str, right: str, answer: str) -> bool:
@@ -241,11 +258,13 @@ def _closing_brace(text: str, start: int) -> int | None:
     return None
 
 
-def describe(answer: str, expected: str, correct: bool) -> str:
-    """Return the reason of a comparison: "correct: 13" or "wrong: 12, expected 13"."""
+def describe(answer: str, expected: str, correct: bool, source: str = "") -> str:
+    """Return the reason of a comparison: "correct: 13" or "wrong: 12, expected 13". source: where
+    the answer was found, as in "correct: 13 (in the last line)"."""
+    where = f" ({source})" if source else ""
     if correct:
-        return f"correct: {shorten(answer)}"
-    return f"wrong: {shorten(answer)}, expected {shorten(expected)}"
+        return f"correct: {shorten(answer)}{where}"
+    return f"wrong: {shorten(answer)}, expected {shorten(expected)}{where}"
 
 
 def adjacent_numbers(before: str, after: str = "") -> list[str]:

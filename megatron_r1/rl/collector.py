@@ -42,7 +42,7 @@ class RolloutCollector:
         teacher: RolloutFleet | None = None,
     ):
         self.fleet, self.pool, self.text, self.teacher = fleet, pool, text, teacher
-        self.grader = ResponseGrader(pool, text, rewards.options)
+        self.grader = ResponseGrader(pool, text, rewards.call_options)
         self.in_flight = InFlight()
         self._max_ungraded = rewards.max_ungraded
 

@@ -2,12 +2,13 @@
 
 import asyncio
 from collections import defaultdict
+from functools import partial
 from statistics import fmean
 
 from megatron_r1.config import Config
 from megatron_r1.data.prompts import Prompt
 from megatron_r1.evaluation.estimators import Estimate, estimate
-from megatron_r1.evaluation.voting import majority_score
+from megatron_r1.evaluation.voting import expects_number, majority_score
 from megatron_r1.evaluation.win_rate import length_difference, win_rates
 from megatron_r1.rewards.combine import ACCURACY, weights_at
 from megatron_r1.rewards.remote.judge_client import compared_part
@@ -49,13 +50,19 @@ class HeldoutEvaluation:
             weights_at(config.rewards.weights, step_of_settings),
         )
         part = compared_part(config.rewards.options.get("judge", {}))
-        metrics, groups = await evaluate(self._collector, self._prompts, sampling, part)
+        metrics, groups = await evaluate(
+            self._collector, self._prompts, sampling, part, config.rewards.answer
+        )
         records = sample_records(groups, step, "eval", None)
         self._recorder.evaluation({"step": step, **metrics}, records)
 
 
 async def evaluate(
-    collector: RolloutCollector, prompts: list[Prompt], sampling: Sampling, part: Part | None = None
+    collector: RolloutCollector,
+    prompts: list[Prompt],
+    sampling: Sampling,
+    part: Part | None = None,
+    reading: str = "strict",
 ) -> tuple[dict[str, float], list[Group]]:
     """Sample `sampling.num_samples` = N responses to every prompt; return metrics and groups.
 
@@ -63,7 +70,8 @@ async def evaluate(
     eval/cons@N: share of prompts whose majority answer is right (`voting.majority_score`);
     eval/TERM: mean of each other reward that is measured, such as format and language;
     eval/win_rate, eval/lc_win_rate: of questions of kind judge, where the judge compares; part: of
-    a response that it reads, None where it does not compare (`evaluation.win_rate`);
+    a response that it reads, None where it does not compare (`evaluation.win_rate`); reading:
+    where answers are read, `rewards.answer`;
     eval/ungraded: share of the responses whose accuracy could not be graded. Ungraded responses
     count in no mean, and a prompt without a graded response in none.
     interval/…/low, /high: their 95% intervals (`estimators.estimate`).
@@ -80,8 +88,8 @@ async def evaluate(
                 means[term].append(fmean(scores))
             if scores and term == ACCURACY:
                 texts = [each.text for each in graded]
-                kind = group.prompt.kind
-                votes.append(majority_score(collector.pool, kind, texts, scores, opened))
+                vote = partial(majority_score, collector.pool, group.prompt.kind, texts, scores)
+                votes.append(vote(opened, reading, numeric=expects_number(group.prompt)))
     accuracies = means.pop(ACCURACY, [])
     estimates: dict[str, Estimate] = {term: estimate(means[term]) for term in sorted(means)}
     if accuracies:

@@ -10,10 +10,11 @@ from typing import Any
 import reasoning_gym
 from reasoning_gym.factory import DATASETS
 
-from megatron_r1.rewards.answer import BOXES, describe, encloses, extract
+from megatron_r1.rewards.answer import BOXES, describe, encloses
 from megatron_r1.rewards.base import Grade, shorten
 from megatron_r1.rewards.logic.formula import refusal
 from megatron_r1.rewards.logic.guards import GUARDS
+from megatron_r1.rewards.reading import is_number, read_answer
 
 # The scorers of these modules call eval() on the answer, to accept a Python list (reasoning-gym
 # 0.1.25).
@@ -49,10 +50,11 @@ def grade(
     parameters: dict | None = None,
     exact: bool = True,
     opened: bool = False,
+    reading: str = "strict",
     plain_line: bool = False,
     **other: object,
 ) -> Grade:
-    """Return reasoning-gym's score of the response's final answer (see `answer.extract`).
+    """Return reasoning-gym's score of the response's final answer (see `reading.read_answer`).
 
     task: a reasoning-gym dataset name. entry: the dataset's item (question, answer, metadata).
     parameters: the dataset's parameters, for scorers that read them. exact: 1 for a full score and
@@ -61,7 +63,9 @@ def grade(
     if not isinstance(entry, dict) or not {"answer", "metadata"} <= entry.keys():
         raise ValueError(f"the entry of a {task} prompt needs 'answer' and 'metadata'")
     scorer = _scorer(task, json.dumps(parameters or {}, sort_keys=True))
-    extraction = extract(response, opened=opened, plain_line=plain_line)
+    extraction = read_answer(
+        response, reading, opened=opened, plain_line=plain_line, numeric=is_number(entry["answer"])
+    )
     if extraction.text is None:
         return Grade(0.0, extraction.reason)
     answer = _undecorated(extraction.text, entry["answer"])
@@ -81,7 +85,8 @@ def grade(
         return Grade(0.0, f"the scorer cannot read {shorten(answer)}: {type(error).__name__}")
     if exact or score in (0.0, 1.0):
         expected = "another" if entry["answer"] is None else entry["answer"]
-        return Grade(float(score == 1.0), describe(answer, expected, score == 1.0))
+        correct = score == 1.0
+        return Grade(float(correct), describe(answer, expected, correct, extraction.source))
     return Grade(score, f"partly right ({score:.2f}): {shorten(answer)}")
 
 

@@ -9,7 +9,6 @@ import functools
 from megatron_r1.rewards.answer import (
     MARKER,
     describe,
-    extract,
     final_answers,
     stated_numbers,
     unwrap,
@@ -17,6 +16,7 @@ from megatron_r1.rewards.answer import (
 from megatron_r1.rewards.base import Grade, shorten
 from megatron_r1.rewards.math.comparison import compare
 from megatron_r1.rewards.math.text import stated_answer
+from megatron_r1.rewards.reading import is_number, read_answer
 
 MAX_ANSWER_CHARS = 2_000
 MAX_EXTRA_CHARS = 400
@@ -25,18 +25,27 @@ CACHE_SIZE = 4_096
 
 
 def grade(
-    response: str, truth: object, *, opened: bool = False, plain_line: bool = True, **entry: object
+    response: str,
+    truth: object,
+    *,
+    opened: bool = False,
+    reading: str = "strict",
+    plain_line: bool = True,
+    **entry: object,
 ) -> Grade:
     r"""Return 1 when the response's final answer is mathematically `truth`, else 0.
 
-    The answer is found by `answer.extract`. truth: a number or a string: words, or LaTeX with or
+    The answer is found by `read_answer`. truth: a number or a string: words, or LaTeX with or
     without dollar signs and `\boxed{}`; it may be a whole solution whose answer is in a box or
-    after `####` (GSM8K). opened: the prompt ended with `<think>`. plain_line: the last line may be
-    the answer where there is no `<answer>` and no box. Raises ValueError for a truth that is blank,
+    after `####` (GSM8K). opened: the prompt ended with `<think>`. reading, plain_line:
+    of `read_answer`; by default the last line is the answer where there is no `<answer>` and no
+    box. Raises ValueError for a truth that is blank,
     or not a number or string."""
     expected = _expected(truth)
     stated = _stated(str(truth))
-    extraction = extract(response, opened=opened, plain_line=plain_line)
+    extraction = read_answer(
+        response, reading, opened=opened, plain_line=plain_line, numeric=is_number(expected)
+    )
     if extraction.text is None:
         return Grade(0.0, extraction.reason)
     if (num_chars := len(extraction.text)) > MAX_ANSWER_CHARS:
@@ -54,7 +63,7 @@ def grade(
     for other in others if correct else ():
         if not _compare(stated, other)[0]:
             return Grade(0.0, f"two answers: {shorten(other)}, and then {shorten(answer)}")
-    return Grade(float(correct), describe(answer, expected, correct))
+    return Grade(float(correct), describe(answer, expected, correct, extraction.source))
 
 
 def equivalent(expected: str, answer: str) -> bool:

@@ -1,0 +1,107 @@
+"""Where the final answer is read: each form that a model may give it, and what is no answer."""
+
+import pytest
+
+from megatron_r1.config import Config
+from megatron_r1.evaluation.voting import read_vote
+from megatron_r1.rewards import logic, math
+from megatron_r1.rewards.reading import READINGS, read_answer
+
+TAGS, BOX = "<answer>13</answer>", r"so \boxed{13}"
+LAST = "Adding both,\nthe sum of 2 and 11 is 13."
+
+
+@pytest.mark.parametrize(
+    ("response", "found"),
+    [
+        (TAGS, {"strict", "tags", "last", "auto"}),
+        (BOX, {"strict", "boxed", "last", "auto"}),
+        (LAST, {"last", "auto"}),
+        ("#### 13", {"strict", "last", "auto"}),
+        ("I do not know", set()),
+        ("<think>13", set()),
+    ],
+)
+def test_each_reading_finds_what_is_its_own(response, found):
+    graded = {
+        reading: math.grade(response, "13", reading=reading, opened="<think>" in response).reward
+        for reading in READINGS
+    }
+    assert {reading for reading, reward in graded.items() if reward} == found
+
+
+@pytest.mark.parametrize(
+    ("line", "truth"),
+    [
+        ("The answer is **13**.", "13"),
+        ("2 + 11 = 13", "13"),
+        ("$2 + 11 = 13$", "13"),
+        (r"\(x = -13\)", "-13"),
+        ("That makes 13 apples in 3 baskets, so the answer is 13.", "13"),
+        ("Her total is $1,234.50.", "1234.5"),
+        ("It is 1/2.", "1/2"),
+        (r"so $\frac{1}{2}$", "1/2"),
+        ("13<|im_end|>", "13"),
+        ("Final answer: 13%", "13"),
+    ],
+)
+def test_the_last_line_s_number_is_the_answer(line, truth):
+    grade = math.grade(f"First, 99.\n{line}\n\n", truth, reading="auto")
+    assert grade.reward == 1 and "in the last line" in grade.reason, grade.reason
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("It is 12 or 13.", "two numbers end the last line: 12 or 13"),
+        ("12, 13", "two numbers"),
+        ("2 + 11", "two numbers"),
+        ("It is not 13.", "the last line denies 13"),
+        ("It cannot be equal to 13.", "denies"),
+        ("It is less than 13.", "denies"),
+        ("The 13th", "wrong: The 13th"),
+        ("It starts at 3:13", "wrong"),
+        ("113", "wrong: 113"),
+        ("13.5", "wrong: 13.5"),
+        ("x^13", "wrong"),
+        ("13 " * 900, "the last line has 2699 characters"),
+    ],
+)
+def test_what_is_no_number_of_its_own_is_no_answer(line, reason):
+    grade = math.grade(f"13\n{line}", "13", reading="auto")
+    assert grade.reward == 0 and reason in grade.reason, grade.reason
+
+
+def test_two_blocks_are_no_answer_though_the_last_line_has_one():
+    found = read_answer("<answer>12</answer>\n<answer>13</answer>\n13", "auto", numeric=True)
+    assert found.text is None and "2 <answer> blocks" in found.reason
+
+
+def test_logic_reads_words_and_numbers_as_its_scorer_spells_them():
+    sums = {"question": "1,000 + 234", "answer": "1234", "metadata": {}}
+    said = "The sum is 1,234."
+    assert logic.grade(said, task="chain_sum", entry=sums, reading="auto").reward == 1
+    assert logic.grade(said, task="chain_sum", entry=sums).reward == 0
+
+
+def test_a_recipe_sets_it_for_all_rewards_that_read_answers_and_an_option_wins():
+    options = {"math": {"plain_line": False}, "logic": {"reading": "tags"}}
+    rewards = Config.model_validate({"rewards": {"answer": "auto", "options": options}}).rewards
+    assert rewards.call_options == {
+        "math": {"plain_line": False, "reading": "auto"},
+        "logic": {"reading": "tags"},
+    }
+    assert Config().rewards.call_options == {}
+
+
+def test_votes_are_read_as_rewards_are():
+    assert read_vote(LAST, reading="auto", kind="math", numeric=True).key == 13
+    assert read_vote(LAST, reading="boxed", kind="math", numeric=True) is None
+    assert read_vote("so\n13", kind="math").key == 13  # graded as an answer, too
+    assert read_vote("so\n13", kind="logic") is None
+
+
+@pytest.mark.parametrize("text", [" " * 200_000 + "x", "$ " * 100_000, "1" * 200_000, "1," * 900])
+def test_a_long_response_takes_time_linear_in_its_length(text):
+    for reading in READINGS:  # quadratic matching would take minutes
+        read_answer(text, reading, plain_line=True, numeric=True)
