@@ -1,13 +1,12 @@
 """Patches of vLLM 0.32's CPU build: three bugs that give wrong log-probabilities without an error,
-five that end the engine, two of them with block-wise FP8 models, and three that make starts,
-pushes and waiting slow.
+five that end the engine, two of them with block-wise FP8 models, and two that make starts and
+pushes slow.
 
 Without any one of the first five, tests/system/test_engine.py, which compares with transformers,
-fails; without the two of FP8, test_push_fp8_engine.py. Paths are below vllm/. `apply` makes those
+fails; without the last two, test_push_fp8_engine.py. Paths are below vllm/. `apply` makes those
 patches that are made once per process."""
 
 import mmap
-import time
 from typing import Any
 
 import torch
@@ -23,8 +22,6 @@ from megatron_r1.vllm_plugin.recorder import Parameter
 
 PLAIN_MATRICES = "plain_matrices"
 """Key of vLLM's --additional-config (`EngineSettings.plain_matrices`)."""
-SPIN_SECONDS = 1e-3
-PAUSE_SECONDS = 2e-4
 
 
 def apply() -> None:
@@ -37,7 +34,6 @@ def apply() -> None:
     request_amx()
     allow_cpus_without_amx()
     pass_bias_as_float32()
-    pause_while_waiting()
 
 
 def heads_are_adjacent(x: torch.Tensor | None, head_size: int) -> bool:
@@ -266,24 +262,3 @@ def pass_bias_as_float32() -> None:
         return upstream(self, layer, x, None if bias is None else bias.float(), **named)
 
     CPUFp8BlockScaledMMKernel.apply_weights = apply_weights
-
-
-def pause_while_waiting() -> None:
-    """Sleep between two polls of a message queue that has been empty for `SPIN_SECONDS`.
-
-    Upstream: distributed/device_communicators/shm_broadcast.py:187 (`SpinCondition.wait`). Without
-    it: for a second after each message, engine cores and ranks poll without a pause, and take
-    processor time from ranks that compute on the same cores. After that second they wait for a
-    notification, as upstream (waiting for it earlier missed some, and stalled for seconds). Goes
-    when: the polling time of a CPU engine can be set."""
-    from vllm.distributed.device_communicators.shm_broadcast import SpinCondition
-
-    upstream = SpinCondition.wait
-
-    def wait(self: Any, timeout_ms: int | None = None) -> None:
-        if SPIN_SECONDS < time.monotonic() - self.last_read < self.busy_loop_s:
-            time.sleep(PAUSE_SECONDS)
-        else:
-            upstream(self, timeout_ms)
-
-    SpinCondition.wait = wait
