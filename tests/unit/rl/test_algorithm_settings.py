@@ -145,7 +145,7 @@ class Peers:
     async def hold(self):
         pass
 
-    async def update(self, index, loss, settings, learning_rate):
+    async def update(self, index, loss, settings, learning_rate, temperature):
         self.requested.append((index, loss))
         return {"loss": 1.0}
 
