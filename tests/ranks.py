@@ -95,6 +95,6 @@ def _run_rank(
     sys.path.insert(0, str(folder))
     sys.argv = command
     try:
-        runpy.run_path(command[0], run_name="__main__")
+        runpy.run_path(str(folder / command[0]), run_name="__main__")
     finally:
         sys.stdout.flush()
