@@ -27,9 +27,13 @@ VERBS = {
 """Verbs that take a recipe. Each is a module with `run(config)` and REQUIRED, the keys that a
 recipe must set; optional are IMPLIED, settings that the verb adds, and `check(config)`, which
 raises UserError for settings that only the verb can check."""
-COMMANDS = {"score": "megatron_r1.commands.score"}
+COMMANDS = {
+    "score": "megatron_r1.commands.score",
+    "check-model": "megatron_r1.commands.check_model",
+}
 """Verbs that take no recipe. Each is a module with `run(config, *arguments)`, ARGUMENTS, the names
-of its arguments, and SETTINGS, the sections and keys that it reads."""
+of its arguments, SETTINGS, the sections and keys that it reads, and optionally OPTIONS, names of
+options that are no settings, which `run` takes by name."""
 PIPELINE = "pipeline"
 """The verb that runs other verbs, with a recipe of its own kind."""
 REHEARSE = "rehearse"
@@ -51,6 +55,7 @@ USAGE = f"""usage: megatron-r1 VERB RECIPE.yaml [--section.key value …]
 
 verbs: {", ".join(VERBS)}
        megatron-r1 score IN.jsonl OUT.jsonl [--rewards.key value …]   (- is a pipe)
+       megatron-r1 check-model HF_FOLDER [--parallel.key value …] [--json FILE]   a new model, first
        megatron-r1 pipeline RECIPE.yaml [--pipeline.key value …]   several of them, as a graph
        megatron-r1 rehearse RECIPE.yaml [--rehearsal.key value …]   any recipe in miniature, first
        megatron-r1 preflight RECIPE.yaml [--json FILE] [--preflight.key value …]   the nodes, last
@@ -198,13 +203,21 @@ def _run_command(verb: str, rest: list[str]) -> int:
     values, options = rest[:count], rest[count:]
     if len(values) < count or any(value.startswith("--") for value in values):
         raise UserError(f"usage: megatron-r1 {verb} {' '.join(command.ARGUMENTS)} [--key value …]")
+    own = {}
+    for name in getattr(command, "OPTIONS", ()):
+        if f"--{name}" in options:
+            at = options.index(f"--{name}")
+            if at + 1 == len(options):
+                raise UserError(f"--{name} needs a value")
+            own[name] = options[at + 1]
+            del options[at : at + 2]
     overrides = _overrides(options)
     config = configuration.from_overrides(overrides)
     for key in overrides:
         if not any(f"{key}.".startswith(f"{setting}.") for setting in command.SETTINGS):
             used = ", ".join(command.SETTINGS)
             raise UserError(f"--{key}: {verb} does not read it; it reads {used}")
-    command.run(config, *values)
+    command.run(config, *values, **own)
     return 0
 
 

@@ -9,14 +9,19 @@ from megatron.core.pipeline_parallel.utils import (
     is_vp_last_stage,
 )
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import unwrap_model
 
-from megatron_r1.models.hf_config import has_score_head, model_family
+from megatron_r1.models.attention_fields import model_arguments, rope_scaling
+from megatron_r1.models.hf_config import has_score_head
 from megatron_r1.models.layers import block_specs
 from megatron_r1.models.policy_model import PolicyModel
 from megatron_r1.models.rotary import patch_rotary_embedding
+from megatron_r1.models.routing import patch_routing
 from megatron_r1.models.score_model import ScoreModel
+
+LATENT_EPSILON = 1e-6
 
 
 def build_model(
@@ -35,8 +40,8 @@ def build_model(
     `parallel_state`. The vocabulary is padded to a multiple of the tensor-parallel size (see
     `vocab_shard`)."""
     groups = groups or ProcessGroupCollection.use_mpu_process_groups()
-    model = model_family(hf)
     patch_rotary_embedding()
+    patch_routing()
     block, mtp = block_specs(config, vp_stage=vp_stage)
     tensor_parallel = config.tensor_model_parallel_size
     num_virtual = config.virtual_pipeline_model_parallel_size
@@ -52,13 +57,14 @@ def build_model(
         parallel_output=True,
         pg_collection=groups,
         vp_stage=vp_stage,
-        **model.model_arguments(hf),
+        **model_arguments(hf),
     )
     built.unpadded_vocab_size = hf["vocab_size"]
     _mark_experts(built)
-    scaling = None if model.LATENT_ATTENTION else model.rope_scaling(hf)
+    if config.multi_latent_attention:
+        _set_latent_epsilon(built)
+    scaling = rope_scaling(hf)
     if scaling:
-        # GPTModel's own argument takes the factor only (`llama.rope_scaling`).
         rotary = built.rotary_pos_emb
         rotary.inv_freq = rotary._apply_scaling(rotary.inv_freq, **scaling)
     return built
@@ -83,6 +89,19 @@ def _mark_experts(model: PolicyModel | ScoreModel) -> None:
         for name, parameter in model.named_parameters():
             if ".mlp.experts." in name:
                 parameter.allreduce = False
+
+
+def _set_latent_epsilon(model: PolicyModel | ScoreModel) -> None:
+    """Give the norms of latent attention the epsilon of all released models with it, which do not
+    read rms_norm_eps there (modeling_deepseek.py of DeepSeek-V2, V3, Moonlight and Kimi-K2;
+    transformers' classes). Megatron gives all norms the same."""
+    for module in model.modules():
+        if isinstance(module, MLASelfAttention):
+            # Transformer Engine has the norms in the projections behind them.
+            for name in ("q_layernorm", "kv_layernorm", "linear_q_up_proj", "linear_kv_up_proj"):
+                part = getattr(module, name, None)
+                if part is not None and hasattr(part, "eps"):
+                    part.eps = LATENT_EPSILON
 
 
 def freeze_mtp(model: PolicyModel) -> None:

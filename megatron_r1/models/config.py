@@ -10,8 +10,9 @@ from megatron_r1 import platform
 from megatron_r1.config import Config, ParallelConfig
 from megatron_r1.errors import UserError
 from megatron_r1.models import fp8
-from megatron_r1.models.hf_config import check_divisions, check_supported, model_family
+from megatron_r1.models.hf_config import model_family
 from megatron_r1.models.pipeline_stages import pipeline_stages
+from megatron_r1.models.supported import check_divisions, own_fields
 
 RECOMPUTABLE = ("core_attn", "layernorm", "mla_up_proj", "mlp", "moe", "moe_act", "shared_experts")
 
@@ -22,9 +23,7 @@ def transformer_config(hf: dict, config: Config) -> TransformerConfig:
 
     Raises UserError for a configuration this stack would compute wrongly, for sizes that do not
     divide, and for FP8 that this GPU cannot run."""
-    check_supported(hf)
-    family, parallel = model_family(hf), config.parallel
-    fields = family.config_fields(hf)
+    fields, parallel = own_fields(hf), config.parallel
     if config.model.mtp == "none":
         fields["mtp_num_layers"] = None
     has_experts = bool(fields.get("num_moe_experts"))
@@ -38,7 +37,7 @@ def transformer_config(hf: dict, config: Config) -> TransformerConfig:
     if has_experts:
         fields["moe_router_bias_update_rate"] = config.model.expert_bias_update_rate
         fields["moe_grouped_gemm"] = transformer_engine
-    kind = MLATransformerConfig if family.LATENT_ATTENTION else TransformerConfig
+    kind = MLATransformerConfig if model_family(hf).latent else TransformerConfig
     try:
         return kind(**fields)
     except ValueError as error:

@@ -3,29 +3,33 @@
 from __future__ import annotations
 
 import json
-from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
+from typing import Literal
 
 from megatron_r1.errors import UserError
-
-if TYPE_CHECKING:
-    from megatron_r1.config import ParallelConfig
+from megatron_r1.models.families import FAMILIES, Family
 
 HeadKind = Literal["language", "score"]
 """language: logits over the vocabulary. score: one number per token, for reward models and critics.
 """
 
-_MODULES = {"DeepseekV3": "deepseek_v3", "Qwen2": "qwen2", "Llama": "llama"}
 _SUFFIXES: dict[HeadKind, str] = {"language": "ForCausalLM", "score": "ForSequenceClassification"}
 ARCHITECTURES = {
-    name + suffix: module for suffix in _SUFFIXES.values() for name, module in _MODULES.items()
+    name + suffix: name
+    for kind, suffix in _SUFFIXES.items()
+    for name, family in FAMILIES.items()
+    if kind == "language" or family.score_head
 }
-"""HF architecture -> the module with its configuration in models/ and its table in weights/."""
+"""HF architecture -> its key in FAMILIES."""
 
-# transformers 5 reads both names of each of these and may write either.
+# transformers 5 reads both names of each of these and may write either. Here every model has the
+# second.
 _MTP_COUNTS = ("num_nextn_predict_layers", "num_mtp_layers")
-_ALIASES = {"num_mtp_layers": "num_nextn_predict_layers", "num_local_experts": "n_routed_experts"}
+_ALIASES = {
+    "num_mtp_layers": "num_nextn_predict_layers",
+    "num_local_experts": "n_routed_experts",
+    "num_experts": "n_routed_experts",
+}
 
 
 def load_config(path: str | Path, key: str = "model.path") -> dict:
@@ -62,10 +66,7 @@ def read_hf_config(
     Raises UserError when the file is missing or unreadable, its architecture is not in
     ARCHITECTURES, or it is a score model where a language model is expected."""
     file = Path(path) / "config.json"
-    hf = load_config(path, key)
-    for alias, name in _ALIASES.items():
-        if alias in hf:
-            hf.setdefault(name, hf.pop(alias))
+    hf = resolve_aliases(load_config(path, key))
     architecture(hf)
     if has_score_head(hf):
         _check_labels(file, hf)
@@ -77,6 +78,25 @@ def read_hf_config(
     return as_score_model(hf) if head == "score" or has_score_head(hf) else hf
 
 
+def resolve_aliases(hf: dict) -> dict:
+    """Return `hf` with one name for each setting; UserError where two names have two values."""
+    hf = dict(hf)
+    for alias, name in _ALIASES.items():
+        if alias in hf and hf.setdefault(name, value := hf.pop(alias)) != value:
+            raise UserError(
+                f"config.json: {alias}={value!r} and {name}={hf[name]!r} mean the same; leave one"
+            )
+    return hf
+
+
+def published_names(hf: dict) -> dict:
+    """Return `hf` with the names that transformers' and vLLM's classes of its architecture read."""
+    name = "n_routed_experts"
+    if name not in hf or model_family(hf).experts != "softmax" or model_family(hf).latent:
+        return hf
+    return {("num_experts" if key == name else key): value for key, value in hf.items()}
+
+
 def has_score_head(hf: dict) -> bool:
     """Whether the model returns one number per token instead of logits."""
     return any(name.endswith(_SUFFIXES["score"]) for name in hf.get("architectures") or [])
@@ -85,6 +105,11 @@ def has_score_head(hf: dict) -> bool:
 def as_score_model(hf: dict) -> dict:
     """Return the configuration of the score model with the body of `hf`, as transformers and vLLM
     read it: without LM head and multi-token-prediction layers."""
+    if not model_family(hf).score_head:
+        raise UserError(
+            f"transformers has no score model of {hf['architectures'][0]}; take a model of "
+            f"{', '.join(name for name, family in FAMILIES.items() if family.score_head)}"
+        )
     names = [n.removesuffix(_SUFFIXES["language"]) for n in hf["architectures"]]
     scored = {
         **hf,
@@ -108,7 +133,7 @@ def _check_labels(file: Path, hf: dict) -> None:
 
 
 def architecture(hf: dict) -> str:
-    """Return the name of this configuration's module in models/ and weights/; UserError if none."""
+    """Return the key of this configuration in FAMILIES; UserError if it has none."""
     names = hf.get("architectures") or []
     for name in names:
         if name in ARCHITECTURES:
@@ -119,54 +144,19 @@ def architecture(hf: dict) -> str:
     )
 
 
-class ModelFamily(Protocol):
-    """What a module of `models/` defines for the architectures that `_MODULES` names after it.
-
-    hf: the content of `config.json`. All functions raise UserError for what they do not support."""
-
-    LATENT_ATTENTION: bool
-    """Whether the configuration is an MLATransformerConfig (multi-head latent attention)."""
-
-    def config_fields(self, hf: dict) -> dict[str, Any]:
-        """Return the fields of Megatron's TransformerConfig that are the family's own."""
-
-    def model_arguments(self, hf: dict) -> dict[str, Any]:
-        """Return the arguments of GPTModel beside the configuration."""
-
-    def divisions(self, hf: dict, transformer_engine: bool) -> list[tuple[str, int, str]]:
-        """Return (field, its value, the key of `parallel` that must divide it) triples."""
-
-    def rope_scaling(self, hf: dict) -> dict[str, Any] | None:
-        """Return the arguments of RotaryEmbedding._apply_scaling; only without latent attention."""
+def model_family(hf: dict) -> Family:
+    """Return the entry of FAMILIES for this `config.json`; UserError for an unknown one."""
+    return FAMILIES[architecture(hf)]
 
 
-def model_family(hf: dict) -> ModelFamily:
-    """Return the module of `models/` for this `config.json`; UserError for an unknown one."""
-    return cast(ModelFamily, import_module(f"megatron_r1.models.{architecture(hf)}"))
-
-
-def check_supported(hf: dict) -> None:
-    """Raise UserError for a model that this stack would compute differently from transformers."""
-    need(hf, "num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size")
-    need(hf, "vocab_size", "rms_norm_eps")
-    if hf.get("hidden_act", "silu") != "silu":
-        raise UserError(f"hidden_act={hf['hidden_act']!r} is not supported, only 'silu' is")
-    model = model_family(hf)
-    model.config_fields(hf)
-    model.model_arguments(hf)
-
-
-def check_divisions(hf: dict, parallel: ParallelConfig, transformer_engine: bool) -> None:
-    """Raise UserError for sizes of `parallel` that do not divide the model, or that only experts
-    could have."""
-    for key in () if hf.get("n_routed_experts") else ("expert", "expert_tensor"):
-        if (ranks := getattr(parallel, key)) > 1:
-            raise UserError(f"parallel.{key}={ranks} needs a model with experts; use 1")
-    for field, size, key in model_family(hf).divisions(hf, transformer_engine):
-        if size % (ranks := getattr(parallel, key)):
-            raise UserError(
-                f"parallel.{key}={ranks} does not divide {field}={size}; choose a divisor of {size}"
-            )
+def sparse_layers(hf: dict) -> list[bool]:
+    """Return for each decoder layer whether it has routed experts instead of a dense MLP."""
+    layers = range(hf["num_hidden_layers"])
+    if not hf.get("n_routed_experts"):
+        return [False for _ in layers]
+    first, step = hf.get("first_k_dense_replace") or 0, hf.get("decoder_sparse_step") or 1
+    dense = hf.get("mlp_only_layers") or []
+    return [i >= first and i not in dense and (i + 1) % step == 0 for i in layers]
 
 
 def num_mtp_layers(hf: dict) -> int:
@@ -175,13 +165,23 @@ def num_mtp_layers(hf: dict) -> int:
 
 
 def rope_parameters(hf: dict) -> dict:
-    """Return the rotary settings as one flat dict with `rope_type` and `rope_theta`.
+    """Return the rotary settings as one flat dict with `rope_type` and `rope_theta`, and
+    `partial_rotary_factor` where `hf` has it.
 
     transformers 5 writes `rope_parameters`; earlier versions `rope_theta` beside `rope_scaling`,
-    with the kind in `rope_type` or `type`."""
-    rope = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
-    rope["rope_type"] = rope.get("rope_type") or rope.pop("type", None) or "default"
-    rope.setdefault("rope_theta", hf.get("rope_theta", 10_000.0))
+    with the kind in `rope_type` or `type`. Raises UserError where two of them disagree."""
+    new, old = hf.get("rope_parameters") or {}, hf.get("rope_scaling") or {}
+    rope = {**old, **new}
+    outside = {name: hf.get(name) for name in ("rope_theta", "partial_rotary_factor")}
+    for name, value in [*old.items(), *outside.items()]:
+        if value is not None and rope.setdefault(name, value) != value:
+            raise UserError(
+                f"config.json: {name}={value!r} beside rope_parameters with {name}={rope[name]!r}; "
+                "leave one"
+            )
+    kind = rope.pop("type", None)
+    rope["rope_type"] = rope.get("rope_type") or kind or "default"
+    rope.setdefault("rope_theta", 10_000.0)
     return rope
 
 

@@ -10,6 +10,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_mtp_block_spec,
 )
 from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionLayer
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -168,4 +169,8 @@ def _local_layer(spec: ModuleSpec) -> ModuleSpec:
     for norm in ("q_layernorm", "k_layernorm", "kv_layernorm"):
         if getattr(attention, norm, None) not in (None, IdentityOp):
             setattr(attention, norm, RMSNorm)
+    if layer.mlp.module is MoELayer:
+        # Megatron's map names this norm as if it were fused with a dense MLP, which experts have
+        # not: Transformer Engine's layers save it under its own name.
+        layer.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)
     return spec

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from megatron_r1.errors import UserError
-from megatron_r1.models.hf_config import need
+from megatron_r1.models.hf_config import need, sparse_layers
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,7 @@ def routing_shape(hf: dict) -> RoutingShape:
             "replayed; set it to false"
         )
     need(hf, "num_hidden_layers", "num_experts_per_tok")
-    num_layers = hf["num_hidden_layers"]
-    moe_layers = range(hf.get("first_k_dense_replace") or 0, num_layers)
+    moe_layers = tuple(layer for layer, sparse in enumerate(sparse_layers(hf)) if sparse)
     return RoutingShape(
-        num_layers, tuple(moe_layers), hf["num_experts_per_tok"], hf["n_routed_experts"]
+        hf["num_hidden_layers"], moe_layers, hf["num_experts_per_tok"], hf["n_routed_experts"]
     )

@@ -8,7 +8,7 @@ from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from megatron_r1.data.templates import TEMPLATES
-from megatron_r1.models.hf_config import has_score_head
+from megatron_r1.models.hf_config import has_score_head, published_names
 from megatron_r1.weights.layout import hf_tensors
 
 VOCABULARY = 512
@@ -68,13 +68,15 @@ def shrink(hf: dict, num_layers: int, fp8: bool) -> dict:
             "topk_group": 1,
             "first_k_dense_replace": min(hf.get("first_k_dense_replace") or 0, 1),
         }
+        if types := hf.get("mlp_layer_types"):
+            small["mlp_layer_types"] = types[:num_layers]
     return small
 
 
 def write_folder(folder: Path, hf: dict, seed: int) -> None:
     """Write a Hugging Face model folder: config.json, tokenizer and random weights in fp32."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(hf, indent=2))
+    (folder / "config.json").write_text(json.dumps(published_names(hf), indent=2))
     _tokenizer().save(str(folder / "tokenizer.json"))
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",

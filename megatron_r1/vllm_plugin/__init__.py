@@ -35,9 +35,10 @@ def register() -> None:
 def _patch() -> None:
     from vllm.platforms import current_platform
 
-    from megatron_r1.vllm_plugin import sequence_parallel
+    from megatron_r1.vllm_plugin import latent_norms, sequence_parallel
 
     sequence_parallel.gather_single_tokens()
+    latent_norms.use_released_epsilon()
     if not current_platform.is_cpu():
         return
     from megatron_r1.vllm_plugin import cpu_parallel, cpu_patches, cpu_routing

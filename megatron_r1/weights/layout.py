@@ -4,12 +4,11 @@ No model is built, so a laptop can plan the resharding or the memory of thousand
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from importlib import import_module
 
 from megatron_r1.config import Config
 from megatron_r1.errors import UserError
-from megatron_r1.models.hf_config import architecture
 from megatron_r1.models.pipeline_stages import pipeline_stages
+from megatron_r1.weights.decoder import table
 from megatron_r1.weights.rules import Piece, Rule, Shape, Table, whole
 
 Rank = tuple[int, int]
@@ -49,11 +48,6 @@ class LayoutEntry:
     owner: bool
     expert: bool
     dtype: str | None
-
-
-def table(hf: dict) -> Table:
-    """Return the weight table of the architecture `hf` names; UserError if there is none."""
-    return import_module(f"megatron_r1.weights.{architecture(hf)}").table(hf)
 
 
 def hf_tensors(hf: dict, *, with_mtp: bool = True) -> dict[str, tuple[Shape, str]]:

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from megatron_r1.errors import UserError
 from megatron_r1.files import fsync
 from megatron_r1.models.hf_config import has_score_head
-from megatron_r1.weights.layout import table
+from megatron_r1.weights.decoder import table
 from megatron_r1.weights.local import has_mtp, local_pieces
 from megatron_r1.weights.stored import hf_folder
 from megatron_r1.weights.stored.safetensors_file import FilePlan, plan_file, stored_tensors

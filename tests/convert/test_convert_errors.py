@@ -97,6 +97,39 @@ def test_a_damaged_hugging_face_folder_is_not_converted(convert, hf, tmp_path):
     refused(convert("from-hf", hf, out), "lacks: model-00002-of-00002.safetensors")
 
 
+def test_every_tensor_is_read_once_or_named(convert, hf, tmp_path):
+    weights, out = hf / "model.safetensors", tmp_path / "out"
+    tensors = load_file(weights)
+
+    def saved(**changes):
+        save_file(tensors | changes, weights, metadata={"format": "pt"})
+        return convert("from-hf", hf, out)
+
+    extra = {"model.layers.1.self_attn.sinks": torch.zeros(4)}
+    refused(saved(**extra), "unexpected (1): model.layers.1.self_attn.sinks")
+    scale = {"model.layers.1.mlp.gate.weight_scale_inv": torch.zeros(1, 1)}
+    refused(saved(**scale), "unexpected (1): model.layers.1.mlp.gate.weight_scale_inv")
+    copy = "model.layers.4.shared_head.head.weight"
+    other = {copy: tensors[copy] * 1.5}
+    refused(saved(**other), f"{copy} differs from lm_head.weight", "model.mtp: none")
+    save_file(tensors, weights, metadata={"format": "pt"})
+    save_file({copy: tensors[copy]}, hf / "more.safetensors", metadata={"format": "pt"})
+    files = dict.fromkeys(tensors, weights.name) | {copy: "more.safetensors"}
+    index = hf / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": files}))
+    refused(convert("from-hf", hf, out), copy, "more.safetensors; remove one")
+
+    tied = write_folder(tmp_path / "tied", MODELS["qwen-tied"], torch.bfloat16)
+    tensors = load_file(tied / "model.safetensors")
+    head = {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}
+    save_file(tensors | head, tied / "model.safetensors", metadata={"format": "pt"})
+    assert convert("from-hf", tied, tmp_path / "same")[0] == 0
+    head["lm_head.weight"][1, 1] += 1
+    save_file(tensors | head, tied / "model.safetensors", metadata={"format": "pt"})
+    refused(convert("from-hf", tied, out), "lm_head.weight differs", "tie_word_embeddings")
+    assert not out.exists()
+
+
 def test_what_cannot_be_converted_is_refused_before_anything_is_written(
     convert, hf, megatron, tmp_path, monkeypatch
 ):
@@ -121,8 +154,8 @@ def test_what_cannot_be_converted_is_refused_before_anything_is_written(
     config = json.loads((hf / "config.json").read_text())
     (hf / "config.json").write_text(json.dumps({**config, "architectures": ["Gpt2LMHeadModel"]}))
     refused(convert("from-hf", hf, tmp_path / "out"), "Gpt2LMHeadModel", "supported are")
-    (hf / "config.json").write_text(json.dumps({**config, "num_experts_per_tok": 3}))
-    refused(convert("from-hf", hf, tmp_path / "out"), "num_experts_per_tok=3", "topk_group")
+    (hf / "config.json").write_text(json.dumps({**config, "num_experts_per_tok": 5}))
+    refused(convert("from-hf", hf, tmp_path / "out"), "num_experts_per_tok=5", "topk_group")
     arguments = (megatron, tmp_path / "out", "--config", hf)
-    refused(convert("to-hf", *arguments), "num_experts_per_tok=3", "topk_group")
+    refused(convert("to-hf", *arguments), "num_experts_per_tok=5", "topk_group")
     assert not list(tmp_path.glob("out*"))

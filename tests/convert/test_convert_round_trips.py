@@ -5,7 +5,7 @@ import torch
 from fp8_folder import dequantise, publish
 from random_folder import write_folder
 from safetensors.torch import load_file
-from small_models import DEEPSEEK, MODELS
+from small_models import DEEPSEEK, FIRST, MODELS
 
 # Blocks cut off on both sides, several blocks, and a matrix smaller than one.
 WIDE = {
@@ -35,8 +35,10 @@ def assert_same_bits(a, b):
         assert same, f"{name} has other bits"
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(
+    "model, dtype",
+    [(name, torch.bfloat16) for name in MODELS] + [(name, torch.float32) for name in FIRST],
+)
 def test_plain_weights_come_back_bit_by_bit(convert, tmp_path, model, dtype):
     source = write_folder(tmp_path / "hf", MODELS[model], dtype)
     status, output = convert("from-hf", source, tmp_path / "megatron")

@@ -1,9 +1,9 @@
-"""Compare Megatron with transformers on these ranks: `against_transformers.py ORACLE OUT GRID…`.
+"""Compare Megatron with transformers here: `against_transformers.py ORACLE OUT SET GRID…`.
 
-Grids are named as in `grids`. For every small model that allows it: the loss and every gradient (as
-Hugging Face tensors), the logits of packed and padded batches, and the round trip of the
-checkpoint. Prints one line per comparison with the largest difference;
-fails on the first that is too large.
+Grids are named as in `grids`, sets as in `random_models`. For every model that allows it: the loss
+and every gradient (as Hugging Face tensors), the logits of packed and padded batches, and the round
+trip of the checkpoint. Prints one line per comparison with the largest difference; fails on the
+first that is too large.
 """
 
 import os
@@ -31,11 +31,11 @@ from megatron.core.tensor_parallel import (  # noqa: E402
 )
 from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
-from small_models import MODELS  # noqa: E402
 
 from megatron_r1 import models, weights  # noqa: E402
 from megatron_r1.config import Config, ParallelConfig  # noqa: E402
 from megatron_r1.models.context import held_positions, sample_order  # noqa: E402
+from megatron_r1.models.hf_config import resolve_aliases  # noqa: E402
 from megatron_r1.training import distributed  # noqa: E402
 
 # fp32 and another order of sums; logits have a standard deviation of 1.
@@ -224,7 +224,7 @@ def same_checkpoint(name, hf, grid, chunks, model_folder, out):
     """Megatron → one file, and → a folder of several files, equal the checkpoint bit for bit."""
     expected = load_file(model_folder / "model.safetensors")
     weights.write_hf(chunks, hf, out / "pushed.safetensors", dtype=torch.float32)
-    weights.save_hf(chunks, hf, model_folder, out / "hf", torch.float32, max_shard_bytes=100_000)
+    weights.save_hf(chunks, hf, model_folder, out / "hf", torch.float32, max_shard_bytes=20_000)
     if dist.get_rank() == 0:
         pushed = load_file(out / "pushed.safetensors")
         files = sorted((out / "hf").glob("*.safetensors"))
@@ -264,10 +264,10 @@ def same_gradients(name, hf, grid, chunks, model_folder, out):
     report(name, grid, f"{len(expected)} gradients ({where})", worst, GRADIENT_TOLERANCE)
 
 
-def main(oracle: Path, out: Path, names: list[str]) -> None:
+def main(oracle: Path, out: Path, chosen: str, names: list[str]) -> None:
     for grid in names:
-        for name in grids.models_on(grid, int(os.environ["WORLD_SIZE"])):
-            hf = MODELS[name]
+        for name, hf in grids.models_on(grid, int(os.environ["WORLD_SIZE"]), chosen).items():
+            hf = resolve_aliases(hf)
             with_mtp = bool(hf.get("num_nextn_predict_layers"))
             sizes = grids.sizes(grid, with_mtp)
             settings = grids.parallel_settings(grid, with_mtp)
@@ -278,4 +278,4 @@ def main(oracle: Path, out: Path, names: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])
+    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], sys.argv[4:])

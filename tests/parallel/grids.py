@@ -6,7 +6,8 @@ pp2xvp2 is two pipeline ranks with two chunks each; pp4xapart is four with LAYOU
 
 import re
 
-from small_models import MODELS
+from random_models import models_in
+from small_models import FIRST
 
 LAYOUTS = {
     # The last decoder layer, and so the final norm, before the head's stage; stages of 1, 2, 1, 0.
@@ -49,11 +50,13 @@ def parallel_settings(grid: str, with_mtp: bool = True) -> dict:
     }
 
 
-def models_on(grid: str, num_ranks: int) -> list[str]:
-    """The small models that are compared on `grid`: all that it allows on one or two ranks, on four
-    one with experts and MTP layers, for the time it takes."""
+def models_on(grid: str, num_ranks: int, chosen: str = "first") -> dict[str, dict]:
+    """The models of a set (`random_models.models_in`) that are compared on `grid`: all that it
+    allows on one or two ranks, on four one with experts and MTP layers, for the time it takes."""
     if num_ranks > 2:
-        return ["deepseek-yarn-mtp"] + ["qwen-tied"] * (grid in TIED)
+        names = ["deepseek-yarn-mtp"] + ["qwen-tied"] * (grid in TIED)
+        return {name: FIRST[name] for name in names}
     at = sizes(grid)
     dense = at["ep"] == at["etp"] == 1
-    return [name for name, hf in MODELS.items() if dense or hf.get("n_routed_experts")]
+    models = models_in(chosen)
+    return {n: hf for n, hf in models.items() if dense or "moe_intermediate_size" in hf}

@@ -1,4 +1,5 @@
-"""Write every small model with transformers' own logits and gradients: `oracle.py FOLDER`.
+"""Write models with transformers' own logits and gradients: `oracle.py FOLDER [SET]`, a set of
+`random_models.models_in`.
 
 Runs in a process of its own: transformers must not see the CUDA stand-ins that Megatron needs on a
 CPU.
@@ -9,8 +10,9 @@ import sys
 from pathlib import Path
 
 import torch
+from random_models import models_in
 from safetensors.torch import load_file, save_file
-from small_models import LENGTHS, MODELS, MTP_SCALE
+from small_models import LENGTHS, MTP_SCALE
 from transformers import AutoConfig, AutoModelForCausalLM
 
 
@@ -24,14 +26,10 @@ def randomize(module: torch.nn.Module) -> None:
 
 def mtp_layer(model, config):
     """An MTP layer (DeepSeek-V3 report, section 2.2) put together from transformers' parts."""
-    from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
-        DeepseekV3DecoderLayer,
-        DeepseekV3RMSNorm,
-    )
-
-    layer = DeepseekV3DecoderLayer(config, config.num_hidden_layers)
+    layer = type(model.model.layers[-1])(config, config.num_hidden_layers - 1)
+    kind = type(model.model.norm)
     layer.enorm, layer.hnorm, norm = (
-        DeepseekV3RMSNorm(config.hidden_size, config.rms_norm_eps) for _ in range(3)
+        kind(config.hidden_size, config.rms_norm_eps) for _ in range(3)
     )
     layer.eh_proj = torch.nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)
     layer.shared_head = torch.nn.ModuleDict({"norm": norm})
@@ -117,15 +115,15 @@ def write_model(folder: Path, hf: dict, sequences) -> None:
     torch.save(answers, folder / "answers.pt")
 
 
-def main(root: Path) -> None:
+def main(root: Path, models: dict[str, dict]) -> None:
     generator = torch.Generator().manual_seed(1)
-    vocab = MODELS["llama3"]["vocab_size"]
+    vocab = min(hf["vocab_size"] for hf in models.values())
     sequences = [torch.randint(0, vocab, (1, n), generator=generator) for n in LENGTHS]
     torch.save(sequences, root / "sequences.pt")
-    for name, hf in MODELS.items():
+    for name, hf in models.items():
         torch.manual_seed(0)
         write_model(root / name, hf, sequences)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), models_in(sys.argv[2] if len(sys.argv) > 2 else "small"))

@@ -83,16 +83,99 @@ LLAMA = {
 }
 del LLAMA["use_sliding_window"]
 
-MODELS = {
+QWEN3 = {
+    **QWEN,
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+    "head_dim": 12,
+    "attention_bias": False,
+    "tie_word_embeddings": True,
+}
+ROUTED = {
+    "moe_intermediate_size": 24,
+    "num_experts_per_tok": 4,
+    "norm_topk_prob": True,
+    "router_aux_loss_coef": 0.001,
+}
+QWEN3_MOE = {
+    **{**QWEN3, **ROUTED, "num_experts": 8, "decoder_sparse_step": 1, "mlp_only_layers": [1]},
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "tie_word_embeddings": False,
+}
+SIGMOID = {
+    **ROUTED,
+    "n_routed_experts": 8,
+    "n_shared_experts": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "routed_scaling_factor": 1.5,
+    "first_k_dense_replace": 1,
+    "num_nextn_predict_layers": 1,
+}
+GLM = {
+    **{key: value for key, value in QWEN3.items() if key != "use_sliding_window"},
+    **SIGMOID,
+    "architectures": ["Glm4MoeForCausalLM"],
+    "model_type": "glm4_moe",
+    "attention_bias": True,
+    "use_qk_norm": True,
+    "head_dim": 16,
+    "partial_rotary_factor": 0.5,
+    "tie_word_embeddings": False,
+}
+PLAIN_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+GLM_LITE = {
+    **{key: value for key, value in DEEPSEEK.items() if not key.startswith(("topk_m", "scoring"))},
+    **SIGMOID,
+    "architectures": ["Glm4MoeLiteForCausalLM"],
+    "model_type": "glm4_moe_lite",
+    "rope_parameters": {**PLAIN_ROPE, "partial_rotary_factor": 1.0},
+    "rms_norm_eps": 1e-5,
+}
+# Moonlight and Kimi-K2: one group of experts, and an epsilon that the latent norms do not have.
+KIMI = {
+    **DEEPSEEK,
+    **{"n_group": 1, "topk_group": 1, "num_experts_per_tok": 3, "rms_norm_eps": 1e-2},
+    "rope_parameters": {**YARN, "beta_fast": 1.0, "factor": 32.0},
+}
+# Its best two experts score a group, whatever the number that is chosen.
+FEW_CHOSEN = {**DEEPSEEK, "num_experts_per_tok": 3, "norm_topk_prob": False}
+DEEPSEEK_V2 = {
+    **DEEPSEEK,
+    "architectures": ["DeepseekV2ForCausalLM"],
+    "model_type": "deepseek_v2",
+    "scoring_func": "softmax",
+    "topk_method": "group_limited_greedy",
+    "norm_topk_prob": False,
+    "routed_scaling_factor": 4.0,
+    "rope_parameters": {**YARN, "mscale": 0.707, "mscale_all_dim": 0.707},
+}
+V2_LITE = {
+    **{**DEEPSEEK_V2, "topk_method": "greedy", "n_group": 1, "topk_group": 1},
+    **{"q_lora_rank": None, "routed_scaling_factor": 1.0},
+}
+
+FIRST = {
     "deepseek-yarn-mtp": {**DEEPSEEK, "num_nextn_predict_layers": 1},
-    "deepseek-plain-noqlora": {
-        **DEEPSEEK,
-        "q_lora_rank": None,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-    },
+    "deepseek-plain-noqlora": {**DEEPSEEK, "q_lora_rank": None, "rope_parameters": PLAIN_ROPE},
     "qwen-tied": {**QWEN, "tie_word_embeddings": True},
     "qwen-untied": QWEN,
     "llama3": LLAMA,
+}
+"""Compared on every grid; the others, on fewer, have the same parts in other combinations."""
+
+MODELS = {
+    **FIRST,
+    "qwen3": QWEN3,
+    "qwen3-moe": QWEN3_MOE,
+    "glm-mtp": GLM,
+    "glm-no-norm": {**GLM, "use_qk_norm": False, "num_nextn_predict_layers": 0},
+    "glm-lite-mtp": GLM_LITE,
+    "kimi": KIMI,
+    "deepseek-few-chosen": FEW_CHOSEN,
+    "deepseek-v2": DEEPSEEK_V2,
+    "deepseek-v2-lite": V2_LITE,
 }
 
 LENGTHS = [30, 100, 7, 1, 64, 17]

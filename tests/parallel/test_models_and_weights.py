@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 from grids import models_on
-from ranks import run_ranks
+from ranks import run_ranks, run_script
 
 HERE = Path(__file__).parent
 
@@ -22,17 +22,37 @@ def out(tmp_path_factory) -> Path:
 
 # A launch costs seconds of imports, so each one walks through all the grids of its size.
 @pytest.mark.parametrize(
-    "num_ranks, grids",
+    "num_ranks, models, grids",
     [
-        pytest.param(1, ["one"], id="1"),
-        pytest.param(2, TWO_RANKS, id="2"),
-        pytest.param(4, FOUR_RANKS, id="4", marks=pytest.mark.slow),
+        pytest.param(1, "small", ["one"], id="1"),
+        pytest.param(2, "first", TWO_RANKS, id="2"),
+        pytest.param(2, "rest", TWO_RANKS, id="2-rest", marks=pytest.mark.slow),
+        pytest.param(4, "first", FOUR_RANKS, id="4", marks=pytest.mark.slow),
     ],
 )
-def test_logits_gradients_and_checkpoints_equal_transformers(oracle, out, num_ranks, grids):
-    output = run_ranks(HERE, num_ranks, "against_transformers.py", str(oracle), str(out), *grids)
+def test_logits_gradients_and_checkpoints_equal_transformers(oracle, out, num_ranks, models, grids):
+    compare(oracle, out, num_ranks, models, grids)
+
+
+@pytest.mark.parametrize(
+    "num_ranks, count, grids",
+    [
+        pytest.param(1, 1, ["one"], id="8"),
+        pytest.param(1, 8, ["one"], id="64", marks=pytest.mark.slow),
+        pytest.param(2, 3, ["tp2", "pp2", "ep2"], id="24-on-2", marks=pytest.mark.slow),
+    ],
+)
+def test_random_configurations_equal_transformers(tmp_path, out, num_ranks, count, grids):
+    models = f"drawn-{count}"
+    run_script(HERE, ["oracle.py", str(tmp_path), models])
+    compare(tmp_path, out, num_ranks, models, grids)
+
+
+def compare(oracle, out, num_ranks, models, grids):
+    arguments = (str(oracle), str(out), models, *grids)
+    output = run_ranks(HERE, num_ranks, "against_transformers.py", *arguments)
     for grid in grids:
-        num_models = len(models_on(grid, num_ranks))
+        num_models = len(models_on(grid, num_ranks, models))
         compared = [line for line in output.splitlines() if f" {grid} " in line]
         assert sum("round trip" in line for line in compared) == num_models, output[-3000:]
         assert sum("gradients" in line for line in compared) == num_models, output[-3000:]

@@ -10,10 +10,21 @@ import msgspec
 import pytest
 from file_trainer import FileBridge
 from sampled import PROMPTS, TOLERANCE, largest_difference, sample
-from tiny_models import DEEPSEEK, QWEN, write_model
+from tiny_models import (
+    DEEPSEEK,
+    DEEPSEEK_V2,
+    GLM,
+    GLM_LITE,
+    KIMI,
+    QWEN,
+    QWEN3,
+    QWEN3_MOE,
+    write_model,
+)
 
 from megatron_r1.config import Config
 from megatron_r1.fleet.rollout_fleet import RolloutFleet
+from megatron_r1.models.hf_config import resolve_aliases
 from megatron_r1.supervision.inspect_roles import inspect_trainer
 from megatron_r1.training.client import TrainerClient
 from megatron_r1.weight_sync.bridge import WeightBridge
@@ -21,7 +32,10 @@ from megatron_r1.weight_sync.engine_links import EngineLinks
 from megatron_r1.weight_sync.probes import Prober
 from megatron_r1.weights import hf_tensors
 
-MODELS = {"deepseek": DEEPSEEK, "qwen": QWEN}
+MODELS = {
+    **{"deepseek": DEEPSEEK, "qwen": QWEN, "qwen3": QWEN3, "qwen3-moe": QWEN3_MOE, "glm": GLM},
+    **{"glm-lite": GLM_LITE, "kimi": KIMI, "deepseek-v2": DEEPSEEK_V2},
+}
 ENGINE = {"max_model_len": 256, "max_num_seqs": 64, "num_threads": 1}
 TRAINERS = {
     "deepseek": [
@@ -32,6 +46,12 @@ TRAINERS = {
         {"tensor": 2, "expert_tensor": 2},
     ],
     "qwen": [{"tensor": 2}, {"pipeline": 2}, {"processes": 2}],
+    "qwen3": [{"tensor": 2}],
+    "qwen3-moe": [{"tensor": 2, "expert": 2, "expert_tensor": 1}, {"pipeline": 2}],
+    "glm": [{"tensor": 2, "expert": 2, "expert_tensor": 1}],
+    "glm-lite": [{"expert": 2}],
+    "kimi": [{"tensor": 2}],
+    "deepseek-v2": [{"expert": 2}],
 }
 SMALL = 4e-3
 """GiB of receive buffer: about half of what the models have, so that it comes in windows."""
@@ -65,6 +85,12 @@ SMALL = 4e-3
                 ("qwen", {}, "gloo"),
                 ("qwen", {"tensor": 2}, "shm"),
                 ("qwen", {"pipeline": 2}, "shm"),
+                ("qwen3", {"tensor": 2}, "shm"),
+                ("qwen3-moe", {"tensor": 2, "expert_parallel": True}, "shm"),
+                ("glm", {"tensor": 2}, "shm"),
+                ("glm-lite", {}, "shm"),
+                ("kimi", {"tensor": 2, "expert_parallel": True}, "shm"),
+                ("deepseek-v2", {"pipeline": 2}, "shm"),
             ]
         ),
     ],
@@ -73,6 +99,7 @@ def test_after_a_push_an_engine_is_as_if_started_on_the_trainers_weights(
     family, layout, trainers, push, oracle, tmp_path
 ):
     config = MODELS[family]
+    known = resolve_aliases(config)
     for seed, name in enumerate("ab"):
         oracle(write_model, tmp_path / name, config, seed)
     before, trained = tmp_path / "a", tmp_path / "b"
@@ -87,9 +114,9 @@ def test_after_a_push_an_engine_is_as_if_started_on_the_trainers_weights(
             await fleet.start(before)
             for parallel in trainers:
                 # So that every trainer finds other weights than its own.
-                await FileBridge(config, fleet, layout=layout, **push).push(before)
+                await FileBridge(known, fleet, layout=layout, **push).push(before)
                 assert await checksums(fleet) != expected
-                metrics = await push_from(trained, config, parallel, fleet, layout, push)
+                metrics = await push_from(trained, known, parallel, fleet, layout, push)
                 assert await checksums(fleet) == expected, parallel
                 assert metrics["push/probe_diff"] < TOLERANCE
                 groups = await sample(fleet, n=2)

@@ -68,6 +68,44 @@ QWEN = {
     "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
     "tie_word_embeddings": True,
 }
+QWEN3 = QWEN | {
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+    "head_dim": 64,
+    "attention_bias": False,
+}
+ROUTED = {"moe_intermediate_size": 64, "num_experts_per_tok": 2, "norm_topk_prob": True}
+QWEN3_MOE = {
+    **{**QWEN3, **ROUTED, "num_experts": 8, "decoder_sparse_step": 1, "mlp_only_layers": [0]},
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "tie_word_embeddings": False,
+}
+ONE_GROUP = {
+    **{"n_routed_experts": 8, "n_shared_experts": 1, "n_group": 1, "topk_group": 1},
+    **{"routed_scaling_factor": 1.5, "first_k_dense_replace": 1, "num_experts_per_tok": 3},
+}
+GLM = {
+    **{**QWEN3, **ROUTED, **ONE_GROUP, "num_nextn_predict_layers": 0, "attention_bias": True},
+    **{"architectures": ["Glm4MoeForCausalLM"], "model_type": "glm4_moe", "use_qk_norm": True},
+    **{"partial_rotary_factor": 0.5, "tie_word_embeddings": False},
+}
+# An epsilon that tells whether the latent norms have their own.
+GLM_LITE = {
+    **{
+        **DEEPSEEK,
+        **ONE_GROUP,
+        "rms_norm_eps": 1e-3,
+        "rope_parameters": PLAIN_ROPE["rope_parameters"],
+    },
+    **{"architectures": ["Glm4MoeLiteForCausalLM"], "model_type": "glm4_moe_lite"},
+}
+KIMI = {**DEEPSEEK, **ONE_GROUP, "rms_norm_eps": 1e-3}
+DEEPSEEK_V2 = {
+    **{**DEEPSEEK, "num_experts_per_tok": 3, "norm_topk_prob": False, "topk_group": 1},
+    **{"architectures": ["DeepseekV2ForCausalLM"], "model_type": "deepseek_v2"},
+    **{"scoring_func": "softmax", "topk_method": "group_limited_greedy"},
+}
 
 
 def write_model(folder, config, seed):

@@ -91,6 +91,7 @@ def run(chosen: Namespace) -> int:
         first_mtp = f"model.layers.{hf['num_hidden_layers']}."
         with_mtp = any(name.startswith(first_mtp) for name in weights.tensors)
         weights.check(with_mtp)
+        weights.check_repeated()
         stored = weights.tensors["model.embed_tokens.weight"][1]
     dtype = getattr(torch, chosen.dtype or stored)
     engine = chosen.names == "transformer_engine"

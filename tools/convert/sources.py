@@ -5,7 +5,8 @@ from pathlib import Path
 import yaml
 
 from megatron_r1.errors import UserError
-from megatron_r1.models.hf_config import check_supported, read_hf_config
+from megatron_r1.models.hf_config import read_hf_config
+from megatron_r1.models.supported import check_supported
 from megatron_r1.weights.rules import SCORE
 from megatron_r1.weights.stored.dcp_reading import DistributedCheckpoint
 from megatron_r1.weights.stored.hf_weights import HfWeights

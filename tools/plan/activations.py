@@ -88,7 +88,8 @@ def layer_activations(job: Job, sparse: bool, tokens: int | None = None) -> Laye
         scores = 3 * 4 * hf["n_routed_experts"] * split
         modules["moe"] = at_expert * (hidden + 2 * inner_local) * value + scores
         modules["moe_act"] = at_expert * inner_local * value
-        modules["shared_experts"] = 3 * inner * hf["n_shared_experts"] / tensor * whole * value
+        shared = inner * (hf.get("n_shared_experts") or 0)
+        modules["shared_experts"] = 3 * shared / tensor * whole * value
         # The sent and the received tokens, sorted by expert, exist at once.
         dispatch = 2 * at_expert * hidden * value
     else:

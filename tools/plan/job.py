@@ -11,9 +11,11 @@ from megatron_r1.config.hardware import Assumptions, Hardware
 from megatron_r1.config.recipe import Verb
 from megatron_r1.engine.limits import check_engines
 from megatron_r1.errors import UserError
-from megatron_r1.models.hf_config import check_divisions, read_hf_config
+from megatron_r1.models.hf_config import read_hf_config
+from megatron_r1.models.supported import check_divisions
 from megatron_r1.training.batch_size import check_batches
-from megatron_r1.weights.layout import Shard, recipe_stages, table
+from megatron_r1.weights.decoder import table
+from megatron_r1.weights.layout import Shard, recipe_stages
 from megatron_r1.weights.rules import Table
 
 BYTES = {"float32": 4, "bfloat16": 2}

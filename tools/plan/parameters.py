@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from math import prod
 from operator import add
 
-from megatron_r1.weights.layout import LayoutEntry, Shard, layout, table
+from megatron_r1.weights.decoder import table
+from megatron_r1.weights.layout import LayoutEntry, Shard, layout
 from megatron_r1.weights.rules import Rule
 from tools.plan.job import Job
 from tools.plan.quantity import Quantity, Section

@@ -10,7 +10,8 @@ from megatron_r1.weight_sync.plan.planner import Planner
 from megatron_r1.weight_sync.plan.predicted_layout import PredictedLayout
 from megatron_r1.weight_sync.plan.ranks import EngineLayout, TrainerGrid
 from megatron_r1.weight_sync.plan.tensors import HFTensor, Region, checkpoint_tensors
-from megatron_r1.weights.layout import recipe_stages, table
+from megatron_r1.weights.decoder import table
+from megatron_r1.weights.layout import recipe_stages
 from megatron_r1.weights.rules import whole
 from megatron_r1.weights.stored.fp8 import BLOCK, is_quantised
 

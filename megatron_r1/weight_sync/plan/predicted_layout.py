@@ -13,7 +13,7 @@ from typing import NoReturn
 from megatron_r1.errors import UserError
 from megatron_r1.weight_sync.plan.ranks import Coordinate, EngineLayout
 from megatron_r1.weight_sync.plan.tensors import HFTensor, Region, checkpoint_tensors, is_tied
-from megatron_r1.weights.layout import table
+from megatron_r1.weights.decoder import table
 from megatron_r1.weights.rules import QueryGroups, Shape, columns, rows, vocabulary, whole
 
 VOCABULARY_MULTIPLE = 64

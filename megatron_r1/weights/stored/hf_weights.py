@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from functools import cached_property
 from pathlib import Path
 from typing import Self
@@ -12,15 +13,15 @@ from r1_kernels import dequantize_blockwise
 from torch import Tensor
 
 from megatron_r1.errors import UserError
-from megatron_r1.weights.layout import Shape, hf_tensors, table
+from megatron_r1.weights.decoder import table
+from megatron_r1.weights.layout import Shape, hf_tensors
 from megatron_r1.weights.stored import fp8
 from megatron_r1.weights.stored.safetensors_file import SafetensorsFile
 from megatron_r1.weights.stored.weight_files import INDEX, SINGLE, weight_files
 
 FLOATS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F8_E4M3": fp8.STORED}
-# Tensors that no table lists but a checkpoint may hold: tied heads, and buffers of older
-# transformers.
-_IGNORED = ("lm_head.weight", ".rotary_emb.inv_freq")
+# Buffers of older transformers, which no model reads.
+_IGNORED = (".rotary_emb.inv_freq",)
 
 SCALES_FILE = "fp8_scales.safetensors"
 """In a converted checkpoint: the FP8 scales that its weights were dequantised with."""
@@ -35,8 +36,15 @@ class HfWeights:
     def __init__(self, folder: str | Path, hf: dict):
         self.path, self.hf = Path(folder), hf
         self.files = [SafetensorsFile(file) for file in weight_files(self.path)]
-        self._home = {name: file for file in self.files for name in file.tensors}
+        self._home: dict[str, SafetensorsFile] = {}
+        for file in self.files:
+            if twice := sorted(self._home.keys() & file.tensors.keys()):
+                raise UserError(
+                    f"{_some(twice)}: in {self._home[twice[0]].path} and in {file.path}; remove one"
+                )
+            self._home |= dict.fromkeys(file.tensors, file)
         self.copies = table(hf).copies
+        self._repeated: dict[str, list[str]] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -58,7 +66,15 @@ class HfWeights:
     def read(self, name: str, dim: int, start: int, length: int) -> Tensor:
         """Return `length` rows (dim 0) or columns (dim 1), in the stored dtype; FP8 as fp32 values.
 
-        A copy of the table (`Table.copies`) that the folder lacks is read from its original."""
+        A copy of the table (`Table.copies`) that the folder lacks is read from its original. After
+        `check`, raises UserError where one that it has differs."""
+        values = self._read(name, dim, start, length)
+        for copy in self._repeated.get(name, ()):
+            if not torch.equal(self._read(copy, dim, start, length), values):
+                raise UserError(self._differing(copy, name))
+        return values
+
+    def _read(self, name: str, dim: int, start: int, length: int) -> Tensor:
         name = name if name in self._home else self.copies.get(name, name)
         starts, sizes = self._box(name, dim, start, length)
         file = self._home[name]
@@ -110,8 +126,13 @@ class HfWeights:
         if scales:
             fp8.check_config(hf)
         missing += sorted(scales - self._home.keys())
-        extra = [n for n in self._home.keys() - known.keys() if not n.endswith(_IGNORED)]
-        extra = sorted(n for n in extra if n.removesuffix("_scale_inv") not in known)
+        self._repeated = self._find_repeated(with_mtp)
+        repeated = {copy for copies in self._repeated.values() for copy in copies}
+        extra = sorted(
+            name
+            for name in self._home.keys() - known.keys() - repeated
+            if not name.endswith(_IGNORED) and not self._is_scale(name, known)
+        )
         problems = [
             f"{label} ({len(names)}): {_some(names)}"
             for label, names in (("missing", missing), ("unexpected", extra), ("wrong", wrong))
@@ -122,6 +143,44 @@ class HfWeights:
                 f"checkpoint {self.path} does not fit its config.json: {'; '.join(problems)}"
                 + _hint(missing, hf)
             )
+
+    def check_repeated(self, num_rows: int = 4096) -> None:
+        """Raise UserError where tensors that must be equal differ; call after `check`."""
+        for name in self._repeated:
+            height = self._home[name].tensors[name].shape[0]
+            for start in range(0, height, num_rows):
+                self.read(name, 0, start, min(num_rows, height - start))
+
+    def _find_repeated(self, with_mtp: bool) -> dict[str, list[str]]:
+        """Return tensor -> the others in the folder that must equal it: what MTP layers share with
+        the model, and a head where the embedding is the head."""
+        pairs = list(self.copies.items()) if with_mtp else []
+        if self.hf.get("tie_word_embeddings"):
+            pairs.append(("lm_head.weight", "model.embed_tokens.weight"))
+        found: dict[str, list[str]] = {}
+        for copy, original in pairs:
+            if copy in self._home and original in self._home:
+                found.setdefault(original, []).append(copy)
+        return found
+
+    def _differing(self, copy: str, original: str) -> str:
+        remedy = "leave the MTP layers out (model.mtp: none)"
+        if copy == "lm_head.weight":
+            remedy = "set tie_word_embeddings to false in config.json, or remove the tensor"
+        return (
+            f"checkpoint {self.path}: {copy} differs from {original}, but in this model both are "
+            f"one tensor; {remedy}"
+        )
+
+    def _is_scale(self, name: str, known: Collection[str]) -> bool:
+        """Whether `name` has the scales of an FP8 tensor."""
+        scaled = name.removesuffix("_scale_inv")
+        return (
+            scaled != name
+            and scaled in known
+            and scaled in self._home
+            and self._home[scaled].tensors[scaled].dtype == "F8_E4M3"
+        )
 
     def _wrong_scales(self, name: str, shape: Shape) -> list[str]:
         scale = fp8.scale_name(name)

@@ -10,7 +10,8 @@ import re
 from collections import defaultdict
 from dataclasses import dataclass, field, replace
 
-from megatron_r1.weights.layout import Shape, layout, stage_shards, table
+from megatron_r1.weights.decoder import table
+from megatron_r1.weights.layout import Shape, layout, stage_shards
 
 _EXPERT = re.compile(
     r"(?P<prefix>.*\.mlp\.experts)\."

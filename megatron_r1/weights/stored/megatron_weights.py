@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from megatron_r1.errors import UserError
-from megatron_r1.weights.layout import Shape, hf_tensors, table
+from megatron_r1.weights.decoder import table
+from megatron_r1.weights.layout import Shape, hf_tensors
 from megatron_r1.weights.stored.dcp_reading import DistributedCheckpoint
 from megatron_r1.weights.stored.megatron_names import StoredLayout, stored_layout
 

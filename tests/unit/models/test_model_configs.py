@@ -4,6 +4,7 @@ import pytest
 
 from megatron_r1 import models
 from megatron_r1.config import Config
+from megatron_r1.models.hf_config import resolve_aliases
 
 DEEPSEEK = {
     "architectures": ["DeepseekV3ForCausalLM"],
@@ -20,6 +21,7 @@ DEEPSEEK = {
     "n_group": 4,
     "topk_group": 2,
     "first_k_dense_replace": 1,
+    "routed_scaling_factor": 1.0,
     "norm_topk_prob": True,
     "q_lora_rank": 24,
     "kv_lora_rank": 24,
@@ -62,7 +64,7 @@ def test_read_hf_config_names_what_is_wrong(tmp_path):
     with pytest.raises(ValueError, match="not valid JSON"):
         models.read_hf_config(tmp_path)
     file.write_text(json.dumps({"architectures": ["BertForMaskedLM"]}))
-    with pytest.raises(ValueError, match="BertForMaskedLM.*DeepseekV3.*Qwen2.*Llama"):
+    with pytest.raises(ValueError, match="BertForMaskedLM.*Llama.*Qwen2.*DeepseekV3"):
         models.read_hf_config(tmp_path)
 
 
@@ -78,17 +80,23 @@ def test_read_hf_config_resolves_the_names_transformers_may_write(tmp_path):
     [
         ({"scoring_func": "softmax"}, "scoring_func='softmax'"),
         ({"topk_method": "greedy"}, "topk_method='greedy'"),
-        ({"num_experts_per_tok": 2}, "num_experts_per_tok=2 must be twice topk_group=2"),
+        ({"num_experts_per_tok": 5}, "num_experts_per_tok=5 experts cannot be chosen"),
+        ({"n_group": 8}, "scored by its best 2"),
+        ({"routed_scaling_factor": None}, "lacks routed_scaling_factor"),
         ({"n_group": 3}, "n_routed_experts=8 is not a multiple of n_group=3"),
         ({"attention_bias": True}, "attention_bias=True"),
         ({"rope_interleave": False}, "rope_interleave=False"),
         ({"num_key_value_heads": 2}, "num_key_value_heads=2"),
-        ({"norm_topk_prob": False}, "norm_topk_prob=False"),
-        ({"rms_norm_eps": 1e-5}, "rms_norm_eps=1e-05"),
+        ({"moe_layer_freq": 2}, "moe_layer_freq=2"),
+        ({"attention_dropout": 0.1}, "attention_dropout=0.1"),
+        ({"head_dim": 12}, "head_dim=12 is neither"),
         ({"kv_lora_rank": None}, "lacks kv_lora_rank"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
         ({"rope_scaling": {"type": "linear", "factor": 2}}, "rope_type='linear'"),
         ({"rope_scaling": {"type": "yarn", **YARN, "mscale": None}}, "mscale=0.0"),
+        ({"rope_scaling": {"type": "yarn", **YARN, "twist": 3}}, "'twist': 3"),
+        ({"rope_parameters": {"rope_theta": 5e4}}, "rope_theta=10000.0 beside rope_parameters"),
+        ({"logit_scale": 0.5, "window": 7}, "logit_scale=0.5, window=7 is not supported"),
     ],
 )
 def test_deepseek_refuses_what_it_would_compute_otherwise(changes, message):
@@ -102,6 +110,9 @@ def test_deepseek_refuses_what_it_would_compute_otherwise(changes, message):
         (QWEN, {"use_sliding_window": True}, "use_sliding_window=True"),
         (LLAMA, {"attention_bias": True}, "attention_bias=True"),
         (LLAMA, {"mlp_bias": True}, "mlp_bias=True"),
+        (LLAMA, {"sliding_window": 64}, "sliding_window=64"),
+        (QWEN, {"layer_types": ["full_attention", "sliding_attention"]}, "sliding_attention"),
+        (QWEN, {"num_key_value_heads": None}, "lacks num_key_value_heads"),
     ],
 )
 def test_dense_models_refuse_what_they_would_compute_otherwise(hf, changes, message):
@@ -175,3 +186,25 @@ def test_dense_models_keep_whole_sequences_under_tensor_parallelism():
     assert not config.sequence_parallel
     assert config.add_qkv_bias and config.num_query_groups == 2
     assert not build(LLAMA).add_qkv_bias
+
+
+def test_keys_that_change_nothing_are_not_refused():
+    names = {"transformers_version": "4.46.0", "auto_map": {"AutoModel": "m.M"}, "use_cache": True}
+    training = {"aux_loss_alpha": 1e-3, "seq_aux": True, "ep_size": 1, "initializer_range": 0.02}
+    unset = {"no_such_setting": None, "rope_scaling": None, "num_mtp_layers": 0}
+    assert build(resolve_aliases({**DEEPSEEK, **names, **training, **unset}))
+
+
+def test_two_names_of_one_setting_must_agree():
+    with pytest.raises(ValueError, match="num_experts=4 and n_routed_experts=8 mean the same"):
+        resolve_aliases({**DEEPSEEK, "num_experts": 4})
+
+
+def test_routing_of_other_layers_than_vllm_would_choose_is_refused():
+    lite = {**DEEPSEEK, "architectures": ["Glm4MoeLiteForCausalLM"]}
+    kinds = ["dense", "sparse", "sparse", "sparse"]
+    assert build({**lite, "mlp_layer_types": kinds}).moe_layer_freq == [0, 1, 1, 1]
+    with pytest.raises(ValueError, match="mlp_layer_types.*first_k_dense_replace=1"):
+        build({**lite, "mlp_layer_types": kinds[::-1]})
+    with pytest.raises(ValueError, match="first_k_dense_replace=2"):
+        build({**lite, "first_k_dense_replace": 2})

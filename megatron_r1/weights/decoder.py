@@ -1,33 +1,70 @@
-"""The weight table of DeepSeek-V3."""
+"""The weight table of every architecture in `models.families`: which tensors a decoder has."""
 
 from dataclasses import replace
 
-from megatron_r1.weights.llama import dense_mlp
-from megatron_r1.weights.rules import Rule, Source, Table, columns, gated, rows, weight, whole
+from megatron_r1.models.attention_fields import has_qk_norm, has_qkv_bias
+from megatron_r1.models.hf_config import model_family, num_mtp_layers, sparse_layers
+from megatron_r1.weights.rules import (
+    QueryGroups,
+    Rule,
+    Source,
+    Table,
+    columns,
+    gated,
+    rows,
+    weight,
+    whole,
+)
 
 
 def table(hf: dict) -> Table:
-    """Return the rules for this `config.json`, MTP layers included."""
-    num_layers, num_mtp = hf["num_hidden_layers"], hf.get("num_nextn_predict_layers") or 0
-    num_dense = min(hf.get("first_k_dense_replace") or 0, num_layers)
-    dense, sparse = _attention(hf) + dense_mlp(hf), _attention(hf) + _experts(hf)
-    layers = [dense] * num_dense + [sparse] * (num_layers - num_dense)
+    """Return the rules for this `config.json`, MTP layers included; UserError for an unknown
+    architecture."""
+    dense = [*_attention(hf), *_dense_mlp(hf)]
+    sparse = [*_attention(hf), *_experts(hf)] if hf.get("n_routed_experts") else []
+    kinds = sparse_layers(hf)
+    layers = [sparse if is_sparse else dense for is_sparse in kinds]
+    num_layers, num_mtp = len(layers), num_mtp_layers(hf)
+    head = "model.embed_tokens" if hf.get("tie_word_embeddings") else "lm_head"
     copies = {}
     for layer in range(num_layers, num_layers + num_mtp):
         copies[f"model.layers.{layer}.embed_tokens.weight"] = "model.embed_tokens.weight"
-        copies[f"model.layers.{layer}.shared_head.head.weight"] = "lm_head.weight"
+        copies[f"model.layers.{layer}.shared_head.head.weight"] = f"{head}.weight"
     return Table.of_decoder(
         hf,
-        "lm_head",
+        head,
         layers,
         # An MTP layer has the structure of the last decoder layer.
         mtp=[_mtp(hf, layers[-1])] * num_mtp,
         copies=copies,
-        num_experts=hf["n_routed_experts"],
+        num_experts=hf.get("n_routed_experts") or 0,
     )
 
 
 def _attention(hf: dict) -> list[Rule]:
+    return _latent(hf) if model_family(hf).latent else _grouped_query(hf)
+
+
+def _grouped_query(hf: dict) -> list[Rule]:
+    hidden, heads = hf["hidden_size"], hf["num_attention_heads"]
+    groups = hf.get("num_key_value_heads") or heads
+    size = hf.get("head_dim") or hidden // heads
+    heights = {"q": heads * size, "k": groups * size, "v": groups * size}
+    weights = tuple(Source(f"self_attn.{x}_proj.weight", (n, hidden)) for x, n in heights.items())
+    biases = tuple(Source(f"self_attn.{x}_proj.bias", (n,)) for x, n in heights.items())
+    m = "self_attention."
+    qkv, split = f"{m}linear_qkv", QueryGroups(groups)
+    norms = ("q", "k") if has_qk_norm(hf) else ()
+    return [
+        weight("input_layernorm", "input_layernorm", (hidden,), whole, f"{qkv}.layer_norm_weight"),
+        Rule(f"{qkv}.weight", weights, split),
+        *([Rule(f"{qkv}.bias", biases, split)] if has_qkv_bias(hf) else []),
+        *(weight(f"{m}{x}_layernorm", f"self_attn.{x}_norm", (size,), whole) for x in norms),
+        weight(f"{m}linear_proj", "self_attn.o_proj", (hidden, heads * size), rows),
+    ]
+
+
+def _latent(hf: dict) -> list[Rule]:
     """Return the rules of latent attention: queries and keys with values, each down and up
     projected."""
     hidden, heads, latent = hf["hidden_size"], hf["num_attention_heads"], hf["kv_lora_rank"]
@@ -54,17 +91,27 @@ def _attention(hf: dict) -> list[Rule]:
     ]
 
 
+def _dense_mlp(hf: dict) -> list[Rule]:
+    """Return the rules of a SwiGLU and the norm before it."""
+    hidden, norm = hf["hidden_size"], "mlp.linear_fc1.layer_norm_weight"
+    return [
+        weight("pre_mlp_layernorm", "post_attention_layernorm", (hidden,), whole, norm),
+        *gated("mlp", "mlp", hidden, hf["intermediate_size"]),
+    ]
+
+
 def _experts(hf: dict) -> list[Rule]:
     hidden, inner, experts = hf["hidden_size"], hf["moe_intermediate_size"], hf["n_routed_experts"]
     bias = (Source("mlp.gate.e_score_correction_bias", (experts,)),)
     local, shared = "mlp.experts.local_experts.{e}", "mlp.shared_experts"
     grouped = ("mlp.experts.linear_fc1.weight{e}", "mlp.experts.linear_fc2.weight{e}")
+    has_bias, num_shared = model_family(hf).experts == "sigmoid", hf.get("n_shared_experts") or 0
     return [
         weight("pre_mlp_layernorm", "post_attention_layernorm", (hidden,), whole),
         weight("mlp.router", "mlp.gate", (experts, hidden), whole),
-        Rule("mlp.router.expert_bias", bias, whole, dtype="float32"),
+        *([Rule("mlp.router.expert_bias", bias, whole, dtype="float32")] if has_bias else []),
         *gated(local, "mlp.experts.{e}", hidden, inner, grouped),
-        *gated(shared, shared, hidden, inner * hf["n_shared_experts"]),
+        *(gated(shared, shared, hidden, inner * num_shared) if num_shared else []),
     ]
 
 

@@ -1,0 +1,146 @@
+"""`megatron-r1 check-model HF_FOLDER [--json FILE]`: whether a model folder can be trained here.
+
+Prints what the folder holds, the memory that training it takes, and the largest difference of
+Megatron's (`--parallel.key value` is its layout) and vLLM's log-probabilities from transformers',
+on a few texts and random tokens. Exit status 0: they agree, within 1e-4 in float32, within
+transformers' own rounding in bfloat16 (`--model.dtype bfloat16`); 1: they do not, or nothing could
+be compared; 2: the model or its files cannot be used, and the message says why."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+import tempfile
+from math import prod
+from pathlib import Path
+
+import msgspec
+import psutil
+
+from megatron_r1.config import Config, ParallelConfig
+from megatron_r1.errors import RunError, UserError
+from megatron_r1.files import atomic_write
+from megatron_r1.model_check.comparison import NOT_RUN, by_megatron, by_vllm
+from megatron_r1.model_check.findings import Findings, Reference
+from megatron_r1.models.hf_config import read_hf_config
+from megatron_r1.models.supported import check_divisions, check_supported
+from megatron_r1.processes.lifetime import die_with_parent
+from megatron_r1.weights.layout import hf_tensors, recipe_stages
+
+ARGUMENTS = ("HF_FOLDER",)
+SETTINGS = ("parallel", "rollout", "model.dtype", "model.mtp")
+OPTIONS = ("json",)
+
+TRAINING_BYTES = 28
+"""Of a parameter in float32: weights, gradients, optimizer, reference policy and engine."""
+CHECK_BYTES = 20
+"""The most that one step of this check holds: the trainer, with its optimizer."""
+
+
+def run(config: Config, folder: str, json: str | None = None) -> None:
+    """Check the folder and print the findings. Raises UserError for what is not supported,
+    RunError where the implementations disagree."""
+    hf = read_hf_config(folder, key="HF_FOLDER")
+    check_supported(hf)
+    config = _config(config, folder)
+    check_divisions(hf, config.parallel, transformer_engine=False)
+    recipe_stages(config, hf)
+    parameters = sum(prod(shape) for shape, _ in hf_tensors(hf).values())
+    free = psutil.virtual_memory().available
+    if parameters * CHECK_BYTES > free:
+        raise RunError(
+            f"{folder}: {hf['architectures'][0]} is supported, but nothing was compared: its "
+            f"{parameters:,} parameters need about {parameters * CHECK_BYTES / 1e9:,.0f} GB, "
+            f"{free / 1e9:,.0f} are free; check a folder with fewer layers, or on a larger machine"
+        )
+    with tempfile.TemporaryDirectory() as scratch:
+        reference = _reference(folder, config.model.dtype, Path(scratch))
+        megatron = asyncio.run(by_megatron(config, reference, Path(scratch)))
+        vllm = asyncio.run(by_vllm(config, reference, Path(scratch)))
+    agree = megatron <= reference.tolerance and _agrees(vllm, reference.tolerance)
+    found = Findings(
+        folder,
+        hf["architectures"][0],
+        config.model.dtype,
+        parameters,
+        parameters * TRAINING_BYTES,
+        free,
+        reference.num_tensors,
+        reference.num_tokens,
+        reference.template,
+        sum(map(len, reference.logprobs)),
+        reference.tolerance,
+        megatron,
+        vllm,
+        agree,
+    )
+    print(_text(found, config.parallel))
+    if json is not None:
+        atomic_write(json, msgspec.json.format(msgspec.json.encode(found)).decode() + "\n")
+    if not agree:
+        raise RunError(f"{folder}: transformers, Megatron and vLLM do not agree (see above)")
+
+
+def _config(config: Config, folder: str) -> Config:
+    """Return the recipe of the check: this folder, as few processes as the layout takes, an engine
+    of the trainer's dtype."""
+    at = config.parallel
+    ranks = at.pipeline * max(at.tensor * at.context, at.expert * (at.expert_tensor or 1))
+    return config.model_copy(
+        update={
+            "model": config.model.model_copy(update={"path": folder}),
+            "parallel": at.model_copy(update={"processes": max(at.processes, ranks)}),
+            "rollout": config.rollout.model_copy(update={"dtype": config.model.dtype}),
+        }
+    )
+
+
+def _reference(folder: str, dtype: str, scratch: Path) -> Reference:
+    out = scratch / "reference.json"
+    done = subprocess.run(
+        [sys.executable, "-m", "megatron_r1.model_check.reference", folder, dtype, str(out)],
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=die_with_parent,
+    )
+    if done.returncode:
+        lines = done.stderr.strip().splitlines()
+        if "Traceback" in done.stderr:
+            raise RunError(f"{folder}: transformers failed:\n" + "\n".join(lines[-8:]))
+        raise UserError(lines[-1] if lines else f"ended with {done.returncode}")
+    return msgspec.json.decode(out.read_bytes(), type=Reference)
+
+
+def _agrees(vllm: float | str, tolerance: float) -> bool:
+    return vllm.startswith(NOT_RUN) if isinstance(vllm, str) else vllm <= tolerance
+
+
+def _text(found: Findings, parallel: ParallelConfig) -> str:
+    """Return the findings as lines."""
+
+    def difference(value: float | str) -> str:
+        if isinstance(value, str):
+            return value
+        verdict = "agrees" if value <= found.tolerance else "DIFFERS"
+        return f"{verdict}: max |Δ log p| = {value:.1e} (at most {found.tolerance:.1e})"
+
+    tokens = "none in the folder: NOT CHECKED"
+    if found.tokens is not None:
+        template = "and renders its chat template" if found.template else "; no chat template"
+        tokens = f"{found.tokens:,} tokens; gives texts back {template}"
+    sizes = parallel.model_dump(exclude_defaults=True)
+    layout = ", ".join(f"{key} {value}" for key, value in sizes.items()) or "one process"
+    memory, free = found.memory_bytes / 1e9, found.free_bytes / 1e9
+    rows = {
+        "model": f"{found.architecture}: supported; {found.parameters:,} parameters",
+        "weights": f"{found.tensors:,} tensors, each read once",
+        "memory": f"RL in float32 takes about {memory:,.1f} GB; {free:,.1f} are free here",
+        "tokenizer": tokens,
+        "compared": f"{found.compared} tokens, {found.dtype}; transformers is the reference",
+        "Megatron": f"{difference(found.megatron)}; {layout}",
+        "vLLM": difference(found.vllm),
+    }
+    return "\n".join(f"{name:<10} {text}" for name, text in rows.items())

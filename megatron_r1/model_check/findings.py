@@ -1,0 +1,48 @@
+"""What a check of a model folder finds. No torch."""
+
+from __future__ import annotations
+
+import msgspec
+
+TOLERANCE = 1e-4
+"""For float32, where about 1e-5 is seen: sums in another order."""
+
+
+class Reference(msgspec.Struct):
+    """What `model_check.reference` found. num_tokens: of the tokenizer; None: the folder has none.
+    template: whether it has a chat template. sequences: token ids. logprobs: of each token but the
+    first, given those before it, by transformers in the checked dtype. noise: the largest
+    difference of these from transformers' own in float32."""
+
+    num_tensors: int
+    num_tokens: int | None
+    template: bool
+    sequences: list[list[int]]
+    logprobs: list[list[float]]
+    noise: float
+
+    @property
+    def tolerance(self) -> float:
+        """The largest difference that counts as agreement: both sides have rounding of their
+        own."""
+        return max(TOLERANCE, 2 * self.noise)
+
+
+class Findings(msgspec.Struct):
+    """The result of a check, as `--json` writes it. megatron and vllm: the largest difference from
+    transformers' log-probabilities, or why there is none."""
+
+    folder: str
+    architecture: str
+    dtype: str
+    parameters: int
+    memory_bytes: int
+    free_bytes: int
+    tensors: int
+    tokens: int | None
+    template: bool
+    compared: int
+    tolerance: float
+    megatron: float | str
+    vllm: float | str
+    agree: bool

@@ -1,0 +1,162 @@
+"""Megatron's configuration of attention and its rotary embedding, from `config.json`. No torch or
+Megatron."""
+
+from typing import Any
+
+from megatron_r1.errors import UserError
+from megatron_r1.models.hf_config import model_family, need, require, rope_parameters
+
+_ROPE_KEYS = {
+    "default": (),
+    "llama3": (
+        *("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    ),
+    "yarn": (
+        *("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "mscale"),
+        *("mscale_all_dim", "attention_factor", "truncate"),
+    ),
+}
+"""Kind of rotary embedding -> the settings that it has beside rope_type and rope_theta."""
+
+
+def attention_fields(hf: dict) -> dict[str, Any]:
+    """Return Megatron's fields of the attention; UserError if it is not supported."""
+    layers = hf.get("layer_types")
+    if layers is not None and set(layers) != {"full_attention"}:
+        raise UserError(
+            f"config.json: layer_types={layers} is not supported, only 'full_attention' is"
+        )
+    return _latent(hf) if model_family(hf).latent else _grouped_query(hf)
+
+
+def model_arguments(hf: dict) -> dict[str, Any]:
+    """Return the arguments of GPTModel beside the configuration."""
+    if model_family(hf).latent:
+        return {"position_embedding_type": "rope"}
+    rope = _rope(hf)
+    return {
+        "position_embedding_type": "rope",
+        "rotary_base": rope["rope_theta"],
+        "rotary_percent": rope["partial_rotary_factor"],
+        "share_embeddings_and_output_weights": bool(hf.get("tie_word_embeddings")),
+    }
+
+
+def rope_scaling(hf: dict) -> dict[str, Any] | None:
+    """Return the arguments of RotaryEmbedding._apply_scaling, or None without such scaling.
+
+    GPTModel takes the factor only and fixes the other three at Llama 3.1's values; config.json may
+    have others."""
+    if model_family(hf).latent or (rope := _rope(hf))["rope_type"] != "llama3":
+        return None
+    need(rope, *_ROPE_KEYS["llama3"])
+    return {name: rope[name] for name in _ROPE_KEYS["llama3"]}
+
+
+def has_qkv_bias(hf: dict) -> bool:
+    """Return whether query, key and value have biases."""
+    return _flag(hf, model_family(hf).qkv_bias)
+
+
+def has_qk_norm(hf: dict) -> bool:
+    """Return whether each head's query and key are normalised."""
+    return _flag(hf, model_family(hf).qk_norm)
+
+
+def attention_divisions(hf: dict, transformer_engine: bool) -> list[tuple[str, int, str]]:
+    """Return (field, its value, the key of `parallel` that must divide it) triples."""
+    heads = hf["num_attention_heads"]
+    rules = [("num_attention_heads", heads, "tensor")]
+    if not model_family(hf).latent:
+        groups = hf.get("num_key_value_heads") or heads
+        return [*rules, ("num_key_value_heads", groups, "tensor")]
+    if not transformer_engine:
+        # MLASelfAttention creates column-parallel down-projections, which LatentAttention replaces.
+        latent = hf["kv_lora_rank"] + hf["qk_rope_head_dim"]
+        rules.append(("kv_lora_rank + qk_rope_head_dim", latent, "tensor"))
+        if hf.get("q_lora_rank"):
+            rules.append(("q_lora_rank", hf["q_lora_rank"], "tensor"))
+    return rules
+
+
+def _flag(hf: dict, value: bool | str) -> bool:
+    return bool(hf.get(value)) if isinstance(value, str) else value
+
+
+def _grouped_query(hf: dict) -> dict[str, Any]:
+    num_heads = hf["num_attention_heads"]
+    return {
+        "num_query_groups": hf.get("num_key_value_heads") or num_heads,
+        "kv_channels": hf.get("head_dim") or hf["hidden_size"] // num_heads,
+        "add_qkv_bias": has_qkv_bias(hf),
+        "qk_layernorm": has_qk_norm(hf),
+    }
+
+
+def _latent(hf: dict) -> dict[str, Any]:
+    need(hf, "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+    nope, rope = hf["qk_nope_head_dim"], hf["qk_rope_head_dim"]
+    require(hf, num_key_value_heads=hf["num_attention_heads"], qk_head_dim=nope + rope)
+    if hf.get("head_dim") not in (None, rope, nope + rope):
+        raise UserError(
+            f"config.json: head_dim={hf['head_dim']} is neither qk_rope_head_dim={rope} nor "
+            f"qk_nope_head_dim + qk_rope_head_dim={nope + rope}; remove it"
+        )
+    return {
+        "kv_channels": nope + rope,
+        "q_lora_rank": hf.get("q_lora_rank"),
+        "kv_lora_rank": hf["kv_lora_rank"],
+        "qk_head_dim": nope,
+        "qk_pos_emb_head_dim": rope,
+        "v_head_dim": hf["v_head_dim"],
+        "qk_layernorm": True,
+        **_latent_rope(hf),
+    }
+
+
+def _rope(hf: dict) -> dict[str, Any]:
+    """Return the rotary settings, all of them known. Raises UserError for others."""
+    family, rope = model_family(hf), rope_parameters(hf)
+    kind = rope["rope_type"]
+    if kind not in family.rope:
+        raise UserError(
+            f"rope_type={kind!r} in config.json is not supported for {hf['architectures'][0]}, "
+            f"only {' and '.join(family.rope)}"
+        )
+    known = {"rope_type", "rope_theta", "partial_rotary_factor", *_ROPE_KEYS[kind]}
+    if unknown := {k: v for k, v in rope.items() if k not in known and v is not None}:
+        raise UserError(
+            f"config.json: {unknown} of the rotary settings is not supported with rope_type="
+            f"{kind!r}; remove it if it changes nothing"
+        )
+    rope.setdefault("partial_rotary_factor", family.rotary)
+    if family.rotary == 1.0:
+        require(rope, partial_rotary_factor=1.0)
+    return rope
+
+
+def _latent_rope(hf: dict) -> dict[str, Any]:
+    """Return Megatron's fields of latent attention's rotary embedding, plain or YaRN."""
+    rope = _rope(hf)
+    fields = {"rotary_base": rope["rope_theta"]}
+    if rope["rope_type"] == "default":
+        # The softmax scale reads the factor whatever the rope_type is (multi_latent_attention.py).
+        return {**fields, "rope_type": "rope", "rotary_scaling_factor": 1.0, "mscale_all_dim": 0.0}
+    require(rope, attention_factor=None, truncate=True)
+    need(rope, "factor", "original_max_position_embeddings")
+    mscale, mscale_all_dim = rope.get("mscale") or 0.0, rope.get("mscale_all_dim") or 0.0
+    if (not mscale_all_dim and mscale not in (0.0, 1.0)) or (mscale_all_dim and not mscale):
+        raise UserError(
+            f"mscale={mscale} with mscale_all_dim={mscale_all_dim} in config.json means different "
+            "things to transformers and vLLM; give both or leave both out"
+        )
+    return {
+        **fields,
+        "rope_type": "yarn",
+        "rotary_scaling_factor": rope["factor"],
+        "original_max_position_embeddings": rope["original_max_position_embeddings"],
+        "beta_fast": rope.get("beta_fast") or 32,
+        "beta_slow": rope.get("beta_slow") or 1,
+        "mscale": mscale or 1.0,
+        "mscale_all_dim": mscale_all_dim,
+    }

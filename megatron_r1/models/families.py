@@ -1,0 +1,119 @@
+"""The table of architectures: everything that distinguishes one from another. No torch.
+
+A new architecture that is a combination of what is here is one entry of FAMILIES: configuration,
+weights, conversion, planning and push follow from it (`attention_fields`, `expert_fields`,
+`weights.decoder`). What Hugging Face's `config.json` says about a model is read there."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class Family:
+    """One architecture. A flag whose value is a text names the key of `config.json` that has it.
+
+    latent: multi-head latent attention (DeepSeek-V2) instead of grouped-query attention. qkv_bias:
+    biases on query, key and value. qk_norm: RMS norms of each head's query and key. rope: supported
+    values of rope_type. rotary: part of a head that is rotated, unless `config.json` has another.
+    experts: the routers' score function, with sigmoid also a correction bias; None: no experts.
+    normalizes: whether a token's expert weights sum to 1, unless `norm_topk_prob` is given.
+    layer_types: whether transformers reads mlp_layer_types instead of first_k_dense_replace.
+    needs: keys that must be given, because transformers has a default of its own. fixed: keys that
+    may have one value only. inert: keys without an effect, given those values. score_head: whether
+    transformers has the architecture with a scalar head."""
+
+    latent: bool = False
+    qkv_bias: bool | str = False
+    qk_norm: bool | str = False
+    rope: tuple[str, ...] = ("default",)
+    rotary: float = 1.0
+    experts: Literal["sigmoid", "softmax"] | None = None
+    normalizes: bool = False
+    layer_types: bool = False
+    needs: tuple[str, ...] = ()
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    inert: tuple[str, ...] = ()
+    score_head: bool = True
+
+
+_NO_MTP = {"num_nextn_predict_layers": 0}
+_LLAMA = {**_NO_MTP, "attention_bias": False}
+_WINDOW = {"use_sliding_window": False, "use_mrope": False}
+_UNUSED_WINDOW = ("sliding_window", "max_window_layers")
+_LATENT = {"attention_bias": False, "rope_interleave": True, "mlp_bias": False}
+_ROUTED = {
+    **{"moe_layer_freq": 1, "decoder_sparse_step": 1, "mlp_only_layers": []},
+    "tie_word_embeddings": False,
+}
+_SIGMOID = {**_ROUTED, "scoring_func": "sigmoid", "topk_method": "noaux_tc"}
+_SIGMOID_NEEDS = (
+    *("first_k_dense_replace", "n_shared_experts", "n_group", "topk_group"),
+    "routed_scaling_factor",
+)
+
+FAMILIES = {
+    "Llama": Family(
+        rope=("default", "llama3"),
+        fixed={**_LLAMA, "mlp_bias": False, "rope_interleaved": False},
+    ),
+    "Qwen2": Family(
+        qkv_bias=True,
+        needs=("num_key_value_heads",),
+        fixed={**_NO_MTP, **_WINDOW, "attention_bias": True},
+        inert=_UNUSED_WINDOW,
+    ),
+    "Qwen3": Family(
+        qk_norm=True,
+        needs=("num_key_value_heads", "head_dim"),
+        fixed=_LLAMA | _WINDOW,
+        inert=_UNUSED_WINDOW,
+    ),
+    "Qwen3Moe": Family(
+        qk_norm=True,
+        experts="softmax",
+        needs=("num_key_value_heads", "norm_topk_prob"),
+        fixed={
+            **{**_LLAMA, **_WINDOW, "n_group": 1, "topk_group": 1, "n_shared_experts": 0},
+            **{"first_k_dense_replace": 0, "routed_scaling_factor": 1.0},
+        },
+        inert=_UNUSED_WINDOW,
+    ),
+    "DeepseekV2": Family(
+        latent=True,
+        rope=("default", "yarn"),
+        experts="softmax",
+        needs=("first_k_dense_replace", "n_shared_experts", "routed_scaling_factor"),
+        # The released code either normalises or scales, transformers does not normalise.
+        fixed={**_LATENT, **_ROUTED, **_NO_MTP, "scoring_func": "softmax", "norm_topk_prob": False},
+    ),
+    "DeepseekV3": Family(
+        latent=True,
+        rope=("default", "yarn"),
+        experts="sigmoid",
+        normalizes=True,
+        needs=_SIGMOID_NEEDS,
+        fixed=_LATENT | _SIGMOID,
+    ),
+    "Glm4Moe": Family(
+        qkv_bias="attention_bias",
+        qk_norm="use_qk_norm",
+        rotary=0.5,
+        experts="sigmoid",
+        normalizes=True,
+        needs=("num_key_value_heads", *_SIGMOID_NEEDS),
+        fixed=_SIGMOID,
+        score_head=False,
+    ),
+    "Glm4MoeLite": Family(
+        latent=True,
+        rope=("default", "yarn"),
+        experts="sigmoid",
+        normalizes=True,
+        layer_types=True,
+        needs=_SIGMOID_NEEDS,
+        fixed=_LATENT | _SIGMOID,
+        score_head=False,
+    ),
+}
+"""HF architecture, without ForCausalLM or ForSequenceClassification -> its entry."""

@@ -1,0 +1,70 @@
+"""The choice of experts as the models' released code makes it, in place of Megatron's.
+
+Megatron (moe_utils.py:608, Megatron-Core 0.16.1) scores a group of experts by its best topk /
+group_topk, where DeepSeek-V3 and its descendants take the best two and DeepSeek-V2 the best one:
+with any other ratio tokens would silently be routed differently. And with sigmoid it always
+normalises the chosen scores, except for one expert, which it never does."""
+
+from typing import Any
+
+import torch
+from megatron.core.transformer.moe import router
+from torch import Tensor
+
+from megatron_r1.models.expert_fields import GROUP_SCORES
+
+
+def route(
+    logits: Tensor,
+    topk: int,
+    use_pre_softmax: bool = False,
+    num_groups: int | None = None,
+    group_topk: int | None = None,
+    scaling_factor: float | None = None,
+    score_function: str = "softmax",
+    expert_bias: Tensor | None = None,
+    fused: bool = False,
+    router_replay: Any = None,
+) -> tuple[Tensor, Tensor]:
+    """Return each token's weight of each expert and whether it is routed there, (T, experts), in
+    the logits' dtype and bool.
+
+    logits: (T, experts). use_pre_softmax: whether the weights are the scores as they are, instead
+    of normalised over the chosen experts. expert_bias: (experts,), counts in the choice only. The
+    arguments are those of Megatron's topk_routing_with_score_function."""
+    assert not fused, "no model here sets moe_router_fusion"
+    wide = logits.float()
+    scores = wide.softmax(-1) if score_function == "softmax" else wide.sigmoid()
+    best = GROUP_SCORES[score_function]
+
+    def choose(scores: Tensor, topk: int, num_groups=None, group_topk=None):
+        if group_topk:
+            scores = _within_groups(scores, num_groups, group_topk, best)
+        return scores.topk(topk, dim=-1)
+
+    basis = scores if expert_bias is None else scores + expert_bias
+    limits = {"num_groups": num_groups, "group_topk": group_topk}
+    if router_replay is None:
+        _, chosen = choose(basis, topk, **limits)
+    else:
+        _, chosen = router_replay.get_replay_topk(basis, topk, *limits.values(), choose)
+    weights = scores.gather(1, chosen)
+    if not use_pre_softmax:
+        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+    weights = (weights * (scaling_factor or 1.0)).to(logits.dtype)
+    routed = torch.zeros_like(logits, dtype=torch.bool).scatter(1, chosen, True)
+    return torch.zeros_like(logits).scatter(1, chosen, weights), routed
+
+
+def _within_groups(scores: Tensor, num_groups: int, kept: int, best: int) -> Tensor:
+    """Return scores (T, experts), -inf outside the `kept` groups with the highest sums of their
+    `best` highest scores."""
+    grouped = scores.unflatten(-1, (num_groups, -1))
+    groups = grouped.topk(best, dim=-1).values.sum(-1).topk(kept, dim=-1).indices
+    left_out = torch.ones_like(grouped[..., 0], dtype=torch.bool).scatter(1, groups, False)
+    return grouped.masked_fill(left_out[..., None], -torch.inf).flatten(1)
+
+
+def patch_routing() -> None:
+    """Replace Megatron's function by `route`. Safe to call again."""
+    router.topk_routing_with_score_function = route

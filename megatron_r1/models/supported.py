@@ -1,0 +1,64 @@
+"""What `config.json` becomes in Megatron's configuration, and what of it is refused. No torch or
+Megatron."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from megatron_r1.errors import UserError
+from megatron_r1.models.attention_fields import (
+    attention_divisions,
+    attention_fields,
+    model_arguments,
+    rope_scaling,
+)
+from megatron_r1.models.config_keys import Recorded, refuse_unread
+from megatron_r1.models.expert_fields import expert_divisions, expert_fields
+from megatron_r1.models.hf_config import model_family, need, num_mtp_layers, require
+
+if TYPE_CHECKING:
+    from megatron_r1.config import ParallelConfig
+
+
+def check_supported(hf: dict) -> None:
+    """Raise UserError for a model that this stack would compute differently from transformers,
+    naming the key of `config.json`; unknown keys are refused too."""
+    own_fields(hf)
+
+
+def own_fields(hf: dict) -> dict[str, Any]:
+    """Return the fields of Megatron's TransformerConfig in which architectures differ. Errors as
+    `check_supported`."""
+    hf, family = Recorded(hf), model_family(hf)
+    need(hf, "num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size")
+    need(hf, "vocab_size", "rms_norm_eps", "max_position_embeddings", *family.needs)
+    require(hf, hidden_act="silu", attention_dropout=0.0, **family.fixed)
+    fields = {
+        **attention_fields(hf),
+        **expert_fields(hf),
+        "mtp_num_layers": num_mtp_layers(hf) or None,
+    }
+    # For their errors, and so that what they read counts as read.
+    model_arguments(hf), rope_scaling(hf)
+    for key in ("tie_word_embeddings", *family.inert):
+        hf.get(key)
+    refuse_unread(hf)
+    return fields
+
+
+def check_divisions(hf: dict, parallel: ParallelConfig, transformer_engine: bool) -> None:
+    """Raise UserError for sizes of `parallel` that do not divide the model, or that only experts
+    could have."""
+    for key in () if hf.get("n_routed_experts") else ("expert", "expert_tensor"):
+        if (ranks := getattr(parallel, key)) > 1:
+            raise UserError(f"parallel.{key}={ranks} needs a model with experts; use 1")
+    divisions = [
+        *attention_divisions(hf, transformer_engine),
+        ("intermediate_size", hf["intermediate_size"], "tensor"),
+        *expert_divisions(hf),
+    ]
+    for field, size, key in divisions:
+        if size % (ranks := getattr(parallel, key)):
+            raise UserError(
+                f"parallel.{key}={ranks} does not divide {field}={size}; choose a divisor of {size}"
+            )
