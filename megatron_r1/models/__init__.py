@@ -1,15 +1,17 @@
 """Models on Megatron-Core, built from Hugging Face configurations.
 
-    hf_config.py, routing_shape.py, pipeline_stages.py   config.json and layouts; no torch
-    deepseek_v3.py, llama.py, qwen2.py                   one architecture each: its config fields
+    families.py                                          the table of architectures
+    hf_config.py, config_keys.py, supported.py           config.json, and what of it is refused
+    attention_fields.py, expert_fields.py                config.json to Megatron's configuration
+    routing_shape.py, pipeline_stages.py                 layouts; no torch in any file so far
     config.py, build.py                                  Megatron's configuration, and the model
     policy_model.py, score_model.py                      the last stage: hidden states or scores
     layers.py, attention.py                              layers that Megatron lacks on a CPU
     rotary.py, context.py                                packed batches, context parallelism
-    replay.py, fp8/                                      routing replay, FP8
+    routing.py, replay.py, fp8/                          choice of experts, routing replay, FP8
 
-A new architecture is one file here, one table in weights/ and a line in hf_config.py. Everything
-but `read_hf_config` is imported at first use, after `megatron_r1.platform.prepare()`."""
+A new architecture made of known parts is one entry of `families.FAMILIES`. Everything but
+`read_hf_config` is imported at first use, after `megatron_r1.platform.prepare()`."""
 
 from typing import Any
 

@@ -1,14 +1,13 @@
-"""One table per architecture of which Hugging Face tensors form each Megatron parameter.
+"""The table of which Hugging Face tensors form each Megatron parameter.
 
     rules.py                              what a table consists of: rules, splits, pieces
-    llama.py, qwen2.py, deepseek_v3.py    the tables
+    decoder.py                            the table of every architecture
     layout.py                             every parameter of a rank, from config.json; no torch
     local.py                              the layout joined with this rank's real tensors
     reading.py, writing.py                import and export by all ranks together
     stored/                               the formats on disk
 
-A new architecture is one table: `table(hf)` in a module here, named in `models.hf_config`. Import,
-export, conversion, the push to the engines and the memory planner read the same table.
+Import, export, conversion, the push to the engines and the memory planner read the same table.
 
 `hf_tensors` and `layout` need a configuration only; what works on Megatron model chunks is
 imported at first use."""

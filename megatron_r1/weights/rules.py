@@ -4,9 +4,8 @@ A rule maps one Megatron parameter to the Hugging Face tensors in it. A split tu
 rank into pieces: runs of rows or columns of one HF tensor at some offset of that rank's parameter.
 Import, export, the push to the engines and the memory planner all work on pieces.
 
-To add an architecture, write a module like `llama.py` with one function `table(hf) -> Table`, which
-lists a `Rule` per parameter (`weight` and `gated` make the usual ones), and name the module in
-`models.hf_config`; nothing else reads parameter names. No torch."""
+`decoder.table` lists a `Rule` per parameter (`weight` and `gated` make the usual ones); nothing
+else reads parameter names. No torch."""
 
 from __future__ import annotations
 
