@@ -32,8 +32,8 @@ COMMANDS = {
     "check-model": "megatron_r1.commands.check_model",
 }
 """Verbs that take no recipe. Each is a module with `run(config, *arguments)`, ARGUMENTS, the names
-of its arguments, SETTINGS, the sections and keys that it reads, and optionally OPTIONS, names of
-options that are no settings, which `run` takes by name."""
+of its arguments, and SETTINGS, the sections and keys that it reads; optional are IMPLIED, and
+OPTIONS, the names of options that are no settings, which `run` takes by name."""
 PIPELINE = "pipeline"
 """The verb that runs other verbs, with a recipe of its own kind."""
 REHEARSE = "rehearse"
@@ -211,7 +211,7 @@ def _run_command(verb: str, rest: list[str]) -> int:
                 raise UserError(f"--{name} needs a value")
             own[name] = options[at + 1]
             del options[at : at + 2]
-    overrides = _overrides(options)
+    overrides = {**getattr(command, "IMPLIED", {}), **_overrides(options)}
     config = configuration.from_overrides(overrides)
     for key in overrides:
         if not any(f"{key}.".startswith(f"{setting}.") for setting in command.SETTINGS):

@@ -31,6 +31,7 @@ from megatron_r1.weights.layout import hf_tensors, recipe_stages
 
 ARGUMENTS = ("HF_FOLDER",)
 SETTINGS = ("parallel", "rollout", "model.dtype", "model.mtp")
+IMPLIED = {"model.dtype": "float32"}
 OPTIONS = ("json",)
 
 TRAINING_BYTES = 28

@@ -1,10 +1,14 @@
 import json
+from math import prod
 
 import pytest
+from released_configs import RELEASED
 
 from megatron_r1 import models
 from megatron_r1.config import Config
 from megatron_r1.models.hf_config import resolve_aliases
+from megatron_r1.models.supported import check_supported
+from megatron_r1.weights import hf_tensors
 
 DEEPSEEK = {
     "architectures": ["DeepseekV3ForCausalLM"],
@@ -208,3 +212,17 @@ def test_routing_of_other_layers_than_vllm_would_choose_is_refused():
         build({**lite, "mlp_layer_types": kinds[::-1]})
     with pytest.raises(ValueError, match="first_k_dense_replace=2"):
         build({**lite, "first_k_dense_replace": 2})
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_released_models_are_supported_and_have_their_published_size(name):
+    hf, billions = RELEASED[name]
+    hf = resolve_aliases(hf)
+    check_supported(hf)
+    shapes = hf_tensors(hf, with_mtp=False).items()
+    # The routers' bias is a buffer.
+    count = sum(prod(shape) for tensor, (shape, _) in shapes if not tensor.endswith("_bias"))
+    if billions == round(billions, 1):  # published to this precision only
+        assert count / 1e9 == pytest.approx(billions, rel=2e-3)
+    else:
+        assert count == round(billions * 1e9)

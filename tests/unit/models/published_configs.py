@@ -1,0 +1,1 @@
+"""config.json of released models, as their authors published them, one of each architecture."""

@@ -1,0 +1,108 @@
+"""config.json of released models, one of each architecture, and how many parameters they are
+published with (in billions; MTP layers not counted)."""
+
+QWEN3 = {
+    **{"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "attention_bias": False},
+    **{"attention_dropout": 0.0, "bos_token_id": 151643, "eos_token_id": 151645},
+    **{"head_dim": 128, "hidden_act": "silu", "hidden_size": 1024, "initializer_range": 0.02},
+    **{"intermediate_size": 3072, "max_position_embeddings": 40960, "max_window_layers": 28},
+    **{"num_attention_heads": 16, "num_hidden_layers": 28, "num_key_value_heads": 8},
+    **{"rms_norm_eps": 1e-6, "rope_scaling": None, "rope_theta": 1000000},
+    **{"sliding_window": None, "tie_word_embeddings": True, "torch_dtype": "bfloat16"},
+    **{"transformers_version": "4.51.0", "use_cache": True, "use_sliding_window": False},
+    **{"vocab_size": 151936},
+}
+QWEN3_MOE = {
+    **QWEN3,
+    **{"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe"},
+    **{"decoder_sparse_step": 1, "hidden_size": 2048, "intermediate_size": 6144},
+    **{"max_window_layers": 48, "mlp_only_layers": [], "moe_intermediate_size": 768},
+    **{"norm_topk_prob": True, "num_attention_heads": 32, "num_experts": 128},
+    **{"num_experts_per_tok": 8, "num_hidden_layers": 48, "num_key_value_heads": 4},
+    **{"output_router_logits": False, "router_aux_loss_coef": 0.001},
+    **{"tie_word_embeddings": False},
+}
+SMOLLM2 = {
+    **{"architectures": ["LlamaForCausalLM"], "model_type": "llama", "attention_bias": False},
+    **{"attention_dropout": 0.0, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2},
+    **{"hidden_act": "silu", "hidden_size": 576, "initializer_range": 0.041666666666666664},
+    **{"intermediate_size": 1536, "is_llama_config": True, "max_position_embeddings": 8192},
+    **{"mlp_bias": False, "num_attention_heads": 9, "num_hidden_layers": 30},
+    **{"num_key_value_heads": 3, "pretraining_tp": 1, "rms_norm_eps": 1e-5},
+    **{"rope_interleaved": False, "rope_scaling": None, "rope_theta": 100000},
+    **{"tie_word_embeddings": True, "torch_dtype": "bfloat16", "use_cache": True},
+    **{"transformers.js_config": {"kv_cache_dtype": {"fp16": "float16"}}},
+    **{"transformers_version": "4.42.3", "vocab_size": 49152},
+}
+QWEN25 = {
+    **{"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "attention_dropout": 0.0},
+    **{"bos_token_id": 151643, "eos_token_id": 151643, "hidden_act": "silu"},
+    **{"hidden_size": 1536, "initializer_range": 0.02, "intermediate_size": 8960},
+    **{"max_position_embeddings": 131072, "max_window_layers": 28, "num_attention_heads": 12},
+    **{"num_hidden_layers": 28, "num_key_value_heads": 2, "rms_norm_eps": 1e-6},
+    **{"rope_theta": 1000000.0, "sliding_window": 131072, "tie_word_embeddings": True},
+    **{"torch_dtype": "bfloat16", "transformers_version": "4.40.1", "use_cache": True},
+    **{"use_mrope": False, "use_sliding_window": False, "vocab_size": 151936},
+}
+V2_LITE = {
+    **{"architectures": ["DeepseekV2ForCausalLM"], "model_type": "deepseek_v2"},
+    **{"auto_map": {"AutoConfig": "configuration_deepseek.DeepseekV2Config"}},
+    **{"attention_bias": False, "attention_dropout": 0.0, "aux_loss_alpha": 0.001},
+    **{"bos_token_id": 100000, "eos_token_id": 100001, "first_k_dense_replace": 1},
+    **{"hidden_act": "silu", "hidden_size": 2048, "initializer_range": 0.02},
+    **{"intermediate_size": 10944, "kv_lora_rank": 512, "max_position_embeddings": 163840},
+    **{"moe_intermediate_size": 1408, "moe_layer_freq": 1, "n_group": 1, "topk_group": 1},
+    **{"n_routed_experts": 64, "n_shared_experts": 2, "norm_topk_prob": False},
+    **{"num_attention_heads": 16, "num_experts_per_tok": 6, "num_hidden_layers": 27},
+    **{"num_key_value_heads": 16, "pretraining_tp": 1, "q_lora_rank": None},
+    **{"qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "rms_norm_eps": 1e-6},
+    "rope_scaling": {
+        **{"beta_fast": 32, "beta_slow": 1, "factor": 40, "mscale": 0.707},
+        **{"mscale_all_dim": 0.707, "original_max_position_embeddings": 4096, "type": "yarn"},
+    },
+    **{"rope_theta": 10000, "routed_scaling_factor": 1.0, "scoring_func": "softmax"},
+    **{"seq_aux": True, "tie_word_embeddings": False, "topk_method": "greedy"},
+    **{"torch_dtype": "bfloat16", "transformers_version": "4.33.1", "use_cache": True},
+    **{"v_head_dim": 128, "vocab_size": 102400},
+}
+KIMI_K2 = {
+    **V2_LITE,
+    **{"architectures": ["DeepseekV3ForCausalLM"], "model_type": "kimi_k2", "ep_size": 1},
+    **{"hidden_size": 7168, "intermediate_size": 18432, "max_position_embeddings": 131072},
+    **{"moe_intermediate_size": 2048, "n_routed_experts": 384, "n_shared_experts": 1},
+    **{"norm_topk_prob": True, "num_attention_heads": 64, "num_key_value_heads": 64},
+    **{"num_experts_per_tok": 8, "num_hidden_layers": 61, "num_nextn_predict_layers": 0},
+    **{"q_lora_rank": 1536, "routed_scaling_factor": 2.827, "scoring_func": "sigmoid"},
+    **{"topk_method": "noaux_tc", "vocab_size": 163840, "rope_theta": 50000.0},
+    "rope_scaling": {
+        **{"beta_fast": 1.0, "beta_slow": 1.0, "factor": 32.0, "mscale": 1.0},
+        **{"mscale_all_dim": 1.0, "original_max_position_embeddings": 4096, "type": "yarn"},
+    },
+    "quantization_config": {
+        **{"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8"},
+        "weight_block_size": [128, 128],
+    },
+}
+GLM_AIR = {
+    **{"architectures": ["Glm4MoeForCausalLM"], "model_type": "glm4_moe", "attention_bias": True},
+    **{"attention_dropout": 0.0, "pad_token_id": 151329, "eos_token_id": [151329, 151336]},
+    **{"head_dim": 128, "hidden_act": "silu", "hidden_size": 4096, "partial_rotary_factor": 0.5},
+    **{"initializer_range": 0.02, "intermediate_size": 10944, "max_position_embeddings": 131072},
+    **{"moe_intermediate_size": 1408, "norm_topk_prob": True, "num_attention_heads": 96},
+    **{"n_group": 1, "topk_group": 1, "n_routed_experts": 128, "n_shared_experts": 1},
+    **{"routed_scaling_factor": 1.0, "num_experts_per_tok": 8, "first_k_dense_replace": 1},
+    **{"num_hidden_layers": 46, "num_key_value_heads": 8, "rms_norm_eps": 1e-5},
+    **{"rope_scaling": None, "rope_theta": 1000000, "num_nextn_predict_layers": 1},
+    **{"tie_word_embeddings": False, "torch_dtype": "bfloat16", "use_cache": True},
+    **{"transformers_version": "4.54.1", "use_qk_norm": False, "vocab_size": 151552},
+}
+
+RELEASED = {
+    "Qwen3-0.6B": (QWEN3, 0.596049920),
+    "Qwen3-30B-A3B": (QWEN3_MOE, 30.532122624),
+    "SmolLM2-135M": (SMOLLM2, 0.134515008),
+    "Qwen2.5-Math-1.5B": (QWEN25, 1.543714304),
+    "DeepSeek-V2-Lite": (V2_LITE, 15.706484224),
+    "Kimi-K2-Instruct": (KIMI_K2, 1026.0),
+    "GLM-4.5-Air": (GLM_AIR, 106.9),
+}
