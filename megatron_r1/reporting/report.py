@@ -48,6 +48,7 @@ def write_report(
         title=printable(title or folder.path.resolve().name),
         run_facts={**(facts or {}), **_measured_facts(folder, metrics)},
         outcome=outcome_sentence(metrics, heldout),
+        advice=[(line["step"], printable(line["text"])) for line in folder.read_advice()],
         tiles=_tiles(metrics, heldout),
         curves=two_curves(metrics, heldout) if metrics else [],
         small=small_plots(metrics),

@@ -24,7 +24,8 @@ class RunFolder:
             folder.append_metrics({"step": 1, "loss": 2.5})
 
     `config.yaml` (resolved settings), `metrics.jsonl` (a line per step), `evaluations.jsonl`
-    (a line per held-out evaluation), `samples.jsonl`, `checkpoints/`, `hf/`, `tensorboard/`,
+    (a line per held-out evaluation), `samples.jsonl`, `advice.jsonl` (what keeps the run from
+    learning, a line per topic), `checkpoints/`, `hf/`, `tensorboard/`,
     `report.html`."""
 
     def __init__(self, path: str | Path):
@@ -33,6 +34,7 @@ class RunFolder:
         self.metrics_path = self.path / "metrics.jsonl"
         self.samples_path = self.path / "samples.jsonl"
         self.evaluations_path = self.path / "evaluations.jsonl"
+        self.advice_path = self.path / "advice.jsonl"
         self.sample_log = self.path / "sample_log"
         self.checkpoints = self.path / "checkpoints"
         self.hf = self.path / "hf"
@@ -131,12 +133,18 @@ class RunFolder:
         _integer_step(metrics, "an evaluation")
         append_lines(self.evaluations_path, [metrics])
 
+    def append_advice(self, line: Mapping[str, Any]) -> None:
+        """Append a line with "step", "topic" and "text"."""
+        _integer_step(line, "a line of advice")
+        append_lines(self.advice_path, [line])
+
     def truncate_after(self, step: int) -> int:
         """Remove the lines after `step`, and torn last lines, to continue from that checkpoint.
 
         Returns the number of removed lines. A run that starts over passes -1."""
         self._last_step = None
-        paths = (self.metrics_path, self.samples_path, self.evaluations_path)
+        steps = (self.metrics_path, self.samples_path, self.evaluations_path)
+        paths = (*steps, self.advice_path)
         return sum(keep_lines(path, lambda line: line["step"] <= step) for path in paths)
 
     def read_metrics(self) -> list[dict[str, Any]]:
@@ -147,6 +155,10 @@ class RunFolder:
         """Return the held-out evaluations by step; of a step evaluated twice, the later one."""
         by_step = {line["step"]: line for line in read_lines(self.evaluations_path)}
         return [by_step[step] for step in sorted(by_step)]
+
+    def read_advice(self) -> list[dict[str, Any]]:
+        """Return the lines of `advice.jsonl`."""
+        return list(read_lines(self.advice_path))
 
     def read_samples(self) -> Iterator[dict[str, Any]]:
         """Yield the samples one by one: the file of a long run need not fit in memory."""

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from megatron_r1.processes.stopping import StopRequest
 from megatron_r1.rewards.runtime.meter import RewardMeter
 from megatron_r1.rewards.runtime.pool import LEVELS
+from megatron_r1.rl.advice import FIRST_STEPS, advice
 from megatron_r1.rl.heldout import HeldoutEvaluation
 from megatron_r1.rl.metrics import mean_of_updates, rollout_metrics, sample_records
 from megatron_r1.rl.rollout import Rollout
@@ -108,6 +109,8 @@ class Session:
         await self._prune_log()
         records = sample_records(rollout.groups, self.step, "train", self.config.run.log_samples)
         self.recorder.step(line, records)
+        if self.step <= FIRST_STEPS:
+            self.recorder.advise(self.step, advice(rollout, self.passes.step_config))
         if self.heldout.is_due(self.step):
             await self.heldout.run(self.step)
         is_last = self.step == self.config.run.steps

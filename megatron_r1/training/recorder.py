@@ -92,6 +92,14 @@ class Recorder:
         self.view.step(metrics, samples)
         self.latest = dict(metrics)
 
+    def advise(self, step: int, sentences: Mapping[str, str]) -> None:
+        """Show and keep what should be changed, each topic once a run. sentences: by topic."""
+        for topic, text in sentences.items():
+            if topic not in self._advised:
+                self.folder.append_advice({"step": step, "topic": topic, "text": text})
+                self.view.message(f"step {step}: {text}")
+                self._advised.add(topic)
+
     def evaluation(self, metrics: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> None:
         """Record a held-out evaluation: "step" and "eval/…"."""
         self.folder.append_samples(samples)
@@ -117,5 +125,6 @@ class Recorder:
         saved = self.checkpoints.state()
         vars(self.state).update(vars(RunState(**saved or {})))
         self.folder.truncate_after(self.state.step if self.resumed else -1)
+        self._advised = {line["topic"] for line in self.folder.read_advice()}
         purge = self.state.step + 1 if self.resumed else None
         self._tensorboard = TensorBoardLog(self.folder.tensorboard, purge_step=purge)

@@ -1,0 +1,99 @@
+"""What keeps a rollout from teaching anything: one sentence each, with the setting to change."""
+
+from collections import Counter
+from collections.abc import Sequence
+
+from megatron_r1.config import Config
+from megatron_r1.reporting.wording import counted
+from megatron_r1.rewards.answer import ANSWER, BOXES
+from megatron_r1.rewards.combine import ACCURACY
+from megatron_r1.rl.rollout import GradedResponse, Group, Rollout, responses_of
+
+FIRST_STEPS = 5
+"""Steps that are examined: later, equal rewards and long responses may be what was learned."""
+MOST_EQUAL = 0.9
+MOST_TRUNCATED = 0.5
+LEAST_LANGUAGE = 0.5
+
+
+def advice(rollout: Rollout, config: Config) -> dict[str, str]:
+    """Return topic → sentence for each fault of a rollout. config: the settings of its step."""
+    groups = rollout.groups + rollout.passed_over
+    responses = responses_of(groups)
+    found = {
+        "accuracy": _nothing_right(responses, config),
+        "groups": _equal_groups(groups, config),
+        "length": _cut_off(responses, config),
+        "prompt": _doubled_start(groups),
+        "language": _mixed_languages(responses),
+    }
+    return {topic: sentence for topic, sentence in found.items() if sentence}
+
+
+def _nothing_right(responses: Sequence[GradedResponse], config: Config) -> str:
+    graded = [each for each in responses if ACCURACY not in each.ungraded]
+    if not graded or any(each.rewards.get(ACCURACY, 1.0) for each in graded):
+        return ""
+    sentence = f"0 of {counted(len(graded), 'response')} are right"
+    num_plain = sum(not any(form in each.text for form in (ANSWER, *BOXES)) for each in graded)
+    if config.rewards.answer not in ("last", "auto") and 2 * num_plain > len(graded):
+        return (
+            f"{sentence}; {num_plain:,} have neither {ANSWER} nor a box, and rewards.answer: "
+            f"{config.rewards.answer} reads little else: set rewards.answer: auto, or teach the "
+            "form with `megatron-r1 sft`"
+        )
+    # The terms' reasons are joined in the order of the terms.
+    firsts = [each.reason.split("; ")[0] for each in graded if next(iter(each.rewards)) == ACCURACY]
+    if firsts:
+        (common, count), *_ = Counter(first.split(":")[0] for first in firsts).most_common(1)
+        sentence += f"; {count:,} of them: {common}"
+    return f"{sentence}. Choose easier questions, or begin with `megatron-r1 sft`"
+
+
+def _equal_groups(groups: Sequence[Group], config: Config) -> str:
+    num_equal = sum(group.has_equal_rewards for group in groups)
+    if config.rl.group_size < 2 or num_equal < MOST_EQUAL * len(groups):
+        return ""
+    return (
+        f"{num_equal:,} of {counted(len(groups), 'group')} have the same reward for all responses, "
+        f"which teaches nothing: raise rl.group_size={config.rl.group_size} or "
+        f"rollout.temperature={config.rollout.temperature:g}, or choose questions that this model "
+        "answers sometimes"
+    )
+
+
+def _cut_off(responses: Sequence[GradedResponse], config: Config) -> str:
+    num_cut = sum(each.truncated for each in responses)
+    if num_cut < MOST_TRUNCATED * len(responses):
+        return ""
+    limit = config.rollout.max_response_tokens
+    sentence = (
+        f"{num_cut:,} of {counted(len(responses), 'response')} are cut off at "
+        f"rollout.max_response_tokens={limit}: raise it"
+    )
+    if num_cut == len(responses):
+        sentence += (
+            ". None has an end: the model may have learned another end token than its tokenizer's, "
+            f"or another template than data.template={config.data.template[:20]!r}"
+        )
+    return sentence
+
+
+def _doubled_start(groups: Sequence[Group]) -> str:
+    starts = {tuple(group.prompt_ids[:2]) for group in groups}
+    if len(starts) != 1 or len(set(start := starts.pop())) != 1 or len(start) < 2:
+        return ""
+    return (
+        f"All prompts begin with token {start[0]} twice: the tokenizer puts it in front, and "
+        "data.template has it too; leave it out of the template"
+    )
+
+
+def _mixed_languages(responses: Sequence[GradedResponse]) -> str:
+    shares = [each.rewards["language"] for each in responses if "language" in each.rewards]
+    if not shares or (mean := sum(shares) / len(shares)) >= LEAST_LANGUAGE:
+        return ""
+    return (
+        f"{mean:.0%} of the words of the thoughts are in the target language, "
+        "rewards.options.language: raise rewards.weights.language, or begin with `megatron-r1 sft`"
+    )

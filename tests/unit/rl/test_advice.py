@@ -1,0 +1,106 @@
+"""Which rollouts are said to teach nothing, and what is said."""
+
+import re
+from array import array
+
+import pytest
+
+from megatron_r1.config import Config
+from megatron_r1.data.prompts import Prompt
+from megatron_r1.engine.responses import Response
+from megatron_r1.reporting.report import write_report
+from megatron_r1.reporting.run_folder import RunFolder
+from megatron_r1.rl.advice import advice
+from megatron_r1.rl.rollout import GradedResponse, Group, Rollout
+
+PROMPT = Prompt("q", "59 + 63?", "math", "122", {})
+TAGGED = "<think>hm</think><answer>7</answer>"
+
+
+def graded(text=TAGGED, right=0.0, finish="stop", reason="wrong: 7, expected 122", **rewards):
+    response = Response(array("i", [1]), array("f", [0.0]), array("i", [0]), finish, b"")
+    rewards = {"accuracy": right, "format": 0.0, **rewards}
+    return GradedResponse(response, text, rewards, right, f"{reason}; no <think>")
+
+
+def rollout(*groups, prompt_ids=(5, 6)):
+    return Rollout([Group(PROMPT, list(prompt_ids), list(each)) for each in groups], 1.0, 1.0)
+
+
+def config(**sections):
+    return Config.model_validate({"rl": {"group_size": 2}, **sections})
+
+
+MIXED = (graded(), graded(right=1.0))
+
+
+@pytest.mark.parametrize(
+    ("groups", "settings", "topics", "words"),
+    [
+        ([MIXED], {}, set(), ""),
+        # Nothing is right, as the reward does not read the form that the model has.
+        (
+            [(graded("It is 122."), graded("122!", reason="wrong: 122!, expected 122", right=0.0))],
+            {},
+            {"accuracy", "groups"},
+            "0 of 2 responses are right; 2 have neither <answer> nor a box.*answer: auto",
+        ),
+        (
+            [(graded("It is 7."), graded("7"))],
+            {"rewards": {"answer": "auto"}},
+            {"accuracy", "groups"},
+            "0 of 2 responses are right; 2 of them: wrong. Choose easier questions",
+        ),
+        ([(graded(), graded())], {}, {"accuracy", "groups"}, "2 of them: wrong"),
+        (
+            [MIXED, *[(graded(right=1.0), graded(right=1.0))] * 9],
+            {},
+            {"groups"},
+            "9 of 10 groups have the same reward.*raise rl.group_size=2",
+        ),
+        ([MIXED, (graded(right=1.0), graded(right=1.0))], {}, set(), ""),
+        (
+            [(graded(finish="length"), graded(right=1.0))],
+            {"rollout": {"max_response_tokens": 64}},
+            {"length"},
+            "1 of 2 responses are cut off at rollout.max_response_tokens=64: raise it$",
+        ),
+        (
+            [(graded(finish="length"), graded(right=1.0, finish="length"))],
+            {},
+            {"length"},
+            "None has an end: .*data.template",
+        ),
+        (
+            [(graded(language=0.2), graded(right=1.0, language=0.4))],
+            {},
+            {"language"},
+            "30% of the words",
+        ),
+    ],
+)
+def test_each_fault_is_named_with_its_numbers_and_the_setting(groups, settings, topics, words):
+    found = advice(rollout(*groups), config(**settings))
+    assert found.keys() == topics
+    first = next(iter(found.values()), "")
+    assert re.search(words, first), first
+
+
+def test_a_start_token_that_template_and_tokenizer_both_have_is_seen():
+    found = advice(rollout(MIXED, prompt_ids=(0, 0, 5)), config())
+    assert "begin with token 0 twice" in found["prompt"]
+    assert not advice(rollout(MIXED, prompt_ids=(0,)), config())
+
+
+def test_ungraded_responses_are_not_called_wrong():
+    broken = GradedResponse(graded().response, "", {"accuracy": 0.0}, 0.0, "", ("accuracy",), False)
+    assert "accuracy" not in advice(rollout((broken, broken)), config())
+
+
+def test_the_report_shows_it(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.append_metrics({"step": 1, "accuracy": 0.0})
+    folder.append_advice({"step": 1, "topic": "accuracy", "text": "0 of 2 <answer> are right"})
+    assert "Step 1: 0 of 2 &lt;answer&gt; are right." in write_report(folder).read_text()
+    folder.truncate_after(0)
+    assert folder.read_advice() == []
