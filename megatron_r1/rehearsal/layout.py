@@ -2,6 +2,7 @@
 
 from math import prod
 
+from megatron_r1.config.engines import RolloutConfig
 from megatron_r1.config.training import ParallelConfig
 from megatron_r1.errors import UserError
 from megatron_r1.models.pipeline_stages import parse_layout
@@ -83,9 +84,9 @@ def num_layers(parallel: ParallelConfig) -> int:
 
 
 def different_layout(parallel: ParallelConfig) -> ParallelConfig:
-    """Return a different layout for the resumed run, with half the ranks where that is possible:
-    one replica less, else one axis less."""
-    for axes in ((), ("tensor", "expert_tensor"), ("context",), ("expert",)):
+    """Return a different layout for the resumed run, with fewer ranks where that is possible: one
+    replica, and one axis less if one is enough for that."""
+    for axes in (("tensor", "expert_tensor"), (), ("context",), ("expert",)):
         sizes = dict.fromkeys(axes, 1)
         changed = parallel.model_copy(update=sizes)
         ranks = prod((changed.tensor, changed.context, changed.pipeline))
@@ -93,3 +94,10 @@ def different_layout(parallel: ParallelConfig) -> ParallelConfig:
         if ranks < parallel.processes and ranks % needed == 0:
             return changed.model_copy(update={"processes": ranks})
     return parallel.model_copy(update={"processes": 2 * parallel.processes})
+
+
+def fewer_engine_ranks(rollout: RolloutConfig) -> dict[str, int]:
+    """Return the settings of the resumed run's engines: half as many, each with one copy of its
+    layers on one host."""
+    fewer = {"engines": max(1, rollout.engines // 2), "data": 1, "hosts_per_engine": 1}
+    return {key: value for key, value in fewer.items() if value != getattr(rollout, key)}

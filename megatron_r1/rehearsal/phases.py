@@ -83,12 +83,11 @@ class Phases:
             if value != getattr(self.config.parallel, key)
         }
         config = self.config.model_copy(update={"parallel": other})
-        if self.verb == "rl" and config.rollout.engines > 1:
-            changed["rollout.engines"] = config.rollout.engines // 2
-            rollout = {"engines": changed["rollout.engines"]}
-            config = config.model_copy(
-                update={"rollout": config.rollout.model_copy(update=rollout)}
-            )
+        if self.verb == "rl":
+            fewer = layout.fewer_engine_ranks(config.rollout)
+            changed |= {f"rollout.{key}": value for key, value in fewer.items()}
+            rollout = config.rollout.model_copy(update=fewer)
+            config = config.model_copy(update={"rollout": rollout})
         settings = [f"--{key}={value}" for key, value in changed.items()]
         what = "resume in another layout, to the end"
         with self._phase(what, config, settings) as phase:

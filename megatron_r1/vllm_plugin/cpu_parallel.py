@@ -29,7 +29,7 @@ def poll_with_pauses() -> None:
 
     Upstream: distributed/device_communicators/shm_broadcast.py:208 and 741. Without it: for a
     second after each message it does nothing but look, and takes the cores of those that compute:
-    two thirds of the CPU time of an engine of tensor 2 x data 2. Goes when: it can be set."""
+    four tenths of the CPU time of an engine of tensor 2 x data 2. Goes when: it can be set."""
     from vllm.distributed.device_communicators import shm_broadcast
 
     shm_broadcast.sched_yield = lambda: time.sleep(POLL_SECONDS)

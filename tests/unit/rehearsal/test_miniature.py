@@ -148,6 +148,14 @@ def test_the_resumed_run_has_another_layout(path):
     assert layout.num_layers(other) == layout.num_layers(parallel)
 
 
+def test_the_resumed_run_has_fewer_and_smaller_engines():
+    _, small = shrunk(ROOT / "examples/deepseek_r1/r1_zero.yaml")
+    spread = small.config.rollout.model_copy(update={"placement": "hosts", "hosts_per_engine": 2})
+    fewer = layout.fewer_engine_ranks(spread)
+    assert fewer == {"engines": 1, "data": 1, "hosts_per_engine": 1}
+    assert layout.fewer_engine_ranks(spread.model_copy(update=fewer)) == {}
+
+
 def test_changes_name_every_setting_that_differs():
     config, small = shrunk(ROOT / "examples/deepseek_r1/r1_zero.yaml")
     changed = {change[0] for change in small.changes}
