@@ -33,6 +33,17 @@ class EngineConfig(Section):
     """an engine that has not answered for so long counts as dead"""
 
 
+class SpeculativeConfig(Section):
+    """Speculative decoding: tokens are drafted, and the model verifies them in one pass. Samples
+    have the model's distribution for any drafts."""
+
+    method: Literal["none", "mtp", "ngram", "suffix"] = "none"
+    """where drafts come from: mtp, the model's own MTP layer; ngram, the text so far where its last
+    5 tokens occurred before; suffix, all responses so far (needs the package arctic-inference)"""
+    tokens: int = Field(1, ge=1, le=64)
+    """most tokens drafted at once; with mtp a multiple of the model's MTP layers"""
+
+
 class RolloutConfig(EngineConfig):
     """The engines that sample from the policy: how many, where, and what is sampled."""
 
@@ -58,8 +69,14 @@ class RolloutConfig(EngineConfig):
     max_model_len: int | None = None
     """most tokens of prompt and response together; default: the model's own limit"""
     max_num_seqs: int = Field(256, gt=0, description="sequences an engine decodes at once")
+    speculative: Resumable[SpeculativeConfig] = SpeculativeConfig()
+    """speculative decoding; by default none"""
     plain_matrices: bool = False
     """keep matrices unpacked on a CPU: faster pushes, slower generation"""
+
+    @property
+    def drafts_by_mtp(self) -> bool:
+        return self.speculative.method == "mtp"
 
     @model_validator(mode="after")
     def _spreads_over_hosts(self) -> Self:

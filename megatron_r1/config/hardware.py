@@ -99,6 +99,10 @@ class Assumptions:
     decode_latency_per_layer: Seconds = 150e-6
     """Least time of a decoding step in each layer of an engine of several GPUs, for any batch: two
     all-to-alls and small kernels; a guess."""
+    draft_acceptance: Share = 0.85
+    """Of the tokens that an MTP layer drafts behind right ones: "between 85% and 90%" for
+    DeepSeek-V3's second token (arXiv 2412.19437, section 5.4.3). A guess for later tokens, at
+    temperature 1, and after RL with frozen MTP layers."""
     reserved: Bytes = 6 * GIB
     """What a run cannot use of a GPU: CUDA context, NCCL's buffers, fragmentation; a guess."""
     expert_imbalance: Ratio = 1.2

@@ -4,6 +4,7 @@ import os
 from typing import Any
 
 from megatron_r1.config import RolloutConfig, TeacherConfig
+from megatron_r1.config.engines import SpeculativeConfig
 
 LAYOUT = {"tensor", "pipeline", "data", "expert_parallel"}
 ENGINE = LAYOUT | {"dtype", "max_num_seqs", "kv_cache_gib", "gpu_memory", "plain_matrices"}
@@ -26,4 +27,14 @@ def engine_settings(engines: RolloutConfig | TeacherConfig) -> dict[str, Any]:
     # The server that takes requests, and the controller, need a core besides: with 2 threads on 2
     # cores a rollout of 256 short responses takes 1.14 s, with 1 thread 0.92 s.
     threads = engines.threads or max(1, min(2, (os.cpu_count() or 1) - 1))
-    return engines.model_dump(include=ENGINE) | {"num_threads": threads}
+    own = engines.model_dump(include=ENGINE) | {"num_threads": threads}
+    if isinstance(engines, RolloutConfig):  # a teacher only scores
+        own["speculative"] = speculative_settings(engines.speculative)
+    return own
+
+
+def speculative_settings(speculative: SpeculativeConfig) -> dict[str, Any] | None:
+    """Return vLLM's `speculative_config`, None without speculation."""
+    if speculative.method == "none":
+        return None
+    return {"method": speculative.method, "num_speculative_tokens": speculative.tokens}

@@ -1,5 +1,6 @@
 """What a model allows of a recipe's engine settings: refused before vLLM starts."""
 
+from importlib.util import find_spec
 from pathlib import Path
 
 from megatron_r1.config import Config, RolloutConfig, TeacherConfig
@@ -58,6 +59,38 @@ def check_engines(config: Config, hf: dict) -> None:
         raise UserError(
             f"rollout.pipeline={rollout.pipeline}: vLLM returns the experts of one stage only; set "
             "rl.routing_replay: false, or rollout.pipeline: 1"
+        )
+    check_speculation(rollout, hf)
+
+
+def check_speculation(rollout: RolloutConfig, hf: dict) -> None:
+    """Raise UserError for drafts that vLLM cannot make. hf: any model's `config.json`."""
+    method, tokens = rollout.speculative.method, rollout.speculative.tokens
+    if method == "suffix" and rollout.placement == "local" and not find_spec("arctic_inference"):
+        raise UserError(
+            "rollout.speculative.method: suffix needs a package that is not installed here: pip "
+            "install arctic-inference==0.1.1, or set method: ngram"
+        )
+    if method != "mtp":
+        return
+    language = language_settings(hf)
+    # By architecture: DeepSeek-V3 and its relatives, Qwen3.5.
+    keys = ("num_nextn_predict_layers", "mtp_num_hidden_layers")
+    layers = next((count for key in keys if (count := language.get(key))), 0)
+    if not layers:
+        raise UserError(
+            "rollout.speculative.method: mtp drafts with the model's MTP layers, and its "
+            f"config.json has none ({keys[0]}); set method: ngram, or none"
+        )
+    if rollout.pipeline > 1:
+        raise UserError(
+            f"rollout.speculative.method: mtp with rollout.pipeline={rollout.pipeline}: a drafter "
+            "behind stages has not been tried; set rollout.pipeline: 1, or method: ngram"
+        )
+    if tokens > layers and tokens % layers:
+        raise UserError(
+            f"rollout.speculative.tokens: {tokens} is no multiple of the model's {layers} MTP "
+            "layers, which draft in turn; choose one"
         )
 
 

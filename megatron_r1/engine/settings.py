@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from megatron_r1.engine.multi_host import EnginePart, network_environment
 
@@ -33,6 +33,7 @@ class EngineSettings:
     plain_matrices: leave matrices unpacked, which speeds up pushes and slows down generation (CPU
         only; `vllm_plugin.cpu_patches`).
     sleeps: whether it can free its memory and allocate it again (GPU only).
+    speculative: vLLM's own `speculative_config`; None: no speculation.
     secret: bearer token of every call but `/health`; empty: none.
     host: address to listen at. port: None: any free one.
     part: the part of the engine that runs here; None: all of it.
@@ -55,6 +56,7 @@ class EngineSettings:
     gpu_memory: float | None = None
     plain_matrices: bool = False
     sleeps: bool = False
+    speculative: Mapping[str, Any] | None = None
     secret: str = ""
     host: str = "127.0.0.1"
     port: int | None = None
@@ -75,9 +77,14 @@ class EngineSettings:
             *("--logprobs-mode", "processed_logprobs", "--generation-config", "vllm"),
             *("--enable-scale-out", "--skip-tokenizer-init"),
             "--disable-uvicorn-access-log",
+            *(["--enforce-eager"] if is_cpu else []),
             # On a GPU the watchdog sees by the statistics that a long response grows; a step on a
-            # CPU is too short to pay for them.
-            *(["--enforce-eager", "--disable-log-stats"] if is_cpu else []),
+            # CPU is too short to pay for them, unless they count accepted drafts.
+            *(["--disable-log-stats"] if is_cpu and not self.speculative else []),
+            *(["--speculative-config", json.dumps(self.speculative)] if self.speculative else []),
+            # Latent attention on a CPU verifies drafts as prompts, whose lengths it takes from the
+            # host; scheduled ahead, those would count drafts that are rejected later.
+            *(["--no-async-scheduling"] if is_cpu and self.speculative else []),
             *(["--enable-return-routed-experts"] if self.return_routing else []),
             *(["--enable-sleep-mode"] if self.sleeps and not is_cpu else []),
             *(["--gpu-memory-utilization", str(self.gpu_memory)] if self.gpu_memory else []),

@@ -119,11 +119,16 @@ class Phases:
         if not any(norms):
             raise RunError(f"rehearse: the gradients of all steps are zero: {norms}")
         self._show_schedule(lines)
+        method = self.config.rollout.speculative.method
+        drafts = [line.get("speculative/acceptance") for line in lines]
+        if method != "none" and all(share is None for share in drafts):
+            raise RunError(f"rehearse: no token was drafted (rollout.speculative.method: {method})")
+        drafted = "" if method == "none" else f"; {method}: accepted drafts {_numbers(drafts)}"
         self.shown += [
             PhaseResult(
                 "rollout, rewards, update",
                 f"gradient norms {_numbers(norms)}; log-probabilities of engine and trainer "
-                f"differ by {_numbers(diffs)} on average",
+                f"differ by {_numbers(diffs)} on average{drafted}",
                 sum(line["time/rollout"] + line["time/train"] for line in lines),
             ),
             PhaseResult(

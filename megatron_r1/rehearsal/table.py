@@ -69,6 +69,10 @@ def structure(recipe: Config, hf: dict, small: Config, verb: str) -> list[Row]:
             if _is_used(old):
                 exercised = NOT_HERE.get(f"{section}.{key}") or _exercised(old, new)
                 rows.append(Row(f"{section}.{key}", str(old), str(new), exercised))
+    if verb in ("rl", "sample") and recipe.rollout.speculative.method != "none":
+        drafts = recipe.rollout.speculative, small.rollout.speculative
+        before, after = (f"{each.method}, {each.tokens} tokens" for each in drafts)
+        rows.append(Row("rollout.speculative", before, after, YES))
     if verb != "sample":
         replicas = data_size(recipe.parallel), data_size(small.parallel)
         if replicas[0] > 1:

@@ -29,7 +29,7 @@ NUMBERS = (
     *("reward/mean", "kl", "entropy", "logprob_diff/mean", "clip_fraction", "grad_norm"),
     *("tokens_per_second", "loss", "learning_rate", "format/mean", "language/mean"),
     *("groups/zero_variance", "truncated", "staleness", "routing/agreement"),
-    *("rewards/busy", "rewards/timeouts"),
+    *("rewards/busy", "rewards/timeouts", "speculative/acceptance"),
 )
 RL_CHARTS = ("accuracy", "response_length/mean")
 SFT_CHARTS = ("loss", "grad_norm")

@@ -56,6 +56,7 @@ METRICS = {
         Metric("groups/zero_variance", "equal groups", "groups that taught nothing", "%"),
         Metric("truncated", "truncated", "responses cut at the length limit", "%"),
         Metric("staleness", "staleness", "policy versions between sampling and training"),
+        Metric("speculative/acceptance", "drafts accepted", "share of the drafted tokens", "%"),
         Metric("language/mean", "language", "words of the thought in the target language", "%"),
         Metric("rewards/busy", "graders busy", "share of the time reward workers graded", "%"),
         Metric("rewards/timeouts", "grader timeouts", "responses whose grader was killed"),

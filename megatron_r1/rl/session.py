@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 
+from megatron_r1.fleet.speculation import AcceptanceMeter
 from megatron_r1.processes.stopping import StopRequest
 from megatron_r1.rewards.runtime.meter import RewardMeter
 from megatron_r1.rewards.runtime.pool import LEVELS
@@ -40,6 +41,8 @@ class Session:
         self._seconds: dict[str, float] = {}
         self._step_start = 0.0
         self._push_metrics: dict[str, float] = {}
+        self._acceptance = AcceptanceMeter()
+        self._draft_metrics: dict[str, float] = {}
         self._rewards_before: Counter[str] = Counter()
 
     async def begin(self) -> None:
@@ -85,6 +88,8 @@ class Session:
     async def rollout(self) -> Rollout:
         """Return this step's rollout."""
         self._taken = await self.sampler.take(self.step)
+        if self.config.rollout.speculative.method != "none":
+            self._draft_metrics = await self._acceptance.read(self.collector.fleet.engines)
         return self._taken.rollout
 
     async def push_weights(self) -> None:
@@ -136,6 +141,7 @@ class Session:
             **means,
             **self.collector.fleet.metrics(),
             **self._push_metrics,
+            **self._draft_metrics,
             "trainer/restarts": self.trainer.num_restarts,
             **self._meter.read(),
         }

@@ -8,6 +8,7 @@ error."""
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch.distributed import TCPStore
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
@@ -65,6 +66,8 @@ class PushTransferEngine(WeightTransferEngine[PushInitInfo, PushUpdateInfo]):
     init_info_cls = PushInitInfo
     update_info_cls = PushUpdateInfo
 
+    drafter: torch.nn.Module | None = None
+    """The MTP layer that vLLM drafts with (`vllm_plugin.drafter`)."""
     _receiver: Receiver | None = None
     _store: list | None = None
     _recorded: tuple[tuple[list, int | None], SlotTable] | None = None
@@ -103,8 +106,10 @@ class PushTransferEngine(WeightTransferEngine[PushInitInfo, PushUpdateInfo]):
         """Return what this rank needs, recorded once, and set where each parameter is received."""
         asked = init_info.tensors, init_info.memory_bytes
         if self._recorded is None or self._recorded[0] != asked:
-            copies: Mapping[Parameter, Sequence[Copy]] = record(self.model, init_info.tensors)
-            copies = with_gaps(copies, lambda parameter: is_packed(parameter, self.model))
+            models = [self.model] if self.drafter is None else [self.model, self.drafter]
+            self._models = torch.nn.ModuleList(models)
+            copies: Mapping[Parameter, Sequence[Copy]] = record(models, init_info.tensors)
+            copies = with_gaps(copies, lambda parameter: is_packed(parameter, self._models))
             in_place = current_platform.is_cpu()
             self._placed, table = lay_out(copies, init_info.memory_bytes, in_place=in_place)
             # As `lay_out` makes the slots of the table: one of every copy into every parameter.
@@ -129,10 +134,10 @@ class PushTransferEngine(WeightTransferEngine[PushInitInfo, PushUpdateInfo]):
             placed = [at for at in self._placed if at.window == window]
             area = receiver.table.area(receiver.memory, push)
             self._delivery.begin(receiver.buffer.take_changed(window))
-            swap.load(self.model, placed, area, in_place=receiver.table.areas > 1)
+            swap.load(self._models, placed, area, in_place=receiver.table.areas > 1)
             self._delivery.end(push, placed, area)
             receiver.rendezvous.release(self._rank, push, window)
-        swap.finish(self.model, self.model_config)
+        swap.finish(self._models, self.model_config)
 
     def finish_weight_update(self) -> None:
         pass

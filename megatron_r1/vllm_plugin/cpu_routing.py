@@ -41,7 +41,11 @@ class RowCollector:
         outputs, end = {}, 0
         for index, request in enumerate(batch.req_ids):
             begin, end = end, end + scheduled.num_scheduled_tokens[request]
-            position, rows = int(batch.num_computed_tokens_cpu[index]), captured[begin:end]
+            # Of drafted tokens those that were not sampled had rows, too, as the last of theirs.
+            drafted = len(scheduled.scheduled_spec_decode_tokens.get(request, ()))
+            rejected = drafted + 1 - len(sampled[index]) if drafted and sampled[index] else 0
+            position = int(batch.num_computed_tokens_cpu[index])
+            rows = captured[begin : end - rejected]
             first, before = self._parts.pop(request, (position, rows[:0]))
             if first + len(before) != position:  # preempted, and computed again
                 first, before = position, rows[:0]

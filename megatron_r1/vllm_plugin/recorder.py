@@ -5,7 +5,7 @@ meta tensors, and every copy that its loaders make is recorded: which rectangle 
 where in which parameter. Fused, split, expert-parallel and padded parameters come out right by
 construction, and a receiver of exactly those rectangles needs no loader any more."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,28 +62,39 @@ class Copy:
 
 
 def record(
-    model: torch.nn.Module, tensors: Iterable[tuple[str, Sequence[int]]]
+    models: Sequence[torch.nn.Module], tensors: Sequence[tuple[str, Sequence[int]]]
 ) -> dict[Parameter, list[Copy]]:
     """Run the loaders on (name, shape) of a checkpoint's tensors; return the copies into each
     parameter, in the order of loading.
 
-    The model must not be in use meanwhile, and is unchanged afterwards.
+    models: the model, and its drafter if it has one, whose loader gets what the model's left;
+    layers that they share count as the model's. They must not be in use meanwhile, and are
+    unchanged afterwards.
 
     Raises ValueError where a loader does more than copy rectangles, or leaves part of a parameter
     unloaded."""
-    layers = list(model.modules())
+    titles: dict[str, torch.nn.Module] = {}
+    seen: set[torch.nn.Module] = set()
+    for model, prefix in zip(models, ("", "drafter"), strict=False):
+        titles |= dict(model.named_modules(seen, prefix))
+    layers = list(titles.values())
     tied = _tied(layers)
-    loader: Any = model  # torch's annotations allow tensors and modules as attributes only
-    torchao, loader._do_torchao_reload = getattr(model, "_do_torchao_reload", False), False
+    loaders: list[Any] = [*models]  # torch's annotations allow tensors and modules as attributes
+    torchao = [getattr(loader, "_do_torchao_reload", False) for loader in loaders]
     infos = [to_checkpoint_form(layer) for layer in layers]
     try:
-        recorder = _Recorder(dict(model.named_modules()), tied)
-        with recorder, torch.no_grad():
-            loader.load_weights(recorder.source(name, shape) for name, shape in tensors)
+        recorder = _Recorder(titles, tied)
+        for loader in loaders:
+            loader._do_torchao_reload = False
+            known = recorder.names()
+            left = [(name, shape) for name, shape in tensors if name not in known]
+            with recorder, torch.no_grad():
+                loader.load_weights(recorder.source(name, shape) for name, shape in left)
     finally:
         for layer, info in zip(layers, infos, strict=True):
             to_kernel_form(layer, info)
-        loader._do_torchao_reload = torchao
+        for loader, before in zip(loaders, torchao, strict=True):
+            loader._do_torchao_reload = before
     recorder.check_whole()
     return recorder.copies
 
@@ -125,6 +136,10 @@ class _Recorder(TorchDispatchMode):
                     not tensor.is_meta,
                 )
                 self._parameters.setdefault(_storage(tensor), parameter)
+
+    def names(self) -> set[str]:
+        """Return the HF tensors of which something was copied."""
+        return {copy.name for copies in self.copies.values() for copy in copies}
 
     def source(self, name: str, shape: Sequence[int]) -> tuple[str, torch.Tensor]:
         """Return the (name, tensor) that a loader receives for the HF tensor `name`."""

@@ -40,8 +40,8 @@ def _patch(layer: Any) -> None:
 
     upstream = layer.forward
 
-    def forward(self: Any, positions: torch.Tensor, *states: Any) -> tuple:
-        hidden_states, residual = upstream(self, positions, *states)
+    def forward(self: Any, positions: torch.Tensor, *states: Any, **named: Any) -> tuple:
+        hidden_states, residual = upstream(self, positions, *states, **named)  # drafters name them
         if self.use_sequence_parallel_moe and positions.shape[0] == 1:
             # Over the tensor group: its first rank holds the token, the others the padding.
             both = torch.cat([hidden_states, residual], dim=-1)

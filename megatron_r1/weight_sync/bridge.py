@@ -39,7 +39,9 @@ def weight_bridge(
     links = EngineLinks(
         trainer,
         push,
-        pushed_tensors(read_hf_config(config.model.path), fp8=fp8),
+        pushed_tensors(
+            read_hf_config(config.model.path), fp8=fp8, drafts=config.rollout.drafts_by_mtp
+        ),
         asdict(replace(engine_layout(config), engines=1)),
         # Ranks that the controller has started meet at 127.0.0.1, unreachable from other hosts.
         store_host=hosts_address(config.rollout) if elsewhere else None,

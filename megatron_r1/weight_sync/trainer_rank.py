@@ -39,7 +39,14 @@ class WeightPush:
         store, address = _store()
         rank = dist.get_rank()
         self._sender = WeightSender(
-            self._hf, grid, held, store, platform.from_rank_zero, rank=rank, stages=stages
+            self._hf,
+            grid,
+            held,
+            store,
+            platform.from_rank_zero,
+            rank=rank,
+            stages=stages,
+            drafts=self._config.rollout.drafts_by_mtp,
         )
         return {"store": address}
 

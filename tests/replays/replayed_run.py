@@ -21,7 +21,7 @@ import tiny_models
 from examples.laptop.make_tokenizer import make_tokenizer
 tokenizer, folder = make_tokenizer(), Path(sys.argv[1])
 ids = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2, "vocab_size": len(tokenizer)}
-tiny_models.write_model(folder, tiny_models.DEEPSEEK | ids, seed=0)
+tiny_models.write_drafting_model(folder, 0, tiny_models.DRAFTING | ids)
 tokenizer.save_pretrained(folder)
 """
 END_SECONDS = 400
@@ -29,7 +29,7 @@ END_SECONDS = 400
 
 
 def write_model(folder: Path) -> None:
-    """Random weights of `tiny_models.DEEPSEEK`, made by transformers in a process of its own."""
+    """Random weights of `tiny_models.DRAFTING`, made by transformers in a process of its own."""
     path = os.pathsep.join([str(Path(tiny_models.__file__).parent), str(ROOT)])
     env = environment() | {"PYTHONPATH": f"{path}:{os.environ.get('PYTHONPATH', '')}"}
     making = [sys.executable, "-c", MAKE_MODEL, folder]

@@ -11,23 +11,27 @@ from megatron_r1.config.push import PushConfig
 from megatron_r1.weight_sync.bridge import WeightBridge
 from megatron_r1.weight_sync.engine_links import EngineLinks
 from megatron_r1.weight_sync.plan import TrainerGrid
+from megatron_r1.weight_sync.plan.fp8_blocks import pushed_tensors
 from megatron_r1.weight_sync.send.sender import WeightSender
-from megatron_r1.weights import hf_tensors
+from megatron_r1.weights.layout import stage_shards
 from megatron_r1.weights.rules import Piece
 
 
 class FileTrainer:
-    """Of the model that `config` describes; `load` puts a folder's weights in place."""
+    """Of the model that `config` describes; `load` puts a folder's weights in place. drafts: with
+    its MTP layers."""
 
-    def __init__(self, config):
-        self.shapes = {n: shape for n, (shape, _) in hf_tensors(config, with_mtp=False).items()}
+    def __init__(self, config, drafts=False):
+        self.shapes = dict(pushed_tensors(config, fp8=False, drafts=drafts))
         self.tensors = {name: torch.zeros(shape) for name, shape in self.shapes.items()}
         self.store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         held = {
             name: [(tensor, Piece(name, 0, 0, 0, tensor.shape[0]))]
             for name, tensor in self.tensors.items()
         }
-        self.sender = WeightSender(config, TrainerGrid(1), held, self.store)
+        stages = stage_shards(config, with_mtp=drafts)
+        grid = TrainerGrid(1)
+        self.sender = WeightSender(config, grid, held, self.store, stages=stages, drafts=drafts)
 
     def load(self, folder):
         for name, tensor in load_file(folder / "model.safetensors").items():
@@ -51,8 +55,8 @@ class FileTrainer:
 class FileBridge:
     """A bridge from such a trainer to a fleet: `await push(folder)` is the next version."""
 
-    def __init__(self, config, fleet, *, layout=None, tensors=None, **settings):
-        self.trainer = FileTrainer(config)
+    def __init__(self, config, fleet, *, layout=None, tensors=None, drafts=False, **settings):
+        self.trainer = FileTrainer(config, drafts)
         self.fleet = fleet
         tensors = tensors or list(self.trainer.shapes.items())
         links = EngineLinks(self.trainer, PushConfig(**settings), tensors, layout or {})

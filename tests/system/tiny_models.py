@@ -53,6 +53,7 @@ DEEPSEEK = {
     "num_nextn_predict_layers": 0,
 }
 PLAIN_ROPE = DEEPSEEK | {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
+DRAFTING = DEEPSEEK | {"num_nextn_predict_layers": 1}
 QWEN = {
     "architectures": ["Qwen2ForCausalLM"],
     "model_type": "qwen2",
@@ -130,6 +131,39 @@ def write_model(folder, config, seed):
     (folder / "config.json").write_text(json.dumps(config | {"torch_dtype": "float32"}))
 
 
+def write_drafting_model(folder, seed, config=DRAFTING):
+    """Write a DeepSeek model with one MTP layer, whose draft is often right, but not always.
+
+    The next token depends on the last one above all, since embeddings are large beside what layers
+    add; the MTP layer hands that token's embedding on (eh_proj = [1, 0]). Its other weights are
+    random and small, but for the norm, which is the model's."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    from megatron_r1.weights.layout import hf_tensors, table
+
+    write_model(folder, config, seed)
+    vocabulary, size = config["vocab_size"], config["hidden_size"]
+    tensors = load_file(folder / "model.safetensors")
+    draw = torch.Generator().manual_seed(seed + 100)
+    tensors["model.embed_tokens.weight"] = torch.randn(vocabulary, size, generator=draw)
+    tensors["lm_head.weight"] = 0.2 * torch.randn(vocabulary, size, generator=draw)
+    # Signs of the model's own, which make another model's drafts wrong.
+    tensors["model.norm.weight"] *= torch.randint(0, 2, (size,), generator=draw) * 2 - 1
+    copies = table(config).copies
+    for name, (shape, _) in hf_tensors(config).items():
+        if name in copies:
+            tensors[name] = tensors[copies[name]].clone()
+        elif name not in tensors:
+            spread = 0.2 if len(shape) == 1 else 0.03
+            tensors[name] = spread * torch.randn(shape, generator=draw) + (len(shape) == 1)
+    mtp = f"model.layers.{config['num_hidden_layers']}."
+    tensors[mtp + "eh_proj.weight"] = torch.cat([torch.eye(size), torch.zeros(size, size)], 1)
+    tensors[mtp + "shared_head.norm.weight"] = tensors["model.norm.weight"].clone()
+    tensors[mtp + "mlp.gate.e_score_correction_bias"] = 0.01 * torch.randn(8, generator=draw)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
 @functools.cache
 def load_model(folder):
     import torch
@@ -152,6 +186,34 @@ def reference_logprobs(folder, prompt, responses, temperature):
             table = torch.log_softmax(logits.float() / temperature, -1)
             answers.append(table.gather(1, torch.tensor(response)[:, None])[:, 0].tolist())
     return answers
+
+
+def greedy_tokens(folder, prompt, responses):
+    """Of each response the likeliest tokens after the prompt and the tokens before, by
+    transformers."""
+    import torch
+
+    model = load_model(folder)
+    with torch.no_grad():
+        return [
+            model(torch.tensor([prompt + response]))
+            .logits[0, len(prompt) - 1 : -1]
+            .argmax(-1)
+            .tolist()
+            for response in responses
+        ]
+
+
+def next_token_logprobs(folder, contexts):
+    """log softmax(logits) after each of these contexts, all of one length, by transformers."""
+    import torch
+
+    with torch.no_grad():
+        return [
+            row.tolist()
+            for part in torch.tensor(contexts).split(512)
+            for row in torch.log_softmax(load_model(folder)(part).logits[:, -1].float(), -1)
+        ]
 
 
 def reference_routing(folder, prompt, responses):

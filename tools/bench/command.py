@@ -7,6 +7,7 @@ controller a full rollout from synthetic engines through the controller to 2,048
 chaos      a run under injected faults: does it end as an undisturbed run does?
 estimators every algorithm of rl/algorithms on the demo's task: steps to 80%, held-out accuracy
 kernels    r1_kernels against every public peer: time, memory, error
+speculative tokens per second of an engine with and without drafts
 rewards    grades per second of each reward, and a soak with hostile responses
 resources  what r1_kernels' Triton kernels compile to, without a GPU: registers, instructions"""
 
@@ -22,7 +23,7 @@ from tools.bench import machine
 
 NAMES = (
     *("chaos", "controller", "estimators", "fp8", "kernels"),
-    *("push", "resources", "rewards", "step"),
+    *("push", "resources", "rewards", "speculative", "step"),
 )
 """Modules of this package. Each has `add_options(parser)`, and `run(chosen)`, which prints tables
 and returns the JSON."""

@@ -126,6 +126,7 @@ class ModelCounts:
             _size(layer, False) + experts * _size(layer, True) for layer in rules.mtp
         )
         """Parameters of the MTP layers, without their copies of embedding and head."""
+        self.mtp_routed = experts * sum(_size(layer, True) for layer in rules.mtp)
         copies = _size(rules.embedding) + _size(rules.head)
         self.mtp = self.mtp_own + len(rules.mtp) * copies
         """Parameters of the MTP layers in the checkpoint, copies included."""

@@ -8,6 +8,7 @@ from megatron_r1.config.hardware import GIB
 from megatron_r1.errors import UserError
 from megatron_r1.reporting.wording import counted
 from megatron_r1.weight_sync.plan import EngineLayout, TrainerGrid
+from megatron_r1.weight_sync.plan.checks import check_drafter
 from megatron_r1.weight_sync.plan.checks import engine_layout as layout_of
 from megatron_r1.weight_sync.plan.entry import SET_ENGINES
 from megatron_r1.weight_sync.plan.predicted_layout import PredictedLayout
@@ -48,6 +49,8 @@ def _shares(job: Job, tensor: int) -> bool:
 def check_engines(job: Job) -> None:
     """Raise UserError for engines that are impossible on these GPUs or for this model."""
     job.check_engines()
+    if pushes(job):
+        check_drafter(job.config)
     needed, push = engine_rank_bytes(job), job.config.push
     if sends_differences(job) and receive_buffer_bytes(job) < needed:
         raise UserError(
@@ -66,6 +69,11 @@ def in_fp8(job: Job) -> bool:
     return pushes(job) and job.config.push.fp8
 
 
+def drafts(job: Job) -> bool:
+    """Return whether engines hold the MTP layers, to draft with."""
+    return job.config.rollout.drafts_by_mtp
+
+
 def sends_differences(job: Job) -> bool:
     """Return whether pushes send differences, for which both sides keep a copy."""
     return pushes(job) and job.config.push.delta and job.config.push.full_every > 1
@@ -73,7 +81,7 @@ def sends_differences(job: Job) -> bool:
 
 def engine_rank_bytes(job: Job) -> int:
     """Return the pushed bytes of an engine's first GPU, which has the most."""
-    return _rank_bytes(json.dumps(job.hf), engine_layout(job), _form(job), 1)[0]
+    return _rank_bytes(json.dumps(job.hf), engine_layout(job), _form(job), 1, drafts(job))[0]
 
 
 def _form(job: Job) -> str:
@@ -87,9 +95,10 @@ def _count(form: str) -> ByteCount:
 
 
 @lru_cache
-def _rank_bytes(hf: str, layout: EngineLayout, form: str, ranks: int) -> list[float]:
-    """Return the bytes that each of an engine's first `ranks` ranks needs."""
-    needs, num_bytes = PredictedLayout(json.loads(hf), layout), _count(form)
+def _rank_bytes(hf: str, layout: EngineLayout, form: str, ranks: int, drafts: bool) -> list[float]:
+    """Return the bytes that each of an engine's first `ranks` ranks needs, its drafter's among
+    them."""
+    needs, num_bytes = PredictedLayout(json.loads(hf), layout, drafts=drafts), _count(form)
     return [
         sum(
             num_bytes(t.name, t.rule.dtype, part)
@@ -102,7 +111,8 @@ def _rank_bytes(hf: str, layout: EngineLayout, form: str, ranks: int) -> list[fl
 def _needed_bytes(job: Job) -> float:
     """Return the bytes for all engines, each element once per GPU that computes with it."""
     layout = engine_layout(job)
-    one_engine = _rank_bytes(json.dumps(job.hf), layout, _form(job), layout.ranks_per_engine)
+    ranks = layout.ranks_per_engine
+    one_engine = _rank_bytes(json.dumps(job.hf), layout, _form(job), ranks, drafts(job))
     return layout.engines * sum(one_engine)
 
 
@@ -152,7 +162,7 @@ def push_section(job: Job) -> Section:
     # What is for one host has to be set to gloo or nccl for more.
     alone = job.config.push.delta or (job.config.push.on_one_host and _is_one_node(job))
     most = 1 if alone else SET_ENGINES
-    links = set_links(job.hf, grid, engines, job.stages, _count(form), most)
+    links = set_links(job.hf, grid, engines, job.stages, _count(form), most, drafts=drafts(job))
     received = links.received
     link, link_name = push_link(job)
     written = form
@@ -184,7 +194,7 @@ def push_section(job: Job) -> Section:
         section |= _connections(job, engines, grid, links)
     if form != "FP8":
         section["in FP8"] = in_bytes(
-            _rank_bytes(json.dumps(job.hf), engines, "FP8", 1)[0],
+            _rank_bytes(json.dumps(job.hf), engines, "FP8", 1, drafts(job))[0],
             "into an engine GPU with projections quantised on the way, 1 B + 4 B / 128 x 128",
         )
     section["receive buffer"] = in_bytes(receive_buffer_bytes(job), _receive_buffer_formula(job))
@@ -199,7 +209,7 @@ def push_section(job: Job) -> Section:
 
 def _connections(job: Job, engines: EngineLayout, grid: TrainerGrid, links: SetLinks) -> Section:
     """Return what connects the ranks, and how long that and a push take."""
-    given, needs = job.assumptions, PredictedLayout(job.hf, engines)
+    given, needs = job.assumptions, PredictedLayout(job.hf, engines, drafts=drafts(job))
     num_slots = sum(
         1
         for rank in range(engines.ranks_per_engine)

@@ -9,6 +9,7 @@ from functools import lru_cache
 from megatron_r1.config.hardware import Assumptions
 from megatron_r1.weight_sync.plan import EngineLayout, Planner, TrainerGrid
 from megatron_r1.weight_sync.plan.entry import engine_sets, entries, sent_bytes
+from megatron_r1.weight_sync.plan.predicted_layout import PredictedLayout
 from megatron_r1.weight_sync.plan.traffic import ByteCount
 from megatron_r1.weight_sync.transports import PASSED_BYTES
 from megatron_r1.weights.layout import Shard
@@ -89,9 +90,11 @@ def set_links(
     stages: list[list[Shard]],
     count: ByteCount,
     most: int,
+    *,
+    drafts: bool = False,
 ) -> SetLinks:
-    """Return what a push connects. most: engines of a set."""
-    return _set_links(json.dumps(hf), grid, engines, _Stages(stages), count, most)
+    """Return what a push connects. most: engines of a set. drafts: with the engines' drafters."""
+    return _set_links(json.dumps(hf), grid, engines, _Stages(stages), count, most, drafts)
 
 
 class _Stages:
@@ -115,8 +118,10 @@ def _set_links(
     stages: _Stages,
     count: ByteCount,
     most: int,
+    drafts: bool,
 ) -> SetLinks:
-    planner = Planner(json.loads(hf), grid, engines, stages.stages)
+    needs = PredictedLayout(json.loads(hf), engines, drafts=drafts)
+    planner = Planner(json.loads(hf), grid, engines, stages.stages, needs)
     sets = engine_sets(engines.engines, most)
     plans = entries(planner, count, sets)
     out: Counter[int] = Counter()

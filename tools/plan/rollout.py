@@ -12,7 +12,13 @@ from megatron_r1.reporting.wording import counted
 from tools.plan.flops import decode_flops, forward_flops
 from tools.plan.job import BYTES, Job
 from tools.plan.parameters import ModelCounts
-from tools.plan.push import engine_layout, engine_rank_bytes, in_fp8, receive_buffer_bytes
+from tools.plan.push import (
+    drafts,
+    engine_layout,
+    engine_rank_bytes,
+    in_fp8,
+    receive_buffer_bytes,
+)
 from tools.plan.quantity import Quantity, Section, in_bytes
 
 ID = LOGPROB = 4
@@ -21,8 +27,8 @@ LOGITS = 4
 """Bytes of a logit; logits and their log-softmax exist at once."""
 
 
-def cache_bytes_per_token(hf: dict, value: int = 2) -> int:
-    """Return KV cache bytes of one token in all layers.
+def cache_bytes_per_token(hf: dict, value: int = 2, mtp_layers: int = 0) -> int:
+    """Return KV cache bytes of one token in all layers, with those that draft.
 
     Latent attention caches the latent and the rotary key once for all heads (70,272 B for
     DeepSeek-V3 in bf16, as published: arXiv 2505.09343, table 1).
@@ -33,7 +39,7 @@ def cache_bytes_per_token(hf: dict, value: int = 2) -> int:
         heads = hf["num_attention_heads"]
         size = hf.get("head_dim") or hf["hidden_size"] // heads
         values = 2 * (hf.get("num_key_value_heads") or heads) * size
-    return hf["num_hidden_layers"] * values * value
+    return (hf["num_hidden_layers"] + mtp_layers) * values * value
 
 
 @dataclass(frozen=True)
@@ -57,6 +63,23 @@ class Engines:
         return ModelCounts(self.job.hf)
 
     @property
+    def mtp_layers(self) -> int:
+        """Number of layers that draft."""
+        return len(self.job.rules.mtp) if drafts(self.job) else 0
+
+    @property
+    def drafted(self) -> int:
+        """Tokens that a pass verifies beside the one that follows anyway. 0 for drafts from text:
+        their acceptance is not known before a run."""
+        return self.job.config.rollout.speculative.tokens if self.mtp_layers else 0
+
+    @property
+    def tokens_a_pass(self) -> float:
+        """Mean tokens of a sequence in a pass: a draft counts while all before it were right."""
+        right = self.job.assumptions.draft_acceptance
+        return sum(right**n for n in range(self.drafted + 1))
+
+    @property
     def weights(self) -> int:
         """Bytes of an engine's weights on one of its GPUs."""
         return engine_rank_bytes(self.job)
@@ -75,7 +98,7 @@ class Engines:
     @property
     def token_bytes(self) -> float:
         """Cache bytes of a token on each GPU that attends to it: latents whole, heads shared."""
-        whole = cache_bytes_per_token(self.job.hf, self.value)
+        whole = cache_bytes_per_token(self.job.hf, self.value, self.mtp_layers)
         if self.job.latent_attention:
             return whole
         return whole / min(self.tensor, self.job.hf.get("num_key_value_heads") or self.tensor)
@@ -103,27 +126,31 @@ class Engines:
 
     def step_seconds(self, sequences: float) -> float:
         """Return seconds of one token for each of `sequences` in a group: the longer of reading
-        weights and caches, and computing; and the latency of each layer's exchanges."""
+        weights and caches, and computing; and the latency of each layer's exchanges. With drafts a
+        pass computes all of them, and an MTP layer runs once for each."""
         job, hardware, assumed = self.job, self.job.hardware, self.job.assumptions
+        layers = job.hf["num_hidden_layers"]
+        passes = layers + self.drafted * (self.mtp_layers > 0)  # in layers
         read = self._weights_read(sequences) + sequences * self._cached * self.token_bytes
         flops = sequences * decode_flops(job.hf, self._cached) / self.tensor
-        latency = 0.0
-        if job.engine_gpus > 1:
-            latency = assumed.decode_latency_per_layer * job.hf["num_hidden_layers"]
-        return latency + max(
+        flops *= (1 + self.drafted) * passes / layers
+        latency = assumed.decode_latency_per_layer * passes if job.engine_gpus > 1 else 0.0
+        seconds = latency + max(
             read / (hardware.memory_bandwidth * assumed.bandwidth_efficiency),
             flops / (hardware.bf16 * assumed.compute_efficiency),
         )
+        return seconds / self.tokens_a_pass
 
     def _weights_read(self, sequences: float) -> float:
         """Return weight bytes read in a step; experts without tokens are not read."""
-        if not self.counts.routed:
+        routed = self.counts.routed + (self.counts.mtp_routed if self.mtp_layers else 0)
+        if not routed:
             return self.weights
         experts, chosen = self.job.hf["n_routed_experts"], self.job.hf["num_experts_per_tok"]
-        together = sequences * self.job.engine_gpus / self.tensor
+        together = sequences * self.job.engine_gpus / self.tensor * (1 + self.drafted)
         idle = (1 - chosen / experts) ** together
         value = 1 if in_fp8(self.job) else self.value
-        return self.weights - self.counts.routed / self.job.engine_gpus * value * idle
+        return self.weights - routed / self.job.engine_gpus * value * idle
 
     def seconds(self) -> tuple[float | None, str]:
         """Return (seconds of one rollout, formula); None without room for a sequence's cache."""
@@ -143,9 +170,20 @@ class Engines:
             f"{counted(job.response_tokens, 'token')} on {counted(self.tensor, 'GPU')}, "
             f"{_short(together)} at once, {_short(self.step_seconds(together) * 1e3)} ms a token: "
             f"{_short(throughput)} s; one response of {job.config.rollout.max_response_tokens:,} "
-            f"at {_short(alone * 1e3)} ms: {_short(longest)} s"
+            f"at {_short(alone * 1e3)} ms: {_short(longest)} s{self._drafting()}"
         )
         return first + max(throughput, longest), text
+
+    def _drafting(self) -> str:
+        method = self.job.config.rollout.speculative.method
+        if method == "none":
+            return ""
+        if not self.drafted:
+            return f"; nothing is saved by rollout.speculative.method={method}: not predictable"
+        return (
+            f"; {_short(self.tokens_a_pass)} tokens a pass with {self.drafted} drafted, each right "
+            f"in {self.job.assumptions.draft_acceptance:.0%} (draft_acceptance)"
+        )
 
 
 def _short(value: float) -> str:
@@ -166,11 +204,13 @@ def rollout_section(engines: Engines) -> Section:
             engines.weights,
             f"its part of every tensor: attention over {counted(engines.tensor, 'GPU')}, routed "
             f"experts over {job.engine_gpus}; norms, routers, latent down-projections whole"
+            + ("; the drafter's among them" if engines.mtp_layers else "")
             + ("; projections in FP8 (push.fp8)" if in_fp8(job) else ""),
         ),
         "KV cache of a token": in_bytes(
-            cache_bytes_per_token(job.hf, engines.value),
-            f"{job.hf['num_hidden_layers']} layers x values a layer x {engines.value} B",
+            cache_bytes_per_token(job.hf, engines.value, engines.mtp_layers),
+            f"{job.hf['num_hidden_layers'] + engines.mtp_layers} layers x values a layer x "
+            f"{engines.value} B" + ("; the MTP layers' among them" if engines.mtp_layers else ""),
         ),
         "KV cache": in_bytes(max(0, engines.cache), f"{short}memory - reserved - weights{taken}"),
         "tokens cached": Quantity(

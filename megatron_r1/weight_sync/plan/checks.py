@@ -32,8 +32,9 @@ def check_pushes(config: Config, hf: dict, num_ranks: int) -> None:
     Raises:
         UserError: names the tensor's size, and the divisors to choose from, or the setting.
     """
+    check_drafter(config)
     layout = engine_layout(config)
-    predicted = PredictedLayout(hf, layout)
+    predicted = PredictedLayout(hf, layout, drafts=config.rollout.drafts_by_mtp)
     grid = TrainerGrid.of(config.parallel, num_ranks)
     Planner(hf, grid, layout, recipe_stages(config, hf), predicted)  # as every trainer rank does
     for rank in range(0, layout.ranks_per_engine, layout.tensor):  # one of each stage and copy
@@ -42,6 +43,16 @@ def check_pushes(config: Config, hf: dict, num_ranks: int) -> None:
     if config.push.fp8:
         parallel = config.parallel
         check_blocks(hf, layout, tensor=parallel.tensor, expert_tensor=parallel.expert_tensor)
+
+
+def check_drafter(config: Config) -> None:
+    """Refuse engines that draft with MTP layers which the trainer does not have, with UserError."""
+    if config.rollout.drafts_by_mtp and config.model.mtp == "none":
+        raise UserError(
+            "rollout.speculative.method: mtp, but model.mtp: none leaves out the MTP layers, so "
+            "the engines' drafter would get no weights; set model.mtp: frozen or train, or "
+            "rollout.speculative.method: ngram or none"
+        )
 
 
 def check_blocks(hf: dict, engines: EngineLayout, *, tensor: int, expert_tensor: int) -> None:

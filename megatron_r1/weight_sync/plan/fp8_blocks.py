@@ -4,15 +4,21 @@ A block of 128 x 128 has one scale, so a rank that holds all of it quantises it 
 to an engine rank."""
 
 from megatron_r1.weight_sync.plan.tensors import Region
-from megatron_r1.weights.layout import hf_tensors
+from megatron_r1.weights.layout import hf_tensors, table
 from megatron_r1.weights.rules import Shape
 from megatron_r1.weights.stored.fp8 import BLOCK, is_quantised, scale_name, scale_shape
 
 
-def pushed_tensors(hf: dict, *, fp8: bool) -> list[tuple[str, Shape]]:
-    """Return the names and shapes of the tensors in a checkpoint of the model, plain or in FP8."""
+def pushed_tensors(hf: dict, *, fp8: bool, drafts: bool = False) -> list[tuple[str, Shape]]:
+    """Return the names and shapes of the tensors in a checkpoint of the model, plain or in FP8.
+
+    drafts: with those of the MTP layers, but without their copies of embedding and head, which the
+    drafter shares with the model."""
     names_and_shapes: list[tuple[str, Shape]] = []
-    for name, (shape, _) in hf_tensors(hf, with_mtp=False).items():
+    copies = table(hf).copies
+    for name, (shape, _) in hf_tensors(hf, with_mtp=drafts).items():
+        if name in copies:
+            continue
         names_and_shapes.append((name, shape))
         if fp8 and is_quantised(name):
             names_and_shapes.append((scale_name(name), scale_shape(shape)))

@@ -11,6 +11,7 @@ from megatron_r1.weight_sync.plan.entry import (
     num_links,
 )
 from megatron_r1.weight_sync.plan.planner import Planner
+from megatron_r1.weight_sync.plan.predicted_layout import PredictedLayout
 from megatron_r1.weight_sync.plan.ranks import TrainerGrid
 from megatron_r1.weight_sync.plan.traffic import fp8_bytes, plain_bytes
 from megatron_r1.weights.layout import recipe_stages
@@ -25,7 +26,8 @@ def planned_links(config: Config, hf: dict) -> list[int]:
     """Return the number of links to engine ranks of each of `parallel.processes` trainer ranks."""
     layout, push = engine_layout(config), config.push
     grid = TrainerGrid.of(config.parallel, config.parallel.processes)
-    planner = Planner(hf, grid, layout, recipe_stages(config, hf))
+    needs = PredictedLayout(hf, layout, drafts=config.rollout.drafts_by_mtp)
+    planner = Planner(hf, grid, layout, recipe_stages(config, hf), needs)
     count = fp8_bytes if push.fp8 else plain_bytes(config.rollout.dtype)
     sets = engine_sets(layout.engines, most_engines(push))
     plans = entries(planner, count, sets, largest=largest_over(push.transport))

@@ -43,11 +43,12 @@ class Planner:
         self.needs = needs or PredictedLayout(hf, engines)
         self.table = self.needs.table
         stages = stages or stage_shards(hf, grid.pipeline, with_mtp=False)
+        decoder, drafter = len(self.table.layers), len(self.table.mtp)
         self._stage_of_layer = {
             layer: rank
             for rank, chunks in enumerate(stages)
             for chunk in chunks
-            for layer in chunk.layers
+            for layer in (*chunk.layers, *range(decoder, decoder + drafter * chunk.mtp))
         }
         self._stage_of_part = {
             part: next(r for r, chunks in enumerate(stages) for c in chunks if getattr(c, part))
@@ -70,7 +71,8 @@ class Planner:
                     if item.expert is None and expert_rank:
                         continue
                     for region, replicas in self.holdings(item):
-                        yield item, replicas, self.needed_of(item, region)
+                        if needed := self.needed_of(item, region):
+                            yield item, replicas, needed
 
     def holdings(self, item: HFTensor, only: int | None = None) -> Iterator[Holding]:
         """Yield the parts of a tensor over the trainer's ranks.

@@ -19,14 +19,18 @@ from megatron_r1.weights.rules import QueryGroups, Shape, columns, rows, vocabul
 VOCABULARY_MULTIPLE = 64
 """vLLM pads the vocabulary to this (DEFAULT_VOCAB_PADDING_SIZE) before it splits it."""
 
+DRAFTER_WHOLE = ".eh_proj.weight"
+"""A plain linear layer on every rank of vLLM's drafter; Megatron splits it."""
+
 
 class PredictedLayout:
     """The regions that the ranks of one engine need of the model that `hf` describes.
 
-    Used to plan without an engine; a push uses `ReceiverLayout`. Multi-token-prediction layers are
-    left out: only a drafter needs them. Raises UserError where vLLM cannot split the model so."""
+    Used to plan without an engine; a push uses `ReceiverLayout`. drafts: whether the engine drafts
+    with the MTP layers, on its last stage, and so needs them. Raises UserError where vLLM cannot
+    split the model so."""
 
-    def __init__(self, hf: dict, layout: EngineLayout):
+    def __init__(self, hf: dict, layout: EngineLayout, *, drafts: bool = False):
         self.layout, self.table = layout, table(hf)
         heads = hf["num_attention_heads"]
         if heads % layout.tensor:
@@ -35,8 +39,12 @@ class PredictedLayout:
                 f"choose a divisor of {heads}"
             )
         self._stage_layers = stage_layers(len(self.table.layers), layout.pipeline)
+        if drafts:
+            start, end = self._stage_layers[-1].start, len(self.table.layers + self.table.mtp)
+            self._stage_layers[-1] = range(start, end)
         self._stage_of_layer = [s for s, layers in enumerate(self._stage_layers) for _ in layers]
-        self._embedding_stages = sorted({0, layout.pipeline - 1} if is_tied(self.table) else {0})
+        twice = is_tied(self.table) or drafts
+        self._embedding_stages = sorted({0, layout.pipeline - 1} if twice else {0})
         self._num_expert_ranks = layout.data * layout.tensor
         within = list(product(range(layout.data), range(layout.tensor)))
         self._stage_coordinates = [
@@ -64,7 +72,9 @@ class PredictedLayout:
     def coordinates(self, tensor: HFTensor) -> list[Coordinate]:
         """Return the coordinates that need a part of `tensor`, in a fixed order."""
         if tensor.layer is not None:
-            stages = [self._stage_of_layer[tensor.layer]]
+            stages = self._stage_of_layer[tensor.layer : tensor.layer + 1]
+            if not stages:  # of a drafter that the engine does not have
+                return []
         elif tensor.part == "embedding":
             stages = self._embedding_stages
         else:
@@ -78,13 +88,15 @@ class PredictedLayout:
         the layers on one engine stage; None where too few share it for a cache to help."""
         if tensor.expert is not None and self.layout.expert_parallel:
             return None
+        if tensor.layer is not None and tensor.layer >= len(self._stage_of_layer):
+            return None
         return id(tensor.rule), tensor.source, self.coordinates(tensor)[0].pipeline
 
     def region(self, tensor: HFTensor, at: Coordinate) -> Region | None:
         """Return the region of `tensor` that the rank at `at` needs, or None."""
         rule, shape = tensor.rule, tensor.shape
         rank, ranks = at.tensor, self.layout.tensor
-        if rule.split is whole:
+        if rule.split is whole or tensor.name.endswith(DRAFTER_WHOLE):
             return Region.whole(shape)
         if tensor.expert is not None:
             if self.layout.expert_parallel:

@@ -90,13 +90,15 @@ def checkpoint_tensors(
 ) -> Iterator[HFTensor]:
     """Yield the tensors of `parts` in checkpoint order.
 
-    layers: which decoder layers, where "layers" is one of the parts. experts: which routed experts.
+    layers: which layers, where "layers" is one of the parts; MTP layers follow the decoder's.
+    experts: which routed experts.
     A tied head is yielded as the embedding only."""
     if "embedding" in parts:
         yield from _tensors_of(table.embedding, "embedding")
     if "layers" in parts:
+        rules = table.layers + table.mtp
         for layer in layers:
-            yield from _tensors_of(table.layers[layer], "layers", layer, experts)
+            yield from _tensors_of(rules[layer], "layers", layer, experts)
     if "final_norm" in parts:
         yield from _tensors_of(table.final_norm, "final_norm")
     if "head" in parts and not is_tied(table):

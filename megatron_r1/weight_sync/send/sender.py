@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.distributed import Store
 
 from megatron_r1.weight_sync.plan.entry import Entry, entries, largest_over, sent_bytes
+from megatron_r1.weight_sync.plan.fp8_blocks import pushed_tensors
 from megatron_r1.weight_sync.plan.planner import Planner
 from megatron_r1.weight_sync.plan.ranks import EngineLayout, TrainerGrid
 from megatron_r1.weight_sync.plan.receiver_layout import Encoding, ReceiverLayout
@@ -77,6 +78,7 @@ class WeightSender:
 
     held: this rank's parameters of the model that `hf` describes. stages: the shards of the
     pipeline's virtual stages, default an even spread. store: where trainer and engine ranks meet.
+    drafts: whether engines draft with the MTP layers.
     share: see `Share`; not needed for a single rank."""
 
     def __init__(
@@ -89,9 +91,10 @@ class WeightSender:
         *,
         rank: int = 0,
         stages: list[list[Shard]] | None = None,
+        drafts: bool = False,
     ):
         self.hf, self.grid, self.held, self.stages = hf, grid, held, stages
-        self.store, self.share, self.rank = store, share, rank
+        self.store, self.share, self.rank, self.drafts = store, share, rank, drafts
         self._sets: dict[str, _Set] = {}
         self._tables = TableStore(store)
 
@@ -204,6 +207,7 @@ class WeightSender:
             try:
                 receivers = [member.receivers(one.num_ranks) for member in members]
                 tables = _common_tables(receivers)
+                self._check_all_taken(tables)
             except EXPECTED as error:
                 found.problems[name] = f"{type(error).__name__}: {error}"
                 _report(members[0], found.problems[name])
@@ -214,6 +218,16 @@ class WeightSender:
             found.sets[name] = found.tables.index(tables), addresses
         self.share(msgspec.msgpack.encode(found))
         return found
+
+    def _check_all_taken(self, tables: Sequence[SlotTable]) -> None:
+        """Raise ValueError where no rank of an engine takes a tensor of the model, or of its MTP
+        layers if it drafts with them: the engine would go on with the values it started with."""
+        taken = {slot.name for table in tables for slot in table.slots}
+        pushed = pushed_tensors(self.hf, fp8=False, drafts=self.drafts)
+        left = [name for name, _ in pushed if name not in taken]
+        if left:
+            names = ", ".join(left[:3]) + (", ..." if len(left) > 3 else "")
+            raise ValueError(f"the engine takes no pushes of {len(left)} tensors: {names}")
 
     def _plan(
         self,

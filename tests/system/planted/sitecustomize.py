@@ -173,6 +173,38 @@ def round_the_router_bias(module):
     module.load = load
 
 
+def leave_out_the_drafter(module):
+    """A push reaches the model and not the MTP layer that drafts (sgl-project/sglang#27718)."""
+
+    def name_no_drafter():
+        from vllm.v1.worker.gpu_worker import Worker
+
+        upstream = Worker.init_weight_transfer_engine
+
+        def init_weight_transfer_engine(self, init_info):
+            strike()
+            upstream(self, init_info)
+
+        Worker.init_weight_transfer_engine = init_weight_transfer_engine
+
+    module.name_the_drafter = name_no_drafter
+
+
+def keep_the_drafter(module):
+    """The drafter's new weights arrive and are not loaded after the first push."""
+    upstream = module.load
+    calls = []
+
+    def load(model, placed, *arguments, **settings):
+        calls.append(1)
+        if len(calls) > 1:
+            placed = [at for at in placed if not at.parameter.title.startswith("drafter.")]
+            strike()
+        upstream(model, placed, *arguments, **settings)
+
+    module.load = load
+
+
 def keep_first_settings(module):
     """A schedule is a comment: every step samples as the first."""
     upstream = module.StepSampler._sample
@@ -241,6 +273,8 @@ PLANTED = {
     "dead_receiver": ("megatron_r1.vllm_plugin.swap", kill_a_loading_engine),
     "nan_gradient": ("megatron_r1.training.passes", spread_a_nan),
     "nan_logprob": ("megatron_r1.training.trainer", make_an_old_logprob_nan),
+    "left_out_drafter": ("megatron_r1.vllm_plugin.drafter", leave_out_the_drafter),
+    "kept_drafter": ("megatron_r1.vllm_plugin.swap", keep_the_drafter),
     "kept_bias": ("megatron_r1.vllm_plugin.swap", keep_the_router_bias),
     "rounded_bias": ("megatron_r1.vllm_plugin.swap", round_the_router_bias),
 }

@@ -43,6 +43,8 @@ def test_grpo(name):
     assert rl.minibatches == 16
     assert rl.reference_refresh == 400
     assert config.rollout.max_response_tokens == 32768
+    # B.1: the MTP layer drafts, of which DeepSeek-V3 has one; the number of tokens is not given.
+    assert vars(config.rollout.speculative) == {"method": "mtp", "tokens": 1}
     # DeepSeek-V3's AdamW (arXiv 2412.19437, section 4.2).
     assert (optimizer.beta1, optimizer.beta2, optimizer.weight_decay) == (0.9, 0.95, 0.1)
     for _, phase in config.phases():

@@ -156,6 +156,11 @@ def test_the_large_recipes_push_from_stages_with_mtp_layers(name):
     assert "m" in recipe.parallel.pipeline_layout
     hf = read_hf_config(ROOT / recipe.model.path)
     check_pushes(recipe, hf, recipe.parallel.processes)
-    no_mtp = recipe.model.model_copy(update={"mtp": "none"})
+    changed = {"model.mtp": "none"}
+    without = load(ROOT / f"examples/deepseek_r1/{name}.yaml", changed)
+    with pytest.raises(UserError, match="drafter would get no weights"):
+        check_pushes(without, hf, num_ranks=2048)
+    changed["rollout.speculative.method"] = "none"
+    without = load(ROOT / f"examples/deepseek_r1/{name}.yaml", changed)
     with pytest.raises(UserError, match=r"MTP layers \(m\) must stand there 0 times, not 1"):
-        check_pushes(recipe.model_copy(update={"model": no_mtp}), hf, num_ranks=2048)
+        check_pushes(without, hf, num_ranks=2048)

@@ -35,10 +35,8 @@ def in_the_repository(monkeypatch):
     monkeypatch.chdir(ROOT)
 
 
-def shrunk(path, max_ranks=16, **changes):
-    config = load(path)
-    if changes:
-        config = config.model_copy(update={"model": config.model.model_copy(update=changes)})
+def shrunk(path, overrides=None, max_ranks=16):
+    config = load(path, overrides)
     hf = read_hf_config(config.model.path, None)
     return config, miniature.shrink(config, hf, Path("rehearsal"), max_ranks)
 
@@ -55,7 +53,7 @@ def test_a_push_with_more_links_than_its_plan_is_refused(tmp_path):
     stages = recipe_stages(config, small.hf)
     grid = TrainerGrid.of(config.parallel, 16)
     arguments = small.hf, grid, engine_layout(config), stages, plain_bytes("bfloat16"), 16
-    most = set_links(*arguments).out  # as tools/plan counts
+    most = set_links(*arguments, drafts=True).out  # as tools/plan counts
     phases = Phases("rl", tmp_path / "recipe.yaml", config, [], 1.0, lambda line: None)
     phases._show_links(most)
     with pytest.raises(
@@ -91,7 +89,8 @@ def test_its_own_stages_and_pushes_are_possible(path):
 
 
 def test_a_layout_that_the_recipe_cannot_push_the_miniature_cannot_either():
-    _, small = shrunk(ROOT / "examples/deepseek_r1/r1_zero.yaml", mtp="none")
+    changed = {"model.mtp": "none", "rollout.speculative.method": "none"}
+    _, small = shrunk(ROOT / "examples/deepseek_r1/r1_zero.yaml", changed)
     with pytest.raises(ValueError, match=r"MTP layers \(m\) must stand there 0 times, not 1"):
         check_pushes(small.config, small.hf, small.config.parallel.processes)
 
@@ -168,6 +167,7 @@ def test_changes_name_every_setting_that_differs():
     kept = (
         "rollout.expert_parallel",
         "rollout.colocated",
+        "rollout.speculative",
         "model.mtp",
         "rl.clip_low",
         "model.dtype",

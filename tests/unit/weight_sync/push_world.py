@@ -14,15 +14,16 @@ from megatron_r1.weight_sync.receive.rendezvous import Rendezvous
 from megatron_r1.weight_sync.send.sender import WeightSender, run_all
 from megatron_r1.weight_sync.transports import receiver_class
 from megatron_r1.weights import hf_tensors
+from megatron_r1.weights.layout import stage_shards
 from megatron_r1.weights.stored.fp8 import is_quantised, scale_name
 from tools.bench.push.small_model import held_by
 
 
-def draw(hf, seed):
+def draw(hf, seed, *, with_mtp=False):
     """Return a model's weights in bf16; the blocks of matrices differ in magnitude."""
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
-    for name, (shape, _) in hf_tensors(hf, with_mtp=False).items():
+    for name, (shape, _) in hf_tensors(hf, with_mtp=with_mtp).items():
         spread = torch.logspace(-4, 3, shape[-1]) if len(shape) == 2 else 1.0
         tensors[name] = (torch.randn(shape, generator=generator) * spread).bfloat16()
     return tensors
@@ -63,7 +64,8 @@ class Shared:
 class World:
     """All ranks of a trainer and of one set of engines, in threads.
 
-    receivers[engine, rank]; answers: the trainer ranks' to `connect`."""
+    drafts: whether engines draft with MTP layers. receivers[engine, rank]; answers: the trainer
+    ranks' to `connect`."""
 
     def __init__(
         self,
@@ -77,13 +79,17 @@ class World:
         seconds=20,
         table=table_of,
         full_every=1,
+        drafts=False,
     ):
         self.store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self.name = f"set.{self.store.port}"
         shared = Shared(grid.world)
-        self.held = [held_by(hf, grid, rank, tensors) for rank in range(grid.world)]
+        self.held = [
+            held_by(hf, grid, rank, tensors, with_mtp=drafts) for rank in range(grid.world)
+        ]
+        mtp = {"stages": stage_shards(hf, grid.pipeline, with_mtp=drafts), "drafts": drafts}
         self.senders = [
-            WeightSender(hf, grid, held, self.client(), shared.of(rank), rank=rank)
+            WeightSender(hf, grid, held, self.client(), shared.of(rank), rank=rank, **mtp)
             for rank, held in enumerate(self.held)
         ]
         ranks = range(engine.ranks_per_engine)

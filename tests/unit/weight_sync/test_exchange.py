@@ -1,6 +1,7 @@
 """Pushes that enter one engine of a set each and are exchanged, against plain slicing."""
 
 import threading
+from functools import partial
 
 import pytest
 import torch
@@ -22,10 +23,10 @@ DEEPSEEK = WITH_MTP | {"num_nextn_predict_layers": 0}
 SPREAD = EngineLayout(tensor=2, data=2, expert_parallel=True)
 
 
-def plain_table(hf, engine, rank, windows=1):
+def plain_table(hf, engine, rank, windows=1, *, drafts=False):
     """Return an engine rank's table in bfloat16; its tensors take turns in `windows` windows, of
     which two fit into the memory."""
-    needed = list(PredictedLayout(hf, engine).needed(engine.coordinate(rank)))
+    needed = list(PredictedLayout(hf, engine, drafts=drafts).needed(engine.coordinate(rank)))
     placed, ends = [], [0] * windows
     for index, (tensor, at) in enumerate(needed):
         window = index * windows // len(needed)
@@ -92,6 +93,25 @@ def test_every_engine_has_every_slice_after_each_push(hf, grid, layout, engines)
             tensors = {name: tensor * -2 for name, tensor in tensors.items()}
     finally:
         world.close()
+
+
+@pytest.mark.parametrize("layout", [SPREAD, EngineLayout(tensor=2)])
+def test_drafters_have_every_slice_of_mtp_layers_too(make_world, layout):
+    tensors = draw(WITH_MTP, 1, with_mtp=True)
+    grid, table = TrainerGrid(4, tensor=2, pipeline=2), partial(plain_table, drafts=True)
+    world = make_world(WITH_MTP, grid, layout, tensors, engines=2, table=table, drafts=True)
+    world.push(1)
+    assert wrong_slots(world, tensors, 1) == []
+    names = {slot.name for at in world.receivers.values() for slot in at.table.slots}
+    layers = {"eh_proj", "enorm", "shared_head.norm", "mlp.experts.7.up_proj"}
+    assert {f"model.layers.4.{name}.weight" for name in layers} <= names
+
+
+def test_an_engine_whose_drafter_takes_no_pushes_is_refused(make_world):
+    tensors = draw(WITH_MTP, 1, with_mtp=True)
+    problem = r"takes no pushes of \d+ tensors: model\.layers\.4\.enorm\.weight, .*, \.\.\."
+    with pytest.raises(SetFailed, match=problem):
+        make_world(WITH_MTP, GRID, SPREAD, tensors, engines=2, table=plain_table, drafts=True)
 
 
 @pytest.fixture

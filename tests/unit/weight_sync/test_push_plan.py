@@ -10,6 +10,7 @@ from weight_shards import shard
 
 from megatron_r1.models import read_hf_config
 from megatron_r1.weight_sync.plan import EngineLayout, Planner, Region, TrainerGrid, Transfer
+from megatron_r1.weight_sync.plan.predicted_layout import PredictedLayout
 from megatron_r1.weight_sync.plan.traffic import fp8_bytes, plain_bytes
 from megatron_r1.weights import layout
 from megatron_r1.weights.layout import stage_shards
@@ -79,11 +80,14 @@ def receives(planner: Planner, rank: int) -> Iterator[Transfer]:
                     yield Transfer(item.name, item.shape, region, sender, rank, dtype)
 
 
+@pytest.mark.parametrize("drafts", [False, True])
 @pytest.mark.parametrize(("hf", "grid", "engines"), WORLDS)
 def test_what_is_sent_is_what_is_received_and_each_element_comes_once_from_a_holder(
-    hf, grid, engines
+    hf, grid, engines, drafts
 ):
-    planner = Planner(hf, grid, engines)
+    # The trainer has MTP layers in any case; only engines that draft need them.
+    stages, needs = stage_shards(hf, grid.pipeline), PredictedLayout(hf, engines, drafts=drafts)
+    planner = Planner(hf, grid, engines, stages, needs)
     sent = Counter(t for rank in range(grid.world) for t in sends(planner, rank))
     received = Counter(t for rank in range(engines.num_ranks) for t in receives(planner, rank))
     assert sent == received and set(sent.values()) == {1}
@@ -107,7 +111,8 @@ def test_what_is_sent_is_what_is_received_and_each_element_comes_once_from_a_hol
             whole = sum(masks[rank, name] for rank in ranks if (rank, name) in masks)
             assert whole.min() >= 1, (engine, name)
     layers = {n.split(".")[2] for n in names if n.startswith("model.layers.")}
-    assert layers == {str(i) for i in range(hf["num_hidden_layers"])}
+    drafting = hf.get("num_nextn_predict_layers", 0) if drafts else 0
+    assert layers == {str(i) for i in range(hf["num_hidden_layers"] + drafting)}
 
 
 @pytest.mark.parametrize(("hf", "grid", "engines"), WORLDS)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field, fields
 
-from tools.plan import hardware
+from megatron_r1.config import hardware
 
 PLAN = hardware.Assumptions()
 """Those that `tools/plan` has, too."""

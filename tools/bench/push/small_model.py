@@ -26,10 +26,17 @@ SHAPE = {
 }
 
 
-def held_by(hf: dict, grid: TrainerGrid, rank: int, tensors: dict[str, torch.Tensor]) -> dict:
+def held_by(
+    hf: dict,
+    grid: TrainerGrid,
+    rank: int,
+    tensors: dict[str, torch.Tensor],
+    *,
+    with_mtp: bool = False,
+) -> dict:
     """Return a trainer rank's parameters, in bfloat16, and their pieces, by HF name."""
     expert_tensor, expert = grid.expert_coordinate(rank)
-    (chunk,) = stage_shards(hf, grid.pipeline, with_mtp=False)[grid.stage(rank)]
+    (chunk,) = stage_shards(hf, grid.pipeline, with_mtp=with_mtp)[grid.stage(rank)]
     axes = {
         "tp": (grid.tensor_rank(rank), grid.tensor),
         "ep": (expert, grid.expert),

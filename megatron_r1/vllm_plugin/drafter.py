@@ -1,0 +1,78 @@
+"""Patches of vLLM 0.32, on every platform, for a drafter whose weights are pushed: the MTP layer
+that `--speculative-config` loads as a second model. Paths are below vllm/."""
+
+import functools
+from typing import Any
+
+
+def apply() -> None:
+    """Apply all three patches, once per process."""
+    name_the_drafter()
+    checksum_the_drafter()
+    quantise_as_the_model()
+
+
+def name_the_drafter() -> None:
+    """Give our weight-transfer backend the drafter beside the model.
+
+    Upstream: v1/worker/gpu_worker.py:1484 (`Worker.init_weight_transfer_engine`). Without it: a
+    backend knows the model only, and the drafter keeps the weights it was started with. Goes when:
+    one update can be of both models."""
+    from vllm.v1.worker.gpu_worker import Worker
+
+    upstream = Worker.init_weight_transfer_engine
+
+    def init_weight_transfer_engine(self: Any, init_info: dict) -> None:
+        if self.weight_transfer_engine is not None:
+            self.weight_transfer_engine.drafter = self.get_draft_model()
+        upstream(self, init_info)
+
+    Worker.init_weight_transfer_engine = init_weight_transfer_engine
+
+
+def checksum_the_drafter() -> None:
+    """Let POST /weight_checker answer for the drafter's own tensors, too, as `drafter.NAME`.
+
+    Upstream: v1/worker/gpu_worker.py:375 (`Worker.compute_weight_checksums`). Without it: what
+    the drafter computes with cannot be seen from outside. Goes when: upstream includes it."""
+    from vllm.model_executor.model_loader.weight_checksum import compute_tensor_digests
+    from vllm.v1.worker.gpu_worker import Worker
+
+    upstream = Worker.compute_weight_checksums
+
+    def compute_weight_checksums(self: Any) -> dict[str, str]:
+        digests = upstream(self)
+        drafter = self.get_draft_model()
+        own = compute_tensor_digests(drafter) if drafter is not None else {}
+        prefix = self._weight_checksum_prefix()
+        return digests | {f"{prefix}drafter.{name}": digest for name, digest in own.items()}
+
+    Worker.compute_weight_checksums = compute_weight_checksums
+
+
+def quantise_as_the_model() -> None:
+    """Give the drafter the model's quantization_config where --hf-overrides changes it.
+
+    Upstream: config/speculative.py:1056 (`compose_draft_hf_overrides`), which leaves such overrides
+    to the model: `push.fp8` would then start an FP8 model with a drafter whose FP8 has no blocks,
+    and a model in bf16 from an FP8 folder with a drafter in FP8. Goes when: it applies them."""
+    from vllm.config.speculative import SpeculativeConfig
+
+    upstream = SpeculativeConfig.compose_draft_hf_overrides
+
+    def compose_draft_hf_overrides(target: Any) -> Any:
+        if isinstance(target, dict) and "quantization_config" in target:
+            form = target["quantization_config"]
+            return functools.partial(with_quantization, form)  # is sent to other processes
+        return upstream(target)
+
+    SpeculativeConfig.compose_draft_hf_overrides = staticmethod(compose_draft_hf_overrides)
+
+
+def with_quantization(form: dict | None, hf_config: Any) -> Any:
+    """Return the drafter's configuration with this `quantization_config`."""
+    from vllm.config.speculative import SpeculativeConfig
+
+    hf_config = SpeculativeConfig.hf_config_override(hf_config)
+    hf_config.quantization_config = form
+    return hf_config

