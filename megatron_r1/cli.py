@@ -48,6 +48,8 @@ MODULES = {
     PREFLIGHT: "megatron_r1.commands.preflight",
 }
 HELP = {"-h", "--help"}
+DRY_RUN = "--dry-run"
+"""Of rl: `dry_run(config)` instead of `run(config)`."""
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -59,6 +61,7 @@ verbs: {", ".join(VERBS)}
        megatron-r1 pipeline RECIPE.yaml [--pipeline.key value …]   several of them, as a graph
        megatron-r1 rehearse RECIPE.yaml [--rehearsal.key value …]   any recipe in miniature, first
        megatron-r1 preflight RECIPE.yaml [--json FILE] [--preflight.key value …]   the nodes, last
+       megatron-r1 rl RECIPE.yaml --dry-run   samples and grades one batch, and trains nothing
 The same command continues a run that was stopped.
 On many GPUs: torchrun … -m megatron_r1 VERB RECIPE.yaml
 What a verb does and reads: megatron-r1 VERB --help
@@ -124,10 +127,19 @@ def _dispatch(arguments: list[str]) -> int:
     recipe, *options = rest
     with without_garbage_collection():
         command = importlib.import_module(VERBS[verb])
+    is_dry = DRY_RUN in options
+    if is_dry and not hasattr(command, "dry_run"):
+        raise UserError(f"{DRY_RUN}: {verb} has none; rl has")
+    options = [option for option in options if option != DRY_RUN]
     overrides = {**getattr(command, "IMPLIED", {}), **_overrides(options)}
     config = configuration.load(recipe, overrides, required=command.REQUIRED)
     if check := getattr(command, "check", None):
         check(config)
+    if is_dry:
+        if torchrun.is_rank():
+            raise UserError(f"{DRY_RUN} needs no trainer ranks: start it without torchrun")
+        command.dry_run(config)
+        return 0
     if torchrun.is_rank():
         return _serve_as_rank(config, arguments)
     command.run(config)

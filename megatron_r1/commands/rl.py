@@ -52,6 +52,36 @@ REQUIRED = ("run.folder", "model.path")
 
 def run(config: Config) -> None:
     """Train for `run.steps` rollouts. Raises UserError before any long work starts."""
+    text, prompts = prepare(config)
+    drawn = questions_drawn(config, prompts.train)
+    facts = [
+        config.model.path,
+        config.data.task or str(config.data.path),
+        f"{len(prompts.train):,} questions, {len(prompts.heldout):,} held out",
+        *drawn,
+    ]
+
+    async def body(
+        recorder: Recorder, trainer: TrainerClient, stop: StopRequest, supervisor: Supervisor
+    ) -> None:
+        place = (config.rollout, recorder.folder.path, config.push.on_one_host)
+        async with open_pool(*place, recorder.view.message) as hosts:
+            roles = (recorder, trainer, stop, supervisor)
+            await _with_engines(config, *roles, text, prompts, hosts)
+
+    run_training(config, "rl", facts, body, _next_commands(config))
+
+
+def dry_run(config: Config) -> None:
+    """Sample and grade one batch, print it, and train nothing. Errors as `run`."""
+    from megatron_r1.commands import dry_run
+
+    dry_run.run(config, *prepare(config))
+
+
+def prepare(config: Config) -> tuple[PromptText, PromptSplit]:
+    """Check all that can be checked before anything starts; return the tokenizer with its template,
+    and the questions. Raises UserError."""
     if config.model.init != "load":
         raise UserError("model.init: rl needs a model to start from; make one with sft, then load")
     config.model.require_language_head()
@@ -75,29 +105,13 @@ def run(config: Config) -> None:
     text = PromptText(config.model.path, config.data.template)
     prompts = load_prompts(**config.data.model_dump(exclude={"template"}))
     prompts = prompts_that_fit(prompts, text, context_length(config))
-    drawn = questions_drawn(config, prompts.train)
     if not prompts.heldout:
         print(
             "no held-out questions, so nothing will be evaluated: raise data.heldout_fraction or "
             "give data.heldout_path",
             file=sys.stderr,
         )
-    facts = [
-        config.model.path,
-        config.data.task or str(config.data.path),
-        f"{len(prompts.train):,} questions, {len(prompts.heldout):,} held out",
-        *drawn,
-    ]
-
-    async def body(
-        recorder: Recorder, trainer: TrainerClient, stop: StopRequest, supervisor: Supervisor
-    ) -> None:
-        place = (config.rollout, recorder.folder.path, config.push.on_one_host)
-        async with open_pool(*place, recorder.view.message) as hosts:
-            roles = (recorder, trainer, stop, supervisor)
-            await _with_engines(config, *roles, text, prompts, hosts)
-
-    run_training(config, "rl", facts, body, _next_commands(config))
+    return text, prompts
 
 
 def prompts_that_fit(prompts: PromptSplit, text: PromptText, room: int) -> PromptSplit:

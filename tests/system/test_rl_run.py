@@ -71,6 +71,18 @@ def test_every_step_writes_the_metrics_others_rely_on(finished):
         assert (finished / name).stat().st_size > 100
 
 
+def test_a_dry_run_shows_graded_samples_and_writes_nothing(base):
+    before = {path for path in base.rglob("*") if path.is_file()}
+    done = run("rl", base / "rl.yaml", "--dry-run", "--run.folder", str(base / "dry"))
+    assert done.returncode == 0, done.stderr + done.stdout
+    *shown, summary = done.stdout.split("\n---")
+    assert len(shown) == 11  # the first is what comes before the samples
+    assert all("; accuracy" in sample and "format" in sample for sample in shown[1:])
+    assert "16 responses to 4 questions: accuracy" in summary and "tokens/s" in summary
+    assert "3 steps of 16 responses" in summary and "M parameters" in summary
+    assert {path for path in base.rglob("*") if path.is_file()} == before
+
+
 def test_terms_count_from_their_step_on_and_the_workers_are_measured(finished):
     first, *later = lines(finished / "metrics.jsonl")
     assert "conciseness/mean" not in first and len(later) == 2

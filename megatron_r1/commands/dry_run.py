@@ -1,0 +1,143 @@
+"""`megatron-r1 rl RECIPE.yaml --dry-run`: samples and grades one batch, and trains nothing."""
+
+import asyncio
+import math
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_r1.config import Config
+from megatron_r1.data.prompts import Prompt, PromptSplit
+from megatron_r1.data.sampler import PromptSampler
+from megatron_r1.data.text import PromptText
+from megatron_r1.engine import gpu
+from megatron_r1.engine.from_config import engine_settings, fleet_settings
+from megatron_r1.engine.limits import context_length
+from megatron_r1.errors import UserError
+from megatron_r1.fleet.rollout_fleet import RolloutFleet
+from megatron_r1.models import read_hf_config
+from megatron_r1.reporting import wording
+from megatron_r1.reporting.wording import counted, duration, percent, printable
+from megatron_r1.rewards.base import shorten
+from megatron_r1.rewards.combine import weights_at
+from megatron_r1.rewards.runtime.pool import RewardPool
+from megatron_r1.rl.advice import advice
+from megatron_r1.rl.collector import RolloutCollector
+from megatron_r1.rl.metrics import rollout_metrics
+from megatron_r1.rl.rollout import Group, Rollout, Sampling
+from megatron_r1.weights import hf_tensors
+
+MAX_RESPONSES = 64
+NUM_SHOWN = 10
+MAX_SHOWN_CHARS = 600
+TRAINING_BYTES = 16
+"""Of a parameter: fp32 weight and gradient, and Adam's two moments."""
+
+
+def run(config: Config, text: PromptText, prompts: PromptSplit) -> None:
+    """Sample and grade the first questions of the first rollout, at most `MAX_RESPONSES` responses
+    on an engine of this host, and print what a user should see before the run. Writes nothing.
+    Raises UserError where the recipe's engines are on other hosts."""
+    if config.rollout.placement != "local":
+        raise UserError(
+            f"--dry-run: rollout.placement: {config.rollout.placement} has its engines on other "
+            "hosts; give --rollout.placement local --rollout.engines 1 for it, on a host with room"
+        )
+    first = config.at(1)
+    group_size = min(first.rl.group_size, MAX_RESPONSES)
+    num_groups = min(first.rl.questions_per_rollout, MAX_RESPONSES // group_size)
+    sampler = PromptSampler(prompts.train, config.run.seed)
+    questions = sampler.next_by_kind(num_groups, weights=first.rl.kind_weights)
+    with tempfile.TemporaryDirectory() as logs:
+        rollout, seconds = asyncio.run(_sample(first, text, questions, group_size, Path(logs)))
+    for group, index in _shown(rollout.groups):
+        print(_sample_text(group, index))
+    print(_summary(config, first, rollout, seconds))
+
+
+async def _sample(
+    config: Config, text: PromptText, questions: list[Prompt], group_size: int, logs: Path
+) -> tuple[Rollout, float]:
+    """Return the rollout, and the seconds from its start to the last grade."""
+    rewards, rollout = config.rewards, config.rollout
+    pool = RewardPool(rewards.workers, rewards.timeout_seconds, rewards.memory_bytes)
+    fleet = RolloutFleet(
+        rollout.engines,
+        logs,
+        device=gpu.device(),
+        max_model_len=context_length(config),
+        seed=config.run.seed,
+        **fleet_settings(rollout),
+        **engine_settings(rollout),
+    )
+    collector = RolloutCollector(fleet, pool, text, rewards)
+    weights = weights_at(rewards.weights, 1)
+    sampling = Sampling(
+        group_size,
+        rollout.temperature,
+        rollout.top_p,
+        rollout.max_response_tokens,
+        weights=weights,
+    )
+    try:
+        await collector.grader.check_rewards(weights, questions)
+        print(f"starting {counted(rollout.engines, 'engine')} on {config.model.path}", flush=True)
+        await fleet.start(config.model.path)
+        start = time.perf_counter()
+        collected = await collector.collect(questions, sampling)
+        seconds = time.perf_counter() - start
+        collector.check_grades(collected.groups)
+        return collected, seconds
+    finally:
+        await asyncio.gather(fleet.close(), pool.close())
+
+
+def _shown(groups: Sequence[Group]) -> list[tuple[Group, int]]:
+    """Return NUM_SHOWN (group, index of a response) pairs, of as many groups as there are."""
+    pairs = [(group, index) for index in range(len(groups[0].responses)) for group in groups]
+    return pairs[:NUM_SHOWN]
+
+
+def _sample_text(group: Group, index: int) -> str:
+    graded = group.responses[index]
+    response = wording.shorten(graded.text.strip(), MAX_SHOWN_CHARS)
+    terms = ", ".join(f"{term} {reward:.3g}" for term, reward in graded.rewards.items())
+    tokens = counted(len(graded.response.token_ids), "token")
+    return "\n".join(
+        [
+            f"--- {printable(shorten(group.prompt.question, 200))}",
+            printable(response, keep_newlines=True),
+            f"    {tokens}{', cut off' if graded.truncated else ''}; {terms}; "
+            f"{printable(graded.reason)}",
+        ]
+    )
+
+
+def _summary(config: Config, first: Config, rollout: Rollout, seconds: float) -> str:
+    """Return the batch in numbers, what the run will take at least, and what should be changed."""
+    means = rollout_metrics(rollout, version=0)
+    responses = sum(len(group.responses) for group in rollout.groups)
+    rate = means["response_tokens"] / seconds
+    full = first.rl.questions_per_rollout * first.rl.group_size
+    sampling = full * means["response_length/mean"] / rate * config.run.steps
+    shapes = hf_tensors(read_hf_config(config.model.path), with_mtp=False)
+    parameters = sum(math.prod(shape) for shape, _ in shapes.values())
+    memory = parameters * TRAINING_BYTES / 2**30
+    lines = [
+        "---",
+        f"{counted(responses, 'response')} to {counted(len(rollout.groups), 'question')}: accuracy "
+        f"{percent(means['accuracy'])}, reward {means['reward/mean']:.3g}, groups with different "
+        f"rewards {percent(1 - means['groups/zero_variance'])}",
+        f"{means['response_length/mean']:,.0f} tokens on average, {percent(means['truncated'])} "
+        f"cut off at {first.rollout.max_response_tokens:,}; {rate:,.0f} tokens/s",
+        f"{counted(config.run.steps, 'step')} of {full:,} responses: {duration(sampling)} of "
+        "sampling at this rate and length, less where more is sampled at once; updates come on "
+        "top",
+        f"the trainer: {parameters / 1e6:,.1f}M parameters, {memory:,.2f} GiB for weights, "
+        "gradients and Adam's moments in fp32, over all tensor, pipeline and expert ranks; "
+        "activations come on top (tools/plan)",
+        *advice(rollout, first).values(),
+        "nothing was trained or written",
+    ]
+    return "\n".join(lines)
