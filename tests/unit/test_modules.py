@@ -1,7 +1,9 @@
-"""Every module can be imported: what is evaluated at import, annotations among it, is defined."""
+"""Every module can be imported: what is evaluated at import, annotations among it, is defined. And
+every file of tests has a name of its own."""
 
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -27,3 +29,9 @@ def test_every_module_is_imported_without_an_error():
     command = [sys.executable, "-W", "ignore", "-c", PROGRAM]
     done = subprocess.run(command, input="\n".join(modules), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_no_two_test_files_have_the_same_name():
+    # pytest imports them by it, as folders of tests are no packages.
+    names = Counter(path.name for path in (ROOT / "tests").rglob("test_*.py"))
+    assert [name for name, count in names.items() if count > 1] == []
