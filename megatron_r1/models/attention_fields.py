@@ -19,6 +19,9 @@ _ROPE_KEYS = {
 """Kind of rotary embedding -> the settings that it has beside rope_type and rope_theta."""
 
 
+KEY_VALUE_HEADS = "num_key_value_heads"
+
+
 def attention_fields(hf: dict) -> dict[str, Any]:
     """Return Megatron's fields of the attention; UserError if it is not supported."""
     layers = hf.get("layer_types")
@@ -69,7 +72,13 @@ def attention_divisions(hf: dict, transformer_engine: bool) -> list[tuple[str, i
     rules = [("num_attention_heads", heads, "tensor")]
     if not model_family(hf).latent:
         groups = hf.get("num_key_value_heads") or heads
-        return [*rules, ("num_key_value_heads", groups, "tensor")]
+        size = hf.get("head_dim") or hf["hidden_size"] // heads
+        rows = "(num_attention_heads + 2 x num_key_value_heads) x head_dim"
+        return [
+            *rules,
+            (KEY_VALUE_HEADS, groups, "tensor"),
+            (rows, (heads + 2 * groups) * size, "tensor"),
+        ]
     if not transformer_engine:
         # MLASelfAttention creates column-parallel down-projections, which LatentAttention replaces.
         latent = hf["kv_lora_rank"] + hf["qk_rope_head_dim"]

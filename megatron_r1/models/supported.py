@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_r1.errors import UserError
 from megatron_r1.models.attention_fields import (
+    KEY_VALUE_HEADS,
     attention_divisions,
     attention_fields,
     model_arguments,
@@ -58,7 +59,10 @@ def check_divisions(hf: dict, parallel: ParallelConfig, transformer_engine: bool
         *expert_divisions(hf),
     ]
     for field, size, key in divisions:
-        if size % (ranks := getattr(parallel, key)):
+        ranks = getattr(parallel, key)
+        is_shared = field == KEY_VALUE_HEADS  # by several ranks, if there are more ranks than heads
+        if size % ranks and not (is_shared and ranks % size == 0):
             raise UserError(
-                f"parallel.{key}={ranks} does not divide {field}={size}; choose a divisor of {size}"
+                f"parallel.{key}={ranks} does not divide {field}={size}; choose a divisor "
+                f"{'or a multiple ' if is_shared else ''}of {size}"
             )

@@ -9,8 +9,8 @@ else reads parameter names. No torch."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from megatron_r1.errors import UserError
@@ -160,20 +160,48 @@ def vocabulary(sources: tuple[Source, ...], rank: int, ranks: int) -> tuple[Shap
 
 @dataclass(frozen=True)
 class QueryGroups:
-    """Grouped-query attention: [queries; key; value] of each group; ranks hold whole groups."""
+    """Grouped-query attention: [queries; key; value] of each group. Ranks hold whole groups or,
+    where there are more ranks than groups, equal runs of rows, whose products Megatron gathers
+    (attention.py:1398, Megatron-Core 0.16.1)."""
 
     num_groups: int
 
     def __call__(
         self, sources: tuple[Source, ...], rank: int, ranks: int
     ) -> tuple[Shape, list[Piece]]:
-        count = self.num_groups // ranks
-        if count * ranks != self.num_groups:
+        groups = self.num_groups
+        if groups % ranks and ranks % groups:
             raise UserError(
-                f"parallel.tensor={ranks} does not divide num_key_value_heads={self.num_groups}; "
-                f"choose a divisor of {self.num_groups}"
+                f"parallel.tensor={ranks} neither divides num_key_value_heads={groups} nor is a "
+                f"multiple of it; choose a divisor or a multiple of {groups}"
             )
-        return _interleave(sources, blocks=self.num_groups, first=rank * count, count=count)
+        if groups % ranks == 0:
+            count = groups // ranks
+            return _interleave(sources, blocks=groups, first=rank * count, count=count)
+        (height, *width), pieces = _interleave(sources, blocks=groups, first=0, count=groups)
+        if height % ranks:
+            raise UserError(
+                f"parallel.tensor={ranks} does not divide the {height} rows of query, key and "
+                f"value together ({sources[0].name}); choose a divisor of {height}"
+            )
+        rows = height // ranks
+        return (rows, *width), list(_rows_of(pieces, rank * rows, rows))
+
+
+def _rows_of(pieces: Iterable[Piece], start: int, length: int) -> Iterator[Piece]:
+    """Yield the parts of `pieces` (dim 0) within rows [start, start + length) of their parameter,
+    placed in a parameter that has these rows only."""
+    for piece in pieces:
+        first = max(start, piece.local_start)
+        end = min(start + length, piece.local_start + piece.length)
+        if first < end:
+            skipped = first - piece.local_start
+            yield replace(
+                piece,
+                hf_start=piece.hf_start + skipped,
+                local_start=first - start,
+                length=end - first,
+            )
 
 
 def _interleave(

@@ -83,7 +83,7 @@ def _latent(hf: dict, heads: int, pick: random.Random) -> None:
 
 def _grouped_query(hf: dict, heads: int, pick: random.Random) -> None:
     hf |= {
-        "num_key_value_heads": pick.choice([n for n in (2, heads) if heads % n == 0]),
+        "num_key_value_heads": pick.choice([n for n in (1, 2, heads) if heads % n == 0]),
         "head_dim": 4 * pick.randint(2, 6),
         "rope_theta": pick.choice([1e4, 1e6]),
     }

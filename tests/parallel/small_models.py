@@ -168,6 +168,8 @@ FIRST = {
 MODELS = {
     **FIRST,
     "qwen3": QWEN3,
+    # Fewer key and value heads than tensor ranks.
+    "qwen3-one-kv-head": {**QWEN3, "num_key_value_heads": 1, "tie_word_embeddings": False},
     "qwen3-moe": QWEN3_MOE,
     "glm-mtp": GLM,
     "glm-no-norm": {**GLM, "use_qk_norm": False, "num_nextn_predict_layers": 0},

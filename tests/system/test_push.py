@@ -29,7 +29,10 @@ from megatron_r1.supervision.inspect_roles import inspect_trainer
 from megatron_r1.training.client import TrainerClient
 from megatron_r1.weight_sync.bridge import WeightBridge
 from megatron_r1.weight_sync.engine_links import EngineLinks
+from megatron_r1.weight_sync.plan.predicted_layout import PredictedLayout
+from megatron_r1.weight_sync.plan.receiver_layout import ReceiverLayout
 from megatron_r1.weight_sync.probes import Prober
+from megatron_r1.weight_sync.send import sender
 from megatron_r1.weights import hf_tensors
 
 MODELS = {
@@ -96,8 +99,9 @@ SMALL = 4e-3
     ],
 )
 def test_after_a_push_an_engine_is_as_if_started_on_the_trainers_weights(
-    family, layout, trainers, push, oracle, tmp_path
+    family, layout, trainers, push, oracle, tmp_path, monkeypatch
 ):
+    found = recorded_layouts(monkeypatch)
     config = MODELS[family]
     known = resolve_aliases(config)
     for seed, name in enumerate("ab"):
@@ -116,6 +120,7 @@ def test_after_a_push_an_engine_is_as_if_started_on_the_trainers_weights(
                 # So that every trainer finds other weights than its own.
                 await FileBridge(known, fleet, layout=layout, **push).push(before)
                 assert await checksums(fleet) != expected
+                assert_predicted(known, found[0])
                 metrics = await push_from(trained, known, parallel, fleet, layout, push)
                 assert await checksums(fleet) == expected, parallel
                 assert metrics["push/probe_diff"] < TOLERANCE
@@ -146,6 +151,29 @@ def test_after_a_push_an_engine_is_as_if_started_on_the_trainers_weights(
             await trainer.close()
 
     asyncio.run(run())
+
+
+def recorded_layouts(monkeypatch) -> list[ReceiverLayout]:
+    """Layouts of real engines as senders in this process read them, the first one first."""
+    found: list[ReceiverLayout] = []
+
+    def recorded(*arguments):
+        found.append(ReceiverLayout(*arguments))
+        return found[-1]
+
+    monkeypatch.setattr(sender, "ReceiverLayout", recorded)
+    return found
+
+
+def assert_predicted(hf, found):
+    """What every rank of a real engine needs is what is planned without one."""
+    predicted = PredictedLayout(hf, found.layout)
+    for rank in range(found.layout.num_ranks):
+        at = found.layout.coordinate(rank)
+        planned = {tensor.name: region for tensor, region in predicted.needed(at)}
+        needed = {name: regions[at] for name, regions in found._regions.items() if at in regions}
+        differing = {n for n in planned.keys() | needed if planned.get(n) != needed.get(n)}
+        assert not differing, [(n, planned.get(n), needed.get(n)) for n in sorted(differing)[:5]]
 
 
 async def checksums(fleet, engine=0):

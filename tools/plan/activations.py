@@ -76,7 +76,8 @@ def layer_activations(job: Job, sparse: bool, tokens: int | None = None) -> Laye
         modules["mla_up_proj"] = heads / tensor * (2 * head + out) * whole * value
     else:
         size = hf.get("head_dim") or hidden // heads
-        groups = hf.get("num_key_value_heads") or heads
+        # With fewer key and value heads than ranks, several ranks have the same one.
+        groups = max(hf.get("num_key_value_heads") or heads, tensor)
         always += (2 * heads + 2 * groups) / tensor * size * whole * value
     modules["core_attn"] = 4 * heads / tensor * whole
     dispatch = 0.0

@@ -132,7 +132,16 @@ def test_dense_models_refuse_what_they_would_compute_otherwise(hf, changes, mess
             {"tensor": 3},
             "parallel.tensor=3 does not divide num_attention_heads=4",
         ),
-        (QWEN, {"tensor": 4}, "parallel.tensor=4 does not divide num_key_value_heads=2"),
+        (
+            {**QWEN, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 8},
+            {"tensor": 3},
+            "parallel.tensor=3 does not divide num_key_value_heads=2",
+        ),
+        (
+            {**QWEN, "num_attention_heads": 8, "num_key_value_heads": 1, "head_dim": 2},
+            {"tensor": 8},
+            "parallel.tensor=8 does not divide \\(num_attention_heads \\+ 2 x num_key_value_heads",
+        ),
         (QWEN, {"pipeline": 4}, "num_hidden_layers=6 is not a multiple of parallel.pipeline=4"),
         (QWEN, {"virtual_pipeline": 2}, "virtual_pipeline=2 needs parallel.pipeline > 1"),
         (

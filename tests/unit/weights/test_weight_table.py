@@ -136,9 +136,29 @@ def test_query_groups_interleaves_queries_keys_and_values():
     )
 
 
+def test_more_ranks_than_query_groups_hold_equal_runs_of_rows():
+    # The 24 rows q q k v | q q k v, of 3 rows each, as four runs of 6.
+    sources = [("q", (12, 7)), ("k", (6, 7)), ("v", (6, 7))]
+    held = [pieces_of(QueryGroups(2), sources, rank, 4) for rank in range(4)]
+    assert [shape for shape, _ in held] == [(6, 7)] * 4
+    assert [pieces for _, pieces in held] == [
+        [("q", 0, 0, 0, 6)],
+        [("k", 0, 0, 0, 3), ("v", 0, 0, 3, 3)],
+        [("q", 0, 6, 0, 6)],
+        [("k", 0, 3, 0, 3), ("v", 0, 3, 3, 3)],
+    ]
+    # One group, runs that end amid a head.
+    sources = [("q", (10, 7)), ("k", (5, 7)), ("v", (5, 7))]
+    assert pieces_of(QueryGroups(1), sources, 2, 4) == ((5, 7), [("k", 0, 0, 0, 5)])
+    assert pieces_of(QueryGroups(1), sources, 1, 2)[1] == [("k", 0, 0, 0, 5), ("v", 0, 0, 5, 5)]
+
+
 def test_a_split_that_does_not_divide_is_named():
+    sources = [("q", (4, 1)), ("k", (2, 1)), ("v", (2, 1))]
     with pytest.raises(ValueError, match="num_key_value_heads=2"):
-        pieces_of(QueryGroups(2), [("q", (4, 1)), ("k", (2, 1)), ("v", (2, 1))], 0, 4)
+        pieces_of(QueryGroups(2), sources, 0, 3)
+    with pytest.raises(ValueError, match="does not divide the 8 rows"):
+        pieces_of(QueryGroups(2), sources, 0, 16)
     with pytest.raises(ValueError, match="gate .*cannot be split into 4"):
         pieces_of(columns, [("gate", (6, 3))], 0, 4)
 
