@@ -110,6 +110,13 @@ def check_ranks(engines: RolloutConfig | TeacherConfig, hf: dict, section: str) 
             f"{section}.tensor={engines.tensor} neither divides num_key_value_heads={kv_heads} nor "
             "is a multiple of it; choose one that does"
         )
+    routing = {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}
+    lacking = {key: value for key, value in routing.items() if language.get(key) != value}
+    if lacking and "DeepseekV3ForCausalLM" in (language.get("architectures") or ()):
+        raise UserError(
+            f"config.json has no {lacking}: vLLM would route tokens by softmax and without the "
+            "routers' bias, transformers and the trainer do not; add these keys"
+        )
     layers = language.get("num_hidden_layers", engines.pipeline)
     if engines.pipeline > layers:
         raise UserError(

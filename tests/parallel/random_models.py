@@ -40,7 +40,7 @@ def draw(base: str, seed: int) -> dict:
     heads = pick.choice([2, 4, 6])
     hf |= {
         "vocab_size": pick.choice([61, 67, 96]),
-        "hidden_size": 4 * pick.randint(6, 20),
+        "hidden_size": 12 * pick.randint(2, 6),  # of a Llama, heads must divide it
         "intermediate_size": 4 * pick.randint(5, 25),
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
@@ -58,8 +58,6 @@ def draw(base: str, seed: int) -> dict:
 
 
 def _latent(hf: dict, heads: int, pick: random.Random) -> None:
-    # transformers' DeepSeek-V2 insists on a width that heads divide.
-    hf["hidden_size"] = heads * 2 * pick.randint(4, 10)
     rope = {"rope_type": "default", "rope_theta": pick.choice([1e4, 5e4, 1e6])}
     if pick.random() < 0.5:
         mscale = pick.choice([None, 0.707, 1.0])

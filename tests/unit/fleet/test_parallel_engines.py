@@ -47,6 +47,11 @@ def config(rl=None, **rollout):
             "16 ranks .* for 8 experts leave some with none",
         ),
         (
+            LATENT | {"architectures": ["DeepseekV3ForCausalLM"], "topk_method": "noaux_tc"},
+            {},
+            r"config.json has no \{'scoring_func': 'sigmoid'\}: vLLM would route",
+        ),
+        (
             EXPERTS,
             {"pipeline": 2, "rl": {"routing_replay": True}},
             "set rl.routing_replay: false, or rollout.pipeline: 1",
