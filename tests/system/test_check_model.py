@@ -15,7 +15,7 @@ pytestmark = pytest.mark.slow
     "name, layout",
     [
         ("QWEN3_MOE", ("--parallel.tensor", "2", "--parallel.expert", "2")),
-        ("GLM_LITE", ("--parallel.pipeline", "2")),
+        ("GLM_LITE", ("--parallel.pipeline", "2", "--parallel.pipeline_layout", "Ett|tL")),
     ],
 )
 def test_transformers_megatron_and_vllm_agree(oracle, tmp_path, name, layout):

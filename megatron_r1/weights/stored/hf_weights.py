@@ -70,7 +70,7 @@ class HfWeights:
         `check`, raises UserError where one that it has differs."""
         values = self._read(name, dim, start, length)
         for copy in self._repeated.get(name, ()):
-            if not torch.equal(self._read(copy, dim, start, length), values):
+            if not torch.equal(self._read(copy, dim, start, length).to(values.dtype), values):
                 raise UserError(self._differing(copy, name))
         return values
 

@@ -202,7 +202,8 @@ def test_dense_models_keep_whole_sequences_under_tensor_parallelism():
 
 
 def test_keys_that_change_nothing_are_not_refused():
-    names = {"transformers_version": "4.46.0", "auto_map": {"AutoModel": "m.M"}, "use_cache": True}
+    names = {"_model_name_or_path": "v3", "unk_token_id": 0, "transformers_version": "4.46.0"}
+    names |= {"auto_map": {"AutoModel": "m.M"}, "use_cache": True}
     training = {"aux_loss_alpha": 1e-3, "seq_aux": True, "ep_size": 1, "initializer_range": 0.02}
     unset = {"no_such_setting": None, "rope_scaling": None, "num_mtp_layers": 0}
     assert build(resolve_aliases({**DEEPSEEK, **names, **training, **unset}))
