@@ -130,8 +130,8 @@ def _text(found: Findings, parallel: ParallelConfig) -> str:
 
     tokens = "none in the folder: NOT CHECKED"
     if found.tokens is not None:
-        template = "and renders its chat template" if found.template else "; no chat template"
-        tokens = f"{found.tokens:,} tokens; gives texts back {template}"
+        template = "renders its chat template" if found.template else "has no chat template"
+        tokens = f"{found.tokens:,} tokens; gives texts back, {template}"
     sizes = parallel.model_dump(exclude_defaults=True)
     layout = ", ".join(f"{key} {value}" for key, value in sizes.items()) or "one process"
     memory, free = found.memory_bytes / 1e9, found.free_bytes / 1e9

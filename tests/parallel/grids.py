@@ -7,7 +7,7 @@ pp2xvp2 is two pipeline ranks with two chunks each; pp4xapart is four with LAYOU
 import re
 
 from random_models import models_in
-from small_models import FIRST
+from small_models import FIRST, MODELS
 
 LAYOUTS = {
     # The last decoder layer, and so the final norm, before the head's stage; stages of 1, 2, 1, 0.
@@ -52,7 +52,10 @@ def parallel_settings(grid: str, with_mtp: bool = True) -> dict:
 
 def models_on(grid: str, num_ranks: int, chosen: str = "first") -> dict[str, dict]:
     """The models of a set (`random_models.models_in`) that are compared on `grid`: all that it
-    allows on one or two ranks, on four one with experts and MTP layers, for the time it takes."""
+    allows on one or two ranks, on four one with experts and MTP layers, for the time it takes; on
+    tp4 one with fewer key and value heads than ranks."""
+    if grid == "tp4":
+        return {name: MODELS[name] for name in ["qwen-two-kv-heads"]}
     if num_ranks > 2:
         names = ["deepseek-yarn-mtp"] + ["qwen-tied"] * (grid in TIED)
         return {name: FIRST[name] for name in names}

@@ -170,6 +170,7 @@ MODELS = {
     "qwen3": QWEN3,
     # Fewer key and value heads than tensor ranks.
     "qwen3-one-kv-head": {**QWEN3, "num_key_value_heads": 1, "tie_word_embeddings": False},
+    "qwen-two-kv-heads": {**QWEN, "num_attention_heads": 4, "head_dim": 12},
     "qwen3-moe": QWEN3_MOE,
     "glm-mtp": GLM,
     "glm-no-norm": {**GLM, "use_qk_norm": False, "num_nextn_predict_layers": 0},

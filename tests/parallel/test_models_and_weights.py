@@ -11,7 +11,7 @@ TWO_RANKS = ["tp2", "pp2", "pp2xvp2", "pp2xuneven", "ep2", "cp2", "tp2xetp2"]
 FOUR_RANKS = [
     *("tp2xpp2", "tp2xep2", "tp2xcp2", "tp2xdp2", "pp2xep2", "pp2xcp2", "pp2xdp2"),
     *("ep2xcp2", "ep2xdp2", "cp2xdp2", "tp2xetp2", "ep2xetp2", "cp4", "pp4xapart"),
-    *("pp2xvp2xtp2", "pp2xvp2xep2", "pp2xunevenxcp2"),
+    *("pp2xvp2xtp2", "pp2xvp2xep2", "pp2xunevenxcp2", "tp4"),
 ]
 
 
