@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from megatron_r1.data.templates import TEMPLATES
 from megatron_r1.models.hf_config import has_score_head, published_names
-from megatron_r1.weights.layout import hf_tensors
+from megatron_r1.weights.layout import hf_tensors, table
 
 VOCABULARY = 512
 SPECIAL = ("<bos>", "<eos>", "<pad>")
@@ -90,6 +90,9 @@ def write_folder(folder: Path, hf: dict, seed: int) -> None:
         name: _random(name, shape, generator)
         for name, (shape, _) in hf_tensors(hf, with_mtp=not has_score_head(hf)).items()
     }
+    for copy, original in table(hf).copies.items():
+        if copy in tensors:
+            tensors[copy] = tensors[original]
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 

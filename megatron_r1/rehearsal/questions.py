@@ -33,12 +33,18 @@ def is_safe(question: str, response: str) -> float:
 
 
 def write_questions(path: Path, count: int, others: Sequence[str] = ()) -> None:
-    """Write `count` questions whose responses `grade` grades, or in turn it and `others`."""
+    """Write `count` questions whose responses `grade` grades, or in turn it and `others`. target:
+    for a recipe that also rewards the language."""
     kinds = [KIND, *others]
     _write(
         path,
         (
-            {"question": f"{i} + {i + 1} =", "truth": 2 * i + 1, "kind": kinds[i % len(kinds)]}
+            {
+                "question": f"{i} + {i + 1} =",
+                "truth": 2 * i + 1,
+                "kind": kinds[i % len(kinds)],
+                "target": "en",
+            }
             for i in range(count)
         ),
     )

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_r1.models.hf_config import read_hf_config
 from megatron_r1.rehearsal import load_export, model
+from megatron_r1.weights.stored.hf_weights import HfWeights
 
 ROOT = Path(__file__).parents[3]
 MTP = "model.layers.2.self_attn.o_proj.weight"
@@ -21,6 +22,12 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     model.write_folder(folder, model.shrink(hf, num_layers=2, fp8=False), seed=0)
     return folder
+
+
+def test_the_miniature_is_a_checkpoint_that_training_accepts(folder):
+    with HfWeights(folder, read_hf_config(folder, None)) as weights:
+        weights.check(with_mtp=True)
+        weights.check_repeated()
 
 
 def export(folder, to, dtype, *changed, mtp="frozen"):

@@ -14,6 +14,7 @@ from megatron_r1.errors import RunError, UserError
 from megatron_r1.models.hf_config import read_hf_config
 from megatron_r1.rehearsal import layout, miniature, model, questions
 from megatron_r1.rehearsal.phases import Phases
+from megatron_r1.rewards import language
 from megatron_r1.rewards.language import chain_of_thought
 from megatron_r1.weight_sync.plan import TrainerGrid
 from megatron_r1.weight_sync.plan.checks import check_pushes, engine_layout
@@ -212,5 +213,7 @@ def test_stage_4_asks_reward_models_from_its_last_part_on(tmp_path):
     assert middle.rl.minibatches == 1
     path = tmp_path / "questions.jsonl"
     questions.write_questions(path, 6, miniature._other_kinds(small.config))
-    kinds = [json.loads(line)["kind"] for line in path.open()]
+    rows = [json.loads(line) for line in path.open()]
+    kinds = [row["kind"] for row in rows]
+    assert all(language.grade("<think>so it is</think>", **row).reward == 1 for row in rows)
     assert kinds == [questions.KIND, "helpful", "safety"] * 2
