@@ -38,6 +38,5 @@ def test_without_a_fault_a_run_drafts_to_its_end(replay, method):
     assert len(ended.metrics) == 4
     for line in ended.metrics:
         assert line["logprob_diff/max"] < 1e-4
-        # 12 random tokens repeat no five of them, so that ngram finds nothing to draft.
-        assert 0 < line.get("speculative/acceptance", 0.5) < 1
-        assert "speculative/acceptance" in line or method == "ngram"
+        # Of 12 random tokens five hardly ever repeat, so that ngram finds little to draft.
+        assert method == "ngram" or 0 < line["speculative/acceptance"] < 1
