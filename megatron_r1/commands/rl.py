@@ -7,7 +7,7 @@ import sys
 from collections import Counter
 
 from megatron_r1.commands import torchrun
-from megatron_r1.commands.training_run import check_trainer, run_training
+from megatron_r1.commands.training_run import check_trainer, run_training, show_trainer
 from megatron_r1.config import Config
 from megatron_r1.data.prompts import Prompt, PromptSplit, load_prompts
 from megatron_r1.data.sampler import PromptSampler, draw_shares
@@ -195,7 +195,7 @@ async def _with_engines(
             starts.append(teacher.start(config.teacher.path))
         if not await stop.before(asyncio.gather(*starts)):
             return
-        recorder.view.message(f"{trainer.num_parameters / 1e6:,.2f}M parameters")
+        show_trainer(recorder, trainer)
 
         async def attempt() -> None:
             sampler = PromptSampler(prompts.train, config.run.seed)

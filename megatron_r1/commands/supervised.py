@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, Literal, TypeVar
 
-from megatron_r1.commands.training_run import Commands, run_training
+from megatron_r1.commands.training_run import Commands, run_training, show_trainer
 from megatron_r1.config import Config
 from megatron_r1.data.sampler import EpochSampler
 from megatron_r1.errors import UserError
@@ -67,7 +67,7 @@ def run_supervised(
     ) -> None:
         recorder.view.phase("starting trainer")
         await trainer.connect()
-        recorder.view.message(f"{trainer.num_parameters / 1e6:,.2f}M parameters")
+        show_trainer(recorder, trainer)
         for note in task.notes(trainer, recorder.resumed):
             recorder.view.message(note)
 

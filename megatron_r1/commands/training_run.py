@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 import os
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from megatron_r1.commands.torchrun import PORT, SPANS_HOSTS
 from megatron_r1.config import RESUMABLE, Config, ModelConfig
 from megatron_r1.errors import TrainerError, UserError
 from megatron_r1.evaluation.model_folder import has_newest_export
+from megatron_r1.files import atomic_write
 from megatron_r1.processes.stopping import StopRequest
 from megatron_r1.reporting.run_folder import RunFolder
 from megatron_r1.supervision.supervisor import Supervisor
@@ -22,6 +24,9 @@ from megatron_r1.weights.stored.weight_files import weight_files
 Body = Callable[[Recorder, TrainerClient, StopRequest, Supervisor], Awaitable[None]]
 """Trains. Called while the trainer's ranks are still starting: it awaits `trainer.connect()`."""
 
+
+IMPLEMENTATIONS = "implementations.json"
+"""In the run's folder: part of a step → which implementation computes it."""
 
 Commands = Sequence[tuple[str, str]]
 """(purpose, command) suggestions for the report."""
@@ -49,6 +54,17 @@ def run_training(
         asyncio.run(_run(config, name, facts, body, next_commands))
     except asyncio.CancelledError:  # the second Ctrl-C
         raise KeyboardInterrupt from None
+
+
+def show_trainer(recorder: Recorder, trainer: TrainerClient) -> None:
+    """Print the model's size and which implementation computes each part of a step, and keep the
+    latter in the run's folder; once the trainer is connected."""
+    parts = trainer.implementations
+    rows = [f"  {part:20} {kind}" for part, kind in parts.items()]
+    size = f"{trainer.num_parameters / 1e6:,.2f}M parameters; in use:"
+    recorder.view.message("\n".join([size, *rows]))
+    path = recorder.folder.path / IMPLEMENTATIONS
+    atomic_write(path, json.dumps(parts, indent=1) + "\n")
 
 
 async def _run(

@@ -7,6 +7,8 @@ from pydantic import Field, model_validator
 from megatron_r1.config.section import Resumable, Section
 from megatron_r1.errors import UserError
 
+Fusion = Literal["gradient_accumulation", "activation", "permute"]
+
 
 class RunConfig(Section):
     """Folder, seed and length of a run, and what it does when it hangs or loses a rank."""
@@ -41,6 +43,11 @@ class ModelConfig(Section):
     init_std: float = Field(0.02, gt=0, description="standard deviation of random weights")
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """dtype of trained parameters"""
+    attention_backend: Resumable[Literal["auto", "flash", "fused", "unfused"]] = "auto"
+    """of Transformer Engine on GPUs: flash-attn, cuDNN, plain products, or whichever fits"""
+    fusions: Resumable[list[Fusion] | None] = None
+    """operations in one CUDA kernel: a weight's gradient with its sum, SwiGLU, sorting of tokens by
+    expert; default: on a GPU gradient_accumulation and permute"""
     mtp: Literal["frozen", "train", "none"] = "frozen"
     """multi-token-prediction layers: carried unchanged; trained, in sft with the model, in rl
     beside it, by losses that change nothing else; or left out"""

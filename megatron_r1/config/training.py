@@ -42,6 +42,10 @@ class ParallelConfig(Section):
     pipeline_layout: str | None = None
     """what each chunk holds, in Megatron's letters: E embedding, t decoder layer, m MTP layers, L
     head and loss, as in Et*3|(tt|)*29mL; default: layers spread evenly"""
+    dispatcher: Literal["alltoall", "flex"] = "alltoall"
+    """how tokens travel to experts on other ranks; flex: DeepEP's kernels, on GPUs"""
+    overlap_param_gather: bool = False
+    """gather updated parameters over data parallelism during the next mini-batch's forward pass"""
     recompute: Literal["none", "selective", "full"] = "none"
     """activations computed again in the backward pass; selective: those of recompute_modules"""
     recompute_modules: list[str] = ["core_attn"]

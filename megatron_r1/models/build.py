@@ -13,6 +13,7 @@ from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import unwrap_model
 
+from megatron_r1.models.acceleration import allow_fused_gradients
 from megatron_r1.models.attention_fields import model_arguments, rope_scaling
 from megatron_r1.models.hf_config import has_score_head
 from megatron_r1.models.layers import block_specs
@@ -42,6 +43,8 @@ def build_model(
     groups = groups or ProcessGroupCollection.use_mpu_process_groups()
     patch_rotary_embedding()
     patch_routing()
+    if config.gradient_accumulation_fusion:
+        allow_fused_gradients()
     block, mtp = block_specs(config, vp_stage=vp_stage)
     tensor_parallel = config.tensor_model_parallel_size
     num_virtual = config.virtual_pipeline_model_parallel_size

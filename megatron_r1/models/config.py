@@ -10,6 +10,7 @@ from megatron_r1 import platform
 from megatron_r1.config import Config, ParallelConfig
 from megatron_r1.errors import UserError
 from megatron_r1.models import fp8
+from megatron_r1.models.acceleration import acceleration_fields
 from megatron_r1.models.hf_config import model_family
 from megatron_r1.models.pipeline_stages import pipeline_stages
 from megatron_r1.models.supported import check_divisions, own_fields
@@ -22,7 +23,7 @@ def transformer_config(hf: dict, config: Config) -> TransformerConfig:
     by the sections model, parallel and fp8 of a recipe.
 
     Raises UserError for a configuration this stack would compute wrongly, for sizes that do not
-    divide, and for FP8 that this GPU cannot run."""
+    divide, and for FP8, fusions and kernels that this machine cannot run."""
     fields, parallel = own_fields(hf), config.parallel
     if config.model.mtp == "none":
         fields["mtp_num_layers"] = None
@@ -34,6 +35,7 @@ def transformer_config(hf: dict, config: Config) -> TransformerConfig:
     fields |= _pipeline_fields(parallel, hf["num_hidden_layers"], fields.get("mtp_num_layers") or 0)
     fields |= _recompute_fields(parallel, fields)
     fields |= fp8.megatron_fields(config.fp8)
+    fields |= acceleration_fields(config, has_experts)
     if has_experts:
         fields["moe_router_bias_update_rate"] = config.model.expert_bias_update_rate
         fields["moe_grouped_gemm"] = transformer_engine
@@ -67,15 +69,11 @@ def _shared_fields(hf: dict, dtype: torch.dtype, transformer_engine: bool) -> di
         "bf16": dtype == torch.bfloat16,
         "transformer_impl": "transformer_engine" if transformer_engine else "local",
         "use_cpu_initialization": not platform.has_gpu(),
-        # Megatron requires this of dense models too when lengths vary.
-        "moe_token_dispatcher_type": "alltoall",
         "variable_seq_lengths": True,
         "calculate_per_token_loss": True,
         "batch_p2p_comm": False,
-        # Off: these fusions are CUDA kernels, of Apex and Transformer Engine or Megatron's own,
-        # and none has been measured against our results on a GPU. No recipe key turns them on.
-        "gradient_accumulation_fusion": False,
-        "bias_activation_fusion": False,
+        # Off: nothing is dropped out, softmax and norms are Transformer Engine's, and
+        # `models.rotary` replaces what the last one would fuse.
         "bias_dropout_fusion": False,
         "masked_softmax_fusion": False,
         "persist_layer_norm": False,

@@ -53,7 +53,12 @@ def shrink(config: Config, hf: dict, folder: Path, max_ranks: int) -> Miniature:
             "hang_seconds": min(config.run.hang_seconds, HANG_SECONDS) or HANG_SECONDS,
             "on_hang": "stop",
         },
-        "model": {"path": str(folder / "model"), "checkpoint": None},
+        "model": {
+            "path": str(folder / "model"),
+            "checkpoint": None,
+            "attention_backend": "auto",
+            "fusions": None,
+        },
         "data": {
             "path": str(folder / "questions.jsonl"),
             "heldout_path": None,
@@ -75,7 +80,8 @@ def shrink(config: Config, hf: dict, folder: Path, max_ranks: int) -> Miniature:
             "min_learning_rate": min(config.optimizer.min_learning_rate, LEARNING_RATE),
             "warmup": min(config.optimizer.warmup, 1),
         },
-        "parallel": parallel.model_dump() | {"tokens_per_microbatch": _tokens(config)},
+        "parallel": parallel.model_dump()
+        | {"tokens_per_microbatch": _tokens(config), "dispatcher": "alltoall"},
         "checkpoint": {"every": 1},
         "eval": {"every": 0, "samples": 1, "benchmarks": []},
         "sft": _sft(config, folder, layout.data_size(parallel)),
@@ -295,7 +301,10 @@ def _changes(config: Config, small: Config, hf: dict, small_hf: dict) -> list[Ch
 
 
 REASONS = {
-    "push.transport": "no GPU here",
+    **dict.fromkeys(
+        ("push.transport", "model.attention_backend", "model.fusions", "parallel.dispatcher"),
+        "no GPU here",
+    ),
     "rl.kind_weights": "synthetic questions",
     "rewards.options": "no judge is served",
     "sample.filters": "random text passes none",

@@ -31,7 +31,7 @@ YES = "yes"
 SIZES = {
     "parallel": (
         *("processes", "tensor", "context", "expert", "expert_tensor"),
-        *("pipeline", "virtual_pipeline", "pipeline_layout", "recompute"),
+        *("pipeline", "virtual_pipeline", "pipeline_layout", "recompute", "overlap_param_gather"),
     ),
     "fp8": ("recipe",),
     "rollout": (
@@ -82,6 +82,8 @@ def structure(recipe: Config, hf: dict, small: Config, verb: str) -> list[Row]:
             rows.append(Row("model.mtp", recipe.model.mtp, small.model.mtp, YES))
         if recipe.parallel.optimizer_offload:
             rows.append(Row("parallel.optimizer_offload", "to the host", "—", "no: needs a GPU"))
+        if recipe.parallel.dispatcher != "alltoall":
+            rows.append(Row("parallel.dispatcher", "DeepEP", "alltoall", "no: needs a GPU"))
         rows.append(Row("layers", "Transformer Engine", "Megatron-Core's own", "no: needs a GPU"))
         rows.append(Row("memory", "of a GPU", "—", "no: tools/plan computes it"))
     if verb in ("rl", "sample"):

@@ -99,6 +99,16 @@ class TrainerClient:
         return self.ranks[0]["num_parameters"]
 
     @property
+    def implementations(self) -> dict[str, str]:
+        """Which implementation computes each part of a step: of all ranks, as the stages of a
+        pipeline have different parts."""
+        found: dict[str, dict[str, None]] = {}
+        for rank in self.ranks:
+            for part, kind in rank["implementations"].items():
+                found.setdefault(part, {})[kind] = None
+        return {part: "; ".join(kinds) for part, kinds in found.items()}
+
+    @property
     def data_size(self) -> int:
         return self.ranks[0]["data_size"]
 

@@ -86,13 +86,17 @@ def with_gradients(
     transformer: TransformerConfig,
     chunks: list[PolicyModel | ScoreModel],
     groups: ProcessGroupCollection,
+    overlap_param_gather: bool = False,
 ) -> list[DistributedDataParallel]:
-    """Return the chunks wrapped with gradient buffers; sets `transformer`'s gradient functions."""
+    """Return the chunks wrapped with gradient buffers; sets `transformer`'s gradient functions.
+    overlap_param_gather: `parallel.overlap_param_gather`."""
     settings = DistributedDataParallelConfig(
         # Sums of bf16 gradients over many micro-batches and ranks would lose the small ones.
         grad_reduce_in_fp32=transformer.params_dtype != torch.float32,
         use_distributed_optimizer=True,
-        overlap_grad_reduce=platform.has_gpu(),
+        # Megatron gathers in the background only what it has reduced in the background.
+        overlap_grad_reduce=platform.has_gpu() or overlap_param_gather,
+        overlap_param_gather=overlap_param_gather,
     )
     wrapped = [
         DistributedDataParallel(transformer, settings, chunk, pg_collection=groups)

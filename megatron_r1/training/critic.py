@@ -49,7 +49,8 @@ class Critic:
         self.value_clip = config.critic.value_clip
         transformer = transformer_config(hf, own)
         self.bare = construction.model_chunks(own, hf, transformer, position.groups, score_std=0.0)
-        self.chunks = construction.with_gradients(transformer, self.bare, position.groups)
+        overlap = own.parallel.overlap_param_gather
+        self.chunks = construction.with_gradients(transformer, self.bare, position.groups, overlap)
         self.optimizer = new_optimizer(own, self.chunks)
         transformer.grad_scale_func = self.optimizer.scale_loss  # read by Megatron's schedule
 
@@ -57,15 +58,20 @@ class Critic:
         """Fill `PackedBatch.values`, (T,) fp32 each, on the last stage."""
         run_passes(self.chunks, batches, _keep_values, forward_only=True)
 
-    def update(self, batches: list[PackedBatch], learning_rate: float) -> dict[str, float]:
+    def update(
+        self, batches: list[PackedBatch], learning_rate: float, is_last: bool = True
+    ) -> dict[str, float]:
         """Make one optimizer step towards `PackedBatch.returns`.
 
-        Returns, over the response tokens of the whole mini-batch, value/loss, value/clip_fraction,
-        value/mean (before the step), value/explained_variance of the values used for the advantages
-        (1: equal to the returns; 0: no better than their mean), and value/grad_norm."""
+        is_last: of the rollout, as of `optimizer_step`. Returns, over the response tokens of the
+        whole mini-batch, value/loss, value/clip_fraction, value/mean (before the step),
+        value/explained_variance of the values used for the advantages (1: equal to the returns; 0:
+        no better than their mean), and value/grad_norm."""
         compute = partial(_loss, self.value_clip)
         run = partial(run_passes, self.chunks, batches, compute, forward_only=False)
-        reports, stepped = optimizer_step(self.chunks, self.optimizer, learning_rate, run)
+        reports, stepped = optimizer_step(
+            self.chunks, self.optimizer, learning_rate, run, is_last=is_last
+        )
         metrics = reduce_over_data(self.position, merge(reports))
         if metrics:
             metrics["value/explained_variance"] = _explained(metrics)

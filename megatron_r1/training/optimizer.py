@@ -43,6 +43,7 @@ def new_optimizer(config: Config, chunks: list[DistributedDataParallel]) -> Mega
             bf16=dtype == "bfloat16",
             params_dtype=getattr(torch, dtype),
             use_distributed_optimizer=True,
+            overlap_param_gather=config.parallel.overlap_param_gather,
             **_offload_fields(config.parallel.optimizer_offload),
             **moment_fields(config),
         ),

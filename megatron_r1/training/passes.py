@@ -71,10 +71,14 @@ def optimizer_step(
     optimizer: Any,
     learning_rate: float,
     run: Callable[[], list[Any]],
+    *,
+    is_last: bool = True,
 ) -> tuple[list[Any], dict[str, float]]:
     """Make one optimizer step with the gradients that `run` computes.
 
-    Returns the reports of `run`, and the metrics grad_norm and step_taken (0 or 1)."""
+    is_last: whether something else than the next optimizer step uses the parameters first: they
+    must be complete then, and cannot be gathered during its forward pass. Returns the reports of
+    `run`, and the metrics grad_norm and step_taken (0 or 1)."""
     for chunk in chunks:
         chunk.train()
         chunk.zero_grad_buffer()
@@ -83,4 +87,7 @@ def optimizer_step(
         group["lr"] = learning_rate
     reports = run()
     succeeded, grad_norm, _ = optimizer.step()
+    for chunk in chunks:
+        if is_last and chunk.ddp_config.overlap_param_gather:
+            chunk.start_param_sync(force_sync=True)
     return reports, {"grad_norm": float(grad_norm), "step_taken": float(succeeded)}

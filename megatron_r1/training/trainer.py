@@ -56,7 +56,8 @@ class Trainer:
         self.hf = models.read_hf_config(config.model.path, config.model.head)
         self.transformer = models.transformer_config(self.hf, config)
         self.bare = construction.model_chunks(config, self.hf, self.transformer, self.groups)
-        self.chunks = construction.with_gradients(self.transformer, self.bare, self.groups)
+        overlap = config.parallel.overlap_param_gather
+        self.chunks = construction.with_gradients(self.transformer, self.bare, self.groups, overlap)
         self.optimizer = new_optimizer(config, self.chunks)
         self.transformer.grad_scale_func = self.optimizer.scale_loss  # read by Megatron's schedule
         self.reference: Reference | None = None
@@ -203,8 +204,13 @@ class Trainer:
             for chunk in self.bare:
                 chunk.mtp_alone = alone
         run = partial(self._run, batches, compute, forward_only=False)
-        reports, stepped = optimizer_step(self.chunks, self.optimizer, learning_rate, run)
+        reports, stepped = optimizer_step(
+            self.chunks, self.optimizer, learning_rate, run, is_last=self._is_last(index)
+        )
         return self._reduced(merge(reports)) | stepped
+
+    def _is_last(self, index: int) -> bool:
+        return index == len(self.minibatches) - 1
 
     def values(self) -> None:
         """Compute the critic's values of all loaded samples, into `PackedBatch.values`."""
@@ -215,7 +221,7 @@ class Trainer:
         """Make one optimizer step of the critic on mini-batch `index`; returns its metrics value/…
         values() and the returns, from token_advantages(), come first."""
         assert self.critic is not None, "the recipe has no critic"
-        return self.critic.update(self.minibatches[index], learning_rate)
+        return self.critic.update(self.minibatches[index], learning_rate, self._is_last(index))
 
     def sample_scores(self) -> dict[str, list[list[list[float]]]]:
         """Return {"scores": s}, s[i][m] a score model's scores of the samples of micro-batch m of

@@ -103,12 +103,14 @@ class Operations:
 
     def __init__(self, config: Config, position: GridPosition):
         # These import Megatron, which is possible only after platform.prepare().
+        from megatron_r1.training import implementations
         from megatron_r1.training.folders import Folders
         from megatron_r1.training.trainer import Trainer
         from megatron_r1.weight_sync.trainer_rank import WeightPush
 
         self.position, self.replica = position, Replica(position)
         self.trainer = Trainer(config, position)
+        self.implementations = implementations.in_use(self.trainer)
         self._homes = {
             operation: home
             for home, operations in (
@@ -134,6 +136,7 @@ class Operations:
             "leads_replica": self.replica.leads,
             "num_parameters": self.trainer.num_parameters,
             "score_is_new": self.trainer.score_is_new,
+            "implementations": self.implementations,
             "process": os.getpid(),
         }
 

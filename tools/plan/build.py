@@ -13,6 +13,7 @@ from dataclasses import replace
 from math import prod
 
 from megatron_r1 import platform
+from megatron_r1.config import Config
 from megatron_r1.weights.layout import LayoutEntry, Shard, layout
 from tools.plan.job import Job
 from tools.plan.parameters import ModelCounts, RankCounts
@@ -74,7 +75,7 @@ def _build_stage(job: Job, pipeline_rank: int) -> list[dict[str, tuple[int, ...]
             expert_tensor_parallel_size=parallel.expert_tensor,
             create_gloo_process_groups=False,
         )
-        transformer = models.transformer_config(job.hf, job.config)
+        transformer = models.transformer_config(job.hf, _without_kernels(job.config))
         transformer.perform_initialization = False
         with weightless():
             chunks = [
@@ -86,6 +87,18 @@ def _build_stage(job: Job, pipeline_rank: int) -> list[dict[str, tuple[int, ...]
         return [{n: tuple(t.shape) for n, t in model_tensors(chunk).items()} for chunk in chunks]
     finally:
         distributed.leave_process_groups()
+
+
+def _without_kernels(config: Config) -> Config:
+    """Return the recipe without choices of kernels that only a GPU has; shapes do not depend on
+    them."""
+    model = {"attention_backend": "auto", "fusions": None}
+    return config.model_copy(
+        update={
+            "model": config.model.model_copy(update=model),
+            "parallel": config.parallel.model_copy(update={"dispatcher": "alltoall"}),
+        }
+    )
 
 
 @contextlib.contextmanager

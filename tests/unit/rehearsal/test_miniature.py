@@ -14,6 +14,7 @@ from megatron_r1.errors import RunError, UserError
 from megatron_r1.models.hf_config import read_hf_config
 from megatron_r1.rehearsal import layout, miniature, model, questions
 from megatron_r1.rehearsal.phases import Phases
+from megatron_r1.rehearsal.table import structure
 from megatron_r1.rewards import language
 from megatron_r1.rewards.language import chain_of_thought
 from megatron_r1.weight_sync.plan import TrainerGrid
@@ -87,6 +88,16 @@ def test_its_own_stages_and_pushes_are_possible(path):
         pytest.skip("a reward model has no MTP layers and is not pushed")
     assert len(recipe_stages(small.config, small.hf)) == small.config.parallel.pipeline
     check_pushes(small.config, small.hf, small.config.parallel.processes)
+
+
+def test_kernels_of_a_gpu_are_left_out_and_named():
+    config = load(ROOT / "examples/deepseek_r1/r1_zero.yaml", {"parallel.dispatcher": "flex"})
+    hf = read_hf_config(config.model.path, None)
+    small = miniature.shrink(config, hf, Path("rehearsal"), 16)
+    assert small.config.parallel.dispatcher == "alltoall"
+    assert ("parallel.dispatcher", "flex", "alltoall", "no GPU here") in small.changes
+    row = next(row for row in structure(config, hf, small.config, "rl") if "dispatcher" in row.what)
+    assert row.exercised == "no: needs a GPU"
 
 
 def test_a_layout_that_the_recipe_cannot_push_the_miniature_cannot_either():

@@ -1,0 +1,117 @@
+"""Which implementation computes attention, fused operations and the dispatch of tokens to experts:
+`model.attention_backend`, `model.fusions` and `parallel.dispatcher` as Megatron's fields.
+
+What this machine cannot do is an error with the setting's name; nothing is replaced silently."""
+
+import os
+from importlib.util import find_spec
+from typing import Any
+
+from megatron.core.tensor_parallel import layers
+from megatron.core.transformer.enums import AttnBackend
+
+from megatron_r1 import platform
+from megatron_r1.config import Config
+from megatron_r1.config.run import Fusion
+from megatron_r1.errors import UserError
+
+FIELDS = {
+    "gradient_accumulation": "gradient_accumulation_fusion",
+    "activation": "bias_activation_fusion",
+    "permute": "moe_permute_fusion",
+}
+"""Fusion → the field of Megatron's TransformerConfig."""
+ON_GPUS: list[Fusion] = ["gradient_accumulation", "permute"]
+"""Fusions of Transformer Engine itself, the default on a GPU."""
+FLASH_ATTENTION = ("flash_attn", "flash_attn_3", "flash_attn_interface")
+"""Modules of which Transformer Engine takes its flash attention."""
+ENVIRONMENT = {
+    "flash": "NVTE_FLASH_ATTN",
+    "fused": "NVTE_FUSED_ATTN",
+    "unfused": "NVTE_UNFUSED_ATTN",
+}
+"""Variables by which Megatron selects a backend of Transformer Engine's attention."""
+
+
+def acceleration_fields(config: Config, has_experts: bool) -> dict[str, Any]:
+    """Return Megatron's fields for the settings above. Raises UserError where this machine cannot
+    do what they name."""
+    backend = config.model.attention_backend
+    _check_attention(backend)
+    fusions = config.model.fusions
+    if fusions is None:
+        fusions = ON_GPUS if platform.has_gpu() else []
+    for fusion in fusions:
+        _check_fusion(fusion)
+    on = {FIELDS[fusion] for fusion in fusions if has_experts or fusion != "permute"}
+    fields: dict[str, Any] = {field: field in on for field in FIELDS.values()}
+    return fields | {
+        "attention_backend": AttnBackend[backend],
+        # Megatron requires this of dense models too when lengths vary.
+        "moe_token_dispatcher_type": "alltoall",
+        **(_dispatcher_fields(config) if has_experts else {}),
+    }
+
+
+def allow_fused_gradients() -> None:
+    """Let Megatron build its output layer with `gradient_accumulation_fusion` where Apex is
+    missing. Safe to call again.
+
+    Its constructor requires Apex's kernel (tensor_parallel/layers.py:924, Megatron-Core 0.16.1),
+    which only its product uses; `LMHead` has none, and the other layers are Transformer Engine's,
+    with a kernel of their own."""
+    layers._grad_accum_fusion_available = True
+
+
+def _check_attention(backend: str) -> None:
+    if not platform.has_gpu():
+        if backend != "auto":
+            raise UserError(
+                f"model.attention_backend: {backend} is for GPUs, and a CPU has one attention: use "
+                "auto"
+            )
+        return
+    if backend == "flash" and not any(map(find_spec, FLASH_ATTENTION)):
+        raise UserError(
+            "model.attention_backend: flash needs the package flash-attn, which is not installed; "
+            "install it, or use fused (cuDNN) or auto"
+        )
+    for name, variable in ENVIRONMENT.items():
+        wanted = str(int(backend in ("auto", name)))
+        if (found := os.environ.get(variable, wanted)) != wanted:
+            raise UserError(
+                f"model.attention_backend: {backend} sets {variable}={wanted}, and the environment "
+                f"has {variable}={found}; unset it and use the setting"
+            )
+
+
+def _check_fusion(fusion: str) -> None:
+    if not platform.has_gpu():
+        raise UserError(
+            f"model.fusions: {fusion} is a CUDA kernel, and there is no GPU; use [] or leave it out"
+        )
+    if fusion == "permute":
+        from megatron.core.transformer.moe import moe_utils
+
+        if getattr(moe_utils, "fused_permute", None) is None:
+            raise UserError(
+                "model.fusions: permute needs Transformer Engine 2.1 or newer; leave it out"
+            )
+
+
+def _dispatcher_fields(config: Config) -> dict[str, Any]:
+    if config.parallel.dispatcher == "alltoall":
+        return {}
+    from megatron.core.transformer.moe import fused_a2a
+
+    if not (platform.has_gpu() and fused_a2a.HAVE_DEEP_EP):
+        raise UserError(
+            "parallel.dispatcher: flex needs GPUs and the package deep_ep (DeepEP), which does not "
+            "import here; install it, or use alltoall"
+        )
+    if config.parallel.tensor * config.parallel.expert == 1:
+        raise UserError(
+            "parallel.dispatcher: flex sends tokens between ranks, and parallel.tensor x "
+            "parallel.expert is 1; use alltoall"
+        )
+    return {"moe_token_dispatcher_type": "flex", "moe_flex_dispatcher_backend": "deepep"}

@@ -1,0 +1,79 @@
+"""The policy's parameters after three mini-batches, gathered in the background and not:
+`overlap_steps.py MODEL`, on data-parallel ranks.
+
+Also: what is reported to be in use, and that a model with fused gradients is built without Apex.
+Fails on the first expectation that does not hold."""
+
+import random
+import sys
+from dataclasses import replace
+
+import torch
+import torch.distributed as dist
+
+from megatron_r1 import models
+from megatron_r1.config import Config
+from megatron_r1.training import distributed
+from megatron_r1.training.packing import pack
+from megatron_r1.training.wire import Sample
+
+LOSS = "megatron_r1.training.losses:supervised"
+
+
+def parameters(model: str, position, overlap: bool) -> tuple[dict[str, torch.Tensor], dict]:
+    from megatron_r1.training import implementations
+    from megatron_r1.training.trainer import Trainer
+
+    parallel = {"threads": 1, "overlap_param_gather": overlap}
+    config = {"model": {"path": model, "dtype": "float32"}, "parallel": parallel}
+    trainer = Trainer(Config.model_validate(config | {"optimizer": {"epsilon": 1.0}}), position)
+    draw = random.Random(5)
+    minibatches = []
+    for _ in range(3):
+        made = [Sample.pack([1], [draw.randrange(67) for _ in range(15)]) for _ in range(4)]
+        shares = pack([16] * 4, position.data_size, 32).shares
+        minibatches.append([[made[i] for i in part] for part in shares[position.data_rank]])
+    trainer.load(minibatches)
+    for index in range(3):
+        trainer.update(index, LOSS, {}, 0.01)
+    return {n: p.detach().clone() for n, p in trainer.bare[0].named_parameters()}, (
+        implementations.in_use(trainer)
+    )
+
+
+def main() -> None:
+    (model,) = sys.argv[1:]
+    config = Config.model_validate({"model": {"path": model, "dtype": "float32"}})
+    position = distributed.initialize(config.parallel, seed=0)
+    expected, plain = parameters(model, position, False)
+    got, overlapped = parameters(model, position, True)
+    for name, tensor in expected.items():
+        assert torch.equal(got[name], tensor), f"{name}: {(got[name] - tensor).abs().max()}"
+        ranks = [torch.empty_like(tensor) for _ in range(position.world_size)]
+        dist.all_gather(ranks, got[name])
+        assert all(torch.equal(each, ranks[0]) for each in ranks), f"{name} differs between ranks"
+    assert plain == {
+        "norm": "RMSNorm (ours)",
+        "linear layers": (
+            "ColumnParallelLinear (Megatron-Core), ReplicatedLinear (ours), "
+            "RowParallelLinear (Megatron-Core)"
+        ),
+        "attention": "CoreAttention (ours)",
+        "dispatcher": "MoEAlltoAllTokenDispatcher (Megatron-Core)",
+        "experts": "SequentialMLP (Megatron-Core)",
+        "fusions": "none",
+        "optimizer": "AdamW (torch) in DistributedOptimizer",
+        "gradient reduction": "gloo in the parameters' dtype, nothing overlapped",
+        "loss head": "r1_kernels, in PyTorch",
+    }, plain
+    reduction = "gloo in the parameters' dtype, reduction and gather of parameters overlapped"
+    assert overlapped == plain | {"gradient reduction": reduction}, overlapped
+    hf = models.read_hf_config(model)
+    fused = replace(models.transformer_config(hf, config), gradient_accumulation_fusion=True)
+    models.build_model(hf, fused, position.groups)
+    distributed.leave_process_groups()
+    print("holds", flush=True)
+
+
+if __name__ == "__main__":
+    main()
