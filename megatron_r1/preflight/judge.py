@@ -15,7 +15,6 @@ from megatron_r1.config.hardware import (
     link_rate,
     share_inside,
 )
-from megatron_r1.errors import UserError
 from megatron_r1.preflight.facts import Facts, Node
 from megatron_r1.preflight.links import AXES
 from megatron_r1.preflight.settings import PreflightConfig
@@ -62,8 +61,6 @@ def judge(config: Config, settings: PreflightConfig, facts: Sequence[Facts]) -> 
 def hardware_of(settings: PreflightConfig, facts: Sequence[Facts]) -> Hardware:
     """Return the planner's hardware: the one that is named, or whose name is in the GPU's, or
     H800, with the node's number of ranks as its GPUs."""
-    if settings.hardware and settings.hardware not in HARDWARE:
-        raise UserError(f"preflight.hardware: {settings.hardware} is none of {', '.join(HARDWARE)}")
     gpu = facts[0].node.versions.get("GPU", "") if facts[0].node else ""
     name = settings.hardware or next((name for name in HARDWARE if name in gpu), "H800")
     ranks = sum(each.node_index == 0 for each in facts)

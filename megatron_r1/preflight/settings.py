@@ -1,7 +1,8 @@
 """Settings of a preflight itself, beside those of its recipe."""
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
+from megatron_r1.config.hardware import HARDWARE
 from megatron_r1.config.section import Section
 
 
@@ -21,6 +22,13 @@ class PreflightConfig(Section):
     """JSON file of all results; also --json FILE"""
     calibration: str = ""
     """file of the measured rates, for `tools/plan --calibrate`"""
+
+    @field_validator("hardware")
+    @classmethod
+    def _is_known(cls, name: str) -> str:
+        if name and name not in HARDWARE:
+            raise ValueError(f"preflight.hardware: {name} is none of {', '.join(HARDWARE)}")
+        return name
 
 
 class Settings(Section):

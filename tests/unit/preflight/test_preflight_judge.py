@@ -4,11 +4,12 @@ import pytest
 
 from megatron_r1.config import parse
 from megatron_r1.config.hardware import GIB, HARDWARE, Assumptions, link_rate
+from megatron_r1.config.recipe import take_section
 from megatron_r1.errors import UserError
 from megatron_r1.preflight.facts import Facts, Folder, Link, Memory, Node
 from megatron_r1.preflight.judge import hardware_of, judge, measured_rates
 from megatron_r1.preflight.links import neighbours
-from megatron_r1.preflight.settings import PreflightConfig
+from megatron_r1.preflight.settings import PreflightConfig, Settings
 
 CONFIG = parse({"run": {"folder": "runs/x"}, "data": {"kind": "code"}})
 SETTINGS = PreflightConfig()
@@ -61,7 +62,7 @@ def test_the_planners_rates_are_those_of_the_gpu_that_is_found():
     assert link_rate(hardware, Assumptions(), 4) == pytest.approx(INSIDE)
     assert link_rate(hardware, Assumptions(), 16) == pytest.approx(ACROSS)
     with pytest.raises(UserError, match="preflight.hardware: H10 is none of H800, H100"):
-        hardware_of(PreflightConfig(hardware="H10"), facts())
+        take_section({"preflight.hardware": "H10"}, Settings)
 
 
 def test_a_slow_node_is_named_from_the_groups_that_only_it_is_in():
