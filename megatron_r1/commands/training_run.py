@@ -60,9 +60,9 @@ def show_trainer(recorder: Recorder, trainer: TrainerClient) -> None:
     """Print the model's size and which implementation computes each part of a step, and keep the
     latter in the run's folder; once the trainer is connected."""
     parts = trainer.implementations
-    rows = [f"  {part:20} {kind}" for part, kind in parts.items()]
-    size = f"{trainer.num_parameters / 1e6:,.2f}M parameters; in use:"
-    recorder.view.message("\n".join([size, *rows]))
+    recorder.view.message(f"{trainer.num_parameters / 1e6:,.2f}M parameters; in use:")
+    for part, kind in parts.items():
+        recorder.view.message(f"  {part:20} {kind}")
     path = recorder.folder.path / IMPLEMENTATIONS
     atomic_write(path, json.dumps(parts, indent=1) + "\n")
 
