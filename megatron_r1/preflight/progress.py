@@ -111,8 +111,7 @@ class Progress:
                 late = self._limit * self._factor + STAGGER_SECONDS * min(self._rank, LIMIT_RANKS)
                 if time.monotonic() - self._since > late:
                     message = self.diagnose(store)
-                    if store.add(FAILED, 1) == 1:
-                        self._end(message)
+                    return self._end(message if store.add(FAILED, 1) == 1 else "")
         except DistError:
             if not self._done.is_set():
                 self._end(f"rank {self._rank} ({self._host}) has lost the store of rank 0's node")
