@@ -2,7 +2,10 @@
 
 import grids
 
-SCORED = ("deepseek-yarn-mtp", "deepseek-plain-noqlora", "qwen-tied", "llama3")
+SCORED = (
+    *("deepseek-yarn-mtp", "deepseek-plain-noqlora", "deepseek-v2"),
+    *("qwen-tied", "llama3", "qwen3", "qwen3-moe"),
+)
 """Of `small_models.MODELS`: those whose body gets a score head."""
 
 LENGTHS = [30, 17, 64, 7, 1, 40, 9, 23, 12, 12]
@@ -17,4 +20,4 @@ def models_on(grid: str, num_ranks: int) -> list[str]:
     at = grids.sizes(grid)
     chosen = SCORED if num_ranks <= 2 else ("deepseek-yarn-mtp", "llama3")
     dense = at["ep"] == at["etp"] == 1
-    return [name for name in chosen if dense or name.startswith("deepseek")]
+    return [name for name in chosen if dense or name.startswith("deepseek") or "moe" in name]

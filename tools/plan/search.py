@@ -46,7 +46,9 @@ def nearest_sizes(job: Job) -> list[Job]:
     replica = parallel.tensor * parallel.context * parallel.pipeline
     experts = parallel.expert_tensor * parallel.expert * parallel.pipeline
     smallest, most = math.lcm(replica, experts), job.num_responses // job.minibatches * replica
-    sizes = [smallest * 2**n for n in range(20) if smallest * 2**n <= most]
+    rollout = job.config.rollout
+    of_engine = 1 if job.rollout_gpus else rollout.tensor * rollout.data
+    sizes = [size for n in range(20) if of_engine <= (size := smallest * 2**n) <= most]
     below = (size for size in reversed(sizes) if size < job.world_size)
     above = (size for size in sizes if size > job.world_size)
     found = (next(filter(_fits_always, map(job.on, side)), None) for side in (below, above))

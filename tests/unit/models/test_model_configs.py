@@ -6,8 +6,9 @@ from released_configs import RELEASED
 
 from megatron_r1 import models
 from megatron_r1.config import Config
-from megatron_r1.models.hf_config import resolve_aliases
+from megatron_r1.models.hf_config import published_names, resolve_aliases
 from megatron_r1.models.supported import check_supported
+from megatron_r1.rehearsal.model import shrink
 from megatron_r1.weights import hf_tensors
 
 DEEPSEEK = {
@@ -236,3 +237,12 @@ def test_released_models_are_supported_and_have_their_published_size(name):
         assert count / 1e9 == pytest.approx(billions, rel=2e-3)
     else:
         assert count == round(billions * 1e9)
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_miniatures_of_released_models_are_supported(name):
+    """As a rehearsal writes them, for transformers and vLLM."""
+    hf = resolve_aliases(RELEASED[name][0])
+    written = published_names(shrink(hf, num_layers=3, fp8=False))
+    assert ("num_experts" in written) == (name == "Qwen3-30B-A3B")
+    check_supported(resolve_aliases(written))

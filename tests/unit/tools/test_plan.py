@@ -221,6 +221,13 @@ def test_what_a_push_moves_beyond_need_and_how_evenly_is_counted(monkeypatch):
     assert push["busiest engine GPU"].value == pytest.approx(1.5 / (128.5 / 128))
 
 
+def test_numbers_of_gpus_below_one_engine_are_not_tried(capsys):
+    layout = ("--parallel.pipeline", "1", "--parallel.pipeline_layout", "null")
+    experts = ("--parallel.tensor", "4", "--parallel.expert", "64", "--rollout.data", "64")
+    assert main([str(RECIPE), *layout, *experts]) == 1
+    assert "512 ranks" in capsys.readouterr().out
+
+
 def test_a_push_is_priced_as_sets_of_engines_execute_it():
     """By hand: 2,048 positions' shares, from the plan's largest; requests by kind of rank."""
     push = push_section(planned(push__transport="nccl"))
