@@ -24,7 +24,8 @@ def out(tmp_path_factory) -> Path:
 @pytest.mark.parametrize(
     "num_ranks, models, grids",
     [
-        pytest.param(1, "small", ["one"], id="1"),
+        pytest.param(1, "first", ["one"], id="1"),
+        pytest.param(1, "rest", ["one"], id="1-rest", marks=pytest.mark.slow),
         pytest.param(2, "first", TWO_RANKS, id="2"),
         pytest.param(2, "rest", TWO_RANKS, id="2-rest", marks=pytest.mark.slow),
         pytest.param(4, "first", FOUR_RANKS, id="4", marks=pytest.mark.slow),
