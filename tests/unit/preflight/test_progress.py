@@ -11,8 +11,8 @@ from megatron_r1.preflight.progress import Progress
 
 @pytest.fixture(autouse=True)
 def _fast(monkeypatch):
-    monkeypatch.setattr(progress, "POLL_SECONDS", 0.05)
-    monkeypatch.setattr(progress, "STAGGER_SECONDS", 0.1)
+    monkeypatch.setattr(progress, "POLL_SECONDS", 0.1)
+    monkeypatch.setattr(progress, "STAGGER_SECONDS", 0.2)
 
 
 class Ranks:
