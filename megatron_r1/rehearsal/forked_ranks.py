@@ -1,13 +1,18 @@
-"""torchrun with ranks that are forked from one process, after what all of them import: `python -m
-megatron_r1.rehearsal.forked_ranks TORCHRUN_ARGUMENTS`.
+"""Trainer ranks that are forked from one process, after what all of them import: `python -m
+megatron_r1.rehearsal.forked_ranks RANKS LOG_FOLDER VERB RECIPE …`, in place of torchrun.
 
-Imports are most of the CPU time of a rank that does three steps with a small model: 4 of 7 s."""
+Imports are most of the CPU time of a rank that does three steps with a small model: 4 of 7 s.
+torchrun can fork, too, but by then has threads, and one start in six of 16 ranks hung."""
 
 import importlib
 import os
+import runpy
 import signal
+import sys
+from pathlib import Path
 
 from megatron_r1 import platform
+from megatron_r1.processes import children, lifetime
 from megatron_r1.processes.imports import without_garbage_collection
 
 IMPORTED = (
@@ -20,18 +25,51 @@ IMPORTED = (
 )
 
 
-def main() -> None:
-    """Import, then be torchrun."""
+def main() -> int:
+    """Return the exit status: as torchrun's, 1 as soon as a rank fails; the others then end."""
+    lifetime.end_without_parent()
+    count, logs, *arguments = sys.argv[1:]
     platform.prepare()
     with without_garbage_collection():
         for module in IMPORTED:
             importlib.import_module(module)
-    # torchrun's own handler, inherited, would wait for the end of a collective that has no end.
-    os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))
-    from torch.distributed import run
+    port = children.free_port("127.0.0.1")
+    running = set()
+    for rank in range(int(count)):
+        process = os.fork()
+        if not process:
+            _become(rank, int(count), port, Path(logs))
+            sys.argv[1:] = arguments
+            runpy.run_module("megatron_r1", run_name="__main__")  # it ends with SystemExit
+        running.add(process)
+    status = 0
+    while running:
+        ended, result = os.wait()
+        running.discard(ended)
+        if result and not status:
+            status = 1
+            for process in running:
+                os.kill(process, signal.SIGTERM)
+    return status
 
-    run.main()
+
+def _become(rank: int, count: int, port: int, logs: Path) -> None:
+    """Be a rank as torchrun starts one; all but rank 0 write to a file of their own."""
+    lifetime.die_with_parent()
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(count),
+        "LOCAL_WORLD_SIZE": str(count),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    if rank:
+        logs.mkdir(parents=True, exist_ok=True)
+        with (logs / f"{rank}.log").open("ab") as log:
+            os.dup2(log.fileno(), 1)
+            os.dup2(log.fileno(), 2)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

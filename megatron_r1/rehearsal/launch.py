@@ -9,7 +9,6 @@ from pathlib import Path
 
 import psutil
 
-import megatron_r1
 from megatron_r1.config import Config
 from megatron_r1.engine import gpu
 from megatron_r1.processes import children
@@ -19,19 +18,19 @@ QUIET = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "PYTHONWARNINGS":
 
 
 def command(verb: str, recipe: Path, config: Config, settings: Sequence[str]) -> list[str]:
-    """Return the command of a verb: under torchrun where it has several trainer ranks."""
-    python = [sys.executable, "-m"]
+    """Return the command of a verb: with ranks as torchrun starts them where it has several."""
+    python = [sys.executable, "-u", "-m"]
     ranks = config.parallel.processes
     arguments = ["megatron_r1", verb, str(recipe), *settings]
     if verb == "sample" or ranks == 1:
         return [*python, *arguments]
-    logs = ["--log-dir", str(Path(config.run.folder) / "logs" / "ranks"), "--redirects", "3"]
-    torchrun = ["--standalone", "--nproc-per-node", str(ranks), *logs, "--tee", "0:3"]
-    if gpu.is_usable():  # torch then makes no forked process a rank
-        return [*python, "torch.distributed.run", *torchrun, "-m", *arguments]
-    main = str(Path(megatron_r1.__file__).with_name("__main__.py"))
-    forked = ["--start-method", "fork", "--run-path", main]
-    return [*python, "megatron_r1.rehearsal.forked_ranks", *torchrun, *forked, *arguments[1:]]
+    logs = str(Path(config.run.folder) / "logs" / "ranks")
+    if not gpu.is_usable():
+        return [*python, "megatron_r1.rehearsal.forked_ranks", str(ranks), logs, *arguments[1:]]
+    # A process that has asked for GPUs must not be forked.
+    torchrun = ["--standalone", "--nproc-per-node", str(ranks), "--log-dir", logs]
+    torchrun += ["--redirects", "3", "--tee", "0:3"]
+    return [*python, "torch.distributed.run", *torchrun, "-m", *arguments]
 
 
 @contextlib.contextmanager
