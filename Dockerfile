@@ -1,4 +1,7 @@
-# GPU images. `trainer` and `engine` share nothing but wires, so their dependencies never meet:
+# GPU images.
+#   docker build -t megatron-r1 .   trainer and engines in one image, by requirements/cuda.lock: what `make setup-cuda`
+#                                   installs, and `make test-cuda` tests
+# Or two images that share nothing but wires, so their dependencies never meet:
 #   docker build --target trainer -t megatron-r1-trainer .
 #   docker build --target engine  -t megatron-r1-engine .
 
@@ -6,6 +9,8 @@
 # (The package called `apex` on PyPI is another project.)
 ARG PYTORCH_IMAGE=nvcr.io/nvidia/pytorch:26.09-py3
 ARG VLLM_IMAGE=vllm/vllm-openai:v0.32.0
+# Python 3.11 or 3.12. The driver comes from the host, CUDA's libraries from the lock.
+ARG PLAIN_IMAGE=debian:bookworm-slim
 
 FROM ${PYTORCH_IMAGE} AS trainer
 # The code reward's sandbox, its compiler and its interpreter.
@@ -33,3 +38,21 @@ COPY megatron_r1 megatron_r1
 RUN pip install --no-cache-dir --no-deps xxhash==4.1.0
 RUN pip install --no-cache-dir --no-deps --no-build-isolation -e .
 ENTRYPOINT ["python3", "-m", "megatron_r1.vllm_plugin.serve"]
+
+FROM ${PLAIN_IMAGE} AS together
+# The code reward's sandbox and compiler; g++ and Python's headers also build Transformer Engine and Triton's kernels.
+RUN apt-get update && apt-get install -y --no-install-recommends \
+    bubblewrap ca-certificates g++ make python3 python3-dev python3-venv && rm -rf /var/lib/apt/lists/*
+ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility PIP_NO_CACHE_DIR=1
+WORKDIR /opt/megatron-r1
+COPY Makefile ./
+COPY requirements requirements
+RUN make cuda-packages
+COPY setup.py pyproject.toml README.md ./
+COPY kernels kernels
+COPY megatron_r1 megatron_r1
+COPY tools tools
+COPY examples examples
+RUN make setup-cuda
+ENV PATH=/opt/megatron-r1/.venv-cuda/bin:$PATH
+ENTRYPOINT ["megatron-r1"]

@@ -1,6 +1,8 @@
 # Everything a newcomer or CI types. Each target sets up what it needs.
 #   TORCH_INDEX=URL   wheel index that has the CPU build of torch, where the default one does not (see README)
-#   PYTHON=python3.12 the interpreter for .venv
+#   PYTHON=python3.12 the interpreter for .venv and .venv-cuda
+#   JOBS=1            compilers at once in setup-cuda, each in up to 3 GB; default: one a core, 8 at most
+#   OPTIMIZE=-O0      compile faster, for slower calls of Transformer Engine: enough for test-cuda
 
 PYTHON ?= python3
 TORCH_INDEX ?=
@@ -11,18 +13,29 @@ INSTALLED := $(VENV)/.installed
 INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
 .DEFAULT_GOAL := help
-.PHONY: help system-packages cluster-packages setup demo test test-all lint format losses bench gpu-check docs clean
+# The CUDA environment, and the versions that decide whether Transformer Engine has to be built again.
+CUDA_LOCK := requirements/cuda.lock
+CUDA_VENV := .venv-cuda
+CUDA_BIN := $(CUDA_VENV)/bin
+TE := $(shell sed -n 's/^transformer-engine==//p' $(CUDA_LOCK))
+TORCH := $(shell sed -n 's/^torch==//p' $(CUDA_LOCK))
+TE_SOURCE := build/transformer-engine
+TE_BUILT := $(CUDA_VENV)/.transformer-engine-$(TE)-torch-$(TORCH)
+
+.PHONY: help system-packages cluster-packages cuda-packages setup setup-cuda test-cuda demo test test-all lint format losses bench gpu-check docs clean
 
 help:
 	@echo "make demo      a model learns to think: minutes on two CPU cores"
 	@echo "make setup     install everything into $(VENV) (3.7 GB; the others do it, too)"
 	@echo "make test      the tests that take minutes;  make test-all: the long ones as well"
+	@echo "make setup-cuda  for GPUs: CUDA torch, Transformer Engine, vLLM in $(CUDA_VENV) (9 GB; 10 to 25 minutes on two cores)"
+	@echo "make test-cuda  those packages on a null GPU, without a driver (5 to 10 minutes on two cores)"
 	@echo "make lint      style, imports between packages, types;  make format: repair the style"
 	@echo "make losses    losses of 20 steps from one seed: a refactoring must not change them"
 	@echo "make bench     kernels and whole steps beside their public peers"
 	@echo "make gpu-check  what a machine with a GPU can answer, in nine minutes"
 	@echo "make docs      API pages in build/docs"
-	@echo "make clean     remove $(VENV), runs and build"
+	@echo "make clean     remove $(VENV), $(CUDA_VENV), runs and build"
 
 setup: system-packages $(INSTALLED)
 
@@ -50,6 +63,31 @@ $(INSTALLED): $(LOCK) setup.py pyproject.toml
 	@$(BIN)/python -c 'import torch' 2>/dev/null || { echo "torch does not import: the index in use serves its CUDA build only. Run: make setup TORCH_INDEX=<the URL of PyTorch's CPU wheels, on its Get Started page>"; exit 1; }
 	@touch $@
 
+# Trainer and engines on GPUs. Needs a driver for CUDA 13 where it runs, neither the toolkit nor a container.
+setup-cuda: system-packages $(CUDA_VENV)/.installed
+
+cuda-packages: $(CUDA_VENV)/.packages $(TE_BUILT)
+
+$(CUDA_VENV)/.installed: $(CUDA_VENV)/.packages $(TE_BUILT) setup.py pyproject.toml
+	$(CUDA_BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+$(CUDA_VENV)/.packages: $(CUDA_LOCK)
+	@echo "installing into $(CUDA_VENV): 3 GB to download, 9 GB"
+	@test -x $(CUDA_BIN)/python || $(PYTHON) -m venv $(CUDA_VENV)
+	$(CUDA_BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r $(CUDA_LOCK)
+	@$(CUDA_BIN)/python -c 'import sys, torch; sys.exit(not torch.version.cuda and "this torch is a CPU build: pip prefers another index or a folder of wheels (pip config list)")'
+	@touch $@
+
+# From source: a wheel for this torch is in no package index.
+$(TE_BUILT): | $(CUDA_VENV)/.packages
+	@command -v g++ >/dev/null || { echo "g++ is needed to build Transformer Engine: apt-get install g++"; exit 1; }
+	@echo "building Transformer Engine $(TE) for torch $(TORCH)"
+	@mkdir -p $(TE_SOURCE)
+	JOBS=$(JOBS) OPTIMIZE=$(OPTIMIZE) requirements/transformer_engine.sh $(CUDA_BIN)/python $(TE) $(TE_SOURCE)
+	@rm -rf $(TE_SOURCE) $(CUDA_VENV)/.transformer-engine-*
+	@touch $@
+
 demo: setup
 	$(BIN)/python -m examples.laptop.demo
 
@@ -69,6 +107,11 @@ test: setup
 
 test-all: setup cluster-packages
 	$(call run-tests)
+
+# tests/nullgpu: a driver and a CUDA runtime whose memory is the host's and whose kernels do nothing, below the real
+# packages. What only hardware can tell is left to gpu-check.
+test-cuda: setup-cuda
+	$(CUDA_BIN)/python -m pytest tests/nullgpu --durations 0
 
 lint: setup
 	$(BIN)/ruff check .
@@ -103,4 +146,4 @@ docs: setup
 	$(BIN)/python -W ignore tools/docs build/docs
 
 clean:
-	rm -rf $(VENV) runs build *.egg-info
+	rm -rf $(VENV) $(CUDA_VENV) runs build *.egg-info

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from megatron_r1.errors import UserError
 from megatron_r1.platform.cpu_patches import CPU, PATCHES
+from megatron_r1.platform.versions import check_megatron, warn_of_transformer_engine
 from megatron_r1.processes.imports import without_garbage_collection
 from megatron_r1.processes.memory import keep_freed_memory
 
@@ -55,15 +56,19 @@ def uses_transformer_engine() -> bool:
     except (ImportError, OSError) as error:  # OSError: a library that its extension links against
         raise UserError(
             f"there is a GPU, but Transformer Engine does not import ({error}): install it, built "
-            "for this torch (Dockerfile, target trainer), or hide the GPU with "
+            "for this torch (make setup-cuda), or hide the GPU with "
             "CUDA_VISIBLE_DEVICES= to train on the CPU"
         ) from error
+    warn_of_transformer_engine()
     return True
 
 
 def prepare(local_rank: int = 0) -> torch.device:
-    """Make this process able to import and run Megatron-Core; return the device to train on."""
+    """Make this process able to import and run Megatron-Core; return the device to train on.
+
+    Raises UserError for another version of it than the tested one."""
     global _prepared
+    check_megatron()
     if _REAL_CUDA:
         torch.cuda.set_device(local_rank)
     elif not _prepared:

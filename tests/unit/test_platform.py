@@ -8,7 +8,7 @@ import pytest
 
 from megatron_r1 import platform
 from megatron_r1.errors import UserError
-from megatron_r1.platform import cpu_patches
+from megatron_r1.platform import cpu_patches, versions
 
 CORE = Path(importlib.util.find_spec("megatron").submodule_search_locations[0]) / "core"
 
@@ -92,3 +92,23 @@ def test_a_gpu_without_a_working_transformer_engine_is_an_error(a_gpu, module, c
 def test_a_gpu_with_transformer_engine_uses_it(a_gpu):
     a_gpu.write_text("")
     assert platform.uses_transformer_engine()
+
+
+def test_another_megatron_is_an_error_that_names_both_versions(monkeypatch):
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.19.0")
+    with pytest.raises(UserError, match=r"megatron-core 0\.19\.0 is installed.*0\.16\.1"):
+        platform.prepare()
+
+
+@pytest.mark.parametrize(("found", "warns"), [("2.11.0", True), ("2.20.2+cu13.abc", False)])
+def test_another_transformer_engine_is_named(monkeypatch, recwarn, found, warns):
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: found)
+    versions.warn_of_transformer_engine()
+    messages = [str(each.message) for each in recwarn]
+    assert any(f"transformer-engine {found}" in text for text in messages) == warns
+
+
+def test_the_lock_for_gpus_has_the_versions_that_are_checked():
+    lock = (Path(__file__).parents[2] / "requirements" / "cuda.lock").read_text().splitlines()
+    assert f"megatron-core=={cpu_patches.MEGATRON_VERSION}" in lock
+    assert f"transformer-engine=={versions.TRANSFORMER_ENGINE_VERSION}" in lock

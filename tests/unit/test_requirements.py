@@ -1,14 +1,18 @@
 """What is installed without dependency resolution must be complete: cpu.lock, and trainer.txt with
-what the NVIDIA PyTorch image brings."""
+what the NVIDIA PyTorch image brings. cuda.lock's completeness is tested where it is installed
+(tests/nullgpu)."""
 
 import re
+import shutil
+import subprocess
 from importlib.metadata import PackageNotFoundError, distribution, requires
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
 
-FOLDER = Path(__file__).parents[2] / "requirements"
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "requirements"
 LEFT_OUT = {
     # vLLM's CPU build asks for their CUDA builds, which break its import; nothing of ours uses
     # them.
@@ -16,6 +20,9 @@ LEFT_OUT = {
     # The image's own, built for each other, and torch's needs.
     "trainer.txt": {"torch", "numpy", "setuptools", "filelock", "fsspec", "networkx"},
 }
+
+FOR_CUDA = {"apache-tvm-ffi", "setuptools", "triton"}
+"""Packages of which vLLM's CUDA build, or torch's, needs another version than its CPU build."""
 
 
 def _normalized(name: str) -> str:
@@ -54,3 +61,25 @@ def test_a_file_holds_every_dependency_of_what_it_installs(file: str) -> None:
                 unmet.append(f"{name} needs {need}")
     assert not missing
     assert not unmet
+
+
+def test_the_locks_for_cpus_and_gpus_have_the_same_versions() -> None:
+    tested, cuda = _pinned("cpu.lock"), _pinned("cuda.lock")
+    both = tested.keys() & cuda.keys()
+    assert {name for name in both if str(tested[name]) != str(cuda[name])} == FOR_CUDA
+
+
+def test_the_plain_image_has_what_each_of_its_makes_needs(tmp_path: Path) -> None:
+    stage = (ROOT / "Dockerfile").read_text().split(" AS together\n")[1]
+    made = []
+    for line in stage.splitlines():
+        match line.split():
+            case ["COPY", *sources, _]:
+                for source in sources:
+                    copy = shutil.copytree if (ROOT / source).is_dir() else shutil.copy
+                    copy(ROOT / source, tmp_path / source)
+            case ["RUN", "make", target]:
+                made.append(target)
+                # Prints the commands, and fails where a file that a rule depends on is missing.
+                subprocess.run(["make", "--dry-run", target], cwd=tmp_path, check=True)
+    assert made == ["cuda-packages", "setup-cuda"]

@@ -5,10 +5,19 @@ from typing import Any
 
 from tools.gpu_check.runner import Outcome
 
+NULL_GPU = "(null)"
+"""In the name of the null GPU's devices (tests/nullgpu/shim/null_gpu.h)."""
+
+ON_NULL_GPU = (
+    "**This is the null GPU of tests/nullgpu**: kernels do not run, so times are meaningless, "
+    "results are wrong, and nothing is settled."
+)
+
 
 def write(about: dict[str, Any], outcomes: Sequence[Outcome]) -> str:
     """Return the page in Markdown: the machine, a row per check, and the output of what failed."""
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+    is_null = any(NULL_GPU in gpu for gpu in about["gpus"])
     lines = [
         f"# GPU check, {about['date']}",
         "",
@@ -18,6 +27,7 @@ def write(about: dict[str, Any], outcomes: Sequence[Outcome]) -> str:
         "",
         versions + ".",
         "",
+        *([ON_NULL_GPU, ""] if is_null else []),
         "| check | result | seconds | settles in docs/gpu-checklist.md |",
         "|---|---|---:|---|",
     ]
@@ -25,7 +35,9 @@ def write(about: dict[str, Any], outcomes: Sequence[Outcome]) -> str:
         result = outcome.status
         if outcome.status in ("skipped", "no time"):
             result += f": {outcome.tail[-1]}" if outcome.tail else ""
-        settles = "; ".join(outcome.check.settles) if outcome.status == "passed" else ""
+        settles = (
+            "; ".join(outcome.check.settles) if outcome.status == "passed" and not is_null else ""
+        )
         lines.append(f"| {outcome.check.name} | {result} | {outcome.seconds:.0f} | {settles} |")
     for outcome in outcomes:
         if outcome.status == "failed":

@@ -92,7 +92,7 @@ def _check_transformer_engine(fp8: FP8Config) -> None:
     except ImportError:
         raise UserError(
             f"fp8.recipe={fp8.recipe} needs Transformer Engine, which does not import here; "
-            "install it (Dockerfile, target trainer), or use fp8.recipe=none"
+            "install it (make setup-cuda), or use fp8.recipe=none"
         ) from None
     names = {
         "blockwise": "Float8BlockScaling",

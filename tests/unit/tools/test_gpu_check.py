@@ -53,6 +53,9 @@ def test_the_page_names_what_is_settled_and_shows_what_failed(tmp_path):
     text = page.write(about, outcomes(tmp_path, good, bad))
     assert "| a check | passed | 0 | a line |" in text
     assert "## Failed: a check" in text and "broken" in text
+    assert "meaningless" not in text
+    text = page.write(about | {"gpus": ["NVIDIA H100 (null)"]}, outcomes(tmp_path, good))
+    assert "times are meaningless" in text and "a line" not in text
 
 
 def test_every_check_is_of_files_and_lines_that_exist():

@@ -1,0 +1,121 @@
+"""Saves a checkpoint of the trainer and loads it into another one, with Transformer Engine's layers
+on the null GPU: `checkpoint_round_trip.py MODEL DTYPE RECIPE MOMENTS [DEFECT]`.
+
+Before saving, the weights and the optimizer's state are filled with random numbers, because kernels
+do not run; afterwards they must be equal, bit for bit. DEFECT: a name in DEFECTS, installed
+before."""
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+from host_compute import HostCompute, on_host
+from trainer_steps import LOSS, SETTINGS, load
+
+from megatron_r1.config import Config
+from megatron_r1.processes import children
+from megatron_r1.training import distributed
+
+
+def load_strictly() -> None:
+    """Want every module's `_extra_state` in a checkpoint, which has none."""
+    from megatron_r1.training.checkpoints import contents
+
+    contents.load_weights = lambda module, weights: module.load_state_dict(weights)
+
+
+def subscript_empty_extra_state() -> None:
+    """Leave Megatron's split of the grouped experts' extra state as it is."""
+    from megatron_r1.models.fp8 import transformer_engine
+
+    transformer_engine.accept_empty_extra_state = lambda grouped: None
+
+
+def store_remainders() -> None:
+    """Keep master weights as the remainders of the bf16 parameters."""
+    from megatron_r1.training import optimizer
+
+    optimizer._PRECISION_AWARE["store_param_remainders"] = True
+
+
+DEFECTS = {
+    defect.__name__: defect
+    for defect in (load_strictly, subscript_empty_extra_state, store_remainders)
+}
+
+
+def attention_without_cudnn() -> None:
+    """Replace Transformer Engine's attention, whose cuDNN does not start on the null GPU, by a
+    function of the same shapes."""
+    from megatron.core.extensions.transformer_engine import TEDotProductAttention
+
+    def forward(self, query, key, value, *args, **kwargs):
+        groups = query.shape[-2] // value.shape[-2]
+        out = value.repeat_interleave(groups, -2) + 0 * (query.sum() + key.sum())
+        return out.flatten(-2)
+
+    TEDotProductAttention.forward = forward
+
+
+def state(trainer) -> dict[str, torch.Tensor]:
+    """This rank's weights, master weights and moments, as CPU tensors over the same memory."""
+    found = {}
+    for number, chunk in enumerate(trainer.bare):
+        for name, parameter in chunk.named_parameters():
+            found[f"{number}.{name}"] = on_host(parameter.data)
+    parts = getattr(trainer.optimizer, "chained_optimizers", [trainer.optimizer])
+    for number, part in enumerate(parts):
+        for group in part.optimizer.param_groups:
+            for index, parameter in enumerate(group["params"]):
+                kept = {"master": parameter.data, **part.optimizer.state[parameter]}
+                for name, tensor in kept.items():
+                    if torch.is_tensor(tensor) and tensor.dim():
+                        found[f"optimizer {number}.{index}.{name}"] = on_host(tensor)
+    return found
+
+
+def main() -> None:
+    model, dtype, recipe, moments, *defects = sys.argv[1:]
+    os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    os.environ["MASTER_PORT"] = str(children.free_port())
+    settings = Config.model_validate(
+        {
+            "model": {"path": model, "dtype": dtype},
+            "optimizer": {"learning_rate": 0.1, "moments": moments},
+            "parallel": {"tokens_per_microbatch": 256, "threads": 1},
+            "fp8": {"recipe": recipe},
+        }
+    )
+    position = distributed.initialize(settings.parallel, seed=0)
+    from megatron_r1.training.folders import Folders
+    from megatron_r1.training.trainer import Trainer
+
+    for defect in defects:
+        DEFECTS[defect]()
+    attention_without_cudnn()
+    folder = Path(model) / "-".join(["checkpoint", dtype, recipe, moments, *defects])
+    with HostCompute():
+        trainer = Trainer(settings, position)
+        trainer.keep_reference()
+        load(trainer, position, (1,))
+        trainer.update(0, LOSS, SETTINGS, 0.1)
+        expected = state(trainer)
+        torch.manual_seed(1)
+        for tensor in expected.values():
+            tensor.copy_(torch.randn(tensor.shape))
+        folders = Folders(trainer)
+        folders.save_checkpoint(str(folder), {"step": 1})
+        assert (error := folders.checkpoint_progress(wait=True)["error"]) is None, error
+        other = Trainer(settings, position)
+        Folders(other).load_checkpoint(str(folder), reference=True)
+    found = state(other)
+    assert found.keys() == expected.keys(), found.keys() ^ expected.keys()
+    different = [name for name, tensor in found.items() if not torch.equal(tensor, expected[name])]
+    assert not different, f"{len(different)} of {len(found)}: {different[:5]}"
+    distributed.leave_process_groups()
+    print(f"equal: {len(found)} tensors")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,79 @@
+"""Computes torch's own operators on the null GPU's tensors, by the CPU's kernels.
+
+The memory of those tensors is the host's, so an operator can be given CPU tensors over the same
+bytes. What stays without effect: products of Transformer Engine (cuBLASLt), its kernels and
+Triton's, which do not go through torch's dispatcher."""
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+ALLOCATES = {
+    *("empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided", "resize_", "set_"),
+    *("record_stream", "is_pinned", "_pin_memory", "_local_scalar_dense", "detach", "alias"),
+    *("_unsafe_view", "lift_fresh", "is_same_size"),
+}
+"""Operators that make, describe or read memory: CUDA's own work on the null GPU."""
+
+
+def on_host(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a CPU tensor over the memory of one on the null GPU."""
+    storage = tensor.untyped_storage()
+    if not storage.nbytes() or not tensor.numel():
+        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
+    size, cpu = storage.nbytes(), torch.device("cpu")
+    same = torch._C._construct_storage_from_data_pointer(storage.data_ptr(), cpu, size)
+    empty = torch.empty(0, dtype=tensor.dtype)
+    return empty.set_(same, tensor.storage_offset(), tensor.shape, tensor.stride())
+
+
+class HostCompute(TorchDispatchMode):
+    """Within this context, operators of torch compute on the null GPU."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        namespace, name = func._schema.name.split("::")
+        found = []
+        tree_map_only(torch.Tensor, found.append, (args, kwargs))
+        wanted = kwargs.get("device")
+        makes = wanted is not None and torch.device(wanted).type == "cuda"
+        reads = any(tensor.is_cuda for tensor in found)
+        # Transformer Engine's quantised tensors have operators of their own.
+        plain = all(type(tensor) in (torch.Tensor, torch.nn.Parameter) for tensor in found)
+        its_own = namespace != "aten" or name in ALLOCATES or func.is_view
+        if its_own or not plain or not (makes or reads):
+            return func(*args, **kwargs)
+        return self._compute(func, args, kwargs, stays=wanted is None or makes)
+
+    def _compute(self, func, args, kwargs, stays: bool):
+        given = {}
+
+        def down(tensor):
+            if not tensor.is_cuda:
+                return tensor
+            host = on_host(tensor)
+            given[id(host)] = (host, tensor)
+            return host
+
+        def up(result):
+            if id(result) in given:  # written in place
+                return given[id(result)][1]
+            if not stays or result.is_cuda:
+                return result
+            made = torch.empty_strided(
+                result.shape, result.stride(), dtype=result.dtype, device="cuda"
+            )
+            if result.numel():
+                on_host(made).copy_(result)
+            return made
+
+        host_args, host_kwargs = tree_map_only(torch.Tensor, down, (args, kwargs))
+        if "device" in kwargs and stays:
+            host_kwargs["device"] = torch.device("cpu")
+        host_args = tree_map_only(torch.device, lambda at: torch.device("cpu"), host_args)
+        host_kwargs.pop("pin_memory", None)
+        try:
+            result = func(*host_args, **host_kwargs)
+        except NotImplementedError:  # an operator that CUDA alone has
+            return func(*args, **kwargs)
+        return tree_map_only(torch.Tensor, up, result)

@@ -1,0 +1,73 @@
+"""Compiles the null GPU: `python build.py FOLDER` writes its three libraries there.
+
+    libnullgpu.so       preloaded: CUDA runtime (runtime.c); cuBLAS, NCCL, NVRTC (libraries.c)
+    libcuda.so.1        in the place of the driver (driver.c)
+    libnvidia-ml.so.1   in the place of the driver's management library (nvml.c)
+
+Only what returns something is written by hand. All other functions that the installed extensions
+of torch, Transformer Engine and vLLM import, and all others that cuda.h declares, are generated:
+they return 0, success."""
+
+import re
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Iterable
+from pathlib import Path
+
+HERE = Path(__file__).parent
+PACKAGES = Path(sysconfig.get_paths()["purelib"])
+INCLUDE = [PACKAGES / "nvidia/cu13/include", PACKAGES / "nvidia/nccl/include"]
+EXTENSIONS = (
+    "torch/lib/libtorch_cuda*.so",
+    "torch/lib/libc10_cuda.so",
+    "torch/lib/libtorch_python.so",
+    "torch/lib/libtorch_nvshmem.so",
+    "transformer_engine/**/*.so",
+    "vllm/**/*.so",
+)
+RUNTIME = r"(?:__)?cuda[A-Z]\w*|cublas\w+|nccl[A-Z]\w+|nvrtc[A-Z]\w+"
+DRIVER = r"cu(?!da|blas|dnn|solver|sparse|fft|rand|file|pti)[A-Z]\w*"
+
+
+def build(folder: Path) -> None:
+    """Write the three libraries to `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    imported = _imported()
+    runtime = {name for name in imported if re.fullmatch(RUNTIME, name)}
+    driver = {name for name in imported if re.fullmatch(DRIVER, name)} | _declared_by_the_driver()
+    _compile(folder / "libnullgpu.so", ["runtime.c", "libraries.c"], runtime)
+    _compile(folder / "libcuda.so.1", ["driver.c"], driver)
+    _compile(folder / "libnvidia-ml.so.1", ["nvml.c"], ())
+
+
+def _imported() -> set[str]:
+    """Return every symbol that an extension wants from another library."""
+    files = [str(file) for pattern in EXTENSIONS for file in sorted(PACKAGES.glob(pattern))]
+    command = ["nm", "-D", "--undefined-only", "--format=just-symbols", *files]
+    listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return {line.split("@")[0] for line in listed.splitlines()}
+
+
+def _declared_by_the_driver() -> set[str]:
+    header = (INCLUDE[0] / "cuda.h").read_text()
+    plain = re.findall(r"CUresult\s+CUDAAPI\s+(cu\w+)\s*\(", header)
+    return {*plain, *re.findall(r"#define\s+cu\w+\s+(cu\w+_v\d)\b", header)}
+
+
+def _compile(library: Path, sources: list[str], wanted: Iterable[str]) -> None:
+    written = "".join((HERE / source).read_text() for source in sources)
+    # A definition starts its line with a type; the word before its first parenthesis is its name.
+    by_hand = set(re.findall(r"^(?!static)\w[\w\s*]*?\b(\w+)\([^;{]*\{", written, re.MULTILINE))
+    rest = library.with_suffix(".generated.c")
+    generated = [f"int {name}(void) {{ return 0; }}\n" for name in sorted(set(wanted) - by_hand)]
+    rest.write_text("".join(generated))
+    files = [*(str(HERE / source) for source in sources), str(rest)]
+    headers = [f"-I{folder}" for folder in (HERE, *INCLUDE)]
+    command = ["cc", "-w", "-O1", "-shared", "-fPIC", f"-Wl,-soname,{library.name}", *headers]
+    subprocess.run([*command, *files, "-o", str(library), "-ldl", "-lpthread"], check=True)
+    print(f"{library.name}: {len(by_hand)} functions by hand, {len(generated)} generated")
+
+
+if __name__ == "__main__":
+    build(Path(sys.argv[1]))

@@ -1,0 +1,76 @@
+"""Checkpoints of the trainer with Transformer Engine's layers, on the null GPU."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from small_models import DEEPSEEK, QWEN
+
+from megatron_r1.weights import hf_tensors
+
+# Multiples of 128, FP8's blocks.
+WIDE = {"vocab_size": 256, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2}
+LATENT = {"q_lora_rank": 128, "kv_lora_rank": 128, "qk_nope_head_dim": 128, "v_head_dim": 128}
+MODELS = {
+    "deepseek": {
+        **DEEPSEEK,
+        **WIDE,
+        **LATENT,
+        "qk_rope_head_dim": 64,
+        "moe_intermediate_size": 128,
+    },
+    "qwen": {**QWEN, **WIDE, "num_attention_heads": 4},
+}
+BF16 = ("bfloat16", "none", "float32")
+BLOCKWISE = ("bfloat16", "blockwise", "float32")
+BF16_MOMENTS = ("bfloat16", "none", "bfloat16")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Folders of models with random weights."""
+    folder = tmp_path_factory.mktemp("models")
+    draw = torch.Generator().manual_seed(0)
+    for name, hf in MODELS.items():
+        (folder / name).mkdir()
+        (folder / name / "config.json").write_text(json.dumps(hf))
+        shapes = {tensor: shape for tensor, (shape, _) in hf_tensors(hf).items()}
+        weights = {n: 0.1 * torch.randn(shape, generator=draw) for n, shape in shapes.items()}
+        save_file(weights, folder / name / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def round_trip(on_null_gpu, models, model, settings, *defect: str) -> str:
+    return on_null_gpu("checkpoint_round_trip.py", str(models / model), *settings, *defect)
+
+
+@pytest.mark.parametrize(
+    ("model", "settings"),
+    [
+        ("deepseek", BF16),
+        ("deepseek", BLOCKWISE),
+        ("deepseek", BF16_MOMENTS),
+        ("qwen", ("float32", "none", "float32")),
+    ],
+    ids=["bf16", "fp8 with experts", "bf16 moments", "fp32 dense"],
+)
+def test_what_is_saved_is_loaded_bit_by_bit(on_null_gpu, models, model, settings):
+    printed = round_trip(on_null_gpu, models, model, settings)
+    assert "equal: " in printed.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("settings", "defect", "message"),
+    [
+        (BF16, "load_strictly", "Missing key(s) in state_dict"),
+        (BLOCKWISE, "subscript_empty_extra_state", "'NoneType' object is not subscriptable"),
+        (BF16_MOMENTS, "store_remainders", "AssertionError"),
+    ],
+)
+def test_a_defect_of_the_past_is_found_when_it_is_planted_again(
+    on_null_gpu, models, settings, defect, message
+):
+    with pytest.raises(pytest.fail.Exception) as failed:
+        round_trip(on_null_gpu, models, "deepseek", settings, defect)
+    assert message in str(failed.value)

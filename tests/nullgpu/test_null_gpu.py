@@ -1,0 +1,61 @@
+"""What the null GPU itself does: memory, copies, and torch's operators on the host."""
+
+from importlib import metadata
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+COPIES = """
+import torch
+assert torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+assert torch.cuda.device_count() == 1 and "null" in torch.cuda.get_device_name()
+tensor = torch.arange(5.0).cuda()
+assert tensor.is_cuda and tensor.cpu().tolist() == [0, 1, 2, 3, 4]
+assert (tensor + 1).cpu().tolist() == [0] * 5, "kernels do not run"
+assert torch.empty(3).pin_memory().is_pinned()
+free, total = torch.cuda.mem_get_info()
+held = torch.empty(2**30, dtype=torch.uint8, device="cuda")
+assert total == 80 * 2**30 and free - torch.cuda.mem_get_info()[0] >= 2**30
+"""
+OPERATORS = """
+import torch
+from host_compute import HostCompute
+with HostCompute():
+    torch.manual_seed(0)
+    x = torch.randn(4, 6).cuda().requires_grad_()
+    w = torch.full((6, 3), 0.5, device="cuda")
+    loss = torch.log_softmax(x @ w, -1)[:, 0].sum() + x.bfloat16().float().square().mean()
+    loss.backward()
+    on_gpu = [loss.detach().cpu(), x.grad.cpu()]
+    x = x.detach().cpu().requires_grad_()
+loss = torch.log_softmax(x @ torch.full((6, 3), 0.5), -1)[:, 0].sum()
+loss = loss + x.bfloat16().float().square().mean()
+loss.backward()
+torch.testing.assert_close(on_gpu, [loss.detach(), x.grad])
+"""
+
+
+def test_memory_is_the_hosts_copies_are_real_and_kernels_do_nothing(on_null_gpu):
+    on_null_gpu("-c", COPIES)
+
+
+def test_torchs_operators_can_be_computed_on_the_host(on_null_gpu):
+    on_null_gpu("-c", OPERATORS)
+
+
+def test_what_is_installed_is_the_lock_and_complete(on_null_gpu):
+    for line in (ROOT / "requirements" / "cuda.lock").read_text().splitlines():
+        if not line.startswith("#"):
+            name, version = line.split("==")
+            assert metadata.version(name) == version, name
+    built, core = (metadata.version(f"transformer-engine{end}") for end in ("-torch", ""))
+    assert built == core
+    on_null_gpu("-m", "pip", "check")
+
+
+def test_gpu_check_runs_and_says_that_its_times_are_meaningless(on_null_gpu, tmp_path):
+    out = ("--out", str(tmp_path), "--only", "the driver's answer")
+    on_null_gpu(str(ROOT / "tools" / "gpu_check"), *out)
+    page = (tmp_path / "gpu_check.md").read_text()
+    assert "H100 (null), sm_90, 80.0 GiB" in page and "times are meaningless" in page
+    assert "| the driver's answer and torch's | passed |" in page

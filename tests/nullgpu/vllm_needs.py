@@ -1,0 +1,156 @@
+"""Compares what vLLM's CUDA model classes load with what the weight tables predict, and swaps a
+model's weights on the null GPU: `vllm_needs.py FOLDER CASE…`. Prints a line of JSON for each case.
+
+Sizes are multiples of what the kernels want (128 for FP8 blocks, 512 + 64 for MLA)."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"}
+
+import torch
+from vllm.config import set_current_vllm_config
+from vllm.distributed import init_distributed_environment, initialize_model_parallel
+from vllm.engine.arg_utils import EngineArgs
+from vllm.model_executor.model_loader import get_model
+
+from megatron_r1.processes import children
+from megatron_r1.vllm_plugin import register, swap
+from megatron_r1.vllm_plugin.memory_layout import lay_out
+from megatron_r1.vllm_plugin.recorder import record
+from megatron_r1.weight_sync.plan import EngineLayout
+from megatron_r1.weight_sync.plan.fp8_blocks import pushed_tensors
+from megatron_r1.weight_sync.plan.predicted_layout import PredictedLayout
+from megatron_r1.weight_sync.plan.ranks import Coordinate
+from megatron_r1.weights.stored import fp8
+
+SIZES = {
+    "vocab_size": 1030,
+    "hidden_size": 1024,
+    "intermediate_size": 1536,
+    "max_position_embeddings": 1024,
+    "rms_norm_eps": 1e-6,
+    "hidden_act": "silu",
+    "torch_dtype": "bfloat16",
+}
+DEEPSEEK = SIZES | {
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "model_type": "deepseek_v3",
+    "moe_intermediate_size": 512,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "n_shared_experts": 1,
+    "n_routed_experts": 16,
+    "num_experts_per_tok": 4,
+    "n_group": 4,
+    "topk_group": 2,
+    "routed_scaling_factor": 2.5,
+    "first_k_dense_replace": 1,
+    "moe_layer_freq": 1,
+    "norm_topk_prob": True,
+    "topk_method": "noaux_tc",
+    "scoring_func": "sigmoid",
+    "q_lora_rank": 512,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    "rope_interleave": True,
+    "attention_bias": False,
+    "tie_word_embeddings": False,
+    "num_nextn_predict_layers": 0,
+}
+QWEN = SIZES | {
+    "architectures": ["Qwen2ForCausalLM"],
+    "model_type": "qwen2",
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    "tie_word_embeddings": True,
+}
+LLAMA = QWEN | {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "tie_word_embeddings": False,
+}
+CASES = {
+    "deepseek": (DEEPSEEK, False),
+    "deepseek-without-q-lora": (DEEPSEEK | {"q_lora_rank": None}, False),
+    "deepseek-fp8": (DEEPSEEK, True),
+    "qwen": (QWEN, False),
+    "qwen-fp8": (QWEN, True),
+    "llama": (LLAMA, False),
+}
+
+
+def engine_config(folder: Path, hf: dict, is_fp8: bool):
+    """Return vLLM's configuration of a model folder that is written here."""
+    folder.mkdir(parents=True)
+    quantised = {"quantization_config": fp8.CONFIG} if is_fp8 else {}
+    (folder / "config.json").write_text(json.dumps(hf | quantised))
+    arguments = {"skip_tokenizer_init": True, "load_format": "dummy", "enforce_eager": True}
+    return EngineArgs(
+        model=str(folder), dtype="bfloat16", max_model_len=256, **arguments
+    ).create_engine_config()
+
+
+def compare(hf: dict, is_fp8: bool, config, model) -> dict:
+    """Return what the recorder and the prediction differ in, and what a swap leaves changed."""
+    placed, table = lay_out(record([model], pushed_tensors(hf, fp8=is_fp8)))
+    recorded: dict[str, int] = {}
+    for slot in table.slots:
+        elements = slot.height * slot.width
+        recorded[slot.name] = recorded.get(slot.name, 0) + elements
+    scales = {name for name in recorded if fp8.is_scale(name)}
+    predicted = {
+        tensor.name: region.num_elements
+        for tensor, region in PredictedLayout(hf, EngineLayout()).needed(Coordinate(0, 0, 0))
+    }
+    wrong = [
+        f"{name}: recorded {recorded.get(name)}, predicted {predicted.get(name)}"
+        for name in sorted(recorded.keys() - scales | predicted.keys())
+        if recorded.get(name) != predicted.get(name)
+    ]
+    before = {name: tensor.data_ptr() for name, tensor in model.named_parameters()}
+    memory = torch.randint(0, 60, (table.num_bytes,), dtype=torch.uint8)
+    swap.load(model, placed, memory)
+    swap.finish(model, config.model_config)
+    after = {name: tensor.data_ptr() for name, tensor in model.named_parameters()}
+    moved = [name for name in before if before[name] != after.get(name)]
+    norm = dict(model.named_parameters())["model.norm.weight"].cpu()
+    received = next(at for at in placed if at.parameter.title.endswith("model.norm.weight"))
+    return {
+        "tensors": len(predicted),
+        "scales": len(scales),
+        "wrong": wrong,
+        "moved": moved,
+        "norm arrived": torch.equal(norm, received.value(memory)),
+    }
+
+
+def main() -> None:
+    folder, *names = sys.argv[1:]
+    register()
+    torch.cuda.set_device(0)
+    groups_exist = False
+    for name in names:
+        hf, is_fp8 = CASES[name]
+        config = engine_config(Path(folder) / name, hf, is_fp8)
+        with set_current_vllm_config(config):
+            if not groups_exist:
+                address = f"tcp://127.0.0.1:{children.free_port()}"
+                init_distributed_environment(1, 0, address, 0, "nccl")
+                initialize_model_parallel(1, 1)
+                groups_exist = True
+            model = get_model(vllm_config=config)
+            assert all(parameter.is_cuda for parameter in model.parameters())
+            print(json.dumps({"case": name, **compare(hf, is_fp8, config, model)}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
