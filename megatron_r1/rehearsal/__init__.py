@@ -5,6 +5,7 @@ model.py      the model's own config.json with smaller sizes, random weights, a 
 questions.py  synthetic data of every kind that a verb reads, and the reward of the questions
 miniature.py  the recipe with its sizes divided, and what was changed
 served.py     the reward models that responses are graded by
-launch.py     the processes: torchrun or the command, and engine hosts
+launch.py     the processes: ranks or the command, and engine hosts
+forked_ranks.py   the trainer ranks of one run, forked after their imports
 phases.py     start, rollout, update, push, checkpoint, kill, resume elsewhere, export
 table.py      what was exercised, what was not, and why"""
