@@ -17,7 +17,8 @@ import torch
 from megatron_r1.data.tokenizer import load_tokenizer
 from megatron_r1.errors import UserError
 from megatron_r1.model_check.findings import Reference
-from megatron_r1.models.hf_config import architecture, read_hf_config
+from megatron_r1.models.by_transformers import load_by_transformers
+from megatron_r1.models.hf_config import read_hf_config
 from megatron_r1.weights.stored.hf_weights import HfWeights
 
 TEXTS = (
@@ -107,11 +108,7 @@ def _logprobs(
 ) -> list[torch.Tensor]:
     """Return transformers' log-probability of each token but the first, (n - 1,) fp32, for each
     sequence of n."""
-    import transformers
-
-    # By architecture, not model_type: Kimi-K2 has one of its own for DeepSeek-V3's class.
-    kind = getattr(transformers, f"{architecture(hf)}ForCausalLM")
-    model = kind.from_pretrained(folder, dtype=dtype).eval()
+    model = load_by_transformers(folder, hf, dtype).eval()
     answers = []
     with torch.no_grad():
         for ids in sequences:

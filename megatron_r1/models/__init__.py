@@ -7,6 +7,7 @@
     config.py, build.py                                  Megatron's configuration, and the model
     policy_model.py, score_model.py                      the last stage: hidden states or scores
     layers.py, attention.py                              layers that Megatron lacks on a CPU
+    by_transformers.py                                   transformers' model, for comparisons
     rotary.py, context.py                                packed batches, context parallelism
     routing.py, replay.py, fp8/                          choice of experts, routing replay, FP8
 

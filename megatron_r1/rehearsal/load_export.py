@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from megatron_r1.models.hf_config import has_score_head, read_hf_config
+from megatron_r1.models.by_transformers import load_by_transformers
+from megatron_r1.models.hf_config import read_hf_config
 from megatron_r1.weights.layout import hf_tensors
 
 
@@ -48,8 +48,7 @@ def main(export: str, model: str, mtp: str) -> str:
         sys.exit(f"model.mtp: frozen, but {sorted(moved)[:3]} changed")
     if mtp == "train" and own_mtp and not set(own_mtp) & set(changed) - set(_shared(first_mtp)):
         sys.exit("model.mtp: train, but no tensor of its layers changed")
-    kind = AutoModelForSequenceClassification if has_score_head(hf) else AutoModelForCausalLM
-    loaded, report = kind.from_pretrained(export, dtype=torch.float32, output_loading_info=True)
+    loaded, report = load_by_transformers(export, hf, torch.float32, output_loading_info=True)
     if report["missing_keys"] or report["mismatched_keys"]:
         sys.exit(f"transformers: {json.dumps({k: sorted(map(str, v)) for k, v in report.items()})}")
     with torch.no_grad():

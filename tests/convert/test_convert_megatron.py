@@ -1,3 +1,4 @@
+import json
 import shutil
 from pathlib import Path
 
@@ -43,6 +44,19 @@ def test_the_result_computes_the_checkpoints_logits(convert, oracle, tmp_path, m
         output
     )
     assert f"rounded to {dtype.replace('fp8', 'FP8')} (" in output
+
+
+@pytest.mark.slow
+def test_a_model_type_that_transformers_does_not_know_is_checked_by_its_architecture(
+    convert, oracle, tmp_path
+):
+    model = tmp_path / "kimi"
+    shutil.copytree(oracle / "kimi", model)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "model_type": "kimi_k2"}))
+    assert convert("from-hf", model, tmp_path / "megatron")[0] == 0
+    status, output = convert("to-hf", tmp_path / "megatron", tmp_path / "out")
+    assert status == 0 and "transformers' logits are Megatron's" in output, output
 
 
 def test_a_result_that_computes_something_else_is_refused(convert, oracle, tmp_path):

@@ -86,14 +86,14 @@ def by_transformers(folder: Path, scratch: Path) -> torch.Tensor:
     blocks and so refuses or misreads matrices with a partial last block, such as DeepSeek-V3's
     kv_a_proj of 576 rows (integrations/finegrained_fp8.py, transformers 5.19)."""
     os.environ["HF_HUB_OFFLINE"] = "1"
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+    from megatron_r1.models.by_transformers import load_by_transformers
 
     if "quantization_config" in json.loads((folder / "config.json").read_text()):
         _write_as_fp32(folder, scratch)
         folder = scratch
-    scores = has_score_head(read_hf_config(str(folder), None))
-    kind = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
-    model = kind.from_pretrained(folder, dtype=torch.float32).float().eval()
+    hf = read_hf_config(str(folder), None)
+    scores = has_score_head(hf)
+    model = load_by_transformers(folder, hf, torch.float32).float().eval()
     tokens = fixed_tokens(model.config.vocab_size)
     with torch.no_grad():
         if scores:  # the model itself scores the last token only
