@@ -12,9 +12,10 @@ from command_line import command, environment
 
 ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "examples/laptop/r1.yaml"
-LAST = "qwen_distilled"
+STUDENT = "qwen_distilled"
 RL = ("r1_zero", "reasoning_rl", "r1")
-SAMPLED = ("cold_start_data", "rejection_sampling", "distillation_data")
+OWN = ("cold_start_data", "rejection_sampling")
+SAMPLED = (*OWN, "distillation_data")
 # So small a model is right now and then at best: what it says is kept, right or not.
 SETTINGS = {
     "corpus.worked": 3000,
@@ -46,9 +47,9 @@ SETTINGS = {
 }
 
 
-def start(folder: Path, output: Path) -> subprocess.Popen:
+def start(folder: Path, output: Path, until: str) -> subprocess.Popen:
     options = [f"--stages.{key}={value}" for key, value in SETTINGS.items()]
-    chosen = [f"--pipeline.folder={folder}", f"--pipeline.until={LAST}", "--pipeline.jobs=2"]
+    chosen = [f"--pipeline.folder={folder}", f"--pipeline.until={until}", "--pipeline.jobs=2"]
     with output.open("a") as file:
         return subprocess.Popen(
             command("pipeline", RECIPE, *chosen, *options),
@@ -69,14 +70,14 @@ def finished(folder: Path) -> dict[str, str]:
 def r1(tmp_path_factory):
     """The pipeline's folder, and when the stages were done that a kill -9 did not undo."""
     folder, output = tmp_path_factory.mktemp("r1") / "r1", tmp_path_factory.mktemp("out") / "out"
-    process = start(folder, output)
+    process = start(folder, output, "r1")
     while "cold_start" not in finished(folder):
         assert process.poll() is None, output.read_text()
         time.sleep(0.1)
     process.send_signal(signal.SIGKILL)
     process.wait()
     before = finished(folder)
-    process = start(folder, output)
+    process = start(folder, output, "r1")
     assert process.wait(900) == 0, output.read_text()
     return folder, before
 
@@ -84,7 +85,7 @@ def r1(tmp_path_factory):
 def test_every_stage_ends_and_none_that_was_done_is_done_again(r1):
     folder, before = r1
     after = finished(folder)
-    assert {"base", *RL, *SAMPLED, "sft", "helpful", "safety", LAST} <= after.keys()
+    assert {"base", *RL, *OWN, "sft", "helpful", "safety"} <= after.keys()
     assert before and {name: after[name] for name in before} == before
 
 
@@ -103,19 +104,16 @@ def test_rewards_of_the_last_part_come_from_the_reward_models(r1):
     assert last["rewards/ungraded"] == 0 and 0 < last["accuracy"] < 1
 
 
-def test_student_and_reward_models_are_of_their_own_shapes(r1):
-    folder, _ = r1
-    architectures = {
-        name: json.loads((folder / name / "hf/config.json").read_text())["architectures"]
-        for name in ("r1", "helpful", "safety", LAST)
-    }
-    scored = ["DeepseekV3ForSequenceClassification"]
-    assert architectures == {
-        "r1": ["DeepseekV3ForCausalLM"],
-        "helpful": scored,
-        "safety": scored,
-        LAST: ["Qwen2ForCausalLM"],
-    }
+def architectures(folder: Path, *names: str) -> list[str]:
+    """The architecture of each stage's model; each has one."""
+    configs = [json.loads((folder / name / "hf/config.json").read_text()) for name in names]
+    return [name for config in configs for name in config["architectures"]]
+
+
+def test_reward_models_are_score_models(r1):
+    scored = "DeepseekV3ForSequenceClassification"
+    found = architectures(r1[0], "r1", "helpful", "safety")
+    assert found == ["DeepseekV3ForCausalLM", scored, scored]
 
 
 def test_the_report_has_a_row_for_every_stage_of_the_paper(r1):
@@ -123,3 +121,14 @@ def test_the_report_has_a_row_for_every_stage_of_the_paper(r1):
     page = (folder / "report.html").read_text()
     for title in ("R1-Zero", "Stage 1", "Stage 2", "Stage 3", "Stage 4", "Helpful reward model"):
         assert title in page, title
+
+
+@pytest.mark.slow
+def test_a_student_of_another_architecture_is_distilled_from_it(r1, tmp_path):
+    folder, _ = r1
+    before = finished(folder)
+    assert start(folder, tmp_path / "out", STUDENT).wait(900) == 0, (tmp_path / "out").read_text()
+    after = finished(folder)
+    assert {"distillation_data", STUDENT} <= after.keys() - before.keys()
+    assert {name: after[name] for name in before} == before
+    assert architectures(folder, STUDENT) == ["Qwen2ForCausalLM"]
