@@ -67,6 +67,7 @@ def test_what_is_saved_is_loaded_bit_by_bit(on_null_gpu, models, model, settings
         (BLOCKWISE, "subscript_empty_extra_state", "'NoneType' object is not subscriptable"),
         (BF16_MOMENTS, "store_remainders", "AssertionError"),
     ],
+    ids=["strict load", "empty extra state", "remainders"],
 )
 def test_a_defect_of_the_past_is_found_when_it_is_planted_again(
     on_null_gpu, models, settings, defect, message

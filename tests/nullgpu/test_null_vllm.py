@@ -7,6 +7,7 @@ def test_what_vllm_loads_is_what_the_tables_predict_and_a_swap_keeps_addresses(
     on_null_gpu, tmp_path
 ):
     cases = ["deepseek", "deepseek-without-q-lora", "deepseek-fp8", "qwen", "qwen-fp8", "llama"]
+    cases += ["QWEN3", "QWEN3_MOE", "GLM"]
     printed = on_null_gpu("vllm_needs.py", str(tmp_path / "models"), *cases)
     found = [json.loads(line) for line in printed.splitlines() if line.startswith('{"case"')]
     assert [case["case"] for case in found] == cases

@@ -1,5 +1,6 @@
 """Compares what vLLM's CUDA model classes load with what the weight tables predict, and swaps a
 model's weights on the null GPU: `vllm_needs.py FOLDER CASE…`. Prints a line of JSON for each case.
+The first case has experts, so that vLLM makes a group for them.
 
 Sizes are multiples of what the kernels want (128 for FP8 blocks, 512 + 64 for MLA)."""
 
@@ -10,12 +11,14 @@ from pathlib import Path
 
 os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"}
 
+import tiny_models
 import torch
 from vllm.config import set_current_vllm_config
 from vllm.distributed import init_distributed_environment, initialize_model_parallel
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.model_loader import get_model
 
+from megatron_r1.models.hf_config import resolve_aliases
 from megatron_r1.processes import children
 from megatron_r1.vllm_plugin import register, swap
 from megatron_r1.vllm_plugin.memory_layout import lay_out
@@ -78,6 +81,7 @@ LLAMA = QWEN | {
     "model_type": "llama",
     "tie_word_embeddings": False,
 }
+FAMILIES = ("QWEN3", "QWEN3_MOE", "GLM")
 CASES = {
     "deepseek": (DEEPSEEK, False),
     "deepseek-without-q-lora": (DEEPSEEK | {"q_lora_rank": None}, False),
@@ -85,6 +89,7 @@ CASES = {
     "qwen": (QWEN, False),
     "qwen-fp8": (QWEN, True),
     "llama": (LLAMA, False),
+    **{name: (getattr(tiny_models, name), False) for name in FAMILIES},
 }
 
 
@@ -139,8 +144,9 @@ def main() -> None:
     torch.cuda.set_device(0)
     groups_exist = False
     for name in names:
-        hf, is_fp8 = CASES[name]
-        config = engine_config(Path(folder) / name, hf, is_fp8)
+        published, is_fp8 = CASES[name]
+        hf = resolve_aliases(published)
+        config = engine_config(Path(folder) / name, published, is_fp8)
         with set_current_vllm_config(config):
             if not groups_exist:
                 address = f"tcp://127.0.0.1:{children.free_port()}"
