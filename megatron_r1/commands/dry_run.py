@@ -31,7 +31,7 @@ from megatron_r1.weights import hf_tensors
 MAX_RESPONSES = 64
 NUM_SHOWN = 10
 MAX_SHOWN_CHARS = 600
-TRAINING_BYTES = 16
+TRAINER_BYTES = 16
 """Of a parameter: fp32 weight and gradient, and Adam's two moments."""
 
 
@@ -123,7 +123,7 @@ def _summary(config: Config, first: Config, rollout: Rollout, seconds: float) ->
     sampling = full * means["response_length/mean"] / rate * config.run.steps
     shapes = hf_tensors(read_hf_config(config.model.path), with_mtp=False)
     parameters = sum(math.prod(shape) for shape, _ in shapes.values())
-    memory = parameters * TRAINING_BYTES / 2**30
+    memory = parameters * TRAINER_BYTES / 2**30
     lines = [
         "---",
         f"{counted(responses, 'response')} to {counted(len(rollout.groups), 'question')}: accuracy "
