@@ -16,10 +16,11 @@ from megatron_r1.engine.client import is_healthy
 from megatron_r1.engine.errors import EngineError
 from megatron_r1.engine.settings import EngineSettings
 from megatron_r1.engine.temporary_files import Scratch, shared_files
-from megatron_r1.processes import children
+from megatron_r1.processes import children, out_of_memory
 from megatron_r1.processes.logs import file_excerpt
 
 STOP_SECONDS = 5.0
+REMEDY = "lower rollout.kv_cache_gib, rollout.max_num_seqs or rollout.engines"
 KILL_SECONDS = 30.0
 
 
@@ -102,6 +103,7 @@ class EngineServer(Server):
         self.coordinator = part.coordinator if part else ""
         """`host:port` where the parts of an engine meet; the first one's is known after `start`."""
         self._log_start = 0
+        self._kills_before = 0
         self._scratch: Scratch | None = None
         self._shared: list[Path] = []
         """Its files in /dev/shm once it was ready, for the case that all of it is killed."""
@@ -124,6 +126,7 @@ class EngineServer(Server):
         if part is not None:
             command += part.arguments(self.settings.data, self.coordinator)
         self._scratch = Scratch()
+        self._kills_before = out_of_memory.num_kills()
         self._log_start = self.log_path.stat().st_size if self.log_path.exists() else 0
         environment = self._scratch.environment() | self.environment
         self.process = children.start(command, self.log_path, environment)
@@ -153,6 +156,8 @@ class EngineServer(Server):
         how = f"exit code {code}"
         if code is not None and code < 0:
             how = f"signal {signal.Signals(-code).name}"
+        if code == -signal.SIGKILL:
+            how += out_of_memory.explanation(self._kills_before, REMEDY)
         return f"{how}; from {self.log_path}:\n{self.log_excerpt()}"
 
     def log_excerpt(self) -> str:

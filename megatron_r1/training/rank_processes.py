@@ -1,15 +1,21 @@
 """The processes of the trainer ranks that the controller starts itself."""
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Container
 from pathlib import Path
 
 from megatron_r1.config import Config
-from megatron_r1.processes import children
+from megatron_r1.processes import children, out_of_memory
 from megatron_r1.processes.authentication import RANKS_ENVIRONMENT
 from megatron_r1.processes.logs import last_lines
+
+REMEDY = (
+    "lower parallel.tokens_per_microbatch, parallel.processes, rollout.engines or "
+    "rollout.kv_cache_gib, or set parallel.recompute"
+)
 
 
 class RankProcesses:
@@ -19,6 +25,7 @@ class RankProcesses:
         """log_folder: where each rank's output is written."""
         self._log_folder = log_folder
         self._processes: list[subprocess.Popen] = []
+        self._kills_before = 0
 
     @property
     def are_ours(self) -> bool:
@@ -37,6 +44,7 @@ class RankProcesses:
         count = config.parallel.processes
         port = children.free_port("127.0.0.1")
         settings = config.model_dump_json()
+        self._kills_before = out_of_memory.num_kills()
         for rank in range(count):
             environment = {
                 "RANK": str(rank),
@@ -86,6 +94,8 @@ class RankProcesses:
             return f"trainer rank {rank} is gone"
         code, log = self._processes[rank].poll(), self._log(rank)
         how = f"was killed by signal {-code}" if code and code < 0 else f"exited with code {code}"
+        if code == -signal.SIGKILL:
+            how += out_of_memory.explanation(self._kills_before, REMEDY)
         if code is None:  # its connection closed before the process ended
             how = "is gone"
         return f"trainer rank {rank} {how}; the end of {log}:\n{last_lines(log)}"

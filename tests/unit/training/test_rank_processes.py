@@ -1,0 +1,32 @@
+"""What is said of a trainer rank that was killed."""
+
+import subprocess
+import sys
+
+import pytest
+
+from megatron_r1.processes import out_of_memory
+from megatron_r1.training.rank_processes import RankProcesses
+
+
+@pytest.mark.parametrize(("kills", "says"), [(3, False), (4, True)])
+def test_a_kill_for_lack_of_memory_is_named_with_its_remedy(kills, says, tmp_path, monkeypatch):
+    counters = tmp_path / "vmstat"
+    counters.write_text("nr_free_pages 12\noom_kill 3\n")
+    monkeypatch.setattr(out_of_memory, "COUNTERS", counters)
+    ranks = RankProcesses(tmp_path)
+    ranks._kills_before = out_of_memory.num_kills()
+    (tmp_path / "trainer_0.log").write_text("step 1\n")
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    process.kill()
+    process.wait()
+    ranks._processes = [process]
+    counters.write_text(f"oom_kill {kills}\n")
+    cause = ranks.cause_of_death(0)
+    assert cause.startswith("trainer rank 0 was killed by signal 9") and "step 1" in cause
+    assert ("lack of memory" in cause and "tokens_per_microbatch" in cause) == says
+
+
+def test_a_system_without_the_counter_says_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(out_of_memory, "COUNTERS", tmp_path / "none")
+    assert out_of_memory.num_kills() == 0 and out_of_memory.explanation(0, "") == ""
