@@ -154,7 +154,8 @@ def test_mistakes_are_refused(tmp_path):
     longer = ("--rl.schedule", "[{from_step: 9, rollout.max_response_tokens: 131072}]")
     done = rehearse(R1 / "r1_zero.yaml", tmp_path, *longer)
     assert done.returncode == 2 and "131072 leaves no room" in done.stderr, done.stderr
-    done = rehearse(R1 / "r1_zero.yaml", tmp_path, "--model.mtp", "none")
+    without = ("--model.mtp", "none", "--rollout.speculative.method", "none")
+    done = rehearse(R1 / "r1_zero.yaml", tmp_path, *without)
     assert done.returncode == 2 and "(m) must stand there 0 times" in done.stderr, done.stderr
     done = rehearse(R1 / "r1_zero.yaml", tmp_path, "--rehearsal.max_rank", "4")
     assert done.returncode == 2 and "did you mean rehearsal.max_ranks" in done.stderr, done.stderr

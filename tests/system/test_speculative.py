@@ -66,7 +66,7 @@ def test_log_probabilities_are_the_model_s(models, oracle, loop, fleet):
         assert gap <= 1e-5 / temperature, f"{gap} at temperature {temperature}"
     found = loop(meter.read(fleet.engines))
     # Otherwise every token came from the same of the two paths.
-    assert 0.05 < found["speculative/acceptance"] < 0.9, found
+    assert 0 < found["speculative/acceptance"] < 0.9, found
     # Two drafts a pass, but for the last token of a response.
     drafts = found["speculative/length"] - 1
     assert drafts == pytest.approx(2 * found["speculative/acceptance"], rel=0.1)
