@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from torch.multiprocessing.spawn import ProcessException, start_processes
 
-from megatron_r1.processes.children import free_port
+from megatron_r1.processes.children import free_port, rank_variables
 
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
 
@@ -86,11 +86,7 @@ def _run_rank(
     output = os.open(log, os.O_WRONLY | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
-    os.environ |= {
-        **{"RANK": str(rank), "WORLD_SIZE": str(num_ranks)},
-        **{"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(num_ranks)},
-        **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
-    }
+    os.environ |= rank_variables(rank, num_ranks, port)
     os.chdir(folder)
     sys.path.insert(0, str(folder))
     sys.argv = command

@@ -40,6 +40,19 @@ def popen_options(environment: Mapping[str, str] | None = None) -> dict[str, Any
     }
 
 
+def rank_variables(rank: int, num_ranks: int, port: int) -> dict[str, str]:
+    """Return the environment variables by which torchrun names a rank of this machine.
+    port: of torch.distributed's store, on rank 0."""
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(num_ranks),
+        "LOCAL_WORLD_SIZE": str(num_ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+
+
 def stop(
     process: subprocess.Popen, timeout_seconds: float = 10.0, kill_seconds: float | None = None
 ) -> None:

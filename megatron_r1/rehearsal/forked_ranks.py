@@ -56,14 +56,7 @@ def main() -> int:
 def _become(rank: int, count: int, port: int, logs: Path) -> None:
     """Be a rank as torchrun starts one; all but rank 0 write to a file of their own."""
     lifetime.die_with_parent()
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(count),
-        "LOCAL_WORLD_SIZE": str(count),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
+    os.environ |= children.rank_variables(rank, count, port)
     if rank:
         logs.mkdir(parents=True, exist_ok=True)
         with (logs / f"{rank}.log").open("ab") as log:
