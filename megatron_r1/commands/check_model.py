@@ -13,7 +13,6 @@ import os
 import subprocess
 import sys
 import tempfile
-from math import prod
 from pathlib import Path
 
 import msgspec
@@ -27,7 +26,7 @@ from megatron_r1.model_check.findings import Findings, Reference
 from megatron_r1.models.hf_config import read_hf_config
 from megatron_r1.models.supported import check_divisions, check_supported
 from megatron_r1.processes.lifetime import die_with_parent
-from megatron_r1.weights.layout import hf_tensors, recipe_stages
+from megatron_r1.weights.layout import num_parameters, recipe_stages
 
 ARGUMENTS = ("HF_FOLDER",)
 SETTINGS = ("parallel", "rollout", "model.dtype", "model.mtp")
@@ -48,7 +47,7 @@ def run(config: Config, folder: str, json: str | None = None) -> None:
     config = _config(config, folder)
     check_divisions(hf, config.parallel, transformer_engine=False)
     recipe_stages(config, hf)
-    parameters = sum(prod(shape) for shape, _ in hf_tensors(hf).values())
+    parameters = num_parameters(hf)
     free = psutil.virtual_memory().available
     if parameters * CHECK_BYTES > free:
         raise RunError(

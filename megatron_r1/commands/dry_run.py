@@ -1,7 +1,6 @@
 """`megatron-r1 rl RECIPE.yaml --dry-run`: samples and grades one batch, and trains nothing."""
 
 import asyncio
-import math
 import tempfile
 import time
 from collections.abc import Sequence
@@ -26,7 +25,7 @@ from megatron_r1.rl.advice import advice
 from megatron_r1.rl.collector import RolloutCollector
 from megatron_r1.rl.metrics import rollout_metrics
 from megatron_r1.rl.rollout import Group, Rollout, Sampling
-from megatron_r1.weights import hf_tensors
+from megatron_r1.weights import num_parameters
 
 MAX_RESPONSES = 64
 NUM_SHOWN = 10
@@ -35,7 +34,7 @@ TRAINER_BYTES = 16
 """Of a parameter: fp32 weight and gradient, and Adam's two moments."""
 
 
-def run(config: Config, text: PromptText, prompts: PromptSplit) -> None:
+def show_batch(config: Config, text: PromptText, prompts: PromptSplit) -> None:
     """Sample and grade the first questions of the first rollout, at most `MAX_RESPONSES` responses
     on an engine of this host, and print what a user should see before the run. Writes nothing.
     Raises UserError where the recipe's engines are on other hosts."""
@@ -121,8 +120,7 @@ def _summary(config: Config, first: Config, rollout: Rollout, seconds: float) ->
     rate = means["response_tokens"] / seconds
     full = first.rl.questions_per_rollout * first.rl.group_size
     sampling = full * means["response_length/mean"] / rate * config.run.steps
-    shapes = hf_tensors(read_hf_config(config.model.path), with_mtp=False)
-    parameters = sum(math.prod(shape) for shape, _ in shapes.values())
+    parameters = num_parameters(read_hf_config(config.model.path), with_mtp=False)
     memory = parameters * TRAINER_BYTES / 2**30
     lines = [
         "---",

@@ -74,9 +74,9 @@ def run(config: Config) -> None:
 
 def dry_run(config: Config) -> None:
     """Sample and grade one batch, print it, and train nothing. Errors as `run`."""
-    from megatron_r1.commands import dry_run
+    from megatron_r1.commands.dry_run import show_batch
 
-    dry_run.run(config, *prepare(config))
+    show_batch(config, *prepare(config))
 
 
 def prepare(config: Config) -> tuple[PromptText, PromptSplit]:

@@ -24,7 +24,7 @@ FIELDS = {
 ON_GPUS: list[Fusion] = ["gradient_accumulation", "permute"]
 """Fusions of Transformer Engine itself, the default on a GPU."""
 FLASH_ATTENTION = ("flash_attn", "flash_attn_3", "flash_attn_interface")
-"""Modules of which Transformer Engine takes its flash attention."""
+"""Modules that Transformer Engine uses for flash attention, if they are installed."""
 ENVIRONMENT = {
     "flash": "NVTE_FLASH_ATTN",
     "fused": "NVTE_FUSED_ATTN",

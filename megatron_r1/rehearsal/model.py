@@ -9,7 +9,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from megatron_r1.data.templates import TEMPLATES
 from megatron_r1.models.hf_config import has_score_head, published_names
-from megatron_r1.weights.layout import hf_tensors, table
+from megatron_r1.weights.decoder import table
+from megatron_r1.weights.layout import hf_tensors
 
 VOCABULARY = 512
 SPECIAL = ("<bos>", "<eos>", "<pad>")

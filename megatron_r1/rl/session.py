@@ -115,7 +115,9 @@ class Session:
         records = sample_records(rollout.groups, self.step, "train", self.config.run.log_samples)
         self.recorder.step(line, records)
         if self.step <= FIRST_STEPS:
-            self.recorder.advise(self.step, advice(rollout, self.passes.step_config))
+            # In a thread: it searches the texts of all responses.
+            faults = await asyncio.to_thread(advice, rollout, self.passes.step_config)
+            self.recorder.advise(self.step, faults)
         if self.heldout.is_due(self.step):
             await self.heldout.run(self.step)
         is_last = self.step == self.config.run.steps

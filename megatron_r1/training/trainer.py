@@ -9,7 +9,6 @@ tokens with an engine.
 Every operation is called on all ranks at the same time. A rank handles samples and losses, not
 prompts or rewards."""
 
-import math
 from functools import partial
 from typing import Any
 
@@ -84,7 +83,7 @@ class Trainer:
     @property
     def num_parameters(self) -> int:
         """The parameters of the whole model, counted in its weight table."""
-        return sum(math.prod(shape) for shape, _ in weights.hf_tensors(self.hf).values())
+        return weights.num_parameters(self.hf)
 
     def load(self, share: Share) -> dict[str, float]:
         """Pack samples into tensors: share[i][m] is micro-batch m of update i.

@@ -9,14 +9,21 @@
 
 Import, export, conversion, the push to the engines and the memory planner read the same table.
 
-`hf_tensors` and `layout` need a configuration only; what works on Megatron model chunks is
-imported at first use."""
+`hf_tensors`, `num_parameters` and `layout` need a configuration only; what works on Megatron model
+chunks is imported at first use."""
 
 from typing import Any
 
 from megatron_r1.models.pipeline_stages import pipeline_stages
 from megatron_r1.processes.imports import import_lazily
-from megatron_r1.weights.layout import LayoutEntry, Shard, hf_tensors, layout, stage_shards
+from megatron_r1.weights.layout import (
+    LayoutEntry,
+    Shard,
+    hf_tensors,
+    layout,
+    num_parameters,
+    stage_shards,
+)
 from megatron_r1.weights.rules import Piece
 
 _HOME = {
@@ -35,6 +42,7 @@ __all__ = [
     "Shard",
     "hf_tensors",
     "layout",
+    "num_parameters",
     "pipeline_stages",
     "stage_shards",
     *_HOME,

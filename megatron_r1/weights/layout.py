@@ -4,6 +4,7 @@ No model is built, so a laptop can plan the resharding or the memory of thousand
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from math import prod
 
 from megatron_r1.config import Config
 from megatron_r1.errors import UserError
@@ -64,6 +65,11 @@ def hf_tensors(hf: dict, *, with_mtp: bool = True) -> dict[str, tuple[Shape, str
     if with_mtp:
         tensors |= {name: tensors[original] for name, original in rules.copies.items()}
     return tensors
+
+
+def num_parameters(hf: dict, *, with_mtp: bool = True) -> int:
+    """Return the number of elements of all these tensors."""
+    return sum(prod(shape) for shape, _ in hf_tensors(hf, with_mtp=with_mtp).values())
 
 
 def stage_shards(

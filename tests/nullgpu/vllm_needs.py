@@ -38,44 +38,21 @@ SIZES = {
     "hidden_act": "silu",
     "torch_dtype": "bfloat16",
 }
-DEEPSEEK = SIZES | {
-    "architectures": ["DeepseekV3ForCausalLM"],
-    "model_type": "deepseek_v3",
+DEEPSEEK = {
+    **tiny_models.PLAIN_ROPE,
+    **SIZES,
     "moe_intermediate_size": 512,
-    "num_hidden_layers": 3,
     "num_attention_heads": 16,
     "num_key_value_heads": 16,
-    "n_shared_experts": 1,
     "n_routed_experts": 16,
     "num_experts_per_tok": 4,
     "n_group": 4,
     "topk_group": 2,
-    "routed_scaling_factor": 2.5,
-    "first_k_dense_replace": 1,
-    "moe_layer_freq": 1,
-    "norm_topk_prob": True,
-    "topk_method": "noaux_tc",
-    "scoring_func": "sigmoid",
     "q_lora_rank": 512,
-    "kv_lora_rank": 512,
     "qk_nope_head_dim": 128,
-    "qk_rope_head_dim": 64,
     "v_head_dim": 128,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-    "rope_interleave": True,
-    "attention_bias": False,
-    "tie_word_embeddings": False,
-    "num_nextn_predict_layers": 0,
 }
-QWEN = SIZES | {
-    "architectures": ["Qwen2ForCausalLM"],
-    "model_type": "qwen2",
-    "num_hidden_layers": 2,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 2,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-    "tie_word_embeddings": True,
-}
+QWEN = {**tiny_models.QWEN, **SIZES, "num_attention_heads": 8}
 LLAMA = QWEN | {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",

@@ -3,16 +3,20 @@ every tensor whole. Engines see no difference; tests of the real trainer are in 
 
 import asyncio
 
+import pytest
 import torch
 from safetensors.torch import load_file
 from torch.distributed import TCPStore
 
 from megatron_r1.config.push import PushConfig
+from megatron_r1.engine.errors import EngineError
 from megatron_r1.weight_sync.bridge import WeightBridge
 from megatron_r1.weight_sync.engine_links import EngineLinks
 from megatron_r1.weight_sync.plan import TrainerGrid
 from megatron_r1.weight_sync.plan.fp8_blocks import pushed_tensors
 from megatron_r1.weight_sync.send.sender import WeightSender
+from megatron_r1.weight_sync.transports import shared_memory
+from megatron_r1.weight_sync.verify.checksum import copy_with_checksum
 from megatron_r1.weights.layout import stage_shards
 from megatron_r1.weights.rules import Piece
 
@@ -71,3 +75,23 @@ class FileBridge:
         self._is_open = True
         self.trainer.load(folder)
         return await self.bridge.push(self.fleet.version + 1)
+
+    async def check_damage(self, tensor):
+        """Send the trainer's weights with another checksum of one tensor's delivery: the engine
+        refuses the push by the tensor's name."""
+        client = self.fleet.engines[0].client
+        (name_of_set,) = self.trainer.sender._sets
+        sender = self.trainer.sender._sets[name_of_set].links[0].end
+        names = (sender.table.slots[d.slot].name for d in sender.deliveries)
+
+        def damaged(*arguments):
+            return copy_with_checksum(*arguments) ^ (next(names) == tensor)
+
+        number = self.bridge._push_number + 1
+        self.bridge._push_number += 2  # the next one fills the same area
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(shared_memory, "copy_with_checksum", damaged)
+            self.trainer.sender.send(number, [name_of_set])
+        with pytest.raises(EngineError, match=rf"1 tensors arrived otherwise.*{tensor}"):
+            await client.swap_weights({"push": number}, 1000)
+        await client.resume()

@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 import tempfile
-from math import prod
 from pathlib import Path
 
 import psutil
@@ -15,7 +14,7 @@ import torch
 
 from megatron_r1.errors import UserError
 from megatron_r1.processes.lifetime import die_with_parent
-from megatron_r1.weights.layout import hf_tensors
+from megatron_r1.weights import num_parameters
 from tools.convert.comparison import Sides, compare
 from tools.convert.sources import open_weights, read_config
 
@@ -29,7 +28,7 @@ _BYTES_PER_PARAMETER = 6  # fp32, and half as much again while loading
 def check(checkpoint: Path, hf_files: Path, folder: Path, dtype: torch.dtype, workers: int) -> None:
     """Raise UserError with the difference unless `folder` is the model in `checkpoint`."""
     hf = read_config(hf_files, checkpoint)
-    needed = _BYTES_PER_PARAMETER * sum(prod(shape) for shape, _ in hf_tensors(hf).values())
+    needed = _BYTES_PER_PARAMETER * num_parameters(hf)
     free = psutil.virtual_memory().available
     fits = needed < free
     if not fits:

@@ -4,7 +4,8 @@ A block of 128 x 128 has one scale, so a rank that holds all of it quantises it 
 to an engine rank."""
 
 from megatron_r1.weight_sync.plan.tensors import Region
-from megatron_r1.weights.layout import hf_tensors, table
+from megatron_r1.weights.decoder import table
+from megatron_r1.weights.layout import hf_tensors
 from megatron_r1.weights.rules import Shape
 from megatron_r1.weights.stored.fp8 import BLOCK, is_quantised, scale_name, scale_shape
 
