@@ -1,0 +1,247 @@
+"""The continuation rule: the next prompt of a conversation, with the tokens already sampled.
+
+To render a conversation anew gives other tokens than were sampled: other merges of the same text,
+other blanks in the JSON of a tool call, thinking that is dropped. So:
+
+1. The request's messages are compared with those of the tree: tool calls with equal JSON arguments
+   are equal, as are answers that differ in outer white space or lack their reasoning. The deepest
+   sampled turn whose whole conversation begins the request is continued.
+2. Its tokens stay. If it was cut, the token that closes a turn is appended.
+3. The tokens of the new messages are appended: what the template writes after a short conversation
+   of the same shape (`_suffix`).
+4. Where the template rewrites what stands before, or no turn matches, the whole request is rendered
+   as a new branch.
+
+Where sampled tokens are those that the tokeniser itself would choose, this equals a full render."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jinja2 import TemplateError
+
+from megatron_r1.agents.tree import Message, TokenTree
+
+MARK = "answer-7c1e"
+"""Stands for an answer, to find what a template writes after it."""
+
+
+class Unrenderable(ValueError):
+    """The chat template refuses a request's messages."""
+
+
+@dataclass(frozen=True)
+class NextPrompt:
+    """What to append to a tree before the next answer: `messages`, as `token_ids`, below node
+    `parent`; None starts a new branch."""
+
+    parent: int | None
+    token_ids: list[int]
+    messages: tuple[Message, ...]
+
+
+class Continuation:
+    """A tokenizer's chat template, applied by the continuation rule."""
+
+    def __init__(self, tokenizer: Any, **template_options: Any) -> None:
+        """template_options: variables of the template, such as enable_thinking."""
+        self._tokenizer, self._options = tokenizer, template_options
+        user, answer = {"role": "user", "content": "u"}, {"role": "assistant", "content": MARK}
+        written = self._text([user, answer]).rpartition(MARK)[2]
+        end = tokenizer.eos_token
+        self._closes = written.startswith(end)
+        self._close_id = tokenizer.eos_token_id
+        self._after_close = written[len(end) :] if self._closes else written
+
+    def next_prompt(
+        self, tree: TokenTree, messages: Sequence[Message], tools: Sequence[Message] = ()
+    ) -> NextPrompt:
+        """Return what to append to `tree` for a request. Raises `Unrenderable`."""
+        node, count = _deepest_match(tree, messages, tools)
+        if node is not None:
+            new = messages[count:]
+            suffix = self._suffix(tree.messages(node), new, tools)
+            if suffix is not None:
+                closing = [self._close_id] if self._must_close(tree, node) else []
+                tokens = closing + self._encode(self._after_close + suffix)
+                return NextPrompt(node, tokens, tuple(new))
+        return NextPrompt(None, self.render(messages, tools), tuple(messages))
+
+    def render(self, messages: Sequence[Message], tools: Sequence[Message] = ()) -> list[int]:
+        """Return the tokens of a conversation up to the next answer. Raises `Unrenderable`."""
+        return self._encode(self._text(messages, tools, add_generation_prompt=True))
+
+    def probe(self, tools: Sequence[Message]) -> dict[str, str]:
+        """Return for each kind of message that may follow an answer whether the template continues
+        it `exact`, in a `new branch`, or `refuses` it."""
+        call = {"type": "function", "function": {"name": _a_name(tools), "arguments": {}}}
+        calling, thinking = {"tool_calls": [call]}, {"reasoning_content": "r"}
+        cases: dict[str, tuple[str, dict[str, Any]]] = {
+            "a question after an answer": ("user", {}),
+            "a question after thinking": ("user", thinking),
+        }
+        if tools:
+            cases["a result after a call"] = ("tool", calling)
+            cases["a result after thinking"] = ("tool", calling | thinking)
+        return {name: self._verdict(*case, tools) for name, case in cases.items()}
+
+    def _verdict(self, role: str, answer: dict[str, Any], tools: Sequence[Message]) -> str:
+        new = {"role": role, "content": "n"}
+        turn = {"role": "assistant", "content": "", **answer}
+        history = [{"role": "user", "content": "u"}, turn, new, turn]
+        if self._suffix(history, [new], tools) is not None:
+            return "exact"
+        try:
+            self.render([*history, new], tools)
+        except Unrenderable:
+            return "refused"
+        return "new branch"
+
+    def _must_close(self, tree: TokenTree, node: int) -> bool:
+        sampled = tree.nodes[node].token_ids
+        return self._closes and not (sampled and sampled[-1] == self._close_id)
+
+    def _suffix(
+        self, history: Sequence[Message], new: Sequence[Message], tools: Sequence[Message]
+    ) -> str | None:
+        """Return what the template writes for `new` after `history`, whose last message is an
+        answer; None where it then writes other text for what stands before.
+
+        It is found on a short conversation of the same shape, because the real one has answers that
+        the template would spell otherwise."""
+        # Some templates write an empty thought into a last answer that has none, and drop it later:
+        # of an answer that thought nothing, either form may be continued.
+        for thinks in (True,) if _thinks(history[-1]) else (True, False):
+            begin = _likeness(history, thinks)
+            try:
+                asked, before = self._text(begin[:-1], tools), self._text(begin, tools)
+                after = self._text([*begin, *new], tools, add_generation_prompt=True)
+            except Unrenderable:
+                return None
+            if after.startswith(before) and after.startswith(asked):
+                return after[len(before) :]
+        return None
+
+    def _text(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Message] = (),
+        add_generation_prompt: bool = False,
+    ) -> str:
+        try:
+            return self._tokenizer.apply_chat_template(
+                [_renderable(message) for message in messages],
+                tools=list(tools) or None,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                **self._options,
+            )
+        except (TemplateError, TypeError, ValueError, KeyError) as error:
+            raise Unrenderable(f"the chat template refuses the messages: {error}") from None
+
+    def _encode(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False)
+
+
+def _deepest_match(
+    tree: TokenTree, messages: Sequence[Message], tools: Sequence[Message]
+) -> tuple[int | None, int]:
+    """Return the sampled node whose conversation is the longest beginning of `messages`, the newest
+    of several, and the number of its messages; (None, 0) if there is none."""
+    best: tuple[int | None, int] = None, 0
+    open_nodes = [
+        (root, 0) for root in tree.children(None) if tree.nodes[root].tools == tuple(tools)
+    ]
+    while open_nodes:
+        number, start = open_nodes.pop()
+        node = tree.nodes[number]
+        end = start + len(node.messages)
+        theirs = messages[start:end]
+        if len(theirs) < len(node.messages) or not all(map(_is_same, node.messages, theirs)):
+            continue
+        if node.is_sampled and end < len(messages) and (end, number) > (best[1], best[0] or 0):
+            best = number, end
+        open_nodes += [(child, end) for child in tree.children(number)]
+    return best
+
+
+def _is_same(ours: Message, theirs: Message) -> bool:
+    """Whether a request's message stands for one of the tree's."""
+    if ours == theirs:
+        return True
+    mine, other = _renderable(ours), _renderable(theirs)
+    if mine["role"] != "assistant" or other["role"] != "assistant":
+        return mine == other
+    thought = other.get("reasoning_content")
+    return (
+        mine["content"].strip() == other["content"].strip()
+        and _calls(mine) == _calls(other)
+        and (not thought or thought.strip() == (mine.get("reasoning_content") or "").strip())
+    )
+
+
+def _calls(message: Message) -> list[tuple[str, Any]]:
+    functions = [call["function"] for call in message.get("tool_calls") or ()]
+    return [(function["name"], function["arguments"]) for function in functions]
+
+
+def _renderable(message: Message) -> dict[str, Any]:
+    """Return a message as templates expect it: content as text, a call's arguments as an object."""
+    plain = {key: value for key, value in message.items() if value is not None}
+    content = plain.get("content", "")
+    if not isinstance(content, str):
+        content = "".join(part.get("text", "") for part in content)
+    plain["content"] = content
+    if "reasoning" in plain:
+        plain["reasoning_content"] = plain.pop("reasoning")
+    if calls := plain.get("tool_calls"):
+        plain["tool_calls"] = [
+            {**call, "function": {**call["function"], "arguments": _parsed(call["function"])}}
+            for call in calls
+        ]
+    return plain
+
+
+def _parsed(function: Mapping[str, Any]) -> Any:
+    arguments = function.get("arguments", {})
+    if not isinstance(arguments, str):
+        return arguments
+    try:
+        return json.loads(arguments)
+    except ValueError:
+        return arguments  # the model's mistake, rendered as it is
+
+
+def _thinks(message: Message) -> bool:
+    return bool(message.get("reasoning_content") or message.get("reasoning"))
+
+
+def _likeness(history: Sequence[Message], thinks: bool) -> list[Message]:
+    """Return a short conversation of the shape of `history`, whose last message is an answer.
+
+    thinks: whether that answer has reasoning. With an earlier answer, if `history` has any: some
+    templates rewrite all answers but the last one."""
+    begin: list[Message] = [{"role": "user", "content": "u"}]
+    if history[0]["role"] in ("system", "developer"):
+        begin.insert(0, {"role": history[0]["role"], "content": "s"})
+    earlier = [message for message in history[:-1] if message["role"] == "assistant"]
+    if earlier:
+        thought = thinks or any(map(_thinks, earlier))
+        begin += [_dummy(earlier[-1], thought), {**history[-2], "content": "m"}]
+    return [*begin, _dummy(history[-1], thinks)]
+
+
+def _dummy(answer: Message, thinks: bool) -> Message:
+    dummy: dict[str, Any] = {"role": "assistant", "content": "x"}
+    if thinks:
+        dummy["reasoning_content"] = "r"
+    if answer.get("tool_calls"):
+        dummy["tool_calls"] = answer["tool_calls"]
+    return dummy
+
+
+def _a_name(tools: Sequence[Message]) -> str:
+    return tools[0]["function"]["name"] if tools else ""

@@ -1,0 +1,79 @@
+"""What an episode leaves: its status, its turns as text, and the branches that are trained."""
+
+from __future__ import annotations
+
+from array import array
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from megatron_r1.agents.tree import Branch
+from megatron_r1.engine.responses import Response
+
+Scored = Literal["done", "max_turns", "max_tokens", "agent_timeout"]
+"""How an episode may end by the policy's own doing: its reward counts."""
+Ungraded = Literal["engine_error", "environment_error", "harness_error", "protocol_error"]
+"""How an episode may end without the policy's doing: never a reward, and in no group's mean."""
+Status = Literal[Scored, Ungraded]
+SCORED: tuple[str, ...] = get_args(Scored)
+STATUSES: tuple[str, ...] = get_args(Scored) + get_args(Ungraded)
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One message of an episode. num_tokens: its tokens, with those that the template adds.
+    trained: whether the policy sampled it. policy_version: of its last token; None for a given
+    one."""
+
+    role: str
+    text: str
+    num_tokens: int
+    trained: bool
+    policy_version: int | None = None
+
+
+@dataclass(frozen=True)
+class Episode:
+    """A played episode. branches: its token sequences (`TokenTree.branches`). reason: what ended
+    it, where that was not the policy. tool_seconds, engine_seconds: spent in the environment's
+    methods and waiting for engines."""
+
+    status: Status
+    turns: list[Turn]
+    branches: list[Branch]
+    num_tool_calls: int = 0
+    num_tool_errors: int = 0
+    tool_seconds: float = 0.0
+    engine_seconds: float = 0.0
+    reason: str = ""
+
+    @property
+    def is_scored(self) -> bool:
+        """Whether the policy caused the end, so that the episode's reward counts."""
+        return self.status in SCORED
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of tokens of all branches; what they share counts in each."""
+        return sum(len(branch.token_ids) for branch in self.branches)
+
+    def response(self) -> Response:
+        """Return the sampled tokens of all turns, end to end, as one response."""
+        token_ids, logprobs, versions = array("i"), array("f"), array("i")
+        for branch in self.branches:
+            for at in _spans(branch.is_sampled):
+                token_ids += branch.token_ids[at]
+                logprobs += branch.logprobs[at]
+                versions += branch.policy_versions[at]
+        reason = "length" if self.status == "max_tokens" else "stop"
+        return Response(token_ids, logprobs, versions, reason)
+
+
+def _spans(is_sampled: bytes) -> list[slice]:
+    """Return the runs of sampled tokens, in order."""
+    spans, start = [], is_sampled.find(b"\1")
+    while start >= 0:
+        end = is_sampled.find(b"\0", start)
+        end = len(is_sampled) if end < 0 else end
+        spans.append(slice(start, end))
+        start = is_sampled.find(b"\1", end)
+    return spans

@@ -1,0 +1,198 @@
+"""The tokens of an episode as an append-only tree, with where each of them came from.
+
+A node is a prompt (given tokens) or an engine's answer to it (sampled tokens); its token sequence
+is that of all nodes from the root to it. Trained are the very tokens that an engine sampled, with
+its log-probabilities: no text is tokenised a second time. A conversation that cannot be continued
+with its own tokens (`continuation`) goes on in a new branch."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_r1.engine.responses import Response
+
+Message = Mapping[str, Any]
+"""A chat message in OpenAI's form."""
+
+
+@dataclass(frozen=True)
+class Node:
+    """One piece of a conversation.
+
+    parent: number of the node before it, None for a root. messages: the chat messages that these
+    tokens stand for. tools: of a root, the tools that its prompt describes. logprobs and
+    policy_versions: of sampled tokens, one a token; None where tokens were given. routing: experts
+    that processed the tokens since the sampled node before, without the last token; empty unless
+    the engine returned it."""
+
+    parent: int | None
+    token_ids: array[int]
+    messages: tuple[Message, ...]
+    tools: tuple[Message, ...] = ()
+    logprobs: array[float] | None = None
+    policy_versions: array[int] | None = None
+    routing: bytes | memoryview = b""
+    finish_reason: str | None = None
+
+    @property
+    def is_sampled(self) -> bool:
+        return self.logprobs is not None
+
+
+@dataclass(frozen=True)
+class Branch:
+    """A token sequence from a root to an answer that no other sampled turn follows.
+
+    token_ids: all of it. is_sampled: one byte a token, 1 where the token was sampled and is trained
+    in this branch. logprobs: the engine's, float32, 0 where is_sampled is 0. policy_versions: -1
+    there. routing: rows of all tokens but the last, or empty."""
+
+    token_ids: array[int]
+    is_sampled: bytes
+    logprobs: array[float]
+    policy_versions: array[int]
+    routing: bytes = b""
+
+    @property
+    def num_sampled(self) -> int:
+        """Number of tokens trained in this branch."""
+        return self.is_sampled.count(1)
+
+
+class TokenTree:
+    """The nodes of one episode, numbered from 0 in the order in which they were added."""
+
+    def __init__(self) -> None:
+        self.nodes: list[Node] = []
+        self._ends: list[int] = []
+        """Tokens from the root to the end of each node."""
+        self._children: dict[int | None, list[int]] = {None: []}
+
+    def add_given(
+        self,
+        parent: int | None,
+        token_ids: Iterable[int],
+        messages: Sequence[Message],
+        tools: Sequence[Message] = (),
+    ) -> int:
+        """Add tokens that no policy sampled, unless `parent` is followed by them already, as where
+        a request is repeated; return the node's number."""
+        node = Node(parent, array("i", token_ids), tuple(messages), tuple(tools))
+        same = (number for number in self._children[parent] if self.nodes[number] == node)
+        found = next(same, None)
+        return self._add(node) if found is None else found
+
+    def add_sampled(self, parent: int, response: Response, message: Message) -> int:
+        """Add an engine's answer to the tokens of `parent`; return the node's number.
+
+        message: what the answer's text was read as. Raises ValueError where a token has no
+        log-probability or version, and where routed experts are not those of the sequence."""
+        num_tokens = len(response.token_ids)
+        if not len(response.logprobs) == len(response.policy_versions) == num_tokens:
+            raise ValueError(f"{num_tokens} tokens without as many log-probabilities and versions")
+        return self._add(
+            Node(
+                parent,
+                response.token_ids,
+                (message,),
+                (),
+                response.logprobs,
+                response.policy_versions,
+                self._new_rows(parent, response),
+                response.finish_reason,
+            )
+        )
+
+    def path(self, node: int) -> list[int]:
+        """Return the numbers of the nodes from the root to `node`."""
+        numbers: list[int] = []
+        at: int | None = node
+        while at is not None:
+            numbers.append(at)
+            at = self.nodes[at].parent
+        return numbers[::-1]
+
+    def token_ids(self, node: int) -> array[int]:
+        """Return all tokens from the root to the end of `node`."""
+        return _joined("i", (self.nodes[number].token_ids for number in self.path(node)))
+
+    def num_tokens(self, node: int) -> int:
+        """Return the number of tokens from the root to the end of `node`."""
+        return self._ends[node]
+
+    def messages(self, node: int) -> list[Message]:
+        """Return the messages from the root to the end of `node`."""
+        return [message for number in self.path(node) for message in self.nodes[number].messages]
+
+    def children(self, node: int | None) -> list[int]:
+        """Return the nodes that follow `node`; the roots for None."""
+        return self._children[node]
+
+    def branches(self) -> list[Branch]:
+        """Return a branch for every sampled node that no sampled one follows, in the order of the
+        nodes. A sampled turn that several branches share is trained in the first of them only."""
+        sampled = [number for number, node in enumerate(self.nodes) if node.is_sampled]
+        followed = {number for last in sampled for number in self.path(last)[:-1]}
+        trained: set[int] = set()
+        branches = []
+        for last in sampled:
+            if last not in followed:
+                branch = self._branch(last, trained)
+                if branch.num_sampled:  # an aborted turn may be empty
+                    branches.append(branch)
+                trained.update(self.path(last))
+        return branches
+
+    def _add(self, node: Node) -> int:
+        number, parent = len(self.nodes), node.parent
+        self._children[parent].append(number)
+        self._children[number] = []
+        self.nodes.append(node)
+        self._ends.append((0 if parent is None else self._ends[parent]) + len(node.token_ids))
+        return number
+
+    def _new_rows(self, parent: int, response: Response) -> bytes | memoryview:
+        """Return the rows of `response.routing` that earlier answers of the path did not have.
+
+        Rows of the tokens before are dropped, not stored twice: an earlier turn keeps the experts
+        that really sampled it, even if the weights have changed since."""
+        if not response.routing:
+            return b""
+        num_rows = self._ends[parent] + len(response.token_ids) - 1
+        row_bytes, rest = divmod(len(response.routing), max(1, num_rows))
+        if rest:
+            raise ValueError(f"routing of {len(response.routing)} bytes for {num_rows} tokens")
+        known = [self._ends[n] for n in self.path(parent) if self.nodes[n].is_sampled]
+        return response.routing[row_bytes * (known[-1] - 1 if known else 0) :]
+
+    def _branch(self, last: int, trained: set[int]) -> Branch:
+        numbers = self.path(last)
+        nodes = [self.nodes[number] for number in numbers]
+        is_sampled, logprobs, versions = bytearray(), array("f"), array("i")
+        for number, node in zip(numbers, nodes, strict=True):
+            count = len(node.token_ids)
+            if node.logprobs is None or node.policy_versions is None or number in trained:
+                is_sampled += bytes(count)
+                logprobs += array("f", bytes(4 * count))
+                versions += array("i", [-1]) * count
+            else:
+                is_sampled += b"\1" * count
+                logprobs += node.logprobs
+                versions += node.policy_versions
+        return Branch(
+            _joined("i", (node.token_ids for node in nodes)),
+            bytes(is_sampled),
+            logprobs,
+            versions,
+            b"".join(bytes(node.routing) for node in nodes),
+        )
+
+
+def _joined(typecode: str, arrays: Iterable[array[Any]]) -> array[Any]:
+    joined: array[Any] = array(typecode)
+    for each in arrays:
+        joined += each
+    return joined
