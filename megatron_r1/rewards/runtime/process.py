@@ -1,11 +1,11 @@
-"""One reward worker process as its parent sees it: start, send, receive, kill."""
+"""A worker process that answers frames of JSON, as its parent sees it."""
 
 import asyncio
 import contextlib
 import os
 import signal
 import sys
-from typing import Any
+from typing import Any, Generic, Self, TypeVar
 
 import msgspec
 
@@ -15,51 +15,51 @@ from megatron_r1.rewards.runtime.worker import LENGTH, MAX_REPLY_BYTES, JobStatu
 
 START_TIMEOUT_SECONDS = 120.0
 STDERR_BYTES = 4096
+Reply = TypeVar("Reply")
 
 
 class WorkerLost(Exception):
     """The process ended, or sent something that is no reply."""
 
 
-class WorkerProcess:
-    """A worker, created by `start`. It leads a process group of its own, so that `kill` also ends
-    the processes it has started."""
+class FramedProcess(Generic[Reply]):
+    """A Python module that runs as a child and answers in frames, the first when it is ready.
 
-    def __init__(self, process: asyncio.subprocess.Process) -> None:
+    It leads a process group of its own, so that `kill` also ends the processes it has started."""
+
+    def __init__(
+        self, process: asyncio.subprocess.Process, reply: type[Reply], most_bytes: int
+    ) -> None:
         assert process.stdin and process.stdout and process.stderr, "started with pipes"
         self.process = process
-        self.loaded: set[str] = set()
-        """Targets that the worker has imported."""
-        self.seconds_per_job = 1.0
-        """A moving average, kept by the pool."""
         self._stdin, self._stdout, self._stderr = process.stdin, process.stdout, process.stderr
-        self._decoder = msgspec.json.Decoder(JobStatus)
+        self._decoder, self._most_bytes = msgspec.json.Decoder(reply), most_bytes
+        self.greeting: Reply | None = None
+        """Its first reply."""
         self._stderr_tail = b""
         self._ending: asyncio.Task[int] | None = None
         self._stderr_reader = asyncio.create_task(self._keep_stderr_tail())
 
     @classmethod
-    async def start(cls, memory_limit_bytes: int) -> "WorkerProcess":
-        """Return a worker that is ready for jobs; otherwise raise RunError with its stderr."""
+    async def launch(
+        cls, module: str, arguments: list[str], reply: type[Reply], most_bytes: int
+    ) -> Self:
+        """Return a process that is ready; otherwise raise WorkerLost with its last words.
+
+        most_bytes: of a reply."""
         process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "megatron_r1.rewards.runtime.worker",
-            str(memory_limit_bytes),
+            *(sys.executable, "-m", module, *arguments),
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
             **popen_options(_environment()) | {"stdin": asyncio.subprocess.PIPE},
         )
-        worker = cls(process)
+        worker = cls(process, reply, most_bytes)
         try:
             async with asyncio.timeout(START_TIMEOUT_SECONDS):
-                await worker.receive()
+                worker.greeting = await worker.receive()
         except (WorkerLost, TimeoutError) as error:
             await worker.kill()
-            raise RunError(
-                f"a reward worker did not start ({worker.last_words or error or 'no message'}); "
-                f"its memory limit is {memory_limit_bytes} bytes: raise it if that is too little"
-            ) from None
+            raise WorkerLost(worker.last_words or str(error) or "no message") from None
         except BaseException:
             await worker.kill()
             raise
@@ -69,11 +69,11 @@ class WorkerProcess:
         with contextlib.suppress(ConnectionError):  # `receive` reports the loss
             self._stdin.write(frame)
 
-    async def receive(self) -> JobStatus:
+    async def receive(self) -> Reply:
         """Return the next reply. Raises WorkerLost."""
         try:
             (num_bytes,) = LENGTH.unpack(await self._stdout.readexactly(LENGTH.size))
-            if num_bytes > MAX_REPLY_BYTES:
+            if num_bytes > self._most_bytes:
                 raise WorkerLost(f"a reply of {num_bytes} bytes")
             return self._decoder.decode(await self._stdout.readexactly(num_bytes))
         except (asyncio.IncompleteReadError, ConnectionError, msgspec.MsgspecError) as error:
@@ -109,6 +109,31 @@ class WorkerProcess:
     async def _keep_stderr_tail(self) -> None:
         while chunk := await self._stderr.read(65536):
             self._stderr_tail = (self._stderr_tail + chunk)[-STDERR_BYTES:]
+
+
+class WorkerProcess(FramedProcess[JobStatus]):
+    """A reward worker, created by `start`."""
+
+    def __init__(
+        self, process: asyncio.subprocess.Process, reply: type[JobStatus], most_bytes: int
+    ) -> None:
+        super().__init__(process, reply, most_bytes)
+        self.loaded: set[str] = set()
+        """Targets that the worker has imported."""
+        self.seconds_per_job = 1.0
+        """A moving average, kept by the pool."""
+
+    @classmethod
+    async def start(cls, memory_limit_bytes: int) -> Self:
+        """Return a worker that is ready for jobs; otherwise raise RunError with its stderr."""
+        module, arguments = "megatron_r1.rewards.runtime.worker", [str(memory_limit_bytes)]
+        try:
+            return await cls.launch(module, arguments, JobStatus, MAX_REPLY_BYTES)
+        except WorkerLost as error:
+            raise RunError(
+                f"a reward worker did not start ({error}); its memory limit is "
+                f"{memory_limit_bytes} bytes: raise it if that is too little"
+            ) from None
 
 
 def _environment() -> dict[str, str]:

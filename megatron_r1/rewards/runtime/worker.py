@@ -64,7 +64,7 @@ def main(memory_limit_bytes: int) -> None:
     end_without_parent()
     resource.setrlimit(resource.RLIMIT_AS, (memory_limit_bytes, memory_limit_bytes))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    jobs, replies = _private_streams()
+    jobs, replies = private_streams()
     decoder = msgspec.json.Decoder(Job)
     functions: dict[str, Callable[..., Grade]] = {}
 
@@ -137,7 +137,7 @@ def _describe(error: BaseException) -> str:
     return shorten(f"{type(error).__name__}: {error}", MAX_REASON_CHARS - 50)
 
 
-def _private_streams() -> tuple[BinaryIO, BinaryIO]:
+def private_streams() -> tuple[BinaryIO, BinaryIO]:
     """Move the pipes away from descriptors 0 and 1, where a reward could read or print."""
     jobs, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     null = os.open(os.devnull, os.O_RDONLY)

@@ -1,0 +1,243 @@
+"""OpenAI's Chat Completions: POST /v1/chat/completions."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+
+from megatron_r1.agents.gateway.request import (
+    Body,
+    Message,
+    Refused,
+    TurnReply,
+    TurnRequest,
+    stop_strings,
+    text_of,
+)
+
+NEUTRAL = {
+    "temperature": None,
+    "top_p": None,
+    "top_k": -1,
+    "min_p": 0,
+    "seed": None,
+    "frequency_penalty": 0,
+    "presence_penalty": 0,
+    "repetition_penalty": 1,
+    "reasoning_effort": None,
+    "verbosity": None,
+}
+"""Sampling options, and for each the value that changes nothing."""
+WITHOUT_EFFECT = (
+    *("metadata", "moderation", "prompt_cache_key", "prompt_cache_options", "store", "user"),
+    *("prompt_cache_retention", "safety_identifier", "service_tier"),
+)
+END = b"data: [DONE]\n\n"
+
+
+def read(body: Body) -> TurnRequest:
+    """Return the turn that a body asks for. Raises Refused."""
+    body.ignore(*WITHOUT_EFFECT)
+    model = body.take("model", str, "")
+    messages = read_messages(body.take("messages", list))
+    tools = [_tool(tool, f"tools.{i}") for i, tool in enumerate(body.take("tools", list, []))]
+    wishes = body.wishes(NEUTRAL)
+    choice = body.take("tool_choice", (str, dict), "auto")
+    if choice == "none":
+        tools = []
+    elif choice != "auto":
+        wishes["tool_choice"] = choice
+    _take_fixed(body)
+    calls_in_parallel = body.take("parallel_tool_calls", bool, True)
+    most = body.take_positive("max_completion_tokens")
+    request = TurnRequest(
+        messages,
+        tools,
+        model,
+        max_tokens=body.take_positive("max_tokens") if most is None else most,
+        stop=stop_strings(body.take("stop", (str, list), []), "stop"),
+        stream=body.take("stream", bool, False),
+        include_usage=_includes_usage(body),
+        most_calls=None if calls_in_parallel else 1,
+        wishes=wishes,
+    )
+    body.ignore("max_tokens")
+    body.finish()
+    return request
+
+
+def read_messages(values: list[Any]) -> list[Message]:
+    """Return messages in the form of the tree. Raises Refused, also where the last one is the
+    assistant's: a turn is sampled whole."""
+    messages = [_message(Body(value, f"messages.{i}")) for i, value in enumerate(values)]
+    require_turn(messages, "messages")
+    return messages
+
+
+def require_turn(messages: list[Message], where: str) -> None:
+    """Raise Refused where it is not the assistant's turn."""
+    if not messages:
+        raise Refused("must not be empty", where)
+    if messages[-1]["role"] == "assistant":
+        raise Refused("the last message is the assistant's; a turn cannot be continued", where)
+
+
+def reply(turn: TurnReply, request: TurnRequest) -> dict[str, Any]:
+    """Return the body of a reply."""
+    message: dict[str, Any] = {"role": "assistant", "content": _content(turn), "refusal": None}
+    if turn.reasoning is not None:
+        message["reasoning_content"] = turn.reasoning
+    if turn.tool_calls:
+        message["tool_calls"] = turn.tool_calls
+    choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": _finish(turn)}
+    return _head(turn, "chat.completion") | {"choices": [choice], "usage": _usage(turn)}
+
+
+def events(turn: TurnReply, request: TurnRequest) -> Iterator[bytes]:
+    """Yield the reply as server-sent events."""
+    deltas: list[dict[str, Any]] = [{"role": "assistant", "content": ""}]
+    if turn.reasoning:
+        deltas.append({"reasoning_content": turn.reasoning})
+    if turn.message["content"]:
+        deltas.append({"content": turn.message["content"]})
+    if turn.tool_calls:
+        calls = [{"index": i, **call} for i, call in enumerate(turn.tool_calls)]
+        deltas.append({"tool_calls": calls})
+    head = _head(turn, "chat.completion.chunk")
+    for delta in deltas:
+        yield _event(head | {"choices": [{"index": 0, "delta": delta, "finish_reason": None}]})
+    last = {"index": 0, "delta": {}, "finish_reason": _finish(turn)}
+    yield _event(head | {"choices": [last]})
+    if request.include_usage:
+        yield _event(head | {"choices": [], "usage": _usage(turn)})
+    yield END
+
+
+def error(refused: Refused) -> dict[str, Any]:
+    """Return the body of an error."""
+    entry = {"message": str(refused), "type": refused.kind, "param": refused.field}
+    return {"error": entry | {"code": refused.code}}
+
+
+def error_event(refused: Refused) -> bytes:
+    """Return an error that ends a stream which has begun."""
+    return _event(error(refused)) + END
+
+
+def as_arguments(value: Any, where: str) -> str:
+    """Return a tool call's arguments, which must be a JSON object, as the client spelled them."""
+    try:
+        is_object = isinstance(json.loads(value or "{}"), dict)
+    except ValueError:
+        is_object = False
+    if not is_object:
+        raise Refused(f"must be a JSON object as text, got {value!r:.80}", where)
+    return value or "{}"
+
+
+def _message(body: Body) -> Message:
+    role = body.take_one_of("role", ("system", "developer", "user", "assistant", "tool"), None)
+    body.ignore("name", "refusal", "annotations", "cache_control", "provider_specific_fields", "id")
+    where = body.path("content")
+    default: Any = None if role == "assistant" else ...
+    content = body.take("content", (str, list), *([default] if default is None else []))
+    message = {
+        "role": "system" if role == "developer" else role,
+        "content": text_of(content, where),
+    }
+    if role == "tool":
+        message["tool_call_id"] = body.take("tool_call_id", str)
+    if role == "assistant":
+        thought = body.take("reasoning_content", str, None)
+        thought = body.take("reasoning", str, thought)
+        if thought is not None:
+            message["reasoning_content"] = thought
+        calls = body.take("tool_calls", list, [])
+        if calls:
+            where = body.path("tool_calls")
+            message["tool_calls"] = [_call(call, f"{where}.{i}") for i, call in enumerate(calls)]
+    body.finish()
+    return message
+
+
+def _call(value: Any, where: str) -> dict[str, Any]:
+    body = Body(value, where)
+    body.ignore("index", "provider_specific_fields")
+    body.take_one_of("type", ("function",), "function")
+    function = Body(body.take("function", dict), body.path("function"))
+    call_id = body.take("id", str)
+    arguments = as_arguments(function.take("arguments", str, ""), function.path("arguments"))
+    named = {"name": function.take("name", str), "arguments": arguments}
+    function.ignore("provider_specific_fields")
+    function.finish()
+    body.finish()
+    return {"id": call_id, "type": "function", "function": named}
+
+
+def _tool(value: Any, where: str) -> dict[str, Any]:
+    body = Body(value, where)
+    body.take_one_of("type", ("function",), None)
+    body.ignore("cache_control")
+    function = body.take("function", dict)
+    body.finish()
+    return function_tool(Body(function, f"{where}.function"), "parameters")
+
+
+def function_tool(body: Body, schema: str) -> dict[str, Any]:
+    """Return a tool in Chat Completions' form; schema: the field with its parameters.
+
+    strict: is dropped. It would constrain sampling, which training must not."""
+    body.ignore("strict", "cache_control")
+    function = {"name": body.take("name", str)}
+    description = body.take("description", str, None)
+    if description is not None:
+        function["description"] = description
+    parameters = body.take(schema, dict, None)
+    function["parameters"] = parameters or {"type": "object", "properties": {}}
+    body.finish()
+    return {"type": "function", "function": function}
+
+
+def _take_fixed(body: Body) -> None:
+    """Take options of which one value only can be honoured."""
+    body.take_one_of("n", (1,), 1)
+    body.take_one_of("logprobs", (False,), False)
+    body.take_one_of("top_logprobs", (0,), 0)
+    body.take_one_of("logit_bias", ({},), {})
+    body.take_one_of("modalities", (["text"],), ["text"])
+    body.take_one_of("response_format", ({"type": "text"},), {"type": "text"})
+
+
+def _includes_usage(body: Body) -> bool:
+    options = body.take("stream_options", dict, {})
+    return bool(options.get("include_usage"))
+
+
+def _content(turn: TurnReply) -> str | None:
+    return turn.message["content"] or (None if turn.tool_calls else "")
+
+
+def _finish(turn: TurnReply) -> str:
+    is_call = turn.tool_calls and turn.finish_reason == "stop"
+    return "tool_calls" if is_call else turn.finish_reason
+
+
+def _usage(turn: TurnReply) -> dict[str, Any]:
+    return {
+        "prompt_tokens": turn.num_prompt_tokens,
+        "completion_tokens": len(turn.token_ids),
+        "total_tokens": turn.num_prompt_tokens + len(turn.token_ids),
+        "prompt_tokens_details": {"cached_tokens": turn.num_cached_tokens},
+    }
+
+
+def _head(turn: TurnReply, kind: str) -> dict[str, Any]:
+    identity = {"id": f"chatcmpl-{turn.id}", "object": kind}
+    return identity | {"created": turn.created, "model": turn.model}
+
+
+def _event(value: dict[str, Any]) -> bytes:
+    return b"data: " + msgspec.json.encode(value) + b"\n\n"

@@ -1,0 +1,234 @@
+"""Anthropic's Messages: POST /v1/messages and /v1/messages/count_tokens."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+
+from megatron_r1.agents.gateway import chat
+from megatron_r1.agents.gateway.request import (
+    Body,
+    Message,
+    Refused,
+    TurnReply,
+    TurnRequest,
+    stop_strings,
+    text_of,
+)
+
+NEUTRAL = {
+    "temperature": None,
+    "top_p": None,
+    "top_k": None,
+    "thinking": {"type": "disabled"},
+    "output_config": {},
+    "speed": "standard",
+}
+WITHOUT_EFFECT = (
+    *("metadata", "cache_control", "service_tier", "inference_geo", "diagnostics"),
+    *("user_profile_id", "workspace_id"),
+)
+ATTRIBUTION = "x-anthropic-billing-header"
+"""Begins a system block of Claude Code that differs in every request; vLLM drops it too."""
+
+
+def read(body: Body) -> TurnRequest:
+    """Return the turn that a body asks for. Raises Refused."""
+    body.ignore(*WITHOUT_EFFECT)
+    model = body.take("model", str, "")
+    system = _system(body.take("system", (str, list), None))
+    values = body.take("messages", list)
+    said = [m for i, value in enumerate(values) for m in _messages(Body(value, f"messages.{i}"))]
+    chat.require_turn(said, "messages")
+    tools = [_tool(Body(tool, f"tools.{i}")) for i, tool in enumerate(body.take("tools", list, []))]
+    wishes = body.wishes(NEUTRAL)
+    choice = Body(body.take("tool_choice", dict, {"type": "auto"}), "tool_choice")
+    is_single = choice.take("disable_parallel_tool_use", bool, False)
+    kind = choice.take_one_of("type", ("auto", "any", "tool", "none"), "auto")
+    if kind in ("any", "tool"):
+        wishes["tool_choice"] = choice.take("name", str, kind)
+    choice.finish()
+    request = TurnRequest(
+        system + said,
+        [] if kind == "none" else tools,
+        model,
+        max_tokens=body.take_positive("max_tokens"),
+        stop=stop_strings(body.take("stop_sequences", list, []), "stop_sequences"),
+        stream=body.take("stream", bool, False),
+        most_calls=1 if is_single else None,
+        wishes=wishes,
+    )
+    body.finish()
+    return request
+
+
+def reply(turn: TurnReply, request: TurnRequest) -> dict[str, Any]:
+    """Return the body of a reply."""
+    return _head(turn) | {"content": _blocks(turn), **_stop(turn), "usage": _usage(turn)}
+
+
+def events(turn: TurnReply, request: TurnRequest) -> Iterator[bytes]:
+    """Yield the reply as server-sent events."""
+    none = {"stop_reason": None, "stop_sequence": None}
+    usage = _usage(turn)
+    message = _head(turn) | {"content": [], **none, "usage": usage | {"output_tokens": 0}}
+    yield _event({"type": "message_start", "message": message})
+    for index, block in enumerate(_blocks(turn)):
+        yield from map(_event, _block_events(index, block))
+    yield _event({"type": "message_delta", "delta": _stop(turn), "usage": usage})
+    yield _event({"type": "message_stop"})
+
+
+def error(refused: Refused) -> dict[str, Any]:
+    """Return the body of an error."""
+    return {"type": "error", "error": {"type": refused.kind, "message": str(refused)}}
+
+
+def error_event(refused: Refused) -> bytes:
+    """Return an error that ends a stream which has begun."""
+    return _event(error(refused))
+
+
+def _system(value: str | list[Any] | None) -> list[Message]:
+    if isinstance(value, list):
+        value = [part for part in value if not _is_attribution(part)]
+    text = text_of(value, "system")
+    return [{"role": "system", "content": text}] if text else []
+
+
+def _is_attribution(part: Any) -> bool:
+    return isinstance(part, dict) and str(part.get("text", "")).startswith(ATTRIBUTION)
+
+
+def _messages(body: Body) -> list[Message]:
+    """Return the messages that one of Anthropic's stands for: a user's may have tool results."""
+    role = body.take_one_of("role", ("user", "assistant", "system"), None)
+    content = body.take("content", (str, list))
+    body.finish()
+    where = body.path("content")
+    if isinstance(content, str):
+        return [{"role": role, "content": content}]
+    if role == "system":
+        return _system(content)
+    blocks = [Body(block, f"{where}.{index}") for index, block in enumerate(content)]
+    return [_assistant(blocks)] if role == "assistant" else _user(blocks)
+
+
+def _user(blocks: list[Body]) -> list[Message]:
+    results: list[Message] = []
+    texts: list[str] = []
+    for block in blocks:
+        block.ignore("cache_control", "citations")
+        if block.take_one_of("type", ("text", "tool_result"), None) == "text":
+            texts.append(block.take("text", str))
+        else:
+            # An error is told by its text; OpenAI's form, which templates read, has no flag.
+            block.ignore("is_error", "toolset_name")
+            call_id = block.take("tool_use_id", str)
+            output = text_of(block.take("content", (str, list), ""), block.path("content"))
+            results.append({"role": "tool", "content": output, "tool_call_id": call_id})
+        block.finish()
+    said = [{"role": "user", "content": "".join(texts)}] if texts or not results else []
+    return results + said
+
+
+def _assistant(blocks: list[Body]) -> Message:
+    message: Message = {"role": "assistant", "content": ""}
+    for block in blocks:
+        block.ignore("cache_control", "citations", "caller", "toolset_name")
+        kind = block.take_one_of(
+            "type", ("text", "thinking", "redacted_thinking", "tool_use"), None
+        )
+        if kind == "text":
+            message["content"] += block.take("text", str)
+        elif kind == "thinking":
+            block.ignore("signature")
+            thought = message.get("reasoning_content", "") + block.take("thinking", str)
+            message["reasoning_content"] = thought
+        elif kind == "tool_use":
+            arguments = json.dumps(block.take("input", dict), ensure_ascii=False)
+            function = {"name": block.take("name", str), "arguments": arguments}
+            call = {"id": block.take("id", str), "type": "function", "function": function}
+            message.setdefault("tool_calls", []).append(call)
+        else:
+            block.ignore("data")
+        block.finish()
+    return message
+
+
+def _tool(body: Body) -> dict[str, Any]:
+    body.take_one_of("type", ("custom",), "custom")
+    body.ignore("allowed_callers", "defer_loading", "eager_input_streaming", "input_examples")
+    return chat.function_tool(body, "input_schema")
+
+
+def _blocks(turn: TurnReply) -> list[dict[str, Any]]:
+    blocks: list[dict[str, Any]] = []
+    if turn.reasoning is not None:
+        blocks.append({"type": "thinking", "thinking": turn.reasoning, "signature": turn.id})
+    if turn.message["content"]:
+        blocks.append({"type": "text", "text": turn.message["content"]})
+    for call in turn.tool_calls:
+        named = {"type": "tool_use", "id": call["id"], "name": call["function"]["name"]}
+        blocks.append(named | {"input": _as_object(call["function"]["arguments"])})
+    return blocks
+
+
+def _as_object(arguments: str) -> dict[str, Any]:
+    try:
+        value = json.loads(arguments)
+    except ValueError:
+        value = None
+    return value if isinstance(value, dict) else {}
+
+
+def _block_events(index: int, block: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    if block["type"] == "thinking":
+        empty: dict[str, Any] = {"thinking": "", "signature": ""}
+        deltas = [
+            {"type": "thinking_delta", "thinking": block["thinking"]},
+            {"type": "signature_delta", "signature": block["signature"]},
+        ]
+    elif block["type"] == "text":
+        empty = {"text": ""}
+        deltas = [{"type": "text_delta", "text": block["text"]}]
+    else:
+        empty = {"input": {}}
+        text = json.dumps(block["input"], ensure_ascii=False)
+        deltas = [{"type": "input_json_delta", "partial_json": text}]
+    yield {"type": "content_block_start", "index": index, "content_block": block | empty}
+    for delta in deltas:
+        yield {"type": "content_block_delta", "index": index, "delta": delta}
+    yield {"type": "content_block_stop", "index": index}
+
+
+def _stop(turn: TurnReply) -> dict[str, Any]:
+    if turn.finish_reason == "length":
+        reason = "max_tokens"
+    elif turn.stop_string is not None:
+        reason = "stop_sequence"
+    else:
+        reason = "tool_use" if turn.tool_calls else "end_turn"
+    return {"stop_reason": reason, "stop_sequence": turn.stop_string}
+
+
+def _usage(turn: TurnReply) -> dict[str, Any]:
+    cached = turn.num_cached_tokens
+    return {
+        "input_tokens": turn.num_prompt_tokens - cached,
+        "output_tokens": len(turn.token_ids),
+        "cache_read_input_tokens": cached,
+        "cache_creation_input_tokens": 0,
+    }
+
+
+def _head(turn: TurnReply) -> dict[str, Any]:
+    return {"id": f"msg_{turn.id}", "type": "message", "role": "assistant", "model": turn.model}
+
+
+def _event(value: dict[str, Any]) -> bytes:
+    name = value["type"].encode()
+    return b"event: " + name + b"\ndata: " + msgspec.json.encode(value) + b"\n\n"

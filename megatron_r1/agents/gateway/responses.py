@@ -1,0 +1,234 @@
+"""OpenAI's Responses: POST /v1/responses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import msgspec
+
+from megatron_r1.agents.gateway import chat
+from megatron_r1.agents.gateway.request import (
+    Body,
+    Message,
+    Refused,
+    TurnReply,
+    TurnRequest,
+    text_of,
+)
+
+PARTS = ("input_text", "output_text", "text")
+NEUTRAL = {"temperature": None, "top_p": None, "top_k": -1, "reasoning": None}
+WITHOUT_EFFECT = (
+    *("metadata", "moderation", "prompt_cache_key", "prompt_cache_options", "store", "user"),
+    *("prompt_cache_retention", "safety_identifier", "service_tier", "include", "stream_options"),
+    "max_tool_calls",  # of OpenAI's own tools, of which there are none
+)
+
+
+def read(body: Body, stored: Mapping[str, list[Message]]) -> TurnRequest:
+    """Return the turn that a body asks for. stored: conversations by the id of their last reply.
+    Raises Refused."""
+    body.ignore(*WITHOUT_EFFECT)
+    model = body.take("model", str, "")
+    history: list[Message] = []
+    previous = body.take("previous_response_id", str, None)
+    if previous is not None:
+        if previous not in stored:
+            raise Refused(f"there is no response {previous}", "previous_response_id", status=404)
+        history = stored[previous]
+    said = history + _messages(body.take("input", (str, list), []))
+    chat.require_turn(said, "input")
+    instructions = body.take("instructions", str, None)
+    system = [] if instructions is None else [{"role": "system", "content": instructions}]
+    tools = [_tool(Body(tool, f"tools.{i}")) for i, tool in enumerate(body.take("tools", list, []))]
+    wishes = body.wishes(NEUTRAL)
+    text = Body(body.take("text", dict, {}), "text")
+    wishes |= {f"text.{name}": value for name, value in text.wishes({"verbosity": None}).items()}
+    text.take_one_of("format", ({"type": "text"},), {"type": "text"})
+    text.finish()
+    choice = body.take("tool_choice", (str, dict), "auto")
+    if choice not in ("auto", "none"):
+        wishes["tool_choice"] = choice
+    body.take_one_of("background", (False,), False)
+    body.take_one_of("top_logprobs", (0,), 0)
+    body.take_one_of("truncation", ("disabled",), "disabled")
+    request = TurnRequest(
+        system + said,
+        [] if choice == "none" else tools,
+        model,
+        max_tokens=body.take_positive("max_output_tokens"),
+        stream=body.take("stream", bool, False),
+        most_calls=None if body.take("parallel_tool_calls", bool, True) else 1,
+        wishes=wishes,
+        stored=said,
+    )
+    body.finish()
+    return request
+
+
+def reply(turn: TurnReply, request: TurnRequest) -> dict[str, Any]:
+    """Return the body of a reply."""
+    is_cut = turn.finish_reason == "length"
+    return _head(turn, request) | {
+        "status": "incomplete" if is_cut else "completed",
+        "incomplete_details": {"reason": "max_output_tokens"} if is_cut else None,
+        "output": _output(turn),
+        "usage": _usage(turn),
+    }
+
+
+def events(turn: TurnReply, request: TurnRequest) -> Iterator[bytes]:
+    """Yield the reply as server-sent events."""
+    for number, event in enumerate(_events(turn, request)):
+        yield _event(event | {"sequence_number": number})
+
+
+error = chat.error
+
+
+def error_event(refused: Refused) -> bytes:
+    """Return an error that ends a stream which has begun."""
+    entry = {"type": "error", "code": refused.code or refused.kind, "message": str(refused)}
+    return _event(entry | {"param": refused.field, "sequence_number": 0})
+
+
+def _messages(value: Any) -> list[Message]:
+    """Return the messages of `input`: neighbouring items of the assistant are one message."""
+    if isinstance(value, str):
+        return [{"role": "user", "content": value}]
+    messages: list[Message] = []
+    for index, item in enumerate(value):
+        message = _item(Body(item, f"input.{index}"))
+        last = messages[-1] if messages else None
+        if message["role"] == "assistant" and last and last["role"] == "assistant":
+            _join(last, message)
+        else:
+            messages.append(message)
+    return messages
+
+
+def _join(last: Message, message: Message) -> None:
+    last["content"] += message["content"]
+    if "reasoning_content" in message:
+        thought = last.get("reasoning_content", "") + message["reasoning_content"]
+        last["reasoning_content"] = thought
+    if "tool_calls" in message:
+        last["tool_calls"] = last.get("tool_calls", []) + message["tool_calls"]
+
+
+def _item(body: Body) -> Message:
+    kind = body.take_one_of(
+        "type", ("message", "function_call", "function_call_output", "reasoning"), "message"
+    )
+    body.ignore("id", "status")
+    if kind == "message":
+        body.ignore("phase", "name")
+        roles = ("user", "assistant", "system", "developer")
+        role = body.take_one_of("role", roles, None)
+        content = text_of(body.take("content", (str, list)), body.path("content"), PARTS)
+        message = {"role": "system" if role == "developer" else role, "content": content}
+    elif kind == "function_call":
+        body.ignore("caller", "namespace")
+        arguments = chat.as_arguments(body.take("arguments", str), body.path("arguments"))
+        function = {"name": body.take("name", str), "arguments": arguments}
+        call = {"id": body.take("call_id", str), "type": "function", "function": function}
+        message = {"role": "assistant", "content": "", "tool_calls": [call]}
+    elif kind == "function_call_output":
+        output = text_of(body.take("output", (str, list)), body.path("output"), PARTS)
+        call_id = body.take("call_id", str)
+        message = {"role": "tool", "content": output, "tool_call_id": call_id}
+    else:
+        body.ignore("encrypted_content")
+        summary = text_of(body.take("summary", list, []), body.path("summary"), ("summary_text",))
+        parts = body.take("content", list, [])
+        thought = text_of(parts, body.path("content"), ("reasoning_text",)) or summary
+        message = {"role": "assistant", "content": "", "reasoning_content": thought}
+    body.finish()
+    return message
+
+
+def _tool(body: Body) -> dict[str, Any]:
+    body.take_one_of("type", ("function",), None)
+    return chat.function_tool(body, "parameters")
+
+
+def _output(turn: TurnReply) -> list[dict[str, Any]]:
+    status = "incomplete" if turn.finish_reason == "length" else "completed"
+    items: list[dict[str, Any]] = []
+    if turn.reasoning is not None:
+        content = [{"type": "reasoning_text", "text": turn.reasoning}]
+        thought = {"type": "reasoning", "id": f"rs_{turn.id}", "summary": [], "content": content}
+        items.append(thought | {"status": status})
+    if turn.message["content"] or not turn.tool_calls:
+        part = {"type": "output_text", "text": turn.message["content"], "annotations": []}
+        message = {"type": "message", "id": f"msg_{turn.id}", "role": "assistant"}
+        items.append(message | {"status": status, "content": [part]})
+    for index, call in enumerate(turn.tool_calls):
+        item = {"type": "function_call", "id": f"fc_{turn.id}_{index}", "call_id": call["id"]}
+        items.append(item | call["function"] | {"status": "completed"})
+    return items
+
+
+def _events(turn: TurnReply, request: TurnRequest) -> Iterator[dict[str, Any]]:
+    begun = _head(turn, request) | {"status": "in_progress", "output": [], "usage": None}
+    yield {"type": "response.created", "response": begun}
+    yield {"type": "response.in_progress", "response": begun}
+    for index, item in enumerate(_output(turn)):
+        place = {"output_index": index, "item_id": item["id"]}
+        empty: dict[str, Any] = (
+            {"arguments": ""} if item["type"] == "function_call" else {"content": []}
+        )
+        opened = item | empty | {"status": "in_progress"}
+        yield {"type": "response.output_item.added", "output_index": index, "item": opened}
+        if item["type"] == "function_call":
+            text = item["arguments"]
+            named = place | {"name": item["name"]}
+            yield place | {"type": "response.function_call_arguments.delta", "delta": text}
+            yield named | {"type": "response.function_call_arguments.done", "arguments": text}
+        else:
+            yield from _part_events(place | {"content_index": 0}, item["content"][0])
+        yield {"type": "response.output_item.done", "output_index": index, "item": item}
+    whole = reply(turn, request)
+    yield {"type": f"response.{whole['status']}", "response": whole}
+
+
+def _part_events(place: dict[str, Any], part: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    kind, text = part["type"], part["text"]
+    scored: dict[str, Any] = {"logprobs": []} if kind == "output_text" else {}
+    yield place | {"type": "response.content_part.added", "part": part | {"text": ""}}
+    yield place | scored | {"type": f"response.{kind}.delta", "delta": text}
+    yield place | scored | {"type": f"response.{kind}.done", "text": text}
+    yield place | {"type": "response.content_part.done", "part": part}
+
+
+def _head(turn: TurnReply, request: TurnRequest) -> dict[str, Any]:
+    return {
+        "id": f"resp_{turn.id}",
+        "object": "response",
+        "created_at": turn.created,
+        "model": turn.model,
+        "error": None,
+        "incomplete_details": None,
+        "instructions": None,
+        "metadata": {},
+        "parallel_tool_calls": request.most_calls is None,
+        "tool_choice": "auto",
+        "tools": [{"type": "function", "strict": False} | t["function"] for t in request.tools],
+    }
+
+
+def _usage(turn: TurnReply) -> dict[str, Any]:
+    cached = {"cached_tokens": turn.num_cached_tokens, "cache_write_tokens": 0}
+    return {
+        "input_tokens": turn.num_prompt_tokens,
+        "input_tokens_details": cached,
+        "output_tokens": len(turn.token_ids),
+        "output_tokens_details": {"reasoning_tokens": 0},
+        "total_tokens": turn.num_prompt_tokens + len(turn.token_ids),
+    }
+
+
+def _event(value: dict[str, Any]) -> bytes:
+    name = value["type"].encode()
+    return b"event: " + name + b"\ndata: " + msgspec.json.encode(value) + b"\n\n"

@@ -1,0 +1,323 @@
+"""The gateway: an HTTP server before the fleet that speaks the protocols of agents.
+
+Every turn goes through the fleet, so a dead engine costs one turn and a push none; the tokens that
+are trained on are those that the engine sampled (`continuation`). A session is a bearer secret."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import time
+import uuid
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Self
+
+import msgspec
+from aiohttp import web
+
+from megatron_r1.agents.continuation import Continuation, NextPrompt, Unrenderable
+from megatron_r1.agents.gateway import chat, messages, responses, tokens
+from megatron_r1.agents.gateway.request import Body, Refused, TurnReply, TurnRequest
+from megatron_r1.agents.gateway.session import Session, SessionLimits, TakenTurn
+from megatron_r1.agents.gateway.turns import TurnSampler, TurnSampling, continue_tokens
+from megatron_r1.engine.errors import EngineError
+
+MAX_BODY_BYTES = 64 * 2**20
+KEEP_ALIVE_SECONDS = 10.0
+"""Between comments in a stream whose turn is still being sampled."""
+SamplingOptions = Literal["run", "refuse"]
+
+
+@dataclass(frozen=True)
+class Form:
+    """One protocol: how it reads a body, and writes a reply, a stream and an error."""
+
+    read: Callable[[Body, Session], TurnRequest]
+    reply: Callable[[TurnReply, TurnRequest], dict[str, Any]]
+    events: Callable[[TurnReply, TurnRequest], Iterator[bytes]]
+    error: Callable[[Refused], dict[str, Any]]
+    error_event: Callable[[Refused], bytes]
+    keep_alive: bytes = b": sampling\n\n"
+
+
+def _form(module: Any, read: Callable[[Body, Session], TurnRequest], **more: Any) -> Form:
+    return Form(read, module.reply, module.events, module.error, module.error_event, **more)
+
+
+CHAT = _form(chat, lambda body, session: chat.read(body))
+RESPONSES = _form(responses, lambda body, session: responses.read(body, session.stored))
+MESSAGES = _form(
+    messages,
+    lambda body, session: messages.read(body),
+    keep_alive=b'event: ping\ndata: {"type": "ping"}\n\n',
+)
+TOKENS = _form(tokens, lambda body, session: tokens.read(body))
+
+
+class Gateway:
+    """Serves sessions from `start` to `close`; `async with` does both."""
+
+    def __init__(
+        self,
+        sampler: TurnSampler,
+        continuation: Continuation,
+        *,
+        model: str = "policy",
+        host: str = "127.0.0.1",
+        port: int = 0,
+        sampling_options: SamplingOptions = "run",
+    ) -> None:
+        """host: the address to listen on: loopback, or the run's own network. port: 0 for a free
+        one. model: the only name in /v1/models; a request may name any other. sampling_options: of
+        requests that differ from the run's: `run` replaces them and notes it in the session, as
+        only the policy's own distribution can be trained on; `refuse` answers 400."""
+        self._sampler, self._continuation = sampler, continuation
+        self._model, self._host, self._port = model, host, port
+        self._sampling_options = sampling_options
+        self._sessions: dict[bytes, Session] = {}
+        self._runner: web.AppRunner | None = None
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def start(self) -> None:
+        """Listen. Raises OSError where the address is taken."""
+        app = web.Application(client_max_size=MAX_BODY_BYTES)
+        for path, form in (
+            ("/v1/chat/completions", CHAT),
+            ("/v1/responses", RESPONSES),
+            ("/v1/messages", MESSAGES),
+            ("/v1/v1/messages", MESSAGES),  # Anthropic's client adds /v1 to OpenAI's base URL
+            ("/inference/v1/generate", TOKENS),
+            ("/v1/inference/v1/generate", TOKENS),
+        ):
+            app.router.add_post(path, self._endpoint(form, self._turn))
+        for path in ("/v1/messages/count_tokens", "/v1/v1/messages/count_tokens"):
+            app.router.add_post(path, self._endpoint(MESSAGES, self._count_tokens))
+        app.router.add_get("/v1/models", self._endpoint(CHAT, self._models))
+        app.router.add_route("*", "/{path:.*}", self._endpoint(CHAT, self._unknown))
+        # A handler is cancelled when its client goes away; its turn waits for a repeated request.
+        self._runner = web.AppRunner(app, handler_cancellation=True, access_log=None)
+        await self._runner.setup()
+        site = web.TCPSite(self._runner, self._host, self._port)
+        await site.start()
+        self._port = self._runner.addresses[0][1]
+
+    @property
+    def url(self) -> str:
+        """The base URL without a path; OpenAI's clients take `url + "/v1"`, Anthropic's this."""
+        host = f"[{self._host}]" if ":" in self._host else self._host
+        return f"http://{host}:{self._port}"
+
+    def open(self, limits: SessionLimits, sampling: TurnSampling) -> Session:
+        """Return a new session; requests with its secret are served until `end`."""
+        session = Session(limits, sampling)
+        self._sessions[_digest(session.secret)] = session
+        return session
+
+    async def end(self, session: Session) -> None:
+        """End a session: its secret is unknown from now on, its turns in flight are aborted."""
+        self._sessions.pop(_digest(session.secret), None)
+        await session.close()
+
+    async def close(self) -> None:
+        """End all sessions and stop listening. Safe to call again."""
+        for session in list(self._sessions.values()):
+            await self.end(session)
+        if self._runner is not None:
+            await self._runner.cleanup()
+            self._runner = None
+
+    def _endpoint(
+        self,
+        form: Form,
+        handle: Callable[[Form, Session, web.Request], Awaitable[web.StreamResponse]],
+    ) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
+        async def endpoint(request: web.Request) -> web.StreamResponse:
+            session = None
+            try:
+                session = self._session(request.headers)
+                return await handle(form, session, request)
+            except Refused as error:
+                refused = error
+            except web.HTTPRequestEntityTooLarge:
+                message = f"the body has more than {MAX_BODY_BYTES} bytes"
+                refused = Refused(message, status=413, kind="request_too_large")
+            except Exception as error:  # noqa: BLE001 - our fault, or that of the parsers' start
+                refused = Refused("the gateway failed", status=500, kind="api_error")
+                if session is not None:
+                    session.end("protocol_error", f"{type(error).__name__}: {error}")
+            if session is not None:
+                session.notes[f"refused: {refused}"[:200]] += 1
+            return _json(form.error(refused), refused.status)
+
+        return endpoint
+
+    def _session(self, headers: Mapping[str, str]) -> Session:
+        """Return the session whose secret the headers carry. Raises Refused with status 401."""
+        bearer = headers.get("Authorization", "").removeprefix("Bearer ").strip()
+        for secret in (bearer, headers.get("x-api-key", ""), headers.get("X-Session-ID", "")):
+            session = self._sessions.get(_digest(secret))
+            if session is not None:
+                return session
+        raise Refused(
+            "no session has this key; give the episode's own as `Authorization: Bearer KEY` or "
+            "`x-api-key: KEY` (an episode that has ended has none)",
+            status=401,
+            kind="authentication_error",
+            code="invalid_api_key",
+        )
+
+    async def _turn(self, form: Form, session: Session, http: web.Request) -> web.StreamResponse:
+        body = await http.read()
+        request = form.read(_parsed(body), session)
+        self._replace_options(session, request)
+        prompt = self._next_prompt(session, request)
+        key = hashlib.sha256(http.path.encode() + body).digest()
+        task = session.undelivered.pop(key, None) or self._begin(session, request, prompt)
+        try:
+            if not request.stream:
+                return _json(form.reply(session.add(await asyncio.shield(task)), request))
+            return await _stream(form, session, task, request, http)
+        except (asyncio.CancelledError, ConnectionError):
+            session.undelivered[key] = task
+            raise
+
+    def _begin(
+        self, session: Session, request: TurnRequest, prompt: NextPrompt
+    ) -> asyncio.Task[TakenTurn]:
+        before = session.tree.token_ids(prompt.parent) if prompt.parent is not None else ()
+        prompt_ids = [*before, *prompt.token_ids]
+        max_tokens = session.max_tokens(request.max_tokens, len(prompt_ids))
+        task = asyncio.create_task(self._sample(session, request, prompt, prompt_ids, max_tokens))
+        session.running.add(task)
+        task.add_done_callback(session.finished)
+        return task
+
+    async def _sample(
+        self,
+        session: Session,
+        request: TurnRequest,
+        prompt: NextPrompt,
+        prompt_ids: list[int],
+        max_tokens: int,
+    ) -> TakenTurn:
+        """Sample a turn. Raises Refused where no engine could."""
+        try:
+            with session.waiting():
+                turn = await self._sampler.sample(
+                    prompt_ids,
+                    session.sampling,
+                    max_tokens,
+                    request.tools,
+                    request.stop,
+                    request.most_calls,
+                )
+        except EngineError as error:
+            session.end("engine_error", str(error))
+            raise Refused(
+                "no engine could sample this turn", status=503, kind="api_error"
+            ) from error
+        reply = TurnReply(
+            uuid.uuid4().hex,
+            request.model or self._model,
+            int(time.time()),
+            turn.message,
+            turn.response.finish_reason,
+            turn.stop_string,
+            len(prompt_ids),
+            0,
+            turn.response.token_ids.tolist(),
+            turn.response.logprobs.tolist(),
+            turn.response.policy_versions.tolist(),
+        )
+        return TakenTurn(prompt, request, turn, reply)
+
+    def _replace_options(self, session: Session, request: TurnRequest) -> None:
+        """Note, or refuse, sampling options that are not the run's."""
+        run: dict[str, Any] = {
+            "temperature": session.sampling.temperature,
+            "top_p": session.sampling.top_p,
+            "stop_token_ids": [session.sampling.end],
+        }
+        for name, value in request.wishes.items():
+            if name in run and value == run[name]:
+                continue
+            if self._sampling_options == "refuse":
+                instead = f"the run samples with {run[name]}" if name in run else "leave it out"
+                raise Refused(f"{value!r} would change the sampling; {instead}", name)
+            session.notes[f"{name}={value}"[:80]] += 1
+
+    def _next_prompt(self, session: Session, request: TurnRequest) -> NextPrompt:
+        if request.token_ids is not None:
+            return continue_tokens(session.tree, request.token_ids)
+        try:
+            return self._continuation.next_prompt(session.tree, request.messages, request.tools)
+        except Unrenderable as error:
+            raise Refused(str(error), "messages") from None
+
+    async def _count_tokens(
+        self, form: Form, session: Session, http: web.Request
+    ) -> web.StreamResponse:
+        prompt = self._next_prompt(session, form.read(_parsed(await http.read()), session))
+        before = 0 if prompt.parent is None else session.tree.num_tokens(prompt.parent)
+        return _json({"input_tokens": before + len(prompt.token_ids)})
+
+    async def _models(self, form: Form, session: Session, http: web.Request) -> web.StreamResponse:
+        model = {"id": self._model, "object": "model", "created": 0, "owned_by": "megatron-r1"}
+        # `type` and the next two are Anthropic's; max_model_len is vLLM's.
+        model |= {
+            "type": "model",
+            "display_name": self._model,
+            "created_at": "1970-01-01T00:00:00Z",
+        }
+        model |= {"max_model_len": session.sampling.max_context}
+        return _json({"object": "list", "data": [model], "has_more": False})
+
+    async def _unknown(self, form: Form, session: Session, http: web.Request) -> web.StreamResponse:
+        raise Refused(f"there is no {http.method} {http.path}", status=404, kind="not_found_error")
+
+
+async def _stream(
+    form: Form,
+    session: Session,
+    task: asyncio.Task[TakenTurn],
+    request: TurnRequest,
+    http: web.Request,
+) -> web.StreamResponse:
+    """Send a turn as server-sent events; comments keep the connection alive until it is there."""
+    head = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache"}
+    stream = web.StreamResponse(headers=head)
+    await stream.prepare(http)
+    while not (await asyncio.wait({task}, timeout=KEEP_ALIVE_SECONDS))[0]:
+        await stream.write(form.keep_alive)
+    try:
+        for event in form.events(session.add(task.result()), request):
+            await stream.write(event)
+    except Refused as refused:
+        await stream.write(form.error_event(refused))
+    await stream.write_eof()
+    return stream
+
+
+def _parsed(body: bytes) -> Body:
+    try:
+        return Body(msgspec.json.decode(body))
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise Refused(f"the body is not JSON: {error}") from None
+
+
+def _json(value: Mapping[str, Any], status: int = 200) -> web.Response:
+    return web.Response(
+        body=msgspec.json.encode(value), status=status, content_type="application/json"
+    )
+
+
+def _digest(secret: str) -> bytes:
+    """Return what a session is found by: a look-up of the secret itself could be timed."""
+    return hashlib.sha256(secret.encode()).digest()

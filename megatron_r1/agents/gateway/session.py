@@ -1,0 +1,142 @@
+"""One episode as the gateway sees it: its secret, tree, limits and what has gone wrong."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from megatron_r1.agents.continuation import NextPrompt
+from megatron_r1.agents.gateway.request import Message, Refused, TurnReply, TurnRequest
+from megatron_r1.agents.gateway.turns import SampledTurn, TurnSampling
+from megatron_r1.agents.tree import TokenTree
+
+
+@dataclass(frozen=True)
+class SessionLimits:
+    """Of one episode. max_turns, max_tokens: sampled ones. max_parallel: turns at once."""
+
+    max_turns: int
+    max_tokens: int
+    max_parallel: int = 64
+
+
+@dataclass
+class TakenTurn:
+    """A sampled turn and the request that it answers. is_added: to the session's tree."""
+
+    prompt: NextPrompt
+    request: TurnRequest
+    turn: SampledTurn
+    reply: TurnReply
+    is_added: bool = False
+
+
+@dataclass
+class Session:
+    """One episode's tokens. status: set by what ends it: a limit, or a failure that the policy did
+    not cause; None so far. notes: what the run's settings replaced in requests, and how often."""
+
+    limits: SessionLimits
+    sampling: TurnSampling
+    secret: str = field(default_factory=lambda: f"r1-{secrets.token_urlsafe(32)}", repr=False)
+    tree: TokenTree = field(default_factory=TokenTree)
+    status: str | None = None
+    reason: str = ""
+    notes: Counter[str] = field(default_factory=Counter)
+    num_turns: int = 0
+    num_tokens: int = 0
+    stored: dict[str, list[Message]] = field(default_factory=dict)
+    undelivered: dict[bytes, asyncio.Task[TakenTurn]] = field(default_factory=dict)
+    """Turns by a hash of their request, whose client went away: if it repeats the request it gets
+    the same turn, and no second one is sampled."""
+    running: set[asyncio.Task[TakenTurn]] = field(default_factory=set)
+    last_text: str = ""
+    """Of the newest answer."""
+    _engine_seconds: float = 0.0
+    _num_waiting: int = 0
+    _waiting_since: float = 0.0
+
+    @property
+    def engine_seconds(self) -> float:
+        """Return the wall time in which at least one turn waited for engines and parsers."""
+        now = time.monotonic() - self._waiting_since if self._num_waiting else 0.0
+        return self._engine_seconds + now
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Count the block as the engines' time."""
+        if not self._num_waiting:
+            self._waiting_since = time.monotonic()
+        self._num_waiting += 1
+        try:
+            yield
+        finally:
+            self._num_waiting -= 1
+            if not self._num_waiting:
+                self._engine_seconds += time.monotonic() - self._waiting_since
+
+    def end(self, status: str, reason: str) -> None:
+        """Set the status, if nothing has ended the episode before."""
+        if self.status is None:
+            self.status, self.reason = status, reason
+
+    def max_tokens(self, asked: int | None, num_prompt_tokens: int) -> int:
+        """Return how many tokens a turn may have. Raises Refused where a limit is reached."""
+        if self.num_turns >= self.limits.max_turns:
+            reason = f"the episode has had its {self.limits.max_turns} turns"
+            self.end("max_turns", reason)
+            raise Refused(reason, code="max_turns")
+        if len(self.running) >= self.limits.max_parallel:
+            raise Refused(
+                f"{self.limits.max_parallel} turns of this session are being sampled",
+                status=429,
+                kind="rate_limit_error",
+            )
+        left = self.limits.max_tokens - self.num_tokens
+        room = self.sampling.max_context - num_prompt_tokens
+        if min(left, room) < 1:
+            reason = (
+                f"the episode has had its {self.limits.max_tokens} sampled tokens"
+                if left < 1
+                else f"{num_prompt_tokens} prompt tokens leave no room for an answer: the engines "
+                f"take {self.sampling.max_context}"
+            )
+            self.end("max_tokens", reason)
+            raise Refused(reason, code="context_length_exceeded")
+        return min(left, room, asked or left)
+
+    def add(self, taken: TakenTurn) -> TurnReply:
+        """Add a turn to the tree, once, and return its reply. Call it when the reply is sent: a
+        turn that reached no client is not trained."""
+        if taken.is_added:
+            return taken.reply
+        taken.is_added = True
+        prompt, request, turn = taken.prompt, taken.request, taken.turn
+        parent = prompt.parent
+        if prompt.token_ids or parent is None:
+            tools = request.tools if parent is None else ()
+            parent = self.tree.add_given(parent, prompt.token_ids, prompt.messages, tools)
+        self.tree.add_sampled(parent, turn.response, turn.message)
+        self.num_turns += 1
+        self.num_tokens += len(turn.response.token_ids)
+        self.last_text = turn.message["content"]
+        if request.stored:
+            self.stored[f"resp_{taken.reply.id}"] = [*request.stored, turn.message]
+        return taken.reply
+
+    def finished(self, task: asyncio.Task[TakenTurn]) -> None:
+        """Count a turn's task off, and take note of its exception where no client waits for it."""
+        self.running.discard(task)
+        if not task.cancelled():
+            task.exception()
+
+    async def close(self) -> None:
+        """Cancel what is still being sampled; the engines abort it."""
+        for task in self.running:
+            task.cancel()
+        await asyncio.gather(*self.running, return_exceptions=True)

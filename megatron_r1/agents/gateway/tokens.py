@@ -1,0 +1,91 @@
+"""vLLM's token mode: POST /inference/v1/generate, token ids in and out.
+
+`renderers`, which verifiers trains with, reads each token from `token`, "token_id:N"; vLLM itself
+sends the integer `token_id` (both are sent)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from megatron_r1.agents.gateway import chat
+from megatron_r1.agents.gateway.request import Body, Refused, TurnReply, TurnRequest
+
+NEUTRAL = {
+    "temperature": None,
+    "top_p": None,
+    "top_k": -1,
+    "min_p": 0,
+    "seed": None,
+    "frequency_penalty": 0,
+    "presence_penalty": 0,
+    "repetition_penalty": 1,
+    "stop_token_ids": None,
+    "min_tokens": 0,
+    "ignore_eos": None,
+}
+WITHOUT_EFFECT = (
+    *("skip_special_tokens", "spaces_between_special_tokens", "routed_experts_prompt_start"),
+    *("detokenize", "include_stop_str_in_output", "output_kind"),
+)
+
+
+def read(body: Body) -> TurnRequest:
+    """Return the turn that a body asks for. Raises Refused."""
+    model = body.take("model", str, "")
+    body.ignore("request_id", "cache_salt", "priority", "return_token_ids")
+    token_ids = body.take("token_ids", list)
+    if not token_ids or not all(type(token) is int and token >= 0 for token in token_ids):
+        raise Refused("must be a list of at least one token id", "token_ids")
+    body.take_one_of("stream", (False,), False)
+    body.take_one_of("output_mode", ("tokens",), "tokens")
+    sampling = Body(body.take("sampling_params", dict, {}), "sampling_params")
+    sampling.ignore(*WITHOUT_EFFECT)
+    sampling.take_one_of("n", (1,), 1)
+    sampling.take_one_of("logprobs", (0, 1), 0)  # the sampled token's own is sent
+    sampling.take_one_of("prompt_logprobs", (0,), 0)
+    request = TurnRequest(
+        [],
+        [],
+        model,
+        max_tokens=sampling.take_positive("max_tokens"),
+        wishes=sampling.wishes(NEUTRAL),
+        token_ids=token_ids,
+    )
+    sampling.finish()
+    body.finish()
+    return request
+
+
+def reply(turn: TurnReply, request: TurnRequest) -> dict[str, Any]:
+    """Return the body of a reply."""
+    content = [
+        {"token": f"token_id:{token}", "token_id": token, "logprob": logprob, "top_logprobs": []}
+        for token, logprob in zip(turn.token_ids, turn.logprobs, strict=True)
+    ]
+    choice = {
+        "index": 0,
+        "token_ids": turn.token_ids,
+        "logprobs": {"content": content},
+        "finish_reason": turn.finish_reason,
+        "weight_versions": _spans(turn.policy_versions),
+    }
+    return {"request_id": turn.id, "choices": [choice], "prompt_logprobs": None}
+
+
+def events(turn: TurnReply, request: TurnRequest) -> Iterator[bytes]:
+    """Raise: `read` refuses streams."""
+    raise AssertionError("token mode has no streams")
+
+
+error, error_event = chat.error, chat.error_event
+
+
+def _spans(versions: list[int]) -> list[dict[str, Any]]:
+    spans: list[dict[str, Any]] = []
+    for at, version in enumerate(versions):
+        if spans and spans[-1]["version"] == str(version):
+            spans[-1]["end"] = at + 1
+        else:
+            spans.append({"version": str(version), "start": at, "end": at + 1})
+    return spans

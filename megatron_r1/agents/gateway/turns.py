@@ -1,0 +1,143 @@
+"""One turn: prompt tokens to an engine, its answer cut at stop strings and read as a message."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+from megatron_r1.agents.continuation import NextPrompt
+from megatron_r1.agents.parsing import ParserPool
+from megatron_r1.agents.tree import TokenTree
+from megatron_r1.engine.responses import Response
+from megatron_r1.models.routing_shape import RoutingShape
+
+Decode = Callable[[Sequence[int]], str]
+
+
+class Generates(Protocol):
+    """What is used of a `fleet.rollout_fleet.RolloutFleet`."""
+
+    async def generate(
+        self, prompt_token_ids: Sequence[int], *, n: int, max_tokens: int, **sampling: Any
+    ) -> list[Response]: ...
+
+
+@dataclass(frozen=True)
+class TurnSampling:
+    """How every turn of a run is sampled. max_context: tokens of a prompt and its answer. end: the
+    token that ends an answer. routing: as `rl.rollout.Sampling`'s. kind, order: of the fleet."""
+
+    max_context: int
+    end: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    routing: RoutingShape | None = None
+    kind: str = "agents"
+    order: int = 0
+
+
+@dataclass(frozen=True)
+class SampledTurn:
+    """An engine's answer and the message that it was read as. stop_string: what it was cut at."""
+
+    response: Response
+    message: dict[str, Any]
+    stop_string: str | None
+
+
+class TurnSampler:
+    """Samples turns on a fleet."""
+
+    def __init__(self, fleet: Generates, decode: Decode, parsers: ParserPool) -> None:
+        """decode: tokens of an answer to text, without the end token (`data.text.PromptText`)."""
+        self._fleet, self._decode, self._parsers = fleet, decode, parsers
+
+    async def sample(
+        self,
+        prompt_ids: Sequence[int],
+        sampling: TurnSampling,
+        max_tokens: int,
+        tools: Sequence[dict[str, Any]] = (),
+        stop: Sequence[str] = (),
+        most_calls: int | None = None,
+    ) -> SampledTurn:
+        """Sample one answer. stop: texts that end it. most_calls: tool calls kept of it. Raises as
+        `RolloutFleet.generate`."""
+        [response] = await self._fleet.generate(
+            prompt_ids,
+            n=1,
+            max_tokens=max_tokens,
+            kind=sampling.kind,
+            order=sampling.order,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            stop_token_ids=[sampling.end],
+            routing=sampling.routing,
+        )
+        response, text, stop_string = cut(response, len(prompt_ids), stop, self._decode)
+        parsed = await self._parsers.parse(text, response.token_ids, prompt_ids, tools)
+        message = parsed.message()
+        if most_calls is not None and "tool_calls" in message:
+            message["tool_calls"] = message["tool_calls"][:most_calls]
+        return SampledTurn(response, message, stop_string)
+
+
+def cut(
+    response: Response, num_prompt_tokens: int, stop: Sequence[str], decode: Decode
+) -> tuple[Response, str, str | None]:
+    """Return the response up to the token with which one of `stop` first appears, its text before
+    that, and the stop string; the whole response, its text and None where none appears.
+
+    The engine samples on beyond a stop string, as it has no tokenizer. What remains has the
+    distribution that stopping there would have given."""
+    text = decode(response.token_ids)
+    found = [(text.find(string), string) for string in stop if string in text]
+    if not found:
+        return response, text, None
+    at, string = min(found)
+    low, high = 0, len(response.token_ids)  # the text of the first `high` tokens contains it
+    while high - low > 1:
+        middle = (low + high) // 2
+        if string in decode(response.token_ids[:middle]):
+            high = middle
+        else:
+            low = middle
+    return _first(response, num_prompt_tokens, high), text[:at], string
+
+
+def _first(response: Response, num_prompt_tokens: int, count: int) -> Response:
+    routing = response.routing
+    if routing:
+        row_bytes = len(routing) // (num_prompt_tokens + len(response.token_ids) - 1)
+        routing = routing[: row_bytes * (num_prompt_tokens + count - 1)]
+    return replace(
+        response,
+        token_ids=response.token_ids[:count],
+        logprobs=response.logprobs[:count],
+        policy_versions=response.policy_versions[:count],
+        finish_reason="stop",
+        routing=routing,
+    )
+
+
+def continue_tokens(tree: TokenTree, token_ids: list[int]) -> NextPrompt:
+    """Return what to append to `tree` for a prompt that is given as tokens.
+
+    That is what follows the longest sampled sequence that begins it, or all of it as a new
+    branch."""
+    asked = array("i", token_ids)
+    best: int | None = None
+    length = 0
+    open_nodes = [(root, 0) for root in tree.children(None)]
+    while open_nodes:
+        number, start = open_nodes.pop()
+        node = tree.nodes[number]
+        end = start + len(node.token_ids)
+        if asked[start:end] != node.token_ids:
+            continue
+        if node.is_sampled and end >= length:
+            best, length = number, end
+        open_nodes += [(child, end) for child in tree.children(number)]
+    return NextPrompt(best, token_ids[length:], ())

@@ -1,0 +1,3 @@
+"""Reasoning and tool calls in sampled text, found by vLLM's parsers in worker processes."""
+
+from megatron_r1.agents.parsing.pool import Parsed, ParserPool

@@ -1,0 +1,148 @@
+"""Turns parsed in killable worker processes, awaited from the controller."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+import msgspec
+
+from megatron_r1.agents.parsing.worker import Options, ParseJob, ParseReply
+from megatron_r1.errors import RunError, UserError
+from megatron_r1.rewards.runtime.process import FramedProcess, WorkerLost
+from megatron_r1.rewards.runtime.worker import frame
+
+MODULE = "megatron_r1.agents.parsing.worker"
+MAX_REPLY_BYTES = 2**28
+"""Above any answer's text: the worker has run vLLM's code, not the model's."""
+
+
+@dataclass(frozen=True)
+class Parsed:
+    """What one turn contains. tool_calls: in OpenAI's form, arguments as JSON text."""
+
+    reasoning: str | None
+    content: str | None
+    tool_calls: list[dict[str, Any]] = field(default_factory=list)
+    failure: str = ""
+    """Why the parser gave up on the text, which then is all content; "" if it did not."""
+
+    def message(self) -> dict[str, Any]:
+        """Return the turn as an assistant's message."""
+        message: dict[str, Any] = {"role": "assistant", "content": self.content or ""}
+        if self.reasoning is not None:
+            message["reasoning_content"] = self.reasoning
+        if self.tool_calls:
+            message["tool_calls"] = self.tool_calls
+        return message
+
+
+class ParserPool:
+    """`num_workers` processes with one pair of parsers; they start with the first `parse`, or
+    `check`. Without parsers a turn is all content, and no process starts.
+
+    timeout_seconds: for one turn; its worker is then killed. Workers die with the calling
+    thread."""
+
+    def __init__(
+        self,
+        tokenizer: str,
+        tool_parser: str | None,
+        reasoning_parser: str | None,
+        *,
+        num_workers: int = 2,
+        timeout_seconds: float = 30.0,
+        template_kwargs: dict[str, Any] | None = None,
+    ) -> None:
+        """tokenizer: its folder. tool_parser, reasoning_parser: vLLM's names. template_kwargs: of
+        the chat template, which some parsers read."""
+        self._has_parsers = bool(tool_parser or reasoning_parser)
+        self._options = Options(
+            tokenizer, tool_parser or "", reasoning_parser or "", template_kwargs or {}
+        )
+        self._timeout_seconds = timeout_seconds
+        self._slots = asyncio.Semaphore(num_workers)
+        self._idle: list[FramedProcess[ParseReply]] = []
+        self._all: set[FramedProcess[ParseReply]] = set()
+        self.num_failures = 0
+        """Turns that a parser gave up on, or hung or died of."""
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def check(self) -> None:
+        """Start a worker. Raises UserError where vLLM has no such parser or refuses the
+        tokenizer."""
+        await self.parse("", [], [], [])
+
+    async def parse(
+        self,
+        text: str,
+        token_ids: Sequence[int],
+        prompt_token_ids: Sequence[int],
+        tools: Sequence[dict[str, Any]],
+    ) -> Parsed:
+        """Return what a turn contains. text: decoded from token_ids, without the closing token.
+
+        A parser that raises, hangs or ends its process leaves a turn that is all content. Raises
+        UserError as `check`, and RunError where no worker can be started."""
+        if not self._has_parsers:
+            return Parsed(None, text)
+        job = frame(ParseJob(text, list(token_ids), list(prompt_token_ids), list(tools)))
+        async with self._slots:
+            worker = self._idle.pop() if self._idle else await self._start()
+            try:
+                async with asyncio.timeout(self._timeout_seconds):
+                    worker.send(job)
+                    reply = await worker.receive()
+            except BaseException as error:
+                self._all.discard(worker)
+                await worker.kill()
+                if not isinstance(error, (WorkerLost, TimeoutError)):
+                    raise
+                ending = worker.last_words or type(error).__name__
+                reply = ParseReply("failed", f"the parser's process was lost: {ending}")
+            else:
+                self._idle.append(worker)
+        if reply.status != "parsed":
+            self.num_failures += 1
+            return Parsed(None, text, failure=reply.reason)
+        return Parsed(reply.reasoning, reply.content, [_openai(call) for call in reply.tool_calls])
+
+    async def close(self) -> None:
+        """Kill the workers. Safe to call again."""
+        workers, self._all, self._idle = self._all, set(), []
+        await asyncio.gather(*(worker.kill() for worker in workers))
+
+    async def _start(self) -> FramedProcess[ParseReply]:
+        arguments = [msgspec.json.encode(self._options).decode()]
+        try:
+            worker = await FramedProcess[ParseReply].launch(
+                MODULE, arguments, ParseReply, MAX_REPLY_BYTES
+            )
+        except WorkerLost as error:
+            raise RunError(f"a parser worker did not start: {error}") from None
+        if worker.greeting and worker.greeting.status == "unusable":
+            await worker.kill()
+            raise UserError(f"{self._named()} cannot be used: {worker.greeting.reason}")
+        self._all.add(worker)
+        return worker
+
+    def _named(self) -> str:
+        tool, reasoning = self._options.tool_parser, self._options.reasoning_parser
+        return f"agents.tool_parser {tool or 'none'}, agents.reasoning_parser {reasoning or 'none'}"
+
+
+def _openai(call: Any) -> dict[str, Any]:
+    function = {"name": call.name, "arguments": call.arguments}
+    return {
+        "id": call.id or f"call_{uuid.uuid4().hex[:24]}",
+        "type": "function",
+        "function": function,
+    }

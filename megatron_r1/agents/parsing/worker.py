@@ -1,0 +1,136 @@
+"""A parser worker: `python -m megatron_r1.agents.parsing.worker OPTIONS`, OPTIONS a JSON `Options`.
+
+Loads the tokenizer and vLLM's parsers (seconds), then reads jobs from stdin and writes replies to
+the original stdout, both as frames of JSON (`rewards.runtime.worker.frame`). The controller imports
+no vLLM, and a parser that hangs on what a model wrote can be killed here."""
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import msgspec
+
+from megatron_r1.errors import UserError, did_you_mean
+from megatron_r1.processes.lifetime import end_without_parent
+from megatron_r1.rewards.runtime.worker import LENGTH, frame, private_streams
+
+
+class Options(msgspec.Struct):
+    """What a worker parses with. tool_parser, reasoning_parser: vLLM's names, "" for none."""
+
+    tokenizer: str
+    tool_parser: str
+    reasoning_parser: str
+    template_kwargs: dict[str, Any] = {}
+
+
+class ParseJob(msgspec.Struct):
+    """One sampled turn. prompt_token_ids: all before it; a template may have opened a thought."""
+
+    text: str
+    token_ids: list[int]
+    prompt_token_ids: list[int]
+    tools: list[dict[str, Any]]
+
+
+class ToolCall(msgspec.Struct):
+    """One call that a turn contains; arguments: JSON."""
+
+    name: str
+    arguments: str
+    id: str | None = None
+
+
+class ParseReply(msgspec.Struct):
+    """What a worker found in a turn, or of itself.
+
+    ready: it has loaded the parsers. unusable: it cannot, and ends. failed: the parser raised."""
+
+    status: Literal["ready", "unusable", "parsed", "failed"]
+    reason: str = ""
+    reasoning: str | None = None
+    content: str | None = None
+    tool_calls: list[ToolCall] = []
+
+
+def main(options: Options) -> None:
+    """Serve jobs until stdin ends."""
+    end_without_parent()
+    jobs, replies = private_streams()
+
+    def send(reply: ParseReply) -> None:
+        replies.write(frame(reply))
+        replies.flush()
+
+    try:
+        parser = TurnParser(options)
+    except Exception as error:  # noqa: BLE001 - whatever vLLM raises for a parser it cannot make
+        name = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+        send(ParseReply("unusable", reason=f"{name}{error}"))
+        return
+    send(ParseReply("ready"))
+    decoder = msgspec.json.Decoder(ParseJob)
+    while header := jobs.read(LENGTH.size):
+        job = decoder.decode(jobs.read(LENGTH.unpack(header)[0]))
+        try:
+            send(parser.parse(job))
+        except Exception as error:  # noqa: BLE001 - a parser may raise anything on wild text
+            send(ParseReply("failed", reason=f"{type(error).__name__}: {error}"))
+
+
+class TurnParser:
+    """vLLM's reasoning and tool parsers for one tokenizer."""
+
+    def __init__(self, options: Options) -> None:
+        """Raise what vLLM raises where there is no such parser or it refuses the tokenizer."""
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+        from vllm.parser import ParserManager
+        from vllm.reasoning import ReasoningParserManager
+        from vllm.tool_parsers import ToolParserManager
+
+        from megatron_r1.data.tokenizer import load_tokenizer
+
+        _require("tool", options.tool_parser, ToolParserManager.list_registered())
+        _require("reasoning", options.reasoning_parser, ReasoningParserManager.list_registered())
+        self._request = ChatCompletionRequest
+        self._tokenizer = load_tokenizer(options.tokenizer, "model.path")
+        self._template_kwargs = options.template_kwargs
+        self._parser = ParserManager.get_parser(
+            tool_parser_name=options.tool_parser or None,
+            reasoning_parser_name=options.reasoning_parser or None,
+            enable_auto_tools=True,
+            tokenizer=self._tokenizer,
+        )
+        assert self._parser is not None, "a pool without parsers starts no worker"
+
+    def parse(self, job: ParseJob) -> ParseReply:
+        """Return reasoning, content and calls of a turn."""
+        message = {"role": "user", "content": ""}  # parsers read the tools only
+        request = self._request(model="", messages=[message], tools=_known(job.tools) or None)
+        parser = self._parser(
+            self._tokenizer, request.tools, chat_template_kwargs=self._template_kwargs
+        )
+        parser.set_prompt_token_ids(job.prompt_token_ids)
+        reasoning, content, calls = parser.parse(
+            job.text, request, enable_auto_tools=True, model_output_token_ids=job.token_ids
+        )
+        found = [ToolCall(call.name, call.arguments, call.id) for call in calls or []]
+        return ParseReply("parsed", "", reasoning, content, found)
+
+
+def _require(kind: str, name: str, known: list[str]) -> None:
+    if name and name not in known:
+        raise UserError(
+            f"agents.{kind}_parser: vLLM has no {kind} parser {name!r}{did_you_mean(name, known)}"
+        )
+
+
+def _known(tools: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return tools in the form that vLLM's request accepts."""
+    return [{"type": "function", "function": tool.get("function", tool)} for tool in tools]
+
+
+if __name__ == "__main__":
+    main(msgspec.json.decode(sys.argv[1], type=Options))

@@ -1,0 +1,31 @@
+"""A parser worker that hangs, dies or raises as the text demands."""
+
+import os
+import sys
+import time
+
+import msgspec
+
+from megatron_r1.agents.parsing.worker import ParseJob, ParseReply
+from megatron_r1.rewards.runtime.worker import LENGTH, frame
+
+
+def send(reply):
+    sys.stdout.buffer.write(frame(reply))
+    sys.stdout.buffer.flush()
+
+
+if "unknown" in sys.argv[1]:
+    send(ParseReply("unusable", "no such parser"))
+    sys.exit()
+send(ParseReply("ready"))
+while header := sys.stdin.buffer.read(LENGTH.size):
+    job = msgspec.json.decode(sys.stdin.buffer.read(LENGTH.unpack(header)[0]), type=ParseJob)
+    if job.text == "hang":
+        time.sleep(1000)
+    if job.text == "die":
+        os._exit(3)
+    if job.text == "raise":
+        send(ParseReply("failed", "ValueError: text"))
+    else:
+        send(ParseReply("parsed", "", "thought", job.text + str(os.getpid())))

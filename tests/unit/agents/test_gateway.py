@@ -1,0 +1,311 @@
+"""The gateway's secrets, limits, refusals and losses."""
+
+import asyncio
+import json
+
+import aiohttp
+import pytest
+
+from megatron_r1.agents.gateway import SessionLimits, server
+from megatron_r1.engine.errors import EngineDied
+from tests.unit.agents.gateways import check_tree, gateway
+
+USER = {"role": "user", "content": "What is 12 * 34?"}
+CHAT, RESPONSES = "/v1/chat/completions", "/v1/responses"
+MESSAGES, TOKENS = "/v1/messages", "/inference/v1/generate"
+
+
+async def post(served, session, path, body, **headers):
+    """Return the status and the body of a reply; `session` None for no key."""
+    secret = {"Authorization": f"Bearer {session.secret}"} if session else {}
+    data = body if isinstance(body, (str, bytes)) else json.dumps(body)
+    async with (
+        aiohttp.ClientSession() as http,
+        http.post(served.url + path, data=data, headers=secret | headers) as reply,
+    ):
+        text = await reply.text()
+        return reply.status, text if reply.content_type == "text/event-stream" else json.loads(text)
+
+
+def run(test, *texts, **options):
+    async def main():
+        async with gateway(*texts, **options) as served:
+            async with asyncio.timeout(30):
+                return await test(*served)
+
+    return asyncio.run(main())
+
+
+def test_only_the_secrets_of_open_sessions_are_served():
+    async def test(served, session, fleet):
+        body = {"messages": [USER]}
+        for key in ({}, {"x-api-key": "r1-"}, {"Authorization": "Bearer "}, {"X-Session-ID": "a"}):
+            status, reply = await post(served, None, CHAT, body, **key)
+            assert (status, reply["error"]["code"]) == (401, "invalid_api_key")
+        status, reply = await post(served, None, MESSAGES, body)
+        assert (status, reply["error"]["type"]) == (401, "authentication_error")
+        for key in ("x-api-key", "X-Session-ID"):
+            assert (await post(served, None, CHAT, body, **{key: session.secret}))[0] == 200
+        await served.end(session)
+        assert (await post(served, session, CHAT, body))[0] == 401
+        assert session.secret not in repr(session)
+
+    run(test, "a", "b")
+
+
+@pytest.mark.parametrize(
+    ("path", "change", "field"),
+    [
+        (CHAT, {"n": 2}, "n"),
+        (CHAT, {"logit_bias": {"5": 1}}, "logit_bias"),
+        (CHAT, {"response_format": {"type": "json_object"}}, "response_format"),
+        (CHAT, {"logprobs": True}, "logprobs"),
+        (CHAT, {"guided_regex": "a"}, "guided_regex"),
+        (CHAT, {"messages": []}, "messages"),
+        (CHAT, {"messages": None}, "messages"),
+        (CHAT, {"messages": [USER, {"role": "assistant", "content": "The"}]}, "messages"),
+        (CHAT, {"messages": [{"role": "critic", "content": ""}]}, "messages.0.role"),
+        (CHAT, {"messages": [{"role": "user", "content": 5}]}, "messages.0.content"),
+        (
+            CHAT,
+            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+            "messages.0.content.0.type",
+        ),
+        (CHAT, {"tools": [{"type": "function", "function": {}}]}, "tools.0.function.name"),
+        (CHAT, {"tools": [{"type": "web_search"}]}, "tools.0.type"),
+        (CHAT, {"max_tokens": 0}, "max_tokens"),
+        (CHAT, {"max_tokens": True}, "max_tokens"),
+        (CHAT, {"stop": [""]}, "stop"),
+        (RESPONSES, {"input": [{"type": "item_reference", "id": "a"}]}, "input.0.type"),
+        (RESPONSES, {"input": "x", "background": True}, "background"),
+        (RESPONSES, {"input": "x", "text": {"format": {"type": "json_schema"}}}, "text.format"),
+        (RESPONSES, {"input": "x", "truncation": "auto"}, "truncation"),
+        (MESSAGES, {"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "image"),
+        (MESSAGES, {"mcp_servers": []}, "mcp_servers"),
+        (TOKENS, {"token_ids": []}, "token_ids"),
+        (TOKENS, {"token_ids": [True]}, "token_ids"),
+        (TOKENS, {"token_ids": [1], "sampling_params": {"n": 2}}, "sampling_params.n"),
+        (TOKENS, {"token_ids": [1], "features": {"a": 1}}, "features"),
+    ],
+)
+def test_what_cannot_be_honoured_is_refused_by_its_name(path, change, field):
+    async def test(served, session, fleet):
+        needed = {"messages": [USER]} if path in (CHAT, MESSAGES) else {}
+        status, reply = await post(served, session, path, needed | change)
+        assert status == 400 and field in reply["error"]["message"], reply
+        if path != MESSAGES:
+            assert reply["error"]["param"] == field
+        assert session.status is None and not fleet.calls and not session.tree.nodes
+        assert any("refused" in note for note in session.notes)
+
+    run(test)
+
+
+@pytest.mark.parametrize("body", ["", "{", "[]", b"\xff", "[" * 100_000, '"x"'])
+def test_a_body_that_is_no_object_is_refused(body):
+    async def test(served, session, fleet):
+        for path in (CHAT, RESPONSES, MESSAGES, TOKENS):
+            status, reply = await post(served, session, path, body)
+            assert (status, reply["error"]["type"]) == (400, "invalid_request_error")
+
+    run(test)
+
+
+def test_bodies_have_a_size(monkeypatch):
+    async def test(served, session, fleet):
+        body = {"messages": [{"role": "user", "content": "x" * 3000}]}
+        status, reply = await post(served, session, CHAT, body)
+        assert (status, reply["error"]["type"]) == (413, "request_too_large")
+
+    monkeypatch.setattr(server, "MAX_BODY_BYTES", 2000)
+    run(test)
+
+
+def test_the_runs_sampling_wins_and_the_difference_is_noted():
+    async def test(served, session, fleet):
+        wishes = {"temperature": 0.2, "top_p": 1.0, "seed": 5, "presence_penalty": 0}
+        body = {"messages": [USER], "tool_choice": "required"} | wishes
+        assert (await post(served, session, CHAT, body))[0] == 200
+        assert fleet.sampling[0]["temperature"] == 1.0
+        assert fleet.sampling[0]["stop_token_ids"] == [fleet.tokenizer.eos_token_id]
+        assert set(session.notes) == {"temperature=0.2", "seed=5", "tool_choice=required"}
+
+    run(test, "a")
+
+
+def test_or_other_sampling_is_refused():
+    async def test(served, session, fleet):
+        body = {"messages": [USER], "temperature": 1.0}
+        assert (await post(served, session, CHAT, body))[0] == 200
+        status, reply = await post(served, session, CHAT, body | {"temperature": 0.2})
+        assert (status, reply["error"]["param"]) == (400, "temperature")
+        assert "the run samples with 1.0" in reply["error"]["message"]
+
+    run(test, "a", sampling_options="refuse")
+
+
+def test_turns_and_tokens_of_an_episode_end():
+    async def test(served, session, fleet):
+        body = {"messages": [USER]}
+        status, reply = await post(served, session, CHAT, body | {"max_tokens": 2})
+        assert reply["choices"][0]["finish_reason"] == "length"
+        assert (await post(served, session, CHAT, body))[0] == 200
+        assert fleet.sampling[1]["max_tokens"] == 8
+        status, reply = await post(served, session, CHAT, body)
+        assert (status, reply["error"]["code"]) == (400, "context_length_exceeded")
+        assert (session.status, session.num_tokens) == ("max_tokens", 10)
+        other = served.open(SessionLimits(max_turns=1, max_tokens=10), session.sampling)
+        assert (await post(served, other, CHAT, body))[0] == 200
+        status, reply = await post(served, other, CHAT, body)
+        assert (status, reply["error"]["code"], other.status) == (400, "max_turns", "max_turns")
+
+    run(test, "x" * 99, "x" * 99, "x", limits=SessionLimits(max_turns=5, max_tokens=10))
+
+
+def test_a_context_that_is_full_ends_the_episode():
+    async def test(served, session, fleet):
+        status, reply = await post(served, session, CHAT, {"messages": [USER]})
+        assert (status, session.status) == (400, "max_tokens")
+        assert "the engines take 8" in reply["error"]["message"]
+
+    run(test, max_context=8)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_engine_that_is_lost_is_no_fault_of_the_policy(stream):
+    async def test(served, session, fleet):
+        body = {"messages": [USER], "stream": stream}
+        status, reply = await post(served, session, CHAT, body)
+        assert status == (200 if stream else 503)
+        assert "no engine could sample this turn" in str(reply)
+        assert (session.status, session.reason) == ("engine_error", "engine-0 died")
+        assert not session.tree.nodes
+
+    run(test, EngineDied("engine-0 died"))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_gives_up_and_repeats_gets_the_same_turn(stream):
+    async def test(served, session, fleet):
+        body = {"messages": [USER], "stream": stream}
+        fleet.ready.clear()
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(post(served, session, CHAT, body), 0.3)
+        while not session.undelivered:
+            await asyncio.sleep(0.01)
+        assert not session.tree.nodes
+        fleet.ready.set()
+        status, reply = await post(served, session, CHAT, body)
+        assert status == 200 and "first" in str(reply)
+        assert len(fleet.calls) == 1 and not session.undelivered
+        # The same request again wants another answer.
+        assert "second" in str(await post(served, session, CHAT, body))
+        check_tree(session, fleet.calls)
+
+    run(test, "first", "second")
+
+
+def test_a_turn_that_reaches_no_client_is_not_trained():
+    async def test(served, session, fleet):
+        fleet.ready.clear()
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(post(served, session, CHAT, {"messages": [USER]}), 0.3)
+        await served.end(session)
+        assert not session.running and not session.tree.branches()
+
+    run(test, "first")
+
+
+def test_a_stream_is_kept_alive_while_its_turn_is_sampled(monkeypatch):
+    async def test(served, session, fleet):
+        fleet.ready.clear()
+        asyncio.get_running_loop().call_later(0.3, fleet.ready.set)
+        body = {"messages": [USER], "stream": True, "max_tokens": 5}
+        _, chat = await post(served, session, CHAT, body)
+        assert chat.startswith(": sampling\n\n") and chat.endswith("data: [DONE]\n\n")
+        assert session.engine_seconds > 0.2
+
+    monkeypatch.setattr(server, "KEEP_ALIVE_SECONDS", 0.05)
+    run(test, "a")
+
+
+def test_stop_strings_cut_after_the_token_that_completes_them():
+    async def test(served, session, fleet):
+        body = {"messages": [USER], "stop": ["Observation:", "unused"]}
+        _, reply = await post(served, session, CHAT, body)
+        choice = reply["choices"][0]
+        assert choice["message"]["content"] == "Think. " and choice["finish_reason"] == "stop"
+        [branch] = session.tree.branches()
+        sampled = [t for t, flag in zip(branch.token_ids, branch.is_sampled, strict=True) if flag]
+        text = fleet.tokenizer.decode(sampled)
+        whole = fleet.calls[0][1]
+        assert sampled == whole.token_ids[: len(sampled)].tolist() and len(sampled) < len(
+            whole.token_ids
+        )
+        assert "Observation:" in text
+        assert "Observation:" not in fleet.tokenizer.decode(sampled[:-1])
+        said = [USER, choice["message"], {"role": "user", "content": "Observation: 408"}]
+        body = {"messages": [{k: v for k, v in m.items() if v is not None} for m in said]}
+        assert (await post(served, session, CHAT, body))[0] == 200
+        assert len(session.tree.branches()) == 1, "a cut turn is closed and continued"
+        body = {"messages": [USER], "max_tokens": 99, "stop_sequences": ["b"]}
+        _, reply = await post(served, session, MESSAGES, body)
+        assert (reply["stop_reason"], reply["stop_sequence"]) == ("stop_sequence", "b")
+
+    run(test, "Think. Observation: 5 and so on", "408", "abc")
+
+
+def test_token_mode_continues_what_was_sampled():
+    async def test(served, session, fleet):
+        body = {
+            "model": "policy",
+            "token_ids": [5, 6, 7],
+            "sampling_params": {
+                **{"temperature": 1.0, "max_tokens": 50, "logprobs": 1},
+                **{"skip_special_tokens": False, "stop_token_ids": [fleet.tokenizer.eos_token_id]},
+            },
+        }
+        _, reply = await post(served, None, TOKENS, body, **{"X-Session-ID": session.secret})
+        [choice] = reply["choices"]
+        _, response = fleet.calls[0]
+        assert choice["token_ids"] == response.token_ids.tolist()
+        content = choice["logprobs"]["content"]
+        assert [entry["token"] for entry in content] == [
+            f"token_id:{token}" for token in response.token_ids
+        ]
+        assert [entry["token_id"] for entry in content] == choice["token_ids"]
+        assert [entry["logprob"] for entry in content] == response.logprobs.tolist()
+        assert choice["weight_versions"] == [
+            {"version": "7", "start": 0, "end": len(response.token_ids)}
+        ]
+        assert not session.notes
+        body["token_ids"] += [*choice["token_ids"], 9]
+        await post(served, session, TOKENS, body)
+        body["token_ids"][0] = 4
+        await post(served, session, TOKENS, body)
+        check_tree(session, fleet.calls)
+        assert len(session.tree.branches()) == 2, "one continued, one new"
+
+    run(test, "one", "two", "three")
+
+
+def test_turns_at_once_are_branches_of_one_episode():
+    async def test(served, session, fleet):
+        bodies = [{"messages": [{"role": "user", "content": f"Part {i}"}]} for i in range(8)]
+        fleet.ready.clear()
+        asyncio.get_running_loop().call_later(0.2, fleet.ready.set)
+        replies = await asyncio.gather(*(post(served, session, CHAT, body) for body in bodies))
+        statuses = [status for status, _ in replies]
+        assert statuses.count(200) == 4 and statuses.count(429) == 4
+        check_tree(session, fleet.calls)
+        assert len(session.tree.branches()) == 4
+
+    run(test, *"abcd", limits=SessionLimits(max_turns=9, max_tokens=99, max_parallel=4))
+
+
+def test_paths_that_do_not_exist():
+    async def test(served, session, fleet):
+        status, reply = await post(served, session, "/v1/embeddings", {})
+        assert (status, reply["error"]["type"]) == (404, "not_found_error")
+
+    run(test)

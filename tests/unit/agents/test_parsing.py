@@ -1,0 +1,77 @@
+"""Parser workers: vLLM's parsers on real text, and what becomes of a worker that is lost."""
+
+import asyncio
+import os
+
+import pytest
+
+from megatron_r1.agents.parsing import Parsed, ParserPool, pool
+from megatron_r1.errors import UserError
+from tests.chat_tokenizer import chat_tokenizer
+
+TOOL = {"type": "function", "function": {"name": "calculate", "parameters": {"type": "object"}}}
+
+
+def test_a_parser_that_hangs_dies_or_raises_costs_its_turn_only(monkeypatch):
+    async def run():
+        async with ParserPool("", "hermes", None, num_workers=1, timeout_seconds=2.0) as parsers:
+
+            async def parse(text):
+                return await parsers.parse(text, [1], [2], [])
+
+            first = await parse("a")
+            assert (first.reasoning, first.content[0]) == ("thought", "a")
+            assert (await parse("raise")) == Parsed(None, "raise", [], "ValueError: text")
+            assert (await parse("a")) == first, "the worker lives on"
+            for text in ("hang", "die"):
+                lost = await parse(text)
+                assert (lost.content, lost.tool_calls) == (text, []) and "lost" in lost.failure
+            assert (await parse("a")).content != first.content, "another process"
+            assert parsers.num_failures == 3
+            last = int((await parse("")).content)
+        with pytest.raises(ProcessLookupError):
+            os.kill(last, 0)
+        async with ParserPool("", "unknown", None) as parsers:
+            with pytest.raises(UserError, match="agents.tool_parser unknown.*no such parser"):
+                await parsers.check()
+
+    monkeypatch.setattr(pool, "MODULE", "tests.unit.agents.parser_stand_in")
+    asyncio.run(run())
+
+
+def test_without_parsers_a_turn_is_all_content_and_needs_no_process():
+    async def run():
+        async with ParserPool("", None, None) as parsers:
+            assert await parsers.parse("<tool_call>", [1], [2], [TOOL]) == Parsed(
+                None, "<tool_call>"
+            )
+
+    asyncio.run(run())
+
+
+@pytest.mark.slow
+def test_vllms_parsers(tmp_path):
+    tokenizer = chat_tokenizer()
+    tokenizer.save_pretrained(tmp_path)
+    text = (
+        "<think>hm</think>Let me see.\n<tool_call>\n"
+        '{"arguments": {"expression":  "1 × 2"}, "name": "calculate"}\n</tool_call>'
+    )
+
+    async def run():
+        async with ParserPool(str(tmp_path), "hermes", "deepseek_r1", num_workers=1) as parsers:
+            parsed = await parsers.parse(text, tokenizer.encode(text), [1], [TOOL])
+            assert (parsed.reasoning, parsed.content) == ("hm", "Let me see.\n")
+            [call] = parsed.tool_calls
+            assert call["function"] == {
+                "name": "calculate",
+                "arguments": '{"expression": "1 × 2"}',
+            }
+            assert parsed.message()["tool_calls"] == [call]
+            cut = await parsers.parse("<think>hm", tokenizer.encode("<think>hm"), [1], [])
+            assert (cut.reasoning, cut.content, cut.message()["content"]) == ("hm", None, "")
+        async with ParserPool(str(tmp_path), "hermez", None) as parsers:
+            with pytest.raises(UserError, match="no tool parser 'hermez'; did you mean 'hermes'"):
+                await parsers.check()
+
+    asyncio.run(run())
