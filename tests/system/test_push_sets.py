@@ -17,6 +17,7 @@ from tiny_models import DEEPSEEK, write_model
 from megatron_r1.fleet.rollout_fleet import RolloutFleet
 from megatron_r1.weight_sync.transports import process_group
 
+pytestmark = pytest.mark.slow  # in `make test` the rehearsal of r1_zero pushes through sets
 LAYOUT = {"tensor": 2, "expert_parallel": True}
 ENGINES = {"max_model_len": 64, "max_num_seqs": 8, "num_threads": 1, "max_restarts": 2}
 BACKEND = {"weight_transfer_backend": "megatron_r1_gloo"}
@@ -86,7 +87,6 @@ def kill(engine):
     os.kill(engine.server.process.pid, signal.SIGKILL)
 
 
-@pytest.mark.slow  # two more starts of vLLM
 @pytest.mark.parametrize("amid", [False, True], ids=["between pushes", "amid a push"])
 def test_an_engine_that_dies_does_not_take_the_other_with_it(
     amid, loop, models, fleet, bridge, expected, monkeypatch

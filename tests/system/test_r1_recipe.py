@@ -67,30 +67,47 @@ def finished(folder: Path) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def r1(tmp_path_factory):
-    """The pipeline's folder, and when the stages were done that a kill -9 did not undo."""
+def half(tmp_path_factory):
+    """The pipeline's folder after rejection sampling, and when the stages were done that a kill -9
+    did not undo."""
     folder, output = tmp_path_factory.mktemp("r1") / "r1", tmp_path_factory.mktemp("out") / "out"
-    process = start(folder, output, "r1")
+    process = start(folder, output, "rejection_sampling")
     while "cold_start" not in finished(folder):
         assert process.poll() is None, output.read_text()
         time.sleep(0.1)
     process.send_signal(signal.SIGKILL)
     process.wait()
     before = finished(folder)
-    process = start(folder, output, "r1")
+    process = start(folder, output, "rejection_sampling")
     assert process.wait(900) == 0, output.read_text()
     return folder, before
 
 
-def test_every_stage_ends_and_none_that_was_done_is_done_again(r1):
-    folder, before = r1
+@pytest.fixture(scope="module")
+def r1(half):
+    """The pipeline's folder at the end of stage 4."""
+    folder, _ = half
+    process = start(folder, folder.parent / "out", "r1")
+    assert process.wait(900) == 0, (folder.parent / "out").read_text()
+    return folder
+
+
+def test_stages_end_and_none_that_was_done_is_done_again(half):
+    folder, before = half
     after = finished(folder)
-    assert {"base", *RL, *OWN, "sft", "helpful", "safety"} <= after.keys()
+    assert {"base", "r1_zero", "cold_start", "reasoning_rl", *OWN} <= after.keys()
     assert before and {name: after[name] for name in before} == before
+    assert architectures(folder, "reasoning_rl") == ["DeepseekV3ForCausalLM"]
 
 
+@pytest.mark.slow
+def test_every_stage_ends(r1):
+    assert {"base", *RL, *OWN, "sft", "helpful", "safety"} <= finished(r1).keys()
+
+
+@pytest.mark.slow
 def test_rewards_of_the_last_part_come_from_the_reward_models(r1):
-    folder, _ = r1
+    folder = r1
     rows = [json.loads(text) for text in (folder / "questions/all.jsonl").open()]
     kinds = {row["question"]: row["kind"] for row in rows}
     assert set(kinds.values()) == {"math", "code", "helpful", "safety"}
@@ -110,22 +127,23 @@ def architectures(folder: Path, *names: str) -> list[str]:
     return [name for config in configs for name in config["architectures"]]
 
 
+@pytest.mark.slow
 def test_reward_models_are_score_models(r1):
     scored = "DeepseekV3ForSequenceClassification"
-    found = architectures(r1[0], "r1", "helpful", "safety")
+    found = architectures(r1, "r1", "helpful", "safety")
     assert found == ["DeepseekV3ForCausalLM", scored, scored]
 
 
+@pytest.mark.slow
 def test_the_report_has_a_row_for_every_stage_of_the_paper(r1):
-    folder, _ = r1
-    page = (folder / "report.html").read_text()
+    page = (r1 / "report.html").read_text()
     for title in ("R1-Zero", "Stage 1", "Stage 2", "Stage 3", "Stage 4", "Helpful reward model"):
         assert title in page, title
 
 
 @pytest.mark.slow
 def test_a_student_of_another_architecture_is_distilled_from_it(r1, tmp_path):
-    folder, _ = r1
+    folder = r1
     before = finished(folder)
     assert start(folder, tmp_path / "out", STUDENT).wait(900) == 0, (tmp_path / "out").read_text()
     after = finished(folder)

@@ -1,4 +1,4 @@
-"""A rollout through the controller, with synthetic engines that answer at once.
+"""A rollout through the controller, with synthetic engines that answer at once or at a given pace.
 
 Engines and trainer ranks are processes of this bench that speak the real protocols, HTTP and
 ZeroMQ; all between them is the controller's own code: client, checks, grading in worker processes,
@@ -22,6 +22,7 @@ def add_options(options: argparse.ArgumentParser) -> None:
     options.add_argument("--tokens", type=int, default=30_000, help="of each response")
     options.add_argument("--ranks", type=int, default=2048)
     options.add_argument("--replicas", type=int, default=16, help="which get samples of their own")
+    options.add_argument("--sampling-seconds", type=float, default=0.0, help="of a whole rollout")
     options.add_argument("--routing", action="store_true", help="with the experts of every token")
 
 
@@ -31,8 +32,9 @@ def run(chosen: argparse.Namespace) -> dict[str, Any]:
     context = multiprocessing.get_context("spawn")
     for groups in chosen.groups:
         with ProcessPoolExecutor(1, mp_context=context) as own:
-            args = groups, chosen.tokens, chosen.ranks, chosen.replicas, chosen.routing
-            sizes.append(own.submit(measure, *args).result())
+            size = groups, chosen.tokens, chosen.ranks, chosen.replicas
+            case = chosen.routing, chosen.sampling_seconds
+            sizes.append(own.submit(measure, *size, *case).result())
         print(_line(sizes[-1]), flush=True)
     return {"cores are worth": machine.cores_worth(), "group": GROUP, "sizes": sizes}
 

@@ -1,6 +1,8 @@
-"""Synthetic engines: HTTP servers that answer every generate call at once with the same group."""
+"""Synthetic engines: HTTP servers that answer every generate call with the same group."""
 
 import asyncio
+import itertools
+import time
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -12,11 +14,20 @@ JSON = "application/json"
 AWAKE = b'{"is_sleeping": false}'
 
 
-def serve(count: int, bodies: dict[str, Path], urls: Connection) -> None:
+def serve(count: int, bodies: dict[str, Path], urls: Connection, interval: float) -> None:
     """Serve `count` engines in this process until it is killed; send their addresses.
 
     bodies: files with the reply to a generate call, by media type; a call gets the type that it
-    accepts, JSON if it names none."""
+    accepts, JSON if it names none. interval: seconds from one reply to the next, of all engines
+    together, and from the first call to its reply; 0: every call is answered at once."""
+    calls = itertools.count()
+    first: list[float] = []
+
+    async def until_due() -> None:
+        number = next(calls)
+        if number == 0:
+            first.append(time.monotonic())
+        await asyncio.sleep(first[0] + (number + 1) * interval - time.monotonic())
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
@@ -25,6 +36,8 @@ def serve(count: int, bodies: dict[str, Path], urls: Connection) -> None:
         is_generate = GENERATE in head.partition("\r\n")[0]
         accepted = next((t for t in bodies if t != JSON and f"accept: {t}" in head), JSON)
         body = bodies[accepted] if is_generate else None
+        if is_generate:
+            await until_due()
         size, media_type = (body.stat().st_size, accepted) if body else (len(AWAKE), JSON)
         lines = ("HTTP/1.1 200 OK", f"Content-Type: {media_type}", f"Content-Length: {size}")
         writer.write("\r\n".join((*lines, "Connection: close\r\n\r\n")).encode())

@@ -47,8 +47,11 @@ RANK_PROCESSES = 2
 CONNECT_SECONDS = 300
 
 
-def measure(groups: int, tokens: int, world: int, replicas: int, routed: bool) -> dict[str, Any]:
-    """Return what one rollout of `groups` x 16 x `tokens` costs."""
+def measure(
+    groups: int, tokens: int, world: int, replicas: int, routed: bool, sampling: float
+) -> dict[str, Any]:
+    """Return what one rollout of `groups` x 16 x `tokens` costs whose groups the engines finish one
+    after another, evenly over `sampling` seconds."""
     context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -59,7 +62,8 @@ def measure(groups: int, tokens: int, world: int, replicas: int, routed: bool) -
         bodies[engines.JSON].write_bytes(as_json(reply))
         bodies[MEDIA_TYPE].write_bytes(as_bytes(reply))
         own, theirs = context.Pipe()
-        server = context.Process(target=engines.serve, args=(ENGINES, bodies, theirs), daemon=True)
+        args = ENGINES, bodies, theirs, sampling / groups
+        server = context.Process(target=engines.serve, args=args, daemon=True)
         server.start()
         job = _Job(config, text, own.recv(), world, replicas, folder)
         try:
@@ -67,10 +71,14 @@ def measure(groups: int, tokens: int, world: int, replicas: int, routed: bool) -
         finally:
             for process in multiprocessing.active_children():
                 process.kill()
+    # The last group is sampled when `sampling` is over: from then on the controller adds.
+    result["seconds"]["rollout"] -= sampling
+    result["seconds"]["added"] = sum(result["seconds"].values())
     return {
         "groups": groups,
         "tokens": tokens,
         "response tokens": groups * GROUP * tokens,
+        "sampling, seconds": sampling,
         **result,
     }
 
@@ -122,7 +130,7 @@ class _Job:
         blocked = {phase: 1e3 * seconds for phase, seconds in watch.longest.items() if phase}
         computed = {phase: 1e3 * seconds for phase, seconds in watch.computed.items() if phase}
         return {
-            "seconds": session.seconds | {"added": sum(session.seconds.values())},
+            "seconds": session.seconds,
             "longest block, ms": blocked,
             "longest computation, ms": computed,
             "blocks over 100 ms": sum(n for phase, n in watch.late.items() if phase),
@@ -166,7 +174,7 @@ class _Passes(TrainerPasses):
 
 
 class _OneStep:
-    """What `rl.loop.train` asks of a session, for one step. seconds: until the rollout is there
+    """What `rl.loop.train` calls of a session, for one step. seconds: until the rollout is there
     ("rollout"), and from there until the trainer has it ("load")."""
 
     def __init__(self, passes: _Passes, sampler: StepSampler, watch: Watch) -> None:
