@@ -41,7 +41,7 @@ class ParallelConfig(Section):
     """model chunks per pipeline rank, interleaved to shorten the bubble"""
     pipeline_layout: str | None = None
     """what each chunk holds, in Megatron's letters: E embedding, t decoder layer, m MTP layers, L
-    head and loss, as in Et*3|(tt|)*29mL; default: layers spread evenly"""
+    head and loss, as in Et*3|(tt|)*29mL; default: evenly, longer chunks in the middle"""
     dispatcher: Literal["alltoall", "flex"] = "alltoall"
     """how tokens travel to experts on other ranks; flex: DeepEP's kernels, on GPUs"""
     overlap_param_gather: bool = False

@@ -12,7 +12,7 @@ from megatron_r1.errors import UserError
 from megatron_r1.models import fp8
 from megatron_r1.models.acceleration import acceleration_fields
 from megatron_r1.models.hf_config import model_family
-from megatron_r1.models.pipeline_stages import pipeline_stages
+from megatron_r1.models.pipeline_stages import pipeline_stages, uneven_layout
 from megatron_r1.models.supported import check_divisions, own_fields
 
 RECOMPUTABLE = ("core_attn", "layernorm", "mla_up_proj", "mlp", "moe", "moe_act", "shared_experts")
@@ -98,6 +98,7 @@ def _pipeline_fields(parallel: ParallelConfig, num_layers: int, num_mtp: int) ->
     """Return Megatron's fields of the pipeline layout. Raises UserError for one that it cannot
     run."""
     ranks, virtual, layout = parallel.pipeline, parallel.virtual_pipeline, parallel.pipeline_layout
+    layout = layout or uneven_layout(num_layers, ranks, virtual, num_mtp=num_mtp)
     stages = pipeline_stages(num_layers, ranks, virtual, num_mtp=num_mtp, layout=layout)
     if ranks == 1:
         if len(stages[0]) > 1:

@@ -41,18 +41,14 @@ def pipeline_stages(
     layout: Megatron's string, one group per chunk in the order micro-batches pass them, split by
     "|": E embedding, t decoder layer, m MTP layer, L head and loss; x*3 and (xy|)*3 repeat, commas
     are ignored. Its number of groups sets the virtual stages. None: the layers are spread evenly,
-    the embedding on the first chunk, MTP layers and head on the last. num_mtp: MTP layers of the
-    model as built.
+    or as `uneven_layout` has them, the embedding on the first chunk, MTP layers and head on the
+    last. num_mtp: MTP layers of the model as built.
 
-    Raises UserError for a layout that Megatron would refuse or silently build differently."""
+    Raises UserError for a layout that Megatron would refuse or silently build differently, and for
+    fewer layers than chunks."""
+    layout = layout or uneven_layout(num_layers, pipeline, virtual, num_mtp=num_mtp)
     if layout:
         return _spelled_out(layout, num_layers, pipeline, virtual, num_mtp)
-    if num_layers % (pipeline * virtual):
-        raise UserError(
-            f"num_hidden_layers={num_layers} is not a multiple of parallel.pipeline={pipeline} x "
-            f"parallel.virtual_pipeline={virtual}; spell the stages out with "
-            "parallel.pipeline_layout"
-        )
     length = num_layers // (pipeline * virtual)
     return [
         [
@@ -61,6 +57,31 @@ def pipeline_stages(
         ]
         for rank in range(pipeline)
     ]
+
+
+def uneven_layout(
+    num_layers: int, pipeline: int, virtual: int = 1, *, num_mtp: int = 0
+) -> str | None:
+    """Return the layout, in Megatron's letters, of layers that do not divide evenly over the
+    chunks; None where they do.
+
+    Each chunk has one layer more than another at most. Those with one more are in the middle: the
+    first has the embedding besides, the last the head and the MTP layers, which cost more. Raises
+    UserError for fewer layers than chunks."""
+    chunks = pipeline * virtual
+    length, extra = divmod(num_layers, chunks)
+    if not length:
+        raise UserError(
+            f"parallel.pipeline={pipeline} x parallel.virtual_pipeline={virtual} are {chunks} "
+            f"stages, and the model has {num_layers} layers: lower one of them, or spell the "
+            "stages out, empty ones too, with parallel.pipeline_layout"
+        )
+    if not extra:
+        return None
+    costliest_last = [*range(1, chunks - 1), 0]
+    longer = costliest_last[:extra]
+    groups = ["t" * (length + (chunk in longer)) for chunk in range(chunks)]
+    return "E" + "|".join(groups) + "m" * num_mtp + "L"
 
 
 def _even_stage(index: int, length: int, num_layers: int, num_mtp: int) -> Stage:

@@ -5,7 +5,7 @@ from megatron.core.transformer.enums import LayerType
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 
 from megatron_r1 import weights
-from megatron_r1.models.pipeline_stages import parse_layout, pipeline_stages
+from megatron_r1.models.pipeline_stages import parse_layout, pipeline_stages, uneven_layout
 
 SMALL = {
     "architectures": ["DeepseekV3ForCausalLM"],
@@ -35,6 +35,11 @@ LAYOUTS = [
     ("Et||tL", 3, 1, 2, 0),
     ("EttL", 1, 1, 2, 0),
     (" Et , t*2 | t m L ", 2, 1, 4, 1),
+    *(
+        (uneven_layout(layers, ranks, virtual), ranks, virtual, layers, 0)
+        for layers, ranks, virtual in ((61, 16, 1), (30, 4, 2), (5, 2, 2), (3, 2, 1))
+    ),
+    (uneven_layout(61, 16, num_mtp=1), 16, 1, 61, 1),
 ]
 
 
@@ -71,7 +76,7 @@ def test_a_layout_means_what_it_means_to_megatron(layout, pipeline, virtual, num
         ("Ett|m|L|", 2, 1, 2, 1, "last virtual stage"),
         ("Ex|tL", 2, 1, 1, 0, r"'x\|tL' is not understood"),
         ("E(t(t|)*2)*2L", 2, 1, 1, 0, "is not understood"),
-        (None, 16, 1, 61, 1, "num_hidden_layers=61 is not a multiple of parallel.pipeline=16"),
+        (None, 16, 4, 61, 1, "16 x parallel.virtual_pipeline=4 are 64 stages, .* has 61 layers"),
     ],
 )
 def test_an_impossible_layout_is_refused_with_its_reason(
@@ -102,3 +107,13 @@ def test_uneven_stages_hold_every_parameter_once(layout, pipeline):
     assert len(held) == len(set(held))
     copies = {"model.layers.4.embed_tokens.weight", "model.layers.4.shared_head.head.weight"}
     assert set(held) == weights.hf_tensors(SMALL).keys() - copies
+
+
+def test_layers_that_do_not_divide_are_spread_with_the_ends_shorter():
+    def lengths(*size, **mtp):
+        return [len(stage.layers) for chunks in pipeline_stages(*size, **mtp) for stage in chunks]
+
+    assert lengths(61, 16, num_mtp=1) == [3] + [4] * 13 + [3, 3]
+    assert lengths(30, 4) == [7, 8, 8, 7]
+    assert lengths(3, 2) == [2, 1], "the head costs more than the embedding"
+    assert lengths(6, 3) == [2, 2, 2]
