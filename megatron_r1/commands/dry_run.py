@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_r1.commands import torchrun
 from megatron_r1.config import Config
 from megatron_r1.data.prompts import Prompt, PromptSplit
 from megatron_r1.data.sampler import PromptSampler
@@ -25,6 +26,7 @@ from megatron_r1.rl.advice import advice
 from megatron_r1.rl.collector import RolloutCollector
 from megatron_r1.rl.metrics import rollout_metrics
 from megatron_r1.rl.rollout import Group, Rollout, Sampling
+from megatron_r1.training.cpu_memory import cpu_memory
 from megatron_r1.weights import num_parameters
 
 MAX_RESPONSES = 64
@@ -121,7 +123,6 @@ def _summary(config: Config, first: Config, rollout: Rollout, seconds: float) ->
     full = first.rl.questions_per_rollout * first.rl.group_size
     sampling = full * means["response_length/mean"] / rate * config.run.steps
     parameters = num_parameters(read_hf_config(config.model.path), with_mtp=False)
-    memory = parameters * TRAINER_BYTES / 2**30
     lines = [
         "---",
         f"{counted(responses, 'response')} to {counted(len(rollout.groups), 'question')}: accuracy "
@@ -132,10 +133,20 @@ def _summary(config: Config, first: Config, rollout: Rollout, seconds: float) ->
         f"{counted(config.run.steps, 'step')} of {full:,} responses: {duration(sampling)} of "
         "sampling at this rate and length, less where more is sampled at once; updates come on "
         "top",
-        f"the trainer: {parameters / 1e6:,.1f}M parameters, {memory:,.2f} GiB for weights, "
-        "gradients and Adam's moments in fp32, over all tensor, pipeline and expert ranks; "
-        "activations come on top (tools/plan)",
+        f"{parameters / 1e6:,.1f}M parameters; {_memory(config, parameters)}",
         *advice(rollout, first).values(),
         "nothing was trained or written",
     ]
     return "\n".join(lines)
+
+
+def _memory(config: Config, parameters: int) -> str:
+    """Return a sentence on the memory that the run takes."""
+    if gpu.is_usable():
+        return (
+            f"{parameters * TRAINER_BYTES / 2**30:,.2f} GiB for weights, gradients and Adam's "
+            "moments in fp32, over all tensor, pipeline and expert ranks; activations come on top "
+            "(tools/plan)"
+        )
+    memory = cpu_memory(config, torchrun.num_ranks(config), samples=True)
+    return memory.describe(memory.microbatch(config.parallel.tokens_per_microbatch))

@@ -10,6 +10,7 @@ from pathlib import Path
 from megatron_r1.commands import torchrun
 from megatron_r1.commands.torchrun import PORT, SPANS_HOSTS
 from megatron_r1.config import RESUMABLE, Config, ModelConfig
+from megatron_r1.engine import gpu
 from megatron_r1.errors import TrainerError, UserError
 from megatron_r1.evaluation.model_folder import has_newest_export
 from megatron_r1.files import atomic_write
@@ -18,6 +19,7 @@ from megatron_r1.reporting.run_folder import RunFolder
 from megatron_r1.supervision.supervisor import Supervisor
 from megatron_r1.training.batch_size import check_batches
 from megatron_r1.training.client import TrainerClient
+from megatron_r1.training.cpu_memory import cpu_memory
 from megatron_r1.training.recorder import Recorder
 from megatron_r1.weights.stored.weight_files import weight_files
 
@@ -86,7 +88,8 @@ async def _run(
             return
         port = os.environ.get(PORT)
         bind = f"tcp://*:{port}" if port else "tcp://127.0.0.1:*"
-        trainer = TrainerClient(config, folder.path / "logs", bind, num_ranks)
+        fitting = _with_microbatch(config, num_ranks, name == "rl", recorder.view.message)
+        trainer = TrainerClient(fitting, folder.path / "logs", bind, num_ranks)
         supervisor = Supervisor(config, recorder, trainer, spans_hosts=SPANS_HOSTS in os.environ)
 
         async def work() -> None:
@@ -125,6 +128,21 @@ async def _run(
                 summary = {"model": config.model.path, "task": " · ".join(facts[1:])}
                 write_report(folder, title=title, facts=summary, next_commands=next_commands)
                 print(f"report: {folder.path / 'report.html'}", flush=True)
+
+
+def _with_microbatch(
+    config: Config, num_ranks: int, samples: bool, notify: Callable[[str], object]
+) -> Config:
+    """Return the recipe with a micro-batch that the memory of this host has room for, if it is a
+    CPU's, and print what the run takes of it. samples: whether engines run as well. Raises
+    UserError for a run that does not fit."""
+    if gpu.is_usable() or SPANS_HOSTS in os.environ:
+        return config
+    memory = cpu_memory(config, num_ranks, samples=samples)
+    tokens = memory.microbatch(config.parallel.tokens_per_microbatch)
+    notify(memory.describe(tokens))
+    parallel = config.parallel.model_copy(update={"tokens_per_microbatch": tokens})
+    return config.model_copy(update={"parallel": parallel})
 
 
 def _require_weights(model: ModelConfig) -> None:

@@ -54,9 +54,15 @@ class ParallelConfig(Section):
     """share of the optimizer's state and update on the host; on a CPU all is there"""
     reference_offload: Literal["host", "device"] = "host"
     """where the reference's weights wait; device: always on the GPU"""
-    tokens_per_microbatch: int = Field(16_384, gt=0)
-    """upper limit; a longer sample gets a micro-batch alone"""
+    tokens_per_microbatch: int | None = Field(None, gt=0)
+    """upper limit; a longer sample gets a micro-batch alone. Default: 16,384; without GPUs 4,096,
+    or fewer where memory is short"""
     threads: int | None = Field(None, description="CPU threads per rank; default: cores / ranks")
+
+    @property
+    def microbatch_tokens(self) -> int:
+        """`tokens_per_microbatch`, or its default on GPUs."""
+        return self.tokens_per_microbatch or 16_384
 
     def num_replicas(self, world_size: int) -> int:
         """Return the data-parallel size: the number of model replicas with different samples."""

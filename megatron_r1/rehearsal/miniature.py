@@ -236,7 +236,7 @@ def _tokens(config: Config) -> int:
     """Return the limit of a micro-batch: the longest sample times as much as in the recipe."""
     rollout = config.rollout
     longest = rollout.max_model_len or rollout.max_response_tokens
-    return max(1, config.parallel.tokens_per_microbatch * (PROMPT + RESPONSE) // longest)
+    return max(1, config.parallel.microbatch_tokens * (PROMPT + RESPONSE) // longest)
 
 
 def _sft(config: Config, folder: Path, data: int) -> dict[str, Any]:

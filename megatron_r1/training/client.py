@@ -144,7 +144,7 @@ class TrainerClient:
         self, minibatches: list[list[Sample]], unit: int
     ) -> tuple[list[Packing], list[list[Buffer]]]:
         """Return the packing of every mini-batch, and each replica's encoded share of all."""
-        limit = self.config.parallel.tokens_per_microbatch
+        limit = self.config.parallel.microbatch_tokens
         shares: list[Share] = [[] for _ in range(self.data_size)]
         packings = [
             pack([len(s) for s in samples], self.data_size, limit, cost=self._cost, unit=unit)

@@ -197,13 +197,13 @@ class Job:
     @property
     def microbatch_tokens(self) -> int:
         """Tokens of the largest micro-batch: a sample longer than the limit has one of its own."""
-        return max(self.parallel.tokens_per_microbatch, self.longest_sample)
+        return max(self.parallel.microbatch_tokens, self.longest_sample)
 
     @property
     def num_microbatches(self) -> int:
         """Micro-batches of one optimizer step on each data-parallel rank."""
         tokens = self.num_responses / self.minibatches * self.sample_tokens
-        limit = max(self.parallel.tokens_per_microbatch, self.sample_tokens)
+        limit = max(self.parallel.microbatch_tokens, self.sample_tokens)
         return max(1, -(-int(tokens) // (self.data * limit)))
 
     @property

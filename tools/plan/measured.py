@@ -86,7 +86,7 @@ class Measured:
         fill, count = self._median("packing/fill"), self._median("packing/microbatches")
         sample = None
         if fill and count:
-            limit = job.parallel.tokens_per_microbatch
+            limit = job.parallel.microbatch_tokens
             sample = fill * limit * count * job.data * job.minibatches / job.num_responses
         if mean and job.generates:
             response, longest = max(1, round(mean)), self._median("response_length/max") or mean

@@ -75,7 +75,7 @@ def _load(trainer, sentences: list[list[int]]) -> None:
     from megatron_r1.training.wire import Sample
 
     samples = [Sample.pack(tokens[:2], tokens[2:]) for tokens in sentences]
-    limit = trainer.config.parallel.tokens_per_microbatch
+    limit = trainer.config.parallel.microbatch_tokens
     plan = pack([len(s) for s in samples], 1, limit).shares[0]
     trainer.load([[[samples[i] for i in members] for members in plan]])
 

@@ -1,0 +1,164 @@
+"""The memory that a run takes on a host without GPUs, and the micro-batch that fits into it.
+
+Everything is in one memory there, the engines' part too, and the kernel kills a process of a run
+that takes more than there is. So the default micro-batch is what the memory has room for."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from megatron_r1.config import Config
+from megatron_r1.errors import UserError
+from megatron_r1.models import read_hf_config
+from megatron_r1.models.hf_config import sparse_layers
+from megatron_r1.training.sample_cost import head_sizes
+from megatron_r1.weights import num_parameters
+
+VALUE = {"float32": 4, "bfloat16": 2}
+FP32 = 4
+RANK_BYTES, ENGINE_BYTES, OTHER_BYTES = 900 << 20, 1200 << 20, 1 << 30
+"""Of a trainer rank and of an engine without a model, mostly libraries; of controller and
+graders."""
+CHUNK_LOGITS = 1 << 24
+"""Logits that the loss head has in memory at once on a CPU (r1_kernels)."""
+MOST_TOKENS, FEWEST_TOKENS = 4096, 512
+"""Of a default micro-batch: larger ones are not faster on a CPU, smaller ones are slower."""
+USED = 0.9
+"""The part of the free memory that a default micro-batch may fill."""
+
+
+@dataclass(frozen=True)
+class CPUMemory:
+    """Bytes on this host. weights: of all ranks, with gradients, optimizer state, reference and the
+    copy that a checkpoint is written from; engines: with KV cache; others: processes without
+    models; per_token: activations of a token of every rank's micro-batch; free: what there is."""
+
+    weights: int
+    engines: int
+    others: int
+    per_token: int
+    free: int
+
+    @property
+    def fixed(self) -> int:
+        """Bytes that no setting of the micro-batch changes."""
+        return self.weights + self.engines + self.others
+
+    @property
+    def room(self) -> int:
+        """Tokens of a micro-batch that fit beside all else."""
+        return max(0, int(USED * self.free) - self.fixed) // self.per_token
+
+    def microbatch(self, wanted: int | None) -> int:
+        """Return the limit of a micro-batch in tokens; wanted: the recipe's, None by default.
+
+        Raises UserError where the run does not fit into the memory."""
+        tokens = wanted or max(FEWEST_TOKENS, min(MOST_TOKENS, self.room))
+        if self.fixed + tokens * self.per_token <= self.free:
+            return tokens
+        remedy = (
+            "lower rollout.kv_cache_gib, parallel.processes or rollout.engines, set "
+            "checkpoint.asynchronous: false or optimizer.moments: bfloat16, or take a machine with "
+            "more memory"
+        )
+        if wanted and self.room >= FEWEST_TOKENS:
+            remedy = f"leave parallel.tokens_per_microbatch out, or lower it to {self.room:,}"
+        raise UserError(f"{self.describe(tokens)}: {remedy}")
+
+    def describe(self, tokens: int) -> str:
+        """Return a sentence on what the run takes with micro-batches of `tokens`."""
+        total = self.fixed + tokens * self.per_token
+        parts = (
+            f"weights with optimizer {_gib(self.weights)}",
+            *([f"engines {_gib(self.engines)}"] if self.engines else []),
+            f"activations of {tokens:,} tokens {_gib(tokens * self.per_token)}",
+            f"other processes {_gib(self.others)}",
+        )
+        return (
+            f"the run takes about {_gib(total)} GiB of memory ({', '.join(parts)}), and "
+            f"{_gib(self.free)} are free"
+        )
+
+
+def cpu_memory(config: Config, num_ranks: int, *, samples: bool) -> CPUMemory:
+    """Return what the run takes. num_ranks: trainer ranks, all on this host; samples: whether
+    engines of the recipe run beside them."""
+    hf = read_hf_config(config.model.path, config.model.head)
+    parallel, value = config.parallel, VALUE[config.model.dtype]
+    parameters = num_parameters(hf)
+    # Optimizer state is spread over the ranks; a weight and its gradient are on as many as there
+    # are replicas, at most: experts are on fewer.
+    replicas = num_ranks // (parallel.tensor * parallel.pipeline)
+    master = FP32 if config.model.dtype == "bfloat16" else 0
+    state = parameters * (master + 2 * VALUE[config.optimizer.moments])
+    weights = parameters * replicas * (value + FP32) + state
+    if config.checkpoint.asynchronous:
+        weights += parameters * value + state
+    if samples and any(phase.rl.kl_beta > 0 for _, phase in config.phases()):
+        weights += parameters * replicas * value
+    columns = 1 if config.model.head == "score" else hf["vocab_size"]
+    head = 3 * FP32 * CHUNK_LOGITS + 2 * FP32 * columns * hf["hidden_size"]
+    return CPUMemory(
+        weights,
+        _engine_bytes(config, parameters) if samples else 0,
+        OTHER_BYTES + num_ranks * (RANK_BYTES + min(head, 3 * FP32 * MOST_TOKENS * columns)),
+        activation_bytes(hf, value) * num_ranks // (parallel.tensor * parallel.context),
+        free_bytes(),
+    )
+
+
+def _engine_bytes(config: Config, parameters: int) -> int:
+    """Return the bytes of the engines on this host: weights in the engine, and as much again in
+    the buffer that a push fills."""
+    rollout = config.rollout
+    if rollout.placement != "local":
+        return 0
+    ranks = rollout.tensor * rollout.pipeline * rollout.data
+    of_each = ranks * (ENGINE_BYTES + (rollout.kv_cache_gib << 30))
+    of_each += 2 * rollout.data * parameters * VALUE[rollout.dtype]
+    return rollout.engines * of_each
+
+
+def activation_bytes(hf: dict, value: int) -> int:
+    """Return the bytes that the layers keep of a token for the backward pass, `value` bytes a
+    number, with the layers of `models/layers.py`; recomputation would keep less."""
+    hidden, heads = hf["hidden_size"], hf["num_attention_heads"]
+    query, out = head_sizes(hf)
+    if rank := hf.get("kv_lora_rank"):
+        latent = 3 * (hf.get("q_lora_rank") or 0) + 3 * rank + hf["qk_rope_head_dim"]
+        # Up-projections; heads with their rotary part; q, k and v in batches of one head size.
+        widest = max(query, out)
+        attention = latent + heads * (2 * query + out + 2 * query + 3 * widest + 2 * out)
+    else:
+        groups = hf.get("num_key_value_heads") or heads
+        # The projection; q and k with positions; q, k and v in batches; the output, and its copy.
+        attention = query * (2 * (heads + 2 * groups) + heads + groups + 2 * heads)
+    norms = 4 * hidden
+    dense = 4 * hf["intermediate_size"]  # gate, up, activation, product
+    sparse = sparse_layers(hf)
+    total = len(sparse) * (norms + attention) + (len(sparse) - sum(sparse)) * dense
+    if any(sparse):
+        experts = hf["n_routed_experts"]
+        inner, chosen = hf["moe_intermediate_size"], hf["num_experts_per_tok"]
+        shared = hf.get("n_shared_experts") or 0
+        routed = chosen * (2 * hidden + 4 * inner) + 4 * shared * inner + 4 * experts
+        total += sum(sparse) * routed
+    return total * value
+
+
+def free_bytes() -> int:
+    """Return the memory that this host, or the container, has left."""
+    free = psutil.virtual_memory().available
+    try:
+        limit, used = ((CGROUP / name).read_text() for name in ("memory.max", "memory.current"))
+        return min(free, int(limit) - int(used))
+    except (OSError, ValueError):  # another system, or no limit ("max")
+        return free
+
+
+CGROUP = Path("/sys/fs/cgroup")
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.1f}"

@@ -1,0 +1,24 @@
+"""The memory that a CPU's micro-batch is chosen by, against what autograd really keeps."""
+
+import json
+from pathlib import Path
+
+import pytest
+from ranks import run_ranks
+from small_models import DEEPSEEK, LLAMA, QWEN
+
+from megatron_r1.models import read_hf_config
+from megatron_r1.training.cpu_memory import activation_bytes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", [QWEN, LLAMA, DEEPSEEK], ids=["qwen", "llama", "deepseek"])
+def test_activations_of_a_token_are_within_a_tenth(tmp_path, model):
+    # Of a shape in which what has the size of a head, not of the model, counts little.
+    wider = {"hidden_size": 192, "intermediate_size": 320}
+    wider |= {"moe_intermediate_size": 96} if "moe_intermediate_size" in model else {}
+    (tmp_path / "config.json").write_text(json.dumps(model | wider))
+    folder = Path(__file__).parent
+    run_ranks(folder, 1, "saved_activations.py", str(tmp_path), str(tmp_path))
+    measured = json.loads((tmp_path / "saved.json").read_text())
+    assert activation_bytes(read_hf_config(str(tmp_path)), 4) == pytest.approx(measured, rel=0.1)

@@ -1,0 +1,101 @@
+"""What a run takes on a CPU: the planner's arithmetic, itself tested against real ranks, agrees."""
+
+import json
+
+import pytest
+
+from megatron_r1.config import Config
+from megatron_r1.config.hardware import HARDWARE
+from megatron_r1.errors import UserError
+from megatron_r1.training import cpu_memory as memory
+from megatron_r1.training.cpu_memory import CPUMemory, activation_bytes, cpu_memory, free_bytes
+from tools.plan.activations import layer_activations
+from tools.plan.job import Job
+from tools.plan.memory import rank_memory
+
+# SmolLM2-135M's and a mixture of experts with latent attention.
+DENSE = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 49_152,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "tie_word_embeddings": True,
+    "rms_norm_eps": 1e-5,
+    "hidden_act": "silu",
+    "rope_theta": 100_000.0,
+    "max_position_embeddings": 8192,
+}
+GIB = 1 << 30
+
+
+def recipe(tmp_path, ranks: int = 1, **changed) -> Config:
+    (tmp_path / "config.json").write_text(json.dumps(DENSE))
+    model = {"path": str(tmp_path), "dtype": "float32", **changed.pop("model", {})}
+    rollout = {"dtype": "float32", **changed.pop("rollout", {})}
+    parallel = {"processes": ranks, **changed.pop("parallel", {})}
+    return Config.model_validate(
+        {"model": model, "rollout": rollout, "parallel": parallel, **changed}
+    )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("ranks, tensor, kl_beta", [(1, 1, 0.001), (3, 3, 0.0), (2, 1, 0.001)])
+def test_weights_are_those_of_the_plan(tmp_path, dtype, ranks, tensor, kl_beta):
+    settings = {"model": {"dtype": dtype}, "parallel": {"tensor": tensor}}
+    config = recipe(tmp_path, ranks, **settings, rl={"kl_beta": kl_beta})
+    job = Job(memory.read_hf_config(str(tmp_path)), config, ranks, HARDWARE["H800"])
+    (of_rank,) = rank_memory(job)  # ranks of one pipeline stage are equal
+    planned = of_rank.persistent + of_rank.host["reference"]
+    copies = of_rank.host["checkpoint being written"]
+    # Replicas share the checkpoint's weights; the plan counts them on every rank.
+    shared = (ranks // tensor - 1) * of_rank.training["parameters"]
+    found = cpu_memory(config, ranks, samples=True)
+    assert found.weights == pytest.approx(ranks * (planned + copies) - shared, rel=0.01)
+
+
+def test_activations_are_the_plan_s_and_what_local_layers_keep_beside_them(tmp_path):
+    config = recipe(tmp_path)
+    job = Job(memory.read_hf_config(str(tmp_path)), config, 1, HARDWARE["H800"])
+    planned = 30 * layer_activations(job, False, tokens=1).everything
+    assert planned < activation_bytes(DENSE, 4) < 1.5 * planned
+    assert activation_bytes(DENSE, 2) == activation_bytes(DENSE, 4) // 2
+    # Measured: 15.4 GB in all with one micro-batch of 8,064 tokens, where the kernel ended it.
+    assert cpu_memory(config, 1, samples=False).weights + 8064 * activation_bytes(
+        DENSE, 4
+    ) == pytest.approx(15.4e9, rel=0.1)
+
+
+def test_a_micro_batch_is_what_the_free_memory_has_room_for():
+    def tokens(free: float, wanted: int | None = None) -> int:
+        return CPUMemory(3 * GIB, 2 * GIB, GIB, 1 << 20, int(free * GIB)).microbatch(wanted)
+
+    assert tokens(64) == memory.MOST_TOKENS
+    assert tokens(8) == int((0.9 * 8 - 6) * 1024)
+    assert tokens(64, 20_000) == 20_000
+    assert tokens(6.6) == memory.FEWEST_TOKENS  # beyond the usual nine tenths
+    with pytest.raises(UserError, match=r"about 6\.5 GiB .* 6\.4 are free: lower rollout\.kv_"):
+        tokens(6.4)
+    with pytest.raises(UserError, match=r"16,384 tokens 16\.0.*tokens_per_microbatch out.*1,228"):
+        tokens(8, 16_384)
+
+
+def test_engines_elsewhere_take_nothing_here_and_a_score_head_no_logits(tmp_path):
+    here = cpu_memory(recipe(tmp_path), 1, samples=True)
+    hosts = cpu_memory(recipe(tmp_path, rollout={"placement": "hosts"}), 1, samples=True)
+    assert here.engines > GIB + 2 * 134_515_008 * 4 and hosts.engines == 0
+    score = cpu_memory(recipe(tmp_path, model={"head": "score"}), 1, samples=False)
+    assert score.others < here.others and score.engines == 0
+
+
+def test_a_container_s_limit_counts_where_it_is_lower(tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "CGROUP", tmp_path)
+    unlimited = free_bytes()
+    (tmp_path / "memory.max").write_text(f"{1 << 20}\n")
+    (tmp_path / "memory.current").write_text("4096\n")
+    assert free_bytes() == (1 << 20) - 4096 < unlimited
+    (tmp_path / "memory.max").write_text("max\n")
+    assert free_bytes() > 1 << 20
