@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from array import array
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from megatron_r1.agents.tree import Branch
+from megatron_r1.agents.tree import Branch, Message, TokenTree
 from megatron_r1.engine.responses import Response
 
 Scored = Literal["done", "max_turns", "max_tokens", "agent_timeout"]
@@ -20,9 +22,11 @@ STATUSES: tuple[str, ...] = get_args(Scored) + get_args(Ungraded)
 
 @dataclass(frozen=True)
 class Turn:
-    """One message of an episode. num_tokens: its tokens, with those that the template adds.
-    trained: whether the policy sampled it. policy_version: of its last token; None for a given
-    one."""
+    """One message of an episode.
+
+    num_tokens: its tokens, with those that the template adds; of messages that were given together,
+    the last one has the tokens of all. trained: whether the policy sampled it. policy_version: of
+    its last token; None for a given one."""
 
     role: str
     text: str
@@ -66,6 +70,30 @@ class Episode:
                 versions += branch.policy_versions[at]
         reason = "length" if self.status == "max_tokens" else "stop"
         return Response(token_ids, logprobs, versions, reason)
+
+
+def turns_of(tree: TokenTree, decode: Callable[[Sequence[int]], str]) -> list[Turn]:
+    """Return the turns of an episode in the order in which they happened. decode: returns the text
+    of tokens."""
+    turns = []
+    for node in tree.nodes:
+        count, last = len(node.token_ids), len(node.messages) - 1
+        if node.policy_versions is not None:
+            version = node.policy_versions[-1] if node.policy_versions else None
+            turns.append(Turn("assistant", decode(node.token_ids), count, True, version))
+            continue
+        turns += [
+            Turn(message["role"], _text(message), count if at == last else 0, False)
+            for at, message in enumerate(node.messages)
+        ]
+    return turns
+
+
+def _text(message: Message) -> str:
+    content = message.get("content") or ""
+    if calls := message.get("tool_calls"):
+        return f"{content}{json.dumps(calls)}"
+    return content if isinstance(content, str) else json.dumps(content)
 
 
 def _spans(is_sampled: bytes) -> list[slice]:

@@ -24,6 +24,7 @@ from megatron_r1.rewards.combine import weights_at
 from megatron_r1.rewards.runtime.pool import RewardPool
 from megatron_r1.rl.advice import advice
 from megatron_r1.rl.collector import RolloutCollector
+from megatron_r1.rl.environments import player_of
 from megatron_r1.rl.metrics import rollout_metrics
 from megatron_r1.rl.rollout import Group, Rollout, Sampling
 from megatron_r1.training.cpu_memory import cpu_memory
@@ -72,7 +73,7 @@ async def _sample(
         **fleet_settings(rollout),
         **engine_settings(rollout),
     )
-    collector = RolloutCollector(fleet, pool, text, rewards)
+    collector = RolloutCollector(fleet, pool, text, rewards, player=player_of(config, text))
     weights = weights_at(rewards.weights, 1)
     sampling = Sampling(
         group_size,
@@ -82,7 +83,7 @@ async def _sample(
         weights=weights,
     )
     try:
-        await collector.grader.check_rewards(weights, questions)
+        await collector.check(weights, questions)
         print(f"starting {counted(rollout.engines, 'engine')} on {config.model.path}", flush=True)
         await fleet.start(config.model.path)
         start = time.perf_counter()
@@ -91,7 +92,7 @@ async def _sample(
         collector.check_grades(collected.groups)
         return collected, seconds
     finally:
-        await asyncio.gather(fleet.close(), pool.close())
+        await asyncio.gather(fleet.close(), pool.close(), collector.close())
 
 
 def _shown(groups: Sequence[Group]) -> list[tuple[Group, int]]:

@@ -9,7 +9,7 @@ from collections import Counter
 from megatron_r1.commands import torchrun
 from megatron_r1.commands.training_run import check_trainer, run_training, show_trainer
 from megatron_r1.config import Config
-from megatron_r1.data.prompts import Prompt, PromptSplit, load_prompts
+from megatron_r1.data.prompts import Prompt, PromptSplit
 from megatron_r1.data.sampler import PromptSampler, draw_shares
 from megatron_r1.data.text import PromptText
 from megatron_r1.engine import gpu
@@ -32,6 +32,7 @@ from megatron_r1.reporting.wording import percent
 from megatron_r1.rewards.runtime.pool import RewardPool
 from megatron_r1.rl import algorithms
 from megatron_r1.rl.collector import RolloutCollector
+from megatron_r1.rl.environments import check_environment, load_rows, player_of
 from megatron_r1.rl.heldout import HeldoutEvaluation
 from megatron_r1.rl.loop import train
 from megatron_r1.rl.sample_log import SampleLog
@@ -103,7 +104,8 @@ def prepare(config: Config) -> tuple[PromptText, PromptSplit]:
     if config.rollout.placement == "hosts":
         hosts_address(config.rollout)
     text = PromptText(config.model.path, config.data.template)
-    prompts = load_prompts(**config.data.model_dump(exclude={"template"}))
+    check_environment(config, text)
+    prompts = load_rows(config)
     prompts = prompts_that_fit(prompts, text, context_length(config))
     if not prompts.heldout:
         print(
@@ -179,7 +181,8 @@ async def _with_engines(
     logs = recorder.folder.path / "logs"
     fleet = _fleet(config, recorder, hosts)
     teacher = teacher_fleet(config, logs, notify) if config.teacher.path else None
-    collector = RolloutCollector(fleet, pool, text, config.rewards, teacher)
+    player = player_of(config, text)
+    collector = RolloutCollector(fleet, pool, text, config.rewards, teacher, player)
     log = SampleLog(recorder.folder.sample_log, notify)
     supervisor.watch_rollouts(collector)
     try:
@@ -187,7 +190,7 @@ async def _with_engines(
             await log.prune()  # old samples are not of this run's policies
         terms = {term: None for _, phase in config.phases() for term in phase.rewards.weights}
         # Served rewards of a later phase too: a mistake in them should show now.
-        await collector.grader.check_rewards(terms, prompts.train + prompts.heldout)
+        await collector.check(terms, prompts.train + prompts.heldout)
         recorder.view.phase("starting", f"trainer and {config.rollout.engines} x vLLM")
         # version: every engine gets the trainer's weights before it samples.
         starts = [trainer.connect(), fleet.start(config.model.path, version=-1)]
@@ -221,7 +224,8 @@ async def _with_engines(
         await supervisor.with_restarts(attempt)
     finally:
         fleets = [fleet, teacher] if teacher is not None else [fleet]
-        await asyncio.gather(*(each.close() for each in fleets), pool.close(), log.close())
+        closing = collector.close(), pool.close(), log.close()
+        await asyncio.gather(*(each.close() for each in fleets), *closing)
 
 
 def _fleet(config: Config, recorder: Recorder, hosts: HostPool | None) -> RolloutFleet:

@@ -9,6 +9,7 @@ from typing import Any, Literal, Self, TypeVar
 import yaml
 from pydantic import ValidationError, model_validator
 
+from megatron_r1.config.agents import AgentsConfig
 from megatron_r1.config.engines import RolloutConfig, TeacherConfig
 from megatron_r1.config.evaluation import EvalConfig
 from megatron_r1.config.keys import keys_of
@@ -34,6 +35,7 @@ class Config(Section):
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     rollout: RolloutConfig = RolloutConfig()
+    agents: AgentsConfig = AgentsConfig()
     push: PushConfig = PushConfig()
     rewards: RewardsConfig = RewardsConfig()
     rl: RLConfig = RLConfig()

@@ -37,6 +37,11 @@ class PromptText:
         self._byte_decoder = ByteDecoder.of(self._tokenizer)
         self.opens_thought = is_opened(self.render("?"))
 
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer itself, of transformers."""
+        return self._tokenizer
+
     def render(self, question: str) -> str:
         """Return the prompt as text."""
         if not self._chat:

@@ -31,7 +31,9 @@ REMOTE: dict[str, str] = {
     "safety": "megatron_r1.rewards.reward_model:Safety",
 }
 """Rewards that request a served model: a class each (`remote.runner.RemoteReward`), no worker."""
-WITHOUT_TRUTH = ("helpful", "logic", "safety")
+ENVIRONMENT = "environment"
+"""The kind of questions that an agent's environment grades (`get_reward`); no reward of ours."""
+WITHOUT_TRUTH = (ENVIRONMENT, "helpful", "logic", "safety")
 """Rewards whose rows need no truth: they compare with nothing, or with a field of their own."""
 
 
@@ -40,7 +42,7 @@ def resolve(kind: str) -> str:
 
     Raises UserError for an unknown kind, naming the known ones, and for a path into Python's own
     library: a row of a data set could otherwise name `builtins:exec` and contain its program."""
-    known = REGISTRY | REMOTE
+    known = REGISTRY | REMOTE | {ENVIRONMENT: ENVIRONMENT}
     if kind in known:
         return known[kind]
     module, _, function = kind.partition(":")

@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 from megatron_r1.errors import UserError
-from megatron_r1.rewards import FORM_REWARDS, REGISTRY, REMOTE
+from megatron_r1.rewards import ENVIRONMENT, FORM_REWARDS, REGISTRY, REMOTE
 from megatron_r1.rewards.base import Grade
 from megatron_r1.rewards.combine import ACCURACY
 from megatron_r1.rewards.options import call_fields
@@ -69,6 +69,8 @@ class RewardTerms:
         for prompt in examples.values():
             for term in dict.fromkeys((ACCURACY, *terms)):
                 kind = _kind(term, prompt)
+                if kind == ENVIRONMENT:
+                    continue
                 trial = await self._try(term, prompt, opened)
                 if not trial.is_graded:
                     name = f"rewards.weights.{term}: it"

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import time
 from array import array
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from megatron_r1.agents.player import EpisodePlayer, Played
 from megatron_r1.config import RewardsConfig
 from megatron_r1.data.prompts import Prompt
 from megatron_r1.data.text import PromptText
@@ -40,8 +41,11 @@ class RolloutCollector:
         text: PromptText,
         rewards: RewardsConfig,
         teacher: RolloutFleet | None = None,
+        player: EpisodePlayer | None = None,
     ):
+        """player: plays the episodes of an environment; None: a response is a single turn."""
         self.fleet, self.pool, self.text, self.teacher = fleet, pool, text, teacher
+        self.player = player
         self.grader = ResponseGrader(pool, text, rewards.call_options)
         self.in_flight = InFlight()
         self._max_ungraded = rewards.max_ungraded
@@ -80,6 +84,18 @@ class RolloutCollector:
             teacher_seconds=max(0.0, ends.scored - ends.sampled),
         )
 
+    async def check(self, terms: Collection[str], prompts: list[Prompt]) -> None:
+        """Call every reward once, and begin an episode. Raises UserError for what cannot grade and
+        for an environment that fails."""
+        await self.grader.check_rewards(terms, prompts)
+        if self.player is not None:
+            await self.player.check(prompts)
+
+    async def close(self) -> None:
+        """End the environments."""
+        if self.player is not None:
+            await self.player.environments.close()
+
     def check_grades(self, groups: list[Group]) -> None:
         """Check the grades of everything that was sampled for one purpose; raises as
         `grading.check_grades`."""
@@ -100,24 +116,20 @@ class RolloutCollector:
         if finished and recalled and finished.is_final(recalled):
             return recalled
         with self.in_flight.group(prompt) as tracked:
-            if recalled:
+            played: list[Played] = []
+            if recalled and self.player is None:
                 responses = [graded.response for graded in recalled.responses]
-            else:
-                responses = await self.fleet.generate(
-                    prompt_ids,
-                    n=sampling.num_samples,
-                    max_tokens=sampling.max_tokens,
-                    temperature=sampling.temperature,
-                    top_p=sampling.top_p,
-                    stop_token_ids=[self.text.end],
-                    routing=sampling.routing,
-                    kind=prompt.kind,
-                    order=sampling.step,
+            elif self.player is None:
+                responses = await self._generate(
+                    prompt, prompt_ids, sampling, sampling.num_samples, sampling.max_tokens
                 )
+            else:
+                played = await self._play(prompt, sampling)
+                responses = [each.episode.response() for each in played]
             ends.sampled = time.perf_counter()
             tracked.sampling_done(responses)
             graded, scores = await asyncio.gather(
-                self._grade(prompt, responses, sampling.weights, tracked, ends),
+                self._grade(prompt, responses, sampling.weights, tracked, ends, played),
                 self._score(prompt_ids, responses, sampling, ends),
             )
         if scores:
@@ -130,6 +142,40 @@ class RolloutCollector:
             finished.keep(position, group)
         return group
 
+    async def _generate(
+        self,
+        prompt: Prompt,
+        token_ids: Sequence[int],
+        sampling: Sampling,
+        num_samples: int,
+        max_tokens: int,
+    ) -> list[Response]:
+        return await self.fleet.generate(
+            token_ids,
+            n=num_samples,
+            max_tokens=max_tokens,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            stop_token_ids=[self.text.end],
+            routing=sampling.routing,
+            kind=prompt.kind,
+            order=sampling.step,
+        )
+
+    async def _play(self, prompt: Prompt, sampling: Sampling) -> list[Played]:
+        """Play the group's episodes. Raises EngineError where the fleet has failed; a single call
+        that fails is its episode's."""
+        player = self.player
+        assert player is not None, "only with an environment"
+
+        async def answer(token_ids: Sequence[int], max_tokens: int) -> Response:
+            return (await self._generate(prompt, token_ids, sampling, 1, max_tokens))[0]
+
+        count, limit = sampling.num_samples, sampling.max_tokens
+        played = await asyncio.gather(*(player.play(prompt, answer, limit) for _ in range(count)))
+        self.fleet.members.require_usable()
+        return played
+
     async def _grade(
         self,
         prompt: Prompt,
@@ -137,8 +183,12 @@ class RolloutCollector:
         weights: Mapping[str, float],
         tracked: InFlightGroup,
         ends: PhaseEnds,
+        played: list[Played],
     ) -> list[GradedResponse]:
-        graded = await self.grader.grade(prompt, responses, weights)
+        if played:
+            graded = await self.grader.grade_episodes(prompt, played, weights)
+        else:
+            graded = await self.grader.grade(prompt, responses, weights)
         tracked.grading_done()
         ends.graded = time.perf_counter()
         return graded

@@ -2,13 +2,16 @@
 
 import asyncio
 import math
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+from megatron_r1.agents.player import Played
 from megatron_r1.data.prompts import Prompt
 from megatron_r1.data.text import PromptText
 from megatron_r1.engine.responses import Response
 from megatron_r1.errors import RunError, UserError
+from megatron_r1.rewards.base import Grade
 from megatron_r1.rewards.combine import ACCURACY, combine
 from megatron_r1.rewards.runtime.pool import RewardPool
 from megatron_r1.rewards.terms import Options, RewardTerms
@@ -33,6 +36,41 @@ class ResponseGrader:
         texts = await loop.run_in_executor(self._decoding, self._decode, responses)
         pairs = zip(responses, texts, strict=True)
         return await asyncio.gather(*(self._grade(prompt, *pair, weights) for pair in pairs))
+
+    async def grade_episodes(
+        self, prompt: Prompt, played: Sequence[Played], weights: Mapping[str, float]
+    ) -> list[GradedResponse]:
+        """As `grade`, of episodes: their environment's reward is the accuracy where it gives one.
+        The other terms grade the last answer. An episode that is not scored is ungraded."""
+        return await asyncio.gather(*(self._grade_episode(prompt, p, weights) for p in played))
+
+    async def _grade_episode(
+        self, prompt: Prompt, played: Played, weights: Mapping[str, float]
+    ) -> GradedResponse:
+        episode, response = played.episode, played.episode.response()
+        if not episode.is_scored:
+            grade = Grade.ungraded(f"{episode.status}: {episode.reason}")
+            grades = dict.fromkeys((ACCURACY, *weights), grade)
+        else:
+            own = () if played.reward is None else (ACCURACY,)
+            terms = [term for term in dict.fromkeys((ACCURACY, *weights)) if term not in own]
+            grades = await self._terms.grade(
+                terms, prompt, played.text, len(response.token_ids), self._text.opens_thought
+            )
+            if played.reward is not None:
+                reason = f"{episode.status}: the environment's reward"
+                grades = {ACCURACY: EnvironmentGrade(played.reward, reason), **grades}
+        reward = combine(grades, weights)
+        return GradedResponse(
+            response,
+            played.text,
+            reward.terms,
+            reward.total,
+            reward.reason,
+            reward.ungraded,
+            reward.is_graded,
+            episode=episode,
+        )
 
     def _decode(self, responses: Sequence[Response]) -> list[str]:
         return [self._text.decode(response.token_ids) for response in responses]
@@ -60,6 +98,13 @@ class ResponseGrader:
         await self._terms.check(terms, prompts, self._text.opens_thought)
 
 
+class EnvironmentGrade(Grade):
+    """The reward of an environment of the user's: any finite number."""
+
+    def __post_init__(self) -> None:
+        pass
+
+
 def check_grades(groups: list[Group], max_ungraded: float) -> None:
     """Check the grades of everything that was sampled for one purpose.
 
@@ -69,7 +114,9 @@ def check_grades(groups: list[Group], max_ungraded: float) -> None:
     responses = responses_of(groups)
     if not responses:
         return
-    if broken := set.intersection(*(set(graded.ungraded) for graded in responses)):
+    faults = Counter(r.episode.status for r in responses if r.episode and not r.episode.is_scored)
+    broken = set.intersection(*(set(graded.ungraded) for graded in responses))
+    if broken and not faults:
         term = min(broken)
         name = groups[0].prompt.kind if term == ACCURACY else term
         raise UserError(
@@ -79,8 +126,11 @@ def check_grades(groups: list[Group], max_ungraded: float) -> None:
     ungraded = [graded for graded in responses if not graded.is_graded]
     allowed = math.ceil(max_ungraded * len(responses))
     if len(ungraded) > allowed:
+        what = ", ".join(f"{count} {status}" for status, count in faults.most_common())
         raise RunError(
-            f"{len(ungraded)} of {len(responses)} responses could not be graded, at most {allowed} "
-            f"may be (rewards.max_ungraded: {max_ungraded:g}); the first: {ungraded[0].reason}. "
-            "Repair the reward or raise that setting; the same command continues"
+            f"{len(ungraded)} of {len(responses)} {'episodes' if faults else 'responses'} could "
+            f"not be graded{f' ({what})' if what else ''}, at most {allowed} may be "
+            f"(rewards.max_ungraded: {max_ungraded:g}); the first: {ungraded[0].reason}. Repair "
+            f"the {'environment' if faults else 'reward'} or raise that setting; the same command "
+            "continues"
         )

@@ -10,11 +10,12 @@ from megatron_r1.data.prompts import Prompt
 from megatron_r1.evaluation.estimators import Estimate, estimate
 from megatron_r1.evaluation.voting import expects_number, majority_score
 from megatron_r1.evaluation.win_rate import length_difference, win_rates
+from megatron_r1.rewards import ENVIRONMENT
 from megatron_r1.rewards.combine import ACCURACY, weights_at
 from megatron_r1.rewards.remote.judge_client import compared_part
 from megatron_r1.rewards.remote.response_text import Part
 from megatron_r1.rl.collector import RolloutCollector
-from megatron_r1.rl.metrics import sample_records
+from megatron_r1.rl.metrics import episode_metrics, sample_records
 from megatron_r1.rl.rollout import Group, Sampling, responses_of
 from megatron_r1.training.recorder import Recorder
 
@@ -86,15 +87,17 @@ async def evaluate(
             scores = [each.rewards[term] for each in graded]
             if scores:
                 means[term].append(fmean(scores))
-            if scores and term == ACCURACY:
+            if scores and term == ACCURACY and group.prompt.kind != ENVIRONMENT:
                 texts = [each.text for each in graded]
                 vote = partial(majority_score, collector.pool, group.prompt.kind, texts, scores)
                 votes.append(vote(opened, reading, numeric=expects_number(group.prompt)))
     accuracies = means.pop(ACCURACY, [])
     estimates: dict[str, Estimate] = {term: estimate(means[term]) for term in sorted(means)}
     if accuracies:
+        estimates["pass@1"] = estimate(accuracies)
+    if votes:
         consensus = estimate(await asyncio.gather(*votes))
-        estimates |= {"pass@1": estimate(accuracies), f"cons@{sampling.num_samples}": consensus}
+        estimates[f"cons@{sampling.num_samples}"] = consensus
     compared = [_compared(group, opened, part) for group in rollout.groups if part]
     if any(compared):
         estimates |= win_rates([samples for samples in compared if samples], seed=0)
@@ -103,6 +106,10 @@ async def evaluate(
         **{f"eval/{name}": score.value for name, score in estimates.items()},
         "eval/response_length": fmean(len(each.response.token_ids) for each in responses),
         "time/eval": rollout.rollout_seconds + rollout.reward_seconds,
+    }
+    metrics |= {
+        f"eval/{name}": value
+        for name, value in episode_metrics([r.episode for r in responses if r.episode]).items()
     }
     if any(ungraded := [ACCURACY in each.ungraded for each in responses]):
         metrics["eval/ungraded"] = fmean(ungraded)

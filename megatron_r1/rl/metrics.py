@@ -1,10 +1,12 @@
 """A step in numbers and lines: what metrics.jsonl and samples.jsonl hold of it."""
 
+from collections import Counter
 from statistics import fmean, pstdev
 from typing import Any
 
 import numpy as np
 
+from megatron_r1.agents.episode import STATUSES, Episode
 from megatron_r1.rl.rollout import Group, Rollout, responses_of
 
 
@@ -39,6 +41,33 @@ def rollout_metrics(rollout: Rollout, version: int) -> dict[str, float]:
         "policy_version": version,
         "staleness": version - versions / sum(lengths) if any(lengths) else 0.0,
         "response_tokens": sum(lengths),
+        **episode_metrics([graded.episode for graded in responses if graded.episode]),
+    }
+
+
+def episode_metrics(episodes: list[Episode]) -> dict[str, float]:
+    """Return means over episodes, and the share of each status; nothing without episodes.
+
+    turns: answers of the policy. tokens: of all branches. forks: branches after the first.
+    versions: of the policy, in one episode."""
+    if not episodes:
+        return {}
+    per_episode: dict[str, list[float]] = {
+        "turns": [sum(turn.trained for turn in each.turns) for each in episodes],
+        "tokens": [each.num_tokens for each in episodes],
+        "sampled_tokens": [sum(b.num_sampled for b in each.branches) for each in episodes],
+        "tool_calls": [each.num_tool_calls for each in episodes],
+        "tool_errors": [each.num_tool_errors for each in episodes],
+        "tool_seconds": [each.tool_seconds for each in episodes],
+        "engine_seconds": [each.engine_seconds for each in episodes],
+        "forks": [max(0, len(each.branches) - 1) for each in episodes],
+        "versions": [
+            len({v for b in each.branches for v in b.policy_versions} - {-1}) for each in episodes
+        ],
+    }
+    statuses: Counter[str] = Counter(each.status for each in episodes)
+    return {f"episode/{name}": fmean(values) for name, values in per_episode.items()} | {
+        f"episode/status/{status}": statuses[status] / len(episodes) for status in STATUSES
     }
 
 
@@ -68,7 +97,25 @@ def sample_records(
             "reason": graded.reason,
             "length": len(graded.response.token_ids),
             "policy_version": (graded.response.policy_versions or [None])[-1],
+            **episode_record(graded.episode),
         }
         for group in groups[:limit]
         for graded in group.responses[:count]
     ]
+
+
+def episode_record(episode: Episode | None) -> dict[str, Any]:
+    """Return what an episode adds to its line; nothing for a single turn."""
+    if episode is None:
+        return {}
+    turns = [
+        {
+            "role": turn.role,
+            "text": turn.text,
+            "tokens": turn.num_tokens,
+            "trained": turn.trained,
+            "policy_version": turn.policy_version,
+        }
+        for turn in episode.turns
+    ]
+    return {"status": episode.status, "turns": turns}

@@ -6,6 +6,7 @@ from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from megatron_r1.agents.episode import Episode
 from megatron_r1.data.prompts import Prompt
 from megatron_r1.engine.responses import Response
 from megatron_r1.models.routing_shape import RoutingShape
@@ -36,7 +37,9 @@ class GradedResponse:
 
     text: the decoded response. rewards: each term alone. reward: their weighted sum, 0 and without
     meaning where `is_graded` is False. ungraded: terms whose grader failed. teacher_logprobs:
-    float32, of each token at temperature 1; None where no teacher scored it."""
+    float32, of each token at temperature 1; None where no teacher scored it. episode: None for a
+    single turn; else `response` holds the sampled tokens of all its turns, `text` is its last
+    answer."""
 
     response: Response
     text: str
@@ -46,6 +49,7 @@ class GradedResponse:
     ungraded: tuple[str, ...] = ()
     is_graded: bool = True
     teacher_logprobs: array[float] | None = None
+    episode: Episode | None = None
 
     @property
     def truncated(self) -> bool:

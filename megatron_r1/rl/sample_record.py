@@ -10,9 +10,44 @@ from array import array
 import msgspec
 import numpy as np
 
+from megatron_r1.agents.episode import Episode, Status, Turn
+from megatron_r1.agents.tree import Branch
 from megatron_r1.data.prompts import Prompt
 from megatron_r1.engine.responses import Response
 from megatron_r1.rl.rollout import GradedResponse, Group
+
+
+class TurnRecord(msgspec.Struct, array_like=True, frozen=True):
+    """A `Turn`, its text as bytes."""
+
+    role: str
+    text: memoryview
+    num_tokens: int
+    trained: bool
+    policy_version: int | None
+
+
+class BranchRecord(msgspec.Struct, array_like=True, frozen=True):
+    """A `Branch`, its arrays as bytes."""
+
+    token_ids: memoryview
+    is_sampled: memoryview
+    logprobs: memoryview
+    policy_versions: memoryview
+    routing: memoryview
+
+
+class EpisodeRecord(msgspec.Struct, array_like=True, frozen=True):
+    """An `Episode`."""
+
+    status: Status
+    turns: tuple[TurnRecord, ...]
+    branches: tuple[BranchRecord, ...]
+    num_tool_calls: int
+    num_tool_errors: int
+    tool_seconds: float
+    engine_seconds: float
+    reason: memoryview
 
 
 class ResponseRecord(msgspec.Struct, array_like=True, frozen=True):
@@ -32,6 +67,7 @@ class ResponseRecord(msgspec.Struct, array_like=True, frozen=True):
     ungraded: tuple[str, ...]
     is_graded: bool
     teacher_logprobs: memoryview | None = None
+    episode: EpisodeRecord | None = None
 
 
 class GroupRecord(msgspec.Struct, array_like=True, frozen=True, tag="group"):
@@ -73,13 +109,39 @@ def _pack_response(graded: GradedResponse) -> ResponseRecord:
         _shortened(response.policy_versions),
         response.finish_reason,
         memoryview(response.routing),
-        memoryview(graded.text.encode("utf-8", "surrogatepass")),
+        _bytes(graded.text),
         graded.rewards,
         graded.reward,
-        memoryview(graded.reason.encode("utf-8", "surrogatepass")),
+        _bytes(graded.reason),
         graded.ungraded,
         graded.is_graded,
         None if teacher is None else memoryview(teacher),
+        None if graded.episode is None else _pack_episode(graded.episode),
+    )
+
+
+def _pack_episode(episode: Episode) -> EpisodeRecord:
+    return EpisodeRecord(
+        episode.status,
+        tuple(
+            TurnRecord(t.role, _bytes(t.text), t.num_tokens, t.trained, t.policy_version)
+            for t in episode.turns
+        ),
+        tuple(
+            BranchRecord(
+                memoryview(branch.token_ids),
+                memoryview(branch.is_sampled),
+                memoryview(branch.logprobs),
+                memoryview(branch.policy_versions),
+                memoryview(branch.routing),
+            )
+            for branch in episode.branches
+        ),
+        episode.num_tool_calls,
+        episode.num_tool_errors,
+        episode.tool_seconds,
+        episode.engine_seconds,
+        _bytes(episode.reason),
     )
 
 
@@ -91,14 +153,48 @@ def _unpack_response(record: ResponseRecord) -> GradedResponse:
     logprobs = _array("f", record.logprobs)
     return GradedResponse(
         Response(token_ids, logprobs, versions, record.finish_reason, record.routing),
-        str(record.text, "utf-8", "surrogatepass"),
+        _str(record.text),
         record.rewards,
         record.reward,
-        str(record.reason, "utf-8", "surrogatepass"),
+        _str(record.reason),
         record.ungraded,
         record.is_graded,
         None if teacher is None else _array("f", teacher),
+        None if record.episode is None else _unpack_episode(record.episode),
     )
+
+
+def _unpack_episode(record: EpisodeRecord) -> Episode:
+    return Episode(
+        record.status,
+        [
+            Turn(t.role, _str(t.text), t.num_tokens, t.trained, t.policy_version)
+            for t in record.turns
+        ],
+        [
+            Branch(
+                _array("i", branch.token_ids),
+                bytes(branch.is_sampled),
+                _array("f", branch.logprobs),
+                _array("i", branch.policy_versions),
+                bytes(branch.routing),
+            )
+            for branch in record.branches
+        ],
+        record.num_tool_calls,
+        record.num_tool_errors,
+        record.tool_seconds,
+        record.engine_seconds,
+        _str(record.reason),
+    )
+
+
+def _bytes(text: str) -> memoryview:
+    return memoryview(text.encode("utf-8", "surrogatepass"))
+
+
+def _str(content: memoryview) -> str:
+    return str(content, "utf-8", "surrogatepass")
 
 
 def _shortened(versions: array[int]) -> memoryview:

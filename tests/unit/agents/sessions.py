@@ -35,6 +35,7 @@ class Session:
     calls: list[tuple[list[int], Response, int]] = field(default_factory=list)
     starts: int = 0
     version: int = 0
+    drawn: int = 0
 
     def __post_init__(self):
         self.rng = random.Random(self.seed)
@@ -96,7 +97,8 @@ class Session:
             len(self.calls).to_bytes(3, "big") + at.to_bytes(3, "big")
             for at in range(num_prompt + len(token_ids) - 1)
         )
-        logprobs = array("f", (-rng.random() - 1e-3 for _ in token_ids))
+        self.drawn += len(token_ids)  # no two log-probabilities of a session are equal
+        logprobs = array("f", (-(self.drawn - at) / 4096 for at in range(len(token_ids))))
         return Response(
             array("i", token_ids), logprobs, array("i", versions), "length" if cut else "stop", rows
         )

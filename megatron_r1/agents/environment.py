@@ -1,0 +1,141 @@
+"""What an environment is: a class whose public methods are tools.
+
+    class Calculator:
+        def reset(self, question, truth, **row):
+            self.truth, self.result = truth, None
+
+        def calculate(self, expression: str) -> str:
+            '''Evaluate an arithmetic expression.
+
+            Args:
+                expression: numbers with + - * and brackets.
+            '''
+            ...
+
+        def get_reward(self) -> float:
+            return float(self.result == self.truth)
+
+`reset` begins an episode with a row of the data, and may return the question's text; the row's own
+is used otherwise. `get_reward` may be left out: the reward of the row's kind then grades the last
+answer. An attribute `done` that is true after a call ends the episode; `final_answer`, if the class
+has it, is a method that gets the text of the last answer before `get_reward`. Methods may be
+coroutines. docs/agents.md has the details."""
+
+import inspect
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_r1.errors import UserError, did_you_mean
+from megatron_r1.user_code import find
+
+SHIPPED = {
+    "calculator": "megatron_r1.agents.environments.calculator:Calculator",
+    "lookup": "megatron_r1.agents.environments.lookup:Lookup",
+}
+"""Environments that come with this package: the short name of each with its class."""
+RESERVED = ("reset", "get_reward", "final_answer")
+"""Public methods that are no tools."""
+TYPES = {str: "string", int: "integer", float: "number", bool: "boolean", list: "array"}
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a run needs to know of an environment's class. tools: schemas in OpenAI's form.
+    grades: whether it has `get_reward`."""
+
+    tools: list[dict[str, Any]]
+    grades: bool
+
+
+def target_of(name: str) -> str:
+    """Return the "module:Class" of `agents.environment`. Raises UserError for an unknown name."""
+    if name in SHIPPED:
+        return SHIPPED[name]
+    module, _, attribute = name.partition(":")
+    if module and attribute.isidentifier():
+        return name
+    raise UserError(
+        f"agents.environment: unknown environment {name!r}{did_you_mean(name, SHIPPED)} (known: "
+        f"{', '.join(SHIPPED)}; your own is written 'module:Class')"
+    )
+
+
+def find_environment(target: str) -> type:
+    """Import and return the class of "module:Class". Raises UserError where there is none, and what
+    its module raises at its import."""
+    return find(target, "environment class", inspect.isclass)
+
+
+def describe(environment: type) -> Description:
+    """Return the description of a class. Raises UserError for one that is no environment."""
+    name = environment.__name__
+    methods = inspect.getmembers(environment, inspect.isroutine)
+    public = {method: value for method, value in methods if not method.startswith("_")}
+    tools = [tool_schema(value) for method, value in public.items() if method not in RESERVED]
+    if "reset" not in public:
+        raise UserError(
+            f"agents.environment: {name} has no method reset(self, **row), which begins an episode"
+        )
+    if "done" in public:
+        raise UserError(
+            f"agents.environment: {name}.done is a method; it is reserved for an attribute that "
+            "ends the episode: rename the method, or set self.done"
+        )
+    if not tools:
+        raise UserError(
+            f"agents.environment: {name} has no public method besides {', '.join(RESERVED)}, so "
+            "the model would have no tool; add one, or leave agents out"
+        )
+    return Description(tools, "get_reward" in public)
+
+
+def tool_schema(method: Callable[..., Any]) -> dict[str, Any]:
+    """Return a method's schema from its signature and docstring, in Google's form. Where arguments
+    are undocumented or have no types, the whole docstring is the description."""
+    from transformers.utils import get_json_schema  # 2 s
+    from transformers.utils.chat_template_utils import (
+        DocstringParsingException,
+        TypeHintParsingException,
+    )
+
+    bound = method.__get__(object()) if inspect.isfunction(method) else method
+    try:
+        schema = get_json_schema(bound)
+    except (DocstringParsingException, TypeHintParsingException):
+        schema = _plain_schema(bound)
+    schema["function"].pop("return", None)
+    return schema
+
+
+def _plain_schema(method: Callable[..., Any]) -> dict[str, Any]:
+    hints = typing.get_type_hints(method)
+    parameters = [
+        parameter
+        for parameter in inspect.signature(method).parameters.values()
+        if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+    ]
+    properties = {}
+    for parameter in parameters:
+        hint = hints.get(parameter.name)
+        known = TYPES.get(typing.get_origin(hint) or hint) if hint else None
+        properties[parameter.name] = {"type": known} if known else {}
+    required = [p.name for p in parameters if p.default is p.empty]
+    return {
+        "type": "function",
+        "function": {
+            "name": getattr(method, "__name__", ""),
+            "description": inspect.getdoc(method) or "",
+            "parameters": {"type": "object", "properties": properties, "required": required},
+        },
+    }
+
+
+def row_arguments(reset: Callable[..., Any], row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the entries of a row that `reset` takes: all, if it ends in **row."""
+    parameters = inspect.signature(reset).parameters.values()
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return dict(row)
+    names = {parameter.name for parameter in parameters}
+    return {name: value for name, value in row.items() if name in names}

@@ -1,0 +1,175 @@
+"""Environments as the controller sees them: each episode's is a process of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from megatron_r1.agents.environment import Description, target_of
+from megatron_r1.agents.environment_server import GRACE_SECONDS, LENGTH, frame
+from megatron_r1.errors import RunError, UserError
+from megatron_r1.processes.children import popen_options
+
+SERVER = "megatron_r1.agents.environment_server"
+START_SECONDS = 120.0
+LATE_SECONDS = 10.0
+"""How long after its time limit and grace a reply may take on a busy machine."""
+
+
+class EnvironmentFault(Exception):
+    """The environment failed: its `reset` or `get_reward` raised, or its process is gone."""
+
+
+class CallTimedOut(EnvironmentFault):
+    """The process of a call ended because it did not notice the end of its time."""
+
+
+@dataclass(frozen=True)
+class CallResult:
+    """What a tool returned. is_error: it raised, and text is the error's. done: the environment
+    has ended the episode. seconds: it took."""
+
+    text: str
+    is_error: bool
+    done: bool
+    seconds: float
+
+
+@functools.cache
+def describe(name: str) -> Description:
+    """Return the description of `agents.environment`, found in a process of its own: the user's
+    module is not imported here. Raises UserError."""
+    target = target_of(name)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", SERVER, "describe", target],
+            capture_output=True,
+            timeout=START_SECONDS,
+            check=False,
+            **popen_options(),
+        )
+    except subprocess.TimeoutExpired:
+        raise UserError(
+            f"agents.environment: {target} took over {START_SECONDS:g} s to import"
+        ) from None
+    try:
+        answer = json.loads(done.stdout.splitlines()[-1])
+    except (IndexError, ValueError):
+        last = done.stderr.decode(errors="replace").strip().splitlines()[-1:]
+        raise UserError(
+            f"agents.environment: importing {target} ends the process {''.join(last)}"
+        ) from None
+    if error := answer.get("error"):
+        raise UserError(error.removeprefix("UserError: "))
+    return Description(answer["tools"], answer["grades"])
+
+
+class Environments:
+    """Makes the environments of a run: `open`, once `start`ed."""
+
+    def __init__(
+        self, name: str, options: Mapping[str, Any], call_seconds: float, description: Description
+    ) -> None:
+        """options: arguments of the class. call_seconds: wall time of one call of a method."""
+        self.description, self.call_seconds = description, call_seconds
+        self._target, self._options = target_of(name), dict(options)
+        self._folder = tempfile.TemporaryDirectory(prefix="environments-")
+        self._path = str(Path(self._folder.name) / "socket")
+        self._process: asyncio.subprocess.Process | None = None
+        self._starting = asyncio.Lock()
+
+    async def open(self) -> EnvironmentProcess:
+        """Return a new environment. Raises RunError where its class can no longer be imported."""
+        async with self._starting:
+            if self._process is None or self._process.returncode is not None:
+                await self._start()
+        stream = await asyncio.open_unix_connection(self._path)
+        return EnvironmentProcess(*stream, self.call_seconds)
+
+    async def close(self) -> None:
+        """End the server and all environments."""
+        if self._process is not None and self._process.returncode is None:
+            self._process.kill()
+            await self._process.wait()
+        self._folder.cleanup()
+
+    async def _start(self) -> None:
+        Path(self._path).unlink(missing_ok=True)
+        command = [sys.executable, "-m", SERVER, "serve", self._target, self._path]
+        self._process = await asyncio.create_subprocess_exec(
+            *command,
+            json.dumps(self._options),
+            stdout=asyncio.subprocess.PIPE,
+            **popen_options(),
+        )
+        assert self._process.stdout, "started with a pipe"
+        try:
+            async with asyncio.timeout(START_SECONDS):
+                while line := await self._process.stdout.readline():
+                    if line == b"ready\n":
+                        return
+        except TimeoutError:
+            self._process.kill()
+        raise RunError(f"agents.environment: the server of {self._target} did not start")
+
+
+class EnvironmentProcess:
+    """One episode's environment: `async with await environments.open() as environment`."""
+
+    def __init__(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, call_seconds: float
+    ) -> None:
+        self._reader, self._writer, self._seconds = reader, writer, call_seconds
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._writer.close()  # its process ends at the end of the stream
+
+    async def reset(self, row: Mapping[str, Any]) -> str | None:
+        """Begin an episode; return the question's text, or None for the row's. Raises
+        EnvironmentFault."""
+        return await self._checked("reset", row)
+
+    async def reward(self, answer: str) -> float:
+        """Return the episode's reward. answer: the text of its last answer. Raises
+        EnvironmentFault."""
+        return await self._checked("get_reward", answer, method="reward")
+
+    async def call(self, name: str, arguments: object, seconds: float) -> CallResult:
+        """Call a tool, for at most `seconds` and the limit of every call. Raises EnvironmentFault
+        where its process ends: CallTimedOut if that was for its time."""
+        limit = min(seconds, self._seconds)
+        reply = await self._send("call", [name, arguments], limit)
+        is_error = "error" in reply
+        text = f"error: {reply['error']}" if is_error else reply["value"]
+        return CallResult(text, is_error, reply["done"], reply["seconds"])
+
+    async def _checked(self, name: str, argument: object, method: str = "") -> Any:
+        reply = await self._send(method or name, [argument], self._seconds)
+        if "error" in reply:
+            raise EnvironmentFault(f"{name}: {reply['error']}")
+        return reply["value"]
+
+    async def _send(self, method: str, arguments: Sequence[object], seconds: float) -> dict:
+        began = asyncio.get_running_loop().time()
+        try:
+            message = {"method": method, "arguments": arguments, "seconds": seconds}
+            self._writer.write(frame(message))
+            async with asyncio.timeout(seconds + GRACE_SECONDS + LATE_SECONDS):
+                (size,) = LENGTH.unpack(await self._reader.readexactly(LENGTH.size))
+                return json.loads(await self._reader.readexactly(size))
+        except (TimeoutError, OSError, asyncio.IncompleteReadError):
+            what = f"the environment's process ended during {method}"
+            if asyncio.get_running_loop().time() - began >= seconds:
+                raise CallTimedOut(f"{what}, after its {seconds:g} s") from None
+            raise EnvironmentFault(what) from None

@@ -1,0 +1,147 @@
+"""The process that makes environments: `python -m megatron_r1.agents.environment_server …`.
+
+    … describe TARGET              prints the description of "module:Class" as JSON, or an error
+    … serve TARGET SOCKET OPTIONS  forks a process for each connection to SOCKET: one episode
+
+The module is imported once; a fork has it, and what it has loaded, in a few milliseconds. So every
+episode has a process of its own: a method that hangs, crashes or takes all memory ends its own
+episode only. Messages are frames of JSON."""
+
+import asyncio
+import faulthandler
+import inspect
+import json
+import os
+import signal
+import socket
+import struct
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from megatron_r1.agents.environment import describe, find_environment, row_arguments
+from megatron_r1.processes.lifetime import die_with_parent, end_without_parent
+
+LENGTH = struct.Struct("<I")
+GRACE_SECONDS = 1.0
+"""After its time a call is interrupted; one that does not notice, within C code, ends the process
+so much later."""
+
+
+class CallTimeout(BaseException):
+    """Raised in a method whose time is over; no `except Exception` catches it."""
+
+
+def frame(message: Mapping[str, Any]) -> bytes:
+    """Return a message as it is sent: the length of its JSON (uint32, little-endian), the JSON."""
+    payload = json.dumps(message).encode()
+    return LENGTH.pack(len(payload)) + payload
+
+
+def serve(target: str, path: str, options: Mapping[str, Any]) -> None:
+    """Fork a process with an environment of class `target` for every connection to `path`."""
+    environment = find_environment(target)
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(path)
+    listener.listen(1024)
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps
+    print("ready", flush=True)
+    while True:
+        connection, _ = listener.accept()
+        if os.fork() == 0:
+            die_with_parent()
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            listener.close()
+            try:
+                _Episode(environment, options, connection).serve()
+            finally:
+                os._exit(0)
+        connection.close()
+
+
+class _Episode:
+    """One environment, and the connection that its calls come from."""
+
+    def __init__(
+        self, environment: type, options: Mapping[str, Any], connection: socket.socket
+    ) -> None:
+        self._class, self._options = environment, options
+        self._stream = connection.makefile("rwb")
+        self._loop = asyncio.new_event_loop()
+        self._environment: Any = None
+        signal.signal(signal.SIGALRM, _interrupt)
+
+    def serve(self) -> None:
+        """Answer calls until the connection ends."""
+        self._null = os.open(os.devnull, os.O_WRONLY)
+        while header := self._stream.read(LENGTH.size):
+            request = json.loads(self._stream.read(LENGTH.unpack(header)[0]))
+            self._stream.write(frame(self._answer(request)))
+            self._stream.flush()
+
+    def _answer(self, request: dict[str, Any]) -> dict[str, Any]:
+        seconds, began = request["seconds"], time.monotonic()
+        faulthandler.dump_traceback_later(seconds + GRACE_SECONDS, exit=True, file=self._null)
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+        try:
+            try:
+                answer = {"value": getattr(self, request["method"])(*request["arguments"])}
+            finally:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+        except CallTimeout:
+            answer = {"error": f"no result within {seconds:g} s", "timeout": True}
+        except BaseException as error:  # noqa: BLE001 - a user's code may raise anything
+            answer = {"error": f"{type(error).__name__}: {error}"}
+        faulthandler.cancel_dump_traceback_later()
+        answer["seconds"] = time.monotonic() - began
+        answer["done"] = bool(getattr(self._environment, "done", False))
+        return answer
+
+    def reset(self, row: dict[str, Any]) -> str | None:
+        self._environment = self._class(**self._options)
+        reset = self._environment.reset
+        question = self._result(reset(**row_arguments(reset, row)))
+        return None if question is None else _text(question)
+
+    def call(self, name: str, arguments: Any) -> str:
+        if not isinstance(arguments, dict):
+            raise TypeError(f"the arguments of {name} must be a JSON object")
+        method = getattr(self._environment, name)
+        inspect.signature(method).bind(**arguments)
+        return _text(self._result(method(**arguments)))
+
+    def reward(self, answer: str) -> float:
+        if hasattr(self._environment, "final_answer"):
+            self._result(self._environment.final_answer(answer))
+        return float(self._result(self._environment.get_reward()))
+
+    def _result(self, value: Any) -> Any:
+        return self._loop.run_until_complete(value) if inspect.isawaitable(value) else value
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    return "" if value is None else json.dumps(value, ensure_ascii=False, default=str)
+
+
+def _interrupt(*_: object) -> None:
+    raise CallTimeout
+
+
+def _print_description(target: str) -> None:
+    try:
+        description = describe(find_environment(target))
+        answer: dict[str, Any] = {"tools": description.tools, "grades": description.grades}
+    except BaseException as error:  # noqa: BLE001 - a user's module may raise anything
+        answer = {"error": f"{type(error).__name__}: {error}"}
+    print(f"\n{json.dumps(answer)}")
+
+
+if __name__ == "__main__":
+    end_without_parent()
+    if sys.argv[1] == "describe":
+        _print_description(sys.argv[2])
+    else:
+        serve(sys.argv[2], sys.argv[3], json.loads(sys.argv[4]))

@@ -1,0 +1,1 @@
+"""Environments that come with this package, one a file (`agents.environment.SHIPPED`)."""

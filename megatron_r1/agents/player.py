@@ -1,0 +1,201 @@
+"""Plays an episode: an answer, its tool calls, their results, the next answer, until it ends."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_r1.agents.continuation import Continuation, Unrenderable
+from megatron_r1.agents.environment_pool import (
+    CallTimedOut,
+    EnvironmentFault,
+    EnvironmentProcess,
+    Environments,
+)
+from megatron_r1.agents.episode import SCORED, Episode, Status, turns_of
+from megatron_r1.agents.hermes import PARSERS
+from megatron_r1.agents.tree import Message, TokenTree
+from megatron_r1.config import AgentsConfig
+from megatron_r1.data.prompts import Prompt
+from megatron_r1.data.text import PromptText
+from megatron_r1.engine.errors import EngineError
+from megatron_r1.engine.responses import Response
+from megatron_r1.errors import UserError
+from megatron_r1.rewards.base import shorten
+
+Generate = Callable[[Sequence[int], int], Awaitable[Response]]
+"""Samples one answer to a prompt's tokens, of at most so many tokens."""
+
+
+@dataclass(frozen=True)
+class Played:
+    """An episode with the text of its last answer, and the environment's reward; None where it
+    gives none: it has no `get_reward`, or the episode is not scored."""
+
+    episode: Episode
+    text: str
+    reward: float | None
+
+
+class EpisodePlayer:
+    """Plays episodes in environments of one class."""
+
+    def __init__(
+        self, text: PromptText, environments: Environments, settings: AgentsConfig, room: int
+    ) -> None:
+        """room: most tokens of prompt and answers together that an engine takes."""
+        self.text, self.environments, self.settings, self.room = text, environments, settings, room
+        self.continuation = Continuation(text.tokenizer)
+        self.parse = PARSERS[settings.tool_parser]
+
+    async def play(self, prompt: Prompt, generate: Generate, max_tokens: int) -> Played:
+        """Play one episode of a row. max_tokens: of all that follows the first prompt."""
+        game = _Game(self, generate, max_tokens)
+        status: Status
+        reward, reason = None, ""
+        try:
+            async with await self.environments.open() as environment:
+                status = await game.play(prompt, environment)
+                if self.environments.description.grades and not game.is_lost:
+                    answer = game.answer if status == "done" else ""
+                    reward = await environment.reward(answer)
+                    if not math.isfinite(reward):
+                        raise EnvironmentFault(f"get_reward returned {reward}")
+        except EnvironmentFault as fault:
+            status, reason = "environment_error", str(fault)
+        except EngineError as error:
+            status, reason = "engine_error", str(error)
+        except Unrenderable as error:
+            status, reason = "protocol_error", str(error)
+        if status not in SCORED:
+            reward = None
+        elif game.is_lost:
+            reward = 0.0
+        return Played(game.episode(status, shorten(reason, 400)), game.text, reward)
+
+    async def check(self, prompts: Sequence[Prompt]) -> None:
+        """Begin an episode for a row of each set of fields. Raises UserError."""
+        for prompt in {frozenset(prompt.fields): prompt for prompt in prompts}.values():
+            try:
+                async with await self.environments.open() as environment:
+                    await environment.reset(row_of(prompt))
+                    if self.environments.description.grades:
+                        await environment.reward("")
+            except EnvironmentFault as fault:
+                raise UserError(
+                    f"agents.environment: {self.settings.environment} fails on question "
+                    f"{prompt.id} ({shorten(prompt.question)}): {fault}"
+                ) from None
+
+
+def row_of(prompt: Prompt) -> dict[str, Any]:
+    """Return what `reset` gets of a row."""
+    return {"question": prompt.question, "truth": prompt.truth, **prompt.fields}
+
+
+class _Game:
+    """One episode while it is played."""
+
+    def __init__(self, player: EpisodePlayer, generate: Generate, max_tokens: int) -> None:
+        self._player, self._generate, self._max_tokens = player, generate, max_tokens
+        self._settings = player.settings
+        self._tools = player.environments.description.tools
+        self._tree = TokenTree()
+        self._messages: list[Message] = []
+        self._first_prompt = 0
+        self._counts = {"calls": 0, "errors": 0}
+        self._seconds = {"tools": 0.0, "engines": 0.0}
+        self.text = ""
+        """Of the last answer."""
+        self.answer = ""
+        """The same without reasoning."""
+        self.is_lost = False
+        """Whether a call of the policy's ended the environment."""
+
+    async def play(self, prompt: Prompt, environment: EnvironmentProcess) -> Status:
+        question = await environment.reset(row_of(prompt))
+        if self._settings.system:
+            self._messages.append({"role": "system", "content": self._settings.system})
+        content = prompt.question if question is None else question
+        self._messages.append({"role": "user", "content": content})
+        for _ in range(self._settings.max_turns):
+            message = await self._answer()
+            if message is None:
+                return "max_tokens"
+            for call in message.get("tool_calls") or ():
+                if (ended := await self._call(call, environment)) is not None:
+                    return ended
+            if not message.get("tool_calls"):
+                self.answer = message["content"]
+                return "done"
+        return "max_turns"
+
+    async def _answer(self) -> Message | None:
+        """Sample the next answer; None where the episode is out of tokens."""
+        tree, player = self._tree, self._player
+        next_prompt = player.continuation.next_prompt(tree, self._messages, self._tools)
+        tools = self._tools if next_prompt.parent is None else ()
+        node = tree.add_given(
+            next_prompt.parent, next_prompt.token_ids, next_prompt.messages, tools
+        )
+        num_tokens = tree.num_tokens(node)
+        if not self._first_prompt:
+            self._first_prompt = num_tokens
+            if num_tokens >= player.room:
+                raise EnvironmentFault(
+                    f"the first prompt has {num_tokens} tokens, and an engine has room for "
+                    f"{player.room} (rollout.max_model_len)"
+                )
+        room = min(self._first_prompt + self._max_tokens, player.room) - num_tokens
+        if room <= 0:
+            return None
+        began = time.monotonic()
+        response = await self._generate(tree.token_ids(node), room)
+        self._seconds["engines"] += time.monotonic() - began
+        self.text = player.text.decode(response.token_ids)
+        message = player.parse(self.text)
+        tree.add_sampled(node, response, message)
+        self._messages.append(message)
+        return None if response.finish_reason != "stop" else message
+
+    async def _call(self, call: dict[str, Any], environment: EnvironmentProcess) -> Status | None:
+        """Call a tool; return a status if the episode ends with it."""
+        function = call["function"]
+        self._counts["calls"] += 1
+        names = [tool["function"]["name"] for tool in self._tools]
+        done = False
+        if function["name"] not in names:
+            self._counts["errors"] += 1
+            text = f"error: there is no tool {function['name']!r}; there are {', '.join(names)}"
+        else:
+            left = self._settings.timeout_seconds - self._seconds["tools"]
+            try:
+                result = await environment.call(function["name"], function["arguments"], left)
+            except CallTimedOut:
+                self.is_lost = True
+                self._seconds["tools"] += min(left, self._settings.call_seconds)
+                return "agent_timeout"
+            self._seconds["tools"] += result.seconds
+            self._counts["errors"] += result.is_error
+            text, done = result.text, result.done
+        limit = self._settings.max_result_chars
+        text = text if len(text) <= limit else f"{text[:limit]} … (cut off)"
+        self._messages.append({"role": "tool", "tool_call_id": call["id"], "content": text})
+        if self._seconds["tools"] >= self._settings.timeout_seconds:
+            return "agent_timeout"
+        return "done" if done else None
+
+    def episode(self, status: Status, reason: str) -> Episode:
+        return Episode(
+            status,
+            turns_of(self._tree, self._player.text.decode),
+            self._tree.branches(),
+            self._counts["calls"],
+            self._counts["errors"],
+            self._seconds["tools"],
+            self._seconds["engines"],
+            reason,
+        )

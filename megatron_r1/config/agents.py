@@ -1,0 +1,24 @@
+"""Settings of episodes: environments with tools, and the limits of an episode."""
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from megatron_r1.config.section import Section
+
+
+class AgentsConfig(Section):
+    """Episodes of several turns in an environment; without one, a response is a single turn."""
+
+    environment: str = ""
+    """a class of your own, module:Class, or calculator, lookup. See docs/agents.md"""
+    parameters: dict[str, Any] = Field(default_factory=dict)
+    """arguments of the environment's class, the same for all episodes"""
+    system: str = Field("", description="system message that begins every episode")
+    tool_parser: Literal["auto", "hermes"] = "auto"
+    """how tool calls are written: hermes, JSON between <tool_call> tags; auto: hermes"""
+    max_turns: int = Field(16, ge=1, description="answers of the policy in an episode")
+    call_seconds: float = Field(30.0, gt=0, description="wall time of one call of a tool")
+    timeout_seconds: float = Field(600.0, gt=0)
+    """time of an episode without that of the engines; what exceeds it ends as agent_timeout"""
+    max_result_chars: int = Field(20_000, ge=1, description="a tool's longer result is cut off")

@@ -1,0 +1,65 @@
+"""The environments of a run: checks before it starts, and what plays its episodes."""
+
+from dataclasses import replace
+
+from megatron_r1.agents.continuation import Continuation
+from megatron_r1.agents.environment_pool import Environments, describe
+from megatron_r1.agents.player import EpisodePlayer
+from megatron_r1.config import Config
+from megatron_r1.data.prompts import PromptSplit, load_prompts
+from megatron_r1.data.text import PromptText
+from megatron_r1.engine.limits import context_length
+from megatron_r1.errors import UserError
+from megatron_r1.rewards import ENVIRONMENT
+
+
+def load_rows(config: Config) -> PromptSplit:
+    """Return the run's questions; where the environment grades, they need no truth. Raises
+    UserError."""
+    arguments = config.data.model_dump(exclude={"template"})
+    if not config.agents.environment or not describe(config.agents.environment).grades:
+        return load_prompts(**arguments)
+    split = load_prompts(**arguments | {"kind": ENVIRONMENT})
+    train, heldout = (
+        [replace(prompt, kind=ENVIRONMENT) for prompt in side]
+        for side in (split.train, split.heldout)
+    )
+    return PromptSplit(train, heldout)
+
+
+def check_environment(config: Config, text: PromptText) -> None:
+    """Check section `agents`, and print how the chat template continues a conversation. Raises
+    UserError."""
+    if not config.agents.environment:
+        return
+    if config.data.template != "chat":
+        raise UserError(
+            f"data.template: {config.data.template!r} renders one question; an environment needs "
+            "the tokenizer's own chat template: set data.template: chat"
+        )
+    if config.teacher.path:
+        raise UserError(
+            "agents.environment: a teacher scores single turns only; leave out teacher.path and "
+            f"rl.algorithm: {config.rl.algorithm}, or agents"
+        )
+    tools = describe(config.agents.environment).tools
+    verdicts = Continuation(text.tokenizer).probe(tools)
+    for case, verdict in verdicts.items():
+        print(f"chat template, {case}: {verdict}")
+    if "refused" in verdicts.values():
+        raise UserError(
+            f"model.path: the chat template of {config.model.path} refuses the results of tools; "
+            "give the tokenizer one that has role tool"
+        )
+
+
+def player_of(config: Config, text: PromptText) -> EpisodePlayer | None:
+    """Return what plays the run's episodes; None where responses are single turns."""
+    agents = config.agents
+    if not agents.environment:
+        return None
+    description = describe(agents.environment)
+    environments = Environments(
+        agents.environment, agents.parameters, agents.call_seconds, description
+    )
+    return EpisodePlayer(text, environments, agents, context_length(config))
