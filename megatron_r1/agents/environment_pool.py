@@ -1,4 +1,4 @@
-"""Environments as the controller sees them: each episode's is a process of its own."""
+"""Environments as the controller sees them: each is a process of its own while it is played in."""
 
 from __future__ import annotations
 
@@ -85,14 +85,18 @@ class Environments:
         self._path = str(Path(self._folder.name) / "socket")
         self._process: asyncio.subprocess.Process | None = None
         self._starting = asyncio.Lock()
+        self._idle: list[EnvironmentProcess] = []
 
     async def open(self) -> EnvironmentProcess:
-        """Return a new environment. Raises RunError where its class can no longer be imported."""
+        """Return a process for an episode, which its `reset` begins: one whose last episode ended
+        well, or a new one. Raises RunError where the class can no longer be imported."""
+        if self._idle:
+            return self._idle.pop()
         async with self._starting:
             if self._process is None or self._process.returncode is not None:
                 await self._start()
         stream = await asyncio.open_unix_connection(self._path)
-        return EnvironmentProcess(*stream, self.call_seconds)
+        return EnvironmentProcess(*stream, self.call_seconds, self._idle)
 
     async def close(self) -> None:
         """End the server and all environments."""
@@ -125,15 +129,25 @@ class EnvironmentProcess:
     """One episode's environment: `async with await environments.open() as environment`."""
 
     def __init__(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, call_seconds: float
+        self,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        call_seconds: float,
+        idle: list[EnvironmentProcess],
     ) -> None:
+        """idle: gets this process when its episode has ended well."""
         self._reader, self._writer, self._seconds = reader, writer, call_seconds
+        self._idle = idle
+        self._is_reusable = True
 
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(self, *_: object) -> None:
-        self._writer.close()  # its process ends at the end of the stream
+    async def __aexit__(self, exception: object, *_: object) -> None:
+        if self._is_reusable and exception is None:
+            self._idle.append(self)
+        else:
+            self._writer.close()  # its process ends at the end of the stream
 
     async def reset(self, row: Mapping[str, Any]) -> str | None:
         """Begin an episode; return the question's text, or None for the row's. Raises
@@ -167,7 +181,9 @@ class EnvironmentProcess:
             self._writer.write(frame(message))
             async with asyncio.timeout(seconds + GRACE_SECONDS + LATE_SECONDS):
                 (size,) = LENGTH.unpack(await self._reader.readexactly(LENGTH.size))
-                return json.loads(await self._reader.readexactly(size))
+                reply = json.loads(await self._reader.readexactly(size))
+                self._is_reusable &= "timeout" not in reply
+                return reply
         except (TimeoutError, OSError, asyncio.IncompleteReadError):
             what = f"the environment's process ended during {method}"
             if asyncio.get_running_loop().time() - began >= seconds:

@@ -1,0 +1,98 @@
+"""Write what the demo of tool use begins with: a tokenizer, demonstrations, and the rows.
+
+    python -m examples.agents.make_lookup FOLDER [--seed N]
+
+The task is the shipped environment `lookup`: two hops through a table that is drawn afresh for
+every row and that only the tool can read. The demonstrations teach the form of a tool call and of
+an answer. Of them 15% follow the table to its end; 45% stop after the first hop, 40% guess."""
+
+import argparse
+import json
+import random
+from pathlib import Path
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from examples.laptop.make_tokenizer import SPECIAL, as_transformers
+from megatron_r1.agents.environments.lookup import Lookup
+from megatron_r1.files import atomic_write
+from megatron_r1.files.jsonl import write_lines
+
+USER, ASSISTANT, RESULT = "<|user|>", "<|assistant|>", "<|result|>"
+BEFORE, AFTER = '<tool_call>{"name": "lookup", "arguments": {"key": "', '"}}</tool_call>'
+CHAT_TEMPLATE = (
+    "{% for m in messages %}"
+    "{% if m.role == 'user' %}<|user|>{{ m.content }}"
+    "{% elif m.role == 'tool' %}<|result|>{{ m.content }}"
+    "{% else %}<|assistant|>{{ m.content }}{% for c in m.tool_calls or [] %}"
+    '<tool_call>{"name": "{{ c.function.name }}", "arguments": {{ c.function.arguments | tojson }}}'
+    "</tool_call>{% endfor %}<eos>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+CONFIG = Path(__file__).parents[1] / "laptop/r1/models/qwen.json"
+NUM_EPISODES, NUM_ROWS = 24_000, 4_000
+WHOLE, ONE_HOP = 0.15, 0.45
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """Return a tokenizer of bytes, and of one token for each part of the template and of a call."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    phrases = [USER, ASSISTANT, RESULT, BEFORE, AFTER]
+    vocab = {token: i for i, token in enumerate([*SPECIAL, *phrases, *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL])
+    tokenizer.add_tokens([AddedToken(text, special=False, normalized=False) for text in phrases])
+    wrapped = as_transformers(tokenizer)
+    wrapped.chat_template = CHAT_TEMPLATE
+    return wrapped
+
+
+def demonstrate(draw: random.Random) -> list[dict[str, str]]:
+    """Return the answers of one episode, each with all that stands before it."""
+    table = Lookup()
+    key = table.reset(draw.randrange(10**9, 2 * 10**9))  # none of the rows' tables
+    middle = table.lookup(key)
+    mode = draw.random()
+    if mode < WHOLE:
+        said = [call(key), call(middle), table.lookup(middle)]
+    elif mode < WHOLE + ONE_HOP:
+        said = [call(key), middle]
+    else:
+        said = [f"{draw.randrange(100):02d}"]
+    results = [middle, table.lookup(middle)]
+    text, rows = f"{USER}{key}{ASSISTANT}", []
+    for answer, result in zip(said, [*results, ""], strict=False):
+        rows.append({"prompt": text, "response": answer})
+        text += f"{answer}{SPECIAL[1]}{RESULT}{result}{ASSISTANT}"
+    return rows
+
+
+def call(key: str) -> str:
+    return f"{BEFORE}{key}{AFTER}"
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("folder", type=Path)
+    options.add_argument("--seed", type=int, default=0)
+    chosen = options.parse_args()
+    folder, draw = chosen.folder, random.Random(chosen.seed)
+    tokenizer = make_tokenizer()
+    tokenizer.save_pretrained(folder / "model")
+    config = json.loads(CONFIG.read_text()) | {"vocab_size": len(tokenizer)}
+    atomic_write(folder / "model" / "config.json", json.dumps(config, indent=2))
+    write_lines(
+        folder / "demonstrations.jsonl",
+        (row for _ in range(NUM_EPISODES) for row in demonstrate(draw)),
+    )
+    write_lines(
+        folder / "rows.jsonl",
+        ({"question": f"Follow table {i}.", "seed": i} for i in range(NUM_ROWS)),
+    )
+
+
+if __name__ == "__main__":
+    main()

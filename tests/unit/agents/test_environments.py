@@ -1,0 +1,129 @@
+"""Environments of one's own: schemas, mistakes, and processes that hang or end."""
+
+import asyncio
+
+import pytest
+from transformers.utils import get_json_schema
+
+from megatron_r1.agents.environment import Description, describe, tool_schema
+from megatron_r1.agents.environment_pool import CallTimedOut, EnvironmentFault, Environments
+from megatron_r1.agents.environment_pool import describe as describe_apart
+from megatron_r1.agents.environments.calculator import Calculator
+from megatron_r1.errors import UserError
+from tests.unit.agents import own_environments as own
+
+MODULE = "tests.unit.agents.own_environments"
+
+
+def play(use, name=f"{MODULE}:Counter", seconds=5.0, **options):
+    """Run use(environments) and close them."""
+
+    async def run():
+        environments = Environments(name, options, seconds, Description([], True))
+        try:
+            return await use(environments)
+        finally:
+            await environments.close()
+
+    return asyncio.run(run())
+
+
+def test_schemas_are_those_of_transformers_where_arguments_are_documented():
+    def fail(reason: str) -> None:
+        """Raise.
+
+        Args:
+            reason: of the error.
+        """
+
+    schemas = {tool["function"]["name"]: tool for tool in describe(own.Counter).tools}
+    expected = get_json_schema(fail)["function"]
+    del expected["return"]  # not in OpenAI's form
+    assert schemas["fail"]["function"] == expected
+    assert schemas["add"]["function"] == {
+        "name": "add",
+        "description": "Add to the counter.",
+        "parameters": {
+            "type": "object",
+            "properties": {"number": {"type": "integer"}, "times": {}},
+            "required": [],
+        },
+    }
+    assert set(schemas) == {"add", "fail", "sleep", "stuck", "crash"}
+    assert tool_schema(Calculator.calculate)["function"]["parameters"]["required"] == ["expression"]
+    assert [describe(c).grades for c in (own.Counter, own.Ungrading)] == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("calculatr", "unknown environment 'calculatr'; did you mean 'calculator'"),
+        (f"{MODULE}:Countr", "has no environment class Countr; did you mean 'Counter'"),
+        ("nowhere.at_all:Game", "No module named 'nowhere'"),
+    ],
+)
+def test_an_unknown_environment_is_named(name, message):
+    with pytest.raises(UserError, match=message.replace("(", r"\(")):
+        describe_apart(name)
+
+
+def test_a_class_that_is_no_environment_is_refused():
+    with pytest.raises(UserError, match="NoTools has no public method besides reset, get_reward"):
+        describe(own.NoTools)
+    with pytest.raises(UserError, match="NoReset has no method reset"):
+        describe(own.NoReset)
+    with pytest.raises(UserError, match="DoneMethod.done is a method; it is reserved"):
+        describe(own.DoneMethod)
+
+
+def test_an_episode_with_coroutines_options_errors_and_an_end():
+    async def use(environments):
+        async with await environments.open() as game:
+            assert await game.reset({"question": "?", "truth": 3, "other": 1}) == "Count to 3."
+            result = await game.call("add", {"number": 2}, 9)
+            assert (result.text, result.is_error, result.done) == (
+                '{"total": 4, "note": "é"}',
+                False,
+                False,
+            )
+            result = await game.call("fail", {"reason": "lone \ud800"}, 9)
+            assert (result.text, result.is_error) == ("error: RuntimeError: lone \ud800", True)
+            for arguments in ({"numbr": 1}, [1], None):
+                assert (await game.call("add", arguments, 9)).text.startswith("error: TypeError: ")
+            assert await game.reward("") == 1.0
+            assert (await game.call("add", {"number": 99}, 9)).done
+        async with await environments.open() as again:  # the same process, another instance
+            await again.reset({"question": "?"})
+            assert await again.reward("") == 0.0
+
+    play(use, step=2)
+
+
+def test_failures_of_reset_and_get_reward_are_the_environments():
+    async def use(environments):
+        async with await environments.open() as game:
+            with pytest.raises(EnvironmentFault, match="reset: OSError: the server of the game"):
+                await game.reset({"question": "?", "broken": True})
+            await game.reset({"question": "?"})
+            await game.call("add", {"number": 13}, 9)
+            with pytest.raises(EnvironmentFault, match="get_reward: ValueError: 13"):
+                await game.reward("")
+
+    play(use)
+
+
+def test_a_method_that_hangs_ends_its_own_episode_only():
+    async def use(environments):
+        async with await environments.open() as game, await environments.open() as other:
+            await game.reset({"question": "?"})
+            await other.reset({"question": "?"})
+            stuck = asyncio.create_task(game.call("stuck", {}, 0.3))
+            slept = await other.call("sleep", {"seconds": 60}, 0.2)  # interrupted, and goes on
+            assert (slept.text, slept.is_error) == ("error: no result within 0.2 s", True)
+            assert not (await other.call("add", {}, 9)).is_error
+            with pytest.raises(CallTimedOut):
+                await stuck
+            with pytest.raises(EnvironmentFault):
+                await other.call("crash", {}, 9)
+
+    play(use)

@@ -1,0 +1,163 @@
+"""Episodes of scripted policies end with the right status, tokens and rewards."""
+
+import asyncio
+import json
+from array import array
+from types import SimpleNamespace
+
+import pytest
+
+from megatron_r1.agents.environment import describe, find_environment, target_of
+from megatron_r1.agents.environment_pool import Environments
+from megatron_r1.agents.hermes import parse_hermes
+from megatron_r1.agents.player import EpisodePlayer
+from megatron_r1.config import AgentsConfig
+from megatron_r1.data.prompts import make_prompt
+from megatron_r1.data.text import PromptText
+from megatron_r1.engine.errors import EngineError
+from megatron_r1.engine.responses import Response
+from megatron_r1.errors import RunError
+from megatron_r1.rewards.base import Grade
+from megatron_r1.rl.grading import ResponseGrader, check_grades
+from megatron_r1.rl.metrics import rollout_metrics, sample_records
+from megatron_r1.rl.rollout import Group, Rollout
+from megatron_r1.rl.sample_record import decode, encode, pack, unpack
+from tests.chat_tokenizer import chat_tokenizer
+
+COUNTER = "tests.unit.agents.own_environments:Counter"
+UNGRADING = "tests.unit.agents.own_environments:Ungrading"
+ROW = make_prompt("?", "environment", 3, {})
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    chat_tokenizer().save_pretrained(folder)
+    return PromptText(str(folder), "chat")
+
+
+def call(name, **arguments):
+    return f"<tool_call>{json.dumps({'name': name, 'arguments': arguments})}</tool_call>"
+
+
+def play(text, answers, environment=COUNTER, row=ROW, max_tokens=2000, room=4000, **settings):
+    """Play an episode whose policy gives `answers`, one a turn; an exception is an engine's."""
+    config = AgentsConfig(environment=environment, **settings)
+    said = iter(answers)
+
+    async def generate(token_ids, limit):
+        answer = next(said)
+        if isinstance(answer, Exception):
+            raise answer
+        ids = [*text.tokenizer.encode(answer, add_special_tokens=False), text.end]
+        reason = "stop" if len(ids) <= limit else "length"
+        ids = array("i", ids[:limit])
+        version = len(token_ids) % 3
+        return Response(
+            ids, array("f", [-1.0] * len(ids)), array("i", [version] * len(ids)), reason
+        )
+
+    async def run():
+        description = describe(find_environment(target_of(environment)))
+        environments = Environments(environment, config.parameters, 5.0, description)
+        try:
+            return await EpisodePlayer(text, environments, config, room).play(
+                row, generate, max_tokens
+            )
+        finally:
+            await environments.close()
+
+    return asyncio.run(run())
+
+
+def test_an_episode_with_calls_is_done_and_its_turns_are_kept(text):
+    answers = [call("add") + call("add", number=4), call("fail", reason="x"), call("no"), "Done."]
+    played = play(text, answers, system="Count.")
+    episode = played.episode
+    assert (episode.status, played.reward, played.text) == ("done", 2.0, "Done.")
+    assert (episode.num_tool_calls, episode.num_tool_errors) == (4, 2)
+    turns = ["assistant", "tool", "tool", "assistant", "tool", "assistant", "tool", "assistant"]
+    roles = ["system", "user", *turns]
+    assert [turn.role for turn in episode.turns] == roles
+    assert [turn.trained for turn in episode.turns] == [role == "assistant" for role in roles]
+    assert [turn.text for turn in episode.turns if turn.trained] == answers
+    (branch,) = episode.branches
+    assert sum(turn.num_tokens for turn in episode.turns) == len(branch.token_ids)
+    trained = [t for t, flag in zip(branch.token_ids, branch.is_sampled, strict=True) if flag]
+    assert text.tokenizer.decode(trained) == "".join(f"{answer}<|im_end|>" for answer in answers)
+    assert "there is no tool 'no'; there are add, " in text.decode(branch.token_ids)
+
+
+@pytest.mark.parametrize(
+    ("answers", "settings", "status", "reward"),
+    [
+        ([call("add")] * 2, {"max_turns": 2}, "max_turns", -1.0),
+        ([call("add", number=1), "x" * 500], {"max_tokens": 200}, "max_tokens", -2.0),
+        ([call("sleep", seconds=9)], {"timeout_seconds": 0.3}, "agent_timeout", -3.0),
+        ([call("stuck")], {"timeout_seconds": 0.3}, "agent_timeout", 0.0),
+        ([call("add", number=100), "never"], {}, "done", 97.0),
+        ([call("add", number=13), "x"], {}, "environment_error", None),
+        ([call("add", number=14), "x"], {}, "environment_error", None),
+        ([call("crash")], {}, "environment_error", None),
+        ([call("add"), EngineError("lost")], {}, "engine_error", None),
+        (["x"], {"room": 5}, "environment_error", None),
+    ],
+)
+def test_every_end_has_its_status(text, answers, settings, status, reward):
+    played = play(text, answers, **settings)
+    assert (played.episode.status, played.reward) == (status, reward)
+    assert played.episode.is_scored == (reward is not None)
+    assert bool(played.episode.reason) == (reward is None)
+
+
+class Terms:
+    """Grades every term by the length of the text."""
+
+    async def grade(self, terms, prompt, text, num_tokens, opened):
+        return {term: Grade(len(text) / 100, term) for term in terms}
+
+
+def graded(text, played, row=ROW):
+    grader = ResponseGrader(None, SimpleNamespace(opens_thought=False), {})
+    grader._terms = Terms()
+    return asyncio.run(grader.grade_episodes(row, played, {"accuracy": 1.0, "format": 0.5}))
+
+
+def test_episodes_are_graded_logged_and_measured(text):
+    played = [
+        play(text, [call("add", number=8), "ok"]),
+        play(text, ["ok"], environment=UNGRADING),
+        play(text, [call("crash")]),
+    ]
+    responses = graded(text, played)
+    assert [each.reward for each in responses] == [5.01, 0.03, 0.0]  # 8 - 3, and len("ok") / 200
+    assert [each.is_graded for each in responses] == [True, True, False]
+    assert "environment_error: the environment's process ended" in responses[2].reason
+    group = Group(ROW, [1], responses)
+    assert unpack(decode(encode(pack(0, group))), ROW) == group
+    metrics = rollout_metrics(Rollout([group], 0.0, 0.0), version=2)
+    assert metrics["episode/status/environment_error"] == pytest.approx(1 / 3)
+    assert metrics["episode/turns"] == pytest.approx(4 / 3)
+    assert metrics["reward/mean"] == pytest.approx((5.01 + 0.03) / 2)
+    line = sample_records([group], 1, "train", None)[0]
+    assert (line["status"], line["turns"][1]["role"]) == ("done", "assistant")
+    assert [turn["trained"] for turn in line["turns"]] == [False, True, False, True]
+    with pytest.raises(RunError, match=r"1 of 3 episodes .*\(1 environment_error\), at most 0"):
+        check_grades([group], 0.0)
+
+
+@pytest.mark.parametrize(
+    ("text", "calls", "content", "thought"),
+    [
+        ('a<tool_call>{"name": "f", "arguments": {"x": 1}}', [("f", {"x": 1})], "a", None),
+        ("<think>hm</think>\n\nb", [], "b", "hm"),
+        ("<tool_call>{nothing}</tool_call>", [], "<tool_call>{nothing}</tool_call>", None),
+        ('<tool_call>{"name": 1}</tool_call>', [], '<tool_call>{"name": 1}</tool_call>', None),
+        ("<tool_call>[]</tool_call>", [], "<tool_call>[]</tool_call>", None),
+    ],
+)
+def test_hermes(text, calls, content, thought):
+    message = parse_hermes(text)
+    functions = [c["function"] for c in message.get("tool_calls", [])]
+    assert [(f["name"], f["arguments"]) for f in functions] == calls
+    assert (message["content"], message.get("reasoning_content")) == (content, thought)
