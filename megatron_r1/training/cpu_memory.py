@@ -55,7 +55,8 @@ class CPUMemory:
 
         Raises UserError where the run does not fit into the memory."""
         tokens = wanted or max(FEWEST_TOKENS, min(MOST_TOKENS, self.room))
-        if self.fixed + tokens * self.per_token <= self.free:
+        # Without `others`, which are mostly libraries: processes share their pages.
+        if self.weights + self.engines + tokens * self.per_token <= self.free:
             return tokens
         remedy = (
             "lower rollout.kv_cache_gib, parallel.processes or rollout.engines, set "
@@ -151,10 +152,15 @@ def free_bytes() -> int:
     """Return the memory that this host, or the container, has left."""
     free = psutil.virtual_memory().available
     try:
-        limit, used = ((CGROUP / name).read_text() for name in ("memory.max", "memory.current"))
-        return min(free, int(limit) - int(used))
+        limit, used = (
+            int((CGROUP / name).read_text()) for name in ("memory.max", "memory.current")
+        )
+        stat = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
     except (OSError, ValueError):  # another system, or no limit ("max")
         return free
+    # The kernel drops cached files before it kills a process.
+    cached = int(stat["active_file"]) + int(stat["inactive_file"])
+    return min(free, limit - used + cached)
 
 
 CGROUP = Path("/sys/fs/cgroup")

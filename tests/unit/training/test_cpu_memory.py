@@ -76,9 +76,9 @@ def test_a_micro_batch_is_what_the_free_memory_has_room_for():
     assert tokens(64) == memory.MOST_TOKENS
     assert tokens(8) == int((0.9 * 8 - 6) * 1024)
     assert tokens(64, 20_000) == 20_000
-    assert tokens(6.6) == memory.FEWEST_TOKENS  # beyond the usual nine tenths
-    with pytest.raises(UserError, match=r"about 6\.5 GiB .* 6\.4 are free: lower rollout\.kv_"):
-        tokens(6.4)
+    assert tokens(5.6) == memory.FEWEST_TOKENS  # beyond the usual nine tenths
+    with pytest.raises(UserError, match=r"about 6\.5 GiB .* 5\.4 are free: lower rollout\.kv_"):
+        tokens(5.4)
     with pytest.raises(UserError, match=r"16,384 tokens 16\.0.*tokens_per_microbatch out.*1,228"):
         tokens(8, 16_384)
 
@@ -95,7 +95,8 @@ def test_a_container_s_limit_counts_where_it_is_lower(tmp_path, monkeypatch):
     monkeypatch.setattr(memory, "CGROUP", tmp_path)
     unlimited = free_bytes()
     (tmp_path / "memory.max").write_text(f"{1 << 20}\n")
-    (tmp_path / "memory.current").write_text("4096\n")
-    assert free_bytes() == (1 << 20) - 4096 < unlimited
+    (tmp_path / "memory.current").write_text("65536\n")
+    (tmp_path / "memory.stat").write_text("anon 9\nactive_file 4096\ninactive_file 8192\n")
+    assert free_bytes() == (1 << 20) - 65536 + 4096 + 8192 < unlimited
     (tmp_path / "memory.max").write_text("max\n")
     assert free_bytes() > 1 << 20
