@@ -18,8 +18,8 @@
 `reset` begins an episode with a row of the data, and may return the question's text; the row's own
 is used otherwise. `get_reward` may be left out: the reward of the row's kind then grades the last
 answer. An attribute `done` that is true after a call ends the episode; `final_answer`, if the class
-has it, is a method that gets the text of the last answer before `get_reward`. Methods may be
-coroutines. docs/agents.md has the details."""
+has it, is a method that gets the text of the last answer before `get_reward`; `close` is called
+when the episode is over. Methods may be coroutines. docs/agents.md has the details."""
 
 import inspect
 import typing
@@ -33,9 +33,11 @@ from megatron_r1.user_code import find
 SHIPPED = {
     "calculator": "megatron_r1.agents.environments.calculator:Calculator",
     "lookup": "megatron_r1.agents.environments.lookup:Lookup",
+    "python": "megatron_r1.agents.environments.python:Python",
+    "retrieval": "megatron_r1.agents.environments.retrieval:Retrieval",
 }
 """Environments that come with this package: the short name of each with its class."""
-RESERVED = ("reset", "get_reward", "final_answer")
+RESERVED = ("reset", "get_reward", "final_answer", "close")
 """Public methods that are no tools."""
 TYPES = {str: "string", int: "integer", float: "number", bool: "boolean", list: "array"}
 

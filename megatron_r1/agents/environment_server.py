@@ -99,10 +99,16 @@ class _Episode:
         return answer
 
     def reset(self, row: dict[str, Any]) -> str | None:
+        self.close()
         self._environment = self._class(**self._options)
         reset = self._environment.reset
         question = self._result(reset(**row_arguments(reset, row)))
         return None if question is None else _text(question)
+
+    def close(self) -> None:
+        environment, self._environment = self._environment, None
+        if hasattr(environment, "close"):
+            self._result(environment.close())
 
     def call(self, name: str, arguments: Any) -> str:
         if not isinstance(arguments, dict):

@@ -118,13 +118,13 @@ class SandboxProcess:
                     num_open -= 1
                 self.received[fd] += chunk
                 if fd == self.status_fd and self.init_pidfd is None and b"\n" in chunk:
-                    self._start_program()
+                    self.start_program()
             num_bytes = len(self.received[self.stdout_fd]) + len(self.received[self.stderr_fd])
             if num_bytes > self.budget.output_bytes:
                 return "output"
         return ""
 
-    def _start_program(self) -> None:
+    def start_program(self) -> None:
         """Open a pidfd of the sandbox's process 1, then let the program start."""
         pid = json.loads(self.received[self.status_fd].partition(b"\n")[0])["child-pid"]
         try:

@@ -72,6 +72,46 @@ def sealed_file(content: bytes) -> BinaryIO:
     return file
 
 
+def launch(
+    stack: contextlib.ExitStack,
+    command: Sequence[str],
+    budget: Budget,
+    stdin: int,
+    files: Mapping[str, bytes],
+    compiler: bool = False,
+) -> SandboxProcess:
+    """Start a sandbox, whose files `stack` closes; the caller closes the sandbox before. stdin: as
+    of `Popen`; the others as of `run`."""
+    contents = [build_filter(compiler=compiler), *files.values()]
+    fds = [stack.enter_context(sealed_file(content)).fileno() for content in contents]
+    options = ["--seccomp", str(fds[0])]
+    for name, fd in zip(files, fds[1:], strict=True):
+        options += ["--perms", "0700", "--file", str(fd), f"{WORK}/{name}"]
+    status_read, status_write = os.pipe()
+    block_read, block_write = os.pipe()
+    stack.callback(os.close, status_read)
+    stack.callback(os.close, block_write)
+    arguments = [*host.launcher(), *NAMESPACES, *_view(compiler, budget.disk_bytes), *options]
+    arguments += ["--remount-ro", "/", "--block-fd", str(block_read)]
+    arguments += ["--json-status-fd", str(status_write), "--", *_prlimit(budget), *command]
+    started = time.monotonic()
+    try:
+        process = subprocess.Popen(
+            arguments,
+            bufsize=0,
+            stdin=stdin,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            pass_fds=[status_write, block_read, *fds],
+            env=ENVIRONMENT,
+        )
+    finally:
+        os.close(status_write)
+        os.close(block_read)
+    stack.enter_context(process)
+    return SandboxProcess(process, status_read, block_write, budget, started)
+
+
 def _run_once(
     command: Sequence[str],
     budget: Budget,
@@ -80,34 +120,8 @@ def _run_once(
     compiler: bool,
 ) -> Outcome:
     with contextlib.ExitStack() as stack:
-        contents = [stdin, build_filter(compiler=compiler), *files.values()]
-        fds = [stack.enter_context(sealed_file(content)).fileno() for content in contents]
-        options = ["--seccomp", str(fds[1])]
-        for name, fd in zip(files, fds[2:], strict=True):
-            options += ["--perms", "0700", "--file", str(fd), f"{WORK}/{name}"]
-        status_read, status_write = os.pipe()
-        block_read, block_write = os.pipe()
-        stack.callback(os.close, status_read)
-        stack.callback(os.close, block_write)
-        arguments = [*host.launcher(), *NAMESPACES, *_view(compiler, budget.disk_bytes), *options]
-        arguments += ["--remount-ro", "/", "--block-fd", str(block_read)]
-        arguments += ["--json-status-fd", str(status_write), "--", *_prlimit(budget), *command]
-        started = time.monotonic()
-        try:
-            process = subprocess.Popen(
-                arguments,
-                bufsize=0,
-                stdin=fds[0],
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                pass_fds=[status_write, block_read, *fds[1:]],
-                env=ENVIRONMENT,
-            )
-        finally:
-            os.close(status_write)
-            os.close(block_read)
-        stack.enter_context(process)
-        sandbox = SandboxProcess(process, status_read, block_write, budget, started)
+        source = stack.enter_context(sealed_file(stdin)).fileno()
+        sandbox = launch(stack, command, budget, source, files, compiler)
         with contextlib.closing(sandbox):
             return sandbox.wait()
 

@@ -1,0 +1,139 @@
+"""The environments that come with the package, called directly."""
+
+import json
+import random
+import time
+
+import pytest
+
+from megatron_r1.agents.environment import SHIPPED, describe, find_environment
+from megatron_r1.agents.environments.calculator import Calculator
+from megatron_r1.agents.environments.lookup import Lookup
+from megatron_r1.agents.environments.python import Python
+from megatron_r1.agents.environments.retrieval import Retrieval
+from megatron_r1.rewards.sandbox.host import SandboxUnavailable
+from megatron_r1.rewards.sandbox.programs import require_sandbox
+
+
+def test_all_have_documented_tools():
+    for path in SHIPPED.values():
+        for tool in describe(find_environment(path)).tools:
+            function = tool["function"]
+            assert function["description"], path
+            assert all(p["description"] for p in function["parameters"]["properties"].values())
+
+
+def test_calculator_computes_as_python_does_and_refuses_the_rest():
+    game, rng = Calculator(), random.Random(0)
+    for _ in range(200):
+        terms = [str(rng.randrange(1, 100)) for _ in range(4)]
+        text = terms[0] + "".join(rng.choice("+-*") + term for term in terms[1:])
+        assert game.calculate(text) == str(eval(text))
+    assert (game.calculate("-(1 + 2) / 6"), game.calculate("0.5*4")) == ("-1/2", "2")
+    for text in ("2**9", "abs(1)", "True", "1 if 1 else 2", "9" * 300, "'a'", "1 +"):
+        with pytest.raises((ValueError, SyntaxError)):
+            game.calculate(text)
+    game.reset(question="?", truth=42)
+    for answer, reward in (("It is 42", 1.0), ("42 or 41", 0.0), ("", 0.0)):
+        game.final_answer(answer)
+        assert game.get_reward() == reward
+
+
+def test_lookup_has_the_same_table_for_a_row_and_another_for_the_next():
+    def answer(seed):
+        game = Lookup()
+        key = game.reset(seed=seed, question="?")
+        result = game.lookup(game.lookup(key))
+        game.final_answer(f" {result} ")
+        assert game.get_reward() == 1.0
+        return key, result
+
+    answers = [answer(seed) for seed in range(300)]
+    assert answers == [answer(seed) for seed in range(300)]
+    assert len(set(answers)) > 250
+    with pytest.raises(KeyError):
+        Lookup().lookup("7")
+
+
+def test_retrieval_finds_the_document_and_any_text_is_a_query(tmp_path):
+    corpus = tmp_path / "corpus.jsonl"
+    rows = [
+        {"title": f"Town {i}", "text": f"Town {i} lies on river R{i % 7}. " * 9} for i in range(99)
+    ]
+    rows.append({"title": "Zürich", "text": "It's on the Limmat."})
+    corpus.write_text("\n".join(map(json.dumps, rows)))
+    game = Retrieval(str(corpus))
+    found = game.search("Which river is Zürich on?")
+    assert found[0]["title"] == "Zürich"
+    assert game.read(found[0]["number"]) == "Zürich\nIt's on the Limmat."
+    for query in ('"', "AND NOT (", "título:x*", ""):
+        assert isinstance(game.search(query, 10**6), list)
+    with pytest.raises(KeyError):
+        game.read(10**6)
+    index = corpus.with_name("corpus.jsonl.fts5")
+    before = index.stat().st_mtime_ns
+    Retrieval(str(corpus))
+    assert index.stat().st_mtime_ns == before
+
+
+@pytest.fixture
+def interpreter():
+    try:
+        require_sandbox("python")
+    except SandboxUnavailable as missing:
+        pytest.skip(str(missing))
+    game = Python(seconds=0.5)
+    yield game
+    game.close()
+
+
+def test_python_keeps_its_variables_and_reports_errors(interpreter):
+    run = interpreter.python
+    assert run("x = 12 * 34\nx") == "408\n"
+    assert run("print(x + 1); x - 1") == "409\n407\n"
+    assert run("def f(n):\n    return n / 0") == "(no output)"
+    assert run("f(x)") == "ZeroDivisionError: division by zero (line 1, 2 of the cell)\n"
+    assert run("x +").startswith("SyntaxError")
+    assert run("while True: pass").startswith("TimeoutError: the cell's time is over")
+    assert run("len(str(2 ** 20000))") == "6021\n"
+    assert run("print('y' * 9000)").endswith("y … (cut off)")
+    assert run("exit()") == "(no output)"
+    assert run("x") == "408\n"
+
+
+HOSTILE = {
+    "write": "open('/work/a', 'w')",
+    "socket": "import socket; socket.socket()",
+    "fork": "import os; os.fork()",
+    "program": "import subprocess; subprocess.run(['/bin/sh', '-c', 'id'])",
+    "home": "import os; os.listdir('/root') or os.listdir('/home')",
+    "memory": "a = bytearray(2 ** 31)",
+}
+ENDING = {
+    "os._exit": "import os; os._exit(0)",
+    "no interrupt": "import signal; signal.signal(14, signal.SIG_IGN)\nwhile True: pass",
+    "C code": "import itertools; sum(itertools.repeat(0))",
+    "output": "print('y' * 10 ** 8)",
+    "forged frame": "import posix; posix.write(4, b'\\xff' * 9)",
+    "closed pipe": "import posix; posix.closerange(0, 20)",
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_python_survives_what_the_walls_refuse(interpreter, name):
+    assert "Error: " in interpreter.python(HOSTILE[name])
+    assert interpreter.python("1 + 1") == "2\n"
+
+
+@pytest.mark.parametrize("name", ENDING)
+def test_an_interpreter_that_is_lost_is_replaced(interpreter, name):
+    began = time.monotonic()
+
+    def use():
+        interpreter.python(ENDING[name])
+        interpreter.python("0")  # where the damage shows later
+
+    with pytest.raises(RuntimeError, match="all variables are lost"):
+        use()
+    assert time.monotonic() - began < 20
+    assert interpreter.python("1 + 1") == "2\n"
