@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 CALL = re.compile(r"<tool_call>(.*?)(?:</tool_call>|\Z)", re.DOTALL)
@@ -23,10 +23,6 @@ def parse_hermes(text: str) -> dict[str, Any]:
         message["content"] = text[: text.index("<tool_call>")].strip()
         message["tool_calls"] = calls
     return message
-
-
-PARSERS: dict[str, Callable[[str], dict[str, Any]]] = {"auto": parse_hermes, "hermes": parse_hermes}
-"""The values of `agents.tool_parser`."""
 
 
 def _calls(bodies: Iterable[str]) -> list[dict[str, Any]]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import math
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from megatron_r1.agents.continuation import Continuation, Unrenderable
 from megatron_r1.agents.environment_pool import (
@@ -16,7 +18,7 @@ from megatron_r1.agents.environment_pool import (
     Environments,
 )
 from megatron_r1.agents.episode import SCORED, Episode, Status, turns_of
-from megatron_r1.agents.hermes import PARSERS
+from megatron_r1.agents.parsing import parser_of
 from megatron_r1.agents.tree import Message, TokenTree
 from megatron_r1.config import AgentsConfig
 from megatron_r1.data.prompts import Prompt
@@ -40,6 +42,16 @@ class Played:
     reward: float | None
 
 
+class Player(Protocol):
+    """Plays a run's episodes: an `EpisodePlayer`, or a `harness.HarnessPlayer`."""
+
+    async def check(self, prompts: Sequence[Prompt]) -> None: ...
+
+    async def play(self, prompt: Prompt, generate: Generate, max_tokens: int) -> Played: ...
+
+    async def close(self) -> None: ...
+
+
 class EpisodePlayer:
     """Plays episodes in environments of one class."""
 
@@ -49,7 +61,12 @@ class EpisodePlayer:
         """room: most tokens of prompt and answers together that an engine takes."""
         self.text, self.environments, self.settings, self.room = text, environments, settings, room
         self.continuation = Continuation(text.tokenizer)
-        self.parse = PARSERS[settings.tool_parser]
+        self.parsers = parser_of(
+            settings.tool_parser,
+            settings.reasoning_parser,
+            text.tokenizer.name_or_path,
+            settings.parser_workers,
+        )
 
     async def play(self, prompt: Prompt, generate: Generate, max_tokens: int) -> Played:
         """Play one episode of a row. max_tokens: of all that follows the first prompt."""
@@ -78,6 +95,7 @@ class EpisodePlayer:
 
     async def check(self, prompts: Sequence[Prompt]) -> None:
         """Begin an episode for a row of each set of fields. Raises UserError."""
+        await self.parsers.check()
         for prompt in {frozenset(prompt.fields): prompt for prompt in prompts}.values():
             try:
                 async with await self.environments.open() as environment:
@@ -90,10 +108,21 @@ class EpisodePlayer:
                     f"{prompt.id} ({shorten(prompt.question)}): {fault}"
                 ) from None
 
+    async def close(self) -> None:
+        """End environments and parsers."""
+        await asyncio.gather(self.environments.close(), self.parsers.close())
+
 
 def row_of(prompt: Prompt) -> dict[str, Any]:
     """Return what `reset` gets of a row."""
     return {"question": prompt.question, "truth": prompt.truth, **prompt.fields}
+
+
+def _as_json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text  # the model's mistake; the environment names it
 
 
 class _Game:
@@ -156,7 +185,9 @@ class _Game:
         response = await self._generate(tree.token_ids(node), room)
         self._seconds["engines"] += time.monotonic() - began
         self.text = player.text.decode(response.token_ids)
-        message = player.parse(self.text)
+        prompt_ids = tree.token_ids(node)
+        parsed = await player.parsers.parse(self.text, response.token_ids, prompt_ids, self._tools)
+        message = parsed.message()
         tree.add_sampled(node, response, message)
         self._messages.append(message)
         return None if response.finish_reason != "stop" else message
@@ -173,7 +204,8 @@ class _Game:
         else:
             left = self._settings.timeout_seconds - self._seconds["tools"]
             try:
-                result = await environment.call(function["name"], function["arguments"], left)
+                arguments = _as_json(function["arguments"])
+                result = await environment.call(function["name"], arguments, left)
             except CallTimedOut:
                 self.is_lost = True
                 self._seconds["tools"] += min(left, self._settings.call_seconds)

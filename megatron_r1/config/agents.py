@@ -16,8 +16,20 @@ class AgentsConfig(Section):
     parameters: dict[str, Any] = Field(default_factory=dict)
     """arguments of the environment's class, the same for all episodes"""
     system: str = Field("", description="system message that begins every episode")
-    tool_parser: Literal["auto", "hermes"] = "auto"
-    """how tool calls are written: hermes, JSON between <tool_call> tags; auto: hermes"""
+    harness: str | list[str] = ""
+    """instead of an environment, an agent that calls the gateway: module:function, or a command.
+    See docs/gateway.md"""
+    tool_parser: str = "auto"
+    """how tool calls are written: a tool parser of vLLM's, such as qwen3_coder, or none; auto,
+    hermes: JSON between <tool_call> tags, read without vLLM"""
+    reasoning_parser: str | None = None
+    """a reasoning parser of vLLM's; null: what precedes </think>, with auto and hermes"""
+    parser_workers: int = Field(2, ge=1, description="processes with vLLM's parsers, if any")
+    sampling_options: Literal["run", "refuse"] = "run"
+    """sampling options of an agent's requests that are not the run's: replaced, or refused"""
+    harness_processes: int = Field(32, ge=1, description="commands of agents.harness at once")
+    gateway_host: str = "127.0.0.1"
+    """the address that the gateway listens on: loopback, or the run's own network"""
     max_turns: int = Field(16, ge=1, description="answers of the policy in an episode")
     call_seconds: float = Field(30.0, gt=0, description="wall time of one call of a tool")
     timeout_seconds: float = Field(600.0, gt=0)

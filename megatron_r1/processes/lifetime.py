@@ -1,8 +1,11 @@
-"""Processes that end with the process that started them. Standard library only."""
+"""Processes that end with the process that started them. Standard library only.
+
+`python -m megatron_r1.processes.lifetime COMMAND …` becomes COMMAND, which does so too."""
 
 import ctypes
 import os
 import signal
+import sys
 
 PARENT = "MEGATRON_R1_PARENT"
 """Environment variable: the process id of the parent."""
@@ -34,3 +37,8 @@ def prctl(option: int, value: int) -> None:
     if hasattr(libc, "prctl") and libc.prctl(option, value, 0, 0, 0) != 0:
         code = ctypes.get_errno()
         raise OSError(code, f"prctl({option}): {os.strerror(code)}")
+
+
+if __name__ == "__main__":
+    end_without_parent()
+    os.execvp(sys.argv[1], sys.argv[1:])

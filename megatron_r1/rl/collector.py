@@ -8,7 +8,7 @@ from array import array
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from megatron_r1.agents.player import EpisodePlayer, Played
+from megatron_r1.agents.player import Played, Player
 from megatron_r1.config import RewardsConfig
 from megatron_r1.data.prompts import Prompt
 from megatron_r1.data.text import PromptText
@@ -41,9 +41,9 @@ class RolloutCollector:
         text: PromptText,
         rewards: RewardsConfig,
         teacher: RolloutFleet | None = None,
-        player: EpisodePlayer | None = None,
+        player: Player | None = None,
     ):
-        """player: plays the episodes of an environment; None: a response is a single turn."""
+        """player: plays episodes with an environment or agent; None: a response is one turn."""
         self.fleet, self.pool, self.text, self.teacher = fleet, pool, text, teacher
         self.player = player
         self.grader = ResponseGrader(pool, text, rewards.call_options)
@@ -92,9 +92,9 @@ class RolloutCollector:
             await self.player.check(prompts)
 
     async def close(self) -> None:
-        """End the environments."""
+        """End environments, agents and parsers."""
         if self.player is not None:
-            await self.player.environments.close()
+            await self.player.close()
 
     def check_grades(self, groups: list[Group]) -> None:
         """Check the grades of everything that was sampled for one purpose; raises as

@@ -1,16 +1,20 @@
-"""The environments of a run: checks before it starts, and what plays its episodes."""
+"""The environment or the agent of a run: checks before it starts, and what plays its episodes."""
 
 from dataclasses import replace
 
 from megatron_r1.agents.continuation import Continuation
 from megatron_r1.agents.environment_pool import Environments, describe
-from megatron_r1.agents.player import EpisodePlayer
+from megatron_r1.agents.harness import harness_player
+from megatron_r1.agents.player import EpisodePlayer, Player
 from megatron_r1.config import Config
 from megatron_r1.data.prompts import PromptSplit, load_prompts
 from megatron_r1.data.text import PromptText
 from megatron_r1.engine.limits import context_length
 from megatron_r1.errors import UserError
 from megatron_r1.rewards import ENVIRONMENT
+
+ANY_TOOL = {"type": "function", "function": {"name": "tool", "parameters": {"type": "object"}}}
+"""Stands for the tools of an agent, which are known only when it runs."""
 
 
 def load_rows(config: Config) -> PromptSplit:
@@ -30,36 +34,46 @@ def load_rows(config: Config) -> PromptSplit:
 def check_environment(config: Config, text: PromptText) -> None:
     """Check section `agents`, and print how the chat template continues a conversation. Raises
     UserError."""
-    if not config.agents.environment:
+    agents = config.agents
+    if not (agents.environment or agents.harness):
         return
+    if agents.environment and agents.harness:
+        raise UserError(
+            f"agents.harness: {agents.harness} and agents.environment: {agents.environment} each "
+            "play the episodes; leave one out"
+        )
+    key = "agents.environment" if agents.environment else "agents.harness"
     if config.data.template != "chat":
         raise UserError(
-            f"data.template: {config.data.template!r} renders one question; an environment needs "
+            f"data.template: {config.data.template!r} renders one question; {key} needs "
             "the tokenizer's own chat template: set data.template: chat"
         )
     if config.teacher.path:
         raise UserError(
-            "agents.environment: a teacher scores single turns only; leave out teacher.path and "
+            f"{key}: a teacher scores single turns only; leave out teacher.path and "
             f"rl.algorithm: {config.rl.algorithm}, or agents"
         )
-    tools = describe(config.agents.environment).tools
+    tools = describe(agents.environment).tools if agents.environment else [ANY_TOOL]
     verdicts = Continuation(text.tokenizer).probe(tools)
     for case, verdict in verdicts.items():
         print(f"chat template, {case}: {verdict}")
-    if "refused" in verdicts.values():
+    if agents.environment and "refused" in verdicts.values():
         raise UserError(
             f"model.path: the chat template of {config.model.path} refuses the results of tools; "
             "give the tokenizer one that has role tool"
         )
 
 
-def player_of(config: Config, text: PromptText) -> EpisodePlayer | None:
+def player_of(config: Config, text: PromptText) -> Player | None:
     """Return what plays the run's episodes; None where responses are single turns."""
-    agents = config.agents
+    agents, room = config.agents, context_length(config)
+    if agents.harness:
+        rollout = config.rollout
+        return harness_player(text, agents, room, (rollout.temperature, rollout.top_p))
     if not agents.environment:
         return None
     description = describe(agents.environment)
     environments = Environments(
         agents.environment, agents.parameters, agents.call_seconds, description
     )
-    return EpisodePlayer(text, environments, agents, context_length(config))
+    return EpisodePlayer(text, environments, agents, room)

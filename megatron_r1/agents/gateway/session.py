@@ -80,6 +80,11 @@ class Session:
             if not self._num_waiting:
                 self._engine_seconds += time.monotonic() - self._waiting_since
 
+    @property
+    def is_cut(self) -> bool:
+        """Whether the episode's tokens are all used up."""
+        return self.num_tokens >= self.limits.max_tokens
+
     def end(self, status: str, reason: str) -> None:
         """Set the status, if nothing has ended the episode before."""
         if self.status is None:
@@ -116,6 +121,8 @@ class Session:
         if taken.is_added:
             return taken.reply
         taken.is_added = True
+        if self.status == "engine_error":  # the client repeated the turn, and now it is there
+            self.status, self.reason = None, ""
         prompt, request, turn = taken.prompt, taken.request, taken.turn
         parent = prompt.parent
         if prompt.token_ids or parent is None:

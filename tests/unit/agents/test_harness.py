@@ -1,0 +1,293 @@
+"""Episodes of agents behind the gateway: how they end, and what their reward is."""
+
+import asyncio
+import json
+import os
+import sys
+import textwrap
+
+import aiohttp
+import pytest
+
+from megatron_r1.agents.harness import CommandHarness, HarnessPlayer, function_harness
+from megatron_r1.config import Config
+from megatron_r1.data.prompts import Prompt
+from megatron_r1.engine.errors import EngineDied
+from megatron_r1.errors import UserError
+from megatron_r1.rl import environments
+from megatron_r1.rl.environments import check_environment, player_of
+from tests.unit.agents.gateways import WrittenFleet, WrittenParsers, gateway_of, text_of
+
+PROMPT = Prompt("p", "What is 12 * 34?", "math", "408", {"level": 2})
+ANSWER = "The answer is 408."
+
+
+async def ask(base_url, api_key, text):
+    body = {"messages": [{"role": "user", "content": text}]}
+    headers = {"Authorization": f"Bearer {api_key}"}
+    async with (
+        aiohttp.ClientSession() as http,
+        http.post(f"{base_url}/chat/completions", json=body, headers=headers) as reply,
+    ):
+        found = await reply.json()
+        if reply.status != 200:
+            raise RuntimeError(found["error"]["message"])
+        return found["choices"][0]["message"]["content"]
+
+
+def play(run, *texts, prompt=PROMPT, max_turns=5, timeout_seconds=20.0, max_tokens=500, slow=0.0):
+    """Return an episode, its fleet and its key."""
+    text = text_of()
+    fleet = WrittenFleet(text.tokenizer, texts)
+    keys = []
+
+    async def generate(prompt_ids, most):
+        await asyncio.sleep(slow)
+        return await fleet.generate(prompt_ids, most)
+
+    def remembering(base_url, api_key, row):
+        keys.append(api_key)
+        return run(base_url, api_key, row)
+
+    async def main():
+        player = HarnessPlayer(
+            *(text, gateway_of(text), WrittenParsers(), remembering),
+            *((max_turns, timeout_seconds), 9000, (1.0, 1.0)),
+        )
+        await player.check([])
+        try:
+            played = await player.play(prompt, generate, max_tokens)
+            with pytest.raises(RuntimeError, match="no session has this key"):
+                await ask(f"{player.gateway.url}/v1", keys[0], "late")
+        finally:
+            await player.close()
+        return played
+
+    return asyncio.run(main()), fleet
+
+
+def test_a_function_that_returns_a_reward():
+    async def run(base_url, api_key, row):
+        assert row == {"question": PROMPT.question, "truth": "408", "level": 2}
+        first = await ask(base_url, api_key, row["question"])
+        assert first == "Hm."
+        return 0.25 if "408" in await ask(base_url, api_key, "So?") else 0.0
+
+    played, fleet = play(run, "Hm.", ANSWER)
+    episode = played.episode
+    assert (episode.status, played.reward, played.text) == ("done", 0.25, ANSWER)
+    assert [turn.trained for turn in episode.turns] == [False, True, False, True]
+    assert [branch.num_sampled for branch in episode.branches] == [
+        len(response.token_ids) for _, response in fleet.calls
+    ]
+
+
+def test_without_a_reward_ours_grade_the_last_answer():
+    async def run(base_url, api_key, row):
+        await ask(base_url, api_key, "x")
+
+    played, _ = play(run, ANSWER)
+    assert (played.episode.status, played.reward, played.text) == ("done", None, ANSWER)
+    own = Prompt("p", "q", "environment", None)
+    played, _ = play(run, ANSWER, prompt=own)
+    assert played.episode.status == "harness_error"
+    assert "returned no reward" in played.episode.reason
+
+
+@pytest.mark.parametrize("value", [float("nan"), "1", [1.0]])
+def test_a_reward_that_is_none(value):
+    async def run(base_url, api_key, row):
+        await ask(base_url, api_key, "x")
+        return value
+
+    played, _ = play(run, ANSWER)
+    assert (played.episode.status, played.reward) == ("harness_error", None)
+    assert "a reward is a finite number" in played.episode.reason
+
+
+def test_failures_of_the_agent_are_not_the_policys():
+    async def run(base_url, api_key, row):
+        await ask(base_url, api_key, "x")
+        raise KeyError("tool")
+
+    played, _ = play(run, ANSWER)
+    assert (played.episode.status, played.reward) == ("harness_error", None)
+    assert played.episode.reason == "KeyError: 'tool'"
+
+    async def silent(base_url, api_key, row):
+        return 1.0
+
+    played, _ = play(silent)
+    assert (played.episode.status, played.reward) == ("harness_error", None)
+    assert "without a turn" in played.episode.reason
+
+
+def test_limits_are_the_policys_doing():
+    async def run(base_url, api_key, row):
+        while True:
+            await ask(base_url, api_key, "again")
+
+    played, fleet = play(run, *"abcdef", max_turns=3)
+    assert (played.episode.status, played.reward, len(fleet.calls)) == ("max_turns", 0.0, 3)
+    played, fleet = play(run, "x" * 50, "x" * 50, max_tokens=60)
+    assert (played.episode.status, played.reward) == ("max_tokens", 0.0)
+    assert len(played.episode.response().token_ids) == 60
+
+    async def careful(base_url, api_key, row):
+        try:
+            await run(base_url, api_key, row)
+        except RuntimeError:
+            return 0.5
+
+    played, _ = play(careful, *"abc", max_turns=3)
+    assert (played.episode.status, played.reward) == ("max_turns", 0.5)
+
+
+def test_an_agents_clock_stands_still_while_engines_sample():
+    async def run(base_url, api_key, row):
+        await ask(base_url, api_key, "x")
+        return 1.0
+
+    played, _ = play(run, ANSWER, timeout_seconds=0.5, slow=1.0)
+    assert (played.episode.status, played.reward) == ("done", 1.0)
+    assert played.episode.engine_seconds >= 1.0 > 0.5 > played.episode.tool_seconds
+
+    async def endless(base_url, api_key, row):
+        await ask(base_url, api_key, "x")
+        await asyncio.sleep(1000)
+
+    played, _ = play(endless, ANSWER, timeout_seconds=0.3)
+    assert (played.episode.status, played.reward) == ("agent_timeout", 0.0)
+
+
+def test_an_engine_that_fails_is_no_reward_unless_the_turn_is_repeated():
+    async def run(base_url, api_key, row):
+        await ask(base_url, api_key, "x")
+        return 1.0
+
+    died = EngineDied("engine-0 died, and no restart is left")
+    played, _ = play(run, died)
+    assert (played.episode.status, played.reward) == ("engine_error", None)
+    assert "engine-0 died" in played.episode.reason
+
+    async def stubborn(base_url, api_key, row):
+        try:
+            await ask(base_url, api_key, "x")
+        except RuntimeError:
+            return 1.0 if await ask(base_url, api_key, "x") == ANSWER else 0.0
+
+    played, _ = play(stubborn, died, ANSWER)
+    assert (played.episode.status, played.reward) == ("done", 1.0)
+
+
+def test_functions_are_found_by_name_and_plain_ones_run_in_a_thread(tmp_path, monkeypatch):
+    (tmp_path / "my_agents.py").write_text(
+        textwrap.dedent(
+            """
+            import json, urllib.request
+
+            def plain(base_url, api_key, row):
+                body = {"messages": [{"role": "user", "content": row["question"]}]}
+                request = urllib.request.Request(
+                    base_url + "/chat/completions",
+                    json.dumps(body).encode(),
+                    {"Authorization": "Bearer " + api_key},
+                )
+                with urllib.request.urlopen(request) as reply:
+                    return float("408" in json.load(reply)["choices"][0]["message"]["content"])
+
+            def broken(base_url, api_key, row):
+                raise ValueError("no")
+            """
+        )
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    played, fleet = play(function_harness("my_agents:plain"), ANSWER)
+    assert (played.episode.status, played.reward, len(fleet.calls)) == ("done", 1.0, 1)
+    played, _ = play(function_harness("my_agents:broken"))
+    assert (played.episode.status, played.episode.reason) == ("harness_error", "ValueError: no")
+    with pytest.raises(UserError, match="did you mean 'plain'"):
+        function_harness("my_agents:plane")
+
+
+@pytest.mark.parametrize(
+    ("agents", "data", "message"),
+    [
+        ({"environment": "calculator"}, {}, "leave one out"),
+        ({}, {"template": "plain"}, "data.template: 'plain'"),
+        ({"harness": "no_agents:run"}, {}, "neither installed nor in"),
+    ],
+)
+def test_mistakes_of_a_recipe(agents, data, message, monkeypatch):
+    monkeypatch.setattr(environments, "context_length", lambda config: 2000)
+    config = Config(agents={"harness": "json:loads"} | agents, data={"template": "chat"} | data)
+
+    def prepare():
+        check_environment(config, text_of())
+        player_of(config, text_of())
+
+    with pytest.raises(UserError, match=message):
+        prepare()
+
+
+def test_a_program_per_episode():
+    program = textwrap.dedent(
+        """
+        import json, os, sys, urllib.request
+        row = json.load(sys.stdin)
+        assert os.environ["ANTHROPIC_BASE_URL"] + "/v1" == os.environ["OPENAI_BASE_URL"]
+        body = {"messages": [{"role": "user", "content": row["question"]}], "max_tokens": 90}
+        request = urllib.request.Request(
+            os.environ["ANTHROPIC_BASE_URL"] + "/v1/messages",
+            json.dumps(body).encode(),
+            {"x-api-key": os.environ["ANTHROPIC_API_KEY"]},
+        )
+        print(json.load(urllib.request.urlopen(request))["content"][0]["text"])
+        if row["level"] == 3:
+            sys.exit("a mistake")
+        print(json.dumps({"reward": 0.75}))
+        """
+    )
+    run = CommandHarness([sys.executable, "-c", program], 2)
+    played, _ = play(run, ANSWER)
+    assert (played.episode.status, played.reward, played.text) == ("done", 0.75, ANSWER)
+    wrong = Prompt("p", "q", "math", "1", {"level": 3})
+    played, _ = play(run, ANSWER, prompt=wrong)
+    assert played.episode.status == "harness_error"
+    assert "ended with 1: a mistake" in played.episode.reason
+
+
+def test_a_program_that_hangs_is_killed(tmp_path):
+    program = f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))"
+    run = CommandHarness([sys.executable, "-c", f"{program}; time.sleep(1000)"], 2)
+    played, _ = play(run, timeout_seconds=2.0)
+    assert played.episode.status == "agent_timeout"
+    pid = int((tmp_path / "pid").read_text())
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+
+
+def test_smolagents_unmodified():
+    smolagents = pytest.importorskip("smolagents")
+
+    @smolagents.tool
+    def calculate(expression: str) -> str:
+        """Compute an expression.
+
+        Args:
+            expression: what to compute
+        """
+        return str(12 * 34)
+
+    def call(name, **arguments):
+        return f"<tool_call>{json.dumps({'name': name, 'arguments': arguments})}</tool_call>"
+
+    async def run(base_url, api_key, row):
+        model = smolagents.OpenAIServerModel("policy", api_base=base_url, api_key=api_key)
+        agent = smolagents.ToolCallingAgent([calculate], model, max_steps=4, verbosity_level=0)
+        return float(await asyncio.to_thread(agent.run, row["question"]) == "408")
+
+    texts = call("calculate", expression="12 * 34"), call("final_answer", answer="408")
+    played, fleet = play(run, *texts, max_tokens=9000)
+    assert (played.episode.status, played.reward) == ("done", 1.0)
+    assert len(fleet.calls) == 2 and played.episode.num_tool_calls == 2
