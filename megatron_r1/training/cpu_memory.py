@@ -17,9 +17,9 @@ from megatron_r1.weights import num_parameters
 
 VALUE = {"float32": 4, "bfloat16": 2}
 FP32 = 4
-RANK_BYTES, ENGINE_BYTES, OTHER_BYTES = 900 << 20, 1200 << 20, 1 << 30
-"""Of a trainer rank and of an engine without a model, mostly libraries; of controller and
-graders."""
+RANK_BYTES, ENGINE_BYTES, OTHER_BYTES = 500 << 20, 700 << 20, 500 << 20
+"""Of a trainer rank and a rank of an engine without a model; of the controller and its graders.
+Mostly libraries, whose pages processes share."""
 CHUNK_LOGITS = 1 << 24
 """Logits that the loss head has in memory at once on a CPU (r1_kernels)."""
 MOST_TOKENS, FEWEST_TOKENS = 4096, 512
@@ -31,11 +31,12 @@ USED = 0.9
 @dataclass(frozen=True)
 class CPUMemory:
     """Bytes on this host. weights: of all ranks, with gradients, optimizer state, reference and the
-    copy that a checkpoint is written from; engines: with KV cache; others: processes without
-    models; per_token: activations of a token of every rank's micro-batch; free: what there is."""
+    copy that a checkpoint is written from; engine_weights: with what a push fills; others: KV
+    caches, the loss head, processes; per_token: activations of a token of every rank's micro-batch;
+    free: what there is."""
 
     weights: int
-    engines: int
+    engine_weights: int
     others: int
     per_token: int
     free: int
@@ -43,7 +44,7 @@ class CPUMemory:
     @property
     def fixed(self) -> int:
         """Bytes that no setting of the micro-batch changes."""
-        return self.weights + self.engines + self.others
+        return self.weights + self.engine_weights + self.others
 
     @property
     def room(self) -> int:
@@ -53,15 +54,14 @@ class CPUMemory:
     def microbatch(self, wanted: int | None) -> int:
         """Return the limit of a micro-batch in tokens; wanted: the recipe's, None by default.
 
-        Raises UserError where the run does not fit into the memory."""
+        Raises UserError where the weights and a micro-batch alone need more than is free: what
+        others take is an estimate, of which processes share parts."""
         tokens = wanted or max(FEWEST_TOKENS, min(MOST_TOKENS, self.room))
-        # Without `others`, which are mostly libraries: processes share their pages.
-        if self.weights + self.engines + tokens * self.per_token <= self.free:
+        if self.weights + self.engine_weights + tokens * self.per_token <= self.free:
             return tokens
         remedy = (
-            "lower rollout.kv_cache_gib, parallel.processes or rollout.engines, set "
-            "checkpoint.asynchronous: false or optimizer.moments: bfloat16, or take a machine with "
-            "more memory"
+            "lower parallel.processes or rollout.engines, set checkpoint.asynchronous: false or "
+            "optimizer.moments: bfloat16, or take a machine with more memory"
         )
         if wanted and self.room >= FEWEST_TOKENS:
             remedy = f"leave parallel.tokens_per_microbatch out, or lower it to {self.room:,}"
@@ -72,9 +72,9 @@ class CPUMemory:
         total = self.fixed + tokens * self.per_token
         parts = (
             f"weights with optimizer {_gib(self.weights)}",
-            *([f"engines {_gib(self.engines)}"] if self.engines else []),
+            *([f"engines' {_gib(self.engine_weights)}"] if self.engine_weights else []),
             f"activations of {tokens:,} tokens {_gib(tokens * self.per_token)}",
-            f"other processes {_gib(self.others)}",
+            f"caches and processes {_gib(self.others)}",
         )
         return (
             f"the run takes about {_gib(total)} GiB of memory ({', '.join(parts)}), and "
@@ -100,25 +100,15 @@ def cpu_memory(config: Config, num_ranks: int, *, samples: bool) -> CPUMemory:
         weights += parameters * replicas * value
     columns = 1 if config.model.head == "score" else hf["vocab_size"]
     head = 3 * FP32 * CHUNK_LOGITS + 2 * FP32 * columns * hf["hidden_size"]
-    return CPUMemory(
-        weights,
-        _engine_bytes(config, parameters) if samples else 0,
-        OTHER_BYTES + num_ranks * (RANK_BYTES + min(head, 3 * FP32 * MOST_TOKENS * columns)),
-        activation_bytes(hf, value) * num_ranks // (parallel.tensor * parallel.context),
-        free_bytes(),
-    )
-
-
-def _engine_bytes(config: Config, parameters: int) -> int:
-    """Return the bytes of the engines on this host: weights in the engine, and as much again in
-    the buffer that a push fills."""
-    rollout = config.rollout
-    if rollout.placement != "local":
-        return 0
-    ranks = rollout.tensor * rollout.pipeline * rollout.data
-    of_each = ranks * (ENGINE_BYTES + (rollout.kv_cache_gib << 30))
-    of_each += 2 * rollout.data * parameters * VALUE[rollout.dtype]
-    return rollout.engines * of_each
+    others = OTHER_BYTES + num_ranks * (RANK_BYTES + min(head, 3 * FP32 * MOST_TOKENS * columns))
+    engine_weights, rollout = 0, config.rollout
+    if samples and rollout.placement == "local":
+        copies = rollout.engines * rollout.data
+        engine_weights = 2 * copies * parameters * VALUE[rollout.dtype]
+        ranks = copies * rollout.tensor * rollout.pipeline
+        others += ranks * (ENGINE_BYTES + (rollout.kv_cache_gib << 30))
+    per_token = activation_bytes(hf, value) * num_ranks // (parallel.tensor * parallel.context)
+    return CPUMemory(weights, engine_weights, others, per_token, free_bytes())
 
 
 def activation_bytes(hf: dict, value: int) -> int:
