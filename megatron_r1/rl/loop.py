@@ -10,6 +10,7 @@ new weights for the engines. `rl.algorithm` chooses the estimator of advantages 
 
 import asyncio
 import random
+from itertools import accumulate, chain
 
 from megatron_r1.config import Config
 from megatron_r1.rl.advantages import overlong_punishment
@@ -32,12 +33,12 @@ async def train(session: Session) -> None:
         ]
         advantages = passes.algorithm.advantages(rewards, config.rl)
         # Not in the event loop: a rollout of 8,192 x 30,000 tokens is copied here.
-        samples = await asyncio.to_thread(training_samples, rollout.groups, advantages)
+        trajectories = await asyncio.to_thread(training_samples, rollout.groups, advantages)
         # By seed and step alone, so that a step that is repeated has the same mini-batches.
-        random.Random(f"{config.run.seed}:{session.step}").shuffle(samples)
+        random.Random(f"{config.run.seed}:{session.step}").shuffle(trajectories)
 
         with session.phase("train"):
-            metrics = await passes.load(minibatches(samples, config.rl.minibatches))
+            metrics = await passes.load(minibatches(trajectories, config.rl.minibatches))
             # Under π_ref, and under π_old where the first update does not compute them anyway.
             metrics |= await passes.compute_logprobs()
             metrics |= await passes.token_advantages()
@@ -72,23 +73,43 @@ def training_reward(graded: GradedResponse, config: Config) -> float | None:
     return graded.reward + config.rl.overlong_penalty * punishment
 
 
-def training_samples(groups: list[Group], advantages: list[list[float]]) -> list[Sample]:
-    """Return every response with its advantage as the trainer's `Sample`, in the groups' order."""
+def training_samples(groups: list[Group], advantages: list[list[float]]) -> list[list[Sample]]:
+    """Return the trainer's samples of every response, in the groups' order: one with the response's
+    advantage, or, of an episode of several turns, one for each of its branches."""
     return [
-        Sample.pack(
-            group.prompt_ids,
-            graded.response.token_ids,
-            graded.response.logprobs,
-            advantage,
-            graded.response.routing,
-            graded.teacher_logprobs,
-        )
+        _samples(group.prompt_ids, graded, advantage)
         for group, of_group in zip(groups, advantages, strict=True)
         for graded, advantage in zip(group.responses, of_group, strict=True)
     ]
 
 
-def minibatches(samples: list[Sample], count: int) -> list[list[Sample]]:
-    """Return `count` mini-batches of equal size, in order."""
-    size = len(samples) // count
-    return [samples[i * size : (i + 1) * size] for i in range(count)]
+def _samples(prompt_ids: list[int], graded: GradedResponse, advantage: float) -> list[Sample]:
+    response, scores = graded.response, graded.teacher_logprobs
+    branches = graded.episode.branches if graded.episode else []
+    if not branches:  # a single turn, or an episode in which nothing was sampled
+        tokens = prompt_ids, response.token_ids, response.logprobs
+        return [Sample.pack(*tokens, advantage, response.routing, scores)]
+    counts = [branch.is_sampled.count(1) for branch in branches]
+    return [
+        Sample.pack_branch(
+            branch.token_ids,
+            branch.is_sampled,
+            branch.logprobs,
+            advantage,
+            weight=count / sum(counts),
+            trajectories=int(number == 0),
+            routing=branch.routing,
+            teacher=None if scores is None else scores[end - count : end],
+        )
+        for number, (branch, count, end) in enumerate(
+            zip(branches, counts, accumulate(counts), strict=True)
+        )
+    ]
+
+
+def minibatches(trajectories: list[list[Sample]], count: int) -> list[list[Sample]]:
+    """Return the samples of `count` mini-batches of equally many trajectories, in order."""
+    size = len(trajectories) // count
+    return [
+        list(chain.from_iterable(trajectories[i * size : (i + 1) * size])) for i in range(count)
+    ]

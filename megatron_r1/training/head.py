@@ -46,8 +46,12 @@ class Head:
 
         Uses batch.logprobs["old"] and, if there, ["reference"]. Without "old" the current policy is
         the old one (ratio 1), and its log-probabilities are stored as "old". settings: those of
-        r1_kernels' policy_loss; with a context_group the denominator must be among them."""
-        batch = self.batch
+        r1_kernels' policy_loss; with a context_group the denominator must be among them. With
+        branches of trajectories, average "sequence" weighs a token by batch.sequence_weights."""
+        batch, mask = self.batch, self.batch.is_response
+        if settings.get("average") == "sequence" and batch.sequence_weights is not None:
+            # The kernel would make the weights of each branch add up to 1.
+            mask, settings["average"] = batch.sequence_weights, "token"
         with trusted_values():  # and `packed_batch` makes the borders
             terms = linear_policy_loss(
                 self.hidden,
@@ -56,7 +60,7 @@ class Head:
                 batch.logprobs.get("old"),
                 batch.logprobs.get("reference"),
                 batch.advantages,
-                batch.is_response,
+                mask,
                 cu_seqlens=batch.borders,
                 sequence_group=self.context_group,
                 **settings,

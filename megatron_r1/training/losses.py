@@ -6,9 +6,10 @@ micro-batches and data-parallel ranks, so that the result does not depend on how
 packed. Losses are named in recipes and algorithms as "module:function".
 
 Averaging happens in two places. Within a micro-batch r1_kernels (`Averaging.weights`) weighs the
-tokens of the sum: 1 each ("token"), 1 / |o_i| ("sequence"), or 1 / L ("constant", its
-denominator being max_response_tokens). Over the optimizer step the trainer divides by the sum of
-`denominator` below. `rl.loss_average` selects both in `rl.algorithms.grpo.loss`."""
+tokens of the sum: 1 each ("token"), 1 / |o_i| ("sequence"; |o_i| counts a trajectory with all its
+branches, `PackedBatch.sequence_weights`), or 1 / L ("constant", its denominator being
+max_response_tokens). Over the optimizer step the trainer divides by the sum of `denominator` below.
+`rl.loss_average` selects both in `rl.algorithms.grpo.loss`."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -39,7 +40,8 @@ def denominator(batch: PackedBatch, average: str) -> Tensor:
     """Return the denominator, () int32, of a sum of the batch's losses.
 
     average: "token" gives the number of response tokens; "sequence" (the sum holds each response's
-    mean) and "constant" (it holds each response's sum over a constant) the number of responses."""
+    mean) and "constant" (it holds each response's sum over a constant) the number of responses. The
+    branches of a trajectory of several turns are one response."""
     if average == "token":
         return batch.is_response.sum().int()
     if average in ("sequence", "constant"):

@@ -1,7 +1,8 @@
 """Packs samples into one micro-batch of tensors, end to end, with no attention between samples.
 
 Position t of a sample predicts token t + 1, so the response's tokens are targets at positions
-prompt_length - 1 … length - 2; the last position of every sample predicts nothing.
+prompt_length - 1 … length - 2; the last position of every sample predicts nothing. A sample's mask
+leaves out the tokens in between that were given: "response tokens" here are the sampled ones.
 
 With context parallelism every sample is padded to a multiple of 2 * ranks. The whole micro-batch is
 packed first, and each rank keeps its positions of every tensor (`models.context`), so targets and
@@ -78,7 +79,8 @@ class PackedBatch:
     borders: Tensor
     """(S + 1,) int32, from 0 to T: sample borders of this rank's part."""
     num_samples: int
-    """S without padding on the first context rank, 0 on the others, so that their sum is S."""
+    """S without padding, the branches of a trajectory counted as one, on the first context rank; 0
+    on the others, so that the sum over ranks is the number of trajectories."""
     last_tokens: Tensor
     """(S,) int64: where the last token of each sample without padding is; -1: another rank's."""
 
@@ -95,6 +97,9 @@ class PackedBatch:
     logprobs: dict[str, Tensor] = field(default_factory=dict)
     """fp32 (T,) by name, 0 outside responses: "old" and "reference" are computed by the trainer,
     "teacher" is there where all samples have it."""
+    sequence_weights: Tensor | None = None
+    """(T,) fp32: what a response token weighs in an average per trajectory, 1 / (sampled tokens of
+    the whole trajectory), 0 elsewhere; None where every sample is a whole trajectory."""
 
     routing: RecordedRouting | None = None
     """The experts to replay on this rank (`models.replay`), of its own layers and, under sequence
@@ -124,18 +129,26 @@ def packed_batch(
     total = int(borders[-1])
     tokens = torch.zeros(total, dtype=torch.int64)
     is_response = torch.zeros(total, dtype=torch.bool)
-    rollout_logprobs, advantages, teacher = torch.zeros(3, total)
+    rollout_logprobs, advantages, teacher, weights = per_token = torch.zeros(4, total)
     starts = borders.tolist()[: len(samples)]
+    has_branches = any(sample.weight != 1 for sample in samples)
     for sample, own_ids, start, length in zip(samples, ids, starts, lengths, strict=True):
         tokens[start : start + length] = own_ids
         response = slice(start + sample.prompt_length - 1, start + length - 1)
         is_response[response] = True
+        if sample.mask:
+            mask = torch.frombuffer(bytearray(sample.mask), dtype=torch.uint8)
+            is_response[response] = mask.bool()
         advantages[response] = sample.advantage
+        if has_branches:
+            weights[response] = sample.weight / max(1, int(is_response[response].sum()))
         if sample.logprobs:
             floats = torch.frombuffer(bytearray(sample.logprobs), dtype=torch.float32)
             rollout_logprobs[response] = floats
         if sample.teacher:
             teacher[response] = torch.frombuffer(bytearray(sample.teacher), dtype=torch.float32)
+    if any(sample.mask for sample in samples):
+        per_token[:, ~is_response] = 0.0
     has_teacher = all(sample.teacher is not None for sample in samples)
     position = torch.arange(total) - borders[:-1].repeat_interleave(borders.diff())
     held = held_positions(borders, split.context_rank, split.context)
@@ -150,12 +163,13 @@ def packed_batch(
         targets=tokens.roll(-1)[held].to(device),
         is_response=is_response[held].to(device),
         response_rows=is_response[held].nonzero()[:, 0].to(device),
-        num_samples=len(samples) if split.context_rank == 0 else 0,
+        num_samples=sum(s.trajectories for s in samples) if split.context_rank == 0 else 0,
         advantages=advantages[held].to(device),
         rollout_logprobs=rollout_logprobs[held].to(device),
         last_tokens=here[torch.tensor(ends, dtype=torch.int64)].to(device),
         labels=torch.tensor([s.label for s in samples], dtype=torch.float32, device=device),
         logprobs={"teacher": teacher[held].to(device)} if has_teacher else {},
+        sequence_weights=weights[held].to(device) if has_branches else None,
         routing=packed_routing(samples, starts, held, routing, device) if routing else None,
     )
 

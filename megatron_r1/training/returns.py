@@ -1,10 +1,13 @@
 """Rewards per token and what follows from them, on plain tensors.
 
 (T,): the tokens of some samples laid end to end, each token where it is predicted. mask: (T,) bool,
-the response tokens that count, on which alone values are read and results are not 0. last: (T,)
-int64, the position of the last response token of each token's own sample, below the token's where
-there is none, so that nothing crosses from one response to the next. Nothing is divided here: the
-denominator is the loss's (`losses.denominator`). Results have the dtype of the tensors given."""
+the response tokens that count, on which alone values are read and results are not 0. Between two of
+them there may be given tokens (a tool's result): "the next token" is the next of the mask. last:
+(T,) int64, the position of the last response token of each token's own sample, below the token's
+where there is none, so that nothing crosses from one response to the next.
+
+Nothing is divided here: the denominator is the loss's (`losses.denominator`). Results have the
+dtype of the tensors given."""
 
 import torch
 from torch import Tensor
@@ -35,16 +38,17 @@ def discounted_sums(values: Tensor, discount: float, mask: Tensor, last: Tensor)
 
     Computed by doubling: each pass adds the sums over the next 1, 2, 4 … tokens, so that a response
     of 32,768 takes 15 passes over the tokens, not 32,768."""
-    positions = torch.arange(len(values), device=values.device)
-    longest = int((last - positions).max()) + 1
-    sums = torch.where(mask, values, 0.0)
+    rows, ends = _sampled_only(mask, last)
+    sums = values[rows]
+    positions = torch.arange(len(rows), device=values.device)
+    longest = int((ends - positions).max()) + 1 if len(rows) else 0
     reach, factor = 1, discount
     while reach < longest and factor:
         ahead = positions + reach
         following = sums[ahead.clamp(max=len(sums) - 1)]
-        sums = sums + factor * torch.where(ahead <= last, following, 0.0)
+        sums = sums + factor * torch.where(ahead <= ends, following, 0.0)
         reach, factor = 2 * reach, factor * factor
-    return torch.where(mask, sums, 0.0)
+    return torch.zeros_like(values).index_copy(0, rows, sums)
 
 
 def gae(
@@ -58,8 +62,20 @@ def gae(
         A_t = Σ_{s≥t} (γ λ)^(s-t) δ_s,  R_t = A_t + V_t
 
     rewards: r, as of `penalised_rewards`; values: V. Where the mask is 0, A is 0 and R is V."""
-    positions = torch.arange(len(values), device=values.device)
-    following = torch.where(positions < last, values.roll(-1), 0.0)
-    deltas = rewards + discount * following - values
+    rows, ends = _sampled_only(mask, last)
+    own = values[rows]
+    positions = torch.arange(len(rows), device=values.device)
+    following = torch.where(positions < ends, own.roll(-1), 0.0)
+    deltas = torch.zeros_like(values).index_copy(
+        0, rows, rewards[rows] + discount * following - own
+    )
     advantages = discounted_sums(deltas, discount * gae_lambda, mask, last)
     return advantages, advantages + values
+
+
+def _sampled_only(mask: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the positions where the mask is set, (N,) int64, and for each of them the number,
+    among the N, of the last one of its sample."""
+    rows = mask.nonzero()[:, 0]
+    number = mask.long().cumsum(0) - 1
+    return rows, number[last[rows]]

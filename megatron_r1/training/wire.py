@@ -27,15 +27,21 @@ def monitor_identity(rank: int) -> bytes:
 
 
 class Sample(msgspec.Struct, frozen=True):
-    """A training sample: one prompt with its response. Its `bytes` may be views of other memory, or
-    of a file.
+    """A training sample: one prompt with its response, or one branch of a trajectory of several
+    turns. Its `bytes` may be views of other memory, or of a file.
 
     token_ids: int32 bytes, prompt then response; logprobs: float32 bytes, the rollout engine's, one
     per response token (empty for SFT); advantage: the same for every response token (GRPO);
     routing: indices [rows, moe layers, topk] of the experts the engine chose, of 1 or 2 bytes each
     (`models.routing_shape`), for the tokens before the last; empty without routing replay; teacher:
     float32 bytes, the teacher's log-probabilities of the response, or None; label: for a reward
-    model, 1 for a good text, 0 for a bad one."""
+    model, 1 for a good text, 0 for a bad one.
+
+    mask: a byte per token of the response, 1 where the policy sampled it and is trained on it, 0
+    where it was given (a tool's result, a user's turn); empty: all were sampled. weight: the
+    sample's share of its trajectory's sampled tokens; those of all branches add up to 1.
+    trajectories: how many trajectories it counts for in a denominator: 1, or 0 for every branch but
+    the first."""
 
     token_ids: bytes
     prompt_length: int
@@ -44,6 +50,9 @@ class Sample(msgspec.Struct, frozen=True):
     routing: bytes = b""
     teacher: bytes | None = None
     label: float = 0.0
+    mask: bytes = b""
+    weight: float = 1.0
+    trajectories: int = 1
 
     @classmethod
     def pack(
@@ -70,6 +79,43 @@ class Sample(msgspec.Struct, frozen=True):
         rows = cast(bytes, routing)
         return cls(ids, len(prompt), floats, advantage, rows, teacher_floats, label)
 
+    @classmethod
+    def pack_branch(
+        cls,
+        token_ids: Sequence[int],
+        is_sampled: bytes,
+        logprobs: Sequence[float],
+        advantage: float,
+        *,
+        weight: float,
+        trajectories: int,
+        routing: Buffer = b"",
+        teacher: Sequence[float] | None = None,
+    ) -> Sample:
+        """Encode a branch, whose prompt is all that was given before its first sampled token; what
+        follows the last one is left out, as nothing is learnt from it.
+
+        is_sampled: a byte per token, 1 where it is trained on; logprobs: one per token; teacher:
+        one per sampled token; routing: of all tokens but the last. ValueError where these do not
+        fit."""
+        first, end, count = is_sampled.find(1), is_sampled.rfind(1) + 1, len(token_ids)
+        if first < 1 or not count == len(is_sampled) == len(logprobs):
+            raise ValueError(
+                f"a branch of {count} tokens has {len(logprobs)} logprobs and a mask of "
+                f"{len(is_sampled)}, whose first sampled token is number {first}: it needs a prompt"
+            )
+        if end < count:
+            routing = routing[: len(routing) // (count - 1) * (end - 1)]
+        mask = is_sampled[first:end]
+        if teacher is not None:
+            scores = iter(teacher)
+            teacher = array("f", [next(scores) if sampled else 0.0 for sampled in mask])
+        prompt, response = token_ids[:first], token_ids[first:end]
+        sample = cls.pack(prompt, response, logprobs[first:end], advantage, routing, teacher)
+        # Without a mask where all was sampled, as of a single turn.
+        mask = mask if 0 in mask else b""
+        return msgspec.structs.replace(sample, mask=mask, weight=weight, trajectories=trajectories)
+
     def __len__(self) -> int:
         return len(self.token_ids) // 4
 
@@ -94,7 +140,9 @@ class SampleHeader(msgspec.Struct, array_like=True):
     prompt_length: int
     advantage: float
     label: float
-    sizes: tuple[int, int, int, int]
+    sizes: tuple[int, int, int, int, int]
+    weight: float
+    trajectories: int
 
 
 def encode_share(share: Share) -> list[Buffer]:
@@ -110,11 +158,15 @@ def encode_share(share: Share) -> list[Buffer]:
             headers[-1].append([])
             for sample in microbatch:
                 teacher = sample.teacher
-                buffers = (sample.token_ids, sample.logprobs, sample.routing, teacher or b"")
-                ids, logprobs, routing, scores = map(len, buffers)
-                sizes = ids, logprobs, routing, -1 if teacher is None else scores
+                buffers = (
+                    *(sample.token_ids, sample.logprobs, sample.routing, teacher or b""),
+                    sample.mask,
+                )
+                ids, logprobs, routing, scores, mask = map(len, buffers)
+                sizes = ids, logprobs, routing, -1 if teacher is None else scores, mask
                 fields = sample.prompt_length, sample.advantage, sample.label, sizes
-                headers[-1][-1].append(SampleHeader(*fields))
+                header = SampleHeader(*fields, sample.weight, sample.trajectories)
+                headers[-1][-1].append(header)
                 for buffer in buffers:
                     if len(buffer) < JOINED_BYTES:
                         small += [buffer] if buffer else []
@@ -137,10 +189,11 @@ def decode_share(headers: Buffer, buffers: memoryview) -> Share:
         return cast(bytes, buffers[end - max(size, 0) : end])
 
     def sample(header: SampleHeader) -> Sample:
-        ids, logprobs, routing, teacher = map(take, header.sizes)
+        ids, logprobs, routing, teacher, mask = map(take, header.sizes)
         scores = teacher if header.sizes[3] >= 0 else None
         numbers = header.prompt_length, header.advantage, header.label
-        return Sample(ids, numbers[0], logprobs, numbers[1], routing, scores, numbers[2])
+        turns = mask, header.weight, header.trajectories
+        return Sample(ids, numbers[0], logprobs, numbers[1], routing, scores, numbers[2], *turns)
 
     steps = msgspec.msgpack.decode(headers, type=list[list[list[SampleHeader]]])
     return [[[sample(header) for header in m] for m in step] for step in steps]

@@ -3,11 +3,15 @@
 import asyncio
 import subprocess
 import sys
+from array import array
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
 
+from megatron_r1.agents.episode import Episode
+from megatron_r1.agents.tree import Branch
 from megatron_r1.config import Config, RLConfig, dump, load, parse
 from megatron_r1.config.algorithms import NAMES
 from megatron_r1.data.prompts import make_prompt
@@ -15,7 +19,7 @@ from megatron_r1.engine.responses import Response
 from megatron_r1.errors import UserError
 from megatron_r1.rl import algorithms
 from megatron_r1.rl.advantages import overlong_punishment
-from megatron_r1.rl.loop import training_reward, training_samples, update
+from megatron_r1.rl.loop import minibatches, training_reward, training_samples, update
 from megatron_r1.rl.rollout import GradedResponse, Group
 from megatron_r1.rl.trainer_passes import TrainerPasses
 from megatron_r1.training.recorder import RunState
@@ -133,7 +137,33 @@ def test_long_responses_are_punished_before_advantages_are_computed():
     rewards = [training_reward(each, config) for each in responses]
     advantages = algorithms.find("dr_grpo").advantages([rewards], config.rl)
     samples = training_samples([group], advantages)
-    assert [sample.advantage for sample in samples] == pytest.approx([1.5, -0.5, -1.0, 0.0])
+    assert [sample.advantage for [sample] in samples] == pytest.approx([1.5, -0.5, -1.0, 0.0])
+
+
+def branch(tokens, is_sampled):
+    count = len(tokens)
+    floats, versions = array("f", [-0.5] * count), array("i", [0] * count)
+    return Branch(array("i", tokens), bytes(is_sampled), floats, versions)
+
+
+def test_an_episode_s_branches_stay_in_one_minibatch_and_weigh_as_one_response():
+    branches = [branch([1, 2, 3, 4, 5], [0, 1, 0, 1, 1]), branch([1, 7, 8], [0, 0, 1])]
+    episodes = [Episode("done", [], branches), Episode("engine_error", [], [])]
+    several, nothing = (
+        replace(graded(1.0, 0), response=e.response(), episode=e, teacher_logprobs=scores)
+        for e, scores in zip(episodes, [array("f", [-1, -2, -3, -4]), array("f")], strict=True)
+    )
+    responses = [several, graded(0.5, 4), nothing, graded(0.0, 3)]
+    group = Group(make_prompt("1 + 1?", "math", "2", {}), [1], responses)
+    samples = training_samples([group], [[1.0, 2.0, 0.0, 3.0]])
+    assert [len(each) for each in samples] == [2, 1, 1, 1]
+    first, second = minibatches(samples, 2)
+    assert [s.advantage for s in first] == [1.0, 1.0, 2.0]
+    assert [s.weight for s in first] == [0.75, 0.25, 1.0]
+    assert [s.trajectories for s in first + second] == [1, 0, 1, 1, 1]
+    scores = [array("f", [-1, 0, -2, -3]), array("f", [-4])]
+    assert [s.teacher for s in first[:2]] == [each.tobytes() for each in scores]
+    assert len(second[0]) == 1, "nothing was sampled, and still it is one response of the mean"
 
 
 class Peers:

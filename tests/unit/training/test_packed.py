@@ -50,6 +50,23 @@ def test_denominators_count_response_tokens_or_responses():
         denominator(batch(), "sample")
 
 
+def test_given_tokens_between_sampled_ones_count_nothing():
+    tokens, mask = [3, 4, 5, 6, 7, 8], bytes([0, 0, 1, 0, 0, 1])
+    scores = {"weight": 0.25, "trajectories": 0, "teacher": [-7.0, -8.0]}
+    first = Sample.pack_branch(tokens, mask, [9.0, 9.0, -1.0, 9.0, 9.0, -2.0], 0.5, **scores)
+    second = Sample.pack([1], [2], [-3.0], 1.5, teacher=[-9.0])
+    b = packed_batch([first, second], TokenSplit(), CPU)
+    assert b.response_rows.tolist() == [1, 4, 6]
+    assert b.targets[b.is_response].tolist() == [5, 8, 2]
+    assert b.rollout_logprobs.tolist() == [0, -1.0, 0, 0, -2.0, 0, -3.0, 0]
+    assert b.advantages.tolist() == [0, 0.5, 0, 0, 0.5, 0, 1.5, 0]
+    assert b.logprobs["teacher"].tolist() == [0, -7.0, 0, 0, -8.0, 0, -9.0, 0]
+    assert b.sequence_weights.tolist() == [0, 0.125, 0, 0, 0.125, 0, 1.0, 0]
+    # The first is not the first branch of its trajectory.
+    assert denominator(b, "token") == 3 and denominator(b, "sequence") == 1
+    assert packed_batch([second], TokenSplit(), CPU).sequence_weights is None
+
+
 def test_a_response_may_be_empty():
     b = packed_batch([Sample.pack([3, 4], [])], TokenSplit(), CPU)
     assert len(b.response_rows) == 0 and denominator(b, "sequence") == 1

@@ -9,16 +9,21 @@ import torch
 from megatron_r1.training.returns import discounted_sums, gae, penalised_rewards
 
 # (tokens before the response, its tokens, tokens after it, whether it was graded); the second is
-# without a response, as padding is.
-SAMPLES = [(2, 1, 1, True), (3, 0, 0, True), (1, 7, 4, True), (4, 6, 1, False), (1, 33, 1, True)]
+# without a response, as padding is. Of the last two responses every third token was given.
+SAMPLES = [
+    *((2, 1, 1, True), (3, 0, 0, True), (1, 7, 4, True), (4, 6, 1, False), (1, 33, 1, True)),
+    *((2, 20, 1, True), (1, 5, 0, True)),
+]
 TOTAL = sum(before + length + after for before, length, after, _ in SAMPLES)
 
 
 def layout():
     """Each response's positions and whether it was graded; the mask and `last` of all tokens."""
     spans, mask, last, start = [], [False] * TOTAL, [-1] * TOTAL, 0
-    for before, length, after, is_graded in SAMPLES:
-        span = range(start + before, start + before + length)
+    for number, (before, length, after, is_graded) in enumerate(SAMPLES):
+        span = [*range(start + before, start + before + length)]
+        if number >= 5:
+            del span[2::3]
         end = span[-1] if span else -1
         for t in range(start, start + before + length + after):
             mask[t] = is_graded and t in span
@@ -66,8 +71,8 @@ def test_discounted_sums_are_the_loop_s(discount):
     spans, mask, last = layout()
     values, wanted = numbers(3), [0.0] * TOTAL
     for span, is_graded in spans:
-        for t in span if is_graded else []:
-            wanted[t] = sum(discount ** (s - t) * values[s] for s in range(t, span[-1] + 1))
+        for i, t in enumerate(span if is_graded else []):
+            wanted[t] = sum(discount**n * values[s] for n, s in enumerate(span[i:]))
     given = fp64(values).where(mask, math.nan)  # outside the mask nothing is read
     got = discounted_sums(given, discount, mask, last)
     # 33 terms at most, added in another order.

@@ -1,0 +1,118 @@
+"""Updates on trees of turns on these ranks: `tree_steps.py MODEL OUT GRID…`.
+
+Every grid gets the branches of the same trees, spread as the controller spreads them. Metrics go to
+OUT/GRID.json, the weights after all updates to OUT/GRID.safetensors.
+"""
+
+import json
+import sys
+from array import array
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from grids import parallel_settings
+from tree_episodes import (
+    CLIP_HIGH,
+    CLIP_LOW,
+    EPSILON,
+    KL_BETA,
+    LIMIT,
+    NORM,
+    RATE,
+    TEMPERATURE,
+    UPDATES,
+    episodes,
+)
+
+from megatron_r1 import weights
+from megatron_r1.agents.episode import Episode
+from megatron_r1.agents.tree import TokenTree
+from megatron_r1.config import Config
+from megatron_r1.data.prompts import make_prompt
+from megatron_r1.engine.responses import Response
+from megatron_r1.rl.loop import training_samples
+from megatron_r1.rl.rollout import GradedResponse, Group
+from megatron_r1.training import distributed
+from megatron_r1.training.packing import pack
+
+LOSS = "megatron_r1.rl.algorithms.grpo:loss"
+
+
+def samples(seed: int):
+    """The samples of all branches, made from the episodes as the controller makes them."""
+    responses, advantages = [], []
+    for turns, advantage in episodes(seed):
+        tree, numbers = TokenTree(), []
+        for turn in turns:
+            parent = None if turn.parent is None else numbers[turn.parent]
+            if turn.sampled:
+                count = len(turn.tokens)
+                floats, versions = array("f", [-4.0] * count), array("i", [0] * count)
+                response = Response(array("i", turn.tokens), floats, versions, "stop")
+                numbers.append(tree.add_sampled(parent, response, {"role": "assistant"}))
+            else:
+                numbers.append(tree.add_given(parent, turn.tokens, [{"role": str(len(numbers))}]))
+        episode = Episode("done", [], tree.branches())
+        responses.append(GradedResponse(episode.response(), "", {}, 0.0, "", episode=episode))
+        advantages.append(advantage)
+    group = Group(make_prompt("?", "math", "2", {}), [1], responses)
+    return [sample for branches in training_samples([group], [advantages]) for sample in branches]
+
+
+def config(model: str, grid: str) -> Config:
+    return Config.model_validate(
+        {
+            "model": {"path": model, "dtype": "float32"},
+            "optimizer": {"epsilon": EPSILON, "weight_decay": 0.0, "clip_grad": NORM},
+            "parallel": {
+                **parallel_settings(grid),
+                "tokens_per_microbatch": 60,
+                "threads": 1,
+            },
+        }
+    )
+
+
+def load(trainer, position, seeds) -> None:
+    steps = []
+    for seed in seeds:
+        made = samples(seed)
+        plan = pack([len(s) for s in made], position.data_size, 60).shares[position.data_rank]
+        steps.append([[made[i] for i in members] for members in plan])
+    trainer.load(steps)
+    trainer.compute_logprobs(TEMPERATURE, reference=True)
+
+
+def main() -> None:
+    model, out, *grids = sys.argv[1:]
+    for grid in grids:
+        settings = config(model, grid)
+        position = distributed.initialize(settings.parallel, seed=0)
+        from megatron.core import parallel_state
+
+        from megatron_r1.training.trainer import Trainer
+
+        trainer, metrics = Trainer(settings, position), []
+        trainer.keep_reference()
+        for update, (average, level) in enumerate(UPDATES):
+            if update % 2 == 0:
+                load(trainer, position, (update, update + 1))
+            of_loss = {
+                **{"average": average, "ratio_level": level, "max_response_tokens": LIMIT},
+                **{"clip_low": CLIP_LOW, "clip_high": CLIP_HIGH, "kl_beta": KL_BETA},
+                **{"dual_clip": None, "importance_cap": None},
+            }
+            metrics.append(trainer.update(update % 2, LOSS, of_loss, RATE, TEMPERATURE))
+        file = Path(out) / f"{grid}.safetensors"
+        weights.write_hf(trainer.bare, trainer.hf, file, dtype=torch.float32)
+        first = position.data_rank == position.tensor_rank == 0
+        if position.last_stage and first and parallel_state.get_context_parallel_rank() == 0:
+            (Path(out) / f"{grid}.json").write_text(json.dumps(metrics))
+        dist.barrier()
+        parallel_state.destroy_model_parallel()
+    distributed.leave_process_groups()
+
+
+if __name__ == "__main__":
+    main()
