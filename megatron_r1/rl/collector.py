@@ -7,7 +7,9 @@ import time
 from array import array
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import compress
 
+from megatron_r1.agents.episode import Episode
 from megatron_r1.agents.player import Played, Player
 from megatron_r1.config import RewardsConfig
 from megatron_r1.data.prompts import Prompt
@@ -130,7 +132,7 @@ class RolloutCollector:
             tracked.sampling_done(responses)
             graded, scores = await asyncio.gather(
                 self._grade(prompt, responses, sampling.weights, tracked, ends, played),
-                self._score(prompt_ids, responses, sampling, ends),
+                self._score(prompt_ids, responses, sampling, ends, played),
             )
         if scores:
             graded = [
@@ -194,7 +196,12 @@ class RolloutCollector:
         return graded
 
     async def _score(
-        self, prompt_ids: list[int], responses: list[Response], sampling: Sampling, ends: PhaseEnds
+        self,
+        prompt_ids: list[int],
+        responses: list[Response],
+        sampling: Sampling,
+        ends: PhaseEnds,
+        played: list[Played],
     ) -> list[array[float]]:
         """Return the teacher's log-probabilities of each response; an empty list if unscored."""
         if not sampling.is_scored:
@@ -202,12 +209,25 @@ class RolloutCollector:
         teacher = self.teacher
         assert teacher is not None, "Sampling.is_scored needs a teacher"
 
-        async def score(response: Response) -> array[float]:
-            token_ids = [*prompt_ids, *response.token_ids]
-            logprobs = await teacher.score(token_ids, len(prompt_ids), order=sampling.step)
+        async def score(token_ids: Sequence[int], first: int) -> array[float]:
+            logprobs = await teacher.score(token_ids, first, order=sampling.step)
             self.in_flight.num_scored += 1
             return logprobs
 
-        scores = await asyncio.gather(*(score(response) for response in responses))
+        async def score_branches(episode: Episode) -> array[float]:
+            scored: array[float] = array("f")
+            for branch in episode.branches:
+                first = branch.is_sampled.index(1)
+                every = await score(branch.token_ids, first)
+                scored.extend(compress(every, branch.is_sampled[first:]))
+            return scored
+
+        scores = await asyncio.gather(
+            *(score_branches(each.episode) for each in played),
+            *(
+                score([*prompt_ids, *response.token_ids], len(prompt_ids))
+                for response in ([] if played else responses)
+            ),
+        )
         ends.scored = time.perf_counter()
         return scores

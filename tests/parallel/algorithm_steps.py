@@ -12,6 +12,7 @@ import random
 import sys
 from pathlib import Path
 
+import msgspec
 import torch
 import torch.distributed as dist
 from trainer_steps import config
@@ -33,7 +34,8 @@ TEMPERATURE, RATE, LIMIT = 0.8, 0.05, 40
 
 
 def samples(seed: int) -> list[Sample]:
-    """Twelve, one of them ungraded, with a teacher's log-probabilities."""
+    """Twelve, one of them ungraded, with a teacher's log-probabilities. Of the long responses every
+    third token was given; two of them are branches of one trajectory."""
     draw = random.Random(seed)
     made = []
     for i in range(12):
@@ -41,7 +43,16 @@ def samples(seed: int) -> list[Sample]:
         response = [draw.randrange(67) for _ in range(draw.choice((1, 7, 20, LIMIT)))]
         logprobs, teacher = ([-draw.uniform(3, 6) for _ in response] for _ in range(2))
         reward = math.nan if i == 5 else draw.uniform(-1, 1)
-        made.append(Sample.pack(prompt, response, logprobs, reward, teacher=teacher))
+        sample = Sample.pack(prompt, response, logprobs, reward, teacher=teacher)
+        if len(response) >= 20:
+            sample = msgspec.structs.replace(
+                sample, mask=bytes(t % 3 < 2 for t in range(len(response)))
+            )
+        made.append(sample)
+    several = [i for i, sample in enumerate(made) if sample.mask and i != 5][:2]
+    for number, i in enumerate(several):
+        made[i] = msgspec.structs.replace(made[i], weight=0.5, trajectories=int(number == 0))
+    assert len(several) == 2
     return made
 
 

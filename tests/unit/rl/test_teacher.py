@@ -4,12 +4,16 @@ way from a server (a peer on loopback) to the trainer's batch."""
 import asyncio
 import json
 from array import array
+from types import SimpleNamespace
 
 import pytest
 import torch
 from aiohttp import web
 from transformers import PreTrainedTokenizerFast
 
+from megatron_r1.agents.episode import Episode
+from megatron_r1.agents.player import Played
+from megatron_r1.agents.tree import Branch
 from megatron_r1.config import Config, RewardsConfig
 from megatron_r1.data.prompts import make_prompt
 from megatron_r1.engine.client import EngineClient
@@ -344,6 +348,29 @@ def test_every_response_is_scored_after_its_own_prompt_while_others_are_graded()
         [[-(i + 0.25) for i in range(1, 1 + n)] for n in (2, 3, 4)],
     ]
     assert rollout.teacher_seconds > 0
+
+
+def test_an_episode_is_scored_branch_by_branch_where_it_was_sampled():
+    floats, versions = array("f", [-1.0] * 5), array("i", [0] * 5)
+    masks = [bytes([0, 1, 0, 1, 1]), bytes([0, 0, 0, 0, 1])]
+    branches = [Branch(array("i", range(5)), mask, floats, versions) for mask in masks]
+    episode, teacher = Episode("done", [], branches), CountingTeacher()
+
+    async def play(*_):
+        return Played(episode, "", 1.0)
+
+    async def run():
+        members = SimpleNamespace(require_usable=lambda: None)
+        peers = SimpleNamespace(members=members), RewardPool(1), Text(), RewardsConfig()
+        collector = RolloutCollector(*peers, teacher, SimpleNamespace(play=play))
+        sampling = Sampling(1, 1.0, 1.0, 32, step=2, is_scored=True)
+        prompts = [make_prompt("2", "environment", "9", {})]
+        return (await collector.collect(prompts, sampling)).groups[0].responses[0]
+
+    graded = asyncio.run(run())
+    # Token i of a branch has the score -(i + 0.25).
+    assert list(graded.teacher_logprobs) == [-1.25, -3.25, -4.25, -4.25]
+    assert len(graded.response.token_ids) == 4
 
 
 def test_what_is_sampled_for_an_evaluation_is_not_scored():
