@@ -14,6 +14,7 @@ from megatron_r1.engine import gpu
 from megatron_r1.errors import TrainerError, UserError
 from megatron_r1.evaluation.model_folder import has_newest_export
 from megatron_r1.files import atomic_write
+from megatron_r1.models import read_hf_config
 from megatron_r1.processes.stopping import StopRequest
 from megatron_r1.reporting.run_folder import RunFolder
 from megatron_r1.supervision.supervisor import Supervisor
@@ -21,6 +22,7 @@ from megatron_r1.training.batch_size import check_batches
 from megatron_r1.training.client import TrainerClient
 from megatron_r1.training.cpu_memory import cpu_memory
 from megatron_r1.training.recorder import Recorder
+from megatron_r1.weights.adapters.table import adapter_table
 from megatron_r1.weights.stored.weight_files import weight_files
 
 Body = Callable[[Recorder, TrainerClient, StopRequest, Supervisor], Awaitable[None]]
@@ -36,10 +38,13 @@ Commands = Sequence[tuple[str, str]]
 
 def check_trainer(config: Config, verb: str) -> None:
     """Raise UserError where the trainer's ranks cannot be arranged as `parallel` says, or are too
-    many for the batches of `verb`. Called before anything starts: in RL the trainer itself would
-    find it out only after the engines' start and a whole rollout."""
+    many for the batches of `verb`, or the model has no layer of `model.lora.targets`. Called before
+    anything starts: in RL the trainer itself would find it out only after the engines' start and a
+    whole rollout."""
     num_ranks = torchrun.num_ranks(config)
     config.parallel.check_sizes(num_ranks)
+    if config.model.lora is not None:
+        adapter_table(read_hf_config(config.model.path), config.model.lora)
     for _, settings in config.phases():
         check_batches(settings, verb, num_ranks)
 
@@ -97,6 +102,8 @@ async def _run(
             await recorder.checkpoints.finish(trainer)
             if recorder.state.step >= config.run.steps:
                 recorder.view.phase("exporting", str(folder.hf))
+                if config.model.lora is not None:
+                    await trainer.call("export_adapter", folder=str(folder.adapter))
                 await trainer.call("export", folder=str(folder.hf))
 
         outcome = ""

@@ -113,9 +113,10 @@ class Config(Section):
         )
 
     def of_critic(self) -> Self:
-        """Return the recipe of the critic: the same run with the critic as its model."""
+        """Return the recipe of the critic: the same run with the critic as its model, which is
+        trained whole."""
         critic, parallel = self.critic, self.parallel
-        model: dict[str, Any] = {"head": "score"}
+        model: dict[str, Any] = {"head": "score", "lora": None}
         if critic.path is not None:
             model |= {"path": critic.path, "checkpoint": None}
         rate = {"learning_rate": critic.learning_rate}

@@ -4,6 +4,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from megatron_r1.config.lora import LoraConfig
 from megatron_r1.config.section import Resumable, Section
 from megatron_r1.errors import UserError
 
@@ -53,6 +54,24 @@ class ModelConfig(Section):
     beside it, by losses that change nothing else; or left out"""
     expert_bias_update_rate: float = Field(0.0, ge=0)
     """step of the router's aux-loss-free bias, per optimizer step; 0: frozen"""
+    lora: LoraConfig | None = None
+    """train low-rank adapters, and leave the model's weights as they are; see docs/lora.md"""
+
+    @model_validator(mode="after")
+    def _adapters_alone_are_trained(self) -> Self:
+        others = {
+            "init: random": self.init == "random",
+            "head: score": self.head == "score",
+            "mtp: train": self.mtp == "train",
+            "expert_bias_update_rate": self.expert_bias_update_rate > 0,
+        }
+        if self.lora is not None and any(others.values()):
+            other = next(name for name, is_set in others.items() if is_set)
+            raise ValueError(
+                f"model.lora: adapters of a loaded language model are all that is trained with it; "
+                f"leave out model.lora or model.{other}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _weights_are_loaded_or_random(self) -> Self:

@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_r1.reporting.report_turns import ShownTurn, conversation
 from megatron_r1.reporting.wording import finite, is_right, last_line, printable, shorten
 
 NUM_QUESTIONS = 3
@@ -17,8 +16,7 @@ Sample = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Card:
-    """One sample as the page shows it. response: (tag, text) segments; tag: "", i (faint) or b.
-    turns: of an episode, shown instead of the response."""
+    """One sample as the page shows it. response: (tag, text) segments; tag: "", i (faint) or b."""
 
     question: str
     truth: str | None
@@ -26,7 +24,6 @@ class Card:
     details: list[str]
     response: list[tuple[str, str]]
     reason: str
-    turns: list[ShownTurn]
 
 
 @dataclass(frozen=True)
@@ -116,7 +113,6 @@ def _card(sample: Sample) -> Card:
     details = [
         "" if reward is None else f"reward {reward:.3g}",
         "" if length is None else f"{length:.0f} tokens",
-        printable(sample.get("status") or ""),
     ]
     return Card(
         question=printable(last_line(sample.get("question", ""))),
@@ -125,7 +121,6 @@ def _card(sample: Sample) -> Card:
         details=[detail for detail in details if detail],
         response=list(_segments(str(sample.get("response", "")))),
         reason=printable(sample.get("reason") or ""),
-        turns=conversation(sample),
     )
 
 

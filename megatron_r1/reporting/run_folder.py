@@ -25,7 +25,7 @@ class RunFolder:
 
     `config.yaml` (resolved settings), `metrics.jsonl` (a line per step), `evaluations.jsonl`
     (a line per held-out evaluation), `samples.jsonl`, `advice.jsonl` (what keeps the run from
-    learning, a line per topic), `checkpoints/`, `hf/`, `tensorboard/`,
+    learning, a line per topic), `checkpoints/`, `hf/`, `adapter/` (model.lora), `tensorboard/`,
     `report.html`."""
 
     def __init__(self, path: str | Path):
@@ -38,6 +38,7 @@ class RunFolder:
         self.sample_log = self.path / "sample_log"
         self.checkpoints = self.path / "checkpoints"
         self.hf = self.path / "hf"
+        self.adapter = self.path / "adapter"
         self.tensorboard = self.path / "tensorboard"
         self.report_path = self.path / "report.html"
         self._lock: FolderLock | None = None

@@ -19,6 +19,7 @@ from megatron_r1.models.hf_config import has_score_head
 from megatron_r1.models.policy_model import PolicyModel
 from megatron_r1.models.score_model import ScoreModel
 from megatron_r1.training.checkpoints import finding, loading
+from megatron_r1.weights.adapters.attach import attach_adapters
 from megatron_r1.weights.rules import SCORE
 from megatron_r1.weights.stored.dcp_reading import DistributedCheckpoint
 
@@ -56,6 +57,8 @@ def model_chunks(
     if body is not None:
         std = (hf["hidden_size"] + 1) ** -0.5 if score_std is None else score_std
         weights.initialize_score(chunks, hf, std=std, seed=config.run.seed)
+    if config.model.lora is not None:
+        attach_adapters(chunks, hf, config.model.lora, config.run.seed)
     return chunks
 
 

@@ -14,6 +14,7 @@ from megatron_r1.models import read_hf_config
 from megatron_r1.models.hf_config import sparse_layers
 from megatron_r1.training.sample_cost import head_sizes
 from megatron_r1.weights import num_parameters
+from megatron_r1.weights.adapters.table import num_adapter_parameters
 
 VALUE = {"float32": 4, "bfloat16": 2}
 FP32 = 4
@@ -92,12 +93,15 @@ def cpu_memory(config: Config, num_ranks: int, *, samples: bool) -> CPUMemory:
     # are replicas, at most: experts are on fewer.
     replicas = num_ranks // (parallel.tensor * parallel.pipeline)
     master = FP32 if config.model.dtype == "bfloat16" else 0
-    state = parameters * (master + 2 * VALUE[config.optimizer.moments])
-    weights = parameters * replicas * (value + FP32) + state
+    lora = config.model.lora
+    trained = num_adapter_parameters(hf, lora) if lora else parameters
+    state = trained * (master + 2 * VALUE[config.optimizer.moments])
+    weights = parameters * replicas * value + trained * replicas * FP32 + state
+    weights += trained * replicas * value if lora else 0
     if config.checkpoint.asynchronous:
-        weights += parameters * value + state
+        weights += trained * value + state
     if samples and any(phase.rl.kl_beta > 0 for _, phase in config.phases()):
-        weights += parameters * replicas * value
+        weights += trained * replicas * value
     columns = 1 if config.model.head == "score" else hf["vocab_size"]
     head = 3 * FP32 * CHUNK_LOGITS + 2 * FP32 * columns * hf["hidden_size"]
     others = OTHER_BYTES + num_ranks * (RANK_BYTES + min(head, 3 * FP32 * MOST_TOKENS * columns))

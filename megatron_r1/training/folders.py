@@ -12,6 +12,7 @@ from megatron_r1.errors import UserError
 from megatron_r1.training.checkpoints import contents, loading
 from megatron_r1.training.checkpoints.writer import CheckpointWriter
 from megatron_r1.training.trainer import Trainer
+from megatron_r1.weights.adapters.stored import save_adapter
 
 
 class Folders:
@@ -24,7 +25,7 @@ class Folders:
         self._verified: str | None = None
 
     def export(self, folder: str, dtype: str | None = None) -> None:
-        """Write a complete Hugging Face folder: weights, config and tokenizer."""
+        """Write a complete Hugging Face folder: weights (adapters merged), config and tokenizer."""
         trainer = self._trainer
         weights.save_hf(
             trainer.bare,
@@ -33,6 +34,13 @@ class Folders:
             Path(folder),
             dtype=getattr(torch, dtype or trainer.config.model.dtype),
         )
+
+    def export_adapter(self, folder: str) -> None:
+        """Write the adapters alone, in PEFT's format."""
+        trainer, model = self._trainer, self._trainer.config.model
+        assert model.lora is not None, "the recipe has no adapters"
+        dtype = getattr(torch, model.dtype)
+        save_adapter(trainer.bare, trainer.hf, model.lora, model.path, Path(folder), dtype)
 
     def save_checkpoint(self, folder: str, state: dict[str, Any]) -> None:
         """Start to write a checkpoint, with the controller's `state` in it.

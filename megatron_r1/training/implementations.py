@@ -11,6 +11,7 @@ from megatron.core.transformer.identity_op import IdentityOp
 
 from megatron_r1 import platform
 from megatron_r1.models.acceleration import FIELDS
+from megatron_r1.weights.adapters.table import num_adapter_parameters
 
 if TYPE_CHECKING:
     from megatron_r1.training.trainer import Trainer
@@ -46,6 +47,9 @@ def in_use(trainer: Trainer) -> dict[str, str]:
         parts["attention"] += f": {config.attention_backend.name}{_flash_version()}"
     fusions = [name for name, field in FIELDS.items() if getattr(config, field)]
     parts["fusions"] = ", ".join(fusions) or "none"
+    if (lora := trainer.config.model.lora) is not None:
+        count = num_adapter_parameters(trainer.hf, lora)
+        parts["adapters"] = f"rank {lora.rank}, {count / 1e6:,.2f}M parameters, all that is trained"
     parts["optimizer"] = _optimizer(trainer.optimizer)
     parts["gradient reduction"] = _reduction(trainer.chunks[0].ddp_config)
     parts["loss head"] = "r1_kernels, in " + (_triton() if platform.has_gpu() else "PyTorch")

@@ -13,7 +13,11 @@ from megatron_r1 import platform
 
 
 class Reference:
-    """A frozen copy of a model's parameters and persistent buffers (the router's bias, too)."""
+    """A frozen copy of what training changes of a model: trained parameters and persistent buffers
+    (the router's bias).
+
+    Of a model with adapters that is a copy of the adapters: before the first update, the model
+    without them."""
 
     def __init__(self, chunks: Sequence[torch.nn.Module], on_host: bool = True):
         """on_host: keep the weights in pinned host memory instead of beside the policy's."""
@@ -43,7 +47,7 @@ class Reference:
 
 
 def _weights(chunk: torch.nn.Module) -> Iterator[Tensor]:
-    yield from chunk.parameters()
+    yield from (parameter for parameter in chunk.parameters() if parameter.requires_grad)
     # Buffers that are not saved are derived, such as rotary frequencies, and equal in both.
     persistent = set(chunk.state_dict().keys())
     for name, buffer in chunk.named_buffers():

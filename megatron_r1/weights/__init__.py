@@ -5,6 +5,7 @@
     layout.py                             every parameter of a rank, from config.json; no torch
     local.py                              the layout joined with this rank's real tensors
     reading.py, writing.py                import and export by all ranks together
+    adapters/                             low-rank adapters: their own table, layers, export
     stored/                               the formats on disk
 
 Import, export, conversion, the push to the engines and the memory planner read the same table.

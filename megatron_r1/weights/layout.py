@@ -10,7 +10,7 @@ from megatron_r1.config import Config
 from megatron_r1.errors import UserError
 from megatron_r1.models.pipeline_stages import pipeline_stages
 from megatron_r1.weights.decoder import table
-from megatron_r1.weights.rules import Piece, Rule, Shape, Table, whole
+from megatron_r1.weights.rules import Piece, Rule, Shape, Table, stacked, whole
 
 Rank = tuple[int, int]
 """(rank, ranks) along one parallel axis."""
@@ -40,12 +40,14 @@ class LayoutEntry:
     """One parameter of one rank.
 
     shape: this rank's. pieces: the HF tensors in it; rows without a piece are vocabulary padding.
-    owner: whether this rank, of those that hold the same pieces along the tensor and pipeline axes,
-    writes them. expert: whether its replicas are the expert-data-parallel group. dtype: its own if
-    it differs from the model's, else None."""
+    replicated: whether all tensor ranks have the same pieces. owner: whether this rank, of those
+    that hold the same pieces along the tensor and pipeline axes, writes them. expert: whether its
+    replicas are the expert-data-parallel group. dtype: its own if it differs from the model's, else
+    None."""
 
     shape: Shape
     pieces: tuple[Piece, ...]
+    replicated: bool
     owner: bool
     expert: bool
     dtype: str | None
@@ -103,7 +105,11 @@ def recipe_stages(config: Config, hf: dict) -> list[list[Shard]]:
 
 def layout(hf: dict, at: Shard) -> dict[str, LayoutEntry]:
     """Return Megatron parameter name -> LayoutEntry, for all parameters of the shard `at`."""
-    rules = table(hf)
+    return layout_of(table(hf), at)
+
+
+def layout_of(rules: Table, at: Shard) -> dict[str, LayoutEntry]:
+    """Return `layout` of the parameters that `rules` lists."""
     entries: dict[str, LayoutEntry] = {}
 
     def add(rule: Rule, megatron: str, prefix: str, owner: bool = True) -> None:
@@ -148,8 +154,7 @@ def _entries(
     name = (at.transformer_engine and rule.te) or rule.megatron
     rank, ranks = at.etp if rule.expert else at.tp
     shape, pieces = rule.split(rule.sources, rank, ranks)
-    # Replicas of an expert along the tensor axis belong to the expert-data-parallel group.
-    owner = rule.expert or rank == 0 or rule.split is not whole
+    replicated = rule.split in (whole, stacked)
     group, groups = at.ep
     if rule.expert and num_experts % groups:
         raise UserError(
@@ -163,5 +168,7 @@ def _entries(
             replace(piece, hf_name=prefix + piece.hf_name.replace("{e}", expert))
             for piece in pieces
         )
-        entry = LayoutEntry(shape, placed, owner, rule.expert, rule.dtype)
+        entry = LayoutEntry(
+            shape, placed, replicated, not replicated or rank == 0, rule.expert, rule.dtype
+        )
         yield name.replace("{e}", str(local)), entry

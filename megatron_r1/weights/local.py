@@ -47,10 +47,19 @@ def local_entries(model_chunks: Sequence, hf: dict) -> Iterator[tuple[Tensor, La
 
 
 def model_tensors(chunk) -> dict[str, Tensor]:
-    """Return this rank's tensors that the weight table covers: parameters, router bias buffers."""
+    """Return this rank's tensors that the weight table covers: parameters, router bias buffers;
+    without adapters, which have a table of their own."""
     chunk = unwrap_model(chunk)
     biases = {n: b for n, b in chunk.named_buffers() if n.endswith(".expert_bias")}
-    return dict(chunk.named_parameters()) | biases
+    return {n: p for n, p in chunk.named_parameters() if ".lora." not in n} | biases
+
+
+def merged(parameter: Tensor, rows: slice, columns: slice) -> Tensor:
+    """Return parameter[rows, columns]: a view, or of a weight with an adapter the merged values."""
+    adapter = getattr(parameter, "adapter", None)
+    if adapter is None:
+        return parameter.detach()[rows, columns]
+    return adapter.merged(parameter.detach(), rows, columns)
 
 
 def shard_of(chunk) -> Shard:

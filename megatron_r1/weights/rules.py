@@ -130,6 +130,11 @@ def whole(sources: tuple[Source, ...], rank: int, ranks: int) -> tuple[Shape, li
     return source.shape, [Piece(source.name, 0, 0, 0, source.shape[0])]
 
 
+def stacked(sources: tuple[Source, ...], rank: int, ranks: int) -> tuple[Shape, list[Piece]]:
+    """Return shape and pieces of replicated tensors, one below the other."""
+    return columns(sources, 0, 1)
+
+
 def columns(sources: tuple[Source, ...], rank: int, ranks: int) -> tuple[Shape, list[Piece]]:
     """Return shape and pieces of a column-parallel tensor: its rows (output features) are split.
 

@@ -7,7 +7,7 @@ no rank ever holds a whole tensor), and rank 0 renames it."""
 import os
 import shutil
 from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -17,7 +17,8 @@ from megatron_r1.errors import UserError
 from megatron_r1.files import fsync
 from megatron_r1.models.hf_config import has_score_head
 from megatron_r1.weights.decoder import table
-from megatron_r1.weights.local import has_mtp, local_pieces
+from megatron_r1.weights.local import has_mtp, local_pieces, merged
+from megatron_r1.weights.rules import Piece
 from megatron_r1.weights.stored import hf_folder
 from megatron_r1.weights.stored.safetensors_file import FilePlan, plan_file, stored_tensors
 
@@ -52,7 +53,7 @@ def save_hf(
 
     def finish() -> None:
         hf_folder.write_index(unfinished, files)
-        _replace(unfinished, out)
+        replace_folder(unfinished, out)
 
     on_first_rank(begin)
     plans = {unfinished / name: plan_file(content) for name, content in files.items()}
@@ -83,7 +84,24 @@ def write_hf(
 def write_files(
     model_chunks: Sequence, hf: dict, plans: Mapping[Path, FilePlan], *, durable: bool
 ) -> None:
-    """Write several planned files at once; call on every rank with the same plans."""
+    """Write several planned files at once; call on every rank with the same plans. Adapters are
+    merged into the weights."""
+    copies = defaultdict(list)
+    for copy, original in table(hf).copies.items():
+        copies[original].append(copy)
+    write_pieces(local_pieces(model_chunks, hf), plans, copies, durable=durable)
+
+
+def write_pieces(
+    held: Iterable[tuple[torch.Tensor, Sequence[Piece], bool]],
+    plans: Mapping[Path, FilePlan],
+    copies: Mapping[str, Sequence[str]],
+    *,
+    durable: bool,
+) -> None:
+    """Write planned files of this rank's (parameter, pieces, owner); call on every rank.
+
+    copies: further names of a tensor."""
     unfinished = {path: path.with_name(path.name + ".incomplete") for path in plans}
 
     def create() -> None:
@@ -95,16 +113,16 @@ def write_files(
             os.replace(unfinished[path], path)
 
     on_first_rank(create)
-    copies = defaultdict(list)
-    for copy, original in table(hf).copies.items():
-        copies[original].append(copy)
     home = {name: path for path, plan in plans.items() for name in plan.tensors}
     views: dict[Path, torch.Tensor] = {}
     with torch.no_grad():
-        for parameter, pieces, owner in local_pieces(model_chunks, hf):
+        for parameter, pieces, owner in held:
             for piece in pieces if owner else ():
-                values = parameter.narrow(piece.dim, piece.local_start, piece.length)
-                for name in (piece.hf_name, *copies[piece.hf_name]):
+                names = (piece.hf_name, *copies.get(piece.hf_name, ()))
+                if not home.keys() & set(names):
+                    continue
+                values = _values(parameter, piece)
+                for name in names:
                     if name not in home:
                         continue
                     path = home[name]
@@ -126,6 +144,14 @@ def write_files(
     on_first_rank(rename)
 
 
+def _values(parameter: torch.Tensor, piece: Piece) -> torch.Tensor:
+    here = slice(piece.local_start, piece.local_start + piece.length)
+    if parameter.dim() == 1:
+        return parameter[here]
+    everything = slice(None)
+    return merged(parameter, *((here, everything) if piece.dim == 0 else (everything, here)))
+
+
 def on_first_rank(action: Callable[[], object], group: dist.ProcessGroup | None = None) -> None:
     """Run `action` on rank 0 while the others wait; raise its OSError as a UserError on all ranks.
 
@@ -144,7 +170,8 @@ def on_first_rank(action: Callable[[], object], group: dist.ProcessGroup | None 
         raise UserError(outcome[0])
 
 
-def _replace(unfinished: Path, out: Path) -> None:
+def replace_folder(unfinished: Path, out: Path) -> None:
+    """Rename `unfinished` to `out`, in place of a folder that may be there."""
     # A folder cannot be renamed over another: for an instant neither name exists, but both folders
     # are on disk.
     previous = out.with_name(out.name + ".previous")

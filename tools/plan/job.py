@@ -14,6 +14,7 @@ from megatron_r1.errors import UserError
 from megatron_r1.models.hf_config import read_hf_config
 from megatron_r1.models.supported import check_divisions
 from megatron_r1.training.batch_size import check_batches
+from megatron_r1.weights.adapters.table import adapter_table
 from megatron_r1.weights.decoder import table
 from megatron_r1.weights.layout import Shard, recipe_stages
 from megatron_r1.weights.rules import Table
@@ -71,6 +72,15 @@ class Job:
         if "rules" not in self.shared:
             self.shared["rules"] = table(self.hf)
         return self.shared["rules"]
+
+    @property
+    def adapters(self) -> Table | None:
+        """The rules of the adapters that are trained instead of the model's weights, if any."""
+        if (lora := self.config.model.lora) is None:
+            return None
+        if "adapters" not in self.shared:
+            self.shared["adapters"] = adapter_table(self.hf, lora)
+        return self.shared["adapters"]
 
     @property
     def sparse(self) -> list[bool]:

@@ -83,13 +83,15 @@ def _of_rank(job: Job, ranks: RankCounts, layers: dict[bool, Layer], rank: int) 
     forward_only = max(x.everything + x.dispatch for x in _held(job, rank, layers))
     last = any(chunk.head for chunk in job.stages[rank])
     head = head_bytes(job)[0] if last else 0
-    reference = counts.parameters * job.parameter_bytes + 4 * counts.buffers
+    # What changes: frozen weights stand in neither the reference nor a checkpoint of adapters.
+    changing = counts.parameters if job.adapters is None else counts.trained
+    reference = changing * job.parameter_bytes + 4 * counts.buffers
     on_host = round(persistent["optimizer"] * parallel.optimizer_offload)
     persistent["optimizer"] -= on_host
     host = {"reference": reference if job.has_reference else 0, "optimizer": on_host}
     if job.config.checkpoint.asynchronous:
         host["checkpoint being written"] = (
-            counts.parameters * job.parameter_bytes + persistent["optimizer"] + on_host
+            changing * job.parameter_bytes + persistent["optimizer"] + on_host
         )
     stays = {**persistent, "fp8 copies": _fp8_copies(job, counts)}
     ends = {"loss head": head, "reserved": round(job.assumptions.reserved)}
@@ -148,7 +150,8 @@ def _held(job: Job, rank: int, layers: dict[bool, Layer]) -> list[Layer]:
 
 def _fp8_copies(job: Job, counts: Counts) -> int:
     """Return bytes of the linear layers' fp8 weights: plain and transposed, one byte each."""
-    return 0 if job.config.fp8.recipe == "none" else 2 * counts.trained
+    linear = counts.trained if job.adapters is None else counts.frozen
+    return 0 if job.config.fp8.recipe == "none" else 2 * linear
 
 
 def head_bytes(job: Job) -> tuple[int, str]:
@@ -165,12 +168,13 @@ def head_bytes(job: Job) -> tuple[int, str]:
     rows = min(tokens, max(GPU_CHUNK_TOKENS, GPU_CHUNK_ELEMENTS // columns))
     value = job.parameter_bytes
     num_bytes = rows * columns * (4 + value) + tokens * hidden * 2 * value
-    num_bytes += columns * hidden * (4 + value)
     formula = (
-        f"{rows} x {columns} logits x {4 + value} B + {tokens} x {hidden} states x {2 * value} B + "
-        f"{columns} x {hidden} weight gradient x {4 + value} B"
+        f"{rows} x {columns} logits x {4 + value} B + {tokens} x {hidden} states x {2 * value} B"
     )
-    return num_bytes, formula
+    if job.adapters is not None:
+        return num_bytes, formula  # the head is frozen
+    formula += f" + {columns} x {hidden} weight gradient x {4 + value} B"
+    return num_bytes + columns * hidden * (4 + value), formula
 
 
 def _score_head_bytes(job: Job, hidden: int) -> tuple[int, str]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import prod
 from operator import add
 
 from megatron_r1.weights.decoder import table
-from megatron_r1.weights.layout import LayoutEntry, Shard, layout
+from megatron_r1.weights.layout import LayoutEntry, Shard, layout, layout_of
 from megatron_r1.weights.rules import Rule
 from tools.plan.job import Job
 from tools.plan.quantity import Quantity, Section
@@ -19,9 +20,9 @@ class Counts:
     """Numbers of values on a rank.
 
     dense, expert: trained parameters, by the group that reduces their gradients; frozen: not
-    trained; dense_padded, expert_padded: with every parameter padded to a multiple of 64, as in
-    Megatron's gradient buffers (param_and_grad_buffer.py, _pad_start_of_param_if_needed); buffers:
-    fp32 values that are not parameters.
+    trained, with model.lora all but the adapters; dense_padded, expert_padded: with every parameter
+    padded to a multiple of 64, as in Megatron's gradient buffers (param_and_grad_buffer.py,
+    _pad_start_of_param_if_needed); buffers: fp32 values that are not parameters.
     """
 
     dense: int = 0
@@ -84,9 +85,15 @@ class RankCounts:
     def _counted(self, key, layers: tuple[int, ...], **ends: bool) -> Counts:
         if key not in self._known:
             at = replace(self._at, layers=layers, **ends)
-            entries = layout(self.job.hf, at).items()
-            self._known[key] = sum((self._of_entry(*entry) for entry in entries), Counts())
+            counts = self._sum(layout(self.job.hf, at))
+            if self.job.adapters is not None:
+                counts = Counts(frozen=counts.parameters, buffers=counts.buffers)
+                counts += self._sum(layout_of(self.job.adapters, at))
+            self._known[key] = counts
         return self._known[key]
+
+    def _sum(self, entries: Mapping[str, LayoutEntry]) -> Counts:
+        return sum((self._of_entry(*entry) for entry in entries.items()), Counts())
 
     def _of_entry(self, name: str, entry: LayoutEntry) -> Counts:
         count = prod(entry.shape)

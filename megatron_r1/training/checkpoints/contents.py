@@ -8,7 +8,10 @@ reference        the reference policy, as "model" with names that begin with "re
 critic           PPO's critic, as "model" with names that begin with "critic."; critic_optimizer and
                  critic_step as the policy's
 rng              the random streams of every rank; restored at an equal layout only
-layout           the layout that wrote them"""
+layout           the layout that wrote them
+
+With model.lora, "model", "reference" and "optimizer" hold adapters only, and base_fingerprint is
+that of the model they belong to (`adapters`)."""
 
 import contextlib
 import gc
@@ -21,11 +24,14 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing import ShardedObject
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.transformer import MegatronModule
+from megatron.core.utils import unwrap_model
 
 from megatron_r1 import platform
 from megatron_r1.models.build import process_groups
+from megatron_r1.training.checkpoints import adapters
 from megatron_r1.training.checkpoints.host_memory import HostMemory, gathered_on_host
 from megatron_r1.training.reference import Reference
+from megatron_r1.weights.adapters.attach import has_adapters
 
 FORMAT = "fully_reshardable"
 """Format of the distributed optimizer's state: whole moments per parameter, for any layout."""
@@ -66,6 +72,8 @@ def sharded(networks: Networks, memory: HostMemory | None = None) -> dict[str, A
         tree |= {"critic": weights, "critic_optimizer": states, "critic_step": step}
     if memory is not None:
         tree |= {"layout": layout(chunks), "rng": rng_entry(loading=False)}
+        if has_adapters(chunks):
+            tree[adapters.BASE] = unwrap_model(chunks[0]).base_fingerprint
     if reference is not None:
         with reference.in_place():
             tree["reference"] = [_weights(chunk, REFERENCE) for chunk in chunks]
@@ -113,8 +121,9 @@ def restore(loaded: dict[str, Any], networks: Networks) -> None:
 
 
 def _load_weights(chunks: Chunks, loaded: list[dict[str, Any]], prefix: str) -> None:
+    load = adapters.load_adapters if has_adapters(chunks) else load_weights
     for chunk, weights in zip(chunks, loaded, strict=True):
-        load_weights(chunk, {name.removeprefix(prefix): t for name, t in weights.items()})
+        load(chunk, {name.removeprefix(prefix): t for name, t in weights.items()})
 
 
 def load_weights(module: torch.nn.Module, weights: dict[str, Any]) -> None:
@@ -186,6 +195,8 @@ def restore_rng(streams: dict[str, Any]) -> None:
 
 
 def _weights(chunk: MegatronModule, prefix: str) -> dict[str, Any]:
+    if has_adapters([chunk]):
+        return adapters.sharded_adapters(chunk, prefix)
     # Over data and context parallelism the weights are equal; Megatron marks the copies by it.
     metadata = {"dp_cp_group": process_groups([chunk]).dp_cp}
     return without_extra_state(chunk.sharded_state_dict(prefix=prefix, metadata=metadata))

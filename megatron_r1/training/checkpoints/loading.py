@@ -11,6 +11,7 @@ from torch.distributed.checkpoint.api import CheckpointException  # a BaseExcept
 
 from megatron_r1.errors import UserError
 from megatron_r1.training.checkpoints import contents, manifest
+from megatron_r1.training.checkpoints.adapters import BASE, check_base
 from megatron_r1.training.checkpoints.contents import Networks
 from megatron_r1.training.checkpoints.manifest import BadManifest, Verify
 
@@ -46,10 +47,14 @@ def load(folder: Path, networks: Networks) -> bool:
     tree = contents.sharded(networks)
     own_layout = contents.layout(networks.policy.chunks)
     try:
-        written_by = dist_checkpointing.load_common_state_dict(str(folder)).get("layout")
+        common = dist_checkpointing.load_common_state_dict(str(folder))
+        check_base(folder, common.get(BASE), networks.policy.chunks)
+        written_by = common.get("layout")
         if written_by == own_layout:
             tree["rng"] = contents.rng_entry(loading=True)
         loaded = dist_checkpointing.load(tree, str(folder))
+    except UserError:
+        raise
     except UNREADABLE as error:
         cause = str(error).strip().splitlines()[-1].strip()  # the first lines are a traceback
         raise UserError(

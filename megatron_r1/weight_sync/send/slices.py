@@ -1,4 +1,5 @@
-"""Slices of a trainer rank's parameters, as they are or quantised to FP8 blocks during a push."""
+"""Slices of a trainer rank's parameters, as they are, or merged with an adapter or quantised to FP8
+blocks during a push."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -7,6 +8,7 @@ from torch import Tensor
 
 from megatron_r1.weight_sync.plan.receiver_layout import Encoding
 from megatron_r1.weight_sync.plan.tensors import Region
+from megatron_r1.weights.local import merged
 from megatron_r1.weights.rules import Piece
 from megatron_r1.weights.stored.fp8_blocks import quantise
 
@@ -29,19 +31,30 @@ class ParameterSlice:
         start, end = (region.top, region.bottom) if piece.dim == 0 else (region.left, region.right)
         return piece.hf_start <= start and end <= piece.hf_start + piece.length
 
+    @property
+    def is_merged(self) -> bool:
+        """Whether the values are those of a weight with an adapter, computed when they are read."""
+        return hasattr(self.parameter, "adapter")
+
     def values(self) -> Tensor:
-        """Return a view (height, width), the same one while the parameter's memory is the same."""
+        """Return (height, width): a view, the same one while the parameter's memory is the same,
+        or the merged values."""
+        if self.is_merged:
+            return merged(self.parameter, *self._inside())
         if self._view is None or self._address != self.parameter.data_ptr():
             matrix = self.parameter.detach()
             matrix = matrix if matrix.dim() > 1 else matrix[:, None]
-            region, piece = self.region, self.piece
-            move = piece.local_start - piece.hf_start
-            down, right = (move, 0) if piece.dim == 0 else (0, move)
-            self._view = matrix[
-                region.top + down : region.bottom + down, region.left + right : region.right + right
-            ]
+            self._view = matrix[self._inside()]
             self._address = self.parameter.data_ptr()
         return self._view
+
+    def _inside(self) -> tuple[slice, slice]:
+        """Return the region's rows and columns in the parameter."""
+        region, piece = self.region, self.piece
+        move = piece.local_start - piece.hf_start
+        down, right = (move, 0) if piece.dim == 0 else (0, move)
+        rows = slice(region.top + down, region.bottom + down)
+        return rows, slice(region.left + right, region.right + right)
 
 
 class EncodedSlices:
@@ -49,7 +62,7 @@ class EncodedSlices:
 
     "codes" and "scales" are the two results of `stored.fp8_blocks.quantise` for a slice of whole
     blocks: float8 of its shape, and one fp32 per 128 x 128 block. One computation gives both; only
-    the codes that were read last are kept, and the scales until they are read."""
+    the codes or merged values that were read last are kept, and the scales until they are read."""
 
     def __init__(self, slices: Iterable[tuple[ParameterSlice, Encoding]]):
         self._slices = list(slices)
@@ -59,7 +72,7 @@ class EncodedSlices:
     def __getitem__(self, index: int) -> Tensor:
         """Return the values (height, width) of one delivery, in the trainer's dtype if plain."""
         part, encoding = self._slices[index]
-        if encoding == "plain":
+        if encoding == "plain" and not part.is_merged:
             return part.values()
         if encoding == "scales":
             scales = self._scales.pop(part, None)
@@ -67,7 +80,10 @@ class EncodedSlices:
         elif self._last and self._last[0] == index:  # the next rows of the same delivery
             return self._last[1]
         else:
-            self._last = None  # frees the last codes before the next are computed
-            values, self._scales[part] = quantise(part.values())
+            self._last = None  # frees the last values before the next are computed
+            if encoding == "plain":
+                values = part.values()
+            else:
+                values, self._scales[part] = quantise(part.values())
         self._last = (index, values)
         return values

@@ -81,6 +81,11 @@ class MegatronWeights:
 
     def _recognise(self) -> StoredLayout:
         """Return the layout whose tensors are all in the checkpoint."""
+        if any(key.startswith("adapters.") for key in self.checkpoint.shapes):
+            raise UserError(
+                f"checkpoint {self.path} holds adapters (model.lora), not a model; take the folder "
+                "hf/ of its run, where they are merged"
+            )
         fewest: list[str] | None = None
         for stacked, engine in product((None, True, False), (False, True)):
             tried = stored_layout(

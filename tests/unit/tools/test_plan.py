@@ -16,6 +16,7 @@ from megatron_r1 import config as configuration
 from megatron_r1 import weights
 from megatron_r1.config.hardware import GIB, HARDWARE
 from megatron_r1.models import read_hf_config
+from megatron_r1.weights.layout import layout_of
 from tools.plan.activations import in_flight, layer_activations
 from tools.plan.bill import Bill
 from tools.plan.command import main
@@ -727,3 +728,28 @@ def test_planning_needs_no_torch():
         "assert not {'torch', 'megatron'} & sys.modules.keys()"
     )
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+
+
+def test_adapters_alone_have_gradients_an_optimizer_and_a_reference():
+    whole, lora = (rank_memory(planned(**{"model.lora": x}))[1] for x in (None, {"rank": 16}))
+    job = planned(**{"model.lora": {"rank": 16}})
+    layers = [layer for chunk in job.stages[1] for layer in chunk.layers]
+    held = sum(
+        math.prod(entry.shape)
+        for layer in layers
+        for entry in layout_of(job.adapters, rank_shard(job, layer)).values()
+    )
+    assert lora.counts.trained == held > 0
+    assert lora.counts.frozen == whole.counts.parameters
+    assert lora.training["gradients"] < 0.02 * whole.training["gradients"]
+    assert lora.training["optimizer"] < 0.02 * whole.training["optimizer"]
+    buffers = 4 * lora.counts.buffers  # the routers' bias
+    assert lora.host["reference"] == held * job.parameter_bytes + buffers
+    assert lora.host["checkpoint being written"] < 0.02 * whole.host["checkpoint being written"]
+    assert lora.training["parameters"] > whole.training["parameters"]
+
+
+def rank_shard(job: Job, layer: int) -> weights.Shard:
+    parallel = job.parallel
+    sizes = {"tp": parallel.tensor, "ep": parallel.expert, "etp": parallel.expert_tensor}
+    return weights.Shard((layer,), **{axis: (0, size) for axis, size in sizes.items()})

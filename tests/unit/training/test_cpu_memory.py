@@ -43,16 +43,19 @@ def recipe(tmp_path, ranks: int = 1, **changed) -> Config:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("ranks, tensor, kl_beta", [(1, 1, 0.001), (3, 3, 0.0), (2, 1, 0.001)])
-def test_weights_are_those_of_the_plan(tmp_path, dtype, ranks, tensor, kl_beta):
-    settings = {"model": {"dtype": dtype}, "parallel": {"tensor": tensor}}
+@pytest.mark.parametrize(
+    "ranks, tensor, kl_beta, lora",
+    [(1, 1, 0.001, None), (3, 3, 0.0, None), (2, 1, 0.001, None), (2, 1, 0.001, {"rank": 64})],
+)
+def test_weights_are_those_of_the_plan(tmp_path, dtype, ranks, tensor, kl_beta, lora):
+    settings = {"model": {"dtype": dtype, "lora": lora}, "parallel": {"tensor": tensor}}
     config = recipe(tmp_path, ranks, **settings, rl={"kl_beta": kl_beta})
     job = Job(memory.read_hf_config(str(tmp_path)), config, ranks, HARDWARE["H800"])
     (of_rank,) = rank_memory(job)  # ranks of one pipeline stage are equal
     planned = of_rank.persistent + of_rank.host["reference"]
     copies = of_rank.host["checkpoint being written"]
     # Replicas share the checkpoint's weights; the plan counts them on every rank.
-    shared = (ranks // tensor - 1) * of_rank.training["parameters"]
+    shared = (ranks // tensor - 1) * of_rank.counts.trained * job.parameter_bytes
     found = cpu_memory(config, ranks, samples=True)
     assert found.weights == pytest.approx(ranks * (planned + copies) - shared, rel=0.01)
 

@@ -1,0 +1,129 @@
+"""The weight table of adapters: two factors per linear layer, split over ranks as its weight is."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+
+from megatron_r1.config.lora import LoraConfig
+from megatron_r1.errors import UserError, did_you_mean
+from megatron_r1.weights.decoder import table
+from megatron_r1.weights.layout import Shape
+from megatron_r1.weights.rules import Piece, Rule, Source, Split, Table, rows, stacked, whole
+
+A, B = ".lora_A.weight", ".lora_B.weight"
+"""Endings of the factors' names, PEFT's, in place of a weight's `.weight`."""
+MEGATRON_A, MEGATRON_B = ".lora.a", ".lora.b"
+"""The same in Megatron's names."""
+
+
+def adapter_table(hf: dict, lora: LoraConfig) -> Table:
+    """Return the rules of all adapters; names of tensors as in PEFT, without its prefix.
+
+    Raises UserError for a target that the model does not have."""
+    base = table(hf)
+    modules = {
+        _module(source)
+        for layer in base.layers
+        for rule in layer
+        for source in (rule.sources if _is_linear(rule) else ())
+    }
+    for target in lora.targets or ():
+        if not any(_ends_with(module, target) for module in modules):
+            endings = sorted({module.rpartition(".")[2] for module in modules} | modules)
+            raise UserError(
+                f"model.lora.targets: {target} is no linear layer of this model"
+                f"{did_you_mean(target, endings, '{}')}; it has {', '.join(sorted(modules))}"
+            )
+    layers = [[a for rule in layer for a in _adapter(rule, lora)] for layer in base.layers]
+    return Table([], layers, [], [], num_experts=base.num_experts)
+
+
+def adapter_shapes(rules: Table) -> dict[str, Shape]:
+    """Return name -> full shape of every adapter's factors, of `adapter_table`."""
+    shapes = {}
+    for index, layer in enumerate(rules.layers):
+        for rule in layer:
+            chosen = rule.split.names if isinstance(rule.split, _Chosen) else None
+            for source in rule.sources:
+                if chosen is None or source.name in chosen:
+                    for expert in range(rules.num_experts if rule.expert else 1):
+                        name = source.name.replace("{e}", str(expert))
+                        shapes[f"model.layers.{index}.{name}"] = source.shape
+    return shapes
+
+
+def num_adapter_parameters(hf: dict, lora: LoraConfig) -> int:
+    """Return the number of values of all factors together."""
+    return sum(map(prod, adapter_shapes(adapter_table(hf, lora)).values()))
+
+
+def target_modules(rules: Table) -> str:
+    """Return PEFT's `target_modules`: an expression that matches the names of all layers with an
+    adapter."""
+    names = {
+        source.name.removesuffix(A)
+        for layer in rules.layers
+        for rule in layer
+        for source in rule.sources
+        if source.name.endswith(A)
+    }
+    choice = "|".join(re.escape(name).replace(r"\{e\}\.", r"(\d+\.)?") for name in sorted(names))
+    return rf"model\.layers\.\d+\.({choice})"
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """The split of a fused weight's factors B, of which some have no adapter: rows of those have no
+    piece."""
+
+    split: Split
+    names: frozenset[str]
+
+    def __call__(
+        self, sources: tuple[Source, ...], rank: int, ranks: int
+    ) -> tuple[Shape, list[Piece]]:
+        shape, pieces = self.split(sources, rank, ranks)
+        return shape, [piece for piece in pieces if piece.hf_name in self.names]
+
+
+def _adapter(rule: Rule, lora: LoraConfig) -> Iterator[Rule]:
+    """Yield the rules of A and B of one Megatron weight, none if it is no target.
+
+    A has a block of `rank` rows per layer. The factor on the side that is split over ranks is split
+    like the weight; the other is whole on each."""
+    if not _is_linear(rule):
+        return
+    chosen = [
+        source
+        for source in rule.sources
+        if lora.targets is None or any(_ends_with(_module(source), t) for t in lora.targets)
+    ]
+    if not chosen:
+        return
+    by_rows = rule.split is rows
+    megatron = rule.megatron.removesuffix(".weight")
+    factors_a = tuple(_factor(source, A, (lora.rank, source.shape[1])) for source in chosen)
+    factors_b = tuple(_factor(source, B, (source.shape[0], lora.rank)) for source in rule.sources)
+    split_b: Split = whole if by_rows else rule.split
+    if len(chosen) < len(rule.sources):
+        split_b = _Chosen(split_b, frozenset(_factor(s, B, ()).name for s in chosen))
+    yield Rule(megatron + MEGATRON_A, factors_a, rows if by_rows else stacked)
+    yield Rule(megatron + MEGATRON_B, factors_b, split_b)
+
+
+def _factor(source: Source, ending: str, shape: Shape) -> Source:
+    return Source(source.name.removesuffix(".weight") + ending, shape)
+
+
+def _is_linear(rule: Rule) -> bool:
+    # Biases and norms inside linear layers have one dimension.
+    return ".linear_" in rule.megatron and len(rule.sources[0].shape) == 2
+
+
+def _module(source: Source) -> str:
+    return source.name.removesuffix(".weight").replace("{e}.", "")
+
+
+def _ends_with(module: str, target: str) -> bool:
+    return f".{module}".endswith(f".{target}")
