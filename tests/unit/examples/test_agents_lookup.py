@@ -1,0 +1,37 @@
+"""The demonstrations of examples/agents are what the chat template and the environment say."""
+
+import random
+
+from examples.agents import make_lookup
+from megatron_r1.agents.continuation import Continuation
+from megatron_r1.agents.hermes import parse_hermes
+from megatron_r1.agents.tree import TokenTree
+
+TOOL = {"type": "function", "function": {"name": "lookup", "parameters": {"type": "object"}}}
+
+
+def test_demonstrations_are_tokenised_as_episodes_are():
+    tokenizer = make_lookup.make_tokenizer()
+    continuation = Continuation(tokenizer)
+    assert set(continuation.probe([TOOL]).values()) == {"exact"}
+    draw, num_right, num_episodes = random.Random(0), 0, 600
+    for _ in range(num_episodes):
+        rows = make_lookup.demonstrate(draw)
+        question = rows[0]["prompt"].removeprefix("<|user|>").removesuffix("<|assistant|>")
+        messages = [{"role": "user", "content": question}]
+        for number, row in enumerate(rows):
+            expected = tokenizer.encode(row["prompt"], add_special_tokens=False)
+            prompt = continuation.next_prompt(TokenTree(), messages, [TOOL])
+            assert prompt.token_ids == expected
+            assert len(expected) < 100
+            message = parse_hermes(row["response"])
+            messages.append(message)
+            if calls := message.get("tool_calls"):
+                assert set(calls[0]["function"]["arguments"]) == {"key"}
+                result = rows[number + 1]["prompt"].split("<|result|>")[-1]
+                content = result.removesuffix("<|assistant|>")
+                messages.append({"role": "tool", "tool_call_id": "c", "content": content})
+        num_right += len(rows) == 3
+        if len(rows) == 3:  # the second entry is the answer
+            assert rows[2]["response"] == messages[-2]["content"]
+    assert 0.1 < num_right / num_episodes < 0.2
