@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from megatron_r1.agents.environment import Description, target_of
 from megatron_r1.agents.environment_server import GRACE_SECONDS, LENGTH, frame
@@ -76,9 +77,15 @@ class Environments:
     """Makes the environments of a run: `open`, once `start`ed."""
 
     def __init__(
-        self, name: str, options: Mapping[str, Any], call_seconds: float, description: Description
+        self,
+        name: str,
+        options: Mapping[str, Any],
+        call_seconds: float,
+        description: Description,
+        most: int = 512,
     ) -> None:
-        """options: arguments of the class. call_seconds: wall time of one call of a method."""
+        """options: arguments of the class. call_seconds: wall time of one call of a method. most:
+        environments at once."""
         self.description, self.call_seconds = description, call_seconds
         self._target, self._options = target_of(name), dict(options)
         self._folder = tempfile.TemporaryDirectory(prefix="environments-")
@@ -86,17 +93,30 @@ class Environments:
         self._process: asyncio.subprocess.Process | None = None
         self._starting = asyncio.Lock()
         self._idle: list[EnvironmentProcess] = []
+        self._room = asyncio.Semaphore(most)
 
-    async def open(self) -> EnvironmentProcess:
-        """Return a process for an episode, which its `reset` begins: one whose last episode ended
+    @contextlib.asynccontextmanager
+    async def open(self) -> AsyncIterator[EnvironmentProcess]:
+        """Hold a process for an episode, which its `reset` begins: one whose last episode ended
         well, or a new one. Raises RunError where the class can no longer be imported."""
-        if self._idle:
-            return self._idle.pop()
+        async with self._room:
+            process = self._idle.pop() if self._idle else await self._start_process()
+            try:
+                yield process
+            except BaseException:
+                process.close()
+                raise
+            if process.is_reusable:
+                self._idle.append(process)
+            else:
+                process.close()
+
+    async def _start_process(self) -> EnvironmentProcess:
         async with self._starting:
             if self._process is None or self._process.returncode is not None:
                 await self._start()
         stream = await asyncio.open_unix_connection(self._path)
-        return EnvironmentProcess(*stream, self.call_seconds, self._idle)
+        return EnvironmentProcess(*stream, self.call_seconds)
 
     async def close(self) -> None:
         """End the server and all environments."""
@@ -126,28 +146,18 @@ class Environments:
 
 
 class EnvironmentProcess:
-    """One episode's environment: `async with await environments.open() as environment`."""
+    """One episode's environment: `async with environments.open() as environment`."""
 
     def __init__(
-        self,
-        reader: asyncio.StreamReader,
-        writer: asyncio.StreamWriter,
-        call_seconds: float,
-        idle: list[EnvironmentProcess],
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, call_seconds: float
     ) -> None:
-        """idle: gets this process when its episode has ended well."""
         self._reader, self._writer, self._seconds = reader, writer, call_seconds
-        self._idle = idle
-        self._is_reusable = True
+        self.is_reusable = True
+        """Whether another episode may follow: no call has run out of time."""
 
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(self, exception: object, *_: object) -> None:
-        if self._is_reusable and exception is None:
-            self._idle.append(self)
-        else:
-            self._writer.close()  # its process ends at the end of the stream
+    def close(self) -> None:
+        """End the process, which ends with its stream."""
+        self._writer.close()
 
     async def reset(self, row: Mapping[str, Any]) -> str | None:
         """Begin an episode; return the question's text, or None for the row's. Raises
@@ -182,7 +192,7 @@ class EnvironmentProcess:
             async with asyncio.timeout(seconds + GRACE_SECONDS + LATE_SECONDS):
                 (size,) = LENGTH.unpack(await self._reader.readexactly(LENGTH.size))
                 reply = json.loads(await self._reader.readexactly(size))
-                self._is_reusable &= "timeout" not in reply
+                self.is_reusable &= "timeout" not in reply
                 return reply
         except (TimeoutError, OSError, asyncio.IncompleteReadError):
             what = f"the environment's process ended during {method}"

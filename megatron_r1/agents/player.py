@@ -74,7 +74,7 @@ class EpisodePlayer:
         status: Status
         reward, reason = None, ""
         try:
-            async with await self.environments.open() as environment:
+            async with self.environments.open() as environment:
                 status = await game.play(prompt, environment)
                 if self.environments.description.grades and not game.is_lost:
                     answer = game.answer if status == "done" else ""
@@ -98,7 +98,7 @@ class EpisodePlayer:
         await self.parsers.check()
         for prompt in {frozenset(prompt.fields): prompt for prompt in prompts}.values():
             try:
-                async with await self.environments.open() as environment:
+                async with self.environments.open() as environment:
                     await environment.reset(row_of(prompt))
                     if self.environments.description.grades:
                         await environment.reward("")

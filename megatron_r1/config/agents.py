@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from megatron_r1.config.section import Section
+from megatron_r1.config.section import Resumable, Section
 
 
 class AgentsConfig(Section):
@@ -30,6 +30,8 @@ class AgentsConfig(Section):
     harness_processes: int = Field(32, ge=1, description="commands of agents.harness at once")
     gateway_host: str = "127.0.0.1"
     """the address that the gateway listens on: loopback, or the run's own network"""
+    environment_processes: Resumable[int] = Field(512, ge=1)
+    """environments at once; further episodes wait for one"""
     max_turns: int = Field(16, ge=1, description="answers of the policy in an episode")
     call_seconds: float = Field(30.0, gt=0, description="wall time of one call of a tool")
     timeout_seconds: float = Field(600.0, gt=0)

@@ -35,7 +35,8 @@ def _nothing_right(responses: Sequence[GradedResponse], config: Config) -> str:
     if not graded or any(each.rewards.get(ACCURACY, 1.0) for each in graded):
         return ""
     sentence = f"0 of {counted(len(graded), 'response')} are right"
-    num_plain = sum(not any(form in each.text for form in (ANSWER, *BOXES)) for each in graded)
+    read = [each for each in graded if each.episode is None]  # an environment reads as it likes
+    num_plain = sum(not any(form in each.text for form in (ANSWER, *BOXES)) for each in read)
     if config.rewards.answer not in ("last", "auto") and 2 * num_plain > len(graded):
         return (
             f"{sentence}; {num_plain:,} have neither {ANSWER} nor a box, and rewards.answer: "

@@ -74,6 +74,10 @@ def player_of(config: Config, text: PromptText) -> Player | None:
         return None
     description = describe(agents.environment)
     environments = Environments(
-        agents.environment, agents.parameters, agents.call_seconds, description
+        agents.environment,
+        agents.parameters,
+        agents.call_seconds,
+        description,
+        agents.environment_processes,
     )
     return EpisodePlayer(text, environments, agents, room)

@@ -107,9 +107,12 @@ async def evaluate(
         "eval/response_length": fmean(len(each.response.token_ids) for each in responses),
         "time/eval": rollout.rollout_seconds + rollout.reward_seconds,
     }
+    episodes = episode_metrics([each.episode for each in responses if each.episode])
+    shown = ("episode/turns", "episode/tool_calls", "episode/tool_errors")
     metrics |= {
         f"eval/{name}": value
-        for name, value in episode_metrics([r.episode for r in responses if r.episode]).items()
+        for name, value in episodes.items()
+        if name in shown or ("status" in name and value)
     }
     if any(ungraded := [ACCURACY in each.ungraded for each in responses]):
         metrics["eval/ungraded"] = fmean(ungraded)

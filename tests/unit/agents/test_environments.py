@@ -78,7 +78,7 @@ def test_a_class_that_is_no_environment_is_refused():
 
 def test_an_episode_with_coroutines_options_errors_and_an_end():
     async def use(environments):
-        async with await environments.open() as game:
+        async with environments.open() as game:
             assert await game.reset({"question": "?", "truth": 3, "other": 1}) == "Count to 3."
             result = await game.call("add", {"number": 2}, 9)
             assert (result.text, result.is_error, result.done) == (
@@ -92,7 +92,7 @@ def test_an_episode_with_coroutines_options_errors_and_an_end():
                 assert (await game.call("add", arguments, 9)).text.startswith("error: TypeError: ")
             assert await game.reward("") == 1.0
             assert (await game.call("add", {"number": 99}, 9)).done
-        async with await environments.open() as again:  # the same process, another instance
+        async with environments.open() as again:  # the same process, another instance
             await again.reset({"question": "?"})
             assert await again.reward("") == 0.0
 
@@ -101,7 +101,7 @@ def test_an_episode_with_coroutines_options_errors_and_an_end():
 
 def test_failures_of_reset_and_get_reward_are_the_environments():
     async def use(environments):
-        async with await environments.open() as game:
+        async with environments.open() as game:
             with pytest.raises(EnvironmentFault, match="reset: OSError: the server of the game"):
                 await game.reset({"question": "?", "broken": True})
             await game.reset({"question": "?"})
@@ -114,7 +114,7 @@ def test_failures_of_reset_and_get_reward_are_the_environments():
 
 def test_a_method_that_hangs_ends_its_own_episode_only():
     async def use(environments):
-        async with await environments.open() as game, await environments.open() as other:
+        async with environments.open() as game, environments.open() as other:
             await game.reset({"question": "?"})
             await other.reset({"question": "?"})
             stuck = asyncio.create_task(game.call("stuck", {}, 0.3))
