@@ -18,6 +18,7 @@ from megatron_r1.agents.environment import Description, target_of
 from megatron_r1.agents.environment_server import GRACE_SECONDS, LENGTH, frame
 from megatron_r1.errors import RunError, UserError
 from megatron_r1.processes.children import popen_options
+from megatron_r1.processes.open_files import allow_open_files
 
 SERVER = "megatron_r1.agents.environment_server"
 START_SECONDS = 120.0
@@ -94,6 +95,8 @@ class Environments:
         self._starting = asyncio.Lock()
         self._idle: list[EnvironmentProcess] = []
         self._room = asyncio.Semaphore(most)
+        # A connection to each environment, and one to an engine for its turn.
+        allow_open_files(2 * most + 512, f"agents.environment_processes: {most:,}")
 
     @contextlib.asynccontextmanager
     async def open(self) -> AsyncIterator[EnvironmentProcess]:
