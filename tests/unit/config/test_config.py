@@ -197,6 +197,7 @@ def test_keys_that_may_change_when_a_run_continues():
         "run": "folder steps log_samples hang_seconds on_hang max_trainer_restarts health_port",
         "model": "attention_backend fusions",
         "push": "transport memory_gib delta full_every timeout_seconds probes probe_tolerance",
+        "agents": "environment_processes",
         "rl": "sample_log schedule",
         "rollout": "engines placement hosts_port hosts_address host_silence_seconds "
         "hosts_per_engine tensor pipeline data expert_parallel colocated gpu_memory max_restarts "
