@@ -22,10 +22,11 @@ TORCH := $(shell sed -n 's/^torch==//p' $(CUDA_LOCK))
 TE_SOURCE := build/transformer-engine
 TE_BUILT := $(CUDA_VENV)/.transformer-engine-$(TE)-torch-$(TORCH)
 
-.PHONY: help system-packages cluster-packages cuda-packages setup setup-cuda test-cuda demo test test-all lint format losses bench gpu-check docs clean
+.PHONY: help system-packages cluster-packages cuda-packages setup setup-cuda test-cuda demo demo-agents test test-all lint format losses bench gpu-check docs clean
 
 help:
 	@echo "make demo      a model learns to think: minutes on two CPU cores"
+	@echo "make demo-agents  a tiny model learns to use a tool: minutes on two CPU cores"
 	@echo "make setup     install everything into $(VENV) (3.7 GB; the others do it, too)"
 	@echo "make test      the tests that take minutes;  make test-all: the long ones as well"
 	@echo "make setup-cuda  for GPUs: CUDA torch, Transformer Engine, vLLM in $(CUDA_VENV) (9 GB; 10 to 25 minutes on two cores)"
@@ -90,6 +91,9 @@ $(TE_BUILT): | $(CUDA_VENV)/.packages
 
 demo: setup
 	$(BIN)/python -m examples.laptop.demo
+
+demo-agents: setup
+	$(BIN)/python -m examples.agents.demo
 
 # The tests that need a GPU or a cluster of their own, alone; then the others, three files at once, which two cores and 24 GB
 # have room for, as half of the time is waiting; the longest folders first. (One file with a GPU, whose memory an engine takes whole.)

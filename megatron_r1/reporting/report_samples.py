@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from megatron_r1.reporting.report_turns import ShownTurn, conversation
 from megatron_r1.reporting.wording import finite, is_right, last_line, printable, shorten
 
 NUM_QUESTIONS = 3
@@ -16,7 +17,8 @@ Sample = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Card:
-    """One sample as the page shows it. response: (tag, text) segments; tag: "", i (faint) or b."""
+    """One sample as the page shows it. response: (tag, text) segments; tag: "", i (faint) or b.
+    turns: of an episode, shown instead of the response."""
 
     question: str
     truth: str | None
@@ -24,6 +26,7 @@ class Card:
     details: list[str]
     response: list[tuple[str, str]]
     reason: str
+    turns: list[ShownTurn]
 
 
 @dataclass(frozen=True)
@@ -113,6 +116,7 @@ def _card(sample: Sample) -> Card:
     details = [
         "" if reward is None else f"reward {reward:.3g}",
         "" if length is None else f"{length:.0f} tokens",
+        printable(sample.get("status") or ""),
     ]
     return Card(
         question=printable(last_line(sample.get("question", ""))),
@@ -121,6 +125,7 @@ def _card(sample: Sample) -> Card:
         details=[detail for detail in details if detail],
         response=list(_segments(str(sample.get("response", "")))),
         reason=printable(sample.get("reason") or ""),
+        turns=conversation(sample),
     )
 
 

@@ -48,11 +48,6 @@ def check_environment(config: Config, text: PromptText) -> None:
             f"data.template: {config.data.template!r} renders one question; {key} needs "
             "the tokenizer's own chat template: set data.template: chat"
         )
-    if config.teacher.path:
-        raise UserError(
-            f"{key}: a teacher scores single turns only; leave out teacher.path and "
-            f"rl.algorithm: {config.rl.algorithm}, or agents"
-        )
     tools = describe(agents.environment).tools if agents.environment else [ANY_TOOL]
     verdicts = Continuation(text.tokenizer).probe(tools)
     for case, verdict in verdicts.items():

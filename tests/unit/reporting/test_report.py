@@ -208,6 +208,29 @@ def test_training_samples_are_shown_where_nothing_was_evaluated(tmp_path):
     ]
 
 
+def test_an_episode_is_shown_as_a_conversation(tmp_path):
+    call = '<tool_call>{"name": "find", "arguments": {"key": "<b>"}}</tool_call>'
+    turns = [
+        {"role": "user", "text": "Which?", "tokens": 9, "trained": False, "policy_version": None},
+        {"role": "assistant", "text": f"So {call}", "tokens": 1, "trained": True,
+         "policy_version": 3},
+        {"role": "tool", "text": "", "tokens": 4, "trained": False, "policy_version": None},
+    ]  # fmt: skip
+    episode = {"question": "Which?", "turns": turns, "status": "max_turns", "reward": 0.0}
+    long = {"question": "Long?", "turns": turns * 30, "status": "done", "reward": 1.0}
+    with RunFolder(tmp_path) as folder:
+        folder.append_metrics(metrics_line(1))
+        folder.append_samples([{"step": 1, "response": "r", **line} for line in (episode, long)])
+        html, words = read_page(write_report(folder))
+    assert "✗ wrong reward 0 max_turns user 9 tokens · given Which? " in words
+    assert (
+        f"assistant 1 token · trained · policy 3 So {call} tool 4 tokens · given (empty)" in words
+    )
+    assert "50 turns left out" in words and html.count("<li") == 3 + 41
+    # What was sampled stands out, and so does a call in it.
+    assert html.count('<li class="trained">') == 1 + 14 and "<b>&lt;tool_call&gt;" in html
+
+
 def test_scores_have_the_intervals_that_their_evaluation_wrote():
     ends = {"interval/pass@1/low": 0.4, "interval/pass@1/high": 0.6}
     lines = [{"step": 5, "loss": 1.0}, {"step": 5, "eval/pass@1": 0.5, "eval/cons@4": 0.7, **ends}]
