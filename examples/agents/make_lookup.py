@@ -4,7 +4,7 @@
 
 The task is the shipped environment `lookup`: two hops through a table that is drawn afresh for
 every row and that only the tool can read. The demonstrations teach the form of a tool call and of
-an answer. Of them 15% follow the table to its end; 45% stop after the first hop, 40% guess."""
+an answer. Of them 10% follow the table to its end; 50% stop after the first hop, 40% guess."""
 
 import argparse
 import json
@@ -32,7 +32,7 @@ CHAT_TEMPLATE = (
 )
 CONFIG = Path(__file__).parents[1] / "laptop/r1/models/qwen.json"
 NUM_EPISODES, NUM_ROWS = 24_000, 4_000
-WHOLE, ONE_HOP = 0.15, 0.45
+WHOLE, ONE_HOP = 0.10, 0.50
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:

@@ -6,7 +6,8 @@ goes to the others. A group is one request to one engine, which computes its pro
 
 Of the waiting groups, those of the earlier batch come first, and in it those expected to take
 longest, so that what is left for the end of a batch is short. Each goes to the engine with the
-fewest expected tokens in flight."""
+fewest expected tokens in flight; a turn of a conversation rather to the one that has its beginning
+in its cache (`Affinity`)."""
 
 import asyncio
 import heapq
@@ -30,15 +31,37 @@ for a group, while each token of a response reads the weights anew."""
 
 
 @dataclass
+class Affinity:
+    """Which engine had the turns of a conversation before, or of one with the same beginning.
+
+    origin: that of the conversations which share the first prompt: where this one has no engine
+    yet, theirs has the prompt in its cache."""
+
+    engine: Engine | None = None
+    origin: "Affinity | None" = None
+
+    @property
+    def preferred(self) -> Engine | None:
+        return self.origin.engine if self.engine is None and self.origin else self.engine
+
+    def assigned(self, engine: Engine) -> None:
+        """Note where a turn goes."""
+        self.engine = engine
+        if self.origin is not None and self.origin.engine is None:
+            self.origin.engine = engine
+
+
+@dataclass
 class Work:
     """One group to sample, or one sequence to score. order: groups with a lower one go first.
-    avoid: engines that failed at it."""
+    affinity: of the conversation that it is a turn of. avoid: engines that failed at it."""
 
     num_sequences: int
     prompt_tokens: int
     expected: ExpectedLength
     order: int = 0
     avoid: set[Engine] = field(default_factory=set)
+    affinity: Affinity | None = None
 
     @property
     def tokens(self) -> float:
@@ -128,6 +151,8 @@ class Dispatcher:
             if engine is None:
                 passed.append(entry)
                 continue
+            if work.affinity is not None:
+                work.affinity.assigned(engine)
             engine.num_running += work.num_sequences
             engine.num_occupied += work.occupied
             engine.tokens_expected += work.tokens
@@ -137,10 +162,16 @@ class Dispatcher:
 
     def _engine_for(self, work: Work) -> Engine | None:
         """Return the least loaded engine with room, none that failed at `work` if there are
-        others."""
+        others. The one that has its prompt in its cache counts as less loaded by that prompt."""
         others = [engine for engine in self.engines if engine not in work.avoid]
         free = [engine for engine in others or self.engines if self._has_room(engine)]
-        return min(free, key=lambda engine: engine.tokens_expected, default=None)
+        preferred = work.affinity.preferred if work.affinity else None
+        saved = PROMPT_TOKEN_COST * work.prompt_tokens
+        return min(
+            free,
+            key=lambda e: (e.tokens_expected - saved * (e is preferred), e is not preferred),
+            default=None,
+        )
 
     def _has_room(self, engine: Engine) -> bool:
         return engine.num_occupied < self.limit

@@ -17,7 +17,7 @@ from megatron_r1.engine.gpu import gpus_of_slot, visible_gpus
 from megatron_r1.engine.limits import vocab_size
 from megatron_r1.engine.responses import Response
 from megatron_r1.engine.server import EngineServer
-from megatron_r1.fleet.dispatch import Dispatcher, Work
+from megatron_r1.fleet.dispatch import Affinity, Dispatcher, Work
 from megatron_r1.fleet.engine import Engine, MakeServer
 from megatron_r1.fleet.lengths import ExpectedLength, LengthEstimator
 from megatron_r1.fleet.members import Members, Notify
@@ -128,19 +128,21 @@ class RolloutFleet:
         max_tokens: int,
         kind: str = "",
         order: int = 0,
+        affinity: Affinity | None = None,
         **sampling: Any,
     ) -> list[Response]:
         """Sample a group of n responses on one engine; on another where it dies or fails.
 
         kind: of prompt: those of one kind are expected to have responses of similar length. order:
-        groups with a lower one go first. sampling: further arguments of `EngineClient.generate`.
+        groups with a lower one go first. affinity: of a conversation. sampling: further arguments
+        of `EngineClient.generate`.
         Raises EngineError where the call was refused, no engine could serve it, or its engine died
         and no restart is left; it names the engine, how it ended, and quotes its log."""
         sampling |= {"n": n, "max_tokens": max_tokens}
         num_prompt_tokens = len(prompt_token_ids)
         expected = self.lengths.estimate(kind, num_prompt_tokens, max_tokens)
         responses = await self.retries.run(
-            Work(n, num_prompt_tokens, expected, order),
+            Work(n, num_prompt_tokens, expected, order, affinity=affinity),
             lambda client: client.generate(prompt_token_ids, **sampling),
             _lengths,
         )

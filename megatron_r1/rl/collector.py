@@ -10,11 +10,12 @@ from dataclasses import dataclass, replace
 from itertools import compress
 
 from megatron_r1.agents.episode import Episode
-from megatron_r1.agents.player import Played, Player
+from megatron_r1.agents.player import Generate, Played, Player
 from megatron_r1.config import RewardsConfig
 from megatron_r1.data.prompts import Prompt
 from megatron_r1.data.text import PromptText
 from megatron_r1.engine.responses import Response
+from megatron_r1.fleet.dispatch import Affinity
 from megatron_r1.fleet.rollout_fleet import RolloutFleet
 from megatron_r1.rewards.runtime.pool import RewardPool
 from megatron_r1.rl.grading import ResponseGrader, check_grades
@@ -151,6 +152,7 @@ class RolloutCollector:
         sampling: Sampling,
         num_samples: int,
         max_tokens: int,
+        affinity: Affinity | None = None,
     ) -> list[Response]:
         return await self.fleet.generate(
             token_ids,
@@ -162,6 +164,7 @@ class RolloutCollector:
             routing=sampling.routing,
             kind=prompt.kind,
             order=sampling.step,
+            affinity=affinity,
         )
 
     async def _play(self, prompt: Prompt, sampling: Sampling) -> list[Played]:
@@ -170,11 +173,19 @@ class RolloutCollector:
         player = self.player
         assert player is not None, "only with an environment"
 
-        async def answer(token_ids: Sequence[int], max_tokens: int) -> Response:
-            return (await self._generate(prompt, token_ids, sampling, 1, max_tokens))[0]
+        group = Affinity()  # all episodes have the same first prompt
+
+        def policy() -> Generate:
+            affinity = Affinity(origin=group)
+
+            async def answer(token_ids: Sequence[int], max_tokens: int) -> Response:
+                settings = prompt, token_ids, sampling, 1, max_tokens, affinity
+                return (await self._generate(*settings))[0]
+
+            return answer
 
         count, limit = sampling.num_samples, sampling.max_tokens
-        played = await asyncio.gather(*(player.play(prompt, answer, limit) for _ in range(count)))
+        played = await asyncio.gather(*(player.play(prompt, policy(), limit) for _ in range(count)))
         self.fleet.members.require_usable()
         return played
 

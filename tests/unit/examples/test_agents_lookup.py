@@ -34,4 +34,4 @@ def test_demonstrations_are_tokenised_as_episodes_are():
         num_right += len(rows) == 3
         if len(rows) == 3:  # the second entry is the answer
             assert rows[2]["response"] == messages[-2]["content"]
-    assert 0.1 < num_right / num_episodes < 0.2
+    assert 0.06 < num_right / num_episodes < 0.14

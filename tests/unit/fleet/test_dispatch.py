@@ -6,7 +6,7 @@ import asyncio
 import pytest
 
 from megatron_r1.engine.errors import EngineError
-from megatron_r1.fleet.dispatch import Dispatcher, Work
+from megatron_r1.fleet.dispatch import Affinity, Dispatcher, Work
 from megatron_r1.fleet.engine import Engine
 from megatron_r1.fleet.lengths import ExpectedLength, LengthEstimator
 from megatron_r1.fleet.pace import Pace, ServedGroup, find_slow
@@ -14,6 +14,10 @@ from megatron_r1.fleet.pace import Pace, ServedGroup, find_slow
 
 def work(n=1, mean=100.0, longest=100.0, order=0, prompt_tokens=0, known=8, avoid=()):
     return Work(n, prompt_tokens, ExpectedLength(mean, longest, known), order, set(avoid))
+
+
+def turn(affinity, prompt_tokens=1000):
+    return Work(1, prompt_tokens, ExpectedLength(10.0, 10.0, 8), affinity=affinity)
 
 
 class Scene:
@@ -269,3 +273,28 @@ def test_tokens_per_second_are_those_of_the_last_minute():
     assert served.tokens_per_second(20.0) == 20.0
     served.add(ServedGroup(100.0, 5.0, 600, 40))
     assert served.tokens_per_second(120.0) == 10.0
+
+
+def test_turns_go_where_their_beginning_is_unless_that_engine_has_much_more_to_do():
+    async def story():
+        scene = Scene(capacity=64, num_engines=3)
+        scene.open(0, 1, 2)
+        origin = Affinity()
+        first, second, stranger = Affinity(origin=origin), Affinity(origin=origin), Affinity()
+        scene.request("first", turn(first))
+        scene.request("stranger", turn(stranger))
+        scene.request("second", turn(second, prompt_tokens=3000))
+        await settle()
+        assert scene.engines_of("first", "stranger", "second") == [0, 1, 0]
+        scene.dispatcher.release(scene.engines[1], turn(stranger))
+        scene.request("stranger, turn 2", turn(stranger))
+        await settle()
+        assert scene.engines_of("stranger, turn 2") == [1]
+        scene.engines[0].tokens_expected += 10_000  # long answers of others
+        scene.request("first, turn 2", turn(first))
+        await settle()
+        scene.request("first, turn 3", turn(first))
+        await settle()
+        return scene.engines_of("first, turn 2", "first, turn 3")
+
+    assert run(story) == [2, 2]
