@@ -6,7 +6,7 @@ import json
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from megatron_r1.agents.tree import Branch, Message, TokenTree
 from megatron_r1.engine.responses import Response
@@ -59,6 +59,20 @@ class Episode:
     def num_tokens(self) -> int:
         """Number of tokens of all branches; what they share counts in each."""
         return sum(len(branch.token_ids) for branch in self.branches)
+
+    def record(self) -> dict[str, Any]:
+        """Return what the episode adds to its line of samples.jsonl."""
+        turns = [
+            {
+                "role": turn.role,
+                "text": turn.text,
+                "tokens": turn.num_tokens,
+                "trained": turn.trained,
+                "policy_version": turn.policy_version,
+            }
+            for turn in self.turns
+        ]
+        return {"status": self.status, "turns": turns}
 
     def response(self) -> Response:
         """Return the sampled tokens of all turns, end to end, as one response."""

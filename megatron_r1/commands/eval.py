@@ -22,6 +22,7 @@ from megatron_r1.evaluation.summary import Summary, summarize
 from megatron_r1.files import atomic_write
 from megatron_r1.files.jsonl import read_lines, write_lines
 from megatron_r1.reporting.run_folder import RunFolder
+from megatron_r1.rewards import ENVIRONMENT
 from megatron_r1.rewards.base import shorten
 from megatron_r1.rewards.combine import ACCURACY
 from megatron_r1.rewards.runtime.pool import RewardPool
@@ -43,7 +44,7 @@ def run(config: Config) -> None:
             f"eval has two models: model.path {config.model.path} and eval.server "
             f"{config.eval.server.url}. Leave one out: --model.path '' or --eval.server null"
         )
-    sets = load_prompt_sets(config.eval)
+    sets = load_prompt_sets(config)
     mode = config.rewards.options.get("judge", {}).get("mode", "verify")
     if (compared := [s.title for s in sets if s.compares]) and mode != "compare":
         raise UserError(
@@ -59,7 +60,9 @@ async def _evaluate(config: Config, folder: RunFolder, sets: list[PromptSet]) ->
     limit = config.rollout.max_response_tokens
     decoding = Decoding(config.eval.temperature, config.eval.top_p, limit)
     policy = await make_policy(config, folder.path, config.eval.server, "eval.server", decoding)
-    settings = settings_that_matter(config, policy.identity)
+    played = {s.title: s.agents.model_dump() for s in sets if s.agents is not None}
+    identity = policy.identity | ({"agents": played} if played else {})
+    settings = settings_that_matter(config, identity)
     require_same_settings(folder, config, settings, log)
     rewards = config.rewards
     pool = RewardPool(rewards.workers, rewards.timeout_seconds, rewards.memory_bytes)
@@ -70,7 +73,9 @@ async def _evaluate(config: Config, folder: RunFolder, sets: list[PromptSet]) ->
         write_lines(folder.path / "questions.jsonl", _question_lines(sets))
         for prompt_set in sets:
             try:
-                await grader.check(prompt_set.prompts)
+                if prompt_set.agents is not None:
+                    await policy.check(prompt_set.agents, prompt_set.prompts)
+                await grader.check([p for p in prompt_set.prompts if p.kind != ENVIRONMENT])
             except UserError as error:
                 raise UserError(f"benchmark {prompt_set.title}, {error}") from None
         await sampler.run()

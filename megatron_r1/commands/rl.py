@@ -6,6 +6,7 @@ import json
 import sys
 from collections import Counter
 
+from megatron_r1.agents.rows import load_rows
 from megatron_r1.commands import torchrun
 from megatron_r1.commands.training_run import check_trainer, run_training, show_trainer
 from megatron_r1.config import Config
@@ -32,7 +33,7 @@ from megatron_r1.reporting.wording import percent
 from megatron_r1.rewards.runtime.pool import RewardPool
 from megatron_r1.rl import algorithms
 from megatron_r1.rl.collector import RolloutCollector
-from megatron_r1.rl.environments import check_environment, load_rows, player_of
+from megatron_r1.rl.environments import check_environment, player_of
 from megatron_r1.rl.heldout import HeldoutEvaluation
 from megatron_r1.rl.loop import train
 from megatron_r1.rl.sample_log import SampleLog
@@ -105,7 +106,8 @@ def prepare(config: Config) -> tuple[PromptText, PromptSplit]:
         hosts_address(config.rollout)
     text = PromptText(config.model.path, config.data.template)
     check_environment(config, text)
-    prompts = load_rows(config)
+    rows = config.data.model_dump(exclude={"template"})
+    prompts = load_rows(config.agents.environment, **rows)
     prompts = prompts_that_fit(prompts, text, context_length(config))
     if not prompts.heldout:
         print(

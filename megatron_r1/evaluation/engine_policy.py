@@ -1,21 +1,32 @@
 """A model folder served by vLLM engines that this command starts."""
 
 import contextlib
+import itertools
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megatron_r1.config import Config
+from megatron_r1.agents.environment_pool import Environments, describe
+from megatron_r1.agents.player import EpisodePlayer
+from megatron_r1.config import AgentsConfig, Config
+from megatron_r1.data.prompts import Prompt
 from megatron_r1.data.shots import FewShotText, Shots
 from megatron_r1.data.text import PromptText
 from megatron_r1.engine import gpu
 from megatron_r1.engine.from_config import engine_settings, fleet_settings
 from megatron_r1.engine.limits import check_engines, context_length
+from megatron_r1.engine.responses import Response
+from megatron_r1.errors import RunError, UserError
 from megatron_r1.evaluation.model_folder import fingerprint, require_weights
 from megatron_r1.evaluation.response import Decoding, TextResponse
 from megatron_r1.fleet.placement import accepting_hosts, check_room, open_pool, server_maker
 from megatron_r1.fleet.rollout_fleet import RolloutFleet
 from megatron_r1.models.hf_config import load_config
+from megatron_r1.rewards.combine import ACCURACY
+
+ATTEMPTS = 3
+"""Episodes of one sample that may fail without the policy's doing."""
 
 
 class EnginePolicy:
@@ -39,6 +50,7 @@ class EnginePolicy:
         check_engines(config, load_config(model))
         self._fleet: RolloutFleet | None = None
         self._resources = contextlib.AsyncExitStack()
+        self._players: dict[str, EpisodePlayer] = {}
         self.concurrency = rollout.engines * rollout.data * rollout.max_num_seqs
         self.identity: dict[str, Any] = {
             "weights": fingerprint(model),
@@ -86,6 +98,66 @@ class EnginePolicy:
         )
         ids, truncated = response.token_ids, response.finish_reason == "length"
         return TextResponse(self._text.decode(ids), len(ids), truncated, opened)
+
+    async def check(self, agents: AgentsConfig, prompts: Sequence[Prompt]) -> None:
+        if self._config.data.template != "chat":
+            raise UserError(
+                f"data.template: {self._config.data.template!r} renders one question; environment "
+                f"{agents.environment} needs data.template: chat"
+            )
+        await self._player(agents).check(prompts)
+
+    async def play(self, agents: AgentsConfig, prompt: Prompt, seed: int) -> TextResponse:
+        fleet = self._fleet
+        assert fleet is not None, "start() was not called"
+        seeds = itertools.count(seed)
+
+        async def answer(token_ids: Sequence[int], max_tokens: int) -> Response:
+            [response] = await fleet.generate(
+                token_ids,
+                n=1,
+                max_tokens=max_tokens,
+                temperature=self._decoding.temperature,
+                top_p=self._decoding.top_p,
+                stop_token_ids=[self._text.end],
+                seed=next(seeds),
+            )
+            return response
+
+        for _ in range(ATTEMPTS):
+            played = await self._player(agents).play(prompt, answer, self._decoding.max_tokens)
+            fleet.members.require_usable()
+            episode = played.episode
+            if episode.is_scored:
+                break
+        else:
+            raise RunError(
+                f"environment {agents.environment}, row {prompt.id}: {ATTEMPTS} episodes ended as "
+                f"{episode.status}: {episode.reason}; repair it, the same command continues"
+            )
+        reward = played.reward
+        return TextResponse(
+            played.text,
+            len(episode.response().token_ids),
+            episode.status == "max_tokens",
+            self._text.opens_thought,
+            rewards={} if reward is None else {ACCURACY: reward},
+            reward=reward,
+            reason="" if reward is None else f"{episode.status}: the environment's reward",
+            episode=episode.record(),
+        )
+
+    def _player(self, agents: AgentsConfig) -> EpisodePlayer:
+        key = agents.model_dump_json()
+        if key not in self._players:
+            name = agents.environment
+            environments = Environments(
+                name, agents.parameters, agents.call_seconds, describe(name)
+            )
+            player = EpisodePlayer(self._text, environments, agents, self._room)
+            self._resources.push_async_callback(player.close)
+            self._players[key] = player
+        return self._players[key]
 
     async def close(self) -> None:
         await self._resources.aclose()

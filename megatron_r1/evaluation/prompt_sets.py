@@ -6,6 +6,8 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_r1.agents.rows import load_rows
+from megatron_r1.config import AgentsConfig, Config
 from megatron_r1.config.evaluation import BenchmarkConfig, EvalConfig
 from megatron_r1.data.prompts import Prompt
 from megatron_r1.errors import UserError
@@ -13,32 +15,41 @@ from megatron_r1.evaluation.benchmarks import find_benchmark
 from megatron_r1.evaluation.benchmarks.base import to_prompts
 from megatron_r1.evaluation.benchmarks.sources import Rows, read_rows
 from megatron_r1.evaluation.response_log import PromptKey
+from megatron_r1.rewards import ENVIRONMENT
 
 
 @dataclass(frozen=True)
 class PromptSet:
     """Prompts that are each sampled `num_samples` times. title: the benchmark's; "" for the
-    prompts of `sample`. compares: responses are compared with others (`benchmarks.base`)."""
+    prompts of `sample`. compares: responses are compared with others (`benchmarks.base`). agents:
+    where episodes are played, their environment and limits."""
 
     title: str
     prompts: list[Prompt]
     num_samples: int
     compares: bool = False
+    agents: AgentsConfig | None = None
 
     def key(self, prompt: Prompt) -> PromptKey:
         return self.title, prompt.id
 
 
-def load_prompt_sets(config: EvalConfig) -> list[PromptSet]:
+def load_prompt_sets(config: Config) -> list[PromptSet]:
     """Load all benchmarks of the recipe. Raises UserError for two of the same title, and what
     loading raises."""
-    if not config.benchmarks:
+    entries = config.eval.benchmarks
+    if not entries:
         raise UserError("eval.benchmarks must be set, for example to [gym/arithmetic]")
-    titles = [entry.title for entry in config.benchmarks]
+    titles = [entry.title for entry in entries]
     for title in titles:
         if titles.count(title) > 1:
             raise UserError(f"eval.benchmarks names {title} twice: give each a label of its own")
-    return [_load(entry, config) for entry in config.benchmarks]
+    return [
+        _load_rows(entry, config)
+        if entry.name.partition("/")[0] == ENVIRONMENT
+        else _load(entry, config.eval)
+        for entry in entries
+    ]
 
 
 def digest(prompt: Prompt) -> str:
@@ -68,3 +79,36 @@ def _load(entry: BenchmarkConfig, config: EvalConfig) -> PromptSet:
         )
     samples = entry.samples or config.samples
     return PromptSet(entry.title, prompts, samples, benchmark.compares)
+
+
+def _load_rows(entry: BenchmarkConfig, config: Config) -> PromptSet:
+    """Load the rows of benchmark `environment/NAME`: all of `path`, or those that the recipe's
+    `data` holds out. Without a name it is `agents.environment`."""
+    own, data = config.agents, config.data
+    name = entry.name.partition("/")[2] or own.environment
+    if not name:
+        raise UserError(
+            f"benchmark {entry.name}: name the environment, such as environment/calculator, or set "
+            "agents.environment"
+        )
+    if entry.files or entry.instruction is not None:
+        raise UserError(
+            f"benchmark {entry.title}: rows of an environment have no instruction or files"
+        )
+    parameters = entry.options or (own.parameters if name == own.environment else {})
+    played = {"environment": name, "harness": "", "parameters": parameters}
+    if entry.path is not None:
+        columns = {"columns": data.columns, "kind": data.kind}
+        prompts = load_rows(name, path=entry.path, heldout_fraction=0.0, **columns).train
+    elif data.path or data.task:
+        prompts = load_rows(name, **data.model_dump(exclude={"template"})).heldout
+    else:
+        raise UserError(
+            f"benchmark {entry.title}: give its rows as path, or set data.path, whose held-out "
+            "rows are played then"
+        )
+    prompts = prompts[: entry.limit or config.eval.limit]
+    if not prompts:
+        raise UserError(f"benchmark {entry.title}: no rows are held out; give data.heldout_path")
+    agents = own.model_copy(update=played)
+    return PromptSet(entry.title, prompts, entry.samples or config.eval.samples, agents=agents)

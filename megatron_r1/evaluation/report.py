@@ -12,6 +12,7 @@ from megatron_r1.evaluation.estimators import Estimate
 from megatron_r1.evaluation.summary import Summary
 from megatron_r1.files import atomic_write
 from megatron_r1.reporting.page import render
+from megatron_r1.reporting.report_turns import conversation
 from megatron_r1.reporting.wording import number, percent, printable, shorten
 
 LOG_WIDTH = 140
@@ -103,6 +104,7 @@ def _examples(
                 "is_right": sample["reward"] == 1.0,
                 "details": details,
                 "response": response or "(empty)",
+                "turns": conversation(sample),
             }
             group.append({**shown, "truth": sample["truth"], "reason": sample["reason"]})
     return [example for _, group in sorted(groups.items()) for example in group]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Protocol
 
+from megatron_r1.config import AgentsConfig
+from megatron_r1.data.prompts import Prompt
 from megatron_r1.rewards.answer import THINK
 from megatron_r1.rewards.base import UNGRADED
 from megatron_r1.rewards.language import chain_of_thought
@@ -23,7 +25,8 @@ class TextResponse:
     not report it. truncated: cut at the limit of tokens. opened: the prompt ended with `<think>`.
     refusal: why the policy gave no response, else "". index: among the question's samples.
     rewards: term → [0, 1], empty while ungraded. reward: their weighted sum. reason: the graders'
-    reasons. is_ungraded: a grader was called and failed."""
+    reasons. is_ungraded: a grader was called and failed. episode: of several turns, its part of the
+    line in samples.jsonl (`Episode.record`)."""
 
     text: str
     num_tokens: int | None = None
@@ -35,6 +38,7 @@ class TextResponse:
     reward: float | None = None
     reason: str = ""
     is_ungraded: bool = False
+    episode: Mapping[str, Any] | None = None
 
     @property
     def length(self) -> int:
@@ -56,13 +60,16 @@ class TextResponse:
 
     def to_line(self) -> dict[str, Any]:
         """Return the fields of a line of samples.jsonl."""
-        return {LINE_NAMES.get(name, name): value for name, value in vars(self).items()}
+        line = {LINE_NAMES.get(name, name): value for name, value in vars(self).items()}
+        return line | (line.pop("episode") or {})
 
     @classmethod
     def from_line(cls, line: Mapping[str, Any]) -> TextResponse:
         """Return the response that `to_line` wrote."""
         line = {**line, "ungraded": is_ungraded(line)}
-        return cls(**{f.name: line[LINE_NAMES.get(f.name, f.name)] for f in fields(cls)})
+        episode = {key: line[key] for key in ("status", "turns")} if "turns" in line else None
+        names = (f.name for f in fields(cls) if f.name != "episode")
+        return cls(**{name: line[LINE_NAMES.get(name, name)] for name in names}, episode=episode)
 
 
 def is_ungraded(line: Mapping[str, Any]) -> bool:
@@ -92,6 +99,13 @@ class Policy(Protocol):
     async def respond(self, question: str, seed: int) -> TextResponse:
         """Sample one response. The same seed gives the same response, as far as the engine can
         reproduce it."""
+
+    async def check(self, agents: AgentsConfig, prompts: Sequence[Prompt]) -> None:
+        """Raise UserError where episodes of these prompts cannot be played."""
+
+    async def play(self, agents: AgentsConfig, prompt: Prompt, seed: int) -> TextResponse:
+        """Play one episode in the environment of `agents`, which may grade it. Raises RunError
+        where it fails again and again without the policy's doing."""
 
     async def close(self) -> None:
         """Release everything. May be called twice, and without `start`."""

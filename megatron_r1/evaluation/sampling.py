@@ -129,7 +129,10 @@ class Sampler:
             if self._broken_grader:
                 return
             seed = sample_seed(self._seed, prompt_set.key(prompt), index)
-            response = await self._policy.respond(prompt.question, seed)
+            if prompt_set.agents is None:
+                response = await self._policy.respond(prompt.question, seed)
+            else:
+                response = await self._policy.play(prompt_set.agents, prompt, seed)
             # The next prompt is sampled while this response is graded.
             await self._grading_slots.acquire()
             response = replace(response, index=index)
@@ -157,7 +160,8 @@ class Sampler:
     ) -> None:
         """Grade and log one response."""
         try:
-            if self._grader is not None and not response.refusal:
+            is_open = not response.refusal and response.reward is None
+            if self._grader is not None and is_open:
                 response = await self._grader.grade(prompt, response)
                 self._count_failures(prompt_set, prompt, response)
         finally:

@@ -3,16 +3,19 @@
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 from urllib.parse import urlsplit
 
 import msgspec
 
+from megatron_r1.config import AgentsConfig
 from megatron_r1.config.evaluation import ServerConfig
+from megatron_r1.data.prompts import Prompt
 from megatron_r1.data.shots import Shots
 from megatron_r1.data.templates import find_template, is_opened, render
+from megatron_r1.errors import UserError
 from megatron_r1.evaluation.response import Decoding, TextResponse
 from megatron_r1.rewards.answer import END_THINK, THINK
 from megatron_r1.rewards.remote.service import Service, ServiceError, Ungradable
@@ -110,6 +113,15 @@ class ServerPolicy:
         text, truncated = _text_of(reply.choices[0]), reply.choices[0].finish_reason == "length"
         num_tokens = reply.usage.completion_tokens if reply.usage else None
         return TextResponse(text, num_tokens, truncated, self._is_opened(text, truncated))
+
+    async def check(self, agents: AgentsConfig, prompts: Sequence[Prompt]) -> None:
+        raise UserError(
+            f"{self._key}: episodes in environment {agents.environment} need the tokens of a model "
+            "folder; give model.path instead"
+        )
+
+    async def play(self, agents: AgentsConfig, prompt: Prompt, seed: int) -> TextResponse:
+        raise AssertionError("refused by check()")
 
     async def close(self) -> None:
         await self._service.close()

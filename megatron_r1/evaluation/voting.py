@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
+from megatron_r1.rewards import ENVIRONMENT
 from megatron_r1.rewards.answer import unwrap
 from megatron_r1.rewards.base import Grade
 from megatron_r1.rewards.reading import is_number, read_answer
@@ -37,7 +38,7 @@ class Vote:
 
 def can_vote(kind: str) -> bool:
     """Return whether responses of this kind end in an answer that can be compared."""
-    return kind != "code"
+    return kind not in ("code", ENVIRONMENT)
 
 
 def read_vote(

@@ -1,34 +1,16 @@
 """The environment or the agent of a run: checks before it starts, and what plays its episodes."""
 
-from dataclasses import replace
-
 from megatron_r1.agents.continuation import Continuation
 from megatron_r1.agents.environment_pool import Environments, describe
 from megatron_r1.agents.harness import harness_player
 from megatron_r1.agents.player import EpisodePlayer, Player
 from megatron_r1.config import Config
-from megatron_r1.data.prompts import PromptSplit, load_prompts
 from megatron_r1.data.text import PromptText
 from megatron_r1.engine.limits import context_length
 from megatron_r1.errors import UserError
-from megatron_r1.rewards import ENVIRONMENT
 
 ANY_TOOL = {"type": "function", "function": {"name": "tool", "parameters": {"type": "object"}}}
 """Stands for the tools of an agent, which are known only when it runs."""
-
-
-def load_rows(config: Config) -> PromptSplit:
-    """Return the run's questions; where the environment grades, they need no truth. Raises
-    UserError."""
-    arguments = config.data.model_dump(exclude={"template"})
-    if not config.agents.environment or not describe(config.agents.environment).grades:
-        return load_prompts(**arguments)
-    split = load_prompts(**arguments | {"kind": ENVIRONMENT})
-    train, heldout = (
-        [replace(prompt, kind=ENVIRONMENT) for prompt in side]
-        for side in (split.train, split.heldout)
-    )
-    return PromptSplit(train, heldout)
 
 
 def check_environment(config: Config, text: PromptText) -> None:

@@ -97,25 +97,8 @@ def sample_records(
             "reason": graded.reason,
             "length": len(graded.response.token_ids),
             "policy_version": (graded.response.policy_versions or [None])[-1],
-            **episode_record(graded.episode),
+            **(graded.episode.record() if graded.episode else {}),
         }
         for group in groups[:limit]
         for graded in group.responses[:count]
     ]
-
-
-def episode_record(episode: Episode | None) -> dict[str, Any]:
-    """Return what an episode adds to its line; nothing for a single turn."""
-    if episode is None:
-        return {}
-    turns = [
-        {
-            "role": turn.role,
-            "text": turn.text,
-            "tokens": turn.num_tokens,
-            "trained": turn.trained,
-            "policy_version": turn.policy_version,
-        }
-        for turn in episode.turns
-    ]
-    return {"status": episode.status, "turns": turns}

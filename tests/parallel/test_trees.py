@@ -25,9 +25,9 @@ def trees(oracle) -> Path:
 @pytest.mark.parametrize(
     ("num_ranks", "grids"),
     [
-        (2, ["cp2", "dp2"]),
+        (2, ["cp2"]),
         pytest.param(1, ["one"], marks=pytest.mark.slow),
-        pytest.param(2, ["tp2", "pp2"], marks=pytest.mark.slow),
+        pytest.param(2, ["dp2", "tp2", "pp2"], marks=pytest.mark.slow),
         pytest.param(8, ["tp2xcp2xdp2"], marks=pytest.mark.slow),
     ],
 )

@@ -18,7 +18,7 @@ from megatron_r1.evaluation.prompt_sets import load_prompt_sets
 
 def load(name, path=None, **entry):
     entry = {"name": name, **({"path": str(path)} if path else {}), **entry}
-    [found] = load_prompt_sets(parse({"eval": {"benchmarks": [entry]}}).eval)
+    [found] = load_prompt_sets(parse({"eval": {"benchmarks": [entry]}}))
     return found.prompts
 
 
@@ -350,7 +350,7 @@ def test_mistakes_in_the_recipe_name_themselves(tmp_path):
     with pytest.raises(ValueError, match="has no {problem}"):
         load("aime_2024", path, instruction="Solve it.")
     with pytest.raises(ValueError, match="names aime_2024 twice"):
-        load_prompt_sets(parse({"eval": {"benchmarks": ["aime_2024"] * 2}}).eval)
+        load_prompt_sets(parse({"eval": {"benchmarks": ["aime_2024"] * 2}}))
     with pytest.raises(ValueError, match="makes its own questions"):
         load("gym/logic", path)
     with pytest.raises(ValueError, match="no such file or folder"):

@@ -22,7 +22,7 @@ from megatron_r1.training.wire import Sample
 
 # The weights of an average per trajectory are fp32.
 NEAR = {"rtol": 1e-6, "atol": 1e-9}
-SEEDS = (1, 2)
+SEEDS = (1, pytest.param(2, marks=pytest.mark.slow))
 
 
 class Episodes(Problem):
