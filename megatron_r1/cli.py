@@ -28,6 +28,8 @@ VERBS = {
 recipe must set; optional are IMPLIED, settings that the verb adds, and `check(config)`, which
 raises UserError for settings that only the verb can check."""
 COMMANDS = {
+    "init": "megatron_r1.commands.init",
+    "chat": "megatron_r1.commands.chat",
     "score": "megatron_r1.commands.score",
     "check-model": "megatron_r1.commands.check_model",
 }
@@ -56,6 +58,8 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 USAGE = f"""usage: megatron-r1 VERB RECIPE.yaml [--section.key value …]
 
 verbs: {", ".join(VERBS)}
+       megatron-r1 init MODEL_FOLDER DATA [--out RECIPE.yaml]   writes a recipe for your questions
+       megatron-r1 chat RUN_OR_FOLDER [--question TEXT]   asks a trained model
        megatron-r1 score IN.jsonl OUT.jsonl [--rewards.key value …]   (- is a pipe)
        megatron-r1 check-model HF_FOLDER [--parallel.key value …] [--json FILE]   a new model, first
        megatron-r1 pipeline RECIPE.yaml [--pipeline.key value …]   several of them, as a graph
@@ -227,7 +231,7 @@ def _run_command(verb: str, rest: list[str]) -> int:
     config = configuration.from_overrides(overrides)
     for key in overrides:
         if not any(f"{key}.".startswith(f"{setting}.") for setting in command.SETTINGS):
-            used = ", ".join(command.SETTINGS)
+            used = ", ".join(command.SETTINGS) or "no settings: write it into the recipe"
             raise UserError(f"--{key}: {verb} does not read it; it reads {used}")
     command.run(config, *values, **own)
     return 0
