@@ -1,7 +1,7 @@
 """Ask a trained model: questions typed at the terminal, one a line on stdin, or `--question`.
 
 `megatron-r1 chat RUN_OR_FOLDER [--question TEXT]`. A run's `hf/` is asked in the run's own template
-and sampled as in its rollouts; a Hugging Face folder in its chat template, else as `plain`. Other
+and sampled as in its rollouts; another folder in its chat template, else as `plain`. Other
 settings: `--data.template`, `--rollout.temperature`, `--rollout.max_response_tokens`, … Each
 question is a conversation of its own."""
 
@@ -12,11 +12,13 @@ import sys
 import tempfile
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
-from megatron_r1.commands.trained_model import find_exported, recipe_of
+from megatron_r1.commands.trained_model import find_exported, recipe_of, template_of_model
 from megatron_r1.config import Config
-from megatron_r1.data.tokenizer import load_tokenizer
+from megatron_r1.config.recipe import verb_of
 from megatron_r1.engine import gpu
+from megatron_r1.engine.limits import positions
 from megatron_r1.errors import UserError
 from megatron_r1.evaluation.engine_policy import EnginePolicy
 from megatron_r1.evaluation.response import Decoding, TextResponse
@@ -27,7 +29,7 @@ OPTIONS = ("question",)
 SETTINGS = ("data.template", "rollout", "run.seed")
 
 RESPONSE_TOKENS = 512
-"""Limit of a response of a folder that no run here made."""
+"""Limit of a response of a folder that no RL run made."""
 PROMPT = "> "
 
 
@@ -54,14 +56,14 @@ def run(config: Config, folder: str, question: str | None = None) -> None:
 def _settings(config: Config, model: Path) -> Config:
     """Return the settings of the run that made the model, or those for a folder, with what the
     command line sets over them, for one engine on this host."""
-    trained = recipe_of(model)
-    if trained is None:
-        has_chat = bool(load_tokenizer(str(model), ARGUMENTS[0]).chat_template)
-        dtype = "float32" if gpu.device() == "cpu" else "bfloat16"
-        data = {"template": "chat" if has_chat else "plain"}
-        rollout = {"dtype": dtype, "max_response_tokens": RESPONSE_TOKENS}
+    trained, template = recipe_of(model), template_of_model(model, ARGUMENTS[0])[0]
+    if trained is not None and verb_of(trained) == "rl":
+        rollout = trained.rollout.model_dump()
     else:
-        data, rollout = trained.data.model_dump(), trained.rollout.model_dump()
+        limit = min(RESPONSE_TOKENS, positions(model, ARGUMENTS[0]) // 2)
+        dtype = "float32" if gpu.device() == "cpu" else "bfloat16"
+        rollout = {"dtype": dtype, "max_response_tokens": limit}
+    data: dict[str, Any] = {"template": template}
     data |= config.data.model_dump(exclude_unset=True)
     given = config.rollout.model_dump(exclude_unset=True)
     one = {"engines": 1, "placement": "local", "colocated": False, "hosts_per_engine": 1}

@@ -7,6 +7,7 @@ recipe says in comments why each setting has its value; `rl RECIPE.yaml --dry-ru
 import asyncio
 import itertools
 import os
+import shlex
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,14 +18,12 @@ from pydantic_core import to_jsonable_python
 
 from megatron_r1 import config as configuration
 from megatron_r1.commands import rl
-from megatron_r1.commands.trained_model import find_exported, recipe_of
+from megatron_r1.commands.trained_model import find_exported, recipe_of, template_of_model
 from megatron_r1.config import Config
 from megatron_r1.config.recipe import verb_of
-from megatron_r1.config.yaml_text import as_text
 from megatron_r1.data.prompts import is_heldout, normalize, without_roles
 from megatron_r1.data.records import read_records, require_text
 from megatron_r1.data.text import PromptText
-from megatron_r1.data.tokenizer import load_tokenizer
 from megatron_r1.engine import gpu
 from megatron_r1.engine.limits import positions
 from megatron_r1.errors import UserError
@@ -32,15 +31,15 @@ from megatron_r1.evaluation.model_folder import require_weights
 from megatron_r1.files import atomic_write
 from megatron_r1.first_recipe import sizes
 from megatron_r1.first_recipe.columns import Columns, guess_columns
-from megatron_r1.first_recipe.recipe_text import recipe_text
-from megatron_r1.first_recipe.sizes import GIB, Guess, Machine
-from megatron_r1.first_recipe.template import template_of
+from megatron_r1.first_recipe.recipe_text import recipe_text, value_text
+from megatron_r1.first_recipe.sizes import Guess, Machine
 from megatron_r1.models import read_hf_config
 from megatron_r1.models.supported import check_supported
 from megatron_r1.rewards.answer import MARKER
 from megatron_r1.rewards.base import Grade
 from megatron_r1.rewards.combine import DEFAULT_WEIGHTS
 from megatron_r1.rewards.runtime.pool import RewardPool
+from megatron_r1.training.cpu_memory import cpu_memory
 from megatron_r1.weights import num_parameters
 
 ARGUMENTS = ("MODEL_FOLDER", "DATA")
@@ -54,8 +53,6 @@ COLUMN_ROWS = 100
 """Rows that decide which columns are what."""
 TRIED_TRUTHS = 20
 FEW, FEW_HELDOUT, MANY_HELDOUT = 20, 64, 500
-TRAINING_BYTES = 28
-"""Of a parameter in float32: weights, gradients, optimizer, reference policy and engine."""
 
 
 def run(
@@ -89,21 +86,26 @@ def run(
     questions = _questions(data, columns)
     template = next(guess.value for guess in guesses if guess.key == "data.template")
     guesses += _sizes(folder, hf, questions, PromptText(str(folder), template, (MODEL, template)))
+    command = f"megatron-r1 rl {shlex.quote(str(path))}"
     title = (
-        f"Written by: megatron-r1 init {model} {data}",
-        f"Try it: megatron-r1 rl {path} --dry-run",
-        f"Train:  megatron-r1 rl {path}",
+        f"Written by: megatron-r1 init {shlex.join([model, data])}",
+        f"Try it: {command} --dry-run",
+        f"Train:  {command}",
         "Every other setting: megatron-r1 keys",
     )
     atomic_write(path, recipe_text(title, guesses))
     for guess in guesses:
-        print(f"{guess.key}: {as_text(guess.value)}   # {guess.reason}")
+        print(f"{guess.key}: {value_text(guess.value)}   # {guess.reason}")
     _check_truths(data, columns)
     try:
-        rl.prepare(configuration.load(path, required=rl.REQUIRED))
+        recipe = configuration.load(path, required=rl.REQUIRED)
+        rl.prepare(recipe)
+        if not gpu.is_usable():
+            memory = cpu_memory(recipe, 1, samples=True)
+            print(memory.describe(memory.microbatch(None)))
     except UserError as error:
         raise UserError(f"{path} is written, but rl does not run it yet: {error}") from None
-    print(f"\n{path} is written: look at it, then megatron-r1 rl {path} --dry-run")
+    print(f"\n{path} is written: look at it, then {command} --dry-run")
 
 
 def _data(data: str, rows: Sequence[dict[str, Any]], columns: Columns) -> list[Guess]:
@@ -137,22 +139,15 @@ def _questions(data: str, columns: Columns) -> list[str]:
 def _answers(folder: Path) -> list[Guess]:
     """Return the template and how answers are read: as the run did that made the model, else those
     of a chat model or of a base model."""
+    template, reason = template_of_model(folder, MODEL)
     trained = recipe_of(folder)
     if trained is not None and verb_of(trained) == "rl":
-        reason = f"as {folder.parent} trained the model"
         rewards = trained.rewards.model_dump(include={"answer", "weights"})
         return [
-            Guess("data.template", trained.data.template, reason),
+            Guess("data.template", template, reason),
             Guess("rewards.answer", rewards["answer"], reason),
             Guess("rewards.weights", to_jsonable_python(rewards["weights"]), reason),
         ]
-    if load_tokenizer(str(folder), MODEL).chat_template:
-        template, reason = "chat", "the tokenizer has a chat template"
-    elif trained is not None and (supervised := _supervised_template(trained)):
-        template = supervised
-        reason = f"as the supervised prompts of {folder.parent} have it"
-    else:
-        template, reason = "plain", "the tokenizer has no chat template: User: …, Assistant:"
     form = {name: weight for name, weight in DEFAULT_WEIGHTS.items() if name != "format"}
     return [
         Guess("data.template", template, reason),
@@ -166,32 +161,16 @@ def _answers(folder: Path) -> list[Guess]:
     ]
 
 
-def _supervised_template(trained: Config) -> str | None:
-    """Return the template of the prompts that a model was supervised with, or None."""
-    data = trained.sft.data
-    path = data if isinstance(data, str) else data[0].path
-    try:
-        rows = itertools.islice(read_records(path), COLUMN_ROWS)
-        return template_of([row["prompt"] for _, row in rows])
-    except (UserError, KeyError):
-        return None
-
-
 def _sizes(
     folder: Path, hf: dict[str, Any], questions: Sequence[str], text: PromptText
 ) -> list[Guess]:
     """Return the settings that depend on the model's size, the prompts and the machine."""
     machine, parameters = _machine(), num_parameters(hf)
-    if machine.is_cpu and (needed := parameters * TRAINING_BYTES) > machine.memory:
-        print(
-            f"memory: training takes about {needed / GIB:.1f} GiB ({TRAINING_BYTES} bytes a "
-            f"parameter), and {machine.memory / GIB:.1f} are free here"
-        )
     limits = sizes.lengths(
         max(len(text.encode(question)) for question in questions), positions(folder), machine
     )
     return [
-        *sizes.layout(hf, parameters, limits[1].value, machine),
+        *sizes.layout(hf, parameters, machine),
         *limits,
         *sizes.batches(parameters, len(questions), machine),
         *_heldout(questions, machine),

@@ -1,5 +1,6 @@
 """Sample a model's responses and turn them into training data: cold start, rejection sampling,
-preference pairs, safety labels. See docs/sampling.md.
+preference pairs, safety labels. See docs/sampling.md. `sample RUN_FOLDER` asks a run's trained
+model the run's own questions, and writes into `sampled/` there.
 
 The first pass samples and grades every response and logs it in samples.jsonl; the second decides
 which are kept. If only what is kept has changed, the second pass alone is repeated."""
@@ -47,6 +48,24 @@ REMEDIES = {
     "pairs": "sample.judge, sample.pairs (margin, max_length_bias) or sample.filters",
     "labels": "sample.judge or sample.filters",
 }
+
+
+def of_run(folder: str) -> tuple[str, dict[str, Any]]:
+    """Return the recipe of a run's folder, and the settings that sample its trained model instead
+    of training on. Raises UserError for another folder."""
+    recipe = Path(folder) / "config.yaml"
+    if not recipe.is_file():
+        raise UserError(
+            f"sample {folder}: a folder without config.yaml is no run's; give a run's folder, or a "
+            "recipe with model.path"
+        )
+    settings = {
+        "model.path": folder,
+        "model.checkpoint": None,
+        "run.folder": str(Path(folder) / "sampled"),
+        "rollout.colocated": False,
+    }
+    return str(recipe), settings
 
 
 def check(config: Config) -> None:

@@ -1,7 +1,9 @@
 """A commented recipe, as text."""
 
+import json
 import textwrap
 from collections.abc import Sequence
+from typing import Any
 
 from megatron_r1.config.yaml_text import as_text
 from megatron_r1.first_recipe.sizes import Guess
@@ -23,5 +25,12 @@ def recipe_text(title: Sequence[str], guesses: Sequence[Guess]) -> str:
             lines += textwrap.wrap(
                 guess.reason, WIDTH, initial_indent="  # ", subsequent_indent="  # "
             )
-            lines.append(f"  {guess.key.partition('.')[2]}: {as_text(guess.value)}")
+            lines.append(f"  {guess.key.partition('.')[2]}: {value_text(guess.value)}")
     return "\n".join(lines) + "\n"
+
+
+def value_text(value: Any) -> str:
+    """Return a value as YAML on one line."""
+    if isinstance(value, str) and "\n" in value:
+        return json.dumps(value, ensure_ascii=False)
+    return as_text(value)

@@ -7,8 +7,6 @@ from typing import Any, NamedTuple
 GIB = 2**30
 CPU_RESPONSE, GPU_RESPONSE = 256, 4096
 LEAST_RESPONSE = 32
-DEFAULT_TOKENS = 16_384
-"""parallel.tokens_per_microbatch, where a recipe does not set it."""
 GPU_BYTES_SHARDED, GPU_BYTES = 12, 6
 """Of a parameter on a GPU: fp32 weight and moments, spread over all ranks; bf16 weight and fp32
 gradient, spread over tensor ranks."""
@@ -59,16 +57,15 @@ def lengths(longest_prompt: int, positions: int, machine: Machine) -> list[Guess
     ]
 
 
-def layout(hf: Mapping[str, Any], parameters: int, tokens: int, machine: Machine) -> list[Guess]:
-    """Return dtypes, the parallel layout and the micro-batch. hf: `config.json`. tokens: of the
-    longest sequence."""
+def layout(hf: Mapping[str, Any], parameters: int, machine: Machine) -> list[Guess]:
+    """Return dtypes and the parallel layout; micro-batches fit themselves to a CPU's memory. hf:
+    `config.json`."""
     if machine.is_cpu:
         dtype = "float32"
         reason = "this machine has no GPU"
         return [
             Guess("model.dtype", dtype, reason),
             Guess("rollout.dtype", dtype, reason),
-            *_microbatch(hf, parameters, tokens, machine.memory),
         ]
     tensor = tensor_ranks(hf, parameters, machine)
     guesses = [
@@ -115,17 +112,3 @@ def batches(parameters: int, num_questions: int, machine: Machine) -> list[Guess
             f"for {parameters / 1e6:,.1f}M parameters; R1-Zero's 671B have 3e-6",
         ),
     ]
-
-
-def _microbatch(hf: Mapping[str, Any], parameters: int, tokens: int, memory: int) -> list[Guess]:
-    """Return the micro-batch where the default might not fit into a quarter of what the parameters
-    leave of the memory."""
-    width = 16 * hf["hidden_size"] + 5 * hf["intermediate_size"]
-    per_token = 4 * hf["num_hidden_layers"] * width
-    room = max(0, memory - 28 * parameters) / 4
-    fitting = int(room / per_token)
-    if fitting >= DEFAULT_TOKENS:
-        return []
-    limit = max(tokens, 1 << max(8, fitting.bit_length() - 1))
-    reason = f"about {per_token / 1e6:.1f} MB of activations a token, {memory / GIB:.1f} GiB free"
-    return [Guess("parallel.tokens_per_microbatch", limit, reason)]

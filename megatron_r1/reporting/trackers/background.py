@@ -54,7 +54,7 @@ class BackgroundTracker:
                 if isinstance(item, bool) and self._tracker is not None:
                     self._tracker.finish(item)
             except Exception as error:  # noqa: BLE001 - of any library, about any network
-                self._report(error, len(pending))
+                self._report(error, len(pending), is_last=isinstance(item, bool))
             if isinstance(item, bool):
                 return
 
@@ -72,11 +72,12 @@ class BackgroundTracker:
             pending.popleft()
         self._failed = False
 
-    def _report(self, error: Exception, num_pending: int) -> None:
-        if not self._failed:
-            reason = (str(error).strip() or "no message").splitlines()[0]
-            self._notes.put(
-                f"{self._name}: {type(error).__name__}: {reason}; the run goes on, {num_pending} "
-                "lines are sent with a later step or by the next start"
-            )
+    def _report(self, error: Exception, num_pending: int, *, is_last: bool) -> None:
+        """Add a note on the first failure in a row, and on one at the end."""
+        reason = (str(error).strip() or "no message").splitlines()[0]
+        failure = f"{self._name}: {type(error).__name__}: {reason}"
+        if is_last:
+            self._notes.put(f"{failure}; {num_pending} lines are sent by the next start")
+        elif not self._failed:
+            self._notes.put(f"{failure}; the run goes on, and they are sent with a later step")
         self._failed = True

@@ -1,6 +1,7 @@
 """A run in MLflow: at `MLFLOW_TRACKING_URI`, else in `mlflow/` of the run's folder."""
 
 import os
+import re
 import time
 from collections.abc import Mapping
 
@@ -11,6 +12,8 @@ NAME = "mlflow"
 MAX_PARAMETERS = 100
 MAX_CHARS = 500
 """Limits of MLflow for a batch of parameters, and for a value that all of its stores take."""
+NOT_ALLOWED = re.compile(r"[^\w\-. :/]")
+"""In the name of a metric: `eval/pass@1` is `eval/pass_1`."""
 DEFAULTS = {
     # Without them a server that is away takes minutes for each line.
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
@@ -56,7 +59,10 @@ class MlflowTracker:
 
     def send(self, step: int, numbers: Mapping[str, float]) -> None:
         now = int(time.time() * 1000)
-        metrics = [self._metric(name, value, now, step) for name, value in numbers.items()]
+        metrics = [
+            self._metric(NOT_ALLOWED.sub("_", name), value, now, step)
+            for name, value in numbers.items()
+        ]
         self._client.log_batch(self._identity, metrics=metrics)
 
     def finish(self, finished: bool) -> None:

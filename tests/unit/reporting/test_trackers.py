@@ -33,9 +33,9 @@ def two_starts(folder, name):
     """A start that is killed after step 3, with a checkpoint of step 2, and the next one."""
     folder.mkdir()
     first = [line(step, step / 10) for step in (1, 2, 3)]
-    shown = track(folder, [name], [], first, [{"step": 0, "eval/accuracy": 0.25}], False)
+    shown = track(folder, [name], [], first, [{"step": 0, "eval/pass@1": 0.25}], False)
     again = [line(step, 10.0 + step) for step in (3, 4)]
-    return shown + track(folder, [name], first[:2], again, [{"step": 4, "eval/accuracy": 0.5}])
+    return shown + track(folder, [name], first[:2], again, [{"step": 4, "eval/pass@1": 0.5}])
 
 
 def records(path):
@@ -73,7 +73,7 @@ def test_wandb_offline_has_every_step_once_and_the_same_run(tmp_path, monkeypatc
     rewards = [(row["step"], row["reward/mean"]) for row in rows if "reward/mean" in row]
     # A new folder each time, with the lines of metrics.jsonl, so the last one has all of them.
     assert rewards == [(1, 0.1), (2, 0.2), (3, 13.0), (4, 14.0)]
-    accuracy = [(row["eval/step"], row["eval/accuracy"]) for row in rows if "eval/step" in row]
+    accuracy = [(row["eval/step"], row["eval/pass@1"]) for row in rows if "eval/step" in row]
     assert accuracy == [(4, 0.5)]
 
 
@@ -89,7 +89,7 @@ def test_mlflow_has_every_step_once_in_one_run(tmp_path, monkeypatch):
     rewards = client.get_metric_history(run.info.run_id, "reward/mean")
     # A step that is trained again keeps its first figure.
     assert [(m.step, m.value) for m in rewards] == [(1, 0.1), (2, 0.2), (3, 0.3), (4, 14.0)]
-    accuracy = client.get_metric_history(run.info.run_id, "eval/accuracy")
+    accuracy = client.get_metric_history(run.info.run_id, "eval/pass_1")
     assert [(m.step, m.value) for m in accuracy] == [(0, 0.25), (4, 0.5)]
 
 
@@ -123,7 +123,7 @@ def test_a_failing_tracker_is_reported_once_and_gets_every_line_later(tmp_path, 
         shown += track(tmp_path, ["wandb"], [line(1, 0.1)], [line(2, 0.2), line(3, 0.3)])
     assert [step for step, _ in server.sent] == [2, 3]
     assert server.sent[0][1] == {"step": 2.0, "reward/mean": 0.2}
-    assert "wandb: ConnectionError: no route to host; the run goes on" in shown[0]
+    assert "wandb: ConnectionError: no route to host; " in shown[0] and len(shown) == 1
 
 
 def test_a_run_does_not_wait_for_its_tracker(tmp_path, monkeypatch):
