@@ -22,6 +22,7 @@ from megatron_r1.engine.limits import positions
 from megatron_r1.errors import UserError
 from megatron_r1.evaluation.engine_policy import EnginePolicy
 from megatron_r1.evaluation.response import Decoding, TextResponse
+from megatron_r1.first_recipe.recipe_text import value_text
 from megatron_r1.training.checkpoints.finding import complete_checkpoints
 
 ARGUMENTS = ("RUN_OR_FOLDER",)
@@ -38,7 +39,7 @@ def run(config: Config, folder: str, question: str | None = None) -> None:
     for a run without an export."""
     model = find_exported(folder, ARGUMENTS[0])
     config = _settings(config, model)
-    _say(f"model: {model}; template: {config.data.template}")
+    _say(f"model: {model}; template: {value_text(config.data.template)}")
     checkpoints = complete_checkpoints(model.parent / "checkpoints")
     if model.name == "hf" and checkpoints:
         export, newest = model / "config.json", checkpoints[-1]
