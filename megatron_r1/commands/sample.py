@@ -93,6 +93,10 @@ def run(config: Config) -> None:
             "sample needs one model: either model.path (a Hugging Face folder or a run's folder) "
             "or sample.server ({url: …, model: …})"
         )
+    if name := config.agents.environment or config.agents.harness:
+        raise UserError(
+            f"agents: {name}: sample draws responses of a single turn; leave section agents out"
+        )
     plan = _plan(config)
     run_in_folder(config, "the sampling", lambda folder: _sample(config, folder, plan))
 
