@@ -16,13 +16,14 @@ INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 # The CUDA environment, and the versions that decide whether Transformer Engine has to be built again.
 CUDA_LOCK := requirements/cuda.lock
 CUDA_VENV := .venv-cuda
+AGENTS_VENV := .venv-agents
 CUDA_BIN := $(CUDA_VENV)/bin
 TE := $(shell sed -n 's/^transformer-engine==//p' $(CUDA_LOCK))
 TORCH := $(shell sed -n 's/^torch==//p' $(CUDA_LOCK))
 TE_SOURCE := build/transformer-engine
 TE_BUILT := $(CUDA_VENV)/.transformer-engine-$(TE)-torch-$(TORCH)
 
-.PHONY: help system-packages cluster-packages cuda-packages setup setup-cuda test-cuda demo demo-agents test test-all lint format losses bench gpu-check docs clean
+.PHONY: help system-packages cluster-packages cuda-packages setup setup-cuda agents test-cuda demo demo-agents test test-all lint format losses bench gpu-check docs clean
 
 help:
 	@echo "make demo      a model learns to think: minutes on two CPU cores"
@@ -30,13 +31,14 @@ help:
 	@echo "make setup     install everything into $(VENV) (3.7 GB; the others do it, too)"
 	@echo "make test      the tests that take minutes;  make test-all: the long ones as well"
 	@echo "make setup-cuda  for GPUs: CUDA torch, Transformer Engine, vLLM in $(CUDA_VENV) (9 GB; 10 to 25 minutes on two cores)"
+	@echo "make agents    verifiers, in $(AGENTS_VENV): environments of others for agents.verifiers (0.5 GB)"
 	@echo "make test-cuda  those packages on a null GPU, without a driver (5 to 10 minutes on two cores)"
 	@echo "make lint      style, imports between packages, types;  make format: repair the style"
 	@echo "make losses    losses of 20 steps from one seed: a refactoring must not change them"
 	@echo "make bench     kernels and whole steps beside their public peers"
 	@echo "make gpu-check  what a machine with a GPU can answer, in nine minutes"
 	@echo "make docs      API pages in build/docs"
-	@echo "make clean     remove $(VENV), $(CUDA_VENV), runs and build"
+	@echo "make clean     remove $(VENV), $(CUDA_VENV), $(AGENTS_VENV), runs and build"
 
 setup: system-packages $(INSTALLED)
 
@@ -62,6 +64,14 @@ $(INSTALLED): $(LOCK) setup.py pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(INDEX) -r $(LOCK)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@$(BIN)/python -c 'import torch' 2>/dev/null || { echo "torch does not import: the index in use serves its CUDA build only. Run: make setup TORCH_INDEX=<the URL of PyTorch's CPU wheels, on its Get Started page>"; exit 1; }
+	@touch $@
+
+# verifiers needs other versions than the rest of mcp and openai, so it has a Python of its own.
+agents: $(AGENTS_VENV)/.installed
+
+$(AGENTS_VENV)/.installed: requirements/agents.lock
+	@test -x $(AGENTS_VENV)/bin/python || $(PYTHON) -m venv $(AGENTS_VENV)
+	$(AGENTS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r $<
 	@touch $@
 
 # Trainer and engines on GPUs. Needs a driver for CUDA 13 where it runs, neither the toolkit nor a container.
@@ -150,4 +160,4 @@ docs: setup
 	$(BIN)/python -W ignore tools/docs build/docs
 
 clean:
-	rm -rf $(VENV) $(CUDA_VENV) runs build *.egg-info
+	rm -rf $(VENV) $(CUDA_VENV) $(AGENTS_VENV) runs build *.egg-info

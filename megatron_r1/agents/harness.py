@@ -17,10 +17,12 @@ import tempfile
 import threading
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from megatron_r1.agents.continuation import Continuation
+from megatron_r1.agents.environment_pool import EnvironmentFault
 from megatron_r1.agents.episode import SCORED, Episode, turns_of
 from megatron_r1.agents.gateway import (
     Gateway,
@@ -41,11 +43,30 @@ from megatron_r1.rewards.base import shorten
 from megatron_r1.user_code import find_function
 
 Run = Callable[[str, str, dict[str, Any]], Awaitable[Any]]
-"""Runs an agent: (base_url, api_key, row) -> its reward, or None where rewards of ours grade."""
+"""Runs an agent: (base_url, api_key, row) -> its reward, or None where rewards of ours grade, or an
+`Outcome`."""
 CLOCK_SECONDS = 0.2
 """Between two looks at an episode's clock, which stands still while engines sample."""
 ENDING_SECONDS = 5.0
 """For an agent whose time is over to end by itself."""
+
+
+@runtime_checkable
+class Server(Protocol):
+    """A `Run` that has something to start and to end."""
+
+    async def start(self) -> None: ...
+
+    async def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A reward with the agent's own record of the tokens: every sequence up to its last sampled
+    token; None where it keeps none."""
+
+    reward: float | None
+    sequences: list[list[int]] | None = None
 
 
 class HarnessPlayer:
@@ -68,17 +89,24 @@ class HarnessPlayer:
         self._room, self._sampling = room, sampling
 
     async def check(self, prompts: Sequence[Prompt]) -> None:
-        """Start the gateway, and a parser. Raises UserError."""
+        """Start the gateway, a parser, and what the agent needs. Raises UserError."""
         await self.parsers.check()
+        try:
+            if isinstance(self.run, Server):
+                await self.run.start()
+        except EnvironmentFault as fault:
+            raise UserError(f"section agents: {fault}") from None
         try:
             await self.gateway.start()
         except OSError as error:
             raise UserError(f"agents.gateway_host: the gateway cannot listen: {error}") from None
 
     async def close(self) -> None:
-        """Stop the gateway and the parsers."""
+        """Stop the gateway, the parsers, and what the agent needed."""
         await self.gateway.close()
         await self.parsers.close()
+        if isinstance(self.run, Server):
+            await self.run.close()
 
     async def play(self, prompt: Prompt, generate: Generate, max_tokens: int) -> Played:
         """Play one episode of a row. max_tokens: sampled in all."""
@@ -93,10 +121,16 @@ class HarnessPlayer:
         agent = asyncio.ensure_future(self.run(url, session.secret, row_of(prompt)))
         try:
             if await self._within_its_time(agent, session, began):
-                reward = _as_reward(await agent, prompt)
+                outcome = await agent
+                if isinstance(outcome, Outcome):
+                    _compare(outcome, session)
+                    outcome = outcome.reward
+                reward = _as_reward(outcome, prompt)
                 is_finished = True
             else:
                 session.end("agent_timeout", f"after {self._timeout_seconds:g} s of its own")
+        except EnvironmentFault as fault:
+            session.end("environment_error", str(fault))
         except Exception as error:  # noqa: BLE001 - an agent may raise anything
             refusals = [note for note in session.notes if note.startswith("refused: ")]
             last = f"; the gateway {refusals[-1]}" if refusals else ""
@@ -148,10 +182,10 @@ class HarnessPlayer:
 
 
 def harness_player(
-    text: PromptText, agents: AgentsConfig, room: int, sampling: tuple[float, float]
+    text: PromptText, agents: AgentsConfig, run: Run, room: int, sampling: tuple[float, float]
 ) -> HarnessPlayer:
-    """Return the player of `agents.harness`. room, sampling: as `HarnessPlayer`'s. Raises
-    UserError."""
+    """Return the player of an agent with the settings of a recipe. room, sampling: as
+    `HarnessPlayer`'s."""
     tokenizer = text.tokenizer
     parsers = parser_of(
         agents.tool_parser, agents.reasoning_parser, tokenizer.name_or_path, agents.parser_workers
@@ -162,13 +196,15 @@ def harness_player(
         host=agents.gateway_host,
         sampling_options=agents.sampling_options,
     )
-    run = (
-        function_harness(agents.harness)
-        if isinstance(agents.harness, str)
-        else CommandHarness(agents.harness, agents.harness_processes)
-    )
     limits = agents.max_turns, agents.timeout_seconds
     return HarnessPlayer(text, gateway, parsers, run, limits, room, sampling)
+
+
+def harness_of(agents: AgentsConfig) -> Run:
+    """Return what `agents.harness` names. Raises UserError."""
+    if isinstance(agents.harness, str):
+        return function_harness(agents.harness)
+    return CommandHarness(agents.harness, agents.harness_processes)
 
 
 def function_harness(path: str) -> Run:
@@ -255,6 +291,20 @@ def _last_reward(output: bytes) -> float | None:
     with contextlib.suppress(ValueError, TypeError, KeyError, IndexError):
         return json.loads(lines[-1])["reward"]
     return None
+
+
+def _compare(outcome: Outcome, session: Session) -> None:
+    """End the episode as protocol_error where the agent's record has other tokens than the tree."""
+    if outcome.sequences is None:
+        return
+    theirs = {tuple(ids) for ids in outcome.sequences if ids}
+    ours = {tuple(branch.token_ids) for branch in session.tree.branches()}
+    if theirs != ours:
+        session.end(
+            "protocol_error",
+            f"the agent's record has {len(theirs - ours)} sequences that were not sampled so, and "
+            f"lacks {len(ours - theirs)} of {len(ours)}",
+        )
 
 
 def _as_reward(value: Any, prompt: Prompt) -> float | None:

@@ -1,10 +1,15 @@
 """The questions of an environment: rows for its `reset`."""
 
+import json
+import tempfile
 from dataclasses import replace
 from typing import Any
 
 from megatron_r1.agents.environment_pool import describe
+from megatron_r1.agents.verifiers.harness import list_tasks
+from megatron_r1.config import AgentsConfig
 from megatron_r1.data.prompts import PromptSplit, load_prompts
+from megatron_r1.errors import UserError
 from megatron_r1.rewards import ENVIRONMENT
 
 
@@ -19,3 +24,19 @@ def load_rows(environment: str, **arguments: Any) -> PromptSplit:
         for side in (split.train, split.heldout)
     )
     return PromptSplit(train, heldout)
+
+
+def rows_of(agents: AgentsConfig, **arguments: Any) -> PromptSplit:
+    """Return the questions of a run: the tasks of `agents.verifiers.taskset`, each whole in the
+    field `task`, or `load_rows`. Raises UserError."""
+    if not agents.verifiers.taskset:
+        return load_rows(agents.environment, **arguments)
+    if arguments["path"] or arguments["task"]:
+        raise UserError("data.path: the questions are the taskset's; leave out data.path and task")
+    with tempfile.NamedTemporaryFile("w", suffix=".jsonl") as file:
+        for task in list_tasks(agents.verifiers):
+            prompt = task.get("prompt")
+            question = prompt if isinstance(prompt, str) else json.dumps(task)
+            print(json.dumps({"question": question, "task": task}), file=file)
+        file.flush()
+        return load_prompts(**arguments | {"path": file.name, "kind": ENVIRONMENT})

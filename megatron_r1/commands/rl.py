@@ -6,7 +6,7 @@ import json
 import sys
 from collections import Counter
 
-from megatron_r1.agents.rows import load_rows
+from megatron_r1.agents.rows import rows_of
 from megatron_r1.commands import torchrun
 from megatron_r1.commands.training_run import check_trainer, run_training, show_trainer
 from megatron_r1.config import Config
@@ -107,7 +107,7 @@ def prepare(config: Config) -> tuple[PromptText, PromptSplit]:
     text = PromptText(config.model.path, config.data.template)
     check_environment(config, text)
     rows = config.data.model_dump(exclude={"template"})
-    prompts = load_rows(config.agents.environment, **rows)
+    prompts = rows_of(config.agents, **rows)
     prompts = prompts_that_fit(prompts, text, context_length(config))
     if not prompts.heldout:
         print(

@@ -5,7 +5,7 @@ The defaults of `rl`, `optimizer` and `rollout` are DeepSeek-R1-Zero's (arXiv 25
 2 and supplement B); a recipe says only where it differs. Unknown keys are errors that name the
 nearest right one."""
 
-from megatron_r1.config.agents import AgentsConfig
+from megatron_r1.config.agents import AgentsConfig, VerifiersConfig
 from megatron_r1.config.engines import RolloutConfig, TeacherConfig
 from megatron_r1.config.other_models import CriticConfig, RewardModelConfig
 from megatron_r1.config.recipe import (

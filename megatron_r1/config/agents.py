@@ -7,6 +7,27 @@ from pydantic import Field
 from megatron_r1.config.section import Resumable, Section
 
 
+class VerifiersConfig(Section):
+    """An environment of the package verifiers, which runs in a Python of its own."""
+
+    python: str = ".venv-agents/bin/python"
+    """the Python that has verifiers; `make agents` makes this one"""
+    taskset: str = Field("", description="id of the taskset, a module that this Python can import")
+    taskset_options: dict[str, Any] = Field(default_factory=dict)
+    """further fields of verifiers' TasksetConfig"""
+    harness: str = Field("", description="id of the harness; default: the taskset's own")
+    harness_options: dict[str, Any] = Field(default_factory=dict)
+    """further fields of verifiers' HarnessConfig"""
+    environment_options: dict[str, Any] = Field(default_factory=dict)
+    """further fields of verifiers' EnvConfig, such as id"""
+    workers: int = Field(1, ge=1, description="processes of verifiers' environment server")
+    client: Literal["chat", "tokens"] = "chat"
+    """chat: the gateway renders; tokens: verifiers' renderers do, and its trace must have the
+    gateway's tokens"""
+    renderer: dict[str, Any] | None = None
+    """verifiers' RendererConfig, for client tokens"""
+
+
 class AgentsConfig(Section):
     """Episodes of several turns in an environment; without one, a response is a single turn."""
 
@@ -19,6 +40,8 @@ class AgentsConfig(Section):
     harness: str | list[str] = ""
     """instead of an environment, an agent that calls the gateway: module:function, or a command.
     See docs/gateway.md"""
+    verifiers: VerifiersConfig = VerifiersConfig()
+    """instead of either: tasks, harness and reward of a verifiers environment"""
     tool_parser: str = "auto"
     """how tool calls are written: a tool parser of vLLM's, such as qwen3_coder, or none; auto,
     hermes: JSON between <tool_call> tags, read without vLLM"""

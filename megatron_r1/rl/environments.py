@@ -2,8 +2,9 @@
 
 from megatron_r1.agents.continuation import Continuation
 from megatron_r1.agents.environment_pool import Environments, describe
-from megatron_r1.agents.harness import harness_player
+from megatron_r1.agents.harness import harness_of, harness_player
 from megatron_r1.agents.player import EpisodePlayer, Player
+from megatron_r1.agents.verifiers.harness import VerifiersHarness
 from megatron_r1.config import Config
 from megatron_r1.data.text import PromptText
 from megatron_r1.engine.limits import context_length
@@ -17,14 +18,18 @@ def check_environment(config: Config, text: PromptText) -> None:
     """Check section `agents`, and print how the chat template continues a conversation. Raises
     UserError."""
     agents = config.agents
-    if not (agents.environment or agents.harness):
+    players = {
+        "agents.environment": agents.environment,
+        "agents.harness": agents.harness,
+        "agents.verifiers.taskset": agents.verifiers.taskset,
+    }
+    named = {key: value for key, value in players.items() if value}
+    if not named:
         return
-    if agents.environment and agents.harness:
-        raise UserError(
-            f"agents.harness: {agents.harness} and agents.environment: {agents.environment} each "
-            "play the episodes; leave one out"
-        )
-    key = "agents.environment" if agents.environment else "agents.harness"
+    if len(named) > 1:
+        both = " and ".join(f"{key}: {value}" for key, value in named.items())
+        raise UserError(f"{both} each play the episodes; leave one out")
+    [key] = named
     if config.data.template != "chat":
         raise UserError(
             f"data.template: {config.data.template!r} renders one question; {key} needs "
@@ -44,9 +49,14 @@ def check_environment(config: Config, text: PromptText) -> None:
 def player_of(config: Config, text: PromptText) -> Player | None:
     """Return what plays the run's episodes; None where responses are single turns."""
     agents, room = config.agents, context_length(config)
-    if agents.harness:
-        rollout = config.rollout
-        return harness_player(text, agents, room, (rollout.temperature, rollout.top_p))
+    if agents.harness or agents.verifiers.taskset:
+        run = (
+            harness_of(agents)
+            if agents.harness
+            else VerifiersHarness(agents.verifiers, text.tokenizer.name_or_path)
+        )
+        sampling = config.rollout.temperature, config.rollout.top_p
+        return harness_player(text, agents, run, room, sampling)
     if not agents.environment:
         return None
     description = describe(agents.environment)

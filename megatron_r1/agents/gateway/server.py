@@ -26,6 +26,8 @@ from megatron_r1.engine.errors import EngineError
 MAX_BODY_BYTES = 64 * 2**20
 KEEP_ALIVE_SECONDS = 10.0
 """Between comments in a stream whose turn is still being sampled."""
+KEY_HEADERS = ("x-api-key", "X-Session-ID", "X-R1-Session")
+"""Beside Authorization. The last is for clients that set the others themselves."""
 SamplingOptions = Literal["run", "refuse"]
 
 
@@ -161,7 +163,7 @@ class Gateway:
     def _session(self, headers: Mapping[str, str]) -> Session:
         """Return the session whose secret the headers carry. Raises Refused with status 401."""
         bearer = headers.get("Authorization", "").removeprefix("Bearer ").strip()
-        for secret in (bearer, headers.get("x-api-key", ""), headers.get("X-Session-ID", "")):
+        for secret in (bearer, *(headers.get(name, "") for name in KEY_HEADERS)):
             session = self._sessions.get(_digest(secret))
             if session is not None:
                 return session

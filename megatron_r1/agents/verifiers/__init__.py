@@ -1,0 +1,1 @@
+"""Environments of `verifiers` (PyPI), which run unmodified in a Python of their own."""

@@ -1,0 +1,188 @@
+"""Episodes of a verifiers environment: its server is a process of another Python, started again
+where it is lost."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import uuid
+from pathlib import Path
+from typing import Any
+
+from megatron_r1.agents.environment_pool import EnvironmentFault
+from megatron_r1.agents.harness import Outcome
+from megatron_r1.config import VerifiersConfig
+from megatron_r1.errors import UserError
+from megatron_r1.processes.children import popen_options
+
+SCRIPT = Path(__file__).with_name("serve.py")
+START_SECONDS = 300.0
+LINE_BYTES = 2**28
+"""Of a reply: the tokens of all branches of an episode."""
+
+
+class VerifiersHarness:
+    """Runs an episode per call, as `harness.Run`."""
+
+    def __init__(self, settings: VerifiersConfig, tokenizer: str) -> None:
+        """tokenizer: its folder, for client `tokens`."""
+        self._settings, self._tokenizer = settings, tokenizer
+        self._process: asyncio.subprocess.Process | None = None
+        self._starting = asyncio.Lock()
+        self._waiting: dict[str, asyncio.Future[dict[str, Any]]] = {}
+        self._reader: asyncio.Task[None] | None = None
+        self._last_words = b""
+
+    async def __call__(self, base_url: str, api_key: str, row: dict[str, Any]) -> Outcome:
+        """Play the task of a row. Raises EnvironmentFault where the server is lost, and
+        RuntimeError where verifiers reports an error."""
+        await self.start()
+        root = base_url.removesuffix("/v1")
+        job_id = uuid.uuid4().hex
+        job = {
+            "id": job_id,
+            "task": row["task"],
+            "key": api_key,
+            "client": self._settings.client,
+            "base_url": root if self._settings.client == "tokens" else base_url,
+            "renderer": self._settings.renderer,
+            "tokenizer": self._tokenizer,
+        }
+        reply = await self._ask(job_id, job)
+        if not reply["ok"]:
+            if reply.get("traces", 1) != 1:
+                raise RuntimeError(f"the episode has {reply['traces']} traces; one can be trained")
+            if reply.get("is_timeout"):
+                reply["errors"].append("a time-out of verifiers, whose clock counts the engines")
+            raise RuntimeError(f"verifiers: {'; '.join(reply['errors']) or 'not ok'}")
+        is_compared = self._settings.client == "tokens"
+        return Outcome(reply["reward"], reply["sequences"] if is_compared else None)
+
+    async def start(self) -> None:
+        """Start the server, unless it runs. Raises EnvironmentFault."""
+        async with self._starting:
+            if self._reader is not None and not self._reader.done():
+                return
+            await self.close()
+            environment = environment_of(self._settings)
+            options = {"environment": environment, "workers": self._settings.workers}
+            try:
+                self._process = await asyncio.create_subprocess_exec(
+                    *command(self._settings, options),
+                    stdout=asyncio.subprocess.PIPE,
+                    stderr=asyncio.subprocess.PIPE,
+                    limit=LINE_BYTES,
+                    **popen_options(variables()) | {"stdin": asyncio.subprocess.PIPE},
+                )
+            except OSError as error:
+                raise EnvironmentFault(f"{self._settings.python}: {error}") from None
+            self._last_words = b""
+            ready = self._future("")
+            self._reader = asyncio.create_task(self._read(self._process))
+            try:
+                async with asyncio.timeout(START_SECONDS):
+                    await ready
+            except TimeoutError:
+                raise EnvironmentFault("verifiers' server did not start in time") from None
+
+    async def close(self) -> None:
+        """End the server and all that it has started."""
+        process, self._process = self._process, None
+        if process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            await process.wait()
+        if self._reader is not None:
+            await asyncio.wait({self._reader}, timeout=5.0)
+            self._reader = None
+
+    async def _ask(self, job_id: str, job: dict[str, Any]) -> dict[str, Any]:
+        future = self._future(job_id)
+        self._write(job)
+        try:
+            return await future
+        except asyncio.CancelledError:
+            self._write({"cancel": job_id})
+            raise
+        finally:
+            self._waiting.pop(job_id, None)
+
+    def _future(self, job_id: str) -> asyncio.Future[dict[str, Any]]:
+        future: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
+        self._waiting[job_id] = future
+        return future
+
+    def _write(self, message: dict[str, Any]) -> None:
+        if self._process is not None and self._process.stdin is not None:
+            with contextlib.suppress(ConnectionError):  # the reader reports the loss
+                self._process.stdin.write(json.dumps(message).encode() + b"\n")
+
+    async def _read(self, process: asyncio.subprocess.Process) -> None:
+        """Hand out replies until the process ends; then fail what waits."""
+        assert process.stdout and process.stderr, "started with pipes"
+        errors = asyncio.create_task(self._keep_last_words(process.stderr))
+        try:
+            while line := await process.stdout.readline():
+                reply = json.loads(line)
+                future = self._waiting.get(reply["id"])
+                if future is not None and not future.done():
+                    future.set_result(reply)
+        finally:
+            await asyncio.wait({errors}, timeout=1.0)
+            words = self._last_words.decode("utf-8", "replace").strip().splitlines()
+            fault = f"verifiers' server has ended: {words[-1] if words else 'no message'}"
+            waiting, self._waiting = self._waiting, {}
+            for future in waiting.values():
+                if not future.done():
+                    future.set_exception(EnvironmentFault(fault))
+
+    async def _keep_last_words(self, stream: asyncio.StreamReader) -> None:
+        while chunk := await stream.read(65536):
+            self._last_words = (self._last_words + chunk)[-4096:]
+
+
+def environment_of(settings: VerifiersConfig) -> dict[str, Any]:
+    """Return verifiers' EnvConfig. The runtime is a subprocess: the default is a cloud."""
+    agent: dict[str, Any] = {"runtime": {"type": "subprocess"}}
+    if settings.harness:
+        agent["harness"] = {"id": settings.harness, **settings.harness_options}
+    taskset = {"id": settings.taskset, **settings.taskset_options}
+    return {"taskset": taskset, "agent": agent, **settings.environment_options}
+
+
+def command(settings: VerifiersConfig, options: dict[str, Any]) -> list[str]:
+    """Return the command of the script in verifiers' Python."""
+    return [settings.python, str(SCRIPT), json.dumps(options)]
+
+
+def variables() -> dict[str, str]:
+    """Return variables of the other Python, which has packages of its own and the working
+    folder."""
+    return {"PYTHONPATH": os.getcwd(), "HF_HUB_OFFLINE": "1"}
+
+
+def list_tasks(settings: VerifiersConfig) -> list[dict[str, Any]]:
+    """Return the taskset's tasks. Raises UserError."""
+    options = {"environment": environment_of(settings), "list": True}
+    try:
+        done = subprocess.run(
+            command(settings, options),
+            env=os.environ | variables(),
+            capture_output=True,
+            timeout=START_SECONDS,
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise UserError(
+            f"agents.verifiers.python: {settings.python} cannot list the tasks: {error}; make an "
+            "environment with `make agents`, and name its python"
+        ) from None
+    if done.returncode:
+        words = done.stderr.decode("utf-8", "replace").strip().splitlines()
+        raise UserError(
+            f"agents.verifiers.taskset: {settings.taskset}: {words[-1] if words else 'no message'}"
+        )
+    return [json.loads(line) for line in done.stdout.splitlines()]

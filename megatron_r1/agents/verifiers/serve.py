@@ -1,0 +1,128 @@
+"""Runs verifiers' environment server; `python serve.py OPTIONS` in verifiers' own Python.
+
+OPTIONS: JSON with `environment`, an EnvConfig of verifiers, `workers`, and `list`, to print the
+tasks of the taskset, a line of JSON each, and end. Otherwise jobs are read from stdin and replies
+written to stdout, both as lines of JSON; verifiers' own client talks to its server. The script
+imports verifiers and the standard library only: the rest of this repository is not there."""
+
+import asyncio
+import json
+import multiprocessing
+import os
+import sys
+from functools import partial
+from typing import Any, TextIO
+
+SESSION_HEADER = "X-R1-Session"
+"""Carries the session's key: verifiers sends one Authorization for all episodes of a process."""
+START_SECONDS = 300.0
+
+
+def list_tasks(options: dict[str, Any], output: TextIO) -> None:
+    """Print the taskset's tasks."""
+    from verifiers.v1.utils.loaders import load_taskset, resolve_env_config
+
+    taskset = load_taskset(resolve_env_config(options["environment"]).taskset)
+    for task in taskset:
+        print(json.dumps(task.data.model_dump(mode="json")), file=output)
+    output.flush()
+
+
+async def serve(options: dict[str, Any], output: TextIO) -> None:
+    """Serve jobs until stdin ends."""
+    from verifiers.v1.serve.client import EnvClient
+    from verifiers.v1.serve.pool import serve_env
+
+    context = multiprocessing.get_context("spawn")
+    addresses = context.Queue()
+    ours, theirs = context.Pipe()
+    server = context.Process(
+        target=serve_env,
+        kwargs={
+            "max_workers": options["workers"],
+            "address": "tcp://127.0.0.1:0",
+            "address_queue": addresses,
+            "death_pipe": theirs,  # the server ends when this process does
+            "config_data": options["environment"],
+        },
+    )
+    server.start()
+    theirs.close()
+    address = await asyncio.to_thread(addresses.get, True, START_SECONDS)
+    client = EnvClient(address)
+    await client.wait_for_server_startup(START_SECONDS)
+    print(json.dumps({"id": "", "ready": True}), file=output, flush=True)
+    running: dict[str, asyncio.Task[None]] = {}
+    while line := await asyncio.to_thread(sys.stdin.readline):
+        job = json.loads(line)
+        if "cancel" in job:
+            if job["cancel"] in running:
+                running[job["cancel"]].cancel()
+            continue
+        task = asyncio.create_task(_run(client, job, output))
+        running[job["id"]] = task
+        task.add_done_callback(partial(_forget, running, job["id"]))
+    ours.close()
+    server.terminate()
+
+
+def _forget(running: dict[str, Any], job_id: str, task: object) -> None:
+    running.pop(job_id, None)
+
+
+async def _run(client: Any, job: dict[str, Any], output: TextIO) -> None:
+    from verifiers.v1.configs.client import EvalClientConfig, TrainClientConfig
+    from verifiers.v1.types import SamplingConfig
+
+    reply: dict[str, Any] = {"id": job["id"], "ok": False, "errors": []}
+    endpoint = {"base_url": job["base_url"], "headers": {SESSION_HEADER: job["key"]}}
+    endpoint["api_key_var"] = "R1_NO_KEY"
+    try:
+        config = (
+            TrainClientConfig(
+                **endpoint, renderer=job["renderer"], renderer_model_name=job["tokenizer"]
+            )
+            if job["client"] == "tokens"
+            else EvalClientConfig(**endpoint)
+        )
+        episode = await client.run(config, "policy", SamplingConfig(), job["task"])
+        reply |= _outcome(episode)
+    except Exception as error:  # noqa: BLE001 - the controller decides what it means
+        reply["errors"].append(f"{type(error).__name__}: {error}")
+    print(json.dumps(reply), file=output, flush=True)
+
+
+def _outcome(episode: Any) -> dict[str, Any]:
+    """Return what counts of an episode. `reward` of a failed trace is 0, so `ok` goes with it."""
+    traces = episode.traces
+    errors = [f"{e.type}: {e.message}" for each in (episode, *traces) for e in each.errors]
+    sequences = []
+    for trace in traces:
+        for branch in trace.branches:
+            ids: list[int] = []
+            end = 0
+            for node in branch.nodes:
+                sampled = [at for at, flag in enumerate(node.mask) if flag]
+                end = len(ids) + sampled[-1] + 1 if sampled else end
+                ids += node.token_ids
+            sequences.append(ids[:end])
+    return {
+        "ok": episode.ok and len(traces) == 1 and traces[0].ok,
+        "reward": traces[0].reward if len(traces) == 1 else None,
+        "is_timeout": episode.is_timeout or any(trace.is_timeout for trace in traces),
+        "traces": len(traces),
+        "sequences": sequences,
+        "errors": errors,
+    }
+
+
+if __name__ == "__main__":
+    # Prints of environments go to stderr; sys.path without this folder, whose names are ours.
+    lines = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    sys.path[0] = os.getcwd()
+    chosen = json.loads(sys.argv[1])
+    if chosen.get("list"):
+        list_tasks(chosen, lines)
+    else:
+        asyncio.run(serve(chosen, lines))

@@ -1,0 +1,85 @@
+"""Episodes of an environment server in another Python: outcomes, losses, and its record of the
+tokens. verifiers itself: tests/system/test_verifiers.py."""
+
+import asyncio
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_r1.agents.harness import HarnessPlayer
+from megatron_r1.agents.rows import rows_of
+from megatron_r1.agents.verifiers import harness
+from megatron_r1.config import AgentsConfig, VerifiersConfig
+from megatron_r1.data.prompts import Prompt
+from megatron_r1.errors import UserError
+from tests.unit.agents.gateways import WrittenFleet, WrittenParsers, gateway_of, text_of
+
+STAND_IN = Path(__file__).with_name("verifiers_stand_in.py")
+
+
+@pytest.fixture(autouse=True)
+def stand_in(monkeypatch):
+    monkeypatch.setattr(harness, "SCRIPT", STAND_IN)
+
+
+def settings(**options):
+    return VerifiersConfig(python=sys.executable, client="tokens", **{"taskset": "t"} | options)
+
+
+def play(*does):
+    """Play an episode for each of `does`, one after the other."""
+    text = text_of()
+    fleet = WrittenFleet(text.tokenizer, ["answer"] * len(does))
+
+    async def main():
+        run = harness.VerifiersHarness(settings(), "")
+        player = HarnessPlayer(
+            *(text, gateway_of(text), WrittenParsers(), run), *((9, 20.0), 9000, (1.0, 1.0))
+        )
+        await player.check([])
+        try:
+            return [
+                await player.play(
+                    Prompt("p", "q", "environment", None, {"task": {"does": each}}),
+                    fleet.generate,
+                    100,
+                )
+                for each in does
+            ]
+        finally:
+            await player.close()
+
+    return asyncio.run(main())
+
+
+def test_outcomes():
+    well, fails, other, dies, again = play("well", "fail", "other tokens", "die", "well")
+    assert (well.episode.status, well.reward) == ("done", 0.5)
+    assert (fails.episode.status, fails.reward) == ("harness_error", None)
+    assert "ToolError: no tool" in fails.episode.reason
+    assert (other.episode.status, other.reward) == ("protocol_error", None)
+    assert "1 sequences that were not sampled so" in other.episode.reason
+    assert (dies.episode.status, dies.reward) == ("environment_error", None)
+    assert "verifiers' server has ended: a bug" in dies.episode.reason
+    assert (again.episode.status, again.reward) == ("done", 0.5), "it is started again"
+
+
+def test_tasks_are_the_questions():
+    rows = rows_of(AgentsConfig(verifiers=settings()), path=None, task=None, heldout_fraction=0.0)
+    assert len(rows.train) == 4
+    row = rows.train[0]
+    assert row.fields["task"] == {"prompt": row.question, "does": "well"}
+    assert row.kind == "environment"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"taskset": "missing"}, "missing: ModuleNot"),
+        ({"python": "/no/python"}, "make agents"),
+    ],
+)
+def test_mistakes(options, message):
+    with pytest.raises(UserError, match=message):
+        harness.list_tasks(settings().model_copy(update=options))
