@@ -8,6 +8,9 @@ from megatron_r1.config.mixture import MixturePart, read_parts
 from megatron_r1.config.section import Section
 from megatron_r1.errors import UserError
 
+DEFAULT_TOKENS = 16_384
+"""Of a micro-batch."""
+
 
 class OptimizerConfig(Section):
     """Adam, its learning rate over the run, and the memory of its state."""
@@ -55,14 +58,14 @@ class ParallelConfig(Section):
     reference_offload: Literal["host", "device"] = "host"
     """where the reference's weights wait; device: always on the GPU"""
     tokens_per_microbatch: int | None = Field(None, gt=0)
-    """upper limit; a longer sample gets a micro-batch alone. Default: 16,384; without GPUs 4,096,
-    or fewer where memory is short"""
+    """upper limit; a longer sample gets a micro-batch alone. Default: 16,384; without GPUs fewer,
+    so that activations take 3 GiB, or less where memory is short"""
     threads: int | None = Field(None, description="CPU threads per rank; default: cores / ranks")
 
     @property
     def microbatch_tokens(self) -> int:
         """`tokens_per_microbatch`, or its default on GPUs."""
-        return self.tokens_per_microbatch or 16_384
+        return self.tokens_per_microbatch or DEFAULT_TOKENS
 
     def num_replicas(self, world_size: int) -> int:
         """Return the data-parallel size: the number of model replicas with different samples."""
