@@ -40,6 +40,10 @@ class Counter:
         time.sleep(seconds)
         return "awake"
 
+    async def wait(self, seconds: float) -> str:
+        await asyncio.sleep(seconds)
+        return "awake"
+
     def stuck(self) -> int:
         return sum(itertools.repeat(0))  # in C, with the interpreter's lock
 

@@ -49,7 +49,7 @@ def test_schemas_are_those_of_transformers_where_arguments_are_documented():
             "required": [],
         },
     }
-    assert set(schemas) == {"add", "fail", "sleep", "stuck", "crash"}
+    assert set(schemas) == {"add", "fail", "sleep", "wait", "stuck", "crash"}
     assert tool_schema(Calculator.calculate)["function"]["parameters"]["required"] == ["expression"]
     assert [describe(c).grades for c in (own.Counter, own.Ungrading)] == [True, False]
 
@@ -118,8 +118,9 @@ def test_a_method_that_hangs_ends_its_own_episode_only():
             await game.reset({"question": "?"})
             await other.reset({"question": "?"})
             stuck = asyncio.create_task(game.call("stuck", {}, 0.3))
-            slept = await other.call("sleep", {"seconds": 60}, 0.2)  # interrupted, and goes on
-            assert (slept.text, slept.is_error) == ("error: no result within 0.2 s", True)
+            for method in ("sleep", "wait"):  # interrupted, and goes on
+                slept = await other.call(method, {"seconds": 60}, 0.2)
+                assert (slept.text, slept.is_error) == ("error: no result within 0.2 s", True)
             assert not (await other.call("add", {}, 9)).is_error
             with pytest.raises(CallTimedOut):
                 await stuck
