@@ -25,9 +25,12 @@ VERBS = {
     "sample": "megatron_r1.commands.sample",
 }
 """Verbs that take a recipe. Each is a module with `run(config)` and REQUIRED, the keys that a
-recipe must set; optional are IMPLIED, settings that the verb adds, and `check(config)`, which
-raises UserError for settings that only the verb can check."""
+recipe must set; optional are IMPLIED, settings that the verb adds, `check(config)`, which raises
+UserError for settings that only the verb can check, and `of_run(folder)`, which returns recipe and
+added settings where a run's folder stands for the recipe."""
 COMMANDS = {
+    "init": "megatron_r1.commands.init",
+    "chat": "megatron_r1.commands.chat",
     "score": "megatron_r1.commands.score",
     "check-model": "megatron_r1.commands.check_model",
 }
@@ -56,11 +59,14 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 USAGE = f"""usage: megatron-r1 VERB RECIPE.yaml [--section.key value …]
 
 verbs: {", ".join(VERBS)}
+       megatron-r1 init MODEL_FOLDER DATA [--out RECIPE.yaml]   writes a recipe for your questions
+       megatron-r1 chat RUN_OR_FOLDER [--question TEXT]   asks a trained model
        megatron-r1 score IN.jsonl OUT.jsonl [--rewards.key value …]   (- is a pipe)
        megatron-r1 check-model HF_FOLDER [--parallel.key value …] [--json FILE]   a new model, first
        megatron-r1 pipeline RECIPE.yaml [--pipeline.key value …]   several of them, as a graph
        megatron-r1 rehearse RECIPE.yaml [--rehearsal.key value …]   any recipe in miniature, first
        megatron-r1 preflight RECIPE.yaml [--json FILE] [--preflight.key value …]   the nodes, last
+       megatron-r1 sample RUN_FOLDER   the trained model's answers to the run's questions
        megatron-r1 rl RECIPE.yaml --dry-run   samples and grades one batch, and trains nothing
 The same command continues a run that was stopped.
 On many GPUs: torchrun … -m megatron_r1 VERB RECIPE.yaml
@@ -131,7 +137,10 @@ def _dispatch(arguments: list[str]) -> int:
     if is_dry and not hasattr(command, "dry_run"):
         raise UserError(f"{DRY_RUN}: {verb} has none; rl has")
     options = [option for option in options if option != DRY_RUN]
-    overrides = {**getattr(command, "IMPLIED", {}), **_overrides(options)}
+    implied = getattr(command, "IMPLIED", {})
+    if hasattr(command, "of_run") and Path(recipe).is_dir():
+        recipe, implied = command.of_run(recipe)
+    overrides = {**implied, **_overrides(options)}
     config = configuration.load(recipe, overrides, required=command.REQUIRED)
     if check := getattr(command, "check", None):
         check(config)
@@ -227,7 +236,7 @@ def _run_command(verb: str, rest: list[str]) -> int:
     config = configuration.from_overrides(overrides)
     for key in overrides:
         if not any(f"{key}.".startswith(f"{setting}.") for setting in command.SETTINGS):
-            used = ", ".join(command.SETTINGS)
+            used = ", ".join(command.SETTINGS) or "no settings: write it into the recipe"
             raise UserError(f"--{key}: {verb} does not read it; it reads {used}")
     command.run(config, *values, **own)
     return 0

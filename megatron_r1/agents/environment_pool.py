@@ -103,6 +103,8 @@ class Environments:
         """Hold a process for an episode, which its `reset` begins: one whose last episode ended
         well, or a new one. Raises RunError where the class can no longer be imported."""
         async with self._room:
+            # Those whose server was killed have ended with it.
+            self._idle = [process for process in self._idle if process.is_alive]
             process = self._idle.pop() if self._idle else await self._start_process()
             try:
                 yield process
@@ -157,6 +159,10 @@ class EnvironmentProcess:
         self._reader, self._writer, self._seconds = reader, writer, call_seconds
         self.is_reusable = True
         """Whether another episode may follow: no call has run out of time."""
+
+    @property
+    def is_alive(self) -> bool:
+        return not self._reader.at_eof()
 
     def close(self) -> None:
         """End the process, which ends with its stream."""

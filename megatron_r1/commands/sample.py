@@ -1,5 +1,6 @@
 """Sample a model's responses and turn them into training data: cold start, rejection sampling,
-preference pairs, safety labels. See docs/sampling.md.
+preference pairs, safety labels. See docs/sampling.md. `sample RUN_FOLDER` asks a run's trained
+model the run's own questions, and writes into `sampled/` there.
 
 The first pass samples and grades every response and logs it in samples.jsonl; the second decides
 which are kept. If only what is kept has changed, the second pass alone is repeated."""
@@ -49,6 +50,24 @@ REMEDIES = {
 }
 
 
+def of_run(folder: str) -> tuple[str, dict[str, Any]]:
+    """Return the recipe of a run's folder, and the settings that sample its trained model instead
+    of training on. Raises UserError for another folder."""
+    recipe = Path(folder) / "config.yaml"
+    if not recipe.is_file():
+        raise UserError(
+            f"sample {folder}: a folder without config.yaml is no run's; give a run's folder, or a "
+            "recipe with model.path"
+        )
+    settings = {
+        "model.path": folder,
+        "model.checkpoint": None,
+        "run.folder": str(Path(folder) / "sampled"),
+        "rollout.colocated": False,
+    }
+    return str(recipe), settings
+
+
 def check(config: Config) -> None:
     """Raise UserError for unknown `sample.filters` and options."""
     check_filters(config.sample.filters)
@@ -73,6 +92,10 @@ def run(config: Config) -> None:
         raise UserError(
             "sample needs one model: either model.path (a Hugging Face folder or a run's folder) "
             "or sample.server ({url: …, model: …})"
+        )
+    if name := config.agents.environment or config.agents.harness:
+        raise UserError(
+            f"agents: {name}: sample draws responses of a single turn; leave section agents out"
         )
     plan = _plan(config)
     run_in_folder(config, "the sampling", lambda folder: _sample(config, folder, plan))

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from megatron_r1.config import Config
-from megatron_r1.data.records import describe_json_error
+from megatron_r1.data.table_files import describe_json_error
 from megatron_r1.errors import RunError, UserError
 from megatron_r1.files import atomic_writer
 from megatron_r1.reporting.wording import duration

@@ -19,6 +19,11 @@ class RunConfig(Section):
     seed: int = Field(0, description="seed of prompt sampling, generation and initialization")
     steps: Resumable[int] = Field(650, gt=0)
     """rollouts (rl; 650 x 16 = the paper's 10,400 optimizer steps), batches (sft)"""
+    trackers: Resumable[list[Literal["tensorboard", "wandb", "mlflow"]]] = ["tensorboard"]
+    """where the run's figures are shown beside its own files; wandb and mlflow by their own
+    libraries and environment variables. See docs/first_day.md"""
+    project: Resumable[str] = "megatron-r1"
+    """name of the project in W&B, of the experiment in MLflow"""
     log_samples: Resumable[int] = Field(8, ge=0, description="training samples written per step")
     hang_seconds: Resumable[float] = Field(1800.0, ge=0)
     """time without any progress after which a report says what everything waits for; 0: never. See
@@ -93,12 +98,15 @@ class ModelConfig(Section):
 class DataConfig(Section):
     """The questions: a file or a task, their template, and the share held out."""
 
-    path: str | None = Field(None, description="JSONL or Parquet of questions and truths")
+    path: str | None = None
+    """questions and truths: a .jsonl, .json, .csv or .parquet file, hub:NAME[:CONFIG][:SPLIT] or a
+    folder, read by the library datasets"""
     heldout_path: str | None = Field(None, description="a file held out whole, for evaluation")
     task: str | None = Field(None, description="a reasoning-gym task, instead of a file")
     parameters: dict[str, Any] = Field(default_factory=dict, description="the task's own settings")
     kind: str | None = Field(None, description="the reward that grades; default: the row's or math")
-    columns: dict[str, str] | None = Field(None, description="{our name: the file's column}")
+    columns: dict[str, str] | None = None
+    """{our name: the file's column}; a.b is the entry b of column a"""
     num_train: int | None = Field(None, gt=0, description="questions to train on; a task needs it")
     num_heldout: int | None = Field(None, ge=0, description="questions kept out of training")
     heldout_fraction: float = Field(0.1, ge=0, lt=1, description="share of all questions held out")

@@ -58,8 +58,8 @@ def load_prompts(
 ) -> PromptSplit:
     """Read prompts from a file, or generate them with a reasoning-gym task.
 
-    path: JSONL or Parquet rows with `question`, `truth` and optionally `kind` (default: `kind`,
-    else math); other columns go to the reward. columns: our name → the file's.
+    path: of `records.read_records`, rows with `question`, `truth` and optionally `kind` (default:
+    `kind`, else math); other columns go to the reward. columns: our name → the file's.
     task: a reasoning-gym dataset, generated with `parameters` and `seed`. Without `kind` (or with
     "logic") its own scorer grades; any other kind gets the item's answer as its truth.
     heldout_path: a file that is held out whole, its questions dropped from train; without it, the
@@ -155,7 +155,7 @@ def _from_file(
     path: str | Path, kind: str | None, columns: Mapping[str, str] | None
 ) -> Iterator[Prompt]:
     for location, row in read_records(path, columns, ("question", "truth", "kind")):
-        question = require_text(location, row, "question", COLUMNS)
+        question = require_text(location, without_roles(row), "question", COLUMNS)
         row_kind = row.get("kind") or kind or "math"
         if "truth" not in row and row_kind not in WITHOUT_TRUTH:
             raise UserError(f"{location}: 'truth' {missing(row, 'truth', COLUMNS)}")
@@ -165,6 +165,15 @@ def _from_file(
             raise UserError(f"{location}: {error}") from error
         fields = {n: v for n, v in row.items() if n not in ("question", *RESERVED_FIELDS)}
         yield make_prompt(question, row_kind, row.get("truth"), fields)
+
+
+def without_roles(row: dict[str, Any]) -> dict[str, Any]:
+    """Return the row with the text of its question, where that is a chat of one user message, as
+    data sets for chat models have it."""
+    match row.get("question"):
+        case [{"role": "user", "content": str(text)}]:
+            return row | {"question": text}
+    return row
 
 
 def _from_task(

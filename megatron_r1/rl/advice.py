@@ -48,7 +48,10 @@ def _nothing_right(responses: Sequence[GradedResponse], config: Config) -> str:
     if firsts:
         (common, count), *_ = Counter(first.split(":")[0] for first in firsts).most_common(1)
         sentence += f"; {count:,} of them: {common}"
-    return f"{sentence}. Choose easier questions, or begin with `megatron-r1 sft`"
+    return (
+        f"{sentence}. Choose easier questions, check that data.template is what the model was "
+        "trained with, or begin with `megatron-r1 sft`"
+    )
 
 
 def _equal_groups(groups: Sequence[Group], config: Config) -> str:

@@ -1,4 +1,4 @@
-"""Records a run (folder, checkpoints, TensorBoard, terminal) and restores where it was left."""
+"""Records a run (folder, checkpoints, trackers, terminal) and restores where it was left."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -9,6 +9,8 @@ from megatron_r1.config import Config
 from megatron_r1.reporting.live import LiveView
 from megatron_r1.reporting.run_folder import RunFolder
 from megatron_r1.reporting.tensorboard import TensorBoardLog
+from megatron_r1.reporting.trackers import TrackerSet, check_trackers
+from megatron_r1.reporting.trackers.base import TrackedRun
 from megatron_r1.training.checkpoints import finding
 from megatron_r1.training.checkpoints.series import CheckpointSeries
 from megatron_r1.training.client import TrainerClient
@@ -52,6 +54,10 @@ class Recorder:
         folder.write_config(config.model_dump(), may_change, Config().model_dump())
         self.folder = folder
         self.state = RunState()
+        check_trackers(config.run.trackers)
+        self._with_tensorboard = "tensorboard" in config.run.trackers
+        self._tensorboard: TensorBoardLog | None = None
+        self._last_step = config.run.steps
         self.latest: Mapping[str, Any] = {}
         """The metrics line of the newest step of this process."""
         notes = [note] if note else []
@@ -63,6 +69,9 @@ class Recorder:
         for note in notes:
             self.view.message(note)
         self.checkpoints.notify = self.view.message
+        tracked = TrackedRun(folder.path, config.run.project, config.model_dump(mode="json"))
+        self._trackers = TrackerSet(config.run.trackers, tracked, self.view.message)
+        self._trackers.history(folder.read_metrics(), folder.read_evaluations())
 
     @property
     def resumed(self) -> bool:
@@ -88,7 +97,9 @@ class Recorder:
         """Record a finished step in all files and on the terminal."""
         self.folder.append_samples(samples)
         self.folder.append_metrics(metrics)
-        self._tensorboard.write(metrics)
+        if self._tensorboard:
+            self._tensorboard.write(metrics)
+        self._trackers.step(metrics)
         self.view.step(metrics, samples)
         self.latest = dict(metrics)
 
@@ -104,7 +115,9 @@ class Recorder:
         """Record a held-out evaluation: "step" and "eval/…"."""
         self.folder.append_samples(samples)
         self.folder.append_evaluation(metrics)
-        self._tensorboard.write(metrics)
+        if self._tensorboard:
+            self._tensorboard.write(metrics)
+        self._trackers.evaluation(metrics)
         self.view.evaluation(metrics)
 
     async def save(self, trainer: TrainerClient) -> None:
@@ -112,11 +125,14 @@ class Recorder:
         await self.checkpoints.save(trainer, self.state.step, asdict(self.state))
 
     def close(self, outcome: str = "finished") -> None:
-        self._tensorboard.close()
+        if self._tensorboard:
+            self._tensorboard.close()
+        self._trackers.close(self.state.step >= self._last_step)
         self.view.close(outcome)
 
     def _rewind(self) -> None:
-        self._tensorboard.close()
+        if self._tensorboard:
+            self._tensorboard.close()
         self._go_back()
         self.view.rewind(self.folder.read_metrics(), self.folder.read_evaluations())
 
@@ -127,4 +143,5 @@ class Recorder:
         self.folder.truncate_after(self.state.step if self.resumed else -1)
         self._advised = {line["topic"] for line in self.folder.read_advice()}
         purge = self.state.step + 1 if self.resumed else None
-        self._tensorboard = TensorBoardLog(self.folder.tensorboard, purge_step=purge)
+        if self._with_tensorboard:
+            self._tensorboard = TensorBoardLog(self.folder.tensorboard, purge_step=purge)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from megatron_r1.data.hub import HUB
 from megatron_r1.errors import UserError, did_you_mean
 from megatron_r1.user_code import source_of
 from megatron_r1.workflow.graph import Graph
@@ -48,7 +49,7 @@ def missing_files(plan: Plan) -> list[str]:
         for name, server in stage.config.serve.items():
             named.append((f"{where}: serve.{name}.model", server.model))
         for place, text in texts({} if stage.is_function else stage.settings):
-            if names_a_file(place):
+            if names_a_file(place) and not text.startswith(HUB):
                 named.append((f"{where}: {place}", text))
     return [
         f"{place}: {path}: no such file or folder (relative to {Path.cwd()})"

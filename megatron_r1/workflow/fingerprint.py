@@ -23,7 +23,7 @@ MISSING = "missing"
 LENGTH = 16
 NOT_OUTPUT = frozenset(
     ("begun.json", "checkpoints", "config.yaml", "logs", "report.html", "sample_log", "stage.json")
-    + ("stop", "tensorboard")
+    + ("stop", "tensorboard", "wandb", "mlflow", "trackers.json")
 )
 """Files of a stage that no other stage reads: resuming, logs and reports."""
 FINAL = ("run.steps", "eval")

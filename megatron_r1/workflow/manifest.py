@@ -19,7 +19,9 @@ from megatron_r1.workflow.plan import Plan, Stage
 
 DONE, BEGUN = "stage.json", "begun.json"
 # config.yaml and logs/ are written before a verb reads its inputs.
-LEFT_BY_A_START = frozenset((BEGUN, "config.yaml", "logs", "tensorboard", "stop"))
+LEFT_BY_A_START = frozenset(
+    (BEGUN, "config.yaml", "logs", "stop", "tensorboard", "wandb", "mlflow", "trackers.json")
+)
 
 
 def read(folder: Path, name: str) -> dict[str, Any] | None:

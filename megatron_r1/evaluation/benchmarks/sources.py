@@ -3,22 +3,17 @@
 From the hub only files are downloaded, and read here. Loading scripts of data sets are never run,
 and the `datasets` library is not needed; Parquet needs pyarrow."""
 
-import csv
 import fnmatch
-import json
 import re
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_r1.data.records import read_records
+from megatron_r1.data.table_files import READERS, Row
+from megatron_r1.data.table_files import read_rows as read_file
 from megatron_r1.errors import UserError
 
-SUFFIXES = (".jsonl", ".parquet", ".json", ".csv")
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
-Row = tuple[str, dict[str, Any]]
-"""("file:line", columns)"""
 Rows = Iterable[Row]
 Options = Mapping[str, Any]
 Hubs = Mapping[str, Callable[[Options], Sequence[str]]]
@@ -35,7 +30,7 @@ def read_rows(
     place = path or hub
     local = Path(place)
     if local.is_file():
-        yield from _read(local)
+        yield from read_file(local)
         return
     if not local.exists():
         if not HUB_NAME.fullmatch(place):
@@ -89,7 +84,7 @@ def _download(name: str, hub: str, patterns: Sequence[str]) -> Path:
 
 
 def _read_folder(name: str, folder: Path, patterns: Sequence[str]) -> Iterator[Row]:
-    data_files = sorted(p for p in folder.rglob("*") if p.suffix in SUFFIXES and p.is_file())
+    data_files = sorted(p for p in folder.rglob("*") if p.suffix in READERS and p.is_file())
     names = {path: path.relative_to(folder).as_posix() for path in data_files}
     chosen = [p for p in data_files if any(fnmatch.fnmatch(names[p], glob) for glob in patterns)]
     if not chosen and len(data_files) == 1:
@@ -100,34 +95,4 @@ def _read_folder(name: str, folder: Path, patterns: Sequence[str]) -> Iterator[R
             f"it has {', '.join(names.values()) or 'no data files'}: name them with files: […]"
         )
     for path in chosen:
-        yield from _read(path)
-
-
-def _read(path: Path) -> Iterator[Row]:
-    if path.suffix not in SUFFIXES:
-        raise UserError(f"{path}: expected {', '.join(SUFFIXES)}")
-    read = {".csv": _read_csv, ".json": _read_json}.get(path.suffix, read_records)
-    yield from read(path)
-
-
-def _read_csv(path: Path) -> Iterator[Row]:
-    csv.field_size_limit(sys.maxsize)
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        for number, row in enumerate(csv.DictReader(file), start=2):
-            if None in row or None in row.values():
-                raise UserError(f"{path}:{number}: not as many fields as the header has")
-            yield f"{path}:{number}", row
-
-
-def _read_json(path: Path) -> Iterator[Row]:
-    """Yield the rows of a list, or of the list under "data", "rows" or "test" of an object."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON: {error}") from error
-    if isinstance(content, dict):
-        content = next((content[k] for k in ("data", "rows", "test") if k in content), None)
-    if not isinstance(content, list) or not all(isinstance(row, dict) for row in content):
-        raise UserError(f"{path}: expected a list of objects")
-    for number, row in enumerate(content):
-        yield f"{path}[{number}]", row
+        yield from read_file(path)

@@ -128,3 +128,22 @@ def test_a_method_that_hangs_ends_its_own_episode_only():
                 await other.call("crash", {}, 9)
 
     play(use)
+
+
+def test_a_killed_server_costs_the_episodes_that_were_being_played():
+    async def use(environments):
+        async with environments.open() as idle:
+            await idle.reset({"question": "?"})
+        async with environments.open() as first, environments.open() as second:
+            await first.reset({"question": "?"})
+            await second.reset({"question": "?"})
+        async with environments.open() as game:
+            await game.reset({"question": "?"})
+            environments._process.kill()
+            with pytest.raises(EnvironmentFault, match="process ended during call"):
+                await game.call("sleep", {"seconds": 60}, 9)
+        for _ in range(3):
+            async with environments.open() as game:
+                assert await game.reset({"question": "?", "truth": 1}) == "Count to 1."
+
+    play(use)

@@ -284,6 +284,7 @@ def test_pairs_and_labels_need_no_truth(recipe, tmp_path):
     [
         ({"server": None}, [], "sample needs one model: either model.path"),
         ({}, ["--model.path", "x"], "sample needs one model"),
+        ({}, ["--agents.environment", "lookup"], "agents: lookup: sample draws responses of a"),
         ({"output": "pairs"}, [], "sample.output: pairs needs a judge"),
         ({"rewrite": "my_data:readible"}, [], "has no function readible; did you mean 'readable'?"),
         ({"filters": {"repetitions": {}}}, [], "did you mean repetition?"),

@@ -93,7 +93,7 @@ def test_sources_that_cannot_be_are_refused(tmp_path):
     with pytest.raises(ValueError, match="it holds no questions"):
         load_prompts(path=write_lines(tmp_path / "empty.jsonl", []))
     with pytest.raises(ValueError, match="expected a .jsonl or .parquet"):
-        load_prompts(path=write_lines(tmp_path / "p.csv", ["a,b"]))
+        load_prompts(path=write_lines(tmp_path / "p.txt", ["a,b"]))
     with pytest.raises(ValueError, match="did you mean 'chain_sum'"):
         load_prompts(task="chainsum", num_train=1, num_heldout=1)
     with pytest.raises(ValueError, match="no parameter 'terms'; it has .*min_terms"):

@@ -10,7 +10,7 @@ import zlib
 import pytest
 
 from megatron_r1.config import parse
-from megatron_r1.evaluation.benchmarks import REGISTRY, find_benchmark, sources
+from megatron_r1.evaluation.benchmarks import REGISTRY, find_benchmark
 from megatron_r1.evaluation.benchmarks.gym import SUITES
 from megatron_r1.evaluation.benchmarks.packed_tests import decode_tests
 from megatron_r1.evaluation.prompt_sets import load_prompt_sets
@@ -398,9 +398,8 @@ def test_parquet_without_pyarrow_says_what_to_install(tmp_path, monkeypatch):
 
 def test_sources_knows_every_suffix_it_names(tmp_path):
     (tmp_path / "x.txt").write_text("")
-    with pytest.raises(ValueError, match=r"expected .jsonl, .parquet, .json, .csv"):
+    with pytest.raises(ValueError, match=r"expected a .jsonl or .parquet or .json or .csv"):
         load("aime_2024", tmp_path / "x.txt")
-    assert sources.SUFFIXES == (".jsonl", ".parquet", ".json", ".csv")
 
 
 def test_your_own_benchmark_is_one_file(tmp_path, monkeypatch):

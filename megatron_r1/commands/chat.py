@@ -1,0 +1,139 @@
+"""Ask a trained model: questions typed at the terminal, one a line on stdin, or `--question`.
+
+`megatron-r1 chat RUN_OR_FOLDER [--question TEXT]`. A run's `hf/` is asked in the run's own template
+and sampled as in its rollouts; another folder in its chat template, else as `plain`. Other
+settings: `--data.template`, `--rollout.temperature`, `--rollout.max_response_tokens`, … Each
+question is a conversation of its own."""
+
+import asyncio
+import contextlib
+import os
+import sys
+import tempfile
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+from megatron_r1.commands.trained_model import find_exported, recipe_of, template_of_model
+from megatron_r1.config import Config
+from megatron_r1.config.recipe import verb_of
+from megatron_r1.engine import gpu
+from megatron_r1.engine.limits import positions
+from megatron_r1.errors import UserError
+from megatron_r1.evaluation.engine_policy import EnginePolicy
+from megatron_r1.evaluation.response import Decoding, TextResponse
+from megatron_r1.first_recipe.recipe_text import value_text
+from megatron_r1.training.checkpoints.finding import complete_checkpoints
+
+ARGUMENTS = ("RUN_OR_FOLDER",)
+OPTIONS = ("question",)
+SETTINGS = ("data.template", "rollout", "run.seed")
+
+RESPONSE_TOKENS = 512
+"""Limit of a response of a folder that no RL run made."""
+PROMPT = "> "
+
+
+def run(config: Config, folder: str, question: str | None = None) -> None:
+    """Answer until the questions end; responses go to stdout, all else to stderr. Raises UserError
+    for a run without an export."""
+    model = find_exported(folder, ARGUMENTS[0])
+    config = _settings(config, model)
+    _say(f"model: {model}; template: {value_text(config.data.template)}")
+    checkpoints = complete_checkpoints(model.parent / "checkpoints")
+    if model.name == "hf" and checkpoints:
+        export, newest = model / "config.json", checkpoints[-1]
+        if export.stat().st_mtime < newest.stat().st_mtime:
+            _say(f"{newest} is newer: python tools/convert to-hf {newest} FOLDER exports it")
+    questions = None if question is None else [question]
+    if question is None and not sys.stdin.isatty():
+        questions = [line.strip() for line in sys.stdin if line.strip()]
+        if not questions:
+            raise UserError("stdin holds no question; give one a line, or --question TEXT")
+    with contextlib.suppress(KeyboardInterrupt):
+        asyncio.run(_answer(config, model, questions))
+
+
+def _settings(config: Config, model: Path) -> Config:
+    """Return the settings of the run that made the model, or those for a folder, with what the
+    command line sets over them, for one engine on this host."""
+    trained, template = recipe_of(model), template_of_model(model, ARGUMENTS[0])[0]
+    if trained is not None and verb_of(trained) == "rl":
+        rollout = trained.rollout.model_dump()
+    else:
+        limit = min(RESPONSE_TOKENS, positions(model, ARGUMENTS[0]) // 2)
+        dtype = "float32" if gpu.device() == "cpu" else "bfloat16"
+        rollout = {"dtype": dtype, "max_response_tokens": limit}
+    data: dict[str, Any] = {"template": template}
+    data |= config.data.model_dump(exclude_unset=True)
+    given = config.rollout.model_dump(exclude_unset=True)
+    one = {"engines": 1, "placement": "local", "colocated": False, "hosts_per_engine": 1}
+    tree = config.model_dump() | {"data": data, "rollout": rollout | one | given}
+    return Config.model_validate(tree)
+
+
+async def _answer(config: Config, model: Path, questions: list[str] | None) -> None:
+    """Answer the questions, or those that are typed, on one engine."""
+    rollout = config.rollout
+    decoding = Decoding(rollout.temperature, rollout.top_p, rollout.max_response_tokens)
+    with tempfile.TemporaryDirectory() as scratch:
+        policy = EnginePolicy(config, model, decoding, Path(scratch), None)
+        try:
+            _say("starting vLLM")
+            with contextlib.redirect_stdout(sys.stderr):
+                await policy.start()
+            if questions is None:
+                await _converse(policy, config.run.seed)
+            else:
+                await _answer_all(policy, questions, config.run.seed)
+        finally:
+            await policy.close()
+
+
+async def _converse(policy: EnginePolicy, seed: int) -> None:
+    """Answer each line of the terminal, with another seed each time."""
+    _say("one question a line; Ctrl-D ends")
+    async for line in _typed_lines():
+        if line.strip():
+            print(_shown(await policy.respond(line.strip(), seed)), flush=True)
+            seed += 1
+
+
+async def _answer_all(policy: EnginePolicy, questions: list[str], seed: int) -> None:
+    """Answer all questions at once; print the answers in their order, each below its question where
+    there are several."""
+    answers = await asyncio.gather(*(policy.respond(question, seed) for question in questions))
+    for question, answer in zip(questions, answers, strict=True):
+        if len(questions) > 1:
+            print(f"--- {question}")
+        print(_shown(answer), flush=True)
+
+
+async def _typed_lines() -> AsyncIterator[str]:
+    """Yield the terminal's lines until its end. The event loop goes on meanwhile, and with it the
+    watch over the engine; a thread in `input()` would hold up the end of the process."""
+    loop, pending = asyncio.get_running_loop(), b""
+    while True:
+        print(PROMPT, end="", file=sys.stderr, flush=True)
+        readable = asyncio.Event()
+        loop.add_reader(sys.stdin.fileno(), readable.set)
+        try:
+            await readable.wait()
+        finally:
+            loop.remove_reader(sys.stdin.fileno())
+        if not (read := os.read(sys.stdin.fileno(), 65_536)):
+            return
+        *lines, pending = (pending + read).split(b"\n")
+        for line in lines:
+            yield line.decode("utf-8", "replace")
+
+
+def _shown(response: TextResponse) -> str:
+    if response.refusal:
+        return f"[{response.refusal}]"
+    cut = " [cut off: raise --rollout.max_response_tokens]" if response.truncated else ""
+    return response.whole.strip() + cut
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,231 @@
+"""Write a recipe for a model and your questions: columns, template, lengths and layout are guessed.
+
+`megatron-r1 init MODEL_FOLDER DATA [--out RECIPE.yaml] [--question COLUMN] [--truth COLUMN] [--kind
+REWARD]`. DATA is a .jsonl, .json, .csv or .parquet file, hub:NAME[:CONFIG][:SPLIT] or a folder. The
+recipe says in comments why each setting has its value; `rl RECIPE.yaml --dry-run` then tries it."""
+
+import asyncio
+import itertools
+import os
+import shlex
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+from pydantic_core import to_jsonable_python
+
+from megatron_r1 import config as configuration
+from megatron_r1.commands import rl
+from megatron_r1.commands.trained_model import find_exported, recipe_of, template_of_model
+from megatron_r1.config import Config
+from megatron_r1.config.recipe import verb_of
+from megatron_r1.data.prompts import is_heldout, normalize, without_roles
+from megatron_r1.data.records import read_records, require_text
+from megatron_r1.data.text import PromptText
+from megatron_r1.engine import gpu
+from megatron_r1.engine.limits import positions
+from megatron_r1.errors import UserError
+from megatron_r1.evaluation.model_folder import require_weights
+from megatron_r1.files import atomic_write
+from megatron_r1.first_recipe import sizes
+from megatron_r1.first_recipe.columns import Columns, guess_columns
+from megatron_r1.first_recipe.recipe_text import recipe_text, value_text
+from megatron_r1.first_recipe.sizes import Guess, Machine
+from megatron_r1.models import read_hf_config
+from megatron_r1.models.supported import check_supported
+from megatron_r1.rewards.answer import MARKER
+from megatron_r1.rewards.base import Grade
+from megatron_r1.rewards.combine import DEFAULT_WEIGHTS
+from megatron_r1.rewards.runtime.pool import RewardPool
+from megatron_r1.training.cpu_memory import cpu_memory
+from megatron_r1.weights import num_parameters
+
+ARGUMENTS = ("MODEL_FOLDER", "DATA")
+OPTIONS = ("out", "question", "truth", "kind")
+SETTINGS = ()
+
+MODEL = "MODEL_FOLDER"
+MAX_ROWS = 20_000
+"""Rows that are read for lengths and counts."""
+COLUMN_ROWS = 100
+"""Rows that decide which columns are what."""
+TRIED_TRUTHS = 20
+FEW, FEW_HELDOUT, MANY_HELDOUT = 20, 64, 500
+
+
+def run(
+    config: Config,
+    model: str,
+    data: str,
+    out: str | None = None,
+    question: str | None = None,
+    truth: str | None = None,
+    kind: str | None = None,
+) -> None:
+    """Write the recipe and print it. Raises UserError naming what is missing, before it is written,
+    and for a recipe that `rl` would refuse."""
+    path = Path(out or f"{Path(data.removeprefix('hub:').split(':')[0]).stem}.yaml")
+    if path.exists():
+        raise UserError(f"{path} exists already; remove it, or give --out ANOTHER.yaml")
+    folder = find_exported(model, MODEL)
+    hf = read_hf_config(folder, key=MODEL)
+    check_supported(hf)
+    require_weights(folder)
+    rows = [row for _, row in itertools.islice(read_records(data), MAX_ROWS)]
+    if not rows:
+        raise UserError(f"{data}: it holds no rows")
+    columns = guess_columns(data, rows[:COLUMN_ROWS], question, truth, kind)
+    guesses = [
+        Guess("run.folder", f"runs/{path.stem}", "everything that the run writes"),
+        Guess("model.path", str(folder), f"{hf['architectures'][0]}"),
+        *_data(data, rows, columns),
+        *_answers(folder),
+    ]
+    questions = _questions(data, columns)
+    template = next(guess.value for guess in guesses if guess.key == "data.template")
+    guesses += _sizes(folder, hf, questions, PromptText(str(folder), template, (MODEL, template)))
+    command = f"megatron-r1 rl {shlex.quote(str(path))}"
+    title = (
+        f"Written by: megatron-r1 init {shlex.join([model, data])}",
+        f"Try it: {command} --dry-run",
+        f"Train:  {command}",
+        "Every other setting: megatron-r1 keys",
+    )
+    atomic_write(path, recipe_text(title, guesses))
+    for guess in guesses:
+        print(f"{guess.key}: {value_text(guess.value)}   # {guess.reason}")
+    _check_truths(data, columns)
+    try:
+        recipe = configuration.load(path, required=rl.REQUIRED)
+        rl.prepare(recipe)
+        if not gpu.is_usable():
+            memory = cpu_memory(recipe, 1, samples=True)
+            print(memory.describe(memory.microbatch(None)))
+    except UserError as error:
+        raise UserError(f"{path} is written, but rl does not run it yet: {error}") from None
+    print(f"\n{path} is written: look at it, then {command} --dry-run")
+
+
+def _data(data: str, rows: Sequence[dict[str, Any]], columns: Columns) -> list[Guess]:
+    """Return the settings of `data` but for the template."""
+    names = {"question": columns.question} | ({"truth": columns.truth} if columns.truth else {})
+    renamed = {ours: theirs for ours, theirs in names.items() if ours != theirs}
+    if columns.kind and "kind" in rows[0]:
+        renamed["own_kind"] = "kind"  # else each row's kind would be read as the name of a reward
+    why = "; ".join(f"{name} {reason}" for name, reason in columns.reasons.items() if name in names)
+    num_rows = f"{len(rows):,} rows" if len(rows) < MAX_ROWS else f"{MAX_ROWS:,} rows or more"
+    guesses = [Guess("data.path", data, num_rows)]
+    if renamed:
+        guesses.append(Guess("data.columns", renamed, f"our name: the file's column ({why})"))
+    if columns.kind:
+        reason = columns.reasons.get("kind", "as given")
+        guesses.append(Guess("data.kind", columns.kind, f"the reward: {reason}"))
+    return guesses
+
+
+def _questions(data: str, columns: Columns) -> list[str]:
+    """Return the distinct questions of the rows that are read. Raises UserError for a row without
+    one."""
+    renamed = {"question": columns.question}
+    found: dict[str, str] = {}
+    for location, row in itertools.islice(read_records(data, renamed), MAX_ROWS):
+        question = require_text(location, without_roles(row), "question")
+        found.setdefault(normalize(question), question)
+    return list(found.values())
+
+
+def _answers(folder: Path) -> list[Guess]:
+    """Return the template and how answers are read: as the run did that made the model, else those
+    of a chat model or of a base model."""
+    template, reason = template_of_model(folder, MODEL)
+    trained = recipe_of(folder)
+    if trained is not None and verb_of(trained) == "rl":
+        rewards = trained.rewards.model_dump(include={"answer", "weights"})
+        return [
+            Guess("data.template", template, reason),
+            Guess("rewards.answer", rewards["answer"], reason),
+            Guess("rewards.weights", to_jsonable_python(rewards["weights"]), reason),
+        ]
+    form = {name: weight for name, weight in DEFAULT_WEIGHTS.items() if name != "format"}
+    return [
+        Guess("data.template", template, reason),
+        Guess(
+            "rewards.answer",
+            "auto",
+            "<answer> tags, a box, or the last line, whichever is there; R1-Zero: strict, with "
+            "data.template: r1_zero",
+        ),
+        Guess("rewards.weights", form, "R1-Zero adds format: 0.1, for <think> and <answer> tags"),
+    ]
+
+
+def _sizes(
+    folder: Path, hf: dict[str, Any], questions: Sequence[str], text: PromptText
+) -> list[Guess]:
+    """Return the settings that depend on the model's size, the prompts and the machine."""
+    machine, parameters = _machine(), num_parameters(hf)
+    limits = sizes.lengths(
+        max(len(text.encode(question)) for question in questions), positions(folder), machine
+    )
+    return [
+        *sizes.layout(hf, parameters, machine),
+        *limits,
+        *sizes.batches(parameters, len(questions), machine),
+        *_heldout(questions, machine),
+    ]
+
+
+def _heldout(questions: Sequence[str], machine: Machine) -> list[Guess]:
+    """Return how many questions are held out, and how often they are asked."""
+    if len(questions) < FEW:
+        reason = f"{len(questions)} questions are too few to hold some out: nothing is evaluated"
+        return [Guess("data.heldout_fraction", 0.0, reason)]
+    fraction, most = (0.2 if len(questions) < 10 * FEW else 0.1), MANY_HELDOUT
+    if machine.is_cpu:
+        most = FEW_HELDOUT
+    count = sum(is_heldout(question, fraction) for question in questions)
+    guesses = [
+        Guess("data.heldout_fraction", fraction, f"{min(count, most)} questions, for evaluation"),
+        Guess("eval.every", 10, "steps between evaluations"),
+        Guess("eval.samples", 4, "responses to each of these; the paper: 16"),
+    ]
+    if count > most:
+        guesses.append(Guess("data.num_heldout", most, f"of {count:,}, to evaluate in little time"))
+    return guesses
+
+
+def _machine() -> Machine:
+    if not gpu.is_usable():
+        return Machine(0, psutil.virtual_memory().available)
+    query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    sizes_mib = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()
+    return Machine(len(gpu.visible_gpus(os.environ)), min(map(int, sizes_mib)) * 2**20)
+
+
+def _check_truths(data: str, columns: Columns) -> None:
+    """Print how many of the first truths the math reward reads as an answer, and the first that it
+    does not."""
+    if columns.kind != "math" or columns.truth is None:
+        return
+    rows = itertools.islice(read_records(data, {"truth": columns.truth}), TRIED_TRUTHS)
+    truths = [row["truth"] for _, row in rows]
+    grades = asyncio.run(_grade(truths))
+    bad = [pair for pair in zip(truths, grades, strict=True) if pair[1].reward < 1]
+    num_good = len(truths) - len(bad)
+    print(f"\n{num_good} of {len(truths)} truths count as right answers to themselves")
+    if bad:
+        truth, grade = bad[0]
+        print(
+            f"  not {str(truth)[:80]!r}: {grade.reason}\n  free text takes a judge or your own "
+            "function as --kind (docs/rewards.md)"
+        )
+
+
+async def _grade(truths: Sequence[Any]) -> list[Grade]:
+    async with RewardPool(1) as pool:
+        finals = [str(truth).rpartition(MARKER)[2].strip() for truth in truths]
+        pairs = zip(finals, truths, strict=True)
+        calls = [pool.grade("math", f"<answer>{final}</answer>", truth) for final, truth in pairs]
+        return await asyncio.gather(*calls)

@@ -1,0 +1,70 @@
+"""The model of a run, or of a folder, and the recipe and template that trained it."""
+
+import itertools
+from pathlib import Path
+
+from megatron_r1 import config as configuration
+from megatron_r1.config import Config
+from megatron_r1.config.recipe import verb_of
+from megatron_r1.data.records import read_records
+from megatron_r1.data.tokenizer import load_tokenizer
+from megatron_r1.errors import UserError
+from megatron_r1.first_recipe.template import template_of
+from megatron_r1.training.checkpoints.finding import STATE_FILE, complete_checkpoints
+
+TEMPLATE_ROWS = 100
+"""Supervised prompts that are compared for their template."""
+
+
+def find_exported(path: str, name: str) -> Path:
+    """Return the Hugging Face folder that `path` is, or that a run's folder has as `hf/`. name: of
+    the argument, for errors. Raises UserError where there is none, with the command for one."""
+    folder = Path(path)
+    if (folder / "config.json").is_file():
+        return folder
+    checkpoints = complete_checkpoints(folder / "checkpoints")
+    if (folder / "hf" / "config.json").is_file():
+        return folder / "hf"
+    if (folder / STATE_FILE).is_file() or checkpoints:
+        run = folder.parents[1] if (folder / STATE_FILE).is_file() else folder
+        raise UserError(
+            f"{name} {path} has checkpoints and no hf/ yet: python tools/convert to-hf {path} "
+            f"{run}/hf exports one; a run that ends does so by itself"
+        )
+    if (folder / "config.yaml").is_file():
+        raise UserError(
+            f"{name} {path}: this run has no checkpoint yet; it writes one every checkpoint.every "
+            "steps, and hf/ at its end"
+        )
+    what = "neither a Hugging Face folder (no config.json) nor a run's folder (no hf/)"
+    raise UserError(f"{name} {path}: {what if folder.is_dir() else 'no such folder'}")
+
+
+def recipe_of(model: Path) -> Config | None:
+    """Return the settings of the run whose `hf/` a model folder is, or None for any other."""
+    recipe = model.parent / "config.yaml"
+    return configuration.load(recipe) if model.name == "hf" and recipe.is_file() else None
+
+
+def template_of_model(model: Path, name: str) -> tuple[str, str]:
+    """Return (the template that a model is asked in, why): that of the RL run that made it, else
+    its tokenizer's, else that of the supervised prompts, else plain. name: of the argument."""
+    trained = recipe_of(model)
+    if trained is not None and verb_of(trained) == "rl":
+        return trained.data.template, f"as {model.parent} trained the model"
+    if load_tokenizer(str(model), name).chat_template:
+        return "chat", "the tokenizer has a chat template"
+    if trained is not None and (supervised := _supervised_template(trained)):
+        return supervised, f"as the supervised prompts of {model.parent} have it"
+    return "plain", "the tokenizer has no chat template: User: …, Assistant:"
+
+
+def _supervised_template(trained: Config) -> str | None:
+    """Return the template of the prompts that a model was supervised with, or None."""
+    data = trained.sft.data
+    path = data if isinstance(data, str) else data[0].path
+    try:
+        rows = itertools.islice(read_records(path), TEMPLATE_ROWS)
+        return template_of([row["prompt"] for _, row in rows])
+    except (UserError, KeyError):
+        return None

@@ -1,0 +1,100 @@
+"""Rows of a file, by its format: JSONL, Parquet, JSON or CSV. Each comes with "file:line"."""
+
+import csv
+import json
+import sys
+from collections.abc import Callable, Iterator
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from megatron_r1.errors import UserError
+
+Row = tuple[str, dict[str, Any]]
+"""("file:line", columns)"""
+
+
+def read_rows(path: Path) -> Iterator[Row]:
+    """Yield the rows of a file in its order; blank JSONL lines are skipped. Raises UserError for a
+    file that is missing or of another format, and with file and line for a row that is none."""
+    if not path.is_file():
+        where = "" if path.is_absolute() else f" (relative to {Path.cwd()})"
+        raise UserError(f"{path}: no such file{where}")
+    if path.suffix not in READERS:
+        raise UserError(f"{path}: expected a {' or '.join(READERS)} file")
+    yield from READERS[path.suffix](path)
+
+
+def describe_json_error(error: Exception) -> str:
+    """Describe what is wrong with one line of JSONL, and at which column of the line: the decoder
+    counts lines within its input, which is a single line here."""
+    if isinstance(error, json.JSONDecodeError):
+        return f"{error.msg} at column {error.pos + 1}"
+    return "nested too deeply" if isinstance(error, RecursionError) else str(error)
+
+
+def _read_jsonl(path: Path) -> Iterator[Row]:
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            location = f"{path}:{number}"
+            try:
+                row = json.loads(line.strip())
+            except (ValueError, RecursionError) as error:  # UnicodeDecodeError is one too
+                raise UserError(f"{location}: not JSON: {describe_json_error(error)}") from error
+            if not isinstance(row, dict):
+                raise UserError(f"{location}: expected an object, got {type(row).__name__}")
+            yield location, row
+
+
+def _read_parquet(path: Path) -> Iterator[Row]:
+    try:
+        import pyarrow
+        import pyarrow.parquet as parquet
+    except ImportError:
+        raise UserError(f"{path}: reading Parquet needs pyarrow: pip install pyarrow") from None
+    try:
+        batches = parquet.ParquetFile(path).iter_batches(batch_size=1024)
+        rows = chain.from_iterable(batch.to_pylist() for batch in batches)
+        for number, row in enumerate(rows, start=1):
+            yield f"{path}:{number}", row
+    except pyarrow.ArrowInvalid as error:
+        raise UserError(f"{path}: no readable Parquet file: {error}") from None
+
+
+def _read_json(path: Path) -> Iterator[Row]:
+    """Yield the rows of a list, or of the list under "data", "rows" or "test" of an object."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not JSON: {error}; a file of one object a line is .jsonl") from (
+            error
+        )
+    if isinstance(content, dict):
+        content = next((content[k] for k in ("data", "rows", "test") if k in content), None)
+    if not isinstance(content, list) or not all(isinstance(row, dict) for row in content):
+        raise UserError(f"{path}: expected a list of objects")
+    for number, row in enumerate(content):
+        yield f"{path}[{number}]", row
+
+
+def _read_csv(path: Path) -> Iterator[Row]:
+    """Yield the rows under the names of the first line; every value is text."""
+    csv.field_size_limit(sys.maxsize)
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            for number, row in enumerate(csv.DictReader(file), start=2):
+                if None in row or None in row.values():
+                    raise UserError(f"{path}:{number}: not as many fields as the header has")
+                yield f"{path}:{number}", row
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 ({error.reason}); save it as such") from None
+
+
+READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
+    ".jsonl": _read_jsonl,
+    ".parquet": _read_parquet,
+    ".json": _read_json,
+    ".csv": _read_csv,
+}

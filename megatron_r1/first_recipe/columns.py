@@ -1,0 +1,177 @@
+"""Guesses which columns of a data file are the question, its truth and the kind of reward."""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_r1.errors import UserError, did_you_mean
+from megatron_r1.rewards import resolve
+from megatron_r1.rewards.base import shorten
+from megatron_r1.rewards.code.problem import parse_problem
+
+QUESTION_NAMES = (
+    *("question", "problem", "prompt", "query", "instruction", "exercise", "task", "input"),
+    *("text", "content"),
+)
+TRUTH_NAMES = (
+    *("truth", "answer", "ground_truth", "final_answer", "expected_answer", "solution", "target"),
+    *("expected", "gold", "reference", "result", "label", "tests", "test_cases", "output"),
+)
+"""Usual names, the likelier first."""
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Columns:
+    """question, truth: names of columns, `a.b` for the entry b of column a; truth is None where the
+    rows' own rewards need none. kind: of the reward, None where the rows name it. reasons: why, by
+    these names."""
+
+    question: str
+    truth: str | None
+    kind: str | None
+    reasons: dict[str, str]
+
+
+def guess_columns(
+    source: str,
+    rows: Sequence[Row],
+    question: str | None = None,
+    truth: str | None = None,
+    kind: str | None = None,
+) -> Columns:
+    """Return the columns of `rows`, the file's first ones. question, truth, kind: those that the
+    user names. Raises UserError naming the columns where one is not found."""
+    flat = [_flat(row) for row in rows]
+    reasons = {}
+    for name, given in (("question", question), ("truth", truth)):
+        if given is not None and given not in flat[0]:
+            near = did_you_mean(given, flat[0], "{}")
+            raise UserError(f"--{name} {given}: {source} has no such column{near}{_listed(flat)}")
+    if question is None:
+        question, reasons["question"] = _find("question", QUESTION_NAMES, flat, _is_question, truth)
+    if question is None:
+        raise UserError(
+            f"{source}: no column looks like the question; name it: --question COLUMN"
+            f"{_listed(flat)}"
+        )
+    if kind is None and (found := _kind_of_rows(flat)) is not None:
+        reasons["kind"] = found
+        return Columns(question, truth or _usual("truth", flat), None, reasons)
+    if truth is None:
+        truth, reasons["truth"] = _find("truth", TRUTH_NAMES, flat, _is_truth, question)
+    if truth is None:
+        raise UserError(
+            f"{source}: no column looks like the answer to {question!r}; name it: --truth COLUMN"
+            f"{_listed(flat)}"
+        )
+    if kind is None:
+        kind, reasons["kind"] = _guess_kind(truth, flat)
+    else:
+        resolve(kind)
+    return Columns(question, truth, kind, reasons)
+
+
+def _flat(row: Row) -> dict[str, Any]:
+    """Return the row with the entries of its mappings as `column.entry`."""
+    entries = {
+        f"{name}.{key}": value
+        for name, column in row.items()
+        if isinstance(column, dict)
+        for key, value in column.items()
+    }
+    return {**row, **entries}
+
+
+def _find(
+    what: str,
+    names: Sequence[str],
+    rows: Sequence[Row],
+    fits: Callable[[Any], bool],
+    other: str | None,
+) -> tuple[str | None, str]:
+    """Return (column, reason): by its name; else, of two columns, the one that is left, where
+    questions are longer than truths. other: the column that is already taken."""
+    fitting = [
+        name
+        for name in rows[0]
+        if name != other and all(fits(row.get(name)) for row in rows) and not _counts(name, rows)
+    ]
+    for usual in names:
+        for column in fitting:
+            if _plain(column) == usual:
+                return column, "by its name"
+    for usual in names:
+        for column in fitting:
+            if usual in re.split("[_.]", _plain(column)):
+                return column, f"its name has {usual!r} in it"
+    if other is None and what == "question" and len(fitting) == 2:
+        return max(fitting, key=lambda name: _length(name, rows)), "the longer of two columns"
+    if len(fitting) == 1:
+        return fitting[0], "the only column left that could be it"
+    return None, ""
+
+
+def _usual(what: str, rows: Sequence[Row]) -> str | None:
+    return what if what in rows[0] else None
+
+
+def _is_question(value: Any) -> bool:
+    match value:
+        case str():
+            return bool(value.strip())
+        case [{"role": "user", "content": str()}]:
+            return True
+    return False
+
+
+def _is_truth(value: Any) -> bool:
+    """Return whether a value may be a truth: a mapping or a list may be the tests of a program."""
+    if isinstance(value, str):
+        return bool(value.strip())
+    return isinstance(value, int | float | dict | list) and not isinstance(value, bool)
+
+
+def _counts(name: str, rows: Sequence[Row]) -> bool:
+    """Return whether a column numbers the rows."""
+    start = str(rows[0].get(name))
+    if len(rows) < 3 or not start.isdigit():
+        return False
+    return all(str(row.get(name)) == str(int(start) + at) for at, row in enumerate(rows))
+
+
+def _kind_of_rows(rows: Sequence[Row]) -> str | None:
+    """Return why the rows name their rewards themselves, or None where they do not."""
+    if not all(isinstance(row.get("kind"), str) for row in rows):
+        return None
+    try:
+        kinds = sorted({resolve(row["kind"]) and row["kind"] for row in rows})
+    except UserError:
+        return None
+    return f"the column kind names a reward in each row: {', '.join(kinds)}"
+
+
+def _guess_kind(truth: str, rows: Sequence[Row]) -> tuple[str, str]:
+    if all(isinstance(row.get("entry"), dict) and "task" in row for row in rows):
+        return "logic", "the rows are items of reasoning-gym (task, entry)"
+    try:
+        for row in rows:
+            parse_problem(row[truth], "python")
+    except (ValueError, TypeError, AttributeError, KeyError):
+        return "math", f"{truth!r} is compared as a number, a formula or words"
+    return "code", f"{truth!r} holds tests of a program"
+
+
+def _length(name: str, rows: Sequence[Row]) -> int:
+    return sum(len(str(row.get(name))) for row in rows)
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^\w.]+", "_", name.strip().casefold())
+
+
+def _listed(rows: Sequence[Row]) -> str:
+    """Return the columns with their first values, a line each."""
+    lines = [f"  {name}: {shorten(value)}" for name, value in rows[0].items()]
+    return "\n".join([". It has", *lines])

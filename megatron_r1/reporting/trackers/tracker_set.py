@@ -1,0 +1,77 @@
+"""The trackers of a run that a recipe names."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from importlib.util import find_spec
+from typing import Any
+
+from megatron_r1.errors import UserError
+from megatron_r1.reporting.trackers import mlflow_runs, weights_and_biases
+from megatron_r1.reporting.trackers.background import BackgroundTracker
+from megatron_r1.reporting.trackers.base import EVALUATION, STEP, TrackedRun, Tracker
+
+OPENERS: dict[str, Callable[[TrackedRun], Tracker]] = {
+    weights_and_biases.NAME: weights_and_biases.WandbTracker,
+    mlflow_runs.NAME: mlflow_runs.MlflowTracker,
+}
+PACKAGES = {"wandb": "wandb", "mlflow": "mlflow-skinny"}
+
+
+def check_trackers(names: Iterable[str]) -> None:
+    """Raise UserError for a tracker whose library is not installed, or that has no key."""
+    for name in names:
+        if name in OPENERS and find_spec(name) is None:
+            raise UserError(
+                f"run.trackers: {name} needs a package that is not installed: pip install "
+                f"{PACKAGES[name]}, or leave {name} out"
+            )
+    if weights_and_biases.NAME in names:
+        weights_and_biases.check()
+
+
+class TrackerSet:
+    """Sends the lines of metrics.jsonl and evaluations.jsonl to every tracker.
+
+    The files are the truth: each start sends the lines that a tracked run lacks, so that a crash of
+    the run, of the tracker or of the network loses none."""
+
+    def __init__(
+        self, names: Sequence[str], run: TrackedRun, notify: Callable[[str], None]
+    ) -> None:
+        """names: of `run.trackers`; notify: shows a message."""
+        self._notify = notify
+        known = [name for name in names if name in OPENERS]
+        self._trackers = [BackgroundTracker(name, partial(OPENERS[name], run)) for name in known]
+
+    def history(
+        self, steps: Iterable[Mapping[str, Any]], evaluations: Iterable[Mapping[str, Any]]
+    ) -> None:
+        """Send the lines of earlier starts, as far as they are not tracked."""
+        for line in steps:
+            self._add(STEP, line)
+        for line in evaluations:
+            self._add(EVALUATION, line)
+
+    def step(self, metrics: Mapping[str, Any]) -> None:
+        """Send the line of a step."""
+        self._add(STEP, metrics)
+
+    def evaluation(self, metrics: Mapping[str, Any]) -> None:
+        """Send the line of an evaluation."""
+        self._add(EVALUATION, metrics)
+
+    def close(self, finished: bool) -> None:
+        """Send the rest and end the tracked runs. finished: whether the run is at its last step."""
+        for tracker in self._trackers:
+            tracker.close(finished)
+        self._show_notes()
+
+    def _add(self, key: str, line: Mapping[str, Any]) -> None:
+        for tracker in self._trackers:
+            tracker.add(key, line)
+        self._show_notes()
+
+    def _show_notes(self) -> None:
+        for tracker in self._trackers:
+            for note in tracker.notes():
+                self._notify(note)

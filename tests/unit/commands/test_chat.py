@@ -1,0 +1,71 @@
+"""What `chat` and `sample RUN_FOLDER` read of a run; the engine answers in tests/system."""
+
+import io
+import json
+
+import pytest
+
+from megatron_r1 import cli
+from megatron_r1 import config as configuration
+from megatron_r1.commands import chat, sample
+from megatron_r1.commands.trained_model import find_exported, recipe_of
+from megatron_r1.config.recipe import parse
+from megatron_r1.errors import UserError
+
+
+@pytest.fixture
+def run_folder(tmp_path):
+    run = tmp_path / "mine"
+    (run / "hf").mkdir(parents=True)
+    (run / "hf/config.json").write_text("{}")
+    settings = {
+        "data": {"template": "Q: {problem}\nA: ", "path": "q.jsonl"},
+        "rollout": {"engines": 4, "temperature": 0.7, "max_response_tokens": 99, "colocated": True},
+    }
+    (run / "config.yaml").write_text(json.dumps(settings))
+    return run
+
+
+def test_a_run_is_asked_as_it_sampled_on_one_engine(run_folder):
+    model = find_exported(str(run_folder), "RUN")
+    assert model == run_folder / "hf"
+    given = parse({"rollout": {"max_response_tokens": 7}})
+    settings = chat._settings(given, model)
+    assert settings.data.template == "Q: {problem}\nA: "
+    rollout = settings.rollout
+    assert (rollout.engines, rollout.temperature, rollout.max_response_tokens) == (1, 0.7, 7)
+    assert not rollout.colocated
+    other = chat._settings(parse({"data": {"template": "plain"}}), model)
+    assert other.data.template == "plain"
+
+
+def test_a_run_without_an_export_is_refused_with_the_command(run_folder, monkeypatch):
+    (run_folder / "hf/config.json").unlink()
+    with pytest.raises(UserError, match="no checkpoint yet"):
+        find_exported(str(run_folder), "RUN")
+    monkeypatch.setattr(
+        "megatron_r1.commands.trained_model.complete_checkpoints", lambda folder: [folder]
+    )
+    with pytest.raises(UserError, match=f"tools/convert to-hf {run_folder} {run_folder}/hf"):
+        find_exported(str(run_folder), "RUN")
+    (run_folder / "config.yaml").unlink()
+    monkeypatch.undo()
+    with pytest.raises(UserError, match="neither a Hugging Face folder"):
+        find_exported(str(run_folder), "RUN")
+    assert recipe_of(run_folder / "hf") is None
+
+
+def test_no_question_is_an_error_before_the_engine_starts(run_folder, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n \n"))
+    assert cli.main(["chat", str(run_folder)]) == 2
+    assert "stdin holds no question" in capsys.readouterr().err
+
+
+def test_sample_takes_a_run_s_folder(run_folder, tmp_path):
+    recipe, settings = sample.of_run(str(run_folder))
+    config = configuration.load(recipe, settings)
+    assert config.model.path == str(run_folder) and config.model.checkpoint is None
+    assert config.run.folder == str(run_folder / "sampled")
+    assert config.data.template == "Q: {problem}\nA: "
+    with pytest.raises(UserError, match="no run's"):
+        sample.of_run(str(tmp_path))

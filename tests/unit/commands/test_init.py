@@ -1,0 +1,177 @@
+"""Recipes that `init` writes: the columns that it guesses, what `rl` thinks of them, its errors."""
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from safetensors.numpy import save_file
+
+from megatron_r1 import cli
+from megatron_r1 import config as configuration
+from megatron_r1.commands import init
+from megatron_r1.errors import UserError
+from megatron_r1.first_recipe.columns import guess_columns
+from megatron_r1.first_recipe.recipe_text import recipe_text
+from megatron_r1.first_recipe.sizes import Guess, Machine, layout, lengths, tensor_ranks
+from megatron_r1.first_recipe.template import template_of
+from tests.small_qwen2 import MODEL
+
+LAPTOP = Path(__file__).parents[3] / "examples/laptop/model"
+SUMS = [(f"{a} + {b}", a + b) for a in range(2, 8) for b in range(3, 8)]
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A folder with a model, a CSV of sums with odd columns, and a machine without GPUs."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(init, "_machine", lambda: Machine(0, 16 * 2**30))
+    model = tmp_path / "model"
+    shutil.copytree(LAPTOP, model)
+    vocabulary = len(json.loads((model / "tokenizer.json").read_text())["model"]["vocab"]) + 8
+    settings = MODEL | {"vocab_size": vocabulary, "max_position_embeddings": 128}
+    (model / "config.json").write_text(json.dumps(settings))
+    save_file({}, model / "model.safetensors")
+    with Path("my sums.csv").open("w", newline="") as file:
+        rows = [(f"#{i}", question, truth) for i, (question, truth) in enumerate(SUMS)]
+        csv.writer(file).writerows([("Ref.", "Math task", "The result"), *rows])
+    return tmp_path
+
+
+def test_the_recipe_loads_and_says_why(here, capsys):
+    assert cli.main(["init", "model", "my sums.csv"]) == 0
+    text = Path("my sums.yaml").read_text()
+    recipe = configuration.load("my sums.yaml")
+    assert recipe.data.columns == {"question": "Math task", "truth": "The result"}
+    assert (recipe.data.kind, recipe.data.template) == ("math", "plain")
+    assert (recipe.model.dtype, recipe.rollout.dtype) == ("float32", "float32")
+    # 128 positions, of which the longest prompt takes some.
+    assert 0 < recipe.rollout.max_response_tokens < 128 == recipe.rollout.max_model_len
+    assert recipe.rewards.answer == "auto" and recipe.rewards.weights == {"accuracy": 1.0}
+    output = capsys.readouterr().out
+    comments = " ".join(text.replace("\n  # ", " ").split())
+    for reason in ("column (question its name has 'task' in it; truth its", "30 rows"):
+        assert reason in output and reason in comments
+    assert "megatron-r1 rl 'my sums.yaml' --dry-run" in output and "'my sums.yaml'" in text
+    assert "20 of 20 truths count as right answers to themselves" in output
+    assert "the run takes about" in output
+    assert cli.main(["init", "model", "my sums.csv"]) == 2
+    assert "exists already" in capsys.readouterr().err
+
+
+def test_a_chat_model_and_a_run_keep_their_own_template(here):
+    def guessed(folder):
+        return {guess.key: guess.value for guess in init._answers(Path(folder))}
+
+    settings = Path("model/tokenizer_config.json")
+    plain = json.loads(settings.read_text())
+    settings.write_text(json.dumps(plain | {"chat_template": "{{ messages[0].content }}!"}))
+    assert guessed("model")["data.template"] == "chat"
+    Path("run").mkdir()
+    Path("model").rename("run/hf")
+    Path("run/hf/tokenizer_config.json").write_text(json.dumps(plain))
+    weights = {"accuracy": 1.0, "format": {"weight": 0.5, "from_step": 3, "to_step": None}}
+    trained = {"data": {"template": "Q: {problem}"}, "rewards": {"answer": "boxed"}}
+    trained["rewards"]["weights"] = weights
+    Path("run/config.yaml").write_text(json.dumps(trained))
+    expected = {"data.template": "Q: {problem}", "rewards.answer": "boxed"}
+    assert guessed("run/hf") == expected | {"rewards.weights": weights}
+    Path("run/config.yaml").write_text(json.dumps({"sft": {"data": "sft.jsonl"}}))
+    prompts = [{"prompt": f"Pupil: {q}\nTeacher: ", "response": "x"} for q, _ in SUMS]
+    Path("sft.jsonl").write_text("\n".join(map(json.dumps, prompts)))
+    template = guessed("run/hf")["data.template"]
+    assert template == "Pupil: {problem}\nTeacher: "
+    text = recipe_text(["title"], [Guess("data.template", template, "reason")])
+    assert text == '# title\ndata:\n  # reason\n  template: "Pupil: {problem}\\nTeacher: "\n'
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["absent", "my sums.csv"], "MODEL_FOLDER absent: no such folder"),
+        (["model", "absent.csv"], "absent.csv: no such file"),
+        (["model", "my sums.csv", "--question", "Mathtask"], "did you mean Math task"),
+        (["model", "empty.jsonl"], "it holds no rows"),
+        (["model", "my sums.csv", "--kind", "maths"], "did you mean 'math'"),
+        (["model", "my sums.csv", "--run.steps", "5"], "write it into the recipe"),
+        (["run", "my sums.csv"], r"no hf/ yet: python tools/convert to-hf run run/hf exports one"),
+    ],
+)
+def test_what_is_missing_is_named(here, capsys, monkeypatch, arguments, message):
+    Path("empty.jsonl").write_text("")
+    Path("run").mkdir()
+    monkeypatch.setattr(
+        "megatron_r1.commands.trained_model.complete_checkpoints",
+        lambda folder: [folder / "step_1"] if folder.parent.name == "run" else [],
+    )
+    assert cli.main(["init", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("row", "question", "truth", "kind"),
+    [
+        ({"question": "1 + 1", "answer": "2"}, "question", "answer", "math"),
+        ({"id": 7, "problem": "1 + 1", "solution": r"\boxed{2}"}, "problem", "solution", "math"),
+        ({"Aufgabe": "Wie viel ist 1 + 1?", "Ergebnis": 2}, "Aufgabe", "Ergebnis", "math"),
+        (
+            {
+                "prompt": [{"role": "user", "content": "1 + 1"}],
+                "reward_model": {"style": "rule", "ground_truth": "2"},
+            },
+            "prompt",
+            "reward_model.ground_truth",
+            "math",
+        ),
+        (
+            {"prompt": "Double it", "tests": {"tests": [{"stdin": "1", "stdout": "2"}]}},
+            "prompt",
+            "tests",
+            "code",
+        ),
+        ({"question": "1 + 1", "truth": "2", "kind": "math"}, "question", "truth", None),
+        ({"question": "1 + 1", "truth": "2", "kind": "easy"}, "question", "truth", "math"),
+        ({"question": "Be nice", "kind": "helpful"}, "question", None, None),
+    ],
+)
+def test_columns_are_guessed_by_name_and_content(row, question, truth, kind):
+    found = guess_columns("data", [row, dict(row)])
+    assert (found.question, found.truth, found.kind) == (question, truth, kind)
+
+
+def test_a_column_that_numbers_the_rows_is_neither():
+    rows = [{"n": i, "x": f"{i} + 1 = ?", "y": i + 1.5} for i in range(1, 5)]
+    found = guess_columns("data", rows)
+    assert (found.question, found.truth) == ("x", "y")
+
+
+def test_columns_that_cannot_be_told_apart_are_listed():
+    row = {"a": "1 + 1", "b": "2", "c": "x"}
+    with pytest.raises(UserError, match=r"--question COLUMN. It has\n  a: 1 \+ 1\n  b: 2"):
+        guess_columns("data", [row])
+    with pytest.raises(UserError, match="like the answer to 'a'; name it: --truth COLUMN"):
+        guess_columns("data", [row], question="a")
+    assert guess_columns("data", [row], question="a", truth="c").truth == "c"
+
+
+def test_sizes_follow_the_machine():
+    hf = MODEL | {"num_attention_heads": 32, "num_key_value_heads": 8}
+    eight = Machine(8, 80 * 10**9)
+    assert tensor_ranks(hf, 7 * 10**9, eight) == 2  # (6 / 2 + 12 / 8) x 7e9 = 31.5 GB of 48
+    assert tensor_ranks(hf, 32 * 10**9, eight) == 8
+    values = {guess.key: guess.value for guess in layout(hf, 10**9, eight)}
+    assert values["parallel.processes"] == values["rollout.engines"] == 8
+    assert "parallel.tensor" not in values
+    response, total = lengths(100, 131_072, eight)
+    assert (response.value, total.value) == (4096, 4224)
+    response, total = lengths(500, 512, Machine(0, 0))
+    assert (response.value, total.value) == (32, 512)
+
+
+def test_a_template_is_found_in_supervised_prompts():
+    assert template_of([f"User: A {i} =\nAssistant: " for i in "12"]) == (
+        "User: {problem}\nAssistant: "
+    )
+    assert template_of(["User: x\nAssistant:", "User: y\nAssistant:"]) == "plain"
+    assert template_of(["x", "y"]) is None

@@ -1,0 +1,104 @@
+"""Questions from CSV, JSON, a folder of `datasets` and the hub, with columns of other names."""
+
+import json
+
+import pytest
+
+from megatron_r1.data.hub import parse_name
+from megatron_r1.data.prompts import load_prompts
+from megatron_r1.data.records import read_records
+from megatron_r1.errors import UserError
+
+ROWS = [{"q": f"{i} + 1?", "meta": {"truth": str(i + 1)}} for i in range(7)]
+COLUMNS = {"question": "q", "truth": "meta.truth"}
+
+
+def train(path, columns=COLUMNS):
+    prompts = load_prompts(path=path, columns=columns, heldout_fraction=0.0).train
+    return [(prompt.question, prompt.truth) for prompt in prompts]
+
+
+EXPECTED = [(row["q"], row["meta"]["truth"]) for row in ROWS]
+
+
+def test_csv_and_json_hold_questions(tmp_path):
+    (tmp_path / "p.csv").write_text('\ufeffFrage,Lösung\n"1, dann + 1?",2\n"a\nb",3\n')
+    columns = {"question": "Frage", "truth": "Lösung"}
+    assert train(tmp_path / "p.csv", columns) == [("1, dann + 1?", "2"), ("a\nb", "3")]
+    (tmp_path / "p.json").write_text(json.dumps({"data": ROWS}))
+    assert train(tmp_path / "p.json") == EXPECTED
+    (tmp_path / "lines.json").write_text("\n".join(map(json.dumps, ROWS)))
+    with pytest.raises(UserError, match=r"not JSON: .* one object a line is .jsonl"):
+        train(tmp_path / "lines.json")
+    (tmp_path / "latin.csv").write_bytes("Lösung\n2".encode("latin-1"))
+    with pytest.raises(UserError, match="not UTF-8"):
+        list(read_records(tmp_path / "latin.csv"))
+
+
+def test_a_column_of_mappings_and_a_chat_of_one_message(tmp_path):
+    path = tmp_path / "verl.jsonl"
+    chat = [{"role": "user", "content": "1 + 1?"}]
+    row = {"prompt": chat, "reward_model": {"style": "rule", "ground_truth": "2"}}
+    path.write_text(json.dumps(row))
+    columns = {"question": "prompt", "truth": "reward_model.ground_truth"}
+    assert train(path, columns) == [("1 + 1?", "2")]
+    with pytest.raises(UserError, match="no column 'reward_model.truth'"):
+        train(path, columns | {"truth": "reward_model.truth"})
+    path.write_text(json.dumps(row | {"prompt": [{"role": "system", "content": "!"}, *chat]}))
+    with pytest.raises(UserError, match="'question' must be a string"):
+        train(path, columns)
+
+
+@pytest.mark.parametrize(
+    ("path", "parts"),
+    [
+        ("hub:openai/gsm8k", ("openai/gsm8k", None, None)),
+        ("hub:openai/gsm8k:main", ("openai/gsm8k", "main", None)),
+        ("hub:openai/gsm8k:test", ("openai/gsm8k", None, "test")),
+        ("hub:openai/gsm8k:train[:100]", ("openai/gsm8k", None, "train[:100]")),
+        ("hub:openai/gsm8k:main:train[:100]", ("openai/gsm8k", "main", "train[:100]")),
+        ("hub:folder::dev", ("folder", None, "dev")),
+        ("folder", ("folder", None, None)),
+    ],
+)
+def test_the_parts_of_a_hub_name(path, parts):
+    assert parse_name(path) == parts
+
+
+def test_datasets_reads_folders(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets", reason="pip install datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    saved, folder = tmp_path / "saved", tmp_path / "folder"
+    rows = datasets.Dataset.from_list(ROWS)
+    rows.save_to_disk(saved / "one")
+    datasets.DatasetDict({"train": rows, "test": rows.select([1])}).save_to_disk(saved / "both")
+    folder.mkdir()
+    rows.to_parquet(folder / "train-0.parquet")
+    rows.select([2]).to_parquet(folder / "test-0.parquet")
+    for path in (saved / "one", saved / "both", folder):
+        assert train(path) == EXPECTED
+    assert train(f"hub:{saved}/both:test") == EXPECTED[1:2]
+    assert train(f"hub:{folder}:test") == EXPECTED[2:3]
+    assert train(f"hub:{folder}:train[:2]") == EXPECTED[:2]
+    with pytest.raises(UserError, match="which split. It has train, test"):
+        train(f"hub:{saved}/both::dev")
+    with pytest.raises(UserError, match="Unknown split"):
+        train(f"hub:{folder}::dev")
+
+
+def test_a_hub_out_of_reach_is_an_error_with_a_remedy(monkeypatch):
+    datasets = pytest.importorskip("datasets", reason="pip install datasets")
+
+    def unreachable(*_, **__):
+        raise ConnectionError("Couldn't reach 'openai/gsm8k' on the Hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    with pytest.raises(UserError, match="Couldn't reach .* hf download openai/gsm8k --repo-type"):
+        train("hub:openai/gsm8k:main")
+
+
+def test_a_missing_library_is_named(monkeypatch, tmp_path):
+    monkeypatch.setitem(__import__("sys").modules, "datasets", None)
+    for path in (tmp_path, "hub:openai/gsm8k"):
+        with pytest.raises(UserError, match="pip install datasets"):
+            train(path)
