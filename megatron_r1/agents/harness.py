@@ -37,6 +37,7 @@ from megatron_r1.config import AgentsConfig
 from megatron_r1.data.prompts import Prompt
 from megatron_r1.data.text import PromptText
 from megatron_r1.errors import UserError
+from megatron_r1.processes import lifetime
 from megatron_r1.processes.children import popen_options
 from megatron_r1.rewards import ENVIRONMENT
 from megatron_r1.rewards.base import shorten
@@ -138,6 +139,8 @@ class HarnessPlayer:
         finally:
             await self.gateway.end(session)
             await _end(agent)
+        if session.failures:
+            session.end("engine_error", "")
         if not session.num_turns:
             session.end("harness_error", "the agent ended without a turn of the policy")
         return self._played(session, reward, is_finished, time.monotonic() - began)
@@ -251,7 +254,8 @@ class CommandHarness:
     `{"reward": 0.5}`. It must end with status 0."""
 
     def __init__(self, command: Sequence[str], most_at_once: int) -> None:
-        self._command = list(command)
+        # Files are named relative to the folder in which the run was started.
+        self._command = [str(Path(p).resolve()) if Path(p).is_file() else p for p in command]
         self._slots = asyncio.Semaphore(most_at_once)
 
     async def __call__(self, base_url: str, api_key: str, row: dict[str, Any]) -> float | None:
@@ -259,10 +263,10 @@ class CommandHarness:
         root = base_url.removesuffix("/v1")
         keys = {"OPENAI_API_KEY": api_key, "ANTHROPIC_API_KEY": api_key}
         urls = {"OPENAI_BASE_URL": base_url, "OPENAI_API_BASE": base_url}
-        path = os.pathsep.join(entry for entry in sys.path if entry)
-        environment = keys | urls | {"ANTHROPIC_BASE_URL": root, "PYTHONPATH": path}
+        environment = keys | urls | {"ANTHROPIC_BASE_URL": root}
         # The program ends with this process: `lifetime` asks the kernel for that, and becomes it.
-        command = [sys.executable, "-m", "megatron_r1.processes.lifetime", *self._command]
+        # By its path, as the program may have a Python of its own, and no PYTHONPATH of ours.
+        command = [sys.executable, "-I", lifetime.__file__, *self._command]
         async with self._slots:
             with tempfile.TemporaryDirectory(prefix="r1-agent-") as folder:
                 process = await asyncio.create_subprocess_exec(

@@ -1,6 +1,6 @@
 """Processes that end with the process that started them. Standard library only.
 
-`python -m megatron_r1.processes.lifetime COMMAND …` becomes COMMAND, which does so too."""
+`python lifetime.py COMMAND …` becomes COMMAND, which does so too."""
 
 import ctypes
 import os

@@ -11,6 +11,7 @@ import time
 import uuid
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, Self
 
 import msgspec
@@ -181,7 +182,10 @@ class Gateway:
         self._replace_options(session, request)
         prompt = self._next_prompt(session, request)
         key = hashlib.sha256(http.path.encode() + body).digest()
-        task = session.undelivered.pop(key, None) or self._begin(session, request, prompt)
+        task = session.undelivered.pop(key, None)
+        if task is None or (task.done() and (task.cancelled() or task.exception())):
+            task = self._begin(session, request, prompt)
+            task.add_done_callback(partial(session.finished, key))
         try:
             if not request.stream:
                 return _json(form.reply(session.add(await asyncio.shield(task)), request))
@@ -198,7 +202,6 @@ class Gateway:
         max_tokens = session.max_tokens(request.max_tokens, len(prompt_ids))
         task = asyncio.create_task(self._sample(session, request, prompt, prompt_ids, max_tokens))
         session.running.add(task)
-        task.add_done_callback(session.finished)
         return task
 
     async def _sample(
@@ -221,7 +224,6 @@ class Gateway:
                     request.most_calls,
                 )
         except EngineError as error:
-            session.end("engine_error", str(error))
             raise Refused(
                 "no engine could sample this turn", status=503, kind="api_error"
             ) from error

@@ -54,6 +54,9 @@ class Session:
     undelivered: dict[bytes, asyncio.Task[TakenTurn]] = field(default_factory=dict)
     """Turns by a hash of their request, whose client went away: if it repeats the request it gets
     the same turn, and no second one is sampled."""
+    failures: dict[bytes, str] = field(default_factory=dict)
+    """Why no engine could sample a turn, by a hash of its request; a repetition that succeeds
+    removes it."""
     running: set[asyncio.Task[TakenTurn]] = field(default_factory=set)
     last_text: str = ""
     """Of the newest answer."""
@@ -86,9 +89,12 @@ class Session:
         return self.num_tokens >= self.limits.max_tokens
 
     def end(self, status: str, reason: str) -> None:
-        """Set the status, if nothing has ended the episode before."""
+        """Set the status, if nothing has ended the episode before: a failed turn has."""
         if self.status is None:
-            self.status, self.reason = status, reason
+            failure = next(iter(self.failures.values()), None)
+            self.status, self.reason = (
+                (status, reason) if failure is None else ("engine_error", failure)
+            )
 
     def max_tokens(self, asked: int | None, num_prompt_tokens: int) -> int:
         """Return how many tokens a turn may have. Raises Refused where a limit is reached."""
@@ -121,8 +127,6 @@ class Session:
         if taken.is_added:
             return taken.reply
         taken.is_added = True
-        if self.status == "engine_error":  # the client repeated the turn, and now it is there
-            self.status, self.reason = None, ""
         prompt, request, turn = taken.prompt, taken.request, taken.turn
         parent = prompt.parent
         if prompt.token_ids or parent is None:
@@ -136,11 +140,16 @@ class Session:
             self.stored[f"resp_{taken.reply.id}"] = [*request.stored, turn.message]
         return taken.reply
 
-    def finished(self, task: asyncio.Task[TakenTurn]) -> None:
-        """Count a turn's task off, and take note of its exception where no client waits for it."""
+    def finished(self, key: bytes, task: asyncio.Task[TakenTurn]) -> None:
+        """Count a turn's task off. key: the hash of its request."""
         self.running.discard(task)
-        if not task.cancelled():
-            task.exception()
+        if task.cancelled():
+            return
+        error = task.exception()
+        if error is None:
+            self.failures.pop(key, None)
+        elif isinstance(error, Refused):  # others are our own, `protocol_error`
+            self.failures[key] = str(error.__cause__)
 
     async def close(self) -> None:
         """Cancel what is still being sampled; the engines abort it."""

@@ -176,6 +176,8 @@ def test_an_engine_that_is_lost_is_no_fault_of_the_policy(stream):
         status, reply = await post(served, session, CHAT, body)
         assert status == (200 if stream else 503)
         assert "no engine could sample this turn" in str(reply)
+        assert session.status is None, "the client may repeat it"
+        session.end("harness_error", "RuntimeError")
         assert (session.status, session.reason) == ("engine_error", "engine-0 died")
         assert not session.tree.nodes
 

@@ -179,6 +179,14 @@ def test_an_engine_that_fails_is_no_reward_unless_the_turn_is_repeated():
     played, _ = play(stubborn, died, ANSWER)
     assert (played.episode.status, played.reward) == ("done", 1.0)
 
+    async def careless(base_url, api_key, row):
+        parts = [ask(base_url, api_key, text) for text in ("x", "y")]
+        await asyncio.gather(*parts, return_exceptions=True)
+        return 1.0
+
+    played, _ = play(careless, died, ANSWER)
+    assert (played.episode.status, played.reward) == ("engine_error", None)
+
 
 def test_functions_are_found_by_name_and_plain_ones_run_in_a_thread(tmp_path, monkeypatch):
     (tmp_path / "my_agents.py").write_text(
@@ -257,9 +265,11 @@ def test_a_program_per_episode():
     assert "ended with 1: a mistake" in played.episode.reason
 
 
-def test_a_program_that_hangs_is_killed(tmp_path):
+def test_a_program_that_hangs_is_killed(tmp_path, monkeypatch):
     program = f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))"
-    run = CommandHarness([sys.executable, "-c", f"{program}; time.sleep(1000)"], 2)
+    (tmp_path / "agent.py").write_text(f"{program}; time.sleep(1000)")
+    monkeypatch.chdir(tmp_path)
+    run = CommandHarness([sys.executable, "agent.py"], 2)
     played, _ = play(run, timeout_seconds=2.0)
     assert played.episode.status == "agent_timeout"
     pid = int((tmp_path / "pid").read_text())

@@ -12,7 +12,6 @@ import argparse
 import asyncio
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
-from statistics import median
 from typing import Any
 
 from tools.bench import machine
@@ -47,11 +46,11 @@ def _measure(*args: Any) -> dict[str, Any]:
 
 
 def _line(size: dict[str, Any]) -> str:
-    added = [1e3 * seconds for seconds in size["added seconds"]]
+    added = ", ".join(f"{name} {value:.1f}" for name, value in size["added, ms"].items())
     return (
         f"{size['sessions']} sessions x {size['turns']} turns, engine "
         f"{size['engine seconds']:g} s: {size['turns/s']:.0f} turns/s; processor, ms a turn: "
         f"gateway {size['cpu ms/turn']:.2f}, parser {size['parser cpu ms/turn']:.2f}; added, ms: "
-        f"median {median(added):.1f}, 99% {added[int(0.99 * len(added))]:.1f}; "
+        f"{added}; "
         f"{size['prompt tokens']:.0f} prompt tokens"
     )

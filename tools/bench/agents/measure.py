@@ -81,6 +81,7 @@ async def measure(
                 [branch] = session.tree.branches()
                 assert branch.num_sampled == num_turns * len(answer), "every turn is continued"
     total = num_sessions * num_turns
+    added.sort()
     return {
         "sessions": num_sessions,
         "turns": num_turns,
@@ -90,7 +91,10 @@ async def measure(
         "parser cpu ms/turn": 1e3 * parser_cpu / total,
         "prompt tokens": sum(prompts) / total,
         "answer tokens": len(answer),
-        "added seconds": sorted(added),
+        "added, ms": {
+            name: round(1e3 * added[min(int(share * len(added)), len(added) - 1)], 2)
+            for name, share in (("median", 0.5), ("99%", 0.99), ("largest", 1.0))
+        },
     }
 
 
