@@ -52,6 +52,7 @@ def shrink(config: Config, hf: dict, folder: Path, max_ranks: int) -> Miniature:
             "steps": max(STEPS, 1 + len(config.rl.schedule)),
             "hang_seconds": min(config.run.hang_seconds, HANG_SECONDS) or HANG_SECONDS,
             "on_hang": "stop",
+            "trackers": ["tensorboard"],
         },
         "model": {
             "path": str(folder / "model"),
