@@ -79,7 +79,11 @@ def run(
     columns = guess_columns(data, rows[:COLUMN_ROWS], question, truth, kind)
     guesses = [
         Guess("run.folder", f"runs/{path.stem}", "everything that the run writes"),
-        Guess("model.path", str(folder), f"{hf['architectures'][0]}"),
+        Guess(
+            "model.path",
+            str(folder),
+            f"{hf['architectures'][0]}, {num_parameters(hf) / 1e6:,.1f}M parameters",
+        ),
         *_data(data, rows, columns),
         *_answers(folder),
     ]
@@ -114,7 +118,7 @@ def _data(data: str, rows: Sequence[dict[str, Any]], columns: Columns) -> list[G
     renamed = {ours: theirs for ours, theirs in names.items() if ours != theirs}
     if columns.kind and "kind" in rows[0]:
         renamed["own_kind"] = "kind"  # else each row's kind would be read as the name of a reward
-    why = "; ".join(f"{name} {reason}" for name, reason in columns.reasons.items() if name in names)
+    why = "; ".join(f"{name} {columns.reasons.get(name, 'as given')}" for name in names)
     num_rows = f"{len(rows):,} rows" if len(rows) < MAX_ROWS else f"{MAX_ROWS:,} rows or more"
     guesses = [Guess("data.path", data, num_rows)]
     if renamed:

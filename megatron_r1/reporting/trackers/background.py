@@ -7,8 +7,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from megatron_r1.reporting.trackers.base import STEP, Tracker, numbers_of
+from megatron_r1.rewards.base import shorten
 
 CLOSE_SECONDS = 60.0
+MAX_REASON_CHARS = 200
 
 
 class BackgroundTracker:
@@ -74,7 +76,7 @@ class BackgroundTracker:
 
     def _report(self, error: Exception, num_pending: int, *, is_last: bool) -> None:
         """Add a note on the first failure in a row, and on one at the end."""
-        reason = (str(error).strip() or "no message").splitlines()[0]
+        reason = shorten((str(error).strip() or "no message").splitlines()[0], MAX_REASON_CHARS)
         failure = f"{self._name}: {type(error).__name__}: {reason}"
         if is_last:
             self._notes.put(f"{failure}; {num_pending} lines are sent by the next start")

@@ -8,7 +8,7 @@ from megatron_r1.errors import UserError
 from megatron_r1.reporting.trackers.base import EVALUATION, STEP, TrackedRun
 
 NAME = "wandb"
-START_SECONDS = 60
+START_SECONDS = 30
 FINISH_SECONDS = 30
 
 
