@@ -9,7 +9,10 @@ from megatron_r1.config.yaml_text import as_text
 from megatron_r1.first_recipe.sizes import Guess
 
 WIDTH = 100
-SECTIONS = ("run", "model", "data", "rollout", "rewards", "rl", "optimizer", "parallel", "eval")
+SECTIONS = (
+    *("run", "model", "data", "rollout", "rewards", "rl", "optimizer", "parallel", "checkpoint"),
+    "eval",
+)
 
 
 def recipe_text(title: Sequence[str], guesses: Sequence[Guess]) -> str:

@@ -12,7 +12,7 @@ GPU_BYTES_SHARDED, GPU_BYTES = 12, 6
 gradient, spread over tensor ranks."""
 GPU_SHARE = 0.6
 """Of a GPU's memory, for these."""
-LEARNING_RATES = ((20e6, 3e-5), (200e6, 1e-5), (float("inf"), 3e-6))
+LEARNING_RATES = ((20e6, 3e-5), (200e6, 2e-5), (float("inf"), 3e-6))
 """(less than so many parameters, rate); the last is DeepSeek-R1-Zero's."""
 
 
@@ -103,6 +103,7 @@ def batches(parameters: int, num_questions: int, machine: Machine) -> list[Guess
     epochs = f"{num_questions:,} questions are {num_questions / per_rollout:,.1f} rollouts"
     return [
         Guess("run.steps", 50, f"rollouts of {responses} responses; {epochs}"),
+        Guess("checkpoint.every", 10, "steps that a kill loses at most"),
         Guess("rl.questions_per_rollout", per_rollout, "R1-Zero has 512"),
         Guess("rl.group_size", group, "responses to each question, which are compared"),
         Guess("rl.minibatches", minibatches, "updates per rollout"),
