@@ -22,7 +22,7 @@ from megatron_r1.training.batch_size import check_batches
 from megatron_r1.training.client import TrainerClient
 from megatron_r1.training.cpu_memory import cpu_memory
 from megatron_r1.training.recorder import Recorder
-from megatron_r1.weights.adapters.table import adapter_table
+from megatron_r1.weights.adapters.table import check_adapters
 from megatron_r1.weights.stored.weight_files import weight_files
 
 Body = Callable[[Recorder, TrainerClient, StopRequest, Supervisor], Awaitable[None]]
@@ -38,13 +38,13 @@ Commands = Sequence[tuple[str, str]]
 
 def check_trainer(config: Config, verb: str) -> None:
     """Raise UserError where the trainer's ranks cannot be arranged as `parallel` says, or are too
-    many for the batches of `verb`, or the model has no layer of `model.lora.targets`. Called before
-    anything starts: in RL the trainer itself would find it out only after the engines' start and a
-    whole rollout."""
+    many for the batches of `verb`, or a target of `model.lora` is not there. Called before anything
+    starts: in RL the trainer itself would find it out only after the engines' start and a whole
+    rollout."""
     num_ranks = torchrun.num_ranks(config)
     config.parallel.check_sizes(num_ranks)
     if config.model.lora is not None:
-        adapter_table(read_hf_config(config.model.path), config.model.lora)
+        check_adapters(config, read_hf_config(config.model.path))
     for _, settings in config.phases():
         check_batches(settings, verb, num_ranks)
 

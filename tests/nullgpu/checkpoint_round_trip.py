@@ -1,9 +1,9 @@
 """Saves a checkpoint of the trainer and loads it into another one, with Transformer Engine's layers
-on the null GPU: `checkpoint_round_trip.py MODEL DTYPE RECIPE MOMENTS [DEFECT]`.
+on the null GPU: `checkpoint_round_trip.py MODEL DTYPE RECIPE MOMENTS [DEFECT|lora]`.
 
 Before saving, the weights and the optimizer's state are filled with random numbers, because kernels
 do not run; afterwards they must be equal, bit for bit. DEFECT: a name in DEFECTS, installed
-before."""
+before; lora: adapters are trained, the model's weights are not compared."""
 
 import os
 import sys
@@ -63,7 +63,8 @@ def state(trainer) -> dict[str, torch.Tensor]:
     found = {}
     for number, chunk in enumerate(trainer.bare):
         for name, parameter in chunk.named_parameters():
-            found[f"{number}.{name}"] = on_host(parameter.data)
+            if parameter.requires_grad:
+                found[f"{number}.{name}"] = on_host(parameter.data)
     parts = getattr(trainer.optimizer, "chained_optimizers", [trainer.optimizer])
     for number, part in enumerate(parts):
         for group in part.optimizer.param_groups:
@@ -79,9 +80,10 @@ def main() -> None:
     model, dtype, recipe, moments, *defects = sys.argv[1:]
     os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
     os.environ["MASTER_PORT"] = str(children.free_port())
+    lora = {"rank": 16} if "lora" in defects else None
     settings = Config.model_validate(
         {
-            "model": {"path": model, "dtype": dtype},
+            "model": {"path": model, "dtype": dtype, "lora": lora},
             "optimizer": {"learning_rate": 0.1, "moments": moments},
             "parallel": {"tokens_per_microbatch": 256, "threads": 1},
             "fp8": {"recipe": recipe},
@@ -91,7 +93,7 @@ def main() -> None:
     from megatron_r1.training.folders import Folders
     from megatron_r1.training.trainer import Trainer
 
-    for defect in defects:
+    for defect in DEFECTS.keys() & defects:
         DEFECTS[defect]()
     attention_without_cudnn()
     folder = Path(model) / "-".join(["checkpoint", dtype, recipe, moments, *defects])

@@ -60,6 +60,15 @@ def test_what_is_saved_is_loaded_bit_by_bit(on_null_gpu, models, model, settings
     assert "equal: " in printed.splitlines()[-1]
 
 
+@pytest.mark.parametrize(("model", "settings"), [("deepseek", BLOCKWISE), ("qwen", BF16)])
+def test_so_are_adapters_of_transformer_engine_s_layers(on_null_gpu, models, model, settings):
+    printed = round_trip(on_null_gpu, models, model, settings, "lora")
+    names = hf_tensors(MODELS[model])
+    linear = sum(name.endswith(("_proj.weight", "_mqa.weight")) for name in names)
+    # Factors, which fused layers stack, with master weights and two moments each.
+    assert 4 * linear <= int(printed.split("equal: ")[1].split()[0]) <= 8 * linear, printed[-500:]
+
+
 @pytest.mark.parametrize(
     ("settings", "defect", "message"),
     [

@@ -1,12 +1,15 @@
 """`trainer_steps.py` with adapters: `lora_training.py MODEL OUT GRID…`, or, of another model than
 wrote OUT/checkpoint: `lora_training.py refused MODEL OUT`, which writes why to OUT/refused.txt.
+`lora_training.py critic MODEL OUT` saves and loads a policy with adapters and PPO's critic, and
+prints the largest differences of their parameters.
 """
 
 import sys
 from pathlib import Path
 
+import torch
 import trainer_steps
-from trainer_steps import config
+from trainer_steps import LOSS, SETTINGS, config
 
 from megatron_r1.config import Config
 from megatron_r1.training import distributed
@@ -36,9 +39,36 @@ def refused(model: str, out: Path) -> None:
     distributed.leave_process_groups()
 
 
+def critic(model: str, out: Path) -> None:
+    from megatron_r1.training.folders import Folders
+    from megatron_r1.training.trainer import Trainer
+
+    tree = with_adapters(model, "one").model_dump()
+    settings = Config.model_validate({**tree, "rl": {"algorithm": "ppo"}})
+    position = distributed.initialize(settings.parallel, seed=0)
+    trainer, other = Trainer(settings, position), Trainer(settings, position)
+    trainer.keep_reference()
+    trainer_steps.load(trainer, position, (1,))
+    trainer.values()
+    trainer.update(0, LOSS, SETTINGS, 0.1)
+    with torch.no_grad():
+        for parameter in trainer.critic.bare[0].parameters():
+            assert parameter.requires_grad
+            parameter.add_(1)
+    folders, folder = Folders(trainer), str(out / "step_00000001")
+    folders.save_checkpoint(folder, {})
+    assert folders.checkpoint_progress(wait=True)["error"] is None
+    Folders(other).load_checkpoint(folder, True)
+    for mine, theirs in ((trainer.bare, other.bare), (trainer.critic.bare, other.critic.bare)):
+        pairs = zip(mine[0].parameters(), theirs[0].parameters(), strict=True)
+        print("difference", max((a - b).abs().max().item() for a, b in pairs))
+    distributed.leave_process_groups()
+
+
 if __name__ == "__main__":
-    if sys.argv[1] == "refused":
-        refused(sys.argv[2], Path(sys.argv[3]))
+    scenes = {"refused": refused, "critic": critic}
+    if sys.argv[1] in scenes:
+        scenes[sys.argv[1]](sys.argv[2], Path(sys.argv[3]))
     else:
         trainer_steps.config = with_adapters
         trainer_steps.main()

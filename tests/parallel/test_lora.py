@@ -77,6 +77,13 @@ def test_a_checkpoint_holds_adapters_alone_and_names_another_model(adapted, trai
 
 
 @pytest.mark.slow
+def test_a_critic_is_trained_and_stored_whole(adapted, tmp_path):
+    output = run_ranks(HERE, 1, "lora_training.py", "critic", str(adapted / MODEL), str(tmp_path))
+    found = [float(x.split()[1]) for x in output.splitlines() if x.startswith("difference")]
+    assert found == [0.0, 0.0]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("num_ranks", "grids"),
     [

@@ -203,7 +203,10 @@ def _weights(chunk: MegatronModule, prefix: str) -> dict[str, Any]:
 
 
 def _parts(optimizer: Any) -> list[Any]:
-    return getattr(optimizer, "chained_optimizers", [optimizer])
+    """Return the optimizers that have parameters: that of dense ones has none where only experts
+    have adapters."""
+    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    return [part for part in parts if getattr(part, "buffers", None)]
 
 
 @contextlib.contextmanager

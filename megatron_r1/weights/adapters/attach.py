@@ -1,23 +1,19 @@
 """Adapters for this rank's model chunks, and the fingerprint of the model that they belong to."""
 
 import zlib
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
 import torch
 import torch.distributed as dist
 from megatron.core.utils import unwrap_model
 from torch import Tensor
+from torch.nn.functional import rms_norm
 
 from megatron_r1.config.lora import LoraConfig
-from megatron_r1.errors import UserError
 from megatron_r1.models.build import process_groups
 from megatron_r1.weights.adapters.adapter import Adapter
-from megatron_r1.weights.adapters.table import (
-    MEGATRON_A,
-    MEGATRON_B,
-    adapter_shapes,
-    adapter_table,
-)
+from megatron_r1.weights.adapters.table import adapter_shapes, adapter_table
 from megatron_r1.weights.layout import LayoutEntry, layout_of
 from megatron_r1.weights.local import local_pieces, shard_of
 from megatron_r1.weights.rules import Piece, Shape
@@ -30,24 +26,25 @@ def attach_adapters(chunks: Sequence, hf: dict, lora: LoraConfig, seed: int) -> 
 
     A is drawn as in PEFT, uniformly with the variance 1 / (3 in) of Kaiming's rule for a = sqrt(5),
     each Hugging Face tensor from a generator of its own; B is 0, so that nothing has changed yet.
-    Raises UserError for an unknown target, and for Transformer Engine's layers, whose inputs are
-    normalised inside."""
-    if unwrap_model(chunks[0]).config.transformer_impl != "local":
-        raise UserError(
-            "model.lora: not possible with Transformer Engine's layers, which GPUs use; leave "
-            "model.lora out, or train on CPUs"
-        )
+    Raises UserError for an unknown target."""
     rules, fingerprint = adapter_table(hf, lora), _fingerprint(chunks, hf)
     shapes = adapter_shapes(rules)
     for chunk in chunks:
         chunk.base_fingerprint, chunk.adapter_shapes = fingerprint, shapes
         chunk.requires_grad_(False)
         entries = layout_of(rules, shard_of(chunk))
+        by_layer: dict[str, list[Adapter]] = defaultdict(list)
         for name in entries:
-            if name.endswith(MEGATRON_A):
-                path = name.removesuffix(MEGATRON_A)
-                adapter = _attach(chunk, path, entries[name], entries[path + MEGATRON_B], lora)
+            path, _, factor = name.rpartition(".lora.")
+            number, is_first, _ = factor.rpartition("a")  # of an expert in its layer, or none
+            if is_first:
+                of_a, of_b = entries[name], entries[f"{name[:-1]}b"]
+                weight = getattr(chunk.get_submodule(path), f"weight{number.rstrip('.')}")
+                adapter = _adapter(chunk, weight, of_a, of_b, lora)
                 _initialize(adapter, shapes, seed)
+                by_layer[path].append(adapter)
+        for path, adapters in by_layer.items():
+            _attach(chunk.get_submodule(path), adapters)
         if chunk.pre_process:
             # A recomputed layer gets no gradients at all where its input needs none.
             chunk.embedding.register_forward_hook(_needs_gradient)
@@ -76,15 +73,41 @@ def adapter_pieces(chunks: Sequence) -> Iterator[tuple[Tensor, tuple[Piece, ...]
         yield factor, entry.pieces, entry.owner and replicas.rank() == 0
 
 
-def _attach(chunk, path: str, of_a: LayoutEntry, of_b: LayoutEntry, lora: LoraConfig) -> Adapter:
-    groups, layer = process_groups([chunk]), chunk.get_submodule(path)
+def _adapter(
+    chunk, weight: Tensor, of_a: LayoutEntry, of_b: LayoutEntry, lora: LoraConfig
+) -> Adapter:
+    groups = process_groups([chunk])
     group = groups.expt_tp if of_a.expert else groups.tp
     by_sequence = chunk.config.sequence_parallel and not of_a.expert
-    adapter = Adapter((of_a, of_b), layer.weight, lora.scale, group, by_sequence)
-    layer.add_module("lora", adapter)
-    layer.register_forward_hook(lambda module, inputs, out: (out[0] + adapter(inputs[0]), *out[1:]))
-    layer.weight.adapter = adapter  # what pushes and exports merge
+    adapter = Adapter((of_a, of_b), weight, lora.scale, group, by_sequence)
+    weight.adapter = adapter  # type: ignore[attr-defined]  # what pushes and exports merge
     return adapter
+
+
+def _attach(layer: torch.nn.Module, adapters: list[Adapter]) -> None:
+    if hasattr(layer, "weight"):
+        layer.add_module("lora", adapters[0])
+        layer.register_forward_hook(add_product)
+    else:
+        layer.add_module("lora", torch.nn.ModuleList(adapters))
+        layer.register_forward_hook(add_products)
+
+
+def add_product(layer, inputs: tuple, out: tuple) -> tuple:
+    """Return the output of a linear layer, (values, bias), with its adapter's."""
+    x = inputs[0]
+    if (norm := getattr(layer, "layer_norm_weight", None)) is not None:
+        # Transformer Engine has the norm before a layer in it.
+        x = rms_norm(x, tuple(norm.shape), norm, layer.eps)
+    return out[0] + layer.lora(x), *out[1:]
+
+
+def add_products(layer, inputs: tuple, out: tuple) -> tuple:
+    """Do the same for a layer of all experts, whose input is (tokens by expert, tokens of each)."""
+    x, counts = inputs[:2]
+    shares = zip(layer.lora, x.split(counts), strict=True)
+    parts = [adapter(tokens) for adapter, tokens in shares]
+    return out[0] + torch.cat(parts), *out[1:]
 
 
 @torch.no_grad()

@@ -5,16 +5,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 
+from megatron_r1.config import Config
 from megatron_r1.config.lora import LoraConfig
 from megatron_r1.errors import UserError, did_you_mean
 from megatron_r1.weights.decoder import table
-from megatron_r1.weights.layout import Shape
+from megatron_r1.weights.layout import Shape, recipe_stages
 from megatron_r1.weights.rules import Piece, Rule, Source, Split, Table, rows, stacked, whole
 
 A, B = ".lora_A.weight", ".lora_B.weight"
 """Endings of the factors' names, PEFT's, in place of a weight's `.weight`."""
-MEGATRON_A, MEGATRON_B = ".lora.a", ".lora.b"
-"""The same in Megatron's names."""
 
 
 def adapter_table(hf: dict, lora: LoraConfig) -> Table:
@@ -37,6 +36,19 @@ def adapter_table(hf: dict, lora: LoraConfig) -> Table:
             )
     layers = [[a for rule in layer for a in _adapter(rule, lora)] for layer in base.layers]
     return Table([], layers, [], [], num_experts=base.num_experts)
+
+
+def check_adapters(config: Config, hf: dict) -> None:
+    """Raise UserError for a target that the model does not have, and for a pipeline rank without
+    any, which could neither train nor save."""
+    assert config.model.lora is not None, "the recipe has no adapters"
+    rules = adapter_table(hf, config.model.lora)
+    for rank, chunks in enumerate(recipe_stages(config, hf)):
+        if not any(rules.layers[layer] for chunk in chunks for layer in chunk.layers):
+            raise UserError(
+                f"model.lora: pipeline rank {rank} has no layer with an adapter; choose other "
+                "model.lora.targets, or other stages (parallel.pipeline_layout)"
+            )
 
 
 def adapter_shapes(rules: Table) -> dict[str, Shape]:
@@ -102,14 +114,17 @@ def _adapter(rule: Rule, lora: LoraConfig) -> Iterator[Rule]:
     if not chosen:
         return
     by_rows = rule.split is rows
-    megatron = rule.megatron.removesuffix(".weight")
+    # Transformer Engine has the experts of a layer in one module, with weight0, weight1, …
+    te = rule.te and rule.te.replace(".weight{e}", ".lora.{e}")
+    megatron = rule.megatron.replace(".weight", ".lora")
     factors_a = tuple(_factor(source, A, (lora.rank, source.shape[1])) for source in chosen)
     factors_b = tuple(_factor(source, B, (source.shape[0], lora.rank)) for source in rule.sources)
     split_b: Split = whole if by_rows else rule.split
     if len(chosen) < len(rule.sources):
         split_b = _Chosen(split_b, frozenset(_factor(s, B, ()).name for s in chosen))
-    yield Rule(megatron + MEGATRON_A, factors_a, rows if by_rows else stacked)
-    yield Rule(megatron + MEGATRON_B, factors_b, split_b)
+    by_name = {"a": (factors_a, rows if by_rows else stacked), "b": (factors_b, split_b)}
+    for name, (sources, split) in by_name.items():
+        yield Rule(f"{megatron}.{name}", sources, split, te and f"{te}.{name}")
 
 
 def _factor(source: Source, ending: str, shape: Shape) -> Source:

@@ -4,10 +4,16 @@ from itertools import product
 
 import pytest
 
+from megatron_r1.config import Config
 from megatron_r1.config.lora import LoraConfig
 from megatron_r1.errors import UserError
 from megatron_r1.weights import Shard, hf_tensors, layout
-from megatron_r1.weights.adapters.table import adapter_shapes, adapter_table, target_modules
+from megatron_r1.weights.adapters.table import (
+    adapter_shapes,
+    adapter_table,
+    check_adapters,
+    target_modules,
+)
 from megatron_r1.weights.layout import layout_of
 
 ATTENTION = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "vocab_size": 7}
@@ -117,3 +123,18 @@ def test_an_unknown_target_is_refused_with_those_there_are(target, message):
     with pytest.raises(UserError, match=r"model\.lora\.targets: ") as refusal:
         adapter_table(QWEN, LoraConfig(targets=["q_proj", target]))
     assert message in str(refusal.value) and "mlp.down_proj" in str(refusal.value)
+
+
+def test_a_pipeline_rank_without_adapters_is_refused():
+    config = Config.model_validate(
+        {
+            "model": {"lora": {"targets": ["experts.up_proj"]}, "mtp": "none"},
+            "parallel": {"pipeline": 2, "processes": 2},
+        }
+    )
+    with pytest.raises(UserError, match="pipeline rank 0 has no layer with an adapter"):
+        check_adapters(config, DEEPSEEK)  # layer 0 is dense
+    every = config.model_copy(
+        update={"model": config.model.model_copy(update={"lora": LoraConfig()})}
+    )
+    check_adapters(every, DEEPSEEK)
