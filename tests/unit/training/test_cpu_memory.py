@@ -66,6 +66,9 @@ def test_activations_are_the_plan_s_and_what_local_layers_keep_beside_them(tmp_p
     planned = 30 * layer_activations(job, False, tokens=1).everything
     assert planned < activation_bytes(DENSE, 4) < 1.5 * planned
     assert activation_bytes(DENSE, 2) == activation_bytes(DENSE, 4) // 2
+    again = cpu_memory(recipe(tmp_path, parallel={"recompute": "full"}), 1, samples=False)
+    inputs = 30 * layer_activations(job, False, tokens=1).input
+    assert again.per_token == inputs + activation_bytes(DENSE, 4) // 30
     # Measured: 15.4 GB in all with one micro-batch of 8,064 tokens, where the kernel ended it.
     assert cpu_memory(config, 1, samples=False).weights + 8064 * activation_bytes(
         DENSE, 4

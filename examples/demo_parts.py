@@ -1,0 +1,57 @@
+"""What the demos share: each part runs as a command of its own, and a table compares the first
+held-out evaluation with the last."""
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+
+def announce(text: str) -> None:
+    print(f"\n\033[1m{text}\033[0m" if sys.stdout.isatty() else f"\n{text}", flush=True)
+
+
+def megatron_r1(verb: str, recipe: Path, folder: Path, seed: str, *settings: str) -> None:
+    common = ["--run.folder", str(folder), "--run.seed", seed]
+    python("megatron_r1", verb, str(recipe), *common, *settings)
+
+
+def python(module: str, *arguments: str) -> None:
+    """Run a module; if it fails, end the demo with its exit status: it has printed the reason."""
+    # Ctrl-C also reaches the module, which finishes its present step: wait for it.
+    before = signal.signal(signal.SIGINT, lambda *_: None)
+    status = subprocess.Popen([sys.executable, "-m", module, *arguments]).wait()
+    signal.signal(signal.SIGINT, before)
+    if status:
+        sys.exit(status)
+
+
+def show_result(run: Path, before: str, seconds: float, *, intervals: bool = False) -> None:
+    """Print the first and the last held-out evaluation of an RL run, and where its files are.
+
+    before: what the policy was called at first. intervals: print 95% intervals too."""
+    evaluations = [json.loads(line) for line in (run / "evaluations.jsonl").open()]
+    votes = next(key for key in evaluations[0] if key.startswith("eval/cons@"))
+    announce(f"done in {seconds / 60:.1f} minutes")
+    width = 23 if intervals else 9
+    print(f"{'held-out questions':30}{before:>{width}}{'after RL':>{width}}")
+    for name, key in (
+        ("accuracy, one answer (pass@1)", "eval/pass@1"),
+        (f"accuracy, majority ({votes[5:]})", votes),
+    ):
+        cells = (_share(e, key, intervals) for e in (evaluations[0], evaluations[-1]))
+        print(f"{name:30}" + "".join(f"{cell:>{width}}" for cell in cells))
+    lengths = (f"{e['eval/response_length']:.1f}" for e in (evaluations[0], evaluations[-1]))
+    print(f"{'response length, tokens':30}" + "".join(f"{each:>{width}}" for each in lengths))
+    print(f"\nreport:  {run / 'report.html'}      curves: tensorboard --logdir {run}")
+    print(f"model:   {run / 'hf'}      (loads in transformers and vLLM)")
+    print(f"resumes: {run / 'checkpoints'} (Megatron's own, of any parallel layout)")
+
+
+def _share(evaluation: dict[str, float], key: str, interval: bool) -> str:
+    text = f"{evaluation[key]:.1%}"
+    name = key.replace("eval/", "interval/", 1)
+    if interval:
+        text += f" ({evaluation[f'{name}/low']:.1%}-{evaluation[f'{name}/high']:.1%})"
+    return text

@@ -1,0 +1,56 @@
+"""Sums of two numbers of two digits: questions to learn from, others to evaluate, worked examples.
+
+python -m examples.smollm2.questions build/smollm2/questions"""
+
+import itertools
+import random
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from megatron_r1.data.text import PromptText
+from megatron_r1.evaluation.benchmarks.base import Benchmark, Options, Question, Rows
+from megatron_r1.files.jsonl import write_lines
+
+NUM_TRAIN, NUM_HELDOUT, NUM_EXAMPLES = 2000, 200, 256
+MISTAKES = (0, 0, 0, 1, -1, 10)
+
+Pairs = list[tuple[int, int]]
+
+
+def write(folder: str) -> None:
+    """Write train.jsonl and heldout.jsonl, the same every time."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    for name, pairs in zip(("train", "heldout"), _split(), strict=True):
+        rows = [{"question": f"{a} + {b}", "truth": str(a + b)} for a, b in pairs]
+        write_lines(Path(folder) / f"{name}.jsonl", rows)
+
+
+def write_examples(folder: str, model: str) -> None:
+    """Write examples.jsonl: training questions in the chat template of `model`, answered as
+    rl.yaml's template shows. Half of the results are wrong: the form is learned, not addition."""
+    draw, text = random.Random(1), PromptText(model, "chat")
+    rows = []
+    for a, b in _split()[0][:NUM_EXAMPLES]:
+        result = a + b + draw.choice(MISTAKES)
+        rows.append({"prompt": text.render(f"{a} + {b}"), "response": f"{a} + {b} = {result}"})
+    write_lines(Path(folder) / "examples.jsonl", rows)
+
+
+def _split() -> tuple[Pairs, Pairs]:
+    """Return the pairs to train on, and the held-out ones."""
+    every = list(itertools.product(range(10, 100), repeat=2))
+    chosen = random.Random(0).sample(every, NUM_TRAIN + NUM_HELDOUT)
+    return chosen[:NUM_TRAIN], chosen[NUM_TRAIN:]
+
+
+def _questions(rows: Rows, options: Options) -> Iterator[Question]:
+    for _, row in rows:
+        yield Question("", row["question"], "math", row["truth"])
+
+
+SUMS = Benchmark(_questions)
+"""For `eval`, of a file that `write` made."""
+
+if __name__ == "__main__":
+    write(sys.argv[1])

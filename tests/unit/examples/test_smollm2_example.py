@@ -1,0 +1,72 @@
+"""The questions of the pretrained model's demo, its chain of stages, and the demos' table."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from examples import demo_parts
+from examples.smollm2 import questions
+from megatron_r1 import cli
+
+ROOT = Path(__file__).parents[3]
+
+
+def rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.open()]
+
+
+def test_held_out_sums_are_not_trained_on_and_every_truth_is_the_sum(tmp_path):
+    questions.write(str(tmp_path))
+    train, heldout = (rows(tmp_path / f"{name}.jsonl") for name in ("train", "heldout"))
+    asked = [row["question"] for row in train + heldout]
+    assert (len(train), len(heldout), len(set(asked))) == (2000, 200, 2200)
+    for row in train + heldout:
+        a, b = row["question"].split(" + ")
+        assert int(row["truth"]) == int(a) + int(b)
+
+
+def test_worked_examples_are_training_questions_and_half_of_them_wrong(tmp_path, monkeypatch):
+    class Text:
+        def __init__(self, model, template):
+            assert (model, template) == ("folder", "chat")
+
+        render = staticmethod(lambda question: f"<{question}>")
+
+    monkeypatch.setattr(questions, "PromptText", Text)
+    questions.write(str(tmp_path))
+    questions.write_examples(str(tmp_path), "folder")
+    train = {row["question"]: row["truth"] for row in rows(tmp_path / "train.jsonl")}
+    examples = rows(tmp_path / "examples.jsonl")
+    for row in examples:
+        question = row["prompt"][1:-1]
+        assert row["response"].startswith(f"{question} = ") and question in train
+    right = [row["response"].endswith(f" = {train[row['prompt'][1:-1]]}") for row in examples]
+    assert sum(right) / len(right) == pytest.approx(0.5, abs=0.1)
+
+
+def test_every_stage_of_the_chain_is_what_its_verb_reads(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    folder = ["--pipeline.folder", str(tmp_path / "run"), "--pipeline.dry"]
+    assert cli.main(["pipeline", "examples/smollm2/chain.yaml", *folder]) == 0
+    shown = capsys.readouterr().out
+    assert "# student, after answers" in shown and "# rl, after sft, questions" in shown
+
+
+def test_the_table_has_the_first_and_the_last_evaluation_with_intervals(tmp_path, capsys):
+    def evaluation(value: float) -> dict[str, float]:
+        found = {"eval/response_length": 9.04}
+        for name, mean in (("pass@1", value), ("cons@8", value + 0.1)):
+            ends = {f"interval/{name}/low": mean - 0.05, f"interval/{name}/high": mean + 0.05}
+            found |= {f"eval/{name}": mean, **ends}
+        return found
+
+    lines = [json.dumps(evaluation(value)) for value in (0.3, 0.5, 0.7)]
+    (tmp_path / "evaluations.jsonl").write_text("\n".join(lines))
+    demo_parts.show_result(tmp_path, "before", 90.0, intervals=True)
+    table = capsys.readouterr().out
+    assert "done in 1.5 minutes" in table and "50.0%" not in table
+    assert "30.0% (25.0%-35.0%)    70.0% (65.0%-75.0%)" in table
+    assert "40.0% (35.0%-45.0%)    80.0% (75.0%-85.0%)" in table and "9.0" in table
+    demo_parts.show_result(tmp_path, "base", 90.0)
+    assert "30.0%    70.0%" in capsys.readouterr().out
