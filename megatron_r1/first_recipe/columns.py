@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_r1.errors import UserError, did_you_mean
-from megatron_r1.rewards import resolve
+from megatron_r1.rewards import WITHOUT_TRUTH, resolve
 from megatron_r1.rewards.base import shorten
 from megatron_r1.rewards.code.problem import parse_problem
 
@@ -50,26 +50,25 @@ def guess_columns(
             near = did_you_mean(given, flat[0], "{}")
             raise UserError(f"--{name} {given}: {source} has no such column{near}{_listed(flat)}")
     if question is None:
-        question, reasons["question"] = _find("question", QUESTION_NAMES, flat, _is_question, truth)
+        question, reasons["question"] = _find(QUESTION_NAMES, flat, _is_question, truth)
     if question is None:
         raise UserError(
             f"{source}: no column looks like the question; name it: --question COLUMN"
             f"{_listed(flat)}"
         )
-    if kind is None and (found := _kind_of_rows(flat)) is not None:
-        reasons["kind"] = found
-        return Columns(question, truth or _usual("truth", flat), None, reasons)
-    if truth is None:
-        truth, reasons["truth"] = _find("truth", TRUTH_NAMES, flat, _is_truth, question)
-    if truth is None:
+    kinds = _kinds_of_rows(flat) if kind is None else set()
+    needs_truth = not kinds or not kinds.issubset(WITHOUT_TRUTH)
+    if truth is None and needs_truth:
+        truth, reasons["truth"] = _find(TRUTH_NAMES, flat, _is_truth, question)
+    if truth is None and needs_truth:
         raise UserError(
             f"{source}: no column looks like the answer to {question!r}; name it: --truth COLUMN"
             f"{_listed(flat)}"
         )
-    if kind is None:
-        kind, reasons["kind"] = _guess_kind(truth, flat)
-    else:
+    if kind is not None:
         resolve(kind)
+    elif not kinds and truth is not None:
+        kind, reasons["kind"] = _guess_kind(truth, flat)
     return Columns(question, truth, kind, reasons)
 
 
@@ -85,7 +84,6 @@ def _flat(row: Row) -> dict[str, Any]:
 
 
 def _find(
-    what: str,
     names: Sequence[str],
     rows: Sequence[Row],
     fits: Callable[[Any], bool],
@@ -106,15 +104,11 @@ def _find(
         for column in fitting:
             if usual in re.split("[_.]", _plain(column)):
                 return column, f"its name has {usual!r} in it"
-    if other is None and what == "question" and len(fitting) == 2:
+    if other is None and len(fitting) == 2:
         return max(fitting, key=lambda name: _length(name, rows)), "the longer of two columns"
     if len(fitting) == 1:
         return fitting[0], "the only column left that could be it"
     return None, ""
-
-
-def _usual(what: str, rows: Sequence[Row]) -> str | None:
-    return what if what in rows[0] else None
 
 
 def _is_question(value: Any) -> bool:
@@ -141,15 +135,13 @@ def _counts(name: str, rows: Sequence[Row]) -> bool:
     return all(str(row.get(name)) == str(int(start) + at) for at, row in enumerate(rows))
 
 
-def _kind_of_rows(rows: Sequence[Row]) -> str | None:
-    """Return why the rows name their rewards themselves, or None where they do not."""
-    if not all(isinstance(row.get("kind"), str) for row in rows):
-        return None
+def _kinds_of_rows(rows: Sequence[Row]) -> set[str]:
+    """Return the rewards that the rows' own column `kind` names; empty where it names none."""
+    kinds = {row["kind"] for row in rows if isinstance(row.get("kind"), str)}
     try:
-        kinds = sorted({resolve(row["kind"]) and row["kind"] for row in rows})
+        return {kind for kind in kinds if resolve(kind)}
     except UserError:
-        return None
-    return f"the column kind names a reward in each row: {', '.join(kinds)}"
+        return set()
 
 
 def _guess_kind(truth: str, rows: Sequence[Row]) -> tuple[str, str]:

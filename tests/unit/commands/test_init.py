@@ -132,6 +132,8 @@ def test_what_is_missing_is_named(here, capsys, monkeypatch, arguments, message)
         ),
         ({"question": "1 + 1", "truth": "2", "kind": "math"}, "question", "truth", None),
         ({"question": "1 + 1", "truth": "2", "kind": "easy"}, "question", "truth", "math"),
+        ({"question": "1 + 1", "answer": "2", "kind": "math"}, "question", "answer", None),
+        ({"question": "1 + 1", "answer": "2", "kind": None}, "question", "answer", "math"),
         ({"question": "Be nice", "kind": "helpful"}, "question", None, None),
     ],
 )
