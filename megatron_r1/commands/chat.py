@@ -29,8 +29,9 @@ ARGUMENTS = ("RUN_OR_FOLDER",)
 OPTIONS = ("question",)
 SETTINGS = ("data.template", "rollout", "run.seed")
 
-RESPONSE_TOKENS = 512
-"""Limit of a response of a folder that no RL run made."""
+SEQUENCE_TOKENS, RESPONSE_TOKENS = 4096, 512
+"""Limits of prompt and response together, and of the response, for a folder that no RL run made: a
+KV cache on a CPU does not hold a sequence of 131,072 tokens, which some models allow."""
 PROMPT = "> "
 
 
@@ -61,9 +62,12 @@ def _settings(config: Config, model: Path) -> Config:
     if trained is not None and verb_of(trained) == "rl":
         rollout = trained.rollout.model_dump()
     else:
-        limit = min(RESPONSE_TOKENS, positions(model, ARGUMENTS[0]) // 2)
-        dtype = "float32" if gpu.device() == "cpu" else "bfloat16"
-        rollout = {"dtype": dtype, "max_response_tokens": limit}
+        most = min(SEQUENCE_TOKENS, positions(model, ARGUMENTS[0]))
+        rollout = {
+            "dtype": "float32" if gpu.device() == "cpu" else "bfloat16",
+            "max_model_len": most,
+            "max_response_tokens": min(RESPONSE_TOKENS, most // 2),
+        }
     data: dict[str, Any] = {"template": template}
     data |= config.data.model_dump(exclude_unset=True)
     given = config.rollout.model_dump(exclude_unset=True)
