@@ -2,6 +2,8 @@
 
 import io
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +13,8 @@ from megatron_r1.commands import chat, sample
 from megatron_r1.commands.trained_model import find_exported, recipe_of
 from megatron_r1.config.recipe import parse
 from megatron_r1.errors import UserError
+
+LAPTOP = Path(__file__).parents[3] / "examples/laptop/model"
 
 
 @pytest.fixture
@@ -37,6 +41,16 @@ def test_a_run_is_asked_as_it_sampled_on_one_engine(run_folder):
     assert not rollout.colocated
     other = chat._settings(parse({"data": {"template": "plain"}}), model)
     assert other.data.template == "plain"
+
+
+def test_a_folder_is_asked_within_what_a_cache_holds(tmp_path):
+    shutil.copytree(LAPTOP, tmp_path / "model")
+    config = tmp_path / "model/config.json"
+    settings = json.loads(config.read_text())
+    for positions, lengths in ((131_072, (4096, 512)), (256, (256, 128))):
+        config.write_text(json.dumps(settings | {"max_position_embeddings": positions}))
+        rollout = chat._settings(parse({}), tmp_path / "model").rollout
+        assert (rollout.max_model_len, rollout.max_response_tokens) == lengths
 
 
 def test_a_run_without_an_export_is_refused_with_the_command(run_folder, monkeypatch):
