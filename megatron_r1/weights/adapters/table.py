@@ -96,7 +96,14 @@ class _Chosen:
         self, sources: tuple[Source, ...], rank: int, ranks: int
     ) -> tuple[Shape, list[Piece]]:
         shape, pieces = self.split(sources, rank, ranks)
-        return shape, [piece for piece in pieces if piece.hf_name in self.names]
+        chosen = [piece for piece in pieces if piece.hf_name in self.names]
+        if not chosen:  # with more ranks than key and value heads
+            whole = ", ".join(source.name.removesuffix(B) for source in sources)
+            raise UserError(
+                f"model.lora.targets: tensor rank {rank} of parallel.tensor={ranks} has no row of "
+                f"the chosen layers among {whole}; choose all of them, or fewer tensor ranks"
+            )
+        return shape, chosen
 
 
 def _adapter(rule: Rule, lora: LoraConfig) -> Iterator[Rule]:

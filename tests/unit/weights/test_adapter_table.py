@@ -138,3 +138,10 @@ def test_a_pipeline_rank_without_adapters_is_refused():
         update={"model": config.model.model_copy(update={"lora": LoraConfig()})}
     )
     check_adapters(every, DEEPSEEK)
+
+
+def test_a_tensor_rank_without_a_row_of_the_targets_is_refused():
+    rules = adapter_table(QWEN, LoraConfig(targets=["q_proj"]))
+    layout_of(rules, Shard(layers=(0,), tp=(1, 2)))
+    with pytest.raises(UserError, match=r"tensor rank 1 of parallel.tensor=4 .*k_proj"):
+        layout_of(rules, Shard(layers=(0,), tp=(1, 4)))  # a group's key and value
