@@ -274,13 +274,9 @@ class Gateway:
 
     async def _models(self, form: Form, session: Session, http: web.Request) -> web.StreamResponse:
         model = {"id": self._model, "object": "model", "created": 0, "owned_by": "megatron-r1"}
-        # `type` and the next two are Anthropic's; max_model_len is vLLM's.
-        model |= {
-            "type": "model",
-            "display_name": self._model,
-            "created_at": "1970-01-01T00:00:00Z",
-        }
-        model |= {"max_model_len": session.sampling.max_context}
+        model |= {"max_model_len": session.sampling.max_context}  # as vLLM
+        date = "1970-01-01T00:00:00Z"
+        model |= {"type": "model", "display_name": self._model, "created_at": date}  # Anthropic
         return _json({"object": "list", "data": [model], "has_more": False})
 
     async def _unknown(self, form: Form, session: Session, http: web.Request) -> web.StreamResponse:
@@ -324,4 +320,4 @@ def _json(value: Mapping[str, Any], status: int = 200) -> web.Response:
 
 def _digest(secret: str) -> bytes:
     """Return what a session is found by: a look-up of the secret itself could be timed."""
-    return hashlib.sha256(secret.encode()).digest()
+    return hashlib.sha256(secret.encode("utf-8", "surrogateescape")).digest()

@@ -35,7 +35,7 @@ def read(body: Body) -> TurnRequest:
     model = body.take("model", str, "")
     body.ignore("request_id", "cache_salt", "priority", "return_token_ids")
     token_ids = body.take("token_ids", list)
-    if not token_ids or not all(type(token) is int and token >= 0 for token in token_ids):
+    if not token_ids or not all(type(t) is int and 0 <= t < 2**31 for t in token_ids):
         raise Refused("must be a list of at least one token id", "token_ids")
     body.take_one_of("stream", (False,), False)
     body.take_one_of("output_mode", ("tokens",), "tokens")

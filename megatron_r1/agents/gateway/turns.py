@@ -10,6 +10,7 @@ from typing import Any
 from megatron_r1.agents.continuation import NextPrompt
 from megatron_r1.agents.parsing import Parses
 from megatron_r1.agents.tree import TokenTree
+from megatron_r1.engine.errors import EngineError
 from megatron_r1.engine.responses import Response
 
 Decode = Callable[[Sequence[int]], str]
@@ -58,6 +59,8 @@ class TurnSampler:
 
         stop: texts that end it. most_calls: tool calls kept of it."""
         response = await sampling.generate(prompt_ids, max_tokens)
+        if response.finish_reason not in ("stop", "length"):
+            raise EngineError(f"an engine ended a turn with {response.finish_reason!r}")
         response, text, stop_string = cut(response, len(prompt_ids), stop, self._decode)
         parsed = await self._parsers.parse(text, response.token_ids, prompt_ids, tools)
         message = parsed.message()

@@ -84,6 +84,7 @@ def test_only_the_secrets_of_open_sessions_are_served():
         (MESSAGES, {"mcp_servers": []}, "mcp_servers"),
         (TOKENS, {"token_ids": []}, "token_ids"),
         (TOKENS, {"token_ids": [True]}, "token_ids"),
+        (TOKENS, {"token_ids": [2**31]}, "token_ids"),
         (TOKENS, {"token_ids": [1], "sampling_params": {"n": 2}}, "sampling_params.n"),
         (TOKENS, {"token_ids": [1], "features": {"a": 1}}, "features"),
     ],
