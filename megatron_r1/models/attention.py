@@ -10,13 +10,20 @@ Shapes: s tokens, b sequences, t tokens of a packed batch on this rank, h query 
 heads (g divides h), d head size of queries and keys, e head size of values. Padded batches have
 Megatron's order (s, b, heads, size); packed ones have no b."""
 
+import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.utils import (
+    ensure_metadata_has_dp_cp_group,
+    is_layer_window_attention,
+    make_sharded_tensors_for_checkpoint,
+)
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 from megatron_r1.models.buckets import Buckets
+from megatron_r1.models.offset_attention import offset_attention
 from megatron_r1.models.ring_attention import ring_attention
 
 
@@ -26,6 +33,7 @@ class CoreAttention(MegatronModule):
     def __init__(
         self,
         config,
+        layer_number: int,
         *positional,
         softmax_scale: float | None = None,
         k_channels: int | None = None,
@@ -34,7 +42,15 @@ class CoreAttention(MegatronModule):
     ):
         super().__init__(config=config)
         self.softmax_scale = softmax_scale or (k_channels or config.kv_channels) ** -0.5
-        self.group = pg_collection.cp
+        self.group, self.tensor_group = pg_collection.cp, pg_collection.tp
+        windowed = is_layer_window_attention(
+            config.window_size, config.window_attn_skip_freq, layer_number
+        )
+        self.window: int | None = config.window_size[0] + 1 if windowed else None
+        self.softmax_offset: torch.nn.Parameter | None = None
+        if config.softmax_type == "learnable":
+            heads = config.num_attention_heads // self.tensor_group.size()
+            self.softmax_offset = torch.nn.Parameter(torch.zeros(heads, dtype=config.params_dtype))
 
     def forward(
         self,
@@ -56,29 +72,59 @@ class CoreAttention(MegatronModule):
         if packed_seq_params is None:
             assert self.group.size() == 1, "context parallelism works on packed batches"
             q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-            return _attend(q, k, v, self.softmax_scale).permute(2, 0, 1, 3).flatten(2)
+            out = _attend(q, k, v, self.softmax_scale, self.softmax_offset, self.window)
+            return out.permute(2, 0, 1, 3).flatten(2)
         borders = packed_seq_params.cu_seqlens_q.long()
         if self.group.size() > 1:
             parts = query, key, value, borders
             return ring_attention(*parts, self.softmax_scale, self.group).flatten(1)
-        return attend_packed(query, key, value, borders.diff(), self.softmax_scale).flatten(1)
+        settings = self.softmax_scale, self.softmax_offset, self.window
+        return attend_packed(query, key, value, borders.diff(), *settings).flatten(1)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> dict:
+        """Return the softmax offsets for a checkpoint, as Megatron's DotProductAttention does."""
+        return make_sharded_tensors_for_checkpoint(
+            self.state_dict(prefix="", keep_vars=True),
+            prefix,
+            {"softmax_offset": 0},
+            sharded_offsets,
+            tp_group=self.tensor_group,
+            dp_cp_group=ensure_metadata_has_dp_cp_group(metadata)["dp_cp_group"],
+        )
 
 
 def attend_packed(
-    query: Tensor, key: Tensor, value: Tensor, lengths: Tensor, scale: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lengths: Tensor,
+    scale: float,
+    offset: Tensor | None = None,
+    window: int | None = None,
 ) -> Tensor:
     """Attend causally within each sequence of a packed batch.
 
     query (t, h, d), key (t, g, d), value (t, g, e) -> (t, h, e). lengths: int64, tokens per
-    sequence, summing to t."""
+    sequence, summing to t. offset, window: as in `models.offset_attention`."""
     buckets = Buckets(lengths)
     queries, keys, values = (buckets.spread(x) for x in (query, key, value))
     batches = zip(queries, keys, values, strict=True)
-    return buckets.collect([_attend(q, k, v, scale) for q, k, v in batches])
+    return buckets.collect([_attend(q, k, v, scale, offset, window) for q, k, v in batches])
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    offset: Tensor | None,
+    window: int | None,
+) -> Tensor:
     """Attend causally: query (b, h, s, d), key (b, g, s, d), value (b, g, s, e) -> (b, h, s, e)."""
+    if offset is not None or window is not None:
+        return offset_attention(query, key, value, scale, offset, window)
     size, value_size = key.shape[3], value.shape[3]
     if size != value_size:
         # Flash attention wants one size. Zeros change no product, and their outputs are cut off.

@@ -24,12 +24,23 @@ KEY_VALUE_HEADS = "num_key_value_heads"
 
 def attention_fields(hf: dict) -> dict[str, Any]:
     """Return Megatron's fields of the attention; UserError if it is not supported."""
-    layers = hf.get("layer_types")
-    if layers is not None and set(layers) != {"full_attention"}:
+    family, layers = model_family(hf), hf.get("layer_types")
+    kinds = ("sliding_attention", "full_attention")
+    every = [kinds[not family.windows or index % 2] for index in range(hf["num_hidden_layers"])]
+    if layers is not None and layers != every:
+        known = " and ".join(repr(kind) for kind in dict.fromkeys(every))
         raise UserError(
-            f"config.json: layer_types={layers} is not supported, only 'full_attention' is"
+            f"config.json: layer_types={layers} is not supported for {hf['architectures'][0]}, "
+            f"only {known} in turn"
         )
-    return _latent(hf) if model_family(hf).latent else _grouped_query(hf)
+    fields = _latent(hf) if family.latent else _grouped_query(hf)
+    if family.sinks:
+        fields["softmax_type"] = "learnable"
+    if family.windows:
+        # Megatron counts the keys before a query's own.
+        fields["window_size"] = (hf["sliding_window"] - 1, 0)
+        fields["window_attn_skip_freq"] = [int(kind == kinds[0]) for kind in every]
+    return fields
 
 
 def model_arguments(hf: dict) -> dict[str, Any]:
@@ -54,6 +65,17 @@ def rope_scaling(hf: dict) -> dict[str, Any] | None:
         return None
     need(rope, *_ROPE_KEYS["llama3"])
     return {name: rope[name] for name in _ROPE_KEYS["llama3"]}
+
+
+def yarn_scaling(hf: dict) -> dict[str, Any] | None:
+    """Return the arguments of `rotary.set_yarn`, or None without YaRN; latent attention has it in
+    Megatron's own fields."""
+    if model_family(hf).latent or (rope := _rope(hf))["rope_type"] != "yarn":
+        return None
+    need(rope, "factor", "original_max_position_embeddings", "beta_fast", "beta_slow")
+    require(rope, attention_factor=None, mscale=None, mscale_all_dim=None)
+    names = ("factor", "rope_theta", "original_max_position_embeddings", "beta_fast", "beta_slow")
+    return {n: rope[n] for n in names} | {"truncate": bool(rope.get("truncate", True))}
 
 
 def has_qkv_bias(hf: dict) -> bool:

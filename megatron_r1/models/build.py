@@ -9,16 +9,17 @@ from megatron.core.pipeline_parallel.utils import (
     is_vp_last_stage,
 )
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import unwrap_model
 
 from megatron_r1.models.acceleration import allow_fused_gradients
-from megatron_r1.models.attention_fields import model_arguments, rope_scaling
+from megatron_r1.models.attention_fields import model_arguments, rope_scaling, yarn_scaling
 from megatron_r1.models.hf_config import has_score_head
 from megatron_r1.models.layers import block_specs
 from megatron_r1.models.policy_model import PolicyModel
-from megatron_r1.models.rotary import patch_rotary_embedding
+from megatron_r1.models.rotary import patch_rotary_embedding, set_yarn
 from megatron_r1.models.routing import patch_routing
 from megatron_r1.models.score_model import ScoreModel
 
@@ -64,12 +65,15 @@ def build_model(
     )
     built.unpadded_vocab_size = hf["vocab_size"]
     _mark_experts(built)
+    _mark_sinks(built)
     if config.multi_latent_attention:
         _set_latent_epsilon(built)
     scaling = rope_scaling(hf)
     if scaling:
         rotary = built.rotary_pos_emb
         rotary.inv_freq = rotary._apply_scaling(rotary.inv_freq, **scaling)
+    if yarn := yarn_scaling(hf):
+        set_yarn(built, **yarn)
     return built
 
 
@@ -92,6 +96,17 @@ def _mark_experts(model: PolicyModel | ScoreModel) -> None:
         for name, parameter in model.named_parameters():
             if ".mlp.experts." in name:
                 parameter.allreduce = False
+                # Megatron marks the bias of an expert's second layer, whose gradient would be
+                # summed over the tensor group once more.
+                parameter.sequence_parallel = False
+
+
+def _mark_sinks(model: PolicyModel | ScoreModel) -> None:
+    """Mark the softmax offsets as split over the tensor group, which Megatron's attention does not:
+    the gradient's norm would count those of the first rank only."""
+    for name, parameter in model.named_parameters():
+        if name.endswith(".softmax_offset"):
+            set_tensor_model_parallel_attributes(parameter, True, 0, 1)
 
 
 def _set_latent_epsilon(model: PolicyModel | ScoreModel) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from megatron.core.activations import quick_gelu
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 from megatron_r1 import platform
@@ -36,6 +37,11 @@ def transformer_config(hf: dict, config: Config) -> TransformerConfig:
     fields |= _recompute_fields(parallel, fields)
     fields |= fp8.megatron_fields(config.fp8)
     fields |= acceleration_fields(config, has_experts)
+    if fields.get("softmax_type") and config.model.attention_backend == "flash":
+        raise UserError(
+            "model.attention_backend: flash has no learned softmax offsets, which "
+            f"{hf['architectures'][0]} needs; use fused (cuDNN 9.18 or later) or auto"
+        )
     if has_experts:
         fields["moe_router_bias_update_rate"] = config.model.expert_bias_update_rate
         fields["moe_grouped_gemm"] = transformer_engine
@@ -50,7 +56,8 @@ def transformer_config(hf: dict, config: Config) -> TransformerConfig:
 
 
 def _shared_fields(hf: dict, dtype: torch.dtype, transformer_engine: bool) -> dict[str, Any]:
-    """Return the fields that all architectures have alike."""
+    """Return the fields that need torch, and those that all architectures have alike."""
+    family = model_family(hf)
     return {
         "num_layers": hf["num_hidden_layers"],
         "hidden_size": hf["hidden_size"],
@@ -59,9 +66,9 @@ def _shared_fields(hf: dict, dtype: torch.dtype, transformer_engine: bool) -> di
         "layernorm_epsilon": hf["rms_norm_eps"],
         "init_method_std": hf.get("initializer_range", 0.02),
         "normalization": "RMSNorm",
-        "activation_func": torch.nn.functional.silu,
+        "activation_func": quick_gelu if family.open_swiglu else torch.nn.functional.silu,
         "gated_linear_unit": True,
-        "add_bias_linear": False,
+        "add_bias_linear": family.biases,
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
         "params_dtype": dtype,

@@ -3,11 +3,14 @@
 from typing import Any
 
 from megatron_r1.errors import UserError
+from megatron_r1.models.families import SWIGLU_LIMIT
 from megatron_r1.models.hf_config import model_family, need, sparse_layers
 
 GROUP_SCORES = {"sigmoid": 2, "softmax": 1}
 """Of how many experts, its best, the scores are summed to the score of a group: two in DeepSeek-V3
 (and its descendants), one in DeepSeek-V2."""
+
+OPEN_SWIGLU = {"glu_linear_offset": 1.0, "activation_func_clamp_value": SWIGLU_LIMIT}
 
 
 def expert_fields(hf: dict) -> dict[str, Any]:
@@ -33,6 +36,7 @@ def expert_fields(hf: dict) -> dict[str, Any]:
         "moe_router_dtype": "fp32",
         "moe_router_load_balancing_type": "none",
         "moe_aux_loss_coeff": 0.0,
+        **(OPEN_SWIGLU if model_family(hf).open_swiglu else {}),
         **_groups(hf, GROUP_SCORES[function]),
     }
 

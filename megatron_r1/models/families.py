@@ -16,7 +16,13 @@ class Family:
     latent: multi-head latent attention (DeepSeek-V2) instead of grouped-query attention. qkv_bias:
     biases on query, key and value. qk_norm: RMS norms of each head's query and key. rope: supported
     values of rope_type. rotary: part of a head that is rotated, unless `config.json` has another.
+    theta: base of the rotary angles, unless `config.json` has another. sinks: each head has a
+    learned logit for no key in its softmax (`models.offset_attention`). windows: every other layer,
+    from the first, sees the last `sliding_window` tokens only.
     experts: the routers' score function, with sigmoid also a correction bias; None: no experts.
+    expert_size: the key of an expert's inner features. open_swiglu: experts compute
+    clamp(gate) sigmoid(1.702 gate) (clamp(up) + 1). biases: of the output projection, router and
+    experts. stacked: a tensor of the checkpoint has all experts of a layer (`weights.stacked`).
     normalizes: whether a token's expert weights sum to 1, unless `norm_topk_prob` is given.
     layer_types: whether transformers reads mlp_layer_types instead of first_k_dense_replace.
     needs: keys that must be given, because transformers has a default of its own. fixed: keys that
@@ -28,7 +34,14 @@ class Family:
     qk_norm: bool | str = False
     rope: tuple[str, ...] = ("default",)
     rotary: float = 1.0
+    theta: float = 10_000.0
+    sinks: bool = False
+    windows: bool = False
     experts: Literal["sigmoid", "softmax"] | None = None
+    expert_size: str = "moe_intermediate_size"
+    open_swiglu: bool = False
+    biases: bool = False
+    stacked: bool = False
     normalizes: bool = False
     layer_types: bool = False
     needs: tuple[str, ...] = ()
@@ -36,6 +49,9 @@ class Family:
     inert: tuple[str, ...] = ()
     score_head: bool = True
 
+
+SWIGLU_LIMIT = 7.0
+"""To which gate and up are clamped where `open_swiglu` is set."""
 
 _NO_MTP = {"num_nextn_predict_layers": 0}
 _LLAMA = {**_NO_MTP, "attention_bias": False}
@@ -114,6 +130,28 @@ FAMILIES = {
         needs=_SIGMOID_NEEDS,
         fixed=_LATENT | _SIGMOID,
         score_head=False,
+    ),
+    "GptOss": Family(
+        qkv_bias=True,
+        rope=("yarn",),
+        theta=150_000.0,
+        sinks=True,
+        windows=True,
+        experts="softmax",
+        expert_size="intermediate_size",
+        open_swiglu=True,
+        biases=True,
+        stacked=True,
+        normalizes=True,
+        needs=("num_key_value_heads", "head_dim", "sliding_window"),
+        # vLLM has these values in its classes.
+        fixed={
+            **{"attention_bias": True, "swiglu_alpha": 1.702, "swiglu_limit": SWIGLU_LIMIT},
+            **{**_NO_MTP, "tie_word_embeddings": False, "norm_topk_prob": True},
+            **{"n_group": 1, "topk_group": 1, "n_shared_experts": 0},
+            **{"first_k_dense_replace": 0, "routed_scaling_factor": 1.0},
+        },
+        inert=("initial_context_length",),
     ),
 }
 """HF architecture, without ForCausalLM or ForSequenceClassification -> its entry."""

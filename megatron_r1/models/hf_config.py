@@ -29,7 +29,10 @@ _ALIASES = {
     "num_mtp_layers": "num_nextn_predict_layers",
     "num_local_experts": "n_routed_experts",
     "num_experts": "n_routed_experts",
+    "experts_per_token": "num_experts_per_tok",
 }
+EXPERT_SIZE = "moe_intermediate_size"
+"""The key of an expert's inner features here, whatever the family's own key is."""
 
 
 def load_config(path: str | Path, key: str = "model.path") -> dict:
@@ -86,15 +89,21 @@ def resolve_aliases(hf: dict) -> dict:
             raise UserError(
                 f"config.json: {alias}={value!r} and {name}={hf[name]!r} mean the same; leave one"
             )
+    for known in (ARCHITECTURES[n] for n in hf.get("architectures") or [] if n in ARCHITECTURES):
+        if FAMILIES[known].experts and (size := hf.get(FAMILIES[known].expert_size)):
+            hf.setdefault(EXPERT_SIZE, size)
     return hf
 
 
 def published_names(hf: dict) -> dict:
     """Return `hf` with the names that transformers' and vLLM's classes of its architecture read."""
-    name = "n_routed_experts"
-    if name not in hf or model_family(hf).experts != "softmax" or model_family(hf).latent:
+    name, family = "n_routed_experts", model_family(hf)
+    if name not in hf or family.experts != "softmax" or family.latent:
         return hf
-    return {("num_experts" if key == name else key): value for key, value in hf.items()}
+    hf = {("num_experts" if key == name else key): value for key, value in hf.items()}
+    if family.expert_size != EXPERT_SIZE:
+        hf[family.expert_size] = hf.pop(EXPERT_SIZE)
+    return hf
 
 
 def has_score_head(hf: dict) -> bool:
@@ -181,7 +190,7 @@ def rope_parameters(hf: dict) -> dict:
             )
     kind = rope.pop("type", None)
     rope["rope_type"] = rope.get("rope_type") or kind or "default"
-    rope.setdefault("rope_theta", 10_000.0)
+    rope.setdefault("rope_theta", model_family(hf).theta)
     return rope
 
 

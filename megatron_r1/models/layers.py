@@ -109,6 +109,17 @@ class LatentAttention(MLASelfAttention):
             )
 
 
+class ExpertOutput(tensor_parallel.RowParallelLinear):
+    """An expert's second layer, whose output may be changed in place.
+
+    With one rank along every axis Megatron's passes it through a reduction that returns its
+    argument, to which autograd allows no bias to be added (mlp.py:247, Megatron-Core 0.16.1)."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.explicit_expert_comm = True
+
+
 class PackedMTPLayer(MultiTokenPredictionLayer):
     """An MTP layer that can be recomputed as a whole on packed batches.
 
@@ -173,4 +184,5 @@ def _local_layer(spec: ModuleSpec) -> ModuleSpec:
         # Megatron's map names this norm as if it were fused with a dense MLP, which experts have
         # not: Transformer Engine's layers save it under its own name.
         layer.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)
+        layer.mlp.submodules.experts.submodules.linear_fc2 = ExpertOutput
     return spec

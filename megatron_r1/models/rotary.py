@@ -5,7 +5,8 @@ Megatron slices them sample by sample, in Python, for queries and keys of every 
 of a small model's time besides its products, and on a GPU a synchronisation each time."""
 
 import torch
-from megatron.core.models.common.embeddings import rope_utils
+from megatron.core.models.common.embeddings import rope_utils, yarn_rotary_pos_embedding
+from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
@@ -34,6 +35,31 @@ def rotate_packed(
     positions = sample_positions(cu_seqlens, cp_group.rank(), cp_group.size())
     angles = freqs[positions]
     return rope_utils._apply_rotary_pos_emb_bshd(t[:, None], angles, *args, **kwargs)[:, 0]
+
+
+def set_yarn(
+    model: GPTModel,
+    *,
+    factor: float,
+    rope_theta: float,
+    original_max_position_embeddings: int,
+    beta_fast: float,
+    beta_slow: float,
+    truncate: bool,
+) -> None:
+    """Scale the angles and embeddings of a model by YaRN (arXiv 2309.00071), before its first use:
+    as transformers does, with whole dimensions as limits only if `truncate`."""
+    rotary = model.rotary_pos_emb
+    size = 2 * len(rotary.inv_freq)
+    low, high = yarn_rotary_pos_embedding._yarn_find_correction_range(
+        beta_fast, beta_slow, size, rope_theta, original_max_position_embeddings, truncate
+    )
+    scaled = yarn_rotary_pos_embedding._yarn_linear_ramp_mask(
+        low, high, size // 2, rotary.inv_freq.device
+    )
+    rotary.inv_freq = rotary.inv_freq * (1 - scaled) + rotary.inv_freq / factor * scaled
+    # Megatron's attention multiplies by 1 + ln(factor) / 10 where its configuration has this.
+    model.config.yarn_rotary_scaling_factor = factor
 
 
 def patch_rotary_embedding() -> None:

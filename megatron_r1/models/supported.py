@@ -12,6 +12,7 @@ from megatron_r1.models.attention_fields import (
     attention_fields,
     model_arguments,
     rope_scaling,
+    yarn_scaling,
 )
 from megatron_r1.models.config_keys import Recorded, refuse_unread
 from megatron_r1.models.expert_fields import expert_divisions, expert_fields
@@ -19,6 +20,12 @@ from megatron_r1.models.hf_config import model_family, need, num_mtp_layers, req
 
 if TYPE_CHECKING:
     from megatron_r1.config import ParallelConfig
+
+
+_REFUSED = {
+    "context": "the ring of ranks has neither windows nor learned softmax offsets",
+    "expert_tensor": "each of the ranks that share an expert would add its bias",
+}
 
 
 def check_supported(hf: dict) -> None:
@@ -40,7 +47,7 @@ def own_fields(hf: dict) -> dict[str, Any]:
         "mtp_num_layers": num_mtp_layers(hf) or None,
     }
     # For their errors, and so that what they read counts as read.
-    model_arguments(hf), rope_scaling(hf)
+    model_arguments(hf), rope_scaling(hf), yarn_scaling(hf)
     for key in ("tie_word_embeddings", *family.inert):
         hf.get(key)
     refuse_unread(hf)
@@ -53,6 +60,14 @@ def check_divisions(hf: dict, parallel: ParallelConfig, transformer_engine: bool
     for key in () if hf.get("n_routed_experts") else ("expert", "expert_tensor"):
         if (ranks := getattr(parallel, key)) > 1:
             raise UserError(f"parallel.{key}={ranks} needs a model with experts; use 1")
+    family = model_family(hf)
+    refused = {"context": family.sinks or family.windows, "expert_tensor": family.biases}
+    for key, is_refused in refused.items():
+        if is_refused and (ranks := getattr(parallel, key)) > 1:
+            raise UserError(
+                f"parallel.{key}={ranks} is not supported for {hf['architectures'][0]}"
+                f" ({_REFUSED[key]}); use 1"
+            )
     divisions = [
         *attention_divisions(hf, transformer_engine),
         ("intermediate_size", hf["intermediate_size"], "tensor"),

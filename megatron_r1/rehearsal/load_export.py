@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from megatron_r1.models.by_transformers import load_by_transformers
 from megatron_r1.models.hf_config import read_hf_config
-from megatron_r1.weights.layout import hf_tensors
+from megatron_r1.weights.stacked import published_tensors
 
 
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
@@ -25,7 +25,7 @@ def main(export: str, model: str, mtp: str) -> str:
     """Return what was found; SystemExit with the first mistake."""
     hf = read_hf_config(export, None)
     tensors, before = tensors_of(Path(export)), tensors_of(Path(model))
-    expected = hf_tensors(hf)
+    expected = published_tensors(hf)
     if missing := expected.keys() ^ tensors.keys():
         sys.exit(f"the export and its config.json differ in {sorted(missing)[:3]}")
     wrong = [

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from megatron_r1.data.templates import TEMPLATES
 from megatron_r1.models.hf_config import has_score_head, published_names
 from megatron_r1.weights.decoder import table
-from megatron_r1.weights.layout import hf_tensors
+from megatron_r1.weights.stacked import published_tensors
 
 VOCABULARY = 512
 SPECIAL = ("<bos>", "<eos>", "<pad>")
@@ -69,8 +69,9 @@ def shrink(hf: dict, num_layers: int, fp8: bool) -> dict:
             "topk_group": 1,
             "first_k_dense_replace": min(hf.get("first_k_dense_replace") or 0, 1),
         }
-        if types := hf.get("mlp_layer_types"):
-            small["mlp_layer_types"] = types[:num_layers]
+    for key in ("mlp_layer_types", "layer_types"):
+        if types := hf.get(key):
+            small[key] = types[:num_layers]
     return small
 
 
@@ -89,7 +90,7 @@ def write_folder(folder: Path, hf: dict, seed: int) -> None:
     generator = np.random.default_rng(seed)
     tensors = {
         name: _random(name, shape, generator)
-        for name, (shape, _) in hf_tensors(hf, with_mtp=not has_score_head(hf)).items()
+        for name, (shape, _) in published_tensors(hf, with_mtp=not has_score_head(hf)).items()
     }
     for copy, original in table(hf).copies.items():
         if copy in tensors:

@@ -17,6 +17,8 @@ from vllm.model_executor.model_loader.reload import layerwise, meta
 from vllm.model_executor.model_loader.reload.types import LayerReloadingInfo
 from vllm.model_executor.model_loader.reload.utils import get_layer_params_buffers
 
+from megatron_r1.vllm_plugin.stacked_experts import is_left_out, load_weights
+
 
 @dataclass(frozen=True)
 class Parameter:
@@ -89,7 +91,7 @@ def record(
             known = recorder.names()
             left = [(name, shape) for name, shape in tensors if name not in known]
             with recorder, torch.no_grad():
-                loader.load_weights(recorder.source(name, shape) for name, shape in left)
+                load_weights(loader, (recorder.source(name, shape) for name, shape in left))
     finally:
         for layer, info in zip(layers, infos, strict=True):
             to_kernel_form(layer, info)
@@ -176,7 +178,8 @@ class _Recorder(TorchDispatchMode):
 
     def check_whole(self) -> None:
         """Raise ValueError unless every parameter is loaded whole, except a vocabulary's padding,
-        the second of two tied ones, and the scales of attention, which are not weights."""
+        the second of two tied ones, the scales of attention, which are not weights, and biases that
+        another rank adds."""
         for parameter in self._parameters.values():
             copies = self.copies.get(parameter, [])
             loaded = sum(copy.num_elements for copy in copies)
@@ -185,6 +188,7 @@ class _Recorder(TorchDispatchMode):
                 parameter.name not in layer._parameters
                 or (layer, parameter.name) in self._tied
                 or is_deferred_attention_layer(layer)
+                or is_left_out(parameter.name, layer)
             ):
                 continue
             size = torch.Size(parameter.shape).numel()

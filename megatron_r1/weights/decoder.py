@@ -55,13 +55,21 @@ def _grouped_query(hf: dict) -> list[Rule]:
     m = "self_attention."
     qkv, split = f"{m}linear_qkv", QueryGroups(groups)
     norms = ("q", "k") if has_qk_norm(hf) else ()
+    family, sinks = model_family(hf), (Source("self_attn.sinks", (heads,)),)
     return [
         weight("input_layernorm", "input_layernorm", (hidden,), whole, f"{qkv}.layer_norm_weight"),
         Rule(f"{qkv}.weight", weights, split),
         *([Rule(f"{qkv}.bias", biases, split)] if has_qkv_bias(hf) else []),
         *(weight(f"{m}{x}_layernorm", f"self_attn.{x}_norm", (size,), whole) for x in norms),
         weight(f"{m}linear_proj", "self_attn.o_proj", (hidden, heads * size), rows),
+        *([_bias(f"{m}linear_proj", "self_attn.o_proj", hidden)] if family.biases else []),
+        *([Rule(f"{m}core_attention.softmax_offset", sinks, columns)] if family.sinks else []),
     ]
+
+
+def _bias(megatron: str, name: str, size: int, te: str | None = None) -> Rule:
+    """Return the rule of a bias that every rank holds whole; names as for `weight`."""
+    return Rule(f"{megatron}.bias", (Source(f"{name}.bias", (size,)),), whole, te)
 
 
 def _latent(hf: dict) -> list[Rule]:
@@ -105,13 +113,26 @@ def _experts(hf: dict) -> list[Rule]:
     bias = (Source("mlp.gate.e_score_correction_bias", (experts,)),)
     local, shared = "mlp.experts.local_experts.{e}", "mlp.shared_experts"
     grouped = ("mlp.experts.linear_fc1.weight{e}", "mlp.experts.linear_fc2.weight{e}")
-    has_bias, num_shared = model_family(hf).experts == "sigmoid", hf.get("n_shared_experts") or 0
+    family, num_shared = model_family(hf), hf.get("n_shared_experts") or 0
+    has_bias, router = family.experts == "sigmoid", "mlp.router" if family.stacked else "mlp.gate"
     return [
         weight("pre_mlp_layernorm", "post_attention_layernorm", (hidden,), whole),
-        weight("mlp.router", "mlp.gate", (experts, hidden), whole),
+        weight("mlp.router", router, (experts, hidden), whole),
         *([Rule("mlp.router.expert_bias", bias, whole, dtype="float32")] if has_bias else []),
         *gated(local, "mlp.experts.{e}", hidden, inner, grouped),
+        *(_expert_biases(hf, local, router) if family.biases else []),
         *(gated(shared, shared, hidden, inner * num_shared) if num_shared else []),
+    ]
+
+
+def _expert_biases(hf: dict, local: str, router: str) -> list[Rule]:
+    hidden, inner, name = hf["hidden_size"], hf["moe_intermediate_size"], "mlp.experts.{e}"
+    gate_up = tuple(Source(f"{name}.{part}_proj.bias", (inner,)) for part in ("gate", "up"))
+    te = ("mlp.experts.linear_fc1.bias{e}", "mlp.experts.linear_fc2.bias{e}")
+    return [
+        _bias("mlp.router", router, hf["n_routed_experts"]),
+        Rule(f"{local}.linear_fc1.bias", gate_up, columns, te[0]),
+        _bias(f"{local}.linear_fc2", f"{name}.down_proj", hidden, te[1]),
     ]
 
 

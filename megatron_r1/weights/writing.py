@@ -8,6 +8,7 @@ import os
 import shutil
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from megatron_r1.models.hf_config import has_score_head
 from megatron_r1.weights.decoder import table
 from megatron_r1.weights.local import has_mtp, local_pieces, merged
 from megatron_r1.weights.rules import Piece
+from megatron_r1.weights.stacked import StackedPart, stacked_part
 from megatron_r1.weights.stored import hf_folder
 from megatron_r1.weights.stored.safetensors_file import FilePlan, plan_file, stored_tensors
 
@@ -89,19 +91,21 @@ def write_files(
     copies = defaultdict(list)
     for copy, original in table(hf).copies.items():
         copies[original].append(copy)
-    write_pieces(local_pieces(model_chunks, hf), plans, copies, durable=durable)
+    held, part_of = local_pieces(model_chunks, hf), partial(stacked_part, hf)
+    write_pieces(held, plans, copies, part_of, durable=durable)
 
 
 def write_pieces(
     held: Iterable[tuple[torch.Tensor, Sequence[Piece], bool]],
     plans: Mapping[Path, FilePlan],
     copies: Mapping[str, Sequence[str]],
+    part_of: Callable[[str], StackedPart | None] = lambda name: None,
     *,
     durable: bool,
 ) -> None:
     """Write planned files of this rank's (parameter, pieces, owner); call on every rank.
 
-    copies: further names of a tensor."""
+    copies: further names of a tensor. part_of: its place in a tensor of all experts."""
     unfinished = {path: path.with_name(path.name + ".incomplete") for path in plans}
 
     def create() -> None:
@@ -118,7 +122,9 @@ def write_pieces(
     with torch.no_grad():
         for parameter, pieces, owner in held:
             for piece in pieces if owner else ():
-                names = (piece.hf_name, *copies.get(piece.hf_name, ()))
+                part = part_of(piece.hf_name)
+                stored = part.name if part else piece.hf_name
+                names = (stored, *copies.get(piece.hf_name, ()))
                 if not home.keys() & set(names):
                     continue
                 values = _values(parameter, piece)
@@ -134,6 +140,8 @@ def write_pieces(
                     at = plans[path].tensors[name]
                     target = views[path][at.offset : at.offset + at.num_bytes].view(at.dtype)
                     target = target.view(at.shape)
+                    if part:
+                        target = part.of(target[part.expert])
                     target.narrow(piece.dim, piece.hf_start, piece.length).copy_(values)
     if durable:
         for path in views:

@@ -9,14 +9,14 @@ from safetensors.torch import save_file
 
 def write_folder(folder: Path, hf: dict, dtype: torch.dtype) -> Path:
     """A Hugging Face folder of `hf` with random weights, -0 and infinity among them."""
-    from megatron_r1 import weights
     from megatron_r1.models.hf_config import resolve_aliases
+    from megatron_r1.weights.stacked import published_tensors
 
     folder.mkdir(parents=True)
     generator = torch.Generator().manual_seed(len(hf["architectures"][0]))
     tensors = {}
     known = {**resolve_aliases(hf), "dtype": "any", "torch_dtype": None}
-    for name, (shape, own) in weights.hf_tensors(known).items():
+    for name, (shape, own) in published_tensors(known).items():
         values = torch.randn(shape, generator=generator) * 0.1
         tensors[name] = values.to(dtype if own == "any" else getattr(torch, own))
     layer = f"model.layers.{hf['num_hidden_layers']}"

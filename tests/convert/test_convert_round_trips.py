@@ -4,8 +4,9 @@ import pytest
 import torch
 from fp8_folder import dequantise, publish
 from random_folder import write_folder
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from small_models import DEEPSEEK, FIRST, MODELS
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 # Blocks cut off on both sides, several blocks, and a matrix smaller than one.
 WIDE = {
@@ -120,3 +121,37 @@ def test_trained_weights_get_scales_of_their_own(convert, tmp_path):
     assert status == 0, output
     status, output = convert("verify", tmp_path / "fp8", out)
     assert status == 1 and output.startswith(name), output
+
+
+def test_mxfp4_becomes_the_bf16_weights_of_transformers(convert, tmp_path):
+    hf = {**MODELS["gpt-oss"], "hidden_size": 64, "intermediate_size": 96}
+    source = write_folder(tmp_path / "mxfp4", hf, torch.bfloat16)
+    expected = tensors_in(source)
+    draw = torch.Generator().manual_seed(0)
+    stored = {}
+    for name, tensor in expected.items():
+        if tensor.dim() < 3:
+            stored[name] = tensor
+            continue
+        experts, columns, rows = tensor.shape
+        scales = (experts, rows, columns // 32)
+        parts = [
+            torch.randint(0, 256, (*scales, 16), generator=draw).to(torch.uint8),
+            torch.randint(110, 130, scales, generator=draw).to(torch.uint8),
+        ]
+        stored |= zip((f"{name}_blocks", f"{name}_scales"), parts, strict=True)
+        expected[name] = convert_moe_packed_tensors(*parts, dtype=torch.bfloat16)
+    save_file(stored, source / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((source / "config.json").read_text())
+    published = config | {"quantization_config": {"quant_method": "mxfp4"}}
+    (source / "config.json").write_text(json.dumps(published))
+
+    status, output = convert("from-hf", source, tmp_path / "megatron")
+    assert status == 0, output
+    assert convert("verify", source, tmp_path / "megatron")[0] == 0
+    status, output = convert("to-hf", tmp_path / "megatron", tmp_path / "back", "--no-check")
+    assert status == 0, output
+    assert_same_bits(expected, tensors_in(tmp_path / "back"))
+    assert json.loads((tmp_path / "back" / "config.json").read_text()) == config
+    status, output = convert("to-hf", tmp_path / "megatron", tmp_path / "fp8", "--dtype", "fp8")
+    assert status == 2 and "GptOssForCausalLM has no FP8 layout" in output

@@ -11,7 +11,7 @@ import sys
 from functools import partial
 
 import torch.distributed as dist
-from grids import parallel_settings, sizes
+from grids import allows, parallel_settings, sizes
 from small_models import MODELS
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -112,8 +112,7 @@ def main() -> None:
     for grid in sys.argv[1:]:
         for name, hf in with_score_models().items():
             at = sizes(grid, with_mtp=bool(hf.get("num_nextn_predict_layers")))
-            dense = not hf.get("n_routed_experts")
-            if (dense and at["ep"] * at["etp"] > 1) or (at["layout"] and name.endswith("score")):
+            if not allows(hf, at) or (at["layout"] and name.endswith("score")):
                 continue
             world = math.prod(at[axis] for axis in ("tp", "pp", "cp", "dp")) * (
                 1 if at["tp"] > 1 else at["ep"] * at["etp"]

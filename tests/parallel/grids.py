@@ -60,6 +60,14 @@ def models_on(grid: str, num_ranks: int, chosen: str = "first") -> dict[str, dic
         names = ["deepseek-yarn-mtp"] + ["qwen-tied"] * (grid in TIED)
         return {name: FIRST[name] for name in names}
     at = sizes(grid)
-    dense = at["ep"] == at["etp"] == 1
     models = models_in(chosen)
-    return {n: hf for n, hf in models.items() if dense or "moe_intermediate_size" in hf}
+    return {name: hf for name, hf in models.items() if allows(hf, at)}
+
+
+def allows(hf: dict, at: dict) -> bool:
+    """Whether a model can be split over the axes of `sizes`: one without experts has no ranks of
+    them, and gpt-oss neither context parallelism nor several ranks for an expert."""
+    experts = {"n_routed_experts", "num_experts", "num_local_experts"} & hf.keys()
+    if "sliding_window" in hf and at["cp"] * at["etp"] > 1:
+        return False
+    return bool(experts) or at["ep"] == at["etp"] == 1

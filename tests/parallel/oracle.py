@@ -55,7 +55,11 @@ def mtp_logits(model, layer, ids):
 
 
 def checkpoint_names(tensors):
-    """Tensors under the names checkpoints use: experts one by one, gate and up apart."""
+    """Tensors under the names checkpoints use: experts one by one, gate and up apart, but for
+    gpt-oss, whose experts have biases."""
+    if any(name.endswith("gate_up_proj_bias") for name in tensors):
+        yield from tensors.items()
+        return
     for name, tensor in tensors.items():
         if name.endswith("experts.gate_up_proj"):
             for expert, both in enumerate(tensor):

@@ -3,7 +3,18 @@ routing are drawn independently, so that combinations occur that no published mo
 
 import random
 
-from small_models import DEEPSEEK_V2, FIRST, GLM, GLM_LITE, LLAMA, MODELS, QWEN, QWEN3, QWEN3_MOE
+from small_models import (
+    DEEPSEEK_V2,
+    FIRST,
+    GLM,
+    GLM_LITE,
+    GPT_OSS,
+    LLAMA,
+    MODELS,
+    QWEN,
+    QWEN3,
+    QWEN3_MOE,
+)
 
 LLAMA3_ROPE = LLAMA["rope_scaling"]
 BASES = {
@@ -15,12 +26,15 @@ BASES = {
     "deepseek-v3": MODELS["deepseek-yarn-mtp"],
     "glm": GLM,
     "glm-lite": GLM_LITE,
+    "gpt-oss": GPT_OSS,
 }
 
 
 def models_in(name: str) -> dict[str, dict]:
-    """The configurations of a set by name: first, rest, small (both), or drawn-N, N of each
-    architecture."""
+    """The configurations of a set by name: first, rest, small (both), drawn-N, N of each
+    architecture, or one of MODELS."""
+    if name in MODELS:
+        return {name: MODELS[name]}
     if name == "first":
         return FIRST
     if name == "rest":
@@ -50,7 +64,9 @@ def draw(base: str, seed: int) -> dict:
         _latent(hf, heads, pick)
     else:
         _grouped_query(hf, heads, pick)
-    if "moe_intermediate_size" in hf:
+    if "num_local_experts" in hf:
+        _gpt_oss(hf, pick)
+    elif "moe_intermediate_size" in hf:
         _experts(hf, layers, pick)
     else:
         hf["tie_word_embeddings"] = pick.random() < 0.5
@@ -85,7 +101,7 @@ def _grouped_query(hf: dict, heads: int, pick: random.Random) -> None:
         "head_dim": 4 * pick.randint(2, 6),
         "rope_theta": pick.choice([1e4, 1e6]),
     }
-    if "rope_scaling" in hf:
+    if hf["architectures"] == LLAMA["architectures"]:
         hf["rope_scaling"] = pick.choice([None, LLAMA3_ROPE, {**LLAMA3_ROPE, "factor": 32.0}])
     if "use_qk_norm" in hf:
         hf |= {
@@ -127,3 +143,18 @@ def _experts(hf: dict, layers: int, pick: random.Random) -> None:
             hf["topk_method"] = "greedy"
     else:
         hf["num_nextn_predict_layers"] = pick.choice([0, 1])
+
+
+def _gpt_oss(hf: dict, pick: random.Random) -> None:
+    experts = pick.choice([2, 4, 6, 16])
+    hf |= {
+        "num_local_experts": experts,
+        "num_experts_per_tok": pick.randint(2, min(experts, 4)),
+        "sliding_window": pick.choice([1, 2, 7, 16, 17, 64, 200]),
+        "rope_scaling": {
+            **{"rope_type": "yarn", "factor": pick.choice([4.0, 32.0]), "beta_slow": 1.0},
+            "beta_fast": pick.choice([4.0, 32.0]),
+            "original_max_position_embeddings": pick.choice([32, 64]),
+            "truncate": pick.choice([True, False, None]),
+        },
+    }

@@ -1,10 +1,11 @@
 """The small score models, the texts they score and where they are compared; pure Python."""
 
 import grids
+from small_models import MODELS
 
 SCORED = (
     *("deepseek-yarn-mtp", "deepseek-plain-noqlora", "deepseek-v2"),
-    *("qwen-tied", "llama3", "qwen3", "qwen3-moe"),
+    *("qwen-tied", "llama3", "qwen3", "qwen3-moe", "gpt-oss"),
 )
 """Of `small_models.MODELS`: those whose body gets a score head."""
 
@@ -19,5 +20,4 @@ def models_on(grid: str, num_ranks: int) -> list[str]:
     """All that the grid allows on one or two ranks; on four two of them, for the time it takes."""
     at = grids.sizes(grid)
     chosen = SCORED if num_ranks <= 2 else ("deepseek-yarn-mtp", "llama3")
-    dense = at["ep"] == at["etp"] == 1
-    return [name for name in chosen if dense or name.startswith("deepseek") or "moe" in name]
+    return [name for name in chosen if grids.allows(MODELS[name], at)]

@@ -155,6 +155,28 @@ V2_LITE = {
     **{**DEEPSEEK_V2, "topk_method": "greedy", "n_group": 1, "topk_group": 1},
     **{"q_lora_rank": None, "routed_scaling_factor": 1.0},
 }
+# A window shorter than some sequences and longer than others.
+GPT_OSS = {
+    **{key: value for key, value in QWEN3.items() if key != "use_sliding_window"},
+    "architectures": ["GptOssForCausalLM"],
+    "model_type": "gpt_oss",
+    "attention_bias": True,
+    "tie_word_embeddings": False,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 3,
+    "intermediate_size": 36,
+    "sliding_window": 11,
+    "swiglu_limit": 7.0,
+    "rope_theta": 150000.0,
+    "rope_scaling": {
+        "rope_type": "yarn",
+        "factor": 32.0,
+        "beta_fast": 8.0,
+        "beta_slow": 0.5,
+        "original_max_position_embeddings": 64,
+        "truncate": False,
+    },
+}
 
 FIRST = {
     "deepseek-yarn-mtp": {**DEEPSEEK, "num_nextn_predict_layers": 1},
@@ -179,6 +201,7 @@ MODELS = {
     "deepseek-few-chosen": FEW_CHOSEN,
     "deepseek-v2": DEEPSEEK_V2,
     "deepseek-v2-lite": V2_LITE,
+    "gpt-oss": GPT_OSS,
 }
 
 LENGTHS = [30, 100, 7, 1, 64, 17]

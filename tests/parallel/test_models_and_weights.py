@@ -27,6 +27,7 @@ def out(tmp_path_factory) -> Path:
         pytest.param(1, "first", ["one"], id="1"),
         pytest.param(1, "rest", ["one"], id="1-rest", marks=pytest.mark.slow),
         pytest.param(2, "first", TWO_RANKS, id="2"),
+        pytest.param(2, "gpt-oss", ["tp2xep2"], id="2-gpt-oss"),
         pytest.param(2, "rest", TWO_RANKS, id="2-rest", marks=pytest.mark.slow),
         pytest.param(4, "first", FOUR_RANKS, id="4", marks=pytest.mark.slow),
     ],
@@ -38,9 +39,9 @@ def test_logits_gradients_and_checkpoints_equal_transformers(oracle, out, num_ra
 @pytest.mark.parametrize(
     "num_ranks, count, grids",
     [
-        pytest.param(1, 1, ["one"], id="8"),
-        pytest.param(1, 8, ["one"], id="64", marks=pytest.mark.slow),
-        pytest.param(2, 3, ["tp2", "pp2", "ep2"], id="24-on-2", marks=pytest.mark.slow),
+        pytest.param(1, 1, ["one"], id="9"),
+        pytest.param(1, 8, ["one"], id="72", marks=pytest.mark.slow),
+        pytest.param(2, 3, ["tp2", "pp2", "ep2"], id="27-on-2", marks=pytest.mark.slow),
     ],
 )
 def test_random_configurations_equal_transformers(tmp_path, out, num_ranks, count, grids):

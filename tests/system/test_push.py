@@ -15,6 +15,7 @@ from tiny_models import (
     DEEPSEEK_V2,
     GLM,
     GLM_LITE,
+    GPT_OSS,
     KIMI,
     QWEN,
     QWEN3,
@@ -38,6 +39,7 @@ from megatron_r1.weights import hf_tensors
 MODELS = {
     **{"deepseek": DEEPSEEK, "qwen": QWEN, "qwen3": QWEN3, "qwen3-moe": QWEN3_MOE, "glm": GLM},
     **{"glm-lite": GLM_LITE, "kimi": KIMI, "deepseek-v2": DEEPSEEK_V2},
+    "gpt-oss": GPT_OSS,
 }
 ENGINE = {"max_model_len": 256, "max_num_seqs": 64, "num_threads": 1}
 TRAINERS = {
@@ -55,6 +57,7 @@ TRAINERS = {
     "glm-lite": [{"expert": 2}],
     "kimi": [{"tensor": 2}],
     "deepseek-v2": [{"expert": 2}],
+    "gpt-oss": [{"tensor": 2, "expert": 2}, {"pipeline": 2}],
 }
 SMALL = 4e-3
 """GiB of receive buffer: about half of what the models have, so that it comes in windows."""
@@ -94,6 +97,9 @@ SMALL = 4e-3
                 ("glm-lite", {}, "shm"),
                 ("kimi", {"tensor": 2, "expert_parallel": True}, "shm"),
                 ("deepseek-v2", {"pipeline": 2}, "shm"),
+                ("gpt-oss", {}, "shm"),
+                ("gpt-oss", {"tensor": 2}, "shm"),
+                ("gpt-oss", {"tensor": 2, "expert_parallel": True}, "shm"),
             ]
         ),
     ],

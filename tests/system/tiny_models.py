@@ -108,6 +108,17 @@ DEEPSEEK_V2 = {
     **{"scoring_func": "softmax", "topk_method": "group_limited_greedy"},
 }
 
+# vLLM's experts on a CPU want widths that 32 divides.
+GPT_OSS = {
+    **{**QWEN, "architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss", "head_dim": 32},
+    **{"attention_bias": True, "tie_word_embeddings": False, "intermediate_size": 64},
+    **{"num_local_experts": 8, "num_experts_per_tok": 3, "sliding_window": 8},
+    "rope_parameters": {
+        **{key: value for key, value in YARN.items() if not key.startswith("mscale")},
+        "truncate": False,
+    },
+}
+
 
 def write_model(folder, config, seed):
     """Write random weights of `config` as transformers would, under per-expert names."""

@@ -14,6 +14,7 @@ from megatron_r1.files import fsync
 from megatron_r1.models.hf_config import has_score_head
 from megatron_r1.reporting.wording import counted
 from megatron_r1.training.checkpoints import manifest
+from megatron_r1.weights.stacked import stacked_part
 from megatron_r1.weights.stored import fp8, fp8_blocks
 from megatron_r1.weights.stored.hf_folder import (
     carry_files,
@@ -132,8 +133,16 @@ def write_file(job: Job, part: tuple[str, dict]) -> None:
 
 
 def _write_tensor(job: Job, file: int, name: str, placed, scales) -> None:
-    weights, known = _inputs(job)
+    weights, known, stacked = _inputs(job)
     row = prod(placed.shape[1:]) * placed.dtype.itemsize
+    for expert, parts_of_expert in enumerate(stacked.get(name, ())):
+        values = torch.empty(placed.shape[1:], dtype=placed.dtype)
+        for tensor, part in parts_of_expert:
+            own = part.of(values)
+            own.copy_(weights.read(tensor, 0, 0, len(own)))
+        write_at(file, placed.offset + expert * row, values)
+    if name in stacked:
+        return
     scale_row = scales.shape[1] * scales.dtype.itemsize if scales else 0
     for first, count in parts.stripes(placed.shape, fp8.BLOCK if scales else 1):
         values = weights.read(name, 0, first, count)
@@ -146,7 +155,14 @@ def _write_tensor(job: Job, file: int, name: str, placed, scales) -> None:
 
 
 @cache
-def _inputs(job: Job) -> tuple[MegatronWeights, KnownScales]:
-    """Open the inputs, once per process."""
+def _inputs(job: Job) -> tuple[MegatronWeights, KnownScales, dict[str, list]]:
+    """Open the inputs, once per process; with them the (tensor, part) pairs of each expert in every
+    tensor that has all experts of a layer."""
     hf = read_config(job.hf_files, job.checkpoint)
-    return MegatronWeights(job.checkpoint, hf), KnownScales(job.hf_files, hf)
+    weights = MegatronWeights(job.checkpoint, hf)
+    stacked: dict[str, list] = {}
+    for tensor in weights.tensors:
+        if part := stacked_part(hf, tensor):
+            experts = stacked.setdefault(part.name, [[] for _ in range(hf["n_routed_experts"])])
+            experts[part.expert].append((tensor, part))
+    return weights, KnownScales(job.hf_files, hf), stacked

@@ -81,7 +81,7 @@ class Planner:
         grid, rule = self.grid, item.rule
         layer = item.layer
         stage = self._stage_of_part[item.part] if layer is None else self._stage_of_layer[layer]
-        if rule.split is whole:
+        if rule.split is whole and item.expert is None:
             yield Holding(Region.whole(item.shape), grid.whole_replicas(stage))
             return
         ranks = grid.tensor if item.expert is None else grid.expert_tensor

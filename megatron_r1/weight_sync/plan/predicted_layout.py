@@ -96,6 +96,9 @@ class PredictedLayout:
         """Return the region of `tensor` that the rank at `at` needs, or None."""
         rule, shape = tensor.rule, tensor.shape
         rank, ranks = at.tensor, self.layout.tensor
+        if rule.split is whole and tensor.expert is not None and not self.layout.expert_parallel:
+            # The bias behind an expert's sum over ranks: the first of them adds it.
+            return None if at.data or at.tensor else Region.whole(shape)
         if rule.split is whole or tensor.name.endswith(DRAFTER_WHOLE):
             return Region.whole(shape)
         if tensor.expert is not None:

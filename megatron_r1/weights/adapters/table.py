@@ -2,12 +2,13 @@
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 from megatron_r1.config import Config
 from megatron_r1.config.lora import LoraConfig
 from megatron_r1.errors import UserError, did_you_mean
+from megatron_r1.models.hf_config import model_family
 from megatron_r1.weights.decoder import table
 from megatron_r1.weights.layout import Shape, recipe_stages
 from megatron_r1.weights.rules import Piece, Rule, Source, Split, Table, rows, stacked, whole
@@ -19,8 +20,12 @@ A, B = ".lora_A.weight", ".lora_B.weight"
 def adapter_table(hf: dict, lora: LoraConfig) -> Table:
     """Return the rules of all adapters; names of tensors as in PEFT, without its prefix.
 
-    Raises UserError for a target that the model does not have."""
+    Raises UserError for a target that the model does not have, or whose adapters PEFT could not
+    load: those of experts that files have as one tensor."""
     base = table(hf)
+    if model_family(hf).stacked:
+        kept = [[rule for rule in layer if not rule.expert] for layer in base.layers]
+        base = replace(base, layers=kept)
     modules = {
         _module(source)
         for layer in base.layers

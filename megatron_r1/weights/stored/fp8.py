@@ -10,6 +10,7 @@ those of MTP too; embedding, head, norms, the router and MTP's eh_proj are not
 import re
 
 from megatron_r1.errors import UserError
+from megatron_r1.models.hf_config import model_family
 
 BLOCK = 128
 STORED = "float8_e4m3fn"
@@ -46,7 +47,12 @@ def scale_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def check_config(hf: dict) -> None:
-    """Raise UserError for a `quantization_config` of another layout."""
+    """Raise UserError for a `quantization_config` of another layout, or a model without this
+    one."""
+    if model_family(hf).stacked:
+        raise UserError(
+            f"{hf['architectures'][0]} has no FP8 layout: its experts are stored as bf16 or MXFP4"
+        )
     found = hf.get("quantization_config") or CONFIG
     for key in ("quant_method", "fmt", "weight_block_size"):
         if found.get(key, CONFIG[key]) != CONFIG[key]:

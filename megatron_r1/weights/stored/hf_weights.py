@@ -15,7 +15,8 @@ from torch import Tensor
 from megatron_r1.errors import UserError
 from megatron_r1.weights.decoder import table
 from megatron_r1.weights.layout import Shape, hf_tensors
-from megatron_r1.weights.stored import fp8
+from megatron_r1.weights.stacked import StackedPart, published_tensors, stacked_part
+from megatron_r1.weights.stored import fp8, mxfp4
 from megatron_r1.weights.stored.safetensors_file import SafetensorsFile
 from megatron_r1.weights.stored.weight_files import INDEX, SINGLE, weight_files
 
@@ -56,11 +57,16 @@ class HfWeights:
     @cached_property
     def tensors(self) -> dict[str, tuple[Shape, str]]:
         """The (shape, stored dtype) of every tensor in the weight table, by name."""
-        known, tensors = hf_tensors(self.hf), {}
-        for name, file in self._home.items():
-            if name in known:
-                stored = file.tensors[name]
-                tensors[name] = (stored.shape, FLOATS.get(stored.dtype, stored.dtype))
+        tensors = {}
+        for name, (shape, _) in hf_tensors(self.hf).items():
+            part = stacked_part(self.hf, name)
+            home = part.name if part else name
+            if home in self._home:
+                stored = self._home[home].tensors[home]
+                kept = shape if part else stored.shape
+                tensors[name] = (kept, FLOATS.get(stored.dtype, stored.dtype))
+            elif mxfp4.blocks_name(home) in self._home:
+                tensors[name] = (shape, "bfloat16")
         return tensors
 
     def read(self, name: str, dim: int, start: int, length: int) -> Tensor:
@@ -75,6 +81,8 @@ class HfWeights:
         return values
 
     def _read(self, name: str, dim: int, start: int, length: int) -> Tensor:
+        if part := stacked_part(self.hf, name):
+            return self._read_stacked(part, dim, start, length)
         name = name if name in self._home else self.copies.get(name, name)
         starts, sizes = self._box(name, dim, start, length)
         file = self._home[name]
@@ -94,6 +102,23 @@ class HfWeights:
             values = values.narrow(axis, inside - outside, size)
         return values
 
+    def _read_stacked(self, part: StackedPart, dim: int, start: int, length: int) -> Tensor:
+        """Return rows or columns of one expert's tensor, as `read`."""
+        if part.name in self._home:
+            shape = self._home[part.name].tensors[part.name].shape[1:]
+            starts, sizes = part.box(shape, dim, start, length)
+            return part.of(self.read_stored(part.name, (part.expert, *starts), (1, *sizes))[0])
+        blocks, scales = (
+            self._expert(name, part.expert)
+            for name in (mxfp4.blocks_name(part.name), mxfp4.scales_name(part.name))
+        )
+        return part.of(mxfp4.dequantise(blocks, scales).T).narrow(dim, start, length)
+
+    def _expert(self, name: str, expert: int) -> Tensor:
+        shape = self._home[name].tensors[name].shape
+        starts = (expert, *(0 for _ in shape[1:]))
+        return self.read_stored(name, starts, (1, *shape[1:]))[0]
+
     def read_stored(self, name: str, starts: Shape, sizes: Shape) -> Tensor:
         """Return a rectangle, of shape `sizes`, as it is stored: FP8 codes, or their scales."""
         return self._home[name].read(name, starts, sizes)
@@ -109,11 +134,22 @@ class HfWeights:
     def check(self, with_mtp: bool) -> None:
         """Raise UserError naming every missing, unexpected or mis-shaped tensor."""
         hf = self.hf
-        known = hf_tensors(hf)
-        needed = hf_tensors(hf, with_mtp=with_mtp).keys() - self.copies.keys()
-        missing = sorted(needed - self._home.keys())
+        known = published_tensors(hf)
+        needed = published_tensors(hf, with_mtp).keys() - self.copies.keys()
+        # As MXFP4, which only stacked experts have: name -> the shape of what is stored instead.
+        packed = {
+            name + ending: shape
+            for name in sorted(needed - self._home.keys())
+            if mxfp4.blocks_name(name) in self._home
+            for ending, shape in mxfp4.stored_shapes(known[name][0]).items()
+        }
+        absent = {name for name in needed - self._home.keys() if name + "_blocks" not in packed}
+        missing = sorted(absent | (packed.keys() - self._home.keys()))
         scales = set()
         wrong = []
+        for name in sorted(packed.keys() & self._home.keys()):
+            if (stored := self._home[name].tensors[name]).shape != packed[name]:
+                wrong.append(f"{name} is {stored.shape}, config.json says {packed[name]}")
         for name in sorted(needed & self._home.keys()):
             stored = self._home[name].tensors[name]
             if stored.shape != known[name][0]:
@@ -130,7 +166,7 @@ class HfWeights:
         repeated = {copy for copies in self._repeated.values() for copy in copies}
         extra = sorted(
             name
-            for name in self._home.keys() - known.keys() - repeated
+            for name in self._home.keys() - known.keys() - packed.keys() - repeated
             if not name.endswith(_IGNORED) and not self._is_scale(name, known)
         )
         problems = [

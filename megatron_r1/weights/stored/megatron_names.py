@@ -15,8 +15,8 @@ from megatron_r1.weights.layout import Shape, layout, stage_shards
 
 _EXPERT = re.compile(
     r"(?P<prefix>.*\.mlp\.experts)\."
-    r"(?:local_experts\.(?P<own>\d+)\.(?P<fc>linear_fc[12])\.weight"
-    r"|(?P<te_fc>linear_fc[12])\.weight(?P<te>\d+))"
+    r"(?:local_experts\.(?P<own>\d+)\.(?P<fc>linear_fc[12]\.(?:weight|bias))"
+    r"|(?P<te_fc>linear_fc[12]\.(?:weight|bias))(?P<te>\d+))"
 )
 _LAYER = re.compile(r"decoder\.layers\.(?P<layer>\d+)\.(?P<rest>.*)")
 
@@ -102,7 +102,7 @@ def _stored_name(name: str, stacked: bool) -> tuple[str, tuple[int, ...]]:
     index: tuple[int, ...] = ()
     if expert := _EXPERT.fullmatch(name):
         fc = expert["fc"] or expert["te_fc"]
-        name = f"{expert['prefix']}.experts.{fc}.weight"
+        name = f"{expert['prefix']}.experts.{fc}"
         index = (int(expert["own"] or expert["te"]),)
     if stacked and (layer := _LAYER.fullmatch(name)):
         name, index = f"decoder.layers.{layer['rest']}", (int(layer["layer"]), *index)

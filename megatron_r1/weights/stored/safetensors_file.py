@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from megatron_r1.errors import UserError
-from megatron_r1.weights.layout import Shape, hf_tensors
+from megatron_r1.weights.layout import Shape
+from megatron_r1.weights.stacked import published_tensors
 from megatron_r1.weights.stored.raw import read_box
 
 _TYPES = {
@@ -122,10 +123,9 @@ def stored_tensors(
     """Return name -> (shape, dtype on disk) of the tensors of an export.
 
     names: only these; ValueError for unknown ones."""
-    own = {name for name, (_, kept) in hf_tensors({**hf, "dtype": "any"}).items() if kept != "any"}
     tensors = {
-        name: (shape, torch.float32 if name in own else dtype)
-        for name, (shape, _) in hf_tensors(hf, with_mtp=with_mtp).items()
+        name: (shape, dtype if kept == "any" else torch.float32)
+        for name, (shape, kept) in published_tensors({**hf, "dtype": "any"}, with_mtp).items()
     }
     if names is None:
         return tensors

@@ -96,6 +96,26 @@ GLM_AIR = {
     **{"tie_word_embeddings": False, "torch_dtype": "bfloat16", "use_cache": True},
     **{"transformers_version": "4.54.1", "use_qk_norm": False, "vocab_size": 151552},
 }
+GPT_OSS = {
+    **{"architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss", "attention_bias": True},
+    **{"attention_dropout": 0.0, "eos_token_id": 200002, "pad_token_id": 199999},
+    **{"experts_per_token": 4, "num_experts_per_tok": 4, "num_local_experts": 32},
+    **{"head_dim": 64, "hidden_act": "silu", "hidden_size": 2880, "intermediate_size": 2880},
+    **{"initial_context_length": 4096, "initializer_range": 0.02, "sliding_window": 128},
+    **{"layer_types": ["sliding_attention", "full_attention"] * 12, "num_hidden_layers": 24},
+    **{"max_position_embeddings": 131072, "num_attention_heads": 64, "num_key_value_heads": 8},
+    **{"output_router_logits": False, "rms_norm_eps": 1e-5, "rope_theta": 150000},
+    "rope_scaling": {
+        **{"beta_fast": 32.0, "beta_slow": 1.0, "factor": 32.0, "rope_type": "yarn"},
+        **{"original_max_position_embeddings": 4096, "truncate": False},
+    },
+    **{"router_aux_loss_coef": 0.9, "swiglu_limit": 7.0, "tie_word_embeddings": False},
+    **{"transformers_version": "4.55.0.dev0", "use_cache": True, "vocab_size": 201088},
+    "quantization_config": {
+        "modules_to_not_convert": ["model.layers.*.self_attn", "model.layers.*.mlp.router"],
+        "quant_method": "mxfp4",
+    },
+}
 
 RELEASED = {
     "Qwen3-0.6B": (QWEN3, 0.596049920),
@@ -105,4 +125,5 @@ RELEASED = {
     "DeepSeek-V2-Lite": (V2_LITE, 15.706484224),
     "Kimi-K2-Instruct": (KIMI_K2, 1026.0),
     "GLM-4.5-Air": (GLM_AIR, 106.9),
+    "gpt-oss-20b": (GPT_OSS, 20.914757184),
 }

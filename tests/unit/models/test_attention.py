@@ -63,3 +63,30 @@ def test_no_token_reaches_another_sequence():
     for gradient in torch.autograd.grad(out[middle].sum(), inputs):
         assert gradient[middle].abs().sum() > 0
         assert gradient[:7].abs().sum() == 0 and gradient[27:].abs().sum() == 0
+
+
+@pytest.mark.parametrize("window", [None, 1, 7, 16, 17, 200], ids=str)
+@pytest.mark.parametrize("heads, groups", [(4, 4), (6, 2)])
+def test_softmax_offsets_and_windows_are_those_written_out(heads, groups, window):
+    lengths = [5, 64, 1, 31, 17, 16]
+    inputs = tensors(lengths, heads, groups, 8, 8)
+    offset = torch.linspace(-2, 3, heads, dtype=torch.float64, requires_grad=True)
+
+    def written_out(query, key, value):
+        key, value = (x.repeat_interleave(heads // groups, 1) for x in (key, value))
+        scores = torch.einsum("qhd,khd->hqk", query, key) * 0.3
+        distance = torch.arange(len(query))[:, None] - torch.arange(len(query))
+        hidden = (distance < 0) | (distance >= (window or len(query)))
+        scores = scores.masked_fill(hidden, -torch.inf)
+        sinks = offset[:, None, None].expand(-1, len(query), 1)
+        weights = torch.cat([scores, sinks], 2).softmax(2)[..., :-1]
+        return torch.einsum("hqk,khe->qhe", weights, value)
+
+    got = attend_packed(*inputs, torch.tensor(lengths), 0.3, offset, window)
+    parts = zip(*(x.split(lengths) for x in inputs), strict=True)
+    expected = torch.cat([written_out(*part) for part in parts])
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
+    weight = torch.randn(got.shape, dtype=torch.float64)
+    pairs = (torch.autograd.grad((x * weight).sum(), [*inputs, offset]) for x in (got, expected))
+    for found, gradient in zip(*pairs, strict=True):
+        torch.testing.assert_close(found, gradient, rtol=0, atol=1e-11)

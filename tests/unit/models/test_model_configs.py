@@ -177,6 +177,24 @@ def test_sizes_that_cannot_be_say_so(hf, settings, message):
         build(hf, **settings)
 
 
+@pytest.mark.parametrize(
+    "changes, parallel, message",
+    [
+        ({}, {"context": 2}, "parallel.context=2 is not supported for GptOssForCausalLM"),
+        ({}, {"expert_tensor": 2}, "parallel.expert_tensor=2 is not supported"),
+        ({"layer_types": ["full_attention"] * 24}, {}, "only 'sliding_attention' and 'full"),
+        ({"swiglu_limit": 5.0}, {}, "swiglu_limit=5.0"),
+        ({"attention_bias": False}, {}, "attention_bias=False"),
+        ({"sliding_window": None}, {}, "lacks sliding_window"),
+        ({"rope_scaling": None}, {}, "rope_type='default' in config.json is not supported"),
+        ({"experts_per_token": 2}, {}, "experts_per_token=2 and num_experts_per_tok=4"),
+    ],
+)
+def test_gpt_oss_refuses_what_it_would_compute_otherwise(changes, parallel, message):
+    with pytest.raises(ValueError, match=message):
+        build(resolve_aliases({**RELEASED["gpt-oss-20b"][0], **changes}), **parallel)
+
+
 def test_deepseek_fields_reach_megatron():
     hf = {**DEEPSEEK, "rope_scaling": {"type": "yarn", **YARN}, "num_nextn_predict_layers": 1}
     model = {"expert_bias_update_rate": 1e-3}
@@ -244,5 +262,5 @@ def test_miniatures_of_released_models_are_supported(name):
     """As a rehearsal writes them, for transformers and vLLM."""
     hf = resolve_aliases(RELEASED[name][0])
     written = published_names(shrink(hf, num_layers=3, fp8=False))
-    assert ("num_experts" in written) == (name == "Qwen3-30B-A3B")
+    assert ("num_experts" in written) == (name in ("Qwen3-30B-A3B", "gpt-oss-20b"))
     check_supported(resolve_aliases(written))

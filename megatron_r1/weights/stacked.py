@@ -1,0 +1,69 @@
+"""Tensors that hold all experts of a layer, as gpt-oss's checkpoints do. No torch.
+
+The weight table names the tensors of every expert one by one, as other checkpoints have them. Where
+`Family.stacked` is set, files have instead, transposed, with gate and up in alternate columns:
+
+    experts.gate_up_proj (experts, hidden, 2 inner), gate_up_proj_bias (experts, 2 inner)
+    experts.down_proj (experts, inner, hidden), down_proj_bias (experts, hidden)"""
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_r1.models.hf_config import model_family
+from megatron_r1.weights.layout import hf_tensors
+from megatron_r1.weights.rules import Shape
+
+_EXPERT = re.compile(r"(.*\.mlp\.experts)\.(\d+)\.(gate|up|down)_proj\.(weight|bias)")
+
+
+@dataclass(frozen=True)
+class StackedPart:
+    """The part of a stored tensor, `name`, that is one expert's tensor of the weight table: every
+    `step`-th column of stored[expert], from `first`."""
+
+    name: str
+    expert: int
+    first: int
+    step: int
+
+    def of(self, stored: Any) -> Any:
+        """Return the torch tensor as a view of stored[expert], or of its columns from a multiple of
+        `step`."""
+        own = stored[..., self.first :: self.step]
+        return own.T if own.dim() == 2 else own
+
+    def box(self, shape: Shape, dim: int, start: int, length: int) -> tuple[Shape, Shape]:
+        """Return (starts, sizes) of the rectangle of stored[expert], of `shape`, that has these
+        rows (dim 0) or columns (dim 1) of the tensor."""
+        starts, sizes = [0] * len(shape), list(shape)
+        if dim == 0:
+            starts[-1], sizes[-1] = self.step * start, self.step * length
+        else:
+            starts[0], sizes[0] = start, length
+        return tuple(starts), tuple(sizes)
+
+    def whole(self, shape: Shape, num_experts: int) -> Shape:
+        """Return the shape of the stored tensor; shape: the expert's."""
+        *rest, columns = reversed(shape)
+        return (num_experts, *rest, self.step * columns)
+
+
+def stacked_part(hf: dict, name: str) -> StackedPart | None:
+    """Return where files have the tensor `name` of the weight table; None: under this name."""
+    if not model_family(hf).stacked or not (found := _EXPERT.fullmatch(name)):
+        return None
+    prefix, expert, kind, ending = found.groups()
+    stored, step = ("down", 1) if kind == "down" else ("gate_up", 2)
+    bias = "_bias" if ending == "bias" else ""
+    return StackedPart(f"{prefix}.{stored}_proj{bias}", int(expert), int(kind == "up"), step)
+
+
+def published_tensors(hf: dict, with_mtp: bool = True) -> dict[str, tuple[Shape, str]]:
+    """Return name -> (shape, dtype) of every tensor of a checkpoint's files; see `hf_tensors`."""
+    tensors = {}
+    for name, (shape, dtype) in hf_tensors(hf, with_mtp=with_mtp).items():
+        if part := stacked_part(hf, name):
+            name, shape = part.name, part.whole(shape, hf["n_routed_experts"])
+        tensors[name] = (shape, dtype)
+    return tensors
