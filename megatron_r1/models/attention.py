@@ -24,6 +24,7 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 
 from megatron_r1.models.buckets import Buckets
 from megatron_r1.models.offset_attention import offset_attention
+from megatron_r1.models.prefixes import prefix_attention, segments_before
 from megatron_r1.models.ring_attention import ring_attention
 
 
@@ -74,7 +75,12 @@ class CoreAttention(MegatronModule):
             q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
             out = _attend(q, k, v, self.softmax_scale, self.softmax_offset, self.window)
             return out.permute(2, 0, 1, 3).flatten(2)
+        before = segments_before(packed_seq_params.cu_seqlens_q)
         borders = packed_seq_params.cu_seqlens_q.long()
+        if before is not None:
+            assert self.softmax_offset is None and self.window is None, "see check_shared_prompts"
+            joined = prefix_attention(query, key, value, borders, before, self.softmax_scale)
+            return joined.flatten(1)
         if self.group.size() > 1:
             parts = query, key, value, borders
             return ring_attention(*parts, self.softmax_scale, self.group).flatten(1)

@@ -32,8 +32,8 @@ from torch.distributed import ProcessGroup
 from megatron_r1.models.buckets import Buckets
 from megatron_r1.models.context import spans
 
-_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+flash_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 def ring_attention(
@@ -78,9 +78,9 @@ class _RingAttention(torch.autograd.Function):
             values = halves.spread(share[..., key.shape[2] :], size)
             for half, other, causal in _visible(rank, owner, ranks):
                 for at, q in enumerate(queries[half]):
-                    k, v = (_per_query_head(x[other][at], q.shape[1]) for x in (keys, values))
+                    k, v = (per_query_head(x[other][at], q.shape[1]) for x in (keys, values))
                     mask = None if causal else masks[at]
-                    out, lse = _forward(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
+                    out, lse = flash_forward(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
                     joined[half][at] = _join(joined[half][at], out.to(wide), lse)
         out, lse = (
             halves.collect([[part[n] for part in half] for half in joined], count)
@@ -110,13 +110,13 @@ class _RingAttention(torch.autograd.Function):
             )
             for half, other, causal in _visible(rank, owner, ranks):
                 for at, q in enumerate(queries[half]):
-                    k, v = (_per_query_head(x[other][at], q.shape[1]) for x in (keys, values))
+                    k, v = (per_query_head(x[other][at], q.shape[1]) for x in (keys, values))
                     row = (grads[half][at], q, k, v, outs[half][at], normalizers[half][at])
                     mask = None if causal else masks[at]
-                    parts = _backward(*row, 0.0, causal, attn_mask=mask, scale=ctx.scale)
+                    parts = flash_backward(*row, 0.0, causal, attn_mask=mask, scale=ctx.scale)
                     sums = d_queries[half][at], d_keys[other][at], d_values[other][at]
                     for whole, part in zip(sums, parts, strict=True):
-                        whole += _over_query_heads(part, whole.shape[1])
+                        whole += over_query_heads(part, whole.shape[1])
             d_share = torch.cat(
                 [
                     halves.collect(d_keys, key.shape[2]),
@@ -178,11 +178,11 @@ def _join(known: tuple[Tensor, Tensor] | None, out: Tensor, lse: Tensor) -> tupl
     return known[0] * (known[1] - whole).exp() + out * (lse - whole).exp(), whole
 
 
-def _per_query_head(x: Tensor, heads: int) -> Tensor:
+def per_query_head(x: Tensor, heads: int) -> Tensor:
     """(r, g, w, n) -> (r, h, w, n): each key/value head once for each of its query heads."""
     return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)
 
 
-def _over_query_heads(x: Tensor, heads: int) -> Tensor:
-    """(r, h, w, n) -> (r, g, w, n): the gradient of `_per_query_head`."""
+def over_query_heads(x: Tensor, heads: int) -> Tensor:
+    """(r, h, w, n) -> (r, g, w, n): the gradient of `per_query_head`."""
     return x if x.shape[1] == heads else x.unflatten(1, (heads, -1)).sum(2)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_r1.models.context import held_positions
+from megatron_r1.models.prefixes import first_positions
 
 
 def sample_positions(borders: Tensor, rank: int = 0, ranks: int = 1) -> Tensor:
@@ -33,6 +34,8 @@ def rotate_packed(
 
     The other arguments are those of Megatron's _apply_rotary_pos_emb_thd."""
     positions = sample_positions(cu_seqlens, cp_group.rank(), cp_group.size())
+    if (first := first_positions(cu_seqlens)) is not None:
+        positions = positions + first.repeat_interleave(cu_seqlens.diff().long())
     angles = freqs[positions]
     return rope_utils._apply_rotary_pos_emb_bshd(t[:, None], angles, *args, **kwargs)[:, 0]
 

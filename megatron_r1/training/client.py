@@ -25,6 +25,7 @@ from megatron_r1.training.packing import Packing, pack
 from megatron_r1.training.rank_processes import RankProcesses
 from megatron_r1.training.rank_socket import RankSocket
 from megatron_r1.training.sample_cost import sample_cost
+from megatron_r1.training.shared_prompts import pack_by_prompt
 from megatron_r1.training.wire import Buffer, Call, Reply, Sample, Share, encode_share
 
 POLL_SECONDS = 0.5
@@ -147,7 +148,9 @@ class TrainerClient:
         limit = self.config.parallel.microbatch_tokens
         shares: list[Share] = [[] for _ in range(self.data_size)]
         packings = [
-            pack([len(s) for s in samples], self.data_size, limit, cost=self._cost, unit=unit)
+            pack_by_prompt(samples, self.data_size, limit, self._cost)
+            if self.config.parallel.share_prompts and unit == 1
+            else pack([len(s) for s in samples], self.data_size, limit, cost=self._cost, unit=unit)
             for samples in minibatches
         ]
         for samples, packing in zip(minibatches, packings, strict=True):

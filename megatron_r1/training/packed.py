@@ -20,8 +20,10 @@ from torch import Tensor
 
 from megatron_r1.errors import UserError
 from megatron_r1.models.context import held_positions
+from megatron_r1.models.prefixes import first_positions, with_prefixes
 from megatron_r1.models.replay import RecordedRouting
 from megatron_r1.models.routing_shape import RoutingShape
+from megatron_r1.training.shared_prompts import shared_prefixes
 from megatron_r1.training.wire import Sample
 
 
@@ -101,6 +103,9 @@ class PackedBatch:
     """(T,) fp32: what a response token weighs in an average per trajectory, 1 / (sampled tokens of
     the whole trajectory), 0 elsewhere; None where every sample is a whole trajectory."""
 
+    num_shared: int = 0
+    """Tokens of samples that are not in the batch, because their prompt is there already."""
+
     routing: RecordedRouting | None = None
     """The experts to replay on this rank (`models.replay`), of its own layers and, under sequence
     parallelism, its own part of the T tokens; None without routing replay."""
@@ -115,25 +120,39 @@ def packed_batch(
     split: TokenSplit,
     device: torch.device,
     routing: RoutingPart | None = None,
+    share_prompts: bool = False,
 ) -> PackedBatch:
     """Pack `samples`, possibly none, and return this rank's part, T tokens on `device`.
 
     The batch is padded to `split.batch_multiple` by a sample without response. routing: the part of
-    the samples' routing that this rank replays, if any."""
+    the samples' routing that this rank replays, if any. share_prompts: prompts that several samples
+    have lie at the beginning, once, without their last token (`models.prefixes`)."""
     # bytearray: torch warns of a read-only buffer.
     ids = [torch.frombuffer(bytearray(s.token_ids), dtype=torch.int32).long() for s in samples]
     lengths = [len(i) for i in ids]
-    padded = [length + -length % split.sample_multiple for length in lengths]
+    prefixes = shared_prefixes(samples) if share_prompts else []
+    before, skipped = [-1] * len(samples), [0] * len(samples)
+    for number, (members, count) in enumerate(prefixes):
+        for member in members:
+            before[member], skipped[member] = number, count
+    own_lengths = [n - skip for n, skip in zip(lengths, skipped, strict=True)]
+    padded = [count for _, count in prefixes]
+    padded += [length + -length % split.sample_multiple for length in own_lengths]
     filler = -sum(padded) % split.batch_multiple if padded else split.batch_multiple
     borders = torch.tensor([0, *padded, *([filler] if filler else [])]).cumsum(0)
     total = int(borders[-1])
     tokens = torch.zeros(total, dtype=torch.int64)
     is_response = torch.zeros(total, dtype=torch.bool)
     rollout_logprobs, advantages, teacher, weights = per_token = torch.zeros(4, total)
-    starts = borders.tolist()[: len(samples)]
+    # Where the samples' first tokens would be if they were there, so that all offsets hold.
+    behind = borders.tolist()[len(prefixes) : len(prefixes) + len(samples)]
+    starts = [start - skip for start, skip in zip(behind, skipped, strict=True)]
+    for (members, count), start in zip(prefixes, borders.tolist(), strict=False):
+        tokens[start : start + count] = ids[members[0]][:count]
     has_branches = any(sample.weight != 1 for sample in samples)
-    for sample, own_ids, start, length in zip(samples, ids, starts, lengths, strict=True):
-        tokens[start : start + length] = own_ids
+    for sample, own_ids, start, skip in zip(samples, ids, starts, skipped, strict=True):
+        length = len(own_ids)
+        tokens[start + skip : start + length] = own_ids[skip:]
         response = slice(start + sample.prompt_length - 1, start + length - 1)
         is_response[response] = True
         if sample.mask:
@@ -150,7 +169,14 @@ def packed_batch(
     if any(sample.mask for sample in samples):
         per_token[:, ~is_response] = 0.0
     has_teacher = all(sample.teacher is not None for sample in samples)
+    attention_borders = borders.int().to(device)
     position = torch.arange(total) - borders[:-1].repeat_interleave(borders.diff())
+    if prefixes:
+        links = [-1] * len(prefixes) + before + [-1] * bool(filler)
+        with_prefixes(attention_borders, torch.tensor(links))
+        first = first_positions(attention_borders)
+        assert first is not None, "marked above"
+        position += first.repeat_interleave(borders.diff())
     held = held_positions(borders, split.context_rank, split.context)
     # The inverse of `held`, -1 for positions on other context ranks.
     here = torch.full((total,), -1).index_copy(0, held, torch.arange(len(held)))
@@ -158,7 +184,7 @@ def packed_batch(
     return PackedBatch(
         input_ids=tokens[held][None].to(device),
         position_ids=position[held][None].to(device),
-        packed_seq_params=_attention_borders(borders.int().to(device), split),
+        packed_seq_params=_attention_borders(attention_borders, split, int(position.max()) + 1),
         borders=(borders // split.context).int().to(device),
         targets=tokens.roll(-1)[held].to(device),
         is_response=is_response[held].to(device),
@@ -170,6 +196,7 @@ def packed_batch(
         labels=torch.tensor([s.label for s in samples], dtype=torch.float32, device=device),
         logprobs={"teacher": teacher[held].to(device)} if has_teacher else {},
         sequence_weights=weights[held].to(device) if has_branches else None,
+        num_shared=sum(skipped) - sum(count for _, count in prefixes),
         routing=packed_routing(samples, starts, held, routing, device) if routing else None,
     )
 
@@ -187,8 +214,8 @@ def check_token_ids(samples: Iterable[Sample], vocab_size: int) -> None:
             )
 
 
-def _attention_borders(borders: Tensor, split: TokenSplit) -> PackedSeqParams:
-    longest = int(borders.diff().max())
+def _attention_borders(borders: Tensor, split: TokenSplit, longest: int) -> PackedSeqParams:
+    """longest: positions of the longest sample."""
     params = PackedSeqParams(
         qkv_format="thd",
         cu_seqlens_q=borders,

@@ -40,6 +40,7 @@ from megatron_r1.training.packed import (
 from megatron_r1.training.passes import optimizer_step, run_passes
 from megatron_r1.training.reference import Reference
 from megatron_r1.training.scores import Scores
+from megatron_r1.training.shared_prompts import check_shared_prompts
 from megatron_r1.training.token_advantages import ScoredRollout
 from megatron_r1.training.wire import SUPERVISED, Sample, Share
 from megatron_r1.user_code import find_function
@@ -67,6 +68,8 @@ class Trainer:
             self.groups.cp.rank(),
             fp8.token_multiple(config.fp8),
         )
+        plain = self.transformer.window_size is None and self.transformer.softmax_type == "vanilla"
+        check_shared_prompts(config, platform.has_gpu(), plain)
         shape = routing_shape(self.hf) if config.rl.routing_replay else None
         self.replay = Replay(self.bare, shape)
         split = (position.tensor_rank, config.parallel.tensor)
@@ -88,18 +91,27 @@ class Trainer:
     def load(self, share: Share) -> dict[str, float]:
         """Pack samples into tensors: share[i][m] is micro-batch m of update i.
 
-        Returns "packing/padding", the share of padding among the tokens computed."""
+        Returns "packing/padding", the share of padding among the tokens computed, and, where
+        prompts are shared, "packing/shared", the share of tokens that are not computed again."""
         samples = [s for step in share for batch in step for s in batch]
         check_token_ids(samples, self.hf["vocab_size"])
-        pack = partial(packed_batch, split=self.split, device=platform.device())
+        shares = self.config.parallel.share_prompts
+        pack = partial(
+            packed_batch, split=self.split, device=platform.device(), share_prompts=shares
+        )
         self.minibatches = [
             [pack(samples, routing=self.routing) for samples in self._in_rounds(step)]
             for step in share
         ]
         # The sum also runs over context ranks, which hold parts of the same samples.
-        own = sum(len(s) for s in samples) / self.config.parallel.context
-        slots = sum(batch.input_ids.numel() for step in self.minibatches for batch in step)
-        return self._reduced({"packing/padding": Mean(slots - own, slots)})
+        num_tokens = sum(len(s) for s in samples)
+        num_shared = sum(batch.num_shared for batch in self._batches())
+        own = (num_tokens - num_shared) / self.config.parallel.context
+        slots = sum(batch.input_ids.numel() for batch in self._batches())
+        metrics = {"packing/padding": Mean(slots - own, slots)}
+        if shares:
+            metrics["packing/shared"] = Mean(num_shared, num_tokens)
+        return self._reduced(metrics)
 
     def _in_rounds(self, microbatches: list[list[Sample]]) -> list[list[Sample]]:
         """Append empty micro-batches where chunks are interleaved: that schedule runs in rounds of

@@ -4,6 +4,7 @@ step       whole RL steps beside TRL: tokens per second, overlap; or the phases 
 fp8        what FP8 training does to the loss, against bf16
 push       the weight push, on this machine and planned at the real size
 agents     turns of tool-using agents through the gateway, before an engine that answers at once
+prompts    updates with a prompt computed once for all its responses, and for each
 controller a full rollout from synthetic engines through the controller to 2,048 ranks
 chaos      a run under injected faults: does it end as an undisturbed run does?
 estimators every algorithm of rl/algorithms on the demo's task: steps to 80%, held-out accuracy
@@ -24,7 +25,7 @@ from tools.bench import machine
 
 NAMES = (
     *("agents", "chaos", "controller", "estimators", "fp8", "kernels"),
-    *("push", "resources", "rewards", "speculative", "step"),
+    *("prompts", "push", "resources", "rewards", "speculative", "step"),
 )
 """Modules of this package. Each has `add_options(parser)`, and `run(chosen)`, which prints tables
 and returns the JSON."""

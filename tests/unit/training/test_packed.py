@@ -1,10 +1,15 @@
 """Packed batches and their denominators; nothing here needs the platform's patches."""
 
+import random
+
 import pytest
 import torch
 
+from megatron_r1.config import Config
+from megatron_r1.models.prefixes import segments_before
 from megatron_r1.training.losses import denominator, supervised
 from megatron_r1.training.packed import TokenSplit, check_token_ids, packed_batch
+from megatron_r1.training.shared_prompts import check_shared_prompts, pack_by_prompt
 from megatron_r1.training.wire import Sample
 from megatron_r1.user_code import find_function
 
@@ -65,6 +70,64 @@ def test_given_tokens_between_sampled_ones_count_nothing():
     # The first is not the first branch of its trajectory.
     assert denominator(b, "token") == 3 and denominator(b, "sequence") == 1
     assert packed_batch([second], TokenSplit(), CPU).sequence_weights is None
+
+
+def test_a_prompt_of_several_samples_lies_there_once():
+    made = [
+        Sample.pack([7, 8, 9], [1, 2], [-1.0, -2.0], 0.5),
+        Sample.pack([7, 8], [3], [-3.0], 1.5),
+        Sample.pack([7, 8, 9], [4], [-4.0], 2.5),
+        Sample.pack([7, 8, 9], [], []),
+    ]
+    b = packed_batch(made, TokenSplit(tensor=4), CPU, share_prompts=True)
+    assert b.input_ids.tolist() == [[7, 8, 9, 1, 2, 7, 8, 3, 9, 4, 9, 0]]
+    assert b.position_ids.tolist() == [[0, 1, 2, 3, 4, 0, 1, 2, 2, 3, 2, 0]]
+    assert b.response_rows.tolist() == [2, 3, 6, 8]
+    assert b.targets[b.is_response].tolist() == [1, 2, 3, 4]
+    assert b.advantages[b.is_response].tolist() == [0.5, 0.5, 1.5, 2.5]
+    assert b.last_tokens.tolist() == [4, 7, 9, 10] and b.num_samples == 4
+    assert b.borders.tolist() == [0, 2, 5, 8, 10, 11, 12] and b.num_shared == 4
+    assert segments_before(b.packed_seq_params.cu_seqlens_q).tolist() == [-1, 0, -1, 0, 0, -1]
+    assert b.packed_seq_params.max_seqlen_q == 5
+    alone = packed_batch(made[:2], TokenSplit(), CPU, share_prompts=True)
+    assert alone.num_shared == 0 and segments_before(alone.packed_seq_params.cu_seqlens_q) is None
+
+
+def test_samples_of_one_prompt_are_packed_together_as_far_as_the_limit_goes():
+    draw = random.Random(0)
+    made = [Sample.pack([p] * 20, [1] * draw.randrange(1, 9)) for p in range(6) for _ in range(7)]
+    draw.shuffle(made)
+    packing = pack_by_prompt(made, 2, 64, float)
+    assert sorted(i for own in packing.shares for m in own for i in m) == [*range(42)]
+    batches = [
+        packed_batch([made[i] for i in m], TokenSplit(), CPU, share_prompts=True)
+        for own in packing.shares
+        for m in own
+    ]
+    assert max(b.input_ids.shape[1] for b in batches) <= 64
+    saved, possible = sum(b.num_shared for b in batches), 6 * 6 * 19
+    assert saved > 0.7 * possible, "a prompt of 7 samples fits into two micro-batches"
+    few = pack_by_prompt(made[:3], 3, 64, float)
+    assert [len(m) for own in few.shares for m in own] == [1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({}, "a GPU"),
+        ({}, "a model"),
+        ({"parallel": {"context": 2}}, "parallel.context: 2"),
+        ({"rl": {"routing_replay": True}}, "rl.routing_replay"),
+        ({"model": {"mtp": "train"}}, "model.mtp: train"),
+        ({"model": {"expert_bias_update_rate": 0.1}}, "model.expert_bias_update_rate"),
+    ],
+)
+def test_shared_prompts_are_refused_where_something_does_not_know_them(settings, says):
+    parallel = {"share_prompts": True, **settings.get("parallel", {})}
+    check_shared_prompts(Config(parallel={"share_prompts": True}), on_gpu=False, is_plain=True)
+    config = Config.model_validate({**settings, "parallel": parallel})
+    with pytest.raises(ValueError, match=f"share_prompts: true does not go with {says}"):
+        check_shared_prompts(config, says == "a GPU", is_plain=says != "a model")
 
 
 def test_a_response_may_be_empty():

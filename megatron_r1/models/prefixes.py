@@ -1,0 +1,150 @@
+"""Prefixes that several sequences of a packed batch share, computed once (on a CPU).
+
+A prefix is a segment of the batch like any other. A segment that continues it sees the prefix's
+keys besides its own, and its positions go on where the prefix ends; both follow from the number of
+the segment before it. Every layer but attention works on tokens alone, so a prompt of which there
+are 16 responses costs one pass, and its gradient is the sum of theirs.
+
+A query attends to its own segment, causally, and to the whole prefix; the two are joined by the
+normalisers of their softmax, forward and backward as in `models.ring_attention`. The matrix of
+queries x keys never exists.
+
+Shapes: t tokens, S segments, h query heads, g key/value heads (g divides h), d head size of queries
+and keys, e of values."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from megatron_r1.models.buckets import Buckets
+from megatron_r1.models.context import spans
+from megatron_r1.models.ring_attention import (
+    flash_backward,
+    flash_forward,
+    over_query_heads,
+    per_query_head,
+)
+
+_ATTRIBUTE = "segments_before"
+
+
+def with_prefixes(borders: Tensor, before: Tensor) -> Tensor:
+    """Return `borders`, (S + 1,) integers, marked with the segments that the S continue.
+
+    before: (S,) int64, the number of the segment before each, or -1; a prefix has none itself. The
+    mark is on the tensor object, because that alone reaches Megatron's rotary embedding."""
+    setattr(borders, _ATTRIBUTE, before)
+    return borders
+
+
+def segments_before(borders: Tensor) -> Tensor | None:
+    """Return the mark of `with_prefixes`, or None."""
+    return getattr(borders, _ATTRIBUTE, None)
+
+
+def first_positions(borders: Tensor) -> Tensor | None:
+    """Return the position of each segment's first token, (S,) int64; None where all are 0."""
+    before = segments_before(borders)
+    if before is None:
+        return None
+    return torch.where(before >= 0, borders.long().diff()[before], 0)
+
+
+def prefix_attention(
+    query: Tensor, key: Tensor, value: Tensor, borders: Tensor, before: Tensor, scale: float
+) -> Tensor:
+    """Attend causally within each segment and to the whole segment before it.
+
+    query (t, h, d), key (t, g, d), value (t, g, e) -> (t, h, e). borders: (S + 1,) int64."""
+    return _PrefixAttention.apply(query, key, value, _Segments(borders, before), scale)
+
+
+class _Segments:
+    """Where a batch's segments are. links: of each prefix the rows that continue it, int64, and its
+    own."""
+
+    def __init__(self, borders: Tensor, before: Tensor):
+        lengths = borders.diff()
+        self.buckets = Buckets(lengths)
+        self.links = []
+        for prefix in before[before >= 0].unique().tolist():
+            members = (before == prefix).nonzero()[:, 0]
+            rows = spans(borders[members], lengths[members])
+            own = slice(int(borders[prefix]), int(borders[prefix + 1]))
+            self.links.append((rows, own))
+
+
+class _PrefixAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, query, key, value, segments: _Segments, scale: float):
+        size, wide = _sizes(query, key, value)
+        batches = zip(*(segments.buckets.spread(x, size) for x in (query, key, value)), strict=True)
+        own = [
+            flash_forward(*_heads(*batch), 0.0, True, attn_mask=None, scale=scale)
+            for batch in batches
+        ]
+        out = segments.buckets.collect([part.to(wide) for part, _ in own])
+        lse = segments.buckets.collect([part.to(wide)[..., None] for _, part in own])
+        for rows, prefix in segments.links:
+            part = _heads(*(_row(x, size) for x in (query[rows], key[prefix], value[prefix])))
+            seen, norm = flash_forward(*part, 0.0, False, attn_mask=None, scale=scale)
+            seen, norm = seen[0].transpose(0, 1).to(wide), norm[0].t()[..., None].to(wide)
+            whole = torch.logaddexp(lse[rows], norm)
+            out[rows] = out[rows] * (lse[rows] - whole).exp() + seen * (norm - whole).exp()
+            lse[rows] = whole
+        out = out[..., : value.shape[2]].to(query.dtype)
+        ctx.save_for_backward(query, key, value, out, lse)
+        ctx.segments, ctx.scale = segments, scale
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        query, key, value, out, lse = ctx.saved_tensors
+        segments, buckets = ctx.segments, ctx.segments.buckets
+        size, wide = _sizes(query, key, value)
+        tensors = [buckets.spread(x, size) for x in (grad, query, key, value, out)]
+        norms = [x[..., 0] for x in buckets.spread(lse, 1)]
+        own: list[list[Tensor]] = [[], [], []]
+        for g, q, k, v, o, norm in zip(*tensors, norms, strict=True):
+            # A padded query has grad 0, and so any finite normaliser will do.
+            parts = _gradients((g, q, k, v, o), norm, True, ctx.scale)
+            for of, part in zip(own, parts, strict=True):
+                of.append(part.to(wide))
+        d_query, d_key, d_value = (buckets.collect(parts) for parts in own)
+        for rows, prefix in segments.links:
+            at = grad[rows], query[rows], key[prefix], value[prefix], out[rows]
+            norm = lse[rows][..., 0].t()[None]
+            parts = _gradients([_row(x, size) for x in at], norm, False, ctx.scale)
+            of_rows, of_keys, of_values = (part[0].transpose(0, 1).to(wide) for part in parts)
+            d_query[rows] += of_rows
+            d_key[prefix] += of_keys
+            d_value[prefix] += of_values
+        pairs = (d_query, query), (d_key, key), (d_value, value)
+        return *(d[..., : x.shape[2]].to(x.dtype) for d, x in pairs), None, None
+
+
+def _sizes(query: Tensor, key: Tensor, value: Tensor) -> tuple[int, torch.dtype]:
+    """Return the one head size that flash attention wants, and the dtype of sums over chunks."""
+    size = max(key.shape[2], value.shape[2])
+    return size, torch.promote_types(query.dtype, torch.float32)
+
+
+def _row(x: Tensor, size: int) -> Tensor:
+    """(t, heads, …) -> (1, heads, t, size), filled with zeros."""
+    return torch.nn.functional.pad(x, (0, size - x.shape[2])).transpose(0, 1)[None].contiguous()
+
+
+def _heads(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    heads = query.shape[1]
+    return query, per_query_head(key, heads), per_query_head(value, heads)
+
+
+def _gradients(tensors: Sequence[Tensor], norm: Tensor, causal: bool, scale: float) -> list[Tensor]:
+    """Return the gradients of query, key and value of one chunk. tensors: (r, heads, w, size) each,
+    the gradient of the output, query, key, value and output; norm: (r, h, w)."""
+    grad, query, key, value, out = tensors
+    heads = key.shape[1]
+    row = (grad, *_heads(query, key, value), out, norm.contiguous())
+    parts = flash_backward(*row, 0.0, causal, attn_mask=None, scale=scale)
+    return [parts[0], *(over_query_heads(part, heads) for part in parts[1:])]

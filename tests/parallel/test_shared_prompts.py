@@ -1,0 +1,18 @@
+"""Updates where a prompt is computed once equal those where each response has its own."""
+
+from pathlib import Path
+
+import pytest
+from ranks import run_ranks
+
+HERE = Path(__file__).parent
+NAMES = ["qwen-untied", "deepseek-yarn-mtp"]
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "grid"),
+    [(1, "one"), *(pytest.param(2, g, marks=pytest.mark.slow) for g in ("tp2", "pp2", "dp2"))],
+)
+def test_metrics_and_weights_are_the_same(oracle, num_ranks, grid):
+    output = run_ranks(HERE, num_ranks, "shared_steps.py", str(oracle), grid, *NAMES)
+    assert all(f"{name} {grid}: " in output for name in NAMES), output[-3000:]

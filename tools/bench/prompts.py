@@ -1,0 +1,112 @@
+"""Updates with and without `parallel.share_prompts`: 16 responses to each long prompt.
+
+The trainer alone, on one rank and one thread, in turns: core seconds of an update and of a pass for
+log-probabilities, which other load on the machine changes little. The ideal is the ratio of the
+tokens that are computed; attention and the head do not shrink with them."""
+
+import argparse
+import json
+import os
+import random
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+HF = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "model_type": "qwen2",
+    "vocab_size": 2048,
+    "hidden_size": 256,
+    "intermediate_size": 704,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "hidden_act": "silu",
+    "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+    "use_sliding_window": False,
+}
+LOSS = "megatron_r1.rl.algorithms.grpo:loss"
+
+
+def add_options(options: argparse.ArgumentParser) -> None:
+    options.add_argument("--group", type=int, default=16, help="responses to a prompt")
+    options.add_argument("--prompts", type=int, nargs="+", default=[256, 1024], help="tokens")
+    options.add_argument("--response", type=int, default=128, help="tokens")
+    options.add_argument("--repeats", type=int, default=3)
+
+
+def run(chosen: argparse.Namespace) -> dict[str, Any]:
+    """Return core seconds of each, and what share of the ideal saving is reached."""
+    from megatron_r1 import platform
+    from megatron_r1.config import Config
+    from megatron_r1.processes.children import free_port, rank_variables
+    from megatron_r1.rl.algorithms import find
+    from megatron_r1.training import distributed
+
+    os.environ |= rank_variables(0, 1, free_port("127.0.0.1"))
+    platform.prepare()
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(HF))
+        config = Config.model_validate(
+            {
+                "model": {"path": folder, "init": "random", "dtype": "float32"},
+                "parallel": {"threads": 1, "tokens_per_microbatch": 1 << 20},
+            }
+        )
+        position = distributed.initialize(config.parallel, seed=0)
+        settings = find("grpo"), config.rl.loss_settings | {"kl_beta": 0.0}
+        results = [_measured(config, position, *settings, chosen, n) for n in chosen.prompts]
+        distributed.leave_process_groups()
+    return {"model": HF, "results": results}
+
+
+def _measured(config, position, algorithm, settings, chosen, prompt: int) -> dict[str, Any]:
+    from megatron_r1.training.trainer import Trainer
+    from megatron_r1.training.wire import Sample
+
+    draw = random.Random(0)
+
+    def tokens(count):
+        return [draw.randrange(HF["vocab_size"]) for _ in range(count)]
+
+    first, logprobs = tokens(prompt), [-7.0] * chosen.response
+    samples = [
+        Sample.pack(first, tokens(chosen.response), logprobs, draw.uniform(-1, 1))
+        for _ in range(chosen.group)
+    ]
+    limits = {"max_response_tokens": chosen.response}
+    seconds: dict[bool, list[float]] = {False: [], True: []}
+    computed, trainers = {}, {}
+    for shares in seconds:
+        parallel = config.parallel.model_copy(update={"share_prompts": shares})
+        trainers[shares] = Trainer(config.model_copy(update={"parallel": parallel}), position)
+        trainers[shares].load([[samples]])
+        computed[shares] = trainers[shares].minibatches[0][0].input_ids.numel()
+    for _ in range(1 + chosen.repeats):
+        for shares, trainer in trainers.items():
+            begun = time.process_time()
+            trainer.compute_logprobs(1.0, reference=False)
+            trainer.update(0, algorithm.loss, settings | limits, 0.0)
+            seconds[shares].append(time.process_time() - begun)
+    alone, shared = (median(seconds[shares][1:]) for shares in (False, True))
+    ideal = computed[False] / computed[True]
+    print(
+        f"{chosen.group} x ({prompt} + {chosen.response}) tokens: {alone:.2f} s alone, "
+        f"{shared:.2f} s shared: {alone / shared:.2f} times as fast, ideal {ideal:.2f}, reached "
+        f"{alone / shared / ideal:.2f}",
+        flush=True,
+    )
+    return {
+        "prompt": prompt,
+        "response": chosen.response,
+        "group": chosen.group,
+        "core_seconds": {"alone": seconds[False][1:], "shared": seconds[True][1:]},
+        "tokens": {"alone": computed[False], "shared": computed[True]},
+        "speedup": alone / shared,
+        "ideal": ideal,
+    }
