@@ -41,11 +41,12 @@ def arguments(folder: Path, name: str, steps: int, *more: object) -> list:
     return ["rl", recipe, *where, *data, "--data.num_heldout", 16, *more]
 
 
-def check_steps(metrics: list[dict], steps: int) -> None:
+def check_steps(metrics: list[dict], steps: int, limit: float) -> None:
+    """limit: of the difference of log-probabilities."""
     assert [line["step"] for line in metrics] == list(range(1, steps + 1))
     for line in metrics:
         # What was sampled over several turns is what the trainer computes: the tokens are the same.
-        assert line["logprob_diff/max"] < 1e-4
+        assert line["logprob_diff/max"] < limit
         assert line["episode/turns"] > 1
         assert sum(v for k, v in line.items() if k.startswith("episode/status/")) == pytest.approx(
             1
@@ -56,7 +57,7 @@ def test_episodes_are_trained_on_the_tokens_that_were_sampled(folder):
     done = run(*arguments(folder, "run", 3, "--rl.minibatches", 2))
     assert done.returncode == 0, done.stderr + done.stdout
     assert "chat template, a result after a call: exact" in done.stdout
-    check_steps(lines(folder / "run/metrics.jsonl"), 3)
+    check_steps(lines(folder / "run/metrics.jsonl"), 3, 1e-4)
     samples = lines(folder / "run/samples.jsonl")
     with_calls = [s for s in samples if len(s["turns"]) > 2]
     assert with_calls
@@ -81,5 +82,5 @@ def test_a_killed_run_goes_on_with_the_episodes_that_were_finished(folder):
     done = run(*arguments(folder, "killed", 5, *ahead))
     assert done.returncode == 0, done.stderr + done.stdout
     metrics = lines(folder / "killed/metrics.jsonl")
-    check_steps(metrics, 5)
+    check_steps(metrics, 5, 1.0)  # of policies one step apart
     assert sum(line["groups/replayed"] for line in metrics) > 0
