@@ -97,8 +97,9 @@ def test_it_answers_in_its_chat_template(model):
 def test_the_chain_runs_in_miniature(model, tmp_path):
     settings = {
         "examples.model": model,
-        "sft.run.steps": 2,
-        "student.run.steps": 2,
+        **{f"{name}.run.steps": 2 for name in ("sft", "student")},
+        **{f"{name}.sft.epochs": "null" for name in ("sft", "student")},
+        **{f"{name}.sft.batch_size": 4 for name in ("sft", "student")},
         "rl.run.steps": 2,
         "rl.data.num_heldout": 4,
         "rl.rl.questions_per_rollout": 4,
