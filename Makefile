@@ -88,8 +88,11 @@ $(CUDA_VENV)/.installed: $(CUDA_VENV)/.packages $(TE_BUILT) setup.py pyproject.t
 $(CUDA_VENV)/.packages: $(CUDA_LOCK)
 	@echo "installing into $(CUDA_VENV): 3 GB to download, 9 GB"
 	@test -x $(CUDA_BIN)/python || $(PYTHON) -m venv $(CUDA_VENV)
+	$(CUDA_BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps torch==$(TORCH)
+	@# Before the rest, which takes minutes; removed, because pip would be content with it the next time.
+	@! $(CUDA_BIN)/python -m pip show torch | grep -q '^Version:.*+cpu' || { $(CUDA_BIN)/python -m pip uninstall --quiet --yes torch; \
+	echo "pip has found a CPU build of torch $(TORCH) before the CUDA build, in another index or a folder of wheels (pip config list): PIP_CONFIG_FILE=/dev/null make setup-cuda leaves them out"; exit 1; }
 	$(CUDA_BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r $(CUDA_LOCK)
-	@$(CUDA_BIN)/python -c 'import sys, torch; sys.exit(not torch.version.cuda and "this torch is a CPU build: pip prefers another index or a folder of wheels (pip config list)")'
 	@touch $@
 
 # From source: a wheel for this torch is in no package index.

@@ -22,9 +22,11 @@ from r1_kernels.vocabulary import PendingStatistics, RowSoftmax, RowUpstream, Sh
 Rows: TypeAlias = slice | Tensor
 """Rows of the batch: a range, or int64 indices."""
 
-GPU_CHUNK_TOKENS = 4096  # products of fewer rows run below the full rate
+GPU_CHUNK_TOKENS = 8192  # each chunk reads and writes the weight's gradient: a tenth of its product
 GPU_CHUNK_ELEMENTS = 1 << 27  # 0.5 GiB of fp32 logits, where the vocabulary's shard is small
 CPU_CHUNK_ELEMENTS = 1 << 24  # 64 MiB of fp32 logits; half of it is slower
+CHUNK_STEP = 128  # tiles of a product: odd numbers of rows run other kernels, with other bits
+ALIGNED_ELEMENTS = 8  # 16 bytes of bf16: products of rows that start elsewhere lose vector loads
 
 
 @dataclass(frozen=True)
@@ -39,9 +41,10 @@ class LinearHead:
     primitives: SimpleNamespace
 
     def buffer(self, tokens: int, dtype: torch.dtype) -> Tensor:
-        """Allocate memory for the logits (rows, V_local) of one chunk."""
-        rows = min(tokens, self.chunk_tokens)
-        return self.weight.new_empty(rows, len(self.weight), dtype=dtype)
+        """Allocate memory for the logits (rows, V_local) of one chunk, each row aligned."""
+        rows, columns = min(tokens, self.chunk_tokens), len(self.weight)
+        width = -(-columns // ALIGNED_ELEMENTS) * ALIGNED_ELEMENTS
+        return self.weight.new_empty(rows, width, dtype=dtype)[:, :columns]
 
     def logits(self, hidden: Tensor, buffer: Tensor) -> Tensor:
         """Compute the unscaled logits (rows, V_local) in `buffer`."""
@@ -63,9 +66,12 @@ class LinearHead:
 
     def chunks(self, rows: Tensor | int) -> Iterator[Rows]:
         """Yield chunks of `rows` rows, or of the rows with these indices, of nearly equal size: a
-        product of a few rows reads the whole weight too."""
+        product of a few rows reads the whole weight too. All but the last are multiples of
+        `CHUNK_STEP` where chunks are."""
         count = rows if isinstance(rows, int) else len(rows)
+        step = CHUNK_STEP if self.chunk_tokens % CHUNK_STEP == 0 else 1
         size = -(-count // max(1, -(-count // self.chunk_tokens)))
+        size = -(-size // step) * step
         for start in range(0, count, max(1, size)):
             chunk = slice(start, min(start + size, count))
             yield chunk if isinstance(rows, int) else rows[chunk]
@@ -75,7 +81,7 @@ def default_chunk_tokens(weight: Tensor) -> int:
     """Return a number of tokens for products at full rate in a bounded buffer."""
     columns = max(1, len(weight))
     if weight.is_cuda:
-        return max(GPU_CHUNK_TOKENS, GPU_CHUNK_ELEMENTS // columns)
+        return max(GPU_CHUNK_TOKENS, GPU_CHUNK_ELEMENTS // columns // CHUNK_STEP * CHUNK_STEP)
     return max(16, CPU_CHUNK_ELEMENTS // columns)
 
 

@@ -82,6 +82,7 @@ def linear_policy_loss(
     denominator: float | Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     sequence_group: ProcessGroup | None = None,
+    rows: Tensor | None = None,
     chunk_tokens: int | None = None,
     reduce_hidden_grad: bool = True,
     backend: str | None = None,
@@ -93,6 +94,8 @@ def linear_policy_loss(
     not 0. temperature, vocab_size, chunk_tokens, reduce_hidden_grad: see `linear_token_logprobs`.
     The rest: as in `policy_loss`, with the entropy of the head itself.
     Autocast is off inside: the output layer computes in the dtype of hidden and weight.
+    rows: the indices, rising, of all tokens whose mask is not 0, for callers that have them; to
+    find them here, the host waits for the device.
     old_logprobs None: the present policy's own (ratio 1), for the one update of an on-policy step.
     ratio_level "sequence" (GSPO) needs all log-probabilities first: one product more.
     Raises ValueError for shapes, dtypes, devices, targets and settings that do not fit, by name."""
@@ -104,14 +107,17 @@ def linear_policy_loss(
     check_finite("entropy_coef", entropy_coef)
     head = make_head(hidden, weight, temperature, group, vocab_size, chunk_tokens, backend)
     check_tokens(len(hidden), advantages=advantages)
+    if rows is not None and (rows.dim() != 1 or rows.dtype != torch.int64):
+        raise ValueError(f"rows must be (tokens,) int64, got {tuple(rows.shape)} {rows.dtype}")
     given = TokenTensors(None, old_logprobs, ref_logprobs, rollout_logprobs, advantages, mask)
     on_one_device = {"hidden": hidden, "weight": weight, "targets": targets}
     tokens, sequences = prepare_tokens(
         given, settings, averaging, head.primitives, wide(hidden.dtype), **on_one_device
     )
-    rows = _seen_rows(tokens.weights)
-    check_targets(targets, len(hidden), head.shard.size, None if isinstance(rows, int) else rows)
-    run = _Run(head, targets, tokens, rows, settings, entropy_coef)
+    rows = tokens.weights.nonzero()[:, 0] if rows is None else rows
+    seen = len(hidden) if len(rows) == len(hidden) else rows
+    check_targets(targets, len(hidden), head.shard.size, None if isinstance(seen, int) else seen)
+    run = _Run(head, targets, tokens, seen, settings, entropy_coef)
     if hidden.dtype == torch.float16:
         run = run._replace(gradient_scale=_gradient_scale(tokens.weights))
     if ratio_level == "sequence":
@@ -120,12 +126,6 @@ def linear_policy_loss(
     needs = [torch.is_grad_enabled() and t.requires_grad for t in (hidden, weight)]
     gradients = HeadGradients(head, hidden, needs, reduce_hidden_grad)
     return LinearPolicyLoss(*_LinearPolicyLoss.apply(hidden, weight, run, gradients))
-
-
-def _seen_rows(weights: Tensor) -> Tensor | int:
-    """Return the indices of the tokens that count, or their number if all do."""
-    rows = weights.nonzero()[:, 0]
-    return len(weights) if len(rows) == len(weights) else rows
 
 
 def _gradient_scale(weights: Tensor) -> Tensor:
@@ -140,7 +140,8 @@ def _gradient_scale(weights: Tensor) -> Tensor:
 class _Run(NamedTuple):
     """The arguments of one call besides hidden and weight, checked.
 
-    gradient_scale: a scalar by which gradients are multiplied until the backward pass, or None."""
+    rows: the indices of the tokens that count, or their number if all do. gradient_scale: a scalar
+    by which gradients are multiplied until the backward pass, or None."""
 
     head: LinearHead
     targets: Tensor

@@ -118,8 +118,9 @@ class PendingStatistics:
 
     def wait(self) -> RowSoftmax:
         """Combine the ranks' parts. A row of only -inf has no softmax: NaN."""
-        if self.work is not None:
-            self.work.wait()
+        if self.work is None:
+            return self._softmax(*self.parts[0])
+        self.work.wait()
         peaks, totals, moments, chosen = self.parts.unbind(1)
         peak = peaks.amax(0)
         # A rank with only padding, or only -inf, has peak -inf and total 0: it adds 0.
@@ -128,6 +129,9 @@ class PendingStatistics:
         total = (fades * totals).sum(0)
         # The floor avoids 0 · -inf for a shard of banned tokens (logits at the lowest fp32).
         moment = (fades * (moments + shifts.clamp(min=-1000.0) * totals)).sum(0)
+        return self._softmax(peak, total, moment, chosen.sum(0))
+
+    def _softmax(self, peak: Tensor, total: Tensor, moment: Tensor, chosen: Tensor) -> RowSoftmax:
         log_total = total.log()
-        logprobs = (chosen.sum(0) - peak) * self.scale - log_total
+        logprobs = (chosen - peak) * self.scale - log_total
         return RowSoftmax(logprobs, log_total - moment / total, peak, log_total)

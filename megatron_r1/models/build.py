@@ -68,6 +68,7 @@ def build_model(
     _mark_sinks(built)
     if config.multi_latent_attention:
         _set_latent_epsilon(built)
+        _mark_replicated(built)
     scaling = rope_scaling(hf)
     if scaling:
         rotary = built.rotary_pos_emb
@@ -83,18 +84,21 @@ def process_groups(chunks: Sequence) -> ProcessGroupCollection:
 
 
 def _mark_experts(model: PolicyModel | ScoreModel) -> None:
-    """Have DDP sum experts' gradients over the expert-data-parallel group where that differs from
-    the data-parallel group.
+    """Have experts' gradients summed over the right ranks, and all counted in their norm.
 
-    Megatron marks them so (`allreduce` False) only when expert_parallel > 1
+    Sum: Megatron marks experts (`allreduce` False) only when expert_parallel > 1
     (tensor_parallel/layers.py). With tensor_parallel 2 and both expert sizes 1, two ranks hold the
-    same experts and see different tokens, and their gradients would not be summed."""
+    same experts and see different tokens, and their gradients would not be summed. Norm: Megatron
+    counts a parameter on the first tensor rank only, unless it is marked as split. No tensor rank
+    has another's experts or another's part of their gradients; Megatron's own layers are marked,
+    Transformer Engine's grouped ones are not."""
     config = model.config
-    if config.num_moe_experts and (
-        config.expert_tensor_parallel_size != config.tensor_model_parallel_size
-    ):
-        for name, parameter in model.named_parameters():
-            if ".mlp.experts." in name:
+    if not config.num_moe_experts:
+        return
+    for name, parameter in model.named_parameters():
+        if ".mlp.experts." in name:
+            parameter.tensor_model_parallel = True
+            if config.expert_tensor_parallel_size != config.tensor_model_parallel_size:
                 parameter.allreduce = False
                 # Megatron marks the bias of an expert's second layer, whose gradient would be
                 # summed over the tensor group once more.
@@ -107,6 +111,20 @@ def _mark_sinks(model: PolicyModel | ScoreModel) -> None:
     for name, parameter in model.named_parameters():
         if name.endswith(".softmax_offset"):
             set_tensor_model_parallel_attributes(parameter, True, 0, 1)
+
+
+def _mark_replicated(model: PolicyModel | ScoreModel) -> None:
+    """Have the norm of the gradients count the down-projections of latent attention once.
+
+    They are whole on every tensor rank, but Transformer Engine marks the weights of all its linear
+    layers as split (pytorch/module/linear.py:2297, 2.20.2), and Megatron's norm adds up what is
+    split: with tensor_parallel 2 it was 11% too large on a small model, and gradients were clipped
+    by as much too early."""
+    for module in model.modules():
+        if isinstance(module, MLASelfAttention):
+            for name in ("linear_q_down_proj", "linear_kv_down_proj"):
+                if hasattr(module, name):
+                    getattr(module, name).weight.tensor_model_parallel = False
 
 
 def _set_latent_epsilon(model: PolicyModel | ScoreModel) -> None:

@@ -7,6 +7,7 @@ patches in the order of this file, before Megatron is imported."""
 import contextlib
 import functools
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -68,6 +69,16 @@ def _disable_compile() -> None:
     # Read when a function is decorated, so it has to be set before Megatron is imported. Compiling
     # a dozen two-line functions with a C++ compiler takes longer than the compiled code saves.
     os.environ["TORCHDYNAMO_DISABLE"] = "1"
+
+
+@_patch(
+    "no Transformer Engine",
+    "optimizer/clip_grads.py:11",
+    "from transformer_engine.pytorch.optimizers import",
+)
+def _hide_transformer_engine() -> None:
+    # In an environment for GPUs it imports without one, and then its kernels fail.
+    sys.modules.setdefault("transformer_engine", None)  # type: ignore[arg-type]
 
 
 @_patch(

@@ -63,6 +63,7 @@ class Head:
                 mask,
                 cu_seqlens=batch.borders,
                 sequence_group=self.context_group,
+                rows=batch.response_rows,
                 **settings,
                 **self._options(),
             )

@@ -12,8 +12,10 @@ from ranks import run_script
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-IMPORTS = [str(ROOT / folder) for folder in ("", "tests", "tests/parallel", "tests/system")]
+FOLDERS = ("", "kernels", "tests", "tests/parallel", "tests/system", "tests/nullgpu")
+IMPORTS = [str(ROOT / folder) for folder in FOLDERS]
 sys.path.append(str(ROOT / "tests" / "parallel"))
+TORCHRUN = ["-m", "torch.distributed.run", "--master-addr=127.0.0.1", "--standalone"]
 
 
 def pytest_collection_modifyitems(items):
@@ -28,17 +30,21 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session")
 def on_null_gpu(tmp_path_factory) -> Callable[..., str]:
-    """A function that runs Python with these arguments on the null GPU; returns its output."""
+    """A function that runs Python with these arguments on the null GPU, or on several; returns its
+    output. computes: whether torch's operators compute in every process from the beginning."""
     shim = tmp_path_factory.mktemp("null_gpu")
     build(shim)
 
-    def run(*arguments: str) -> str:
+    def run(*arguments: str, gpus: int = 1, computes: bool = False) -> str:
+        imports = [str(HERE / "everywhere"), *IMPORTS] if computes else IMPORTS
         environment = {
+            "NULL_GPUS": str(gpus),
             "LD_PRELOAD": f"{shim}/libnullgpu.so",
             "LD_LIBRARY_PATH": str(shim),
             "TRITON_LIBCUDA_PATH": str(shim),
-            "PYTHONPATH": ":".join(IMPORTS),
-            "CUDA_VISIBLE_DEVICES": "0",
+            "NULL_GPU_MEMORY": f"{shim}/memory",
+            "PYTHONPATH": ":".join(imports),
+            "CUDA_VISIBLE_DEVICES": ",".join(map(str, range(gpus))),
         }
         return run_script(HERE, list(arguments), **environment)
 

@@ -1,6 +1,8 @@
-"""Starts a vLLM engine on the null GPU and pushes to it through shared memory: other weights, then
-those it was started on: `engine_push.py FOLDER`. Prints a line of JSON with the checksums of the
-tensors in use before, between and after."""
+"""Starts a vLLM engine on the null GPU, pushes other weights to it, has it sleep while this process
+takes the GPU's memory, and pushes those it was started on: `engine_push.py FOLDER TRANSPORT`.
+
+Prints a line of JSON: vLLM's checksums of the tensors in use before, between and after, and the
+GiB that the GPU has left while the engine is awake, asleep, and awake again."""
 
 import asyncio
 import json
@@ -11,40 +13,33 @@ from pathlib import Path
 import msgspec
 import torch
 from file_trainer import FileBridge
-from safetensors.torch import save_file
+from host_compute import compute_everywhere
+from random_weights import write_random
 from vllm_needs import QWEN
 
 from megatron_r1.fleet.rollout_fleet import RolloutFleet
-from megatron_r1.weights import hf_tensors
 
 HERE = Path(__file__).parent
-ENGINE = {
-    "device": "cuda",
-    "dtype": "bfloat16",
-    "max_model_len": 256,
-    "max_num_seqs": 8,
-    "gpu_memory": 0.02,
-    "weight_transfer_backend": "megatron_r1_shm",
-    # Nothing can be captured or compiled where kernels do not run.
-    "extra_args": ["--enforce-eager"],
-    "extra_env": {
-        "VLLM_USE_FLASHINFER_SAMPLER": "0",
-        "PYTHONPATH": f"{HERE}/in_engine:{HERE}:{os.environ['PYTHONPATH']}",
-    },
-}
+ENGINE_GPU, TRAINER_GPU = 0, 1  # NCCL refuses two ranks on one
+GIB = 2**30
 
 
-def write_model(folder: Path, seed: int) -> Path:
-    draw = torch.Generator().manual_seed(seed)
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(QWEN))
-    shapes = {name: shape for name, (shape, _) in hf_tensors(QWEN).items()}
-    save_file(
-        {name: torch.randn(shape, generator=draw).bfloat16() for name, shape in shapes.items()},
-        folder / "model.safetensors",
-        {"format": "pt"},
-    )
-    return folder
+def settings(transport: str) -> dict:
+    return {
+        "device": "cuda",
+        "dtype": "bfloat16",
+        "max_model_len": 256,
+        "max_num_seqs": 8,
+        "gpu_memory": 0.02,
+        "sleeps": True,
+        "weight_transfer_backend": f"megatron_r1_{transport}",
+        # Nothing can be captured or compiled where kernels do not run.
+        "extra_args": ["--enforce-eager"],
+        "extra_env": {
+            "VLLM_USE_FLASHINFER_SAMPLER": "0",
+            "PYTHONPATH": f"{HERE}/everywhere:{HERE}:{os.environ['PYTHONPATH']}",
+        },
+    }
 
 
 async def checksums(fleet: RolloutFleet) -> dict:
@@ -55,17 +50,35 @@ async def checksums(fleet: RolloutFleet) -> dict:
     return msgspec.json.decode(answer)["checksums"]
 
 
-async def main(folder: Path) -> None:
-    first, other = (write_model(folder / f"model{seed}", seed) for seed in range(2))
-    async with RolloutFleet(1, folder / "fleet", **ENGINE) as fleet:
+def gib_left() -> float:
+    return torch.cuda.mem_get_info(ENGINE_GPU)[0] / GIB
+
+
+async def main(folder: Path, transport: str) -> None:
+    compute_everywhere()
+    torch.cuda.set_device(TRAINER_GPU)
+    first, other = (
+        write_random(folder / f"model{seed}", QWEN, seed, torch.bfloat16) for seed in range(2)
+    )
+    async with RolloutFleet(1, folder / "fleet", **settings(transport)) as fleet:
         await fleet.start(first)
-        bridge = FileBridge(QWEN, fleet, transport="shm")
-        found = [await checksums(fleet)]
-        for model in (other, first):
-            await bridge.push(model)
-            found.append(await checksums(fleet))
-    print(json.dumps(found))
+        bridge = FileBridge(QWEN, fleet, transport=transport)
+        found, left = [await checksums(fleet)], []
+        await bridge.push(other)
+        found.append(await checksums(fleet))
+        left.append(gib_left())
+        await fleet.sleep()
+        left.append(gib_left())
+        # As a trainer on the same GPU would: more than was left beside the engine that is awake.
+        size = int((left[0] + left[1]) / 2 * GIB)
+        taken = torch.empty(size, dtype=torch.uint8, device=f"cuda:{ENGINE_GPU}")
+        del taken
+        torch.cuda.empty_cache()
+        await bridge.push(first)
+        found.append(await checksums(fleet))
+        left.append(gib_left())
+    print(json.dumps({"checksums": found, "GiB left": left}))
 
 
 if __name__ == "__main__":
-    asyncio.run(main(Path(sys.argv[1])))
+    asyncio.run(main(Path(sys.argv[1]), sys.argv[2]))

@@ -4,6 +4,8 @@ The memory of those tensors is the host's, so an operator can be given CPU tenso
 bytes. What stays without effect: products of Transformer Engine (cuBLASLt), its kernels and
 Triton's, which do not go through torch's dispatcher."""
 
+import threading
+
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
@@ -77,3 +79,15 @@ class HostCompute(TorchDispatchMode):
         except NotImplementedError:  # an operator that CUDA alone has
             return func(*args, **kwargs)
         return tree_map_only(torch.Tensor, up, result)
+
+
+def compute_everywhere() -> None:
+    """Have torch's operators compute in this thread, for good, and in all that it starts."""
+    run = threading.Thread.run
+
+    def run_on_host(thread: threading.Thread) -> None:
+        with HostCompute():
+            run(thread)
+
+    threading.Thread.run = run_on_host
+    HostCompute().__enter__()

@@ -1,13 +1,8 @@
 """Checkpoints of the trainer with Transformer Engine's layers, on the null GPU."""
 
-import json
-
 import pytest
-import torch
-from safetensors.torch import save_file
+from nullgpu.random_weights import write_random
 from small_models import DEEPSEEK, QWEN
-
-from megatron_r1.weights import hf_tensors
 
 # Multiples of 128, FP8's blocks.
 WIDE = {"vocab_size": 256, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2}
@@ -31,13 +26,8 @@ BF16_MOMENTS = ("bfloat16", "none", "bfloat16")
 def models(tmp_path_factory):
     """Folders of models with random weights."""
     folder = tmp_path_factory.mktemp("models")
-    draw = torch.Generator().manual_seed(0)
     for name, hf in MODELS.items():
-        (folder / name).mkdir()
-        (folder / name / "config.json").write_text(json.dumps(hf))
-        shapes = {tensor: shape for tensor, (shape, _) in hf_tensors(hf).items()}
-        weights = {n: 0.1 * torch.randn(shape, generator=draw) for n, shape in shapes.items()}
-        save_file(weights, folder / name / "model.safetensors", {"format": "pt"})
+        write_random(folder / name, hf)
     return folder
 
 

@@ -3,6 +3,9 @@
 from importlib import metadata
 from pathlib import Path
 
+import pytest
+from nullgpu.conftest import TORCHRUN
+
 ROOT = Path(__file__).parents[2]
 
 COPIES = """
@@ -33,6 +36,16 @@ loss = loss + x.bfloat16().float().square().mean()
 loss.backward()
 torch.testing.assert_close(on_gpu, [loss.detach(), x.grad])
 """
+OF_THE_CPU = [
+    "return False",
+    "elif not _prepared:",
+    "with without_garbage_collection():  # patches import what they change",
+    "for patch in PATCHES:",
+    "patch.install()",
+    "keep_freed_memory()",
+    "_prepared = True",
+    'warnings.filterwarnings("ignore", module=r"megatron\\.core\\.")',
+]
 
 
 def test_memory_is_the_hosts_copies_are_real_and_kernels_do_nothing(on_null_gpu):
@@ -59,3 +72,22 @@ def test_gpu_check_runs_and_says_that_its_times_are_meaningless(on_null_gpu, tmp
     page = (tmp_path / "gpu_check.md").read_text()
     assert "H100 (null), sm_90, 80.0 GiB" in page and "times are meaningless" in page
     assert "| the driver's answer and torch's | passed |" in page
+
+
+@pytest.mark.parametrize("gpus", [2, 4])
+def test_collectives_and_messages_move_data_between_processes(on_null_gpu, gpus):
+    printed = on_null_gpu(*TORCHRUN, f"--nproc-per-node={gpus}", "collectives.py", gpus=gpus)
+    assert printed.count("all are right") == gpus
+
+
+def test_ranks_that_share_a_gpu_or_disagree_are_refused(on_null_gpu):
+    printed = on_null_gpu(*TORCHRUN, "--nproc-per-node=2", "collectives.py", "wrong", gpus=2)
+    assert "another collective than rank 0's" in printed
+    assert "another rank has the same GPU" in printed
+
+
+def test_every_line_of_the_platforms_gpu_side_is_run(on_null_gpu):
+    printed = on_null_gpu("platform_lines.py")
+    number, *missed = printed[printed.index("lines run") - 3 :].splitlines()
+    assert int(number.split()[0]) > 20
+    assert missed == OF_THE_CPU

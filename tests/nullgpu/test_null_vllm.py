@@ -1,6 +1,9 @@
 """vLLM's CUDA model classes and an engine process, on the null GPU."""
 
 import json
+from pathlib import Path
+
+import pytest
 
 
 def test_what_vllm_loads_is_what_the_tables_predict_and_a_swap_keeps_addresses(
@@ -17,8 +20,18 @@ def test_what_vllm_loads_is_what_the_tables_predict_and_a_swap_keeps_addresses(
         assert case["tensors"] > 20
 
 
-def test_two_pushes_to_an_engine_give_it_what_it_loads_from_a_file(on_null_gpu, tmp_path):
-    printed = on_null_gpu("engine_push.py", str(tmp_path))
-    loaded, other, pushed = json.loads(printed.splitlines()[-1])
+@pytest.mark.parametrize("transport", ["shm", "cuda_ipc", "nccl"])
+def test_an_engine_has_what_was_pushed_before_and_after_it_slept(on_null_gpu, tmp_path, transport):
+    printed = on_null_gpu("engine_push.py", str(tmp_path), transport, gpus=2)
+    found = json.loads(printed.splitlines()[-1])
+    loaded, other, pushed = found["checksums"]
+    # What wakes is full of NaN: a tensor that is not written again would differ.
     assert len(loaded) > 10 and pushed == loaded
     assert not [name for name in loaded if other[name] == loaded[name]]
+    awake, asleep, again = found["GiB left"]
+    assert asleep - awake > 1 and again == pytest.approx(awake, abs=0.1)
+
+
+def test_a_push_through_cuda_ipc_reaches_the_memory_of_another_process(on_null_gpu):
+    test = str(Path(__file__).parents[1] / "gpu" / "test_push_cuda_ipc.py")
+    assert "1 passed" in on_null_gpu("-m", "pytest", "-p", "no:cacheprovider", test, computes=True)

@@ -10,7 +10,7 @@ from tools.plan.push import receive_buffer_bytes
 from tools.plan.quantity import Section, in_bytes
 
 # Of r1_kernels.linear_head; not imported, as that would import torch.
-GPU_CHUNK_TOKENS = 4096
+GPU_CHUNK_TOKENS = 8192
 GPU_CHUNK_ELEMENTS = 1 << 27
 
 

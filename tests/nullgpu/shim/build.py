@@ -1,6 +1,7 @@
 """Compiles the null GPU: `python build.py FOLDER` writes its three libraries there.
 
-    libnullgpu.so       preloaded: CUDA runtime (runtime.c); cuBLAS, NCCL, NVRTC (libraries.c)
+    libnullgpu.so       preloaded: CUDA runtime (runtime.c); cuBLAS, NVRTC (libraries.c);
+                        NCCL (collectives.c)
     libcuda.so.1        in the place of the driver (driver.c)
     libnvidia-ml.so.1   in the place of the driver's management library (nvml.c)
 
@@ -27,6 +28,7 @@ EXTENSIONS = (
     "vllm/**/*.so",
 )
 RUNTIME = r"(?:__)?cuda[A-Z]\w*|cublas\w+|nccl[A-Z]\w+|nvrtc[A-Z]\w+"
+BY_NAME = {"cudaDeviceReset", "cudaHostRegister", "cudaHostUnregister"}  # vLLM, through ctypes
 DRIVER = r"cu(?!da|blas|dnn|solver|sparse|fft|rand|file|pti)[A-Z]\w*"
 
 
@@ -34,9 +36,9 @@ def build(folder: Path) -> None:
     """Write the three libraries to `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     imported = _imported()
-    runtime = {name for name in imported if re.fullmatch(RUNTIME, name)}
+    runtime = {name for name in imported if re.fullmatch(RUNTIME, name)} | BY_NAME
     driver = {name for name in imported if re.fullmatch(DRIVER, name)} | _declared_by_the_driver()
-    _compile(folder / "libnullgpu.so", ["runtime.c", "libraries.c"], runtime)
+    _compile(folder / "libnullgpu.so", ["runtime.c", "libraries.c", "collectives.c"], runtime)
     _compile(folder / "libcuda.so.1", ["driver.c"], driver)
     _compile(folder / "libnvidia-ml.so.1", ["nvml.c"], ())
 

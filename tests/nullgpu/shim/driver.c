@@ -6,6 +6,8 @@
 #include <dlfcn.h>
 #include <stdio.h>
 #include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
 #include "null_gpu.h"
 #undef cuGetProcAddress
 
@@ -25,7 +27,7 @@ CUresult cuDeviceGetAttribute(int *value, CUdevice_attribute which, CUdevice d) 
     return 0;
 }
 CUresult cuDeviceGetUuid_v2(CUuuid *uuid, CUdevice d) {
-    for (int i = 0; i < 16; i++) uuid->bytes[i] = i + d;
+    for (int i = 0; i < 16; i++) uuid->bytes[i] = i + gpu_of(d);
     return 0;
 }
 CUresult cuGetErrorString(CUresult error, const char **text) { *text = "error of the null GPU"; return 0; }
@@ -43,7 +45,46 @@ CUresult cuDevicePrimaryCtxGetState(CUdevice d, unsigned *flags, int *active) {
 }
 CUresult cuStreamIsCapturing(CUstream s, CUstreamCaptureStatus *status) { *status = 0; return 0; }
 
-// Memory is allocated by the runtime (runtime.c); here are questions about it.
+// Memory is allocated by the runtime (runtime.c); here are questions about it, and what vLLM's sleep needs: addresses
+// that stay reserved while their memory comes and goes. New memory is full of ones, NaN in every type of floating point.
+void null_gpu_mapped(void *start, size_t size);
+void null_gpu_unmapped(void *start);
+int cudaMemGetInfo(size_t *free_bytes, size_t *total);
+
+#define GRANULARITY (2ul << 20)
+static int ones;  // a file of so many bytes, mapped again and again: it costs nothing until it is written
+
+__attribute__((constructor)) static void make_ones(void) {
+    static char full[GRANULARITY];
+    memset(full, 0xff, sizeof full);
+    ones = memfd_create("null_gpu_ones", MFD_CLOEXEC);
+    if (write(ones, full, sizeof full) != sizeof full) abort();
+}
+
+CUresult cuMemAddressReserve(CUdeviceptr *p, size_t size, size_t alignment, CUdeviceptr at, unsigned long long flags) {
+    char *start = mmap(0, size + GRANULARITY, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    *p = ((CUdeviceptr)start + GRANULARITY - 1) & ~(GRANULARITY - 1);
+    return start == MAP_FAILED ? CUDA_ERROR_OUT_OF_MEMORY : CUDA_SUCCESS;
+}
+CUresult cuMemCreate(CUmemGenericAllocationHandle *h, size_t size, const CUmemAllocationProp *p,
+                     unsigned long long flags) {
+    size_t left, total;
+    cudaMemGetInfo(&left, &total);
+    *h = 1;
+    return size <= left ? CUDA_SUCCESS : CUDA_ERROR_OUT_OF_MEMORY;
+}
+CUresult cuMemMap(CUdeviceptr p, size_t size, size_t offset, CUmemGenericAllocationHandle h, unsigned long long f) {
+    for (size_t at = 0; at < size; at += GRANULARITY)
+        mmap((char *)p + at, GRANULARITY, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_FIXED, ones, 0);
+    null_gpu_mapped((void *)p, size);
+    return 0;
+}
+CUresult cuMemUnmap(CUdeviceptr p, size_t size) {
+    mmap((void *)p, size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED | MAP_NORESERVE, -1, 0);
+    null_gpu_unmapped((void *)p);
+    return 0;
+}
+CUresult cuMemGetInfo_v2(size_t *free_bytes, size_t *total) { return cudaMemGetInfo(free_bytes, total); }
 CUresult cuPointerGetAttribute(void *value, CUpointer_attribute which, CUdeviceptr p) {
     if (which == CU_POINTER_ATTRIBUTE_DEVICE_POINTER) *(CUdeviceptr *)value = p;
     else memset(value, 0, 4);

@@ -1,6 +1,7 @@
 // What the null GPU claims to be, for its three libraries: an H100 with 80 GiB, as many as NULL_GPUS says.
 #pragma once
 #include <stdlib.h>
+#include <string.h>
 
 #define NAME "NVIDIA H100 (null)"
 #define MEMORY_BYTES (80ul << 30)
@@ -18,9 +19,27 @@
 #define SHARED_PER_MULTIPROCESSOR 233472
 #define L2_BYTES (50 << 20)
 
-static inline int num_gpus(void) {
+static inline int all_gpus(void) {
     const char *number = getenv("NULL_GPUS");
     return number ? atoi(number) : 1;
+}
+
+// The GPU that this process numbers `device`, or -1: CUDA_VISIBLE_DEVICES lists numbers of GPUs.
+static inline int gpu_of(int device) {
+    const char *listed = getenv("CUDA_VISIBLE_DEVICES");
+    if (!listed) return device < all_gpus() ? device : -1;
+    for (; *listed && device; device--) {
+        listed += strcspn(listed, ",");
+        listed += *listed == ',';
+    }
+    int gpu = *listed ? atoi(listed) : -1;
+    return gpu < all_gpus() ? gpu : -1;
+}
+
+static inline int num_gpus(void) {
+    int number = 0;
+    while (gpu_of(number) >= 0) number++;
+    return number;
 }
 
 // A value for a device attribute that both APIs number alike (CUdevice_attribute, cudaDeviceAttr).

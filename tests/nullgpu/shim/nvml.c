@@ -14,10 +14,10 @@ int nvmlSystemGetCudaDriverVersion(int *version) { *version = CUDA_VERSION_NUMBE
 int nvmlSystemGetCudaDriverVersion_v2(int *version) { *version = CUDA_VERSION_NUMBER; return 0; }
 
 // A handle is the device's index plus one: a null handle would be taken for an error.
-int nvmlDeviceGetCount_v2(unsigned *n) { *n = num_gpus(); return 0; }
+int nvmlDeviceGetCount_v2(unsigned *n) { *n = all_gpus(); return 0; }
 int nvmlDeviceGetHandleByIndex_v2(unsigned index, void **handle) {
     *handle = (void *)(index + 1ul);
-    return index < (unsigned)num_gpus() ? 0 : 2;
+    return index < (unsigned)all_gpus() ? 0 : 2;
 }
 int nvmlDeviceGetHandleByPciBusId_v2(const char *id, void **handle) { *handle = (void *)1; return 0; }
 int nvmlDeviceGetName(void *handle, char *text, unsigned size) { snprintf(text, size, NAME); return 0; }

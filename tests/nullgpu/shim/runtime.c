@@ -5,60 +5,163 @@
 #include <cuda.h>
 #include <cuda_runtime_api.h>
 #include <dlfcn.h>
+#include <errno.h>
+#include <fcntl.h>
 #include <pthread.h>
+#include <signal.h>
+#include <stdatomic.h>
 #include <stdio.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <unistd.h>
 #include "null_gpu.h"
 
 #define OK cudaSuccess
 #define NEW_HANDLE(pointer) (*(void **)(pointer) = calloc(1, 64))
 
 static __thread int current_device;
+int null_gpu_current(void) { return gpu_of(current_device); }
 
 // Memory. Every allocation is a mapping of its own, remembered with its kind: cudaPointerGetAttributes is how torch
 // and NCCL learn on which side a pointer is. Pages exist once they are written, so 80 GiB cost nothing.
-enum kind { PAGEABLE, PINNED, DEVICE };
-typedef struct range { char *start; size_t size; enum kind kind; struct range *next; } range;
+enum kind { PAGEABLE, PINNED, DEVICE, OPENED };  // OPENED: of another process's device memory
+typedef struct range { char *start; size_t size; enum kind kind; int gpu, file; struct range *next; } range;
 static range *ranges;
-static size_t device_bytes;
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 
-void *null_gpu_allocate(size_t size, int kind) {
-    size = size ? (size + 4095) & ~4095ul : 4096;
-    char *start = mmap(0, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (start == MAP_FAILED) return 0;
-    range *made = malloc(sizeof *made);
-    pthread_mutex_lock(&lock);
-    *made = (range){start, size, kind, ranges};
-    ranges = made;
-    if (kind == DEVICE) device_bytes += size;
-    pthread_mutex_unlock(&lock);
-    return start;
+// What every process holds of every device, in a file that NULL_GPU_MEMORY names: free memory is what all leave.
+#define PROCESSES 64
+#define GPUS 16
+typedef struct { _Atomic pid_t pid; _Atomic size_t bytes[GPUS]; } process;
+static process *processes, *this_process, alone;
+
+static int has_ended(pid_t pid) { return kill(pid, 0) && errno == ESRCH; }
+
+static void account(int gpu, long bytes) {  // under the lock
+    if (this_process && this_process->pid != getpid()) this_process = 0;  // forked
+    const char *path = getenv("NULL_GPU_MEMORY");
+    if (!processes && path) {
+        int file = open(path, O_CREAT | O_RDWR, 0600);
+        if (!ftruncate(file, PROCESSES * sizeof *processes))
+            processes = mmap(0, PROCESSES * sizeof *processes, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
+        close(file);
+    }
+    for (int i = 0; processes && !this_process && i < PROCESSES; i++) {
+        pid_t pid = processes[i].pid;
+        if ((pid && !has_ended(pid)) || !atomic_compare_exchange_strong(&processes[i].pid, &pid, getpid())) continue;
+        this_process = &processes[i];
+        memset((void *)this_process->bytes, 0, sizeof alone.bytes);
+    }
+    if (!this_process) this_process = &alone, alone.pid = getpid();
+    this_process->bytes[gpu] += bytes;
 }
 
-void null_gpu_free(void *start) {
+cudaError_t cudaMemGetInfo(size_t *free_bytes, size_t *total) {
+    int gpu = null_gpu_current();
+    pthread_mutex_lock(&lock);
+    account(gpu, 0);
+    size_t used = processes ? 0 : this_process->bytes[gpu];
+    for (int i = 0; processes && i < PROCESSES; i++)
+        if (processes[i].pid && !has_ended(processes[i].pid)) used += processes[i].bytes[gpu];
+    pthread_mutex_unlock(&lock);
+    *total = MEMORY_BYTES;
+    *free_bytes = used < MEMORY_BYTES ? MEMORY_BYTES - used : 0;
+    return OK;
+}
+
+static void remember(char *start, size_t size, int kind, int file) {
+    range *made = malloc(sizeof *made);
+    pthread_mutex_lock(&lock);
+    *made = (range){start, size, kind, null_gpu_current(), file, ranges};
+    ranges = made;
+    if (kind == DEVICE) account(made->gpu, size);
+    pthread_mutex_unlock(&lock);
+}
+
+// Returns the size of what was there.
+static size_t forget(char *start) {
+    size_t size = 0;
     pthread_mutex_lock(&lock);
     for (range **at = &ranges; *at; at = &(*at)->next) {
         range *found = *at;
         if (found->start != start) continue;
         *at = found->next;
-        if (found->kind == DEVICE) device_bytes -= found->size;
-        munmap(found->start, found->size);
+        size = found->size;
+        if (found->kind == DEVICE) account(found->gpu, -(long)size);
+        if (found->file) close(found->file);
         free(found);
         break;
     }
     pthread_mutex_unlock(&lock);
+    return size;
+}
+
+void *null_gpu_allocate(size_t size, int kind) {
+    size = size ? (size + 4095) & ~4095ul : 4096;
+    size_t unused, left = size;
+    if (kind == DEVICE) cudaMemGetInfo(&left, &unused);
+    if (left < size) return 0;
+    char *start = mmap(0, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (start == MAP_FAILED) return 0;
+    remember(start, size, kind, 0);
+    return start;
+}
+
+void null_gpu_free(void *start) {
+    size_t size = forget(start);
+    if (size) munmap(start, size);
+}
+
+// Memory that the driver maps where it has reserved addresses (driver.c).
+void null_gpu_mapped(void *start, size_t size) { remember(start, size, DEVICE, 0); }
+void null_gpu_unmapped(void *start) { forget(start); }
+
+static range *range_of(const char *pointer) {  // under the lock
+    range *at = ranges;
+    while (at && !(pointer >= at->start && pointer < at->start + at->size)) at = at->next;
+    return at;
 }
 
 static enum kind kind_of(const char *pointer) {
-    enum kind kind = PAGEABLE;
     pthread_mutex_lock(&lock);
-    for (range *at = ranges; at; at = at->next)
-        if (pointer >= at->start && pointer < at->start + at->size) { kind = at->kind; break; }
+    range *found = range_of(pointer);
+    enum kind kind = found ? found->kind : PAGEABLE;
     pthread_mutex_unlock(&lock);
     return kind;
 }
+
+// Between processes: memory of which a handle is made moves, at its address, into a file without a name, which others
+// open through /proc.
+typedef struct { size_t size; pid_t pid; int file; } shared_memory;
+
+cudaError_t cudaIpcGetMemHandle(cudaIpcMemHandle_t *handle, void *pointer) {
+    pthread_mutex_lock(&lock);
+    range *found = range_of(pointer);
+    if (found && !found->file) {
+        found->file = memfd_create("null_gpu", 0);
+        for (size_t done = 0, wrote; !ftruncate(found->file, found->size) && done < found->size; done += wrote)
+            if ((wrote = pwrite(found->file, found->start + done, found->size - done, done)) == -1) abort();
+        mmap(found->start, found->size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, found->file, 0);
+    }
+    memset(handle, 0, sizeof *handle);
+    if (found) *(shared_memory *)handle = (shared_memory){found->size, getpid(), found->file};
+    pthread_mutex_unlock(&lock);
+    return found ? OK : cudaErrorInvalidValue;
+}
+cudaError_t cudaIpcOpenMemHandle(void **pointer, cudaIpcMemHandle_t handle, unsigned flags) {
+    shared_memory shared = *(shared_memory *)&handle;
+    char path[64];
+    snprintf(path, sizeof path, "/proc/%d/fd/%d", shared.pid, shared.file);
+    int file = open(path, O_RDWR);
+    if (file < 0) return cudaErrorMapBufferObjectFailed;
+    *pointer = mmap(0, shared.size, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
+    close(file);
+    if (*pointer == MAP_FAILED) return cudaErrorMapBufferObjectFailed;
+    remember(*pointer, shared.size, OPENED, 0);
+    return OK;
+}
+cudaError_t cudaIpcCloseMemHandle(void *pointer) { null_gpu_free(pointer); return OK; }
+cudaError_t cudaIpcOpenEventHandle(cudaEvent_t *event, cudaIpcEventHandle_t handle) { NEW_HANDLE(event); return OK; }
 
 static cudaError_t allocated(void **pointer, size_t size, enum kind kind) {
     *pointer = null_gpu_allocate(size, kind);
@@ -75,16 +178,10 @@ cudaError_t cudaFreeHost(void *p) { null_gpu_free(p); return OK; }
 cudaError_t cudaHostGetDevicePointer(void **device, void *host, unsigned flags) { *device = host; return OK; }
 cudaError_t cudaGetSymbolAddress(void **p, const void *symbol) { return allocated(p, 4096, DEVICE); }
 
-cudaError_t cudaMemGetInfo(size_t *free_bytes, size_t *total) {
-    *total = MEMORY_BYTES;
-    *free_bytes = MEMORY_BYTES - device_bytes;
-    return OK;
-}
-
 cudaError_t cudaPointerGetAttributes(struct cudaPointerAttributes *found, const void *p) {
     enum kind kind = kind_of(p);
     memset(found, 0, sizeof *found);
-    found->type = kind == DEVICE ? cudaMemoryTypeDevice
+    found->type = kind == DEVICE || kind == OPENED ? cudaMemoryTypeDevice
                 : kind == PINNED ? cudaMemoryTypeHost : cudaMemoryTypeUnregistered;
     found->device = current_device;
     found->devicePointer = kind == PAGEABLE ? 0 : (void *)p;
@@ -135,8 +232,8 @@ cudaError_t cudaDeviceGetAttribute(int *value, enum cudaDeviceAttr which, int de
 cudaError_t cudaGetDeviceProperties(struct cudaDeviceProp *found, int device) {
     memset(found, 0, sizeof *found);
     strcpy(found->name, NAME);
-    for (int i = 0; i < 16; i++) found->uuid.bytes[i] = i + device;
-    found->pciBusID = device + 1;
+    for (int i = 0; i < 16; i++) found->uuid.bytes[i] = i + gpu_of(device);
+    found->pciBusID = gpu_of(device) + 1;
     found->major = MAJOR;
     found->minor = MINOR;
     found->totalGlobalMem = MEMORY_BYTES;
@@ -159,7 +256,7 @@ cudaError_t cudaGetDeviceProperties(struct cudaDeviceProp *found, int device) {
     return OK;
 }
 cudaError_t cudaDeviceGetPCIBusId(char *id, int size, int device) {
-    snprintf(id, size, "0000:%02x:00.0", device + 1);
+    snprintf(id, size, "0000:%02x:00.0", gpu_of(device) + 1);
     return OK;
 }
 cudaError_t cudaDeviceGetStreamPriorityRange(int *least, int *greatest) {

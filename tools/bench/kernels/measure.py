@@ -109,14 +109,19 @@ class Bound:
 
 
 def matrix_bound(hidden: Tensor, weight: Tensor, tokens: int, products: int) -> Bound:
-    """The logits of `tokens` rows (products=1), with d hidden and d weight (3), by torch.mm."""
+    """The logits of `tokens` rows (products=1), with d hidden and d weight (3), by torch.mm.
+
+    On a GPU logits and d weight are written in fp32, as a kernel has to that rounds neither."""
     rows = hidden[:TOKENS_AT_ONCE]
+    rounds = rows.is_cuda and rows.dtype != torch.float32
+    unrounded = {"out_dtype": torch.float32} if rounds else {}
+    d_logits = rows.new_ones(len(rows), len(weight))
 
     def call() -> None:
-        logits = torch.mm(rows, weight.t())
+        torch.mm(rows, weight.t(), **unrounded)
         if products == 3:
-            torch.mm(logits, weight)
-            torch.mm(logits.t(), rows)
+            torch.mm(d_logits, weight)
+            torch.mm(d_logits.t(), rows, **unrounded)
 
     flops = 2.0 * products * weight.numel()
     name = f"torch.mm, {'these three products' if products == 3 else 'this product'} alone"
