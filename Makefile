@@ -34,7 +34,7 @@ help:
 	@echo "make test      the tests that take minutes;  make test-all: the long ones as well"
 	@echo "make setup-cuda  for GPUs: CUDA torch, Transformer Engine, vLLM in $(CUDA_VENV) (9 GB; 10 to 25 minutes on two cores)"
 	@echo "make agents    verifiers, in $(AGENTS_VENV): environments of others for agents.verifiers (0.5 GB)"
-	@echo "make test-cuda  those packages on a null GPU, without a driver (5 to 10 minutes on two cores)"
+	@echo "make test-cuda  those packages on a null GPU, without a driver (10 to 20 minutes on two cores)"
 	@echo "make lint      style, imports between packages, types;  make format: repair the style"
 	@echo "make losses    losses of 20 steps from one seed: a refactoring must not change them"
 	@echo "make bench     kernels and whole steps beside their public peers"

@@ -175,7 +175,7 @@ def test_a_receive_buffer_that_does_not_fit_is_named_with_its_remedy():
     hardware = replace(HARDWARE["H800"], memory=60 * GIB)
     job = replace(planned(push__transport="cuda_ipc"), hardware=hardware)
     trainer, cache = Bill(job).problems()
-    assert "pipeline rank 3 needs 72.78 GiB of 60.00 GiB" in trainer
+    assert "pipeline rank 15 needs 73.18 GiB of 60.00 GiB" in trainer
     assert "of receive buffer" in cache and "set push.memory_gib below 15.6, or give" in cache
     hardware = replace(HARDWARE["H800"], host_memory=15 * GIB)
     alone = {"rollout_gpus": 2048, "push__transport": "gloo"}
