@@ -4,6 +4,8 @@ import pytest
 from nullgpu.random_weights import write_random
 from small_models import DEEPSEEK, QWEN
 
+from megatron_r1.weights import hf_tensors
+
 # Multiples of 128, FP8's blocks.
 WIDE = {"vocab_size": 256, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2}
 LATENT = {"q_lora_rank": 128, "kv_lora_rank": 128, "qk_nope_head_dim": 128, "v_head_dim": 128}

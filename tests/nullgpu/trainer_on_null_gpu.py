@@ -1,6 +1,5 @@
 """`tests/parallel/trainer_steps.py` with Transformer Engine's modules on null GPUs, one a rank:
-`trainer_on_null_gpu.py MODEL OUT GRID…`, under torchrun. GRID+offload: the optimizer's state and
-update are on the host.
+`trainer_on_null_gpu.py MODEL OUT GRID…`, under torchrun.
 
 What Triton's kernels would compute, their counterparts in PyTorch do; permutation is not fused."""
 
@@ -26,10 +25,8 @@ def main() -> None:
     plain = trainer_steps.config
 
     def config(model: str, grid: str) -> Config:
-        grid, _, offload = grid.partition("+")
         settings = plain(model, grid).model_dump()
         settings["model"]["fusions"] = ["gradient_accumulation"]
-        settings["parallel"]["optimizer_offload"] = float(offload == "offload")
         return Config.model_validate(settings)
 
     trainer_steps.config = config
