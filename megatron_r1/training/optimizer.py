@@ -44,7 +44,7 @@ def new_optimizer(config: Config, chunks: list[DistributedDataParallel]) -> Mega
             params_dtype=getattr(torch, dtype),
             use_distributed_optimizer=True,
             overlap_param_gather=config.parallel.overlap_param_gather,
-            **_offload_fields(config.parallel.optimizer_offload),
+            **offload_fields(config),
             **moment_fields(config),
         ),
         chunks,
@@ -56,10 +56,20 @@ def new_optimizer(config: Config, chunks: list[DistributedDataParallel]) -> Mega
     return optimizer
 
 
-def _offload_fields(share: float) -> dict[str, Any]:
+def offload_fields(config: Config) -> dict[str, Any]:
+    """Return the fields of Megatron's OptimizerConfig for `parallel.optimizer_offload`.
+
+    Raises UserError for a model in fp32, whose optimizer Megatron builds over views of its
+    parameters, which torch refuses ("can't optimize a non-leaf Tensor")."""
+    share = config.parallel.optimizer_offload
     # Without a GPU all of it is in host memory already.
     if share == 0 or not platform.has_gpu():
         return {}
+    if config.model.dtype == "float32":
+        raise UserError(
+            f"parallel.optimizer_offload={share} is not possible with model.dtype=float32: what is "
+            "offloaded are master weights of 16-bit parameters; set model.dtype to bfloat16"
+        )
     return {
         "optimizer_cpu_offload": True,
         "optimizer_offload_fraction": share,

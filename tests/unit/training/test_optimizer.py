@@ -7,7 +7,7 @@ import torch
 
 from megatron_r1 import platform
 from megatron_r1.config import parse
-from megatron_r1.training.optimizer import moment_fields, round_moments
+from megatron_r1.training.optimizer import moment_fields, offload_fields, round_moments
 
 BF16 = parse({"optimizer": {"moments": "bfloat16"}})
 
@@ -53,3 +53,14 @@ def test_moment_fields_on_a_gpu(monkeypatch):
     with pytest.raises(ValueError, match="use one of the two"):
         moment_fields(parse(both))
     assert moment_fields(parse({})) == {}
+
+
+def test_an_offload_in_fp32_is_refused_on_a_gpu(monkeypatch):
+    in_fp32 = parse({"model": {"dtype": "float32"}, "parallel": {"optimizer_offload": 0.5}})
+    assert offload_fields(in_fp32) == {}
+    monkeypatch.setattr(platform, "has_gpu", lambda: True)
+    with pytest.raises(ValueError, match="model.dtype=float32"):
+        offload_fields(in_fp32)
+    in_bf16 = parse({"parallel": {"optimizer_offload": 0.5}})
+    assert offload_fields(in_bf16)["optimizer_offload_fraction"] == 0.5
+    assert offload_fields(parse({})) == {}
