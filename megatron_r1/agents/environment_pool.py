@@ -75,7 +75,7 @@ def describe(name: str) -> Description:
 
 
 class Environments:
-    """Makes the environments of a run: `open`, once `start`ed."""
+    """Makes the environments of a run; their server starts with the first `open`."""
 
     def __init__(
         self,
@@ -101,7 +101,8 @@ class Environments:
     @contextlib.asynccontextmanager
     async def open(self) -> AsyncIterator[EnvironmentProcess]:
         """Hold a process for an episode, which its `reset` begins: one whose last episode ended
-        well, or a new one. Raises RunError where the class can no longer be imported."""
+        well, or a new one. Raises RunError where the class can no longer be imported, and
+        EnvironmentFault where the server has just been killed."""
         async with self._room:
             # Those whose server was killed have ended with it.
             self._idle = [process for process in self._idle if process.is_alive]
@@ -120,7 +121,10 @@ class Environments:
         async with self._starting:
             if self._process is None or self._process.returncode is not None:
                 await self._start()
-        stream = await asyncio.open_unix_connection(self._path)
+        try:
+            stream = await asyncio.open_unix_connection(self._path)
+        except OSError as error:
+            raise EnvironmentFault(f"the environments' server is gone: {error}") from None
         return EnvironmentProcess(*stream, self.call_seconds)
 
     async def close(self) -> None:

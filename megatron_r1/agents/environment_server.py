@@ -47,6 +47,7 @@ def serve(target: str, path: str, options: Mapping[str, Any]) -> None:
     listener.listen(1024)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps
     print("ready", flush=True)
+    os.dup2(2, 1)  # the pipe is not read any more, and environments may print
     while True:
         connection, _ = listener.accept()
         if os.fork() == 0:

@@ -40,6 +40,9 @@ class Counter:
         time.sleep(seconds)
         return "awake"
 
+    def shout(self) -> None:
+        print("x" * 200_000)
+
     async def wait(self, seconds: float) -> str:
         await asyncio.sleep(seconds)
         return "awake"

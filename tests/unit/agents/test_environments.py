@@ -49,7 +49,7 @@ def test_schemas_are_those_of_transformers_where_arguments_are_documented():
             "required": [],
         },
     }
-    assert set(schemas) == {"add", "fail", "sleep", "wait", "stuck", "crash"}
+    assert set(schemas) == {"add", "fail", "shout", "sleep", "wait", "stuck", "crash"}
     assert tool_schema(Calculator.calculate)["function"]["parameters"]["required"] == ["expression"]
     assert [describe(c).grades for c in (own.Counter, own.Ungrading)] == [True, False]
 
@@ -90,6 +90,7 @@ def test_an_episode_with_coroutines_options_errors_and_an_end():
             assert (result.text, result.is_error) == ("error: RuntimeError: lone \ud800", True)
             for arguments in ({"numbr": 1}, [1], None):
                 assert (await game.call("add", arguments, 9)).text.startswith("error: TypeError: ")
+            assert not (await game.call("shout", {}, 5)).is_error
             assert await game.reward("") == 1.0
             assert (await game.call("add", {"number": 99}, 9)).done
         async with environments.open() as again:  # the same process, another instance
@@ -142,6 +143,9 @@ def test_a_killed_server_costs_the_episodes_that_were_being_played():
             environments._process.kill()
             with pytest.raises(EnvironmentFault, match="process ended during call"):
                 await game.call("sleep", {"seconds": 60}, 9)
+        await environments._process.wait()
+        while any(process.is_alive for process in environments._idle):
+            await asyncio.sleep(0.01)
         for _ in range(3):
             async with environments.open() as game:
                 assert await game.reset({"question": "?", "truth": 1}) == "Count to 1."
