@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from megatron_r1.config import Config
 from megatron_r1.engine.from_config import LAYOUT
 from megatron_r1.errors import UserError
+from megatron_r1.models.hf_config import model_family
 from megatron_r1.weight_sync.plan.fp8_blocks import first_cut
 from megatron_r1.weight_sync.plan.planner import Planner
 from megatron_r1.weight_sync.plan.predicted_layout import PredictedLayout
@@ -56,13 +57,17 @@ def check_drafter(config: Config) -> None:
 
 
 def check_blocks(hf: dict, engines: EngineLayout, *, tensor: int, expert_tensor: int) -> None:
-    """Refuse layouts that cut blocks.
+    """Refuse layouts that cut blocks, and models without them.
 
     tensor, expert_tensor: the trainer's parallel sizes.
 
     Raises:
         UserError: names the tensor, its size and the setting.
     """
+    if model_family(hf).stacked:
+        raise UserError(
+            f"push.fp8: {hf['architectures'][0]} has no FP8 layout; set push.fp8: false"
+        )
     for item, region in _trainer_regions(hf, tensor, expert_tensor):
         of_expert = item.expert is not None
         name, size = ("expert_tensor", expert_tensor) if of_expert else ("tensor", tensor)

@@ -5,6 +5,8 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from megatron_r1.config.lora import LoraConfig
 from megatron_r1.errors import UserError
+from megatron_r1.weight_sync.plan.checks import check_blocks
+from megatron_r1.weight_sync.plan.ranks import EngineLayout
 from megatron_r1.weights.adapters.table import adapter_shapes, adapter_table
 from megatron_r1.weights.stacked import published_tensors, stacked_part
 from megatron_r1.weights.stored.hf_weights import HfWeights
@@ -85,6 +87,11 @@ def test_a_folder_with_other_tensors_is_refused(tmp_path, change, message):
     save_file(tensors, tmp_path / "model.safetensors")
     with HfWeights(tmp_path, HF) as weights, pytest.raises(UserError, match=message):
         weights.check(with_mtp=False)
+
+
+def test_experts_in_one_tensor_are_not_pushed_in_fp8():
+    with pytest.raises(UserError, match=r"push.fp8: GptOssForCausalLM has no FP8 layout"):
+        check_blocks(HF, EngineLayout(), tensor=1, expert_tensor=1)
 
 
 def test_experts_in_one_tensor_have_no_adapters():
