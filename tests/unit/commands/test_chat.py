@@ -1,7 +1,10 @@
 """What `chat` and `sample RUN_FOLDER` read of a run; the engine answers in tests/system."""
 
+import asyncio
 import io
 import json
+import os
+import pty
 import shutil
 from pathlib import Path
 
@@ -83,3 +86,15 @@ def test_sample_takes_a_run_s_folder(run_folder, tmp_path):
     assert config.data.template == "Q: {problem}\nA: "
     with pytest.raises(UserError, match="no run's"):
         sample.of_run(str(tmp_path))
+
+
+def test_lines_are_read_from_a_terminal_until_its_end(monkeypatch):
+    controller, terminal = pty.openpty()
+    monkeypatch.setattr("sys.stdin", os.fdopen(terminal))
+    os.write(controller, "2 + 3?\n\n¿4 + 4?\n\x04".encode())
+
+    async def read():
+        return [line async for line in chat._typed_lines()]
+
+    assert asyncio.run(read()) == ["2 + 3?", "", "¿4 + 4?"]
+    os.close(controller)
