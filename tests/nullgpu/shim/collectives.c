@@ -30,6 +30,7 @@ enum kind { BARRIER, SPLIT, ALL_REDUCE, REDUCE, BROADCAST, ALL_GATHER, REDUCE_SC
 typedef struct { enum kind kind; size_t count; int type, op, root, color, key; const void *from; } call;
 typedef struct {
     _Atomic long arrived;
+    volatile int is_broken;  // a rank has refused a call: no rank waits any more
     pid_t pids[RANKS];
     int gpus[RANKS];
     call calls[RANKS];
@@ -47,6 +48,7 @@ struct ncclComm {
 static const size_t sizes[] = {1, 1, 4, 4, 8, 8, 2, 4, 8, 2, 1, 1};  // of ncclInt8 … ncclFloat8e5m2
 
 static ncclResult_t refuse(ncclComm_t c, const char *what) {
+    c->shared->is_broken = 1;
     fprintf(stderr, "null GPU: rank %d of %d: %s\n", c->rank, c->size, what);
     return ncclInvalidUsage;
 }
@@ -54,7 +56,7 @@ static ncclResult_t refuse(ncclComm_t c, const char *what) {
 static ncclResult_t await(ncclComm_t c, _Atomic long *counter, long least) {
     time_t end = time(0) + SECONDS;
     for (long i = 0; atomic_load(counter) < least; i++) {
-        if (c->aborted) return ncclInternalError;
+        if (c->aborted || c->shared->is_broken) return ncclInternalError;
         if (time(0) > end) return refuse(c, "another rank did not come");
         if (i < 100) sched_yield();
         else usleep(200);
