@@ -254,8 +254,9 @@ class CommandHarness:
     `{"reward": 0.5}`. It must end with status 0."""
 
     def __init__(self, command: Sequence[str], most_at_once: int) -> None:
-        # Files are named relative to the folder in which the run was started.
-        self._command = [str(Path(p).resolve()) if Path(p).is_file() else p for p in command]
+        # Files are named relative to the folder in which the run was started. Links stay: a virtual
+        # environment's Python is one.
+        self._command = [os.path.abspath(p) if os.path.isfile(p) else p for p in command]
         self._slots = asyncio.Semaphore(most_at_once)
 
     async def __call__(self, base_url: str, api_key: str, row: dict[str, Any]) -> float | None:

@@ -269,7 +269,9 @@ def test_a_program_that_hangs_is_killed(tmp_path, monkeypatch):
     program = f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))"
     (tmp_path / "agent.py").write_text(f"{program}; time.sleep(1000)")
     monkeypatch.chdir(tmp_path)
-    run = CommandHarness([sys.executable, "agent.py"], 2)
+    (tmp_path / "python").symlink_to(sys.executable)
+    run = CommandHarness(["./python", "agent.py"], 2)
+    assert run._command[0] == str(tmp_path / "python"), "links are not followed"
     played, _ = play(run, timeout_seconds=2.0)
     assert played.episode.status == "agent_timeout"
     pid = int((tmp_path / "pid").read_text())
