@@ -113,6 +113,7 @@ GPT_OSS = {
     **{**QWEN, "architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss", "head_dim": 32},
     **{"attention_bias": True, "tie_word_embeddings": False, "intermediate_size": 64},
     **{"num_local_experts": 8, "num_experts_per_tok": 3, "sliding_window": 8},
+    "rms_norm_eps": 1e-5,  # vLLM has no other
     "rope_parameters": {
         **{key: value for key, value in YARN.items() if not key.startswith("mscale")},
         "truncate": False,

@@ -36,7 +36,6 @@ def check_pushes(config: Config, hf: dict, num_ranks: int) -> None:
     """
     check_drafter(config)
     if model_family(hf).stacked:
-        # vLLM's CPU build differs by 2e-4 in fp32, more than the probes of a push allow.
         raise UserError(
             f"{hf['architectures'][0]} cannot be trained by rl yet, as pushes of it into engines "
             "are not proven; sft trains it"
