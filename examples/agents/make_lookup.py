@@ -11,10 +11,9 @@ import json
 import random
 from pathlib import Path
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from examples.laptop.make_tokenizer import SPECIAL, as_transformers
+from examples.laptop.make_tokenizer import SPECIAL, make_tokenizer
 from megatron_r1.agents.environments.lookup import Lookup
 from megatron_r1.files import atomic_write
 from megatron_r1.files.jsonl import write_lines
@@ -35,19 +34,11 @@ NUM_EPISODES, NUM_ROWS = 24_000, 4_000
 WHOLE, ONE_HOP = 0.10, 0.50
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
+def lookup_tokenizer() -> PreTrainedTokenizerFast:
     """Return a tokenizer of bytes, and of one token for each part of the template and of a call."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    phrases = [USER, ASSISTANT, RESULT, BEFORE, AFTER]
-    vocab = {token: i for i, token in enumerate([*SPECIAL, *phrases, *alphabet])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL])
-    tokenizer.add_tokens([AddedToken(text, special=False, normalized=False) for text in phrases])
-    wrapped = as_transformers(tokenizer)
-    wrapped.chat_template = CHAT_TEMPLATE
-    return wrapped
+    tokenizer = make_tokenizer([USER, ASSISTANT, RESULT, BEFORE, AFTER])
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
 
 
 def demonstrate(draw: random.Random) -> list[dict[str, str]]:
@@ -80,7 +71,7 @@ def main() -> None:
     options.add_argument("--seed", type=int, default=0)
     chosen = options.parse_args()
     folder, draw = chosen.folder, random.Random(chosen.seed)
-    tokenizer = make_tokenizer()
+    tokenizer = lookup_tokenizer()
     tokenizer.save_pretrained(folder / "model")
     config = json.loads(CONFIG.read_text()) | {"vocab_size": len(tokenizer)}
     atomic_write(folder / "model" / "config.json", json.dumps(config, indent=2))

@@ -7,6 +7,7 @@ is one token.
     python -m examples.laptop.make_tokenizer examples/laptop/model"""
 
 import sys
+from collections.abc import Sequence
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -21,10 +22,10 @@ QUESTION = [
 PHRASES = [*TAGS, *QUESTION, " + ", " - ", " = ", " =", "wait", "so", " "]
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Return a tokenizer of SPECIAL, PHRASES and the 256 bytes, with ids in this order."""
+def make_tokenizer(phrases: Sequence[str] = PHRASES) -> PreTrainedTokenizerFast:
+    """Return a tokenizer of SPECIAL, `phrases` and the 256 bytes, with ids in this order."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    phrases = [phrase for phrase in PHRASES if phrase not in alphabet]
+    phrases = [phrase for phrase in phrases if phrase not in alphabet]
     vocab = {token: i for i, token in enumerate([*SPECIAL, *phrases, *alphabet])}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)

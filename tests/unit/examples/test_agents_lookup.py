@@ -11,7 +11,7 @@ TOOL = {"type": "function", "function": {"name": "lookup", "parameters": {"type"
 
 
 def test_demonstrations_are_tokenised_as_episodes_are():
-    tokenizer = make_lookup.make_tokenizer()
+    tokenizer = make_lookup.lookup_tokenizer()
     continuation = Continuation(tokenizer)
     assert set(continuation.probe([TOOL]).values()) == {"exact"}
     draw, num_right, num_episodes = random.Random(0), 0, 600
