@@ -27,7 +27,7 @@ TE_BUILT := $(CUDA_VENV)/.transformer-engine-$(TE)-torch-$(TORCH)
 .PHONY: help system-packages cluster-packages cuda-packages setup setup-cuda agents test-cuda demo demo-pretrained demo-agents test test-all lint format losses bench gpu-check docs clean
 
 help:
-	@echo "make demo      a model learns to think: minutes on two CPU cores"
+	@echo "make demo      a small model learns to reason: minutes on two CPU cores"
 	@echo "make demo-pretrained  GRPO on SmolLM2-135M-Instruct (93 MB to download): half an hour on two cores"
 	@echo "make demo-agents  a tiny model learns to use a tool: minutes on two CPU cores"
 	@echo "make setup     install everything into $(VENV) (3.7 GB; the others do it, too)"

@@ -44,7 +44,7 @@ def show_result(run: Path, before: str, seconds: float, *, intervals: bool = Fal
         print(f"{name:30}" + "".join(f"{cell:>{width}}" for cell in cells))
     lengths = (f"{e['eval/response_length']:.1f}" for e in (evaluations[0], evaluations[-1]))
     print(f"{'response length, tokens':30}" + "".join(f"{each:>{width}}" for each in lengths))
-    print(f"\nreport:  {run / 'report.html'}      curves: tensorboard --logdir {run}")
+    print(f"\nreport:  {run / 'report.html'}      curves: .venv/bin/tensorboard --logdir {run}")
     print(f"model:   {run / 'hf'}      (loads in transformers and vLLM)")
     print(f"resumes: {run / 'checkpoints'} (Megatron's own, of any parallel layout)")
 

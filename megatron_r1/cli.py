@@ -161,11 +161,13 @@ def _help(verb: str) -> str:
     parameters = " ".join(getattr(module, "ARGUMENTS", ("RECIPE.yaml",)))
     required = ", ".join(getattr(module, "REQUIRED", ()))
     own = getattr(module, "SETTINGS", (verb.replace("-", "_"),))
+    options = "".join(f" [--{name} VALUE]" for name in getattr(module, "OPTIONS", ()))
+    settings = " [--section.key value …]" if own else ""
     parts = [
-        f"usage: megatron-r1 {verb} {parameters} [--section.key value …]",
+        f"usage: megatron-r1 {verb} {parameters}{options}{settings}",
         inspect.getdoc(module),
         f"The recipe has to set {required}." if required else None,
-        _describe_keys(own),
+        _describe_keys(own) if own else None,
         "The other settings: megatron-r1 keys" if verb in VERBS else None,
     ]
     return "\n\n".join(part for part in parts if part)

@@ -2,8 +2,8 @@
 
 A question's answer is two entries away in a table that only the tool `lookup` can read, drawn
 afresh for every row. A base model learns the form of calls and answers from examples of which few
-are right. Reinforcement learning, rewarded for right answers only, discovers that the second hop
-pays; without the tool it stays at chance. The same command continues a stopped demo."""
+are right. After reinforcement learning, rewarded for right answers only, the model follows the
+table to its end; without the tool it stays at chance. The same command continues a stopped demo."""
 
 import argparse
 import json

@@ -1,7 +1,8 @@
 """R1-Zero in miniature: `make demo`, or `python -m examples.laptop.demo [--seed N] [--folder DIR]`.
 
-A base model learns from examples that mostly guess. Reinforcement learning, rewarded only for right
-answers and the format, discovers that thinking pays. The same command continues a stopped demo."""
+A base model learns from examples that mostly guess. After reinforcement learning,
+rewarded only for right answers and the format, the model works the sums out before it answers. The
+same command continues a stopped demo."""
 
 import argparse
 import sys
@@ -35,7 +36,7 @@ def main() -> int:
     python("examples.laptop.check_export", str(zero))
 
     show_result(zero, "base", time.monotonic() - start)
-    print("next:    all of R1, from R1-Zero to distilled students, in three quarters of an hour:")
+    print("next:    all of R1, from R1-Zero to distilled students, in about 40 minutes:")
     print("           .venv/bin/megatron-r1 pipeline examples/laptop/r1.yaml")
     print("         another seed of this:")
     print("           .venv/bin/python -m examples.laptop.demo --seed 1 --folder runs/demo_1")

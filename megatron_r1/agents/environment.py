@@ -1,8 +1,8 @@
 """What an environment is: a class whose public methods are tools.
 
     class Calculator:
-        def reset(self, question, truth, **row):
-            self.truth, self.result = truth, None
+        def reset(self, truth, **row):
+            self.truth, self.answer = str(truth), ""
 
         def calculate(self, expression: str) -> str:
             '''Evaluate an arithmetic expression.
@@ -12,8 +12,11 @@
             '''
             ...
 
+        def final_answer(self, text):
+            self.answer = text.strip()
+
         def get_reward(self) -> float:
-            return float(self.result == self.truth)
+            return float(self.answer == self.truth)
 
 `reset` begins an episode with a row of the data, and may return the question's text; the row's own
 is used otherwise. `get_reward` may be left out: the reward of the row's kind then grades the last

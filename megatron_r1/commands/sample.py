@@ -93,7 +93,8 @@ def run(config: Config) -> None:
             "sample needs one model: either model.path (a Hugging Face folder or a run's folder) "
             "or sample.server ({url: …, model: …})"
         )
-    if name := config.agents.environment or config.agents.harness:
+    agents = config.agents
+    if name := agents.environment or agents.harness or agents.verifiers.taskset:
         raise UserError(
             f"agents: {name}: sample draws responses of a single turn; leave section agents out"
         )
