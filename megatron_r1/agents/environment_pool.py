@@ -166,7 +166,8 @@ class EnvironmentProcess:
 
     @property
     def is_alive(self) -> bool:
-        return not self._reader.at_eof()
+        # A process that was killed before it had read all it was sent resets the connection.
+        return not self._reader.at_eof() and self._reader.exception() is None
 
     def close(self) -> None:
         """End the process, which ends with its stream."""
