@@ -24,7 +24,9 @@ answer. An attribute `done` that is true after a call ends the episode; `final_a
 has it, is a method that gets the text of the last answer before `get_reward`; `close` is called
 when the episode is over. Methods may be coroutines. docs/agents.md has the details."""
 
+import functools
 import inspect
+import types
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -76,9 +78,8 @@ def find_environment(target: str) -> type:
 def describe(environment: type) -> Description:
     """Return the description of a class. Raises UserError for one that is no environment."""
     name = environment.__name__
-    methods = inspect.getmembers(environment, inspect.isroutine)
-    public = {method: value for method, value in methods if not method.startswith("_")}
-    tools = [tool_schema(value) for method, value in public.items() if method not in RESERVED]
+    public = _public_methods(environment)
+    tools = [tool_schema(*method) for method in public.items() if method[0] not in RESERVED]
     if "reset" not in public:
         raise UserError(
             f"agents.environment: {name} has no method reset(self, **row), which begins an episode"
@@ -96,21 +97,35 @@ def describe(environment: type) -> Description:
     return Description(tools, "get_reward" in public)
 
 
-def tool_schema(method: Callable[..., Any]) -> dict[str, Any]:
-    """Return a method's schema from its signature and docstring, in Google's form. Where arguments
-    are undocumented or have no types, the whole docstring is the description."""
+def _public_methods(environment: type) -> dict[str, Callable[..., Any]]:
+    """Return the public methods of a class by name, as an instance has them: without `self`."""
+    methods = {}
+    for name, value in inspect.getmembers(environment, inspect.isroutine):
+        static = inspect.getattr_static(environment, name, None)
+        if name.startswith("_") or isinstance(static, functools.cached_property):
+            continue
+        is_bound = isinstance(static, staticmethod | classmethod | types.MethodDescriptorType)
+        bound = value if is_bound or not hasattr(value, "__get__") else value.__get__(object())
+        methods[name] = bound
+    return methods
+
+
+def tool_schema(name: str, bound: Callable[..., Any]) -> dict[str, Any]:
+    """Return the schema of a bound method from its signature and docstring, in Google's form. Where
+    arguments are undocumented or have no types, the whole docstring is the description. name: the
+    attribute's, which is not `__name__` under a decorator without `functools.wraps`."""
     from transformers.utils import get_json_schema  # 2 s
     from transformers.utils.chat_template_utils import (
         DocstringParsingException,
         TypeHintParsingException,
     )
 
-    bound = method.__get__(object()) if inspect.isfunction(method) else method
     try:
         schema = get_json_schema(bound)
     except (DocstringParsingException, TypeHintParsingException):
         schema = _plain_schema(bound)
     schema["function"].pop("return", None)
+    schema["function"]["name"] = name
     return schema
 
 
@@ -130,7 +145,6 @@ def _plain_schema(method: Callable[..., Any]) -> dict[str, Any]:
     return {
         "type": "function",
         "function": {
-            "name": getattr(method, "__name__", ""),
             "description": inspect.getdoc(method) or "",
             "parameters": {"type": "object", "properties": properties, "required": required},
         },

@@ -6,6 +6,8 @@ import asyncio
 import contextlib
 import functools
 import json
+import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -15,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_r1.agents.environment import Description, target_of
-from megatron_r1.agents.environment_server import GRACE_SECONDS, LENGTH, frame
+from megatron_r1.agents.environment_server import CLOSE_SECONDS, GRACE_SECONDS, LENGTH, frame
 from megatron_r1.errors import RunError, UserError
 from megatron_r1.processes.children import popen_options
 from megatron_r1.processes.open_files import allow_open_files
@@ -128,10 +130,17 @@ class Environments:
         return EnvironmentProcess(*stream, self.call_seconds)
 
     async def close(self) -> None:
-        """End the server and all environments."""
+        """Close the environments, which get `CLOSE_SECONDS`, and end the server."""
+        for environment in self._idle:
+            environment.close()
         if self._process is not None and self._process.returncode is None:
-            self._process.kill()
-            await self._process.wait()
+            self._process.terminate()
+            try:
+                async with asyncio.timeout(CLOSE_SECONDS + 2 * GRACE_SECONDS):
+                    await self._process.wait()
+            except TimeoutError:
+                os.killpg(self._process.pid, signal.SIGKILL)
+                await self._process.wait()
         self._folder.cleanup()
 
     async def _start(self) -> None:
@@ -141,6 +150,7 @@ class Environments:
             *command,
             json.dumps(self._options),
             stdout=asyncio.subprocess.PIPE,
+            limit=2**26,  # of a line that the import prints
             **popen_options(),
         )
         assert self._process.stdout, "started with a pipe"
@@ -209,6 +219,7 @@ class EnvironmentProcess:
                 self.is_reusable &= "timeout" not in reply
                 return reply
         except (TimeoutError, OSError, asyncio.IncompleteReadError):
+            self.is_reusable = False  # a late reply would be taken for that of the next call
             what = f"the environment's process ended during {method}"
             if asyncio.get_running_loop().time() - began >= seconds:
                 raise CallTimedOut(f"{what}, after its {seconds:g} s") from None

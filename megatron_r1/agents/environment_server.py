@@ -8,6 +8,7 @@ episode has a process of its own: a method that hangs, crashes or takes all memo
 episode only. Messages are frames of JSON."""
 
 import asyncio
+import contextlib
 import faulthandler
 import inspect
 import json
@@ -27,6 +28,10 @@ LENGTH = struct.Struct("<I")
 GRACE_SECONDS = 1.0
 """After its time a call is interrupted; one that does not notice, within C code, ends the process
 so much later."""
+CLOSE_SECONDS = 5.0
+"""The limit of an environment's `close` at the end of its process."""
+MAX_TEXT = 2**20
+"""Characters of a method's text that are sent; the controller must not read gigabytes."""
 
 
 class CallTimeout(BaseException):
@@ -46,19 +51,36 @@ def serve(target: str, path: str, options: Mapping[str, Any]) -> None:
     listener.bind(path)
     listener.listen(1024)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps
-    print("ready", flush=True)
+    signal.signal(signal.SIGTERM, _end)
+    print("\nready", flush=True)  # the import may have printed half a line
     os.dup2(2, 1)  # the pipe is not read any more, and environments may print
     while True:
         connection, _ = listener.accept()
-        if os.fork() == 0:
-            die_with_parent()
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            listener.close()
-            try:
-                _Episode(environment, options, connection).serve()
-            finally:
-                os._exit(0)
-        connection.close()
+        with connection, contextlib.suppress(OSError):  # no memory, or too many processes
+            if os.fork() == 0:
+                try:
+                    _begin_process()
+                    listener.close()
+                    _Episode(environment, options, connection).serve()
+                finally:
+                    os._exit(0)
+
+
+def _begin_process() -> None:
+    die_with_parent()
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    # Every fork has a copy of numpy's global generator; `random` seeds its own after a fork.
+    if "numpy.random" in sys.modules:
+        sys.modules["numpy.random"].seed()
+
+
+def _end(*_: object) -> None:
+    """End when all episodes have, with what they have started and left."""
+    with contextlib.suppress(ChildProcessError):
+        while True:
+            os.wait()  # for all of them, because SIGCHLD is ignored
+    os.killpg(os.getpid(), signal.SIGKILL)
 
 
 class _Episode:
@@ -74,30 +96,40 @@ class _Episode:
         signal.signal(signal.SIGALRM, _interrupt)
 
     def serve(self) -> None:
-        """Answer calls until the connection ends."""
+        """Answer calls until the connection ends; close the environment."""
         self._null = os.open(os.devnull, os.O_WRONLY)
-        while header := self._stream.read(LENGTH.size):
-            request = json.loads(self._stream.read(LENGTH.unpack(header)[0]))
-            self._stream.write(frame(self._answer(request)))
-            self._stream.flush()
+        try:
+            while header := self._stream.read(LENGTH.size):
+                request = json.loads(self._stream.read(LENGTH.unpack(header)[0]))
+                self._stream.write(frame(self._answer(request)))
+                self._stream.flush()
+        finally:
+            self._answer({"method": "close", "arguments": [], "seconds": CLOSE_SECONDS})
 
     def _answer(self, request: dict[str, Any]) -> dict[str, Any]:
         seconds, began = request["seconds"], time.monotonic()
         faulthandler.dump_traceback_later(seconds + GRACE_SECONDS, exit=True, file=self._null)
         signal.setitimer(signal.ITIMER_REAL, seconds)
+        answer: dict[str, Any] = {"done": False}
         try:
             try:
-                answer = {"value": getattr(self, request["method"])(*request["arguments"])}
+                value = getattr(self, request["method"])(*request["arguments"])
+                answer |= {"done": self._is_done(), "value": value}
             finally:
                 signal.setitimer(signal.ITIMER_REAL, 0)
         except CallTimeout:
-            answer = {"error": f"no result within {seconds:g} s", "timeout": True}
+            answer |= {"error": f"no result within {seconds:g} s", "timeout": True}
         except BaseException as error:  # noqa: BLE001 - a user's code may raise anything
-            answer = {"error": f"{type(error).__name__}: {error}"}
+            answer["error"] = f"{type(error).__name__}: {error}"[:MAX_TEXT]
+        if "error" in answer:
+            with contextlib.suppress(Exception):  # the error may be that of `done`
+                answer["done"] = self._is_done()
         faulthandler.cancel_dump_traceback_later()
         answer["seconds"] = time.monotonic() - began
-        answer["done"] = bool(getattr(self._environment, "done", False))
         return answer
+
+    def _is_done(self) -> bool:
+        return bool(getattr(self._environment, "done", False))
 
     def reset(self, row: dict[str, Any]) -> str | None:
         self.close()
@@ -128,9 +160,18 @@ class _Episode:
 
 
 def _text(value: Any) -> str:
-    if isinstance(value, str):
-        return value
-    return "" if value is None else json.dumps(value, ensure_ascii=False, default=str)
+    """Return a result as text: JSON, numpy's arrays and numbers included, else its `str`."""
+    if value is None or isinstance(value, str):
+        return (value or "")[:MAX_TEXT]
+    try:
+        text = json.dumps(value, ensure_ascii=False, default=_plain)
+    except (TypeError, ValueError):  # keys that are no text, or a cycle
+        text = str(value)
+    return text[:MAX_TEXT]
+
+
+def _plain(value: Any) -> Any:
+    return value.tolist() if hasattr(value, "tolist") else str(value)
 
 
 def _interrupt(*_: object) -> None:

@@ -43,9 +43,13 @@ class Python:
             self._session = PythonSession(self._limits)
         try:
             output = self._session.run(code, self._seconds)
-        except SessionEnded as end:
-            self._session = None
-            raise RuntimeError(f"{end}; all variables are lost") from None
+        except ValueError:
+            raise  # the cell was not sent
+        except BaseException as error:
+            self.close()
+            if isinstance(error, SessionEnded):
+                raise RuntimeError(f"{error}; all variables are lost") from None
+            raise
         if len(output) > self._output_chars:
             return f"{output[: self._output_chars]} … (cut off)"
         return output or "(no output)"

@@ -43,7 +43,8 @@ class PythonSession:
 
     def run(self, source: str, seconds: float) -> str:
         """Return what a cell printed, its last expression's value and its error. Raises ValueError
-        for a source of over `MAX_SOURCE_BYTES`, SessionEnded where the interpreter ends."""
+        for a source of over `MAX_SOURCE_BYTES`, SessionEnded where the interpreter ends. Any other
+        exception, as that of an alarm, ends the interpreter too."""
         content = f"{seconds:.3f}\n{source}".encode("utf-8", "replace")
         if len(content) > MAX_SOURCE_BYTES:
             raise ValueError(f"a cell has at most {MAX_SOURCE_BYTES:,} bytes")
@@ -59,7 +60,7 @@ class PythonSession:
         except BrokenPipeError:
             self.close()
             raise SessionEnded("the interpreter's process ended") from None
-        except SessionEnded:
+        except BaseException:  # the reply would be taken for that of the next cell
             self.close()
             raise
 

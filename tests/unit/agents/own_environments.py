@@ -1,9 +1,17 @@
 """Environments as a user writes them, and mistakes."""
 
 import asyncio
+import functools
 import itertools
 import os
+import subprocess
 import time
+from pathlib import Path
+
+import numpy as np
+
+print("x" * 200_000 + " loaded", end="")  # what a slow import may print
+np.random.random()  # a fork gets the generator's state
 
 
 class Counter:
@@ -67,6 +75,73 @@ class Ungrading:
 
     def look(self):
         return "7"
+
+
+def doubled(method):
+    """A decorator without functools.wraps."""
+
+    def wrapper(self, *args, **kwargs):
+        return 2 * method(self, *args, **kwargs)
+
+    return wrapper
+
+
+class Unusual:
+    """Methods that are no plain functions, results that are no plain JSON, an end that fails."""
+
+    def __init__(self, folder: str = "") -> None:
+        self._folder = folder
+
+    def reset(self, question: str) -> None:
+        self.done = np.zeros(1)
+
+    @staticmethod
+    def add(number: int, other: int) -> int:
+        return number + other
+
+    @classmethod
+    def name(cls, prefix: str) -> str:
+        return prefix + cls.__name__
+
+    @functools.lru_cache  # noqa: B019
+    def square(self, number: int) -> int:
+        return number**2
+
+    @doubled
+    def twice(self, number):
+        return number
+
+    @functools.cached_property
+    def table(self):
+        return {}
+
+    def results(self, name: str):
+        cycle: list = []
+        cycle.append(cycle)
+        return {
+            "array": np.arange(3),
+            "mixed": {"a": np.int64(1), "b": np.float32(0.5), "c": Path("é")},
+            "keys": {(0, 1): 2},
+            "cycle": cycle,
+            "long": "x" * 2**21,
+        }[name]
+
+    def fail_at_length(self):
+        raise ValueError("y" * 2**21)
+
+    def end(self):
+        self.done = np.zeros(2)
+        return "ended"
+
+    def noise(self) -> int:
+        return int(np.random.randint(2**31))
+
+    def start_program(self) -> int:
+        return subprocess.Popen(["sleep", "600"]).pid
+
+    def close(self) -> None:
+        if self._folder:
+            Path(self._folder, f"closed-{os.getpid()}").touch()
 
 
 class NoTools:

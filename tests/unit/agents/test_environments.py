@@ -1,12 +1,21 @@
 """Environments of one's own: schemas, mistakes, and processes that hang or end."""
 
 import asyncio
+import inspect
+import time
+from pathlib import Path
 
 import pytest
 from transformers.utils import get_json_schema
 
-from megatron_r1.agents.environment import Description, describe, tool_schema
-from megatron_r1.agents.environment_pool import CallTimedOut, EnvironmentFault, Environments
+from megatron_r1.agents import environment_pool, environment_server
+from megatron_r1.agents.environment import Description, describe
+from megatron_r1.agents.environment_pool import (
+    CallTimedOut,
+    EnvironmentFault,
+    EnvironmentProcess,
+    Environments,
+)
 from megatron_r1.agents.environment_pool import describe as describe_apart
 from megatron_r1.agents.environments.calculator import Calculator
 from megatron_r1.errors import UserError
@@ -50,7 +59,8 @@ def test_schemas_are_those_of_transformers_where_arguments_are_documented():
         },
     }
     assert set(schemas) == {"add", "fail", "shout", "sleep", "wait", "stuck", "crash"}
-    assert tool_schema(Calculator.calculate)["function"]["parameters"]["required"] == ["expression"]
+    [calculate] = describe(Calculator).tools
+    assert calculate["function"]["parameters"]["required"] == ["expression"]
     assert [describe(c).grades for c in (own.Counter, own.Ungrading)] == [True, False]
 
 
@@ -151,3 +161,115 @@ def test_a_killed_server_costs_the_episodes_that_were_being_played():
                 assert await game.reset({"question": "?", "truth": 1}) == "Count to 1."
 
     play(use)
+
+
+def test_schemas_of_decorated_methods_have_the_attributes_name_and_no_self():
+    parameters = {
+        tool["function"]["name"]: list(tool["function"]["parameters"]["properties"])
+        for tool in describe(own.Unusual).tools
+    }
+    expected = {
+        name: list(inspect.signature(getattr(own.Unusual(), name)).parameters)
+        for name in ("add", "name", "square", "results", "fail_at_length", "end", "noise")
+    }
+    assert parameters == expected | {"twice": [], "start_program": []}
+
+
+def test_results_that_are_no_json_and_long_ones():
+    async def use(environments):
+        async with environments.open() as game:
+            await game.reset({"question": "?"})
+            texts = {
+                name: (await game.call("results", {"name": name}, 9)).text
+                for name in ("array", "mixed", "keys", "cycle", "long")
+            }
+            assert texts == {
+                "array": "[0, 1, 2]",
+                "mixed": '{"a": 1, "b": 0.5, "c": "é"}',
+                "keys": "{(0, 1): 2}",
+                "cycle": "[[...]]",
+                "long": "x" * 2**20,
+            }
+            failed = await game.call("fail_at_length", {}, 9)
+            assert len(failed.text) == len("error: ") + 2**20
+            assert (await game.call("square", {"number": 3}, 9)).text == "9"
+            ended = await game.call("end", {}, 9)
+            assert ended.is_error
+            assert "truth value of an array" in ended.text
+            assert not (await game.call("noise", {}, 9)).done
+
+    play(use, f"{MODULE}:Unusual")
+
+
+def test_a_closed_run_has_closed_its_environments_and_what_they_started(tmp_path):
+    async def use(environments):
+        async with environments.open() as first, environments.open() as second:
+            for game in (first, second):
+                await game.reset({"question": "?"})
+            draws = {(await game.call("noise", {}, 9)).text for game in (first, second)}
+            assert len(draws) == 2, "each process has a seed of its own"
+            return int((await first.call("start_program", {}, 9)).text)
+
+    program = play(use, f"{MODULE}:Unusual", folder=str(tmp_path))
+    assert len(list(tmp_path.iterdir())) == 2
+    for _ in range(1000):
+        if not is_running(program):
+            break
+        time.sleep(0.01)
+    else:
+        pytest.fail("the program still runs")
+
+
+def is_running(process_id):
+    try:
+        return Path(f"/proc/{process_id}/stat").read_text().split()[2] not in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def test_a_process_whose_reply_is_late_is_not_used_again(monkeypatch):
+    class Sink:
+        def write(self, content):
+            pass
+
+    async def use():
+        process = EnvironmentProcess(asyncio.StreamReader(), Sink(), 5.0)
+        with pytest.raises(CallTimedOut):
+            await process.call("sleep", {}, 0.0)
+        assert not process.is_reusable
+
+    monkeypatch.setattr(environment_pool, "GRACE_SECONDS", 0.0)
+    monkeypatch.setattr(environment_pool, "LATE_SECONDS", 0.0)
+    asyncio.run(use())
+
+
+def test_a_server_that_cannot_fork_goes_on(monkeypatch):
+    class Connection:
+        is_closed = False
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            self.is_closed = True
+
+    connections = [Connection(), Connection()]
+    waiting = iter(connections)
+
+    class Listener:
+        def __getattr__(self, name):
+            return lambda *_: None
+
+        def accept(self):
+            return next(waiting), None  # StopIteration ends the server
+
+    def fork():
+        raise BlockingIOError("Resource temporarily unavailable")
+
+    monkeypatch.setattr(environment_server.socket, "socket", lambda *_: Listener())
+    monkeypatch.setattr(environment_server.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(environment_server.os, "fork", fork)
+    monkeypatch.setattr(environment_server.os, "dup2", lambda *_: None)
+    with pytest.raises(StopIteration):
+        environment_server.serve(f"{MODULE}:Counter", "path", {})
+    assert all(connection.is_closed for connection in connections)

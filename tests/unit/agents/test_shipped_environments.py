@@ -2,6 +2,7 @@
 
 import json
 import random
+import signal
 import time
 
 import pytest
@@ -137,3 +138,24 @@ def test_an_interpreter_that_is_lost_is_replaced(interpreter, name):
         use()
     assert time.monotonic() - began < 20
     assert interpreter.python("1 + 1") == "2\n"
+
+
+def test_a_cell_that_an_alarm_interrupts_leaves_no_reply_for_the_next(interpreter):
+    class Alarm(BaseException):
+        pass
+
+    def ring(*_):
+        raise Alarm
+
+    interpreter.python("x = 1")
+    before = signal.signal(signal.SIGALRM, ring)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.1)
+        with pytest.raises(Alarm):
+            interpreter.python("import time; time.sleep(0.3); 'late'")
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert interpreter.python("1 + 1") == "2\n"
+    with pytest.raises(ValueError, match="at most"):
+        interpreter.python("#" * 2**16)
