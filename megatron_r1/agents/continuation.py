@@ -17,6 +17,7 @@ Where sampled tokens are those that the tokeniser itself would choose, this equa
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +28,7 @@ from megatron_r1.agents.tree import Message, TokenTree
 
 MARK = "answer-7c1e"
 """Stands for an answer, to find what a template writes after it."""
+WORD_JOINER = "\u2060"
 
 
 class Unrenderable(ValueError):
@@ -49,6 +51,8 @@ class Continuation:
     def __init__(self, tokenizer: Any, **template_options: Any) -> None:
         """template_options: variables of the template, such as enable_thinking."""
         self._tokenizer, self._options = tokenizer, template_options
+        special = [re.escape(str(t)) for t in tokenizer.added_tokens_decoder.values() if t.special]
+        self._special = re.compile("|".join(sorted(special, reverse=True)) or r"(?!)")
         user, answer = {"role": "user", "content": "u"}, {"role": "assistant", "content": MARK}
         written = self._text([user, answer]).rpartition(MARK)[2]
         end = tokenizer.eos_token
@@ -73,6 +77,27 @@ class Continuation:
     def render(self, messages: Sequence[Message], tools: Sequence[Message] = ()) -> list[int]:
         """Return the tokens of a conversation up to the next answer. Raises `Unrenderable`."""
         return self._encode(self._text(messages, tools, add_generation_prompt=True))
+
+    def can_render(self, answer: Message, tools: Sequence[Message] = ()) -> bool:
+        """Return whether the template accepts an answer's tool calls and their results; True of a
+        template that refuses all calls, as an agent may write results in other roles."""
+        calls = answer.get("tool_calls") or ()
+        if not calls:
+            return True
+        function = {"name": calls[0]["function"]["name"], "arguments": {}}
+        plain = {**answer, "tool_calls": [{**calls[0], "function": function}]}
+        return self._renders(answer, tools) or not self._renders(plain, tools)
+
+    def _renders(self, answer: Message, tools: Sequence[Message]) -> bool:
+        results = [
+            {"role": "tool", "tool_call_id": call["id"], "content": "r"}
+            for call in answer["tool_calls"]
+        ]
+        try:
+            self._text([{"role": "user", "content": "u"}, answer, *results], tools)
+        except Unrenderable:
+            return False
+        return True
 
     def probe(self, tools: Sequence[Message]) -> dict[str, str]:
         """Return for each kind of message that may follow an answer whether the template continues
@@ -133,7 +158,7 @@ class Continuation:
     ) -> str:
         try:
             return self._tokenizer.apply_chat_template(
-                [_renderable(message) for message in messages],
+                [self._without_control(_renderable(message)) for message in messages],
                 tools=list(tools) or None,
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
@@ -142,7 +167,17 @@ class Continuation:
         except (TemplateError, TypeError, ValueError, KeyError) as error:
             raise Unrenderable(f"the chat template refuses the messages: {error}") from None
 
+    def _without_control(self, message: dict[str, Any]) -> dict[str, Any]:
+        """Return the message; a tool's result with an invisible character within each special
+        token, so that text which a tool has read cannot end its turn and begin another."""
+        if message["role"] != "tool":
+            return message
+        text = self._special.sub(lambda m: m[0][0] + WORD_JOINER + m[0][1:], message["content"])
+        return {**message, "content": text}
+
     def _encode(self, text: str) -> list[int]:
+        # Half a surrogate pair, which JSON may hold, is no text to a tokenizer.
+        text = text.encode("utf-8", "replace").decode()
         return self._tokenizer.encode(text, add_special_tokens=False)
 
 

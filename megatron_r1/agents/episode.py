@@ -107,7 +107,8 @@ def _text(message: Message) -> str:
     content = message.get("content") or ""
     if calls := message.get("tool_calls"):
         return f"{content}{json.dumps(calls)}"
-    return content if isinstance(content, str) else json.dumps(content)
+    text = content if isinstance(content, str) else json.dumps(content)
+    return text.encode("utf-8", "replace").decode()  # a tool may return half a surrogate pair
 
 
 def _spans(is_sampled: bytes) -> list[slice]:

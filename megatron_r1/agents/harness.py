@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -111,6 +112,11 @@ class HarnessPlayer:
 
     async def play(self, prompt: Prompt, generate: Generate, max_tokens: int) -> Played:
         """Play one episode of a row. max_tokens: sampled in all."""
+        # The agent's clock does not run while the episode waits for a program to end.
+        async with getattr(self.run, "slots", contextlib.nullcontext()):
+            return await self._play(prompt, generate, max_tokens)
+
+    async def _play(self, prompt: Prompt, generate: Generate, max_tokens: int) -> Played:
         session = self.gateway.open(
             SessionLimits(self._max_turns, max_tokens),
             TurnSampling(generate, self._room, self.text.end, *self._sampling),
@@ -141,8 +147,11 @@ class HarnessPlayer:
             await _end(agent)
         if session.failures:
             session.end("engine_error", "")
-        if not session.num_turns:
-            session.end("harness_error", "the agent ended without a turn of the policy")
+        if not session.num_turns and session.status in (None, *SCORED):
+            # A reward would be for nothing that the policy has done.
+            cause = f": {session.reason}" if session.reason else ""
+            session.status = "harness_error"
+            session.reason = f"the agent ended without a turn of the policy{cause}"
         return self._played(session, reward, is_finished, time.monotonic() - began)
 
     async def _within_its_time(
@@ -218,7 +227,7 @@ def function_harness(path: str) -> Run:
     if inspect.iscoroutinefunction(function):
         return function
 
-    def run(base_url: str, api_key: str, row: dict[str, Any]) -> Awaitable[Any]:
+    async def run(base_url: str, api_key: str, row: dict[str, Any]) -> Any:
         loop = asyncio.get_running_loop()
         result: asyncio.Future[Any] = loop.create_future()
 
@@ -241,7 +250,9 @@ def function_harness(path: str) -> Run:
 
         # Not a pool's thread: those would keep the process from ending.
         threading.Thread(target=work, daemon=True, name="agent").start()
-        return result
+        value = await result
+        # An object with an async __call__, or a decorated coroutine function.
+        return await value if inspect.isawaitable(value) else value
 
     return run
 
@@ -257,7 +268,8 @@ class CommandHarness:
         # Files are named relative to the folder in which the run was started. Links stay: a virtual
         # environment's Python is one.
         self._command = [os.path.abspath(p) if os.path.isfile(p) else p for p in command]
-        self._slots = asyncio.Semaphore(most_at_once)
+        self.slots = asyncio.Semaphore(most_at_once)
+        """To be held around a call."""
 
     async def __call__(self, base_url: str, api_key: str, row: dict[str, Any]) -> float | None:
         """Run the program. Raises RuntimeError where it fails."""
@@ -268,21 +280,20 @@ class CommandHarness:
         # The program ends with this process: `lifetime` asks the kernel for that, and becomes it.
         # By its path, as the program may have a Python of its own, and no PYTHONPATH of ours.
         command = [sys.executable, "-I", lifetime.__file__, *self._command]
-        async with self._slots:
-            with tempfile.TemporaryDirectory(prefix="r1-agent-") as folder:
-                process = await asyncio.create_subprocess_exec(
-                    *command,
-                    cwd=folder,
-                    stdout=asyncio.subprocess.PIPE,
-                    stderr=asyncio.subprocess.PIPE,
-                    **popen_options(environment) | {"stdin": asyncio.subprocess.PIPE},
-                )
-                try:
-                    out, err = await process.communicate(json.dumps(row).encode())
-                finally:
-                    with contextlib.suppress(ProcessLookupError):
-                        os.killpg(process.pid, signal.SIGKILL)
-                    await process.wait()
+        with tempfile.TemporaryDirectory(prefix="r1-agent-") as folder:
+            process = await asyncio.create_subprocess_exec(
+                *command,
+                cwd=folder,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.PIPE,
+                **popen_options(environment) | {"stdin": asyncio.subprocess.PIPE},
+            )
+            try:
+                out, err = await process.communicate(json.dumps(row).encode())
+            finally:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                await process.wait()
         if process.returncode:
             last = (err.decode("utf-8", "replace").strip() or "no message").splitlines()[-1]
             raise RuntimeError(
@@ -318,7 +329,9 @@ def _as_reward(value: Any, prompt: Prompt) -> float | None:
         raise ValueError("the agent returned no reward, and data.kind: environment has no other")
     if value is None:
         return None
-    if not isinstance(value, (int, float)) or not math.isfinite(value):
+    if not isinstance(value, Real) and hasattr(value, "item"):
+        value = value.item()  # a tensor, or numpy's bool
+    if not isinstance(value, Real) or not math.isfinite(value):
         raise ValueError(f"the agent returned {value!r:.80}; a reward is a finite number or None")
     return float(value)
 

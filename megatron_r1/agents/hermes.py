@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from typing import Any
 
 CALL = re.compile(r"<tool_call>(.*?)(?:</tool_call>|\Z)", re.DOTALL)
-THOUGHT = re.compile(r"\s*(?:<think>)?(.*?)</think>\s*", re.DOTALL)
 
 
 def parse_hermes(text: str) -> dict[str, Any]:
@@ -14,9 +13,10 @@ def parse_hermes(text: str) -> dict[str, Any]:
     `<tool_call>` tags, after the content. An answer with a call that is no such JSON has none:
     its text stays whole."""
     message: dict[str, Any] = {"role": "assistant"}
-    if thought := THOUGHT.match(text):
-        message["reasoning_content"] = thought[1].strip()
-        text = text[thought.end() :]
+    thought, is_closed, rest = text.partition("</think>")
+    if is_closed:
+        message["reasoning_content"] = thought.strip().removeprefix("<think>").strip()
+        text = rest.lstrip()
     message["content"] = text
     calls = _calls(match[1] for match in CALL.finditer(text))
     if calls:

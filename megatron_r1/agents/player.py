@@ -87,6 +87,8 @@ class EpisodePlayer:
             status, reason = "engine_error", str(error)
         except Unrenderable as error:
             status, reason = "protocol_error", str(error)
+        except Exception as error:  # noqa: BLE001 - one episode must not end the run
+            status, reason = "protocol_error", f"{type(error).__name__}: {error}"
         if status not in SCORED:
             reward = None
         elif game.is_lost:
@@ -184,10 +186,14 @@ class _Game:
         began = time.monotonic()
         response = await self._generate(tree.token_ids(node), room)
         self._seconds["engines"] += time.monotonic() - began
+        if response.finish_reason not in ("stop", "length"):
+            raise EngineError(f"an engine ended a turn with {response.finish_reason!r}")
         self.text = player.text.decode(response.token_ids)
         prompt_ids = tree.token_ids(node)
         parsed = await player.parsers.parse(self.text, response.token_ids, prompt_ids, self._tools)
         message = parsed.message()
+        if not player.continuation.can_render(message, self._tools):
+            message = {"role": "assistant", "content": self.text}  # as a malformed call
         tree.add_sampled(node, response, message)
         self._messages.append(message)
         return None if response.finish_reason != "stop" else message

@@ -5,19 +5,21 @@ template (`templates`) makes of it the text, and then the token ids, that the po
 
 A question is held out or not by the hash of its text alone. So the two sides stay disjoint for any
 seed, size, order and file: a base model trained on one set of questions has not seen the held-out
-questions of another."""
+questions of another. Rows for an environment may differ in their fields only; there the hash is
+that of text and fields."""
 
 import hashlib
+import json
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from megatron_r1.data.records import missing, read_records, require_text
 from megatron_r1.data.tasks import generate_items
 from megatron_r1.errors import UserError
-from megatron_r1.rewards import WITHOUT_TRUTH, resolve
+from megatron_r1.rewards import ENVIRONMENT, WITHOUT_TRUTH, resolve
 
 RESERVED_FIELDS = ("response", "truth", "kind")
 COLUMNS = "data.columns"
@@ -25,8 +27,9 @@ COLUMNS = "data.columns"
 
 @dataclass(frozen=True)
 class Prompt:
-    """A question. id: hash of its text, the same in all runs. kind: the reward that grades its
-    responses, by comparison with `truth`. fields: that reward's other arguments, in JSON types."""
+    """A question. id: hash of its text, for an environment with its fields; the same in all runs.
+    kind: the reward that grades its responses, by comparison with `truth`. fields: that reward's
+    other arguments, in JSON types."""
 
     id: str
     question: str
@@ -91,7 +94,7 @@ def load_prompts(
         num_attempts = 1_000 + 50 * (num_train + (num_heldout or 0))
         prompts = _from_task(task, dict(parameters or {}), seed, num_attempts, kind)
     fraction = heldout_fraction if heldout_path is None else 0.0
-    split = _split(prompts, heldout, fraction, num_train, num_heldout)
+    split = _split(prompts, heldout, fraction, num_train, num_heldout, kind)
     _require("train", split.train, num_train, "num_train", task or path)
     _require("held-out", split.heldout, num_heldout, "num_heldout", heldout_path or task or path)
     return split
@@ -120,6 +123,7 @@ def _split(
     fraction: float,
     num_train: int | None,
     num_heldout: int | None,
+    kind: str | None,
 ) -> PromptSplit:
     limits = {False: num_train, True: num_heldout if fraction else 0}
     sides: dict[bool, dict[str, Prompt]] = {False: {}, True: {p.id: p for p in heldout}}
@@ -131,7 +135,7 @@ def _split(
     for prompt in prompts:
         if is_full(False) and is_full(True):
             break
-        side = is_heldout(prompt.question, fraction)
+        side = is_heldout(_identity(prompt.question, prompt.fields, kind), fraction)
         if prompt.id not in sides[False] and prompt.id not in sides[True] and not is_full(side):
             sides[side][prompt.id] = prompt
     return PromptSplit(list(sides[False].values()), list(sides[True].values())[:num_heldout])
@@ -164,7 +168,8 @@ def _from_file(
         except (ValueError, AttributeError, TypeError) as error:
             raise UserError(f"{location}: {error}") from error
         fields = {n: v for n, v in row.items() if n not in ("question", *RESERVED_FIELDS)}
-        yield make_prompt(question, row_kind, row.get("truth"), fields)
+        prompt = make_prompt(question, row_kind, row.get("truth"), fields)
+        yield replace(prompt, id=_digest(_identity(question, fields, kind)).hex()[:16])
 
 
 def without_roles(row: dict[str, Any]) -> dict[str, Any]:
@@ -183,6 +188,15 @@ def _from_task(
         own = {"task": task, "parameters": parameters, "entry": item}
         fields = own if kind in (None, "logic") else {}
         yield make_prompt(item["question"], kind or "logic", item["answer"], fields)
+
+
+def _identity(question: str, fields: dict[str, Any], kind: str | None) -> str:
+    """Return the text by which a prompt is told from others. kind: of `load_prompts`."""
+    if kind != ENVIRONMENT or not fields:
+        return question
+    text = json.dumps(fields, sort_keys=True, default=str)
+    # As a hash, because `normalize` would make fields equal.
+    return f"{question} {hashlib.sha256(text.encode()).hexdigest()}"
 
 
 def _digest(question: str) -> bytes:

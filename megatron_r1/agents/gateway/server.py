@@ -10,7 +10,7 @@ import hashlib
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, Self
 
@@ -227,6 +227,9 @@ class Gateway:
             raise Refused(
                 "no engine could sample this turn", status=503, kind="api_error"
             ) from error
+        if not self._continuation.can_render(turn.message, request.tools):
+            plain = {"role": "assistant", "content": turn.text}  # as a malformed call
+            turn = replace(turn, message=plain)
         reply = TurnReply(
             uuid.uuid4().hex,
             request.model or self._model,

@@ -102,9 +102,11 @@ class Session:
             reason = f"the episode has had its {self.limits.max_turns} turns"
             self.end("max_turns", reason)
             raise Refused(reason, code="max_turns")
-        if len(self.running) >= self.limits.max_parallel:
+        # Turns in flight may yet fail, so they do not end the episode.
+        most = min(self.limits.max_parallel, self.limits.max_turns - self.num_turns)
+        if len(self.running) >= most:
             raise Refused(
-                f"{self.limits.max_parallel} turns of this session are being sampled",
+                f"{len(self.running)} turns of this session are being sampled; it may have {most}",
                 status=429,
                 kind="rate_limit_error",
             )

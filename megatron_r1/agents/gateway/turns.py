@@ -32,11 +32,13 @@ class TurnSampling:
 
 @dataclass(frozen=True)
 class SampledTurn:
-    """An engine's answer and the message that it was read as. stop_string: what it was cut at."""
+    """An engine's answer and the message that it was read as. stop_string: what it was cut at.
+    text: the answer, up to there."""
 
     response: Response
     message: dict[str, Any]
     stop_string: str | None
+    text: str
 
 
 class TurnSampler:
@@ -66,7 +68,7 @@ class TurnSampler:
         message = parsed.message()
         if most_calls is not None and "tool_calls" in message:
             message["tool_calls"] = message["tool_calls"][:most_calls]
-        return SampledTurn(response, message, stop_string)
+        return SampledTurn(response, message, stop_string, text)
 
 
 def cut(

@@ -50,8 +50,10 @@ class HermesParser:
                 "id": f"call_{uuid.uuid4().hex[:24]}",
                 "type": "function",
                 "function": {
-                    "name": call["function"]["name"],
-                    "arguments": json.dumps(call["function"]["arguments"], ensure_ascii=False),
+                    "name": _encodable(call["function"]["name"]),
+                    "arguments": _encodable(
+                        json.dumps(call["function"]["arguments"], ensure_ascii=False)
+                    ),
                 },
             }
             for call in message.get("tool_calls", [])
@@ -60,6 +62,11 @@ class HermesParser:
 
     async def close(self) -> None:
         """Return: there is nothing to end."""
+
+
+def _encodable(text: str) -> str:
+    """Return the text with "?" for half surrogate pairs, which a model can escape in JSON."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def parser_of(

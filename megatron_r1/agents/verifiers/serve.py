@@ -48,6 +48,8 @@ async def serve(options: dict[str, Any], output: TextIO) -> None:
     )
     server.start()
     theirs.close()
+    # The harness starts this script again where it ends: without its server no episode would.
+    asyncio.get_running_loop().add_reader(server.sentinel, os._exit, 1)
     address = await asyncio.to_thread(addresses.get, True, START_SECONDS)
     client = EnvClient(address)
     await client.wait_for_server_startup(START_SECONDS)
@@ -62,6 +64,7 @@ async def serve(options: dict[str, Any], output: TextIO) -> None:
         task = asyncio.create_task(_run(client, job, output))
         running[job["id"]] = task
         task.add_done_callback(partial(_forget, running, job["id"]))
+    asyncio.get_running_loop().remove_reader(server.sentinel)
     ours.close()
     server.terminate()
 

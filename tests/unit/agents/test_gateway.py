@@ -7,7 +7,10 @@ import aiohttp
 import pytest
 
 from megatron_r1.agents.gateway import SessionLimits, server
+from megatron_r1.agents.parsing.choice import HermesParser
 from megatron_r1.engine.errors import EngineDied
+from tests.chat_tokenizer import CHATML, chat_tokenizer
+from tests.unit.agents import gateways
 from tests.unit.agents.gateways import check_tree, gateway
 
 USER = {"role": "user", "content": "What is 12 * 34?"}
@@ -302,6 +305,44 @@ def test_turns_at_once_are_branches_of_one_episode():
         assert len(session.tree.branches()) == 4
 
     run(test, *"abcd", limits=SessionLimits(max_turns=9, max_tokens=99, max_parallel=4))
+
+
+def test_turns_at_once_keep_to_the_turns_of_an_episode():
+    async def test(served, session, fleet):
+        bodies = [{"messages": [{"role": "user", "content": f"Part {i}"}]} for i in range(5)]
+        fleet.ready.clear()
+        asyncio.get_running_loop().call_later(0.2, fleet.ready.set)
+        replies = await asyncio.gather(*(post(served, session, CHAT, body) for body in bodies))
+        statuses = [status for status, _ in replies]
+        assert statuses.count(200) == 2 and statuses.count(429) == 3
+        assert (session.num_turns, session.status) == (2, None), "one in flight may fail"
+        assert (await post(served, session, CHAT, bodies[0]))[0] == 400
+        assert session.status == "max_turns"
+
+    run(test, *"abcde", limits=SessionLimits(max_turns=2, max_tokens=99))
+
+
+def test_calls_that_the_template_refuses_are_content(monkeypatch):
+    one = "{% if m.tool_calls and m.tool_calls|length > 1 %}{{ raise_exception('one') }}{% endif %}"
+    loop = "{% for c in m.tool_calls or [] %}"
+    refusing = gateways.ChatText(chat_tokenizer(CHATML.replace(loop, one + loop)))
+    monkeypatch.setattr(gateways, "text_of", lambda: refusing)
+    monkeypatch.setattr(gateways, "WrittenParsers", HermesParser)
+    call = '<tool_call>{"name": "f", "arguments": {}}</tool_call>'
+
+    async def test(served, session, fleet):
+        messages = [USER]
+        found = []
+        for _ in range(3):
+            status, reply = await post(served, session, CHAT, {"messages": messages})
+            assert status == 200
+            answer = reply["choices"][0]["message"]
+            found.append((answer["content"] or "", len(answer.get("tool_calls") or ())))
+            messages += [answer, {"role": "user", "content": "Go on."}]
+        assert found == [("", 1), (call * 2, 0), ("Done.", 0)]
+        assert len(session.tree.branches()) == 1
+
+    run(test, call, call * 2, "Done.")
 
 
 def test_paths_that_do_not_exist():

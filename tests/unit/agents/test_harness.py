@@ -7,6 +7,7 @@ import sys
 import textwrap
 
 import aiohttp
+import numpy as np
 import pytest
 
 from megatron_r1.agents.harness import CommandHarness, HarnessPlayer, function_harness
@@ -35,7 +36,16 @@ async def ask(base_url, api_key, text):
         return found["choices"][0]["message"]["content"]
 
 
-def play(run, *texts, prompt=PROMPT, max_turns=5, timeout_seconds=20.0, max_tokens=500, slow=0.0):
+def play(
+    run,
+    *texts,
+    prompt=PROMPT,
+    max_turns=5,
+    timeout_seconds=20.0,
+    max_tokens=500,
+    slow=0.0,
+    room=9000,
+):
     """Return an episode, its fleet and its key."""
     text = text_of()
     fleet = WrittenFleet(text.tokenizer, texts)
@@ -52,7 +62,7 @@ def play(run, *texts, prompt=PROMPT, max_turns=5, timeout_seconds=20.0, max_toke
     async def main():
         player = HarnessPlayer(
             *(text, gateway_of(text), WrittenParsers(), remembering),
-            *((max_turns, timeout_seconds), 9000, (1.0, 1.0)),
+            *((max_turns, timeout_seconds), room, (1.0, 1.0)),
         )
         await player.check([])
         try:
@@ -94,6 +104,16 @@ def test_without_a_reward_ours_grade_the_last_answer():
     assert "returned no reward" in played.episode.reason
 
 
+@pytest.mark.parametrize("value", [np.float32(0.5), np.bool_(True), np.array([2.0])])
+def test_a_reward_of_numpys(value):
+    async def run(base_url, api_key, row):
+        await ask(base_url, api_key, "x")
+        return value
+
+    played, _ = play(run, ANSWER)
+    assert (played.episode.status, played.reward) == ("done", float(value.item()))
+
+
 @pytest.mark.parametrize("value", [float("nan"), "1", [1.0]])
 def test_a_reward_that_is_none(value):
     async def run(base_url, api_key, row):
@@ -120,6 +140,25 @@ def test_failures_of_the_agent_are_not_the_policys():
     played, _ = play(silent)
     assert (played.episode.status, played.reward) == ("harness_error", None)
     assert "without a turn" in played.episode.reason
+
+
+def test_an_episode_without_a_turn_of_the_policy_is_not_scored():
+    async def hangs(base_url, api_key, row):
+        await asyncio.sleep(1000)
+
+    played, _ = play(hangs, timeout_seconds=0.3)
+    assert (played.episode.status, played.reward) == ("harness_error", None)
+    assert "without a turn of the policy: after 0.3 s" in played.episode.reason
+
+    async def careful(base_url, api_key, row):
+        try:
+            await ask(base_url, api_key, row["question"])
+        except RuntimeError:
+            return 0.0
+
+    played, _ = play(careful, ANSWER, room=8)
+    assert (played.episode.status, played.reward) == ("harness_error", None)
+    assert "leave no room for an answer" in played.episode.reason
 
 
 def test_limits_are_the_policys_doing():
@@ -192,7 +231,7 @@ def test_functions_are_found_by_name_and_plain_ones_run_in_a_thread(tmp_path, mo
     (tmp_path / "my_agents.py").write_text(
         textwrap.dedent(
             """
-            import json, urllib.request
+            import asyncio, json, urllib.request
 
             def plain(base_url, api_key, row):
                 body = {"messages": [{"role": "user", "content": row["question"]}]}
@@ -206,12 +245,21 @@ def test_functions_are_found_by_name_and_plain_ones_run_in_a_thread(tmp_path, mo
 
             def broken(base_url, api_key, row):
                 raise ValueError("no")
+
+            class Agent:
+                async def __call__(self, base_url, api_key, row):
+                    await asyncio.to_thread(plain, base_url, api_key, row)
+                    return 0.25
+
+            agent = Agent()
             """
         )
     )
     monkeypatch.syspath_prepend(tmp_path)
     played, fleet = play(function_harness("my_agents:plain"), ANSWER)
     assert (played.episode.status, played.reward, len(fleet.calls)) == ("done", 1.0, 1)
+    played, _ = play(function_harness("my_agents:agent"), ANSWER)
+    assert (played.episode.status, played.reward) == ("done", 0.25)
     played, _ = play(function_harness("my_agents:broken"))
     assert (played.episode.status, played.episode.reason) == ("harness_error", "ValueError: no")
     with pytest.raises(UserError, match="did you mean 'plain'"):
@@ -265,6 +313,38 @@ def test_a_program_per_episode():
     assert "ended with 1: a mistake" in played.episode.reason
 
 
+def test_waiting_for_another_program_is_not_on_an_agents_clock():
+    class Slow(CommandHarness):
+        running, most = 0, 0
+
+        async def __call__(self, base_url, api_key, row):
+            self.running += 1
+            self.most = max(self.most, self.running)
+            await ask(base_url, api_key, "x")
+            await asyncio.sleep(0.5)
+            self.running -= 1
+            return 1.0
+
+    text, run = text_of(), Slow(["unused"], 1)
+    fleet = WrittenFleet(text.tokenizer, [ANSWER] * 3)
+
+    async def main():
+        player = HarnessPlayer(
+            *(text, gateway_of(text), WrittenParsers(), run), *((5, 1.4), 9000, (1.0, 1.0))
+        )
+        await player.check([])
+        try:
+            return await asyncio.gather(
+                *(player.play(PROMPT, fleet.generate, 500) for _ in range(3))
+            )
+        finally:
+            await player.close()
+
+    played = asyncio.run(main())
+    assert [(each.episode.status, each.reward) for each in played] == [("done", 1.0)] * 3
+    assert run.most == 1
+
+
 def test_a_program_that_hangs_is_killed(tmp_path, monkeypatch):
     program = f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))"
     (tmp_path / "agent.py").write_text(f"{program}; time.sleep(1000)")
@@ -273,7 +353,7 @@ def test_a_program_that_hangs_is_killed(tmp_path, monkeypatch):
     run = CommandHarness(["./python", "agent.py"], 2)
     assert run._command[0] == str(tmp_path / "python"), "links are not followed"
     played, _ = play(run, timeout_seconds=2.0)
-    assert played.episode.status == "agent_timeout"
+    assert "without a turn of the policy: after 2 s" in played.episode.reason
     pid = int((tmp_path / "pid").read_text())
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)

@@ -5,12 +5,14 @@ import json
 from array import array
 from types import SimpleNamespace
 
+import msgspec
 import pytest
 
 from megatron_r1.agents.environment import describe, find_environment, target_of
 from megatron_r1.agents.environment_pool import Environments
 from megatron_r1.agents.hermes import parse_hermes
 from megatron_r1.agents.player import EpisodePlayer
+from megatron_r1.agents.rows import load_rows
 from megatron_r1.config import AgentsConfig
 from megatron_r1.data.prompts import make_prompt
 from megatron_r1.data.text import PromptText
@@ -40,8 +42,18 @@ def call(name, **arguments):
     return f"<tool_call>{json.dumps({'name': name, 'arguments': arguments})}</tool_call>"
 
 
-def play(text, answers, environment=COUNTER, row=ROW, max_tokens=2000, room=4000, **settings):
-    """Play an episode whose policy gives `answers`, one a turn; an exception is an engine's."""
+def play(
+    text,
+    answers,
+    environment=COUNTER,
+    row=ROW,
+    max_tokens=2000,
+    room=4000,
+    ending="stop",
+    **settings,
+):
+    """Play an episode whose policy gives `answers`, one a turn; an exception is an engine's.
+    ending: the finish reason of an answer that is not cut."""
     config = AgentsConfig(environment=environment, **settings)
     said = iter(answers)
 
@@ -50,7 +62,7 @@ def play(text, answers, environment=COUNTER, row=ROW, max_tokens=2000, room=4000
         if isinstance(answer, Exception):
             raise answer
         ids = [*text.tokenizer.encode(answer, add_special_tokens=False), text.end]
-        reason = "stop" if len(ids) <= limit else "length"
+        reason = ending if len(ids) <= limit else "length"
         ids = array("i", ids[:limit])
         version = len(token_ids) % 3
         return Response(
@@ -101,6 +113,7 @@ def test_an_episode_with_calls_is_done_and_its_turns_are_kept(text):
         ([call("crash")], {}, "environment_error", None),
         ([call("add"), EngineError("lost")], {}, "engine_error", None),
         (["x"], {"room": 5}, "environment_error", None),
+        (["x"], {"ending": "abort"}, "engine_error", None),
     ],
 )
 def test_every_end_has_its_status(text, answers, settings, status, reward):
@@ -108,6 +121,47 @@ def test_every_end_has_its_status(text, answers, settings, status, reward):
     assert (played.episode.status, played.reward) == (status, reward)
     assert played.episode.is_scored == (reward is not None)
     assert bool(played.episode.reason) == (reward is None)
+
+
+def test_half_a_surrogate_pair_does_not_end_the_run(text):
+    row = make_prompt("\ud800?", "environment", 3, {})
+    answers = [call("look", reason="\ud800"), call("\ud800"), "ok"]
+    played = play(text, answers, UNGRADING, row)
+    assert (played.episode.status, played.episode.num_tool_calls) == ("done", 2)
+    assert played.episode.turns[0].text == "??"
+    msgspec.json.encode(played.episode.record())
+
+
+def test_what_nobody_expects_ends_one_episode_only(text):
+    played = play(text, [ZeroDivisionError("oh")])
+    assert (played.episode.status, played.reward) == ("protocol_error", None)
+    assert played.episode.reason == "ZeroDivisionError: oh"
+
+
+def test_calls_that_the_template_refuses_are_content(text, monkeypatch):
+    refusing = text.tokenizer.chat_template.replace(
+        "{% for c in m.tool_calls or [] %}",
+        "{% if m.tool_calls and m.tool_calls | length > 1 %}{{ raise_exception('one') }}{% endif %}"
+        "{% for c in m.tool_calls or [] %}",
+    )
+    monkeypatch.setattr(text.tokenizer, "chat_template", refusing)
+    both = call("add") + call("add")
+    played = play(text, [call("add", number=4), both])
+    assert (played.episode.status, played.reward) == ("done", 1.0)  # 4 - 3
+    assert played.text == both and played.episode.num_tool_calls == 1
+
+
+def test_rows_that_differ_in_their_fields_only_are_different_rows(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    rows = [{"question": "Solve the maze.", "seed": seed} for seed in range(100)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, rows[0]]))
+    split = load_rows(COUNTER, path=path, heldout_fraction=0.3)
+    assert len({p.id for p in split.train + split.heldout}) == 100
+    assert 10 < len(split.heldout) < 55
+    other = tmp_path / "heldout.jsonl"
+    other.write_text("".join(json.dumps(row) + "\n" for row in rows[:60]))
+    again = load_rows(COUNTER, path=path, heldout_path=other)
+    assert (len(again.train), len(again.heldout)) == (40, 60)
 
 
 class Terms:
@@ -154,6 +208,8 @@ def test_episodes_are_graded_logged_and_measured(text):
         ("<tool_call>{nothing}</tool_call>", [], "<tool_call>{nothing}</tool_call>", None),
         ('<tool_call>{"name": 1}</tool_call>', [], '<tool_call>{"name": 1}</tool_call>', None),
         ("<tool_call>[]</tool_call>", [], "<tool_call>[]</tool_call>", None),
+        (" \n<think> hm</think> b </think>", [], "b </think>", "hm"),
+        pytest.param(" " * 400_000 + "b", [], " " * 400_000 + "b", None, id="in linear time"),
     ],
 )
 def test_hermes(text, calls, content, thought):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_r1.agents.environment_pool import EnvironmentFault
 from megatron_r1.agents.harness import HarnessPlayer
 from megatron_r1.agents.rows import rows_of
 from megatron_r1.agents.verifiers import harness
@@ -63,6 +64,53 @@ def test_outcomes():
     assert (dies.episode.status, dies.reward) == ("environment_error", None)
     assert "verifiers' server has ended: a bug" in dies.episode.reason
     assert (again.episode.status, again.reward) == ("done", 0.5), "it is started again"
+
+
+SERVER = """
+import os, time
+
+def serve_env(address_queue, config_data, **_):
+    address_queue.put("here")
+    while not os.path.exists("asked"):
+        time.sleep(0.01)
+    os.kill(os.getpid(), 9)
+"""
+CLIENT = """
+import asyncio
+
+class EnvClient:
+    def __init__(self, address):
+        assert address == "here"
+
+    async def wait_for_server_startup(self, seconds):
+        pass
+
+    async def run(self, *_):
+        open("asked", "w").close()
+        await asyncio.sleep(1000)
+"""
+CONFIGS = "EvalClientConfig = TrainClientConfig = SamplingConfig = dict"
+
+
+def test_a_server_that_is_killed_is_noticed(tmp_path, monkeypatch):
+    files = {"serve/pool": SERVER, "serve/client": CLIENT, "configs/client": CONFIGS}
+    for name, code in (files | {"types": CONFIGS}).items():
+        path = tmp_path / f"verifiers/v1/{name}.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(code)
+    monkeypatch.setattr(harness, "SCRIPT", Path(harness.__file__).with_name("serve.py"))
+    monkeypatch.chdir(tmp_path)
+
+    async def main():
+        run = harness.VerifiersHarness(settings(), "")
+        try:
+            async with asyncio.timeout(20):
+                with pytest.raises(EnvironmentFault, match="verifiers' server has ended"):
+                    await run("http://127.0.0.1:1/v1", "key", {"task": {}})
+        finally:
+            await run.close()
+
+    asyncio.run(main())
 
 
 def test_tasks_are_the_questions():
