@@ -147,11 +147,12 @@ class Sampler:
         for prompt_set in self._sets:
             prompts = [prompt for prompt in prompt_set.prompts if prompt_set.key(prompt) in keys]
             lines_of = self._log.read(map(prompt_set.key, prompts), prompt_set.num_samples)
-            logged = ((p, line) for p, of in zip(prompts, lines_of, strict=True) for line in of)
-            for prompt, line in logged:
+            lines = ((p, line) for p, of in zip(prompts, lines_of, strict=True) for line in of)
+            for prompt, line in lines:
                 if (prompt_set.key(prompt), line["index"]) in ungraded:
                     await self._grading_slots.acquire()
-                    response = replace(TextResponse.from_line(line), is_ungraded=False)
+                    logged = TextResponse.from_line(line)
+                    response = replace(logged, is_ungraded=False, reward=None)
                     finish = self._finish(prompt_set, prompt, response, line["seed"], new=False)
                     grading.create_task(finish)
 

@@ -68,6 +68,8 @@ def a_gpu(monkeypatch, tmp_path):
     """A machine with a GPU whose Transformer Engine is the file returned."""
     monkeypatch.setattr(platform, "_REAL_CUDA", True)
     monkeypatch.syspath_prepend(tmp_path)
+    for name in [name for name in sys.modules if name.startswith("transformer_engine")]:
+        monkeypatch.delitem(sys.modules, name)  # another test's
     package = tmp_path / "transformer_engine"
     package.mkdir()
     (package / "__init__.py").write_text("")
