@@ -11,7 +11,7 @@ from lora_shapes import adapted as is_adapted
 from lora_shapes import compared_on
 from ranks import run_ranks, run_script
 from safetensors.torch import load_file
-from test_trainer import TOLERANCE, close
+from trainer_reports import TOLERANCE, assert_close
 
 from megatron_r1.errors import UserError
 from megatron_r1.models import read_hf_config
@@ -106,8 +106,8 @@ def test_training_does_not_depend_on_the_layout(adapted, trained, num_ranks, gri
     for grid in grids:
         report = json.loads((trained / f"{grid}.json").read_text())
         for part, metrics in expected.items():
-            close(report[part], metrics, f"{grid} {part}")
-        close(report["continued"], expected["next rollout"], f"{grid} from another's checkpoint")
+            assert_close(report[part], metrics, f"{grid} {part}")
+        assert_close(report["continued"], expected["next rollout"], f"{grid} from another's checkpoint")
         for name, tensor in load_file(trained / f"{grid}.safetensors").items():
             gap = (tensor - merged[name]).abs().max().item()
             assert gap <= TOLERANCE * most, f"{grid} {name}: {gap}, updates moved up to {most}"

@@ -18,15 +18,15 @@ def assert_same(model: Path, single: Path, out: Path, grid: str, continued: bool
     moved = max((weights[n] - start[n]).abs().max().item() for n in weights)
     report = json.loads((out / f"{grid}.json").read_text())
     for part, metrics in expected.items():
-        _close(report[part], metrics, f"{grid} {part}")
+        assert_close(report[part], metrics, f"{grid} {part}")
     if continued:
         where = f"{grid} from another's checkpoint"
-        _close(report["continued"], expected["next rollout"], where)
+        assert_close(report["continued"], expected["next rollout"], where)
     for name, tensor in load_file(out / f"{grid}.safetensors").items():
         gap = (tensor - weights[name]).abs().max().item()
         assert gap <= TOLERANCE * moved, f"{grid} {name}: {gap}, updates moved up to {moved}"
 
 
-def _close(got: dict, expected: dict, where: str) -> None:
+def assert_close(got: dict, expected: dict, where: str) -> None:
     for name, value in expected.items():
         assert got[name] == pytest.approx(value, rel=TOLERANCE, abs=TOLERANCE), f"{where}: {name}"

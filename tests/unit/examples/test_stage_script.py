@@ -156,7 +156,12 @@ def test_scripts_for_many_nodes_start_engine_hosts_with_engine_python(
 
 
 @pytest.mark.parametrize(("status", "is_requeued"), [("130", True), ("0", False)])
-def test_out_of_time_it_stops_in_order_and_goes_on_unless_it_was_done(stage, status, is_requeued):
+def test_out_of_time_it_stops_in_order_and_goes_on_unless_it_was_done(
+    stage, tmp_path, status, is_requeued
+):
+    # The trainer has ended before the script's signal handler has.
+    (tmp_path / "bin/touch").write_text('#!/bin/bash\n/usr/bin/touch "$@"\nsleep 0.5\n')
+    (tmp_path / "bin/touch").chmod(0o755)
     job = stage("sft", LASTS="yes", STATUS=status)
     while not stage.calls.exists() or len(calls_of(stage)) < 2:
         time.sleep(0.05)
