@@ -107,7 +107,9 @@ def test_training_does_not_depend_on_the_layout(adapted, trained, num_ranks, gri
         report = json.loads((trained / f"{grid}.json").read_text())
         for part, metrics in expected.items():
             assert_close(report[part], metrics, f"{grid} {part}")
-        assert_close(report["continued"], expected["next rollout"], f"{grid} from another's checkpoint")
+        assert_close(
+            report["continued"], expected["next rollout"], f"{grid} from another's checkpoint"
+        )
         for name, tensor in load_file(trained / f"{grid}.safetensors").items():
             gap = (tensor - merged[name]).abs().max().item()
             assert gap <= TOLERANCE * most, f"{grid} {name}: {gap}, updates moved up to {most}"
