@@ -8,29 +8,10 @@ from typing import Any
 
 import msgspec
 
-from megatron_r1.agents.gateway.request import (
-    Body,
-    Message,
-    Refused,
-    TurnReply,
-    TurnRequest,
-    stop_strings,
-    text_of,
-)
+from megatron_r1.agents.gateway.body import SAMPLING, Body, stop_strings, text_of
+from megatron_r1.agents.gateway.request import Message, Refused, TurnReply, TurnRequest
 
-NEUTRAL = {
-    "temperature": None,
-    "top_p": None,
-    "top_k": -1,
-    "min_p": 0,
-    "seed": None,
-    "frequency_penalty": 0,
-    "presence_penalty": 0,
-    "repetition_penalty": 1,
-    "reasoning_effort": None,
-    "verbosity": None,
-}
-"""Sampling options, and for each the value that changes nothing."""
+NEUTRAL = SAMPLING | {"reasoning_effort": None, "verbosity": None}
 WITHOUT_EFFECT = (
     *("metadata", "moderation", "prompt_cache_key", "prompt_cache_options", "store", "user"),
     *("prompt_cache_retention", "safety_identifier", "service_tier"),

@@ -9,15 +9,8 @@ from typing import Any
 import msgspec
 
 from megatron_r1.agents.gateway import chat
-from megatron_r1.agents.gateway.request import (
-    Body,
-    Message,
-    Refused,
-    TurnReply,
-    TurnRequest,
-    stop_strings,
-    text_of,
-)
+from megatron_r1.agents.gateway.body import Body, stop_strings, text_of
+from megatron_r1.agents.gateway.request import Message, Refused, TurnReply, TurnRequest
 
 NEUTRAL = {
     "temperature": None,
@@ -41,8 +34,8 @@ def read(body: Body) -> TurnRequest:
     model = body.take("model", str, "")
     system = _system(body.take("system", (str, list), None))
     values = body.take("messages", list)
-    said = [m for i, value in enumerate(values) for m in _messages(Body(value, f"messages.{i}"))]
-    chat.require_turn(said, "messages")
+    sent = [m for i, value in enumerate(values) for m in _messages(Body(value, f"messages.{i}"))]
+    chat.require_turn(sent, "messages")
     tools = [_tool(Body(tool, f"tools.{i}")) for i, tool in enumerate(body.take("tools", list, []))]
     wishes = body.wishes(NEUTRAL)
     choice = Body(body.take("tool_choice", dict, {"type": "auto"}), "tool_choice")
@@ -52,7 +45,7 @@ def read(body: Body) -> TurnRequest:
         wishes["tool_choice"] = choice.take("name", str, kind)
     choice.finish()
     request = TurnRequest(
-        system + said,
+        system + sent,
         [] if kind == "none" else tools,
         model,
         max_tokens=body.take_positive("max_tokens"),
@@ -125,14 +118,14 @@ def _user(blocks: list[Body]) -> list[Message]:
         if block.take_one_of("type", ("text", "tool_result"), None) == "text":
             texts.append(block.take("text", str))
         else:
-            # An error is told by its text; OpenAI's form, which templates read, has no flag.
+            # An error shows in its text; OpenAI's form, which templates read, has no flag.
             block.ignore("is_error", "toolset_name")
             call_id = block.take("tool_use_id", str)
             output = text_of(block.take("content", (str, list), ""), block.path("content"))
             results.append({"role": "tool", "content": output, "tool_call_id": call_id})
         block.finish()
-    said = [{"role": "user", "content": "".join(texts)}] if texts or not results else []
-    return results + said
+    typed = [{"role": "user", "content": "".join(texts)}] if texts or not results else []
+    return results + typed
 
 
 def _assistant(blocks: list[Body]) -> Message:

@@ -1,12 +1,10 @@
-"""What every protocol's request and reply come down to, and how a body is read into it."""
+"""One turn as every protocol has it: the request, the reply, and the refusal of a request."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-REQUIRED: Any = object()
 Message = dict[str, Any]
 """A chat message in OpenAI's form; content is text, arguments of tool calls are JSON text."""
 
@@ -73,102 +71,3 @@ class TurnReply:
     @property
     def reasoning(self) -> str | None:
         return self.message.get("reasoning_content")
-
-
-class Body:
-    """A JSON object of a request whose fields are taken one by one; `finish` refuses what is left.
-
-    So no option is ignored without a line of ours that says so. null counts as absent."""
-
-    def __init__(self, value: object, where: str = "") -> None:
-        """where: the path of this object in the request, for errors."""
-        if not isinstance(value, Mapping):
-            raise Refused(f"must be an object, got {_shown(value)}", where or None)
-        self._left = {name: entry for name, entry in value.items() if entry is not None}
-        self.where = where
-
-    def path(self, name: str) -> str:
-        """Return the path of a field, `messages.0.role`."""
-        return f"{self.where}.{name}" if self.where else name
-
-    def take(self, name: str, kinds: type | tuple[type, ...], default: Any = REQUIRED) -> Any:
-        """Return a field of one of `kinds`. Raises Refused where it has another type, or is absent
-        and there is no default."""
-        if name not in self._left:
-            if default is REQUIRED:
-                raise Refused("is required", self.path(name))
-            return default
-        value = self._left.pop(name)
-        is_bool = isinstance(value, bool)
-        allowed = kinds if isinstance(kinds, tuple) else (kinds,)
-        if not isinstance(value, kinds) or (is_bool and bool not in allowed):
-            names = " or ".join(kind.__name__ for kind in allowed)
-            raise Refused(f"must be {names}, got {_shown(value)}", self.path(name))
-        return value
-
-    def take_positive(self, name: str) -> int | None:
-        """Return a positive integer, or None where it is absent."""
-        value = self.take(name, int, None)
-        if value is not None and value < 1:
-            raise Refused(f"must be at least 1, got {value}", self.path(name))
-        return value
-
-    def take_one_of(self, name: str, values: tuple[Any, ...], default: Any) -> Any:
-        """Return a field that must be one of `values`, which are all that a gateway can honour."""
-        value = self._left.pop(name, default)
-        if value not in values:
-            shown = " or ".join(map(_shown, values))
-            raise Refused(f"{_shown(value)} is not supported; use {shown}", self.path(name))
-        return value
-
-    def ignore(self, *names: str) -> None:
-        """Drop fields that change neither prompt nor sampling."""
-        for name in names:
-            self._left.pop(name, None)
-
-    def wishes(self, neutral: Mapping[str, object]) -> dict[str, object]:
-        """Return the sampling options among `neutral` whose value is not the neutral one, which
-        changes nothing (None: every value changes something)."""
-        found = {name: self._left.pop(name) for name in neutral if name in self._left}
-        return {name: value for name, value in found.items() if value != neutral[name]}
-
-    def finish(self) -> None:
-        """Raise Refused for fields that were not taken."""
-        for name, value in self._left.items():
-            raise Refused(
-                f"this gateway does not support it (got {_shown(value)}); leave it out",
-                self.path(name),
-            )
-
-
-def text_of(value: Any, where: str, kinds: tuple[str, ...] = ("text",)) -> str:
-    """Return a message's content, a text or a list of text parts, as one text."""
-    if value is None or isinstance(value, str):
-        return value or ""
-    if not isinstance(value, list):
-        raise Refused(f"must be a text or a list of parts, got {_shown(value)}", where)
-    return "".join(_part(part, f"{where}.{index}", kinds) for index, part in enumerate(value))
-
-
-def _part(value: Any, where: str, kinds: tuple[str, ...]) -> str:
-    body = Body(value, where)
-    kind = body.take("type", str)
-    if kind not in kinds:
-        raise Refused(f"parts of type {kind} are not supported; use {kinds[0]}", body.path("type"))
-    body.ignore("cache_control", "citations", "annotations", "logprobs")
-    text = body.take("text", str)
-    body.finish()
-    return text
-
-
-def stop_strings(value: Any, where: str) -> tuple[str, ...]:
-    """Return the stop strings of a field that is one or a list of them."""
-    strings = [value] if isinstance(value, str) else value
-    if not isinstance(strings, list) or not all(isinstance(s, str) and s for s in strings):
-        raise Refused(f"must be a text or a list of texts, got {_shown(value)}", where)
-    return tuple(strings)
-
-
-def _shown(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."

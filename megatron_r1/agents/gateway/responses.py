@@ -8,14 +8,8 @@ from typing import Any
 import msgspec
 
 from megatron_r1.agents.gateway import chat
-from megatron_r1.agents.gateway.request import (
-    Body,
-    Message,
-    Refused,
-    TurnReply,
-    TurnRequest,
-    text_of,
-)
+from megatron_r1.agents.gateway.body import Body, text_of
+from megatron_r1.agents.gateway.request import Message, Refused, TurnReply, TurnRequest
 
 PARTS = ("input_text", "output_text", "text")
 NEUTRAL = {"temperature": None, "top_p": None, "top_k": -1, "reasoning": None}
@@ -37,8 +31,8 @@ def read(body: Body, stored: Mapping[str, list[Message]]) -> TurnRequest:
         if previous not in stored:
             raise Refused(f"there is no response {previous}", "previous_response_id", status=404)
         history = stored[previous]
-    said = history + _messages(body.take("input", (str, list), []))
-    chat.require_turn(said, "input")
+    sent = history + _messages(body.take("input", (str, list), []))
+    chat.require_turn(sent, "input")
     instructions = body.take("instructions", str, None)
     system = [] if instructions is None else [{"role": "system", "content": instructions}]
     tools = [_tool(Body(tool, f"tools.{i}")) for i, tool in enumerate(body.take("tools", list, []))]
@@ -54,14 +48,14 @@ def read(body: Body, stored: Mapping[str, list[Message]]) -> TurnRequest:
     body.take_one_of("top_logprobs", (0,), 0)
     body.take_one_of("truncation", ("disabled",), "disabled")
     request = TurnRequest(
-        system + said,
+        system + sent,
         [] if choice == "none" else tools,
         model,
         max_tokens=body.take_positive("max_output_tokens"),
         stream=body.take("stream", bool, False),
         most_calls=None if body.take("parallel_tool_calls", bool, True) else 1,
         wishes=wishes,
-        stored=said,
+        stored=sent,
     )
     body.finish()
     return request

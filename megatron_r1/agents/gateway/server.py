@@ -19,7 +19,8 @@ from aiohttp import web
 
 from megatron_r1.agents.continuation import Continuation, NextPrompt, Unrenderable
 from megatron_r1.agents.gateway import chat, messages, responses, tokens
-from megatron_r1.agents.gateway.request import Body, Refused, TurnReply, TurnRequest
+from megatron_r1.agents.gateway.body import Body
+from megatron_r1.agents.gateway.request import Refused, TurnReply, TurnRequest
 from megatron_r1.agents.gateway.session import Session, SessionLimits, TakenTurn
 from megatron_r1.agents.gateway.turns import TurnSampler, TurnSampling, continue_tokens
 from megatron_r1.engine.errors import EngineError

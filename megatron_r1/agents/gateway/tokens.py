@@ -9,21 +9,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from megatron_r1.agents.gateway import chat
-from megatron_r1.agents.gateway.request import Body, Refused, TurnReply, TurnRequest
+from megatron_r1.agents.gateway.body import SAMPLING, Body
+from megatron_r1.agents.gateway.request import Refused, TurnReply, TurnRequest
 
-NEUTRAL = {
-    "temperature": None,
-    "top_p": None,
-    "top_k": -1,
-    "min_p": 0,
-    "seed": None,
-    "frequency_penalty": 0,
-    "presence_penalty": 0,
-    "repetition_penalty": 1,
-    "stop_token_ids": None,
-    "min_tokens": 0,
-    "ignore_eos": None,
-}
+NEUTRAL = SAMPLING | {"stop_token_ids": None, "min_tokens": 0, "ignore_eos": None}
 WITHOUT_EFFECT = (
     *("skip_special_tokens", "spaces_between_special_tokens", "routed_experts_prompt_start"),
     *("detokenize", "include_stop_str_in_output", "output_kind"),
