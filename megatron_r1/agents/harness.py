@@ -32,7 +32,7 @@ from megatron_r1.agents.gateway import (
     TurnSampler,
     TurnSampling,
 )
-from megatron_r1.agents.parsing import Parses, parser_of
+from megatron_r1.agents.parsing import Parser, parser_of
 from megatron_r1.agents.player import Generate, Played, row_of
 from megatron_r1.config import AgentsConfig
 from megatron_r1.data.prompts import Prompt
@@ -78,7 +78,7 @@ class HarnessPlayer:
         self,
         text: PromptText,
         gateway: Gateway,
-        parsers: Parses,
+        parsers: Parser,
         run: Run,
         limits: tuple[int, float],
         room: int,

@@ -18,7 +18,7 @@ from megatron_r1.agents.environment_pool import (
     Environments,
 )
 from megatron_r1.agents.episode import SCORED, Episode, Status, turns_of
-from megatron_r1.agents.parsing import parser_of
+from megatron_r1.agents.parsing import ParseJob, parser_of
 from megatron_r1.agents.tree import Message, TokenTree
 from megatron_r1.config import AgentsConfig
 from megatron_r1.data.prompts import Prompt
@@ -189,8 +189,8 @@ class _Game:
         if response.finish_reason not in ("stop", "length"):
             raise EngineError(f"an engine ended a turn with {response.finish_reason!r}")
         self.text = player.text.decode(response.token_ids)
-        prompt_ids = tree.token_ids(node)
-        parsed = await player.parsers.parse(self.text, response.token_ids, prompt_ids, self._tools)
+        ids, prompt_ids = response.token_ids.tolist(), tree.token_ids(node).tolist()
+        parsed = await player.parsers.parse(ParseJob(self.text, ids, prompt_ids, self._tools))
         message = parsed.message()
         if not player.continuation.can_render(message, self._tools):
             message = {"role": "assistant", "content": self.text}  # as a malformed call

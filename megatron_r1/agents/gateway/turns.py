@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron_r1.agents.continuation import NextPrompt
-from megatron_r1.agents.parsing import Parses
+from megatron_r1.agents.parsing import ParseJob, Parser
 from megatron_r1.agents.tree import TokenTree
 from megatron_r1.engine.errors import EngineError
 from megatron_r1.engine.responses import Response
@@ -44,7 +44,7 @@ class SampledTurn:
 class TurnSampler:
     """Samples turns and reads them."""
 
-    def __init__(self, decode: Decode, parsers: Parses) -> None:
+    def __init__(self, decode: Decode, parsers: Parser) -> None:
         """decode: tokens of an answer to text, without the end token (`data.text.PromptText`)."""
         self._decode, self._parsers = decode, parsers
 
@@ -64,7 +64,8 @@ class TurnSampler:
         if response.finish_reason not in ("stop", "length"):
             raise EngineError(f"an engine ended a turn with {response.finish_reason!r}")
         response, text, stop_string = cut(response, len(prompt_ids), stop, self._decode)
-        parsed = await self._parsers.parse(text, response.token_ids, prompt_ids, tools)
+        job = ParseJob(text, response.token_ids.tolist(), list(prompt_ids), list(tools))
+        parsed = await self._parsers.parse(job)
         message = parsed.message()
         if most_calls is not None and "tool_calls" in message:
             message["tool_calls"] = message["tool_calls"][:most_calls]

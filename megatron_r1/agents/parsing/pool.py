@@ -1,10 +1,9 @@
-"""Turns parsed in killable worker processes, awaited from the controller."""
+"""Parses turns with vLLM's parsers, in worker processes that can be killed."""
 
 from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -17,18 +16,18 @@ from megatron_r1.rewards.runtime.worker import frame
 
 MODULE = "megatron_r1.agents.parsing.worker"
 MAX_REPLY_BYTES = 2**28
-"""Above any answer's text: the worker has run vLLM's code, not the model's."""
+"""A reply's limit, above any answer's text. The worker runs vLLM's code, not the model's."""
 
 
 @dataclass(frozen=True)
 class Parsed:
-    """What one turn contains. tool_calls: in OpenAI's form, arguments as JSON text."""
+    """The parts of one turn. tool_calls: in OpenAI's form, arguments as JSON text."""
 
     reasoning: str | None
     content: str | None
     tool_calls: list[dict[str, Any]] = field(default_factory=list)
     failure: str = ""
-    """Why the parser gave up on the text, which then is all content; "" if it did not."""
+    """Why the parser failed on the text, all of which is content then; "" if it did not fail."""
 
     def message(self) -> dict[str, Any]:
         """Return the turn as an assistant's message."""
@@ -41,11 +40,8 @@ class Parsed:
 
 
 class ParserPool:
-    """`num_workers` processes with one pair of parsers; they start with the first `parse`, or
-    `check`. Without parsers a turn is all content, and no process starts.
-
-    timeout_seconds: for one turn; its worker is then killed. Workers die with the calling
-    thread."""
+    """Worker processes with one pair of parsers. They start with the first `parse` or `check`, and
+    end with the calling thread. Without parsers a turn is all content, and no process starts."""
 
     def __init__(
         self,
@@ -57,8 +53,9 @@ class ParserPool:
         timeout_seconds: float = 30.0,
         template_kwargs: dict[str, Any] | None = None,
     ) -> None:
-        """tokenizer: its folder. tool_parser, reasoning_parser: vLLM's names. template_kwargs: of
-        the chat template, which some parsers read."""
+        """tokenizer: its folder. tool_parser, reasoning_parser: vLLM's names, None for no parser.
+        timeout_seconds: for one turn; a worker that takes longer is killed. template_kwargs:
+        variables of the chat template, which some parsers read."""
         self._has_parsers = bool(tool_parser or reasoning_parser)
         self._options = Options(
             tokenizer, tool_parser or "", reasoning_parser or "", template_kwargs or {}
@@ -68,7 +65,7 @@ class ParserPool:
         self._idle: list[FramedProcess[ParseReply]] = []
         self._all: set[FramedProcess[ParseReply]] = set()
         self.num_failures = 0
-        """Turns that a parser gave up on, or hung or died of."""
+        """Turns on which a parser raised, hung or ended its process."""
 
     async def __aenter__(self) -> Self:
         return self
@@ -79,27 +76,21 @@ class ParserPool:
     async def check(self) -> None:
         """Start a worker. Raises UserError where vLLM has no such parser or refuses the
         tokenizer."""
-        await self.parse("", [], [], [])
+        await self.parse(ParseJob("", [], []))
 
-    async def parse(
-        self,
-        text: str,
-        token_ids: Sequence[int],
-        prompt_token_ids: Sequence[int],
-        tools: Sequence[dict[str, Any]],
-    ) -> Parsed:
-        """Return what a turn contains. text: decoded from token_ids, without the closing token.
+    async def parse(self, job: ParseJob) -> Parsed:
+        """Return what a turn contains.
 
         A parser that raises, hangs or ends its process leaves a turn that is all content. Raises
         UserError as `check`, and RunError where no worker can be started."""
         if not self._has_parsers:
-            return Parsed(None, text)
-        job = frame(ParseJob(text, list(token_ids), list(prompt_token_ids), list(tools)))
+            return Parsed(None, job.text)
+        message = frame(job)
         async with self._slots:
             worker = self._idle.pop() if self._idle else await self._start()
             try:
                 async with asyncio.timeout(self._timeout_seconds):
-                    worker.send(job)
+                    worker.send(message)
                     reply = await worker.receive()
             except BaseException as error:
                 self._all.discard(worker)
@@ -112,7 +103,7 @@ class ParserPool:
                 self._idle.append(worker)
         if reply.status != "parsed":
             self.num_failures += 1
-            return Parsed(None, text, failure=reply.reason)
+            return Parsed(None, job.text, failure=reply.reason)
         return Parsed(reply.reasoning, reply.content, [_openai(call) for call in reply.tool_calls])
 
     async def close(self) -> None:

@@ -17,7 +17,7 @@ from megatron_r1.rewards.runtime.worker import LENGTH, frame, private_streams
 
 
 class Options(msgspec.Struct):
-    """What a worker parses with. tool_parser, reasoning_parser: vLLM's names, "" for none."""
+    """The parsers of a worker. tool_parser, reasoning_parser: vLLM's names, "" for none."""
 
     tokenizer: str
     tool_parser: str
@@ -26,16 +26,17 @@ class Options(msgspec.Struct):
 
 
 class ParseJob(msgspec.Struct):
-    """One sampled turn. prompt_token_ids: all before it; a template may have opened a thought."""
+    """One sampled turn. text: decoded from token_ids, without the closing token. prompt_token_ids:
+    all tokens before it; a template may have opened a thought there. tools: in OpenAI's form."""
 
     text: str
     token_ids: list[int]
     prompt_token_ids: list[int]
-    tools: list[dict[str, Any]]
+    tools: list[dict[str, Any]] = []
 
 
 class ToolCall(msgspec.Struct):
-    """One call that a turn contains; arguments: JSON."""
+    """One tool call of a turn; arguments: JSON."""
 
     name: str
     arguments: str
@@ -43,9 +44,10 @@ class ToolCall(msgspec.Struct):
 
 
 class ParseReply(msgspec.Struct):
-    """What a worker found in a turn, or of itself.
+    """The parts of a turn, or the state of the worker.
 
-    ready: it has loaded the parsers. unusable: it cannot, and ends. failed: the parser raised."""
+    ready: the worker has loaded the parsers. unusable: it cannot load them, and ends. failed: the
+    parser raised."""
 
     status: Literal["ready", "unusable", "parsed", "failed"]
     reason: str = ""
@@ -65,7 +67,7 @@ def main(options: Options) -> None:
 
     try:
         parser = TurnParser(options)
-    except Exception as error:  # noqa: BLE001 - whatever vLLM raises for a parser it cannot make
+    except Exception as error:  # noqa: BLE001 - vLLM may raise anything for a bad name
         name = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
         send(ParseReply("unusable", reason=f"{name}{error}"))
         return

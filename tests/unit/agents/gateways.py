@@ -51,8 +51,8 @@ class WrittenParsers:
     async def close(self):
         pass
 
-    async def parse(self, text, token_ids, prompt_token_ids, tools):
-        message = parse(text)
+    async def parse(self, job):
+        message = parse(job.text)
         calls = message.get("tool_calls", [])
         return Parsed(message.get("reasoning_content"), message["content"], calls)
 

@@ -7,7 +7,7 @@ import aiohttp
 import pytest
 
 from megatron_r1.agents.gateway import SessionLimits, server
-from megatron_r1.agents.parsing.choice import HermesParser
+from megatron_r1.agents.parsing.hermes import HermesParser
 from megatron_r1.engine.errors import EngineDied
 from tests.chat_tokenizer import CHATML, chat_tokenizer
 from tests.unit.agents import gateways

@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from megatron_r1.agents.parsing import Parsed, ParserPool, pool
+from megatron_r1.agents.parsing import Parsed, ParseJob, ParserPool, pool
 from megatron_r1.errors import UserError
 from tests.chat_tokenizer import chat_tokenizer
 
@@ -17,7 +17,7 @@ def test_a_parser_that_hangs_dies_or_raises_costs_its_turn_only(monkeypatch):
         async with ParserPool("", "hermes", None, num_workers=1, timeout_seconds=2.0) as parsers:
 
             async def parse(text):
-                return await parsers.parse(text, [1], [2], [])
+                return await parsers.parse(ParseJob(text, [1], [2]))
 
             first = await parse("a")
             assert (first.reasoning, first.content[0]) == ("thought", "a")
@@ -42,7 +42,7 @@ def test_a_parser_that_hangs_dies_or_raises_costs_its_turn_only(monkeypatch):
 def test_without_parsers_a_turn_is_all_content_and_needs_no_process():
     async def run():
         async with ParserPool("", None, None) as parsers:
-            assert await parsers.parse("<tool_call>", [1], [2], [TOOL]) == Parsed(
+            assert await parsers.parse(ParseJob("<tool_call>", [1], [2], [TOOL])) == Parsed(
                 None, "<tool_call>"
             )
 
@@ -60,7 +60,7 @@ def test_vllms_parsers(tmp_path):
 
     async def run():
         async with ParserPool(str(tmp_path), "hermes", "deepseek_r1", num_workers=1) as parsers:
-            parsed = await parsers.parse(text, tokenizer.encode(text), [1], [TOOL])
+            parsed = await parsers.parse(ParseJob(text, tokenizer.encode(text), [1], [TOOL]))
             assert (parsed.reasoning, parsed.content) == ("hm", "Let me see.\n")
             [call] = parsed.tool_calls
             assert call["function"] == {
@@ -68,7 +68,7 @@ def test_vllms_parsers(tmp_path):
                 "arguments": '{"expression": "1 × 2"}',
             }
             assert parsed.message()["tool_calls"] == [call]
-            cut = await parsers.parse("<think>hm", tokenizer.encode("<think>hm"), [1], [])
+            cut = await parsers.parse(ParseJob("<think>hm", tokenizer.encode("<think>hm"), [1]))
             assert (cut.reasoning, cut.content, cut.message()["content"]) == ("hm", None, "")
         async with ParserPool(str(tmp_path), "hermez", None) as parsers:
             with pytest.raises(UserError, match="no tool parser 'hermez'; did you mean 'hermes'"):

@@ -10,7 +10,7 @@ import pytest
 
 from megatron_r1.agents.environment import describe, find_environment, target_of
 from megatron_r1.agents.environment_pool import Environments
-from megatron_r1.agents.hermes import parse_hermes
+from megatron_r1.agents.parsing.hermes import parse_hermes
 from megatron_r1.agents.player import EpisodePlayer
 from megatron_r1.agents.rows import load_rows
 from megatron_r1.config import AgentsConfig
