@@ -1,8 +1,9 @@
-"""The environment or the agent of a run: checks before it starts, and what plays its episodes."""
+"""The environment or the agent of a run: its checks before the run starts, and its player."""
 
+from megatron_r1.agents.agent_runs import harness_of
 from megatron_r1.agents.continuation import Continuation
 from megatron_r1.agents.environment_pool import Environments, describe
-from megatron_r1.agents.harness import harness_of, harness_player
+from megatron_r1.agents.harness import harness_player
 from megatron_r1.agents.player import EpisodePlayer, Player
 from megatron_r1.agents.verifiers.harness import VerifiersHarness
 from megatron_r1.config import Config
@@ -47,7 +48,7 @@ def check_environment(config: Config, text: PromptText) -> None:
 
 
 def player_of(config: Config, text: PromptText) -> Player | None:
-    """Return what plays the run's episodes; None where responses are single turns."""
+    """Return the player of the run's episodes; None where responses are single turns."""
     agents, room = config.agents, context_length(config)
     if agents.harness or agents.verifiers.taskset:
         run = (
@@ -55,8 +56,10 @@ def player_of(config: Config, text: PromptText) -> Player | None:
             if agents.harness
             else VerifiersHarness(agents.verifiers, text.tokenizer.name_or_path)
         )
-        sampling = config.rollout.temperature, config.rollout.top_p
-        return harness_player(text, agents, run, room, sampling)
+        rollout = config.rollout
+        return harness_player(
+            text, agents, run, room=room, temperature=rollout.temperature, top_p=rollout.top_p
+        )
     if not agents.environment:
         return None
     description = describe(agents.environment)

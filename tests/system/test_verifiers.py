@@ -41,7 +41,8 @@ def test_an_environment_runs_and_its_trace_has_the_tokens_of_the_tree(
     async def main():
         run = VerifiersHarness(settings, str(tmp_path))
         player = HarnessPlayer(
-            *(text, gateway_of(text), WrittenParsers(), run), *((9, 300.0), 9000, (1.0, 1.0))
+            *(text, gateway_of(text), WrittenParsers(), run),
+            **{"max_turns": 9, "timeout_seconds": 300.0, "room": 9000},
         )
         await player.check([])
 

@@ -13,8 +13,8 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+from megatron_r1.agents.agent_runs import Outcome
 from megatron_r1.agents.environment_pool import EnvironmentFault
-from megatron_r1.agents.harness import Outcome
 from megatron_r1.config import VerifiersConfig
 from megatron_r1.errors import UserError
 from megatron_r1.processes.children import popen_options
@@ -26,7 +26,7 @@ LINE_BYTES = 2**28
 
 
 class VerifiersHarness:
-    """Runs an episode per call, as `harness.Run`."""
+    """Runs an episode per call; an `agent_runs.Run`."""
 
     def __init__(self, settings: VerifiersConfig, tokenizer: str) -> None:
         """tokenizer: its folder, for client `tokens`."""

@@ -10,7 +10,8 @@ import aiohttp
 import numpy as np
 import pytest
 
-from megatron_r1.agents.harness import CommandHarness, HarnessPlayer, function_harness
+from megatron_r1.agents.agent_runs import CommandHarness, function_harness
+from megatron_r1.agents.harness import HarnessPlayer
 from megatron_r1.config import Config
 from megatron_r1.data.prompts import Prompt
 from megatron_r1.engine.errors import EngineDied
@@ -62,7 +63,9 @@ def play(
     async def main():
         player = HarnessPlayer(
             *(text, gateway_of(text), WrittenParsers(), remembering),
-            *((max_turns, timeout_seconds), room, (1.0, 1.0)),
+            max_turns=max_turns,
+            timeout_seconds=timeout_seconds,
+            room=room,
         )
         await player.check([])
         try:
@@ -330,7 +333,8 @@ def test_waiting_for_another_program_is_not_on_an_agents_clock():
 
     async def main():
         player = HarnessPlayer(
-            *(text, gateway_of(text), WrittenParsers(), run), *((5, 1.4), 9000, (1.0, 1.0))
+            *(text, gateway_of(text), WrittenParsers(), run),
+            **{"max_turns": 5, "timeout_seconds": 1.4, "room": 9000},
         )
         await player.check([])
         try:

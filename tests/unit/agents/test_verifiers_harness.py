@@ -36,7 +36,8 @@ def play(*does):
     async def main():
         run = harness.VerifiersHarness(settings(), "")
         player = HarnessPlayer(
-            *(text, gateway_of(text), WrittenParsers(), run), *((9, 20.0), 9000, (1.0, 1.0))
+            *(text, gateway_of(text), WrittenParsers(), run),
+            **{"max_turns": 9, "timeout_seconds": 20.0, "room": 9000},
         )
         await player.check([])
         try:

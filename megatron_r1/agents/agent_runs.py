@@ -1,0 +1,145 @@
+"""Runs an agent: a function, or a program per episode, which reaches the policy by HTTP.
+
+Each gets a base URL, a key and a row. It needs no code of this package."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import inspect
+import json
+import os
+import signal
+import sys
+import tempfile
+import threading
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+from megatron_r1.config import AgentsConfig
+from megatron_r1.processes import lifetime
+from megatron_r1.processes.children import popen_options
+from megatron_r1.user_code import find_function
+
+Run = Callable[[str, str, dict[str, Any]], Awaitable[Any]]
+"""Runs an agent: (base_url, api_key, row) → its reward, None where the row's own reward grades the
+episode, or an `Outcome`."""
+
+
+@runtime_checkable
+class Server(Protocol):
+    """A `Run` with a server of its own, which is started before the first episode."""
+
+    async def start(self) -> None: ...
+
+    async def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A reward with the agent's own record of the tokens: every sequence up to its last sampled
+    token; None where it keeps none."""
+
+    reward: float | None
+    sequences: list[list[int]] | None = None
+
+
+def harness_of(agents: AgentsConfig) -> Run:
+    """Return the function or the command of `agents.harness`. Raises UserError."""
+    if isinstance(agents.harness, str):
+        return function_harness(agents.harness)
+    return CommandHarness(agents.harness, agents.harness_processes)
+
+
+def function_harness(path: str) -> Run:
+    """Return the function "module:function" as a `Run`. Raises UserError.
+
+    A plain function runs in a thread, which cannot be ended; its key is refused once the episode is
+    over."""
+    function = find_function(path)
+    if inspect.iscoroutinefunction(function):
+        return function
+
+    async def run(base_url: str, api_key: str, row: dict[str, Any]) -> Any:
+        loop = asyncio.get_running_loop()
+        result: asyncio.Future[Any] = loop.create_future()
+
+        def settle(value: Any, error: Exception | None) -> None:
+            if result.done():
+                return
+            if error is None:
+                result.set_result(value)
+            else:
+                result.set_exception(error)
+
+        def work() -> None:
+            ending: tuple[Any, Exception | None]
+            try:
+                ending = function(base_url, api_key, row), None
+            except Exception as error:  # noqa: BLE001 - raised again where it is awaited
+                ending = None, error
+            with contextlib.suppress(RuntimeError):  # the run has ended
+                loop.call_soon_threadsafe(settle, *ending)
+
+        # Not a pool's thread: those would keep the process from ending.
+        threading.Thread(target=work, daemon=True, name="agent").start()
+        value = await result
+        # An object with an async __call__, or a decorated coroutine function.
+        return await value if inspect.isawaitable(value) else value
+
+    return run
+
+
+class CommandHarness:
+    """Runs a program per episode, in a folder of its own that is deleted afterwards.
+
+    It finds the gateway in OPENAI_BASE_URL, OPENAI_API_KEY, ANTHROPIC_BASE_URL and
+    ANTHROPIC_API_KEY, and the row as JSON on its standard input. Its last line may be
+    `{"reward": 0.5}`. It must end with status 0."""
+
+    def __init__(self, command: Sequence[str], most_at_once: int) -> None:
+        # Files are named relative to the folder in which the run was started. Links stay: a virtual
+        # environment's Python is one.
+        self._command = [os.path.abspath(p) if os.path.isfile(p) else p for p in command]
+        self.slots = asyncio.Semaphore(most_at_once)
+        """Limits the programs at once; a caller holds it around each call."""
+
+    async def __call__(self, base_url: str, api_key: str, row: dict[str, Any]) -> float | None:
+        """Run the program. Raises RuntimeError where it fails."""
+        root = base_url.removesuffix("/v1")
+        keys = {"OPENAI_API_KEY": api_key, "ANTHROPIC_API_KEY": api_key}
+        urls = {"OPENAI_BASE_URL": base_url, "OPENAI_API_BASE": base_url}
+        environment = keys | urls | {"ANTHROPIC_BASE_URL": root}
+        # `lifetime` sets the kernel's death signal and then becomes the program, which so ends with
+        # this process. It is run by path: the program may have another Python, and gets no
+        # PYTHONPATH.
+        command = [sys.executable, "-I", lifetime.__file__, *self._command]
+        with tempfile.TemporaryDirectory(prefix="r1-agent-") as folder:
+            process = await asyncio.create_subprocess_exec(
+                *command,
+                cwd=folder,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.PIPE,
+                **popen_options(environment) | {"stdin": asyncio.subprocess.PIPE},
+            )
+            try:
+                out, err = await process.communicate(json.dumps(row).encode())
+            finally:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                await process.wait()
+        if process.returncode:
+            last = (err.decode("utf-8", "replace").strip() or "no message").splitlines()[-1]
+            raise RuntimeError(
+                f"{Path(self._command[0]).name} ended with {process.returncode}: {last}"
+            )
+        return _last_reward(out)
+
+
+def _last_reward(output: bytes) -> float | None:
+    lines = output.strip().splitlines()
+    with contextlib.suppress(ValueError, TypeError, KeyError, IndexError):
+        return json.loads(lines[-1])["reward"]
+    return None
