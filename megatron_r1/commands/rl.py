@@ -203,17 +203,7 @@ async def _with_engines(
         show_trainer(recorder, trainer)
 
         async def attempt() -> None:
-            sampler = PromptSampler(prompts.train, config.run.seed)
-            room = context_length(config) - PROBE_TOKENS
-            first = [text.encode(p.question)[:room] for p in prompts.train[: config.push.probes]]
-            bridge = weight_bridge(config, trainer, fleet, first)
-            session = Session(
-                recorder,
-                stop,
-                StepSampler(config, collector, sampler, log if config.rl.sample_log else None),
-                TrainerPasses(config, trainer, bridge, recorder.state),
-                HeldoutEvaluation(config, collector, prompts.heldout, recorder),
-            )
+            session = _session(config, recorder, trainer, stop, collector, log, prompts)
             fleet.version = -1  # ranks that went back push earlier versions again
             try:
                 await session.begin()
@@ -228,6 +218,30 @@ async def _with_engines(
         fleets = [fleet, teacher] if teacher is not None else [fleet]
         closing = collector.close(), pool.close(), log.close()
         await asyncio.gather(*(each.close() for each in fleets), *closing)
+
+
+def _session(
+    config: Config,
+    recorder: Recorder,
+    trainer: TrainerClient,
+    stop: StopRequest,
+    collector: RolloutCollector,
+    log: SampleLog,
+    prompts: PromptSplit,
+) -> Session:
+    """Return a session that begins at the newest checkpoint."""
+    sampler = PromptSampler(prompts.train, config.run.seed)
+    room = context_length(config) - PROBE_TOKENS
+    first = prompts.train[: config.push.probes]
+    probes = [collector.text.encode(prompt.question)[:room] for prompt in first]
+    bridge = weight_bridge(config, trainer, collector.fleet, probes)
+    return Session(
+        recorder,
+        stop,
+        StepSampler(config, collector, sampler, log if config.rl.sample_log else None),
+        TrainerPasses(config, trainer, bridge, recorder.state),
+        HeldoutEvaluation(config, collector, prompts.heldout, recorder),
+    )
 
 
 def _fleet(config: Config, recorder: Recorder, hosts: HostPool | None) -> RolloutFleet:

@@ -26,11 +26,11 @@ from megatron_r1.weights.adapters.table import check_adapters
 from megatron_r1.weights.stored.weight_files import weight_files
 
 Body = Callable[[Recorder, TrainerClient, StopRequest, Supervisor], Awaitable[None]]
-"""Trains. Called while the trainer's ranks are still starting: it awaits `trainer.connect()`."""
-
+"""Trains. It is called while the trainer's ranks are still starting, and awaits
+`trainer.connect()`."""
 
 IMPLEMENTATIONS = "implementations.json"
-"""In the run's folder: part of a step → which implementation computes it."""
+"""The file in the run's folder that names the implementation of each part of a step."""
 
 Commands = Sequence[tuple[str, str]]
 """(purpose, command) suggestions for the report."""
@@ -129,12 +129,18 @@ async def _run(
             await trainer.close()
             recorder.close(outcome or f"stopped after step {recorder.state.step},")
             if folder.read_metrics():
-                # Imports matplotlib, for which the trainer need not wait at the start.
-                from megatron_r1.reporting.report import write_report
+                _write_report(folder, title, facts, next_commands)
 
-                summary = {"model": config.model.path, "task": " · ".join(facts[1:])}
-                write_report(folder, title=title, facts=summary, next_commands=next_commands)
-                print(f"report: {folder.path / 'report.html'}", flush=True)
+
+def _write_report(
+    folder: RunFolder, title: str, facts: Sequence[str], next_commands: Commands
+) -> None:
+    # Imports matplotlib, for which the trainer need not wait at the start.
+    from megatron_r1.reporting.report import write_report
+
+    summary = {"model": facts[0], "task": " · ".join(facts[1:])}
+    write_report(folder, title=title, facts=summary, next_commands=next_commands)
+    print(f"report: {folder.report_path}", flush=True)
 
 
 def _with_microbatch(

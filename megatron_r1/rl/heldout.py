@@ -80,27 +80,7 @@ async def evaluate(
     Raises UserError and RunError as `grading.check_grades`."""
     rollout = await collector.collect(prompts, sampling)
     collector.check_grades(rollout.groups)
-    votes, means, opened = [], defaultdict(list), collector.text.opens_thought
-    for group in rollout.groups:
-        for term in group.responses[0].rewards:
-            graded = [each for each in group.responses if term not in each.ungraded]
-            scores = [each.rewards[term] for each in graded]
-            if scores:
-                means[term].append(fmean(scores))
-            if scores and term == ACCURACY and group.prompt.kind != ENVIRONMENT:
-                texts = [each.text for each in graded]
-                vote = partial(majority_score, collector.pool, group.prompt.kind, texts, scores)
-                votes.append(vote(opened, reading, numeric=expects_number(group.prompt)))
-    accuracies = means.pop(ACCURACY, [])
-    estimates: dict[str, Estimate] = {term: estimate(means[term]) for term in sorted(means)}
-    if accuracies:
-        estimates["pass@1"] = estimate(accuracies)
-    if votes:
-        consensus = estimate(await asyncio.gather(*votes))
-        estimates[f"cons@{sampling.num_samples}"] = consensus
-    compared = [_compared(group, opened, part) for group in rollout.groups if part]
-    if any(compared):
-        estimates |= win_rates([samples for samples in compared if samples], seed=0)
+    estimates = await _estimates(collector, rollout.groups, sampling.num_samples, part, reading)
     responses = responses_of(rollout.groups)
     metrics = {
         **{f"eval/{name}": score.value for name, score in estimates.items()},
@@ -120,6 +100,37 @@ async def evaluate(
         if score.low is not None and score.high is not None:  # a single prompt has no interval
             metrics |= {f"interval/{name}/low": score.low, f"interval/{name}/high": score.high}
     return metrics, rollout.groups
+
+
+async def _estimates(
+    collector: RolloutCollector,
+    groups: list[Group],
+    num_samples: int,
+    part: Part | None,
+    reading: str,
+) -> dict[str, Estimate]:
+    """Return the estimate of each reward, of pass@1, cons@N and the win rates; see `evaluate`."""
+    votes, means, opened = [], defaultdict(list), collector.text.opens_thought
+    for group in groups:
+        for term in group.responses[0].rewards:
+            graded = [each for each in group.responses if term not in each.ungraded]
+            scores = [each.rewards[term] for each in graded]
+            if scores:
+                means[term].append(fmean(scores))
+            if scores and term == ACCURACY and group.prompt.kind != ENVIRONMENT:
+                texts = [each.text for each in graded]
+                vote = partial(majority_score, collector.pool, group.prompt.kind, texts, scores)
+                votes.append(vote(opened, reading, numeric=expects_number(group.prompt)))
+    accuracies = means.pop(ACCURACY, [])
+    estimates: dict[str, Estimate] = {term: estimate(means[term]) for term in sorted(means)}
+    if accuracies:
+        estimates["pass@1"] = estimate(accuracies)
+    if votes:
+        estimates[f"cons@{num_samples}"] = estimate(await asyncio.gather(*votes))
+    compared = [_compared(group, opened, part) for group in groups if part]
+    if any(compared):
+        estimates |= win_rates([samples for samples in compared if samples], seed=0)
+    return estimates
 
 
 def _compared(group: Group, opened: bool, part: Part) -> list[tuple[float, int]]:

@@ -12,6 +12,7 @@ causal masking hides it from real tokens; it is never a response token."""
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -127,78 +128,119 @@ def packed_batch(
     The batch is padded to `split.batch_multiple` by a sample without response. routing: the part of
     the samples' routing that this rank replays, if any. share_prompts: prompts that several samples
     have lie at the beginning, once, without their last token (`models.prefixes`)."""
-    # bytearray: torch warns of a read-only buffer.
-    ids = [torch.frombuffer(bytearray(s.token_ids), dtype=torch.int32).long() for s in samples]
-    lengths = [len(i) for i in ids]
-    prefixes = shared_prefixes(samples) if share_prompts else []
-    before, skipped = [-1] * len(samples), [0] * len(samples)
-    for number, (members, count) in enumerate(prefixes):
-        for member in members:
-            before[member], skipped[member] = number, count
-    own_lengths = [n - skip for n, skip in zip(lengths, skipped, strict=True)]
-    padded = [count for _, count in prefixes]
-    padded += [length + -length % split.sample_multiple for length in own_lengths]
-    filler = -sum(padded) % split.batch_multiple if padded else split.batch_multiple
-    borders = torch.tensor([0, *padded, *([filler] if filler else [])]).cumsum(0)
-    total = int(borders[-1])
-    tokens = torch.zeros(total, dtype=torch.int64)
-    is_response = torch.zeros(total, dtype=torch.bool)
-    rollout_logprobs, advantages, teacher, weights = per_token = torch.zeros(4, total)
-    # Where the samples' first tokens would be if they were there, so that all offsets hold.
-    behind = borders.tolist()[len(prefixes) : len(prefixes) + len(samples)]
-    starts = [start - skip for start, skip in zip(behind, skipped, strict=True)]
-    for (members, count), start in zip(prefixes, borders.tolist(), strict=False):
-        tokens[start : start + count] = ids[members[0]][:count]
-    has_branches = any(sample.weight != 1 for sample in samples)
-    for sample, own_ids, start, skip in zip(samples, ids, starts, skipped, strict=True):
-        length = len(own_ids)
-        tokens[start + skip : start + length] = own_ids[skip:]
-        response = slice(start + sample.prompt_length - 1, start + length - 1)
-        is_response[response] = True
-        if sample.mask:
-            mask = torch.frombuffer(bytearray(sample.mask), dtype=torch.uint8)
-            is_response[response] = mask.bool()
-        advantages[response] = sample.advantage
-        if has_branches:
-            weights[response] = sample.weight / max(1, int(is_response[response].sum()))
-        if sample.logprobs:
-            floats = torch.frombuffer(bytearray(sample.logprobs), dtype=torch.float32)
-            rollout_logprobs[response] = floats
-        if sample.teacher:
-            teacher[response] = torch.frombuffer(bytearray(sample.teacher), dtype=torch.float32)
-    if any(sample.mask for sample in samples):
-        per_token[:, ~is_response] = 0.0
-    has_teacher = all(sample.teacher is not None for sample in samples)
+    placement = _place(samples, split, shared_prefixes(samples) if share_prompts else [])
+    borders, total = placement.borders, int(placement.borders[-1])
+    tokens = _tokens(samples, placement)
     attention_borders = borders.int().to(device)
     position = torch.arange(total) - borders[:-1].repeat_interleave(borders.diff())
-    if prefixes:
-        links = [-1] * len(prefixes) + before + [-1] * bool(filler)
-        with_prefixes(attention_borders, torch.tensor(links))
+    if placement.prefixes:
+        with_prefixes(attention_borders, torch.tensor(placement.links))
         first = first_positions(attention_borders)
         assert first is not None, "marked above"
         position += first.repeat_interleave(borders.diff())
     held = held_positions(borders, split.context_rank, split.context)
     # The inverse of `held`, -1 for positions on other context ranks.
     here = torch.full((total,), -1).index_copy(0, held, torch.arange(len(held)))
-    ends = [start + length - 1 for start, length in zip(starts, lengths, strict=True)]
+    ends = [at + len(sample) - 1 for at, sample in zip(placement.starts, samples, strict=True)]
+    own = ResponseValues(*(whole[held] for whole in _response_values(samples, placement)))
+    has_teacher = all(sample.teacher is not None for sample in samples)
+    has_branches = any(sample.weight != 1 for sample in samples)
     return PackedBatch(
         input_ids=tokens[held][None].to(device),
         position_ids=position[held][None].to(device),
         packed_seq_params=_attention_borders(attention_borders, split, int(position.max()) + 1),
         borders=(borders // split.context).int().to(device),
         targets=tokens.roll(-1)[held].to(device),
-        is_response=is_response[held].to(device),
-        response_rows=is_response[held].nonzero()[:, 0].to(device),
+        is_response=own.is_response.to(device),
+        response_rows=own.is_response.nonzero()[:, 0].to(device),
         num_samples=sum(s.trajectories for s in samples) if split.context_rank == 0 else 0,
-        advantages=advantages[held].to(device),
-        rollout_logprobs=rollout_logprobs[held].to(device),
+        advantages=own.advantages.to(device),
+        rollout_logprobs=own.rollout_logprobs.to(device),
         last_tokens=here[torch.tensor(ends, dtype=torch.int64)].to(device),
         labels=torch.tensor([s.label for s in samples], dtype=torch.float32, device=device),
-        logprobs={"teacher": teacher[held].to(device)} if has_teacher else {},
-        sequence_weights=weights[held].to(device) if has_branches else None,
-        num_shared=sum(skipped) - sum(count for _, count in prefixes),
-        routing=packed_routing(samples, starts, held, routing, device) if routing else None,
+        logprobs={"teacher": own.teacher.to(device)} if has_teacher else {},
+        sequence_weights=own.weights.to(device) if has_branches else None,
+        num_shared=sum(placement.skipped) - sum(count for _, count in placement.prefixes),
+        routing=packed_routing(samples, placement.starts, held, routing, device)
+        if routing
+        else None,
     )
+
+
+class Placement(NamedTuple):
+    """Where the tokens of a micro-batch lie: shared prefixes first, then samples, then padding.
+
+    borders: (prefixes + samples + padding + 1,) int64, from 0 to T. starts: the position of each
+    sample's first token, or, where a prefix has its first `skipped` tokens, where it would be, so
+    that all offsets hold. prefixes: (indices of samples, shared tokens) of each. links: for each
+    part between two borders the number of the prefix that it continues, -1 for none."""
+
+    borders: Tensor
+    starts: list[int]
+    skipped: list[int]
+    prefixes: list[tuple[list[int], int]]
+    links: list[int]
+
+
+def _place(
+    samples: list[Sample], split: TokenSplit, prefixes: list[tuple[list[int], int]]
+) -> Placement:
+    before, skipped = [-1] * len(samples), [0] * len(samples)
+    for number, (members, count) in enumerate(prefixes):
+        for member in members:
+            before[member], skipped[member] = number, count
+    own_lengths = [len(sample) - skip for sample, skip in zip(samples, skipped, strict=True)]
+    padded = [count for _, count in prefixes]
+    padded += [length + -length % split.sample_multiple for length in own_lengths]
+    filler = -sum(padded) % split.batch_multiple if padded else split.batch_multiple
+    borders = torch.tensor([0, *padded, *([filler] if filler else [])]).cumsum(0)
+    own_starts = borders.tolist()[len(prefixes) : len(prefixes) + len(samples)]
+    starts = [start - skip for start, skip in zip(own_starts, skipped, strict=True)]
+    links = [-1] * len(prefixes) + before + [-1] * bool(filler)
+    return Placement(borders, starts, skipped, prefixes, links)
+
+
+def _tokens(samples: list[Sample], placement: Placement) -> Tensor:
+    """Return the token ids of the micro-batch, (T,) int64, 0 in padding."""
+    # bytearray: torch warns of a read-only buffer.
+    ids = [torch.frombuffer(bytearray(s.token_ids), dtype=torch.int32).long() for s in samples]
+    tokens = torch.zeros(int(placement.borders[-1]), dtype=torch.int64)
+    for (members, count), at in zip(placement.prefixes, placement.borders.tolist(), strict=False):
+        tokens[at : at + count] = ids[members[0]][:count]
+    for own, start, skip in zip(ids, placement.starts, placement.skipped, strict=True):
+        tokens[start + skip : start + len(own)] = own[skip:]
+    return tokens
+
+
+class ResponseValues(NamedTuple):
+    """Values per response token, (T,) each, 0 elsewhere. is_response: bool; the others: fp32, as
+    the fields of `PackedBatch` (weights: sequence_weights)."""
+
+    is_response: Tensor
+    advantages: Tensor
+    rollout_logprobs: Tensor
+    teacher: Tensor
+    weights: Tensor
+
+
+def _response_values(samples: list[Sample], placement: Placement) -> ResponseValues:
+    total = int(placement.borders[-1])
+    is_response = torch.zeros(total, dtype=torch.bool)
+    advantages, rollout_logprobs, teacher, weights = per_token = torch.zeros(4, total)
+    for sample, start in zip(samples, placement.starts, strict=True):
+        response = slice(start + sample.prompt_length - 1, start + len(sample) - 1)
+        is_response[response] = True
+        if sample.mask:
+            mask = torch.frombuffer(bytearray(sample.mask), dtype=torch.uint8)
+            is_response[response] = mask.bool()
+        advantages[response] = sample.advantage
+        weights[response] = sample.weight / max(1, int(is_response[response].sum()))
+        for values, encoded in ((rollout_logprobs, sample.logprobs), (teacher, sample.teacher)):
+            if encoded:
+                values[response] = torch.frombuffer(bytearray(encoded), dtype=torch.float32)
+    if any(sample.mask for sample in samples):
+        per_token[:, ~is_response] = 0.0
+    return ResponseValues(is_response, advantages, rollout_logprobs, teacher, weights)
 
 
 def check_token_ids(samples: Iterable[Sample], vocab_size: int) -> None:
@@ -215,7 +257,7 @@ def check_token_ids(samples: Iterable[Sample], vocab_size: int) -> None:
 
 
 def _attention_borders(borders: Tensor, split: TokenSplit, longest: int) -> PackedSeqParams:
-    """longest: positions of the longest sample."""
+    """Return the borders as Megatron takes them. longest: positions of the longest sample."""
     params = PackedSeqParams(
         qkv_format="thd",
         cu_seqlens_q=borders,

@@ -59,17 +59,22 @@ def start() -> None:
         except SystemExit:
             pass
         except BaseException as error:  # noqa: BLE001 - a cell may raise anything
-            trace, lines = error.__traceback__, []
-            while trace is not None:
-                if trace.tb_frame.f_code.co_filename == "<cell>":
-                    lines.append(str(trace.tb_lineno))
-                trace = trace.tb_next
-            where = f" (line {', '.join(lines)} of the cell)" if lines else ""
-            output.write(f"{type(error).__name__}: {error}{where}\n")
+            output.write(describe(error))
         content = output.getvalue().encode("utf-8", "replace")
         message = len(content).to_bytes(4, "big") + content
         while message:
             message = message[posix.write(replies, message) :]
+
+
+def describe(error: BaseException) -> str:
+    """Return an error as a line, with the lines of the cell that it passed through."""
+    trace, lines = error.__traceback__, []
+    while trace is not None:
+        if trace.tb_frame.f_code.co_filename == "<cell>":
+            lines.append(str(trace.tb_lineno))
+        trace = trace.tb_next
+    where = f" (line {', '.join(lines)} of the cell)" if lines else ""
+    return f"{type(error).__name__}: {error}{where}\n"
 
 
 start()
