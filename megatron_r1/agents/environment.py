@@ -24,6 +24,7 @@ answer. An attribute `done` that is true after a call ends the episode; `final_a
 has it, is a method that gets the text of the last answer before `get_reward`; `close` is called
 when the episode is over. Methods may be coroutines. docs/agents.md has the details."""
 
+import contextlib
 import functools
 import inspect
 import types
@@ -31,6 +32,9 @@ import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic.errors import PydanticUserError
 
 from megatron_r1.errors import UserError, did_you_mean
 from megatron_r1.user_code import find
@@ -44,7 +48,6 @@ SHIPPED = {
 """Environments that come with this package: the short name of each with its class."""
 RESERVED = ("reset", "get_reward", "final_answer", "close")
 """Public methods that are no tools."""
-TYPES = {str: "string", int: "integer", float: "number", bool: "boolean", list: "array"}
 
 
 @dataclass(frozen=True)
@@ -122,25 +125,22 @@ def tool_schema(name: str, bound: Callable[..., Any]) -> dict[str, Any]:
 
     try:
         schema = get_json_schema(bound)
-    except (DocstringParsingException, TypeHintParsingException):
+    except (DocstringParsingException, TypeHintParsingException, NameError):
         schema = _plain_schema(bound)
-    schema["function"].pop("return", None)
-    schema["function"]["name"] = name
+    function = schema["function"]
+    function.pop("return", None)
+    function["name"] = name
+    _complete(function["parameters"], _types(bound))
     return schema
 
 
 def _plain_schema(method: Callable[..., Any]) -> dict[str, Any]:
-    hints = typing.get_type_hints(method)
     parameters = [
         parameter
         for parameter in inspect.signature(method).parameters.values()
         if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
     ]
-    properties = {}
-    for parameter in parameters:
-        hint = hints.get(parameter.name)
-        known = TYPES.get(typing.get_origin(hint) or hint) if hint else None
-        properties[parameter.name] = {"type": known} if known else {}
+    properties: dict[str, Any] = {parameter.name: {} for parameter in parameters}
     required = [p.name for p in parameters if p.default is p.empty]
     return {
         "type": "function",
@@ -149,6 +149,73 @@ def _plain_schema(method: Callable[..., Any]) -> dict[str, Any]:
             "parameters": {"type": "object", "properties": properties, "required": required},
         },
     }
+
+
+def _complete(schema: dict[str, Any], adapters: Mapping[str, TypeAdapter[Any]]) -> None:
+    """Put in pydantic's schema of each argument that has none: transformers calls enumerations,
+    dataclasses and dates objects."""
+    properties = schema["properties"]
+    for name in properties.keys() & adapters.keys():
+        described = {key: text for key, text in properties[name].items() if key == "description"}
+        if properties[name].items() <= {"type": "object", "nullable": True, **described}.items():
+            with contextlib.suppress(PydanticUserError):  # no JSON stands for this type
+                found = adapters[name].json_schema()
+                found.pop("title", None)
+                if definitions := found.pop("$defs", None):
+                    schema.setdefault("$defs", {}).update(definitions)
+                properties[name] = {**found, **described}
+
+
+def _types(method: Callable[..., Any]) -> dict[str, TypeAdapter[Any]]:
+    """Return what converts each argument; arguments without a type, or with one that pydantic does
+    not know or that is imported for type checkers only, are left out."""
+    function = inspect.unwrap(method)
+    names = getattr(function, "__globals__", None)
+    adapters = {}
+    for name, annotation in getattr(function, "__annotations__", {}).items():
+        if name == "return":
+            continue
+        alone = types.SimpleNamespace(__annotations__={name: annotation})
+        with contextlib.suppress(NameError, TypeError, PydanticUserError):
+            hint = typing.get_type_hints(alone, names, include_extras=True)[name]
+            try:
+                adapters[name] = TypeAdapter(hint, config=ConfigDict(coerce_numbers_to_str=True))
+            except PydanticUserError:  # a type with a configuration of its own
+                adapters[name] = TypeAdapter(hint)
+    return adapters
+
+
+def call_arguments(
+    method: Callable[..., Any], values: Mapping[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return positional and keyword arguments of a call with values by name. Raises TypeError for
+    names that are not the method's."""
+    parameters = inspect.signature(method).parameters.values()
+    first = [p.name for p in parameters if p.kind is p.POSITIONAL_ONLY and p.name in values]
+    by_name = {name: value for name, value in values.items() if name not in first}
+    bound = inspect.signature(method).bind(*(values[name] for name in first), **by_name)
+    return bound.args, bound.kwargs
+
+
+def converted(method: Callable[..., Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return values of JSON as the types of a tool's arguments, such as members of an Enum. Raises
+    ValueError where one does not fit."""
+    parameters, adapters = inspect.signature(method).parameters, _types(method)
+    result = dict(values)
+    for name, value in values.items():
+        if name not in adapters or name not in parameters:
+            continue
+        if value is None and parameters[name].default is None:
+            continue  # `limit: int = None`
+        try:
+            result[name] = adapters[name].validate_python(value)
+        except ValidationError as error:
+            faults = (
+                f"{'.'.join(map(str, (name, *fault['loc'])))}: {fault['msg']}"
+                for fault in error.errors()
+            )
+            raise ValueError("; ".join(faults)) from None
+    return result
 
 
 def row_arguments(reset: Callable[..., Any], row: Mapping[str, Any]) -> dict[str, Any]:

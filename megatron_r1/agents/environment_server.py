@@ -21,7 +21,15 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_r1.agents.environment import describe, find_environment, row_arguments
+from pydantic_core import to_jsonable_python
+
+from megatron_r1.agents.environment import (
+    call_arguments,
+    converted,
+    describe,
+    find_environment,
+    row_arguments,
+)
 from megatron_r1.processes.lifetime import die_with_parent, end_without_parent
 
 LENGTH = struct.Struct("<I")
@@ -135,7 +143,8 @@ class _Episode:
         self.close()
         self._environment = self._class(**self._options)
         reset = self._environment.reset
-        question = self._result(reset(**row_arguments(reset, row)))
+        positional, named = call_arguments(reset, row_arguments(reset, row))
+        question = self._result(reset(*positional, **named))
         return None if question is None else _text(question)
 
     def close(self) -> None:
@@ -147,8 +156,8 @@ class _Episode:
         if not isinstance(arguments, dict):
             raise TypeError(f"the arguments of {name} must be a JSON object")
         method = getattr(self._environment, name)
-        inspect.signature(method).bind(**arguments)
-        return _text(self._result(method(**arguments)))
+        positional, named = call_arguments(method, converted(method, arguments))
+        return _text(self._result(method(*positional, **named)))
 
     def reward(self, answer: str) -> float:
         if hasattr(self._environment, "final_answer"):
@@ -160,7 +169,8 @@ class _Episode:
 
 
 def _text(value: Any) -> str:
-    """Return a result as text: JSON, numpy's arrays and numbers included, else its `str`."""
+    """Return a result as text: JSON, with dataclasses, sets, dates and numpy's arrays as pydantic
+    and numpy write them, else its `str`."""
     if value is None or isinstance(value, str):
         return (value or "")[:MAX_TEXT]
     try:
@@ -171,6 +181,10 @@ def _text(value: Any) -> str:
 
 
 def _plain(value: Any) -> Any:
+    return to_jsonable_python(value, fallback=_list_or_text)
+
+
+def _list_or_text(value: Any) -> Any:
     return value.tolist() if hasattr(value, "tolist") else str(value)
 
 

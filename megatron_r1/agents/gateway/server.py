@@ -220,6 +220,7 @@ class Gateway:
                     prompt_ids,
                     session.sampling,
                     max_tokens,
+                    session.claim,
                     request.tools,
                     request.stop,
                     request.most_calls,

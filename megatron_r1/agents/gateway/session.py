@@ -14,6 +14,7 @@ from megatron_r1.agents.continuation import NextPrompt
 from megatron_r1.agents.gateway.request import Message, Refused, TurnReply, TurnRequest
 from megatron_r1.agents.gateway.turns import SampledTurn, TurnSampling
 from megatron_r1.agents.tree import TokenTree
+from megatron_r1.engine.errors import EngineError
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,8 @@ class Session:
     notes: Counter[str] = field(default_factory=Counter)
     num_turns: int = 0
     num_tokens: int = 0
+    num_claimed: int = 0
+    """Tokens that engines have sampled, those of turns that are not in the tree yet included."""
     stored: dict[str, list[Message]] = field(default_factory=dict)
     undelivered: dict[bytes, asyncio.Task[TakenTurn]] = field(default_factory=dict)
     """Turns by a hash of their request, whose client went away: if it repeats the request it gets
@@ -110,18 +113,35 @@ class Session:
                 status=429,
                 kind="rate_limit_error",
             )
-        left = self.limits.max_tokens - self.num_tokens
+        left = self.limits.max_tokens - self.num_claimed
         room = self.sampling.max_context - num_prompt_tokens
         if min(left, room) < 1:
-            reason = (
+            raise self._out_of_tokens(
                 f"the episode has had its {self.limits.max_tokens} sampled tokens"
                 if left < 1
                 else f"{num_prompt_tokens} prompt tokens leave no room for an answer: the engines "
                 f"take {self.sampling.max_context}"
             )
-            self.end("max_tokens", reason)
-            raise Refused(reason, code="context_length_exceeded")
         return min(left, room, asked or left)
+
+    def claim(self, num_tokens: int) -> int:
+        """Take a sampled turn's tokens from the episode's; return how many of them were left.
+        Raises Refused where none was.
+
+        Turns at once begin with the same tokens left: to reserve them at the beginning would make
+        the others wait for one that names no maximum. So the turn that ends last is cut."""
+        kept = min(num_tokens, self.limits.max_tokens - self.num_claimed)
+        if num_tokens and kept < 1:
+            raise self._out_of_tokens(
+                f"other turns at once have used up the {self.limits.max_tokens} sampled tokens of "
+                "the episode"
+            )
+        self.num_claimed += kept
+        return kept
+
+    def _out_of_tokens(self, reason: str) -> Refused:
+        self.end("max_tokens", reason)
+        return Refused(reason, code="context_length_exceeded")
 
     def add(self, taken: TakenTurn) -> TurnReply:
         """Add a turn to the tree, once, and return its reply. Call it when the reply is sent: a
@@ -150,7 +170,7 @@ class Session:
         error = task.exception()
         if error is None:
             self.failures.pop(key, None)
-        elif isinstance(error, Refused):  # others are our own, `protocol_error`
+        elif isinstance(error.__cause__, EngineError):
             self.failures[key] = str(error.__cause__)
 
     async def close(self) -> None:

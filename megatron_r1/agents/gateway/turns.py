@@ -5,7 +5,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from megatron_r1.agents.continuation import NextPrompt
 from megatron_r1.agents.parsing import ParseJob, Parser
@@ -15,6 +15,7 @@ from megatron_r1.engine.responses import Response
 
 Decode = Callable[[Sequence[int]], str]
 Generate = Callable[[Sequence[int], int], Awaitable[Response]]
+Claim = Callable[[int], int]
 
 
 @dataclass(frozen=True)
@@ -53,17 +54,23 @@ class TurnSampler:
         prompt_ids: Sequence[int],
         sampling: TurnSampling,
         max_tokens: int,
+        claim: Claim,
         tools: Sequence[dict[str, Any]] = (),
         stop: Sequence[str] = (),
         most_calls: int | None = None,
     ) -> SampledTurn:
-        """Sample one answer; raises what `sampling.generate` raises.
+        """Sample one answer; raises what `sampling.generate` and `claim` raise.
 
-        stop: texts that end it. most_calls: tool calls kept of it."""
+        claim: called with the number of its tokens, returns how many of them are kept: other turns
+        of the episode may have used its tokens up meanwhile. stop: texts that end it. most_calls:
+        tool calls kept of it."""
         response = await sampling.generate(prompt_ids, max_tokens)
         if response.finish_reason not in ("stop", "length"):
             raise EngineError(f"an engine ended a turn with {response.finish_reason!r}")
         response, text, stop_string = cut(response, len(prompt_ids), stop, self._decode)
+        if (kept := claim(len(response.token_ids))) < len(response.token_ids):
+            response = _first(response, len(prompt_ids), kept, "length")
+            text, stop_string = self._decode(response.token_ids), None
         job = ParseJob(text, response.token_ids.tolist(), list(prompt_ids), list(tools))
         parsed = await self._parsers.parse(job)
         message = parsed.message()
@@ -92,10 +99,12 @@ def cut(
             high = middle
         else:
             low = middle
-    return _first(response, num_prompt_tokens, high), text[:at], string
+    return _first(response, num_prompt_tokens, high, "stop"), text[:at], string
 
 
-def _first(response: Response, num_prompt_tokens: int, count: int) -> Response:
+def _first(
+    response: Response, num_prompt_tokens: int, count: int, finish_reason: Literal["stop", "length"]
+) -> Response:
     routing = response.routing
     if routing:
         row_bytes = len(routing) // (num_prompt_tokens + len(response.token_ids) - 1)
@@ -105,7 +114,7 @@ def _first(response: Response, num_prompt_tokens: int, count: int) -> Response:
         token_ids=response.token_ids[:count],
         logprobs=response.logprobs[:count],
         policy_versions=response.policy_versions[:count],
-        finish_reason="stop",
+        finish_reason=finish_reason,
         routing=routing,
     )
 

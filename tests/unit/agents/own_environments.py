@@ -1,14 +1,23 @@
 """Environments as a user writes them, and mistakes."""
 
+from __future__ import annotations
+
 import asyncio
+import dataclasses
+import datetime
+import enum
 import functools
 import itertools
 import os
 import subprocess
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from nowhere import Unknown
 
 print("x" * 200_000 + " loaded", end="")  # what a slow import may print
 np.random.random()  # a fork gets the generator's state
@@ -142,6 +151,57 @@ class Unusual:
     def close(self) -> None:
         if self._folder:
             Path(self._folder, f"closed-{os.getpid()}").touch()
+
+
+class Direction(enum.Enum):
+    NORTH = "north"
+    SOUTH = "south"
+
+
+class Point(NamedTuple):
+    x: int
+    y: int
+
+
+@dataclasses.dataclass
+class Room:
+    at: Point
+    exits: set[Direction]
+    seen: datetime.date | None = None
+
+
+class Typed:
+    """Arguments and results of types that JSON does not have."""
+
+    def reset(self, question, /, seed: int | None = None) -> None:
+        self.at = Point(0, 0)
+
+    async def go(self, direction: Direction, since: datetime.date | None = None) -> Room:
+        """Go one step.
+
+        Args:
+            direction: where to.
+            since: of the journey.
+        """
+        return Room(self.at, {direction}, since)
+
+    def jump(self, to: Point, way: Literal["run", "fly"] = "run") -> Point:
+        self.at = to
+        return to
+
+    def rooms(self, rooms: list[Room]) -> int:
+        assert all(type(direction) is Direction for room in rooms for direction in room.exits)
+        return len(rooms)
+
+    def name(self, text: str, limit: int = None):
+        yield text
+        yield limit
+
+    def add(self, number: int, /, other: Unknown) -> Unknown:
+        return number + other
+
+    def get_reward(self):
+        return np.bool_(self.at == (1, 2))
 
 
 class NoTools:

@@ -2,6 +2,7 @@
 
 import asyncio
 import inspect
+import json
 import time
 from pathlib import Path
 
@@ -199,6 +200,49 @@ def test_results_that_are_no_json_and_long_ones():
             assert not (await game.call("noise", {}, 9)).done
 
     play(use, f"{MODULE}:Unusual")
+
+
+def test_arguments_have_the_types_of_the_signature():
+    schemas = {
+        tool["function"]["name"]: tool["function"]["parameters"]
+        for tool in describe(own.Typed).tools
+    }
+    assert schemas["go"]["properties"] == {
+        "direction": {"type": "string", "enum": ["north", "south"], "description": "where to."},
+        "since": {
+            "anyOf": [{"type": "string", "format": "date"}, {"type": "null"}],
+            "description": "of the journey.",
+        },
+    }
+    assert schemas["jump"]["properties"]["way"] == {"type": "string", "enum": ["run", "fly"]}
+    assert schemas["jump"]["required"] == ["to"]
+    assert schemas["rooms"]["properties"]["rooms"]["items"] == {"$ref": "#/$defs/Room"}
+    assert set(schemas["rooms"]["$defs"]) == {"Room", "Point", "Direction"}
+    assert schemas["add"]["properties"] == {"number": {"type": "integer"}, "other": {}}
+    room = {"at": [0, 0], "exits": ["north"], "seen": "2026-01-01"}
+    calls = [
+        ("go", {"direction": "north", "since": "2026-01-01"}, room),
+        ("go", {"direction": "up"}, "ValueError: direction: Input should be 'north' or 'south'"),
+        ("jump", {"to": [1, 2], "way": "fly"}, [1, 2]),
+        ("jump", {"to": [1]}, "ValueError: to.1: Field required"),
+        ("rooms", {"rooms": [room, room]}, 2),
+        ("name", {"text": 42, "limit": None}, ["42", None]),
+        ("add", {"number": "3", "other": 4}, 7),
+        ("add", {"nmber": 3, "other": 4}, "TypeError: "),
+    ]
+
+    async def use(environments):
+        async with environments.open() as game:
+            await game.reset({"question": "?", "seed": 1, "other": 2})
+            for name, arguments, expected in calls:
+                result = await game.call(name, arguments, 9)
+                if result.is_error:
+                    assert result.text.startswith(f"error: {expected}"), result.text
+                else:
+                    assert json.loads(result.text) == expected
+            assert await game.reward("") == 1.0
+
+    play(use, f"{MODULE}:Typed")
 
 
 def test_a_closed_run_has_closed_its_environments_and_what_they_started(tmp_path):

@@ -322,6 +322,30 @@ def test_turns_at_once_keep_to_the_turns_of_an_episode():
     run(test, *"abcde", limits=SessionLimits(max_turns=2, max_tokens=99))
 
 
+def test_turns_at_once_keep_to_the_tokens_of_an_episode():
+    async def test(served, session, fleet):
+        bodies = [{"messages": [{"role": "user", "content": f"Part {i}"}]} for i in range(3)]
+        fleet.ready.clear()
+        asyncio.get_running_loop().call_later(0.2, fleet.ready.set)
+        replies = await asyncio.gather(*(post(served, session, CHAT, body) for body in bodies))
+        assert fleet.max_tokens == [10] * 3, "each began with all that was left"
+        ends = [reply["choices"][0]["finish_reason"] for status, reply in replies if status == 200]
+        assert sorted(ends) == ["length", "stop"]
+        [refused] = [reply["error"] for status, reply in replies if status == 400]
+        assert refused["code"] == "context_length_exceeded"
+        assert (session.num_tokens, session.status) == (10, "max_tokens")
+        counts = sorted(branch.num_sampled for branch in session.tree.branches())
+        assert counts == [4, 6]
+        check_tree(session, fleet.calls, is_cut=True)
+        for branch in session.tree.branches():
+            flagged = zip(branch.token_ids, branch.is_sampled, strict=True)
+            text = fleet.tokenizer.decode([token for token, flag in flagged if flag])
+            said = [node.messages[0]["content"] for node in session.tree.nodes if node.is_sampled]
+            assert text.removesuffix("<|im_end|>") in said, "the message is of the kept tokens"
+
+    run(test, "abcde", "abcde", "abcde", limits=SessionLimits(max_turns=9, max_tokens=10))
+
+
 def test_calls_that_the_template_refuses_are_content(monkeypatch):
     one = "{% if m.tool_calls and m.tool_calls|length > 1 %}{{ raise_exception('one') }}{% endif %}"
     loop = "{% for c in m.tool_calls or [] %}"
