@@ -77,6 +77,30 @@ class Server(ABC):
         return await is_healthy(self.url)
 
 
+class RunningServer(Server):
+    """A server at a known address that is neither started nor stopped here."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+
+    @property
+    def url(self) -> str:
+        return self._url
+
+    def start(self) -> None: ...
+
+    def stop(self) -> None: ...
+
+    def is_alive(self) -> bool:
+        return True
+
+    def describe_end(self) -> str:
+        return f"{self.url} was not started here, and does not end here"
+
+    def _why_not_ready(self) -> str:
+        return f"{self.url}: no vLLM server answers"
+
+
 class EngineServer(Server):
     """A vLLM API server on this host and the processes under it.
 

@@ -1,4 +1,4 @@
-"""vLLM servers that run already: used, and neither started nor stopped by us."""
+"""A fleet of vLLM servers that run already, and are neither started nor stopped here."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,7 +8,7 @@ import msgspec
 
 from megatron_r1.engine.client import GENERATE, EngineClient
 from megatron_r1.engine.errors import EngineError
-from megatron_r1.engine.server import Server
+from megatron_r1.engine.server import RunningServer
 from megatron_r1.fleet.engine import Engine
 from megatron_r1.fleet.rollout_fleet import RolloutFleet
 
@@ -16,8 +16,8 @@ ANSWER_SECONDS = 30.0
 
 
 class ExternalFleet(RolloutFleet):
-    """A fleet of servers that run already. A lost one is waited for, as long as one of our own may
-    take to start, while the others go on."""
+    """A fleet of servers that run already. A lost one may return within the time that an engine
+    gets to start; the others go on meanwhile."""
 
     def __init__(
         self, urls: Sequence[str], log_folder: Path, *, max_model_len: int, **settings: Any
@@ -38,28 +38,15 @@ class ExternalClient(EngineClient):
     async def set_version(self, version: int) -> None: ...
 
 
-class ExternalServer(Server):
-    """A server that is not ours. Only its answers show whether it lives."""
+class ExternalServer(RunningServer):
+    """A server that runs already. Only its answers show whether it is alive."""
 
     poll_seconds = 1.0
 
     def __init__(self, url: str, max_model_len: int) -> None:
-        self._url, self.max_model_len = url.rstrip("/"), max_model_len
+        super().__init__(url.rstrip("/"))
+        self.max_model_len = max_model_len
         self._failure: Exception | None = None
-
-    @property
-    def url(self) -> str:
-        return self._url
-
-    def start(self) -> None: ...
-
-    def stop(self) -> None: ...
-
-    def is_alive(self) -> bool:
-        return True
-
-    def describe_end(self) -> str:
-        return f"{self.url} is not ours to end"
 
     async def wait_ready(self, timeout_seconds: float = 300.0) -> None:
         """Wait until the server answers, and check that it can score. Raises EngineError if it does
@@ -91,4 +78,4 @@ class ExternalServer(Server):
         return True
 
     def _why_not_ready(self) -> str:
-        return f"{self.url}: no vLLM server answers: {self._failure}"
+        return f"{super()._why_not_ready()}: {self._failure}"

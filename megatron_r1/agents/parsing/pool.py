@@ -51,21 +51,15 @@ class ParserPool:
         *,
         num_workers: int = 2,
         timeout_seconds: float = 30.0,
-        template_kwargs: dict[str, Any] | None = None,
     ) -> None:
         """tokenizer: its folder. tool_parser, reasoning_parser: vLLM's names, None for no parser.
-        timeout_seconds: for one turn; a worker that takes longer is killed. template_kwargs:
-        variables of the chat template, which some parsers read."""
+        timeout_seconds: for one turn; a worker that takes longer is killed."""
         self._has_parsers = bool(tool_parser or reasoning_parser)
-        self._options = Options(
-            tokenizer, tool_parser or "", reasoning_parser or "", template_kwargs or {}
-        )
+        self._options = Options(tokenizer, tool_parser or "", reasoning_parser or "")
         self._timeout_seconds = timeout_seconds
         self._slots = asyncio.Semaphore(num_workers)
         self._idle: list[FramedProcess[ParseReply]] = []
         self._all: set[FramedProcess[ParseReply]] = set()
-        self.num_failures = 0
-        """Turns on which a parser raised, hung or ended its process."""
 
     async def __aenter__(self) -> Self:
         return self
@@ -102,7 +96,6 @@ class ParserPool:
             else:
                 self._idle.append(worker)
         if reply.status != "parsed":
-            self.num_failures += 1
             return Parsed(None, job.text, failure=reply.reason)
         return Parsed(reply.reasoning, reply.content, [_openai(call) for call in reply.tool_calls])
 

@@ -22,7 +22,6 @@ class Options(msgspec.Struct):
     tokenizer: str
     tool_parser: str
     reasoning_parser: str
-    template_kwargs: dict[str, Any] = {}
 
 
 class ParseJob(msgspec.Struct):
@@ -98,7 +97,6 @@ class TurnParser:
         _require("reasoning", options.reasoning_parser, ReasoningParserManager.list_registered())
         self._request = ChatCompletionRequest
         self._tokenizer = load_tokenizer(options.tokenizer, "model.path")
-        self._template_kwargs = options.template_kwargs
         self._parser = ParserManager.get_parser(
             tool_parser_name=options.tool_parser or None,
             reasoning_parser_name=options.reasoning_parser or None,
@@ -111,9 +109,7 @@ class TurnParser:
         """Return reasoning, content and calls of a turn."""
         message = {"role": "user", "content": ""}  # parsers read the tools only
         request = self._request(model="", messages=[message], tools=_known(job.tools) or None)
-        parser = self._parser(
-            self._tokenizer, request.tools, chat_template_kwargs=self._template_kwargs
-        )
+        parser = self._parser(self._tokenizer, request.tools, chat_template_kwargs={})
         parser.set_prompt_token_ids(job.prompt_token_ids)
         reasoning, content, calls = parser.parse(
             job.text, request, enable_auto_tools=True, model_output_token_ids=job.token_ids

@@ -30,6 +30,7 @@ class Receiver(ABC):
         memory: torch.Tensor | None = None,
     ):
         self.rendezvous, self.rank, self.table = rendezvous, rank, table
+        self.prepare()
         self.memory = self.allocate() if memory is None else memory
         try:
             rendezvous.publish_receiver(rank, ReceiverInfo(table, self.address))
@@ -40,6 +41,9 @@ class Receiver(ABC):
         except BaseException:
             self.close()
             raise
+
+    def prepare(self) -> None:  # noqa: B027 - not every transport needs something
+        """Set what the other methods need; called first, on the thread of the constructor."""
 
     @abstractmethod
     def allocate(self) -> torch.Tensor:

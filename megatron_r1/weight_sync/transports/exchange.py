@@ -17,8 +17,8 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import AllgatherOptions
 
 from megatron_r1.weight_sync.receive.errors import IncompletePush
-from megatron_r1.weight_sync.receive.rendezvous import Peer, Rendezvous, SetFailed
-from megatron_r1.weight_sync.receive.table import Delivery, SlotTable, by_window
+from megatron_r1.weight_sync.receive.rendezvous import Peer, SetFailed
+from megatron_r1.weight_sync.receive.table import Delivery, by_window
 from megatron_r1.weight_sync.transports import PASSED_BYTES
 from megatron_r1.weight_sync.transports.buckets import Buckets, Chunk
 from megatron_r1.weight_sync.transports.process_group import (
@@ -207,17 +207,11 @@ class GlooReceiver(PairReceiver):
 
 
 class NcclReceiver(GlooReceiver):
-    """The same between GPUs, with the receive buffer in device memory. Not yet run."""
+    """A `GlooReceiver` between GPUs, with the receive buffer in device memory. Not yet run."""
 
     backend, is_weighted = "nccl", True
 
-    def __init__(
-        self,
-        rendezvous: Rendezvous,
-        rank: int,
-        table: SlotTable,
-        memory: torch.Tensor | None = None,
-    ):
+    def prepare(self) -> None:
+        super().prepare()
         # Of this thread, vLLM's. The receiving threads would take GPU 0.
         self.device = torch.device("cuda", torch.cuda.current_device())
-        super().__init__(rendezvous, rank, table, memory)

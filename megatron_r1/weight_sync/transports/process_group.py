@@ -41,7 +41,7 @@ class Header(NamedTuple):
 
 
 class Groups(NamedTuple):
-    """The same ranks' group for integers in host memory, and their group for buckets."""
+    """Two groups of the same ranks: for integers in host memory, and for buckets."""
 
     control: dist.ProcessGroup
     data: dist.ProcessGroup
@@ -53,17 +53,10 @@ class PairReceiver(Receiver):
     backend = "gloo"
     device = torch.device("cpu")
 
-    def __init__(
-        self,
-        rendezvous: Rendezvous,
-        rank: int,
-        table: SlotTable,
-        memory: torch.Tensor | None = None,
-    ):
+    def prepare(self) -> None:
         self._threads: list[threading.Thread] = []
         self._is_closing = False
         self._groups: list[Groups] = []
-        super().__init__(rendezvous, rank, table, memory)
 
     def allocate(self) -> torch.Tensor:
         size = self.table.areas * self.table.num_bytes
@@ -315,7 +308,7 @@ def groups(backend: str, rendezvous: Rendezvous, name: str, rank: int, size: int
 
 
 class NcclSender(GlooSender):
-    """The same between GPUs, packed in device memory. Not yet run."""
+    """A `GlooSender` between GPUs, packed in device memory. Not yet run."""
 
     backend, is_weighted = "nccl", True
 

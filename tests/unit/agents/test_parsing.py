@@ -27,7 +27,6 @@ def test_a_parser_that_hangs_dies_or_raises_costs_its_turn_only(monkeypatch):
                 lost = await parse(text)
                 assert (lost.content, lost.tool_calls) == (text, []) and "lost" in lost.failure
             assert (await parse("a")).content != first.content, "another process"
-            assert parsers.num_failures == 3
             last = int((await parse("")).content)
         with pytest.raises(ProcessLookupError):
             os.kill(last, 0)

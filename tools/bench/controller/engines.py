@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_r1.engine.client import GENERATE
-from megatron_r1.engine.server import Server
+from megatron_r1.engine.server import RunningServer
 
 JSON = "application/json"
 AWAKE = b'{"is_sleeping": false}'
@@ -58,25 +58,8 @@ def serve(count: int, bodies: dict[str, Path], urls: Connection, interval: float
     asyncio.run(run())
 
 
-class SyntheticServer(Server):
-    """One of the servers of `serve`, as a fleet sees it."""
+class SyntheticServer(RunningServer):
+    """One of the servers of `serve`, as a fleet uses it."""
 
     def __init__(self, urls: list[str], *_: Any, **settings: Any) -> None:
-        self._url = urls.pop()
-
-    @property
-    def url(self) -> str:
-        return self._url
-
-    def start(self) -> None: ...
-
-    def stop(self) -> None: ...
-
-    def is_alive(self) -> bool:
-        return True
-
-    def describe_end(self) -> str:
-        return f"{self.url} does not end"
-
-    def _why_not_ready(self) -> str:
-        return ""
+        super().__init__(urls.pop())
