@@ -41,6 +41,7 @@ from megatron_r1.user_code import find
 
 SHIPPED = {
     "calculator": "megatron_r1.agents.environments.calculator:Calculator",
+    "gym": "megatron_r1.agents.environments.gym:Gym",
     "lookup": "megatron_r1.agents.environments.lookup:Lookup",
     "python": "megatron_r1.agents.environments.python:Python",
     "retrieval": "megatron_r1.agents.environments.retrieval:Retrieval",

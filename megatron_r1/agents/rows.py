@@ -18,7 +18,9 @@ def load_rows(environment: str, **arguments: Any) -> PromptSplit:
     environment grades, rows need no truth. Raises UserError."""
     if not environment or not describe(environment).grades:
         return load_prompts(**arguments)
-    split = load_prompts(**arguments | {"kind": ENVIRONMENT})
+    # The rows of a task have what its scorer needs; as questions of an environment they would not.
+    kind = None if arguments.get("task") else ENVIRONMENT
+    split = load_prompts(**arguments | {"kind": kind})
     train, heldout = (
         [replace(prompt, kind=ENVIRONMENT) for prompt in side]
         for side in (split.train, split.heldout)

@@ -32,7 +32,7 @@ class AgentsConfig(Section):
     """Episodes of several turns in an environment; without one, a response is a single turn."""
 
     environment: str = ""
-    """a class of your own, module:Class, or calculator, lookup, python, retrieval; see
+    """a class of your own, module:Class, or calculator, gym, lookup, python, retrieval; see
     docs/agents.md"""
     parameters: dict[str, Any] = Field(default_factory=dict)
     """arguments of the environment's class, the same for all episodes"""

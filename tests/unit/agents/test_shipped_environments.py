@@ -7,11 +7,13 @@ import time
 
 import pytest
 
-from megatron_r1.agents.environment import SHIPPED, describe, find_environment
+from megatron_r1.agents.environment import SHIPPED, describe, find_environment, row_arguments
 from megatron_r1.agents.environments.calculator import Calculator
+from megatron_r1.agents.environments.gym import Gym
 from megatron_r1.agents.environments.lookup import Lookup
 from megatron_r1.agents.environments.python import Python
 from megatron_r1.agents.environments.retrieval import Retrieval
+from megatron_r1.agents.rows import load_rows
 from megatron_r1.rewards.sandbox.host import SandboxUnavailable
 from megatron_r1.rewards.sandbox.programs import require_sandbox
 
@@ -54,6 +56,33 @@ def test_lookup_has_the_same_table_for_a_row_and_another_for_the_next():
     assert len(set(answers)) > 250
     with pytest.raises(KeyError):
         Lookup().lookup("7")
+
+
+def test_gym_lets_a_wrong_answer_be_mended_for_half_of_the_reward():
+    rows = load_rows(
+        "gym", path=None, task="chain_sum", num_train=20, num_heldout=5, heldout_fraction=0.2
+    )
+    assert {prompt.kind for prompt in rows.train + rows.heldout} == {"environment"}
+    for prompt in rows.train:
+        game = Gym()
+        row = {"question": prompt.question, "truth": prompt.truth, **prompt.fields}
+        game.reset(**row_arguments(game.reset, row))
+        assert game.submit("1e9") == "wrong; attempts left: 2"
+        assert (game.submit(prompt.truth), game.done) == ("right", True)
+        game.final_answer("never")
+        assert game.get_reward() == 0.5
+        again = Gym(attempts=2)
+        again.reset(**row_arguments(game.reset, row))
+        again.final_answer(f" {prompt.truth}\n")
+        assert (again.get_reward(), again.done) == (1.0, True)
+        again = Gym(attempts=2)
+        again.reset(**row_arguments(game.reset, row))
+        answers = [again.submit("</answer>"), again.submit("")]
+        assert answers == ["wrong; attempts left: 1", "wrong; attempts left: 0"] and again.done
+        again.final_answer(prompt.truth)
+        assert again.get_reward() == 0.0
+    with pytest.raises(ValueError, match="attempts=0 must be at least 1"):
+        Gym(attempts=0)
 
 
 def test_retrieval_finds_the_document_and_any_text_is_a_query(tmp_path):
