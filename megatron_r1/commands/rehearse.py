@@ -20,6 +20,7 @@ from megatron_r1.rehearsal.jobs import Job, jobs
 from megatron_r1.rehearsal.phases import Phases
 from megatron_r1.rehearsal.settings import RehearsalConfig, Settings
 from megatron_r1.reporting.run_folder import RunFolder
+from megatron_r1.rl.environments import find_player
 from megatron_r1.weight_sync.plan.checks import check_pushes
 
 SETTINGS = ("rehearsal",)
@@ -55,6 +56,7 @@ def _check(config: Config, verb: str) -> None:
     if verb != "sample":
         check_trainer(config, verb)
     if verb == "rl":
+        find_player(config)
         check_pushes(config, hf, config.parallel.processes)
 
 

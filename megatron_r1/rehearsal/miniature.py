@@ -71,7 +71,7 @@ def shrink(config: Config, hf: dict, folder: Path, max_ranks: int) -> Miniature:
             "num_heldout": 2,
             "heldout_fraction": 0.1,
         },
-        "agents": {"environment": "", "harness": ""},
+        "agents": {"environment": "", "harness": "", "verifiers": {}},
         "rollout": _rollout(config),
         "push": _push(config),
         "rewards": _rewards(config),
@@ -307,7 +307,9 @@ REASONS = {
         ("push.transport", "model.attention_backend", "model.fusions", "parallel.dispatcher"),
         "no GPU here",
     ),
-    **dict.fromkeys(("agents.environment", "agents.harness"), "random weights call no tool"),
+    **dict.fromkeys(
+        ("agents.environment", "agents.harness", "agents.verifiers"), "random weights call no tool"
+    ),
     "rl.kind_weights": "synthetic questions",
     "rewards.options": "no judge is served",
     "sample.filters": "random text passes none",

@@ -14,6 +14,7 @@ from megatron_r1.rehearsal.layout import data_size
 from megatron_r1.rehearsal.miniature import Change
 from megatron_r1.rehearsal.phases import PhaseResult
 from megatron_r1.rehearsal.served import reward_models
+from megatron_r1.rl.environments import find_player
 
 
 class Row(NamedTuple):
@@ -80,22 +81,38 @@ def structure(recipe: Config, hf: dict, small: Config, verb: str) -> list[Row]:
             rows.append(Row("replicas of the model", before, after, _exercised(*replicas)))
         if hf.get("num_nextn_predict_layers") and verb != "reward-model":
             rows.append(Row("model.mtp", recipe.model.mtp, small.model.mtp, YES))
+        if recipe.model.lora is not None:
+            rank = f"rank {recipe.model.lora.rank}"
+            rows.append(Row("model.lora", rank, rank, YES))
         if recipe.parallel.optimizer_offload:
             rows.append(Row("parallel.optimizer_offload", "to the host", "—", "no: needs a GPU"))
         if recipe.parallel.dispatcher != "alltoall":
             rows.append(Row("parallel.dispatcher", "DeepEP", "alltoall", "no: needs a GPU"))
         rows.append(Row("layers", "Transformer Engine", "Megatron-Core's own", "no: needs a GPU"))
         rows.append(Row("memory", "of a GPU", "—", "no: tools/plan computes it"))
+    return rows + _left_out(recipe, small, verb)
+
+
+def _left_out(recipe: Config, small: Config, verb: str) -> list[Row]:
+    """Return rows for the served models and the functions that a recipe names."""
+    rows = []
     if verb in ("rl", "sample"):
         for name, values in recipe.rewards.options.items():
             if "url" in values:
                 is_served = verb == "rl" and name in reward_models(recipe.rewards.options)
                 here = ("served", YES) if is_served else ("—", "no: none is served")
                 rows.append(Row(f"rewards.options.{name}", "served", *here))
-    if verb == "sample" and recipe.sample.judge != small.sample.judge:
-        rows.append(Row("sample.judge", recipe.sample.judge, "a rule", "no: none is served"))
-    if verb == "rl" and recipe.teacher.url:
-        rows.append(Row("teacher.url", "served", "started by the run", "no: none is served"))
+    if verb == "sample":
+        if recipe.sample.judge != small.sample.judge:
+            rows.append(Row("sample.judge", recipe.sample.judge, "a rule", "no: none is served"))
+        if recipe.sample.rewrite:
+            rows.append(Row("sample.rewrite", recipe.sample.rewrite, "—", "no: random text"))
+    if verb == "rl":
+        if found := find_player(recipe):
+            key, player = found
+            rows.append(Row(key, str(player), "—", "no: random weights call no tool"))
+        if recipe.teacher.url:
+            rows.append(Row("teacher.url", "served", "started by the run", "no: none is served"))
     return rows
 
 

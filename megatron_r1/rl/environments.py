@@ -15,9 +15,10 @@ ANY_TOOL = {"type": "function", "function": {"name": "tool", "parameters": {"typ
 """Stands for the tools of an agent, which are known only when it runs."""
 
 
-def check_environment(config: Config, text: PromptText) -> None:
-    """Check section `agents`, and print how the chat template continues a conversation. Raises
-    UserError."""
+def find_player(config: Config) -> tuple[str, str | list[str]] | None:
+    """Return the key and value of the setting that names what plays the episodes; None where
+    responses are single turns. Raises UserError for two of them, another template, and code that
+    cannot be imported."""
     agents = config.agents
     players = {
         "agents.environment": agents.environment,
@@ -26,16 +27,29 @@ def check_environment(config: Config, text: PromptText) -> None:
     }
     named = {key: value for key, value in players.items() if value}
     if not named:
-        return
+        return None
     if len(named) > 1:
         both = " and ".join(f"{key}: {value}" for key, value in named.items())
         raise UserError(f"{both} each play the episodes; leave one out")
-    [key] = named
+    [(key, player)] = named.items()
     if config.data.template != "chat":
         raise UserError(
             f"data.template: {config.data.template!r} renders one question; {key} needs "
             "the tokenizer's own chat template: set data.template: chat"
         )
+    if agents.environment:
+        describe(agents.environment)
+    elif agents.harness:
+        harness_of(agents)
+    return key, player
+
+
+def check_environment(config: Config, text: PromptText) -> None:
+    """Check section `agents`, and print how the chat template continues a conversation. Raises
+    UserError."""
+    if find_player(config) is None:
+        return
+    agents = config.agents
     tools = describe(agents.environment).tools if agents.environment else [ANY_TOOL]
     verdicts = Continuation(text.tokenizer).probe(tools)
     for case, verdict in verdicts.items():

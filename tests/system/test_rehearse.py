@@ -1,6 +1,9 @@
-"""Shipped recipes in miniature, as a user rehearses them; defects that a rehearsal must name."""
+"""Shipped recipes in miniature, as a user rehearses them; defects that a rehearsal must name.
+
+With REHEARSE_JSON=docs/benchmarks/rehearse.json the tables of what went through are kept there."""
 
 import json
+import os
 import re
 import subprocess
 from pathlib import Path
@@ -9,7 +12,9 @@ import pytest
 from command_line import command, environment
 
 ROOT = Path(__file__).parents[2]
-R1, DISTILL, LAPTOP = (ROOT / "examples" / name for name in ("deepseek_r1", "distill", "laptop"))
+EXAMPLES = ROOT / "examples"
+R1, DISTILL, LAPTOP = (EXAMPLES / name for name in ("deepseek_r1", "distill", "laptop"))
+AGENTS, PAPER, SMOLLM2 = (EXAMPLES / name for name in ("agents", "paper", "smollm2"))
 # What examples/deepseek_r1/stage.sbatch adds to a recipe.
 ON_HOSTS = ("--rollout.placement", "hosts", "--rollout.hosts_per_engine", "16")
 GLOO = ("--push.transport", "gloo")
@@ -17,11 +22,9 @@ GLOO = ("--push.transport", "gloo")
 APART = ("--rollout.colocated", "false", "--rl.staleness", "1", "--rl.importance_cap", "2")
 # The demo's base model is there after base.yaml, and stages of the pipeline write their shapes.
 LAPTOP_MODEL = ("--model.path", LAPTOP / "model")
-SHAPES = (
-    *("--stages.base.model.path", LAPTOP / "model"),
-    *("--stages.qwen_base.model.path", DISTILL / "models/qwen2.5-math-1.5b"),
-    *("--stages.llama_base.model.path", DISTILL / "models/llama-3.1-8b"),
-)
+QWEN, LLAMA = DISTILL / "models/qwen2.5-math-1.5b", DISTILL / "models/llama-3.1-8b"
+BASE = ("--stages.base.model.path", LAPTOP / "model")
+SHAPES = (*BASE, "--stages.qwen_base.model.path", QWEN, "--stages.llama_base.model.path", LLAMA)
 # One stage of each verb; test_r1_recipe.py runs them all.
 OF_LAPTOP = "[r1, cold_start_data, preferences, helpful]"
 # A node of 8 ranks, or two of them, with the recipe that examples/slurm starts by itself.
@@ -40,6 +43,16 @@ SHIPPED = {
     "laptop-base": (LAPTOP, "base", ("--sft.data", "runs/demo/base.jsonl")),
     "laptop-r1_zero": (LAPTOP, "r1_zero", LAPTOP_MODEL),
     "laptop-r1": (LAPTOP, "r1", (*SHAPES, "--rehearsal.stages", OF_LAPTOP)),
+    # Models that their demos fetch or write.
+    "smollm2-rl": (SMOLLM2, "rl", ("--model.path", LLAMA)),
+    "smollm2-chain": (
+        *(SMOLLM2, "chain"),
+        ("--stages.sft.model.path", LLAMA, "--rehearsal.stages", "[sft, rl, answers]"),
+    ),
+    "agents-base": (AGENTS, "base", ("--model.path", QWEN)),
+    "agents-lookup": (AGENTS, "lookup", ("--model.path", QWEN)),
+    # What laptop-r1 has not: a critic, and a served reward alone.
+    "paper": (PAPER, "paper", (*BASE, "--rehearsal.stages", "[ppo_095, rlhf]")),
     "slurm-one_node": (LAPTOP, "r1_zero", NODE),
     "slurm-colocated": (LAPTOP, "r1_zero", (*NODES, "--rollout.colocated", "true")),
     "slurm-pools": (LAPTOP, "r1_zero", NODES),
@@ -64,9 +77,20 @@ def rehearse(recipe, folder, *settings, planted=None):
     )
 
 
+def keep(name, folder):
+    """Put the tables of a rehearsal into the file that REHEARSE_JSON names."""
+    if file := os.environ.get("REHEARSE_JSON"):
+        written = sorted(folder.glob("*/rehearsal.json"), key=lambda path: path.stat().st_mtime)
+        found = json.loads(Path(file).read_text())
+        found[name] = [json.loads(path.read_text()) for path in written]
+        lines = (f"{json.dumps(key)}: {json.dumps(value)}" for key, value in found.items())
+        Path(file).write_text("{\n" + ",\n".join(lines) + "\n}\n")
+
+
 def test_r1_zero_on_2048_gpus_goes_through(tmp_path):
     done = rehearse(R1 / "r1_zero.yaml", tmp_path, *ON_HOSTS, *GLOO)
     assert done.returncode == 0, done.stdout + done.stderr
+    keep("r1_zero", tmp_path)
     found = json.loads((tmp_path / "r1_zero/rehearsal.json").read_text())
     structure = {row["what"]: row for row in found["structure"]}
     for axis in ("tensor", "context", "expert", "pipeline", "virtual_pipeline"):
@@ -90,14 +114,28 @@ def test_every_shipped_recipe_goes_through(name, tmp_path):
     folder, recipe, settings = SHIPPED[name]
     done = rehearse(folder / f"{recipe}.yaml", tmp_path, *settings)
     assert done.returncode == 0, done.stdout + done.stderr
+    keep(name, tmp_path)
 
 
 def test_all_shipped_recipes_are_among_them():
     rehearsed = {(folder / f"{recipe}.yaml") for folder, recipe, _ in SHIPPED.values()}
     rehearsed.add(R1 / "r1_zero.yaml")
-    found = {path for folder in (R1, DISTILL, LAPTOP) for path in folder.glob("*.yaml")}
-    evaluations = {LAPTOP / "eval.yaml", R1 / "evaluation.yaml"}
-    assert found - rehearsed == evaluations, "an evaluation trains nothing"
+    evaluations = {LAPTOP / "eval.yaml", R1 / "evaluation.yaml"}  # these train nothing
+    assert set(EXAMPLES.rglob("*.yaml")) - rehearsed == {*evaluations, PAPER / "published.yaml"}
+
+
+def test_the_page_has_every_rehearsal_with_its_figures():
+    benchmarks = ROOT / "docs/benchmarks"
+    kept = json.loads((benchmarks / "rehearse.json").read_text())
+    assert kept.keys() <= {"r1_zero", *SHIPPED}
+    rows = (benchmarks / "rehearse.md").read_text().splitlines()
+    for name, found in kept.items():
+        for each in found:
+            timed = [phase for phase in each["phases"] if phase["cpu_seconds"] is not None]
+            wall, cpu = (round(sum(p[key] for p in timed)) for key in ("seconds", "cpu_seconds"))
+            figures = re.compile(rf"\| {wall} \| {cpu}( †)? \|")
+            of_it = [row for row in rows if each["recipe"] in row and figures.search(row)]
+            assert of_it, f"{name}: {each['recipe']} has no row with | {wall} | {cpu} |"
 
 
 @pytest.mark.parametrize(
@@ -133,6 +171,7 @@ QUICK = ("--run.hang_seconds", "60")
         ("mtp", ZERO, "MTP layers (m) must stand there 0 times, not 1"),
         ("all_pairs", ZERO, "links to engine ranks, where its plan"),
         ("single_tokens", ZERO, "log-probabilities of engine-"),
+        ("left_out_drafter", ZERO, "the engine takes no pushes of"),
         ("undelivered", SMALL, "are not what the engine computes with"),
         ("trained", (R1 / "cold_start_sft.yaml",), "model.mtp: frozen, but"),
         ("schedule", (*SMALL, *LONGER), "rl.schedule: rollout.max_response_tokens of the steps"),

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from megatron_r1.cli import VERBS
-from megatron_r1.commands.rehearse import OF_VERBS, _identity
+from megatron_r1.commands.rehearse import OF_VERBS, _check, _identity
 from megatron_r1.errors import UserError
 from megatron_r1.rehearsal.jobs import jobs
 from megatron_r1.rehearsal.settings import RehearsalConfig
@@ -97,3 +97,23 @@ def test_stages_that_are_equal_in_miniature_are_found():
     assert identities["base_answers"] == identities["sft_answers"]
     assert identities["r1_zero"] != identities["reasoning_rl"]
     assert len(set(identities.values())) < len(found)
+
+
+def test_a_stage_of_the_pipeline_is_in_miniature_what_its_own_recipe_is():
+    """So that to rehearse each recipe is to rehearse the pipeline."""
+    for stage in read(R1 / "pipeline.yaml"):
+        (alone,) = read(R1 / f"{stage.name}.yaml")
+        assert _identity(stage, RehearsalConfig()) == _identity(alone, RehearsalConfig()), stage
+
+
+def test_an_environment_that_the_run_would_refuse_is_refused():
+    recipe = "examples/agents/lookup.yaml"
+    shape = {"model.path": LAPTOP_SHAPES["stages.qwen_base.model.path"]}
+    for settings, message in (
+        ({"agents.environment": "lookups"}, "did you mean 'lookup'"),
+        ({"agents.harness": "no_agents:run"}, "leave one out"),
+        ({"data.template": "plain"}, "data.template: 'plain'"),
+    ):
+        (job,) = read(recipe, shape | settings)
+        with pytest.raises(UserError, match=message):
+            _check(job.config, job.verb)

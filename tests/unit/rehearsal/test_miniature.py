@@ -100,6 +100,23 @@ def test_kernels_of_a_gpu_are_left_out_and_named():
     assert row.exercised == "no: needs a GPU"
 
 
+@pytest.mark.parametrize(
+    ("agents", "key"),
+    [
+        ({"environment": "lookup"}, "agents.environment"),
+        ({"harness": "json:loads"}, "agents.harness"),
+        ({"verifiers": {"taskset": "sums"}}, "agents.verifiers.taskset"),
+    ],
+)
+def test_episodes_are_left_out_and_named(agents, key):
+    """The taskset stayed, in a Python of its own, beside questions that it does not take."""
+    path = ROOT / "examples/distill/qwen2.5-32b_rl.yaml"
+    config, small = shrunk(path, {"agents": agents, "data.template": "chat"})
+    assert small.config.agents == Config().agents
+    row = next(row for row in structure(config, {}, small.config, "rl") if "agents" in row.what)
+    assert (row.what, row.exercised) == (key, "no: random weights call no tool")
+
+
 def test_a_layout_that_the_recipe_cannot_push_the_miniature_cannot_either():
     changed = {"model.mtp": "none", "rollout.speculative.method": "none"}
     _, small = shrunk(ROOT / "examples/deepseek_r1/r1_zero.yaml", changed)
@@ -199,6 +216,17 @@ def test_random_text_often_has_the_form_of_a_response(tmp_path):
     ]
     formed = [bool(chain_of_thought(text)) and "<answer>" in text for text in texts]
     assert 40 <= sum(formed) <= 90
+
+
+def test_a_drafter_that_drafts_nothing_is_named():
+    _, small = shrunk(ROOT / "examples/deepseek_r1/r1_zero.yaml")
+    run = Phases("rl", Path("r/recipe.yaml"), small.config, [], 60.0, print)
+    lines = [
+        {"step": step, "logprob_diff/mean": 0.0, "grad_norm": 1.0, "response_length/max": length}
+        for step, length in ((1, 12), (2, 24))
+    ]
+    with pytest.raises(RunError, match=r"no token was drafted \(rollout.speculative.method: mtp"):
+        run._show_pushes(lines)
 
 
 def test_longer_responses_of_the_schedule_are_sampled():
