@@ -52,7 +52,7 @@ MODULES = {
 }
 HELP = {"-h", "--help"}
 DRY_RUN = "--dry-run"
-"""Of rl: `dry_run(config)` instead of `run(config)`."""
+"""The option of `rl` that calls `dry_run(config)` instead of `run(config)`."""
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 

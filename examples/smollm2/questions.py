@@ -50,7 +50,7 @@ def _questions(rows: Rows, options: Options) -> Iterator[Question]:
 
 
 SUMS = Benchmark(_questions)
-"""For `eval`, of a file that `write` made."""
+"""The benchmark that `eval` reads from a file of `write`."""
 
 if __name__ == "__main__":
     write(sys.argv[1])

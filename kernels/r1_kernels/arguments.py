@@ -22,8 +22,8 @@ _is_trusted = ContextVar("values are trusted", default=False)
 
 @contextmanager
 def trusted_values() -> Iterator[None]:
-    """Within this, targets and cu_seqlens are taken as they are: for callers that have checked them
-    on the host. A target outside the vocabulary then gives a wrong number instead of an error."""
+    """Leave out the checks of targets and cu_seqlens inside the block, for callers that have made
+    them on the host. A target outside the vocabulary then gives a wrong number and no error."""
     token = _is_trusted.set(True)
     try:
         yield

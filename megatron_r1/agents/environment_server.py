@@ -34,8 +34,8 @@ from megatron_r1.processes.lifetime import die_with_parent, end_without_parent
 
 LENGTH = struct.Struct("<I")
 GRACE_SECONDS = 1.0
-"""After its time a call is interrupted; one that does not notice, within C code, ends the process
-so much later."""
+"""The time between the interruption of a call whose limit is over and the end of its process; C
+code cannot be interrupted."""
 CLOSE_SECONDS = 5.0
 """The limit of an environment's `close` at the end of its process."""
 MAX_TEXT = 2**20

@@ -140,9 +140,9 @@ class _Game:
         self._counts = {"calls": 0, "errors": 0}
         self._seconds = {"tools": 0.0, "engines": 0.0}
         self.text = ""
-        """Of the last answer."""
+        """The text of the last answer."""
         self.answer = ""
-        """The same without reasoning."""
+        """The last answer without reasoning."""
         self.is_lost = False
         """Whether a call of the policy's ended the environment."""
 

@@ -34,9 +34,9 @@ IMPLIED = {"model.dtype": "float32"}
 OPTIONS = ("json",)
 
 TRAINING_BYTES = 28
-"""Of a parameter in float32: weights, gradients, optimizer, reference policy and engine."""
+"""Memory of RL per parameter in float32: weights, gradients, optimizer, reference and engine."""
 CHECK_BYTES = 20
-"""The most that one step of this check holds: the trainer, with its optimizer."""
+"""Memory of this check per parameter at its peak: the trainer, with its optimizer."""
 
 
 def run(config: Config, folder: str, json: str | None = None) -> None:

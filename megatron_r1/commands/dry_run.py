@@ -34,7 +34,7 @@ MAX_RESPONSES = 64
 NUM_SHOWN = 10
 MAX_SHOWN_CHARS = 600
 TRAINER_BYTES = 16
-"""Of a parameter: fp32 weight and gradient, and Adam's two moments."""
+"""Memory per parameter: fp32 weight and gradient, and Adam's two moments."""
 
 
 def show_batch(config: Config, text: PromptText, prompts: PromptSplit) -> None:

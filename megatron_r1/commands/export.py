@@ -12,7 +12,8 @@ from megatron_r1.training.checkpoints import manifest
 from megatron_r1.training.client import TrainerClient
 
 SOURCE_FILE = ".made_of"
-"""In an exported folder: the checksum of the checkpoint's manifest, and so of all its files."""
+"""The file of an exported folder with the checksum of the checkpoint's manifest, which covers all
+files of the checkpoint."""
 
 
 async def export_checkpoint(

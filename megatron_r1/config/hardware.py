@@ -33,7 +33,7 @@ class Hardware:
 
     name: str
     memory: Bytes
-    """Of a GPU; manufacturer."""
+    """Memory of a GPU; manufacturer."""
     bf16: FlopRate
     """Peak without sparsity; manufacturer."""
     memory_bandwidth: ByteRate
@@ -41,14 +41,14 @@ class Hardware:
     nvlink: ByteRate
     """Manufacturer; H800: arXiv 2412.19437, section 3.1."""
     network: ByteRate = 50e9
-    """Of a GPU: one 400 Gb/s InfiniBand adapter, as H800 nodes have (arXiv 2412.19437, section
-    3.1); a guess for other GPUs."""
+    """Rate of a GPU into the network: one 400 Gb/s InfiniBand adapter, as in H800 nodes (arXiv
+    2412.19437, section 3.1); a guess for other GPUs."""
     host_link: ByteRate = 55e9
     """PCIe 5.0 x16, 63 GB/s, less 13% for packet headers, a guess."""
     host_memory: Bytes = 2e12 / 8
-    """Of a node, per GPU; 2 TB a node, as in NVIDIA's DGX H100."""
+    """Memory of a node, per GPU; 2 TB a node, as in NVIDIA's DGX H100."""
     gpus_per_node: Count = 8
-    """As in NVIDIA's DGX H100."""
+    """GPUs of a node, as in NVIDIA's DGX H100."""
 
 
 HARDWARE = {
@@ -68,41 +68,42 @@ class Assumptions:
     """Numbers of the estimate that no table gives."""
 
     compute_efficiency: Share = 0.45
-    """Of the bf16 peak while a stage computes, without bubbles and communication. A guess, near the
-    38.9% of whole steps of DeepSeek-V3 in FP8 (arXiv 2505.09343, table 4)."""
+    """Share of the bf16 peak while a stage computes, without bubbles and communication. A guess,
+    near the 38.9% of whole steps of DeepSeek-V3 in FP8 (arXiv 2505.09343, table 4)."""
     bandwidth_efficiency: Share = 0.6
-    """Of the memory bandwidth while an engine decodes; a guess."""
+    """Share of the memory bandwidth while an engine decodes; a guess."""
     link_efficiency: Share = 0.75
-    """Of NVLink's and the network's rate in a collective; a guess."""
+    """Share of NVLink's and the network's rate in a collective; a guess."""
     push_efficiency: Share = 0.75
-    """Of the rate of the link into an engine GPU during a push; a guess."""
+    """Share of the rate of the link into an engine GPU during a push; a guess."""
     store_requests: Rate = 25e3
-    """Of one TCPStore; 24,000 to 44,000 were measured with 1 to 4 clients on 2 CPU cores
-    (docs/log.md)."""
+    """Requests per second of one TCPStore; 24,000 to 44,000 were measured with 1 to 4 clients on 2
+    CPU cores (docs/log.md)."""
     store_bytes: ByteRate = 1e9
     """Out of one TCPStore, whose server is one thread, and of a broadcast to all trainer ranks; a
     guess."""
     group_seconds: Seconds = 1.36
-    """To create an NCCL group, plus the next: 2.04 s of 8 ranks, 4.06 s of 32 (nccl#534)."""
+    """Time to create an NCCL group, beside `group_rank_seconds` for each of its ranks: 2.04 s for 8
+    ranks, 4.06 s for 32 (nccl#534)."""
     group_rank_seconds: Seconds = 0.084
-    """For each rank of a group that is created (the same)."""
+    """Time per rank of an NCCL group that is created (nccl#534)."""
     set_plan_seconds: Seconds = 2.0
-    """For a trainer rank to plan a push; 1.3 s of one core for DeepSeek-V3 to 16 x 128 GPUs, and
-    what it reads decoded."""
+    """Time of a trainer rank to plan a push: 1.3 s of one core for DeepSeek-V3 to 16 x 128 GPUs,
+    and the decoding of what it reads."""
     round_seconds: Seconds = 50e-6
     """Launch of an all-gather of what engines pass on; a guess."""
     hop_seconds: Seconds = 21e-6
     """Per hop of its ring: 10 us, and 0.5 MB of filling at the adapter's rate; a guess."""
     gradients_exposed: Share = 0.5
-    """Of the data axis's traffic: the reduce-scatter overlaps the last micro-batches, the
-    all-gather does not; a guess."""
+    """Share of the data axis's traffic that does not overlap: the reduce-scatter overlaps the last
+    micro-batches, the all-gather does not; a guess."""
     decode_latency_per_layer: Seconds = 150e-6
     """Least time of a decoding step in each layer of an engine of several GPUs, for any batch: two
     all-to-alls and small kernels; a guess."""
     draft_acceptance: Share = 0.85
-    """Of the tokens that an MTP layer drafts behind right ones: "between 85% and 90%" for
-    DeepSeek-V3's second token (arXiv 2412.19437, section 5.4.3). A guess for later tokens, at
-    temperature 1, and after RL with frozen MTP layers."""
+    """Share of right tokens among those that an MTP layer drafts behind right ones: "between 85%
+    and 90%" for DeepSeek-V3's second token (arXiv 2412.19437, section 5.4.3). A guess for later
+    tokens, at temperature 1, and after RL with frozen MTP layers."""
     reserved: Bytes = 6 * GIB
     """What a run cannot use of a GPU: CUDA context, NCCL's buffers, fragmentation; a guess."""
     expert_imbalance: Ratio = 1.2
@@ -112,7 +113,7 @@ class Assumptions:
     response_share: Share = 0.25
     """Mean length of a response over the limit, unless --response-tokens gives it; a guess."""
     questions: Count = 10_000
-    """Of a `sample` run without data.num_train; a guess."""
+    """Questions of a `sample` run without data.num_train; a guess."""
 
 
 def fields_of(part: Hardware | Assumptions) -> dict[str, FieldInfo]:

@@ -64,7 +64,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "r1_zero": {},
     "grpo_v1": algorithms.PPO_CLIP | {"group_size": 64, "kl_beta": 0.04, "reference_refresh": 0},
 }
-"""By name: settings of this section, where the recipe has none of its own."""
+"""Settings of this section by the name of a preset; the recipe's own settings precede them."""
 
 
 class RLConfig(Section):

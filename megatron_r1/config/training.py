@@ -9,7 +9,7 @@ from megatron_r1.config.section import Section
 from megatron_r1.errors import UserError
 
 DEFAULT_TOKENS = 16_384
-"""Of a micro-batch."""
+"""Tokens of a micro-batch."""
 
 
 class OptimizerConfig(Section):

@@ -83,7 +83,7 @@ class ScoreReply(msgspec.Struct):
     """The body of a reply to a request that scores its prompt."""
 
     prompt_logprobs: list[dict[str, TokenLogprob] | None]
-    """For each token of the prompt its log-probability by its id; None for the first token."""
+    """The log-probability of each prompt token, by the token's id; None for the first token."""
 
 
 _decode_generate = msgspec.json.Decoder(GenerateReply).decode

@@ -28,7 +28,7 @@ class Server(ABC):
     """A vLLM server: a child process, one on other hosts, or one that is not ours."""
 
     poll_seconds = 0.05
-    """Between two checks of `wait_ready`."""
+    """The pause between two checks of `wait_ready`."""
 
     @property
     def is_lost(self) -> bool:

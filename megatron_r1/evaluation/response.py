@@ -42,7 +42,7 @@ class TextResponse:
 
     @property
     def length(self) -> int:
-        """In tokens, or in characters where the tokens were not counted."""
+        """The length in tokens, or in characters where the tokens were not counted."""
         return len(self.text) if self.num_tokens is None else self.num_tokens
 
     @property

@@ -22,7 +22,7 @@ from megatron_r1.rewards.remote.service import Service, ServiceError, Ungradable
 
 TINY_QUESTION = "1 + 1 ="
 CONNECT_SECONDS = 5.0
-"""For one attempt to connect."""
+"""The time limit of one attempt to connect."""
 PAUSE_SECONDS = 1.0
 REPORT_SECONDS = 5.0
 

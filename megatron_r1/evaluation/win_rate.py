@@ -23,7 +23,7 @@ NUM_RESAMPLES = 2_000
 CHUNK_NUMBERS = 2_000_000
 MAX_ITERATIONS = 100
 LARGEST_STEP = 2.0
-"""Of one of Newton's steps, in logits: from far away a whole one may overshoot."""
+"""The limit of one of Newton's steps, in logits: from far away a whole step may overshoot."""
 
 Comparisons = Sequence[Sequence[tuple[float, int]]]
 """[questions][samples] of (preference for the response, its length less the reference's)."""

@@ -8,10 +8,10 @@ GIB = 2**30
 CPU_RESPONSE, GPU_RESPONSE = 256, 4096
 LEAST_RESPONSE = 32
 GPU_BYTES_SHARDED, GPU_BYTES = 12, 6
-"""Of a parameter on a GPU: fp32 weight and moments, spread over all ranks; bf16 weight and fp32
-gradient, spread over tensor ranks."""
+"""Memory per parameter on GPUs: fp32 weight and moments, spread over all ranks; bf16 weight and
+fp32 gradient, spread over tensor ranks."""
 GPU_SHARE = 0.6
-"""Of a GPU's memory, for these."""
+"""The share of a GPU's memory that weights, gradients and moments may take."""
 LEARNING_RATES = ((20e6, 3e-5), (200e6, 2e-5), (float("inf"), 3e-6))
 """(less than so many parameters, rate); the last is DeepSeek-R1-Zero's."""
 

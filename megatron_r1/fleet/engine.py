@@ -91,8 +91,8 @@ class Engine:
                 await request
 
     async def unless_lost(self, call: Coroutine[Any, Any, T]) -> T:
-        """As `unless_dead`, for calls that must not be repeated: an engine whose connection breaks
-        during a push may hold the old weights or the new ones, or be paused, so it counts as
+        """Await a call that must not be repeated, as `unless_dead`: an engine whose connection
+        breaks during a push may hold the old weights or the new ones, or be paused, so it counts as
         dead."""
         try:
             return await self.unless_dead(call)

@@ -10,10 +10,11 @@ SHOWN_SECONDS = 60.0
 """Seconds over which `tokens_per_second` is averaged."""
 RECENT_REPLIES = 100
 MANY_FAULTS = 3
-"""Of the last RECENT_REPLIES: one may be a dropped connection, two an accident."""
+"""Unusable replies among the last RECENT_REPLIES that count as a defect: one may be a dropped
+connection, two an accident."""
 SLOW_SHARE = 0.25
-"""Of the other engines' median. Equal engines differ by less than a factor of two, also while one
-has long responses left and another short ones."""
+"""The share of the other engines' median rate below which an engine is slow. Equal engines differ
+by less than a factor of two, also while one has long responses left and another short ones."""
 ENOUGH_GROUPS = 8
 """Groups of each engine before they are compared."""
 

@@ -26,7 +26,7 @@ RANK_GIB = 0.5
 """Memory of a rank of vLLM on a CPU, without weights and cache."""
 POLL_SECONDS = 1.0
 RETRY_SECONDS = 60.0
-"""After an engine that could not join: the cause on its host is rarely over at once."""
+"""The pause after an engine that could not join: the cause on its host is rarely over at once."""
 
 
 def check_room(rollout: RolloutConfig) -> None:
@@ -95,7 +95,7 @@ def server_maker(pool: HostPool | None) -> MakeServer:
 
 @contextlib.asynccontextmanager
 async def accepting_hosts(fleet: RolloutFleet, pool: HostPool | None) -> AsyncIterator[None]:
-    """Within the block, add an engine to the fleet whenever a host has room for one."""
+    """Add an engine to the fleet whenever a host has room for one, until the end of the block."""
     task = asyncio.create_task(_add_engines(fleet, pool)) if pool is not None else None
     try:
         yield

@@ -161,7 +161,8 @@ class RolloutFleet:
 
     @contextlib.contextmanager
     def patient(self, seconds: float) -> Iterator[None]:
-        """Within the block, engines may be silent for so long, as they wait for weights."""
+        """Allow engines to be silent for `seconds` inside the block, in which they wait for
+        weights."""
         self.replacement.patience_seconds = seconds
         try:
             yield

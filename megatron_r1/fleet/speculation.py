@@ -10,7 +10,7 @@ from megatron_r1.engine.errors import EngineError
 from megatron_r1.fleet.engine import Engine
 
 ANSWER_SECONDS = 5.0
-"""For an engine's counters; one that answers later is counted at the next reading."""
+"""The time limit of reading an engine's counters; a later reply counts at the next reading."""
 COUNTER = re.compile(
     r"^vllm:spec_decode_num_(drafts|draft_tokens|accepted_tokens)_total(?:\{.*\})? (\S+)$",
     re.MULTILINE,

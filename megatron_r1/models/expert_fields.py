@@ -7,8 +7,8 @@ from megatron_r1.models.families import SWIGLU_LIMIT
 from megatron_r1.models.hf_config import model_family, need, sparse_layers
 
 GROUP_SCORES = {"sigmoid": 2, "softmax": 1}
-"""Of how many experts, its best, the scores are summed to the score of a group: two in DeepSeek-V3
-(and its descendants), one in DeepSeek-V2."""
+"""The number of a group's best experts whose scores are summed to the score of the group: two in
+DeepSeek-V3 (and its descendants), one in DeepSeek-V2."""
 
 OPEN_SWIGLU = {"glu_linear_offset": 1.0, "activation_func_clamp_value": SWIGLU_LIMIT}
 

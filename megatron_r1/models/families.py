@@ -51,7 +51,7 @@ class Family:
 
 
 SWIGLU_LIMIT = 7.0
-"""To which gate and up are clamped where `open_swiglu` is set."""
+"""The limit to which gate and up are clamped where `open_swiglu` is set."""
 
 _NO_MTP = {"num_nextn_predict_layers": 0}
 _LLAMA = {**_NO_MTP, "attention_bias": False}

@@ -110,7 +110,7 @@ class Replay:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Within the context, let the trainer route every token."""
+        """Let the trainer route every token inside the block."""
         self._paused = True
         try:
             yield
@@ -119,7 +119,7 @@ class Replay:
 
     @contextlib.contextmanager
     def measured(self) -> Iterator[None]:
-        """Within the context, count how many of the engine's choices the routers would make
+        """Count, inside the block, how many of the engine's choices the routers would make
         themselves, each given the replayed choices of the layers below."""
         for replay in self._all():
             replay.measures, replay.agreed, replay.asked = True, 0, 0

@@ -7,7 +7,7 @@ from megatron_r1.errors import UserError
 from megatron_r1.platform.cpu_patches import MEGATRON_VERSION
 
 TRANSFORMER_ENGINE_VERSION = "2.20.2"
-"""Of requirements/cuda.lock: names, shapes and checkpoints of its layers are tested with it."""
+"""The version in requirements/cuda.lock, with which names, shapes and checkpoints are tested."""
 
 
 def check_megatron() -> None:

@@ -17,7 +17,8 @@ from megatron_r1.reporting.folder_lock import LOCK, FolderLock, is_locked
 NUM_BYTES = 64 << 20
 SMALL_FILES = 8
 APPEAR_SECONDS = 10.0
-"""For a file to appear on another node: network file systems keep old listings for seconds."""
+"""The time limit for a file to appear on another node: network file systems keep old listings for
+seconds."""
 NAME = ".preflight"
 
 

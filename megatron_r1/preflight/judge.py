@@ -24,7 +24,7 @@ MAY_DIFFER = ("kernel",)
 OTHERS_BYTES = 3 * GIB
 """GPU memory that may be in use: a CUDA context, a display, a monitoring agent."""
 HOST_SHARE = 0.8
-"""Of a host's memory, to be available."""
+"""The share of a host's memory that should be available."""
 CLOCK_SECONDS = 1.0
 FOLDER_RATE = 100e6
 MANY = 6

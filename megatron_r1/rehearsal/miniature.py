@@ -20,7 +20,8 @@ LEARNING_RATE = 1e-3
 HANG_SECONDS = 600.0
 QUESTIONS = 16
 PROBE_TOLERANCE = 0.1
-"""In bf16 trainer and engine differ by 0.006 here, with another model's weights by 0.8."""
+"""The limit of `push.probe_tolerance` in bf16, where trainer and engine differ by 0.006 here, and
+by 0.8 with another model's weights."""
 
 
 class Change(NamedTuple):

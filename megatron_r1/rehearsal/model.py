@@ -22,10 +22,11 @@ HEAD = 64
 """Width of an attention head; vLLM's attention on CPUs takes multiples of 32."""
 WIDTH = 256
 EXPERT_WIDTH = 512
-"""Of one expert: a multiple of FP8's blocks of 128, also where four ranks share an expert."""
+"""Features of one expert: a multiple of FP8's blocks of 128, also where four ranks share it."""
 STD = 0.05
-"""Of random weights. With 0.1 five layers amplify bf16's rounding until engine and trainer differ
-by 0.4 to 1.0; with less than 0.03 all log-probabilities are nearly equal."""
+"""The standard deviation of random weights. With 0.1 five layers amplify bf16's rounding until
+engine and trainer differ by 0.4 to 1.0; with less than 0.03 all log-probabilities are nearly
+equal."""
 CHAT = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"

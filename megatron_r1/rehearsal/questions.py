@@ -9,7 +9,7 @@ from megatron_r1.rewards.base import Grade
 
 KIND = f"{__name__}:grade"
 NAMED_KIND = f"{__name__}:grade_named"
-"""Of every other question: stands for the kinds of `rl.kind_weights`."""
+"""The kind of every other question, instead of the kinds of `rl.kind_weights`."""
 
 
 def grade(response: str, truth: object, **fields: object) -> Grade:

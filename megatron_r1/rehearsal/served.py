@@ -14,7 +14,7 @@ from megatron_r1.workflow.serving import choose_ports, served
 
 NAME = "reward_model"
 MOST_TOKENS = 1024
-"""Of a question and its response, whose template may be longer than the policy's."""
+"""The longest question with its response; its template may be longer than the policy's."""
 
 
 def reward_models(options: dict[str, dict[str, Any]]) -> dict[str, str]:

@@ -10,7 +10,7 @@ from megatron_r1.reporting.wording import counted, finite, printable, shorten
 MAX_TURNS = 40
 """Turns shown; of a longer episode the first and the last ones."""
 MAX_CHARACTERS = 2000
-"""Of one turn."""
+"""Characters of one turn that are shown."""
 CALL = re.compile(r"(<tool_call>.*?</tool_call>)", re.DOTALL)
 
 

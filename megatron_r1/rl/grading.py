@@ -40,8 +40,8 @@ class ResponseGrader:
     async def grade_episodes(
         self, prompt: Prompt, played: Sequence[Played], weights: Mapping[str, float]
     ) -> list[GradedResponse]:
-        """As `grade`, of episodes: their environment's reward is the accuracy where it gives one.
-        The other terms grade the last answer. An episode that is not scored is ungraded."""
+        """Grade episodes. The environment's reward is the accuracy where it gives one; the other
+        terms grade the last answer. An episode that is not scored is ungraded."""
         return await asyncio.gather(*(self._grade_episode(prompt, p, weights) for p in played))
 
     async def _grade_episode(

@@ -27,7 +27,7 @@ ANSWER_SECONDS = 5.0
 STACKS_SECONDS = 1.0
 STACK_LINES = 150
 STACK_SIGNAL = signal.SIGUSR2
-"""On which every process of an engine writes its stacks to its log (`vllm_plugin`)."""
+"""The signal on which a process of an engine writes its stacks to its log (`vllm_plugin`)."""
 TOKENS = re.compile(r"^vllm:generation_tokens_total(?:\{.*\})? (\S+)$", re.MULTILINE)
 STATES = {
     "tracing-stop": "stopped by a debugger",

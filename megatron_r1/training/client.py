@@ -30,7 +30,8 @@ from megatron_r1.training.wire import Buffer, Call, Reply, Sample, Share, encode
 
 POLL_SECONDS = 0.5
 CONNECTIONS, OTHER_FILES = 2, 600
-"""Of a rank: for calls and its monitor's. Of the run: mostly requests to engines, one a group."""
+"""Open files: connections of each rank, for calls and for its monitor; and those of the run, mostly
+requests to engines, one a group."""
 SENT_AT_ONCE = 128
 """Calls between which the event loop may do other things: one to every rank takes milliseconds."""
 

@@ -20,12 +20,12 @@ from megatron_r1.weights.adapters.table import num_adapter_parameters
 VALUE = {"float32": 4, "bfloat16": 2}
 FP32 = 4
 RANK_BYTES, ENGINE_BYTES, OTHER_BYTES = 500 << 20, 700 << 20, 500 << 20
-"""Of a trainer rank and a rank of an engine without a model; of the controller and its graders.
-Mostly libraries, whose pages processes share."""
+"""Memory of a trainer rank and of an engine rank without a model, and of the controller with its
+graders: mostly libraries, whose pages processes share."""
 CHUNK_LOGITS = 1 << 24
 """Logits that the loss head has in memory at once on a CPU (r1_kernels)."""
 MOST_BYTES, FEWEST_TOKENS = 3 << 30, 512
-"""Of a default micro-batch's activations, and its tokens: larger ones are not faster on a CPU.
+"""Limits of a default micro-batch: its activations and its tokens. Larger ones are not faster.
 SmolLM2-135M cut to 6 layers, 4,096 tokens, one core: 7.0 to 7.5 CPU seconds in micro-batches of
 4,096, 2,048 or 1,024 tokens, 8.3 in those of 512, 9.3 in those of 256."""
 USED = 0.9

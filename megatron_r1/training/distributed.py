@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 BROADCAST_BYTES = 1 << 30
-"""Of samples in one broadcast; a replica's share of long responses with routing has gigabytes."""
+"""Samples of one broadcast; a replica's share of long responses with routing has gigabytes."""
 
 
 @dataclass(frozen=True)

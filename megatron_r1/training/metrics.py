@@ -30,7 +30,7 @@ class Maximum:
 
 
 Metrics = Mapping[str, Mean | Maximum]
-"""By the names in `metrics.jsonl`."""
+"""Metrics by their names in `metrics.jsonl`."""
 
 
 def merge(reports: Iterable[Metrics]) -> dict[str, Mean | Maximum]:

@@ -97,7 +97,7 @@ def moment_fields(config: Config) -> dict[str, Any]:
 
 
 def round_moments(optimizer: Any, config: Config) -> None:
-    """On a CPU, have `optimizer` round bf16 moments after every step."""
+    """Make `optimizer` round bf16 moments after every step, on a CPU."""
     if config.optimizer.moments == "float32" or platform.has_gpu():
         return
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):

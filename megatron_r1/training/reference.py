@@ -35,7 +35,7 @@ class Reference:
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
-        """Within the context, let the model compute with the reference's weights."""
+        """Let the model compute with the reference's weights inside the block."""
         policy = [live.data for live in self._live]
         try:
             for live, kept in zip(self._live, self._kept, strict=True):

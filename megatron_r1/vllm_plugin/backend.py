@@ -35,7 +35,7 @@ class PushInitInfo(WeightTransferInitInfo):
     store: list
     """[host, port] of the trainer's store."""
     name: str
-    """Of the set of equal engines that are connected together, unique to this connection."""
+    """Name of the set of equal engines that are connected together, unique to this connection."""
     tensors: list
     """[name, shape] of every tensor of the checkpoint."""
     member: int = 0
@@ -45,9 +45,9 @@ class PushInitInfo(WeightTransferInitInfo):
     memory_bytes: int | None = None
     """Limit per rank for weights in transit; None: as many as the weights have."""
     timeout_seconds: float = 600.0
-    """For the trainer to connect."""
+    """Time limit for the trainer to connect."""
     push_seconds: float = 600.0
-    """For a push."""
+    """Time limit of a push."""
 
 
 @dataclass
@@ -57,7 +57,7 @@ class PushUpdateInfo(WeightTransferUpdateInfo):
     push: int
     """Its number: one more than that of the engine's last push."""
     timeout_seconds: float = 600.0
-    """For all of it to arrive."""
+    """Time limit for all of the push to arrive."""
 
 
 class PushTransferEngine(WeightTransferEngine[PushInitInfo, PushUpdateInfo]):

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 POLL_SECONDS = 0.0005
-"""Between two looks for a message; a step of a small model takes 20 ms or more."""
+"""The pause between two checks for a message; a step of a small model takes 20 ms or more."""
 
 
 def apply() -> None:

@@ -169,8 +169,8 @@ def is_packed(parameter: Parameter, model: torch.nn.Module) -> bool:
 
 
 class _LazyZeros(TorchFunctionMode):
-    """Within the block `torch.zeros(num_bytes, dtype=torch.int8)` is untouched memory, which the
-    kernel zeroes page by page on first use."""
+    """Gives `torch.zeros(num_bytes, dtype=torch.int8)` inside the block as untouched memory, which
+    the kernel zeroes page by page on first use."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}

@@ -24,8 +24,8 @@ from megatron_r1.weight_sync.verify.checksum import checksum
 SMALL_BYTES = 1 << 16
 """Layers of at most so many bytes are compared in every push."""
 CPU_BYTES, GPU_BYTES = 1 << 24, 1 << 31
-"""Of larger ones, per window: 8 ms of a core at 4 GB/s, which reads them before and after. A layer
-that is larger still is not compared."""
+"""Bytes of larger layers that are compared per window: 8 ms of a core at 4 GB/s, which reads them
+before and after. A layer that is larger still is not compared."""
 
 
 class DeliveryCheck:
@@ -40,7 +40,7 @@ class DeliveryCheck:
         self._turns = list(layers.values())
         """The parameters of each layer; layers that were compared longest ago first."""
         self._before: list[tuple[list[PlacedParameter], PlacedParameter, list[int]]] = []
-        """Of each layer compared in this load: its parameters, a new one of them, and checksums."""
+        """Each layer compared in this load: its parameters, a new one of them, and checksums."""
 
     def begin(self, changed: set[int]) -> None:
         """Note the tensors in use before a load. changed: the slots of this window for which other

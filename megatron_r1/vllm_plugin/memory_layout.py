@@ -12,7 +12,7 @@ from megatron_r1.weight_sync.receive import Slot, SlotTable
 ALIGNMENT = 64
 """Bytes, of parameters, which are views of the memory while their layers load."""
 GAP_BYTES = 128
-"""Between the rows of a matrix that `with_gaps` spreads."""
+"""The gap between the rows of a matrix that `with_gaps` spreads."""
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ CORE_ENDED = "core_ended"
 STATUS = {CORE_ENDED: 500, IncompletePush.CODE: 500, UndeliveredPush.CODE: 409}
 """HTTP status of each "kind" of failure. Below 500: another engine would do no better."""
 DEATH_SECONDS = 0.5
-"""Between two looks at whether the core still lives."""
+"""The pause between two checks whether the core is still alive."""
 
 
 async def swap_weights(

@@ -15,8 +15,8 @@ from megatron_r1.weight_sync.plan.links import most_engines
 CONNECT_SECONDS = 120.0
 """Limit for the ranks of a set and of the trainer to find each other."""
 ANSWER_SECONDS = 20.0
-"""For an engine to report that it could not be connected, once the trainer has; more than
-`LAST_WORDS_SECONDS`, which it waits to see whether it dies."""
+"""The time limit for an engine to report that it could not be connected, once the trainer has; more
+than `LAST_WORDS_SECONDS`, in which the client waits for the engine's end."""
 MOST_UNEXPLAINED = 2
 """Failures of sets of which nobody knows the cause, until every engine is a set of its own: they
 may not reach each other."""

@@ -45,7 +45,7 @@ class Node:
 
 
 Paths = Sequence[Sequence[Node]]
-"""For each edge the nodes it goes through, from top to bottom."""
+"""The nodes that each edge goes through, from top to bottom."""
 
 
 def graph_svg(

@@ -6,7 +6,7 @@ from typing import Any
 from tools.gpu_check.runner import Outcome
 
 NULL_GPU = "(null)"
-"""In the name of the null GPU's devices (tests/nullgpu/shim/null_gpu.h)."""
+"""A part of the name of the null GPU's devices (tests/nullgpu/shim/null_gpu.h)."""
 
 ON_NULL_GPU = (
     "**This is the null GPU of tests/nullgpu**: kernels do not run, so times are meaningless, "

@@ -30,7 +30,7 @@ FASTEST = "fastest layouts that fit (fullest rank, estimated step)"
 
 FITS, UNFIT, REFUSED = range(3)
 VERDICTS = {FITS: "fits", UNFIT: "does not fit", REFUSED: "refused"}
-"""By exit status; for several recipes the highest is returned."""
+"""The verdict of each exit status; for several recipes the highest is returned."""
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -84,7 +84,7 @@ class Job:
 
     @property
     def sparse(self) -> list[bool]:
-        """For each decoder layer, whether it has routed experts."""
+        """Whether each decoder layer has routed experts."""
         if "sparse" not in self.shared:
             kinds = {id(layer): any(r.expert for r in layer) for layer in self.rules.layers}
             self.shared["sparse"] = [kinds[id(layer)] for layer in self.rules.layers]

@@ -27,7 +27,7 @@ from tools.plan.timing import time_section
 
 BISECTIONS = 60
 LIMITS = (1e-12, 1.0)
-"""Between which a value is sought: a share, or seconds of a layer."""
+"""The limits between which a value is sought: a share, or seconds of a layer."""
 
 
 def calibrate_from(folder: Path, file: Path, chosen: argparse.Namespace, overrides: dict) -> str:

@@ -42,7 +42,7 @@ class RankMemory:
 
 PERSISTENT = ("parameters", "gradients", "optimizer")
 CRITIC = "critic"
-"""The same three of PPO's critic, in addition to the policy's."""
+"""The three kinds of PPO's critic, in addition to the policy's."""
 RECEIVE_BUFFER = "receive buffer"
 """The receive buffer of the engine rank on the same GPU, which it keeps while it sleeps."""
 

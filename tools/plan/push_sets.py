@@ -15,9 +15,9 @@ from megatron_r1.weight_sync.transports import PASSED_BYTES
 from megatron_r1.weights.layout import Shard
 
 PAIR_REQUESTS = 4
-"""Of the store, for a group of two: each rank sets its address and gets the other's."""
+"""Requests to the store for a group of two: each rank sets its address and gets the other's."""
 SLOT_BYTES = 90
-"""Of a tensor in a published table; 75 to 90 in the tables of DeepSeek-V3."""
+"""Bytes of a tensor in a published table; 75 to 90 in the tables of DeepSeek-V3."""
 
 
 @dataclass(frozen=True)

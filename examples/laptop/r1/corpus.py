@@ -25,7 +25,7 @@ THOUGHT_IN = {
     "en": {"en": 0.8, "zh": 0.05, "mixed": 0.15},
     "zh": {"en": 0.3, "zh": 0.3, "mixed": 0.4},
 }
-"""By the question's language: shares of the languages of worked thoughts."""
+"""Shares of the languages of worked thoughts, by the question's language."""
 GUESS, GUESS_WRONG = 0.6, 0.9
 BROKEN_FORMAT = 0.08
 AFTER_EXAMPLES = 0.1

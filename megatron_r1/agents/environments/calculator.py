@@ -17,7 +17,7 @@ OPERATORS: dict[type, Callable[..., Any]] = {
     ast.USub: operator.neg,
 }
 MAX_CHARS = 200
-"""Of an expression; without powers no result is long then."""
+"""The longest expression; as there are no powers, its result is short, too."""
 
 
 class Calculator:

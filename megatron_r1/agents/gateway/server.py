@@ -27,9 +27,10 @@ from megatron_r1.engine.errors import EngineError
 
 MAX_BODY_BYTES = 64 * 2**20
 KEEP_ALIVE_SECONDS = 10.0
-"""Between comments in a stream whose turn is still being sampled."""
+"""The pause between comments in a stream whose turn is still being sampled."""
 KEY_HEADERS = ("x-api-key", "X-Session-ID", "X-R1-Session")
-"""Beside Authorization. The last is for clients that set the others themselves."""
+"""Headers that may carry the key, beside Authorization; the last is for clients that set the others
+themselves."""
 SamplingOptions = Literal["run", "refuse"]
 
 

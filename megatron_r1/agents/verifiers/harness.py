@@ -22,7 +22,7 @@ from megatron_r1.processes.children import popen_options
 SCRIPT = Path(__file__).with_name("serve.py")
 START_SECONDS = 300.0
 LINE_BYTES = 2**28
-"""Of a reply: the tokens of all branches of an episode."""
+"""The longest reply, which has the tokens of all branches of an episode."""
 
 
 class VerifiersHarness:

@@ -33,7 +33,7 @@ REGISTRY: dict[str, Filter] = {
     "code_blocks": code_blocks,
     "repetition": repetition,
 }
-"""In the order in which they run; the first that objects gives the reason."""
+"""The filters, in the order in which they run; the first that objects gives the reason."""
 # Duplicates are not seen in one response alone: `selection` drops them, switched on by this name.
 NAMES = (*REGISTRY, DUPLICATE)
 OF_OUTPUT: dict[str, tuple[str, ...]] = {

@@ -42,8 +42,8 @@ class LocalEngine:
 
 
 class LocalEngines:
-    """At most `num_engines`, or parts of engines, each in a slot with its share of the GPUs and a
-    port of its own."""
+    """The engines of a host, or parts of engines, at most `num_engines`: each in a slot with its
+    share of the GPUs and a port of its own."""
 
     def __init__(
         self, num_engines: int, address: str, first_port: int | None, logs: Path | None

@@ -16,7 +16,7 @@ REPORT_SECONDS = 1.0
 """Longest time between two messages of either side."""
 
 ADDRESS_FILE = "controller.json"
-"""In the run folder while a run accepts engine hosts: {"engine_hosts": "tcp://host:port"}."""
+"""The file in the folder of a run that accepts engine hosts: {"engine_hosts": "tcp://host:port"}."""
 
 
 class EngineReport(msgspec.Struct, frozen=True):

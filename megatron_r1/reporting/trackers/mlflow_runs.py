@@ -13,7 +13,7 @@ MAX_PARAMETERS = 100
 MAX_CHARS = 500
 """Limits of MLflow for a batch of parameters, and for a value that all of its stores take."""
 NOT_ALLOWED = re.compile(r"[^\w\-. :/]")
-"""In the name of a metric: `eval/pass@1` is `eval/pass_1`."""
+"""Characters that MLflow refuses in the name of a metric; each becomes `_`, as in `eval/pass_1`."""
 DEFAULTS = {
     # Without them a server that is away takes minutes for each line.
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",

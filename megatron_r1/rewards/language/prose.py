@@ -55,7 +55,7 @@ SPACED_LETTERS = re.compile(r"(?<![^\W_])[A-Za-z](?:[ ][A-Za-z](?![^\W_])){4,}+"
 SYMBOL = re.compile(r"""[^\w\s,.;:!?'"’“”‘，。；：！？、（）「」《》…—-]|[_\d]""")
 WORD_LIKE = re.compile(r"[^\W\d_]{2,}")
 FENCED_WEIGHT = 1 / 8
-"""Of a word in a code block: a program is longer than the text about it."""
+"""The weight of a word in a code block: a program is longer than the text about it."""
 MIN_PROSE_WORDS = 8
 MAX_PROSE_SYMBOLS = 0.04
 NO_WORDS = re.compile(rf"[0-9]|(?:{FUNCTIONS})(?![A-Za-z])")

@@ -27,7 +27,7 @@ SYMBOL = r"(?:[^\w\s]|_)"
 # Symbols of any kind with only white space between them.
 STRETCH = re.compile(rf"{SYMBOL}(?:\s*+{SYMBOL})*+")
 FREE_PER_STRETCH = 4
-"""Between two operands or words: `)) = (` has four symbols."""
+"""Symbols that may stand between two operands or words: `)) = (` has four."""
 # Punctuation and mathematics: ASCII, Latin-1, general and CJK punctuation, arrows, operators.
 RARE_RUN = re.compile(
     r"[^\w\s!-~\u00a1-\u00bf×÷\u2010-\u205e\u2190-\u22ff\u27c0-\u27ff\u2900-\u2aff\u3000-\u303f]+"

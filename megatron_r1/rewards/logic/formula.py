@@ -13,7 +13,7 @@ FORMULA_NAMES = frozenset(
 GROWING = frozenset(("exp", "sinh", "cosh"))
 MAX_FORMULA_CHARS = 2_000
 MAX_BITS = 4_096
-"""Of any intermediate number: 1,200 digits."""
+"""The size of any intermediate number: 1,200 digits."""
 MAX_DEGREE = 64
 """Total degree in all symbols, which a scorer may expand."""
 

@@ -91,4 +91,4 @@ GUARDS: dict[str, Callable[[str, dict[str, Any]], str]] = {
     "sokoban": _only_moves,
     "word_sorting": _as_many_words,
 }
-"""By task: returns why an answer is refused, or ""."""
+"""The guard of each task: it returns why an answer is refused, or ""."""

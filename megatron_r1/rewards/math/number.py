@@ -34,7 +34,7 @@ WRAPPED_TWICE = re.compile(r"\(\s*(\([^()]*\))\s*\)")
 MAX_WRAPS = 4
 WRAPPED_PART = re.compile(r"(?:^|(?<=[/{]))\(\s*([+-]?[\d.]+)\s*\)(?=[/}]|$)")
 ROUNDING_PLACES = 6
-"""As in math-verify, a decimal may stand for a number that equals it to six places …"""
+"""A decimal may stand for a number that equals it to six places, as in math-verify …"""
 MAX_RELATIVE_ERROR = Fraction(1, 1000)
 """… but 0.0000001 is not 0.0000002, although both are 0 to six places."""
 

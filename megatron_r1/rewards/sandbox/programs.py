@@ -22,7 +22,8 @@ COMPILER_OPTIONS = "-O2 -w -fmax-errors=1 -fdiagnostics-color=never -fno-diagnos
 
 
 OLDEST_KERNEL = (5, 14)
-"""In older kernels the limit on processes counts all of the user's, not those in the sandbox."""
+"""The oldest supported Linux. In older ones the limit on processes counts all of the user's, not
+those in the sandbox."""
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,7 @@ mkdir 83 - | mkdirat 258 34 | rmdir 84 - | unlink 87 - | unlinkat 263 35 | renam
 renameat 264 38 | renameat2 316 276 | chmod 90 - | fchmod 91 52 | fchmodat 268 53 | umask 95 166 |
 truncate 76 45 | ftruncate 77 46 | fallocate 285 47 | fork 57 - | vfork 58 -
 """
-"""For the compiler, which writes files and runs the assembler and the linker."""
+"""System calls of the compiler, which writes files and runs the assembler and the linker."""
 
 MACHINES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 """The machines of the tables' two columns, with their AUDIT_ARCH_* of linux/audit.h."""

@@ -211,7 +211,7 @@ def _parts(optimizer: Any) -> list[Any]:
 
 @contextlib.contextmanager
 def _little_to_collect() -> Iterator[None]:
-    """Within the context, exclude all objects that exist now from garbage collection.
+    """Exclude all objects that exist now from garbage collection inside the block.
 
     Megatron collects after every part, 0.4 s a time for the objects of its imports alone."""
     gc.freeze()

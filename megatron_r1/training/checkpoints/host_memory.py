@@ -65,7 +65,7 @@ class HostMemory:
 
 @contextlib.contextmanager
 def gathered_on_host(part: Any, index: int, memory: HostMemory | None) -> Iterator[None]:
-    """Within the context, part `index` of the optimizer gathers into `memory`; without memory, only
+    """Let part `index` of the optimizer gather into `memory` inside the block; without memory, only
     buffers of the right size are made.
 
     Every data-parallel rank gets everything, so that they can share the writing."""

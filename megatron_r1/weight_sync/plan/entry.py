@@ -24,11 +24,11 @@ costs time to create its groups, latency of their rings, and more engines that a
 
 
 LARGEST, SMALL = 0.5, 0.2
-"""Of the bytes that enter an engine rank half at most come from one choice of sender: the busiest
-trainer rank then sends 1.15 times the mean in the recipe for 2,048 GPUs, with whole shares 1.4
-times. Pieces of less than a fifth of that make no choice."""
+"""The largest and the smallest share of an engine rank's bytes that one choice of sender decides.
+With half at most the busiest trainer rank sends 1.15 times the mean in the recipe for 2,048 GPUs,
+with whole shares 1.4 times. Pieces of less than a fifth of that make no choice of their own."""
 SHARED_MEMORY_LARGEST = 1 / 16
-"""As `LARGEST`, where a link costs nothing and every copy by another core helps."""
+"""`LARGEST` in shared memory, where a link costs nothing and every copy by another core helps."""
 
 
 class Part(NamedTuple):

@@ -38,15 +38,15 @@ class ReceiveBuffer:
             sender: list(accumulate(map(len, windows))) for sender, windows in self.windows.items()
         }
         self._arriving: dict[int, tuple[int, int, RunningChecksum]] = {}
-        """By sender: push, index and checksum so far of its current delivery."""
+        """Push, index and checksum so far of the current delivery of each sender."""
         self._push = dict.fromkeys(deliveries, 0)
         self._count = dict.fromkeys(deliveries, 0)
         self._sent: dict[tuple[Any, int], int] = {}
-        """By sender and index: the checksum of the delivery that arrived last."""
+        """The checksum of the delivery that arrived last, by sender and index."""
         self._taken: dict[tuple[Any, int], int] = {}
-        """The same of the push that was taken for loading last."""
+        """The checksums of the push that was taken for loading last, by sender and index."""
         self._wrong: dict[int, dict[str, None]] = {}
-        """By push: the damaged tensors, as an ordered set."""
+        """The damaged tensors of each push, as an ordered set."""
         self._failure: Exception | None = None
         self._changed = threading.Condition()
 

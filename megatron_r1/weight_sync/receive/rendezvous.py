@@ -23,7 +23,7 @@ POLL_SECONDS = 1.0
 ONE_POLL_SECONDS = 0.01
 """How often trainer rank 0, which waits for all engines, checks whether all are there."""
 ANSWER_SECONDS = 5.0
-"""For the ranks of a position to show, after a failure, that they are alive."""
+"""The time limit for the ranks of a position to show, after a failure, that they are alive."""
 Entries = list[list[tuple[int, list[Delivery]]]]
 """entries[engine]: (sender, deliveries) of what enters an engine's rank at one position."""
 

@@ -46,7 +46,7 @@ EXPECTED = (OSError, RuntimeError, ValueError)
 
 
 class _Link(NamedTuple):
-    """To one engine rank: the transport's end, and the data of each of its deliveries."""
+    """The link to one engine rank: the transport's end, and the data of each of its deliveries."""
 
     engine: int
     end: Sender

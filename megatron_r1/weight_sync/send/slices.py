@@ -22,7 +22,7 @@ class ParameterSlice:
     region: Region
     _view: Tensor | None = field(default=None, init=False, repr=False)
     _address: int = field(default=0, init=False, repr=False)
-    """Of the parameter's memory when `_view` was made, which keeps that memory from being freed."""
+    """Address of the parameter's memory when `_view` was made, which keeps that memory in use."""
 
     @property
     def is_held(self) -> bool:

@@ -46,7 +46,7 @@ class DeviceMemory(msgspec.Struct, frozen=True):
 
 
 class DeviceReceiver(SharedMemoryReceiver):
-    """As `SharedMemoryReceiver`, with its memory on the GPU."""
+    """A `SharedMemoryReceiver` with its memory on the GPU."""
 
     def reserve(self, num_bytes: int) -> torch.Tensor:
         try:
@@ -62,7 +62,7 @@ class DeviceReceiver(SharedMemoryReceiver):
 
 
 class DeviceSender(SharedMemorySender):
-    """As `SharedMemorySender`, into memory of the receiver's GPU."""
+    """A `SharedMemorySender` that writes into memory of the receiver's GPU."""
 
     def open(self) -> torch.Tensor:
         packed = base64.b64decode(self.receiver.address)

@@ -186,7 +186,7 @@ class GlooSender(Sender):
     """The push whose bytes `_sent` holds, by bucket; 0: none that the receiver has whole."""
     _since_full = 0
     num_bytes_sent = 0
-    """Of the last window, as it was sent."""
+    """Bytes of the last window, as it was sent."""
 
     def plan(self, deliveries: Sequence[Delivery]) -> None:
         self._sent: list[torch.Tensor] = []

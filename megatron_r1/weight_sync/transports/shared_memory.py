@@ -31,8 +31,8 @@ PREFIX = "megatron_r1_"
 SWEEP_AGE_SECONDS = 60.0
 POLL_SECONDS = 0.002
 FOLLOW_SECONDS = 0.0001
-"""Between reads of the progress arrays: when idle, and while a push is under way, where 20 to 500
-us make no difference (docs/log.md)."""
+"""Pauses between reads of the progress arrays: when idle, and while a push is under way, where 20
+to 500 us make no difference (docs/log.md)."""
 PUSH, DONE, SUMS = 0, 1, 2
 """Fields of a progress array (uint64): push, bytes written of it, one checksum per delivery."""
 

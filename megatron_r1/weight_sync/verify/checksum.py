@@ -43,7 +43,7 @@ class RowsChecksum:
 
 
 class RowsWeightedSum:
-    """As `RowsChecksum`, on the device of the rows: their `weighted_sum`."""
+    """The checksum of rows on their own device: their `weighted_sum`; used as `RowsChecksum`."""
 
     def __init__(self) -> None:
         self._sums: list[tuple[torch.Tensor, torch.Tensor]] = []

@@ -15,7 +15,7 @@ from megatron_r1.weights.stored.safetensors_file import plan_file
 from megatron_r1.weights.writing import on_first_rank, replace_folder, write_pieces
 
 PREFIX = "base_model.model."
-"""Of every name in PEFT's files."""
+"""The beginning of every name in PEFT's files."""
 
 
 def save_adapter(

@@ -25,7 +25,7 @@ FLOATS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F8_E4M3": fp8
 _IGNORED = (".rotary_emb.inv_freq",)
 
 SCALES_FILE = "fp8_scales.safetensors"
-"""In a converted checkpoint: the FP8 scales that its weights were dequantised with."""
+"""The file of a converted checkpoint with the FP8 scales that its weights were dequantised with."""
 
 
 class HfWeights:

@@ -18,7 +18,7 @@ are not those it is stamped with, by more."""
 MOST_FROM_MEAN = 1.96 * 2**0.5
 """Standard errors that separate two measurements of the same accuracy in 5% of cases."""
 LEAST_SPREAD = 0.05
-"""Between undisturbed runs of this task that differ in nothing but what was sampled."""
+"""The spread of undisturbed runs of this task, which differ only in what was sampled."""
 
 
 def steps_once(run: Path, steps: int, staleness: int = 0) -> Iterator[str]:

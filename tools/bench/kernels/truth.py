@@ -1,4 +1,4 @@
-"""The same results in fp64, the reference of every implementation's error.
+"""The results of every implementation in fp64, the reference of its error.
 
 Log-probabilities are exact for every token. Gradients are exact for a sample of rows, since all of
 them in fp64 would take four times the memory of what is measured."""

@@ -21,7 +21,7 @@ ENGINES = {
     "bf16": ("bfloat16", False),
     "fp32": ("float32", False),
 }
-"""By name: dtype, and whether matrices stay plain; otherwise vLLM packs each for oneDNN."""
+"""The dtype of each variant, and whether matrices stay plain; else vLLM packs them for oneDNN."""
 
 
 def add_options(options: argparse.ArgumentParser) -> None:

@@ -29,8 +29,8 @@ from tools.plan.push_sets import set_links
 RECIPE = ROOT / "examples/deepseek_r1/r1_zero.yaml"
 FORMS: dict[str, ByteCount] = {"bf16": plain_bytes("bfloat16"), "FP8": fp8_bytes}
 DIRECT_BATCH, ENTRY_BATCH = 0.3, 0.02
-"""Of running tasks that end between two computations of rates. 0.1 and 0.01 change the makespans by
-less than 6% and 1%."""
+"""The share of running tasks that end between two computations of rates. 0.1 and 0.01 change the
+makespans by less than 6% and 1%."""
 Plans = list[tuple[range, list[list[Entry]]]]
 
 
