@@ -13,6 +13,7 @@ from numbers import Real
 from typing import Any
 
 from megatron_r1.agents.agent_runs import Outcome, Run, Server
+from megatron_r1.agents.answers import AnswerReader, Generate
 from megatron_r1.agents.continuation import Continuation
 from megatron_r1.agents.environment_pool import EnvironmentFault
 from megatron_r1.agents.episode import SCORED, Episode, turns_of
@@ -24,7 +25,7 @@ from megatron_r1.agents.gateway import (
     TurnSampling,
 )
 from megatron_r1.agents.parsing import Parser, parser_of
-from megatron_r1.agents.player import Generate, Played, row_of
+from megatron_r1.agents.player import Played, row_of
 from megatron_r1.config import AgentsConfig
 from megatron_r1.data.prompts import Prompt
 from megatron_r1.data.text import PromptText
@@ -172,9 +173,10 @@ def harness_player(
     parsers = parser_of(
         agents.tool_parser, agents.reasoning_parser, tokenizer.name_or_path, agents.parser_workers
     )
+    continuation = Continuation(tokenizer)
     gateway = Gateway(
-        TurnSampler(text.decode, parsers),
-        Continuation(tokenizer),
+        TurnSampler(text.decode, AnswerReader(parsers, continuation)),
+        continuation,
         host=agents.gateway_host,
         sampling_options=agents.sampling_options,
     )

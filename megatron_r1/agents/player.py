@@ -1,4 +1,4 @@
-"""Plays an episode: an answer, its tool calls, their results, the next answer, until it ends."""
+"""Plays an episode: the policy's answer, the results of its tool calls, the next answer."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import asyncio
 import json
 import math
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from megatron_r1.agents.answers import AnswerReader, Generate, require_whole
 from megatron_r1.agents.continuation import Continuation, Unrenderable
 from megatron_r1.agents.environment_pool import (
     CallTimedOut,
@@ -18,24 +19,20 @@ from megatron_r1.agents.environment_pool import (
     Environments,
 )
 from megatron_r1.agents.episode import SCORED, Episode, Status, turns_of
-from megatron_r1.agents.parsing import ParseJob, parser_of
+from megatron_r1.agents.parsing import parser_of
 from megatron_r1.agents.tree import Message, TokenTree
 from megatron_r1.config import AgentsConfig
 from megatron_r1.data.prompts import Prompt
 from megatron_r1.data.text import PromptText
 from megatron_r1.engine.errors import EngineError
-from megatron_r1.engine.responses import Response
 from megatron_r1.errors import UserError
 from megatron_r1.rewards.base import shorten
-
-Generate = Callable[[Sequence[int], int], Awaitable[Response]]
-"""Samples one answer to a prompt's tokens, of at most so many tokens."""
 
 
 @dataclass(frozen=True)
 class Played:
-    """An episode with the text of its last answer, and the environment's reward; None where it
-    gives none: it has no `get_reward`, or the episode is not scored."""
+    """An episode, the text of its last answer, and the environment's reward: None where it has no
+    `get_reward`, or the episode is not scored."""
 
     episode: Episode
     text: str
@@ -58,7 +55,7 @@ class EpisodePlayer:
     def __init__(
         self, text: PromptText, environments: Environments, settings: AgentsConfig, room: int
     ) -> None:
-        """room: most tokens of prompt and answers together that an engine takes."""
+        """room: most tokens of a prompt and its answer that an engine takes."""
         self.text, self.environments, self.settings, self.room = text, environments, settings, room
         self.continuation = Continuation(text.tokenizer)
         self.parsers = parser_of(
@@ -67,17 +64,18 @@ class EpisodePlayer:
             text.tokenizer.name_or_path,
             settings.parser_workers,
         )
+        self.reader = AnswerReader(self.parsers, self.continuation)
 
     async def play(self, prompt: Prompt, generate: Generate, max_tokens: int) -> Played:
-        """Play one episode of a row. max_tokens: of all that follows the first prompt."""
-        game = _Game(self, generate, max_tokens)
+        """Play one episode of a row. max_tokens: the most tokens after the first prompt."""
+        running = _RunningEpisode(self, generate, max_tokens)
         status: Status
         reward, reason = None, ""
         try:
             async with self.environments.open() as environment:
-                status = await game.play(prompt, environment)
-                if self.environments.description.grades and not game.is_lost:
-                    answer = game.answer if status == "done" else ""
+                status = await running.play(prompt, environment)
+                if self.environments.description.grades and not running.is_lost:
+                    answer = running.answer if status == "done" else ""
                     reward = await environment.reward(answer)
                     if not math.isfinite(reward):
                         raise EnvironmentFault(f"get_reward returned {reward}")
@@ -91,12 +89,13 @@ class EpisodePlayer:
             status, reason = "protocol_error", f"{type(error).__name__}: {error}"
         if status not in SCORED:
             reward = None
-        elif game.is_lost:
+        elif running.is_lost:
             reward = 0.0
-        return Played(game.episode(status, shorten(reason, 400)), game.text, reward)
+        return Played(running.episode(status, shorten(reason, 400)), running.text, reward)
 
     async def check(self, prompts: Sequence[Prompt]) -> None:
-        """Begin an episode for a row of each set of fields. Raises UserError."""
+        """Start a parser, and begin an episode for one row of each set of fields. Raises
+        UserError."""
         await self.parsers.check()
         for prompt in {frozenset(prompt.fields): prompt for prompt in prompts}.values():
             try:
@@ -116,7 +115,7 @@ class EpisodePlayer:
 
 
 def row_of(prompt: Prompt) -> dict[str, Any]:
-    """Return what `reset` gets of a row."""
+    """Return the arguments of `reset` that a row has."""
     return {"question": prompt.question, "truth": prompt.truth, **prompt.fields}
 
 
@@ -127,7 +126,7 @@ def _as_json(text: str) -> Any:
         return text  # the model's mistake; the environment names it
 
 
-class _Game:
+class _RunningEpisode:
     """One episode while it is played."""
 
     def __init__(self, player: EpisodePlayer, generate: Generate, max_tokens: int) -> None:
@@ -144,7 +143,7 @@ class _Game:
         self.answer = ""
         """The last answer without reasoning."""
         self.is_lost = False
-        """Whether a call of the policy's ended the environment."""
+        """Whether one of the policy's calls has ended the environment."""
 
     async def play(self, prompt: Prompt, environment: EnvironmentProcess) -> Status:
         question = await environment.reset(row_of(prompt))
@@ -186,14 +185,11 @@ class _Game:
         began = time.monotonic()
         response = await self._generate(tree.token_ids(node), room)
         self._seconds["engines"] += time.monotonic() - began
-        if response.finish_reason not in ("stop", "length"):
-            raise EngineError(f"an engine ended a turn with {response.finish_reason!r}")
+        require_whole(response)
         self.text = player.text.decode(response.token_ids)
-        ids, prompt_ids = response.token_ids.tolist(), tree.token_ids(node).tolist()
-        parsed = await player.parsers.parse(ParseJob(self.text, ids, prompt_ids, self._tools))
-        message = parsed.message()
-        if not player.continuation.can_render(message, self._tools):
-            message = {"role": "assistant", "content": self.text}  # as a malformed call
+        message = await player.reader.read(
+            self.text, response.token_ids, tree.token_ids(node), self._tools
+        )
         tree.add_sampled(node, response, message)
         self._messages.append(message)
         return None if response.finish_reason != "stop" else message

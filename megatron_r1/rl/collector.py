@@ -9,8 +9,9 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import compress
 
+from megatron_r1.agents.answers import Generate
 from megatron_r1.agents.episode import Episode
-from megatron_r1.agents.player import Generate, Played, Player
+from megatron_r1.agents.player import Played, Player
 from megatron_r1.config import RewardsConfig
 from megatron_r1.data.prompts import Prompt
 from megatron_r1.data.text import PromptText

@@ -11,6 +11,7 @@ from functools import partial
 import pytest
 from tiny_models import QWEN, write_model
 
+from megatron_r1.agents.answers import AnswerReader
 from megatron_r1.agents.continuation import Continuation
 from megatron_r1.agents.gateway import Gateway, SessionLimits, TurnSampler, TurnSampling
 from megatron_r1.agents.parsing import ParserPool
@@ -60,8 +61,9 @@ def play(model, fleet, loop):
 
     async def main(agent):
         async with ParserPool(str(model), "hermes", None, num_workers=1) as parsers:
-            sampler = TurnSampler(text.decode, parsers)
-            async with Gateway(sampler, Continuation(text.tokenizer)) as gateway:
+            continuation = Continuation(text.tokenizer)
+            sampler = TurnSampler(text.decode, AnswerReader(parsers, continuation))
+            async with Gateway(sampler, continuation) as gateway:
                 sampling = TurnSampling(generate, ROOM, text.end)
                 session = gateway.open(SessionLimits(50, 5000), sampling)
                 result = await agent(gateway, session, calls)

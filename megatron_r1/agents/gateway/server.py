@@ -1,4 +1,4 @@
-"""The gateway: an HTTP server before the fleet that speaks the protocols of agents.
+"""The gateway: an HTTP server between agents and the fleet, with the protocols of their clients.
 
 Every turn goes through the fleet, so a dead engine costs one turn and a push none; the tokens that
 are trained on are those that the engine sampled (`continuation`). A session is a bearer secret."""
@@ -10,7 +10,7 @@ import hashlib
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, Self
 
@@ -230,9 +230,6 @@ class Gateway:
             raise Refused(
                 "no engine could sample this turn", status=503, kind="api_error"
             ) from error
-        if not self._continuation.can_render(turn.message, request.tools):
-            plain = {"role": "assistant", "content": turn.text}  # as a malformed call
-            turn = replace(turn, message=plain)
         reply = TurnReply(
             uuid.uuid4().hex,
             request.model or self._model,
@@ -325,5 +322,5 @@ def _json(value: Mapping[str, Any], status: int = 200) -> web.Response:
 
 
 def _digest(secret: str) -> bytes:
-    """Return what a session is found by: a look-up of the secret itself could be timed."""
+    """Return the key of a session's look-up: a look-up of the secret itself could be timed."""
     return hashlib.sha256(secret.encode("utf-8", "surrogateescape")).digest()

@@ -1,28 +1,25 @@
-"""One turn: prompt tokens to an engine, its answer cut at stop strings and read as a message."""
+"""Samples one turn: an engine's answer to prompt tokens, cut at stop strings, as a message."""
 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from megatron_r1.agents.answers import AnswerReader, Generate, require_whole
 from megatron_r1.agents.continuation import NextPrompt
-from megatron_r1.agents.parsing import ParseJob, Parser
 from megatron_r1.agents.tree import TokenTree
-from megatron_r1.engine.errors import EngineError
 from megatron_r1.engine.responses import Response
 
 Decode = Callable[[Sequence[int]], str]
-Generate = Callable[[Sequence[int], int], Awaitable[Response]]
 Claim = Callable[[int], int]
 
 
 @dataclass(frozen=True)
 class TurnSampling:
-    """How the run samples every turn of a session. generate: samples one answer to a prompt's
-    tokens, of at most so many tokens, on the fleet. max_context: tokens of a prompt and its answer.
-    end: the token that ends an answer."""
+    """How the run samples every turn of a session. max_context: most tokens of a prompt and its
+    answer. end: the token that ends an answer."""
 
     generate: Generate
     max_context: int
@@ -33,21 +30,19 @@ class TurnSampling:
 
 @dataclass(frozen=True)
 class SampledTurn:
-    """An engine's answer and the message that it was read as. stop_string: what it was cut at.
-    text: the answer, up to there."""
+    """An engine's answer and its message. stop_string: the text that ended it, if one did."""
 
     response: Response
     message: dict[str, Any]
     stop_string: str | None
-    text: str
 
 
 class TurnSampler:
-    """Samples turns and reads them."""
+    """Samples turns and reads them as messages."""
 
-    def __init__(self, decode: Decode, parsers: Parser) -> None:
+    def __init__(self, decode: Decode, reader: AnswerReader) -> None:
         """decode: tokens of an answer to text, without the end token (`data.text.PromptText`)."""
-        self._decode, self._parsers = decode, parsers
+        self._decode, self._reader = decode, reader
 
     async def sample(
         self,
@@ -65,18 +60,13 @@ class TurnSampler:
         of the episode may have used its tokens up meanwhile. stop: texts that end it. most_calls:
         tool calls kept of it."""
         response = await sampling.generate(prompt_ids, max_tokens)
-        if response.finish_reason not in ("stop", "length"):
-            raise EngineError(f"an engine ended a turn with {response.finish_reason!r}")
+        require_whole(response)
         response, text, stop_string = cut(response, len(prompt_ids), stop, self._decode)
         if (kept := claim(len(response.token_ids))) < len(response.token_ids):
             response = _first(response, len(prompt_ids), kept, "length")
             text, stop_string = self._decode(response.token_ids), None
-        job = ParseJob(text, response.token_ids.tolist(), list(prompt_ids), list(tools))
-        parsed = await self._parsers.parse(job)
-        message = parsed.message()
-        if most_calls is not None and "tool_calls" in message:
-            message["tool_calls"] = message["tool_calls"][:most_calls]
-        return SampledTurn(response, message, stop_string, text)
+        message = await self._reader.read(text, response.token_ids, prompt_ids, tools, most_calls)
+        return SampledTurn(response, message, stop_string)
 
 
 def cut(

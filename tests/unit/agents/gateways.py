@@ -7,6 +7,7 @@ import itertools
 from array import array
 from collections import Counter
 
+from megatron_r1.agents.answers import AnswerReader
 from megatron_r1.agents.continuation import Continuation
 from megatron_r1.agents.gateway import Gateway, SessionLimits, TurnSampler, TurnSampling
 from megatron_r1.agents.parsing import Parsed
@@ -75,8 +76,9 @@ def text_of():
 
 
 def gateway_of(text, **options):
-    sampler = TurnSampler(text.decode, WrittenParsers())
-    return Gateway(sampler, Continuation(text.tokenizer), **options)
+    continuation = Continuation(text.tokenizer)
+    sampler = TurnSampler(text.decode, AnswerReader(WrittenParsers(), continuation))
+    return Gateway(sampler, continuation, **options)
 
 
 @contextlib.asynccontextmanager

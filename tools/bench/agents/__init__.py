@@ -1,12 +1,12 @@
-"""Sessions of a tool-using agent through the gateway, before an engine that answers at once.
+"""Measures sessions of a tool-using agent through the gateway, with an engine that takes no time.
 
-Agents are coroutines in a process of their own, which speak Chat Completions: each turn sends the
+Agents are coroutines in a process of their own and use Chat Completions: each turn sends the
 whole conversation, as agents do. The engine is a function that returns tokens made beforehand,
 after `--engine-seconds`. So what is measured is the gateway: HTTP, reading, matching against the
 tree, the template, decoding, parsing (vLLM's parser in a worker process), adding to the tree.
 
-With engines of no time every session waits for the others' turns, and turns/s is the gateway's
-limit; with some seconds the added time is what an agent sees."""
+With an engine that takes no time every session waits for the others' turns, and turns/s is the
+gateway's limit; with one that takes seconds, the added time is the delay of an agent's turn."""
 
 import argparse
 import asyncio

@@ -1,4 +1,4 @@
-"""One size: a gateway in this process, its agents in another."""
+"""Measures one size: a gateway in this process, its agents in another."""
 
 import asyncio
 import json
@@ -12,6 +12,7 @@ from typing import Any
 import aiohttp
 import psutil
 
+from megatron_r1.agents.answers import AnswerReader
 from megatron_r1.agents.continuation import Continuation
 from megatron_r1.agents.gateway import Gateway, SessionLimits, TurnSampler, TurnSampling
 from megatron_r1.agents.parsing import ParserPool
@@ -65,7 +66,9 @@ async def measure(
     context = multiprocessing.get_context("spawn")
     async with ParserPool(str(TOKENIZER), name, None, num_workers=1) as parsers:
         await parsers.check()
-        async with Gateway(TurnSampler(text.decode, parsers), Continuation(text.tokenizer)) as gate:
+        continuation = Continuation(text.tokenizer)
+        sampler = TurnSampler(text.decode, AnswerReader(parsers, continuation))
+        async with Gateway(sampler, continuation) as gate:
             sampling = TurnSampling(generate, MAX_CONTEXT, text.end)
             limits = SessionLimits(num_turns, MAX_CONTEXT)
             sessions = [gate.open(limits, sampling) for _ in range(num_sessions)]

@@ -1,0 +1,47 @@
+"""Sampled answers: how they are requested, and how their text becomes a chat message."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+from megatron_r1.agents.continuation import Continuation
+from megatron_r1.agents.parsing import ParseJob, Parser
+from megatron_r1.engine.errors import EngineError
+from megatron_r1.engine.responses import Response
+
+Generate = Callable[[Sequence[int], int], Awaitable[Response]]
+"""(tokens of a prompt, most tokens of the answer) → one sampled answer."""
+
+
+def require_whole(response: Response) -> None:
+    """Raise EngineError for an answer that neither its end token nor the token limit has ended."""
+    if response.finish_reason not in ("stop", "length"):
+        raise EngineError(f"an engine ended a turn with {response.finish_reason!r}")
+
+
+class AnswerReader:
+    """Parses answers into messages that the chat template can render."""
+
+    def __init__(self, parser: Parser, continuation: Continuation) -> None:
+        self._parser, self._continuation = parser, continuation
+
+    async def read(
+        self,
+        text: str,
+        token_ids: Sequence[int],
+        prompt_ids: Sequence[int],
+        tools: Sequence[dict[str, Any]],
+        most_calls: int | None = None,
+    ) -> dict[str, Any]:
+        """Return the assistant's message of an answer.
+
+        Calls that the template refuses stay text in the content, as malformed calls do. text:
+        decoded from token_ids, without the end token. most_calls: tool calls that are kept."""
+        job = ParseJob(text, list(token_ids), list(prompt_ids), list(tools))
+        message = (await self._parser.parse(job)).message()
+        if most_calls is not None and "tool_calls" in message:
+            message["tool_calls"] = message["tool_calls"][:most_calls]
+        if not self._continuation.can_render(message, tools):
+            return {"role": "assistant", "content": text}
+        return message
