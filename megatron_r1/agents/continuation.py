@@ -27,7 +27,7 @@ from jinja2 import TemplateError
 from megatron_r1.agents.tree import Message, TokenTree
 
 MARK = "answer-7c1e"
-"""Stands for an answer, to find what a template writes after it."""
+"""The answer of a probe conversation, which shows what a template writes after an answer."""
 WORD_JOINER = "\u2060"
 
 
@@ -37,8 +37,8 @@ class Unrenderable(ValueError):
 
 @dataclass(frozen=True)
 class NextPrompt:
-    """What to append to a tree before the next answer: `messages`, as `token_ids`, below node
-    `parent`; None starts a new branch."""
+    """The given part before the next answer: `messages`, as `token_ids`, to be appended to a tree
+    below node `parent`; None starts a new branch."""
 
     parent: int | None
     token_ids: list[int]
@@ -49,7 +49,8 @@ class Continuation:
     """A tokenizer's chat template, applied by the continuation rule."""
 
     def __init__(self, tokenizer: Any, **template_options: Any) -> None:
-        """template_options: variables of the template, such as enable_thinking."""
+        """tokenizer: of transformers. template_options: variables of the template, such as
+        enable_thinking."""
         self._tokenizer, self._options = tokenizer, template_options
         special = [re.escape(str(t)) for t in tokenizer.added_tokens_decoder.values() if t.special]
         self._special = re.compile("|".join(sorted(special, reverse=True)) or r"(?!)")
@@ -79,8 +80,8 @@ class Continuation:
         return self._encode(self._text(messages, tools, add_generation_prompt=True))
 
     def can_render(self, answer: Message, tools: Sequence[Message] = ()) -> bool:
-        """Return whether the template accepts an answer's tool calls and their results; True of a
-        template that refuses all calls, as an agent may write results in other roles."""
+        """Return whether the template accepts an answer's tool calls and their results. It is True
+        where the template refuses all calls, as an agent may write results in other roles."""
         calls = answer.get("tool_calls") or ()
         if not calls:
             return True
@@ -142,11 +143,11 @@ class Continuation:
         for thinks in (True,) if _thinks(history[-1]) else (True, False):
             begin = _likeness(history, thinks)
             try:
-                asked, before = self._text(begin[:-1], tools), self._text(begin, tools)
+                prompt, before = self._text(begin[:-1], tools), self._text(begin, tools)
                 after = self._text([*begin, *new], tools, add_generation_prompt=True)
             except Unrenderable:
                 return None
-            if after.startswith(before) and after.startswith(asked):
+            if after.startswith(before) and after.startswith(prompt):
                 return after[len(before) :]
         return None
 

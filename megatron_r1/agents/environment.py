@@ -1,4 +1,4 @@
-"""What an environment is: a class whose public methods are tools.
+"""The form of an environment: a class whose public methods are tools.
 
     class Calculator:
         def reset(self, truth, **row):
@@ -48,13 +48,13 @@ SHIPPED = {
 }
 """Environments that come with this package: the short name of each with its class."""
 RESERVED = ("reset", "get_reward", "final_answer", "close")
-"""Public methods that are no tools."""
+"""Public methods that are not tools."""
 
 
 @dataclass(frozen=True)
 class Description:
-    """What a run needs to know of an environment's class. tools: schemas in OpenAI's form.
-    grades: whether it has `get_reward`."""
+    """The tools of an environment's class, as schemas in OpenAI's form, and whether it grades: has
+    `get_reward`."""
 
     tools: list[dict[str, Any]]
     grades: bool

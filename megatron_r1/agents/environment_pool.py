@@ -1,4 +1,4 @@
-"""Environments as the controller sees them: each is a process of its own while it is played in."""
+"""The controller's side of environments: each is a process of its own during an episode."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from megatron_r1.processes.open_files import allow_open_files
 SERVER = "megatron_r1.agents.environment_server"
 START_SECONDS = 120.0
 LATE_SECONDS = 10.0
-"""How long after its time limit and grace a reply may take on a busy machine."""
+"""The time that a reply may take beyond its limit and grace, on a busy machine."""
 
 
 class EnvironmentFault(Exception):
@@ -33,13 +33,14 @@ class EnvironmentFault(Exception):
 
 
 class CallTimedOut(EnvironmentFault):
-    """The process of a call ended because it did not notice the end of its time."""
+    """The process of a call was ended because the call exceeded its time and was not
+    interruptible."""
 
 
 @dataclass(frozen=True)
 class CallResult:
-    """What a tool returned. is_error: it raised, and text is the error's. done: the environment
-    has ended the episode. seconds: it took."""
+    """The result of a tool. is_error: the tool raised, and text is the error's. done: whether the
+    environment has ended the episode. seconds: the time that the call took."""
 
     text: str
     is_error: bool
@@ -102,7 +103,7 @@ class Environments:
 
     @contextlib.asynccontextmanager
     async def open(self) -> AsyncIterator[EnvironmentProcess]:
-        """Hold a process for an episode, which its `reset` begins: one whose last episode ended
+        """Yield a process for an episode, which its `reset` begins: one whose last episode ended
         well, or a new one. Raises RunError where the class can no longer be imported, and
         EnvironmentFault where the server has just been killed."""
         async with self._room:
@@ -130,7 +131,7 @@ class Environments:
         return EnvironmentProcess(*stream, self.call_seconds)
 
     async def close(self) -> None:
-        """Close the environments, which get `CLOSE_SECONDS`, and end the server."""
+        """Close the environments, within `CLOSE_SECONDS`, and end the server."""
         for environment in self._idle:
             environment.close()
         if self._process is not None and self._process.returncode is None:
@@ -180,11 +181,11 @@ class EnvironmentProcess:
         return not self._reader.at_eof() and self._reader.exception() is None
 
     def close(self) -> None:
-        """End the process, which ends with its stream."""
+        """Close the connection; the process ends with it."""
         self._writer.close()
 
     async def reset(self, row: Mapping[str, Any]) -> str | None:
-        """Begin an episode; return the question's text, or None for the row's. Raises
+        """Begin an episode; return the question's text, or None where it is the row's. Raises
         EnvironmentFault."""
         return await self._checked("reset", row)
 
@@ -195,7 +196,7 @@ class EnvironmentProcess:
 
     async def call(self, name: str, arguments: object, seconds: float) -> CallResult:
         """Call a tool, for at most `seconds` and the limit of every call. Raises EnvironmentFault
-        where its process ends: CallTimedOut if that was for its time."""
+        where its process ends, CallTimedOut where it was ended for exceeding the time."""
         limit = min(seconds, self._seconds)
         reply = await self._send("call", [name, arguments], limit)
         is_error = "error" in reply

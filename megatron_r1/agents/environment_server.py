@@ -37,9 +37,9 @@ GRACE_SECONDS = 1.0
 """The time between the interruption of a call whose limit is over and the end of its process; C
 code cannot be interrupted."""
 CLOSE_SECONDS = 5.0
-"""The limit of an environment's `close` at the end of its process."""
+"""The time limit of an environment's `close` at the end of its process."""
 MAX_TEXT = 2**20
-"""Characters of a method's text that are sent; the controller must not read gigabytes."""
+"""The most characters of a method's text that are sent: the controller must not read gigabytes."""
 
 
 class CallTimeout(BaseException):
@@ -84,7 +84,7 @@ def _begin_process() -> None:
 
 
 def _end(*_: object) -> None:
-    """End when all episodes have, with what they have started and left."""
+    """End after the last episode, and kill the processes that episodes have left."""
     with contextlib.suppress(ChildProcessError):
         while True:
             os.wait()  # for all of them, because SIGCHLD is ignored
@@ -92,7 +92,7 @@ def _end(*_: object) -> None:
 
 
 class _Episode:
-    """One environment, and the connection that its calls come from."""
+    """One environment, called over a connection."""
 
     def __init__(
         self, environment: type, options: Mapping[str, Any], connection: socket.socket
@@ -104,7 +104,7 @@ class _Episode:
         signal.signal(signal.SIGALRM, _interrupt)
 
     def serve(self) -> None:
-        """Answer calls until the connection ends; close the environment."""
+        """Reply to calls until the connection ends; then close the environment."""
         self._null = os.open(os.devnull, os.O_WRONLY)
         try:
             while header := self._stream.read(LENGTH.size):

@@ -1,4 +1,4 @@
-"""What an episode leaves: its status, its turns as text, and the branches that are trained."""
+"""A finished episode: its status, its turns as text, and the branches that are trained."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from megatron_r1.agents.tree import Branch, Message, TokenTree
 from megatron_r1.engine.responses import Response
 
 Scored = Literal["done", "max_turns", "max_tokens", "agent_timeout"]
-"""How an episode may end by the policy's own doing: its reward counts."""
+"""The ends of an episode that the policy has caused: its reward counts."""
 Ungraded = Literal["engine_error", "environment_error", "harness_error", "protocol_error"]
-"""How an episode may end without the policy's doing: never a reward, and in no group's mean."""
+"""The ends that the policy has not caused: such an episode has no reward, and no part in a group's
+mean."""
 Status = Literal[Scored, Ungraded]
 SCORED: tuple[str, ...] = get_args(Scored)
 STATUSES: tuple[str, ...] = get_args(Scored) + get_args(Ungraded)
@@ -24,9 +25,9 @@ STATUSES: tuple[str, ...] = get_args(Scored) + get_args(Ungraded)
 class Turn:
     """One message of an episode.
 
-    num_tokens: its tokens, with those that the template adds; of messages that were given together,
-    the last one has the tokens of all. trained: whether the policy sampled it. policy_version: of
-    its last token; None for a given one."""
+    num_tokens: its tokens, with those that the template adds; messages that were given together
+    count their tokens at the last of them. trained: whether the policy sampled it. policy_version:
+    that of its last token; None for a given message."""
 
     role: str
     text: str
@@ -38,8 +39,8 @@ class Turn:
 @dataclass(frozen=True)
 class Episode:
     """A played episode. branches: its token sequences (`TokenTree.branches`). reason: what ended
-    it, where that was not the policy. tool_seconds, engine_seconds: spent in the environment's
-    methods and waiting for engines."""
+    it, where that was not the policy. tool_seconds, engine_seconds: the time in the environment's
+    methods, and the time of waiting for engines."""
 
     status: Status
     turns: list[Turn]

@@ -1,4 +1,4 @@
-"""The questions of an environment: rows for its `reset`."""
+"""Loads the questions of an environment, which are the rows for its `reset`."""
 
 import json
 import tempfile

@@ -1,9 +1,9 @@
-"""The tokens of an episode as an append-only tree, with where each of them came from.
+"""The tokens of an episode as an append-only tree, each with its origin.
 
 A node is a prompt (given tokens) or an engine's answer to it (sampled tokens); its token sequence
-is that of all nodes from the root to it. Trained are the very tokens that an engine sampled, with
-its log-probabilities: no text is tokenised a second time. A conversation that cannot be continued
-with its own tokens (`continuation`) goes on in a new branch."""
+is that of all nodes from the root to it. The tokens that are trained are those that an engine
+sampled, with its log-probabilities: no text is tokenised a second time. A conversation that cannot
+be continued with its own tokens (`continuation`) goes on in a new branch."""
 
 from __future__ import annotations
 
@@ -78,8 +78,8 @@ class TokenTree:
         messages: Sequence[Message],
         tools: Sequence[Message] = (),
     ) -> int:
-        """Add tokens that no policy sampled, unless `parent` is followed by them already, as where
-        a request is repeated; return the node's number."""
+        """Add tokens that no policy sampled; return the node's number. Where an equal node follows
+        `parent` already, as after a repeated request, that one is returned."""
         node = Node(parent, array("i", token_ids), tuple(messages), tuple(tools))
         same = (number for number in self._children[parent] if self.nodes[number] == node)
         found = next(same, None)
@@ -88,7 +88,7 @@ class TokenTree:
     def add_sampled(self, parent: int, response: Response, message: Message) -> int:
         """Add an engine's answer to the tokens of `parent`; return the node's number.
 
-        message: what the answer's text was read as. Raises ValueError where a token has no
+        message: the answer as a chat message. Raises ValueError where a token has no
         log-probability or version, and where routed experts are not those of the sequence."""
         num_tokens = len(response.token_ids)
         if not len(response.logprobs) == len(response.policy_versions) == num_tokens:

@@ -1,9 +1,9 @@
-"""Ask a trained model: questions typed at the terminal, one a line on stdin, or `--question`.
+"""Sends questions to a trained model: typed lines, lines of stdin, or `--question`.
 
-`megatron-r1 chat RUN_OR_FOLDER [--question TEXT]`. A run's `hf/` is asked in the run's own template
-and sampled as in its rollouts; another folder in its chat template, else as `plain`. Other
-settings: `--data.template`, `--rollout.temperature`, `--rollout.max_response_tokens`, … Each
-question is a conversation of its own."""
+`megatron-r1 chat RUN_OR_FOLDER [--question TEXT]`. A run's `hf/` is used with the run's template
+and sampling; another folder with its chat template, else `plain`. Other settings:
+`--data.template`, `--rollout.temperature`, `--rollout.max_response_tokens`, … Each question is a
+conversation of its own."""
 
 import asyncio
 import contextlib
@@ -36,16 +36,16 @@ PROMPT = "> "
 
 
 def run(config: Config, folder: str, question: str | None = None) -> None:
-    """Answer until the questions end; responses go to stdout, all else to stderr. Raises UserError
-    for a run without an export."""
+    """Print the model's response to each question on stdout, and all else on stderr. Raises
+    UserError for a run without an export."""
     model = find_exported(folder, ARGUMENTS[0])
     config = _settings(config, model)
-    _say(f"model: {model}; template: {value_text(config.data.template)}")
+    _note(f"model: {model}; template: {value_text(config.data.template)}")
     checkpoints = complete_checkpoints(model.parent / "checkpoints")
     if model.name == "hf" and checkpoints:
         export, newest = model / "config.json", checkpoints[-1]
         if export.stat().st_mtime < newest.stat().st_mtime:
-            _say(f"{newest} is newer: python tools/convert to-hf {newest} FOLDER exports it")
+            _note(f"{newest} is newer: python tools/convert to-hf {newest} FOLDER exports it")
     questions = None if question is None else [question]
     if question is None and not sys.stdin.isatty():
         questions = [line.strip() for line in sys.stdin if line.strip()]
@@ -77,13 +77,13 @@ def _settings(config: Config, model: Path) -> Config:
 
 
 async def _answer(config: Config, model: Path, questions: list[str] | None) -> None:
-    """Answer the questions, or those that are typed, on one engine."""
+    """Answer the questions on one engine; questions None: those typed at the terminal."""
     rollout = config.rollout
     decoding = Decoding(rollout.temperature, rollout.top_p, rollout.max_response_tokens)
     with tempfile.TemporaryDirectory() as scratch:
         policy = EnginePolicy(config, model, decoding, Path(scratch), None)
         try:
-            _say("starting vLLM")
+            _note("starting vLLM")
             with contextlib.redirect_stdout(sys.stderr):
                 await policy.start()
             if questions is None:
@@ -96,7 +96,7 @@ async def _answer(config: Config, model: Path, questions: list[str] | None) -> N
 
 async def _converse(policy: EnginePolicy, seed: int) -> None:
     """Answer each line of the terminal, with another seed each time."""
-    _say("one question a line; Ctrl-D ends")
+    _note("one question a line; Ctrl-D ends")
     async for line in _typed_lines():
         if line.strip():
             print(_shown(await policy.respond(line.strip(), seed)), flush=True)
@@ -139,5 +139,5 @@ def _shown(response: TextResponse) -> str:
     return response.whole.strip() + cut
 
 
-def _say(line: str) -> None:
+def _note(line: str) -> None:
     print(line, file=sys.stderr, flush=True)

@@ -1,10 +1,10 @@
-"""`megatron-r1 check-model HF_FOLDER [--json FILE]`: whether a model folder can be trained here.
+"""Checks whether a model folder can be trained: `megatron-r1 check-model HF_FOLDER [--json FILE]`.
 
 Prints what the folder holds, the memory that training it takes, and the largest difference of
 Megatron's (`--parallel.key value` is its layout) and vLLM's log-probabilities from transformers',
 on a few texts and random tokens. Exit status 0: they agree, within 1e-4 in float32, within
 transformers' own rounding in bfloat16 (`--model.dtype bfloat16`); 1: they do not, or nothing could
-be compared; 2: the model or its files cannot be used, and the message says why."""
+be compared; 2: the model or its files cannot be used, for the reason in the message."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`megatron-r1 rl RECIPE.yaml --dry-run`: samples and grades one batch, and trains nothing."""
+"""Samples and grades one batch, and trains nothing: `megatron-r1 rl RECIPE.yaml --dry-run`."""
 
 import asyncio
 import tempfile
@@ -39,7 +39,7 @@ TRAINER_BYTES = 16
 
 def show_batch(config: Config, text: PromptText, prompts: PromptSplit) -> None:
     """Sample and grade the first questions of the first rollout, at most `MAX_RESPONSES` responses
-    on an engine of this host, and print what a user should see before the run. Writes nothing.
+    on an engine of this host, and print responses, figures and advice. Writes nothing.
     Raises UserError where the recipe's engines are on other hosts."""
     if config.rollout.placement != "local":
         raise UserError(

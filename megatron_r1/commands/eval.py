@@ -1,5 +1,5 @@
-"""Evaluate a model on benchmarks: pass@1, pass@k, cons@N, with intervals and every answer kept.
-See docs/evaluation.md."""
+"""Evaluates a model on benchmarks: pass@1, pass@k, cons@N, with intervals; keeps every answer. See
+docs/evaluation.md."""
 
 import asyncio
 import json
@@ -90,7 +90,7 @@ async def _evaluate(config: Config, folder: RunFolder, sets: list[PromptSet]) ->
 
 
 def _audit_fields(prompt_set: PromptSet, prompt: Prompt, response: TextResponse) -> dict[str, Any]:
-    """Return what a line of samples.jsonl has beside the response: enough to check it by hand."""
+    """Return the fields of a line of samples.jsonl beside the response, for a check by hand."""
     return {
         "reward": response.reward or 0.0,  # a refusal and a failed grader count as wrong
         "reason": response.reason or response.refusal,

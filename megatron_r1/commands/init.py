@@ -1,8 +1,9 @@
-"""Write a recipe for a model and your questions: columns, template, lengths and layout are guessed.
+"""Writes a recipe for a model and your questions: columns, template, lengths and layout are
+guessed.
 
 `megatron-r1 init MODEL_FOLDER DATA [--out RECIPE.yaml] [--question COLUMN] [--truth COLUMN] [--kind
-REWARD]`. DATA is a .jsonl, .json, .csv or .parquet file, hub:NAME[:CONFIG][:SPLIT] or a folder. The
-recipe says in comments why each setting has its value; `rl RECIPE.yaml --dry-run` then tries it."""
+REWARD]`. DATA is a .jsonl, .json, .csv or .parquet file, hub:NAME[:CONFIG][:SPLIT] or a folder.
+Comments of the recipe give the reason of each value; `rl RECIPE.yaml --dry-run` then tries it."""
 
 import asyncio
 import itertools
@@ -48,9 +49,9 @@ SETTINGS = ()
 
 MODEL = "MODEL_FOLDER"
 MAX_ROWS = 20_000
-"""Rows that are read for lengths and counts."""
+"""The most rows that are read for lengths and counts."""
 COLUMN_ROWS = 100
-"""Rows that decide which columns are what."""
+"""Rows by which the columns are recognised."""
 TRIED_TRUTHS = 20
 FEW, FEW_HELDOUT, MANY_HELDOUT = 20, 64, 500
 
@@ -141,8 +142,8 @@ def _questions(data: str, columns: Columns) -> list[str]:
 
 
 def _answers(folder: Path) -> list[Guess]:
-    """Return the template and how answers are read: as the run did that made the model, else those
-    of a chat model or of a base model."""
+    """Return the template and the reading of answers: those of the run that made the model, else
+    those of a chat model or a base model."""
     template, reason = template_of_model(folder, MODEL)
     trained = recipe_of(folder)
     if trained is not None and verb_of(trained) == "rl":
@@ -182,7 +183,7 @@ def _sizes(
 
 
 def _heldout(questions: Sequence[str], machine: Machine) -> list[Guess]:
-    """Return how many questions are held out, and how often they are asked."""
+    """Return the settings of held-out questions and their evaluation."""
     if len(questions) < FEW:
         reason = f"{len(questions)} questions are too few to hold some out: nothing is evaluated"
         return [Guess("data.heldout_fraction", 0.0, reason)]

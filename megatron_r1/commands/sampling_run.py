@@ -1,4 +1,4 @@
-"""What eval and sample share: a locked run folder, an end by signal, and the sampled model."""
+"""Common parts of eval and sample: a locked run folder, the end by a signal, the sampled model."""
 
 import asyncio
 import signal

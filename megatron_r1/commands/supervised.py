@@ -1,4 +1,4 @@
-"""Training on a data set of examples: what `sft` and `reward-model` share."""
+"""Training on a data set of examples; the common part of `sft` and `reward-model`."""
 
 import math
 import time
@@ -22,7 +22,7 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class SupervisedTask(Generic[Item]):
-    """What is trained on, and how.
+    """A data set, its loss and its evaluation.
 
     batch_size: items per optimizer step. to_samples: tokenizes the items of a batch. loss: as
     "module:function". unit: as of `TrainerClient.load`. notes: messages about the data and the

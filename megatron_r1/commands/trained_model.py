@@ -47,8 +47,8 @@ def recipe_of(model: Path) -> Config | None:
 
 
 def template_of_model(model: Path, name: str) -> tuple[str, str]:
-    """Return (the template that a model is asked in, why): that of the RL run that made it, else
-    its tokenizer's, else that of the supervised prompts, else plain. name: of the argument."""
+    """Return a model's template, and the reason: that of the RL run that made it, else its
+    tokenizer's, else that of the supervised prompts, else plain. name: of the argument."""
     trained = recipe_of(model)
     if trained is not None and verb_of(trained) == "rl":
         return trained.data.template, f"as {model.parent} trained the model"

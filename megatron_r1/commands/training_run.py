@@ -37,10 +37,9 @@ Commands = Sequence[tuple[str, str]]
 
 
 def check_trainer(config: Config, verb: str) -> None:
-    """Raise UserError where the trainer's ranks cannot be arranged as `parallel` says, or are too
-    many for the batches of `verb`, or a target of `model.lora` is not there. Called before anything
-    starts: in RL the trainer itself would find it out only after the engines' start and a whole
-    rollout."""
+    """Raise UserError where the trainer's ranks do not fit `parallel`, are too many for the batches
+    of `verb`, or a target of `model.lora` is not there. Call it before anything starts: in RL the
+    trainer itself would fail only after the engines' start and a whole rollout."""
     num_ranks = torchrun.num_ranks(config)
     config.parallel.check_sizes(num_ranks)
     if config.model.lora is not None:

@@ -1,4 +1,5 @@
-"""What keeps a rollout from teaching anything: one sentence each, with the setting to change."""
+"""Advice on a rollout that teaches little: a sentence for each reason, with the setting to
+change."""
 
 from collections import Counter
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Accuracy on held-out prompts: pass@1 as a mean over samples, and the majority's."""
+"""Evaluates the policy on held-out prompts: pass@1 as a mean over samples, and majority votes."""
 
 import asyncio
 from collections import defaultdict

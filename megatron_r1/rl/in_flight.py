@@ -1,4 +1,4 @@
-"""The groups that are being sampled, graded or scored now: what a run waits for."""
+"""The groups that are being sampled, graded or scored now, for live view and hang reports."""
 
 from __future__ import annotations
 

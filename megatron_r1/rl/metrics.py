@@ -1,4 +1,4 @@
-"""A step in numbers and lines: what metrics.jsonl and samples.jsonl hold of it."""
+"""A step's metrics, and its lines for samples.jsonl."""
 
 from collections import Counter
 from statistics import fmean, pstdev

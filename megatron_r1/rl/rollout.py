@@ -1,4 +1,4 @@
-"""What a rollout consists of: P groups, one per prompt, of G graded responses each."""
+"""The parts of a rollout: P groups, one per prompt, of G graded responses each."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from megatron_r1.rewards.combine import DEFAULT_WEIGHTS
 
 @dataclass(frozen=True)
 class Sampling:
-    """How responses are sampled.
+    """Settings of the sampling of a rollout.
 
     num_samples: G, responses per prompt. max_tokens: the longest response. step: the training step,
     from 1. weights: of the rewards (`rewards.combine`). routing: shape of the experts' indices to

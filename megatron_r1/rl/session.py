@@ -1,4 +1,4 @@
-"""A run around the algorithm: where it starts and ends, its steps' records, and its checkpoints."""
+"""The run around the algorithm: its begin and end, the records of its steps, its checkpoints."""
 
 import asyncio
 import contextlib

@@ -1,4 +1,4 @@
-"""Batches sampled ahead of training: when the batch of which step may begin.
+"""Samples batches ahead of training, and decides when the batch of a step may begin.
 
 Step s trains the policy of version s - 1. Its batch may begin to be sampled once the engines hold
 version s - 1 - ahead. With ahead 0 rollout and training take turns; with 1 the next batch is

@@ -34,10 +34,10 @@ USED = 0.9
 
 @dataclass(frozen=True)
 class CPUMemory:
-    """Bytes on this host. weights: of all ranks, with gradients, optimizer state, reference and the
-    copy that a checkpoint is written from; engine_weights: with what a push fills; others: KV
-    caches, the loss head, processes; per_token: activations of a token of every rank's micro-batch;
-    free: what there is."""
+    """Bytes on this host. weights: those of all ranks, with gradients, optimizer state, reference
+    and the copy that a checkpoint is written from; engine_weights: those of the engines, with their
+    receive buffers; others: KV caches, the loss head, processes; per_token: activations of a token
+    of every rank's micro-batch; free: free memory before the run."""
 
     weights: int
     engine_weights: int
@@ -52,14 +52,14 @@ class CPUMemory:
 
     @property
     def room(self) -> int:
-        """Tokens of a micro-batch that fit beside all else."""
+        """Tokens of a micro-batch that fit beside the fixed part."""
         return max(0, int(USED * self.free) - self.fixed) // self.per_token
 
     def microbatch(self, wanted: int | None) -> int:
-        """Return the limit of a micro-batch in tokens; wanted: the recipe's, None by default.
+        """Return the limit of a micro-batch in tokens. wanted: the recipe's, None by default.
 
-        Raises UserError where the weights and a micro-batch alone need more than is free: what
-        others take is an estimate, of which processes share parts."""
+        Raises UserError where the weights and a micro-batch alone need more than is free; `others`
+        do not count for that, because processes share parts of them."""
         most = min(DEFAULT_TOKENS, MOST_BYTES // self.per_token)
         tokens = wanted or max(FEWEST_TOKENS, min(most, self.room))
         if self.weights + self.engine_weights + tokens * self.per_token <= self.free:
@@ -74,7 +74,7 @@ class CPUMemory:
         raise UserError(f"{self.describe(tokens)}: {remedy}")
 
     def describe(self, tokens: int) -> str:
-        """Return a sentence on what the run takes with micro-batches of `tokens`."""
+        """Return a sentence on the run's memory with micro-batches of `tokens`."""
         total = self.fixed + tokens * self.per_token
         parts = (
             f"weights with optimizer {_gib(self.weights)}",
@@ -89,7 +89,7 @@ class CPUMemory:
 
 
 def cpu_memory(config: Config, num_ranks: int, *, samples: bool) -> CPUMemory:
-    """Return what the run takes. num_ranks: trainer ranks, all on this host; samples: whether
+    """Return the memory of a run. num_ranks: trainer ranks, all on this host; samples: whether
     engines of the recipe run beside them."""
     hf = read_hf_config(config.model.path, config.model.head)
     parallel, value = config.parallel, VALUE[config.model.dtype]
@@ -124,8 +124,8 @@ def cpu_memory(config: Config, num_ranks: int, *, samples: bool) -> CPUMemory:
 
 
 def activation_bytes(hf: dict, value: int) -> int:
-    """Return the bytes that the layers keep of a token for the backward pass, `value` bytes a
-    number, with the layers of `models/layers.py` and without recomputation."""
+    """Return the bytes that the layers of `models/layers.py` keep of a token for the backward pass,
+    without recomputation. hf: config.json; value: bytes of a number."""
     hidden, heads = hf["hidden_size"], hf["num_attention_heads"]
     query, out = head_sizes(hf)
     if rank := hf.get("kv_lora_rank"):

@@ -1,6 +1,7 @@
-"""Samples of one prompt, whose tokens a micro-batch computes once (`models.prefixes`).
+"""Packs samples of one prompt together, so that a micro-batch computes the prompt once
+(`models.prefixes`).
 
-Shared is all of the prompt but its last token, which predicts another token in every response."""
+All tokens of the prompt are shared but the last, which predicts another token in every response."""
 
 from collections.abc import Callable, Iterable
 
@@ -16,7 +17,7 @@ def check_shared_prompts(config: Config, on_gpu: bool, is_plain: bool) -> None:
     if not config.parallel.share_prompts:
         return
     obstacles = {
-        "a GPU, whose attention knows no shared prefix": on_gpu,
+        "a GPU, whose attention has no shared prefix": on_gpu,
         f"parallel.context: {config.parallel.context}": config.parallel.context > 1,
         "a model with attention windows or softmax offsets": not is_plain,
         "rl.routing_replay": config.rl.routing_replay,
@@ -29,8 +30,8 @@ def check_shared_prompts(config: Config, on_gpu: bool, is_plain: bool) -> None:
 
 
 def shared_prefixes(samples: list[Sample]) -> list[tuple[list[int], int]]:
-    """Return (indices of samples with the same prompt, tokens that they share), for every prompt of
-    two samples or more and of two tokens or more."""
+    """Return (indices of the samples, number of shared tokens) for every prompt that has at least
+    two tokens and two samples."""
     return [
         (members, length)
         for members in _by_prompt(samples)
@@ -41,9 +42,10 @@ def shared_prefixes(samples: list[Sample]) -> list[tuple[list[int], int]]:
 def pack_by_prompt(
     samples: list[Sample], ranks: int, limit: int, cost: Callable[[int], float]
 ) -> Packing:
-    """Return `packing.pack` of the samples where those of one prompt stay together, as many as
-    `limit` tokens hold, and count their prompt once. cost: as of `pack`; a sample alone where that
-    leaves fewer units than ranks."""
+    """Return `packing.pack` of the samples, in units of those with one prompt, which counts once.
+
+    A unit has at most `limit` tokens; with fewer units than ranks every sample is one. cost: the
+    argument of `pack`."""
     units = [unit for members in _by_prompt(samples) for unit in _within(samples, members, limit)]
     if len(units) < ranks:
         units = [[i] for i in range(len(samples))]

@@ -185,8 +185,8 @@ class Trainer:
         return self._reduced(metrics)
 
     def _engine_gap(self, batches: list[PackedBatch], name: str) -> tuple[Mean, Maximum]:
-        """Return |trainer's - engine's log-probability| over this rank's response tokens; `name`
-        says which of the trainer's."""
+        """Return |trainer's - engine's log-probability| over this rank's response tokens. name:
+        of the trainer's log-probabilities."""
         gap, count, largest = 0.0, 0, 0.0
         for batch in batches if self.position.last_stage else []:
             gaps = (batch.logprobs[name] - batch.rollout_logprobs)[batch.is_response].abs()
@@ -209,8 +209,8 @@ class Trainer:
         batches = self.minibatches[index]
         compute = partial(self._loss, find_function(loss), settings, temperature)
         if self.config.model.mtp == "train":
-            # Of examples the whole model learns to predict further; of its own samples it must not
-            # learn anything but what their advantages say.
+            # The whole model learns from examples to predict further tokens; from its own samples
+            # it must learn by their advantages only.
             alone = None if loss == SUPERVISED else self.config.rollout.max_response_tokens
             for chunk in self.bare:
                 chunk.mtp_alone = alone

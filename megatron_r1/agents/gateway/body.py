@@ -60,7 +60,7 @@ class Body:
         return value
 
     def take_one_of(self, name: str, values: tuple[Any, ...], default: Any) -> Any:
-        """Return a field that must be one of `values`, which are all that a gateway can honour."""
+        """Return a field that must be one of `values`. Raises Refused for any other."""
         value = self._left.pop(name, default)
         if value not in values:
             shown = " or ".join(map(_shown, values))
@@ -73,13 +73,13 @@ class Body:
             self._left.pop(name, None)
 
     def wishes(self, neutral: Mapping[str, object]) -> dict[str, object]:
-        """Return the sampling options among `neutral` whose value is not the neutral one, which
-        changes nothing (None: every value changes something)."""
+        """Return the sampling options whose value changes something. neutral: the options, each
+        with the value that changes nothing; None where every value changes something."""
         found = {name: self._left.pop(name) for name in neutral if name in self._left}
         return {name: value for name, value in found.items() if value != neutral[name]}
 
     def finish(self) -> None:
-        """Raise Refused for fields that were not taken."""
+        """Raise Refused for a field that was not taken."""
         for name, value in self._left.items():
             raise Refused(
                 f"this gateway does not support it (got {_shown(value)}); leave it out",

@@ -20,7 +20,7 @@ END = b"data: [DONE]\n\n"
 
 
 def read(body: Body) -> TurnRequest:
-    """Return the turn that a body asks for. Raises Refused."""
+    """Return the turn that a body requests. Raises Refused."""
     body.ignore(*WITHOUT_EFFECT)
     model = body.take("model", str, "")
     messages = read_messages(body.take("messages", list))
@@ -51,15 +51,15 @@ def read(body: Body) -> TurnRequest:
 
 
 def read_messages(values: list[Any]) -> list[Message]:
-    """Return messages in the form of the tree. Raises Refused, also where the last one is the
-    assistant's: a turn is sampled whole."""
+    """Return messages in the form of the tree. Raises Refused, also for a last message of the
+    assistant: a turn is sampled whole."""
     messages = [_message(Body(value, f"messages.{i}")) for i, value in enumerate(values)]
     require_turn(messages, "messages")
     return messages
 
 
 def require_turn(messages: list[Message], where: str) -> None:
-    """Raise Refused where it is not the assistant's turn."""
+    """Raise Refused for messages after which it is not the assistant's turn."""
     if not messages:
         raise Refused("must not be empty", where)
     if messages[-1]["role"] == "assistant":
@@ -109,7 +109,7 @@ def error_event(refused: Refused) -> bytes:
 
 
 def as_arguments(value: Any, where: str) -> str:
-    """Return a tool call's arguments, which must be a JSON object, as the client spelled them."""
+    """Return a tool call's arguments as the client has written them: a JSON object, as text."""
     try:
         is_object = isinstance(json.loads(value or "{}"), dict)
     except ValueError:
@@ -168,9 +168,9 @@ def _tool(value: Any, where: str) -> dict[str, Any]:
 
 
 def function_tool(body: Body, schema: str) -> dict[str, Any]:
-    """Return a tool in Chat Completions' form; schema: the field with its parameters.
+    """Return a tool in Chat Completions' form. schema: the field with its parameters.
 
-    strict: is dropped. It would constrain sampling, which training must not."""
+    Its option `strict` is dropped: constrained sampling would not be the policy's distribution."""
     body.ignore("strict", "cache_control")
     function = {"name": body.take("name", str)}
     description = body.take("description", str, None)

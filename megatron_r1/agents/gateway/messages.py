@@ -25,11 +25,12 @@ WITHOUT_EFFECT = (
     *("user_profile_id", "workspace_id"),
 )
 ATTRIBUTION = "x-anthropic-billing-header"
-"""Begins a system block of Claude Code that differs in every request; vLLM drops it too."""
+"""The beginning of a system block of Claude Code that differs in every request; vLLM also drops
+it."""
 
 
 def read(body: Body) -> TurnRequest:
-    """Return the turn that a body asks for. Raises Refused."""
+    """Return the turn that a body requests. Raises Refused."""
     body.ignore(*WITHOUT_EFFECT)
     model = body.take("model", str, "")
     system = _system(body.take("system", (str, list), None))
@@ -97,7 +98,7 @@ def _is_attribution(part: Any) -> bool:
 
 
 def _messages(body: Body) -> list[Message]:
-    """Return the messages that one of Anthropic's stands for: a user's may have tool results."""
+    """Return one message of Anthropic's form as messages: a user's may hold tool results."""
     role = body.take_one_of("role", ("user", "assistant", "system"), None)
     content = body.take("content", (str, list))
     body.finish()

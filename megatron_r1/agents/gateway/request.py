@@ -27,12 +27,12 @@ class Refused(Exception):
 
 @dataclass
 class TurnRequest:
-    """One turn that a client wants sampled.
+    """A client's request for one turn.
 
     max_tokens: None for as many as fit. most_calls: 1 where the client takes one tool call a turn.
-    wishes: sampling options of the request, which the run's own replace (`sampling_options`).
-    token_ids: the whole prompt, in token mode. stored: messages that `previous_response_id` may
-    name later."""
+    wishes: the request's sampling options that differ from the neutral ones; the run's own replace
+    them (`sampling_options`). token_ids: the whole prompt, in token mode. stored: the conversation
+    that a later request may continue by `previous_response_id`."""
 
     messages: list[Message]
     tools: list[dict[str, Any]]

@@ -21,7 +21,7 @@ WITHOUT_EFFECT = (
 
 
 def read(body: Body, stored: Mapping[str, list[Message]]) -> TurnRequest:
-    """Return the turn that a body asks for. stored: conversations by the id of their last reply.
+    """Return the turn that a body requests. stored: conversations by the id of their last reply.
     Raises Refused."""
     body.ignore(*WITHOUT_EFFECT)
     model = body.take("model", str, "")
@@ -88,7 +88,7 @@ def error_event(refused: Refused) -> bytes:
 
 
 def _messages(value: Any) -> list[Message]:
-    """Return the messages of `input`: neighbouring items of the assistant are one message."""
+    """Return the messages of `input`; consecutive items of the assistant are one message."""
     if isinstance(value, str):
         return [{"role": "user", "content": value}]
     messages: list[Message] = []

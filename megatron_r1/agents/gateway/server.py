@@ -1,7 +1,8 @@
 """The gateway: an HTTP server between agents and the fleet, with the protocols of their clients.
 
-Every turn goes through the fleet, so a dead engine costs one turn and a push none; the tokens that
-are trained on are those that the engine sampled (`continuation`). A session is a bearer secret."""
+Every turn goes through the fleet: it survives the death of an engine and a weight push. The tokens
+that are trained are those that the engine sampled (`continuation`). A client names its session by
+the session's secret, as its API key."""
 
 from __future__ import annotations
 
@@ -36,7 +37,7 @@ SamplingOptions = Literal["run", "refuse"]
 
 @dataclass(frozen=True)
 class Form:
-    """One protocol: how it reads a body, and writes a reply, a stream and an error."""
+    """One protocol: its functions that read a body and write a reply, a stream and an error."""
 
     read: Callable[[Body, Session], TurnRequest]
     reply: Callable[[TurnReply, TurnRequest], dict[str, Any]]
@@ -73,10 +74,10 @@ class Gateway:
         port: int = 0,
         sampling_options: SamplingOptions = "run",
     ) -> None:
-        """host: the address to listen on: loopback, or the run's own network. port: 0 for a free
-        one. model: the only name in /v1/models; a request may name any other. sampling_options: of
-        requests that differ from the run's: `run` replaces them and notes it in the session, as
-        only the policy's own distribution can be trained on; `refuse` answers 400."""
+        """host, port: the address to listen on; port 0 for a free one. model: the name in
+        /v1/models; a request may have any other. sampling_options: `run` replaces a request's
+        options that differ from the run's, and notes it in the session, as only the policy's own
+        distribution can be trained on; `refuse` answers 400."""
         self._sampler, self._continuation = sampler, continuation
         self._model, self._host, self._port = model, host, port
         self._sampling_options = sampling_options
@@ -91,7 +92,7 @@ class Gateway:
         await self.close()
 
     async def start(self) -> None:
-        """Listen. Raises OSError where the address is taken."""
+        """Start to listen. Raises OSError where the address is taken."""
         app = web.Application(client_max_size=MAX_BODY_BYTES)
         for path, form in (
             ("/v1/chat/completions", CHAT),
@@ -115,7 +116,7 @@ class Gateway:
 
     @property
     def url(self) -> str:
-        """The base URL without a path; OpenAI's clients take `url + "/v1"`, Anthropic's this."""
+        """The base URL without a path, for Anthropic's clients; OpenAI's take `url + "/v1"`."""
         host = f"[{self._host}]" if ":" in self._host else self._host
         return f"http://{host}:{self._port}"
 
@@ -293,7 +294,8 @@ async def _stream(
     request: TurnRequest,
     http: web.Request,
 ) -> web.StreamResponse:
-    """Send a turn as server-sent events; comments keep the connection alive until it is there."""
+    """Send a turn as server-sent events, after comments that keep the connection alive while the
+    turn is being sampled."""
     head = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache"}
     stream = web.StreamResponse(headers=head)
     await stream.prepare(http)

@@ -1,4 +1,4 @@
-"""One episode as the gateway sees it: its secret, tree, limits and what has gone wrong."""
+"""A session of the gateway: one episode's secret, token tree, limits and failures."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from megatron_r1.engine.errors import EngineError
 
 @dataclass(frozen=True)
 class SessionLimits:
-    """Of one episode. max_turns, max_tokens: sampled ones. max_parallel: turns at once."""
+    """Limits of one episode: sampled turns and tokens, and turns that are sampled at once."""
 
     max_turns: int
     max_tokens: int
@@ -28,7 +28,7 @@ class SessionLimits:
 
 @dataclass
 class TakenTurn:
-    """A sampled turn and the request that it answers. is_added: to the session's tree."""
+    """A sampled turn and its request. is_added: whether it is in the session's tree."""
 
     prompt: NextPrompt
     request: TurnRequest
@@ -39,8 +39,11 @@ class TakenTurn:
 
 @dataclass
 class Session:
-    """One episode's tokens. status: set by what ends it: a limit, or a failure that the policy did
-    not cause; None so far. notes: what the run's settings replaced in requests, and how often."""
+    """One episode behind the gateway.
+
+    status: how the episode has ended, by a limit or a failure that the policy did not cause; None
+    until then. notes: how often each sampling option was replaced, and each request refused.
+    stored: conversations by the id of their last reply, for `previous_response_id`."""
 
     limits: SessionLimits
     sampling: TurnSampling
@@ -55,14 +58,14 @@ class Session:
     """Tokens that engines have sampled, those of turns that are not in the tree yet included."""
     stored: dict[str, list[Message]] = field(default_factory=dict)
     undelivered: dict[bytes, asyncio.Task[TakenTurn]] = field(default_factory=dict)
-    """Turns by a hash of their request, whose client went away: if it repeats the request it gets
-    the same turn, and no second one is sampled."""
+    """Turns whose client has closed its connection, by a hash of their request. If the client
+    repeats the request, it gets the same turn, and no second one is sampled."""
     failures: dict[bytes, str] = field(default_factory=dict)
-    """Why no engine could sample a turn, by a hash of its request; a repetition that succeeds
-    removes it."""
+    """Failures of the engines to sample a turn, by a hash of its request. A repetition that
+    succeeds removes its failure."""
     running: set[asyncio.Task[TakenTurn]] = field(default_factory=set)
     last_text: str = ""
-    """Of the newest answer."""
+    """The text of the newest answer."""
     _engine_seconds: float = 0.0
     _num_waiting: int = 0
     _waiting_since: float = 0.0
@@ -75,7 +78,7 @@ class Session:
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
-        """Count the block as the engines' time."""
+        """Count the time inside the block as the engines'."""
         if not self._num_waiting:
             self._waiting_since = time.monotonic()
         self._num_waiting += 1
@@ -92,7 +95,8 @@ class Session:
         return self.num_tokens >= self.limits.max_tokens
 
     def end(self, status: str, reason: str) -> None:
-        """Set the status, if nothing has ended the episode before: a failed turn has."""
+        """Set the status, unless the episode has ended already; after a failed turn it is
+        engine_error."""
         if self.status is None:
             failure = next(iter(self.failures.values()), None)
             self.status, self.reason = (

@@ -20,7 +20,7 @@ WITHOUT_EFFECT = (
 
 
 def read(body: Body) -> TurnRequest:
-    """Return the turn that a body asks for. Raises Refused."""
+    """Return the turn that a body requests. Raises Refused."""
     model = body.take("model", str, "")
     body.ignore("request_id", "cache_salt", "priority", "return_token_ids")
     token_ids = body.take("token_ids", list)
@@ -63,7 +63,7 @@ def reply(turn: TurnReply, request: TurnRequest) -> dict[str, Any]:
 
 
 def events(turn: TurnReply, request: TurnRequest) -> Iterator[bytes]:
-    """Raise: `read` refuses streams."""
+    """Raise AssertionError: `read` refuses streams."""
     raise AssertionError("token mode has no streams")
 
 

@@ -90,7 +90,7 @@ class VerifiersHarness:
                 raise EnvironmentFault("verifiers' server did not start in time") from None
 
     async def close(self) -> None:
-        """End the server and all that it has started."""
+        """End the server and the processes that it has started."""
         process, self._process = self._process, None
         if process is not None:
             with contextlib.suppress(ProcessLookupError):
@@ -122,7 +122,7 @@ class VerifiersHarness:
                 self._process.stdin.write(json.dumps(message).encode() + b"\n")
 
     async def _read(self, process: asyncio.subprocess.Process) -> None:
-        """Hand out replies until the process ends; then fail what waits."""
+        """Give each reply to its caller until the process ends; then fail the calls that wait."""
         assert process.stdout and process.stderr, "started with pipes"
         errors = asyncio.create_task(self._keep_last_words(process.stderr))
         try:
@@ -160,8 +160,8 @@ def command(settings: VerifiersConfig, options: dict[str, Any]) -> list[str]:
 
 
 def variables() -> dict[str, str]:
-    """Return variables of the other Python, which has packages of its own and the working
-    folder."""
+    """Return the environment variables of verifiers' Python, which can import modules of the
+    working folder."""
     return {"PYTHONPATH": os.getcwd(), "HF_HUB_OFFLINE": "1"}
 
 

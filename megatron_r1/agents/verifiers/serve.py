@@ -14,7 +14,8 @@ from functools import partial
 from typing import Any, TextIO
 
 SESSION_HEADER = "X-R1-Session"
-"""Carries the session's key: verifiers sends one Authorization for all episodes of a process."""
+"""The header with the session's key: verifiers sends one Authorization for all episodes of a
+process."""
 START_SECONDS = 300.0
 
 
@@ -96,7 +97,8 @@ async def _run(client: Any, job: dict[str, Any], output: TextIO) -> None:
 
 
 def _outcome(episode: Any) -> dict[str, Any]:
-    """Return what counts of an episode. `reward` of a failed trace is 0, so `ok` goes with it."""
+    """Return an episode's reward, tokens and errors. `reward` of a failed trace is 0, so `ok` is
+    there, too."""
     traces = episode.traces
     errors = [f"{e.type}: {e.message}" for each in (episode, *traces) for e in each.errors]
     sequences = []

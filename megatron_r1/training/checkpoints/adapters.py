@@ -1,7 +1,7 @@
 """The part of a checkpoint that holds adapters, and the model that they were trained on.
 
 Each Hugging Face factor is one stored tensor, named as in PEFT, so that it fits any layout. The
-model itself is read from `model.path` again; its fingerprint tells another one."""
+model itself is read from `model.path` again, and compared by its fingerprint."""
 
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ from megatron_r1.weights.layout import LayoutEntry
 from megatron_r1.weights.rules import Shape
 
 BASE = "base_fingerprint"
-"""Entry of a checkpoint, and attribute of a chunk: of the model without its adapters."""
+"""The fingerprint of the model without adapters: entry of a checkpoint, attribute of a chunk."""
 
 
 def sharded_adapters(chunk, prefix: str) -> dict[str, ShardedTensorFactory]:
