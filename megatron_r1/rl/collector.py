@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from array import array
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from itertools import compress
 
@@ -26,9 +26,13 @@ from megatron_r1.rl.sample_log import StepLog
 
 
 @dataclass
-class PhaseEnds:
-    """When the newest group so far finished each phase, time.perf_counter()."""
+class RolloutInProgress:
+    """Groups that are sampled together. log: the step's groups on disk, if they are kept.
 
+    sampled, graded, scored: time.perf_counter() when the newest group finished each phase."""
+
+    sampling: Sampling
+    log: StepLog | None
     sampled: float
     graded: float
     scored: float
@@ -63,7 +67,7 @@ class RolloutCollector:
         Groups come back in the order of `prompts`; those that `finished` has are not sampled again.
         Raises EngineError when an engine fails."""
         start = time.perf_counter()
-        ends = PhaseEnds(start, start, start)
+        running = RolloutInProgress(sampling, finished, start, start, start)
         positions = finished.reserve(len(prompts)) if finished else range(len(prompts))
         begun = []
         for prompt, at in zip(prompts, positions, strict=True):
@@ -75,17 +79,16 @@ class RolloutCollector:
             # Together: the fleet orders what arrives in one turn of the event loop.
             async with asyncio.TaskGroup() as tasks:
                 groups = [
-                    tasks.create_task(self._collect_group(*group, sampling, ends, finished))
-                    for group in begun
+                    tasks.create_task(self._collect_group(running, *group)) for group in begun
                 ]
         except ExceptionGroup as failures:
             # When an engine dies, all its requests fail with it; the first error is enough.
             raise failures.exceptions[0] from None
         return Rollout(
             [group.result() for group in groups],
-            ends.sampled - start,
-            max(0.0, ends.graded - ends.sampled),
-            teacher_seconds=max(0.0, ends.scored - ends.sampled),
+            running.sampled - start,
+            max(0.0, running.graded - running.sampled),
+            teacher_seconds=max(0.0, running.scored - running.sampled),
         )
 
     async def check(self, terms: Collection[str], prompts: list[Prompt]) -> None:
@@ -107,17 +110,16 @@ class RolloutCollector:
 
     async def _collect_group(
         self,
+        running: RolloutInProgress,
         position: int,
         prompt: Prompt,
         prompt_ids: list[int],
         recalled: Group | None,
-        sampling: Sampling,
-        ends: PhaseEnds,
-        finished: StepLog | None,
     ) -> Group:
-        """Sample a group, or take what the log recalled, then grade it and have the teacher score
-        it at once."""
-        if finished and recalled and finished.is_final(recalled):
+        """Sample a group, or take the one that the log recalled; grade it, while the teacher scores
+        it."""
+        sampling, log = running.sampling, running.log
+        if log and recalled and log.is_final(recalled):
             return recalled
         with self.in_flight.group(prompt) as tracked:
             played: list[Played] = []
@@ -130,11 +132,11 @@ class RolloutCollector:
             else:
                 played = await self._play(prompt, sampling)
                 responses = [each.episode.response() for each in played]
-            ends.sampled = time.perf_counter()
+            running.sampled = time.perf_counter()
             tracked.sampling_done(responses)
             graded, scores = await asyncio.gather(
-                self._grade(prompt, responses, sampling.weights, tracked, ends, played),
-                self._score(prompt_ids, responses, sampling, ends, played),
+                self._grade(running, tracked, responses, played),
+                self._score(running, prompt_ids, responses, played),
             )
         if scores:
             graded = [
@@ -142,8 +144,8 @@ class RolloutCollector:
                 for each, logprobs in zip(graded, scores, strict=True)
             ]
         group = Group(prompt, prompt_ids, graded)
-        if finished:
-            finished.keep(position, group)
+        if log:
+            log.keep(position, group)
         return group
 
     async def _generate(
@@ -173,7 +175,6 @@ class RolloutCollector:
         that fails is its episode's."""
         player = self.player
         assert player is not None, "only with an environment"
-
         group = Affinity()  # all episodes have the same first prompt
 
         def policy() -> Generate:
@@ -192,30 +193,29 @@ class RolloutCollector:
 
     async def _grade(
         self,
-        prompt: Prompt,
-        responses: list[Response],
-        weights: Mapping[str, float],
+        running: RolloutInProgress,
         tracked: InFlightGroup,
-        ends: PhaseEnds,
+        responses: list[Response],
         played: list[Played],
     ) -> list[GradedResponse]:
+        weights = running.sampling.weights
         if played:
-            graded = await self.grader.grade_episodes(prompt, played, weights)
+            graded = await self.grader.grade_episodes(tracked.prompt, played, weights)
         else:
-            graded = await self.grader.grade(prompt, responses, weights)
+            graded = await self.grader.grade(tracked.prompt, responses, weights)
         tracked.grading_done()
-        ends.graded = time.perf_counter()
+        running.graded = time.perf_counter()
         return graded
 
     async def _score(
         self,
+        running: RolloutInProgress,
         prompt_ids: list[int],
         responses: list[Response],
-        sampling: Sampling,
-        ends: PhaseEnds,
         played: list[Played],
     ) -> list[array[float]]:
         """Return the teacher's log-probabilities of each response; an empty list if unscored."""
+        sampling = running.sampling
         if not sampling.is_scored:
             return []
         teacher = self.teacher
@@ -241,5 +241,5 @@ class RolloutCollector:
                 for response in ([] if played else responses)
             ),
         )
-        ends.scored = time.perf_counter()
+        running.scored = time.perf_counter()
         return scores

@@ -6,13 +6,14 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+from megatron_r1.agents.episode import Episode
 from megatron_r1.agents.player import Played
 from megatron_r1.data.prompts import Prompt
 from megatron_r1.data.text import PromptText
 from megatron_r1.engine.responses import Response
 from megatron_r1.errors import RunError, UserError
 from megatron_r1.rewards.base import Grade
-from megatron_r1.rewards.combine import ACCURACY, combine
+from megatron_r1.rewards.combine import ACCURACY, Reward, combine
 from megatron_r1.rewards.runtime.pool import RewardPool
 from megatron_r1.rewards.terms import Options, RewardTerms
 from megatron_r1.rl.rollout import GradedResponse, Group, responses_of
@@ -60,17 +61,7 @@ class ResponseGrader:
             if played.reward is not None:
                 reason = f"{episode.status}: the environment's reward"
                 grades = {ACCURACY: EnvironmentGrade(played.reward, reason), **grades}
-        reward = combine(grades, weights)
-        return GradedResponse(
-            response,
-            played.text,
-            reward.terms,
-            reward.total,
-            reward.reason,
-            reward.ungraded,
-            reward.is_graded,
-            episode=episode,
-        )
+        return _graded(response, played.text, combine(grades, weights), episode)
 
     def _decode(self, responses: Sequence[Response]) -> list[str]:
         return [self._text.decode(response.token_ids) for response in responses]
@@ -81,21 +72,27 @@ class ResponseGrader:
         terms = list(dict.fromkeys((ACCURACY, "format", *weights)))
         num_tokens, opened = len(response.token_ids), self._text.opens_thought
         grades = await self._terms.grade(terms, prompt, text, num_tokens, opened)
-        reward = combine(grades, weights)
-        return GradedResponse(
-            response,
-            text,
-            reward.terms,
-            reward.total,
-            reward.reason,
-            reward.ungraded,
-            reward.is_graded,
-        )
+        return _graded(response, text, combine(grades, weights))
 
     async def check_rewards(self, terms: Collection[str], prompts: list[Prompt]) -> None:
         """Call the reward of every kind of prompt and every term once. Raises UserError as
         `RewardTerms.check`."""
         await self._terms.check(terms, prompts, self._text.opens_thought)
+
+
+def _graded(
+    response: Response, text: str, reward: Reward, episode: Episode | None = None
+) -> GradedResponse:
+    return GradedResponse(
+        response,
+        text,
+        reward.terms,
+        reward.total,
+        reward.reason,
+        reward.ungraded,
+        reward.is_graded,
+        episode=episode,
+    )
 
 
 class EnvironmentGrade(Grade):
