@@ -1,5 +1,5 @@
-"""What the demos share: each part runs as a command of its own, and a table compares the first
-held-out evaluation with the last."""
+"""Common parts of the demos: run a part as a command of its own, compare the first held-out
+evaluation with the last in a table."""
 
 import json
 import signal

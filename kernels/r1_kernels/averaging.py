@@ -52,7 +52,7 @@ class Sequences:
 
 
 class Averaging(NamedTuple):
-    """How the tokens' losses are averaged, as in the arguments of `policy_loss`."""
+    """The average over the tokens' losses, as in the arguments of `policy_loss`."""
 
     ratio_level: str
     average: str

@@ -1,4 +1,4 @@
-"""What each kernel computes, and its launches in real runs: read by the tests, by the tables of
+"""The purpose of each kernel, and its launches in real runs: read by the tests, by the tables of
 `tools/bench kernels`, by the ahead-of-time compilation of `tools/bench resources` and for README's
 table. No computation imports this file.
 
@@ -46,7 +46,7 @@ class Example(NamedTuple):
 
 
 class Kernel(NamedTuple):
-    """What there is to know of the primitive `name` beside its code.
+    """The facts about the primitive `name` beside its code.
 
     computes, num_bytes: for README; bytes read → written, b being those of an input element.
     examples: its launches on a device. measured_in: the table of `tools/bench kernels` that

@@ -41,7 +41,7 @@ from r1_kernels.vocabulary import RowSoftmax, RowUpstream
 
 
 class LinearPolicyLoss(NamedTuple):
-    """What `linear_policy_loss` returns. loss: (), differentiable in hidden and weight; the rest
+    """The result of `linear_policy_loss`. loss: (), differentiable in hidden and weight; the rest
     (T,) without gradient, 0 where the mask is 0. All fp32 (fp64 for fp64).
 
     See `PolicyLoss` for ratio, clipped, kl and importance."""
@@ -122,7 +122,7 @@ def linear_policy_loss(
         run = run._replace(gradient_scale=_gradient_scale(tokens.weights))
     if ratio_level == "sequence":
         return _with_sequence_ratios(hidden, weight, run, sequences, reduce_hidden_grad)
-    # Inside the Function the grad mode is always off, so it is asked here.
+    # Inside the Function the grad mode is always off, so it is read here.
     needs = [torch.is_grad_enabled() and t.requires_grad for t in (hidden, weight)]
     gradients = HeadGradients(head, hidden, needs, reduce_hidden_grad)
     return LinearPolicyLoss(*_LinearPolicyLoss.apply(hidden, weight, run, gradients))

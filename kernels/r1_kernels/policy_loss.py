@@ -26,7 +26,7 @@ from r1_kernels.registry import choose
 
 
 class PolicyLoss(NamedTuple):
-    """What `policy_loss` returns. loss: (); the rest (T,) without gradient, 0 where the mask is 0.
+    """The result of `policy_loss`. loss: (); the rest (T,) without gradient, 0 where the mask is 0.
     All fp32 (fp64 for fp64).
 
     ratio: ρ, not clipped. clipped: 1 where the clip is active, else 0. kl: the estimate.

@@ -91,7 +91,7 @@ class TokenTensors(NamedTuple):
 
 
 class PolicyTerms(NamedTuple):
-    """What the loss and its gradient are made of, computed in one pass over the tokens. loss:
+    """The terms of the loss and its gradient, computed in one pass over the tokens. loss:
     (blocks,), partial sums; the rest (T,), 0 where the weight is 0.
 
     grad_ratio: derivative of the loss by the log-ratio, 0 for cispo. grad_logprob: derivative by

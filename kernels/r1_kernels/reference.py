@@ -13,7 +13,7 @@ from typing import Any
 def __getattr__(name: str) -> Any:
     """Return the package's public function of this name, bound to plain PyTorch, or its class."""
     package = importlib.import_module("r1_kernels")
-    # Dunder names, too, are asked of this function: those of the package are not this module's.
+    # This function also gets dunder names: those of the package are not this module's.
     if name == "reference" or name not in package.__all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(package, name)

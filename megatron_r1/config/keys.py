@@ -14,7 +14,7 @@ from megatron_r1.config.yaml_text import as_text
 from megatron_r1.errors import UserError, did_you_mean
 
 ENTRY = {list: "[]", dict: ".NAME"}
-"""What stands for an entry of a list or mapping in a dotted key."""
+"""The part of a dotted key that stands for any entry of a list or mapping."""
 
 
 def keys_of(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, type[BaseModel]]]:

@@ -1,4 +1,4 @@
-"""What becomes of a response: a code that is counted, and the reason; and the counts."""
+"""The decision on a response, a code with its reason, and the counts of decisions."""
 
 from collections import Counter
 from collections.abc import Mapping

@@ -43,7 +43,7 @@ class Choice(msgspec.Struct):
 
 
 class Header(msgspec.Struct):
-    """What stands before the arrays."""
+    """The header of a reply, before its arrays."""
 
     choices: list[Choice]
 

@@ -1,7 +1,7 @@
 """The GPUs of this host, found without importing torch: for processes that only start others.
 
 Importing torch takes such a process a second or two, during which nothing else begins. Processes
-that compute ask `platform.has_gpu`."""
+that compute call `platform.has_gpu`."""
 
 import ctypes
 import functools

@@ -1,4 +1,4 @@
-"""What a model allows of a recipe's engine settings: refused before vLLM starts."""
+"""Checks a recipe's engine settings against the model's limits, before vLLM starts."""
 
 from importlib.util import find_spec
 from pathlib import Path

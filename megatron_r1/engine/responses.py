@@ -1,4 +1,4 @@
-"""What vLLM answers, checked and made compact: sampled responses, scores, routed experts.
+"""Reads vLLM's replies into compact form, with checks: responses, scores, routed experts.
 
 Replies are JSON; engines with our plugin send samples as bytes instead (`compact_reply`)."""
 

@@ -1,4 +1,4 @@
-"""How vLLM is started: its command line and its environment."""
+"""The command line and the environment with which vLLM is started."""
 
 import json
 from collections.abc import Mapping, Sequence

@@ -51,7 +51,7 @@ class Usage(msgspec.Struct):
 
 
 class Completion(msgspec.Struct):
-    """What is read of a reply of either path: `message` from chats, `text` from completions."""
+    """The parts of a reply that are read: `message` of chats, `text` of completions."""
 
     choices: list[Choice]
     usage: Usage | None = None
@@ -195,7 +195,7 @@ async def wait_until_listening(
         on_failure(failure)
         if time.monotonic() + PAUSE_SECONDS > deadline:
             raise ServiceError(
-                f"{url}: nobody answers there ({failure}). Start the server or correct "
+                f"{url}: no server answers there ({failure}). Start the server or correct "
                 f"{key}.url; for a server that is still loading, raise {key}.wait_seconds, now "
                 f"{wait_seconds:g}"
             )

@@ -50,7 +50,7 @@ class Summary:
 
 @dataclass(frozen=True)
 class GradedSample:
-    """What the metrics need of a logged sample; its text stays on disk."""
+    """The parts of a logged sample that metrics are computed from; its text stays on disk."""
 
     reward: float
     length: int | None

@@ -1,7 +1,7 @@
-"""Which engine gets which group, and when.
+"""Assigns groups to engines: which engine gets which group, and when.
 
-Groups wait here, not in the engines: an engine is given a little more than it can decode at once,
-and more as it finishes. So a slow engine gets fewer groups by itself, and the share of a dead one
+Groups wait here, not in the engines: an engine gets a little more than it can decode at once, and
+more as it finishes. So a slow engine gets fewer groups by itself, and the share of a dead one
 goes to the others. A group is one request to one engine, which computes its prompt once.
 
 Of the waiting groups, those of the earlier batch come first, and in it those expected to take
@@ -32,7 +32,7 @@ for a group, while each token of a response reads the weights anew."""
 
 @dataclass
 class Affinity:
-    """Which engine had the turns of a conversation before, or of one with the same beginning.
+    """The engine that had the earlier turns of a conversation, or of one with the same beginning.
 
     origin: that of the conversations which share the first prompt: where this one has no engine
     yet, theirs has the prompt in its cache."""

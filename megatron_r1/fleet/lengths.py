@@ -1,4 +1,4 @@
-"""How long responses will be, estimated from those that came back.
+"""Estimates the lengths of responses from those that came back.
 
 Estimates are kept for each kind and size of prompt, because a proof takes more tokens
 than a greeting. Of a group of n two numbers matter: the mean length, which is the work it makes,

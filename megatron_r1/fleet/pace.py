@@ -1,4 +1,4 @@
-"""How well an engine has served lately: how fast, and how many of its replies were unusable."""
+"""Measures an engine's recent service: its speed, and the number of unusable replies."""
 
 from collections import deque
 from collections.abc import Mapping
@@ -33,7 +33,7 @@ class ServedGroup:
 
 
 class Pace:
-    """What one engine served in the last `window` seconds. Times are time.monotonic()."""
+    """The service of one engine in the last `window` seconds. Times are time.monotonic()."""
 
     def __init__(self, began: float, window: float) -> None:
         self.began, self.window = began, window

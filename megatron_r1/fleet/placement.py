@@ -1,4 +1,4 @@
-"""Where engines run: on the controller's host, or on hosts that connect to it."""
+"""Places engines: on the controller's host, or on hosts that connect to it."""
 
 import asyncio
 import contextlib

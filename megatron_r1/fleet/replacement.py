@@ -16,8 +16,8 @@ PROBE_SECONDS = 10.0
 DRAIN_SECONDS = 120.0
 """Time for requests in flight on an engine that is to be replaced; then others repeat them."""
 OUT_OF_MEMORY = ("out of memory", "OutOfMemory", "can't allocate memory", "Cannot allocate memory")
-"""What CUDA, PyTorch's two allocators and Linux call it. An engine that has run out does so
-again."""
+"""The messages of CUDA, PyTorch's two allocators and Linux. An engine that has run out of memory
+will do so again."""
 
 
 class Replacement:
@@ -130,7 +130,7 @@ class Replacement:
             raise
 
     async def _watch(self) -> None:
-        """Notice ended engines, so that calls waiting for them fail at once."""
+        """Find ended engines, so that calls waiting for them fail at once."""
         while True:
             for engine in list(self.members.engines):
                 if not engine.server.is_alive() and not engine.died.is_set():
@@ -140,7 +140,7 @@ class Replacement:
             await asyncio.sleep(WATCH_SECONDS)
 
     async def _probe(self) -> None:
-        """Notice engines that are alive and do nothing, or little."""
+        """Find engines that are alive and do nothing, or little."""
         while True:
             await asyncio.sleep(PROBE_SECONDS)
             seconds = max(self.unresponsive_seconds, self.patience_seconds)

@@ -1,4 +1,4 @@
-"""How many drafted tokens the engines accept, from vLLM's own counters."""
+"""Measures the share of drafted tokens that the engines accept, by vLLM's own counters."""
 
 import asyncio
 import contextlib

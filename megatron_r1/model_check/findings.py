@@ -9,9 +9,9 @@ TOLERANCE = 1e-4
 
 
 class Reference(msgspec.Struct):
-    """What `model_check.reference` found. num_tokens: of the tokenizer; None: the folder has none.
-    template: whether it has a chat template. sequences: token ids. logprobs: of each token but the
-    first, given those before it, by transformers in the checked dtype. noise: the largest
+    """The result of `model_check.reference`. num_tokens: of the tokenizer; None: the folder has
+    none. template: whether it has a chat template. sequences: token ids. logprobs: of each token
+    but the first, given those before it, by transformers in the checked dtype. noise: the largest
     difference of these from transformers' own in float32."""
 
     num_tensors: int

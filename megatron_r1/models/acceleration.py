@@ -1,4 +1,4 @@
-"""Which implementation computes attention, fused operations and the dispatch of tokens to experts:
+"""Selects the implementations of attention, fused operations and the dispatch of tokens to experts:
 `model.attention_backend`, `model.fusions` and `parallel.dispatcher` as Megatron's fields.
 
 What this machine cannot do is an error with the setting's name; nothing is replaced silently."""

@@ -133,7 +133,7 @@ def _attend(
         return offset_attention(query, key, value, scale, offset, window)
     size, value_size = key.shape[3], value.shape[3]
     if size != value_size:
-        # Flash attention wants one size. Zeros change no product, and their outputs are cut off.
+        # Flash attention takes one size. Zeros change no product, and their outputs are cut off.
         widest = max(size, value_size)
         query, key, value = (pad(x, (0, widest - x.shape[3])) for x in (query, key, value))
     grouped = query.shape[1] != key.shape[1]

@@ -17,7 +17,7 @@ BUCKET_TOKENS = 16
 
 
 class Buckets:
-    """Where the tokens of packed sequences lie in right-padded batches."""
+    """The places of the tokens of packed sequences in right-padded batches."""
 
     def __init__(self, lengths: Tensor):
         """lengths: (S,) int64, tokens per sequence."""

@@ -1,6 +1,6 @@
 """Every key of `config.json` is read, is known to change nothing, or is refused by name. No torch.
 
-A key that nobody reads may change what a model computes: a window, a bias, a scale. So a
+A key that no code reads may change what a model computes: a window, a bias, a scale. So a
 configuration is checked by reading it with `Recorded`."""
 
 from typing import Any

@@ -61,8 +61,8 @@ def prefix_attention(
 
 
 class _Segments:
-    """Where a batch's segments are. links: of each prefix the rows that continue it, int64, and its
-    own."""
+    """The places of a batch's segments. links: for each prefix the rows that continue it, int64,
+    and its own."""
 
     def __init__(self, borders: Tensor, before: Tensor):
         lengths = borders.diff()
@@ -125,7 +125,7 @@ class _PrefixAttention(torch.autograd.Function):
 
 
 def _sizes(query: Tensor, key: Tensor, value: Tensor) -> tuple[int, torch.dtype]:
-    """Return the one head size that flash attention wants, and the dtype of sums over chunks."""
+    """Return the one head size that flash attention takes, and the dtype of sums over chunks."""
     size = max(key.shape[2], value.shape[2])
     return size, torch.promote_types(query.dtype, torch.float32)
 

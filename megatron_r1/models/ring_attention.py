@@ -15,7 +15,7 @@ In the backward pass keys and values go round again, and the gradients of a shar
 `out` and `lse` of all chunks, the gradients that one chunk computes add up to the whole ones.
 
 Each chunk is computed by PyTorch's flash attention for CPUs, block by block, so that a matrix of
-queries x keys never exists. It wants keys and values of one size: the smaller get zeros.
+queries x keys never exists. It takes keys and values of one size: the smaller get zeros.
 
 Shapes: t tokens on this rank, h query heads, g key/value heads (g divides h), d head size of
 queries and keys, e of values; in a bucket (`models.buckets`) r sequences of w tokens, heads of size

@@ -19,7 +19,7 @@ def sample_positions(borders: Tensor, rank: int = 0, ranks: int = 1) -> Tensor:
     ranks,) int64. borders: (S + 1,) integers from 0 to T, of the whole batch."""
     borders = borders.long()
     total = int(borders[-1])
-    # output_size: a GPU would have to be asked for the sum once more.
+    # output_size: without it the host would wait for the GPU's sum once more.
     starts = borders[:-1].repeat_interleave(borders.diff(), output_size=total)
     if ranks == 1:
         return torch.arange(total, device=borders.device) - starts

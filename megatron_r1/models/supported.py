@@ -1,5 +1,5 @@
-"""What `config.json` becomes in Megatron's configuration, and what of it is refused. No torch or
-Megatron."""
+"""Checks `config.json`: the fields that become Megatron's configuration, and those that are
+refused. No torch or Megatron."""
 
 from __future__ import annotations
 

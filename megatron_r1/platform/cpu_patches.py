@@ -1,4 +1,4 @@
-"""What Megatron-Core needs on a CPU: one patch for each CUDA habit of its code.
+"""Patches of Megatron-Core for a CPU: one for each use of CUDA in its code.
 
 Megatron-Core names CUDA directly in some fifty places. Each patch names an upstream line that
 needs it; tests/unit/test_platform.py fails when that line moves. `platform.prepare()` installs the

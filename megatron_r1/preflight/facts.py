@@ -1,4 +1,4 @@
-"""What one rank has found, as it travels to rank 0."""
+"""The measurements of one rank, as they are sent to rank 0."""
 
 import os
 import socket
@@ -70,9 +70,9 @@ class Folder(msgspec.Struct):
 
 
 class Node(msgspec.Struct):
-    """What a node's first rank has found. ports: fault by setting. unreachable: why rank 0's node
-    cannot be connected to, or "". clock_offset: seconds ahead of rank 0's. sandbox: why programs
-    cannot be graded, or ""."""
+    """The measurements of a node's first rank. ports: fault by setting. unreachable: why rank 0's
+    node cannot be connected to, or "". clock_offset: seconds ahead of rank 0's. sandbox: why
+    programs cannot be graded, or ""."""
 
     versions: dict[str, str]
     memory: Memory
@@ -83,9 +83,9 @@ class Node(msgspec.Struct):
 
 
 class Facts(msgspec.Struct):
-    """What a rank has found. memory: of its GPU. products: FLOP/s of matrix products. links: by
-    parallel axis. pairs: rates to the same rank of neighbouring nodes. folder: of ranks that used
-    it. node: of a node's first rank. seconds: by step."""
+    """The measurements of a rank. memory: of its GPU. products: FLOP/s of matrix products. links:
+    by parallel axis. pairs: rates to the same rank of neighbouring nodes. folder: of ranks that
+    used it. node: of a node's first rank. seconds: by step."""
 
     rank: int
     node_index: int

@@ -1,4 +1,4 @@
-"""What the facts of all ranks mean: compared with each other, and with the planner's rates."""
+"""Judges the measurements of all ranks: against each other, and against the planner's rates."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""Where each rank is, in a store that all ranks reach; names the rank that keeps others waiting.
+"""Publishes each rank's progress in a common store; names the rank that the others wait for.
 
 A rank publishes the number and name of every step that it enters; a thread of its own, with a
 connection of its own, publishes that the process is alive. Where a step takes too long, the lowest

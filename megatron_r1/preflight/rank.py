@@ -24,7 +24,7 @@ START_TIMES = 4.0
 
 @dataclass(frozen=True)
 class Probes:
-    """What is measured without other ranks."""
+    """The measurements that need no other rank."""
 
     versions: Callable[[], dict[str, str]] = host.versions
     products: Callable[[], float] = speed.product_rate

@@ -1,6 +1,6 @@
 """One secret of a run: only its holders may join as a trainer rank or an engine host.
 
-ZeroMQ's CURVE (curvezmq.org) authenticates and encrypts: a peer that does not know the server's
+ZeroMQ's CURVE (curvezmq.org) authenticates and encrypts: a peer without the server's
 public key cannot shake hands, and here that key is derived from the token instead of published.
 It leaves 122 of a plain socket's 409 MiB/s (docs/log.md); a step sends megabytes."""
 

@@ -22,12 +22,12 @@ from megatron_r1.weight_sync.plan.links import planned_links
 POLL_SECONDS = 0.05
 """Short: three steps of a small model take two seconds, and the kill should follow the first."""
 ERROR = "megatron-r1: "
-"""What a command's errors begin with."""
+"""The beginning of a command's errors."""
 
 
 @dataclass(frozen=True)
 class PhaseResult:
-    """What a phase has shown. evidence: the figures or files that show it. cpu_seconds: of all its
+    """The result of a phase. evidence: the figures or files that show it. cpu_seconds: of all its
     processes; None for a part of another phase."""
 
     phase: str
@@ -212,7 +212,7 @@ class _Phase:
 
     def __exit__(self, *error: object) -> None:
         self.seconds = time.monotonic() - self._since
-        # Before the kill: nobody waits for the children of those who are killed.
+        # Before the kill: the children of killed processes have no parent that waits for them.
         self.cpu_seconds = launch.cpu_seconds() - self._cpu_since
         self._started.__exit__(*error)
 

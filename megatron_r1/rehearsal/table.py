@@ -1,4 +1,4 @@
-"""What a rehearsal has exercised and what not, as a table."""
+"""The table of the phases that a rehearsal has exercised, and of those that it has not."""
 
 import json
 from collections.abc import Sequence

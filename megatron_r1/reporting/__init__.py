@@ -1,1 +1,1 @@
-"""What a person sees of a run: its folder, the live view, TensorBoard events and the report."""
+"""The output of a run for people: its folder, the live view, trackers and the report."""

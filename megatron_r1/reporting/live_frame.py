@@ -40,7 +40,7 @@ MAX_WIDTH = 140
 
 @dataclass
 class LiveState:
-    """What the view shows. Times are seconds on the monotonic clock."""
+    """The contents of the view. Times are seconds on the monotonic clock."""
 
     title: str
     total_steps: int

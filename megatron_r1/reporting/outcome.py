@@ -1,4 +1,4 @@
-"""What a run achieved: its held-out scores with their intervals, and the result as a sentence."""
+"""The result of a run: its held-out scores with their intervals, and a sentence."""
 
 import re
 from collections import defaultdict

@@ -1,4 +1,4 @@
-"""How numbers, times and samples are written, in the terminal and in reports."""
+"""Formats numbers, times and samples for the terminal and for reports."""
 
 import math
 import numbers

@@ -10,7 +10,8 @@ from megatron_r1.rewards import FORM_REWARDS, REGISTRY, REMOTE, resolve
 from megatron_r1.user_code import find_function
 
 FACTS = ("num_tokens", "opened", "question")
-"""Arguments that a run knows of a sample; neither an option nor a prompt's field overrides them."""
+"""Arguments that a run gives for each sample; neither an option nor a prompt's field overrides
+them."""
 
 
 def call_fields(

@@ -1,4 +1,4 @@
-"""Where a response's final answer is read: `rewards.answer`.
+"""Reads a response's final answer, at the place of `rewards.answer`.
 
 `strict` is DeepSeek-R1-Zero's: a policy learns the form in which it answers. Models that were
 trained before, on forms of their own, are graded by where they put their answers: in a box, or in

@@ -15,7 +15,7 @@ Options = Mapping[str, Mapping[str, Any]]
 
 
 class Gradable(Protocol):
-    """What grading reads of a prompt (`data.prompts.Prompt`)."""
+    """The parts of a prompt that grading reads (`data.prompts.Prompt`)."""
 
     @property
     def id(self) -> str: ...

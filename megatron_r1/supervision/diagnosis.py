@@ -1,4 +1,4 @@
-"""What everything waits for: inspects every role, ranks them, and writes a report."""
+"""Finds the cause of a hang: inspects every role, ranks them, and writes a report."""
 
 import asyncio
 import socket

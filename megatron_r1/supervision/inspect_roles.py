@@ -37,7 +37,7 @@ STATES = {
 
 @dataclass(frozen=True)
 class Finding:
-    """What an inspection found out about one role of a run that hangs. headline: the role's state
+    """The result of inspecting one role of a run that hangs. headline: the role's state
     in one sentence. details: lines of evidence. recover: kills what hangs, so that its supervisor
     starts it again; None where that is not possible."""
 

@@ -1,4 +1,4 @@
-"""Notices that a run makes no progress, reports what it waits for, and acts by `run.on_hang`."""
+"""Detects a run without progress, reports the cause, and acts by `run.on_hang`."""
 
 import asyncio
 import contextlib

@@ -102,8 +102,8 @@ class TrainerClient:
 
     @property
     def implementations(self) -> dict[str, str]:
-        """Which implementation computes each part of a step: of all ranks, as the stages of a
-        pipeline have different parts."""
+        """The implementation of each part of a step, over all ranks, as the stages of a pipeline
+        have different parts."""
         found: dict[str, dict[str, None]] = {}
         for rank in self.ranks:
             for part, kind in rank["implementations"].items():

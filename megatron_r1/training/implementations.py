@@ -1,4 +1,4 @@
-"""Which implementation computes each part of a training step, read from the objects in use."""
+"""Names the implementation of each part of a training step, read from the objects in use."""
 
 from __future__ import annotations
 

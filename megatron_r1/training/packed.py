@@ -30,7 +30,7 @@ from megatron_r1.training.wire import Sample
 
 @dataclass(frozen=True)
 class TokenSplit:
-    """How the ranks that share a micro-batch split its tokens.
+    """The split of a micro-batch's tokens between the ranks that share it.
 
     tensor: ranks of sequence parallelism, which divide what a context rank holds; context: ranks of
     context parallelism, of which this is number context_rank; token_multiple: the tokens of each
@@ -168,7 +168,7 @@ def packed_batch(
 
 
 class Placement(NamedTuple):
-    """Where the tokens of a micro-batch lie: shared prefixes first, then samples, then padding.
+    """The positions of a micro-batch's tokens: shared prefixes first, then samples, then padding.
 
     borders: (prefixes + samples + padding + 1,) int64, from 0 to T. starts: the position of each
     sample's first token, or, where a prefix has its first `skipped` tokens, where it would be, so

@@ -5,7 +5,7 @@ main thread waits in a collective (which releases the interpreter lock). A rank 
 is stopped, has ended, or holds that lock.
 
 When the controller is gone, a rank that waits for a call ends by itself. The monitor ends one that
-is stuck in an operation, so that torchrun notices and restarts all ranks."""
+is stuck in an operation, so that torchrun restarts all ranks."""
 
 from __future__ import annotations
 

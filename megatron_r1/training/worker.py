@@ -24,7 +24,7 @@ def serve_under_torchrun(config: Config, find_controller: Callable[[], str | Non
     """Do as `serve`; rank 0 broadcasts the controller's address and token to the others.
 
     find_controller: called on rank 0; waits until the controller listens and returns its address,
-    or None if it has ended: every rank then returns, as none would notice the end of a process
+    or None if it has ended: every rank then returns, as none would detect the end of a process
     that it was never connected to."""
     position = distributed.initialize(config.parallel, config.run.seed)
     token = platform.from_rank_zero(os.environ.get(RANKS_ENVIRONMENT))

@@ -30,7 +30,7 @@ from megatron_r1.weight_sync.transports.base import Receiver
 
 @dataclass
 class PushInitInfo(WeightTransferInitInfo):
-    """What an engine needs to meet the trainer's ranks."""
+    """The arguments with which an engine connects to the trainer's ranks."""
 
     store: list
     """[host, port] of the trainer's store."""
@@ -52,7 +52,7 @@ class PushInitInfo(WeightTransferInitInfo):
 
 @dataclass
 class PushUpdateInfo(WeightTransferUpdateInfo):
-    """Which push the engine is to load."""
+    """The push that the engine is to load."""
 
     push: int
     """Its number: one more than that of the engine's last push."""
@@ -104,8 +104,8 @@ class PushTransferEngine(WeightTransferEngine[PushInitInfo, PushUpdateInfo]):
 
     def _table(self, init_info: PushInitInfo) -> SlotTable:
         """Return what this rank needs, recorded once, and set where each parameter is received."""
-        asked = init_info.tensors, init_info.memory_bytes
-        if self._recorded is None or self._recorded[0] != asked:
+        request = init_info.tensors, init_info.memory_bytes
+        if self._recorded is None or self._recorded[0] != request:
             models = [self.model] if self.drafter is None else [self.model, self.drafter]
             self._models = torch.nn.ModuleList(models)
             copies: Mapping[Parameter, Sequence[Copy]] = record(models, init_info.tensors)
@@ -115,7 +115,7 @@ class PushTransferEngine(WeightTransferEngine[PushInitInfo, PushUpdateInfo]):
             # As `lay_out` makes the slots of the table: one of every copy into every parameter.
             owners = [at for at in self._placed for _ in copies[at.parameter]]
             self._delivery = DeliveryCheck(owners)
-            self._recorded = asked, table
+            self._recorded = request, table
         return self._recorded[1]
 
     def start_weight_update(self) -> None:

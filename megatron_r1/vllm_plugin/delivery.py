@@ -1,7 +1,7 @@
 """Whether the engine computes with the weights that arrived.
 
 The checksums of a push end in the receive buffer. An engine that loads nothing from there, or all
-but one layer, computes on with old weights. The probes notice that in float32; in bfloat16 their
+but one layer, computes on with old weights. The probes detect that in float32; in bfloat16 their
 tolerance is above what an optimizer step changes. So tensors are compared around a load:
 
 - one that is kept as it arrives (`Parameter.is_live`, the router's bias) must equal what arrived;

@@ -1,4 +1,4 @@
-"""Where in the receive buffer each parameter is, and the table of it that the trainer reads."""
+"""The place of each parameter in the receive buffer, and the table of places for the trainer."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace

@@ -18,7 +18,7 @@ ANSWER_SECONDS = 20.0
 """The time limit for an engine to report that it could not be connected, once the trainer has; more
 than `LAST_WORDS_SECONDS`, in which the client waits for the engine's end."""
 MOST_UNEXPLAINED = 2
-"""Failures of sets of which nobody knows the cause, until every engine is a set of its own: they
+"""Failures of sets without a known cause, until every engine is a set of its own: they
 may not reach each other."""
 
 Lose = Callable[[Engine, EngineError], None]

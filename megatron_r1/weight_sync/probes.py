@@ -10,8 +10,9 @@ from megatron_r1.weight_sync.engine_links import Lose, WeightSource, raise_dead_
 
 PROBE_TOKENS = 8
 EXACT_TOLERANCE, TOLERANCE = 1e-3, 0.3
-"""Where both sides compute in float32, and otherwise. Seen: in float32 about 1e-6, in bfloat16 0.01
-to 0.05 (another expert was routed to); weights of another version give more than 1."""
+"""The largest differences where both sides compute in float32, and otherwise. Seen: in float32
+about 1e-6, in bfloat16 0.01 to 0.05 (another expert was routed to); weights of another version give
+more than 1."""
 
 
 class Prober:

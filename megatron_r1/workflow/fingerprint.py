@@ -1,4 +1,4 @@
-"""What decides a stage's result, in a form that can be compared: settings, inputs and outputs.
+"""Fingerprints of a stage: its settings, inputs and outputs in a form that can be compared.
 
 Files and folders are compared by digests."""
 

@@ -1,4 +1,4 @@
-"""What is installed on this machine: GPUs, driver and packages."""
+"""Lists the GPUs, the driver and the packages of this machine."""
 
 import subprocess
 import sys

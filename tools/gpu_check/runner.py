@@ -21,7 +21,7 @@ TAIL_LINES = 25
 
 @dataclass
 class Outcome:
-    """What became of a check. status: passed, failed, skipped or no time. tail: the end of its
+    """The outcome of a check. status: passed, failed, skipped or no time. tail: the end of its
     output, or why it did not run."""
 
     check: Check

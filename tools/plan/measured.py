@@ -1,4 +1,4 @@
-"""Which assumed numbers a run folder determines, and their values (`--calibrate-from`).
+"""Computes the assumed numbers that a run folder determines (`--calibrate-from`).
 
 Lengths are read from its metrics. Each other number is solved for: the value with which the plan of
 the run's own recipe takes the measured seconds. Seconds are medians over the steps without the

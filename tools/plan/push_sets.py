@@ -1,5 +1,5 @@
-"""What connects the ranks of a push, in sets of engines, and its time: counted over the plan that a
-run executes (`weight_sync/plan/entry.py`)."""
+"""Counts the connections of a push in sets of engines, and their time, over the plan that a run
+executes (`weight_sync/plan/entry.py`)."""
 
 import json
 from collections import Counter

@@ -18,7 +18,7 @@ Claim = Callable[[int], int]
 
 @dataclass(frozen=True)
 class TurnSampling:
-    """How the run samples every turn of a session. max_context: most tokens of a prompt and its
+    """The run's sampling of a session's turns. max_context: most tokens of a prompt and its
     answer. end: the token that ends an answer."""
 
     generate: Generate

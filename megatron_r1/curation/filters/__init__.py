@@ -46,7 +46,8 @@ OF_OUTPUT: dict[str, tuple[str, ...]] = {
 """The defaults of each `sample.output`."""
 
 FACTS, FIELDS = ("num_tokens", "truncated", "opened"), ("target",)
-"""What filters use of a response and of a prompt's fields; tests of programs are not sent."""
+"""The parts of a response and of a prompt's fields that filters get; tests of programs are not
+sent."""
 EXAMPLE = TextResponse("<think>Two and two.</think> It is 4.", num_tokens=9)
 
 Filters = Mapping[str, Mapping[str, Any]]

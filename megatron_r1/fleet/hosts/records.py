@@ -11,7 +11,7 @@ from megatron_r1.fleet.hosts.wire import EngineOrder, EngineReport, HostReport
 
 @dataclass(eq=False)
 class HostRecord:
-    """What the controller knows about one engine host. heard, reached: when its last report
+    """The controller's record of one engine host. heard, reached: when its last report
     arrived, and when a message to it was last accepted (time.monotonic); assigned: names of engines
     that it runs, all or a part; num_deaths: of these, those that ended here without an order."""
 
@@ -34,8 +34,9 @@ class HostRecord:
 
 @dataclass(eq=False)
 class RemotePart:
-    """What one host runs of an engine: all of it, or an equal share. host: None while it waits for
-    one; report: the host's last; ended: when that first reported its end (time.monotonic)."""
+    """The part of an engine that one host runs: all of it, or an equal share. host: None while it
+    waits for one; report: the host's last; ended: when that first reported its end
+    (time.monotonic)."""
 
     index: int
     host: HostRecord | None = None

@@ -1,4 +1,4 @@
-"""What a tracker does, and the identity of the tracked run."""
+"""The interface of a tracker, and the identity of the tracked run."""
 
 import json
 from collections.abc import Mapping
@@ -15,8 +15,8 @@ STEP, EVALUATION = "step", "eval/step"
 
 @dataclass(frozen=True)
 class TrackedRun:
-    """What a tracker is opened with. folder: of the run; its name is that of the tracked run.
-    project: W&B's project, MLflow's experiment. settings: the recipe."""
+    """The arguments with which a tracker is opened. folder: of the run; its name is that of the
+    tracked run. project: W&B's project, MLflow's experiment. settings: the recipe."""
 
     folder: Path
     project: str
@@ -45,7 +45,7 @@ class Tracker(Protocol):
 
     @property
     def notes(self) -> list[str]:
-        """What the user should know about its start."""
+        """Return messages for the user about the tracker's start."""
 
     def send(self, step: int, numbers: Mapping[str, float]) -> None:
         """Add a line."""

@@ -2,7 +2,7 @@
 
 The judge ends with a line of JSON that repeats the request's key (see `fence_key`):
     {"key": "3f2a9c0d1e4b5a67", "verdict": "correct"}
-A response cannot know the key: no text in it, nor a quote from it, can be a verdict."""
+A response cannot contain the key: no text in it, nor a quote from it, can be a verdict."""
 
 import hashlib
 import json
@@ -83,7 +83,7 @@ def read_verdict(reply: str, key: str, verdicts: Sequence[str]) -> str | None:
 
 
 def fence_key(*parts: object) -> str:
-    """Return a key that the author of no part can know, since it is a hash of all parts.
+    """Return a key that no part can contain, since it is a hash of all parts.
 
     Unlike a random key, it lets a repeated request find its cached reply."""
     digest = hashlib.sha256()

@@ -28,8 +28,8 @@ class RemoteReward(Protocol):
         """Raise ServiceError when the service cannot grade."""
 
     async def grade(self, response: str, truth: object, **entry: object) -> Grade:
-        """Ask the service for a grade. Raises ValueError for a mistake in the row, Ungradable for a
-        response that it cannot grade, ServiceError where it is down."""
+        """Request a grade from the service. Raises ValueError for a mistake in the row, Ungradable
+        for a response that it cannot grade, ServiceError where it is down."""
 
     async def close(self) -> None: ...
 

@@ -32,7 +32,7 @@ COUNTERS = ("graded", "timeouts", "crashes", "out_of_memory", "errors")
 SMALL_LIMIT_BYTES = 512 * 2**20
 """About the address space that importing the largest reward, with sympy, takes."""
 LEVELS = ("queued", "running")
-"""What a snapshot counts now, and not since the start."""
+"""The numbers of a snapshot that are levels; the others count since the start."""
 
 
 @dataclass(eq=False)

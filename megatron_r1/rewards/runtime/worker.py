@@ -40,7 +40,7 @@ class Job(msgspec.Struct):
 
 
 class JobStatus(msgspec.Struct):
-    """What a worker reports of job `id`, or of itself.
+    """A worker's report on job `id`, or on itself.
 
     ready: the worker has started. loaded: the function of job `id` is imported, and grading starts.
     graded: the job's grade. failed: a grade of `Grade.ungraded`, because the function raised.

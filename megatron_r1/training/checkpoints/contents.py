@@ -129,7 +129,7 @@ def _load_weights(chunks: Chunks, loaded: list[dict[str, Any]], prefix: str) -> 
 def load_weights(module: torch.nn.Module, weights: dict[str, Any]) -> None:
     """Load all of a module's weights and buffers; `_extra_state` entries may be missing.
 
-    Every Transformer Engine module asks for one, and checkpoints have none (`without_extra_state`).
+    Every Transformer Engine module requires one, and checkpoints have none (`without_extra_state`).
     Raises KeyError for any other name that is missing or unknown."""
     names = module.load_state_dict(weights, strict=False)
     missing = [name for name in names.missing_keys if not _is_extra_state(name)]

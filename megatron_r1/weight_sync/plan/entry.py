@@ -41,7 +41,7 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class Entry:
-    """What enters engine rank `position` of engine `engine`, of the set, from rank `sender`."""
+    """The part that enters engine rank `position` of engine `engine`, of the set, from `sender`."""
 
     sender: int
     engine: int
@@ -77,7 +77,7 @@ def entries(
     sets: engines of each set; their number in `planner` is not used. sent: bytes that each trainer
     rank sends to other sets. largest: see `LARGEST`. The largest pieces choose
     first, each the least busy of the ranks that hold it; a small piece comes from a rank that sends
-    to the same engine rank in any case. All who ask get the same answer."""
+    to the same engine rank in any case. Every rank computes the same result."""
     held = _by_position(planner, num_bytes)
     pieces = [
         piece

@@ -1,5 +1,5 @@
-"""What trainer ranks hold of each tensor, and what engine ranks need of it: the ground of the plan
-in `entry`."""
+"""The parts of each tensor that trainer ranks hold, and those that engine ranks need, from which
+`entry` makes the plan."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which part of every Hugging Face tensor each rank of a vLLM engine needs, predicted.
+"""Predicts the part of every Hugging Face tensor that each rank of a vLLM engine needs.
 
 The weight table that lays a model out over Megatron's ranks also determines how vLLM splits it:
 each split of `weights.rules` has a counterpart here. vLLM 0.32's classes: columns is

@@ -1,4 +1,4 @@
-"""How the trainer's ranks and those of vLLM engines are arranged, as arithmetic.
+"""The arrangement of the trainer's ranks and those of vLLM engines, as arithmetic.
 
 Megatron-Core's default order is tp-cp-ep-dp-pp: ranks of dense parameters count tensor fastest,
 then context, data, pipeline; ranks of experts expert-tensor fastest, then expert, expert-data,

@@ -1,5 +1,5 @@
-"""Which part of every Hugging Face tensor each rank of a vLLM engine needs, from its ranks' tables
-(`PredictedLayout` answers the same questions without an engine)."""
+"""The part of every Hugging Face tensor that each rank of a vLLM engine needs, from its ranks'
+tables (`PredictedLayout` gives the same without an engine)."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from megatron_r1.weights.decoder import table
 from megatron_r1.weights.stored.fp8 import BLOCK, STORED, scale_name
 
 Encoding = Literal["plain", "codes", "scales"]
-"""What a delivery holds of its slice: the values, or the FP8 codes or scales of its blocks."""
+"""The form of a delivery's slice: its values, or the FP8 codes or scales of its blocks."""
 
 
 class ReceiverLayout:

@@ -1,4 +1,4 @@
-"""How the bytes of a slice on the wire are counted."""
+"""Counts the bytes of a slice on the wire."""
 
 from __future__ import annotations
 

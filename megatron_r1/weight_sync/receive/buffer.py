@@ -1,4 +1,4 @@
-"""Which deliveries of the push under way have arrived, and whether they are correct."""
+"""Records which deliveries of the current push have arrived, and whether they are correct."""
 
 import threading
 import time

@@ -1,5 +1,5 @@
-"""How the ranks of several equal engines, a *set*, and those of the trainer agree, once per set,
-and learn during a push that one of them has failed.
+"""Agreement between the ranks of several equal engines, a *set*, and those of the trainer: on the
+plan, once per set, and on a failure, during a push.
 
 All sides use a torch.distributed store that the trainer hosts. Keys begin with the set's name,
 which is new for every set. One trainer rank reads the engine ranks' tables and passes them on to
@@ -19,9 +19,9 @@ from megatron_r1.weight_sync.receive.table import Delivery, SlotTable
 
 REPORT_SECONDS = 10.0
 POLL_SECONDS = 1.0
-"""How often a rank that waits for memory checks whether the set was reported as failed."""
+"""The pause between checks of a rank that waits for memory whether the set has failed."""
 ONE_POLL_SECONDS = 0.01
-"""How often trainer rank 0, which waits for all engines, checks whether all are there."""
+"""The pause between checks of trainer rank 0 whether all engines are there."""
 ANSWER_SECONDS = 5.0
 """The time limit for the ranks of a position to show, after a failure, that they are alive."""
 Entries = list[list[tuple[int, list[Delivery]]]]

@@ -1,4 +1,4 @@
-"""What an engine rank needs and where it goes, and what a trainer rank delivers of it."""
+"""The tensors that an engine rank needs, with their places, and a trainer rank's deliveries."""
 
 from collections.abc import Sequence
 

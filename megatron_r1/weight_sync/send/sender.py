@@ -42,7 +42,7 @@ HeldPieces = Mapping[str, Sequence[tuple[Tensor, Piece]]]
 Share = Callable[[bytes | None], bytes]
 """Passes bytes of trainer rank 0 on to all of them."""
 EXPECTED = (OSError, RuntimeError, ValueError)
-"""What fails a set and not this rank; torch.distributed raises the second."""
+"""Errors that fail a set and not this rank; torch.distributed raises the second."""
 
 
 class _Link(NamedTuple):
@@ -63,9 +63,10 @@ class _Set:
 
 
 class _Offers(msgspec.Struct):
-    """What rank 0 has read. tables: those of an engine by rank, once for all sets that are alike;
-    sets: the index of its tables, and the addresses of each engine's ranks; problems: why a set
-    cannot connect; sent: bytes per push by trainer rank, to the sets that there are."""
+    """The information that rank 0 has read. tables: those of an engine by rank, once for all sets
+    that are alike; sets: the index of its tables, and the addresses of each engine's ranks;
+    problems: why a set cannot connect; sent: bytes per push by trainer rank, to the sets that there
+    are."""
 
     sent: list[float]
     tables: list[list[SlotTable]] = []
@@ -132,7 +133,7 @@ class WeightSender:
         offers = self._offers(meetings, one)
         failed = self._plan(meetings, offers, one, transport, full_every)
         present = {name: self._sets[name] for name in offers.sets if name not in failed}
-        for name, problem in failed.items():  # first, so that nobody waits for this rank
+        for name, problem in failed.items():  # first, so that no rank waits for this one
             _report(meetings[name][0], f"trainer rank {self.rank}: {problem}")
         for new in present.values():  # before any wait, which would block this rank's only client
             new.meetings[0].publish_prepared(self.grid.world, len(new.meetings) * one.num_ranks)

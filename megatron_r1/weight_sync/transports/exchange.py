@@ -31,7 +31,7 @@ from megatron_r1.weight_sync.transports.process_group import (
 )
 
 PATIENCE_SECONDS = 2.0
-"""How much longer than a push a rank waits for the others, so that the one at fault reports
+"""The time beyond a push's limit that a rank waits for the others, so that the one at fault reports
 first."""
 
 

@@ -28,7 +28,7 @@ from megatron_r1.weight_sync.verify.checksum import RowsChecksum, RowsWeightedSu
 
 CLOSE_SECONDS = 2.0
 IDLE_SECONDS = 30 * 24 * 3600.0
-"""How long a receiver waits for the next push to begin."""
+"""The time that a receiver waits for the next push to begin."""
 
 
 class Header(NamedTuple):

@@ -255,7 +255,7 @@ def test_an_address_where_nobody_listens_is_named_at_once(recipe, capsys):
     assert main(["eval", recipe(url), "--eval.server.wait_seconds", "0"]) == 1
     printed = capsys.readouterr()
     assert printed.out == f"waiting for model m at {url}\n"
-    for words in (f"{url}: nobody answers there (", "Connect", "raise eval.server.wait_seconds"):
+    for words in (f"{url}: no server answers there (", "Connect", "raise eval.server.wait_seconds"):
         assert words in printed.err, printed.err
 
 

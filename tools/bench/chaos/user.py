@@ -29,7 +29,7 @@ ROLES = {
 """The beginning of the name of a role's log, and whether its processes lead their sessions. Engine
 cores hold the weights and generate; a server forks them, and vLLM names them."""
 PATIENCE = 4
-"""How often in a row the command may end without a new step."""
+"""The number of times in a row that the command may end without a new step."""
 
 
 @dataclass

@@ -174,7 +174,7 @@ class _Passes(TrainerPasses):
 
 
 class _OneStep:
-    """What `rl.loop.train` calls of a session, for one step. seconds: until the rollout is there
+    """A session of one step, as `rl.loop.train` calls it. seconds: until the rollout is there
     ("rollout"), and from there until the trainer has it ("load")."""
 
     def __init__(self, passes: _Passes, sampler: StepSampler, watch: Watch) -> None:

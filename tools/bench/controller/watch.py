@@ -1,4 +1,4 @@
-"""How long the event loop was blocked, and how much memory the process held."""
+"""Measures how long the event loop was blocked, and the memory of the process."""
 
 import asyncio
 import contextlib

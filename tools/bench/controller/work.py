@@ -1,5 +1,5 @@
-"""What the synthetic engines answer: a model folder with a vocabulary of real size, a group's
-responses, and the reply as bytes, in each of the formats that an engine speaks."""
+"""The replies of the synthetic engines: a model folder with a vocabulary of real size, a group's
+responses, and the reply as bytes, in each format of an engine."""
 
 import io
 import json

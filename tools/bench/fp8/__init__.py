@@ -1,4 +1,4 @@
-"""What FP8 training does to the loss: the same small DeepSeek-V3 trained in each of the numerics.
+"""Measures the loss of FP8 training: the same small DeepSeek-V3 trained in each of the numerics.
 
 All variants start from the same weights and see the same sentences, for several seeds. Without a
 GPU, FP8 is emulated: the figures are about numerics, and the seconds are those of the emulation."""

@@ -1,4 +1,4 @@
-"""What is timed: the implementations, each a call on seeded inputs, with its gradients.
+"""The implementations that are timed: each a call on seeded inputs, with its gradients.
 
 The calls take a function of one of these signatures, with further results after `...`:
 

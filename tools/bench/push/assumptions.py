@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, fields
 from megatron_r1.config import hardware
 
 PLAN = hardware.Assumptions()
-"""Those that `tools/plan` has, too."""
+"""The assumptions of `tools/plan`."""
 
 
 def _assumed(value: float, unit: str, reason: str) -> float:

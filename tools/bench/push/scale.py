@@ -49,8 +49,8 @@ class Case:
 
 @dataclass(frozen=True)
 class Setup:
-    """What connects all ranks, once: requests to the store, bytes out of it, groups that a rank
-    creates one after another, by their size, and seconds of planning."""
+    """The work of connecting all ranks, once: requests to the store, bytes out of it, groups that a
+    rank creates one after another, by their size, and seconds of planning."""
 
     requests: float
     store_bytes: float

@@ -1,4 +1,4 @@
-"""What the Triton kernels compile to, read from the machine code, without a GPU and without timing.
+"""Reads the machine code of the compiled Triton kernels, without a GPU and without timing.
 
 Every kernel in r1_kernels.examples is compiled ahead of time for sm_80, sm_90 and sm_100, in the
 specialisations of its examples there. Reported per element of the main loop: bytes moved,
