@@ -48,14 +48,14 @@ def demonstrate(draw: random.Random) -> list[dict[str, str]]:
     middle = table.lookup(key)
     mode = draw.random()
     if mode < WHOLE:
-        said = [call(key), call(middle), table.lookup(middle)]
+        answers = [call(key), call(middle), table.lookup(middle)]
     elif mode < WHOLE + ONE_HOP:
-        said = [call(key), middle]
+        answers = [call(key), middle]
     else:
-        said = [f"{draw.randrange(100):02d}"]
+        answers = [f"{draw.randrange(100):02d}"]
     results = [middle, table.lookup(middle)]
     text, rows = f"{USER}{key}{ASSISTANT}", []
-    for answer, result in zip(said, [*results, ""], strict=False):
+    for answer, result in zip(answers, [*results, ""], strict=False):
         rows.append({"prompt": text, "response": answer})
         text += f"{answer}{SPECIAL[1]}{RESULT}{result}{ASSISTANT}"
     return rows

@@ -21,6 +21,7 @@ from typing import Any, Protocol, runtime_checkable
 from megatron_r1.config import AgentsConfig
 from megatron_r1.processes import lifetime
 from megatron_r1.processes.children import popen_options
+from megatron_r1.processes.stderr_tail import last_line
 from megatron_r1.user_code import find_function
 
 Run = Callable[[str, str, dict[str, Any]], Awaitable[Any]]
@@ -131,10 +132,8 @@ class CommandHarness:
                     os.killpg(process.pid, signal.SIGKILL)
                 await process.wait()
         if process.returncode:
-            last = (err.decode("utf-8", "replace").strip() or "no message").splitlines()[-1]
-            raise RuntimeError(
-                f"{Path(self._command[0]).name} ended with {process.returncode}: {last}"
-            )
+            name = Path(self._command[0]).name
+            raise RuntimeError(f"{name} ended with {process.returncode}: {last_line(err)}")
         return _last_reward(out)
 
 

@@ -21,6 +21,7 @@ from megatron_r1.agents.environment_server import CLOSE_SECONDS, GRACE_SECONDS, 
 from megatron_r1.errors import RunError, UserError
 from megatron_r1.processes.children import popen_options
 from megatron_r1.processes.open_files import allow_open_files
+from megatron_r1.processes.stderr_tail import last_line
 
 SERVER = "megatron_r1.agents.environment_server"
 START_SECONDS = 120.0
@@ -68,9 +69,8 @@ def describe(name: str) -> Description:
     try:
         answer = json.loads(done.stdout.splitlines()[-1])
     except (IndexError, ValueError):
-        last = done.stderr.decode(errors="replace").strip().splitlines()[-1:]
         raise UserError(
-            f"agents.environment: importing {target} ends the process {''.join(last)}"
+            f"agents.environment: importing {target} ends the process: {last_line(done.stderr)}"
         ) from None
     if error := answer.get("error"):
         raise UserError(error.removeprefix("UserError: "))

@@ -18,6 +18,7 @@ from megatron_r1.agents.environment_pool import EnvironmentFault
 from megatron_r1.config import VerifiersConfig
 from megatron_r1.errors import UserError
 from megatron_r1.processes.children import popen_options
+from megatron_r1.processes.stderr_tail import StderrTail, last_line
 
 SCRIPT = Path(__file__).with_name("serve.py")
 START_SECONDS = 300.0
@@ -35,7 +36,6 @@ class VerifiersHarness:
         self._starting = asyncio.Lock()
         self._waiting: dict[str, asyncio.Future[dict[str, Any]]] = {}
         self._reader: asyncio.Task[None] | None = None
-        self._last_words = b""
 
     async def __call__(self, base_url: str, api_key: str, row: dict[str, Any]) -> Outcome:
         """Play the task of a row. Raises EnvironmentFault where the server is lost, and
@@ -80,7 +80,6 @@ class VerifiersHarness:
                 )
             except OSError as error:
                 raise EnvironmentFault(f"{self._settings.python}: {error}") from None
-            self._last_words = b""
             ready = self._future("")
             self._reader = asyncio.create_task(self._read(self._process))
             try:
@@ -124,7 +123,7 @@ class VerifiersHarness:
     async def _read(self, process: asyncio.subprocess.Process) -> None:
         """Give each reply to its caller until the process ends; then fail the calls that wait."""
         assert process.stdout and process.stderr, "started with pipes"
-        errors = asyncio.create_task(self._keep_last_words(process.stderr))
+        errors = StderrTail(process.stderr)
         try:
             while line := await process.stdout.readline():
                 reply = json.loads(line)
@@ -132,17 +131,12 @@ class VerifiersHarness:
                 if future is not None and not future.done():
                     future.set_result(reply)
         finally:
-            await asyncio.wait({errors}, timeout=1.0)
-            words = self._last_words.decode("utf-8", "replace").strip().splitlines()
-            fault = f"verifiers' server has ended: {words[-1] if words else 'no message'}"
+            await asyncio.wait({errors.task}, timeout=1.0)
+            fault = f"verifiers' server has ended: {errors.last_line or 'no message'}"
             waiting, self._waiting = self._waiting, {}
             for future in waiting.values():
                 if not future.done():
                     future.set_exception(EnvironmentFault(fault))
-
-    async def _keep_last_words(self, stream: asyncio.StreamReader) -> None:
-        while chunk := await stream.read(65536):
-            self._last_words = (self._last_words + chunk)[-4096:]
 
 
 def environment_of(settings: VerifiersConfig) -> dict[str, Any]:
@@ -181,8 +175,5 @@ def list_tasks(settings: VerifiersConfig) -> list[dict[str, Any]]:
             "environment with `make agents`, and name its python"
         ) from None
     if done.returncode:
-        words = done.stderr.decode("utf-8", "replace").strip().splitlines()
-        raise UserError(
-            f"agents.verifiers.taskset: {settings.taskset}: {words[-1] if words else 'no message'}"
-        )
+        raise UserError(f"agents.verifiers.taskset: {settings.taskset}: {last_line(done.stderr)}")
     return [json.loads(line) for line in done.stdout.splitlines()]

@@ -11,10 +11,10 @@ import msgspec
 
 from megatron_r1.errors import RunError
 from megatron_r1.processes.children import popen_options
+from megatron_r1.processes.stderr_tail import StderrTail
 from megatron_r1.rewards.runtime.worker import LENGTH, MAX_REPLY_BYTES, JobStatus
 
 START_TIMEOUT_SECONDS = 120.0
-STDERR_BYTES = 4096
 Reply = TypeVar("Reply")
 
 
@@ -32,13 +32,12 @@ class FramedProcess(Generic[Reply]):
     ) -> None:
         assert process.stdin and process.stdout and process.stderr, "started with pipes"
         self.process = process
-        self._stdin, self._stdout, self._stderr = process.stdin, process.stdout, process.stderr
+        self._stdin, self._stdout = process.stdin, process.stdout
+        self._stderr = StderrTail(process.stderr)
         self._decoder, self._most_bytes = msgspec.json.Decoder(reply), most_bytes
         self.greeting: Reply | None = None
         """Its first reply."""
-        self._stderr_tail = b""
         self._ending: asyncio.Task[int] | None = None
-        self._stderr_reader = asyncio.create_task(self._keep_stderr_tail())
 
     @classmethod
     async def launch(
@@ -90,8 +89,7 @@ class FramedProcess(Generic[Reply]):
     @property
     def last_words(self) -> str:
         """The last line that the process wrote to its standard error."""
-        lines = self._stderr_tail.decode("utf-8", "replace").split("\n")
-        return next((line.strip() for line in reversed(lines) if line.strip()), "")
+        return self._stderr.last_line
 
     async def _end(self) -> int:
         with contextlib.suppress(ProcessLookupError):
@@ -99,16 +97,12 @@ class FramedProcess(Generic[Reply]):
         status = await self.process.wait()
         # A grandchild that left the group may hold the pipes open. Do not wait for it: close the
         # transport, which has no public name.
-        await asyncio.wait({self._stderr_reader}, timeout=0.2)
-        self._stderr_reader.cancel()
+        await asyncio.wait({self._stderr.task}, timeout=0.2)
+        self._stderr.task.cancel()
         transport: Any = vars(self.process)["_transport"]
         transport.close()
         await asyncio.sleep(0)
         return status
-
-    async def _keep_stderr_tail(self) -> None:
-        while chunk := await self._stderr.read(65536):
-            self._stderr_tail = (self._stderr_tail + chunk)[-STDERR_BYTES:]
 
 
 class WorkerProcess(FramedProcess[JobStatus]):
