@@ -60,7 +60,7 @@ class Results:
 
     @property
     def progress(self) -> tuple[int, int, float]:
-        """(finished stages, all stages, seconds)."""
+        """Return the number of finished stages, of all stages, and the seconds."""
         stages = self.report["stages"].values()
         runs = [run for stage in stages for run in stage["by_seed"].values()]
         done = sum(run["state"] == "done" for run in runs)

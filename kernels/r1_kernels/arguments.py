@@ -128,7 +128,8 @@ def check_tokens(tokens: int, **tensors: Tensor | None) -> None:
 
 
 def check_cu_seqlens(cu_seqlens: Tensor, tokens: int) -> None:
-    """cu_seqlens must be (S + 1,): 0 and the sequences' ends in order, the last at `tokens`."""
+    """Check that cu_seqlens is (S + 1,): 0 and the sequences' ends in order, the last at
+    `tokens`."""
     if cu_seqlens.dim() != 1 or not len(cu_seqlens) or cu_seqlens.is_floating_point():
         raise ValueError(
             f"cu_seqlens must be (sequences + 1,) integers, got {tuple(cu_seqlens.shape)} "

@@ -76,7 +76,7 @@ def make_head(
 
 
 class LinearTokenLogprobs(torch.autograd.Function):
-    """`linear_token_logprobs` of checked arguments.
+    """Computes `linear_token_logprobs` of checked arguments.
 
     Saved: the inputs, by reference, and three fp32 numbers per token: entropy, largest logit and
     log of the sum."""

@@ -59,7 +59,7 @@ def token_logprobs(
 
 
 class _TokenLogprobs(torch.autograd.Function):
-    """`token_logprobs` of checked arguments.
+    """Computes `token_logprobs` of checked arguments.
 
     Saved: the logits, by reference, and three fp32 numbers per token: entropy, largest logit and
     log of the sum."""

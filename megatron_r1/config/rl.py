@@ -39,7 +39,7 @@ class RewardsConfig(Section):
 
     @property
     def call_options(self) -> dict[str, dict[str, Any]]:
-        """`options`, with `answer` for the rewards that read a final answer."""
+        """The `options`, with `answer` for the rewards that read a final answer."""
         if self.answer == "strict":
             return self.options
         read = {"reading": self.answer}

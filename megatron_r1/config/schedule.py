@@ -25,7 +25,7 @@ KEYS = [f"{section}.{key}" for section, keys in SCHEDULED.items() for key in key
 
 
 class ScheduleEntry(BaseModel):
-    """`{from_step: 513, rollout.max_response_tokens: 65536}`: settings from a step on."""
+    """Settings from a step on: `{from_step: 513, rollout.max_response_tokens: 65536}`."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
@@ -46,7 +46,7 @@ class ScheduleEntry(BaseModel):
 
     @property
     def changes(self) -> dict[str, Any]:
-        """`{"section.key": value}`."""
+        """The settings, as `{"section.key": value}`."""
         return self.model_extra or {}
 
 

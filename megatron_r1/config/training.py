@@ -67,7 +67,7 @@ class ParallelConfig(Section):
 
     @property
     def microbatch_tokens(self) -> int:
-        """`tokens_per_microbatch`, or its default on GPUs."""
+        """The setting `tokens_per_microbatch`, or its default on GPUs."""
         return self.tokens_per_microbatch or DEFAULT_TOKENS
 
     def num_replicas(self, world_size: int) -> int:

@@ -38,7 +38,7 @@ class Server(ABC):
     @property
     @abstractmethod
     def url(self) -> str:
-        """`http://host:port`. Raises EngineError before it is known."""
+        """The address, `http://host:port`. Raises EngineError before it is known."""
 
     @abstractmethod
     def start(self) -> None:
@@ -135,7 +135,7 @@ class EngineServer(Server):
 
     @property
     def url(self) -> str:
-        """`http://host:port`, known after `start`; empty for a part without the API server."""
+        """The address, known after `start`; empty for a part without the API server."""
         if self._url is None:
             raise EngineError("the engine has not been started")
         return self._url

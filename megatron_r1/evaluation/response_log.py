@@ -23,7 +23,9 @@ LINE_START = re.compile(rb'\{(?:"benchmark": (%s), )?"id": (%s)' % (TEXT, TEXT))
 
 
 class ResponseLog:
-    """`add` returns at once; lines are written together and are durable when `close` returns.
+    """Appends responses to a log: `add` returns at once; lines are written together and are
+    durable when `close` returns.
+
     digests: prompt → digest of everything that its grades depend on. ungraded: (prompt, index)
     of the responses whose grader failed."""
 

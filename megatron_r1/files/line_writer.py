@@ -13,7 +13,7 @@ SHARE_SECONDS = 0.1
 
 
 class LineWriter:
-    """`add` returns at once; lines are durable when `close` returns."""
+    """Appends lines in a thread: `add` returns at once; lines are durable when `close` returns."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -1,1 +1,1 @@
-"""A recipe for a model folder and a data file: what it guesses, with reasons."""
+"""Guesses a recipe for a model folder and a data file, with reasons."""

@@ -24,9 +24,9 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Columns:
-    """question, truth: names of columns, `a.b` for the entry b of column a; truth is None where the
-    rows' own rewards need none. kind: of the reward, None where the rows name it. reasons: why, by
-    these names."""
+    """The columns of a data file, `a.b` for the entry b of column a; truth is None where the rows'
+    own rewards need none. kind: the reward, None where the rows name it. reasons: why each of these
+    was chosen."""
 
     question: str
     truth: str | None

@@ -26,7 +26,7 @@ class Guess(NamedTuple):
 
 @dataclass(frozen=True)
 class Machine:
-    """gpus: 0 for a CPU. memory: free bytes of the host, or of one GPU."""
+    """The machine of a run. gpus: 0 for a CPU. memory: free bytes of the host, or of one GPU."""
 
     gpus: int
     memory: int

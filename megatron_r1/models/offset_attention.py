@@ -56,7 +56,7 @@ def offset_attention(
 
 
 def _blocks(x: Tensor, size: int) -> Tensor:
-    """(b, h, n * size, d) -> (b, n, h, size, d)."""
+    """Cut the sequence into blocks: (b, h, n * size, d) -> (b, n, h, size, d)."""
     return x.unflatten(2, (-1, size)).transpose(1, 2)
 
 

@@ -131,7 +131,7 @@ def _sizes(query: Tensor, key: Tensor, value: Tensor) -> tuple[int, torch.dtype]
 
 
 def _row(x: Tensor, size: int) -> Tensor:
-    """(t, heads, …) -> (1, heads, t, size), filled with zeros."""
+    """Return (t, heads, …) as (1, heads, t, size), filled with zeros."""
     return torch.nn.functional.pad(x, (0, size - x.shape[2])).transpose(0, 1)[None].contiguous()
 
 

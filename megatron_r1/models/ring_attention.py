@@ -179,10 +179,10 @@ def _join(known: tuple[Tensor, Tensor] | None, out: Tensor, lse: Tensor) -> tupl
 
 
 def per_query_head(x: Tensor, heads: int) -> Tensor:
-    """(r, g, w, n) -> (r, h, w, n): each key/value head once for each of its query heads."""
+    """Repeat each key/value head for each of its query heads: (r, g, w, n) -> (r, h, w, n)."""
     return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)
 
 
 def over_query_heads(x: Tensor, heads: int) -> Tensor:
-    """(r, h, w, n) -> (r, g, w, n): the gradient of `per_query_head`."""
+    """Return the gradient of `per_query_head`: (r, h, w, n) -> (r, g, w, n)."""
     return x if x.shape[1] == heads else x.unflatten(1, (heads, -1)).sum(2)

@@ -26,7 +26,7 @@ class Score:
 
     @property
     def interval(self) -> str:
-        """`66–75%`, "" without an interval."""
+        """The interval as text, `66–75%`; "" without an interval."""
         if self.low is None or self.high is None:
             return ""
         return f"{100 * self.low:.0f}–{100 * self.high:.0f}%"

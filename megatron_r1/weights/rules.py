@@ -32,7 +32,8 @@ class Source:
 
 @dataclass(frozen=True)
 class Piece:
-    """`length` rows (dim 0) or columns (dim 1) of an HF tensor, and their offset on a rank.
+    """A piece of an HF tensor: `length` rows (dim 0) or columns (dim 1), and their offset on a
+    rank.
 
     hf[name].narrow(dim, hf_start, length) equals parameter.narrow(dim, local_start, length)."""
 

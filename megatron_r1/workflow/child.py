@@ -18,7 +18,8 @@ END_SECONDS = 10.0
 
 
 class Child:
-    """`command` (behind `launch`) and everything it starts; none of it outlives this process.
+    """A running `command` (behind `launch`) with everything it starts; none of it outlives this
+    process.
 
     prefix: also print its lines, each after this. Where it is blank and the output is a terminal,
     the command gets the terminal itself for its live view, and the log its standard error only."""

@@ -47,7 +47,7 @@ class Stage:
 
     @cached_property
     def references(self) -> list[tuple[str, str]]:
-        """(place, name) of all references in `all_settings`."""
+        """Return (place, name) of all references in `all_settings`."""
         return list(references(self.all_settings))
 
     def named_files(self) -> list[tuple[str, str]]:

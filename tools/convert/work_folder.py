@@ -13,7 +13,7 @@ _PLAN, _LOCK = ".plan.json", ".lock"
 
 
 class WorkFolder:
-    """`OUT.incomplete`, locked by one process at a time.
+    """The folder `OUT.incomplete`, locked by one process at a time.
 
     plan: source and options, as JSON. An interrupted conversion with the same plan is continued.
     Raises UserError if OUT exists, if the folder has another plan, or if another process holds it.

@@ -97,7 +97,8 @@ class Job:
 
     @cached_property
     def stages(self) -> list[list[Shard]]:
-        """[pipeline rank][virtual stage]; raises ValueError for an impossible layout."""
+        """The layers by [pipeline rank][virtual stage]. Raises ValueError for an impossible
+        layout."""
         return recipe_stages(self.config, self.hf)
 
     @property

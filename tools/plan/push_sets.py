@@ -22,10 +22,10 @@ SLOT_BYTES = 90
 
 @dataclass(frozen=True)
 class SetLinks:
-    """sent: bytes out of each trainer rank. out, into: most links of a trainer rank, of an engine
-    rank. num_links: of all. num_engines: of the largest set. entering: most bytes that enter an
-    engine rank from trainer ranks. received: bytes of each rank of an engine, with those that other
-    engines pass on."""
+    """The links of a push in sets. sent: bytes out of each trainer rank. out, into: most links of a
+    trainer rank, of an engine rank. num_links: of all. num_engines: of the largest set. entering:
+    most bytes that enter an engine rank from trainer ranks. received: bytes of each rank of an
+    engine, with those that other engines pass on."""
 
     sent: list[float]
     out: int

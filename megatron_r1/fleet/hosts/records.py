@@ -70,7 +70,7 @@ class RemoteEngine:
 
     @property
     def url(self) -> str:
-        """`http://host:port`, or empty until its host has started it."""
+        """The address, `http://host:port`; empty until the host has started the part."""
         report = self.parts[0].report
         return report.url if report is not None else ""
 

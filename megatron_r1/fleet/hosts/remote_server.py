@@ -32,7 +32,7 @@ class RemoteServer(Server):
 
     @property
     def url(self) -> str:
-        """`http://host:port`, known once its host has started it (after `wait_ready`)."""
+        """The address, known once the host has started the server (after `wait_ready`)."""
         if not self.engine.url:
             raise EngineError("the engine has not been started on any host yet")
         return self.engine.url

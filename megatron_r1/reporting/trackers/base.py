@@ -51,7 +51,7 @@ class Tracker(Protocol):
         """Add a line."""
 
     def finish(self, finished: bool) -> None:
-        """finished: whether the run reached its last step."""
+        """End the tracked run. finished: whether the run reached its last step."""
 
 
 def numbers_of(key: str, line: Mapping[str, Any]) -> dict[str, float]:

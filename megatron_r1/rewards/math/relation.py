@@ -39,7 +39,7 @@ MAGNITUDE = re.compile(r"\|\s*[a-z]\s*(?:_[^|]*)?\|")
 
 @dataclass(frozen=True)
 class Chain:
-    """`a = b < c`: sides ("a", "b", "c") and the relations ("=", "<") between them."""
+    """A chain `a = b < c`: its sides ("a", "b", "c") and the relations ("=", "<") between them."""
 
     sides: tuple[str, ...]
     relations: tuple[str, ...]

@@ -41,7 +41,7 @@ class ServiceSettings(BaseModel):
 
     @property
     def api_base(self) -> str:
-        """`url` as OpenAI's clients take it: with the API version where it has no path."""
+        """The `url` as OpenAI's clients take it: with the API version where it has no path."""
         return self.url if urlsplit(self.url).path else f"{self.url}/v1"
 
 

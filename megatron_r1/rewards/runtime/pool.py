@@ -63,7 +63,7 @@ class OutstandingJob:
 
 
 class RewardPool:
-    """`num_workers` processes that grade; they start with the first `grade`.
+    """A pool of `num_workers` processes that grade; they start with the first `grade`.
 
     timeout_seconds: wall time for one grade; programs have more (`sandbox.limits.time_limit`).
     memory_limit_bytes: address space of a worker (about 200 MB with math-verify and reasoning-gym

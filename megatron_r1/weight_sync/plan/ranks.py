@@ -89,7 +89,7 @@ class Coordinate(NamedTuple):
 
 @dataclass(frozen=True)
 class EngineLayout:
-    """`engines` engines of pipeline x data x tensor ranks each.
+    """The layout of `engines` engines of pipeline x data x tensor ranks each.
 
     expert_parallel: whether routed experts are spread whole over the data x tensor ranks of a stage
     (--enable-expert-parallel); otherwise each expert is split over them. As in vLLM, the rank

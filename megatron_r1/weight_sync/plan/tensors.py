@@ -66,7 +66,7 @@ class Region:
 
 @dataclass(frozen=True)
 class Transfer:
-    """`region` of the HF tensor `name`, which has `shape`.
+    """The transfer of `region` of the HF tensor `name`, which has `shape`.
 
     sender: global trainer rank; receiver: global engine rank. dtype: the tensor's own, or None for
     the push's."""

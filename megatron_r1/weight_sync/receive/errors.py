@@ -6,8 +6,8 @@ every module's attributes, and that of llvmlite's library is no dictionary."""
 
 
 class PushError(ValueError):
-    """vLLM passes errors between its processes as text (v1/engine/core.py:1751 and, from the ranks,
-    v1/executor/multiproc_executor.py:1004), so the text has `CODE`, by which
+    """An error of a push. vLLM passes errors between its processes as text (v1/engine/core.py:1751
+    and, from the ranks, v1/executor/multiproc_executor.py:1004), so the text has `CODE`, by which
     `vllm_plugin.swap_endpoint` recognises it."""
 
     CODE: str

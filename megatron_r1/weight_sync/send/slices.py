@@ -15,7 +15,7 @@ from megatron_r1.weights.stored.fp8_blocks import quantise
 
 @dataclass(eq=False)
 class ParameterSlice:
-    """`region` of an HF tensor, inside a parameter that holds `piece` of that tensor."""
+    """The `region` of an HF tensor inside a parameter that holds `piece` of that tensor."""
 
     parameter: Tensor
     piece: Piece

@@ -18,7 +18,7 @@ from megatron_r1.weights.layout import LayoutEntry
 
 
 class Adapter(torch.nn.Module):
-    """scale B A of the weights that a layer has on this rank.
+    """The product scale B A for the weights that a layer has on this rank.
 
     a: (blocks x rank, in), a block per Hugging Face layer in the weight. b: (out, rank); a row
     multiplies its own layer's block. Both have the dtype and device of `weight`; a is not

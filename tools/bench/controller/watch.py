@@ -12,7 +12,7 @@ BEAT_SECONDS = 0.002
 
 
 class Watch:
-    """`async with Watch() as watch`: a task that wants to run every 2 ms.
+    """A task that is due every 2 ms, and measures its delays: `async with Watch() as watch`.
 
     longest: seconds by which it was late at most, by phase: the longest time in which the loop ran
     other things, or waited for a core or for the interpreter's lock. late: number of times over 0.1

@@ -21,7 +21,7 @@ def token_logprobs(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def linear_token_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """hidden (T, H), weight (V, H)."""
+    """Return `token_logprobs` of hidden (T, H) and weight (V, H)."""
     return token_logprobs(hidden @ weight.t(), targets)
 
 

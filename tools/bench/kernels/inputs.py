@@ -52,7 +52,7 @@ class Tokens:
 
     @cached_property
     def without_last(self) -> list[Tensor]:
-        """targets, mask, old and ref as rows without their last position."""
+        """Return targets, mask, old and ref as rows without their last position."""
         parts = self.targets, self.mask, self.old, self.ref
         return [self.rows(part)[:, :-1].contiguous() for part in parts]
 
