@@ -32,16 +32,16 @@ class AnswerReader:
         token_ids: Sequence[int],
         prompt_ids: Sequence[int],
         tools: Sequence[dict[str, Any]],
-        most_calls: int | None = None,
+        max_calls: int | None = None,
     ) -> dict[str, Any]:
         """Return the assistant's message of an answer.
 
         Calls that the template refuses stay text in the content, as malformed calls do. text:
-        decoded from token_ids, without the end token. most_calls: tool calls that are kept."""
+        decoded from token_ids, without the end token. max_calls: tool calls that are kept."""
         job = ParseJob(text, list(token_ids), list(prompt_ids), list(tools))
         message = (await self._parser.parse(job)).message()
-        if most_calls is not None and "tool_calls" in message:
-            message["tool_calls"] = message["tool_calls"][:most_calls]
+        if max_calls is not None and "tool_calls" in message:
+            message["tool_calls"] = message["tool_calls"][:max_calls]
         if not self._continuation.can_render(message, tools):
             return {"role": "assistant", "content": text}
         return message

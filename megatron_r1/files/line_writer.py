@@ -13,7 +13,8 @@ SHARE_SECONDS = 0.1
 
 
 class LineWriter:
-    """Appends lines in a thread: `add` returns at once; lines are durable when `close` returns."""
+    """Appends lines in the background: `add` returns at once; lines are durable when `close`
+    returns."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -10,7 +10,7 @@ from megatron_r1.config.push import PushConfig
 from megatron_r1.engine.errors import EngineDied, EngineError
 from megatron_r1.fleet.engine import Engine
 from megatron_r1.weight_sync.plan.entry import engine_sets
-from megatron_r1.weight_sync.plan.links import most_engines
+from megatron_r1.weight_sync.plan.links import max_engines
 
 CONNECT_SECONDS = 120.0
 """Limit for the ranks of a set and of the trainer to find each other."""
@@ -205,7 +205,7 @@ class EngineLinks:
     def _most(self) -> int:
         """Most engines of a set."""
         is_alone = self._num_unexplained >= MOST_UNEXPLAINED
-        return 1 if is_alone else most_engines(self.settings)
+        return 1 if is_alone else max_engines(self.settings)
 
     def _divided(self, engines: Sequence[Engine]) -> list[list[Engine]]:
         sets = engine_sets(len(engines), self._most) if engines else []

@@ -72,7 +72,7 @@ class Body:
         for name in names:
             self._left.pop(name, None)
 
-    def wishes(self, neutral: Mapping[str, object]) -> dict[str, object]:
+    def options(self, neutral: Mapping[str, object]) -> dict[str, object]:
         """Return the sampling options whose value changes something. neutral: the options, each
         with the value that changes nothing; None where every value changes something."""
         found = {name: self._left.pop(name) for name in neutral if name in self._left}

@@ -25,12 +25,12 @@ def read(body: Body) -> TurnRequest:
     model = body.take("model", str, "")
     messages = read_messages(body.take("messages", list))
     tools = [_tool(tool, f"tools.{i}") for i, tool in enumerate(body.take("tools", list, []))]
-    wishes = body.wishes(NEUTRAL)
+    options = body.options(NEUTRAL)
     choice = body.take("tool_choice", (str, dict), "auto")
     if choice == "none":
         tools = []
     elif choice != "auto":
-        wishes["tool_choice"] = choice
+        options["tool_choice"] = choice
     _take_fixed(body)
     calls_in_parallel = body.take("parallel_tool_calls", bool, True)
     most = body.take_positive("max_completion_tokens")
@@ -42,8 +42,8 @@ def read(body: Body) -> TurnRequest:
         stop=stop_strings(body.take("stop", (str, list), []), "stop"),
         stream=body.take("stream", bool, False),
         include_usage=_includes_usage(body),
-        most_calls=None if calls_in_parallel else 1,
-        wishes=wishes,
+        max_calls=None if calls_in_parallel else 1,
+        options=options,
     )
     body.ignore("max_tokens")
     body.finish()

@@ -38,12 +38,12 @@ def read(body: Body) -> TurnRequest:
     sent = [m for i, value in enumerate(values) for m in _messages(Body(value, f"messages.{i}"))]
     chat.require_turn(sent, "messages")
     tools = [_tool(Body(tool, f"tools.{i}")) for i, tool in enumerate(body.take("tools", list, []))]
-    wishes = body.wishes(NEUTRAL)
+    options = body.options(NEUTRAL)
     choice = Body(body.take("tool_choice", dict, {"type": "auto"}), "tool_choice")
     is_single = choice.take("disable_parallel_tool_use", bool, False)
     kind = choice.take_one_of("type", ("auto", "any", "tool", "none"), "auto")
     if kind in ("any", "tool"):
-        wishes["tool_choice"] = choice.take("name", str, kind)
+        options["tool_choice"] = choice.take("name", str, kind)
     choice.finish()
     request = TurnRequest(
         system + sent,
@@ -52,8 +52,8 @@ def read(body: Body) -> TurnRequest:
         max_tokens=body.take_positive("max_tokens"),
         stop=stop_strings(body.take("stop_sequences", list, []), "stop_sequences"),
         stream=body.take("stream", bool, False),
-        most_calls=1 if is_single else None,
-        wishes=wishes,
+        max_calls=1 if is_single else None,
+        options=options,
     )
     body.finish()
     return request

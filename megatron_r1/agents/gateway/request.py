@@ -29,8 +29,8 @@ class Refused(Exception):
 class TurnRequest:
     """A client's request for one turn.
 
-    max_tokens: None for as many as fit. most_calls: 1 where the client takes one tool call a turn.
-    wishes: the request's sampling options that differ from the neutral ones; the run's own replace
+    max_tokens: None for as many as fit. max_calls: 1 where the client takes one tool call a turn.
+    options: the request's sampling options that differ from the neutral ones; the run's own replace
     them (`sampling_options`). token_ids: the whole prompt, in token mode. stored: the conversation
     that a later request may continue by `previous_response_id`."""
 
@@ -41,8 +41,8 @@ class TurnRequest:
     stop: tuple[str, ...] = ()
     stream: bool = False
     include_usage: bool = False
-    most_calls: int | None = None
-    wishes: dict[str, object] = field(default_factory=dict)
+    max_calls: int | None = None
+    options: dict[str, object] = field(default_factory=dict)
     token_ids: list[int] | None = None
     stored: list[Message] = field(default_factory=list)
 

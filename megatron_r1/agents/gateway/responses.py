@@ -36,14 +36,14 @@ def read(body: Body, stored: Mapping[str, list[Message]]) -> TurnRequest:
     instructions = body.take("instructions", str, None)
     system = [] if instructions is None else [{"role": "system", "content": instructions}]
     tools = [_tool(Body(tool, f"tools.{i}")) for i, tool in enumerate(body.take("tools", list, []))]
-    wishes = body.wishes(NEUTRAL)
+    options = body.options(NEUTRAL)
     text = Body(body.take("text", dict, {}), "text")
-    wishes |= {f"text.{name}": value for name, value in text.wishes({"verbosity": None}).items()}
+    options |= {f"text.{name}": value for name, value in text.options({"verbosity": None}).items()}
     text.take_one_of("format", ({"type": "text"},), {"type": "text"})
     text.finish()
     choice = body.take("tool_choice", (str, dict), "auto")
     if choice not in ("auto", "none"):
-        wishes["tool_choice"] = choice
+        options["tool_choice"] = choice
     body.take_one_of("background", (False,), False)
     body.take_one_of("top_logprobs", (0,), 0)
     body.take_one_of("truncation", ("disabled",), "disabled")
@@ -53,8 +53,8 @@ def read(body: Body, stored: Mapping[str, list[Message]]) -> TurnRequest:
         model,
         max_tokens=body.take_positive("max_output_tokens"),
         stream=body.take("stream", bool, False),
-        most_calls=None if body.take("parallel_tool_calls", bool, True) else 1,
-        wishes=wishes,
+        max_calls=None if body.take("parallel_tool_calls", bool, True) else 1,
+        options=options,
         stored=sent,
     )
     body.finish()
@@ -206,7 +206,7 @@ def _head(turn: TurnReply, request: TurnRequest) -> dict[str, Any]:
         "incomplete_details": None,
         "instructions": None,
         "metadata": {},
-        "parallel_tool_calls": request.most_calls is None,
+        "parallel_tool_calls": request.max_calls is None,
         "tool_choice": "auto",
         "tools": [{"type": "function", "strict": False} | t["function"] for t in request.tools],
     }

@@ -36,7 +36,7 @@ SamplingOptions = Literal["run", "refuse"]
 
 
 @dataclass(frozen=True)
-class Form:
+class WireFormat:
     """One protocol: its functions that read a body and write a reply, a stream and an error."""
 
     read: Callable[[Body, Session], TurnRequest]
@@ -47,18 +47,20 @@ class Form:
     keep_alive: bytes = b": sampling\n\n"
 
 
-def _form(module: Any, read: Callable[[Body, Session], TurnRequest], **more: Any) -> Form:
-    return Form(read, module.reply, module.events, module.error, module.error_event, **more)
+def _wire_format(
+    module: Any, read: Callable[[Body, Session], TurnRequest], **more: Any
+) -> WireFormat:
+    return WireFormat(read, module.reply, module.events, module.error, module.error_event, **more)
 
 
-CHAT = _form(chat, lambda body, session: chat.read(body))
-RESPONSES = _form(responses, lambda body, session: responses.read(body, session.stored))
-MESSAGES = _form(
+CHAT = _wire_format(chat, lambda body, session: chat.read(body))
+RESPONSES = _wire_format(responses, lambda body, session: responses.read(body, session.stored))
+MESSAGES = _wire_format(
     messages,
     lambda body, session: messages.read(body),
     keep_alive=b'event: ping\ndata: {"type": "ping"}\n\n',
 )
-TOKENS = _form(tokens, lambda body, session: tokens.read(body))
+TOKENS = _wire_format(tokens, lambda body, session: tokens.read(body))
 
 
 class Gateway:
@@ -94,7 +96,7 @@ class Gateway:
     async def start(self) -> None:
         """Start to listen. Raises OSError where the address is taken."""
         app = web.Application(client_max_size=MAX_BODY_BYTES)
-        for path, form in (
+        for path, wire in (
             ("/v1/chat/completions", CHAT),
             ("/v1/responses", RESPONSES),
             ("/v1/messages", MESSAGES),
@@ -102,7 +104,7 @@ class Gateway:
             ("/inference/v1/generate", TOKENS),
             ("/v1/inference/v1/generate", TOKENS),
         ):
-            app.router.add_post(path, self._endpoint(form, self._turn))
+            app.router.add_post(path, self._endpoint(wire, self._turn))
         for path in ("/v1/messages/count_tokens", "/v1/v1/messages/count_tokens"):
             app.router.add_post(path, self._endpoint(MESSAGES, self._count_tokens))
         app.router.add_get("/v1/models", self._endpoint(CHAT, self._models))
@@ -141,14 +143,14 @@ class Gateway:
 
     def _endpoint(
         self,
-        form: Form,
-        handle: Callable[[Form, Session, web.Request], Awaitable[web.StreamResponse]],
+        wire: WireFormat,
+        handle: Callable[[WireFormat, Session, web.Request], Awaitable[web.StreamResponse]],
     ) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
         async def endpoint(request: web.Request) -> web.StreamResponse:
             session = None
             try:
                 session = self._session(request.headers)
-                return await handle(form, session, request)
+                return await handle(wire, session, request)
             except Refused as error:
                 refused = error
             except web.HTTPRequestEntityTooLarge:
@@ -160,7 +162,7 @@ class Gateway:
                     session.end("protocol_error", f"{type(error).__name__}: {error}")
             if session is not None:
                 session.notes[f"refused: {refused}"[:200]] += 1
-            return _json(form.error(refused), refused.status)
+            return _json(wire.error(refused), refused.status)
 
         return endpoint
 
@@ -179,9 +181,11 @@ class Gateway:
             code="invalid_api_key",
         )
 
-    async def _turn(self, form: Form, session: Session, http: web.Request) -> web.StreamResponse:
+    async def _turn(
+        self, wire: WireFormat, session: Session, http: web.Request
+    ) -> web.StreamResponse:
         body = await http.read()
-        request = form.read(_parsed(body), session)
+        request = wire.read(_parsed(body), session)
         self._replace_options(session, request)
         prompt = self._next_prompt(session, request)
         key = hashlib.sha256(http.path.encode() + body).digest()
@@ -191,8 +195,8 @@ class Gateway:
             task.add_done_callback(partial(session.finished, key))
         try:
             if not request.stream:
-                return _json(form.reply(session.add(await asyncio.shield(task)), request))
-            return await _stream(form, session, task, request, http)
+                return _json(wire.reply(session.add(await asyncio.shield(task)), request))
+            return await _stream(wire, session, task, request, http)
         except (asyncio.CancelledError, ConnectionError):
             session.undelivered[key] = task
             raise
@@ -225,7 +229,7 @@ class Gateway:
                     session.claim,
                     request.tools,
                     request.stop,
-                    request.most_calls,
+                    request.max_calls,
                 )
         except EngineError as error:
             raise Refused(
@@ -253,7 +257,7 @@ class Gateway:
             "top_p": session.sampling.top_p,
             "stop_token_ids": [session.sampling.end],
         }
-        for name, value in request.wishes.items():
+        for name, value in request.options.items():
             if name in run and value == run[name]:
                 continue
             if self._sampling_options == "refuse":
@@ -270,25 +274,29 @@ class Gateway:
             raise Refused(str(error), "messages") from None
 
     async def _count_tokens(
-        self, form: Form, session: Session, http: web.Request
+        self, wire: WireFormat, session: Session, http: web.Request
     ) -> web.StreamResponse:
-        prompt = self._next_prompt(session, form.read(_parsed(await http.read()), session))
+        prompt = self._next_prompt(session, wire.read(_parsed(await http.read()), session))
         before = 0 if prompt.parent is None else session.tree.num_tokens(prompt.parent)
         return _json({"input_tokens": before + len(prompt.token_ids)})
 
-    async def _models(self, form: Form, session: Session, http: web.Request) -> web.StreamResponse:
+    async def _models(
+        self, wire: WireFormat, session: Session, http: web.Request
+    ) -> web.StreamResponse:
         model = {"id": self._model, "object": "model", "created": 0, "owned_by": "megatron-r1"}
         model |= {"max_model_len": session.sampling.max_context}  # as vLLM
         date = "1970-01-01T00:00:00Z"
         model |= {"type": "model", "display_name": self._model, "created_at": date}  # Anthropic
         return _json({"object": "list", "data": [model], "has_more": False})
 
-    async def _unknown(self, form: Form, session: Session, http: web.Request) -> web.StreamResponse:
+    async def _unknown(
+        self, wire: WireFormat, session: Session, http: web.Request
+    ) -> web.StreamResponse:
         raise Refused(f"there is no {http.method} {http.path}", status=404, kind="not_found_error")
 
 
 async def _stream(
-    form: Form,
+    wire: WireFormat,
     session: Session,
     task: asyncio.Task[TakenTurn],
     request: TurnRequest,
@@ -300,12 +308,12 @@ async def _stream(
     stream = web.StreamResponse(headers=head)
     await stream.prepare(http)
     while not (await asyncio.wait({task}, timeout=KEEP_ALIVE_SECONDS))[0]:
-        await stream.write(form.keep_alive)
+        await stream.write(wire.keep_alive)
     try:
-        for event in form.events(session.add(task.result()), request):
+        for event in wire.events(session.add(task.result()), request):
             await stream.write(event)
     except Refused as refused:
-        await stream.write(form.error_event(refused))
+        await stream.write(wire.error_event(refused))
     await stream.write_eof()
     return stream
 

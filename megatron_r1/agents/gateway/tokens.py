@@ -38,7 +38,7 @@ def read(body: Body) -> TurnRequest:
         [],
         model,
         max_tokens=sampling.take_positive("max_tokens"),
-        wishes=sampling.wishes(NEUTRAL),
+        options=sampling.options(NEUTRAL),
         token_ids=token_ids,
     )
     sampling.finish()

@@ -52,12 +52,12 @@ class TurnSampler:
         claim: Claim,
         tools: Sequence[dict[str, Any]] = (),
         stop: Sequence[str] = (),
-        most_calls: int | None = None,
+        max_calls: int | None = None,
     ) -> SampledTurn:
         """Sample one answer; raises what `sampling.generate` and `claim` raise.
 
         claim: called with the number of its tokens, returns how many of them are kept: other turns
-        of the episode may have used its tokens up meanwhile. stop: texts that end it. most_calls:
+        of the episode may have used its tokens up meanwhile. stop: texts that end it. max_calls:
         tool calls kept of it."""
         response = await sampling.generate(prompt_ids, max_tokens)
         require_whole(response)
@@ -65,7 +65,7 @@ class TurnSampler:
         if (kept := claim(len(response.token_ids))) < len(response.token_ids):
             response = _first(response, len(prompt_ids), kept, "length")
             text, stop_string = self._decode(response.token_ids), None
-        message = await self._reader.read(text, response.token_ids, prompt_ids, tools, most_calls)
+        message = await self._reader.read(text, response.token_ids, prompt_ids, tools, max_calls)
         return SampledTurn(response, message, stop_string)
 
 

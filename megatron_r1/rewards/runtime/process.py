@@ -28,31 +28,31 @@ class FramedProcess(Generic[Reply]):
     It leads a process group of its own, so that `kill` also ends the processes it has started."""
 
     def __init__(
-        self, process: asyncio.subprocess.Process, reply: type[Reply], most_bytes: int
+        self, process: asyncio.subprocess.Process, reply: type[Reply], max_bytes: int
     ) -> None:
         assert process.stdin and process.stdout and process.stderr, "started with pipes"
         self.process = process
         self._stdin, self._stdout = process.stdin, process.stdout
         self._stderr = StderrTail(process.stderr)
-        self._decoder, self._most_bytes = msgspec.json.Decoder(reply), most_bytes
+        self._decoder, self._max_bytes = msgspec.json.Decoder(reply), max_bytes
         self.greeting: Reply | None = None
         """Its first reply."""
         self._ending: asyncio.Task[int] | None = None
 
     @classmethod
     async def launch(
-        cls, module: str, arguments: list[str], reply: type[Reply], most_bytes: int
+        cls, module: str, arguments: list[str], reply: type[Reply], max_bytes: int
     ) -> Self:
         """Return a process that is ready; otherwise raise WorkerLost with its last words.
 
-        most_bytes: of a reply."""
+        max_bytes: of a reply."""
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", module, *arguments),
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
             **popen_options(_environment()) | {"stdin": asyncio.subprocess.PIPE},
         )
-        worker = cls(process, reply, most_bytes)
+        worker = cls(process, reply, max_bytes)
         try:
             async with asyncio.timeout(START_TIMEOUT_SECONDS):
                 worker.greeting = await worker.receive()
@@ -72,7 +72,7 @@ class FramedProcess(Generic[Reply]):
         """Return the next reply. Raises WorkerLost."""
         try:
             (num_bytes,) = LENGTH.unpack(await self._stdout.readexactly(LENGTH.size))
-            if num_bytes > self._most_bytes:
+            if num_bytes > self._max_bytes:
                 raise WorkerLost(f"a reply of {num_bytes} bytes")
             return self._decoder.decode(await self._stdout.readexactly(num_bytes))
         except (asyncio.IncompleteReadError, ConnectionError, msgspec.MsgspecError) as error:
@@ -109,9 +109,9 @@ class WorkerProcess(FramedProcess[JobStatus]):
     """A reward worker, created by `start`."""
 
     def __init__(
-        self, process: asyncio.subprocess.Process, reply: type[JobStatus], most_bytes: int
+        self, process: asyncio.subprocess.Process, reply: type[JobStatus], max_bytes: int
     ) -> None:
-        super().__init__(process, reply, most_bytes)
+        super().__init__(process, reply, max_bytes)
         self.loaded: set[str] = set()
         """Targets that the worker has imported."""
         self.seconds_per_job = 1.0

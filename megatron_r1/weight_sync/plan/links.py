@@ -17,7 +17,7 @@ from megatron_r1.weight_sync.plan.traffic import fp8_bytes, plain_bytes
 from megatron_r1.weights.layout import recipe_stages
 
 
-def most_engines(push: PushConfig) -> int:
+def max_engines(push: PushConfig) -> int:
     """Return how many engines form a set at most."""
     return 1 if push.on_one_host or push.delta else SET_ENGINES
 
@@ -29,6 +29,6 @@ def planned_links(config: Config, hf: dict) -> list[int]:
     needs = PredictedLayout(hf, layout, drafts=config.rollout.drafts_by_mtp)
     planner = Planner(hf, grid, layout, recipe_stages(config, hf), needs)
     count = fp8_bytes if push.fp8 else plain_bytes(config.rollout.dtype)
-    sets = engine_sets(layout.engines, most_engines(push))
+    sets = engine_sets(layout.engines, max_engines(push))
     plans = entries(planner, count, sets, largest=largest_over(push.transport))
     return num_links(plans, grid.world)
