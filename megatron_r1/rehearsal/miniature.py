@@ -7,12 +7,15 @@ from typing import Any, NamedTuple
 from megatron_r1.config import Config
 from megatron_r1.config.recipe import dump, parse
 from megatron_r1.curation.filters import NAMES
+from megatron_r1.data.templates import TEMPLATES
 from megatron_r1.rehearsal import layout, model, questions, served
 
 RESPONSE = 24
 """Most tokens of a miniature's response."""
 PROMPT = 208
-"""Room for a prompt in the longest template."""
+"""Room for a prompt in the longest of our templates."""
+QUESTION = 32
+"""Room for a question."""
 STEPS = 3
 """Fewest steps of a rehearsal: it is killed after the first, and continues to the last."""
 LEARNING_RATE = 1e-3
@@ -137,13 +140,21 @@ def _rollout(config: Config) -> dict[str, Any]:
         "hosts_address": "127.0.0.1" if rollout.placement == "hosts" else None,
         "hosts_port": 0,
         "max_response_tokens": _response_tokens(config, rollout.max_response_tokens),
-        "max_model_len": PROMPT + RESPONSE,
+        "max_model_len": _room(config),
         "max_num_seqs": min(rollout.max_num_seqs, 16),
         "gpu_memory": None,
         "threads": 1,
         "start_timeout_seconds": 1200.0,
         "host_silence_seconds": 120.0,
     }
+
+
+def _room(config: Config) -> int:
+    """Return the most tokens of a prompt with its response: in a template of the recipe's own, at
+    most one for each byte."""
+    templates = config.data.template, config.reward_model.template or ""
+    own = max(len(text.encode()) for text in templates if text not in TEMPLATES)
+    return max(PROMPT, own + QUESTION) + RESPONSE
 
 
 def _response_tokens(config: Config, tokens: int) -> int:
@@ -163,6 +174,8 @@ def _schedule(config: Config) -> list[dict[str, Any]]:
             changes.pop(size, None)
         if number := changes.get("rl.minibatches"):
             changes["rl.minibatches"] = _minibatches(config, number)
+        if "rewards.weights" in changes:
+            changes["rewards.weights"] = _weights(config, changes["rewards.weights"])
         if "rl.kind_weights" in changes:
             changes["rl.kind_weights"] = _kind_weights(config, changes["rl.kind_weights"])
         if changes:
@@ -197,12 +210,22 @@ def _push(config: Config) -> dict[str, Any]:
 
 
 def _rewards(config: Config) -> dict[str, Any]:
-    options = config.rewards.model_dump()["options"]
-    kept = served.reward_models(options)
-    options = {
-        kind: values for kind, values in options.items() if kind in kept or "url" not in values
-    }
-    return {"options": options, "workers": 1}
+    rewards, left_out = config.rewards.model_dump(), _judges(config)
+    options = {kind: each for kind, each in rewards["options"].items() if kind not in left_out}
+    return {"options": options, "weights": _weights(config, rewards["weights"]), "workers": 1}
+
+
+def _judges(config: Config) -> set[str]:
+    """Return the rewards of served models that a miniature does not have."""
+    options = config.rewards.options
+    asked = {kind for kind, values in options.items() if "url" in values}
+    return asked - served.reward_models(options).keys()
+
+
+def _weights(config: Config, weights: dict[str, Any]) -> dict[str, Any]:
+    """Return the weights of the terms of the reward that a miniature has."""
+    left_out = _judges(config)
+    return {kind: each for kind, each in weights.items() if kind not in left_out} or {"accuracy": 1}
 
 
 def _rl(config: Config, data: int) -> dict[str, Any]:
@@ -239,7 +262,7 @@ def _tokens(config: Config) -> int:
     """Return the limit of a micro-batch: the longest sample times as much as in the recipe."""
     rollout = config.rollout
     longest = rollout.max_model_len or rollout.max_response_tokens
-    return max(1, config.parallel.microbatch_tokens * (PROMPT + RESPONSE) // longest)
+    return max(1, config.parallel.microbatch_tokens * _room(config) // longest)
 
 
 def _sft(config: Config, folder: Path, data: int) -> dict[str, Any]:
@@ -258,7 +281,7 @@ def _reward_model(config: Config, folder: Path, data: int) -> dict[str, Any]:
         "data": str(folder / "preferences.jsonl"),
         "epochs": None,
         "batch_size": 4 * data,
-        "max_tokens": PROMPT + RESPONSE if config.reward_model.max_tokens else None,
+        "max_tokens": _room(config) if config.reward_model.max_tokens else None,
     }
 
 
@@ -312,7 +335,7 @@ REASONS = {
         ("agents.environment", "agents.harness", "agents.verifiers"), "random weights call no tool"
     ),
     "rl.kind_weights": "synthetic questions",
-    "rewards.options": "no judge is served",
+    **dict.fromkeys(("rewards.options", "rewards.weights"), "no judge is served"),
     "sample.filters": "random text passes none",
     "sample.keep": "random text is rarely right",
     "sample.judge": "a rule judges, no served model",

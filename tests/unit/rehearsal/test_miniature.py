@@ -229,6 +229,34 @@ def test_a_drafter_that_drafts_nothing_is_named():
         run._show_pushes(lines)
 
 
+def test_a_judge_that_is_not_served_is_no_term_of_the_reward():
+    later = {"from_step": 9, "rewards.weights": {"judge": 1.0}}
+    settings = {
+        "rewards.weights": {"accuracy": 1.0, "judge": 0.5, "safety": 0.5},
+        "rewards.options.judge": {"url": "http://judge:8000", "model": "m"},
+        "rewards.options.safety": {"url": "http://safety:8000", "model": "m"},
+        "rl.schedule": [later],
+    }
+    config, small = shrunk(ROOT / "examples/distill/qwen2.5-32b_rl.yaml", settings)
+    assert small.config.rewards.weights == {"accuracy": 1.0, "safety": 0.5}
+    assert small.config.rewards.options.keys() == {"safety"}
+    assert small.config.at(2).rewards.weights == {"accuracy": 1.0}
+    rows = {row.what: row.exercised for row in structure(config, {}, small.config, "rl")}
+    assert rows["rewards.options.judge"] == "no: none is served"
+    assert rows["rewards.options.safety"] == "yes"
+
+
+def test_a_long_template_has_room():
+    template = "Example: 48 + 37 = 85. " * 40 + "{problem} ="
+    _, small = shrunk(ROOT / "examples/distill/qwen2.5-32b_rl.yaml", {"data.template": template})
+    tokens = len(model._tokenizer().encode(template.replace("{problem}", "15 + 16 =")).ids)
+    rollout = small.config.rollout
+    assert tokens > miniature.PROMPT
+    assert rollout.max_model_len >= tokens + rollout.max_response_tokens
+    _, ours = shrunk(ROOT / "examples/distill/qwen2.5-32b_rl.yaml")
+    assert ours.config.rollout.max_model_len == miniature.PROMPT + miniature.RESPONSE
+
+
 def test_longer_responses_of_the_schedule_are_sampled():
     """The second step's limit is twice the first's, and it is noticed if it is not applied."""
     _, small = shrunk(ROOT / "examples/deepseek_r1/r1_zero.yaml")
