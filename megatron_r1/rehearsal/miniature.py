@@ -93,9 +93,11 @@ def shrink(config: Config, hf: dict, folder: Path, max_ranks: int) -> Miniature:
         "sft": _sft(config, folder, layout.data_size(parallel)),
         "reward_model": _reward_model(config, folder, layout.data_size(parallel)),
         "sample": _sample(config),
+        "critic": {
+            "path": config.critic.path and str(folder / "model"),
+            "warmup_steps": min(config.critic.warmup_steps, 1),
+        },
     }
-    if config.critic.path is not None:
-        changed["critic"] = {"path": str(folder / "model")}
     tree = config.model_dump()
     for section, values in changed.items():
         tree[section] |= values

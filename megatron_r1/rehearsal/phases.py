@@ -115,7 +115,7 @@ class Phases:
     def _show_pushes(self, lines: Sequence[dict]) -> None:
         probes = [line.get("push/probe_diff") for line in lines]
         diffs = [line["logprob_diff/mean"] for line in lines]
-        norms = [line["grad_norm"] for line in lines]
+        norms = [line.get("grad_norm") for line in lines]  # none while a critic warms up
         if not any(norms):
             raise RunError(f"rehearse: the gradients of all steps are zero: {norms}")
         self._show_schedule(lines)

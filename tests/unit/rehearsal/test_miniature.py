@@ -246,6 +246,18 @@ def test_a_judge_that_is_not_served_is_no_term_of_the_reward():
     assert rows["rewards.options.safety"] == "yes"
 
 
+def test_a_critic_that_warms_up_leaves_steps_for_the_policy():
+    ppo = {"rl.algorithm": "ppo", "critic.warmup_steps": 40, "critic.path": "a/model"}
+    _, small = shrunk(ROOT / "examples/distill/qwen2.5-32b_rl.yaml", ppo)
+    assert (small.config.critic.warmup_steps, small.config.critic.path) == (1, "rehearsal/model")
+    run = Phases("rl", Path("r/recipe.yaml"), small.config, [], 60.0, print)
+    step = {"logprob_diff/mean": 0.0, "time/rollout": 1.0, "time/train": 1.0, "time/push": 1.0}
+    run._show_pushes([step | {"step": 1}, step | {"step": 2, "grad_norm": 1.5}])
+    assert "gradient norms –, 1.5" in run.shown[0].evidence
+    with pytest.raises(RunError, match="gradients of all steps are zero"):
+        run._show_pushes([step | {"step": 1}, step | {"step": 2, "grad_norm": 0.0}])
+
+
 def test_a_long_template_has_room():
     template = "Example: 48 + 37 = 85. " * 40 + "{problem} ="
     _, small = shrunk(ROOT / "examples/distill/qwen2.5-32b_rl.yaml", {"data.template": template})
