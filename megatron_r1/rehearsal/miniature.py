@@ -261,10 +261,12 @@ def _teacher(config: Config, folder: Path) -> dict[str, Any]:
 
 
 def _tokens(config: Config) -> int:
-    """Return the limit of a micro-batch: the longest sample times as much as in the recipe."""
+    """Return the limit of a micro-batch: the longest sample times as much as in the recipe, and no
+    more tokens than there."""
     rollout = config.rollout
     longest = rollout.max_model_len or rollout.max_response_tokens
-    return max(1, config.parallel.microbatch_tokens * _room(config) // longest)
+    tokens = config.parallel.microbatch_tokens
+    return max(1, min(tokens, tokens * _room(config) // longest))
 
 
 def _sft(config: Config, folder: Path, data: int) -> dict[str, Any]:
