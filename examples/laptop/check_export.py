@@ -21,6 +21,10 @@ GRADERS = {"math": math.grade, "logic": logic.grade}
 
 
 def answers_of_transformers(folder: str, prompts: list[list[int]], limit: int) -> list[list[int]]:
+    """Return greedy answers of transformers, as token ids with the end token, to prompts of token
+    ids.
+
+    limit: most tokens of an answer."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -45,6 +49,7 @@ def answers_of_transformers(folder: str, prompts: list[list[int]], limit: int) -
 
 
 def answers_of_vllm(folder: str, prompts: list[list[int]], limit: int) -> list[list[int]]:
+    """Return greedy answers of vLLM; arguments and form as of `answers_of_transformers`."""
     from vllm import LLM, SamplingParams
 
     engine = LLM(folder, dtype="float32", enforce_eager=True, max_model_len=512, **SMALL)

@@ -73,6 +73,8 @@ def worked(draw: random.Random, terms: list[Term]) -> str:
 
 
 def mixed(draw: random.Random, terms: list[Term]) -> str:
+    """Return a response as the base model should give it: a guess, a leap or worked out, some with
+    a broken format."""
     mode = draw.random()
     if mode < GUESS:
         thought, answer = "", total(terms)

@@ -140,6 +140,7 @@ class _Episode:
         return bool(getattr(self._environment, "done", False))
 
     def reset(self, row: dict[str, Any]) -> str | None:
+        """Make the episode's environment, and return the question's text, if `reset` gives one."""
         self.close()
         self._environment = self._class(**self._options)
         reset = self._environment.reset
@@ -148,11 +149,13 @@ class _Episode:
         return None if question is None else _text(question)
 
     def close(self) -> None:
+        """Call the environment's `close`, if it has one."""
         environment, self._environment = self._environment, None
         if hasattr(environment, "close"):
             self._result(environment.close())
 
     def call(self, name: str, arguments: Any) -> str:
+        """Return a tool's result as text. Raises what the tool raises."""
         if not isinstance(arguments, dict):
             raise TypeError(f"the arguments of {name} must be a JSON object")
         method = getattr(self._environment, name)
@@ -160,6 +163,7 @@ class _Episode:
         return _text(self._result(method(*positional, **named)))
 
     def reward(self, answer: str) -> float:
+        """Return the episode's reward. answer: the text of its last answer."""
         if hasattr(self._environment, "final_answer"):
             self._result(self._environment.final_answer(answer))
         return float(self._result(self._environment.get_reward()))

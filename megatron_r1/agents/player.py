@@ -146,6 +146,7 @@ class _RunningEpisode:
         """Whether one of the policy's calls has ended the environment."""
 
     async def play(self, prompt: Prompt, environment: EnvironmentProcess) -> Status:
+        """Play the episode to its end, and return how it ended."""
         question = await environment.reset(row_of(prompt))
         if self._settings.system:
             self._messages.append({"role": "system", "content": self._settings.system})
@@ -223,6 +224,7 @@ class _RunningEpisode:
         return "done" if done else None
 
     def episode(self, status: Status, reason: str) -> Episode:
+        """Return the episode as it has been played so far."""
         return Episode(
             status,
             turns_of(self._tree, self._player.text.decode),

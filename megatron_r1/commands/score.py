@@ -125,6 +125,7 @@ class _Tally:
         self._rewards: dict[str, tuple[float, int]] = {}
 
     def add(self, kind: object, grade: Grade) -> None:
+        """Count one line."""
         self.num_lines += 1
         if not grade.is_graded:
             self.num_ungraded += 1

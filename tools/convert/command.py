@@ -18,6 +18,7 @@ DTYPES = ("bfloat16", "float32", "float16", "fp8")
 
 
 def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     main = argparse.ArgumentParser(
         prog="tools/convert",
         description=__doc__,

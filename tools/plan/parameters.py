@@ -68,6 +68,7 @@ class RankCounts:
         return sum(map(self.of_chunk, self.job.stages[pipeline_rank]), Counts())
 
     def of_chunk(self, chunk: Shard) -> Counts:
+        """Return the counts of one model chunk."""
         ends = {name: getattr(chunk, name) for name in ("embedding", "final_norm", "head", "mtp")}
         kinds = Counter(self.job.sparse[layer] for layer in chunk.layers)
         key = (*ends.values(), *sorted(kinds.items()))
@@ -147,6 +148,7 @@ def _size(rules: list[Rule], expert: bool = False) -> int:
 
 
 def parameter_section(job: Job) -> Section:
+    """Return the bill's section on parameters."""
     counts = ModelCounts(job.hf)
     experts, chosen = job.hf.get("n_routed_experts"), job.hf.get("num_experts_per_tok")
     section = {

@@ -17,6 +17,7 @@ OPERATIONS = {"+": ("plus", "加"), "-": ("minus", "减"), "*": ("times", "乘")
 
 
 def sums(count: int, seed: int) -> Iterator[Lesson]:
+    """Yield `count` sums of three digits, each in both languages."""
     for item in generate_items("chain_sum", SUM, seed, count):
         terms = re.search(r"problem: (.*) =", item["question"])[1]
         zh = f"请写出这道算式的最后答案：{terms} ="

@@ -1,4 +1,4 @@
-"""A reasoning-gym task in several steps: an answer is checked, and a wrong one may be mended.
+"""A reasoning-gym task in several steps: an answer is checked, and a wrong one may be corrected.
 
 Rows are those of `data.task`; the scorers are those of the logic reward, with their guards."""
 

@@ -97,6 +97,7 @@ class _Job:
         self.world, self.replicas = world, replicas
 
     async def run(self) -> dict[str, Any]:
+        """Train on one synthetic rollout; return seconds, blocks of the event loop and memory."""
         config, num_groups = self.config, self.config.rl.questions_per_rollout
         trainer = TrainerClient(config, self.folder, world_size=self.world)
         began = time.perf_counter()

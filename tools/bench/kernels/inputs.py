@@ -58,6 +58,7 @@ class Tokens:
 
 
 def make_tokens(sizes: Sizes, targets: Tensor, logprobs: Tensor, random: dict[str, Any]) -> Tokens:
+    """Return seeded inputs of a policy loss for tokens with these log-probabilities, (T,)."""
     length, column = sizes.length, (sizes.sequences, 1)
     ends = torch.randint(length * 7 // 8, length, column, **random)
     mask = (torch.arange(length, device=targets.device) < ends).float().flatten()

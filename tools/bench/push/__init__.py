@@ -35,6 +35,7 @@ def add_options(options: argparse.ArgumentParser) -> None:
 
 
 def run(chosen: argparse.Namespace) -> dict[str, Any]:
+    """Return the plan at 671B and the measurements on this machine, or what an option selects."""
     if chosen.simulate:
         return simulate()
     if chosen.control_path:

@@ -94,6 +94,8 @@ class _Run:
         self.end = np.full(count, np.nan)
 
     def run(self) -> np.ndarray:
+        """Return the time at which each task ends. Raises ValueError for tasks that wait for each
+        other."""
         running = self._startable(np.arange(len(self.head)))
         now = 0.0
         while len(running):

@@ -29,6 +29,7 @@ WARM_UP = 2
 
 
 def model(hidden: int, layers: int, dtype: str) -> dict[str, Any]:
+    """Return the config.json of a Qwen2 model of this size."""
     return qwen2(
         hidden,
         layers,
@@ -120,6 +121,7 @@ class _Copy:
         self.source, self.target = (torch.ones(num_bytes, dtype=torch.uint8) for _ in range(2))
 
     def seconds(self) -> float:
+        """Return the seconds of one copy."""
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         start = time.perf_counter()

@@ -59,6 +59,7 @@ class Setup:
     planning: float
 
     def seconds(self, rates: Assumptions) -> float:
+        """Return the seconds of the set-up."""
         creating = sum(
             rates.group_seconds + size * rates.group_rank_seconds for size in self.group_sizes
         )
@@ -72,6 +73,7 @@ class Setup:
 
 
 def simulate() -> dict[str, Any]:
+    """Return, and print, the simulated pushes of all cases, weights and designs."""
     start = time.process_time()
     found: dict[str, Any] = {"assumptions": as_table(Assumptions()), "cases": {}}
     for case in _cases():
