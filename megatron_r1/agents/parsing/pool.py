@@ -11,8 +11,8 @@ import msgspec
 
 from megatron_r1.agents.parsing.worker import Options, ParseJob, ParseReply
 from megatron_r1.errors import RunError, UserError
-from megatron_r1.rewards.runtime.process import FramedProcess, WorkerLost
-from megatron_r1.rewards.runtime.worker import frame
+from megatron_r1.processes.framed_process import FramedProcess, WorkerLost
+from megatron_r1.processes.frames import frame
 
 MODULE = "megatron_r1.agents.parsing.worker"
 MAX_REPLY_BYTES = 2**28

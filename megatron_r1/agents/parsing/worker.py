@@ -1,7 +1,7 @@
 """A parser worker: `python -m megatron_r1.agents.parsing.worker OPTIONS`, OPTIONS a JSON `Options`.
 
 Loads the tokenizer and vLLM's parsers (seconds), then reads jobs from stdin and writes replies to
-the original stdout, both as frames of JSON (`rewards.runtime.worker.frame`). The controller imports
+the original stdout, both as frames of JSON (`processes.frames`). The controller imports
 no vLLM, and a parser that hangs on what a model wrote can be killed here."""
 
 import os
@@ -12,8 +12,8 @@ from typing import Any, Literal
 import msgspec
 
 from megatron_r1.errors import UserError, did_you_mean
+from megatron_r1.processes.frames import LENGTH, frame, private_streams
 from megatron_r1.processes.lifetime import end_without_parent
-from megatron_r1.rewards.runtime.worker import LENGTH, frame, private_streams
 
 
 class Options(msgspec.Struct):

@@ -16,11 +16,13 @@ from typing import Self, cast
 import msgspec
 
 from megatron_r1.errors import UserError
+from megatron_r1.processes.framed_process import START_TIMEOUT_SECONDS, WorkerLost
+from megatron_r1.processes.frames import frame
 from megatron_r1.rewards import REMOTE, resolve
 from megatron_r1.rewards.base import Grade
 from megatron_r1.rewards.remote.runner import RemoteRewards
-from megatron_r1.rewards.runtime.process import START_TIMEOUT_SECONDS, WorkerLost, WorkerProcess
-from megatron_r1.rewards.runtime.worker import Job, JobStatus, frame
+from megatron_r1.rewards.runtime.process import WorkerProcess
+from megatron_r1.rewards.runtime.worker import Job, JobStatus
 from megatron_r1.rewards.sandbox.limits import time_limit
 
 # Jobs sent to a worker ahead of time: enough that its pipe never runs dry, and at most this many

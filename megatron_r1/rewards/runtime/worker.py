@@ -7,22 +7,20 @@ Messages are length-prefixed frames of JSON, because a truth may be an integer o
 because nothing that a process which runs hostile text sends may be unpickled."""
 
 import inspect
-import os
 import resource
-import struct
 import sys
 from collections.abc import Callable, Mapping
 from inspect import Parameter
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal
 
 import msgspec
 
+from megatron_r1.processes.frames import LENGTH, frame, private_streams
 from megatron_r1.processes.lifetime import end_without_parent
 from megatron_r1.rewards import REGISTRY
 from megatron_r1.rewards.base import MAX_REASON_CHARS, Grade, shorten
 from megatron_r1.user_code import find_function
 
-LENGTH = struct.Struct("<I")
 MAX_REPLY_BYTES = 64 * 1024
 POSITIONAL = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
 VARIADIC = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
@@ -51,12 +49,6 @@ class JobStatus(msgspec.Struct):
     id: int = -1
     reward: float = 0.0
     reason: str = ""
-
-
-def frame(message: msgspec.Struct) -> bytes:
-    """Return a message as it is sent: the length of its JSON (uint32, little-endian), the JSON."""
-    payload = msgspec.json.encode(message)
-    return LENGTH.pack(len(payload)) + payload
 
 
 def main(memory_limit_bytes: int) -> None:
@@ -135,16 +127,6 @@ def explain_call(function: Callable[..., Any], target: str, fields: Mapping[str,
 
 def _describe(error: BaseException) -> str:
     return shorten(f"{type(error).__name__}: {error}", MAX_REASON_CHARS - 50)
-
-
-def private_streams() -> tuple[BinaryIO, BinaryIO]:
-    """Move the pipes away from descriptors 0 and 1, where a reward could read or print."""
-    jobs, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
-    null = os.open(os.devnull, os.O_RDONLY)
-    os.dup2(null, 0)
-    os.close(null)
-    os.dup2(2, 1)
-    return jobs, replies
 
 
 if __name__ == "__main__":

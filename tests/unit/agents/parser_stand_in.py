@@ -7,7 +7,7 @@ import time
 import msgspec
 
 from megatron_r1.agents.parsing.worker import ParseJob, ParseReply
-from megatron_r1.rewards.runtime.worker import LENGTH, frame
+from megatron_r1.processes.frames import LENGTH, frame
 
 
 def send(reply):

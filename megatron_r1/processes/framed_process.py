@@ -1,0 +1,112 @@
+"""A child process that answers in frames of JSON (`processes.frames`), from its parent's side."""
+
+import asyncio
+import contextlib
+import os
+import signal
+import sys
+from typing import Any, Generic, Self, TypeVar
+
+import msgspec
+
+from megatron_r1.processes.children import popen_options
+from megatron_r1.processes.frames import LENGTH
+from megatron_r1.processes.stderr_tail import StderrTail
+
+START_TIMEOUT_SECONDS = 120.0
+Reply = TypeVar("Reply")
+
+
+class WorkerLost(Exception):
+    """The process ended, or sent something that is no reply."""
+
+
+class FramedProcess(Generic[Reply]):
+    """A Python module that runs as a child and answers in frames, the first when it is ready.
+
+    It leads a process group of its own, so that `kill` also ends the processes it has started."""
+
+    def __init__(
+        self, process: asyncio.subprocess.Process, reply: type[Reply], max_bytes: int
+    ) -> None:
+        assert process.stdin and process.stdout and process.stderr, "started with pipes"
+        self.process = process
+        self._stdin, self._stdout = process.stdin, process.stdout
+        self._stderr = StderrTail(process.stderr)
+        self._decoder, self._max_bytes = msgspec.json.Decoder(reply), max_bytes
+        self.greeting: Reply | None = None
+        """Its first reply."""
+        self._ending: asyncio.Task[int] | None = None
+
+    @classmethod
+    async def launch(
+        cls, module: str, arguments: list[str], reply: type[Reply], max_bytes: int
+    ) -> Self:
+        """Return a process that is ready; otherwise raise WorkerLost with its last words.
+
+        max_bytes: of a reply."""
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", module, *arguments),
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+            **popen_options(_environment()) | {"stdin": asyncio.subprocess.PIPE},
+        )
+        worker = cls(process, reply, max_bytes)
+        try:
+            async with asyncio.timeout(START_TIMEOUT_SECONDS):
+                worker.greeting = await worker.receive()
+        except (WorkerLost, TimeoutError) as error:
+            await worker.kill()
+            raise WorkerLost(worker.last_words or str(error) or "no message") from None
+        except BaseException:
+            await worker.kill()
+            raise
+        return worker
+
+    def send(self, frame: bytes) -> None:
+        with contextlib.suppress(ConnectionError):  # `receive` reports the loss
+            self._stdin.write(frame)
+
+    async def receive(self) -> Reply:
+        """Return the next reply. Raises WorkerLost."""
+        try:
+            (num_bytes,) = LENGTH.unpack(await self._stdout.readexactly(LENGTH.size))
+            if num_bytes > self._max_bytes:
+                raise WorkerLost(f"a reply of {num_bytes} bytes")
+            return self._decoder.decode(await self._stdout.readexactly(num_bytes))
+        except (asyncio.IncompleteReadError, ConnectionError, msgspec.MsgspecError) as error:
+            raise WorkerLost(type(error).__name__) from error
+
+    async def kill(self) -> int:
+        """Kill the process and its group; return its exit status. Safe to call again.
+
+        The kill continues when the caller is cancelled: call again to wait for the end."""
+        if self._ending is None:
+            self._ending = asyncio.create_task(self._end())
+        return await asyncio.shield(self._ending)
+
+    @property
+    def last_words(self) -> str:
+        """The last line that the process wrote to its standard error."""
+        return self._stderr.last_line
+
+    async def _end(self) -> int:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        status = await self.process.wait()
+        # A grandchild that left the group may hold the pipes open. Do not wait for it: close the
+        # transport, which has no public name.
+        await asyncio.wait({self._stderr.task}, timeout=0.2)
+        self._stderr.task.cancel()
+        transport: Any = vars(self.process)["_transport"]
+        transport.close()
+        await asyncio.sleep(0)
+        return status
+
+
+def _environment() -> dict[str, str]:
+    # One thread per worker: numerical libraries otherwise start one per core and map memory for
+    # each. A fixed hash seed: sympy's results may depend on the order of sets.
+    threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+    path = os.pathsep.join(entry for entry in sys.path if entry)
+    return {**threads, "PYTHONHASHSEED": "0", "PYTHONPATH": path}
