@@ -91,7 +91,7 @@ $(CUDA_VENV)/.packages: $(CUDA_LOCK)
 	$(CUDA_BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps torch==$(TORCH)
 	@# Before the rest, which takes minutes; removed, because pip would be content with it the next time.
 	@! $(CUDA_BIN)/python -m pip show torch | grep -q '^Version:.*+cpu' || { $(CUDA_BIN)/python -m pip uninstall --quiet --yes torch; \
-	echo "pip has found a CPU build of torch $(TORCH) before the CUDA build, in another index or a folder of wheels (pip config list): PIP_CONFIG_FILE=/dev/null make setup-cuda leaves them out"; exit 1; }
+	echo "pip has found a CPU build of torch $(TORCH) before the CUDA build, in another index or a folder of wheels (pip config list): env -u PIP_FIND_LINKS -u PIP_EXTRA_INDEX_URL PIP_CONFIG_FILE=/dev/null make setup-cuda leaves them out"; exit 1; }
 	$(CUDA_BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r $(CUDA_LOCK)
 	@touch $@
 

@@ -4,34 +4,48 @@ were not run."""
 import inspect
 import os
 import sys
-from pathlib import Path
+import warnings
+from collections.abc import Callable
+from importlib import metadata
+from linecache import getline
 from types import CodeType, FrameType
+from unittest import mock
 
 import torch
 
 from megatron_r1 import platform
 from megatron_r1.errors import UserError
+from megatron_r1.platform import versions
 from megatron_r1.processes import children
 
-FILE = platform.__file__
-run: set[int] = set()
+MODULES = (platform, versions)  # the third, cpu_patches, is the CPU's
+FILES = {module.__file__ for module in MODULES}
+run: set[tuple[str, int]] = set()
 
 
 def trace(frame: FrameType, event: str, argument: object):
-    if frame.f_code.co_filename != FILE:
+    if frame.f_code.co_filename not in FILES:
         return None
     if event == "line":
-        run.add(frame.f_lineno)
+        run.add((frame.f_code.co_filename, frame.f_lineno))
     return trace
 
 
-def lines(code: CodeType) -> set[int]:
+def lines(code: CodeType) -> set[tuple[str, int]]:
     """Return the lines of a function's body, and of what is defined in it."""
-    own = {
-        line for _, _, line in code.co_lines() if line is not None and line > code.co_firstlineno
-    }
+    numbers = {line for _, _, line in code.co_lines() if line is not None}
+    own = {(code.co_filename, line) for line in numbers if line > code.co_firstlineno}
     inner = [lines(constant) for constant in code.co_consts if isinstance(constant, CodeType)]
     return own.union(*inner)
+
+
+def refused(call: Callable[[], object], message: str) -> None:
+    try:
+        call()
+    except UserError as error:
+        assert message in str(error), error
+    else:
+        raise AssertionError(f"it was not refused: {message}")
 
 
 def call_everything() -> None:
@@ -51,12 +65,14 @@ def call_everything() -> None:
     assert torch.equal(platform.rng_state(), state)
     assert platform.uses_transformer_engine()
     sys.modules["transformer_engine.pytorch"] = None  # as where it is not installed
-    try:
-        platform.uses_transformer_engine()
-    except UserError as error:
-        assert "Transformer Engine does not import" in str(error)
-    else:
-        raise AssertionError("a GPU without Transformer Engine has to be refused")
+    refused(platform.uses_transformer_engine, "Transformer Engine does not import")
+    with mock.patch.object(metadata, "version", return_value="0.1"):
+        refused(platform.prepare, "megatron-core 0.1 is installed")
+        with warnings.catch_warnings(record=True, action="always") as caught:
+            versions.warn_of_transformer_engine()
+        assert "transformer-engine 0.1 is installed" in str(caught[0].message)
+    with mock.patch.object(metadata, "version", side_effect=metadata.PackageNotFoundError):
+        versions.warn_of_transformer_engine()
 
 
 if __name__ == "__main__":
@@ -64,9 +80,8 @@ if __name__ == "__main__":
     call_everything()
     sys.settrace(None)
     torch.distributed.destroy_process_group()
-    functions = [f for _, f in inspect.getmembers(platform, inspect.isfunction)]
-    own = [f.__code__ for f in functions if f.__module__ == platform.__name__]
+    functions = [f for module in MODULES for _, f in inspect.getmembers(module, inspect.isfunction)]
+    own = {f.__code__ for f in functions if f.__code__.co_filename in FILES}
     missed = set().union(*map(lines, own)) - run
-    source = Path(FILE).read_text().splitlines()
     print(f"{len(run)} lines run; not run:")
-    print("\n".join(source[line - 1].strip() for line in sorted(missed)))
+    print("\n".join(getline(*line).strip() for line in sorted(missed)))
