@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_r1.agents.environment import Description, target_of
-from megatron_r1.agents.environment_server import CLOSE_SECONDS, GRACE_SECONDS, LENGTH, frame
+from megatron_r1.agents.environment_server import CLOSE_SECONDS, GRACE_SECONDS, frame
 from megatron_r1.errors import RunError, UserError
 from megatron_r1.processes.children import popen_options
+from megatron_r1.processes.frames import LENGTH
 from megatron_r1.processes.open_files import allow_open_files
 from megatron_r1.processes.stderr_tail import last_line
 

@@ -15,7 +15,6 @@ import json
 import os
 import signal
 import socket
-import struct
 import sys
 import time
 from collections.abc import Mapping
@@ -30,9 +29,9 @@ from megatron_r1.agents.environment import (
     find_environment,
     row_arguments,
 )
+from megatron_r1.processes.frames import LENGTH
 from megatron_r1.processes.lifetime import die_with_parent, end_without_parent
 
-LENGTH = struct.Struct("<I")
 GRACE_SECONDS = 1.0
 """The time between the interruption of a call whose limit is over and the end of its process; C
 code cannot be interrupted."""

@@ -1,6 +1,6 @@
-"""Two-hop look-up: the answer to a question stands in a table that only the tool can read.
+"""Two-hop look-up: the answer to a question is in a table that only the tool can read.
 
-A row's `seed` fixes the table, which is drawn afresh for every row: it cannot be learned by heart.
+A row's `seed` fixes the table. Every row has another table, so no policy can memorise it.
 The question is a key; its value is a key again, whose value is the answer."""
 
 import random

@@ -1,4 +1,4 @@
-"""Questions about a corpus of one's own, which the tools search: SQLite's full-text index, BM25.
+"""Questions about a corpus of the user's, searched by the tools: SQLite's full-text index, BM25.
 
 The corpus is JSONL of {title, text}. Its index is written once, beside it, as CORPUS.fts5. The last
 answer is graded by the reward of the row's kind."""
