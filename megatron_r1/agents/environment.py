@@ -168,8 +168,8 @@ def _complete(schema: dict[str, Any], adapters: Mapping[str, TypeAdapter[Any]]) 
 
 
 def _types(method: Callable[..., Any]) -> dict[str, TypeAdapter[Any]]:
-    """Return what converts each argument; arguments without a type, or with one that pydantic does
-    not know or that is imported for type checkers only, are left out."""
+    """Return the converter of each argument. Arguments are left out that have no type, one that
+    pydantic has no schema for, or one that is imported for type checkers only."""
     function = inspect.unwrap(method)
     names = getattr(function, "__globals__", None)
     adapters = {}

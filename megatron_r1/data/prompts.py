@@ -191,7 +191,7 @@ def _from_task(
 
 
 def _identity(question: str, fields: dict[str, Any], kind: str | None) -> str:
-    """Return the text by which a prompt is told from others. kind: of `load_prompts`."""
+    """Return the text that identifies a prompt. kind: of `load_prompts`."""
     if kind != ENVIRONMENT or not fields:
         return question
     text = json.dumps(fields, sort_keys=True, default=str)

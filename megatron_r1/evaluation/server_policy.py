@@ -178,7 +178,7 @@ async def wait_until_listening(
 
     on_failure: called with the reason after each failed attempt. key: of the recipe, for the error.
     Raises ServiceError after `wait_seconds`, which are few by default: a wrong address should show
-    at once, and only the user knows how long the server takes to start."""
+    at once, and the time that the server takes to start is known to the user only."""
     address = urlsplit(url)
     port = address.port or {"http": 80, "https": 443}[address.scheme]
     deadline = time.monotonic() + wait_seconds

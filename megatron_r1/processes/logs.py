@@ -4,7 +4,7 @@ import os
 import re
 from pathlib import Path
 
-LINE_CHARS = 300  # vLLM names its several hundred architectures when it does not know one
+LINE_CHARS = 300  # vLLM's error for an unknown architecture names all of its several hundred
 # "ValueError: ..." or pydantic's "Value error, ...", after any prefix.
 ERROR_LINE = re.compile(
     r"(?:^|[\s\]])((?:\w+\.)*\w*(?:Error|Exception)\w*: (?!\d+ validation).+|Value error, .+)$"

@@ -16,7 +16,7 @@ def name_the_drafter() -> None:
     """Give our weight-transfer backend the drafter beside the model.
 
     Upstream: v1/worker/gpu_worker.py:1484 (`Worker.init_weight_transfer_engine`). Without it: a
-    backend knows the model only, and the drafter keeps the weights it was started with. Goes when:
+    backend has the model only, and the drafter keeps the weights it was started with. Goes when:
     one update can be of both models."""
     from vllm.v1.worker.gpu_worker import Worker
 

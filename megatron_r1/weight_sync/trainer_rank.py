@@ -70,5 +70,5 @@ def _store() -> tuple[dist.TCPStore, list]:
         most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
         store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
-    port = platform.from_rank_zero(store and store.port)  # only rank 0 knows its free port
+    port = platform.from_rank_zero(store and store.port)  # only rank 0 has chosen one
     return store or dist.TCPStore(host, port, is_master=False), [host, port]

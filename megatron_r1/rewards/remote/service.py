@@ -37,7 +37,7 @@ class Ungradable(Exception):
 
 
 class _TryAgain(Exception):
-    """A request failed in a way that a repetition may mend. is_fault: the request itself may be the
+    """A failed request that may succeed if it is repeated. is_fault: the request itself may be the
     cause. wait_seconds: requested by the service."""
 
     def __init__(self, message: str, is_fault: bool, wait_seconds: float = 0.0) -> None:

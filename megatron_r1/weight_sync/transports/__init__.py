@@ -1,7 +1,7 @@
 """Moves bytes from trainer ranks into an engine rank's memory.
 
-A transport is a `Receiver` and a `Sender` (see base.py), plus one line in TRANSPORTS. vLLM knows it
-as weight-transfer backend `megatron_r1_<name>`."""
+A transport is a `Receiver` and a `Sender` (see base.py), plus one line in TRANSPORTS. Its name
+in vLLM is weight-transfer backend `megatron_r1_<name>`."""
 
 from __future__ import annotations
 

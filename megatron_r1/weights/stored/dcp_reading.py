@@ -134,7 +134,7 @@ class DistributedCheckpoint:
             ) from error
 
     def _data_offset(self, key: str, chunk: _Chunk) -> int:
-        """Return the offset in the file of a chunk's raw data, which a meta tensor knows."""
+        """Return the offset in the file of a chunk's raw data, which a meta tensor has."""
         known = self._data_offsets.get((chunk.file, chunk.offset))
         if known is None:
             with open(self.path / chunk.file, "rb") as file:

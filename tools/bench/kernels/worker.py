@@ -1,8 +1,8 @@
 """The process that measures: reads its task from stdin, writes one JSON object per line to stdout.
 
-{"case": name, "doing": what} before every step, which tells the supervisor what a silent or dead
-worker was doing; {"case": name, "result": ...} after each case; {"case": name, "broken": why}
-before it ends because the device no longer works. What peers print goes to stderr.
+{"case": name, "doing": what} before every step, so that the supervisor can name the step in which a
+worker fell silent or died; {"case": name, "result": ...} after each case; {"case": name, "broken":
+why} before it ends because the device no longer works. What peers print goes to stderr.
 
 Of a case, every implementation is warmed up and checked, then all are timed in turns: a round times
 each once, so that changes during a run (clocks, heat, other load) affect all of them alike. One
