@@ -110,6 +110,8 @@ def check_ranks(engines: RolloutConfig | TeacherConfig, hf: dict, section: str) 
             f"{section}.tensor={engines.tensor} neither divides num_key_value_heads={kv_heads} nor "
             "is a multiple of it; choose one that does"
         )
+    if "GptOssForCausalLM" in (language.get("architectures") or ()):
+        _check_gpt_oss(engines, language, section)
     routing = {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}
     lacking = {key: value for key, value in routing.items() if language.get(key) != value}
     if lacking and "DeepseekV3ForCausalLM" in (language.get("architectures") or ()):
@@ -132,4 +134,21 @@ def check_ranks(engines: RolloutConfig | TeacherConfig, hf: dict, section: str) 
         raise UserError(
             f"{section}.expert_parallel: {ranks} ranks ({section}.tensor x {section}.data) for "
             f"{experts} experts leave some with none; use more {section}.engines of fewer ranks"
+        )
+
+
+def _check_gpt_oss(engines: RolloutConfig | TeacherConfig, hf: dict, section: str) -> None:
+    """Raise UserError for ranks that vLLM's class of gpt-oss cannot have: it gives each a
+    key-value head of its own, and wants a part of intermediate_size for each."""
+    kv_heads, inner = hf["num_key_value_heads"], hf["intermediate_size"]
+    if kv_heads % engines.tensor:
+        raise UserError(
+            f"{section}.tensor={engines.tensor} does not divide num_key_value_heads={kv_heads}, "
+            "which vLLM's gpt-oss cannot share among ranks; choose a divisor"
+        )
+    ranks = engines.tensor * engines.pipeline * engines.data
+    if inner % ranks:
+        raise UserError(
+            f"{section}: {ranks} ranks (tensor x pipeline x data) do not divide intermediate_size="
+            f"{inner}, as vLLM's gpt-oss requires; choose a divisor"
         )

@@ -14,6 +14,7 @@ _ROPE_KEYS = {
     "yarn": (
         *("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "mscale"),
         *("mscale_all_dim", "attention_factor", "truncate"),
+        "attn_factor",  # of DeepSeek-R1-0528-Qwen3-8B; transformers and vLLM do not read it
     ),
 }
 """Kind of rotary embedding -> the settings that it has beside rope_type and rope_theta."""
@@ -72,10 +73,15 @@ def yarn_scaling(hf: dict) -> dict[str, Any] | None:
     Megatron's own fields."""
     if model_family(hf).latent or (rope := _rope(hf))["rope_type"] != "yarn":
         return None
-    need(rope, "factor", "original_max_position_embeddings", "beta_fast", "beta_slow")
+    names = ("factor", "rope_theta", "original_max_position_embeddings")
+    # vLLM's class of gpt-oss has no default of these.
+    need(rope, *names, *(("beta_fast", "beta_slow") if model_family(hf).sinks else ()))
     require(rope, attention_factor=None, mscale=None, mscale_all_dim=None)
-    names = ("factor", "rope_theta", "original_max_position_embeddings", "beta_fast", "beta_slow")
-    return {n: rope[n] for n in names} | {"truncate": bool(rope.get("truncate", True))}
+    return {name: rope[name] for name in names} | {
+        "beta_fast": rope.get("beta_fast") or 32,
+        "beta_slow": rope.get("beta_slow") or 1,
+        "truncate": bool(rope.get("truncate", True)),
+    }
 
 
 def has_qkv_bias(hf: dict) -> bool:
@@ -116,9 +122,21 @@ def _flag(hf: dict, value: bool | str) -> bool:
 
 def _grouped_query(hf: dict) -> dict[str, Any]:
     num_heads = hf["num_attention_heads"]
+    groups = hf.get(KEY_VALUE_HEADS) or num_heads
+    size = hf.get("head_dim") or hf["hidden_size"] // num_heads
+    if num_heads % groups:
+        raise UserError(
+            f"config.json: num_attention_heads={num_heads} is not a multiple of "
+            f"num_key_value_heads={groups}"
+        )
+    if (rotated := int(size * _rope(hf)["partial_rotary_factor"])) % 2 or not rotated:
+        raise UserError(
+            f"config.json: {rotated} numbers of a head are rotated (head_dim, or hidden_size / "
+            "num_attention_heads, x partial_rotary_factor), which must be pairs"
+        )
     return {
-        "num_query_groups": hf.get("num_key_value_heads") or num_heads,
-        "kv_channels": hf.get("head_dim") or hf["hidden_size"] // num_heads,
+        "num_query_groups": groups,
+        "kv_channels": size,
         "add_qkv_bias": has_qkv_bias(hf),
         "qk_layernorm": has_qk_norm(hf),
     }
@@ -126,6 +144,12 @@ def _grouped_query(hf: dict) -> dict[str, Any]:
 
 def _latent(hf: dict) -> dict[str, Any]:
     need(hf, "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+    need(hf, KEY_VALUE_HEADS)  # transformers' default is DeepSeek-V3's 128
+    if "q_lora_rank" not in hf:
+        raise UserError(
+            "config.json lacks q_lora_rank, whose default in transformers is not null; add null for"
+            " a model with q_proj, else the size"
+        )
     nope, rope = hf["qk_nope_head_dim"], hf["qk_rope_head_dim"]
     require(hf, num_key_value_heads=hf["num_attention_heads"], qk_head_dim=nope + rope)
     if hf.get("head_dim") not in (None, rope, nope + rope):
@@ -160,6 +184,8 @@ def _rope(hf: dict) -> dict[str, Any]:
             f"config.json: {unknown} of the rotary settings is not supported with rope_type="
             f"{kind!r}; remove it if it changes nothing"
         )
+    if kind != "default" and (rope.get("factor") or 1.0) < 1.0:
+        raise UserError(f"config.json: factor={rope['factor']!r} of {kind} must be at least 1")
     rope.setdefault("partial_rotary_factor", family.rotary)
     if family.rotary == 1.0:
         require(rope, partial_rotary_factor=1.0)

@@ -33,10 +33,10 @@ _GENERATION = """use_cache max_length min_length do_sample early_stopping num_be
     length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids
     num_return_sequences output_scores return_dict_in_generate remove_invalid_values
     exponential_decay_length_penalty suppress_tokens begin_suppress_tokens
-    cache_implementation"""
-# How weights are stored (`stored.fp8` reads these), what the forward pass returns, and how the
+    cache_implementation max_sequence_length"""
+# How weights are stored, what the forward pass returns, and how the
 # authors trained: auxiliary losses, parallel sizes. Training here has settings of its own.
-_OUTPUT = """torch_dtype dtype quantization_config return_dict output_hidden_states
+_OUTPUT = """torch_dtype dtype return_dict output_hidden_states
     output_attentions output_router_logits torchscript use_bfloat16 tf_legacy_loss
     chunk_size_feed_forward pruned_heads tie_encoder_decoder is_encoder_decoder is_decoder
     add_cross_attention cross_attention_hidden_size attn_implementation"""

@@ -94,7 +94,13 @@ def _groups(hf: dict, best: int) -> dict[str, int]:
         raise UserError(
             f"config.json: n_routed_experts={experts} is not a multiple of n_group={num_groups}"
         )
-    if kept >= num_groups:
+    if chosen > experts:
+        raise UserError(
+            f"config.json: num_experts_per_tok={chosen} is more than n_routed_experts={experts}"
+        )
+    if kept > num_groups:
+        raise UserError(f"config.json: topk_group={kept} is more than n_group={num_groups}")
+    if kept == num_groups:
         return {}
     if experts // num_groups < best or chosen > experts // num_groups * kept:
         raise UserError(

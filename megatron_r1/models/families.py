@@ -75,23 +75,28 @@ FAMILIES = {
     ),
     "Qwen2": Family(
         qkv_bias=True,
+        rope=("default", "yarn"),
         needs=("num_key_value_heads",),
         fixed={**_NO_MTP, **_WINDOW, "attention_bias": True},
         inert=_UNUSED_WINDOW,
     ),
     "Qwen3": Family(
         qk_norm=True,
+        rope=("default", "yarn"),
         needs=("num_key_value_heads", "head_dim"),
         fixed=_LLAMA | _WINDOW,
         inert=_UNUSED_WINDOW,
     ),
     "Qwen3Moe": Family(
         qk_norm=True,
+        rope=("default", "yarn"),
         experts="softmax",
         needs=("num_key_value_heads", "norm_topk_prob"),
         fixed={
             **{**_LLAMA, **_WINDOW, "n_group": 1, "topk_group": 1, "n_shared_experts": 0},
             **{"first_k_dense_replace": 0, "routed_scaling_factor": 1.0},
+            # Of Qwen3-Coder.
+            **{"qkv_bias": False, "use_qk_norm": True, "shared_expert_intermediate_size": 0},
         },
         inert=_UNUSED_WINDOW,
     ),
@@ -147,6 +152,7 @@ FAMILIES = {
         # vLLM has these values in its classes.
         fixed={
             **{"attention_bias": True, "swiglu_alpha": 1.702, "swiglu_limit": SWIGLU_LIMIT},
+            "rms_norm_eps": 1e-5,
             **{**_NO_MTP, "tie_word_embeddings": False, "norm_topk_prob": True},
             **{"n_group": 1, "topk_group": 1, "n_shared_experts": 0},
             **{"first_k_dense_replace": 0, "routed_scaling_factor": 1.0},

@@ -149,7 +149,8 @@ def architecture(hf: dict) -> str:
             return ARCHITECTURES[name]
     raise UserError(
         f"architecture {', '.join(names) or 'missing'} in config.json is not supported; "
-        f"supported are {', '.join(ARCHITECTURES)}"
+        f"supported are {', '.join(name + _SUFFIXES['language'] for name in FAMILIES)} "
+        "(docs/models.md)"
     )
 
 
@@ -206,4 +207,4 @@ def need(hf: dict, *names: str) -> None:
     """Raise UserError naming every field of `names` that `hf` lacks."""
     missing = [name for name in names if hf.get(name) is None]
     if missing:
-        raise UserError(f"config.json lacks {', '.join(missing)}")
+        raise UserError(f"config.json lacks {', '.join(missing)}; add the model's own value")

@@ -17,11 +17,18 @@ from megatron_r1.models.attention_fields import (
 from megatron_r1.models.config_keys import Recorded, refuse_unread
 from megatron_r1.models.expert_fields import expert_divisions, expert_fields
 from megatron_r1.models.hf_config import model_family, need, num_mtp_layers, require
+from megatron_r1.models.quantisation import check_quantisation
 
 if TYPE_CHECKING:
     from megatron_r1.config import ParallelConfig
 
 
+_SIZES = (
+    *("num_hidden_layers", "hidden_size", "intermediate_size", "moe_intermediate_size"),
+    *("num_attention_heads", KEY_VALUE_HEADS, "head_dim", "vocab_size", "max_position_embeddings"),
+    *("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"),
+    *("num_experts_per_tok", "decoder_sparse_step"),
+)
 _REFUSED = {
     "context": "the ring of ranks has neither windows nor learned softmax offsets",
     "expert_tensor": "each of the ranks that share an expert would add its bias",
@@ -37,10 +44,12 @@ def check_supported(hf: dict) -> None:
 def own_fields(hf: dict) -> dict[str, Any]:
     """Return the fields of Megatron's TransformerConfig in which architectures differ. Errors as
     `check_supported`."""
+    _check_sizes(hf)
     hf, family = Recorded(hf), model_family(hf)
     need(hf, "num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size")
     need(hf, "vocab_size", "rms_norm_eps", "max_position_embeddings", *family.needs)
     require(hf, hidden_act="silu", attention_dropout=0.0, **family.fixed)
+    check_quantisation(hf)
     fields = {
         **attention_fields(hf),
         **expert_fields(hf),
@@ -52,6 +61,17 @@ def own_fields(hf: dict) -> dict[str, Any]:
         hf.get(key)
     refuse_unread(hf)
     return fields
+
+
+def _check_sizes(hf: dict) -> None:
+    """Raise UserError for a size that is no whole number, or zero."""
+    windows = ("sliding_window",) if model_family(hf).windows else ()
+    for key in (*_SIZES, *windows):
+        size = hf.get(key)
+        if size is not None and (type(size) is not int or size < 1):
+            raise UserError(f"config.json: {key}={size!r} must be a whole number above 0")
+    if not isinstance(hf.get("rms_norm_eps", 0.0), float | int):
+        raise UserError(f"config.json: rms_norm_eps={hf['rms_norm_eps']!r} must be a number")
 
 
 def check_divisions(hf: dict, parallel: ParallelConfig, transformer_engine: bool) -> None:

@@ -3,15 +3,16 @@
 vLLM 0.32's loader (model_executor/models/gpt_oss.py:1167) takes all experts of a layer as one
 tensor and transposes it, which is no copy of rectangles. Its parameters have gate and up in
 alternate rows; ranks that share experts by tensor parallelism leave the second layer's bias to the
-first of them."""
+first of them. The kernel of the experts keeps the tensors of both biases that it was built with."""
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 
 _EXPERT = re.compile(r"(.*\.mlp\.experts)\.(\d+)\.(gate|up|down)_proj\.(weight|bias)")
+_BIASES = ("w13_bias", "w2_bias")
 
 
 def load_weights(model: Any, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
@@ -26,8 +27,27 @@ def load_weights(model: Any, weights: Iterable[tuple[str, torch.Tensor]]) -> Non
 
 
 def is_left_out(parameter: str, layer: Any) -> bool:
-    """Whether this rank loads nothing into a layer's parameter, which stays zero."""
+    """Whether this rank loads nothing into a layer's parameter, which is zero."""
     return parameter == "w2_bias" and layer.moe_config.moe_parallel_config.tp_rank > 0
+
+
+def load_biases(
+    layer: torch.nn.Module,
+    received: Mapping[str, torch.Tensor],
+    in_use: Mapping[str, torch.Tensor],
+) -> None:
+    """Write the biases of a layer's experts into the tensors in use, and give it these.
+
+    A kernel that is built again, on a CPU, would otherwise compute with views of the receive
+    buffer. A bias that this rank leaves out is set to zero; dummy weights are not."""
+    for name in _BIASES:
+        if name in in_use:
+            kept = in_use[name]
+            if name in received:
+                kept.data.copy_(received[name])
+            else:
+                kept.data.zero_()
+            setattr(layer, name, kept)
 
 
 def _without_experts(

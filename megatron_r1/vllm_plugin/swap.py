@@ -23,6 +23,7 @@ from megatron_r1.vllm_plugin.cpu_patches import (
 )
 from megatron_r1.vllm_plugin.memory_layout import PlacedParameter
 from megatron_r1.vllm_plugin.recorder import to_checkpoint_form, to_kernel_form
+from megatron_r1.vllm_plugin.stacked_experts import load_biases
 
 
 @torch.no_grad()
@@ -74,6 +75,7 @@ def _load_layer(
     for name, tensor in in_checkpoint.items():
         if tensor.is_meta:
             setattr(layer, name, _materialized(tensor, received.get(name), info.restore_device))
+    load_biases(layer, received, in_use[0])
     if not is_lookup_only(layer, model):
         _post_process(layer)
     for name, tensor in (in_use[0] | in_use[1]).items():

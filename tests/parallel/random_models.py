@@ -17,6 +17,7 @@ from small_models import (
 )
 
 LLAMA3_ROPE = LLAMA["rope_scaling"]
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
 BASES = {
     "llama": LLAMA,
     "qwen2": QWEN,
@@ -103,6 +104,8 @@ def _grouped_query(hf: dict, heads: int, pick: random.Random) -> None:
     }
     if hf["architectures"] == LLAMA["architectures"]:
         hf["rope_scaling"] = pick.choice([None, LLAMA3_ROPE, {**LLAMA3_ROPE, "factor": 32.0}])
+    if hf["architectures"][0].startswith("Qwen"):
+        hf["rope_scaling"] = pick.choice([None, YARN, {**YARN, "factor": 2.0, "truncate": False}])
     if "use_qk_norm" in hf:
         hf |= {
             "use_qk_norm": pick.random() < 0.5,
@@ -148,6 +151,7 @@ def _experts(hf: dict, layers: int, pick: random.Random) -> None:
 def _gpt_oss(hf: dict, pick: random.Random) -> None:
     experts = pick.choice([2, 4, 6, 16])
     hf |= {
+        "rms_norm_eps": 1e-5,
         "num_local_experts": experts,
         "num_experts_per_tok": pick.randint(2, min(experts, 4)),
         "sliding_window": pick.choice([1, 2, 7, 16, 17, 64, 200]),

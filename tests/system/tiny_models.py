@@ -16,6 +16,7 @@ YARN = {
     "mscale": 1.0,
     "mscale_all_dim": 1.0,
 }
+PLAIN_YARN = {key: value for key, value in YARN.items() if not key.startswith("mscale")}
 # vLLM's MLA kernel for the CPU wants kv_lora_rank 512 and qk_rope_head_dim 64.
 DEEPSEEK = {
     "architectures": ["DeepseekV3ForCausalLM"],
@@ -114,10 +115,7 @@ GPT_OSS = {
     **{"attention_bias": True, "tie_word_embeddings": False, "intermediate_size": 64},
     **{"num_local_experts": 8, "num_experts_per_tok": 3, "sliding_window": 8},
     "rms_norm_eps": 1e-5,  # vLLM has no other
-    "rope_parameters": {
-        **{key: value for key, value in YARN.items() if not key.startswith("mscale")},
-        "truncate": False,
-    },
+    "rope_parameters": PLAIN_YARN | {"truncate": False},
 }
 
 

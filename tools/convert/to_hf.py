@@ -65,7 +65,7 @@ def run(chosen: Namespace) -> int:
             dtype = FP8 if chosen.dtype == "fp8" else getattr(torch, chosen.dtype)
         with_mtp = weights.with_mtp
     if dtype == FP8:
-        fp8.check_config(hf)
+        fp8.check_layout(hf)
     files = split_into_files(hf_tensors_on_disk(hf, dtype, with_mtp), chosen.max_file_bytes)
     plan = {
         "checkpoint": str(checkpoint.resolve()),

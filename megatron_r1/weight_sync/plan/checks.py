@@ -26,8 +26,7 @@ def engine_layout(config: Config) -> EngineLayout:
 
 
 def check_pushes(config: Config, hf: dict, num_ranks: int) -> None:
-    """Refuse layouts over which the trainer's weights, or their FP8 blocks, cannot be divided, and
-    models whose pushes are not proven.
+    """Refuse layouts over which the trainer's weights, or their FP8 blocks, cannot be divided.
 
     num_ranks: of the trainer; under torchrun not `parallel.processes`.
 
@@ -35,11 +34,6 @@ def check_pushes(config: Config, hf: dict, num_ranks: int) -> None:
         UserError: names the tensor's size, and the divisors to choose from, or the setting.
     """
     check_drafter(config)
-    if model_family(hf).stacked:
-        raise UserError(
-            f"{hf['architectures'][0]} cannot be trained by rl yet, as pushes of it into engines "
-            "are not proven; sft trains it"
-        )
     layout = engine_layout(config)
     predicted = PredictedLayout(hf, layout, drafts=config.rollout.drafts_by_mtp)
     grid = TrainerGrid.of(config.parallel, num_ranks)

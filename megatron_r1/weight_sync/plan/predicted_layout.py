@@ -11,6 +11,7 @@ from itertools import product
 from typing import NoReturn
 
 from megatron_r1.errors import UserError
+from megatron_r1.models.hf_config import model_family
 from megatron_r1.weight_sync.plan.ranks import Coordinate, EngineLayout
 from megatron_r1.weight_sync.plan.tensors import HFTensor, Region, checkpoint_tensors, is_tied
 from megatron_r1.weights.decoder import table
@@ -45,6 +46,9 @@ class PredictedLayout:
         self._stage_of_layer = [s for s, layers in enumerate(self._stage_layers) for _ in layers]
         twice = is_tied(self.table) or drafts
         self._embedding_stages = sorted({0, layout.pipeline - 1} if twice else {0})
+        self._end_stages = [layout.pipeline - 1]
+        if model_family(hf).stacked:  # vLLM's class of gpt-oss has both ends on every stage
+            self._embedding_stages = self._end_stages = list(range(layout.pipeline))
         self._num_expert_ranks = layout.data * layout.tensor
         within = list(product(range(layout.data), range(layout.tensor)))
         self._stage_coordinates = [
@@ -56,7 +60,7 @@ class PredictedLayout:
         parts = {"layers"}
         if at.pipeline in self._embedding_stages:
             parts.add("embedding")
-        if at.pipeline == self.layout.pipeline - 1:
+        if at.pipeline in self._end_stages:
             parts |= {"final_norm", "head"}
         spread = self.layout.expert_parallel
         experts = self._experts_on(at) if spread else range(self.table.num_experts)
@@ -78,7 +82,7 @@ class PredictedLayout:
         elif tensor.part == "embedding":
             stages = self._embedding_stages
         else:
-            stages = [self.layout.pipeline - 1]
+            stages = self._end_stages
         if tensor.expert is not None and self.layout.expert_parallel:
             return [self._stage_coordinates[stages[0]][self._expert_owner(tensor.expert)]]
         return [at for stage in stages for at in self._stage_coordinates[stage]]

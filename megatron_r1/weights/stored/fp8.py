@@ -10,17 +10,12 @@ those of MTP too; embedding, head, norms, the router and MTP's eh_proj are not
 import re
 
 from megatron_r1.errors import UserError
+from megatron_r1.models import quantisation
 from megatron_r1.models.hf_config import model_family
 
-BLOCK = 128
+BLOCK = quantisation.BLOCK
+CONFIG = quantisation.FP8_BLOCKS
 STORED = "float8_e4m3fn"
-CONFIG = {
-    "activation_scheme": "dynamic",
-    "fmt": "e4m3",
-    "quant_method": "fp8",
-    "weight_block_size": [BLOCK, BLOCK],
-}
-"""`quantization_config` of config.json, as published."""
 
 _SCALE = "_scale_inv"
 _PROJECTION = re.compile(r"\.(self_attn|mlp)\.(.*\.)?\w+_proj(_with_mqa)?\.weight$")
@@ -46,17 +41,9 @@ def scale_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(-(-size // BLOCK) for size in shape)
 
 
-def check_config(hf: dict) -> None:
-    """Raise UserError for a `quantization_config` of another layout, or a model without this
-    one."""
+def check_layout(hf: dict) -> None:
+    """Raise UserError for a model without this layout."""
     if model_family(hf).stacked:
         raise UserError(
             f"{hf['architectures'][0]} has no FP8 layout: its experts are stored as bf16 or MXFP4"
         )
-    found = hf.get("quantization_config") or CONFIG
-    for key in ("quant_method", "fmt", "weight_block_size"):
-        if found.get(key, CONFIG[key]) != CONFIG[key]:
-            raise UserError(
-                f"quantization_config.{key}={found[key]!r} in config.json cannot be read, only "
-                f"{CONFIG[key]!r}: convert a bf16 checkpoint of the model instead"
-            )

@@ -96,7 +96,7 @@ class HfWeights:
         ends = tuple(min(x * fp8.BLOCK, full) for x, full in zip(last, shape, strict=True))
         q = file.read(name, outer, tuple(e - o for e, o in zip(ends, outer, strict=True)))
         blocks = tuple(x - f for x, f in zip(last, first, strict=True))
-        scales = self.read_stored(fp8.scale_name(name), first, blocks)
+        scales = self.read_stored(fp8.scale_name(name), first, blocks).float()
         values = dequantize_blockwise(q, scales, dtype=torch.float32)
         for axis, (outside, inside, size) in enumerate(zip(outer, starts, sizes, strict=True)):
             values = values.narrow(axis, inside - outside, size)
@@ -129,7 +129,7 @@ class HfWeights:
         if stored is None:
             return None
         shape = stored.tensors[fp8.scale_name(name)].shape
-        return self.read_stored(fp8.scale_name(name), (0,) * len(shape), shape)
+        return self.read_stored(fp8.scale_name(name), (0,) * len(shape), shape).float()
 
     def check(self, with_mtp: bool) -> None:
         """Raise UserError naming every missing, unexpected or mis-shaped tensor."""
@@ -160,7 +160,7 @@ class HfWeights:
                 scales.add(fp8.scale_name(name))
                 wrong += self._wrong_scales(name, stored.shape)
         if scales:
-            fp8.check_config(hf)
+            fp8.check_layout(hf)
         missing += sorted(scales - self._home.keys())
         self._repeated = self._find_repeated(with_mtp)
         repeated = {copy for copies in self._repeated.values() for copy in copies}
@@ -223,9 +223,12 @@ class HfWeights:
         if scale not in self._home:
             return []
         stored = self._home[scale].tensors[scale]
-        if (stored.dtype, stored.shape) == ("F32", fp8.scale_shape(shape)):
+        # Not every publisher stores them as F32.
+        if stored.dtype in ("F32", "BF16") and stored.shape == fp8.scale_shape(shape):
             return []
-        return [f"{scale} is {stored.dtype} {stored.shape}, not F32 {fp8.scale_shape(shape)}"]
+        return [
+            f"{scale} is {stored.dtype} {stored.shape}, not F32 or BF16 {fp8.scale_shape(shape)}"
+        ]
 
     def _box(self, name: str, dim: int, start: int, length: int) -> tuple[Shape, Shape]:
         sizes = list(self._home[name].tensors[name].shape)
@@ -264,7 +267,7 @@ class KnownScales:
             return None
         start, end = first // fp8.BLOCK, -(-(first + count) // fp8.BLOCK)
         columns = self._home[scale].tensors[scale].shape[1]
-        return self._home[scale].read(scale, (start, 0), (end - start, columns))
+        return self._home[scale].read(scale, (start, 0), (end - start, columns)).float()
 
 
 def _files_with_scales(folder: Path) -> list[Path]:

@@ -26,6 +26,7 @@ DENSE = {
     "num_key_value_heads": 4,
 }
 EXPERTS = DENSE | {"n_routed_experts": 8}
+GPT_OSS = EXPERTS | {"architectures": ["GptOssForCausalLM"]}
 LATENT = DENSE | {"num_attention_heads": 6, "num_key_value_heads": 1, "kv_lora_rank": 512}
 
 
@@ -51,6 +52,8 @@ def config(rl=None, **rollout):
             {},
             r"config.json has no \{'scoring_func': 'sigmoid'\}: vLLM would route",
         ),
+        (GPT_OSS, {"tensor": 12}, "tensor=12 does not divide num_key_value_heads=4, which vLLM's"),
+        (GPT_OSS, {"data": 5}, "5 ranks .* do not divide intermediate_size=96, as vLLM's gpt-oss"),
         (
             EXPERTS,
             {"pipeline": 2, "rl": {"routing_replay": True}},

@@ -1,5 +1,5 @@
-"""config.json of released models, one of each architecture, and how many parameters they are
-published with (in billions; MTP layers not counted)."""
+"""config.json of released models, and how many parameters they are published with, in billions,
+without MTP layers (None: no such number is published)."""
 
 QWEN3 = {
     **{"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "attention_bias": False},
@@ -117,6 +117,93 @@ GPT_OSS = {
     },
 }
 
+QWEN3_8B = {
+    **QWEN3,
+    **{"hidden_size": 4096, "intermediate_size": 12288, "max_window_layers": 36},
+    **{"num_attention_heads": 32, "num_hidden_layers": 36, "tie_word_embeddings": False},
+}
+FP8 = {
+    **{"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8"},
+    "weight_block_size": [128, 128],
+}
+R1_QWEN3_8B = {
+    **{**QWEN3_8B, "max_position_embeddings": 131072},
+    "rope_scaling": {
+        **{"attn_factor": 0.8782488562869419, "factor": 4.0, "rope_type": "yarn"},
+        "original_max_position_embeddings": 32768,
+    },
+}
+QWEN3_CODER = {
+    **{**QWEN3_MOE, "intermediate_size": 5472, "max_position_embeddings": 262144},
+    **{"qkv_bias": False, "rope_theta": 10000000, "use_qk_norm": True},
+    **{"router_aux_loss_coef": 0.0, "shared_expert_intermediate_size": 0},
+}
+R1_QWEN_7B = {
+    **{**QWEN25, "hidden_size": 3584, "intermediate_size": 18944, "rope_theta": 10000},
+    **{"num_attention_heads": 28, "num_key_value_heads": 4, "sliding_window": 4096},
+    **{"tie_word_embeddings": False, "vocab_size": 152064},
+}
+LLAMA32_1B = {
+    **{"architectures": ["LlamaForCausalLM"], "model_type": "llama", "attention_bias": False},
+    **{"attention_dropout": 0.0, "bos_token_id": 128000, "eos_token_id": [128001, 128008, 128009]},
+    **{"head_dim": 64, "hidden_act": "silu", "hidden_size": 2048, "initializer_range": 0.02},
+    **{"intermediate_size": 8192, "max_position_embeddings": 131072, "mlp_bias": False},
+    **{"num_attention_heads": 32, "num_hidden_layers": 16, "num_key_value_heads": 8},
+    **{"pretraining_tp": 1, "rms_norm_eps": 1e-5, "rope_theta": 500000.0},
+    "rope_scaling": {
+        **{"factor": 32.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0},
+        **{"original_max_position_embeddings": 8192, "rope_type": "llama3"},
+    },
+    **{"tie_word_embeddings": True, "torch_dtype": "bfloat16", "use_cache": True},
+    **{"transformers_version": "4.45.0.dev0", "vocab_size": 128256},
+}
+LLAMA31_8B = {
+    **{key: value for key, value in LLAMA32_1B.items() if key != "head_dim"},
+    **{"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32},
+    **{"rope_scaling": {**LLAMA32_1B["rope_scaling"], "factor": 8.0}},
+    "tie_word_embeddings": False,
+}
+SMOLLM2_360M = {
+    **{**SMOLLM2, "hidden_size": 960, "intermediate_size": 2560, "num_attention_heads": 15},
+    **{"num_hidden_layers": 32, "num_key_value_heads": 5},
+}
+V31 = {
+    **{**KIMI_K2, "model_type": "deepseek_v3", "first_k_dense_replace": 3, "n_group": 8},
+    **{"topk_group": 4, "max_position_embeddings": 163840, "n_routed_experts": 256},
+    **{"num_attention_heads": 128, "num_key_value_heads": 128, "num_nextn_predict_layers": 1},
+    **{"rope_scaling": {**V2_LITE["rope_scaling"], "mscale": 1.0, "mscale_all_dim": 1.0}},
+    **{"rope_theta": 10000, "routed_scaling_factor": 2.5, "vocab_size": 129280},
+    "quantization_config": {**FP8, "scale_fmt": "ue8m0"},
+}
+MOONLIGHT = {
+    **{**V2_LITE, "architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3"},
+    **{"intermediate_size": 11264, "max_position_embeddings": 8192, "norm_topk_prob": True},
+    **{"num_nextn_predict_layers": 0, "rms_norm_eps": 1e-5, "rope_scaling": None},
+    **{"rope_theta": 50000.0, "routed_scaling_factor": 2.446, "scoring_func": "sigmoid"},
+    **{"topk_method": "noaux_tc", "vocab_size": 163840},
+}
+GLM_46 = {
+    **{**GLM_AIR, "hidden_size": 5120, "intermediate_size": 12288, "use_qk_norm": True},
+    **{"max_position_embeddings": 202752, "moe_intermediate_size": 1536},
+    **{"n_routed_experts": 160, "routed_scaling_factor": 2.5, "first_k_dense_replace": 3},
+    "num_hidden_layers": 92,
+}
+# Without scoring_func; written by transformers 5.
+GLM_47_FLASH = {
+    **{"architectures": ["Glm4MoeLiteForCausalLM"], "model_type": "glm4_moe_lite"},
+    **{"attention_bias": False, "attention_dropout": 0.0, "dtype": "bfloat16"},
+    **{"eos_token_id": [154820, 154827, 154829], "first_k_dense_replace": 1, "hidden_act": "silu"},
+    **{"hidden_size": 2048, "intermediate_size": 10240, "kv_lora_rank": 512, "n_group": 1},
+    **{"max_position_embeddings": 202752, "moe_intermediate_size": 1536, "n_routed_experts": 64},
+    **{"n_shared_experts": 1, "norm_topk_prob": True, "num_attention_heads": 20},
+    **{"num_experts_per_tok": 4, "num_hidden_layers": 47, "num_key_value_heads": 20},
+    **{"num_nextn_predict_layers": 1, "pad_token_id": 154820, "partial_rotary_factor": 1.0},
+    **{"q_lora_rank": 768, "qk_nope_head_dim": 192, "qk_rope_head_dim": 64, "rms_norm_eps": 1e-5},
+    **{"rope_scaling": None, "rope_theta": 1000000, "routed_scaling_factor": 1.8},
+    **{"tie_word_embeddings": False, "topk_group": 1, "topk_method": "noaux_tc"},
+    **{"transformers_version": "5.0.0rc0", "v_head_dim": 256, "vocab_size": 154880},
+}
+
 RELEASED = {
     "Qwen3-0.6B": (QWEN3, 0.596049920),
     "Qwen3-30B-A3B": (QWEN3_MOE, 30.532122624),
@@ -126,4 +213,15 @@ RELEASED = {
     "Kimi-K2-Instruct": (KIMI_K2, 1026.0),
     "GLM-4.5-Air": (GLM_AIR, 106.9),
     "gpt-oss-20b": (GPT_OSS, 20.914757184),
+    "Qwen3-8B-FP8": ({**QWEN3_8B, "quantization_config": FP8}, 8.190735360),
+    "DeepSeek-R1-0528-Qwen3-8B": (R1_QWEN3_8B, 8.190735360),
+    "Qwen3-Coder-30B-A3B": (QWEN3_CODER, 30.532122624),
+    "DeepSeek-R1-Distill-Qwen-7B": (R1_QWEN_7B, 7.615616512),
+    "Llama-3.2-1B": (LLAMA32_1B, 1.235814400),
+    "DeepSeek-R1-Distill-Llama-8B": (LLAMA31_8B, 8.030261248),
+    "SmolLM2-360M": (SMOLLM2_360M, 0.361821120),
+    "DeepSeek-V3.1": (V31, 671.0),
+    "Moonlight-16B-A3B": (MOONLIGHT, None),
+    "GLM-4.6": (GLM_46, None),
+    "GLM-4.7-Flash": (GLM_47_FLASH, None),
 }

@@ -2,12 +2,15 @@ import json
 from math import prod
 
 import pytest
-from released_configs import RELEASED
+from released_configs import FP8, RELEASED
+from transformers import AutoConfig
 
 from megatron_r1 import models
 from megatron_r1.config import Config
+from megatron_r1.errors import UserError
+from megatron_r1.models.attention_fields import model_arguments, rope_scaling, yarn_scaling
 from megatron_r1.models.hf_config import published_names, resolve_aliases
-from megatron_r1.models.supported import check_supported
+from megatron_r1.models.supported import check_supported, own_fields
 from megatron_r1.rehearsal.model import shrink
 from megatron_r1.weights import hf_tensors
 
@@ -93,9 +96,14 @@ def test_read_hf_config_resolves_the_names_transformers_may_write(tmp_path):
         ({"rope_interleave": False}, "rope_interleave=False"),
         ({"num_key_value_heads": 2}, "num_key_value_heads=2"),
         ({"moe_layer_freq": 2}, "moe_layer_freq=2"),
+        ({"n_group": 1, "num_experts_per_tok": 9}, "num_experts_per_tok=9 is more than .*=8"),
+        ({"topk_group": 5}, "topk_group=5 is more than n_group=4"),
+        ({"v_head_dim": "8"}, "v_head_dim='8' must be a whole number"),
+        ({"rms_norm_eps": "1e-6"}, "rms_norm_eps='1e-6' must be a number"),
         ({"attention_dropout": 0.1}, "attention_dropout=0.1"),
         ({"head_dim": 12}, "head_dim=12 is neither"),
         ({"kv_lora_rank": None}, "lacks kv_lora_rank"),
+        ({"num_key_value_heads": None}, "lacks num_key_value_heads; add"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
         ({"rope_scaling": {"type": "linear", "factor": 2}}, "rope_type='linear'"),
         ({"rope_scaling": {"type": "yarn", **YARN, "mscale": None}}, "mscale=0.0"),
@@ -118,6 +126,11 @@ def test_deepseek_refuses_what_it_would_compute_otherwise(changes, message):
         (LLAMA, {"sliding_window": 64}, "sliding_window=64"),
         (QWEN, {"layer_types": ["full_attention", "sliding_attention"]}, "sliding_attention"),
         (QWEN, {"num_key_value_heads": None}, "lacks num_key_value_heads"),
+        (QWEN, {"num_key_value_heads": 3}, "num_attention_heads=4 is not a multiple of num_key.*3"),
+        (QWEN, {"num_hidden_layers": 0}, "num_hidden_layers=0 must be a whole number"),
+        (LLAMA, {"head_dim": 7}, "7 numbers of a head are rotated"),
+        (QWEN, {"rope_scaling": {**YARN, "type": "yarn", "factor": 0.5}}, "factor=0.5 of yarn"),
+        (QWEN, {"rope_scaling": {**YARN, "type": "yarn"}}, "mscale=1.0"),
     ],
 )
 def test_dense_models_refuse_what_they_would_compute_otherwise(hf, changes, message):
@@ -184,8 +197,10 @@ def test_sizes_that_cannot_be_say_so(hf, settings, message):
         ({}, {"expert_tensor": 2}, "parallel.expert_tensor=2 is not supported"),
         ({"layer_types": ["full_attention"] * 24}, {}, "only 'sliding_attention' and 'full"),
         ({"swiglu_limit": 5.0}, {}, "swiglu_limit=5.0"),
+        ({"rms_norm_eps": 1e-6}, {}, "rms_norm_eps=1e-06 .* only 1e-05 is"),
         ({"attention_bias": False}, {}, "attention_bias=False"),
         ({"sliding_window": None}, {}, "lacks sliding_window"),
+        ({"sliding_window": 0}, {}, "sliding_window=0 must be a whole number"),
         ({"rope_scaling": None}, {}, "rope_type='default' in config.json is not supported"),
         ({"experts_per_token": 2}, {}, "experts_per_token=2 and num_experts_per_tok=4"),
     ],
@@ -228,6 +243,12 @@ def test_keys_that_change_nothing_are_not_refused():
     assert build(resolve_aliases({**DEEPSEEK, **names, **training, **unset}))
 
 
+def test_a_query_latent_is_left_out_by_null_only():
+    assert build({**DEEPSEEK, "q_lora_rank": None}).q_lora_rank is None
+    with pytest.raises(ValueError, match="lacks q_lora_rank, whose default .* add null"):
+        build({key: value for key, value in DEEPSEEK.items() if key != "q_lora_rank"})
+
+
 def test_two_names_of_one_setting_must_agree():
     with pytest.raises(ValueError, match="num_experts=4 and n_routed_experts=8 mean the same"):
         resolve_aliases({**DEEPSEEK, "num_experts": 4})
@@ -248,6 +269,8 @@ def test_released_models_are_supported_and_have_their_published_size(name):
     hf, billions = RELEASED[name]
     hf = resolve_aliases(hf)
     check_supported(hf)
+    if billions is None:
+        return
     shapes = hf_tensors(hf, with_mtp=False).items()
     # The routers' bias is a buffer.
     count = sum(prod(shape) for tensor, (shape, _) in shapes if not tensor.endswith("_bias"))
@@ -262,5 +285,49 @@ def test_miniatures_of_released_models_are_supported(name):
     """As a rehearsal writes them, for transformers and vLLM."""
     hf = resolve_aliases(RELEASED[name][0])
     written = published_names(shrink(hf, num_layers=3, fp8=False))
-    assert ("num_experts" in written) == (name in ("Qwen3-30B-A3B", "gpt-oss-20b"))
+    assert ("num_experts" in written) == name.startswith(("Qwen3-30B", "Qwen3-Coder", "gpt-oss"))
     check_supported(resolve_aliases(written))
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_released_models_mean_the_same_as_transformers_5_writes_them(name):
+    hf = {key: value for key, value in RELEASED[name][0].items() if key != "quantization_config"}
+    kind = hf["model_type"].replace("kimi_k2", "deepseek_v3")
+    saved = AutoConfig.for_model(kind, **{k: v for k, v in hf.items() if k != "model_type"})
+    written = resolve_aliases(json.loads(saved.to_json_string()))
+    assert written["rope_parameters"]
+    hf = resolve_aliases(hf)
+    for read in (own_fields, model_arguments, rope_scaling, yarn_scaling):
+        assert read(written) == read(hf)
+
+
+@pytest.mark.parametrize(
+    "name, form, message",
+    [
+        ("Qwen2.5-Math-1.5B", {"quant_method": "awq", "bits": 4}, "quant_method='awq' cannot be"),
+        ("Kimi-K2-Instruct", {"quant_method": "compressed-tensors"}, "'compressed-tensors' cannot"),
+        ("Llama-3.2-1B", {"load_in_4bit": True}, "quant_method=None cannot be read, only 'fp8'"),
+        ("Llama-3.2-1B", {"quant_method": "fp8"}, "weight_block_size=None cannot be read"),
+        ("DeepSeek-V3.1", {**FP8, "weight_block_size": [64, 64]}, r"\[64, 64\] cannot be read"),
+        ("DeepSeek-V3.1", {**FP8, "fmt": "e5m2"}, "fmt='e5m2' cannot be read, only 'e4m3'"),
+        ("gpt-oss-20b", FP8, "quant_method='fp8' cannot be read, only 'mxfp4'"),
+    ],
+)
+def test_quantised_weights_that_cannot_be_read_are_refused_by_the_configuration(
+    name, form, message
+):
+    hf = resolve_aliases(RELEASED[name][0])
+    with pytest.raises(UserError, match=message + ".*bf16"):
+        check_supported({**hf, "quantization_config": form})
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("MistralForCausalLM", "Gemma3ForConditionalGeneration", "Qwen3NextForCausalLM"),
+        *("Qwen2_5_VLForConditionalGeneration", "DeepseekV32ForCausalLM", "GlmMoeDsaForCausalLM"),
+    ],
+)
+def test_other_architectures_are_refused_by_name(name):
+    with pytest.raises(UserError, match=f"architecture {name} .*supported are LlamaFor.*GptOssFor"):
+        check_supported({**QWEN, "architectures": [name]})
