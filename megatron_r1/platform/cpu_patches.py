@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch.utils._device import _device_constructors
 
 CPU = torch.device("cpu")
 MEGATRON_VERSION = "0.16.1"
@@ -120,6 +121,10 @@ def _factories() -> None:
         "zeros ones empty full tensor as_tensor arange linspace eye rand randn randint randperm "
         "zeros_like ones_like empty_like full_like rand_like randn_like"
     )
+    # torch collects the factories to which `with torch.device("meta")` applies at the first use.
+    # Were the wrappers below collected, it would apply to none: transformers, which creates models
+    # in it, would leave buffers such as inv_freq uninitialised.
+    _device_constructors()
     for name in names.split():
         make = getattr(torch, name)
 

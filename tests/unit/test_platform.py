@@ -44,6 +44,7 @@ assert torch.ones(2).cuda().to("cuda").type() == "torch.cuda.FloatTensor"
 torch.cuda.manual_seed(3); state = torch.cuda.get_rng_state(); a = torch.rand(4)
 torch.cuda.set_rng_state(state); assert torch.equal(a, torch.rand(4))
 with torch.cuda.stream(torch.cuda.Stream()): torch.cuda.synchronize()
+with torch.device("meta"): assert torch.arange(2).is_meta and torch.empty(2).is_meta
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.jit import jit_fuser
 import megatron.core.fusions.fused_bias_swiglu as f
