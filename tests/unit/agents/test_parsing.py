@@ -5,7 +5,8 @@ import os
 
 import pytest
 
-from megatron_r1.agents.parsing import Parsed, ParseJob, ParserPool, pool
+from megatron_r1.agents.parsing import Parsed, ParseJob, ParserPool, parser_of, pool
+from megatron_r1.agents.parsing.hermes import HermesParser
 from megatron_r1.errors import UserError
 from tests.chat_tokenizer import chat_tokenizer
 
@@ -46,6 +47,30 @@ def test_without_parsers_a_turn_is_all_content_and_needs_no_process():
             )
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    ("tool_parser", "reasoning_parser", "names"),
+    [
+        ("auto", None, None),
+        ("hermes", None, None),
+        ("none", None, ("", "")),
+        ("auto", "deepseek_r1", ("hermes", "deepseek_r1")),
+        ("none", "deepseek_r1", ("", "deepseek_r1")),
+        ("qwen3_coder", None, ("qwen3_coder", "")),
+    ],
+)
+def test_the_settings_choose_the_parser(tool_parser, reasoning_parser, names):
+    parser = parser_of(tool_parser, reasoning_parser, "folder", num_workers=3)
+    if names is None:
+        assert isinstance(parser, HermesParser)
+    else:
+        options = parser._options
+        assert (options.tool_parser, options.reasoning_parser, options.tokenizer) == (
+            *names,
+            "folder",
+        )
+        assert parser._slots._value == 3
 
 
 @pytest.mark.slow

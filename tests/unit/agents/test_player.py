@@ -123,6 +123,14 @@ def test_every_end_has_its_status(text, answers, settings, status, reward):
     assert bool(played.episode.reason) == (reward is None)
 
 
+def test_a_long_result_of_a_tool_is_cut_off(text):
+    played = play(text, [call("fail", reason="x" * 99), "Done."], max_result_chars=20)
+    (branch,) = played.episode.branches
+    (result,) = (turn.text for turn in played.episode.turns if turn.role == "tool")
+    assert result == "error: RuntimeError: … (cut off)"
+    assert f"{result}<|im_end|>" in text.decode(branch.token_ids)
+
+
 def test_half_a_surrogate_pair_does_not_end_the_run(text):
     row = make_prompt("\ud800?", "environment", 3, {})
     answers = [call("look", reason="\ud800"), call("\ud800"), "ok"]
