@@ -117,6 +117,13 @@ def test_episodes_are_left_out_and_named(agents, key):
     assert (row.what, row.exercised) == (key, "no: random weights call no tool")
 
 
+def test_adapters_stay_and_are_named():
+    path = ROOT / "examples/distill/qwen2.5-math-1.5b.yaml"
+    config, small = shrunk(path, {"model.lora": {"rank": 4}})
+    assert small.config.model.lora == config.model.lora
+    assert ("model.lora", "rank 4", "rank 4", "yes") in structure(config, {}, small.config, "sft")
+
+
 def test_a_layout_that_the_recipe_cannot_push_the_miniature_cannot_either():
     changed = {"model.mtp": "none", "rollout.speculative.method": "none"}
     _, small = shrunk(ROOT / "examples/deepseek_r1/r1_zero.yaml", changed)
