@@ -20,6 +20,7 @@ from megatron_r1.data.records import missing, read_records, require_text
 from megatron_r1.data.tasks import generate_items
 from megatron_r1.errors import UserError
 from megatron_r1.rewards import ENVIRONMENT, WITHOUT_TRUTH, resolve
+from megatron_r1.rewards.base import find_non_finite
 
 RESERVED_FIELDS = ("response", "truth", "kind")
 COLUMNS = "data.columns"
@@ -100,6 +101,15 @@ def load_prompts(
     return split
 
 
+def _check_truth(location: str, truth: Any) -> None:
+    """Raise UserError for a truth that nothing can be compared with: found when graded, it would
+    cost rollouts."""
+    if truth is None or (isinstance(truth, str) and not truth.strip()):
+        raise UserError(f"{location}: 'truth' is {truth!r}; give one, or remove the row")
+    if fault := find_non_finite(truth, "truth"):
+        raise UserError(f"{location}: {fault}; give another, or remove the row")
+
+
 def make_prompt(question: str, kind: str, truth: Any, fields: dict[str, Any]) -> Prompt:
     """Return a prompt whose id is a hash of its normalized question."""
     return Prompt(_digest(question).hex()[:16], question, kind, truth, fields)
@@ -167,6 +177,8 @@ def _from_file(
             resolve(row_kind)
         except (ValueError, AttributeError, TypeError) as error:
             raise UserError(f"{location}: {error}") from error
+        if row_kind in ("math", "code"):
+            _check_truth(location, row["truth"])
         fields = {n: v for n, v in row.items() if n not in ("question", *RESERVED_FIELDS)}
         prompt = make_prompt(question, row_kind, row.get("truth"), fields)
         yield replace(prompt, id=_digest(_identity(question, fields, kind)).hex()[:16])

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator
 from itertools import chain
@@ -10,6 +11,7 @@ from typing import Any
 
 from megatron_r1.errors import UserError
 
+NUMBER = re.compile(r"[-+]?\d+(?:[.,]\d+)*")
 Row = tuple[str, dict[str, Any]]
 """("file:line", columns)"""
 
@@ -80,11 +82,20 @@ def _read_json(path: Path) -> Iterator[Row]:
 
 
 def _read_csv(path: Path) -> Iterator[Row]:
-    """Yield the rows under the names of the first line; every value is text."""
+    """Yield the rows under the names of the first line; every value is text. Names and values are
+    between commas, or semicolons or tabs where the first line has more of these."""
     csv.field_size_limit(sys.maxsize)
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            for number, row in enumerate(csv.DictReader(file), start=2):
+            delimiter = max(",;\t", key=file.readline().count)
+            file.seek(0)
+            reader = csv.DictReader(file, delimiter=delimiter)
+            if name := next(filter(NUMBER.fullmatch, reader.fieldnames or ()), None):
+                raise UserError(
+                    f"{path}:1: the first line has to name the columns, and one is {name}: put a "
+                    "line such as question,truth before it"
+                )
+            for number, row in enumerate(reader, start=2):
                 if None in row or None in row.values():
                     raise UserError(f"{path}:{number}: not as many fields as the header has")
                 yield f"{path}:{number}", row

@@ -1,5 +1,6 @@
 """Guesses which columns of a data file are the question, its truth and the kind of reward."""
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -52,8 +53,9 @@ def guess_columns(
     if question is None:
         question, reasons["question"] = _find(QUESTION_NAMES, flat, _is_question, truth)
     if question is None:
+        blank = _blank(QUESTION_NAMES, flat, _is_question)
         raise UserError(
-            f"{source}: no column looks like the question; name it: --question COLUMN"
+            f"{source}: no column looks like the question{blank}; name it: --question COLUMN"
             f"{_listed(flat)}"
         )
     kinds = _kinds_of_rows(flat) if kind is None else set()
@@ -62,8 +64,8 @@ def guess_columns(
         truth, reasons["truth"] = _find(TRUTH_NAMES, flat, _is_truth, question)
     if truth is None and needs_truth:
         raise UserError(
-            f"{source}: no column looks like the answer to {question!r}; name it: --truth COLUMN"
-            f"{_listed(flat)}"
+            f"{source}: no column looks like the answer to {question!r}"
+            f"{_blank(TRUTH_NAMES, flat, _is_truth)}; name it: --truth COLUMN{_listed(flat)}"
         )
     if kind is not None:
         resolve(kind)
@@ -104,11 +106,25 @@ def _find(
         for column in fitting:
             if usual in re.split("[_.]", _plain(column)):
                 return column, f"its name has {usual!r} in it"
+    if _blank(names, rows, fits):
+        return None, ""
     if other is None and len(fitting) == 2:
         return max(fitting, key=lambda name: _length(name, rows)), "the longer of two columns"
     if len(fitting) == 1:
         return fitting[0], "the only column left that could be it"
     return None, ""
+
+
+def _blank(names: Sequence[str], rows: Sequence[Row], fits: Callable[[Any], bool]) -> str:
+    """Return why a column with a usual name is none: "('answer' is None in row 6 …)", or ""."""
+    for usual in names:
+        for column in rows[0]:
+            if _plain(column) == usual:
+                for number, row in enumerate(rows, start=1):
+                    if not fits(value := row.get(column)):
+                        where = f"{column!r} is {shorten(repr(value))} in row {number}"
+                        return f" ({where}: give one, or remove the row)"
+    return ""
 
 
 def _is_question(value: Any) -> bool:
@@ -124,7 +140,9 @@ def _is_truth(value: Any) -> bool:
     """Return whether a value may be a truth: a mapping or a list may be the tests of a program."""
     if isinstance(value, str):
         return bool(value.strip())
-    return isinstance(value, int | float | dict | list) and not isinstance(value, bool)
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return isinstance(value, int | dict | list) and not isinstance(value, bool)
 
 
 def _counts(name: str, rows: Sequence[Row]) -> bool:

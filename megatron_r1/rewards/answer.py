@@ -25,10 +25,14 @@ BETWEEN_BOXES = re.compile(
     r"|\band\b|\bor\b){0,40}"
 )
 MAX_BOXES = 100
-STOPS = ".,。，"
-CLOSING_SPACES = re.compile(r"(?:(?<!\\)\\[,;:! ]|~|\s)+$")
+# Spaces and stops after an answer: `204\,.`, `204\ ` whose space was stripped, `204 \\`.
+CLOSING = re.compile(r"(?:\\\\|(?<!\\)\\(?:[,;:!. ]|$)|[~\s.,。，])+$")
+MAX_CLOSING_CHARS = 80  # a long run of spaces within an answer would be tried at each of them
 # Of chat templates: a model may write them as text, or a rollout end with one.
-SPECIAL_TOKEN = re.compile(r"(?:<\|[\w-]{1,40}\|>|<｜[^｜<>]{1,40}｜>|</s>|<eos>)$")
+SPECIAL_TOKEN = re.compile(
+    r"(?:<\|[\w-]{1,40}\|>|<｜[^｜<>]{1,40}｜>|</?s>|<(?:eos|bos|eod|pad|unk|(?:start|end)_of_turn)>"
+    r"|\[/?INST\]|\[(?:EOS|PAD|END)\])$"
+)
 MAX_TOKEN_CHARS = 44
 BRACES = re.compile(r"\\.|[{}]", re.DOTALL)
 DELIMITERS = (
@@ -141,7 +145,7 @@ def unwrap(answer: str) -> str:
     answer, before = answer.strip(), None
     while answer != before:
         before = answer
-        answer = CLOSING_SPACES.sub("", answer).rstrip(STOPS).rstrip()
+        answer = answer[:-MAX_CLOSING_CHARS] + CLOSING.sub("", answer[-MAX_CLOSING_CHARS:])
         for left, right in DELIMITERS:
             if encloses(left, right, answer):
                 answer = answer[len(left) : len(answer) - len(right)].strip()
@@ -198,7 +202,7 @@ def _boxes_from_the_end(text: str) -> Iterator[tuple[int, int, int, int]]:
         if match is not None and match["bare"]:
             yield start, *match.span("bare"), match.end()
         elif match is not None:
-            if (end := _closing_brace(text, match.end())) is None:
+            if (end := closing_brace(text, match.end())) is None:
                 return
             yield start, match.end(), end, end + 1
         for box, position in nearest.items():
@@ -243,12 +247,12 @@ def encloses(left: str, right: str, answer: str) -> bool:
     if not (answer.startswith(left) and answer.endswith(right)):
         return False
     if right == "}":
-        return _closing_brace(answer, len(left)) == len(answer) - 1
+        return closing_brace(answer, len(left)) == len(answer) - 1
     inner = answer[len(left) : len(answer) - len(right)]
     return len(answer) > len(left) + len(right) and left not in inner and right not in inner
 
 
-def _closing_brace(text: str, start: int) -> int | None:
+def closing_brace(text: str, start: int) -> int | None:
     """Return the position that closes the brace opened just before `start`, or None."""
     depth = 1
     for brace in BRACES.finditer(text, start):

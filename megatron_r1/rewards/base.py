@@ -1,5 +1,7 @@
 """The result of every reward: a number between 0 and 1 and the reason for it."""
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 MAX_REASON_CHARS = 500
@@ -33,6 +35,22 @@ class Grade:
 
 def shorten(text: object, max_chars: int = 80) -> str:
     """Return `text` as one line of at most `max_chars` characters, cut with an ellipsis."""
+    try:
+        text = str(text)
+    except ValueError:  # an integer of more than 4,300 digits, or a list with one
+        text = f"a {type(text).__name__} with more than 4,300 digits"
     # Cut before splitting: the text may be megabytes of model output.
-    line = " ".join(str(text)[: max_chars + 1].split())
+    line = " ".join(text[: max_chars + 1].split())
     return line if len(line) <= max_chars else line[: max_chars - 1] + "…"
+
+
+def find_non_finite(value: object, path: str) -> str:
+    """Return "truth.result is NaN" for a number in `value` that JSON does not have, or ""."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"{path} is {'NaN' if math.isnan(value) else 'Infinity'}, which is no JSON number"
+    items: Iterable[tuple[object, object]] = ()
+    if isinstance(value, dict):
+        items = value.items()
+    elif isinstance(value, list | tuple):
+        items = enumerate(value)
+    return next(filter(None, (find_non_finite(item, f"{path}.{key}") for key, item in items)), "")

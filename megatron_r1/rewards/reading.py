@@ -21,6 +21,7 @@ from megatron_r1.rewards.answer import (
     without_special_tokens,
 )
 from megatron_r1.rewards.base import shorten
+from megatron_r1.rewards.wording import DENIAL, after_answer_is
 
 Reading = Literal["strict", "tags", "boxed", "last", "auto"]
 READINGS: tuple[str, ...] = get_args(Reading)
@@ -34,18 +35,30 @@ LAST_NUMBER = re.compile(
 # What joins the last number to one before it: two candidates (`12 or 13`), or a calculation that is
 # not worked out and may be the question (`2 + 11`).
 JOINED = re.compile(
-    r"\d[\s$)]{0,9}(?:,|;|&|\bor\b|\band\b|[-+*/^×÷]|\\(?:times|cdot|div)\b)[\s$(]{0,9}$",
+    r"\d[\s$)]{0,9}[,;(.]?[\s$]{0,9}(?:[,;&|~^/]|(?:or|and|to|vs\.?|versus|maybe|perhaps|possibly"
+    r"|(?:or|but) (?:maybe|perhaps|possibly)|times|plus|minus)\b|[-+*×÷]"
+    r"|\\(?:times|cdot|div)\b)[\s$(.]{0,9}$",
     re.IGNORECASE,
 )
 NUMBER = re.compile(r"\s*[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:/\d+)?\s*")
-# The number is not what the line says: `it is not 122`, `less than 122`.
+# The number is not what the line says: `it is not 122`, `less than 122`, `half of 122`, `x < 122` …
 DENIED = re.compile(
-    r"(?:\b(?:not|never|cannot|than|least|most|except|about)\b|n't)[\s$*]{0,9}"
-    r"(?:(?:be|is|equal|to)\b[\s$*]{0,9}){0,3}$",
+    rf"(?:(?:{DENIAL.pattern}"
+    r"|\b(?:up to|by one|square|cube|root|sqrt|log|ln|before|after|times)\b)[\s$*(]{0,9}"
+    r"(?:(?:be|is|are|equal|exactly|to|of|from|by|it|that|the|say|think|answer)\b[\s$*:]{0,9}){0,4}"
+    r"|(?<!answer)[<>≤≥≠≈~±]\s*=?[\s$]{0,9}|!=[\s$]{0,9}|\\(?:n?eq|ne|[lg]eq?|[lg]t|approx|sim|pm|mp)\s*)$",
     re.IGNORECASE,
 )
-STATED = re.compile(r"\banswer\b[\s*]*(?:\bis\b|[:=])[\s:*]*", re.IGNORECASE)
+# … `122 million`, `122 or so`, `122 is wrong`, `122 squared`, `122?`.
+CHANGED = re.compile(
+    r"[\s$*)]{0,9}(?:[!?]*\?|\+(?=[\s$*.]*$)|-?ish\b"
+    r"|(?:hundred|thousand|million|billion|trillion|dozen|squared|cubed|less|fewer)\b"
+    r"|or (?:more|less|fewer|so|maybe|perhaps|possibly)\b|\(?(?:not|un)\s?(?:sure|certain)\b"
+    r"|(?:is|was)(?: (?:not|too)\b|n['’]t| (?:wrong|incorrect|false)))",
+    re.IGNORECASE,
+)
 EMPHASIS = "*_` "
+EMPHASISED = re.compile(r"(?<![\w)*])\*\*([^*\n]+)\*\*(?![\w(*])")
 MAX_LINE_CHARS = 2_000
 
 
@@ -103,8 +116,8 @@ def _last(visible: str, numeric: bool) -> Extraction | None:
     _, marked, answer = line.rpartition(MARKER)
     if marked:
         return present(answer, "in the last line")
-    phrases = list(STATED.finditer(line))
-    stated = line[phrases[-1].end() :] if phrases else line
+    line = EMPHASISED.sub(r"\1", line)
+    stated = after_answer_is(line) or line
     if numeric:
         return _last_number(stated) or present(stated, "in the last line")
     whole = stated.strip(EMPHASIS)
@@ -117,7 +130,7 @@ def _last_number(text: str) -> Extraction | None:
         return None
     last = numbers[-1]
     before = text[: last.start()]
-    if DENIED.search(before):
+    if DENIED.search(before) or CHANGED.match(text, last.end()):
         return Extraction(None, f"no answer found: the last line denies {last[0]}")
     if len(numbers) > 1 and JOINED.search(before):
         pair = shorten(text[numbers[-2].start() : last.end()])

@@ -14,6 +14,7 @@ from megatron_r1.errors import UserError
 from megatron_r1.evaluation.benchmarks.base import Benchmark, Question, code_limits
 from megatron_r1.evaluation.benchmarks.packed_tests import decode_tests
 from megatron_r1.evaluation.benchmarks.sources import Options, Rows, pick_columns
+from megatron_r1.rewards.code.problem import load_json
 
 NAMES = (
     *("question_id", "question_content", "contest_date", "difficulty", "starter_code"),
@@ -66,7 +67,7 @@ def _question(place: str, row: dict[str, Any]) -> Question:
         truth = _function_tests(place, row, tests)
     elif kinds == {"stdin"}:
         problem += "\n\n" + STDIN
-        truth = {"tests": [{"stdin": t["input"], "stdout": t["output"]} for t in tests]}
+        truth = {"tests": [{"input": t["input"], "output": t["output"]} for t in tests]}
     else:
         raise UserError(f"{place}: 'testtype' must be stdin or functional throughout, got {kinds}")
     limits = code_limits(CPU_SECONDS, MEMORY_MIB, len(tests))
@@ -80,8 +81,8 @@ def _function_tests(place: str, row: dict[str, Any], tests: list[dict]) -> dict[
         name = json.loads(row["metadata"])["func_name"]
         cases = [
             {
-                "args": [json.loads(line) for line in test["input"].split("\n") if line.strip()],
-                "result": json.loads(test["output"]),
+                "args": [load_json(line) for line in test["input"].split("\n") if line.strip()],
+                "result": load_json(test["output"]),
             }
             for test in tests
         ]

@@ -65,7 +65,7 @@ def grade(
     elif problem.function is not None:
         program = python_call(extraction.text, problem.function)
     else:
-        program = python_script(extraction.text)
+        program = python_script(extraction.text, names=problem.provides_names)
     num_tests, num_passed, total, failure = len(problem.tests), 0, 0.0, ""
     for number, test in enumerate(_run_tests(problem, program, parsed_limits, deadline), 1):
         num_passed += test.reward == 1.0
@@ -81,15 +81,25 @@ def grade(
 
 def _check_output_limit(problem: Problem, limits: Limits) -> None:
     """Raise ValueError for an expected output that no program may print."""
-    if problem.function is not None or problem.checker is not None:
+    if problem.checker is not None:
         return
     for number, test in enumerate(problem.tests, 1):
-        size = len(test.expected.encode("utf-8", "replace"))
+        size = 1 + _size(test.expected)  # a program ends its last line
         if size > limits.output_mib * MIB:
             raise ValueError(
                 f"the truth of a code prompt: test {number} expects {size / MIB:.1f} MiB, more "
                 f"than limits.output_mib: {limits.output_mib:g}; raise that limit of the prompt"
             )
+
+
+def _size(expected: object) -> int:
+    """Return the bytes of an output, or of a result (about: of its numbers and texts)."""
+    if isinstance(expected, str):
+        return len(expected.encode("utf-8", "replace"))
+    if isinstance(expected, list | dict):
+        parts = [*expected, *(expected.values() if isinstance(expected, dict) else ())]
+        return 2 + sum(1 + _size(part) for part in parts)
+    return expected.bit_length() // 4 if isinstance(expected, int) else 1
 
 
 def _run_tests(problem: Problem, program: Program, limits: Limits, end: float) -> Iterator[Grade]:

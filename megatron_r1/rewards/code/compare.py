@@ -1,22 +1,23 @@
 """Compare the output of a program with the expected one, outside the sandbox."""
 
-import json
 import re
 from fractions import Fraction
 from itertools import zip_longest
 from typing import Any
 
+from megatron_r1.rewards.code.problem import load_json
+
 NUMBER = re.compile(rb"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d{1,4})?")
-MAX_NUMBER_BYTES = 400
+MAX_NUMBER_BYTES = 4_000
 
 
 def equal_output(actual: bytes, expected: str, tolerance: float | None) -> bool:
-    """Whether all lines have the same tokens (split at white space), trailing blank lines aside.
+    """Whether all lines have the same tokens (split at white space), blank lines at the ends aside.
 
     tolerance: two tokens that are decimal numbers may differ by tolerance × max(1, |expected|), so
     that 0 accepts 1.0 for 1; None: tokens are compared as text."""
     texts = actual, expected.encode("utf-8", "replace")
-    left, right = (text.rstrip().split(b"\n") for text in texts)
+    left, right = (text.strip().split(b"\n") for text in texts)
     return len(left) == len(right) and all(
         a == b or all(_equal_tokens(*pair, tolerance) for pair in zip_longest(a.split(), b.split()))
         for a, b in zip(left, right, strict=True)
@@ -29,7 +30,7 @@ def equal_result(actual: bytes, expected: Any, tolerance: float | None) -> bool:
     So 1 == 1.0 == True, and NaN equals nothing; a tuple is a list in JSON. tolerance: as in
     `equal_output`, for every number."""
     try:
-        return _equal_values(json.loads(actual), expected, tolerance)
+        return _equal_values(load_json(actual), expected, tolerance)
     except (ValueError, RecursionError, OverflowError):
         return False
 
@@ -59,11 +60,6 @@ def _equal_values(actual: Any, expected: Any, tolerance: float | None) -> bool:
         return True
     if tolerance is None or not all(isinstance(v, int | float) for v in (actual, expected)):
         return False
-    if isinstance(actual, int) and isinstance(expected, int):
-        return abs(actual - expected) <= Fraction(str(tolerance)) * max(1, abs(expected))
-    return _close(float(actual), float(expected), tolerance)
-
-
-def _close(actual: float, expected: float, tolerance: float) -> bool:
-    # An infinite difference is never within an infinite margin.
-    return abs(actual - expected) <= min(tolerance * max(1.0, abs(expected)), 1e300)
+    # Exactly, as above; NaN and infinity have no fraction, and are not near anything.
+    margin = Fraction(str(tolerance)) * max(Fraction(1), abs(Fraction(expected)))
+    return abs(Fraction(actual) - Fraction(expected)) <= margin

@@ -2,13 +2,16 @@
 
 import json
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any
 
 from megatron_r1.errors import did_you_mean
 
+MAX_DIGITS = 100_000
 LANGUAGES = ("python", "cpp")
 WHAT = "the truth of a code prompt"
 KEYS = ("tests", "function", "checker", "tolerance")
+LIVECODEBENCH_KEYS = {"input", "output"}
 # LiveCodeBench's rows have a "testtype"; here the key "function" decides, and it is ignored.
 PROGRAM_KEYS = ("stdin", "stdout", "input", "output", "testtype")
 CALL_KEYS = ("args", "kwargs", "result", "input", "output", "testtype")
@@ -30,12 +33,14 @@ class Problem:
     """A programming problem, as its tests define it. tests: at least one. function: the name to
     call, or None where the program reads and prints. checker: source of a Python program that
     replaces the comparison, or None. tolerance: allowed difference of numbers (see `compare`), or
-    None to compare text."""
+    None to compare text. provides_names: a script has the names that LiveCodeBench's harness
+    imports, as a function always has."""
 
     tests: tuple[Test, ...]
     function: str | None = None
     checker: str | None = None
     tolerance: float | None = None
+    provides_names: bool = False
 
 
 def parse_problem(truth: object, language: str) -> Problem:
@@ -60,11 +65,16 @@ def parse_problem(truth: object, language: str) -> Problem:
     if checker is not None and tolerance is not None:
         raise ValueError(f"{WHAT} has a checker, which decides alone: leave out the tolerance")
     parse = _call_test if function is not None else _program_test
+    # Tests in LiveCodeBench's form are judged as by its harness, where 1.0 is 1.
+    is_livecodebench = all(isinstance(t, dict) and t.keys() >= LIVECODEBENCH_KEYS for t in tests)
+    if is_livecodebench and function is None and checker is None and tolerance is None:
+        tolerance = 0.0
     return Problem(
         tuple(parse(test, f"{WHAT}: test {i}", checker) for i, test in enumerate(tests, 1)),
         function,
         checker,
         tolerance,
+        provides_names=is_livecodebench,
     )
 
 
@@ -119,8 +129,20 @@ def _text_or_none(truth: dict, key: str) -> str | None:
     return value
 
 
+def load_json(text: str | bytes) -> Any:
+    """Return a JSON value, with integers of up to 100,000 digits: int() refuses more than 4,300,
+    because it takes quadratic time."""
+    return json.loads(text, parse_int=_integer)
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > MAX_DIGITS:
+        raise ValueError(f"an integer of {len(digits)} digits")
+    return int(digits) if len(digits) <= 4_000 else int(Decimal(digits))
+
+
 def _json(text: str, what: str) -> Any:
     try:
-        return json.loads(text)
+        return load_json(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{what} is not JSON ({error}): {text[:80]!r}") from None

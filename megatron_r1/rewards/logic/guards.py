@@ -10,7 +10,9 @@ from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
-NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+ONE_NUMBER = re.compile(r"\s*\$?(-?\d[\d,]*(?:\.\d+)?)\s*%?[\s.]*")
+NUMBER = r"[-+]?\d+(?:\.\d*)?(?:[eE][-+]?\d+)?"
+STATEMENT = r"\w+ is an? \w+"
 COMPLEX = re.compile(r"[\d.eE+\-*ij()\s\u2212]*")
 RELATIVE_ERROR = Fraction(1, 1000)
 
@@ -45,9 +47,13 @@ def _near(answer: str, entry: dict[str, Any]) -> str:
     return "" if abs(value - expected) <= RELATIVE_ERROR * expected else "another probability"
 
 
-def _one_number(answer: str, entry: dict[str, Any]) -> str:
-    """Refuse several numbers: the scorer reads the first."""
-    return "" if len(NUMBER.findall(answer)) == 1 else "it is not one number"
+def _the_number(answer: str, entry: dict[str, Any]) -> str:
+    """Refuse another number, and words around one: the scorer reads the first, without its sign."""
+    match = ONE_NUMBER.fullmatch(answer)
+    if match is None:
+        return "it is not one number"
+    is_same = Fraction(match[1].replace(",", "")) == Fraction(str(entry["answer"]))
+    return "" if is_same else "another number"
 
 
 def _as_many_words(answer: str, entry: dict[str, Any]) -> str:
@@ -57,14 +63,26 @@ def _as_many_words(answer: str, entry: dict[str, Any]) -> str:
     return "" if len(found) <= len(expected) else "it is longer than an answer can be"
 
 
-def _one_fraction(answer: str, entry: dict[str, Any]) -> str:
-    """Refuse a second number or fraction: the scorer reads the first."""
-    return "" if len(re.findall(r"\d+", answer)) == 2 else "it is not one fraction"
+def _made_of(pattern: str, what: str) -> Callable[[str, dict[str, Any]], str]:
+    """Return a guard that refuses what is not `pattern` as a whole: the scorer passes over other
+    text, such as the words of `it is not 1/2`."""
+    form = re.compile(pattern)
+    return lambda answer, entry: "" if form.fullmatch(answer.strip()) else f"it is not {what}"
 
 
-def _only_moves(answer: str, entry: dict[str, Any]) -> str:
-    """Refuse all but moves: the scorer passes over other signs."""
-    return "" if re.fullmatch(r"[UDLRudlr\s]*", answer) else "it has signs that are no moves"
+def _as_long(answer: str, entry: dict[str, Any]) -> str:
+    """Refuse additions: the shares that the scorer gives for letters may add up to more than 1."""
+    return "" if len(answer) <= len(str(entry["answer"])) else "it is longer than the answer"
+
+
+def _statements(answer: str, entry: dict[str, Any]) -> str:
+    """Refuse all but one statement for each person: the scorer looks for such statements within any
+    text, and a denial is none of them."""
+    count = len(re.findall(STATEMENT, str(entry["answer"])))
+    parts = [part.strip() for part in re.split(r"[.,;\n]|\band\b", answer)]
+    parts = [part for part in parts if part]
+    is_plain = len(parts) == count and all(re.fullmatch(STATEMENT, part) for part in parts)
+    return "" if is_plain else f"it is not {count} statements, each <name> is a <role>"
 
 
 def _flat_actions(answer: str, entry: dict[str, Any]) -> str:
@@ -79,16 +97,30 @@ def _flat_actions(answer: str, entry: dict[str, Any]) -> str:
 
 
 GUARDS: dict[str, Callable[[str, dict[str, Any]], str]] = {
+    "advanced_geometry": _made_of(
+        rf"{NUMBER}\s*°?|\(?\s*{NUMBER}\s*,\s*{NUMBER}\s*\)?", "one value"
+    ),
     "boxnet": _flat_actions,
     "coin_flip": _near,
     "complex_arithmetic": _finite,
-    "fraction_simplification": _one_fraction,
+    "fraction_simplification": _made_of(
+        r"\$?\s*(?:\\[dt]?frac\s*\{\s*-?\d+\s*\}\s*\{\s*-?\d+\s*\}|-?\d+\s*/\s*-?\d+)\s*\$?\.?",
+        "one fraction",
+    ),
     "game_of_life_halting": _truth_value,
-    "gsm_symbolic": _one_number,
-    "kakurasu": _as_many_words,
+    "gsm_symbolic": _the_number,
+    "kakurasu": _made_of(r"[01\s]*", "rows of 0 and 1"),
+    "knights_knaves": _statements,
     "letter_jumble": _as_many_words,
+    "polynomial_equations": _made_of(rf"{NUMBER}(?:\s*,\s*{NUMBER})*|", "numbers between commas"),
     "puzzle24": _numbers_given,
-    "sokoban": _only_moves,
+    "quantum_lock": _made_of(r"[A-Ca-c\s,→>-]*", "buttons between arrows"),
+    "sokoban": _made_of(r"[UDLRudlr\s]*", "moves"),
+    "survo": _made_of(r"[\d\s-]*", "rows of numbers"),
+    "spell_backward": _as_long,
+    "time_intervals": _made_of(
+        r"(?:\d+ days?)?[\s,]*(?:\d+:\d+(?::\d+(?:\.\d+)?)?)?", "days, or a time"
+    ),
     "word_sorting": _as_many_words,
 }
 """The guard of each task: it returns why an answer is refused, or ""."""

@@ -15,7 +15,7 @@ from megatron_r1.rewards.answer import (
 )
 from megatron_r1.rewards.base import Grade, shorten
 from megatron_r1.rewards.math.comparison import compare
-from megatron_r1.rewards.math.text import stated_answer
+from megatron_r1.rewards.math.text import same_words, stated_answer
 from megatron_r1.rewards.reading import is_number, read_answer
 
 MAX_ANSWER_CHARS = 2_000
@@ -50,6 +50,9 @@ def grade(
         return Grade(0.0, extraction.reason)
     if (num_chars := len(extraction.text)) > MAX_ANSWER_CHARS:
         return _too_long(num_chars, MAX_ANSWER_CHARS)
+    is_sentence = len(extraction.text.split()) > 2
+    if is_sentence and same_words(str(truth), extraction.text, ignore_case=False):
+        return Grade(1.0, describe(extraction.text, expected, True, extraction.source))
     *others, answer = (unwrap(stated_answer(text)) for text in final_answers(extraction.text))
     others += stated_numbers(extraction.text)[:-1]
     limit = max(min(MAX_ANSWER_CHARS, 2 * len(expected) + MAX_EXTRA_CHARS), len(expected))
@@ -81,8 +84,8 @@ def _too_long(num_chars: int, limit: int) -> Grade:
 
 
 def _stated(truth: str) -> str:
-    """Return the number of a truth that is a sentence, "The answer is 13."; else the truth."""
-    stated = stated_answer(truth) if "answer" in truth else truth
+    """Return the value of a truth that is a sentence, "The answer is 13."; else the truth."""
+    stated = stated_answer(truth)
     return stated if any(character.isdigit() for character in stated) else truth
 
 
@@ -90,6 +93,8 @@ def _expected(truth: object) -> str:
     if isinstance(truth, bool) or not isinstance(truth, str | int | float):
         raise ValueError(f"the truth of a math answer is a string or a number, got {truth!r}")
     expected = unwrap(str(truth))
+    if expected.lower() in ("nan", "inf", "-inf"):  # of a float, or of a table's empty cell
+        raise ValueError(f"the truth of a math answer must be finite, got {truth!r}")
     if not expected:
         raise ValueError(f"the truth of a math answer must not be blank, got {truth!r}")
     if MARKER in expected:

@@ -4,13 +4,12 @@ r"""Whether two answers mean the same, decided by the first rule that applies.
 mathematics: numbers, equations and inequalities, lists and matrices, sets, and last expressions, by
 a computer algebra system. An answer that can be read in two ways is wrong."""
 
-import re
-
 import sympy
 from math_verify import verify
 
 from megatron_r1.rewards.answer import unwrap
 from megatron_r1.rewards.math import text as math_text
+from megatron_r1.rewards.math.layout import unstyled
 from megatron_r1.rewards.math.number import PERCENT, read_number, same_number
 from megatron_r1.rewards.math.refusal import is_division, is_unfinished, refusal
 from megatron_r1.rewards.math.relation import (
@@ -27,10 +26,12 @@ from megatron_r1.rewards.math.relation import (
     solution_set,
     squeeze,
 )
+from megatron_r1.rewards.math.set_builder import condition, excluded
 from megatron_r1.rewards.math.spelling import spell
 from megatron_r1.rewards.math.structure import (
     SEPARATORS,
     SETS,
+    WITH_THOUSANDS,
     Structure,
     match_all,
     read_matrix,
@@ -43,10 +44,6 @@ from megatron_r1.rewards.math.units import same_unit, split_han_unit, split_unit
 APPROXIMATION = 0.01
 """Largest relative error of a number after `\\approx`."""
 
-SET_BUILDER = re.compile(
-    r"\\\{\s*(?P<name>[a-z])\s*(?:\\in\s*\\mathbb\s*\{R\}\s*)?(?:\\mid|\||:)(?P<condition>.*)\\\}"
-)
-
 # `match_all` may compare each member with every other one.
 MAX_MEMBERS = 100
 Result = tuple[bool, str]
@@ -55,8 +52,8 @@ Result = tuple[bool, str]
 
 def compare(truth: str, answer: str) -> Result:
     """Whether `answer` means `truth`. Runs sympy: call it only within limits of time and memory."""
-    expected, expected_unit = split_han_unit(unwrap(truth))
-    answer, answer_unit = split_han_unit(unwrap(answer))
+    expected, expected_unit = split_han_unit(unwrap(unstyled(truth)))
+    answer, answer_unit = split_han_unit(unwrap(unstyled(answer)))
     if not same_unit(expected_unit, answer_unit):
         return False, ""
     if (moment := math_text.read_moment(expected)) is not None:
@@ -73,7 +70,14 @@ def compare(truth: str, answer: str) -> Result:
         return _same_labelled(choice, answer)
     if (labelled := math_text.without_label(answer)) is not None:
         answer = labelled
-    expected, answer = _condition(spell(expected)), _condition(spell(answer))
+    expected, answer = condition(spell(expected)), condition(spell(answer))
+    if ("," in expected) != ("," in answer):  # then those of the one separate thousands
+        expected, answer = (
+            WITH_THOUSANDS.sub(lambda match: match[0].replace(",", ""), text)
+            for text in (expected, answer)
+        )
+    if expected == answer:
+        return True, ""
     if (same_value := _compare_numbers(expected, answer)) is not None:
         is_open = not same_value and is_division(expected, answer)
         return same_value, "a division is left open" if is_open else ""
@@ -95,12 +99,6 @@ def equivalent(expected: str, answer: str, *, finished: bool = True) -> bool:
     if finished and is_unfinished(expected, answer):
         return False
     return same_expression(expected, answer)
-
-
-def _condition(text: str) -> str:
-    r"""Return the condition of a set of numbers, x > 2 of `\{x \mid x > 2\}`; else `text`."""
-    match = SET_BUILDER.fullmatch(text)
-    return text if match is None else match["condition"].strip()
 
 
 def _same_letter(letter: str, answer: str) -> bool:
@@ -131,6 +129,29 @@ def _compare_numbers(expected: str, answer: str, *, finished: bool = True) -> bo
     if finished and is_division(expected, answer):
         return False
     return same_number(left, right)
+
+
+def _compare_alternatives(expected: str, answer: str) -> bool | None:
+    r"""Return True for one value written in several ways, `0.5 or 1/2`, else None."""
+    parts = [part for part, _ in split(answer, SEPARATORS) if part]
+    if len(parts) < 2 or len(split(expected, SEPARATORS)) > 1 or len(parts) > MAX_MEMBERS:
+        return None
+    return True if all(equivalent(expected, part) for part in parts) else None
+
+
+def _compare_exclusions(expected: str, answer: str) -> bool | None:
+    r"""Compare `x \neq 1, 2` with another text like it, or with the set of all other numbers; None
+    where neither text excludes values."""
+    left, right = excluded(expected), excluded(answer)
+    if left is None or right is None:
+        if left is right or not SET_WORDS.search(expected if left is None else answer):
+            return None
+        values = [read_expression(value) for value in (left or right or ("", []))[1]]
+        if not all(isinstance(value, sympy.Expr) for value in values):
+            return False
+        others = sympy.Complement(sympy.S.Reals, sympy.FiniteSet(*values))
+        return _same_set(read_set(expected if left is None else answer), others)
+    return left[0] == right[0] and match_all(left[1], right[1], equivalent)
 
 
 def _compare_relations(expected: str, answer: str) -> bool | None:
@@ -244,7 +265,13 @@ def _compare_matrices(expected: str, answer: str) -> bool | None:
     """Compare shape and cells; None where neither text is a matrix."""
     left, right = read_matrix(expected), read_matrix(answer)
     if left is None or right is None:
-        return None if left is right else False
+        if left is right:
+            return None
+        column, other = (left, answer) if right is None else (right, expected)
+        vector = read_structure(other)
+        if vector is None or vector.brackets != "()" or {len(row) for row in column or ()} != {1}:
+            return False
+        left, right = column or [], [[member] for member in vector.members]
     if [len(row) for row in left] != [len(row) for row in right]:
         return False
     cells = zip(sum(left, []), sum(right, []), strict=True)
@@ -267,7 +294,7 @@ def _compare_lists(expected: str, answer: str) -> bool | None:
     if len(left) != len(right) or len(left) > MAX_MEMBERS:
         return False
     pairs = {truth_list.brackets, answer_list.brackets}
-    if not has_order and pairs <= {"", *SETS}:
+    if not has_order and pairs <= {"", *SETS} and not WITH_THOUSANDS.fullmatch(expected):
         return match_all(left, right, equivalent)
     # A list may leave out the brackets of a tuple, not those of an interval.
     if len(pairs) > 1 and pairs != {"", "()"}:
@@ -351,4 +378,12 @@ def _name_first(chain: Chain) -> Chain:
     return Chain(chain.sides[::-1], chain.relations)
 
 
-RULES = (_compare_relations, _compare_units, _compare_matrices, _compare_lists, _compare_sets)
+RULES = (
+    _compare_alternatives,
+    _compare_exclusions,
+    _compare_relations,
+    _compare_units,
+    _compare_matrices,
+    _compare_lists,
+    _compare_sets,
+)

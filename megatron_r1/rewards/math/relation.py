@@ -11,6 +11,7 @@ import sympy
 
 from megatron_r1.rewards.math.structure import match_all, split
 from megatron_r1.rewards.math.symbolic import read_expression, same_value
+from megatron_r1.rewards.wording import DENIAL
 
 EQUAL, APPROX, MEMBER = "=", r"\approx", r"\in"
 INEQUALITIES = {"<": (-1, True), r"\leq": (-1, False), ">": (1, True), r"\geq": (1, False)}
@@ -55,12 +56,12 @@ def read_chain(text: str) -> Chain | None:
 
 def is_name(text: str) -> bool:
     r"""Whether `text` is a name: `x`, `x_1`, `f(x)`, `|AB|`, `(a, b)`."""
-    return NAME.fullmatch(text.strip()) is not None
+    return NAME.fullmatch(text.strip()) is not None and DENIAL.search(text) is None
 
 
 def is_asked_quantity(text: str) -> bool:
     """Whether `text` is a name, or names combined as in questions: `m + n`, `a : b`; not `|x|`."""
-    if MAGNITUDE.fullmatch(text.strip()):
+    if MAGNITUDE.fullmatch(text.strip()) or DENIAL.search(text):
         return False
     return is_name(text) or SUM_OF_NAMES.fullmatch(text.strip()) is not None
 

@@ -5,8 +5,11 @@ circled ①, a zero-width space) is refused by the comparison, so look-alikes ne
 
 import re
 import unicodedata
+from collections.abc import Callable
 
 from megatron_r1.rewards.answer import encloses
+
+Replacement = str | Callable[[re.Match[str]], str]
 
 
 def _vulgar_fraction(character: str) -> str:
@@ -28,6 +31,7 @@ COMMANDS = {
     "π": r"\pi ", "α": r"\alpha ", "β": r"\beta ", "γ": r"\gamma ", "δ": r"\delta ",
     "θ": r"\theta ", "λ": r"\lambda ", "µ": r"\mu ", "μ": r"\mu ", "ρ": r"\rho ", "σ": r"\sigma ",
     "τ": r"\tau ", "φ": r"\phi ", "ω": r"\omega ", "Δ": r"\Delta ", "、": ",", "￥": "¥",
+    "⟨": r"\langle ", "⟩": r"\rangle ", "℃": "°C", "℉": "°F",
     **dict.fromkeys("\t\n\r\u00a0\u2002\u2003\u2009\u202f\u3000", " "),
     # Full-width forms of ! to ~ are the ASCII characters 0xFEE0 below them.
     **{chr(code + 0xFEE0): chr(code) for code in range(0x21, 0x7F)},
@@ -38,56 +42,84 @@ SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "0123456789
 SUBSCRIPTS = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
 ROOTS = {"√": r"\sqrt", "∛": r"\sqrt[3]"}
 
-# Applied in this order. `\\` ends a row of a matrix: it is matched first and kept.
-REWRITES = [
-    (re.compile(pattern), replacement)
-    for pattern, replacement in (
-        (r"\\\\\s*\[\s*-?[\d.]+\s*[a-z]{2}\s*\]|\\(?:cr|tabularnewline)(?![A-Za-z])", r"\\\\"),
-        (r"(\\\\)|\\(?:[,;: ]|q?quad(?![A-Za-z]))|~", lambda match: match[1] or " "),
-        (r"(\\\\)|\\!\s*", lambda match: match[1] or ""),
-        (r"\\(?:left|right|[bB]igg?[lr]?)(?![A-Za-z])", ""),
-        (r"\\(?:displaystyle|textstyle|limits)(?![A-Za-z])", ""),
-        (r"\\(?:bf|rm|it|sf|tt|bfseries|itshape|boldmath)(?![A-Za-z])\s*", ""),
-        (r"\\(?:text)?color\s*\{[A-Za-z!\d]*\}\s*", ""),
-        (r"([(\[])\s*\\begin\{smallmatrix\}(.*?)\\end\{smallmatrix\}\s*[)\]]", _matrix),
-        (r"\\(begin|end)\s*\{smallmatrix\}", r"\\\1{matrix}"),
-        (r"\\langle(?![A-Za-z])", "("),
-        (r"\\rangle(?![A-Za-z])", ")"),
-        (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
-        (r"\\(?:mathrm|mathit|mathbf|mathsf|text(?:bf|it|rm|sf|normal)|mbox)\s*(?=\{)", r"\\text"),
-        (r"\\text\s*\{\s*([eid])\s*\}", r" \1 "),
-        (r"\\text\s*\{[\s,]*(and|or)\s*\}", r" \1 "),
-        (r"\\text\s*\{\s*\}", ""),
-        (r"\\text\s*\{\s*([+-]?[\d.,]+)\s*\}", r"\1"),
-        (r"\\(?:vee|lor)(?![A-Za-z])", " or "),
-        (r"\\(?:wedge|land)(?![A-Za-z])", " and "),
-        (r"\{\s*,\s*\}", ","),
-        (r"\\lbrace(?![A-Za-z])", r"\\{"),
-        (r"\\rbrace(?![A-Za-z])", r"\\}"),
-        (r"\\[lr]?vert(?![A-Za-z])", "|"),
-        (r"\\le(?:qslant|qq?)?(?![A-Za-z])|<=", r"\\leq "),
-        (r"\\ge(?:qslant|qq?)?(?![A-Za-z])|>=", r"\\geq "),
-        (r"\\neq?(?![A-Za-z])|!=", r"\\neq "),
-        (r"\\lt(?![A-Za-z])", "<"),
-        (r"\\gt(?![A-Za-z])", ">"),
-        (r":=|≔", "="),
-        (r"\*\*", "^"),
-        (r"\*", r"\\cdot "),
-        (r"\^\s*\{?\s*\\circ\s*\}?|\\degree(?![A-Za-z])", "°"),
-        (r"°\s*\\text\s*\{\s*([CFK])\s*\}", r"°\1"),
-        (r"_\s*(\w)", r"_{\1}"),
-        (r"^(\s*[-+]?[\d.]+)\s*_\s*\{\s*10\s*\}\s*$", r"\1"),
-        (r"\^\s*(\d+)", r"^{\1}"),
-        (r"\^\s*-\s*(\d+)", r"^{-\1}"),
-        (r"\\frac\s*(\w)\s*(\w)", r"\\frac{\1}{\2}"),
-        (r"\\frac\s*(\w)\s*\{", r"\\frac{\1}{"),
-        (r"\\frac\s*(\{[^{}]*\})\s*(\w)", r"\\frac\1{\2}"),
-        (r"\\sqrt\s*(\w)", r"\\sqrt{\1}"),
-        (r"(?<![A-Za-z\\])(sqrt|pi|sin|cos|tan|ln|log|exp)(?![A-Za-z])", r"\\\1"),
-        (r"(?<![A-Za-z\\])infinity(?![A-Za-z])", r"\\infty "),
-        (r"\s+", " "),
-    )
+BASE_WORDS = {
+    **{"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9},
+    **{"ten": 10, "eleven": 11, "twelve": 12, "sixteen": 16},
+}
+# `1A_{\\text{sixteen}}`, `(101)_2` and `101 (base 2)` are one spelling of a number to a base.
+BASES: list[tuple[str, Replacement]] = [
+    (
+        r"(?<=[\dA-F)])\s*(?:\\text\s*\{)?\s*\(?\s*base[\s-]*(\w+)\s*\)?\s*\}?\s*$",
+        r"_{\1}",
+    ),
+    (r"(?<=\d)_(\d\d)(?!\d)", r"_{\1}"),
+    (
+        rf"_\s*\{{\s*(?:\\text\s*\{{)?\s*({'|'.join(BASE_WORDS)})\s*\}}?\s*\}}",
+        lambda match: f"_{{{BASE_WORDS[match[1]]}}}",
+    ),
+    (r"(?:\((?=[\dA-F]+\))|\\text\s*\{(?=[\dA-F]+\}))([\dA-F]+)[)}](?=_)", r"\1"),
 ]
+
+# Applied in this order. `\\` ends a row of a matrix: it is matched first and kept.
+SPELLINGS: tuple[tuple[str, Replacement], ...] = (
+    (
+        r"\\\\\s*\[\s*-?[\d.]+\s*[a-z]{2}\s*\]|\\\\\*|\\(?:cr|tabularnewline|newline)(?![A-Za-z])",
+        r"\\\\",
+    ),
+    (r"(\\\\)|\\(?:[,;: ]|q?quad(?![A-Za-z]))|~", lambda match: match[1] or " "),
+    (r"(\\\\)|\\!\s*", lambda match: match[1] or ""),
+    (r"\\hline(?![A-Za-z])", ""),
+    (r"([(\[])\s*\\begin\{smallmatrix\}(.*?)\\end\{smallmatrix\}\s*[)\]]", _matrix),
+    (r"\\(begin|end)\s*\{([pb]?)smallmatrix\}", r"\\\1{\2matrix}"),
+    (r"\\(p?matrix)\s*\{([^{}]*)\}", r"\\begin{\1}\2\\end{\1}"),
+    (r"\\(?:langle|lparen)(?![A-Za-z])", "("),
+    (r"\\(?:rangle|rparen)(?![A-Za-z])", ")"),
+    (r"\\lbrack(?![A-Za-z])", "["),
+    (r"\\rbrack(?![A-Za-z])", "]"),
+    (r"\\mathbb\s*([A-Z])", r"\\mathbb{\1}"),
+    (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
+    (r"\\(?:mathrm|mathit|mathbf|mathsf|text(?:bf|it|rm|sf|normal)|mbox)\s*(?=\{)", r"\\text"),
+    (r"\\text\s*\{\s*([eid])\s*\}", r" \1 "),
+    (r"\\text\s*\{[\s,]*(and|or)\s*\}", r" \1 "),
+    (r"\\text\s*\{\s*\}", ""),
+    (r"\\text\s*\{\s*([+-]?[\d.,]+)\s*\}", r"\1"),
+    (r"\\(?:vee|lor)(?![A-Za-z])", " or "),
+    (r"\\(?:wedge|land)(?![A-Za-z])", " and "),
+    (r"(?<=\d)\{\s*,\s*\}(?=\d{3}(?!\d))", ""),
+    (r"\{\s*,\s*\}", ","),
+    (r"\\lbrace(?![A-Za-z])", r"\\{"),
+    (r"\\rbrace(?![A-Za-z])", r"\\}"),
+    (r"\\[lr]?vert(?![A-Za-z])", "|"),
+    (r"\\le(?:qslant|qq?)?(?![A-Za-z])|<=", r"\\leq "),
+    (r"\\ge(?:qslant|qq?)?(?![A-Za-z])|>=", r"\\geq "),
+    (r"\\neq?(?![A-Za-z])|\\not\s*=|!=", r"\\neq "),
+    (r"\\colon(?![A-Za-z])", ":"),
+    (r"\\lt(?![A-Za-z])", "<"),
+    (r"\\gt(?![A-Za-z])", ">"),
+    (r":=|≔", "="),
+    (r"\*\*", "^"),
+    (r"\*", r"\\cdot "),
+    (r"\^\s*\{?\s*\\circ\s*\}?|\\degree(?![A-Za-z])", "°"),
+    (
+        r"(?:°|\\text\s*\{\s*degrees?|\bdegrees?)\s*(?:\\text\s*\{)?\s*([CFK])(?:elsius|ahrenheit)?\s*(?:\}|$)",
+        r"°\1",
+    ),
+    (r"\\celsius(?![A-Za-z])", "°C"),
+    *BASES,
+    (r"_\s*(\w)", r"_{\1}"),
+    (r"(?<![\w}.])([-+]?[\d.,]*\d)\s*_\s*\{\s*10\s*\}", r"\1"),
+    (r"\^\s*(\d+)", r"^{\1}"),
+    (r"\^\s*-\s*(\d+)", r"^{-\1}"),
+    (r"\\frac\s*\\pi(?![A-Za-z])\s*", r"\\frac{\\pi}"),
+    (r"\\frac\s*(\w)\s*(\w)", r"\\frac{\1}{\2}"),
+    (r"\\frac\s*(\w)\s*\{", r"\\frac{\1}{"),
+    (r"\\frac\s*(\{[^{}]*\})\s*(\w)", r"\\frac\1{\2}"),
+    (r"\\sqrt\s*(\w)", r"\\sqrt{\1}"),
+    (r"(?<![A-Za-z\\])(sqrt|pi|sin|cos|tan|ln|log|exp)(?![A-Za-z])", r"\\\1"),
+    (r"(?<![A-Za-z\\])infinity(?![A-Za-z])", r"\\infty "),
+    (r"\s+", " "),
+)
+REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in SPELLINGS]
 OPENING_ROUND = re.compile(r"(\\sqrt|\^)\s*\(")
 
 

@@ -17,6 +17,7 @@ OPENING = frozenset(("(", "[", "{", r"\{", r"\langle"))
 CLOSING = frozenset((")", "]", "}", r"\}", r"\rangle"))
 SEPARATORS = frozenset((",", ";", "or", "and"))
 THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
+WITH_THOUSANDS = re.compile(r"(?<![\d,.(\[{])[1-9]\d{0,2}(?:,\d{3})+(?![\d,])")
 # No list has the member 000 or 050, so `1,000` is a number; `1,200` may be either.
 ROUND_THOUSANDS = re.compile(r"(?<![\d,])[1-9]\d{0,2}(?:,\d{3})*,0\d\d(?!\d)")
 MATRIX = re.compile(r"\\begin\{([pb]?matrix|array)\}(?:\{[lcr|]+\})?(.*)\\end\{\1\}", re.DOTALL)
@@ -74,8 +75,13 @@ def read_structure(text: str) -> Structure | None:
 
 
 def read_matrix(text: str) -> list[list[str]] | None:
-    """Return the cells of a `matrix`, `pmatrix` or `bmatrix`; None for any other text."""
+    """Return the cells of a `matrix`, `pmatrix`, `bmatrix` or `[[1, 2], [3, 4]]`; None for any
+    other text."""
     brackets, inner = _enclosing(text)
+    if brackets == "[]" and r"\begin" not in inner:
+        lists = [read_structure(part) for part, _ in split(inner, SEPARATORS)]
+        if all(row is not None and row.brackets == "[]" for row in lists):
+            return [list(row.members) for row in lists if row is not None]
     match = MATRIX.fullmatch(inner if brackets in ("()", "[]") else text.strip())
     if match is None or r"\begin" in match[2]:
         return None

@@ -6,12 +6,20 @@ import re
 import unicodedata
 
 from megatron_r1.rewards.math.units import NO_UNITS
+from megatron_r1.rewards.wording import (
+    DENIAL,
+    after_answer_is,
+    leads_to_answer,
+    without_conclusion,
+)
 
 LETTER = r"[A-J]"
 WRAPPED = re.compile(
     r"\\(?:text|textbf|textit|mathrm|mathbf|textrm|mathit|textsf|mathsf|boldsymbol|mbox|emph)\s*\{([^{}]*)\}"
 )
-PREFIX = re.compile(r"(?:option|choice|answer)\s*:?\s+", re.IGNORECASE)
+PREFIX = re.compile(
+    r"(?:the )?(?:correct )?(?:option|choice|answer)(?: is)?\s*:?\s+", re.IGNORECASE
+)
 LABEL = re.compile(
     r"\(\s*(?P<round>[A-Ja-j])\s*\)[.:]?(?P<rest0>.*)"
     r"|\[\s*(?P<square>[A-J])\s*\][.:]?(?P<rest1>.*)"
@@ -28,15 +36,14 @@ SHORT_WORDS = frozenset(
     ["yes", "no", "odd", "even", "all", "any", "one", "two", "six", "ten", "tie"]
 )
 WORD = re.compile(r"[A-Za-z]+(?:['-][A-Za-z]+)*")
-STATED = re.compile(r"(?:^|\W)answer\b[\s:*]*(?:(?:is|to|=)\b)?[\s:*=]*", re.IGNORECASE)
-STATED_IN_CHINESE = re.compile(r"答案?(?:是|为|等于|[:：])[\s:：*=]*")
+STATED_IN_CHINESE = re.compile(r"(?<!错误)(?<!错误的)(?<!错)答案?(?:是|为|等于|[:：])[\s:：*=]*")
 # One number, and words around it that name its meaning.
 THERE_ARE = re.compile(
     r"there (?:is|are|were|was|will be) (?P<number>\d[\d.,]*(?: [a-z]+){0,3})[.\s]*", re.IGNORECASE
 )
 THE_IS = re.compile(
-    r"(?:(?:so|thus|hence|therefore),? )?the (?P<name>[a-z][a-z' ]{0,80}) (?:is|equals) "
-    r"(?P<number>[-+]?\d[\d.,/]*(?: [a-z]+){0,3})[.\s]*",
+    r"(?:the )?(?P<name>[a-z][a-z' ]{0,80}) (?:is|equals) "
+    r"(?P<number>[-+]?(?:\d[\d.,/]*(?: [a-z/]+){0,3}|\\[dt]?frac\{\d+\}\{\d+\}))[.\s]*",
     re.IGNORECASE,
 )
 CLOSING_WORDS = re.compile(r"[\s.]*I hope (?:it|this) is correct[\s.]*$", re.IGNORECASE)
@@ -44,17 +51,19 @@ ENDING_FORMULA = re.compile(
     r"[^$\d\\]*(?P<formula>\$[^$]+\$|\$\$[^$]+\$\$|\\\((?:[^\\]|\\[^()])+\\\)"
     r"|\\\[(?:[^\\]|\\[^\[\]])+\\\])[\s.*]*"
 )
-# A formula after such words is not the answer: `less than $204$`, `it cannot be $204$`.
-OTHER_VALUE = re.compile(
-    r"\b(?:not|never|no|cannot|neither|nor|less|more|greater|smaller|fewer|larger|bigger|lower|higher"
-    r"|least|most|except|above|below|over|under|beyond|exceeds?|unlike|instead|half|twice|double|wrong"
-    r"|false|if|unless|between|besides)\b|n't\b",
-    re.IGNORECASE,
+# `\text{The sum is } 204` is a sentence, `\text{Area} = 204` an equation.
+OPENING_WORDS = re.compile(
+    r"\\(?:text|mathrm|mathbf)(?:rm|bf|it)?\s*\{([^{}]*[A-Za-z][^{}]*)\}(?=[\s\\,;:$]*[^\s=<>\\^_]|\\)"
 )
-CONNECTIVE = re.compile(
-    r"^(?:so|thus|hence|therefore|then|finally)\b\s*,?\s*(?=.*=)", re.IGNORECASE
+IN_TEXT = re.compile(r"\\text(?:rm|bf|it)?\s*\{([^{}]*\banswer\b[^{}]*)\}", re.IGNORECASE)
+IS_ANSWER = re.compile(
+    r"(?P<value>.*\S)\s+is (?:the|our|my) (?:final |correct )?answer[\s.]*", re.IGNORECASE
 )
-STATED_IN_TEXT = re.compile(r"\\text(?:rm|bf|it)?\s*\{([^{}]*\banswer\b[^{}]*)\}", re.IGNORECASE)
+# `correct: 13` is what a grader would say.
+LABELLED = re.compile(
+    r"(?!correct|reward|grade|score)(?P<name>[A-Za-z][A-Za-z' ]{2,60}):\s*(?P<rest>[-+\d$\\(].*)",
+    re.DOTALL,
+)
 # `**13** apples`, but not the powers of `2**3**2`.
 EMPHASIS = re.compile(r"(?<![\w)}\].])\*\*(?=[^\s*])([^*\n]*[^\s*])\*\*(?![\w({\[])")
 
@@ -88,26 +97,35 @@ def stated_answer(text: str) -> str:
     r"""Return the answer of a sentence that ends with it: 13 of `The answer is 13.`.
 
     Any other text is returned whole; so is a sentence with a number before its formula."""
-    text = EMPHASIS.sub(r"\1", CLOSING_WORDS.sub("", text))
-    text = CONNECTIVE.sub("", STATED_IN_TEXT.sub(r"\1", text).strip())
-    phrases = list(STATED.finditer(text)) or list(STATED_IN_CHINESE.finditer(text))
-    if phrases and (rest := text[phrases[-1].end() :].strip("* \n")).strip(". "):
-        text = rest
+    text = EMPHASIS.sub(r"\1", CLOSING_WORDS.sub("", text)).strip()
+    text = IN_TEXT.sub(r"\1", text)
+    if (match := OPENING_WORDS.match(text)) is not None and not LABEL.fullmatch(match[1].strip()):
+        text = match[1].strip() + " " + re.sub(r"^(?:\\[ ,;:]|\s)+", "", text[match.end() :])
+    text = without_conclusion(text.strip())
+    phrases = list(STATED_IN_CHINESE.finditer(text))
+    rest = after_answer_is(text) or (text[phrases[-1].end() :] if phrases else "")
+    if rest.strip("* \n.$"):
+        text = rest.strip("* \n")
+    elif (match := IS_ANSWER.fullmatch(text)) is not None:
+        text = match["value"]
     if (match := ENDING_FORMULA.fullmatch(text)) is not None:
-        before = text[: match.start("formula")]
-        return text if OTHER_VALUE.search(before) else match["formula"]
+        return match["formula"] if leads_to_answer(text[: match.start("formula")]) else text
     return _in_sentence(text) or text.lstrip("= ")
 
 
 def _in_sentence(text: str) -> str | None:
-    """Return the number, with its unit, of `There are 13 apples` and `The value of x is 13`."""
-    text = text.strip().replace("$", "")
-    if (match := THERE_ARE.fullmatch(text)) is not None:
+    """Return the number, with its unit, of `There are 13 apples` and `The value of x is 13`; the
+    value of `Total: 13`."""
+    text = text.strip()
+    if (match := THERE_ARE.fullmatch(text.replace("$", ""))) is not None:
         return match["number"]
-    match = THE_IS.fullmatch(text)
-    if match is None or any(word in NO_UNITS for word in match["name"].lower().split()):
+    if (match := LABELLED.fullmatch(text)) is None:
+        match = THE_IS.fullmatch(re.sub(r"\\?\$", "", text))
+    if match is None or DENIAL.search(match["name"]):
         return None
-    return match["number"]
+    if any(word in NO_UNITS for word in match["name"].lower().split()):
+        return None
+    return match[2]
 
 
 def plain(text: str) -> str:
@@ -134,10 +152,9 @@ def read_choice(text: str) -> tuple[str, str] | None:
 
 
 def without_label(text: str) -> str | None:
-    r"""Return the text after the label of a choice in round brackets, 27 of `\textbf{(E)}\ 27`, or
-    None."""
+    r"""Return the text after the label of a choice, 27 of `\textbf{(E)}\ 27`, or None."""
     choice = read_choice(text)
-    if choice is None or not choice[1] or not re.match(r"\([A-J]\)", plain(text)):
+    if choice is None or not choice[1] or not re.match(r"\(\s*[A-J]\s*\)|[A-J][).]", plain(text)):
         return None
     return choice[1]
 
@@ -169,7 +186,9 @@ def is_words(text: str, original: str) -> bool:
 def same_words(expected: str, answer: str, *, ignore_case: bool) -> bool:
     """Whether both texts are equal apart from decoration and spaces."""
     left, right = plain(expected), plain(answer)
-    return left != "" and (left == right or (ignore_case and left.lower() == right.lower()))
+    if ignore_case:
+        left, right = (side.rstrip("!").lower() for side in (left, right))
+    return left != "" and left == right
 
 
 def read_phrase(text: str) -> str:

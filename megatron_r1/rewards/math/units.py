@@ -23,7 +23,7 @@ _NO_UNITS = """
     inverse debt loss off never th thousandth double triple twice time pair couple percent pct or
     and not maybe perhaps possibly about approximately around approx roughly nearly almost ish
     versus vs unless possible less more fewer least most than over under above below up plus minus
-    negative positive squared cubed factorial mod modulo base binary to but either any all none no
+    negative squared cubed factorial mod modulo base binary to but either any all none no
     is are if else zero one two three four five six seven eight nine ten eleven twelve pi e i inf
     infinity sqrt sin cos tan ln log exp divided multiplied power root wrong false
 """

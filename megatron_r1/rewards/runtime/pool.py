@@ -19,7 +19,7 @@ from megatron_r1.errors import UserError
 from megatron_r1.processes.framed_process import START_TIMEOUT_SECONDS, WorkerLost
 from megatron_r1.processes.frames import frame
 from megatron_r1.rewards import REMOTE, resolve
-from megatron_r1.rewards.base import Grade
+from megatron_r1.rewards.base import Grade, find_non_finite
 from megatron_r1.rewards.remote.runner import RemoteRewards
 from megatron_r1.rewards.runtime.process import WorkerProcess
 from megatron_r1.rewards.runtime.worker import Job, JobStatus
@@ -122,9 +122,13 @@ class RewardPool:
         job_id = next(self._ids)
         job = Job(job_id, target, "", truth, fields)
         try:
-            msgspec.json.encode(job)
+            encoded = msgspec.json.encode(job)
         except (TypeError, UnicodeEncodeError) as error:
             raise UserError(f"truth and fields of a {kind} job must be JSON: {error}") from error
+        if b"null" in encoded:  # what NaN and infinity become
+            for name, value in (("truth", truth), ("entry", fields.get("entry"))):
+                if fault := find_non_finite(value, name):
+                    raise UserError(f"the {name} of a {kind} job must be JSON: {fault}")
         job.response = self._as_json(response)
         limit = time_limit(kind, fields, self.timeout_seconds)
         result = asyncio.get_running_loop().create_future()

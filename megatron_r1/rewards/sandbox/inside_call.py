@@ -28,7 +28,7 @@ def start() -> None:
     sys.modules["solution"] = module
     with open(path, "rb") as file:
         code = compile_lazily(file.read(), path)
-    provide_usual_names(code, module.__dict__, builtins)
+    globals()["provide_names"](code, module.__dict__)
     exec(code, module.__dict__)
     solution = module.__dict__.get("Solution")
     owner = solution() if solution is not None and hasattr(solution, name) else module
@@ -43,37 +43,6 @@ def compile_lazily(source: bytes, path: str) -> "CodeType":
     import __future__
 
     return compile(source, path, "exec", __future__.annotations.compiler_flag, dont_inherit=True)
-
-
-def provide_usual_names(code: "CodeType", namespace: dict, builtins: dict) -> None:
-    """Import those names used in `code` that sites with such problems import beforehand."""
-    usual = {
-        "bisect": "bisect_left bisect_right insort",
-        "collections": "Counter OrderedDict defaultdict deque",
-        "functools": "cache cmp_to_key lru_cache reduce",
-        "heapq": "heapify heappop heappush heappushpop heapreplace nlargest nsmallest",
-        "itertools": "accumulate chain combinations count cycle groupby islice pairwise "
-        "permutations product repeat zip_longest",
-        "math": "ceil comb factorial floor gcd inf isqrt lcm log log2 perm pi sqrt",
-        "operator": "",
-        "random": "",
-        "re": "",
-        "string": "ascii_lowercase ascii_uppercase digits",
-        "sys": "",
-        "typing": "Any Callable Dict Iterable List Optional Set Tuple Union",
-    }
-    named: set[str] = set()
-    pending = [code]
-    while pending:
-        block = pending.pop()
-        named.update(block.co_names)
-        pending += [part for part in block.co_consts if isinstance(part, type(code))]
-    for module, names in usual.items():
-        if module in named:
-            namespace[module] = __import__(module)
-        for name in names.split():
-            if name in named and name not in builtins:
-                namespace[name] = getattr(__import__(module), name)
 
 
 def encode(value: object) -> str:

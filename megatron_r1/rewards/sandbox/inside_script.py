@@ -29,7 +29,10 @@ def start() -> None:
     try:
         with open(path, "rb") as file:
             source = file.read()
-        exec(compile(source, path, "exec", dont_inherit=True), globals())
+        code = compile(source, path, "exec", dont_inherit=True)
+        if provide_names := globals().pop("provide_names", None):
+            provide_names(code, globals())
+        exec(code, globals())
     except BaseException as error:
         if not files or isinstance(error, SystemExit):
             raise

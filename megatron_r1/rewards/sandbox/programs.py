@@ -10,12 +10,14 @@ from pathlib import Path
 from megatron_r1.rewards.base import shorten
 from megatron_r1.rewards.sandbox import host
 from megatron_r1.rewards.sandbox.limits import Budget, Limits
+from megatron_r1.rewards.sandbox.names import names_in
 from megatron_r1.rewards.sandbox.process import SandboxError
 from megatron_r1.rewards.sandbox.run import run
 
 HERE = Path(__file__).parent
 SCRIPT = (HERE / "inside_script.py").read_text(encoding="utf-8")
 CALL = (HERE / "inside_call.py").read_text(encoding="utf-8")
+NAMES = (HERE / "inside_names.py").read_text(encoding="utf-8")
 STANDARDS = ("c++17", "c++20", "c++23")
 # The GNU dialects, as contest sites use them. One error is enough for a grade's reason.
 COMPILER_OPTIONS = "-O2 -w -fmax-errors=1 -fdiagnostics-color=never -fno-diagnostics-show-caret"
@@ -37,15 +39,15 @@ class Program:
     compiled: bool = False
 
 
-def python_script(source: str, *arguments: str) -> Program:
+def python_script(source: str, *arguments: str, names: bool = False) -> Program:
     """Return `source` as a script, or as a checker of the files in `arguments`
-    (inside_script.py)."""
-    return _python(SCRIPT, source, *arguments)
+    (inside_script.py). names: it has the names of LiveCodeBench's harness (names.py)."""
+    return _python((_provided(source) if names else "") + SCRIPT, source, *arguments)
 
 
 def python_call(source: str, function: str) -> Program:
     """Return a call of `function`, of class Solution or the module (inside_call.py)."""
-    return _python(CALL, source, function)
+    return _python(_provided(source) + CALL, source, function)
 
 
 def compile_cpp(source: str, standard: str, budget: Budget) -> Program | str:
@@ -94,6 +96,10 @@ def require_sandbox(language: str) -> None:
             f"a trivial program fails in the sandbox (status {outcome.status}: {message}): "
             "install the system's Python (apt-get install python3)"
         )
+
+
+def _provided(source: str) -> str:
+    return f"NAMES = {names_in(source)!r}\n{NAMES}\n"
 
 
 def _python(starter: str, source: str, *arguments: str) -> Program:

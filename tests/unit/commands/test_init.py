@@ -157,6 +157,15 @@ def test_columns_that_cannot_be_told_apart_are_listed():
     assert guess_columns("data", [row], question="a", truth="c").truth == "c"
 
 
+@pytest.mark.parametrize("blank", [None, "", float("nan")])
+def test_a_row_without_a_value_is_named(blank):
+    rows = [{"question": "1 + 1?", "answer": "2"}, {"question": "1 + 2?", "answer": blank}]
+    with pytest.raises(UserError, match=r"'answer' is .* in row 2: give one, or remove the row"):
+        guess_columns("data", rows)
+    with pytest.raises(UserError, match=r"the question \('question' is '' in row 1"):
+        guess_columns("data", [{"question": "", "answer": "2"}])
+
+
 def test_sizes_follow_the_machine():
     hf = MODEL | {"num_attention_heads": 32, "num_key_value_heads": 8}
     eight = Machine(8, 80 * 10**9)

@@ -25,6 +25,11 @@ def test_csv_and_json_hold_questions(tmp_path):
     (tmp_path / "p.csv").write_text('\ufeffFrage,Lösung\n"1, dann + 1?",2\n"a\nb",3\n')
     columns = {"question": "Frage", "truth": "Lösung"}
     assert train(tmp_path / "p.csv", columns) == [("1, dann + 1?", "2"), ("a\nb", "3")]
+    (tmp_path / "p.csv").write_text('Frage;Lösung\n"1, dann + 1?";2\n')
+    assert train(tmp_path / "p.csv", columns) == [("1, dann + 1?", "2")]
+    (tmp_path / "p.csv").write_text("1 + 1?,2\n1 + 2?,3\n")
+    with pytest.raises(UserError, match="first line has to name the columns, and one is 2"):
+        train(tmp_path / "p.csv", columns)
     (tmp_path / "p.json").write_text(json.dumps({"data": ROWS}))
     assert train(tmp_path / "p.json") == EXPECTED
     (tmp_path / "lines.json").write_text("\n".join(map(json.dumps, ROWS)))

@@ -130,7 +130,7 @@ def test_livecodebench_tests_become_the_code_rewards(tmp_path):
     stdin, function = load("livecodebench", write_jsonl(tmp_path / "test.jsonl", rows))
     assert stdin.kind == "code" and stdin.fields["language"] == "python"
     assert stdin.fields["limits"]["cpu_seconds"] == 6
-    assert stdin.truth == {"tests": [{"stdin": "3\n", "stdout": "6\n"}] * 3}
+    assert stdin.truth == {"tests": [{"input": "3\n", "output": "6\n"}] * 3}
     assert "standard input" in stdin.question and "class Solution" not in stdin.question
     case = {"args": [[1, 2], 3], "result": [1, 2, 3]}
     assert function.truth == {"function": "add", "tests": [case] * 3}

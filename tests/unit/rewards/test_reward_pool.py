@@ -205,6 +205,10 @@ def test_what_the_user_got_wrong_raises(graders):
             await pool.grade("graders:odd", "?", None)
         with pytest.raises(ValueError, match="must be JSON"):
             await pool.grade("math", "?", object())
+        with pytest.raises(ValueError, match=r"truth of a math job .* truth is NaN, which is no"):
+            await pool.grade("math", "?", float("nan"))
+        with pytest.raises(ValueError, match=r"truth\.tests\.0\.result is Infinity"):
+            await pool.grade("code", "?", {"tests": [{"args": [], "result": float("inf")}]})
         return await pool.grade("graders:even", "2", None)
 
     assert run_in_pool(scenario).reward == 1.0

@@ -1,5 +1,7 @@
 """The code reward on honest answers: what is accepted, what is not, and why."""
 
+import builtins
+import importlib
 import json
 
 import pytest
@@ -10,6 +12,7 @@ from megatron_r1.rewards import code
 from megatron_r1.rewards.code import find_program
 from megatron_r1.rewards.code.compare import equal_output, equal_result
 from megatron_r1.rewards.code.problem import parse_problem
+from megatron_r1.rewards.sandbox.names import MODULES, exported
 
 CASES = [
     pytest.param(name, language, marks=needs_compiler if language == "cpp" else ())
@@ -115,6 +118,57 @@ def test_an_expected_output_that_no_program_may_print_is_an_error():
         code.grade(fenced("print(1)"), truth, limits={"output_mib": 0.5})
 
 
+def test_a_result_that_no_function_may_return_is_an_error():
+    truth = {"function": "f", "tests": [{"args": [], "result": ["1" * 2**20]}]}
+    with pytest.raises(ValueError, match=r"test 1 expects 1.0 MiB.*limits.output_mib: 0.5"):
+        code.grade(fenced("def f(): return 1"), truth, limits={"output_mib": 0.5})
+
+
+@needs_sandbox
+@pytest.mark.parametrize(
+    ("program", "reward"),
+    [("def f(n): return 10 ** n", 1), ("def f(n): return 10 ** n + 1", 0)],
+)
+def test_results_of_more_than_4_300_digits_are_compared(program, reward):
+    truth = {"function": "f", "tests": [{"input": "6000", "output": "1" + "0" * 6_000}]}
+    grade = code.grade(fenced(program), truth)
+    assert grade.reward == reward, grade.reason
+    assert reward or "expected a int with more than 4,300 digits" in grade.reason
+
+
+USUAL = """from __future__ import annotations
+def f(pairs: List[int]) -> Optional[int]:
+    return gcd(*pairs)
+print("\\n", f([4, 6]), deepcopy([1.0])[0], heapq.nlargest(1, [1, 2])[0], mean([1, 2]))
+print(pow(2, 10, 1000), timedelta(days=1).days, datetime.datetime(2020, 1, 1).year, stdin.read())"""
+
+
+@needs_sandbox
+def test_livecodebench_tests_are_judged_as_by_its_harness():
+    tests = [{"input": "7", "output": "2 1 2 1.50\n24 1 2020 7", "testtype": "stdin"}]
+    grade = code.grade(fenced(USUAL), {"tests": tests})
+    assert grade.reward == 1, grade.reason
+    assert code.grade(fenced("print(gcd(7, 0), 'No')"), {"tests": tests}).reward == 0
+    tests = [{"stdin": "7", "stdout": "2 1.0 2 1.5\n24 1 2020 7"}]
+    assert "'gcd' is not defined" in code.grade(fenced("print(gcd(7, 0))"), {"tests": tests}).reason
+    own = "def gcd(a, b): return 5\nprint(gcd(4, 6))"
+    assert code.grade(fenced(own), {"tests": [{"input": "", "output": "5"}]}).reward == 1
+
+
+def test_the_harness_s_names_are_those_of_its_imports():
+    namespace = {}
+    for module in MODULES:
+        exec(f"from {module} import *", namespace)
+    exec("from builtins import *", namespace)
+    for module in MODULES:
+        exec(f"import {module}", namespace)
+    for name, module in exported().items():
+        provider = importlib.import_module(module)
+        assert namespace[name] is (provider if name == module else getattr(provider, name)), name
+    missing = {name for name in namespace if not name.startswith("_")} - exported().keys()
+    assert all(hasattr(builtins, name) for name in missing)
+
+
 @needs_sandbox
 def test_a_checker_may_give_a_part_and_must_say_something_that_is_a_verdict():
     truth = {"tests": [{"stdin": ""}] * 2, "checker": "print(0.5)"}
@@ -188,7 +242,7 @@ def test_answers_and_programs_of_megabytes_are_refused():
         ("\n \n", "", None, True),
         ("1 2 3", "1 2\n3", None, False),
         ("1\n\n2", "1\n2", None, False),
-        ("\n1", "1", None, False),
+        ("\n\n1", "1", None, True),
         ("1", "1 1", None, False),
         ("1 1", "1", None, False),
         ("YES", "Yes", None, False),
@@ -208,6 +262,8 @@ def test_answers_and_programs_of_megabytes_are_refused():
         ("1e999", "1e999", 0, True),
         ("10e998", "1e999", 0, True),
         ("9" * 10**6, "1", 0.9, False),
+        ("1" + "0" * 999 + ".0", "1" + "0" * 999, 0, True),
+        ("1" + "0" * 998 + "1", "1" + "0" * 999, 0, False),
     ],
 )
 def test_outputs_are_compared_line_by_line_and_token_by_token(actual, expected, tolerance, equal):
@@ -238,6 +294,9 @@ def test_outputs_are_compared_line_by_line_and_token_by_token(actual, expected, 
         ("1e999", 1, 0.9, False),
         ("9007199254740993", 9007199254740992, 0, False),
         ("9007199254740993.0", 9007199254740992, 0, True),
+        ("9007199254740992.0", 9007199254740993, 0, False),
+        pytest.param("9" * 5_000, 10**5_000 - 1, None, True, id="5,000 digits"),
+        pytest.param("9" * 5_000, 10**5_000 - 2, None, False, id="5,000 digits, another"),
     ],
 )
 def test_results_are_compared_as_values(actual, expected, tolerance, equal):

@@ -5,6 +5,7 @@ were written before the comparison was run on them; none was taken from another 
 """
 
 from math_pairs_committed import COMMITTED
+from math_pairs_layout import LAYOUT
 
 
 def matrix(cells: str) -> str:
@@ -405,5 +406,5 @@ FORMS: dict[str, list[tuple[str, str, int, str]]] = {
         ("-5", "5", 0, "without its sign"),
     ],
 }
-FORMS |= COMMITTED
+FORMS |= COMMITTED | LAYOUT
 PAIRS = [(form, *pair) for form, pairs in FORMS.items() for pair in pairs]

@@ -46,7 +46,20 @@ def test_a_long_truth_allows_a_long_answer():
 
 
 @pytest.mark.parametrize(
-    "truth", [None, True, [13], "", "  ", "$ $", "6 + 7 = 13\n####", "#### 13\nA cat."]
+    "truth",
+    [
+        None,
+        True,
+        [13],
+        float("nan"),
+        "NaN",
+        "inf",
+        "",
+        "  ",
+        "$ $",
+        "6 + 7 = 13\n####",
+        "#### 13\nA cat.",
+    ],
 )
 def test_a_truth_that_cannot_be_compared_is_an_error(truth):
     with pytest.raises(ValueError, match="truth of a math answer"):
@@ -69,7 +82,7 @@ def test_a_truth_may_be_a_number(truth):
         ("Final Answer: The final answer is $13$. I hope it is correct.", "$13$"),
         ("Thus the sum is $13$.", "$13$"),
         (r"We find \(x = 13\)", r"\(x = 13\)"),
-        ("13 is the answer", "13 is the answer"),
+        ("13 is the answer", "13"),
         ("**13** apples", "13 apples"),
         ("2**3**2", "2**3**2"),
         (r"Hence \[ x = 13. \]", r"\[ x = 13. \]"),
@@ -184,7 +197,6 @@ def test_a_continued_fraction_is_one_walk():
         ("x²⁰", "x^{20}"),
         ("−５", "-5"),
         (r"\dfrac12", r"\frac{1}{2}"),
-        (r"\left( 1, 2 \right]", "( 1, 2 ]"),
         (r"\sqrt(x+(1))", r"\sqrt{x+(1)}"),
         (r"\mathrm{cm}", r"\text{cm}"),
         ("2**10", "2^{10}"),
