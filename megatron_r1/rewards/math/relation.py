@@ -34,6 +34,8 @@ NAME = re.compile(
     r"|\\text\{[A-Za-z .'-]*\}|\\overline\{\w+\}|\\angle\s*\w+"
 )
 SUM_OF_NAMES = re.compile(rf"{ITEM}(?:\s*+(?:(?:[-+:/]|\\cdot(?![A-Za-z]))\s*+)?{ITEM}){{0,12}}")
+# `when x = 13` states a condition, and no answer.
+CONDITION = re.compile(r"\s*(?:\\text\s*\{\s*)?(?:for|when|where|since|because|while|given)\b")
 # |x| = 13 leaves the sign of x open, so |x| is no name; |AB| and |A| are lengths and sizes.
 MAGNITUDE = re.compile(r"\|\s*[a-z]\s*(?:_[^|]*)?\|")
 
@@ -56,14 +58,19 @@ def read_chain(text: str) -> Chain | None:
 
 def is_name(text: str) -> bool:
     r"""Whether `text` is a name: `x`, `x_1`, `f(x)`, `|AB|`, `(a, b)`."""
-    return NAME.fullmatch(text.strip()) is not None and DENIAL.search(text) is None
+    return NAME.fullmatch(text.strip()) is not None and not _opens_clause(text)
 
 
 def is_asked_quantity(text: str) -> bool:
     """Whether `text` is a name, or names combined as in questions: `m + n`, `a : b`; not `|x|`."""
-    if MAGNITUDE.fullmatch(text.strip()) or DENIAL.search(text):
+    if MAGNITUDE.fullmatch(text.strip()) or _opens_clause(text):
         return False
     return is_name(text) or SUM_OF_NAMES.fullmatch(text.strip()) is not None
+
+
+def _opens_clause(text: str) -> bool:
+    """Whether words in `text` are no part of a name: `not x`, `when x`."""
+    return DENIAL.search(text) is not None or CONDITION.match(text) is not None
 
 
 def squeeze(text: str) -> str:

@@ -52,6 +52,8 @@ LAYOUT: dict[str, list[tuple[str, str, int, str]]] = {
         ("204", r"\text{not} = 204", 0, "denied by the name"),
         ("204", r"\text{less than} = 204", 0, "a bound as a name"),
         ("204", "Let x = 204", 0, "an assumption"),
+        ("204", "when $x = 204$", 0, "a condition"),
+        ("204", r"\text{where } x = 204", 0, "a condition"),
         ("204", r"\not= 204", 0, "denied by a sign"),
         ("204", r"\text{half of the answer is } 204", 0, "another value"),
         ("13", "错误答案是13", 0, "the wrong answer, in Chinese"),
