@@ -1,5 +1,6 @@
 """The command line on a small DeepSeek-V3-shaped model with a tokenizer."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -9,6 +10,10 @@ from pathlib import Path
 from tiny_models import DEEPSEEK
 
 HERE = Path(__file__).parent
+AGENTS_PYTHON = Path(
+    os.environ.get("R1_AGENTS_PYTHON", HERE.parents[1] / ".venv-agents/bin/python")
+).absolute()
+"""Of verifiers, where it is installed (`make agents`)."""
 MODEL = DEEPSEEK | {
     "hidden_size": 64,
     "intermediate_size": 128,
@@ -46,6 +51,24 @@ def write_model(folder: Path) -> None:
     whole.save_pretrained(folder)
     config = {**MODEL, "vocab_size": len(whole)}
     (folder / "config.json").write_text(json.dumps(config))
+
+
+def members(parent: int) -> list[int]:
+    """Return the processes that descend from `parent`."""
+    found, at = [parent], 0
+    while at < len(found):
+        for children in Path(f"/proc/{found[at]}/task").glob("*/children"):
+            with contextlib.suppress(OSError):  # it has ended
+                found += map(int, children.read_text().split())
+        at += 1
+    return found[1:]
+
+
+def command_of(process: int) -> str:
+    """Return the command of a process; "" if it has ended."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{process}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+    return ""
 
 
 def command(*arguments: str) -> list[str]:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from command_line import run, write_model
+from lookup_base import write_base
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +65,14 @@ rewards:
     )
     done = run("sft", folder / "sft.yaml")
     assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture(scope="session")
+def lookup_base(tmp_path_factory) -> Path:
+    """A folder with the rows of examples/agents, and a base model that knows the form of a call."""
+    folder = tmp_path_factory.mktemp("lookup")
+    write_base(folder)
     return folder
 
 

@@ -7,6 +7,7 @@ import signal
 from pathlib import Path
 
 import pytest
+from command_line import AGENTS_PYTHON
 
 from megatron_r1.agents.harness import HarnessPlayer
 from megatron_r1.agents.verifiers.harness import VerifiersHarness, list_tasks
@@ -15,10 +16,11 @@ from megatron_r1.data.prompts import Prompt
 from tests.unit.agents.gateways import WrittenFleet, WrittenParsers, gateway_of, text_of
 
 HERE = Path(__file__).parent
-PYTHON = os.environ.get("R1_AGENTS_PYTHON", HERE.parents[1] / ".venv-agents/bin/python")
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not Path(PYTHON).exists(), reason="verifiers is not installed: make agents"),
+    pytest.mark.skipif(
+        not AGENTS_PYTHON.exists(), reason="verifiers is not installed: make agents"
+    ),
 ]
 
 
@@ -31,8 +33,8 @@ def test_an_environment_runs_and_its_trace_has_the_tokens_of_the_tree(
     text.tokenizer.save_pretrained(tmp_path)
     renderer = {"name": "default"} if client == "tokens" else None
     settings = VerifiersConfig(
-        python=str(PYTHON), taskset="verifiers_sums", harness="verifiers_sums", client=client,
-        taskset_options={"num_tasks": 2}, renderer=renderer,
+        python=str(AGENTS_PYTHON), taskset="verifiers_sums", harness="verifiers_sums",
+        taskset_options={"num_tasks": 2}, client=client, renderer=renderer,
     )  # fmt: skip
     tasks = list_tasks(settings)
     assert [task["answer"] for task in tasks] == [1, 2]
