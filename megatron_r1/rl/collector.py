@@ -71,7 +71,9 @@ class RolloutCollector:
         positions = finished.reserve(len(prompts)) if finished else range(len(prompts))
         begun = []
         for prompt, at in zip(prompts, positions, strict=True):
-            recalled = finished.recall(at, prompt) if finished else None
+            # An episode that failed is played again; a response can be graded again.
+            only_final = self.player is not None
+            recalled = finished.recall(at, prompt, only_final) if finished else None
             prompt_ids = recalled.prompt_ids if recalled else self.text.encode(prompt.question)
             begun.append((at, prompt, prompt_ids, recalled))
             await asyncio.sleep(0)  # hundreds at once would block the event loop
@@ -123,7 +125,7 @@ class RolloutCollector:
             return recalled
         with self.in_flight.group(prompt) as tracked:
             played: list[Played] = []
-            if recalled and self.player is None:
+            if recalled:
                 responses = [graded.response for graded in recalled.responses]
             elif self.player is None:
                 responses = await self._generate(

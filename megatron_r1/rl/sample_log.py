@@ -163,13 +163,16 @@ class StepLog:
         self._drawn += count
         return range(self._drawn - count, self._drawn)
 
-    def recall(self, position: int, prompt: Prompt) -> Group | None:
-        """Return the finished group of `prompt` at `position`, or None."""
+    def recall(self, position: int, prompt: Prompt, only_final: bool = False) -> Group | None:
+        """Return the finished group of `prompt` at `position`, or None. only_final: `is_final`."""
         record = self._records.pop(position, None)
         if record is None or record.prompt_id != prompt.id:
             return None
+        group = unpack(record, prompt)
+        if only_final and not self.is_final(group):
+            return None
         self.num_recalled += 1
-        return unpack(record, prompt)
+        return group
 
     def is_final(self, group: Group) -> bool:
         """Whether a recalled group's grades stand. Ungraded responses are graded again, as the

@@ -72,7 +72,7 @@ def test_a_group_with_an_episode_that_failed_is_played_again(tmp_path):
     groups, _ = rollout(tmp_path, Player(is_broken=True))
     assert [graded.is_graded for graded in groups[1].responses] == [False, False]
     again = Player()
-    repaired, _ = rollout(tmp_path, again)
-    assert again.played == ["row 1"] * 2
+    repaired, num_recalled = rollout(tmp_path, again)
+    assert again.played == ["row 1"] * 2 and num_recalled == 2
     assert all(graded.is_graded for group in repaired for graded in group.responses)
     assert repaired[0] == groups[0]
