@@ -32,6 +32,8 @@ WORDS = re.compile(r"[^\d\\+=()]*")
 def unstyled(text: str) -> str:
     r"""Return `text` without commands of layout. Words stay in their `\text{}` or `\mathrm{}`,
     where they are no products of letters."""
+    if "\\" not in text and not text.endswith("}"):
+        return text
     for pattern, replacement in REMOVED:
         text = pattern.sub(replacement, text)
     for match in reversed(list(GROUP.finditer(text))):

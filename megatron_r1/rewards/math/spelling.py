@@ -120,6 +120,7 @@ SPELLINGS: tuple[tuple[str, Replacement], ...] = (
     (r"\s+", " "),
 )
 REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in SPELLINGS]
+PLAIN_NUMBER = re.compile(r"[-+]?[0-9]+(?:\.[0-9]+)?")
 OPENING_ROUND = re.compile(r"(\\sqrt|\^)\s*\(")
 
 
@@ -127,6 +128,8 @@ def spell(text: str) -> str:
     """Return `text` in the spelling that the comparison reads. Raises nothing.
 
     Linear, except for nested roots with round brackets."""
+    if PLAIN_NUMBER.fullmatch(text):
+        return text  # as most answers are
     if not text.isascii():
         text = re.sub("[√∛](\\d*)", _root, text)
         text = re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ]+", lambda m: f"^{{{m[0].translate(SUPERSCRIPTS)}}}", text)
