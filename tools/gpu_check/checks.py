@@ -2,7 +2,11 @@
 
 from dataclasses import dataclass
 
-PYTEST = ("-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider")
+PYTEST = (
+    *("-m", "pytest", "-q", "-p", "no:cacheprovider"),
+    # The page shows the end of a check's output, which names what failed.
+    *("-rfEs", "--tb=short", "--disable-warnings"),
+)
 # Where only torch and Triton are installed, the conftest files do not import.
 ALONE = (*PYTEST, "--noconftest", "-c", "/dev/null", "--rootdir", ".")
 BENCH_MINUTES = 2.0

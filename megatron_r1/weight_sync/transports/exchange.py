@@ -207,7 +207,9 @@ class GlooReceiver(PairReceiver):
 
 
 class NcclReceiver(GlooReceiver):
-    """A `GlooReceiver` between GPUs, with the receive buffer in device memory. Not yet run."""
+    """A `GlooReceiver` between GPUs, with the receive buffer in device memory.
+
+    Run on null GPUs only (tests/nullgpu)."""
 
     backend, is_weighted = "nccl", True
 

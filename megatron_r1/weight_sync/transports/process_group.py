@@ -308,7 +308,9 @@ def groups(backend: str, rendezvous: Rendezvous, name: str, rank: int, size: int
 
 
 class NcclSender(GlooSender):
-    """A `GlooSender` between GPUs, packed in device memory. Not yet run."""
+    """A `GlooSender` between GPUs, packed in device memory.
+
+    Run on null GPUs only (tests/nullgpu)."""
 
     backend, is_weighted = "nccl", True
 

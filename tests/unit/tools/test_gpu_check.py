@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tools.gpu_check import page, runner
-from tools.gpu_check.checks import CHECKS, Check
+from tools.gpu_check.checks import ALONE, CHECKS, Check
 
 ROOT = Path(__file__).parents[3]
 
@@ -44,6 +44,16 @@ def test_what_becomes_of_a_check(tmp_path, check, status, words):
 def test_a_check_is_not_begun_too_late(tmp_path):
     (outcome,) = outcomes(tmp_path, python("print('ran')"), minutes=0)
     assert outcome.status == "no time" and "--minutes" in outcome.tail[0]
+
+
+def test_the_end_of_a_failed_test_s_output_names_it(tmp_path):
+    file = tmp_path / "test_planted.py"
+    warned = "    warnings.warn('noise', stacklevel=1)\n" * runner.TAIL_LINES
+    file.write_text(f"import warnings\ndef test_broken():\n{warned}    assert not 'planted'\n")
+    (outcome,) = outcomes(tmp_path, Check("a check", (*ALONE, str(file)), 30, needs=()))
+    assert outcome.status == "failed"
+    assert any("FAILED" in line and "test_broken" in line for line in outcome.tail)
+    assert any("assert not 'planted'" in line for line in outcome.tail)
 
 
 def test_the_page_names_what_is_settled_and_shows_what_failed(tmp_path):

@@ -1,0 +1,107 @@
+"""Pushes over NCCL from all ranks of a trainer to all ranks of a set of engines, each on a null GPU
+of its own, in threads of this process: `nccl_push.py MODEL WORLD ENGINES FULL_EVERY`.
+
+Every engine must have every slice after each push, by plain slicing. Prints the bytes sent by each
+push: of differences, where FULL_EVERY is more than 1, those after the first are fewer."""
+
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from host_compute import compute_everywhere
+
+from megatron_r1.weight_sync.plan import EngineLayout, TrainerGrid
+from megatron_r1.weight_sync.receive.table import slot_view
+from megatron_r1.weight_sync.send.sender import WeightSender
+from megatron_r1.weight_sync.transports.base import Receiver
+
+os.chdir(Path(__file__).parents[2])  # the next imports read recipes
+from tests.unit.weight_sync import push_world  # noqa: E402
+from tests.unit.weight_sync.test_exchange import DEEPSEEK, QWEN, plain_table  # noqa: E402
+
+CASES = {
+    "qwen": (QWEN, TrainerGrid(2, tensor=2), EngineLayout()),
+    "deepseek": (DEEPSEEK, TrainerGrid(4, expert=4), EngineLayout(tensor=2)),
+}
+
+
+@dataclass
+class Placement:
+    """The GPU of every rank: the trainer's first, then the engines' one after another."""
+
+    trainer_ranks: int
+    engine_ranks: int
+
+    def install(self) -> None:
+        connect, send, receiver_class = (
+            WeightSender.connect,
+            WeightSender.send,
+            push_world.receiver_class,
+        )
+
+        def connect_there(sender, *args, **kwargs):
+            torch.cuda.set_device(sender.rank)
+            return connect(sender, *args, **kwargs)
+
+        def send_there(sender, *args, **kwargs):
+            torch.cuda.set_device(sender.rank)
+            return send(sender, *args, **kwargs)
+
+        def receiver_there(transport):
+            def make(rendezvous, rank, table) -> Receiver:
+                engine = rendezvous.member * self.engine_ranks
+                torch.cuda.set_device(self.trainer_ranks + engine + rank)
+                return receiver_class(transport)(rendezvous, rank, table)
+
+            return make
+
+        WeightSender.connect, WeightSender.send = connect_there, send_there
+        push_world.receiver_class = receiver_there
+
+
+def assert_delivered(world: push_world.World, tensors: dict, number: int) -> None:
+    devices = {receiver.memory.device for receiver in world.receivers.values()}
+    assert len(devices) == len(world.receivers) and all(at.type == "cuda" for at in devices)
+    for place, receiver in world.receivers.items():
+        area = receiver.table.area(receiver.memory, number).cpu()
+        for slot in receiver.table.slots:
+            whole = tensors[slot.name]
+            whole = whole if whole.dim() > 1 else whole[:, None]
+            expected = whole[slot.top : slot.bottom, slot.left : slot.right]
+            assert torch.equal(slot_view(area, slot), expected.bfloat16()), (place, slot.name)
+
+
+def num_bytes_sent(world: push_world.World) -> int:
+    links = [link for s in world.senders for link in s._sets[world.name].links]
+    return sum(link.end.num_bytes_sent for link in links)
+
+
+def trained(weights: torch.Tensor) -> torch.Tensor:
+    """Change a few elements."""
+    return torch.where(weights.abs() > 1e3, -weights, weights)
+
+
+def main(model: str, engines: int, full_every: int) -> None:
+    compute_everywhere()
+    hf, grid, layout = CASES[model]
+    Placement(grid.world, layout.ranks_per_engine).install()
+    tensors = push_world.draw(hf, 1)
+    options = {"engines": engines, "full_every": full_every, "table": plain_table}
+    world = push_world.World(hf, grid, layout, tensors, transport="nccl", seconds=100, **options)
+    sent = []
+    for number in (1, 2, 3):
+        world.push(number)
+        assert_delivered(world, tensors, number)
+        sent.append(num_bytes_sent(world))
+        for held in world.held:
+            for parameter in {id(p): p for pieces in held.values() for p, _ in pieces}.values():
+                parameter.copy_(trained(parameter))
+        tensors = {name: trained(tensor) for name, tensor in tensors.items()}
+    world.close()
+    print(*sent)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], *map(int, sys.argv[2:]))
