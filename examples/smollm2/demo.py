@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 from examples.demo_parts import announce, megatron_r1, python, show_result
+from megatron_r1.processes.peak_memory import PeakMemory
 
 HERE = Path(__file__).parent
 
@@ -22,16 +23,18 @@ def main() -> int:
     chosen, settings = options.parse_known_args()
     start = time.monotonic()
 
-    questions = Path("build/smollm2/questions")
-    if not (questions / "heldout.jsonl").exists():
-        python("examples.smollm2.questions", str(questions))
-    announce("1/2  reinforcement learning: reward 1 for a right answer, nothing else")
-    model = ["--model.path", str(chosen.model)]
-    megatron_r1("rl", HERE / "rl.yaml", chosen.folder, str(chosen.seed), *model, *settings)
-    announce("2/2  the exported model, loaded by plain transformers and plain vLLM")
-    python("examples.laptop.check_export", str(chosen.folder))
+    with PeakMemory() as memory:
+        questions = Path("build/smollm2/questions")
+        if not (questions / "heldout.jsonl").exists():
+            python("examples.smollm2.questions", str(questions))
+        announce("1/2  reinforcement learning: reward 1 for a right answer, nothing else")
+        model = ["--model.path", str(chosen.model)]
+        megatron_r1("rl", HERE / "rl.yaml", chosen.folder, str(chosen.seed), *model, *settings)
+        announce("2/2  the exported model, loaded by plain transformers and plain vLLM")
+        python("examples.laptop.check_export", str(chosen.folder))
 
     show_result(chosen.folder, "before", time.monotonic() - start, intervals=True)
+    print(f"memory:  {memory.gib:.1f} GiB at most, of all processes together")
     print("next:    what it was asked and what it answered: samples.jsonl beside the report")
     print("           .venv/bin/megatron-r1 pipeline examples/smollm2/chain.yaml")
     return 0

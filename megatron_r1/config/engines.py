@@ -69,6 +69,9 @@ class RolloutConfig(EngineConfig):
     max_model_len: int | None = None
     """most tokens of prompt and response together; default: the model's own limit"""
     max_num_seqs: int = Field(256, gt=0, description="sequences an engine decodes at once")
+    kv_block_tokens: Resumable[int | None] = Field(None, ge=32, multiple_of=32)
+    """tokens of a block of the KV cache; a group shares the whole blocks of its prompt.
+    Default: vLLM's; its 128 on a CPU are too long for most prompts to be shared"""
     speculative: Resumable[SpeculativeConfig] = SpeculativeConfig()
     """speculative decoding; by default none"""
     plain_matrices: bool = False

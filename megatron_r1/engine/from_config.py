@@ -7,7 +7,8 @@ from megatron_r1.config import RolloutConfig, TeacherConfig
 from megatron_r1.config.engines import SpeculativeConfig
 
 LAYOUT = {"tensor", "pipeline", "data", "expert_parallel"}
-ENGINE = LAYOUT | {"dtype", "max_num_seqs", "kv_cache_gib", "gpu_memory", "plain_matrices"}
+MEMORY = {"kv_cache_gib", "kv_block_tokens", "gpu_memory", "plain_matrices"}
+ENGINE = LAYOUT | MEMORY | {"dtype", "max_num_seqs"}
 SUPERVISION = {
     "start_timeout_seconds",
     "request_timeout_seconds",

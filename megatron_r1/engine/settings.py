@@ -22,6 +22,8 @@ class EngineSettings:
     max_num_seqs: sequences decoded together, by each of `data` copies.
     num_threads: OpenMP threads of all ranks together (CPU only).
     kv_cache_gib: memory of a rank for keys and values (CPU only).
+    kv_block_tokens: tokens of a block of that memory; None: vLLM's own. Latent attention on a CPU
+        has 16 whatever is set.
     prefix_caching: share the prompt's keys and values within a group. vLLM turns it off for MLA on
         CPU.
     weight_transfer_backend: a name registered by `vllm_plugin`.
@@ -46,6 +48,7 @@ class EngineSettings:
     seed: int = 0
     num_threads: int = 2
     kv_cache_gib: int = 1
+    kv_block_tokens: int | None = None
     prefix_caching: bool = True
     weight_transfer_backend: str = "megatron_r1_shm"
     return_routing: bool = False
@@ -73,6 +76,7 @@ class EngineSettings:
             *("--dtype", self.dtype, "--max-model-len", str(self.max_model_len)),
             *("--max-num-seqs", str(self.max_num_seqs), "--seed", str(self.seed)),
             "--enable-prefix-caching" if prefix_caching else "--no-enable-prefix-caching",
+            *(["--block-size", str(self.kv_block_tokens)] if self.kv_block_tokens else []),
             *("--weight-transfer-config", json.dumps({"backend": self.weight_transfer_backend})),
             *("--logprobs-mode", "processed_logprobs", "--generation-config", "vllm"),
             *("--enable-scale-out", "--skip-tokenizer-init"),

@@ -1,6 +1,6 @@
 """`python tools/bench WHAT [options]`: one measurement on this machine, with how it was made.
 
-step       whole RL steps beside TRL: tokens per second, overlap; or the phases of a recipe
+step       whole RL steps beside TRL, of a toy or a pretrained model; or the phases of a recipe
 fp8        what FP8 training does to the loss, against bf16
 push       the weight push, on this machine and planned at the real size
 agents     turns of tool-using agents through the gateway, before an engine that answers at once

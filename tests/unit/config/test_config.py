@@ -202,7 +202,7 @@ def test_keys_that_may_change_when_a_run_continues():
         "rl": "sample_log schedule",
         "rollout": "engines placement hosts_port hosts_address host_silence_seconds "
         "hosts_per_engine tensor pipeline data expert_parallel colocated gpu_memory max_restarts "
-        "unresponsive_seconds threads speculative",
+        "unresponsive_seconds threads speculative kv_block_tokens",
         "teacher": "url engines tensor pipeline data expert_parallel gpu_memory max_num_seqs "
         "tokens_at_once threads max_restarts unresponsive_seconds",
         "rewards": "options.helpful.url options.judge.url options.safety.url workers max_ungraded",

