@@ -197,9 +197,12 @@ class EnvironmentProcess:
 
     async def call(self, name: str, arguments: object, seconds: float) -> CallResult:
         """Call a tool, for at most `seconds` and the limit of every call. Raises EnvironmentFault
-        where its process ends, CallTimedOut where it was ended for exceeding the time."""
+        where its process ends or it raises RunError, CallTimedOut where it was ended for exceeding
+        the time."""
         limit = min(seconds, self._seconds)
         reply = await self._send("call", [name, arguments], limit)
+        if reply.get("is_fault"):
+            raise EnvironmentFault(f"{name}: {reply['error']}")
         is_error = "error" in reply
         text = f"error: {reply['error']}" if is_error else reply["value"]
         return CallResult(text, is_error, reply["done"], reply["seconds"])

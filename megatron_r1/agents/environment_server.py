@@ -29,6 +29,7 @@ from megatron_r1.agents.environment import (
     find_environment,
     row_arguments,
 )
+from megatron_r1.errors import RunError
 from megatron_r1.processes.frames import LENGTH
 from megatron_r1.processes.lifetime import die_with_parent, end_without_parent
 
@@ -128,6 +129,7 @@ class _Episode:
             answer |= {"error": f"no result within {seconds:g} s", "timeout": True}
         except BaseException as error:  # noqa: BLE001 - a user's code may raise anything
             answer["error"] = f"{type(error).__name__}: {error}"[:MAX_TEXT]
+            answer["is_fault"] = isinstance(error, RunError)
         if "error" in answer:
             with contextlib.suppress(Exception):  # the error may be that of `done`
                 answer["done"] = self._is_done()

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 
+from megatron_r1.errors import RunError
+
 if TYPE_CHECKING:
     from nowhere import Unknown
 
@@ -51,7 +53,7 @@ class Counter:
         Args:
             reason: of the error.
         """
-        raise RuntimeError(reason)
+        raise (RunError if reason == "the machine" else RuntimeError)(reason)
 
     def sleep(self, seconds: float) -> str:
         time.sleep(seconds)

@@ -111,7 +111,7 @@ def test_an_episode_with_coroutines_options_errors_and_an_end():
     play(use, step=2)
 
 
-def test_failures_of_reset_and_get_reward_are_the_environments():
+def test_failures_of_reset_and_get_reward_and_of_the_machine_are_the_environments():
     async def use(environments):
         async with environments.open() as game:
             with pytest.raises(EnvironmentFault, match="reset: OSError: the server of the game"):
@@ -120,6 +120,8 @@ def test_failures_of_reset_and_get_reward_are_the_environments():
             await game.call("add", {"number": 13}, 9)
             with pytest.raises(EnvironmentFault, match="get_reward: ValueError: 13"):
                 await game.reward("")
+            with pytest.raises(EnvironmentFault, match="fail: RunError: the machine"):
+                await game.call("fail", {"reason": "the machine"}, 9)
 
     play(use)
 
