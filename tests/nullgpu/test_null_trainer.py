@@ -49,7 +49,7 @@ def test_transformer_engines_modules_compute_what_ours_do(model, on_cpu, on_one_
 def test_every_split_does_too_and_continues_from_anothers_checkpoint(
     on_null_gpu, model, on_cpu, on_one_gpu, tmp_path
 ):
-    grids = ["dp2", "tp2", "pp2", "ep2"]
+    grids = ["dp2", "tp2", "pp2", "ep2", "cp2", "pp2xvp2"]
     shutil.copytree(on_one_gpu / "checkpoint_one", tmp_path / "checkpoint")
     script = ["trainer_on_null_gpu.py", str(model), str(tmp_path), *grids]
     on_null_gpu(*TORCHRUN, "--nproc-per-node=2", *script, gpus=2)
