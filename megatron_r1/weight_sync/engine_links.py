@@ -113,6 +113,7 @@ class EngineLinks:
         sets of one, and those that fail again are lost. resume: engines may compute afterwards."""
         self._give_up([one for one in self.sets if set(one.engines) & set(engines)])
         groups = self._divided(engines)
+        of_set: dict[Engine, str] = {}  # why its set of several could not connect
         while groups:
             sets = [self._named(group) for group in groups]
             problems, deaths = await self._connect(sets, resume)
@@ -130,9 +131,13 @@ class EngineLinks:
                     groups += [left] if left else []
                 elif len(left) > 1:
                     self._count_unexplained(problems[one.name])
+                    of_set |= dict.fromkeys(left, problems[one.name])
                     groups += [[engine] for engine in left]
                 else:
-                    lose(left[0], EngineError(f"{left[0].name}: {problems[one.name]}"))
+                    # The first problem may have left the engine unable to connect again.
+                    all_of_it = filter(None, [of_set.get(left[0]), problems[one.name]])
+                    problem = "; then, alone: ".join(dict.fromkeys(all_of_it))
+                    lose(left[0], EngineError(f"{left[0].name}: {problem}"))
 
     async def send(self, push: int, engines: Sequence[Engine], lose: Lose) -> list[Engine]:
         """Send push number `push` to the sets of these engines.

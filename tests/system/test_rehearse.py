@@ -171,6 +171,7 @@ QUICK = ("--run.hang_seconds", "60")
         ("mtp", ZERO, "MTP layers (m) must stand there 0 times, not 1"),
         ("all_pairs", ZERO, "links to engine ranks, where its plan"),
         ("single_tokens", ZERO, "log-probabilities of engine-"),
+        ("left_out_drafter", ZERO, "the engine takes no pushes of"),
         ("undelivered", SMALL, "are not what the engine computes with"),
         ("trained", (R1 / "cold_start_sft.yaml",), "model.mtp: frozen, but"),
         ("schedule", (*SMALL, *LONGER), "rl.schedule: rollout.max_response_tokens of the steps"),

@@ -214,6 +214,28 @@ def test_engines_that_join_or_leave_come_into_new_sets():
     assert asyncio.run(story()) == ([[11, 11, 12]], [], [[1], [11, 11, 12]])
 
 
+class TrainerThatConnectsNone(SmallTrainer):
+    """Its ranks find one problem with a set of several engines, and another with each alone."""
+
+    async def call_all(self, operation, begun=None, **arguments):
+        (answer,) = await super().call_all(operation, begun, **arguments)
+        if operation == "connect_sets":
+            problem = "the engine takes no pushes", "offer/3 is not there"
+            for name, size in arguments["sets"]:
+                answer["problems"][name] = problem[size == 1]
+        return [answer]
+
+
+def test_an_engine_that_cannot_connect_has_the_problem_of_its_set_named_too():
+    async def story():
+        bridge = sharing_bridge(TrainerThatConnectsNone(), SmallFleet(engines(2)))
+        both = "takes no pushes; then, alone: trainer rank 0 cannot connect to it: offer/3"
+        with pytest.raises(EngineError, match=f"engine-0: .*{both}"):
+            await bridge.open()
+
+    asyncio.run(story())
+
+
 def test_a_full_set_stays_when_another_changes():
     async def story():
         trainer, fleet = SmallTrainer(), SmallFleet(engines(32))
