@@ -17,6 +17,7 @@ from tiny_models import (
     GLM_LITE,
     GPT_OSS,
     KIMI,
+    PLAIN_YARN,
     QWEN,
     QWEN3,
     QWEN3_MOE,
@@ -37,7 +38,8 @@ from megatron_r1.weight_sync.send import sender
 from megatron_r1.weights import hf_tensors
 
 MODELS = {
-    **{"deepseek": DEEPSEEK, "qwen": QWEN, "qwen3": QWEN3, "qwen3-moe": QWEN3_MOE, "glm": GLM},
+    **{"deepseek": DEEPSEEK, "qwen": QWEN, "qwen3-moe": QWEN3_MOE, "glm": GLM},
+    "qwen3": QWEN3 | {"rope_parameters": PLAIN_YARN},
     **{"glm-lite": GLM_LITE, "kimi": KIMI, "deepseek-v2": DEEPSEEK_V2},
     "gpt-oss": GPT_OSS,
 }
@@ -100,6 +102,7 @@ SMALL = 4e-3
                 ("gpt-oss", {}, "shm"),
                 ("gpt-oss", {"tensor": 2}, "gloo"),
                 ("gpt-oss", {"tensor": 2, "expert_parallel": True}, "shm"),
+                ("gpt-oss", {"pipeline": 2}, "shm"),
             ]
         ),
         pytest.param(
@@ -129,8 +132,7 @@ def test_after_a_push_an_engine_is_as_if_started_on_the_trainers_weights(
             expected = await checksums(fleet)
         backend = f"megatron_r1_{push['transport']}"
         settings = ENGINE | layout | {"weight_transfer_backend": backend}
-        if family == "gpt-oss":  # as rl starts engines; ranks leave out biases, which must be zero
-            settings["extra_args"] = ["--load-format", "dummy"]
+        settings["extra_args"] = ["--load-format", "dummy"]  # as rl starts engines
         async with RolloutFleet(1, tmp_path / "pushed", **settings) as fleet:
             await fleet.start(before)
             for parallel in trainers:
