@@ -28,7 +28,7 @@ TE_BUILT := $(CUDA_VENV)/.transformer-engine-$(TE)-torch-$(TORCH)
 
 help:
 	@echo "make demo      a small model learns to reason: minutes on two CPU cores"
-	@echo "make demo-pretrained  GRPO on SmolLM2-135M-Instruct (93 MB to download): half an hour on two cores"
+	@echo "make demo-pretrained  GRPO on SmolLM2-135M-Instruct (93 MB to download): 12 minutes on two cores"
 	@echo "make demo-agents  a tiny model learns to use a tool: minutes on two CPU cores"
 	@echo "make setup     install everything into $(VENV) (3.7 GB; the others do it, too)"
 	@echo "make test      the tests that take minutes;  make test-all: the long ones as well"
