@@ -22,8 +22,8 @@ class EngineSettings:
     max_num_seqs: sequences decoded together, by each of `data` copies.
     num_threads: OpenMP threads of all ranks together (CPU only).
     kv_cache_gib: memory of a rank for keys and values (CPU only).
-    kv_block_tokens: tokens of a block of that memory; None: vLLM's own. Latent attention on a CPU
-        has 16 whatever is set.
+    kv_block_tokens: tokens of a block of that memory; None: vLLM's own. With latent
+        attention a CPU has 16, and this setting changes nothing.
     prefix_caching: share the prompt's keys and values within a group. vLLM turns it off for MLA on
         CPU.
     weight_transfer_backend: a name registered by `vllm_plugin`.

@@ -16,10 +16,10 @@ class PeakMemory:
     theirs, and so on, without this process itself."""
 
     def __init__(self, every_seconds: float = 5.0):
-        """every_seconds: time between two looks. One took 90 ms where 10 GiB were held."""
+        """every_seconds: time between two measurements. One took 90 ms for 10 GiB."""
         self.gib = 0.0
         self._end = threading.Event()
-        self._thread = threading.Thread(target=self._look, args=(every_seconds,), daemon=True)
+        self._thread = threading.Thread(target=self._measure, args=(every_seconds,), daemon=True)
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -29,7 +29,7 @@ class PeakMemory:
         self._end.set()
         self._thread.join()
 
-    def _look(self, every_seconds: float) -> None:
+    def _measure(self, every_seconds: float) -> None:
         while not self._end.wait(every_seconds):
             self.gib = max(self.gib, sum(map(_held, descendants(os.getpid()))) / 2**30)
 

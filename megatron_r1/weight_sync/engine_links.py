@@ -135,8 +135,9 @@ class EngineLinks:
                     groups += [[engine] for engine in left]
                 else:
                     # The first problem may have left the engine unable to connect again.
-                    all_of_it = filter(None, [of_set.get(left[0]), problems[one.name]])
-                    problem = "; then, alone: ".join(dict.fromkeys(all_of_it))
+                    problem, first = problems[one.name], of_set.get(left[0])
+                    if first not in (None, problem):
+                        problem = f"{first}; then, alone: {problem}"
                     lose(left[0], EngineError(f"{left[0].name}: {problem}"))
 
     async def send(self, push: int, engines: Sequence[Engine], lose: Lose) -> list[Engine]:

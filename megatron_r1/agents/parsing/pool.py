@@ -27,7 +27,7 @@ class Parsed:
     content: str | None
     tool_calls: list[dict[str, Any]] = field(default_factory=list)
     failure: str = ""
-    """Why the parser failed on the text, all of which is content then; "" if it did not fail."""
+    """The parser's error, "" if there was none; after an error the whole text is in `content`."""
 
     def message(self) -> dict[str, Any]:
         """Return the turn as an assistant's message."""
