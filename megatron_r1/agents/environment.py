@@ -171,6 +171,11 @@ def _types(method: Callable[..., Any]) -> dict[str, TypeAdapter[Any]]:
     """Return the converter of each argument. Arguments are left out that have no type, one that
     pydantic has no schema for, or one that is imported for type checkers only."""
     function = inspect.unwrap(method)
+    return _types_of(getattr(function, "__func__", function))  # bound methods differ by episode
+
+
+@functools.lru_cache(maxsize=1024)
+def _types_of(function: Callable[..., Any]) -> dict[str, TypeAdapter[Any]]:
     names = getattr(function, "__globals__", None)
     adapters = {}
     for name, annotation in getattr(function, "__annotations__", {}).items():

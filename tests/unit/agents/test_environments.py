@@ -1,15 +1,17 @@
 """Environments of one's own: schemas, mistakes, and processes that hang or end."""
 
 import asyncio
+import functools
 import inspect
 import json
 import time
 from pathlib import Path
 
 import pytest
+from pydantic import TypeAdapter
 from transformers.utils import get_json_schema
 
-from megatron_r1.agents import environment_pool, environment_server
+from megatron_r1.agents import environment, environment_pool, environment_server
 from megatron_r1.agents.environment import Description, describe
 from megatron_r1.agents.environment_pool import (
     CallTimedOut,
@@ -245,6 +247,27 @@ def test_arguments_have_the_types_of_the_signature():
             assert await game.reward("") == 1.0
 
     play(use, f"{MODULE}:Typed")
+
+
+def test_the_types_of_a_tool_are_read_once(monkeypatch):
+    built = []
+
+    def adapter(hint, **options):
+        built.append(hint)
+        return TypeAdapter(hint, **options)
+
+    class Fresh:
+        def add(self, number: int, other: int | None = None): ...
+
+        @functools.wraps(add)
+        def sum(self, *values, **named): ...
+
+    monkeypatch.setattr(environment, "TypeAdapter", adapter)
+    for name in ("add", "sum"):
+        for _ in range(3):
+            tool = getattr(Fresh(), name)
+            assert environment.converted(tool, {"number": "3"}) == {"number": 3}
+    assert built == [int, int | None]
 
 
 def test_a_closed_run_has_closed_its_environments_and_what_they_started(tmp_path):
