@@ -1,6 +1,7 @@
 """Every collective and message that we or Megatron send over NCCL, between null GPUs, against what
-each must give: `collectives.py`, under torchrun; `collectives.py wrong`: calls that NCCL or the
-null GPU has to refuse. Prints a line for each rank."""
+each must give: `collectives.py`, under torchrun. What NCCL or the null GPU has to refuse:
+`collectives.py unequal`, a collective of unequal sizes, and `collectives.py shared`, ranks on one
+GPU. Prints a line for each rank."""
 
 import os
 import sys
@@ -103,17 +104,15 @@ def refused(call) -> None:
 
 def main() -> None:
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    if "wrong" in sys.argv:
-        torch.cuda.set_device(rank)
-        dist.init_process_group("nccl", device_id=torch.device("cuda", rank))
-        refused(lambda: dist.all_reduce(filled(1, 3 + rank)))
-        dist.destroy_process_group()
-        torch.cuda.set_device(0)
+    if "shared" in sys.argv:
         device = torch.device("cuda", 0)
         refused(lambda: dist.init_process_group("nccl", device_id=device))
         return
     torch.cuda.set_device(rank)
     dist.init_process_group("nccl", device_id=torch.device("cuda", rank))
+    if "unequal" in sys.argv:
+        refused(lambda: dist.all_reduce(filled(1, 3 + rank)))
+        return
     for part in (reductions, copies, messages, groups):
         part(rank, size)
     dist.destroy_process_group()
