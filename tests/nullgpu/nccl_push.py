@@ -1,5 +1,6 @@
 """Pushes over NCCL from all ranks of a trainer to all ranks of a set of engines, each on a null GPU
-of its own, in threads of this process: `nccl_push.py MODEL WORLD ENGINES FULL_EVERY`.
+of its own, in threads of this process: `nccl_push.py MODEL ENGINES FULL_EVERY [colocated]`.
+colocated: each engine rank is on the GPU of a trainer rank.
 
 Every engine must have every slice after each push, by plain slicing. Prints the bytes sent by each
 push: of differences, where FULL_EVERY is more than 1, those after the first are fewer."""
@@ -29,9 +30,10 @@ CASES = {
 
 @dataclass
 class Placement:
-    """The GPU of every rank: the trainer's first, then the engines' one after another."""
+    """The GPU of every rank: a trainer rank's is its number, then come the engines' one after
+    another, from GPU `first_engine` on."""
 
-    trainer_ranks: int
+    first_engine: int
     engine_ranks: int
 
     def install(self) -> None:
@@ -52,7 +54,7 @@ class Placement:
         def receiver_there(transport):
             def make(rendezvous, rank, table) -> Receiver:
                 engine = rendezvous.member * self.engine_ranks
-                torch.cuda.set_device(self.trainer_ranks + engine + rank)
+                torch.cuda.set_device(self.first_engine + engine + rank)
                 return receiver_class(transport)(rendezvous, rank, table)
 
             return make
@@ -83,10 +85,10 @@ def trained(weights: torch.Tensor) -> torch.Tensor:
     return torch.where(weights.abs() > 1e3, -weights, weights)
 
 
-def main(model: str, engines: int, full_every: int) -> None:
+def main(model: str, engines: int, full_every: int, *, is_colocated: bool) -> None:
     compute_everywhere()
     hf, grid, layout = CASES[model]
-    Placement(grid.world, layout.ranks_per_engine).install()
+    Placement(0 if is_colocated else grid.world, layout.ranks_per_engine).install()
     tensors = push_world.draw(hf, 1)
     options = {"engines": engines, "full_every": full_every, "table": plain_table}
     world = push_world.World(hf, grid, layout, tensors, transport="nccl", seconds=100, **options)
@@ -104,4 +106,5 @@ def main(model: str, engines: int, full_every: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], *map(int, sys.argv[2:]))
+    name, *numbers = [argument for argument in sys.argv[1:] if argument != "colocated"]
+    main(name, *map(int, numbers), is_colocated="colocated" in sys.argv)

@@ -141,12 +141,15 @@ def sent_last_bytes(job: Job) -> int:
 
 
 def push_link(job: Job) -> tuple[float, str]:
-    """Return (bytes/s into an engine GPU, name of the link)."""
+    """Return (bytes/s into an engine rank, name of the link)."""
     hardware, transport = job.hardware, job.config.push.transport
-    rate, name = hardware.network, "network adapter"
-    if _is_one_node(job) and transport == "shm":
+    if transport == "nccl":
+        rate, name = hardware.network, "network adapter"
+    elif transport == "gloo" or not _is_one_node(job):
+        rate, name = hardware.host_network, "gloo connection"
+    elif transport == "shm":
         rate, name = hardware.host_link, "link to the host"
-    elif _is_one_node(job) and transport == "cuda_ipc":
+    else:
         rate, name = hardware.nvlink, "NVLink"
     return rate * job.assumptions.push_efficiency, name
 
@@ -250,7 +253,5 @@ def _receive_buffer_formula(job: Job) -> str:
         how = f"push.memory_gib={push.memory_gib:g}: engines pause while the rest travels"
     text = f"of an engine rank, on its {receive_buffer_place(job)} ({push.transport}); {how}"
     if push.on_one_host and not _is_one_node(job):
-        # NCCL refuses a pair of ranks on one GPU.
-        others = "nccl or gloo" if job.rollout_gpus else "gloo"
-        text += f"; {push.transport} is for one host, set push.transport to {others}"
+        text += f"; {push.transport} is for one host, set push.transport to gloo or nccl"
     return text

@@ -7,7 +7,8 @@ another is packed, or unpacked; the checksums follow each window. A push is sent
 difference to the pair's last push; then every bucket's length precedes it.
 
 With NCCL, buckets are packed and checksums computed on the GPUs, where the receive buffer is as
-well. Headers, lengths and checksums travel over a gloo group beside it: no GPU waits for a push."""
+well. Headers, lengths and checksums travel over a gloo group beside it: no GPU waits for a push. So
+do the buckets of a trainer and an engine rank that share a GPU, which NCCL refuses."""
 
 import contextlib
 import datetime
@@ -18,8 +19,9 @@ from typing import NamedTuple, cast
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import AllgatherOptions
 
-from megatron_r1.weight_sync.receive.rendezvous import Rendezvous, SetFailed
+from megatron_r1.weight_sync.receive.rendezvous import SetFailed
 from megatron_r1.weight_sync.receive.table import Delivery, SlotTable, dtype_of
 from megatron_r1.weight_sync.transports import delta
 from megatron_r1.weight_sync.transports.base import Receiver, Sender, Slices
@@ -41,10 +43,15 @@ class Header(NamedTuple):
 
 
 class Groups(NamedTuple):
-    """Two groups of the same ranks: for integers in host memory, and for buckets."""
+    """Two groups of the same ranks: for integers in host memory, and for buckets, on `device`."""
 
     control: dist.ProcessGroup
     data: dist.ProcessGroup
+    device: torch.device
+
+    def abort(self) -> None:
+        for group in {self.control, self.data}:
+            group.abort()
 
 
 class PairReceiver(Receiver):
@@ -75,7 +82,7 @@ class PairReceiver(Receiver):
         no two ranks can wait for each other's next pair."""
         for sender in self.senders:
             try:
-                groups = pair(self.backend, self.rendezvous, sender, self.rank, is_sender=False)
+                groups = pair(self, sender, self.rank, is_sender=False)
             except Exception as error:  # noqa: BLE001 - raised by the push that waits
                 self._fail(sender, error)
                 continue
@@ -89,8 +96,8 @@ class PairReceiver(Receiver):
 
     def close(self) -> None:
         self._is_closing = True
-        for group in {group for groups in self._groups for group in groups}:
-            group.abort()
+        for groups in self._groups:
+            groups.abort()
         # A thread that is still in a call when the interpreter ends would abort the process.
         deadline = time.monotonic() + CLOSE_SECONDS
         for thread in self._threads:
@@ -145,7 +152,7 @@ class PairReceiver(Receiver):
                 length = torch.empty(1, dtype=torch.int64)
                 finish(groups.control.recv([length], 1, 0), self)
                 size = int(length)
-            data = torch.empty(size, dtype=torch.uint8, device=self.device)
+            data = torch.empty(size, dtype=torch.uint8, device=groups.device)
             work = groups.data.recv([data], 1, 0)
             if arriving:
                 self._unpack(header, buckets, *arriving)
@@ -166,7 +173,7 @@ class PairReceiver(Receiver):
         bucket: list[Chunk],
     ) -> None:
         finish(work, self)
-        packed = data
+        packed = data.to(self.device)
         if header.base:
             # The base is in another area than this push where areas alternate.
             state = buckets.pack(self.table.area(self.memory, header.base), bucket).cpu()
@@ -199,11 +206,11 @@ class GlooSender(Sender):
         super().plan(deliveries)
 
     def connect(self) -> None:
-        self._groups = pair(self.backend, self.rendezvous, self.sender, self.rank, is_sender=True)
+        self._groups = pair(self, self.sender, self.rank, is_sender=True)
 
     def send(self, push: int, window: int, slices: Slices) -> None:
         self.await_free_memory(push, window)
-        (control, data), indices = self._groups, self.windows[window]
+        (control, data, device), indices = self._groups, self.windows[window]
         if not indices:
             return
         is_full = self._base == 0 or self._since_full + 1 >= self.full_every
@@ -215,7 +222,7 @@ class GlooSender(Sender):
         self.num_bytes_sent = 0
         for number, bucket in enumerate(Buckets(self.table, self.deliveries).of(indices)):
             packed = self._packed(bucket, slices, running)
-            message = self._message(number, packed, header)
+            message = self._message(number, packed, header).to(device)
             for work, _ in on_the_wire:
                 finish(work, self)
             on_the_wire = []
@@ -235,8 +242,7 @@ class GlooSender(Sender):
     def close(self) -> None:
         self._sent = []
         if hasattr(self, "_groups"):
-            for group in set(self._groups):
-                group.abort()
+            self._groups.abort()
             del self._groups  # closes the connection
 
     def _checksum(self, index: int) -> RowsChecksum | RowsWeightedSum:
@@ -284,27 +290,35 @@ def finish(work: dist.Work, end: PairReceiver | GlooSender, more_seconds: float 
         work.wait()  # a timeout here would block the host; `groups` has set the group's
 
 
-def pair(
-    backend: str, rendezvous: Rendezvous, sender: int, rank: int, *, is_sender: bool
-) -> Groups:
+def pair(end: PairReceiver | GlooSender, sender: int, rank: int, *, is_sender: bool) -> Groups:
     """Return the groups of an engine rank (rank 0 in them) and a trainer rank (rank 1 in them)."""
-    name = f"pair/{sender}/{rendezvous.member}/{rank}"
-    return groups(backend, rendezvous, name, 1 if is_sender else 0, 2)
+    name = f"pair/{sender}/{end.rendezvous.member}/{rank}"
+    return groups(end, name, 1 if is_sender else 0, 2)
 
 
-def groups(backend: str, rendezvous: Rendezvous, name: str, rank: int, size: int) -> Groups:
+def groups(end: PairReceiver | GlooSender, name: str, rank: int, size: int) -> Groups:
     """Return the groups of `size` ranks that meet under `name`."""
+    rendezvous = end.rendezvous
     store = dist.PrefixStore(name, rendezvous.client())
     timeout = datetime.timedelta(seconds=rendezvous.timeout_seconds)
     # The stubs give a backend no send and recv.
     control = cast(dist.ProcessGroup, dist.ProcessGroupGloo(store, rank, size, timeout))
-    if backend == "gloo":
-        return Groups(control, control)
+    if end.backend == "gloo" or (size == 2 and _share_a_gpu(control, end.device)):
+        return Groups(control, control, torch.device("cpu"))
     options = dist.ProcessGroupNCCL.Options()
     options._timeout = datetime.timedelta(seconds=rendezvous.push_seconds)
     store = dist.PrefixStore("nccl", store)
     data = dist.ProcessGroupNCCL(store, rank, size, options)
-    return Groups(control, cast(dist.ProcessGroup, data))
+    return Groups(control, cast(dist.ProcessGroup, data), end.device)
+
+
+def _share_a_gpu(group: dist.ProcessGroup, device: torch.device) -> bool:
+    """Return whether both ranks of `group` compute on the same GPU."""
+    own = torch.tensor(list(str(torch.cuda.get_device_properties(device).uuid).encode()))
+    both = torch.empty(2 * len(own), dtype=own.dtype)
+    group._allgather_base(both, own, AllgatherOptions()).wait()
+    first, second = both.chunk(2)
+    return torch.equal(first, second)
 
 
 class NcclSender(GlooSender):

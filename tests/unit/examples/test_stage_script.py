@@ -93,9 +93,9 @@ def test_rl_brings_engine_hosts_which_end_with_it(stage):
     assert settings == {
         "rollout.placement": "hosts",
         "rollout.hosts_per_engine": 16,
-        "push.transport": "gloo",
     }
     config = configuration.load(SCRIPT.with_name("r1_zero.yaml"), settings)
+    assert config.push.transport == "gloo"
     assert config.rollout.engines * config.rollout.hosts_per_engine * 8 == 2048
 
 

@@ -3,7 +3,7 @@
 Here: from a trainer to an engine, compared with memory copies and with export and reload. At the
 real size: the bytes that the plan moves, and the seconds that planning takes. With --simulate:
 designs of a push to 16 x 128 and 64 x 16 GPUs, by events. With --control-path: 256 processes that
-meet, push to each other, and die in the middle."""
+meet, push to each other, and die in the middle. With --gloo: rates of gloo on this machine."""
 
 import argparse
 import asyncio
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tools.bench.push.control import control_path
+from tools.bench.push.gloo import rates
 from tools.bench.push.here import measure, model
 from tools.bench.push.real_size import plan_of_671b
 from tools.bench.push.scale import simulate
@@ -27,6 +28,7 @@ ENGINES = {
 def add_options(options: argparse.ArgumentParser) -> None:
     options.add_argument("--simulate", action="store_true", help="only the simulation at scale")
     options.add_argument("--control-path", action="store_true", help="only 256 processes")
+    options.add_argument("--gloo", action="store_true", help="only gloo's rates here")
     options.add_argument("--repeats", type=int, default=30, help="pushes")
     options.add_argument("--reloads", type=int, default=5, help="exports and reloads")
     options.add_argument("--hidden", type=int, default=2048, help="of the model pushed here")
@@ -40,6 +42,10 @@ def run(chosen: argparse.Namespace) -> dict[str, Any]:
         return simulate()
     if chosen.control_path:
         return control_path()
+    if chosen.gloo:
+        found = {"two": rates(2), "four": rates(4)}
+        _print_values({f"{n}: {k}": v for n, of in found.items() for k, v in of.items()})
+        return found
     plan = plan_of_671b()
     print("671B, 2,048 training ranks (TP1 PP16 EP64) to 64 engines x 16 GPUs")
     for name, found in plan.items():
