@@ -31,10 +31,12 @@ OF_LAPTOP = "[r1, cold_start_data, preferences, helpful]"
 NODE = (*LAPTOP_MODEL, "--parallel.processes", "8")
 NODES = (*NODE, "--rollout.placement", "hosts", "--rollout.engines", "2", *GLOO)
 SHIPPED = {
-    **{name: (R1, name, (*ON_HOSTS, *GLOO)) for name in ("reasoning_rl", "all_scenarios_rl")},
     **{
         name: (R1, name, ON_HOSTS)
-        for name in ("cold_start_sampling", "rejection_sampling", "helpful_pairs", "safety_labels")
+        for name in (
+            *("reasoning_rl", "all_scenarios_rl", "cold_start_sampling", "rejection_sampling"),
+            *("helpful_pairs", "safety_labels"),
+        )
     },
     **{name: (R1, name, ()) for name in ("cold_start_sft", "sft_800k", "helpful_rm", "safety_rm")},
     "pools": (R1, "r1_zero", (*ON_HOSTS, *GLOO, *APART)),
@@ -90,7 +92,7 @@ def keep(name, folder):
 
 
 def test_r1_zero_on_2048_gpus_goes_through(tmp_path):
-    done = rehearse(R1 / "r1_zero.yaml", tmp_path, *ON_HOSTS, *GLOO)
+    done = rehearse(R1 / "r1_zero.yaml", tmp_path, *ON_HOSTS)
     assert done.returncode == 0, done.stdout + done.stderr
     keep("r1_zero", tmp_path)
     found = json.loads((tmp_path / "r1_zero/rehearsal.json").read_text())
@@ -160,7 +162,7 @@ def test_what_slurm_scripts_add_is_rehearsed(script, settings):
     assert added or script == "slurm/one_node.sbatch"
 
 
-ZERO = (R1 / "r1_zero.yaml", *ON_HOSTS, *GLOO)
+ZERO = (R1 / "r1_zero.yaml", *ON_HOSTS)
 SMALL = (LAPTOP / "r1_zero.yaml", *LAPTOP_MODEL)
 LONGER = ("--rl.schedule", "[{from_step: 20, rollout.max_response_tokens: 128}]")
 QUICK = ("--run.hang_seconds", "60")
