@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from made_once import made_once
 from ranks import run_script
 
 from tools.convert import command, comparison, from_hf, to_hf
@@ -17,9 +18,11 @@ sys.path.insert(0, str(TESTS / "parallel"))
 @pytest.fixture(scope="session")
 def oracle(tmp_path_factory) -> Path:
     """Small models written by transformers (tests/parallel/oracle.py)."""
-    folder = tmp_path_factory.mktemp("oracle")
-    run_script(TESTS / "parallel", ["oracle.py", str(folder)])
-    return folder
+    return made_once(
+        tmp_path_factory,
+        "oracle",
+        lambda folder: run_script(TESTS / "parallel", ["oracle.py", str(folder)]),
+    )
 
 
 @pytest.fixture

@@ -180,15 +180,15 @@ GPT_OSS = {
 
 FIRST = {
     "deepseek-yarn-mtp": {**DEEPSEEK, "num_nextn_predict_layers": 1},
-    "deepseek-plain-noqlora": {**DEEPSEEK, "q_lora_rank": None, "rope_parameters": PLAIN_ROPE},
     "qwen-tied": {**QWEN, "tie_word_embeddings": True},
-    "qwen-untied": QWEN,
     "llama3": LLAMA,
 }
 """Compared on every grid; the others, on fewer, have the same parts in other combinations."""
 
 MODELS = {
     **FIRST,
+    "deepseek-plain-noqlora": {**DEEPSEEK, "q_lora_rank": None, "rope_parameters": PLAIN_ROPE},
+    "qwen-untied": QWEN,
     "qwen3": QWEN3,
     # Fewer key and value heads than tensor ranks.
     "qwen3-one-kv-head": {**QWEN3, "num_key_value_heads": 1, "tie_word_embeddings": False},

@@ -55,7 +55,7 @@ def test_so_it_does_along_every_other_axis(oracle, tmp_path):
     [
         (1, "dp1"),
         (2, "dp2"),
-        (4, "tp2xep2"),
+        pytest.param(4, "tp2xep2", marks=pytest.mark.slow),
         pytest.param(4, "pp2xvp2xdp2", marks=pytest.mark.slow),
     ],
 )

@@ -6,16 +6,6 @@ import pytest
 from ranks import run_ranks, run_script
 
 HERE = Path(__file__).parent
-NAMES = ["qwen-tied", "deepseek-plain-noqlora"]
-
-
-@pytest.fixture(scope="module")
-def critics(tmp_path_factory) -> Path:
-    """Score models and what the naive loop makes of two of them."""
-    folder = tmp_path_factory.mktemp("critics")
-    run_script(HERE, ["score_oracle.py", str(folder)])
-    run_script(HERE, ["critic_oracle.py", str(folder), *NAMES])
-    return folder
 
 
 @pytest.mark.parametrize(
@@ -28,8 +18,10 @@ def critics(tmp_path_factory) -> Path:
         pytest.param(4, "qwen-tied", ["pp2xvp2xtp2"], marks=pytest.mark.slow),
     ],
 )
-def test_values_updates_and_checkpoints(critics, oracle, tmp_path, num_ranks, name, grids):
-    arguments = [str(oracle), str(critics), str(tmp_path), name, *grids]
+def test_values_updates_and_checkpoints(scored, oracle, tmp_path, num_ranks, name, grids):
+    if not (scored / name / "critic.pt").exists():
+        run_script(HERE, ["critic_oracle.py", str(scored), name])
+    arguments = [str(oracle), str(scored), str(tmp_path), name, *grids]
     output = run_ranks(HERE, num_ranks, "critic_steps.py", *arguments)
     for grid in grids:
         assert f"{name} {grid} weights" in output, output[-3000:]

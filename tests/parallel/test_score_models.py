@@ -3,20 +3,12 @@
 from pathlib import Path
 
 import pytest
-from ranks import run_ranks, run_script
+from ranks import run_ranks
 from scored_models import models_on
 
 HERE = Path(__file__).parent
 TWO_RANKS = ["tp2", "pp2", "cp2", "dp2", "ep2", "pp2xvp2"]
 FOUR_RANKS = ["tp2xpp2", "tp2xcp2", "tp2xdp2", "cp2xdp2", "tp2xetp2", "pp2xcp2"]
-
-
-@pytest.fixture(scope="module")
-def scored(tmp_path_factory) -> Path:
-    """A folder with score models and what transformers computes with them."""
-    folder = tmp_path_factory.mktemp("scored")
-    run_script(HERE, ["score_oracle.py", str(folder)])
-    return folder
 
 
 @pytest.mark.parametrize(

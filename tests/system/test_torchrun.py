@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import pytest
 from command_line import environment
 
 from megatron_r1.reporting.run_folder import RunFolder
@@ -22,6 +23,7 @@ def torchrun(*arguments: object) -> subprocess.CompletedProcess:
     )
 
 
+@pytest.mark.slow  # the ranks' losses: tests/parallel/test_trainer.py; torchrun's ranks: the next
 def test_torchrun_trains_tensor_parallel_what_one_process_trains(base, tmp_path):
     settings = ["--run.folder", tmp_path / "run", "--parallel.tensor", "2"]
     done = torchrun("sft", base / "sft.yaml", *settings)
@@ -48,9 +50,13 @@ def test_torchrun_gives_the_number_of_ranks_that_rl_pushes_from(base, tmp_path):
     assert json.loads(line)["push/probe_diff"] < 1e-3
 
 
-def test_a_controller_that_ends_before_it_listens_ends_all_ranks(base, tmp_path):
+def test_a_controller_that_ends_before_it_listens_ends_all_ranks(base):
     finished = torchrun("sft", base / "sft.yaml", "--parallel.tensor", "2")
     assert finished.returncode == 0 and "already finished" in finished.stdout, finished.stderr
+
+
+@pytest.mark.slow
+def test_a_run_in_use_ends_all_ranks(base, tmp_path):
     with RunFolder(tmp_path / "run"):
         settings = ["--run.folder", tmp_path / "run", "--parallel.tensor", "2"]
         locked = torchrun("sft", base / "sft.yaml", *settings)

@@ -1,10 +1,8 @@
 """tools/bench step: its figures worked out by hand, its lengths, what both systems are given."""
 
 import json
-import random
 from dataclasses import replace
 from pathlib import Path
-from statistics import fmean
 
 import pytest
 
@@ -102,24 +100,6 @@ def test_both_systems_get_the_pretrained_models_prompts_as_its_recipe_writes_the
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     return write_model(tmp_path_factory.mktemp("step") / "model", Tail())
-
-
-def chain(tail: Tail, limit: int, draw: random.Random) -> int:
-    """A length of the two-state chain that the weights are to be."""
-    length, dwells = 0, False
-    while length < limit:
-        length += 1
-        if draw.random() < (tail.end_dwelling if dwells else tail.end):
-            break
-        dwells = dwells or draw.random() < tail.dwell
-    return length
-
-
-def test_the_expected_length_is_that_of_the_chain():
-    tail, draw = Tail(), random.Random(0)
-    for limit in (1, 32, 256):
-        drawn = fmean(chain(tail, limit, draw) for _ in range(20_000))
-        assert tail.mean_length(limit) == pytest.approx(drawn, rel=0.05)
 
 
 def test_transformers_gives_each_token_about_the_chance_to_be_the_last_that_is_asked_for(folder):

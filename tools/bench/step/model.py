@@ -29,16 +29,6 @@ class Tail:
     end_dwelling: float = 1 / 150
     dwell: float = 1 / 200
 
-    def mean_length(self, limit: int) -> float:
-        """Return the mean length of responses cut at `limit` tokens, the end token included."""
-        plain, dwelling, mean = 1.0, 0.0, 0.0
-        for _ in range(limit):
-            mean += plain + dwelling
-            goes_on = 1 - self.end_dwelling
-            moved = plain * (1 - self.end) * self.dwell
-            plain, dwelling = plain * (1 - self.end) - moved, dwelling * goes_on + moved
-        return mean
-
 
 def write_model(folder: Path, tail: Tail, seed: int = 0) -> Path:
     """Write such a model with the laptop's tokenizer; return its folder."""
