@@ -27,7 +27,6 @@ PLAIN_VLLM = {
     "HF_HUB_OFFLINE": "1",
     "TORCHDYNAMO_DISABLE": "1",
     "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # else its engine core imports everything again
     "VLLM_LOGGING_LEVEL": "ERROR",
 }
 
