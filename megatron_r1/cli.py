@@ -4,6 +4,7 @@ import errno
 import importlib
 import inspect
 import os
+import re
 import sys
 from collections.abc import Sequence
 from importlib import metadata
@@ -36,7 +37,7 @@ COMMANDS = {
 }
 """Verbs that take no recipe. Each is a module with `run(config, *arguments)`, ARGUMENTS, the names
 of its arguments, and SETTINGS, the sections and keys that it reads; optional are IMPLIED, and
-OPTIONS, the names of options that are no settings, which `run` takes by name."""
+OPTIONS, the names of command-line options outside the recipe, which `run` takes as keywords."""
 PIPELINE = "pipeline"
 """The verb that runs other verbs, with a recipe of its own kind."""
 REHEARSE = "rehearse"
@@ -128,9 +129,7 @@ def _dispatch(arguments: list[str]) -> int:
     if verb not in VERBS:
         hint = did_you_mean(verb, MODULES, "{}") or f"; use one of {', '.join(MODULES)}"
         raise UserError(f"unknown verb {verb}{hint}")
-    if not rest or rest[0].startswith("--"):
-        raise UserError(f"{verb} needs a recipe: megatron-r1 {verb} RECIPE.yaml")
-    recipe, *options = rest
+    recipe, *options = _recipe_first(verb, rest)
     with without_garbage_collection():
         command = importlib.import_module(VERBS[verb])
     is_dry = DRY_RUN in options
@@ -173,13 +172,18 @@ def _help(verb: str) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
+def _recipe_first(verb: str, rest: list[str]) -> list[str]:
+    """Return the arguments of a verb whose first has to be a recipe."""
+    if not rest or rest[0].startswith("--"):
+        raise UserError(f"{verb} needs a recipe: megatron-r1 {verb} RECIPE.yaml")
+    return rest
+
+
 def _run_pipeline(rest: list[str]) -> int:
     from megatron_r1.commands import pipeline
     from megatron_r1.workflow.pipeline_recipe import PipelineRecipe
 
-    if not rest or rest[0].startswith("--"):
-        raise UserError(f"{PIPELINE} needs a recipe: megatron-r1 {PIPELINE} RECIPE.yaml")
-    recipe, *options = rest
+    recipe, *options = _recipe_first(PIPELINE, rest)
     pipeline.run(recipe, parse_overrides(options, switches(PipelineRecipe)), VERBS)
     return 0
 
@@ -187,9 +191,7 @@ def _run_pipeline(rest: list[str]) -> int:
 def _run_rehearsal(rest: list[str]) -> int:
     from megatron_r1.commands import rehearse
 
-    if not rest or rest[0].startswith("--"):
-        raise UserError(f"{REHEARSE} needs a recipe: megatron-r1 {REHEARSE} RECIPE.yaml")
-    recipe, *options = rest
+    recipe, *options = _recipe_first(REHEARSE, rest)
     rehearse.run(recipe, _overrides(options), VERBS)
     return 0
 
@@ -200,10 +202,8 @@ def _run_preflight(rest: list[str]) -> int:
     from megatron_r1.config.recipe import take_section
     from megatron_r1.preflight.settings import Settings
 
-    if not rest or rest[0].startswith("--"):
-        raise UserError(f"{PREFLIGHT} needs a recipe: megatron-r1 {PREFLIGHT} RECIPE.yaml")
-    recipe, *options = rest
-    options = [option.replace("--json", "--preflight.output", 1) for option in options]
+    recipe, *options = _recipe_first(PREFLIGHT, rest)
+    options = [re.sub(r"^--json(?=$|=)", "--preflight.output", option) for option in options]
     own, overrides = take_section(_overrides(options), Settings)
     config = configuration.load(recipe, overrides, required=preflight.REQUIRED)
     ranks = torchrun.num_ranks(config)

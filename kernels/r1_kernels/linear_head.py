@@ -66,8 +66,8 @@ class LinearHead:
 
     def chunks(self, rows: Tensor | int) -> Iterator[Rows]:
         """Yield chunks of `rows` rows, or of the rows with these indices, of nearly equal size: a
-        product of a few rows reads the whole weight too. All but the last are multiples of
-        `CHUNK_STEP` where chunks are."""
+        small last chunk would read the whole weight too. If `chunk_tokens` is a multiple of
+        `CHUNK_STEP`, every chunk but the last is one."""
         count = rows if isinstance(rows, int) else len(rows)
         step = CHUNK_STEP if self.chunk_tokens % CHUNK_STEP == 0 else 1
         size = -(-count // max(1, -(-count // self.chunk_tokens)))

@@ -42,12 +42,14 @@ class Shard(NamedTuple):
     group: ProcessGroup | None
 
     @classmethod
-    def of(cls, local: Tensor, columns: int, group: ProcessGroup | None, vocab_size) -> Shard:
+    def of(
+        cls, local: Tensor, columns: int, group: ProcessGroup | None, vocab_size: int | None
+    ) -> Shard:
         """Return this rank's shard of `columns` columns. local: any tensor on the rank's device.
 
-        Raises ValueError if shards differ, or cannot hold vocab_size ids together. That they are
-        equal is asked of the other ranks once per group, columns and vocab_size: a rank whose head
-        changes later, alone, waits for an answer that never comes."""
+        Raises ValueError if shards differ, or cannot hold vocab_size ids together. One
+        all-gather per group, columns and vocab_size compares them. So all ranks must change these
+        together: a rank that changes alone hangs in it."""
         ranks = 1 if group is None else dist.get_world_size(group)
         group = group if ranks > 1 else None
         first = 0 if group is None else columns * dist.get_rank(group)

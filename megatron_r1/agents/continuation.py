@@ -138,8 +138,8 @@ class Continuation:
 
         It is found on a short conversation of the same shape, because the real one has answers that
         the template would spell otherwise."""
-        # Some templates write an empty thought into a last answer that has none, and drop it later:
-        # of an answer that thought nothing, either form may be continued.
+        # Some templates write an empty thought into a last answer without reasoning, and drop it
+        # once another message follows: such an answer may be continued from either form.
         for thinks in (True,) if _thinks(history[-1]) else (True, False):
             begin = _likeness(history, thinks)
             try:

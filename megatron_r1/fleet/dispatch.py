@@ -34,8 +34,8 @@ for a group, while each token of a response reads the weights anew."""
 class Affinity:
     """The engine that had the earlier turns of a conversation, or of one with the same beginning.
 
-    origin: that of the conversations which share the first prompt: where this one has no engine
-    yet, theirs has the prompt in its cache."""
+    origin: the affinity shared by all conversations with the same first prompt. Until this one has
+    an engine, it prefers theirs, whose cache has that prompt."""
 
     engine: Engine | None = None
     origin: "Affinity | None" = None

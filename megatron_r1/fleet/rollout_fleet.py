@@ -133,9 +133,11 @@ class RolloutFleet:
     ) -> list[Response]:
         """Sample a group of n responses on one engine; on another where it dies or fails.
 
-        kind: of prompt: those of one kind are expected to have responses of similar length. order:
-        groups with a lower one go first. affinity: of a conversation. sampling: further arguments
-        of `EngineClient.generate`.
+        kind: the prompt's kind; lengths of responses are estimated for each kind.
+        order: groups with a smaller number are sent first.
+        affinity: the engine that has the conversation's earlier turns.
+        sampling: further arguments of `EngineClient.generate`.
+
         Raises EngineError where the call was refused, no engine could serve it, or its engine died
         and no restart is left; it names the engine, how it ended, and quotes its log."""
         sampling |= {"n": n, "max_tokens": max_tokens}

@@ -78,8 +78,9 @@ class PolicyModel(GPTModel):
 
     mtp_alone: int | None = None
     """If set, the MTP losses train the MTP layers only: hidden states, embedding and head are
-    constants to them. They are divided by this number, the most tokens of a response, as losses are
-    whose denominator counts sequences: larger than the policy's they would decide its clipping."""
+    constants to them. They are divided by this number, the most tokens of a response: as sums over
+    tokens beside a policy loss per sequence they would dominate the gradient norm that is
+    clipped."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)

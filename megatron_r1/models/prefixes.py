@@ -1,9 +1,9 @@
 """Prefixes that several sequences of a packed batch share, computed once (on a CPU).
 
 A prefix is a segment of the batch like any other. A segment that continues it sees the prefix's
-keys besides its own, and its positions go on where the prefix ends; both follow from the number of
-the segment before it. Every layer but attention works on tokens alone, so a prompt of which there
-are 16 responses costs one pass, and its gradient is the sum of theirs.
+keys besides its own, and its positions continue after the prefix; `before`, the index of each
+segment's prefix or -1, is all that both need. Every layer but attention works on tokens alone, so a
+prompt of which there are 16 responses costs one pass, and its gradient is the sum of theirs.
 
 A query attends to its own segment, causally, and to the whole prefix; the two are joined by the
 normalisers of their softmax, forward and backward as in `models.ring_attention`. The matrix of

@@ -68,9 +68,9 @@ def hardware_of(settings: PreflightConfig, facts: Sequence[Facts]) -> Hardware:
 
 
 def measured_rates(hardware: Hardware, facts: Sequence[Facts]) -> dict[str, object]:
-    """Return {name: value} for `tools/plan --calibrate`: the rates of the links that, times the
-    planner's `link_efficiency`, give what the slowest axis has reached within a node, and across
-    nodes."""
+    """Return {name: value} for `tools/plan --calibrate`: link rates within a node (`nvlink`) and
+    between nodes (`network`), such that rate x the planner's `link_efficiency` is the rate measured
+    on the slowest axis."""
     efficiency, gpus = Assumptions().link_efficiency, hardware.gpus_per_node
     inside: list[float] = []
     across: list[float] = []

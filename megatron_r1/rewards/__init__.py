@@ -16,8 +16,8 @@ FORM_REWARDS: dict[str, str] = {
     "language": "megatron_r1.rewards.language:grade",
     "repetition": "megatron_r1.rewards.repetition:grade",
 }
-"""Rewards of the response alone: as a term they get no truth, and only those fields that they name,
-which saves sending the workers a code prompt's megabytes of tests."""
+"""Rewards that read the response alone. As a term they get no truth, and of the prompt's fields
+only those of their signature: a code prompt's megabytes of tests are not sent to the workers."""
 REGISTRY: dict[str, str] = {
     **FORM_REWARDS,
     "code": "megatron_r1.rewards.code:grade",

@@ -6,7 +6,10 @@ log-probabilities under the old policy and the reference, one epoch of mini-batc
 new weights for the engines. `rl.algorithm` chooses the estimator of advantages and the loss
 (`rl.algorithms`). Placement, resuming and reporting are in `rl.session` and do not show here.
 
-    megatron-r1 rl examples/laptop/r1_zero.yaml"""
+    megatron-r1 rl examples/laptop/r1_zero.yaml
+
+An update goes from `passes.update_policy` to `training.trainer.Trainer.update`, the loss of the
+algorithm (`rl.algorithms.grpo.loss`), and `r1_kernels.linear_policy_loss`."""
 
 import asyncio
 import random
@@ -23,8 +26,7 @@ from megatron_r1.training.wire import Sample
 async def train(session: Session) -> None:
     """Train on one rollout after another until `run.steps`, or until asked to stop."""
     passes = session.passes
-    while session.next_step():
-        config = passes.step_config  # rl.schedule may change settings with the step
+    while (config := session.next_step()) is not None:
         with session.phase("rollout"):
             rollout = await session.rollout()
         rewards = [
@@ -40,26 +42,27 @@ async def train(session: Session) -> None:
         with session.phase("train"):
             metrics = await passes.load(minibatches(trajectories, config.rl.minibatches))
             # Under π_ref, and under π_old where the first update does not compute them anyway.
-            metrics |= await passes.compute_logprobs()
-            metrics |= await passes.token_advantages()
+            metrics |= await passes.compute_logprobs(config)
+            metrics |= await passes.token_advantages(config)
             updates = [
-                await update(passes, index, session.step) for index in range(config.rl.minibatches)
+                await update(passes, config, index, session.step)
+                for index in range(config.rl.minibatches)
             ]
             metrics |= await passes.engine_agreement()  # with π_old, known only now
-            await passes.refresh_reference_if_due()
+            await passes.refresh_reference_if_due(config)
         with session.phase("push"):
             await session.push_weights()
         await session.finish_step(rollout, metrics, updates)
 
 
-async def update(passes: TrainerPasses, index: int, step: int) -> dict[str, float]:
+async def update(passes: TrainerPasses, config: Config, index: int, step: int) -> dict[str, float]:
     """Take one optimizer step on mini-batch `index`: the critic's, where there is one, and the
     policy's, once the critic is warm."""
     if not passes.algorithm.rules.critic:
-        return await passes.update_policy(index)
-    metrics = await passes.update_critic(index, step)
-    if not passes.is_warming_up(step):
-        metrics |= await passes.update_policy(index)
+        return await passes.update_policy(config, index)
+    metrics = await passes.update_critic(config, index, step)
+    if step > config.critic.warmup_steps:
+        metrics |= await passes.update_policy(config, index)
     return metrics
 
 

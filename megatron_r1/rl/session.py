@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 
+from megatron_r1.config import Config
 from megatron_r1.fleet.speculation import AcceptanceMeter
 from megatron_r1.processes.stopping import StopRequest
 from megatron_r1.rewards.runtime.meter import RewardMeter
@@ -66,16 +67,16 @@ class Session:
             await self.heldout.run(self.step)
         self.sampler.start(self.step + 1)
 
-    def next_step(self) -> bool:
-        """Go on to the next rollout; False at the end of the run and when asked to stop."""
+    def next_step(self) -> Config | None:
+        """Go on to the next rollout; return its step's settings, which `rl.schedule` may change, or
+        None at the end of the run and when asked to stop."""
         if self.stop.requested or self.step >= self.config.run.steps:
-            return False
+            return None
         self.step += 1
-        self.passes.step_config = self.config.at(self.step)
         self._seconds = {}
         self._meter = RewardMeter(self.collector.pool)
         self._step_start = time.perf_counter()
-        return True
+        return self.config.at(self.step)
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -116,7 +117,7 @@ class Session:
         self.recorder.step(line, records)
         if self.step <= FIRST_STEPS:
             # In a thread: it searches the texts of all responses.
-            faults = await asyncio.to_thread(advice, rollout, self.passes.step_config)
+            faults = await asyncio.to_thread(advice, rollout, self.config.at(self.step))
             self.recorder.advise(self.step, faults)
         if self.heldout.is_due(self.step):
             await self.heldout.run(self.step)

@@ -15,13 +15,13 @@ class TrainerPasses:
     """Runs the passes of `rl.algorithm` on the trainer; each returns metrics.
 
     The samples stay with the trainer, from `load` to the next `load`. state: counts the policy's
-    updates. bridge: must be held while weights change. config: of the run; step_config: of the
-    current step, where `rl.schedule` changes settings."""
+    updates. bridge: must be held while weights change. config: of the run; a pass takes the
+    step's, whose settings `rl.schedule` may have changed."""
 
     def __init__(
         self, config: Config, trainer: TrainerClient, bridge: WeightBridge, state: RunState
     ):
-        self.config, self.step_config = config, config
+        self.config = config
         self.trainer, self.bridge, self.state = trainer, bridge, state
         self.algorithm = algorithms.find(config.rl.algorithm)
         # At any step: the reference is a policy of the past, which a later step cannot bring back.
@@ -31,7 +31,7 @@ class TrainerPasses:
         """Send the samples of a rollout to the trainer."""
         return await self.trainer.load(minibatches)
 
-    async def compute_logprobs(self) -> dict[str, float]:
+    async def compute_logprobs(self, config: Config) -> dict[str, float]:
         """Compute every token's log-probability under π_old and π_ref, and the critic's values.
 
         The first mini-batch's under π_old come with its update, which starts from π_old, unless
@@ -41,54 +41,48 @@ class TrainerPasses:
         has_token_advantages = self.algorithm.token_advantages is not None
         return await self.trainer.call(
             "compute_logprobs",
-            temperature=self.step_config.rollout.temperature,
+            temperature=config.rollout.temperature,
             reference=self.uses_reference,
-            first_minibatch=has_token_advantages or self.step_config.rl.routing_replay,
+            first_minibatch=has_token_advantages or config.rl.routing_replay,
         )
 
-    async def token_advantages(self) -> dict[str, float]:
+    async def token_advantages(self, config: Config) -> dict[str, float]:
         """Replace the responses' advantages by one per token, if the algorithm defines that."""
         function = self.algorithm.token_advantages
         if function is None:
             return {}
-        settings = self.step_config.rl.token_settings
+        settings = config.rl.token_settings
         return await self.trainer.call("token_advantages", function=function, settings=settings)
 
     async def engine_agreement(self) -> dict[str, float]:
         """Compare the engines' log-probabilities with those under π_old."""
         return await self.trainer.call("agreement")
 
-    async def update_policy(self, index: int) -> dict[str, float]:
+    async def update_policy(self, config: Config, index: int) -> dict[str, float]:
         """Take one optimizer step of the policy on mini-batch `index`."""
         await self.bridge.hold()
         self.state.optimizer_step += 1
-        rate = learning_rate(
-            self.step_config.optimizer, self.state.optimizer_step, self.num_policy_updates
-        )
-        rollout = self.step_config.rollout
+        rate = learning_rate(config.optimizer, self.state.optimizer_step, self.num_policy_updates)
+        rollout = config.rollout
         settings = {
             "max_response_tokens": rollout.max_response_tokens,
-            **self.step_config.rl.loss_settings,
+            **config.rl.loss_settings,
         }
         metrics = await self.trainer.update(
             index, self.algorithm.loss, settings, rate, rollout.temperature
         )
         return {**metrics, "learning_rate": rate}
 
-    async def update_critic(self, index: int, step: int) -> dict[str, float]:
+    async def update_critic(self, config: Config, index: int, step: int) -> dict[str, float]:
         """Take one optimizer step of the critic on mini-batch `index` of training step `step`. Its
         learning rate decays as the policy's does, over all steps of the run."""
-        settings = self.step_config.optimizer.model_copy(
-            update={"learning_rate": self.step_config.critic.learning_rate}
+        settings = config.optimizer.model_copy(
+            update={"learning_rate": config.critic.learning_rate}
         )
         update = self.config.updates_before(step) + index + 1
         total = self.config.updates_before(self.config.run.steps + 1)
         rate = learning_rate(settings, update, total)
         return await self.trainer.update_critic(index, rate)
-
-    def is_warming_up(self, step: int) -> bool:
-        """Whether `step` trains the critic alone, where there is one."""
-        return step <= self.step_config.critic.warmup_steps
 
     @cached_property
     def num_policy_updates(self) -> int:
@@ -97,9 +91,9 @@ class TrainerPasses:
         warmup = config.critic.warmup_steps if self.algorithm.rules.critic else 0
         return config.updates_before(config.run.steps + 1) - config.updates_before(warmup + 1)
 
-    async def refresh_reference_if_due(self) -> None:
+    async def refresh_reference_if_due(self, config: Config) -> None:
         """Replace the reference by the policy every `rl.reference_refresh` optimizer steps."""
-        rl, done = self.step_config.rl, self.state.optimizer_step
+        rl, done = config.rl, self.state.optimizer_step
         every = rl.reference_refresh
         if self.uses_reference and every and done // every > (done - rl.minibatches) // every:
             await self.trainer.call("keep_reference")

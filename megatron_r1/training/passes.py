@@ -76,9 +76,9 @@ def optimizer_step(
 ) -> tuple[list[Any], dict[str, float]]:
     """Make one optimizer step with the gradients that `run` computes.
 
-    is_last: whether something else than the next optimizer step uses the parameters first: they
-    must be complete then, and cannot be gathered during its forward pass. Returns the reports of
-    `run`, and the metrics grad_norm and step_taken (0 or 1)."""
+    is_last: whether this is the rollout's last update. Its parameters are gathered at once, because
+    scoring or a push reads them before the forward pass of the next update would gather them.
+    Returns the reports of `run`, and the metrics grad_norm and step_taken (0 or 1)."""
     for chunk in chunks:
         chunk.train()
         chunk.zero_grad_buffer()

@@ -3,8 +3,8 @@
 (T,): the tokens of some samples laid end to end, each token where it is predicted. mask: (T,) bool,
 the response tokens that count, on which alone values are read and results are not 0. Between two of
 them there may be given tokens (a tool's result): "the next token" is the next of the mask. last:
-(T,) int64, the position of the last response token of each token's own sample, below the token's
-where there is none, so that nothing crosses from one response to the next.
+(T,) int64, for each token the position of its sample's last response token. A sample without one
+has a value below all of its positions, so that no sum crosses into another response.
 
 Nothing is divided here: the denominator is the loss's (`losses.denominator`). Results have the
 dtype of the tensors given."""

@@ -69,8 +69,8 @@ def record(
     """Run the loaders on (name, shape) of a checkpoint's tensors; return the copies into each
     parameter, in the order of loading.
 
-    models: the model, and its drafter if it has one, whose loader gets what the model's left;
-    layers that they share count as the model's. They must not be in use meanwhile, and are
+    models: the model, and the drafter, if any; its loader gets the tensors that the model's did not
+    take. Layers that they share count as the model's. They must not be in use meanwhile, and are
     unchanged afterwards.
 
     Raises ValueError where a loader does more than copy rectangles, or leaves part of a parameter

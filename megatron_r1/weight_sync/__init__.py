@@ -1,7 +1,7 @@
 """Sends the trainer's weights to the engines; a weight passes these modules in this order.
 
-1. `bridge` (controller): `WeightBridge` connects engines (`links`), pushes, and compares both
-   sides' log-probabilities (`probes`).
+1. `bridge` (controller): `WeightBridge` connects engines (`engine_links`), pushes, and compares
+   both sides' log-probabilities (`probes`).
 2. `trainer_rank`: the verbs of a push on each trainer rank, called by the bridge.
 3. `plan`: which rectangle of which tensor goes from which trainer rank to which engine rank.
 4. `send`: the rank's slices of its parameters, as they are or quantised to FP8.

@@ -57,6 +57,17 @@ def test_the_map_lists_the_packages_that_the_import_contract_orders():
     assert entries == {package for layer in ordered for package in layer}
 
 
+def test_import_contracts_name_every_package():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    layers, *contracts = settings["tool"]["importlinter"]["contracts"]
+    packages = {
+        name for layer in layers["layers"] for name in re.findall(r"megatron_r1\.\w+", layer)
+    }
+    plugin = next(each for each in contracts if "vLLM plugin" in each["name"])
+    named = {*plugin["source_modules"], *plugin["forbidden_modules"]}
+    assert packages - named == {"megatron_r1.processes", "megatron_r1.weight_sync"}
+
+
 def test_the_list_of_pages_has_all_pages():
     listed = (ROOT / "docs/README.md").read_text(encoding="utf-8")
     pages = {page.name for page in ROOT.glob("docs/*.md")} - {"README.md"}

@@ -1,10 +1,11 @@
-"""The plan of a push to several equal engines at once: every slice enters one engine, and equal
-ranks of the engines exchange the rest.
+"""The plan of a push to several equal engines at once: every slice is sent to one engine, and
+equal ranks of the engines exchange the rest.
 
 Engines are served in *sets* of at most `SET_ENGINES`. Within a set the ranks at one position, one
 of each engine, need the same bytes. Each engine receives an equal part of them from trainer ranks
-and passes it to the others of its position in an all-gather. So an engine rank has a few senders
-and one group, and a trainer rank sends its slices once per set instead of once per engine."""
+and passes its part on to the ranks at the same position of the others (`transports.exchange`). So
+an engine rank has a few senders and one group, and a trainer rank sends its slices once per set
+instead of once per engine."""
 
 from __future__ import annotations
 
@@ -24,9 +25,10 @@ costs time to create its groups, latency of their rings, and more engines that a
 
 
 LARGEST, SMALL = 0.5, 0.2
-"""The largest and the smallest share of an engine rank's bytes that one choice of sender decides.
-With half at most the busiest trainer rank sends 1.15 times the mean in the recipe for 2,048 GPUs,
-with whole shares 1.4 times. Pieces of less than a fifth of that make no choice of their own."""
+"""A sender is chosen for each piece of what an engine rank receives. LARGEST: most of that rank's
+bytes in one piece; with a half the busiest trainer rank of the recipe for 2,048 GPUs sends 1.15
+times the mean, without a limit 1.4 times. SMALL: a piece of less than this part of LARGEST goes to
+a sender that is already chosen."""
 SHARED_MEMORY_LARGEST = 1 / 16
 """`LARGEST` in shared memory, where a link costs nothing and every copy by another core helps."""
 

@@ -1,5 +1,5 @@
-"""A trainer rank's part of a push: it sends the slices that the plan lets enter some engine ranks
-from this rank (`plan.entry`), straight from the model's parameters."""
+"""A trainer rank's part of a push: it sends the slices that the plan assigns to this rank
+(`plan.entry`), each to one engine rank, straight from the model's parameters."""
 
 from __future__ import annotations
 
@@ -63,15 +63,16 @@ class _Set:
 
 
 class _Offers(msgspec.Struct):
-    """The information that rank 0 has read. tables: those of an engine by rank, once for all sets
-    that are alike; sets: the index of its tables, and the addresses of each engine's ranks;
-    problems: why a set cannot connect; sent: bytes per push by trainer rank, to the sets that there
-    are."""
+    """What rank 0 has read of the engines' offers."""
 
     sent: list[float]
+    """Bytes per push that each trainer rank sends to the sets already connected."""
     tables: list[list[SlotTable]] = []
+    """Tables of one engine, by engine rank; once for all sets that are alike."""
     sets: dict[str, tuple[int, list[list[str]]]] = {}
+    """Set -> (index into `tables`, addresses by engine and rank)."""
     problems: dict[str, str] = {}
+    """Set -> why it cannot connect."""
 
 
 class WeightSender:
@@ -333,7 +334,10 @@ def _common_tables(engines: Sequence[Sequence[ReceiverInfo]]) -> list[SlotTable]
     for engine, receivers in enumerate(engines):
         for rank, receiver in enumerate(receivers):
             if receiver.table != tables[rank]:
-                raise ValueError(f"rank {rank} of engine {engine} needs other tensors than of 0")
+                raise ValueError(
+                    f"rank {rank} of engine {engine} needs other tensors than the same rank of "
+                    "engine 0"
+                )
     return tables
 
 

@@ -1,8 +1,9 @@
 """Receives what enters this engine of a set, and passes it on to the others.
 
 An engine rank receives its part from a few trainer ranks, as in `process_group`, checks it, and
-exchanges it with the ranks at its position of the other engines: in every round each has a bucket,
-and an all-gather gives all of them to all. The checksums that it passes on are the trainer's own.
+exchanges it with the ranks at its position of the other engines. In every round each contributes a
+bucket, and every rank ends with all of them: around a ring over gloo, by an all-gather over NCCL
+(`_gather`). The checksums that it passes on are the trainer's own.
 Every group is created in a thread of its own, and within one group all ranks make the same calls in
 the same order, which follow from the plan; what enters never waits for the exchange. So no rank can
 wait in a circle. In a set of one engine nothing is exchanged."""

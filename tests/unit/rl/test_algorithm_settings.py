@@ -188,13 +188,14 @@ def updated(name, index, step):
     """Return the metrics of an update of step `step`, where three warm up, and the requests."""
     config, peers = Config(rl={"algorithm": name}, critic={"warmup_steps": 3}), Peers()
     tested = TrainerPasses(config, peers, peers, RunState())
-    metrics = asyncio.run(update(tested, index, step))
+    metrics = asyncio.run(update(tested, config, index, step))
     metrics.pop("learning_rate", None)
     return metrics, peers.requested
 
 
 def test_the_policy_waits_for_the_critic_to_be_warm():
     ppo, grpo = algorithms.find("ppo"), algorithms.find("grpo")
+    assert updated("ppo", 3, step=1)[1] == [(3, "critic")]
     assert updated("ppo", 3, step=3) == ({"value/loss": 2.0}, [(3, "critic")])
     both = [(3, "critic"), (3, ppo.loss)]
     assert updated("ppo", 3, step=4) == ({"value/loss": 2.0, "loss": 1.0}, both)
@@ -203,11 +204,6 @@ def test_the_policy_waits_for_the_critic_to_be_warm():
 
 def passes(config):
     return TrainerPasses(config, trainer=None, bridge=None, state=None)
-
-
-def test_only_the_rollouts_of_the_warm_up_are_without_a_policy_update():
-    tested = passes(Config(critic={"warmup_steps": 2}))
-    assert [tested.is_warming_up(step) for step in (1, 2, 3)] == [True, True, False]
 
 
 @pytest.mark.parametrize(
