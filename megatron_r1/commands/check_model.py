@@ -56,9 +56,11 @@ def run(config: Config, folder: str, json: str | None = None) -> None:
             f"{free / 1e9:,.0f} are free; check a folder with fewer layers, or on a larger machine"
         )
     with tempfile.TemporaryDirectory() as scratch:
-        reference = _reference(folder, config.model.dtype, Path(scratch))
+        plain = Path(scratch) / "plain"
+        reference = _reference(folder, config.model.dtype, plain, Path(scratch))
         megatron = asyncio.run(by_megatron(config, reference, Path(scratch)))
-        vllm = asyncio.run(by_vllm(config, reference, Path(scratch)))
+        source = plain if plain.exists() else Path(folder)
+        vllm = asyncio.run(by_vllm(source, config, reference, Path(scratch)))
     agree = megatron <= reference.tolerance and _agrees(vllm, reference.tolerance)
     found = Findings(
         folder,
@@ -97,10 +99,11 @@ def _config(config: Config, folder: str) -> Config:
     )
 
 
-def _reference(folder: str, dtype: str, scratch: Path) -> Reference:
+def _reference(folder: str, dtype: str, plain: Path, scratch: Path) -> Reference:
     out = scratch / "reference.json"
+    arguments = [folder, dtype, str(plain), str(out)]
     done = subprocess.run(
-        [sys.executable, "-m", "megatron_r1.model_check.reference", folder, dtype, str(out)],
+        [sys.executable, "-m", "megatron_r1.model_check.reference", *arguments],
         env=os.environ | {"HF_HUB_OFFLINE": "1"},
         stderr=subprocess.PIPE,
         text=True,

@@ -22,7 +22,7 @@ from megatron_r1.commands import rl
 from megatron_r1.commands.trained_model import find_exported, recipe_of, template_of_model
 from megatron_r1.config import Config
 from megatron_r1.config.recipe import verb_of
-from megatron_r1.data.prompts import is_heldout, normalize, without_roles
+from megatron_r1.data.prompts import Prompt, is_heldout, normalize, without_roles
 from megatron_r1.data.records import read_records, require_text
 from megatron_r1.data.text import PromptText
 from megatron_r1.engine import gpu
@@ -40,6 +40,7 @@ from megatron_r1.rewards.answer import MARKER
 from megatron_r1.rewards.base import Grade
 from megatron_r1.rewards.combine import DEFAULT_WEIGHTS
 from megatron_r1.rewards.runtime.pool import RewardPool
+from megatron_r1.rewards.terms import RewardTerms
 from megatron_r1.training.cpu_memory import cpu_memory
 from megatron_r1.weights import num_parameters
 
@@ -54,6 +55,8 @@ COLUMN_ROWS = 100
 """Rows by which the columns are recognised."""
 TRIED_TRUTHS = 20
 FEW, FEW_HELDOUT, MANY_HELDOUT = 20, 64, 500
+OWN = ":"
+"""It is in the name of a reward function of the user's own, module:function."""
 
 
 def run(
@@ -104,7 +107,9 @@ def run(
     _check_truths(data, columns)
     try:
         recipe = configuration.load(path, required=rl.REQUIRED)
-        rl.prepare(recipe)
+        _, prompts = rl.prepare(recipe)
+        if OWN in (columns.kind or ""):
+            asyncio.run(_check_own(prompts.train))
         if not gpu.is_usable():
             memory = cpu_memory(recipe, 1, samples=True)
             print(memory.describe(memory.microbatch(None)))
@@ -174,19 +179,20 @@ def _sizes(
     limits = sizes.lengths(
         max(len(text.encode(question)) for question in questions), positions(folder), machine
     )
+    num_heldout, heldout = _heldout(questions, machine)
     return [
         *sizes.layout(hf, parameters, machine),
         *limits,
-        *sizes.batches(parameters, len(questions), machine),
-        *_heldout(questions, machine),
+        *sizes.batches(parameters, len(questions) - num_heldout, machine),
+        *heldout,
     ]
 
 
-def _heldout(questions: Sequence[str], machine: Machine) -> list[Guess]:
-    """Return the settings of held-out questions and their evaluation."""
+def _heldout(questions: Sequence[str], machine: Machine) -> tuple[int, list[Guess]]:
+    """Return how many questions are held out, and the settings of these and their evaluation."""
     if len(questions) < FEW:
         reason = f"{len(questions)} questions are too few to hold some out: nothing is evaluated"
-        return [Guess("data.heldout_fraction", 0.0, reason)]
+        return 0, [Guess("data.heldout_fraction", 0.0, reason)]
     fraction, most = (0.2 if len(questions) < 10 * FEW else 0.1), MANY_HELDOUT
     if machine.is_cpu:
         most = FEW_HELDOUT
@@ -198,7 +204,7 @@ def _heldout(questions: Sequence[str], machine: Machine) -> list[Guess]:
     ]
     if count > most:
         guesses.append(Guess("data.num_heldout", most, f"of {count:,}, to evaluate in little time"))
-    return guesses
+    return count, guesses
 
 
 def _machine() -> Machine:
@@ -226,6 +232,12 @@ def _check_truths(data: str, columns: Columns) -> None:
             f"  not {str(truth)[:80]!r}: {grade.reason}\n  free text takes a judge or your own "
             "function as --kind (docs/rewards.md)"
         )
+
+
+async def _check_own(prompts: Sequence[Prompt]) -> None:
+    """Raise UserError for a reward function that cannot be imported or called."""
+    async with RewardPool(1) as pool:
+        await RewardTerms(pool, {}).check((), prompts)
 
 
 async def _grade(truths: Sequence[Any]) -> list[Grade]:

@@ -13,20 +13,30 @@ PLAIN = ("TokenizersBackend", "PreTrainedTokenizerFast")
 def load_tokenizer(folder: str, key: str) -> Any:
     """Return the tokenizer of `folder`; key: the recipe's key that names the folder, for errors.
     Raises UserError if there is none, or one that transformers cannot load."""
+    path = Path(folder)
+    if not path.is_dir():
+        raise UserError(
+            f"{key}: there is no folder {folder} (relative to {Path.cwd()}); make it, or correct "
+            "the path"
+        )
+    # Without these, transformers may return an empty tokenizer.
+    if not any((path / name).is_file() for name in FILES):
+        if _is_code(path):
+            raise UserError(
+                f"{key}: the tokenizer of {folder} is Python code of its own (auto_map in "
+                "tokenizer_config.json), which is not executed; write a tokenizer.json in its "
+                "place (docs/models.md, Tokenizers that are Python code)"
+            )
+        raise UserError(
+            f"{key}: {folder} has no tokenizer ({FILES[0]}); give a folder with one, beside "
+            "config.json and the weights"
+        )
     try:
-        return _load(Path(folder))
+        return _load(path)
     except (OSError, ValueError) as error:
-        if not Path(folder).is_dir():
-            raise UserError(
-                f"{key}: there is no folder {folder} (relative to {Path.cwd()}); make it, or "
-                "correct the path"
-            ) from None
-        if not any((Path(folder) / name).is_file() for name in FILES):
-            raise UserError(
-                f"{key}: {folder} has no tokenizer ({FILES[0]}); give a folder with one, beside "
-                "config.json and the weights"
-            ) from None
-        raise UserError(f"{key}: no usable tokenizer in {folder}: {error}") from None
+        raise UserError(
+            f"{key}: no usable tokenizer in {folder}: {error}; fetch its files again"
+        ) from None
 
 
 def _load(folder: Path) -> Any:
@@ -41,7 +51,8 @@ def _load(folder: Path) -> Any:
                 return known_class.from_pretrained(folder)
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(folder)
+    # Without the argument it may ask on a terminal whether to execute code.
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
 def _known_class(model_type: str | None, settings: dict[str, Any]) -> Any:
@@ -57,6 +68,12 @@ def _known_class(model_type: str | None, settings: dict[str, Any]) -> Any:
 
         return PreTrainedTokenizerFast
     return None
+
+
+def _is_code(folder: Path) -> bool:
+    """Whether the settings name a class of the folder's own."""
+    settings = folder / "tokenizer_config.json"
+    return settings.is_file() and "AutoTokenizer" in (_read(settings).get("auto_map") or {})
 
 
 def _read(path: Path) -> dict[str, Any]:

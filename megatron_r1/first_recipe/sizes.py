@@ -100,7 +100,9 @@ def batches(parameters: int, num_questions: int, machine: Machine) -> list[Guess
     per_rollout, group, minibatches = (8, 8, 2) if machine.is_cpu else (64, 16, 8)
     rate = next(rate for limit, rate in LEARNING_RATES if parameters < limit)
     responses = per_rollout * group
-    epochs = f"{num_questions:,} questions are {num_questions / per_rollout:,.1f} rollouts"
+    epochs = (
+        f"{num_questions:,} questions to train on are {num_questions / per_rollout:,.1f} rollouts"
+    )
     return [
         Guess("run.steps", 50, f"rollouts of {responses} responses; {epochs}"),
         Guess("checkpoint.every", 10, "steps that a kill loses at most"),

@@ -34,15 +34,16 @@ async def by_megatron(config: Config, reference: Reference, scratch: Path) -> fl
         await trainer.close()
 
 
-async def by_vllm(config: Config, reference: Reference, scratch: Path) -> float | str:
-    """Return the largest difference of an engine's log-probabilities, or why there is none."""
+async def by_vllm(folder: Path, config: Config, reference: Reference, scratch: Path) -> float | str:
+    """Return the largest difference of an engine's log-probabilities, started on the weights in
+    `folder`, or why there is none."""
     if find_spec("vllm") is None:
         return f"{NOT_RUN}: vllm is not installed in this environment"
     settings = engine_settings(config.rollout) | {"max_model_len": 256, "max_num_seqs": 16}
     async with contextlib.AsyncExitStack() as stack:
         fleet = await stack.enter_async_context(RolloutFleet(1, scratch, **settings))
         try:
-            await fleet.start(config.model.path)
+            await fleet.start(folder)
             client = fleet.engines[0].client
             scored = [await client.score(ids, 1) for ids in reference.sequences]
         except EngineError as error:

@@ -1,8 +1,9 @@
-"""`python -m megatron_r1.model_check.reference FOLDER DTYPE OUT`: a model folder by itself.
+"""`python -m megatron_r1.model_check.reference FOLDER DTYPE PLAIN OUT`: a model folder by itself.
 
 Every tensor is read once or named, the tokenizer fits the model and gives texts back, and
-transformers computes the log-probabilities of a few token sequences. OUT gets `Reference` as JSON.
-A mistake ends the process with its message."""
+transformers computes the log-probabilities of a few token sequences. OUT gets `Reference` as JSON;
+PLAIN gets a copy of a quantised folder that transformers and vLLM can load. A mistake ends the
+process with its message."""
 
 from __future__ import annotations
 
@@ -20,6 +21,7 @@ from megatron_r1.model_check.findings import Reference
 from megatron_r1.models.by_transformers import load_by_transformers
 from megatron_r1.models.hf_config import read_hf_config
 from megatron_r1.weights.stored.hf_weights import HfWeights
+from megatron_r1.weights.stored.plain_copy import write_plain
 
 TEXTS = (
     "What is the capital of France?",
@@ -31,13 +33,15 @@ RANDOM_LENGTHS = (48, 17)
 QUESTION = "What is 2 + 3?"
 
 
-def main(folder: Path, dtype: str) -> Reference:
+def main(folder: Path, dtype: str, plain: Path) -> Reference:
     """Return what was found. Raises UserError for what does not fit."""
     hf = read_hf_config(folder, key="HF_FOLDER")
     with HfWeights(folder, hf) as weights:
         weights.check(with_mtp=True)
         weights.check_repeated()
         num_tensors = len(weights.tensors)
+        if hf.get("quantization_config"):
+            write_plain(weights, plain)
     tokenizer = _tokenizer(folder, hf["vocab_size"])
     # Texts reach tokens that are usual, random ids all others.
     draw = random.Random(0)
@@ -45,8 +49,9 @@ def main(folder: Path, dtype: str) -> Reference:
     if tokenizer is not None:
         sequences += [tokenizer.encode(text) for text in TEXTS]
     sequences = [ids for ids in sequences if len(ids) > 1]
-    exact = _logprobs(folder, hf, torch.float32, sequences)
-    found = exact if dtype == "float32" else _logprobs(folder, hf, getattr(torch, dtype), sequences)
+    source = plain if plain.exists() else folder
+    exact = _logprobs(source, hf, torch.float32, sequences)
+    found = exact if dtype == "float32" else _logprobs(source, hf, getattr(torch, dtype), sequences)
     noise = max((a - b).abs().max().item() for a, b in zip(exact, found, strict=True))
     return Reference(
         num_tensors,
@@ -114,13 +119,20 @@ def _logprobs(
         for ids in sequences:
             logits = model(torch.tensor([ids])).logits[0, :-1].float()
             answers.append(logits.log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None])[:, 0])
+    if not all(values.isfinite().all() for values in answers):
+        bad = [name for name, tensor in model.named_parameters() if not tensor.isfinite().all()]
+        where = f"NaN or infinite numbers are in {', '.join(bad[:4])}" if bad else "they overflow"
+        raise UserError(
+            f"{folder}: transformers computes no log-probabilities in {dtype}: {where}; fetch or "
+            "write the weights again"
+        )
     return answers
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     try:
-        found = main(Path(sys.argv[1]), sys.argv[2])
+        found = main(Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3]))
     except UserError as error:
         sys.exit(str(error))
-    Path(sys.argv[3]).write_bytes(msgspec.json.encode(found))
+    Path(sys.argv[4]).write_bytes(msgspec.json.encode(found))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from megatron_r1.errors import UserError
 from megatron_r1.models.families import FAMILIES, Family
@@ -31,6 +31,7 @@ _ALIASES = {
     "num_experts": "n_routed_experts",
     "experts_per_token": "num_experts_per_tok",
 }
+_LISTS = ("layer_types", "mlp_layer_types", "mlp_only_layers")
 EXPERT_SIZE = "moe_intermediate_size"
 """The key of an expert's inner features here, whatever the family's own key is."""
 
@@ -40,16 +41,41 @@ def load_config(path: str | Path, key: str = "model.path") -> dict:
     of `path`, for error messages. Raises UserError when the file is missing or not JSON."""
     file = Path(path) / "config.json"
     if not file.is_file():
-        own = Path(path) / "hf"
-        hint = f"; did you mean {own}?" if (own / "config.json").is_file() else ""
+        own, hint = Path(path) / "hf", ""
+        if (own / "config.json").is_file():
+            hint = f"; did you mean {own}?"
+        elif (Path(path) / "adapter_config.json").is_file():
+            hint = (
+                "; this is a LoRA adapter: merge it into its base model (peft's merge_and_unload)"
+            )
+        elif ggufs := sorted(Path(path).glob("*.gguf")):
+            hint = (
+                f"; {ggufs[0].name}: load it with transformers (from_pretrained with gguf_file), "
+                "and save_pretrained writes such a folder"
+            )
         raise UserError(
             f"{file} does not exist (relative to {Path.cwd()}): {key} must be a Hugging Face model "
             f"folder{hint}"
         )
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{file} is not valid JSON: {error}") from error
+        hf = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{file} is not valid JSON: {error}; fetch it again") from error
+    _check_kinds(file, hf)
+    return hf
+
+
+def _check_kinds(file: Path, hf: Any) -> None:
+    """Raise UserError for an entry that is of another kind than every release has."""
+    if not isinstance(hf, dict):
+        raise UserError(f"{file} must be a JSON object of settings; fetch it again")
+    for keys, kind, name in (
+        (("architectures", *_LISTS), list, "list"),
+        (("rope_scaling", "rope_parameters", "quantization_config"), dict, "object"),
+    ):
+        for key in keys:
+            if not isinstance(hf.get(key), kind | None):
+                raise UserError(f"{file}: {key}={hf[key]!r} must be a JSON {name}, or be left out")
 
 
 def language_settings(hf: dict) -> dict:
@@ -192,6 +218,11 @@ def rope_parameters(hf: dict) -> dict:
     kind = rope.pop("type", None)
     rope["rope_type"] = rope.get("rope_type") or kind or "default"
     rope.setdefault("rope_theta", model_family(hf).theta)
+    for name, value in rope.items():
+        if isinstance(value, str) and name != "rope_type":
+            raise UserError(
+                f"config.json: {name}={value!r} of the rotary settings must be a number"
+            )
     return rope
 
 

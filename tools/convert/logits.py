@@ -6,7 +6,6 @@
 Of a score model: the score (2, 48, 1) after each token. Each library runs in a process of its own,
 as transformers must not see the replacements that Megatron needs on a CPU."""
 
-import json
 import os
 import sys
 import tempfile
@@ -82,16 +81,17 @@ def _load_checkpoint(model, hf: dict, checkpoint: Path) -> None:
 def by_transformers(folder: Path, scratch: Path) -> torch.Tensor:
     """Load the folder by transformers and return the logits. scratch: an empty folder.
 
-    FP8 weights are passed as fp32: transformers' own dequantisation on a CPU assumes evenly cut
-    blocks and so refuses or misreads matrices with a partial last block, such as DeepSeek-V3's
-    kv_a_proj of 576 rows (integrations/finegrained_fp8.py, transformers 5.19)."""
+    FP8 weights are passed as fp32 (`write_plain`)."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     from megatron_r1.models.by_transformers import load_by_transformers
+    from megatron_r1.weights.stored.hf_weights import HfWeights
+    from megatron_r1.weights.stored.plain_copy import write_plain
 
-    if "quantization_config" in json.loads((folder / "config.json").read_text()):
-        _write_as_fp32(folder, scratch)
-        folder = scratch
     hf = read_hf_config(str(folder), None)
+    if "quantization_config" in hf:
+        with HfWeights(folder, hf) as weights:
+            write_plain(weights, scratch)
+        folder = scratch
     scores = has_score_head(hf)
     model = load_by_transformers(folder, hf, torch.float32).float().eval()
     tokens = fixed_tokens(model.config.vocab_size)
@@ -99,22 +99,6 @@ def by_transformers(folder: Path, scratch: Path) -> torch.Tensor:
         if scores:  # the model itself scores the last token only
             return model.score(model.model(tokens).last_hidden_state)
         return model(tokens).logits
-
-
-def _write_as_fp32(folder: Path, out: Path) -> None:
-    from safetensors.torch import save_file
-
-    from megatron_r1.weights.stored.hf_weights import HfWeights
-
-    config = json.loads((folder / "config.json").read_text())
-    del config["quantization_config"]
-    (out / "config.json").write_text(json.dumps(config))
-    with HfWeights(folder, read_hf_config(str(folder), None)) as weights:
-        values = {
-            name: weights.read(name, 0, 0, shape[0]).float().contiguous()
-            for name, (shape, _) in weights.tensors.items()
-        }
-    save_file(values, out / "model.safetensors", metadata={"format": "pt"})
 
 
 def main(library: str, *arguments: str) -> None:

@@ -102,6 +102,20 @@ class HfWeights:
             values = values.narrow(axis, inside - outside, size)
         return values
 
+    def has(self, name: str) -> bool:
+        """Whether the folder has the tensor of this name, plain or quantised."""
+        return name in self._home or mxfp4.blocks_name(name) in self._home
+
+    def whole(self, name: str) -> Tensor:
+        """Return a tensor by its name in the folder, also one that has all experts of a layer;
+        dtypes as `read`, MXFP4 as bf16."""
+        if name in self._home:
+            return self.read(name, 0, 0, self._home[name].tensors[name].shape[0])
+        blocks, scales = mxfp4.blocks_name(name), mxfp4.scales_name(name)
+        experts = range(self._home[blocks].tensors[blocks].shape[0])
+        parts = [(self._expert(blocks, i), self._expert(scales, i)) for i in experts]
+        return torch.stack([mxfp4.dequantise(*part).T for part in parts])
+
     def _read_stacked(self, part: StackedPart, dim: int, start: int, length: int) -> Tensor:
         """Return rows or columns of one expert's tensor, as `read`."""
         if part.name in self._home:
@@ -241,7 +255,7 @@ def _hint(missing: list[str], hf: dict) -> str:
     mtp = str(hf["num_hidden_layers"])
     if any(name.split(".layers.")[-1].split(".")[0] == mtp for name in missing):
         return "; leave the MTP layers out (model.mtp: none) if the checkpoint has none"
-    return ""
+    return "; fetch the folder again, or correct the key of config.json that differs"
 
 
 def _some(names: list[str], most: int = 8) -> str:

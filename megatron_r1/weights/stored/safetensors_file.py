@@ -68,6 +68,8 @@ class SafetensorsFile:
 
     def _header(self) -> dict[str, StoredTensor]:
         size = os.fstat(self.file).st_size
+        if os.pread(self.file, 7, 0) == b"version":
+            raise ValueError("it is a pointer of Git LFS; run git lfs pull")
         length = int.from_bytes(os.pread(self.file, 8, 0), "little")
         if size < 8 or length > min(size - 8, _LARGEST_HEADER):
             raise ValueError(f"its header claims {length} bytes, the file has {size}")

@@ -6,6 +6,8 @@ from pathlib import Path
 from megatron_r1.errors import UserError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+OTHERS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf")
+"""What a folder without these two may hold instead."""
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -16,12 +18,20 @@ def weight_files(folder: Path) -> list[Path]:
     if index.is_file():
         try:
             weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        except (ValueError, KeyError) as error:
+            files = [folder / name for name in sorted(set(weight_map.values()))]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{index} is damaged ({error!r}); fetch it again") from error
-        files = [folder / name for name in sorted(set(weight_map.values()))]
         if missing := [file.name for file in files if not file.is_file()]:
-            raise UserError(f"{index} names files that {folder} lacks: {', '.join(missing)}")
+            raise UserError(
+                f"{index} names files that {folder} lacks: {', '.join(missing)}; fetch them"
+            )
         return files
     if not single.is_file():
-        raise UserError(f"{folder} has neither {single.name} nor {index.name}")
+        found = sorted(file.name for pattern in OTHERS for file in folder.glob(pattern))
+        raise UserError(
+            f"{folder} has neither {single.name} nor {index.name}"
+            + (f", only {', '.join(found[:4])}" if found else "")
+            + "; fetch them (weights in other formats are not read: load them with transformers, "
+            "and save_pretrained writes these files)"
+        )
     return [single]

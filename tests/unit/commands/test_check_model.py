@@ -9,10 +9,15 @@ from small_qwen2 import MODEL
 
 from megatron_r1 import cli
 from megatron_r1.commands import check_model
+from megatron_r1.data.tokenizer import load_tokenizer
 from megatron_r1.errors import UserError
-from megatron_r1.model_check import comparison
+from megatron_r1.model_check import comparison, reference
 from megatron_r1.model_check.findings import Reference
+from megatron_r1.models.hf_config import read_hf_config
+from megatron_r1.models.supported import check_supported
 from megatron_r1.rehearsal.model import write_folder
+from megatron_r1.weights.stored import fp8, plain_copy
+from megatron_r1.weights.stored.hf_weights import HfWeights
 
 
 @pytest.fixture
@@ -59,6 +64,93 @@ def test_missing_and_extra_tensors_are_named(folder, capsys):
     assert "unexpected (1): model.layers.0.self_attn.sinks" in output
 
 
+def without(name, content=None):
+    def change(folder):
+        (folder / name).unlink()
+        for other, text in (content or {}).items():
+            (folder / other).write_text(text)
+
+    return change
+
+
+def settings(**changes):
+    return lambda folder: rewritten(folder / "config.json", **changes)
+
+
+def read_all(folder):
+    hf = read_hf_config(folder, key="HF_FOLDER")
+    check_supported(hf)
+    with HfWeights(folder, hf):
+        load_tokenizer(str(folder), "HF_FOLDER")
+
+
+CODE = '{"auto_map": {"AutoTokenizer": ["tokenization_kimi.TikTokenTokenizer", null]}}'
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (without("config.json", {"adapter_config.json": "{}"}), "LoRA adapter: merge it"),
+        (without("config.json", {"model.Q4_1.gguf": ""}), "model.Q4_1.gguf: load it with"),
+        (without("config.json", {"config.json": "[]"}), "must be a JSON object"),
+        (without("config.json", {"config.json": ""}), "not valid JSON.*fetch it again"),
+        (settings(architectures="Qwen2ForCausalLM"), "architectures='Qwen2.*must be a JSON list"),
+        (settings(rope_scaling=[4]), r"rope_scaling=\[4\] must be a JSON object"),
+        (settings(rope_parameters={"rope_theta": "1e6"}), "rope_theta='1e6' .* must be a number"),
+        (settings(quantization_config="fp8"), "quantization_config='fp8' must be a JSON object"),
+        (without(WEIGHTS), "has neither model.safetensors nor .*fetch them"),
+        (without(WEIGHTS, {"pytorch_model.bin": ""}), "only pytorch_model.bin; .*save_pretrained"),
+        (without(WEIGHTS, {INDEX: "{}"}), "damaged.*fetch it again"),
+        (without(WEIGHTS, {INDEX: '{"weight_map": {"a": "gone"}}'}), "lacks: gone; fetch them"),
+        (without(WEIGHTS, {WEIGHTS: "version https://git-lfs.github.com/spec/v1"}), "git lfs pull"),
+        (
+            lambda folder: (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-1]),
+            "it is cut off; fetch or write it again",
+        ),
+        (
+            without("tokenizer.json", {"tokenizer_config.json": CODE}),
+            "Python code of its own .*write a tokenizer.json",
+        ),
+        (without("tokenizer.json", {"tokenizer.json": "{"}), "no usable tokenizer.*again"),
+    ],
+)
+def test_what_is_no_model_folder_is_refused_with_what_to_do(folder, change, message):
+    change(folder)
+    with pytest.raises(UserError, match=message):
+        read_all(folder)
+
+
+def test_weights_that_are_no_numbers_are_named(folder, tmp_path):
+    tensors = load_file(folder / WEIGHTS)
+    tensors["model.norm.weight"][0] = float("nan")
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"NaN or infinite numbers are in model\.norm\.weight"):
+        reference.main(folder, "float32", tmp_path / "plain")
+
+
+def test_quantised_weights_are_compared_as_plain_ones(folder, tmp_path):
+    name, block = "model.layers.0.mlp.up_proj.weight", 128
+    tensors = load_file(folder / WEIGHTS)
+    rows, columns = tensors[name].shape
+    scales = torch.rand(-(-rows // block), -(-columns // block)) + 0.5
+    codes = tensors[name].to(torch.float8_e4m3fn)
+    save_file(tensors | {name: codes, f"{name}_scale_inv": scales}, folder / WEIGHTS)
+    rewritten(folder / "config.json", quantization_config=fp8.CONFIG)
+    plain = tmp_path / "plain"
+    with HfWeights(folder, read_hf_config(folder)) as weights:
+        weights.check(with_mtp=True)
+        plain_copy.write_plain(weights, plain)
+    every = scales.repeat_interleave(block, 0).repeat_interleave(block, 1)[:rows, :columns]
+    copied = load_file(plain / WEIGHTS)
+    assert copied.keys() == tensors.keys()
+    assert torch.equal(copied[name], codes.float() * every)
+    assert "quantization_config" not in json.loads((plain / "config.json").read_text())
+    assert (plain / "tokenizer.json").is_file()
+
+
 def test_a_tokenizer_of_another_size_is_named(folder, capsys):
     tensors = load_file(folder / "model.safetensors")
     name = "model.embed_tokens.weight"
@@ -85,8 +177,8 @@ def test_the_exit_status_is_0_only_if_all_agree(
     async def answer(value):
         return value
 
-    reference = Reference(15, 512, True, [[1, 2, 3]], [[-1.0, -2.0]], 0.0)
-    monkeypatch.setattr(check_model, "_reference", lambda *_: reference)
+    found_before = Reference(15, 512, True, [[1, 2, 3]], [[-1.0, -2.0]], 0.0)
+    monkeypatch.setattr(check_model, "_reference", lambda *_: found_before)
     monkeypatch.setattr(check_model, "by_megatron", lambda *_: answer(megatron))
     monkeypatch.setattr(check_model, "by_vllm", lambda *_: answer(vllm))
     found, output = checked(capsys, folder, "--json", tmp_path / "found.json")
@@ -97,8 +189,8 @@ def test_the_exit_status_is_0_only_if_all_agree(
 
 def test_without_vllm_the_engine_is_reported_as_not_run(folder, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "vllm", None)
-    reference = Reference(15, None, False, [], [], 0.0)
-    answer = asyncio.run(comparison.by_vllm(None, reference, tmp_path))
+    none = Reference(15, None, False, [], [], 0.0)
+    answer = asyncio.run(comparison.by_vllm(tmp_path, None, none, tmp_path))
     assert answer == "NOT RUN: vllm is not installed in this environment"
 
 

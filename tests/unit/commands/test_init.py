@@ -94,6 +94,7 @@ def test_a_chat_model_and_a_run_keep_their_own_template(here):
         (["model", "my sums.csv", "--question", "Mathtask"], "did you mean Math task"),
         (["model", "empty.jsonl"], "it holds no rows"),
         (["model", "my sums.csv", "--kind", "maths"], "did you mean 'math'"),
+        (["model", "my sums.csv", "--kind", "no_such:grade"], "rl does not run it yet: "),
         (["model", "my sums.csv", "--run.steps", "5"], "write it into the recipe"),
         (["run", "my sums.csv"], r"no hf/ yet: python tools/convert to-hf run run/hf exports one"),
     ],

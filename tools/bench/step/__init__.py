@@ -4,7 +4,8 @@ megatron-r1 runs as a user runs it, TRL in a process of its own; the runs altern
 load on the machine affects both. Tokens per second are response tokens over the wall-clock time of
 whole steps. The first step of a run includes warming up and is left out. A second comparison, of
 megatron-r1 alone, is the step of overlapped rollouts against the slower of its parts. With
---model: the same beside TRL for a pretrained model. With --recipe: the phases of a recipe."""
+--model: the same beside TRL for a pretrained model, whose answers are short; with --limit also a
+long tail of them. With --recipe: the phases of a recipe."""
 
 import argparse
 import os
@@ -34,6 +35,11 @@ def add_options(options: argparse.ArgumentParser) -> None:
     options.add_argument("--recipe", help="measure the phases of this recipe instead, without TRL")
     options.add_argument(
         "--model", help="a pretrained model's folder, as examples/smollm2 makes one; or --recipe's"
+    )
+    options.add_argument("--limit", type=int, help="with --model: most tokens of an answer")
+    options.add_argument("--questions", type=int, help="with --model: in a step")
+    options.add_argument(
+        "--peer-microbatch", type=int, default=0, help="answers that TRL trains at once; 0: all"
     )
     options.add_argument("--steps", type=int, default=6, help="measured in each run")
     options.add_argument("--repeats", type=int, default=2, help="runs of each, in turn")

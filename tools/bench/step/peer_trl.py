@@ -3,8 +3,9 @@
 `python -m tools.bench.step.peer_trl WORK MODEL QUESTIONS STEPS` prints one line of JSON per step
 but the first. All responses of a step are one batch of transformers' generate (TRL 1.16 supports
 vLLM up to 0.31 only), an update is one forward and backward pass (smaller micro-batches were no
-faster), and nothing is logged, saved or recomputed. With one update per rollout, TRL takes the old
-log-probabilities from the update itself, as megatron-r1 does."""
+faster; `peer_microbatch` is for work that does not fit), and nothing is logged, saved or
+recomputed. With one update per rollout, TRL takes the old log-probabilities from the update itself,
+as megatron-r1 does."""
 
 import json
 import sys
@@ -60,13 +61,16 @@ def main() -> None:
 
 
 def _arguments(work: Work, folder: str, rollouts: int) -> GRPOConfig:
+    update = work.num_responses // work.minibatches
+    microbatch = work.peer_microbatch or update
     return GRPOConfig(
         output_dir=folder,
         use_cpu=True,
         bf16=False,
         max_steps=rollouts * work.minibatches,
-        per_device_train_batch_size=work.num_responses // work.minibatches,
-        steps_per_generation=work.minibatches,
+        per_device_train_batch_size=microbatch,
+        gradient_accumulation_steps=update // microbatch,
+        steps_per_generation=work.num_responses // microbatch,
         num_generations=work.group,
         max_completion_length=work.limit,
         temperature=work.temperature,

@@ -6,6 +6,7 @@ megatron-r1 runs with that recipe's `parallel.share_prompts` and settings of the
 import argparse
 import os
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,12 @@ SYSTEMS = ("ours", "trl")
 def run(chosen: argparse.Namespace) -> dict[str, Any]:
     """Return medians of each system, with every step they come from."""
     recipe = configuration.load(RECIPE)
-    work = work_of(recipe)
+    given = {"limit": chosen.limit, "questions": chosen.questions}
+    work = replace(
+        work_of(recipe),
+        peer_microbatch=chosen.peer_microbatch,
+        **{key: value for key, value in given.items() if value},
+    )
     steps: dict[str, list[dict]] = {system: [] for system in SYSTEMS}
     peaks: dict[str, list[float]] = {system: [] for system in steps}
     loads, worth = [], []

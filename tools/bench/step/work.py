@@ -11,7 +11,8 @@ from typing import Any
 class Work:
     """One setting. A step samples `questions` x `group` responses of at most `limit` tokens, then
     makes `minibatches` fp32 updates. kl_beta: weight of the KL to a reference model; at 0 neither
-    system has a reference model."""
+    system has a reference model. peer_microbatch: responses in one of TRL's forward and backward
+    passes; 0: all of an update."""
 
     limit: int
     questions: int = 16
@@ -22,6 +23,7 @@ class Work:
     clip: float = 0.2
     # So small that response lengths do not change while steps are measured.
     learning_rate: float = 1e-7
+    peer_microbatch: int = 0
 
     @property
     def num_responses(self) -> int:
