@@ -57,13 +57,14 @@ def _load(folder: Path) -> Any:
 
 def _known_class(model_type: str | None, settings: dict[str, Any]) -> Any:
     """Return the class that AutoTokenizer chooses for every DeepSeek-V3 and Qwen2, and for a Llama
-    whose settings name it; None if not known."""
+    whose settings name it; that of DeepSeek-V3 for Kimi-K2, whose type transformers does not know;
+    None if not known."""
     if model_type == "qwen2":
         from transformers.models.qwen2.tokenization_qwen2 import Qwen2Tokenizer
 
         return Qwen2Tokenizer
     is_plain = model_type == "llama" and settings.get("tokenizer_class") in PLAIN
-    if model_type == "deepseek_v3" or is_plain:
+    if model_type in ("deepseek_v3", "kimi_k2") or is_plain:
         from transformers import PreTrainedTokenizerFast
 
         return PreTrainedTokenizerFast
