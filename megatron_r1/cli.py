@@ -226,14 +226,18 @@ def _run_command(verb: str, rest: list[str]) -> int:
     values, options = rest[:count], rest[count:]
     if len(values) < count or any(value.startswith("--") for value in values):
         raise UserError(f"usage: megatron-r1 {verb} {' '.join(command.ARGUMENTS)} [--key value …]")
-    own = {}
-    for name in getattr(command, "OPTIONS", ()):
+    own, names = {}, getattr(command, "OPTIONS", ())
+    for name in names:
         if f"--{name}" in options:
             at = options.index(f"--{name}")
             if at + 1 == len(options):
                 raise UserError(f"--{name} needs a value")
             own[name] = options[at + 1]
             del options[at : at + 2]
+    for option in options:
+        misspelt = did_you_mean(option, [f"--{name}" for name in names], "{}")
+        if option.startswith("--") and "." not in option and misspelt:
+            raise UserError(f"unknown option {option}{misspelt}")
     overrides = {**getattr(command, "IMPLIED", {}), **_overrides(options)}
     config = configuration.from_overrides(overrides)
     for key in overrides:

@@ -10,6 +10,7 @@ from megatron_r1.data.records import read_records
 from megatron_r1.data.tokenizer import load_tokenizer
 from megatron_r1.errors import UserError
 from megatron_r1.first_recipe.template import template_of
+from megatron_r1.models.hf_config import hub_hint
 from megatron_r1.training.checkpoints.finding import STATE_FILE, complete_checkpoints
 
 TEMPLATE_ROWS = 100
@@ -37,7 +38,9 @@ def find_exported(path: str, name: str) -> Path:
             "steps, and hf/ at its end"
         )
     what = "neither a Hugging Face folder (no config.json) nor a run's folder (no hf/)"
-    raise UserError(f"{name} {path}: {what if folder.is_dir() else 'no such folder'}")
+    if not folder.is_dir():
+        what = f"no such folder (relative to {Path.cwd()}){hub_hint(str(path))}"
+    raise UserError(f"{name} {path}: {what}")
 
 
 def recipe_of(model: Path) -> Config | None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from megatron_r1.errors import UserError
+from megatron_r1.errors import UserError, did_you_mean
 
 MERGE = "tag:yaml.org,2002:merge"
 
@@ -20,7 +20,8 @@ def read_sections(
     Raises UserError for a missing file, invalid YAML, a key that occurs twice in one mapping (`<<`
     may merge a key that the mapping also sets), and for content that is not a mapping."""
     if not path.is_file():
-        raise UserError(f"{what} {path}: no such file")
+        near = did_you_mean(path.name, [file.name for file in path.parent.glob("*.y*ml")], "{}")
+        raise UserError(f"{what} {path}: no such file (relative to {Path.cwd()}){near}")
     try:
         tree = yaml.load(prepare(path.read_text(encoding="utf-8")), Loader=_Loader) or {}
     except yaml.YAMLError as error:

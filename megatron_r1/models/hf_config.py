@@ -53,6 +53,8 @@ def load_config(path: str | Path, key: str = "model.path") -> dict:
                 f"; {ggufs[0].name}: load it with transformers (from_pretrained with gguf_file), "
                 "and save_pretrained writes such a folder"
             )
+        else:
+            hint = hub_hint(str(path))
         raise UserError(
             f"{file} does not exist (relative to {Path.cwd()}): {key} must be a Hugging Face model "
             f"folder{hint}"
@@ -63,6 +65,13 @@ def load_config(path: str | Path, key: str = "model.path") -> dict:
         raise UserError(f"{file} is not valid JSON: {error}; fetch it again") from error
     _check_kinds(file, hf)
     return hf
+
+
+def hub_hint(path: str) -> str:
+    """Return how to fetch a model whose name on the hub was given instead of a folder, else ""."""
+    if Path(path).exists() or path.count("/") != 1 or path[0] in "./":
+        return ""
+    return f"; if it is a model of the hub: hf download {path} --local-dir FOLDER"
 
 
 def _check_kinds(file: Path, hf: Any) -> None:

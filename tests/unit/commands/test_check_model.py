@@ -47,6 +47,10 @@ def test_keys_and_layouts_that_are_not_supported_are_named_at_once(folder, capsy
     rewritten(folder / "config.json", attn_logit_softcapping=None)
     status, output = checked(capsys, folder, "--parallel.tensor", 4)
     assert status == 2 and "parallel.tensor=4 does not divide num_attention_heads=2" in output
+    status, output = checked(capsys, "Org/Model")
+    assert status == 2 and "hf download Org/Model --local-dir FOLDER" in output
+    status, output = checked(capsys, folder, "--jsn", "x")
+    assert status == 2 and "unknown option --jsn; did you mean --json?" in output
     status, output = checked(capsys, folder, "--json")
     assert status == 2 and "--json needs a value" in output
     status, output = checked(capsys, folder, "--optimizer.clip_grad", 1)
@@ -119,6 +123,11 @@ def test_what_is_no_model_folder_is_refused_with_what_to_do(folder, change, mess
     change(folder)
     with pytest.raises(UserError, match=message):
         read_all(folder)
+
+
+def test_a_tokenizer_of_a_model_type_that_transformers_does_not_know_is_loaded(folder):
+    rewritten(folder / "config.json", model_type="kimi_k2", auto_map={"AutoConfig": "c.C"})
+    assert len(load_tokenizer(str(folder), "HF_FOLDER")) == 512
 
 
 def test_weights_that_are_no_numbers_are_named(folder, tmp_path):
