@@ -7,6 +7,7 @@ the others; the plan of a position is one key, which the ranks at it read, one o
 rank makes a handful of requests to the store, whatever the number of ranks."""
 
 import datetime
+import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -119,6 +120,7 @@ class Rendezvous:
         self.store.set_timeout(datetime.timedelta(seconds=timeout_seconds))
         self._tables = tables or TableStore(store)
         self._num_ranks = 0
+        self._waiting = threading.local()
 
     def client(self) -> Store:
         """Return a new connection to the store, for a thread of its own: while one waits, all
@@ -200,13 +202,16 @@ class Rendezvous:
             self.store.delete_key(f"released/{rank}/{push - 1}/{window}")
 
     def await_release(self, rank: int, push: int, window: int) -> None:
-        """Wait for `release`."""
-        key = f"released/{rank}/{push}/{window}"
+        """Wait for `release`, over a connection of this thread's own: on the shared one the release
+        itself would wait for it."""
+        if not hasattr(self._waiting, "store"):
+            self._waiting.store = self.store.clone()  # type: ignore[attr-defined]
+        store, key = self._waiting.store, f"released/{rank}/{push}/{window}"
         deadline = time.monotonic() + self.push_seconds
         while True:
             left = max(deadline - time.monotonic(), 0.001)
             try:
-                self.store.wait([key], datetime.timedelta(seconds=min(left, POLL_SECONDS)))
+                store.wait([key], datetime.timedelta(seconds=min(left, POLL_SECONDS)))
                 return
             except DistStoreError:
                 self._raise_failure()

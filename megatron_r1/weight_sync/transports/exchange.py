@@ -243,7 +243,7 @@ class NcclReceiver(GlooReceiver):
         work = group._allgather_base(gathered, parts[self.rendezvous.member], self._options)
         for _ in unpacking:
             pass
-        finish(work, self)
+        finish(work, self, on_gpu=True)
 
 
 def _unpack_each(

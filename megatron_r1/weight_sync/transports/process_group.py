@@ -172,7 +172,7 @@ class PairReceiver(Receiver):
         data: torch.Tensor,
         bucket: list[Chunk],
     ) -> None:
-        finish(work, self)
+        finish(work, self, on_gpu=data.is_cuda)
         packed = data.to(self.device)
         if header.base:
             # The base is in another area than this push where areas alternate.
@@ -223,16 +223,16 @@ class GlooSender(Sender):
         for number, bucket in enumerate(Buckets(self.table, self.deliveries).of(indices)):
             packed = self._packed(bucket, slices, running)
             message = self._message(number, packed, header).to(device)
-            for work, _ in on_the_wire:
-                finish(work, self)
+            for work, sent in on_the_wire:
+                finish(work, self, on_gpu=sent.is_cuda)
             on_the_wire = []
             if header.base:
                 length = _integers([len(message)])
                 on_the_wire.append((control.send([length], 0, 0), length))
             on_the_wire.append((data.send([message], 0, 0), message))
             self.num_bytes_sent += sum(sent.nbytes for _, sent in on_the_wire)
-        for work, _ in on_the_wire:
-            finish(work, self)
+        for work, sent in on_the_wire:
+            finish(work, self, on_gpu=sent.is_cuda)
         sums = [running[index].digest() for index in indices]
         signed = _integers(s - 2**64 if s >= 2**63 else s for s in sums)
         finish(control.send([signed], 0, 0), self)
@@ -281,29 +281,38 @@ def _integers(values: Iterable[int]) -> torch.Tensor:
     return torch.tensor(list(values), dtype=torch.int64)
 
 
-def finish(work: dist.Work, end: PairReceiver | GlooSender, more_seconds: float = 0.0) -> None:
-    """Wait for `work`, at most as long as a push may take, and `more_seconds`."""
-    seconds = end.rendezvous.push_seconds + more_seconds
-    if end.backend == "gloo":
-        work.wait(datetime.timedelta(seconds=seconds))
-    else:
+def finish(
+    work: dist.Work,
+    end: PairReceiver | GlooSender,
+    more_seconds: float = 0.0,
+    *,
+    on_gpu: bool = False,
+) -> None:
+    """Wait for `work`, at most as long as a push may take, and `more_seconds`. on_gpu: it is
+    NCCL's."""
+    if on_gpu:
         work.wait()  # a timeout here would block the host; `groups` has set the group's
+    else:
+        work.wait(datetime.timedelta(seconds=end.rendezvous.push_seconds + more_seconds))
 
 
 def pair(end: PairReceiver | GlooSender, sender: int, rank: int, *, is_sender: bool) -> Groups:
     """Return the groups of an engine rank (rank 0 in them) and a trainer rank (rank 1 in them)."""
     name = f"pair/{sender}/{end.rendezvous.member}/{rank}"
-    return groups(end, name, 1 if is_sender else 0, 2)
+    return groups(end, name, 1 if is_sender else 0, 2, may_share_gpu=True)
 
 
-def groups(end: PairReceiver | GlooSender, name: str, rank: int, size: int) -> Groups:
-    """Return the groups of `size` ranks that meet under `name`."""
+def groups(
+    end: PairReceiver | GlooSender, name: str, rank: int, size: int, *, may_share_gpu: bool = False
+) -> Groups:
+    """Return the groups of `size` ranks that meet under `name`. may_share_gpu: the two may be on one
+    GPU."""
     rendezvous = end.rendezvous
     store = dist.PrefixStore(name, rendezvous.client())
     timeout = datetime.timedelta(seconds=rendezvous.timeout_seconds)
     # The stubs give a backend no send and recv.
     control = cast(dist.ProcessGroup, dist.ProcessGroupGloo(store, rank, size, timeout))
-    if end.backend == "gloo" or (size == 2 and _share_a_gpu(control, end.device)):
+    if end.backend == "gloo" or (may_share_gpu and _share_a_gpu(control, end.device)):
         return Groups(control, control, torch.device("cpu"))
     options = dist.ProcessGroupNCCL.Options()
     options._timeout = datetime.timedelta(seconds=rendezvous.push_seconds)

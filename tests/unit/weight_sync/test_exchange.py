@@ -1,14 +1,17 @@
 """Pushes that enter one engine of a set each and are exchanged, against plain slicing."""
 
 import threading
+import time
 from functools import partial
 
 import pytest
 import torch
+from torch.distributed import TCPStore
 
 from megatron_r1.weight_sync.plan import EngineLayout, TrainerGrid
 from megatron_r1.weight_sync.plan.predicted_layout import PredictedLayout
-from megatron_r1.weight_sync.receive.rendezvous import SetFailed
+from megatron_r1.weight_sync.receive import rendezvous
+from megatron_r1.weight_sync.receive.rendezvous import Rendezvous, SetFailed
 from megatron_r1.weight_sync.receive.table import Slot, SlotTable, slot_view
 from megatron_r1.weight_sync.transports import buckets, exchange
 from megatron_r1.weight_sync.transports.buckets import Buckets
@@ -152,6 +155,20 @@ def test_windows_are_exchanged_one_after_another_as_they_are_released(make_world
             for (_, rank), receiver in world.receivers.items():
                 receiver.rendezvous.release(rank, number, window)
         sending.join()
+
+
+def test_a_release_does_not_wait_for_a_wait_of_the_same_rank(monkeypatch):
+    monkeypatch.setattr(rendezvous, "POLL_SECONDS", 60.0)
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    met = Rendezvous(store, "set", 60.0)
+    waiting = threading.Thread(target=met.await_release, args=(0, 1, 0), daemon=True)
+    waiting.start()
+    time.sleep(0.2)  # it waits now
+    releasing = threading.Thread(target=met.release, args=(0, 1, 0), daemon=True)
+    releasing.start()
+    releasing.join(20)
+    waiting.join(20)
+    assert not releasing.is_alive() and not waiting.is_alive()
 
 
 def test_an_fp8_push_gives_all_engines_the_same_codes_and_scales(make_world):
