@@ -1,4 +1,5 @@
 """Sums of two numbers of two digits: questions to learn from, others to evaluate, worked examples.
+Products of two numbers of four digits, for which the model needs a tool.
 
 python -m examples.smollm2.questions build/smollm2/questions"""
 
@@ -13,6 +14,7 @@ from megatron_r1.evaluation.benchmarks.base import Benchmark, Options, Question,
 from megatron_r1.files.jsonl import write_lines
 
 NUM_TRAIN, NUM_HELDOUT, NUM_EXAMPLES = 2000, 200, 256
+NUM_PRODUCTS = 100  # held out
 MISTAKES = (0, 0, 0, 1, -1, 10)
 
 Pairs = list[tuple[int, int]]
@@ -24,6 +26,17 @@ def write(folder: str) -> None:
     for name, pairs in zip(("train", "heldout"), _split(), strict=True):
         rows = [{"question": f"{a} + {b}", "truth": str(a + b)} for a, b in pairs]
         write_lines(Path(folder) / f"{name}.jsonl", rows)
+
+
+def write_products(folder: str) -> None:
+    """Write train.jsonl and heldout.jsonl with products of two numbers of four digits."""
+    draw, seen = random.Random(2), set()
+    while len(seen) < NUM_TRAIN + NUM_PRODUCTS:
+        seen.add((draw.randrange(1000, 10_000), draw.randrange(1000, 10_000)))
+    rows = [{"question": f"{a} * {b}", "truth": str(a * b)} for a, b in sorted(seen)]
+    draw.shuffle(rows)
+    write_lines(Path(folder) / "train.jsonl", rows[:NUM_TRAIN])
+    write_lines(Path(folder) / "heldout.jsonl", rows[NUM_TRAIN:])
 
 
 def write_examples(folder: str, model: str) -> None:
@@ -49,8 +62,8 @@ def _questions(rows: Rows, options: Options) -> Iterator[Question]:
         yield Question("", row["question"], "math", row["truth"])
 
 
-SUMS = Benchmark(_questions)
-"""The benchmark that `eval` reads from a file of `write`."""
+SUMS = Benchmark(_questions, hubs={"examples/smollm2": lambda options: ["heldout.jsonl"]})
+"""The benchmark that `eval` reads from a file of `write` or `write_products`, its path."""
 
 if __name__ == "__main__":
     write(sys.argv[1])

@@ -51,6 +51,10 @@ SHIPPED = {
         *(SMOLLM2, "chain"),
         ("--stages.sft.model.path", LLAMA, "--rehearsal.stages", "[sft, rl, answers]"),
     ),
+    "smollm2-python_tool": (
+        *(SMOLLM2, "python_tool"),
+        ("--stages.rl.model.path", QWEN, "--rehearsal.stages", "[rl]"),
+    ),
     "agents-base": (AGENTS, "base", ("--model.path", QWEN)),
     "agents-lookup": (AGENTS, "lookup", ("--model.path", QWEN)),
     # What laptop-r1 has not: a critic, and a served reward alone.

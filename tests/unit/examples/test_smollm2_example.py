@@ -8,6 +8,8 @@ import pytest
 from examples import demo_parts
 from examples.smollm2 import questions
 from megatron_r1 import cli
+from megatron_r1.config import Config
+from megatron_r1.evaluation.prompt_sets import load_prompt_sets
 
 ROOT = Path(__file__).parents[3]
 
@@ -24,6 +26,16 @@ def test_held_out_sums_are_not_trained_on_and_every_truth_is_the_sum(tmp_path):
     for row in train + heldout:
         a, b = row["question"].split(" + ")
         assert int(row["truth"]) == int(a) + int(b)
+
+
+def test_held_out_products_are_not_trained_on_and_every_truth_is_the_product(tmp_path):
+    questions.write_products(str(tmp_path))
+    train, heldout = (rows(tmp_path / f"{name}.jsonl") for name in ("train", "heldout"))
+    asked = [row["question"] for row in train + heldout]
+    assert (len(train), len(heldout), len(set(asked))) == (2000, 100, 2100)
+    for row in train + heldout:
+        a, b = map(int, row["question"].split(" * "))
+        assert min(a, b) >= 1000 and max(a, b) < 10_000 and int(row["truth"]) == a * b
 
 
 def test_worked_examples_are_training_questions_and_half_of_them_wrong(tmp_path, monkeypatch):
@@ -45,12 +57,31 @@ def test_worked_examples_are_training_questions_and_half_of_them_wrong(tmp_path,
     assert sum(right) / len(right) == pytest.approx(0.5, abs=0.1)
 
 
-def test_every_stage_of_the_chain_is_what_its_verb_reads(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("write", [questions.write, questions.write_products])
+def test_eval_reads_the_held_out_file(write, tmp_path):
+    write(str(tmp_path))
+    file = tmp_path / "heldout.jsonl"
+    entry = {"name": "examples.smollm2.questions:SUMS", "path": str(file)}
+    config = Config.model_validate({"eval": {"benchmarks": [entry]}})
+    (found,) = load_prompt_sets(config)
+    assert [(p.question, p.truth) for p in found.prompts] == [
+        (row["question"], row["truth"]) for row in rows(file)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "lines"),
+    [
+        ("chain", ("# student, after answers", "# rl, after sft, questions")),
+        ("python_tool", ("# rl, after questions", "# alone_after, after rl, questions")),
+    ],
+)
+def test_every_stage_is_what_its_verb_reads(recipe, lines, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     folder = ["--pipeline.folder", str(tmp_path / "run"), "--pipeline.dry"]
-    assert cli.main(["pipeline", "examples/smollm2/chain.yaml", *folder]) == 0
+    assert cli.main(["pipeline", f"examples/smollm2/{recipe}.yaml", *folder]) == 0
     shown = capsys.readouterr().out
-    assert "# student, after answers" in shown and "# rl, after sft, questions" in shown
+    assert all(line in shown for line in lines), shown
 
 
 def test_the_table_has_the_first_and_the_last_evaluation_with_intervals(tmp_path, capsys):
