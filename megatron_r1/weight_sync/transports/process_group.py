@@ -305,7 +305,9 @@ def pair(end: PairReceiver | GlooSender, sender: int, rank: int, *, is_sender: b
 def groups(
     end: PairReceiver | GlooSender, name: str, rank: int, size: int, *, may_share_gpu: bool = False
 ) -> Groups:
-    """Return the groups of `size` ranks that meet under `name`. may_share_gpu: they may be on one."""
+    """Return the groups of `size` ranks that meet under `name`.
+
+    may_share_gpu: both ranks may be on one GPU."""
     rendezvous = end.rendezvous
     store = dist.PrefixStore(name, rendezvous.client())
     timeout = datetime.timedelta(seconds=rendezvous.timeout_seconds)
