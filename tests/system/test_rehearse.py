@@ -17,6 +17,7 @@ R1, DISTILL, LAPTOP = (EXAMPLES / name for name in ("deepseek_r1", "distill", "l
 AGENTS, PAPER, SMOLLM2 = (EXAMPLES / name for name in ("agents", "paper", "smollm2"))
 # What examples/deepseek_r1/stage.sbatch adds to a recipe.
 ON_HOSTS = ("--rollout.placement", "hosts", "--rollout.hosts_per_engine", "16")
+PLACED = ("--rollout.placement", "hosts")
 GLOO = ("--push.transport", "gloo")
 # examples/deepseek_r1/pools.sbatch; a GPU would push by nccl.
 APART = ("--rollout.colocated", "false", "--rl.staleness", "1", "--rl.importance_cap", "2")
@@ -42,6 +43,8 @@ SHIPPED = {
     "pools": (R1, "r1_zero", (*ON_HOSTS, *GLOO, *APART)),
     "pipeline": (R1, "pipeline", ("--rehearsal.stages", "[cold_start_sampling, cold_start_sft]")),
     **{path.stem: (DISTILL, path.stem, ()) for path in sorted(DISTILL.glob("*.yaml"))},
+    # What examples/slurm/colocated.sbatch adds.
+    **{name: (DISTILL, name, PLACED) for name in ("qwen2.5-32b_rl", "qwen2.5-math-7b_on_policy")},
     "laptop-base": (LAPTOP, "base", ("--sft.data", "runs/demo/base.jsonl")),
     "laptop-r1_zero": (LAPTOP, "r1_zero", LAPTOP_MODEL),
     "laptop-r1": (LAPTOP, "r1", (*SHAPES, "--rehearsal.stages", OF_LAPTOP)),
