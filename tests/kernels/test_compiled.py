@@ -19,7 +19,6 @@ pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is n
 ROOT = Path(__file__).parents[2]
 TABLE = ROOT / "docs/benchmarks/kernel-resources.json"
 MUST_NOT_GROW = ("registers", "shared_bytes", "bytes", "barriers", "shuffles", "instructions")
-OTHERS = ("80", "100")
 MUST_NOT_SHRINK = ("widest_load", "widest_store", "programs_per_sm")
 
 
@@ -29,17 +28,13 @@ def bench_resources(*options: str, **environment: str) -> subprocess.CompletedPr
     return subprocess.run(command, env=kept | environment, capture_output=True, text=True)
 
 
-@pytest.fixture(
-    scope="module", params=["90", *(pytest.param(arch, marks=pytest.mark.slow) for arch in OTHERS)]
-)
-def compiled(request, tmp_path_factory) -> dict:
-    """What the bench writes for one architecture. It fails for a kernel that does not compile, or
-    has no case."""
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory) -> dict:
+    """What the bench writes. It fails for a kernel that does not compile, or has no case."""
     folder = tmp_path_factory.mktemp("compiled")
     out = folder / "resources.json"
     # A cache of its own: an entry of somebody else's would be believed.
-    chosen = ("--arch", request.param, "--json", str(out))
-    done = bench_resources(*chosen, TRITON_CACHE_DIR=str(folder / "cache"))
+    done = bench_resources("--json", str(out), TRITON_CACHE_DIR=str(folder / "cache"))
     assert done.returncode == 0, done.stderr
     return json.loads(out.read_text())
 
@@ -78,12 +73,10 @@ def test_an_h200s_memory_is_what_limits_every_kernel(compiled):
 def test_no_kernel_grows_beyond_the_committed_table(compiled):
     table = json.loads(TABLE.read_text())
     remedy = f"if that is meant: python tools/bench resources --json {TABLE.relative_to(ROOT)}"
-    [arch] = {name.rpartition(", ")[2] for name in compiled["kernels"]}
-    kept = {name: entry for name, entry in table["kernels"].items() if name.endswith(f", {arch}")}
-    assert compiled["kernels"].keys() == kept.keys(), remedy
+    assert compiled["kernels"].keys() == table["kernels"].keys(), remedy
     if table["triton"] != compiled["triton"]:
         pytest.skip(f"the table is Triton {table['triton']}'s, this is {compiled['triton']}")
-    for name, allowed in kept.items():
+    for name, allowed in table["kernels"].items():
         found = compiled["kernels"][name]
         for field in MUST_NOT_GROW:
             assert found[field] <= allowed[field], f"{name}: {field}; {remedy}"
