@@ -1,13 +1,17 @@
-"""Starts a vLLM engine on the null GPU, pushes other weights to it, has it sleep while this process
-takes the GPU's memory, and pushes those it was started on: `engine_push.py FOLDER TRANSPORT`.
+"""Starts vLLM engines on null GPUs, pushes other weights to them, has them sleep while this process
+takes a GPU's memory, and pushes those that they were started on:
+`engine_push.py FOLDER TRANSPORT ENGINES`.
 
-Prints a line of JSON: vLLM's checksums of the tensors in use before, between and after, and the
-GiB that the GPU has left while the engine is awake, asleep, and awake again."""
+Prints a line of JSON: of each engine vLLM's checksums of the tensors in use before, between and
+after, and the GiB that the first GPU has left while its engine is awake, asleep, and awake again.
+Several engines are one set, each of which receives a part and passes it on to the others."""
 
 import asyncio
 import json
 import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -20,7 +24,7 @@ from vllm_needs import QWEN
 from megatron_r1.fleet.rollout_fleet import RolloutFleet
 
 HERE = Path(__file__).parent
-ENGINE_GPU, TRAINER_GPU = 0, 1  # NCCL refuses two ranks on one
+ENGINE_GPU, TRAINER_GPU = 0, 1  # NCCL refuses two ranks on one; a second engine is on GPU 2
 GIB = 2**30
 
 
@@ -42,29 +46,34 @@ def settings(transport: str) -> dict:
     }
 
 
-async def checksums(fleet: RolloutFleet) -> dict:
-    """Return vLLM's own checksums of the tensors that the engine computes with."""
-    answer = await fleet.engines[0].client.request(
-        "POST", "/weight_checker", {"action": "checksum"}
-    )
-    return msgspec.json.decode(answer)["checksums"]
+async def checksums(fleet: RolloutFleet) -> list[dict]:
+    """Return vLLM's own checksums of the tensors that each engine computes with."""
+    found = []
+    for engine in fleet.engines:
+        answer = await engine.client.request("POST", "/weight_checker", {"action": "checksum"})
+        found.append(msgspec.json.decode(answer)["checksums"])
+    return found
 
 
 def gib_left() -> float:
     return torch.cuda.mem_get_info(ENGINE_GPU)[0] / GIB
 
 
-async def main(folder: Path, transport: str) -> None:
+async def main(folder: Path, transport: str, num_engines: int) -> None:
     compute_everywhere()
     torch.cuda.set_device(TRAINER_GPU)
+    # The trainer's calls run in these threads here; each would begin with GPU 0.
+    threads = ThreadPoolExecutor(initializer=partial(torch.cuda.set_device, TRAINER_GPU))
+    asyncio.get_running_loop().set_default_executor(threads)
     first, other = (
         write_random(folder / f"model{seed}", QWEN, seed, torch.bfloat16) for seed in range(2)
     )
-    async with RolloutFleet(1, folder / "fleet", **settings(transport)) as fleet:
+    async with RolloutFleet(num_engines, folder / "fleet", **settings(transport)) as fleet:
         await fleet.start(first)
         bridge = FileBridge(QWEN, fleet, transport=transport)
         found, left = [await checksums(fleet)], []
         await bridge.push(other)
+        assert [len(one.engines) for one in bridge.bridge.links.sets] == [num_engines]
         found.append(await checksums(fleet))
         left.append(gib_left())
         await fleet.sleep()
@@ -81,4 +90,4 @@ async def main(folder: Path, transport: str) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(main(Path(sys.argv[1]), sys.argv[2]))
+    asyncio.run(main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])))

@@ -20,16 +20,20 @@ def test_what_vllm_loads_is_what_the_tables_predict_and_a_swap_keeps_addresses(
         assert case["tensors"] > 20
 
 
-@pytest.mark.parametrize("transport", ["shm", "cuda_ipc"])
-def test_an_engine_has_what_was_pushed_before_and_after_it_slept(on_null_gpu, tmp_path, transport):
-    printed = on_null_gpu("engine_push.py", str(tmp_path), transport, gpus=2)
+@pytest.mark.parametrize(("transport", "engines"), [("shm", 1), ("cuda_ipc", 1), ("nccl", 2)])
+def test_engines_have_what_was_pushed_before_and_after_they_slept(
+    on_null_gpu, tmp_path, transport, engines
+):
+    arguments = [str(tmp_path), transport, str(engines)]
+    printed = on_null_gpu("engine_push.py", *arguments, gpus=2 * engines)
     found = json.loads(printed.splitlines()[-1])
-    loaded, other, pushed = found["checksums"]
-    # What wakes is full of NaN: a tensor that is not written again would differ.
-    assert len(loaded) > 10 and pushed == loaded
-    assert not [name for name in loaded if other[name] == loaded[name]]
+    for loaded, other, pushed in zip(*found["checksums"], strict=True):
+        # What wakes is full of NaN: a tensor that is not written again would differ.
+        assert len(loaded) > 10 and pushed == loaded
+        assert not [name for name in loaded if other[name] == loaded[name]]
+    # Beside the weights, buckets of the push before may still be held.
     awake, asleep, again = found["GiB left"]
-    assert asleep - awake > 1 and again == pytest.approx(awake, abs=0.1)
+    assert asleep - awake > 1 and again == pytest.approx(awake, abs=0.2)
 
 
 def test_a_push_through_cuda_ipc_reaches_the_memory_of_another_process(on_null_gpu):
