@@ -24,7 +24,7 @@ from vllm_needs import QWEN
 from megatron_r1.fleet.rollout_fleet import RolloutFleet
 
 HERE = Path(__file__).parent
-ENGINE_GPU, TRAINER_GPU = 0, 1  # NCCL refuses two ranks on one; a second engine is on GPU 2
+ENGINE_GPU = TRAINER_GPU = 0  # a pair of ranks on one GPU pushes over gloo
 GIB = 2**30
 
 

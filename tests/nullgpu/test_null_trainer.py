@@ -46,12 +46,18 @@ def test_transformer_engines_modules_compute_what_ours_do(model, on_cpu, on_one_
     assert_same(model, on_cpu / "one", on_one_gpu, "one", continued=False)
 
 
+@pytest.mark.parametrize(
+    ("gpus", "grids"),
+    [
+        (2, ["dp2", "tp2", "pp2", "ep2", "cp2", "pp2xvp2"]),
+        (4, ["tp2xpp2", "tp2xep2", "pp2xvp2xcp2"]),
+    ],
+)
 def test_every_split_does_too_and_continues_from_anothers_checkpoint(
-    on_null_gpu, model, on_cpu, on_one_gpu, tmp_path
+    on_null_gpu, model, on_cpu, on_one_gpu, tmp_path, gpus, grids
 ):
-    grids = ["dp2", "tp2", "pp2", "ep2", "cp2", "pp2xvp2"]
     shutil.copytree(on_one_gpu / "checkpoint_one", tmp_path / "checkpoint")
     script = ["trainer_on_null_gpu.py", str(model), str(tmp_path), *grids]
-    on_null_gpu(*TORCHRUN, "--nproc-per-node=2", *script, gpus=2)
+    on_null_gpu(*TORCHRUN, f"--nproc-per-node={gpus}", *script, gpus=gpus)
     for grid in grids:
         assert_same(model, on_cpu / "one", tmp_path, grid)
