@@ -68,17 +68,17 @@ def finished(folder: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def half(tmp_path_factory):
-    """The pipeline's folder after stage 2, and when the stages were done that a kill -9 did not
-    undo."""
+    """The pipeline's folder after rejection sampling, and when the stages were done that a kill -9
+    did not undo."""
     folder, output = tmp_path_factory.mktemp("r1") / "r1", tmp_path_factory.mktemp("out") / "out"
-    process = start(folder, output, "reasoning_rl")
+    process = start(folder, output, "rejection_sampling")
     while "cold_start" not in finished(folder):
         assert process.poll() is None, output.read_text()
         time.sleep(0.1)
     process.send_signal(signal.SIGKILL)
     process.wait()
     before = finished(folder)
-    process = start(folder, output, "reasoning_rl")
+    process = start(folder, output, "rejection_sampling")
     assert process.wait(900) == 0, output.read_text()
     return folder, before
 
@@ -95,7 +95,7 @@ def r1(half):
 def test_stages_end_and_none_that_was_done_is_done_again(half):
     folder, before = half
     after = finished(folder)
-    assert {"base", "r1_zero", "cold_start_data", "cold_start", "reasoning_rl"} <= after.keys()
+    assert {"base", "r1_zero", "cold_start", "reasoning_rl", *OWN} <= after.keys()
     assert before and {name: after[name] for name in before} == before
     assert architectures(folder, "reasoning_rl") == ["DeepseekV3ForCausalLM"]
 
