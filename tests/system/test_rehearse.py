@@ -91,8 +91,10 @@ def keep(name, folder):
     if file := os.environ.get("REHEARSE_JSON"):
         written = sorted(folder.glob("*/rehearsal.json"), key=lambda path: path.stat().st_mtime)
         found = json.loads(Path(file).read_text())
-        # Paths as a recipe has them, not those of the checkout that ran it.
-        texts = (path.read_text().replace(f"{ROOT}/", "") for path in written)
+        # Paths as a recipe has them, not those of the checkout that ran it, or of its miniature.
+        texts = (
+            path.read_text().replace(f"{ROOT}/", "").replace(f"{folder}/", "") for path in written
+        )
         found[name] = [json.loads(text) for text in texts]
         lines = (f"{json.dumps(key)}: {json.dumps(value)}" for key, value in found.items())
         Path(file).write_text("{\n" + ",\n".join(lines) + "\n}\n")
