@@ -219,6 +219,8 @@ def _connections(job: Job, engines: EngineLayout, grid: TrainerGrid, links: SetL
         for _ in needs.needed(engines.coordinate(rank))
     )
     rate, link = push_link(job)
+    over_nccl = job.config.push.transport == "nccl"
+    creation = ", and the creation of NCCL groups, a rank's pairs at once" if over_nccl else ""
     return {
         "links of a rank": Quantity(
             links.out,
@@ -232,10 +234,9 @@ def _connections(job: Job, engines: EngineLayout, grid: TrainerGrid, links: SetL
             f"when all engines connect, to one TCPStore: {given.store_requests:,.0f} per second",
         ),
         "set-up": Quantity(
-            links.setup_seconds(engines, grid.world, num_slots, given),
+            links.setup_seconds(engines, grid.world, num_slots, given, over_nccl=over_nccl),
             "s",
-            "store requests, tables read and broadcast, the plan, and the creation of NCCL groups, "
-            "a rank's pairs at once",
+            f"store requests, tables read and broadcast, the plan{creation}",
         ),
         "push": Quantity(
             links.seconds(rate, given),

@@ -67,13 +67,20 @@ class SetLinks:
         return of_engines + of_trainer + plans + PAIR_REQUESTS * self.num_links
 
     def setup_seconds(
-        self, engines: EngineLayout, world: int, num_slots: int, given: Assumptions
+        self,
+        engines: EngineLayout,
+        world: int,
+        num_slots: int,
+        given: Assumptions,
+        *,
+        over_nccl: bool,
     ) -> float:
         """Return the time in which all ranks meet. num_slots: tensors in the tables of an engine's
-        ranks, which rank 0 reads and broadcasts. A rank creates its pairs at once, then its
-        group."""
+        ranks, which rank 0 reads and broadcasts. Over NCCL a rank creates its pairs at once, then
+        its group."""
         tables = num_slots * SLOT_BYTES
         sizes = [2, self.num_engines] if self.num_engines > 1 else [2]
+        sizes = sizes if over_nccl else []
         creating = sum(given.group_seconds + size * given.group_rank_seconds for size in sizes)
         return (
             self.requests(engines, world) / given.store_requests
