@@ -234,11 +234,11 @@ def _engine(place: tuple, port: int, fault: str, tensors: dict, note: Any) -> No
     store.add("connected", 1)
     receiver.buffer.wait(1, 0, CONNECT_SECONDS)
     note(**{"push 1": "right" if _is_right(receiver, tensors) else "wrong"})
-    store.add("complete", 1)
-    store.wait(["push2"])
-    if place in _victims(fault):
+    if place in _victims(fault):  # before push 2 can begin
         hangs = fault == "engine rank hangs"
         _die_in(exchange.GlooReceiver, "_pass_on", after=0, hangs=hangs)
+    store.add("complete", 1)
+    store.wait(["push2"])
     began = time.monotonic()
     try:
         receiver.buffer.wait(2, 0, PUSH_SECONDS + 10)
