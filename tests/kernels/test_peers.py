@@ -1,5 +1,9 @@
-"""The losses of TRL's GRPOTrainer and of Liger's fused kernels, from `requirements/bench.txt`, are
-ours: values and gradients of hidden states and output layer."""
+"""The losses of TRL's GRPOTrainer and of Liger's fused kernels, from `requirements/bench.txt`, and
+of verl are ours: values and gradients of hidden states and output layer.
+
+verl is not in that file, as it needs most of its dependencies only to be imported:
+pip install --no-deps verl==0.9.1 tensordict pyvers omegaconf antlr4-python3-runtime==4.9.3 \
+    hydra-core codetiming ray msgpack orjson"""
 
 from collections import defaultdict
 from types import SimpleNamespace
@@ -33,6 +37,8 @@ CASES = {
     "two-sided": ({"dual_clip": 1.4}, {"loss_type": "bnpo", "delta": 1.4}),
     "no reference": ({"kl_beta": 0.0}, {"loss_type": "bnpo", "beta": 0.0}),
 }
+CISPO = {"clip_ratio_low": 10.0}
+"""verl bounds the ratio below too, here at less than 0."""
 
 
 @pytest.fixture(scope="module")
@@ -175,6 +181,25 @@ def liger(batch, options, corrects):
     return loss_and_gradients(batch, torch.float32, compute)
 
 
+def verl(batch, loss_name, mode, settings):
+    """verl's loss of the actor, and its k3, averaged as `mode` says."""
+    core = pytest.importorskip("verl.trainer.ppo.core_algos")
+    config_class = pytest.importorskip("verl.workers.config").ActorConfig
+    clip = {"clip_ratio_low": LOW, "clip_ratio_high": HIGH, "clip_ratio_c": 3.0} | settings
+    config = config_class(strategy="fsdp", rollout_n=1, use_dynamic_bsz=True, **clip)
+    advantages = batch.advantages[:, None].expand(ROWS, LENGTH)
+
+    def compute(hidden, weight):
+        found, _ = formulae.logprobs_and_entropy(hidden @ weight.t(), batch.targets, TEMPERATURE)
+        new, mask = rows(found), batch.mask
+        loss_of = core.get_policy_loss_fn(loss_name)
+        loss, _ = loss_of(rows(batch.old), new, advantages, mask, mode, config)
+        k3 = core.kl_penalty(new, rows(batch.reference), "k3")
+        return loss + BETA * core.agg_loss(k3, mask, mode)
+
+    return loss_and_gradients(batch, torch.float64, compute)
+
+
 def compare(found, wanted, tolerance, **parameters):
     for got, want, of in zip(found, wanted, ("loss", "hidden", "weight"), strict=True):
         near(got, want, atol=tolerance, rtol=tolerance, of=of, **parameters)
@@ -202,6 +227,20 @@ def test_liger_s_fused_loss_is_ours(batch, name, corrects):
     our_options, options = CASES[name]
     wanted = ours(batch, torch.float64, our_options, corrects)
     compare(liger(batch, options, corrects), wanted, 2e-5, case=name)
+
+
+@pytest.mark.parametrize(
+    ("our_options", "name", "mode", "settings", "tolerance"),
+    [
+        ({"dual_clip": 3.0}, "vanilla", "token-mean", {}, 1e-12),
+        ({"objective": "cispo", "clip_low": 10.0}, "cispo", "token-mean", CISPO, 1e-12),
+        # It divides a response's sum by its tokens + 1e-8.
+        (CASES["gspo"][0], "gspo", "seq-mean-token-mean", {}, 1e-6),
+    ],
+)
+def test_verl_s_losses_are_ours(batch, our_options, name, mode, settings, tolerance):
+    wanted = verl(batch, name, mode, settings)
+    compare(ours(batch, torch.float64, our_options, False), wanted, tolerance, case=name)
 
 
 @pytest.mark.parametrize("peer", ["trl.kernels", "liger_kernel.ops"])
