@@ -44,9 +44,9 @@ class Hardware:
     """Rate of a GPU into the network: one 400 Gb/s InfiniBand adapter, as in H800 nodes (arXiv
     2412.19437, section 3.1); a guess for other GPUs."""
     host_network: ByteRate = 1.6e9
-    """Rate of a rank over gloo, through host memory and TCP; measured over loopback between two
-    processes, a core each, both sending and receiving (tools/bench push --gloo). A node's interface
-    has to carry that of all its GPUs."""
+    """Rate of a rank over gloo, through host memory and TCP; 1.4 and 1.6 GB/s were measured over
+    loopback between two processes, a core each, both sending and receiving (tools/bench push
+    --gloo). A node's interface has to carry that of all its GPUs."""
     host_link: ByteRate = 55e9
     """PCIe 5.0 x16, 63 GB/s, less 13% for packet headers, a guess."""
     host_memory: Bytes = 2e12 / 8

@@ -24,7 +24,7 @@ from vllm_needs import QWEN
 from megatron_r1.fleet.rollout_fleet import RolloutFleet
 
 HERE = Path(__file__).parent
-ENGINE_GPU = TRAINER_GPU = 0  # a pair of ranks on one GPU pushes over gloo
+GPU = 0  # of the trainer and the first engine: over NCCL that pair pushes over gloo
 GIB = 2**30
 
 
@@ -56,14 +56,14 @@ async def checksums(fleet: RolloutFleet) -> list[dict]:
 
 
 def gib_left() -> float:
-    return torch.cuda.mem_get_info(ENGINE_GPU)[0] / GIB
+    return torch.cuda.mem_get_info(GPU)[0] / GIB
 
 
 async def main(folder: Path, transport: str, num_engines: int) -> None:
     compute_everywhere()
-    torch.cuda.set_device(TRAINER_GPU)
+    torch.cuda.set_device(GPU)
     # The trainer's calls run in these threads here; each would begin with GPU 0.
-    threads = ThreadPoolExecutor(initializer=partial(torch.cuda.set_device, TRAINER_GPU))
+    threads = ThreadPoolExecutor(initializer=partial(torch.cuda.set_device, GPU))
     asyncio.get_running_loop().set_default_executor(threads)
     first, other = (
         write_random(folder / f"model{seed}", QWEN, seed, torch.bfloat16) for seed in range(2)
@@ -80,7 +80,7 @@ async def main(folder: Path, transport: str, num_engines: int) -> None:
         left.append(gib_left())
         # As a trainer on the same GPU would: more than was left beside the engine that is awake.
         size = int((left[0] + left[1]) / 2 * GIB)
-        taken = torch.empty(size, dtype=torch.uint8, device=f"cuda:{ENGINE_GPU}")
+        taken = torch.empty(size, dtype=torch.uint8, device=f"cuda:{GPU}")
         del taken
         torch.cuda.empty_cache()
         await bridge.push(first)

@@ -42,7 +42,9 @@ def test_transformers_megatron_and_vllm_agree(oracle, tmp_path, name, layout):
     )
     assert done.returncode == 0, done.stdout
     found = json.loads((tmp_path / "found.json").read_text())
-    assert found["agree"] and found["compared"] > 100 and found["tokens"] >= 263, done.stdout
+    # transformers adds <|endoftext|> to a tokenizer of Qwen2.
+    num_tokens = 264 if RELEASED[name][0]["architectures"] == ["Qwen2ForCausalLM"] else 263
+    assert found["agree"] and found["compared"] > 100 and found["tokens"] == num_tokens, done.stdout
     assert 0 < found["megatron"] < 1e-4 and 0 < found["vllm"] < 1e-4, done.stdout
     print(
         f"\n| {name} | {found['architecture']} | {' '.join(layout) or 'one process'} "

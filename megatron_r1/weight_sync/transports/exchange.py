@@ -169,7 +169,7 @@ class GlooReceiver(PairReceiver):
         """Fill `gathered`, equal parts of all engines, around a ring. Meanwhile unpack the round
         before, a part in each hop.
 
-        gloo's own all-gather takes 2.8 to 3.5 times as long with 64 MiB a part (docs/log.md)."""
+        gloo's own all-gather takes three times as long with 64 MiB a part (docs/log.md)."""
         mine, members = self.rendezvous.member, self.rendezvous.members
         parts = gathered.chunk(members)
         for hop in range(members - 1):

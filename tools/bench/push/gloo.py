@@ -3,7 +3,6 @@
 A push over gloo passes weights on around a ring (`weight_sync/transports/exchange.py`)."""
 
 import os
-import socket
 import time
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 
+from megatron_r1.processes.children import free_port
 from megatron_r1.weight_sync.transports import PASSED_BYTES
 
 ROUNDS, REPEATS = 8, 5
@@ -19,9 +19,7 @@ ROUNDS, REPEATS = 8, 5
 
 def rates(num_processes: int = 2) -> dict[str, Any]:
     """Return GB/s into each process, the best of `REPEATS`."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port("127.0.0.1")
     context = torch.multiprocessing.get_context("spawn")
     found = context.SimpleQueue()
     torch.multiprocessing.spawn(_rank, (num_processes, port, found), num_processes)

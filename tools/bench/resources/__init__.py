@@ -22,8 +22,7 @@ upper bounds in 1e12 elements/s for an H200. A kernel without a loop: all of it.
 
 
 def add_options(options: argparse.ArgumentParser) -> None:
-    """Add --arch to the options."""
-    options.add_argument("--arch", type=int, help="80, 90 or 100; default: all three")
+    """Add nothing: --json, which every bench has, is the only option."""
 
 
 def run(chosen: argparse.Namespace) -> dict[str, Any]:
@@ -39,7 +38,7 @@ def run(chosen: argparse.Namespace) -> dict[str, Any]:
     entries: dict[str, dict[str, Any]] = {}
     print(HEADER)
     for kernel, example in ((k, e) for k in KERNELS for e in k.examples(Sizes(), "meta")):
-        for arch in [chosen.arch] if chosen.arch else bound.ARCHITECTURES:
+        for arch in bound.ARCHITECTURES:
             for launch in compilation.compile_launches(kernel, example, arch):
                 entry = measure(example, launch, arch)
                 entries[f"{example.name}, sm_{arch}"] = entry
