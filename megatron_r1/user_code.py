@@ -6,12 +6,17 @@ import importlib
 import importlib.util
 import os
 import sys
+import threading
 from collections.abc import Callable
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from typing import Any
 
 from megatron_r1.errors import UserError, did_you_mean
+
+# Stages beside each other are threads. Two at a time, `ast.parse` of Python 3.11 can end in "AST
+# constructor recursion depth mismatch", and `find_spec` in the KeyError of an invalidated cache.
+_READING = threading.Lock()
 
 
 def find_function(path: str) -> Callable[..., Any]:
@@ -71,6 +76,7 @@ def syntax_of(function: str) -> str:
     layout: results of an equal module may be used again. Raises UserError as `source_of` and for a
     syntax error."""
     try:
-        return ast.dump(ast.parse(source_of(function)))
+        with _READING:
+            return ast.dump(ast.parse(source_of(function)))
     except SyntaxError as error:
         raise UserError(f"function {function}: {error}") from None

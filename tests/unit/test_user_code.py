@@ -1,6 +1,8 @@
 """Functions of the user's own: found where commands are started, without being run."""
 
+import gc
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -29,3 +31,25 @@ def test_a_mere_folder_is_no_module_and_nothing_is_none(tmp_path, monkeypatch, m
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=f"no Python module {module} can be found"):
         source_of(f"{module}:write")
+
+
+def test_threads_read_the_syntax_of_a_module_at_the_same_time(tmp_path, monkeypatch):
+    """Garbage collections let another thread go on, which makes the depth mismatch likely."""
+    (tmp_path / "long.py").write_text("x = f(1, [2, (3, {4: 5 + 6})])\n" * 400)
+    monkeypatch.chdir(tmp_path)
+    interval, threshold = sys.getswitchinterval(), gc.get_threshold()
+    sys.setswitchinterval(1e-6)
+    gc.set_threshold(10)
+    gc.callbacks.append(_collected)
+    try:
+        with ThreadPoolExecutor(4) as threads:
+            trees = list(threads.map(syntax_of, ["long:f"] * 40))
+    finally:
+        sys.setswitchinterval(interval)
+        gc.set_threshold(*threshold)
+        gc.callbacks.remove(_collected)
+    assert len(set(trees)) == 1
+
+
+def _collected(phase, info):
+    """Python code, at whose end the interpreter may change to another thread."""
