@@ -16,6 +16,7 @@ from megatron_r1.engine.limits import check_engines, context_length
 from megatron_r1.errors import UserError
 from megatron_r1.models.hf_config import read_hf_config
 from megatron_r1.rehearsal import miniature, served, table
+from megatron_r1.rehearsal.full_size import check_connections
 from megatron_r1.rehearsal.jobs import Job, jobs
 from megatron_r1.rehearsal.phases import Phases
 from megatron_r1.rehearsal.settings import RehearsalConfig, Settings
@@ -58,6 +59,7 @@ def _check(config: Config, verb: str) -> None:
     if verb == "rl":
         find_player(config)
         check_pushes(config, hf, config.parallel.processes)
+        check_connections(config, hf)
 
 
 def _identity(job: Job, settings: RehearsalConfig) -> str:

@@ -85,7 +85,7 @@ class Node(msgspec.Struct):
 class Facts(msgspec.Struct):
     """The measurements of a rank. memory: of its GPU. products: FLOP/s of matrix products. links:
     by parallel axis. pairs: rates to the same rank of neighbouring nodes. folder: of ranks that
-    used it. node: of a node's first rank. seconds: by step."""
+    used it. node: of a node's first rank. seconds: by step. gloo: like pairs, over gloo."""
 
     rank: int
     node_index: int
@@ -98,3 +98,4 @@ class Facts(msgspec.Struct):
     folder: Folder
     node: Node | None
     seconds: dict[str, float]
+    gloo: list[float] = []

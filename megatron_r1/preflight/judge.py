@@ -1,8 +1,9 @@
 """Judges the measurements of all ranks: against each other, and against the planner's rates."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from statistics import median, median_high
 from typing import Literal
 
@@ -52,6 +53,7 @@ def judge(config: Config, settings: PreflightConfig, facts: Sequence[Facts]) -> 
         _products(facts, settings),
         *_links(facts, settings),
         *_pairs(facts, settings),
+        *_gloo(facts, settings),
         *_folder(config, facts),
         *_controller(config, nodes),
         _sandbox(config, nodes),
@@ -70,7 +72,7 @@ def hardware_of(settings: PreflightConfig, facts: Sequence[Facts]) -> Hardware:
 def measured_rates(hardware: Hardware, facts: Sequence[Facts]) -> dict[str, object]:
     """Return {name: value} for `tools/plan --calibrate`: link rates within a node (`nvlink`) and
     between nodes (`network`), such that rate x the planner's `link_efficiency` is the rate measured
-    on the slowest axis."""
+    on the slowest axis; and the slowest node's rate over gloo (`host_network`), as measured."""
     efficiency, gpus = Assumptions().link_efficiency, hardware.gpus_per_node
     inside: list[float] = []
     across: list[float] = []
@@ -80,12 +82,14 @@ def measured_rates(hardware: Hardware, facts: Sequence[Facts]) -> dict[str, obje
             share = share_inside(gpus, span)
             rate = median_high(groups.values()) / efficiency
             (inside if share == 1 else across).append(rate * (1 - share) or rate)
-    across += [rate / efficiency for rate in _node_rates(facts).values()]
+    across += [rate / efficiency for rate in _node_rates(facts, _pairs_of).values()]
     values: dict[str, object] = {"hardware": hardware.name, "gpus_per_node": gpus}
     if inside:
         values["nvlink"] = min(inside)
     if across:
         values["network"] = min(across)
+    if gloo := _node_rates(facts, _gloo_of):
+        values["host_network"] = min(gloo.values())
     return values
 
 
@@ -191,7 +195,7 @@ def _links(facts: Sequence[Facts], settings: PreflightConfig) -> Iterable[Findin
 
 
 def _pairs(facts: Sequence[Facts], settings: PreflightConfig) -> Iterable[Finding]:
-    rates = _node_rates(facts)
+    rates = _node_rates(facts, _pairs_of)
     if not rates:
         return
     usual = median_high(rates.values())
@@ -203,6 +207,33 @@ def _pairs(facts: Sequence[Facts], settings: PreflightConfig) -> Iterable[Findin
         f"{settings.slowest:.0%} of the median",
         "block" if slow else "ok",
         f"slow to every neighbour: {_some(hosts)}" if hosts else "",
+        hosts,
+    )
+
+
+def _gloo(facts: Sequence[Facts], settings: PreflightConfig) -> Iterable[Finding]:
+    rates = _node_rates(facts, _gloo_of)
+    if not rates:
+        return
+    hardware, usual = hardware_of(settings, facts), median_high(rates.values())
+    slow = [each for each in facts if rates.get(each.node_index, usual) < settings.slowest * usual]
+    hosts, share = _hosts(slow), usual / hardware.host_network
+    problems = []
+    if hosts:
+        problems.append(f"slow to every neighbour: {_some(hosts)}")
+    if share < settings.bandwidth:
+        problems.append(
+            f"{share:.0%} of the planner's host_network, so that pushes take {1 / share:.2g} times "
+            "as long as planned: does GLOO_SOCKET_IFNAME name the fast interface? Plan with "
+            "--preflight.calibration's file"
+        )
+    yield Finding(
+        "push over gloo",
+        f"a rank of the median node {usual / 1e9:.3g} GB/s, of the slowest "
+        f"{min(rates.values()) / 1e9:.3g}",
+        f"{hardware.host_network / 1e9:.3g} GB/s (planner)",
+        "block" if hosts else "note" if problems else "ok",
+        "; ".join(problems),
         hosts,
     )
 
@@ -290,13 +321,18 @@ def _groups(facts: Sequence[Facts], axis: str) -> dict[tuple[int, ...], float]:
     return rates
 
 
-def _node_rates(facts: Sequence[Facts]) -> Mapping[int, float]:
+def _node_rates(
+    facts: Sequence[Facts], rates_of: Callable[[Facts], list[float]]
+) -> Mapping[int, float]:
     """Return the rate of each node to the better of its neighbours: the median of its ranks."""
     rates: dict[int, list[float]] = {}
     for each in facts:
-        if each.pairs:
-            rates.setdefault(each.node_index, []).append(max(each.pairs))
+        if found := rates_of(each):
+            rates.setdefault(each.node_index, []).append(max(found))
     return {node: median(found) for node, found in rates.items()}
+
+
+_pairs_of, _gloo_of = attrgetter("pairs"), attrgetter("gloo")
 
 
 def _hosts(facts: Iterable[Facts]) -> tuple[str, ...]:

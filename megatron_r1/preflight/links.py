@@ -6,8 +6,9 @@ step, and share the adapters as they do there."""
 
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.distributed as dist
@@ -16,6 +17,7 @@ from torch.distributed import ProcessGroup
 
 from megatron_r1 import platform
 from megatron_r1.preflight.facts import Link, Place
+from megatron_r1.preflight.progress import Progress
 
 if TYPE_CHECKING:
     from megatron.core.process_groups_config import ProcessGroupCollection
@@ -32,6 +34,9 @@ NUM_BYTES = {"cuda": 64 << 20, "cpu": 1 << 20}
 SECONDS = 0.5
 MAX_REPEATS = 50
 PAIR_REPEATS = 8
+GLOO_REPEATS = 4
+GLOO_TIMEOUT = timedelta(hours=1)
+"""`progress` ends what hangs."""
 
 
 def axis_link(groups: "ProcessGroupCollection", axis: str) -> Link | None:
@@ -65,6 +70,45 @@ def pair_rates(place: Place) -> list[float]:
             _timed(exchange, 1)  # not counted: NCCL connects the ranks
             rates.append(PAIR_REPEATS * buffer.nbytes / _timed(exchange, PAIR_REPEATS))
     return rates
+
+
+def gloo_rates(place: Place, progress: Progress) -> list[float]:
+    """Return the rates at which this rank and the same one of each neighbouring node send to each
+    other over gloo, through host memory; of a single node, the rates between neighbouring ranks.
+
+    All ranks begin at once, so that those of a node share its interface. Each pair is a group of
+    its own, as in a push."""
+    is_single = place.num_nodes == 1
+    own, count = (place.rank, place.world_size) if is_single else (place.node, place.num_nodes)
+    rates = []
+    for number, other in enumerate(neighbours(own, count)):
+        exchange = None
+        if other is not None:
+            partner = other if is_single else other * place.local_size + place.local_rank
+            exchange = _gloo_exchange(place.rank, partner, progress.store)
+        progress.meet(f"gloo, round {number}")
+        if exchange is not None:
+            num_bytes = GLOO_REPEATS * NUM_BYTES[platform.device().type]
+            rates.append(num_bytes / _timed(exchange, GLOO_REPEATS))
+    return rates
+
+
+def _gloo_exchange(rank: int, partner: int, store: dist.Store) -> Callable[[], None]:
+    """Connect two ranks; return what sends a buffer each way between them."""
+    pair = sorted((rank, partner))
+    meeting = dist.PrefixStore("gloo/{}/{}".format(*pair), store)
+    # Not `new_group`: it names a group by how many its ranks are in, and these differ. The stubs
+    # give a backend no send and recv.
+    backend = dist.ProcessGroupGloo(meeting, pair.index(rank), 2, GLOO_TIMEOUT)
+    group, peer = cast(ProcessGroup, backend), 1 - pair.index(rank)
+    sent = _buffer().cpu()
+    received = torch.empty_like(sent)
+
+    def exchange() -> None:
+        for work in group.send([sent], peer, 0), group.recv([received], peer, 0):
+            work.wait()
+
+    return exchange
 
 
 def neighbours(node: int, num_nodes: int) -> list[int | None]:

@@ -54,6 +54,10 @@ def run(config: Config, settings: PreflightConfig, probes: Probes = Probes()) ->
             found[axis] = link
     progress.enter("links between nodes", START_TIMES)
     pairs = links.pair_rates(place) if place.num_nodes > 1 else []
+    gloo = []
+    if config.push.transport == "gloo" and place.world_size > 1:
+        progress.enter("links over gloo", START_TIMES)
+        gloo = links.gloo_rates(place, progress)
     progress.enter("run folder")
     folder = check_folder(Path(config.run.folder), place, progress)
     progress.enter("connections to rank 0, clocks, ports, sandbox")
@@ -70,6 +74,7 @@ def run(config: Config, settings: PreflightConfig, probes: Probes = Probes()) ->
         folder=folder,
         node=node,
         seconds=progress.seconds,
+        gloo=gloo,
     )
     everyone = _gather(facts, place, progress)
     distributed.leave_process_groups()

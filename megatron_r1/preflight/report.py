@@ -56,7 +56,7 @@ def _write_calibration(path: Path, settings: PreflightConfig, facts: Sequence[Fa
     values = measured_rates(hardware_of(settings, facts), facts)
     title = (
         f"# Measured by preflight on {len(facts)} ranks: rates that, times the planner's\n"
-        "# link_efficiency, are what the slowest axis has reached.\n"
+        "# link_efficiency, are what the slowest axis has reached; host_network as it is.\n"
     )
     atomic_write(path, title + yaml.safe_dump(values, sort_keys=False))
     print(f"{path}: for tools/plan --calibrate")

@@ -29,7 +29,8 @@ def main() -> None:
     own = "-own" if number == "1" else ""
     folder.APPEAR_SECONDS, folder.NUM_BYTES = 1.0, 1 << 20
     parallel = {"tensor": 2, "expert": 2, "threads": 1}
-    config = parse({"run": {"folder": f"{out}/run{own}"}, "parallel": parallel})
+    run, push = {"folder": f"{out}/run{own}"}, {"transport": "gloo"}
+    config = parse({"run": run, "parallel": parallel, "push": push})
     # Ranks that share two cores are slow at random.
     settings = PreflightConfig(
         slowest=0.01, output=f"{out}/found.json", calibration=f"{out}/rates.yaml"

@@ -176,6 +176,8 @@ ZERO = (R1 / "r1_zero.yaml", *ON_HOSTS)
 SMALL = (LAPTOP / "r1_zero.yaml", *LAPTOP_MODEL)
 LONGER = ("--rl.schedule", "[{from_step: 20, rollout.max_response_tokens: 128}]")
 QUICK = ("--run.hang_seconds", "60")
+# With drafts, the last sequence of a rank has two tokens a pass, and few batches have one.
+UNDRAFTED = ("--rollout.speculative.method", "none")
 
 
 @pytest.mark.slow
@@ -184,7 +186,7 @@ QUICK = ("--run.hang_seconds", "60")
     [
         ("mtp", ZERO, "MTP layers (m) must stand there 0 times, not 1"),
         ("all_pairs", ZERO, "links to engine ranks, where its plan"),
-        ("single_tokens", ZERO, "log-probabilities of engine-"),
+        ("single_tokens", (*ZERO, *UNDRAFTED), "log-probabilities of engine-"),
         ("left_out_drafter", ZERO, "the engine takes no pushes of"),
         ("undelivered", SMALL, "are not what the engine computes with"),
         ("trained", (R1 / "cold_start_sft.yaml",), "model.mtp: frozen, but"),

@@ -3,10 +3,15 @@
 import numpy as np
 import pytest
 
+from megatron_r1.weight_sync.plan import EngineLayout, Planner, TrainerGrid
 from megatron_r1.weight_sync.plan.entry import Entry
+from megatron_r1.weight_sync.plan.traffic import plain_bytes
+from megatron_r1.weights.layout import stage_shards
+from tests.unit.weight_sync.test_push_plan import DEEPSEEK
 from tools.bench.push.assumptions import Assumptions
 from tools.bench.push.designs import Cluster, entry_tasks
 from tools.bench.push.fluid import Tasks
+from tools.bench.push.scale import Case, _rows, beyond
 
 EXACT = {"nic": 1.0, "nic_efficiency": 1.0, "nvlink": 10.0, "nvlink_efficiency": 1.0}
 FREE = Assumptions(
@@ -93,3 +98,24 @@ def test_within_a_node_bytes_pass_nvlink_and_within_a_gpu_only_its_memory():
         tasks = Tasks()
         tasks.add([0], [1.0], cluster.route(np.array([0]), np.array([receiver])))
         assert tasks.finish_times(cluster.capacity) == pytest.approx([seconds])
+
+
+def test_engines_served_one_after_another_are_named():
+    """All ranks send to the first engine, whose adapters are the limit while the others wait; in
+    sets all engines receive at once."""
+    grid, engines = TrainerGrid(16, pipeline=2, expert=4), EngineLayout(8, tensor=2)
+    stages = stage_shards(DEEPSEEK, 2)
+    cluster = Cluster(16, 16, colocated=False, rates=FREE)
+    case = Case("small", DEEPSEEK, stages, Planner(DEEPSEEK, grid, engines, stages), cluster)
+    found = {row["design"]: beyond(row) for row in _rows(case, "bf16", plain_bytes("bfloat16"))}
+    in_turn, _ = found["each engine in turn"]
+    assert in_turn == "3.72 x the floor, at most 1.2 wanted"
+    assert found["enters one engine, exchanged"] == []
+
+
+def test_links_and_set_up_beyond_their_aims_are_named():
+    row = {"over the floor": 1.19, "links into a rank": 5}
+    assert beyond({**row, "links out of a rank": 976, "setup seconds": 2133.4}) == [
+        "976 links out of a trainer rank, at most 32 wanted",
+        "2.13e+03 s of set-up, at most 10 wanted",
+    ]

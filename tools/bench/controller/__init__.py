@@ -15,6 +15,9 @@ from tools.bench.controller.rollout import measure
 from tools.bench.controller.work import GROUP
 
 GIB = 2**30
+MOST_ADDED, MOST_BLOCK, MOST_BYTES = 20.0, 100.0, 8e9
+"""Aims for a full rollout: seconds beyond sampling, milliseconds in which the event loop does
+nothing else, bytes of memory."""
 
 
 def add_options(options: argparse.ArgumentParser) -> None:
@@ -35,8 +38,22 @@ def run(chosen: argparse.Namespace) -> dict[str, Any]:
             size = groups, chosen.tokens, chosen.ranks, chosen.replicas
             case = chosen.routing, chosen.sampling_seconds
             sizes.append(own.submit(measure, *size, *case).result())
-        print(_line(sizes[-1]), flush=True)
+        print("\n  ".join([_line(sizes[-1]), *beyond(sizes[-1])]), flush=True)
     return {"cores are worth": machine.cores_worth(), "group": GROUP, "sizes": sizes}
+
+
+def beyond(size: dict[str, Any]) -> list[str]:
+    """Return a sentence for each figure of a rollout that is beyond its aim."""
+    added, memory = size["seconds"]["added"], size["peak bytes"]["RssAnon"]
+    blocked = [
+        f"the event loop did nothing else for {ms:.0f} ms in {phase}, at most {MOST_BLOCK:.0f} "
+        "wanted"
+        for phase, ms in size["longest block, ms"].items()
+        if ms > MOST_BLOCK
+    ]
+    late = [f"{added:.1f} s added beyond sampling, at most {MOST_ADDED:.0f} wanted"]
+    large = [f"{memory / 1e9:.1f} GB held, at most {MOST_BYTES / 1e9:.0f} wanted"]
+    return blocked + late * (added > MOST_ADDED) + large * (memory > MOST_BYTES)
 
 
 def _line(size: dict[str, Any]) -> str:

@@ -1,0 +1,45 @@
+"""Defects that only full size shows, planted in the recipe for 2,048 GPUs: a rehearsal refuses them
+before anything starts."""
+
+from pathlib import Path
+
+import pytest
+
+from megatron_r1.commands.rehearse import _check
+from megatron_r1.config import load
+from megatron_r1.errors import UserError
+from megatron_r1.rehearsal.full_size import check_links
+from megatron_r1.weight_sync.plan import links
+
+RECIPE = Path(__file__).parents[3] / "examples/deepseek_r1/r1_zero.yaml"
+
+
+def plant_all_pairs(monkeypatch):
+    """Each part of what an engine rank receives comes from the least busy of its holders."""
+    monkeypatch.setattr(links, "largest_over", lambda transport: 1e-9)
+
+
+def test_a_trainer_rank_with_too_many_links_is_refused(monkeypatch):
+    monkeypatch.chdir(RECIPE.parents[2])
+    plant_all_pairs(monkeypatch)
+    with pytest.raises(UserError, match=r"would have 1\d\d links to engine ranks \(at most 100\)"):
+        _check(load(RECIPE), "rl")
+
+
+@pytest.mark.slow
+def test_links_between_nearly_all_pairs_are_refused(monkeypatch):
+    """Each engine by itself, as pushes were before sets of engines."""
+    monkeypatch.chdir(RECIPE.parents[2])
+    plant_all_pairs(monkeypatch)
+    with pytest.raises(UserError, match=r"7\d\d links .* 3,0\d\d,\d{3} requests to one store"):
+        _check(load(RECIPE, {"push.delta": True}), "rl")
+
+
+def test_a_store_with_millions_of_requests_is_refused():
+    with pytest.raises(UserError, match="1,433,600 pairs would make 5,734,400 requests"):
+        check_links([700] * 2048, engine_ranks=65536)
+
+
+def test_links_that_the_numbers_of_ranks_require_are_not_refused():
+    check_links([64], engine_ranks=64)
+    check_links([512] * 8, engine_ranks=2048)

@@ -1,0 +1,40 @@
+"""A rollout's samples held in one event loop: what the bench of the controller names."""
+
+import asyncio
+import time
+
+from tools.bench.controller import beyond
+from tools.bench.controller.watch import Watch
+
+
+def test_a_loop_that_parses_samples_itself_is_named_with_its_phase():
+    async def rollout():
+        async with Watch() as watch:
+            watch.phase = "rollout"
+            await asyncio.sleep(0.01)
+            time.sleep(0.25)  # a group of 16 x 30,000 tokens as JSON took 0.28 s
+            await asyncio.sleep(0.01)
+        return watch
+
+    watch = asyncio.run(rollout())
+    assert watch.late["rollout"] >= 1 and watch.longest["rollout"] > 0.2
+    blocked = {phase: 1e3 * seconds for phase, seconds in watch.longest.items()}
+    (sentence,) = beyond(size(blocked))
+    assert sentence.startswith("the event loop did nothing else for ")
+    assert sentence.endswith(" ms in rollout, at most 100 wanted")
+
+
+def test_a_rollout_that_is_held_and_read_late_is_named():
+    assert beyond(size({"rollout": 73.0, "training": 84.0})) == []
+    assert beyond(size({"rollout": 73.0}, added=144.0, held=37e9)) == [
+        "144.0 s added beyond sampling, at most 20 wanted",
+        "37.0 GB held, at most 8 wanted",
+    ]
+
+
+def size(blocked: dict[str, float], added: float = 5.9, held: float = 7.7e9) -> dict:
+    return {
+        "seconds": {"added": added},
+        "longest block, ms": blocked,
+        "peak bytes": {"RssAnon": held},
+    }
