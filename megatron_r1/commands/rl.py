@@ -5,6 +5,9 @@ import asyncio
 import json
 import sys
 from collections import Counter
+from collections.abc import Coroutine
+from functools import partial
+from typing import Any
 
 from megatron_r1.agents.rows import rows_of
 from megatron_r1.commands import torchrun
@@ -16,7 +19,7 @@ from megatron_r1.data.text import PromptText
 from megatron_r1.engine import gpu
 from megatron_r1.engine.from_config import engine_settings, fleet_settings
 from megatron_r1.engine.limits import check_engines, context_length
-from megatron_r1.errors import UserError
+from megatron_r1.errors import TrainerLost, UserError
 from megatron_r1.fleet.hosts.pool import HostPool
 from megatron_r1.fleet.placement import (
     accepting_hosts,
@@ -100,6 +103,11 @@ def prepare(config: Config) -> tuple[PromptText, PromptSplit]:
         raise UserError(
             f"push.transport: {transport} moves memory of GPUs, and there is none here; set shm, "
             "or gloo where engines are on other hosts"
+        )
+    if config.rollout.colocated and config.rollout.gpu_memory is None and gpu.is_usable():
+        raise UserError(
+            "rollout.gpu_memory is not set, and vLLM takes 0.92 of a GPU, which rollout.colocated "
+            "shares with a trainer rank; set what the rank leaves: tools/plan prints the most"
         )
     check_teacher(config)
     if config.rollout.placement == "hosts":
@@ -194,8 +202,7 @@ async def _with_engines(
         # Served rewards of a later phase too: a mistake in them should show now.
         await collector.check(terms, prompts.train + prompts.heldout)
         recorder.view.phase("starting", f"trainer and {config.rollout.engines} x vLLM")
-        # version: every engine gets the trainer's weights before it samples.
-        starts = [trainer.connect(), fleet.start(config.model.path, version=-1)]
+        starts = _starts(config, trainer, fleet)
         if teacher is not None:
             starts.append(teacher.start(config.teacher.path))
         if not await stop.before(asyncio.gather(*starts)):
@@ -206,18 +213,40 @@ async def _with_engines(
             session = _session(config, recorder, trainer, stop, collector, log, prompts)
             fleet.version = -1  # ranks that went back push earlier versions again
             try:
-                await session.begin()
-                async with accepting_hosts(fleet, hosts):
-                    await train(session)
-                await session.finish()
-            finally:
-                await session.close()
+                try:
+                    await session.begin()
+                    async with accepting_hosts(fleet, hosts):
+                        await train(session)
+                    await session.finish()
+                finally:
+                    await session.close()
+            except TrainerLost:
+                if config.rollout.colocated and fleet.awake.is_set():
+                    await fleet.sleep()  # the ranks that start again need the GPUs' memory
+                raise
 
         await supervisor.with_restarts(attempt)
     finally:
         fleets = [fleet, teacher] if teacher is not None else [fleet]
         closing = collector.close(), pool.close(), log.close()
         await asyncio.gather(*(each.close() for each in fleets), *closing)
+
+
+def _starts(
+    config: Config, trainer: TrainerClient, fleet: RolloutFleet
+) -> list[Coroutine[Any, Any, None]]:
+    """Return the starts of trainer and engines: both at once, unless they share GPUs."""
+    # version: every engine gets the trainer's weights before it samples.
+    start_engines = partial(fleet.start, config.model.path, version=-1)
+    if not config.rollout.colocated:
+        return [trainer.connect(), start_engines()]
+
+    async def start_in_turn() -> None:
+        await trainer.connect()
+        await trainer.call("yield_memory")  # an engine measures what is free when it starts
+        await start_engines()
+
+    return [start_in_turn()]
 
 
 def _session(

@@ -10,6 +10,9 @@ LEAST_RESPONSE = 32
 GPU_BYTES_SHARDED, GPU_BYTES = 12, 6
 """Memory per parameter on GPUs: fp32 weight and moments, spread over all ranks; bf16 weight and
 fp32 gradient, spread over tensor ranks."""
+BYTES_WITHOUT_GRADIENTS = 2
+OVERHEAD = 0.1
+"""The share of a GPU's memory that the contexts of two processes and NCCL take."""
 GPU_SHARE = 0.6
 """The share of a GPU's memory that weights, gradients and moments may take."""
 LEARNING_RATES = ((20e6, 3e-5), (200e6, 2e-5), (float("inf"), 3e-6))
@@ -70,6 +73,11 @@ def layout(hf: Mapping[str, Any], parameters: int, machine: Machine) -> list[Gue
     tensor = tensor_ranks(hf, parameters, machine)
     guesses = [
         Guess("rollout.colocated", True, "trainer and engines take turns on the same GPUs"),
+        Guess(
+            "rollout.gpu_memory",
+            engine_share(parameters, tensor, machine),
+            "what weights and moments of the trainer leave of a GPU; tools/plan computes it",
+        ),
         Guess("rollout.engines", machine.gpus // tensor, "as many as the GPUs have room for"),
         Guess("parallel.processes", machine.gpus, "a trainer rank on each visible GPU"),
     ]
@@ -80,6 +88,13 @@ def layout(hf: Mapping[str, Any], parameters: int, machine: Machine) -> list[Gue
             Guess("rollout.tensor", tensor, "as the trainer's"),
         ]
     return guesses
+
+
+def engine_share(parameters: int, tensor: int, machine: Machine) -> float:
+    """Return the share of a GPU that an engine may take beside a trainer rank, whose gradients are
+    freed meanwhile."""
+    taken = parameters * (BYTES_WITHOUT_GRADIENTS / tensor + GPU_BYTES_SHARDED / machine.gpus)
+    return max(5, int(20 * (1 - OVERHEAD - taken / machine.memory)) * 5) / 100
 
 
 def tensor_ranks(hf: Mapping[str, Any], parameters: int, machine: Machine) -> int:

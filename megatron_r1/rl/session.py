@@ -62,6 +62,9 @@ class Session:
         # The pool may be older than this session: its counts until now are not of this session.
         self._rewards_before.subtract(self._num_rewards())
         await self.passes.bridge.open()
+        fleet = self.collector.fleet
+        if self.config.rollout.colocated and fleet.awake.is_set():
+            await fleet.sleep()  # their memory takes the weights in transit
         await self.push_weights()
         if self.step == 0:
             await self.heldout.run(self.step)
@@ -97,6 +100,8 @@ class Session:
         """Send the trainer's weights to every engine, as version `step`."""
         bridge = self.passes.bridge
         await bridge.hold()  # not held by an update while the policy waits for its critic
+        if self.config.rollout.colocated:
+            await self.trainer.call("yield_memory")
         self._push_metrics = await bridge.push(self.step)
         self.sampler.pushed(self.step)
 

@@ -11,6 +11,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.utils import get_model_config
 
+from megatron_r1 import platform
 from megatron_r1.models.build import process_groups
 from megatron_r1.training.packed import PackedBatch
 
@@ -81,6 +82,7 @@ def optimizer_step(
     Returns the reports of `run`, and the metrics grad_norm and step_taken (0 or 1)."""
     for chunk in chunks:
         chunk.train()
+        chunk.restore_grad_buffers(synchronize=False)  # where `free_gradients` has freed them
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
     for group in optimizer.param_groups:
@@ -91,3 +93,11 @@ def optimizer_step(
         if is_last and chunk.ddp_config.overlap_param_gather:
             chunk.start_param_sync(force_sync=True)
     return reports, {"grad_norm": float(grad_norm), "step_taken": float(succeeded)}
+
+
+def free_gradients(chunks: Sequence[DistributedDataParallel]) -> None:
+    """Free the memory of the gradients, which the next optimizer step allocates again, and what
+    torch's allocator keeps of a GPU's memory for later."""
+    for chunk in chunks:
+        chunk.offload_grad_buffers(synchronize=platform.has_gpu(), empty_cache=False)
+    torch.cuda.empty_cache()

@@ -37,7 +37,7 @@ from megatron_r1.training.packed import (
     check_token_ids,
     packed_batch,
 )
-from megatron_r1.training.passes import optimizer_step, run_passes
+from megatron_r1.training.passes import free_gradients, optimizer_step, run_passes
 from megatron_r1.training.reference import Reference
 from megatron_r1.training.scores import Scores
 from megatron_r1.training.shared_prompts import check_shared_prompts
@@ -255,6 +255,13 @@ class Trainer:
             self._fill_logprobs(batches, "old", 1.0)
         mean, largest = self._engine_gap(batches, "old")
         return self._reduced({"probe/max": largest, "probe/mean": mean})
+
+    def yield_memory(self) -> None:
+        """Free what the trainer does not need while engines compute on the same GPUs: gradients,
+        and memory that torch keeps for later activations."""
+        free_gradients(self.chunks)
+        if self.critic is not None:
+            free_gradients(self.critic.chunks)
 
     def networks(self) -> Networks:
         """Return what a checkpoint holds: policy, reference and critic."""

@@ -153,7 +153,7 @@ class Operations:
 
 TRAINER_OPERATIONS = (
     *("keep_reference", "compute_logprobs", "agreement", "token_advantages", "update", "probe"),
-    *("values", "update_critic", "sample_scores"),
+    *("values", "update_critic", "sample_scores", "yield_memory"),
 )
 """Methods of `trainer.Trainer`; "load" is another."""
 FOLDER_OPERATIONS = (

@@ -48,6 +48,8 @@ class PushInitInfo(WeightTransferInitInfo):
     """Time limit for the trainer to connect."""
     push_seconds: float = 600.0
     """Time limit of a push."""
+    borrows_memory: bool = False
+    """Whether the memory of weights in transit has another use between pushes."""
 
 
 @dataclass
@@ -97,7 +99,9 @@ class PushTransferEngine(WeightTransferEngine[PushInitInfo, PushUpdateInfo]):
                 memory = before.reusable_memory(table) if init_info.store == self._store else None
             self._store = init_info.store
             transport = self.config.backend.removeprefix(BACKEND_PREFIX)
-            self._receiver = receiver_class(transport)(rendezvous, self._rank, table, memory)
+            self._receiver = receiver_class(transport)(
+                rendezvous, self._rank, table, memory, init_info.borrows_memory
+            )
         except Exception as error:  # vLLM's loaders may raise anything
             rendezvous.publish_problem(self._rank, str(error) or repr(error))
             raise
@@ -138,6 +142,7 @@ class PushTransferEngine(WeightTransferEngine[PushInitInfo, PushUpdateInfo]):
             self._delivery.end(push, placed, area)
             receiver.rendezvous.release(self._rank, push, window)
         swap.finish(self._models, self.model_config)
+        receiver.free_memory()
 
     def finish_weight_update(self) -> None:
         pass

@@ -46,6 +46,7 @@ def weight_bridge(
         # Ranks that the controller has started meet at 127.0.0.1, unreachable from other hosts.
         store_host=hosts_address(config.rollout) if elsewhere else None,
         notify=lambda line: fleet.members.notify(line),
+        colocated=config.rollout.colocated,
     )
     tolerance = push.probe_tolerance or (EXACT_TOLERANCE if is_exact else TOLERANCE)
     return WeightBridge(fleet, links, Prober(trainer, probes, tolerance, push.timeout_seconds))
@@ -174,6 +175,8 @@ class WeightBridge:
 
     async def _push_to_new(self, engine: Engine) -> None:
         await self._form([engine], _refuse)
+        if self.links.colocated:  # what its cache takes is needed for the weights in transit
+            await engine.client.sleep()
         (one,) = [one for one in self.links.sets if engine in one.engines]
         # The others' last number: the pushes to an engine are numbered without gaps.
         sending = self.links.send(self._push_number, [engine], _refuse)
@@ -193,8 +196,14 @@ class WeightBridge:
     async def _swap_new(self, engine: Engine) -> None:
         assert self._version is not None, "no push has been made"
         # An engine outside the fleet has no watchdog, and the next push waits for it.
+        colocated, client = self.links.colocated, engine.client
         async with raise_dead_after(engine, self._timeout_seconds):
-            await engine.client.swap_weights(self._update_info(), self._version)
+            if colocated:
+                await client.wake("weights")
+            await client.swap_weights(self._update_info(), self._version, resume=not colocated)
+            if colocated:
+                await client.wake("kv_cache")
+                await client.resume()
 
     def _update_info(self) -> dict[str, Any]:
         return {"push": self._push_number, "timeout_seconds": self._timeout_seconds}

@@ -57,7 +57,8 @@ class EngineLinks:
 
     tensors: name and shape of every tensor in a checkpoint of the model. layout: the fields of
     `plan.EngineLayout`, of one engine. store_host: the address of trainer rank 0's host for
-    engines; None: the one that the trainer's ranks use. notify: gets a line for the user."""
+    engines; None: the one that the trainer's ranks use. notify: gets a line for the user.
+    colocated: the engines share the trainer's GPUs, in turn."""
 
     def __init__(
         self,
@@ -67,8 +68,10 @@ class EngineLinks:
         layout: dict[str, Any],
         store_host: str | None = None,
         notify: Callable[[str], None] = print,
+        *,
+        colocated: bool = False,
     ):
-        self.notify = notify
+        self.notify, self.colocated = notify, colocated
         self.trainer, self.settings = trainer, settings
         self.tensors = [[name, list(shape)] for name, shape in tensors]
         self.layout, self.store_host = layout, store_host
@@ -302,6 +305,8 @@ class EngineLinks:
             "memory_bytes": memory and int(memory * 2**30),
             "timeout_seconds": self.connect_seconds,
             "push_seconds": self.settings.timeout_seconds,
+            # A difference needs all of the push before in the memory.
+            "borrows_memory": self.colocated and not self.settings.delta,
         }
         try:
             await engine.unless_lost(engine.client.init_weight_transfer(init_info, resume=resume))

@@ -1,6 +1,7 @@
 """Pushes over NCCL from all ranks of a trainer to all ranks of a set of engines, each on a null GPU
 of its own, in threads of this process: `nccl_push.py MODEL ENGINES FULL_EVERY [colocated]`.
-colocated: each engine rank is on the GPU of a trainer rank.
+colocated: each engine rank is on the GPU of a trainer rank, and without differences has its receive
+buffer only during a push.
 
 Every engine must have every slice after each push, by plain slicing. Prints the bytes sent by each
 push: of differences, where FULL_EVERY is more than 1, those after the first are fewer."""
@@ -35,6 +36,7 @@ class Placement:
 
     first_engine: int
     engine_ranks: int
+    borrows_memory: bool
 
     def install(self) -> None:
         connect, send, receiver_class = (
@@ -55,7 +57,8 @@ class Placement:
             def make(rendezvous, rank, table) -> Receiver:
                 engine = rendezvous.member * self.engine_ranks
                 torch.cuda.set_device(self.first_engine + engine + rank)
-                return receiver_class(transport)(rendezvous, rank, table)
+                receiver = receiver_class(transport)
+                return receiver(rendezvous, rank, table, borrows_memory=self.borrows_memory)
 
             return make
 
@@ -75,6 +78,14 @@ def assert_delivered(world: push_world.World, tensors: dict, number: int) -> Non
             assert torch.equal(slot_view(area, slot), expected.bfloat16()), (place, slot.name)
 
 
+def assert_memory_returns(world: push_world.World) -> None:
+    for receiver in world.receivers.values():
+        device, size = receiver.memory.device, receiver.memory.nbytes
+        held = torch.cuda.memory_allocated(device)
+        receiver.free_memory()
+        assert torch.cuda.memory_allocated(device) <= held - size, (device, size)
+
+
 def num_bytes_sent(world: push_world.World) -> int:
     links = [link for s in world.senders for link in s._sets[world.name].links]
     return sum(link.end.num_bytes_sent for link in links)
@@ -88,7 +99,8 @@ def trained(weights: torch.Tensor) -> torch.Tensor:
 def main(model: str, engines: int, full_every: int, *, is_colocated: bool) -> None:
     compute_everywhere()
     hf, grid, layout = CASES[model]
-    Placement(0 if is_colocated else grid.world, layout.ranks_per_engine).install()
+    borrows = is_colocated and full_every == 1
+    Placement(0 if is_colocated else grid.world, layout.ranks_per_engine, borrows).install()
     tensors = push_world.draw(hf, 1)
     options = {"engines": engines, "full_every": full_every, "table": plain_table}
     world = push_world.World(hf, grid, layout, tensors, transport="nccl", seconds=100, **options)
@@ -96,6 +108,8 @@ def main(model: str, engines: int, full_every: int, *, is_colocated: bool) -> No
     for number in (1, 2, 3):
         world.push(number)
         assert_delivered(world, tensors, number)
+        if borrows:
+            assert_memory_returns(world)
         sent.append(num_bytes_sent(world))
         for held in world.held:
             for parameter in {id(p): p for pieces in held.values() for p, _ in pieces}.values():

@@ -1,8 +1,9 @@
 """The policy's parameters after three mini-batches, gathered in the background and not:
 `overlap_steps.py MODEL`, on data-parallel ranks.
 
-Also: what is reported to be in use, and that a model with fused gradients is built without Apex.
-Fails on the first expectation that does not hold."""
+Also: that they are the same where the gradients' memory is freed between steps, what is reported to
+be in use, and that a model with fused gradients is built without Apex. Fails on the first
+expectation that does not hold."""
 
 import random
 import sys
@@ -20,7 +21,9 @@ from megatron_r1.training.wire import Sample
 LOSS = "megatron_r1.training.losses:supervised"
 
 
-def parameters(model: str, position, overlap: bool) -> tuple[dict[str, torch.Tensor], dict]:
+def parameters(
+    model: str, position, overlap: bool, *, yields: bool = False
+) -> tuple[dict[str, torch.Tensor], dict]:
     from megatron_r1.training import implementations
     from megatron_r1.training.trainer import Trainer
 
@@ -35,6 +38,10 @@ def parameters(model: str, position, overlap: bool) -> tuple[dict[str, torch.Ten
         minibatches.append([[made[i] for i in part] for part in shares[position.data_rank]])
     trainer.load(minibatches)
     for index in range(3):
+        if yields:
+            trainer.yield_memory()
+            buffers = [b for c in trainer.chunks for b in c.buffers + c.expert_parallel_buffers]
+            assert [b.grad_data.untyped_storage().nbytes() for b in buffers] == [0] * len(buffers)
         trainer.update(index, LOSS, {}, 0.01)
     return {n: p.detach().clone() for n, p in trainer.bare[0].named_parameters()}, (
         implementations.in_use(trainer)
@@ -47,7 +54,9 @@ def main() -> None:
     position = distributed.initialize(config.parallel, seed=0)
     expected, plain = parameters(model, position, False)
     got, overlapped = parameters(model, position, True)
+    freed, _ = parameters(model, position, True, yields=True)
     for name, tensor in expected.items():
+        assert torch.equal(freed[name], tensor), name
         assert torch.equal(got[name], tensor), f"{name}: {(got[name] - tensor).abs().max()}"
         ranks = [torch.empty_like(tensor) for _ in range(position.world_size)]
         dist.all_gather(ranks, got[name])
@@ -55,8 +64,8 @@ def main() -> None:
     assert plain == {
         "norm": "RMSNorm (ours)",
         "linear layers": (
-            "ColumnParallelLinear (Megatron-Core), ReplicatedLinear (ours), "
-            "RowParallelLinear (Megatron-Core)"
+            "ColumnParallelLinear (Megatron-Core), ExpertOutput (ours), "
+            "ReplicatedLinear (ours), RowParallelLinear (Megatron-Core)"
         ),
         "attention": "CoreAttention (ours)",
         "dispatcher": "MoEAlltoAllTokenDispatcher (Megatron-Core)",

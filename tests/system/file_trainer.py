@@ -59,11 +59,22 @@ class FileTrainer:
 class FileBridge:
     """A bridge from such a trainer to a fleet: `await push(folder)` is the next version."""
 
-    def __init__(self, config, fleet, *, layout=None, tensors=None, drafts=False, **settings):
+    def __init__(
+        self,
+        config,
+        fleet,
+        *,
+        layout=None,
+        tensors=None,
+        drafts=False,
+        colocated=False,
+        **settings,
+    ):
         self.trainer = FileTrainer(config, drafts)
         self.fleet = fleet
         tensors = tensors or list(self.trainer.shapes.items())
-        links = EngineLinks(self.trainer, PushConfig(**settings), tensors, layout or {})
+        push = PushConfig(**settings)
+        links = EngineLinks(self.trainer, push, tensors, layout or {}, colocated=colocated)
         self.bridge = WeightBridge(fleet, links)
         self._is_open = False
 

@@ -20,7 +20,10 @@ ON_HOSTS = ("--rollout.placement", "hosts", "--rollout.hosts_per_engine", "16")
 PLACED = ("--rollout.placement", "hosts")
 GLOO = ("--push.transport", "gloo")
 # examples/deepseek_r1/pools.sbatch; a GPU would push by nccl.
-APART = ("--rollout.colocated", "false", "--rl.staleness", "1", "--rl.importance_cap", "2")
+APART = (
+    *("--rollout.colocated", "false", "--rollout.gpu_memory", "0.9"),
+    *("--rl.staleness", "1", "--rl.importance_cap", "2"),
+)
 # The demo's base model is there after base.yaml, and stages of the pipeline write their shapes.
 LAPTOP_MODEL = ("--model.path", LAPTOP / "model")
 QWEN, LLAMA = DISTILL / "models/qwen2.5-math-1.5b", DISTILL / "models/llama-3.1-8b"

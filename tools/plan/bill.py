@@ -1,5 +1,6 @@
 """The whole bill of a job: every section, and what does not fit."""
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -11,7 +12,13 @@ from tools.plan.flops import flops_section
 from tools.plan.job import Job
 from tools.plan.memory import RECEIVE_BUFFER, RankMemory, memory_section, rank_memory
 from tools.plan.parameters import parameter_section
-from tools.plan.push import push_section, receive_buffer_bytes, sends_differences, sent_last_bytes
+from tools.plan.push import (
+    borrowed_bytes,
+    push_section,
+    receive_buffer_bytes,
+    sends_differences,
+    sent_last_bytes,
+)
 from tools.plan.quantity import Section, in_bytes
 from tools.plan.rollout import Engines, rollout_section, samples_section, teacher_section
 from tools.plan.timing import StepTime, time_section
@@ -42,7 +49,7 @@ class Bill:
     @cached_property
     def engines(self) -> Engines:
         shared = self.job.trains and not self.job.rollout_gpus
-        resident = max(rank.persistent for rank in self.ranks) if shared else 0
+        resident = max(rank.resident for rank in self.ranks) if shared else 0
         return Engines(self.job, resident)
 
     @cached_property
@@ -84,7 +91,7 @@ class Bill:
         if job.trains:
             found = [self._gpu(), self._host_problem(self._host(), job.world_size)]
             found += [self._host_problem(self._engines_host(), job.rollout_gpus)]
-        found += [self._cache()] if job.generates else []
+        found += [self._share(), self._cache(), self._push()] if job.generates else []
         return [text for text in found if text]
 
     def _gpu(self) -> str | None:
@@ -179,6 +186,21 @@ class Bill:
             return more
         return f"set push.memory_gib below {receive_buffer_bytes(self.job) / GIB:.3g}, or {more}"
 
+    def _share(self) -> str | None:
+        """Return the problem of engines that take more of the trainer's GPUs than it leaves, or
+        None."""
+        engines, rollout, memory = self.engines, self.job.config.rollout, self.job.hardware.memory
+        if not (rollout.colocated and engines.resident) or engines.free <= 0:
+            return None
+        share, least = rollout.gpu_memory, engines.free / memory
+        if share is not None and share <= least:
+            return None
+        takes = f"={share:g}" if share else " is not set, and vLLM takes 0.92"
+        return (
+            f"rollout.gpu_memory{takes}: of each GPU's {_size(memory)} the trainer leaves engines "
+            f"{_size(engines.free)}: set at most {math.floor(100 * least) / 100}"
+        )
+
     def _cache(self) -> str | None:
         engines, job = self.engines, self.job
         needed = engines.token_bytes * job.longest_sample
@@ -194,6 +216,17 @@ class Bill:
         return (
             f"an engine GPU {has} for KV cache {beside}; one sample of {job.longest_sample:,} "
             f"tokens needs {_size(needed)}: {self._more_room()}"
+        )
+
+    def _push(self) -> str | None:
+        """Return the problem of a push that arrives in the place of the KV cache, or None."""
+        needed, left = borrowed_bytes(self.job), max(0, self.engines.cache)
+        if needed <= left:
+            return None
+        return (
+            f"a push over nccl needs {_size(needed)} of a GPU in the place of the KV cache, which "
+            f"has {_size(left)}: {self._smaller_receive_buffer()}, or set "
+            "push.transport to gloo"
         )
 
     def _more_room(self) -> str:

@@ -29,11 +29,13 @@ class RankMemory:
     training: dict[str, int]
     scoring: dict[str, int]
     host: dict[str, int]
+    freed: int
+    """Bytes of gradients, if they are freed while engines compute on the same GPU."""
 
     @property
-    def persistent(self) -> int:
-        """Bytes of parameters, gradients and optimizer state, which stay during the whole run."""
-        return sum(self.training.get(kind, 0) for kind in (*PERSISTENT, CRITIC))
+    def resident(self) -> int:
+        """Bytes of parameters, gradients and optimizer state that stay while engines compute."""
+        return sum(self.training.get(kind, 0) for kind in (*PERSISTENT, CRITIC)) - self.freed
 
     @property
     def peak(self) -> int:
@@ -103,7 +105,10 @@ def _of_rank(job: Job, ranks: RankCounts, layers: dict[bool, Layer], rank: int) 
         training["reference"] = host.pop("reference")
     if job.verb != "rl":
         scoring = {}
-    return RankMemory(rank, counts, training, scoring, host)
+    freed = 0
+    if job.config.rollout.colocated and scoring:  # until the first update
+        freed = scoring.pop("gradients")
+    return RankMemory(rank, counts, training, scoring, host, freed)
 
 
 def _with_critic(critic: Job, memory: RankMemory, counts: Counts) -> RankMemory:
@@ -117,10 +122,11 @@ def _with_critic(critic: Job, memory: RankMemory, counts: Counts) -> RankMemory:
         host["checkpoint being written"] += (
             counts.parameters * critic.parameter_bytes + persistent["optimizer"]
         )
-    training, scoring = (
-        {**kinds, CRITIC: num_bytes} for kinds in (memory.training, memory.scoring)
-    )
-    return replace(memory, training=training, scoring=scoring, host=host)
+    freed = persistent["gradients"] if critic.config.rollout.colocated else 0
+    training = {**memory.training, CRITIC: num_bytes}
+    scoring = {**memory.scoring, CRITIC: num_bytes - freed}
+    freed += memory.freed
+    return replace(memory, training=training, scoring=scoring, host=host, freed=freed)
 
 
 def _activations(job: Job, rank: int, layers: dict[bool, Layer]) -> tuple[int, int]:
@@ -223,6 +229,7 @@ def memory_section(job: Job, rank: RankMemory) -> Section:
     if rank.scoring:
         section["peak, scoring"] = in_bytes(
             sum(rank.scoring.values()),
-            "persistent state, the reference beside the policy, one layer's forward pass",
+            f"persistent state{', without gradients' if rank.freed else ''}, the reference beside "
+            "the policy, one layer's forward pass",
         )
     return section

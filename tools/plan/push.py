@@ -13,6 +13,7 @@ from megatron_r1.weight_sync.plan.checks import engine_layout as layout_of
 from megatron_r1.weight_sync.plan.entry import SET_ENGINES
 from megatron_r1.weight_sync.plan.predicted_layout import PredictedLayout
 from megatron_r1.weight_sync.plan.traffic import ByteCount, fp8_bytes, plain_bytes
+from megatron_r1.weight_sync.transports import PASSED_BYTES
 from tools.plan.job import Job
 from tools.plan.push_sets import SetLinks, set_links
 from tools.plan.quantity import Quantity, Section, in_bytes
@@ -117,14 +118,31 @@ def _needed_bytes(job: Job) -> float:
 
 
 def receive_buffer_bytes(job: Job, on: Literal["host", "GPU"] | None = None) -> int:
-    """Return bytes of an engine rank's receive buffer, which it keeps between pushes.
+    """Return bytes of an engine rank's receive buffer.
 
-    on: return 0 if the transport's buffer is not there.
+    on: return 0 if the transport's buffer is not there, or not between pushes.
     """
     if not pushes(job) or on not in (None, receive_buffer_place(job)):
         return 0
+    if on is not None and borrows_memory(job):
+        return 0
     needed, limit = engine_rank_bytes(job), job.config.push.memory_gib
     return needed if limit is None else min(needed, round(limit * GIB))
+
+
+def borrows_memory(job: Job) -> bool:
+    """Return whether the receive buffer is in the place of the KV cache, which sleeps meanwhile."""
+    push = job.config.push
+    return job.config.rollout.colocated and push.transport == "nccl" and not push.delta
+
+
+def borrowed_bytes(job: Job) -> int:
+    """Return the bytes that a push takes of a GPU beside the weights of trainer and engine: the
+    receive buffer, and two rounds of what engines pass on."""
+    if not (pushes(job) and borrows_memory(job)):
+        return 0
+    engines = min(engine_layout(job).engines, SET_ENGINES)
+    return receive_buffer_bytes(job) + 2 * engines * PASSED_BYTES * (engines > 1)
 
 
 def receive_buffer_place(job: Job) -> Literal["host", "GPU"]:
@@ -252,7 +270,10 @@ def _receive_buffer_formula(job: Job) -> str:
     how = "all its weights at once"
     if receive_buffer_bytes(job) < engine_rank_bytes(job):
         how = f"push.memory_gib={push.memory_gib:g}: engines pause while the rest travels"
-    text = f"of an engine rank, on its {receive_buffer_place(job)} ({push.transport}); {how}"
+    place = receive_buffer_place(job)
+    if borrows_memory(job):
+        place += ", in the place of its KV cache"
+    text = f"of an engine rank, on its {place} ({push.transport}); {how}"
     if push.on_one_host and not _is_one_node(job):
         text += f"; {push.transport} is for one host, set push.transport to gloo or nccl"
     return text

@@ -1,6 +1,7 @@
 """The engines' weights and KV cache on a GPU, seconds of a rollout, bytes of its samples; the
 teacher's engines of on-policy distillation."""
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -90,10 +91,22 @@ class Engines:
         return receive_buffer_bytes(self.job, "GPU")
 
     @property
+    def reserved(self) -> float:
+        """Bytes of `Assumptions.reserved` that are the engine's: half of it beside a trainer."""
+        return self.job.assumptions.reserved / (2 if self.resident else 1)
+
+    @property
+    def free(self) -> float:
+        """Bytes of a GPU that are not the trainer's, nor the receive buffer's."""
+        others = self.job.assumptions.reserved - self.reserved + self.resident
+        return self.job.hardware.memory - others - self.receive_buffer
+
+    @property
     def cache(self) -> int:
         """Bytes left for KV cache on one GPU; negative if even the weights do not fit."""
-        taken = self.job.assumptions.reserved + self.resident + self.weights + self.receive_buffer
-        return round(self.job.hardware.memory - taken)
+        share = self.job.config.rollout.gpu_memory
+        taken = self.free if share is None else min(self.free, share * self.job.hardware.memory)
+        return round(taken - self.reserved - self.weights)
 
     @property
     def token_bytes(self) -> float:
@@ -194,12 +207,25 @@ def _short(value: float) -> str:
 def rollout_section(engines: Engines) -> Section:
     """Return the memory of one engine GPU."""
     job = engines.job
-    taken = (
-        f" - receive buffer {in_bytes(engines.receive_buffer)}" if engines.receive_buffer else ""
-    )
-    taken += f" - trainer's {in_bytes(engines.resident)}" if engines.resident else ""
     short = f"no room, {in_bytes(-engines.cache)} short: " if engines.cache < 0 else ""
-    return {
+    share = job.config.rollout.gpu_memory
+    if share is not None:
+        half = "half of " if engines.resident else ""
+        left = f"rollout.gpu_memory={share:g} x memory - {half}reserved - weights"
+    else:
+        left = "memory - reserved - weights"
+        if engines.receive_buffer:
+            left += f" - receive buffer {in_bytes(engines.receive_buffer)}"
+        left += f" - trainer's {in_bytes(engines.resident)}" if engines.resident else ""
+    most = {}
+    if engines.resident:
+        most["share, at most"] = Quantity(
+            math.floor(100 * engines.free / job.hardware.memory) / 100,
+            "share",
+            f"rollout.gpu_memory: memory - trainer's {in_bytes(engines.resident)} - half of "
+            "reserved; an engine's weights, cache and activations",
+        )
+    return most | {
         "weights": in_bytes(
             engines.weights,
             f"its part of every tensor: attention over {counted(engines.tensor, 'GPU')}, routed "
@@ -212,7 +238,7 @@ def rollout_section(engines: Engines) -> Section:
             f"{job.hf['num_hidden_layers'] + engines.mtp_layers} layers x values a layer x "
             f"{engines.value} B" + ("; the MTP layers' among them" if engines.mtp_layers else ""),
         ),
-        "KV cache": in_bytes(max(0, engines.cache), f"{short}memory - reserved - weights{taken}"),
+        "KV cache": in_bytes(max(0, engines.cache), f"{short}{left}"),
         "tokens cached": Quantity(
             max(0, int(engines.cache / engines.token_bytes)), "tokens", "KV cache / a token's bytes"
         ),

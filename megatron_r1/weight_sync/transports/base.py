@@ -15,8 +15,9 @@ class Receiver(ABC):
     """An engine rank's end. Its constructor publishes `table`, waits for all trainer ranks' plans,
     and then receives their pushes in the background.
 
-    memory: uint8, all areas; default `allocate`'s. address: where senders reach it. senders: the
-    trainer ranks that send to this engine rank."""
+    memory: uint8, all areas; default `allocate`'s. borrows_memory: the memory is needed by others
+    between pushes; heeded by NCCL only. address: where senders reach it. senders: the trainer ranks
+    that send to this engine rank."""
 
     address = ""
     is_weighted = False
@@ -28,8 +29,10 @@ class Receiver(ABC):
         rank: int,
         table: SlotTable,
         memory: torch.Tensor | None = None,
+        borrows_memory: bool = False,
     ):
         self.rendezvous, self.rank, self.table = rendezvous, rank, table
+        self.borrows_memory = borrows_memory
         self.prepare()
         self.memory = self.allocate() if memory is None else memory
         try:
@@ -48,6 +51,9 @@ class Receiver(ABC):
     @abstractmethod
     def allocate(self) -> torch.Tensor:
         """Return the memory; raises ValueError when there is not enough."""
+
+    def free_memory(self) -> None:  # noqa: B027 - most transports keep theirs
+        """Free memory that is borrowed, until the next push. All of a push has been loaded."""
 
     @abstractmethod
     def connect(self) -> None:

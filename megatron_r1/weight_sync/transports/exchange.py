@@ -10,6 +10,7 @@ wait in a circle. In a set of one engine nothing is exchanged."""
 
 import contextlib
 import datetime
+import threading
 from collections.abc import Iterator, Sequence
 from queue import SimpleQueue
 
@@ -131,6 +132,7 @@ class GlooReceiver(PairReceiver):
             self.buffer.wait(number, window, seconds, self.senders)
         if window >= 2:
             self.rendezvous.await_release(self.rank, number, window - 2)
+        self.claim_memory()
         self._pass_on(shared.data, number, window)
         self._pass_sums_on(group, number, window)
         return number
@@ -220,6 +222,8 @@ class GlooReceiver(PairReceiver):
 class NcclReceiver(GlooReceiver):
     """A `GlooReceiver` between GPUs, with the receive buffer in device memory.
 
+    Memory that is borrowed is allocated with the first window of a push and freed once all is
+    loaded: the engine's KV cache, which sleeps meanwhile, has it between pushes.
     Run on null GPUs only (tests/nullgpu)."""
 
     backend, is_weighted = "nccl", True
@@ -228,6 +232,39 @@ class NcclReceiver(GlooReceiver):
         super().prepare()
         # Of this thread, vLLM's. The receiving threads would take GPU 0.
         self.device = torch.device("cuda", torch.cuda.current_device())
+        self._claiming = threading.Lock()
+
+    def allocate(self) -> torch.Tensor:
+        if self.borrows_memory:
+            return torch.empty(0, dtype=torch.uint8, device=self.device)  # `claim_memory` has it
+        with self._naming_shortage():
+            return super().allocate()
+
+    def claim_memory(self) -> None:
+        size = self.table.areas * self.table.num_bytes
+        with self._claiming, self._naming_shortage():
+            if self.memory.numel() < size:
+                self.memory = self.buffer.memory = super().allocate()
+            elif not (storage := self.memory.untyped_storage()).nbytes():
+                storage.resize_(size)
+
+    def free_memory(self) -> None:
+        if self.borrows_memory:
+            # The storage, since views of it may be left; what they show is not used any more.
+            self.memory.untyped_storage().resize_(0)
+            torch.cuda.empty_cache()
+
+    @contextlib.contextmanager
+    def _naming_shortage(self) -> Iterator[None]:
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            size = self.table.areas * self.table.num_bytes / 2**30
+            raise ValueError(
+                f"push.transport: nccl: {size:.3g} GiB are needed on the engine's GPU for weights "
+                "in transit; lower push.memory_gib or rollout.gpu_memory, or set push.transport: "
+                "gloo"
+            ) from error
 
     def _gather(
         self, group: dist.ProcessGroup, gathered: torch.Tensor, unpacking: Iterator[None]

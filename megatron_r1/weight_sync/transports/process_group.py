@@ -103,6 +103,9 @@ class PairReceiver(Receiver):
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))
 
+    def claim_memory(self) -> None:
+        """Allocate memory that is borrowed; called before a window is written."""
+
     def begins(self, sender: int, header: Header) -> None:
         """Do nothing: called when a window begins to arrive."""
 
@@ -128,6 +131,7 @@ class PairReceiver(Receiver):
                         f"push {header.push} is the difference to push {header.base}, but this "
                         f"rank has push {last}"
                     )
+                self.claim_memory()
                 self.begins(sender, header)
                 self._receive_window(groups, sender, header)
                 last = header.push

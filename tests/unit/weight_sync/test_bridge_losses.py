@@ -125,7 +125,7 @@ class SmallClient:
         self.faults = list(faults)
 
     async def init_weight_transfer(self, init, resume): ...
-    async def swap_weights(self, update, version): ...
+    async def swap_weights(self, update, version, resume): ...
 
     async def generate(self, *arguments, **settings):
         if self.faults:
@@ -159,6 +159,55 @@ def test_an_engine_that_fails_the_probes_does_not_join(monkeypatch):
 def test_an_engine_that_the_trainer_could_not_send_to_does_not_join():
     with pytest.raises(EngineDied, match="engine-3 was lost during a push: Connection reset"):
         feed(SmallTrainer([[0]]), SmallClient())
+
+
+class RecordingClient(SmallClient):
+    """Records the calls that concern an engine's memory, with their arguments."""
+
+    def __init__(self):
+        super().__init__()
+        self.called = []
+
+    async def init_weight_transfer(self, init, resume):
+        self.called.append(("connect", init["borrows_memory"]))
+
+    async def swap_weights(self, update, version, resume):
+        self.called.append(("swap", resume))
+
+    async def wake(self, tag):
+        self.called.append(("wake", tag))
+
+    async def sleep(self):
+        self.called.append(("sleep",))
+
+    async def resume(self):
+        self.called.append(("resume",))
+
+
+@pytest.mark.parametrize("colocated", [False, True])
+def test_an_engine_on_the_trainer_s_gpu_has_no_cache_while_its_first_weights_arrive(colocated):
+    async def story():
+        trainer, client = SmallTrainer(), RecordingClient()
+        settings = PushConfig(transport="nccl")
+        links = EngineLinks(trainer, settings, [], {}, colocated=colocated)
+        bridge = WeightBridge(SmallFleet(), links)
+        await bridge.open()
+        await bridge.push(1)
+        async with bridge.feed(Engine(3, SimpleNamespace(), client, is_up=False)):
+            return client.called
+
+    called = asyncio.run(asyncio.wait_for(story(), 20))
+    if not colocated:
+        assert called == [("connect", False), ("swap", True)]
+        return
+    assert called == [
+        ("connect", True),
+        ("sleep",),
+        ("wake", "weights"),
+        ("swap", False),
+        ("wake", "kv_cache"),
+        ("resume",),
+    ]
 
 
 def test_the_trainer_forgets_engines_that_are_gone():
@@ -377,7 +426,7 @@ def test_a_trainer_that_waits_for_a_window_learns_that_its_engine_died(joins):
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
     class Dies(SmallClient):
-        async def swap_weights(self, update, version):
+        async def swap_weights(self, update, version, resume=True):
             raise ConnectionBroken("cut")
 
     async def story():

@@ -85,7 +85,7 @@ class Client:
         self.receivers = run_all([partial(receiver, rank) for rank in range(2)])
         self.num_connections += 1
 
-    async def swap_weights(self, update, version):
+    async def swap_weights(self, update, version, resume=True):
         await asyncio.to_thread(self._swap, update["push"])
 
     def _swap(self, push):
