@@ -29,6 +29,10 @@ Run = Callable[[str, str, dict[str, Any]], Awaitable[Any]]
 episode, or an `Outcome`."""
 
 
+OUTPUT_BYTES = 2**16
+"""What is kept of a program's output; its end has the reward, or the error."""
+
+
 @runtime_checkable
 class Server(Protocol):
     """A `Run` with a server of its own, which is started before the first episode."""
@@ -125,8 +129,14 @@ class CommandHarness:
                 stderr=asyncio.subprocess.PIPE,
                 **popen_options(environment) | {"stdin": asyncio.subprocess.PIPE},
             )
+            assert process.stdin and process.stdout and process.stderr, "started with pipes"
             try:
-                out, err = await process.communicate(json.dumps(row).encode())
+                out, err, _ = await asyncio.gather(
+                    _last_bytes(process.stdout),
+                    _last_bytes(process.stderr),
+                    _write(process.stdin, json.dumps(row).encode()),
+                )
+                await process.wait()
             finally:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
@@ -135,6 +145,22 @@ class CommandHarness:
             name = Path(self._command[0]).name
             raise RuntimeError(f"{name} ended with {process.returncode}: {last_line(err)}")
         return _last_reward(out)
+
+
+async def _last_bytes(stream: asyncio.StreamReader) -> bytes:
+    """Return the last `OUTPUT_BYTES` of a program's output, which may be gigabytes."""
+    last = b""
+    while content := await stream.read(OUTPUT_BYTES):
+        last = (last + content)[-OUTPUT_BYTES:]
+    return last
+
+
+async def _write(stream: asyncio.StreamWriter, content: bytes) -> None:
+    """Write a program's whole input; it need not read it."""
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        stream.write(content)
+        await stream.drain()
+    stream.close()
 
 
 def _last_reward(output: bytes) -> float | None:

@@ -52,6 +52,7 @@ class Continuation:
         """tokenizer: of transformers. template_options: variables of the template, such as
         enable_thinking."""
         self._tokenizer, self._options = tokenizer, template_options
+        self.vocabulary_size = len(tokenizer)
         special = [re.escape(str(t)) for t in tokenizer.added_tokens_decoder.values() if t.special]
         self._special = re.compile("|".join(sorted(special, reverse=True)) or r"(?!)")
         user, answer = {"role": "user", "content": "u"}, {"role": "assistant", "content": MARK}
@@ -165,7 +166,7 @@ class Continuation:
                 add_generation_prompt=add_generation_prompt,
                 **self._options,
             )
-        except (TemplateError, TypeError, ValueError, KeyError) as error:
+        except (TemplateError, TypeError, ValueError, KeyError, RecursionError) as error:
             raise Unrenderable(f"the chat template refuses the messages: {error}") from None
 
     def _without_control(self, message: dict[str, Any]) -> dict[str, Any]:
@@ -247,7 +248,7 @@ def _parsed(function: Mapping[str, Any]) -> Any:
         return arguments
     try:
         return json.loads(arguments)
-    except ValueError:
+    except (ValueError, RecursionError):
         return arguments  # the model's mistake, rendered as it is
 
 

@@ -131,16 +131,22 @@ def tool_schema(name: str, bound: Callable[..., Any]) -> dict[str, Any]:
     function = schema["function"]
     function.pop("return", None)
     function["name"] = name
+    known = {parameter.name for parameter in _named_parameters(bound)}
+    for rest in function["parameters"]["properties"].keys() - known:  # a documented *args
+        del function["parameters"]["properties"][rest]
+        function["parameters"]["required"].remove(rest)
     _complete(function["parameters"], _types(bound))
     return schema
 
 
+def _named_parameters(method: Callable[..., Any]) -> list[inspect.Parameter]:
+    """Return the parameters of a method without `*args` and `**kwargs`."""
+    parameters = inspect.signature(method).parameters.values()
+    return [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+
+
 def _plain_schema(method: Callable[..., Any]) -> dict[str, Any]:
-    parameters = [
-        parameter
-        for parameter in inspect.signature(method).parameters.values()
-        if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
-    ]
+    parameters = _named_parameters(method)
     properties: dict[str, Any] = {parameter.name: {} for parameter in parameters}
     required = [p.name for p in parameters if p.default is p.empty]
     return {

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import functools
 import json
+import math
 import os
 import signal
 import subprocess
@@ -113,10 +114,11 @@ class Environments:
             process = self._idle.pop() if self._idle else await self._start_process()
             try:
                 yield process
+                is_reusable = process.is_reusable and await process.finish()
             except BaseException:
                 process.close()
                 raise
-            if process.is_reusable:
+            if is_reusable:
                 self._idle.append(process)
             else:
                 process.close()
@@ -192,8 +194,18 @@ class EnvironmentProcess:
 
     async def reward(self, answer: str) -> float:
         """Return the episode's reward. answer: the text of its last answer. Raises
-        EnvironmentFault."""
-        return await self._checked("get_reward", answer, method="reward")
+        EnvironmentFault, also where it is not finite."""
+        reward = await self._checked("get_reward", answer, method="reward")
+        if not math.isfinite(reward):
+            raise EnvironmentFault(f"get_reward returned {reward}")
+        return reward
+
+    async def finish(self) -> bool:
+        """Close the episode's environment; return whether another episode may follow. An error of
+        its `close` must not be that of the next episode."""
+        with contextlib.suppress(EnvironmentFault):
+            return "error" not in await self._send("close", [], CLOSE_SECONDS) and self.is_reusable
+        return False
 
     async def call(self, name: str, arguments: object, seconds: float) -> CallResult:
         """Call a tool, for at most `seconds` and the limit of every call. Raises EnvironmentFault

@@ -128,7 +128,7 @@ class _Episode:
         except CallTimeout:
             answer |= {"error": f"no result within {seconds:g} s", "timeout": True}
         except BaseException as error:  # noqa: BLE001 - a user's code may raise anything
-            answer["error"] = f"{type(error).__name__}: {error}"[:MAX_TEXT]
+            answer["error"] = _worded(error)[:MAX_TEXT]
             answer["is_fault"] = isinstance(error, RunError)
         if "error" in answer:
             with contextlib.suppress(Exception):  # the error may be that of `done`
@@ -171,6 +171,13 @@ class _Episode:
 
     def _result(self, value: Any) -> Any:
         return self._loop.run_until_complete(value) if inspect.isawaitable(value) else value
+
+
+def _worded(error: BaseException) -> str:
+    try:
+        return f"{type(error).__name__}: {error}"
+    except Exception:  # noqa: BLE001 - of the error's own __str__
+        return type(error).__name__
 
 
 def _text(value: Any) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -77,8 +76,6 @@ class EpisodePlayer:
                 if self.environments.description.grades and not running.is_lost:
                     answer = running.answer if status == "done" else ""
                     reward = await environment.reward(answer)
-                    if not math.isfinite(reward):
-                        raise EnvironmentFault(f"get_reward returned {reward}")
         except EnvironmentFault as fault:
             status, reason = "environment_error", str(fault)
         except EngineError as error:
@@ -122,7 +119,7 @@ def row_of(prompt: Prompt) -> dict[str, Any]:
 def _as_json(text: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return text  # the model's mistake; the environment names it
 
 

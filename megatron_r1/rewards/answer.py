@@ -17,7 +17,9 @@ MARKER = "####"
 MARKED_NUMBER = re.compile(r"####\s*([-+$\\.\d][^\n#]*)")
 # A second answer outside the box: `12 or \boxed{13}`, `\boxed{13} or 12`.
 OR_BOX = re.compile(r"(?<=[\s$*,])or[\s$*]{1,9}\\f?box")
-BOX_OR = re.compile(r"\}[\s$*,]{1,9}or[\s$*]{1,9}([-+.\d\\][^\s$*]{0,80})")
+BOX_OR = re.compile(
+    r"\}(?:[\s$*,(]|\\text\s*\{){1,9}or(?:[\s$*}]|perhaps|maybe|possibly){1,9}([-+.\d\\][^\s$*)]{0,80})"
+)
 MAX_BEFORE_OR_CHARS = 80
 # Boxes with only this between them are one answer of several parts, not corrections.
 BETWEEN_BOXES = re.compile(
@@ -25,8 +27,12 @@ BETWEEN_BOXES = re.compile(
     r"|\band\b|\bor\b){0,40}"
 )
 MAX_BOXES = 100
-# Spaces and stops after an answer: `204\,.`, `204\ ` whose space was stripped, `204 \\`.
-CLOSING = re.compile(r"(?:\\\\|(?<!\\)\\(?:[,;:!. ]|$)|[~\s.,。，])+$")
+# Spaces, stops and the end of a proof after an answer: `204\,.`, `204\ ` whose space was stripped,
+# `204 \\`, `204 \blacksquare`.
+CLOSING = re.compile(
+    r"(?:\\(?:blacksquare|square|qed|Box)(?![A-Za-z])|[■□]"
+    r"|\\\\|(?<!\\)\\(?:[,;:!. ]|$)|[~\s.,。，])+$"
+)
 MAX_CLOSING_CHARS = 80  # a long run of spaces within an answer would be tried at each of them
 # Of chat templates: a model may write them as text, or a rollout end with one.
 SPECIAL_TOKEN = re.compile(
@@ -37,13 +43,14 @@ MAX_TOKEN_CHARS = 44
 BRACES = re.compile(r"\\.|[{}]", re.DOTALL)
 DELIMITERS = (
     *(("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ("**", "**"), ("`", "`")),
+    *(("__", "__"), ("_", "_"), ('"', '"'), ("'", "'"), ("“", "”")),
     *((rf"\{font}{{", "}") for font in ("text", "textbf", "textit", "mathbf", "mathrm")),
     (r"\underline{", "}"),
     *((box + "{", "}") for box in BOXES),
 )
 DISPLAYS = ((r"\[", r"\]"), ("$$", "$$"))
 NUMBER = r"[-+]?\d++(?:[.,/]\d++)*+\\?%?"
-GLUE = r"[\s$*]"
+GLUE = r"(?:[\s$*]|\\[ ,;:!])"
 # Only the number, and at most a word that draws a conclusion from it: `12, so \boxed{13}`.
 BARE_BEFORE = re.compile(
     rf"{GLUE}{{0,9}}(?P<number>{NUMBER}){GLUE}{{0,9}}[,;.]?{GLUE}{{0,9}}"
@@ -117,6 +124,12 @@ def last_boxed(text: str) -> str | None:
     r"""Return the content of the last complete `\boxed{…}` or `\fbox{…}`, or None. Boxes joined
     only by "and", "or" or a comma are one answer: `\boxed{12} or \boxed{13}` is "12, 13"."""
     return next(_boxed_from_the_end(text), None)
+
+
+def box_span(text: str) -> tuple[int, int] | None:
+    r"""Return where the last complete `\boxed{…}` or `\fbox{…}` begins and ends, or None."""
+    last = next(_boxes_from_the_end(text), None)
+    return None if last is None else (last[0], last[3])
 
 
 def final_answers(block: str) -> list[str]:

@@ -81,10 +81,17 @@ def collect(
         ]
         for name in graph.order
     }
-    for name in graph.order:  # an evaluation's results are also those of the stage it evaluates
-        if target := evaluated(plans[0].stages[name], graph):
-            for own, more in zip(results[target], results[name], strict=True):
-                own.update(more)
+    row_of = {}
+    for name in graph.order:
+        row_of[name] = target = evaluated(plans[0].stages[name], graph)
+        by_seed = list(zip(results[target], results[name], strict=True)) if target else []
+        # What a stage measured on held-out questions itself, or another evaluation of it, is not
+        # replaced: another evaluation may ask other questions, or give no tool.
+        if any(own[key].heldout for own, more in by_seed for key in own.keys() & more.keys()):
+            row_of[name] = ""
+            continue
+        for own, more in by_seed:
+            own.update(more)
     stages = {}
     for name in graph.order:
         stage = plans[0].stages[name]
@@ -92,7 +99,7 @@ def collect(
             "title": stage.title,
             "verb": stage.config.verb,
             "upstream": list(graph.upstream[name]),
-            "evaluates": evaluated(stage, graph),
+            "evaluates": row_of[name],
             "figures": _spreads(results[name]),
             "by_seed": {
                 str(plan.seed): {
@@ -114,7 +121,7 @@ def collect(
 
 
 def evaluated(stage: Stage, graph: Graph) -> str:
-    """Return the stage whose row shows this one's results; "" if it has a row of its own."""
+    """Return the stage whose row is to show this one's results; "" if it has a row of its own."""
     if stage.config.evaluates:
         return stage.config.evaluates
     if stage.config.verb != "eval":

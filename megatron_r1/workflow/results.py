@@ -39,6 +39,11 @@ class Result:
     high: float | None = None
     source: str = ""
 
+    @property
+    def heldout(self) -> bool:
+        """Whether it was measured apart from training, not on training's own samples."""
+        return not self.source.startswith("metrics.jsonl")
+
     def format(self, name: str) -> str:
         """Return `71.0% (66.2–75.8)` or `1,203 (1,100–1,310)`. name: of the result."""
         if self.low is None or self.high is None:

@@ -17,6 +17,7 @@ from typing import Any, Literal, Self
 
 import msgspec
 from aiohttp import web
+from aiohttp.http_exceptions import PayloadEncodingError
 
 from megatron_r1.agents.continuation import Continuation, NextPrompt, Unrenderable
 from megatron_r1.agents.gateway import chat, messages, responses, tokens
@@ -27,6 +28,11 @@ from megatron_r1.agents.gateway.turns import TurnSampler, TurnSampling, continue
 from megatron_r1.engine.errors import EngineError
 
 MAX_BODY_BYTES = 64 * 2**20
+BYTES_PER_TOKEN = 32
+"""Of a request's JSON: far above that of any text. To tokenise a longer one would hold up all other
+sessions, for seconds a megabyte."""
+MAX_OTHER_BYTES = 2**18
+"""Of what a body has beside the conversation."""
 KEEP_ALIVE_SECONDS = 10.0
 """The pause between comments in a stream whose turn is still being sampled."""
 KEY_HEADERS = ("x-api-key", "X-Session-ID", "X-R1-Session")
@@ -156,6 +162,10 @@ class Gateway:
             except web.HTTPRequestEntityTooLarge:
                 message = f"the body has more than {MAX_BODY_BYTES} bytes"
                 refused = Refused(message, status=413, kind="request_too_large")
+            except RecursionError:
+                refused = Refused("the request is nested too deep")
+            except ConnectionError:
+                return web.Response(status=499)  # the client is gone, and reads no reply
             except Exception as error:  # noqa: BLE001 - our fault, or that of the parsers' start
                 refused = Refused("the gateway failed", status=500, kind="api_error")
                 if session is not None:
@@ -184,7 +194,7 @@ class Gateway:
     async def _turn(
         self, wire: WireFormat, session: Session, http: web.Request
     ) -> web.StreamResponse:
-        body = await http.read()
+        body = await _body(http, session)
         request = wire.read(_parsed(body), session)
         self._replace_options(session, request)
         prompt = self._next_prompt(session, request)
@@ -267,6 +277,8 @@ class Gateway:
 
     def _next_prompt(self, session: Session, request: TurnRequest) -> NextPrompt:
         if request.token_ids is not None:
+            if (most := max(request.token_ids)) >= (size := self._continuation.vocabulary_size):
+                raise Refused(f"token {most} is none of the vocabulary's {size}", "token_ids")
             return continue_tokens(session.tree, request.token_ids)
         try:
             return self._continuation.next_prompt(session.tree, request.messages, request.tools)
@@ -276,7 +288,7 @@ class Gateway:
     async def _count_tokens(
         self, wire: WireFormat, session: Session, http: web.Request
     ) -> web.StreamResponse:
-        prompt = self._next_prompt(session, wire.read(_parsed(await http.read()), session))
+        prompt = self._next_prompt(session, wire.read(_parsed(await _body(http, session)), session))
         before = 0 if prompt.parent is None else session.tree.num_tokens(prompt.parent)
         return _json({"input_tokens": before + len(prompt.token_ids)})
 
@@ -316,6 +328,21 @@ async def _stream(
         await stream.write(wire.error_event(refused))
     await stream.write_eof()
     return stream
+
+
+async def _body(http: web.Request, session: Session) -> bytes:
+    """Return a request's body. Raises Refused where it is not encoded as its headers name it, and
+    where it is so long that no engine could take it."""
+    try:
+        body = await http.read()
+    except (PayloadEncodingError, web.RequestPayloadError) as error:
+        raise Refused(f"the body cannot be read: {error}") from None
+    if len(body) > BYTES_PER_TOKEN * session.sampling.max_context + MAX_OTHER_BYTES:
+        raise session.out_of_tokens(
+            f"a body of {len(body):,} bytes leaves no room for an answer: the engines take "
+            f"{session.sampling.max_context} tokens"
+        )
+    return body
 
 
 def _parsed(body: bytes) -> Body:

@@ -120,7 +120,7 @@ class Session:
         left = self.limits.max_tokens - self.num_claimed
         room = self.sampling.max_context - num_prompt_tokens
         if min(left, room) < 1:
-            raise self._out_of_tokens(
+            raise self.out_of_tokens(
                 f"the episode has had its {self.limits.max_tokens} sampled tokens"
                 if left < 1
                 else f"{num_prompt_tokens} prompt tokens leave no room for an answer: the engines "
@@ -136,14 +136,15 @@ class Session:
         the others wait for one that names no maximum. So the turn that ends last is cut."""
         kept = min(num_tokens, self.limits.max_tokens - self.num_claimed)
         if num_tokens and kept < 1:
-            raise self._out_of_tokens(
+            raise self.out_of_tokens(
                 f"other turns at once have used up the {self.limits.max_tokens} sampled tokens of "
                 "the episode"
             )
         self.num_claimed += kept
         return kept
 
-    def _out_of_tokens(self, reason: str) -> Refused:
+    def out_of_tokens(self, reason: str) -> Refused:
+        """End the episode as max_tokens; return the refusal."""
         self.end("max_tokens", reason)
         return Refused(reason, code="context_length_exceeded")
 

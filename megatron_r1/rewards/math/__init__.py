@@ -5,6 +5,7 @@ sympy. math-verify's own time limits are signals, which do not fire inside a C c
 Untrusted text is graded within `RewardPool`, which kills a worker that takes too long."""
 
 import functools
+import re
 
 from megatron_r1.rewards.answer import (
     MARKER,
@@ -14,13 +15,16 @@ from megatron_r1.rewards.answer import (
     unwrap,
 )
 from megatron_r1.rewards.base import Grade, shorten
+from megatron_r1.rewards.math.box import changes_box
 from megatron_r1.rewards.math.comparison import compare
 from megatron_r1.rewards.math.text import same_words, stated_answer
 from megatron_r1.rewards.reading import is_number, read_answer
+from megatron_r1.rewards.wording import without_conclusion
 
 MAX_ANSWER_CHARS = 2_000
 MAX_EXTRA_CHARS = 400
 """A correct answer is about as long as the truth; parsing takes time quadratic in the length."""
+NO_NUMBER = re.compile(r"[-+]?(?:nan|inf)\s*\\?%?", re.IGNORECASE)
 CACHE_SIZE = 4_096
 
 
@@ -53,7 +57,9 @@ def grade(
     is_sentence = len(extraction.text.split()) > 2
     if is_sentence and same_words(str(truth), extraction.text, ignore_case=False):
         return Grade(1.0, describe(extraction.text, expected, True, extraction.source))
-    *others, answer = (unwrap(stated_answer(text)) for text in final_answers(extraction.text))
+    if changes_box(extraction.text):
+        return Grade(0.0, f"refused: {shorten(extraction.text)}: what is beside the box changes it")
+    *others, answer = map(_stated_alone, final_answers(extraction.text))
     others += stated_numbers(extraction.text)[:-1]
     limit = max(min(MAX_ANSWER_CHARS, 2 * len(expected) + MAX_EXTRA_CHARS), len(expected))
     if (num_chars := len(answer)) > limit:
@@ -89,13 +95,18 @@ def _stated(truth: str) -> str:
     return stated if any(character.isdigit() for character in stated) else truth
 
 
+def _stated_alone(text: str) -> str:
+    r"""Return the answer that a text states, also of `$\therefore 13$`."""
+    return unwrap(without_conclusion(unwrap(stated_answer(text))))
+
+
 def _expected(truth: object) -> str:
     if isinstance(truth, bool) or not isinstance(truth, str | int | float):
         raise ValueError(f"the truth of a math answer is a string or a number, got {truth!r}")
     expected = unwrap(str(truth))
-    if expected.lower() in ("nan", "inf", "-inf"):  # of a float, or of a table's empty cell
+    if NO_NUMBER.fullmatch(expected):  # of a float, or of a table's empty cell
         raise ValueError(f"the truth of a math answer must be finite, got {truth!r}")
-    if not expected:
+    if not expected.strip("$"):
         raise ValueError(f"the truth of a math answer must not be blank, got {truth!r}")
     if MARKER in expected:
         raise ValueError(

@@ -4,6 +4,8 @@ r"""Whether two answers mean the same, decided by the first rule that applies.
 mathematics: numbers, equations and inequalities, lists and matrices, sets, and last expressions, by
 a computer algebra system. An answer that can be read in two ways is wrong."""
 
+import re
+
 import sympy
 from math_verify import verify
 
@@ -37,10 +39,14 @@ from megatron_r1.rewards.math.structure import (
     read_matrix,
     read_structure,
     split,
+    without_thousands,
 )
 from megatron_r1.rewards.math.symbolic import constant, read_expression, same_expression
 from megatron_r1.rewards.math.units import same_unit, split_han_unit, split_unit
 
+# `~204`; elsewhere a tilde is one of LaTeX's spaces.
+ABOUT = re.compile(r"~\s*\d")
+INEQUALITY = re.compile(r"[<>]|\\[lg]eq(?![A-Za-z])")
 APPROXIMATION = 0.01
 """Largest relative error of a number after `\\approx`."""
 
@@ -56,6 +62,8 @@ def compare(truth: str, answer: str) -> Result:
     answer, answer_unit = split_han_unit(unwrap(unstyled(answer)))
     if not same_unit(expected_unit, answer_unit):
         return False, ""
+    if ABOUT.match(answer):
+        return False, "not committed"
     if (moment := math_text.read_moment(expected)) is not None:
         return moment == math_text.read_moment(answer), ""
     expected, answer = math_text.read_phrase(expected), math_text.read_phrase(answer)
@@ -72,10 +80,7 @@ def compare(truth: str, answer: str) -> Result:
         answer = labelled
     expected, answer = condition(spell(expected)), condition(spell(answer))
     if ("," in expected) != ("," in answer):  # then those of the one separate thousands
-        expected, answer = (
-            WITH_THOUSANDS.sub(lambda match: match[0].replace(",", ""), text)
-            for text in (expected, answer)
-        )
+        expected, answer = without_thousands(expected), without_thousands(answer)
     if expected == answer:
         return True, ""
     if (same_value := _compare_numbers(expected, answer)) is not None:
@@ -287,6 +292,10 @@ def _compare_lists(expected: str, answer: str) -> bool | None:
         return None
     if SET_WORDS.search(expected) or SET_WORDS.search(answer):
         return None
+    if INEQUALITY.search(expected) and INEQUALITY.search(answer):
+        words = [{word for _, word in split(text, SEPARATORS)} for text in (expected, answer)]
+        if "and" in words[0] ^ words[1] and "or" in words[0] ^ words[1]:
+            return False
     truth_list = truth_list or Structure("", (expected,))
     answer_list = answer_list or Structure("", (answer,))
     left, right, has_order = _members(truth_list, answer_list)

@@ -8,6 +8,8 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 
+from megatron_r1.rewards.math.structure import PAIR
+
 INTEGER = r"(?:\d{1,3}(?:,\d{3})+|\d{1,3}(?: \d{3})+|\d{1,400})"
 DECIMAL = rf"(?:{INTEGER}(?:\.\d{{0,400}})?|\.\d{{1,400}})"
 SCALE = (
@@ -63,6 +65,8 @@ def read_number(text: str) -> WrittenNumber | None:
     is_percent = bare != text
     for _ in range(MAX_WRAPS):
         bare = WRAPPED_TWICE.sub(r"\1", bare)
+    if PAIR.search(bare):
+        return None
     while (match := WRAPPED.fullmatch(bare)) is not None:
         bare = match[1] + (match[2] or match[3] or "").strip()
     bare = WRAPPED_PART.sub(r"\1", bare)

@@ -53,6 +53,7 @@ BASES: list[tuple[str, Replacement]] = [
         r"_{\1}",
     ),
     (r"(?<=\d)_(\d\d)(?!\d)", r"_{\1}"),
+    (r"_\s*\{\s*\((\d+)\)\s*\}", r"_{\1}"),
     (
         rf"_\s*\{{\s*(?:\\text\s*\{{)?\s*({'|'.join(BASE_WORDS)})\s*\}}?\s*\}}",
         lambda match: f"_{{{BASE_WORDS[match[1]]}}}",
@@ -69,6 +70,10 @@ SPELLINGS: tuple[tuple[str, Replacement], ...] = (
     (r"(\\\\)|\\(?:[,;: ]|q?quad(?![A-Za-z]))|~", lambda match: match[1] or " "),
     (r"(\\\\)|\\!\s*", lambda match: match[1] or ""),
     (r"\\hline(?![A-Za-z])", ""),
+    (
+        r"\\begin\{cases\}([^&]*?)\\end\{cases\}",
+        lambda match: match[1].replace(r"\\", ", "),
+    ),
     (r"([(\[])\s*\\begin\{smallmatrix\}(.*?)\\end\{smallmatrix\}\s*[)\]]", _matrix),
     (r"\\(begin|end)\s*\{([pb]?)smallmatrix\}", r"\\\1{\2matrix}"),
     (r"\\(p?matrix)\s*\{([^{}]*)\}", r"\\begin{\1}\2\\end{\1}"),

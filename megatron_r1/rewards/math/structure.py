@@ -18,6 +18,8 @@ CLOSING = frozenset((")", "]", "}", r"\}", r"\rangle"))
 SEPARATORS = frozenset((",", ";", "or", "and"))
 THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 WITH_THOUSANDS = re.compile(r"(?<![\d,.(\[{])[1-9]\d{0,2}(?:,\d{3})+(?![\d,])")
+# `(1,200)` is a point or an interval; `(1,000)` may be a number in brackets.
+PAIR = re.compile(r"(?:[(\[]|\\\{)\s*[-+]?\d{1,3}(?:,(?!000)\d{3})+\s*(?:[)\]]|\\\})")
 # No list has the member 000 or 050, so `1,000` is a number; `1,200` may be either.
 ROUND_THOUSANDS = re.compile(r"(?<![\d,])[1-9]\d{0,2}(?:,\d{3})*,0\d\d(?!\d)")
 MATRIX = re.compile(r"\\begin\{([pb]?matrix|array)\}(?:\{[lcr|]+\})?(.*)\\end\{\1\}", re.DOTALL)
@@ -35,6 +37,13 @@ class Structure:
     @property
     def is_set(self) -> bool:
         return self.brackets in SETS
+
+
+def without_thousands(text: str) -> str:
+    """Return `text` without the commas between thousands, unless they may separate a pair."""
+    if PAIR.search(text):
+        return text
+    return WITH_THOUSANDS.sub(lambda match: match[0].replace(",", ""), text)
 
 
 def nesting(text: str) -> int | None:

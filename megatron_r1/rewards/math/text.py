@@ -55,7 +55,7 @@ ENDING_FORMULA = re.compile(
 OPENING_WORDS = re.compile(
     r"\\(?:text|mathrm|mathbf)(?:rm|bf|it)?\s*\{([^{}]*[A-Za-z][^{}]*)\}(?=[\s\\,;:$]*[^\s=<>\\^_]|\\)"
 )
-IN_TEXT = re.compile(r"\\text(?:rm|bf|it)?\s*\{([^{}]*\banswer\b[^{}]*)\}", re.IGNORECASE)
+IN_TEXT = re.compile(r"\\text(?:rm|bf|it)?\s*\{([^{}]*(?:\banswer\b|答案)[^{}]*)\}", re.IGNORECASE)
 IS_ANSWER = re.compile(
     r"(?P<value>.*\S)\s+is (?:the|our|my) (?:final |correct )?answer[\s.]*", re.IGNORECASE
 )
@@ -121,7 +121,8 @@ def _in_sentence(text: str) -> str | None:
         return match["number"]
     if (match := LABELLED.fullmatch(text)) is None:
         match = THE_IS.fullmatch(re.sub(r"\\?\$", "", text))
-    if match is None or DENIAL.search(match["name"]):
+    # `The previous answer is 13`: where the words before it state the answer, they are gone here.
+    if match is None or DENIAL.search(match["name"]) or "answer" in match["name"].lower():
         return None
     if any(word in NO_UNITS for word in match["name"].lower().split()):
         return None

@@ -206,6 +206,44 @@ class Typed:
         return np.bool_(self.at == (1, 2))
 
 
+class WordlessError(Exception):
+    def __str__(self) -> str:
+        raise ValueError("no words")
+
+
+class Rude:
+    """Fails where nothing should: in the text of an error, and at the end."""
+
+    def __init__(self, at_close: str = "") -> None:
+        self._at_close = at_close
+
+    def reset(self, question) -> None: ...
+
+    def fail(self) -> None:
+        raise WordlessError
+
+    def add(self, number: int, *more: int, **named: int) -> int:
+        """Add numbers.
+
+        Args:
+            number: the first.
+            more: others.
+            named: others with names.
+        """
+        return number + sum(more) + sum(named.values())
+
+    def get_reward(self) -> float:
+        return float("inf") if self._at_close == "no number" else 0.5
+
+    def close(self) -> None:
+        if self._at_close == "raise":
+            raise ValueError("at the end")
+        if self._at_close == "hang":
+            time.sleep(60)
+        if self._at_close == "exit":
+            os._exit(1)
+
+
 class NoTools:
     def reset(self, **row): ...
 

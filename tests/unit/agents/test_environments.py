@@ -342,3 +342,36 @@ def test_a_server_that_cannot_fork_goes_on(monkeypatch):
     with pytest.raises(StopIteration):
         environment_server.serve(f"{MODULE}:Counter", "path", {})
     assert all(connection.is_closed for connection in connections)
+
+
+@pytest.mark.parametrize("ending", ["raise", "hang", "exit"])
+def test_a_failure_of_close_is_not_that_of_the_next_episode(ending, monkeypatch):
+    monkeypatch.setattr(environment_pool, "CLOSE_SECONDS", 0.1)
+
+    async def use(environments):
+        for _ in range(2):
+            async with environments.open() as game:
+                await game.reset({"question": "?"})
+                assert await game.reward("") == 0.5
+
+    play(use, f"{MODULE}:Rude", at_close=ending)
+
+
+def test_an_error_without_words_and_a_reward_that_is_no_number():
+    async def use(environments):
+        async with environments.open() as game:
+            await game.reset({"question": "?"})
+            assert (await game.call("fail", {}, 9)).text == "error: WordlessError"
+            with pytest.raises(EnvironmentFault, match="get_reward returned inf"):
+                await game.reward("")
+
+    play(use, f"{MODULE}:Rude", at_close="no number")
+
+
+def test_arguments_without_a_name_are_no_part_of_a_schema():
+    [add] = [t["function"] for t in describe(own.Rude).tools if t["function"]["name"] == "add"]
+    assert add["parameters"] == {
+        "type": "object",
+        "properties": {"number": {"type": "integer", "description": "the first."}},
+        "required": ["number"],
+    }

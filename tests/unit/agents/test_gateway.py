@@ -5,7 +5,9 @@ import json
 
 import aiohttp
 import pytest
+from aiohttp import web
 
+from megatron_r1.agents.continuation import Continuation
 from megatron_r1.agents.gateway import SessionLimits, server
 from megatron_r1.agents.parsing.hermes import HermesParser
 from megatron_r1.engine.errors import EngineDied
@@ -88,6 +90,7 @@ def test_only_the_secrets_of_open_sessions_are_served():
         (TOKENS, {"token_ids": []}, "token_ids"),
         (TOKENS, {"token_ids": [True]}, "token_ids"),
         (TOKENS, {"token_ids": [2**31]}, "token_ids"),
+        (TOKENS, {"token_ids": [10**6]}, "token_ids"),
         (TOKENS, {"token_ids": [1], "sampling_params": {"n": 2}}, "sampling_params.n"),
         (TOKENS, {"token_ids": [1], "features": {"a": 1}}, "features"),
     ],
@@ -123,6 +126,68 @@ def test_bodies_have_a_size(monkeypatch):
 
     monkeypatch.setattr(server, "MAX_BODY_BYTES", 2000)
     run(test)
+
+
+def test_a_body_that_no_engine_could_take_is_not_tokenised(monkeypatch):
+    async def test(served, session, fleet):
+        body = {"messages": [{"role": "user", "content": "x" * 3000}]}
+        status, reply = await post(served, session, CHAT, body)
+        assert (status, reply["error"]["code"]) == (400, "context_length_exceeded")
+        assert (session.status, "3,0" in session.reason) == ("max_tokens", True)
+
+    monkeypatch.setattr(server, "MAX_OTHER_BYTES", 2000)
+    monkeypatch.setattr(Continuation, "next_prompt", None)
+    run(test, max_context=20)
+
+
+def test_what_cannot_be_read_is_refused_and_ends_nothing():
+    def nested(depth):
+        return '{"a":' * depth + "1" + "}" * depth
+
+    def call(arguments):
+        function = {"name": "f", "arguments": arguments}
+        return {"role": "assistant", "tool_calls": [{"id": "c", "function": function}]}
+
+    async def test(served, session, fleet):
+        encoded = {"Content-Encoding": "gzip"}
+        assert (await post(served, session, CHAT, b"no gzip", **encoded))[0] == 400
+        for depth in (*range(950, 1000, 5), 3000):
+            tool = {"type": "function", "function": {"name": "f"}}
+            body = {"messages": [USER], "tools": [tool]}
+            text = json.dumps(body).replace('"f"', '"f", "parameters": ' + nested(depth))
+            told = json.dumps({"messages": [USER, call(nested(depth)), USER]})
+            for each in (text, told):
+                assert (await post(served, session, CHAT, each))[0] in (200, 400)
+                assert session.status is None, session.reason
+        assert (await post(served, session, CHAT, told))[0] == 400
+        used = {"type": "tool_use", "id": "c", "name": "f", "input": "i"}
+        body = {"messages": [{"role": "assistant", "content": [used]}, USER], "max_tokens": 9}
+        text = json.dumps(body).replace('"i"', nested(985))
+        assert (await post(served, session, MESSAGES, text))[0] == 400
+        assert session.status is None, session.reason
+
+    run(test, *["a"] * 30, limits=SessionLimits(max_turns=50, max_tokens=4000), max_context=9000)
+
+
+def test_a_stream_whose_client_is_gone_is_sent_again(monkeypatch):
+    real = web.StreamResponse.write
+
+    async def broken(stream, content):
+        stream._req.transport.close()
+        raise ConnectionResetError("the client is gone")
+
+    async def test(served, session, fleet):
+        body = {"messages": [USER], "stream": True}
+        monkeypatch.setattr(web.StreamResponse, "write", broken)
+        with pytest.raises(aiohttp.ClientError):
+            await post(served, session, CHAT, body)
+        monkeypatch.setattr(web.StreamResponse, "write", real)
+        assert session.status is None, session.reason
+        assert "first" in str(await post(served, session, CHAT, body))
+        assert (len(fleet.calls), session.num_turns) == (1, 1)
+        check_tree(session, fleet.calls)
+
+    run(test, "first")
 
 
 def test_the_runs_sampling_wins_and_the_difference_is_noted():

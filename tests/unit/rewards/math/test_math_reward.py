@@ -53,6 +53,8 @@ def test_a_long_truth_allows_a_long_answer():
         [13],
         float("nan"),
         "NaN",
+        "-nan",
+        "nan%",
         "inf",
         "",
         "  ",

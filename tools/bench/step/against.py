@@ -1,0 +1,44 @@
+"""Whole steps of this checkout beside another one's: the same work, runs in turn."""
+
+import argparse
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from tools.bench import machine
+from tools.bench.step import ours
+from tools.bench.step.figures import Steps, medians
+from tools.bench.step.model import Tail, write_model
+from tools.bench.step.work import Work, write_questions
+
+
+def run(
+    chosen: argparse.Namespace, runs: dict[str, tuple[Work, dict[str, dict]]]
+) -> dict[str, Any]:
+    """Return, for each of `runs` (name: work and settings), medians of both checkouts, the ratio of
+    their tokens per second, and every step."""
+    steps: dict[str, dict[str, Steps]] = {name: {"this": [], "other": []} for name in runs}
+    conditions = []
+    with tempfile.TemporaryDirectory() as folder:
+        model = write_model(Path(folder) / "model", Tail())
+        questions = write_questions(Path(folder) / "questions.jsonl", 256)
+        for turn in range(chosen.repeats):
+            for name, (work, more) in runs.items():
+                for side, root in (("other", chosen.against), ("this", None)):
+                    conditions.append((os.getloadavg()[0], machine.cores_worth()))
+                    place = Path(folder) / f"{turn} {name} {side}"
+                    lines = ours.run(work, model, questions, place, chosen.steps, more, root)
+                    steps[name][side] += lines
+                    seconds = ", ".join(f"{line['seconds']:.2f}" for line in lines)
+                    print(f"{name}, {side}: {seconds} s a step", flush=True)
+    comparisons = {name: _compared(**sides) for name, sides in steps.items()}
+    for name, comparison in comparisons.items():
+        print(f"{name}: this has {comparison['ratio']:.3f} x the tokens/s of the other")
+    return {"conditions": conditions, "comparisons": comparisons, "steps": steps}
+
+
+def _compared(this: Steps, other: Steps) -> dict[str, Any]:
+    both = medians(this), medians(other)
+    ratio = both[0]["tokens_per_second"] / both[1]["tokens_per_second"]
+    return {"this": both[0], "other": both[1], "ratio": ratio}
