@@ -42,6 +42,25 @@ CHECK_BYTES = 20
 def run(config: Config, folder: str, json: str | None = None) -> None:
     """Check the folder and print the findings. Raises UserError for what is not supported,
     RunError where the implementations disagree."""
+    try:
+        found = _check(config, folder)
+    except (UserError, RunError) as error:
+        _write(json, {"folder": folder, "agree": False, "problem": str(error)})
+        raise
+    print(_text(found, config.parallel))
+    _write(json, found)
+    if not found.agree:
+        raise RunError(f"{folder}: transformers, Megatron and vLLM do not agree (see above)")
+
+
+def _write(path: str | None, found: Findings | dict) -> None:
+    """Write what was found as JSON, if asked to: also a failure, so that no older file stays."""
+    if path is not None:
+        atomic_write(path, msgspec.json.format(msgspec.json.encode(found)).decode() + "\n")
+
+
+def _check(config: Config, folder: str) -> Findings:
+    """Return the findings. Raises UserError and RunError where nothing can be compared."""
     hf = read_hf_config(folder, key="HF_FOLDER")
     check_supported(hf)
     config = _config(config, folder)
@@ -62,7 +81,7 @@ def run(config: Config, folder: str, json: str | None = None) -> None:
         source = plain if plain.exists() else Path(folder)
         vllm = asyncio.run(by_vllm(source, config, reference, Path(scratch)))
     agree = megatron <= reference.tolerance and _agrees(vllm, reference.tolerance)
-    found = Findings(
+    return Findings(
         folder,
         hf["architectures"][0],
         config.model.dtype,
@@ -78,11 +97,6 @@ def run(config: Config, folder: str, json: str | None = None) -> None:
         vllm,
         agree,
     )
-    print(_text(found, config.parallel))
-    if json is not None:
-        atomic_write(json, msgspec.json.format(msgspec.json.encode(found)).decode() + "\n")
-    if not agree:
-        raise RunError(f"{folder}: transformers, Megatron and vLLM do not agree (see above)")
 
 
 def _config(config: Config, folder: str) -> Config:

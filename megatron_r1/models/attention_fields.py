@@ -8,6 +8,7 @@ from megatron_r1.models.hf_config import model_family, need, require, rope_param
 
 _ROPE_KEYS = {
     "default": (),
+    "linear": ("factor",),
     "llama3": (
         *("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
     ),
@@ -53,8 +54,22 @@ def model_arguments(hf: dict) -> dict[str, Any]:
         "position_embedding_type": "rope",
         "rotary_base": rope["rope_theta"],
         "rotary_percent": rope["partial_rotary_factor"],
+        "seq_len_interpolation_factor": _linear_factor(rope),
         "share_embeddings_and_output_weights": bool(hf.get("tie_word_embeddings")),
     }
+
+
+def _linear_factor(rope: dict) -> float | None:
+    """Return the number that positions are divided by, or None without such scaling."""
+    if rope["rope_type"] != "linear":
+        return None
+    need(rope, "factor")
+    if not isinstance(rope["factor"], float):
+        raise UserError(
+            f"config.json: factor={rope['factor']!r} of linear must be written with a decimal point"
+            f" ({float(rope['factor'])}): vLLM reads no whole number there"
+        )
+    return rope["factor"]
 
 
 def rope_scaling(hf: dict) -> dict[str, Any] | None:
@@ -176,7 +191,7 @@ def _rope(hf: dict) -> dict[str, Any]:
     if kind not in family.rope:
         raise UserError(
             f"rope_type={kind!r} in config.json is not supported for {hf['architectures'][0]}, "
-            f"only {' and '.join(family.rope)}"
+            f"only {', '.join(family.rope)}"
         )
     known = {"rope_type", "rope_theta", "partial_rotary_factor", *_ROPE_KEYS[kind]}
     if unknown := {k: v for k, v in rope.items() if k not in known and v is not None}:

@@ -70,26 +70,26 @@ _SIGMOID_NEEDS = (
 
 FAMILIES = {
     "Llama": Family(
-        rope=("default", "llama3"),
+        rope=("default", "linear", "llama3", "yarn"),
         fixed={**_LLAMA, "mlp_bias": False, "rope_interleaved": False},
     ),
     "Qwen2": Family(
         qkv_bias=True,
-        rope=("default", "yarn"),
+        rope=("default", "linear", "yarn"),
         needs=("num_key_value_heads",),
         fixed={**_NO_MTP, **_WINDOW, "attention_bias": True},
         inert=_UNUSED_WINDOW,
     ),
     "Qwen3": Family(
         qk_norm=True,
-        rope=("default", "yarn"),
+        rope=("default", "linear", "yarn"),
         needs=("num_key_value_heads", "head_dim"),
         fixed=_LLAMA | _WINDOW,
         inert=_UNUSED_WINDOW,
     ),
     "Qwen3Moe": Family(
         qk_norm=True,
-        rope=("default", "yarn"),
+        rope=("default", "linear", "yarn"),
         experts="softmax",
         needs=("num_key_value_heads", "norm_topk_prob"),
         fixed={

@@ -182,8 +182,9 @@ def architecture(hf: dict) -> str:
     for name in names:
         if name in ARCHITECTURES:
             return ARCHITECTURES[name]
+    found = f"architecture {', '.join(names)} in config.json is not supported"
     raise UserError(
-        f"architecture {', '.join(names) or 'missing'} in config.json is not supported; "
+        f"{found if names else 'config.json lacks architectures; add the name of its class'}; "
         f"supported are {', '.join(name + _SUFFIXES['language'] for name in FAMILIES)} "
         "(docs/models.md)"
     )

@@ -24,7 +24,7 @@ RANK_BYTES, ENGINE_BYTES, OTHER_BYTES = 500 << 20, 700 << 20, 500 << 20
 graders: mostly libraries, whose pages processes share."""
 CHUNK_LOGITS = 1 << 24
 """Logits that the loss head has in memory at once on a CPU (r1_kernels)."""
-MOST_BYTES, FEWEST_TOKENS = 3 << 30, 512
+MOST_BYTES, FEWEST_TOKENS = 3 << 29, 512
 """Limits of a default micro-batch: its activations and its tokens. Larger ones are not faster.
 SmolLM2-135M cut to 6 layers, 4,096 tokens, one core: 7.0 to 7.5 CPU seconds in micro-batches of
 4,096, 2,048 or 1,024 tokens, 8.3 in those of 512, 9.3 in those of 256."""

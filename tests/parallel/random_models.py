@@ -18,6 +18,7 @@ from small_models import (
 
 LLAMA3_ROPE = LLAMA["rope_scaling"]
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+SCALED = [None, {"type": "linear", "factor": 3.0}, YARN, {**YARN, "factor": 2.0, "truncate": False}]
 BASES = {
     "llama": LLAMA,
     "qwen2": QWEN,
@@ -103,9 +104,9 @@ def _grouped_query(hf: dict, heads: int, pick: random.Random) -> None:
         "rope_theta": pick.choice([1e4, 1e6]),
     }
     if hf["architectures"] == LLAMA["architectures"]:
-        hf["rope_scaling"] = pick.choice([None, LLAMA3_ROPE, {**LLAMA3_ROPE, "factor": 32.0}])
+        hf["rope_scaling"] = pick.choice([*SCALED, LLAMA3_ROPE, {**LLAMA3_ROPE, "factor": 32.0}])
     if hf["architectures"][0].startswith("Qwen"):
-        hf["rope_scaling"] = pick.choice([None, YARN, {**YARN, "factor": 2.0, "truncate": False}])
+        hf["rope_scaling"] = pick.choice(SCALED)
     if "use_qk_norm" in hf:
         hf |= {
             "use_qk_norm": pick.random() < 0.5,

@@ -255,6 +255,8 @@ def _hint(missing: list[str], hf: dict) -> str:
     mtp = str(hf["num_hidden_layers"])
     if any(name.split(".layers.")[-1].split(".")[0] == mtp for name in missing):
         return "; leave the MTP layers out (model.mtp: none) if the checkpoint has none"
+    if missing == ["lm_head.weight"]:
+        return "; set tie_word_embeddings to true if the embedding is the head, or fetch it again"
     return "; fetch the folder again, or correct the key of config.json that differs"
 
 

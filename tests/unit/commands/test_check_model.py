@@ -39,10 +39,13 @@ def rewritten(file, **changes):
     file.write_text(json.dumps({**content, **changes}))
 
 
-def test_keys_and_layouts_that_are_not_supported_are_named_at_once(folder, capsys):
+def test_keys_and_layouts_that_are_not_supported_are_named_at_once(folder, capsys, tmp_path):
     rewritten(folder / "config.json", attn_logit_softcapping=50.0)
-    status, output = checked(capsys, folder)
+    (tmp_path / "found.json").write_text('{"agree": true}')
+    status, output = checked(capsys, folder, "--json", tmp_path / "found.json")
     assert status == 2 and "attn_logit_softcapping=50.0 is not supported" in output
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["agree"] is False and "attn_logit_softcapping=50.0" in found["problem"]
     assert "remove it from config.json" in output
     rewritten(folder / "config.json", attn_logit_softcapping=None)
     status, output = checked(capsys, folder, "--parallel.tensor", 4)

@@ -131,6 +131,8 @@ def test_deepseek_refuses_what_it_would_compute_otherwise(changes, message):
         (LLAMA, {"head_dim": 7}, "7 numbers of a head are rotated"),
         (QWEN, {"rope_scaling": {**YARN, "type": "yarn", "factor": 0.5}}, "factor=0.5 of yarn"),
         (QWEN, {"rope_scaling": {**YARN, "type": "yarn"}}, "mscale=1.0"),
+        (LLAMA, {"rope_scaling": {"type": "linear", "factor": 4}}, "with a decimal point .4.0."),
+        (LLAMA, {"rope_scaling": {"type": "dynamic", "factor": 4.0}}, "rope_type='dynamic'"),
     ],
 )
 def test_dense_models_refuse_what_they_would_compute_otherwise(hf, changes, message):

@@ -79,7 +79,7 @@ def test_a_micro_batch_is_what_the_free_memory_has_room_for():
     def tokens(free: float, wanted: int | None = None) -> int:
         return CPUMemory(3 * GIB, 2 * GIB, GIB, 1 << 20, int(free * GIB)).microbatch(wanted)
 
-    assert tokens(64) == 3 * 1024  # 3 GiB of activations
+    assert tokens(64) == 3 * 512  # 1.5 GiB of activations
     assert CPUMemory(GIB, GIB, GIB, 1 << 10, 64 * GIB).microbatch(None) == 16_384
     assert tokens(8) == int((0.9 * 8 - 6) * 1024)
     assert tokens(64, 20_000) == 20_000

@@ -22,7 +22,8 @@ def recipe(
 ) -> dict[str, dict[str, Any]]:
     """Return the recipe, with `more` settings by section.
 
-    It writes a checkpoint after the last step only, as TRL writes none."""
+    It writes a checkpoint after the last step only, as TRL writes none, and keeps no copy for
+    it."""
     settings: dict[str, dict[str, Any]] = {
         "run": {"folder": str(folder), "steps": steps},
         "model": {"path": str(model), "dtype": "float32"},
@@ -43,7 +44,7 @@ def recipe(
             "clip_high": work.clip,
         },
         "optimizer": {"learning_rate": work.learning_rate, "weight_decay": 0.0},
-        "checkpoint": {"every": steps},
+        "checkpoint": {"every": steps, "asynchronous": False},
     }
     for section, values in more.items():
         settings[section] = settings.get(section, {}) | values
