@@ -52,7 +52,7 @@ def test_weights_are_those_of_the_plan(tmp_path, dtype, ranks, tensor, kl_beta, 
     config = recipe(tmp_path, ranks, **settings, rl={"kl_beta": kl_beta})
     job = Job(memory.read_hf_config(str(tmp_path)), config, ranks, HARDWARE["H800"])
     (of_rank,) = rank_memory(job)  # ranks of one pipeline stage are equal
-    planned = of_rank.persistent + of_rank.host["reference"]
+    planned = of_rank.resident + of_rank.host["reference"]
     copies = of_rank.host["checkpoint being written"]
     # Replicas share the checkpoint's weights; the plan counts them on every rank.
     shared = (ranks // tensor - 1) * of_rank.counts.trained * job.parameter_bytes
