@@ -111,7 +111,7 @@ async def _step(task: SupervisedTask, recorder: Recorder, trainer: TrainerClient
     state.optimizer_step += 1
     rate = learning_rate(config.optimizer, state.step, config.run.steps)
     metrics = await trainer.load([batch], unit=task.unit)
-    metrics |= await trainer.update(0, task.loss, {}, rate)
+    metrics |= await trainer.update(0, task.loss, None, rate)
     seconds = time.perf_counter() - start
     metrics["trainer/restarts"] = trainer.num_restarts
     metrics |= await recorder.checkpoints.completed(trainer)

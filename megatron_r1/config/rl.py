@@ -7,6 +7,14 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from megatron_r1.config import algorithms
+from megatron_r1.config.losses import (
+    AdvantageStd,
+    KLEstimator,
+    LossAverage,
+    LossSettings,
+    RatioLevel,
+    TokenSettings,
+)
 from megatron_r1.config.schedule import ScheduleEntry, check_order
 from megatron_r1.config.section import MayChange, Resumable, Section
 from megatron_r1.errors import did_you_mean
@@ -90,7 +98,7 @@ class RLConfig(Section):
     clip_high: float = Field(10.0, gt=0, description="the ratio is clipped above 1 + clip_high")
     dual_clip: float | None = Field(None, gt=1)
     """a negative advantage's ratio counts at most this; null: no limit"""
-    ratio_level: Literal["token", "sequence"] = "token"
+    ratio_level: RatioLevel = "token"
     """sequence: one ratio per response, the mean of its logarithm (GSPO)"""
     importance_cap: float | None = Field(None, gt=0)
     """each token is weighed by the trainer's over the engine's probability, at most this; null: not
@@ -98,7 +106,7 @@ class RLConfig(Section):
     kl_beta: float = Field(0.001, ge=0)
     """weight of the estimate of KL to the reference, in the loss; of rloo, reinforce_pp and ppo in
     the reward"""
-    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    kl_estimator: KLEstimator = "k3"
     """estimate of KL in loss and metrics (in a reward it is k1); k3: the paper's"""
     entropy_coef: float = Field(0.0, ge=0, description="weight of an entropy bonus")
     reference_refresh: int = Field(400, ge=0)
@@ -110,10 +118,10 @@ class RLConfig(Section):
     """replace groups whose responses all have the same reward (DAPO)"""
     dynamic_sampling_rounds: int = Field(4, ge=1)
     """how often prompts are drawn for one rollout, before it is filled up"""
-    advantage_std: Literal["group", "batch", "none"] = "group"
+    advantage_std: AdvantageStd = "group"
     """divide by the standard deviation of the group, of the rollout, or not"""
     advantage_epsilon: float = Field(1e-6, ge=0, description="added to the standard deviation")
-    loss_average: Literal["sequence", "token", "constant"] = "sequence"
+    loss_average: LossAverage = "sequence"
     """sequence: each response weighs the same (GRPO, eq. 1); token: each token (DAPO); constant:
     each token, over max_response_tokens per response (Dr. GRPO)"""
     discount: float = Field(1.0, ge=0, le=1)
@@ -184,18 +192,30 @@ class RLConfig(Section):
             )
         return self
 
-    @property
-    def loss_settings(self) -> dict[str, Any]:
-        """The settings of the algorithm's loss, except max_response_tokens."""
-        names = ("clip_low", "clip_high", "dual_clip", "ratio_level", "importance_cap")
-        names_of_kl = ("kl_beta", "kl_estimator", "entropy_coef")
-        settings = {name: getattr(self, name) for name in (*names, *names_of_kl)}
-        if algorithms.rules_of(self.algorithm).kl_in_reward:
-            settings["kl_beta"] = 0.0
-        return {"average": self.loss_average, **settings}
+    def loss_settings(self, max_response_tokens: int) -> LossSettings:
+        """Return the settings of the algorithm's loss. max_response_tokens: of the step's `rollout`
+        section."""
+        kl_in_reward = algorithms.rules_of(self.algorithm).kl_in_reward
+        return LossSettings(
+            average=self.loss_average,
+            clip_low=self.clip_low,
+            clip_high=self.clip_high,
+            max_response_tokens=max_response_tokens,
+            dual_clip=self.dual_clip,
+            ratio_level=self.ratio_level,
+            importance_cap=self.importance_cap,
+            kl_beta=0.0 if kl_in_reward else self.kl_beta,
+            kl_estimator=self.kl_estimator,
+            entropy_coef=self.entropy_coef,
+        )
 
     @property
-    def token_settings(self) -> dict[str, Any]:
+    def token_settings(self) -> TokenSettings:
         """The settings of the algorithm's token advantages."""
-        names = ("kl_beta", "discount", "gae_lambda", "advantage_std", "advantage_epsilon")
-        return {name: getattr(self, name) for name in names}
+        return TokenSettings(
+            kl_beta=self.kl_beta,
+            discount=self.discount,
+            gae_lambda=self.gae_lambda,
+            advantage_std=self.advantage_std,
+            advantage_epsilon=self.advantage_epsilon,
+        )

@@ -63,13 +63,9 @@ class TrainerPasses:
         await self.bridge.hold()
         self.state.optimizer_step += 1
         rate = learning_rate(config.optimizer, self.state.optimizer_step, self.num_policy_updates)
-        rollout = config.rollout
-        settings = {
-            "max_response_tokens": rollout.max_response_tokens,
-            **config.rl.loss_settings,
-        }
+        settings = config.rl.loss_settings(config.rollout.max_response_tokens)
         metrics = await self.trainer.update(
-            index, self.algorithm.loss, settings, rate, rollout.temperature
+            index, self.algorithm.loss, settings, rate, config.rollout.temperature
         )
         return {**metrics, "learning_rate": rate}
 

@@ -17,6 +17,7 @@ import msgspec
 import zmq
 
 from megatron_r1.config import Config
+from megatron_r1.config.losses import LossSettings
 from megatron_r1.errors import TrainerError, TrainerLost, UserError
 from megatron_r1.models import read_hf_config
 from megatron_r1.processes.authentication import RANKS_ENVIRONMENT
@@ -163,7 +164,7 @@ class TrainerClient:
         self,
         index: int,
         loss: str,
-        settings: dict[str, Any],
+        settings: LossSettings | None,
         learning_rate: float,
         temperature: float = 1.0,
     ) -> dict[str, float]:

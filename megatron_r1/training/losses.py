@@ -12,11 +12,12 @@ max_response_tokens). Over the optimizer step the trainer divides by the sum of 
 `rl.loss_average` selects both in `rl.algorithms.grpo.loss`."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from megatron_r1.config.losses import LossAverage, LossSettings
 from megatron_r1.training.head import Head
 from megatron_r1.training.metrics import Mean, Metrics
 from megatron_r1.training.packed import PackedBatch
@@ -32,11 +33,11 @@ class LossTerms(NamedTuple):
     metrics: Metrics
 
 
-Loss = Callable[[PackedBatch, Head, dict[str, Any]], LossTerms]
-"""(batch, its head, settings) → LossTerms."""
+Loss = Callable[[PackedBatch, Head, LossSettings | None], LossTerms]
+"""(batch, its head, settings) → LossTerms. settings: of a policy loss; None for the others."""
 
 
-def denominator(batch: PackedBatch, average: str) -> Tensor:
+def denominator(batch: PackedBatch, average: LossAverage) -> Tensor:
     """Return the denominator, () int32, of a sum of the batch's losses.
 
     average: "token" gives the number of response tokens; "sequence" (the sum holds each response's
@@ -49,7 +50,7 @@ def denominator(batch: PackedBatch, average: str) -> Tensor:
     raise ValueError(f"loss average {average!r}: use token, sequence or constant")
 
 
-def supervised(batch: PackedBatch, head: Head, settings: dict[str, Any]) -> LossTerms:
+def supervised(batch: PackedBatch, head: Head, settings: object = None) -> LossTerms:
     """Return the SFT loss, -Σ log p over response tokens, () fp32, with their number."""
     logprobs, _ = head.logprobs()
     loss, count = -logprobs.sum(), denominator(batch, "token")

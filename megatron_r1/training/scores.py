@@ -6,7 +6,6 @@ rank that has the position, and the sample is counted on the first context rank
 (`PackedBatch.num_samples`)."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_region
@@ -39,7 +38,7 @@ class Scores:
         return reduce_from_tensor_model_parallel_region(held, group=self.context_group)
 
 
-def pairwise(batch: PackedBatch, scores: Scores, settings: dict[str, Any]) -> LossTerms:
+def pairwise(batch: PackedBatch, scores: Scores, settings: object = None) -> LossTerms:
     """Return Σ -log sigmoid(s_chosen - s_rejected) over pairs, () fp32, with their number.
 
     Bradley-Terry (arXiv 2203.02155, equation 1, with one pair per question). Samples 2i and 2i + 1
@@ -51,7 +50,7 @@ def pairwise(batch: PackedBatch, scores: Scores, settings: dict[str, Any]) -> Lo
     return _terms(batch, -logsigmoid(margins), measured, batch.num_samples // 2)
 
 
-def pointwise(batch: PackedBatch, scores: Scores, settings: dict[str, Any]) -> LossTerms:
+def pointwise(batch: PackedBatch, scores: Scores, settings: object = None) -> LossTerms:
     """Return Σ of the binary cross entropy of sigmoid(score) and `batch.labels` over samples, ()
     fp32, with their number.
 

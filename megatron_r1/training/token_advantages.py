@@ -8,13 +8,14 @@ advantage is then its reward, on each of its tokens; NaN where it could not be g
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from megatron_r1.config.losses import TokenSettings
 from megatron_r1.models.context import held_positions, sample_order
 from megatron_r1.training.packed import PackedBatch
 from megatron_r1.training.returns import discounted_sums, penalised_rewards
@@ -122,15 +123,13 @@ class TokenTargets(NamedTuple):
     returns: list[Tensor] | None = None
 
 
-TokenAdvantages = Callable[[ScoredRollout, dict[str, Any]], TokenTargets]
-"""(scored rollout, settings) → advantages per token. settings: kl_beta, discount, gae_lambda,
-advantage_std, advantage_epsilon (`config.RLConfig`)."""
+TokenAdvantages = Callable[[ScoredRollout, TokenSettings], TokenTargets]
+"""(scored rollout, settings) → advantages per token."""
 
 
-def reward_to_go(scored: ScoredRollout, settings: dict[str, Any]) -> list[Tensor]:
+def reward_to_go(scored: ScoredRollout, settings: TokenSettings) -> list[Tensor]:
     """Return A_t = Σ_{s≥t} discount^(s-t) r_s, r the penalised rewards, (T,) per micro-batch."""
-    beta, discount = settings["kl_beta"], settings["discount"]
     return [
-        discounted_sums(r.token_rewards(beta), discount, r.is_graded, r.last)
+        discounted_sums(r.token_rewards(settings.kl_beta), settings.discount, r.is_graded, r.last)
         for r in scored.responses
     ]

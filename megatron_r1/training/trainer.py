@@ -18,6 +18,7 @@ from torch import Tensor
 
 from megatron_r1 import models, platform, weights
 from megatron_r1.config import Config
+from megatron_r1.config.losses import LossSettings, TokenSettings
 from megatron_r1.models import fp8
 from megatron_r1.models.hf_config import has_score_head
 from megatron_r1.models.replay import Replay
@@ -162,7 +163,7 @@ class Trainer:
     def _batches(self) -> list[PackedBatch]:
         return [batch for step in self.minibatches for batch in step]
 
-    def token_advantages(self, function: str, settings: dict[str, Any]) -> None:
+    def token_advantages(self, function: str, settings: TokenSettings) -> None:
         """Replace the advantages of all loaded samples by those that the `TokenAdvantages` at
         "module:function" computes per token; compute_logprobs() comes first."""
         if self.position.last_stage:
@@ -198,13 +199,14 @@ class Trainer:
         self,
         index: int,
         loss: str,
-        settings: dict[str, Any],
+        settings: LossSettings | None,
         learning_rate: float,
         temperature: float = 1.0,
     ) -> dict[str, float]:
         """Make one optimizer step on mini-batch `index` with the loss at "module:function".
 
-        settings: of the loss. temperature: the logits are divided by it, as when they were sampled.
+        settings: of a policy loss; None for the others. temperature: the logits are divided by it,
+        as when they were sampled.
         Returns the loss's metrics over the whole mini-batch, grad_norm and step_taken."""
         batches = self.minibatches[index]
         compute = partial(self._loss, find_function(loss), settings, temperature)
@@ -315,7 +317,7 @@ class Trainer:
     def _loss(
         self,
         loss: Loss,
-        settings: dict[str, Any],
+        settings: LossSettings | None,
         temperature: float,
         batch: PackedBatch,
         out: Tensor,

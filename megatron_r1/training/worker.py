@@ -12,6 +12,7 @@ import zmq
 
 from megatron_r1 import platform
 from megatron_r1.config import Config
+from megatron_r1.config.losses import LossSettings, TokenSettings
 from megatron_r1.errors import UserError
 from megatron_r1.processes.authentication import RANKS_ENVIRONMENT, protect_client
 from megatron_r1.training import distributed
@@ -148,9 +149,15 @@ class Operations:
             return self.trainer.load(decode_share(headers, buffers))
         if call.operation not in self._homes:
             raise ValueError(f"unknown operation {call.operation!r}: use {', '.join(self._homes)}")
-        return getattr(self._homes[call.operation], call.operation)(**call.arguments) or {}
+        arguments = call.arguments
+        if call.operation in SETTINGS:
+            own = msgspec.convert(arguments["settings"], SETTINGS[call.operation])
+            arguments = {**arguments, "settings": own}
+        return getattr(self._homes[call.operation], call.operation)(**arguments) or {}
 
 
+SETTINGS: dict[str, Any] = {"update": LossSettings | None, "token_advantages": TokenSettings}
+"""The types of the argument `settings`, which msgpack carries as a mapping."""
 TRAINER_OPERATIONS = (
     *("keep_reference", "compute_logprobs", "agreement", "token_advantages", "update", "probe"),
     *("values", "update_critic", "sample_scores", "yield_memory"),

@@ -111,7 +111,7 @@ def main() -> None:
             rl = Config(rl={"algorithm": name, **chosen}).rl
             names = load(trainer, position, (10 * turn + 1, 10 * turn + 2))
             trainer.compute_logprobs(TEMPERATURE, reference=True)
-            settings_of_loss = {**rl.loss_settings, "max_response_tokens": LIMIT}
+            settings_of_loss = rl.loss_settings(LIMIT)
             report[name] = {"advantages": advantages_of(trainer, position, name, rl, names)}
             loss = algorithms.find(name).loss
             report[name]["updates"] = [

@@ -87,7 +87,7 @@ def digest(trainer) -> str:
 
 def both_updates(trainer, position) -> list[dict]:
     load(trainer, position)
-    return [trainer.update_critic(0, RATE), trainer.update(0, POLICY_LOSS, {}, 0.1)]
+    return [trainer.update_critic(0, RATE), trainer.update(0, POLICY_LOSS, None, 0.1)]
 
 
 def close(name: str, grid: str, what: str, gap: float, tolerance: float) -> None:

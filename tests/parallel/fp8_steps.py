@@ -93,7 +93,7 @@ def main() -> None:
             start = STEPS // 2
         for step in range(start, STEPS):
             load(trainer, position, step)
-            metrics = trainer.update(0, LOSS, {}, config.optimizer.learning_rate)
+            metrics = trainer.update(0, LOSS, None, config.optimizer.learning_rate)
             for key in ("loss", "grad_norm"):
                 report[key].append(metrics.get(key))
             if step == 0:

@@ -14,22 +14,23 @@ from grids import parallel_settings
 
 from megatron_r1 import weights
 from megatron_r1.config import Config
+from megatron_r1.config.losses import LossSettings
 from megatron_r1.training import distributed
 from megatron_r1.training.packing import pack
 from megatron_r1.training.wire import Sample
 
 LOSS = "megatron_r1.rl.algorithms.grpo:loss"
-SETTINGS = {
-    "average": "token",
-    "clip_low": 0.2,
-    "clip_high": 0.2,
-    "dual_clip": None,
-    "ratio_level": "token",
-    "importance_cap": None,
-    "kl_beta": 0.0,
-    "kl_estimator": "k3",
-    "entropy_coef": 0.0,
-}
+SETTINGS = LossSettings(
+    average="token",
+    clip_low=0.2,
+    clip_high=0.2,
+    dual_clip=None,
+    ratio_level="token",
+    importance_cap=None,
+    kl_beta=0.0,
+    kl_estimator="k3",
+    entropy_coef=0.0,
+)
 MAX_RESPONSE = 64
 """rollout.max_response_tokens, which MTP losses are divided by."""
 

@@ -39,7 +39,7 @@ def main() -> None:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        trainer.update(0, SUPERVISED, {}, 1e-3)
+        trainer.update(0, SUPERVISED, None, 1e-3)
     num_bytes = sum(storage.nbytes() for storage in saved.values())
     Path(out, "saved.json").write_text(json.dumps(num_bytes / (SAMPLES * LENGTH)))
     distributed.leave_process_groups()

@@ -60,7 +60,7 @@ def trained(settings: Config, position):
     ]
     plan = pack([len(s) for s in made], position.data_size, 80).shares[position.data_rank]
     trainer.load([[[made[i] for i in members] for members in plan]])
-    metrics = trainer.update(0, LOSS, {}, 0.01)
+    metrics = trainer.update(0, LOSS, None, 0.01)
     return trainer, metrics
 
 

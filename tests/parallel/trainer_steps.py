@@ -8,6 +8,7 @@ OUT/GRID.json."""
 import json
 import random
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,22 +17,23 @@ from grids import parallel_settings
 
 from megatron_r1 import weights
 from megatron_r1.config import Config
+from megatron_r1.config.losses import LossSettings
 from megatron_r1.training import distributed
 from megatron_r1.training.packing import pack
 from megatron_r1.training.wire import Sample
 
 TEMPERATURE = 0.8
-SETTINGS = {
-    "average": "sequence",
-    "clip_low": 0.2,
-    "clip_high": 0.3,
-    "dual_clip": 3.0,
-    "ratio_level": "token",
-    "importance_cap": 2.0,
-    "kl_beta": 0.1,
-    "kl_estimator": "k3",
-    "entropy_coef": 0.01,
-}
+SETTINGS = LossSettings(
+    average="sequence",
+    clip_low=0.2,
+    clip_high=0.3,
+    dual_clip=3.0,
+    ratio_level="token",
+    importance_cap=2.0,
+    kl_beta=0.1,
+    kl_estimator="k3",
+    entropy_coef=0.01,
+)
 LOSS = "megatron_r1.rl.algorithms.grpo:loss"
 
 
@@ -73,8 +75,8 @@ def load(trainer, position, seeds, first_old=True) -> None:
 
 
 def update(trainer, index) -> dict:
-    level = ("token", "sequence")[index]
-    return trainer.update(index, LOSS, {**SETTINGS, "ratio_level": level}, 0.1, TEMPERATURE)
+    settings = replace(SETTINGS, ratio_level=("token", "sequence")[index])
+    return trainer.update(index, LOSS, settings, 0.1, TEMPERATURE)
 
 
 def main() -> None:

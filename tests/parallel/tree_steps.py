@@ -29,6 +29,7 @@ from megatron_r1 import weights
 from megatron_r1.agents.episode import Episode
 from megatron_r1.agents.tree import TokenTree
 from megatron_r1.config import Config
+from megatron_r1.config.losses import LossSettings
 from megatron_r1.data.prompts import make_prompt
 from megatron_r1.engine.responses import Response
 from megatron_r1.rl.loop import training_samples
@@ -98,11 +99,14 @@ def main() -> None:
         for update, (average, level) in enumerate(UPDATES):
             if update % 2 == 0:
                 load(trainer, position, (update, update + 1))
-            of_loss = {
-                **{"average": average, "ratio_level": level, "max_response_tokens": LIMIT},
-                **{"clip_low": CLIP_LOW, "clip_high": CLIP_HIGH, "kl_beta": KL_BETA},
-                **{"dual_clip": None, "importance_cap": None},
-            }
+            of_loss = LossSettings(
+                average=average,
+                clip_low=CLIP_LOW,
+                clip_high=CLIP_HIGH,
+                max_response_tokens=LIMIT,
+                ratio_level=level,
+                kl_beta=KL_BETA,
+            )
             metrics.append(trainer.update(update % 2, LOSS, of_loss, RATE, TEMPERATURE))
         file = Path(out) / f"{grid}.safetensors"
         weights.write_hf(trainer.bare, trainer.hf, file, dtype=torch.float32)

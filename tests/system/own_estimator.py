@@ -2,6 +2,8 @@
 
 Its metric `own` is 1 where the loss, on the trainer ranks, has the advantages computed there."""
 
+from dataclasses import replace
+
 from megatron_r1.config.algorithms import AlgorithmRules
 from megatron_r1.rl.advantages import group_advantages
 
@@ -15,7 +17,7 @@ def advantages(groups, rl):
 def token_advantages(scored, settings):
     from megatron_r1.training.token_advantages import TokenTargets, reward_to_go
 
-    made = reward_to_go(scored, {**settings, "discount": 0.5})
+    made = reward_to_go(scored, replace(settings, discount=0.5))
     for responses, whole in zip(scored.responses, made, strict=True):
         responses.batch.logprobs["own"] = responses.own(whole)
     return TokenTargets(made)

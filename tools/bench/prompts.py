@@ -10,6 +10,7 @@ import os
 import random
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -59,7 +60,7 @@ def run(chosen: argparse.Namespace) -> dict[str, Any]:
             }
         )
         position = distributed.initialize(config.parallel, seed=0)
-        settings = find("grpo"), config.rl.loss_settings | {"kl_beta": 0.0}
+        settings = find("grpo"), replace(config.rl.loss_settings(chosen.response), kl_beta=0.0)
         results = [_measured(config, position, *settings, chosen, n) for n in chosen.prompts]
         distributed.leave_process_groups()
     return {"model": HF, "results": results}
@@ -79,7 +80,6 @@ def _measured(config, position, algorithm, settings, chosen, prompt: int) -> dic
         Sample.pack(first, tokens(chosen.response), logprobs, draw.uniform(-1, 1))
         for _ in range(chosen.group)
     ]
-    limits = {"max_response_tokens": chosen.response}
     seconds: dict[bool, list[float]] = {False: [], True: []}
     computed, trainers = {}, {}
     for shares in seconds:
@@ -91,7 +91,7 @@ def _measured(config, position, algorithm, settings, chosen, prompt: int) -> dic
         for shares, trainer in trainers.items():
             begun = time.process_time()
             trainer.compute_logprobs(1.0, reference=False)
-            trainer.update(0, algorithm.loss, settings | limits, 0.0)
+            trainer.update(0, algorithm.loss, settings, 0.0)
             seconds[shares].append(time.process_time() - begun)
     alone, shared = (median(seconds[shares][1:]) for shares in (False, True))
     ideal = computed[False] / computed[True]

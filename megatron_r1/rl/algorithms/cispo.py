@@ -10,16 +10,18 @@ responses are treated as in DAPO. The source gives no ε_high: 4, a weight of 5,
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from megatron_r1.rl.algorithms import grpo
 
 if TYPE_CHECKING:
+    from megatron_r1.config.losses import LossSettings
     from megatron_r1.training.head import Head
     from megatron_r1.training.losses import LossTerms
     from megatron_r1.training.packed import PackedBatch
 
 
-def loss(batch: PackedBatch, head: Head, settings: dict[str, Any]) -> LossTerms:
+def loss(batch: PackedBatch, head: Head, settings: LossSettings) -> LossTerms:
     """Return -J; `clip_fraction` counts the tokens whose weight is clipped. settings: as GRPO's."""
-    return grpo.loss(batch, head, {**settings, "objective": "cispo"})
+    return grpo.loss(batch, head, replace(settings, objective="cispo"))

@@ -14,12 +14,13 @@ GRPO sets none of its own."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from megatron_r1.rl.advantages import group_advantages, over_batch_std
 
 if TYPE_CHECKING:
     from megatron_r1.config import RLConfig
+    from megatron_r1.config.losses import LossSettings
     from megatron_r1.training.head import Head
     from megatron_r1.training.losses import LossTerms
     from megatron_r1.training.packed import PackedBatch
@@ -35,30 +36,35 @@ def advantages(groups: list[list[float | None]], rl: RLConfig) -> list[list[floa
     return by_group
 
 
-def loss(batch: PackedBatch, head: Head, settings: dict[str, Any]) -> LossTerms:
+def loss(batch: PackedBatch, head: Head, settings: LossSettings) -> LossTerms:
     """Return -J for the advantages in `batch`, as a sum over response tokens and its denominator:
     N with `average` sequence (each response's terms are divided by |o_i| first), Σ_i |o_i| with
     token, N with constant (they are divided by L first).
 
-    settings: those of r1_kernels' policy_loss, where `average` is `rl.loss_average` (`losses` says
-    what each is divided by), and `max_response_tokens`. With importance_cap None the difference
-    between the engine's and the trainer's log-probabilities is not corrected. Reads
-    batch.logprobs["reference"] if kl_beta > 0, and ["old"]; without "old" the policy itself is
-    taken for π_old (ratio 1)."""
+    With importance_cap None the difference between the engine's and the trainer's log-probabilities
+    is not corrected. Reads batch.logprobs["reference"] if kl_beta > 0, and ["old"]; without "old"
+    the policy itself is taken for π_old (ratio 1)."""
     from megatron_r1.training.losses import LossTerms, denominator
     from megatron_r1.training.metrics import Maximum, Mean
 
-    settings = dict(settings)
-    average, limit = settings.pop("average"), settings.pop("max_response_tokens", None)
-    assert limit or average != "constant", "a constant average is over max_response_tokens"
-    is_corrected = settings["importance_cap"] is not None
+    limit, is_constant = settings.max_response_tokens, settings.average == "constant"
+    assert limit or not is_constant, "a constant average is over max_response_tokens"
+    is_corrected = settings.importance_cap is not None
     terms = head.policy_loss(
-        **settings,
-        average="sequence" if average == "sequence" else "token",
+        objective=settings.objective,
+        clip_low=settings.clip_low,
+        clip_high=settings.clip_high,
+        dual_clip=settings.dual_clip,
+        ratio_level=settings.ratio_level,
         rollout_logprobs=batch.rollout_logprobs if is_corrected else None,
-        denominator=limit if average == "constant" else 1,
+        importance_cap=settings.importance_cap,
+        kl_beta=settings.kl_beta,
+        kl_estimator=settings.kl_estimator,
+        entropy_coef=settings.entropy_coef,
+        average="sequence" if settings.average == "sequence" else "token",
+        denominator=limit if is_constant else 1,
     )
-    count = denominator(batch, average)
+    count = denominator(batch, settings.average)
     num_tokens = batch.is_response.sum()
     metrics: dict[str, Mean | Maximum] = {
         "ratio/max": Maximum(terms.ratio.amax()),

@@ -13,10 +13,11 @@ the advantage of a token includes those after it (γ = 1: the KL of whole respon
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from megatron_r1.config import RLConfig
+    from megatron_r1.config.losses import TokenSettings
     from megatron_r1.training.token_advantages import ScoredRollout, TokenTargets
 
 
@@ -25,7 +26,7 @@ def advantages(groups: list[list[float | None]], rl: RLConfig) -> list[list[floa
     return [[0.0] * len(rewards) for rewards in groups]
 
 
-def token_advantages(scored: ScoredRollout, settings: dict[str, Any]) -> TokenTargets:
+def token_advantages(scored: ScoredRollout, settings: TokenSettings) -> TokenTargets:
     """Return A_t = Σ_{s≥t} γ^(s-t) (log π_teacher - log π_old)_s, from batch.logprobs["teacher"]
     and ["old"]; 0 outside responses."""
     from megatron_r1.training.returns import discounted_sums
@@ -36,5 +37,5 @@ def token_advantages(scored: ScoredRollout, settings: dict[str, Any]) -> TokenTa
         logprobs = responses.batch.logprobs
         gaps = responses.whole(logprobs["teacher"] - logprobs["old"])
         graded, last = responses.is_graded, responses.last
-        advantages.append(discounted_sums(gaps, settings["discount"], graded, last))
+        advantages.append(discounted_sums(gaps, settings.discount, graded, last))
     return TokenTargets(advantages)

@@ -14,17 +14,18 @@ For ungraded responses A is 0 and the target is the value itself. How the critic
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from megatron_r1.rl.algorithms.reinforce_pp import advantages
 
 if TYPE_CHECKING:
+    from megatron_r1.config.losses import TokenSettings
     from megatron_r1.training.token_advantages import ScoredRollout, TokenTargets
 
 __all__ = ["advantages", "token_advantages"]
 
 
-def token_advantages(scored: ScoredRollout, settings: dict[str, Any]) -> TokenTargets:
+def token_advantages(scored: ScoredRollout, settings: TokenSettings) -> TokenTargets:
     """Return the advantages and targets of `training.returns.gae` with the critic's batch.values,
     per micro-batch; with `advantage_std` batch the advantages are normalised over the rollout."""
     from megatron_r1.training.returns import gae
@@ -35,15 +36,15 @@ def token_advantages(scored: ScoredRollout, settings: dict[str, Any]) -> TokenTa
         own = responses.batch.values
         assert own is not None, "the critic's values come first"
         made, targets = gae(
-            responses.token_rewards(settings["kl_beta"]),
+            responses.token_rewards(settings.kl_beta),
             responses.whole(own),
-            settings["discount"],
-            settings["gae_lambda"],
+            settings.discount,
+            settings.gae_lambda,
             responses.is_graded,
             responses.last,
         )
         advantages.append(made)
         returns.append(targets)
-    if settings["advantage_std"] == "batch":
-        advantages = scored.normalised(advantages, settings["advantage_epsilon"])
+    if settings.advantage_std == "batch":
+        advantages = scored.normalised(advantages, settings.advantage_epsilon)
     return TokenTargets(advantages, returns)

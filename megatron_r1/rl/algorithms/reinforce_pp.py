@@ -12,12 +12,13 @@ nor deviation. Clip and β are those usual with PPO."""
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from megatron_r1.rl.advantages import graded
 
 if TYPE_CHECKING:
     from megatron_r1.config import RLConfig
+    from megatron_r1.config.losses import TokenSettings
     from megatron_r1.training.token_advantages import ScoredRollout, TokenTargets
 
 
@@ -29,11 +30,11 @@ def advantages(groups: list[list[float | None]], rl: RLConfig) -> list[list[floa
     return [[math.nan if r is None else r for r in rewards] for rewards in groups]
 
 
-def token_advantages(scored: ScoredRollout, settings: dict[str, Any]) -> TokenTargets:
+def token_advantages(scored: ScoredRollout, settings: TokenSettings) -> TokenTargets:
     """Return A_t = Σ_{s≥t} γ^(s-t) (-β log(π_old / π_ref)_s) + γ^(T-t) r, T the last token, then
     shifted and scaled to mean 0 and deviation 1 over the graded response tokens of the rollout; 0
     elsewhere."""
     from megatron_r1.training.token_advantages import TokenTargets, reward_to_go
 
     advantages = reward_to_go(scored, settings)
-    return TokenTargets(scored.normalised(advantages, settings["advantage_epsilon"]))
+    return TokenTargets(scored.normalised(advantages, settings.advantage_epsilon))

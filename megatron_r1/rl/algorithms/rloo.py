@@ -14,12 +14,13 @@ One update per rollout keeps ρ at 1; see `reinforce`. β and G are the source's
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from megatron_r1.rl.advantages import graded
 
 if TYPE_CHECKING:
     from megatron_r1.config import RLConfig
+    from megatron_r1.config.losses import TokenSettings
     from megatron_r1.training.token_advantages import ScoredRollout, TokenTargets
 
 
@@ -29,7 +30,7 @@ def advantages(groups: list[list[float | None]], rl: RLConfig) -> list[list[floa
     return [_leave_one_out(rewards) for rewards in groups]
 
 
-def token_advantages(scored: ScoredRollout, settings: dict[str, Any]) -> TokenTargets:
+def token_advantages(scored: ScoredRollout, settings: TokenSettings) -> TokenTargets:
     """Return A_t: the response's advantage less the penalties to come, β log(π_old / π_ref)_s for
     s≥t; 0 outside responses and where not graded."""
     from megatron_r1.training.token_advantages import TokenTargets, reward_to_go

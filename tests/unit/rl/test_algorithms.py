@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from megatron_r1.config import Config
+from megatron_r1.config.losses import TokenSettings
 from megatron_r1.config.algorithms import NAMES
 from megatron_r1.rl import algorithms
 from megatron_r1.training.head import Head
@@ -128,7 +129,7 @@ def ours(problem, name, settings):
         function = find_function(algorithm.token_advantages)
         scored = ScoredRollout(every)
         scored.store(function(scored, config.rl.token_settings))
-    settings = {**config.rl.loss_settings, "max_response_tokens": LIMIT}
+    settings = config.rl.loss_settings(LIMIT)
     for step in steps:
         terms = []
         for batch, hidden in step:
@@ -311,7 +312,7 @@ def test_rewards_that_are_all_equal_are_normalised_to_0():
     batch = packed_batch(
         [Sample.pack([1], [2] * n, None, 0.7) for n in (1, 4, 9)], TokenSplit(), torch.device("cpu")
     )
-    settings = {"kl_beta": 0.0, "discount": 1.0, "advantage_epsilon": 0.0}
+    settings = TokenSettings(0.0, 1.0, 1.0, "batch", advantage_epsilon=0.0)
     scored = ScoredRollout([batch])
     scored.store(find_function(algorithms.find("reinforce_pp").token_advantages)(scored, settings))
     assert batch.advantages.abs().max() < 1e-6
@@ -348,7 +349,7 @@ def test_a_micro_batch_without_samples_is_left_as_it_is():
     batch = packed_batch([], TokenSplit(tensor=2), torch.device("cpu"))
     batch.logprobs["old"] = batch.logprobs["reference"] = torch.zeros(2)
     scored = ScoredRollout([batch])
-    settings = {"kl_beta": 0.1, "discount": 1.0, "advantage_epsilon": 1e-6}
+    settings = TokenSettings(0.1, 1.0, 1.0, "batch", advantage_epsilon=1e-6)
     scored.store(find_function(algorithms.find("reinforce_pp").token_advantages)(scored, settings))
     assert batch.advantages.tolist() == [0.0, 0.0]
 

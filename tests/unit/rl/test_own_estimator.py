@@ -42,7 +42,7 @@ def raft(folder):
 def test_the_recipe_of_the_page_has_the_defaults_of_the_file(raft):
     assert (raft.algorithm, raft.group_size) == ("raft:RULES", 8)
     assert (raft.advantage_std, raft.minibatches, raft.kl_beta) == ("none", 1, 0.0)
-    assert raft.loss_settings["kl_beta"] == 0.0
+    assert raft.loss_settings(8).kl_beta == 0.0
     config = load("mine.yaml", {"rl.kl_beta": 0.1})
     Path("config.yaml").write_text(dump(config), encoding="utf-8")
     assert load("config.yaml") == config and config.rl.kl_beta == 0.1

@@ -1,8 +1,11 @@
 """Losses on a packed batch, from hidden states, against fp64 on each sample alone."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from megatron_r1.config.losses import LossSettings
 from megatron_r1.rl.algorithms.grpo import loss as grpo_loss
 from megatron_r1.training.head import Head
 from megatron_r1.training.losses import supervised
@@ -15,17 +18,17 @@ SAMPLES = [
     ([5], [6, 1, 2], -1.0),
     ([3, 4], [12], 0.5),
 ]
-GRPO = {
-    "average": "sequence",
-    "clip_low": 0.2,
-    "clip_high": 0.3,
-    "dual_clip": None,
-    "ratio_level": "token",
-    "importance_cap": None,
-    "kl_beta": 0.1,
-    "kl_estimator": "k3",
-    "entropy_coef": 0.0,
-}
+GRPO = LossSettings(
+    average="sequence",
+    clip_low=0.2,
+    clip_high=0.3,
+    dual_clip=None,
+    ratio_level="token",
+    importance_cap=None,
+    kl_beta=0.1,
+    kl_estimator="k3",
+    entropy_coef=0.0,
+)
 
 
 def micro_batch(samples=SAMPLES, seed=0):
@@ -67,7 +70,7 @@ def test_logprobs_are_those_of_each_response_and_0_elsewhere():
 
 def test_supervised_loss_is_the_negative_log_likelihood_of_the_responses():
     batch, head = micro_batch()
-    terms = supervised(batch, head, {})
+    terms = supervised(batch, head)
     expected = -sum(logprobs_of(head, rows, tokens).sum() for rows, tokens, _ in responses())
     assert terms.loss.item() == pytest.approx(expected.item(), rel=1e-5)
     assert terms.denominator.item() == 6
@@ -76,7 +79,7 @@ def test_supervised_loss_is_the_negative_log_likelihood_of_the_responses():
 @pytest.mark.parametrize("average", ["sequence", "token"])
 def test_grpo_s_loss_and_gradient_are_equation_1_of_each_response(average):
     batch, head = micro_batch()
-    terms = grpo_loss(batch, head, {**GRPO, "average": average})
+    terms = grpo_loss(batch, head, replace(GRPO, average=average))
     terms.loss.backward()
     got, head.hidden.grad = head.hidden.grad, None
     expected = 0.0
@@ -95,14 +98,14 @@ def test_grpo_s_loss_and_gradient_are_equation_1_of_each_response(average):
 
 def test_the_engine_s_log_probabilities_weigh_the_loss_when_asked():
     batch, head = micro_batch()
-    terms = grpo_loss(batch, head, {**GRPO, "importance_cap": 0.7, "kl_beta": 0.0})
+    terms = grpo_loss(batch, head, replace(GRPO, importance_cap=0.7, kl_beta=0.0))
     gaps = (batch.logprobs["old"] - batch.rollout_logprobs)[batch.is_response]
     expected = gaps.exp().clamp(max=0.7).sum()
     assert terms.metrics["importance"].total.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_a_micro_batch_without_samples_has_a_loss_and_gradient_of_zero():
-    for loss, settings in ((supervised, {}), (grpo_loss, GRPO)):
+    for loss, settings in ((supervised, None), (grpo_loss, GRPO)):
         batch, head = micro_batch(samples=[])
         terms = loss(batch, head, settings)
         terms.loss.backward()

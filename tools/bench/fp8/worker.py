@@ -50,7 +50,7 @@ def _train(task: dict[str, Any], place) -> dict[str, Any]:
     for step in range(task["steps"]):
         _load(trainer, language.batch(f"{task['seed']} {step}", task["sentences"]))
         rate = config.optimizer.learning_rate * min(1.0, (step + 1) / WARMUP_STEPS)
-        losses.append(round(trainer.update(0, LOSS, {}, rate)["loss"], 5))
+        losses.append(round(trainer.update(0, LOSS, None, rate)["loss"], 5))
         print(f"{step + 1} {losses[-1]:.4f}", flush=True)
     seconds = time.perf_counter() - began
     heldout = language.batch(f"{task['seed']} held out", 4 * task["sentences"])
