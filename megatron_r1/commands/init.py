@@ -19,6 +19,7 @@ from pydantic_core import to_jsonable_python
 
 from megatron_r1 import config as configuration
 from megatron_r1.commands import rl
+from megatron_r1.commands.rl_checks import prepare
 from megatron_r1.commands.trained_model import find_exported, recipe_of, template_of_model
 from megatron_r1.config import Config
 from megatron_r1.config.recipe import verb_of
@@ -107,7 +108,7 @@ def run(
     _check_truths(data, columns)
     try:
         recipe = configuration.load(path, required=rl.REQUIRED)
-        _, prompts = rl.prepare(recipe)
+        _, prompts = prepare(recipe)
         if OWN in (columns.kind or ""):
             asyncio.run(_check_own(prompts.train))
         if not gpu.is_usable():

@@ -6,12 +6,11 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, Literal, TypeVar
 
-from megatron_r1.commands.training_run import Commands, run_training, show_trainer
+from megatron_r1.commands.training_run import Commands, TrainingRun, run_training, show_trainer
 from megatron_r1.config import Config
 from megatron_r1.data.sampler import EpochSampler
 from megatron_r1.errors import UserError
 from megatron_r1.processes.stopping import StopRequest
-from megatron_r1.supervision.supervisor import Supervisor
 from megatron_r1.training.client import TrainerClient
 from megatron_r1.training.recorder import Recorder
 from megatron_r1.training.schedule import learning_rate
@@ -62,9 +61,8 @@ def run_supervised(
     """Train for `run.steps` batches; arguments and errors as of `run_training`."""
     start = task.sampler.state_dict()
 
-    async def body(
-        recorder: Recorder, trainer: TrainerClient, stop: StopRequest, supervisor: Supervisor
-    ) -> None:
+    async def body(running: TrainingRun) -> None:
+        recorder, trainer = running.recorder, running.trainer
         recorder.view.phase("starting trainer")
         await trainer.connect()
         show_trainer(recorder, trainer)
@@ -75,9 +73,9 @@ def run_supervised(
             if recorder.resumed:
                 await recorder.load(trainer, reference=False)
             task.sampler.load_state_dict(recorder.state.sampler or start)
-            await _train(task, recorder, trainer, stop)
+            await _train(task, recorder, trainer, running.stop)
 
-        await supervisor.with_restarts(attempt)
+        await running.supervisor.with_restarts(attempt)
 
     run_training(task.config, title, facts, body, next_commands)
 

@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_r1.commands import torchrun
@@ -25,7 +26,18 @@ from megatron_r1.training.recorder import Recorder
 from megatron_r1.weights.adapters.table import check_adapters
 from megatron_r1.weights.stored.weight_files import weight_files
 
-Body = Callable[[Recorder, TrainerClient, StopRequest, Supervisor], Awaitable[None]]
+
+@dataclass(frozen=True)
+class TrainingRun:
+    """A run in progress: its folder and view, its trainer, the request to stop, its supervision."""
+
+    recorder: Recorder
+    trainer: TrainerClient
+    stop: StopRequest
+    supervisor: Supervisor
+
+
+Body = Callable[[TrainingRun], Awaitable[None]]
 """Trains. It is called while the trainer's ranks are still starting, and awaits
 `trainer.connect()`."""
 
@@ -97,7 +109,7 @@ async def _run(
         supervisor = Supervisor(config, recorder, trainer, spans_hosts=SPANS_HOSTS in os.environ)
 
         async def work() -> None:
-            await body(recorder, trainer, stop, supervisor)
+            await body(TrainingRun(recorder, trainer, stop, supervisor))
             await recorder.checkpoints.finish(trainer)
             if recorder.state.step >= config.run.steps:
                 recorder.view.phase("exporting", str(folder.hf))

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from megatron_r1.config import Config
-from megatron_r1.config.losses import TokenSettings
 from megatron_r1.config.algorithms import NAMES
+from megatron_r1.config.losses import TokenSettings
 from megatron_r1.rl import algorithms
 from megatron_r1.training.head import Head
 from megatron_r1.training.packed import TokenSplit, packed_batch
